@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).parent
 
 def _source_hash():
     digest = hashlib.sha256(importlib.metadata.version("numba").encode())
-    kernels = [*PACKAGE.glob("quants/*.py"), *PACKAGE.glob("backends/cpu/*.py"), PACKAGE / "jit.py"]
+    kernels = [*PACKAGE.glob("quants/*.py"), *PACKAGE.glob("backends/cpu/*.py"), PACKAGE / "simd.py", PACKAGE / "jit.py"]
     for path in sorted(kernels):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -89,6 +89,11 @@ def inner(function):
     return numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy")(function)
 
 
+def inline(function):
+    """A function whose machine code stands where it is called: for those that take or return vectors."""
+    return numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy", forceinline=True)(function)
+
+
 class BlockFunction:
     """f(source, n_blocks, target), compiled on first use and called by its address, so that no kernel is compiled once per GGUF type."""
 
@@ -115,6 +120,35 @@ def call_block_function(typingctx, address, source, n_blocks, target):
         builder.call(builder.inttoptr(args[0], function), [builder.sext(a, word) if a.type != word else a for a in args[1:]])
         return context.get_dummy_value()
     return types.void(types.intp, types.intp, types.intp, types.intp), codegen
+
+
+class WordFunction:
+    """A function of addresses and integers, all of 64 bits, that returns nothing; compiled on first use and called by its address."""
+
+    def __init__(self, function):
+        self.function = function
+        self._compiled = None
+
+    @property
+    def address(self):
+        """The machine code's address in this process, an int."""
+        if self._compiled is None:
+            signature = types.void(*[types.int64] * self.function.__code__.co_argcount)
+            with _our_folder():
+                self._compiled = numba.cfunc(signature, cache=True, nopython=True, error_model="numpy")(self.function)
+        return self._compiled.address
+
+
+@intrinsic
+def call_word_function(typingctx, address, arguments):
+    """Call a WordFunction by address with a tuple of integers."""
+    def codegen(context, builder, signature, args):
+        word = ir.IntType(64)
+        values = [context.cast(builder, builder.extract_value(args[1], i), kind, types.int64) for i, kind in enumerate(arguments.types)]
+        function = ir.FunctionType(ir.VoidType(), [word] * len(values)).as_pointer()
+        builder.call(builder.inttoptr(args[0], function), values)
+        return context.get_dummy_value()
+    return types.void(types.intp, arguments), codegen
 
 
 def check_threads(n):

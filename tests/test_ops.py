@@ -12,7 +12,7 @@ from gguf.quants import quantize
 
 from pydsa import jit
 from pydsa.backends import cpu, reference
-from pydsa.backends.cpu.simd import exp
+from pydsa.backends.cpu.microkernels import exp
 from pydsa.gguf_file import Tensor
 from pydsa.quants import KV_TYPES, SUPPORTED, block_type
 

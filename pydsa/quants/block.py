@@ -6,22 +6,46 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pydsa.jit import BlockFunction, cpu_features, inner
+from pydsa.jit import BlockFunction, WordFunction, inline, inner
+from pydsa.simd import (FEATURES, as_words, dot, dot_add, first_quarter, last_quarter, load_words, lower_half, multiply_add, second_quarter,
+                        signed_high_bytes, spread, store, third_quarter, to_floats, u16_at, upper_half)
+
+
+# A chunk: 256 numbers in words of 16 bits, as a row of weights is unpacked and a row of activations is rounded. Its parts, in bytes:
+# the words, each 32 of them with the even elements before the odd ones; a float32 scale for each 32; what is subtracted for each 32, and for
+# each 16 (of a chunk of activations: the sums of its numbers). The product of two chunks, w of weights and x of activations, is
+#     sum_j w.scale[j] x.scale[j] (w.words x.words over the j-th 32) - sum_j w.low[j] x.low[j] - sum_i w.low16[i] x.low16[i]
+SCALE, LOW, LOW_16, CHUNK = 512, 544, 576, 640
+AHEAD = 2048    # bytes that a product asks for ahead of those it reads: more than the hardware's own prefetch does
 
 
 class BlockType(NamedTuple):
-    """A GGUF type: `size` elements are stored as one `dtype`; dequantize(blocks, n, float32 out), quantize the other way (or None)."""
+    """A GGUF type: `size` elements are stored as one `dtype`; dequantize(blocks, n, float32 out), quantize the other way (or None).
+
+    Quantized types also have unpack(blocks, n, chunk), at most 256 elements to a chunk; and
+    dot(rows, n_rows, n_blocks, x, float32 out), the products of rows with a row of chunks whose 16-byte pieces lie in `order`:
+    order[i] is where the i-th piece goes. `lows` is how many numbers of a chunk's low (8), or low16 (16), are in use.
+    """
     dtype: np.dtype
     size: int
     dequantize: BlockFunction
     quantize: BlockFunction | None = None
+    unpack: WordFunction | None = None
+    dot: WordFunction | None = None
+    order: np.ndarray | None = None
+    lows: int = 0
 
 
-def entry(dtype, size, dequantize, quantize=None):
-    """A BlockType from plain functions."""
+def entry(dtype, size, dequantize, quantize=None, unpack=None, dot=None, order=None, lows=0):
+    """A BlockType from plain functions; order as a list of 32 numbers."""
     floats = np.dtype(np.float32)
-    return BlockType(dtype, size, BlockFunction(dequantize, dtype, floats),
-                     quantize and BlockFunction(quantize, floats, dtype))
+    return BlockType(dtype, size, BlockFunction(dequantize, dtype, floats), quantize and BlockFunction(quantize, floats, dtype),
+                     unpack and WordFunction(unpack), dot and WordFunction(dot), order and np.array(order, np.uint8), lows)
+
+
+def places(*pieces):
+    """The order in which a dot reads the pieces of a chunk, as the place of each piece: the inverse permutation."""
+    return [pieces.index(i) for i in range(len(pieces))]
 
 
 @intrinsic
@@ -59,7 +83,13 @@ def _half_by_bits(bits):
 
 
 # float16 bits, uint16 -> float32, exactly. Without the instruction LLVM would call a function that is not there.
-half = _half_by_hardware if "f16c" in cpu_features() else _half_by_bits
+half = _half_by_hardware if "f16c" in FEATURES else _half_by_bits
+
+
+@inline
+def half_at(address, offset):
+    """The float16 in memory as float32."""
+    return half(u16_at(address, offset))
 
 
 @inner
@@ -75,3 +105,68 @@ def to_half(value):
         return np.uint16(sign | (bits_of_float(float_from_bits(magnitude) + np.float32(0.5)) - np.uint32(0x3F000000)))
     odd = (magnitude >> np.uint32(13)) & np.uint32(1)
     return np.uint16(sign | ((magnitude - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13)))
+
+
+@inline
+def store_halves(chunk, first, second, v):
+    """The halves of a vector of words at two offsets."""
+    store(chunk, first, lower_half(v))
+    store(chunk, second, upper_half(v))
+
+
+@inline
+def dot_pair(sums, even, odd, x, offset, scales):
+    """sums + scales (even, odd) . 64 words of x: the even and the odd elements of the same 32s."""
+    return multiply_add(sums, to_floats(dot_add(dot(even, load_words(x, offset)), odd, load_words(x, offset + 64))), scales)
+
+
+@inline
+def four_blocks(row, size, i, n):
+    """The addresses of blocks i to i + 3 of a row of n blocks of `size` bytes; the last block stands for those that are not there."""
+    last = n - 1
+    return row + size * i, row + size * min(i + 1, last), row + size * min(i + 2, last), row + size * min(i + 3, last)
+
+
+# Four blocks of 32 whose bytes have the element j in their low nibble and j + 16 in the high one: low even, low odd, high even, high odd
+BY_QUARTERS = places(*[16 * part + 4 * block + i for part in (0, 1) for i in (0, 2, 1, 3) for block in range(4)])
+QUARTERS = spread(0, 1, 2, 3)
+
+
+@inline
+def unsigned_quad(low, high):
+    """Bytes with the elements j and j + 16 of four blocks, 0 to 255, as four vectors of words: low even, low odd, high even, high odd."""
+    low, high = as_words(low), as_words(high)
+    return low & 255, low >> 8, high & 255, high >> 8
+
+
+@inline
+def signed_quad(low, high):
+    """unsigned_quad of bytes from -128 to 127."""
+    low, high = as_words(low), as_words(high)
+    return signed_high_bytes(low << 8), signed_high_bytes(low), signed_high_bytes(high << 8), signed_high_bytes(high)
+
+
+@inline
+def dot_quad(sums, w, x, offset, scales):
+    """sums + scales w . 128 words of x; w are four vectors in the order of BY_QUARTERS."""
+    dots = dot_add(dot(w[0], load_words(x, offset)), w[1], load_words(x, offset + 64))
+    dots = dot_add(dot_add(dots, w[2], load_words(x, offset + 128)), w[3], load_words(x, offset + 192))
+    return multiply_add(sums, to_floats(dots), QUARTERS(scales))
+
+
+@inline
+def store_quarters(chunk, at, v):
+    """The quarters of a vector of words to the same place of four 32s."""
+    store(chunk, at, first_quarter(v))
+    store(chunk, at + 64, second_quarter(v))
+    store(chunk, at + 128, third_quarter(v))
+    store(chunk, at + 192, last_quarter(v))
+
+
+@inline
+def store_quad(chunk, at, w):
+    """Four vectors in the order of BY_QUARTERS to four 32s of a chunk."""
+    store_quarters(chunk, at, w[0])
+    store_quarters(chunk, at + 32, w[1])
+    store_quarters(chunk, at + 16, w[2])
+    store_quarters(chunk, at + 48, w[3])

@@ -1,13 +1,20 @@
-"""Q4_K, Q5_K, Q6_K: blocks of 256 whose sub-blocks have scales of their own, themselves quantized.
+"""Q2_K to Q6_K: blocks of 256 whose sub-blocks have scales of their own, themselves quantized.
 
 Q4_K and Q5_K: eight sub-blocks of 32, each with a 6-bit scale and a 6-bit minimum packed in `scales`. Q6_K: sixteen of 16, int8 scales.
+Q3_K: sixteen of 16, 6-bit scales. Q2_K: sixteen of 16, a 4-bit scale and a 4-bit minimum each.
+
+The vector code takes 64 bytes as 32 words: a nibble of each word is an even element, the same nibble of its upper byte the odd one after it.
 """
 import numpy as np
 from numba import carray
 
-from pydsa.jit import inner
-from pydsa.quants.block import entry, half
+from pydsa.jit import inline, inner
+from pydsa.quants.block import AHEAD, CHUNK, LOW, LOW_16, SCALE, dot_pair, entry, half, half_at, places, store_halves
+from pydsa.simd import (both_halves, bytes_of, eight_floats, floats, half_words, load_16_bytes, load_8_floats, load_floats, load_words, multiply_add, prefetch,
+                        spread, spread_words, store, to_floats, to_words, total, u32_at)
 
+Q2_K = np.dtype([("scales", "u1", 16), ("qs", "u1", 64), ("d", "<u2"), ("dmin", "<u2")])
+Q3_K = np.dtype([("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", "<u2")])
 Q4_K = np.dtype([("d", "<u2"), ("dmin", "<u2"), ("scales", "u1", 12), ("qs", "u1", 128)])
 Q5_K = np.dtype([("d", "<u2"), ("dmin", "<u2"), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)])
 Q6_K = np.dtype([("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<u2")])
@@ -72,8 +79,187 @@ def six_bits(low, high):
     return np.float32(low) + np.float32(high) * np.float32(16) - np.float32(32)
 
 
+def dequantize_q2_k(source, n, target):
+    blocks, out = carray(source, (n,)), carray(target, (n, 2, 4, 32))
+    for i in range(n):
+        d, dmin, scales, qs = half(blocks[i].d), half(blocks[i].dmin), blocks[i].scales, blocks[i].qs
+        for part in range(2):
+            for k in range(4):
+                for j in range(32):
+                    scale = scales[8 * part + 2 * k + j // 16]
+                    q = (qs[32 * part + j] >> (2 * k)) & 3
+                    out[i, part, k, j] = d * np.float32(scale & 15) * np.float32(q) - dmin * np.float32(scale >> 4)
+
+
+@inner
+def six_bit_scale(packed, j):
+    """The 6-bit scale of sub-block j of Q3_K: four bits in a nibble of the first eight bytes, two in the last four."""
+    low = packed[j % 8] & 15 if j < 8 else packed[j % 8] >> 4
+    return np.float32(low | ((packed[8 + j % 4] >> (2 * (j // 4))) & 3) << 4) - np.float32(32)
+
+
+def dequantize_q3_k(source, n, target):
+    blocks, out = carray(source, (n,)), carray(target, (n, 2, 4, 32))
+    for i in range(n):
+        d, packed, qs, hmask = half(blocks[i].d), blocks[i].scales, blocks[i].qs, blocks[i].hmask
+        for part in range(2):
+            for k in range(4):
+                for j in range(32):
+                    high = (hmask[j] >> (4 * part + k)) & 1
+                    q = np.float32((qs[32 * part + j] >> (2 * k)) & 3) + np.float32(4) * np.float32(high) - np.float32(4)
+                    out[i, part, k, j] = d * six_bit_scale(packed, 8 * part + 2 * k + j // 16) * q
+
+
+F4, F3, F2 = np.uint32(0x0F0F0F0F), np.uint32(0x3F3F3F3F), np.uint32(0x03030303)
+
+
+@inline
+def scales_and_mins(at):
+    """scale_and_min of all eight sub-blocks of the 12 bytes at an address, times d and dmin, which lie before them: two f32x8."""
+    a, b, c = u32_at(at, 4), u32_at(at, 8), u32_at(at, 12)
+    four, six = np.uint32(4), np.uint32(6)
+    scales = bytes_of((a & F3, (c & F4) | (((a >> six) & F2) << four)))
+    mins = bytes_of((b & F3, ((c >> four) & F4) | (((b >> six) & F2) << four)))
+    return to_floats(scales) * half_at(at, 0), to_floats(mins) * half_at(at, 2)
+
+
+FIRST, SECOND, THIRD, FOURTH = spread(0, 2), spread(1, 3), spread(4, 6), spread(5, 7)
+# 64 bytes hold, for sub-blocks s and s + 2 in their low nibbles: the even elements of both, then the odd ones; and s + 1, s + 3 in the high ones
+BY_NIBBLES = places(*[16 * part + 4 * s + 2 * odd + i for part in (0, 1) for nibble in (0, 1) for odd in (0, 1)
+                      for s in (nibble, nibble + 2) for i in (0, 1)])
+
+
+@inline
+def store_pairs(chunk, at, first, second, even, odd):
+    """Words of sub-blocks first and second, even elements and odd ones, from the offset `at` of a chunk on."""
+    store_halves(chunk, at + 64 * first, at + 64 * second, even)
+    store_halves(chunk, at + 64 * first + 32, at + 64 * second + 32, odd)
+
+
+@inline
+def store_scales(chunk, scales, mins):
+    store(chunk, SCALE, scales)
+    store(chunk, LOW, mins)
+
+
+def dot_q4_k(rows, n_rows, n, x, out):
+    for r in range(n_rows):
+        a, b = floats(np.float32(0)), floats(np.float32(0))
+        low = eight_floats(np.float32(0))
+        for i in range(n):
+            at, xi = rows + 144 * (r * n + i), x + CHUNK * i
+            for line in range(0, 144, 64):
+                prefetch(at, AHEAD + line)
+            scales, mins = scales_and_mins(at)
+            scales = scales * load_8_floats(xi, SCALE)
+            low = multiply_add(low, mins, load_8_floats(xi, LOW))
+            q = load_words(at, 16)
+            a = dot_pair(a, q & 15, (q >> 8) & 15, xi, 0, FIRST(scales))
+            b = dot_pair(b, (q >> 4) & 15, q >> 12, xi, 128, SECOND(scales))
+            q = load_words(at, 80)
+            a = dot_pair(a, q & 15, (q >> 8) & 15, xi, 256, THIRD(scales))
+            b = dot_pair(b, (q >> 4) & 15, q >> 12, xi, 384, FOURTH(scales))
+        store(out, 4 * r, total(a + b) - total(low))
+
+
+def unpack_q4_k(source, n, chunk):
+    scales, mins = scales_and_mins(source)
+    store_scales(chunk, scales, mins)
+    for part in range(2):
+        q = load_words(source, 16 + 64 * part)
+        store_pairs(chunk, 256 * part, 0, 2, q & 15, (q >> 8) & 15)
+        store_pairs(chunk, 256 * part, 1, 3, (q >> 4) & 15, q >> 12)
+
+
+@inline
+def five_bits(at, part):
+    """128 elements of Q5_K as four vectors of words: low nibbles even, odd, high nibbles even, odd."""
+    q = load_words(at, 48 + 64 * part)
+    fifth = both_halves(at, 16) >> half_words(np.int16(4 * part), np.int16(4 * part + 2))
+    return ((q & 15) | ((fifth << 4) & 16), ((q >> 8) & 15) | ((fifth >> 4) & 16),
+            ((q >> 4) & 15) | ((fifth << 3) & 16), (q >> 12) | ((fifth >> 5) & 16))
+
+
+def dot_q5_k(rows, n_rows, n, x, out):
+    for r in range(n_rows):
+        a, b = floats(np.float32(0)), floats(np.float32(0))
+        low = eight_floats(np.float32(0))
+        for i in range(n):
+            at, xi = rows + 176 * (r * n + i), x + CHUNK * i
+            for line in range(0, 176, 64):
+                prefetch(at, AHEAD + line)
+            scales, mins = scales_and_mins(at)
+            scales = scales * load_8_floats(xi, SCALE)
+            low = multiply_add(low, mins, load_8_floats(xi, LOW))
+            w, v, y, z = five_bits(at, 0)
+            a = dot_pair(a, w, v, xi, 0, FIRST(scales))
+            b = dot_pair(b, y, z, xi, 128, SECOND(scales))
+            w, v, y, z = five_bits(at, 1)
+            a = dot_pair(a, w, v, xi, 256, THIRD(scales))
+            b = dot_pair(b, y, z, xi, 384, FOURTH(scales))
+        store(out, 4 * r, total(a + b) - total(low))
+
+
+def unpack_q5_k(source, n, chunk):
+    scales, mins = scales_and_mins(source)
+    store_scales(chunk, scales, mins)
+    for part in range(2):
+        w, v, y, z = five_bits(source, part)
+        store_pairs(chunk, 256 * part, 0, 2, w, v)
+        store_pairs(chunk, 256 * part, 1, 3, y, z)
+
+
+TWICE = spread(*range(8))
+# Q6_K: sub-blocks s and s + 1 share 64 bytes' low nibbles, s + 2 and s + 3 the high ones
+BY_NEIGHBOURS = places(*[16 * part + 8 * nibble + 4 * s + 2 * odd + i for part in (0, 1) for nibble in (0, 1) for odd in (0, 1)
+                         for s in (0, 1) for i in (0, 1)])
+SIXTEENTHS = (spread(0, 1, 2, 3), spread(4, 5, 6, 7), spread(8, 9, 10, 11), spread(12, 13, 14, 15))
+Q6_A, Q6_B, Q6_C, Q6_D = SIXTEENTHS
+WORDS_A, WORDS_B = spread_words(0, 1, 2, 3), spread_words(4, 5, 6, 7)
+WORDS_C, WORDS_D = spread_words(8, 9, 10, 11), spread_words(12, 13, 14, 15)
+
+
+@inline
+def unsigned_six_bits(at, part):
+    """128 elements of Q6_K, each 32 too large, as four vectors of words: low nibbles even, odd, high nibbles even, odd."""
+    q = load_words(at, 64 * part)
+    high = both_halves(at, 128 + 32 * part) >> half_words(np.int16(0), np.int16(2))
+    return ((q & 15) | ((high << 4) & 48), ((q >> 8) & 15) | ((high >> 4) & 48),
+            ((q >> 4) & 15) | (high & 48), (q >> 12) | ((high >> 8) & 48))
+
+
+def dot_q6_k(rows, n_rows, n, x, out):
+    for r in range(n_rows):
+        a, b, low = floats(np.float32(0)), floats(np.float32(0)), floats(np.float32(0))
+        for i in range(n):
+            at, xi = rows + 210 * (r * n + i), x + CHUNK * i
+            for line in range(0, 210, 64):
+                prefetch(at, AHEAD + line)
+            scales = to_floats(load_16_bytes(at, 192)) * half_at(at, 208)
+            low = multiply_add(low, scales, load_floats(xi, LOW_16))
+            scales = scales * TWICE(load_8_floats(xi, SCALE))
+            w, v, y, z = unsigned_six_bits(at, 0)
+            a = dot_pair(a, w, v, xi, 0, Q6_A(scales))
+            b = dot_pair(b, y, z, xi, 128, Q6_B(scales))
+            w, v, y, z = unsigned_six_bits(at, 1)
+            a = dot_pair(a, w, v, xi, 256, Q6_C(scales))
+            b = dot_pair(b, y, z, xi, 384, Q6_D(scales))
+        store(out, 4 * r, total(a + b) - np.float32(32) * total(low))
+
+
+def unpack_q6_k(source, n, chunk):
+    store(chunk, SCALE, eight_floats(half_at(source, 208)))
+    scales = to_words(load_16_bytes(source, 192))
+    w, v, y, z = unsigned_six_bits(source, 0)
+    store_pairs(chunk, 0, 0, 1, (w - 32) * WORDS_A(scales), (v - 32) * WORDS_A(scales))
+    store_pairs(chunk, 0, 2, 3, (y - 32) * WORDS_B(scales), (z - 32) * WORDS_B(scales))
+    w, v, y, z = unsigned_six_bits(source, 1)
+    store_pairs(chunk, 256, 0, 1, (w - 32) * WORDS_C(scales), (v - 32) * WORDS_C(scales))
+    store_pairs(chunk, 256, 2, 3, (y - 32) * WORDS_D(scales), (z - 32) * WORDS_D(scales))
+
+
 TYPES = {
-    "Q4_K": entry(Q4_K, 256, dequantize_q4_k),
-    "Q5_K": entry(Q5_K, 256, dequantize_q5_k),
-    "Q6_K": entry(Q6_K, 256, dequantize_q6_k),
+    "Q4_K": entry(Q4_K, 256, dequantize_q4_k, None, unpack_q4_k, dot_q4_k, BY_NIBBLES, 8),
+    "Q5_K": entry(Q5_K, 256, dequantize_q5_k, None, unpack_q5_k, dot_q5_k, BY_NIBBLES, 8),
+    "Q6_K": entry(Q6_K, 256, dequantize_q6_k, None, unpack_q6_k, dot_q6_k, BY_NEIGHBOURS),
 }

@@ -5,8 +5,11 @@ Nibble j of qs is element j (low) and j + 16 (high); bit j of qh is the fifth bi
 import numpy as np
 from numba import carray
 
-from pydsa.jit import inner
-from pydsa.quants.block import entry, half
+from pydsa.jit import inline, inner
+from pydsa.quants.block import (AHEAD, BY_QUARTERS, CHUNK, LOW, SCALE, dot_pair, dot_quad, entry, four_blocks, half, places, store_halves,
+                                store_quad, unsigned_quad)
+from pydsa.simd import (as_bytes, as_words, floats, four_floats, halves, join, load_2_floats, load_4_floats, multiply_add, prefetch,
+                        signed_high_bytes, spread, store, total, u32_at, where_bits)
 
 Q4_0 = np.dtype([("d", "<u2"), ("qs", "u1", 16)])
 Q4_1 = np.dtype([("d", "<u2"), ("m", "<u2"), ("qs", "u1", 16)])
@@ -71,10 +74,184 @@ def dequantize_q8_0(source, n, target):
             out[i, j] = d * np.float32(qs[j])
 
 
+@inline
+def nibbles(addresses, offset):
+    """Four blocks with four bits an element: the bytes of elements 0 to 15 of each, then those of 16 to 31."""
+    v = join((addresses[0] + offset, addresses[1] + offset, addresses[2] + offset, addresses[3] + offset))
+    return v & 15, as_bytes((as_words(v) >> 4) & 0x0F0F)
+
+
+@inline
+def fifth_bit_bytes(addresses, offset):
+    """The fifth bits of four blocks where they belong: 16 or 0 in the bytes of elements 0 to 15, then of 16 to 31."""
+    a, b = np.uint64(u32_at(addresses[0], offset)), np.uint64(u32_at(addresses[1], offset))
+    c, d = np.uint64(u32_at(addresses[2], offset)), np.uint64(u32_at(addresses[3], offset))
+    m, s1, s2, s3 = np.uint64(0xFFFF), np.uint64(16), np.uint64(32), np.uint64(48)
+    low = (a & m) | ((b & m) << s1) | ((c & m) << s2) | (d << s3)
+    high = (a >> s1) | ((b >> s1) << s1) | ((c >> s1) << s2) | ((d >> s1) << s3)
+    return where_bits(low, np.uint8(16)), where_bits(high, np.uint8(16))
+
+
+@inline
+def quad_4(addresses, offset):
+    """128 elements of four bits, as unsigned_quad gives them."""
+    low, high = nibbles(addresses, offset)
+    return unsigned_quad(low, high)
+
+
+@inline
+def quad_5(addresses, offset):
+    """128 elements of five bits, whose fifth bits lie before the others."""
+    low, high = nibbles(addresses, offset)
+    low_fifth, high_fifth = fifth_bit_bytes(addresses, offset - 4)
+    return unsigned_quad(low | low_fifth, high | high_fifth)
+
+
+@inline
+def lifted(w, zero):
+    """Four vectors of words without their zero point."""
+    return w[0] - zero, w[1] - zero, w[2] - zero, w[3] - zero
+
+
+@inline
+def where_in_chunks(x, i):
+    """The chunk of the i-th 32, the offset of its words, and that of its float32s from the first of their kind."""
+    return x + CHUNK * (i >> 3), 64 * (i & 7), 4 * (i & 7)
+
+
+def dot_q4_0(rows, n_rows, n, x, out):
+    for r in range(n_rows):
+        sums, low = floats(np.float32(0)), four_floats(np.float32(0))
+        for i in range(0, n, 4):
+            at = four_blocks(rows + 18 * n * r, 18, i, n)
+            prefetch(at[0], AHEAD)
+            prefetch(at[0], AHEAD + 64)
+            xi, words, number = where_in_chunks(x, i)
+            d = halves(at)
+            low = multiply_add(low, d, load_4_floats(xi, LOW + number))
+            sums = dot_quad(sums, quad_4(at, 2), xi, words, d * load_4_floats(xi, SCALE + number))
+        store(out, 4 * r, total(sums) - np.float32(8) * total(low))
+
+
+def unpack_q4_0(source, n, chunk):
+    for i in range(0, n, 4):
+        at = four_blocks(source, 18, i, n)
+        store(chunk, SCALE + 4 * i, halves(at))
+        store_quad(chunk, 64 * i, lifted(quad_4(at, 2), 8))
+
+
+def dot_q5_0(rows, n_rows, n, x, out):
+    for r in range(n_rows):
+        sums, low = floats(np.float32(0)), four_floats(np.float32(0))
+        for i in range(0, n, 4):
+            at = four_blocks(rows + 22 * n * r, 22, i, n)
+            prefetch(at[0], AHEAD)
+            prefetch(at[0], AHEAD + 64)
+            xi, words, number = where_in_chunks(x, i)
+            d = halves(at)
+            low = multiply_add(low, d, load_4_floats(xi, LOW + number))
+            sums = dot_quad(sums, quad_5(at, 6), xi, words, d * load_4_floats(xi, SCALE + number))
+        store(out, 4 * r, total(sums) - np.float32(16) * total(low))
+
+
+def unpack_q5_0(source, n, chunk):
+    for i in range(0, n, 4):
+        at = four_blocks(source, 22, i, n)
+        store(chunk, SCALE + 4 * i, halves(at))
+        store_quad(chunk, 64 * i, lifted(quad_5(at, 6), 16))
+
+
+@inline
+def offsets(addresses):
+    """The m of four blocks, which lie behind their d."""
+    return halves((addresses[0] + 2, addresses[1] + 2, addresses[2] + 2, addresses[3] + 2))
+
+
+def dot_q4_1(rows, n_rows, n, x, out):
+    for r in range(n_rows):
+        sums, low = floats(np.float32(0)), four_floats(np.float32(0))
+        for i in range(0, n, 4):
+            at = four_blocks(rows + 20 * n * r, 20, i, n)
+            prefetch(at[0], AHEAD)
+            prefetch(at[0], AHEAD + 64)
+            xi, words, number = where_in_chunks(x, i)
+            low = multiply_add(low, offsets(at), load_4_floats(xi, LOW + number))
+            sums = dot_quad(sums, quad_4(at, 4), xi, words, halves(at) * load_4_floats(xi, SCALE + number))
+        store(out, 4 * r, total(sums) + total(low))
+
+
+def unpack_q4_1(source, n, chunk):
+    for i in range(0, n, 4):
+        at = four_blocks(source, 20, i, n)
+        store(chunk, SCALE + 4 * i, halves(at))
+        store(chunk, LOW + 4 * i, offsets(at) * np.float32(-1))
+        store_quad(chunk, 64 * i, quad_4(at, 4))
+
+
+def dot_q5_1(rows, n_rows, n, x, out):
+    for r in range(n_rows):
+        sums, low = floats(np.float32(0)), four_floats(np.float32(0))
+        for i in range(0, n, 4):
+            at = four_blocks(rows + 24 * n * r, 24, i, n)
+            prefetch(at[0], AHEAD)
+            prefetch(at[0], AHEAD + 64)
+            xi, words, number = where_in_chunks(x, i)
+            low = multiply_add(low, offsets(at), load_4_floats(xi, LOW + number))
+            sums = dot_quad(sums, quad_5(at, 8), xi, words, halves(at) * load_4_floats(xi, SCALE + number))
+        store(out, 4 * r, total(sums) + total(low))
+
+
+def unpack_q5_1(source, n, chunk):
+    for i in range(0, n, 4):
+        at = four_blocks(source, 24, i, n)
+        store(chunk, SCALE + 4 * i, halves(at))
+        store(chunk, LOW + 4 * i, offsets(at) * np.float32(-1))
+        store_quad(chunk, 64 * i, quad_5(at, 8))
+
+
+# Q8_0, two blocks at a time: the even elements of both, then the odd ones
+BY_TWO = places(*[8 * pair + 4 * block + 2 * odd + i for pair in range(4) for odd in (0, 1) for block in (0, 1) for i in (0, 1)])
+TWO = spread(0, 1)
+
+
+@inline
+def two_blocks(row, i, n):
+    """The addresses of blocks i and i + 1 of a row of n; the last block stands for the one that is not there."""
+    return row + 34 * i, row + 34 * min(i + 1, n - 1)
+
+
+@inline
+def even_and_odd(addresses):
+    """The elements of two blocks of Q8_0 as two vectors of words."""
+    v = as_words(join((addresses[0] + 2, addresses[1] + 2)))
+    return signed_high_bytes(v << 8), signed_high_bytes(v)
+
+
+def dot_q8_0(rows, n_rows, n, x, out):
+    for r in range(n_rows):
+        a = floats(np.float32(0))
+        for i in range(0, n, 2):
+            at = two_blocks(rows + 34 * n * r, i, n)
+            prefetch(at[0], AHEAD)
+            xi, words, number = where_in_chunks(x, i)
+            even, odd = even_and_odd(at)
+            a = dot_pair(a, even, odd, xi, words, TWO(halves(at) * load_2_floats(xi, SCALE + number)))
+        store(out, 4 * r, total(a))
+
+
+def unpack_q8_0(source, n, chunk):
+    for i in range(0, n, 2):
+        at = two_blocks(source, i, n)
+        store(chunk, SCALE + 4 * i, halves(at))
+        even, odd = even_and_odd(at)
+        store_halves(chunk, 64 * i, 64 * i + 64, even)
+        store_halves(chunk, 64 * i + 32, 64 * i + 96, odd)
+
+
 TYPES = {
-    "Q4_0": entry(Q4_0, 32, dequantize_q4_0),
-    "Q4_1": entry(Q4_1, 32, dequantize_q4_1),
-    "Q5_0": entry(Q5_0, 32, dequantize_q5_0),
-    "Q5_1": entry(Q5_1, 32, dequantize_q5_1),
-    "Q8_0": entry(Q8_0, 32, dequantize_q8_0),
+    "Q4_0": entry(Q4_0, 32, dequantize_q4_0, None, unpack_q4_0, dot_q4_0, BY_QUARTERS),
+    "Q4_1": entry(Q4_1, 32, dequantize_q4_1, None, unpack_q4_1, dot_q4_1, BY_QUARTERS, 8),
+    "Q5_0": entry(Q5_0, 32, dequantize_q5_0, None, unpack_q5_0, dot_q5_0, BY_QUARTERS),
+    "Q5_1": entry(Q5_1, 32, dequantize_q5_1, None, unpack_q5_1, dot_q5_1, BY_QUARTERS, 8),
+    "Q8_0": entry(Q8_0, 32, dequantize_q8_0, None, unpack_q8_0, dot_q8_0, BY_TWO),
 }

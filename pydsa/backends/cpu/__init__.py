@@ -9,16 +9,21 @@ from pydsa.backends.cpu.moe import moe_down, moe_gate_up, moe_route  # noqa: F40
 from pydsa.backends.cpu.norm import add, layer_norm, rms_norm, silu_mul  # noqa: F401
 from pydsa.backends.cpu.rope import hadamard, rope, rope_table  # noqa: F401
 from pydsa.backends.cpu.rows import CacheRows, Weight, cache_write, get_rows  # noqa: F401
+from pydsa.backends.cpu.linear import float_rows, round_row, word_rows
+from pydsa.jit import WordFunction, check_threads, set_threads  # noqa: F401
 from pydsa.jit import compile_all as compile_calls  # noqa: F401
-from pydsa.jit import check_threads, set_threads  # noqa: F401
 
 FLOAT = np.float32
+ROUND_ROW, FLOAT_ROWS, WORD_ROWS = WordFunction(round_row), WordFunction(float_rows), WordFunction(word_rows)
 
 
 def weight(tensor):
     """A GGUF tensor as its ops take it here: matrices in place as blocks, vectors as float32."""
     kind = quants.block_type(tensor.type)
-    w = Weight(tensor.data, kind.dequantize.address, kind.size, kind.dtype.itemsize)
+    quantized = kind.dot is not None
+    w = Weight(tensor.data, kind.size, kind.dtype.itemsize, kind.dequantize.address,
+               *((kind.unpack.address, kind.dot.address, kind.order.ctypes.data, kind.lows, ROUND_ROW.address, WORD_ROWS.address) if quantized
+                 else (0, 0, 0, 0, 0, FLOAT_ROWS.address)))
     if len(tensor.shape) > 1:
         return w
     values = np.empty((1, *tensor.shape), np.float32)

@@ -4,7 +4,7 @@ from numba import prange
 
 from pydsa.backends.cpu.linear import addresses
 from pydsa.backends.cpu.rows import contiguous, unpack
-from pydsa.backends.cpu.simd import address, exp, n_threads, tile_products
+from pydsa.backends.cpu.microkernels import address, exp, n_threads, tile_products
 from pydsa.jit import inner, kernel
 
 TILE = 32       # keys: 72 KiB of floats at V3.2's width of 576, within a second-level cache
@@ -31,7 +31,7 @@ def attend(out, q, latents, indices, n_keys, mask, scale):
             s = indices[first + j] if indices.size else first + j
             unpack(latents, address(latents.data) + np.int64(s) * row_bytes, width, address(tile[j]))
         scores[:] = 0
-        tile_products(address(tile), 4 * width, n, q_at, n_head, 0, width, scores_at, 0)
+        tile_products(address(tile), 4 * width, n, address(q_at), n_head, 0, width, address(scores_at), 0)
         for h in range(n_head):
             row = scores[h]
             tile_greatest, damaged = np.float32(-np.inf), False

@@ -4,7 +4,7 @@ from numba import prange
 
 from pydsa.backends.cpu.linear import addresses
 from pydsa.backends.cpu.rows import unpack
-from pydsa.backends.cpu.simd import address, n_threads, tile_products
+from pydsa.backends.cpu.microkernels import address, n_threads, tile_products
 from pydsa.jit import inner, kernel
 from pydsa.quants.block import bits_of_float
 
@@ -25,7 +25,7 @@ def score_keys(row, q, w, keys, first, last, scale):
         for j in range(n):
             unpack(keys, address(keys.data) + (start + j) * row_bytes, width, address(tile[j]))
         dots[:] = 0
-        tile_products(address(tile), 4 * width, n, q_at, n_head, 0, width, dots_at, 0)
+        tile_products(address(tile), 4 * width, n, address(q_at), n_head, 0, width, address(dots_at), 0)
         total[:] = 0
         for h in range(n_head):
             for j in range(n):

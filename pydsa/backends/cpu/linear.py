@@ -1,30 +1,87 @@
-"""Products with GGUF weights: rows are unpacked a tile at a time into the first-level cache, and used there for every token."""
+"""Products with GGUF weights, in place: rows of blocks times rows of activations.
+
+Quantized weights meet activations rounded to 15 bits, in chunks (quants/block.py): for a few tokens block by block as the file stores them,
+each weight byte read once; for many tokens in tiles of unpacked rows. Other weights are unpacked to float32 a tile at a time.
+"""
 import numpy as np
 from numba import prange
 
-from pydsa.backends.cpu.rows import unpack
-from pydsa.backends.cpu.simd import address, tile_products
-from pydsa.jit import inner, kernel
+from pydsa.backends.cpu.microkernels import TILE, TILE_ROWS, address, keep, tile_products, tile_word_products, turn_over
+from pydsa.jit import call_block_function, call_word_function, inner, kernel
+from pydsa.quants.block import CHUNK, LOW, LOW_16, SCALE
+from pydsa.simd import (first_quarter, float_at, i64_at, largest, last_quarter, load_floats, rounded_words, second_quarter, store, sums_of_16,
+                        third_quarter, total, u8_at)
 
-TILE_ROWS, TILE_WIDTH = 4, 256      # 4 KiB of floats; a multiple of every block
-GROUP = 16                          # rows a thread takes at a time
+GROUP = 32              # rows a thread takes at a time
+FEW = 3                 # tokens up to which blocks are not unpacked
+LARGEST = 16383         # of a rounded activation: 32 of them times Q6_K's largest weights, 4096, still fit into 32 bits
+FLOAT_ROWS, FLOAT_WIDTH = 4, 256        # a tile of unquantized weights, 4 KiB of floats
 
 
-@inner
-def rows_times(w, rows, n_rows, row_bytes, n_in, x_at, out_at):
-    """out_at[t][r] += row r . x_at[t], for n_rows rows from the address `rows` on.
+def round_row(x, n, order, out, stride):
+    """n floats -> chunks `stride` bytes apart, pieces in an order (0: as they come); n is a multiple of 32, the rest of a chunk becomes 0."""
+    for k in range(0, (n + 255) // 256 * 256, 32):
+        chunk, j = out + k // 256 * stride, k // 32 % 8
+        if k < n:
+            a, b = load_floats(x, 4 * k), load_floats(x, 4 * k + 64)
+            top = largest(a, b)
+            scale = top / np.float32(LARGEST) + total((a + b) * np.float32(0))      # what is not finite must not be lost
+            words = rounded_words(a, b, np.float32(LARGEST) / top if top > np.float32(1e-30) else np.float32(0))
+            store(chunk, 16 * (u8_at(order, 4 * j) if order else 4 * j), first_quarter(words))
+            store(chunk, 16 * (u8_at(order, 4 * j + 1) if order else 4 * j + 1), second_quarter(words))
+            store(chunk, 16 * (u8_at(order, 4 * j + 2) if order else 4 * j + 2), third_quarter(words))
+            store(chunk, 16 * (u8_at(order, 4 * j + 3) if order else 4 * j + 3), last_quarter(words))
+            first, second = sums_of_16(words)
+        else:
+            scale, first, second = np.float32(0), np.float32(0), np.float32(0)
+        store(chunk, SCALE + 4 * j, scale)
+        store(chunk, LOW + 4 * j, scale * (first + second))
+        store(chunk, LOW_16 + 8 * j, scale * first)
+        store(chunk, LOW_16 + 8 * j + 4, scale * second)
 
-    x_at and out_at are int64 arrays of addresses, one a token.
-    """
-    tile = np.empty((TILE_ROWS, TILE_WIDTH), np.float32)
-    n_tokens = x_at.size
+
+def float_rows(dequantize, block, block_bytes, rows, n_rows, row_bytes, n_in, x_at, n_tokens, out_at):
+    """out_at[t][r] = row r . x_at[t]; at x_at and out_at lie addresses, one a token, of floats."""
+    tile = np.empty((FLOAT_ROWS, FLOAT_WIDTH), np.float32)
+    for t in range(n_tokens):
+        for r in range(n_rows):
+            store(i64_at(out_at, 8 * t), 4 * r, np.float32(0))
+    for r in range(0, n_rows, FLOAT_ROWS):
+        n = min(FLOAT_ROWS, n_rows - r)
+        for k in range(0, n_in, FLOAT_WIDTH):
+            width = min(FLOAT_WIDTH, n_in - k)
+            for i in range(n):
+                call_block_function(dequantize, rows + (r + i) * row_bytes + k // block * block_bytes, width // block, address(tile[i]))
+            tile_products(address(tile), 4 * FLOAT_WIDTH, n, x_at, n_tokens, 4 * k, width, out_at, 4 * r)
+
+
+def word_rows(unpack, block, block_bytes, lows, rows, n_rows, row_bytes, n_in, x_at, x_step, n_tokens, out_at):
+    """out_at[t][r] = row r . the chunks at x_at[t], x_at[t] + x_step, ..."""
+    memory = np.empty(TILE_ROWS * CHUNK + TILE_ROWS // 16 * TILE + 128, np.uint8)
+    chunks = (address(memory) + 63) // 64 * 64
+    tiles = chunks + TILE_ROWS * CHUNK
+    products = np.empty((n_tokens, TILE_ROWS), np.float32)
     for r in range(0, n_rows, TILE_ROWS):
         n = min(TILE_ROWS, n_rows - r)
-        for k in range(0, n_in, TILE_WIDTH):
-            width = min(TILE_WIDTH, n_in - k)
+        products[:] = 0
+        for k in range(0, n_in, 256):
+            width = min(256, n_in - k)
             for i in range(n):
-                unpack(w, rows + (r + i) * row_bytes + k // w.block * w.block_bytes, width, address(tile[i]))
-            tile_products(address(tile), 4 * TILE_WIDTH, n, x_at, n_tokens, 4 * k, width, out_at, 4 * r)
+                chunk = chunks + i * CHUNK
+                call_word_function(unpack, (rows + (r + i) * row_bytes + k // block * block_bytes, width // block, chunk))
+                for j in range(width // 32, 8):
+                    store(chunk, SCALE + 4 * j, np.float32(0))
+                    store(chunk, LOW + 4 * j, np.float32(0))
+            for i in range(0, n, 16):
+                for column in range(0, CHUNK if lows == 16 else LOW_16, 64):
+                    turn_over(chunks + i * CHUNK + column, CHUNK, tiles + i // 16 * TILE + 16 * column)
+            tile_word_products(tiles, width // 32, 8 if lows == 8 else 0, 16 if lows == 16 else 0, x_at, n_tokens, k // 256 * x_step,
+                               address(products), 4 * TILE_ROWS)
+        for t in range(n_tokens):
+            out = i64_at(out_at, 8 * t)
+            for i in range(n):
+                store(out, 4 * (r + i), products[t, i])
+    keep(memory)
 
 
 @inner
@@ -36,26 +93,76 @@ def addresses(first, stride, n):
     return at
 
 
+@inner
+def rounded_room(w, n, n_in):
+    """Memory for n rows of activations as chunks: none for weights that are not quantized."""
+    return np.empty((n if w.dot else 0) * ((n_in + 255) // 256) * CHUNK, np.uint8)
+
+
+@inner
+def round_input(w, few, x, n, n_in, room, i):
+    """Row i of n activations at the address x into the room: rows of chunks for few tokens, the first chunks of all rows for many."""
+    if few:
+        call_word_function(w.round_row, (x, n_in, w.order, address(room) + i * (room.size // n), CHUNK))
+    else:
+        call_word_function(w.round_row, (x, n_in, 0, address(room) + i * CHUNK, n * CHUNK))
+
+
+@inner
+def rounded_addresses(few, room, n):
+    """Where rounded rows begin."""
+    return addresses(address(room), room.size // n if few else CHUNK, n)
+
+
+@inner
+def rows_times(w, few, rows, n_rows, n_in, x_at, x_step, out_at):
+    """out_at[t][r] = row r . x_at[t], for n_rows rows from the address `rows` on; x_at, out_at: int64 arrays of addresses."""
+    row_bytes = n_in // w.block * w.block_bytes
+    if w.dot == 0:
+        call_word_function(w.times, (w.dequantize, w.block, w.block_bytes, rows, n_rows, row_bytes, n_in, address(x_at), x_at.size, address(out_at)))
+    elif few:
+        for t in range(x_at.size):
+            call_word_function(w.dot, (rows, n_rows, n_in // w.block, x_at[t], out_at[t]))
+    else:
+        call_word_function(w.times, (w.unpack, w.block, w.block_bytes, w.lows, rows, n_rows, row_bytes, n_in, address(x_at), x_step, x_at.size,
+                                     address(out_at)))
+
+
 @kernel(parallel=True)
 def linear(out, w, x):
     n_out, row_bytes = w.data.shape
     n_tokens, n_in = x.shape
-    out[:] = 0
+    few, room = n_tokens <= FEW, rounded_room(w, n_tokens, n_in)
+    x_at = addresses(address(x), x.strides[0], n_tokens)
+    if w.dot:
+        if few:
+            for t in range(n_tokens):
+                round_input(w, few, x_at[t], n_tokens, n_in, room, t)
+        else:
+            for t in prange(n_tokens):
+                round_input(w, few, x_at[t], n_tokens, n_in, room, t)
+        x_at = rounded_addresses(few, room, n_tokens)
     for group in prange((n_out + GROUP - 1) // GROUP):
         r = group * GROUP
-        x_at = addresses(address(x), x.strides[0], n_tokens)
         out_at = addresses(address(out) + 4 * r, out.strides[0], n_tokens)
-        rows_times(w, address(w.data) + r * row_bytes, min(GROUP, n_out - r), row_bytes, n_in, x_at, out_at)
+        rows_times(w, few, address(w.data) + r * row_bytes, min(GROUP, n_out - r), n_in, x_at, n_tokens * CHUNK, out_at)
+    keep(room)
 
 
 @kernel(parallel=True)
 def head_linear(out, w, x):
     n_head, n_out, row_bytes = w.data.shape
     n_tokens, n_in = x.shape[0], x.shape[2]
+    few, room, n = n_tokens <= FEW, rounded_room(w, n_tokens * n_head, n_in), n_tokens * n_head
     groups = (n_out + GROUP - 1) // GROUP
-    out[:] = 0
+    if w.dot:
+        for i in prange(n):
+            round_input(w, few, address(x) + i // n_head * x.strides[0] + i % n_head * x.strides[1], n, n_in, room, i)
     for task in prange(n_head * groups):
         h, r = task // groups, task % groups * GROUP
         x_at = addresses(address(x) + h * x.strides[1], x.strides[0], n_tokens)
+        if w.dot:
+            x_at = rounded_addresses(few, room, n)[h::n_head].copy()
         out_at = addresses(address(out) + h * out.strides[1] + 4 * r, out.strides[0], n_tokens)
-        rows_times(w, address(w.data) + (h * n_out + r) * row_bytes, min(GROUP, n_out - r), row_bytes, n_in, x_at, out_at)
+        rows_times(w, few, address(w.data) + (h * n_out + r) * row_bytes, min(GROUP, n_out - r), n_in, x_at, n * CHUNK, out_at)
+    keep(room)

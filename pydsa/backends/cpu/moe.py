@@ -2,9 +2,11 @@
 import numpy as np
 from numba import prange
 
-from pydsa.backends.cpu.linear import GROUP, addresses, rows_times
-from pydsa.backends.cpu.simd import address, exp
+from pydsa.backends.cpu.linear import FEW, GROUP, addresses, round_input, rounded_addresses, rounded_room, rows_times
+from pydsa.backends.cpu.microkernels import address, exp, keep
+from pydsa.backends.cpu.rows import contiguous
 from pydsa.jit import inner, kernel
+from pydsa.quants.block import CHUNK
 
 
 @inner
@@ -80,39 +82,60 @@ def by_expert(ids, n_expert):
 @kernel(parallel=True)
 def moe_gate_up(out, x, ids, gate, up):
     n_expert, n_ff, row_bytes = gate.data.shape
-    n_in, n_used = x.shape[1], ids.shape[1]
+    n_tokens, n_in, n_used = x.shape[0], x.shape[1], ids.shape[1]
     pairs, start, busy = by_expert(ids, n_expert)
     groups = (n_ff + GROUP - 1) // GROUP
-    out[:] = 0
+    few, room_gate, room_up = n_tokens <= FEW, rounded_room(gate, n_tokens, n_in), rounded_room(up, n_tokens, n_in)
+    x_at = addresses(address(x), x.strides[0], n_tokens)
+    if gate.dot or up.dot:
+        for t in prange(n_tokens):
+            if gate.dot:
+                round_input(gate, few, address(x) + t * x.strides[0], n_tokens, n_in, room_gate, t)
+            if up.dot:
+                round_input(up, few, address(x) + t * x.strides[0], n_tokens, n_in, room_up, t)
+    gate_at = rounded_addresses(few, room_gate, n_tokens) if gate.dot else x_at
+    up_at = rounded_addresses(few, room_up, n_tokens) if up.dot else x_at
     for task in prange(busy.size * groups):
         expert, r = busy[task // groups], task % groups * GROUP
         mine, n = pairs[start[expert]:start[expert + 1]], min(GROUP, n_ff - r)
-        x_at = address(x) + mine // n_used * x.strides[0]
+        tokens = mine // n_used
         out_at = address(out) + mine * out.strides[1] + 4 * r
-        ups = np.zeros((mine.size, GROUP), np.float32)
-        rows_times(gate, address(gate.data[expert, r:]), n, row_bytes, n_in, x_at, out_at)
-        rows_times(up, address(up.data[expert, r:]), n, up.data.shape[2], n_in, x_at, addresses(address(ups), 4 * GROUP, mine.size))
+        ups = np.empty((mine.size, GROUP), np.float32)
+        rows_times(gate, few, address(gate.data[expert, r:]), n, n_in, gate_at[tokens], n_tokens * CHUNK, out_at)
+        rows_times(up, few, address(up.data[expert, r:]), n, n_in, up_at[tokens], n_tokens * CHUNK,
+                   addresses(address(ups), 4 * GROUP, mine.size))
         for i in range(mine.size):
-            hidden = out[mine[i] // n_used, mine[i] % n_used, r:r + n]
+            hidden = contiguous(out[mine[i] // n_used, mine[i] % n_used, r:r + n])
             for j in range(n):
                 hidden[j] *= ups[i, j] / (np.float32(1) + exp(-hidden[j]))
+    keep(room_gate)
+    keep(room_up)
 
 
 @kernel(parallel=True)
 def moe_down(out, hidden, ids, weights, down):
     n_expert, n_out, row_bytes = down.data.shape
-    n_ff, n_used = hidden.shape[2], ids.shape[1]
+    n_tokens, n_used, n_ff = hidden.shape
     pairs, start, busy = by_expert(ids, n_expert)
-    out[:] = 0
+    few, room, n_pairs = n_tokens <= FEW, rounded_room(down, n_tokens * n_used, n_ff), n_tokens * n_used
+    hidden_at = addresses(address(hidden), hidden.strides[1], n_pairs)
+    if down.dot:
+        for i in prange(n_pairs):
+            round_input(down, few, address(hidden) + i * hidden.strides[1], n_pairs, n_ff, room, i)
+        hidden_at = rounded_addresses(few, room, n_pairs)
     for group in prange((n_out + GROUP - 1) // GROUP):
         r = group * GROUP
         n = min(GROUP, n_out - r)
+        for t in range(n_tokens):
+            for j in range(n):
+                out[t, r + j] = 0
         for expert in busy:
             mine = pairs[start[expert]:start[expert + 1]]
-            part = np.zeros((mine.size, GROUP), np.float32)
-            rows_times(down, address(down.data[expert, r:]), n, row_bytes, n_ff, address(hidden) + mine * hidden.strides[1],
+            part = np.empty((mine.size, GROUP), np.float32)
+            rows_times(down, few, address(down.data[expert, r:]), n, n_ff, hidden_at[mine], n_pairs * CHUNK,
                        addresses(address(part), 4 * GROUP, mine.size))
             for i in range(mine.size):
                 t, weight = mine[i] // n_used, weights[mine[i] // n_used, mine[i] % n_used]
                 for j in range(n):
                     out[t, r + j] += weight * part[i, j]
+    keep(room)

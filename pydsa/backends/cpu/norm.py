@@ -1,7 +1,7 @@
 """Norms and the elementwise ops."""
 import numpy as np
 
-from pydsa.backends.cpu.simd import exp
+from pydsa.backends.cpu.microkernels import exp
 from pydsa.jit import kernel
 
 

@@ -4,16 +4,26 @@ from typing import NamedTuple
 import numpy as np
 from numba import carray
 
-from pydsa.backends.cpu.simd import address, floats_pointer
+from pydsa.backends.cpu.microkernels import address, floats_pointer
 from pydsa.jit import call_block_function, inner, kernel
 
 
 class Weight(NamedTuple):
-    """A tensor where it lies in the file: uint8 [n_rows, row_bytes] or [n, n_rows, row_bytes], and how to unpack it."""
+    """A tensor where it lies in the file: uint8 [n_rows, row_bytes] or [n, n_rows, row_bytes]; then what is known of its type.
+
+    All but the block's sizes and `lows` are addresses: of the type's functions and order (quants/block.py; 0 if it is not quantized), and
+    of the functions of linear.py that round activations and multiply rows.
+    """
     data: np.ndarray
-    dequantize: int     # a BlockFunction's address
     block: int          # elements in a block
     block_bytes: int
+    dequantize: int
+    unpack: int
+    dot: int
+    order: int
+    lows: int
+    round_row: int
+    times: int
 
 
 class CacheRows(NamedTuple):
