@@ -27,7 +27,7 @@ class Bench:
         self.tests = [(p, n, d) for d in n_depth for p, n in [(p, 0) for p in n_prompt if p] + [(0, n) for n in n_gen if n]]
         self.repetitions = repetitions
         if not self.tests:
-            raise PydsaError("There is nothing to time: give a prompt length (-p) or a number of tokens to generate (-n).")
+            raise PydsaError("There is nothing to time: give a prompt length (--n-prompt) or a number of tokens to generate (--n-gen).")
 
     @property
     def n_ctx(self):

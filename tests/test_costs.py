@@ -38,6 +38,11 @@ def test_bytes_of_a_token(small_model, load, attention, n_past, floats, cache):
     assert bytes_per_token(model, n_past) == 4 * floats + 3 * cache
 
 
+def test_layers_that_share_a_choice_have_no_indexer(small_model, load):
+    model = load(small_model(arch="glm-dsa", indexer_types="FSF"), device="reference", kv_type="f16", attention="sparse")
+    assert bytes_per_token(model, 50) == 4 * (FLOATS + 2 * INDEXER) + 3 * 12 * LATENT + 2 * 51 * KEY
+
+
 def test_a_matrix_that_is_embedding_and_output_is_read_once(small_model, load):
     model = load(small_model(tied_output=True), device="reference", kv_type="f16", attention="dense")
     assert bytes_per_token(model, 50) == 4 * (FLOATS - 72) + 3 * 51 * LATENT
