@@ -9,11 +9,11 @@ from numba import prange
 
 from pydsa.backends.cpu.linear import addresses
 from pydsa.backends.cpu.simd import address, tile_products
-from pydsa.jit import kernel
+from pydsa.jit import inner, kernel
 
 N_BYTES = 1 << 29       # of the array that is read: beyond most caches, though not all (480 MiB are seen on servers)
 BLOCK = 1 << 17         # words of 8 bytes that a thread takes at a time
-PASSES = 5              # the best counts
+PASSES = 10             # the best counts
 ROWS, VECTORS, WIDTH = 4, 8, 512        # 24 KiB of floats
 REPEATS = 20_000        # of the products of ROWS with VECTORS: 8 ms at 80 GFLOP/s
 
@@ -40,10 +40,16 @@ def fill(words):
 def read(sums, words):
     """sums[i] = the sum of block i, which is a way to read it that the compiler cannot leave out"""
     for i in prange(sums.size):
-        total = np.uint64(0)
-        for j in range(i * BLOCK, (i + 1) * BLOCK):
-            total += words[j]
-        sums[i] = total
+        sums[i] = block_sum(words[i * BLOCK:(i + 1) * BLOCK])
+
+
+@inner
+def block_sum(block):
+    """Of a slice, whose loop becomes vectors: one that counts through `words` itself reads a third as fast from the second-level cache."""
+    total = np.uint64(0)
+    for j in range(block.size):
+        total += block[j]
+    return total
 
 
 @kernel(parallel=True)
@@ -51,10 +57,10 @@ def float_products(sums, repeats):
     """tile_products, `repeats` times on each of sums.size threads -> how many operations these were."""
     for i in prange(sums.size):
         rows, x, out = np.ones((ROWS, WIDTH), np.float32), np.ones((VECTORS, WIDTH), np.float32), np.zeros((VECTORS, ROWS), np.float32)
+        x_at, out_at = addresses(address(x), 4 * WIDTH, VECTORS), addresses(address(out), 4 * ROWS, VECTORS)
         for _ in range(repeats):
-            x_at, out_at = addresses(address(x), 4 * WIDTH, VECTORS), addresses(address(out), 4 * ROWS, VECTORS)
             tile_products(address(rows), 4 * WIDTH, ROWS, x_at, VECTORS, 0, WIDTH, out_at, 0)
-        sums[i] = out.sum()
+        sums[i] = out.sum() * x[0, 0]       # one: x must live until here, since nothing but its address is used above
     return sums.size * repeats * 2 * ROWS * VECTORS * WIDTH
 
 
