@@ -1,5 +1,9 @@
-"""Timings: prompts and generation at several depths of the context, in the terms of llama-bench, and op by op."""
+"""Timings: prompts and generation at several depths of the context, in the terms of llama-bench, and op by op.
+
+Beside them stands what is possible: bandwidth and peak rate of the machine, measured with the threads that the model uses.
+"""
 import csv
+import functools
 import io
 import json
 import statistics
@@ -7,10 +11,13 @@ import time
 
 import numpy as np
 
+from pydsa.costs import Step, node_cost, step_cost, total
 from pydsa.errors import PydsaError
 from pydsa.report import count, size
 
 SEED = 1        # of the random tokens that are run
+NO_LIMITS = dict.fromkeys(("bytes_per_token", "bandwidth_gbs", "limit_ts", "share_of_limit"))
+NO_RATES = dict.fromkeys(("bytes", "operations", "gbs", "gops", "bandwidth_gbs", "peak_gops", "share_of_ceiling"))
 
 
 class Bench:
@@ -20,7 +27,7 @@ class Bench:
         self.tests = [(p, n, d) for d in n_depth for p, n in [(p, 0) for p in n_prompt if p] + [(0, n) for n in n_gen if n]]
         self.repetitions = repetitions
         if not self.tests:
-            raise PydsaError("There is nothing to time: give a prompt length (-p) or a number of tokens to generate (-n).")
+            raise PydsaError("There is nothing to time: give a prompt length (--n-prompt) or a number of tokens to generate (--n-gen).")
 
     @property
     def n_ctx(self):
@@ -28,20 +35,27 @@ class Bench:
         return max(p + n + d for p, n, d in self.tests)
 
     def run(self, model, progress=None):
-        """Yield one row a test; avg_ts and stddev_ts are tokens per second over the repetitions, after one that is not counted."""
-        total = len(self.tests) * (self.repetitions + 1)
+        """Yield one row a test; avg_ts and stddev_ts are tokens per second over the repetitions, after one that is not counted.
+
+        Of generation also bytes_per_token, the bandwidth_gbs of the memory (1e9 bytes a second), limit_ts, the tokens per second at
+        which that would be all in use, and share_of_limit, avg_ts / limit_ts, which can pass 1 if the model fits in the caches.
+        They are None for prompts and on the reference.
+        """
+        n_runs = len(self.tests) * (self.repetitions + 1)
         session, done = model.session(), 0
         for n_prompt, n_gen, n_depth in self.tests:
-            ids = _random_ids(model, self.n_ctx)
+            ids = random_ids(model, self.n_ctx)
+            ceilings = _ceilings(model.backend, model.threads) if n_gen else None
             seconds = []
-            _reach_depth(session, ids, n_depth)
+            reach_depth(session, ids, n_depth)
             for i in range(self.repetitions + 1):
                 if progress is not None:
-                    progress(done, total, test_name(n_prompt, n_gen, n_depth))
+                    progress(done, n_runs, test_name(n_prompt, n_gen, n_depth))
                 done += 1
                 session.truncate(n_depth)
-                seconds.append(_time_test(session, ids[n_depth:], n_prompt, n_gen))
-            yield self._row(model, n_prompt, n_gen, n_depth, seconds[1:])
+                seconds.append(time_test(session, ids[n_depth:], n_prompt, n_gen))
+            row = self._row(model, n_prompt, n_gen, n_depth, seconds[1:])
+            yield row | (_limits(model, ceilings, n_gen, n_depth, row["avg_ts"]) if ceilings else NO_LIMITS)
 
     def _row(self, model, n_prompt, n_gen, n_depth, seconds):
         speeds = [(n_prompt + n_gen) / s for s in seconds]
@@ -55,22 +69,59 @@ class Bench:
             "avg_ts": statistics.mean(speeds), "stddev_ts": _deviation(speeds), "samples_ns": nanoseconds, "samples_ts": speeds}
 
     def ops(self, model, progress=None):
-        """Yield a row for each op of one step of each test: calls, microseconds (the best of the repetitions), share of the step."""
+        """Yield a row for each op of one step of each test: calls, microseconds (the best of the repetitions), share of the step.
+
+        Also what it reads and computes at least (costs.py) and at what rates: gbs, 1e9 bytes a second, and gops, 1e9 operations.
+        share_of_ceiling is the time that bandwidth_gbs and peak_gops allow for that, over the time it took. It can pass 1 where the
+        bytes are intermediate values, which may lie in the caches. All of this is None on the reference. The time of get_rows, the first
+        op, has in it what a step needs to begin.
+        """
         for n_prompt, n_gen, n_depth in self.tests:
-            session, ids = model.session(), _random_ids(model, self.n_ctx)
-            _reach_depth(session, ids, n_depth)
+            session, ids = model.session(), random_ids(model, self.n_ctx)
+            ceilings = _ceilings(model.backend, model.threads)
+            reach_depth(session, ids, n_depth)
             n_tokens = min(n_prompt, model.n_ubatch) or 1
-            best = {}
-            for i in range(self.repetitions + 1):
+            step_ids = ids[n_depth:n_depth + n_tokens]
+            costs, best = _op_costs(session, step_ids), {}      # a run that is not timed
+            for i in range(self.repetitions):
                 if progress is not None:
-                    progress(i, self.repetitions + 1, test_name(n_prompt, n_gen, n_depth))
+                    progress(i, self.repetitions, test_name(n_prompt, n_gen, n_depth))
                 session.truncate(n_depth)
-                for op, (calls, seconds) in _time_ops(session, ids[n_depth:n_depth + n_tokens]).items():
+                for op, (calls, seconds) in _time_ops(session, step_ids).items():
                     best[op] = calls, min(seconds, best.get(op, (0, seconds))[1])
             whole = sum(seconds for _, seconds in best.values())
             for op, (calls, seconds) in sorted(best.items(), key=lambda item: -item[1][1]):
                 yield {"n_tokens": n_tokens, "n_depth": n_depth, "attention": model.attention, "op": op, "calls": calls,
-                       "us": seconds * 1e6, "share": seconds / whole}
+                       "us": seconds * 1e6, "share": seconds / whole} | (_rates(ceilings, costs[op], seconds) if ceilings else NO_RATES)
+
+
+@functools.cache
+def _ceilings(backend, threads):
+    """What the backend can do at most with so many threads, measured once; None on the reference."""
+    backend.set_threads(threads)
+    return backend.measure_ceilings()
+
+
+def _limits(model, ceilings, n_gen, n_depth, speed):
+    """The columns of NO_LIMITS for n_gen tokens that were generated at `speed` tokens per second."""
+    n_bytes = round(statistics.mean(bytes_per_token(model, n_depth + i) for i in range(n_gen)))
+    limit = ceilings.bandwidth / n_bytes
+    return {"bytes_per_token": n_bytes, "bandwidth_gbs": ceilings.bandwidth / 1e9, "limit_ts": limit, "share_of_limit": speed / limit}
+
+
+def bytes_per_token(model, n_past):
+    """Bytes of weights and caches that must be read to decode the token after n_past others."""
+    nodes = model.plan.plans[model.path(n_past + 1)].graph.nodes
+    cost = step_cost(nodes, Step(1, n_past, model.plan.cache_row_bytes))
+    return cost.weights + cost.cache
+
+
+def _rates(ceilings, cost, seconds):
+    """The columns of NO_RATES for an op that took so long."""
+    shortest = max(cost.n_bytes / ceilings.bandwidth, cost.operations / ceilings.peak)
+    return {"bytes": cost.n_bytes, "operations": cost.operations, "gbs": cost.n_bytes / seconds / 1e9,
+            "gops": cost.operations / seconds / 1e9, "bandwidth_gbs": ceilings.bandwidth / 1e9, "peak_gops": ceilings.peak / 1e9,
+            "share_of_ceiling": shortest / seconds}
 
 
 def test_name(n_prompt, n_gen, n_depth):
@@ -78,23 +129,43 @@ def test_name(n_prompt, n_gen, n_depth):
     return (f"pp{n_prompt}" if n_prompt else f"tg{n_gen}") + (f" @ d{n_depth}" if n_depth else "")
 
 
-def _random_ids(model, n):
+def random_ids(model, n):
+    """The tokens that are run, the same every time."""
     return np.random.default_rng(SEED).integers(0, model.config.n_vocab, n)
 
 
-def _reach_depth(session, ids, n_depth):
+def reach_depth(session, ids, n_depth):
+    """Let the session have exactly the first n_depth of ids."""
     session.truncate(min(session.n_past, n_depth))
     if session.n_past < n_depth:
         session.prefill(ids[session.n_past:n_depth])
 
 
-def _time_test(session, ids, n_prompt, n_gen):
+def time_test(session, ids, n_prompt, n_gen):
+    """Seconds for a prompt of n_prompt tokens, then n_gen single ones."""
     start = time.perf_counter()
     if n_prompt:
         session.prefill(ids[:n_prompt])
     for token in ids[n_prompt:n_prompt + n_gen]:
         session.decode(token)
     return time.perf_counter() - start
+
+
+def _op_costs(session, ids):
+    """{op: Cost} of one step, which is run to see how many experts its tokens choose."""
+    nodes, experts = [], {}
+
+    def observe(node, arrays):
+        nodes.append(node)
+        if node.op == "moe_route":
+            experts[node.args[0]] = np.unique(arrays[0]).size
+
+    step = Step(len(ids), session.n_past, session.model.plan.cache_row_bytes, experts)
+    session.prefill(ids, observe=observe)
+    costs = {}
+    for node in nodes:
+        costs.setdefault(node.op, []).append(node_cost(node, step))
+    return {op: total(parts) for op, parts in costs.items()}
 
 
 def _time_ops(session, ids):
@@ -132,13 +203,27 @@ def format_rows(rows, form):
 
 
 def _for_people(row):
-    """The columns of llama-bench for a timing; any other row as it is, numbers shortened."""
+    """The columns of llama-bench and the limit for a timing, rates for an op; any other row as it is. Numbers are shortened."""
+    if "share_of_ceiling" in row:
+        keys = {"gbs": "GB/s", "gops": "GOP/s", "share_of_ceiling": "of ceiling"}
+        left_out = ("bytes", "operations", "bandwidth_gbs", "peak_gops")
+        return {keys.get(key, key): _short(value) for key, value in row.items() if key not in left_out}
     if "avg_ts" not in row:
-        return {key: f"{value:.3g}" if isinstance(value, float) else str(value) for key, value in row.items()}
+        return {key: _short(value) for key, value in row.items()}
+    megabytes = row["bytes_per_token"] and row["bytes_per_token"] / 1e6
+    share = row["share_of_limit"]
     return {"model": f"{row['model_arch']} {row['model_type']}", "size": size(row["model_size"]),
             "params": count(row["model_n_params"]), "backend": row["backend"], "threads": str(row["n_threads"]),
             "kv": row["type_k"], "attention": row["attention"], "test": test_name(row["n_prompt"], row["n_gen"], row["n_depth"]),
-            "t/s": f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}"}
+            "t/s": f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}", "MB/token": _short(megabytes), "limit t/s": _short(row["limit_ts"]),
+            "share": "-" if share is None else f"{share:.0%}"}
+
+
+def _short(value):
+    """A value of a row in a table: "-" for None."""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return "-" if value is None else str(value)
 
 
 def markdown(rows):
@@ -148,7 +233,7 @@ def markdown(rows):
     from rich.table import Table
     table = Table(box=MARKDOWN)
     for name in rows[0] if rows else []:
-        number = all(row[name][:1].isdigit() for row in rows)
+        number = all(row[name][:1].isdigit() or row[name] == "-" for row in rows)
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row.values())

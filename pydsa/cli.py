@@ -288,9 +288,12 @@ def answer(model, writer, messages, think):
 @click.option("--attention", default="auto", show_default=True, help="One or more of auto, sparse, masked, dense, e.g. sparse,masked.")
 @click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", show_default=True,
               help="Form of the table.")
-@click.option("--ops", is_flag=True, help="Show instead where the time of one step goes, op by op.")
+@click.option("--ops", is_flag=True, help="Show instead where the time of one step goes, op by op, and what the machine would allow.")
 def bench(model, n_prompt, n_gen, n_depth, repetitions, threads, output, ops, attention, **settings):
-    """Time prompts (pp) and generation (tg), as llama-bench does."""
+    """Time prompts (pp) and generation (tg), as llama-bench does.
+
+    For generation also: the bytes that a token must read, and the speed at which that takes all of the memory's bandwidth.
+    """
     from pydsa.bench import Bench, format_rows
     tests = Bench(comma_numbers("-p", n_prompt), comma_numbers("-n", n_gen), comma_numbers("-d", n_depth), repetitions)
     rows = []

@@ -115,10 +115,15 @@ class ModelPlan:
         return max(sizes, key=sizes.get)
 
     @property
+    def cache_row_bytes(self):
+        """Bytes that a token takes in each cache."""
+        kind = next(kind for kind in GGML_TYPES.values() if kind.name == KV_TYPES[self.kv_type])
+        return {ref: width // kind.block * kind.n_bytes for ref, width in self.cache_widths.items()}
+
+    @property
     def cache_bytes(self):
         """Bytes of one session's caches when its context is full."""
-        kind = next(kind for kind in GGML_TYPES.values() if kind.name == KV_TYPES[self.kv_type])
-        return self.n_ctx * sum(width // kind.block * kind.n_bytes for width in self.cache_widths.values())
+        return self.n_ctx * sum(self.cache_row_bytes.values())
 
     @property
     def scratch_bytes(self):

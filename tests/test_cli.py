@@ -97,6 +97,14 @@ def test_bench_rows(model):
     for row in rows:
         assert row["avg_ts"] > 0 and row["stddev_ts"] >= 0 and len(row["samples_ts"]) == 2
         assert row["avg_ts"] == pytest.approx(sum(row["samples_ts"]) / 2)
+        limits = [row[key] for key in ("bytes_per_token", "bandwidth_gbs", "limit_ts", "share_of_limit")]
+        if row["n_prompt"]:
+            assert limits == [None] * 4
+        else:
+            n_bytes, bandwidth, limit, share = limits
+            assert limit == pytest.approx(bandwidth * 1e9 / n_bytes) and share == pytest.approx(row["avg_ts"] / limit)
+    shallow, deep = ([r["bytes_per_token"] for r in rows if r["n_gen"] and r["n_depth"] == depth] for depth in (0, 70))
+    assert 1e6 < max(shallow) < min(deep) and deep[0] < deep[1]     # sparse attention reads less of the cache than masked
 
 
 def test_bench_forms(model):
@@ -105,6 +113,10 @@ def test_bench_forms(model):
     assert len(table) == 3 and table[0].startswith("| model") and "pp8" in table[2] and "±" in table[2]
     assert pydsa(*args, "csv").stdout.splitlines()[0].startswith("model_filename,")
     assert json.loads(pydsa(*args, "jsonl").stdout)["n_prompt"] == 8
+    head, _, prompt, generation = ([cell.strip() for cell in line.split("|")[1:-1]] for line in
+                                   pydsa("bench", model, "-t", 1, "-p", 8, "-n", 2, "-r", 1).stdout.splitlines())
+    assert head[-3:] == ["MB/token", "limit t/s", "share"] and prompt[-3:] == ["-"] * 3
+    assert [bool(re.fullmatch(r"[\d.]+%?", cell)) for cell in generation[-3:]] == [True] * 3
 
 
 def test_bench_ops(model):
@@ -112,6 +124,22 @@ def test_bench_ops(model):
     assert {"linear", "indexer_select", "sparse_attention", "moe_down"} <= {row["op"] for row in rows}
     for n_tokens in (1, 8):
         assert sum(row["share"] for row in rows if row["n_tokens"] == n_tokens) == pytest.approx(1)
+    for row in rows:
+        seconds = row["us"] / 1e6
+        assert row["bytes"] > 0 and row["gbs"] == pytest.approx(row["bytes"] / seconds / 1e9)
+        assert row["gops"] == pytest.approx(row["operations"] / seconds / 1e9)
+        assert row["share_of_ceiling"] == pytest.approx(max(row["gbs"] / row["bandwidth_gbs"], row["gops"] / row["peak_gops"]))
+    table = pydsa("bench", model, "-t", 1, "-p", 0, "-n", 1, "-r", 1, "--ops").stdout
+    assert re.match(r"\| n_tokens \| .* us \| +share \| +GB/s \| GOP/s \| of ceiling \|\n", table)
+
+
+def test_the_reference_has_no_limits(model):
+    args = ("bench", model, "-p", 2, "-n", 1, "-r", 1, "--device", "reference")
+    for row in json.loads(pydsa(*args, "-o", "json").stdout):
+        assert {row[key] for key in ("bytes_per_token", "bandwidth_gbs", "limit_ts", "share_of_limit")} == {None}
+    for row in json.loads(pydsa(*args, "--ops", "-o", "json").stdout):
+        assert row["us"] > 0 and {row[key] for key in ("bytes", "gbs", "gops", "peak_gops", "share_of_ceiling")} == {None}
+    assert pydsa(*args).stdout.splitlines()[3].replace(" ", "").endswith("|-|-|-|")
 
 
 def test_info(golden):

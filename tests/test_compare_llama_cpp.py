@@ -1,12 +1,16 @@
 """The comparison with llama.cpp: its measures, its messages, and, where llama-cpp-python is installed, itself."""
 
+import re
 import sys
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from pydsa.bench import Bench, reach_depth
+from tools import llama_cpp_speed
 from tools.compare_llama_cpp import LlamaCpp, continuation, differences, main, perplexity
+from tools.llama_cpp_speed import LlamaSession, best_seconds, compare_speed, conditions
 from tools.make_model import ModelSpec, make_model
 
 ARCHITECTURES = ["deepseek32", "glm-dsa", "deepseek2"]
@@ -50,6 +54,60 @@ def test_missing_package(tmp_path, monkeypatch):
     assert result.output == "llama-cpp-python is not installed: pip install llama-cpp-python, then run this again.\n"
 
 
+@pytest.mark.parametrize("args, message", [
+    (["--speed", "-l", "9"], "--length has no use with --speed."),
+    (["--n-depth", "9"], "--n-depth needs --speed."),
+    (["--repack"], "--repack needs --speed."),
+])
+def test_options_of_the_other_comparison(tmp_path, args, message):
+    (tmp_path / "model.gguf").touch()
+    result = CliRunner().invoke(main, [str(tmp_path / "model.gguf"), *args])
+    assert (result.exit_code, result.output) == (2, message + "\n")
+
+
+class Recorder:
+    """A session that remembers what it was asked."""
+
+    def __init__(self, name, calls):
+        self.name, self.calls, self.n_past = name, calls, 0
+
+    def truncate(self, n):
+        self.n_past = n
+
+    def prefill(self, ids):
+        self.calls.append(f"{self.name}{self.n_past}+{len(ids)}")
+        self.n_past += len(ids)
+
+    def decode(self, token):
+        self.prefill([token])
+
+
+def test_engines_take_turns():
+    calls, ids = [], np.arange(20)
+    best_seconds([Recorder("p", calls), Recorder("l", calls)], ids, (4, 0, 6), 2)
+    assert calls == ["p0+6", "l0+6"] + ["p6+4", "l6+4"] * 3      # the depth; then a warm-up and two that count
+    calls.clear()
+    best_seconds([Recorder("p", calls), Recorder("l", calls)], ids, (0, 2, 0), 1)
+    assert calls == ["p0+1", "p1+1", "l0+1", "l1+1"] * 2
+
+
+def test_the_best_time_counts_and_the_first_does_not(load, small_model, monkeypatch):
+    seconds = iter([1.0, 0.5, 8.0, 4.0, 2.0, 5.0])       # by turns
+    monkeypatch.setattr(llama_cpp_speed, "time_test", lambda *args: next(seconds))
+    monkeypatch.setattr(llama_cpp_speed, "LlamaSession", lambda peer: Recorder("l", []))
+    rows = list(compare_speed(load(small_model(), device="reference"), None, Bench([16], [], [0], 2)))
+    assert rows == [{"test": "pp16", "pydsa t/s": "8.00", "llama.cpp t/s": "4.00", "ratio": "2.00"}]
+
+
+def test_conditions(load, small_model, monkeypatch):
+    monkeypatch.setattr(llama_cpp_speed, "version", lambda name: f"1.{len(name)}")
+    model = load(small_model())
+    line = conditions(model, repack=False)
+    assert re.match(r".+; 1 thread; pydsa \d.*, numba 1.5, llama-cpp-python 1.16; model.gguf, [\d.]+ [KM]iB, F32; f16 caches", line)
+    assert line.endswith("without repacked weights (use_extra_bufts off).") and "\n" not in line
+    assert conditions(model, repack=True).endswith("with repacked weights (use_extra_bufts on).")
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kind", ["F32", "Q4_K_M"])
 def test_llama_cpp_agrees_with_itself(tmp_path, arch, kind):
@@ -83,3 +141,39 @@ def test_pydsa_agrees_with_llama_cpp(tmp_path, arch):
     result = CliRunner().invoke(main, [str(path), "-l", "150", "-n", "8", "-t", "2"])
     assert result.exit_code == 0, result.output
     assert "150 of 150 positions (100.0%)" in result.output and "differs from" not in result.output
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_speed(tmp_path, arch):
+    pytest.importorskip("llama_cpp")
+    path = make_model(tmp_path / "model.gguf", ModelSpec(arch=arch))
+    lists = ("--n-prompt", "8,4", "--n-gen", "3", "--n-depth", "0,70")
+    result = CliRunner().invoke(main, [str(path), "--speed", *lists, "-r", "1", "-t", "1"])
+    assert result.exit_code == 0, result.output
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.output.splitlines() if line.startswith("|")]
+    assert rows[0] == ["test", "pydsa t/s", "llama.cpp t/s", "ratio"]
+    assert [row[0] for row in rows[2:]] == ["pp8", "pp4", "tg3", "pp8 @ d70", "pp4 @ d70", "tg3 @ d70"]
+    assert all(float(cell) > 0 for row in rows[2:] for cell in row[1:3])
+    assert result.output.rstrip().endswith("without repacked weights (use_extra_bufts off).")
+
+
+def test_a_llama_session_goes_back(tmp_path):
+    """After a detour the same tokens give the same logits, so truncate leaves nothing behind."""
+    pytest.importorskip("llama_cpp")
+    peer = LlamaCpp(make_model(tmp_path / "model.gguf", ModelSpec(type="F32")), 256, threads=1, fast=True)
+    session, ids = LlamaSession(peer), np.random.default_rng(0).integers(3, 500, 120)
+
+    def logits():
+        return np.ctypeslib.as_array(peer.api.llama_get_logits_ith(peer.context, -1), (peer.n_vocab,)).copy()
+
+    reach_depth(session, ids, 100)
+    session.decode(ids[100])
+    expected = logits()
+    session.truncate(80)
+    session.prefill(ids[60:80])
+    session.decode(ids[3])
+    reach_depth(session, ids, 80)
+    reach_depth(session, ids, 100)
+    session.decode(ids[100])
+    assert session.n_past == 101
+    assert differences(logits()[None], expected[None])["NMSE"] < 1e-4

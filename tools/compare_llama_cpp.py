@@ -1,9 +1,11 @@
-"""Compare pydsa's logits with llama.cpp's, position by position, and the text that both go on with.
+"""Compare pydsa's logits with llama.cpp's, position by position, and the text that both go on with; or the speed.
 
     python tools/compare_llama_cpp.py model.gguf
     python tools/compare_llama_cpp.py model.gguf -f chapter.txt -l 2048 -n 64
+    python tools/compare_llama_cpp.py model.gguf --speed --n-prompt 512 --n-gen 64 --n-depth 0,4096
 
-Needs llama-cpp-python (pydsa's extra `peer`) with a llama.cpp that knows the architecture. Both keep float32 caches.
+Needs llama-cpp-python (pydsa's extra `peer`) with a llama.cpp that knows the architecture. Both keep float32 caches
+when logits are compared, and float16 caches for speed; there llama.cpp has flash attention.
 The error is the normalised squared error, NMSE = sum((a - b)^2) / sum(b^2), with b from llama.cpp. With F32 weights
 expect 1e-8 or less; with quantized ones llama.cpp rounds activations to 8 bits: 0.001 to 0.01 on random models.
 """
@@ -21,9 +23,13 @@ UBATCH = 512
 
 
 class LlamaCpp:
-    """A model in llama.cpp on the CPU, by its C interface: float32 caches and weights as they lie in the file."""
+    """A model in llama.cpp on the CPU, by its C interface.
 
-    def __init__(self, path, n_ctx, threads=None):
+    float32 caches, or, if it is to be fast, float16 caches and flash attention. Weights as they lie in the file, unless
+    repack lets llama.cpp choose: its kernels for repacked weights crash on some CPUs (seen with AMX).
+    """
+
+    def __init__(self, path, n_ctx, threads=None, fast=False, repack=False):
         import llama_cpp
         self.api = llama_cpp
         self.log = []
@@ -33,13 +39,13 @@ class LlamaCpp:
 
         options = llama_cpp.llama_model_default_params()
         options.n_gpu_layers = 0
-        options.use_extra_bufts = False    # the kernels for repacked weights crash on these models (seen with AMX)
+        options.use_extra_bufts = repack
         self.model = self.opened(llama_cpp.llama_model_load_from_file(str(path).encode(), options), path)
         options = llama_cpp.llama_context_default_params()
         options.n_ctx = options.n_batch = n_ctx
         options.n_ubatch = min(n_ctx, UBATCH)
-        options.type_k = options.type_v = 0    # GGML_TYPE_F32
-        options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        options.type_k = options.type_v = int(fast)    # GGML_TYPE_F32 is 0, GGML_TYPE_F16 is 1
+        options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if fast else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if threads:
             options.n_threads = options.n_threads_batch = threads
         self.context = self.opened(llama_cpp.llama_init_from_model(self.model, options), path)
@@ -139,6 +145,11 @@ def fail(message):
     sys.exit(2)
 
 
+def options_of(speed):
+    """The names of the options that belong to --speed, or those that belong to the comparison of logits."""
+    return ("n_prompt", "n_gen", "n_depth", "repetitions", "repack") if speed else ("prompt", "file", "length", "n_predict")
+
+
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("model_path", metavar="MODEL", type=click.Path(exists=True, dir_okay=False))
 @click.option("-p", "--prompt", help="text to compare on  [a page of Python's documentation]")
@@ -146,28 +157,59 @@ def fail(message):
 @click.option("-l", "--length", type=click.IntRange(2), default=256, help="tokens of the text to use  [256]")
 @click.option("-n", "--n-predict", type=click.IntRange(0), default=24, help="tokens to go on with  [24]")
 @click.option("-t", "--threads", type=click.IntRange(1), help="threads of both")
-def main(model_path, prompt, file, length, n_predict, threads):
+@click.option("--speed", is_flag=True, help="compare the speed; the options below are for this")
+@click.option("--n-prompt", default="512", help="prompt lengths to time, with commas between; 0: none  [512]")
+@click.option("--n-gen", default="64", help="numbers of tokens to generate; 0: none  [64]")
+@click.option("--n-depth", default="0", help="tokens that are in the context already  [0]")
+@click.option("-r", "--repetitions", type=click.IntRange(1), default=3, help="times that each test runs; the best counts  [3]")
+@click.option("--repack", is_flag=True, help="let llama.cpp repack weights, which crashes on some CPUs")
+@click.pass_context
+def main(context, model_path, threads, speed, **options):
+    strangers = [name for name in options_of(not speed) if context.get_parameter_source(name).name == "COMMANDLINE"]
+    if strangers:
+        fail(f"--{strangers[0].replace('_', '-')} {'has no use with' if speed else 'needs'} --speed.")
     try:
         import llama_cpp  # noqa: F401
     except ImportError:
         fail("llama-cpp-python is not installed: pip install llama-cpp-python, then run this again.")
+    import pydsa
+
+    compare = compare_speeds if speed else compare_logits
+    try:
+        compare(model_path, threads, **{name: options[name] for name in options_of(speed)})
+    except (pydsa.PydsaError, RuntimeError) as error:
+        fail(str(error))
+
+
+def compare_speeds(model_path, threads, n_prompt, n_gen, n_depth, repetitions, repack):
+    import pydsa
+    from pydsa.bench import Bench, markdown
+    from pydsa.cli import comma_numbers
+    from tools.llama_cpp_speed import compare_speed, conditions
+
+    lists = {"--n-prompt": n_prompt, "--n-gen": n_gen, "--n-depth": n_depth}
+    bench = Bench(*(comma_numbers(name, text) for name, text in lists.items()), repetitions)
+    model = pydsa.load(model_path, n_ctx=bench.n_ctx, threads=threads, n_ubatch=UBATCH)
+    peer = LlamaCpp(model_path, -(-bench.n_ctx // 256) * 256, model.threads, fast=True, repack=repack)
+    rows = list(compare_speed(model, peer, bench))
+    click.echo(f"{markdown(rows)}\n{conditions(model, repack)}")
+
+
+def compare_logits(model_path, threads, prompt, file, length, n_predict):
     from pydoc_data.topics import topics
     from rich.console import Console
 
     import pydsa
 
     text = file.read() if file else topics["import"] if prompt is None else prompt
-    try:
-        ids = list(pydsa.load_tokenizer(model_path).encode(text, add_bos=True))[:length]
-        if len(ids) < 2:
-            fail("The text gives fewer than two tokens: nothing to compare.")
-        n_ctx = -(-(len(ids) + n_predict) // 256) * 256
-        model = pydsa.load(model_path, n_ctx=n_ctx, threads=threads, kv_type="f32")
-        peer = LlamaCpp(model_path, n_ctx, threads)
-        ours, our_picked = run_pydsa(model, ids, n_predict)
-        theirs, their_picked = peer.run(ids, n_predict)
-    except (pydsa.PydsaError, RuntimeError) as error:
-        fail(str(error))
+    ids = list(pydsa.load_tokenizer(model_path).encode(text, add_bos=True))[:length]
+    if len(ids) < 2:
+        fail("The text gives fewer than two tokens: nothing to compare.")
+    n_ctx = -(-(len(ids) + n_predict) // 256) * 256
+    model = pydsa.load(model_path, n_ctx=n_ctx, threads=threads, kv_type="f32")
+    peer = LlamaCpp(model_path, n_ctx, threads)
+    ours, our_picked = run_pydsa(model, ids, n_predict)
+    theirs, their_picked = peer.run(ids, n_predict)
     if peer.tokenize(text)[:length] != ids:
         click.echo("The tokenizers differ on this text; both engines got pydsa's tokens.", err=True)
     texts = continuation(model, our_picked, their_picked), continuation(model, their_picked, our_picked)

@@ -1,0 +1,93 @@
+"""What this machine can do at most, measured: bytes a second from memory, operations a second on data in the first-level cache."""
+import time
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import psutil
+from numba import prange
+
+from pydsa.backends.cpu.linear import addresses
+from pydsa.backends.cpu.simd import address, tile_products
+from pydsa.jit import inner, kernel
+
+N_BYTES = 1 << 29       # of the array that is read: beyond most caches, though not all (480 MiB are seen on servers)
+BLOCK = 1 << 17         # words of 8 bytes that a thread takes at a time
+PASSES = 10             # the best counts
+ROWS, VECTORS, WIDTH = 4, 8, 512        # 24 KiB of floats
+REPEATS = 20_000        # of the products of ROWS with VECTORS: 8 ms at 80 GFLOP/s
+
+
+class Ceilings(NamedTuple):
+    """Of the threads that were set when it was measured."""
+    bandwidth: float    # bytes a second
+    peaks: dict         # kind of product -> operations a second, a multiplication and an addition being two
+
+    @property
+    def peak(self):
+        """Operations a second of the fastest kind."""
+        return max(self.peaks.values())
+
+
+@kernel(parallel=True)
+def fill(words):
+    """Write every block by the thread that will read it: the system places memory near the thread that writes it first."""
+    for i in prange(words.size // BLOCK):
+        words[i * BLOCK:(i + 1) * BLOCK] = i
+
+
+@kernel(parallel=True)
+def read(sums, words):
+    """sums[i] = the sum of block i, which is a way to read it that the compiler cannot leave out"""
+    for i in prange(sums.size):
+        sums[i] = block_sum(words[i * BLOCK:(i + 1) * BLOCK])
+
+
+@inner
+def block_sum(block):
+    """Of a slice, whose loop becomes vectors: one that counts through `words` itself reads a third as fast from the second-level cache."""
+    total = np.uint64(0)
+    for j in range(block.size):
+        total += block[j]
+    return total
+
+
+@kernel(parallel=True)
+def float_products(sums, repeats):
+    """tile_products, `repeats` times on each of sums.size threads -> how many operations these were."""
+    for i in prange(sums.size):
+        rows, x, out = np.ones((ROWS, WIDTH), np.float32), np.ones((VECTORS, WIDTH), np.float32), np.zeros((VECTORS, ROWS), np.float32)
+        x_at, out_at = addresses(address(x), 4 * WIDTH, VECTORS), addresses(address(out), 4 * ROWS, VECTORS)
+        for _ in range(repeats):
+            tile_products(address(rows), 4 * WIDTH, ROWS, x_at, VECTORS, 0, WIDTH, out_at, 0)
+        sums[i] = out.sum() * x[0, 0]       # one: x must live until here, since nothing but its address is used above
+    return sums.size * repeats * 2 * ROWS * VECTORS * WIDTH
+
+
+PEAKS = {"float32": float_products}     # kind of product -> kernel(sums, repeats) -> operations; sums has an element a thread
+
+
+def measure_ceilings():
+    """The Ceilings of the threads that set_threads() allows; takes a second, and half of the free memory at most."""
+    n_blocks = max(1, min(N_BYTES, psutil.virtual_memory().available // 2) // (8 * BLOCK))
+    words, sums = np.empty(n_blocks * BLOCK, np.uint64), np.empty(n_blocks, np.uint64)
+    fill(words)
+    bandwidth = words.nbytes / _best_seconds(read, sums, words)
+    return Ceilings(bandwidth, {kind: _rate(function) for kind, function in PEAKS.items()})
+
+
+def _rate(function):
+    """Operations a second of a kernel of PEAKS."""
+    sums = np.zeros(numba.get_num_threads(), np.float32)
+    return function(sums, 1) * REPEATS / _best_seconds(function, sums, REPEATS)
+
+
+def _best_seconds(function, *args):
+    """The shortest of PASSES calls, after one that compiles."""
+    function(*args)
+    seconds = []
+    for _ in range(PASSES):
+        start = time.perf_counter()
+        function(*args)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
