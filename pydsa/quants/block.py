@@ -7,8 +7,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from pydsa.jit import BlockFunction, WordFunction, inline, inner
-from pydsa.simd import (FEATURES, as_words, dot, dot_add, first_quarter, last_quarter, load_words, lower_half, multiply_add, second_quarter,
-                        signed_high_bytes, spread, store, third_quarter, to_floats, u16_at, upper_half)
+from pydsa.simd import (FEATURES, as_bytes, as_words, dot, dot_add, first_quarter, join, last_quarter, load_words, lower_half, multiply_add,
+                        second_quarter, signed_high_bytes, spread, store, third_quarter, to_floats, u16_at, upper_half)
 
 
 # A chunk: 256 numbers in words of 16 bits, as a row of weights is unpacked and a row of activations is rounded. Its parts, in bytes:
@@ -125,6 +125,24 @@ def four_blocks(row, size, i, n):
     """The addresses of blocks i to i + 3 of a row of n blocks of `size` bytes; the last block stands for those that are not there."""
     last = n - 1
     return row + size * i, row + size * min(i + 1, last), row + size * min(i + 2, last), row + size * min(i + 3, last)
+
+
+@inline
+def joined(addresses, offset):
+    """The 16 bytes at an offset of four blocks, side by side."""
+    return join((addresses[0] + offset, addresses[1] + offset, addresses[2] + offset, addresses[3] + offset))
+
+
+@inline
+def nibbles(v):
+    """Bytes -> their low nibbles, their high nibbles."""
+    return v & 15, as_bytes((as_words(v) >> 4) & 0x0F0F)
+
+
+@inline
+def where_in_chunks(x, i):
+    """The chunk of the i-th 32, the offset of its words, and that of its float32s from the first of their kind."""
+    return x + CHUNK * (i >> 3), 64 * (i & 7), 4 * (i & 7)
 
 
 # Four blocks of 32 whose bytes have the element j in their low nibble and j + 16 in the high one: low even, low odd, high even, high odd

@@ -6,10 +6,10 @@ import numpy as np
 from numba import carray
 
 from pydsa.jit import inline, inner
-from pydsa.quants.block import (AHEAD, BY_QUARTERS, CHUNK, LOW, SCALE, dot_pair, dot_quad, entry, four_blocks, half, places, store_halves,
-                                store_quad, unsigned_quad)
-from pydsa.simd import (as_bytes, as_words, floats, four_floats, halves, join, load_2_floats, load_4_floats, multiply_add, prefetch,
-                        signed_high_bytes, spread, store, total, u32_at, where_bits)
+from pydsa.quants.block import (AHEAD, BY_QUARTERS, LOW, SCALE, dot_pair, dot_quad, entry, four_blocks, half, joined, nibbles, places,
+                                store_halves, store_quad, unsigned_quad, where_in_chunks)
+from pydsa.simd import (as_words, floats, four_floats, halves, join, load_2_floats, load_4_floats, multiply_add, prefetch, signed_high_bytes,
+                        spread, store, total, u32_at, where_bits)
 
 Q4_0 = np.dtype([("d", "<u2"), ("qs", "u1", 16)])
 Q4_1 = np.dtype([("d", "<u2"), ("m", "<u2"), ("qs", "u1", 16)])
@@ -75,13 +75,6 @@ def dequantize_q8_0(source, n, target):
 
 
 @inline
-def nibbles(addresses, offset):
-    """Four blocks with four bits an element: the bytes of elements 0 to 15 of each, then those of 16 to 31."""
-    v = join((addresses[0] + offset, addresses[1] + offset, addresses[2] + offset, addresses[3] + offset))
-    return v & 15, as_bytes((as_words(v) >> 4) & 0x0F0F)
-
-
-@inline
 def fifth_bit_bytes(addresses, offset):
     """The fifth bits of four blocks where they belong: 16 or 0 in the bytes of elements 0 to 15, then of 16 to 31."""
     a, b = np.uint64(u32_at(addresses[0], offset)), np.uint64(u32_at(addresses[1], offset))
@@ -95,14 +88,14 @@ def fifth_bit_bytes(addresses, offset):
 @inline
 def quad_4(addresses, offset):
     """128 elements of four bits, as unsigned_quad gives them."""
-    low, high = nibbles(addresses, offset)
+    low, high = nibbles(joined(addresses, offset))
     return unsigned_quad(low, high)
 
 
 @inline
 def quad_5(addresses, offset):
     """128 elements of five bits, whose fifth bits lie before the others."""
-    low, high = nibbles(addresses, offset)
+    low, high = nibbles(joined(addresses, offset))
     low_fifth, high_fifth = fifth_bit_bytes(addresses, offset - 4)
     return unsigned_quad(low | low_fifth, high | high_fifth)
 
@@ -111,12 +104,6 @@ def quad_5(addresses, offset):
 def lifted(w, zero):
     """Four vectors of words without their zero point."""
     return w[0] - zero, w[1] - zero, w[2] - zero, w[3] - zero
-
-
-@inline
-def where_in_chunks(x, i):
-    """The chunk of the i-th 32, the offset of its words, and that of its float32s from the first of their kind."""
-    return x + CHUNK * (i >> 3), 64 * (i & 7), 4 * (i & 7)
 
 
 def dot_q4_0(rows, n_rows, n, x, out):
