@@ -404,3 +404,21 @@ def lookup(table):
         return v(v), codegen
     return look
 
+
+
+def shifted(words, shifts):
+    """A function that reads 32-bit words: lane i of its i32 vector is the word words[i] at an address, shifted right by shifts[i] bits."""
+    @intrinsic
+    def shift(typingctx, address, offset):
+        def codegen(context, builder, signature, args):
+            v = builder.load(pointer(builder, builder.add(*args), ir.VectorType(I32, max(words) + 1)), align=1)
+            return builder.lshr(builder.shuffle_vector(v, v, constant(words)), constant(shifts))
+        return Vec("i32", len(words))(types.intp, types.intp), codegen
+    return shift
+
+
+@intrinsic
+def lower_words(typingctx, v):
+    """The lower halves of i32 as words."""
+    kind = Vec("i16", v.lanes)
+    return kind(v), lambda context, builder, signature, args: builder.trunc(args[0], kind.ir)

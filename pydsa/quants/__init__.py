@@ -8,7 +8,8 @@ import importlib
 FAMILIES = {
     "F32": "floats", "F16": "floats", "BF16": "floats",
     "Q4_0": "legacy", "Q4_1": "legacy", "Q5_0": "legacy", "Q5_1": "legacy", "Q8_0": "legacy",
-    "Q4_K": "kquants", "Q5_K": "kquants", "Q6_K": "kquants",
+    "Q2_K": "kquants", "Q3_K": "kquants", "Q4_K": "kquants", "Q5_K": "kquants", "Q6_K": "kquants",
+    "IQ4_NL": "tables", "IQ4_XS": "tables", "MXFP4": "tables",
 }
 SUPPORTED = tuple(FAMILIES)
 KV_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}     # --kv-type -> the GGUF type of a cache row

@@ -10,8 +10,8 @@ from numba import carray
 
 from pydsa.jit import inline, inner
 from pydsa.quants.block import AHEAD, CHUNK, LOW, LOW_16, SCALE, dot_pair, entry, half, half_at, places, store_halves
-from pydsa.simd import (both_halves, bytes_of, eight_floats, floats, half_words, load_16_bytes, load_8_floats, load_floats, load_words, multiply_add, prefetch,
-                        spread, spread_words, store, to_floats, to_words, total, u32_at)
+from pydsa.simd import (both_halves, bytes_of, eight_floats, floats, half_words, load_16_bytes, load_8_floats, load_floats, load_words, lower_words,
+                        multiply_add, prefetch, shifted, spread, spread_words, store, to_floats, to_words, total, u32_at)
 
 Q2_K = np.dtype([("scales", "u1", 16), ("qs", "u1", 64), ("d", "<u2"), ("dmin", "<u2")])
 Q3_K = np.dtype([("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", "<u2")])
@@ -94,8 +94,8 @@ def dequantize_q2_k(source, n, target):
 @inner
 def six_bit_scale(packed, j):
     """The 6-bit scale of sub-block j of Q3_K: four bits in a nibble of the first eight bytes, two in the last four."""
-    low = packed[j % 8] & 15 if j < 8 else packed[j % 8] >> 4
-    return np.float32(low | ((packed[8 + j % 4] >> (2 * (j // 4))) & 3) << 4) - np.float32(32)
+    low, high = (packed[j % 8] >> (4 * (j // 8))) & 15, (packed[8 + j % 4] >> (2 * (j // 4))) & 3
+    return np.float32(low) + np.float32(16) * np.float32(high) - np.float32(32)
 
 
 def dequantize_q3_k(source, n, target):
@@ -258,7 +258,109 @@ def unpack_q6_k(source, n, chunk):
     store_pairs(chunk, 256, 2, 3, (y - 32) * WORDS_D(scales), (z - 32) * WORDS_D(scales))
 
 
+# Q2_K and Q3_K: 64 bytes hold sub-blocks k and 4 + k in their bits 2k and 2k + 1: the even elements of both, then the odd ones
+BY_PARTS = places(*[16 * part + 4 * k + 2 * odd + i for k in range(4) for odd in (0, 1) for part in (0, 1) for i in (0, 1)])
+PART_0, PART_1, PART_2, PART_3 = (spread(2 * k, 2 * k + 1, 8 + 2 * k, 9 + 2 * k) for k in range(4))
+WORDS_0, WORDS_1, WORDS_2, WORDS_3 = (spread_words(2 * k, 2 * k + 1, 8 + 2 * k, 9 + 2 * k) for k in range(4))
+
+
+@inline
+def total_of_parts(a, b, c, e):
+    """The sum of products with elements left at their bits: 1, 4, 16 and 64 times too large."""
+    return total(a + b * np.float32(1 / 4) + c * np.float32(1 / 16) + e * np.float32(1 / 64))
+
+
+def dot_q2_k(rows, n_rows, n, x, out):
+    for r in range(n_rows):
+        a, b, c, e = floats(np.float32(0)), floats(np.float32(0)), floats(np.float32(0)), floats(np.float32(0))
+        low = floats(np.float32(0))
+        for i in range(n):
+            at, xi = rows + 84 * (r * n + i), x + CHUNK * i
+            prefetch(at, AHEAD)
+            prefetch(at, AHEAD + 64)
+            packed = load_16_bytes(at, 0)
+            low = multiply_add(low, to_floats(packed >> 4) * half_at(at, 82), load_floats(xi, LOW_16))
+            scales = to_floats(packed & 15) * half_at(at, 80) * TWICE(load_8_floats(xi, SCALE))
+            even = load_words(at, 16)
+            odd = even >> 8
+            a = dot_pair(a, even & 3, odd & 3, xi, 0, PART_0(scales))
+            b = dot_pair(b, even & 12, odd & 12, xi, 128, PART_1(scales))
+            c = dot_pair(c, even & 48, odd & 48, xi, 256, PART_2(scales))
+            e = dot_pair(e, even & 192, odd & 192, xi, 384, PART_3(scales))
+        store(out, 4 * r, total_of_parts(a, b, c, e) - total(low))
+
+
+def unpack_q2_k(source, n, chunk):
+    packed = load_16_bytes(source, 0)
+    store(chunk, SCALE, eight_floats(half_at(source, 80)))
+    store(chunk, LOW_16, to_floats(packed >> 4) * half_at(source, 82))
+    scales, even = to_words(packed & 15), load_words(source, 16)
+    odd = even >> 8
+    store_pairs(chunk, 0, 0, 4, (even & 3) * WORDS_0(scales), (odd & 3) * WORDS_0(scales))
+    store_pairs(chunk, 0, 1, 5, ((even >> 2) & 3) * WORDS_1(scales), ((odd >> 2) & 3) * WORDS_1(scales))
+    store_pairs(chunk, 0, 2, 6, ((even >> 4) & 3) * WORDS_2(scales), ((odd >> 4) & 3) * WORDS_2(scales))
+    store_pairs(chunk, 0, 3, 7, ((even >> 6) & 3) * WORDS_3(scales), ((odd >> 6) & 3) * WORDS_3(scales))
+
+
+LOW_FOUR_BITS = shifted([0] * 4 + [1] * 4 + [0] * 4 + [1] * 4, [0, 8, 16, 24] * 2 + [4, 12, 20, 28] * 2)
+HIGH_TWO_BITS = shifted([0] * 16, [8 * (j % 4) + 2 * (j // 4) for j in range(16)])
+
+
+@inline
+def six_bit_scales(at):
+    """six_bit_scale of all sixteen sub-blocks of a block of Q3_K, as i32x16."""
+    return ((LOW_FOUR_BITS(at, 96) & 15) | ((HIGH_TWO_BITS(at, 104) & 3) << 4)) - 32
+
+
+@inline
+def high_bits(at):
+    """The third bits of Q3_K: those of sub-blocks k and 4 + k are bit k of the words for even elements, bit 8 + k for odd ones."""
+    return both_halves(at, 0) >> half_words(np.int16(0), np.int16(4))
+
+
+def dot_q3_k(rows, n_rows, n, x, out):
+    for r in range(n_rows):
+        a, b, c, e = floats(np.float32(0)), floats(np.float32(0)), floats(np.float32(0)), floats(np.float32(0))
+        low = floats(np.float32(0))
+        for i in range(n):
+            at, xi = rows + 110 * (r * n + i), x + CHUNK * i
+            prefetch(at, AHEAD)
+            prefetch(at, AHEAD + 64)
+            scales = to_floats(six_bit_scales(at)) * half_at(at, 108)
+            low = multiply_add(low, scales, load_floats(xi, LOW_16))
+            scales = scales * TWICE(load_8_floats(xi, SCALE))
+            even, high = load_words(at, 32), high_bits(at)
+            odd = even >> 8
+            a = dot_pair(a, (even & 3) | ((high << 2) & 4), (odd & 3) | ((high >> 6) & 4), xi, 0, PART_0(scales))
+            b = dot_pair(b, (even & 12) | ((high << 3) & 16), (odd & 12) | ((high >> 5) & 16), xi, 128, PART_1(scales))
+            c = dot_pair(c, (even & 48) | ((high << 4) & 64), (odd & 48) | ((high >> 4) & 64), xi, 256, PART_2(scales))
+            e = dot_pair(e, (even & 192) | ((high << 5) & 256), (odd & 192) | ((high >> 3) & 256), xi, 384, PART_3(scales))
+        store(out, 4 * r, total_of_parts(a, b, c, e) - np.float32(4) * total(low))
+
+
+@inline
+def three_bits(low, high):
+    """Words whose two lowest bits are those of `low`, the third the lowest of `high`: less 4."""
+    return ((low & 3) | ((high & 1) << 2)) - 4
+
+
+def unpack_q3_k(source, n, chunk):
+    store(chunk, SCALE, eight_floats(half_at(source, 108)))
+    scales, even, high = lower_words(six_bit_scales(source)), load_words(source, 32), high_bits(source)
+    odd, high_odd = even >> 8, high >> 8
+    w = WORDS_0(scales)
+    store_pairs(chunk, 0, 0, 4, three_bits(even, high) * w, three_bits(odd, high_odd) * w)
+    w = WORDS_1(scales)
+    store_pairs(chunk, 0, 1, 5, three_bits(even >> 2, high >> 1) * w, three_bits(odd >> 2, high_odd >> 1) * w)
+    w = WORDS_2(scales)
+    store_pairs(chunk, 0, 2, 6, three_bits(even >> 4, high >> 2) * w, three_bits(odd >> 4, high_odd >> 2) * w)
+    w = WORDS_3(scales)
+    store_pairs(chunk, 0, 3, 7, three_bits(even >> 6, high >> 3) * w, three_bits(odd >> 6, high_odd >> 3) * w)
+
+
 TYPES = {
+    "Q2_K": entry(Q2_K, 256, dequantize_q2_k, None, unpack_q2_k, dot_q2_k, BY_PARTS, 16),
+    "Q3_K": entry(Q3_K, 256, dequantize_q3_k, None, unpack_q3_k, dot_q3_k, BY_PARTS),
     "Q4_K": entry(Q4_K, 256, dequantize_q4_k, None, unpack_q4_k, dot_q4_k, BY_NIBBLES, 8),
     "Q5_K": entry(Q5_K, 256, dequantize_q5_k, None, unpack_q5_k, dot_q5_k, BY_NIBBLES, 8),
     "Q6_K": entry(Q6_K, 256, dequantize_q6_k, None, unpack_q6_k, dot_q6_k, BY_NEIGHBOURS),

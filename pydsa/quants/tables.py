@@ -1,0 +1,146 @@
+"""IQ4_NL, IQ4_XS, MXFP4: four bits choose one of sixteen values, which one instruction looks up for all lanes.
+
+IQ4_NL and MXFP4 are blocks of 32 with one scale d, in MXFP4 a power of two; IQ4_XS has 256, and a 6-bit scale for each 32.
+Nibble j of the 16 bytes of a 32 is element j (low) and j + 16 (high).
+"""
+import numpy as np
+from numba import carray
+
+from pydsa.jit import inline
+from pydsa.quants.block import (AHEAD, BY_QUARTERS, CHUNK, SCALE, dot_quad, entry, four_blocks, half, half_at, joined, nibbles, signed_quad,
+                                store_quad, where_in_chunks)
+from pydsa.simd import (floats, halves, load_4_floats, load_8_floats, load_bytes, lookup, lower_half, prefetch, shifted, store, to_floats, total,
+                        u8_at, upper_half, vector)
+
+IQ4_NL = np.dtype([("d", "<u2"), ("qs", "u1", 16)])
+IQ4_XS = np.dtype([("d", "<u2"), ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128)])
+MXFP4 = np.dtype([("e", "u1"), ("qs", "u1", 16)])
+
+LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)     # closer to each other around zero
+HALVES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)      # twice the numbers of four bits, one of which is a fraction's
+AS_LEVELS, AS_HALVES = lookup(LEVELS), lookup(HALVES)
+LEVEL, HALF = np.float32(LEVELS), np.float32(HALVES)
+POWERS = np.ldexp(np.float32(1), np.arange(-128, 128)).astype(np.float32)     # e -> the scale of HALVES, half of 2^(e - 127)
+
+
+def dequantize_iq4_nl(source, n, target):
+    blocks, out = carray(source, (n,)), carray(target, (n, 32))
+    for i in range(n):
+        d, qs = half(blocks[i].d), blocks[i].qs
+        for j in range(16):
+            out[i, j] = d * LEVEL[qs[j] & 15]
+            out[i, j + 16] = d * LEVEL[qs[j] >> 4]
+
+
+def dequantize_iq4_xs(source, n, target):
+    blocks, out = carray(source, (n,)), carray(target, (n, 8, 32))
+    for i in range(n):
+        d, high, low, qs = half(blocks[i].d), blocks[i].scales_h, blocks[i].scales_l, blocks[i].qs
+        for k in range(8):
+            scale = ((low[k // 2] >> (4 * (k % 2))) & 15) | (((high >> (2 * k)) & 3) << 4)
+            dk = d * (np.float32(scale) - np.float32(32))
+            for j in range(16):
+                out[i, k, j] = dk * LEVEL[qs[16 * k + j] & 15]
+                out[i, k, j + 16] = dk * LEVEL[qs[16 * k + j] >> 4]
+
+
+def dequantize_mxfp4(source, n, target):
+    blocks, out = carray(source, (n,)), carray(target, (n, 32))
+    for i in range(n):
+        d, qs = POWERS[blocks[i].e], blocks[i].qs
+        for j in range(16):
+            out[i, j] = d * HALF[qs[j] & 15]
+            out[i, j + 16] = d * HALF[qs[j] >> 4]
+
+
+@inline
+def levels(v):
+    """64 bytes of four 32s of IQ4 as four vectors of words in the order of BY_QUARTERS."""
+    low, high = nibbles(v)
+    return signed_quad(AS_LEVELS(low), AS_LEVELS(high))
+
+
+@inline
+def twice_fractions(v):
+    """The same of MXFP4."""
+    low, high = nibbles(v)
+    return signed_quad(AS_HALVES(low), AS_HALVES(high))
+
+
+def dot_iq4_nl(rows, n_rows, n, x, out):
+    for r in range(n_rows):
+        sums = floats(np.float32(0))
+        for i in range(0, n, 4):
+            at = four_blocks(rows + 18 * n * r, 18, i, n)
+            prefetch(at[0], AHEAD)
+            prefetch(at[0], AHEAD + 64)
+            xi, words, number = where_in_chunks(x, i)
+            sums = dot_quad(sums, levels(joined(at, 2)), xi, words, halves(at) * load_4_floats(xi, SCALE + number))
+        store(out, 4 * r, total(sums))
+
+
+def unpack_iq4_nl(source, n, chunk):
+    for i in range(0, n, 4):
+        at = four_blocks(source, 18, i, n)
+        store(chunk, SCALE + 4 * i, halves(at))
+        store_quad(chunk, 64 * i, levels(joined(at, 2)))
+
+
+FOUR_BITS, TWO_BITS = shifted([0] * 8, range(0, 32, 4)), shifted([0] * 8, range(16, 32, 2))
+
+
+@inline
+def scales_of_8(at):
+    """The scales of all eight 32s of a block of IQ4_XS, f32x8."""
+    return to_floats(((FOUR_BITS(at, 4) & 15) | ((TWO_BITS(at, 0) & 3) << 4)) - 32) * half_at(at, 0)
+
+
+def dot_iq4_xs(rows, n_rows, n, x, out):
+    for r in range(n_rows):
+        a, b = floats(np.float32(0)), floats(np.float32(0))
+        for i in range(n):
+            at, xi = rows + 136 * (r * n + i), x + CHUNK * i
+            for line in range(0, 136, 64):
+                prefetch(at, AHEAD + line)
+            scales = scales_of_8(at) * load_8_floats(xi, SCALE)
+            a = dot_quad(a, levels(load_bytes(at, 8)), xi, 0, lower_half(scales))
+            b = dot_quad(b, levels(load_bytes(at, 72)), xi, 256, upper_half(scales))
+        store(out, 4 * r, total(a + b))
+
+
+def unpack_iq4_xs(source, n, chunk):
+    store(chunk, SCALE, scales_of_8(source))
+    store_quad(chunk, 0, levels(load_bytes(source, 8)))
+    store_quad(chunk, 256, levels(load_bytes(source, 72)))
+
+
+@inline
+def powers(addresses):
+    """The scales of four blocks of MXFP4."""
+    return vector((POWERS[u8_at(addresses[0], 0)], POWERS[u8_at(addresses[1], 0)], POWERS[u8_at(addresses[2], 0)], POWERS[u8_at(addresses[3], 0)]))
+
+
+def dot_mxfp4(rows, n_rows, n, x, out):
+    for r in range(n_rows):
+        sums = floats(np.float32(0))
+        for i in range(0, n, 4):
+            at = four_blocks(rows + 17 * n * r, 17, i, n)
+            prefetch(at[0], AHEAD)
+            prefetch(at[0], AHEAD + 64)
+            xi, words, number = where_in_chunks(x, i)
+            sums = dot_quad(sums, twice_fractions(joined(at, 1)), xi, words, powers(at) * load_4_floats(xi, SCALE + number))
+        store(out, 4 * r, total(sums))
+
+
+def unpack_mxfp4(source, n, chunk):
+    for i in range(0, n, 4):
+        at = four_blocks(source, 17, i, n)
+        store(chunk, SCALE + 4 * i, powers(at))
+        store_quad(chunk, 64 * i, twice_fractions(joined(at, 1)))
+
+
+TYPES = {
+    "IQ4_NL": entry(IQ4_NL, 32, dequantize_iq4_nl, None, unpack_iq4_nl, dot_iq4_nl, BY_QUARTERS),
+    "IQ4_XS": entry(IQ4_XS, 256, dequantize_iq4_xs, None, unpack_iq4_xs, dot_iq4_xs, BY_QUARTERS),
+    "MXFP4": entry(MXFP4, 32, dequantize_mxfp4, None, unpack_mxfp4, dot_mxfp4, BY_QUARTERS),
+}
