@@ -405,7 +405,6 @@ def lookup(table):
     return look
 
 
-
 def shifted(words, shifts):
     """A function that reads 32-bit words: lane i of its i32 vector is the word words[i] at an address, shifted right by shifts[i] bits."""
     @intrinsic

@@ -10,8 +10,8 @@ from numba import carray
 
 from pydsa.jit import inline, inner
 from pydsa.quants.block import AHEAD, CHUNK, LOW, LOW_16, SCALE, dot_pair, entry, half, half_at, places, store_halves
-from pydsa.simd import (both_halves, bytes_of, eight_floats, floats, half_words, load_16_bytes, load_8_floats, load_floats, load_words, lower_words,
-                        multiply_add, prefetch, shifted, spread, spread_words, store, to_floats, to_words, total, u32_at)
+from pydsa.simd import (both_halves, bytes_of, eight_floats, floats, half_words, load_16_bytes, load_8_floats, load_floats, load_words,
+                        lower_words, multiply_add, prefetch, shifted, spread, spread_words, store, to_floats, to_words, total, u32_at)
 
 Q2_K = np.dtype([("scales", "u1", 16), ("qs", "u1", 64), ("d", "<u2"), ("dmin", "<u2")])
 Q3_K = np.dtype([("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", "<u2")])
@@ -313,9 +313,20 @@ def six_bit_scales(at):
 
 
 @inline
-def high_bits(at):
-    """The third bits of Q3_K: those of sub-blocks k and 4 + k are bit k of the words for even elements, bit 8 + k for odd ones."""
-    return both_halves(at, 0) >> half_words(np.int16(0), np.int16(4))
+def exchanged(a, b, bits):
+    """a with some bits of b."""
+    return (a & ~bits) | (b & bits)
+
+
+@inline
+def three_bits(at):
+    """The 256 elements of Q3_K with their third bits: even ones of k = 0 and 2, of k = 1 and 3, then odd ones; at bits 2k to 2k + 2."""
+    low = load_words(at, 32)
+    high = (both_halves(at, 0) >> half_words(np.int16(0), np.int16(4))) & 0x0F0F        # in each byte: bit k
+    high = (high | (high << 2)) & 0x3333
+    high = (high | (high << 1)) & 0x5555                                                # bit 2k
+    low_odd, high_odd, high = low >> 8, high >> 6, high << 2
+    return exchanged(low, high, 0x44), exchanged(low, high, 0x110), exchanged(low_odd, high_odd, 0x44), exchanged(low_odd, high_odd, 0x110)
 
 
 def dot_q3_k(rows, n_rows, n, x, out):
@@ -329,33 +340,22 @@ def dot_q3_k(rows, n_rows, n, x, out):
             scales = to_floats(six_bit_scales(at)) * half_at(at, 108)
             low = multiply_add(low, scales, load_floats(xi, LOW_16))
             scales = scales * TWICE(load_8_floats(xi, SCALE))
-            even, high = load_words(at, 32), high_bits(at)
-            odd = even >> 8
-            a = dot_pair(a, (even & 3) | ((high << 2) & 4), (odd & 3) | ((high >> 6) & 4), xi, 0, PART_0(scales))
-            b = dot_pair(b, (even & 12) | ((high << 3) & 16), (odd & 12) | ((high >> 5) & 16), xi, 128, PART_1(scales))
-            c = dot_pair(c, (even & 48) | ((high << 4) & 64), (odd & 48) | ((high >> 4) & 64), xi, 256, PART_2(scales))
-            e = dot_pair(e, (even & 192) | ((high << 5) & 256), (odd & 192) | ((high >> 3) & 256), xi, 384, PART_3(scales))
+            w, v, y, z = three_bits(at)
+            a = dot_pair(a, w & 7, y & 7, xi, 0, PART_0(scales))
+            b = dot_pair(b, v & 28, z & 28, xi, 128, PART_1(scales))
+            c = dot_pair(c, w & 112, y & 112, xi, 256, PART_2(scales))
+            e = dot_pair(e, v & 448, z & 448, xi, 384, PART_3(scales))
         store(out, 4 * r, total_of_parts(a, b, c, e) - np.float32(4) * total(low))
-
-
-@inline
-def three_bits(low, high):
-    """Words whose two lowest bits are those of `low`, the third the lowest of `high`: less 4."""
-    return ((low & 3) | ((high & 1) << 2)) - 4
 
 
 def unpack_q3_k(source, n, chunk):
     store(chunk, SCALE, eight_floats(half_at(source, 108)))
-    scales, even, high = lower_words(six_bit_scales(source)), load_words(source, 32), high_bits(source)
-    odd, high_odd = even >> 8, high >> 8
-    w = WORDS_0(scales)
-    store_pairs(chunk, 0, 0, 4, three_bits(even, high) * w, three_bits(odd, high_odd) * w)
-    w = WORDS_1(scales)
-    store_pairs(chunk, 0, 1, 5, three_bits(even >> 2, high >> 1) * w, three_bits(odd >> 2, high_odd >> 1) * w)
-    w = WORDS_2(scales)
-    store_pairs(chunk, 0, 2, 6, three_bits(even >> 4, high >> 2) * w, three_bits(odd >> 4, high_odd >> 2) * w)
-    w = WORDS_3(scales)
-    store_pairs(chunk, 0, 3, 7, three_bits(even >> 6, high >> 3) * w, three_bits(odd >> 6, high_odd >> 3) * w)
+    scales = lower_words(six_bit_scales(source))
+    w, v, y, z = three_bits(source)
+    store_pairs(chunk, 0, 0, 4, ((w & 7) - 4) * WORDS_0(scales), ((y & 7) - 4) * WORDS_0(scales))
+    store_pairs(chunk, 0, 1, 5, (((v >> 2) & 7) - 4) * WORDS_1(scales), (((z >> 2) & 7) - 4) * WORDS_1(scales))
+    store_pairs(chunk, 0, 2, 6, (((w >> 4) & 7) - 4) * WORDS_2(scales), (((y >> 4) & 7) - 4) * WORDS_2(scales))
+    store_pairs(chunk, 0, 3, 7, (((v >> 6) & 7) - 4) * WORDS_3(scales), (((z >> 6) & 7) - 4) * WORDS_3(scales))
 
 
 TYPES = {

@@ -9,8 +9,8 @@ from numba import carray
 from pydsa.jit import inline
 from pydsa.quants.block import (AHEAD, BY_QUARTERS, CHUNK, SCALE, dot_quad, entry, four_blocks, half, half_at, joined, nibbles, signed_quad,
                                 store_quad, where_in_chunks)
-from pydsa.simd import (floats, halves, load_4_floats, load_8_floats, load_bytes, lookup, lower_half, prefetch, shifted, store, to_floats, total,
-                        u8_at, upper_half, vector)
+from pydsa.simd import (floats, halves, load_4_floats, load_8_floats, load_bytes, lookup, lower_half, prefetch, shifted, store, to_floats,
+                        total, u8_at, upper_half, vector)
 
 IQ4_NL = np.dtype([("d", "<u2"), ("qs", "u1", 16)])
 IQ4_XS = np.dtype([("d", "<u2"), ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128)])
@@ -117,7 +117,8 @@ def unpack_iq4_xs(source, n, chunk):
 @inline
 def powers(addresses):
     """The scales of four blocks of MXFP4."""
-    return vector((POWERS[u8_at(addresses[0], 0)], POWERS[u8_at(addresses[1], 0)], POWERS[u8_at(addresses[2], 0)], POWERS[u8_at(addresses[3], 0)]))
+    a, b, c, d = addresses
+    return vector((POWERS[u8_at(a, 0)], POWERS[u8_at(b, 0)], POWERS[u8_at(c, 0)], POWERS[u8_at(d, 0)]))
 
 
 def dot_mxfp4(rows, n_rows, n, x, out):
