@@ -1,0 +1,155 @@
+"""Quantized products: activations rounded to 15 bits against float64 products of gguf-py's weights, block by block and in tiles of words."""
+import itertools
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from pydsa import jit
+from pydsa.backends import cpu
+from pydsa.backends.cpu.linear import FEW, LARGEST
+from pydsa.gguf_file import Tensor
+from pydsa.quants import SUPPORTED, block_type
+
+QUANTIZED = [kind for kind in SUPPORTED if block_type(kind).dtype.names]
+SIZES = [(kind, n_in) for kind in QUANTIZED for n_in in (32, 96, 128, 224, 256, 1024) if n_in % block_type(kind).size == 0]
+N_TOKENS = (1, 3, 4, 40)
+HALF_FIELDS = ("d", "dmin", "m")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On a busy machine two wait for each other."""
+    jit.set_threads(1)
+
+
+def stored(kind, blocks, n_rows):
+    """A weight as a file holds it, read-only."""
+    data = blocks.view(np.uint8).reshape(n_rows, -1)
+    data.flags.writeable = False
+    return Tensor("w", kind, (n_rows, len(blocks) // n_rows * block_type(kind).size), data)
+
+
+def random_weight(kind, n_rows, n_in):
+    """Random bytes; scales of all signs within a factor of 30."""
+    rng = np.random.default_rng([n_rows, n_in])
+    n, dtype = n_rows * n_in // block_type(kind).size, block_type(kind).dtype
+    blocks = np.frombuffer(rng.bytes(n * dtype.itemsize), dtype).copy()
+    for field in set(HALF_FIELDS) & set(dtype.names):
+        blocks[field] = rng.uniform(-1, 1, n).astype(np.float16).view(np.uint16)
+    if "e" in dtype.names:
+        blocks["e"] = rng.integers(123, 128, n)
+    return stored(kind, blocks, n_rows)
+
+
+def products(tensor, x):
+    """cpu.linear's, and the same in float64."""
+    found = np.full((len(x), tensor.shape[0]), np.nan, np.float32)
+    cpu.linear(found, cpu.weight(tensor), x)
+    return found, x.astype(np.float64) @ dequantize(tensor.data, GGMLQuantizationType[tensor.type]).astype(np.float64).T
+
+
+def error(found, expected):
+    return ((found - expected) ** 2).sum() / (expected ** 2).sum()
+
+
+def test_both_ways_are_taken():
+    assert sum(n <= FEW for n in N_TOKENS) == 2
+
+
+@pytest.mark.parametrize("n_tokens", N_TOKENS)
+@pytest.mark.parametrize("kind, n_in", SIZES)
+def test_rounded_activations(kind, n_in, n_tokens):
+    """Six times what was met; one activation that were lost, or stood in another's place, would be noticed."""
+    for n_out in (45, 67):
+        x = np.random.default_rng(n_tokens).standard_normal((n_tokens, n_in)).astype(np.float32)
+        assert error(*products(random_weight(kind, n_out, n_in), x)) < 2e-8
+
+
+@pytest.mark.parametrize("n_tokens", N_TOKENS)
+@pytest.mark.parametrize("kind, n_in", SIZES)
+def test_activations_that_rounding_keeps(kind, n_in, n_tokens):
+    """Whole numbers times a power of two, of which 16383 is the largest in each 32: what remains is float32's rounding."""
+    rng = np.random.default_rng(n_tokens)
+    x = rng.integers(-LARGEST, LARGEST + 1, (n_tokens, n_in // 32, 32))
+    x[:, :, rng.integers(32)] = rng.choice([-LARGEST, LARGEST], x.shape[:2])
+    x = (x * np.ldexp(1, rng.integers(-9, 1, (*x.shape[:2], 1)))).astype(np.float32).reshape(n_tokens, n_in)
+    assert error(*products(random_weight(kind, 37, n_in), x)) < 1e-12
+
+
+@pytest.mark.parametrize("kind, n_in", [(kind, max(64, block_type(kind).size)) for kind in QUANTIZED])
+def test_single_elements(kind, n_in):
+    """Each element of a block alone, for few tokens and for many: its place, its scale and its sign."""
+    weight, x = random_weight(kind, 17, n_in), np.eye(n_in, dtype=np.float32)
+    found, expected = products(weight, x)
+    bound = 4e-6 * np.abs(expected).max(axis=0)         # a minimum is taken from a sum of larger numbers
+    assert (np.abs(found - expected) <= bound).all()
+    for i in range(0, n_in, 7):
+        assert (np.abs(products(weight, x[i:i + 1])[0] - expected[i]) <= bound).all()
+
+
+BYTES = (0x00, 0x07, 0x70, 0x77, 0x7F, 0x80, 0x88, 0xFF)        # all nibbles 0, 7, 8 or 15; the largest and the least int8
+
+
+def extreme_weight(kind):
+    """A row for every choice of one byte for each field, with scales of 1, minima of 0 or 1: a type's largest magnitudes are among them."""
+    dtype, n_blocks = block_type(kind).dtype, 512 // block_type(kind).size
+    fields = [name for name in dtype.names if name not in (*HALF_FIELDS, "e")]
+    choices = list(itertools.product(*[BYTES] * len(fields), (0, 0x3C00)))
+    blocks = np.zeros((len(choices), n_blocks, dtype.itemsize), np.uint8)
+    for name, column in zip(fields, np.array(choices).T):
+        field, offset = dtype.fields[name]
+        blocks[:, :, offset:offset + field.itemsize] = column[:, None, None]
+    blocks = blocks.reshape(-1).view(dtype)
+    for name in set(HALF_FIELDS) & set(dtype.names):
+        blocks[name] = 0x3C00 if name == "d" else np.repeat([choice[-1] for choice in choices], n_blocks)
+    if "e" in dtype.names:
+        blocks["e"] = 128
+    return stored(kind, blocks, len(choices))
+
+
+@pytest.mark.parametrize("n_tokens", [2, 5])
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_extremes_do_not_overflow(kind, n_tokens):
+    """Every activation at the largest magnitude: of one sign, the other, by turns, by pairs, by halves of a block."""
+    i = np.arange(512)
+    signs = np.stack([np.ones(512), -np.ones(512), 1 - i % 2 * 2, 1 - i // 16 % 2 * 2, 1 - i // 2 % 2 * 2])
+    weight = extreme_weight(kind)
+    for part in (signs[:n_tokens], signs[-n_tokens:]):
+        found, expected = products(weight, (3 * part).astype(np.float32))
+        for row, exact in zip(found.T, expected.T):
+            assert np.abs(row - exact).max() <= 2e-6 * np.abs(expected).max()
+
+
+def test_extremes_are_extreme():
+    """The rows of extreme_weight do hold each type's largest numbers, in units of its scale."""
+    largest = {"Q4_0": 8, "Q4_1": 16, "Q5_0": 16, "Q5_1": 32, "Q8_0": 128, "Q2_K": 3 * 15, "Q3_K": 4 * 32, "Q4_K": 15 * 63, "Q5_K": 31 * 63,
+               "Q6_K": 32 * 128, "IQ4_NL": 127, "IQ4_XS": 127 * 32, "MXFP4": 12}
+    assert set(largest) == set(QUANTIZED)
+    for kind, bound in largest.items():
+        weight = extreme_weight(kind)
+        values = dequantize(weight.data, GGMLQuantizationType[kind])
+        assert np.abs(values).max() == bound, kind
+        assert (np.abs(values) == bound).all(axis=1).any(), f"{kind}: in no row all at once"
+
+
+@pytest.mark.parametrize("n_tokens", N_TOKENS)
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_what_is_not_finite_stays_so(kind, value, n_tokens):
+    """In the products of its own token only."""
+    weight = random_weight(kind, 33, 512)
+    for place in (0, 33, 511):
+        x = np.random.default_rng(place).standard_normal((n_tokens, 512)).astype(np.float32)
+        x[-1, place] = value
+        found = np.empty((n_tokens, 33), np.float32)
+        cpu.linear(found, cpu.weight(weight), x)
+        assert not np.isfinite(found[-1]).any() and np.isfinite(found[:-1]).all()
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_zeros_give_zero(kind):
+    for n_tokens in (1, 5):
+        x = np.zeros((n_tokens, 512), np.float32)
+        assert not products(random_weight(kind, 33, 512), x)[0].any()
