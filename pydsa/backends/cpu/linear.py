@@ -6,11 +6,11 @@ each weight byte read once; for many tokens in tiles of unpacked rows. Other wei
 import numpy as np
 from numba import prange
 
-from pydsa.backends.cpu.microkernels import TILE, TILE_ROWS, address, keep, tile_products, tile_word_products, turn_over
+from pydsa.backends.cpu.microkernels import TILE, TILE_ROWS, WORD_TOKENS, address, keep, tile_products, turn_over, word_products
 from pydsa.jit import call_block_function, call_word_function, inner, kernel
 from pydsa.quants.block import CHUNK, LOW, LOW_16, SCALE
 from pydsa.simd import (first_quarter, float_at, i64_at, largest, last_quarter, load_floats, rounded_words, second_quarter, store, sums_of_16,
-                        third_quarter, total, u8_at)
+                        third_quarter, u8_at)
 
 GROUP = 32              # rows a thread takes at a time
 FEW = 3                 # tokens up to which blocks are not unpacked
@@ -19,21 +19,26 @@ FLOAT_ROWS, FLOAT_WIDTH = 4, 256        # a tile of unquantized weights, 4 KiB o
 
 
 def round_row(x, n, order, out, stride):
-    """n floats -> chunks `stride` bytes apart, pieces in an order (0: as they come); n is a multiple of 32, the rest of a chunk becomes 0."""
+    """n floats -> chunks `stride` bytes apart, pieces in an order (0: as they come); n is a multiple of 32, the rest of a chunk becomes 0.
+
+    What is not finite becomes a scale that is not.
+    """
     for k in range(0, (n + 255) // 256 * 256, 32):
         chunk, j = out + k // 256 * stride, k // 32 % 8
+        scale, first, second = np.float32(0), np.float32(0), np.float32(0)
         if k < n:
             a, b = load_floats(x, 4 * k), load_floats(x, 4 * k + 64)
             top = largest(a, b)
-            scale = top / np.float32(LARGEST) + total((a + b) * np.float32(0))      # what is not finite must not be lost
+            scale = top / np.float32(LARGEST)
             words = rounded_words(a, b, np.float32(LARGEST) / top if top > np.float32(1e-30) else np.float32(0))
-            store(chunk, 16 * (u8_at(order, 4 * j) if order else 4 * j), first_quarter(words))
-            store(chunk, 16 * (u8_at(order, 4 * j + 1) if order else 4 * j + 1), second_quarter(words))
-            store(chunk, 16 * (u8_at(order, 4 * j + 2) if order else 4 * j + 2), third_quarter(words))
-            store(chunk, 16 * (u8_at(order, 4 * j + 3) if order else 4 * j + 3), last_quarter(words))
+            if order:
+                store(chunk, 16 * u8_at(order, 4 * j), first_quarter(words))
+                store(chunk, 16 * u8_at(order, 4 * j + 1), second_quarter(words))
+                store(chunk, 16 * u8_at(order, 4 * j + 2), third_quarter(words))
+                store(chunk, 16 * u8_at(order, 4 * j + 3), last_quarter(words))
+            else:
+                store(chunk, 64 * j, words)
             first, second = sums_of_16(words)
-        else:
-            scale, first, second = np.float32(0), np.float32(0), np.float32(0)
         store(chunk, SCALE + 4 * j, scale)
         store(chunk, LOW + 4 * j, scale * (first + second))
         store(chunk, LOW_16 + 8 * j, scale * first)
@@ -57,13 +62,18 @@ def float_rows(dequantize, block, block_bytes, rows, n_rows, row_bytes, n_in, x_
 
 def word_rows(unpack, block, block_bytes, lows, rows, n_rows, row_bytes, n_in, x_at, x_step, n_tokens, out_at):
     """out_at[t][r] = row r . the chunks at x_at[t], x_at[t] + x_step, ..."""
-    memory = np.empty(TILE_ROWS * CHUNK + TILE_ROWS // 16 * TILE + 128, np.uint8)
+    memory = np.empty(TILE_ROWS * CHUNK + TILE_ROWS // 16 * TILE + 64, np.uint8)
     chunks = (address(memory) + 63) // 64 * 64
     tiles = chunks + TILE_ROWS * CHUNK
-    products = np.empty((n_tokens, TILE_ROWS), np.float32)
+    padded = (n_tokens + WORD_TOKENS - 1) // WORD_TOKENS * WORD_TOKENS     # the last token stands for those that are not there
+    sums = np.empty((padded, (n_rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS), np.float32)
+    at = np.empty((3, padded), np.int64)
+    for t in range(padded):
+        at[0, t] = i64_at(x_at, 8 * min(t, n_tokens - 1))
+        at[1, t] = address(sums[t])
+        at[2, t] = i64_at(out_at, 8 * t) if t < n_tokens else at[1, t]
     for r in range(0, n_rows, TILE_ROWS):
         n = min(TILE_ROWS, n_rows - r)
-        products[:] = 0
         for k in range(0, n_in, 256):
             width = min(256, n_in - k)
             for i in range(n):
@@ -74,14 +84,18 @@ def word_rows(unpack, block, block_bytes, lows, rows, n_rows, row_bytes, n_in, x
                     store(chunk, LOW + 4 * j, np.float32(0))
             for i in range(0, n, 16):
                 for column in range(0, CHUNK if lows == 16 else LOW_16, 64):
-                    turn_over(chunks + i * CHUNK + column, CHUNK, tiles + i // 16 * TILE + 16 * column)
-            tile_word_products(tiles, width // 32, 8 if lows == 8 else 0, 16 if lows == 16 else 0, x_at, n_tokens, k // 256 * x_step,
-                               address(products), 4 * TILE_ROWS)
-        for t in range(n_tokens):
-            out = i64_at(out_at, 8 * t)
-            for i in range(n):
-                store(out, 4 * (r + i), products[t, i])
+                    turn_over(chunks + i * CHUNK + column, CHUNK, tiles + i // 16 * TILE + 16 * column, 64)
+            before = address(at[1])
+            out = address(at[2]) if k + 256 >= n_in and n == TILE_ROWS else address(at[1])
+            for t in range(0, padded, WORD_TOKENS):
+                word_products(tiles, width // 32, 8 if lows == 8 else 0, 16 if lows == 16 else 0, address(at[0]) + 8 * t, k // 256 * x_step,
+                              before + 8 * t if k else 0, out + 8 * t, 4 * r)
+        if n < TILE_ROWS:
+            for t in range(n_tokens):
+                for i in range(n):
+                    store(i64_at(out_at, 8 * t), 4 * (r + i), sums[t, r + i])
     keep(memory)
+    keep(at)
 
 
 @inner
@@ -153,16 +167,17 @@ def linear(out, w, x):
 def head_linear(out, w, x):
     n_head, n_out, row_bytes = w.data.shape
     n_tokens, n_in = x.shape[0], x.shape[2]
-    few, room, n = n_tokens <= FEW, rounded_room(w, n_tokens * n_head, n_in), n_tokens * n_head
+    few, n = n_tokens <= FEW, n_tokens * n_head
+    room = rounded_room(w, n, n_in)
     groups = (n_out + GROUP - 1) // GROUP
     if w.dot:
-        for i in prange(n):
-            round_input(w, few, address(x) + i // n_head * x.strides[0] + i % n_head * x.strides[1], n, n_in, room, i)
+        for i in prange(n):     # head by head, so that what is multiplied together lies together
+            round_input(w, few, address(x) + i % n_tokens * x.strides[0] + i // n_tokens * x.strides[1], n, n_in, room, i)
     for task in prange(n_head * groups):
         h, r = task // groups, task % groups * GROUP
         x_at = addresses(address(x) + h * x.strides[1], x.strides[0], n_tokens)
         if w.dot:
-            x_at = rounded_addresses(few, room, n)[h::n_head].copy()
+            x_at = rounded_addresses(few, room, n)[h * n_tokens:(h + 1) * n_tokens]
         out_at = addresses(address(out) + h * out.strides[1] + 4 * r, out.strides[0], n_tokens)
         rows_times(w, few, address(w.data) + (h * n_out + r) * row_bytes, min(GROUP, n_out - r), n_in, x_at, n * CHUNK, out_at)
     keep(room)

@@ -3,7 +3,7 @@ import numpy as np
 from numba import prange
 
 from pydsa.backends.cpu.linear import FEW, GROUP, addresses, round_input, rounded_addresses, rounded_room, rows_times
-from pydsa.backends.cpu.microkernels import address, exp, keep
+from pydsa.backends.cpu.microkernels import address, exp, keep, n_threads
 from pydsa.backends.cpu.rows import contiguous
 from pydsa.jit import inner, kernel
 from pydsa.quants.block import CHUNK
@@ -117,25 +117,28 @@ def moe_down(out, hidden, ids, weights, down):
     n_expert, n_out, row_bytes = down.data.shape
     n_tokens, n_used, n_ff = hidden.shape
     pairs, start, busy = by_expert(ids, n_expert)
-    few, room, n_pairs = n_tokens <= FEW, rounded_room(down, n_tokens * n_used, n_ff), n_tokens * n_used
-    hidden_at = addresses(address(hidden), hidden.strides[1], n_pairs)
+    n_pairs = pairs.size
+    few, room = n_tokens <= FEW, rounded_room(down, n_pairs, n_ff)
+    hidden_at = address(hidden) + pairs * hidden.strides[1]
     if down.dot:
         for i in prange(n_pairs):
-            round_input(down, few, address(hidden) + i * hidden.strides[1], n_pairs, n_ff, room, i)
+            round_input(down, few, hidden_at[i], n_pairs, n_ff, room, i)
         hidden_at = rounded_addresses(few, room, n_pairs)
-    for group in prange((n_out + GROUP - 1) // GROUP):
-        r = group * GROUP
-        n = min(GROUP, n_out - r)
+    share = (n_out // (2 * n_threads()) + GROUP - 1) // GROUP * GROUP      # rows of a task: an expert's activations stay in the cache for them
+    for task in prange((n_out + share - 1) // share):
+        first, last = task * share, min(task * share + share, n_out)
         for t in range(n_tokens):
-            for j in range(n):
-                out[t, r + j] = 0
+            contiguous(out[t, first:last])[:] = 0
         for expert in busy:
-            mine = pairs[start[expert]:start[expert + 1]]
-            part = np.empty((mine.size, GROUP), np.float32)
-            rows_times(down, few, address(down.data[expert, r:]), n, n_ff, hidden_at[mine], n_pairs * CHUNK,
-                       addresses(address(part), 4 * GROUP, mine.size))
-            for i in range(mine.size):
-                t, weight = mine[i] // n_used, weights[mine[i] // n_used, mine[i] % n_used]
-                for j in range(n):
-                    out[t, r + j] += weight * part[i, j]
+            a, b = start[expert], start[expert + 1]
+            part = np.empty((b - a, GROUP), np.float32)
+            part_at = addresses(address(part), 4 * GROUP, b - a)
+            for r in range(first, last, GROUP):
+                n = min(GROUP, last - r)
+                rows_times(down, few, address(down.data[expert, r:]), n, n_ff, hidden_at[a:b], n_pairs * CHUNK, part_at)
+                for i in range(a, b):
+                    t, weight = pairs[i] // n_used, weights[pairs[i] // n_used, pairs[i] % n_used]
+                    target = contiguous(out[t, r:r + n])
+                    for j in range(n):
+                        target[j] += weight * part[i - a, j]
     keep(room)
