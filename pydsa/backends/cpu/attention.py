@@ -2,8 +2,9 @@
 import numpy as np
 from numba import prange
 
-from pydsa.backends.cpu.microkernels import COLUMNS, address, combine, exp, keep, n_threads, turn_over
+from pydsa.backends.cpu.microkernels import COLUMNS, address, combine, exp, n_threads, turn_over
 from pydsa.backends.cpu.rows import contiguous, unpack
+from pydsa.backends.cpu.scratch import floats_at, own_scratch
 from pydsa.jit import inner, kernel
 
 TILE = 64       # keys: 144 KiB of floats at V3.2's width of 576, within a second-level cache; a multiple of COLUMNS
@@ -24,8 +25,10 @@ def attend(out, q, latents, indices, n_keys, mask, scale):
     n, n_v, row_bytes = n_tokens * n_head, out.shape[2], latents.data.shape[1]
     padded = (width + COLUMNS - 1) // COLUMNS * COLUMNS
     n_sums = (n_v + COLUMNS - 1) // COLUMNS * COLUMNS
-    tile, turned = np.empty((TILE, padded), np.float32), np.empty((padded, TILE), np.float32)     # what is not set is not used
-    scores, sums = np.empty((n, TILE), np.float32), np.zeros((n, n_sums), np.float32)
+    memory = own_scratch(4 * (2 * TILE * padded + n * TILE + n * n_sums))
+    tile, turned = floats_at(memory, TILE, padded), floats_at(memory + 4 * TILE * padded, padded, TILE)
+    scores, sums = floats_at(memory + 8 * TILE * padded, n, TILE), floats_at(memory + 4 * TILE * (2 * padded + n), n, n_sums)
+    sums[:] = 0
     greatest, total = np.full(n, -np.inf, np.float32), np.zeros(n, np.float32)
     most = n_keys.max()
     for first in range(0, most, TILE):
@@ -53,7 +56,6 @@ def attend(out, q, latents, indices, n_keys, mask, scale):
         factor = np.float32(1) / total[i] if total[i] != 0 else np.float32(0)
         for j in range(n_v):
             row[j] = source[j] * factor
-    keep(turned)
 
 
 @inner

@@ -114,12 +114,6 @@ def address(array):
 
 
 @inner
-def keep(array):
-    """Stands after the last use of an array's address: numba frees an array after the last use of its name."""
-    return array.size
-
-
-@inner
 def tile_products(w, w_stride, n_rows, x_at, n_vectors, x_offset, n, out_at, out_offset):
     """out_at[t][r] += row r . vector t over n floats, for any n_rows and n_vectors; all are addresses and byte offsets.
 
