@@ -151,6 +151,11 @@ def call_word_function(typingctx, address, arguments):
     return types.void(types.intp, arguments), codegen
 
 
+def entry_point(function, args):
+    """The compiled code of a kernel for arguments of these types, called as the kernel is: it spares looking at their types every time."""
+    return function.compile(tuple(numba.typeof(a) for a in args))
+
+
 def check_threads(n):
     """The number of threads to use: n, or all that there are; a clear error if there are not so many."""
     most = numba.config.NUMBA_NUM_THREADS

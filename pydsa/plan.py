@@ -124,6 +124,10 @@ class Bound(NamedTuple):
     calls: list
     output: np.ndarray | None
 
+    def compiled(self, backend):
+        """The same with functions that take these arguments without a look at their types."""
+        return self._replace(calls=[(node, backend.entry_point(function, args), args) for node, function, args in self.calls])
+
     def run(self, ids, n_past, logits, observe=None):
         """One step: tokens ids at positions n_past, n_past + 1, ...; the last of their logits go to `logits` [n_outputs, n_vocab].
 

@@ -360,10 +360,11 @@ def total(typingctx, v):
 
 @intrinsic
 def largest(typingctx, a, b):
-    """The largest magnitude in two float vectors; NaN are passed over."""
+    """The largest magnitude in two float vectors; NaN if there is one. As integers the bits of magnitudes have the same order."""
     def codegen(context, builder, signature, args):
-        a, b = (call_llvm(builder, "llvm.fabs.v16f32", f32x16.ir, [v]) for v in args)
-        return call_llvm(builder, "llvm.vector.reduce.fmax.v16f32", F32, [builder.select(builder.fcmp_ordered(">", a, b), a, b)])
+        a, b = (builder.and_(builder.bitcast(v, i32x16.ir), constant([0x7FFFFFFF] * 16)) for v in args)
+        top = builder.select(builder.icmp_signed(">", a, b), a, b)
+        return builder.bitcast(call_llvm(builder, "llvm.vector.reduce.smax.v16i32", I32, [top]), F32)
     return types.float32(f32x16, f32x16), codegen
 
 
@@ -381,9 +382,12 @@ def rounded_words(typingctx, a, b, factor):
 def sums_of_16(typingctx, v):
     """The sums of the first and of the last 16 elements of words whose even elements come first: two floats."""
     def codegen(context, builder, signature, args):
-        sums = builder.sitofp(word_dots(builder, constant([0] * 16), args[0], constant([1] * 32, I16)), f32x16.ir)
-        parts = [builder.shuffle_vector(sums, sums, constant(lanes)) for lanes in ([0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])]
-        return cgutils.pack_array(builder, [reduce_add(builder, part) for part in parts])
+        sums = word_dots(builder, constant([0] * 16), args[0], constant([1] * 32, I16))     # four lanes first, four last, and again
+        sums = builder.add(*_split(builder, sums, 8))
+        for apart in (2, 1):
+            sums = builder.add(sums, builder.shuffle_vector(sums, sums, constant([(i + apart) % 8 for i in range(8)])))
+        sums = builder.sitofp(sums, f32x8.ir)
+        return cgutils.pack_array(builder, [builder.extract_element(sums, I32(i)) for i in (0, 4)])
     return types.UniTuple(types.float32, 2)(i16x32), codegen
 
 

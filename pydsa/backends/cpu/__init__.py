@@ -11,7 +11,7 @@ from pydsa.backends.cpu.norm import add, layer_norm, rms_norm, silu_mul  # noqa:
 from pydsa.backends.cpu.rope import hadamard, rope, rope_table  # noqa: F401
 from pydsa.backends.cpu.rows import CacheRows, Weight, cache_write, get_rows  # noqa: F401
 from pydsa.backends.cpu.linear import float_rows, round_row, word_rows
-from pydsa.jit import WordFunction, check_threads, set_threads  # noqa: F401
+from pydsa.jit import WordFunction, check_threads, entry_point, set_threads  # noqa: F401
 from pydsa.jit import compile_all as compile_calls  # noqa: F401
 
 FLOAT = np.float32

@@ -8,7 +8,7 @@ import psutil
 from numba import prange
 
 from pydsa.backends.cpu.linear import addresses
-from pydsa.backends.cpu.simd import address, tile_products
+from pydsa.backends.cpu.microkernels import address, tile_products
 from pydsa.jit import inner, kernel
 
 N_BYTES = 1 << 29       # of the array that is read: beyond most caches, though not all (480 MiB are seen on servers)
@@ -59,7 +59,7 @@ def float_products(sums, repeats):
         rows, x, out = np.ones((ROWS, WIDTH), np.float32), np.ones((VECTORS, WIDTH), np.float32), np.zeros((VECTORS, ROWS), np.float32)
         x_at, out_at = addresses(address(x), 4 * WIDTH, VECTORS), addresses(address(out), 4 * ROWS, VECTORS)
         for _ in range(repeats):
-            tile_products(address(rows), 4 * WIDTH, ROWS, x_at, VECTORS, 0, WIDTH, out_at, 0)
+            tile_products(address(rows), 4 * WIDTH, ROWS, address(x_at), VECTORS, 0, WIDTH, address(out_at), 0)
         sums[i] = out.sum() * x[0, 0]       # one: x must live until here, since nothing but its address is used above
     return sums.size * repeats * 2 * ROWS * VECTORS * WIDTH
 

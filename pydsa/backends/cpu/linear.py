@@ -6,34 +6,41 @@ each weight byte read once; for many tokens in tiles of unpacked rows. Other wei
 import numpy as np
 from numba import prange
 
-from pydsa.backends.cpu.microkernels import TILE, TILE_ROWS, address, keep, tile_products, tile_word_products, turn_over
+from pydsa.backends.cpu.microkernels import TILE, TILE_ROWS, WORD_TOKENS, address, n_threads, tile_products, turn_over, word_products
+from pydsa.backends.cpu.scratch import callers_scratch, own_scratch
 from pydsa.jit import call_block_function, call_word_function, inner, kernel
 from pydsa.quants.block import CHUNK, LOW, LOW_16, SCALE
 from pydsa.simd import (first_quarter, float_at, i64_at, largest, last_quarter, load_floats, rounded_words, second_quarter, store, sums_of_16,
-                        third_quarter, total, u8_at)
+                        third_quarter, u8_at)
 
-GROUP = 32              # rows a thread takes at a time
+GROUP = 32              # rows a thread takes at a time, for many tokens
 FEW = 3                 # tokens up to which blocks are not unpacked
+NEAR = 16               # rows that these tokens take turns on, within a first-level cache
 LARGEST = 16383         # of a rounded activation: 32 of them times Q6_K's largest weights, 4096, still fit into 32 bits
 FLOAT_ROWS, FLOAT_WIDTH = 4, 256        # a tile of unquantized weights, 4 KiB of floats
 
 
 def round_row(x, n, order, out, stride):
-    """n floats -> chunks `stride` bytes apart, pieces in an order (0: as they come); n is a multiple of 32, the rest of a chunk becomes 0."""
+    """n floats -> chunks `stride` bytes apart, pieces in an order (0: as they come); n is a multiple of 32, the rest of a chunk becomes 0.
+
+    What is not finite becomes a scale that is not.
+    """
     for k in range(0, (n + 255) // 256 * 256, 32):
         chunk, j = out + k // 256 * stride, k // 32 % 8
+        scale, first, second = np.float32(0), np.float32(0), np.float32(0)
         if k < n:
             a, b = load_floats(x, 4 * k), load_floats(x, 4 * k + 64)
             top = largest(a, b)
-            scale = top / np.float32(LARGEST) + total((a + b) * np.float32(0))      # what is not finite must not be lost
+            scale = top / np.float32(LARGEST)
             words = rounded_words(a, b, np.float32(LARGEST) / top if top > np.float32(1e-30) else np.float32(0))
-            store(chunk, 16 * (u8_at(order, 4 * j) if order else 4 * j), first_quarter(words))
-            store(chunk, 16 * (u8_at(order, 4 * j + 1) if order else 4 * j + 1), second_quarter(words))
-            store(chunk, 16 * (u8_at(order, 4 * j + 2) if order else 4 * j + 2), third_quarter(words))
-            store(chunk, 16 * (u8_at(order, 4 * j + 3) if order else 4 * j + 3), last_quarter(words))
+            if order:
+                store(chunk, 16 * u8_at(order, 4 * j), first_quarter(words))
+                store(chunk, 16 * u8_at(order, 4 * j + 1), second_quarter(words))
+                store(chunk, 16 * u8_at(order, 4 * j + 2), third_quarter(words))
+                store(chunk, 16 * u8_at(order, 4 * j + 3), last_quarter(words))
+            else:
+                store(chunk, 64 * j, words)
             first, second = sums_of_16(words)
-        else:
-            scale, first, second = np.float32(0), np.float32(0), np.float32(0)
         store(chunk, SCALE + 4 * j, scale)
         store(chunk, LOW + 4 * j, scale * (first + second))
         store(chunk, LOW_16 + 8 * j, scale * first)
@@ -57,13 +64,18 @@ def float_rows(dequantize, block, block_bytes, rows, n_rows, row_bytes, n_in, x_
 
 def word_rows(unpack, block, block_bytes, lows, rows, n_rows, row_bytes, n_in, x_at, x_step, n_tokens, out_at):
     """out_at[t][r] = row r . the chunks at x_at[t], x_at[t] + x_step, ..."""
-    memory = np.empty(TILE_ROWS * CHUNK + TILE_ROWS // 16 * TILE + 128, np.uint8)
-    chunks = (address(memory) + 63) // 64 * 64
+    padded = (n_tokens + WORD_TOKENS - 1) // WORD_TOKENS * WORD_TOKENS     # the last token stands for those that are not there
+    n_sums = (n_rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
+    chunks = own_scratch(TILE_ROWS * CHUNK + TILE_ROWS // 16 * TILE + 4 * padded * n_sums + 3 * 8 * padded)
     tiles = chunks + TILE_ROWS * CHUNK
-    products = np.empty((n_tokens, TILE_ROWS), np.float32)
+    sums = tiles + TILE_ROWS // 16 * TILE
+    tables = sums + 4 * padded * n_sums         # where the tokens are, their sums, and what becomes of them
+    for t in range(padded):
+        store(tables, 8 * t, i64_at(x_at, 8 * min(t, n_tokens - 1)))
+        store(tables, 8 * (padded + t), sums + 4 * n_sums * t)
+        store(tables, 8 * (2 * padded + t), i64_at(out_at, 8 * t) if t < n_tokens else sums + 4 * n_sums * t)
     for r in range(0, n_rows, TILE_ROWS):
         n = min(TILE_ROWS, n_rows - r)
-        products[:] = 0
         for k in range(0, n_in, 256):
             width = min(256, n_in - k)
             for i in range(n):
@@ -74,14 +86,15 @@ def word_rows(unpack, block, block_bytes, lows, rows, n_rows, row_bytes, n_in, x
                     store(chunk, LOW + 4 * j, np.float32(0))
             for i in range(0, n, 16):
                 for column in range(0, CHUNK if lows == 16 else LOW_16, 64):
-                    turn_over(chunks + i * CHUNK + column, CHUNK, tiles + i // 16 * TILE + 16 * column)
-            tile_word_products(tiles, width // 32, 8 if lows == 8 else 0, 16 if lows == 16 else 0, x_at, n_tokens, k // 256 * x_step,
-                               address(products), 4 * TILE_ROWS)
-        for t in range(n_tokens):
-            out = i64_at(out_at, 8 * t)
-            for i in range(n):
-                store(out, 4 * (r + i), products[t, i])
-    keep(memory)
+                    turn_over(chunks + i * CHUNK + column, CHUNK, tiles + i // 16 * TILE + 16 * column, 64)
+            out = tables + 8 * padded * (2 if k + 256 >= n_in and n == TILE_ROWS else 1)
+            for t in range(0, 8 * padded, 8 * WORD_TOKENS):
+                word_products(tiles, width // 32, 8 if lows == 8 else 0, 16 if lows == 16 else 0, tables + t, k // 256 * x_step,
+                              tables + 8 * padded + t if k else 0, out + t, 4 * r)
+        if n < TILE_ROWS:
+            for t in range(n_tokens):
+                for i in range(n):
+                    store(i64_at(out_at, 8 * t), 4 * (r + i), float_at(sums, 4 * (n_sums * t + r + i)))
 
 
 @inner
@@ -94,45 +107,53 @@ def addresses(first, stride, n):
 
 
 @inner
-def rounded_room(w, n, n_in):
-    """Memory for n rows of activations as chunks: none for weights that are not quantized."""
-    return np.empty((n if w.dot else 0) * ((n_in + 255) // 256) * CHUNK, np.uint8)
+def rounded_bytes(w, n_in):
+    """What a rounded row of activations takes; nothing for weights that are not quantized."""
+    return (n_in + 255) // 256 * CHUNK if w.dot else 0
 
 
 @inner
 def round_input(w, few, x, n, n_in, room, i):
     """Row i of n activations at the address x into the room: rows of chunks for few tokens, the first chunks of all rows for many."""
     if few:
-        call_word_function(w.round_row, (x, n_in, w.order, address(room) + i * (room.size // n), CHUNK))
+        call_word_function(w.round_row, (x, n_in, w.order, room + i * rounded_bytes(w, n_in), CHUNK))
     else:
-        call_word_function(w.round_row, (x, n_in, 0, address(room) + i * CHUNK, n * CHUNK))
+        call_word_function(w.round_row, (x, n_in, 0, room + i * CHUNK, n * CHUNK))
 
 
 @inner
-def rounded_addresses(few, room, n):
-    """Where rounded rows begin."""
-    return addresses(address(room), room.size // n if few else CHUNK, n)
+def few_rows(w, rows, n_rows, n_in, x, x_stride, n_tokens, out, out_stride):
+    """out[t][r] = row r . chunks x[t], for a few tokens: n_rows rows at an address, each read once from memory."""
+    n, row_bytes = n_in // w.block, n_in // w.block * w.block_bytes
+    together = n_rows if n_tokens == 1 else NEAR
+    for r in range(0, n_rows, together):
+        for t in range(n_tokens):
+            call_word_function(w.dot, (rows + r * row_bytes, min(together, n_rows - r), n, x + t * x_stride, out + t * out_stride + 4 * r))
 
 
 @inner
-def rows_times(w, few, rows, n_rows, n_in, x_at, x_step, out_at):
-    """out_at[t][r] = row r . x_at[t], for n_rows rows from the address `rows` on; x_at, out_at: int64 arrays of addresses."""
+def many_rows(w, rows, n_rows, n_in, x_at, x_step, out_at):
+    """out_at[t][r] = row r . x_at[t], for many tokens, or weights that are not quantized; x_at, out_at: int64 arrays of addresses."""
     row_bytes = n_in // w.block * w.block_bytes
-    if w.dot == 0:
-        call_word_function(w.times, (w.dequantize, w.block, w.block_bytes, rows, n_rows, row_bytes, n_in, address(x_at), x_at.size, address(out_at)))
-    elif few:
-        for t in range(x_at.size):
-            call_word_function(w.dot, (rows, n_rows, n_in // w.block, x_at[t], out_at[t]))
-    else:
+    if w.dot:
         call_word_function(w.times, (w.unpack, w.block, w.block_bytes, w.lows, rows, n_rows, row_bytes, n_in, address(x_at), x_step, x_at.size,
                                      address(out_at)))
+    else:
+        call_word_function(w.times, (w.dequantize, w.block, w.block_bytes, rows, n_rows, row_bytes, n_in, address(x_at), x_at.size, address(out_at)))
+
+
+@inner
+def rows_a_task(n_rows, few):
+    """Rows that a thread takes at a time: for a few tokens a share of all, which it reads in one stretch."""
+    return max(4, (n_rows + n_threads() - 1) // n_threads()) if few else GROUP
 
 
 @kernel(parallel=True)
 def linear(out, w, x):
     n_out, row_bytes = w.data.shape
     n_tokens, n_in = x.shape
-    few, room = n_tokens <= FEW, rounded_room(w, n_tokens, n_in)
+    few, x_bytes = n_tokens <= FEW, rounded_bytes(w, n_in)
+    room = callers_scratch(n_tokens * x_bytes)
     x_at = addresses(address(x), x.strides[0], n_tokens)
     if w.dot:
         if few:
@@ -141,28 +162,39 @@ def linear(out, w, x):
         else:
             for t in prange(n_tokens):
                 round_input(w, few, x_at[t], n_tokens, n_in, room, t)
-        x_at = rounded_addresses(few, room, n_tokens)
-    for group in prange((n_out + GROUP - 1) // GROUP):
-        r = group * GROUP
-        out_at = addresses(address(out) + 4 * r, out.strides[0], n_tokens)
-        rows_times(w, few, address(w.data) + r * row_bytes, min(GROUP, n_out - r), n_in, x_at, n_tokens * CHUNK, out_at)
-    keep(room)
+            x_at = addresses(room, CHUNK, n_tokens)
+    size = rows_a_task(n_out, few)
+    for task in prange((n_out + size - 1) // size):
+        r = task * size
+        rows, n = address(w.data) + r * row_bytes, min(size, n_out - r)
+        if few and w.dot:
+            few_rows(w, rows, n, n_in, room, x_bytes, n_tokens, address(out) + 4 * r, out.strides[0])
+        else:
+            many_rows(w, rows, n, n_in, x_at, n_tokens * CHUNK, addresses(address(out) + 4 * r, out.strides[0], n_tokens))
 
 
 @kernel(parallel=True)
 def head_linear(out, w, x):
     n_head, n_out, row_bytes = w.data.shape
     n_tokens, n_in = x.shape[0], x.shape[2]
-    few, room, n = n_tokens <= FEW, rounded_room(w, n_tokens * n_head, n_in), n_tokens * n_head
-    groups = (n_out + GROUP - 1) // GROUP
-    if w.dot:
+    few, n, x_bytes = n_tokens <= FEW, n_tokens * n_head, rounded_bytes(w, n_in)
+    room = callers_scratch(n * x_bytes)
+    size = n_out if few and n_head >= n_threads() else rows_a_task(n_out, few)
+    groups = (n_out + size - 1) // size
+    if w.dot and few:
+        for i in range(n):      # head by head, so that what is multiplied together lies together
+            round_input(w, few, address(x) + i % n_tokens * x.strides[0] + i // n_tokens * x.strides[1], n, n_in, room, i)
+    elif w.dot:
         for i in prange(n):
-            round_input(w, few, address(x) + i // n_head * x.strides[0] + i % n_head * x.strides[1], n, n_in, room, i)
+            round_input(w, few, address(x) + i % n_tokens * x.strides[0] + i // n_tokens * x.strides[1], n, n_in, room, i)
     for task in prange(n_head * groups):
-        h, r = task // groups, task % groups * GROUP
-        x_at = addresses(address(x) + h * x.strides[1], x.strides[0], n_tokens)
-        if w.dot:
-            x_at = rounded_addresses(few, room, n)[h::n_head].copy()
-        out_at = addresses(address(out) + h * out.strides[1] + 4 * r, out.strides[0], n_tokens)
-        rows_times(w, few, address(w.data) + (h * n_out + r) * row_bytes, min(GROUP, n_out - r), n_in, x_at, n * CHUNK, out_at)
-    keep(room)
+        h, r = task // groups, task % groups * size
+        rows, rows_n = address(w.data) + (h * n_out + r) * row_bytes, min(size, n_out - r)
+        target = address(out) + h * out.strides[1] + 4 * r
+        if few and w.dot:
+            few_rows(w, rows, rows_n, n_in, room + h * n_tokens * x_bytes, x_bytes, n_tokens, target, out.strides[0])
+        else:
+            x_at = addresses(address(x) + h * x.strides[1], x.strides[0], n_tokens)
+            if w.dot:
+                x_at = addresses(room + h * n_tokens * CHUNK, CHUNK, n_tokens)
+            many_rows(w, rows, rows_n, n_in, x_at, n * CHUNK, addresses(target, out.strides[0], n_tokens))

@@ -15,16 +15,19 @@ from pydsa.simd import F32, FAST, FEATURES, I16, I32, broadcast, constant, float
 
 
 def _register_plan(features):
-    """(floats in a register; rows, vectors of `products`; 16s of rows, tokens of `word_products`): sums that fit beside the operands."""
+    """How many sums fit into the registers beside the operands.
+
+    Floats in a register; rows, vectors of `products`; 16s of rows, tokens of `word_products`; rows, 16s of columns of `combine`.
+    """
     if "avx512f" in features:
-        return 16, 4, 4, 2, 6     # 32 registers
+        return 16, 4, 4, 2, 6, 6, 4     # 32 registers
     if "avx" in features:
-        return 8, 4, 2, 1, 3      # 16 registers
-    return 4, 4, 2, 1, 1
+        return 8, 4, 2, 1, 3, 6, 1      # 16 registers
+    return 4, 4, 2, 1, 1, 2, 1
 
 
 numba.get_num_threads()     # launches the threads, and so defines the symbol that n_threads() calls
-LANES, ROWS, VECTORS, WORD_ROWS, WORD_TOKENS = _register_plan(FEATURES)
+LANES, ROWS, VECTORS, WORD_ROWS, WORD_TOKENS, COMBINE_ROWS, COMBINE_COLUMNS = _register_plan(FEATURES)
 TILE_ROWS = 16 * WORD_ROWS          # rows that word_products takes at a time
 
 
@@ -111,12 +114,6 @@ def address(array):
 
 
 @inner
-def keep(array):
-    """Stands after the last use of an array's address: numba frees an array after the last use of its name."""
-    return array.size
-
-
-@inner
 def tile_products(w, w_stride, n_rows, x_at, n_vectors, x_offset, n, out_at, out_offset):
     """out_at[t][r] += row r . vector t over n floats, for any n_rows and n_vectors; all are addresses and byte offsets.
 
@@ -166,15 +163,75 @@ def exp(x):
     return p * float_from_bits(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
 
 
+def _make_combine(rows, columns):
+    @intrinsic
+    def combine(typingctx, c, c_stride, a, a_stride, b, b_stride, n):
+        """c[i][j] += sum over k < n of a[i][k] b[k][j], for i < rows and j < 16 columns; float32 at addresses, strides in bytes."""
+        def codegen(context, builder, signature, args):
+            c, c_stride, a, a_stride, b, b_stride, n = args
+            word, vector = n.type, ir.VectorType(F32, 16)
+
+            def at(address, kind):
+                return pointer(builder, address, kind)
+
+            a_rows = [builder.add(a, builder.mul(a_stride, word(i))) for i in range(rows)]
+            cells = [[at(builder.add(builder.add(c, builder.mul(c_stride, word(i))), word(64 * j)), vector) for j in range(columns)]
+                     for i in range(rows)]
+            before, loop, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
+            sums = [[builder.load(cell, align=4) for cell in row] for row in cells]
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            k, b_row = builder.phi(word), builder.phi(word)
+            k.add_incoming(word(0), before)
+            b_row.add_incoming(b, before)
+            now = [[builder.phi(vector) for _ in row] for row in cells]
+            xs = [builder.load(at(builder.add(b_row, word(64 * j)), vector), align=4) for j in range(columns)]
+            for i in range(rows):
+                factor = broadcast(builder, builder.load(at(builder.add(a_rows[i], builder.mul(k, word(4))), F32), align=4), 16)
+                for j in range(columns):
+                    new = builder.fadd(now[i][j], builder.fmul(factor, xs[j], flags=FAST), flags=FAST)
+                    now[i][j].add_incoming(sums[i][j], before)
+                    now[i][j].add_incoming(new, loop)
+                    sums[i][j] = new
+            after_k = builder.add(k, word(1))
+            k.add_incoming(after_k, loop)
+            b_row.add_incoming(builder.add(b_row, b_stride), loop)
+            builder.cbranch(builder.icmp_signed("<", after_k, n), loop, after)
+            builder.position_at_end(after)
+            for row, new in zip(cells, sums):
+                for cell, value in zip(row, new):
+                    builder.store(value, cell, align=4)
+            return context.get_dummy_value()
+        return types.void(*[types.intp] * 7), codegen
+    return combine
+
+
+_combine_block, _combine_row = _make_combine(COMBINE_ROWS, COMBINE_COLUMNS), _make_combine(1, COMBINE_COLUMNS)
+COLUMNS = 16 * COMBINE_COLUMNS
+
+
+@inner
+def combine(c, c_stride, n_rows, n_columns, a, a_stride, b, b_stride, n):
+    """c += a b for any n_rows, n_columns a multiple of COLUMNS and n > 0; float32 at addresses, strides in bytes."""
+    for j in range(0, n_columns, COLUMNS):
+        i = 0
+        while n_rows - i >= COMBINE_ROWS:
+            _combine_block(c + i * c_stride + 4 * j, c_stride, a + i * a_stride, a_stride, b + 4 * j, b_stride, n)
+            i += COMBINE_ROWS
+        while i < n_rows:
+            _combine_row(c + i * c_stride + 4 * j, c_stride, a + i * a_stride, a_stride, b + 4 * j, b_stride, n)
+            i += 1
+
+
 # A tile is 16 rows of chunks with the 16 x 16 four-byte cells of every 64 bytes turned over: the cells of one column lie side by side.
 TILE = 16 * CHUNK
 
 
 @intrinsic
-def turn_over(typingctx, source, stride, target):
-    """target[j][i] = source[i][j] for 16 x 16 cells of four bytes; rows of the source are `stride` bytes apart."""
+def turn_over(typingctx, source, stride, target, target_stride):
+    """target[j][i] = source[i][j] for 16 x 16 cells of four bytes; rows are `stride` and `target_stride` bytes apart."""
     def codegen(context, b, signature, args):
-        source, stride, target = args
+        source, stride, target, target_stride = args
         word, vector = stride.type, ir.VectorType(I32, 16)
         rows = [b.load(pointer(b, b.add(source, b.mul(stride, word(i))), vector), align=4) for i in range(16)]
         for step in (1, 2, 4, 8):       # exchange blocks of step x step cells
@@ -183,27 +240,32 @@ def turn_over(typingctx, source, stride, target):
                 rows[i] = b.shuffle_vector(first, second, constant([j + 16 - step if j & step else j for j in range(16)]))
                 rows[i + step] = b.shuffle_vector(first, second, constant([j + 16 if j & step else j + step for j in range(16)]))
         for j, column in enumerate(rows):
-            b.store(column, pointer(b, b.add(target, word(64 * j)), vector), align=4)
+            b.store(column, pointer(b, b.add(target, b.mul(target_stride, word(j))), vector), align=4)
         return context.get_dummy_value()
-    return types.void(types.intp, types.intp, types.intp), codegen
+    return types.void(types.intp, types.intp, types.intp, types.intp), codegen
 
 
 def _make_word_products(rows, tokens):
     @intrinsic
-    def word_products(typingctx, tiles, n_scales, n_lows, n_lows_16, x_at, x_offset, out, out_stride):
-        """out[t][r] += the product of chunks, row r of `rows` tiles and *(x_at[t] + x_offset), for all r and t.
+    def word_products(typingctx, tiles, n_scales, n_lows, n_lows_16, x_at, x_offset, before_at, out_at, out_offset):
+        """*(out_at[t] + out_offset)[r] = *(before_at[t] + out_offset)[r] + the product of chunks, row r of the tiles . *(x_at[t] + x_offset).
 
-        n_scales, n_lows, n_lows_16: how many 32s, lows and low16s of the chunks are in use.
+        n_scales, n_lows, n_lows_16: how many 32s, lows and low16s of the chunks are in use. before_at may be 0: nothing was before.
         """
         def codegen(context, b, signature, args):
-            tiles, n_scales, n_lows, n_lows_16, x_at, x_offset, out, out_stride = args
+            tiles, n_scales, n_lows, n_lows_16, x_at, x_offset, before_at, out_at, out_offset = args
             word, floats, ints, words = n_scales.type, ir.VectorType(F32, 16), ir.VectorType(I32, 16), ir.VectorType(I16, 32)
 
             def load(kind, address, align=4):
                 return b.load(pointer(b, address, kind), align=align)
 
-            xs = [b.add(load(word, b.add(x_at, word(8 * t)), 8), x_offset) for t in range(tokens)]
-            outs = [[b.add(b.add(out, b.mul(out_stride, word(t))), word(64 * r)) for t in range(tokens)] for r in range(rows)]
+            def table(base, offset):        # the addresses in an array of them, moved by offset
+                return [b.add(load(word, b.add(base, word(8 * t)), 8), offset) for t in range(tokens)]
+
+            def cell(table, r, t):
+                return b.add(table[t], word(64 * r))
+
+            xs = table(x_at, x_offset)
             pairs = [(r, t) for r in range(rows) for t in range(tokens)]
 
             def loop(n, sums, body):
@@ -213,7 +275,7 @@ def _make_word_products(rows, tokens):
                 b.position_at_end(head)
                 i = b.phi(word)
                 i.add_incoming(word(0), before)
-                phis = [b.phi(floats) for _ in sums]
+                phis = [b.phi(s.type) for s in sums]
                 for phi, s in zip(phis, sums):
                     phi.add_incoming(s, before)
                 b.cbranch(b.icmp_signed("<", i, n), inside, after)
@@ -227,15 +289,14 @@ def _make_word_products(rows, tokens):
                 return phis
 
             def scaled(i, sums):
-                at = b.add(tiles, b.mul(i, word(1024)))
-                dots = [constant([0] * 16)] * len(pairs)
-                for k in range(16):
-                    w = [b.bitcast(load(ints, b.add(at, word(r * TILE + 64 * k)), 64), words) for r in range(rows)]
-                    for t in range(tokens):
-                        x = b.add(xs[t], b.add(b.mul(i, word(64)), word(4 * k)))
-                        x = b.bitcast(broadcast(b, load(I32, x), 16), words)
-                        for r in range(rows):
-                            dots[r * tokens + t] = word_dots(b, dots[r * tokens + t], w[r], x)
+                def dots(k, sums):      # not unrolled: LLVM would make two instructions of each dot product, to shorten the chain
+                    w = [b.bitcast(load(ints, b.add(tile, b.add(word(r * TILE), b.mul(k, word(64)))), 64), words) for r in range(rows)]
+                    xs_now = [load(I32, b.add(x, b.mul(k, word(4)))) for x in xs_i]
+                    xs_now = [b.bitcast(broadcast(b, x, 16), words) for x in xs_now]
+                    return [word_dots(b, s, w[r], xs_now[t]) for s, (r, t) in zip(sums, pairs)]
+
+                tile, xs_i = b.add(tiles, b.mul(i, word(1024))), [b.add(x, b.mul(i, word(64))) for x in xs]
+                dots = loop(word(16), [constant([0] * 16)] * len(pairs), dots)
                 column = b.add(b.add(tiles, word(16 * SCALE)), b.mul(i, word(64)))
                 scales = [load(floats, b.add(column, word(r * TILE)), 64) for r in range(rows)]
                 x = [broadcast(b, load(F32, b.add(b.add(xs[t], word(SCALE)), b.mul(i, word(4)))), 16) for t in range(tokens)]
@@ -250,27 +311,27 @@ def _make_word_products(rows, tokens):
                     return [b.fsub(s, b.fmul(lows[r], x[t], flags=FAST), flags=FAST) for s, (r, t) in zip(sums, pairs)]
                 return body
 
-            sums = [load(floats, outs[r][t]) for r, t in pairs]
+            zeros = [constant([0.0] * 16, F32)] * len(pairs)
+            with b.if_else(b.icmp_signed("!=", before_at, word(0))) as (then, otherwise):
+                with then:
+                    before = table(before_at, out_offset)
+                    loaded, then_block = [load(floats, cell(before, r, t)) for r, t in pairs], b.block
+                with otherwise:
+                    otherwise_block = b.block
+            sums = [b.phi(floats) for _ in pairs]
+            for phi, value, zero in zip(sums, loaded, zeros):
+                phi.add_incoming(value, then_block)
+                phi.add_incoming(zero, otherwise_block)
             sums = loop(n_scales, sums, scaled)
             sums = loop(n_lows, sums, lowered(LOW))
             sums = loop(n_lows_16, sums, lowered(LOW_16))
+            outs = table(out_at, out_offset)
             for s, (r, t) in zip(sums, pairs):
-                b.store(s, pointer(b, outs[r][t], floats), align=4)
+                b.store(s, pointer(b, cell(outs, r, t), floats), align=4)
             return context.get_dummy_value()
-        return types.void(*[types.intp] * 8), codegen
+        return types.void(*[types.intp] * 9), codegen
     return word_products
 
 
-_word_block, _word_column = _make_word_products(WORD_ROWS, WORD_TOKENS), _make_word_products(WORD_ROWS, 1)
+word_products = _make_word_products(WORD_ROWS, WORD_TOKENS)
 
-
-@inner
-def tile_word_products(tiles, n_scales, n_lows, n_lows_16, x_at, n_tokens, x_offset, out, out_stride):
-    """out[t][r] += row r of TILE_ROWS . token t, chunks at the addresses x_at[t] + x_offset, for any n_tokens."""
-    t = 0
-    while n_tokens - t >= WORD_TOKENS:
-        _word_block(tiles, n_scales, n_lows, n_lows_16, x_at + 8 * t, x_offset, out + t * out_stride, out_stride)
-        t += WORD_TOKENS
-    while t < n_tokens:
-        _word_column(tiles, n_scales, n_lows, n_lows_16, x_at + 8 * t, x_offset, out + t * out_stride, out_stride)
-        t += 1

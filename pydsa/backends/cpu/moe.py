@@ -2,9 +2,11 @@
 import numpy as np
 from numba import prange
 
-from pydsa.backends.cpu.linear import FEW, GROUP, addresses, round_input, rounded_addresses, rounded_room, rows_times
-from pydsa.backends.cpu.microkernels import address, exp, keep
+from pydsa.backends.cpu.linear import FEW, GROUP, addresses, few_rows, many_rows, round_input, rounded_bytes, rows_a_task
+from pydsa.backends.cpu.microkernels import address, n_threads
+from pydsa.backends.cpu.norm import silu_mul_row
 from pydsa.backends.cpu.rows import contiguous
+from pydsa.backends.cpu.scratch import callers_scratch
 from pydsa.jit import inner, kernel
 from pydsa.quants.block import CHUNK
 
@@ -79,63 +81,93 @@ def by_expert(ids, n_expert):
     return pairs, start, busy
 
 
+@inner
+def rounded_at(w, few, room, n, n_in):
+    """Where n rounded rows begin."""
+    return addresses(room, rounded_bytes(w, n_in) if few else CHUNK, n)
+
+
+@inner
+def expert_rows(w, few, expert, r, n, n_in, x_at, x_step, out_at):
+    """out_at[t] = rows r to r + n of an expert times x_at[t]; int64 arrays of addresses."""
+    rows = address(w.data) + (expert * w.data.shape[1] + r) * w.data.shape[2]
+    if few and w.dot:
+        for i in range(x_at.size):
+            few_rows(w, rows, n, n_in, x_at[i], 0, 1, out_at[i], 0)
+    else:
+        many_rows(w, rows, n, n_in, x_at, x_step, out_at)
+
+
 @kernel(parallel=True)
 def moe_gate_up(out, x, ids, gate, up):
-    n_expert, n_ff, row_bytes = gate.data.shape
+    n_expert, n_ff, _ = gate.data.shape
     n_tokens, n_in, n_used = x.shape[0], x.shape[1], ids.shape[1]
     pairs, start, busy = by_expert(ids, n_expert)
-    groups = (n_ff + GROUP - 1) // GROUP
-    few, room_gate, room_up = n_tokens <= FEW, rounded_room(gate, n_tokens, n_in), rounded_room(up, n_tokens, n_in)
+    few = n_tokens <= FEW
+    room_gate = callers_scratch(n_tokens * (rounded_bytes(gate, n_in) + rounded_bytes(up, n_in)))
+    room_up = room_gate + n_tokens * rounded_bytes(gate, n_in)
     x_at = addresses(address(x), x.strides[0], n_tokens)
-    if gate.dot or up.dot:
+    if few:
+        for t in range(n_tokens):
+            round_twice(gate, up, few, x_at[t], n_tokens, n_in, room_gate, room_up, t)
+    else:
         for t in prange(n_tokens):
-            if gate.dot:
-                round_input(gate, few, address(x) + t * x.strides[0], n_tokens, n_in, room_gate, t)
-            if up.dot:
-                round_input(up, few, address(x) + t * x.strides[0], n_tokens, n_in, room_up, t)
-    gate_at = rounded_addresses(few, room_gate, n_tokens) if gate.dot else x_at
-    up_at = rounded_addresses(few, room_up, n_tokens) if up.dot else x_at
+            round_twice(gate, up, few, x_at[t], n_tokens, n_in, room_gate, room_up, t)
+    gate_at = rounded_at(gate, few, room_gate, n_tokens, n_in) if gate.dot else x_at
+    up_at = rounded_at(up, few, room_up, n_tokens, n_in) if up.dot else x_at
+    size = rows_a_task(n_ff, few)
+    groups = (n_ff + size - 1) // size
     for task in prange(busy.size * groups):
-        expert, r = busy[task // groups], task % groups * GROUP
-        mine, n = pairs[start[expert]:start[expert + 1]], min(GROUP, n_ff - r)
+        expert, r = busy[task // groups], task % groups * size
+        mine, n = pairs[start[expert]:start[expert + 1]], min(size, n_ff - r)
         tokens = mine // n_used
-        out_at = address(out) + mine * out.strides[1] + 4 * r
-        ups = np.empty((mine.size, GROUP), np.float32)
-        rows_times(gate, few, address(gate.data[expert, r:]), n, n_in, gate_at[tokens], n_tokens * CHUNK, out_at)
-        rows_times(up, few, address(up.data[expert, r:]), n, n_in, up_at[tokens], n_tokens * CHUNK,
-                   addresses(address(ups), 4 * GROUP, mine.size))
+        ups = np.empty((mine.size, n), np.float32)
+        expert_rows(gate, few, expert, r, n, n_in, gate_at[tokens], n_tokens * CHUNK, address(out) + mine * out.strides[1] + 4 * r)
+        expert_rows(up, few, expert, r, n, n_in, up_at[tokens], n_tokens * CHUNK, addresses(address(ups), 4 * n, mine.size))
         for i in range(mine.size):
             hidden = contiguous(out[mine[i] // n_used, mine[i] % n_used, r:r + n])
-            for j in range(n):
-                hidden[j] *= ups[i, j] / (np.float32(1) + exp(-hidden[j]))
-    keep(room_gate)
-    keep(room_up)
+            silu_mul_row(hidden, hidden, ups[i])
+
+
+@inner
+def round_twice(gate, up, few, x, n_tokens, n_in, room_gate, room_up, t):
+    """Token t for both: their types may differ."""
+    if gate.dot:
+        round_input(gate, few, x, n_tokens, n_in, room_gate, t)
+    if up.dot:
+        round_input(up, few, x, n_tokens, n_in, room_up, t)
 
 
 @kernel(parallel=True)
 def moe_down(out, hidden, ids, weights, down):
-    n_expert, n_out, row_bytes = down.data.shape
+    n_expert, n_out, _ = down.data.shape
     n_tokens, n_used, n_ff = hidden.shape
     pairs, start, busy = by_expert(ids, n_expert)
-    few, room, n_pairs = n_tokens <= FEW, rounded_room(down, n_tokens * n_used, n_ff), n_tokens * n_used
-    hidden_at = addresses(address(hidden), hidden.strides[1], n_pairs)
+    n_pairs = pairs.size
+    few, room = n_tokens <= FEW, callers_scratch(n_pairs * rounded_bytes(down, n_ff))
+    hidden_at = address(hidden) + pairs * hidden.strides[1]
     if down.dot:
-        for i in prange(n_pairs):
-            round_input(down, few, address(hidden) + i * hidden.strides[1], n_pairs, n_ff, room, i)
-        hidden_at = rounded_addresses(few, room, n_pairs)
-    for group in prange((n_out + GROUP - 1) // GROUP):
-        r = group * GROUP
-        n = min(GROUP, n_out - r)
+        if few:
+            for i in range(n_pairs):
+                round_input(down, few, hidden_at[i], n_pairs, n_ff, room, i)
+        else:
+            for i in prange(n_pairs):
+                round_input(down, few, hidden_at[i], n_pairs, n_ff, room, i)
+        hidden_at = rounded_at(down, few, room, n_pairs, n_ff)
+    share = (n_out // (2 * n_threads()) + GROUP - 1) // GROUP * GROUP      # rows of a task: an expert's activations stay in the cache for them
+    size = share if few else GROUP
+    for task in prange((n_out + share - 1) // share):
+        first, last = task * share, min(task * share + share, n_out)
         for t in range(n_tokens):
-            for j in range(n):
-                out[t, r + j] = 0
+            contiguous(out[t, first:last])[:] = 0
         for expert in busy:
-            mine = pairs[start[expert]:start[expert + 1]]
-            part = np.empty((mine.size, GROUP), np.float32)
-            rows_times(down, few, address(down.data[expert, r:]), n, n_ff, hidden_at[mine], n_pairs * CHUNK,
-                       addresses(address(part), 4 * GROUP, mine.size))
-            for i in range(mine.size):
-                t, weight = mine[i] // n_used, weights[mine[i] // n_used, mine[i] % n_used]
-                for j in range(n):
-                    out[t, r + j] += weight * part[i, j]
-    keep(room)
+            a, b = start[expert], start[expert + 1]
+            part = np.empty((b - a, size), np.float32)
+            for r in range(first, last, size):
+                n = min(size, last - r)
+                expert_rows(down, few, expert, r, n, n_ff, hidden_at[a:b], n_pairs * CHUNK, addresses(address(part), 4 * size, b - a))
+                for i in range(a, b):
+                    t, weight = pairs[i] // n_used, weights[pairs[i] // n_used, pairs[i] % n_used]
+                    target = contiguous(out[t, r:r + n])
+                    for j in range(n):
+                        target[j] += weight * part[i - a, j]

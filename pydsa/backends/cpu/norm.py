@@ -1,46 +1,80 @@
-"""Norms and the elementwise ops."""
+"""Norms and the elementwise ops. A few rows are done by the thread that calls: to start the others takes longer than the work."""
 import numpy as np
+from numba import prange
 
 from pydsa.backends.cpu.microkernels import exp
-from pydsa.jit import kernel
+from pydsa.backends.cpu.rows import contiguous
+from pydsa.jit import inner, kernel
+
+ALONE = 16      # rows up to which one thread works
 
 
-@kernel
+@inner
+def rms_norm_row(out, x, w, eps):
+    squares = np.float32(0)
+    for i in range(x.size):
+        squares += x[i] * x[i]
+    scale = np.float32(1 / np.sqrt(squares / x.size + eps))
+    for i in range(x.size):
+        out[i] = x[i] * scale * w[i]
+
+
+@kernel(parallel=True)
 def rms_norm(out, x, w, eps):
-    n = x.shape[1]
-    for t in range(x.shape[0]):
-        squares = np.float32(0)
-        for i in range(n):
-            squares += x[t, i] * x[t, i]
-        scale = np.float32(1 / np.sqrt(squares / n + eps))
-        for i in range(n):
-            out[t, i] = x[t, i] * scale * w[i]
+    if len(x) <= ALONE:
+        for t in range(len(x)):
+            rms_norm_row(contiguous(out[t]), contiguous(x[t]), w, eps)
+    else:
+        for t in prange(len(x)):
+            rms_norm_row(contiguous(out[t]), contiguous(x[t]), w, eps)
+
+
+@inner
+def layer_norm_row(out, x, w, b, eps):
+    mean, squares = np.float32(0), np.float32(0)
+    for i in range(x.size):
+        mean += x[i]
+    mean /= np.float32(x.size)
+    for i in range(x.size):
+        squares += (x[i] - mean) * (x[i] - mean)
+    scale = np.float32(1 / np.sqrt(squares / x.size + eps))
+    for i in range(x.size):
+        out[i] = (x[i] - mean) * scale * w[i] + b[i]
 
 
 @kernel
 def layer_norm(out, x, w, b, eps):
-    n = x.shape[1]
-    for t in range(x.shape[0]):
-        mean, squares = np.float32(0), np.float32(0)
-        for i in range(n):
-            mean += x[t, i]
-        mean /= np.float32(n)
-        for i in range(n):
-            squares += (x[t, i] - mean) * (x[t, i] - mean)
-        scale = np.float32(1 / np.sqrt(squares / n + eps))
-        for i in range(n):
-            out[t, i] = (x[t, i] - mean) * scale * w[i] + b[i]
+    for t in range(len(x)):
+        layer_norm_row(contiguous(out[t]), contiguous(x[t]), w, b, eps)
 
 
-@kernel
+@inner
+def silu_mul_row(out, gate, up):
+    for i in range(gate.size):
+        out[i] = gate[i] / (np.float32(1) + exp(-gate[i])) * up[i]
+
+
+@kernel(parallel=True)
 def silu_mul(out, gate, up):
-    for t in range(out.shape[0]):
-        for i in range(out.shape[1]):
-            out[t, i] = gate[t, i] / (np.float32(1) + exp(-gate[t, i])) * up[t, i]
+    if len(out) <= ALONE:
+        for t in range(len(out)):
+            silu_mul_row(contiguous(out[t]), contiguous(gate[t]), contiguous(up[t]))
+    else:
+        for t in prange(len(out)):
+            silu_mul_row(contiguous(out[t]), contiguous(gate[t]), contiguous(up[t]))
 
 
-@kernel
+@inner
+def add_row(out, x, y):
+    for i in range(x.size):
+        out[i] = x[i] + y[i]
+
+
+@kernel(parallel=True)
 def add(out, x, y):
-    for t in range(out.shape[0]):
-        for i in range(out.shape[1]):
-            out[t, i] = x[t, i] + y[t, i]
+    if len(out) <= ALONE:
+        for t in range(len(out)):
+            add_row(contiguous(out[t]), contiguous(x[t]), contiguous(y[t]))
+    else:
+        for t in prange(len(out)):
+            add_row(contiguous(out[t]), contiguous(x[t]), contiguous(y[t]))

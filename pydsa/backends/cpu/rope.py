@@ -3,7 +3,11 @@ import math
 
 import numpy as np
 
-from pydsa.jit import kernel
+from numba import prange
+
+from pydsa.backends.cpu.norm import ALONE
+from pydsa.backends.cpu.rows import contiguous
+from pydsa.jit import inner, kernel
 
 
 @kernel
@@ -15,30 +19,54 @@ def rope_table(out, positions, freqs, magnitude):
             out[t, 1, i] = math.sin(angle) * magnitude
 
 
-@kernel
+@inner
+def turn(out, x, cos, sin, neox):
+    """One head; out may be x."""
+    half = cos.size
+    if neox:
+        for i in range(half):
+            a, b = x[i], x[i + half]
+            out[i], out[i + half] = a * cos[i] - b * sin[i], a * sin[i] + b * cos[i]
+    else:
+        for i in range(half):
+            a, b = x[2 * i], x[2 * i + 1]
+            out[2 * i], out[2 * i + 1] = a * cos[i] - b * sin[i], a * sin[i] + b * cos[i]
+
+
+@inner
+def turn_heads(out, x, table, neox):
+    for h in range(len(x)):
+        turn(contiguous(out[h]), contiguous(x[h]), table[0], table[1], neox)
+
+
+@kernel(parallel=True)
 def rope(out, x, table, neox):
-    half = table.shape[2]
-    step, apart = (1, half) if neox else (2, 1)
-    for t in range(x.shape[0]):
-        for h in range(x.shape[1]):
-            for i in range(half):
-                a, b, cos, sin = x[t, h, i * step], x[t, h, i * step + apart], table[t, 0, i], table[t, 1, i]
-                out[t, h, i * step] = a * cos - b * sin
-                out[t, h, i * step + apart] = a * sin + b * cos
+    if len(x) <= ALONE:
+        for t in range(len(x)):
+            turn_heads(out[t], x[t], table[t], neox)
+    else:
+        for t in prange(len(x)):
+            turn_heads(out[t], x[t], table[t], neox)
+
+
+@inner
+def hadamard_row(row):
+    """In place, without the factor."""
+    step = 1
+    while step < row.size:
+        for first in range(0, row.size, 2 * step):
+            for i in range(first, first + step):
+                a, b = row[i], row[i + step]
+                row[i], row[i + step] = a + b, a - b
+        step *= 2
 
 
 @kernel
 def hadamard(out, x):
-    width = x.shape[2]
-    norm = np.float32(1 / np.sqrt(width))
+    norm = np.float32(1 / np.sqrt(x.shape[2]))
     for t in range(x.shape[0]):
         for h in range(x.shape[1]):
-            for i in range(width):
-                out[t, h, i] = x[t, h, i] * norm
-            step = 1
-            while step < width:
-                for first in range(0, width, 2 * step):
-                    for i in range(first, first + step):
-                        a, b = out[t, h, i], out[t, h, i + step]
-                        out[t, h, i], out[t, h, i + step] = a + b, a - b
-                step *= 2
+            row, source = contiguous(out[t, h]), contiguous(x[t, h])
+            for i in range(row.size):
+                row[i] = source[i] * norm
+            hadamard_row(row)

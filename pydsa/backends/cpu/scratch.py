@@ -1,0 +1,89 @@
+"""Memory that kernels work in: a piece for the thread that calls an op, and a piece for each thread of its parallel regions.
+
+The pieces grow and stay: memory fresh from the system costs a page fault for every 4 KiB, which is more than most ops do. They are found by
+a symbol, so that kernels can be kept on disk. One op runs at a time (plan.py), so a piece has one user.
+"""
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from pydsa.backends.cpu.microkernels import floats_pointer
+from pydsa.jit import inner
+from pydsa.simd import I8, I32, WORD, i64_at, store
+
+PIECES = np.zeros((1 + numba.config.NUMBA_NUM_THREADS, 3), np.int64)       # address, aligned address, bytes; the first is the caller's
+llvm.add_symbol("pydsa_scratch", PIECES.ctypes.data)
+LINE = 64
+
+
+@intrinsic
+def _pieces(typingctx):
+    """The address of PIECES."""
+    def codegen(context, builder, signature, args):
+        if "pydsa_scratch" not in builder.module.globals:
+            ir.GlobalVariable(builder.module, I8, "pydsa_scratch").linkage = "external"
+        return builder.ptrtoint(builder.module.globals["pydsa_scratch"], WORD)
+    return types.intp(), codegen
+
+
+@intrinsic
+def _thread(typingctx):
+    """Which thread of the parallel region this is, 0 outside of one."""
+    def codegen(context, builder, signature, args):
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(I32, []), "get_thread_id")
+        return builder.zext(builder.call(function, []), WORD)
+    return types.intp(), codegen
+
+
+@intrinsic
+def _allocate(typingctx, n):
+    """Bytes from numba's allocator -> their address, 0 if there are none."""
+    def codegen(context, builder, signature, args):
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(I8.as_pointer(), [WORD]), "NRT_Allocate")
+        return builder.ptrtoint(builder.call(function, args), WORD)
+    return types.intp(types.intp), codegen
+
+
+@intrinsic
+def _free(typingctx, address):
+    def codegen(context, builder, signature, args):
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), [I8.as_pointer()]), "NRT_Free")
+        builder.call(function, [builder.inttoptr(args[0], I8.as_pointer())])
+        return context.get_dummy_value()
+    return types.void(types.intp), codegen
+
+
+@inner
+def _reserve(piece, n):
+    at = _pieces() + 24 * piece
+    if i64_at(at, 16) < n:
+        n += n // 4
+        if i64_at(at, 0):
+            _free(i64_at(at, 0))
+        memory = _allocate(n + LINE)
+        store(at, 0, memory)
+        store(at, 8, (memory + LINE - 1) // LINE * LINE)
+        store(at, 16, n if memory else 0)
+    return i64_at(at, 8)
+
+
+@inner
+def callers_scratch(n):
+    """The address of n bytes, at a multiple of 64: those that this got before, if they are enough. Outside of parallel regions only."""
+    return _reserve(0, n)
+
+
+@inner
+def own_scratch(n):
+    """The same of the thread that asks."""
+    return _reserve(1 + _thread(), n)
+
+
+@inner
+def floats_at(address, n_rows, n_columns):
+    """A float32 array over memory at an address."""
+    return carray(floats_pointer(address), (n_rows, n_columns))
