@@ -55,6 +55,8 @@ def tensor(kind, *shape):
         blocks = np.frombuffer(rng(*shape).bytes(n * dtype.itemsize), dtype).copy()
         for field in {"d", "dmin", "m"} & set(dtype.names):
             blocks[field] = (rng(n).random(n) / 25).astype(np.float16).view(np.uint16)
+        if "e" in dtype.names:
+            blocks["e"] = rng(n).integers(121, 124, n)
         data = blocks.view(np.uint8)
     data = data.reshape(*shape[:-1], -1)
     data.flags.writeable = False
@@ -99,9 +101,10 @@ def close(found, expected, nmse=1e-12):
 
 
 def compare(op, shape, *args):
-    """Run an op by both backends -> what the CPU wrote, which must be what the reference wrote."""
+    """Run an op by both backends -> what the CPU wrote, which must be what the reference wrote. Quantized weights meet rounded numbers."""
     found, expected = run(cpu, op, [shape], *args), run(reference, op, [shape], *args)
-    assert close(found, expected)
+    quantized = any(isinstance(a, Tensor) and block_type(a.type).dtype.names for a in args)
+    assert close(found, expected, 1e-6 if quantized else 1e-12)
     return found
 
 
@@ -163,7 +166,7 @@ def test_exp():
 
 
 WIDTHS = {"F32": (1, 5, 16, 17, 96, 257, 288, 523), "F16": (1, 31, 96, 257, 288), "BF16": (1, 31, 96, 257, 288),
-          **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), (32, 96, 288, 544))}
+          **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"), (32, 96, 288, 544))}
 PRODUCTS = [(kind, n_in) for kind in SUPPORTED for n_in in WIDTHS.get(kind, (256, 768))]
 
 
@@ -193,7 +196,8 @@ def expert_ids(choice, n_tokens, n_used, n_expert):
 
 @pytest.mark.parametrize("choice", ["one", "random"])
 @pytest.mark.parametrize("n_used", [1, 3])
-@pytest.mark.parametrize("kinds", [("F32", "F16", "BF16", 29, 37), ("Q4_K", "Q6_K", "Q5_0", 256, 96), ("Q8_0", "Q4_1", "F16", 288, 17)])
+@pytest.mark.parametrize("kinds", [("F32", "F16", "BF16", 29, 37), ("Q4_K", "Q6_K", "Q5_0", 256, 96), ("Q2_K", "IQ4_XS", "IQ4_NL", 256, 96),
+                                   ("Q3_K", "Q3_K", "MXFP4", 256, 96), ("Q8_0", "Q4_1", "F16", 288, 17)])
 def test_experts(kinds, n_used, choice):
     *kinds, n, n_ff = kinds
     gate, up, down = (tensor(kind, 5, *shape) for kind, shape in zip(kinds, [(n_ff, n), (n_ff, n), (n, n_ff)]))

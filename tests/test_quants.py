@@ -35,6 +35,8 @@ def random_bytes(kind, n_rows, n_blocks):
     blocks = np.frombuffer(rng.bytes(n_rows * n_blocks * dtype.itemsize), dtype).copy()
     for field in {"d", "dmin", "m"} & set(dtype.names or ()):
         blocks[field][::2] = rng.choice(SPECIAL, len(blocks[::2]))
+    if "e" in (dtype.names or ()):      # 2^-128 and 2^-127, which are subnormal, the least normal number, the largest scales
+        blocks["e"][::2] = rng.choice(np.uint8([0, 1, 2, 254, 255]), len(blocks[::2]))
     data = blocks.view(np.uint8).reshape(n_rows, n_blocks * dtype.itemsize)
     data.flags.writeable = False
     return Tensor("w", kind, (n_rows, n_blocks * size), data)

@@ -1,4 +1,4 @@
-"""Quantized products: activations rounded to 15 bits against float64 products of gguf-py's weights, block by block and in tiles of words."""
+"""Quantized products: activations rounded to 15 bits, beside float64 products of gguf-py's weights; by blocks and in tiles of words."""
 import itertools
 
 import numpy as np
