@@ -1,12 +1,17 @@
-"""Quantize float32 rows to Q4_K, Q5_K and Q6_K in numpy: plain scales by minimum and maximum.
+"""Quantize float32 rows to Q2_K to Q6_K, IQ4_NL and IQ4_XS in numpy: plain scales by minimum and maximum.
 
 A super-block is 256 numbers. Q4_K and Q5_K: 8 sub-blocks of 32, x = d*sc*q - dmin*m, with sc and m of 6 bits.
-Q6_K: 16 sub-blocks of 16, x = d*sc*(q - 32), with sc an int8. `gguf.quants.dequantize` reads what is written here.
+Q2_K: 16 of 16, the same with sc and m of 4 bits. Q6_K: 16 of 16, x = d*sc*(q - 32), with sc an int8; Q3_K: d*sc*(q - 4), with
+sc of 6 bits. IQ4_XS: 8 of 32, x = d*sc*table[q], with sc of 6 bits; IQ4_NL: blocks of 32, x = d*table[q].
+`gguf.quants.dequantize` reads what is written here.
 """
 
+import gguf
 import numpy as np
+from gguf.quants import IQ4_NL
 
 BLOCK = 256
+TABLE = np.float32(IQ4_NL.kvalues)
 
 
 def inverse(x):
@@ -14,10 +19,26 @@ def inverse(x):
     return np.divide(1, x, out=np.zeros_like(x), where=x != 0)
 
 
-def six_bits(x):
-    """x [n, 8] >= 0 as float16 d [n, 1] and integers [n, 8] of 6 bits: x ~ d * integers."""
-    d = (x.max(axis=1, keepdims=True) / 63).astype(np.float16)
-    return d, np.clip(np.rint(x * inverse(d.astype(np.float32))), 0, 63).astype(np.uint8)
+def whole(x, low, high):
+    """The nearest of the whole numbers from low to high."""
+    return np.clip(np.rint(x), low, high)
+
+
+def scaled(x, high):
+    """x [n, m] >= 0 as float16 d [n, 1] and integers [n, m] from 0 to high: x ~ d * integers."""
+    d = (x.max(axis=1, keepdims=True) / high).astype(np.float16)
+    return d, whole(x * inverse(d.astype(np.float32)), 0, high).astype(np.uint8)
+
+
+def scaled_signed(x, high):
+    """x [n, m] as float16 d [n, 1] and integers [n, m] from -high to high: x ~ d * integers."""
+    d = (np.abs(x).max(axis=1, keepdims=True) / high).astype(np.float16)
+    return d, whole(x * inverse(d.astype(np.float32)), -high, high).astype(np.int8)
+
+
+def peaks(x):
+    """The number of largest magnitude, with its sign, along the last axis."""
+    return np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], axis=-1)[..., 0]
 
 
 def pack_scales(sc, m):
@@ -28,18 +49,16 @@ def pack_scales(sc, m):
                            sc[:, high] & 15 | (m[:, high] & 15) << 4], axis=1)
 
 
-def quantize_with_minimum(x, n_bits):
-    """x [n, 256] -> d, dmin [n, 1], scales [n, 12] and q [n, 8, 32] in 0 .. 2**n_bits - 1."""
-    x = x.reshape(-1, 8, 32)
+def quantize_with_minimum(x, n_bits, n_sub, high):
+    """x [n, 256] -> d, dmin [n, 1], scales and minima [n, n_sub] up to `high`, and q [n, n_sub, 256 / n_sub] in 0 .. 2**n_bits - 1."""
+    x = x.reshape(-1, n_sub, BLOCK // n_sub)
     minimum = np.maximum(-x.min(axis=2), 0)
     scale = (np.maximum(x.max(axis=2), 0) + minimum) / (2**n_bits - 1)
-    d, sc = six_bits(scale)
-    dmin, m = six_bits(minimum)
+    d, sc = scaled(scale, high)
+    dmin, m = scaled(minimum, high)
     q = x + (dmin.astype(np.float32) * m)[:, :, None]
     q *= inverse(d.astype(np.float32) * sc)[:, :, None]
-    np.rint(q, out=q)
-    np.clip(q, 0, 2**n_bits - 1, out=q)
-    return d, dmin, pack_scales(sc, m), q.astype(np.uint8)
+    return d, dmin, sc, m, whole(q, 0, 2**n_bits - 1).astype(np.uint8)
 
 
 def pack_nibbles(q):
@@ -49,40 +68,83 @@ def pack_nibbles(q):
 
 def quantize_q4_k(x):
     """x [n, 256] -> [n, 144] bytes."""
-    d, dmin, scales, q = quantize_with_minimum(x, 4)
-    return np.concatenate([d.view(np.uint8), dmin.view(np.uint8), scales, pack_nibbles(q)], axis=1)
+    d, dmin, sc, m, q = quantize_with_minimum(x, 4, 8, 63)
+    return np.concatenate([d.view(np.uint8), dmin.view(np.uint8), pack_scales(sc, m), pack_nibbles(q)], axis=1)
 
 
 def quantize_q5_k(x):
     """x [n, 256] -> [n, 176] bytes: the fifth bits of sub-block j are bit j of 32 bytes."""
-    d, dmin, scales, q = quantize_with_minimum(x, 5)
+    d, dmin, sc, m, q = quantize_with_minimum(x, 5, 8, 63)
     fifth = np.packbits(q >> 4, axis=1, bitorder="little")[:, 0]
-    return np.concatenate([d.view(np.uint8), dmin.view(np.uint8), scales, fifth, pack_nibbles(q)], axis=1)
+    return np.concatenate([d.view(np.uint8), dmin.view(np.uint8), pack_scales(sc, m), fifth, pack_nibbles(q)], axis=1)
+
+
+def pack_pairs(q):
+    """q [n, 256] of two bits -> [n, 64] bytes: bits 2k of byte 32i + j are number 128i + 32k + j."""
+    q = q.reshape(-1, 2, 4, 32)
+    return (q[:, :, 0] | q[:, :, 1] << 2 | q[:, :, 2] << 4 | q[:, :, 3] << 6).reshape(-1, 64)
+
+
+def quantize_q2_k(x):
+    """x [n, 256] -> [n, 84] bytes."""
+    d, dmin, sc, m, q = quantize_with_minimum(x, 2, 16, 15)
+    return np.concatenate([sc | m << 4, pack_pairs(q), d.view(np.uint8), dmin.view(np.uint8)], axis=1)
+
+
+def quantize_q3_k(x):
+    """x [n, 256] -> [n, 110] bytes: the third bits of 32 numbers are one bit of 32 bytes, the scales' upper two bits lie last."""
+    x = x.reshape(-1, 16, 16)
+    d, sc = scaled_signed(peaks(x) / -4, 31)
+    q = (whole(x * inverse(d.astype(np.float32) * sc)[:, :, None], -4, 3) + 4).astype(np.uint8)
+    third = np.packbits(q.reshape(-1, 8, 32) >> 2, axis=1, bitorder="little")[:, 0]
+    sc = (sc + 32).astype(np.uint8).reshape(-1, 4, 4)
+    low = (sc[:, :2] & 15 | (sc[:, 2:] & 15) << 4).reshape(-1, 8)
+    high = sc[:, 0] >> 4 | sc[:, 1] >> 4 << 2 | sc[:, 2] >> 4 << 4 | sc[:, 3] >> 4 << 6
+    return np.concatenate([third, pack_pairs(q & 3), low, high, d.view(np.uint8)], axis=1)
 
 
 def quantize_q6_k(x):
     """x [n, 256] -> [n, 210] bytes."""
     x = x.reshape(-1, 16, 16)
-    # The number of largest magnitude maps to -32, so that all 64 values are in use.
-    peak = np.take_along_axis(x, np.abs(x).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
-    scale = peak / -32
-    d = (np.abs(scale).max(axis=1, keepdims=True) / 127).astype(np.float16)
-    sc = np.clip(np.rint(scale * inverse(d.astype(np.float32))), -127, 127).astype(np.int8)
-    q = x * inverse(d.astype(np.float32) * sc)[:, :, None]
-    np.rint(q, out=q)
-    q = (np.clip(q, -32, 31) + 32).astype(np.uint8).reshape(-1, 2, 4, 32)
+    d, sc = scaled_signed(peaks(x) / -32, 127)      # the number of largest magnitude maps to -32, so that all 64 values are in use
+    q = whole(x * inverse(d.astype(np.float32) * sc)[:, :, None], -32, 31)
+    q = (q + 32).astype(np.uint8).reshape(-1, 2, 4, 32)
     low = q[:, :, :2] & 15 | q[:, :, 2:] << 4
     high = q[:, :, 0] >> 4 | q[:, :, 1] >> 4 << 2 | q[:, :, 2] >> 4 << 4 | q[:, :, 3] >> 4 << 6
     n = len(x)
     return np.concatenate([low.reshape(n, 128), high.reshape(n, 64), sc.view(np.uint8), d.view(np.uint8)], axis=1)
 
 
-QUANTIZERS = {"Q4_K": quantize_q4_k, "Q5_K": quantize_q5_k, "Q6_K": quantize_q6_k}
+def nearest(x):
+    """Which numbers of TABLE are nearest to x [n, m, 32], two of them a byte: [n, m, 16], j and j + 16 together."""
+    q = np.searchsorted((TABLE[1:] + TABLE[:-1]) / 2, x).astype(np.uint8)
+    return q[:, :, :16] | q[:, :, 16:] << 4
+
+
+def quantize_iq4_nl(x):
+    """x [n, 32] -> [n, 18] bytes: the number of largest magnitude maps to the table's, -127."""
+    d = (peaks(x)[:, None] / TABLE[0]).astype(np.float16)
+    return np.concatenate([d.view(np.uint8), nearest((x * inverse(d.astype(np.float32)))[:, None])[:, 0]], axis=1)
+
+
+def quantize_iq4_xs(x):
+    """x [n, 256] -> [n, 136] bytes."""
+    x = x.reshape(-1, 8, 32)
+    d, sc = scaled_signed(peaks(x) / TABLE[0], 31)
+    q = nearest(x * inverse(d.astype(np.float32) * sc)[:, :, None])
+    sc = (sc + 32).astype(np.uint8)
+    high = (sc.astype(np.uint16) >> 4 << np.arange(0, 16, 2, dtype=np.uint16)).sum(axis=1, keepdims=True, dtype="<u2")
+    return np.concatenate([d.view(np.uint8), high.view(np.uint8), sc[:, ::2] & 15 | (sc[:, 1::2] & 15) << 4, q.reshape(-1, 128)], axis=1)
+
+
+QUANTIZERS = {"Q2_K": quantize_q2_k, "Q3_K": quantize_q3_k, "Q4_K": quantize_q4_k, "Q5_K": quantize_q5_k, "Q6_K": quantize_q6_k,
+              "IQ4_NL": quantize_iq4_nl, "IQ4_XS": quantize_iq4_xs}
 
 
 def quantize(x, name):
-    """Float32 rows x [n, n_in], n_in a multiple of 256, as uint8 [n, row bytes] of the K-quant type `name`."""
+    """Float32 rows x [n, n_in] as uint8 [n, row bytes] of the type `name`; n_in is a multiple of its block."""
     n, n_in = x.shape
-    if n_in % BLOCK:
-        raise ValueError(f"{name} needs rows of a multiple of {BLOCK} numbers, not {n_in}")
-    return QUANTIZERS[name](x.reshape(-1, BLOCK)).reshape(n, -1)
+    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    if n_in % block:
+        raise ValueError(f"{name} needs rows of a multiple of {block} numbers, not {n_in}")
+    return QUANTIZERS[name](x.reshape(-1, block)).reshape(n, -1)

@@ -1,6 +1,6 @@
 """GGUF block types: one file a family. Each entry gives the block's layout and how to unpack it, as the file stores it.
 
-To add a type: a dtype and a dequantize function in its family's file, and its name here.
+To add a type: a dtype, dequantize, unpack and dot (block.py says what they are) in its family's file, and its name here.
 """
 import importlib
 

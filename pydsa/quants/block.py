@@ -12,7 +12,7 @@ from pydsa.simd import (FEATURES, as_bytes, as_words, dot, dot_add, first_quarte
 
 
 # A chunk: 256 numbers in words of 16 bits, as a row of weights is unpacked and a row of activations is rounded. Its parts, in bytes:
-# the words, each 32 of them with the even elements before the odd ones; a float32 scale for each 32; what is subtracted for each 32, and for
+# the words, each 32 with the even elements before the odd ones; a float32 scale for each 32; what is subtracted for each 32, and for
 # each 16 (of a chunk of activations: the sums of its numbers). The product of two chunks, w of weights and x of activations, is
 #     sum_j w.scale[j] x.scale[j] (w.words x.words over the j-th 32) - sum_j w.low[j] x.low[j] - sum_i w.low16[i] x.low16[i]
 SCALE, LOW, LOW_16, CHUNK = 512, 544, 576, 640

@@ -3,7 +3,7 @@
 Q4_K and Q5_K: eight sub-blocks of 32, each with a 6-bit scale and a 6-bit minimum packed in `scales`. Q6_K: sixteen of 16, int8 scales.
 Q3_K: sixteen of 16, 6-bit scales. Q2_K: sixteen of 16, a 4-bit scale and a 4-bit minimum each.
 
-The vector code takes 64 bytes as 32 words: a nibble of each word is an even element, the same nibble of its upper byte the odd one after it.
+The vector code takes 64 bytes as 32 words: some bits of each word are an even element, the same of its upper byte the odd one after it.
 """
 import numpy as np
 from numba import carray
@@ -124,7 +124,7 @@ def scales_and_mins(at):
 
 
 FIRST, SECOND, THIRD, FOURTH = spread(0, 2), spread(1, 3), spread(4, 6), spread(5, 7)
-# 64 bytes hold, for sub-blocks s and s + 2 in their low nibbles: the even elements of both, then the odd ones; and s + 1, s + 3 in the high ones
+# 64 bytes hold, for sub-blocks s and s + 2 in low nibbles: the even elements of both, then the odd ones; and s + 1, s + 3 in the high ones
 BY_NIBBLES = places(*[16 * part + 4 * s + 2 * odd + i for part in (0, 1) for nibble in (0, 1) for odd in (0, 1)
                       for s in (nibble, nibble + 2) for i in (0, 1)])
 

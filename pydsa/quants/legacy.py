@@ -8,8 +8,8 @@ from numba import carray
 from pydsa.jit import inline, inner
 from pydsa.quants.block import (AHEAD, BY_QUARTERS, LOW, SCALE, dot_pair, dot_quad, entry, four_blocks, half, joined, nibbles, places,
                                 store_halves, store_quad, unsigned_quad, where_in_chunks)
-from pydsa.simd import (as_words, floats, four_floats, halves, join, load_2_floats, load_4_floats, multiply_add, prefetch, signed_high_bytes,
-                        spread, store, total, u32_at, where_bits)
+from pydsa.simd import (as_words, floats, four_floats, halves, join, load_2_floats, load_4_floats, multiply_add, prefetch,
+                        signed_high_bytes, spread, store, total, u32_at, where_bits)
 
 Q4_0 = np.dtype([("d", "<u2"), ("qs", "u1", 16)])
 Q4_1 = np.dtype([("d", "<u2"), ("m", "<u2"), ("qs", "u1", 16)])
