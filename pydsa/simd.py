@@ -198,13 +198,14 @@ def _spreader(lanes):
     def spread(*which):
         @intrinsic
         def pick(typingctx, v):
-            pattern = [lane for lane in which for _ in range(lanes // len(which))]
-            return Vec(v.element, lanes)(v), lambda context, builder, signature, args: builder.shuffle_vector(args[0], args[0], constant(pattern))
+            def codegen(context, builder, signature, args):
+                return builder.shuffle_vector(args[0], args[0], constant([lane for lane in which for _ in range(lanes // len(which))]))
+            return Vec(v.element, lanes)(v), codegen
         return pick
     return spread
 
 
-# spread(0, 2): a function that gives lane 0 of a vector to the first half of sixteen lanes, and lane 2 to the second; spread_words: of 32 lanes
+# spread(0, 2): a function that gives lane 0 of a vector to the first half of sixteen lanes, lane 2 to the second; spread_words: of 32
 spread, spread_words = _spreader(16), _spreader(32)
 
 
@@ -373,7 +374,8 @@ def rounded_words(typingctx, a, b, factor):
     """32 floats times a factor, rounded to nearest even, as words: the even elements, then the odd ones. They must be below 2^15."""
     def codegen(context, builder, signature, args):
         factor, magic = broadcast(builder, args[2], 16), constant([12582912.0] * 16, F32)       # 1.5 * 2^23, where floats are whole numbers
-        words = [builder.trunc(builder.bitcast(builder.fadd(builder.fmul(v, factor), magic), i32x16.ir), ir.VectorType(I16, 16)) for v in args[:2]]
+        words = [builder.bitcast(builder.fadd(builder.fmul(v, factor), magic), i32x16.ir) for v in args[:2]]
+        words = [builder.trunc(v, ir.VectorType(I16, 16)) for v in words]
         return builder.shuffle_vector(*words, constant([*range(0, 32, 2), *range(1, 32, 2)]))
     return i16x32(f32x16, f32x16, types.float32), codegen
 
@@ -391,15 +393,19 @@ def sums_of_16(typingctx, v):
     return types.UniTuple(types.float32, 2)(i16x32), codegen
 
 
+SHUFFLES = (("avx512bw", "avx512.pshuf.b.512", 64), ("avx2", "avx2.pshuf.b", 32), ("ssse3", "ssse3.pshuf.b.128", 16))
+
+
 def lookup(table):
     """A function that replaces each byte from 0 to 15 of i8x64 by an int8 of the table."""
     @intrinsic
     def look(typingctx, v):
         def codegen(context, builder, signature, args):
-            for feature, name, lanes in (("avx512bw", "avx512.pshuf.b.512", 64), ("avx2", "avx2.pshuf.b", 32), ("ssse3", "ssse3.pshuf.b.128", 16)):
+            for feature, name, lanes in SHUFFLES:
                 if feature in FEATURES:
                     kind, whole = ir.VectorType(I8, lanes), constant([*table] * (lanes // 16), I8)
-                    return _join(builder, [call_llvm(builder, f"llvm.x86.{name}", kind, [whole, x]) for x in _split(builder, args[0], lanes)])
+                    parts = _split(builder, args[0], lanes)
+                    return _join(builder, [call_llvm(builder, f"llvm.x86.{name}", kind, [whole, part]) for part in parts])
             result = constant([0] * 64, I8)
             for i, number in enumerate(table):
                 mask = builder.icmp_unsigned("==", args[0], constant([i] * 64, I8))

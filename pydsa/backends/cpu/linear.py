@@ -10,10 +10,11 @@ from pydsa.backends.cpu.microkernels import TILE, TILE_ROWS, WORD_TOKENS, addres
 from pydsa.backends.cpu.scratch import callers_scratch, own_scratch
 from pydsa.jit import call_block_function, call_word_function, inner, kernel
 from pydsa.quants.block import CHUNK, LOW, LOW_16, SCALE
-from pydsa.simd import (first_quarter, float_at, i64_at, largest, last_quarter, load_floats, rounded_words, second_quarter, store, sums_of_16,
-                        third_quarter, u8_at)
+from pydsa.simd import (first_quarter, float_at, i64_at, largest, last_quarter, load_floats, prefetch, rounded_words,
+                        second_quarter, store, sums_of_16, third_quarter, u8_at)
 
-GROUP = 32              # rows a thread takes at a time, for many tokens
+GROUP = 128             # rows at most that are multiplied with many tokens at a time, so that activations are fetched for all of them
+TURN = 4                # register blocks of tokens after which the next tile comes: 15 KiB of activations beside a tile of 20
 FEW = 3                 # tokens up to which blocks are not unpacked
 NEAR = 16               # rows that these tokens take turns on, within a first-level cache
 LARGEST = 16383         # of a rounded activation: 32 of them times Q6_K's largest weights, 4096, still fit into 32 bits
@@ -65,36 +66,52 @@ def float_rows(dequantize, block, block_bytes, rows, n_rows, row_bytes, n_in, x_
 def word_rows(unpack, block, block_bytes, lows, rows, n_rows, row_bytes, n_in, x_at, x_step, n_tokens, out_at):
     """out_at[t][r] = row r . the chunks at x_at[t], x_at[t] + x_step, ..."""
     padded = (n_tokens + WORD_TOKENS - 1) // WORD_TOKENS * WORD_TOKENS     # the last token stands for those that are not there
-    n_sums = (n_rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
-    chunks = own_scratch(TILE_ROWS * CHUNK + TILE_ROWS // 16 * TILE + 4 * padded * n_sums + 3 * 8 * padded)
+    n_tiles = (n_rows + TILE_ROWS - 1) // TILE_ROWS
+    n_sums, tile_bytes = n_tiles * TILE_ROWS, TILE_ROWS // 16 * TILE
+    chunks = own_scratch(TILE_ROWS * CHUNK + n_tiles * tile_bytes + 4 * padded * n_sums + 3 * 8 * padded)
     tiles = chunks + TILE_ROWS * CHUNK
-    sums = tiles + TILE_ROWS // 16 * TILE
+    sums = tiles + n_tiles * tile_bytes
     tables = sums + 4 * padded * n_sums         # where the tokens are, their sums, and what becomes of them
     for t in range(padded):
         store(tables, 8 * t, i64_at(x_at, 8 * min(t, n_tokens - 1)))
         store(tables, 8 * (padded + t), sums + 4 * n_sums * t)
         store(tables, 8 * (2 * padded + t), i64_at(out_at, 8 * t) if t < n_tokens else sums + 4 * n_sums * t)
-    for r in range(0, n_rows, TILE_ROWS):
-        n = min(TILE_ROWS, n_rows - r)
-        for k in range(0, n_in, 256):
-            width = min(256, n_in - k)
-            for i in range(n):
-                chunk = chunks + i * CHUNK
-                call_word_function(unpack, (rows + (r + i) * row_bytes + k // block * block_bytes, width // block, chunk))
-                for j in range(width // 32, 8):
-                    store(chunk, SCALE + 4 * j, np.float32(0))
-                    store(chunk, LOW + 4 * j, np.float32(0))
-            for i in range(0, n, 16):
-                for column in range(0, CHUNK if lows == 16 else LOW_16, 64):
-                    turn_over(chunks + i * CHUNK + column, CHUNK, tiles + i // 16 * TILE + 16 * column, 64)
-            out = tables + 8 * padded * (2 if k + 256 >= n_in and n == TILE_ROWS else 1)
-            for t in range(0, 8 * padded, 8 * WORD_TOKENS):
-                word_products(tiles, width // 32, 8 if lows == 8 else 0, 16 if lows == 16 else 0, tables + t, k // 256 * x_step,
-                              tables + 8 * padded + t if k else 0, out + t, 4 * r)
-        if n < TILE_ROWS:
-            for t in range(n_tokens):
-                for i in range(n):
-                    store(i64_at(out_at, 8 * t), 4 * (r + i), float_at(sums, 4 * (n_sums * t + r + i)))
+    for k in range(0, n_in, 256):
+        width = min(256, n_in - k)
+        for i in range(n_tiles):
+            n = min(TILE_ROWS, n_rows - i * TILE_ROWS)
+            first = rows + i * TILE_ROWS * row_bytes + k // block * block_bytes
+            make_tile(tiles + i * tile_bytes, chunks, unpack, first, n, row_bytes, width // block, width // 32, lows)
+        for t0 in range(0, padded, TURN * WORD_TOKENS):
+            here = rows + k // block * block_bytes      # of these rows the next chunk is asked for meanwhile: they lie far apart
+            for r in range(n_rows * t0 // padded, n_rows * min(t0 + TURN * WORD_TOKENS, padded) // padded):
+                for line in range(0, 256 // block * block_bytes, 64):
+                    prefetch(here + r * row_bytes + 256 // block * block_bytes, line)
+            for i in range(n_tiles):
+                for t in range(min(t0 + TURN * WORD_TOKENS, padded), min(t0 + 2 * TURN * WORD_TOKENS, padded)):
+                    for line in range(10 * i // n_tiles, 10 * (i + 1) // n_tiles):      # and of the activations of the next turn
+                        prefetch(i64_at(tables, 8 * t) + k // 256 * x_step, 64 * line)
+                out = tables + 8 * padded * (2 if k + 256 >= n_in and (i + 1) * TILE_ROWS <= n_rows else 1)
+                for t in range(8 * t0, 8 * min(t0 + TURN * WORD_TOKENS, padded), 8 * WORD_TOKENS):
+                    word_products(tiles + i * tile_bytes, width // 32, 8 if lows == 8 else 0, 16 if lows == 16 else 0, tables + t,
+                                  k // 256 * x_step, tables + 8 * padded + t if k else 0, out + t, 4 * i * TILE_ROWS)
+    for t in range(n_tokens):
+        for r in range(n_rows // TILE_ROWS * TILE_ROWS, n_rows):
+            store(i64_at(out_at, 8 * t), 4 * r, float_at(sums, 4 * (n_sums * t + r)))
+
+
+@inner
+def make_tile(tile, chunks, unpack, rows, n, row_bytes, n_blocks, n_scales, lows):
+    """A tile of the chunks of n rows, n_blocks blocks of each."""
+    for i in range(n):
+        chunk = chunks + i * CHUNK
+        call_word_function(unpack, (rows + i * row_bytes, n_blocks, chunk))
+        for j in range(n_scales, 8):
+            store(chunk, SCALE + 4 * j, np.float32(0))
+            store(chunk, LOW + 4 * j, np.float32(0))
+    for i in range(0, n, 16):
+        for column in range(0, CHUNK if lows == 16 else LOW_16, 64):
+            turn_over(chunks + i * CHUNK + column, CHUNK, tile + i // 16 * TILE + 16 * column, 64)
 
 
 @inner
@@ -136,16 +153,21 @@ def many_rows(w, rows, n_rows, n_in, x_at, x_step, out_at):
     """out_at[t][r] = row r . x_at[t], for many tokens, or weights that are not quantized; x_at, out_at: int64 arrays of addresses."""
     row_bytes = n_in // w.block * w.block_bytes
     if w.dot:
-        call_word_function(w.times, (w.unpack, w.block, w.block_bytes, w.lows, rows, n_rows, row_bytes, n_in, address(x_at), x_step, x_at.size,
-                                     address(out_at)))
+        call_word_function(w.times, (w.unpack, w.block, w.block_bytes, w.lows, rows, n_rows, row_bytes, n_in, address(x_at), x_step,
+                                     x_at.size, address(out_at)))
     else:
-        call_word_function(w.times, (w.dequantize, w.block, w.block_bytes, rows, n_rows, row_bytes, n_in, address(x_at), x_at.size, address(out_at)))
+        call_word_function(w.times, (w.dequantize, w.block, w.block_bytes, rows, n_rows, row_bytes, n_in, address(x_at), x_at.size,
+                                     address(out_at)))
 
 
 @inner
 def rows_a_task(n_rows, few):
-    """Rows that a thread takes at a time: for a few tokens a share of all, which it reads in one stretch."""
-    return max(4, (n_rows + n_threads() - 1) // n_threads()) if few else GROUP
+    """Rows that a thread takes at a time, the same for each: for a few tokens its share of all, which it reads in one stretch."""
+    share = (n_rows + n_threads() - 1) // n_threads()
+    if few:
+        return max(4, share)
+    turns = (share + GROUP - 1) // GROUP
+    return ((share + turns - 1) // turns + 15) // 16 * 16
 
 
 @kernel(parallel=True)
@@ -179,7 +201,9 @@ def head_linear(out, w, x):
     n_tokens, n_in = x.shape[0], x.shape[2]
     few, n, x_bytes = n_tokens <= FEW, n_tokens * n_head, rounded_bytes(w, n_in)
     room = callers_scratch(n * x_bytes)
-    size = n_out if few and n_head >= n_threads() else rows_a_task(n_out, few)
+    size = rows_a_task(n_out, few)
+    if n_head >= n_threads():
+        size = n_out if few else min(n_out, GROUP)
     groups = (n_out + size - 1) // size
     if w.dot and few:
         for i in range(n):      # head by head, so that what is multiplied together lies together

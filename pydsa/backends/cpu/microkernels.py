@@ -178,7 +178,7 @@ def _make_combine(rows, columns):
             cells = [[at(builder.add(builder.add(c, builder.mul(c_stride, word(i))), word(64 * j)), vector) for j in range(columns)]
                      for i in range(rows)]
             before, loop, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
-            sums = [[builder.load(cell, align=4) for cell in row] for row in cells]
+            sums = [[constant([0.0] * 16, F32)] * columns for _ in cells]
             builder.branch(loop)
             builder.position_at_end(loop)
             k, b_row = builder.phi(word), builder.phi(word)
@@ -200,7 +200,7 @@ def _make_combine(rows, columns):
             builder.position_at_end(after)
             for row, new in zip(cells, sums):
                 for cell, value in zip(row, new):
-                    builder.store(value, cell, align=4)
+                    builder.store(builder.fadd(builder.load(cell, align=4), value, flags=FAST), cell, align=4)
             return context.get_dummy_value()
         return types.void(*[types.intp] * 7), codegen
     return combine
@@ -248,7 +248,7 @@ def turn_over(typingctx, source, stride, target, target_stride):
 def _make_word_products(rows, tokens):
     @intrinsic
     def word_products(typingctx, tiles, n_scales, n_lows, n_lows_16, x_at, x_offset, before_at, out_at, out_offset):
-        """*(out_at[t] + out_offset)[r] = *(before_at[t] + out_offset)[r] + the product of chunks, row r of the tiles . *(x_at[t] + x_offset).
+        """*(out_at[t] + out_offset)[r] = *(before_at[t] + out_offset)[r] + row r of the tiles . the chunk *(x_at[t] + x_offset).
 
         n_scales, n_lows, n_lows_16: how many 32s, lows and low16s of the chunks are in use. before_at may be 0: nothing was before.
         """
@@ -334,4 +334,3 @@ def _make_word_products(rows, tokens):
 
 
 word_products = _make_word_products(WORD_ROWS, WORD_TOKENS)
-

@@ -118,7 +118,7 @@ def moe_gate_up(out, x, ids, gate, up):
     size = rows_a_task(n_ff, few)
     groups = (n_ff + size - 1) // size
     for task in prange(busy.size * groups):
-        expert, r = busy[task // groups], task % groups * size
+        expert, r = busy[task % busy.size], task // busy.size * size       # every thread has rows of every expert
         mine, n = pairs[start[expert]:start[expert + 1]], min(size, n_ff - r)
         tokens = mine // n_used
         ups = np.empty((mine.size, n), np.float32)
@@ -154,12 +154,14 @@ def moe_down(out, hidden, ids, weights, down):
             for i in prange(n_pairs):
                 round_input(down, few, hidden_at[i], n_pairs, n_ff, room, i)
         hidden_at = rounded_at(down, few, room, n_pairs, n_ff)
-    share = (n_out // (2 * n_threads()) + GROUP - 1) // GROUP * GROUP      # rows of a task: an expert's activations stay in the cache for them
-    size = share if few else GROUP
+    share = max(1, (n_out // (2 * n_threads()) + GROUP - 1) // GROUP) * GROUP      # rows for which a cache keeps an expert's activations
+    size = share if few else min(share, GROUP)
     for task in prange((n_out + share - 1) // share):
         first, last = task * share, min(task * share + share, n_out)
         for t in range(n_tokens):
-            contiguous(out[t, first:last])[:] = 0
+            target = contiguous(out[t, first:last])
+            for j in range(last - first):
+                target[j] = 0
         for expert in busy:
             a, b = start[expert], start[expert + 1]
             part = np.empty((b - a, size), np.float32)
