@@ -13,8 +13,10 @@ import numpy as np
 
 from pydsa.costs import Step, node_cost, step_cost, total
 from pydsa.errors import PydsaError
+from pydsa.gguf_file import Tensor
 from pydsa.report import count, size
 
+FLOATS = ("F32", "F16", "BF16")     # weights that meet activations as float32, all others as words of 16 bits
 SEED = 1        # of the random tokens that are run
 NO_LIMITS = dict.fromkeys(("bytes_per_token", "bandwidth_gbs", "limit_ts", "share_of_limit"))
 NO_RATES = dict.fromkeys(("bytes", "operations", "gbs", "gops", "bandwidth_gbs", "peak_gops", "share_of_ceiling"))
@@ -82,7 +84,7 @@ class Bench:
             reach_depth(session, ids, n_depth)
             n_tokens = min(n_prompt, model.n_ubatch) or 1
             step_ids = ids[n_depth:n_depth + n_tokens]
-            costs, best = _op_costs(session, step_ids), {}      # a run that is not timed
+            (costs, kinds), best = _op_costs(session, step_ids), {}     # a run that is not timed
             for i in range(self.repetitions):
                 if progress is not None:
                     progress(i, self.repetitions, test_name(n_prompt, n_gen, n_depth))
@@ -92,7 +94,8 @@ class Bench:
             whole = sum(seconds for _, seconds in best.values())
             for op, (calls, seconds) in sorted(best.items(), key=lambda item: -item[1][1]):
                 yield {"n_tokens": n_tokens, "n_depth": n_depth, "attention": model.attention, "op": op, "calls": calls,
-                       "us": seconds * 1e6, "share": seconds / whole} | (_rates(ceilings, costs[op], seconds) if ceilings else NO_RATES)
+                       "us": seconds * 1e6, "share": seconds / whole,
+                       **(_rates(ceilings, kinds[op], costs[op], seconds) if ceilings else NO_RATES)}
 
 
 @functools.cache
@@ -116,11 +119,12 @@ def bytes_per_token(model, n_past):
     return cost.weights + cost.cache
 
 
-def _rates(ceilings, cost, seconds):
-    """The columns of NO_RATES for an op that took so long."""
-    shortest = max(cost.n_bytes / ceilings.bandwidth, cost.operations / ceilings.peak)
+def _rates(ceilings, kind, cost, seconds):
+    """The columns of NO_RATES for an op that took so long; kind: which of the ceilings' peaks is its own."""
+    peak = ceilings.peaks[kind]
+    shortest = max(cost.n_bytes / ceilings.bandwidth, cost.operations / peak)
     return {"bytes": cost.n_bytes, "operations": cost.operations, "gbs": cost.n_bytes / seconds / 1e9,
-            "gops": cost.operations / seconds / 1e9, "bandwidth_gbs": ceilings.bandwidth / 1e9, "peak_gops": ceilings.peak / 1e9,
+            "gops": cost.operations / seconds / 1e9, "bandwidth_gbs": ceilings.bandwidth / 1e9, "peak_gops": peak / 1e9,
             "share_of_ceiling": shortest / seconds}
 
 
@@ -152,7 +156,7 @@ def time_test(session, ids, n_prompt, n_gen):
 
 
 def _op_costs(session, ids):
-    """{op: Cost} of one step, which is run to see how many experts its tokens choose."""
+    """{op: Cost} of one step, which is run to see how many experts its tokens choose; and {op: kind of product}."""
     nodes, experts = [], {}
 
     def observe(node, arrays):
@@ -165,7 +169,8 @@ def _op_costs(session, ids):
     costs = {}
     for node in nodes:
         costs.setdefault(node.op, []).append(node_cost(node, step))
-    return {op: total(parts) for op, parts in costs.items()}
+    words = {node.op for node in nodes if any(isinstance(a, Tensor) and a.type not in FLOATS for a in node.args)}
+    return {op: total(parts) for op, parts in costs.items()}, {op: "int16" if op in words else "float32" for op in costs}
 
 
 def _time_ops(session, ids):

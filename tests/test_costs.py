@@ -97,7 +97,8 @@ def test_experts_are_counted_from_the_ids(small_model, load):
     session = load(small_model(), kv_type="f32").session()
     expert = EXPERT * 4 // 3        # bytes of one of its matrices
     for n, distinct in ((60, 8), (1, 2)):
-        found = _op_costs(session, np.array(random_ids(n)))
+        found, kinds = _op_costs(session, np.array(random_ids(n)))
+        assert kinds["moe_gate_up"] == "int16" and kinds["dense_attention"] == "float32"
         assert found["moe_gate_up"].weights == 2 * 2 * distinct * expert
         assert found["moe_down"].weights == 2 * distinct * expert
         assert found["moe_down"].operations == 2 * n * 2 * 2 * 72 * 36
@@ -120,7 +121,7 @@ def test_every_op_has_a_cost(op):
 def test_ceilings_are_numbers():
     cpu.set_threads(1)
     found = cpu.measure_ceilings()
-    assert found.bandwidth > 0 and found.peaks.keys() == measured.PEAKS.keys() and found.peak == max(found.peaks.values()) > 0
+    assert found.bandwidth > 0 and found.peaks.keys() == measured.PEAKS.keys() and min(found.peaks.values()) > 0
 
 
 def test_ceilings_take_half_of_a_small_memory(monkeypatch):

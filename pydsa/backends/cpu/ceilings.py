@@ -8,8 +8,9 @@ import psutil
 from numba import prange
 
 from pydsa.backends.cpu.linear import addresses
-from pydsa.backends.cpu.microkernels import address, tile_products
+from pydsa.backends.cpu.microkernels import TILE, TILE_ROWS, WORD_TOKENS, address, tile_products, word_products
 from pydsa.jit import inner, kernel
+from pydsa.quants.block import CHUNK
 
 N_BYTES = 1 << 29       # of the array that is read: beyond most caches, though not all (480 MiB are seen on servers)
 BLOCK = 1 << 17         # words of 8 bytes that a thread takes at a time
@@ -21,12 +22,7 @@ REPEATS = 20_000        # of the products of ROWS with VECTORS: 8 ms at 80 GFLOP
 class Ceilings(NamedTuple):
     """Of the threads that were set when it was measured."""
     bandwidth: float    # bytes a second
-    peaks: dict         # kind of product -> operations a second, a multiplication and an addition being two
-
-    @property
-    def peak(self):
-        """Operations a second of the fastest kind."""
-        return max(self.peaks.values())
+    peaks: dict         # kind of product, "float32" or "int16" -> operations a second, a multiplication and an addition being two
 
 
 @kernel(parallel=True)
@@ -64,7 +60,21 @@ def float_products(sums, repeats):
     return sums.size * repeats * 2 * ROWS * VECTORS * WIDTH
 
 
-PEAKS = {"float32": float_products}     # kind of product -> kernel(sums, repeats) -> operations; sums has an element a thread
+@kernel(parallel=True)
+def products_of_words(sums, repeats):
+    """word_products, as often as float_products does its own -> how many operations these were."""
+    for i in prange(sums.size):
+        tiles, x = np.zeros(TILE_ROWS // 16 * TILE + 64, np.uint8), np.zeros((WORD_TOKENS, CHUNK), np.uint8)
+        out, at = np.zeros((WORD_TOKENS, TILE_ROWS), np.float32), (address(tiles) + 63) // 64 * 64
+        x_at, out_at = addresses(address(x), CHUNK, WORD_TOKENS), addresses(address(out), 4 * TILE_ROWS, WORD_TOKENS)
+        for _ in range(repeats):
+            word_products(at, 8, 0, 0, address(x_at), 0, 0, address(out_at), 0)
+        sums[i] = out.sum() + x[0, 0] + tiles[0]    # they must live until here
+    return sums.size * repeats * 2 * 256 * TILE_ROWS * WORD_TOKENS
+
+
+# kind of product -> kernel(sums, repeats) -> operations; sums has an element a thread
+PEAKS = {"float32": float_products, "int16": products_of_words}
 
 
 def measure_ceilings():
