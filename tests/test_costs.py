@@ -98,7 +98,7 @@ def test_experts_are_counted_from_the_ids(small_model, load):
     expert = EXPERT * 4 // 3        # bytes of one of its matrices
     for n, distinct in ((60, 8), (1, 2)):
         found, kinds = _op_costs(session, np.array(random_ids(n)))
-        assert kinds["moe_gate_up"] == "int16" and kinds["dense_attention"] == "float32"
+        assert set(kinds.values()) == {"float32"}      # of an F32 model
         assert found["moe_gate_up"].weights == 2 * 2 * distinct * expert
         assert found["moe_down"].weights == 2 * distinct * expert
         assert found["moe_down"].operations == 2 * n * 2 * 2 * 72 * 36
