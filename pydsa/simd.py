@@ -1,7 +1,7 @@
 """Vector registers in Numba: a type `Vec`, operators on it, and what differs between CPUs behind one name, chosen once from the features.
 
 Kernels are written with vectors of one size, 16 floats or 32 words of 16 bits, whatever the CPU: LLVM splits them over narrower registers.
-A Vec lives in registers; in memory it has an address. Method: shared by all, Numba's extension interface; the instructions are LLVM's.
+A Vec lives in registers; memory is given as an address and an offset in bytes.
 """
 import operator
 
@@ -114,7 +114,7 @@ def _number_at(kind, number):
     return at
 
 
-u8_at, i8_at, u16_at = _number_at(I8, types.uint8), _number_at(I8, types.int8), _number_at(I16, types.uint16)
+u8_at, u16_at = _number_at(I8, types.uint8), _number_at(I16, types.uint16)
 u32_at, i64_at, float_at = _number_at(I32, types.uint32), _number_at(I64, types.int64), _number_at(F32, types.float32)
 
 

@@ -213,8 +213,7 @@ TWICE = spread(*range(8))
 # Q6_K: sub-blocks s and s + 1 share 64 bytes' low nibbles, s + 2 and s + 3 the high ones
 BY_NEIGHBOURS = places(*[16 * part + 8 * nibble + 4 * s + 2 * odd + i for part in (0, 1) for nibble in (0, 1) for odd in (0, 1)
                          for s in (0, 1) for i in (0, 1)])
-SIXTEENTHS = (spread(0, 1, 2, 3), spread(4, 5, 6, 7), spread(8, 9, 10, 11), spread(12, 13, 14, 15))
-Q6_A, Q6_B, Q6_C, Q6_D = SIXTEENTHS
+Q6_A, Q6_B, Q6_C, Q6_D = spread(0, 1, 2, 3), spread(4, 5, 6, 7), spread(8, 9, 10, 11), spread(12, 13, 14, 15)
 WORDS_A, WORDS_B = spread_words(0, 1, 2, 3), spread_words(4, 5, 6, 7)
 WORDS_C, WORDS_D = spread_words(8, 9, 10, 11), spread_words(12, 13, 14, 15)
 
