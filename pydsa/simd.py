@@ -57,6 +57,14 @@ def broadcast(builder, value, lanes):
     return builder.shuffle_vector(first, first, constant([0] * lanes))
 
 
+def pack(builder, values):
+    """LLVM values of one type, each a lane of a vector."""
+    v = ir.Constant(ir.VectorType(values[0].type, len(values)), ir.Undefined)
+    for i, value in enumerate(values):
+        v = builder.insert_element(v, value, I32(i))
+    return v
+
+
 def _operator(symbol, on_integers, on_floats=None):
     """Let `a symbol b` work on vectors; b may be a number, which stands in every lane. >> shifts zeros in."""
     @intrinsic
@@ -158,11 +166,8 @@ def bytes_of(typingctx, numbers):
     kind = Vec("i8", 4 * len(numbers))
 
     def codegen(context, builder, signature, args):
-        v = ir.Constant(ir.VectorType(I32, len(numbers)), ir.Undefined)
-        for i in range(len(numbers)):
-            number = context.cast(builder, builder.extract_value(args[0], i), numbers.types[i], types.uint32)
-            v = builder.insert_element(v, number, I32(i))
-        return builder.bitcast(v, kind.ir)
+        parts = [context.cast(builder, builder.extract_value(args[0], i), t, types.uint32) for i, t in enumerate(numbers.types)]
+        return builder.bitcast(pack(builder, parts), kind.ir)
     return kind(numbers), codegen
 
 
@@ -189,7 +194,7 @@ def signed_high_bytes(typingctx, v):
 def half_words(typingctx, low, high):
     """i16x32 with one number in the lower and another in the upper sixteen words."""
     def codegen(context, builder, signature, args):
-        pair = builder.insert_element(builder.insert_element(ir.Constant(i16x32.ir, ir.Undefined), args[0], I32(0)), args[1], I32(1))
+        pair = pack(builder, args)
         return builder.shuffle_vector(pair, pair, constant([0] * 16 + [1] * 16))
     return i16x32(types.int16, types.int16), codegen
 
@@ -256,10 +261,8 @@ def halves(typingctx, addresses):
     n = len(addresses)
 
     def codegen(context, builder, signature, args):
-        v = ir.Constant(ir.VectorType(I16, n), ir.Undefined)
-        for i in range(n):
-            v = builder.insert_element(v, builder.load(pointer(builder, builder.extract_value(args[0], i), I16), align=1), I32(i))
-        return _extend_halves(builder, v)
+        places = [pointer(builder, builder.extract_value(args[0], i), I16) for i in range(n)]
+        return _extend_halves(builder, pack(builder, [builder.load(place, align=1) for place in places]))
     return Vec("f32", n)(addresses), codegen
 
 
@@ -269,10 +272,7 @@ def vector(typingctx, numbers):
     n = len(numbers)
 
     def codegen(context, builder, signature, args):
-        v = ir.Constant(ir.VectorType(F32, n), ir.Undefined)
-        for i in range(n):
-            v = builder.insert_element(v, builder.extract_value(args[0], i), I32(i))
-        return v
+        return pack(builder, [builder.extract_value(args[0], i) for i in range(n)])
     return Vec("f32", n)(numbers), codegen
 
 
