@@ -1,12 +1,16 @@
 """How kernels are compiled: one decorator, one cache folder per state of the sources, block functions called by address.
 
 Numba stamps a cached kernel with the file of that kernel only, so an edit in a helper elsewhere would leave stale machine code behind.
-Here the cache folder's name is a hash of all kernel sources and of numba's version. Kernels of the program that uses pydsa keep their own.
+Here the cache folder's name is a hash of all kernel sources, of numba's version and of the CPU's features. Kernels of the program that
+uses pydsa keep their own.
 """
 import contextlib
+import ctypes
+import functools
 import hashlib
 import importlib.metadata
 import os
+import platform
 import tempfile
 import warnings
 from pathlib import Path
@@ -23,8 +27,29 @@ from pydsa.errors import PydsaError
 PACKAGE = Path(__file__).parent
 
 
+def cpu_features():
+    """The features that kernels are compiled for, as LLVM names them: NUMBA_CPU_FEATURES, or those of this CPU.
+
+    Those of AMX only where the system lets this process use its registers.
+    """
+    if numba.config.CPU_FEATURES is not None:
+        features = {name[1:] for name in numba.config.CPU_FEATURES.split(",") if name.startswith("+")}
+    else:
+        features = {name for name, present in llvm.get_host_cpu_features().items() if present}
+    return features if "amx-tile" not in features or _amx_allowed() else {name for name in features if not name.startswith("amx")}
+
+
+@functools.cache
+def _amx_allowed():
+    """Ask Linux for the 8 KiB of AMX registers, which a process gets only if it asks (arch_prctl(2), the kernel's x86/xstate page)."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+
+
 def _source_hash():
-    digest = hashlib.sha256(importlib.metadata.version("numba").encode())
+    digest = hashlib.sha256((importlib.metadata.version("numba") + " ".join(sorted(cpu_features()))).encode())
     kernels = [*PACKAGE.glob("quants/*.py"), *PACKAGE.glob("backends/cpu/*.py"), PACKAGE / "simd.py", PACKAGE / "jit.py"]
     for path in sorted(kernels):
         digest.update(path.name.encode() + path.read_bytes())
@@ -67,13 +92,6 @@ def _our_folder():
         yield
     finally:
         numba.config.CACHE_DIR = theirs
-
-
-def cpu_features():
-    """The features that kernels are compiled for, as LLVM names them: NUMBA_CPU_FEATURES, or those of this CPU."""
-    if numba.config.CPU_FEATURES is not None:
-        return {name[1:] for name in numba.config.CPU_FEATURES.split(",") if name.startswith("+")}
-    return {name for name, present in llvm.get_host_cpu_features().items() if present}
 
 
 def kernel(function=None, *, parallel=False):

@@ -199,6 +199,18 @@ def half_words(typingctx, low, high):
     return i16x32(types.int16, types.int16), codegen
 
 
+def _every_other(first):
+    @intrinsic
+    def every_other(typingctx, a, b):
+        """Of two vectors side by side, the elements first, first + 2, ..."""
+        places = constant(range(first, 2 * a.lanes, 2))
+        return a(a, b), lambda context, builder, signature, args: builder.shuffle_vector(*args, places)
+    return every_other
+
+
+evens, odds = _every_other(0), _every_other(1)
+
+
 def _spreader(lanes):
     def spread(*which):
         @intrinsic

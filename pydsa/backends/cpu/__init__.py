@@ -10,23 +10,31 @@ from pydsa.backends.cpu.moe import moe_down, moe_gate_up, moe_route  # noqa: F40
 from pydsa.backends.cpu.norm import add, layer_norm, rms_norm, silu_mul  # noqa: F401
 from pydsa.backends.cpu.rope import hadamard, rope, rope_table  # noqa: F401
 from pydsa.backends.cpu.rows import CacheRows, Weight, cache_write, get_rows  # noqa: F401
-from pydsa.backends.cpu.linear import float_rows, round_row, word_rows
+from pydsa.backends.cpu import amx
+from pydsa.backends.cpu.float_rows import float_rows, prepare_floats
+from pydsa.backends.cpu.split_rows import prepare_splits, split_rows
+from pydsa.backends.cpu.word_rows import prepare_words, round_row, word_rows
 from pydsa.jit import WordFunction, check_threads, entry_point, set_threads  # noqa: F401
 from pydsa.jit import compile_all as compile_calls  # noqa: F401
+from pydsa.quants.block import CHUNK
 
 FLOAT = np.float32
-ROUND_ROW, FLOAT_ROWS, WORD_ROWS = WordFunction(round_row), WordFunction(float_rows), WordFunction(word_rows)
+ROUND_ROW = WordFunction(round_row)
+# How many tokens are multiplied: bytes for 256 numbers of a token, prepare, times (linear.py)
+WITH_FLOATS = 4 * 256, WordFunction(prepare_floats), WordFunction(float_rows)
+WITH_QUANTS = (4 * 256, WordFunction(prepare_splits), WordFunction(split_rows)) if amx.HERE else (
+    CHUNK, WordFunction(prepare_words), WordFunction(word_rows))
 
 
 def weight(tensor):
     """A GGUF tensor as its ops take it here: matrices in place as blocks, vectors as float32."""
     kind = quants.block_type(tensor.type)
-    quantized = kind.dot is not None
-    if quantized:
-        how = kind.unpack.address, kind.dot.address, kind.order.ctypes.data, kind.lows, ROUND_ROW.address, WORD_ROWS.address
-    else:
-        how = 0, 0, 0, 0, 0, FLOAT_ROWS.address
-    w = Weight(tensor.data, kind.size, kind.dtype.itemsize, kind.dequantize.address, *how)
+    prepared, prepare, times = WITH_QUANTS if kind.dot else WITH_FLOATS
+    unpack, few = kind.dequantize, ()
+    if kind.dot:
+        unpack, few = kind.unpack, (ROUND_ROW.address, kind.order.ctypes.data, kind.dot.address)
+    w = Weight(tensor.data, kind.size, kind.dtype.itemsize, kind.lows, prepared, kind.dequantize.address, unpack.address, prepare.address,
+               times.address, *few)
     if len(tensor.shape) > 1:
         return w
     values = np.empty((1, *tensor.shape), np.float32)

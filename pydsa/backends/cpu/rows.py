@@ -11,19 +11,21 @@ from pydsa.jit import call_block_function, inner, kernel
 class Weight(NamedTuple):
     """A tensor where it lies in the file: uint8 [n_rows, row_bytes] or [n, n_rows, row_bytes]; then what is known of its type.
 
-    All but the block's sizes and `lows` are addresses: of the type's functions and order (quants/block.py; 0 if it is not quantized), and
-    of the functions of linear.py that round activations and multiply rows.
+    All but the numbers that are explained are addresses: of the type's functions and order (quants/block.py), and of functions that lay
+    out activations and multiply rows with them (linear.py). What concerns blocks as they lie is 0 if the type is not quantized.
     """
     data: np.ndarray
     block: int          # elements in a block
     block_bytes: int
+    lows: int           # BlockType.lows
+    prepared: int       # bytes that `prepare` takes for 256 numbers of a token
     dequantize: int
-    unpack: int
-    dot: int
-    order: int
-    lows: int
-    round_row: int
+    unpack: int         # as `times` wants it
+    prepare: int
     times: int
+    round_row: int = 0
+    order: int = 0
+    dot: int = 0
 
 
 class CacheRows(NamedTuple):

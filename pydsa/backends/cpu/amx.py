@@ -1,0 +1,138 @@
+"""Products in AMX tiles: two numbers of 16 bits stand for a float, and tile registers multiply 16 x 16 rows of them at once.
+
+A float is split into two bfloat16, high and low, which keep 16 of its 24 bits; of the four products of two floats the three largest are
+taken. Sums stay float32. Where the CPU or the system has no AMX, HERE is False and nothing of this is used.
+"""
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from pydsa.jit import inner
+from pydsa.simd import FEATURES, I8, WORD, call_llvm, constant, f32x16, i32x16, pointer
+
+HERE = {"amx-tile", "amx-bf16", "avx512bw"} <= FEATURES
+
+# Operands lie in panels: 16 rows, 32 numbers of each after the other, in 2 KiB a step: 16 x 64 bytes of high parts, then the low ones. The
+# right operand's panels have the 16 x 16 pairs of each KiB turned over. Sums lie in tiles of 16 x 16 floats.
+STEP, LOW_PARTS, SUMS = 2048, 1024, 1024
+A_0, B_0 = 4, 6     # tile registers: 0 to 3 are sums, then two of each operand
+CONFIGURATION = [1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8]     # palette 1; bytes a row, then rows, of eight tiles
+
+
+def _amx(builder, name, *args):
+    call_llvm(builder, f"llvm.x86.{name}", ir.VoidType(), args)
+
+
+@intrinsic
+def configure(typingctx):
+    """Let this thread use tile registers, all of 16 rows of 64 bytes."""
+    def codegen(context, builder, signature, args):
+        data = cgutils.global_constant(builder.module, "pydsa_tiles", ir.Constant(ir.ArrayType(I8, 64), CONFIGURATION))
+        data.align = 64
+        _amx(builder, "ldtilecfg", builder.bitcast(data, I8.as_pointer()))
+        return context.get_dummy_value()
+    return types.void(), codegen
+
+
+@intrinsic
+def release(typingctx):
+    """Leave the tile registers, which the system would otherwise save and restore at every switch of threads."""
+    def codegen(context, builder, signature, args):
+        _amx(builder, "tilerelease")
+        return context.get_dummy_value()
+    return types.void(), codegen
+
+
+@intrinsic
+def split(typingctx, even, odd):
+    """Two f32x16 -> the bfloat16 nearest to each number, and of what remains; a pair of numbers in each of sixteen 32-bit words.
+
+    What is not finite has a part that is not.
+    """
+    def codegen(context, builder, signature, args):
+        def upper(bits):
+            return builder.and_(bits, constant([0xFFFF0000] * 16))
+
+        def pair(bits):
+            return builder.or_(builder.lshr(bits[0], constant([16] * 16)), upper(bits[1]))
+
+        high = [upper(builder.add(builder.bitcast(v, i32x16.ir), constant([0x8000] * 16))) for v in args]
+        low = [builder.bitcast(builder.fsub(v, builder.bitcast(h, v.type)), i32x16.ir) for v, h in zip(args, high)]
+        return cgutils.pack_array(builder, [pair(high), pair(low)])
+    return types.UniTuple(i32x16, 2)(f32x16, f32x16), codegen
+
+
+def _make_products(rows, columns):
+    @intrinsic
+    def products(typingctx, a, a_panel, b, b_panel, n_steps, sums, sums_row, fresh):
+        """Tile i, j of sums (+)= panel i of a . panel j of b over n_steps > 0 steps; panels and rows of tiles lie so many bytes apart.
+
+        fresh: the sums begin at zero.
+        """
+        def codegen(context, builder, signature, args):
+            a, a_panel, b, b_panel, n_steps, sums, sums_row, fresh = args
+
+            def at(base, *offsets):
+                for offset in offsets:
+                    base = builder.add(base, offset)
+                return pointer(builder, base, I8)
+
+            cells = [(i, j, at(sums, builder.mul(sums_row, WORD(i)), WORD(SUMS * j))) for i in range(rows) for j in range(columns)]
+            with builder.if_else(fresh) as (then, otherwise):
+                with then:
+                    for i, j, _ in cells:
+                        _amx(builder, "tilezero", I8(2 * i + j))
+                with otherwise:
+                    for i, j, where in cells:
+                        _amx(builder, "tileloadd64", I8(2 * i + j), where, WORD(64))
+            before, loop, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            step = builder.phi(WORD)
+            step.add_incoming(WORD(0), before)
+            offset = builder.mul(step, WORD(STEP))
+
+            def load(first, n, base, panel, part):
+                for i in range(n):
+                    _amx(builder, "tileloadd64", I8(first + i), at(base, offset, builder.mul(panel, WORD(i)), WORD(part)), WORD(64))
+
+            def multiply():
+                for i, j, _ in cells:
+                    _amx(builder, "tdpbf16ps", I8(2 * i + j), I8(A_0 + i), I8(B_0 + j))
+
+            load(A_0, rows, a, a_panel, LOW_PARTS)
+            load(B_0, columns, b, b_panel, 0)
+            multiply()
+            load(A_0, rows, a, a_panel, 0)
+            multiply()
+            load(B_0, columns, b, b_panel, LOW_PARTS)
+            multiply()
+            following = builder.add(step, WORD(1))
+            step.add_incoming(following, loop)
+            builder.cbranch(builder.icmp_signed("<", following, n_steps), loop, after)
+            builder.position_at_end(after)
+            for i, j, where in cells:
+                _amx(builder, "tilestored64", I8(2 * i + j), where, WORD(64))
+            return context.get_dummy_value()
+        return types.void(*[types.intp] * 7, types.boolean), codegen
+    return products
+
+
+_two_by_two, _two_by_one, _one_by_two, _one_by_one = (_make_products(i, j) for i in (2, 1) for j in (2, 1))
+
+
+@inner
+def panel_products(a, a_panel, n_a, b, b_panel, n_b, n_steps, sums, fresh):
+    """sums[i][j] (+)= panel i of a . panel j of b for i < n_a, j < n_b: n_a rows of n_b tiles."""
+    for j in range(0, n_b, 2):
+        for i in range(0, n_a, 2):
+            ai, bj, cell, row = a + i * a_panel, b + j * b_panel, sums + SUMS * (i * n_b + j), SUMS * n_b
+            if n_a - i > 1 and n_b - j > 1:
+                _two_by_two(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh)
+            elif n_a - i > 1:
+                _two_by_one(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh)
+            elif n_b - j > 1:
+                _one_by_two(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh)
+            else:
+                _one_by_one(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh)

@@ -1,0 +1,79 @@
+"""Products with many tokens in AMX tiles: rows are unpacked and split into bfloat16 pairs (amx.py), as activations are."""
+from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, configure, panel_products, release, split
+from pydsa.backends.cpu.microkernels import turn_over
+from pydsa.backends.cpu.scratch import own_scratch
+from pydsa.jit import call_word_function, inline, inner
+from pydsa.quants.block import CHUNK, LOW, LOW_16, SCALE
+from pydsa.simd import (evens, float_at, floats, i64_at, load_2_floats, load_floats, load_words, lower_half, odds, prefetch, spread, store,
+                        to_floats, upper_half)
+
+PANEL = 8 * STEP        # 16 rows of a chunk
+LOW_HIGH = spread(0, 1)
+
+
+def prepare_splits(x_at, first, n_tokens, n_in, out):
+    """Tokens `first` to first + 16 of n_tokens, rows of n_in floats at addresses x_at -> a panel for each 256 numbers.
+
+    The panels of the first 256 come first, one for 16 tokens each; the last token stands for those that are not there.
+    """
+    n_panels = (n_tokens + 15) // 16
+    for k in range(0, n_in, 32):
+        at = out + (k // 256 * n_panels + first // 16) * PANEL + k % 256 // 32 * STEP
+        for i in range(16):
+            x = i64_at(x_at, 8 * min(first + i, n_tokens - 1)) + 4 * k
+            a, b = load_floats(x, 0), load_floats(x, 64)
+            store_split(at + 64 * i, evens(a, b), odds(a, b))
+        turn_over(at, 64, at, 64)
+        turn_over(at + LOW_PARTS, 64, at + LOW_PARTS, 64)
+
+
+@inline
+def store_split(at, even, odd):
+    high, low = split(even, odd)
+    store(at, 0, high)
+    store(at, LOW_PARTS, low)
+
+
+def split_rows(unpack, block, block_bytes, lows, rows, n_rows, row_bytes, n_in, x, n_tokens, out_at):
+    """out_at[t][r] = row r . token t of prepare_splits; at out_at lie addresses."""
+    n_panels, n_x = (n_rows + 15) // 16, (n_tokens + 15) // 16
+    chunk = own_scratch(CHUNK + n_panels * PANEL + n_panels * n_x * SUMS)
+    panels = chunk + CHUNK
+    sums = panels + n_panels * PANEL
+    configure()
+    for k in range(0, n_in, 256):
+        width = min(256, n_in - k)
+        for r in range(n_rows):
+            source = rows + r * row_bytes + k // block * block_bytes
+            for line in range(0, 256 // block * block_bytes, 64):
+                prefetch(source + 256 // block * block_bytes, line)
+            call_word_function(unpack, (source, width // block, chunk))
+            split_chunk(chunk, width // 32, lows, panels + r // 16 * PANEL + r % 16 * 64)
+        panel_products(panels, PANEL, n_panels, x + k // 256 * n_x * PANEL, PANEL, n_x, width // 32, sums, k == 0)
+    release()
+    for r in range(0, n_rows, 16):
+        for t in range(0, n_tokens, 16):
+            cell = sums + (r // 16 * n_x + t // 16) * SUMS
+            turn_over(cell, 64, cell, 64)
+            for i in range(min(16, n_tokens - t)):
+                out = i64_at(out_at, 8 * (t + i)) + 4 * r
+                if n_rows - r >= 16:
+                    store(out, 0, load_floats(cell, 64 * i))
+                else:
+                    for j in range(n_rows - r):
+                        store(out, 4 * j, float_at(cell, 64 * i + 4 * j))
+
+
+@inner
+def split_chunk(chunk, n, lows, at):
+    """The first n 32s of a chunk of weights to the steps of one row of a panel."""
+    for j in range(n):
+        words, scale = load_words(chunk, 64 * j), floats(float_at(chunk, SCALE + 4 * j))
+        even, odd = to_floats(lower_half(words)) * scale, to_floats(upper_half(words)) * scale
+        if lows == 8:
+            low = floats(float_at(chunk, LOW + 4 * j))
+            even, odd = even - low, odd - low
+        elif lows == 16:
+            low = LOW_HIGH(load_2_floats(chunk, LOW_16 + 8 * j))
+            even, odd = even - low, odd - low
+        store_split(at + STEP * j, even, odd)
