@@ -1,0 +1,83 @@
+"""Attention in float32: keys pass in tiles, turned over, under an online softmax; register-blocked products for scores and values."""
+import numpy as np
+
+from pydsa.backends.cpu.microkernels import COLUMNS, address, combine, exp, turn_over
+from pydsa.backends.cpu.rows import contiguous, unpack
+from pydsa.backends.cpu.scratch import floats_at, own_scratch
+from pydsa.jit import inner
+
+TILE = 64       # keys: 144 KiB of floats at V3.2's width of 576, within a second-level cache; a multiple of COLUMNS
+WIDTH = 128     # of the keys' values that are multiplied at a time: 32 KiB, within a first-level cache
+QUERIES = 96    # heads times tokens that share a tile
+NO_MASK = np.empty((1, 0), np.float32)
+
+
+@inner
+def attend(out, q, latents, indices, n_keys, mask, scale):
+    """out[t, h] = softmax(scale q[t, h] . key + mask) value over the first n_keys[t] keys, or of those at `indices`.
+
+    out [T, H, n_v] and q [T, H, D] float32, in whose memory one head follows the other at one distance; n_keys int64 [T]; a mask that is
+    not empty is [T, n_kv].
+    """
+    n_tokens, n_head, width = q.shape
+    n, n_v, row_bytes = n_tokens * n_head, out.shape[2], latents.data.shape[1]
+    padded = (width + COLUMNS - 1) // COLUMNS * COLUMNS
+    n_sums = (n_v + COLUMNS - 1) // COLUMNS * COLUMNS
+    memory = own_scratch(4 * (2 * TILE * padded + n * TILE + n * n_sums))
+    tile, turned = floats_at(memory, TILE, padded), floats_at(memory + 4 * TILE * padded, padded, TILE)
+    scores, sums = floats_at(memory + 8 * TILE * padded, n, TILE), floats_at(memory + 4 * TILE * (2 * padded + n), n, n_sums)
+    sums[:] = 0
+    greatest, total = np.full(n, -np.inf, np.float32), np.zeros(n, np.float32)
+    most = n_keys.max()
+    for first in range(0, most, TILE):
+        there = min(TILE, most - first)
+        for j in range(there):
+            s = indices[first + j] if indices.size else first + j
+            unpack(latents, address(latents.data) + np.int64(s) * row_bytes, width, address(tile[j]))
+        for j in range(0, there, 16):
+            for k in range(0, width, 16):
+                turn_over(address(tile[j]) + 4 * k, 4 * padded, address(turned[k]) + 4 * j, 4 * TILE)
+        scores[:] = 0
+        for k in range(0, width, WIDTH):
+            part = min(WIDTH, width - k)
+            combine(address(scores), 4 * TILE, n, TILE, address(q) + 4 * k, q.strides[1], address(turned[k]), 4 * TILE, part)
+        for i in range(n):
+            t = i // n_head
+            bias = mask[t, first:] if mask.size else NO_MASK[0]
+            shrink = weigh(scores[i], min(there, n_keys[t] - first), bias, scale, greatest[i:i + 1], total[i:i + 1])
+            if shrink != 1:
+                row = sums[i]
+                for j in range(n_sums):
+                    row[j] *= shrink
+        combine(address(sums), 4 * n_sums, n, n_sums, address(scores), 4 * TILE, address(tile), 4 * padded, there)
+    for i in range(n):
+        row, source = contiguous(out[i // n_head, i % n_head]), sums[i]
+        factor = np.float32(1) / total[i] if total[i] != 0 else np.float32(0)
+        for j in range(n_v):
+            row[j] = source[j] * factor
+
+
+@inner
+def weigh(row, visible, mask, scale, greatest, total):
+    """Scores of one query -> their weights beside the greatest score so far, 0 where nothing is visible; both sums are brought up to date.
+
+    Returns what the sum of the values so far must be multiplied by.
+    """
+    new, damaged = greatest[0], False
+    for j in range(visible):
+        row[j] = row[j] * scale + (mask[j] if mask.size else np.float32(0))
+        damaged |= row[j] != row[j]
+        new = max(new, row[j])
+    row[max(visible, 0):] = 0
+    if damaged:         # NaN must not look like a key that is masked
+        total[0] = np.nan
+    if new == -np.inf:
+        row[:] = 0
+        return np.float32(1)
+    shrink = exp(greatest[0] - new) if greatest[0] > -np.inf else np.float32(0)
+    part = np.float32(0)
+    for j in range(visible):
+        row[j] = exp(row[j] - new) if row[j] > -np.inf else np.float32(0)
+        part += row[j]
+    greatest[0], total[0] = new, total[0] * shrink + part
+    return shrink

@@ -1,0 +1,220 @@
+"""Attention in AMX tiles (amx.py): keys and queries are split into bfloat16 pairs, keys pass in tiles under an online softmax.
+
+Scores come as tiles of keys x queries, so that sixteen queries are weighed side by side without a sum over lanes.
+"""
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, configure, panel_products, release, split
+from pydsa.backends.cpu.microkernels import address, turn_over
+from pydsa.backends.cpu.rows import unpack
+from pydsa.backends.cpu.scratch import own_scratch
+from pydsa.jit import inline, inner
+from pydsa.simd import F32, I16, I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i32x16, load_floats, pointer, store
+
+TILE = 128      # keys: at V3.2's width of 576, 560 KiB as keys and as values, within a second-level cache
+KEY_PANELS, VALUE_STEPS = TILE // 16, TILE // 32
+QUERIES = 256   # heads times tokens that share a tile
+MINUS_INFINITY = np.float32(-np.inf)
+
+
+@intrinsic
+def exp_floats(typingctx, x):
+    """e^x of f32x16 for x up to 88, with a relative error of 1e-7 (Cephes' polynomial); 0 below -87.3; NaN stays."""
+    def codegen(context, builder, signature, args):
+        x, = args
+
+        def number(value):
+            return constant([value] * 16, F32)
+
+        def multiply_add(a, b, c):
+            return call_llvm(builder, "llvm.fma.v16f32", x.type, [a, b, c])
+
+        n = call_llvm(builder, "llvm.rint.v16f32", x.type, [builder.fmul(x, number(1.44269504))])
+        r = multiply_add(n, number(2.12194440e-4), multiply_add(n, number(-0.693359375), x))
+        p = number(1.9875691500e-4)
+        for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+            p = multiply_add(p, r, number(c))
+        p = builder.fadd(multiply_add(builder.fmul(p, r), r, r), number(1.0))
+        p = call_llvm(builder, "llvm.x86.avx512.mask.scalef.ps.512", x.type, [p, n, p, I16(-1), I32(4)])
+        return builder.select(builder.fcmp_ordered("<", x, number(-87.3)), number(0.0), p)
+    return f32x16(f32x16), codegen
+
+
+@intrinsic
+def larger(typingctx, a, b):
+    """The larger of two numbers in each lane; b where a is NaN."""
+    return f32x16(f32x16, f32x16), lambda context, builder, signature, args: builder.select(builder.fcmp_ordered(">", *args), *args)
+
+
+@intrinsic
+def visible(typingctx, scores, key, limits):
+    """Scores where the key is below the limit of its lane, elsewhere -inf; limits at an address, int32 [16]."""
+    def codegen(context, builder, signature, args):
+        scores, key, limits = args
+        limits = builder.load(pointer(builder, limits, i32x16.ir), align=4)
+        there = builder.icmp_signed("<", broadcast(builder, builder.trunc(key, I32), 16), limits)
+        return builder.select(there, scores, constant([float("-inf")] * 16, F32))
+    return f32x16(f32x16, types.intp, types.intp), codegen
+
+
+@intrinsic
+def not_minus_infinity(typingctx, v):
+    """0 in place of -inf."""
+    def codegen(context, builder, signature, args):
+        there = builder.fcmp_unordered("!=", args[0], constant([float("-inf")] * 16, F32))
+        return builder.select(there, args[0], constant([0.0] * 16, F32))
+    return f32x16(f32x16), codegen
+
+
+@inline
+def store_split(at, a, b):
+    """Sixteen pairs of a panel's row."""
+    high, low = split(a, b)
+    store(at, 0, high)
+    store(at, LOW_PARTS, low)
+
+
+@inner
+def split_queries(q, first, n_steps, row, panel):
+    """Queries first to first + 16 of all heads of all tokens as a right panel; those that are not there are the last one."""
+    n, width = q.shape[0] * q.shape[1], q.shape[2]
+    for i in range(16):
+        source = address(q) + min(first + i, n - 1) * q.strides[1]
+        for k in range(width):
+            store(row, 4 * k, float_at(source, 4 * k))
+        for s in range(n_steps):
+            store_split(panel + STEP * s + 64 * i, load_floats(row, 128 * s), load_floats(row, 128 * s + 64))
+    for s in range(n_steps):
+        for part in (0, LOW_PARTS):
+            turn_over(panel + STEP * s + part, 64, panel + STEP * s + part, 64)
+
+
+@inner
+def split_keys(latents, indices, first, n, width, n_steps, n_v_tiles, rows, keys, values):
+    """Keys first to first + n as left panels over their width and, over 32 of them, as right panels; up to a multiple of 32 they are 0.
+
+    `rows` has room for two rows of floats, 0 beyond the width.
+    """
+    other = rows + 128 * n_steps
+    for j in range(0, n, 32):
+        for p in range(16):
+            for half in (0, 1):
+                i, row = j + p + 16 * half, rows if half == 0 else other
+                if i < n:
+                    s = indices[first + i] if indices.size else first + i
+                    unpack(latents, address(latents.data) + np.int64(s) * latents.data.shape[1], width, row)
+                else:
+                    for k in range(width):
+                        store(row, 4 * k, np.float32(0))
+                panel = keys + ((j + 16 * half) // 16 * n_steps) * STEP + 64 * p
+                for s in range(n_steps):
+                    store_split(panel + STEP * s, load_floats(row, 128 * s), load_floats(row, 128 * s + 64))
+            for d in range(n_v_tiles):
+                store_split(values + (d * VALUE_STEPS + j // 32) * STEP + 64 * p, load_floats(rows, 64 * d), load_floats(other, 64 * d))
+
+
+@inner
+def attend(out, q, latents, indices, n_keys, mask, scale):
+    """out[t, h] = softmax(scale q[t, h] . key + mask) value over the first n_keys[t] keys, or of those at `indices`.
+
+    out [T, H, n_v] and q [T, H, D] float32, in whose memory one head follows the other at one distance; n_keys int64 [T]; a mask that is
+    not empty is [T, n_kv].
+    """
+    n_tokens, n_head, width = q.shape
+    n, n_v = n_tokens * n_head, out.shape[2]
+    n_q, n_steps, n_v_tiles = (n + 15) // 16, (width + 31) // 32, (n_v + 15) // 16
+    # queries, keys, values, weights, scores, sums, two rows, a mask's tile; for each query the greatest score, total, shrinking, limit
+    sizes = (n_q * n_steps * STEP, KEY_PANELS * n_steps * STEP, n_v_tiles * VALUE_STEPS * STEP, n_q * VALUE_STEPS * STEP,
+             KEY_PANELS * n_q * SUMS, n_q * n_v_tiles * SUMS, 256 * n_steps, 64 * TILE, 64 * n_q, 64 * n_q, 64 * n_q, 64 * n_q)
+    queries = own_scratch(sum(sizes))
+    keys = queries + sizes[0]
+    values = keys + sizes[1]
+    weights = values + sizes[2]
+    scores = weights + sizes[3]
+    sums = scores + sizes[4]
+    rows = sums + sizes[5]
+    bias = rows + sizes[6]
+    greatest = bias + sizes[7]
+    total = greatest + sizes[8]
+    shrink = total + sizes[9]
+    limits = shrink + sizes[10]
+    for k in range(64 * n_steps):
+        store(rows, 4 * k, np.float32(0))
+    for j in range(n_q):
+        split_queries(q, 16 * j, n_steps, rows, queries + j * n_steps * STEP)
+        store(greatest, 64 * j, floats(MINUS_INFINITY))
+        store(total, 64 * j, floats(np.float32(0)))
+    most, least = n_keys.max(), n_keys.min()
+    configure()
+    for first in range(0, most, TILE):
+        there = min(TILE, most - first)
+        n_groups = (there + 31) // 32
+        split_keys(latents, indices, first, there, width, n_steps, n_v_tiles, rows, keys, values)
+        panel_products(keys, n_steps * STEP, 2 * n_groups, queries, n_steps * STEP, n_q, n_steps, scores, True)
+        for j in range(n_q):
+            for i in range(16):
+                t = (16 * j + i) // n_head
+                store(limits, 64 * j + 4 * i, np.int32(n_keys[t] - first if t < n_tokens else 0))
+            if mask.size:
+                for i in range(16):
+                    t = min((16 * j + i) // n_head, n_tokens - 1)
+                    for k in range(there):
+                        store(bias, 64 * k + 4 * i, mask[t, first + k])
+            weigh(scores + j * SUMS, n_q * SUMS, 2 * n_groups, least - first < 32 * n_groups, limits + 64 * j, bias if mask.size else 0,
+                  scale, greatest + 64 * j, total + 64 * j, shrink + 64 * j, weights + j * VALUE_STEPS * STEP)
+            if first > 0:
+                for i in range(16):
+                    factor = float_at(shrink, 64 * j + 4 * i)
+                    if factor != 1:
+                        for d in range(n_v_tiles):
+                            at = sums + (j * n_v_tiles + d) * SUMS
+                            store(at, 64 * i, load_floats(at, 64 * i) * factor)
+        panel_products(weights, VALUE_STEPS * STEP, n_q, values, VALUE_STEPS * STEP, n_v_tiles, n_groups, sums, first == 0)
+    release()
+    for i in range(n):
+        j, row = i // 16, out[i // n_head, i % n_head]
+        whole = float_at(total, 64 * j + 4 * (i % 16))
+        factor = np.float32(1) / whole if whole != 0 else np.float32(0)
+        for d in range(n_v_tiles):
+            at = sums + (j * n_v_tiles + d) * SUMS + 64 * (i % 16)
+            if 16 * d + 16 <= n_v:
+                store(address(row) + 64 * d, 0, load_floats(at, 0) * factor)
+            else:
+                for k in range(16 * d, n_v):
+                    row[k] = float_at(at, 4 * (k % 16)) * factor
+
+
+@inner
+def weigh(scores, panel, n_panels, limited, limits, bias, scale, greatest, total, shrink, weights):
+    """Scores of keys and sixteen queries -> their weights beside the greatest so far, as a left panel; both sums are brought up to date.
+
+    Tiles of scores lie `panel` bytes apart; n_panels is even. `shrink` is what the sums so far must be multiplied by.
+    """
+    before = load_floats(greatest, 0)
+    new = before
+    for i in range(n_panels):
+        for k in range(16):
+            at = scores + i * panel + 64 * k
+            row = load_floats(at, 0) * scale
+            if bias:
+                row = row + load_floats(bias, 64 * (16 * i + k))
+            if limited:
+                row = visible(row, 16 * i + k, limits)
+            store(at, 0, row)
+            new = larger(row, new)
+    base = not_minus_infinity(new)
+    sums = floats(np.float32(0))
+    for i in range(0, n_panels, 2):
+        for k in range(16):
+            a = exp_floats(load_floats(scores + i * panel, 64 * k) - base)
+            b = exp_floats(load_floats(scores + (i + 1) * panel, 64 * k) - base)
+            sums = sums + (a + b)
+            store_split(weights + i // 2 * STEP + 64 * k, a, b)
+        for part in (0, LOW_PARTS):
+            turn_over(weights + i // 2 * STEP + part, 64, weights + i // 2 * STEP + part, 64)
+    less = exp_floats(before - base)
+    store(greatest, 0, new)
+    store(shrink, 0, less)
+    store(total, 0, load_floats(total, 0) * less + sums)
