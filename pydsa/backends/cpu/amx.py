@@ -9,13 +9,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pydsa.jit import inner
-from pydsa.simd import FEATURES, I8, WORD, call_llvm, constant, f32x16, i32x16, pointer
+from pydsa.simd import FEATURES, I8, I32, WORD, call_llvm, constant, f32x16, i32x16, pointer
 
 HERE = {"amx-tile", "amx-bf16", "avx512bw"} <= FEATURES
 
 # Operands lie in panels: 16 rows, 32 numbers of each after the other, in 2 KiB a step: 16 x 64 bytes of high parts, then the low ones. The
 # right operand's panels have the 16 x 16 pairs of each KiB turned over. Sums lie in tiles of 16 x 16 floats.
 STEP, LOW_PARTS, SUMS = 2048, 1024, 1024
+AHEAD = 512         # bytes that are fetched ahead with every step
 A_0, B_0 = 4, 6     # tile registers: 0 to 3 are sums, then two of each operand
 CONFIGURATION = [1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8]     # palette 1; bytes a row, then rows, of eight tiles
 
@@ -44,6 +45,12 @@ def release(typingctx):
     return types.void(), codegen
 
 
+def _split(builder, v):
+    """LLVM floats -> the bits of those with 8 bits nearest to them, and of what remains, of which the upper 16 count."""
+    high = builder.and_(builder.add(builder.bitcast(v, i32x16.ir), constant([0x8000] * 16)), constant([0xFFFF0000] * 16))
+    return high, builder.bitcast(builder.fsub(v, builder.bitcast(high, v.type)), i32x16.ir)
+
+
 @intrinsic
 def split(typingctx, even, odd):
     """Two f32x16 -> the bfloat16 nearest to each number, and of what remains; a pair of numbers in each of sixteen 32-bit words.
@@ -51,27 +58,22 @@ def split(typingctx, even, odd):
     What is not finite has a part that is not.
     """
     def codegen(context, builder, signature, args):
-        def upper(bits):
-            return builder.and_(bits, constant([0xFFFF0000] * 16))
-
         def pair(bits):
-            return builder.or_(builder.lshr(bits[0], constant([16] * 16)), upper(bits[1]))
+            return builder.or_(builder.lshr(bits[0], constant([16] * 16)), builder.and_(bits[1], constant([0xFFFF0000] * 16)))
 
-        high = [upper(builder.add(builder.bitcast(v, i32x16.ir), constant([0x8000] * 16))) for v in args]
-        low = [builder.bitcast(builder.fsub(v, builder.bitcast(h, v.type)), i32x16.ir) for v, h in zip(args, high)]
-        return cgutils.pack_array(builder, [pair(high), pair(low)])
+        return cgutils.pack_array(builder, [pair(parts) for parts in zip(*(_split(builder, v) for v in args))])
     return types.UniTuple(i32x16, 2)(f32x16, f32x16), codegen
 
 
 def _make_products(rows, columns):
     @intrinsic
-    def products(typingctx, a, a_panel, b, b_panel, n_steps, sums, sums_row, fresh):
+    def products(typingctx, a, a_panel, b, b_panel, n_steps, sums, sums_row, fresh, ahead):
         """Tile i, j of sums (+)= panel i of a . panel j of b over n_steps > 0 steps; panels and rows of tiles lie so many bytes apart.
 
-        fresh: the sums begin at zero.
+        fresh: the sums begin at zero. With every step the next 512 bytes from the address `ahead` on are fetched into the second-level cache.
         """
         def codegen(context, builder, signature, args):
-            a, a_panel, b, b_panel, n_steps, sums, sums_row, fresh = args
+            a, a_panel, b, b_panel, n_steps, sums, sums_row, fresh, ahead = args
 
             def at(base, *offsets):
                 for offset in offsets:
@@ -97,17 +99,20 @@ def _make_products(rows, columns):
                 for i in range(n):
                     _amx(builder, "tileloadd64", I8(first + i), at(base, offset, builder.mul(panel, WORD(i)), WORD(part)), WORD(64))
 
-            def multiply():
+            def multiply(lines):
+                for i in lines:
+                    byte = at(ahead, builder.mul(step, WORD(AHEAD)), WORD(64 * i))
+                    call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [byte, I32(0), I32(2), I32(1)])
                 for i, j, _ in cells:
                     _amx(builder, "tdpbf16ps", I8(2 * i + j), I8(A_0 + i), I8(B_0 + j))
 
             load(A_0, rows, a, a_panel, LOW_PARTS)
             load(B_0, columns, b, b_panel, 0)
-            multiply()
+            multiply(range(3))
             load(A_0, rows, a, a_panel, 0)
-            multiply()
+            multiply(range(3, 6))
             load(B_0, columns, b, b_panel, LOW_PARTS)
-            multiply()
+            multiply(range(6, 8))
             following = builder.add(step, WORD(1))
             step.add_incoming(following, loop)
             builder.cbranch(builder.icmp_signed("<", following, n_steps), loop, after)
@@ -115,7 +120,7 @@ def _make_products(rows, columns):
             for i, j, where in cells:
                 _amx(builder, "tilestored64", I8(2 * i + j), where, WORD(64))
             return context.get_dummy_value()
-        return types.void(*[types.intp] * 7, types.boolean), codegen
+        return types.void(*[types.intp] * 7, types.boolean, types.intp), codegen
     return products
 
 
@@ -123,16 +128,20 @@ _two_by_two, _two_by_one, _one_by_two, _one_by_one = (_make_products(i, j) for i
 
 
 @inner
-def panel_products(a, a_panel, n_a, b, b_panel, n_b, n_steps, sums, fresh):
-    """sums[i][j] (+)= panel i of a . panel j of b for i < n_a, j < n_b: n_a rows of n_b tiles."""
+def panel_products(a, a_panel, n_a, b, b_panel, n_b, n_steps, sums, fresh, ahead):
+    """sums[i][j] (+)= panel i of a . panel j of b for i < n_a, j < n_b: n_a rows of n_b tiles.
+
+    Meanwhile what lies from `ahead` on is fetched into the second-level cache: for every 2 x 2 tiles n_steps * AHEAD bytes.
+    """
     for j in range(0, n_b, 2):
         for i in range(0, n_a, 2):
             ai, bj, cell, row = a + i * a_panel, b + j * b_panel, sums + SUMS * (i * n_b + j), SUMS * n_b
             if n_a - i > 1 and n_b - j > 1:
-                _two_by_two(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh)
+                _two_by_two(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead)
             elif n_a - i > 1:
-                _two_by_one(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh)
+                _two_by_one(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead)
             elif n_b - j > 1:
-                _one_by_two(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh)
+                _one_by_two(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead)
             else:
-                _one_by_one(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh)
+                _one_by_one(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead)
+            ahead += n_steps * AHEAD

@@ -152,7 +152,7 @@ def attend(out, q, latents, indices, n_keys, mask, scale):
         there = min(TILE, most - first)
         n_groups = (there + 31) // 32
         split_keys(latents, indices, first, there, width, n_steps, n_v_tiles, rows, keys, values)
-        panel_products(keys, n_steps * STEP, 2 * n_groups, queries, n_steps * STEP, n_q, n_steps, scores, True)
+        panel_products(keys, n_steps * STEP, 2 * n_groups, queries, n_steps * STEP, n_q, n_steps, scores, True, queries)
         for j in range(n_q):
             for i in range(16):
                 t = (16 * j + i) // n_head
@@ -171,7 +171,7 @@ def attend(out, q, latents, indices, n_keys, mask, scale):
                         for d in range(n_v_tiles):
                             at = sums + (j * n_v_tiles + d) * SUMS
                             store(at, 64 * i, load_floats(at, 64 * i) * factor)
-        panel_products(weights, VALUE_STEPS * STEP, n_q, values, VALUE_STEPS * STEP, n_v_tiles, n_groups, sums, first == 0)
+        panel_products(weights, VALUE_STEPS * STEP, n_q, values, VALUE_STEPS * STEP, n_v_tiles, n_groups, sums, first == 0, values)
     release()
     for i in range(n):
         j, row = i // 16, out[i // n_head, i % n_head]

@@ -35,7 +35,10 @@ def store_split(at, even, odd):
 
 
 def split_rows(unpack, block, block_bytes, lows, rows, n_rows, row_bytes, n_in, x, n_tokens, out_at):
-    """out_at[t][r] = row r . token t of prepare_splits; at out_at lie addresses."""
+    """out_at[t][r] = row r . token t of prepare_splits; at out_at lie addresses.
+
+    Each 256 numbers of all rows are unpacked before they meet the tokens: vector and tile instructions do not like to alternate.
+    """
     n_panels, n_x = (n_rows + 15) // 16, (n_tokens + 15) // 16
     chunk = own_scratch(CHUNK + n_panels * PANEL + n_panels * n_x * SUMS)
     panels = chunk + CHUNK
@@ -49,19 +52,19 @@ def split_rows(unpack, block, block_bytes, lows, rows, n_rows, row_bytes, n_in, 
                 prefetch(source + 256 // block * block_bytes, line)
             call_word_function(unpack, (source, width // block, chunk))
             split_chunk(chunk, width // 32, lows, panels + r // 16 * PANEL + r % 16 * 64)
-        panel_products(panels, PANEL, n_panels, x + k // 256 * n_x * PANEL, PANEL, n_x, width // 32, sums, k == 0)
+        here = x + k // 256 * n_x * PANEL
+        panel_products(panels, PANEL, n_panels, here, PANEL, n_x, width // 32, sums, k == 0, here + 2 * PANEL)
     release()
-    for r in range(0, n_rows, 16):
-        for t in range(0, n_tokens, 16):
-            cell = sums + (r // 16 * n_x + t // 16) * SUMS
+    for t in range(0, n_tokens, 16):
+        for i in range(n_panels):
+            cell = sums + (i * n_x + t // 16) * SUMS
             turn_over(cell, 64, cell, 64)
-            for i in range(min(16, n_tokens - t)):
-                out = i64_at(out_at, 8 * (t + i)) + 4 * r
-                if n_rows - r >= 16:
-                    store(out, 0, load_floats(cell, 64 * i))
-                else:
-                    for j in range(n_rows - r):
-                        store(out, 4 * j, float_at(cell, 64 * i + 4 * j))
+        for i in range(min(16, n_tokens - t)):
+            out, cells = i64_at(out_at, 8 * (t + i)), sums + t // 16 * SUMS + 64 * i
+            for r in range(0, n_rows - 15, 16):
+                store(out, 4 * r, load_floats(cells, r // 16 * n_x * SUMS))
+            for r in range(n_rows // 16 * 16, n_rows):
+                store(out, 4 * r, float_at(cells, r // 16 * n_x * SUMS + 4 * (r % 16)))
 
 
 @inner
@@ -77,3 +80,4 @@ def split_chunk(chunk, n, lows, at):
             low = LOW_HIGH(load_2_floats(chunk, LOW_16 + 8 * j))
             even, odd = even - low, odd - low
         store_split(at + STEP * j, even, odd)
+
