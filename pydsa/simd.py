@@ -100,7 +100,7 @@ def _loader(vec):
     return load
 
 
-load_bytes, load_16_bytes, load_words = _loader(Vec("i8", 64)), _loader(Vec("i8", 16)), _loader(i16x32)
+load_bytes, load_16_bytes, load_words, load_16_words = (_loader(v) for v in (Vec("i8", 64), Vec("i8", 16), i16x32, Vec("i16", 16)))
 load_floats, load_8_floats, load_4_floats, load_2_floats = _loader(f32x16), _loader(f32x8), _loader(Vec("f32", 4)), _loader(Vec("f32", 2))
 
 

@@ -45,12 +45,6 @@ def release(typingctx):
     return types.void(), codegen
 
 
-def _split(builder, v):
-    """LLVM floats -> the bits of those with 8 bits nearest to them, and of what remains, of which the upper 16 count."""
-    high = builder.and_(builder.add(builder.bitcast(v, i32x16.ir), constant([0x8000] * 16)), constant([0xFFFF0000] * 16))
-    return high, builder.bitcast(builder.fsub(v, builder.bitcast(high, v.type)), i32x16.ir)
-
-
 @intrinsic
 def split(typingctx, even, odd):
     """Two f32x16 -> the bfloat16 nearest to each number, and of what remains; a pair of numbers in each of sixteen 32-bit words.
@@ -59,9 +53,14 @@ def split(typingctx, even, odd):
     """
     def codegen(context, builder, signature, args):
         def pair(bits):
-            return builder.or_(builder.lshr(bits[0], constant([16] * 16)), builder.and_(bits[1], constant([0xFFFF0000] * 16)))
+            """The upper halves of two words: (even >> 16) | (odd & mask), which LLVM would make a slower shuffle of."""
+            even = builder.lshr(bits[0], constant([16] * 16))
+            return call_llvm(builder, "llvm.x86.avx512.pternlog.d.512", even.type, [even, bits[1], upper, I32(0xF8)])
 
-        return cgutils.pack_array(builder, [pair(parts) for parts in zip(*(_split(builder, v) for v in args))])
+        upper = constant([0xFFFF0000] * 16)
+        high = [builder.add(builder.bitcast(v, i32x16.ir), constant([0x8000] * 16)) for v in args]
+        low = [builder.fsub(v, builder.bitcast(builder.and_(h, upper), v.type)) for v, h in zip(args, high)]
+        return cgutils.pack_array(builder, [pair(high), pair([builder.bitcast(v, i32x16.ir) for v in low])])
     return types.UniTuple(i32x16, 2)(f32x16, f32x16), codegen
 
 
@@ -70,7 +69,7 @@ def _make_products(rows, columns):
     def products(typingctx, a, a_panel, b, b_panel, n_steps, sums, sums_row, fresh, ahead):
         """Tile i, j of sums (+)= panel i of a . panel j of b over n_steps > 0 steps; panels and rows of tiles lie so many bytes apart.
 
-        fresh: the sums begin at zero. With every step the next 512 bytes from the address `ahead` on are fetched into the second-level cache.
+        fresh: the sums begin at zero. With every step the next 512 bytes from `ahead` on are fetched into the second-level cache.
         """
         def codegen(context, builder, signature, args):
             a, a_panel, b, b_panel, n_steps, sums, sums_row, fresh, ahead = args

@@ -1,11 +1,13 @@
 """Products with many tokens in AMX tiles: rows are unpacked and split into bfloat16 pairs (amx.py), as activations are."""
+import numpy as np
+
 from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, configure, panel_products, release, split
 from pydsa.backends.cpu.microkernels import turn_over
 from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.jit import call_word_function, inline, inner
 from pydsa.quants.block import CHUNK, LOW, LOW_16, SCALE
-from pydsa.simd import (evens, float_at, floats, i64_at, load_2_floats, load_floats, load_words, lower_half, odds, prefetch, spread, store,
-                        to_floats, upper_half)
+from pydsa.simd import (evens, float_at, floats, i64_at, load_2_floats, load_16_words, load_floats, odds, prefetch, spread, store,
+                        to_floats)
 
 PANEL = 8 * STEP        # 16 rows of a chunk
 LOW_HIGH = spread(0, 1)
@@ -40,17 +42,19 @@ def split_rows(unpack, block, block_bytes, lows, rows, n_rows, row_bytes, n_in, 
     Each 256 numbers of all rows are unpacked before they meet the tokens: vector and tile instructions do not like to alternate.
     """
     n_panels, n_x = (n_rows + 15) // 16, (n_tokens + 15) // 16
+    next_bytes = 256 // block * block_bytes
     chunk = own_scratch(CHUNK + n_panels * PANEL + n_panels * n_x * SUMS)
     panels = chunk + CHUNK
     sums = panels + n_panels * PANEL
     configure()
     for k in range(0, n_in, 256):
         width = min(256, n_in - k)
+        first, n_blocks = rows + k // 256 * next_bytes, width // block
         for r in range(n_rows):
-            source = rows + r * row_bytes + k // block * block_bytes
-            for line in range(0, 256 // block * block_bytes, 64):
-                prefetch(source + 256 // block * block_bytes, line)
-            call_word_function(unpack, (source, width // block, chunk))
+            source = first + r * row_bytes
+            for line in range(0, next_bytes, 64):
+                prefetch(source + next_bytes, line)
+            call_word_function(unpack, (source, n_blocks, chunk))
             split_chunk(chunk, width // 32, lows, panels + r // 16 * PANEL + r % 16 * 64)
         here = x + k // 256 * n_x * PANEL
         panel_products(panels, PANEL, n_panels, here, PANEL, n_x, width // 32, sums, k == 0, here + 2 * PANEL)
@@ -71,13 +75,10 @@ def split_rows(unpack, block, block_bytes, lows, rows, n_rows, row_bytes, n_in, 
 def split_chunk(chunk, n, lows, at):
     """The first n 32s of a chunk of weights to the steps of one row of a panel."""
     for j in range(n):
-        words, scale = load_words(chunk, 64 * j), floats(float_at(chunk, SCALE + 4 * j))
-        even, odd = to_floats(lower_half(words)) * scale, to_floats(upper_half(words)) * scale
+        scale, low = floats(float_at(chunk, SCALE + 4 * j)), floats(np.float32(0))
         if lows == 8:
             low = floats(float_at(chunk, LOW + 4 * j))
-            even, odd = even - low, odd - low
         elif lows == 16:
             low = LOW_HIGH(load_2_floats(chunk, LOW_16 + 8 * j))
-            even, odd = even - low, odd - low
-        store_split(at + STEP * j, even, odd)
-
+        even, odd = to_floats(load_16_words(chunk, 64 * j)), to_floats(load_16_words(chunk, 64 * j + 32))
+        store_split(at + STEP * j, even * scale - low, odd * scale - low)

@@ -50,6 +50,7 @@ def prepare_words(x_at, first, n_tokens, n_in, out):
 
 def word_rows(unpack, block, block_bytes, lows, rows, n_rows, row_bytes, n_in, x, n_tokens, out_at):
     """out_at[t][r] = row r . token t of prepare_words; at out_at lie addresses."""
+    next_bytes = 256 // block * block_bytes
     padded = (n_tokens + WORD_TOKENS - 1) // WORD_TOKENS * WORD_TOKENS     # the last token stands for those that are not there
     n_tiles = (n_rows + TILE_ROWS - 1) // TILE_ROWS
     n_sums, tile_bytes = n_tiles * TILE_ROWS, TILE_ROWS // 16 * TILE
@@ -70,8 +71,8 @@ def word_rows(unpack, block, block_bytes, lows, rows, n_rows, row_bytes, n_in, x
         for t0 in range(0, padded, TURN * WORD_TOKENS):
             here = rows + k // block * block_bytes      # of these rows the next chunk is asked for meanwhile: they lie far apart
             for r in range(n_rows * t0 // padded, n_rows * min(t0 + TURN * WORD_TOKENS, padded) // padded):
-                for line in range(0, 256 // block * block_bytes, 64):
-                    prefetch(here + r * row_bytes + 256 // block * block_bytes, line)
+                for line in range(next_bytes, 2 * next_bytes, 64):
+                    prefetch(here + r * row_bytes, line)
             for i in range(n_tiles):
                 for t in range(min(t0 + TURN * WORD_TOKENS, padded), min(t0 + 2 * TURN * WORD_TOKENS, padded)):
                     for line in range(10 * i // n_tiles, 10 * (i + 1) // n_tiles):      # and of the activations of the next turn
