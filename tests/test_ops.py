@@ -101,6 +101,9 @@ def close(found, expected, nmse=1e-12):
     return np.array_equal(found[~finite], expected[~finite]) and error <= nmse * np.sum(expected[finite].astype(np.float64) ** 2)
 
 
+EXACT_ATTENTION = 2e-10 if amx.HERE else 1e-12
+
+
 def compare(op, shape, *args):
     """Run an op by both backends -> what the CPU wrote, which must be what the reference wrote.
 
@@ -108,7 +111,7 @@ def compare(op, shape, *args):
     """
     found, expected = run(cpu, op, [shape], *args), run(reference, op, [shape], *args)
     quantized = any(isinstance(a, Tensor) and block_type(a.type).dtype.names for a in args)
-    assert close(found, expected, 1e-6 if quantized else 2e-10 if amx.HERE and "attention" in op else 1e-12)
+    assert close(found, expected, 1e-6 if quantized else EXACT_ATTENTION if "attention" in op else 1e-12)
     return found
 
 
@@ -447,4 +450,4 @@ def test_attention_divides_heads_among_threads(shape, n_tokens):
     q, latents, positions = attention_inputs(n_tokens, 100, shape)
     for op, args in ops(positions, np.zeros((n_tokens, 103), np.float32), some_keys(positions, 40)):
         args = op, (n_tokens, shape[0], shape[2]), q, latents, *args, 0.2
-        assert close(with_threads(2, *args), with_threads(1, *args))
+        assert close(with_threads(2, *args), with_threads(1, *args), EXACT_ATTENTION)

@@ -3,74 +3,132 @@ import numpy as np
 from numba import prange
 
 from pydsa.backends.cpu import amx
-from pydsa.backends.cpu.microkernels import n_threads
+from pydsa.backends.cpu.microkernels import exp, n_threads
+from pydsa.backends.cpu.rows import contiguous
+from pydsa.backends.cpu.scratch import callers_scratch, floats_at
 from pydsa.jit import inner, kernel
+from pydsa.simd import float_at
 
 if amx.HERE:
     from pydsa.backends.cpu.split_attention import QUERIES, attend
 else:
     from pydsa.backends.cpu.float_attention import QUERIES, attend
 
-EVERY = np.empty(0, np.int32)           # indices that stand for all keys
+EVERY = np.empty((1, 0), np.int32)          # indices that stand for all keys
 NO_MASK = np.empty((1, 0), np.float32)
+PART = 32       # what a thread takes of a token's keys is a multiple of these
 
 
 @inner
-def blocks(q, together):
-    """(tokens, heads) of a piece of work: heads of one token where there are few tokens, so that every thread has some."""
+def tokens_a_piece(q, together):
+    """Tokens that pass over their keys together, with all heads."""
     n_tokens, n_head, _ = q.shape
-    if n_tokens < n_threads():
-        parts = min(n_head, max(1, n_threads() // n_tokens))
-        return 1, (n_head + parts - 1) // parts
     if not together or q.strides[0] != n_head * q.strides[1]:
-        return 1, n_head
-    return max(1, min(QUERIES // n_head, n_tokens // n_threads())), n_head
+        return 1
+    return max(1, min(QUERIES // n_head, n_tokens // n_threads()))
+
+
+@inner
+def parts_a_token(q):
+    """Into how many parts the heads, and into how many the keys of each token are divided, where there are fewer tokens than threads.
+
+    Keys of fewer than 32 heads are divided: preparing them would cost each thread as much as all else.
+    """
+    parts = max(1, n_threads() // q.shape[0])
+    of_heads = max(1, min(parts, q.shape[1] // 32))
+    return of_heads, parts // of_heads
 
 
 @inner
 def turns(q, together):
     """How many pieces of work there are, rounded up to a multiple of the threads."""
-    tokens, heads = blocks(q, together)
-    n = (q.shape[0] + tokens - 1) // tokens * ((q.shape[1] + heads - 1) // heads)
+    tokens, (of_heads, of_keys) = tokens_a_piece(q, together), parts_a_token(q)
+    n = (q.shape[0] + tokens - 1) // tokens * of_heads * of_keys
     return (n + n_threads() - 1) // n_threads() * n_threads()
 
 
 @inner
-def piece(turn, n_turns, q, together):
-    """The tokens and heads, as two ranges, of a turn: dealt out one by one to the threads, since later tokens have more keys."""
-    tokens, heads = blocks(q, together)
-    each = n_turns // n_threads()
+def part_bytes(out):
+    """What a part leaves for a token: for each head the greatest score, the sum of the weights and that of the weighted values."""
+    return 4 * out.shape[1] * (2 + out.shape[2])
+
+
+@inner
+def take_turn(out, q, latents, indices, n_keys, mask, scale, together, turn, n_turns, room):
+    """One piece of work. They are dealt out one by one to the threads, since later tokens have more keys."""
+    tokens, (of_heads, of_keys) = tokens_a_piece(q, together), parts_a_token(q)
+    each, n_head = n_turns // n_threads(), q.shape[1]
     i = turn % each * n_threads() + turn // each
-    parts = (q.shape[1] + heads - 1) // heads
-    t, h = min(i // parts * tokens, q.shape[0]), i % parts * heads
-    return t, min(t + tokens, q.shape[0]), h, min(h + heads, q.shape[1])
+    t, part = i // (of_heads * of_keys) * tokens, i % of_keys
+    if t >= q.shape[0]:
+        return
+    end, heads = min(t + tokens, q.shape[0]), (n_head + of_heads - 1) // of_heads
+    h = i // of_keys % of_heads * heads
+    h_end = min(h + heads, n_head)
+    chosen, biases = indices[t if indices.size else 0], mask[t:end] if mask.size else NO_MASK
+    first, last, left = 0, n_keys[t:end], 0
+    if of_keys > 1:
+        size = (n_keys[t] + of_keys * PART - 1) // (of_keys * PART) * PART
+        first, last = part * size, np.minimum(last, (part + 1) * size)
+        left = room + (t * of_keys + part) * part_bytes(out) + 4 * h * (2 + out.shape[2])
+    attend(out[t:end, h:h_end], q[t:end, h:h_end], latents, chosen, first, last, biases, scale, left)
+
+
+@inner
+def join_parts(out, q, room):
+    """What the parts left, as one softmax: each part's sums count as much as its greatest score is beside the greatest of all."""
+    parts, n_v = parts_a_token(q)[1], out.shape[2]
+    if parts == 1:
+        return
+    for t in range(out.shape[0]):
+        for h in range(out.shape[1]):
+            row, greatest, total = contiguous(out[t, h]), np.float32(-np.inf), np.float32(0)
+            first = room + t * parts * part_bytes(out) + 4 * h * (2 + n_v)
+            for i in range(parts):
+                greatest = max(greatest, float_at(first + i * part_bytes(out), 0))
+            for j in range(n_v):
+                row[j] = 0
+            for i in range(parts):
+                at = first + i * part_bytes(out)
+                if float_at(at, 0) > -np.inf:
+                    weight, values = exp(float_at(at, 0) - greatest), floats_at(at + 8, 1, n_v)[0]
+                    total += weight * float_at(at, 4)
+                    for j in range(n_v):
+                        row[j] += weight * values[j]
+                elif float_at(at, 4) != 0:      # NaN
+                    total = float_at(at, 4)
+            factor = np.float32(1) / total if total != 0 else np.float32(0)
+            for j in range(n_v):
+                row[j] *= factor
+
+
+@inner
+def room_for_parts(out, q):
+    return callers_scratch(out.shape[0] * parts_a_token(q)[1] * part_bytes(out))
 
 
 @kernel(parallel=True)
 def dense_attention(out, q, latents, positions, scale):
-    n_turns = turns(q, True)
+    n_turns, room, n_keys = turns(q, True), room_for_parts(out, q), positions + 1
     for turn in prange(n_turns):
-        t, t_end, h, h_end = piece(turn, n_turns, q, True)
-        if t < t_end:
-            attend(out[t:t_end, h:h_end], q[t:t_end, h:h_end], latents, EVERY, positions[t:t_end] + 1, NO_MASK, scale)
+        take_turn(out, q, latents, EVERY, n_keys, NO_MASK, scale, True, turn, n_turns, room)
+    join_parts(out, q, room)
 
 
 @kernel(parallel=True)
 def masked_attention(out, q, latents, mask, positions, scale):
-    n_turns = turns(q, True)
+    n_turns, room, n_keys = turns(q, True), room_for_parts(out, q), positions + 1
     for turn in prange(n_turns):
-        t, t_end, h, h_end = piece(turn, n_turns, q, True)
-        if t < t_end:
-            attend(out[t:t_end, h:h_end], q[t:t_end, h:h_end], latents, EVERY, positions[t:t_end] + 1, mask[t:t_end], scale)
+        take_turn(out, q, latents, EVERY, n_keys, mask, scale, True, turn, n_turns, room)
+    join_parts(out, q, room)
 
 
 @kernel(parallel=True)
 def sparse_attention(out, q, latents, indices, scale):
-    n_turns = turns(q, False)
+    n_turns, room, n_keys = turns(q, False), room_for_parts(out, q), np.zeros(q.shape[0], np.int64)
+    for t in range(n_keys.size):
+        while n_keys[t] < indices.shape[1] and indices[t, n_keys[t]] >= 0:
+            n_keys[t] += 1
     for turn in prange(n_turns):
-        t, t_end, h, h_end = piece(turn, n_turns, q, False)
-        if t < t_end:
-            n_keys = np.zeros(1, np.int64)
-            while n_keys[0] < indices.shape[1] and indices[t, n_keys[0]] >= 0:
-                n_keys[0] += 1
-            attend(out[t:t_end, h:h_end], q[t:t_end, h:h_end], latents, indices[t], n_keys, NO_MASK, scale)
+        take_turn(out, q, latents, indices, n_keys, NO_MASK, scale, False, turn, n_turns, room)
+    join_parts(out, q, room)

@@ -5,6 +5,7 @@ from pydsa.backends.cpu.microkernels import COLUMNS, address, combine, exp, turn
 from pydsa.backends.cpu.rows import contiguous, unpack
 from pydsa.backends.cpu.scratch import floats_at, own_scratch
 from pydsa.jit import inner
+from pydsa.simd import store
 
 TILE = 64       # keys: 144 KiB of floats at V3.2's width of 576, within a second-level cache; a multiple of COLUMNS
 WIDTH = 128     # of the keys' values that are multiplied at a time: 32 KiB, within a first-level cache
@@ -13,11 +14,11 @@ NO_MASK = np.empty((1, 0), np.float32)
 
 
 @inner
-def attend(out, q, latents, indices, n_keys, mask, scale):
-    """out[t, h] = softmax(scale q[t, h] . key + mask) value over the first n_keys[t] keys, or of those at `indices`.
+def attend(out, q, latents, indices, first_key, last_key, mask, scale, part):
+    """out[t, h] = softmax(scale q[t, h] . key + mask) value over the keys from first_key to last_key[t], or those that indices have there.
 
-    out [T, H, n_v] and q [T, H, D] float32, in whose memory one head follows the other at one distance; n_keys int64 [T]; a mask that is
-    not empty is [T, n_kv].
+    out [T, H, n_v] and q [T, H, D] float32, in whose memory one head follows the other at one distance; last_key int64 [T]; a mask that
+    is not empty is [T, n_kv]. If `part` is an address, each query leaves the greatest score, the sum of weights and the sums of values there.
     """
     n_tokens, n_head, width = q.shape
     n, n_v, row_bytes = n_tokens * n_head, out.shape[2], latents.data.shape[1]
@@ -28,8 +29,8 @@ def attend(out, q, latents, indices, n_keys, mask, scale):
     scores, sums = floats_at(memory + 8 * TILE * padded, n, TILE), floats_at(memory + 4 * TILE * (2 * padded + n), n, n_sums)
     sums[:] = 0
     greatest, total = np.full(n, -np.inf, np.float32), np.zeros(n, np.float32)
-    most = n_keys.max()
-    for first in range(0, most, TILE):
+    most = last_key.max()
+    for first in range(first_key, most, TILE):
         there = min(TILE, most - first)
         for j in range(there):
             s = indices[first + j] if indices.size else first + j
@@ -44,15 +45,20 @@ def attend(out, q, latents, indices, n_keys, mask, scale):
         for i in range(n):
             t = i // n_head
             bias = mask[t, first:] if mask.size else NO_MASK[0]
-            shrink = weigh(scores[i], min(there, n_keys[t] - first), bias, scale, greatest[i:i + 1], total[i:i + 1])
+            shrink = weigh(scores[i], min(there, last_key[t] - first), bias, scale, greatest[i:i + 1], total[i:i + 1])
             if shrink != 1:
                 row = sums[i]
                 for j in range(n_sums):
                     row[j] *= shrink
         combine(address(sums), 4 * n_sums, n, n_sums, address(scores), 4 * TILE, address(tile), 4 * padded, there)
     for i in range(n):
-        row, source = contiguous(out[i // n_head, i % n_head]), sums[i]
-        factor = np.float32(1) / total[i] if total[i] != 0 else np.float32(0)
+        source = sums[i]
+        if part:
+            store(part, 4 * i * (2 + n_v), greatest[i])
+            store(part, 4 * i * (2 + n_v) + 4, total[i])
+            row, factor = floats_at(part + 4 * i * (2 + n_v) + 8, 1, n_v)[0], np.float32(1)
+        else:
+            row, factor = contiguous(out[i // n_head, i % n_head]), np.float32(1) / total[i] if total[i] != 0 else np.float32(0)
         for j in range(n_v):
             row[j] = source[j] * factor
 

@@ -4,6 +4,7 @@ Scores come as tiles of keys x queries, so that sixteen queries are weighed side
 """
 import numpy as np
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, configure, panel_products, release, split
@@ -76,15 +77,30 @@ def store_split(at, a, b):
     store(at, LOW_PARTS, low)
 
 
+@intrinsic
+def zipped(typingctx, a, b):
+    """Pairs of words at two addresses, i16 [16, 2] each -> the pairs of their first words and of their second ones, as i32x16."""
+    def codegen(context, builder, signature, args):
+        a, b = (builder.load(pointer(builder, at, i32x16.ir), align=4) for at in args)
+        sixteen, lower, upper = constant([16] * 16), constant([0xFFFF] * 16), constant([0xFFFF0000] * 16)
+        first = builder.or_(builder.and_(a, lower), builder.shl(b, sixteen))
+        second = builder.or_(builder.lshr(a, sixteen), builder.and_(b, upper))
+        return cgutils.pack_array(builder, [first, second])
+    return types.UniTuple(i32x16, 2)(types.intp, types.intp), codegen
+
+
 @inner
 def split_queries(q, first, n_steps, row, panel):
     """Queries first to first + 16 of all heads of all tokens as a right panel; those that are not there are the last one."""
     n, width = q.shape[0] * q.shape[1], q.shape[2]
     for i in range(16):
         source = address(q) + min(first + i, n - 1) * q.strides[1]
-        for k in range(width):
-            store(row, 4 * k, float_at(source, 4 * k))
-        for s in range(n_steps):
+        for s in range(width // 32):
+            store_split(panel + STEP * s + 64 * i, load_floats(source, 128 * s), load_floats(source, 128 * s + 64))
+        if width % 32:
+            for k in range(width // 32 * 32, width):
+                store(row, 4 * k, float_at(source, 4 * k))
+            s = n_steps - 1
             store_split(panel + STEP * s + 64 * i, load_floats(row, 128 * s), load_floats(row, 128 * s + 64))
     for s in range(n_steps):
         for part in (0, LOW_PARTS):
@@ -92,71 +108,73 @@ def split_queries(q, first, n_steps, row, panel):
 
 
 @inner
-def split_keys(latents, indices, first, n, width, n_steps, n_v_tiles, rows, keys, values):
+def split_keys(latents, indices, first, n, width, n_steps, n_v_tiles, row, keys, values):
     """Keys first to first + n as left panels over their width and, over 32 of them, as right panels; up to a multiple of 32 they are 0.
 
-    `rows` has room for two rows of floats, 0 beyond the width.
+    `row` has room for a row of floats, 0 beyond the width.
     """
-    other = rows + 128 * n_steps
     for j in range(0, n, 32):
-        for p in range(16):
-            for half in (0, 1):
-                i, row = j + p + 16 * half, rows if half == 0 else other
-                if i < n:
-                    s = indices[first + i] if indices.size else first + i
-                    unpack(latents, address(latents.data) + np.int64(s) * latents.data.shape[1], width, row)
-                else:
-                    for k in range(width):
-                        store(row, 4 * k, np.float32(0))
-                panel = keys + ((j + 16 * half) // 16 * n_steps) * STEP + 64 * p
-                for s in range(n_steps):
-                    store_split(panel + STEP * s, load_floats(row, 128 * s), load_floats(row, 128 * s + 64))
-            for d in range(n_v_tiles):
-                store_split(values + (d * VALUE_STEPS + j // 32) * STEP + 64 * p, load_floats(rows, 64 * d), load_floats(other, 64 * d))
+        for i in range(j, j + 32):
+            if i < n:
+                s = indices[first + i] if indices.size else first + i
+                unpack(latents, address(latents.data) + np.int64(s) * latents.data.shape[1], width, row)
+            elif i == n:
+                for k in range(width):
+                    store(row, 4 * k, np.float32(0))
+            panel = keys + i // 16 * n_steps * STEP + 64 * (i % 16)
+            for s in range(n_steps):
+                store_split(panel + STEP * s, load_floats(row, 128 * s), load_floats(row, 128 * s + 64))
+        upper, lower = keys + j // 16 * n_steps * STEP, keys + (j // 16 + 1) * n_steps * STEP       # sixteen keys, and the next sixteen
+        for s in range((n_v_tiles + 1) // 2):
+            tile = values + (2 * s * VALUE_STEPS + j // 32) * STEP
+            for at in range(0, STEP, 64):       # high parts of keys, then low ones
+                a, b = zipped(upper + s * STEP + at, lower + s * STEP + at)
+                store(tile, at, a)
+                store(tile, VALUE_STEPS * STEP + at, b)
 
 
 @inner
-def attend(out, q, latents, indices, n_keys, mask, scale):
-    """out[t, h] = softmax(scale q[t, h] . key + mask) value over the first n_keys[t] keys, or of those at `indices`.
+def attend(out, q, latents, indices, first_key, last_key, mask, scale, part):
+    """out[t, h] = softmax(scale q[t, h] . key + mask) value over the keys from first_key to last_key[t], or those that indices have there.
 
-    out [T, H, n_v] and q [T, H, D] float32, in whose memory one head follows the other at one distance; n_keys int64 [T]; a mask that is
-    not empty is [T, n_kv].
+    out [T, H, n_v] and q [T, H, D] float32, in whose memory one head follows the other at one distance; last_key int64 [T]; a mask that
+    is not empty is [T, n_kv]. If `part` is an address, each query leaves the greatest score, the sum of weights and the sums of values there.
     """
     n_tokens, n_head, width = q.shape
     n, n_v = n_tokens * n_head, out.shape[2]
-    n_q, n_steps, n_v_tiles = (n + 15) // 16, (width + 31) // 32, (n_v + 15) // 16
-    # queries, keys, values, weights, scores, sums, two rows, a mask's tile; for each query the greatest score, total, shrinking, limit
+    n_q, n_steps, n_v_tiles = (n + 15) // 16, (width + 31) // 32, (n_v + 31) // 32 * 2
+    # queries, keys, values, weights, scores, sums, a row, a mask's tile; for each query the greatest score, total, shrinking, limit
     sizes = (n_q * n_steps * STEP, KEY_PANELS * n_steps * STEP, n_v_tiles * VALUE_STEPS * STEP, n_q * VALUE_STEPS * STEP,
-             KEY_PANELS * n_q * SUMS, n_q * n_v_tiles * SUMS, 256 * n_steps, 64 * TILE, 64 * n_q, 64 * n_q, 64 * n_q, 64 * n_q)
+             KEY_PANELS * n_q * SUMS, n_q * n_v_tiles * SUMS, 128 * n_steps, 64 * TILE, 64 * n_q, 64 * n_q, 64 * n_q, 64 * n_q)
     queries = own_scratch(sum(sizes))
     keys = queries + sizes[0]
     values = keys + sizes[1]
     weights = values + sizes[2]
     scores = weights + sizes[3]
     sums = scores + sizes[4]
-    rows = sums + sizes[5]
-    bias = rows + sizes[6]
+    row = sums + sizes[5]
+    bias = row + sizes[6]
     greatest = bias + sizes[7]
     total = greatest + sizes[8]
     shrink = total + sizes[9]
     limits = shrink + sizes[10]
-    for k in range(64 * n_steps):
-        store(rows, 4 * k, np.float32(0))
+    for k in range(32 * n_steps):
+        store(row, 4 * k, np.float32(0))
     for j in range(n_q):
-        split_queries(q, 16 * j, n_steps, rows, queries + j * n_steps * STEP)
+        split_queries(q, 16 * j, n_steps, row, queries + j * n_steps * STEP)
         store(greatest, 64 * j, floats(MINUS_INFINITY))
         store(total, 64 * j, floats(np.float32(0)))
-    most, least = n_keys.max(), n_keys.min()
+    most, least = last_key.max(), last_key.min()
     configure()
-    for first in range(0, most, TILE):
+    for first in range(first_key, most, TILE):
         there = min(TILE, most - first)
         n_groups = (there + 31) // 32
-        split_keys(latents, indices, first, there, width, n_steps, n_v_tiles, rows, keys, values)
+        split_keys(latents, indices, first, there, width, n_steps, n_v_tiles, row, keys, values)
         panel_products(keys, n_steps * STEP, 2 * n_groups, queries, n_steps * STEP, n_q, n_steps, scores, True, queries)
         for j in range(n_q):
             for i in range(16):
                 t = (16 * j + i) // n_head
-                store(limits, 64 * j + 4 * i, np.int32(n_keys[t] - first if t < n_tokens else 0))
+                store(limits, 64 * j + 4 * i, np.int32(last_key[t] - first if t < n_tokens else 0))
             if mask.size:
                 for i in range(16):
                     t = min((16 * j + i) // n_head, n_tokens - 1)
@@ -164,26 +182,30 @@ def attend(out, q, latents, indices, n_keys, mask, scale):
                         store(bias, 64 * k + 4 * i, mask[t, first + k])
             weigh(scores + j * SUMS, n_q * SUMS, 2 * n_groups, least - first < 32 * n_groups, limits + 64 * j, bias if mask.size else 0,
                   scale, greatest + 64 * j, total + 64 * j, shrink + 64 * j, weights + j * VALUE_STEPS * STEP)
-            if first > 0:
+            if first > first_key:
                 for i in range(16):
                     factor = float_at(shrink, 64 * j + 4 * i)
                     if factor != 1:
                         for d in range(n_v_tiles):
                             at = sums + (j * n_v_tiles + d) * SUMS
                             store(at, 64 * i, load_floats(at, 64 * i) * factor)
-        panel_products(weights, VALUE_STEPS * STEP, n_q, values, VALUE_STEPS * STEP, n_v_tiles, n_groups, sums, first == 0, values)
+        panel_products(weights, VALUE_STEPS * STEP, n_q, values, VALUE_STEPS * STEP, n_v_tiles, n_groups, sums, first == first_key, values)
     release()
+    if first_key >= most:       # no key at all
+        for j in range(n_q * n_v_tiles * 16):
+            store(sums, 64 * j, floats(np.float32(0)))
     for i in range(n):
-        j, row = i // 16, out[i // n_head, i % n_head]
-        whole = float_at(total, 64 * j + 4 * (i % 16))
-        factor = np.float32(1) / whole if whole != 0 else np.float32(0)
-        for d in range(n_v_tiles):
-            at = sums + (j * n_v_tiles + d) * SUMS + 64 * (i % 16)
-            if 16 * d + 16 <= n_v:
-                store(address(row) + 64 * d, 0, load_floats(at, 0) * factor)
-            else:
-                for k in range(16 * d, n_v):
-                    row[k] = float_at(at, 4 * (k % 16)) * factor
+        at = sums + i // 16 * n_v_tiles * SUMS + 64 * (i % 16)
+        whole = float_at(total, 4 * i)
+        row, factor = address(out[i // n_head, i % n_head]), np.float32(1) / whole if whole != 0 else np.float32(0)
+        if part:
+            store(part, 4 * i * (2 + n_v), float_at(greatest, 4 * i))
+            store(part, 4 * i * (2 + n_v) + 4, whole)
+            row, factor = part + 4 * i * (2 + n_v) + 8, np.float32(1)
+        for k in range(0, n_v - 15, 16):
+            store(row, 4 * k, load_floats(at, k // 16 * SUMS) * factor)
+        for k in range(n_v // 16 * 16, n_v):
+            store(row, 4 * k, float_at(at, k // 16 * SUMS + 4 * (k % 16)) * factor)
 
 
 @inner
