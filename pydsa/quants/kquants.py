@@ -362,5 +362,5 @@ TYPES = {
     "Q3_K": entry(Q3_K, 256, dequantize_q3_k, None, unpack_q3_k, dot_q3_k, BY_PARTS),
     "Q4_K": entry(Q4_K, 256, dequantize_q4_k, None, unpack_q4_k, dot_q4_k, BY_NIBBLES, 8),
     "Q5_K": entry(Q5_K, 256, dequantize_q5_k, None, unpack_q5_k, dot_q5_k, BY_NIBBLES, 8),
-    "Q6_K": entry(Q6_K, 256, dequantize_q6_k, None, unpack_q6_k, dot_q6_k, BY_NEIGHBOURS),
+    "Q6_K": entry(Q6_K, 256, dequantize_q6_k, None, unpack_q6_k, dot_q6_k, BY_NEIGHBOURS, wide=True),
 }

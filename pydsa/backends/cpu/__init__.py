@@ -12,7 +12,7 @@ from pydsa.backends.cpu.rope import hadamard, rope, rope_table  # noqa: F401
 from pydsa.backends.cpu.rows import CacheRows, Weight, cache_write, get_rows  # noqa: F401
 from pydsa.backends.cpu import amx
 from pydsa.backends.cpu.float_rows import float_rows, prepare_floats
-from pydsa.backends.cpu.split_rows import prepare_splits, split_rows
+from pydsa.backends.cpu.split_rows import exact_rows, prepare_splits, split_rows
 from pydsa.backends.cpu.word_rows import prepare_words, round_row, word_rows
 from pydsa.jit import WordFunction, check_threads, entry_point, set_threads  # noqa: F401
 from pydsa.jit import compile_all as compile_calls  # noqa: F401
@@ -22,14 +22,25 @@ FLOAT = np.float32
 ROUND_ROW = WordFunction(round_row)
 # How many tokens are multiplied: bytes for 256 numbers of a token, prepare, times (linear.py)
 WITH_FLOATS = 4 * 256, WordFunction(prepare_floats), WordFunction(float_rows)
-WITH_QUANTS = (4 * 256, WordFunction(prepare_splits), WordFunction(split_rows)) if amx.HERE else (
-    CHUNK, WordFunction(prepare_words), WordFunction(word_rows))
+WITH_WORDS = CHUNK, WordFunction(prepare_words), WordFunction(word_rows)
+SPLIT, PREPARE_SPLITS = 4 * (256 + 32), WordFunction(prepare_splits)
+WITH_SPLITS = SPLIT, PREPARE_SPLITS, WordFunction(split_rows)
+WITH_EXACT = SPLIT, PREPARE_SPLITS, WordFunction(exact_rows)
+
+
+def many(kind):
+    """How many tokens are multiplied with a BlockType."""
+    if not kind.dot:
+        return WITH_FLOATS
+    if not amx.HERE:
+        return WITH_WORDS
+    return WITH_SPLITS if kind.wide or kind.lows == 16 else WITH_EXACT
 
 
 def weight(tensor):
     """A GGUF tensor as its ops take it here: matrices in place as blocks, vectors as float32."""
     kind = quants.block_type(tensor.type)
-    prepared, prepare, times = WITH_QUANTS if kind.dot else WITH_FLOATS
+    prepared, prepare, times = many(kind)
     unpack, few = kind.dequantize, ()
     if kind.dot:
         unpack, few = kind.unpack, (ROUND_ROW.address, kind.order.ctypes.data, kind.dot.address)

@@ -9,7 +9,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pydsa.jit import inner
-from pydsa.simd import FEATURES, I8, I32, WORD, call_llvm, constant, f32x16, i32x16, pointer
+from pydsa.simd import F32, FAST, FEATURES, I8, I32, WORD, broadcast, call_llvm, constant, f32x16, i32x16, pointer
 
 HERE = {"amx-tile", "amx-bf16", "avx512bw"} <= FEATURES
 
@@ -45,6 +45,22 @@ def release(typingctx):
     return types.void(), codegen
 
 
+_UPPER = constant([0xFFFF0000] * 16)
+
+
+def _pair(builder, even, odd):
+    """The upper halves of two words, (even >> 16) | (odd & _UPPER), in an instruction that LLVM makes no slower shuffle of."""
+    even, odd = (builder.bitcast(v, i32x16.ir) for v in (even, odd))
+    even = builder.lshr(even, constant([16] * 16))
+    return call_llvm(builder, "llvm.x86.avx512.pternlog.d.512", even.type, [even, odd, _UPPER, I32(0xF8)])
+
+
+@intrinsic
+def pair(typingctx, even, odd):
+    """Two f32x16 of numbers that bfloat16 holds -> pairs of these in sixteen 32-bit words."""
+    return i32x16(f32x16, f32x16), lambda context, builder, signature, args: _pair(builder, *args)
+
+
 @intrinsic
 def split(typingctx, even, odd):
     """Two f32x16 -> the bfloat16 nearest to each number, and of what remains; a pair of numbers in each of sixteen 32-bit words.
@@ -52,15 +68,9 @@ def split(typingctx, even, odd):
     What is not finite has a part that is not.
     """
     def codegen(context, builder, signature, args):
-        def pair(bits):
-            """The upper halves of two words: (even >> 16) | (odd & mask), which LLVM would make a slower shuffle of."""
-            even = builder.lshr(bits[0], constant([16] * 16))
-            return call_llvm(builder, "llvm.x86.avx512.pternlog.d.512", even.type, [even, bits[1], upper, I32(0xF8)])
-
-        upper = constant([0xFFFF0000] * 16)
         high = [builder.add(builder.bitcast(v, i32x16.ir), constant([0x8000] * 16)) for v in args]
-        low = [builder.fsub(v, builder.bitcast(builder.and_(h, upper), v.type)) for v, h in zip(args, high)]
-        return cgutils.pack_array(builder, [pair(high), pair([builder.bitcast(v, i32x16.ir) for v in low])])
+        low = [builder.fsub(v, builder.bitcast(builder.and_(h, _UPPER), v.type)) for v, h in zip(args, high)]
+        return cgutils.pack_array(builder, [_pair(builder, *high), _pair(builder, *low)])
     return types.UniTuple(i32x16, 2)(f32x16, f32x16), codegen
 
 
@@ -144,3 +154,62 @@ def panel_products(a, a_panel, n_a, b, b_panel, n_b, n_steps, sums, fresh, ahead
             else:
                 _one_by_one(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead)
             ahead += n_steps * AHEAD
+
+
+@intrinsic
+def scaled_products(typingctx, a, scales, b, sums, fresh, buffer, ahead):
+    """A tile of sums (+)= sum over i < 8 of scales[row][i] (32 numbers of the row . those of the column): of exact rows and a panel.
+
+    a: eight KiB, 16 rows of 32 bfloat16 each; scales float32 [16, 8]; a buffer of 4 KiB; the KiB from `ahead` on is fetched meanwhile.
+    """
+    def codegen(context, builder, signature, args):
+        a, scales, b, sums, fresh, buffer, ahead = args
+
+        def at(base, offset, kind=I8):
+            return pointer(builder, builder.add(base, WORD(offset)), kind)
+
+        def load(register, base, offset):
+            _amx(builder, "tileloadd64", I8(register), at(base, offset), WORD(64))
+
+        def multiply(i):
+            """Of the i-th and the next 32 numbers into the buffer; two at a time, by turns in other registers, so that neither waits."""
+            first = i % 4
+            for k in (0, 1):
+                _amx(builder, "tilezero", I8(first + k))
+                load(A_0 + k, a, 1024 * (i + k))
+                load(B_0 + k, b, STEP * (i + k))
+                _amx(builder, "tdpbf16ps", I8(first + k), I8(A_0 + k), I8(B_0 + k))
+            for k in (0, 1):
+                load(B_0 + k, b, STEP * (i + k) + LOW_PARTS)
+                _amx(builder, "tdpbf16ps", I8(first + k), I8(A_0 + k), I8(B_0 + k))
+            for k in (0, 1):
+                _amx(builder, "tilestored64", I8(first + k), at(buffer, SUMS * (first + k)), WORD(64))
+
+        def add(i):
+            for k in range(4):
+                call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [at(ahead, 256 * (i // 2) + 64 * k), I32(0), I32(2), I32(1)])
+            for i in (i, i + 1):
+                for row in range(16):
+                    scale = broadcast(builder, builder.load(at(scales, 32 * row + 4 * i, F32), align=4), 16)
+                    product = builder.fmul(builder.load(at(buffer, SUMS * (i % 4) + 64 * row, f32x16.ir), align=4), scale, flags=FAST)
+                    total[row] = builder.fadd(total[row], product, flags=FAST)
+
+        rows = [at(sums, 64 * row, f32x16.ir) for row in range(16)]
+        with builder.if_else(fresh) as (then, otherwise):
+            with then:
+                then_block = builder.block
+            with otherwise:
+                before, otherwise_block = [builder.load(row, align=4) for row in rows], builder.block
+        total = [builder.phi(f32x16.ir) for _ in rows]
+        for phi, value in zip(total, before):
+            phi.add_incoming(constant([0.0] * 16, F32), then_block)
+            phi.add_incoming(value, otherwise_block)
+        multiply(0)
+        for i in (2, 4, 6):
+            multiply(i)
+            add(i - 2)
+        add(6)
+        for value, row in zip(total, rows):
+            builder.store(value, row, align=4)
+        return context.get_dummy_value()
+    return types.void(*[types.intp] * 4, types.boolean, types.intp, types.intp), codegen
