@@ -84,7 +84,7 @@ class Bench:
             reach_depth(session, ids, n_depth)
             n_tokens = min(n_prompt, model.n_ubatch) or 1
             step_ids = ids[n_depth:n_depth + n_tokens]
-            (costs, kinds), best = _op_costs(session, step_ids), {}     # a run that is not timed
+            (costs, quantized), best = _op_costs(session, step_ids), {}     # a run that is not timed
             for i in range(self.repetitions):
                 if progress is not None:
                     progress(i, self.repetitions, test_name(n_prompt, n_gen, n_depth))
@@ -95,7 +95,8 @@ class Bench:
             for op, (calls, seconds) in sorted(best.items(), key=lambda item: -item[1][1]):
                 yield {"n_tokens": n_tokens, "n_depth": n_depth, "attention": model.attention, "op": op, "calls": calls,
                        "us": seconds * 1e6, "share": seconds / whole,
-                       **(_rates(ceilings, kinds[op], costs[op], seconds) if ceilings else NO_RATES)}
+                       **(_rates(ceilings, model.backend.product_kind(op, op in quantized, n_tokens), costs[op], seconds)
+                          if ceilings else NO_RATES)}
 
 
 @functools.cache
@@ -156,7 +157,7 @@ def time_test(session, ids, n_prompt, n_gen):
 
 
 def _op_costs(session, ids):
-    """{op: Cost} of one step, which is run to see how many experts its tokens choose; and {op: kind of product}."""
+    """{op: Cost} of one step, which is run to see how many experts its tokens choose; and the ops with quantized weights."""
     nodes, experts = [], {}
 
     def observe(node, arrays):
@@ -169,8 +170,8 @@ def _op_costs(session, ids):
     costs = {}
     for node in nodes:
         costs.setdefault(node.op, []).append(node_cost(node, step))
-    words = {node.op for node in nodes if any(isinstance(a, Tensor) and a.type not in FLOATS for a in node.args)}
-    return {op: total(parts) for op, parts in costs.items()}, {op: "int16" if op in words else "float32" for op in costs}
+    quantized = {node.op for node in nodes if any(isinstance(a, Tensor) and a.type not in FLOATS for a in node.args)}
+    return {op: total(parts) for op, parts in costs.items()}, quantized
 
 
 def _time_ops(session, ids):

@@ -4,6 +4,7 @@ A GGUF is: magic, version, n_tensors, n_kv; the key-value pairs; the tensor info
 The file may come from a stranger: every byte before the weights is checked here, and what is wrong becomes a GGUFError
 of one sentence. The weights are mapped, not read.
 """
+import contextlib
 import math
 import mmap
 import os
@@ -211,12 +212,16 @@ def _map_file(path: Path, role: str) -> mmap.mmap:
         if status.st_size == 0:
             raise GGUFError(f"{path}: the file is empty, expected {role}")
         with open(path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise GGUFError(f"{path}: no such file, expected {role}") from None
     except (OSError, ValueError) as error:       # ValueError: a zero in the path, or a file emptied since
         reason = getattr(error, "strerror", error)
         raise GGUFError(f"{path}: the file cannot be opened ({reason}), expected {role}") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):      # Linux, where file systems can: what is not in memory yet is read into pages of 2 MiB
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return mapped
 
 
 def _read_metadata(reader: "Reader", n_kv: int) -> Metadata:

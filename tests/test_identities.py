@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import greedy, nmse, random_ids
 
+from pydsa.backends.cpu import amx
 from pydsa.jit import check_threads
 from pydsa.model import ModelPlan
 from pydsa.quants import SUPPORTED
@@ -25,7 +26,7 @@ DENSE = {
     "deepseek2 without experts": dict(arch="deepseek2", n_expert=0, n_layer_dense=3, expert_gating_func="absent", seed=6),
 }
 MODELS = SPARSE | DENSE
-CLOSE = 1e-10       # NMSE of float32 sums taken in another order
+CLOSE = 1e-8 if amx.HERE else 1e-10      # NMSE of pairs of bfloat16, where they are used, or of float32 sums taken in another order
 IDS = random_ids(60)
 
 
@@ -102,7 +103,7 @@ def test_threads_do_not_matter(small_model, load, spec):
         session = load(small_model(**spec), threads=threads).session()
         return [session.prefill(IDS), *(session.decode(token) for token in IDS[:3])]
 
-    np.testing.assert_array_equal(run(1), run(2))
+    assert nmse(run(1), run(2)).max() < CLOSE        # sums over keys are divided
 
 
 # Paths of attention

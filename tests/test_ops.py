@@ -101,14 +101,8 @@ def close(found, expected, nmse=1e-12):
     return np.array_equal(found[~finite], expected[~finite]) and error <= nmse * np.sum(expected[finite].astype(np.float64) ** 2)
 
 
-EXACT_ATTENTION = 2e-10 if amx.HERE else 1e-12
-
-
 def compare(op, shape, *args):
-    """Run an op by both backends -> what the CPU wrote, which must be what the reference wrote.
-
-    Quantized weights meet rounded numbers; with AMX attention has pairs of bfloat16 for floats.
-    """
+    """Run an op by both backends -> what the CPU wrote, which must be what the reference wrote. Quantized weights meet rounded numbers."""
     found, expected = run(cpu, op, [shape], *args), run(reference, op, [shape], *args)
     quantized = any(isinstance(a, Tensor) and block_type(a.type).dtype.names for a in args)
     assert close(found, expected, 1e-6 if quantized else EXACT_ATTENTION if "attention" in op else 1e-12)
@@ -353,6 +347,7 @@ def test_scatter_mask():
     assert [np.flatnonzero(row == 0).tolist() for row in found] == [[0, 2, 5], [1, 6], [3], [], [8, 9]]
 
 
+EXACT_ATTENTION = 2e-10 if amx.HERE else 1e-12      # pairs of bfloat16 or floats
 SHAPES = [(1, 37, 29), (3, 40, 32), (4, 17, 16), (16, 96, 64)]      # heads, width, n_v
 CONTEXTS = [(1, 1), (1, 32), (2, 33), (7, 31), (7, 100), (33, 33), (33, 97)]    # n_tokens, n_kv
 

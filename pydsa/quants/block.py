@@ -24,8 +24,8 @@ class BlockType(NamedTuple):
 
     Quantized types also have unpack(blocks, n, chunk), at most 256 elements to a chunk; and
     dot(rows, n_rows, n_blocks, x, float32 out), the products of rows with a row of chunks whose 16-byte pieces lie in `order`:
-    order[i] is where the i-th piece goes. `lows` is how many numbers of a chunk's low (8), or low16 (16), are in use. The words that a `wide`
-    type unpacks to are not all within -256 to 256.
+    order[i] is where the i-th piece goes. `lows` is how many numbers of a chunk's low (8), or low16 (16), are in use. The words that a
+    `wide` type unpacks to are not all within -256 to 256.
     """
     dtype: np.dtype
     size: int

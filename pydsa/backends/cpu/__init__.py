@@ -3,7 +3,7 @@ import numpy as np
 
 from pydsa import quants
 from pydsa.backends.cpu.attention import dense_attention, masked_attention, sparse_attention  # noqa: F401
-from pydsa.backends.cpu.ceilings import measure_ceilings  # noqa: F401
+from pydsa.backends.cpu.ceilings import measure_ceilings, product_kind  # noqa: F401
 from pydsa.backends.cpu.indexer import indexer_scores, indexer_select, scatter_mask, top_k  # noqa: F401
 from pydsa.backends.cpu.linear import head_linear, linear  # noqa: F401
 from pydsa.backends.cpu.moe import moe_down, moe_gate_up, moe_route  # noqa: F401

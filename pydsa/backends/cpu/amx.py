@@ -25,6 +25,11 @@ def _amx(builder, name, *args):
     call_llvm(builder, f"llvm.x86.{name}", ir.VoidType(), args)
 
 
+def fetch(builder, where):
+    """Prefetch a line into the second-level cache."""
+    call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [where, I32(0), I32(2), I32(1)])
+
+
 @intrinsic
 def configure(typingctx):
     """Let this thread use tile registers, all of 16 rows of 64 bytes."""
@@ -70,19 +75,21 @@ def split(typingctx, even, odd):
     def codegen(context, builder, signature, args):
         high = [builder.add(builder.bitcast(v, i32x16.ir), constant([0x8000] * 16)) for v in args]
         low = [builder.fsub(v, builder.bitcast(builder.and_(h, _UPPER), v.type)) for v, h in zip(args, high)]
+        low = [builder.fmul(v, constant([1.0 + 2.0 ** -8.5] * 16, F32)) for v in low]     # half of what is cut off, on average; NaN stays
         return cgutils.pack_array(builder, [_pair(builder, *high), _pair(builder, *low)])
     return types.UniTuple(i32x16, 2)(f32x16, f32x16), codegen
 
 
 def _make_products(rows, columns):
     @intrinsic
-    def products(typingctx, a, a_panel, b, b_panel, n_steps, sums, sums_row, fresh, ahead):
+    def products(typingctx, a, a_panel, b, b_panel, n_steps, sums, sums_row, fresh, ahead, row_ahead, row_bytes):
         """Tile i, j of sums (+)= panel i of a . panel j of b over n_steps > 0 steps; panels and rows of tiles lie so many bytes apart.
 
-        fresh: the sums begin at zero. With every step the next 512 bytes from `ahead` on are fetched into the second-level cache.
+        fresh: the sums begin at zero. With every step the next 512 bytes from `ahead` on are fetched into the second-level cache, and 256
+        bytes of a row: at row_ahead, row_ahead + row_bytes, ...
         """
         def codegen(context, builder, signature, args):
-            a, a_panel, b, b_panel, n_steps, sums, sums_row, fresh, ahead = args
+            a, a_panel, b, b_panel, n_steps, sums, sums_row, fresh, ahead, row_ahead, row_bytes = args
 
             def at(base, *offsets):
                 for offset in offsets:
@@ -108,10 +115,11 @@ def _make_products(rows, columns):
                 for i in range(n):
                     _amx(builder, "tileloadd64", I8(first + i), at(base, offset, builder.mul(panel, WORD(i)), WORD(part)), WORD(64))
 
-            def multiply(lines):
-                for i in lines:
-                    byte = at(ahead, builder.mul(step, WORD(AHEAD)), WORD(64 * i))
-                    call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [byte, I32(0), I32(2), I32(1)])
+            def multiply(part):
+                for i in part:
+                    fetch(builder, at(ahead, builder.mul(step, WORD(AHEAD)), WORD(64 * i)))
+                    if i < 5:
+                        fetch(builder, at(row_ahead, builder.mul(step, row_bytes), WORD(64 * i)))
                 for i, j, _ in cells:
                     _amx(builder, "tdpbf16ps", I8(2 * i + j), I8(A_0 + i), I8(B_0 + j))
 
@@ -129,7 +137,7 @@ def _make_products(rows, columns):
             for i, j, where in cells:
                 _amx(builder, "tilestored64", I8(2 * i + j), where, WORD(64))
             return context.get_dummy_value()
-        return types.void(*[types.intp] * 7, types.boolean, types.intp), codegen
+        return types.void(*[types.intp] * 7, types.boolean, *[types.intp] * 3), codegen
     return products
 
 
@@ -137,33 +145,44 @@ _two_by_two, _two_by_one, _one_by_two, _one_by_one = (_make_products(i, j) for i
 
 
 @inner
-def panel_products(a, a_panel, n_a, b, b_panel, n_b, n_steps, sums, fresh, ahead):
+def panel_products(a, a_panel, n_a, b, b_panel, n_b, n_steps, sums, fresh, ahead, row_ahead, row_bytes, n_rows):
     """sums[i][j] (+)= panel i of a . panel j of b for i < n_a, j < n_b: n_a rows of n_b tiles.
 
-    Meanwhile what lies from `ahead` on is fetched into the second-level cache: for every 2 x 2 tiles n_steps * AHEAD bytes.
+    Meanwhile what is needed next is fetched into the second-level cache: from `ahead` on, n_steps * AHEAD bytes for every 2 x 2 tiles; and
+    320 bytes of rows_fetched(n_a, n_b, n_steps) of n_rows rows.
     """
     for j in range(0, n_b, 2):
         for i in range(0, n_a, 2):
             ai, bj, cell, row = a + i * a_panel, b + j * b_panel, sums + SUMS * (i * n_b + j), SUMS * n_b
+            if n_rows <= 0:
+                row_ahead, row_bytes = b, 0
             if n_a - i > 1 and n_b - j > 1:
-                _two_by_two(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead)
+                _two_by_two(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead, row_ahead, row_bytes)
             elif n_a - i > 1:
-                _two_by_one(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead)
+                _two_by_one(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead, row_ahead, row_bytes)
             elif n_b - j > 1:
-                _one_by_two(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead)
+                _one_by_two(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead, row_ahead, row_bytes)
             else:
-                _one_by_one(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead)
+                _one_by_one(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead, row_ahead, row_bytes)
             ahead += n_steps * AHEAD
+            row_ahead += n_steps * row_bytes
+            n_rows -= n_steps
+
+
+@inner
+def rows_fetched(n_a, n_b, n_steps):
+    """Of how many rows panel_products has time to fetch the beginning: one a step."""
+    return (n_a + 1) // 2 * ((n_b + 1) // 2) * n_steps
 
 
 @intrinsic
-def scaled_products(typingctx, a, scales, b, sums, fresh, buffer, ahead):
+def scaled_products(typingctx, a, scales, b, sums, fresh, buffer, row_ahead, row_bytes):
     """A tile of sums (+)= sum over i < 8 of scales[row][i] (32 numbers of the row . those of the column): of exact rows and a panel.
 
-    a: eight KiB, 16 rows of 32 bfloat16 each; scales float32 [16, 8]; a buffer of 4 KiB; the KiB from `ahead` on is fetched meanwhile.
+    a: eight KiB, 16 rows of 32 bfloat16 each; scales float32 [16, 8]; a buffer of 4 KiB. 256 bytes of 16 rows are fetched.
     """
     def codegen(context, builder, signature, args):
-        a, scales, b, sums, fresh, buffer, ahead = args
+        a, scales, b, sums, fresh, buffer, row_ahead, row_bytes = args
 
         def at(base, offset, kind=I8):
             return pointer(builder, builder.add(base, WORD(offset)), kind)
@@ -186,8 +205,9 @@ def scaled_products(typingctx, a, scales, b, sums, fresh, buffer, ahead):
                 _amx(builder, "tilestored64", I8(first + k), at(buffer, SUMS * (first + k)), WORD(64))
 
         def add(i):
-            for k in range(4):
-                call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [at(ahead, 256 * (i // 2) + 64 * k), I32(0), I32(2), I32(1)])
+            for k in range(16):
+                line = builder.add(builder.mul(row_bytes, WORD(2 * i + k // 4)), WORD(64 * (k % 4)))
+                fetch(builder, pointer(builder, builder.add(row_ahead, line), I8))
             for i in (i, i + 1):
                 for row in range(16):
                     scale = broadcast(builder, builder.load(at(scales, 32 * row + 4 * i, F32), align=4), 16)
@@ -212,4 +232,4 @@ def scaled_products(typingctx, a, scales, b, sums, fresh, buffer, ahead):
         for value, row in zip(total, rows):
             builder.store(value, row, align=4)
         return context.get_dummy_value()
-    return types.void(*[types.intp] * 4, types.boolean, types.intp, types.intp), codegen
+    return types.void(*[types.intp] * 4, types.boolean, *[types.intp] * 3), codegen

@@ -7,8 +7,11 @@ import numpy as np
 import psutil
 from numba import prange
 
-from pydsa.backends.cpu.linear import addresses
+from pydsa.backends.cpu import amx
+from pydsa.backends.cpu.amx import STEP, SUMS, configure, panel_products, release
+from pydsa.backends.cpu.linear import FEW, addresses
 from pydsa.backends.cpu.microkernels import TILE, TILE_ROWS, WORD_TOKENS, address, tile_products, word_products
+from pydsa.backends.cpu.split_rows import PANEL
 from pydsa.jit import inner, kernel
 from pydsa.quants.block import CHUNK
 
@@ -22,7 +25,7 @@ REPEATS = 20_000        # of the products of ROWS with VECTORS: 8 ms at 80 GFLOP
 class Ceilings(NamedTuple):
     """Of the threads that were set when it was measured."""
     bandwidth: float    # bytes a second
-    peaks: dict         # kind of product, "float32" or "int16" -> operations a second, a multiplication and an addition being two
+    peaks: dict         # kind of product, as product_kind() names it -> operations a second, a multiplication and an addition being two
 
 
 @kernel(parallel=True)
@@ -73,8 +76,34 @@ def products_of_words(sums, repeats):
     return sums.size * repeats * 2 * 256 * TILE_ROWS * WORD_TOKENS
 
 
+@kernel(parallel=True)
+def products_of_pairs(sums, repeats):
+    """panel_products of numbers with all bits, the costliest to multiply -> how many operations these were, three counting as one."""
+    for i in prange(sums.size):
+        panels = np.empty(2 * PANEL // 4 + 16, np.float32)
+        for j in range(panels.size):
+            panels[j] = np.float32(1) + np.float32(j * 40503 % 65536) / np.float32(65536)
+        out = np.zeros(4 * SUMS // 4, np.float32)
+        at = (address(panels) + 63) // 64 * 64
+        configure()
+        for _ in range(repeats):
+            panel_products(at, PANEL, 2, at, PANEL, 2, PANEL // STEP, address(out), True, at, at, 0, 0)
+        release()
+        sums[i] = out.sum() + panels[0]     # they must live until here
+    return sums.size * repeats * 2 * (2 * 16) * (2 * 16) * 256
+
+
 # kind of product -> kernel(sums, repeats) -> operations; sums has an element a thread
 PEAKS = {"float32": float_products, "int16": products_of_words}
+if amx.HERE:
+    PEAKS["bfloat16 pairs"] = products_of_pairs
+
+
+def product_kind(op, quantized, n_tokens):
+    """What an op multiplies for so many tokens, with quantized weights or without."""
+    if amx.HERE and (n_tokens > FEW if quantized else op in ("dense_attention", "masked_attention", "sparse_attention")):
+        return "bfloat16 pairs"
+    return "int16" if quantized else "float32"
 
 
 def measure_ceilings():

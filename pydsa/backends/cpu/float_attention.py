@@ -18,7 +18,7 @@ def attend(out, q, latents, indices, first_key, last_key, mask, scale, part):
     """out[t, h] = softmax(scale q[t, h] . key + mask) value over the keys from first_key to last_key[t], or those that indices have there.
 
     out [T, H, n_v] and q [T, H, D] float32, in whose memory one head follows the other at one distance; last_key int64 [T]; a mask that
-    is not empty is [T, n_kv]. If `part` is an address, each query leaves the greatest score, the sum of weights and the sums of values there.
+    is not empty is [T, n_kv]. If `part` is an address, each query leaves its greatest score, its sum of weights and of values there.
     """
     n_tokens, n_head, width = q.shape
     n, n_v, row_bytes = n_tokens * n_head, out.shape[2], latents.data.shape[1]

@@ -138,7 +138,7 @@ def attend(out, q, latents, indices, first_key, last_key, mask, scale, part):
     """out[t, h] = softmax(scale q[t, h] . key + mask) value over the keys from first_key to last_key[t], or those that indices have there.
 
     out [T, H, n_v] and q [T, H, D] float32, in whose memory one head follows the other at one distance; last_key int64 [T]; a mask that
-    is not empty is [T, n_kv]. If `part` is an address, each query leaves the greatest score, the sum of weights and the sums of values there.
+    is not empty is [T, n_kv]. If `part` is an address, each query leaves its greatest score, its sum of weights and of values there.
     """
     n_tokens, n_head, width = q.shape
     n, n_v = n_tokens * n_head, out.shape[2]
@@ -170,7 +170,8 @@ def attend(out, q, latents, indices, first_key, last_key, mask, scale, part):
         there = min(TILE, most - first)
         n_groups = (there + 31) // 32
         split_keys(latents, indices, first, there, width, n_steps, n_v_tiles, row, keys, values)
-        panel_products(keys, n_steps * STEP, 2 * n_groups, queries, n_steps * STEP, n_q, n_steps, scores, True, queries)
+        panel_products(keys, n_steps * STEP, 2 * n_groups, queries, n_steps * STEP, n_q, n_steps, scores, True, queries,
+                       queries, 0, 0)
         for j in range(n_q):
             for i in range(16):
                 t = (16 * j + i) // n_head
@@ -189,7 +190,8 @@ def attend(out, q, latents, indices, first_key, last_key, mask, scale, part):
                         for d in range(n_v_tiles):
                             at = sums + (j * n_v_tiles + d) * SUMS
                             store(at, 64 * i, load_floats(at, 64 * i) * factor)
-        panel_products(weights, VALUE_STEPS * STEP, n_q, values, VALUE_STEPS * STEP, n_v_tiles, n_groups, sums, first == first_key, values)
+        panel_products(weights, VALUE_STEPS * STEP, n_q, values, VALUE_STEPS * STEP, n_v_tiles, n_groups, sums, first == first_key,
+                       values, values, 0, 0)
     release()
     if first_key >= most:       # no key at all
         for j in range(n_q * n_v_tiles * 16):

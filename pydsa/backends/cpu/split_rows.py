@@ -1,7 +1,7 @@
 """Products with many tokens in AMX tiles: rows are unpacked and split into bfloat16 pairs (amx.py), as activations are."""
 import numpy as np
 
-from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, configure, pair, panel_products, release, scaled_products, split
+from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, configure, pair, panel_products, release, rows_fetched, scaled_products, split
 from pydsa.backends.cpu.microkernels import turn_over
 from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.jit import call_word_function, inline, inner
@@ -93,15 +93,17 @@ def split_rows(unpack, block, block_bytes, lows, rows, n_rows, row_bytes, n_in, 
     configure()
     for k in range(0, n_in, 256):
         width = min(256, n_in - k)
-        first, n_blocks = rows + k // 256 * next_bytes, width // block
+        first, n_blocks, fetched = rows + k // 256 * next_bytes, width // block, rows_fetched(n_panels, n_x, width // 32)
         for r in range(n_rows):
             source = first + r * row_bytes
-            for line in range(0, next_bytes, 64):
-                prefetch(source + next_bytes, line)
+            if r >= fetched:
+                for line in range(0, next_bytes, 64):
+                    prefetch(source + next_bytes, line)
             call_word_function(unpack, (source, n_blocks, chunk))
             split_chunk(chunk, width // 32, lows, panels + r // 16 * PANEL + r % 16 * 64)
         here = x + k // 256 * n_x * PANEL
-        panel_products(panels, PANEL, n_panels, here, PANEL, n_x, width // 32, sums, k == 0, here + 2 * PANEL)
+        panel_products(panels, PANEL, n_panels, here, PANEL, n_x, width // 32, sums, k == 0,
+                       here + 2 * PANEL, first + next_bytes, row_bytes, n_rows)
     release()
     leave(sums, n_panels, n_x, n_rows, n_tokens, out_at)
 
@@ -146,10 +148,7 @@ def exact_rows(unpack, block, block_bytes, lows, rows, n_rows, row_bytes, n_in, 
         width = min(256, n_in - k)
         first, n_blocks = rows + k // 256 * next_bytes, width // block
         for r in range(n_rows):
-            source = first + r * row_bytes
-            for line in range(0, next_bytes, 64):
-                prefetch(source + next_bytes, line)
-            call_word_function(unpack, (source, n_blocks, chunk))
+            call_word_function(unpack, (first + r * row_bytes, n_blocks, chunk))
             for j in range(width // 32, 8):
                 store(chunk, SCALE + 4 * j, np.float32(0))
                 store(chunk, LOW + 4 * j, np.float32(0))
@@ -162,15 +161,17 @@ def exact_rows(unpack, block, block_bytes, lows, rows, n_rows, row_bytes, n_in, 
         for j in range(n_x):
             here = x + (k // 256 * n_x + j) * PANEL
             for i in range(n_panels):
+                ahead = first + next_bytes + i * 16 * row_bytes if j == 0 else here
                 scaled_products(panels + i * EXACT, scales + i * 16 * 32, here, sums + (i * n_x + j) * SUMS, k == 0, buffer,
-                                here + PANEL + i % 16 * 1024)
+                                ahead, row_bytes if j == 0 else 0)
     if lows:
         for r in range(n_rows):
             for k in range((n_in + 255) // 256 * 32, low_bytes, 4):
                 store(row_lows, r * low_bytes + k, np.float32(0))
         for i in range(n_panels):
             split_sums(row_lows + i * 16 * low_bytes, n_steps, np.float32(-1), low_panel)
-            panel_products(low_panel, 0, 1, sums_panel(x, n_x, n_in), n_steps * STEP, n_x, n_steps, sums + i * n_x * SUMS, False, x)
+            panel_products(low_panel, 0, 1, sums_panel(x, n_x, n_in), n_steps * STEP, n_x, n_steps, sums + i * n_x * SUMS, False,
+                           x, x, 0, 0)
     release()
     leave(sums, n_panels, n_x, n_rows, n_tokens, out_at)
 
