@@ -5,6 +5,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
 from pydsa.backends import cpu, reference
+from pydsa.backends.cpu import amx
 from pydsa.gguf_file import Tensor
 from pydsa.quants import KV_TYPES, SUPPORTED, block_type
 from pydsa.quants.block import half

@@ -8,8 +8,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydsa.jit import inner
-from pydsa.simd import F32, FAST, FEATURES, I8, I32, WORD, broadcast, call_llvm, constant, f32x16, i32x16, pointer
+from pydsa.jit import inline, inner
+from pydsa.simd import F32, FAST, FEATURES, I8, I32, WORD, broadcast, call_llvm, constant, f32x16, i32x16, pointer, store
 
 HERE = {"amx-tile", "amx-bf16", "avx512bw"} <= FEATURES
 
@@ -78,6 +78,14 @@ def split(typingctx, even, odd):
         low = [builder.fmul(v, constant([1.0 + 2.0 ** -8.5] * 16, F32)) for v in low]     # half of what is cut off, on average; NaN stays
         return cgutils.pack_array(builder, [_pair(builder, *high), _pair(builder, *low)])
     return types.UniTuple(i32x16, 2)(f32x16, f32x16), codegen
+
+
+@inline
+def store_split(at, even, odd):
+    """Sixteen pairs of a panel's row: the 64 bytes at an address, and their low parts."""
+    high, low = split(even, odd)
+    store(at, 0, high)
+    store(at, LOW_PARTS, low)
 
 
 def _make_products(rows, columns):

@@ -7,11 +7,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, configure, panel_products, release, split
+from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, configure, panel_products, release, store_split
 from pydsa.backends.cpu.microkernels import address, turn_over
 from pydsa.backends.cpu.rows import unpack
 from pydsa.backends.cpu.scratch import own_scratch
-from pydsa.jit import inline, inner
+from pydsa.jit import inner
 from pydsa.simd import F32, I16, I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i32x16, load_floats, pointer, store
 
 TILE = 128      # keys: at V3.2's width of 576, 560 KiB as keys and as values, within a second-level cache
@@ -67,14 +67,6 @@ def not_minus_infinity(typingctx, v):
         there = builder.fcmp_unordered("!=", args[0], constant([float("-inf")] * 16, F32))
         return builder.select(there, args[0], constant([0.0] * 16, F32))
     return f32x16(f32x16), codegen
-
-
-@inline
-def store_split(at, a, b):
-    """Sixteen pairs of a panel's row."""
-    high, low = split(a, b)
-    store(at, 0, high)
-    store(at, LOW_PARTS, low)
 
 
 @intrinsic

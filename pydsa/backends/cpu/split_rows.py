@@ -1,10 +1,11 @@
 """Products with many tokens in AMX tiles: rows are unpacked and split into bfloat16 pairs (amx.py), as activations are."""
 import numpy as np
 
-from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, configure, pair, panel_products, release, rows_fetched, scaled_products, split
+from pydsa.backends.cpu.amx import (LOW_PARTS, STEP, SUMS, configure, pair, panel_products, release, rows_fetched, scaled_products,
+                                    store_split)
 from pydsa.backends.cpu.microkernels import turn_over
 from pydsa.backends.cpu.scratch import own_scratch
-from pydsa.jit import call_word_function, inline, inner
+from pydsa.jit import call_word_function, inner
 from pydsa.quants.block import CHUNK, LOW, LOW_16, SCALE
 from pydsa.simd import (evens, float_at, floats, i64_at, load_2_floats, load_8_floats, load_16_words, load_floats, odds, prefetch,
                         spread, store, to_floats, total)
@@ -71,13 +72,6 @@ def split_sums(sums, n_steps, sign, panel):
         for k in range(n_steps):
             a, b = load_floats(sums, 128 * (i * n_steps + k)), load_floats(sums, 128 * (i * n_steps + k) + 64)
             store_split(panel + k * STEP + 64 * i, evens(a, b) * sign, odds(a, b) * sign)
-
-
-@inline
-def store_split(at, even, odd):
-    high, low = split(even, odd)
-    store(at, 0, high)
-    store(at, LOW_PARTS, low)
 
 
 def split_rows(unpack, block, block_bytes, lows, rows, n_rows, row_bytes, n_in, x, n_tokens, out_at):
