@@ -40,8 +40,8 @@ def attend(out, q, latents, indices, first_key, last_key, mask, scale, part):
                 turn_over(address(tile[j]) + 4 * k, 4 * padded, address(turned[k]) + 4 * j, 4 * TILE)
         scores[:] = 0
         for k in range(0, width, WIDTH):
-            part = min(WIDTH, width - k)
-            combine(address(scores), 4 * TILE, n, TILE, address(q) + 4 * k, q.strides[1], address(turned[k]), 4 * TILE, part)
+            some = min(WIDTH, width - k)
+            combine(address(scores), 4 * TILE, n, TILE, address(q) + 4 * k, q.strides[1], address(turned[k]), 4 * TILE, some)
         for i in range(n):
             t = i // n_head
             bias = mask[t, first:] if mask.size else NO_MASK[0]
