@@ -25,6 +25,7 @@ from numba.extending import intrinsic
 from pydsa.errors import PydsaError
 
 PACKAGE = Path(__file__).parent
+llvm.initialize_native_asmparser()      # for the one instruction that is given as text (simd.py)
 
 
 def cpu_features():

@@ -162,12 +162,13 @@ def to_words(typingctx, v):
 
 @intrinsic
 def bytes_of(typingctx, numbers):
-    """The bytes of a tuple of integers, four of each, as a vector, the lowest first."""
+    """The bytes of an even number of uint32, as a vector, the lowest first."""
     kind = Vec("i8", 4 * len(numbers))
 
     def codegen(context, builder, signature, args):
-        parts = [context.cast(builder, builder.extract_value(args[0], i), t, types.uint32) for i, t in enumerate(numbers.types)]
-        return builder.bitcast(pack(builder, parts), kind.ir)
+        parts = [context.cast(builder, builder.extract_value(args[0], i), t, types.uint64) for i, t in enumerate(numbers.types)]
+        pairs = [builder.or_(low, builder.shl(high, I64(32))) for low, high in zip(parts[::2], parts[1::2])]
+        return builder.bitcast(pack(builder, pairs), kind.ir)
     return kind(numbers), codegen
 
 
@@ -197,18 +198,6 @@ def half_words(typingctx, low, high):
         pair = pack(builder, args)
         return builder.shuffle_vector(pair, pair, constant([0] * 16 + [1] * 16))
     return i16x32(types.int16, types.int16), codegen
-
-
-def _every_other(first):
-    @intrinsic
-    def every_other(typingctx, a, b):
-        """Of two vectors side by side, the elements first, first + 2, ..."""
-        places = constant(range(first, 2 * a.lanes, 2))
-        return a(a, b), lambda context, builder, signature, args: builder.shuffle_vector(*args, places)
-    return every_other
-
-
-evens, odds = _every_other(0), _every_other(1)
 
 
 def _spreader(lanes):
@@ -319,7 +308,11 @@ def _split(builder, v, lanes):
 
 
 def word_dots(builder, sums, a, b):
-    """sums + a[2i] b[2i] + a[2i+1] b[2i+1]: LLVM values i32x16, i16x32, i16x32 -> i32x16, by the best that this CPU has."""
+    """sums + a[2i] b[2i] + a[2i+1] b[2i+1]: LLVM values i32x16, i16x32, i16x32 -> i32x16, by the best of this CPU; sums may be None."""
+    if sums is None:
+        if "avx512bw" in FEATURES:
+            return call_llvm(builder, "llvm.x86.avx512.pmaddw.d.512", i32x16.ir, [a, b])
+        sums = constant([0] * 16)
     if {"avx512vnni", "avx512bw"} <= FEATURES:
         return call_llvm(builder, "llvm.x86.avx512.vpdpwssd.512", sums.type, [sums, a, b])
     if "avx512bw" in FEATURES:
@@ -341,13 +334,17 @@ def word_dots(builder, sums, a, b):
 @intrinsic
 def dot(typingctx, a, b):
     """a[2i] b[2i] + a[2i+1] b[2i+1] of words, as i32x16."""
-    return i32x16(i16x32, i16x32), lambda context, builder, signature, args: word_dots(builder, constant([0] * 16), *args)
+    return i32x16(i16x32, i16x32), lambda context, builder, signature, args: word_dots(builder, None, *args)
 
 
 @intrinsic
 def dot_add(typingctx, sums, a, b):
     """sums + a[2i] b[2i] + a[2i+1] b[2i+1]"""
-    return i32x16(i32x16, i16x32, i16x32), lambda context, builder, signature, args: word_dots(builder, *args)
+    def codegen(context, builder, signature, args):
+        if {"avx512vnni", "avx512bw"} <= FEATURES:      # as text, or LLVM would make two instructions of it to shorten the chain
+            return builder.asm(ir.FunctionType(i32x16.ir, [v.type for v in args]), "vpdpwssd $3, $2, $0", "=v,0,v,v", args, False)
+        return word_dots(builder, *args)
+    return i32x16(i32x16, i16x32, i16x32), codegen
 
 
 @intrinsic

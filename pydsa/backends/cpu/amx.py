@@ -80,6 +80,17 @@ def split(typingctx, even, odd):
     return types.UniTuple(i32x16, 2)(f32x16, f32x16), codegen
 
 
+def _every_other(first):
+    @intrinsic
+    def every_other(typingctx, a, b):
+        """Of two vectors side by side, the elements first, first + 2, ..."""
+        return a(a, b), lambda context, builder, signature, args: builder.shuffle_vector(*args, constant(range(first, 2 * a.lanes, 2)))
+    return every_other
+
+
+evens, odds = _every_other(0), _every_other(1)
+
+
 @inline
 def store_split(at, even, odd):
     """Sixteen pairs of a panel's row: the 64 bytes at an address, and their low parts."""

@@ -1,14 +1,14 @@
 """Products with many tokens in AMX tiles: rows are unpacked and split into bfloat16 pairs (amx.py), as activations are."""
 import numpy as np
 
-from pydsa.backends.cpu.amx import (LOW_PARTS, STEP, SUMS, configure, pair, panel_products, release, rows_fetched, scaled_products,
-                                    store_split)
+from pydsa.backends.cpu.amx import (LOW_PARTS, STEP, SUMS, configure, evens, odds, pair, panel_products, release, rows_fetched,
+                                    scaled_products, store_split)
 from pydsa.backends.cpu.microkernels import turn_over
 from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.jit import call_word_function, inner
 from pydsa.quants.block import CHUNK, LOW, LOW_16, SCALE
-from pydsa.simd import (evens, float_at, floats, i64_at, load_2_floats, load_8_floats, load_16_words, load_floats, odds, prefetch,
-                        spread, store, to_floats, total)
+from pydsa.simd import (float_at, floats, i64_at, load_2_floats, load_8_floats, load_16_words, load_floats, prefetch, spread, store,
+                        to_floats, total)
 
 PANEL = 8 * STEP        # 16 rows of a chunk
 EXACT = 8 * 1024        # the same of numbers that have no low parts
