@@ -2,21 +2,29 @@
 import numpy as np
 from numba import prange
 
-from pydsa.backends.cpu import amx
+from pydsa.backends.cpu import amx, float_attention, split_attention
 from pydsa.backends.cpu.microkernels import exp, n_threads
 from pydsa.backends.cpu.rows import contiguous
 from pydsa.backends.cpu.scratch import callers_scratch, floats_at
 from pydsa.jit import inner, kernel
 from pydsa.simd import float_at
 
-if amx.HERE:
-    from pydsa.backends.cpu.split_attention import QUERIES, attend
-else:
-    from pydsa.backends.cpu.float_attention import QUERIES, attend
-
+QUERIES = split_attention.QUERIES if amx.HERE else float_attention.QUERIES
 EVERY = np.empty((1, 0), np.int32)          # indices that stand for all keys
 NO_MASK = np.empty((1, 0), np.float32)
 PART = 32       # what a thread takes of a token's keys is a multiple of these
+
+
+if amx.HERE:
+    @inner
+    def attend(out, q, latents, indices, first_key, last_key, mask, scale, part):
+        """In pairs of bfloat16, or in floats where the cache keeps all their bits."""
+        if latents.data.shape[1] == 4 * q.shape[2]:
+            float_attention.attend(out, q, latents, indices, first_key, last_key, mask, scale, part)
+        else:
+            split_attention.attend(out, q, latents, indices, first_key, last_key, mask, scale, part)
+else:
+    attend = float_attention.attend
 
 
 @inner
