@@ -11,7 +11,9 @@ from pydsa.backends.cpu.norm import add, layer_norm, rms_norm, silu_mul  # noqa:
 from pydsa.backends.cpu.rope import hadamard, rope, rope_table  # noqa: F401
 from pydsa.backends.cpu.rows import CacheRows, Weight, cache_write, get_rows  # noqa: F401
 from pydsa.backends.cpu import amx
+from pydsa.backends.cpu.float_attention import attend_floats
 from pydsa.backends.cpu.float_rows import float_rows, prepare_floats
+from pydsa.backends.cpu.split_attention import attend_splits
 from pydsa.backends.cpu.split_rows import exact_rows, prepare_splits, split_rows
 from pydsa.backends.cpu.word_rows import prepare_words, round_row, word_rows
 from pydsa.jit import WordFunction, check_threads, entry_point, set_threads  # noqa: F401
@@ -19,6 +21,7 @@ from pydsa.jit import compile_all as compile_calls  # noqa: F401
 from pydsa.quants.block import CHUNK
 
 FLOAT = np.float32
+ATTEND_FLOATS, ATTEND_SPLITS = WordFunction(attend_floats), WordFunction(attend_splits)
 ROUND_ROW = WordFunction(round_row)
 # How many tokens are multiplied: bytes for 256 numbers of a token, prepare, times (linear.py)
 WITH_FLOATS = 4 * 256, WordFunction(prepare_floats), WordFunction(float_rows)
@@ -58,7 +61,8 @@ def cache_rows(n_ctx, width, kv_type):
     """An empty cache of n_ctx rows; the system gives the pages as they are first written."""
     kind = quants.block_type(quants.KV_TYPES[kv_type])
     data = np.zeros((n_ctx, width // kind.size * kind.dtype.itemsize), np.uint8)
-    return CacheRows(data, kind.dequantize.address, kind.quantize.address, kind.size)
+    attend = ATTEND_SPLITS if amx.HERE and kv_type != "f32" else ATTEND_FLOATS      # float32 rows keep all their bits
+    return CacheRows(data, kind.dequantize.address, kind.quantize.address, kind.size, attend.address)
 
 
 def cache_bytes(rows):

@@ -3,28 +3,17 @@ import numpy as np
 from numba import prange
 
 from pydsa.backends.cpu import amx, float_attention, split_attention
-from pydsa.backends.cpu.microkernels import exp, n_threads
+from pydsa.backends.cpu.microkernels import address, exp, n_threads
 from pydsa.backends.cpu.rows import contiguous
 from pydsa.backends.cpu.scratch import callers_scratch, floats_at
-from pydsa.jit import inner, kernel
+from pydsa.jit import call_word_function, inner, kernel
+from pydsa.quants.block import bits_of_float
 from pydsa.simd import float_at
 
 QUERIES = split_attention.QUERIES if amx.HERE else float_attention.QUERIES
 EVERY = np.empty((1, 0), np.int32)          # indices that stand for all keys
 NO_MASK = np.empty((1, 0), np.float32)
 PART = 32       # what a thread takes of a token's keys is a multiple of these
-
-
-if amx.HERE:
-    @inner
-    def attend(out, q, latents, indices, first_key, last_key, mask, scale, part):
-        """In pairs of bfloat16, or in floats where the cache keeps all their bits."""
-        if latents.data.shape[1] == 4 * q.shape[2]:
-            float_attention.attend(out, q, latents, indices, first_key, last_key, mask, scale, part)
-        else:
-            split_attention.attend(out, q, latents, indices, first_key, last_key, mask, scale, part)
-else:
-    attend = float_attention.attend
 
 
 @inner
@@ -48,6 +37,18 @@ def parts_a_token(q):
 
 
 @inner
+def ends_of_parts(q, n_keys):
+    """Where each part of each token's keys ends."""
+    parts = parts_a_token(q)[1]
+    ends = np.empty((n_keys.size, parts), np.int64)
+    for t in range(n_keys.size):
+        size = (n_keys[t] + parts * PART - 1) // (parts * PART) * PART
+        for part in range(parts):
+            ends[t, part] = min(n_keys[t], (part + 1) * size) if parts > 1 else n_keys[t]
+    return ends
+
+
+@inner
 def turns(q, together):
     """How many pieces of work there are, rounded up to a multiple of the threads."""
     tokens, (of_heads, of_keys) = tokens_a_piece(q, together), parts_a_token(q)
@@ -62,7 +63,7 @@ def part_bytes(out):
 
 
 @inner
-def take_turn(out, q, latents, indices, n_keys, mask, scale, together, turn, n_turns, room):
+def take_turn(out, q, latents, indices, ends, mask, scale, together, turn, n_turns, room):
     """One piece of work. They are dealt out one by one to the threads, since later tokens have more keys."""
     tokens, (of_heads, of_keys) = tokens_a_piece(q, together), parts_a_token(q)
     each, n_head = n_turns // n_threads(), q.shape[1]
@@ -73,13 +74,15 @@ def take_turn(out, q, latents, indices, n_keys, mask, scale, together, turn, n_t
     end, heads = min(t + tokens, q.shape[0]), (n_head + of_heads - 1) // of_heads
     h = i // of_keys % of_heads * heads
     h_end = min(h + heads, n_head)
-    chosen, biases = indices[t if indices.size else 0], mask[t:end] if mask.size else NO_MASK
-    first, last, left = 0, n_keys[t:end], 0
+    first, left = 0 if part == 0 else ends[t, part - 1], 0
     if of_keys > 1:
-        size = (n_keys[t] + of_keys * PART - 1) // (of_keys * PART) * PART
-        first, last = part * size, np.minimum(last, (part + 1) * size)
         left = room + (t * of_keys + part) * part_bytes(out) + 4 * h * (2 + out.shape[2])
-    attend(out[t:end, h:h_end], q[t:end, h:h_end], latents, chosen, first, last, biases, scale, left)
+    call_word_function(latents.attend, (
+        address(out) + t * out.strides[0] + h * out.strides[1], out.strides[0], out.strides[1],
+        address(q) + t * q.strides[0] + h * q.strides[1], q.strides[1], end - t, h_end - h, q.shape[2], out.shape[2],
+        address(latents.data), latents.data.shape[1], latents.dequantize, latents.block,
+        address(indices) + t * indices.strides[0] if indices.size else 0, first, address(ends) + 8 * (t * of_keys + part),
+        address(mask) + t * mask.strides[0] if mask.size else 0, mask.strides[0], bits_of_float(np.float32(scale)), left))
 
 
 @inner
@@ -117,17 +120,17 @@ def room_for_parts(out, q):
 
 @kernel(parallel=True)
 def dense_attention(out, q, latents, positions, scale):
-    n_turns, room, n_keys = turns(q, True), room_for_parts(out, q), positions + 1
+    n_turns, room, ends = turns(q, True), room_for_parts(out, q), ends_of_parts(q, positions + 1)
     for turn in prange(n_turns):
-        take_turn(out, q, latents, EVERY, n_keys, NO_MASK, scale, True, turn, n_turns, room)
+        take_turn(out, q, latents, EVERY, ends, NO_MASK, scale, True, turn, n_turns, room)
     join_parts(out, q, room)
 
 
 @kernel(parallel=True)
 def masked_attention(out, q, latents, mask, positions, scale):
-    n_turns, room, n_keys = turns(q, True), room_for_parts(out, q), positions + 1
+    n_turns, room, ends = turns(q, True), room_for_parts(out, q), ends_of_parts(q, positions + 1)
     for turn in prange(n_turns):
-        take_turn(out, q, latents, EVERY, n_keys, mask, scale, True, turn, n_turns, room)
+        take_turn(out, q, latents, EVERY, ends, mask, scale, True, turn, n_turns, room)
     join_parts(out, q, room)
 
 
@@ -137,6 +140,7 @@ def sparse_attention(out, q, latents, indices, scale):
     for t in range(n_keys.size):
         while n_keys[t] < indices.shape[1] and indices[t, n_keys[t]] >= 0:
             n_keys[t] += 1
+    ends = ends_of_parts(q, n_keys)
     for turn in prange(n_turns):
-        take_turn(out, q, latents, indices, n_keys, NO_MASK, scale, False, turn, n_turns, room)
+        take_turn(out, q, latents, indices, ends, NO_MASK, scale, False, turn, n_turns, room)
     join_parts(out, q, room)

@@ -2,26 +2,40 @@
 import numpy as np
 
 from pydsa.backends.cpu.microkernels import COLUMNS, address, combine, exp, turn_over
-from pydsa.backends.cpu.rows import contiguous, unpack
 from pydsa.backends.cpu.scratch import floats_at, own_scratch
-from pydsa.jit import inner
-from pydsa.simd import store
+from pydsa.jit import call_block_function, inner
+from pydsa.quants.block import float_from_bits
+from pydsa.simd import float_at, i64_at, store, u32_at
 
 TILE = 64       # keys: 144 KiB of floats at V3.2's width of 576, within a second-level cache; a multiple of COLUMNS
 WIDTH = 128     # of the keys' values that are multiplied at a time: 32 KiB, within a first-level cache
 QUERIES = 96    # heads times tokens that share a tile
-NO_MASK = np.empty((1, 0), np.float32)
 
 
 @inner
-def attend(out, q, latents, indices, first_key, last_key, mask, scale, part):
+def key_at(indices, i):
+    """The i-th key, of those at an address if there is one."""
+    return np.int64(u32_at(indices, 4 * i)) if indices else i
+
+
+@inner
+def last_of(last_key, n_tokens):
+    """The last key of all tokens."""
+    most = np.int64(0)
+    for t in range(n_tokens):
+        most = max(most, i64_at(last_key, 8 * t))
+    return most
+
+
+def attend_floats(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n_v, rows, row_bytes, dequantize, block, indices,
+                  first_key, last_key, mask, mask_row, scale, part):
     """out[t, h] = softmax(scale q[t, h] . key + mask) value over the keys from first_key to last_key[t], or those that indices have there.
 
-    out [T, H, n_v] and q [T, H, D] float32, in whose memory one head follows the other at one distance; last_key int64 [T]; a mask that
-    is not empty is [T, n_kv]. If `part` is an address, each query leaves its greatest score, its sum of weights and of values there.
+    Addresses: out float32 [T, H, n_v], of which tokens and heads lie so many bytes apart; q float32 [T, H, width], in whose memory one head
+    follows the other at one distance; rows of a cache, of blocks; indices int32, 0 for all keys; last_key int64 [T]; mask float32 [T, n_kv]
+    or 0; part: where each query leaves its greatest score, its sum of weights and of values instead, or 0. scale: a float32's bits.
     """
-    n_tokens, n_head, width = q.shape
-    n, n_v, row_bytes = n_tokens * n_head, out.shape[2], latents.data.shape[1]
+    n, scale = n_tokens * n_head, float_from_bits(np.uint32(scale))
     padded = (width + COLUMNS - 1) // COLUMNS * COLUMNS
     n_sums = (n_v + COLUMNS - 1) // COLUMNS * COLUMNS
     memory = own_scratch(4 * (2 * TILE * padded + n * TILE + n * n_sums))
@@ -29,23 +43,22 @@ def attend(out, q, latents, indices, first_key, last_key, mask, scale, part):
     scores, sums = floats_at(memory + 8 * TILE * padded, n, TILE), floats_at(memory + 4 * TILE * (2 * padded + n), n, n_sums)
     sums[:] = 0
     greatest, total = np.full(n, -np.inf, np.float32), np.zeros(n, np.float32)
-    most = last_key.max()
+    most = last_of(last_key, n_tokens)
     for first in range(first_key, most, TILE):
         there = min(TILE, most - first)
         for j in range(there):
-            s = indices[first + j] if indices.size else first + j
-            unpack(latents, address(latents.data) + np.int64(s) * row_bytes, width, address(tile[j]))
+            call_block_function(dequantize, rows + key_at(indices, first + j) * row_bytes, width // block, address(tile[j]))
         for j in range(0, there, 16):
             for k in range(0, width, 16):
                 turn_over(address(tile[j]) + 4 * k, 4 * padded, address(turned[k]) + 4 * j, 4 * TILE)
         scores[:] = 0
         for k in range(0, width, WIDTH):
             some = min(WIDTH, width - k)
-            combine(address(scores), 4 * TILE, n, TILE, address(q) + 4 * k, q.strides[1], address(turned[k]), 4 * TILE, some)
+            combine(address(scores), 4 * TILE, n, TILE, q + 4 * k, q_head, address(turned[k]), 4 * TILE, some)
         for i in range(n):
             t = i // n_head
-            bias = mask[t, first:] if mask.size else NO_MASK[0]
-            shrink = weigh(scores[i], min(there, last_key[t] - first), bias, scale, greatest[i:i + 1], total[i:i + 1])
+            bias = mask + t * mask_row + 4 * first if mask else 0
+            shrink = weigh(scores[i], min(there, i64_at(last_key, 8 * t) - first), bias, scale, greatest[i:i + 1], total[i:i + 1])
             if shrink != 1:
                 row = sums[i]
                 for j in range(n_sums):
@@ -58,7 +71,8 @@ def attend(out, q, latents, indices, first_key, last_key, mask, scale, part):
             store(part, 4 * i * (2 + n_v) + 4, total[i])
             row, factor = floats_at(part + 4 * i * (2 + n_v) + 8, 1, n_v)[0], np.float32(1)
         else:
-            row, factor = contiguous(out[i // n_head, i % n_head]), np.float32(1) / total[i] if total[i] != 0 else np.float32(0)
+            row = floats_at(out + i // n_head * out_token + i % n_head * out_head, 1, n_v)[0]
+            factor = np.float32(1) / total[i] if total[i] != 0 else np.float32(0)
         for j in range(n_v):
             row[j] = source[j] * factor
 
@@ -71,7 +85,7 @@ def weigh(row, visible, mask, scale, greatest, total):
     """
     new, damaged = greatest[0], False
     for j in range(visible):
-        row[j] = row[j] * scale + (mask[j] if mask.size else np.float32(0))
+        row[j] = row[j] * scale + (float_at(mask, 4 * j) if mask else np.float32(0))
         damaged |= row[j] != row[j]
         new = max(new, row[j])
     row[max(visible, 0):] = 0

@@ -29,11 +29,12 @@ class Weight(NamedTuple):
 
 
 class CacheRows(NamedTuple):
-    """A cache: uint8 [n_ctx, row_bytes], and how to read and write a row."""
+    """A cache: uint8 [n_ctx, row_bytes], how to read and write a row, and how to attend to rows: addresses of functions."""
     data: np.ndarray
     dequantize: int
     quantize: int
-    block: int
+    block: int          # elements in a block
+    attend: int
 
 
 @inner

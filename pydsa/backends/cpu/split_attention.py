@@ -8,11 +8,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, configure, panel_products, release, store_split
-from pydsa.backends.cpu.microkernels import address, turn_over
-from pydsa.backends.cpu.rows import unpack
+from pydsa.backends.cpu.float_attention import key_at, last_of
+from pydsa.backends.cpu.microkernels import turn_over
 from pydsa.backends.cpu.scratch import own_scratch
-from pydsa.jit import inner
-from pydsa.simd import F32, I16, I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i32x16, load_floats, pointer, store
+from pydsa.jit import call_block_function, inner
+from pydsa.quants.block import float_from_bits
+from pydsa.simd import F32, I16, I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i32x16, i64_at, load_floats, pointer, store
 
 TILE = 128      # keys: at V3.2's width of 576, 560 KiB as keys and as values, within a second-level cache
 KEY_PANELS, VALUE_STEPS = TILE // 16, TILE // 32
@@ -82,11 +83,10 @@ def zipped(typingctx, a, b):
 
 
 @inner
-def split_queries(q, first, n_steps, row, panel):
-    """Queries first to first + 16 of all heads of all tokens as a right panel; those that are not there are the last one."""
-    n, width = q.shape[0] * q.shape[1], q.shape[2]
+def split_queries(q, q_head, width, n, first, n_steps, row, panel):
+    """Queries first to first + 16 of n, heads of all tokens, as a right panel; those that are not there are the last one."""
     for i in range(16):
-        source = address(q) + min(first + i, n - 1) * q.strides[1]
+        source = q + min(first + i, n - 1) * q_head
         for s in range(width // 32):
             store_split(panel + STEP * s + 64 * i, load_floats(source, 128 * s), load_floats(source, 128 * s + 64))
         if width % 32:
@@ -100,7 +100,7 @@ def split_queries(q, first, n_steps, row, panel):
 
 
 @inner
-def split_keys(latents, indices, first, n, width, n_steps, n_v_tiles, row, keys, values):
+def split_keys(rows, row_bytes, dequantize, block, indices, first, n, width, n_steps, n_v_tiles, row, keys, values):
     """Keys first to first + n as left panels over their width and, over 32 of them, as right panels; up to a multiple of 32 they are 0.
 
     `row` has room for a row of floats, 0 beyond the width.
@@ -108,8 +108,7 @@ def split_keys(latents, indices, first, n, width, n_steps, n_v_tiles, row, keys,
     for j in range(0, n, 32):
         for i in range(j, j + 32):
             if i < n:
-                s = indices[first + i] if indices.size else first + i
-                unpack(latents, address(latents.data) + np.int64(s) * latents.data.shape[1], width, row)
+                call_block_function(dequantize, rows + key_at(indices, first + i) * row_bytes, width // block, row)
             elif i == n:
                 for k in range(width):
                     store(row, 4 * k, np.float32(0))
@@ -125,15 +124,15 @@ def split_keys(latents, indices, first, n, width, n_steps, n_v_tiles, row, keys,
                 store(tile, VALUE_STEPS * STEP + at, b)
 
 
-@inner
-def attend(out, q, latents, indices, first_key, last_key, mask, scale, part):
+def attend_splits(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n_v, rows, row_bytes, dequantize, block, indices,
+                  first_key, last_key, mask, mask_row, scale, part):
     """out[t, h] = softmax(scale q[t, h] . key + mask) value over the keys from first_key to last_key[t], or those that indices have there.
 
-    out [T, H, n_v] and q [T, H, D] float32, in whose memory one head follows the other at one distance; last_key int64 [T]; a mask that
-    is not empty is [T, n_kv]. If `part` is an address, each query leaves its greatest score, its sum of weights and of values there.
+    Addresses: out float32 [T, H, n_v], of which tokens and heads lie so many bytes apart; q float32 [T, H, width], in whose memory one head
+    follows the other at one distance; rows of a cache, of blocks; indices int32, 0 for all keys; last_key int64 [T]; mask float32 [T, n_kv]
+    or 0; part: where each query leaves its greatest score, its sum of weights and of values instead, or 0. scale: a float32's bits.
     """
-    n_tokens, n_head, width = q.shape
-    n, n_v = n_tokens * n_head, out.shape[2]
+    n, scale = n_tokens * n_head, float_from_bits(np.uint32(scale))
     n_q, n_steps, n_v_tiles = (n + 15) // 16, (width + 31) // 32, (n_v + 31) // 32 * 2
     # queries, keys, values, weights, scores, sums, a row, a mask's tile; for each query the greatest score, total, shrinking, limit
     sizes = (n_q * n_steps * STEP, KEY_PANELS * n_steps * STEP, n_v_tiles * VALUE_STEPS * STEP, n_q * VALUE_STEPS * STEP,
@@ -153,27 +152,30 @@ def attend(out, q, latents, indices, first_key, last_key, mask, scale, part):
     for k in range(32 * n_steps):
         store(row, 4 * k, np.float32(0))
     for j in range(n_q):
-        split_queries(q, 16 * j, n_steps, row, queries + j * n_steps * STEP)
+        split_queries(q, q_head, width, n, 16 * j, n_steps, row, queries + j * n_steps * STEP)
         store(greatest, 64 * j, floats(MINUS_INFINITY))
         store(total, 64 * j, floats(np.float32(0)))
-    most, least = last_key.max(), last_key.min()
+    most = last_of(last_key, n_tokens)
+    least = most
+    for t in range(n_tokens):
+        least = min(least, i64_at(last_key, 8 * t))
     configure()
     for first in range(first_key, most, TILE):
         there = min(TILE, most - first)
         n_groups = (there + 31) // 32
-        split_keys(latents, indices, first, there, width, n_steps, n_v_tiles, row, keys, values)
+        split_keys(rows, row_bytes, dequantize, block, indices, first, there, width, n_steps, n_v_tiles, row, keys, values)
         panel_products(keys, n_steps * STEP, 2 * n_groups, queries, n_steps * STEP, n_q, n_steps, scores, True, queries,
                        queries, 0, 0)
         for j in range(n_q):
             for i in range(16):
                 t = (16 * j + i) // n_head
-                store(limits, 64 * j + 4 * i, np.int32(last_key[t] - first if t < n_tokens else 0))
-            if mask.size:
+                store(limits, 64 * j + 4 * i, np.int32(i64_at(last_key, 8 * t) - first if t < n_tokens else 0))
+            if mask:
                 for i in range(16):
                     t = min((16 * j + i) // n_head, n_tokens - 1)
                     for k in range(there):
-                        store(bias, 64 * k + 4 * i, mask[t, first + k])
-            weigh(scores + j * SUMS, n_q * SUMS, 2 * n_groups, least - first < 32 * n_groups, limits + 64 * j, bias if mask.size else 0,
+                        store(bias, 64 * k + 4 * i, float_at(mask, t * mask_row + 4 * (first + k)))
+            weigh(scores + j * SUMS, n_q * SUMS, 2 * n_groups, least - first < 32 * n_groups, limits + 64 * j, bias if mask else 0,
                   scale, greatest + 64 * j, total + 64 * j, shrink + 64 * j, weights + j * VALUE_STEPS * STEP)
             if first > first_key:
                 for i in range(16):
@@ -191,7 +193,7 @@ def attend(out, q, latents, indices, first_key, last_key, mask, scale, part):
     for i in range(n):
         at = sums + i // 16 * n_v_tiles * SUMS + 64 * (i % 16)
         whole = float_at(total, 4 * i)
-        row, factor = address(out[i // n_head, i % n_head]), np.float32(1) / whole if whole != 0 else np.float32(0)
+        row, factor = out + i // n_head * out_token + i % n_head * out_head, np.float32(1) / whole if whole != 0 else np.float32(0)
         if part:
             store(part, 4 * i * (2 + n_v), float_at(greatest, 4 * i))
             store(part, 4 * i * (2 + n_v) + 4, whole)
