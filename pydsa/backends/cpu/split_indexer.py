@@ -1,0 +1,77 @@
+"""The indexer's scores for many tokens in AMX tiles (amx.py): tiles of heads x keys, whose heads are weighed as they leave."""
+import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
+
+from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, configure, panel_products, release, store_split
+from pydsa.backends.cpu.microkernels import turn_over
+from pydsa.backends.cpu.scratch import own_scratch
+from pydsa.jit import call_block_function, inner
+from pydsa.quants.block import float_from_bits
+from pydsa.simd import F32, constant, f32x16, float_at, floats, load_floats, multiply_add, store
+
+KEYS = 256          # that are prepared at a time: with 128 numbers each, 128 KiB
+PANELS = 16         # 16 heads each, of as many tokens: their sums with KEYS keys take 256 KiB
+
+
+@intrinsic
+def positive(typingctx, v):
+    """max(v, 0); NaN stays."""
+    def codegen(context, builder, signature, args):
+        zero = ir.Constant(f32x16.ir, constant([0.0] * 16, F32).constant)
+        return builder.select(builder.fcmp_ordered("<", args[0], zero), zero, args[0])
+    return f32x16(f32x16), codegen
+
+
+@inner
+def split_row(source, row, width, n_steps, panel):
+    """`width` floats as a row of a panel; zeros follow the last: `row` has room for a step of floats."""
+    for s in range(n_steps):
+        at = source + 128 * s
+        if 32 * s + 32 > width:
+            for k in range(32):
+                store(row, 4 * k, float_at(at, 4 * k) if 32 * s + k < width else np.float32(0))
+            at = row
+        store_split(panel + STEP * s, load_floats(at, 0), load_floats(at, 64))
+
+
+def score_splits(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, block, first, last,
+                 scale):
+    """out[t][s] = scale sum_h w[t][h] relu(q[t][h] . key s) for first <= s < last, and without meaning up to a multiple of 16 keys.
+
+    Addresses: out float32, q [T, H, width] and w [T, H] float32, of which tokens and heads lie so many bytes apart; rows of a cache, of
+    blocks. scale: a float32's bits.
+    """
+    factor = float_from_bits(np.uint32(scale))
+    n_steps, head_panels = (width + 31) // 32, (n_head + 15) // 16
+    together = max(1, PANELS // head_panels)       # tokens
+    panel_bytes = n_steps * STEP
+    queries = own_scratch((together * head_panels + KEYS // 16) * panel_bytes + together * head_panels * KEYS // 16 * SUMS + 4 * width + 256)
+    keys = queries + together * head_panels * panel_bytes
+    sums = keys + KEYS // 16 * panel_bytes
+    row = sums + together * head_panels * KEYS // 16 * SUMS
+    key = row + 128
+    configure()
+    for start in range(first, last, KEYS):
+        n_panels = (min(KEYS, last - start) + 15) // 16
+        for i in range(16 * n_panels):
+            s = min(start + i, last - 1)
+            call_block_function(dequantize, rows + s * row_bytes, width // block, key)
+            split_row(key, row, width, n_steps, keys + i // 16 * panel_bytes + 64 * (i % 16))
+        for i in range(n_panels * n_steps):
+            for part in (0, LOW_PARTS):
+                turn_over(keys + i * STEP + part, 64, keys + i * STEP + part, 64)
+        for t0 in range(0, n_tokens, together):
+            n = min(together, n_tokens - t0)
+            for i in range(16 * n * head_panels):
+                t, h = t0 + i // (16 * head_panels), min(i % (16 * head_panels), n_head - 1)
+                split_row(q + t * q_token + h * q_head, row, width, n_steps, queries + i // 16 * panel_bytes + 64 * (i % 16))
+            panel_products(queries, panel_bytes, n * head_panels, keys, panel_bytes, n_panels, n_steps, sums, True, keys, keys, 0, 0)
+            for t in range(n):
+                for j in range(n_panels):
+                    total = floats(np.float32(0))
+                    for h in range(n_head):
+                        dots = load_floats(sums, ((t * head_panels + h // 16) * n_panels + j) * SUMS + 64 * (h % 16))
+                        total = multiply_add(total, positive(dots), floats(float_at(w, (t0 + t) * w_token + 4 * h)))
+                    store(out, (t0 + t) * out_token + 4 * (start + 16 * j), total * factor)
+    release()
