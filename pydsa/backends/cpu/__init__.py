@@ -4,7 +4,7 @@ import numpy as np
 from pydsa import quants
 from pydsa.backends.cpu.attention import dense_attention, masked_attention, sparse_attention  # noqa: F401
 from pydsa.backends.cpu.ceilings import measure_ceilings, product_kind  # noqa: F401
-from pydsa.backends.cpu.indexer import indexer_scores, indexer_select, scatter_mask, top_k  # noqa: F401
+from pydsa.backends.cpu.indexer import indexer_scores, indexer_select, scatter_mask, score_floats, top_k  # noqa: F401
 from pydsa.backends.cpu.linear import head_linear, linear  # noqa: F401
 from pydsa.backends.cpu.moe import moe_down, moe_gate_up, moe_route  # noqa: F401
 from pydsa.backends.cpu.norm import add, layer_norm, rms_norm, silu_mul  # noqa: F401
@@ -14,6 +14,7 @@ from pydsa.backends.cpu import amx
 from pydsa.backends.cpu.float_attention import attend_floats
 from pydsa.backends.cpu.float_rows import float_rows, prepare_floats
 from pydsa.backends.cpu.split_attention import attend_splits
+from pydsa.backends.cpu.split_indexer import score_splits
 from pydsa.backends.cpu.split_rows import exact_rows, prepare_splits, split_rows
 from pydsa.backends.cpu.word_rows import prepare_words, round_row, word_rows
 from pydsa.jit import WordFunction, check_threads, entry_point, set_threads  # noqa: F401
@@ -22,6 +23,7 @@ from pydsa.quants.block import CHUNK
 
 FLOAT = np.float32
 ATTEND_FLOATS, ATTEND_SPLITS = WordFunction(attend_floats), WordFunction(attend_splits)
+SCORE_FLOATS, SCORE_SPLITS = WordFunction(score_floats), WordFunction(score_splits)
 ROUND_ROW = WordFunction(round_row)
 # How many tokens are multiplied: bytes for 256 numbers of a token, prepare, times (linear.py)
 WITH_FLOATS = 4 * 256, WordFunction(prepare_floats), WordFunction(float_rows)
@@ -61,8 +63,9 @@ def cache_rows(n_ctx, width, kv_type):
     """An empty cache of n_ctx rows; the system gives the pages as they are first written."""
     kind = quants.block_type(quants.KV_TYPES[kv_type])
     data = np.zeros((n_ctx, width // kind.size * kind.dtype.itemsize), np.uint8)
-    attend = ATTEND_SPLITS if amx.HERE and kv_type != "f32" else ATTEND_FLOATS      # float32 rows keep all their bits
-    return CacheRows(data, kind.dequantize.address, kind.quantize.address, kind.size, attend.address)
+    splits = amx.HERE and kv_type != "f32"      # float32 rows keep all their bits
+    attend, score = (ATTEND_SPLITS, SCORE_SPLITS) if splits else (ATTEND_FLOATS, SCORE_FLOATS)
+    return CacheRows(data, kind.dequantize.address, kind.quantize.address, kind.size, attend.address, score.address, SCORE_FLOATS.address)
 
 
 def cache_bytes(rows):

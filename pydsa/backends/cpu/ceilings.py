@@ -9,6 +9,7 @@ from numba import prange
 
 from pydsa.backends.cpu import amx
 from pydsa.backends.cpu.amx import STEP, SUMS, configure, panel_products, release
+from pydsa.backends.cpu.indexer import MANY
 from pydsa.backends.cpu.linear import FEW, addresses
 from pydsa.backends.cpu.microkernels import TILE, TILE_ROWS, WORD_TOKENS, address, tile_products, word_products
 from pydsa.backends.cpu.split_rows import PANEL
@@ -100,9 +101,11 @@ if amx.HERE:
 
 
 def product_kind(op, quantized, n_tokens):
-    """What an op multiplies for so many tokens, with quantized weights or without."""
-    if amx.HERE and (n_tokens > FEW if quantized else op in ("dense_attention", "masked_attention", "sparse_attention")):
-        return "bfloat16 pairs"
+    """What an op multiplies for so many tokens, with quantized weights or without; caches are of 16 bits."""
+    if amx.HERE:
+        attention, indexer = ("dense_attention", "masked_attention", "sparse_attention"), ("indexer_scores", "indexer_select")
+        if n_tokens > FEW if quantized else op in attention or op in indexer and n_tokens >= MANY:
+            return "bfloat16 pairs"
     return "int16" if quantized else "float32"
 
 

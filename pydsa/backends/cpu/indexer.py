@@ -1,43 +1,56 @@
 """The lightning indexer: scores, top-k, and the two streamed together."""
 import numpy as np
-from numba import prange
+from numba import carray, prange
 
-from pydsa.backends.cpu.linear import addresses
-from pydsa.backends.cpu.rows import unpack
-from pydsa.backends.cpu.microkernels import address, n_threads, tile_products
-from pydsa.jit import inner, kernel
-from pydsa.quants.block import bits_of_float
+from pydsa.backends.cpu.microkernels import address, n_threads, tile_products, uints_pointer
+from pydsa.backends.cpu.scratch import floats_at, own_scratch
+from pydsa.jit import call_block_function, call_word_function, inner, kernel
+from pydsa.quants.block import bits_of_float, float_from_bits
+from pydsa.simd import float_at, store
 
-TILE = 64       # keys unpacked at a time
+TILE = 64           # keys unpacked at a time
+TOGETHER = 32       # tokens whose rows of scores exist at a time
+PORTION = 1024      # keys at most that a thread scores for them at a time
+MANY = 3            # tokens from which keys are prepared for tiles
 LOWEST = np.uint32(0x007FFFFF)      # ordered(-inf)
 
 
-@inner
-def score_keys(row, q, w, keys, first, last, scale):
-    """row[s] = scale sum_h w[h] relu(q[h] . key s) for first <= s < last; q [H, D], w [H]."""
-    n_head, width = q.shape
-    row_bytes = keys.data.shape[1]
-    tile, dots = np.empty((TILE, width), np.float32), np.empty((n_head, TILE), np.float32)
-    q_at, dots_at = addresses(address(q), q.strides[0], n_head), addresses(address(dots), 4 * TILE, n_head)
-    total = np.empty(TILE, np.float32)
+def score_floats(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, block, first, last,
+                 scale):
+    """out[t][s] = scale sum_h w[t][h] relu(q[t][h] . key s) for first <= s < last.
+
+    Addresses: out float32, q [T, H, width] and w [T, H] float32, of which tokens and heads lie so many bytes apart; rows of a cache, of
+    blocks. scale: a float32's bits.
+    """
+    memory, factor = own_scratch(4 * TILE * (width + n_head + 1) + 16 * n_head), float_from_bits(np.uint32(scale))
+    tile, total, tables = memory, floats_at(memory + 4 * TILE * width, 1, TILE)[0], memory + 4 * TILE * (width + n_head + 1)
+    dots = floats_at(memory + 4 * TILE * (width + 1), n_head, TILE)
     for start in range(first, last, TILE):
         n = min(TILE, last - start)
         for j in range(n):
-            unpack(keys, address(keys.data) + (start + j) * row_bytes, width, address(tile[j]))
-        dots[:] = 0
-        tile_products(address(tile), 4 * width, n, address(q_at), n_head, 0, width, address(dots_at), 0)
-        total[:] = 0
-        for h in range(n_head):
+            call_block_function(dequantize, rows + (start + j) * row_bytes, width // block, tile + 4 * width * j)
+        for t in range(n_tokens):
+            for h in range(n_head):
+                store(tables, 8 * h, q + t * q_token + h * q_head)
+                store(tables, 8 * (n_head + h), address(dots) + 4 * TILE * h)
+            dots[:] = 0
+            tile_products(tile, 4 * width, n, tables, n_head, 0, width, tables + 8 * n_head, 0)
+            total[:] = 0
+            for h in range(n_head):
+                weight = float_at(w, t * w_token + 4 * h)
+                for j in range(n):
+                    total[j] += weight * max(dots[h, j], np.float32(0))
             for j in range(n):
-                total[j] += w[h] * max(dots[h, j], np.float32(0))
-        for j in range(n):
-            row[start + j] = total[j] * scale
+                store(out, t * out_token + 4 * (start + j), total[j] * factor)
 
 
 @inner
-def split(n, parts, i):
-    """Where part i of n keys begins, a multiple of TILE."""
-    return min(n, (n + TILE - 1) // TILE * i // parts * TILE)
+def score(out, q, w, keys, first, last, scale):
+    """Scores of keys from first to last for tokens whose rows of `out` have room for a multiple of 16 keys."""
+    function = keys.score_many if len(q) >= MANY else keys.score_few
+    call_word_function(function, (
+        address(out), out.strides[0], address(q), q.strides[0], q.strides[1], address(w), w.strides[0], q.shape[0], q.shape[1], q.shape[2],
+        address(keys.data), keys.data.shape[1], keys.dequantize, keys.block, first, last, bits_of_float(np.float32(scale))))
 
 
 @inner
@@ -55,50 +68,83 @@ def ordered(x):
 def select(out, row):
     """The out.size greatest of row, ascending indices, ties to the lowest index; -inf and NaN never; -1 fills the rest. Linear in row.size.
 
-    Radix select: eight bits a pass, from the top, narrow down the key of the last one chosen.
+    Radix select: eleven bits narrow down the key of the last one chosen, then the next bits of those that share them.
     """
-    count = np.empty(256, np.int64)
-    wanted, prefix, valid = out.size, np.uint32(0), 0
+    keys, rivals, valid = uints_at(own_scratch(8 * row.size), row.size), uints_at(own_scratch(8 * row.size) + 4 * row.size, row.size), 0
     for s in range(row.size):
-        valid += ordered(row[s]) > LOWEST
-    room = 0        # how many that equal the threshold are chosen
-    threshold = LOWEST
-    if valid > wanted:
-        room = wanted
-        for shift in (24, 16, 8, 0):
+        keys[s] = ordered(row[s])
+        valid += keys[s] > LOWEST
+    threshold, room = LOWEST, 0         # room: how many that equal the threshold are chosen
+    if valid > out.size:
+        count = np.zeros(2048, np.int64)
+        for s in range(row.size):
+            count[keys[s] >> np.uint32(21)] += 1
+        digit, room = last_digit(count, out.size)
+        threshold, n = np.uint32(digit << 21), 0
+        for s in range(row.size):
+            if keys[s] >> np.uint32(21) == digit:
+                rivals[n] = keys[s]
+                n += 1
+        for shift, above in ((10, 21), (0, 10)):
             count[:] = 0
-            for s in range(row.size):
-                key = ordered(row[s])
-                if shift == 24 or (key ^ prefix) >> np.uint32(shift + 8) == 0:
-                    count[(key >> np.uint32(shift)) & np.uint32(255)] += 1
-            digit = 255
-            while count[digit] < room:
-                room -= count[digit]
-                digit -= 1
-            prefix |= np.uint32(digit) << np.uint32(shift)
-        threshold = prefix
+            for i in range(n):
+                if (rivals[i] ^ threshold) >> np.uint32(above) == 0:
+                    count[(rivals[i] >> np.uint32(shift)) & np.uint32((1 << (above - shift)) - 1)] += 1
+            digit, room = last_digit(count, room)
+            threshold |= np.uint32(digit << shift)
     n = 0
     for s in range(row.size):
-        key = ordered(row[s])
-        if key > threshold:
+        if keys[s] > threshold:
             out[n] = s
             n += 1
-        elif room > 0 and key == threshold:
+        elif room > 0 and keys[s] == threshold:
             out[n] = s
             n += 1
             room -= 1
     out[n:] = -1
 
 
+@inner
+def last_digit(count, wanted):
+    """The digit of the last of so many, from the greatest on, and how many of those with this digit are among them."""
+    digit = count.size - 1
+    while count[digit] < wanted:
+        wanted -= count[digit]
+        digit -= 1
+    return digit, wanted
+
+
+@inner
+def uints_at(address, n):
+    return carray(uints_pointer(address), (n,))
+
+
+@inner
+def score_rows(rows, q, w, keys, n, scale, task):
+    """The task-th portion of n keys for all tokens: as large as it can be, if all threads shall have one."""
+    size = portion(n)
+    score(rows, q, w, keys, task * size, min(n, task * size + size), scale)
+
+
+@inner
+def portion(n):
+    """Keys that a thread takes at a time, a multiple of TILE."""
+    share = (n + n_threads() - 1) // n_threads()
+    return min(PORTION, (share + TILE - 1) // TILE * TILE)
+
+
 @kernel(parallel=True)
 def indexer_scores(out, q, w, keys, positions, scale):
     n_tokens = q.shape[0]
-    parts = max(1, n_threads() // n_tokens)
     out[:] = -np.inf
-    for task in prange(n_tokens * parts):
-        t, part = task // parts, task % parts
-        n = positions[t] + 1
-        score_keys(out[t], q[t], w[t], keys, split(n, parts, part), split(n, parts, part + 1), scale)
+    rows = np.empty((min(n_tokens, TOGETHER), (positions[n_tokens - 1] + 16) // 16 * 16), np.float32)
+    for first in range(0, n_tokens, TOGETHER):
+        last = min(first + TOGETHER, n_tokens)
+        n = positions[last - 1] + 1
+        for task in prange((n + portion(n) - 1) // portion(n)):
+            score_rows(rows, q[first:last], w[first:last], keys, n, scale, task)
+        for t in range(first, last):
+            out[t, :positions[t] + 1] = rows[t - first, :positions[t] + 1]
 
 
 @kernel(parallel=True)
@@ -109,19 +155,15 @@ def top_k(out, scores):
 
 @kernel(parallel=True)
 def indexer_select(out, q, w, keys, positions, scale):
-    n_tokens, threads = q.shape[0], n_threads()
-    together = min(n_tokens, threads)       # rows of scores that exist at a time
-    parts = max(1, threads // together)
-    scores = np.empty((together, positions[n_tokens - 1] + 1), np.float32)
-    for first in range(0, n_tokens, together):
-        rows = min(together, n_tokens - first)
-        for task in prange(rows * parts):
-            i, part = task // parts, task % parts
-            t = first + i
-            n = positions[t] + 1
-            score_keys(scores[i], q[t], w[t], keys, split(n, parts, part), split(n, parts, part + 1), scale)
-        for i in prange(rows):
-            select(out[first + i], scores[i, :positions[first + i] + 1])
+    n_tokens = q.shape[0]
+    rows = np.empty((min(n_tokens, TOGETHER), (positions[n_tokens - 1] + 16) // 16 * 16), np.float32)
+    for first in range(0, n_tokens, TOGETHER):
+        last = min(first + TOGETHER, n_tokens)
+        n = positions[last - 1] + 1
+        for task in prange((n + portion(n) - 1) // portion(n)):
+            score_rows(rows, q[first:last], w[first:last], keys, n, scale, task)
+        for t in prange(last - first):
+            select(out[first + t], rows[t, :positions[first + t] + 1])
 
 
 @kernel

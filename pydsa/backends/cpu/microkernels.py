@@ -100,11 +100,16 @@ def add_at(typingctx, address, value):
     return types.void(types.intp, types.float32), codegen
 
 
-@intrinsic
-def floats_pointer(typingctx, address):
-    """An address as a pointer that carray takes: contiguous rows inside arrays of any strides."""
-    return (types.CPointer(types.float32)(types.intp),
-            lambda context, builder, signature, args: builder.inttoptr(args[0], ir.FloatType().as_pointer()))
+def _pointer_to(number):
+    @intrinsic
+    def pointer_to(typingctx, address):
+        """An address as a pointer that carray takes: contiguous rows inside arrays of any strides."""
+        return (types.CPointer(number)(types.intp), lambda context, builder, signature, args: builder.inttoptr(
+            args[0], context.get_value_type(types.CPointer(number))))
+    return pointer_to
+
+
+floats_pointer, uints_pointer = _pointer_to(types.float32), _pointer_to(types.uint32)
 
 
 @inner

@@ -29,12 +29,14 @@ class Weight(NamedTuple):
 
 
 class CacheRows(NamedTuple):
-    """A cache: uint8 [n_ctx, row_bytes], how to read and write a row, and how to attend to rows: addresses of functions."""
+    """A cache: uint8 [n_ctx, row_bytes], and addresses of functions: to read and write rows, attend to them, score them."""
     data: np.ndarray
     dequantize: int
     quantize: int
     block: int          # elements in a block
     attend: int
+    score_many: int
+    score_few: int
 
 
 @inner

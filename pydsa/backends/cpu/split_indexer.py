@@ -1,6 +1,5 @@
 """The indexer's scores for many tokens in AMX tiles (amx.py): tiles of heads x keys, whose heads are weighed as they leave."""
 import numpy as np
-from llvmlite import ir
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, configure, panel_products, release, store_split
@@ -18,7 +17,7 @@ PANELS = 16         # 16 heads each, of as many tokens: their sums with KEYS key
 def positive(typingctx, v):
     """max(v, 0); NaN stays."""
     def codegen(context, builder, signature, args):
-        zero = ir.Constant(f32x16.ir, constant([0.0] * 16, F32).constant)
+        zero = constant([0.0] * 16, F32)
         return builder.select(builder.fcmp_ordered("<", args[0], zero), zero, args[0])
     return f32x16(f32x16), codegen
 
@@ -46,10 +45,11 @@ def score_splits(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_hea
     n_steps, head_panels = (width + 31) // 32, (n_head + 15) // 16
     together = max(1, PANELS // head_panels)       # tokens
     panel_bytes = n_steps * STEP
-    queries = own_scratch((together * head_panels + KEYS // 16) * panel_bytes + together * head_panels * KEYS // 16 * SUMS + 4 * width + 256)
+    sums_bytes = together * head_panels * KEYS // 16 * SUMS
+    queries = own_scratch((together * head_panels + KEYS // 16) * panel_bytes + sums_bytes + 4 * width + 256)
     keys = queries + together * head_panels * panel_bytes
     sums = keys + KEYS // 16 * panel_bytes
-    row = sums + together * head_panels * KEYS // 16 * SUMS
+    row = sums + sums_bytes
     key = row + 128
     configure()
     for start in range(first, last, KEYS):
