@@ -38,7 +38,7 @@ def test_decode_is_exact(golden, load, device, attention):
 
 @pytest.mark.parametrize("name", MODELS[1:])
 def test_quantized_weights_are_close(golden, load, name):
-    """Activations are rounded to 15 bits, which may flip a choice between equals: the median is bounded (llama.cpp's: 0.002 to 0.01)."""
+    """Activations are rounded to 15 or 16 bits, which may flip a choice between equals: the median is bounded (llama.cpp's: 0.002 to 0.01)."""
     path, arrays = golden(name)
     met = np.median(errors(load(path, kv_type="f32").logits(arrays["tokens"]), arrays))
     assert met <= 1e-6 < np.median(errors(arrays["llama_cpp"], arrays))
@@ -73,7 +73,7 @@ def departs(met, expected, exact):
     """Whether an array is not what the reference wrote.
 
     With unquantized weights choices must be equal, and numbers within an NMSE of 1e-9. Rounded activations may flip a choice between near
-    equals, with all that follows for its token: one choice in fifty may differ, and the median over the tokens must be within 1e-6.
+    equals, with all that follows for its token: one choice in fifty may differ, and the median over the tokens must be within 3e-6.
     """
     if met.dtype.kind == "i":
         return np.mean(met != expected) > (0 if exact else 0.02)
@@ -84,7 +84,7 @@ def departs(met, expected, exact):
     error, size = ((rows[0] - rows[1]) ** 2).sum(-1), (rows[1] ** 2).sum(-1)
     if exact:
         return not error.sum() <= 1e-9 * size.sum()
-    return len(met) > 1 and not np.median(error - 1e-6 * size) <= 0     # the last token alone may be one whose choice flipped
+    return len(met) > 1 and not np.median(error - 3e-6 * size) <= 0     # the last token alone may be one whose choice flipped
 
 
 @pytest.mark.parametrize("name, attention", MODES)

@@ -72,12 +72,15 @@ def test_rounded_activations(kind, n_in, n_tokens):
 @pytest.mark.parametrize("n_tokens", N_TOKENS)
 @pytest.mark.parametrize("kind, n_in", SIZES)
 def test_activations_that_rounding_keeps(kind, n_in, n_tokens):
-    """Whole numbers times a power of two, of which 16383 is the largest in each 32: what remains is the rounding of floats, or of pairs."""
+    """Whole numbers times a power of two, of which 16383 is the largest in each 32: what remains is the rounding of floats.
+
+    Where bytes are multiplied, weights are rounded too, and each 256 activations have one scale.
+    """
     rng = np.random.default_rng(n_tokens)
     x = rng.integers(-LARGEST, LARGEST + 1, (n_tokens, n_in // 32, 32))
     x[:, :, rng.integers(32)] = rng.choice([-LARGEST, LARGEST], x.shape[:2])
     x = (x * np.ldexp(1, rng.integers(-9, 1, (*x.shape[:2], 1)))).astype(np.float32).reshape(n_tokens, n_in)
-    assert error(*products(random_weight(kind, 37, n_in), x)) < (2e-10 if amx.HERE and n_tokens > FEW else 1e-12)
+    assert error(*products(random_weight(kind, 37, n_in), x)) < (2e-8 if amx.HERE and n_tokens > FEW else 1e-12)
 
 
 @pytest.mark.parametrize("kind, n_in", [(kind, max(64, block_type(kind).size)) for kind in QUANTIZED])
@@ -85,10 +88,11 @@ def test_single_elements(kind, n_in):
     """Each element of a block alone, for few tokens and for many: its place, its scale and its sign."""
     weight, x = random_weight(kind, 17, n_in), np.eye(n_in, dtype=np.float32)
     found, expected = products(weight, x)
-    bound = 2 ** -16 * np.abs(expected).max(axis=0)     # what pairs of bfloat16 keep, where they are used; a minimum is subtracted
+    largest = np.abs(expected).max(axis=0)
+    bound = (2 ** -13 if amx.HERE else 2 ** -16) * largest     # as bytes, weights are rounded; without, a minimum is subtracted
     assert (np.abs(found - expected) <= bound).all()
     for i in range(0, n_in, 7):
-        assert (np.abs(products(weight, x[i:i + 1])[0] - expected[i]) <= bound).all()
+        assert (np.abs(products(weight, x[i:i + 1])[0] - expected[i]) <= 2 ** -16 * largest).all()
 
 
 BYTES = (0x00, 0x07, 0x70, 0x77, 0x7F, 0x80, 0x88, 0xFF)        # all nibbles 0, 7, 8 or 15; the largest and the least int8
@@ -117,11 +121,11 @@ def test_extremes_do_not_overflow(kind, n_tokens):
     """Every activation at the largest magnitude: of one sign, the other, by turns, by pairs, by halves of a block."""
     i = np.arange(512)
     signs = np.stack([np.ones(512), -np.ones(512), 1 - i % 2 * 2, 1 - i // 16 % 2 * 2, 1 - i // 2 % 2 * 2])
-    weight = extreme_weight(kind)
+    weight, bound = extreme_weight(kind), 1e-4 if amx.HERE and n_tokens > FEW else 2e-6     # equal weights are rounded alike, as bytes
     for part in (signs[:n_tokens], signs[-n_tokens:]):
         found, expected = products(weight, (3 * part).astype(np.float32))
         for row, exact in zip(found.T, expected.T):
-            assert np.abs(row - exact).max() <= 2e-6 * np.abs(expected).max()
+            assert np.abs(row - exact).max() <= bound * np.abs(expected).max()
 
 
 def test_extremes_are_extreme():

@@ -24,8 +24,8 @@ class BlockType(NamedTuple):
 
     Quantized types also have unpack(blocks, n, chunk), at most 256 elements to a chunk; and
     dot(rows, n_rows, n_blocks, x, float32 out), the products of rows with a row of chunks whose 16-byte pieces lie in `order`:
-    order[i] is where the i-th piece goes. `lows` is how many numbers of a chunk's low (8), or low16 (16), are in use. The words that a
-    `wide` type unpacks to are not all within -256 to 256.
+    order[i] is where the i-th piece goes. `lows` is how many numbers of a chunk's low (8), or low16 (16), are in use. The words of a chunk
+    have `bits` bits: they are unsigned if there are lows, else signed.
     """
     dtype: np.dtype
     size: int
@@ -35,14 +35,14 @@ class BlockType(NamedTuple):
     dot: WordFunction | None = None
     order: np.ndarray | None = None
     lows: int = 0
-    wide: bool = False
+    bits: int = 0
 
 
-def entry(dtype, size, dequantize, quantize=None, unpack=None, dot=None, order=None, lows=0, wide=False):
+def entry(dtype, size, dequantize, quantize=None, unpack=None, dot=None, order=None, lows=0, bits=0):
     """A BlockType from plain functions; order as a list of 32 numbers."""
     floats = np.dtype(np.float32)
     return BlockType(dtype, size, BlockFunction(dequantize, dtype, floats), quantize and BlockFunction(quantize, floats, dtype),
-                     unpack and WordFunction(unpack), dot and WordFunction(dot), order and np.array(order, np.uint8), lows, wide)
+                     unpack and WordFunction(unpack), dot and WordFunction(dot), order and np.array(order, np.uint8), lows, bits)
 
 
 def places(*pieces):

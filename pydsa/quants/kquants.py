@@ -358,9 +358,9 @@ def unpack_q3_k(source, n, chunk):
 
 
 TYPES = {
-    "Q2_K": entry(Q2_K, 256, dequantize_q2_k, None, unpack_q2_k, dot_q2_k, BY_PARTS, 16),
-    "Q3_K": entry(Q3_K, 256, dequantize_q3_k, None, unpack_q3_k, dot_q3_k, BY_PARTS),
-    "Q4_K": entry(Q4_K, 256, dequantize_q4_k, None, unpack_q4_k, dot_q4_k, BY_NIBBLES, 8),
-    "Q5_K": entry(Q5_K, 256, dequantize_q5_k, None, unpack_q5_k, dot_q5_k, BY_NIBBLES, 8),
-    "Q6_K": entry(Q6_K, 256, dequantize_q6_k, None, unpack_q6_k, dot_q6_k, BY_NEIGHBOURS, wide=True),
+    "Q2_K": entry(Q2_K, 256, dequantize_q2_k, None, unpack_q2_k, dot_q2_k, BY_PARTS, 16, 6),
+    "Q3_K": entry(Q3_K, 256, dequantize_q3_k, None, unpack_q3_k, dot_q3_k, BY_PARTS, 0, 9),
+    "Q4_K": entry(Q4_K, 256, dequantize_q4_k, None, unpack_q4_k, dot_q4_k, BY_NIBBLES, 8, 4),
+    "Q5_K": entry(Q5_K, 256, dequantize_q5_k, None, unpack_q5_k, dot_q5_k, BY_NIBBLES, 8, 5),
+    "Q6_K": entry(Q6_K, 256, dequantize_q6_k, None, unpack_q6_k, dot_q6_k, BY_NEIGHBOURS, 0, 14),
 }

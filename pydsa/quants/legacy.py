@@ -236,9 +236,9 @@ def unpack_q8_0(source, n, chunk):
 
 
 TYPES = {
-    "Q4_0": entry(Q4_0, 32, dequantize_q4_0, None, unpack_q4_0, dot_q4_0, BY_QUARTERS),
-    "Q4_1": entry(Q4_1, 32, dequantize_q4_1, None, unpack_q4_1, dot_q4_1, BY_QUARTERS, 8),
-    "Q5_0": entry(Q5_0, 32, dequantize_q5_0, None, unpack_q5_0, dot_q5_0, BY_QUARTERS),
-    "Q5_1": entry(Q5_1, 32, dequantize_q5_1, None, unpack_q5_1, dot_q5_1, BY_QUARTERS, 8),
-    "Q8_0": entry(Q8_0, 32, dequantize_q8_0, None, unpack_q8_0, dot_q8_0, BY_TWO),
+    "Q4_0": entry(Q4_0, 32, dequantize_q4_0, None, unpack_q4_0, dot_q4_0, BY_QUARTERS, 0, 4),
+    "Q4_1": entry(Q4_1, 32, dequantize_q4_1, None, unpack_q4_1, dot_q4_1, BY_QUARTERS, 8, 4),
+    "Q5_0": entry(Q5_0, 32, dequantize_q5_0, None, unpack_q5_0, dot_q5_0, BY_QUARTERS, 0, 5),
+    "Q5_1": entry(Q5_1, 32, dequantize_q5_1, None, unpack_q5_1, dot_q5_1, BY_QUARTERS, 8, 5),
+    "Q8_0": entry(Q8_0, 32, dequantize_q8_0, None, unpack_q8_0, dot_q8_0, BY_TWO, 0, 8),
 }

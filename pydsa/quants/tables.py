@@ -141,7 +141,7 @@ def unpack_mxfp4(source, n, chunk):
 
 
 TYPES = {
-    "IQ4_NL": entry(IQ4_NL, 32, dequantize_iq4_nl, None, unpack_iq4_nl, dot_iq4_nl, BY_QUARTERS),
-    "IQ4_XS": entry(IQ4_XS, 256, dequantize_iq4_xs, None, unpack_iq4_xs, dot_iq4_xs, BY_QUARTERS),
-    "MXFP4": entry(MXFP4, 32, dequantize_mxfp4, None, unpack_mxfp4, dot_mxfp4, BY_QUARTERS),
+    "IQ4_NL": entry(IQ4_NL, 32, dequantize_iq4_nl, None, unpack_iq4_nl, dot_iq4_nl, BY_QUARTERS, 0, 8),
+    "IQ4_XS": entry(IQ4_XS, 256, dequantize_iq4_xs, None, unpack_iq4_xs, dot_iq4_xs, BY_QUARTERS, 0, 8),
+    "MXFP4": entry(MXFP4, 32, dequantize_mxfp4, None, unpack_mxfp4, dot_mxfp4, BY_QUARTERS, 0, 5),
 }

@@ -11,11 +11,11 @@ from pydsa.backends.cpu.norm import add, layer_norm, rms_norm, silu_mul  # noqa:
 from pydsa.backends.cpu.rope import hadamard, rope, rope_table  # noqa: F401
 from pydsa.backends.cpu.rows import CacheRows, Weight, cache_write, get_rows  # noqa: F401
 from pydsa.backends.cpu import amx
+from pydsa.backends.cpu.byte_rows import PREPARED, byte_rows, prepare_bytes
 from pydsa.backends.cpu.float_attention import attend_floats
 from pydsa.backends.cpu.float_rows import float_rows, prepare_floats
 from pydsa.backends.cpu.split_attention import attend_splits
 from pydsa.backends.cpu.split_indexer import score_splits
-from pydsa.backends.cpu.split_rows import exact_rows, prepare_splits, split_rows
 from pydsa.backends.cpu.word_rows import prepare_words, round_row, word_rows
 from pydsa.jit import WordFunction, check_threads, entry_point, set_threads  # noqa: F401
 from pydsa.jit import compile_all as compile_calls  # noqa: F401
@@ -28,18 +28,14 @@ ROUND_ROW = WordFunction(round_row)
 # How many tokens are multiplied: bytes for 256 numbers of a token, prepare, times (linear.py)
 WITH_FLOATS = 4 * 256, WordFunction(prepare_floats), WordFunction(float_rows)
 WITH_WORDS = CHUNK, WordFunction(prepare_words), WordFunction(word_rows)
-SPLIT, PREPARE_SPLITS = 4 * (256 + 32), WordFunction(prepare_splits)
-WITH_SPLITS = SPLIT, PREPARE_SPLITS, WordFunction(split_rows)
-WITH_EXACT = SPLIT, PREPARE_SPLITS, WordFunction(exact_rows)
+WITH_BYTES = PREPARED // 16, WordFunction(prepare_bytes), WordFunction(byte_rows)
 
 
 def many(kind):
     """How many tokens are multiplied with a BlockType."""
     if not kind.dot:
         return WITH_FLOATS
-    if not amx.HERE:
-        return WITH_WORDS
-    return WITH_SPLITS if kind.wide or kind.lows == 16 else WITH_EXACT
+    return WITH_BYTES if amx.HERE else WITH_WORDS
 
 
 def weight(tensor):
@@ -49,8 +45,8 @@ def weight(tensor):
     unpack, few = kind.dequantize, ()
     if kind.dot:
         unpack, few = kind.unpack, (ROUND_ROW.address, kind.order.ctypes.data, kind.dot.address)
-    w = Weight(tensor.data, kind.size, kind.dtype.itemsize, kind.lows, prepared, kind.dequantize.address, unpack.address, prepare.address,
-               times.address, *few)
+    w = Weight(tensor.data, kind.size, kind.dtype.itemsize, kind.lows, kind.bits, prepared, kind.dequantize.address, unpack.address,
+               prepare.address, times.address, *few)
     if len(tensor.shape) > 1:
         return w
     values = np.empty((1, *tensor.shape), np.float32)

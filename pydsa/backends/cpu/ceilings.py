@@ -8,11 +8,10 @@ import psutil
 from numba import prange
 
 from pydsa.backends.cpu import amx
-from pydsa.backends.cpu.amx import STEP, SUMS, configure, panel_products, release
+from pydsa.backends.cpu.amx import STEP, SUMS, byte_panel_products, configure, panel_products, release
 from pydsa.backends.cpu.indexer import MANY
 from pydsa.backends.cpu.linear import FEW, addresses
 from pydsa.backends.cpu.microkernels import TILE, TILE_ROWS, WORD_TOKENS, address, tile_products, word_products
-from pydsa.backends.cpu.split_rows import PANEL
 from pydsa.jit import inner, kernel
 from pydsa.quants.block import CHUNK
 
@@ -20,6 +19,7 @@ N_BYTES = 1 << 29       # of the array that is read: beyond most caches, though 
 BLOCK = 1 << 17         # words of 8 bytes that a thread takes at a time
 PASSES = 10             # the best counts
 ROWS, VECTORS, WIDTH = 4, 8, 512        # 24 KiB of floats
+PANEL = 8 * STEP        # 16 rows of 256 pairs of bfloat16
 REPEATS = 20_000        # of the products of ROWS with VECTORS: 8 ms at 80 GFLOP/s
 
 
@@ -94,17 +94,38 @@ def products_of_pairs(sums, repeats):
     return sums.size * repeats * 2 * (2 * 16) * (2 * 16) * 256
 
 
+@kernel(parallel=True)
+def products_of_bytes(sums, repeats):
+    """byte_panel_products of random bytes, four panels with four -> how many operations these were, three counting as one."""
+    for i in prange(sums.size):
+        memory = np.zeros(PANEL + 16 * SUMS + 10 * SUMS + 4 * 64 + 640, np.uint8)
+        panel = (address(memory) + 63) // 64 * 64
+        for j in range(PANEL):
+            memory[j] = j * 40503 >> 8 & 255
+        out = panel + PANEL
+        buffer = out + 16 * SUMS + 320
+        scales = buffer + 10 * SUMS
+        configure()
+        for _ in range(repeats):
+            byte_panel_products(panel, 0, 4, panel, 0, 4, 4, out, scales, scales - panel, buffer, panel, panel, 0, 0)
+        release()
+        sums[i] = memory.sum()      # it must live until here
+    return sums.size * repeats * 2 * (4 * 16) * (4 * 16) * 256
+
+
 # kind of product -> kernel(sums, repeats) -> operations; sums has an element a thread
 PEAKS = {"float32": float_products, "int16": products_of_words}
 if amx.HERE:
-    PEAKS["bfloat16 pairs"] = products_of_pairs
+    PEAKS |= {"bfloat16 pairs": products_of_pairs, "byte pairs": products_of_bytes}
 
 
 def product_kind(op, quantized, n_tokens):
     """What an op multiplies for so many tokens, with quantized weights or without; caches are of 16 bits."""
     if amx.HERE:
         attention, indexer = ("dense_attention", "masked_attention", "sparse_attention"), ("indexer_scores", "indexer_select")
-        if n_tokens > FEW if quantized else op in attention or op in indexer and n_tokens >= MANY:
+        if quantized and n_tokens > FEW:
+            return "byte pairs"
+        if op in attention or op in indexer and n_tokens >= MANY:
             return "bfloat16 pairs"
     return "int16" if quantized else "float32"
 

@@ -2,7 +2,7 @@
 
 For a few tokens quantized weights are multiplied block by block as the file stores them, each weight byte read once. For many, and for
 other weights, a pair of functions of a Weight does it: `prepare` lays activations out, `times` multiplies unpacked tiles of rows with
-them. They are those of float_rows.py, of word_rows.py, or where the CPU has AMX of split_rows.py.
+them. They are those of float_rows.py, of word_rows.py, or where the CPU has AMX of byte_rows.py.
 """
 import numpy as np
 from numba import prange
@@ -79,7 +79,8 @@ def prepare(w, x_at, piece, n_tokens, n_in, out):
 def many_rows(w, rows, n_rows, n_in, x, n_tokens, out_at):
     """out_at[t][r] = row r . token t, for tokens laid out at x, and an int64 array of addresses."""
     row_bytes = n_in // w.block * w.block_bytes
-    call_word_function(w.times, (w.unpack, w.block, w.block_bytes, w.lows, rows, n_rows, row_bytes, n_in, x, n_tokens, address(out_at)))
+    call_word_function(w.times, (
+        w.unpack, w.block, w.block_bytes, w.lows, w.bits, rows, n_rows, row_bytes, n_in, x, n_tokens, address(out_at)))
 
 
 @inner

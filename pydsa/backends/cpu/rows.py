@@ -17,7 +17,8 @@ class Weight(NamedTuple):
     data: np.ndarray
     block: int          # elements in a block
     block_bytes: int
-    lows: int           # BlockType.lows
+    lows: int           # BlockType.lows, BlockType.bits
+    bits: int
     prepared: int       # bytes that `prepare` takes for 256 numbers of a token
     dequantize: int
     unpack: int         # as `times` wants it

@@ -48,8 +48,8 @@ def prepare_words(x_at, first, n_tokens, n_in, out):
         _round_row(i64_at(x_at, 8 * t), n_in, 0, out + t * CHUNK, n_tokens * CHUNK)
 
 
-def word_rows(unpack, block, block_bytes, lows, rows, n_rows, row_bytes, n_in, x, n_tokens, out_at):
-    """out_at[t][r] = row r . token t of prepare_words; at out_at lie addresses."""
+def word_rows(unpack, block, block_bytes, lows, bits, rows, n_rows, row_bytes, n_in, x, n_tokens, out_at):
+    """out_at[t][r] = row r . token t of prepare_words; at out_at lie addresses. `bits` is not needed here."""
     next_bytes = 256 // block * block_bytes
     padded = (n_tokens + WORD_TOKENS - 1) // WORD_TOKENS * WORD_TOKENS     # the last token stands for those that are not there
     n_tiles = (n_rows + TILE_ROWS - 1) // TILE_ROWS
