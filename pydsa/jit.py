@@ -51,7 +51,8 @@ def _amx_allowed():
 
 def _source_hash():
     digest = hashlib.sha256((importlib.metadata.version("numba") + " ".join(sorted(cpu_features()))).encode())
-    kernels = [*PACKAGE.glob("quants/*.py"), *PACKAGE.glob("backends/cpu/*.py"), PACKAGE / "simd.py", PACKAGE / "jit.py"]
+    kernels = [*PACKAGE.glob("quants/*.py"), *PACKAGE.glob("backends/cpu/*.py")]
+    kernels += [PACKAGE / name for name in ("lanes.py", "simd.py", "jit.py")]
     for path in sorted(kernels):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]

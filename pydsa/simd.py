@@ -128,10 +128,10 @@ u32_at, i64_at, float_at = _number_at(I32, types.uint32), _number_at(I64, types.
 
 @intrinsic
 def prefetch(typingctx, address, offset):
-    """Ask for the cache line at address + offset; it need not exist."""
+    """Ask for the cache line at address + offset, into the second-level cache; it need not exist."""
     def codegen(context, builder, signature, args):
         byte = pointer(builder, builder.add(*args), I8)
-        call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [byte, I32(0), I32(3), I32(1)])
+        call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [byte, I32(0), I32(2), I32(1)])
         return context.get_dummy_value()
     return types.void(types.intp, types.intp), codegen
 
@@ -161,18 +161,6 @@ def to_words(typingctx, v):
 
 
 @intrinsic
-def bytes_of(typingctx, numbers):
-    """The bytes of an even number of uint32, as a vector, the lowest first."""
-    kind = Vec("i8", 4 * len(numbers))
-
-    def codegen(context, builder, signature, args):
-        parts = [context.cast(builder, builder.extract_value(args[0], i), t, types.uint64) for i, t in enumerate(numbers.types)]
-        pairs = [builder.or_(low, builder.shl(high, I64(32))) for low, high in zip(parts[::2], parts[1::2])]
-        return builder.bitcast(pack(builder, pairs), kind.ir)
-    return kind(numbers), codegen
-
-
-@intrinsic
 def as_words(typingctx, v):
     """The same bits as i16x32."""
     return i16x32(v), lambda context, builder, signature, args: builder.bitcast(args[0], i16x32.ir)
@@ -189,39 +177,6 @@ def as_bytes(typingctx, v):
 def signed_high_bytes(typingctx, v):
     """Words shifted right by eight bits, with their sign."""
     return i16x32(v), lambda context, builder, signature, args: builder.ashr(args[0], constant([8] * 32, I16))
-
-
-@intrinsic
-def half_words(typingctx, low, high):
-    """i16x32 with one number in the lower and another in the upper sixteen words."""
-    def codegen(context, builder, signature, args):
-        pair = pack(builder, args)
-        return builder.shuffle_vector(pair, pair, constant([0] * 16 + [1] * 16))
-    return i16x32(types.int16, types.int16), codegen
-
-
-def _spreader(lanes):
-    def spread(*which):
-        @intrinsic
-        def pick(typingctx, v):
-            def codegen(context, builder, signature, args):
-                return builder.shuffle_vector(args[0], args[0], constant([lane for lane in which for _ in range(lanes // len(which))]))
-            return Vec(v.element, lanes)(v), codegen
-        return pick
-    return spread
-
-
-# spread(0, 2): a function that gives lane 0 of a vector to the first half of sixteen lanes, lane 2 to the second; spread_words: of 32
-spread, spread_words = _spreader(16), _spreader(32)
-
-
-@intrinsic
-def both_halves(typingctx, address, offset):
-    """32 bytes in memory, twice, as i16x32."""
-    def codegen(context, builder, signature, args):
-        v = builder.load(pointer(builder, builder.add(*args), ir.VectorType(I16, 16)), align=1)
-        return builder.shuffle_vector(v, v, constant([*range(16)] * 2))
-    return i16x32(types.intp, types.intp), codegen
 
 
 def _join(builder, parts):
@@ -268,6 +223,15 @@ def halves(typingctx, addresses):
 
 
 @intrinsic
+def two_halves(typingctx, address, offset):
+    """Two float16 in memory as f32x16: the first in the lower eight lanes, the second in the upper ones."""
+    def codegen(context, builder, signature, args):
+        pair = _extend_halves(builder, builder.load(pointer(builder, builder.add(*args), ir.VectorType(I16, 2)), align=1))
+        return builder.shuffle_vector(pair, pair, constant([0] * 8 + [1] * 8))
+    return f32x16(types.intp, types.intp), codegen
+
+
+@intrinsic
 def vector(typingctx, numbers):
     """A tuple of float32 as a vector."""
     n = len(numbers)
@@ -284,22 +248,6 @@ def where_bits(typingctx, bits, number):
         mask = builder.bitcast(args[0], ir.VectorType(ir.IntType(1), 64))
         return builder.select(mask, broadcast(builder, builder.trunc(args[1], I8), 64), constant([0] * 64, I8))
     return Vec("i8", 64)(types.uint64, types.uint8), codegen
-
-
-def _piece(n, i):
-    """A function that gives the i-th of n equal pieces of a vector."""
-    @intrinsic
-    def piece(typingctx, v):
-        size = v.lanes // n
-
-        def codegen(context, builder, signature, args):
-            return builder.shuffle_vector(args[0], args[0], constant(range(i * size, (i + 1) * size)))
-        return Vec(v.element, size)(v), codegen
-    return piece
-
-
-lower_half, upper_half = _piece(2, 0), _piece(2, 1)
-first_quarter, second_quarter, third_quarter, last_quarter = (_piece(4, i) for i in range(4))
 
 
 def _split(builder, v, lanes):
@@ -369,6 +317,16 @@ def total(typingctx, v):
 
 
 @intrinsic
+def stack_memory(typingctx):
+    """The address of 1 KiB on the stack, the same one for every call at one place."""
+    def codegen(context, builder, signature, args):
+        memory = cgutils.alloca_once(builder, ir.ArrayType(I8, 1024))
+        memory.align = 64
+        return builder.ptrtoint(memory, WORD)
+    return types.intp(), codegen
+
+
+@intrinsic
 def largest(typingctx, a, b):
     """The largest magnitude in two float vectors; NaN if there is one. As integers the bits of magnitudes have the same order."""
     def codegen(context, builder, signature, args):
@@ -400,39 +358,6 @@ def sums_of_16(typingctx, v):
         sums = builder.sitofp(sums, f32x8.ir)
         return cgutils.pack_array(builder, [builder.extract_element(sums, I32(i)) for i in (0, 4)])
     return types.UniTuple(types.float32, 2)(i16x32), codegen
-
-
-SHUFFLES = (("avx512bw", "avx512.pshuf.b.512", 64), ("avx2", "avx2.pshuf.b", 32), ("ssse3", "ssse3.pshuf.b.128", 16))
-
-
-def lookup(table):
-    """A function that replaces each byte from 0 to 15 of i8x64 by an int8 of the table."""
-    @intrinsic
-    def look(typingctx, v):
-        def codegen(context, builder, signature, args):
-            for feature, name, lanes in SHUFFLES:
-                if feature in FEATURES:
-                    kind, whole = ir.VectorType(I8, lanes), constant([*table] * (lanes // 16), I8)
-                    parts = _split(builder, args[0], lanes)
-                    return _join(builder, [call_llvm(builder, f"llvm.x86.{name}", kind, [whole, part]) for part in parts])
-            result = constant([0] * 64, I8)
-            for i, number in enumerate(table):
-                mask = builder.icmp_unsigned("==", args[0], constant([i] * 64, I8))
-                result = builder.select(mask, constant([number] * 64, I8), result)
-            return result
-        return v(v), codegen
-    return look
-
-
-def shifted(words, shifts):
-    """A function that reads 32-bit words: lane i of its i32 vector is the word words[i] at an address, shifted right by shifts[i] bits."""
-    @intrinsic
-    def shift(typingctx, address, offset):
-        def codegen(context, builder, signature, args):
-            v = builder.load(pointer(builder, builder.add(*args), ir.VectorType(I32, max(words) + 1)), align=1)
-            return builder.lshr(builder.shuffle_vector(v, v, constant(words)), constant(shifts))
-        return Vec("i32", len(words))(types.intp, types.intp), codegen
-    return shift
 
 
 @intrinsic

@@ -38,7 +38,7 @@ def test_decode_is_exact(golden, load, device, attention):
 
 @pytest.mark.parametrize("name", MODELS[1:])
 def test_quantized_weights_are_close(golden, load, name):
-    """Activations are rounded to 15 or 16 bits, which may flip a choice between equals: the median is bounded (llama.cpp: 0.002 to 0.01)."""
+    """Activations are rounded to 15 or 16 bits, which may flip a choice of equals: the median is bounded (llama.cpp: 0.002 to 0.01)."""
     path, arrays = golden(name)
     met = np.median(errors(load(path, kv_type="f32").logits(arrays["tokens"]), arrays))
     assert met <= 1e-6 < np.median(errors(arrays["llama_cpp"], arrays))

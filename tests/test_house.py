@@ -17,10 +17,10 @@ SLOW = ("numba", "llvmlite", "tokenizers", "jinja2", "rich")
 
 # Each may import itself, those after it, and the leaves; a leaf only other leaves.
 LAYERS = ("__main__", "cli", "bench report", "__init__", "model", "session", "models", "plan graph costs",
-          "backends", "quants", "simd", "jit")
+          "backends", "quants", "lanes", "simd", "jit")
 LEAVES = "gguf_file tokenizer chat template sampling cache errors"
 RANK = {name: rank for rank, names in enumerate([*LAYERS, LEAVES]) for name in names.split()}
-COMPILING = ("pydsa.backends.cpu", "pydsa.quants.", "pydsa.simd", "pydsa.jit")      # the modules that may import numba
+COMPILING = ("pydsa.backends.cpu", "pydsa.quants.", "pydsa.lanes", "pydsa.simd", "pydsa.jit")      # the modules that may import numba
 
 NOT_OPS = {"weight", "cache_rows", "cache_bytes", "compile_calls", "check_threads", "entry_point", "set_threads", "measure_ceilings"}
 FUNCTIONS = {name for name, f in vars(reference).items() if inspect.isfunction(f) and not name.startswith("_")}

@@ -7,8 +7,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from pydsa.jit import BlockFunction, WordFunction, inline, inner
-from pydsa.simd import (FEATURES, as_bytes, as_words, dot, dot_add, first_quarter, join, last_quarter, load_words, lower_half, multiply_add,
-                        second_quarter, signed_high_bytes, spread, store, third_quarter, to_floats, u16_at, upper_half)
+from pydsa.lanes import first_quarter, last_quarter, lower_half, second_quarter, spread, third_quarter, totals, upper_half
+from pydsa.simd import (FEATURES, as_bytes, as_words, dot, dot_add, float_at, join, load_words, multiply_add, signed_high_bytes, store,
+                        to_floats, u16_at)
 
 
 # A chunk: 256 numbers in words of 16 bits, as a row of weights is unpacked and a row of activations is rounded. Its parts, in bytes:
@@ -16,7 +17,7 @@ from pydsa.simd import (FEATURES, as_bytes, as_words, dot, dot_add, first_quarte
 # each 16 (of a chunk of activations: the sums of its numbers). The product of two chunks, w of weights and x of activations, is
 #     sum_j w.scale[j] x.scale[j] (w.words x.words over the j-th 32) - sum_j w.low[j] x.low[j] - sum_i w.low16[i] x.low16[i]
 SCALE, LOW, LOW_16, CHUNK = 512, 544, 576, 640
-AHEAD = 2048    # bytes that a product asks for ahead of those it reads: more than the hardware's own prefetch does
+AHEAD = 4096    # bytes that a product asks for ahead of those it reads: more than the hardware's own prefetch does
 
 
 class BlockType(NamedTuple):
@@ -107,6 +108,19 @@ def to_half(value):
         return np.uint16(sign | (bits_of_float(float_from_bits(magnitude) + np.float32(0.5)) - np.uint32(0x3F000000)))
     odd = (magnitude >> np.uint32(13)) & np.uint32(1)
     return np.uint16(sign | ((magnitude - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13)))
+
+
+@inline
+def leave_row(sums, v, r, n_rows, out):
+    """out[r] = the sum of v's lanes, written when sixteen rows are there, or the last one: the vectors wait in stack_memory() at `sums`."""
+    i = r & 15
+    store(sums, 64 * i, v)
+    if i == 15:
+        store(out, 4 * (r - 15), totals(sums))
+    elif r == n_rows - 1:
+        store(sums, 0, totals(sums))
+        for j in range(i + 1):
+            store(out, 4 * (r - i + j), float_at(sums, 4 * j))
 
 
 @inline

@@ -9,9 +9,10 @@ import numpy as np
 from numba import carray
 
 from pydsa.jit import inline, inner
-from pydsa.quants.block import AHEAD, CHUNK, LOW, LOW_16, SCALE, dot_pair, entry, half, half_at, places, store_halves
-from pydsa.simd import (both_halves, bytes_of, eight_floats, floats, half_words, load_16_bytes, load_8_floats, load_floats, load_words,
-                        lower_words, multiply_add, prefetch, shifted, spread, spread_words, store, to_floats, to_words, total, u32_at)
+from pydsa.lanes import both_halves, half_words, picked, shifted, spread, spread_words, upper_half, widened
+from pydsa.quants.block import AHEAD, CHUNK, LOW_16, SCALE, dot_pair, entry, half, half_at, leave_row, places, store_halves
+from pydsa.simd import (eight_floats, floats, load_16_bytes, load_8_floats, load_floats, load_words, lower_words, multiply_add, prefetch,
+                        stack_memory, store, to_floats, to_words, two_halves)
 
 Q2_K = np.dtype([("scales", "u1", 16), ("qs", "u1", 64), ("d", "<u2"), ("dmin", "<u2")])
 Q3_K = np.dtype([("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", "<u2")])
@@ -110,17 +111,15 @@ def dequantize_q3_k(source, n, target):
                     out[i, part, k, j] = d * six_bit_scale(packed, 8 * part + 2 * k + j // 16) * q
 
 
-F4, F3, F2 = np.uint32(0x0F0F0F0F), np.uint32(0x3F3F3F3F), np.uint32(0x03030303)
+# The scales and then the minima of Q4_K, as scale_and_min finds them: their lower bits, and the upper two of every second four
+LOWER_BITS = picked([4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15], [0] * 12 + [4] * 4, ([63] * 4 + [15] * 4) * 2)
+UPPER_BITS = picked([4, 5, 6, 7] * 2 + [8, 9, 10, 11] * 2, [2] * 16, ([0] * 4 + [48] * 4) * 2)
 
 
 @inline
 def scales_and_mins(at):
-    """scale_and_min of all eight sub-blocks of the 12 bytes at an address, times d and dmin, which lie before them: two f32x8."""
-    a, b, c = u32_at(at, 4), u32_at(at, 8), u32_at(at, 12)
-    four, six = np.uint32(4), np.uint32(6)
-    scales = bytes_of((a & F3, (c & F4) | (((a >> six) & F2) << four)))
-    mins = bytes_of((b & F3, ((c >> four) & F4) | (((b >> six) & F2) << four)))
-    return to_floats(scales) * half_at(at, 0), to_floats(mins) * half_at(at, 2)
+    """scale_and_min of all eight sub-blocks, times d and dmin, which lie before them: eight scales, then eight minima, as f32x16."""
+    return to_floats(LOWER_BITS(at, 0) | UPPER_BITS(at, 0)) * two_halves(at, 0)
 
 
 FIRST, SECOND, THIRD, FOURTH = spread(0, 2), spread(1, 3), spread(4, 6), spread(5, 7)
@@ -136,35 +135,27 @@ def store_pairs(chunk, at, first, second, even, odd):
     store_halves(chunk, at + 64 * first + 32, at + 64 * second + 32, odd)
 
 
-@inline
-def store_scales(chunk, scales, mins):
-    store(chunk, SCALE, scales)
-    store(chunk, LOW, mins)
-
-
 def dot_q4_k(rows, n_rows, n, x, out):
+    partial = stack_memory()
     for r in range(n_rows):
-        a, b = floats(np.float32(0)), floats(np.float32(0))
-        low = eight_floats(np.float32(0))
+        a, b, low = floats(np.float32(0)), floats(np.float32(0)), floats(np.float32(0))
         for i in range(n):
             at, xi = rows + 144 * (r * n + i), x + CHUNK * i
             for line in range(0, 144, 64):
                 prefetch(at, AHEAD + line)
-            scales, mins = scales_and_mins(at)
-            scales = scales * load_8_floats(xi, SCALE)
-            low = multiply_add(low, mins, load_8_floats(xi, LOW))
+            scales = scales_and_mins(at) * load_floats(xi, SCALE)       # with the activations' scales, and lows behind them
+            low = low + scales
             q = load_words(at, 16)
             a = dot_pair(a, q & 15, (q >> 8) & 15, xi, 0, FIRST(scales))
             b = dot_pair(b, (q >> 4) & 15, q >> 12, xi, 128, SECOND(scales))
             q = load_words(at, 80)
             a = dot_pair(a, q & 15, (q >> 8) & 15, xi, 256, THIRD(scales))
             b = dot_pair(b, (q >> 4) & 15, q >> 12, xi, 384, FOURTH(scales))
-        store(out, 4 * r, total(a + b) - total(low))
+        leave_row(partial, a + b - widened(upper_half(low)), r, n_rows, out)
 
 
 def unpack_q4_k(source, n, chunk):
-    scales, mins = scales_and_mins(source)
-    store_scales(chunk, scales, mins)
+    store(chunk, SCALE, scales_and_mins(source))        # and the lows, which lie behind the scales
     for part in range(2):
         q = load_words(source, 16 + 64 * part)
         store_pairs(chunk, 256 * part, 0, 2, q & 15, (q >> 8) & 15)
@@ -181,28 +172,26 @@ def five_bits(at, part):
 
 
 def dot_q5_k(rows, n_rows, n, x, out):
+    partial = stack_memory()
     for r in range(n_rows):
-        a, b = floats(np.float32(0)), floats(np.float32(0))
-        low = eight_floats(np.float32(0))
+        a, b, low = floats(np.float32(0)), floats(np.float32(0)), floats(np.float32(0))
         for i in range(n):
             at, xi = rows + 176 * (r * n + i), x + CHUNK * i
             for line in range(0, 176, 64):
                 prefetch(at, AHEAD + line)
-            scales, mins = scales_and_mins(at)
-            scales = scales * load_8_floats(xi, SCALE)
-            low = multiply_add(low, mins, load_8_floats(xi, LOW))
+            scales = scales_and_mins(at) * load_floats(xi, SCALE)       # with the activations' scales, and lows behind them
+            low = low + scales
             w, v, y, z = five_bits(at, 0)
             a = dot_pair(a, w, v, xi, 0, FIRST(scales))
             b = dot_pair(b, y, z, xi, 128, SECOND(scales))
             w, v, y, z = five_bits(at, 1)
             a = dot_pair(a, w, v, xi, 256, THIRD(scales))
             b = dot_pair(b, y, z, xi, 384, FOURTH(scales))
-        store(out, 4 * r, total(a + b) - total(low))
+        leave_row(partial, a + b - widened(upper_half(low)), r, n_rows, out)
 
 
 def unpack_q5_k(source, n, chunk):
-    scales, mins = scales_and_mins(source)
-    store_scales(chunk, scales, mins)
+    store(chunk, SCALE, scales_and_mins(source))        # and the lows, which lie behind the scales
     for part in range(2):
         w, v, y, z = five_bits(source, part)
         store_pairs(chunk, 256 * part, 0, 2, w, v)
@@ -228,6 +217,7 @@ def unsigned_six_bits(at, part):
 
 
 def dot_q6_k(rows, n_rows, n, x, out):
+    partial = stack_memory()
     for r in range(n_rows):
         a, b, low = floats(np.float32(0)), floats(np.float32(0)), floats(np.float32(0))
         for i in range(n):
@@ -243,7 +233,7 @@ def dot_q6_k(rows, n_rows, n, x, out):
             w, v, y, z = unsigned_six_bits(at, 1)
             a = dot_pair(a, w, v, xi, 256, Q6_C(scales))
             b = dot_pair(b, y, z, xi, 384, Q6_D(scales))
-        store(out, 4 * r, total(a + b) - np.float32(32) * total(low))
+        leave_row(partial, a + b - low * np.float32(32), r, n_rows, out)
 
 
 def unpack_q6_k(source, n, chunk):
@@ -264,12 +254,13 @@ WORDS_0, WORDS_1, WORDS_2, WORDS_3 = (spread_words(2 * k, 2 * k + 1, 8 + 2 * k, 
 
 
 @inline
-def total_of_parts(a, b, c, e):
+def sum_of_parts(a, b, c, e):
     """The sum of products with elements left at their bits: 1, 4, 16 and 64 times too large."""
-    return total(a + b * np.float32(1 / 4) + c * np.float32(1 / 16) + e * np.float32(1 / 64))
+    return a + b * np.float32(1 / 4) + c * np.float32(1 / 16) + e * np.float32(1 / 64)
 
 
 def dot_q2_k(rows, n_rows, n, x, out):
+    partial = stack_memory()
     for r in range(n_rows):
         a, b, c, e = floats(np.float32(0)), floats(np.float32(0)), floats(np.float32(0)), floats(np.float32(0))
         low = floats(np.float32(0))
@@ -286,7 +277,7 @@ def dot_q2_k(rows, n_rows, n, x, out):
             b = dot_pair(b, even & 12, odd & 12, xi, 128, PART_1(scales))
             c = dot_pair(c, even & 48, odd & 48, xi, 256, PART_2(scales))
             e = dot_pair(e, even & 192, odd & 192, xi, 384, PART_3(scales))
-        store(out, 4 * r, total_of_parts(a, b, c, e) - total(low))
+        leave_row(partial, sum_of_parts(a, b, c, e) - low, r, n_rows, out)
 
 
 def unpack_q2_k(source, n, chunk):
@@ -329,6 +320,7 @@ def three_bits(at):
 
 
 def dot_q3_k(rows, n_rows, n, x, out):
+    partial = stack_memory()
     for r in range(n_rows):
         a, b, c, e = floats(np.float32(0)), floats(np.float32(0)), floats(np.float32(0)), floats(np.float32(0))
         low = floats(np.float32(0))
@@ -344,7 +336,7 @@ def dot_q3_k(rows, n_rows, n, x, out):
             b = dot_pair(b, v & 28, z & 28, xi, 128, PART_1(scales))
             c = dot_pair(c, w & 112, y & 112, xi, 256, PART_2(scales))
             e = dot_pair(e, v & 448, z & 448, xi, 384, PART_3(scales))
-        store(out, 4 * r, total_of_parts(a, b, c, e) - np.float32(4) * total(low))
+        leave_row(partial, sum_of_parts(a, b, c, e) - low * np.float32(4), r, n_rows, out)
 
 
 def unpack_q3_k(source, n, chunk):

@@ -6,10 +6,11 @@ import numpy as np
 from numba import carray
 
 from pydsa.jit import inline, inner
-from pydsa.quants.block import (AHEAD, BY_QUARTERS, LOW, SCALE, dot_pair, dot_quad, entry, four_blocks, half, joined, nibbles, places,
-                                store_halves, store_quad, unsigned_quad, where_in_chunks)
+from pydsa.lanes import spread, widened
+from pydsa.quants.block import (AHEAD, BY_QUARTERS, LOW, SCALE, dot_pair, dot_quad, entry, four_blocks, half, joined, leave_row, nibbles,
+                                places, store_halves, store_quad, unsigned_quad, where_in_chunks)
 from pydsa.simd import (as_words, floats, four_floats, halves, join, load_2_floats, load_4_floats, multiply_add, prefetch,
-                        signed_high_bytes, spread, store, total, u32_at, where_bits)
+                        signed_high_bytes, stack_memory, store, u32_at, where_bits)
 
 Q4_0 = np.dtype([("d", "<u2"), ("qs", "u1", 16)])
 Q4_1 = np.dtype([("d", "<u2"), ("m", "<u2"), ("qs", "u1", 16)])
@@ -107,6 +108,7 @@ def lifted(w, zero):
 
 
 def dot_q4_0(rows, n_rows, n, x, out):
+    partial = stack_memory()
     for r in range(n_rows):
         sums, low = floats(np.float32(0)), four_floats(np.float32(0))
         for i in range(0, n, 4):
@@ -117,7 +119,7 @@ def dot_q4_0(rows, n_rows, n, x, out):
             d = halves(at)
             low = multiply_add(low, d, load_4_floats(xi, LOW + number))
             sums = dot_quad(sums, quad_4(at, 2), xi, words, d * load_4_floats(xi, SCALE + number))
-        store(out, 4 * r, total(sums) - np.float32(8) * total(low))
+        leave_row(partial, sums - widened(low) * np.float32(8), r, n_rows, out)
 
 
 def unpack_q4_0(source, n, chunk):
@@ -128,6 +130,7 @@ def unpack_q4_0(source, n, chunk):
 
 
 def dot_q5_0(rows, n_rows, n, x, out):
+    partial = stack_memory()
     for r in range(n_rows):
         sums, low = floats(np.float32(0)), four_floats(np.float32(0))
         for i in range(0, n, 4):
@@ -138,7 +141,7 @@ def dot_q5_0(rows, n_rows, n, x, out):
             d = halves(at)
             low = multiply_add(low, d, load_4_floats(xi, LOW + number))
             sums = dot_quad(sums, quad_5(at, 6), xi, words, d * load_4_floats(xi, SCALE + number))
-        store(out, 4 * r, total(sums) - np.float32(16) * total(low))
+        leave_row(partial, sums - widened(low) * np.float32(16), r, n_rows, out)
 
 
 def unpack_q5_0(source, n, chunk):
@@ -155,6 +158,7 @@ def offsets(addresses):
 
 
 def dot_q4_1(rows, n_rows, n, x, out):
+    partial = stack_memory()
     for r in range(n_rows):
         sums, low = floats(np.float32(0)), four_floats(np.float32(0))
         for i in range(0, n, 4):
@@ -164,7 +168,7 @@ def dot_q4_1(rows, n_rows, n, x, out):
             xi, words, number = where_in_chunks(x, i)
             low = multiply_add(low, offsets(at), load_4_floats(xi, LOW + number))
             sums = dot_quad(sums, quad_4(at, 4), xi, words, halves(at) * load_4_floats(xi, SCALE + number))
-        store(out, 4 * r, total(sums) + total(low))
+        leave_row(partial, sums + widened(low), r, n_rows, out)
 
 
 def unpack_q4_1(source, n, chunk):
@@ -176,6 +180,7 @@ def unpack_q4_1(source, n, chunk):
 
 
 def dot_q5_1(rows, n_rows, n, x, out):
+    partial = stack_memory()
     for r in range(n_rows):
         sums, low = floats(np.float32(0)), four_floats(np.float32(0))
         for i in range(0, n, 4):
@@ -185,7 +190,7 @@ def dot_q5_1(rows, n_rows, n, x, out):
             xi, words, number = where_in_chunks(x, i)
             low = multiply_add(low, offsets(at), load_4_floats(xi, LOW + number))
             sums = dot_quad(sums, quad_5(at, 8), xi, words, halves(at) * load_4_floats(xi, SCALE + number))
-        store(out, 4 * r, total(sums) + total(low))
+        leave_row(partial, sums + widened(low), r, n_rows, out)
 
 
 def unpack_q5_1(source, n, chunk):
@@ -215,6 +220,7 @@ def even_and_odd(addresses):
 
 
 def dot_q8_0(rows, n_rows, n, x, out):
+    partial = stack_memory()
     for r in range(n_rows):
         a = floats(np.float32(0))
         for i in range(0, n, 2):
@@ -223,7 +229,7 @@ def dot_q8_0(rows, n_rows, n, x, out):
             xi, words, number = where_in_chunks(x, i)
             even, odd = even_and_odd(at)
             a = dot_pair(a, even, odd, xi, words, TWO(halves(at) * load_2_floats(xi, SCALE + number)))
-        store(out, 4 * r, total(a))
+        leave_row(partial, a, r, n_rows, out)
 
 
 def unpack_q8_0(source, n, chunk):

@@ -7,10 +7,10 @@ import numpy as np
 from numba import carray
 
 from pydsa.jit import inline
-from pydsa.quants.block import (AHEAD, BY_QUARTERS, CHUNK, SCALE, dot_quad, entry, four_blocks, half, half_at, joined, nibbles, signed_quad,
-                                store_quad, where_in_chunks)
-from pydsa.simd import (floats, halves, load_4_floats, load_8_floats, load_bytes, lookup, lower_half, prefetch, shifted, store, to_floats,
-                        total, u8_at, upper_half, vector)
+from pydsa.lanes import lookup, lower_half, shifted, upper_half
+from pydsa.quants.block import (AHEAD, BY_QUARTERS, CHUNK, SCALE, dot_quad, entry, four_blocks, half, half_at, joined, leave_row, nibbles,
+                                signed_quad, store_quad, where_in_chunks)
+from pydsa.simd import floats, halves, load_4_floats, load_8_floats, load_bytes, prefetch, stack_memory, store, to_floats, u8_at, vector
 
 IQ4_NL = np.dtype([("d", "<u2"), ("qs", "u1", 16)])
 IQ4_XS = np.dtype([("d", "<u2"), ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128)])
@@ -68,6 +68,7 @@ def twice_fractions(v):
 
 
 def dot_iq4_nl(rows, n_rows, n, x, out):
+    partial = stack_memory()
     for r in range(n_rows):
         sums = floats(np.float32(0))
         for i in range(0, n, 4):
@@ -76,7 +77,7 @@ def dot_iq4_nl(rows, n_rows, n, x, out):
             prefetch(at[0], AHEAD + 64)
             xi, words, number = where_in_chunks(x, i)
             sums = dot_quad(sums, levels(joined(at, 2)), xi, words, halves(at) * load_4_floats(xi, SCALE + number))
-        store(out, 4 * r, total(sums))
+        leave_row(partial, sums, r, n_rows, out)
 
 
 def unpack_iq4_nl(source, n, chunk):
@@ -96,6 +97,7 @@ def scales_of_8(at):
 
 
 def dot_iq4_xs(rows, n_rows, n, x, out):
+    partial = stack_memory()
     for r in range(n_rows):
         a, b = floats(np.float32(0)), floats(np.float32(0))
         for i in range(n):
@@ -105,7 +107,7 @@ def dot_iq4_xs(rows, n_rows, n, x, out):
             scales = scales_of_8(at) * load_8_floats(xi, SCALE)
             a = dot_quad(a, levels(load_bytes(at, 8)), xi, 0, lower_half(scales))
             b = dot_quad(b, levels(load_bytes(at, 72)), xi, 256, upper_half(scales))
-        store(out, 4 * r, total(a + b))
+        leave_row(partial, a + b, r, n_rows, out)
 
 
 def unpack_iq4_xs(source, n, chunk):
@@ -122,6 +124,7 @@ def powers(addresses):
 
 
 def dot_mxfp4(rows, n_rows, n, x, out):
+    partial = stack_memory()
     for r in range(n_rows):
         sums = floats(np.float32(0))
         for i in range(0, n, 4):
@@ -130,7 +133,7 @@ def dot_mxfp4(rows, n_rows, n, x, out):
             prefetch(at[0], AHEAD + 64)
             xi, words, number = where_in_chunks(x, i)
             sums = dot_quad(sums, twice_fractions(joined(at, 1)), xi, words, powers(at) * load_4_floats(xi, SCALE + number))
-        store(out, 4 * r, total(sums))
+        leave_row(partial, sums, r, n_rows, out)
 
 
 def unpack_mxfp4(source, n, chunk):

@@ -9,7 +9,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pydsa.jit import inline, inner
-from pydsa.simd import F32, FEATURES, I8, I32, WORD, broadcast, call_llvm, constant, f32x16, i32x16, pointer, store
+from pydsa.simd import F32, FEATURES, I32, I8, WORD, broadcast, call_llvm, constant, f32x16, i32x16, pointer, store
 
 HERE = {"amx-tile", "amx-bf16", "amx-int8", "avx512bw"} <= FEATURES
 

@@ -11,9 +11,10 @@ from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, byte_panel_products, b
 from pydsa.backends.cpu.microkernels import turn_over
 from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.jit import call_word_function, inline, inner
+from pydsa.lanes import both_halves, spread
 from pydsa.quants.block import CHUNK, LOW, LOW_16, SCALE
-from pydsa.simd import (F32, I16, I32, both_halves, broadcast, call_llvm, constant, f32x16, float_at, floats, i16x32, i32x16, i64_at,
-                        largest, load_8_floats, load_floats, load_words, pointer, prefetch, rounded_words, spread, store)
+from pydsa.simd import (F32, I16, I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i16x32, i32x16, i64_at, largest,
+                        load_8_floats, load_floats, load_words, pointer, prefetch, rounded_words, store)
 
 PANEL = 4 * STEP            # 16 rows of 256 numbers: steps of 64 numbers, high bytes and then low ones
 PREPARED = PANEL + 64       # and for activations their scales

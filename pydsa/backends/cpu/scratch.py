@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 
 from pydsa.backends.cpu.microkernels import floats_pointer
 from pydsa.jit import inner
-from pydsa.simd import I8, I32, WORD, i64_at, store
+from pydsa.simd import I32, I8, WORD, i64_at, store
 
 PIECES = np.zeros((1 + numba.config.NUMBA_NUM_THREADS, 3), np.int64)       # address, aligned address, bytes; the first is the caller's
 llvm.add_symbol("pydsa_scratch", PIECES.ctypes.data)

@@ -4,9 +4,9 @@ import numpy as np
 from pydsa.backends.cpu.microkernels import TILE, TILE_ROWS, WORD_TOKENS, turn_over, word_products
 from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.jit import call_word_function, inner
+from pydsa.lanes import first_quarter, last_quarter, second_quarter, third_quarter
 from pydsa.quants.block import CHUNK, LOW, LOW_16, SCALE
-from pydsa.simd import (first_quarter, float_at, i64_at, largest, last_quarter, load_floats, prefetch, rounded_words,
-                        second_quarter, store, sums_of_16, third_quarter, u8_at)
+from pydsa.simd import float_at, i64_at, largest, load_floats, prefetch, rounded_words, store, sums_of_16, u8_at
 
 LARGEST = 16383         # of a rounded activation: 32 of them times Q6_K's largest weights, 4096, still fit into 32 bits
 TURN = 4                # register blocks of tokens after which the next tile comes: 15 KiB of activations beside a tile of 20
