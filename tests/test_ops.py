@@ -103,7 +103,7 @@ def compare(op, shape, *args):
     found, expected = run(cpu, op, [shape], *args), run(reference, op, [shape], *args)
     quantized = any(isinstance(a, Tensor) and block_type(a.type).dtype.names for a in args)
     pairs = amx.HERE and ("attention" in op or "indexer" in op) and all(a.kv_type != "f32" for a in args if isinstance(a, Rows))
-    assert close(found, expected, 1e-6 if quantized else 2e-10 if pairs else 1e-12)
+    assert close(found, expected, 1e-6 if quantized else 1e-9 if pairs else 1e-12)      # one product of pairs may be off by 2^-15
     return found
 
 

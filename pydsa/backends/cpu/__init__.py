@@ -15,7 +15,7 @@ from pydsa.backends.cpu.byte_rows import PREPARED, byte_rows, prepare_bytes
 from pydsa.backends.cpu.float_attention import attend_floats
 from pydsa.backends.cpu.float_rows import float_rows, prepare_floats
 from pydsa.backends.cpu.split_attention import attend_splits
-from pydsa.backends.cpu.split_indexer import score_splits
+from pydsa.backends.cpu.split_indexer import score_splits, score_splits_of_few
 from pydsa.backends.cpu.word_rows import prepare_words, round_row, word_rows
 from pydsa.jit import WordFunction, check_threads, entry_point, set_threads  # noqa: F401
 from pydsa.jit import compile_all as compile_calls  # noqa: F401
@@ -23,7 +23,7 @@ from pydsa.quants.block import CHUNK
 
 FLOAT = np.float32
 ATTEND_FLOATS, ATTEND_SPLITS = WordFunction(attend_floats), WordFunction(attend_splits)
-SCORE_FLOATS, SCORE_SPLITS = WordFunction(score_floats), WordFunction(score_splits)
+SCORE_FLOATS, SCORE_SPLITS, SCORE_SPLITS_OF_FEW = (WordFunction(f) for f in (score_floats, score_splits, score_splits_of_few))
 ROUND_ROW = WordFunction(round_row)
 # How many tokens are multiplied: bytes for 256 numbers of a token, prepare, times (linear.py)
 WITH_FLOATS = 4 * 256, WordFunction(prepare_floats), WordFunction(float_rows)
@@ -60,8 +60,8 @@ def cache_rows(n_ctx, width, kv_type):
     kind = quants.block_type(quants.KV_TYPES[kv_type])
     data = np.zeros((n_ctx, width // kind.size * kind.dtype.itemsize), np.uint8)
     splits = amx.HERE and kv_type != "f32"      # float32 rows keep all their bits
-    attend, score = (ATTEND_SPLITS, SCORE_SPLITS) if splits else (ATTEND_FLOATS, SCORE_FLOATS)
-    return CacheRows(data, kind.dequantize.address, kind.quantize.address, kind.size, attend.address, score.address, SCORE_FLOATS.address)
+    functions = (ATTEND_SPLITS, SCORE_SPLITS, SCORE_SPLITS_OF_FEW) if splits else (ATTEND_FLOATS, SCORE_FLOATS, SCORE_FLOATS)
+    return CacheRows(data, kind.dequantize.address, kind.quantize.address, kind.size, *(f.address for f in functions))
 
 
 def cache_bytes(rows):

@@ -9,7 +9,6 @@ from numba import prange
 
 from pydsa.backends.cpu import amx
 from pydsa.backends.cpu.amx import STEP, SUMS, byte_panel_products, configure, panel_products, release
-from pydsa.backends.cpu.indexer import MANY
 from pydsa.backends.cpu.linear import FEW, addresses
 from pydsa.backends.cpu.microkernels import TILE, TILE_ROWS, WORD_TOKENS, address, tile_products, word_products
 from pydsa.jit import inner, kernel
@@ -119,13 +118,15 @@ if amx.HERE:
     PEAKS |= {"bfloat16 pairs": products_of_pairs, "byte pairs": products_of_bytes}
 
 
+OF_CACHES = ("dense_attention", "masked_attention", "sparse_attention", "indexer_scores", "indexer_select")
+
+
 def product_kind(op, quantized, n_tokens):
     """What an op multiplies for so many tokens, with quantized weights or without; caches are of 16 bits."""
     if amx.HERE:
-        attention, indexer = ("dense_attention", "masked_attention", "sparse_attention"), ("indexer_scores", "indexer_select")
         if quantized and n_tokens > FEW:
             return "byte pairs"
-        if op in attention or op in indexer and n_tokens >= MANY:
+        if op in OF_CACHES:
             return "bfloat16 pairs"
     return "int16" if quantized else "float32"
 

@@ -1,4 +1,7 @@
-"""The indexer's scores for many tokens in AMX tiles (amx.py): tiles of heads x keys, whose heads are weighed as they leave."""
+"""The indexer's scores in AMX tiles (amx.py), whose heads are weighed as they leave: heads x keys for many tokens, keys x heads for few.
+
+The right one of two operands must be turned over: for many tokens that is done to the keys, once for all tokens; for few to the queries.
+"""
 import numpy as np
 from numba.extending import intrinsic
 
@@ -6,10 +9,12 @@ from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, configure, panel_produ
 from pydsa.backends.cpu.microkernels import turn_over
 from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.jit import call_block_function, inner
+from pydsa.lanes import totals
 from pydsa.quants.block import float_from_bits
-from pydsa.simd import F32, constant, f32x16, float_at, floats, load_floats, multiply_add, store
+from pydsa.simd import F32, constant, f32x16, float_at, floats, load_floats, multiply_add, prefetch, store
 
 KEYS = 256          # that are prepared at a time: with 128 numbers each, 128 KiB
+KEYS_AHEAD = 32     # that are asked for while one is split
 PANELS = 16         # 16 heads each, of as many tokens: their sums with KEYS keys take 256 KiB
 
 
@@ -74,4 +79,44 @@ def score_splits(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_hea
                         dots = load_floats(sums, ((t * head_panels + h // 16) * n_panels + j) * SUMS + 64 * (h % 16))
                         total = multiply_add(total, positive(dots), floats(float_at(w, (t0 + t) * w_token + 4 * h)))
                     store(out, (t0 + t) * out_token + 4 * (start + 16 * j), total * factor)
+    release()
+
+
+def score_splits_of_few(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, block, first,
+                        last, scale):
+    """What score_splits does, where preparing keys costs the most: they are only split."""
+    factor = float_from_bits(np.uint32(scale))
+    n_steps, head_panels = (width + 31) // 32, (n_head + 15) // 16
+    panel_bytes = n_steps * STEP
+    queries = own_scratch((head_panels + KEYS // 16) * panel_bytes + head_panels * (KEYS // 16 * SUMS + 64) + 4 * width + 256)
+    keys = queries + head_panels * panel_bytes
+    sums = keys + KEYS // 16 * panel_bytes
+    weights = sums + head_panels * KEYS // 16 * SUMS
+    row = weights + 64 * head_panels
+    key = row + 128
+    configure()
+    for t in range(n_tokens):
+        for h in range(16 * head_panels):
+            split_row(q + t * q_token + min(h, n_head - 1) * q_head, row, width, n_steps, queries + h // 16 * panel_bytes + 64 * (h % 16))
+            store(weights, 4 * h, float_at(w, t * w_token + 4 * h) if h < n_head else np.float32(0))
+        for i in range(head_panels * n_steps):
+            for part in (0, LOW_PARTS):
+                turn_over(queries + i * STEP + part, 64, queries + i * STEP + part, 64)
+        for start in range(first, last, KEYS):
+            n_panels = (min(KEYS, last - start) + 15) // 16
+            for i in range(16 * n_panels):
+                source = rows + min(start + i, last - 1) * row_bytes
+                for line in range(0, row_bytes, 64):
+                    prefetch(source + KEYS_AHEAD * row_bytes, line)
+                call_block_function(dequantize, source, width // block, key)
+                split_row(key, row, width, n_steps, keys + i // 16 * panel_bytes + 64 * (i % 16))
+            panel_products(keys, panel_bytes, n_panels, queries, panel_bytes, head_panels, n_steps, sums, True, keys, keys, 0, 0)
+            for i in range(n_panels):
+                cell = sums + i * head_panels * SUMS
+                for k in range(16):
+                    total = positive(load_floats(cell, 64 * k)) * load_floats(weights, 0)
+                    for j in range(1, head_panels):
+                        total = multiply_add(total, positive(load_floats(cell, j * SUMS + 64 * k)), load_floats(weights, 64 * j))
+                    store(cell, 64 * k, total)
+                store(out, t * out_token + 4 * (start + 16 * i), totals(cell) * factor)
     release()
