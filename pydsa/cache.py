@@ -2,7 +2,7 @@
 
 
 class VectorCache:
-    """n_ctx rows of `width` values stored as kv_type; `rows` is what the backend's ops take."""
+    """n_ctx rows of `width` values, stored as kv_type says (quants.cache_storage); `rows` is what the backend's ops take."""
 
     def __init__(self, backend, n_ctx, width, kv_type):
         self.n_ctx, self.width, self.kv_type = n_ctx, width, kv_type

@@ -19,7 +19,7 @@ from pydsa.graph import CacheRef, Graph
 from pydsa.models import architecture
 from pydsa.models.weights import Weights
 from pydsa.plan import Runner, plan
-from pydsa.quants import KV_TYPES
+from pydsa.quants import KV_TYPES, ROW_OF_BYTES, cache_storage
 from pydsa.sampling import Sampling
 from pydsa.session import Session
 from pydsa.tokenizer import Tokenizer
@@ -76,6 +76,10 @@ class ModelPlan:
         self._refuse_unknown_tensors()
         used = {a for p in self.plans.values() for node in p.graph.nodes for a in node.args if isinstance(a, CacheRef)}
         self.cache_widths = {ref: width for ref, width in self.config.cache_widths.items() if ref in used}
+        odd = [width for ref, width in self.cache_widths.items() if ref.kind == "latents" and width % 32]
+        if self.kv_type == "q8_0" and odd:
+            raise UnsupportedModelError(f"{metadata.path}: its latents have {odd[0]} numbers, and --kv-type q8_0 needs a multiple of 32; "
+                                        "use f16.")
 
     def _record(self, arch, path):
         graph = Graph(self.n_ctx)
@@ -118,7 +122,8 @@ class ModelPlan:
     def cache_row_bytes(self):
         """Bytes that a token takes in each cache."""
         kind = next(kind for kind in GGML_TYPES.values() if kind.name == KV_TYPES[self.kv_type])
-        return {ref: width // kind.block * kind.n_bytes for ref, width in self.cache_widths.items()}
+        return {ref: width + 4 if cache_storage(self.kv_type, ref.kind) == ROW_OF_BYTES else width // kind.block * kind.n_bytes
+                for ref, width in self.cache_widths.items()}
 
     @property
     def cache_bytes(self):
@@ -176,7 +181,8 @@ class Model:
 
     def caches(self, n_ctx):
         """Empty caches of n_ctx rows, one for each (kind, layer) that the graphs use."""
-        return {ref: VectorCache(self.backend, n_ctx, width, self.kv_type) for ref, width in self.plan.cache_widths.items()}
+        return {ref: VectorCache(self.backend, n_ctx, width, cache_storage(self.kv_type, ref.kind))
+                for ref, width in self.plan.cache_widths.items()}
 
     @functools.cached_property
     def tokenizer(self):
@@ -262,8 +268,8 @@ def load(path, n_ctx=None, device="cpu", threads=None, kv_type="f16", attention=
     """Open a GGUF (the first part, if it is split) and make it ready to run.
 
     n_ctx: tokens the context can hold (8192, or the model's own limit if that is less). device: "cpu", or "reference" for plain numpy.
-    threads: all cores if None. kv_type: "f32", "f16", "bf16". attention: "auto" (exact dense attention while the context is no longer
-    than top_k, sparse beyond), "sparse", "masked", "dense". dsa_top_k: keys to attend to, instead of the file's own number.
+    threads: all cores if None. kv_type: "f32", "f16", "bf16", "q8_0". attention: "auto" (exact dense attention while the context is no
+    longer than top_k, sparse beyond), "sparse", "masked", "dense". dsa_top_k: keys to attend to, instead of the file's own number.
     n_ubatch: tokens of a prompt that run together. progress(done, total, kernel name) is called while kernels are compiled.
 
     Raises GGUFError, UnsupportedModelError, OutOfMemoryError, PydsaError.

@@ -16,6 +16,7 @@ from pydsa.quants import KV_TYPES, SUPPORTED, block_type
 
 N_TOKENS = (1, 2, 7, 33)
 N_HEADS = (1, 3, 4, 16)
+OF_FLOATS = [name for name in KV_TYPES if name != "q8_0"]
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +104,7 @@ def compare(op, shape, *args):
     found, expected = run(cpu, op, [shape], *args), run(reference, op, [shape], *args)
     quantized = any(isinstance(a, Tensor) and block_type(a.type).dtype.names for a in args)
     pairs = amx.HERE and ("attention" in op or "indexer" in op) and all(a.kv_type != "f32" for a in args if isinstance(a, Rows))
-    assert close(found, expected, 1e-6 if quantized else 1e-9 if pairs else 1e-12)      # one product of pairs may be off by 2^-15
+    assert close(found, expected, 1e-6 if quantized else 1e-8 if pairs else 1e-12)      # a product of pairs may be off by 2^-15
     return found
 
 
@@ -302,7 +303,7 @@ def test_scores_by_hand():
         assert scores.tolist() == [[25, -np.inf, -np.inf, -np.inf], [-125, 5, -np.inf, -np.inf]]
 
 
-@pytest.mark.parametrize("kv_type", KV_TYPES)
+@pytest.mark.parametrize("kv_type", [*OF_FLOATS, "i8"])
 @pytest.mark.parametrize("n_tokens, n_kv", [(1, 1), (1, 63), (1, 64), (2, 65), (7, 130), (33, 33), (33, 200)])
 def test_indexer_scores(n_tokens, n_kv, kv_type):
     positions = last_positions(n_tokens, n_kv)
@@ -311,7 +312,7 @@ def test_indexer_scores(n_tokens, n_kv, kv_type):
         compare("indexer_scores", (n_tokens, n_kv + 3), q, w, keys, positions, 0.125)
 
 
-@pytest.mark.parametrize("kv_type", KV_TYPES)
+@pytest.mark.parametrize("kv_type", OF_FLOATS)
 @pytest.mark.parametrize("n_tokens, k", [(1, 8), (1, 70), (33, 40), (33, 64), (2, 1)])
 def test_indexer_select(n_tokens, k, kv_type):
     """What top_k makes of indexer_scores, with chunks that end where the selection begins to matter, and far beyond."""
@@ -346,6 +347,7 @@ def test_scatter_mask():
 
 
 SHAPES = [(1, 37, 29), (3, 40, 32), (4, 17, 16), (16, 96, 64)]      # heads, width, n_v
+SHAPES_OF_BLOCKS = [(1, 32, 29), (3, 64, 32), (16, 96, 64)]         # rows of Q8_0 have whole blocks
 CONTEXTS = [(1, 1), (1, 32), (2, 33), (7, 31), (7, 100), (33, 33), (33, 97)]    # n_tokens, n_kv
 
 
@@ -373,7 +375,7 @@ def ops(positions, mask, indices):
 @pytest.mark.parametrize("n_tokens, n_kv", CONTEXTS)
 def test_attention(n_tokens, n_kv, kv_type):
     """All three beside the reference; and beside each other where they look at the same keys."""
-    for shape in SHAPES:
+    for shape in SHAPES if kv_type in OF_FLOATS else SHAPES_OF_BLOCKS:
         q, latents, positions = attention_inputs(n_tokens, n_kv, shape, kv_type)
         out = (n_tokens, shape[0], shape[2])
         scale = shape[1] ** -0.5

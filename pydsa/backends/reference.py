@@ -7,6 +7,7 @@ import numpy as np
 
 FLOAT = np.float64
 KV_DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}   # bf16: the upper half of a float32
+Q8_0 = np.dtype([("d", "<f2"), ("q", "i1", 32)])        # a block of a row
 
 
 def weight(tensor):
@@ -17,7 +18,11 @@ def weight(tensor):
 
 
 def cache_rows(n_ctx, width, kv_type):
-    """An empty cache of n_ctx rows."""
+    """An empty cache of n_ctx rows; kv_type may also be "i8": a row of int8 with its scale behind it."""
+    if kv_type == "q8_0":
+        return np.zeros((n_ctx, width // 32), Q8_0)
+    if kv_type == "i8":
+        return np.zeros((n_ctx, 1), np.dtype([("q", "i1", width), ("d", "<f4")]))
     return np.zeros((n_ctx, width), KV_DTYPES[kv_type])
 
 
@@ -48,6 +53,8 @@ def measure_ceilings():
 
 
 def _floats(rows):      # cache rows of any kv type -> float64
+    if rows.dtype.names:
+        return (rows["q"] * rows["d"][..., None].astype(FLOAT)).reshape(len(rows), rows.shape[1] * rows.dtype["q"].shape[0])
     if rows.dtype == np.uint16:
         rows = (rows.astype(np.uint32) << 16).view(np.float32)
     return rows.astype(FLOAT)
@@ -107,8 +114,16 @@ def hadamard(out, x):       # [T, H, D] with D a power of two; out may be x itse
 
 
 def cache_write(cache, x, positions):       # [S, n], [T, n], [T]
-    """cache[positions[t]] = x[t], converted to the cache's type"""
-    if cache.dtype == np.uint16:
+    """cache[positions[t]] = x[t], converted to the cache's type: with a scale for several numbers, the largest of them becomes 127"""
+    if cache.dtype.names:
+        x = np.ascontiguousarray(x, np.float32).reshape(len(x), cache.shape[1], -1)
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            scale = np.abs(x).max(axis=-1) / np.float32(127)        # not finite if a number is not
+            products = x * np.where((scale > 1e-30) & np.isfinite(scale), 1 / scale, 0)[..., None]
+            whole = np.floor(np.abs(products) + np.float32(0.5))
+            cache["d"][positions] = scale
+            cache["q"][positions] = np.where(whole < 128, np.copysign(whole, products), 0)
+    elif cache.dtype == np.uint16:
         bits = x.astype(np.float32).view(np.uint32)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         cache[positions] = np.where(np.isnan(x), (bits >> 16) | 64, rounded)

@@ -40,10 +40,14 @@ class BlockType(NamedTuple):
 
 
 def entry(dtype, size, dequantize, quantize=None, unpack=None, dot=None, order=None, lows=0, bits=0):
-    """A BlockType from plain functions; order as a list of 32 numbers."""
+    """A BlockType from plain functions, or from a WordFunction for dequantize or quantize; order as a list of 32 numbers."""
     floats = np.dtype(np.float32)
-    return BlockType(dtype, size, BlockFunction(dequantize, dtype, floats), quantize and BlockFunction(quantize, floats, dtype),
-                     unpack and WordFunction(unpack), dot and WordFunction(dot), order and np.array(order, np.uint8), lows, bits)
+    if not isinstance(dequantize, WordFunction):
+        dequantize = BlockFunction(dequantize, dtype, floats)
+    if quantize and not isinstance(quantize, WordFunction):
+        quantize = BlockFunction(quantize, floats, dtype)
+    return BlockType(dtype, size, dequantize, quantize, unpack and WordFunction(unpack), dot and WordFunction(dot),
+                     order and np.array(order, np.uint8), lows, bits)
 
 
 def places(*pieces):
@@ -121,6 +125,25 @@ def leave_row(sums, v, r, n_rows, out):
         store(sums, 0, totals(sums))
         for j in range(i + 1):
             store(out, 4 * (r - i + j), float_at(sums, 4 * j))
+
+
+@inner
+def round_to_bytes(source, n, target):
+    """n floats -> int8, the largest magnitude becoming 127, halves away from zero as gguf-py's Q8_0 has it -> the scale.
+
+    If a number is not finite, neither is the scale.
+    """
+    top = np.float32(0)
+    for j in range(n):
+        magnitude = abs(float_at(source, 4 * j))
+        top = magnitude if magnitude > top or magnitude != magnitude else top       # NaN stays
+    scale = top / np.float32(127)
+    factor = np.float32(1) / scale if scale > np.float32(1e-30) and scale < np.float32(np.inf) else np.float32(0)
+    for j in range(n):
+        product = float_at(source, 4 * j) * factor
+        whole = np.floor(abs(product) + np.float32(0.5))
+        store(target, j, np.int8(whole if product > 0 else -whole) if whole < 128 else np.int8(0))
+    return scale
 
 
 @inline

@@ -11,6 +11,7 @@ from pydsa.backends.cpu.norm import add, layer_norm, rms_norm, silu_mul  # noqa:
 from pydsa.backends.cpu.rope import hadamard, rope, rope_table  # noqa: F401
 from pydsa.backends.cpu.rows import CacheRows, Weight, cache_write, get_rows  # noqa: F401
 from pydsa.backends.cpu import amx
+from pydsa.backends.cpu.byte_indexer import score_bytes
 from pydsa.backends.cpu.byte_rows import PREPARED, byte_rows, prepare_bytes
 from pydsa.backends.cpu.float_attention import attend_floats
 from pydsa.backends.cpu.float_rows import float_rows, prepare_floats
@@ -19,11 +20,14 @@ from pydsa.backends.cpu.split_indexer import score_splits, score_splits_of_few
 from pydsa.backends.cpu.word_rows import prepare_words, round_row, word_rows
 from pydsa.jit import WordFunction, check_threads, entry_point, set_threads  # noqa: F401
 from pydsa.jit import compile_all as compile_calls  # noqa: F401
+from pydsa.quants import whole_rows
 from pydsa.quants.block import CHUNK
 
 FLOAT = np.float32
 ATTEND_FLOATS, ATTEND_SPLITS = WordFunction(attend_floats), WordFunction(attend_splits)
-SCORE_FLOATS, SCORE_SPLITS, SCORE_SPLITS_OF_FEW = (WordFunction(f) for f in (score_floats, score_splits, score_splits_of_few))
+SCORE_FLOATS, SCORE_BYTES = WordFunction(score_floats), WordFunction(score_bytes)
+SCORE_SPLITS, SCORE_SPLITS_OF_FEW = WordFunction(score_splits), WordFunction(score_splits_of_few)
+SPARE_ROWS = 32         # behind the last one: tiles are loaded whole, 64 bytes of each row
 ROUND_ROW = WordFunction(round_row)
 # How many tokens are multiplied: bytes for 256 numbers of a token, prepare, times (linear.py)
 WITH_FLOATS = 4 * 256, WordFunction(prepare_floats), WordFunction(float_rows)
@@ -56,12 +60,17 @@ def weight(tensor):
 
 
 def cache_rows(n_ctx, width, kv_type):
-    """An empty cache of n_ctx rows; the system gives the pages as they are first written."""
-    kind = quants.block_type(quants.KV_TYPES[kv_type])
-    data = np.zeros((n_ctx, width // kind.size * kind.dtype.itemsize), np.uint8)
-    splits = amx.HERE and kv_type != "f32"      # float32 rows keep all their bits
-    functions = (ATTEND_SPLITS, SCORE_SPLITS, SCORE_SPLITS_OF_FEW) if splits else (ATTEND_FLOATS, SCORE_FLOATS, SCORE_FLOATS)
-    return CacheRows(data, kind.dequantize.address, kind.quantize.address, kind.size, *(f.address for f in functions))
+    """An empty cache of n_ctx rows, stored as quants.cache_storage() says; the system gives the pages as they are first written."""
+    if kv_type == quants.ROW_OF_BYTES:
+        row_bytes, block, dequantize, quantize = width + 4, 1, whole_rows.DEQUANTIZE, whole_rows.QUANTIZE
+        functions = (ATTEND_FLOATS, SCORE_BYTES, SCORE_BYTES) if amx.HERE else (ATTEND_FLOATS, SCORE_FLOATS, SCORE_FLOATS)
+    else:
+        kind = quants.block_type(quants.KV_TYPES[kv_type])
+        row_bytes, block, dequantize, quantize = width // kind.size * kind.dtype.itemsize, kind.size, kind.dequantize, kind.quantize
+        splits = amx.HERE and kv_type != "f32"      # float32 rows keep all their bits
+        functions = (ATTEND_SPLITS, SCORE_SPLITS, SCORE_SPLITS_OF_FEW) if splits else (ATTEND_FLOATS, SCORE_FLOATS, SCORE_FLOATS)
+    data = np.zeros((n_ctx + SPARE_ROWS) * row_bytes + 64, np.uint8)[:n_ctx * row_bytes].reshape(n_ctx, row_bytes)
+    return CacheRows(data, dequantize.address, quantize.address, block, *(f.address for f in functions))
 
 
 def cache_bytes(rows):

@@ -21,7 +21,8 @@ A_0, B_0 = 4, 6     # tile registers: 0 to 3 are sums, then two of each operand
 CONFIGURATION = [1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8]     # palette 1; bytes a row, then rows, of eight tiles
 
 
-def _amx(builder, name, *args):
+def call_amx(builder, name, *args):
+    """Call an LLVM intrinsic on tile registers, which are given by number."""
     call_llvm(builder, f"llvm.x86.{name}", ir.VoidType(), args)
 
 
@@ -36,7 +37,7 @@ def configure(typingctx):
     def codegen(context, builder, signature, args):
         data = cgutils.global_constant(builder.module, "pydsa_tiles", ir.Constant(ir.ArrayType(I8, 64), CONFIGURATION))
         data.align = 64
-        _amx(builder, "ldtilecfg", builder.bitcast(data, I8.as_pointer()))
+        call_amx(builder, "ldtilecfg", builder.bitcast(data, I8.as_pointer()))
         return context.get_dummy_value()
     return types.void(), codegen
 
@@ -45,7 +46,7 @@ def configure(typingctx):
 def release(typingctx):
     """Leave the tile registers, which the system would otherwise save and restore at every switch of threads."""
     def codegen(context, builder, signature, args):
-        _amx(builder, "tilerelease")
+        call_amx(builder, "tilerelease")
         return context.get_dummy_value()
     return types.void(), codegen
 
@@ -113,10 +114,10 @@ def _make_products(rows, columns):
             with builder.if_else(fresh) as (then, otherwise):
                 with then:
                     for i, j, _ in cells:
-                        _amx(builder, "tilezero", I8(2 * i + j))
+                        call_amx(builder, "tilezero", I8(2 * i + j))
                 with otherwise:
                     for i, j, where in cells:
-                        _amx(builder, "tileloadd64", I8(2 * i + j), where, WORD(64))
+                        call_amx(builder, "tileloadd64", I8(2 * i + j), where, WORD(64))
             before, loop, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
             builder.branch(loop)
             builder.position_at_end(loop)
@@ -126,7 +127,7 @@ def _make_products(rows, columns):
 
             def load(first, n, base, panel, part):
                 for i in range(n):
-                    _amx(builder, "tileloadd64", I8(first + i), at(base, offset, builder.mul(panel, WORD(i)), WORD(part)), WORD(64))
+                    call_amx(builder, "tileloadd64", I8(first + i), at(base, offset, builder.mul(panel, WORD(i)), WORD(part)), WORD(64))
 
             def multiply(part):
                 for i in part:
@@ -134,7 +135,7 @@ def _make_products(rows, columns):
                     if i < 5:
                         fetch(builder, at(row_ahead, builder.mul(step, row_bytes), WORD(64 * i)))
                 for i, j, _ in cells:
-                    _amx(builder, "tdpbf16ps", I8(2 * i + j), I8(A_0 + i), I8(B_0 + j))
+                    call_amx(builder, "tdpbf16ps", I8(2 * i + j), I8(A_0 + i), I8(B_0 + j))
 
             load(A_0, rows, a, a_panel, LOW_PARTS)
             load(B_0, columns, b, b_panel, 0)
@@ -148,7 +149,7 @@ def _make_products(rows, columns):
             builder.cbranch(builder.icmp_signed("<", following, n_steps), loop, after)
             builder.position_at_end(after)
             for i, j, where in cells:
-                _amx(builder, "tilestored64", I8(2 * i + j), where, WORD(64))
+                call_amx(builder, "tilestored64", I8(2 * i + j), where, WORD(64))
             return context.get_dummy_value()
         return types.void(*[types.intp] * 7, types.boolean, *[types.intp] * 3), codegen
     return products
@@ -211,15 +212,15 @@ def _make_byte_products(rows, columns):
                 return pointer(builder, base, kind)
 
             def load(register, base, offset, part):
-                _amx(builder, "tileloadd64", I8(register), at(base, offset, WORD(part)), WORD(64))
+                call_amx(builder, "tileloadd64", I8(register), at(base, offset, WORD(part)), WORD(64))
 
             def multiply(tile, one, other):
-                _amx(builder, "tdpbssd", I8(tile), *((I8(one), I8(other)) if columns == 2 else (I8(other), I8(one))))
+                call_amx(builder, "tdpbssd", I8(tile), *((I8(one), I8(other)) if columns == 2 else (I8(other), I8(one))))
 
             one, other, panel = (a, b, b_panel) if columns == 2 else (b, a, a_panel)
             second = builder.add(other, panel)
             for register in range(4):
-                _amx(builder, "tilezero", I8(register))
+                call_amx(builder, "tilezero", I8(register))
             start, loop, inside, scaling, after = builder.block, *(builder.append_basic_block(name) for name in (
                 "loop", "inside", "scaling", "after"))
             builder.branch(loop)
@@ -265,7 +266,7 @@ def _make_byte_products(rows, columns):
             builder.cbranch(builder.icmp_signed("<", following, WORD(4)), loop, after)
             builder.position_at_end(after)
             for register in range(4):
-                _amx(builder, "tilestored64", I8(register), at(buffer, WORD(SUMS * register)), WORD(64))
+                call_amx(builder, "tilestored64", I8(register), at(buffer, WORD(SUMS * register)), WORD(64))
             return context.get_dummy_value()
         return types.void(*[types.intp] * 16), codegen
     return byte_products

@@ -1,0 +1,74 @@
+"""Index keys of int8: what selecting by them finds of what exact keys would choose, and models that run on caches of --kv-type q8_0."""
+import numpy as np
+import pytest
+from conftest import nmse
+
+import pydsa
+from pydsa.backends import cpu, reference
+
+SCALE = 0.1
+
+
+def made(backend, op, out, q, w, keys, storage, positions):
+    """What an op of the indexer writes into `out`, with keys stored in a cache."""
+    cache = backend.cache_rows(len(keys), keys.shape[1], storage)
+    backend.cache_write(cache, keys.astype(backend.FLOAT), np.arange(len(keys)))
+    getattr(backend, op)(out, q.astype(backend.FLOAT), w.astype(backend.FLOAT), cache, positions, SCALE)
+    return out
+
+
+@pytest.mark.parametrize("n_head, width", [(16, 128), (64, 128), (5, 48), (20, 64)])
+@pytest.mark.parametrize("n_tokens, n_kv", [(1, 300), (2, 1500), (33, 700)])
+def test_selection(n_tokens, n_kv, n_head, width):
+    """It is that of the scores, and nearly that of the keys before they were rounded."""
+    rng, k = np.random.default_rng(n_kv), 64
+    q, w, keys = (rng.standard_normal(shape).astype(np.float32) for shape in ((n_tokens, n_head, width), (n_tokens, n_head), (n_kv, width)))
+    case = q, w, keys, "i8", np.arange(n_kv - n_tokens, n_kv)
+    found = made(cpu, "indexer_select", np.full((n_tokens, k), 77, np.int32), *case)
+    scores, chosen = made(cpu, "indexer_scores", np.empty((n_tokens, n_kv), np.float32), *case), np.empty((n_tokens, k), np.int32)
+    cpu.top_k(chosen, scores)
+    assert np.array_equal(found, chosen)
+    expected = made(reference, "indexer_scores", np.empty((n_tokens, n_kv)), *case)
+    there = np.isfinite(expected)
+    assert np.array_equal(np.isfinite(scores), there) and nmse(scores[there], expected[there]) < 1e-8
+    exact = made(reference, "indexer_select", np.empty((n_tokens, k), np.int32), q, w, keys, "f32", case[-1])
+    assert np.mean([np.isin(a, b).mean() for a, b in zip(found, exact)]) > 0.96
+
+
+def test_a_key_that_is_not_finite_is_never_chosen():
+    rng = np.random.default_rng(0)
+    q, w, keys = rng.standard_normal((4, 16, 64)), rng.standard_normal((4, 16)), rng.standard_normal((200, 64)).astype(np.float32)
+    keys[[17, 100]] = np.nan
+    for backend in (cpu, reference):
+        out = np.empty((4, 32), np.int32)
+        made(backend, "indexer_select", out, q.astype(np.float32), w.astype(np.float32), keys, "i8", np.arange(196, 200))
+        assert (out >= 0).all() and not np.isin(out, [17, 100]).any()
+
+
+@pytest.mark.parametrize("name", ["ds32-f32", "ds32-q4_k_m", "glm-q8_0", "ds2-q4_0"])
+@pytest.mark.parametrize("attention", ["auto", "dense"])
+def test_golden_models_stay_close(golden, load, name, attention):
+    """Rounding latents and keys to 8 bits flips choices, here as in llama.cpp: the median over the positions is what llama.cpp reaches."""
+    path, arrays = golden(name)
+    dense = load(path, kv_type="f32", attention=attention).logits(arrays["tokens"])
+    met = nmse(load(path, kv_type="q8_0", attention=attention).logits(arrays["tokens"]), dense.astype(np.float64))
+    assert 0 < np.median(met) < 0.05
+
+
+def test_chunks_do_not_matter(golden, load):
+    """A token's keys are chosen from the same scores, however the prompt is cut."""
+    path, arrays = golden("ds32-f32")
+    whole, parts = ([], []), ([], [])
+    for (chosen, logits), n_ubatch in ((whole, 512), (parts, 7)):
+        def observe(node, written):
+            if node.name == "indexer_top_k-0":
+                chosen.append(written[0].copy())
+        session = load(path, kv_type="q8_0", attention="sparse", n_ubatch=n_ubatch).session()
+        logits.append(session.prefill(arrays["tokens"], observe=observe))
+    assert np.array_equal(*(np.concatenate(chosen) for chosen, _ in (whole, parts)))
+    assert nmse(whole[1][0], parts[1][0]) < 1e-8
+
+
+def test_widths_that_blocks_do_not_divide_are_refused(small_model):
+    with pytest.raises(pydsa.UnsupportedModelError, match="q8_0 needs a multiple of 32"):
+        pydsa.load(small_model(n_lora_kv=32, n_rot=16), kv_type="q8_0")
