@@ -13,10 +13,12 @@ from pydsa.backends.cpu.microkernels import turn_over
 from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.jit import call_block_function, inner
 from pydsa.quants.block import float_from_bits
-from pydsa.simd import F32, I16, I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i32x16, i64_at, load_floats, pointer, store
+from pydsa.simd import (F32, I16, I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i32x16, i64_at, load_floats, pointer,
+                        prefetch, store)
 
 TILE = 128      # keys: at V3.2's width of 576, 560 KiB as keys and as values, within a second-level cache
 KEY_PANELS, VALUE_STEPS = TILE // 16, TILE // 32
+KEYS_AHEAD = 16       # chosen keys that are asked for while one is split
 QUERIES = 256   # heads times tokens that share a tile
 MINUS_INFINITY = np.float32(-np.inf)
 
@@ -100,14 +102,18 @@ def split_queries(q, q_head, width, n, first, n_steps, row, panel):
 
 
 @inner
-def split_keys(rows, row_bytes, dequantize, block, indices, first, n, width, n_steps, n_v_tiles, row, keys, values):
+def split_keys(rows, row_bytes, dequantize, block, indices, first, n, most, width, n_steps, n_v_tiles, row, keys, values):
     """Keys first to first + n as left panels over their width and, over 32 of them, as right panels; up to a multiple of 32 they are 0.
 
-    `row` has room for a row of floats, 0 beyond the width.
+    Chosen keys lie apart: those that come soon, up to key `most`, are asked for. `row` has room for a row of floats, 0 beyond the width.
     """
     for j in range(0, n, 32):
         for i in range(j, j + 32):
             if i < n:
+                if indices:
+                    soon = rows + key_at(indices, min(first + i + KEYS_AHEAD, most - 1)) * row_bytes
+                    for line in range(0, row_bytes, 64):
+                        prefetch(soon, line)
                 call_block_function(dequantize, rows + key_at(indices, first + i) * row_bytes, width // block, row)
             elif i == n:
                 for k in range(width):
@@ -163,7 +169,7 @@ def attend_splits(out, out_token, out_head, q, q_head, n_tokens, n_head, width, 
     for first in range(first_key, most, TILE):
         there = min(TILE, most - first)
         n_groups = (there + 31) // 32
-        split_keys(rows, row_bytes, dequantize, block, indices, first, there, width, n_steps, n_v_tiles, row, keys, values)
+        split_keys(rows, row_bytes, dequantize, block, indices, first, there, most, width, n_steps, n_v_tiles, row, keys, values)
         panel_products(keys, n_steps * STEP, 2 * n_groups, queries, n_steps * STEP, n_q, n_steps, scores, True, queries,
                        queries, 0, 0)
         for j in range(n_q):
