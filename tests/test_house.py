@@ -13,12 +13,12 @@ from pydsa.graph import Graph
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "pydsa").rglob("*.py"))
-SLOW = ("numba", "llvmlite", "tokenizers", "jinja2", "rich")
+SLOW = ("numba", "llvmlite", "tokenizers", "jinja2", "rich", "matplotlib")
 
 # Each may import itself, those after it, and the leaves; a leaf only other leaves.
 LAYERS = ("__main__", "cli", "bench report", "__init__", "model", "session", "models", "plan graph costs",
           "backends", "quants", "lanes", "simd", "jit")
-LEAVES = "gguf_file tokenizer chat template sampling cache errors"
+LEAVES = "gguf_file tokenizer chat template sampling cache plot errors"
 RANK = {name: rank for rank, names in enumerate([*LAYERS, LEAVES]) for name in names.split()}
 COMPILING = ("pydsa.backends.cpu", "pydsa.quants.", "pydsa.lanes", "pydsa.simd", "pydsa.jit")      # the modules that may import numba
 
