@@ -288,7 +288,7 @@ def answer(model, writer, messages, think):
 @click.option("--attention", default="auto", show_default=True, help="One or more of auto, sparse, masked, dense, e.g. sparse,masked.")
 @click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", show_default=True,
               help="Form of the table.")
-@click.option("--plot", type=click.Path(dir_okay=False), help="Draw speed against depth too, as a .png, .svg or .pdf file.")
+@click.option("--plot", type=click.Path(), help="Also draw speed against depth into this file: .png, .svg or .pdf. Needs matplotlib.")
 @click.option("--ops", is_flag=True, help="Show instead where the time of one step goes, op by op, and what the machine would allow.")
 def bench(model, n_prompt, n_gen, n_depth, repetitions, threads, output, ops, plot, attention, **settings):
     """Time prompts (pp) and generation (tg), as llama-bench does.
@@ -296,11 +296,11 @@ def bench(model, n_prompt, n_gen, n_depth, repetitions, threads, output, ops, pl
     For generation also: the bytes that a token must read, and the speed at which that takes all of the memory's bandwidth.
     """
     from pydsa.bench import Bench, format_rows
-    if plot:
-        from pydsa.plot import check_target, save
-        if ops:
-            raise click.UsageError("--plot draws speed against depth; it does not go with --ops.")
-        check_target(plot)
+    from pydsa.plot import check_plot, save_plot
+    if plot is not None and ops:
+        raise click.UsageError("--plot draws the speed at each depth, which --ops does not time.")
+    if plot is not None:
+        check_plot(plot)
     tests = Bench(comma_numbers("-p", n_prompt), comma_numbers("-n", n_gen), comma_numbers("-d", n_depth), repetitions)
     rows = []
     for mode in attention.split(","):
@@ -312,8 +312,9 @@ def bench(model, n_prompt, n_gen, n_depth, repetitions, threads, output, ops, pl
                     click.echo(format_rows([row], output), nl=False)
     if output != "jsonl":
         click.echo(format_rows(rows, output), nl=False)
-    if plot and rows:
-        save(rows, plot)
+    if plot is not None:
+        save_plot(rows, plot)
+        click.echo(f"wrote {plot}", err=True)
 
 
 def comma_numbers(name, text):

@@ -1,54 +1,134 @@
-"""bench --plot: what is drawn are the numbers of the rows, and what could not be written is refused before anything is timed."""
+"""The picture of a bench: its lines are the rows' numbers, and what cannot be drawn is refused before anything is timed."""
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-import pydsa
+from pydsa import PydsaError, plot
 from pydsa.cli import main
-from pydsa.plot import check_target, figure
 
-ROW = {"model_arch": "deepseek32", "model_type": "Q4_K", "model_n_params": 5e8, "n_threads": 2, "type_k": "f16"}
-
-
-def rows():
-    for attention, slow in (("sparse", 1), ("dense", 3)):
-        for depth in (4096, 0):
-            for n_prompt, n_gen in ((512, 0), (0, 32)):
-                speed = (n_prompt + 10 * n_gen) / (1 + depth / 4096) / slow
-                yield ROW | {"attention": attention, "n_depth": depth, "n_prompt": n_prompt, "n_gen": n_gen, "avg_ts": speed,
-                             "limit_ts": 2 * speed if n_gen else None}
+ROOT = Path(__file__).parent.parent
 
 
-def test_lines_hold_the_rows():
+def row(attention, n_prompt, n_gen, n_depth, speed, limit=None):
+    return {"model_name": "a $model$", "model_arch": "deepseek32", "model_type": "Q4_K", "model_n_params": 5e8, "backend": "cpu",
+            "n_threads": 2, "type_k": "f16", "top_k": 64, "attention": attention, "n_prompt": n_prompt, "n_gen": n_gen,
+            "n_depth": n_depth, "avg_ts": speed, "stddev_ts": speed / 10, "limit_ts": limit}
+
+
+ROWS = [row("sparse", 512, 0, 4096, 591.0), row("sparse", 0, 32, 4096, 108.0, 259.0),
+        row("sparse", 512, 0, 0, 1339.0), row("sparse", 0, 32, 0, 190.0, 317.0),
+        row("masked", 512, 0, 0, 1300.0), row("masked", 0, 32, 0, 180.0, 317.0),
+        row("masked", 512, 0, 4096, 400.0), row("masked", 0, 32, 4096, 60.0, 200.0)]
+
+
+def drawn(axes):
+    """[(x, y, dashed)] of the lines in a panel."""
+    return [(list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle() == "--") for line in axes.lines]
+
+
+def test_lines_hold_the_numbers_of_the_rows():
     pytest.importorskip("matplotlib")
-    prompt, generation = figure(list(rows())).axes
-    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in prompt.lines}
-    assert drawn == {"sparse, pp512": ([0, 4096], [512, 256]), "dense, pp512": ([0, 4096], [512 / 3, 256 / 3])}
-    drawn = {line.get_label(): list(line.get_ydata()) for line in generation.lines}
-    assert drawn == {"sparse, tg32": [320, 160], "sparse: the bandwidth's limit": [640, 320],
-                     "dense, tg32": [320 / 3, 160 / 3], "dense: the bandwidth's limit": [640 / 3, 320 / 3]}
-    assert prompt.get_ylim()[0] == 0 and len(figure([row for row in rows() if row["n_gen"]]).axes) == 1
+    prompt, generation = plot.draw(ROWS).axes
+    depths = [0, 4096]
+    assert drawn(prompt) == [(depths, [1339, 591], False), (depths, [1300, 400], False)]
+    assert drawn(generation) == [(depths, [190, 108], False), (depths, [317, 259], True),
+                                 (depths, [180, 60], False), (depths, [317, 200], True)]
+    colours = [line.get_color() for line in generation.lines]
+    assert colours[0] == colours[1] != colours[2] == colours[3]
+    assert [text.get_text() for text in prompt.get_legend().get_texts()] == ["sparse", "masked"]
+    assert [text.get_text() for text in generation.get_legend().get_texts()][2:] == ["limit of the memory's bandwidth"]
+    for axes in (prompt, generation):
+        assert axes.get_ylim()[0] == 0 and "tokens" in axes.get_xlabel() and "tokens per second" in axes.get_ylabel()
 
 
-def test_a_picture_is_written(small_model, tmp_path):
+def test_the_title_names_model_and_threads():
     pytest.importorskip("matplotlib")
-    target = tmp_path / "speed.svg"
-    done = CliRunner().invoke(main, ["bench", str(small_model()), "-p", "8", "-n", "2", "-d", "0,40", "-r", "1", "-t", "1",
-                                     "--attention", "sparse,masked", "--plot", str(target)])
-    assert done.exit_code == 0, done.output
-    assert target.read_text().count("<svg") == 1
+    text = plot.draw(ROWS).get_suptitle()
+    assert text == "a $model$: deepseek32 Q4_K, 500.00 M parameters\n2 threads, f16 caches, top_k 64"
+    assert "1 thread," in plot.title(ROWS[0] | {"n_threads": 1})
+    assert plot.title(ROWS[0] | {"n_threads": None, "backend": "reference", "top_k": None}).endswith("\nreference, f16 caches")
 
 
-@pytest.mark.parametrize("name, message", [("speed.gif", "must end in .png, .svg"), ("no/such/folder/speed.png", "cannot be written")])
-def test_refused(tmp_path, name, message):
-    with pytest.raises(pydsa.PydsaError, match=message):
-        check_target(tmp_path / name)
-    done = CliRunner().invoke(main, ["bench", "there is no such model", "--plot", str(tmp_path / name)])
-    assert done.exit_code == 2 and "no such model" not in done.output
+def test_panels_and_lines_are_those_of_the_tests():
+    pytest.importorskip("matplotlib")
+    [only] = plot.draw([r for r in ROWS if r["n_gen"]]).axes
+    assert only.get_title() == "generation of 32 tokens"
+    [lengths] = plot.draw([row("auto", 8, 0, 0, 5.0), row("auto", 16, 0, 0, 6.0)]).axes
+    assert [line.get_label() for line in lengths.lines] == ["auto, 8 tokens", "auto, 16 tokens"]
+    [reference] = plot.draw([row("auto", 0, 8, 0, 5.0)]).axes       # no limit is known there
+    assert drawn(reference) == [([0], [5.0], False)]
 
 
-def test_without_matplotlib(tmp_path, monkeypatch):
+def test_labels_do_not_touch():
+    assert plot._labelled([0]) == [0]
+    assert plot._labelled([0, 512, 1024, 4096, 15999, 16384]) == [0, 4096, 16384]
+    assert plot._labelled([0, 4096]) == [0, 4096]
+
+
+@pytest.mark.parametrize("ending, start", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF")])
+def test_the_ending_decides_the_format(tmp_path, ending, start):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"speed.{ending}"
+    plot.check_plot(str(path))
+    assert not path.exists()
+    plot.save_plot(ROWS, str(path))
+    assert path.read_bytes().startswith(start)
+    plot.check_plot(str(path))      # an older picture stays until it is replaced
+    assert path.read_bytes().startswith(start)
+
+
+def test_drawing_leaves_others_alone(tmp_path):
+    pytest.importorskip("matplotlib")
+    program = ("import sys; from tests.test_plot import ROWS, plot; plot.save_plot(ROWS, sys.argv[1]); "
+               "assert 'matplotlib.pyplot' not in sys.modules")
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "speed.png")], check=True, cwd=ROOT)
+
+
+def refused(*args):
+    """What bench answers; it must not come to load a model."""
+    result = CliRunner().invoke(main, ["bench", "no-such.gguf", *map(str, args)])
+    assert result.exit_code == 2 and result.stdout == "" and "loading" not in result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize("name", ["speed.gif", "speed", "png", ""])
+def test_unknown_endings_are_refused(tmp_path, name):
+    assert "must end in .png, .svg, .pdf" in refused("--plot", name)
+
+
+def test_places_without_room_for_a_file_are_refused(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "folder.png").mkdir()
+    assert "No such file or directory" in refused("--plot", tmp_path / "missing" / "speed.png")
+    assert "Is a directory" in refused("--plot", tmp_path / "folder.png")
+    with pytest.raises(PydsaError, match="cannot be written"):
+        plot.check_plot("a\0b.png")
+
+
+def test_ops_are_not_drawn():
+    assert "--ops" in refused("--plot", "speed.png", "--ops")
+
+
+def test_missing_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(pydsa.PydsaError, match="pip install"):
-        check_target(tmp_path / "speed.png")
+    assert "pip install 'pydsa[plot]'" in refused("--plot", tmp_path / "speed.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_draws_what_it_prints(golden, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "speed.svg"
+    args = ["bench", str(golden("ds32-q8_0")[0]), "-t", "1", "-p", "8", "-n", "2", "-d", "0,70", "-r", "1", "--plot", str(path)]
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 0 and "tg2 @ d70" in result.stdout and str(path) in result.stderr and str(path) not in result.stdout
+    assert path.read_bytes().startswith(b"<?xml")
+
+
+def test_a_file_that_vanishes_meanwhile_is_an_error(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(PydsaError, match="the picture cannot be written"):
+        plot.save_plot(ROWS, str(tmp_path / "gone" / "speed.png"))

@@ -1,101 +1,151 @@
-"""How many of the keys that exact scores choose are also chosen from a cache of another type, layer by layer.
+"""How many of the keys that the indexer chooses with float32 caches it also chooses with caches of another type.
 
-    python tools/recall.py model.gguf --kv-type q8_0 -f text.txt
+    python tools/recall.py model.gguf --kv-type f16
+    python tools/recall.py model.gguf -f chapter.txt -l 4096 --dsa-top-k 512 -o json
 
-"same inputs": queries, weights and keys are those of one run with exact caches, and only the keys are stored in the other type.
-"whole run": a run whose caches are all of that type, whose later layers therefore see other inputs.
+"same inputs": queries, weights and keys come from the run with float32 caches; only the keys that scores are computed from are of the
+other type, so each layer stands for itself. "whole run": the other run's own choices, where what earlier layers lost adds up.
+Counted are the positions that have more than top_k keys, as the others choose all they have.
 """
-import json
+
+import sys
+from pathlib import Path
 
 import click
 import numpy as np
 
-import pydsa
-from pydsa.backends import cpu, reference
-from pydsa.bench import markdown, random_ids
-from pydsa.model import ModelPlan
-from pydsa.quants import KV_TYPES, cache_storage
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pydsa.quants import KV_TYPES  # noqa: E402
+
+UBATCH = 512        # tokens whose choices are kept at a time
 
 
-def recalls(found, exact, top_k):
-    """The share of each token's exact keys that were found, both int32 [T, k], for the tokens that have more than top_k keys."""
-    beyond = np.flatnonzero(np.arange(len(exact)) >= top_k)
-    return np.array([np.isin(exact[t], found[t]).mean() for t in beyond])
+class Probe:
+    """Watches a session with float32 caches: what its indexers choose, and what they would from caches that hold the same keys."""
+
+    def __init__(self, session, caches):
+        self.session, self.backend = session, session.model.backend
+        self.caches = {ref: cache.rows for ref, cache in caches.items() if ref.kind == "index_keys"}
+        self.values, self.exact, self.again = {}, {}, {}
+
+    def __call__(self, node, arrays):
+        if arrays:
+            self.values[node.name] = arrays[0]      # rotations work in place: the last one written counts
+        if node.op == "cache_write" and node.args[0] in self.caches:
+            keys = self.values[node.name]
+            self.backend.cache_write(self.caches[node.args[0]], keys.reshape(len(keys), -1), self.positions(keys))
+        elif node.op == "indexer_select":
+            layer, found = node.args[3].layer, np.empty_like(arrays[0])
+            self.choose(found, node)
+            self.exact[layer], self.again[layer] = arrays[0].copy(), found
+
+    def choose(self, found, node):
+        """The choice of a layer's indexer from the other cache."""
+        _, q, weights, keys, _, scale = node.args
+        q, weights = self.values[q.name], self.values[weights.name]
+        self.backend.indexer_select(found, q, weights, self.caches[keys], self.positions(q), scale)
+
+    def positions(self, rows):
+        return np.arange(self.session.n_past, self.session.n_past + len(rows))
 
 
-def run(model, ids):
-    """The last thing that each node of the indexer wrote, by name: its queries and keys are rotated in place."""
-    seen = {}
-
-    def observe(node, written):
-        if node.name.startswith("indexer_") and written:
-            seen[node.name] = written[0].copy()
-    model.session().prefill(ids, observe=observe)
-    return seen
-
-
-def choose(backend, seen, layer, storage, top_k):
-    """The keys that a backend chooses from a cache of this storage, with the inputs of one layer."""
-    q, w, keys = (seen[f"indexer_{name}-{layer}"].astype(backend.FLOAT) for name in ("q", "weights", "k"))
-    keys, n_head = keys.reshape(len(keys), -1), w.shape[-1]
-    cache = backend.cache_rows(len(keys), keys.shape[1], storage)
-    backend.cache_write(cache, keys, np.arange(len(keys)))
-    out = np.empty((len(keys), top_k), np.int32)
-    backend.indexer_select(out, q.reshape(len(q), n_head, -1), w, cache, np.arange(len(keys)), 1.0)
-    return out
+def hits(found, exact, n_keys):
+    """How many of each token's exact keys were found, for choices [T, k] that -1 fills."""
+    both = []
+    for chosen in (found, exact):
+        mask = np.zeros((len(chosen), n_keys + 1), bool)
+        np.put_along_axis(mask, chosen, True, axis=1)       # -1 is the last column
+        both.append(mask[:, :n_keys])
+    return (both[0] & both[1]).sum(axis=1)
 
 
-def compare(path, ids, kv_type, dsa_top_k=None, threads=None):
-    """{layer: (recalls with the same inputs, recalls of the whole run)}, an array of a number for each token beyond top_k."""
+def recall(path, ids, kv_type, dsa_top_k=None, threads=None):
+    """{layer: {"same inputs": shares, "whole run": shares}}, one share for each position that has more than top_k keys."""
+    import pydsa
+
     def load(kv_type):
-        return pydsa.load(path, n_ctx=len(ids), n_ubatch=len(ids), attention="sparse", kv_type=kv_type, dsa_top_k=dsa_top_k,
-                          threads=threads)
+        return pydsa.load(path, n_ctx=len(ids), n_ubatch=UBATCH, kv_type=kv_type, dsa_top_k=dsa_top_k, threads=threads)
 
-    model = load("f32")
-    exact, whole = run(model, ids), run(load(kv_type), ids)
-    result, storage = {}, cache_storage(kv_type, "index_keys")
-    for name in (name for name in exact if name.startswith("indexer_top_k-")):
-        layer = int(name.split("-")[1])
-        same = choose(cpu, exact, layer, storage, model.top_k), choose(reference, exact, layer, "f32", model.top_k)
-        result[layer] = recalls(*same, model.top_k), recalls(whole[name], exact[name], model.top_k)
-    return result
+    model, other = load("f32"), load(kv_type)
+    if model.top_k is None:
+        raise pydsa.PydsaError(f"{path}: {model.config.architecture} has no indexer, so there is no choice of keys to compare.")
+    if len(ids) <= model.top_k:
+        raise pydsa.PydsaError(f"With {len(ids)} tokens and a top_k of {model.top_k} every key is chosen; give a longer text, a greater "
+                               "--length, or a smaller --dsa-top-k.")
+    session, whole, shares = model.session(), other.session(), {}
+    probe = Probe(session, other.caches(len(ids)))
+    for start in range(0, len(ids), UBATCH):
+        chunk, chosen = ids[start:start + UBATCH], {}
+
+        def watch(node, arrays):
+            if node.op == "indexer_select":
+                chosen[node.args[3].layer] = arrays[0].copy()
+
+        session.prefill(chunk, observe=probe)
+        whole.prefill(chunk, observe=watch)
+        first = max(model.top_k - start, 0)
+        for layer, exact in probe.exact.items() if first < len(chunk) else ():
+            of_layer = shares.setdefault(layer, {"same inputs": [], "whole run": []})
+            for name, found in (("same inputs", probe.again), ("whole run", chosen)):
+                of_layer[name].extend(hits(found[layer][first:], exact[first:], len(ids)) / model.top_k)
+    return {layer: {name: np.array(values) for name, values in both.items()} for layer, both in shares.items()}
 
 
-def table(result):
-    """Rows: for each layer, and for all, the mean and the worst token of both."""
-    everything = {**result, "all": tuple(np.concatenate(parts) for parts in zip(*result.values()))}
-    rows = []
-    for layer, (same, whole) in everything.items():
-        rows.append({"layer": str(layer), "same inputs": f"{same.mean():.4f}", "same inputs, worst token": f"{same.min():.4f}",
-                     "whole run": f"{whole.mean():.4f}", "whole run, worst token": f"{whole.min():.4f}"})
-    return rows
+def rows(shares, top_k):
+    """A row for each layer, then one for all: keys that were lost, mean and worst token."""
+    names = ("same inputs", "whole run")
+    every = {name: np.concatenate([both[name] for both in shares.values()]) for name in names}
+    for layer, both in [*shares.items(), ("all", every)]:
+        row = {"layer": layer, "keys": both[names[0]].size * top_k}
+        for name in names:
+            values = both[name]
+            row |= {f"{name}: lost": round(float((1 - values).sum() * top_k)), f"{name}: mean": float(values.mean()),
+                    f"{name}: worst token": float(values.min())}
+        yield row
+
+
+def for_people(row):
+    """Cells of the table; with as many digits as it takes to tell 1 from almost 1."""
+    return {key: f"{value:.6f}" if isinstance(value, float) else str(value) for key, value in row.items()}
+
+
+def fail(message):
+    click.echo(message, err=True)
+    sys.exit(2)
 
 
 @click.command(help=__doc__.split("\n")[0])
-@click.argument("model", type=click.Path(exists=True, dir_okay=False))
-@click.option("--kv-type", type=click.Choice(list(KV_TYPES)), default="q8_0", show_default=True, help="type of the caches to judge")
-@click.option("-p", "--prompt", help="text to run on  [random tokens]")
+@click.argument("model_path", metavar="MODEL", type=click.Path(exists=True, dir_okay=False))
+@click.option("-p", "--prompt", help="text to run  [a page of Python's documentation]")
 @click.option("-f", "--file", type=click.File(encoding="utf-8"), help="file that holds the text")
-@click.option("-l", "--length", type=click.IntRange(2), default=2048, show_default=True, help="tokens to use at most")
-@click.option("--dsa-top-k", type=click.IntRange(1), help="keys each token attends to  [the model's]")
+@click.option("-l", "--length", type=click.IntRange(1), default=4096, help="tokens of the text to use at most  [4096]")
+@click.option("--kv-type", type=click.Choice(list(KV_TYPES)), default="f16", help="type of the caches  [f16]")
+@click.option("--dsa-top-k", type=click.IntRange(1), help="keys that each token attends to  [the model's]")
 @click.option("-t", "--threads", type=click.IntRange(1), help="threads to use")
-@click.option("-o", "--output", type=click.Choice(["md", "json"]), default="md", show_default=True, help="form of the table")
-def main(model, kv_type, prompt, file, length, dsa_top_k, threads, output):
+@click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", help="form of the table  [md]")
+def main(model_path, prompt, file, length, kv_type, dsa_top_k, threads, output):
+    from pydoc_data.topics import topics
+
+    import pydsa
+    from pydsa.bench import format_rows, markdown
+    from pydsa.model import ModelPlan
+
+    if prompt is not None and file is not None:
+        fail("Give the text with -p or with -f, not both.")
     try:
-        planned = ModelPlan(model, dsa_top_k=dsa_top_k)
-        if planned.top_k is None:
-            raise click.UsageError(f"{model} has no indexer whose choice could be compared.")
-        if file is not None or prompt is not None:
-            ids = pydsa.load_tokenizer(model).encode(prompt if file is None else file.read(), add_bos=True)[:length]
-        else:
-            ids = random_ids(planned, length)
-        if len(ids) <= planned.top_k:
-            raise click.UsageError(f"The text has {len(ids)} tokens; the indexer only chooses beyond {planned.top_k}. "
-                                   "Give a longer one (-f, -l), or a smaller --dsa-top-k.")
-        rows = table(compare(model, ids, kv_type, dsa_top_k, threads))
+        text = file.read() if file else topics["import"] if prompt is None else prompt
+        ids = list(pydsa.load_tokenizer(model_path).encode(text, add_bos=True))[:length]
+        shares = recall(model_path, ids, kv_type, dsa_top_k, threads)
+        table = list(rows(shares, dsa_top_k or ModelPlan(model_path).top_k))
+    except UnicodeDecodeError:
+        fail(f"{file.name}: this is not UTF-8 text.")
     except pydsa.PydsaError as error:
-        raise click.UsageError(str(error)) from error
-    click.echo(json.dumps(rows, indent=1) if output == "json" else markdown(rows))
+        fail(str(error))
+    if output != "md":
+        click.echo(format_rows(table, output), nl=False)
+        return
+    click.echo(f"{markdown([for_people(row) for row in table])}\n{kv_type} caches beside f32, {len(ids)} tokens.")
 
 
 if __name__ == "__main__":
