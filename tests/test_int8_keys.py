@@ -72,3 +72,15 @@ def test_chunks_do_not_matter(golden, load):
 def test_widths_that_blocks_do_not_divide_are_refused(small_model):
     with pytest.raises(pydsa.UnsupportedModelError, match="q8_0 needs a multiple of 32"):
         pydsa.load(small_model(n_lora_kv=32, n_rot=16), kv_type="q8_0")
+
+
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+def test_caches_are_planned_saved_and_loaded(golden, load, device, tmp_path):
+    path, arrays = golden("ds32-f32")
+    model = load(path, kv_type="q8_0", device=device)
+    session, other = model.session(), model.session()
+    assert model.plan.cache_bytes == sum(cache.nbytes for cache in session._caches.values())
+    session.prefill(arrays["tokens"])
+    session.save(tmp_path / "session")
+    other.load(tmp_path / "session")
+    assert np.array_equal(other.decode(7), session.decode(7))
