@@ -14,8 +14,7 @@ from pydsa.backends.cpu.microkernels import exp
 from pydsa.gguf_file import Tensor
 from pydsa.quants import KV_TYPES, SUPPORTED, block_type
 
-N_TOKENS = (1, 2, 7, 33)
-N_HEADS = (1, 3, 4, 16)
+N_TOKENS, N_HEADS = (1, 2, 7, 33), (1, 3, 4, 16)
 OF_FLOATS = [name for name in KV_TYPES if name != "q8_0"]
 
 
@@ -104,7 +103,8 @@ def compare(op, shape, *args):
     found, expected = run(cpu, op, [shape], *args), run(reference, op, [shape], *args)
     quantized = any(isinstance(a, Tensor) and block_type(a.type).dtype.names for a in args)
     pairs = amx.HERE and ("attention" in op or "indexer" in op) and all(a.kv_type != "f32" for a in args if isinstance(a, Rows))
-    assert close(found, expected, 1e-6 if quantized else 1e-8 if pairs else 1e-12)      # a product of pairs may be off by 2^-15
+    bound = 1e-6 if quantized else 1e-12 if not pairs else 1e-8 if "indexer" in op else 2e-10      # one pair may be off by 2^-15
+    assert close(found, expected, bound)
     return found
 
 
