@@ -100,7 +100,7 @@ def _loader(vec):
     return load
 
 
-load_bytes, load_16_bytes, load_words, load_16_words = (_loader(v) for v in (Vec("i8", 64), Vec("i8", 16), i16x32, Vec("i16", 16)))
+load_bytes, load_16_bytes, load_words = _loader(Vec("i8", 64)), _loader(Vec("i8", 16)), _loader(i16x32)
 load_floats, load_8_floats, load_4_floats, load_2_floats = _loader(f32x16), _loader(f32x8), _loader(Vec("f32", 4)), _loader(Vec("f32", 2))
 
 
@@ -308,12 +308,6 @@ def reduce_add(builder, v):
     name = f"llvm.vector.reduce.fadd.v{v.type.count}f32"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(F32, [F32, v.type]), name)
     return builder.call(function, [F32(0.0), v], fastmath=("reassoc",))
-
-
-@intrinsic
-def total(typingctx, v):
-    """The sum of a float vector's lanes."""
-    return types.float32(v), lambda context, builder, signature, args: reduce_add(builder, args[0])
 
 
 @intrinsic

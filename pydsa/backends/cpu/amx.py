@@ -75,17 +75,6 @@ def split(typingctx, even, odd):
     return types.UniTuple(i32x16, 2)(f32x16, f32x16), codegen
 
 
-def _every_other(first):
-    @intrinsic
-    def every_other(typingctx, a, b):
-        """Of two vectors side by side, the elements first, first + 2, ..."""
-        return a(a, b), lambda context, builder, signature, args: builder.shuffle_vector(*args, constant(range(first, 2 * a.lanes, 2)))
-    return every_other
-
-
-evens, odds = _every_other(0), _every_other(1)
-
-
 @inline
 def store_split(at, even, odd):
     """Sixteen pairs of a panel's row: the 64 bytes at an address, and their low parts."""
@@ -96,14 +85,13 @@ def store_split(at, even, odd):
 
 def _make_products(rows, columns):
     @intrinsic
-    def products(typingctx, a, a_panel, b, b_panel, n_steps, sums, sums_row, fresh, ahead, row_ahead, row_bytes):
+    def products(typingctx, a, a_panel, b, b_panel, n_steps, sums, sums_row, fresh, ahead):
         """Tile i, j of sums (+)= panel i of a . panel j of b over n_steps > 0 steps; panels and rows of tiles lie so many bytes apart.
 
-        fresh: the sums begin at zero. With every step the next 512 bytes from `ahead` on are fetched into the second-level cache, and 256
-        bytes of a row: at row_ahead, row_ahead + row_bytes, ...
+        fresh: the sums begin at zero. With every step the next 512 bytes from `ahead` on are fetched into the second-level cache.
         """
         def codegen(context, builder, signature, args):
-            a, a_panel, b, b_panel, n_steps, sums, sums_row, fresh, ahead, row_ahead, row_bytes = args
+            a, a_panel, b, b_panel, n_steps, sums, sums_row, fresh, ahead = args
 
             def at(base, *offsets):
                 for offset in offsets:
@@ -132,8 +120,6 @@ def _make_products(rows, columns):
             def multiply(part):
                 for i in part:
                     fetch(builder, at(ahead, builder.mul(step, WORD(AHEAD)), WORD(64 * i)))
-                    if i < 5:
-                        fetch(builder, at(row_ahead, builder.mul(step, row_bytes), WORD(64 * i)))
                 for i, j, _ in cells:
                     call_amx(builder, "tdpbf16ps", I8(2 * i + j), I8(A_0 + i), I8(B_0 + j))
 
@@ -151,7 +137,7 @@ def _make_products(rows, columns):
             for i, j, where in cells:
                 call_amx(builder, "tilestored64", I8(2 * i + j), where, WORD(64))
             return context.get_dummy_value()
-        return types.void(*[types.intp] * 7, types.boolean, *[types.intp] * 3), codegen
+        return types.void(*[types.intp] * 7, types.boolean, types.intp), codegen
     return products
 
 
@@ -159,34 +145,23 @@ _two_by_two, _two_by_one, _one_by_two, _one_by_one = (_make_products(i, j) for i
 
 
 @inner
-def panel_products(a, a_panel, n_a, b, b_panel, n_b, n_steps, sums, fresh, ahead, row_ahead, row_bytes, n_rows):
+def panel_products(a, a_panel, n_a, b, b_panel, n_b, n_steps, sums, fresh, ahead):
     """sums[i][j] (+)= panel i of a . panel j of b for i < n_a, j < n_b: n_a rows of n_b tiles.
 
-    Meanwhile what is needed next is fetched into the second-level cache: from `ahead` on, n_steps * AHEAD bytes for every 2 x 2 tiles; and
-    320 bytes of rows_fetched(n_a, n_b, n_steps) of n_rows rows.
+    Meanwhile what is needed next is fetched into the second-level cache: from `ahead` on, n_steps * AHEAD bytes for every 2 x 2 tiles.
     """
     for j in range(0, n_b, 2):
         for i in range(0, n_a, 2):
             ai, bj, cell, row = a + i * a_panel, b + j * b_panel, sums + SUMS * (i * n_b + j), SUMS * n_b
-            if n_rows <= 0:
-                row_ahead, row_bytes = b, 0
             if n_a - i > 1 and n_b - j > 1:
-                _two_by_two(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead, row_ahead, row_bytes)
+                _two_by_two(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead)
             elif n_a - i > 1:
-                _two_by_one(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead, row_ahead, row_bytes)
+                _two_by_one(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead)
             elif n_b - j > 1:
-                _one_by_two(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead, row_ahead, row_bytes)
+                _one_by_two(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead)
             else:
-                _one_by_one(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead, row_ahead, row_bytes)
+                _one_by_one(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead)
             ahead += n_steps * AHEAD
-            row_ahead += n_steps * row_bytes
-            n_rows -= n_steps
-
-
-@inner
-def rows_fetched(n_a, n_b, n_steps):
-    """Of how many rows panel_products has time to fetch the beginning: one a step."""
-    return (n_a + 1) // 2 * ((n_b + 1) // 2) * n_steps
 
 
 def _make_byte_products(rows, columns):

@@ -87,7 +87,7 @@ def products_of_pairs(sums, repeats):
         at = (address(panels) + 63) // 64 * 64
         configure()
         for _ in range(repeats):
-            panel_products(at, PANEL, 2, at, PANEL, 2, PANEL // STEP, address(out), True, at, at, 0, 0)
+            panel_products(at, PANEL, 2, at, PANEL, 2, PANEL // STEP, address(out), True, at)
         release()
         sums[i] = out.sum() + panels[0]     # they must live until here
     return sums.size * repeats * 2 * (2 * 16) * (2 * 16) * 256

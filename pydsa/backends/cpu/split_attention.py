@@ -170,8 +170,7 @@ def attend_splits(out, out_token, out_head, q, q_head, n_tokens, n_head, width, 
         there = min(TILE, most - first)
         n_groups = (there + 31) // 32
         split_keys(rows, row_bytes, dequantize, block, indices, first, there, most, width, n_steps, n_v_tiles, row, keys, values)
-        panel_products(keys, n_steps * STEP, 2 * n_groups, queries, n_steps * STEP, n_q, n_steps, scores, True, queries,
-                       queries, 0, 0)
+        panel_products(keys, n_steps * STEP, 2 * n_groups, queries, n_steps * STEP, n_q, n_steps, scores, True, queries)
         for j in range(n_q):
             for i in range(16):
                 t = (16 * j + i) // n_head
@@ -191,7 +190,7 @@ def attend_splits(out, out_token, out_head, q, q_head, n_tokens, n_head, width, 
                             at = sums + (j * n_v_tiles + d) * SUMS
                             store(at, 64 * i, load_floats(at, 64 * i) * factor)
         panel_products(weights, VALUE_STEPS * STEP, n_q, values, VALUE_STEPS * STEP, n_v_tiles, n_groups, sums, first == first_key,
-                       values, values, 0, 0)
+                       values)
     release()
     if first_key >= most:       # no key at all
         for j in range(n_q * n_v_tiles * 16):

@@ -71,7 +71,7 @@ def score_splits(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_hea
             for i in range(16 * n * head_panels):
                 t, h = t0 + i // (16 * head_panels), min(i % (16 * head_panels), n_head - 1)
                 split_row(q + t * q_token + h * q_head, row, width, n_steps, queries + i // 16 * panel_bytes + 64 * (i % 16))
-            panel_products(queries, panel_bytes, n * head_panels, keys, panel_bytes, n_panels, n_steps, sums, True, keys, keys, 0, 0)
+            panel_products(queries, panel_bytes, n * head_panels, keys, panel_bytes, n_panels, n_steps, sums, True, keys)
             for t in range(n):
                 for j in range(n_panels):
                     total = floats(np.float32(0))
@@ -110,7 +110,7 @@ def score_splits_of_few(out, out_token, q, q_token, q_head, w, w_token, n_tokens
                     prefetch(source + KEYS_AHEAD * row_bytes, line)
                 call_block_function(dequantize, source, width // block, key)
                 split_row(key, row, width, n_steps, keys + i // 16 * panel_bytes + 64 * (i % 16))
-            panel_products(keys, panel_bytes, n_panels, queries, panel_bytes, head_panels, n_steps, sums, True, keys, keys, 0, 0)
+            panel_products(keys, panel_bytes, n_panels, queries, panel_bytes, head_panels, n_steps, sums, True, keys)
             for i in range(n_panels):
                 cell = sums + i * head_panels * SUMS
                 for k in range(16):
