@@ -330,12 +330,18 @@ def largest(typingctx, a, b):
     return types.float32(f32x16, f32x16), codegen
 
 
+def nearest(builder, v):
+    """An LLVM vector of floats below 2^22 -> the nearest whole numbers as integers, of which only the lower 22 bits mean something."""
+    whole = builder.fadd(v, constant([12582912.0] * v.type.count, F32))        # 1.5 * 2^23, where floats are whole numbers
+    return builder.bitcast(whole, ir.VectorType(I32, v.type.count))
+
+
 @intrinsic
 def rounded_words(typingctx, a, b, factor):
     """32 floats times a factor, rounded to nearest even, as words: the even elements, then the odd ones. They must be below 2^15."""
     def codegen(context, builder, signature, args):
-        factor, magic = broadcast(builder, args[2], 16), constant([12582912.0] * 16, F32)       # 1.5 * 2^23, where floats are whole numbers
-        words = [builder.bitcast(builder.fadd(builder.fmul(v, factor), magic), i32x16.ir) for v in args[:2]]
+        factor = broadcast(builder, args[2], 16)
+        words = [nearest(builder, builder.fmul(v, factor)) for v in args[:2]]
         words = [builder.trunc(v, ir.VectorType(I16, 16)) for v in words]
         return builder.shuffle_vector(*words, constant([*range(0, 32, 2), *range(1, 32, 2)]))
     return i16x32(f32x16, f32x16, types.float32), codegen

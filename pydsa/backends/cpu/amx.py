@@ -164,6 +164,11 @@ def panel_products(a, a_panel, n_a, b, b_panel, n_b, n_steps, sums, fresh, ahead
             ahead += n_steps * AHEAD
 
 
+def whole_numbers_of(builder, high, low):
+    """256 high + low of LLVM vectors of int32, as floats."""
+    return builder.sitofp(builder.add(builder.shl(high, constant([8] * 16)), low), f32x16.ir)
+
+
 def _make_byte_products(rows, columns):
     """A pair of cells: two panels of a times one of b, or one times two."""
     assert rows * columns == 2
@@ -231,10 +236,9 @@ def _make_byte_products(rows, columns):
                     fetch(builder, at(row_ahead, builder.mul(step, row_bytes), WORD(64 * i)))
                 high = builder.load(at(tile, WORD(64 * i), kind=i32x16.ir), align=4)
                 mixed = builder.load(at(tile, WORD(SUMS + 64 * i), kind=i32x16.ir), align=4)
-                whole = builder.sitofp(builder.add(builder.shl(high, constant([8] * 16)), mixed), f32x16.ir)
                 scale = broadcast(builder, builder.load(at(scales, WORD(4 * i), kind=F32), align=4), 16)
                 place = at(target, WORD(64 * i), kind=f32x16.ir)
-                product = builder.fmul(whole, builder.fmul(scale, of_columns))
+                product = builder.fmul(whole_numbers_of(builder, high, mixed), builder.fmul(scale, of_columns))
                 builder.store(builder.fadd(builder.load(place, align=4), product, flags=("contract",)), place, align=4)
             following = builder.add(step, WORD(1))
             step.add_incoming(following, builder.block)

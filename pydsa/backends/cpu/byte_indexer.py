@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, call_amx, configure, release
+from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, call_amx, configure, release, whole_numbers_of
 from pydsa.backends.cpu.byte_rows import LARGEST
 from pydsa.backends.cpu.microkernels import turn_over
 from pydsa.backends.cpu.scratch import own_scratch
@@ -16,8 +16,8 @@ from pydsa.backends.cpu.split_indexer import positive
 from pydsa.jit import inner
 from pydsa.lanes import totals
 from pydsa.quants.block import float_from_bits
-from pydsa.simd import (F32, I8, WORD, constant, f32x16, float_at, floats, i32x16, largest, load_floats, multiply_add, pack, pointer,
-                        prefetch, store)
+from pydsa.simd import (F32, I8, WORD, constant, f32x16, float_at, floats, i32x16, largest, load_floats, multiply_add, nearest, pack,
+                        pointer, prefetch, store)
 
 KEYS = 256          # that meet all tokens before the next: with 128 numbers each, 33 KiB
 AHEAD = 4096        # bytes of keys that are asked for ahead
@@ -66,8 +66,7 @@ def key_products(typingctx, keys, row_bytes, queries, n_steps, sums):
 def whole_numbers(typingctx, high, low):
     """256 high + low of sixteen int32 each, at two addresses, as floats."""
     def codegen(context, builder, signature, args):
-        high, low = (builder.load(pointer(builder, at, i32x16.ir), align=4) for at in args)
-        return builder.sitofp(builder.add(builder.shl(high, constant([8] * 16)), low), f32x16.ir)
+        return whole_numbers_of(builder, *(builder.load(pointer(builder, at, i32x16.ir), align=4) for at in args))
     return f32x16(types.intp, types.intp), codegen
 
 
@@ -84,7 +83,7 @@ def every(typingctx, address, stride):
 def store_parts(typingctx, address, v):
     """Sixteen floats, rounded to whole numbers 256 high + low: their high bytes to an address, their low ones LOW_PARTS behind it."""
     def codegen(context, builder, signature, args):
-        whole = builder.bitcast(builder.fadd(args[1], constant([12582912.0] * 16, F32)), i32x16.ir)      # as rounded_words does it
+        whole = nearest(builder, args[1])
         high = builder.lshr(builder.add(whole, constant([128] * 16)), constant([8] * 16))
         for part, offset in ((high, 0), (whole, LOW_PARTS)):
             part = builder.trunc(part, ir.VectorType(I8, 16))

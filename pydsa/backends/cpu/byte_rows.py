@@ -13,8 +13,8 @@ from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.jit import call_word_function, inline, inner
 from pydsa.lanes import both_halves, spread
 from pydsa.quants.block import CHUNK, LOW, LOW_16, SCALE
-from pydsa.simd import (F32, I16, I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i16x32, i32x16, i64_at, largest,
-                        load_8_floats, load_floats, load_words, pointer, prefetch, rounded_words, store)
+from pydsa.simd import (I16, I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i16x32, i32x16, i64_at, largest,
+                        load_8_floats, load_floats, load_words, nearest, pointer, prefetch, rounded_words, store)
 
 PANEL = 4 * STEP            # 16 rows of 256 numbers: steps of 64 numbers, high bytes and then low ones
 PREPARED = PANEL + 64       # and for activations their scales
@@ -46,8 +46,7 @@ def everywhere(typingctx, address, offset):
 def rounded_twice(typingctx, v):
     """f32x16 of magnitudes below 2^15 -> the nearest whole numbers as words, each in both halves of a lane."""
     def codegen(context, builder, signature, args):
-        whole = builder.bitcast(builder.fadd(args[0], constant([12582912.0] * 16, F32)), i32x16.ir)      # as rounded_words does it
-        low = builder.and_(whole, constant([0xFFFF] * 16))
+        low = builder.and_(nearest(builder, args[0]), constant([0xFFFF] * 16))
         return builder.or_(low, builder.shl(low, constant([16] * 16)))
     return i32x16(f32x16), codegen
 
