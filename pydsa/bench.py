@@ -65,7 +65,8 @@ class Bench:
         return {
             "model_filename": model.metadata.path, "model_name": model.config.name, "model_arch": model.config.architecture,
             "model_type": model.plan.file_type, "model_size": model.plan.n_bytes, "model_n_params": model.plan.n_params,
-            "backend": model.plan.device, "n_threads": model.threads, "n_ubatch": model.n_ubatch, "type_k": model.kv_type,
+            "backend": model.plan.device, "n_threads": model.threads, "n_ubatch": model.n_ubatch,
+            "type_k": model.kv_type, "type_index": model.index_type if model.top_k else None,
             "attention": model.attention, "top_k": model.top_k, "n_prompt": n_prompt, "n_gen": n_gen, "n_depth": n_depth,
             "avg_ns": round(statistics.mean(nanoseconds)), "stddev_ns": round(_deviation(nanoseconds)),
             "avg_ts": statistics.mean(speeds), "stddev_ts": _deviation(speeds), "samples_ns": nanoseconds, "samples_ts": speeds}
@@ -220,7 +221,8 @@ def _for_people(row):
     share = row["share_of_limit"]
     return {"model": f"{row['model_arch']} {row['model_type']}", "size": size(row["model_size"]),
             "params": count(row["model_n_params"]), "backend": row["backend"], "threads": str(row["n_threads"]),
-            "kv": row["type_k"], "attention": row["attention"], "test": test_name(row["n_prompt"], row["n_gen"], row["n_depth"]),
+            "kv": row["type_k"], "index": row["type_index"] or "", "attention": row["attention"],
+            "test": test_name(row["n_prompt"], row["n_gen"], row["n_depth"]),
             "t/s": f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}", "MB/token": _short(megabytes), "limit t/s": _short(row["limit_ts"]),
             "share": "-" if share is None else f"{share:.0%}"}
 

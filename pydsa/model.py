@@ -46,8 +46,10 @@ def whole_number(what, value, low, high):
 class ModelPlan:
     """What running a file would need, worked out without touching weights or compiling: configuration, graphs, memory in bytes."""
 
-    def __init__(self, path, n_ctx=None, device="cpu", kv_type="f16", attention="auto", dsa_top_k=None, n_ubatch=512):
+    def __init__(self, path, n_ctx=None, device="cpu", kv_type="f16", attention="auto", dsa_top_k=None, n_ubatch=512, index_type=None):
         self.device, self.kv_type = choose("device", device, DEVICES), choose("kv_type", kv_type, KV_TYPES)
+        self.index_type = choose("index_type", index_type or ("f32" if kv_type == "f32" else "q8_0"), KV_TYPES)
+        self.storage = cache_storage(self.kv_type, self.index_type)
         self.attention = choose("attention", attention, ATTENTION)
         n_ctx, n_ubatch, dsa_top_k = (value if value is None else whole_number(name, value, 1, 2**31 - 1) for name, value in
                                       (("n_ctx", n_ctx), ("n_ubatch", n_ubatch), ("dsa_top_k", dsa_top_k)))
@@ -121,9 +123,14 @@ class ModelPlan:
     @property
     def cache_row_bytes(self):
         """Bytes that a token takes in each cache."""
-        kind = next(kind for kind in GGML_TYPES.values() if kind.name == KV_TYPES[self.kv_type])
-        return {ref: width + 4 if cache_storage(self.kv_type, ref.kind) == ROW_OF_BYTES else width // kind.block * kind.n_bytes
-                for ref, width in self.cache_widths.items()}
+        types = {kind.name: kind for kind in GGML_TYPES.values()}
+
+        def row_bytes(storage, width):
+            if storage == ROW_OF_BYTES:
+                return width + 4
+            kind = types[KV_TYPES[storage]]
+            return width // kind.block * kind.n_bytes
+        return {ref: row_bytes(self.storage[ref.kind], width) for ref, width in self.cache_widths.items()}
 
     @property
     def cache_bytes(self):
@@ -162,7 +169,7 @@ class Model:
 
     def __init__(self, plan, threads=None, progress=None):
         self.plan, self.config, self.metadata = plan, plan.config, plan.file.metadata
-        self.n_ctx, self.n_ubatch, self.kv_type = plan.n_ctx, plan.n_ubatch, plan.kv_type
+        self.n_ctx, self.n_ubatch, self.kv_type, self.index_type = plan.n_ctx, plan.n_ubatch, plan.kv_type, plan.index_type
         self.attention, self.top_k = plan.attention, plan.top_k
         check_memory(plan.cache_bytes + plan.scratch_bytes + plan.copied_bytes, f"The model with a context of {plan.n_ctx} tokens")
         self.tokenizer      # its faults belong to loading
@@ -181,7 +188,7 @@ class Model:
 
     def caches(self, n_ctx):
         """Empty caches of n_ctx rows, one for each (kind, layer) that the graphs use."""
-        return {ref: VectorCache(self.backend, n_ctx, width, cache_storage(self.kv_type, ref.kind))
+        return {ref: VectorCache(self.backend, n_ctx, width, self.plan.storage[ref.kind])
                 for ref, width in self.plan.cache_widths.items()}
 
     @functools.cached_property
@@ -264,14 +271,17 @@ class Model:
             yield rest
 
 
-def load(path, n_ctx=None, device="cpu", threads=None, kv_type="f16", attention="auto", dsa_top_k=None, n_ubatch=512, progress=None):
+def load(path, n_ctx=None, device="cpu", threads=None, kv_type="f16", attention="auto", dsa_top_k=None, n_ubatch=512, progress=None,
+         index_type=None):
     """Open a GGUF (the first part, if it is split) and make it ready to run.
 
     n_ctx: tokens the context can hold (8192, or the model's own limit if that is less). device: "cpu", or "reference" for plain numpy.
-    threads: all cores if None. kv_type: "f32", "f16", "bf16", "q8_0". attention: "auto" (exact dense attention while the context is no
-    longer than top_k, sparse beyond), "sparse", "masked", "dense". dsa_top_k: keys to attend to, instead of the file's own number.
-    n_ubatch: tokens of a prompt that run together. progress(done, total, kernel name) is called while kernels are compiled.
+    threads: all cores if None. kv_type, of cached latents: "f32", "f16", "bf16", "q8_0". index_type, of the indexer's cached keys: the
+    same names; if None "q8_0", int8 with which it is fastest, but "f32" if kv_type is. attention: "auto" (exact dense attention while
+    the context is no longer than top_k, sparse beyond), "sparse", "masked", "dense". dsa_top_k: keys to attend to, instead of the
+    file's own number. n_ubatch: tokens of a prompt that run together. progress(done, total, kernel name) is called while kernels are
+    compiled.
 
     Raises GGUFError, UnsupportedModelError, OutOfMemoryError, PydsaError.
     """
-    return Model(ModelPlan(os.fspath(path), n_ctx, device, kv_type, attention, dsa_top_k, n_ubatch), threads, progress)
+    return Model(ModelPlan(os.fspath(path), n_ctx, device, kv_type, attention, dsa_top_k, n_ubatch, index_type), threads, progress)

@@ -46,10 +46,10 @@ def draw(rows):
 
 def title(row):
     """What was timed, and on how many threads."""
-    top_k = "" if row["top_k"] is None else f", top_k {row['top_k']}"
+    indexer = "" if row["top_k"] is None else f", {row['type_index']} index keys, top_k {row['top_k']}"
     threads = f"{row['n_threads']} thread{'s' * (row['n_threads'] != 1)}" if row["n_threads"] else row["backend"]
     return (f"{row['model_name']}: {row['model_arch']} {row['model_type']}, {count(row['model_n_params'])} parameters\n"
-            f"{threads}, {row['type_k']} caches{top_k}")
+            f"{threads}, {row['type_k']} latents{indexer}")
 
 
 def _panel(axes, name, key, rows, colours):

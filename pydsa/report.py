@@ -28,6 +28,7 @@ def describe(plan):
         "tensor_types": {name: {"tensors": count, "bytes": size} for name, (count, size) in sorted(types.items())},
         "n_tensors_unused": len(plan.file.tensors) - len(plan.weights.used),
         "device": plan.device, "n_ctx": plan.n_ctx, "n_ubatch": plan.n_ubatch, "kv_type": plan.kv_type,
+        "index_type": plan.index_type if plan.top_k else None,
         "memory": {"weights_mapped": plan.mapped_bytes, "weights_copied": plan.copied_bytes, "caches": plan.cache_bytes,
                    "scratch": plan.scratch_bytes},
         "attention": attention_in_words(plan), "layers": layers_in_words(plan)}
@@ -79,7 +80,9 @@ def format_report(report):
     lines.append(f"  {'n_ff':22} {', '.join(f'{n} in layers {which}' for n, which in spans(report['n_ff']).items())}")
     lines += [f"  {'rope.' + name:22} {value:g}" if isinstance(value, float) else f"  {'rope.' + name:22} {value}"
               for name, value in report["rope"].items() if value is not None]
-    tokenizer = report["tokenizer"]
+    tokenizer, caches = report["tokenizer"], f"latents {report['kv_type']}"
+    if report["index_type"]:
+        caches += f", index keys {report['index_type']}"
     lines += ["", f"tokenizer: {tokenizer['model']}, {tokenizer['pre']}; chat format: {tokenizer['chat_format']}", "", "tensors"]
     lines += [f"  {name:6} {entry['tensors']:6}  {size(entry['bytes'])}" for name, entry in report["tensor_types"].items()]
     if config["n_layer_nextn"]:
@@ -88,7 +91,7 @@ def format_report(report):
         lines.append(f"  {report['n_tensors_unused']} of the tensors are not used")
     lines += ["", f"memory on {report['device']}, {report['n_ctx']} tokens of context, chunks of {report['n_ubatch']}",
               f"  weights mapped  {size(memory['weights_mapped']):>12}", f"  weights copied  {size(memory['weights_copied']):>12}",
-              f"  caches {report['kv_type']:8} {size(memory['caches']):>12}", f"  scratch         {size(memory['scratch']):>12}",
+              f"  caches          {size(memory['caches']):>12}  ({caches})", f"  scratch         {size(memory['scratch']):>12}",
               "", f"attention: {report['attention']}"]
     return "\n".join(lines + [f"  layers {which}: {kind}" for kind, which in report["layers"].items()]) + "\n"
 

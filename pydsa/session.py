@@ -127,7 +127,8 @@ class Session:
     def _identity(self):
         """What a saved session and the one that loads it must have in common."""
         model = self.model
-        return {"model": model.fingerprint, "kv_type": model.kv_type, "attention": model.attention, "top_k": model.top_k,
+        return {"model": model.fingerprint, "kv_type": model.kv_type, "index_type": model.index_type,
+                "attention": model.attention, "top_k": model.top_k,
                 "caches": [[ref.kind, ref.layer, cache.stored(0).shape[1]] for ref, cache in self._caches.items()]}
 
     def save(self, path):
@@ -189,8 +190,8 @@ class Session:
             saved = json.loads(header)
         except (ValueError, RecursionError):
             fail("the file is incomplete or damaged")
-        names = {"model": "model file", "kv_type": "cache type (--kv-type)", "attention": "--attention", "top_k": "--dsa-top-k",
-                 "caches": "set of caches"}
+        names = {"model": "model file", "kv_type": "cache type (--kv-type)", "index_type": "--index-type", "attention": "--attention",
+                 "top_k": "--dsa-top-k", "caches": "set of caches"}
         if not isinstance(saved, dict):
             fail("the file is damaged")
         for key, value in self._identity().items():

@@ -22,7 +22,7 @@ INDEXER = INDEXER_KEY + 40 * 8 * 32 + 72 * 8
 DENSE, EXPERT, ROUTER = 3 * 72 * 88, 3 * 72 * 36, 72 * 8 + 8
 HEAD = 300 * 72 + 72
 FLOATS = 72 + 3 * ATTENTION + DENSE + 2 * (ROUTER + 3 * EXPERT) + HEAD      # without indexers; 72: a row of the embedding
-LATENT, KEY = 68 * 2, 32 * 2        # bytes of cache rows, float16
+LATENT, KEY = 68 * 2, 32 + 4        # bytes of cache rows: float16; int8 and a scale
 
 
 @pytest.mark.parametrize("attention, n_past, floats, cache", [

@@ -56,7 +56,7 @@ def test_greedy_continuation_is_llama_cpps(golden, load, attention):
 def test_halved_caches_are_close(golden, load, name, kv_type, median):
     """A rounded key or latent may change a choice and with it a whole position, so only the median is bounded (ten times what was met)."""
     path, arrays = golden(name)
-    assert 0 < np.median(errors(load(path, kv_type=kv_type).logits(arrays["tokens"]), arrays)) <= median
+    assert 0 < np.median(errors(load(path, kv_type=kv_type, index_type=kv_type).logits(arrays["tokens"]), arrays)) <= median
 
 
 def test_wrong_indexer_is_noticed(golden, load, monkeypatch):

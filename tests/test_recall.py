@@ -23,13 +23,13 @@ def test_hits():
     assert hits(exact, exact, 6).tolist() == [3, 2, 3]
 
 
-@pytest.mark.parametrize("kv_type, whole_run", [("f16", 0.99), ("q8_0", 0.95)])
+@pytest.mark.parametrize("index_type, whole_run", [("f16", 0.99), ("q8_0", 0.95)])
 @pytest.mark.parametrize("name", INDEXERS)
-def test_golden_models(golden, name, kv_type, whole_run):
+def test_golden_models(golden, name, index_type, whole_run):
     """Of the keys that exact ones choose 99 % are asked for; a whole run has other inputs too."""
     path, arrays = golden(name)
     ids = arrays["tokens"].tolist()
-    shares = recall(path, ids, kv_type, threads=1)
+    shares = recall(path, ids, index_type, threads=1)
     assert list(shares) == INDEXERS[name]
     assert {values.size for both in shares.values() for values in both.values()} == {len(ids) - 64}
     assert overall(shares).mean() >= 0.99 and overall(shares, "whole run").mean() >= whole_run
@@ -78,12 +78,12 @@ def test_table(golden):
         for name in ("same inputs", "whole run"):
             assert row[f"{name}: mean"] == pytest.approx(1 - row[f"{name}: lost"] / row["keys"])
             assert 0 <= row[f"{name}: worst token"] <= row[f"{name}: mean"] <= 1
-    text = CliRunner().invoke(main, [*args, "--kv-type", "bf16"]).stdout
-    assert text.startswith("| layer |") and text.endswith("bf16 caches beside f32, 150 tokens.\n")
+    text = CliRunner().invoke(main, [*args, "--index-type", "bf16"]).stdout
+    assert text.startswith("| layer |") and text.endswith("bf16 index keys beside f32, 150 tokens.\n")
 
 
 def test_any_type_of_cache_can_be_asked_for():
-    option = next(param for param in main.params if param.name == "kv_type")
+    option = next(param for param in main.params if param.name == "index_type")
     assert list(option.type.choices) == list(KV_TYPES)
 
 

@@ -196,6 +196,7 @@ FORGED = {
     "another model": (dict(model="0" * 64), "another model file"),
     "no model": (dict(model=None), "another model file"),
     "another cache type": (dict(kv_type="f16"), "another cache type"),
+    "another index type": (dict(index_type="f16"), "another --index-type"),
     "another attention": (dict(attention="dense"), "another --attention"),
     "another top_k": (dict(top_k=13), "another --dsa-top-k"),
     "other caches": (dict(caches=[["latents", 0, 272]]), "another set of caches"),
@@ -241,6 +242,7 @@ OTHERS = {
     "RoPE with equal weights": (dict(freq_base=500.0), {}, "another model file"),
     "scale of the experts with equal weights": (dict(expert_weights_scale=1.5), {}, "another model file"),
     "cache type": ({}, dict(kv_type="bf16"), "another cache type"),
+    "type of index keys": ({}, dict(index_type="bf16"), "another --index-type"),
     "attention": ({}, dict(attention="dense"), "another --attention"),
     "top_k": ({}, dict(dsa_top_k=13), "another --dsa-top-k"),
 }

@@ -1,6 +1,6 @@
-"""How many of the keys that the indexer chooses with float32 caches it also chooses with caches of another type.
+"""How many of the keys that the indexer chooses from float32 keys it also chooses from keys of another type.
 
-    python tools/recall.py model.gguf --kv-type f16
+    python tools/recall.py model.gguf --index-type q8_0
     python tools/recall.py model.gguf -f chapter.txt -l 4096 --dsa-top-k 512 -o json
 
 "same inputs": queries, weights and keys come from the run with float32 caches; only the keys that scores are computed from are of the
@@ -60,14 +60,14 @@ def hits(found, exact, n_keys):
     return (both[0] & both[1]).sum(axis=1)
 
 
-def recall(path, ids, kv_type, dsa_top_k=None, threads=None):
+def recall(path, ids, index_type, dsa_top_k=None, threads=None):
     """{layer: {"same inputs": shares, "whole run": shares}}, one share for each position that has more than top_k keys."""
     import pydsa
 
-    def load(kv_type):
-        return pydsa.load(path, n_ctx=len(ids), n_ubatch=UBATCH, kv_type=kv_type, dsa_top_k=dsa_top_k, threads=threads)
+    def load(index_type):
+        return pydsa.load(path, n_ctx=len(ids), n_ubatch=UBATCH, kv_type="f32", index_type=index_type, dsa_top_k=dsa_top_k, threads=threads)
 
-    model, other = load("f32"), load(kv_type)
+    model, other = load("f32"), load(index_type)
     if model.top_k is None:
         raise pydsa.PydsaError(f"{path}: {model.config.architecture} has no indexer, so there is no choice of keys to compare.")
     if len(ids) <= model.top_k:
@@ -120,11 +120,11 @@ def fail(message):
 @click.option("-p", "--prompt", help="text to run  [a page of Python's documentation]")
 @click.option("-f", "--file", type=click.File(encoding="utf-8"), help="file that holds the text")
 @click.option("-l", "--length", type=click.IntRange(1), default=4096, help="tokens of the text to use at most  [4096]")
-@click.option("--kv-type", type=click.Choice(list(KV_TYPES)), default="f16", help="type of the caches  [f16]")
+@click.option("--index-type", type=click.Choice(list(KV_TYPES)), default="q8_0", help="type of the cached index keys  [q8_0]")
 @click.option("--dsa-top-k", type=click.IntRange(1), help="keys that each token attends to  [the model's]")
 @click.option("-t", "--threads", type=click.IntRange(1), help="threads to use")
 @click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", help="form of the table  [md]")
-def main(model_path, prompt, file, length, kv_type, dsa_top_k, threads, output):
+def main(model_path, prompt, file, length, index_type, dsa_top_k, threads, output):
     from pydoc_data.topics import topics
 
     import pydsa
@@ -136,7 +136,7 @@ def main(model_path, prompt, file, length, kv_type, dsa_top_k, threads, output):
     try:
         text = file.read() if file else topics["import"] if prompt is None else prompt
         ids = list(pydsa.load_tokenizer(model_path).encode(text, add_bos=True))[:length]
-        shares = recall(model_path, ids, kv_type, dsa_top_k, threads)
+        shares = recall(model_path, ids, index_type, dsa_top_k, threads)
         table = list(rows(shares, dsa_top_k or ModelPlan(model_path).top_k))
     except UnicodeDecodeError:
         fail(f"{file.name}: this is not UTF-8 text.")
@@ -145,7 +145,7 @@ def main(model_path, prompt, file, length, kv_type, dsa_top_k, threads, output):
     if output != "md":
         click.echo(format_rows(table, output), nl=False)
         return
-    click.echo(f"{markdown([for_people(row) for row in table])}\n{kv_type} caches beside f32, {len(ids)} tokens.")
+    click.echo(f"{markdown([for_people(row) for row in table])}\n{index_type} index keys beside f32, {len(ids)} tokens.")
 
 
 if __name__ == "__main__":

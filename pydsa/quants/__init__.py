@@ -12,13 +12,13 @@ FAMILIES = {
     "IQ4_NL": "tables", "IQ4_XS": "tables", "MXFP4": "tables",
 }
 SUPPORTED = tuple(FAMILIES)
-KV_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}     # --kv-type -> the GGUF type of a cache row
-ROW_OF_BYTES = "i8"     # how --kv-type q8_0 stores index keys: int8, and behind them one float32, their scale
+KV_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}     # a type of cache -> the GGUF type of its rows
+ROW_OF_BYTES = "i8"     # how index keys of q8_0 are stored: int8, and behind them one float32, their scale
 
 
-def cache_storage(kv_type, kind):
-    """How the rows of a CacheRef's kind are stored, as cache_rows() takes it: as kv_type, but index keys of q8_0 in ROW_OF_BYTES."""
-    return ROW_OF_BYTES if (kv_type, kind) == ("q8_0", "index_keys") else kv_type
+def cache_storage(kv_type, index_type):
+    """How the rows of each CacheRef.kind are stored, as cache_rows() takes it."""
+    return {"latents": kv_type, "index_keys": ROW_OF_BYTES if index_type == "q8_0" else index_type}
 
 
 def block_type(name):
