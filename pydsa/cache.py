@@ -2,11 +2,14 @@
 
 
 class VectorCache:
-    """n_ctx rows of `width` values, stored as kv_type says (quants.cache_storage); `rows` is what the backend's ops take."""
+    """n_ctx rows of sum(widths) values, stored as quants.KV_TYPES says, where whole numbers have a scale for each of the widths.
 
-    def __init__(self, backend, n_ctx, width, kv_type):
-        self.n_ctx, self.width, self.kv_type = n_ctx, width, kv_type
-        self.rows = backend.cache_rows(n_ctx, width, kv_type)
+    `rows` is what the backend's ops take.
+    """
+
+    def __init__(self, backend, n_ctx, widths, storage):
+        self.n_ctx, self.widths, self.storage = n_ctx, widths, storage
+        self.rows = backend.cache_rows(n_ctx, widths, storage)
         self._bytes = backend.cache_bytes(self.rows)
 
     @property

@@ -59,7 +59,8 @@ def options(*decorators):
 ctx_option = click.option("-c", "--ctx-size", "n_ctx", type=int, help="Tokens of context.  [default: 8192, or the model's limit]")
 model_options = options(
     click.option("-ub", "--ubatch-size", "n_ubatch", type=int, default=512, show_default=True, help="Prompt tokens that run together."),
-    click.option("--kv-type", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True, help="Type of the cached latents."),
+    click.option("--kv-type", type=click.Choice(list(KV_TYPES)), default="i16", show_default=True,
+                 help="Type of the cached latents; i16: whole numbers, two scales a row."),
     click.option("--index-type", type=click.Choice(list(KV_TYPES)),
                  help="Type of the indexer's cached keys.  [default: q8_0; f32 if --kv-type is]"),
     click.option("--dsa-top-k", type=int, help="Keys each token attends to.  [default: the model's]"))

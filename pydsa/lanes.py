@@ -3,7 +3,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pydsa.simd import FAST, FEATURES, I16, I32, I8, WORD, Vec, _join, _split, call_llvm, constant, f32x16, i16x32, i32x16, pack, pointer
+from pydsa.simd import (FAST, FEATURES, I16, I32, I8, WORD, Vec, _join, _split, call_llvm, constant, f32x16, i16x32, i32x16, nearest, pack,
+                        pointer)
 
 
 @intrinsic
@@ -78,6 +79,32 @@ def widened(typingctx, v):
         zeros = ir.Constant(v.ir, [0.0] * v.lanes)
         return builder.shuffle_vector(args[0], zeros, constant([i if i < v.lanes else v.lanes for i in range(16)]))
     return f32x16(v), codegen
+
+
+def high_and_low(builder, whole):
+    """LLVM integers 256 high + low, of which the lower 16 bits mean something -> high, in the lower eight bits, and low there."""
+    return builder.lshr(builder.add(whole, constant([128] * 16)), constant([8] * 16)), whole
+
+
+@intrinsic
+def store_two_bytes(typingctx, high, low, v):
+    """Sixteen floats, rounded to whole numbers 256 high + low: their high bytes to one address, their low ones, signed, to another."""
+    def codegen(context, builder, signature, args):
+        for part, at in zip(high_and_low(builder, nearest(builder, args[2])), args):
+            part = builder.trunc(part, ir.VectorType(I8, 16))
+            builder.store(part, pointer(builder, at, part.type), align=1)
+        return context.get_dummy_value()
+    return types.void(types.intp, types.intp, f32x16), codegen
+
+
+@intrinsic
+def two_bytes(typingctx, high, low):
+    """The sixteen numbers whose high and low bytes lie at two addresses, as floats."""
+    def codegen(context, builder, signature, args):
+        kind = ir.VectorType(I8, 16)
+        high, low = (builder.sext(builder.load(pointer(builder, at, kind), align=1), i32x16.ir) for at in args)
+        return builder.sitofp(builder.add(builder.shl(high, constant([8] * 16)), low), f32x16.ir)
+    return f32x16(types.intp, types.intp), codegen
 
 
 SHUFFLES = (("avx512bw", "avx512.pshuf.b.512", 64), ("avx2", "avx2.pshuf.b", 32), ("ssse3", "ssse3.pshuf.b.128", 16))

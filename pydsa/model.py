@@ -14,12 +14,12 @@ import psutil
 from pydsa.cache import VectorCache
 from pydsa.chat import encode_chat
 from pydsa.errors import OutOfMemoryError, PydsaError, UnsupportedModelError
-from pydsa.gguf_file import GGML_TYPES, open_gguf
+from pydsa.gguf_file import open_gguf
 from pydsa.graph import CacheRef, Graph
 from pydsa.models import architecture
 from pydsa.models.weights import Weights
 from pydsa.plan import Runner, plan
-from pydsa.quants import KV_TYPES, ROW_OF_BYTES, cache_storage
+from pydsa.quants import KV_TYPES, cache_row_bytes
 from pydsa.sampling import Sampling
 from pydsa.session import Session
 from pydsa.tokenizer import Tokenizer
@@ -46,10 +46,10 @@ def whole_number(what, value, low, high):
 class ModelPlan:
     """What running a file would need, worked out without touching weights or compiling: configuration, graphs, memory in bytes."""
 
-    def __init__(self, path, n_ctx=None, device="cpu", kv_type="f16", attention="auto", dsa_top_k=None, n_ubatch=512, index_type=None):
+    def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=512, index_type=None):
         self.device, self.kv_type = choose("device", device, DEVICES), choose("kv_type", kv_type, KV_TYPES)
         self.index_type = choose("index_type", index_type or ("f32" if kv_type == "f32" else "q8_0"), KV_TYPES)
-        self.storage = cache_storage(self.kv_type, self.index_type)
+        self.storage = {"latents": KV_TYPES[self.kv_type], "index_keys": KV_TYPES[self.index_type]}      # of each CacheRef.kind
         self.attention = choose("attention", attention, ATTENTION)
         n_ctx, n_ubatch, dsa_top_k = (value if value is None else whole_number(name, value, 1, 2**31 - 1) for name, value in
                                       (("n_ctx", n_ctx), ("n_ubatch", n_ubatch), ("dsa_top_k", dsa_top_k)))
@@ -77,11 +77,7 @@ class ModelPlan:
         self.plans = {path: self._record(arch, path) for path in self.paths}
         self._refuse_unknown_tensors()
         used = {a for p in self.plans.values() for node in p.graph.nodes for a in node.args if isinstance(a, CacheRef)}
-        self.cache_widths = {ref: width for ref, width in self.config.cache_widths.items() if ref in used}
-        odd = [width for ref, width in self.cache_widths.items() if ref.kind == "latents" and width % 32]
-        if self.kv_type == "q8_0" and odd:
-            raise UnsupportedModelError(f"{metadata.path}: its latents have {odd[0]} numbers, and --kv-type q8_0 needs a multiple of 32; "
-                                        "use f16.")
+        self.cache_widths = {ref: widths for ref, widths in self.config.cache_widths.items() if ref in used}
 
     def _record(self, arch, path):
         graph = Graph(self.n_ctx)
@@ -123,14 +119,7 @@ class ModelPlan:
     @property
     def cache_row_bytes(self):
         """Bytes that a token takes in each cache."""
-        types = {kind.name: kind for kind in GGML_TYPES.values()}
-
-        def row_bytes(storage, width):
-            if storage == ROW_OF_BYTES:
-                return width + 4
-            kind = types[KV_TYPES[storage]]
-            return width // kind.block * kind.n_bytes
-        return {ref: row_bytes(self.storage[ref.kind], width) for ref, width in self.cache_widths.items()}
+        return {ref: cache_row_bytes(self.storage[ref.kind], widths) for ref, widths in self.cache_widths.items()}
 
     @property
     def cache_bytes(self):
@@ -188,8 +177,8 @@ class Model:
 
     def caches(self, n_ctx):
         """Empty caches of n_ctx rows, one for each (kind, layer) that the graphs use."""
-        return {ref: VectorCache(self.backend, n_ctx, width, self.plan.storage[ref.kind])
-                for ref, width in self.plan.cache_widths.items()}
+        return {ref: VectorCache(self.backend, n_ctx, widths, self.plan.storage[ref.kind])
+                for ref, widths in self.plan.cache_widths.items()}
 
     @functools.cached_property
     def tokenizer(self):
@@ -271,12 +260,13 @@ class Model:
             yield rest
 
 
-def load(path, n_ctx=None, device="cpu", threads=None, kv_type="f16", attention="auto", dsa_top_k=None, n_ubatch=512, progress=None,
+def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=512, progress=None,
          index_type=None):
     """Open a GGUF (the first part, if it is split) and make it ready to run.
 
     n_ctx: tokens the context can hold (8192, or the model's own limit if that is less). device: "cpu", or "reference" for plain numpy.
-    threads: all cores if None. kv_type, of cached latents: "f32", "f16", "bf16", "q8_0". index_type, of the indexer's cached keys: the
+    threads: all cores if None. kv_type, of cached latents: "f32", "f16", "bf16", "i16" (whole numbers of
+    16 bits, with a scale for each of a row's two parts), "q8_0" (the same with 8 bits). index_type, of the indexer's cached keys: the
     same names; if None "q8_0", int8 with which it is fastest, but "f32" if kv_type is. attention: "auto" (exact dense attention while
     the context is no longer than top_k, sparse beyond), "sparse", "masked", "dense". dsa_top_k: keys to attend to, instead of the
     file's own number. n_ubatch: tokens of a prompt that run together. progress(done, total, kernel name) is called while kernels are

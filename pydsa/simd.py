@@ -330,6 +330,15 @@ def largest(typingctx, a, b):
     return types.float32(f32x16, f32x16), codegen
 
 
+@intrinsic
+def larger_magnitudes(typingctx, a, b):
+    """The larger magnitude in each lane of two float vectors; NaN where there is one."""
+    def codegen(context, builder, signature, args):
+        x, y = (builder.and_(builder.bitcast(v, i32x16.ir), constant([0x7FFFFFFF] * 16)) for v in args)
+        return builder.bitcast(builder.select(builder.icmp_signed(">", x, y), x, y), f32x16.ir)
+    return f32x16(f32x16, f32x16), codegen
+
+
 def nearest(builder, v):
     """An LLVM vector of floats below 2^22 -> the nearest whole numbers as integers, of which only the lower 22 bits mean something."""
     whole = builder.fadd(v, constant([12582912.0] * v.type.count, F32))        # 1.5 * 2^23, where floats are whole numbers

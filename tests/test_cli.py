@@ -147,7 +147,7 @@ def test_info(golden):
     text = pydsa("info", path).stdout
     assert "Q8_0" in text and "layers 1: dense, then sparse attention, the choice of the last layer with an indexer" in text
     report = json.loads(pydsa("info", path, "-o", "json", "-c", 1000, "--attention", "masked").stdout)
-    assert report["memory"]["caches"] == 1000 * (2 * 3 * 288 + 2 * (64 + 4))
+    assert report["memory"]["caches"] == 1000 * (3 * (2 * 288 + 8) + 2 * (64 + 4))
     assert report["memory"]["scratch"] > 512 * 1000 * 4
     assert report["layers"] == {"masked attention, own indexer, dense ffn": "0", "masked attention, own indexer, 2 of 4 experts": "2",
                                 "masked attention, the choice of the last layer with an indexer, 2 of 4 experts": "1"}

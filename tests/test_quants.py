@@ -6,7 +6,7 @@ from gguf.quants import dequantize, quantize
 
 from pydsa.backends import cpu, reference
 from pydsa.gguf_file import Tensor
-from pydsa.quants import KV_TYPES, SUPPORTED, block_type
+from pydsa.quants import FLOAT_ROWS, KV_TYPES, SUPPORTED, WHOLE_ROWS, block_type, cache_row_bytes
 from pydsa.quants.block import half
 
 HALVES = np.arange(2**16, dtype=np.uint32).astype(np.uint16)
@@ -91,67 +91,88 @@ def floats_near_bf16():
 
 def as_stored(kv_type, x):
     """float32 -> the bytes of a cache row, by numpy's float16 and gguf-py's BF16."""
-    if kv_type in ("bf16", "q8_0"):
-        return quantize(np.ascontiguousarray(x), GGMLQuantizationType[KV_TYPES[kv_type]])
+    if kv_type == "bf16":
+        return quantize(np.ascontiguousarray(x), GGMLQuantizationType.BF16)
     with np.errstate(over="ignore"):
         return x.astype({"f32": np.float32, "f16": np.float16}[kv_type], order="C").view(np.uint8)
 
 
 @pytest.mark.parametrize("backend", [cpu, reference], ids=["cpu", "reference"])
 @pytest.mark.parametrize("values", [floats_near_halves, floats_near_bf16])
-@pytest.mark.parametrize("kv_type", [name for name in KV_TYPES if name != "q8_0"])
+@pytest.mark.parametrize("kv_type", FLOAT_ROWS)
 def test_cache_write(kv_type, values, backend):
     x = np.resize(values(), (3, 100_003))[:, 2:]        # columns of wider rows
-    rows = backend.cache_rows(7, x.shape[1], kv_type)
+    rows = backend.cache_rows(7, (x.shape[1],), kv_type)
     with np.errstate(invalid="ignore"):
         backend.cache_write(rows, x.astype(backend.FLOAT, copy=False), np.int64([5, 0, 2]))
     found, expected = backend.cache_bytes(rows)[[5, 0, 2]], as_stored(kv_type, x)
     kind = np.uint32 if kv_type == "f32" else np.uint16
     any_nan = np.isnan(x) & (kv_type != "bf16")     # which NaN it is, is told of bf16 only
     assert np.array_equal(found.view(kind)[~any_nan], expected.view(kind)[~any_nan])
-    assert np.isnan(dequantize(found, GGMLQuantizationType[KV_TYPES[kv_type]])[np.isnan(x)]).all()
+    assert np.isnan(dequantize(found, GGMLQuantizationType[FLOAT_ROWS[kv_type]])[np.isnan(x)]).all()
     assert not backend.cache_bytes(rows)[[1, 3, 4, 6]].any()
 
 
+def parts_of(stored, storage, widths):
+    """The whole numbers of rows as bytes, and the scale of each part."""
+    n, width = WHOLE_ROWS[storage], sum(widths)
+    planes = [stored[:, i * width:(i + 1) * width].view(np.int8).astype(np.int32) for i in range(n)]
+    return planes[0] if n == 1 else 256 * planes[0] + planes[1], stored[:, n * width:].copy().view(np.float32)
+
+
 @pytest.mark.parametrize("backend", [cpu, reference], ids=["cpu", "reference"])
-def test_cache_write_of_blocks(backend):
-    """Q8_0 as gguf-py rounds it; index keys the same with one scale a row. What is not finite stays so, in its block."""
-    x = np.random.default_rng(0).standard_normal((5, 96)).astype(np.float32)
-    x[:, 32:64] *= np.float32([[0], [1e-3], [1e3], [1e-20], [1]])
-    blocks, rows = backend.cache_rows(5, 96, "q8_0"), backend.cache_rows(5, 32, "i8")
-    for cache, values in ((blocks, x), (rows, x[:, 32:64])):
-        backend.cache_write(cache, values.astype(backend.FLOAT), np.arange(5))
-    expected = as_stored("q8_0", x)
-    assert np.array_equal(backend.cache_bytes(blocks), expected)
-    stored = backend.cache_bytes(rows)
-    assert np.array_equal(stored[:, :32], expected[:, 36:68])
-    assert np.array_equal(stored[:, 32:].copy().view(np.float32)[:, 0], np.abs(x[:, 32:64]).max(axis=1) / np.float32(127))
+@pytest.mark.parametrize("storage, largest", [("i8", 127), ("i16", 32512)])
+@pytest.mark.parametrize("widths", [(64, 32), (37, 21), (96,), (5,)])
+def test_cache_write_of_whole_numbers(backend, storage, largest, widths):
+    """Each part's largest magnitude becomes the largest number; what is not finite makes the scale of its part so."""
+    x = np.random.default_rng(0).standard_normal((5, sum(widths))).astype(np.float32)
+    x[:, widths[0]:] *= 100
+    x *= np.float32([[0], [1e-3], [1e3], [1e-20], [1]])
+    rows = backend.cache_rows(7, widths, storage)
+    backend.cache_write(rows, x.astype(backend.FLOAT), np.arange(5))
+    assert backend.cache_bytes(rows).shape[1] == cache_row_bytes(storage, widths) and not backend.cache_bytes(rows)[5:].any()
+    numbers, scales = parts_of(backend.cache_bytes(rows)[:5], storage, widths)
+    for i, part in enumerate(np.split(np.arange(sum(widths)), np.cumsum(widths)[:-1])):
+        top = np.abs(x[:, part]).max(axis=1)
+        assert np.allclose(scales[:, i], top / largest, 1e-6, 0)
+        assert (np.abs(numbers[1:, part]).max(axis=1) == largest).all() and not numbers[0].any()
+        assert np.abs(numbers[:, part] * scales[:, i:i + 1] - x[:, part]).max() <= 0.5001 * scales[:, i].max()
     for value in (np.nan, np.inf, -np.inf):
-        x[2, 40] = value
-        backend.cache_write(blocks, x.astype(backend.FLOAT), np.arange(5))
-        found = dequantize(backend.cache_bytes(blocks), GGMLQuantizationType.Q8_0)
-        assert not np.isfinite(found[2, 32:64]).any() and np.isfinite(found[2, :32]).all() and np.isfinite(found[[0, 1, 3, 4]]).all()
+        x[2, 3] = value
+        backend.cache_write(rows, x.astype(backend.FLOAT), np.arange(5))
+        scales = parts_of(backend.cache_bytes(rows)[:5], storage, widths)[1]
+        assert not np.isfinite(scales[2, 0]) and np.isfinite(scales).sum() == scales.size - 1
+
+
+@pytest.mark.parametrize("storage", WHOLE_ROWS)
+def test_backends_store_the_same_whole_numbers(storage):
+    x, stored = np.random.default_rng(1).standard_normal((50, 85)).astype(np.float32), []
+    for backend in (cpu, reference):
+        rows = backend.cache_rows(50, (53, 32), storage)
+        backend.cache_write(rows, x.astype(backend.FLOAT), np.arange(50))
+        stored.append(backend.cache_bytes(rows))
+    assert np.array_equal(*stored)
 
 
 @pytest.mark.parametrize("kv_type", KV_TYPES)
 def test_cache_rows_are_read_as_written(kv_type):
-    """What attention sees of a row is what gguf-py makes of its bytes."""
+    """What attention sees of a row is what its bytes stand for."""
     x = np.random.default_rng(0).standard_normal((1, 96)).astype(np.float32)
-    rows = cpu.cache_rows(1, 96, kv_type)
+    rows = cpu.cache_rows(1, (64, 32), KV_TYPES[kv_type])
     cpu.cache_write(rows, x, np.zeros(1, np.int64))
-    out = np.empty((1, 1, 96), np.float32)
+    out = np.empty((1, 1, 64), np.float32)
     cpu.dense_attention(out, np.ones((1, 1, 96), np.float32), rows, np.zeros(1, np.int64), 1.0)
-    expected = dequantize(as_stored(kv_type, x), GGMLQuantizationType[KV_TYPES[kv_type]])
-    if kv_type == "q8_0":       # 18 bits, of which pairs keep 16
-        assert np.allclose(out[0], expected, 2 ** -16, 0)
-    else:
-        assert same_bits(out[0], expected)
+    if kv_type in FLOAT_ROWS:
+        assert same_bits(out[0], dequantize(as_stored(kv_type, x), GGMLQuantizationType[FLOAT_ROWS[kv_type]])[:, :64])
+    else:       # times a weight of 1, which is a whole number too
+        numbers, scales = parts_of(rows.data, KV_TYPES[kv_type], (64, 32))
+        assert np.allclose(out[0], numbers[:, :64] * scales[:, :1], 1e-6, 1e-6)
 
 
 def test_offsets_beyond_2_gib():
     """Rows so far into a cache that a 32-bit offset would be negative; the system gives memory only for those that are written."""
     positions, x = np.array([2**22 - 1, 2**21, 7]), np.random.default_rng(0).standard_normal((3, 512)).astype(np.float32)
-    rows = cpu.cache_rows(2**22, 512, "f16")
+    rows = cpu.cache_rows(2**22, (512,), "f16")
     cpu.cache_write(rows, x, positions)
     out = np.empty((3, 1, 512), np.float32)
     cpu.sparse_attention(out, np.ones((3, 1, 512), np.float32), rows, positions[:, None].astype(np.int32), 1.0)

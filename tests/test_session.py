@@ -49,7 +49,7 @@ def decoded(session, ids=IDS[20:30]):
 # Saving and loading
 
 @pytest.mark.parametrize("spec", MODELS)
-@pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16", "i16", "q8_0"])
 def test_loaded_session_continues_the_same(small_model, load, tmp_path, spec, kv_type):
     model, path = load(small_model(**spec), kv_type=kv_type), tmp_path / "talk"
     first, second = model.session(), model.session()
@@ -63,7 +63,7 @@ def test_loaded_session_continues_the_same(small_model, load, tmp_path, spec, kv
 
 def test_loaded_session_continues_the_same_in_another_process(small_model, load, tmp_path):
     path, saved = small_model(), tmp_path / "talk"
-    session = load(path, kv_type="f16").session()
+    session = load(path, kv_type="i16").session()
     session.prefill(IDS[:20])
     session.save(saved)
     code = (f"import pydsa, sys\nsession = pydsa.load(sys.argv[1], n_ctx=256, threads=1).session()\nsession.load(sys.argv[2])\n"

@@ -7,7 +7,6 @@ import numpy as np
 
 FLOAT = np.float64
 KV_DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}   # bf16: the upper half of a float32
-Q8_0 = np.dtype([("d", "<f2"), ("q", "i1", 32)])        # a block of a row
 
 
 def weight(tensor):
@@ -17,13 +16,13 @@ def weight(tensor):
     return dequantize(tensor.data, GGMLQuantizationType[tensor.type]).reshape(tensor.shape)
 
 
-def cache_rows(n_ctx, width, kv_type):
-    """An empty cache of n_ctx rows; kv_type may also be "i8": a row of int8 with its scale behind it."""
-    if kv_type == "q8_0":
-        return np.zeros((n_ctx, width // 32), Q8_0)
-    if kv_type == "i8":
-        return np.zeros((n_ctx, 1), np.dtype([("q", "i1", width), ("d", "<f4")]))
-    return np.zeros((n_ctx, width), KV_DTYPES[kv_type])
+def cache_rows(n_ctx, widths, storage):
+    """An empty cache of n_ctx rows. "i8" and "i16": all high bytes, all low ones, part by part, and a float32 scale for each part."""
+    if storage in KV_DTYPES:
+        return np.zeros((n_ctx, sum(widths)), KV_DTYPES[storage])
+    planes = ["high", "low"][:1 if storage == "i8" else 2]
+    fields = [(f"{plane}{i}", "i1", width) for plane in planes for i, width in enumerate(widths)]
+    return np.zeros((n_ctx, 1), np.dtype([*fields, ("d", "<f4", len(widths))]))
 
 
 def cache_bytes(rows):
@@ -52,9 +51,13 @@ def measure_ceilings():
     """None: how fast numpy is here says nothing of the machine."""
 
 
-def _floats(rows):      # cache rows of any kv type -> float64
+def _floats(rows):      # cache rows of any storage -> float64
     if rows.dtype.names:
-        return (rows["q"] * rows["d"][..., None].astype(FLOAT)).reshape(len(rows), rows.shape[1] * rows.dtype["q"].shape[0])
+        def whole(i):
+            high = rows[f"high{i}"][:, 0].astype(FLOAT)
+            return 256 * high + rows[f"low{i}"][:, 0] if f"low{i}" in rows.dtype.names else high
+        scales = rows["d"][:, 0].astype(FLOAT)
+        return np.concatenate([whole(i) * scales[:, i:i + 1] for i in range(scales.shape[1])], axis=1)
     if rows.dtype == np.uint16:
         rows = (rows.astype(np.uint32) << 16).view(np.float32)
     return rows.astype(FLOAT)
@@ -114,15 +117,13 @@ def hadamard(out, x):       # [T, H, D] with D a power of two; out may be x itse
 
 
 def cache_write(cache, x, positions):       # [S, n], [T, n], [T]
-    """cache[positions[t]] = x[t], converted to the cache's type: with a scale for several numbers, the largest of them becomes 127"""
+    """cache[positions[t]] = x[t], converted to the cache's type: with a scale for a part, the largest becomes 127 or 127 * 256"""
     if cache.dtype.names:
-        x = np.ascontiguousarray(x, np.float32).reshape(len(x), cache.shape[1], -1)
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            scale = np.abs(x).max(axis=-1) / np.float32(127)        # not finite if a number is not
-            products = x * np.where((scale > 1e-30) & np.isfinite(scale), 1 / scale, 0)[..., None]
-            whole = np.floor(np.abs(products) + np.float32(0.5))
-            cache["d"][positions] = scale
-            cache["q"][positions] = np.where(whole < 128, np.copysign(whole, products), 0)
+        start = 0
+        for i in range(cache.dtype["d"].shape[0]):
+            width = cache.dtype[f"high{i}"].shape[0]
+            _write_part(cache, i, np.ascontiguousarray(x[:, start:start + width], np.float32), positions)
+            start += width
     elif cache.dtype == np.uint16:
         bits = x.astype(np.float32).view(np.uint32)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -130,6 +131,20 @@ def cache_write(cache, x, positions):       # [S, n], [T, n], [T]
     else:
         with np.errstate(over="ignore"):
             cache[positions] = x.astype(np.float32).astype(cache.dtype)
+
+
+def _write_part(cache, i, x, positions):    # int8: halves away from zero, as Q8_0 has them; 16 bits: halves to even
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        top, wide = np.abs(x).max(axis=-1, initial=0), f"low{i}" in cache.dtype.names
+        scale = top / np.float32(127 * 256 if wide else 127)        # not finite if a number is not
+        factor = np.float32(127 * 256) / top if wide else 1 / scale
+        products = np.where(((top if wide else scale) > 1e-30) & np.isfinite(scale), factor, 0)[:, None] * x
+        whole = np.rint(products) if wide else np.copysign(np.floor(np.abs(products) + np.float32(0.5)), products)
+        whole = np.where(np.isfinite(scale)[:, None], whole, 0).astype(np.int32)
+    cache["d"][positions, 0, i] = scale
+    cache[f"high{i}"][positions, 0] = (whole + 128) >> 8 if wide else whole
+    if wide:
+        cache[f"low{i}"][positions, 0] = whole.astype(np.int8)
 
 
 def indexer_scores(out, q, w, keys, positions, scale):      # [T, S], [T, H, D], [T, H], [S, D], [T]

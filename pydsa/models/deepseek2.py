@@ -51,8 +51,8 @@ class Config:
 
     @property
     def cache_widths(self):
-        """Values of a cache row, for each (kind, layer)."""
-        return {CacheRef("latents", il): self.kv_lora + self.n_rot for il in range(self.n_layer)}
+        """Values of a cache row, for each (kind, layer): of each of its parts, which types of whole numbers scale by themselves."""
+        return {CacheRef("latents", il): (self.kv_lora, self.n_rot) for il in range(self.n_layer)}
 
     @classmethod
     def from_metadata(cls, metadata, n_vocab):

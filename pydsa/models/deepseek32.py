@@ -23,8 +23,8 @@ class Config(deepseek2.Config):
 
     @property
     def cache_widths(self):
-        """Values of a cache row, for each (kind, layer)."""
-        keys = {CacheRef("index_keys", il): self.indexer_head_size for il in range(self.n_layer) if self.indexer_full[il]}
+        """Values of a cache row, for each (kind, layer), as deepseek2 has them."""
+        keys = {CacheRef("index_keys", il): (self.indexer_head_size,) for il in range(self.n_layer) if self.indexer_full[il]}
         return super().cache_widths | keys
 
     @classmethod

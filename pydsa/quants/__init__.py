@@ -12,13 +12,16 @@ FAMILIES = {
     "IQ4_NL": "tables", "IQ4_XS": "tables", "MXFP4": "tables",
 }
 SUPPORTED = tuple(FAMILIES)
-KV_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}     # a type of cache -> the GGUF type of its rows
-ROW_OF_BYTES = "i8"     # how index keys of q8_0 are stored: int8, and behind them one float32, their scale
+FLOAT_ROWS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}      # how cache rows are stored -> the GGUF type
+WHOLE_ROWS = {"i8": 1, "i16": 2}        # -> bytes of a number; behind them a float32 for each part of a row (whole_rows.py)
+KV_TYPES = {name: name for name in FLOAT_ROWS} | {"i16": "i16", "q8_0": "i8"}       # --kv-type, --index-type -> how rows are stored
 
 
-def cache_storage(kv_type, index_type):
-    """How the rows of each CacheRef.kind are stored, as cache_rows() takes it."""
-    return {"latents": kv_type, "index_keys": ROW_OF_BYTES if index_type == "q8_0" else index_type}
+def cache_row_bytes(storage, widths):
+    """Bytes of a cache row with parts of so many values."""
+    if storage in WHOLE_ROWS:
+        return WHOLE_ROWS[storage] * sum(widths) + 4 * len(widths)
+    return (4 if storage == "f32" else 2) * sum(widths)
 
 
 def block_type(name):

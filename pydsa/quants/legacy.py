@@ -8,7 +8,7 @@ from numba import carray
 from pydsa.jit import WordFunction, inline, inner
 from pydsa.lanes import spread, widened
 from pydsa.quants.block import (AHEAD, BY_QUARTERS, LOW, SCALE, dot_pair, dot_quad, entry, four_blocks, half, half_at, joined, leave_row,
-                                nibbles, places, round_to_bytes, store_halves, store_quad, to_half, unsigned_quad, where_in_chunks)
+                                nibbles, places, store_halves, store_quad, unsigned_quad, where_in_chunks)
 from pydsa.simd import (as_words, floats, four_floats, halves, join, load_16_bytes, load_2_floats, load_4_floats, multiply_add, prefetch,
                         signed_high_bytes, stack_memory, store, to_floats, u32_at, where_bits)
 
@@ -73,12 +73,6 @@ def dequantize_q8_0(source, n, target):
         d = half_at(at, 0)
         store(out, 0, to_floats(load_16_bytes(at, 2)) * d)
         store(out, 64, to_floats(load_16_bytes(at, 18)) * d)
-
-
-def quantize_q8_0(source, n, target):
-    for i in range(n):
-        at = target + 34 * i
-        store(at, 0, to_half(round_to_bytes(source + 128 * i, 32, at + 2)))
 
 
 @inline
@@ -252,5 +246,5 @@ TYPES = {
     "Q4_1": entry(Q4_1, 32, dequantize_q4_1, None, unpack_q4_1, dot_q4_1, BY_QUARTERS, 8, 4),
     "Q5_0": entry(Q5_0, 32, dequantize_q5_0, None, unpack_q5_0, dot_q5_0, BY_QUARTERS, 0, 5),
     "Q5_1": entry(Q5_1, 32, dequantize_q5_1, None, unpack_q5_1, dot_q5_1, BY_QUARTERS, 8, 5),
-    "Q8_0": entry(Q8_0, 32, WordFunction(dequantize_q8_0), WordFunction(quantize_q8_0), unpack_q8_0, dot_q8_0, BY_TWO, 0, 8),
+    "Q8_0": entry(Q8_0, 32, WordFunction(dequantize_q8_0), None, unpack_q8_0, dot_q8_0, BY_TWO, 0, 8),
 }

@@ -11,6 +11,7 @@ from pydsa.backends.cpu.norm import add, layer_norm, rms_norm, silu_mul  # noqa:
 from pydsa.backends.cpu.rope import hadamard, rope, rope_table  # noqa: F401
 from pydsa.backends.cpu.rows import CacheRows, Weight, cache_write, get_rows  # noqa: F401
 from pydsa.backends.cpu import amx
+from pydsa.backends.cpu.byte_attention import attend_bytes
 from pydsa.backends.cpu.byte_indexer import score_bytes
 from pydsa.backends.cpu.byte_rows import PREPARED, byte_rows, prepare_bytes
 from pydsa.backends.cpu.float_attention import attend_floats
@@ -24,7 +25,7 @@ from pydsa.quants import whole_rows
 from pydsa.quants.block import CHUNK
 
 FLOAT = np.float32
-ATTEND_FLOATS, ATTEND_SPLITS = WordFunction(attend_floats), WordFunction(attend_splits)
+ATTEND_FLOATS, ATTEND_SPLITS, ATTEND_BYTES = WordFunction(attend_floats), WordFunction(attend_splits), WordFunction(attend_bytes)
 SCORE_FLOATS, SCORE_BYTES = WordFunction(score_floats), WordFunction(score_bytes)
 SCORE_SPLITS, SCORE_SPLITS_OF_FEW = WordFunction(score_splits), WordFunction(score_splits_of_few)
 SPARE_ROWS = 32         # behind the last one: tiles are loaded whole, 64 bytes of each row
@@ -59,18 +60,20 @@ def weight(tensor):
     return values[0]
 
 
-def cache_rows(n_ctx, width, kv_type):
-    """An empty cache of n_ctx rows, stored as quants.cache_storage() says; the system gives the pages as they are first written."""
-    if kv_type == quants.ROW_OF_BYTES:
-        row_bytes, block, dequantize, quantize = width + 4, 1, whole_rows.DEQUANTIZE, whole_rows.QUANTIZE
-        functions = (ATTEND_FLOATS, SCORE_BYTES, SCORE_BYTES) if amx.HERE else (ATTEND_FLOATS, SCORE_FLOATS, SCORE_FLOATS)
+def cache_rows(n_ctx, widths, storage):
+    """An empty cache of n_ctx rows of sum(widths) values, stored as quants.KV_TYPES says; the system gives pages as they are written."""
+    if storage in quants.WHOLE_ROWS:
+        n, (dequantize, quantize) = whole_rows.packed_parts(widths), whole_rows.FUNCTIONS[storage]
+        functions = (ATTEND_BYTES, SCORE_BYTES, SCORE_BYTES) if storage == "i8" else (ATTEND_BYTES, SCORE_FLOATS, SCORE_FLOATS)
     else:
-        kind = quants.block_type(quants.KV_TYPES[kv_type])
-        row_bytes, block, dequantize, quantize = width // kind.size * kind.dtype.itemsize, kind.size, kind.dequantize, kind.quantize
-        splits = amx.HERE and kv_type != "f32"      # float32 rows keep all their bits
-        functions = (ATTEND_SPLITS, SCORE_SPLITS, SCORE_SPLITS_OF_FEW) if splits else (ATTEND_FLOATS, SCORE_FLOATS, SCORE_FLOATS)
+        kind = quants.block_type(quants.FLOAT_ROWS[storage])
+        n, dequantize, quantize = sum(widths), kind.dequantize, kind.quantize
+        functions = ATTEND_SPLITS, SCORE_SPLITS, SCORE_SPLITS_OF_FEW
+    if not amx.HERE or storage == "f32":        # float32 rows keep all their bits
+        functions = ATTEND_FLOATS, SCORE_FLOATS, SCORE_FLOATS
+    row_bytes = quants.cache_row_bytes(storage, widths)
     data = np.zeros((n_ctx + SPARE_ROWS) * row_bytes + 64, np.uint8)[:n_ctx * row_bytes].reshape(n_ctx, row_bytes)
-    return CacheRows(data, dequantize.address, quantize.address, block, *(f.address for f in functions))
+    return CacheRows(data, dequantize.address, quantize.address, n, *(f.address for f in functions))
 
 
 def cache_bytes(rows):

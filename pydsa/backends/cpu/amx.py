@@ -169,9 +169,9 @@ def whole_numbers_of(builder, high, low):
     return builder.sitofp(builder.add(builder.shl(high, constant([8] * 16)), low), f32x16.ir)
 
 
-def _make_byte_products(rows, columns):
-    """A pair of cells: two panels of a times one of b, or one times two."""
-    assert rows * columns == 2
+def _make_byte_products(columns, low_a, low_b):
+    """A pair of cells: one panel of a times two of b, or two times one. low_a, low_b: whether the numbers of a and b have low parts."""
+    low_one, low_other = (low_a, low_b) if columns == 2 else (low_b, low_a)
 
     @intrinsic
     def byte_products(typingctx, n_steps, a, a_panel, b, b_panel, buffer, ahead, row_ahead, row_bytes,
@@ -211,17 +211,21 @@ def _make_byte_products(rows, columns):
             builder.position_at_end(inside)     # tiles 0, 2: high parts; 1, 3: mixed ones, in an order in which no sum waits for itself
             offset = builder.mul(step, WORD(STEP))
             load(4, one, offset, 0)
-            load(7, other, offset, LOW_PARTS)
-            multiply(1, 4, 7)
+            if low_other:
+                load(7, other, offset, LOW_PARTS)
+                multiply(1, 4, 7)
             load(6, other, offset, 0)
             multiply(0, 4, 6)
-            load(5, second, offset, LOW_PARTS)
-            multiply(3, 4, 5)
-            load(7, one, offset, LOW_PARTS)
-            multiply(1, 7, 6)
+            if low_other:
+                load(5, second, offset, LOW_PARTS)
+                multiply(3, 4, 5)
+            if low_one:
+                load(7, one, offset, LOW_PARTS)
+                multiply(1, 7, 6)
             load(6, second, offset, 0)
             multiply(2, 4, 6)
-            multiply(3, 7, 6)
+            if low_one:
+                multiply(3, 7, 6)
             builder.branch(scaling)
             builder.position_at_end(scaling)    # of eight rows: half a cell
             cell, first = builder.lshr(step, WORD(1)), builder.shl(builder.and_(step, WORD(1)), WORD(3))
@@ -251,47 +255,53 @@ def _make_byte_products(rows, columns):
     return byte_products
 
 
-_one_row, _one_column = _make_byte_products(1, 2), _make_byte_products(2, 1)
+def _make_byte_panel_products(low_a, low_b):
+    one_row, one_column = (_make_byte_products(columns, low_a, low_b) for columns in (2, 1))
 
+    @inner
+    def byte_panel_products(a, a_panel, n_a, b, b_panel, n_b, n_steps, sums, row_scales, column_scales, buffer, ahead, row_ahead, row_bytes,
+                            n_rows):
+        """sums[i][j] += scales times panel i of a . panel j of b for i < n_a and j < n_b, not both odd: n_a rows of n_b tiles of float32.
 
-@inner
-def byte_panel_products(a, a_panel, n_a, b, b_panel, n_b, n_steps, sums, row_scales, column_scales, buffer, ahead, row_ahead, row_bytes,
-                        n_rows):
-    """sums[i][j] += scales times panel i of a . panel j of b for i < n_a, which is even, and j < n_b: n_a rows of n_b tiles of float32.
-
-    Panels are of byte pairs: each number is 256 high + low; the products of two low parts are left out. Each has 16 scales: of rows at
-    row_scales, 64 bytes a panel; of columns column_scales bytes after the beginning of a panel of b. A buffer has ten KiB. Meanwhile a KiB
-    from `ahead` on is fetched for every two tiles, and the beginnings of byte_rows_fetched(n_a, n_b) of n_rows rows.
-    """
-    now, before, n_pairs = buffer, buffer + 4 * SUMS, n_b // 2
-    last_sums, last_rows, last_columns = buffer + 8 * SUMS, buffer + 8 * SUMS, buffer + 8 * SUMS     # a pair whose sums nobody reads
-    for i in range(n_a * n_pairs + 1):
-        j, k = i // n_a, i % n_a
-        if i == n_a * n_pairs:      # only what the last pair left
-            j, k = 0, 0
-        if n_rows <= 0:
-            row_ahead, row_bytes = b, 0
-        _one_row(n_steps if i < n_a * n_pairs else 0, a + k * a_panel, a_panel, b + 2 * j * b_panel, b_panel, now,
-                 ahead, row_ahead, row_bytes, before, last_sums, SUMS, last_rows, 0, last_columns, b_panel if i else 0)
-        last_sums, last_rows, last_columns = sums + (k * n_b + 2 * j) * SUMS, row_scales + 64 * k, b + 2 * j * b_panel + column_scales
-        now, before = before, now
-        ahead += 16 * 64
-        row_ahead += 4 * row_bytes
-        n_rows -= 4
-    if n_b % 2:
-        last_sums, last_rows, last_columns = buffer + 8 * SUMS, buffer + 8 * SUMS, b + column_scales
-        for i in range(0, n_a + 2, 2):
-            k = i if i < n_a else 0
+        Panels are of byte pairs: each number is 256 high + low; the products of two low parts are left out. In high_rows_products those of
+        a have no low parts, in high_columns_products those of b. Each has 16 scales: of rows at row_scales, 64 bytes a panel; of columns
+        column_scales bytes after the beginning of a panel of b. A buffer has ten KiB. Meanwhile a KiB from `ahead` on is fetched for every
+        two tiles, and the beginnings of byte_rows_fetched(n_a, n_b) of n_rows rows.
+        """
+        now, before, n_pairs = buffer, buffer + 4 * SUMS, n_b // 2
+        last_sums, last_rows, last_columns = buffer + 8 * SUMS, buffer + 8 * SUMS, buffer + 8 * SUMS     # a pair whose sums nobody reads
+        for i in range(n_a * n_pairs + 1):
+            j, k = i // n_a, i % n_a
+            if i == n_a * n_pairs:      # only what the last pair left
+                j, k = 0, 0
             if n_rows <= 0:
                 row_ahead, row_bytes = b, 0
-            _one_column(n_steps if i < n_a else 0, a + k * a_panel, a_panel, b + (n_b - 1) * b_panel, b_panel, now,
-                        ahead, row_ahead, row_bytes, before, last_sums, n_b * SUMS if i else 0, last_rows, 64 if i else 0, last_columns, 0)
-            last_sums, last_rows = sums + (k * n_b + n_b - 1) * SUMS, row_scales + 64 * k
-            last_columns = b + (n_b - 1) * b_panel + column_scales
+            one_row(n_steps if i < n_a * n_pairs else 0, a + k * a_panel, a_panel, b + 2 * j * b_panel, b_panel, now,
+                    ahead, row_ahead, row_bytes, before, last_sums, SUMS, last_rows, 0, last_columns, b_panel if i else 0)
+            last_sums, last_rows, last_columns = sums + (k * n_b + 2 * j) * SUMS, row_scales + 64 * k, b + 2 * j * b_panel + column_scales
             now, before = before, now
             ahead += 16 * 64
             row_ahead += 4 * row_bytes
             n_rows -= 4
+        if n_b % 2:
+            last_sums, last_rows, last_columns = buffer + 8 * SUMS, buffer + 8 * SUMS, b + column_scales
+            for i in range(0, n_a + 2, 2):
+                k = i if i < n_a else 0
+                if n_rows <= 0:
+                    row_ahead, row_bytes = b, 0
+                one_column(n_steps if i < n_a else 0, a + k * a_panel, a_panel, b + (n_b - 1) * b_panel, b_panel, now, ahead, row_ahead,
+                           row_bytes, before, last_sums, n_b * SUMS if i else 0, last_rows, 64 if i else 0, last_columns, 0)
+                last_sums, last_rows = sums + (k * n_b + n_b - 1) * SUMS, row_scales + 64 * k
+                last_columns = b + (n_b - 1) * b_panel + column_scales
+                now, before = before, now
+                ahead += 16 * 64
+                row_ahead += 4 * row_bytes
+                n_rows -= 4
+    return byte_panel_products
+
+
+byte_panel_products = _make_byte_panel_products(True, True)
+high_rows_products, high_columns_products = _make_byte_panel_products(False, True), _make_byte_panel_products(True, False)
 
 
 @inner

@@ -80,7 +80,7 @@ def take_turn(out, q, latents, indices, ends, mask, scale, together, turn, n_tur
     call_word_function(latents.attend, (
         address(out) + t * out.strides[0] + h * out.strides[1], out.strides[0], out.strides[1],
         address(q) + t * q.strides[0] + h * q.strides[1], q.strides[1], end - t, h_end - h, q.shape[2], out.shape[2],
-        address(latents.data), latents.data.shape[1], latents.dequantize, latents.block,
+        address(latents.data), latents.data.shape[1], latents.dequantize, latents.n,
         address(indices) + t * indices.strides[0] if indices.size else 0, first, address(ends) + 8 * (t * of_keys + part),
         address(mask) + t * mask.strides[0] if mask.size else 0, mask.strides[0], bits_of_float(np.float32(scale)), left))
 

@@ -4,19 +4,17 @@ A head's query is rounded to whole numbers, of which the largest is 32,512, and 
 query's scale becomes part of its head's weight, a key's scale multiplies the sum over heads.
 """
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, call_amx, configure, release, whole_numbers_of
-from pydsa.backends.cpu.byte_rows import LARGEST
 from pydsa.backends.cpu.microkernels import turn_over
 from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.backends.cpu.split_indexer import positive
 from pydsa.jit import inner
-from pydsa.lanes import totals
-from pydsa.quants.block import float_from_bits
-from pydsa.simd import (F32, I8, WORD, constant, f32x16, float_at, floats, i32x16, largest, load_floats, multiply_add, nearest, pack,
+from pydsa.lanes import store_two_bytes, totals
+from pydsa.quants.block import LARGEST, float_from_bits
+from pydsa.simd import (F32, I8, WORD, f32x16, float_at, floats, i32x16, larger_magnitudes, largest, load_floats, multiply_add, pack,
                         pointer, prefetch, store)
 
 KEYS = 256          # that meet all tokens before the next: with 128 numbers each, 33 KiB
@@ -79,36 +77,30 @@ def every(typingctx, address, stride):
     return f32x16(types.intp, types.intp), codegen
 
 
-@intrinsic
-def store_parts(typingctx, address, v):
-    """Sixteen floats, rounded to whole numbers 256 high + low: their high bytes to an address, their low ones LOW_PARTS behind it."""
-    def codegen(context, builder, signature, args):
-        whole = nearest(builder, args[1])
-        high = builder.lshr(builder.add(whole, constant([128] * 16)), constant([8] * 16))
-        for part, offset in ((high, 0), (whole, LOW_PARTS)):
-            part = builder.trunc(part, ir.VectorType(I8, 16))
-            builder.store(part, pointer(builder, builder.add(args[0], WORD(offset)), part.type), align=1)
-        return context.get_dummy_value()
-    return types.void(types.intp, f32x16), codegen
-
-
 @inner
 def round_query(x, n, row, at):
-    """n floats as one row of a panel, before it is turned over -> the scale. `row` has room for n floats and 64 more."""
-    for k in range(0, (n + 63) // 64 * 64, 16):
-        for j in range(k, k + 16):
-            store(row, 4 * j, float_at(x, 4 * j) if j < n else np.float32(0))
-    top = np.float32(0)
-    for k in range(0, n, 16):
-        v = load_floats(row, 4 * k)
-        top = largest(floats(top), v)
+    """n floats as one row of a panel of byte pairs, before it is turned over -> the scale. `row` has room for 64 floats.
+
+    What is not finite becomes a scale that is not.
+    """
+    whole, most = n // 64 * 64, floats(np.float32(0))
+    for k in range(whole, (n + 63) // 64 * 64):
+        store(row, 4 * (k - whole), float_at(x, 4 * k) if k < n else np.float32(0))
+    for k in range(0, whole, 16):
+        most = larger_magnitudes(most, load_floats(x, 4 * k))
+    if whole < n:
+        for k in range(0, 64, 16):
+            most = larger_magnitudes(most, load_floats(row, 4 * k))
+    top = largest(most, most)
     factor = np.float32(LARGEST) / top if top > np.float32(1e-30) else np.float32(0)
-    for k in range(0, (n + 63) // 64 * 64, 16):
-        store_parts(at + k // 64 * STEP + k % 64, load_floats(row, 4 * k) * factor)
+    for k in range(0, n, 64):
+        for j in range(k, k + 64, 16):
+            high = at + k // 64 * STEP + j % 64
+            store_two_bytes(high, high + LOW_PARTS, (load_floats(x, 4 * j) if k < whole else load_floats(row, 4 * (j - k))) * factor)
     return top / np.float32(LARGEST)
 
 
-def score_bytes(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, block, first, last,
+def score_bytes(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, row_n, first, last,
                 scale):
     """out[t][s] = scale sum_h w[t][h] relu(q[t][h] . key s) for first <= s < last, and without meaning up to a multiple of 16 keys.
 
@@ -117,7 +109,7 @@ def score_bytes(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head
     """
     factor, n_steps, head_panels = float_from_bits(np.uint32(scale)), (width + 63) // 64, (n_head + 15) // 16
     panel_bytes = n_steps * STEP + 64       # and behind the steps the heads' weights
-    queries = own_scratch(n_tokens * head_panels * panel_bytes + (4 * head_panels + 1) * SUMS + 256 * n_steps)
+    queries = own_scratch(n_tokens * head_panels * panel_bytes + (4 * head_panels + 1) * SUMS + 256)
     sums = queries + n_tokens * head_panels * panel_bytes
     weighed = sums + 4 * head_panels * SUMS
     row = weighed + SUMS

@@ -12,13 +12,12 @@ from pydsa.backends.cpu.microkernels import turn_over
 from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.jit import call_word_function, inline, inner
 from pydsa.lanes import both_halves, spread
-from pydsa.quants.block import CHUNK, LOW, LOW_16, SCALE
+from pydsa.quants.block import CHUNK, LARGEST, LOW, LOW_16, SCALE
 from pydsa.simd import (I16, I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i16x32, i32x16, i64_at, largest,
                         load_8_floats, load_floats, load_words, nearest, pointer, prefetch, rounded_words, store)
 
 PANEL = 4 * STEP            # 16 rows of 256 numbers: steps of 64 numbers, high bytes and then low ones
 PREPARED = PANEL + 64       # and for activations their scales
-LARGEST = 32512             # 127 * 256: one more would carry into a high byte of 128
 TURN = 4                    # rows that are unpacked, and then split: what was just written in pieces is slow to read as a whole
 TWICE = spread(*range(8))
 FOUR_TIMES_0, FOUR_TIMES_1 = spread(0, 1, 2, 3), spread(4, 5, 6, 7)

@@ -27,12 +27,12 @@ def last_of(last_key, n_tokens):
     return most
 
 
-def attend_floats(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n_v, rows, row_bytes, dequantize, block, indices,
+def attend_floats(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n_v, rows, row_bytes, dequantize, row_n, indices,
                   first_key, last_key, mask, mask_row, scale, part):
     """out[t, h] = softmax(scale q[t, h] . key + mask) value over the keys from first_key to last_key[t], or those that indices have there.
 
     Addresses: out float32 [T, H, n_v], of which tokens and heads lie so many bytes apart; q float32 [T, H, width], in whose memory one head
-    follows the other at one distance; rows of a cache, of blocks; indices int32, 0 for all keys; last_key int64 [T]; mask float32 [T, n_kv]
+    follows the other at one distance; rows of a cache; indices int32, 0 for all keys; last_key int64 [T]; mask float32 [T, n_kv]
     or 0; part: where each query leaves its greatest score, its sum of weights and of values instead, or 0. scale: a float32's bits.
     """
     n, scale = n_tokens * n_head, float_from_bits(np.uint32(scale))
@@ -47,7 +47,7 @@ def attend_floats(out, out_token, out_head, q, q_head, n_tokens, n_head, width, 
     for first in range(first_key, most, TILE):
         there = min(TILE, most - first)
         for j in range(there):
-            call_block_function(dequantize, rows + key_at(indices, first + j) * row_bytes, width // block, address(tile[j]))
+            call_block_function(dequantize, rows + key_at(indices, first + j) * row_bytes, row_n, address(tile[j]))
         for j in range(0, there, 16):
             for k in range(0, width, 16):
                 turn_over(address(tile[j]) + 4 * k, 4 * padded, address(turned[k]) + 4 * j, 4 * TILE)

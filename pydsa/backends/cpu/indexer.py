@@ -15,12 +15,12 @@ MANY = 3            # tokens from which keys are prepared for tiles
 LOWEST = np.uint32(0x007FFFFF)      # ordered(-inf)
 
 
-def score_floats(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, block, first, last,
+def score_floats(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, row_n, first, last,
                  scale):
     """out[t][s] = scale sum_h w[t][h] relu(q[t][h] . key s) for first <= s < last.
 
     Addresses: out float32, q [T, H, width] and w [T, H] float32, of which tokens and heads lie so many bytes apart; rows of a cache, of
-    blocks. scale: a float32's bits.
+    which dequantize takes row_n. scale: a float32's bits.
     """
     memory, factor = own_scratch(4 * TILE * (width + n_head + 1) + 16 * n_head), float_from_bits(np.uint32(scale))
     tile, total, tables = memory, floats_at(memory + 4 * TILE * width, 1, TILE)[0], memory + 4 * TILE * (width + n_head + 1)
@@ -28,7 +28,7 @@ def score_floats(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_hea
     for start in range(first, last, TILE):
         n = min(TILE, last - start)
         for j in range(n):
-            call_block_function(dequantize, rows + (start + j) * row_bytes, width // block, tile + 4 * width * j)
+            call_block_function(dequantize, rows + (start + j) * row_bytes, row_n, tile + 4 * width * j)
         for t in range(n_tokens):
             for h in range(n_head):
                 store(tables, 8 * h, q + t * q_token + h * q_head)
@@ -50,7 +50,7 @@ def score(out, q, w, keys, first, last, scale):
     function = keys.score_many if len(q) >= MANY else keys.score_few
     call_word_function(function, (
         address(out), out.strides[0], address(q), q.strides[0], q.strides[1], address(w), w.strides[0], q.shape[0], q.shape[1], q.shape[2],
-        address(keys.data), keys.data.shape[1], keys.dequantize, keys.block, first, last, bits_of_float(np.float32(scale))))
+        address(keys.data), keys.data.shape[1], keys.dequantize, keys.n, first, last, bits_of_float(np.float32(scale))))
 
 
 @inner

@@ -34,7 +34,7 @@ class CacheRows(NamedTuple):
     data: np.ndarray
     dequantize: int
     quantize: int
-    block: int          # elements in a block
+    n: int              # what these two take for a row: its values, or for whole numbers its parts (whole_rows.packed_parts)
     attend: int
     score_many: int
     score_few: int
@@ -55,11 +55,11 @@ def get_rows(out, w, ids):
 
 @kernel
 def cache_write(cache, x, positions):
-    n, row_bytes = x.shape[1], cache.data.shape[1]
-    row = np.empty(n, np.float32)       # x may be a slice of wider rows
+    row_bytes = cache.data.shape[1]
+    row = np.empty(x.shape[1], np.float32)       # x may be a slice of wider rows
     for t in range(x.shape[0]):
         row[:] = x[t]
-        call_block_function(cache.quantize, address(row), n // cache.block, address(cache.data) + positions[t] * row_bytes)
+        call_block_function(cache.quantize, address(row), cache.n, address(cache.data) + positions[t] * row_bytes)
 
 
 @inner

@@ -102,7 +102,7 @@ def split_queries(q, q_head, width, n, first, n_steps, row, panel):
 
 
 @inner
-def split_keys(rows, row_bytes, dequantize, block, indices, first, n, most, width, n_steps, n_v_tiles, row, keys, values):
+def split_keys(rows, row_bytes, dequantize, row_n, indices, first, n, most, width, n_steps, n_v_tiles, row, keys, values):
     """Keys first to first + n as left panels over their width and, over 32 of them, as right panels; up to a multiple of 32 they are 0.
 
     Chosen keys lie apart: those that come soon, up to key `most`, are asked for. `row` has room for a row of floats, 0 beyond the width.
@@ -114,7 +114,7 @@ def split_keys(rows, row_bytes, dequantize, block, indices, first, n, most, widt
                     soon = rows + key_at(indices, min(first + i + KEYS_AHEAD, most - 1)) * row_bytes
                     for line in range(0, row_bytes, 64):
                         prefetch(soon, line)
-                call_block_function(dequantize, rows + key_at(indices, first + i) * row_bytes, width // block, row)
+                call_block_function(dequantize, rows + key_at(indices, first + i) * row_bytes, row_n, row)
             elif i == n:
                 for k in range(width):
                     store(row, 4 * k, np.float32(0))
@@ -130,12 +130,12 @@ def split_keys(rows, row_bytes, dequantize, block, indices, first, n, most, widt
                 store(tile, VALUE_STEPS * STEP + at, b)
 
 
-def attend_splits(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n_v, rows, row_bytes, dequantize, block, indices,
+def attend_splits(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n_v, rows, row_bytes, dequantize, row_n, indices,
                   first_key, last_key, mask, mask_row, scale, part):
     """out[t, h] = softmax(scale q[t, h] . key + mask) value over the keys from first_key to last_key[t], or those that indices have there.
 
     Addresses: out float32 [T, H, n_v], of which tokens and heads lie so many bytes apart; q float32 [T, H, width], in whose memory one head
-    follows the other at one distance; rows of a cache, of blocks; indices int32, 0 for all keys; last_key int64 [T]; mask float32 [T, n_kv]
+    follows the other at one distance; rows of a cache; indices int32, 0 for all keys; last_key int64 [T]; mask float32 [T, n_kv]
     or 0; part: where each query leaves its greatest score, its sum of weights and of values instead, or 0. scale: a float32's bits.
     """
     n, scale = n_tokens * n_head, float_from_bits(np.uint32(scale))
@@ -169,17 +169,12 @@ def attend_splits(out, out_token, out_head, q, q_head, n_tokens, n_head, width, 
     for first in range(first_key, most, TILE):
         there = min(TILE, most - first)
         n_groups = (there + 31) // 32
-        split_keys(rows, row_bytes, dequantize, block, indices, first, there, most, width, n_steps, n_v_tiles, row, keys, values)
+        split_keys(rows, row_bytes, dequantize, row_n, indices, first, there, most, width, n_steps, n_v_tiles, row, keys, values)
         panel_products(keys, n_steps * STEP, 2 * n_groups, queries, n_steps * STEP, n_q, n_steps, scores, True, queries)
         for j in range(n_q):
-            for i in range(16):
-                t = (16 * j + i) // n_head
-                store(limits, 64 * j + 4 * i, np.int32(i64_at(last_key, 8 * t) - first if t < n_tokens else 0))
+            set_limits(limits + 64 * j, 16 * j, n_head, n_tokens, last_key, first)
             if mask:
-                for i in range(16):
-                    t = min((16 * j + i) // n_head, n_tokens - 1)
-                    for k in range(there):
-                        store(bias, 64 * k + 4 * i, float_at(mask, t * mask_row + 4 * (first + k)))
+                set_bias(bias, 16 * j, n_head, n_tokens, mask + 4 * first, mask_row, there)
             weigh(scores + j * SUMS, n_q * SUMS, 2 * n_groups, least - first < 32 * n_groups, limits + 64 * j, bias if mask else 0,
                   scale, greatest + 64 * j, total + 64 * j, shrink + 64 * j, weights + j * VALUE_STEPS * STEP)
             if first > first_key:
@@ -210,13 +205,25 @@ def attend_splits(out, out_token, out_head, q, q_head, n_tokens, n_head, width, 
 
 
 @inner
-def weigh(scores, panel, n_panels, limited, limits, bias, scale, greatest, total, shrink, weights):
-    """Scores of keys and sixteen queries -> their weights beside the greatest so far, as a left panel; both sums are brought up to date.
+def set_limits(limits, first, n_head, n_tokens, last_key, start):
+    """How many of the keys from `start` on sixteen queries see, int32: from query `first` on, heads of all tokens."""
+    for i in range(16):
+        t = (first + i) // n_head
+        store(limits, 4 * i, np.int32(i64_at(last_key, 8 * t) - start if t < n_tokens else 0))
 
-    Tiles of scores lie `panel` bytes apart; n_panels is even. `shrink` is what the sums so far must be multiplied by.
-    """
-    before = load_floats(greatest, 0)
-    new = before
+
+@inner
+def set_bias(bias, first, n_head, n_tokens, mask, mask_row, n):
+    """What a mask adds to the scores of n keys and sixteen queries, [n, 16]."""
+    for i in range(16):
+        t = min((first + i) // n_head, n_tokens - 1)
+        for k in range(n):
+            store(bias, 64 * k + 4 * i, float_at(mask, t * mask_row + 4 * k))
+
+
+@inner
+def greatest_scores(scores, panel, n_panels, limited, limits, bias, scale, new):
+    """Scores become what the softmax is of: scaled, masked, -inf where a query does not see a key -> the greatest with those before."""
     for i in range(n_panels):
         for k in range(16):
             at = scores + i * panel + 64 * k
@@ -227,6 +234,17 @@ def weigh(scores, panel, n_panels, limited, limits, bias, scale, greatest, total
                 row = visible(row, 16 * i + k, limits)
             store(at, 0, row)
             new = larger(row, new)
+    return new
+
+
+@inner
+def weigh(scores, panel, n_panels, limited, limits, bias, scale, greatest, total, shrink, weights):
+    """Scores of keys and sixteen queries -> their weights beside the greatest so far, as a left panel; both sums are brought up to date.
+
+    Tiles of scores lie `panel` bytes apart; n_panels is even. `shrink` is what the sums so far must be multiplied by.
+    """
+    before = load_floats(greatest, 0)
+    new = greatest_scores(scores, panel, n_panels, limited, limits, bias, scale, before)
     base = not_minus_infinity(new)
     sums = floats(np.float32(0))
     for i in range(0, n_panels, 2):

@@ -39,12 +39,12 @@ def split_row(source, row, width, n_steps, panel):
         store_split(panel + STEP * s, load_floats(at, 0), load_floats(at, 64))
 
 
-def score_splits(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, block, first, last,
+def score_splits(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, row_n, first, last,
                  scale):
     """out[t][s] = scale sum_h w[t][h] relu(q[t][h] . key s) for first <= s < last, and without meaning up to a multiple of 16 keys.
 
     Addresses: out float32, q [T, H, width] and w [T, H] float32, of which tokens and heads lie so many bytes apart; rows of a cache, of
-    blocks. scale: a float32's bits.
+    which dequantize takes row_n. scale: a float32's bits.
     """
     factor = float_from_bits(np.uint32(scale))
     n_steps, head_panels = (width + 31) // 32, (n_head + 15) // 16
@@ -61,7 +61,7 @@ def score_splits(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_hea
         n_panels = (min(KEYS, last - start) + 15) // 16
         for i in range(16 * n_panels):
             s = min(start + i, last - 1)
-            call_block_function(dequantize, rows + s * row_bytes, width // block, key)
+            call_block_function(dequantize, rows + s * row_bytes, row_n, key)
             split_row(key, row, width, n_steps, keys + i // 16 * panel_bytes + 64 * (i % 16))
         for i in range(n_panels * n_steps):
             for part in (0, LOW_PARTS):
@@ -82,7 +82,7 @@ def score_splits(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_hea
     release()
 
 
-def score_splits_of_few(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, block, first,
+def score_splits_of_few(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, row_n, first,
                         last, scale):
     """What score_splits does, where preparing keys costs the most: they are only split."""
     factor = float_from_bits(np.uint32(scale))
@@ -108,7 +108,7 @@ def score_splits_of_few(out, out_token, q, q_token, q_head, w, w_token, n_tokens
                 source = rows + min(start + i, last - 1) * row_bytes
                 for line in range(0, row_bytes, 64):
                     prefetch(source + KEYS_AHEAD * row_bytes, line)
-                call_block_function(dequantize, source, width // block, key)
+                call_block_function(dequantize, source, row_n, key)
                 split_row(key, row, width, n_steps, keys + i // 16 * panel_bytes + 64 * (i % 16))
             panel_products(keys, panel_bytes, n_panels, queries, panel_bytes, head_panels, n_steps, sums, True, keys)
             for i in range(n_panels):

@@ -1,0 +1,83 @@
+"""Attention beside the reference: every type of cache, dense, masked and sparse, short and long, on one thread and on two."""
+import numpy as np
+import pytest
+from test_ops import (Rows, bound_of_tiles, close, compare, integers, last_positions, needs_two, normal, one_thread, rng,  # noqa: F401
+                      run, with_threads)
+
+from pydsa.backends import cpu
+from pydsa.quants import FLOAT_ROWS, KV_TYPES
+
+SHAPES = [(1, 37, 29), (3, 40, 32), (4, 17, 16), (16, 96, 64)]      # heads, width, n_v
+CONTEXTS = [(1, 1), (1, 32), (2, 33), (7, 31), (7, 100), (33, 33), (33, 97)]    # n_tokens, n_kv
+
+
+def attention_inputs(n_tokens, n_kv, shape, kv_type="f32"):
+    n_head, width, n_v = shape
+    return normal(n_tokens, n_head, width), Rows(normal(n_kv, width), kv_type, n_v), last_positions(n_tokens, n_kv)
+
+
+def some_keys(positions, k):
+    """Keys of each token's past, ascending, -1 after them: any, none, the latest, the earliest, any, ..."""
+    indices = np.full((len(positions), k), -1, np.int32)
+    for t, position in enumerate(positions):
+        past = np.arange(position + 1)
+        order = [rng(t).permutation(past), past[:0], past[::-1], past][t % 4][:k - t % 3]
+        indices[t, :order.size] = np.sort(order)
+    return indices
+
+
+def ops(positions, mask, indices):
+    """The attention ops and their arguments between the latents and the scale."""
+    return {"dense_attention": [positions], "masked_attention": [mask, positions], "sparse_attention": [indices]}.items()
+
+
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+@pytest.mark.parametrize("n_tokens, n_kv", CONTEXTS)
+def test_attention(n_tokens, n_kv, kv_type):
+    """All three beside the reference; and beside each other where they look at the same keys."""
+    for shape in SHAPES:
+        q, latents, positions = attention_inputs(n_tokens, n_kv, shape, kv_type)
+        out = (n_tokens, shape[0], shape[2])
+        scale = shape[1] ** -0.5
+        dense = compare("dense_attention", out, q, latents, positions, scale)
+        everything = np.where(np.arange(n_kv) <= positions[:, None], np.arange(n_kv), -1).astype(np.int32)
+        bound = 1e-12 if kv_type in FLOAT_ROWS else bound_of_tiles(latents, "attention") or 1e-12
+        assert close(compare("sparse_attention", out, q, latents, everything, scale), dense, bound)
+        assert close(compare("masked_attention", out, q, latents, np.zeros((n_tokens, n_kv + 3), np.float32), positions, scale), dense,
+                     bound)
+        chosen = some_keys(positions, 40)
+        sparse = compare("sparse_attention", out, q, latents, chosen, scale)
+        mask = run(cpu, "scatter_mask", [(n_tokens, n_kv + 3)], chosen, positions)
+        assert close(compare("masked_attention", out, q, latents, mask, positions, scale), sparse, bound)
+        assert np.isfinite(sparse).all() and not sparse[1:2].any()      # the token without a key
+        compare("masked_attention", out, q, latents, np.where(mask == 0, normal(*mask.shape), mask), positions, scale)
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("size", [1, 2.0 ** 10, 2.0 ** 100])
+def test_attention_of_large_logits(size, kv_type):
+    """Whole numbers, so that float32 loses nothing: sharp softmaxes, equal greatest logits, none that overflows."""
+    q, rows, positions = integers(-2, 2, 7, 4, 24) * np.float32(size), Rows(integers(-2, 2, 100, 24), kv_type), last_positions(7, 100)
+    mask = np.where(integers(0, 1, 7, 103) > 0, 0, -np.inf).astype(np.float32)
+    for op, args in ops(positions, mask, some_keys(positions, 50)):
+        assert np.isfinite(compare(op, (7, 4, 20), q, rows, *args, 1.0)).all()
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "i16", "q8_0"])
+def test_attention_sees_no_future(kv_type):
+    """Rows after a token's position, whatever they hold, change nothing."""
+    q, rows, positions = attention_inputs(7, 50, SHAPES[1], kv_type)
+    poisoned = rows._replace(values=np.concatenate([rows.values, np.full((9, 40), np.nan, np.float32)]))
+    for op, args in ops(positions, np.zeros((7, 62), np.float32), some_keys(positions, 20)):
+        assert np.array_equal(*(run(cpu, op, [(7, 3, 32)], q, latents, *args, 0.2) for latents in (rows, poisoned)))
+
+
+@needs_two
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "i16", "q8_0"])
+@pytest.mark.parametrize("n_tokens", [1, 2, 7])
+@pytest.mark.parametrize("shape", [*SHAPES, (70, 96, 64)])
+def test_attention_divides_heads_and_keys_among_threads(shape, n_tokens, kv_type):
+    q, latents, positions = attention_inputs(n_tokens, 100, shape, kv_type)
+    for op, args in ops(positions, np.zeros((n_tokens, 103), np.float32), some_keys(positions, 40)):
+        one, two = (with_threads(n, op, (n_tokens, shape[0], shape[2]), q, latents, *args, 0.2) for n in (1, 2))
+        assert close(two, one, bound_of_tiles(latents, op) or 1e-12)
