@@ -146,12 +146,15 @@ def test_cache_write_of_whole_numbers(backend, storage, largest, widths):
 
 @pytest.mark.parametrize("storage", WHOLE_ROWS)
 def test_backends_store_the_same_whole_numbers(storage):
+    """But for a division's last bit, which may round one to its neighbour."""
     x, stored = np.random.default_rng(1).standard_normal((50, 85)).astype(np.float32), []
     for backend in (cpu, reference):
         rows = backend.cache_rows(50, (53, 32), storage)
         backend.cache_write(rows, x.astype(backend.FLOAT), np.arange(50))
-        stored.append(backend.cache_bytes(rows))
-    assert np.array_equal(*stored)
+        stored.append(parts_of(backend.cache_bytes(rows), storage, (53, 32)))
+    (numbers, scales), (expected, expected_scales) = stored
+    assert np.allclose(scales, expected_scales, 2e-7, 0)
+    assert np.abs(numbers - expected).max() <= 1 and np.mean(numbers != expected) < 1e-3
 
 
 @pytest.mark.parametrize("kv_type", KV_TYPES)
