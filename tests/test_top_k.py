@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pydsa.backends import cpu, reference
+from pydsa.backends.cpu.top_k import EVERY, LONG, TIMES
 
 TINY = np.float32(1e-45)        # the least denormal
 INF, NAN = float("inf"), float("nan")
@@ -127,3 +128,33 @@ def test_long_rows(values):
     row = rng.integers(0, values, 100_000) if values else rng.permutation(100_000) - 50_000
     check(row, 2048)
     check(row, 99_999)
+
+
+def sampled(of_sample, others, n=5000):
+    """A row of which every sixteenth value, which the threshold is taken from, is one thing and the others are another."""
+    return np.where(np.arange(n) % EVERY == 0, of_sample, others)
+
+
+NORMAL = np.random.default_rng(4).standard_normal(5000)
+LONG_ROWS = {
+    "normal": NORMAL, "a length that vectors do not divide": NORMAL[:4999], "descending": -np.arange(5000.0),
+    "the sample is too high": sampled(NORMAL + 100, NORMAL), "too low": sampled(NORMAL - 100, NORMAL),
+    "the sample is -inf": sampled(-INF, NORMAL), "the sample is NaN": sampled(NAN, NORMAL),
+    "all but the sample is -inf": sampled(NORMAL, -INF),
+    "all but a few are -inf": np.where(np.arange(5000) % 700 == 3, NORMAL, -INF), "all equal": np.full(5000, -3.0),
+    "ties at the threshold": np.round(NORMAL * 2), "signed zeros": np.where(NORMAL > 0, 0.0, -0.0),
+    "denormals": np.round(NORMAL * 50) * 1e-45,
+    "negative and near": -1 - np.abs(NORMAL) * 1e-6,
+    "+inf among them": np.where(np.arange(5000) % 97 == 5, INF, NORMAL), "NaN": np.full(5000, NAN),
+}
+
+
+@pytest.mark.parametrize("k", [1, 16, 512, LONG // TIMES, 5000 // TIMES, 5000 // TIMES + 1])
+@pytest.mark.parametrize("name", LONG_ROWS)
+def test_rows_that_are_sampled(name, k):
+    check(LONG_ROWS[name], k)
+
+
+@pytest.mark.parametrize("n", [LONG - 1, LONG, LONG + 1, LONG + 15])
+def test_lengths_around_a_sample(n):
+    check(NORMAL[:n], 100)

@@ -4,12 +4,13 @@ import numpy as np
 from pydsa import quants
 from pydsa.backends.cpu.attention import dense_attention, masked_attention, sparse_attention  # noqa: F401
 from pydsa.backends.cpu.ceilings import measure_ceilings, product_kind  # noqa: F401
-from pydsa.backends.cpu.indexer import indexer_scores, indexer_select, scatter_mask, score_floats, top_k  # noqa: F401
+from pydsa.backends.cpu.indexer import indexer_scores, indexer_select, scatter_mask, score_floats  # noqa: F401
 from pydsa.backends.cpu.linear import head_linear, linear  # noqa: F401
 from pydsa.backends.cpu.moe import moe_down, moe_gate_up, moe_route  # noqa: F401
 from pydsa.backends.cpu.norm import add, layer_norm, rms_norm, silu_mul  # noqa: F401
 from pydsa.backends.cpu.rope import hadamard, rope, rope_table  # noqa: F401
 from pydsa.backends.cpu.rows import CacheRows, Weight, cache_write, get_rows  # noqa: F401
+from pydsa.backends.cpu.top_k import top_k  # noqa: F401
 from pydsa.backends.cpu import amx
 from pydsa.backends.cpu.byte_attention import attend_bytes
 from pydsa.backends.cpu.byte_indexer import score_bytes

@@ -1,9 +1,10 @@
-"""The lightning indexer: scores, top-k, and the two streamed together."""
+"""The lightning indexer: scores, scores streamed into top-k, and the mask of what was chosen."""
 import numpy as np
-from numba import carray, prange
+from numba import prange
 
-from pydsa.backends.cpu.microkernels import address, n_threads, tile_products, uints_pointer
+from pydsa.backends.cpu.microkernels import address, n_threads, tile_products
 from pydsa.backends.cpu.scratch import floats_at, own_scratch
+from pydsa.backends.cpu.top_k import select
 from pydsa.jit import call_block_function, call_word_function, inner, kernel
 from pydsa.quants.block import bits_of_float, float_from_bits
 from pydsa.simd import float_at, store
@@ -12,7 +13,6 @@ TILE = 64           # keys unpacked at a time
 TOGETHER = 32       # tokens whose rows of scores exist at a time
 PORTION = 1024      # keys at most that a thread scores for them at a time
 MANY = 3            # tokens from which keys are prepared for tiles
-LOWEST = np.uint32(0x007FFFFF)      # ordered(-inf)
 
 
 def score_floats(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, row_n, first, last,
@@ -54,72 +54,6 @@ def score(out, q, w, keys, first, last, scale):
 
 
 @inner
-def ordered(x):
-    """A uint32 that sorts as the float does; both zeros are equal; NaN is below -inf."""
-    if x != x:
-        return np.uint32(0)
-    if x == 0:
-        return np.uint32(0x80000000)
-    bits = bits_of_float(x)
-    return ~bits if bits & np.uint32(0x80000000) else bits | np.uint32(0x80000000)
-
-
-@inner
-def select(out, row):
-    """The out.size greatest of row, ascending indices, ties to the lowest index; -inf and NaN never; -1 fills the rest. Linear in row.size.
-
-    Radix select: eleven bits narrow down the key of the last one chosen, then the next bits of those that share them.
-    """
-    keys, rivals, valid = uints_at(own_scratch(8 * row.size), row.size), uints_at(own_scratch(8 * row.size) + 4 * row.size, row.size), 0
-    for s in range(row.size):
-        keys[s] = ordered(row[s])
-        valid += keys[s] > LOWEST
-    threshold, room = LOWEST, 0         # room: how many that equal the threshold are chosen
-    if valid > out.size:
-        count = np.zeros(2048, np.int64)
-        for s in range(row.size):
-            count[keys[s] >> np.uint32(21)] += 1
-        digit, room = last_digit(count, out.size)
-        threshold, n = np.uint32(digit << 21), 0
-        for s in range(row.size):
-            if keys[s] >> np.uint32(21) == digit:
-                rivals[n] = keys[s]
-                n += 1
-        for shift, above in ((10, 21), (0, 10)):
-            count[:] = 0
-            for i in range(n):
-                if (rivals[i] ^ threshold) >> np.uint32(above) == 0:
-                    count[(rivals[i] >> np.uint32(shift)) & np.uint32((1 << (above - shift)) - 1)] += 1
-            digit, room = last_digit(count, room)
-            threshold |= np.uint32(digit << shift)
-    n = 0
-    for s in range(row.size):
-        if keys[s] > threshold:
-            out[n] = s
-            n += 1
-        elif room > 0 and keys[s] == threshold:
-            out[n] = s
-            n += 1
-            room -= 1
-    out[n:] = -1
-
-
-@inner
-def last_digit(count, wanted):
-    """The digit of the last of so many, from the greatest on, and how many of those with this digit are among them."""
-    digit = count.size - 1
-    while count[digit] < wanted:
-        wanted -= count[digit]
-        digit -= 1
-    return digit, wanted
-
-
-@inner
-def uints_at(address, n):
-    return carray(uints_pointer(address), (n,))
-
-
-@inner
 def score_rows(rows, q, w, keys, n, scale, task):
     """The task-th portion of n keys for all tokens: as large as it can be, if all threads shall have one."""
     size = portion(n)
@@ -145,12 +79,6 @@ def indexer_scores(out, q, w, keys, positions, scale):
             score_rows(rows, q[first:last], w[first:last], keys, n, scale, task)
         for t in range(first, last):
             out[t, :positions[t] + 1] = rows[t - first, :positions[t] + 1]
-
-
-@kernel(parallel=True)
-def top_k(out, scores):
-    for t in prange(out.shape[0]):
-        select(out[t], scores[t])
 
 
 @kernel(parallel=True)
