@@ -28,6 +28,7 @@ DEVICES = {"cpu": "pydsa.backends.cpu", "reference": "pydsa.backends.reference"}
 ATTENTION = ("auto", "sparse", "masked", "dense")
 DEFAULT_N_CTX = 8192
 FLOAT_SIZE = {"cpu": 4, "reference": 8}     # bytes of an intermediate value
+SCORED_TOGETHER = 32        # tokens whose rows of scores exist at a time on the CPU (backends/cpu/indexer.py)
 
 
 def choose(what, value, known):
@@ -132,6 +133,17 @@ class ModelPlan:
         return max(p.n_bytes for p in self.plans.values()) + (self.config.n_vocab + self.config.n_embd) * FLOAT_SIZE[self.device]
 
     @property
+    def score_bytes(self):
+        """Bytes of the indexer's rows of scores when the context is full; beside them top-k works with 16 bytes a key and thread.
+
+        Nothing else that kernels work with grows with the context.
+        """
+        if not any(node.op == "indexer_select" for p in self.plans.values() for node in p.graph.nodes):
+            return 0
+        together = min(SCORED_TOGETHER, self.n_ubatch) if self.device == "cpu" else self.n_ubatch
+        return together * FLOAT_SIZE[self.device] * self.n_ctx
+
+    @property
     def mapped_bytes(self):
         """Bytes of the weights that stay in the file and are read from there."""
         return sum(t.data.nbytes for t in self.weights.used.values())
@@ -160,7 +172,7 @@ class Model:
         self.plan, self.config, self.metadata = plan, plan.config, plan.file.metadata
         self.n_ctx, self.n_ubatch, self.kv_type, self.index_type = plan.n_ctx, plan.n_ubatch, plan.kv_type, plan.index_type
         self.attention, self.top_k = plan.attention, plan.top_k
-        check_memory(plan.cache_bytes + plan.scratch_bytes + plan.copied_bytes, f"The model with a context of {plan.n_ctx} tokens")
+        check_memory(plan.cache_bytes + plan.scratch_bytes + plan.score_bytes + plan.copied_bytes, f"The model with a context of {plan.n_ctx} tokens")
         self.tokenizer      # its faults belong to loading
         self.backend = importlib.import_module(DEVICES[plan.device])
         self.threads = self.backend.check_threads(None if threads is None else whole_number("threads", threads, 1, 2**31 - 1))

@@ -30,7 +30,7 @@ def describe(plan):
         "device": plan.device, "n_ctx": plan.n_ctx, "n_ubatch": plan.n_ubatch, "kv_type": plan.kv_type,
         "index_type": plan.index_type if plan.top_k else None,
         "memory": {"weights_mapped": plan.mapped_bytes, "weights_copied": plan.copied_bytes, "caches": plan.cache_bytes,
-                   "scratch": plan.scratch_bytes},
+                   "scratch": plan.scratch_bytes, "scores": plan.score_bytes},
         "attention": attention_in_words(plan), "layers": layers_in_words(plan)}
 
 
@@ -92,6 +92,7 @@ def format_report(report):
     lines += ["", f"memory on {report['device']}, {report['n_ctx']} tokens of context, chunks of {report['n_ubatch']}",
               f"  weights mapped  {size(memory['weights_mapped']):>12}", f"  weights copied  {size(memory['weights_copied']):>12}",
               f"  caches          {size(memory['caches']):>12}  ({caches})", f"  scratch         {size(memory['scratch']):>12}",
+              f"  rows of scores  {size(memory['scores']):>12}  (at the end of the context)",
               "", f"attention: {report['attention']}"]
     return "\n".join(lines + [f"  layers {which}: {kind}" for kind, which in report["layers"].items()]) + "\n"
 

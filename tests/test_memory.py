@@ -94,6 +94,13 @@ def test_scratch_does_not_grow_with_the_context(small_model, spec):
         assert scratch(2**20, "masked") > 64 * 4 * 2**20      # a row of the mask holds a number for every key
 
 
+def test_rows_of_scores_are_counted(small_model):
+    from pydsa.backends.cpu.indexer import TOGETHER
+    assert ModelPlan(small_model(), n_ctx=1000, n_ubatch=64).score_bytes == TOGETHER * 4 * 1000
+    assert ModelPlan(small_model(), n_ctx=1000, n_ubatch=5).score_bytes == 5 * 4 * 1000
+    assert ModelPlan(small_model(), n_ctx=1000, attention="dense").score_bytes == 0 == ModelPlan(small_model(arch="deepseek2")).score_bytes
+
+
 @pytest.mark.parametrize("spec, attention", PATHS)
 @pytest.mark.parametrize("device", ["cpu", "reference"])
 def test_values_alive_together_do_not_overlap(small_model, spec, attention, device):

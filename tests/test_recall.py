@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from pydsa.quants import KV_TYPES
 from tools import recall as tool
-from tools.recall import Probe, hits, main, recall
+from tools.recall import Probe, hits, main, recall, united
 
 INDEXERS = {"ds32-f32": [0, 1, 2], "ds32-q8_0": [0, 1, 2], "ds32-q4_k_m": [0, 1, 2], "glm-q8_0": [0, 2]}
 
@@ -23,6 +23,12 @@ def test_hits():
     assert hits(exact, exact, 6).tolist() == [3, 2, 3]
 
 
+def test_united():
+    chosen = np.arange(40, dtype=np.int32)[:, None] // 4 + np.int32([0, 100])
+    assert united(chosen, 200) == [8, 8]        # 4 of each column; the last eight tokens are no sixteen
+    assert united(np.tile(np.int32([3, 5, 9]), (16, 1)), 10) == [3]
+
+
 @pytest.mark.parametrize("index_type, whole_run", [("f16", 0.99), ("q8_0", 0.95)])
 @pytest.mark.parametrize("name", INDEXERS)
 def test_golden_models(golden, name, index_type, whole_run):
@@ -31,7 +37,8 @@ def test_golden_models(golden, name, index_type, whole_run):
     ids = arrays["tokens"].tolist()
     shares = recall(path, ids, index_type, threads=1)
     assert list(shares) == INDEXERS[name]
-    assert {values.size for both in shares.values() for values in both.values()} == {len(ids) - 64}
+    assert {both[of].size for both in shares.values() for of in ("same inputs", "whole run")} == {len(ids) - 64}
+    assert all(1 <= unions.min() and unions.max() <= len(ids) / 64 for unions in (both["16 together"] for both in shares.values()))
     assert overall(shares).mean() >= 0.99 and overall(shares, "whole run").mean() >= whole_run
     assert overall(shares).min() >= 0.9
 
@@ -40,7 +47,7 @@ def test_golden_models(golden, name, index_type, whole_run):
 def test_float32_against_itself(golden, name):
     path, arrays = golden(name)
     for both in recall(path, arrays["tokens"].tolist(), "f32", threads=1).values():
-        assert all((values == 1).all() for values in both.values())
+        assert (both["same inputs"] == 1).all() and (both["whole run"] == 1).all()
 
 
 def test_chunks_make_no_difference(golden, monkeypatch):

@@ -5,7 +5,8 @@
 
 "same inputs": queries, weights and keys come from the run with float32 caches; only the keys that scores are computed from are of the
 other type, so each layer stands for itself. "whole run": the other run's own choices, where what earlier layers lost adds up.
-Counted are the positions that have more than top_k keys, as the others choose all they have.
+Counted are the positions that have more than top_k keys, as the others choose all they have. "16 together": how many keys sixteen
+neighbouring tokens choose together, in multiples of top_k: 1 if all choose the same, 16 if no two do.
 """
 
 import sys
@@ -19,6 +20,7 @@ if not __package__:
 from pydsa.quants import KV_TYPES  # noqa: E402
 
 UBATCH = 512        # tokens whose choices are kept at a time
+TOGETHER = 16       # neighbouring tokens whose keys are united
 
 
 class Probe:
@@ -60,8 +62,21 @@ def hits(found, exact, n_keys):
     return (both[0] & both[1]).sum(axis=1)
 
 
+def united(chosen, n_keys):
+    """How many keys TOGETHER neighbouring tokens choose together, for each that many of choices [T, k] without -1."""
+    counts = []
+    for first in range(0, len(chosen) - TOGETHER + 1, TOGETHER):
+        mask = np.zeros(n_keys, bool)
+        mask[chosen[first:first + TOGETHER]] = True
+        counts.append(mask.sum())
+    return counts
+
+
 def recall(path, ids, index_type, dsa_top_k=None, threads=None):
-    """{layer: {"same inputs": shares, "whole run": shares}}, one share for each position that has more than top_k keys."""
+    """{layer: {"same inputs": shares, "whole run": shares, "16 together": multiples of top_k}}.
+
+    There is one share for each position that has more than top_k keys, and one multiple for sixteen of them.
+    """
     import pydsa
 
     def load(index_type):
@@ -86,7 +101,8 @@ def recall(path, ids, index_type, dsa_top_k=None, threads=None):
         whole.prefill(chunk, observe=watch)
         first = max(model.top_k - start, 0)
         for layer, exact in probe.exact.items() if first < len(chunk) else ():
-            of_layer = shares.setdefault(layer, {"same inputs": [], "whole run": []})
+            of_layer = shares.setdefault(layer, {"same inputs": [], "whole run": [], f"{TOGETHER} together": []})
+            of_layer[f"{TOGETHER} together"].extend(np.array(united(exact[first:], len(ids))) / model.top_k)
             for name, found in (("same inputs", probe.again), ("whole run", chosen)):
                 of_layer[name].extend(hits(found[layer][first:], exact[first:], len(ids)) / model.top_k)
     return {layer: {name: np.array(values) for name, values in both.items()} for layer, both in shares.items()}
@@ -95,19 +111,21 @@ def recall(path, ids, index_type, dsa_top_k=None, threads=None):
 def rows(shares, top_k):
     """A row for each layer, then one for all: keys that were lost, mean and worst token."""
     names = ("same inputs", "whole run")
-    every = {name: np.concatenate([both[name] for both in shares.values()]) for name in names}
+    every = {name: np.concatenate([both[name] for both in shares.values()]) for name in (*names, f"{TOGETHER} together")}
     for layer, both in [*shares.items(), ("all", every)]:
         row = {"layer": layer, "keys": both[names[0]].size * top_k}
         for name in names:
             values = both[name]
             row |= {f"{name}: lost": round(float((1 - values).sum() * top_k)), f"{name}: mean": float(values.mean()),
                     f"{name}: worst token": float(values.min())}
+        unions = both[f"{TOGETHER} together"]
+        row[f"{TOGETHER} together"] = float(unions.mean()) if unions.size else None
         yield row
 
 
 def for_people(row):
     """Cells of the table; with as many digits as it takes to tell 1 from almost 1."""
-    return {key: f"{value:.6f}" if isinstance(value, float) else str(value) for key, value in row.items()}
+    return {key: f"{value:.6f}" if isinstance(value, float) else "-" if value is None else str(value) for key, value in row.items()}
 
 
 def fail(message):

@@ -1,0 +1,60 @@
+"""How far sparse attention is from float64 under the same indices, for each type of cache, and what of that is the cache's own rounding.
+
+    python tools/attention_error.py --heads 128 --keys 2048
+
+Queries and rows are random numbers; rotated values are ten times as large as compressed ones. "logits" is the standard deviation of the
+scores: the larger it is, the sharper is the softmax, and the more an error in a score counts.
+"""
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pydsa.quants import KV_TYPES  # noqa: E402
+
+KV_LORA, N_ROT = 512, 64
+
+
+def attend(backend, q, rows, indices, scale, storage):
+    """What a backend's sparse_attention gives for rows that it stores itself, [T, H, KV_LORA]."""
+    cache = backend.cache_rows(len(rows), (KV_LORA, N_ROT), storage)
+    backend.cache_write(cache, rows.astype(backend.FLOAT), np.arange(len(rows)))
+    out = np.empty((*q.shape[:2], KV_LORA), backend.FLOAT)
+    backend.sparse_attention(out, q.astype(backend.FLOAT), cache, indices, scale)
+    return out
+
+
+def nmse(a, b):
+    return float(((a - b) ** 2).sum() / (b ** 2).sum())
+
+
+def errors(heads, keys, spread, tokens=4, seed=0):
+    """Yield a row for each type of cache: NMSE of the output against exact float64, and against float64 from the same rounded rows."""
+    from pydsa.backends import cpu, reference
+    rng, n_kv = np.random.default_rng(seed), 4 * keys
+    q, rows = rng.standard_normal((tokens, heads, KV_LORA + N_ROT)), rng.standard_normal((n_kv, KV_LORA + N_ROT)).astype(np.float32)
+    rows[:, KV_LORA:] *= 10
+    q[..., KV_LORA:] /= 10
+    indices = np.sort(rng.permuted(np.tile(np.arange(n_kv, dtype=np.int32), (tokens, 1)), axis=1)[:, :keys], axis=1)
+    case = q.astype(np.float32), rows, indices, spread / np.sqrt(KV_LORA + N_ROT)
+    exact = attend(reference, *case, "f32")
+    for name, storage in KV_TYPES.items():
+        met = attend(cpu, *case, storage)
+        yield {"cache": name, "heads": heads, "keys": keys, "logits": spread, "NMSE": nmse(met, exact),
+               "NMSE from the same rows": nmse(met, attend(reference, *case, storage))}
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.option("--heads", type=click.IntRange(1), default=128, help="heads  [128]")
+@click.option("--keys", type=click.IntRange(1), default=2048, help="keys that each token attends to  [2048]")
+@click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", help="form of the table  [md]")
+def main(heads, keys, output):
+    from pydsa.bench import format_rows
+    click.echo(format_rows([row for spread in (1.0, 4.0) for row in errors(heads, keys, spread)], output), nl=False)
+
+
+if __name__ == "__main__":
+    main()
