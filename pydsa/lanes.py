@@ -3,8 +3,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pydsa.simd import (FAST, FEATURES, I16, I32, I8, WORD, Vec, _join, _split, call_llvm, constant, f32x16, i16x32, i32x16, nearest, pack,
-                        pointer)
+from pydsa.simd import (F32, FAST, FEATURES, I16, I32, I8, WORD, Vec, _join, _split, call_llvm, constant, f32x16, i16x32, i32x16, nearest,
+                        pack, pointer)
 
 
 @intrinsic
@@ -70,6 +70,19 @@ def totals(typingctx, address):
                     for a, b in zip(rows[:step], rows[step:])]
         return rows[0]
     return f32x16(types.intp), codegen
+
+
+@intrinsic
+def butterflies_of_16(typingctx, v):
+    """The Walsh-Hadamard transform of sixteen floats, without the factor: sums and differences of lanes 1, 2, 4 and 8 apart."""
+    def codegen(context, builder, signature, args):
+        v, = args
+        for step in (1, 2, 4, 8):
+            other = builder.shuffle_vector(v, v, constant([j ^ step for j in range(16)]))
+            sign = constant([-1.0 if j & step else 1.0 for j in range(16)], F32)
+            v = builder.fadd(other, builder.fmul(v, sign, flags=FAST), flags=FAST)
+        return v
+    return f32x16(f32x16), codegen
 
 
 @intrinsic

@@ -172,7 +172,8 @@ class Model:
         self.plan, self.config, self.metadata = plan, plan.config, plan.file.metadata
         self.n_ctx, self.n_ubatch, self.kv_type, self.index_type = plan.n_ctx, plan.n_ubatch, plan.kv_type, plan.index_type
         self.attention, self.top_k = plan.attention, plan.top_k
-        check_memory(plan.cache_bytes + plan.scratch_bytes + plan.score_bytes + plan.copied_bytes, f"The model with a context of {plan.n_ctx} tokens")
+        check_memory(plan.cache_bytes + plan.scratch_bytes + plan.score_bytes + plan.copied_bytes,
+                     f"The model with a context of {plan.n_ctx} tokens")
         self.tokenizer      # its faults belong to loading
         self.backend = importlib.import_module(DEVICES[plan.device])
         self.threads = self.backend.check_threads(None if threads is None else whole_number("threads", threads, 1, 2**31 - 1))

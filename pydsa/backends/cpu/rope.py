@@ -5,9 +5,12 @@ import numpy as np
 
 from numba import prange
 
+from pydsa.backends.cpu.microkernels import address
 from pydsa.backends.cpu.norm import ALONE
 from pydsa.backends.cpu.rows import contiguous
 from pydsa.jit import inner, kernel
+from pydsa.lanes import butterflies_of_16
+from pydsa.simd import load_floats, store
 
 
 @kernel
@@ -50,8 +53,28 @@ def rope(out, x, table, neox):
 
 
 @inner
-def hadamard_row(row):
-    """In place, without the factor."""
+def hadamard_row(out, x, norm):
+    """One head; out may be x. Stages of 1, 2, 4 and 8 take place inside of vectors."""
+    if x.size < 16:
+        for i in range(x.size):
+            out[i] = x[i] * norm
+        butterflies(out)
+        return
+    for i in range(0, x.size, 16):
+        store(address(out), 4 * i, butterflies_of_16(load_floats(address(x), 4 * i) * norm))
+    step = 16
+    while step < x.size:
+        for first in range(0, x.size, 2 * step):
+            for i in range(4 * first, 4 * (first + step), 64):
+                a, b = load_floats(address(out), i), load_floats(address(out), i + 4 * step)
+                store(address(out), i, a + b)
+                store(address(out), i + 4 * step, a - b)
+        step *= 2
+
+
+@inner
+def butterflies(row):
+    """The transform without the factor, in place."""
     step = 1
     while step < row.size:
         for first in range(0, row.size, 2 * step):
@@ -61,12 +84,18 @@ def hadamard_row(row):
         step *= 2
 
 
-@kernel
+@inner
+def hadamard_heads(out, x, norm):
+    for h in range(len(x)):
+        hadamard_row(contiguous(out[h]), contiguous(x[h]), norm)
+
+
+@kernel(parallel=True)
 def hadamard(out, x):
     norm = np.float32(1 / np.sqrt(x.shape[2]))
-    for t in range(x.shape[0]):
-        for h in range(x.shape[1]):
-            row, source = contiguous(out[t, h]), contiguous(x[t, h])
-            for i in range(row.size):
-                row[i] = source[i] * norm
-            hadamard_row(row)
+    if len(x) <= ALONE:
+        for t in range(len(x)):
+            hadamard_heads(out[t], x[t], norm)
+    else:
+        for t in prange(len(x)):
+            hadamard_heads(out[t], x[t], norm)
