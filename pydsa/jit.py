@@ -84,7 +84,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 # Sums may be reordered and contracted, but infinities and NaN keep their meaning: attention masks are made of -inf.
-FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
+FASTMATH = {"nsz", "contract", "afn", "reassoc"}
 
 
 @contextlib.contextmanager

@@ -73,6 +73,15 @@ def totals(typingctx, address):
 
 
 @intrinsic
+def every(typingctx, address, stride):
+    """Sixteen float32, so many bytes apart."""
+    def codegen(context, builder, signature, args):
+        places = [pointer(builder, builder.add(args[0], builder.mul(args[1], WORD(i))), F32) for i in range(16)]
+        return pack(builder, [builder.load(place, align=1) for place in places])
+    return f32x16(types.intp, types.intp), codegen
+
+
+@intrinsic
 def butterflies_of_16(typingctx, v):
     """The Walsh-Hadamard transform of sixteen floats, without the factor: sums and differences of lanes 1, 2, 4 and 8 apart."""
     def codegen(context, builder, signature, args):

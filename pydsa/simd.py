@@ -100,7 +100,8 @@ def _loader(vec):
     return load
 
 
-load_bytes, load_16_bytes, load_words = _loader(Vec("i8", 64)), _loader(Vec("i8", 16)), _loader(i16x32)
+load_bytes, load_32_bytes, load_16_bytes = (_loader(Vec("i8", lanes)) for lanes in (64, 32, 16))
+load_words = _loader(i16x32)
 load_floats, load_8_floats, load_4_floats, load_2_floats = _loader(f32x16), _loader(f32x8), _loader(Vec("f32", 4)), _loader(Vec("f32", 2))
 
 
@@ -354,6 +355,16 @@ def rounded_words(typingctx, a, b, factor):
         words = [builder.trunc(v, ir.VectorType(I16, 16)) for v in words]
         return builder.shuffle_vector(*words, constant([*range(0, 32, 2), *range(1, 32, 2)]))
     return i16x32(f32x16, f32x16, types.float32), codegen
+
+
+@intrinsic
+def store_words(typingctx, address, v):
+    """Sixteen floats below 2^15 to an address, rounded to nearest even, as words."""
+    def codegen(context, builder, signature, args):
+        words = builder.trunc(nearest(builder, args[1]), ir.VectorType(I16, 16))
+        builder.store(words, pointer(builder, args[0], words.type), align=1)
+        return context.get_dummy_value()
+    return types.void(types.intp, f32x16), codegen
 
 
 @intrinsic

@@ -52,11 +52,14 @@ def test_golden_logits_at_level(level, golden):
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the levels are those of x86")
 @pytest.mark.parametrize("level", POSSIBLE)
-def test_products_at_level(level):
-    """Every quantized type, by the tests of its products."""
+def test_kernels_at_level(level):
+    """By tests of their own: products of every quantized type, attention over every cache, scores of int8 keys, top-k of long rows."""
     name, features, _ = LEVELS[level]
     env = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__).parent / "test_words.py")],
-                            env=env, capture_output=True, text=True)
+    tests = [str(Path(__file__).parent / name) for name in (
+        "test_words.py", "test_attention.py::test_attention", "test_int8_keys.py::test_selection",
+        "test_int8_keys.py::test_a_key_that_is_not_finite_is_never_chosen", "test_top_k.py::test_rows_that_are_sampled",
+        "test_quants.py::test_backends_store_the_same_whole_numbers")]
+    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *tests], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
     assert " passed" in result.stdout and "failed" not in result.stdout

@@ -19,6 +19,7 @@ from pydsa.backends.cpu.float_attention import attend_floats
 from pydsa.backends.cpu.float_rows import float_rows, prepare_floats
 from pydsa.backends.cpu.split_attention import attend_splits
 from pydsa.backends.cpu.split_indexer import score_splits, score_splits_of_few
+from pydsa.backends.cpu.word_indexer import score_words
 from pydsa.backends.cpu.word_rows import prepare_words, round_row, word_rows
 from pydsa.jit import WordFunction, check_threads, entry_point, set_threads  # noqa: F401
 from pydsa.jit import compile_all as compile_calls  # noqa: F401
@@ -27,7 +28,7 @@ from pydsa.quants.block import CHUNK
 
 FLOAT = np.float32
 ATTEND_FLOATS, ATTEND_SPLITS, ATTEND_BYTES = WordFunction(attend_floats), WordFunction(attend_splits), WordFunction(attend_bytes)
-SCORE_FLOATS, SCORE_BYTES = WordFunction(score_floats), WordFunction(score_bytes)
+SCORE_FLOATS, SCORE_BYTES, SCORE_WORDS = WordFunction(score_floats), WordFunction(score_bytes), WordFunction(score_words)
 SCORE_SPLITS, SCORE_SPLITS_OF_FEW = WordFunction(score_splits), WordFunction(score_splits_of_few)
 SPARE_ROWS = 32         # behind the last one: tiles are loaded whole, 64 bytes of each row
 ROUND_ROW = WordFunction(round_row)
@@ -70,7 +71,9 @@ def cache_rows(n_ctx, widths, storage):
         kind = quants.block_type(quants.FLOAT_ROWS[storage])
         n, dequantize, quantize = sum(widths), kind.dequantize, kind.quantize
         functions = ATTEND_SPLITS, SCORE_SPLITS, SCORE_SPLITS_OF_FEW
-    if not amx.HERE or storage == "f32":        # float32 rows keep all their bits
+    if not amx.HERE and storage == "i8":
+        functions = ATTEND_FLOATS, SCORE_WORDS, SCORE_WORDS
+    elif not amx.HERE or storage == "f32":      # float32 rows keep all their bits
         functions = ATTEND_FLOATS, SCORE_FLOATS, SCORE_FLOATS
     row_bytes = quants.cache_row_bytes(storage, widths)
     data = np.zeros((n_ctx + SPARE_ROWS) * row_bytes + 64, np.uint8)[:n_ctx * row_bytes].reshape(n_ctx, row_bytes)

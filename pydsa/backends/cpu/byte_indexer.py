@@ -12,9 +12,9 @@ from pydsa.backends.cpu.microkernels import turn_over
 from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.backends.cpu.split_indexer import positive
 from pydsa.jit import inner
-from pydsa.lanes import store_two_bytes, totals
+from pydsa.lanes import every, store_two_bytes, totals
 from pydsa.quants.block import LARGEST, float_from_bits
-from pydsa.simd import (F32, I8, WORD, f32x16, float_at, floats, i32x16, larger_magnitudes, largest, load_floats, multiply_add, pack,
+from pydsa.simd import (I8, WORD, f32x16, float_at, floats, i32x16, larger_magnitudes, largest, load_floats, multiply_add,
                         pointer, prefetch, store)
 
 KEYS = 256          # that meet all tokens before the next: with 128 numbers each, 33 KiB
@@ -65,15 +65,6 @@ def whole_numbers(typingctx, high, low):
     """256 high + low of sixteen int32 each, at two addresses, as floats."""
     def codegen(context, builder, signature, args):
         return whole_numbers_of(builder, *(builder.load(pointer(builder, at, i32x16.ir), align=4) for at in args))
-    return f32x16(types.intp, types.intp), codegen
-
-
-@intrinsic
-def every(typingctx, address, stride):
-    """Sixteen float32, so many bytes apart."""
-    def codegen(context, builder, signature, args):
-        places = [pointer(builder, builder.add(args[0], builder.mul(args[1], WORD(i))), F32) for i in range(16)]
-        return pack(builder, [builder.load(place, align=1) for place in places])
     return f32x16(types.intp, types.intp), codegen
 
 
