@@ -165,7 +165,7 @@ def attend_bytes(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n
     """
     n, scale = n_tokens * n_head, float_from_bits(np.uint32(scale))
     first, second = parts(row_n)
-    wide = row_bytes >= 2 * width
+    wide = row_bytes - (8 if second else 4) == 2 * width        # numbers have low bytes
     unit = np.float32(256 if wide else 1)       # a product of whole numbers beside what byte_panel_products makes of their bytes
     n_q, n_steps, n_v_tiles = (n + 15) // 16, steps(first) + steps(second), 4 * steps(n_v)
     key_panel, query_panel, weight_panel = n_steps * STEP + 64, n_steps * STEP + 128, VALUE_STEPS * STEP + 64
