@@ -245,7 +245,12 @@ def tensor_chunks(spec, name, shape, kind):
         x = rng.standard_normal((min(step, n_rows - start), n_in), dtype=np.float32)
         x *= np.float32(std)
         x += np.float32(mean)
-        yield kquants.quantize(x, kind.name) if kind.name in kquants.QUANTIZERS else gguf.quants.quantize(x, kind)
+        yield quantize(x, kind)
+
+
+def quantize(x, kind):
+    """Float32 rows in a GGML type, as bytes or as numbers of that type."""
+    return kquants.quantize(x, kind.name) if kind.name in kquants.QUANTIZERS else gguf.quants.quantize(x, kind)
 
 
 @lru_cache
@@ -264,8 +269,8 @@ def train_tokenizer(n_tokens):
     return sorted(model["vocab"], key=model["vocab"].get), merges
 
 
-def add_tokenizer(writer, spec):
-    learned, merges = train_tokenizer(spec.n_vocab - len(FIRST_TOKENS) - len(LAST_TOKENS))
+def add_tokenizer(writer, spec, vocabulary):
+    learned, merges = vocabulary
     tokens = [*FIRST_TOKENS, *learned, *LAST_TOKENS]
     types = [gguf.TokenType.CONTROL if token in (*FIRST_TOKENS, *LAST_TOKENS[:2]) else
              gguf.TokenType.USER_DEFINED if token in LAST_TOKENS else gguf.TokenType.NORMAL for token in tokens]
@@ -320,16 +325,16 @@ def model_keys(spec):
     return keys
 
 
-def add_metadata(writer, spec):
+def add_metadata(writer, spec, name, vocabulary):
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
            list: writer.add_array}
-    writer.add_string("general.name", f"random {spec.arch}, seed {spec.seed}")
+    writer.add_string("general.name", name)
     writer.add_uint32("general.file_type", FILE_TYPES[spec.type])
     writer.add_uint32("general.quantization_version", 2)
     for key, value in model_keys(spec).items():
         if value is not None:
             add[type(value)](f"{spec.arch}.{key}", value)
-    add_tokenizer(writer, spec)
+    add_tokenizer(writer, spec, vocabulary)
 
 
 def make_model(path, spec=ModelSpec(), advance=lambda n: None):
@@ -338,8 +343,23 @@ def make_model(path, spec=ModelSpec(), advance=lambda n: None):
     `advance(n)` is called after each n weights. With `spec.split_max_tensors` the files are named as llama-gguf-split
     names them, NAME-00001-of-0000n.gguf. Memory stays below some hundred MB whatever the size.
     """
+    vocabulary = train_tokenizer(spec.n_vocab - len(FIRST_TOKENS) - len(LAST_TOKENS))
+
+    def chunks(name, shape, kind):
+        for chunk in tensor_chunks(spec, name, shape, kind):
+            yield chunk
+            advance(len(chunk) * shape[-1])
+
+    return write_model(path, spec, f"random {spec.arch}, seed {spec.seed}", vocabulary, chunks)
+
+
+def write_model(path, spec, name, vocabulary, chunks):
+    """Write a model of any weights: chunks(name, shape, kind) yields a tensor's rows, quantized to the GGML type `kind`.
+
+    vocabulary: (tokens, merges) of the byte-level BPE, without the markers. Returns the path of the first file.
+    """
     writer = gguf.GGUFWriter(Path(path), spec.arch, split_max_tensors=spec.split_max_tensors)
-    add_metadata(writer, spec)
+    add_metadata(writer, spec, name, vocabulary)
     kinds = {}
     for name, shape in tensor_shapes(spec).items():
         kinds[name] = kind = tensor_type(spec, name, shape)
@@ -350,9 +370,8 @@ def make_model(path, spec=ModelSpec(), advance=lambda n: None):
     for file, tensors in zip(writer.fout, writer.tensors):
         writer.write_padding(file, file.tell())
         for name, info in tensors.items():
-            for chunk in tensor_chunks(spec, name, info.shape, kinds[name]):
+            for chunk in chunks(name, info.shape, kinds[name]):
                 chunk.tofile(file)
-                advance(len(chunk) * info.shape[-1])
             writer.write_padding(file, info.nbytes)
     first = Path(writer.fout[0].name)
     writer.close()
