@@ -1,0 +1,236 @@
+"""How well a model finds a fact in long notes: recall by context length and place, with its own choice of keys, all keys, or random ones.
+
+    python tools/needle.py                                       # the demo model
+    python tools/needle.py model.gguf -l 2048,4096 -n 32 -a sparse,dense -o json
+    python tools/needle.py --perplexity                          # of held-out documentation, sparse beside dense
+
+A document is prose from Python's documentation topics with a line like "The code of the amber lantern is 4812." now and then; the model
+is asked for the codes at the places of the table, each in a conversation of its own, and answers greedily. Recall is the share of answers
+with the right code. "mass" is the share of dense attention, of the same queries, that the chosen keys hold: the mean over layers, heads
+and positions that have more than top_k keys.
+"""
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pydsa.chat import encode_chat  # noqa: E402
+from tools.demo import notes  # noqa: E402
+
+MODES = ("sparse", "dense", "random")
+SAMPLES = 32        # queries of a chunk whose attention is weighed
+
+
+class Watcher:
+    """Looks at each op of a session: may replace the indexer's choice by a random one, and weighs the attention that a choice holds."""
+
+    def __init__(self, rng=None, weigh=False):
+        self.rng, self.weigh = rng, weigh       # rng: choose at random
+        self.latents, self.shares = {}, []
+
+    def start(self, session, n_tokens):
+        """Before a step of n_tokens."""
+        self.positions = np.arange(session.n_past, session.n_past + n_tokens)
+        self.whole, self.parts = {}, {}
+
+    def __call__(self, node, arrays):
+        if node.op == "indexer_select" and self.rng is not None:
+            choose_at_random(self.rng, arrays[0], self.positions)
+        if not self.weigh:
+            return
+        if arrays:
+            self.keep(node.args[0], arrays[0])
+        if node.op == "cache_write" and node.args[0].kind == "latents":
+            rows = self.array(node.args[1]).reshape(len(self.positions), -1)
+            before = self.latents.get(node.args[0], rows[:0])[:self.positions[0]]
+            self.latents[node.args[0]] = np.concatenate((before, rows))
+        elif node.op == "sparse_attention":
+            self.weigh_choice(node)
+
+    def keep(self, value, array):
+        """The session's own array of a value, which later ops may change; of one that is written in parts, all parts."""
+        if value.base is None:
+            self.whole[value] = array
+        elif value.root not in self.whole:
+            self.parts.setdefault(value.root, []).append(array)
+
+    def array(self, value):
+        return self.whole[value] if value in self.whole else np.concatenate(self.parts[value], axis=-1)
+
+    def weigh_choice(self, node):
+        """Append the mass of each sampled query."""
+        _, query, cache, chosen, scale = node.args
+        query, chosen, keys = self.array(query), self.array(chosen), self.latents[cache]
+        for t in np.unique(np.linspace(0, len(self.positions) - 1, SAMPLES).astype(int)):
+            n = self.positions[t] + 1
+            if n > chosen.shape[1]:
+                logits = scale * (query[t] @ keys[:n].T)
+                p = np.exp(logits - logits.max(axis=1, keepdims=True))
+                self.shares.append(float((p[:, chosen[t][chosen[t] >= 0]].sum(axis=1) / p.sum(axis=1)).mean()))
+
+
+def choose_at_random(rng, chosen, positions):
+    """Overwrite choices [T, k]: for each token any k of the keys that it may see, ascending, -1 after the last."""
+    k = chosen.shape[1]
+    for row, position in zip(chosen, positions):
+        keys = np.sort(rng.choice(position + 1, min(k, position + 1), replace=False))
+        row[:keys.size], row[keys.size:] = keys, -1
+
+
+def document(rng, count, n_tokens, n_facts, prose):
+    """Notes of at most n_tokens, as count(text) says, with facts spread evenly -> (text, [(name, code)] in their order)."""
+    facts = [(name, notes.code(rng)) for name in notes.names(rng, n_facts)]
+    lines = [f"The code of the {name} is {code}.\n" for name, code in facts]
+    room = n_tokens - sum(map(count, lines))
+    parts, used, at = [], 0, int(rng.integers(len(prose)))
+    for i, line in enumerate(lines):
+        parts.append(line)
+        while used < room * (i + 1) / n_facts:
+            fitting = (k % len(prose) for k in range(at, at + len(prose)) if count(prose[k % len(prose)]) < room - used)
+            at = next(fitting, None)
+            if at is None:      # the rest is too little for any paragraph
+                return "".join(parts + lines[i + 1:]), facts
+            parts.append(prose[at] + "\n")
+            used, at = used + count(parts[-1]), at + 1
+    return "".join(parts), facts
+
+
+def continued(session, ids):
+    """What of a prompt the session has not read yet; what it has read otherwise is forgotten."""
+    same = 0
+    for old, new in zip(session.tokens, ids[:-1]):
+        if old != new:
+            break
+        same += 1
+    session.truncate(same)
+    return ids[same:]
+
+
+def run(session, ids, watcher):
+    """Append ids -> the logits after the last."""
+    for start in range(0, len(ids), session.model.n_ubatch):
+        chunk = ids[start:start + session.model.n_ubatch]
+        watcher.start(session, len(chunk))
+        logits = session.prefill(chunk, observe=watcher)
+    return logits
+
+
+def answer(session, messages, watcher, max_tokens):
+    """The greedy answer to a conversation."""
+    model = session.model
+    logits, ids = run(session, continued(session, encode_chat(model.tokenizer, messages)), watcher), []
+    while len(ids) < max_tokens:
+        token = int(logits.argmax())
+        if token in model.tokenizer.eog_ids:
+            break
+        ids.append(token)
+        logits = run(session, [token], watcher)
+    return model.detokenize(ids)
+
+
+def recall(model, mode, n_tokens, places, n_documents, seed, max_tokens, every, weigh):
+    """(share of right answers at each place, mass or None) in documents of n_tokens with a fact every so many tokens."""
+    from pydoc_data.topics import topics
+
+    _, prose = notes.split_topics(notes.paragraphs(topics))
+    right, watchers = np.zeros(len(places)), []
+
+    def count(text):
+        return len(model.tokenizer.encode(text))
+
+    for i in range(n_documents):
+        rng = np.random.default_rng([seed, n_tokens, i])
+        text, facts = document(rng, count, n_tokens - 64 - max_tokens, max(len(places), n_tokens // every), prose)
+        watcher = Watcher(rng if mode == "random" else None, weigh)
+        watchers.append(watcher)
+        session = model.session()
+        for j, place in enumerate(places):
+            name, code = facts[round(place / 100 * (len(facts) - 1))]
+            messages = [{"role": "user", "content": f"{text}\nWhat is the code of the {name}?"}]
+            right[j] += code in answer(session, messages, watcher, max_tokens)
+    shares = [share for watcher in watchers for share in watcher.shares]
+    return right / n_documents, float(np.mean(shares)) if shares else None
+
+
+def perplexity(model, length):
+    """Of the held-out topics, in fresh contexts of `length` tokens -> (perplexity, tokens)."""
+    from pydoc_data.topics import topics
+
+    _, prose = notes.split_topics(notes.paragraphs(topics))
+    ids, losses = model.tokenizer.encode("\n\n".join(prose)), []
+    for start in range(0, len(ids) - length + 1, length - 1):
+        chunk = [model.tokenizer.bos_id, *ids[start:start + length - 1]]
+        logits = model.logits(chunk[:-1]).astype(np.float64)
+        top = logits.max(axis=1)
+        losses.append(np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top - logits[np.arange(len(logits)), chunk[1:]])
+    losses = np.concatenate(losses)
+    return float(np.exp(losses.mean())), losses.size
+
+
+def numbers(context, parameter, value):
+    try:
+        return [int(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers, such as 2048,4096") from None
+
+
+def fail(message):
+    click.echo(message, err=True)
+    sys.exit(2)
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.argument("model_path", metavar="[MODEL]", required=False, type=click.Path(exists=True, dir_okay=False))
+@click.option("-l", "--lengths", default="2048,4096,8192", callback=numbers, help="tokens of the prompts  [2048,4096,8192]")
+@click.option("-p", "--places", default="0,25,50,75,100", callback=numbers, help="places of the facts, in percent  [0,25,50,75,100]")
+@click.option("-n", "--documents", type=click.IntRange(1), default=20, help="documents for each length  [20]")
+@click.option("-a", "--attention", default=",".join(MODES), help="which of sparse, dense, random  [all]")
+@click.option("--every", type=click.IntRange(16), default=128, help="tokens for each fact  [128]")
+@click.option("--max-tokens", type=click.IntRange(1), default=24, help="tokens of an answer at most  [24]")
+@click.option("--dsa-top-k", type=click.IntRange(1), help="keys that each token attends to  [the model's]")
+@click.option("--kv-type", default="f16", help="type of the caches  [f16]")
+@click.option("--perplexity", "only_perplexity", is_flag=True, help="instead: perplexity of held-out prose, at each length")
+@click.option("--seed", type=click.IntRange(0), default=0, help="of the documents  [0]")
+@click.option("-t", "--threads", type=click.IntRange(1), help="threads to use")
+@click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", help="form of the table  [md]")
+def main(model_path, lengths, places, documents, attention, every, max_tokens, dsa_top_k, kv_type, only_perplexity, seed, threads, output):
+    import pydsa
+    from pydsa.bench import format_rows, markdown
+
+    modes, table = attention.split(","), []
+    if set(modes) - set(MODES):
+        fail(f"--attention is {attention}; it must be made of {', '.join(MODES)}.")
+    if not all(0 <= place <= 100 for place in places):
+        fail("--places must lie within 0 and 100.")
+    if min(lengths) < 256:
+        fail("--lengths must be at least 256 tokens: the question and the answer need some of them.")
+    try:
+        for mode in modes:
+            if only_perplexity and mode == "random":
+                continue
+            model = pydsa.load(model_path or pydsa.DEMO, n_ctx=max(lengths), threads=threads, kv_type=kv_type, dsa_top_k=dsa_top_k,
+                               attention="dense" if mode == "dense" else "sparse")
+            for n_tokens in lengths:
+                row = {"attention": mode, "tokens": n_tokens}
+                if only_perplexity:
+                    row["perplexity"], row["of tokens"] = perplexity(model, n_tokens)
+                else:
+                    shares, mass = recall(model, mode, n_tokens, places, documents, seed, max_tokens, every, mode != "dense")
+                    row |= {f"at {place} %": float(share) for place, share in zip(places, shares)}
+                    row |= {"recall": float(shares.mean()), "questions": len(places) * documents, "mass": mass}
+                table.append(row)
+                click.echo(f"{mode}, {n_tokens} tokens", err=True)
+    except pydsa.PydsaError as error:
+        fail(str(error))
+    if output != "md":
+        click.echo(format_rows(table, output), nl=False)
+        return
+    cells = [{key: f"{v:.3f}" if isinstance(v, float) else "" if v is None else str(v) for key, v in row.items()} for row in table]
+    click.echo(markdown(cells), nl=False)
+
+
+if __name__ == "__main__":
+    main()
