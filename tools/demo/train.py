@@ -1,0 +1,168 @@
+"""Training in phases, from a seed: dense, then the indexer alone, then the whole model with the indexer's choice. Resumes where it stopped."""
+import json
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tools.demo import data, net, notes
+from tools.demo.optim import Optimizer
+from tools.make_model import ModelSpec
+
+SPEC = ModelSpec(
+    n_layer=4, n_layer_dense=1, n_embd=256, n_head=4, n_lora_q=128, n_lora_kv=192, n_nope=32, n_rot=32, n_v=64, n_ff=512, n_expert=8,
+    n_expert_used=2, n_expert_shared=1, n_ff_exp=128, n_expert_groups=0, expert_weights_scale=1.0, indexer_n_head=8,
+    indexer_head_size=32, indexer_top_k=128, n_ctx=8192, rope_scaling="absent", tied_output=True, n_vocab=3072)
+BALANCE = 1e-3      # what an expert's bias gains in a step with too few tokens, and loses with too many
+WARM_UP = 20        # steps
+SAMPLED = 0.15      # of the tokens that are no answers, whose loss counts: the output matrix is a large part of the work
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training. stage: "dense", "indexer" (the rest is frozen, attention dense) or "sparse"."""
+    stage: str
+    length: int         # tokens of a row
+    rows: int           # of a batch
+    steps: int
+    lr: float           # falls linearly to lr_end
+    lr_end: float
+    mix: tuple = (0.75, 0.05, 0.1, 0.1)     # shares of the kinds of texts in notes.KINDS
+    reach: int = 8192   # positions are spread over up to so many
+    kl_tokens: int = 0  # of each row, for the indexer's loss
+
+
+ENGLISH = (0.45, 0.05, 0.1, 0.4)        # a mix with more prose
+PHASES = (
+    Phase("dense", 128, 32, 200, 5e-4, 5e-4, (0.4, 0.5, 0.05, 0.05), 1024),
+    Phase("dense", 256, 16, 200, 5e-4, 5e-4, reach=2048),
+    Phase("dense", 512, 8, 600, 5e-4, 5e-4, ENGLISH),
+    Phase("dense", 1024, 4, 300, 5e-4, 5e-4),
+    Phase("dense", 2048, 4, 250, 5e-4, 3e-4),
+    Phase("dense", 4096, 2, 150, 3e-4, 1e-4),
+    Phase("indexer", 2048, 2, 300, 2e-3, 3e-4, kl_tokens=128),
+    Phase("sparse", 2048, 2, 200, 5e-4, 3e-4, kl_tokens=128),
+    Phase("sparse", 4096, 1, 120, 3e-4, 1e-4, kl_tokens=128),
+    Phase("sparse", 8192, 1, 40, 1e-4, 2e-5, kl_tokens=128),
+)
+
+
+def is_indexer(name):
+    return ".indexer." in name
+
+
+def is_matrix(name, w):
+    """Whether Muon trains it; the embedding, the experts' gates and the indexer's parts are left to Adam."""
+    return w.ndim > 1 and "token_embd" not in name and "gate_inp" not in name and not is_indexer(name)
+
+
+class Training:
+    """The state of a run: everything that a checkpoint holds, and the texts."""
+
+    def __init__(self, folder, seed, phases=PHASES, device="cpu", spec=SPEC):
+        from pydoc_data.topics import topics
+
+        self.folder, self.seed, self.phases, self.device = Path(folder), seed, phases, torch.device(device)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.prose, self.held_out = notes.split_topics(notes.paragraphs(topics))
+        if not (self.folder / "tokenizer.json").exists():
+            data.train_tokenizer(self.folder / "tokenizer.json", self.prose, spec.n_vocab, digits=3)
+        self.vocabulary = data.Vocabulary(self.folder / "tokenizer.json")
+        self.spec = replace(spec, n_vocab=len(self.vocabulary.tokens))
+        self.step, self.weights = 0, net.new_weights(self.spec, seed)
+        self.optimizers = {part: Optimizer() for part in ("model", "indexer")}
+        if (self.folder / "checkpoint.pt").exists():
+            self.load()
+
+    def load(self):
+        """Go on from the folder's checkpoint."""
+        saved = torch.load(self.folder / "checkpoint.pt", weights_only=True, map_location=self.device)
+        self.step, self.weights = saved["step"], saved["weights"]
+        for name, optimizer in self.optimizers.items():
+            optimizer.n, optimizer.state = saved["optimizers"][name]
+
+    def save(self):
+        """Write the checkpoint; one that was there stays whole until the new one is."""
+        path = self.folder / "checkpoint.pt"
+        torch.save({"step": self.step, "weights": {name: w.detach() for name, w in self.weights.items()},
+                    "optimizers": {name: (o.n, o.state) for name, o in self.optimizers.items()}}, path.with_suffix(".new"))
+        os.replace(path.with_suffix(".new"), path)
+
+    def part(self, phase, step):
+        """The weights that a phase trains, and for each part of them its optimizer."""
+        parts = {"dense": ("model",), "indexer": ("indexer",), "sparse": ("model", "indexer")}[phase.stage]
+        return [(self.optimizers[part], {name: w for name, w in self.weights.items() if is_indexer(name) == (part == "indexer")})
+                for part in parts]
+
+    def run(self, save_every=100, log_every=20):
+        """All phases that are left, a line of curves.jsonl now and then."""
+        first = 0
+        for number, phase in enumerate(self.phases):
+            trained = {name for _, weights in self.part(phase, 0) for name in weights}
+            for name, w in self.weights.items():
+                w.requires_grad_(name in trained and "exp_probs_b" not in name)
+            for step in range(max(0, self.step - first), phase.steps):
+                started = time.process_time()
+                row = self.one_step(phase, step)
+                self.step = first + step + 1
+                if step % log_every == 0 or step == phase.steps - 1:
+                    row = {"step": self.step, "phase": number, "stage": phase.stage, "length": phase.length, **row,
+                           "cpu_seconds": time.process_time() - started}
+                    with open(self.folder / "curves.jsonl", "a") as file:
+                        file.write(json.dumps({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()}) + "\n")
+                    yield row
+                if self.step % save_every == 0 or step == phase.steps - 1:
+                    self.save()
+            first += phase.steps
+
+    def one_step(self, phase, step):
+        """A batch and an update -> what the curves show."""
+        lr = (phase.lr + (phase.lr_end - phase.lr) * step / phase.steps) * min(1, (step + 1) / WARM_UP)
+        torch.manual_seed(self.seed * 1_000_003 + self.step)
+        arrays = data.batch(self.seed, self.step, self.vocabulary, self.prose, phase.length, phase.rows, phase.mix, phase.reach)
+        ids, weights, positions = (torch.from_numpy(array).to(self.device) for array in arrays)
+        learns_language = phase.stage != "indexer"
+        with torch.autocast(self.device.type, torch.bfloat16):
+            attention = {"indexer": "probabilities"}.get(phase.stage, phase.stage)
+            x, observed, loads = net.forward(self.weights, self.spec, ids[:, :-1], positions, attention, phase.kl_tokens)
+            kept = (weights >= 1) | ((weights > 0) & (torch.rand(weights.shape, device=self.device) < SAMPLED))
+            scores = net.logits(self.weights, x[kept]) if learns_language else None
+        row, loss = {}, 0
+        if phase.kl_tokens:
+            loss = sum(layer.loss for layer in observed)
+            row = {"kl": float(loss.detach()) / len(observed), "mass": float(sum(layer.mass for layer in observed)) / len(observed)}
+        if learns_language:
+            targets, w = ids[:, 1:][kept], weights[kept].float()
+            entropy = F.cross_entropy(scores, targets, reduction="none")
+            answers, names = w >= notes.ANSWER, w == 2
+            loss = loss + (entropy * w).sum() / w.sum()
+            row |= {"answers": float(entropy[answers].detach().mean()), "others": float(entropy[w < 1].detach().mean()),
+                    "names": float(entropy[names].detach().mean()), "recall": float((scores[answers].argmax(-1) == targets[answers]).float().mean())}
+        loss.backward()
+        for optimizer, part in self.part(phase, step):
+            optimizer.step(part, lr, is_matrix)
+        if learns_language:
+            self.balance(loads)
+        return row
+
+    @torch.no_grad()
+    def balance(self, loads):
+        """Experts with too few tokens become likelier (DeepSeek-V3, section 2.1.2: balance without a loss)."""
+        for il, load in enumerate(loads, self.spec.n_layer_dense):
+            self.weights[f"blk.{il}.exp_probs_b.bias"] += BALANCE * torch.sign(load.float().mean() - load)
+
+
+def perplexity(training, attention, length=1024):
+    """Of the held-out topics, in rows of `length` tokens."""
+    ids = [i for text in training.held_out for i in training.vocabulary.encode(text + "\n\n")]
+    n = (len(ids) - 1) // length * length
+    ids, total = torch.tensor(ids[:n + 1]), 0.0
+    with torch.no_grad():
+        for start in range(0, n, length):
+            x, _, _ = net.forward(training.weights, training.spec, ids[None, start:start + length], attention=attention)
+            total += float(F.cross_entropy(net.logits(training.weights, x)[0], ids[start + 1:start + length + 1], reduction="sum"))
+    return float(np.exp(total / n))
