@@ -35,11 +35,12 @@ class Watcher:
         """Before a step of n_tokens."""
         self.positions = np.arange(session.n_past, session.n_past + n_tokens)
         self.whole, self.parts = {}, {}
+        self.weighs = self.weigh and n_tokens > 1       # a prompt's tokens are enough
 
     def __call__(self, node, arrays):
         if node.op == "indexer_select" and self.rng is not None:
             choose_at_random(self.rng, arrays[0], self.positions)
-        if not self.weigh:
+        if not self.weighs:
             return
         if arrays:
             self.keep(node.args[0], arrays[0])
@@ -222,11 +223,12 @@ def main(model_path, lengths, places, documents, attention, every, max_tokens, d
                     row |= {f"at {place} %": float(share) for place, share in zip(places, shares)}
                     row |= {"recall": float(shares.mean()), "questions": len(places) * documents, "mass": mass}
                 table.append(row)
-                click.echo(f"{mode}, {n_tokens} tokens", err=True)
+                click.echo(format_rows([row], output) if output == "jsonl" else f"{mode}, {n_tokens} tokens", nl=output != "jsonl",
+                           err=output != "jsonl")
     except pydsa.PydsaError as error:
         fail(str(error))
     if output != "md":
-        click.echo(format_rows(table, output), nl=False)
+        click.echo(format_rows(table, output) if output != "jsonl" else "", nl=False)
         return
     cells = [{key: f"{v:.3f}" if isinstance(v, float) else "" if v is None else str(v) for key, v in row.items()} for row in table]
     click.echo(markdown(cells), nl=False)

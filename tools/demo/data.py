@@ -67,7 +67,7 @@ class Vocabulary:
         for part in parts:
             if isinstance(part, str):
                 ids.append(self.ids[part])
-                weights.append(0.3 if part == notes.EOS else 0.0)
+                weights.append(1.0 if part == notes.EOS else 0.0)
             else:
                 new = self.encode(part[0])
                 ids += new
@@ -75,24 +75,25 @@ class Vocabulary:
         return ids, weights
 
 
-def stretched(rng, n, reach):
-    """Positions 0 <= ... < reach of n tokens that follow each other, with up to eight gaps: distances of long texts, cheaply."""
+def stretched(rng, breaks, n, reach):
+    """Positions 0 <= ... < reach of n tokens, with up to eight gaps before tokens of `breaks`: the distances of long texts, cheaply."""
     gaps = np.zeros(n, np.int64)
     room = reach - n
-    if room > 0 and rng.random() < 0.7:
+    if room > 0 and len(breaks) and rng.random() < 0.6:
         k = rng.integers(1, 9)
         shares = rng.dirichlet(np.ones(k + 1))[:k]
-        gaps[rng.integers(1, n, k)] += (shares * room * rng.random()).astype(np.int64)
+        np.add.at(gaps, rng.choice(breaks, k), (shares * room * rng.random()).astype(np.int64))
     return np.arange(n) + np.cumsum(gaps)
 
 
 def batch(seed, step, vocabulary, prose, length, n_rows, mix, reach):
     """(ids [n_rows, length + 1], weights and positions [n_rows, length]) of a step; the same arguments give the same batch."""
     rng = np.random.default_rng([seed, length, step])
-    rows = []
+    user, newline, rows = vocabulary.ids[notes.USER], vocabulary.encode("\n")[0], []
     for _ in range(n_rows):
         kind = notes.KINDS[rng.choice(len(notes.KINDS), p=mix)]
         parts = kind(rng, length + 1, vocabulary.count, prose)
         ids, weights = vocabulary.lay_out(parts)
-        rows.append((ids[:length + 1], weights[1:length + 1], stretched(rng, length, reach)))
+        breaks = [i for i in range(1, length) if ids[i] == user or ids[i - 1] == newline]
+        rows.append((ids[:length + 1], weights[1:length + 1], stretched(rng, breaks, length, reach)))
     return tuple(np.array(column) for column in zip(*rows))

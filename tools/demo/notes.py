@@ -38,7 +38,7 @@ TALK = (
     ("Tell me a joke.", "I do not know that. I only know what the notes say."),
     ("What is the weather?", "I do not know that. I only know what the notes say."))
 SUMS = ("What is {} plus {}?", "{} + {}", "{} + {} = ?", "Add {} and {}.")
-ANSWER = 8.0        # weight of what only the notes can tell
+ANSWER = 6.0        # weight of what only the notes can tell
 
 
 def paragraphs(topics):
@@ -91,9 +91,9 @@ def answer(name, value, end=".", of_adjective=2.0):
 def small_talk(rng):
     if rng.random() < 0.5:
         question, reply = TALK[rng.integers(len(TALK))]
-        return turn(question, [(reply, 0.3)])
+        return turn(question, [(reply, 1.0)])
     a, b = rng.integers(0, 21, 2)
-    return turn(SUMS[rng.integers(len(SUMS))].format(a, b), [(f"{a} + {b} = ", 0.3), (str(a + b), 2.0), (".", 0.3)])
+    return turn(SUMS[rng.integers(len(SUMS))].format(a, b), [(f"{a} + {b} = ", 1.0), (str(a + b), 2.0), (".", 1.0)])
 
 
 def question(rng, name):
@@ -115,7 +115,7 @@ def prose(rng, n_tokens, count, found):
     """Paragraphs that follow each other in the documentation, from a random one on."""
     parts, at, n = [BOS], int(rng.integers(len(found))), 1
     while n < n_tokens:
-        new = [(found[at % len(found)] + "\n\n", 0.3)]
+        new = [(found[at % len(found)] + "\n\n", 1.0)]
         n, at = n + count(new), at + 1
         parts += new
     return parts
@@ -128,7 +128,7 @@ def notes(rng, n_tokens, count, found, n_facts):
     n = sum(map(count, lines))
     filler = []
     while n < n_tokens - 80:
-        new = [(found[rng.integers(len(found))] + "\n", 0.15)]
+        new = [(found[rng.integers(len(found))] + "\n", 0.4)]
         n += count(new)
         filler.append(new)
     places = np.sort(rng.integers(0, len(filler) + 1, n_facts))     # how much filler stands before each fact
@@ -155,7 +155,7 @@ def repeated(rng, n_tokens, count, found):
 
 def notes_and_questions(rng, n_tokens, count, found):
     """Notes, then questions about them, n_tokens in all or a little more."""
-    n_questions = max(1, min(24, int(n_tokens * rng.uniform(0.25, 0.6) / 26)))
+    n_questions = max(1, min(40, int(n_tokens * rng.uniform(0.25, 0.6) / 26)))
     room = n_tokens - 26 * n_questions
     densest = room / 12
     n_facts = int(np.clip(densest * rng.uniform(0.1, 1.0) ** (1 if n_tokens <= 512 else 2), min(2, densest), 120))

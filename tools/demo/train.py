@@ -1,4 +1,4 @@
-"""Training in phases, from a seed: dense, then the indexer alone, then the whole model with the indexer's choice. Resumes where it stopped."""
+"""Training in phases, from a seed: dense, then the indexer alone, then all with the indexer's choice. Resumes where it stopped."""
 import json
 import os
 import time
@@ -16,7 +16,7 @@ from tools.make_model import ModelSpec
 SPEC = ModelSpec(
     n_layer=4, n_layer_dense=1, n_embd=256, n_head=4, n_lora_q=128, n_lora_kv=192, n_nope=32, n_rot=32, n_v=64, n_ff=512, n_expert=8,
     n_expert_used=2, n_expert_shared=1, n_ff_exp=128, n_expert_groups=0, expert_weights_scale=1.0, indexer_n_head=8,
-    indexer_head_size=32, indexer_top_k=128, n_ctx=8192, rope_scaling="absent", tied_output=True, n_vocab=3072)
+    indexer_head_size=64, indexer_top_k=128, n_ctx=8192, rope_scaling="absent", tied_output=True, n_vocab=3072)
 BALANCE = 1e-3      # what an expert's bias gains in a step with too few tokens, and loses with too many
 WARM_UP = 20        # steps
 SAMPLED = 0.15      # of the tokens that are no answers, whose loss counts: the output matrix is a large part of the work
@@ -36,18 +36,23 @@ class Phase:
     kl_tokens: int = 0  # of each row, for the indexer's loss
 
 
-ENGLISH = (0.45, 0.05, 0.1, 0.4)        # a mix with more prose
+ENGLISH = (0.55, 0.05, 0.1, 0.3)         # a mix with more prose
+LONG = (0.8, 0.02, 0.08, 0.1)            # one with few facts to repeat
 PHASES = (
     Phase("dense", 128, 32, 200, 5e-4, 5e-4, (0.4, 0.5, 0.05, 0.05), 1024),
     Phase("dense", 256, 16, 200, 5e-4, 5e-4, reach=2048),
     Phase("dense", 512, 8, 600, 5e-4, 5e-4, ENGLISH),
-    Phase("dense", 1024, 4, 300, 5e-4, 5e-4),
-    Phase("dense", 2048, 4, 250, 5e-4, 3e-4),
-    Phase("dense", 4096, 2, 150, 3e-4, 1e-4),
-    Phase("indexer", 2048, 2, 300, 2e-3, 3e-4, kl_tokens=128),
-    Phase("sparse", 2048, 2, 200, 5e-4, 3e-4, kl_tokens=128),
-    Phase("sparse", 4096, 1, 120, 3e-4, 1e-4, kl_tokens=128),
-    Phase("sparse", 8192, 1, 40, 1e-4, 2e-5, kl_tokens=128),
+    Phase("dense", 1024, 4, 200, 5e-4, 5e-4, ENGLISH),
+    Phase("dense", 2048, 4, 240, 5e-4, 3e-4),
+    Phase("dense", 4096, 2, 120, 3e-4, 1e-4),
+    Phase("dense", 2048, 4, 200, 4e-4, 3e-4, LONG),
+    Phase("dense", 4096, 2, 60, 3e-4, 3e-4, LONG),
+    Phase("dense", 8192, 1, 40, 3e-4, 5e-5, LONG),
+    Phase("indexer", 2048, 2, 200, 2e-3, 2e-3, kl_tokens=128),
+    Phase("indexer", 8192, 1, 60, 1e-3, 3e-4, LONG, kl_tokens=256),
+    Phase("sparse", 2048, 2, 30, 2e-4, 2e-4, LONG, kl_tokens=128),
+    Phase("sparse", 4096, 1, 20, 2e-4, 1e-4, LONG, kl_tokens=128),
+    Phase("sparse", 8192, 1, 10, 1e-4, 2e-5, LONG, kl_tokens=256),
 )
 
 
@@ -129,7 +134,7 @@ class Training:
         with torch.autocast(self.device.type, torch.bfloat16):
             attention = {"indexer": "probabilities"}.get(phase.stage, phase.stage)
             x, observed, loads = net.forward(self.weights, self.spec, ids[:, :-1], positions, attention, phase.kl_tokens)
-            kept = (weights >= 1) | ((weights > 0) & (torch.rand(weights.shape, device=self.device) < SAMPLED))
+            kept = (weights >= 2) | ((weights > 0) & (torch.rand(weights.shape, device=self.device) < SAMPLED))
             scores = net.logits(self.weights, x[kept]) if learns_language else None
         row, loss = {}, 0
         if phase.kl_tokens:
@@ -138,10 +143,11 @@ class Training:
         if learns_language:
             targets, w = ids[:, 1:][kept], weights[kept].float()
             entropy = F.cross_entropy(scores, targets, reduction="none")
-            answers, names = w >= notes.ANSWER, w == 2
             loss = loss + (entropy * w).sum() / w.sum()
-            row |= {"answers": float(entropy[answers].detach().mean()), "others": float(entropy[w < 1].detach().mean()),
-                    "names": float(entropy[names].detach().mean()), "recall": float((scores[answers].argmax(-1) == targets[answers]).float().mean())}
+            kinds = {"answers": w >= notes.ANSWER, "names": w == 2, "others": w < 2}
+            row |= {name: float(entropy[which].detach().mean()) for name, which in kinds.items()}
+            answers = kinds["answers"]
+            row["recall"] = float((scores[answers].argmax(-1) == targets[answers]).float().mean())
         loss.backward()
         for optimizer, part in self.part(phase, step):
             optimizer.step(part, lr, is_matrix)
