@@ -4,13 +4,15 @@
     for piece in model.generate("Once upon a time", max_tokens=64): print(piece, end="")
 """
 import importlib
+import os
 
 from pydsa.errors import (ContextFullError, GGUFError, OutOfMemoryError, PydsaError, SessionFileError,  # noqa: F401
                           UnsupportedModelError)
 
 __version__ = "0.1.0"
+DEMO = os.path.join(os.path.dirname(__file__), "demo", "demo.gguf")      # the path of the model that comes with the package
 _HOMES = {"load": "model", "Model": "model", "Session": "session", "Sampling": "sampling", "load_tokenizer": "tokenizer"}
-__all__ = ["load", "load_tokenizer", "Model", "Session", "Sampling", "PydsaError", "GGUFError", "UnsupportedModelError",
+__all__ = ["DEMO", "load", "load_tokenizer", "Model", "Session", "Sampling", "PydsaError", "GGUFError", "UnsupportedModelError",
            "ContextFullError", "OutOfMemoryError", "SessionFileError"]
 
 

@@ -10,7 +10,7 @@ import time
 
 import click
 
-from pydsa import __version__
+from pydsa import DEMO, __version__
 from pydsa.errors import ContextFullError, PydsaError
 from pydsa.quants import KV_TYPES
 
@@ -39,6 +39,7 @@ def main():
     """Run models with DeepSeek Sparse Attention from GGUF files.
 
     \b
+    pydsa run                                     chat with the demo model
     pydsa run model.gguf                          chat
     pydsa run model.gguf -p "Why is the sky blue?"
     pydsa run model.gguf -f notes.txt --raw -n 64   continue a text
@@ -117,7 +118,7 @@ def load_model(path, threads=None, **settings):
 
 
 @main.command()
-@click.argument("model", type=click.Path())
+@click.argument("model", type=click.Path(), default=DEMO)
 @click.option("-p", "--prompt", help="The prompt.")
 @click.option("-f", "--file", type=click.File("r", encoding="utf-8"), help="Read the prompt from a file; - is stdin.")
 @click.option("-n", "--predict", "max_tokens", type=int, default=-1, show_default=True, help="Tokens to generate at most; -1: no limit.")
@@ -132,7 +133,7 @@ def load_model(path, threads=None, **settings):
 @click.option("--system", help="A system message for the chat format.")
 @click.option("--think", is_flag=True, help="Let the model reason before it answers, if it can.")
 def run(model, prompt, file, max_tokens, raw, special, system, think, threads, **settings):
-    """Generate text, or chat.
+    """Generate text, or chat. Without MODEL: the demo model, which finds codes in notes.
 
     With -p, -f or piped input the answer goes to stdout and nothing else does. On a terminal without them: a chat.
     """
@@ -280,7 +281,7 @@ def answer(model, writer, messages, think):
 
 
 @main.command()
-@click.argument("model", type=click.Path())
+@click.argument("model", type=click.Path(), default=DEMO)
 @click.option("-p", "--n-prompt", default="512", show_default=True, help="Prompt lengths to time, e.g. 128,512; 0: none.")
 @click.option("-n", "--n-gen", default="128", show_default=True, help="Numbers of tokens to generate; 0: none.")
 @click.option("-d", "--n-depth", default="0", show_default=True, help="Tokens that are in the context already, e.g. 0,4096.")
@@ -294,7 +295,7 @@ def answer(model, writer, messages, think):
 @click.option("--plot", type=click.Path(), help="Also draw speed against depth into this file: .png, .svg or .pdf. Needs matplotlib.")
 @click.option("--ops", is_flag=True, help="Show instead where the time of one step goes, op by op, and what the machine would allow.")
 def bench(model, n_prompt, n_gen, n_depth, repetitions, threads, output, ops, plot, attention, **settings):
-    """Time prompts (pp) and generation (tg), as llama-bench does.
+    """Time prompts (pp) and generation (tg), as llama-bench does. Without MODEL: of the demo model.
 
     For generation also: the bytes that a token must read, and the speed at which that takes all of the memory's bandwidth.
     """

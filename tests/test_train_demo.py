@@ -1,4 +1,4 @@
-"""Training the demo model: its texts and vocabulary, torch's forward pass beside pydsa's, each stage for a step, and going on from a checkpoint."""
+"""Training the demo model: its texts, torch's forward pass beside pydsa's, each stage for a step, and going on from a checkpoint."""
 import json
 
 import numpy as np
