@@ -8,8 +8,8 @@ from numba.extending import intrinsic
 
 from pydsa.jit import BlockFunction, WordFunction, inline, inner
 from pydsa.lanes import first_quarter, last_quarter, lower_half, second_quarter, spread, third_quarter, totals, upper_half
-from pydsa.simd import (FEATURES, as_bytes, as_words, dot, dot_add, float_at, join, load_words, multiply_add, signed_high_bytes, store,
-                        to_floats, u16_at)
+from pydsa.simd import (FEATURES, as_bytes, as_words, dot, dot_add, float_at, floats, join, larger_magnitudes, largest, load_floats,
+                        load_words, multiply_add, signed_high_bytes, store, to_floats, u16_at)
 
 
 # A chunk: 256 numbers in words of 16 bits, as a row of weights is unpacked and a row of activations is rounded. Its parts, in bytes:
@@ -126,6 +126,17 @@ def leave_row(sums, v, r, n_rows, out):
         store(sums, 0, totals(sums))
         for j in range(i + 1):
             store(out, 4 * (r - i + j), float_at(sums, 4 * j))
+
+
+@inner
+def largest_magnitude(x, n):
+    """Of n floats at an address; NaN if there is one."""
+    top = floats(np.float32(0))
+    for k in range(0, n - 15, 16):
+        top = larger_magnitudes(top, load_floats(x, 4 * k))
+    for k in range(n // 16 * 16, n):
+        top = larger_magnitudes(top, floats(float_at(x, 4 * k)))
+    return largest(top, top)
 
 
 @inner

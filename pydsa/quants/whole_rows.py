@@ -8,8 +8,8 @@ import numpy as np
 
 from pydsa.jit import WordFunction, inner
 from pydsa.lanes import store_two_bytes, two_bytes
-from pydsa.quants.block import LARGEST, round_to_bytes
-from pydsa.simd import float_at, floats, larger_magnitudes, largest, load_16_bytes, load_floats, store, to_floats, u8_at
+from pydsa.quants.block import LARGEST, largest_magnitude, round_to_bytes
+from pydsa.simd import float_at, floats, load_16_bytes, load_floats, store, to_floats, u8_at
 
 
 def packed_parts(widths):
@@ -67,12 +67,7 @@ def round_to_words(source, n, high, low):
 
     If a number is not finite, neither is the scale, and all become 0.
     """
-    most = floats(np.float32(0))
-    for j in range(0, n - 15, 16):
-        most = larger_magnitudes(most, load_floats(source, 4 * j))
-    for j in range(n // 16 * 16, n):
-        most = larger_magnitudes(most, floats(float_at(source, 4 * j)))
-    top = largest(most, most)
+    top = largest_magnitude(source, n)
     factor = np.float32(LARGEST) / top if top > np.float32(1e-30) and top < np.float32(np.inf) else np.float32(0)
     for j in range(0, n - 15, 16):
         store_two_bytes(high + j, low + j, finite(load_floats(source, 4 * j), factor))

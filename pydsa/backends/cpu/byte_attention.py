@@ -15,13 +15,13 @@ from pydsa.backends.cpu.byte_indexer import round_query
 from pydsa.backends.cpu.float_attention import key_at, last_of
 from pydsa.backends.cpu.microkernels import turn_over
 from pydsa.backends.cpu.scratch import own_scratch
-from pydsa.backends.cpu.split_attention import (MINUS_INFINITY, exp_floats, greatest_scores, not_minus_infinity, set_bias,
-                                                set_limits)
+from pydsa.backends.cpu.split_attention import (MINUS_INFINITY, bring_up_to_date, exp_floats, greatest_scores, least_of,
+                                                not_minus_infinity, place_of_output, set_bias, set_limits, shrink_sums)
 from pydsa.jit import inner
 from pydsa.lanes import high_and_low
 from pydsa.quants.block import LARGEST, float_from_bits
 from pydsa.quants.whole_rows import parts
-from pydsa.simd import (I8, constant, f32x16, float_at, floats, i32x16, i64_at, load_floats, load_words, nearest, pointer, prefetch, store)
+from pydsa.simd import (I8, constant, f32x16, float_at, floats, i32x16, load_floats, load_words, nearest, pointer, prefetch, store)
 
 TILE = 256              # keys; of 64 a step each
 KEYS_AHEAD = 32         # chosen keys that are asked for while one is moved
@@ -202,16 +202,13 @@ def attend_bytes(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n
         store(sums, k, floats(np.float32(0)))
     for d in range(n_v_tiles):
         store(values, d * VALUE_PANEL + VALUE_STEPS * STEP, floats(np.float32(1)))
-    most = last_of(last_key, n_tokens)
-    least = most
-    for t in range(n_tokens):
-        least = min(least, i64_at(last_key, 8 * t))
+    most, least = last_of(last_key, n_tokens), least_of(last_key, n_tokens)
     configure()
     for start in range(first_key, most, TILE):
         there = min(TILE, most - start)
         n_groups = (there + 63) // 64
         lay_keys(rows, row_bytes, first, second, wide, indices, start, there, most, n_v, keys, key_panel, scales, values)
-        size = relative_scales(scales, 64 * n_groups, factors) / np.float32(LARGEST) * unit
+        store(of_sums, 0, floats(relative_scales(scales, 64 * n_groups, factors) / np.float32(LARGEST) * unit))
         for k in range(0, 4 * n_groups * n_q * SUMS, 64):
             store(scores, k, floats(np.float32(0)))
         for s in range(0, steps(first), 4):
@@ -226,14 +223,8 @@ def attend_bytes(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n
                 set_bias(bias, 16 * j, n_head, n_tokens, mask + 4 * start, mask_row, there)
             weigh(scores + j * SUMS, n_q * SUMS, 4 * n_groups, least - start < 64 * n_groups, limits + 64 * j, bias if mask else 0,
                   scale, greatest + 64 * j, total + 64 * j, shrink + 64 * j, factors, weights + j * weight_panel)
-            store(of_sums, 0, floats(size))
             if start > first_key:
-                for i in range(16):
-                    factor = float_at(shrink, 64 * j + 4 * i)
-                    if factor != 1:
-                        for d in range(n_v_tiles):
-                            at = sums + (j * n_v_tiles + d) * SUMS
-                            store(at, 64 * i, load_floats(at, 64 * i) * factor)
+                shrink_sums(sums + j * n_v_tiles * SUMS, n_v_tiles, shrink + 64 * j)
             at, target = weights + j * weight_panel, sums + j * n_v_tiles * SUMS
             if wide:
                 byte_panel_products(at, weight_panel, 1, values, VALUE_PANEL, n_v_tiles, n_groups, target, of_sums, VALUE_STEPS * STEP,
@@ -244,12 +235,7 @@ def attend_bytes(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n
     release()
     for i in range(n):
         at = sums + i // 16 * n_v_tiles * SUMS + 64 * (i % 16)
-        whole = float_at(total, 4 * i)
-        row, factor = out + i // n_head * out_token + i % n_head * out_head, np.float32(1) / whole if whole != 0 else np.float32(0)
-        if part:
-            store(part, 4 * i * (2 + n_v), float_at(greatest, 4 * i))
-            store(part, 4 * i * (2 + n_v) + 4, whole)
-            row, factor = part + 4 * i * (2 + n_v) + 8, np.float32(1)
+        row, factor = place_of_output(out + i // n_head * out_token + i % n_head * out_head, part, i, n_v, greatest, total)
         leave(at, n_v, factor, row, buffer)
 
 
@@ -300,7 +286,4 @@ def weigh(scores, panel, n_panels, limited, limits, bias, scale, greatest, total
     for s in range(n_panels // 4):
         for part in (0, LOW_PARTS):
             turn_over(weights + s * STEP + part, 64, weights + s * STEP + part, 64)
-    less = exp_floats(before - base)
-    store(greatest, 0, new)
-    store(shrink, 0, less)
-    store(total, 0, load_floats(total, 0) * less + sums)
+    bring_up_to_date(new, exp_floats(before - base), sums, greatest, total, shrink)

@@ -13,8 +13,8 @@ from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.backends.cpu.split_indexer import positive
 from pydsa.jit import inner
 from pydsa.lanes import every, store_two_bytes, totals
-from pydsa.quants.block import LARGEST, float_from_bits
-from pydsa.simd import (I8, WORD, f32x16, float_at, floats, i32x16, larger_magnitudes, largest, load_floats, multiply_add,
+from pydsa.quants.block import LARGEST, float_from_bits, largest_magnitude
+from pydsa.simd import (I8, WORD, f32x16, float_at, i32x16, load_floats, multiply_add,
                         pointer, prefetch, store)
 
 KEYS = 256          # that meet all tokens before the next: with 128 numbers each, 33 KiB
@@ -74,15 +74,9 @@ def round_query(x, n, row, at):
 
     What is not finite becomes a scale that is not.
     """
-    whole, most = n // 64 * 64, floats(np.float32(0))
+    whole, top = n // 64 * 64, largest_magnitude(x, n)
     for k in range(whole, (n + 63) // 64 * 64):
         store(row, 4 * (k - whole), float_at(x, 4 * k) if k < n else np.float32(0))
-    for k in range(0, whole, 16):
-        most = larger_magnitudes(most, load_floats(x, 4 * k))
-    if whole < n:
-        for k in range(0, 64, 16):
-            most = larger_magnitudes(most, load_floats(row, 4 * k))
-    top = largest(most, most)
     factor = np.float32(LARGEST) / top if top > np.float32(1e-30) else np.float32(0)
     for k in range(0, n, 64):
         for j in range(k, k + 64, 16):

@@ -161,10 +161,7 @@ def attend_splits(out, out_token, out_head, q, q_head, n_tokens, n_head, width, 
         split_queries(q, q_head, width, n, 16 * j, n_steps, row, queries + j * n_steps * STEP)
         store(greatest, 64 * j, floats(MINUS_INFINITY))
         store(total, 64 * j, floats(np.float32(0)))
-    most = last_of(last_key, n_tokens)
-    least = most
-    for t in range(n_tokens):
-        least = min(least, i64_at(last_key, 8 * t))
+    most, least = last_of(last_key, n_tokens), least_of(last_key, n_tokens)
     configure()
     for first in range(first_key, most, TILE):
         there = min(TILE, most - first)
@@ -178,12 +175,7 @@ def attend_splits(out, out_token, out_head, q, q_head, n_tokens, n_head, width, 
             weigh(scores + j * SUMS, n_q * SUMS, 2 * n_groups, least - first < 32 * n_groups, limits + 64 * j, bias if mask else 0,
                   scale, greatest + 64 * j, total + 64 * j, shrink + 64 * j, weights + j * VALUE_STEPS * STEP)
             if first > first_key:
-                for i in range(16):
-                    factor = float_at(shrink, 64 * j + 4 * i)
-                    if factor != 1:
-                        for d in range(n_v_tiles):
-                            at = sums + (j * n_v_tiles + d) * SUMS
-                            store(at, 64 * i, load_floats(at, 64 * i) * factor)
+                shrink_sums(sums + j * n_v_tiles * SUMS, n_v_tiles, shrink + 64 * j)
         panel_products(weights, VALUE_STEPS * STEP, n_q, values, VALUE_STEPS * STEP, n_v_tiles, n_groups, sums, first == first_key,
                        values)
     release()
@@ -192,16 +184,49 @@ def attend_splits(out, out_token, out_head, q, q_head, n_tokens, n_head, width, 
             store(sums, 64 * j, floats(np.float32(0)))
     for i in range(n):
         at = sums + i // 16 * n_v_tiles * SUMS + 64 * (i % 16)
-        whole = float_at(total, 4 * i)
-        row, factor = out + i // n_head * out_token + i % n_head * out_head, np.float32(1) / whole if whole != 0 else np.float32(0)
-        if part:
-            store(part, 4 * i * (2 + n_v), float_at(greatest, 4 * i))
-            store(part, 4 * i * (2 + n_v) + 4, whole)
-            row, factor = part + 4 * i * (2 + n_v) + 8, np.float32(1)
+        row, factor = place_of_output(out + i // n_head * out_token + i % n_head * out_head, part, i, n_v, greatest, total)
         for k in range(0, n_v - 15, 16):
             store(row, 4 * k, load_floats(at, k // 16 * SUMS) * factor)
         for k in range(n_v // 16 * 16, n_v):
             store(row, 4 * k, float_at(at, k // 16 * SUMS + 4 * (k % 16)) * factor)
+
+
+@inner
+def least_of(last_key, n_tokens):
+    """The last key of the token that sees the fewest."""
+    least = i64_at(last_key, 0)
+    for t in range(1, n_tokens):
+        least = min(least, i64_at(last_key, 8 * t))
+    return least
+
+
+@inner
+def shrink_sums(sums, n_tiles, shrink):
+    """Rows of tiles times what weigh() left for their queries."""
+    for i in range(16):
+        factor = float_at(shrink, 4 * i)
+        if factor != 1:
+            for d in range(n_tiles):
+                store(sums + d * SUMS, 64 * i, load_floats(sums + d * SUMS, 64 * i) * factor)
+
+
+@inner
+def place_of_output(row, part, i, n_v, greatest, total):
+    """Where the i-th query's sums go and what they are multiplied by: to a row as the output, or to `part`, behind what it leaves there."""
+    whole = float_at(total, 4 * i)
+    if part:
+        store(part, 4 * i * (2 + n_v), float_at(greatest, 4 * i))
+        store(part, 4 * i * (2 + n_v) + 4, whole)
+        return part + 4 * i * (2 + n_v) + 8, np.float32(1)
+    return row, np.float32(1) / whole if whole != 0 else np.float32(0)
+
+
+@inner
+def bring_up_to_date(new, less, sums, greatest, total, shrink):
+    """The greatest scores so far and the sums of weights beside them; `less` is what earlier weights shrink by."""
+    store(greatest, 0, new)
+    store(shrink, 0, less)
+    store(total, 0, load_floats(total, 0) * less + sums)
 
 
 @inner
@@ -255,7 +280,4 @@ def weigh(scores, panel, n_panels, limited, limits, bias, scale, greatest, total
             store_split(weights + i // 2 * STEP + 64 * k, a, b)
         for part in (0, LOW_PARTS):
             turn_over(weights + i // 2 * STEP + part, 64, weights + i // 2 * STEP + part, 64)
-    less = exp_floats(before - base)
-    store(greatest, 0, new)
-    store(shrink, 0, less)
-    store(total, 0, load_floats(total, 0) * less + sums)
+    bring_up_to_date(new, exp_floats(before - base), sums, greatest, total, shrink)

@@ -12,9 +12,9 @@ from pydsa.backends.cpu.microkernels import turn_over
 from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.jit import inner
 from pydsa.lanes import every
-from pydsa.quants.block import float_from_bits
-from pydsa.simd import (F32, FEATURES, I16, I32, WORD, broadcast, constant, f32x16, float_at, floats, larger_magnitudes, largest,
-                        load_32_bytes, load_floats, pointer, store, store_words, to_words, word_dots)
+from pydsa.quants.block import float_from_bits, largest_magnitude
+from pydsa.simd import (F32, FEATURES, I16, I32, WORD, broadcast, constant, f32x16, float_at, load_32_bytes, load_floats,
+                        pointer, store, store_words, to_words, word_dots)
 
 KEYS = 64                                           # that meet all tokens before the next
 HEADS = 8 if "avx512bw" in FEATURES else 4          # whose sums are in registers at a time
@@ -74,12 +74,7 @@ def weighed_scores(typingctx, tile, n_pairs, queries, query_bytes, weights, n_he
 @inner
 def round_to_words(x, n, out, most):
     """n floats -> words of magnitudes up to `most`, and zeros up to a multiple of 32 -> the scale, not finite if a number is not."""
-    top = floats(np.float32(0))
-    for k in range(0, n - 15, 16):
-        top = larger_magnitudes(top, load_floats(x, 4 * k))
-    for k in range(n // 16 * 16, n):
-        top = larger_magnitudes(top, floats(float_at(x, 4 * k)))
-    size = largest(top, top)
+    size = largest_magnitude(x, n)
     factor = np.float32(most) / size if size > np.float32(1e-30) and size < np.float32(np.inf) else np.float32(0)
     for k in range(0, n - 15, 16):
         store_words(out + 2 * k, load_floats(x, 4 * k) * factor)
