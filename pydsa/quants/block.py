@@ -9,7 +9,7 @@ from numba.extending import intrinsic
 from pydsa.jit import BlockFunction, WordFunction, inline, inner
 from pydsa.lanes import first_quarter, last_quarter, lower_half, second_quarter, spread, third_quarter, totals, upper_half
 from pydsa.simd import (FEATURES, as_bytes, as_words, dot, dot_add, float_at, floats, join, larger_magnitudes, largest, load_floats,
-                        load_words, multiply_add, signed_high_bytes, store, to_floats, u16_at)
+                        load_words, multiply_add, signed_high_bytes, stack_memory, store, to_floats, u16_at)
 
 
 # A chunk: 256 numbers in words of 16 bits, as a row of weights is unpacked and a row of activations is rounded. Its parts, in bytes:
@@ -126,6 +126,32 @@ def leave_row(sums, v, r, n_rows, out):
         store(sums, 0, totals(sums))
         for j in range(i + 1):
             store(out, 4 * (r - i + j), float_at(sums, 4 * j))
+
+
+@inline
+def alone(sums):
+    """The total of one vector of sums."""
+    return sums
+
+
+@inline
+def dot_rows(add, total, nothing, row_bytes, step, rows, n_rows, n, x, out):
+    """A BlockType's dot: out[r] = total(sums) of row r, after sums = add(sums, row, i, n, x) for i = 0, step, ... < n, from `nothing` on.
+
+    Two rows at a time, from either half of all rows: memory is read in two places at once, which is a fifth faster than in one, and
+    activations are loaded once for both.
+    """
+    first, second = stack_memory(), stack_memory()
+    half = (n_rows + 1) // 2
+    for r in range(half):
+        one, other = nothing, nothing
+        row, other_row = rows + r * row_bytes, rows + min(r + half, n_rows - 1) * row_bytes
+        for i in range(0, n, step):
+            one = add(one, row, i, n, x)
+            other = add(other, other_row, i, n, x)
+        leave_row(first, total(one), r, half, out)
+        if r + half < n_rows:
+            leave_row(second, total(other), r, n_rows - half, out + 4 * half)
 
 
 @inner

@@ -10,9 +10,9 @@ from numba import carray
 
 from pydsa.jit import inline, inner
 from pydsa.lanes import both_halves, half_words, picked, shifted, spread, spread_words, upper_half, widened
-from pydsa.quants.block import AHEAD, CHUNK, LOW_16, SCALE, dot_pair, entry, half, half_at, leave_row, places, store_halves
+from pydsa.quants.block import AHEAD, CHUNK, LOW_16, SCALE, dot_pair, dot_rows, entry, half, half_at, places, store_halves
 from pydsa.simd import (eight_floats, floats, load_16_bytes, load_8_floats, load_floats, load_words, lower_words, multiply_add, prefetch,
-                        stack_memory, store, to_floats, to_words, two_halves)
+                        store, to_floats, to_words, two_halves)
 
 Q2_K = np.dtype([("scales", "u1", 16), ("qs", "u1", 64), ("d", "<u2"), ("dmin", "<u2")])
 Q3_K = np.dtype([("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", "<u2")])
@@ -135,23 +135,31 @@ def store_pairs(chunk, at, first, second, even, odd):
     store_halves(chunk, at + 64 * first + 32, at + 64 * second + 32, odd)
 
 
+@inline
+def add_q4_k(sums, row, i, n, x):
+    a, b, low = sums
+    at, xi = row + 144 * i, x + CHUNK * i
+    for line in range(0, 144, 64):
+        prefetch(at, AHEAD + line)
+    scales = scales_and_mins(at) * load_floats(xi, SCALE)       # with the activations' scales, and lows behind them
+    q = load_words(at, 16)
+    a = dot_pair(a, q & 15, (q >> 8) & 15, xi, 0, FIRST(scales))
+    b = dot_pair(b, (q >> 4) & 15, q >> 12, xi, 128, SECOND(scales))
+    q = load_words(at, 80)
+    a = dot_pair(a, q & 15, (q >> 8) & 15, xi, 256, THIRD(scales))
+    b = dot_pair(b, (q >> 4) & 15, q >> 12, xi, 384, FOURTH(scales))
+    return a, b, low + scales
+
+
+@inline
+def total_with_lows(sums):
+    """Of Q4_K and Q5_K."""
+    return sums[0] + sums[1] - widened(upper_half(sums[2]))
+
+
 def dot_q4_k(rows, n_rows, n, x, out):
-    partial = stack_memory()
-    for r in range(n_rows):
-        a, b, low = floats(np.float32(0)), floats(np.float32(0)), floats(np.float32(0))
-        for i in range(n):
-            at, xi = rows + 144 * (r * n + i), x + CHUNK * i
-            for line in range(0, 144, 64):
-                prefetch(at, AHEAD + line)
-            scales = scales_and_mins(at) * load_floats(xi, SCALE)       # with the activations' scales, and lows behind them
-            low = low + scales
-            q = load_words(at, 16)
-            a = dot_pair(a, q & 15, (q >> 8) & 15, xi, 0, FIRST(scales))
-            b = dot_pair(b, (q >> 4) & 15, q >> 12, xi, 128, SECOND(scales))
-            q = load_words(at, 80)
-            a = dot_pair(a, q & 15, (q >> 8) & 15, xi, 256, THIRD(scales))
-            b = dot_pair(b, (q >> 4) & 15, q >> 12, xi, 384, FOURTH(scales))
-        leave_row(partial, a + b - widened(upper_half(low)), r, n_rows, out)
+    zero = floats(np.float32(0))
+    dot_rows(add_q4_k, total_with_lows, (zero, zero, zero), 144 * n, 1, rows, n_rows, n, x, out)
 
 
 def unpack_q4_k(source, n, chunk):
@@ -171,23 +179,25 @@ def five_bits(at, part):
             ((q >> 4) & 15) | ((fifth << 3) & 16), (q >> 12) | ((fifth >> 5) & 16))
 
 
+@inline
+def add_q5_k(sums, row, i, n, x):
+    a, b, low = sums
+    at, xi = row + 176 * i, x + CHUNK * i
+    for line in range(0, 176, 64):
+        prefetch(at, AHEAD + line)
+    scales = scales_and_mins(at) * load_floats(xi, SCALE)       # with the activations' scales, and lows behind them
+    w, v, y, z = five_bits(at, 0)
+    a = dot_pair(a, w, v, xi, 0, FIRST(scales))
+    b = dot_pair(b, y, z, xi, 128, SECOND(scales))
+    w, v, y, z = five_bits(at, 1)
+    a = dot_pair(a, w, v, xi, 256, THIRD(scales))
+    b = dot_pair(b, y, z, xi, 384, FOURTH(scales))
+    return a, b, low + scales
+
+
 def dot_q5_k(rows, n_rows, n, x, out):
-    partial = stack_memory()
-    for r in range(n_rows):
-        a, b, low = floats(np.float32(0)), floats(np.float32(0)), floats(np.float32(0))
-        for i in range(n):
-            at, xi = rows + 176 * (r * n + i), x + CHUNK * i
-            for line in range(0, 176, 64):
-                prefetch(at, AHEAD + line)
-            scales = scales_and_mins(at) * load_floats(xi, SCALE)       # with the activations' scales, and lows behind them
-            low = low + scales
-            w, v, y, z = five_bits(at, 0)
-            a = dot_pair(a, w, v, xi, 0, FIRST(scales))
-            b = dot_pair(b, y, z, xi, 128, SECOND(scales))
-            w, v, y, z = five_bits(at, 1)
-            a = dot_pair(a, w, v, xi, 256, THIRD(scales))
-            b = dot_pair(b, y, z, xi, 384, FOURTH(scales))
-        leave_row(partial, a + b - widened(upper_half(low)), r, n_rows, out)
+    zero = floats(np.float32(0))
+    dot_rows(add_q5_k, total_with_lows, (zero, zero, zero), 176 * n, 1, rows, n_rows, n, x, out)
 
 
 def unpack_q5_k(source, n, chunk):
@@ -216,24 +226,32 @@ def unsigned_six_bits(at, part):
             ((q >> 4) & 15) | (high & 48), (q >> 12) | ((high >> 8) & 48))
 
 
+@inline
+def add_q6_k(sums, row, i, n, x):
+    a, b, low = sums
+    at, xi = row + 210 * i, x + CHUNK * i
+    for line in range(0, 210, 64):
+        prefetch(at, AHEAD + line)
+    scales = to_floats(load_16_bytes(at, 192)) * half_at(at, 208)
+    low = multiply_add(low, scales, load_floats(xi, LOW_16))
+    scales = scales * TWICE(load_8_floats(xi, SCALE))
+    w, v, y, z = unsigned_six_bits(at, 0)
+    a = dot_pair(a, w, v, xi, 0, Q6_A(scales))
+    b = dot_pair(b, y, z, xi, 128, Q6_B(scales))
+    w, v, y, z = unsigned_six_bits(at, 1)
+    a = dot_pair(a, w, v, xi, 256, Q6_C(scales))
+    b = dot_pair(b, y, z, xi, 384, Q6_D(scales))
+    return a, b, low
+
+
+@inline
+def total_q6_k(sums):
+    return sums[0] + sums[1] - sums[2] * np.float32(32)
+
+
 def dot_q6_k(rows, n_rows, n, x, out):
-    partial = stack_memory()
-    for r in range(n_rows):
-        a, b, low = floats(np.float32(0)), floats(np.float32(0)), floats(np.float32(0))
-        for i in range(n):
-            at, xi = rows + 210 * (r * n + i), x + CHUNK * i
-            for line in range(0, 210, 64):
-                prefetch(at, AHEAD + line)
-            scales = to_floats(load_16_bytes(at, 192)) * half_at(at, 208)
-            low = multiply_add(low, scales, load_floats(xi, LOW_16))
-            scales = scales * TWICE(load_8_floats(xi, SCALE))
-            w, v, y, z = unsigned_six_bits(at, 0)
-            a = dot_pair(a, w, v, xi, 0, Q6_A(scales))
-            b = dot_pair(b, y, z, xi, 128, Q6_B(scales))
-            w, v, y, z = unsigned_six_bits(at, 1)
-            a = dot_pair(a, w, v, xi, 256, Q6_C(scales))
-            b = dot_pair(b, y, z, xi, 384, Q6_D(scales))
-        leave_row(partial, a + b - low * np.float32(32), r, n_rows, out)
+    zero = floats(np.float32(0))
+    dot_rows(add_q6_k, total_q6_k, (zero, zero, zero), 210 * n, 1, rows, n_rows, n, x, out)
 
 
 def unpack_q6_k(source, n, chunk):
@@ -254,30 +272,37 @@ WORDS_0, WORDS_1, WORDS_2, WORDS_3 = (spread_words(2 * k, 2 * k + 1, 8 + 2 * k, 
 
 
 @inline
-def sum_of_parts(a, b, c, e):
+def sum_of_parts(sums):
     """The sum of products with elements left at their bits: 1, 4, 16 and 64 times too large."""
-    return a + b * np.float32(1 / 4) + c * np.float32(1 / 16) + e * np.float32(1 / 64)
+    return sums[0] + sums[1] * np.float32(1 / 4) + sums[2] * np.float32(1 / 16) + sums[3] * np.float32(1 / 64)
+
+
+@inline
+def add_q2_k(sums, row, i, n, x):
+    a, b, c, e, low = sums
+    at, xi = row + 84 * i, x + CHUNK * i
+    prefetch(at, AHEAD)
+    prefetch(at, AHEAD + 64)
+    packed = load_16_bytes(at, 0)
+    low = multiply_add(low, to_floats(packed >> 4) * half_at(at, 82), load_floats(xi, LOW_16))
+    scales = to_floats(packed & 15) * half_at(at, 80) * TWICE(load_8_floats(xi, SCALE))
+    even = load_words(at, 16)
+    odd = even >> 8
+    a = dot_pair(a, even & 3, odd & 3, xi, 0, PART_0(scales))
+    b = dot_pair(b, even & 12, odd & 12, xi, 128, PART_1(scales))
+    c = dot_pair(c, even & 48, odd & 48, xi, 256, PART_2(scales))
+    e = dot_pair(e, even & 192, odd & 192, xi, 384, PART_3(scales))
+    return a, b, c, e, low
+
+
+@inline
+def total_q2_k(sums):
+    return sum_of_parts(sums) - sums[4]
 
 
 def dot_q2_k(rows, n_rows, n, x, out):
-    partial = stack_memory()
-    for r in range(n_rows):
-        a, b, c, e = floats(np.float32(0)), floats(np.float32(0)), floats(np.float32(0)), floats(np.float32(0))
-        low = floats(np.float32(0))
-        for i in range(n):
-            at, xi = rows + 84 * (r * n + i), x + CHUNK * i
-            prefetch(at, AHEAD)
-            prefetch(at, AHEAD + 64)
-            packed = load_16_bytes(at, 0)
-            low = multiply_add(low, to_floats(packed >> 4) * half_at(at, 82), load_floats(xi, LOW_16))
-            scales = to_floats(packed & 15) * half_at(at, 80) * TWICE(load_8_floats(xi, SCALE))
-            even = load_words(at, 16)
-            odd = even >> 8
-            a = dot_pair(a, even & 3, odd & 3, xi, 0, PART_0(scales))
-            b = dot_pair(b, even & 12, odd & 12, xi, 128, PART_1(scales))
-            c = dot_pair(c, even & 48, odd & 48, xi, 256, PART_2(scales))
-            e = dot_pair(e, even & 192, odd & 192, xi, 384, PART_3(scales))
-        leave_row(partial, sum_of_parts(a, b, c, e) - low, r, n_rows, out)
+    zero = floats(np.float32(0))
+    dot_rows(add_q2_k, total_q2_k, (zero, zero, zero, zero, zero), 84 * n, 1, rows, n_rows, n, x, out)
 
 
 def unpack_q2_k(source, n, chunk):
@@ -319,24 +344,31 @@ def three_bits(at):
     return exchanged(low, high, 0x44), exchanged(low, high, 0x110), exchanged(low_odd, high_odd, 0x44), exchanged(low_odd, high_odd, 0x110)
 
 
+@inline
+def add_q3_k(sums, row, i, n, x):
+    a, b, c, e, low = sums
+    at, xi = row + 110 * i, x + CHUNK * i
+    prefetch(at, AHEAD)
+    prefetch(at, AHEAD + 64)
+    scales = to_floats(six_bit_scales(at)) * half_at(at, 108)
+    low = multiply_add(low, scales, load_floats(xi, LOW_16))
+    scales = scales * TWICE(load_8_floats(xi, SCALE))
+    w, v, y, z = three_bits(at)
+    a = dot_pair(a, w & 7, y & 7, xi, 0, PART_0(scales))
+    b = dot_pair(b, v & 28, z & 28, xi, 128, PART_1(scales))
+    c = dot_pair(c, w & 112, y & 112, xi, 256, PART_2(scales))
+    e = dot_pair(e, v & 448, z & 448, xi, 384, PART_3(scales))
+    return a, b, c, e, low
+
+
+@inline
+def total_q3_k(sums):
+    return sum_of_parts(sums) - sums[4] * np.float32(4)
+
+
 def dot_q3_k(rows, n_rows, n, x, out):
-    partial = stack_memory()
-    for r in range(n_rows):
-        a, b, c, e = floats(np.float32(0)), floats(np.float32(0)), floats(np.float32(0)), floats(np.float32(0))
-        low = floats(np.float32(0))
-        for i in range(n):
-            at, xi = rows + 110 * (r * n + i), x + CHUNK * i
-            prefetch(at, AHEAD)
-            prefetch(at, AHEAD + 64)
-            scales = to_floats(six_bit_scales(at)) * half_at(at, 108)
-            low = multiply_add(low, scales, load_floats(xi, LOW_16))
-            scales = scales * TWICE(load_8_floats(xi, SCALE))
-            w, v, y, z = three_bits(at)
-            a = dot_pair(a, w & 7, y & 7, xi, 0, PART_0(scales))
-            b = dot_pair(b, v & 28, z & 28, xi, 128, PART_1(scales))
-            c = dot_pair(c, w & 112, y & 112, xi, 256, PART_2(scales))
-            e = dot_pair(e, v & 448, z & 448, xi, 384, PART_3(scales))
-        leave_row(partial, sum_of_parts(a, b, c, e) - low * np.float32(4), r, n_rows, out)
+    zero = floats(np.float32(0))
+    dot_rows(add_q3_k, total_q3_k, (zero, zero, zero, zero, zero), 110 * n, 1, rows, n_rows, n, x, out)
 
 
 def unpack_q3_k(source, n, chunk):

@@ -7,10 +7,10 @@ from numba import carray
 
 from pydsa.jit import WordFunction, inline, inner
 from pydsa.lanes import spread, widened
-from pydsa.quants.block import (AHEAD, BY_QUARTERS, LOW, SCALE, dot_pair, dot_quad, entry, four_blocks, half, half_at, joined, leave_row,
-                                nibbles, places, store_halves, store_quad, unsigned_quad, where_in_chunks)
+from pydsa.quants.block import (AHEAD, BY_QUARTERS, LOW, SCALE, alone, dot_pair, dot_quad, dot_rows, entry, four_blocks, half, half_at,
+                                joined, nibbles, places, store_halves, store_quad, unsigned_quad, where_in_chunks)
 from pydsa.simd import (as_words, floats, four_floats, halves, join, load_16_bytes, load_2_floats, load_4_floats, multiply_add, prefetch,
-                        signed_high_bytes, stack_memory, store, to_floats, u32_at, where_bits)
+                        signed_high_bytes, store, to_floats, u32_at, where_bits)
 
 Q4_0 = np.dtype([("d", "<u2"), ("qs", "u1", 16)])
 Q4_1 = np.dtype([("d", "<u2"), ("m", "<u2"), ("qs", "u1", 16)])
@@ -107,19 +107,25 @@ def lifted(w, zero):
     return w[0] - zero, w[1] - zero, w[2] - zero, w[3] - zero
 
 
+@inline
+def add_q4_0(sums, row, i, n, x):
+    products, low = sums
+    at = four_blocks(row, 18, i, n)
+    prefetch(at[0], AHEAD)
+    prefetch(at[0], AHEAD + 64)
+    xi, words, number = where_in_chunks(x, i)
+    d = halves(at)
+    low = multiply_add(low, d, load_4_floats(xi, LOW + number))
+    return dot_quad(products, quad_4(at, 2), xi, words, d * load_4_floats(xi, SCALE + number)), low
+
+
+@inline
+def total_q4_0(sums):
+    return sums[0] - widened(sums[1]) * np.float32(8)
+
+
 def dot_q4_0(rows, n_rows, n, x, out):
-    partial = stack_memory()
-    for r in range(n_rows):
-        sums, low = floats(np.float32(0)), four_floats(np.float32(0))
-        for i in range(0, n, 4):
-            at = four_blocks(rows + 18 * n * r, 18, i, n)
-            prefetch(at[0], AHEAD)
-            prefetch(at[0], AHEAD + 64)
-            xi, words, number = where_in_chunks(x, i)
-            d = halves(at)
-            low = multiply_add(low, d, load_4_floats(xi, LOW + number))
-            sums = dot_quad(sums, quad_4(at, 2), xi, words, d * load_4_floats(xi, SCALE + number))
-        leave_row(partial, sums - widened(low) * np.float32(8), r, n_rows, out)
+    dot_rows(add_q4_0, total_q4_0, (floats(np.float32(0)), four_floats(np.float32(0))), 18 * n, 4, rows, n_rows, n, x, out)
 
 
 def unpack_q4_0(source, n, chunk):
@@ -129,19 +135,25 @@ def unpack_q4_0(source, n, chunk):
         store_quad(chunk, 64 * i, lifted(quad_4(at, 2), 8))
 
 
+@inline
+def add_q5_0(sums, row, i, n, x):
+    products, low = sums
+    at = four_blocks(row, 22, i, n)
+    prefetch(at[0], AHEAD)
+    prefetch(at[0], AHEAD + 64)
+    xi, words, number = where_in_chunks(x, i)
+    d = halves(at)
+    low = multiply_add(low, d, load_4_floats(xi, LOW + number))
+    return dot_quad(products, quad_5(at, 6), xi, words, d * load_4_floats(xi, SCALE + number)), low
+
+
+@inline
+def total_q5_0(sums):
+    return sums[0] - widened(sums[1]) * np.float32(16)
+
+
 def dot_q5_0(rows, n_rows, n, x, out):
-    partial = stack_memory()
-    for r in range(n_rows):
-        sums, low = floats(np.float32(0)), four_floats(np.float32(0))
-        for i in range(0, n, 4):
-            at = four_blocks(rows + 22 * n * r, 22, i, n)
-            prefetch(at[0], AHEAD)
-            prefetch(at[0], AHEAD + 64)
-            xi, words, number = where_in_chunks(x, i)
-            d = halves(at)
-            low = multiply_add(low, d, load_4_floats(xi, LOW + number))
-            sums = dot_quad(sums, quad_5(at, 6), xi, words, d * load_4_floats(xi, SCALE + number))
-        leave_row(partial, sums - widened(low) * np.float32(16), r, n_rows, out)
+    dot_rows(add_q5_0, total_q5_0, (floats(np.float32(0)), four_floats(np.float32(0))), 22 * n, 4, rows, n_rows, n, x, out)
 
 
 def unpack_q5_0(source, n, chunk):
@@ -157,18 +169,26 @@ def offsets(addresses):
     return halves((addresses[0] + 2, addresses[1] + 2, addresses[2] + 2, addresses[3] + 2))
 
 
+@inline
+def add_q4_1(sums, row, i, n, x):
+    products, low = sums
+    at = four_blocks(row, 20, i, n)
+    prefetch(at[0], AHEAD)
+    prefetch(at[0], AHEAD + 64)
+    xi, words, number = where_in_chunks(x, i)
+    d = halves(at)
+    low = multiply_add(low, offsets(at), load_4_floats(xi, LOW + number))
+    return dot_quad(products, quad_4(at, 4), xi, words, d * load_4_floats(xi, SCALE + number)), low
+
+
+@inline
+def total_with_offsets(sums):
+    """Of Q4_1 and Q5_1."""
+    return sums[0] + widened(sums[1])
+
+
 def dot_q4_1(rows, n_rows, n, x, out):
-    partial = stack_memory()
-    for r in range(n_rows):
-        sums, low = floats(np.float32(0)), four_floats(np.float32(0))
-        for i in range(0, n, 4):
-            at = four_blocks(rows + 20 * n * r, 20, i, n)
-            prefetch(at[0], AHEAD)
-            prefetch(at[0], AHEAD + 64)
-            xi, words, number = where_in_chunks(x, i)
-            low = multiply_add(low, offsets(at), load_4_floats(xi, LOW + number))
-            sums = dot_quad(sums, quad_4(at, 4), xi, words, halves(at) * load_4_floats(xi, SCALE + number))
-        leave_row(partial, sums + widened(low), r, n_rows, out)
+    dot_rows(add_q4_1, total_with_offsets, (floats(np.float32(0)), four_floats(np.float32(0))), 20 * n, 4, rows, n_rows, n, x, out)
 
 
 def unpack_q4_1(source, n, chunk):
@@ -179,18 +199,20 @@ def unpack_q4_1(source, n, chunk):
         store_quad(chunk, 64 * i, quad_4(at, 4))
 
 
+@inline
+def add_q5_1(sums, row, i, n, x):
+    products, low = sums
+    at = four_blocks(row, 24, i, n)
+    prefetch(at[0], AHEAD)
+    prefetch(at[0], AHEAD + 64)
+    xi, words, number = where_in_chunks(x, i)
+    d = halves(at)
+    low = multiply_add(low, offsets(at), load_4_floats(xi, LOW + number))
+    return dot_quad(products, quad_5(at, 8), xi, words, d * load_4_floats(xi, SCALE + number)), low
+
+
 def dot_q5_1(rows, n_rows, n, x, out):
-    partial = stack_memory()
-    for r in range(n_rows):
-        sums, low = floats(np.float32(0)), four_floats(np.float32(0))
-        for i in range(0, n, 4):
-            at = four_blocks(rows + 24 * n * r, 24, i, n)
-            prefetch(at[0], AHEAD)
-            prefetch(at[0], AHEAD + 64)
-            xi, words, number = where_in_chunks(x, i)
-            low = multiply_add(low, offsets(at), load_4_floats(xi, LOW + number))
-            sums = dot_quad(sums, quad_5(at, 8), xi, words, halves(at) * load_4_floats(xi, SCALE + number))
-        leave_row(partial, sums + widened(low), r, n_rows, out)
+    dot_rows(add_q5_1, total_with_offsets, (floats(np.float32(0)), four_floats(np.float32(0))), 24 * n, 4, rows, n_rows, n, x, out)
 
 
 def unpack_q5_1(source, n, chunk):
@@ -219,17 +241,17 @@ def even_and_odd(addresses):
     return signed_high_bytes(v << 8), signed_high_bytes(v)
 
 
+@inline
+def add_q8_0(sums, row, i, n, x):
+    at = two_blocks(row, i, n)
+    prefetch(at[0], AHEAD)
+    xi, words, number = where_in_chunks(x, i)
+    even, odd = even_and_odd(at)
+    return dot_pair(sums, even, odd, xi, words, TWO(halves(at) * load_2_floats(xi, SCALE + number)))
+
+
 def dot_q8_0(rows, n_rows, n, x, out):
-    partial = stack_memory()
-    for r in range(n_rows):
-        a = floats(np.float32(0))
-        for i in range(0, n, 2):
-            at = two_blocks(rows + 34 * n * r, i, n)
-            prefetch(at[0], AHEAD)
-            xi, words, number = where_in_chunks(x, i)
-            even, odd = even_and_odd(at)
-            a = dot_pair(a, even, odd, xi, words, TWO(halves(at) * load_2_floats(xi, SCALE + number)))
-        leave_row(partial, a, r, n_rows, out)
+    dot_rows(add_q8_0, alone, floats(np.float32(0)), 34 * n, 2, rows, n_rows, n, x, out)
 
 
 def unpack_q8_0(source, n, chunk):

@@ -8,9 +8,9 @@ from numba import carray
 
 from pydsa.jit import inline
 from pydsa.lanes import lookup, lower_half, shifted, upper_half
-from pydsa.quants.block import (AHEAD, BY_QUARTERS, CHUNK, SCALE, dot_quad, entry, four_blocks, half, half_at, joined, leave_row, nibbles,
-                                signed_quad, store_quad, where_in_chunks)
-from pydsa.simd import floats, halves, load_4_floats, load_8_floats, load_bytes, prefetch, stack_memory, store, to_floats, u8_at, vector
+from pydsa.quants.block import (AHEAD, BY_QUARTERS, CHUNK, SCALE, alone, dot_quad, dot_rows, entry, four_blocks, half, half_at, joined,
+                                nibbles, signed_quad, store_quad, where_in_chunks)
+from pydsa.simd import floats, halves, load_4_floats, load_8_floats, load_bytes, prefetch, store, to_floats, u8_at, vector
 
 IQ4_NL = np.dtype([("d", "<u2"), ("qs", "u1", 16)])
 IQ4_XS = np.dtype([("d", "<u2"), ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128)])
@@ -67,17 +67,17 @@ def twice_fractions(v):
     return signed_quad(AS_HALVES(low), AS_HALVES(high))
 
 
+@inline
+def add_iq4_nl(sums, row, i, n, x):
+    at = four_blocks(row, 18, i, n)
+    prefetch(at[0], AHEAD)
+    prefetch(at[0], AHEAD + 64)
+    xi, words, number = where_in_chunks(x, i)
+    return dot_quad(sums, levels(joined(at, 2)), xi, words, halves(at) * load_4_floats(xi, SCALE + number))
+
+
 def dot_iq4_nl(rows, n_rows, n, x, out):
-    partial = stack_memory()
-    for r in range(n_rows):
-        sums = floats(np.float32(0))
-        for i in range(0, n, 4):
-            at = four_blocks(rows + 18 * n * r, 18, i, n)
-            prefetch(at[0], AHEAD)
-            prefetch(at[0], AHEAD + 64)
-            xi, words, number = where_in_chunks(x, i)
-            sums = dot_quad(sums, levels(joined(at, 2)), xi, words, halves(at) * load_4_floats(xi, SCALE + number))
-        leave_row(partial, sums, r, n_rows, out)
+    dot_rows(add_iq4_nl, alone, floats(np.float32(0)), 18 * n, 4, rows, n_rows, n, x, out)
 
 
 def unpack_iq4_nl(source, n, chunk):
@@ -96,18 +96,26 @@ def scales_of_8(at):
     return to_floats(((FOUR_BITS(at, 4) & 15) | ((TWO_BITS(at, 0) & 3) << 4)) - 32) * half_at(at, 0)
 
 
+@inline
+def add_iq4_xs(sums, row, i, n, x):
+    a, b = sums
+    at, xi = row + 136 * i, x + CHUNK * i
+    for line in range(0, 136, 64):
+        prefetch(at, AHEAD + line)
+    scales = scales_of_8(at) * load_8_floats(xi, SCALE)
+    a = dot_quad(a, levels(load_bytes(at, 8)), xi, 0, lower_half(scales))
+    b = dot_quad(b, levels(load_bytes(at, 72)), xi, 256, upper_half(scales))
+    return a, b
+
+
+@inline
+def total_iq4_xs(sums):
+    return sums[0] + sums[1]
+
+
 def dot_iq4_xs(rows, n_rows, n, x, out):
-    partial = stack_memory()
-    for r in range(n_rows):
-        a, b = floats(np.float32(0)), floats(np.float32(0))
-        for i in range(n):
-            at, xi = rows + 136 * (r * n + i), x + CHUNK * i
-            for line in range(0, 136, 64):
-                prefetch(at, AHEAD + line)
-            scales = scales_of_8(at) * load_8_floats(xi, SCALE)
-            a = dot_quad(a, levels(load_bytes(at, 8)), xi, 0, lower_half(scales))
-            b = dot_quad(b, levels(load_bytes(at, 72)), xi, 256, upper_half(scales))
-        leave_row(partial, a + b, r, n_rows, out)
+    zero = floats(np.float32(0))
+    dot_rows(add_iq4_xs, total_iq4_xs, (zero, zero), 136 * n, 1, rows, n_rows, n, x, out)
 
 
 def unpack_iq4_xs(source, n, chunk):
@@ -123,17 +131,17 @@ def powers(addresses):
     return vector((POWERS[u8_at(a, 0)], POWERS[u8_at(b, 0)], POWERS[u8_at(c, 0)], POWERS[u8_at(d, 0)]))
 
 
+@inline
+def add_mxfp4(sums, row, i, n, x):
+    at = four_blocks(row, 17, i, n)
+    prefetch(at[0], AHEAD)
+    prefetch(at[0], AHEAD + 64)
+    xi, words, number = where_in_chunks(x, i)
+    return dot_quad(sums, twice_fractions(joined(at, 1)), xi, words, powers(at) * load_4_floats(xi, SCALE + number))
+
+
 def dot_mxfp4(rows, n_rows, n, x, out):
-    partial = stack_memory()
-    for r in range(n_rows):
-        sums = floats(np.float32(0))
-        for i in range(0, n, 4):
-            at = four_blocks(rows + 17 * n * r, 17, i, n)
-            prefetch(at[0], AHEAD)
-            prefetch(at[0], AHEAD + 64)
-            xi, words, number = where_in_chunks(x, i)
-            sums = dot_quad(sums, twice_fractions(joined(at, 1)), xi, words, powers(at) * load_4_floats(xi, SCALE + number))
-        leave_row(partial, sums, r, n_rows, out)
+    dot_rows(add_mxfp4, alone, floats(np.float32(0)), 17 * n, 4, rows, n_rows, n, x, out)
 
 
 def unpack_mxfp4(source, n, chunk):
