@@ -112,25 +112,27 @@ def score_bytes(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head
         for t in range(n_tokens):
             for s in range(start, min(start + KEYS, last), 32):
                 keys = rows + s * row_bytes
-                if t == 0:
-                    for line in range(0, 32 * row_bytes, 64):
-                        prefetch(keys + AHEAD, line)
                 for j in range(head_panels):
                     key_products(keys, row_bytes, queries + (t * head_panels + j) * panel_bytes, n_steps, sums + 4 * j * SUMS)
                 for i in range(2):
                     if s + 16 * i < last:
                         weigh(queries + t * head_panels * panel_bytes + n_steps * STEP, panel_bytes, head_panels, sums + 2 * i * SUMS,
-                              weighed)
+                              weighed, keys + AHEAD + i * 16 * row_bytes, row_bytes)
                         scales = every(keys + 16 * i * row_bytes + width, row_bytes) * factor
                         store(out, t * out_token + 4 * (s + 16 * i), totals(weighed) * scales)
     release()
 
 
 @inner
-def weigh(weights, panel_bytes, head_panels, sums, weighed):
-    """Sixteen keys' products with all heads -> their weighed sums, still to be summed over sixteen lanes."""
+def weigh(weights, panel_bytes, head_panels, sums, weighed, ahead, row_bytes):
+    """Sixteen keys' products with all heads -> their weighed sums, still to be summed over sixteen lanes.
+
+    Meanwhile sixteen rows from `ahead` on are asked for, a few lines at a time: all at once they wait for each other.
+    """
     for k in range(16):
         at = sums + 64 * k
+        prefetch(ahead, k * row_bytes)
+        prefetch(ahead, k * row_bytes + 64)
         total = positive(whole_numbers(at, at + SUMS)) * load_floats(weights, 0)
         for j in range(1, head_panels):
             at = sums + 4 * j * SUMS + 64 * k
