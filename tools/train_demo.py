@@ -1,4 +1,4 @@
-"""Train the demo model from scratch and write it as a GGUF file: about half an hour on two CPU cores with AMX.
+"""Train the demo model from scratch and write it as a GGUF file: about three quarters of an hour on two CPU cores with AMX.
 
     python tools/train_demo.py                          # resumes from demo-run/, writes pydsa/demo/demo.gguf
     python tools/train_demo.py --folder run2 --seed 1 -o other.gguf

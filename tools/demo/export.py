@@ -14,7 +14,7 @@ TEMPLATE = """{{ bos_token }}{% for message in messages %}\
 def export(path, spec, weights, vocabulary, kind="Q8_0"):
     """Write weights {GGUF name: torch tensor} to `path`, matrices in the type `kind`."""
     def chunks(name, shape, of_type):
-        yield quantize(weights[name].detach().float().numpy().reshape(-1, shape[-1]), of_type)
+        yield quantize(weights[name].detach().float().cpu().numpy().reshape(-1, shape[-1]), of_type)
 
     spec = replace(spec, type=kind, chat_template=TEMPLATE)
     return write_model(path, spec, "pydsa demo", (vocabulary.learned, vocabulary.merges), chunks)
