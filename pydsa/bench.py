@@ -181,6 +181,7 @@ def _time_ops(session, ids):
 
     def observe(node, arrays):
         nonlocal last
+        session.model.backend.synchronize()
         now = time.perf_counter()
         calls, seconds = times.get(node.op, (0, 0.0))
         times[node.op] = calls + 1, seconds + now - last

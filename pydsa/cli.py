@@ -65,8 +65,8 @@ model_options = options(
     click.option("--index-type", type=click.Choice(list(KV_TYPES)),
                  help="Type of the indexer's cached keys.  [default: q8_0; f32 if --kv-type is]"),
     click.option("--dsa-top-k", type=int, help="Keys each token attends to.  [default: the model's]"))
-device_option = click.option("--device", type=click.Choice(["cpu", "reference"]), default="cpu", show_default=True,
-                             help="reference: plain numpy, slow and exact.")
+device_option = click.option("--device", type=click.Choice(["cpu", "cuda", "reference"]), default="cpu", show_default=True,
+                             help="cuda: an NVIDIA GPU; reference: plain numpy, slow and exact.")
 attention_option = click.option("--attention", type=click.Choice(["auto", "sparse", "masked", "dense"]), default="auto", show_default=True,
                                 help="auto: dense up to top_k tokens, sparse beyond.")
 threads_option = click.option("-t", "--threads", type=int, help="Threads to use.  [default: all cores]")

@@ -60,6 +60,22 @@ def total(costs):
     return Cost(*map(sum, zip(*costs)))
 
 
+def device_scratch(nodes, n_tokens):
+    """Bytes that the CUDA backend works in beside the values of a plan (backends/cuda): rounded activations, parts of experts, queries."""
+    rounded = hidden = parts = queries = 0
+    for node in nodes:
+        if node.op in ("linear", "head_linear"):
+            rounded = max(rounded, n_tokens * math.prod(node.args[2].tail))
+        elif node.op == "moe_gate_up":
+            hidden = max(hidden, n_tokens * math.prod(node.args[0].tail))
+        elif node.op == "moe_down":
+            parts = max(parts, n_tokens * node.args[2].tail[0] * node.args[0].tail[0])
+        elif node.op in ("indexer_scores", "indexer_select"):
+            queries = max(queries, n_tokens * math.prod(node.args[1].tail))
+    rounded = max(rounded, hidden)
+    return 2 * rounded + rounded * 3 // 8 + 4 * (hidden + parts) + 2 * queries     # two bytes a number, a scale a 32nd, two sums
+
+
 def get_rows(s, out, w, ids):       # a row a token, though tokens may be equal
     return Cost(weights=s.rows(out) * (w.data.nbytes // w.shape[0]), values=_n_bytes(s, out))
 

@@ -13,6 +13,7 @@ import psutil
 
 from pydsa.cache import VectorCache
 from pydsa.chat import encode_chat
+from pydsa.costs import device_scratch
 from pydsa.errors import OutOfMemoryError, PydsaError, UnsupportedModelError
 from pydsa.gguf_file import open_gguf
 from pydsa.graph import CacheRef, Graph
@@ -24,11 +25,11 @@ from pydsa.sampling import Sampling
 from pydsa.session import Session
 from pydsa.tokenizer import Tokenizer
 
-DEVICES = {"cpu": "pydsa.backends.cpu", "reference": "pydsa.backends.reference"}
+DEVICES = {"cpu": "pydsa.backends.cpu", "cuda": "pydsa.backends.cuda", "reference": "pydsa.backends.reference"}
 ATTENTION = ("auto", "sparse", "masked", "dense")
 DEFAULT_N_CTX = 8192
-FLOAT_SIZE = {"cpu": 4, "reference": 8}     # bytes of an intermediate value
-SCORED_TOGETHER = 32        # tokens whose rows of scores exist at a time on the CPU (backends/cpu/indexer.py)
+FLOAT_SIZE = {"cpu": 4, "cuda": 4, "reference": 8}     # bytes of an intermediate value
+SCORED_TOGETHER = 32        # tokens whose rows of scores exist at a time (backends/*/indexer.py)
 
 
 def choose(what, value, known):
@@ -130,7 +131,10 @@ class ModelPlan:
     @property
     def scratch_bytes(self):
         """Bytes of the intermediate values, for one chunk of n_ubatch tokens, and one row of logits."""
-        return max(p.n_bytes for p in self.plans.values()) + (self.config.n_vocab + self.config.n_embd) * FLOAT_SIZE[self.device]
+        nodes = [node for p in self.plans.values() for node in p.graph.nodes]
+        beside = device_scratch(nodes, self.n_ubatch) if self.device == "cuda" else 0
+        values = max(p.n_bytes for p in self.plans.values()) + (self.config.n_vocab + self.config.n_embd) * FLOAT_SIZE[self.device]
+        return values + beside
 
     @property
     def score_bytes(self):
@@ -140,45 +144,55 @@ class ModelPlan:
         """
         if not any(node.op == "indexer_select" for p in self.plans.values() for node in p.graph.nodes):
             return 0
-        together = min(SCORED_TOGETHER, self.n_ubatch) if self.device == "cpu" else self.n_ubatch
+        together = self.n_ubatch if self.device == "reference" else min(SCORED_TOGETHER, self.n_ubatch)
         return together * FLOAT_SIZE[self.device] * self.n_ctx
 
     @property
     def mapped_bytes(self):
         """Bytes of the weights that stay in the file and are read from there."""
-        return sum(t.data.nbytes for t in self.weights.used.values())
+        return 0 if self.device == "cuda" else sum(t.data.nbytes for t in self.weights.used.values())
 
     @property
     def copied_bytes(self):
-        """Bytes of weights that the backend copies: vectors on the CPU, everything, as float32, in the reference."""
+        """Bytes of weights that the backend copies: vectors on the CPU, all blocks to a GPU, everything, as float32, in the reference."""
         used = self.weights.used.values()
+        if self.device == "cuda":
+            return sum(t.data.nbytes for t in used)
         return sum(4 * math.prod(t.shape) for t in used if self.device == "reference" or len(t.shape) == 1)
-
-
-def check_memory(wanted, what):
-    """Refuse what the machine cannot hold before it is allocated."""
-    available = psutil.virtual_memory().available
-    if wanted > available:
-        raise OutOfMemoryError(f"{what} would take {wanted / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of memory are free; "
-                               "ask for a smaller context (-c), a smaller chunk (-ub) or a smaller cache type (--kv-type).")
 
 
 class Model:
     """A model ready to run. Made by load()."""
 
-    check_memory = staticmethod(check_memory)
-
     def __init__(self, plan, threads=None, progress=None):
         self.plan, self.config, self.metadata = plan, plan.config, plan.file.metadata
         self.n_ctx, self.n_ubatch, self.kv_type, self.index_type = plan.n_ctx, plan.n_ubatch, plan.kv_type, plan.index_type
         self.attention, self.top_k = plan.attention, plan.top_k
-        check_memory(plan.cache_bytes + plan.scratch_bytes + plan.score_bytes + plan.copied_bytes,
-                     f"The model with a context of {plan.n_ctx} tokens")
-        self.tokenizer      # its faults belong to loading
         self.backend = importlib.import_module(DEVICES[plan.device])
         self.threads = self.backend.check_threads(None if threads is None else whole_number("threads", threads, 1, 2**31 - 1))
+        self.check_memory(plan.cache_bytes + plan.scratch_bytes + plan.score_bytes + plan.copied_bytes,
+                          f"The model with a context of {plan.n_ctx} tokens")
+        self.tokenizer      # its faults belong to loading
         self.runner = Runner(self.backend, plan.plans)
+        self._read_weights(progress)
         self._compile(progress)
+
+    def check_memory(self, wanted, what, of_device=True):
+        """Refuse what the machine, or its GPU, cannot hold before it is allocated."""
+        available, whose = self.backend.free_bytes() if of_device else None, "the GPU's memory"
+        if available is None:
+            available, whose = psutil.virtual_memory().available, "memory"
+        if wanted > available:
+            raise OutOfMemoryError(f"{what} would take {wanted / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of {whose} are free; "
+                                   "ask for a smaller context (-c), a smaller chunk (-ub) or a smaller cache type (--kv-type).")
+
+    def _read_weights(self, progress):
+        """Give the backend all weights: a GPU gets copies, which takes a while."""
+        tensors = list(self.plan.weights.used.values())
+        for i, tensor in enumerate(tensors):
+            if progress is not None and self.plan.device == "cuda":
+                progress(i, len(tensors), tensor.name)
+            self.runner.weight(tensor)
 
     def _compile(self, progress):
         """Compile every kernel that any step can need: a row alone is contiguous where several are not, so both are bound."""
@@ -277,7 +291,8 @@ def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention=
          index_type=None):
     """Open a GGUF (the first part, if it is split) and make it ready to run.
 
-    n_ctx: tokens the context can hold (8192, or the model's own limit if that is less). device: "cpu", or "reference" for plain numpy.
+    n_ctx: tokens the context can hold (8192, or the model's own limit if that is less). device: "cpu", "cuda" (an NVIDIA GPU; needs the
+    extra `cuda`), or "reference" for plain numpy.
     threads: all cores if None. kv_type, of cached latents: "f32", "f16", "bf16", "i16" (whole numbers of
     16 bits, with a scale for each of a row's two parts), "q8_0" (the same with 8 bits). index_type, of the indexer's cached keys: the
     same names; if None "q8_0", int8 with which it is fastest, but "f32" if kv_type is. attention: "auto" (exact dense attention while

@@ -1,6 +1,7 @@
 """A recorded graph laid into memory and run: buffers by liveness, arguments bound once, then only calls."""
 import contextlib
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -72,10 +73,8 @@ class Runner:
         self.backend = backend
         self.plans = plans      # path -> Plan
         self.dtypes = {"float": np.dtype(backend.FLOAT), "int32": np.dtype(np.int32), "int64": np.dtype(np.int64)}
-        size = max(p.n_bytes for p in plans.values()) + ALIGN
-        buffer = np.empty(size, np.uint8)       # the system gives the pages as they are first written
-        self._buffer = buffer[-buffer.ctypes.data % ALIGN:]
-        self._weights = {}
+        self._buffer = backend.empty((max(p.n_bytes for p in plans.values()),), np.uint8)
+        self._weights, self._constants = {}, {}
         self._outputs = {}      # name -> one row, which is what every step but those of logits() needs
 
     def _array(self, value, offset, n_rows):
@@ -86,15 +85,21 @@ class Runner:
     def _output_array(self, value, n_outputs):
         """Values of output rows lie outside of the buffer."""
         if n_outputs > 1:
-            return np.empty((n_outputs, *value.tail), self.dtypes[value.dtype])
+            return self.backend.empty((n_outputs, *value.tail), self.dtypes[value.dtype])
         if value.name not in self._outputs:
-            self._outputs[value.name] = np.empty((1, *value.tail), self.dtypes[value.dtype])
+            self._outputs[value.name] = self.backend.empty((1, *value.tail), self.dtypes[value.dtype])
         return self._outputs[value.name]
 
-    def _weight(self, tensor):
+    def weight(self, tensor):
+        """A tensor as the backend takes it, made once."""
         if tensor.name not in self._weights:
             self._weights[tensor.name] = self.backend.weight(tensor)
         return self._weights[tensor.name]
+
+    def _constant(self, values):
+        if id(values) not in self._constants:
+            self._constants[id(values)] = values, self.backend.upload(values)       # kept, so that no other array gets its id
+        return self._constants[id(values)][1]
 
     def bind(self, path, caches, n_tokens, n_outputs):
         """The calls of one step: [(node, function, args)], with every argument an array or a number."""
@@ -108,25 +113,43 @@ class Runner:
                     roots[a.root] = self._output_array(a.root, n_outputs)
                 return a.array(roots, n_outputs)
             if isinstance(a, Tensor):
-                return self._weight(a)
+                return self.weight(a)
+            if isinstance(a, np.ndarray):
+                return self._constant(a)
             return caches[a].rows if isinstance(a, CacheRef) else a
 
         nodes = plan.graph.nodes if n_outputs else [n for n in plan.graph.nodes if not n.for_outputs]
         calls = [(node, getattr(self.backend, node.op), tuple(argument(a) for a in node.args)) for node in nodes]
         output = argument(plan.graph.output) if n_outputs else None
-        return Bound(roots[plan.graph.ids], roots[plan.graph.positions], calls, output)
+        return Bound(self.backend, roots[plan.graph.ids], roots[plan.graph.positions], calls, output)
+
+
+class Written(Sequence):
+    """What a node wrote, as numpy arrays, which a backend fetches when they are looked at."""
+
+    def __init__(self, backend, arrays):
+        self._backend, self._arrays = backend, arrays
+
+    def __len__(self):
+        return len(self._arrays)
+
+    def __getitem__(self, i):
+        return self._backend.fetch(self._arrays[i])
 
 
 class Bound(NamedTuple):
-    """A graph with all its arguments for one session and one number of tokens."""
-    ids: np.ndarray
-    positions: np.ndarray
+    """A graph with all its arguments, arrays of a backend, for one session and one number of tokens."""
+    backend: object
+    ids: object
+    positions: object
     calls: list
-    output: np.ndarray | None
+    output: object      # or None
+    recording: object = None
 
-    def compiled(self, backend):
-        """The same with functions that take these arguments without a look at their types."""
-        return self._replace(calls=[(node, backend.entry_point(function, args), args) for node, function, args in self.calls])
+    def compiled(self, again):
+        """The same with functions that take these arguments without a look at their types; `again`: this step comes again and again."""
+        calls = [(node, self.backend.entry_point(function, args), args) for node, function, args in self.calls]
+        return self._replace(calls=calls, recording=self.backend.recorded(calls) if again else None)
 
     def run(self, ids, n_past, logits, observe=None):
         """One step: tokens ids at positions n_past, n_past + 1, ...; the last of their logits go to `logits` [n_outputs, n_vocab].
@@ -134,11 +157,14 @@ class Bound(NamedTuple):
         observe(node, arrays) is called after each op with what it wrote.
         """
         with _one_step():
-            self.ids[:] = ids
-            self.positions[:] = np.arange(n_past, n_past + len(ids))
-            for node, function, args in self.calls:
-                function(*args)
-                if observe is not None:
-                    observe(node, args[:node.n_out])
+            self.backend.store(self.ids, ids)
+            self.backend.store(self.positions, np.arange(n_past, n_past + len(ids)))
+            if self.recording is not None and observe is None:
+                self.recording.run()
+            else:
+                for node, function, args in self.calls:
+                    function(*args)
+                    if observe is not None:
+                        observe(node, Written(self.backend, args[:node.n_out]))
             if self.output is not None:
-                logits[:] = self.output
+                logits[:] = self.backend.fetch(self.output)

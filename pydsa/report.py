@@ -1,10 +1,12 @@
 """What `info` and `trace` tell, as plain data and as text: the file, the configuration, the memory plan, the path of each layer."""
 import dataclasses
+import importlib
 import itertools
 
 import numpy as np
 
 from pydsa.chat import USER
+from pydsa.errors import PydsaError
 
 HIDDEN = {"rope", "n_ff", "indexer_full"}       # fields of a Config that are shown in another way
 
@@ -27,11 +29,20 @@ def describe(plan):
                       "chat_format": chat_format(metadata)},
         "tensor_types": {name: {"tensors": count, "bytes": size} for name, (count, size) in sorted(types.items())},
         "n_tensors_unused": len(plan.file.tensors) - len(plan.weights.used),
-        "device": plan.device, "n_ctx": plan.n_ctx, "n_ubatch": plan.n_ubatch, "kv_type": plan.kv_type,
+        "device": plan.device, "gpu": gpu_in_words() if plan.device == "cuda" else None,
+        "n_ctx": plan.n_ctx, "n_ubatch": plan.n_ubatch, "kv_type": plan.kv_type,
         "index_type": plan.index_type if plan.top_k else None,
         "memory": {"weights_mapped": plan.mapped_bytes, "weights_copied": plan.copied_bytes, "caches": plan.cache_bytes,
                    "scratch": plan.scratch_bytes, "scores": plan.score_bytes},
         "attention": attention_in_words(plan), "layers": layers_in_words(plan)}
+
+
+def gpu_in_words():
+    """The GPU that --device cuda would use, or why there is none."""
+    try:
+        return importlib.import_module("pydsa.backends.cuda").device_in_words()
+    except PydsaError as error:
+        return str(error)
 
 
 def chat_format(metadata):
@@ -89,6 +100,7 @@ def format_report(report):
         lines.append(f"  {config['n_layer_nextn']} MTP block(s) for speculative decoding: recognised and left aside")
     if report["n_tensors_unused"]:
         lines.append(f"  {report['n_tensors_unused']} of the tensors are not used")
+    lines += ["", f"GPU: {report['gpu']}"] if report["gpu"] else []
     lines += ["", f"memory on {report['device']}, {report['n_ctx']} tokens of context, chunks of {report['n_ubatch']}",
               f"  weights mapped  {size(memory['weights_mapped']):>12}", f"  weights copied  {size(memory['weights_copied']):>12}",
               f"  caches          {size(memory['caches']):>12}  ({caches})", f"  scratch         {size(memory['scratch']):>12}",

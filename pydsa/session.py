@@ -60,7 +60,8 @@ class Session:
             raise ContextFullError(f"The context holds {model.n_ctx} tokens; {self.n_past} are in use and {ids.size} more do not fit. "
                                    "Load the model with a larger n_ctx (-c), or start anew.")
         if every_row:
-            model.check_memory((ids.size + model.n_ubatch) * model.config.n_vocab * 4, f"The logits of {ids.size} tokens")
+            model.check_memory((ids.size + model.n_ubatch) * model.config.n_vocab * 4, f"The logits of {ids.size} tokens",
+                               of_device=False)
         logits = np.empty((ids.size if every_row else 1, model.config.n_vocab), np.float32)
         for start in range(0, ids.size, model.n_ubatch):
             chunk = ids[start:start + model.n_ubatch]
@@ -89,7 +90,7 @@ class Session:
         key = (self.model.path(self.n_past + chunk.size), chunk.size, len(logits))
         bound = self._bound.get(key)
         if bound is None:
-            bound = self.model.runner.bind(key[0], self._caches, *key[1:]).compiled(self.model.backend)
+            bound = self.model.runner.bind(key[0], self._caches, *key[1:]).compiled(again=chunk.size == 1)
             if chunk.size in (1, self.model.n_ubatch) and len(logits) <= 1:     # the steps that come again
                 self._bound[key] = bound
         self.model.backend.set_threads(self.model.threads)
@@ -129,7 +130,7 @@ class Session:
         model = self.model
         return {"model": model.fingerprint, "kv_type": model.kv_type, "index_type": model.index_type,
                 "attention": model.attention, "top_k": model.top_k,
-                "caches": [[ref.kind, ref.layer, cache.stored(0).shape[1]] for ref, cache in self._caches.items()]}
+                "caches": [[ref.kind, ref.layer, cache.row_bytes] for ref, cache in self._caches.items()]}
 
     def save(self, path):
         """Write tokens and caches to a file, which replaces an older one only when it is complete."""
@@ -168,9 +169,10 @@ class Session:
                 tokens = self._check(path, file, os.fstat(file.fileno()).st_size)
                 self.tokens = []        # whatever ends this early, no half of two sessions remains
                 for cache in self._caches.values():
-                    rows = cache.stored(len(tokens)).reshape(-1)
-                    if file.readinto(rows) != rows.size:
+                    rows = cache.stored(len(tokens))
+                    if file.readinto(rows.reshape(-1)) != rows.size:
                         raise SessionFileError(f"{path}: the file became shorter while it was read; the session is empty now.")
+                    cache.restore(rows)
         except (OSError, ValueError) as error:
             raise SessionFileError(f"{path}: the session cannot be read ({getattr(error, 'strerror', error)}).") from error
         self.tokens = tokens
@@ -202,7 +204,7 @@ class Session:
             fail("the file is damaged")
         if len(tokens) > self.model.n_ctx:
             raise ContextFullError(f"{path}: the session has {len(tokens)} tokens; this context holds {self.model.n_ctx} (-c).")
-        if size != file.tell() + sum(cache.stored(len(tokens)).nbytes for cache in self._caches.values()) + 32:
+        if size != file.tell() + sum(len(tokens) * cache.row_bytes for cache in self._caches.values()) + 32:
             fail("the file is incomplete or damaged")
         start, digest = file.tell(), hashlib.sha256(header)
         while file.tell() < size - 32:

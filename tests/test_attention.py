@@ -1,14 +1,14 @@
 """Attention beside the reference: every type of cache, dense, masked and sparse, short and long, on one thread and on two."""
 import numpy as np
 import pytest
+from backends import choose, kernels
 from test_ops import (Rows, bound_of_tiles, close, compare, integers, last_positions, needs_two, normal, one_thread, rng,  # noqa: F401
                       run, with_threads)
 
-from pydsa.backends import cpu
 from pydsa.quants import FLOAT_ROWS, KV_TYPES
 
-SHAPES = [(1, 37, 29), (3, 40, 32), (4, 17, 16), (16, 96, 64)]      # heads, width, n_v
-CONTEXTS = [(1, 1), (1, 32), (2, 33), (7, 31), (7, 100), (33, 33), (33, 97)]    # n_tokens, n_kv
+SHAPES = choose([(3, 21, 16)], [(1, 37, 29), (3, 40, 32), (4, 17, 16), (16, 96, 64)])      # heads, width, n_v
+CONTEXTS = choose([(1, 1), (2, 13)], [(1, 1), (1, 32), (2, 33), (7, 31), (7, 100), (33, 33), (33, 97)])     # n_tokens, n_kv
 
 
 def attention_inputs(n_tokens, n_kv, shape, kv_type="f32"):
@@ -47,29 +47,31 @@ def test_attention(n_tokens, n_kv, kv_type):
                      bound)
         chosen = some_keys(positions, 40)
         sparse = compare("sparse_attention", out, q, latents, chosen, scale)
-        mask = run(cpu, "scatter_mask", [(n_tokens, n_kv + 3)], chosen, positions)
+        mask = run(kernels, "scatter_mask", [(n_tokens, n_kv + 3)], chosen, positions)
         assert close(compare("masked_attention", out, q, latents, mask, positions, scale), sparse, bound)
         assert np.isfinite(sparse).all() and not sparse[1:2].any()      # the token without a key
         compare("masked_attention", out, q, latents, np.where(mask == 0, normal(*mask.shape), mask), positions, scale)
 
 
-@pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("kv_type", choose(["f32"], ["f32", "f16", "q8_0"]))
 @pytest.mark.parametrize("size", [1, 2.0 ** 10, 2.0 ** 100])
 def test_attention_of_large_logits(size, kv_type):
     """Whole numbers, so that float32 loses nothing: sharp softmaxes, equal greatest logits, none that overflows."""
-    q, rows, positions = integers(-2, 2, 7, 4, 24) * np.float32(size), Rows(integers(-2, 2, 100, 24), kv_type), last_positions(7, 100)
-    mask = np.where(integers(0, 1, 7, 103) > 0, 0, -np.inf).astype(np.float32)
+    n, n_kv = choose((2, 20), (7, 100))
+    q, rows, positions = integers(-2, 2, n, 4, 24) * np.float32(size), Rows(integers(-2, 2, n_kv, 24), kv_type), last_positions(n, n_kv)
+    mask = np.where(integers(0, 1, n, n_kv + 3) > 0, 0, -np.inf).astype(np.float32)
     for op, args in ops(positions, mask, some_keys(positions, 50)):
-        assert np.isfinite(compare(op, (7, 4, 20), q, rows, *args, 1.0)).all()
+        assert np.isfinite(compare(op, (n, 4, 20), q, rows, *args, 1.0)).all()
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "i16", "q8_0"])
 def test_attention_sees_no_future(kv_type):
     """Rows after a token's position, whatever they hold, change nothing."""
-    q, rows, positions = attention_inputs(7, 50, SHAPES[1], kv_type)
+    n, n_kv = choose((2, 11), (7, 50))
+    q, rows, positions = attention_inputs(n, n_kv, (3, 40, 32), kv_type)
     poisoned = rows._replace(values=np.concatenate([rows.values, np.full((9, 40), np.nan, np.float32)]))
-    for op, args in ops(positions, np.zeros((7, 62), np.float32), some_keys(positions, 20)):
-        assert np.array_equal(*(run(cpu, op, [(7, 3, 32)], q, latents, *args, 0.2) for latents in (rows, poisoned)))
+    for op, args in ops(positions, np.zeros((n, n_kv + 12), np.float32), some_keys(positions, 20)):
+        assert np.array_equal(*(run(kernels, op, [(n, 3, 32)], q, latents, *args, 0.2) for latents in (rows, poisoned)))
 
 
 @needs_two

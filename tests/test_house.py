@@ -1,6 +1,7 @@
 """House rules as checks: who may import what, what importing costs, how long a file may be, equal backends."""
 import ast
 import graphlib
+import importlib
 import inspect
 import subprocess
 import sys
@@ -20,9 +21,10 @@ LAYERS = ("__main__", "cli", "bench report plot", "__init__", "model", "session"
           "backends", "quants", "lanes", "simd", "jit")
 LEAVES = "gguf_file tokenizer chat template sampling cache errors"
 RANK = {name: rank for rank, names in enumerate([*LAYERS, LEAVES]) for name in names.split()}
-COMPILING = ("pydsa.backends.cpu", "pydsa.quants.", "pydsa.lanes", "pydsa.simd", "pydsa.jit")      # the modules that may import numba
+COMPILING = ("pydsa.backends.cpu", "pydsa.backends.cuda", "pydsa.quants.", "pydsa.lanes", "pydsa.simd", "pydsa.jit")    # may import numba
 
-NOT_OPS = {"weight", "cache_rows", "cache_bytes", "compile_calls", "check_threads", "entry_point", "set_threads", "measure_ceilings"}
+NOT_OPS = {"weight", "cache_rows", "cache_bytes", "empty", "upload", "fetch", "store", "synchronize", "recorded", "free_bytes",
+           "compile_calls", "check_threads", "entry_point", "set_threads", "measure_ceilings"}
 FUNCTIONS = {name for name, f in vars(reference).items() if inspect.isfunction(f) and not name.startswith("_")}
 
 
@@ -76,6 +78,13 @@ def test_who_may_import_numba(name):
         assert not {target.split(".")[0] for target in imports(MODULES[name])} & {"numba", "llvmlite"}
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_only_the_cuda_backend_imports_numba_cuda(name):
+    nodes = [node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.ImportFrom)]
+    found = any(node.module.startswith("numba.cuda") or node.module == "numba" and "cuda" in [a.name for a in node.names] for node in nodes)
+    assert not found or name.startswith("pydsa.backends.cuda")
+
+
 @pytest.mark.parametrize("name", ["pydsa", "pydsa.quants", "pydsa.model", "pydsa.cli", "pydsa.plot", "pydsa.backends.reference"])
 def test_importing_is_cheap(name):
     code = f"import sys, {name}; print([m for m in {SLOW} if m in sys.modules])"
@@ -102,8 +111,10 @@ def test_the_graph_records_every_op():
 
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))
 def test_backends_have_the_same_parameters(name):
-    mine, theirs = (inspect.signature(getattr(f, "py_func", f)) for f in (getattr(cpu, name), getattr(reference, name)))
-    assert [(p.name, p.default) for p in mine.parameters.values()] == [(p.name, p.default) for p in theirs.parameters.values()]
+    backends = [cpu] + ([importlib.import_module("pydsa.backends.cuda")] if importlib.util.find_spec("numba_cuda") else [])
+    for backend in backends:
+        mine, theirs = (inspect.signature(getattr(f, "py_func", f)) for f in (getattr(backend, name), getattr(reference, name)))
+        assert [(p.name, p.default) for p in mine.parameters.values()] == [(p.name, p.default) for p in theirs.parameters.values()]
 
 
 def test_any_kernel_can_be_the_first():

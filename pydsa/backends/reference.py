@@ -30,6 +30,40 @@ def cache_bytes(rows):
     return rows.view(np.uint8)
 
 
+def empty(shape, dtype):
+    """An array of the backend, without values; it begins at a cache line."""
+    memory = np.empty(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize + 64, np.uint8)     # pages come as they are written
+    start = -memory.ctypes.data % 64
+    return memory[start:memory.size - 64 + start].view(dtype).reshape(shape)
+
+
+def upload(values):
+    """A numpy array as one of the backend: itself."""
+    return values
+
+
+def fetch(array):
+    """The values of an array of the backend, as a numpy array: itself."""
+    return array
+
+
+def store(array, values):
+    """Copy the values of a numpy array into an array of the backend."""
+    array[...] = values
+
+
+def synchronize():
+    """Nothing to wait for."""
+
+
+def recorded(calls):
+    """None: the calls of a step are made one by one."""
+
+
+def free_bytes():
+    """None: the machine's own memory."""
+
+
 def compile_calls(calls, progress=None):
     """Nothing to compile."""
 

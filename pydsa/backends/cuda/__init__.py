@@ -1,0 +1,165 @@
+"""The CUDA backend: the ops of reference.py as Numba kernels, on float32 values and GGUF blocks in the GPU's memory.
+
+With NUMBA_ENABLE_CUDASIM=1 the kernels run in Numba's simulator, as Python functions: for tests, without a GPU.
+"""
+import importlib.util
+
+import numpy as np
+
+from pydsa.errors import PydsaError
+
+if importlib.util.find_spec("numba_cuda") is None:
+    raise PydsaError("--device cuda needs the package numba-cuda, which is not installed: pip install 'pydsa[cuda]'.")
+
+from pydsa.backends.cuda.array import DeviceArray, empty, stream, upload  # noqa: E402, F401
+from pydsa.backends.cuda.attention import dense_attention, masked_attention, sparse_attention  # noqa: E402, F401
+from pydsa.backends.cuda.ceilings import measure_ceilings, product_kind  # noqa: E402, F401
+from pydsa.backends.cuda.device import SIMULATED  # noqa: E402
+from pydsa.backends.cuda.indexer import indexer_scores, indexer_select, scatter_mask  # noqa: E402, F401
+from pydsa.backends.cuda.launch import Kernel  # noqa: E402
+from pydsa.backends.cuda.linear import head_linear, linear  # noqa: E402, F401
+from pydsa.backends.cuda.moe import moe_down, moe_gate_up, moe_route  # noqa: E402, F401
+from pydsa.backends.cuda.norm import add, layer_norm, rms_norm, silu_mul  # noqa: E402, F401
+from pydsa.backends.cuda.rope import hadamard, rope, rope_table  # noqa: E402, F401
+from pydsa.backends.cuda.rows import CacheRows, Weight, cache_bytes, cache_rows, cache_write, get_rows, weight  # noqa: E402, F401
+from pydsa.backends.cuda.top_k import top_k  # noqa: E402, F401
+
+FLOAT = np.float32
+OLDEST = 8, 0       # compute capability: of A100 and of GeForce 30, the first with the tensor instructions that products.py uses
+
+
+def check_device():
+    """A clear error where there is no GPU that can run the kernels."""
+    if SIMULATED:
+        return
+    from numba import cuda
+    try:
+        device = cuda.get_current_device()
+    except Exception as error:      # the driver's errors have no class of their own in common
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PydsaError(f"--device cuda finds no NVIDIA driver or no GPU ({first}); `nvidia-smi` must list one.") from error
+    if device.compute_capability < OLDEST:
+        major, minor = device.compute_capability
+        raise PydsaError(f"--device cuda: this GPU, {device_name()}, has compute capability {major}.{minor}; pydsa needs "
+                         f"{OLDEST[0]}.{OLDEST[1]} or later (A100, GeForce 30 and newer).")
+
+
+def device_name():
+    """What the GPU is called."""
+    if SIMULATED:
+        return "Numba's CUDA simulator"
+    from numba import cuda
+    name = cuda.get_current_device().name
+    return name.decode() if isinstance(name, bytes) else name
+
+
+def device_in_words():
+    """What the GPU is and has; PydsaError if there is none."""
+    check_device()
+    free = f"{free_bytes() / 2**30:.1f} GiB of memory free"
+    if SIMULATED:
+        return f"{device_name()}, {free}"
+    from numba import cuda
+    major, minor = cuda.get_current_device().compute_capability
+    return f"{device_name()}, compute capability {major}.{minor}, {free} of {cuda.current_context().get_memory_info().total / 2**30:.1f}"
+
+
+def free_bytes():
+    """Bytes of memory that are free on the device."""
+    if SIMULATED:
+        import psutil
+        return psutil.virtual_memory().available
+    from numba import cuda
+    return cuda.current_context().get_memory_info().free
+
+
+def fetch(array):
+    """The values of an array of the backend, as a numpy array."""
+    return array.get()
+
+
+def store(array, values):
+    """Copy the values of a numpy array into a contiguous array of the backend."""
+    array.set(values)
+
+
+def synchronize():
+    """Wait for all that was launched."""
+    if not SIMULATED:
+        stream().synchronize()
+
+
+def compile_calls(calls, progress=None):
+    """Compile the kernels that `calls`, pairs of an op and its arguments, will launch, without launching any.
+
+    progress(done, total, name) is called before each.
+    """
+    wanted = {}
+    for op, args in calls:
+        key = op, tuple((a.shape, a.dtype) if isinstance(a, DeviceArray) else (a.type if isinstance(a, Weight) else None) for a in args)
+        wanted.setdefault(key, args)
+    Kernel.only_compile = True
+    try:
+        for done, ((op, _), args) in enumerate(wanted.items()):
+            if progress is not None:
+                progress(done, len(wanted), op.__name__)
+            op(*args)
+    finally:
+        Kernel.only_compile = False
+    if progress is not None:
+        progress(len(wanted), len(wanted), "")
+
+
+def entry_point(function, args):
+    """The op itself: what it launches is compiled already."""
+    return function
+
+
+def check_threads(n):
+    """The GPU has its own: None, whatever is asked for; a clear error where there is no GPU to use."""
+    check_device()
+
+
+def set_threads(n):
+    """Nothing to set."""
+
+
+class Recording:
+    """The launches of one step as a CUDA graph: run() makes them one by one at first, then records them, then launches all at once."""
+
+    def __init__(self, calls):
+        self._calls, self._runs, self._graph = calls, 0, None
+
+    def run(self):
+        """Do all calls once more."""
+        if SIMULATED or self._runs == 0:        # the first time scratch memory grows, which cannot be recorded
+            for _, function, args in self._calls:
+                function(*args)
+            self._runs += 1
+            return
+        from cuda.bindings import driver
+        if self._graph is None:
+            self._graph = self._record(driver)
+        _checked(driver.cuGraphLaunch(self._graph, int(stream().handle)))
+
+    def _record(self, driver):
+        handle = int(stream().handle)
+        _checked(driver.cuStreamBeginCapture(handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
+        try:
+            for _, function, args in self._calls:
+                function(*args)
+        finally:
+            graph = _checked(driver.cuStreamEndCapture(handle))
+        return _checked(driver.cuGraphInstantiate(graph, 0))
+
+
+def _checked(answer):
+    """What a call of the driver gives, after its status."""
+    if int(answer[0]) != 0:
+        raise PydsaError(f"The CUDA driver failed to record or launch a step ({answer[0].name}).")
+    return answer[1] if len(answer) > 1 else None
+
+
+def recorded(calls):
+    """Something whose run() does all calls of a step of one token, faster when it comes again."""
+    return Recording(calls)

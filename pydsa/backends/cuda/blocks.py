@@ -1,0 +1,284 @@
+"""GGUF blocks as products read them: a group of 32 weights becomes eight words of four signed bytes, with scales and offsets.
+
+For each quantized type a device function group(data, row, g) -> eight words, then two scales and two offsets, one for each half of the
+group: weight = scale * byte - offset. data: uint8, all rows of a tensor; row: where a row begins in it; g: which 32 of the row.
+"""
+from typing import NamedTuple
+
+import numpy as np
+
+from pydsa.backends.cuda.device import bits_float, byte_at, device, half_at, halved_word_at, split_word_at, word_at
+
+NIBBLES, TWO_BITS, ONE_BIT = 0x0F0F0F0F, 0x03030303, 0x01010101
+ZERO = np.float32(0)
+
+
+class Grouped(NamedTuple):
+    """A quantized type: elements and bytes of a block; its group(); whether its halves differ in scale; whether there are offsets."""
+    block: int
+    block_bytes: int
+    group: object
+    halves: bool
+    offsets: bool
+
+
+@device
+def less(word, zeros):
+    """Four bytes from 0 to 127, each less the same byte of `zeros`, which is at most 127."""
+    return ((word | 0x80808080) - zeros) ^ 0x80808080
+
+
+@device
+def fifth_bits(bits, i):
+    """Bits 4 i to 4 i + 3, each as 16 in a byte of its own."""
+    four = bits >> (4 * i)
+    return (four & 1) << 4 | (four & 2) << 11 | (four & 4) << 18 | (four & 8) << 25
+
+
+@device
+def group_q4_0(data, row, g):
+    at = row + 18 * g
+    a, b, c, e = halved_word_at(data, at + 2), halved_word_at(data, at + 6), halved_word_at(data, at + 10), halved_word_at(data, at + 14)
+    d = half_at(data, at)
+    return (less(a & NIBBLES, 0x08080808), less(b & NIBBLES, 0x08080808), less(c & NIBBLES, 0x08080808), less(e & NIBBLES, 0x08080808),
+            less((a >> 4) & NIBBLES, 0x08080808), less((b >> 4) & NIBBLES, 0x08080808), less((c >> 4) & NIBBLES, 0x08080808),
+            less((e >> 4) & NIBBLES, 0x08080808), d, d, ZERO, ZERO)
+
+
+@device
+def group_q4_1(data, row, g):
+    at = row + 20 * g
+    a, b, c, e = word_at(data, at + 4), word_at(data, at + 8), word_at(data, at + 12), word_at(data, at + 16)
+    d, low = half_at(data, at), -half_at(data, at + 2)
+    return (a & NIBBLES, b & NIBBLES, c & NIBBLES, e & NIBBLES, (a >> 4) & NIBBLES, (b >> 4) & NIBBLES, (c >> 4) & NIBBLES,
+            (e >> 4) & NIBBLES, d, d, low, low)
+
+
+@device
+def group_q5_0(data, row, g):
+    at = row + 22 * g
+    high = halved_word_at(data, at + 2)
+    a, b, c, e = halved_word_at(data, at + 6), halved_word_at(data, at + 10), halved_word_at(data, at + 14), halved_word_at(data, at + 18)
+    d = half_at(data, at)
+    return (less(a & NIBBLES | fifth_bits(high, 0), 0x10101010), less(b & NIBBLES | fifth_bits(high, 1), 0x10101010),
+            less(c & NIBBLES | fifth_bits(high, 2), 0x10101010), less(e & NIBBLES | fifth_bits(high, 3), 0x10101010),
+            less((a >> 4) & NIBBLES | fifth_bits(high, 4), 0x10101010), less((b >> 4) & NIBBLES | fifth_bits(high, 5), 0x10101010),
+            less((c >> 4) & NIBBLES | fifth_bits(high, 6), 0x10101010), less((e >> 4) & NIBBLES | fifth_bits(high, 7), 0x10101010),
+            d, d, ZERO, ZERO)
+
+
+@device
+def group_q5_1(data, row, g):
+    at = row + 24 * g
+    high = word_at(data, at + 4)
+    a, b, c, e = word_at(data, at + 8), word_at(data, at + 12), word_at(data, at + 16), word_at(data, at + 20)
+    d, low = half_at(data, at), -half_at(data, at + 2)
+    return (a & NIBBLES | fifth_bits(high, 0), b & NIBBLES | fifth_bits(high, 1), c & NIBBLES | fifth_bits(high, 2),
+            e & NIBBLES | fifth_bits(high, 3), (a >> 4) & NIBBLES | fifth_bits(high, 4), (b >> 4) & NIBBLES | fifth_bits(high, 5),
+            (c >> 4) & NIBBLES | fifth_bits(high, 6), (e >> 4) & NIBBLES | fifth_bits(high, 7), d, d, low, low)
+
+
+@device
+def group_q8_0(data, row, g):
+    at = row + 34 * g
+    d = half_at(data, at)
+    return (halved_word_at(data, at + 2), halved_word_at(data, at + 6), halved_word_at(data, at + 10), halved_word_at(data, at + 14),
+            halved_word_at(data, at + 18), halved_word_at(data, at + 22), halved_word_at(data, at + 26), halved_word_at(data, at + 30),
+            d, d, ZERO, ZERO)
+
+
+@device
+def scale_and_min(data, at, s):
+    """The 6-bit scale and minimum of sub-block s of Q4_K and Q5_K, whose twelve packed bytes lie at `at`."""
+    if s < 4:
+        return byte_at(data, at + s) & 63, byte_at(data, at + s + 4) & 63
+    both = byte_at(data, at + s + 4)
+    return both & 15 | (byte_at(data, at + s - 4) >> 6) << 4, both >> 4 | (byte_at(data, at + s) >> 6) << 4
+
+
+@device
+def group_q4_k(data, row, g):
+    at, s = row + 144 * (g >> 3), g & 7
+    scale, low = scale_and_min(data, at + 4, s)
+    d, m = half_at(data, at) * np.float32(scale), half_at(data, at + 2) * np.float32(low)
+    q, shift = at + 16 + 32 * (s >> 1), 4 * (s & 1)
+    return (word_at(data, q) >> shift & NIBBLES, word_at(data, q + 4) >> shift & NIBBLES, word_at(data, q + 8) >> shift & NIBBLES,
+            word_at(data, q + 12) >> shift & NIBBLES, word_at(data, q + 16) >> shift & NIBBLES, word_at(data, q + 20) >> shift & NIBBLES,
+            word_at(data, q + 24) >> shift & NIBBLES, word_at(data, q + 28) >> shift & NIBBLES, d, d, m, m)
+
+
+@device
+def five_bits(data, q, high, s):
+    """Four elements of Q5_K: their nibbles at q, fifth bits at `high`."""
+    return word_at(data, q) >> (4 * (s & 1)) & NIBBLES | (word_at(data, high) >> s & ONE_BIT) << 4
+
+
+@device
+def group_q5_k(data, row, g):
+    at, s = row + 176 * (g >> 3), g & 7
+    scale, low = scale_and_min(data, at + 4, s)
+    d, m = half_at(data, at) * np.float32(scale), half_at(data, at + 2) * np.float32(low)
+    q, h = at + 48 + 32 * (s >> 1), at + 16
+    return (five_bits(data, q, h, s), five_bits(data, q + 4, h + 4, s), five_bits(data, q + 8, h + 8, s),
+            five_bits(data, q + 12, h + 12, s), five_bits(data, q + 16, h + 16, s), five_bits(data, q + 20, h + 20, s),
+            five_bits(data, q + 24, h + 24, s), five_bits(data, q + 28, h + 28, s), d, d, m, m)
+
+
+@device
+def signed_byte(data, at):
+    """The int8 at a place."""
+    value = byte_at(data, at)
+    return value - ((value & 128) << 1)
+
+
+@device
+def six_bits(data, q, high, k):
+    """Four elements of Q6_K of the k-th 32 of a half block."""
+    return less(halved_word_at(data, q) >> (4 * (k >> 1)) & NIBBLES | (halved_word_at(data, high) >> (2 * k) & TWO_BITS) << 4, 0x20202020)
+
+
+@device
+def group_q6_k(data, row, g):
+    at, part, k = row + 210 * (g >> 3), g >> 2 & 1, g & 3
+    d, scales = half_at(data, at + 208), at + 192 + 8 * part + 2 * k
+    q, h = at + 64 * part + 32 * (k & 1), at + 128 + 32 * part
+    return (six_bits(data, q, h, k), six_bits(data, q + 4, h + 4, k), six_bits(data, q + 8, h + 8, k), six_bits(data, q + 12, h + 12, k),
+            six_bits(data, q + 16, h + 16, k), six_bits(data, q + 20, h + 20, k), six_bits(data, q + 24, h + 24, k),
+            six_bits(data, q + 28, h + 28, k), d * np.float32(signed_byte(data, scales)), d * np.float32(signed_byte(data, scales + 1)),
+            ZERO, ZERO)
+
+
+@device
+def group_q2_k(data, row, g):
+    at, part, k = row + 84 * (g >> 3), g >> 2 & 1, g & 3
+    d, dmin = half_at(data, at + 80), half_at(data, at + 82)
+    first, second = byte_at(data, at + 8 * part + 2 * k), byte_at(data, at + 8 * part + 2 * k + 1)
+    q, shift = at + 16 + 32 * part, 2 * k
+    return (word_at(data, q) >> shift & TWO_BITS, word_at(data, q + 4) >> shift & TWO_BITS, word_at(data, q + 8) >> shift & TWO_BITS,
+            word_at(data, q + 12) >> shift & TWO_BITS, word_at(data, q + 16) >> shift & TWO_BITS, word_at(data, q + 20) >> shift & TWO_BITS,
+            word_at(data, q + 24) >> shift & TWO_BITS, word_at(data, q + 28) >> shift & TWO_BITS,
+            d * np.float32(first & 15), d * np.float32(second & 15), dmin * np.float32(first >> 4), dmin * np.float32(second >> 4))
+
+
+@device
+def six_bit_scale(data, at, j):
+    """The scale of sub-block j of Q3_K, whose twelve packed bytes lie at `at`."""
+    low, high = byte_at(data, at + j % 8) >> (4 * (j // 8)) & 15, byte_at(data, at + 8 + j % 4) >> (2 * (j // 4)) & 3
+    return np.float32((low | high << 4) - 32)
+
+
+@device
+def three_bits(data, q, high, g):
+    """Four elements of Q3_K of the g-th 32 of a block: their lower bits at q, third bits at `high`."""
+    return less(halved_word_at(data, q) >> (2 * (g & 3)) & TWO_BITS | (halved_word_at(data, high) >> g & ONE_BIT) << 2, 0x04040404)
+
+
+@device
+def group_q3_k(data, row, g):
+    at, s = row + 110 * (g >> 3), g & 7
+    d, q = half_at(data, at + 108), at + 32 + 32 * (s >> 2)
+    return (three_bits(data, q, at, s), three_bits(data, q + 4, at + 4, s), three_bits(data, q + 8, at + 8, s),
+            three_bits(data, q + 12, at + 12, s), three_bits(data, q + 16, at + 16, s), three_bits(data, q + 20, at + 20, s),
+            three_bits(data, q + 24, at + 24, s), three_bits(data, q + 28, at + 28, s),
+            d * six_bit_scale(data, at + 96, 2 * s), d * six_bit_scale(data, at + 96, 2 * s + 1), ZERO, ZERO)
+
+
+def _packed(levels):
+    """Sixteen signed bytes as two numbers of 64 bits, for tables that a shift looks up."""
+    data = np.array(levels, np.int8).tobytes()
+    return tuple(np.uint64(int.from_bytes(data[i:i + 8], "little")) for i in (0, 8))
+
+
+LEVELS = _packed((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))        # of IQ4_NL and IQ4_XS
+HALVES = _packed((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12))                         # of MXFP4, twice the numbers it has
+LOW_LEVELS, HIGH_LEVELS, LOW_HALVES, HIGH_HALVES = *LEVELS, *HALVES
+
+
+@device
+def looked_up(low, high, nibble):
+    """A byte of a table of sixteen."""
+    table = high if nibble & 8 else low
+    return (table >> np.uint64(8 * (nibble & 7))) & np.uint64(255)
+
+
+@device
+def four_looked_up(low, high, word):
+    """Bytes of a table for the four nibbles that a word has in its bytes."""
+    return (looked_up(low, high, word & 15) | looked_up(low, high, word >> 8 & 15) << np.uint64(8)
+            | looked_up(low, high, word >> 16 & 15) << np.uint64(16) | looked_up(low, high, word >> 24 & 15) << np.uint64(24))
+
+
+@device
+def levels(word, shift):
+    return np.uint32(four_looked_up(LOW_LEVELS, HIGH_LEVELS, word >> shift))
+
+
+@device
+def halves(word, shift):
+    return np.uint32(four_looked_up(LOW_HALVES, HIGH_HALVES, word >> shift))
+
+
+@device
+def group_iq4_nl(data, row, g):
+    at = row + 18 * g
+    a, b, c, e = halved_word_at(data, at + 2), halved_word_at(data, at + 6), halved_word_at(data, at + 10), halved_word_at(data, at + 14)
+    d = half_at(data, at)
+    return (levels(a, 0), levels(b, 0), levels(c, 0), levels(e, 0), levels(a, 4), levels(b, 4), levels(c, 4), levels(e, 4),
+            d, d, ZERO, ZERO)
+
+
+@device
+def group_iq4_xs(data, row, g):
+    at, s = row + 136 * (g >> 3), g & 7
+    low = byte_at(data, at + 4 + s // 2) >> (4 * (s % 2)) & 15
+    high = (byte_at(data, at + 2) | byte_at(data, at + 3) << 8) >> (2 * s) & 3
+    d, q = half_at(data, at) * np.float32((low | high << 4) - 32), at + 8 + 16 * s
+    a, b, c, e = word_at(data, q), word_at(data, q + 4), word_at(data, q + 8), word_at(data, q + 12)
+    return (levels(a, 0), levels(b, 0), levels(c, 0), levels(e, 0), levels(a, 4), levels(b, 4), levels(c, 4), levels(e, 4),
+            d, d, ZERO, ZERO)
+
+
+@device
+def half_of_power(exponent):
+    """2^(exponent - 128), exponent from 0 to 255: subnormal for 0 and 1."""
+    return bits_float(np.uint32((exponent - 1) << 23 if exponent > 1 else 0x200000 << exponent))
+
+
+@device
+def group_mxfp4(data, row, g):
+    at = row + 17 * g
+    a, b, c, e = split_word_at(data, at + 1), split_word_at(data, at + 5), split_word_at(data, at + 9), split_word_at(data, at + 13)
+    d = half_of_power(byte_at(data, at))
+    return (halves(a, 0), halves(b, 0), halves(c, 0), halves(e, 0), halves(a, 4), halves(b, 4), halves(c, 4), halves(e, 4),
+            d, d, ZERO, ZERO)
+
+
+GROUPED = {
+    "Q4_0": Grouped(32, 18, group_q4_0, False, False), "Q4_1": Grouped(32, 20, group_q4_1, False, True),
+    "Q5_0": Grouped(32, 22, group_q5_0, False, False), "Q5_1": Grouped(32, 24, group_q5_1, False, True),
+    "Q8_0": Grouped(32, 34, group_q8_0, False, False),
+    "Q2_K": Grouped(256, 84, group_q2_k, True, True), "Q3_K": Grouped(256, 110, group_q3_k, True, False),
+    "Q4_K": Grouped(256, 144, group_q4_k, False, True), "Q5_K": Grouped(256, 176, group_q5_k, False, True),
+    "Q6_K": Grouped(256, 210, group_q6_k, True, False),
+    "IQ4_NL": Grouped(32, 18, group_iq4_nl, False, False), "IQ4_XS": Grouped(256, 136, group_iq4_xs, False, False),
+    "MXFP4": Grouped(32, 17, group_mxfp4, False, False),
+}
+
+
+@device
+def value_f32(data, row, i):
+    return bits_float(word_at(data, row + 4 * i))
+
+
+@device
+def value_f16(data, row, i):
+    return half_at(data, row + 2 * i)
+
+
+@device
+def value_bf16(data, row, i):
+    return bits_float(np.uint32((byte_at(data, row + 2 * i) | byte_at(data, row + 2 * i + 1) << 8) << 16))
+
+
+# type -> value(data, row, i), the i-th number of a row that begins at `row`; and the bytes of a number
+FLOATS = {"F32": (value_f32, 4), "F16": (value_f16, 2), "BF16": (value_bf16, 2)}

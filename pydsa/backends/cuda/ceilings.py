@@ -1,0 +1,110 @@
+"""What a GPU can do at most, measured: copies of its memory, and the products that the ops are made of, from registers."""
+import functools
+import time
+from typing import NamedTuple
+
+import numpy as np
+from numba import cuda
+
+from pydsa.backends.cuda.array import empty, stream, zeros
+from pydsa.backends.cuda.device import SIMULATED, device, dp4a, mma_s8
+from pydsa.backends.cuda.launch import kernel
+
+N_BYTES = 1 << 30       # that are copied, if a fourth of the free memory is as much
+BLOCKS, THREADS = 132 * 8, 256
+PASSES = 5
+
+
+class Ceilings(NamedTuple):
+    """What was measured."""
+    bandwidth: float    # bytes a second, read and written ones
+    peaks: dict         # kind of product, as product_kind() names it -> operations a second, a multiplication and an addition being two
+
+
+@kernel("u8[::1], u8[::1]", THREADS)
+def copy_words(out, x):
+    """out = x, eight bytes a thread at a time"""
+    for i in range(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x, x.size, cuda.gridDim.x * cuda.blockDim.x):
+        out[i] = x[i]
+
+
+@device
+def four_more(a, b, p, q, r, s):
+    """A product of byte tiles for each of four sums of four."""
+    p = mma_s8(a, a, a, a, b, b, p[0], p[1], p[2], p[3])
+    q = mma_s8(a, a, a, a, b, b, q[0], q[1], q[2], q[3])
+    r = mma_s8(a, a, a, a, b, b, r[0], r[1], r[2], r[3])
+    s = mma_s8(a, a, a, a, b, b, s[0], s[1], s[2], s[3])
+    return p, q, r, s
+
+
+@kernel("i4[::1], i4", THREADS)
+def tile_products(out, repeats):
+    """mma.m16n8k32 on bytes, four sums a warp at a time."""
+    a, b = np.uint32(cuda.threadIdx.x * 40503), np.uint32(cuda.threadIdx.x * 9973)
+    zero = (np.int32(0), np.int32(0), np.int32(0), np.int32(0))
+    p, q, r, s = zero, zero, zero, zero
+    for _ in range(repeats):
+        p, q, r, s = four_more(a, b, p, q, r, s)
+    out[cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x] = p[0] + q[1] + r[2] + s[3]
+
+
+@kernel("i4[::1], i4", THREADS)
+def byte_dots(out, repeats):
+    """dp4a, four sums a thread at a time."""
+    a, b = np.uint32(cuda.threadIdx.x * 40503), np.uint32(cuda.threadIdx.x * 9973)
+    c, e, f, g = np.int32(0), np.int32(1), np.int32(2), np.int32(3)
+    for _ in range(repeats):
+        c, e, f, g = dp4a(a, b, c), dp4a(a, b, e), dp4a(a, b, f), dp4a(a, b, g)
+    out[cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x] = c + e + f + g
+
+
+@kernel("f4[::1], i4", THREADS)
+def float_products(out, repeats):
+    """Multiplications with additions of float32, four sums a thread at a time."""
+    a, b = np.float32(1) + np.float32(cuda.threadIdx.x) / np.float32(65536), np.float32(1) / np.float32(cuda.threadIdx.x + 1)
+    c, e, f, g = np.float32(0), np.float32(1), np.float32(2), np.float32(3)
+    for _ in range(repeats):
+        c, e, f, g = a * c + b, a * e + b, a * f + b, a * g + b
+    out[cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x] = c + e + f + g
+
+
+# kind of product -> kernel, dtype of its output, repetitions, operations of a thread in each; numbers of 16 bits take two products of bytes
+PEAKS = {"bytes in tensor cores": (tile_products, np.int32, 512, 4 * 2 * 16 * 8 * 32 / 32 / 2),
+         "bytes": (byte_dots, np.int32, 4096, 4 * 2 * 4 / 2),
+         "float32": (float_products, np.float32, 8192, 4 * 2)}
+OF_CACHES = ("dense_attention", "masked_attention", "sparse_attention", "indexer_scores", "indexer_select")
+
+
+def product_kind(op, quantized, n_tokens):
+    """What an op multiplies for so many tokens, with quantized weights or without."""
+    if not quantized or op in OF_CACHES:
+        return "float32"
+    return "bytes in tensor cores" if n_tokens > 1 else "bytes"
+
+
+def measure_ceilings():
+    """The Ceilings of this GPU; None in the simulator."""
+    if SIMULATED:
+        return None
+    n_words = min(N_BYTES, cuda.current_context().get_memory_info().free // 4) // 8
+    source, target = zeros((n_words,), np.uint64), empty((n_words,), np.uint64)
+    bandwidth = 2 * source.nbytes / _best_seconds(functools.partial(copy_words, BLOCKS, target, source))
+    peaks = {}
+    for kind, (function, dtype, repeats, operations) in PEAKS.items():
+        sums = zeros((BLOCKS * THREADS,), dtype)
+        peaks[kind] = BLOCKS * THREADS * repeats * operations / _best_seconds(functools.partial(function, BLOCKS, sums, repeats))
+    return Ceilings(bandwidth, peaks)
+
+
+def _best_seconds(launch):
+    """The shortest of PASSES launches, after one that compiles."""
+    launch()
+    stream().synchronize()
+    seconds = []
+    for _ in range(PASSES):
+        start = time.perf_counter()
+        launch()
+        stream().synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

@@ -1,0 +1,199 @@
+"""What differs between a GPU and its simulator: loads from bytes, products of bytes, what the threads of a warp do together.
+
+Each function stands here twice. With NUMBA_ENABLE_CUDASIM=1 kernels are Python functions, a Python thread for each CUDA thread, one block
+after the other; what a warp does together then goes through memory of this module, and all threads of the block must come here.
+"""
+import os
+import threading
+
+import numpy as np
+
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
+WARP = 4 if SIMULATED else 32       # lanes that reduce together; the simulator is slow
+MMA_WARP = 32                       # lanes that share a tile of mma_s8, in the simulator too
+
+if SIMULATED:
+    _values = np.zeros(1024, np.float32)
+    _operands = np.zeros((1024, 6), np.uint32)
+    _thread = threading.current_thread
+
+    def device(function):
+        """A function that kernels call."""
+        return function
+
+    def byte_at(data, at):
+        """data[at] of uint8, as an int."""
+        return int(data[at])
+
+    def word_at(data, at):
+        """Four bytes as uint32; `at` is a multiple of 4."""
+        return int(data[at]) | int(data[at + 1]) << 8 | int(data[at + 2]) << 16 | int(data[at + 3]) << 24
+
+    halved_word_at = split_word_at = word_at
+
+    def half_at(data, at):
+        """The float16 at an even place, as float32."""
+        return np.float32(np.array(int(data[at]) | int(data[at + 1]) << 8, np.uint16).view(np.float16))
+
+    def to_half(x):
+        """float32 -> float16 bits, rounded to nearest even."""
+        with np.errstate(over="ignore"):
+            return int(np.float32(x).astype(np.float16).view(np.uint16))
+
+    def float_bits(x):
+        """The bits of a float32."""
+        return int(np.float32(x).view(np.uint32))
+
+    def bits_float(bits):
+        """The float32 whose bits these are."""
+        return np.array(bits & 0xFFFFFFFF, np.uint32).view(np.float32)[()]
+
+    def signed(word):
+        """A uint32's bits as int32."""
+        word = int(word) & 0xFFFFFFFF
+        return word - (1 << 32) if word >> 31 else word
+
+    def _signed_bytes(word):
+        return np.array([word], np.uint32).view(np.int8).astype(int)
+
+    def exp(x):
+        """e^x of a float32; infinite where it does not fit."""
+        with np.errstate(over="ignore"):
+            return np.exp(np.float32(x))
+
+    def sync():
+        """Wait for all threads of the block, as cuda.syncthreads, which only kernels may call here."""
+        _thread().syncthreads()
+
+    def dp4a(a, b, c):
+        """c + the products of four signed bytes each."""
+        return c + int(_signed_bytes(a) @ _signed_bytes(b))
+
+    def _together(x, combine):
+        thread = _thread()
+        i = thread.threadIdx.x
+        _values[i] = x
+        thread.syncthreads()
+        first = i // WARP * WARP
+        result = combine(_values[first:first + WARP])
+        thread.syncthreads()
+        return result
+
+    def warp_sum(x):
+        """The sum of a warp's float32, in every lane."""
+        return _together(x, lambda values: values.sum(dtype=np.float32))
+
+    def warp_max(x):
+        """The greatest of a warp's float32, in every lane."""
+        return _together(x, lambda values: values.max())
+
+    def mma_s8(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
+        """c + a b for int8 tiles a [16, 32] and b [32, 8], int32 c [16, 8], spread over 32 lanes as mma.m16n8k32 has them."""
+        thread = _thread()
+        i = thread.threadIdx.x
+        _operands[i] = a0, a1, a2, a3, b0, b1
+        thread.syncthreads()
+        first = i // MMA_WARP * MMA_WARP
+        lanes = _operands[first:first + MMA_WARP].copy()
+        thread.syncthreads()
+        row, column = i % MMA_WARP // 4, i % 4 * 2
+
+        def product(upper, column):
+            words = [(upper, 4), (2 + upper, 5)]
+            return sum(int(_signed_bytes(lanes[4 * row + k, a]) @ _signed_bytes(lanes[4 * column + k, b]))
+                       for a, b in words for k in range(4))
+        return c0 + product(0, column), c1 + product(0, column + 1), c2 + product(1, column), c3 + product(1, column + 1)
+
+else:
+    import math
+
+    from llvmlite import ir
+    from numba import cuda
+    from numba.core import cgutils, types
+    from numba.cuda.extending import intrinsic
+
+    device = cuda.jit(device=True)
+    I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
+    WHOLE_WARP = np.uint32(0xFFFFFFFF)
+
+    def _loader(kind, align, result, convert=lambda builder, value: value):
+        @intrinsic
+        def load(typingctx, data, at):
+            def codegen(context, builder, signature, args):
+                base = context.make_array(signature.args[0])(context, builder, args[0]).data
+                place = builder.gep(builder.bitcast(base, I8.as_pointer()), [args[1]])
+                return convert(builder, builder.load(builder.bitcast(place, kind.as_pointer()), align=align))
+            return result(data, types.int64), codegen
+        return load
+
+    byte_at = _loader(I8, 1, types.int32, lambda builder, value: builder.zext(value, I32))
+    word_at, halved_word_at, split_word_at = (_loader(I32, align, types.uint32) for align in (4, 2, 1))
+    half_at = _loader(ir.HalfType(), 2, types.float32, lambda builder, value: builder.fpext(value, ir.FloatType()))
+
+    @intrinsic
+    def to_half(typingctx, x):
+        def codegen(context, builder, signature, args):
+            return builder.zext(builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), I16), I32)
+        return types.uint32(types.float32), codegen
+
+    def _bitcast(source, target):
+        @intrinsic
+        def cast(typingctx, x):
+            return target(source), lambda context, builder, signature, args: builder.bitcast(args[0], context.get_value_type(target))
+        return cast
+
+    float_bits, bits_float = _bitcast(types.float32, types.uint32), _bitcast(types.uint32, types.float32)
+    signed = _bitcast(types.uint32, types.int32)
+
+    def _assembly(builder, result, text, constraints, args):
+        function = ir.FunctionType(result, [a.type for a in args])
+        return builder.call(ir.InlineAsm(function, text, constraints, side_effect=False), args)
+
+    @device
+    def exp(x):
+        return math.exp(x)
+
+    @device
+    def sync():
+        cuda.syncthreads()
+
+    @intrinsic
+    def dp4a(typingctx, a, b, c):
+        def codegen(context, builder, signature, args):
+            return _assembly(builder, I32, "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", args)
+        return types.int32(types.uint32, types.uint32, types.int32), codegen
+
+    @device
+    def warp_sum(x):
+        for step in (16, 8, 4, 2, 1):
+            x += cuda.shfl_xor_sync(WHOLE_WARP, x, step)
+        return x
+
+    @device
+    def warp_max(x):
+        for step in (16, 8, 4, 2, 1):
+            x = max(x, cuda.shfl_xor_sync(WHOLE_WARP, x, step))
+        return x
+
+    @intrinsic
+    def mma_s8(typingctx, a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
+        def codegen(context, builder, signature, args):
+            four = ir.LiteralStructType([I32] * 4)
+            made = _assembly(builder, four, "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, "
+                             "{$10,$11,$12,$13};", ",".join(["=r"] * 4 + ["r"] * 10), args)
+            return cgutils.pack_array(builder, [builder.extract_value(made, i) for i in range(4)])
+        return types.UniTuple(types.int32, 4)(*[types.uint32] * 6, *[types.int32] * 4), codegen
+
+
+@device
+def block_sum(x, parts, thread, n_threads):
+    """The sum of a block's float32, in every thread; `parts` is shared memory with a float32 for each warp."""
+    x = warp_sum(x)
+    if thread % WARP == 0:
+        parts[thread // WARP] = x
+    sync()
+    total = np.float32(0)
+    for i in range(n_threads // WARP):
+        total += parts[i]
+    sync()
+    return total

@@ -1,0 +1,40 @@
+"""Kernels and how they are launched: one signature each, compiled when it is first needed, everything on one stream."""
+import functools
+
+from pydsa.backends.cuda.array import DeviceArray, stream
+from pydsa.backends.cuda.device import SIMULATED
+
+KERNELS = {}        # name -> Kernel: all that there are, for the tests that compile them without a GPU
+
+
+class Kernel:
+    """A CUDA kernel with one signature, that of arrays of any strides: kernel(grid, *args) launches blocks of `threads` threads."""
+
+    only_compile = False        # for all kernels: whether calls compile and launch nothing
+
+    def __init__(self, function, signature, threads):
+        self.function, self.signature, self.threads = function, signature, threads
+        functools.update_wrapper(self, function)
+        assert function.__name__ not in KERNELS, function.__name__
+        KERNELS[function.__name__] = self
+
+    @functools.cached_property
+    def compiled(self):
+        """The function for this GPU."""
+        from numba import cuda
+        return cuda.jit(self.function) if SIMULATED else cuda.jit(self.signature)(self.function)
+
+    def __call__(self, grid, *args):
+        compiled = self.compiled
+        if not Kernel.only_compile:
+            compiled[grid, self.threads, stream()](*(a.numba if isinstance(a, DeviceArray) else a for a in args))
+
+
+def kernel(signature, threads):
+    """Make a Kernel of a function: its signature as numba writes it, threads a block."""
+    return lambda function: Kernel(function, f"void({signature})", threads)
+
+
+def blocks_for(n, per_block):
+    """Blocks that n pieces of work need, at least one."""
+    return max(1, -(-n // per_block))

@@ -1,0 +1,50 @@
+"""Products with GGUF weights, one matrix for all tokens or one for each head."""
+import functools
+
+import numpy as np
+
+from pydsa.backends.cuda.array import upload
+from pydsa.backends.cuda.blocks import GROUPED
+from pydsa.backends.cuda.launch import blocks_for
+from pydsa.backends.cuda.products import MANY_TOKENS, ONE, WARPS, Tiles, multiply, rounded
+
+
+@functools.cache
+def numbers(n):
+    """0, 1, ..., n - 1 on the device."""
+    return upload(np.arange(n, dtype=np.int32))
+
+
+def head_tiles(n_tokens, n_head):
+    """Tiles for one matrix a head: row t * n_head + h of activations meets matrix h."""
+    return _kept_tiles(n_head) if n_tokens == 1 else _tiles(n_tokens, n_head)
+
+
+@functools.cache
+def _kept_tiles(n_head):    # recorded steps of one token use them
+    return _tiles.__wrapped__(1, n_head)
+
+
+@functools.lru_cache(maxsize=16)
+def _tiles(n_tokens, n_head):
+    starts = range(0, n_tokens, MANY_TOKENS)
+    tiles = [(h, h * n_tokens + t, h * n_tokens + min(t + MANY_TOKENS, n_tokens)) for h in range(n_head) for t in starts]
+    order = np.arange(n_tokens * n_head, dtype=np.int32).reshape(n_tokens, n_head).T
+    return Tiles(*(upload(column.copy()) for column in np.array(tiles, np.int32).T), upload(order.reshape(-1)), 1)
+
+
+def linear(out, w, x):
+    """out = x w^T"""
+    if w.type in GROUPED and x.shape[0] == 1:
+        ONE[w.type]((blocks_for(out.shape[1], WARPS), 1), out, w.data, w.row_bytes, numbers(1), 0, *rounded(x))
+    else:
+        multiply(out, w, x, head_tiles(x.shape[0], 1))
+
+
+def head_linear(out, w, x):
+    """One matrix per head: out[t, h] = w[h] x[t, h]"""
+    n_tokens, n_head, _ = x.shape
+    if w.type in GROUPED and n_tokens == 1:
+        ONE[w.type]((blocks_for(out.shape[2], WARPS), n_head), out.rows, w.data, w.row_bytes, numbers(n_head), 1, *rounded(x.rows))
+    else:
+        multiply(out, w, x, head_tiles(n_tokens, n_head))

@@ -1,0 +1,76 @@
+"""Norms, a block for each row, and elementwise ops."""
+import math
+
+import numpy as np
+from numba import cuda
+
+from pydsa.backends.cuda.device import SIMULATED, block_sum, exp
+from pydsa.backends.cuda.launch import blocks_for, kernel
+
+THREADS = 8 if SIMULATED else 256
+
+
+@kernel("f4[:,:], f4[:,:], f4[:], f4", THREADS)
+def rms_norm_rows(out, x, w, eps):
+    """out = w x / sqrt(mean(x^2) + eps)"""
+    t, thread, parts = cuda.blockIdx.x, cuda.threadIdx.x, cuda.shared.array(32, np.float32)
+    total = np.float32(0)
+    for i in range(thread, x.shape[1], THREADS):
+        total += x[t, i] * x[t, i]
+    total = block_sum(total, parts, thread, THREADS)
+    factor = np.float32(1) / np.float32(math.sqrt(total / np.float32(x.shape[1]) + eps))
+    for i in range(thread, x.shape[1], THREADS):
+        out[t, i] = x[t, i] * factor * w[i]
+
+
+@kernel("f4[:,:], f4[:,:], f4[:], f4[:], f4", THREADS)
+def layer_norm_rows(out, x, w, b, eps):
+    """out = w (x - mean) / sqrt(var + eps) + b"""
+    t, thread, parts = cuda.blockIdx.x, cuda.threadIdx.x, cuda.shared.array(32, np.float32)
+    n = np.float32(x.shape[1])
+    total = np.float32(0)
+    for i in range(thread, x.shape[1], THREADS):
+        total += x[t, i]
+    mean = block_sum(total, parts, thread, THREADS) / n
+    total = np.float32(0)
+    for i in range(thread, x.shape[1], THREADS):
+        total += (x[t, i] - mean) * (x[t, i] - mean)
+    factor = np.float32(1) / np.float32(math.sqrt(block_sum(total, parts, thread, THREADS) / n + eps))
+    for i in range(thread, x.shape[1], THREADS):
+        out[t, i] = (x[t, i] - mean) * factor * w[i] + b[i]
+
+
+@kernel("f4[:,:], f4[:,:], f4[:,:]", THREADS)
+def silu_mul_rows(out, gate, up):
+    """out = gate sigmoid(gate) up"""
+    t, i = cuda.blockIdx.y, cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    if i < out.shape[1]:
+        out[t, i] = gate[t, i] / (np.float32(1) + exp(-gate[t, i])) * up[t, i]
+
+
+@kernel("f4[:,:], f4[:,:], f4[:,:]", THREADS)
+def add_rows(out, x, y):
+    """out = x + y"""
+    t, i = cuda.blockIdx.y, cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    if i < out.shape[1]:
+        out[t, i] = x[t, i] + y[t, i]
+
+
+def rms_norm(out, x, w, eps):
+    """out = w x / sqrt(mean(x^2) + eps)"""
+    rms_norm_rows(out.shape[0], out, x, w, eps)
+
+
+def layer_norm(out, x, w, b, eps):
+    """out = w (x - mean) / sqrt(var + eps) + b"""
+    layer_norm_rows(out.shape[0], out, x, w, b, eps)
+
+
+def silu_mul(out, gate, up):
+    """out = gate sigmoid(gate) up"""
+    silu_mul_rows((blocks_for(out.shape[1], THREADS), out.shape[0]), out, gate, up)
+
+
+def add(out, x, y):
+    """out = x + y"""
+    add_rows((blocks_for(out.shape[1], THREADS), out.shape[0]), out, x, y)

@@ -1,0 +1,67 @@
+"""Rotations: RoPE's of pairs, and Hadamard's of whole rows."""
+import math
+
+import numpy as np
+from numba import cuda
+
+from pydsa.backends.cuda.device import SIMULATED
+from pydsa.backends.cuda.launch import blocks_for, kernel
+
+THREADS = 8 if SIMULATED else 128
+WIDEST = 4096       # values of a row that Hadamard's rotation takes, as models/deepseek32.py allows
+
+
+@kernel("f4[:,:,:], i8[:], f8[:], f8", THREADS)
+def rope_angles(out, positions, freqs, magnitude):
+    """Cosines and sines of position * frequency, times YaRN's magnitude; in float64, since a position can be a million."""
+    t, i = cuda.blockIdx.y, cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    if i < freqs.size:
+        angle = positions[t] * freqs[i]
+        out[t, 0, i], out[t, 1, i] = np.float32(math.cos(angle) * magnitude), np.float32(math.sin(angle) * magnitude)
+
+
+@kernel("f4[:,:,:], f4[:,:,:], f4[:,:,:], b1", THREADS)
+def rope_pairs(out, x, table, neox):
+    """A thread turns one pair: (2i, 2i+1), or for neox (i, i + n_rot/2)."""
+    t, pair, half = cuda.blockIdx.y, cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x, x.shape[2] // 2
+    if pair < x.shape[1] * half:
+        h, i = pair // half, pair % half
+        first, second = (i, i + half) if neox else (2 * i, 2 * i + 1)
+        a, b, cos, sin = x[t, h, first], x[t, h, second], table[t, 0, i], table[t, 1, i]
+        out[t, h, first], out[t, h, second] = a * cos - b * sin, a * sin + b * cos
+
+
+@kernel("f4[:,:], f4[:,:]", THREADS)
+def hadamard_rows(out, x):
+    """A block rotates a row in shared memory: log2(width) stages of sums and differences."""
+    row, thread, width = cuda.blockIdx.x, cuda.threadIdx.x, x.shape[1]
+    values = cuda.shared.array(WIDEST, np.float32)
+    for i in range(thread, width, THREADS):
+        values[i] = x[row, i]
+    cuda.syncthreads()
+    step = 1
+    while step < width:
+        for pair in range(thread, width // 2, THREADS):
+            i = pair // step * 2 * step + pair % step
+            a, b = values[i], values[i + step]
+            values[i], values[i + step] = a + b, a - b
+        cuda.syncthreads()
+        step *= 2
+    factor = np.float32(1) / np.float32(math.sqrt(np.float32(width)))
+    for i in range(thread, width, THREADS):
+        out[row, i] = values[i] * factor
+
+
+def rope_table(out, positions, freqs, magnitude):
+    """Cosines and sines of position * frequency, times YaRN's magnitude."""
+    rope_angles((blocks_for(freqs.size, THREADS), out.shape[0]), out, positions, freqs, magnitude)
+
+
+def rope(out, x, table, neox):
+    """Rotate pairs: (2i, 2i+1), "norm", or (i, i + n_rot/2), "neox". out may be x itself."""
+    rope_pairs((blocks_for(x.shape[1] * x.shape[2] // 2, THREADS), x.shape[0]), out, x, table, neox)
+
+
+def hadamard(out, x):
+    """The orthonormal Walsh-Hadamard rotation of the last axis (Sylvester order). out may be x itself."""
+    hadamard_rows(x.rows.shape[0], out.rows, x.rows)

@@ -1,0 +1,203 @@
+"""Rows of GGUF blocks and of caches: weights as they lie in the file, cache rows of every storage, and the ops that only move rows."""
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numba import cuda
+
+from pydsa import quants
+from pydsa.backends.cuda.array import empty, upload, zeros
+from pydsa.backends.cuda.blocks import FLOATS, GROUPED, value_bf16, value_f16, value_f32
+from pydsa.backends.cuda.device import bits_float, byte_at, device, float_bits, split_word_at, to_half
+from pydsa.backends.cuda.launch import blocks_for, kernel
+
+THREADS = 128
+
+
+class Weight(NamedTuple):
+    """A tensor on the device: all bytes of its blocks, uint8; the GGUF type; its shape; the bytes of a row."""
+    data: object
+    type: str
+    shape: tuple
+    row_bytes: int
+
+
+class CacheRows(NamedTuple):
+    """A cache on the device: uint8 [n_ctx, row_bytes]; quants' name of the storage; the lengths of its two parts, of which one may be 0."""
+    data: object
+    storage: str
+    first: int
+    second: int
+
+
+def weight(tensor):
+    """A GGUF tensor as its ops take it here: matrices as blocks, vectors as float32."""
+    w = Weight(upload(tensor.data).flat, tensor.type, tensor.shape, tensor.data.shape[-1])
+    if len(tensor.shape) > 1:
+        return w
+    values = empty((1, *tensor.shape), np.float32)
+    get_rows(values, w._replace(row_bytes=tensor.data.nbytes), upload(np.zeros(1, np.int32)))
+    return values.flat
+
+
+def cache_rows(n_ctx, widths, storage):
+    """An empty cache of n_ctx rows of sum(widths) values, stored as quants.KV_TYPES says."""
+    data = zeros((n_ctx, quants.cache_row_bytes(storage, widths)), np.uint8)
+    return CacheRows(data, storage, widths[0], sum(widths[1:]))
+
+
+def cache_bytes(rows):
+    """The cache's storage as bytes [n_ctx, row_bytes]: the same on every backend."""
+    return rows.data
+
+
+def _make_get_rows(name, group):
+    def get_rows(out, w, row_bytes, ids):
+        """out[t] = row ids[t]; a thread unpacks 32 numbers."""
+        t, n_groups = cuda.blockIdx.y, out.shape[1] // 32
+        g = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+        if g < n_groups:
+            a, b, c, e, f, h, i, j, d, d1, m, m1 = group(w, ids[t] * np.int64(row_bytes), g)
+            words = (a, b, c, e, f, h, i, j)
+            for k in range(8):
+                word = words[k]
+                scale, low = (d, m) if k < 4 else (d1, m1)
+                for byte in range(4):
+                    value = np.int32(word >> (8 * byte) & 255)
+                    out[t, 32 * g + 4 * k + byte] = scale * np.float32(value - ((value & 128) << 1)) - low
+    get_rows.__name__ = get_rows.__qualname__ = f"get_rows_{name}"
+    return kernel("f4[:,:], u1[::1], i8, i4[:]", THREADS)(get_rows)
+
+
+def _make_get_float_rows(name, value_at):
+    def get_rows(out, w, row_bytes, ids):
+        t = cuda.blockIdx.y
+        i = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+        if i < out.shape[1]:
+            out[t, i] = value_at(w, ids[t] * np.int64(row_bytes), i)
+    get_rows.__name__ = get_rows.__qualname__ = f"get_rows_{name}"
+    return kernel("f4[:,:], u1[::1], i8, i4[:]", THREADS)(get_rows)
+
+
+GET_ROWS = {name: _make_get_rows(name.lower(), entry.group) for name, entry in GROUPED.items()}
+GET_ROWS |= {name: _make_get_float_rows(name.lower(), value_at) for name, (value_at, _) in FLOATS.items()}
+
+
+def get_rows(out, w, ids):
+    """out[t] = w[ids[t]]"""
+    n = out.shape[1] // 32 if w.type in GROUPED else out.shape[1]
+    GET_ROWS[w.type]((blocks_for(n, THREADS), out.shape[0]), out, w.data, w.row_bytes, ids)
+
+
+@device
+def value_i8(data, row, i, first, second):
+    """The i-th number of a row of int8 whose parts have lengths `first` and `second`."""
+    whole = byte_at(data, row + i)
+    scale = bits_float(split_word_at(data, row + first + second + (0 if i < first else 4)))
+    return scale * np.float32(whole - ((whole & 128) << 1))
+
+
+@device
+def value_i16(data, row, i, first, second):
+    """The same of 16 bits: all high bytes, then all low ones."""
+    high, low = byte_at(data, row + i), byte_at(data, row + first + second + i)
+    whole = 256 * (high - ((high & 128) << 1)) + low - ((low & 128) << 1)
+    return bits_float(split_word_at(data, row + 2 * (first + second) + (0 if i < first else 4))) * np.float32(whole)
+
+
+@device
+def cached_f32(data, row, i, first, second):
+    return value_f32(data, row, i)
+
+
+@device
+def cached_f16(data, row, i, first, second):
+    return value_f16(data, row, i)
+
+
+@device
+def cached_bf16(data, row, i, first, second):
+    return value_bf16(data, row, i)
+
+
+# storage -> value(data, row, i, first, second): the i-th number of a cache row that begins at `row` in all bytes of the cache
+CACHED = {"f32": cached_f32, "f16": cached_f16, "bf16": cached_bf16, "i8": value_i8, "i16": value_i16}
+
+
+@device
+def store_bits(data, at, bits, n):
+    """n bytes of a word, the lowest first."""
+    for i in range(n):
+        data[at + i] = bits >> (8 * i) & 255
+
+
+@kernel("u1[:,:], f4[:,:], i8[:]", THREADS)
+def write_f32(cache, x, positions):
+    """A thread writes one number; a block in y is one row. So do the next two."""
+    t, i = cuda.blockIdx.y, cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    if i < x.shape[1]:
+        store_bits(cache[positions[t]], 4 * i, float_bits(x[t, i]), 4)
+
+
+@kernel("u1[:,:], f4[:,:], i8[:]", THREADS)
+def write_f16(cache, x, positions):
+    t, i = cuda.blockIdx.y, cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    if i < x.shape[1]:
+        store_bits(cache[positions[t]], 2 * i, to_half(x[t, i]), 2)
+
+
+@kernel("u1[:,:], f4[:,:], i8[:]", THREADS)
+def write_bf16(cache, x, positions):
+    t, i = cuda.blockIdx.y, cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    if i < x.shape[1]:
+        bits = float_bits(x[t, i])
+        if bits & 0x7FFFFFFF > 0x7F800000:
+            rounded = bits >> 16 | 64       # NaN stays NaN
+        else:
+            rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        store_bits(cache[positions[t]], 2 * i, rounded, 2)
+
+
+@kernel("u1[:,:], f4[:,:], i8[:], i4, i4, b1", 32)
+def write_whole(cache, x, positions, first, second, wide):
+    """Whole numbers of 8 bits, or of 16 if `wide`, with a scale for each part (quants/whole_rows.py); a block is one part of one row."""
+    t, part = cuda.blockIdx.y, cuda.blockIdx.x
+    start, end = (0, first) if part == 0 else (first, first + second)
+    row, tops = cache[positions[t]], cuda.shared.array(32, np.float32)
+    top = np.float32(0)
+    for i in range(start + cuda.threadIdx.x, end, cuda.blockDim.x):
+        magnitude = abs(x[t, i])
+        if magnitude > top or magnitude != magnitude:       # NaN stays
+            top = magnitude
+    tops[cuda.threadIdx.x] = top
+    cuda.syncthreads()
+    for i in range(cuda.blockDim.x):
+        if tops[i] > top or tops[i] != tops[i]:
+            top = tops[i]
+    scale = top / np.float32(127 * 256 if wide else 127)
+    known = (top if wide else scale) > np.float32(1e-30) and scale < np.float32(math.inf)
+    factor = np.float32(0)
+    if known:
+        factor = np.float32(127 * 256) / top if wide else np.float32(1) / scale
+    for i in range(start + cuda.threadIdx.x, end, cuda.blockDim.x):
+        product = x[t, i] * factor if known else np.float32(0)
+        if wide:
+            whole = int(round(product))         # halves to even
+            row[i] = whole + 128 >> 8 & 255
+            row[first + second + i] = whole & 255
+        else:
+            whole = int(math.floor(abs(product) + np.float32(0.5)))       # halves away from zero
+            row[i] = (whole if product > 0 else -whole) & 255
+    if cuda.threadIdx.x == 0:
+        store_bits(row, (2 if wide else 1) * (first + second) + 4 * part, float_bits(scale), 4)
+
+
+WRITE = {"f32": write_f32, "f16": write_f16, "bf16": write_bf16}
+
+
+def cache_write(cache, x, positions):
+    """cache[positions[t]] = x[t], converted to the cache's type"""
+    if cache.storage in WRITE:
+        WRITE[cache.storage]((blocks_for(x.shape[1], THREADS), x.shape[0]), cache.data, x, positions)
+    else:
+        write_whole((2 if cache.second else 1, x.shape[0]), cache.data, x, positions, cache.first, cache.second, cache.storage == "i16")

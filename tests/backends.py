@@ -1,0 +1,71 @@
+"""The backend whose kernels the tests of ops look at: `kernels`, the CPU's, or with PYDSA_TEST_DEVICE=cuda the GPU's.
+
+With NUMBA_ENABLE_CUDASIM=1 too, Numba's simulator runs the latter, which is slow: SIMULATED tests take few and small shapes.
+"""
+import importlib
+import os
+import sys
+import threading
+
+import numpy as np
+
+DEVICE = os.environ.get("PYDSA_TEST_DEVICE", "cpu")
+SIMULATED = DEVICE == "cuda" and os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+if SIMULATED:
+    from numba.cuda.np import numpy_support
+    from numba.cuda.simulator import kernelapi
+
+    sys.setswitchinterval(1e-5)     # its threads wait for each other all the time
+    _lock = threading.Lock()
+
+    def _shared_array(self, shape, dtype):
+        """As the simulator's own, but two threads that come first at the same time get the same array."""
+        caller, dtype = sys._getframe(1), dtype if isinstance(dtype, type) else numpy_support.as_dtype(dtype)
+        with _lock:
+            return self._allocations.setdefault((caller.f_code.co_filename, caller.f_lineno), np.empty(shape, dtype))
+
+    kernelapi.FakeCUDAShared.array = _shared_array
+
+
+class OnDevice:
+    """A backend with arrays of its own, for tests that have numpy's: they are copied there, and what they hold afterwards back."""
+
+    def __init__(self, backend):
+        self._backend = backend
+
+    def __getattr__(self, name):
+        function = getattr(self._backend, name)
+        if not callable(function) or isinstance(function, type):
+            return function
+
+        def call(*args):
+            roots = {}
+            result = function(*(self._moved(a, roots) for a in args))
+            for host, there in roots.values():
+                if host.flags.writeable:
+                    host[...] = self._backend.fetch(there)
+            return self._backend.fetch(result) if isinstance(result, self._backend.DeviceArray) else result
+        return call
+
+    def _moved(self, a, roots):
+        """A numpy array there; a slice of columns as the same slice of what it was cut from, so that kernels meet strides."""
+        if not isinstance(a, np.ndarray):
+            return a
+        root = a.base if isinstance(a.base, np.ndarray) and a.base.strides == a.strides and not a.flags.c_contiguous else a
+        if id(root) not in roots:
+            roots[id(root)] = root, self._backend.upload(np.ascontiguousarray(root))
+        there = roots[id(root)][1]
+        if a is root:
+            return there
+        start = (a.ctypes.data - root.ctypes.data) // a.itemsize
+        return there[..., start:start + a.shape[-1]]
+
+
+def choose(simulated, otherwise):
+    """Shapes for tests: fewer and smaller ones in the simulator."""
+    return simulated if SIMULATED else otherwise
+
+
+kernels = importlib.import_module(f"pydsa.backends.{DEVICE}")
+if DEVICE == "cuda":
+    kernels = OnDevice(kernels)

@@ -1,0 +1,131 @@
+"""The CUDA backend without a GPU: every kernel compiled, ops and whole models in Numba's simulator; `pytest -m gpu` on a real GPU."""
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import greedy, nmse
+
+import pydsa
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
+OPS = ["test_ops.py", "test_attention.py", "test_top_k.py", "test_int8_keys.py", "test_quants.py"]
+OF_CPU = "threads or exp or half or block_sizes or sampled or golden or chunks or vectors_are_unpacked or any_ or planned or 2_gib"
+
+
+def gpu_is_there():
+    code = "from numba import cuda; raise SystemExit(0 if cuda.is_available() else 1)"
+    return importlib.util.find_spec("numba_cuda") is not None and subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def start_python(*args, simulated=True):
+    """A process that has the CUDA backend for its own, in the simulator or not."""
+    env = os.environ | {"PYDSA_TEST_DEVICE": "cuda", "NUMBA_ENABLE_CUDASIM": "1" if simulated else "0"}
+    return subprocess.Popen([sys.executable, *args], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def result(process):
+    """What it wrote to stdout; it must not have failed."""
+    out, errors = process.communicate()
+    assert process.returncode == 0, out[-5000:] + errors[-5000:]
+    return out
+
+
+def test_kernels_compile(capsys):
+    """None spills registers or keeps sums in local memory, where ptxas is found; what they use is printed."""
+    capabilities = ("80", "90")
+    for capability, process in [(c, start_python("tools/cuda_ptx.py", "--cc", c, simulated=False)) for c in capabilities]:
+        table = result(process)
+        with capsys.disabled():
+            print(f"\nsm_{capability}\n{table}")
+        assert "many_q4_k" in table and "one_q8_0" in table
+
+
+def test_ops_in_the_simulator():
+    """The tests of ops that the CPU's kernels pass, with fewer and smaller shapes; two processes, as it is slow."""
+    for process in [start_python("-m", "pytest", "-q", "-x", *(f"tests/{name}" for name in names), "-k", f"not ({OF_CPU})")
+                    for names in (OPS[:1], OPS[1:])]:
+        assert " passed" in result(process)
+
+
+MODEL = """
+import sys
+import numpy as np
+sys.path.insert(0, "tests")
+import backends
+import pydsa
+path, attention, kv_type = sys.argv[1:]
+ids = np.random.default_rng(0).integers(0, 300, 7).tolist()
+settings = dict(attention=attention, kv_type=kv_type, n_ctx=12, n_ubatch=4)
+with np.errstate(all="ignore"):
+    expected = pydsa.load(path, device="reference", **settings).logits(ids)[5:].astype(np.float64)
+    model = pydsa.load(path, device="cuda", **settings)
+    session, other = model.session(), model.session()
+    logits = [session.prefill(ids[:6]), session.decode(ids[6])]
+    session.save(path + ".session")
+    other.load(path + ".session")
+for ref, cache in session._caches.items():
+    assert np.array_equal(cache.stored(12), other._caches[ref].stored(12)) and cache.stored(7).any(), ref
+print(*(float(((a - b) ** 2).sum() / (b ** 2).sum()) for a, b in zip(logits, expected)))
+"""
+TINY = dict(n_layer=2, n_embd=32, n_head=2, n_lora_q=32, n_lora_kv=32, n_nope=32, n_rot=4, n_v=32, n_ff=32, n_expert=4, n_ff_exp=32,
+            n_expert_groups=0, indexer_n_head=3, indexer_head_size=8, indexer_top_k=3, n_ctx=64)
+
+
+@pytest.mark.parametrize("attention, kv_type, spec", [
+    ("sparse", "f32", {"type": "F32"}), ("masked", "f32", {"type": "Q8_0", "arch": "glm-dsa"}), ("auto", "i16", {"type": "Q8_0"})])
+def test_models_in_the_simulator(small_model, attention, kv_type, spec):
+    """A prompt in chunks, then a token, with fewer keys than tokens, beside the reference; caches are saved and loaded."""
+    path = small_model(**TINY | spec)
+    errors = np.array(result(start_python("-c", MODEL, str(path), attention, kv_type)).split(), float)
+    assert errors.size == 2 and errors.max() < (1e-9 if spec["type"] == "F32" else 1e-6)
+
+
+@pytest.mark.skipif(gpu_is_there(), reason="there is a GPU")
+def test_no_gpu_is_one_clear_sentence():
+    env = os.environ | {"NUMBA_ENABLE_CUDASIM": "0"}
+    done = subprocess.run([sys.executable, "-m", "pydsa", "run", "--device", "cuda", "-p", "hello"], cwd=ROOT, env=env, capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and "--device cuda finds no NVIDIA driver or no GPU" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+on_gpu = pytest.mark.skipif(not gpu_is_there(), reason="there is no GPU")
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_ops_on_the_gpu():
+    assert " passed" in result(start_python("-m", "pytest", "-q", *(f"tests/{name}" for name in OPS), "-k", f"not ({OF_CPU})",
+                                            simulated=False))
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("attention", ["sparse", "masked", "auto", "dense"])
+@pytest.mark.parametrize("name", ["ds32-f32", "ds32-q8_0", "ds32-q4_k_m", "glm-q8_0", "ds2-q4_0"])
+def test_golden_models_on_the_gpu(golden, name, attention):
+    """As on the CPU, the prompt at once and token by token."""
+    if name == "ds2-q4_0" and attention in ("sparse", "masked"):
+        pytest.skip("it has no indexer")
+    path, arrays = golden(name)
+    model = pydsa.load(path, device="cuda", attention=attention, kv_type="f32", n_ctx=256)
+    expected = arrays["exact"] if attention != "dense" or name == "ds2-q4_0" else pydsa.load(
+        path, attention="dense", kv_type="f32", n_ctx=256).logits(arrays["tokens"]).astype(np.float64)
+    session = model.session()
+    single = np.array([session.decode(token) for token in arrays["tokens"]])
+    for logits in (model.logits(arrays["tokens"]), single):
+        errors = nmse(logits, expected)
+        assert errors.max() <= 1e-8 if name == "ds32-f32" else np.median(errors) <= 1e-6
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_greedy_continuation_on_the_gpu(golden):
+    path, arrays = golden("ds32-f32")
+    session = pydsa.load(path, device="cuda", kv_type="f32", n_ctx=256).session()
+    assert greedy(session, session.prefill(arrays["tokens"]), 24) == arrays["llama_cpp_greedy"].tolist()
