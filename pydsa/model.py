@@ -29,6 +29,7 @@ DEVICES = {"cpu": "pydsa.backends.cpu", "cuda": "pydsa.backends.cuda", "referenc
 ATTENTION = ("auto", "sparse", "masked", "dense")
 DEFAULT_N_CTX = 8192
 FLOAT_SIZE = {"cpu": 4, "cuda": 4, "reference": 8}     # bytes of an intermediate value
+CUDA_MAX_UBATCH = 32768     # a grid has at most 65,535 blocks in y and z, where kernels have tokens
 SCORED_TOGETHER = 32        # tokens whose rows of scores exist at a time (backends/*/indexer.py)
 
 
@@ -71,6 +72,8 @@ class ModelPlan:
             self.config = dataclasses.replace(self.config, indexer_top_k=dsa_top_k)
         self.n_ctx = n_ctx or min(DEFAULT_N_CTX, self.config.n_ctx_train)
         self.n_ubatch = min(n_ubatch, self.n_ctx)
+        if self.device == "cuda" and self.n_ubatch > CUDA_MAX_UBATCH:
+            raise PydsaError(f"n_ubatch is {self.n_ubatch}; on cuda it must be at most {CUDA_MAX_UBATCH} (-ub).")
         self.top_k = getattr(self.config, "indexer_top_k", None)
         self.weights = Weights(self.file)
         self.paths = self.config.PATHS[attention]

@@ -10,6 +10,8 @@ import pytest
 from conftest import greedy, nmse
 
 import pydsa
+from pydsa.errors import PydsaError
+from pydsa.model import ModelPlan
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
@@ -83,6 +85,11 @@ def test_models_in_the_simulator(small_model, attention, kv_type, spec):
     path = small_model(**TINY | spec)
     errors = np.array(result(start_python("-c", MODEL, str(path), attention, kv_type)).split(), float)
     assert errors.size == 2 and errors.max() < (1e-9 if spec["type"] == "F32" else 1e-6)
+
+
+def test_chunks_must_fit_into_a_grid(small_model):
+    with pytest.raises(PydsaError, match="n_ubatch is 40000; on cuda it must be at most 32768"):
+        ModelPlan(small_model(), device="cuda", n_ctx=50_000, n_ubatch=40_000)
 
 
 @pytest.mark.skipif(gpu_is_there(), reason="there is a GPU")

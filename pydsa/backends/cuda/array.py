@@ -8,6 +8,7 @@ import functools
 import numpy as np
 
 from pydsa.backends.cuda.device import SIMULATED
+from pydsa.errors import OutOfMemoryError
 
 
 class DeviceArray:
@@ -115,10 +116,20 @@ def empty(shape, dtype):
     if SIMULATED:
         memory = places = np.empty(max(1, n_bytes), np.uint8)
     else:
-        from numba import cuda
-        memory = cuda.device_array(max(1, n_bytes), np.uint8)
+        memory = _allocate(max(1, n_bytes))
         places = np.asarray(_Places(_address(memory), max(1, n_bytes)))
     return DeviceArray(memory, places[:n_bytes].view(dtype).reshape(shape))
+
+
+def _allocate(n_bytes):
+    from numba import cuda
+    try:
+        return cuda.device_array(n_bytes, np.uint8)
+    except Exception as error:      # the driver's errors have no class of their own in common
+        if "OUT_OF_MEMORY" not in str(error):
+            raise
+        raise OutOfMemoryError(f"The GPU has no room for {n_bytes / 2**20:.0f} MiB more; ask for a smaller context (-c), a smaller chunk "
+                               "(-ub) or a smaller cache type (--kv-type).") from error
 
 
 def zeros(shape, dtype):

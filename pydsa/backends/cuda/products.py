@@ -34,7 +34,7 @@ class Rounded(NamedTuple):
 @kernel("u4[:,:], u4[:,:], f4[:,:], f4[:,:], f4[:,:]", 128)
 def round_rows(high, low, scales, sums, x):
     """A thread rounds 32 numbers of a row. What is not finite becomes a scale that is not."""
-    t, g = cuda.blockIdx.y, cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    t, g = cuda.blockIdx.x, cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x
     if g >= scales.shape[1]:
         return
     top = np.float32(0)
@@ -63,7 +63,7 @@ def rounded(x, name="x"):
     n_rows, n = x.shape
     r = Rounded(scratch(f"{name} high", (n_rows, n // 4), np.uint32), scratch(f"{name} low", (n_rows, n // 4), np.uint32),
                 scratch(f"{name} scales", (n_rows, n // 32), np.float32), scratch(f"{name} sums", (n_rows, n // 16), np.float32))
-    round_rows((blocks_for(n // 32, 128), n_rows), *r, x)
+    round_rows((n_rows, blocks_for(n // 32, 128)), *r, x)       # rows can be more than the 65,535 that y allows
     return r
 
 
