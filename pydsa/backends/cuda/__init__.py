@@ -94,10 +94,14 @@ def compile_calls(calls, progress=None):
 
     progress(done, total, name) is called before each.
     """
+    def kind(a):
+        if isinstance(a, DeviceArray):
+            return a.shape, a.dtype
+        return a.type if isinstance(a, Weight) else a.storage if isinstance(a, CacheRows) else None
+
     wanted = {}
     for op, args in calls:
-        key = op, tuple((a.shape, a.dtype) if isinstance(a, DeviceArray) else (a.type if isinstance(a, Weight) else None) for a in args)
-        wanted.setdefault(key, args)
+        wanted.setdefault((op, tuple(map(kind, args))), args)
     Kernel.only_compile = True
     try:
         for done, ((op, _), args) in enumerate(wanted.items()):
