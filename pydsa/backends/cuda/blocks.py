@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pydsa.backends.cuda.device import bits_float, byte_at, device, half_at, halved_word_at, split_word_at, word_at
+from pydsa.backends.cuda.device import (bits_float, byte_at, device, four_words_at, half_at, halved_word_at, split_word_at,
+                                       word_at)
 
 NIBBLES, TWO_BITS, ONE_BIT = 0x0F0F0F0F, 0x03030303, 0x01010101
 ZERO = np.float32(0)
@@ -102,15 +103,16 @@ def group_q4_k(data, row, g):
     scale, low = scale_and_min(data, at + 4, s)
     d, m = half_at(data, at) * np.float32(scale), half_at(data, at + 2) * np.float32(low)
     q, shift = at + 16 + 32 * (s >> 1), 4 * (s & 1)
-    return (word_at(data, q) >> shift & NIBBLES, word_at(data, q + 4) >> shift & NIBBLES, word_at(data, q + 8) >> shift & NIBBLES,
-            word_at(data, q + 12) >> shift & NIBBLES, word_at(data, q + 16) >> shift & NIBBLES, word_at(data, q + 20) >> shift & NIBBLES,
-            word_at(data, q + 24) >> shift & NIBBLES, word_at(data, q + 28) >> shift & NIBBLES, d, d, m, m)
+    a, b, c, e = four_words_at(data, q)
+    f, h, i, j = four_words_at(data, q + 16)
+    return (a >> shift & NIBBLES, b >> shift & NIBBLES, c >> shift & NIBBLES, e >> shift & NIBBLES, f >> shift & NIBBLES,
+            h >> shift & NIBBLES, i >> shift & NIBBLES, j >> shift & NIBBLES, d, d, m, m)
 
 
 @device
-def five_bits(data, q, high, s):
-    """Four elements of Q5_K: their nibbles at q, fifth bits at `high`."""
-    return word_at(data, q) >> (4 * (s & 1)) & NIBBLES | (word_at(data, high) >> s & ONE_BIT) << 4
+def five_bits(nibbles, high, s):
+    """Four elements of sub-block s of Q5_K from the words with their nibbles and their fifth bits."""
+    return nibbles >> (4 * (s & 1)) & NIBBLES | (high >> s & ONE_BIT) << 4
 
 
 @device
@@ -119,9 +121,12 @@ def group_q5_k(data, row, g):
     scale, low = scale_and_min(data, at + 4, s)
     d, m = half_at(data, at) * np.float32(scale), half_at(data, at + 2) * np.float32(low)
     q, h = at + 48 + 32 * (s >> 1), at + 16
-    return (five_bits(data, q, h, s), five_bits(data, q + 4, h + 4, s), five_bits(data, q + 8, h + 8, s),
-            five_bits(data, q + 12, h + 12, s), five_bits(data, q + 16, h + 16, s), five_bits(data, q + 20, h + 20, s),
-            five_bits(data, q + 24, h + 24, s), five_bits(data, q + 28, h + 28, s), d, d, m, m)
+    a, b, c, e = four_words_at(data, q)
+    f, g1, i, j = four_words_at(data, q + 16)
+    a5, b5, c5, e5 = four_words_at(data, h)
+    f5, g5, i5, j5 = four_words_at(data, h + 16)
+    return (five_bits(a, a5, s), five_bits(b, b5, s), five_bits(c, c5, s), five_bits(e, e5, s), five_bits(f, f5, s),
+            five_bits(g1, g5, s), five_bits(i, i5, s), five_bits(j, j5, s), d, d, m, m)
 
 
 @device

@@ -31,6 +31,14 @@ if SIMULATED:
 
     halved_word_at = split_word_at = word_at
 
+    def four_words_at(data, at):
+        """Sixteen bytes as four uint32; `at` is a multiple of 16."""
+        return word_at(data, at), word_at(data, at + 4), word_at(data, at + 8), word_at(data, at + 12)
+
+    def four_of(words, i):
+        """Four of an array of uint32 from the i-th on, a multiple of 4."""
+        return int(words[i]), int(words[i + 1]), int(words[i + 2]), int(words[i + 3])
+
     def half_at(data, at):
         """The float16 at an even place, as float32."""
         return np.float32(np.array(int(data[at]) | int(data[at + 1]) << 8, np.uint16).view(np.float16))
@@ -126,6 +134,19 @@ else:
             return result(data, types.int64), codegen
         return load
 
+    def _loader_of_four(scale):
+        """Sixteen bytes in one load; `scale` bytes are an element of the array."""
+        @intrinsic
+        def load(typingctx, data, at):
+            def codegen(context, builder, signature, args):
+                base = context.make_array(signature.args[0])(context, builder, args[0]).data
+                place = builder.gep(builder.bitcast(base, I8.as_pointer()), [builder.mul(args[1], args[1].type(scale))])
+                four = builder.load(builder.bitcast(place, ir.VectorType(I32, 4).as_pointer()), align=16)
+                return cgutils.pack_array(builder, [builder.extract_element(four, I32(i)) for i in range(4)])
+            return types.UniTuple(types.uint32, 4)(data, types.int64), codegen
+        return load
+
+    four_words_at, four_of = _loader_of_four(1), _loader_of_four(4)
     byte_at = _loader(I8, 1, types.int32, lambda builder, value: builder.zext(value, I32))
     word_at, halved_word_at, split_word_at = (_loader(I32, align, types.uint32) for align in (4, 2, 1))
     half_at = _loader(ir.HalfType(), 2, types.float32, lambda builder, value: builder.fpext(value, ir.FloatType()))

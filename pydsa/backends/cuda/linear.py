@@ -5,8 +5,7 @@ import numpy as np
 
 from pydsa.backends.cuda.array import upload
 from pydsa.backends.cuda.blocks import GROUPED
-from pydsa.backends.cuda.launch import blocks_for
-from pydsa.backends.cuda.products import MANY_TOKENS, ONE, WARPS, Tiles, multiply, rounded
+from pydsa.backends.cuda.products import MANY_TOKENS, Tiles, multiply, multiply_one
 
 
 @functools.cache
@@ -36,7 +35,7 @@ def _tiles(n_tokens, n_head):
 def linear(out, w, x):
     """out = x w^T"""
     if w.type in GROUPED and x.shape[0] == 1:
-        ONE[w.type]((blocks_for(out.shape[1], WARPS), 1), out, w.data, w.row_bytes, numbers(1), 0, *rounded(x))
+        multiply_one(out, w, numbers(1), 0, x)
     else:
         multiply(out, w, x, head_tiles(x.shape[0], 1))
 
@@ -45,6 +44,6 @@ def head_linear(out, w, x):
     """One matrix per head: out[t, h] = w[h] x[t, h]"""
     n_tokens, n_head, _ = x.shape
     if w.type in GROUPED and n_tokens == 1:
-        ONE[w.type]((blocks_for(out.shape[2], WARPS), n_head), out.rows, w.data, w.row_bytes, numbers(n_head), 1, *rounded(x.rows))
+        multiply_one(out.rows, w, numbers(n_head), 1, x.rows)
     else:
         multiply(out, w, x, head_tiles(n_tokens, n_head))

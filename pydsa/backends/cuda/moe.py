@@ -8,7 +8,7 @@ from pydsa.backends.cuda.device import SIMULATED, WARP, device, exp, warp_max, w
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.backends.cuda.linear import numbers
 from pydsa.backends.cuda.norm import silu_mul
-from pydsa.backends.cuda.products import MANY_TOKENS, ONE, WARPS, Tiles, multiply, rounded
+from pydsa.backends.cuda.products import MANY_TOKENS, Tiles, multiply, multiply_one
 
 MOST = 1024             # experts, as models/deepseek2.py allows
 STARTS = MOST + 1
@@ -157,8 +157,7 @@ def expert_tiles(ids, n_expert, x_div):
 def expert_products(out, w, x, ids, x_div):
     """out[pair] = the pair's expert times row pair // x_div of x; out and x have two dimensions."""
     if w.type in GROUPED and ids.shape[0] == 1:
-        grid = blocks_for(out.shape[1], WARPS), ids.size
-        ONE[w.type](grid, out, w.data, w.row_bytes, ids.flat, 1 if x_div == 1 else 0, *rounded(x))
+        multiply_one(out, w, ids.flat, 1 if x_div == 1 else 0, x)
     elif w.type not in GROUPED and ids.shape[0] == 1:
         multiply(out, w, x, one_token_tiles(ids, x_div))
     else:

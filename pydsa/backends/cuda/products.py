@@ -10,7 +10,7 @@ from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.blocks import FLOATS, GROUPED
-from pydsa.backends.cuda.device import MMA_WARP, SIMULATED, WARP, device, dp4a, mma_s8, warp_sum
+from pydsa.backends.cuda.device import MMA_WARP, SIMULATED, WARP, device, dp4a, four_of, mma_s8, warp_sum
 from pydsa.backends.cuda.launch import blocks_for, kernel
 
 LARGEST = 32512
@@ -71,27 +71,17 @@ def _make_dot(entry):
     group, halves, offsets = entry.group, entry.halves, entry.offsets
 
     @device
-    def dot(w, row, g, high, low, scales, sums, t):
-        """The product of the g-th 32 of a row of weights and of the t-th row of activations."""
+    def dot(w, row, g, high, low, at, scales, sums, t):
+        """The product of the g-th 32 of a row of weights and of the t-th row of activations, whose words begin at `at`."""
         a, b, c, e, f, h, i, j, d, d1, m, m1 = group(w, row, g)
-        first, second, at = 0, 0, 8 * g
-        first = dp4a(a, high[t, at], first)
-        first = dp4a(b, high[t, at + 1], first)
-        first = dp4a(c, high[t, at + 2], first)
-        first = dp4a(e, high[t, at + 3], first)
-        second = dp4a(f, high[t, at + 4], second)
-        second = dp4a(h, high[t, at + 5], second)
-        second = dp4a(i, high[t, at + 6], second)
-        second = dp4a(j, high[t, at + 7], second)
-        first, second = first << 8, second << 8
-        first = dp4a(a, low[t, at], first)
-        first = dp4a(b, low[t, at + 1], first)
-        first = dp4a(c, low[t, at + 2], first)
-        first = dp4a(e, low[t, at + 3], first)
-        second = dp4a(f, low[t, at + 4], second)
-        second = dp4a(h, low[t, at + 5], second)
-        second = dp4a(i, low[t, at + 6], second)
-        second = dp4a(j, low[t, at + 7], second)
+        x0, x1, x2, x3 = four_of(high, at + 8 * g)
+        x4, x5, x6, x7 = four_of(high, at + 8 * g + 4)
+        first = dp4a(e, x3, dp4a(c, x2, dp4a(b, x1, dp4a(a, x0, 0))))
+        second = dp4a(j, x7, dp4a(i, x6, dp4a(h, x5, dp4a(f, x4, 0))))
+        x0, x1, x2, x3 = four_of(low, at + 8 * g)
+        x4, x5, x6, x7 = four_of(low, at + 8 * g + 4)
+        first = dp4a(e, x3, dp4a(c, x2, dp4a(b, x1, dp4a(a, x0, first << 8))))
+        second = dp4a(j, x7, dp4a(i, x6, dp4a(h, x5, dp4a(f, x4, second << 8))))
         if halves:
             total = (d * np.float32(np.int32(first)) + d1 * np.float32(np.int32(second))) * scales[t, g]
         else:
@@ -121,11 +111,11 @@ def _make_one(name):
         if row < out.shape[1]:
             at = (ids[y] * np.int64(out.shape[1]) + row) * row_bytes
             for g in range(lane, scales.shape[1], WARP):
-                total += dot(w, at, g, high, low, scales, sums, x_step * y)
+                total += dot(w, at, g, high, low, 8 * scales.shape[1] * x_step * y, scales, sums, x_step * y)
         total = warp_sum(total)
         if row < out.shape[1] and lane == 0:
             out[y, row] = total
-    return kernel("f4[:,:], u1[::1], i8, i4[:], i4, u4[:,:], u4[:,:], f4[:,:], f4[:,:]", WARPS * WARP)(_named("one", name, one))
+    return kernel("f4[:,:], u1[::1], i8, i4[:], i4, u4[::1], u4[::1], f4[:,:], f4[:,:]", WARPS * WARP)(_named("one", name, one))
 
 
 def _make_many(name):
@@ -255,6 +245,13 @@ def _make_floats(name):
 ONE = {name: _make_one(name) for name in GROUPED}
 MANY = {name: _make_many(name) for name in GROUPED}
 OF_FLOATS = {name: _make_floats(name) for name in FLOATS}
+
+
+def multiply_one(out, w, ids, x_step, x):
+    """out[y] = matrix ids[y] of w times row x_step * y of x, quantized weights; out and x are [N, n], views of any strides."""
+    r = rounded(x)
+    ONE[w.type]((blocks_for(out.shape[1], WARPS), out.shape[0]), out, w.data, w.row_bytes, ids, x_step, r.high.flat, r.low.flat, r.scales,
+                r.sums)
 
 
 class Tiles(NamedTuple):
