@@ -1,180 +1,202 @@
-"""Absorbed MLA attention in float32: one key row serves every head, its first values are the value; keys are divided among blocks.
+"""Absorbed MLA attention in float32: one row a key serves every head, its first numbers are the value; keys are divided among blocks.
 
-A block has one token, a few heads, a range of the keys and a range of the value's columns. It unpacks a tile of keys into shared memory
-once for all of its heads and keeps the sums of an online softmax in registers. What several blocks made of one head is then put together.
+A block has one token, HEADS heads, a part of the keys and COLUMNS columns of the value. It goes through its keys in tiles (tiles.py): their
+logits, an online softmax, then the values, which pass through the same shared memory. What several blocks made of a head is then joined.
 """
 import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.device import SIMULATED, device, exp
+from pydsa.backends.cuda.device import SIMULATED, WARP, exp, four_at, warp_max, warp_sum
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.backends.cuda.rows import CACHED
+from pydsa.backends.cuda.tiles import BATCH, DOTS, FOURS, HEADS, KEYS, PRODUCTS, PRODUCTS_OF, STAGE, THREADS, sum_of_slices
+from pydsa.backends.cuda.tiles import WORK as PRODUCT_WORK
 
-HEADS, KEYS = (2, 4) if SIMULATED else (8, 16)      # of a block; keys of a tile
-THREADS = HEADS * KEYS
-EACH = 4                                            # columns of the value that a thread sums, THREADS apart
-COLUMNS = EACH * THREADS                            # of a block
-SUMS = HEADS * EACH
-TILE = KEYS * 128 if SIMULATED else 9728            # floats of a tile: sixteen rows of 576 numbers and one more against bank conflicts
-BLOCKS = 4 if SIMULATED else 512                    # that are wanted at least, to fill the GPU
-NOTHING = np.float32(-np.inf)
-
-
-@device
-def nth_of_all(t, n, indices, mask):
-    """The n-th key of a token that attends to all, and what is added to its logit."""
-    return n, np.float32(0)
-
-
-@device
-def nth_of_masked(t, n, indices, mask):
-    return n, mask[t, n]
-
-
-@device
-def nth_of_chosen(t, n, indices, mask):
-    s = np.int64(indices[t, n])
-    return (s, np.float32(0)) if s >= 0 else (np.int64(0), NOTHING)
+DENSE, MASKED, SPARSE = range(3)
+WARPS = THREADS // WARP
+HEADS_BY = HEADS // 4                       # a thread sums four heads and two times four columns, half of all columns apart
+HALF = 4 * THREADS // HEADS_BY
+COLUMNS = 2 * HALF
+VALUES = 4 if SIMULATED else 16             # keys whose values are in shared memory at a time
+VALUE_FOURS = COLUMNS // 4
+WORK = max(PRODUCT_WORK, VALUES * COLUMNS)
+PITCH = HEADS + 4                           # from one key's weights to the next's: fours stay aligned, few lanes meet in a bank
+WEIGHTS = KEYS * PITCH
+SUMS = 32
+BATCHES = VALUES * VALUE_FOURS // (THREADS * BATCH)
+BLOCKS = 4 if SIMULATED else 264            # that are wanted, two for each of an H100's processors
+HEADS_BITS, WARP_BITS, FOURS_BITS = (n.bit_length() - 1 for n in (HEADS, WARP, VALUE_FOURS))
+JOINED = 8 if SIMULATED else 128            # threads, each for a column
+ZERO, NOTHING = np.float32(0), np.float32(-np.inf)
 
 
-def _make_attend(mode, nth, storage):
-    value_at, chosen = CACHED[storage], mode == "sparse"
+def _make_attend(storage):
+    products, stage = PRODUCTS_OF[storage], STAGE[storage]
 
-    def attend(out, parts, q, data, row_bytes, first, second, positions, indices, mask, n_splits, scale):
-        """out[t, h], or if there are several splits the unfinished sums to parts[t, h, split]: values, then greatest logit and sum."""
-        thread, t = cuda.threadIdx.x, cuda.blockIdx.z
-        n_head, width, n_v = q.shape[1], q.shape[2], out.shape[2]
-        n_groups, n_columns = (n_head + HEADS - 1) // HEADS, (n_v + COLUMNS - 1) // COLUMNS
-        group, column = cuda.blockIdx.x % n_groups * HEADS, cuda.blockIdx.x // n_groups % n_columns * COLUMNS
-        split = cuda.blockIdx.x // (n_groups * n_columns)
-        n = np.int64(indices.shape[1]) if chosen else positions[t] + 1
-        share = (n + n_splits - 1) // n_splits
-        begin, end = split * share, min((split + 1) * share, n)
-        tile = cuda.shared.array(TILE, np.float32)
-        weights = cuda.shared.array((HEADS, KEYS), np.float32)
-        shrink = cuda.shared.array(HEADS, np.float32)
-        greatest = cuda.shared.array(HEADS, np.float32)
-        total = cuda.shared.array(HEADS, np.float32)
-        where = cuda.shared.array(KEYS, np.int64)
+    def attend(out, sums, tops, totals, q, data, row_bytes, first, second, positions, indices, mask, mode, n_splits, scale):
+        """out[t, h]; if keys are split, not divided by the sum of weights: sums[t, h, split], tops (greatest logits) and totals instead.
+
+        mode: all keys up to positions[t], the same with mask[t, s] added, or keys indices[t] up to the first that is negative.
+        """
+        if SIMULATED:
+            work = cuda.shared.array(WORK, np.float32)
+        else:
+            work = cuda.shared.array(WORK, np.float32, 16)
+        if SIMULATED:
+            weights = cuda.shared.array(WEIGHTS, np.float32)
+        else:
+            weights = cuda.shared.array(WEIGHTS, np.float32, 16)
+        key_of = cuda.shared.array(KEYS, np.int64)
         bias = cuda.shared.array(KEYS, np.float32)
+        top = cuda.shared.array(HEADS, np.float32)
+        total = cuda.shared.array(HEADS, np.float32)
+        shrink = cuda.shared.array(HEADS, np.float32)
+        dots = cuda.local.array(DOTS, np.float32)
+        fours = cuda.local.array(FOURS, np.float32)
         acc = cuda.local.array(SUMS, np.float32)
+        thread, block, n_head, n_v = cuda.threadIdx.x & THREADS - 1, cuda.blockIdx.x & 0x7FFFFFFF, out.shape[1], out.shape[2]
+        warp, lane, hq, cg = thread >> WARP_BITS, thread & WARP - 1, thread & HEADS_BY - 1, thread >> HEADS_BITS - 2
+        n_groups = (n_head + HEADS - 1) >> HEADS_BITS
+        head, split, t = block % n_groups << HEADS_BITS, block // n_groups % n_splits, block // n_groups // n_splits
+        column = (cuda.blockIdx.y & 0xFFFF) * COLUMNS
+        n = np.int64(indices.shape[1]) if mode == SPARSE else positions[t] + 1
+        share = (n + n_splits * KEYS - 1) // (n_splits * KEYS) * KEYS
         for i in range(SUMS):
-            acc[i] = np.float32(0)
+            acc[i] = ZERO
         if thread < HEADS:
-            greatest[thread], total[thread] = NOTHING, np.float32(0)
-        pitch = width | 1
-        n_tile = min(KEYS, TILE // pitch)
-        h, j = thread // KEYS, thread % KEYS
-        for start in range(begin, end, n_tile):
+            top[thread], total[thread] = NOTHING, ZERO
+        end = min(n, (split + 1) * share)
+        for start in range(split * share, end, KEYS):
+            if mode == SPARSE and indices[t, start] < 0:
+                break
+            if thread < KEYS:
+                key, added, i = np.int64(-1), NOTHING, start + thread
+                if i < n:
+                    key, added = np.int64(indices[t, i]) if mode == SPARSE else i, mask[t, i] if mode == MASKED else ZERO
+                if added == NOTHING or key < 0:
+                    key, added = np.int64(-1), NOTHING
+                key_of[thread], bias[thread] = key, added
             cuda.syncthreads()
-            if thread < n_tile:
-                where[thread], bias[thread] = nth(t, start + thread, indices, mask) if start + thread < end else (np.int64(0), NOTHING)
+            products(work, dots, fours, key_of, q, t, head, data, row_bytes, first, second, thread)
+            for i in range(PRODUCTS // THREADS):
+                product = i * THREADS + thread
+                key, h = product >> HEADS_BITS, product & HEADS - 1
+                added = bias[key]
+                weights[key * PITCH + h] = sum_of_slices(work, product) * scale + added if added != NOTHING else NOTHING
             cuda.syncthreads()
-            for i in range(thread, n_tile * width, THREADS):
-                key, at = i // width, i % width
-                there = bias[key] != NOTHING
-                tile[key * pitch + at] = value_at(data, where[key] * row_bytes, at, first, second) if there else np.float32(0)
+            for i in range(HEADS // WARPS):
+                h = i * WARPS + warp
+                greatest = NOTHING
+                for key in range(lane, KEYS, WARP):
+                    greatest = max(greatest, weights[(key & KEYS - 1) * PITCH + h])
+                before = top[h]
+                greatest = max(before, warp_max(greatest))
+                base, added = greatest if greatest > NOTHING else ZERO, ZERO
+                for key in range(lane, KEYS, WARP):
+                    weight = exp(weights[(key & KEYS - 1) * PITCH + h] - base)
+                    weights[(key & KEYS - 1) * PITCH + h] = weight
+                    added += weight
+                added = warp_sum(added)
+                if lane == 0:
+                    smaller = exp(before - base)
+                    top[h], total[h], shrink[h] = greatest, total[h] * smaller + added, smaller
             cuda.syncthreads()
-            if j < n_tile:
-                logit = NOTHING
-                if group + h < n_head and bias[j] != NOTHING:
-                    dot = np.float32(0)
-                    for i in range(width):
-                        dot += q[t, group + h, i] * tile[j * pitch + i]
-                    logit = dot * scale + bias[j]
-                weights[h, j] = logit
-            cuda.syncthreads()
-            if thread < HEADS:
-                before = greatest[thread]
-                now = before
-                for i in range(n_tile):
-                    now = max(now, weights[thread, i])
-                shrink[thread] = exp(before - now) if before > NOTHING else np.float32(0)
-                greatest[thread], total[thread] = now, total[thread] * shrink[thread]
-            cuda.syncthreads()
-            if j < n_tile:
-                weights[h, j] = exp(weights[h, j] - greatest[h]) if weights[h, j] > NOTHING else np.float32(0)
-            cuda.syncthreads()
-            if thread < HEADS:
-                for i in range(n_tile):
-                    total[thread] += weights[thread, i]
-            for head in range(HEADS):
-                for each in range(EACH):
-                    acc[head * EACH + each] *= shrink[head]
-            for key in range(n_tile):
-                for each in range(EACH):
-                    at = column + each * THREADS + thread
-                    value = tile[key * pitch + at] if at < n_v else np.float32(0)
-                    for head in range(HEADS):
-                        acc[head * EACH + each] += weights[head, key] * value
+            for h in range(4):
+                smaller = shrink[4 * hq + h]
+                for c in range(8):
+                    acc[8 * h + c] *= smaller
+            for chunk in range(0, min(KEYS, end - start), VALUES):
+                for i in range(BATCHES):
+                    stage(work, COLUMNS, FOURS_BITS, fours, key_of[chunk:], data, row_bytes, column, n_v, first, second,
+                          i * BATCH * THREADS + thread)
+                cuda.syncthreads()
+                for i in range(min(VALUES, end - start - chunk)):
+                    w0, w1, w2, w3 = four_at(weights, (chunk + i) * PITCH + 4 * hq)
+                    a, b, c, d = four_at(work, i * COLUMNS + 4 * cg)
+                    e, f, g, j = four_at(work, i * COLUMNS + HALF + 4 * cg)
+                    for h in range(4):
+                        w = w0 if h == 0 else w1 if h == 1 else w2 if h == 2 else w3
+                        acc[8 * h] += w * a
+                        acc[8 * h + 1] += w * b
+                        acc[8 * h + 2] += w * c
+                        acc[8 * h + 3] += w * d
+                        acc[8 * h + 4] += w * e
+                        acc[8 * h + 5] += w * f
+                        acc[8 * h + 6] += w * g
+                        acc[8 * h + 7] += w * j
+                cuda.syncthreads()
         cuda.syncthreads()
-        for head in range(HEADS):
-            if group + head < n_head:
-                for each in range(EACH):
-                    at = column + each * THREADS + thread
+        for h in range(4):
+            if head + 4 * hq + h < n_head:
+                row, whole = head + 4 * hq + h, total[4 * hq + h]
+                for c in range(8):
+                    at = column + c // 4 * HALF + 4 * cg + c % 4
                     if at < n_v:
-                        value = acc[head * EACH + each]
                         if n_splits == 1:
-                            out[t, group + head, at] = value / total[head] if total[head] > 0 else np.float32(0)
-                        else:
-                            parts[t * n_head + group + head, split, at] = value
-                if thread == 0 and column == 0 and n_splits > 1:
-                    parts[t * n_head + group + head, split, n_v] = greatest[head]
-                    parts[t * n_head + group + head, split, n_v + 1] = total[head]
-    attend.__name__ = attend.__qualname__ = f"{mode}_attention_{storage}"
-    signature = "f4[:,:,:], f4[:,:,:], f4[:,:,:], u1[::1], i8, i4, i4, i8[:], i4[:,:], f4[:,:], i4, f4"
-    return kernel(signature, THREADS)(attend)
+                            out[t, row, at] = acc[8 * h + c] / whole if whole != ZERO else ZERO
+                        elif whole != ZERO:
+                            sums[t, row, split, at] = acc[8 * h + c]
+        if n_splits > 1 and column == 0 and thread < HEADS and head + thread < n_head:
+            tops[t, head + thread, split], totals[t, head + thread, split] = top[thread], total[thread]
+    attend.__name__ = attend.__qualname__ = f"attend_{storage}"
+    return kernel("f4[:,:,:], f4[:,:,:,:], f4[:,:,:], f4[:,:,:], f4[:,:,:], u1[::1], i8, i4, i4, i8[:], i4[:,:], f4[:,:], i4, i4, f4",
+                  THREADS)(attend)
 
 
-@kernel("f4[:,:,:], f4[:,:,:]", THREADS)
-def join_splits(out, parts):
-    """out[t, h] from the sums over each split of the keys."""
-    t, h, n_splits, n_v = cuda.blockIdx.y, cuda.blockIdx.x, parts.shape[1], out.shape[2]
-    row = t * out.shape[1] + h
+ATTEND = {storage: _make_attend(storage) for storage in CACHED}
+
+
+@kernel("f4[:,:,:], f4[:,:,:,:], f4[:,:,:], f4[:,:,:]", JOINED)
+def join_splits(out, sums, tops, totals):
+    """out[t, h] = the splits' sums over their totals, each times e^(its greatest logit - the greatest of all); a thread is a column."""
+    c, h, t = cuda.blockIdx.x * JOINED + cuda.threadIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
+    if c >= out.shape[2]:
+        return
     greatest = NOTHING
-    for split in range(n_splits):
-        greatest = max(greatest, parts[row, split, n_v])
-    for i in range(cuda.threadIdx.x, n_v, THREADS):
-        value, total = np.float32(0), np.float32(0)
-        for split in range(n_splits):
-            if parts[row, split, n_v] > NOTHING:
-                factor = exp(parts[row, split, n_v] - greatest)
-                value += factor * parts[row, split, i]
-                total += factor * parts[row, split, n_v + 1]
-        out[t, h, i] = value / total if total > 0 else np.float32(0)
+    for split in range(tops.shape[2]):
+        greatest = max(greatest, tops[t, h, split])
+    value, total = ZERO, ZERO
+    for split in range(tops.shape[2]):
+        whole = totals[t, h, split]
+        if whole != ZERO:       # it has keys
+            factor = exp(tops[t, h, split] - greatest)
+            value += factor * sums[t, h, split, c]
+            total += factor * whole
+    out[t, h, c] = value / total if total != ZERO else ZERO
 
 
-MODES = {"dense": nth_of_all, "masked": nth_of_masked, "sparse": nth_of_chosen}
-ATTEND = {(mode, storage): _make_attend(mode, nth, storage) for mode, nth in MODES.items() for storage in CACHED}
+def splits_for(n_tokens, n_head, n_v, n_keys):
+    """Into how many parts the keys of each token are divided, so that there are BLOCKS blocks."""
+    blocks = n_tokens * blocks_for(n_head, HEADS) * blocks_for(n_v, COLUMNS)
+    return max(1, min(BLOCKS // blocks, blocks_for(n_keys, KEYS)))
 
 
-def attend(mode, out, q, latents, positions, indices, mask, most, scale):
-    """Launch one of ATTEND with as many splits of at most `most` keys as fill the GPU; what the mode does not use may be None."""
+def attend(out, q, latents, mode, n_keys, scale, positions=None, indices=None, mask=None):
+    """Attention to at most n_keys keys; what the mode does not look at is None."""
     n_tokens, n_head, n_v = out.shape
-    assert q.shape[2] < TILE
-    positions = scratch("no positions", (1,), np.int64) if positions is None else positions
-    indices = scratch("no indices", (1, 1), np.int32) if indices is None else indices
-    mask = scratch("no mask", (1, 1), np.float32) if mask is None else mask
-    blocks = blocks_for(n_head, HEADS) * blocks_for(n_v, COLUMNS)
-    n_splits = max(1, min(BLOCKS // (blocks * n_tokens), blocks_for(most, 2 * KEYS)))
-    parts = scratch("parts of attention", (n_tokens * n_head, n_splits, n_v + 2) if n_splits > 1 else (1, 1, 1), np.float32)
-    ATTEND[mode, latents.storage]((blocks * n_splits, 1, n_tokens), out, parts, q, latents.data.flat, latents.data.shape[1], latents.first,
-                                  latents.second, positions, indices, mask, n_splits, scale)
+    n_splits = splits_for(n_tokens, n_head, n_v, n_keys)
+    rows = (n_tokens, n_head, n_splits) if n_splits > 1 else (1, 1, 1)
+    sums, tops, totals = (scratch(f"attention {name}", shape, np.float32) for name, shape in (
+        ("sums", (*rows, n_v if n_splits > 1 else 1)), ("tops", rows), ("totals", rows)))
+    others = (scratch("nothing", (1,) * n, dtype) if a is None else a
+              for a, n, dtype in ((positions, 1, np.int64), (indices, 2, np.int32), (mask, 2, np.float32)))
+    ATTEND[latents.storage]((n_tokens * n_splits * blocks_for(n_head, HEADS), blocks_for(n_v, COLUMNS)), out, sums, tops, totals, q,
+                            latents.data.flat, latents.data.shape[1], latents.first, latents.second, *others, mode, n_splits, scale)
     if n_splits > 1:
-        join_splits((n_head, n_tokens), out, parts)
+        join_splits((blocks_for(n_v, JOINED), n_head, n_tokens), out, sums, tops, totals)
 
 
 def dense_attention(out, q, latents, positions, scale):
     """Absorbed MLA over every key s <= positions[t]; a key's first n_v values are its value"""
-    attend("dense", out, q, latents, positions, None, None, latents.data.shape[0], scale)
+    attend(out, q, latents, DENSE, latents.data.shape[0], scale, positions=positions)
 
 
 def masked_attention(out, q, latents, mask, positions, scale):
     """dense_attention with an additive mask"""
-    attend("masked", out, q, latents, positions, None, mask, latents.data.shape[0], scale)
+    attend(out, q, latents, MASKED, latents.data.shape[0], scale, positions=positions, mask=mask)
 
 
 def sparse_attention(out, q, latents, indices, scale):
     """Absorbed MLA over the chosen keys only"""
-    attend("sparse", out, q, latents, None, indices, None, indices.shape[1], scale)
+    attend(out, q, latents, SPARSE, indices.shape[1], scale, indices=indices)

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pydsa.backends.cuda.device import (bits_float, byte_at, device, four_words_at, half_at, halved_word_at, split_word_at,
-                                       word_at)
+from pydsa.backends.cuda.device import bits_float, byte_at, device, four_words_at, half_at, halved_word_at, split_word_at, word_at
 
 NIBBLES, TWO_BITS, ONE_BIT = 0x0F0F0F0F, 0x03030303, 0x01010101
 ZERO = np.float32(0)

@@ -14,6 +14,7 @@ MMA_WARP = 32                       # lanes that share a tile of mma_s8, in the 
 
 if SIMULATED:
     _values = np.zeros(1024, np.float32)
+    _counts = np.zeros(1024, np.int64)
     _operands = np.zeros((1024, 6), np.uint32)
     _thread = threading.current_thread
 
@@ -95,6 +96,24 @@ if SIMULATED:
         """The greatest of a warp's float32, in every lane."""
         return _together(x, lambda values: values.max())
 
+    def warp_prefix(x, lane):
+        """The sum of a warp's int32 up to and with that of this lane."""
+        thread = _thread()
+        i = thread.threadIdx.x
+        _counts[i] = x
+        thread.syncthreads()
+        total = int(_counts[i - lane:i + 1].sum())
+        thread.syncthreads()
+        return total
+
+    def four_at(array, i):
+        """Four float32 of shared memory that begins at 16 bytes; i is a multiple of 4."""
+        return array[i], array[i + 1], array[i + 2], array[i + 3]
+
+    def put_four(array, i, a, b, c, d):
+        """Store four float32 there."""
+        array[i], array[i + 1], array[i + 2], array[i + 3] = a, b, c, d
+
     def mma_s8(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
         """c + a b for int8 tiles a [16, 32] and b [32, 8], int32 c [16, 8], spread over 32 lanes as mma.m16n8k32 has them."""
         thread = _thread()
@@ -146,6 +165,28 @@ else:
             return types.UniTuple(types.uint32, 4)(data, types.int64), codegen
         return load
 
+    FOUR = ir.VectorType(ir.FloatType(), 4)
+
+    def _place_of_four(context, builder, array_type, array, i):
+        base = context.make_array(array_type)(context, builder, array).data
+        return builder.bitcast(builder.gep(base, [i]), FOUR.as_pointer())
+
+    @intrinsic
+    def four_at(typingctx, array, i):
+        def codegen(context, builder, signature, args):
+            four = builder.load(_place_of_four(context, builder, signature.args[0], *args), align=16)
+            return cgutils.pack_array(builder, [builder.extract_element(four, I32(j)) for j in range(4)])
+        return types.UniTuple(types.float32, 4)(array, types.int64), codegen
+
+    @intrinsic
+    def put_four(typingctx, array, i, a, b, c, d):
+        def codegen(context, builder, signature, args):
+            four = ir.Constant(FOUR, ir.Undefined)
+            for j, x in enumerate(args[2:]):
+                four = builder.insert_element(four, x, I32(j))
+            builder.store(four, _place_of_four(context, builder, signature.args[0], *args[:2]), align=16)
+        return types.void(array, types.int64, *[types.float32] * 4), codegen
+
     four_words_at, four_of = _loader_of_four(1), _loader_of_four(4)
     byte_at = _loader(I8, 1, types.int32, lambda builder, value: builder.zext(value, I32))
     word_at, halved_word_at, split_word_at = (_loader(I32, align, types.uint32) for align in (4, 2, 1))
@@ -188,6 +229,14 @@ else:
     def warp_sum(x):
         for step in (16, 8, 4, 2, 1):
             x += cuda.shfl_xor_sync(WHOLE_WARP, x, step)
+        return x
+
+    @device
+    def warp_prefix(x, lane):
+        for step in (1, 2, 4, 8, 16):
+            below = cuda.shfl_up_sync(WHOLE_WARP, x, step)
+            if lane >= step:
+                x = np.int32(x + below)
         return x
 
     @device

@@ -1,99 +1,147 @@
-"""Top-k: exact, the greatest first and of equals the lowest index; a block a row, a radix select on the bits of the floats."""
+"""Top-k: exact, the greatest first and of equals the lowest index, by a radix select on the bits of the floats.
+
+Of long rows each of several blocks first finds the top-k of a part; then one block finds the top-k of these, which stand in ascending
+order part by part, so that of equals the lowest index is still the first.
+"""
+import math
+
 import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.device import SIMULATED, device, float_bits
+from pydsa.backends.cuda.device import SIMULATED, WARP, device, float_bits
 from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.scan import block_prefix
 
-THREADS = 8 if SIMULATED else 1024
-PER_THREAD = 8          # scores that a thread takes at a time where indices are written
-BINS = 256
-NEVER = np.float32(-np.inf)
+THREADS = 8 if SIMULATED else 512
+WARPS = THREADS // WARP
+BITS = 4 if SIMULATED else 11           # of a digit
+BINS = 1 << BITS
+COPIES = 2 if SIMULATED else 4          # of each bin, so that fewer lanes wait for each other: scores share their first bits
+COUNTS, MY_BINS = BINS * COPIES, BINS // THREADS
+EACH = 4 if SIMULATED else 8            # scores that a thread takes together
+PORTION, ROOM = EACH * THREADS, 1 << 16
+BLOCKS = 4 if SIMULATED else 264        # that are wanted, two for each of an H100's processors
+LOWEST, NAN = 0x007FFFFF, np.float32(np.nan)        # ordered(-inf)
+HIGHEST = 0x7FFFFFFF    # & HIGHEST tells the compiler that an index is not negative
 
 
 @device
-def ordered(score):
-    """A score as an integer that is greater where the score is, the same for both zeros; 0 for what is never chosen: -inf and NaN."""
-    if not score > NEVER:
-        return np.uint32(0)
-    bits = float_bits(score + np.float32(0))        # -0 becomes 0
-    return np.uint32(~bits & 0xFFFFFFFF) if bits >> 31 else np.uint32(bits | 0x80000000)
+def ordered(x):
+    """An integer below 2^32 that sorts as the float does; both zeros are equal; NaN is below -inf."""
+    bits = np.int64(float_bits(x + np.float32(0)))          # -0 becomes 0
+    key = bits ^ (0xFFFFFFFF if bits > HIGHEST else 0x80000000)
+    return key if x == x else np.int64(0)
 
 
-@kernel("i4[:,:], f4[:,:], i8[:], i4, b1", THREADS)
-def select_rows(out, scores, positions, first, causal):
-    """out[first + t] = the chosen of row t: of all its scores, or if `causal` of those up to positions[first + t].
+@device
+def load(numbers, scores, t, first, step, end):
+    """EACH scores of row t, from the first-th on, `step` apart; NaN from the end on. All are asked for before anything is waited for."""
+    for j in range(EACH):
+        i = first + j * step
+        x = scores[t, min(i, end - 1) & HIGHEST]
+        numbers[j] = x if i < end else NAN
 
-    Four passes find the k-th greatest, eight bits at a time; a last one writes in order what is greater, and of its equals the first ones.
+
+@kernel("i4[:,:], i4, f4[:,:], b1, f4[:,:], i4[:,:], b1, i8[:], i4, b1, i4", THREADS)
+def choose_of_rows(out, out_start, best, keep, scores, chosen, again, positions, start, causal, n_parts):
+    """out[out_start + t, part] = the k greatest of a part of row t of scores, and if `keep` best = what they are; a block is a part.
+
+    Each part has k places. If `again`, scores are of those chosen already. A row ends with position positions[start + t] if `causal`.
     """
-    thread, t, k = cuda.threadIdx.x, cuda.blockIdx.x, out.shape[1]
-    n = positions[first + t] + 1 if causal else np.int64(scores.shape[1])
-    counts = cuda.shared.array(BINS, np.int32)
-    found = cuda.shared.array(3, np.uint32)         # known bits of the k-th, how many of its equals are wanted, whether all fit
-    sums = cuda.shared.array(THREADS, np.int32)
-    if thread == 0:
-        found[0], found[1], found[2] = 0, k, 0
-    for level in range(4):
-        shift = 24 - 8 * level
-        for i in range(thread, BINS, THREADS):
-            counts[i] = 0
+    numbers = cuda.local.array(EACH, np.float32)
+    counts = cuda.shared.array(COUNTS, np.int32)
+    totals = cuda.shared.array(WARPS, np.int32)
+    ends = cuda.shared.array(WARPS, np.int32)
+    found = cuda.shared.array(2, np.int64)          # a digit, and how many of those with this digit are chosen
+    thread, block = cuda.threadIdx.x & THREADS - 1, cuda.blockIdx.x & HIGHEST
+    part, t, k = block % n_parts, block // n_parts, out.shape[1] // n_parts
+    row = out_start + t
+    n = np.int64(scores.shape[1])
+    if causal:
+        n = min(n, positions[start + t] + 1)
+    share = (n + n_parts - 1) // n_parts
+    first, end = min(n, part * share), min(n, (part + 1) * share)
+    least, room, unknown = np.int64(0), np.int64(k), np.int64(32)     # the bits of the k-th, of which all but the last `unknown` are known
+    while unknown > 0:
+        shift = max(unknown - BITS, 0)
+        for i in range(COUNTS // THREADS):
+            counts[i * THREADS + thread] = 0
         cuda.syncthreads()
-        known = found[0]
-        for i in range(thread, n, THREADS):
-            key = ordered(scores[t, i])
-            if key != 0 and (level == 0 or key >> (shift + 8) == known >> (shift + 8)):
-                cuda.atomic.add(counts, int(key >> shift) & 255, 1)
+        for base in range(first, end, PORTION):
+            load(numbers, scores, t, base + thread, THREADS, end)
+            for j in range(EACH):
+                key = ordered(numbers[j])
+                if key > LOWEST and (key ^ least) >> unknown == 0:
+                    cuda.atomic.add(counts, ((key >> shift & (1 << (unknown - shift)) - 1) * COPIES) + (thread & COPIES - 1), 1)
         cuda.syncthreads()
-        if thread == 0 and found[2] == 0:
-            wanted, i = int(found[1]), BINS - 1
-            while i >= 0 and counts[i] < wanted:
-                wanted -= counts[i]
-                i -= 1
-            if i < 0:
-                found[2] = 1        # there are not so many: all are chosen
-            else:
-                found[0], found[1] = np.uint32(int(known) | i << shift), np.uint32(wanted)
+        mine = 0
+        for i in range(MY_BINS * COPIES):
+            mine += counts[COUNTS - 1 - (thread * MY_BINS * COPIES + i)]
+        before, total = block_prefix(np.int32(mine), totals, ends, thread, WARPS)
+        if total <= room:           # all that are left are chosen
+            least, room = max(least - 1, np.int64(LOWEST)), np.int64(0)
+            break
+        if before < room <= before + mine:
+            left = room - before
+            for i in range(MY_BINS):
+                digit, here = BINS - 1 - thread * MY_BINS - i, 0
+                for copy in range(COPIES):
+                    here += counts[digit * COPIES + copy]
+                if left > 0:
+                    found[0], found[1] = digit, left
+                left -= here
         cuda.syncthreads()
-    least, equals = found[0], int(found[1])
-    if found[2] == 1:
-        least, equals = np.uint32(0), 0
+        least, room, unknown = least | found[0] << shift, found[1], shift
+        cuda.syncthreads()
     greater_before, equal_before = 0, 0
-    for start in range(0, n, THREADS * PER_THREAD):
-        mine = 0            # how many of this thread's scores are greater, and 2^16 times how many equal
-        for i in range(start + thread * PER_THREAD, min(start + (thread + 1) * PER_THREAD, n)):
-            key = ordered(scores[t, i])
+    for base in range(first, end, PORTION):
+        load(numbers, scores, t, base + EACH * thread, 1, end)
+        mine = 0            # how many of this thread's are greater, and ROOM times how many are equal
+        for j in range(EACH):
+            key = ordered(numbers[j])
+            mine += 1 if key > least else ROOM if key == least else 0
+        before, total = block_prefix(np.int32(mine), totals, ends, thread, WARPS)
+        greater, equal = greater_before + (before & ROOM - 1), equal_before + (before >> 16)
+        for j in range(EACH):
+            key = ordered(numbers[j])
+            if key > least or key == least and equal < room:
+                i, at = base + EACH * thread + j, part * k + greater + min(equal, room)
+                out[row, at] = chosen[t, i] if again else i
+                if keep:
+                    best[row, at] = numbers[j]
             if key > least:
-                mine += 1
-            elif key == least and key != 0:
-                mine += 1 << 16
-        sums[thread] = mine
-        cuda.syncthreads()
-        step = 1
-        while step < THREADS:       # sums of all threads up to each
-            below = sums[thread - step] if thread >= step else 0
-            cuda.syncthreads()
-            sums[thread] += below
-            cuda.syncthreads()
-            step *= 2
-        before, total = sums[thread] - mine, sums[THREADS - 1]
-        greater, equal = greater_before + (before & 0xFFFF), equal_before + (before >> 16)
-        for i in range(start + thread * PER_THREAD, min(start + (thread + 1) * PER_THREAD, n)):
-            key = ordered(scores[t, i])
-            if key > least:
-                out[first + t, greater + min(equal, equals)] = i
                 greater += 1
-            elif key == least and key != 0:
-                if equal < equals:
-                    out[first + t, greater + equal] = i
+            elif key == least:
                 equal += 1
-        greater_before += total & 0xFFFF
+        greater_before += total & ROOM - 1
         equal_before += total >> 16
-        cuda.syncthreads()
-    for i in range(greater_before + min(equal_before, equals) + thread, k, THREADS):
-        out[first + t, i] = -1
+    for i in range(greater_before + min(equal_before, room) + thread, k, THREADS):
+        out[row, part * k + i] = -1
+        if keep:
+            best[row, part * k + i] = NAN
+
+
+def parts_for(n_rows, n, k):
+    """Into how many parts rows of n are divided: as many blocks as are wanted, but no more than make both steps shortest."""
+    return max(1, min(BLOCKS // n_rows, round(math.sqrt(n / k))))
+
+
+def choose(out, scores, positions=None, start=0):
+    """out[start + t] = the top-k of row t of scores; with positions, of those up to positions[start + t]."""
+    n_rows, n, k = scores.shape[0], scores.shape[1], out.shape[1]
+    n_parts, causal = parts_for(n_rows, n, k), positions is not None
+    if not causal:
+        positions = scratch("nothing", (1,), np.int64)
+    if n_parts == 1:
+        best, chosen = scratch("nothing", (1, 1), np.float32), scratch("nothing", (1, 1), np.int32)
+        choose_of_rows(n_rows, out, start, best, False, scores, chosen, False, positions, start, causal, 1)
+        return
+    best, chosen = (scratch("chosen of parts", (n_rows, n_parts * k), dtype) for dtype in (np.float32, np.int32))
+    choose_of_rows(n_rows * n_parts, chosen, 0, best, True, scores, chosen, False, positions, start, causal, n_parts)
+    choose_of_rows(n_rows, out, start, best, False, best, chosen, True, positions, start, False, 1)
 
 
 def top_k(out, scores):
     """The k greatest scores' indices, ascending; equal scores: the lowest index first; -inf and NaN are never chosen; -1 fills the rest."""
-    select_rows(out.shape[0], out, scores, scratch("no positions", (1,), np.int64), 0, False)
+    choose(out, scores)
