@@ -9,7 +9,7 @@ from numba.extending import intrinsic
 from pydsa.jit import BlockFunction, WordFunction, inline, inner
 from pydsa.lanes import first_quarter, last_quarter, lower_half, second_quarter, spread, third_quarter, totals, upper_half
 from pydsa.simd import (FEATURES, as_bytes, as_words, dot, dot_add, float_at, floats, join, larger_magnitudes, largest, load_floats,
-                        load_words, multiply_add, signed_high_bytes, stack_memory, store, to_floats, u16_at)
+                        load_4_floats, load_words, multiply_add, prefetch, signed_high_bytes, stack_memory, store, to_floats, u16_at)
 
 
 # A chunk: 256 numbers in words of 16 bits, as a row of weights is unpacked and a row of activations is rounded. Its parts, in bytes:
@@ -205,6 +205,15 @@ def four_blocks(row, size, i, n):
 
 
 @inline
+def next_blocks(row, size, i, n):
+    """four_blocks, after asking for those AHEAD of them."""
+    at = four_blocks(row, size, i, n)
+    prefetch(at[0], AHEAD)
+    prefetch(at[0], AHEAD + 64)
+    return at
+
+
+@inline
 def joined(addresses, offset):
     """The 16 bytes at an offset of four blocks, side by side."""
     return join((addresses[0] + offset, addresses[1] + offset, addresses[2] + offset, addresses[3] + offset))
@@ -247,6 +256,13 @@ def dot_quad(sums, w, x, offset, scales):
     dots = dot_add(dot(w[0], load_words(x, offset)), w[1], load_words(x, offset + 64))
     dots = dot_add(dot_add(dots, w[2], load_words(x, offset + 128)), w[3], load_words(x, offset + 192))
     return multiply_add(sums, to_floats(dots), QUARTERS(scales))
+
+
+@inline
+def add_quad(sums, w, x, i, d):
+    """sums + d w . the i-th to (i + 3)-rd 32 of a row of chunks; w in the order of BY_QUARTERS, d a scale for each 32."""
+    xi, words, number = where_in_chunks(x, i)
+    return dot_quad(sums, w, xi, words, d * load_4_floats(xi, SCALE + number))
 
 
 @inline

@@ -136,19 +136,31 @@ def store_pairs(chunk, at, first, second, even, odd):
 
 
 @inline
+def four_bits(at, part):
+    """128 elements of Q4_K as four vectors of words: low nibbles even, odd, high nibbles even, odd."""
+    q = load_words(at, 16 + 64 * part)
+    return q & 15, (q >> 8) & 15, (q >> 4) & 15, q >> 12
+
+
+@inline
+def add_halves(a, b, first, second, xi, scales):
+    """Two sums and a chunk more: 128 elements and 128 others, each as four vectors of words, and scales for every two of these."""
+    a = dot_pair(a, first[0], first[1], xi, 0, scales[0])
+    b = dot_pair(b, first[2], first[3], xi, 128, scales[1])
+    a = dot_pair(a, second[0], second[1], xi, 256, scales[2])
+    b = dot_pair(b, second[2], second[3], xi, 384, scales[3])
+    return a, b
+
+
+@inline
 def add_q4_k(sums, row, i, n, x):
-    a, b, low = sums
     at, xi = row + 144 * i, x + CHUNK * i
     for line in range(0, 144, 64):
         prefetch(at, AHEAD + line)
     scales = scales_and_mins(at) * load_floats(xi, SCALE)       # with the activations' scales, and lows behind them
-    q = load_words(at, 16)
-    a = dot_pair(a, q & 15, (q >> 8) & 15, xi, 0, FIRST(scales))
-    b = dot_pair(b, (q >> 4) & 15, q >> 12, xi, 128, SECOND(scales))
-    q = load_words(at, 80)
-    a = dot_pair(a, q & 15, (q >> 8) & 15, xi, 256, THIRD(scales))
-    b = dot_pair(b, (q >> 4) & 15, q >> 12, xi, 384, FOURTH(scales))
-    return a, b, low + scales
+    spread_scales = FIRST(scales), SECOND(scales), THIRD(scales), FOURTH(scales)
+    a, b = add_halves(sums[0], sums[1], four_bits(at, 0), four_bits(at, 1), xi, spread_scales)
+    return a, b, sums[2] + scales
 
 
 @inline
@@ -165,9 +177,9 @@ def dot_q4_k(rows, n_rows, n, x, out):
 def unpack_q4_k(source, n, chunk):
     store(chunk, SCALE, scales_and_mins(source))        # and the lows, which lie behind the scales
     for part in range(2):
-        q = load_words(source, 16 + 64 * part)
-        store_pairs(chunk, 256 * part, 0, 2, q & 15, (q >> 8) & 15)
-        store_pairs(chunk, 256 * part, 1, 3, (q >> 4) & 15, q >> 12)
+        w, v, y, z = four_bits(source, part)
+        store_pairs(chunk, 256 * part, 0, 2, w, v)
+        store_pairs(chunk, 256 * part, 1, 3, y, z)
 
 
 @inline
@@ -181,18 +193,13 @@ def five_bits(at, part):
 
 @inline
 def add_q5_k(sums, row, i, n, x):
-    a, b, low = sums
     at, xi = row + 176 * i, x + CHUNK * i
     for line in range(0, 176, 64):
         prefetch(at, AHEAD + line)
     scales = scales_and_mins(at) * load_floats(xi, SCALE)       # with the activations' scales, and lows behind them
-    w, v, y, z = five_bits(at, 0)
-    a = dot_pair(a, w, v, xi, 0, FIRST(scales))
-    b = dot_pair(b, y, z, xi, 128, SECOND(scales))
-    w, v, y, z = five_bits(at, 1)
-    a = dot_pair(a, w, v, xi, 256, THIRD(scales))
-    b = dot_pair(b, y, z, xi, 384, FOURTH(scales))
-    return a, b, low + scales
+    spread_scales = FIRST(scales), SECOND(scales), THIRD(scales), FOURTH(scales)
+    a, b = add_halves(sums[0], sums[1], five_bits(at, 0), five_bits(at, 1), xi, spread_scales)
+    return a, b, sums[2] + scales
 
 
 def dot_q5_k(rows, n_rows, n, x, out):
@@ -228,19 +235,14 @@ def unsigned_six_bits(at, part):
 
 @inline
 def add_q6_k(sums, row, i, n, x):
-    a, b, low = sums
     at, xi = row + 210 * i, x + CHUNK * i
     for line in range(0, 210, 64):
         prefetch(at, AHEAD + line)
     scales = to_floats(load_16_bytes(at, 192)) * half_at(at, 208)
-    low = multiply_add(low, scales, load_floats(xi, LOW_16))
+    low = multiply_add(sums[2], scales, load_floats(xi, LOW_16))
     scales = scales * TWICE(load_8_floats(xi, SCALE))
-    w, v, y, z = unsigned_six_bits(at, 0)
-    a = dot_pair(a, w, v, xi, 0, Q6_A(scales))
-    b = dot_pair(b, y, z, xi, 128, Q6_B(scales))
-    w, v, y, z = unsigned_six_bits(at, 1)
-    a = dot_pair(a, w, v, xi, 256, Q6_C(scales))
-    b = dot_pair(b, y, z, xi, 384, Q6_D(scales))
+    spread_scales = Q6_A(scales), Q6_B(scales), Q6_C(scales), Q6_D(scales)
+    a, b = add_halves(sums[0], sums[1], unsigned_six_bits(at, 0), unsigned_six_bits(at, 1), xi, spread_scales)
     return a, b, low
 
 
@@ -278,21 +280,24 @@ def sum_of_parts(sums):
 
 
 @inline
+def add_parts(sums, low, even, odd, xi, scales):
+    """Four sums and a chunk more, with what is taken off them: the even elements of each part as a vector of words, and the odd ones."""
+    a, b, c, e, _ = sums
+    return (dot_pair(a, even[0], odd[0], xi, 0, PART_0(scales)), dot_pair(b, even[1], odd[1], xi, 128, PART_1(scales)),
+            dot_pair(c, even[2], odd[2], xi, 256, PART_2(scales)), dot_pair(e, even[3], odd[3], xi, 384, PART_3(scales)), low)
+
+
+@inline
 def add_q2_k(sums, row, i, n, x):
-    a, b, c, e, low = sums
     at, xi = row + 84 * i, x + CHUNK * i
     prefetch(at, AHEAD)
     prefetch(at, AHEAD + 64)
     packed = load_16_bytes(at, 0)
-    low = multiply_add(low, to_floats(packed >> 4) * half_at(at, 82), load_floats(xi, LOW_16))
+    low = multiply_add(sums[4], to_floats(packed >> 4) * half_at(at, 82), load_floats(xi, LOW_16))
     scales = to_floats(packed & 15) * half_at(at, 80) * TWICE(load_8_floats(xi, SCALE))
     even = load_words(at, 16)
     odd = even >> 8
-    a = dot_pair(a, even & 3, odd & 3, xi, 0, PART_0(scales))
-    b = dot_pair(b, even & 12, odd & 12, xi, 128, PART_1(scales))
-    c = dot_pair(c, even & 48, odd & 48, xi, 256, PART_2(scales))
-    e = dot_pair(e, even & 192, odd & 192, xi, 384, PART_3(scales))
-    return a, b, c, e, low
+    return add_parts(sums, low, (even & 3, even & 12, even & 48, even & 192), (odd & 3, odd & 12, odd & 48, odd & 192), xi, scales)
 
 
 @inline
@@ -346,19 +351,14 @@ def three_bits(at):
 
 @inline
 def add_q3_k(sums, row, i, n, x):
-    a, b, c, e, low = sums
     at, xi = row + 110 * i, x + CHUNK * i
     prefetch(at, AHEAD)
     prefetch(at, AHEAD + 64)
     scales = to_floats(six_bit_scales(at)) * half_at(at, 108)
-    low = multiply_add(low, scales, load_floats(xi, LOW_16))
+    low = multiply_add(sums[4], scales, load_floats(xi, LOW_16))
     scales = scales * TWICE(load_8_floats(xi, SCALE))
     w, v, y, z = three_bits(at)
-    a = dot_pair(a, w & 7, y & 7, xi, 0, PART_0(scales))
-    b = dot_pair(b, v & 28, z & 28, xi, 128, PART_1(scales))
-    c = dot_pair(c, w & 112, y & 112, xi, 256, PART_2(scales))
-    e = dot_pair(e, v & 448, z & 448, xi, 384, PART_3(scales))
-    return a, b, c, e, low
+    return add_parts(sums, low, (w & 7, v & 28, w & 112, v & 448), (y & 7, z & 28, y & 112, z & 448), xi, scales)
 
 
 @inline

@@ -7,8 +7,8 @@ from numba import carray
 
 from pydsa.jit import WordFunction, inline, inner
 from pydsa.lanes import spread, widened
-from pydsa.quants.block import (AHEAD, BY_QUARTERS, LOW, SCALE, alone, dot_pair, dot_quad, dot_rows, entry, four_blocks, half, half_at,
-                                joined, nibbles, places, store_halves, store_quad, unsigned_quad, where_in_chunks)
+from pydsa.quants.block import (AHEAD, BY_QUARTERS, LOW, SCALE, add_quad, alone, dot_pair, dot_rows, entry, four_blocks, half, half_at,
+                                joined, next_blocks, nibbles, places, store_halves, store_quad, unsigned_quad, where_in_chunks)
 from pydsa.simd import (as_words, floats, four_floats, halves, join, load_16_bytes, load_2_floats, load_4_floats, multiply_add, prefetch,
                         signed_high_bytes, store, to_floats, u32_at, where_bits)
 
@@ -108,15 +108,16 @@ def lifted(w, zero):
 
 
 @inline
+def add_lows(sums, lows, x, i):
+    """sums + lows times the sums of the i-th to (i + 3)-rd 32 of a row of chunks."""
+    xi, _, number = where_in_chunks(x, i)
+    return multiply_add(sums, lows, load_4_floats(xi, LOW + number))
+
+
+@inline
 def add_q4_0(sums, row, i, n, x):
-    products, low = sums
-    at = four_blocks(row, 18, i, n)
-    prefetch(at[0], AHEAD)
-    prefetch(at[0], AHEAD + 64)
-    xi, words, number = where_in_chunks(x, i)
-    d = halves(at)
-    low = multiply_add(low, d, load_4_floats(xi, LOW + number))
-    return dot_quad(products, quad_4(at, 2), xi, words, d * load_4_floats(xi, SCALE + number)), low
+    at = next_blocks(row, 18, i, n)
+    return add_quad(sums[0], quad_4(at, 2), x, i, halves(at)), add_lows(sums[1], halves(at), x, i)
 
 
 @inline
@@ -137,14 +138,8 @@ def unpack_q4_0(source, n, chunk):
 
 @inline
 def add_q5_0(sums, row, i, n, x):
-    products, low = sums
-    at = four_blocks(row, 22, i, n)
-    prefetch(at[0], AHEAD)
-    prefetch(at[0], AHEAD + 64)
-    xi, words, number = where_in_chunks(x, i)
-    d = halves(at)
-    low = multiply_add(low, d, load_4_floats(xi, LOW + number))
-    return dot_quad(products, quad_5(at, 6), xi, words, d * load_4_floats(xi, SCALE + number)), low
+    at = next_blocks(row, 22, i, n)
+    return add_quad(sums[0], quad_5(at, 6), x, i, halves(at)), add_lows(sums[1], halves(at), x, i)
 
 
 @inline
@@ -171,14 +166,8 @@ def offsets(addresses):
 
 @inline
 def add_q4_1(sums, row, i, n, x):
-    products, low = sums
-    at = four_blocks(row, 20, i, n)
-    prefetch(at[0], AHEAD)
-    prefetch(at[0], AHEAD + 64)
-    xi, words, number = where_in_chunks(x, i)
-    d = halves(at)
-    low = multiply_add(low, offsets(at), load_4_floats(xi, LOW + number))
-    return dot_quad(products, quad_4(at, 4), xi, words, d * load_4_floats(xi, SCALE + number)), low
+    at = next_blocks(row, 20, i, n)
+    return add_quad(sums[0], quad_4(at, 4), x, i, halves(at)), add_lows(sums[1], offsets(at), x, i)
 
 
 @inline
@@ -201,14 +190,8 @@ def unpack_q4_1(source, n, chunk):
 
 @inline
 def add_q5_1(sums, row, i, n, x):
-    products, low = sums
-    at = four_blocks(row, 24, i, n)
-    prefetch(at[0], AHEAD)
-    prefetch(at[0], AHEAD + 64)
-    xi, words, number = where_in_chunks(x, i)
-    d = halves(at)
-    low = multiply_add(low, offsets(at), load_4_floats(xi, LOW + number))
-    return dot_quad(products, quad_5(at, 8), xi, words, d * load_4_floats(xi, SCALE + number)), low
+    at = next_blocks(row, 24, i, n)
+    return add_quad(sums[0], quad_5(at, 8), x, i, halves(at)), add_lows(sums[1], offsets(at), x, i)
 
 
 def dot_q5_1(rows, n_rows, n, x, out):

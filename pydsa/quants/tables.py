@@ -8,9 +8,9 @@ from numba import carray
 
 from pydsa.jit import inline
 from pydsa.lanes import lookup, lower_half, shifted, upper_half
-from pydsa.quants.block import (AHEAD, BY_QUARTERS, CHUNK, SCALE, alone, dot_quad, dot_rows, entry, four_blocks, half, half_at, joined,
-                                nibbles, signed_quad, store_quad, where_in_chunks)
-from pydsa.simd import floats, halves, load_4_floats, load_8_floats, load_bytes, prefetch, store, to_floats, u8_at, vector
+from pydsa.quants.block import (AHEAD, BY_QUARTERS, CHUNK, SCALE, add_quad, alone, dot_quad, dot_rows, entry, four_blocks, half, half_at,
+                                joined, next_blocks, nibbles, signed_quad, store_quad)
+from pydsa.simd import floats, halves, load_8_floats, load_bytes, prefetch, store, to_floats, u8_at, vector
 
 IQ4_NL = np.dtype([("d", "<u2"), ("qs", "u1", 16)])
 IQ4_XS = np.dtype([("d", "<u2"), ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128)])
@@ -69,11 +69,8 @@ def twice_fractions(v):
 
 @inline
 def add_iq4_nl(sums, row, i, n, x):
-    at = four_blocks(row, 18, i, n)
-    prefetch(at[0], AHEAD)
-    prefetch(at[0], AHEAD + 64)
-    xi, words, number = where_in_chunks(x, i)
-    return dot_quad(sums, levels(joined(at, 2)), xi, words, halves(at) * load_4_floats(xi, SCALE + number))
+    at = next_blocks(row, 18, i, n)
+    return add_quad(sums, levels(joined(at, 2)), x, i, halves(at))
 
 
 def dot_iq4_nl(rows, n_rows, n, x, out):
@@ -133,11 +130,8 @@ def powers(addresses):
 
 @inline
 def add_mxfp4(sums, row, i, n, x):
-    at = four_blocks(row, 17, i, n)
-    prefetch(at[0], AHEAD)
-    prefetch(at[0], AHEAD + 64)
-    xi, words, number = where_in_chunks(x, i)
-    return dot_quad(sums, twice_fractions(joined(at, 1)), xi, words, powers(at) * load_4_floats(xi, SCALE + number))
+    at = next_blocks(row, 17, i, n)
+    return add_quad(sums, twice_fractions(joined(at, 1)), x, i, powers(at))
 
 
 def dot_mxfp4(rows, n_rows, n, x, out):
