@@ -4,27 +4,11 @@ With NUMBA_ENABLE_CUDASIM=1 too, Numba's simulator runs the latter, which is slo
 """
 import importlib
 import os
-import sys
-import threading
 
 import numpy as np
 
 DEVICE = os.environ.get("PYDSA_TEST_DEVICE", "cpu")
 SIMULATED = DEVICE == "cuda" and os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
-if SIMULATED:
-    from numba.cuda.np import numpy_support
-    from numba.cuda.simulator import kernelapi
-
-    sys.setswitchinterval(1e-5)     # its threads wait for each other all the time
-    _lock = threading.Lock()
-
-    def _shared_array(self, shape, dtype):
-        """As the simulator's own, but two threads that come first at the same time get the same array."""
-        caller, dtype = sys._getframe(1), dtype if isinstance(dtype, type) else numpy_support.as_dtype(dtype)
-        with _lock:
-            return self._allocations.setdefault((caller.f_code.co_filename, caller.f_lineno), np.empty(shape, dtype))
-
-    kernelapi.FakeCUDAShared.array = _shared_array
 
 
 class OnDevice:

@@ -57,8 +57,6 @@ def test_ops_in_the_simulator():
 MODEL = """
 import sys
 import numpy as np
-sys.path.insert(0, "tests")
-import backends
 import pydsa
 path, attention, kv_type = sys.argv[1:]
 ids = np.random.default_rng(0).integers(0, 300, 7).tolist()

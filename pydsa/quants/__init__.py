@@ -12,6 +12,7 @@ FAMILIES = {
     "IQ4_NL": "tables", "IQ4_XS": "tables", "MXFP4": "tables",
 }
 SUPPORTED = tuple(FAMILIES)
+LARGEST = 32512     # of 16 bits in two signed bytes, 256 high + low: 127 * 256, as one more would carry into a high byte of 128
 FLOAT_ROWS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}      # how cache rows are stored -> the GGUF type
 WHOLE_ROWS = {"i8": 1, "i16": 2}        # -> bytes of a number; behind them a float32 for each part of a row (whole_rows.py)
 KV_TYPES = {name: name for name in FLOAT_ROWS} | {"i16": "i16", "q8_0": "i8"}       # --kv-type, --index-type -> how rows are stored

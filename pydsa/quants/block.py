@@ -17,7 +17,6 @@ from pydsa.simd import (FEATURES, as_bytes, as_words, dot, dot_add, float_at, fl
 # each 16 (of a chunk of activations: the sums of its numbers). The product of two chunks, w of weights and x of activations, is
 #     sum_j w.scale[j] x.scale[j] (w.words x.words over the j-th 32) - sum_j w.low[j] x.low[j] - sum_i w.low16[i] x.low16[i]
 SCALE, LOW, LOW_16, CHUNK = 512, 544, 576, 640
-LARGEST = 32512     # of 16 bits in two signed bytes, 256 high + low: 127 * 256, as one more would carry into a high byte of 128
 AHEAD = 4096    # bytes that a product asks for ahead of those it reads: more than the hardware's own prefetch does
 
 

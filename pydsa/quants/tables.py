@@ -10,14 +10,13 @@ from pydsa.jit import inline
 from pydsa.lanes import lookup, lower_half, shifted, upper_half
 from pydsa.quants.block import (AHEAD, BY_QUARTERS, CHUNK, SCALE, add_quad, alone, dot_quad, dot_rows, entry, four_blocks, half, half_at,
                                 joined, next_blocks, nibbles, signed_quad, store_quad)
+from pydsa.quants.levels import HALVES, LEVELS
 from pydsa.simd import floats, halves, load_8_floats, load_bytes, prefetch, store, to_floats, u8_at, vector
 
 IQ4_NL = np.dtype([("d", "<u2"), ("qs", "u1", 16)])
 IQ4_XS = np.dtype([("d", "<u2"), ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128)])
 MXFP4 = np.dtype([("e", "u1"), ("qs", "u1", 16)])
 
-LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)     # closer to each other around zero
-HALVES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)      # twice the numbers of four bits, one of which is a fraction's
 AS_LEVELS, AS_HALVES = lookup(LEVELS), lookup(HALVES)
 LEVEL, HALF = np.float32(LEVELS), np.float32(HALVES)
 POWERS = np.ldexp(np.float32(1), np.arange(-128, 128)).astype(np.float32)     # e -> the scale of HALVES, half of 2^(e - 127)

@@ -8,7 +8,8 @@ import numpy as np
 
 from pydsa.jit import WordFunction, inner
 from pydsa.lanes import store_two_bytes, two_bytes
-from pydsa.quants.block import LARGEST, largest_magnitude, round_to_bytes
+from pydsa.quants import LARGEST
+from pydsa.quants.block import largest_magnitude, round_to_bytes
 from pydsa.simd import float_at, floats, load_16_bytes, load_floats, store, to_floats, u8_at
 
 

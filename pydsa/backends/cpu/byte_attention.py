@@ -19,7 +19,8 @@ from pydsa.backends.cpu.split_attention import (MINUS_INFINITY, bring_up_to_date
                                                 not_minus_infinity, place_of_output, set_bias, set_limits, shrink_sums)
 from pydsa.jit import inner
 from pydsa.lanes import high_and_low
-from pydsa.quants.block import LARGEST, float_from_bits
+from pydsa.quants import LARGEST
+from pydsa.quants.block import float_from_bits
 from pydsa.quants.whole_rows import parts
 from pydsa.simd import (I8, constant, f32x16, float_at, floats, i32x16, load_floats, load_words, nearest, pointer, prefetch, store)
 

@@ -13,7 +13,8 @@ from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.backends.cpu.split_indexer import positive
 from pydsa.jit import inner
 from pydsa.lanes import every, store_two_bytes, totals
-from pydsa.quants.block import LARGEST, float_from_bits, largest_magnitude
+from pydsa.quants import LARGEST
+from pydsa.quants.block import float_from_bits, largest_magnitude
 from pydsa.simd import (I8, WORD, f32x16, float_at, i32x16, load_floats, multiply_add,
                         pointer, prefetch, store)
 

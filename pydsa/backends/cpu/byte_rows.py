@@ -12,7 +12,8 @@ from pydsa.backends.cpu.microkernels import turn_over
 from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.jit import call_word_function, inline, inner
 from pydsa.lanes import both_halves, spread
-from pydsa.quants.block import CHUNK, LARGEST, LOW, LOW_16, SCALE
+from pydsa.quants import LARGEST
+from pydsa.quants.block import CHUNK, LOW, LOW_16, SCALE
 from pydsa.simd import (I16, I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i16x32, i32x16, i64_at, largest,
                         load_8_floats, load_floats, load_words, nearest, pointer, prefetch, rounded_words, store)
 

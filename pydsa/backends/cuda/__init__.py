@@ -2,27 +2,25 @@
 
 With NUMBA_ENABLE_CUDASIM=1 the kernels run in Numba's simulator, as Python functions: for tests, without a GPU.
 """
-import importlib.util
+import weakref
 
 import numpy as np
+import psutil
+from numba import cuda
 
+from pydsa.backends.cuda.array import DeviceArray, empty, stream, upload  # noqa: F401
+from pydsa.backends.cuda.attention import dense_attention, masked_attention, sparse_attention  # noqa: F401
+from pydsa.backends.cuda.ceilings import measure_ceilings, product_kind  # noqa: F401
+from pydsa.backends.cuda.device import SIMULATED
+from pydsa.backends.cuda.indexer import indexer_scores, indexer_select, scatter_mask  # noqa: F401
+from pydsa.backends.cuda.launch import Kernel
+from pydsa.backends.cuda.linear import head_linear, linear  # noqa: F401
+from pydsa.backends.cuda.moe import moe_down, moe_gate_up, moe_route  # noqa: F401
+from pydsa.backends.cuda.norm import add, layer_norm, rms_norm, silu_mul  # noqa: F401
+from pydsa.backends.cuda.rope import hadamard, rope, rope_table  # noqa: F401
+from pydsa.backends.cuda.rows import CacheRows, Weight, cache_bytes, cache_rows, cache_write, get_rows, weight  # noqa: F401
+from pydsa.backends.cuda.top_k import top_k  # noqa: F401
 from pydsa.errors import PydsaError
-
-if importlib.util.find_spec("numba_cuda") is None:
-    raise PydsaError("--device cuda needs the package numba-cuda, which is not installed: pip install 'pydsa[cuda]'.")
-
-from pydsa.backends.cuda.array import DeviceArray, empty, stream, upload  # noqa: E402, F401
-from pydsa.backends.cuda.attention import dense_attention, masked_attention, sparse_attention  # noqa: E402, F401
-from pydsa.backends.cuda.ceilings import measure_ceilings, product_kind  # noqa: E402, F401
-from pydsa.backends.cuda.device import SIMULATED  # noqa: E402
-from pydsa.backends.cuda.indexer import indexer_scores, indexer_select, scatter_mask  # noqa: E402, F401
-from pydsa.backends.cuda.launch import Kernel  # noqa: E402
-from pydsa.backends.cuda.linear import head_linear, linear  # noqa: E402, F401
-from pydsa.backends.cuda.moe import moe_down, moe_gate_up, moe_route  # noqa: E402, F401
-from pydsa.backends.cuda.norm import add, layer_norm, rms_norm, silu_mul  # noqa: E402, F401
-from pydsa.backends.cuda.rope import hadamard, rope, rope_table  # noqa: E402, F401
-from pydsa.backends.cuda.rows import CacheRows, Weight, cache_bytes, cache_rows, cache_write, get_rows, weight  # noqa: E402, F401
-from pydsa.backends.cuda.top_k import top_k  # noqa: E402, F401
 
 FLOAT = np.float32
 OLDEST = 8, 0       # compute capability: of A100 and of GeForce 30, the first with the tensor instructions that products.py uses
@@ -32,7 +30,6 @@ def check_device():
     """A clear error where there is no GPU that can run the kernels."""
     if SIMULATED:
         return
-    from numba import cuda
     try:
         device = cuda.get_current_device()
     except Exception as error:      # the driver's errors have no class of their own in common
@@ -48,7 +45,6 @@ def device_name():
     """What the GPU is called."""
     if SIMULATED:
         return "Numba's CUDA simulator"
-    from numba import cuda
     name = cuda.get_current_device().name
     return name.decode() if isinstance(name, bytes) else name
 
@@ -59,7 +55,6 @@ def device_in_words():
     free = f"{free_bytes() / 2**30:.1f} GiB of memory free"
     if SIMULATED:
         return f"{device_name()}, {free}"
-    from numba import cuda
     major, minor = cuda.get_current_device().compute_capability
     return f"{device_name()}, compute capability {major}.{minor}, {free} of {cuda.current_context().get_memory_info().total / 2**30:.1f}"
 
@@ -67,9 +62,7 @@ def device_in_words():
 def free_bytes():
     """Bytes of memory that are free on the device."""
     if SIMULATED:
-        import psutil
         return psutil.virtual_memory().available
-    from numba import cuda
     return cuda.current_context().get_memory_info().free
 
 
@@ -85,8 +78,7 @@ def store(array, values):
 
 def synchronize():
     """Wait for all that was launched."""
-    if not SIMULATED:
-        stream().synchronize()
+    stream().synchronize()
 
 
 def compile_calls(calls, progress=None):
@@ -132,29 +124,34 @@ class Recording:
     """The launches of one step as a CUDA graph: run() makes them one by one at first, then records them, then launches all at once."""
 
     def __init__(self, calls):
-        self._calls, self._runs, self._graph = calls, 0, None
+        self._calls, self._warm, self._graph = calls, False, None
 
     def run(self):
         """Do all calls once more."""
-        if SIMULATED or self._runs == 0:        # the first time scratch memory grows, which cannot be recorded
-            for _, function, args in self._calls:
-                function(*args)
-            self._runs += 1
+        if SIMULATED or not self._warm:         # the first time scratch memory grows, which cannot be recorded
+            self._launch()
+            self._warm = True
             return
         from cuda.bindings import driver
         if self._graph is None:
             self._graph = self._record(driver)
+            weakref.finalize(self, driver.cuGraphExecDestroy, self._graph)
         _checked(driver.cuGraphLaunch(self._graph, int(stream().handle)))
+
+    def _launch(self):
+        for _, function, args in self._calls:
+            function(*args)
 
     def _record(self, driver):
         handle = int(stream().handle)
         _checked(driver.cuStreamBeginCapture(handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
         try:
-            for _, function, args in self._calls:
-                function(*args)
+            self._launch()
         finally:
             graph = _checked(driver.cuStreamEndCapture(handle))
-        return _checked(driver.cuGraphInstantiate(graph, 0))
+        recorded_step = _checked(driver.cuGraphInstantiate(graph, 0))
+        _checked(driver.cuGraphDestroy(graph))
+        return recorded_step
 
 
 def _checked(answer):

@@ -6,6 +6,7 @@ that memory is the host's.
 import functools
 
 import numpy as np
+from numba import cuda
 
 from pydsa.backends.cuda.device import SIMULATED
 from pydsa.errors import OutOfMemoryError
@@ -66,8 +67,6 @@ class DeviceArray:
 
     def get(self):
         """The values as a numpy array."""
-        if SIMULATED:
-            return self._places.copy()
         start, n = self._bytes()
         span = self._memory[start:start + n].copy_to_host(stream=stream())
         stream().synchronize()
@@ -75,31 +74,27 @@ class DeviceArray:
 
     def set(self, values):
         """Copy values here; the array must be contiguous."""
-        values = np.ascontiguousarray(values, self.dtype).reshape(self.shape)
-        if SIMULATED:
-            self._places[...] = values
-            return
+        values = np.ascontiguousarray(values, self.dtype)
         start, n = self._bytes()
         assert n == values.nbytes
         self._memory[start:start + n].copy_to_device(values.reshape(-1).view(np.uint8), stream=stream())
         stream().synchronize()      # the values may be gone when the copy begins
 
-    def fill_bytes(self, value):
-        """Set every byte of a contiguous array."""
+    def clear(self):
+        """Set a contiguous array to zeros."""
         if SIMULATED:
-            self._places.reshape(-1).view(np.uint8)[:] = value
+            self._places[...] = 0
         else:
-            self.numba.gpu_data.memset(value, self.nbytes, stream())
+            self.numba.gpu_data.memset(0, self.nbytes, stream())
 
 
 def _address(memory):
-    return memory.ctypes.data if SIMULATED else memory.device_ctypes_pointer.value
+    return memory.ctypes.data if SIMULATED else memory.device_ctypes_pointer.value       # the simulator's arrays are numpy's
 
 
 @functools.cache
 def stream():
     """The stream of all that is launched or copied; not the default one, which cannot be recorded."""
-    from numba import cuda
     return cuda.stream()
 
 
@@ -113,16 +108,12 @@ class _Places:
 def empty(shape, dtype):
     """An array on the device, without values."""
     n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    if SIMULATED:
-        memory = places = np.empty(max(1, n_bytes), np.uint8)
-    else:
-        memory = _allocate(max(1, n_bytes))
-        places = np.asarray(_Places(_address(memory), max(1, n_bytes)))
-    return DeviceArray(memory, places[:n_bytes].view(dtype).reshape(shape))
+    memory = _allocate(max(1, n_bytes))
+    places = np.asarray(_Places(_address(memory), n_bytes))
+    return DeviceArray(memory, places.view(dtype).reshape(shape))
 
 
 def _allocate(n_bytes):
-    from numba import cuda
     try:
         return cuda.device_array(n_bytes, np.uint8)
     except Exception as error:      # the driver's errors have no class of their own in common
@@ -136,7 +127,7 @@ def zeros(shape, dtype):
     """An array of zeros on the device."""
     array = empty(shape, dtype)
     if array.nbytes:
-        array.fill_bytes(0)
+        array.clear()
     return array
 
 

@@ -7,8 +7,8 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.device import SIMULATED, WARP, exp, four_at, warp_max, warp_sum
-from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.backends.cuda.device import SIMULATED, WARP, device, exp, four_at, warp_max, warp_sum
+from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
 from pydsa.backends.cuda.rows import CACHED
 from pydsa.backends.cuda.tiles import BATCH, DOTS, FOURS, HEADS, KEYS, PRODUCTS, PRODUCTS_OF, STAGE, THREADS, sum_of_slices
 from pydsa.backends.cuda.tiles import WORK as PRODUCT_WORK
@@ -25,10 +25,52 @@ PITCH = HEADS + 4                           # from one key's weights to the next
 WEIGHTS = KEYS * PITCH
 SUMS = 32
 BATCHES = VALUES * VALUE_FOURS // (THREADS * BATCH)
-BLOCKS = 4 if SIMULATED else 264            # that are wanted, two for each of an H100's processors
 HEADS_BITS, WARP_BITS, FOURS_BITS = (n.bit_length() - 1 for n in (HEADS, WARP, VALUE_FOURS))
 JOINED = 8 if SIMULATED else 128            # threads, each for a column
 ZERO, NOTHING = np.float32(0), np.float32(-np.inf)
+
+
+@device
+def weigh(weights, top, total, shrink, thread):
+    """Logits of a tile, [key, head], become weights e^(logit - greatest so far); what is known of each head by then goes on.
+
+    top: greatest logits, total: sums of weights, shrink: what sums made before are to be multiplied by; a warp takes its share of heads.
+    """
+    warp, lane = thread >> WARP_BITS, thread & WARP - 1
+    for i in range(HEADS // WARPS):
+        h = i * WARPS + warp
+        greatest = NOTHING
+        for key in range(lane, KEYS, WARP):
+            greatest = max(greatest, weights[(key & KEYS - 1) * PITCH + h])
+        before = top[h]
+        greatest = max(before, warp_max(greatest))
+        base, added = greatest if greatest > NOTHING else ZERO, ZERO
+        for key in range(lane, KEYS, WARP):
+            weight = exp(weights[(key & KEYS - 1) * PITCH + h] - base)
+            weights[(key & KEYS - 1) * PITCH + h] = weight
+            added += weight
+        added = warp_sum(added)
+        if lane == 0:
+            smaller = exp(before - base)
+            top[h], total[h], shrink[h] = greatest, total[h] * smaller + added, smaller
+
+
+@device
+def add_value(acc, weights, at, work, column):
+    """acc[head, column] += weight times value of one key: four heads' weights at a place, eight columns of the value at another."""
+    w0, w1, w2, w3 = four_at(weights, at)
+    a, b, c, d = four_at(work, column)
+    e, f, g, j = four_at(work, column + HALF)
+    for h in range(4):
+        w = w0 if h == 0 else w1 if h == 1 else w2 if h == 2 else w3
+        acc[8 * h] += w * a
+        acc[8 * h + 1] += w * b
+        acc[8 * h + 2] += w * c
+        acc[8 * h + 3] += w * d
+        acc[8 * h + 4] += w * e
+        acc[8 * h + 5] += w * f
+        acc[8 * h + 6] += w * g
+        acc[8 * h + 7] += w * j
 
 
 def _make_attend(storage):
@@ -39,14 +81,8 @@ def _make_attend(storage):
 
         mode: all keys up to positions[t], the same with mask[t, s] added, or keys indices[t] up to the first that is negative.
         """
-        if SIMULATED:
-            work = cuda.shared.array(WORK, np.float32)
-        else:
-            work = cuda.shared.array(WORK, np.float32, 16)
-        if SIMULATED:
-            weights = cuda.shared.array(WEIGHTS, np.float32)
-        else:
-            weights = cuda.shared.array(WEIGHTS, np.float32, 16)
+        work = cuda.shared.array(WORK, np.float32, 16)
+        weights = cuda.shared.array(WEIGHTS, np.float32, 16)
         key_of = cuda.shared.array(KEYS, np.int64)
         bias = cuda.shared.array(KEYS, np.float32)
         top = cuda.shared.array(HEADS, np.float32)
@@ -56,7 +92,7 @@ def _make_attend(storage):
         fours = cuda.local.array(FOURS, np.float32)
         acc = cuda.local.array(SUMS, np.float32)
         thread, block, n_head, n_v = cuda.threadIdx.x & THREADS - 1, cuda.blockIdx.x & 0x7FFFFFFF, out.shape[1], out.shape[2]
-        warp, lane, hq, cg = thread >> WARP_BITS, thread & WARP - 1, thread & HEADS_BY - 1, thread >> HEADS_BITS - 2
+        hq, cg = thread & HEADS_BY - 1, thread >> HEADS_BITS - 2
         n_groups = (n_head + HEADS - 1) >> HEADS_BITS
         head, split, t = block % n_groups << HEADS_BITS, block // n_groups % n_splits, block // n_groups // n_splits
         column = (cuda.blockIdx.y & 0xFFFF) * COLUMNS
@@ -85,22 +121,7 @@ def _make_attend(storage):
                 added = bias[key]
                 weights[key * PITCH + h] = sum_of_slices(work, product) * scale + added if added != NOTHING else NOTHING
             cuda.syncthreads()
-            for i in range(HEADS // WARPS):
-                h = i * WARPS + warp
-                greatest = NOTHING
-                for key in range(lane, KEYS, WARP):
-                    greatest = max(greatest, weights[(key & KEYS - 1) * PITCH + h])
-                before = top[h]
-                greatest = max(before, warp_max(greatest))
-                base, added = greatest if greatest > NOTHING else ZERO, ZERO
-                for key in range(lane, KEYS, WARP):
-                    weight = exp(weights[(key & KEYS - 1) * PITCH + h] - base)
-                    weights[(key & KEYS - 1) * PITCH + h] = weight
-                    added += weight
-                added = warp_sum(added)
-                if lane == 0:
-                    smaller = exp(before - base)
-                    top[h], total[h], shrink[h] = greatest, total[h] * smaller + added, smaller
+            weigh(weights, top, total, shrink, thread)
             cuda.syncthreads()
             for h in range(4):
                 smaller = shrink[4 * hq + h]
@@ -112,19 +133,7 @@ def _make_attend(storage):
                           i * BATCH * THREADS + thread)
                 cuda.syncthreads()
                 for i in range(min(VALUES, end - start - chunk)):
-                    w0, w1, w2, w3 = four_at(weights, (chunk + i) * PITCH + 4 * hq)
-                    a, b, c, d = four_at(work, i * COLUMNS + 4 * cg)
-                    e, f, g, j = four_at(work, i * COLUMNS + HALF + 4 * cg)
-                    for h in range(4):
-                        w = w0 if h == 0 else w1 if h == 1 else w2 if h == 2 else w3
-                        acc[8 * h] += w * a
-                        acc[8 * h + 1] += w * b
-                        acc[8 * h + 2] += w * c
-                        acc[8 * h + 3] += w * d
-                        acc[8 * h + 4] += w * e
-                        acc[8 * h + 5] += w * f
-                        acc[8 * h + 6] += w * g
-                        acc[8 * h + 7] += w * j
+                    add_value(acc, weights, (chunk + i) * PITCH + 4 * hq, work, i * COLUMNS + 4 * cg)
                 cuda.syncthreads()
         cuda.syncthreads()
         for h in range(4):
@@ -139,9 +148,8 @@ def _make_attend(storage):
                             sums[t, row, split, at] = acc[8 * h + c]
         if n_splits > 1 and column == 0 and thread < HEADS and head + thread < n_head:
             tops[t, head + thread, split], totals[t, head + thread, split] = top[thread], total[thread]
-    attend.__name__ = attend.__qualname__ = f"attend_{storage}"
-    return kernel("f4[:,:,:], f4[:,:,:,:], f4[:,:,:], f4[:,:,:], f4[:,:,:], u1[::1], i8, i4, i4, i8[:], i4[:,:], f4[:,:], i4, i4, f4",
-                  THREADS)(attend)
+    signature = "f4[:,:,:], f4[:,:,:,:], f4[:,:,:], f4[:,:,:], f4[:,:,:], u1[::1], i8, i4, i4, i8[:], i4[:,:], f4[:,:], i4, i4, f4"
+    return kernel(signature, THREADS, f"attend_{storage}")(attend)
 
 
 ATTEND = {storage: _make_attend(storage) for storage in CACHED}

@@ -8,15 +8,14 @@ from typing import NamedTuple
 import numpy as np
 
 from pydsa.backends.cuda.device import bits_float, byte_at, device, four_words_at, half_at, halved_word_at, split_word_at, word_at
+from pydsa.quants.levels import HALVES, LEVELS
 
 NIBBLES, TWO_BITS, ONE_BIT = 0x0F0F0F0F, 0x03030303, 0x01010101
 ZERO = np.float32(0)
 
 
 class Grouped(NamedTuple):
-    """A quantized type: elements and bytes of a block; its group(); whether its halves differ in scale; whether there are offsets."""
-    block: int
-    block_bytes: int
+    """A quantized type: its group(); whether the halves of a group differ in scale; whether there are offsets."""
     group: object
     halves: bool
     offsets: bool
@@ -193,9 +192,7 @@ def _packed(levels):
     return tuple(np.uint64(int.from_bytes(data[i:i + 8], "little")) for i in (0, 8))
 
 
-LEVELS = _packed((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))        # of IQ4_NL and IQ4_XS
-HALVES = _packed((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12))                         # of MXFP4, twice the numbers it has
-LOW_LEVELS, HIGH_LEVELS, LOW_HALVES, HIGH_HALVES = *LEVELS, *HALVES
+LOW_LEVELS, HIGH_LEVELS, LOW_HALVES, HIGH_HALVES = *_packed(LEVELS), *_packed(HALVES)
 
 
 @device
@@ -258,14 +255,14 @@ def group_mxfp4(data, row, g):
 
 
 GROUPED = {
-    "Q4_0": Grouped(32, 18, group_q4_0, False, False), "Q4_1": Grouped(32, 20, group_q4_1, False, True),
-    "Q5_0": Grouped(32, 22, group_q5_0, False, False), "Q5_1": Grouped(32, 24, group_q5_1, False, True),
-    "Q8_0": Grouped(32, 34, group_q8_0, False, False),
-    "Q2_K": Grouped(256, 84, group_q2_k, True, True), "Q3_K": Grouped(256, 110, group_q3_k, True, False),
-    "Q4_K": Grouped(256, 144, group_q4_k, False, True), "Q5_K": Grouped(256, 176, group_q5_k, False, True),
-    "Q6_K": Grouped(256, 210, group_q6_k, True, False),
-    "IQ4_NL": Grouped(32, 18, group_iq4_nl, False, False), "IQ4_XS": Grouped(256, 136, group_iq4_xs, False, False),
-    "MXFP4": Grouped(32, 17, group_mxfp4, False, False),
+    "Q4_0": Grouped(group_q4_0, False, False), "Q4_1": Grouped(group_q4_1, False, True),
+    "Q5_0": Grouped(group_q5_0, False, False), "Q5_1": Grouped(group_q5_1, False, True),
+    "Q8_0": Grouped(group_q8_0, False, False),
+    "Q2_K": Grouped(group_q2_k, True, True), "Q3_K": Grouped(group_q3_k, True, False),
+    "Q4_K": Grouped(group_q4_k, False, True), "Q5_K": Grouped(group_q5_k, False, True),
+    "Q6_K": Grouped(group_q6_k, True, False),
+    "IQ4_NL": Grouped(group_iq4_nl, False, False), "IQ4_XS": Grouped(group_iq4_xs, False, False),
+    "MXFP4": Grouped(group_mxfp4, False, False),
 }
 
 
@@ -284,5 +281,5 @@ def value_bf16(data, row, i):
     return bits_float(np.uint32((byte_at(data, row + 2 * i) | byte_at(data, row + 2 * i + 1) << 8) << 16))
 
 
-# type -> value(data, row, i), the i-th number of a row that begins at `row`; and the bytes of a number
-FLOATS = {"F32": (value_f32, 4), "F16": (value_f16, 2), "BF16": (value_bf16, 2)}
+# type -> value(data, row, i), the i-th number of a row that begins at `row`
+FLOATS = {"F32": value_f32, "F16": value_f16, "BF16": value_bf16}

@@ -7,10 +7,10 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.device import MMA_WARP, SIMULATED, WARP, bits_float, mma_s8, warp_max, word_at
-from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.backends.cuda.device import MMA_WARP, SIMULATED, WARP, bits_float, mma_s8, nearest, two_words, warp_max, word_at
+from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
+from pydsa.quants import LARGEST
 
-LARGEST = 32512
 WIDTH = 128                             # numbers of a key, which stays in registers, at most
 STEPS = WIDTH // 32                     # of 32 numbers, that one instruction multiplies
 WARPS = 1 if SIMULATED else 8           # of a block
@@ -22,7 +22,6 @@ TILE_WORDS = 8 * WIDTH // 2             # of a tile's queries: words of four byt
 QUERY_WORDS, HEADS = HEAD_TILES * TILE_WORDS, 8 * HEAD_TILES
 KEY_WORDS, STEP_WORDS, SUMS = 8 * STEPS, 4 * STEPS, 4 * KEYS
 KEYS_BITS = KEYS.bit_length() - 1
-BLOCKS = 4 if SIMULATED else 264        # that are wanted, two for each of an H100's processors
 ZERO, NOTHING = np.float32(0), np.float32(-np.inf)
 
 
@@ -53,14 +52,12 @@ def round_queries(queries, weights, q, w):
     if lane == 0:
         weights[t, h] = (w[t, h] * (top / np.float32(LARGEST)) if known else np.float32(np.nan)) if h < n_head else ZERO
     for word in range(lane, WIDTH // 4, WARP):
-        highs, lows = 0, 0
-        for i in range(4):
-            if h < n_head and 4 * word + i < width and known:
-                whole = int(round(q[t, h, 4 * word + i] * factor))
-                highs |= ((whole + 128) >> 8 & 255) << (8 * i)
-                lows |= (whole & 255) << (8 * i)
+        i = 4 * word
+        there = h < n_head and i < width
+        a, b, c, e = (nearest(q[t, h, i], factor), nearest(q[t, h, i + 1], factor), nearest(q[t, h, i + 2], factor),
+                      nearest(q[t, h, i + 3], factor)) if there else (0, 0, 0, 0)
         at = h // 8 * TILE_WORDS + word // 8 * 128 + word % 8 // 4 * 32 + h % 8 * 4 + word % 4
-        queries[t, at], queries[t, at + 64] = np.uint32(highs), np.uint32(lows)
+        queries[t, at], queries[t, at + 64] = two_words(a, b, c, e)
 
 
 def rounded_queries(q, w):

@@ -24,7 +24,7 @@ class Ceilings(NamedTuple):
 @kernel("u8[::1], u8[::1]", THREADS)
 def copy_words(out, x):
     """out = x, eight bytes a thread at a time"""
-    for i in range(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x, x.size, cuda.gridDim.x * cuda.blockDim.x):
+    for i in range(cuda.grid(1), x.size, cuda.gridsize(1)):
         out[i] = x[i]
 
 
@@ -46,7 +46,7 @@ def tile_products(out, repeats):
     p, q, r, s = zero, zero, zero, zero
     for _ in range(repeats):
         p, q, r, s = four_more(a, b, p, q, r, s)
-    out[cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x] = p[0] + q[1] + r[2] + s[3]
+    out[cuda.grid(1)] = p[0] + q[1] + r[2] + s[3]
 
 
 @kernel("i4[::1], i4", THREADS)
@@ -56,7 +56,7 @@ def byte_dots(out, repeats):
     c, e, f, g = np.int32(0), np.int32(1), np.int32(2), np.int32(3)
     for _ in range(repeats):
         c, e, f, g = dp4a(a, b, c), dp4a(a, b, e), dp4a(a, b, f), dp4a(a, b, g)
-    out[cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x] = c + e + f + g
+    out[cuda.grid(1)] = c + e + f + g
 
 
 @kernel("f4[::1], i4", THREADS)
@@ -66,7 +66,7 @@ def float_products(out, repeats):
     c, e, f, g = np.float32(0), np.float32(1), np.float32(2), np.float32(3)
     for _ in range(repeats):
         c, e, f, g = a * c + b, a * e + b, a * f + b, a * g + b
-    out[cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x] = c + e + f + g
+    out[cuda.grid(1)] = c + e + f + g
 
 
 # kind of product -> kernel, dtype of its output, repetitions, operations of a thread in each; numbers of 16 bits take two products of bytes

@@ -3,16 +3,37 @@
 Each function stands here twice. With NUMBA_ENABLE_CUDASIM=1 kernels are Python functions, a Python thread for each CUDA thread, one block
 after the other; what a warp does together then goes through memory of this module, and all threads of the block must come here.
 """
+import importlib.util
 import os
+import sys
 import threading
 
 import numpy as np
+
+from pydsa.errors import PydsaError
+
+if importlib.util.find_spec("numba_cuda") is None:
+    raise PydsaError("--device cuda needs the package numba-cuda, which is not installed: pip install 'pydsa[cuda]'.")
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
 WARP = 4 if SIMULATED else 32       # lanes that reduce together; the simulator is slow
 MMA_WARP = 32                       # lanes that share a tile of mma_s8, in the simulator too
 
 if SIMULATED:
+    from numba.cuda.np import numpy_support
+    from numba.cuda.simulator import kernelapi
+
+    sys.setswitchinterval(1e-5)     # its threads wait for each other all the time
+    _lock = threading.Lock()
+
+    def _shared_array(self, shape, dtype, alignment=None):
+        """As the simulator's own, but two threads that come first at the same time get the same array, and alignment is no error."""
+        caller, dtype = sys._getframe(1), dtype if isinstance(dtype, type) else numpy_support.as_dtype(dtype)
+        with _lock:
+            return self._allocations.setdefault((caller.f_code.co_filename, caller.f_lineno), np.empty(shape, dtype))
+
+    kernelapi.FakeCUDAShared.array = _shared_array
+
     _values = np.zeros(1024, np.float32)
     _counts = np.zeros(1024, np.int64)
     _operands = np.zeros((1024, 6), np.uint32)
@@ -56,11 +77,6 @@ if SIMULATED:
     def bits_float(bits):
         """The float32 whose bits these are."""
         return np.array(bits & 0xFFFFFFFF, np.uint32).view(np.float32)[()]
-
-    def signed(word):
-        """A uint32's bits as int32."""
-        word = int(word) & 0xFFFFFFFF
-        return word - (1 << 32) if word >> 31 else word
 
     def _signed_bytes(word):
         return np.array([word], np.uint32).view(np.int8).astype(int)
@@ -205,7 +221,6 @@ else:
         return cast
 
     float_bits, bits_float = _bitcast(types.float32, types.uint32), _bitcast(types.uint32, types.float32)
-    signed = _bitcast(types.uint32, types.int32)
 
     def _assembly(builder, result, text, constraints, args):
         function = ir.FunctionType(result, [a.type for a in args])
@@ -267,3 +282,16 @@ def block_sum(x, parts, thread, n_threads):
         total += parts[i]
     sync()
     return total
+
+
+@device
+def nearest(x, factor):
+    """The whole number nearest to x times a factor, halves to even; 0 if the factor is, whatever x is."""
+    return int(round(x * factor)) if factor > 0 else 0
+
+
+@device
+def two_words(a, b, c, d):
+    """Four whole numbers of 16 bits, 256 high + low, as a word of their high signed bytes and one of their low ones."""
+    return (np.uint32((a + 128 >> 8 & 255) | (b + 128 >> 8 & 255) << 8 | (c + 128 >> 8 & 255) << 16 | (d + 128 >> 8 & 255) << 24),
+            np.uint32((a & 255) | (b & 255) << 8 | (c & 255) << 16 | (d & 255) << 24))

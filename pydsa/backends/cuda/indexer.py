@@ -4,8 +4,7 @@ from numba import cuda
 
 from pydsa.backends.cuda import byte_indexer
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.device import SIMULATED
-from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
 from pydsa.backends.cuda.rows import CACHED
 from pydsa.backends.cuda.tiles import DOTS, FOURS, HEADS, KEYS, PRODUCTS, PRODUCTS_OF, THREADS, WORK, sum_of_slices
 from pydsa.backends.cuda.top_k import choose
@@ -14,7 +13,6 @@ TOGETHER = 32           # tokens whose rows of scores exist at a time
 PITCH = HEADS + 1
 WEIGHED = KEYS * PITCH
 HEADS_BITS, KEYS_BITS = HEADS.bit_length() - 1, KEYS.bit_length() - 1
-BLOCKS = 4 if SIMULATED else 264        # that are wanted, two for each of an H100's processors
 ZERO, NOTHING = np.float32(0), np.float32(-np.inf)
 
 
@@ -26,10 +24,7 @@ def _make_scores(storage):
 
         A block has one token and every so manieth tile of keys; a tile passes by HEADS heads at a time (tiles.py).
         """
-        if SIMULATED:
-            work = cuda.shared.array(WORK, np.float32)
-        else:
-            work = cuda.shared.array(WORK, np.float32, 16)
+        work = cuda.shared.array(WORK, np.float32, 16)
         weighed = cuda.shared.array(WEIGHED, np.float32)
         key_of = cuda.shared.array(KEYS, np.int64)
         dots = cuda.local.array(DOTS, np.float32)
@@ -63,8 +58,7 @@ def _make_scores(storage):
                     out[row, s] = total * scale
                 elif fill and s < out.shape[1]:
                     out[row, s] = NOTHING
-    scores.__name__ = scores.__qualname__ = f"scores_{storage}"
-    return kernel("f4[:,:], f4[:,:,:], f4[:,:], u1[::1], i8, i4, i4, i8[:], i4, f4, b1", THREADS)(scores)
+    return kernel("f4[:,:], f4[:,:,:], f4[:,:], u1[::1], i8, i4, i4, i8[:], i4, f4, b1", THREADS, f"scores_{storage}")(scores)
 
 
 SCORES = {storage: _make_scores(storage) for storage in CACHED}

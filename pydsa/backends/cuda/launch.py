@@ -1,9 +1,12 @@
 """Kernels and how they are launched: one signature each, compiled when it is first needed, everything on one stream."""
 import functools
 
+from numba import cuda
+
 from pydsa.backends.cuda.array import DeviceArray, stream
 from pydsa.backends.cuda.device import SIMULATED
 
+BLOCKS = 4 if SIMULATED else 264        # that are wanted where work is divided freely, two for each of an H100's processors
 KERNELS = {}        # name -> Kernel: all that there are, for the tests that compile them without a GPU
 
 
@@ -21,7 +24,6 @@ class Kernel:
     @functools.cached_property
     def compiled(self):
         """The function for this GPU."""
-        from numba import cuda
         return cuda.jit(self.function) if SIMULATED else cuda.jit(self.signature)(self.function)
 
     def __call__(self, grid, *args):
@@ -30,9 +32,12 @@ class Kernel:
             compiled[grid, self.threads, stream()](*(a.numba if isinstance(a, DeviceArray) else a for a in args))
 
 
-def kernel(signature, threads):
-    """Make a Kernel of a function: its signature as numba writes it, threads a block."""
-    return lambda function: Kernel(function, f"void({signature})", threads)
+def kernel(signature, threads, name=None):
+    """Make a Kernel of a function: its signature as numba writes it, threads a block; a name, if several are made of one function."""
+    def make(function):
+        function.__name__ = function.__qualname__ = name or function.__name__
+        return Kernel(function, f"void({signature})", threads)
+    return make
 
 
 def blocks_for(n, per_block):

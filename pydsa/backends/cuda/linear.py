@@ -4,8 +4,7 @@ import functools
 import numpy as np
 
 from pydsa.backends.cuda.array import upload
-from pydsa.backends.cuda.blocks import GROUPED
-from pydsa.backends.cuda.products import MANY_TOKENS, Tiles, multiply, multiply_one
+from pydsa.backends.cuda.products import MANY_TOKENS, Tiles, multiply, prepared
 
 
 @functools.cache
@@ -29,21 +28,14 @@ def _tiles(n_tokens, n_head):
     starts = range(0, n_tokens, MANY_TOKENS)
     tiles = [(h, h * n_tokens + t, h * n_tokens + min(t + MANY_TOKENS, n_tokens)) for h in range(n_head) for t in starts]
     order = np.arange(n_tokens * n_head, dtype=np.int32).reshape(n_tokens, n_head).T
-    return Tiles(*(upload(column.copy()) for column in np.array(tiles, np.int32).T), upload(order.reshape(-1)), 1)
+    return Tiles(*(upload(column.copy()) for column in np.array(tiles, np.int32).T), upload(order.reshape(-1)), 1, n_tokens == 1)
 
 
 def linear(out, w, x):
     """out = x w^T"""
-    if w.type in GROUPED and x.shape[0] == 1:
-        multiply_one(out, w, numbers(1), 0, x)
-    else:
-        multiply(out, w, x, head_tiles(x.shape[0], 1))
+    multiply(out, w, prepared(w, x), head_tiles(x.shape[0], 1))
 
 
 def head_linear(out, w, x):
     """One matrix per head: out[t, h] = w[h] x[t, h]"""
-    n_tokens, n_head, _ = x.shape
-    if w.type in GROUPED and n_tokens == 1:
-        multiply_one(out.rows, w, numbers(n_head), 1, x.rows)
-    else:
-        multiply(out, w, x, head_tiles(n_tokens, n_head))
+    multiply(out, w, prepared(w, x), head_tiles(*x.shape[:2]))

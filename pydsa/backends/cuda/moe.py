@@ -3,12 +3,12 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.blocks import GROUPED
+from pydsa.backends.cuda.blocks import FLOATS
 from pydsa.backends.cuda.device import SIMULATED, WARP, device, exp, warp_max, warp_sum
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.backends.cuda.linear import numbers
 from pydsa.backends.cuda.norm import silu_mul
-from pydsa.backends.cuda.products import MANY_TOKENS, Tiles, multiply, multiply_one
+from pydsa.backends.cuda.products import MANY_TOKENS, Tiles, multiply, prepared
 
 MOST = 1024             # experts, as models/deepseek2.py allows
 STARTS = MOST + 1
@@ -131,7 +131,7 @@ def group_by_expert(tile_matrix, tile_first, tile_end, order, ids, n_expert):
 @kernel("f4[:,:], f4[:,:], f4[:,:]", THREADS)
 def combine(out, parts, weights):
     """out[t] = sum_i weights[t, i] parts[t * used + i], in the order of the slots"""
-    t, i, used = cuda.blockIdx.y, cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x, weights.shape[1]
+    t, i, used = cuda.blockIdx.y, cuda.grid(1), weights.shape[1]
     if i < out.shape[1]:
         total = np.float32(0)
         for slot in range(used):
@@ -144,43 +144,31 @@ def moe_route(ids, weights, logits, bias, gating, n_group, n_group_used, norm, s
     route_tokens(ids.shape[0], ids, weights, logits, bias, gating, n_group, n_group_used, norm, scale)
 
 
-def expert_tiles(ids, n_expert, x_div):
+def pair_tiles(ids, n_expert, x_div):
     """Tiles that multiply each pair of a token and a slot with its expert's matrix."""
     n_pairs = ids.size
+    if ids.shape[0] == 1:       # its experts are all different: a tile for each slot
+        n = numbers(n_pairs + 1)
+        return Tiles(ids.flat, n[:-1], n[1:], n[:-1], x_div, True)
     n_tiles = blocks_for(n_pairs, MANY_TOKENS) + min(n_expert, n_pairs)
     tiles = [scratch(f"tile {name}", (n,), np.int32) for name, n in (("matrix", n_tiles), ("first", n_tiles), ("end", n_tiles),
                                                                      ("order", n_pairs))]
     group_by_expert(1, *tiles, ids.flat, n_expert)
-    return Tiles(*tiles, x_div)
-
-
-def expert_products(out, w, x, ids, x_div):
-    """out[pair] = the pair's expert times row pair // x_div of x; out and x have two dimensions."""
-    if w.type in GROUPED and ids.shape[0] == 1:
-        multiply_one(out, w, ids.flat, 1 if x_div == 1 else 0, x)
-    elif w.type not in GROUPED and ids.shape[0] == 1:
-        multiply(out, w, x, one_token_tiles(ids, x_div))
-    else:
-        multiply(out, w, x, expert_tiles(ids, w.shape[0], x_div))
-
-
-def one_token_tiles(ids, x_div):
-    """Tiles of one token, whose experts are all different: one a slot."""
-    n = numbers(ids.size + 1)
-    return Tiles(ids.flat, n[:-1], n[1:], n[:-1], x_div)
+    return Tiles(*tiles, x_div, False)
 
 
 def moe_gate_up(out, x, ids, gate, up):
     """out[t, i] = silu(gate_e x[t]) * up_e x[t] with e = ids[t, i]"""
-    hidden = out.rows
+    hidden, tiles = out.rows, pair_tiles(ids, gate.shape[0], ids.shape[1])
     ups = scratch("ups", hidden.shape, np.float32)
-    expert_products(hidden, gate, x, ids, ids.shape[1])
-    expert_products(ups, up, x, ids, ids.shape[1])
+    ready = prepared(gate, x)
+    multiply(hidden, gate, ready, tiles)
+    multiply(ups, up, ready if (gate.type in FLOATS) == (up.type in FLOATS) else prepared(up, x), tiles)
     silu_mul(hidden, hidden, ups)
 
 
 def moe_down(out, hidden, ids, weights, down):
     """out[t] = sum_i weights[t, i] down_e hidden[t, i] with e = ids[t, i]"""
     parts = scratch("parts", (ids.size, out.shape[1]), np.float32)
-    expert_products(parts, down, hidden.rows, ids, 1)
+    multiply(parts, down, prepared(down, hidden), pair_tiles(ids, down.shape[0], 1))
     combine((blocks_for(out.shape[1], THREADS), out.shape[0]), out, parts, weights)

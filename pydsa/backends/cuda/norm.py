@@ -43,7 +43,7 @@ def layer_norm_rows(out, x, w, b, eps):
 @kernel("f4[:,:], f4[:,:], f4[:,:]", THREADS)
 def silu_mul_rows(out, gate, up):
     """out = gate sigmoid(gate) up"""
-    t, i = cuda.blockIdx.y, cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    t, i = cuda.blockIdx.y, cuda.grid(1)
     if i < out.shape[1]:
         out[t, i] = gate[t, i] / (np.float32(1) + exp(-gate[t, i])) * up[t, i]
 
@@ -51,7 +51,7 @@ def silu_mul_rows(out, gate, up):
 @kernel("f4[:,:], f4[:,:], f4[:,:]", THREADS)
 def add_rows(out, x, y):
     """out = x + y"""
-    t, i = cuda.blockIdx.y, cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    t, i = cuda.blockIdx.y, cuda.grid(1)
     if i < out.shape[1]:
         out[t, i] = x[t, i] + y[t, i]
 

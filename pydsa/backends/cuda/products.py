@@ -10,10 +10,10 @@ from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.blocks import FLOATS, GROUPED
-from pydsa.backends.cuda.device import MMA_WARP, SIMULATED, WARP, device, dp4a, four_of, mma_s8, warp_sum
+from pydsa.backends.cuda.device import MMA_WARP, SIMULATED, WARP, device, dp4a, four_of, mma_s8, nearest, two_words, warp_sum
 from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.quants import LARGEST
 
-LARGEST = 32512
 WARPS = 1 if SIMULATED else 4           # of a block
 N_TILES = 1 if SIMULATED else 8         # tiles of eight tokens that a warp multiplies with its sixteen rows
 STAGE = 2                               # groups of 32 that are in shared memory at a time
@@ -48,21 +48,22 @@ def round_rows(high, low, scales, sums, x):
     for half in range(2):
         total = 0
         for word in range(4 * half, 4 * half + 4):
-            highs, lows = 0, 0
-            for i in range(4):
-                whole = int(round(x[t, 32 * g + 4 * word + i] * factor)) if scale < np.float32(np.inf) else 0
-                total += whole
-                highs |= ((whole + 128) >> 8 & 255) << (8 * i)
-                lows |= (whole & 255) << (8 * i)
-            high[t, 8 * g + word], low[t, 8 * g + word] = np.uint32(highs), np.uint32(lows)
+            i = 32 * g + 4 * word
+            a, b, c, e = (nearest(x[t, i], factor), nearest(x[t, i + 1], factor), nearest(x[t, i + 2], factor),
+                          nearest(x[t, i + 3], factor))
+            high[t, 8 * g + word], low[t, 8 * g + word] = two_words(a, b, c, e)
+            total += a + b + c + e
         sums[t, 2 * g + half] = scale * np.float32(total)
 
 
-def rounded(x, name="x"):
-    """Rows of activations [N, n], views of any strides, as bytes in scratch memory of a name."""
+def prepared(w, x):
+    """Activations, a view of any strides, as rows that meet w: Rounded, in scratch memory, or for unquantized weights as they are."""
+    x = x.rows
+    if w.type in FLOATS:
+        return x
     n_rows, n = x.shape
-    r = Rounded(scratch(f"{name} high", (n_rows, n // 4), np.uint32), scratch(f"{name} low", (n_rows, n // 4), np.uint32),
-                scratch(f"{name} scales", (n_rows, n // 32), np.float32), scratch(f"{name} sums", (n_rows, n // 16), np.float32))
+    r = Rounded(scratch("x high", (n_rows, n // 4), np.uint32), scratch("x low", (n_rows, n // 4), np.uint32),
+                scratch("x scales", (n_rows, n // 32), np.float32), scratch("x sums", (n_rows, n // 16), np.float32))
     round_rows((n_rows, blocks_for(n // 32, 128)), *r, x)       # rows can be more than the 65,535 that y allows
     return r
 
@@ -95,27 +96,23 @@ def _make_dot(entry):
 DOTS = {name: _make_dot(entry) for name, entry in GROUPED.items()}
 
 
-def _named(prefix, name, function):
-    function.__name__ = function.__qualname__ = f"{prefix}_{name.lower()}"
-    return function
-
-
 def _make_one(name):
     dot = DOTS[name]
 
-    def one(out, w, row_bytes, ids, x_step, high, low, scales, sums):
-        """out[y] = matrix ids[y] times the x_step * y-th row of activations; a warp makes one number of it."""
+    def one(out, w, row_bytes, ids, x_div, high, low, scales, sums):
+        """out[y] = matrix ids[y] times the y // x_div-th row of activations; a warp makes one number of it."""
         y, lane = cuda.blockIdx.y, cuda.threadIdx.x % WARP
+        x_row = y // x_div
         row = cuda.blockIdx.x * WARPS + cuda.threadIdx.x // WARP
         total = np.float32(0)
         if row < out.shape[1]:
             at = (ids[y] * np.int64(out.shape[1]) + row) * row_bytes
             for g in range(lane, scales.shape[1], WARP):
-                total += dot(w, at, g, high, low, 8 * scales.shape[1] * x_step * y, scales, sums, x_step * y)
+                total += dot(w, at, g, high, low, 8 * scales.shape[1] * x_row, scales, sums, x_row)
         total = warp_sum(total)
         if row < out.shape[1] and lane == 0:
             out[y, row] = total
-    return kernel("f4[:,:], u1[::1], i8, i4[:], i4, u4[::1], u4[::1], f4[:,:], f4[:,:]", WARPS * WARP)(_named("one", name, one))
+    return kernel("f4[:,:], u1[::1], i8, i4[:], i4, u4[::1], u4[::1], f4[:,:], f4[:,:]", WARPS * WARP, f"one_{name.lower()}")(one)
 
 
 def _make_many(name):
@@ -207,11 +204,11 @@ def _make_many(name):
                 if t < end and row < n_out:
                     out[order[t], row] = acc[4 * tile + i]
     signature = "f4[:,:], u1[::1], i8, i4[:], i4[:], i4[:], i4[:], i4, u4[:,:], u4[:,:], f4[:,:], f4[:,:]"
-    return kernel(signature, WARPS * MMA_WARP)(_named("many", name, many))
+    return kernel(signature, WARPS * MMA_WARP, f"many_{name.lower()}")(many)
 
 
 def _make_floats(name):
-    value_at = FLOATS[name][0]
+    value_at = FLOATS[name]
 
     def of_floats(out, w, row_bytes, tile_matrix, tile_first, tile_end, order, x_div, x):
         """The same with unquantized weights and activations as they are; a warp multiplies one row with four tokens."""
@@ -239,19 +236,13 @@ def _make_floats(name):
                     out[order[t + 2], row] = s2
                 if t + 3 < end:
                     out[order[t + 3], row] = s3
-    return kernel("f4[:,:], u1[::1], i8, i4[:], i4[:], i4[:], i4[:], i4, f4[:,:]", WARPS * WARP)(_named("floats", name, of_floats))
+    signature = "f4[:,:], u1[::1], i8, i4[:], i4[:], i4[:], i4[:], i4, f4[:,:]"
+    return kernel(signature, WARPS * WARP, f"floats_{name.lower()}")(of_floats)
 
 
 ONE = {name: _make_one(name) for name in GROUPED}
 MANY = {name: _make_many(name) for name in GROUPED}
 OF_FLOATS = {name: _make_floats(name) for name in FLOATS}
-
-
-def multiply_one(out, w, ids, x_step, x):
-    """out[y] = matrix ids[y] of w times row x_step * y of x, quantized weights; out and x are [N, n], views of any strides."""
-    r = rounded(x)
-    ONE[w.type]((blocks_for(out.shape[1], WARPS), out.shape[0]), out, w.data, w.row_bytes, ids, x_step, r.high.flat, r.low.flat, r.scales,
-                r.sums)
 
 
 class Tiles(NamedTuple):
@@ -261,12 +252,16 @@ class Tiles(NamedTuple):
     end: object
     order: object
     x_div: int      # a row of activations serves so many rows of `order`, one after the other
+    single: bool    # each tile has one row, and `order` is 0, 1, 2, ...: one token
 
 
 def multiply(out, w, x, tiles):
-    """out[i] = a matrix of w times row i // x_div of x, for all tiles; out and x are [N, n], views of any strides."""
-    out, x = out.rows, x.rows
+    """out[i] = a matrix of w times row i // x_div of what prepared(w, ...) gave, for all tiles; out is a view of any strides."""
+    out = out.rows
     if w.type in FLOATS:
-        OF_FLOATS[w.type]((blocks_for(out.shape[1], WARPS), tiles.matrix.size), out, w.data, w.row_bytes, *tiles, x)
+        OF_FLOATS[w.type]((blocks_for(out.shape[1], WARPS), tiles.matrix.size), out, w.data, w.row_bytes, *tiles[:-1], x)
+    elif tiles.single:
+        ONE[w.type]((blocks_for(out.shape[1], WARPS), tiles.matrix.size), out, w.data, w.row_bytes, tiles.matrix, tiles.x_div,
+                    x.high.flat, x.low.flat, x.scales, x.sums)
     else:
-        MANY[w.type]((blocks_for(out.shape[1], MANY_ROWS), tiles.matrix.size), out, w.data, w.row_bytes, *tiles, *rounded(x))
+        MANY[w.type]((blocks_for(out.shape[1], MANY_ROWS), tiles.matrix.size), out, w.data, w.row_bytes, *tiles[:-1], *x)

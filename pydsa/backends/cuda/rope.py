@@ -14,7 +14,7 @@ WIDEST = 4096       # values of a row that Hadamard's rotation takes, as models/
 @kernel("f4[:,:,:], i8[:], f8[:], f8", THREADS)
 def rope_angles(out, positions, freqs, magnitude):
     """Cosines and sines of position * frequency, times YaRN's magnitude; in float64, since a position can be a million."""
-    t, i = cuda.blockIdx.y, cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    t, i = cuda.blockIdx.y, cuda.grid(1)
     if i < freqs.size:
         angle = positions[t] * freqs[i]
         out[t, 0, i], out[t, 1, i] = np.float32(math.cos(angle) * magnitude), np.float32(math.sin(angle) * magnitude)
@@ -23,7 +23,7 @@ def rope_angles(out, positions, freqs, magnitude):
 @kernel("f4[:,:,:], f4[:,:,:], f4[:,:,:], b1", THREADS)
 def rope_pairs(out, x, table, neox):
     """A thread turns one pair: (2i, 2i+1), or for neox (i, i + n_rot/2)."""
-    t, pair, half = cuda.blockIdx.y, cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x, x.shape[2] // 2
+    t, pair, half = cuda.blockIdx.y, cuda.grid(1), x.shape[2] // 2
     if pair < x.shape[1] * half:
         h, i = pair // half, pair % half
         first, second = (i, i + half) if neox else (2 * i, 2 * i + 1)

@@ -8,7 +8,7 @@ from numba import cuda
 from pydsa import quants
 from pydsa.backends.cuda.array import empty, upload, zeros
 from pydsa.backends.cuda.blocks import FLOATS, GROUPED, value_bf16, value_f16, value_f32
-from pydsa.backends.cuda.device import bits_float, byte_at, device, float_bits, split_word_at, to_half
+from pydsa.backends.cuda.device import bits_float, byte_at, device, float_bits, nearest, split_word_at, to_half
 from pydsa.backends.cuda.launch import blocks_for, kernel
 
 THREADS = 128
@@ -54,9 +54,8 @@ def cache_bytes(rows):
 def _make_get_rows(name, group):
     def get_rows(out, w, row_bytes, ids):
         """out[t] = row ids[t]; a thread unpacks 32 numbers."""
-        t, n_groups = cuda.blockIdx.y, out.shape[1] // 32
-        g = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
-        if g < n_groups:
+        t, g = cuda.blockIdx.y, cuda.grid(1)
+        if g < out.shape[1] // 32:
             a, b, c, e, f, h, i, j, d, d1, m, m1 = group(w, ids[t] * np.int64(row_bytes), g)
             words = (a, b, c, e, f, h, i, j)
             for k in range(8):
@@ -65,22 +64,19 @@ def _make_get_rows(name, group):
                 for byte in range(4):
                     value = np.int32(word >> (8 * byte) & 255)
                     out[t, 32 * g + 4 * k + byte] = scale * np.float32(value - ((value & 128) << 1)) - low
-    get_rows.__name__ = get_rows.__qualname__ = f"get_rows_{name}"
-    return kernel("f4[:,:], u1[::1], i8, i4[:]", THREADS)(get_rows)
+    return kernel("f4[:,:], u1[::1], i8, i4[:]", THREADS, f"get_rows_{name}")(get_rows)
 
 
 def _make_get_float_rows(name, value_at):
     def get_rows(out, w, row_bytes, ids):
-        t = cuda.blockIdx.y
-        i = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+        t, i = cuda.blockIdx.y, cuda.grid(1)
         if i < out.shape[1]:
             out[t, i] = value_at(w, ids[t] * np.int64(row_bytes), i)
-    get_rows.__name__ = get_rows.__qualname__ = f"get_rows_{name}"
-    return kernel("f4[:,:], u1[::1], i8, i4[:]", THREADS)(get_rows)
+    return kernel("f4[:,:], u1[::1], i8, i4[:]", THREADS, f"get_rows_{name}")(get_rows)
 
 
 GET_ROWS = {name: _make_get_rows(name.lower(), entry.group) for name, entry in GROUPED.items()}
-GET_ROWS |= {name: _make_get_float_rows(name.lower(), value_at) for name, (value_at, _) in FLOATS.items()}
+GET_ROWS |= {name: _make_get_float_rows(name.lower(), value_at) for name, value_at in FLOATS.items()}
 
 
 def get_rows(out, w, ids):
@@ -131,31 +127,25 @@ def store_bits(data, at, bits, n):
         data[at + i] = bits >> (8 * i) & 255
 
 
-@kernel("u1[:,:], f4[:,:], i8[:]", THREADS)
-def write_f32(cache, x, positions):
-    """A thread writes one number; a block in y is one row. So do the next two."""
-    t, i = cuda.blockIdx.y, cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
-    if i < x.shape[1]:
-        store_bits(cache[positions[t]], 4 * i, float_bits(x[t, i]), 4)
+@device
+def to_bf16(x):
+    """float32 -> the upper half of its bits, rounded to nearest even; NaN stays NaN."""
+    bits = float_bits(x)
+    if bits & 0x7FFFFFFF > 0x7F800000:
+        return bits >> 16 | 64
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
 
 
-@kernel("u1[:,:], f4[:,:], i8[:]", THREADS)
-def write_f16(cache, x, positions):
-    t, i = cuda.blockIdx.y, cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
-    if i < x.shape[1]:
-        store_bits(cache[positions[t]], 2 * i, to_half(x[t, i]), 2)
+def _make_write(storage, to_bits, n_bytes):
+    def write(cache, x, positions):
+        """cache[positions[t]] = x[t]; a thread writes one number, a block in y is one row."""
+        t, i = cuda.blockIdx.y, cuda.grid(1)
+        if i < x.shape[1]:
+            store_bits(cache[positions[t]], n_bytes * i, to_bits(x[t, i]), n_bytes)
+    return kernel("u1[:,:], f4[:,:], i8[:]", THREADS, f"write_{storage}")(write)
 
 
-@kernel("u1[:,:], f4[:,:], i8[:]", THREADS)
-def write_bf16(cache, x, positions):
-    t, i = cuda.blockIdx.y, cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
-    if i < x.shape[1]:
-        bits = float_bits(x[t, i])
-        if bits & 0x7FFFFFFF > 0x7F800000:
-            rounded = bits >> 16 | 64       # NaN stays NaN
-        else:
-            rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-        store_bits(cache[positions[t]], 2 * i, rounded, 2)
+WRITE = {"f32": _make_write("f32", float_bits, 4), "f16": _make_write("f16", to_half, 2), "bf16": _make_write("bf16", to_bf16, 2)}
 
 
 @kernel("u1[:,:], f4[:,:], i8[:], i4, i4, b1", 32)
@@ -174,25 +164,22 @@ def write_whole(cache, x, positions, first, second, wide):
     for i in range(cuda.blockDim.x):
         if tops[i] > top or tops[i] != tops[i]:
             top = tops[i]
-    scale = top / np.float32(127 * 256 if wide else 127)
+    scale = top / np.float32(quants.LARGEST if wide else 127)
     known = (top if wide else scale) > np.float32(1e-30) and scale < np.float32(math.inf)
     factor = np.float32(0)
     if known:
-        factor = np.float32(127 * 256) / top if wide else np.float32(1) / scale
+        factor = np.float32(quants.LARGEST) / top if wide else np.float32(1) / scale
     for i in range(start + cuda.threadIdx.x, end, cuda.blockDim.x):
-        product = x[t, i] * factor if known else np.float32(0)
         if wide:
-            whole = int(round(product))         # halves to even
+            whole = nearest(x[t, i], factor)
             row[i] = whole + 128 >> 8 & 255
             row[first + second + i] = whole & 255
         else:
+            product = x[t, i] * factor if known else np.float32(0)
             whole = int(math.floor(abs(product) + np.float32(0.5)))       # halves away from zero
             row[i] = (whole if product > 0 else -whole) & 255
     if cuda.threadIdx.x == 0:
         store_bits(row, (2 if wide else 1) * (first + second) + 4 * part, float_bits(scale), 4)
-
-
-WRITE = {"f32": write_f32, "f16": write_f16, "bf16": write_bf16}
 
 
 def cache_write(cache, x, positions):

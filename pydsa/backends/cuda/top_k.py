@@ -10,7 +10,7 @@ from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.device import SIMULATED, WARP, device, float_bits
-from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.launch import BLOCKS, kernel
 from pydsa.backends.cuda.scan import block_prefix
 
 THREADS = 8 if SIMULATED else 512
@@ -21,7 +21,6 @@ COPIES = 2 if SIMULATED else 4          # of each bin, so that fewer lanes wait 
 COUNTS, MY_BINS = BINS * COPIES, BINS // THREADS
 EACH = 4 if SIMULATED else 8            # scores that a thread takes together
 PORTION, ROOM = EACH * THREADS, 1 << 16
-BLOCKS = 4 if SIMULATED else 264        # that are wanted, two for each of an H100's processors
 LOWEST, NAN = 0x007FFFFF, np.float32(np.nan)        # ordered(-inf)
 HIGHEST = 0x7FFFFFFF    # & HIGHEST tells the compiler that an index is not negative
 
