@@ -116,7 +116,7 @@ def _limits(model, ceilings, n_gen, n_depth, speed):
 
 def bytes_per_token(model, n_past):
     """Bytes of weights and caches that must be read to decode the token after n_past others."""
-    nodes = model.plan.plans[model.path(n_past + 1)].graph.nodes
+    nodes = model.plan.plans[model.path(n_past, 1)].graph.nodes
     cost = step_cost(nodes, Step(1, n_past, model.plan.cache_row_bytes))
     return cost.weights + cost.cache
 

@@ -9,6 +9,9 @@ from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef, Value
 
 
+MHA_TOKENS = 48     # measured: tools/notes/sparse-attention.md
+
+
 class Cost(NamedTuple):
     """Bytes, and the operations of products: a multiplication and an addition are two. Exponentials and the like are not counted."""
     weights: int = 0        # bytes read, each once
@@ -60,9 +63,20 @@ def total(costs):
     return Cost(*map(sum, zip(*costs)))
 
 
+def plain_form_pays(c, n_past, n_tokens):
+    """Whether attention to all keys takes fewer products with keys and values made for each head than with absorbed queries.
+
+    c: a model's Config. Below MHA_TOKENS making them costs more than is counted.
+    """
+    step, made = Step(n_tokens, n_past, {}), c.kv_lora * (c.n_nope + c.n_v)
+    pairs = step.pairs(step.n_kv)
+    plain = step.n_kv * made + pairs * (c.n_nope + c.n_rot + c.n_v)
+    return n_tokens >= MHA_TOKENS and plain < n_tokens * made + pairs * (2 * c.kv_lora + c.n_rot)
+
+
 def device_scratch(nodes, n_tokens):
     """Bytes that the CUDA backend works in beside the values of a plan (backends/cuda): rounded activations, parts of experts, queries."""
-    rounded = hidden = parts = queries = 0
+    rounded = hidden = parts = queries = absorbed = 0
     for node in nodes:
         if node.op in ("linear", "head_linear"):
             rounded = max(rounded, n_tokens * math.prod(node.args[2].tail))
@@ -70,10 +84,14 @@ def device_scratch(nodes, n_tokens):
             hidden = max(hidden, n_tokens * math.prod(node.args[0].tail))
         elif node.op == "moe_down":
             parts = max(parts, n_tokens * node.args[2].tail[0] * node.args[0].tail[0])
+        elif node.op == "mha_attention":
+            n_head, kv_lora, n_nope = node.args[3].shape
+            absorbed = max(absorbed, n_tokens * n_head * (2 * kv_lora + node.args[1].tail[1] - n_nope))
+            rounded = max(rounded, n_tokens * n_head * max(kv_lora, n_nope))
         elif node.op in ("indexer_scores", "indexer_select"):
             queries = max(queries, n_tokens * math.prod(node.args[1].tail))
     rounded = max(rounded, hidden)
-    return 2 * rounded + rounded * 3 // 8 + 4 * (hidden + parts) + 2 * queries     # two bytes a number, a scale a 32nd, two sums
+    return 2 * rounded + rounded * 3 // 8 + 4 * (hidden + parts + absorbed) + 2 * queries     # two bytes a number, a scale a 32nd, two sums
 
 
 def get_rows(s, out, w, ids):       # a row a token, though tokens may be equal
@@ -122,6 +140,12 @@ def masked_attention(s, out, q, latents, mask, positions, scale):       # it att
 
 def sparse_attention(s, out, q, latents, indices, scale):
     return _attention(s, out, q, latents, indices.tail[0])
+
+
+def mha_attention(s, out, q, latents, k_b, v_b, positions, scale):
+    attention = Cost(cache=s.n_kv * s.row_bytes[latents], operations=2 * s.pairs(s.n_kv) * q.tail[0] * (q.tail[1] + out.tail[1]))
+    made = (Cost(weights=w.data.nbytes, operations=2 * s.n_kv * math.prod(w.shape)) for w in (k_b, v_b))
+    return total([attention, *made])
 
 
 def _attention(s, out, q, latents, most):

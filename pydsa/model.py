@@ -13,7 +13,7 @@ import psutil
 
 from pydsa.cache import VectorCache
 from pydsa.chat import encode_chat
-from pydsa.costs import device_scratch
+from pydsa.costs import device_scratch, plain_form_pays
 from pydsa.errors import OutOfMemoryError, PydsaError, UnsupportedModelError
 from pydsa.gguf_file import open_gguf
 from pydsa.graph import CacheRef, Graph
@@ -76,13 +76,18 @@ class ModelPlan:
             raise PydsaError(f"n_ubatch is {self.n_ubatch}; on cuda it must be at most {CUDA_MAX_UBATCH} (-ub).")
         self.top_k = getattr(self.config, "indexer_top_k", None)
         self.weights = Weights(self.file)
-        self.paths = self.config.PATHS[attention]
-        if self.attention == "auto" and self.top_k is not None and self.n_ctx <= self.top_k:
-            self.paths = self.paths[:1]
+        self.paths = [path for path in self.config.PATHS[attention] if self._has_use_of(path)]
         self.plans = {path: self._record(arch, path) for path in self.paths}
         self._refuse_unknown_tensors()
         used = {a for p in self.plans.values() for node in p.graph.nodes for a in node.args if isinstance(a, CacheRef)}
         self.cache_widths = {ref: widths for ref, widths in self.config.cache_widths.items() if ref in used}
+
+    def _has_use_of(self, path):
+        """Whether any step would take this path. The plain form pays for a prompt's first chunk if for any."""
+        if path.startswith("mha"):
+            longest = self.top_k if self.attention == "auto" and self.top_k else self.n_ubatch
+            return plain_form_pays(self.config, 0, min(self.n_ubatch, longest))
+        return path != "sparse" or self.attention != "auto" or self.n_ctx > self.top_k
 
     def _record(self, arch, path):
         graph = Graph(self.n_ctx)
@@ -143,12 +148,20 @@ class ModelPlan:
     def score_bytes(self):
         """Bytes of the indexer's rows of scores when the context is full; beside them top-k works with 16 bytes a key and thread.
 
-        Nothing else that kernels work with grows with the context.
+        These and laid_bytes are all that grows with the context of what kernels work with.
         """
         if not any(node.op == "indexer_select" for p in self.plans.values() for node in p.graph.nodes):
             return 0
         together = self.n_ubatch if self.device == "reference" else min(SCORED_TOGETHER, self.n_ubatch)
         return together * FLOAT_SIZE[self.device] * self.n_ctx
+
+    @property
+    def laid_bytes(self):
+        """Bytes that latents take at most where the CPU's plain form of attention lays them out (backends/cpu/byte_mha.py)."""
+        if self.device != "cpu" or not self.paths[0].startswith("mha"):
+            return 0
+        c, n_kv = self.config, min(self.n_ctx, self.top_k) if "sparse" in self.paths else self.n_ctx
+        return -(-n_kv // 256) * 256 * 4 * (258 * -(-c.kv_lora // 256) + 64 * -(-c.n_rot // 64) + 1)
 
     @property
     def mapped_bytes(self):
@@ -173,7 +186,7 @@ class Model:
         self.attention, self.top_k = plan.attention, plan.top_k
         self.backend = importlib.import_module(DEVICES[plan.device])
         self.threads = self.backend.check_threads(None if threads is None else whole_number("threads", threads, 1, 2**31 - 1))
-        self.check_memory(plan.cache_bytes + plan.scratch_bytes + plan.score_bytes + plan.copied_bytes,
+        self.check_memory(plan.cache_bytes + plan.scratch_bytes + plan.score_bytes + plan.laid_bytes + plan.copied_bytes,
                           f"The model with a context of {plan.n_ctx} tokens")
         self.tokenizer      # its faults belong to loading
         self.runner = Runner(self.backend, plan.plans)
@@ -227,11 +240,12 @@ class Model:
             digest.update(f"{tensor.name} {tensor.type} {tensor.shape}".encode() + data[:64].tobytes() + data[-64:].tobytes())
         return digest.hexdigest()
 
-    def path(self, n_kv):
-        """Which of the plan's graphs runs a step that ends with n_kv tokens in the context."""
-        if len(self.plan.paths) == 1 or n_kv <= self.top_k:
-            return self.plan.paths[0]
-        return self.plan.paths[1]
+    def path(self, n_past, n_tokens):
+        """Which of the plan's graphs runs a step of n_tokens after n_past others."""
+        plain, absorbed = ([path for path in self.plan.paths if path.startswith("mha") == which] for which in (True, False))
+        if len(absorbed) > 1 and n_past + n_tokens > self.top_k:
+            return absorbed[1]
+        return plain[0] if plain and plain_form_pays(self.config, n_past, n_tokens) else absorbed[0]
 
     def check_ids(self, ids):
         """Token ids as an int32 array [n], n > 0, each in the vocabulary."""

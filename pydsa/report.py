@@ -33,7 +33,7 @@ def describe(plan):
         "n_ctx": plan.n_ctx, "n_ubatch": plan.n_ubatch, "kv_type": plan.kv_type,
         "index_type": plan.index_type if plan.top_k else None,
         "memory": {"weights_mapped": plan.mapped_bytes, "weights_copied": plan.copied_bytes, "caches": plan.cache_bytes,
-                   "scratch": plan.scratch_bytes, "scores": plan.score_bytes},
+                   "scratch": plan.scratch_bytes, "scores": plan.score_bytes, "laid": plan.laid_bytes},
         "attention": attention_in_words(plan), "layers": layers_in_words(plan)}
 
 
@@ -61,7 +61,7 @@ def attention_in_words(plan):
         return "dense (asked for; the model was trained to attend to the keys its indexer chooses)"
     if plan.attention != "auto":
         return f"{plan.attention}, {plan.top_k} keys"
-    beyond = f", sparse with {plan.top_k} keys beyond" if len(plan.paths) > 1 else ""
+    beyond = f", sparse with {plan.top_k} keys beyond" if "sparse" in plan.paths else ""
     return f"dense up to {plan.top_k} tokens, where it is exact{beyond}"
 
 
@@ -76,7 +76,8 @@ def layers_in_words(plan):
             return f"dense attention, {ffn}"
         last = max(i for i in range(il + 1) if full[i])
         indexer = "own indexer" if last == il else "the choice of the last layer with an indexer"
-        return f"{'dense, then sparse' if len(plan.paths) > 1 else plan.paths[0].split('+')[0]} attention, {indexer}, {ffn}"
+        kind = plan.attention if plan.attention != "auto" else "dense, then sparse" if "sparse" in plan.paths else "dense"
+        return f"{kind} attention, {indexer}, {ffn}"
 
     return spans([describe_layer(il) for il in range(config.n_layer)])
 
@@ -105,6 +106,7 @@ def format_report(report):
               f"  weights mapped  {size(memory['weights_mapped']):>12}", f"  weights copied  {size(memory['weights_copied']):>12}",
               f"  caches          {size(memory['caches']):>12}  ({caches})", f"  scratch         {size(memory['scratch']):>12}",
               f"  rows of scores  {size(memory['scores']):>12}  (at the end of the context)",
+              f"  latents laid    {size(memory['laid']):>12}  (for prompts, while they attend to all keys)",
               "", f"attention: {report['attention']}"]
     return "\n".join(lines + [f"  layers {which}: {kind}" for kind, which in report["layers"].items()]) + "\n"
 

@@ -87,7 +87,7 @@ class Session:
         return watch
 
     def _step(self, chunk, logits, observe):
-        key = (self.model.path(self.n_past + chunk.size), chunk.size, len(logits))
+        key = (self.model.path(self.n_past, chunk.size), chunk.size, len(logits))
         bound = self._bound.get(key)
         if bound is None:
             bound = self.model.runner.bind(key[0], self._caches, *key[1:]).compiled(again=chunk.size == 1)

@@ -132,7 +132,7 @@ def test_attention_is_dense_up_to_top_k(small_model, load, spec, attention):
 def test_auto_equals_sparse_around_the_crossing(small_model, load, spec):
     path = small_model(**spec)
     k = load(path).top_k
-    assert [load(path).path(n) for n in (1, k, k + 1)] == ["dense+keys", "dense+keys", "sparse"]
+    assert [load(path).path(0, n) for n in (1, k, k + 1)] == ["dense+keys", "dense+keys", "sparse"]
     for portions in ([k - 1, 1, 1, 1], [k, 1, 7], [k + 1, 1], [k - 3, 6, 1, 9], [2 * k], [1] * (k + 3)):
         auto, sparse = load(path).session(), load(path, attention="sparse").session()
         for n in portions:

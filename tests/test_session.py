@@ -334,7 +334,7 @@ def test_progress_of_prefill(model):
 @pytest.mark.parametrize("node", [0, 20, -1])
 def test_interrupted_prefill_continues(model, node):
     """The chunk that was interrupted is not in the context, those before it are."""
-    graph = model.plan.plans[model.path(32)].graph
+    graph = model.plan.plans[model.path(16, 16)].graph
     name, session, seen = [n.name for n in graph.nodes if not n.for_outputs][node], model.session(), []
 
     def interrupt(node, arrays):

@@ -241,6 +241,19 @@ def sparse_attention(out, q, latents, indices, scale):      # indices int32 [T, 
         out[t] = _attend(q[t], _floats(latents[chosen[chosen >= 0]]), 0, out.shape[-1], scale)
 
 
+def mha_attention(out, q, latents, k_b, v_b, positions, scale):
+    # [T, H, n_v], [T, H, n_nope + n_rot], [S, D], [H, kv_lora, n_nope], [H, n_v, kv_lora], [T]
+    """MLA in its plain form: each head has keys and values of its own, made from the latents (DeepSeek-V2, section 2.1)"""
+    rows, kv_lora = _floats(latents[:positions[-1] + 1]), k_b.shape[1]
+    for h in range(q.shape[1]):
+        keys = np.concatenate([rows[:, :kv_lora] @ k_b[h], rows[:, kv_lora:]], axis=1)
+        values = rows[:, :kv_lora] @ v_b[h].T
+        for t, position in enumerate(positions):
+            logits = scale * (keys[:position + 1] @ q[t, h])
+            p = np.exp(logits - logits.max())
+            out[t, h] = p @ values[:position + 1] / p.sum()
+
+
 def moe_route(ids, weights, logits, bias, gating, n_group, n_group_used, norm, scale):      # int32 [T, used], [T, used], [T, E], [E]
     """The experts of each token, greatest biased score first, and their weights (DeepSeek-V3, section 2.1.2).
 

@@ -42,7 +42,8 @@ class Config:
     rms_eps: float
     rope: Rope = field(repr=False)
 
-    PATHS = {"auto": ("dense",), "dense": ("dense",)}       # --attention -> the graphs it needs
+    # --attention -> the graphs it needs. "mha" is "dense" in its plain form: for prompts, as model.py says.
+    PATHS = {"auto": ("mha", "dense"), "dense": ("mha", "dense")}
 
     @property
     def kq_scale(self):
@@ -153,21 +154,22 @@ def per_layer(metadata, key, n_layer, low, high):
 
 
 def build(graph, config, weights, path):
-    """Record the forward pass; path is "dense"."""
-    decoder(graph, config, weights, lambda il, h, qr, table: None)
+    """Record the forward pass; path is "dense" or "mha"."""
+    decoder(graph, config, weights, lambda il, h, qr, table: None, path == "mha")
 
 
-def decoder(g, c, weights, select):
+def decoder(g, c, weights, select, mha):
     """Record a whole model.
 
     select(il, h, qr, table) records what chooses the keys of a layer, and returns a function from its query to its attention, or None.
+    mha: attention to all keys takes its plain form.
     """
     x = g.get_rows("inp_embd", weights("token_embd.weight", c.n_vocab, c.n_embd))
     table = g.rope_table("rope_table", c.rope.freqs, c.rope.magnitude)
     for il in range(c.n_layer):
         w = weights.layer(il)
         h = g.rms_norm(f"attn_norm-{il}", x, w("attn_norm.weight", c.n_embd), c.rms_eps)
-        x = g.add(f"ffn_inp-{il}", latent_attention(g, c, w, il, h, table, select), x)
+        x = g.add(f"ffn_inp-{il}", latent_attention(g, c, w, il, h, table, select, mha), x)
         h = g.rms_norm(f"ffn_norm-{il}", x, w("ffn_norm.weight", c.n_embd), c.rms_eps)
         if il < c.n_layer_dense_lead:
             out = feed_forward(g, w, il, h, "", c.n_ff[il], c.n_embd)
@@ -179,8 +181,8 @@ def decoder(g, c, weights, select):
     g.output = g.linear("result_output", weights(head, c.n_vocab, c.n_embd), x)
 
 
-def latent_attention(g, c, w, il, h, table, select):
-    """Absorbed MLA: queries are taken into the space of the latents, which are both keys and values, one row for all heads."""
+def latent_attention(g, c, w, il, h, table, select, mha):
+    """MLA: what is cached of a token is one row for all heads, a latent and a rotated part of its keys."""
     qr = h
     if c.q_lora:
         q = g.linear(f"q_a-{il}", w("attn_q_a.weight", c.q_lora, c.n_embd), h)
@@ -194,12 +196,21 @@ def latent_attention(g, c, w, il, h, table, select):
 
     name, width = ("attn_q_b.weight", c.q_lora) if c.q_lora else ("attn_q.weight", c.n_embd)
     q = g.linear(f"q-{il}", w(name, c.n_head * (c.n_nope + c.n_rot), width), qr).reshape(c.n_head, c.n_nope + c.n_rot)
+    k_b, v_b = w("attn_k_b.weight", c.n_head, c.kv_lora, c.n_nope), w("attn_v_b.weight", c.n_head, c.n_v, c.kv_lora)
+    if mha:
+        g.rope(q.slice(c.n_nope, c.n_nope + c.n_rot), table, NEOX)
+        out = g.mha_attention(f"kqv_out-{il}", q, latents, k_b, v_b, c.kq_scale)
+    else:
+        out = absorbed_attention(g, c, il, q, table, k_b, v_b, attend)
+    return g.linear(f"attn_out-{il}", w("attn_output.weight", c.n_embd, c.n_head * c.n_v), out.reshape(c.n_head * c.n_v))
+
+
+def absorbed_attention(g, c, il, q, table, k_b, v_b, attend):
+    """Queries are taken into the space of the latents, which are then both keys and values."""
     q_latent = g.value(f"q_nope_absorbed-{il}", c.n_head, c.kv_lora + c.n_rot)
-    g.head_linear(None, w("attn_k_b.weight", c.n_head, c.kv_lora, c.n_nope), q.slice(0, c.n_nope), into=q_latent.slice(0, c.kv_lora))
+    g.head_linear(None, k_b, q.slice(0, c.n_nope), into=q_latent.slice(0, c.kv_lora))
     g.rope(q.slice(c.n_nope, c.n_nope + c.n_rot), table, NEOX, into=q_latent.slice(c.kv_lora, c.kv_lora + c.n_rot))
-    mixed = attend(q_latent)
-    out = g.head_linear(f"kqv_out-{il}", w("attn_v_b.weight", c.n_head, c.n_v, c.kv_lora), mixed).reshape(c.n_head * c.n_v)
-    return g.linear(f"attn_out-{il}", w("attn_output.weight", c.n_embd, c.n_head * c.n_v), out)
+    return g.head_linear(f"kqv_out-{il}", v_b, attend(q_latent))
 
 
 def feed_forward(g, w, il, h, kind, n_ff, n_embd):

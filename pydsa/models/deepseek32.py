@@ -18,8 +18,8 @@ class Config(deepseek2.Config):
     indexer_top_k: int
     indexer_full: tuple     # for each layer: whether it has an indexer of its own, or takes the choice of the last one that has
 
-    # --attention -> the graphs it needs. "dense+keys" attends to all, which is exact up to top_k keys, and stores the index keys.
-    PATHS = {"auto": ("dense+keys", "sparse"), "sparse": ("sparse",), "masked": ("masked",), "dense": ("dense",)}
+    # --attention -> the graphs it needs. "...+keys" attend to all, which is exact up to top_k keys, and store the index keys.
+    PATHS = {"auto": ("mha+keys", "dense+keys", "sparse"), "sparse": ("sparse",), "masked": ("masked",), "dense": ("mha", "dense")}
 
     @property
     def cache_widths(self):
@@ -48,7 +48,7 @@ def read_indexer(metadata, base):
 
 
 def build(graph, config, weights, path):
-    """Record the forward pass; path is one of "dense", "dense+keys", "masked", "sparse"."""
+    """Record the forward pass; path is one of those in PATHS."""
     build_with_indexer(graph, config, weights, path, INDEXER_NEOX)
 
 
@@ -58,7 +58,7 @@ def build_with_indexer(g, c, weights, path, neox):
 
     def select(il, h, qr, table):
         nonlocal choice
-        if path == "dense":
+        if path in ("mha", "dense"):
             return None
         w = weights.layer(il)
         if c.indexer_full[il]:
@@ -66,9 +66,9 @@ def build_with_indexer(g, c, weights, path, neox):
                 raise UnsupportedModelError(f"{w.path}: layer {il} should have an indexer, but there is no tensor "
                                             f"'blk.{il}.indexer.attn_k.weight'; the model can only be run with --attention dense.")
             store_index_key(g, c, w, il, h, table, neox)
-            if path != "dense+keys":
+            if path in ("sparse", "masked"):
                 choice = choose_keys(g, c, w, il, h, qr, table, neox, path)
-        if path == "dense+keys":
+        if path not in ("sparse", "masked"):
             return None
         made = choice
 
@@ -77,7 +77,7 @@ def build_with_indexer(g, c, weights, path, neox):
             return attention(f"kqv-{il}", q, CacheRef("latents", il), made, c.kv_lora, c.kq_scale)
         return attend
 
-    deepseek2.decoder(g, c, weights, select)
+    deepseek2.decoder(g, c, weights, select, path.startswith("mha"))
 
 
 def rotate(g, c, x, table, neox):

@@ -36,5 +36,5 @@ def indexer_full(metadata, base):
 
 
 def build(graph, config, weights, path):
-    """Record the forward pass; path is one of "dense", "dense+keys", "masked", "sparse"."""
+    """Record the forward pass; path is one of those in PATHS."""
     deepseek32.build_with_indexer(graph, config, weights, path, INDEXER_NEOX)

@@ -6,6 +6,7 @@ from pydsa.backends.cpu.attention import dense_attention, masked_attention, spar
 from pydsa.backends.cpu.ceilings import measure_ceilings, product_kind  # noqa: F401
 from pydsa.backends.cpu.indexer import indexer_scores, indexer_select, scatter_mask, score_floats  # noqa: F401
 from pydsa.backends.cpu.linear import head_linear, linear  # noqa: F401
+from pydsa.backends.cpu.mha import mha_attention  # noqa: F401
 from pydsa.backends.cpu.moe import moe_down, moe_gate_up, moe_route  # noqa: F401
 from pydsa.backends.cpu.norm import add, layer_norm, rms_norm, silu_mul  # noqa: F401
 from pydsa.backends.cpu.rope import hadamard, rope, rope_table  # noqa: F401
@@ -14,8 +15,10 @@ from pydsa.backends.cpu.top_k import top_k  # noqa: F401
 from pydsa.backends.cpu import amx
 from pydsa.backends.cpu.byte_attention import attend_bytes
 from pydsa.backends.cpu.byte_indexer import score_bytes
+from pydsa.backends.cpu.byte_mha import attend_head_bytes, laid_bytes, lay_latent_bytes
 from pydsa.backends.cpu.byte_rows import PREPARED, byte_rows, prepare_bytes
 from pydsa.backends.cpu.float_attention import attend_floats
+from pydsa.backends.cpu.float_mha import attend_head_floats, laid_float_bytes, lay_latent_floats
 from pydsa.backends.cpu.float_rows import float_rows, prepare_floats
 from pydsa.backends.cpu.split_attention import attend_splits
 from pydsa.backends.cpu.split_indexer import score_splits, score_splits_of_few
@@ -31,6 +34,9 @@ FLOAT = np.float32
 ATTEND_FLOATS, ATTEND_SPLITS, ATTEND_BYTES = WordFunction(attend_floats), WordFunction(attend_splits), WordFunction(attend_bytes)
 SCORE_FLOATS, SCORE_BYTES, SCORE_WORDS = WordFunction(score_floats), WordFunction(score_bytes), WordFunction(score_words)
 SCORE_SPLITS, SCORE_SPLITS_OF_FEW = WordFunction(score_splits), WordFunction(score_splits_of_few)
+# How heads attend by themselves: bytes of a tile of latents, lay, attend_head (mha.py)
+BY_FLOATS = laid_float_bytes, WordFunction(lay_latent_floats), WordFunction(attend_head_floats)
+BY_BYTES = laid_bytes, WordFunction(lay_latent_bytes), WordFunction(attend_head_bytes)
 SPARE_ROWS = 32         # behind the last one: tiles are loaded whole, 64 bytes of each row
 ROUND_ROW = WordFunction(round_row)
 # How many tokens are multiplied: bytes for 256 numbers of a token, prepare, times (linear.py)
@@ -77,8 +83,10 @@ def cache_rows(n_ctx, widths, storage):
     elif not amx.HERE or storage == "f32":      # float32 rows keep all their bits
         functions = ATTEND_FLOATS, SCORE_FLOATS, SCORE_FLOATS
     row_bytes = quants.cache_row_bytes(storage, widths)
+    laid, lay, attend_head = BY_BYTES if amx.HERE and storage != "f32" else BY_FLOATS
     data = np.zeros((n_ctx + SPARE_ROWS) * row_bytes + 64, np.uint8)[:n_ctx * row_bytes].reshape(n_ctx, row_bytes)
-    return CacheRows(data, dequantize.address, quantize.address, n, *(f.address for f in functions))
+    return CacheRows(data, dequantize.address, quantize.address, n, *(f.address for f in (*functions, lay, attend_head)),
+                     laid(widths[0], sum(widths[1:])))
 
 
 def cache_bytes(rows):

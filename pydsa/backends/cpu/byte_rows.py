@@ -14,7 +14,8 @@ from pydsa.jit import call_word_function, inline, inner
 from pydsa.lanes import both_halves, spread
 from pydsa.quants import LARGEST
 from pydsa.quants.block import CHUNK, LOW, LOW_16, SCALE
-from pydsa.simd import (I16, I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i16x32, i32x16, i64_at, largest,
+from pydsa.simd import (I16, I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i16x32, i32x16, i64_at, larger_magnitudes,
+                        largest,
                         load_8_floats, load_floats, load_words, nearest, pointer, prefetch, rounded_words, store)
 
 PANEL = 4 * STEP            # 16 rows of 256 numbers: steps of 64 numbers, high bytes and then low ones
@@ -87,21 +88,54 @@ def prepare_bytes(x_at, first, n_tokens, n_in, out):
     for k in range(0, n_in, 256):
         panel, n = out + (k // 256 * n_panels + first // 16) * PREPARED, min(256, n_in - k)
         for i in range(16):
-            x = i64_at(x_at, 8 * min(first + i, n_tokens - 1)) + 4 * k
-            top = np.float32(0)
-            for j in range(0, n, 32):
-                top = largest(floats(top), floats(largest(load_floats(x, 4 * j), load_floats(x, 4 * j + 64))))
+            top = split_floats(i64_at(x_at, 8 * min(first + i, n_tokens - 1)) + 4 * k, 64, n, panel + 64 * i)
             store(panel, PANEL + 4 * i, top * np.float32(256 / LARGEST))
-            factor = np.float32(LARGEST) / top if top > np.float32(1e-30) else np.float32(0)
-            for j in range(0, n, 64):
-                a = rounded_words(load_floats(x, 4 * j), load_floats(x, 4 * j + 64), factor)
-                b = a & 0
-                if j + 32 < n:
-                    b = rounded_words(load_floats(x, 4 * j + 128), load_floats(x, 4 * j + 192), factor)
-                store_bytes(panel + j // 64 * STEP + 64 * i, a, b)
-        for j in range((n + 63) // 64):
-            for part in (0, LOW_PARTS):
-                turn_over(panel + j * STEP + part, 64, panel + j * STEP + part, 64)
+        turn_panel(panel, n)
+
+
+@inline
+def split_floats(x, stride, n, at):
+    """n floats, a multiple of 32 up to 256, of which 16 each lie `stride` bytes apart, to a row of a left panel -> the largest magnitude.
+
+    In the row that becomes LARGEST.
+    """
+    top = largest_of(x, stride, n)
+    round_floats(x, stride, n, factor_of(top), at)
+    return top
+
+
+@inline
+def largest_of(x, stride, n):
+    """The largest magnitude, as split_floats wants it."""
+    top = floats(np.float32(0))
+    for j in range(0, n // 16, 2):
+        top = larger_magnitudes(top, larger_magnitudes(load_floats(x, stride * j), load_floats(x, stride * (j + 1))))
+    return largest(top, top)
+
+
+@inline
+def factor_of(top):
+    """What makes LARGEST of the largest magnitude."""
+    return np.float32(LARGEST) / top if top > np.float32(1e-30) else np.float32(0)
+
+
+@inline
+def round_floats(x, stride, n, factor, at):
+    """n floats times a factor to a row of a left panel, at its first step; the last step may be half a one, and zeros."""
+    for j in range(0, n // 16, 4):
+        a = rounded_words(load_floats(x, stride * j), load_floats(x, stride * (j + 1)), factor)
+        b = a & 0
+        if j + 2 < n // 16:
+            b = rounded_words(load_floats(x, stride * (j + 2)), load_floats(x, stride * (j + 3)), factor)
+        store_bytes(at + j // 4 * STEP, a, b)
+
+
+@inner
+def turn_panel(panel, n):
+    """A left panel of n numbers a row becomes a right one."""
+    for j in range((n + 63) // 64):
+        for part in (0, LOW_PARTS):
+            turn_over(panel + j * STEP + part, 64, panel + j * STEP + part, 64)
 
 
 @inline

@@ -38,6 +38,9 @@ class CacheRows(NamedTuple):
     attend: int
     score_many: int
     score_few: int
+    lay: int            # for mha.py: to lay out its tiles of latents, and to attend to them with keys and values of a head's own
+    attend_head: int
+    laid: int           # bytes that a tile takes there
 
 
 @inner

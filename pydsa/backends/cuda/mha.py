@@ -1,0 +1,30 @@
+"""MLA from queries to what each head gives, for prompts. Here it is the absorbed form; the plain one would have keys for each head."""
+import numpy as np
+from numba import cuda
+
+from pydsa.backends.cuda.array import scratch
+from pydsa.backends.cuda.attention import dense_attention
+from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.backends.cuda.linear import head_linear
+
+THREADS = 64
+
+
+@kernel("f4[:,:], f4[:,:]", THREADS)
+def copy_rows(out, x):
+    """out = x; a block is a part of a row"""
+    i = cuda.blockIdx.y * THREADS + cuda.threadIdx.x
+    if i < out.shape[1]:
+        out[cuda.blockIdx.x, i] = x[cuda.blockIdx.x, i]
+
+
+def mha_attention(out, q, latents, k_b, v_b, positions, scale):
+    """MLA in its plain form, reckoned in the absorbed one"""
+    n_tokens, n_head, width = q.shape
+    _, kv_lora, n_nope = k_b.shape
+    absorbed = scratch("absorbed queries", (n_tokens, n_head, kv_lora + width - n_nope), np.float32)
+    mixed = scratch("mixed latents", (n_tokens, n_head, kv_lora), np.float32)
+    head_linear(absorbed[..., :kv_lora], k_b, q[..., :n_nope])
+    copy_rows((n_tokens * n_head, blocks_for(width - n_nope, THREADS)), absorbed[..., kv_lora:].rows, q[..., n_nope:].rows)
+    dense_attention(mixed, absorbed, latents, positions, scale)
+    head_linear(out, v_b, mixed)
