@@ -2,6 +2,7 @@
 
 Of intermediate values only those are counted that pass through ops that do little else: they may well lie in a cache of the machine.
 """
+import bisect
 import math
 from typing import NamedTuple
 
@@ -9,7 +10,9 @@ from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef, Value
 
 
-MHA_TOKENS = 48     # measured: tools/notes/sparse-attention.md
+# Measured: tools/notes/sparse-attention.md
+MHA_TOKENS = 48         # tokens from which keys and values of their own can pay for heads
+LOOKED_UP = 55          # products in whose time a number of a chosen key is looked up and laid out for a token, for all its heads
 
 
 class Cost(NamedTuple):
@@ -63,15 +66,22 @@ def total(costs):
     return Cost(*map(sum, zip(*costs)))
 
 
-def plain_form_pays(c, n_past, n_tokens):
-    """Whether attention to all keys takes fewer products with keys and values made for each head than with absorbed queries.
+def plain_form_pays(c, n_past, n_tokens, most=None):
+    """Whether attention takes fewer products with keys and values made for each head than with absorbed queries.
 
-    c: a model's Config. Below MHA_TOKENS making them costs more than is counted.
+    c: a model's Config. most: the keys that a token chooses, which the absorbed form looks up one by one; None: all keys.
+    Below MHA_TOKENS making keys costs more than is counted.
     """
     step, made = Step(n_tokens, n_past, {}), c.kv_lora * (c.n_nope + c.n_v)
-    pairs = step.pairs(step.n_kv)
-    plain = step.n_kv * made + pairs * (c.n_nope + c.n_rot + c.n_v)
-    return n_tokens >= MHA_TOKENS and plain < n_tokens * made + pairs * (2 * c.kv_lora + c.n_rot)
+    plain = step.n_kv * made + step.pairs(step.n_kv) * (c.n_nope + c.n_rot + c.n_v)
+    a_pair = 2 * c.kv_lora + c.n_rot + (0 if most is None else LOOKED_UP * (c.kv_lora + c.n_rot) // c.n_head)
+    return n_tokens >= MHA_TOKENS and plain < n_tokens * made + step.pairs(step.n_kv if most is None else most) * a_pair
+
+
+def plain_form_until(c, n_tokens, n_ctx, most=None):
+    """The longest context, of n_ctx tokens at most, in which the plain form pays for the last n_tokens; 0 if in none."""
+    n = bisect.bisect(range(n_tokens, n_ctx + 1), 0, key=lambda n_kv: not plain_form_pays(c, n_kv - n_tokens, n_tokens, most))
+    return n_tokens + n - 1 if n else 0
 
 
 def device_scratch(nodes, n_tokens):
@@ -84,8 +94,8 @@ def device_scratch(nodes, n_tokens):
             hidden = max(hidden, n_tokens * math.prod(node.args[0].tail))
         elif node.op == "moe_down":
             parts = max(parts, n_tokens * node.args[2].tail[0] * node.args[0].tail[0])
-        elif node.op == "mha_attention":
-            n_head, kv_lora, n_nope = node.args[3].shape
+        elif node.op in ("mha_attention", "mha_sparse_attention"):
+            n_head, kv_lora, n_nope = node.args[-4].shape
             absorbed = max(absorbed, n_tokens * n_head * (2 * kv_lora + node.args[1].tail[1] - n_nope))
             rounded = max(rounded, n_tokens * n_head * max(kv_lora, n_nope))
         elif node.op in ("indexer_scores", "indexer_select"):
@@ -142,10 +152,14 @@ def sparse_attention(s, out, q, latents, indices, scale):
     return _attention(s, out, q, latents, indices.tail[0])
 
 
-def mha_attention(s, out, q, latents, k_b, v_b, positions, scale):
+def mha_attention(s, out, q, latents, k_b, v_b, positions, scale):      # with a choice too it goes through all pairs
     attention = Cost(cache=s.n_kv * s.row_bytes[latents], operations=2 * s.pairs(s.n_kv) * q.tail[0] * (q.tail[1] + out.tail[1]))
     made = (Cost(weights=w.data.nbytes, operations=2 * s.n_kv * math.prod(w.shape)) for w in (k_b, v_b))
     return total([attention, *made])
+
+
+def mha_sparse_attention(s, out, q, latents, indices, k_b, v_b, positions, scale):
+    return mha_attention(s, out, q, latents, k_b, v_b, positions, scale)
 
 
 def _attention(s, out, q, latents, most):

@@ -132,6 +132,10 @@ class Graph:
         assert k_b.shape[:1] == v_b.shape[:1] == q.tail[:1] and k_b.shape[1] == v_b.shape[2], (name, k_b.shape, v_b.shape, q.tail)
         return self._node("mha_attention", self.value(name, *v_b.shape[:2]), q, latents, k_b, v_b, self.positions, scale)
 
+    def mha_sparse_attention(self, name, q, latents, indices, k_b, v_b, scale):
+        assert k_b.shape[:1] == v_b.shape[:1] == q.tail[:1] and k_b.shape[1] == v_b.shape[2], (name, k_b.shape, v_b.shape, q.tail)
+        return self._node("mha_sparse_attention", self.value(name, *v_b.shape[:2]), q, latents, indices, k_b, v_b, self.positions, scale)
+
     def moe_route(self, names, logits, n_used, bias, *rule):
         ids, weights = self.value(names[0], n_used, dtype="int32"), self.value(names[1], n_used)
         self.nodes.append(Node("moe_route", names[1], (ids, weights, logits, bias, *rule), 2))

@@ -13,7 +13,7 @@ import psutil
 
 from pydsa.cache import VectorCache
 from pydsa.chat import encode_chat
-from pydsa.costs import device_scratch, plain_form_pays
+from pydsa.costs import device_scratch, plain_form_pays, plain_form_until
 from pydsa.errors import OutOfMemoryError, PydsaError, UnsupportedModelError
 from pydsa.gguf_file import open_gguf
 from pydsa.graph import CacheRef, Graph
@@ -76,18 +76,27 @@ class ModelPlan:
             raise PydsaError(f"n_ubatch is {self.n_ubatch}; on cuda it must be at most {CUDA_MAX_UBATCH} (-ub).")
         self.top_k = getattr(self.config, "indexer_top_k", None)
         self.weights = Weights(self.file)
-        self.paths = [path for path in self.config.PATHS[attention] if self._has_use_of(path)]
+        paths = [path for path in self.config.PATHS[attention] if self._has_use_of(path)]
+        beyond = [path for path in paths if self.attention == "auto" and path in ("mha+choice", "sparse")]
+        self.stages = [path for path in paths if path not in beyond], beyond        # of contexts up to top_k tokens, and of longer ones
+        self.paths = [*self.stages[0], *beyond]
         self.plans = {path: self._record(arch, path) for path in self.paths}
         self._refuse_unknown_tensors()
         used = {a for p in self.plans.values() for node in p.graph.nodes for a in node.args if isinstance(a, CacheRef)}
         self.cache_widths = {ref: widths for ref, widths in self.config.cache_widths.items() if ref in used}
 
     def _has_use_of(self, path):
-        """Whether any step would take this path. The plain form pays for a prompt's first chunk if for any."""
+        """Whether any step would take this path."""
         if path.startswith("mha"):
-            longest = self.top_k if self.attention == "auto" and self.top_k else self.n_ubatch
-            return plain_form_pays(self.config, 0, min(self.n_ubatch, longest))
+            return self.plain_until(path) > (self.top_k if path == "mha+choice" else 0)
         return path != "sparse" or self.attention != "auto" or self.n_ctx > self.top_k
+
+    def plain_until(self, path):
+        """In how long a context chunks of a prompt can take a path of MLA's plain form: "mha", "mha+keys" or "mha+choice"."""
+        if path == "mha+choice":
+            return plain_form_until(self.config, self.n_ubatch, self.n_ctx, self.top_k)
+        longest = min(self.n_ctx, self.top_k) if path == "mha+keys" else self.n_ctx
+        return plain_form_until(self.config, min(self.n_ubatch, longest), longest)
 
     def _record(self, arch, path):
         graph = Graph(self.n_ctx)
@@ -158,10 +167,9 @@ class ModelPlan:
     @property
     def laid_bytes(self):
         """Bytes that latents take at most where the CPU's plain form of attention lays them out (backends/cpu/byte_mha.py)."""
-        if self.device != "cpu" or not self.paths[0].startswith("mha"):
-            return 0
-        c, n_kv = self.config, min(self.n_ctx, self.top_k) if "sparse" in self.paths else self.n_ctx
-        return -(-n_kv // 256) * 256 * 4 * (258 * -(-c.kv_lora // 256) + 64 * -(-c.n_rot // 64) + 1)
+        c, n_kv = self.config, max((self.plain_until(path) for path in self.paths if path.startswith("mha")), default=0)
+        a_key = 4 * (258 * -(-c.kv_lora // 256) + 64 * -(-c.n_rot // 64) + 1)
+        return -(-n_kv // 256) * 256 * a_key if self.device == "cpu" else 0
 
     @property
     def mapped_bytes(self):
@@ -242,10 +250,11 @@ class Model:
 
     def path(self, n_past, n_tokens):
         """Which of the plan's graphs runs a step of n_tokens after n_past others."""
-        plain, absorbed = ([path for path in self.plan.paths if path.startswith("mha") == which] for which in (True, False))
-        if len(absorbed) > 1 and n_past + n_tokens > self.top_k:
-            return absorbed[1]
-        return plain[0] if plain and plain_form_pays(self.config, n_past, n_tokens) else absorbed[0]
+        up_to_top_k, beyond = self.plan.stages
+        paths = beyond if beyond and n_past + n_tokens > self.top_k else up_to_top_k
+        if len(paths) > 1 and plain_form_pays(self.config, n_past, n_tokens, self.top_k if paths is beyond else None):
+            return paths[0]
+        return paths[-1]
 
     def check_ids(self, ids):
         """Token ids as an int32 array [n], n > 0, each in the vocabulary."""

@@ -55,6 +55,11 @@ def chat_format(metadata):
 
 def attention_in_words(plan):
     """Which attention the steps of a model take."""
+    plain = [f"{plan.plain_until(path)} tokens" for path in plan.paths if path.startswith("mha")]
+    return _attention(plan) + (f"; prompts with keys and values for each head up to {plain[-1]}" if plain else "")
+
+
+def _attention(plan):
     if plan.top_k is None:
         return "dense (the model has no indexer)"
     if plan.attention == "dense":

@@ -1,12 +1,13 @@
-"""MLA's plain form beside the reference and beside the absorbed form: every type of cache and of weight, chunks after chunks, threads."""
+"""MLA's plain form beside the reference and the absorbed form, to all keys and to chosen ones: every type of cache and weight."""
 import numpy as np
 import pytest
 from backends import DEVICE, choose, kernels
+from test_attention import some_keys
 from test_ops import Rows, close, compare, last_positions, needs_two, normal, one_thread, run, tensor, with_threads  # noqa: F401
 
 from pydsa.backends import reference
 from pydsa.backends.cpu import amx
-from pydsa.costs import MHA_TOKENS, plain_form_pays
+from pydsa.costs import MHA_TOKENS, plain_form_pays, plain_form_until
 from pydsa.model import ModelPlan
 from pydsa.quants import FLOAT_ROWS, KV_TYPES
 
@@ -39,6 +40,21 @@ def test_mha_attention(n_tokens, n_kv, kv_type):
         assert close(found, expected, bound_of(kv_type)), shape
 
 
+@pytest.mark.parametrize("kv_type", choose(["f32"], ["f32", "f16", "i16", "q8_0"]))
+@pytest.mark.parametrize("n_tokens, n_kv", CONTEXTS)
+def test_mha_sparse_attention(n_tokens, n_kv, kv_type):
+    """Chosen keys: any, none, the latest, the earliest; and all, which is mha_attention."""
+    for shape in SHAPES:
+        args, out = inputs(n_tokens, n_kv, shape, kv_type), (n_tokens, shape[0], shape[4])
+        positions = args[4]
+        for indices in (some_keys(positions, 40), np.where(np.arange(n_kv) <= positions[:, None], np.arange(n_kv), -1).astype(np.int32)):
+            found, expected = (run(backend, "mha_sparse_attention", [out], *args[:2], indices, *args[2:])
+                               for backend in (kernels, reference))
+            assert close(found, expected, bound_of(kv_type)), shape
+            assert np.isfinite(found).all() and not found[(indices < 0).all(axis=1)].any()
+        assert close(found, run(kernels, "mha_attention", [out], *args), bound_of(kv_type))
+
+
 @pytest.mark.parametrize("kind", choose(["Q8_0"], ["Q8_0", "Q4_K", "Q6_K", "BF16"]))
 def test_quantized_weights(kind):
     shape = choose((1, 32, 32, 4, 32), (2, 256, 256, 32, 32))
@@ -54,6 +70,10 @@ def test_it_is_the_absorbed_form():
     mixed = run(reference, "dense_attention", [(n, 3, kv_lora)], absorbed, latents, positions, scale)
     expected = run(reference, "head_linear", [(n, 3, 48)], v_b, mixed)
     assert close(run(reference, "mha_attention", [(n, 3, 48)], q, latents, k_b, v_b, positions, scale), expected, 1e-25)
+    chosen = some_keys(positions, 12)
+    mixed = run(reference, "sparse_attention", [(n, 3, kv_lora)], absorbed, latents, chosen, scale)
+    expected = run(reference, "head_linear", [(n, 3, 48)], v_b, mixed)
+    assert close(run(reference, "mha_sparse_attention", [(n, 3, 48)], q, latents, chosen, k_b, v_b, positions, scale), expected, 1e-25)
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "i16"])
@@ -85,44 +105,68 @@ def test_a_latent_that_is_not_finite_spoils_only_those_that_see_it():
 @pytest.mark.parametrize("n_tokens", [1, 50])
 def test_threads_share_heads_or_tokens(n_tokens, kv_type):
     """One head: two threads take half of the tokens each."""
-    args = inputs(n_tokens, 100, SHAPES[0], kv_type)
-    one, two = (with_threads(n, "mha_attention", (n_tokens, SHAPES[0][0], SHAPES[0][4]), *args) for n in (1, 2))
+    args, out = inputs(n_tokens, 100, SHAPES[0], kv_type), (n_tokens, SHAPES[0][0], SHAPES[0][4])
+    one, two = (with_threads(n, "mha_attention", out, *args) for n in (1, 2))
+    assert close(two, one, 1e-12)
+    chosen = some_keys(args[4], 30)
+    one, two = (with_threads(n, "mha_sparse_attention", out, *args[:2], chosen, *args[2:]) for n in (1, 2))
     assert close(two, one, 1e-12)
 
 
 # Where models take it
 
-def test_where_it_pays(small_model):
-    """By hand, for V3.2's shapes: keys and values of a latent cost 512 * 256 products a head, a pair 320 instead of 1,088."""
-    class V32:
-        kv_lora, n_nope, n_rot, n_v = 512, 128, 64, 128
-    for n_past, n_tokens in ((0, 512), (0, 48), (1536, 512), (100_000, 512), (1000, 16), (1000, 100), (4000, 150), (4000, 190)):
-        pairs = n_tokens * n_past + n_tokens * (n_tokens + 1) // 2
-        fewer = (n_past + n_tokens) * 131_072 + 320 * pairs < n_tokens * 131_072 + 1088 * pairs
-        assert plain_form_pays(V32, n_past, n_tokens) == (fewer and n_tokens >= MHA_TOKENS)
-    assert plain_form_pays(V32, 100_000, 512) and not plain_form_pays(V32, 0, MHA_TOKENS - 1) and not plain_form_pays(V32, 4000, 100)
+class V32:
+    """V3.2's shapes: keys and values of a latent cost 512 * 256 products a head, a pair 320 instead of 1,088."""
+    n_head, kv_lora, n_nope, n_rot, n_v = 128, 512, 128, 64, 128
+
+
+@pytest.mark.parametrize("n_past, n_tokens", [(0, 512), (0, 48), (1536, 512), (100_000, 512), (1000, 16), (1000, 100), (4000, 150),
+                                              (4000, 190)])
+def test_where_it_pays(n_past, n_tokens):
+    n_kv = n_past + n_tokens
+    pairs = n_tokens * n_past + n_tokens * (n_tokens + 1) // 2
+    fewer = n_kv * 131_072 + 320 * pairs < n_tokens * 131_072 + 1088 * pairs
+    assert plain_form_pays(V32, n_past, n_tokens) == (fewer and n_tokens >= MHA_TOKENS)
+    if n_past >= 2048:      # each token chooses as many
+        fewer = n_kv * 131_072 + 320 * pairs < n_tokens * 131_072 + (1088 + 247) * 2048 * n_tokens
+        assert plain_form_pays(V32, n_past, n_tokens, 2048) == (fewer and n_tokens >= MHA_TOKENS)
+
+
+def test_how_long_it_pays():
+    assert plain_form_pays(V32, 100_000, 512) and plain_form_until(V32, 512, 10**6) == 10**6
+    assert plain_form_until(V32, MHA_TOKENS - 1, 10**6) == 0
+    for n_tokens, most in ((512, 2048), (100, 2048), (100, None)):
+        until = plain_form_until(V32, n_tokens, 10**6, most)
+        assert plain_form_pays(V32, until - n_tokens, n_tokens, most) and not plain_form_pays(V32, until + 1 - n_tokens, n_tokens, most)
+    assert 2 * 2048 < plain_form_until(V32, 512, 10**6, 2048) < 3 * 2048
+    assert plain_form_until(V32, 512, 3000, 2048) == 3000
 
 
 @pytest.mark.parametrize("arch", ["deepseek2", "deepseek32", "glm-dsa"])
 def test_prompts_take_it(small_model, load, arch):
-    """From MHA_TOKENS tokens on, while all keys are attended to; what follows goes on from the same caches."""
+    """From MHA_TOKENS tokens on, while all keys are attended to and some way beyond; what follows goes on from the same caches."""
     path = small_model(arch=arch, **{} if arch == "deepseek2" else dict(indexer_top_k=64))
     model, absorbed = load(path), load(path, n_ubatch=MHA_TOKENS - 1)
-    ops = [[node.op for node in m.plan.plans[m.path(0, n)].graph.nodes] for m, n in ((model, 64), (model, 47), (absorbed, 47))]
-    assert ["mha_attention" in found for found in ops] == [True, False, False]
-    ids = np.random.default_rng(0).integers(0, 300, 80).tolist()
-    sessions = model.session(), absorbed.session()
-    for part in (ids[:60], ids[60:64], ids[64:70], ids[70:71]):
-        one, other = (session.logits(part) for session in sessions)
-        assert close(one, other, 1e-10)
+    ids = np.random.default_rng(0).integers(0, 300, 200).tolist()
+    for portions, ops in (([64, 1, 5], ["mha_attention", "absorbed", "absorbed"]), ([47, 60, 1], ["absorbed", "chosen", "absorbed"]),
+                          ([130, 48], ["chosen", "chosen"])):
+        sessions = model.session(), absorbed.session()
+        for n, op in zip(portions, ops):
+            n_past = sessions[0].n_past
+            met = {node.op for node in model.plan.plans[model.path(n_past, n)].graph.nodes} & {"mha_attention", "mha_sparse_attention"}
+            assert met == {"absorbed": set(), "chosen": {"mha_attention" if arch == "deepseek2" else "mha_sparse_attention"}}.get(op, {op})
+            one, other = (session.logits(ids[n_past:n_past + n]) for session in sessions)
+            assert close(one, other, 1e-10)
 
 
 def test_it_is_left_out_where_no_step_takes_it(small_model):
     def paths(**options):
-        return list(ModelPlan(small_model(), n_ctx=100, **options).paths)
-    assert paths(dsa_top_k=64) == ["mha+keys", "dense+keys", "sparse"]
-    assert paths() == ["dense+keys", "sparse"] and paths(dsa_top_k=64, n_ubatch=16) == ["dense+keys", "sparse"]    # top_k is 12
+        return list(ModelPlan(small_model(), n_ctx=options.pop("n_ctx", 100), **options).paths)
+    assert paths(dsa_top_k=64) == ["mha+keys", "dense+keys", "mha+choice", "sparse"]
+    assert paths() == ["dense+keys", "mha+choice", "sparse"]        # top_k is 12
+    assert paths(dsa_top_k=64, n_ubatch=16) == ["dense+keys", "sparse"]
     assert paths(dsa_top_k=100) == ["mha+keys", "dense+keys"] and paths(attention="dense") == ["mha", "dense"]
+    assert paths(attention="sparse") == ["sparse"] and paths(attention="masked") == ["masked"]
 
 
 @pytest.mark.parametrize("kv_lora, n_rot, n_ctx", [(512, 64, 2048), (56, 12, 300), (288, 80, 2049)])
@@ -135,6 +179,6 @@ def test_planned_bytes_hold_what_is_laid(small_model, kv_lora, n_rot, n_ctx):
     assert ModelPlan(path, n_ctx=n_ctx, n_ubatch=16).laid_bytes == 0 == ModelPlan(path, n_ctx=n_ctx, device="reference").laid_bytes
 
 
-def test_laid_bytes_end_with_top_k(small_model):
-    plans = [ModelPlan(small_model(), n_ctx=n_ctx, dsa_top_k=500) for n_ctx in (600, 2**20)]
-    assert plans[0].laid_bytes == plans[1].laid_bytes > 0
+def test_laid_bytes_end_where_chosen_keys_are_looked_up(small_model):
+    plans = [ModelPlan(small_model(), n_ctx=n_ctx, dsa_top_k=500) for n_ctx in (2**18, 2**20)]
+    assert plans[0].laid_bytes == plans[1].laid_bytes > ModelPlan(small_model(), n_ctx=500, dsa_top_k=500).laid_bytes > 0

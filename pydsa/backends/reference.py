@@ -244,14 +244,20 @@ def sparse_attention(out, q, latents, indices, scale):      # indices int32 [T, 
 def mha_attention(out, q, latents, k_b, v_b, positions, scale):
     # [T, H, n_v], [T, H, n_nope + n_rot], [S, D], [H, kv_lora, n_nope], [H, n_v, kv_lora], [T]
     """MLA in its plain form: each head has keys and values of its own, made from the latents (DeepSeek-V2, section 2.1)"""
+    chosen = np.arange(positions[-1] + 1)
+    mha_sparse_attention(out, q, latents, np.where(chosen <= positions[:, None], chosen, -1), k_b, v_b, positions, scale)
+
+
+def mha_sparse_attention(out, q, latents, indices, k_b, v_b, positions, scale):     # indices int32 [T, k], -1 pads
+    """mha_attention to the chosen keys only; a token without any gives zeros"""
     rows, kv_lora = _floats(latents[:positions[-1] + 1]), k_b.shape[1]
     for h in range(q.shape[1]):
         keys = np.concatenate([rows[:, :kv_lora] @ k_b[h], rows[:, kv_lora:]], axis=1)
         values = rows[:, :kv_lora] @ v_b[h].T
-        for t, position in enumerate(positions):
-            logits = scale * (keys[:position + 1] @ q[t, h])
-            p = np.exp(logits - logits.max())
-            out[t, h] = p @ values[:position + 1] / p.sum()
+        for t, chosen in enumerate(indices):
+            logits = scale * (keys[chosen[chosen >= 0]] @ q[t, h])
+            p = np.exp(logits - logits.max(initial=-np.inf))
+            out[t, h] = p @ values[chosen[chosen >= 0]] / p.sum() if p.size else 0
 
 
 def moe_route(ids, weights, logits, bias, gating, n_group, n_group_used, norm, scale):      # int32 [T, used], [T, used], [T, E], [E]

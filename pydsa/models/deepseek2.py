@@ -162,7 +162,7 @@ def decoder(g, c, weights, select, mha):
     """Record a whole model.
 
     select(il, h, qr, table) records what chooses the keys of a layer, and returns a function from its query to its attention, or None.
-    mha: attention to all keys takes its plain form.
+    mha: attention takes its plain form; that function is then given k_b and v_b, too.
     """
     x = g.get_rows("inp_embd", weights("token_embd.weight", c.n_vocab, c.n_embd))
     table = g.rope_table("rope_table", c.rope.freqs, c.rope.magnitude)
@@ -192,15 +192,16 @@ def latent_attention(g, c, w, il, h, table, select, mha):
     g.rope(kv_pe.reshape(1, c.kv_lora + c.n_rot).slice(c.kv_lora, c.kv_lora + c.n_rot), table, NEOX)
     latents = CacheRef("latents", il)
     g.cache_write(latents, kv_pe)
-    attend = select(il, h, qr, table) or (lambda q: g.dense_attention(f"kqv-{il}", q, latents, c.kv_lora, c.kq_scale))
+    attend = select(il, h, qr, table)
 
     name, width = ("attn_q_b.weight", c.q_lora) if c.q_lora else ("attn_q.weight", c.n_embd)
     q = g.linear(f"q-{il}", w(name, c.n_head * (c.n_nope + c.n_rot), width), qr).reshape(c.n_head, c.n_nope + c.n_rot)
     k_b, v_b = w("attn_k_b.weight", c.n_head, c.kv_lora, c.n_nope), w("attn_v_b.weight", c.n_head, c.n_v, c.kv_lora)
     if mha:
         g.rope(q.slice(c.n_nope, c.n_nope + c.n_rot), table, NEOX)
-        out = g.mha_attention(f"kqv_out-{il}", q, latents, k_b, v_b, c.kq_scale)
+        out = attend(q, k_b, v_b) if attend else g.mha_attention(f"kqv_out-{il}", q, latents, k_b, v_b, c.kq_scale)
     else:
+        attend = attend or (lambda q: g.dense_attention(f"kqv-{il}", q, latents, c.kv_lora, c.kq_scale))
         out = absorbed_attention(g, c, il, q, table, k_b, v_b, attend)
     return g.linear(f"attn_out-{il}", w("attn_output.weight", c.n_embd, c.n_head * c.n_v), out.reshape(c.n_head * c.n_v))
 

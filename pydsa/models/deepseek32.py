@@ -8,6 +8,7 @@ from pydsa.models import deepseek2
 
 INDEXER_NEOX = True     # RoPE of the indexer turns pairs (i, i + n_rot / 2)
 K_NORM_EPS = 1e-6       # not in the file
+CHOOSING = ("mha+choice", "sparse", "masked")       # paths whose layers attend to the keys that their indexers choose
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,10 @@ class Config(deepseek2.Config):
     indexer_top_k: int
     indexer_full: tuple     # for each layer: whether it has an indexer of its own, or takes the choice of the last one that has
 
-    # --attention -> the graphs it needs. "...+keys" attend to all, which is exact up to top_k keys, and store the index keys.
-    PATHS = {"auto": ("mha+keys", "dense+keys", "sparse"), "sparse": ("sparse",), "masked": ("masked",), "dense": ("mha", "dense")}
+    # --attention -> the graphs it needs. "...+keys" attend to all, which is exact up to top_k keys, and store the index keys. "mha+choice"
+    # is "sparse" in MLA's plain form, for prompts.
+    PATHS = {"auto": ("mha+keys", "dense+keys", "mha+choice", "sparse"), "sparse": ("sparse",), "masked": ("masked",),
+             "dense": ("mha", "dense")}
 
     @property
     def cache_widths(self):
@@ -66,13 +69,15 @@ def build_with_indexer(g, c, weights, path, neox):
                 raise UnsupportedModelError(f"{w.path}: layer {il} should have an indexer, but there is no tensor "
                                             f"'blk.{il}.indexer.attn_k.weight'; the model can only be run with --attention dense.")
             store_index_key(g, c, w, il, h, table, neox)
-            if path in ("sparse", "masked"):
+            if path in CHOOSING:
                 choice = choose_keys(g, c, w, il, h, qr, table, neox, path)
-        if path not in ("sparse", "masked"):
+        if path not in CHOOSING:
             return None
         made = choice
 
-        def attend(q):
+        def attend(q, *of_heads):
+            if of_heads:
+                return g.mha_sparse_attention(f"kqv_out-{il}", q, CacheRef("latents", il), made, *of_heads, c.kq_scale)
             attention = g.sparse_attention if path == "sparse" else g.masked_attention
             return attention(f"kqv-{il}", q, CacheRef("latents", il), made, c.kv_lora, c.kq_scale)
         return attend
@@ -102,7 +107,7 @@ def choose_keys(g, c, w, il, h, qr, table, neox, path):
     rotate(g, c, q, table, neox)
     weights = g.linear(f"indexer_weights-{il}", w("indexer.proj.weight", heads, c.n_embd), h)
     keys, scale, k = CacheRef("index_keys", il), 1 / math.sqrt(heads * size), min(c.indexer_top_k, g.n_ctx)
-    if path == "sparse":
+    if path != "masked":
         return g.indexer_select(f"indexer_top_k-{il}", q, weights, keys, k, scale)
     scores = g.indexer_scores(f"indexer_score-{il}", q, weights, keys, scale)
     return g.scatter_mask(f"kq_mask-{il}", g.top_k(f"indexer_top_k-{il}", scores, k))

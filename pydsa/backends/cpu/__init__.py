@@ -6,7 +6,7 @@ from pydsa.backends.cpu.attention import dense_attention, masked_attention, spar
 from pydsa.backends.cpu.ceilings import measure_ceilings, product_kind  # noqa: F401
 from pydsa.backends.cpu.indexer import indexer_scores, indexer_select, scatter_mask, score_floats  # noqa: F401
 from pydsa.backends.cpu.linear import head_linear, linear  # noqa: F401
-from pydsa.backends.cpu.mha import mha_attention  # noqa: F401
+from pydsa.backends.cpu.mha import mha_attention, mha_sparse_attention  # noqa: F401
 from pydsa.backends.cpu.moe import moe_down, moe_gate_up, moe_route  # noqa: F401
 from pydsa.backends.cpu.norm import add, layer_norm, rms_norm, silu_mul  # noqa: F401
 from pydsa.backends.cpu.rope import hadamard, rope, rope_table  # noqa: F401

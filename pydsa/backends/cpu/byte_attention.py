@@ -222,7 +222,7 @@ def attend_bytes(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n
             set_limits(limits + 64 * j, 16 * j, n_head, n_tokens, last_key, start)
             if mask:
                 set_bias(bias, 16 * j, n_head, n_tokens, mask + 4 * start, mask_row, there)
-            weigh(scores + j * SUMS, n_q * SUMS, 4 * n_groups, least - start < 64 * n_groups, limits + 64 * j, bias if mask else 0,
+            weigh(scores + j * SUMS, n_q * SUMS, 4 * n_groups, least - start < 64 * n_groups, limits + 64 * j, bias if mask else 0, 0,
                   scale, greatest + 64 * j, total + 64 * j, shrink + 64 * j, factors, weights + j * weight_panel)
             if start > first_key:
                 shrink_sums(sums + j * n_v_tiles * SUMS, n_v_tiles, shrink + 64 * j)
@@ -266,14 +266,14 @@ def leave(at, n_v, factor, row, buffer):
 
 
 @inner
-def weigh(scores, panel, n_panels, limited, limits, bias, scale, greatest, total, shrink, factors, weights):
+def weigh(scores, panel, n_panels, limited, limits, bias, chosen, scale, greatest, total, shrink, factors, weights):
     """Scores of keys and sixteen queries -> their weights beside the greatest so far, times factors, in whole numbers as a left panel.
 
     Both sums are brought up to date. Tiles of scores lie `panel` bytes apart; n_panels is a multiple of four. `shrink` is what the sums so
     far must be multiplied by.
     """
     before = load_floats(greatest, 0)
-    new = greatest_scores(scores, panel, n_panels, limited, limits, bias, scale, before)
+    new = greatest_scores(scores, panel, n_panels, limited, limits, bias, chosen, scale, before)
     base = not_minus_infinity(new)
     sums = floats(np.float32(0))
     for i in range(n_panels):

@@ -198,12 +198,13 @@ def make_values(right, n_panels, kv_lora, n_v_panels, weights, scales, values, r
 
 
 def attend_head_bytes(out, out_token, q, q_token, n_tokens, n_nope, n_rot, n_v, kv_lora, laid, laid_tile,
-                      k_rows, k_row_bytes, k_dequantize, k_blocks, v_rows, v_row_bytes, v_dequantize, v_blocks, last_key, scale):
+                      k_rows, k_row_bytes, k_dequantize, k_blocks, v_rows, v_row_bytes, v_dequantize, v_blocks, last_key, chosen,
+                      chosen_row, scale):
     """out[t] = softmax(scale q[t] . (k_b^T latent, rotated)) (v_b latent) over the latents before last_key[t].
 
     Addresses: out float32 [T, n_v] and q float32 [T, n_nope + n_rot], rows so many bytes apart; tiles of latents as lay_latent_bytes
-    leaves them, laid_tile bytes apart; k_b [kv_lora, n_nope] and v_b [n_v, kv_lora], rows of blocks; last_key int64 [T]. scale: a
-    float32's bits.
+    leaves them, laid_tile bytes apart; k_b [kv_lora, n_nope] and v_b [n_v, kv_lora], rows of blocks; last_key int64 [T]; chosen, as
+    mha.py's mark_chosen leaves it, rows chosen_row bytes apart, or 0. scale: a float32's bits.
     """
     scale = float_from_bits(np.uint32(scale))
     n_lora, n_steps = chunks(kv_lora), steps(n_nope) + steps(n_rot)
@@ -259,8 +260,9 @@ def attend_head_bytes(out, out_token, q, q_token, n_tokens, n_nope, n_rot, n_v, 
             for i in range(n_group):
                 at = sums + (j + i) * n_v_panels * SUMS
                 set_limits(limits, t + 16 * i, 1, n_tokens, last_key, start)
-                weigh(room + i * SUMS, n_group * SUMS, n_there, True, limits, 0, scale, greatest + 64 * (j + i), total + 64 * (j + i),
-                      shrink, factors, weights + i * PANEL)
+                weigh(room + i * SUMS, n_group * SUMS, n_there, True, limits, 0,
+                      chosen + (j + i) * chosen_row + 2 * start if chosen else 0, scale, greatest + 64 * (j + i),
+                      total + 64 * (j + i), shrink, factors, weights + i * PANEL)
                 if start:
                     shrink_sums(at, n_v_panels, shrink)
             byte_panel_products(weights, PANEL, n_group, values, PREPARED, n_v_panels, n_there // 4, sums + j * n_v_panels * SUMS,

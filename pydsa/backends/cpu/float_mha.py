@@ -7,7 +7,7 @@ from pydsa.backends.cpu.microkernels import COLUMNS, address, combine, turn_over
 from pydsa.backends.cpu.scratch import floats_at, own_scratch
 from pydsa.jit import call_block_function, inner
 from pydsa.quants.block import float_from_bits
-from pydsa.simd import i64_at
+from pydsa.simd import i64_at, u16_at
 
 
 def laid_float_bytes(kv_lora, n_rot):
@@ -34,13 +34,22 @@ def products(a, a_stride, n_rows, b, n, out):
         combine(address(out), out.strides[0], n_rows, out.shape[1], a + 4 * k, a_stride, address(b[k]), b.strides[0], min(WIDTH, n - k))
 
 
+@inner
+def leave_chosen(row, n, chosen, bit):
+    """Scores of n keys become -inf where the bit of a key's two bytes is not set."""
+    for j in range(n):
+        if not u16_at(chosen, 2 * j) >> bit & 1:
+            row[j] = -np.inf
+
+
 def attend_head_floats(out, out_token, q, q_token, n_tokens, n_nope, n_rot, n_v, kv_lora, laid, laid_tile,
-                       k_rows, k_row_bytes, k_dequantize, k_blocks, v_rows, v_row_bytes, v_dequantize, v_blocks, last_key, scale):
+                       k_rows, k_row_bytes, k_dequantize, k_blocks, v_rows, v_row_bytes, v_dequantize, v_blocks, last_key, chosen,
+                       chosen_row, scale):
     """out[t] = softmax(scale q[t] . (k_b^T latent, rotated)) (v_b latent) over the latents before last_key[t].
 
     Addresses: out float32 [T, n_v] and q float32 [T, n_nope + n_rot], rows so many bytes apart; tiles of latents as lay_latent_floats
-    leaves them, laid_tile bytes apart; k_b [kv_lora, n_nope] and v_b [n_v, kv_lora], rows of blocks; last_key int64 [T]. scale: a
-    float32's bits.
+    leaves them, laid_tile bytes apart; k_b [kv_lora, n_nope] and v_b [n_v, kv_lora], rows of blocks; last_key int64 [T]; chosen, as
+    mha.py's mark_chosen leaves it, rows chosen_row bytes apart, or 0. scale: a float32's bits.
     """
     scale, width, latent = float_from_bits(np.uint32(scale)), n_nope + n_rot, 4 * (kv_lora + n_rot)
     n_k, n_sums, depth, together = whole_columns(n_nope), whole_columns(n_v), (kv_lora + 15) // 16 * 16, min(QUERIES, n_tokens)
@@ -83,6 +92,8 @@ def attend_head_floats(out, out_token, q, q_token, n_tokens, n_nope, n_rot, n_v,
                 continue
             products(q + t * q_token, q_token, n, turned, width, scores)
             for i in range(n):
+                if chosen:
+                    leave_chosen(scores[i], there, chosen + (t + i) // 16 * chosen_row + 2 * first, (t + i) % 16)
                 shrink = weigh(scores[i], min(there, i64_at(last_key, 8 * (t + i)) - first), 0, scale, greatest[t + i:t + i + 1],
                                total[t + i:t + i + 1])
                 if shrink != 1:

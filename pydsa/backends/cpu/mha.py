@@ -4,33 +4,79 @@ from numba import prange
 
 from pydsa.backends.cpu.microkernels import address, n_threads
 from pydsa.backends.cpu.scratch import callers_scratch
-from pydsa.jit import call_word_function, kernel
+from pydsa.jit import call_word_function, inner, kernel
 from pydsa.quants.block import bits_of_float
 
 LAID = 256      # latents that are laid out together
 
 
+@inner
+def tiles(n_kv):
+    return (n_kv + LAID - 1) // LAID
+
+
+@inner
+def lay(latents, i, n_kv, kv_lora, n_rot, room):
+    """The i-th tile of latents to its place."""
+    row_bytes, n = latents.data.shape[1], min(LAID, n_kv - i * LAID)
+    call_word_function(latents.lay, (address(latents.data) + i * LAID * row_bytes, row_bytes, latents.dequantize, latents.n, n, kv_lora,
+                                     n_rot, room + i * latents.laid))
+
+
+@inner
+def mark_chosen(indices, first, marks):
+    """For sixteen tokens from the first on, which of them chose a key: in marks [n_kv] a bit of each."""
+    marks[:] = 0
+    for t in range(first, min(first + 16, indices.shape[0])):
+        bit, i = np.uint16(1 << (t - first)), 0
+        while i < indices.shape[1] and indices[t, i] >= 0:
+            marks[indices[t, i]] |= bit
+            i += 1
+
+
+@inner
+def pieces(n_head, n_tokens):
+    """Into how many parts the tokens are divided, where there are more threads than heads."""
+    return max(1, min(n_threads() // n_head, (n_tokens + 15) // 16))
+
+
+@inner
+def attend(out, q, latents, k_b, v_b, last_key, scale, i, room, marks):
+    """A head's attention for a part of the tokens; marks [0, ...]: to all keys."""
+    n_tokens, n_head, width = q.shape
+    n_pieces = pieces(n_head, n_tokens)
+    size = (n_tokens + 16 * n_pieces - 1) // (16 * n_pieces) * 16
+    h, t = i // n_pieces, i % n_pieces * size
+    n, k_row, v_row = min(size, n_tokens - t), k_b.data.shape[2], v_b.data.shape[2]
+    kv_lora, n_v, n_nope = k_b.data.shape[1], v_b.data.shape[1], k_row // k_b.block_bytes * k_b.block
+    if n > 0:
+        call_word_function(latents.attend_head, (
+            address(out) + t * out.strides[0] + h * out.strides[1], out.strides[0],
+            address(q) + t * q.strides[0] + h * q.strides[1], q.strides[0], n, n_nope, width - n_nope, n_v, kv_lora, room, latents.laid,
+            address(k_b.data) + h * kv_lora * k_row, k_row, k_b.dequantize, k_row // k_b.block_bytes,
+            address(v_b.data) + h * n_v * v_row, v_row, v_b.dequantize, v_row // v_b.block_bytes, address(last_key) + 8 * t,
+            address(marks) + t // 16 * marks.strides[0] if marks.size else 0, marks.strides[0], bits_of_float(np.float32(scale))))
+
+
 @kernel(parallel=True)
 def mha_attention(out, q, latents, k_b, v_b, positions, scale):
-    n_tokens, n_head, width = q.shape
-    n_kv, kv_lora, n_v = positions[-1] + 1, k_b.data.shape[1], v_b.data.shape[1]
-    k_blocks, v_blocks = k_b.data.shape[2] // k_b.block_bytes, v_b.data.shape[2] // v_b.block_bytes
-    n_nope = k_blocks * k_b.block
-    n_rot, row_bytes = width - n_nope, latents.data.shape[1]
-    room = callers_scratch((n_kv + LAID - 1) // LAID * latents.laid)
-    for i in prange((n_kv + LAID - 1) // LAID):
-        call_word_function(latents.lay, (address(latents.data) + i * LAID * row_bytes, row_bytes, latents.dequantize, latents.n,
-                                         min(LAID, n_kv - i * LAID), kv_lora, n_rot, room + i * latents.laid))
+    n_kv, kv_lora, n_rot = positions[-1] + 1, k_b.data.shape[1], q.shape[2] - k_b.data.shape[2] // k_b.block_bytes * k_b.block
+    room, marks = callers_scratch(tiles(n_kv) * latents.laid), np.empty((0, 1), np.uint16)
+    for i in prange(tiles(n_kv)):
+        lay(latents, i, n_kv, kv_lora, n_rot, room)
     last_key = positions + 1
-    pieces = max(1, min(n_threads() // n_head, (n_tokens + 15) // 16))      # of the tokens, where there are more threads than heads
-    size = (n_tokens + 16 * pieces - 1) // (16 * pieces) * 16
-    for i in prange(n_head * pieces):
-        h, t = i // pieces, i % pieces * size
-        n = min(size, n_tokens - t)
-        if n > 0:
-            call_word_function(latents.attend_head, (
-                address(out) + t * out.strides[0] + h * out.strides[1], out.strides[0],
-                address(q) + t * q.strides[0] + h * q.strides[1], q.strides[0], n, n_nope, n_rot, n_v, kv_lora, room, latents.laid,
-                address(k_b.data) + h * kv_lora * k_b.data.shape[2], k_b.data.shape[2], k_b.dequantize, k_blocks,
-                address(v_b.data) + h * n_v * v_b.data.shape[2], v_b.data.shape[2], v_b.dequantize, v_blocks,
-                address(last_key) + 8 * t, bits_of_float(np.float32(scale))))
+    for i in prange(q.shape[1] * pieces(q.shape[1], q.shape[0])):
+        attend(out, q, latents, k_b, v_b, last_key, scale, i, room, marks)
+
+
+@kernel(parallel=True)
+def mha_sparse_attention(out, q, latents, indices, k_b, v_b, positions, scale):
+    n_kv, kv_lora, n_rot = positions[-1] + 1, k_b.data.shape[1], q.shape[2] - k_b.data.shape[2] // k_b.block_bytes * k_b.block
+    room, marks = callers_scratch(tiles(n_kv) * latents.laid), np.empty(((q.shape[0] + 15) // 16, tiles(n_kv) * LAID), np.uint16)
+    for i in prange(tiles(n_kv)):
+        lay(latents, i, n_kv, kv_lora, n_rot, room)
+    for i in prange(marks.shape[0]):
+        mark_chosen(indices, 16 * i, marks[i])
+    last_key = positions + 1
+    for i in prange(q.shape[1] * pieces(q.shape[1], q.shape[0])):
+        attend(out, q, latents, k_b, v_b, last_key, scale, i, room, marks)

@@ -3,6 +3,7 @@
 Scores come as tiles of keys x queries, so that sixteen queries are weighed side by side without a sum over lanes.
 """
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -14,7 +15,7 @@ from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.jit import call_block_function, inner
 from pydsa.quants.block import float_from_bits
 from pydsa.simd import (F32, I16, I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i32x16, i64_at, load_floats, pointer,
-                        prefetch, store)
+                        prefetch, store, u16_at)
 
 TILE = 128      # keys: at V3.2's width of 576, 560 KiB as keys and as values, within a second-level cache
 KEY_PANELS, VALUE_STEPS = TILE // 16, TILE // 32
@@ -61,6 +62,15 @@ def visible(typingctx, scores, key, limits):
         there = builder.icmp_signed("<", broadcast(builder, builder.trunc(key, I32), 16), limits)
         return builder.select(there, scores, constant([float("-inf")] * 16, F32))
     return f32x16(f32x16, types.intp, types.intp), codegen
+
+
+@intrinsic
+def only(typingctx, scores, lanes):
+    """Scores in the lanes whose bit is set, elsewhere -inf."""
+    def codegen(context, builder, signature, args):
+        mask = builder.bitcast(builder.trunc(args[1], I16), ir.VectorType(ir.IntType(1), 16))
+        return builder.select(mask, args[0], constant([float("-inf")] * 16, F32))
+    return f32x16(f32x16, types.intp), codegen
 
 
 @intrinsic
@@ -247,8 +257,11 @@ def set_bias(bias, first, n_head, n_tokens, mask, mask_row, n):
 
 
 @inner
-def greatest_scores(scores, panel, n_panels, limited, limits, bias, scale, new):
-    """Scores become what the softmax is of: scaled, masked, -inf where a query does not see a key -> the greatest with those before."""
+def greatest_scores(scores, panel, n_panels, limited, limits, bias, chosen, scale, new):
+    """Scores become what the softmax is of: scaled, masked, -inf where a query does not see a key -> the greatest with those before.
+
+    chosen: for each key two bytes, a bit a query; or 0.
+    """
     for i in range(n_panels):
         for k in range(16):
             at = scores + i * panel + 64 * k
@@ -257,6 +270,8 @@ def greatest_scores(scores, panel, n_panels, limited, limits, bias, scale, new):
                 row = row + load_floats(bias, 64 * (16 * i + k))
             if limited:
                 row = visible(row, 16 * i + k, limits)
+            if chosen:
+                row = only(row, np.int64(u16_at(chosen, 2 * (16 * i + k))))
             store(at, 0, row)
             new = larger(row, new)
     return new
@@ -269,7 +284,7 @@ def weigh(scores, panel, n_panels, limited, limits, bias, scale, greatest, total
     Tiles of scores lie `panel` bytes apart; n_panels is even. `shrink` is what the sums so far must be multiplied by.
     """
     before = load_floats(greatest, 0)
-    new = greatest_scores(scores, panel, n_panels, limited, limits, bias, scale, before)
+    new = greatest_scores(scores, panel, n_panels, limited, limits, bias, 0, scale, before)
     base = not_minus_infinity(new)
     sums = floats(np.float32(0))
     for i in range(0, n_panels, 2):

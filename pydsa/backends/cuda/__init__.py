@@ -15,7 +15,7 @@ from pydsa.backends.cuda.device import SIMULATED
 from pydsa.backends.cuda.indexer import indexer_scores, indexer_select, scatter_mask  # noqa: F401
 from pydsa.backends.cuda.launch import Kernel
 from pydsa.backends.cuda.linear import head_linear, linear  # noqa: F401
-from pydsa.backends.cuda.mha import mha_attention  # noqa: F401
+from pydsa.backends.cuda.mha import mha_attention, mha_sparse_attention  # noqa: F401
 from pydsa.backends.cuda.moe import moe_down, moe_gate_up, moe_route  # noqa: F401
 from pydsa.backends.cuda.norm import add, layer_norm, rms_norm, silu_mul  # noqa: F401
 from pydsa.backends.cuda.rope import hadamard, rope, rope_table  # noqa: F401

@@ -6,14 +6,15 @@ logits, an online softmax, then the values, which pass through the same shared m
 import numpy as np
 from numba import cuda
 
+from pydsa.backends.cuda import byte_attention
 from pydsa.backends.cuda.array import scratch
+from pydsa.backends.cuda.byte_attention import DENSE, MASKED, SPARSE
 from pydsa.backends.cuda.device import SIMULATED, WARP, device, exp, four_at, warp_max, warp_sum
 from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
 from pydsa.backends.cuda.rows import CACHED
 from pydsa.backends.cuda.tiles import BATCH, DOTS, FOURS, HEADS, KEYS, PRODUCTS, PRODUCTS_OF, STAGE, THREADS, sum_of_slices
 from pydsa.backends.cuda.tiles import WORK as PRODUCT_WORK
 
-DENSE, MASKED, SPARSE = range(3)
 WARPS = THREADS // WARP
 HEADS_BY = HEADS // 4                       # a thread sums four heads and two times four columns, half of all columns apart
 HALF = 4 * THREADS // HEADS_BY
@@ -183,12 +184,15 @@ def splits_for(n_tokens, n_head, n_v, n_keys):
 def attend(out, q, latents, mode, n_keys, scale, positions=None, indices=None, mask=None):
     """Attention to at most n_keys keys; what the mode does not look at is None."""
     n_tokens, n_head, n_v = out.shape
+    others = [scratch("nothing", (1,) * n, dtype) if a is None else a
+              for a, n, dtype in ((positions, 1, np.int64), (indices, 2, np.int32), (mask, 2, np.float32))]
+    if byte_attention.takes(latents, n_tokens, n_head, n_v):
+        byte_attention.attend(out, q, latents, *others, mode, scale)
+        return
     n_splits = splits_for(n_tokens, n_head, n_v, n_keys)
     rows = (n_tokens, n_head, n_splits) if n_splits > 1 else (1, 1, 1)
     sums, tops, totals = (scratch(f"attention {name}", shape, np.float32) for name, shape in (
         ("sums", (*rows, n_v if n_splits > 1 else 1)), ("tops", rows), ("totals", rows)))
-    others = (scratch("nothing", (1,) * n, dtype) if a is None else a
-              for a, n, dtype in ((positions, 1, np.int64), (indices, 2, np.int32), (mask, 2, np.float32)))
     ATTEND[latents.storage]((n_tokens * n_splits * blocks_for(n_head, HEADS), blocks_for(n_v, COLUMNS)), out, sums, tops, totals, q,
                             latents.data.flat, latents.data.shape[1], latents.first, latents.second, *others, mode, n_splits, scale)
     if n_splits > 1:

@@ -3,7 +3,7 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.attention import dense_attention
+from pydsa.backends.cuda.attention import dense_attention, sparse_attention
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.backends.cuda.linear import head_linear
 
@@ -20,11 +20,21 @@ def copy_rows(out, x):
 
 def mha_attention(out, q, latents, k_b, v_b, positions, scale):
     """MLA in its plain form, reckoned in the absorbed one"""
+    absorbed_form(out, q, k_b, v_b, lambda mixed, absorbed: dense_attention(mixed, absorbed, latents, positions, scale))
+
+
+def mha_sparse_attention(out, q, latents, indices, k_b, v_b, positions, scale):
+    """mha_attention to the chosen keys only"""
+    absorbed_form(out, q, k_b, v_b, lambda mixed, absorbed: sparse_attention(mixed, absorbed, latents, indices, scale))
+
+
+def absorbed_form(out, q, k_b, v_b, attend):
+    """Queries are taken into the space of the latents, and what attend(mixed, absorbed) mixed of these out of it."""
     n_tokens, n_head, width = q.shape
     _, kv_lora, n_nope = k_b.shape
     absorbed = scratch("absorbed queries", (n_tokens, n_head, kv_lora + width - n_nope), np.float32)
     mixed = scratch("mixed latents", (n_tokens, n_head, kv_lora), np.float32)
     head_linear(absorbed[..., :kv_lora], k_b, q[..., :n_nope])
     copy_rows((n_tokens * n_head, blocks_for(width - n_nope, THREADS)), absorbed[..., kv_lora:].rows, q[..., n_nope:].rows)
-    dense_attention(mixed, absorbed, latents, positions, scale)
+    attend(mixed, absorbed)
     head_linear(out, v_b, mixed)

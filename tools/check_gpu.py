@@ -1,0 +1,90 @@
+"""Everything there is to learn from a GPU in one run: tests of ops, whole models, a sanitizer, speed op by op and at depths.
+
+    python tools/check_gpu.py results --minutes 9
+
+Each stage writes results/STAGE.log as it goes, and results/report.md tells how all ended: a run that is cut off leaves what it found.
+Stages come in the order of what is worth knowing first; one that would not end in time is stopped. Exit code 1 if a stage failed.
+"""
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON, MODEL = (sys.executable, "-u"), "v3.2-layers-{}.gguf"
+PYDSA = (*PYTHON, "-m", "pydsa")
+
+
+class Stage(NamedTuple):
+    """A command, and how much of the whole time it may take; optional: its program need not be there."""
+    name: str
+    command: tuple
+    share: float
+    optional: bool = False
+
+
+def bench(name, kind, share, *options):
+    return Stage(name, (*PYDSA, "bench", "{out}/" + MODEL.format(kind), "--device", "cuda", *options), share)
+
+
+def make(kind):
+    command = *PYTHON, "tools/make_model.py", "--preset", "v3.2-layers", "--type", kind, "{out}/" + MODEL.format(kind)
+    return Stage(f"make-{kind}", command, 0.3)
+
+
+STAGES = [
+    Stage("device", ("nvidia-smi",), 0.05, optional=True),
+    Stage("info", (*PYDSA, "info", "pydsa/demo/demo.gguf", "--device", "cuda"), 0.1),
+    Stage("ops", (*PYTHON, "-m", "pytest", "-m", "gpu", "-k", "ops", "tests/test_cuda.py"), 0.4),
+    Stage("models", (*PYTHON, "-m", "pytest", "-m", "gpu", "-k", "not ops", "tests/test_cuda.py"), 0.4),
+    Stage("demo", (*PYDSA, "run", "-f", "pydsa/demo/notes.txt", "--temp", "0", "--device", "cuda"), 0.15),
+    make("Q4_K_M"),
+    bench("ops-of-a-token", "Q4_K_M", 0.3, "--ops", "-p", "0", "-n", "16", "-d", "4096"),
+    bench("ops-of-a-prompt", "Q4_K_M", 0.3, "--ops", "-p", "2048", "-n", "0", "-ub", "2048"),
+    bench("depths", "Q4_K_M", 0.4, "-p", "2048", "-n", "64", "-ub", "2048", "-d", "0,4096,131072", "-r", "2"),
+    make("Q8_0"),
+    bench("q8_0", "Q8_0", 0.3, "-p", "2048", "-n", "64", "-ub", "2048", "-d", "0,4096"),
+    Stage("sanitizer", ("compute-sanitizer", "--error-exitcode", "9", *PYTHON, "-m", "pytest", "-x", "-q", "tests/test_attention.py",
+                        "tests/test_top_k.py"), 0.5, optional=True),
+]
+
+
+def run_stage(stage, out, seconds):
+    """Run a stage for so many seconds at most -> how it ended, in words."""
+    command = [part.format(out=out) for part in stage.command]
+    with open(out / f"{stage.name}.log", "wb") as log:
+        try:
+            # with this variable tests of ops look at the GPU's kernels
+            done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYDSA_TEST_DEVICE": "cuda"}, stdin=subprocess.DEVNULL,
+                                  stdout=log, stderr=subprocess.STDOUT, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return f"stopped after {seconds:.0f} s"
+        except FileNotFoundError:
+            return f"left out: {command[0]} is not there" if stage.optional else f"failed: {command[0]} is not there"
+    return "passed" if done.returncode == 0 else f"failed with exit code {done.returncode}"
+
+
+@click.command(help=__doc__.split("\n\n")[0], epilog="Stages: " + ", ".join(stage.name for stage in STAGES))
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=30, show_default=True, help="time for all stages")
+@click.option("--stage", "names", multiple=True, type=click.Choice([stage.name for stage in STAGES]), help="only these  [all]")
+def main(out, minutes, names):
+    out = out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    start, rows = time.monotonic(), []
+    for stage in (stage for stage in STAGES if not names or stage.name in names):
+        began, left = time.monotonic(), 60 * minutes - (time.monotonic() - start)
+        ended = run_stage(stage, out, min(left, 60 * minutes * stage.share)) if left > 1 else "left out: no time was left"
+        rows.append((stage.name, f"{time.monotonic() - began:.0f}", ended))
+        click.echo(f"{stage.name}: {ended}")
+        lines = ["| stage | s | |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+        (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    sys.exit(any(row[2].startswith("failed") for row in rows))
+
+
+if __name__ == "__main__":
+    main()
