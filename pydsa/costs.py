@@ -86,7 +86,7 @@ def plain_form_until(c, n_tokens, n_ctx, most=None):
 
 def device_scratch(nodes, n_tokens):
     """Bytes that the CUDA backend works in beside the values of a plan (backends/cuda): rounded activations, parts of experts, queries."""
-    rounded = hidden = parts = queries = absorbed = 0
+    rounded = hidden = parts = queries = absorbed = heads = 0
     for node in nodes:
         if node.op in ("linear", "head_linear"):
             rounded = max(rounded, n_tokens * math.prod(node.args[2].tail))
@@ -96,12 +96,21 @@ def device_scratch(nodes, n_tokens):
             parts = max(parts, n_tokens * node.args[2].tail[0] * node.args[0].tail[0])
         elif node.op in ("mha_attention", "mha_sparse_attention"):
             n_head, kv_lora, n_nope = node.args[-4].shape
-            absorbed = max(absorbed, n_tokens * n_head * (2 * kv_lora + node.args[1].tail[1] - n_nope))
+            width = kv_lora + node.args[1].tail[1] - n_nope
+            absorbed, heads = max(absorbed, n_tokens * n_head * (kv_lora + width)), max(heads, _heads(n_tokens, n_head, width))
             rounded = max(rounded, n_tokens * n_head * max(kv_lora, n_nope))
+        elif node.op in ("dense_attention", "masked_attention", "sparse_attention"):
+            heads = max(heads, _heads(n_tokens, *node.args[1].tail))
         elif node.op in ("indexer_scores", "indexer_select"):
             queries = max(queries, n_tokens * math.prod(node.args[1].tail))
     rounded = max(rounded, hidden)
-    return 2 * rounded + rounded * 3 // 8 + 4 * (hidden + parts + absorbed) + 2 * queries     # two bytes a number, a scale a 32nd, two sums
+    # two bytes a number, a scale a 32nd, two sums
+    return 2 * rounded + rounded * 3 // 8 + 4 * (hidden + parts + absorbed) + 2 * queries + heads
+
+
+def _heads(n_tokens, n_head, width):
+    """Bytes of rounded queries: sixteen heads and steps of 32 numbers are whole, and each of two parts may begin one; two scales a head."""
+    return n_tokens * (-(-n_head // 16) * 16 * (-(-width // 32) + 1) * 64 + 8 * n_head)
 
 
 def get_rows(s, out, w, ids):       # a row a token, though tokens may be equal

@@ -121,9 +121,6 @@ def _make_attend(storage):
         """acc = acc times shrink, and the weights times SIDE columns of the values."""
         warp, lane = thread >> 5, thread & 31
         row, right, c = warp % ROW_TILES * 16 + (lane >> 2), warp // ROW_TILES * 32 + (lane >> 2), lane & 3
-        smaller, smaller_8 = shrink[row], shrink[row + 8]
-        for i in range(SUMS):
-            acc[i] *= smaller if i % 4 < 2 else smaller_8
         if column >= n_v:
             return
         for plane in range(planes):
@@ -159,10 +156,11 @@ def _make_attend(storage):
                             p0, p1, p2, p3 = mma_s8(h0, h1, h2, h3, stage[at], stage[at + 4 * COLUMN_PITCH], p0, p1, p2, p3)
                 if plane == 0:
                     p0, p1, p2, p3 = p0 << 8, p1 << 8, p2 << 8, p3 << 8
-            acc[4 * tile] += unit * np.float32(np.int32(p0))
-            acc[4 * tile + 1] += unit * np.float32(np.int32(p1))
-            acc[4 * tile + 2] += unit * np.float32(np.int32(p2))
-            acc[4 * tile + 3] += unit * np.float32(np.int32(p3))
+            smaller, smaller_8 = shrink[row], shrink[row + 8]
+            acc[4 * tile] = acc[4 * tile] * smaller + unit * np.float32(np.int32(p0))
+            acc[4 * tile + 1] = acc[4 * tile + 1] * smaller + unit * np.float32(np.int32(p1))
+            acc[4 * tile + 2] = acc[4 * tile + 2] * smaller_8 + unit * np.float32(np.int32(p2))
+            acc[4 * tile + 3] = acc[4 * tile + 3] * smaller_8 + unit * np.float32(np.int32(p3))
         sync()
 
     @device
@@ -170,11 +168,13 @@ def _make_attend(storage):
         """SIDE columns of what all keys made, divided by the sum of weights."""
         warp, lane = thread >> 5, thread & 31
         row, at = warp % ROW_TILES * 16 + (lane >> 2), column + warp // ROW_TILES * 32 + 2 * (lane & 3)
+        whole, whole_8 = total[row], total[row + 8]
+        factor = np.float32(1) / whole if whole != ZERO else ZERO
+        factor_8 = np.float32(1) / whole_8 if whole_8 != ZERO else ZERO
         for i in range(SUMS):
             h, col = row + i % 4 // 2 * 8, at + i // 4 * 8 + i % 2
             if head + h < out.shape[1] and col < out.shape[2]:
-                whole = total[h]
-                out[t, head + h, col] = acc[i] / whole if whole != ZERO else ZERO
+                out[t, head + h, col] = acc[i] * (factor if i % 4 < 2 else factor_8)
 
     def attend(out, words, scales, data, row_bytes, first, second, positions, indices, mask, mode, scale):
         """out[t, h] of queries as round_heads left them.
@@ -201,7 +201,6 @@ def _make_attend(storage):
         acc_5 = cuda.local.array(SUMS, np.float32)
         acc_6 = cuda.local.array(SUMS, np.float32)
         acc_7 = cuda.local.array(SUMS, np.float32)
-        sums = cuda.local.array(SUMS, np.float32)
         high = cuda.local.array(SUMS, np.int32)
         mixed = cuda.local.array(SUMS, np.int32)
         thread, block, n_head, n_v = cuda.threadIdx.x & THREADS - 1, cuda.blockIdx.x & 0x7FFFFFFF, out.shape[1], out.shape[2]
@@ -213,9 +212,6 @@ def _make_attend(storage):
         n_steps = (first + 31) // 32 + (second + 31) // 32
         of_tile = (np.int64(t) * n_tiles + min(group * ROW_TILES + warp % ROW_TILES, n_tiles - 1)) * n_steps
         h0, h1, unit = min(head + row, n_head - 1), min(head + row + 8, n_head - 1), np.float32(256) if wide else np.float32(1)
-        q00, q01, q10, q11 = scales[t, h0, 0] * unit, scales[t, h1, 0] * unit, ZERO, ZERO
-        if second > 0:
-            q10, q11 = scales[t, h0, 1] * unit, scales[t, h1, 1] * unit
         n = np.int64(indices.shape[1]) if mode == SPARSE else positions[t] + 1
         for i in range(SUMS):
             acc_0[i] = acc_1[i] = acc_2[i] = acc_3[i] = acc_4[i] = acc_5[i] = acc_6[i] = acc_7[i] = ZERO
@@ -243,8 +239,6 @@ def _make_attend(storage):
             if thread < SIDE:
                 d = first_scale[thread]
                 of_values[thread] = d / greatest * np.float32(LARGEST) if ZERO < d <= greatest else ZERO
-            for i in range(SUMS):
-                sums[i] = ZERO
             for part in range(2):
                 begin, length, step = (0, first, 0) if part == 0 else (first, second, (first + 31) // 32)
                 for i in range(SUMS):
@@ -275,15 +269,15 @@ def _make_attend(storage):
                                     mixed[i], mixed[i + 1], mixed[i + 2], mixed[i + 3] = mma_s8(
                                         a0, a1, a2, a3, b0, b1, mixed[i], mixed[i + 1], mixed[i + 2], mixed[i + 3])
                     cuda.syncthreads()
-                if length > 0:
-                    for i in range(SUMS):
-                        key = warp // ROW_TILES * 32 + i // 4 * 8 + 2 * c + i % 2
-                        of_key = first_scale[key] if part == 0 else second_scale[key]
-                        of_query = (q00 if i % 4 < 2 else q01) if part == 0 else (q10 if i % 4 < 2 else q11)
-                        sums[i] += of_query * of_key * (np.float32(256) * np.float32(high[i]) + np.float32(mixed[i]))
-            for i in range(SUMS):
-                key = warp // ROW_TILES * 32 + i // 4 * 8 + 2 * c + i % 2
-                scores[(row + i % 4 // 2 * 8) * SCORE_PITCH + key] = sums[i] * scale + bias[key] if bias[key] > NOTHING else NOTHING
+                for i in range(SUMS):       # a thread's own: registers are scarce
+                    key = warp // ROW_TILES * 32 + i // 4 * 8 + 2 * c + i % 2
+                    at = (row + i % 4 // 2 * 8) * SCORE_PITCH + key
+                    product = scale * unit * (np.float32(256) * np.float32(high[i]) + np.float32(mixed[i]))
+                    if part == 0:
+                        score = product * first_scale[key] * scales[t, h0 if i % 4 < 2 else h1, 0] + bias[key]
+                        scores[at] = score if bias[key] > NOTHING else NOTHING
+                    elif second > 0 and bias[key] > NOTHING:
+                        scores[at] += product * second_scale[key] * scales[t, h0 if i % 4 < 2 else h1, 1]
             cuda.syncthreads()
             weigh(scores, weights, of_values, shares, top, total, shrink, thread)
             of_sums = greatest / np.float32(LARGEST) * unit
