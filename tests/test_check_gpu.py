@@ -1,0 +1,46 @@
+"""tools/check_gpu.py: how stages end, what is left of a run that was cut short, and that every command exists."""
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from pydsa.cli import main as pydsa_cli
+from tools import check_gpu
+from tools.check_gpu import STAGES, Stage, main, run_stage
+
+SAY, FAIL, SLEEP = ((sys.executable, "-c", code) for code in ("print('{out}')", "raise SystemExit(3)", "import time; time.sleep(60)"))
+
+
+@pytest.mark.parametrize("command, optional, ended", [
+    (SAY, False, "passed"), (FAIL, False, "failed with exit code 3"), (SLEEP, False, "stopped after 1 s"),
+    (("no-such-program",), False, "failed: no-such-program is not there"),
+    (("no-such-program",), True, "left out: no-such-program is not there")])
+def test_how_a_stage_ends(tmp_path, command, optional, ended):
+    assert run_stage(Stage("one", command, 1, optional), tmp_path, 1 if command is SLEEP else 50) == ended
+    assert (tmp_path / "one.log").read_text().strip() == (str(tmp_path) if command is SAY else "")
+
+
+def test_a_run_leaves_a_report(tmp_path, monkeypatch):
+    """Stages in their order, each with its share of the time; those for which none is left are left out."""
+    stages = ("first", SAY), ("second", FAIL), ("long", SLEEP), ("late", SAY)
+    monkeypatch.setattr(check_gpu, "STAGES", [Stage(name, command, 1) for name, command in stages])
+    done = CliRunner().invoke(main, [str(tmp_path / "out"), "--minutes", "0.06"])
+    assert done.exit_code == 1 and done.output.splitlines()[:2] == ["first: passed", "second: failed with exit code 3"]
+    rows = [line.split("|")[1:4] for line in (tmp_path / "out" / "report.md").read_text().splitlines()[2:]]
+    assert [row[0].strip() for row in rows] == ["first", "second", "long", "late"]
+    assert rows[2][2].startswith(" stopped after") and rows[3][2] == " left out: no time was left "
+
+
+def test_stages_ask_for_what_there_is():
+    """Options of `pydsa` are parsed as it would parse them."""
+    names = [stage.name for stage in STAGES]
+    assert len(set(names)) == len(names)
+    for stage in STAGES:
+        if "pydsa" in stage.command:
+            name, *args = stage.command[stage.command.index("pydsa") + 1:]
+            command = pydsa_cli.commands[name]
+            context = command.make_context(name, [a.format(out="/tmp") for a in args], resilient_parsing=True)
+            assert context.params["device"] == "cuda"
+            with pytest.raises(click.UsageError):
+                command.make_context(name, [*args, "--no-such-option"])
