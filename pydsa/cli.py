@@ -59,7 +59,8 @@ def options(*decorators):
 
 ctx_option = click.option("-c", "--ctx-size", "n_ctx", type=int, help="Tokens of context.  [default: 8192, or the model's limit]")
 model_options = options(
-    click.option("-ub", "--ubatch-size", "n_ubatch", type=int, default=512, show_default=True, help="Prompt tokens that run together."),
+    click.option("-ub", "--ubatch-size", "n_ubatch", type=int, default=2048, show_default=True,
+                 help="Prompt tokens that run together: the more, the less often weights are read, and the more memory is used."),
     click.option("--kv-type", type=click.Choice(list(KV_TYPES)), default="i16", show_default=True,
                  help="Type of the cached latents; i16: whole numbers, two scales a row."),
     click.option("--index-type", type=click.Choice(list(KV_TYPES)),

@@ -27,7 +27,7 @@ from pydsa.tokenizer import Tokenizer
 
 DEVICES = {"cpu": "pydsa.backends.cpu", "cuda": "pydsa.backends.cuda", "reference": "pydsa.backends.reference"}
 ATTENTION = ("auto", "sparse", "masked", "dense")
-DEFAULT_N_CTX = 8192
+DEFAULT_N_CTX, DEFAULT_N_UBATCH = 8192, 2048
 FLOAT_SIZE = {"cpu": 4, "cuda": 4, "reference": 8}     # bytes of an intermediate value
 CUDA_MAX_UBATCH = 32768     # a grid has at most 65,535 blocks in y and z, where kernels have tokens
 SCORED_TOGETHER = 32        # tokens whose rows of scores exist at a time (backends/*/indexer.py)
@@ -49,7 +49,8 @@ def whole_number(what, value, low, high):
 class ModelPlan:
     """What running a file would need, worked out without touching weights or compiling: configuration, graphs, memory in bytes."""
 
-    def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=512, index_type=None):
+    def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,
+                 n_ubatch=DEFAULT_N_UBATCH, index_type=None):
         self.device, self.kv_type = choose("device", device, DEVICES), choose("kv_type", kv_type, KV_TYPES)
         self.index_type = choose("index_type", index_type or ("f32" if kv_type == "f32" else "q8_0"), KV_TYPES)
         self.storage = {"latents": KV_TYPES[self.kv_type], "index_keys": KV_TYPES[self.index_type]}      # of each CacheRef.kind
@@ -313,8 +314,8 @@ class Model:
             yield rest
 
 
-def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=512, progress=None,
-         index_type=None):
+def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=DEFAULT_N_UBATCH,
+         progress=None, index_type=None):
     """Open a GGUF (the first part, if it is split) and make it ready to run.
 
     n_ctx: tokens the context can hold (8192, or the model's own limit if that is less). device: "cpu", "cuda" (an NVIDIA GPU; needs the
@@ -323,8 +324,8 @@ def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention=
     16 bits, with a scale for each of a row's two parts), "q8_0" (the same with 8 bits). index_type, of the indexer's cached keys: the
     same names; if None "q8_0", int8 with which it is fastest, but "f32" if kv_type is. attention: "auto" (exact dense attention while
     the context is no longer than top_k, sparse beyond), "sparse", "masked", "dense". dsa_top_k: keys to attend to, instead of the
-    file's own number. n_ubatch: tokens of a prompt that run together. progress(done, total, kernel name) is called while kernels are
-    compiled.
+    file's own number. n_ubatch: tokens of a prompt that run together (2048); fewer take less memory. progress(done, total, kernel name) is
+    called while kernels are compiled.
 
     Raises GGUFError, UnsupportedModelError, OutOfMemoryError, PydsaError.
     """
