@@ -76,6 +76,7 @@ class Runner:
         self._buffer = backend.empty((max(p.n_bytes for p in plans.values()),), np.uint8)
         self._weights, self._constants = {}, {}
         self._outputs = {}      # name -> one row, which is what every step but those of logits() needs
+        self._entry_points = {}
 
     def _array(self, value, offset, n_rows):
         dtype = self.dtypes[value.dtype]
@@ -123,6 +124,17 @@ class Runner:
         output = argument(plan.graph.output) if n_outputs else None
         return Bound(self.backend, roots[plan.graph.ids], roots[plan.graph.positions], calls, output)
 
+    def compiled(self, path, caches, n_tokens, n_outputs, again):
+        """bind() with functions that take these arguments without a look at their types; `again`: this step comes again and again.
+
+        That look takes longer than a short prompt's work, and types only depend on whether there is one row or several.
+        """
+        bound, key = self.bind(path, caches, n_tokens, n_outputs), (path, n_tokens == 1, min(n_outputs, 2))
+        if key not in self._entry_points:
+            self._entry_points[key] = [self.backend.entry_point(function, args) for _, function, args in bound.calls]
+        calls = [(node, function, args) for (node, _, args), function in zip(bound.calls, self._entry_points[key], strict=True)]
+        return bound._replace(calls=calls, recording=self.backend.recorded(calls) if again else None)
+
 
 class Written(Sequence):
     """What a node wrote, as numpy arrays, which a backend fetches when they are looked at."""
@@ -145,11 +157,6 @@ class Bound(NamedTuple):
     calls: list
     output: object      # or None
     recording: object = None
-
-    def compiled(self, again):
-        """The same with functions that take these arguments without a look at their types; `again`: this step comes again and again."""
-        calls = [(node, self.backend.entry_point(function, args), args) for node, function, args in self.calls]
-        return self._replace(calls=calls, recording=self.backend.recorded(calls) if again else None)
 
     def run(self, ids, n_past, logits, observe=None):
         """One step: tokens ids at positions n_past, n_past + 1, ...; the last of their logits go to `logits` [n_outputs, n_vocab].

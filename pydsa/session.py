@@ -90,7 +90,7 @@ class Session:
         key = (self.model.path(self.n_past, chunk.size), chunk.size, len(logits))
         bound = self._bound.get(key)
         if bound is None:
-            bound = self.model.runner.bind(key[0], self._caches, *key[1:]).compiled(again=chunk.size == 1)
+            bound = self.model.runner.compiled(key[0], self._caches, *key[1:], again=chunk.size == 1)
             if chunk.size in (1, self.model.n_ubatch) and len(logits) <= 1:     # the steps that come again
                 self._bound[key] = bound
         self.model.backend.set_threads(self.model.threads)

@@ -160,6 +160,22 @@ def test_unused_weights_are_not_counted(small_model):
     assert dense.mapped_bytes < sparse.mapped_bytes and dense.cache_bytes < sparse.cache_bytes
 
 
+@pytest.mark.parametrize("attention", ["auto", "masked"])
+@pytest.mark.parametrize("spec", MODELS)
+def test_types_of_arguments_depend_on_one_row_or_several(small_model, load, spec, attention):
+    """By which Runner.compiled keeps entry points: with another type a kernel would read what is not there."""
+    import numba
+    if attention == "masked" and spec.get("arch") == "deepseek2":
+        attention = "dense"
+    model, known = load(small_model(**spec), attention=attention, n_ubatch=64), {}
+    for path in model.plan.paths:
+        for n_tokens, n_outputs in ((1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (3, 2), (48, 0), (64, 1), (64, 64)):
+            calls = model.runner.bind(path, model.caches(100 + n_tokens), n_tokens, n_outputs).calls
+            types = [tuple(numba.typeof(a) for a in args) for _, _, args in calls]
+            assert known.setdefault((path, n_tokens == 1, min(n_outputs, 2)), types) == types
+    assert len(set(map(str, known.values()))) > 2 * len(model.plan.paths)       # they do differ otherwise
+
+
 def test_decoding_holds_on_to_nothing(small_model, load):
     session = load(small_model(), n_ctx=2000).session()
     for token in IDS:
