@@ -93,9 +93,11 @@ def test_it_sees_no_future(kv_type):
 
 
 @pytest.mark.skipif(DEVICE != "cpu" or not amx.HERE, reason="floats that are not finite, times zero, are not zero")
-def test_a_latent_that_is_not_finite_spoils_only_those_that_see_it():
+@pytest.mark.parametrize("part", [slice(None), slice(0, 64), slice(64, None)])
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_latent_that_is_not_finite_spoils_only_those_that_see_it(part, value):
     q, latents, k_b, v_b, positions, scale = inputs(20, 50, SHAPES[1], "f16")
-    latents.values[40] = np.inf
+    latents.values[40, part] = value
     found = run(kernels, "mha_attention", [(20, 3, 48)], q, latents, k_b, v_b, positions, scale)
     assert np.isfinite(found[:10]).all() and not np.isfinite(found[10:]).any()
 

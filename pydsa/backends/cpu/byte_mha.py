@@ -177,7 +177,7 @@ def make_keys(laid, n_panels, kv_lora, n_nope, n_rot, weights, keys, scales, roo
     for i in range(16 * n_panels):
         source, target = room + i // 16 * n_k * SUMS + 64 * (i % 16), keys + i // 16 * n_steps * STEP + 64 * (i % 16)
         tops = largest_of(source, SUMS, 16 * n_k), float_at(rotated, 256 * TILE * steps(n_rot) + 4 * i)
-        top = tops[1] if tops[0] < tops[1] else tops[0]     # NaN if the first is, which the second is only together with it
+        top = tops[1] if tops[0] == tops[0] and not tops[1] <= tops[0] else tops[0]     # NaN if one is
         round_floats(source, SUMS, 16 * n_k, factor_of(top), target)
         round_floats(rotated + 256 * steps(n_rot) * i, 64, 64 * steps(n_rot), factor_of(top), target + steps(n_nope) * STEP)
         store(scales, 4 * i, top * OF_LEFT)
