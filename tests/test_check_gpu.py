@@ -1,7 +1,6 @@
 """tools/check_gpu.py: how stages end, what is left of a run that was cut short, and that every command exists."""
 import sys
 
-import click
 import pytest
 from click.testing import CliRunner
 
@@ -33,14 +32,11 @@ def test_a_run_leaves_a_report(tmp_path, monkeypatch):
 
 
 def test_stages_ask_for_what_there_is():
-    """Options of `pydsa` are parsed as it would parse them."""
+    """`pydsa` knows the options: it shows its help for --help, which it would refuse beside an unknown one."""
     names = [stage.name for stage in STAGES]
     assert len(set(names)) == len(names)
     for stage in STAGES:
         if "pydsa" in stage.command:
-            name, *args = stage.command[stage.command.index("pydsa") + 1:]
-            command = pydsa_cli.commands[name]
-            context = command.make_context(name, [a.format(out="/tmp") for a in args], resilient_parsing=True)
-            assert context.params["device"] == "cuda"
-            with pytest.raises(click.UsageError):
-                command.make_context(name, [*args, "--no-such-option"])
+            args = stage.command[stage.command.index("pydsa") + 1:]
+            ended = [CliRunner().invoke(pydsa_cli, [*args, *more, "--help"]).exit_code for more in ([], ["--no-such-option"])]
+            assert ended == [0, 2] and "--device" in args
