@@ -36,7 +36,7 @@ def ops(positions, mask, indices):
 @pytest.mark.parametrize("n_tokens, n_kv", CONTEXTS)
 def test_attention(n_tokens, n_kv, kv_type):
     """All three beside the reference; and beside each other where they look at the same keys."""
-    for shape in SHAPES if kv_type in (*FLOAT_ROWS, "f32") else [*SHAPES, *TILES]:
+    for shape in SHAPES if n_tokens == 1 or kv_type in FLOAT_ROWS else [*SHAPES, *TILES]:
         q, latents, positions = attention_inputs(n_tokens, n_kv, shape, kv_type)
         out = (n_tokens, shape[0], shape[2])
         scale = shape[1] ** -0.5
