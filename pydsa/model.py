@@ -166,9 +166,14 @@ class ModelPlan:
         return together * FLOAT_SIZE[self.device] * self.n_ctx
 
     @property
+    def plain_form_until(self):
+        """In how long a context, in tokens, chunks of n_ubatch take MLA's plain form; 0 if they do not."""
+        return max((self.plain_until(path) for path in self.paths if path.startswith("mha")), default=0)
+
+    @property
     def laid_bytes(self):
         """Bytes that latents take at most where the CPU's plain form of attention lays them out (backends/cpu/byte_mha.py)."""
-        c, n_kv = self.config, max((self.plain_until(path) for path in self.paths if path.startswith("mha")), default=0)
+        c, n_kv = self.config, self.plain_form_until
         a_key = 4 * (258 * -(-c.kv_lora // 256) + 64 * -(-c.n_rot // 64) + 1)
         return -(-n_kv // 256) * 256 * a_key if self.device == "cpu" else 0
 
@@ -220,10 +225,13 @@ class Model:
             self.runner.weight(tensor)
 
     def _compile(self, progress):
-        """Compile every kernel that any step can need: a row alone is contiguous where several are not, so both are bound."""
+        """Compile every kernel that any step can need: a row alone is contiguous where several are not, so both are bound.
+
+        One token never takes the plain form of attention.
+        """
         caches, calls = self.caches(1), []
         for path in self.plan.paths:
-            for n in {1, min(2, self.n_ubatch)}:
+            for n in {2} if path.startswith("mha") else {1, min(2, self.n_ubatch)}:
                 calls += [(function, args) for _, function, args in self.runner.bind(path, caches, n, n).calls]
         self.backend.compile_calls(calls, progress)
 

@@ -34,7 +34,8 @@ def describe(plan):
         "index_type": plan.index_type if plan.top_k else None,
         "memory": {"weights_mapped": plan.mapped_bytes, "weights_copied": plan.copied_bytes, "caches": plan.cache_bytes,
                    "scratch": plan.scratch_bytes, "scores": plan.score_bytes, "laid": plan.laid_bytes},
-        "attention": attention_in_words(plan), "layers": layers_in_words(plan)}
+        "attention": attention_in_words(plan), "plain_form_until": plan.plain_form_until,
+        "layers": layers_in_words(plan)}
 
 
 def gpu_in_words():
@@ -55,11 +56,6 @@ def chat_format(metadata):
 
 def attention_in_words(plan):
     """Which attention the steps of a model take."""
-    plain = [f"{plan.plain_until(path)} tokens" for path in plan.paths if path.startswith("mha")]
-    return _attention(plan) + (f"; prompts with keys and values for each head up to {plain[-1]}" if plain else "")
-
-
-def _attention(plan):
     if plan.top_k is None:
         return "dense (the model has no indexer)"
     if plan.attention == "dense":
@@ -111,8 +107,11 @@ def format_report(report):
               f"  weights mapped  {size(memory['weights_mapped']):>12}", f"  weights copied  {size(memory['weights_copied']):>12}",
               f"  caches          {size(memory['caches']):>12}  ({caches})", f"  scratch         {size(memory['scratch']):>12}",
               f"  rows of scores  {size(memory['scores']):>12}  (at the end of the context)",
-              f"  latents laid    {size(memory['laid']):>12}  (for prompts, while they attend to all keys)",
+              f"  latents laid    {size(memory['laid']):>12}  (for prompts with keys and values for each head)",
               "", f"attention: {report['attention']}"]
+    if report["plain_form_until"]:
+        lines.append(f"  prompts in chunks of {report['n_ubatch']} have keys and values for each head up to {report['plain_form_until']} "
+                     "tokens")
     return "\n".join(lines + [f"  layers {which}: {kind}" for kind, which in report["layers"].items()]) + "\n"
 
 

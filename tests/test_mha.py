@@ -183,4 +183,5 @@ def test_planned_bytes_hold_what_is_laid(small_model, kv_lora, n_rot, n_ctx):
 
 def test_laid_bytes_end_where_chosen_keys_are_looked_up(small_model):
     plans = [ModelPlan(small_model(), n_ctx=n_ctx, dsa_top_k=500) for n_ctx in (2**18, 2**20)]
+    assert plans[0].plain_form_until == plans[1].plain_form_until > 500 and ModelPlan(small_model(), n_ubatch=16).plain_form_until == 0
     assert plans[0].laid_bytes == plans[1].laid_bytes > ModelPlan(small_model(), n_ctx=500, dsa_top_k=500).laid_bytes > 0
