@@ -1,6 +1,7 @@
 """The backend whose kernels the tests of ops look at: `kernels`, the CPU's, or with PYDSA_TEST_DEVICE=cuda the GPU's.
 
-With NUMBA_ENABLE_CUDASIM=1 too, Numba's simulator runs the latter, which is slow: SIMULATED tests take few and small shapes.
+With NUMBA_ENABLE_CUDASIM=1 too, Numba's simulator runs the latter; with PYDSA_TEST_DEVICE=ptx they are compiled for a GPU and executed by
+tools/ptx. Both are slow: SIMULATED tests take few and small shapes.
 """
 import importlib
 import os
@@ -8,7 +9,12 @@ import os
 import numpy as np
 
 DEVICE = os.environ.get("PYDSA_TEST_DEVICE", "cpu")
-SIMULATED = DEVICE == "cuda" and os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+if DEVICE == "ptx":
+    from tools.ptx.backend import install
+    install()
+    DEVICE, SIMULATED = "cuda", True
+else:
+    SIMULATED = DEVICE == "cuda" and os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 
 class OnDevice:

@@ -1,0 +1,183 @@
+"""What PTX's instructions do, on numpy arrays with a number for each thread (PTX ISA 9.0, "Instruction Set").
+
+Floats are rounded to nearest even from float64, of which a fused multiplication and addition may be off by one in the last place where
+both roundings meet a tie.
+"""
+import numpy as np
+
+BITS = {8: "1", 16: "2", 32: "4", 64: "8"}
+
+
+def dtype_of(kind):
+    """numpy's dtype of "s32", "b64", "f32", "pred" and so on."""
+    if kind == "pred":
+        return np.dtype("b1")
+    return np.dtype({"s": "i", "u": "u", "b": "u", "f": "f"}[kind[0]] + BITS[int(kind[1:])])
+
+
+def rounded_down(x):
+    """float64 -> float32, toward minus infinity."""
+    y = x.astype("f4")
+    return np.where(y > x, np.nextafter(y, np.float32(-np.inf)), y)
+
+
+def to_whole(x, dtype, how):
+    """Floats -> whole numbers that stay in their range; NaN becomes 0, or of 64 bits the lowest number."""
+    x = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[how](x.astype("f8"))
+    limits = np.iinfo(dtype)
+    inside = np.clip(np.nan_to_num(x), limits.min, np.nextafter(float(limits.max), 0) if limits.bits == 64 else limits.max)
+    whole = np.where(x > limits.max, limits.max, inside.astype(dtype))
+    return np.where(np.isnan(x), limits.min if limits.bits == 64 else 0, whole).astype(dtype)
+
+
+def convert(opcode):
+    """cvt: the function of one operand, and its type."""
+    *modifiers, target, source = opcode
+    how = next((m for m in modifiers if m[0] == "r"), "rn")
+    target, source = dtype_of(target), dtype_of(source)
+
+    def of(x):
+        if target.kind == "f":
+            if source.kind == "f" and how in ("rni", "rzi", "rmi", "rpi"):
+                x = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[how](x)
+            if "sat" in modifiers:
+                x = np.clip(np.nan_to_num(x, nan=0.0, posinf=np.inf, neginf=-np.inf), 0, 1)
+            assert how in ("rn", "rni", "rzi", "rmi", "rpi")
+            return x.astype(target)
+        return to_whole(x, target, how) if source.kind == "f" else x.astype(target)
+    return of, source
+
+
+def shift(left):
+    """shl and shr: by as many bits as there are, or more, everything goes but the sign."""
+    def of(x, n):
+        n_bits = x.dtype.itemsize * 8
+        n = np.asarray(n).astype(np.int64)
+        inside = np.minimum(n, n_bits - 1).astype(x.dtype)
+        y = np.left_shift(x, inside) if left else np.right_shift(x, inside)
+        return np.where(n >= n_bits, (x >> x.dtype.type(n_bits - 1) if x.dtype.kind == "i" else x.dtype.type(0)), y).astype(x.dtype)
+    return of
+
+
+def divided(x, y):
+    """Toward zero; by zero every bit is set."""
+    nothing = y == 0
+    y = np.where(nothing, y.dtype.type(1), y)
+    q = np.floor_divide(x, y)
+    if x.dtype.kind == "i":
+        q += ((np.remainder(x, y) != 0) & ((x < 0) != (y < 0))).astype(x.dtype)
+    return np.where(nothing, x.dtype.type(-1 if x.dtype.kind == "i" else np.iinfo(x.dtype).max), q)
+
+
+def remainder(x, y):
+    """With the sign of x; by zero, x."""
+    return np.where(y == 0, x, x - divided(x, y) * y)
+
+
+def upper_half(x, y):
+    """The upper half of a product of whole numbers."""
+    if x.dtype.itemsize == 4:
+        wide = x.dtype.kind + "8"
+        return (x.astype(wide) * y.astype(wide) >> 32).astype(x.dtype)
+    product = np.asarray(x, object) * np.asarray(y, object)
+    return np.asarray([int(p) >> 64 & (1 << 64) - 1 for p in np.atleast_1d(product)], np.uint64).astype(x.dtype)
+
+
+def inserted(bits, into, at, n):
+    """bfi: the lowest n bits of one number at a place of another."""
+    mask = ((1 << np.uint64(n)) - 1) << np.uint64(at)
+    return (into & ~mask.astype(into.dtype)) | (bits.astype(np.uint64) << np.uint64(at) & mask).astype(into.dtype)
+
+
+def permuted(x, y, selector):
+    """prmt: each of four bytes is one of eight, or eight times its sign."""
+    both = x.astype(np.uint64) | y.astype(np.uint64) << np.uint64(32)
+    out = np.zeros(np.broadcast(both, selector).shape, np.uint32)
+    for i in range(4):
+        which = selector >> np.uint32(4 * i) & np.uint32(15)
+        byte = (both >> (8 * (which & np.uint32(7))).astype(np.uint64) & np.uint64(255)).astype(np.uint32)
+        byte = np.where(which & np.uint32(8), (byte >> np.uint32(7)) * np.uint32(255), byte)
+        out |= byte << np.uint32(8 * i)
+    return out
+
+
+def bytes_dot(x, y, total):
+    """dp4a of signed bytes."""
+    products = x.view("i1").reshape(-1, 4).astype(np.int32) * y.view("i1").reshape(-1, 4).astype(np.int32)
+    return products.sum(-1, dtype=np.int32) + total
+
+
+def bytes_of_tiles(a, b, c):
+    """mma.m16n8k32 of signed bytes, words a [warps, 32, 4], b [warps, 32, 2], sums c [warps, 32, 4] -> sums, where the lanes have them.
+
+    With g = lane // 4 and i = lane % 4 a lane has: of A the rows g (words 0 and 2) and g + 8 (1 and 3), columns 4 i + 0..3 (words 0 and 1)
+    and those 16 further; of B the column g, rows 4 i + 0..3 and 16 further; of sums the columns 2 i and 2 i + 1 of rows g and g + 8.
+    """
+    n = len(a)
+    a = a.view("i1").reshape(n, 8, 4, 2, 2, 4)                  # warp, g, i, half of columns, half of rows, byte
+    rows = a.transpose(0, 4, 1, 3, 2, 5).reshape(n, 16, 32)     # half of rows and g; half of columns, i, byte
+    b = b.view("i1").reshape(n, 8, 4, 2, 4)
+    columns = b.transpose(0, 1, 3, 2, 4).reshape(n, 8, 32)
+    product = np.matmul(rows.astype("f8"), columns.astype("f8").transpose(0, 2, 1)).astype(np.int32)       # [n, 16, 8], exact
+    return product.reshape(n, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(n, 32, 4) + c
+
+
+def fused(x, y, z):
+    """x y + z with one rounding, up to the last place's ties."""
+    if x.dtype == np.float32:
+        return (x.astype("f8") * y.astype("f8") + z.astype("f8")).astype("f4")
+    return (x.astype(np.longdouble) * y.astype(np.longdouble) + z.astype(np.longdouble)).astype("f8")
+
+
+def fused_down(x, y, z):
+    """The same, rounded down."""
+    return rounded_down(x.astype("f8") * y.astype("f8") + z.astype("f8"))
+
+
+def power_of_two(x):
+    """ex2.approx.ftz: of subnormal results nothing is left."""
+    y = np.exp2(x.astype("f8")).astype("f4")
+    return np.where(y < np.finfo("f4").tiny, np.float32(0), y)
+
+
+def leading_zeros(x):
+    """clz of 64 bits."""
+    return np.array([64 - int(v).bit_length() for v in x], np.uint32)
+
+
+def compare(how):
+    """setp's comparison; those that end in u hold where a number is NaN."""
+    ordered = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+               "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
+    if how == "nan":
+        return lambda x, y: np.isnan(x) | np.isnan(y)
+    if how == "num":
+        return lambda x, y: ~(np.isnan(x) | np.isnan(y))
+    if how.endswith("u"):
+        return lambda x, y: ordered[how[:-1]](x, y) | np.isnan(x) | np.isnan(y)
+    if how == "ne":
+        return lambda x, y: np.not_equal(x, y) & (x == x) & (y == y)
+    return ordered[how]
+
+
+def select(x, y, p):
+    return np.where(p, x, y)
+
+
+def chosen(which):
+    """min and max: of a number and NaN the number."""
+    return lambda x, y: (which[1] if np.asarray(x).dtype.kind == "f" else which[0])(x, y)
+
+
+# opcode -> function of arrays; the type of operands is the opcode's last part, but for those below
+PLAIN = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "mul.lo": np.multiply, "mul.hi": upper_half, "div": divided, "rem": remainder,
+    "mad.lo": lambda x, y, z: x * y + z, "min": chosen((np.minimum, np.fmin)), "max": chosen((np.maximum, np.fmax)), "neg": np.negative,
+    "abs": np.abs, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "div.rn": np.divide,
+    "add.rn": np.add, "mul.rn": np.multiply, "fma.rn": fused, "fma.rm": fused_down, "sqrt.rn": np.sqrt, "rcp.rn": np.reciprocal,
+    "ex2.approx.ftz": power_of_two, "clz": leading_zeros, "prmt": permuted, "bfi": inserted, "selp": select, "shl": shift(True),
+    "shr": shift(False),
+}
+WIDE = {"mul.wide": np.multiply, "mad.wide": lambda x, y, z: x * y + z}
+# types of operands that are not the opcode's
+OPERANDS = {"selp": (None, None, "pred"), "shl": (None, "u32"), "shr": (None, "u32"), "bfi": (None, None, "u32", "u32")}

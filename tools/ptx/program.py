@@ -1,0 +1,96 @@
+"""PTX text, as NVVM writes it, read into a list of instructions: registers, labels and variables by name."""
+import re
+from typing import NamedTuple
+
+REGISTERS = {"pred": "b1", "b16": "u2", "b32": "u4", "b64": "u8", "f32": "f4", "f64": "f8"}      # declared type -> numpy's
+
+
+class Instruction(NamedTuple):
+    """An opcode with its modifiers, its operands as they are written, and the predicate it is executed under ("" if always)."""
+    opcode: tuple       # ("ld", "global", "v4", "u32")
+    operands: tuple     # ("{%r1,%r2}", "[%rd1+16]")
+    predicate: str      # "%p1" or "!%p1"
+    line: int
+
+
+class Variable(NamedTuple):
+    """An array of the module: its state space ("shared", "global", "local"), its alignment, its size in bytes and its first bytes."""
+    space: str
+    align: int
+    size: int
+    values: bytes
+
+
+class Program(NamedTuple):
+    """One kernel."""
+    name: str
+    parameters: dict    # name -> type, in order
+    registers: dict     # "%rd" -> numpy dtype
+    variables: dict     # name -> Variable
+    labels: dict        # name -> index of an instruction
+    code: list
+
+
+def split_operands(text):
+    """Operands between commas that stand in no brackets."""
+    parts, depth, part = [], 0, ""
+    for c in text:
+        depth += (c in "{[(") - (c in "}])")
+        if c == "," and depth == 0:
+            parts.append(part.strip())
+            part = ""
+        else:
+            part += c
+    if part.strip():
+        parts.append(part.strip())
+    return tuple(parts)
+
+
+def _variable(text):
+    """A declaration without its semicolon -> name, Variable."""
+    space = re.search(r"\.(shared|global|local|const)\b", text)[1]
+    align = int((re.search(r"\.align (\d+)", text) or [0, 1])[1])
+    kind, name, count = re.search(r"\.[bufs](\d+)\s+([\w$]+)(?:\[(\d+)\])?", text).groups()
+    values = [int(v, 0) for v in text.partition("{")[2].rstrip("}").split(",")] if "{" in text else []
+    n_bytes = int(kind) // 8
+    return name, Variable(space, align, n_bytes * int(count or 1), b"".join(v.to_bytes(n_bytes, "little") for v in values))
+
+
+def parse(text):
+    """The Program of a module with one kernel. Functions that it calls are left out: executing a call is an error."""
+    lines = [line.partition("//")[0].strip() for line in text.splitlines()]
+    start = next(i for i, line in enumerate(lines) if ".entry" in line)
+    variables = dict(_variable(line[:-1]) for line in lines if re.match(r"(\.\w+ )*\.(shared|global|local|const) \.align", line)
+                     and line.endswith(";") and ".extern" not in line)
+    name = re.search(r"\.entry ([\w$]+)", lines[start])[1]
+    parameters, registers, labels, code = {}, {}, {}, []
+    at = start + 1
+    while lines[at] != "{":
+        found = re.match(r"\.param \.(\w+) ([\w$]+)", lines[at])
+        if found:
+            parameters[found[2]] = found[1]
+        at += 1
+    statement, depth = "", 0
+    for number in range(at, len(lines)):
+        line = lines[number]
+        if line in ("", "{", "}"):
+            depth += (line == "{") - (line == "}")
+            if depth == 0:
+                break
+            continue
+        if not statement and re.fullmatch(r"[\w$]+:", line):
+            labels[line[:-1]] = len(code)
+            continue
+        statement += line + " "
+        if not line.endswith(";"):
+            continue
+        statement, done = "", statement.strip().rstrip(";").strip()
+        declared = re.match(r"\.reg \.(\w+)\s+(%\w+)<\d+>", done)
+        if declared:
+            registers[declared[2]] = REGISTERS[declared[1]]
+        elif re.match(r"\.local", done):
+            variables.update([_variable(done)])
+        elif done and not done.startswith("."):
+            found = re.match(r"(?:@(!?%p\d+)\s+)?(\S+)\s*(.*)", done)
+            code.append(Instruction(tuple(found[2].split(".")), split_operands(found[3]), found[1] or "", number + 1))
+    return Program(name, parameters, registers, variables, labels, code)
