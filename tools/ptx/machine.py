@@ -10,9 +10,8 @@ import struct
 import numpy as np
 
 from tools.ptx.instructions import OPERANDS, PLAIN, WIDE, bytes_dot, bytes_of_tiles, compare, convert, dtype_of
-from tools.ptx.memory import Access, Fault, Memory
+from tools.ptx.memory import WARP, Access, Fault, Memory
 
-WARP = 32
 THREADS = 1 << 14       # that are executed at a time, at most, in whole blocks
 COLUMN = {"x": 0, "y": 1, "z": 2}
 
@@ -43,18 +42,21 @@ class Kernel:
 
     def launch(self, grid, n_threads, values):
         """Execute it for a grid of blocks, [3] numbers, of n threads; values: of the parameters, numbers or bits in order."""
-        parameters = dict(zip(self.program.parameters, values, strict=True))
-        n_blocks, barriers = int(np.prod(grid)), np.zeros(int(np.prod(grid)), np.int64)
-        began = self.arena.clock
+        if n_threads % WARP:
+            raise KernelError(f"blocks of {n_threads} threads are not whole warps")
+        parameters, began = dict(zip(self.program.parameters, values, strict=True)), self.arena.clock
+        n_blocks = int(np.prod(grid))
         for first in range(0, n_blocks, max(1, THREADS // n_threads)):
             blocks = np.arange(first, min(n_blocks, first + max(1, THREADS // n_threads)))
-            Batch(self, grid, n_threads, blocks, parameters, barriers, began).run()
+            Batch(self, grid, n_threads, blocks, parameters, began).run()
 
     def _step(self, instruction):
         op, kind = instruction.opcode, instruction.opcode[-1]
         name, operands = ".".join(op[:-1]), instruction.operands
-        if op[0] in ("bra", "ret", "bar", "call"):
+        if op[0] in ("bra", "ret", "call") or op[:2] == ("bar", "sync"):
             return None
+        if op[:3] == ("bar", "warp", "sync"):
+            return Batch.pass_warp_barrier
         try:
             if op[0] == "mov" or op[0] == "cvta":
                 return self._plain(lambda x: x.copy(), operands, [kind])
@@ -201,14 +203,15 @@ class Kernel:
 class Batch:
     """Some blocks of a launch."""
 
-    def __init__(self, kernel, grid, n_threads, blocks, parameters, barriers, began):
-        self.kernel, self.grid, self.parameters, self.barriers, self.began = kernel, grid, parameters, barriers, began
+    def __init__(self, kernel, grid, n_threads, blocks, parameters, began):
+        self.kernel, self.grid, self.parameters, self.began = kernel, grid, parameters, began
         self.per_block, self.blocks, self.n = n_threads, blocks, len(blocks) * n_threads
         self.block = np.repeat(np.arange(len(blocks)), n_threads)       # of each thread, in the batch
         self.thread = np.tile(np.arange(n_threads), len(blocks))        # in its block
         self.global_block = blocks[self.block]
         self.global_thread = (self.global_block * n_threads + self.thread).astype(np.int32)
         self.registers, self.arena = {}, kernel.arena
+        self.barriers, self.warp_barriers = np.zeros((2, self.n), np.int64)     # when each thread passed its last one
         self.shared = Memory("shared", kernel.sizes["shared"], len(blocks))
 
     def count(self, on):
@@ -238,10 +241,12 @@ class Batch:
         return self.block if on is None else self.block[on]
 
     def access(self, on):
-        threads, blocks = self.global_thread, self.global_block
-        if on is not None:
-            threads, blocks = threads[on], blocks[on]
-        return Access(threads, blocks, self.per_block, self.barriers, self.began, self.arena.clock)
+        of = slice(None) if on is None else on
+        return Access(self.global_thread[of], self.per_block, self.barriers[of], self.warp_barriers[of], self.began, self.arena.clock)
+
+    def pass_warp_barrier(self, on):
+        self.whole_warps(on)
+        self.warp_barriers[slice(None) if on is None else on] = self.arena.clock
 
     def whole_warps(self, on):
         """The lanes [warps, 32] of threads that must be whole warps."""
@@ -313,5 +318,5 @@ class Batch:
             waiting[at + 1].append(threads)
         arrived = sum(np.bincount(self.block[threads], minlength=len(self.blocks)) for _, threads in at_barrier)
         assert (arrived == alive).all()
-        self.barriers[self.blocks[arrived > 0]] = self.arena.clock
+        self.barriers[(arrived > 0)[self.block]] = self.arena.clock
         at_barrier.clear()

@@ -23,15 +23,16 @@ class History:
         self.other, self.read_by_other = np.zeros(size, np.int32), np.zeros(size, np.int64)     # one more thread that read it
 
 
+WARP = 32
 ATOMIC = -1         # stands for a thread
 
 
 class Access(NamedTuple):
-    """Who accesses memory now, and what came before for certain: what was before the launch or the last barrier of one's own block."""
+    """Who accesses memory now, and what came before for certain: what was before the launch, or a barrier of one's own block or warp."""
     threads: np.ndarray     # of the whole grid
-    blocks: np.ndarray
-    per_block: int          # threads of a block
-    barriers: np.ndarray    # when each block of the grid met its last one
+    per_block: int          # threads of a block, whole warps
+    barriers: np.ndarray    # when the block of each of these threads met its last one
+    warp_barriers: np.ndarray
     began: int
     now: int
 
@@ -39,8 +40,9 @@ class Access(NamedTuple):
         """Where an earlier access, by another thread, is not known to have come first."""
         late = (time >= self.began) & (thread != self.threads)
         if late.any():
-            same_block = (thread == ATOMIC) | (thread // self.per_block == self.blocks)
-            late &= ~same_block | (time > self.barriers[self.blocks])
+            same_block = (thread == ATOMIC) | (thread // self.per_block == self.threads // self.per_block)
+            late &= ~same_block | (time > self.barriers)
+            late &= (thread // WARP != self.threads // WARP) | (time > self.warp_barriers)
         return late
 
 

@@ -9,7 +9,7 @@ from numba import cuda
 from pydsa.backends.cuda import byte_attention
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.byte_attention import DENSE, MASKED, SPARSE
-from pydsa.backends.cuda.device import SIMULATED, WARP, device, exp, four_at, warp_max, warp_sum
+from pydsa.backends.cuda.device import SIMULATED, WARP, device, exp, four_at, warp_max, warp_sum, warp_sync
 from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
 from pydsa.backends.cuda.rows import CACHED
 from pydsa.backends.cuda.tiles import BATCH, DOTS, FOURS, HEADS, KEYS, PRODUCTS, PRODUCTS_OF, STAGE, THREADS, sum_of_slices
@@ -51,6 +51,7 @@ def weigh(weights, top, total, shrink, thread):
             weights[(key & KEYS - 1) * PITCH + h] = weight
             added += weight
         added = warp_sum(added)
+        warp_sync()         # all lanes have read top[h]
         if lane == 0:
             smaller = exp(before - base)
             top[h], total[h], shrink[h] = greatest, total[h] * smaller + added, smaller

@@ -90,6 +90,10 @@ if SIMULATED:
         """Wait for all threads of the block, as cuda.syncthreads, which only kernels may call here."""
         _thread().syncthreads()
 
+    def warp_sync():
+        """Let each lane see what the others of its warp have written to memory, and wait until they have read what it will write."""
+        _thread().syncthreads()
+
     def dp4a(a, b, c):
         """c + the products of four signed bytes each."""
         return c + int(_signed_bytes(a) @ _signed_bytes(b))
@@ -233,6 +237,10 @@ else:
     @device
     def sync():
         cuda.syncthreads()
+
+    @device
+    def warp_sync():
+        cuda.syncwarp()
 
     @intrinsic
     def dp4a(typingctx, a, b, c):
