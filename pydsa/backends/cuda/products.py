@@ -124,9 +124,10 @@ def _make_many(name):
         A block multiplies 64 rows with at most 64 tokens: a warp sixteen rows with all of them, 32 numbers at a time.
         """
         thread = cuda.threadIdx.x
-        chosen, first, end = tile_matrix[cuda.blockIdx.y], tile_first[cuda.blockIdx.y], tile_end[cuda.blockIdx.y]
+        chosen = tile_matrix[cuda.blockIdx.y]
         if chosen < 0:
             return
+        first, end = tile_first[cuda.blockIdx.y], tile_end[cuda.blockIdx.y]
         weights = cuda.shared.array((MANY_ROWS, PITCH), np.uint32)
         factors = cuda.shared.array((MANY_ROWS, FACTORS), np.float32)       # a group's two scales, then its two offsets
         highs = cuda.shared.array((MANY_TOKENS, PITCH), np.uint32)
@@ -213,9 +214,10 @@ def _make_floats(name):
     def of_floats(out, w, row_bytes, tile_matrix, tile_first, tile_end, order, x_div, x):
         """The same with unquantized weights and activations as they are; a warp multiplies one row with four tokens."""
         lane, row = cuda.threadIdx.x % WARP, cuda.blockIdx.x * WARPS + cuda.threadIdx.x // WARP
-        chosen, first, end = tile_matrix[cuda.blockIdx.y], tile_first[cuda.blockIdx.y], tile_end[cuda.blockIdx.y]
+        chosen = tile_matrix[cuda.blockIdx.y]
         if chosen < 0:
             return
+        first, end = tile_first[cuda.blockIdx.y], tile_end[cuda.blockIdx.y]
         at = (chosen * np.int64(out.shape[1]) + min(row, out.shape[1] - 1)) * row_bytes
         for t in range(first, end, FLOAT_TOKENS):
             t0, t1, t2, t3 = (order[t] // x_div, order[min(t + 1, end - 1)] // x_div, order[min(t + 2, end - 1)] // x_div,
