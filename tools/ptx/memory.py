@@ -14,15 +14,6 @@ class Fault(Exception):
     """What a kernel did wrong: which of the accessing threads, and what."""
 
 
-class History:
-    """Who wrote and read each byte last, and when. Of an access to several bytes the first stands for all."""
-
-    def __init__(self, size):
-        self.writer, self.written = np.zeros(size, np.int32), np.zeros(size, np.int64)
-        self.reader, self.read = np.zeros(size, np.int32), np.zeros(size, np.int64)
-        self.other, self.read_by_other = np.zeros(size, np.int32), np.zeros(size, np.int64)     # one more thread that read it
-
-
 WARP = 32
 ATOMIC = -1         # stands for a thread
 

@@ -1,0 +1,138 @@
+"""The machine of tools/ptx: what it executes, and what it refuses. In processes of their own, as it stands in for a GPU."""
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
+
+SETUP = """
+import numpy as np
+from numba import cuda
+from tools.ptx.backend import install
+from tools.ptx.machine import KernelError
+install()
+from pydsa.backends.cuda import upload, empty
+from pydsa.backends.cuda.device import dp4a, four_of, mma_s8, warp_prefix, warp_sum, warp_sync
+from pydsa.backends.cuda.launch import kernel
+
+def refused(function, grid, *args):
+    try:
+        function(grid, *args)
+    except KernelError as error:
+        return str(error)
+"""
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", SETUP + code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_tiles_are_products_of_matrices():
+    """mma.m16n8k32 with numbers where the PTX ISA's formulas for its fragments put them, numbers differing in every place."""
+    run("""
+@kernel("i4[:,:], u4[:,:], u4[:,:], i4[:,:]", 32)
+def multiply(out, a, b, c):
+    i = cuda.threadIdx.x
+    out[i, 0], out[i, 1], out[i, 2], out[i, 3] = mma_s8(a[i, 0], a[i, 1], a[i, 2], a[i, 3], b[i, 0], b[i, 1], c[i, 0], c[i, 1], c[i, 2],
+                                                        c[i, 3])
+
+rng = np.random.default_rng(0)
+A, B, C = rng.integers(-128, 128, (16, 32)), rng.integers(-128, 128, (32, 8)), rng.integers(-1000, 1000, (16, 8))
+a, b, c = np.zeros((32, 16), np.int8), np.zeros((32, 8), np.int8), np.zeros((32, 4), np.int32)
+for lane in range(32):
+    group, in_group = lane >> 2, lane % 4
+    for i in range(16):
+        row = group if 0 <= i < 4 or 8 <= i < 12 else group + 8
+        a[lane, i] = A[row, in_group * 4 + (i & 3) + (16 if i >= 8 else 0)]
+    for i in range(8):
+        b[lane, i] = B[in_group * 4 + (i & 3) + (16 if i >= 4 else 0), group]
+    for i in range(4):
+        c[lane, i] = C[group if i < 2 else group + 8, in_group * 2 + (i & 1)]
+out = upload(np.zeros((32, 4), np.int32))
+multiply(1, out, upload(a.view(np.uint32)), upload(b.view(np.uint32)), upload(c))
+for lane in range(32):
+    for i in range(4):
+        row, column = (lane >> 2) + (0 if i < 2 else 8), lane % 4 * 2 + (i & 1)
+        assert out.get()[lane, i] == (A @ B + C)[row, column]
+""")
+
+
+def test_lanes_sum():
+    run("""
+@kernel("f4[:], i4[:], u4[:], u4[:]", 64)
+def sum_lanes(sums, prefixes, x, y):
+    i = cuda.threadIdx.x
+    sums[i] = warp_sum(np.float32(i))
+    prefixes[i] = warp_prefix(dp4a(x[i], y[i], 1), i % 32)
+
+rng = np.random.default_rng(0)
+x, y = rng.integers(-128, 128, (2, 64, 4)).astype(np.int8)
+sums, prefixes = upload(np.zeros(64, np.float32)), upload(np.zeros(64, np.int32))
+sum_lanes(1, sums, prefixes, upload(x.view(np.uint32).ravel()), upload(y.view(np.uint32).ravel()))
+assert (sums.get().reshape(2, 32) == np.arange(64).reshape(2, 32).sum(1)[:, None]).all()
+dots = (x.astype(int) * y).sum(1) + 1
+assert (prefixes.get().reshape(2, 32) == dots.reshape(2, 32).cumsum(1)).all()
+""")
+
+
+@pytest.mark.parametrize("body, message", [
+    ("out[i] = x[i + 1]", "accesses global memory"),
+    ("out[i + 1] = 0", "accesses global memory"),
+    ("out[i] = unwritten[i]", "reads global memory at .* never written"),
+    ("out[i] = four_of(words, i)[0]", "which is not aligned"),
+    ("out[0] = i", "writes global memory .* no barrier between"),
+    ("s[i] = i; out[i] = s[63 - i]", "reads shared memory .* that another thread has written"),
+    ("s[i] = i; cuda.syncwarp(); out[i] = s[63 - i]", "reads shared memory .* that another thread has written"),
+    ("s[i] = i; cuda.syncthreads(); out[i] = s[63 - i]; s[i] = 0", "writes shared memory .* that another thread has accessed"),
+    ("out[i] = s[i]", "reads shared memory at .* never written"),
+    ("if i % 2:\n        out[i] = warp_sum(np.float32(i))", "needs all lanes of a warp"),
+    ("if i < 32:\n        cuda.syncthreads()\n    else:\n        cuda.syncthreads()\n        out[i] = 0", "wait at different barriers"),
+])
+def test_what_is_undefined_is_refused(body, message):
+    run(f"""
+import re
+@kernel("f4[:], f4[:], f4[:], u4[::1]", 64)
+def broken(out, x, unwritten, words):
+    i, s = cuda.threadIdx.x, cuda.shared.array(64, np.float32)
+    {body}
+
+x = np.arange(64, dtype=np.float32)
+message = refused(broken, 1, upload(x), upload(x), empty((64,), np.float32), upload(np.zeros(256, np.uint32)))
+assert message and re.search({message!r}, message), message
+""")
+
+
+@pytest.mark.parametrize("body", [
+    "out[i] = x[i]",
+    "s[i] = i; cuda.syncthreads(); out[i] = s[63 - i]; cuda.syncthreads(); s[i] = 0",
+    "s[i] = i; cuda.syncwarp(); out[i] = s[i ^ 1]",
+    "s[0] = 5; cuda.syncthreads(); out[i] = s[0]",
+])
+def test_what_is_in_order_is_not(body):
+    run(f"""
+@kernel("f4[:], f4[:]", 64)
+def sound(out, x):
+    i, s = cuda.threadIdx.x, cuda.shared.array(64, np.float32)
+    {body}
+
+x = upload(np.arange(64, dtype=np.float32))
+assert refused(sound, 1, upload(np.zeros(64, np.float32)), x) is None
+""")
+
+
+def test_blocks_are_not_ordered():
+    """What one block writes another must not read in the same launch, but may in the next."""
+    run("""
+@kernel("f4[:], f4[:]", 32)
+def shift(out, x):
+    out[cuda.grid(1)] = x[(cuda.grid(1) + 32) % 64]
+
+x, y = upload(np.arange(64, dtype=np.float32)), upload(np.zeros(64, np.float32))
+assert refused(shift, 2, y, x) is None and refused(shift, 2, x, y) is None
+assert "another thread" in refused(shift, 2, x, x)
+""")
