@@ -103,7 +103,8 @@ def permuted(x, y, selector):
 
 def bytes_dot(x, y, total):
     """dp4a of signed bytes."""
-    products = x.view("i1").reshape(-1, 4).astype(np.int32) * y.view("i1").reshape(-1, 4).astype(np.int32)
+    x, y = np.ascontiguousarray(x).view("i1").reshape(-1, 4), np.ascontiguousarray(y).view("i1").reshape(-1, 4)
+    products = x.astype(np.int32) * y.astype(np.int32)
     return products.sum(-1, dtype=np.int32) + total
 
 
@@ -114,12 +115,31 @@ def bytes_of_tiles(a, b, c):
     and those 16 further; of B the column g, rows 4 i + 0..3 and 16 further; of sums the columns 2 i and 2 i + 1 of rows g and g + 8.
     """
     n = len(a)
+    a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
     a = a.view("i1").reshape(n, 8, 4, 2, 2, 4)                  # warp, g, i, half of columns, half of rows, byte
     rows = a.transpose(0, 4, 1, 3, 2, 5).reshape(n, 16, 32)     # half of rows and g; half of columns, i, byte
     b = b.view("i1").reshape(n, 8, 4, 2, 4)
     columns = b.transpose(0, 1, 3, 2, 4).reshape(n, 8, 32)
     product = np.matmul(rows.astype("f8"), columns.astype("f8").transpose(0, 2, 1)).astype(np.int32)       # [n, 16, 8], exact
     return product.reshape(n, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(n, 32, 4) + c
+
+
+def halves_of_tiles(a, b, c):
+    """mma.m16n8k16 of float16 pairs, words a [warps, 32, 4], b [warps, 32, 2], sums c [warps, 32, 4] of float32.
+
+    As above, but a word has two numbers: of A the columns 2 i and 2 i + 1 (words 0 and 1) and those 8 further, of B the same rows.
+    """
+    n = len(a)
+    a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
+    rows = a.view("f2").reshape(n, 8, 4, 2, 2, 2).transpose(0, 4, 1, 3, 2, 5).reshape(n, 16, 16)
+    columns = b.view("f2").reshape(n, 8, 4, 2, 2).transpose(0, 1, 3, 2, 4).reshape(n, 8, 16)
+    product = np.matmul(rows.astype("f8"), columns.astype("f8").transpose(0, 2, 1))
+    return (product.reshape(n, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(n, 32, 4) + c).astype("f4")
+
+
+def less_in_pairs(x, y):
+    """sub.f16x2"""
+    return (np.ascontiguousarray(x).view("f2") - np.ascontiguousarray(y).view("f2")).view("u4")
 
 
 def fused(x, y, z):

@@ -9,10 +9,14 @@ import struct
 
 import numpy as np
 
-from tools.ptx.instructions import OPERANDS, PLAIN, WIDE, bytes_dot, bytes_of_tiles, compare, convert, dtype_of
+from tools.ptx.instructions import (OPERANDS, PLAIN, WIDE, bytes_dot, bytes_of_tiles, compare, convert, dtype_of, halves_of_tiles,
+                                    less_in_pairs)
 from tools.ptx.memory import WARP, Access, Fault, Memory
 
 THREADS = 1 << 14       # that are executed at a time, at most, in whole blocks
+# mma.sync with these modifiers -> its function and the type of its sums
+TILES = {("aligned", "m16n8k32", "row", "col", "s32", "s8", "s8", "s32"): (bytes_of_tiles, "s32"),
+         ("aligned", "m16n8k16", "row", "col", "f32", "f16", "f16", "f32"): (halves_of_tiles, "f32")}
 COLUMN = {"x": 0, "y": 1, "z": 2}
 
 
@@ -73,6 +77,8 @@ class Kernel:
                 return self._shuffle(op[2], operands)
             if op[0] == "mma":
                 return self._tiles(op, operands)
+            if op == ("sub", "f16x2"):
+                return self._plain(less_in_pairs, operands, ["u32", "u32"])
             if op[0] == "dp4a":
                 return self._plain(bytes_dot, operands, ["u32", "u32", "s32"])
             if name in WIDE:
@@ -139,15 +145,14 @@ class Kernel:
         return step
 
     def _tiles(self, op, operands):
-        if op[2:] != ("aligned", "m16n8k32", "row", "col", "s32", "s8", "s8", "s32"):
-            raise KeyError(".".join(op))
+        multiply, kind = TILES[op[2:]]
         names = [[name.strip() for name in o.strip("{}").split(",")] for o in operands]
         targets = [self._target(name) for name in names[0]]
-        sources = [[self._source(name, kind) for name in part] for part, kind in zip(names[1:], ("u32", "u32", "s32"))]
+        sources = [[self._source(name, kind) for name in part] for part, kind in zip(names[1:], ("u32", "u32", kind))]
 
         def step(batch, on):
             batch.whole_warps(on)
-            sums = bytes_of_tiles(*(np.stack([s(batch, on) for s in part], -1).reshape(-1, WARP, len(part)) for part in sources))
+            sums = multiply(*(np.stack([s(batch, on) for s in part], -1).reshape(-1, WARP, len(part)) for part in sources))
             for i, target in enumerate(targets):
                 target(batch, on, sums[..., i].ravel())
         return step

@@ -37,6 +37,7 @@ if SIMULATED:
     _values = np.zeros(1024, np.float32)
     _counts = np.zeros(1024, np.int64)
     _operands = np.zeros((1024, 6), np.uint32)
+    _halves = np.zeros((1024, 6, 2), np.float32)
     _thread = threading.current_thread
 
     def device(function):
@@ -70,6 +71,10 @@ if SIMULATED:
         with np.errstate(over="ignore"):
             return int(np.float32(x).astype(np.float16).view(np.uint16))
 
+    def of_half(bits):
+        """float16 bits -> float32."""
+        return np.float32(np.array(bits, np.uint16).view(np.float16))
+
     def float_bits(x):
         """The bits of a float32."""
         return int(np.float32(x).view(np.uint32))
@@ -80,6 +85,10 @@ if SIMULATED:
 
     def _signed_bytes(word):
         return np.array([word], np.uint32).view(np.int8).astype(int)
+
+    def nearest(x, factor):
+        """The whole number nearest to x times a factor, halves to even; 0 if the factor is, whatever x is."""
+        return int(round(x * factor)) if factor > 0 else 0
 
     def exp(x):
         """e^x of a float32; infinite where it does not fit."""
@@ -98,19 +107,25 @@ if SIMULATED:
         """c + the products of four signed bytes each."""
         return c + int(_signed_bytes(a) @ _signed_bytes(b))
 
-    def _together(x, combine):
+    def _together(x, combine, n=WARP, values=_values):
         thread = _thread()
         i = thread.threadIdx.x
-        _values[i] = x
+        values[i] = x
         thread.syncthreads()
-        first = i // WARP * WARP
-        result = combine(_values[first:first + WARP])
+        first = i // n * n
+        result = combine(values[first:first + n])
         thread.syncthreads()
         return result
 
     def warp_sum(x):
         """The sum of a warp's float32, in every lane."""
         return _together(x, lambda values: values.sum(dtype=np.float32))
+
+    sum_of_four = warp_sum      # of four lanes side by side
+
+    def max_of_eight(x):
+        """The greatest of eight int32 of lanes side by side, in each."""
+        return _together(x, lambda values: values.max(), 8, _counts)
 
     def warp_max(x):
         """The greatest of a warp's float32, in every lane."""
@@ -151,6 +166,30 @@ if SIMULATED:
                        for a, b in words for k in range(4))
         return c0 + product(0, column), c1 + product(0, column + 1), c2 + product(1, column), c3 + product(1, column + 1)
 
+    def mma_f16(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
+        """c + a b for float16 tiles a [16, 16] and b [16, 8], float32 c [16, 8], spread over 32 lanes as mma.m16n8k16 has them."""
+        thread = _thread()
+        i = thread.threadIdx.x
+        _halves[i] = np.array([a0, a1, a2, a3, b0, b1], np.uint32).view(np.float16).reshape(6, 2)
+        thread.syncthreads()
+        first = i // MMA_WARP * MMA_WARP
+        lanes = _halves[first:first + MMA_WARP].reshape(8, 4, 6, 2).copy()
+        thread.syncthreads()
+        rows, columns = lanes[i % MMA_WARP // 4], lanes[i % 4 * 2:i % 4 * 2 + 2]
+
+        def product(upper, column):
+            return np.float32((rows[:, [upper, 2 + upper]] * columns[column][:, 4:]).sum())
+        return c0 + product(0, 0), c1 + product(0, 1), c2 + product(1, 0), c3 + product(1, 1)
+
+    def halves_of_bytes(word):
+        """Four signed bytes as float16, two in a word."""
+        first, second = _signed_bytes(word).astype(np.float16).view(np.uint32)
+        return int(first), int(second)
+
+    def put_words(words, i, a, b, c, d):
+        """Store four uint32 in shared memory that begins at 16 bytes; i is a multiple of 4."""
+        words[i], words[i + 1], words[i + 2], words[i + 3] = a, b, c, d
+
 else:
     import math
 
@@ -161,7 +200,7 @@ else:
 
     device = cuda.jit(device=True)
     I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
-    WHOLE_WARP = np.uint32(0xFFFFFFFF)
+    WHOLE_WARP, ZERO = np.uint32(0xFFFFFFFF), np.float32(0)
 
     def _loader(kind, align, result, convert=lambda builder, value: value):
         @intrinsic
@@ -185,11 +224,11 @@ else:
             return types.UniTuple(types.uint32, 4)(data, types.int64), codegen
         return load
 
-    FOUR = ir.VectorType(ir.FloatType(), 4)
+    FOUR, FOUR_WORDS = ir.VectorType(ir.FloatType(), 4), ir.VectorType(I32, 4)
 
-    def _place_of_four(context, builder, array_type, array, i):
+    def _place_of_four(context, builder, array_type, array, i, four=FOUR):
         base = context.make_array(array_type)(context, builder, array).data
-        return builder.bitcast(builder.gep(base, [i]), FOUR.as_pointer())
+        return builder.bitcast(builder.gep(base, [i]), four.as_pointer())
 
     @intrinsic
     def four_at(typingctx, array, i):
@@ -198,14 +237,18 @@ else:
             return cgutils.pack_array(builder, [builder.extract_element(four, I32(j)) for j in range(4)])
         return types.UniTuple(types.float32, 4)(array, types.int64), codegen
 
-    @intrinsic
-    def put_four(typingctx, array, i, a, b, c, d):
-        def codegen(context, builder, signature, args):
-            four = ir.Constant(FOUR, ir.Undefined)
-            for j, x in enumerate(args[2:]):
-                four = builder.insert_element(four, x, I32(j))
-            builder.store(four, _place_of_four(context, builder, signature.args[0], *args[:2]), align=16)
-        return types.void(array, types.int64, *[types.float32] * 4), codegen
+    def _store_of_four(kind, element):
+        @intrinsic
+        def put(typingctx, array, i, a, b, c, d):
+            def codegen(context, builder, signature, args):
+                four = ir.Constant(kind, ir.Undefined)
+                for j, x in enumerate(args[2:]):
+                    four = builder.insert_element(four, x, I32(j))
+                builder.store(four, _place_of_four(context, builder, signature.args[0], *args[:2], kind), align=16)
+            return types.void(array, types.int64, *[element] * 4), codegen
+        return put
+
+    put_four, put_words = _store_of_four(FOUR, types.float32), _store_of_four(FOUR_WORDS, types.uint32)
 
     four_words_at, four_of = _loader_of_four(1), _loader_of_four(4)
     byte_at = _loader(I8, 1, types.int32, lambda builder, value: builder.zext(value, I32))
@@ -217,6 +260,12 @@ else:
         def codegen(context, builder, signature, args):
             return builder.zext(builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), I16), I32)
         return types.uint32(types.float32), codegen
+
+    @intrinsic
+    def of_half(typingctx, bits):
+        def codegen(context, builder, signature, args):
+            return builder.fpext(builder.bitcast(builder.trunc(args[0], I16), ir.HalfType()), ir.FloatType())
+        return types.float32(types.uint32), codegen
 
     def _bitcast(source, target):
         @intrinsic
@@ -235,6 +284,10 @@ else:
         return math.exp(x)
 
     @device
+    def nearest(x, factor):
+        return cuda.libdevice.float2int_rn(x * factor) if factor > ZERO else 0
+
+    @device
     def sync():
         cuda.syncthreads()
 
@@ -251,6 +304,18 @@ else:
     @device
     def warp_sum(x):
         for step in (16, 8, 4, 2, 1):
+            x += cuda.shfl_xor_sync(WHOLE_WARP, x, step)
+        return x
+
+    @device
+    def max_of_eight(x):
+        for step in (4, 2, 1):
+            x = max(x, cuda.shfl_xor_sync(WHOLE_WARP, x, step))
+        return x
+
+    @device
+    def sum_of_four(x):
+        for step in (2, 1):
             x += cuda.shfl_xor_sync(WHOLE_WARP, x, step)
         return x
 
@@ -277,6 +342,25 @@ else:
             return cgutils.pack_array(builder, [builder.extract_value(made, i) for i in range(4)])
         return types.UniTuple(types.int32, 4)(*[types.uint32] * 6, *[types.int32] * 4), codegen
 
+    @intrinsic
+    def mma_f16(typingctx, a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
+        def codegen(context, builder, signature, args):
+            made = _assembly(builder, ir.LiteralStructType([ir.FloatType()] * 4), "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                             "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};", ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4), args)
+            return cgutils.pack_array(builder, [builder.extract_value(made, i) for i in range(4)])
+        return types.UniTuple(types.float32, 4)(*[types.uint32] * 6, *[types.float32] * 4), codegen
+
+    @intrinsic
+    def halves_of_bytes(typingctx, word):
+        def codegen(context, builder, signature, args):
+            # 1024 + (byte + 128) is the float16 with that byte's bits below 0x64
+            biased = builder.xor(args[0], I32(0x80808080))
+            pairs = [_assembly(builder, I32, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [biased, I32(0x64646464), I32(selector)])
+                     for selector in (0x4140, 0x4342)]
+            return cgutils.pack_array(builder, [_assembly(builder, I32, "sub.f16x2 $0, $1, $2;", "=r,r,r", [pair, I32(0x64806480)])
+                                                for pair in pairs])
+        return types.UniTuple(types.uint32, 2)(types.uint32), codegen
+
 
 @device
 def block_sum(x, parts, thread, n_threads):
@@ -293,9 +377,16 @@ def block_sum(x, parts, thread, n_threads):
 
 
 @device
-def nearest(x, factor):
-    """The whole number nearest to x times a factor, halves to even; 0 if the factor is, whatever x is."""
-    return int(round(x * factor)) if factor > 0 else 0
+def block_max(x, parts, thread, n_threads):
+    """The greatest of a block's float32, likewise."""
+    x = warp_max(x)
+    if thread % WARP == 0:
+        parts[thread // WARP] = x
+    sync()
+    for i in range(n_threads // WARP):
+        x = max(x, parts[i])
+    sync()
+    return x
 
 
 @device

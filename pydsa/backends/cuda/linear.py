@@ -4,7 +4,7 @@ import functools
 import numpy as np
 
 from pydsa.backends.cuda.array import upload
-from pydsa.backends.cuda.products import MANY_TOKENS, Tiles, multiply, prepared
+from pydsa.backends.cuda.products import TOKENS, Tiles, multiply, prepared
 
 
 @functools.cache
@@ -25,17 +25,19 @@ def _kept_tiles(n_head):    # recorded steps of one token use them
 
 @functools.lru_cache(maxsize=16)
 def _tiles(n_tokens, n_head):
-    starts = range(0, n_tokens, MANY_TOKENS)
-    tiles = [(h, h * n_tokens + t, h * n_tokens + min(t + MANY_TOKENS, n_tokens)) for h in range(n_head) for t in starts]
+    starts = range(0, n_tokens, TOKENS)
+    tiles = [(h, h * n_tokens + t, h * n_tokens + min(t + TOKENS, n_tokens)) for h in range(n_head) for t in starts]
     order = np.arange(n_tokens * n_head, dtype=np.int32).reshape(n_tokens, n_head).T
     return Tiles(*(upload(column.copy()) for column in np.array(tiles, np.int32).T), upload(order.reshape(-1)), 1, n_tokens == 1)
 
 
 def linear(out, w, x):
     """out = x w^T"""
-    multiply(out, w, prepared(w, x), head_tiles(x.shape[0], 1))
+    tiles = head_tiles(x.shape[0], 1)
+    multiply(out, w, prepared(w, x, tiles.single), tiles)
 
 
 def head_linear(out, w, x):
     """One matrix per head: out[t, h] = w[h] x[t, h]"""
-    multiply(out, w, prepared(w, x), head_tiles(*x.shape[:2]))
+    tiles = head_tiles(*x.shape[:2])
+    multiply(out, w, prepared(w, x, tiles.single), tiles)

@@ -8,7 +8,7 @@ from pydsa.backends.cuda.device import SIMULATED, WARP, device, exp, warp_max, w
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.backends.cuda.linear import numbers
 from pydsa.backends.cuda.norm import silu_mul
-from pydsa.backends.cuda.products import MANY_TOKENS, Tiles, multiply, prepared
+from pydsa.backends.cuda.products import TOKENS, Tiles, multiply, prepared
 
 MOST = 1024             # experts, as models/deepseek2.py allows
 STARTS = MOST + 1
@@ -104,7 +104,7 @@ def route_tokens(ids, weights, logits, bias, gating, n_group, n_group_used, norm
 
 @kernel("i4[:], i4[:], i4[:], i4[:], i4[:], i4", THREADS)
 def group_by_expert(tile_matrix, tile_first, tile_end, order, ids, n_expert):
-    """The pairs of a token and a slot in the order of their experts, and tiles of at most MANY_TOKENS of one expert; -1: no tile."""
+    """The pairs of a token and a slot in the order of their experts, and tiles of at most TOKENS of one expert; -1: no tile."""
     thread = cuda.threadIdx.x
     starts = cuda.shared.array(STARTS, np.int32)
     for e in range(thread, n_expert + 1, THREADS):
@@ -118,8 +118,8 @@ def group_by_expert(tile_matrix, tile_first, tile_end, order, ids, n_expert):
         for e in range(n_expert):
             first, end = starts[e], starts[e] + starts[e + 1]
             starts[e + 1] = end
-            for at in range(first, end, MANY_TOKENS):
-                tile_matrix[tile], tile_first[tile], tile_end[tile] = e, at, min(at + MANY_TOKENS, end)
+            for at in range(first, end, TOKENS):
+                tile_matrix[tile], tile_first[tile], tile_end[tile] = e, at, min(at + TOKENS, end)
                 tile += 1
         for i in range(tile, tile_matrix.size):
             tile_matrix[i] = -1
@@ -150,7 +150,7 @@ def pair_tiles(ids, n_expert, x_div):
     if ids.shape[0] == 1:       # its experts are all different: a tile for each slot
         n = numbers(n_pairs + 1)
         return Tiles(ids.flat, n[:-1], n[1:], n[:-1], x_div, True)
-    n_tiles = blocks_for(n_pairs, MANY_TOKENS) + min(n_expert, n_pairs)
+    n_tiles = blocks_for(n_pairs, TOKENS) + min(n_expert, n_pairs)
     tiles = [scratch(f"tile {name}", (n,), np.int32) for name, n in (("matrix", n_tiles), ("first", n_tiles), ("end", n_tiles),
                                                                      ("order", n_pairs))]
     group_by_expert(1, *tiles, ids.flat, n_expert)
@@ -161,14 +161,15 @@ def moe_gate_up(out, x, ids, gate, up):
     """out[t, i] = silu(gate_e x[t]) * up_e x[t] with e = ids[t, i]"""
     hidden, tiles = out.rows, pair_tiles(ids, gate.shape[0], ids.shape[1])
     ups = scratch("ups", hidden.shape, np.float32)
-    ready = prepared(gate, x)
+    ready = prepared(gate, x, tiles.single)
     multiply(hidden, gate, ready, tiles)
-    multiply(ups, up, ready if (gate.type in FLOATS) == (up.type in FLOATS) else prepared(up, x), tiles)
+    multiply(ups, up, ready if (gate.type in FLOATS) == (up.type in FLOATS) else prepared(up, x, tiles.single), tiles)
     silu_mul(hidden, hidden, ups)
 
 
 def moe_down(out, hidden, ids, weights, down):
     """out[t] = sum_i weights[t, i] down_e hidden[t, i] with e = ids[t, i]"""
     parts = scratch("parts", (ids.size, out.shape[1]), np.float32)
-    multiply(parts, down, prepared(down, hidden), pair_tiles(ids, down.shape[0], 1))
+    tiles = pair_tiles(ids, down.shape[0], 1)
+    multiply(parts, down, prepared(down, hidden, tiles.single), tiles)
     combine((blocks_for(out.shape[1], THREADS), out.shape[0]), out, parts, weights)
