@@ -54,11 +54,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cc", type=int, default=90, help="compute capability, e.g. 80 or 90")
     capability = divmod(parser.parse_args().cc, 10)
-    from numba import cuda
     ptxas, bad = find_ptxas(), []
     print(f"{'kernel':24} registers  spills   stack  shared" if ptxas else "ptxas was not found: kernels are compiled to PTX only")
     for name, kernel in kernels(capability).items():
-        ptx = cuda.compile_ptx(kernel.function, kernel.signature, cc=capability)[0]
+        ptx = kernel.ptx(capability)
         if not ptxas:
             print(name)
             continue

@@ -45,8 +45,7 @@ class Launcher:
     """A kernel compiled, as numba's are launched: launcher[grid, threads, stream](*args)."""
 
     def __init__(self, kernel, arena):
-        from numba import cuda
-        self.kernel = Kernel(parse(cuda.compile_ptx(kernel.function, kernel.signature, cc=CAPABILITY)[0]), arena)
+        self.kernel = Kernel(parse(kernel.ptx(CAPABILITY)), arena)
 
     def __getitem__(self, geometry):
         grid, threads, _ = geometry

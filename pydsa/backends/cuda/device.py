@@ -95,6 +95,10 @@ if SIMULATED:
         with np.errstate(over="ignore"):
             return np.exp(np.float32(x))
 
+    def fma(a, b, c):
+        """a b + c"""
+        return a * b + c
+
     def sync():
         """Wait for all threads of the block, as cuda.syncthreads, which only kernels may call here."""
         _thread().syncthreads()
@@ -144,6 +148,10 @@ if SIMULATED:
     def four_at(array, i):
         """Four float32 of shared memory that begins at 16 bytes; i is a multiple of 4."""
         return array[i], array[i + 1], array[i + 2], array[i + 3]
+
+    def two_at(array, i):
+        """Two float32 of shared memory that begins at 8 bytes; i is even."""
+        return array[i], array[i + 1]
 
     def put_four(array, i, a, b, c, d):
         """Store four float32 there."""
@@ -230,12 +238,18 @@ else:
         base = context.make_array(array_type)(context, builder, array).data
         return builder.bitcast(builder.gep(base, [i]), four.as_pointer())
 
-    @intrinsic
-    def four_at(typingctx, array, i):
-        def codegen(context, builder, signature, args):
-            four = builder.load(_place_of_four(context, builder, signature.args[0], *args), align=16)
-            return cgutils.pack_array(builder, [builder.extract_element(four, I32(j)) for j in range(4)])
-        return types.UniTuple(types.float32, 4)(array, types.int64), codegen
+    def _load_of(n):
+        kind = ir.VectorType(ir.FloatType(), n)
+
+        @intrinsic
+        def load(typingctx, array, i):
+            def codegen(context, builder, signature, args):
+                loaded = builder.load(_place_of_four(context, builder, signature.args[0], *args, kind), align=4 * n)
+                return cgutils.pack_array(builder, [builder.extract_element(loaded, I32(j)) for j in range(n)])
+            return types.UniTuple(types.float32, n)(array, types.int64), codegen
+        return load
+
+    two_at, four_at = _load_of(2), _load_of(4)
 
     def _store_of_four(kind, element):
         @intrinsic
@@ -282,6 +296,10 @@ else:
     @device
     def exp(x):
         return math.exp(x)
+
+    @device
+    def fma(a, b, c):
+        return cuda.fma(a, b, c)
 
     @device
     def nearest(x, factor):

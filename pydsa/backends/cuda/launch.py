@@ -11,12 +11,15 @@ KERNELS = {}        # name -> Kernel: all that there are, for the tests that com
 
 
 class Kernel:
-    """A CUDA kernel with one signature, that of arrays of any strides: kernel(grid, *args) launches blocks of `threads` threads."""
+    """A CUDA kernel with one signature, that of arrays of any strides: kernel(grid, *args) launches blocks of `threads` threads.
+
+    bounds: threads of a block, and how many blocks must fit into a processor at a time, which limits their registers.
+    """
 
     only_compile = False        # for all kernels: whether calls compile and launch nothing
 
-    def __init__(self, function, signature, threads):
-        self.function, self.signature, self.threads = function, signature, threads
+    def __init__(self, function, signature, threads, blocks):
+        self.function, self.signature, self.threads, self.bounds = function, signature, threads, (threads, blocks)
         functools.update_wrapper(self, function)
         assert function.__name__ not in KERNELS, function.__name__
         KERNELS[function.__name__] = self
@@ -24,7 +27,11 @@ class Kernel:
     @functools.cached_property
     def compiled(self):
         """The function for this GPU."""
-        return cuda.jit(self.function) if SIMULATED else cuda.jit(self.signature)(self.function)
+        return cuda.jit(self.function) if SIMULATED else cuda.jit(self.signature, launch_bounds=self.bounds)(self.function)
+
+    def ptx(self, capability):
+        """Its PTX for a compute capability, (9, 0) for example, without a GPU."""
+        return cuda.compile_ptx(self.function, self.signature, cc=capability, launch_bounds=self.bounds)[0]
 
     def __call__(self, grid, *args):
         compiled = self.compiled
@@ -32,11 +39,14 @@ class Kernel:
             compiled[grid, self.threads, stream()](*(a.numba if isinstance(a, DeviceArray) else a for a in args))
 
 
-def kernel(signature, threads, name=None):
-    """Make a Kernel of a function: its signature as numba writes it, threads a block; a name, if several are made of one function."""
+def kernel(signature, threads, name=None, blocks=1):
+    """Make a Kernel of a function: its signature as numba writes it, threads a block; a name, if several are made of one function.
+
+    blocks: that must fit into a processor at a time.
+    """
     def make(function):
         function.__name__ = function.__qualname__ = name or function.__name__
-        return Kernel(function, f"void({signature})", threads)
+        return Kernel(function, f"void({signature})", threads, blocks)
     return make
 
 

@@ -4,7 +4,8 @@ import functools
 import numpy as np
 
 from pydsa.backends.cuda.array import upload
-from pydsa.backends.cuda.products import TOKENS, Tiles, multiply, prepared
+from pydsa.backends.cuda.many_tokens import TOKENS
+from pydsa.backends.cuda.products import Tiles, multiply, prepared
 
 
 @functools.cache

@@ -2,8 +2,9 @@
 
 Activations become float16 with a scale a row, weights stay whole: a byte is a float16 without loss. So only activations are rounded, and
 a group of 32 weights meets them in two steps of mma.m16n8k16; its scales are multiplied with the float32 sums, offsets with sums of 16
-activations. In shared memory the numbers of a group lie in four chunks, one for each lane that shares a row: chunk i has the numbers
-4 i to 4 i + 3 of both halves. Which of its row's places a chunk takes differs from row to row, so that lanes meet in no bank.
+activations. Tokens are the rows of the instruction, weights its columns. The numbers of a group come in four chunks, one for each lane that
+shares a row: chunk i has the numbers 4 i to 4 i + 3 of both halves. In shared memory tokens lie in the order of the instruction's lanes;
+which of a weight row's places a chunk takes differs from row to row, so that lanes meet in no bank.
 """
 from typing import NamedTuple
 
@@ -12,29 +13,28 @@ from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.blocks import GROUPED
-from pydsa.backends.cuda.device import (MMA_WARP, SIMULATED, block_max, device, four_at, four_of, halves_of_bytes, mma_f16, of_half,
-                                        put_four, put_words, sum_of_four, to_half)
+from pydsa.backends.cuda.device import (MMA_WARP, SIMULATED, block_max, device, fma, four_of, halves_of_bytes, mma_f16, of_half, put_words,
+                                        sum_of_four, to_half, two_at)
 from pydsa.backends.cuda.launch import kernel
 
 ROW_WARPS, TOKEN_WARPS = (1, 1) if SIMULATED else (4, 2)
-ROW_TILES, TOKEN_TILES = (2, 1) if SIMULATED else (2, 8)        # of a warp, sixteen rows and eight tokens
+TOKEN_TILES = 1 if SIMULATED else 4         # of a warp, sixteen tokens each, which meet four tiles of eight rows
 WARPS = ROW_WARPS * TOKEN_WARPS
 THREADS = MMA_WARP * WARPS
-ROWS, TOKENS = 16 * ROW_TILES * ROW_WARPS, 8 * TOKEN_TILES * TOKEN_WARPS        # of a block
+ROWS, TOKENS = 32 * ROW_WARPS, 16 * TOKEN_TILES * TOKEN_WARPS        # of a block
 STAGE = 2                                   # groups of 32 that are in shared memory at a time
 GROUP = 16                                  # words of a group
-ROW_PLANE = ROWS * GROUP                    # words of a stage's first group of all rows
-TOKEN_PLANE = TOKENS * GROUP + GROUP        # planes of tokens begin in different banks, as they are written at the same time
-ROW_WORDS, TOKEN_WORDS, FACTORS, X_SUMS = STAGE * ROW_PLANE, STAGE * TOKEN_PLANE, 4 * STAGE * ROWS, 2 * STAGE * TOKENS
-SUMS = 4 * ROW_TILES * TOKEN_TILES          # of a lane
+ROW_PLANE, TOKEN_PLANE = ROWS * GROUP, TOKENS * GROUP       # words of a stage's first group
+ROW_WORDS, TOKEN_WORDS = STAGE * ROW_PLANE, STAGE * TOKEN_PLANE
+FACTORS, X_SUMS = STAGE * ROWS, STAGE * TOKENS              # of one kind
 GROUPS_AT_ONCE = max(1, THREADS // ROWS)    # that a block unpacks of each row
-CHUNK_BITS = (4 * STAGE).bit_length() - 1   # of a token in a stage
-COPIED = THREADS >> CHUNK_BITS              # tokens that a block copies at a time
-COPIES = -(-TOKENS // COPIED)
+TILES_AT_ONCE = max(1, WARPS // STAGE)      # of tokens, of which a warp copies one group
+COPIES = -(-TOKENS // (16 * TILES_AT_ONCE))
+SUMS = 16 * TOKEN_TILES                     # of a lane
 LARGEST = 16384                             # of a row's float16
 ROUNDING = 8 if SIMULATED else 256          # threads that round a row
 ZERO = np.float32(0)
-NO_SUMS = (ZERO, ZERO, ZERO, ZERO)
+NOTHING = (ZERO, ZERO)
 
 
 class Halves(NamedTuple):
@@ -98,46 +98,52 @@ def put_chunk(row_words, at, before, behind):
 
 def _make_many(name):
     group, halves, offsets = GROUPED[name].group, GROUPED[name].halves, GROUPED[name].offsets
+    kinds = 2 if halves else 1
+    n_factors, n_sums = 2 * kinds * FACTORS, 2 * X_SUMS if offsets else 2
 
     @device
-    def add_tile(acc, at, upper, lower, x, x_sums, of_upper, of_lower):
-        """acc += a tile of sixteen rows, whose chunks and factors these are, and eight tokens."""
-        a0, a1, a2, a3 = upper
-        b0, b1, b2, b3 = lower
-        x0, x1, x2, x3 = x
-        y0, y1, z0, z1 = x_sums
-        d, d1, m, m1 = of_upper
-        f, f1, o, o1 = of_lower
-        p0, p1, p2, p3 = mma_f16(a0, b0, a1, b1, x0, x1, ZERO, ZERO, ZERO, ZERO)
-        if halves:
-            q0, q1, q2, q3 = mma_f16(a2, b2, a3, b3, x2, x3, ZERO, ZERO, ZERO, ZERO)
-            acc[at] += d * p0 + d1 * q0
-            acc[at + 1] += d * p1 + d1 * q1
-            acc[at + 2] += f * p2 + f1 * q2
-            acc[at + 3] += f * p3 + f1 * q3
-        else:
-            p0, p1, p2, p3 = mma_f16(a2, b2, a3, b3, x2, x3, p0, p1, p2, p3)
-            acc[at] += d * p0
-            acc[at + 1] += d * p1
-            acc[at + 2] += f * p2
-            acc[at + 3] += f * p3
-        if offsets:
-            if halves:
-                acc[at] -= m * y0 + m1 * y1
-                acc[at + 1] -= m * z0 + m1 * z1
-                acc[at + 2] -= o * y0 + o1 * y1
-                acc[at + 3] -= o * z0 + o1 * z1
-            else:
-                acc[at] -= m * (y0 + y1)
-                acc[at + 1] -= m * (z0 + z1)
-                acc[at + 2] -= o * (y0 + y1)
-                acc[at + 3] -= o * (z0 + z1)
+    def scales_of(factors, at):
+        """Of two rows: the scales of both halves (of the group, and nothing)."""
+        return two_at(factors, at), two_at(factors, FACTORS + at) if halves else NOTHING
 
-    def many(out, w, row_bytes, tile_matrix, tile_first, tile_end, order, x_div, words, scales, sums):
+    @device
+    def add_tile(acc, at, first, second, x, of_rows, factors, of, y, y1):
+        """acc += a tile of sixteen tokens and eight rows of weights, whose words these are; y, y1: sums of the tokens g and g + 8."""
+        a0, a1, a2, a3 = first
+        e0, e1, e2, e3 = second
+        b0, b1, b2, b3 = x
+        (d, f), (d1, f1) = of_rows
+        p0, p1, p2, p3 = mma_f16(a0, a1, a2, a3, b0, b1, ZERO, ZERO, ZERO, ZERO)
+        if halves:
+            q0, q1, q2, q3 = mma_f16(e0, e1, e2, e3, b2, b3, ZERO, ZERO, ZERO, ZERO)
+            acc[at] = fma(d1, q0, fma(d, p0, acc[at]))
+            acc[at + 1] = fma(f1, q1, fma(f, p1, acc[at + 1]))
+            acc[at + 2] = fma(d1, q2, fma(d, p2, acc[at + 2]))
+            acc[at + 3] = fma(f1, q3, fma(f, p3, acc[at + 3]))
+        else:
+            p0, p1, p2, p3 = mma_f16(e0, e1, e2, e3, b2, b3, p0, p1, p2, p3)
+            acc[at] = fma(d, p0, acc[at])
+            acc[at + 1] = fma(f, p1, acc[at + 1])
+            acc[at + 2] = fma(d, p2, acc[at + 2])
+            acc[at + 3] = fma(f, p3, acc[at + 3])
+        if offsets:
+            m, o = two_at(factors, kinds * FACTORS + of)
+            acc[at] = fma(m, y[0], acc[at])
+            acc[at + 1] = fma(o, y[0], acc[at + 1])
+            acc[at + 2] = fma(m, y1[0], acc[at + 2])
+            acc[at + 3] = fma(o, y1[0], acc[at + 3])
+        if offsets and halves:
+            m1, o1 = two_at(factors, 3 * FACTORS + of)
+            acc[at] = fma(m1, y[1], acc[at])
+            acc[at + 1] = fma(o1, y[1], acc[at + 1])
+            acc[at + 2] = fma(m1, y1[1], acc[at + 2])
+            acc[at + 3] = fma(o1, y1[1], acc[at + 3])
+
+    def many(out, w, row_bytes, tile_matrix, tile_first, tile_end, order, x_div, words, scales, sums, n_groups):
         """out[i] = a matrix times the i // x_div-th row of activations, for i = order[first], ... order[end - 1] of each tile.
 
-        A block multiplies ROWS rows with at most TOKENS tokens, STAGE groups of 32 at a time. A warp has 32 rows and of the tiles of eight
-        tokens every second one.
+        A block multiplies ROWS rows with at most TOKENS tokens, STAGE groups of 32 at a time. A warp has 32 rows and of the tiles of
+        sixteen tokens every second one.
         """
         thread = cuda.threadIdx.x & THREADS - 1
         chosen = tile_matrix[cuda.blockIdx.y]
@@ -146,66 +152,85 @@ def _make_many(name):
         first, end = tile_first[cuda.blockIdx.y], tile_end[cuda.blockIdx.y]
         row_words = cuda.shared.array(ROW_WORDS, np.uint32, 16)
         token_words = cuda.shared.array(TOKEN_WORDS, np.uint32, 16)
-        factors = cuda.shared.array(FACTORS, np.float32, 16)        # a group's two scales, then its two offsets
-        x_sums = cuda.shared.array(X_SUMS, np.float32, 16)
-        row_of = cuda.shared.array(TOKENS, np.int64)                # of activations, for each token
+        factors = cuda.shared.array(n_factors, np.float32, 16)      # scales of groups, or of their halves; then offsets, negated
+        x_sums = cuda.shared.array(n_sums, np.float32, 16)          # of both halves of groups
+        x_at = cuda.shared.array(TOKENS, np.int32)                  # chunks before each token's row of activations
+        x_scales = cuda.shared.array(TOKENS, np.float32)
         acc = cuda.local.array(SUMS, np.float32)
         for i in range(SUMS):
             acc[i] = ZERO
-        n_out, n_groups, n_tokens = out.shape[1], sums.shape[1] >> 1, end - first
-        g, c, warp = (thread & 31) >> 2, thread & 3, thread >> 5
-        upper, beside = warp // TOKEN_WARPS * 16 * ROW_TILES + g, 8 * (warp % TOKEN_WARPS)
+        n_out, n_tokens = out.shape[1], end - first
+        lane, c, warp = thread & 31, thread & 3, thread >> 5
+        g = lane >> 2
+        left, beside = warp // TOKEN_WARPS * 32, 16 * (warp % TOKEN_WARPS)
         for t in range(thread, TOKENS, THREADS):
-            row_of[t] = np.int64(order[first + min(t, n_tokens - 1)] // x_div)
+            row = order[first + min(t, n_tokens - 1)] // x_div
+            x_at[t], x_scales[t] = row * n_groups * 4, scales[row]
         staged, stage_of = thread % ROWS, thread // ROWS            # the row, and the first group of a stage, that this thread unpacks
         row_at = (chosen * np.int64(n_out) + min(cuda.blockIdx.x * ROWS + staged, n_out - 1)) * row_bytes
+        copied, tile_of = warp % STAGE, warp // STAGE               # the group of a stage, and the first tile, that this warp copies
+        summed, sums_of = thread % TOKENS, thread // TOKENS         # the token, and its group, whose sums this thread copies
+        last_tile = n_tokens + 15 >> 4
         cuda.syncthreads()
-        for start in range(0, n_groups, STAGE):
-            for s in range(stage_of, STAGE, GROUPS_AT_ONCE):
+        for start in range(np.int32(0), np.int32(n_groups), np.int32(STAGE)):
+            for i in range(STAGE // GROUPS_AT_ONCE):
+                s = stage_of + i * GROUPS_AT_ONCE
                 w0, w1, w2, w3, w4, w5, w6, w7, d, d1, m, m1 = group(w, row_at, min(start + s, n_groups - 1))
                 put_chunk(row_words, s * ROW_PLANE + place(staged, 0), w0, w4)
                 put_chunk(row_words, s * ROW_PLANE + place(staged, 1), w1, w5)
                 put_chunk(row_words, s * ROW_PLANE + place(staged, 2), w2, w6)
                 put_chunk(row_words, s * ROW_PLANE + place(staged, 3), w3, w7)
-                put_four(factors, 4 * (s * ROWS + staged), d, d1, m, m1)
+                factors[s * ROWS + staged] = d
+                if halves:
+                    factors[FACTORS + s * ROWS + staged] = d1
+                if offsets:
+                    factors[kinds * FACTORS + s * ROWS + staged] = -m
+                if offsets and halves:
+                    factors[3 * FACTORS + s * ROWS + staged] = -m1
+            source = min(start + copied, n_groups - 1) * 4 + c
             for i in range(COPIES):
-                t, s, chunk = (thread >> CHUNK_BITS) + i * COPIED, thread >> 2 & STAGE - 1, thread & 3
-                if t & ~7 < n_tokens:
-                    w0, w1, w2, w3 = four_of(words, (row_of[t] * n_groups + min(start + s, n_groups - 1)) * GROUP + 4 * chunk)
-                    put_words(token_words, s * TOKEN_PLANE + place(t, chunk), w0, w1, w2, w3)
-            if offsets:
-                for task in range(thread, STAGE * TOKENS, THREADS):
-                    t, s = task % TOKENS, task // TOKENS
-                    if t & ~7 < n_tokens:
-                        i = 2 * min(start + s, n_groups - 1)
-                        x_sums[2 * task], x_sums[2 * task + 1] = sums[row_of[t], i], sums[row_of[t], i + 1]
+                tile = tile_of + i * TILES_AT_ONCE
+                if tile < last_tile:
+                    a0, a1, a2, a3 = four_of(words, 4 * (np.int64(x_at[16 * tile + g]) + source))
+                    b0, b1, b2, b3 = four_of(words, 4 * (np.int64(x_at[16 * tile + g + 8]) + source))
+                    at = copied * TOKEN_PLANE + tile * 256 + 4 * lane
+                    put_words(token_words, at, a0, b0, a1, b1)
+                    put_words(token_words, at + 128, a2, b2, a3, b3)
+            if offsets and summed >> 4 < last_tile:
+                i = (x_at[summed] >> 1) + 2 * min(start + sums_of, n_groups - 1)
+                y, y1 = sums[i], sums[i + 1]
+                x_sums[2 * thread], x_sums[2 * thread + 1] = y if halves else y + y1, y1
             cuda.syncthreads()
             for s in range(STAGE):
                 if start + s < n_groups:
-                    at, of = s * ROW_PLANE, 4 * (s * ROWS + upper)
-                    a, b = four_of(row_words, at + place(upper, c)), four_of(row_words, at + place(upper + 8, c))
-                    e, f = four_of(row_words, at + place(upper + 16, c)), four_of(row_words, at + place(upper + 24, c))
-                    of_a, of_b, of_e, of_f = (four_at(factors, of), four_at(factors, of + 32), four_at(factors, of + 64),
-                                              four_at(factors, of + 96))
+                    at, of = s * ROW_PLANE, s * ROWS + left + 2 * c
+                    b0, b1 = four_of(row_words, at + place(left + g, c)), four_of(row_words, at + place(left + 8 + g, c))
+                    b2, b3 = four_of(row_words, at + place(left + 16 + g, c)), four_of(row_words, at + place(left + 24 + g, c))
+                    d, d1, d2, d3 = (scales_of(factors, of), scales_of(factors, of + 8), scales_of(factors, of + 16),
+                                     scales_of(factors, of + 24))
                     for tile in range(TOKEN_TILES):
-                        t = 8 * TOKEN_WARPS * tile + beside
+                        t = 16 * TOKEN_WARPS * tile + beside
                         if t < n_tokens:
-                            x = four_of(token_words, s * TOKEN_PLANE + place(t + g, c))
-                            y = four_at(x_sums, 2 * (s * TOKENS + t) + 4 * c) if offsets else NO_SUMS
-                            add_tile(acc, 8 * tile, a, b, x, y, of_a, of_b)
-                            add_tile(acc, 8 * tile + 4, e, f, x, y, of_e, of_f)
+                            at = s * TOKEN_PLANE + t * GROUP + 4 * lane
+                            x, x1 = four_of(token_words, at), four_of(token_words, at + 128)
+                            at = 2 * (s * TOKENS + t + g)
+                            y, y1 = (two_at(x_sums, at), two_at(x_sums, at + 16)) if offsets else (NOTHING, NOTHING)
+                            add_tile(acc, 16 * tile, x, x1, b0, d, factors, of, y, y1)
+                            add_tile(acc, 16 * tile + 4, x, x1, b1, d1, factors, of + 8, y, y1)
+                            add_tile(acc, 16 * tile + 8, x, x1, b2, d2, factors, of + 16, y, y1)
+                            add_tile(acc, 16 * tile + 12, x, x1, b3, d3, factors, of + 24, y, y1)
             cuda.syncthreads()
         for tile in range(TOKEN_TILES):
             for i in range(2):
-                t = 8 * TOKEN_WARPS * tile + beside + 2 * c + i
+                t = 16 * TOKEN_WARPS * tile + beside + g + 8 * i
                 if t < n_tokens:
-                    x_scale, target = scales[row_of[t]], order[first + t]
-                    for j in range(4):
-                        row = cuda.blockIdx.x * ROWS + upper + 8 * j
+                    target, x_scale = order[first + t], x_scales[t]
+                    for j in range(8):
+                        row = cuda.blockIdx.x * ROWS + left + 8 * (j // 2) + 2 * c + j % 2
                         if row < n_out:
-                            out[target, row] = acc[8 * tile + 2 * j + i] * x_scale
-    signature = "f4[:,:], u1[::1], i8, i4[:], i4[:], i4[:], i4[:], i4, u4[::1], f4[:], f4[:,:]"
-    return kernel(signature, THREADS, f"many_{name.lower()}")(many)
+                            out[target, row] = acc[16 * tile + 4 * (j // 2) + 2 * i + j % 2] * x_scale
+    signature = "f4[:,:], u1[::1], i8, i4[:], i4[:], i4[:], i4[:], i4, u4[::1], f4[:], f4[::1], i4"
+    return kernel(signature, THREADS, f"many_{name.lower()}", blocks=2)(many)
 
 
 MANY = {name: _make_many(name) for name in GROUPED}

@@ -8,7 +8,8 @@ from pydsa.backends.cuda.device import SIMULATED, WARP, device, exp, warp_max, w
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.backends.cuda.linear import numbers
 from pydsa.backends.cuda.norm import silu_mul
-from pydsa.backends.cuda.products import TOKENS, Tiles, multiply, prepared
+from pydsa.backends.cuda.many_tokens import TOKENS
+from pydsa.backends.cuda.products import Tiles, multiply, prepared
 
 MOST = 1024             # experts, as models/deepseek2.py allows
 STARTS = MOST + 1

@@ -7,7 +7,7 @@ from numba import cuda
 from pydsa.backends.cuda.blocks import FLOATS
 from pydsa.backends.cuda.device import SIMULATED, WARP, warp_sum
 from pydsa.backends.cuda.launch import blocks_for, kernel
-from pydsa.backends.cuda.many_tokens import MANY, ROWS, TOKENS, halved
+from pydsa.backends.cuda.many_tokens import MANY, ROWS, halved
 from pydsa.backends.cuda.one_token import multiply_one, rounded
 
 WARPS = 1 if SIMULATED else 4           # of a block
@@ -75,4 +75,4 @@ def multiply(out, w, x, tiles):
         multiply_one(out, w, x, tiles)
     else:
         MANY[w.type]((blocks_for(out.shape[1], ROWS), tiles.matrix.size), out, w.data, w.row_bytes, *tiles[:-1], x.words.flat, x.scales,
-                     x.sums)
+                     x.sums.flat, x.sums.shape[1] // 2)
