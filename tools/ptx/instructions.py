@@ -108,6 +108,12 @@ def bytes_dot(x, y, total):
     return products.sum(-1, dtype=np.int32) + total
 
 
+def words_dot(x, y, total):
+    """dp2a.lo of unsigned numbers: two of 16 bits with the lower two bytes of y."""
+    mask = np.uint32(0xFFFF), np.uint32(0xFF)
+    return total + (x & mask[0]) * (y & mask[1]) + (x >> np.uint32(16)) * (y >> np.uint32(8) & mask[1])
+
+
 def bytes_of_tiles(a, b, c):
     """mma.m16n8k32 of signed bytes, words a [warps, 32, 4], b [warps, 32, 2], sums c [warps, 32, 4] -> sums, where the lanes have them.
 

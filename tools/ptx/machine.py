@@ -10,7 +10,7 @@ import struct
 import numpy as np
 
 from tools.ptx.instructions import (OPERANDS, PLAIN, WIDE, bytes_dot, bytes_of_tiles, compare, convert, dtype_of, halves_of_tiles,
-                                    less_in_pairs)
+                                    less_in_pairs, words_dot)
 from tools.ptx.memory import WARP, Access, Fault, Memory
 
 THREADS = 1 << 14       # that are executed at a time, at most, in whole blocks
@@ -62,6 +62,8 @@ class Kernel:
         if op[:3] == ("bar", "warp", "sync"):
             return Batch.pass_warp_barrier
         try:
+            if op[0] == "mov" and "{" in operands[0] + operands[1]:
+                return self._regroup(kind, operands)
             if op[0] == "mov" or op[0] == "cvta":
                 return self._plain(lambda x: x.copy(), operands, [kind])
             if op[0] == "cvt":
@@ -79,6 +81,8 @@ class Kernel:
                 return self._tiles(op, operands)
             if op == ("sub", "f16x2"):
                 return self._plain(less_in_pairs, operands, ["u32", "u32"])
+            if op == ("dp2a", "lo", "u32", "u32"):
+                return self._plain(words_dot, operands, ["u32"] * 3)
             if op[0] == "dp4a":
                 return self._plain(bytes_dot, operands, ["u32", "u32", "s32"])
             if name in WIDE:
@@ -95,6 +99,18 @@ class Kernel:
 
         def step(batch, on):
             target(batch, on, function(*(source(batch, on) for source in sources)))
+        return step
+
+    def _regroup(self, kind, operands):
+        """mov of several registers into one, or the other way round."""
+        names = [[name.strip() for name in o.strip("{}").split(",")] for o in operands]
+        parts = [f"u{int(kind[1:]) // len(part)}" for part in names]
+        targets, sources = [self._target(name) for name in names[0]], [self._source(name, parts[1]) for name in names[1]]
+
+        def step(batch, on):
+            values = np.stack([source(batch, on) for source in sources], -1).view(dtype_of(parts[0]))
+            for i, target in enumerate(targets):
+                target(batch, on, np.ascontiguousarray(values[:, i]))
         return step
 
     def _memory(self, op, operands):

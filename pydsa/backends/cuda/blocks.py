@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pydsa.backends.cuda.device import bits_float, byte_at, device, four_words_at, half_at, halved_word_at, split_word_at, word_at
+from pydsa.backends.cuda.device import bits_float, byte_at, device, four_words_at, half_at, of_half, permuted, word_at
 from pydsa.quants.levels import HALVES, LEVELS
 
 NIBBLES, TWO_BITS, ONE_BIT = 0x0F0F0F0F, 0x03030303, 0x01010101
@@ -28,6 +28,38 @@ def less(word, zeros):
 
 
 @device
+def selector(at):
+    """What makes of two words, of which the first contains the byte at `at`, the word that begins there."""
+    return np.uint32(0x3210 + 0x1111 * (at & 3))
+
+
+@device
+def any_word(data, at):
+    """Four bytes that begin anywhere: every load of a GPU must be aligned."""
+    return permuted(word_at(data, at & ~3), word_at(data, at + 3 & ~3), selector(at))
+
+
+@device
+def any_four(data, at):
+    """Four words that begin anywhere."""
+    first, pick = at & ~3, selector(at)
+    a, b, c, d, e = (word_at(data, first), word_at(data, first + 4), word_at(data, first + 8), word_at(data, first + 12),
+                     word_at(data, at + 15 & ~3))
+    return permuted(a, b, pick), permuted(b, c, pick), permuted(c, d, pick), permuted(d, e, pick)
+
+
+@device
+def any_eight(data, at):
+    """Eight words that begin anywhere."""
+    first, pick = at & ~3, selector(at)
+    a, b, c, d = word_at(data, first), word_at(data, first + 4), word_at(data, first + 8), word_at(data, first + 12)
+    e, f, g, h = word_at(data, first + 16), word_at(data, first + 20), word_at(data, first + 24), word_at(data, first + 28)
+    i = word_at(data, at + 31 & ~3)
+    return (permuted(a, b, pick), permuted(b, c, pick), permuted(c, d, pick), permuted(d, e, pick), permuted(e, f, pick),
+            permuted(f, g, pick), permuted(g, h, pick), permuted(h, i, pick))
+
+
+@device
 def fifth_bits(bits, i):
     """Bits 4 i to 4 i + 3, each as 16 in a byte of its own."""
     four = bits >> (4 * i)
@@ -37,7 +69,7 @@ def fifth_bits(bits, i):
 @device
 def group_q4_0(data, row, g):
     at = row + 18 * g
-    a, b, c, e = halved_word_at(data, at + 2), halved_word_at(data, at + 6), halved_word_at(data, at + 10), halved_word_at(data, at + 14)
+    a, b, c, e = any_four(data, at + 2)
     d = half_at(data, at)
     return (less(a & NIBBLES, 0x08080808), less(b & NIBBLES, 0x08080808), less(c & NIBBLES, 0x08080808), less(e & NIBBLES, 0x08080808),
             less((a >> 4) & NIBBLES, 0x08080808), less((b >> 4) & NIBBLES, 0x08080808), less((c >> 4) & NIBBLES, 0x08080808),
@@ -56,8 +88,8 @@ def group_q4_1(data, row, g):
 @device
 def group_q5_0(data, row, g):
     at = row + 22 * g
-    high = halved_word_at(data, at + 2)
-    a, b, c, e = halved_word_at(data, at + 6), halved_word_at(data, at + 10), halved_word_at(data, at + 14), halved_word_at(data, at + 18)
+    high = any_word(data, at + 2)
+    a, b, c, e = any_four(data, at + 6)
     d = half_at(data, at)
     return (less(a & NIBBLES | fifth_bits(high, 0), 0x10101010), less(b & NIBBLES | fifth_bits(high, 1), 0x10101010),
             less(c & NIBBLES | fifth_bits(high, 2), 0x10101010), less(e & NIBBLES | fifth_bits(high, 3), 0x10101010),
@@ -81,25 +113,26 @@ def group_q5_1(data, row, g):
 def group_q8_0(data, row, g):
     at = row + 34 * g
     d = half_at(data, at)
-    return (halved_word_at(data, at + 2), halved_word_at(data, at + 6), halved_word_at(data, at + 10), halved_word_at(data, at + 14),
-            halved_word_at(data, at + 18), halved_word_at(data, at + 22), halved_word_at(data, at + 26), halved_word_at(data, at + 30),
-            d, d, ZERO, ZERO)
+    a, b, c, e, f, h, i, j = any_eight(data, at + 2)
+    return a, b, c, e, f, h, i, j, d, d, ZERO, ZERO
 
 
 @device
 def scale_and_min(data, at, s):
-    """The 6-bit scale and minimum of sub-block s of Q4_K and Q5_K, whose twelve packed bytes lie at `at`."""
+    """The scale and the minimum of sub-block s of Q4_K and Q5_K, which begin with two float16 and twelve bytes of packed 6-bit numbers."""
+    both, first, second, third = four_words_at(data, at)
     if s < 4:
-        return byte_at(data, at + s) & 63, byte_at(data, at + s + 4) & 63
-    both = byte_at(data, at + s + 4)
-    return both & 15 | (byte_at(data, at + s - 4) >> 6) << 4, both >> 4 | (byte_at(data, at + s) >> 6) << 4
+        scale, low = first >> 8 * s & 63, second >> 8 * s & 63
+    else:
+        shift = 8 * (s & 3)
+        scale, low = third >> shift & 15 | (first >> shift + 6 & 3) << 4, third >> shift + 4 & 15 | (second >> shift + 6 & 3) << 4
+    return of_half(np.uint32(both & 0xFFFF)) * np.float32(np.int32(scale)), of_half(np.uint32(both >> 16)) * np.float32(np.int32(low))
 
 
 @device
 def group_q4_k(data, row, g):
     at, s = row + 144 * (g >> 3), g & 7
-    scale, low = scale_and_min(data, at + 4, s)
-    d, m = half_at(data, at) * np.float32(scale), half_at(data, at + 2) * np.float32(low)
+    d, m = scale_and_min(data, at, s)
     q, shift = at + 16 + 32 * (s >> 1), 4 * (s & 1)
     a, b, c, e = four_words_at(data, q)
     f, h, i, j = four_words_at(data, q + 16)
@@ -116,8 +149,7 @@ def five_bits(nibbles, high, s):
 @device
 def group_q5_k(data, row, g):
     at, s = row + 176 * (g >> 3), g & 7
-    scale, low = scale_and_min(data, at + 4, s)
-    d, m = half_at(data, at) * np.float32(scale), half_at(data, at + 2) * np.float32(low)
+    d, m = scale_and_min(data, at, s)
     q, h = at + 48 + 32 * (s >> 1), at + 16
     a, b, c, e = four_words_at(data, q)
     f, g1, i, j = four_words_at(data, q + 16)
@@ -129,26 +161,26 @@ def group_q5_k(data, row, g):
 
 @device
 def signed_byte(data, at):
-    """The int8 at a place."""
+    """The int8 at a place, as float32."""
     value = byte_at(data, at)
-    return value - ((value & 128) << 1)
+    return np.float32(np.int32(value - ((value & 128) << 1)))
 
 
 @device
-def six_bits(data, q, high, k):
-    """Four elements of Q6_K of the k-th 32 of a half block."""
-    return less(halved_word_at(data, q) >> (4 * (k >> 1)) & NIBBLES | (halved_word_at(data, high) >> (2 * k) & TWO_BITS) << 4, 0x20202020)
+def six_bits(low, high, k):
+    """Four elements of Q6_K of the k-th 32 of a half block, of words with their lower and their upper bits."""
+    return less(low >> (4 * (k >> 1)) & NIBBLES | (high >> (2 * k) & TWO_BITS) << 4, 0x20202020)
 
 
 @device
 def group_q6_k(data, row, g):
     at, part, k = row + 210 * (g >> 3), g >> 2 & 1, g & 3
     d, scales = half_at(data, at + 208), at + 192 + 8 * part + 2 * k
-    q, h = at + 64 * part + 32 * (k & 1), at + 128 + 32 * part
-    return (six_bits(data, q, h, k), six_bits(data, q + 4, h + 4, k), six_bits(data, q + 8, h + 8, k), six_bits(data, q + 12, h + 12, k),
-            six_bits(data, q + 16, h + 16, k), six_bits(data, q + 20, h + 20, k), six_bits(data, q + 24, h + 24, k),
-            six_bits(data, q + 28, h + 28, k), d * np.float32(signed_byte(data, scales)), d * np.float32(signed_byte(data, scales + 1)),
-            ZERO, ZERO)
+    a, b, c, e, f, h, i, j = any_eight(data, at + 64 * part + 32 * (k & 1))
+    a2, b2, c2, e2, f2, h2, i2, j2 = any_eight(data, at + 128 + 32 * part)
+    return (six_bits(a, a2, k), six_bits(b, b2, k), six_bits(c, c2, k), six_bits(e, e2, k), six_bits(f, f2, k), six_bits(h, h2, k),
+            six_bits(i, i2, k), six_bits(j, j2, k), d * signed_byte(data, scales),
+            d * signed_byte(data, scales + 1), ZERO, ZERO)
 
 
 @device
@@ -171,61 +203,61 @@ def six_bit_scale(data, at, j):
 
 
 @device
-def three_bits(data, q, high, g):
-    """Four elements of Q3_K of the g-th 32 of a block: their lower bits at q, third bits at `high`."""
-    return less(halved_word_at(data, q) >> (2 * (g & 3)) & TWO_BITS | (halved_word_at(data, high) >> g & ONE_BIT) << 2, 0x04040404)
+def three_bits(low, high, g):
+    """Four elements of Q3_K of the g-th 32 of a block, of words with their lower bits and their third ones."""
+    return less(low >> (2 * (g & 3)) & TWO_BITS | (high >> (g & 7) & ONE_BIT) << 2, 0x04040404)
 
 
 @device
 def group_q3_k(data, row, g):
     at, s = row + 110 * (g >> 3), g & 7
-    d, q = half_at(data, at + 108), at + 32 + 32 * (s >> 2)
-    return (three_bits(data, q, at, s), three_bits(data, q + 4, at + 4, s), three_bits(data, q + 8, at + 8, s),
-            three_bits(data, q + 12, at + 12, s), three_bits(data, q + 16, at + 16, s), three_bits(data, q + 20, at + 20, s),
-            three_bits(data, q + 24, at + 24, s), three_bits(data, q + 28, at + 28, s),
+    d = half_at(data, at + 108)
+    a, b, c, e, f, h, i, j = any_eight(data, at + 32 + 32 * (s >> 2))
+    a2, b2, c2, e2, f2, h2, i2, j2 = any_eight(data, at)
+    return (three_bits(a, a2, s), three_bits(b, b2, s), three_bits(c, c2, s), three_bits(e, e2, s), three_bits(f, f2, s),
+            three_bits(h, h2, s), three_bits(i, i2, s), three_bits(j, j2, s),
             d * six_bit_scale(data, at + 96, 2 * s), d * six_bit_scale(data, at + 96, 2 * s + 1), ZERO, ZERO)
 
 
 def _packed(levels):
-    """Sixteen signed bytes as two numbers of 64 bits, for tables that a shift looks up."""
-    data = np.array(levels, np.int8).tobytes()
-    return tuple(np.uint64(int.from_bytes(data[i:i + 8], "little")) for i in (0, 8))
+    """Sixteen signed bytes as four words."""
+    return tuple(np.array(levels, np.int8).view(np.uint32))
 
 
-LOW_LEVELS, HIGH_LEVELS, LOW_HALVES, HIGH_HALVES = *_packed(LEVELS), *_packed(HALVES)
-
-
-@device
-def looked_up(low, high, nibble):
-    """A byte of a table of sixteen."""
-    table = high if nibble & 8 else low
-    return (table >> np.uint64(8 * (nibble & 7))) & np.uint64(255)
+LEVEL_WORDS, HALF_WORDS = _packed(LEVELS), _packed(HALVES)
 
 
 @device
-def four_looked_up(low, high, word):
-    """Bytes of a table for the four nibbles that a word has in its bytes."""
-    return (looked_up(low, high, word & 15) | looked_up(low, high, word >> 8 & 15) << np.uint64(8)
-            | looked_up(low, high, word >> 16 & 15) << np.uint64(16) | looked_up(low, high, word >> 24 & 15) << np.uint64(24))
+def four_looked_up(table, nibbles):
+    """Bytes of a table of sixteen, for the four lowest nibbles of a word."""
+    low, high = permuted(table[0], table[1], np.uint32(nibbles & 0x7777)), permuted(table[2], table[3], np.uint32(nibbles & 0x7777))
+    return permuted(low, high, np.uint32(0x3210 | (nibbles & 0x8888) >> 1))
 
 
 @device
-def levels(word, shift):
-    return np.uint32(four_looked_up(LOW_LEVELS, HIGH_LEVELS, word >> shift))
+def looked_up(table, word):
+    """Bytes of a table for the lower nibbles of a word's bytes, and for the upper ones."""
+    first, second = four_looked_up(table, word), four_looked_up(table, word >> 16)
+    return permuted(first, second, np.uint32(0x6420)), permuted(first, second, np.uint32(0x7531))
 
 
 @device
-def halves(word, shift):
-    return np.uint32(four_looked_up(LOW_HALVES, HIGH_HALVES, word >> shift))
+def all_looked_up(table, a, b, c, e):
+    """Eight words for the lower and then the upper nibbles of four."""
+    a, f = looked_up(table, a)
+    b, h = looked_up(table, b)
+    c, i = looked_up(table, c)
+    e, j = looked_up(table, e)
+    return a, b, c, e, f, h, i, j
 
 
 @device
 def group_iq4_nl(data, row, g):
     at = row + 18 * g
-    a, b, c, e = halved_word_at(data, at + 2), halved_word_at(data, at + 6), halved_word_at(data, at + 10), halved_word_at(data, at + 14)
+    a, b, c, e = any_four(data, at + 2)
     d = half_at(data, at)
-    return (levels(a, 0), levels(b, 0), levels(c, 0), levels(e, 0), levels(a, 4), levels(b, 4), levels(c, 4), levels(e, 4),
-            d, d, ZERO, ZERO)
+    a, b, c, e, f, h, i, j = all_looked_up(LEVEL_WORDS, a, b, c, e)
+    return a, b, c, e, f, h, i, j, d, d, ZERO, ZERO
 
 
 @device
@@ -235,8 +267,8 @@ def group_iq4_xs(data, row, g):
     high = (byte_at(data, at + 2) | byte_at(data, at + 3) << 8) >> (2 * s) & 3
     d, q = half_at(data, at) * np.float32((low | high << 4) - 32), at + 8 + 16 * s
     a, b, c, e = word_at(data, q), word_at(data, q + 4), word_at(data, q + 8), word_at(data, q + 12)
-    return (levels(a, 0), levels(b, 0), levels(c, 0), levels(e, 0), levels(a, 4), levels(b, 4), levels(c, 4), levels(e, 4),
-            d, d, ZERO, ZERO)
+    a, b, c, e, f, h, i, j = all_looked_up(LEVEL_WORDS, a, b, c, e)
+    return a, b, c, e, f, h, i, j, d, d, ZERO, ZERO
 
 
 @device
@@ -248,10 +280,10 @@ def half_of_power(exponent):
 @device
 def group_mxfp4(data, row, g):
     at = row + 17 * g
-    a, b, c, e = split_word_at(data, at + 1), split_word_at(data, at + 5), split_word_at(data, at + 9), split_word_at(data, at + 13)
+    a, b, c, e = any_four(data, at + 1)
+    a, b, c, e, f, h, i, j = all_looked_up(HALF_WORDS, a, b, c, e)
     d = half_of_power(byte_at(data, at))
-    return (halves(a, 0), halves(b, 0), halves(c, 0), halves(e, 0), halves(a, 4), halves(b, 4), halves(c, 4), halves(e, 4),
-            d, d, ZERO, ZERO)
+    return a, b, c, e, f, h, i, j, d, d, ZERO, ZERO
 
 
 GROUPED = {

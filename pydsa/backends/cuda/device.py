@@ -52,7 +52,14 @@ if SIMULATED:
         """Four bytes as uint32; `at` is a multiple of 4."""
         return int(data[at]) | int(data[at + 1]) << 8 | int(data[at + 2]) << 16 | int(data[at + 3]) << 24
 
-    halved_word_at = split_word_at = word_at
+    def permuted(a, b, selector):
+        """A word of the bytes 0 to 3 of a and 4 to 7 of b that the selector's nibbles name, the lowest first."""
+        both = int(a) | int(b) << 32
+        return sum((both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i for i in range(4))
+
+    def copy_sixteen(target, to, source, at):
+        """target[to:to + 16] = source[at:at + 16] of uint8; both places are multiples of 16."""
+        target[to:to + 16] = source[at:at + 16]
 
     def four_words_at(data, at):
         """Sixteen bytes as four uint32; `at` is a multiple of 16."""
@@ -232,6 +239,15 @@ else:
             return types.UniTuple(types.uint32, 4)(data, types.int64), codegen
         return load
 
+    @intrinsic
+    def copy_sixteen(typingctx, target, to, source, at):
+        def codegen(context, builder, signature, args):
+            places = [builder.bitcast(builder.gep(builder.bitcast(context.make_array(signature.args[i])(context, builder, args[i]).data,
+                                                                  I8.as_pointer()), [args[i + 1]]), ir.VectorType(I32, 4).as_pointer())
+                      for i in (0, 2)]
+            builder.store(builder.load(places[1], align=16), places[0], align=16)
+        return types.void(target, types.int64, source, types.int64), codegen
+
     FOUR, FOUR_WORDS = ir.VectorType(ir.FloatType(), 4), ir.VectorType(I32, 4)
 
     def _place_of_four(context, builder, array_type, array, i, four=FOUR):
@@ -266,7 +282,7 @@ else:
 
     four_words_at, four_of = _loader_of_four(1), _loader_of_four(4)
     byte_at = _loader(I8, 1, types.int32, lambda builder, value: builder.zext(value, I32))
-    word_at, halved_word_at, split_word_at = (_loader(I32, align, types.uint32) for align in (4, 2, 1))
+    word_at = _loader(I32, 4, types.uint32)
     half_at = _loader(ir.HalfType(), 2, types.float32, lambda builder, value: builder.fpext(value, ir.FloatType()))
 
     @intrinsic
@@ -292,6 +308,12 @@ else:
     def _assembly(builder, result, text, constraints, args):
         function = ir.FunctionType(result, [a.type for a in args])
         return builder.call(ir.InlineAsm(function, text, constraints, side_effect=False), args)
+
+    @intrinsic
+    def permuted(typingctx, a, b, selector):
+        def codegen(context, builder, signature, args):
+            return _assembly(builder, I32, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", args)
+        return types.uint32(types.uint32, types.uint32, types.uint32), codegen
 
     @device
     def exp(x):
@@ -364,7 +386,8 @@ else:
     def mma_f16(typingctx, a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
         def codegen(context, builder, signature, args):
             made = _assembly(builder, ir.LiteralStructType([ir.FloatType()] * 4), "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                             "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};", ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4), args)
+                             "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+                             ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4), args)
             return cgutils.pack_array(builder, [builder.extract_value(made, i) for i in range(4)])
         return types.UniTuple(types.float32, 4)(*[types.uint32] * 6, *[types.float32] * 4), codegen
 

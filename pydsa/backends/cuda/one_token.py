@@ -10,45 +10,52 @@ from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.blocks import GROUPED
-from pydsa.backends.cuda.device import (SIMULATED, WARP, bits_float, device, dp4a, float_bits, four_of, max_of_eight, nearest, sum_of_four,
-                                        two_words, warp_sum)
+from pydsa.backends.cuda.device import (SIMULATED, WARP, bits_float, copy_sixteen, device, dp4a, float_bits, four_of, max_of_eight, nearest,
+                                        sum_of_four, two_words, warp_sum, warp_sync)
 from pydsa.backends.cuda.launch import blocks_for, kernel
-from pydsa.quants import LARGEST
+from pydsa.quants import LARGEST, block_type
 
 WARPS = 2 if SIMULATED else 4           # of a block
 ROWS = 4                                # of weights that a warp multiplies with the same activations
 ENOUGH = 8 if SIMULATED else 2112       # warps: sixteen for each of an H100's processors
 ROUNDING = 8 if SIMULATED else 256      # threads, each with four numbers
 PARTS = WARPS * ROWS
+TILE = 32                               # groups of 32 numbers whose words stand together
+LANES = 4 * TILE                        # words of a chunk of all its groups
+OF_TILE = 4 * LANES                     # high bytes of the first halves of groups, low bytes, then those of the second halves
+STAGED = max(WARP, 8)                   # groups of a row that are in shared memory at a time: whole blocks
 ZERO = np.float32(0)
 
 
 class Rounded(NamedTuple):
-    """Rows of activations as bytes: words [N, n/4] of high and of low ones, float32 scales [N, n/32], sums of numbers [N, n/16]."""
-    high: object
-    low: object
+    """Rows of activations as bytes: words [N, tiles * OF_TILE], float32 scales [N, n/32], sums of numbers [N, n/16].
+
+    A chunk is the four words of half a group; chunk c of the groups of a tile lies where the lanes of a warp load it at once.
+    """
+    words: object
     scales: object
     sums: object
 
 
 @device
-def round_four(rounded, t, four, there, a, b, c, e):
+def round_four(words, scales, sums, t, four, there, a, b, c, e):
     """Round numbers 4 * four to 4 * four + 3 of row t, with seven other lanes that have the rest of 32; `there`: whether they count.
 
     What is not finite becomes a scale that is not.
     """
-    high, low, scales, sums = rounded
     top = bits_float(np.uint32(max_of_eight(max(max(magnitude_bits(a), magnitude_bits(b)), max(magnitude_bits(c), magnitude_bits(e))))))
     factor = np.float32(LARGEST) / top if top > np.float32(1e-30) else ZERO
     a, b, c, e = nearest(a, factor), nearest(b, factor), nearest(c, factor), nearest(e, factor)
     total = sum_of_four(np.float32(a + b + c + e))
     if there:
-        high[t, four], low[t, four] = two_words(a, b, c, e)
+        g = four >> 3
+        at = (g >> 5) * OF_TILE + (four >> 2 & 1) * 2 * LANES + (g & 31) * 4 + (four & 3)
+        words[t, at], words[t, at + LANES] = two_words(a, b, c, e)
         scale = top / np.float32(LARGEST)
-        if four % 4 == 0:
-            sums[t, four // 4] = scale * total
-        if four % 8 == 0:
-            scales[t, four // 8] = scale
+        if four & 3 == 0:
+            sums[t, four >> 2] = scale * total
+        if four & 7 == 0:
+            scales[t, g] = scale
 
 
 @device
@@ -57,18 +64,18 @@ def magnitude_bits(x):
     return np.int32(float_bits(x) & 0x7FFFFFFF)
 
 
-@kernel("u4[:,:], u4[:,:], f4[:,:], f4[:,:], f4[:,:]", ROUNDING)
-def round_rows(high, low, scales, sums, x):
+@kernel("u4[:,:], f4[:,:], f4[:,:], f4[:,:]", ROUNDING)
+def round_rows(words, scales, sums, x):
     """A thread rounds four numbers of a row."""
-    t, four = cuda.blockIdx.x, cuda.blockIdx.y * ROUNDING + cuda.threadIdx.x
-    i = 4 * min(four, x.shape[1] // 4 - 1)
-    round_four((high, low, scales, sums), t, four, four < x.shape[1] // 4, x[t, i], x[t, i + 1], x[t, i + 2], x[t, i + 3])
+    t, four, n = cuda.blockIdx.x, cuda.blockIdx.y * ROUNDING + cuda.threadIdx.x, x.shape[1] // 4
+    i = 4 * min(four, n - 1)
+    round_four(words, scales, sums, t, four, four < n, x[t, i], x[t, i + 1], x[t, i + 2], x[t, i + 3])
 
 
 def rounded(x):
     """Activations, rows of any strides, as Rounded in scratch memory."""
     n_rows, n = x.shape
-    made = Rounded(scratch("x high", (n_rows, n // 4), np.uint32), scratch("x low", (n_rows, n // 4), np.uint32),
+    made = Rounded(scratch("x words", (n_rows, blocks_for(n, 32 * TILE) * OF_TILE), np.uint32),
                    scratch("x scales", (n_rows, n // 32), np.float32), scratch("x sums", (n_rows, n // 16), np.float32))
     round_rows((n_rows, blocks_for(n // 4, ROUNDING)), *made, x)
     return made
@@ -76,6 +83,21 @@ def rounded(x):
 
 def _make_one(name):
     group, halves, offsets = GROUPED[name].group, GROUPED[name].halves, GROUPED[name].offsets
+    size, itemsize = block_type(name).size, block_type(name).dtype.itemsize
+    tile_bytes = STAGED * 32 // size * itemsize
+    direct = itemsize % 16 == 0         # its words are loaded sixteen bytes at a time from where they lie
+    pitch = 16 if direct else (tile_bytes + 15) // 16 * 16 + 16
+    staged_bytes, copies = PARTS * pitch, (pitch // 16 + WARP - 1) // WARP
+
+    @device
+    def stage_row(staged, to, data, start, n_bytes, lane):
+        """Copy bytes of a row to shared memory, sixteen at a time from the last place before them that is a multiple of it."""
+        begin = start & ~15
+        n = start - begin + n_bytes + 15 >> 4
+        for j in range(copies):
+            i = j * WARP + lane
+            if i < n:
+                copy_sixteen(staged, to + 16 * i, data, begin + 16 * i)
 
     @device
     def dot(w, row, g, high, high_1, low, low_1, scale, y, y1):
@@ -97,25 +119,52 @@ def _make_one(name):
             total -= m * y + m1 * y1
         return total
 
-    def one(out, w, row_bytes, ids, x_div, splits, high, low, scales, sums):
-        """out[y] = matrix ids[y] times the y // x_div-th row of activations; a warp makes ROWS numbers, or `splits` warps of a block do."""
+    def one(out, w, row_bytes, ids, x_div, splits, words, scales, sums):
+        """out[y] = matrix ids[y] times the y // x_div-th row of activations; a warp makes ROWS numbers, or `splits` warps of a block do.
+
+        Rows whose blocks are not aligned go through shared memory, STAGED groups at a time.
+        """
         y, thread, n_out, n_groups = cuda.blockIdx.y, cuda.threadIdx.x & WARPS * WARP - 1, out.shape[1], scales.shape[1]
         warp, lane, x_row = thread // WARP, thread % WARP, cuda.blockIdx.y // x_div
         part, row = warp % splits, (cuda.blockIdx.x * (WARPS // splits) + warp // splits) * ROWS
         parts = cuda.shared.array(PARTS, np.float32)
-        base, last = ids[y] * np.int64(n_out), n_out - 1
+        staged = cuda.shared.array(staged_bytes, np.uint8, 16)
+        base, last, own = ids[y] * np.int64(n_out), n_out - 1, warp * ROWS * pitch
+        x_at = x_row * ((n_groups + TILE - 1) // TILE) * OF_TILE
         r0, r1, r2, r3 = ((base + min(row, last)) * row_bytes, (base + min(row + 1, last)) * row_bytes,
                           (base + min(row + 2, last)) * row_bytes, (base + min(row + 3, last)) * row_bytes)
         s0, s1, s2, s3 = ZERO, ZERO, ZERO, ZERO
-        for g in range(part * WARP + lane, n_groups, splits * WARP):
-            at = 8 * (n_groups * x_row + g)
-            h, h1, k, k1 = four_of(high, at), four_of(high, at + 4), four_of(low, at), four_of(low, at + 4)
-            scale = scales[x_row, g]
-            y0, y1 = (sums[x_row, 2 * g], sums[x_row, 2 * g + 1]) if offsets else (ZERO, ZERO)
-            s0 += dot(w, r0, g, h, h1, k, k1, scale, y0, y1)
-            s1 += dot(w, r1, g, h, h1, k, k1, scale, y0, y1)
-            s2 += dot(w, r2, g, h, h1, k, k1, scale, y0, y1)
-            s3 += dot(w, r3, g, h, h1, k, k1, scale, y0, y1)
+        for first in range(part * STAGED, n_groups, splits * STAGED):
+            if not direct:
+                at = first * 32 // size * itemsize
+                n_bytes = min(tile_bytes, row_bytes - at)
+                stage_row(staged, own, w, r0 + at, n_bytes, lane)
+                stage_row(staged, own + pitch, w, r1 + at, n_bytes, lane)
+                stage_row(staged, own + 2 * pitch, w, r2 + at, n_bytes, lane)
+                stage_row(staged, own + 3 * pitch, w, r3 + at, n_bytes, lane)
+                warp_sync()
+            for j in range(STAGED // WARP):
+                i = j * WARP + lane
+                g = first + i
+                if g < n_groups:
+                    at = x_at + (g >> 5) * OF_TILE + (g & 31) * 4
+                    h, k, h1, k1 = (four_of(words, at), four_of(words, at + LANES), four_of(words, at + 2 * LANES),
+                                    four_of(words, at + 3 * LANES))
+                    scale = scales[x_row, g]
+                    y0, y1 = (sums[x_row, 2 * g], sums[x_row, 2 * g + 1]) if offsets else (ZERO, ZERO)
+                    if direct:
+                        s0 += dot(w, r0, g, h, h1, k, k1, scale, y0, y1)
+                        s1 += dot(w, r1, g, h, h1, k, k1, scale, y0, y1)
+                        s2 += dot(w, r2, g, h, h1, k, k1, scale, y0, y1)
+                        s3 += dot(w, r3, g, h, h1, k, k1, scale, y0, y1)
+                    else:
+                        at = first * 32 // size * itemsize
+                        s0 += dot(staged, own + (r0 + at & 15), i, h, h1, k, k1, scale, y0, y1)
+                        s1 += dot(staged, own + pitch + (r1 + at & 15), i, h, h1, k, k1, scale, y0, y1)
+                        s2 += dot(staged, own + 2 * pitch + (r2 + at & 15), i, h, h1, k, k1, scale, y0, y1)
+                        s3 += dot(staged, own + 3 * pitch + (r3 + at & 15), i, h, h1, k, k1, scale, y0, y1)
+            if not direct:
+                warp_sync()
         s0, s1, s2, s3 = warp_sum(s0), warp_sum(s1), warp_sum(s2), warp_sum(s3)
         if splits > 1:
             if lane == 0:
@@ -129,7 +178,7 @@ def _make_one(name):
                     s3 += parts[4 * (warp + i) + 3]
         if part == 0 and lane < ROWS and row + lane < n_out:
             out[y, row + lane] = s0 if lane == 0 else s1 if lane == 1 else s2 if lane == 2 else s3
-    signature = "f4[:,:], u1[::1], i8, i4[:], i4, i4, u4[::1], u4[::1], f4[:,:], f4[:,:]"
+    signature = "f4[:,:], u1[::1], i8, i4[:], i4, i4, u4[::1], f4[:,:], f4[:,:]"
     return kernel(signature, WARPS * WARP, f"one_{name.lower()}")(one)
 
 
@@ -143,4 +192,4 @@ def multiply_one(out, w, x, tiles):
     while splits < WARPS and splits * WARP < n_groups and blocks_for(out.shape[1], ROWS) * n_tiles * splits < ENOUGH:
         splits *= 2
     ONE[w.type]((blocks_for(out.shape[1], ROWS * (WARPS // splits)), n_tiles), out, w.data, w.row_bytes, tiles.matrix, tiles.x_div, splits,
-                x.high.flat, x.low.flat, x.scales, x.sums)
+                x.words.flat, x.scales, x.sums)

@@ -7,15 +7,16 @@ from numba import cuda
 
 from pydsa import quants
 from pydsa.backends.cuda.array import empty, upload, zeros
-from pydsa.backends.cuda.blocks import FLOATS, GROUPED, value_bf16, value_f16, value_f32
-from pydsa.backends.cuda.device import bits_float, byte_at, device, float_bits, nearest, split_word_at, to_half
+from pydsa.backends.cuda.blocks import FLOATS, GROUPED, any_word, value_bf16, value_f16, value_f32
+from pydsa.backends.cuda.device import bits_float, byte_at, device, float_bits, nearest, to_half
 from pydsa.backends.cuda.launch import blocks_for, kernel
 
 THREADS = 128
+PADDING = 16        # bytes behind a tensor, which kernels that copy sixteen bytes at a time may read
 
 
 class Weight(NamedTuple):
-    """A tensor on the device: all bytes of its blocks, uint8; the GGUF type; its shape; the bytes of a row."""
+    """A tensor on the device: all bytes of its blocks and PADDING more, uint8; the GGUF type; its shape; the bytes of a row."""
     data: object
     type: str
     shape: tuple
@@ -32,7 +33,11 @@ class CacheRows(NamedTuple):
 
 def weight(tensor):
     """A GGUF tensor as its ops take it here: matrices as blocks, vectors as float32."""
-    w = Weight(upload(tensor.data).flat, tensor.type, tensor.shape, tensor.data.shape[-1])
+    n = tensor.data.nbytes
+    padded = empty((n + PADDING,), np.uint8)
+    padded[:n].reshape(tensor.data.shape).set(tensor.data)
+    padded[n:].clear()
+    w = Weight(padded, tensor.type, tensor.shape, tensor.data.shape[-1])
     if len(tensor.shape) > 1:
         return w
     values = empty((1, *tensor.shape), np.float32)
@@ -89,7 +94,7 @@ def get_rows(out, w, ids):
 def value_i8(data, row, i, first, second):
     """The i-th number of a row of int8 whose parts have lengths `first` and `second`."""
     whole = byte_at(data, row + i)
-    scale = bits_float(split_word_at(data, row + first + second + (0 if i < first else 4)))
+    scale = bits_float(any_word(data, row + first + second + (0 if i < first else 4)))
     return scale * np.float32(whole - ((whole & 128) << 1))
 
 
@@ -98,7 +103,7 @@ def value_i16(data, row, i, first, second):
     """The same of 16 bits: all high bytes, then all low ones."""
     high, low = byte_at(data, row + i), byte_at(data, row + first + second + i)
     whole = 256 * (high - ((high & 128) << 1)) + low - ((low & 128) << 1)
-    return bits_float(split_word_at(data, row + 2 * (first + second) + (0 if i < first else 4))) * np.float32(whole)
+    return bits_float(any_word(data, row + 2 * (first + second) + (0 if i < first else 4))) * np.float32(whole)
 
 
 @device
