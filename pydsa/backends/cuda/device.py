@@ -1,7 +1,7 @@
 """What differs between a GPU and its simulator: loads from bytes, products of bytes, what the threads of a warp do together.
 
 Each function stands here twice. With NUMBA_ENABLE_CUDASIM=1 kernels are Python functions, a Python thread for each CUDA thread, one block
-after the other; what a warp does together then goes through memory of this module, and all threads of the block must come here.
+after the other; what a warp does together then goes through memory of this module.
 """
 import importlib.util
 import os
@@ -54,7 +54,7 @@ if SIMULATED:
 
     def permuted(a, b, selector):
         """A word of the bytes 0 to 3 of a and 4 to 7 of b that the selector's nibbles name, the lowest first."""
-        both = int(a) | int(b) << 32
+        both, selector = int(a) | int(b) << 32, int(selector)
         return sum((both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i for i in range(4))
 
     def copy_sixteen(target, to, source, at):
@@ -112,20 +112,28 @@ if SIMULATED:
 
     def warp_sync():
         """Let each lane see what the others of its warp have written to memory, and wait until they have read what it will write."""
-        _thread().syncthreads()
+        _wait(WARP)
 
     def dp4a(a, b, c):
         """c + the products of four signed bytes each."""
         return c + int(_signed_bytes(a) @ _signed_bytes(b))
 
+    _barriers = {}      # (lanes, which of a block's groups of so many) -> theirs, for one block after the other
+
+    def _wait(n):
+        """Let n lanes side by side wait for each other."""
+        key = n, _thread().threadIdx.x // n
+        with _lock:
+            barrier = _barriers.setdefault(key, threading.Barrier(n))
+        barrier.wait(60)
+
     def _together(x, combine, n=WARP, values=_values):
-        thread = _thread()
-        i = thread.threadIdx.x
+        i = _thread().threadIdx.x
         values[i] = x
-        thread.syncthreads()
+        _wait(n)
         first = i // n * n
         result = combine(values[first:first + n])
-        thread.syncthreads()
+        _wait(n)
         return result
 
     def warp_sum(x):
@@ -144,12 +152,11 @@ if SIMULATED:
 
     def warp_prefix(x, lane):
         """The sum of a warp's int32 up to and with that of this lane."""
-        thread = _thread()
-        i = thread.threadIdx.x
+        i = _thread().threadIdx.x
         _counts[i] = x
-        thread.syncthreads()
+        _wait(WARP)
         total = int(_counts[i - lane:i + 1].sum())
-        thread.syncthreads()
+        _wait(WARP)
         return total
 
     def four_at(array, i):
@@ -166,13 +173,12 @@ if SIMULATED:
 
     def mma_s8(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
         """c + a b for int8 tiles a [16, 32] and b [32, 8], int32 c [16, 8], spread over 32 lanes as mma.m16n8k32 has them."""
-        thread = _thread()
-        i = thread.threadIdx.x
+        i = _thread().threadIdx.x
         _operands[i] = a0, a1, a2, a3, b0, b1
-        thread.syncthreads()
+        _wait(MMA_WARP)
         first = i // MMA_WARP * MMA_WARP
         lanes = _operands[first:first + MMA_WARP].copy()
-        thread.syncthreads()
+        _wait(MMA_WARP)
         row, column = i % MMA_WARP // 4, i % 4 * 2
 
         def product(upper, column):
@@ -183,13 +189,12 @@ if SIMULATED:
 
     def mma_f16(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
         """c + a b for float16 tiles a [16, 16] and b [16, 8], float32 c [16, 8], spread over 32 lanes as mma.m16n8k16 has them."""
-        thread = _thread()
-        i = thread.threadIdx.x
+        i = _thread().threadIdx.x
         _halves[i] = np.array([a0, a1, a2, a3, b0, b1], np.uint32).view(np.float16).reshape(6, 2)
-        thread.syncthreads()
+        _wait(MMA_WARP)
         first = i // MMA_WARP * MMA_WARP
         lanes = _halves[first:first + MMA_WARP].reshape(8, 4, 6, 2).copy()
-        thread.syncthreads()
+        _wait(MMA_WARP)
         rows, columns = lanes[i % MMA_WARP // 4], lanes[i % 4 * 2:i % 4 * 2 + 2]
 
         def product(upper, column):

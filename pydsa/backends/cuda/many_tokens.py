@@ -17,7 +17,7 @@ from pydsa.backends.cuda.device import (MMA_WARP, SIMULATED, block_max, device, 
                                         sum_of_four, to_half, two_at)
 from pydsa.backends.cuda.launch import kernel
 
-ROW_WARPS, TOKEN_WARPS = (1, 1) if SIMULATED else (4, 2)
+ROW_WARPS, TOKEN_WARPS = (1, 2) if SIMULATED else (4, 2)          # one warp for each group of a stage, or more
 TOKEN_TILES = 1 if SIMULATED else 4         # of a warp, sixteen tokens each, which meet four tiles of eight rows
 WARPS = ROW_WARPS * TOKEN_WARPS
 THREADS = MMA_WARP * WARPS
@@ -27,8 +27,8 @@ GROUP = 16                                  # words of a group
 ROW_PLANE, TOKEN_PLANE = ROWS * GROUP, TOKENS * GROUP       # words of a stage's first group
 ROW_WORDS, TOKEN_WORDS = STAGE * ROW_PLANE, STAGE * TOKEN_PLANE
 FACTORS, X_SUMS = STAGE * ROWS, STAGE * TOKENS              # of one kind
-GROUPS_AT_ONCE = max(1, THREADS // ROWS)    # that a block unpacks of each row
-TILES_AT_ONCE = max(1, WARPS // STAGE)      # of tokens, of which a warp copies one group
+GROUPS_AT_ONCE = THREADS // ROWS            # that a block unpacks of each row
+TILES_AT_ONCE = WARPS // STAGE              # of tokens, of which a warp copies one group
 COPIES = -(-TOKENS // (16 * TILES_AT_ONCE))
 SUMS = 16 * TOKEN_TILES                     # of a lane
 LARGEST = 16384                             # of a row's float16
