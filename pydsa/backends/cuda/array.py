@@ -49,9 +49,14 @@ class DeviceArray:
         """One axis, of a contiguous array."""
         return self.reshape(self.size)
 
+    @functools.cached_property
+    def span(self):
+        """The addresses of its first byte, and of that behind its last one."""
+        return np.lib.array_utils.byte_bounds(self._places) if hasattr(np.lib, "array_utils") else np.byte_bounds(self._places)
+
     def _bytes(self):
         """Where the bytes from its first to its last begin in the memory, and how many there are."""
-        low, high = np.lib.array_utils.byte_bounds(self._places) if hasattr(np.lib, "array_utils") else np.byte_bounds(self._places)
+        low, high = self.span
         return low - _address(self._memory), high - low
 
     @functools.cached_property

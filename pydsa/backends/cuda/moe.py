@@ -173,4 +173,9 @@ def moe_down(out, hidden, ids, weights, down):
     parts = scratch("parts", (ids.size, out.shape[1]), np.float32)
     tiles = pair_tiles(ids, down.shape[0], 1)
     multiply(parts, down, prepared(down, hidden, tiles.single), tiles)
+    add_parts(out, parts, weights)
+
+
+def add_parts(out, parts, weights):
+    """out[t] = sum_i weights[t, i] parts[t * used + i]"""
     combine((blocks_for(out.shape[1], THREADS), out.shape[0]), out, parts, weights)

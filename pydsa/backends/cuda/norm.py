@@ -4,7 +4,7 @@ import math
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.device import SIMULATED, block_sum, exp
+from pydsa.backends.cuda.device import SIMULATED, block_sum, device, exp
 from pydsa.backends.cuda.launch import blocks_for, kernel
 
 THREADS = 8 if SIMULATED else 256
@@ -40,12 +40,18 @@ def layer_norm_rows(out, x, w, b, eps):
         out[t, i] = (x[t, i] - mean) * factor * w[i] + b[i]
 
 
+@device
+def sigmoid_times(gate, up):
+    """gate sigmoid(gate) up"""
+    return gate / (np.float32(1) + exp(-gate)) * up
+
+
 @kernel("f4[:,:], f4[:,:], f4[:,:]", THREADS)
 def silu_mul_rows(out, gate, up):
     """out = gate sigmoid(gate) up"""
     t, i = cuda.blockIdx.y, cuda.grid(1)
     if i < out.shape[1]:
-        out[t, i] = gate[t, i] / (np.float32(1) + exp(-gate[t, i])) * up[t, i]
+        out[t, i] = sigmoid_times(gate[t, i], up[t, i])
 
 
 @kernel("f4[:,:], f4[:,:], f4[:,:]", THREADS)

@@ -72,12 +72,22 @@ def round_rows(words, scales, sums, x):
     round_four(words, scales, sums, t, four, four < n, x[t, i], x[t, i + 1], x[t, i + 2], x[t, i + 3])
 
 
+def room_for(x, name=""):
+    """Scratch memory for the Rounded of rows; what another name has stays."""
+    n_rows, n = x.shape
+    return Rounded(scratch(("x words", name), (n_rows, blocks_for(n, 32 * TILE) * OF_TILE), np.uint32),
+                   scratch(("x scales", name), (n_rows, n // 32), np.float32), scratch(("x sums", name), (n_rows, n // 16), np.float32))
+
+
+def round_into(x, made):
+    """Make `made` the Rounded of rows of any strides."""
+    round_rows((x.shape[0], blocks_for(x.shape[1] // 4, ROUNDING)), *made, x)
+
+
 def rounded(x):
     """Activations, rows of any strides, as Rounded in scratch memory."""
-    n_rows, n = x.shape
-    made = Rounded(scratch("x words", (n_rows, blocks_for(n, 32 * TILE) * OF_TILE), np.uint32),
-                   scratch("x scales", (n_rows, n // 32), np.float32), scratch("x sums", (n_rows, n // 16), np.float32))
-    round_rows((n_rows, blocks_for(n // 4, ROUNDING)), *made, x)
+    made = room_for(x)
+    round_into(x, made)
     return made
 
 
@@ -119,11 +129,13 @@ def _make_one(name):
             total -= m * y + m1 * y1
         return total
 
-    def one(out, w, row_bytes, ids, x_div, splits, words, scales, sums):
+    def one(out, w, other_out, other_w, row_bytes, ids, x_div, splits, words, scales, sums):
         """out[y] = matrix ids[y] times the y // x_div-th row of activations; a warp makes ROWS numbers, or `splits` warps of a block do.
 
-        Rows whose blocks are not aligned go through shared memory, STAGED groups at a time.
+        Blocks whose z is 1 do that with other weights. Rows whose blocks are not aligned go through shared memory, STAGED groups at a time.
         """
+        if cuda.blockIdx.z == 1:
+            out, w = other_out, other_w
         y, thread, n_out, n_groups = cuda.blockIdx.y, cuda.threadIdx.x & WARPS * WARP - 1, out.shape[1], scales.shape[1]
         warp, lane, x_row = thread // WARP, thread % WARP, cuda.blockIdx.y // x_div
         part, row = warp % splits, (cuda.blockIdx.x * (WARPS // splits) + warp // splits) * ROWS
@@ -178,18 +190,19 @@ def _make_one(name):
                     s3 += parts[4 * (warp + i) + 3]
         if part == 0 and lane < ROWS and row + lane < n_out:
             out[y, row + lane] = s0 if lane == 0 else s1 if lane == 1 else s2 if lane == 2 else s3
-    signature = "f4[:,:], u1[::1], i8, i4[:], i4, i4, u4[::1], f4[:,:], f4[:,:]"
+    signature = "f4[:,:], u1[::1], f4[:,:], u1[::1], i8, i4[:], i4, i4, u4[::1], f4[:,:], f4[:,:]"
     return kernel(signature, WARPS * WARP, f"one_{name.lower()}")(one)
 
 
 ONE = {name: _make_one(name) for name in GROUPED}
 
 
-def multiply_one(out, w, x, tiles):
-    """out[y] = matrix tiles.matrix[y] of w times row y // tiles.x_div of Rounded activations."""
-    n_tiles, n_groups = tiles.matrix.size, x.scales.shape[1]
+def multiply_one(outs, weights, x, tiles):
+    """out[y] = matrix tiles.matrix[y] of w times row y // tiles.x_div of Rounded activations; for one out and w, or for two of one type."""
+    n_tiles, n_groups, n_out = tiles.matrix.size, x.scales.shape[1], max(out.shape[1] for out in outs)
     splits = 1      # a few rows are better divided among warps than left to a few of them
-    while splits < WARPS and splits * WARP < n_groups and blocks_for(out.shape[1], ROWS) * n_tiles * splits < ENOUGH:
+    while splits < WARPS and splits * WARP < n_groups and blocks_for(n_out, ROWS) * n_tiles * len(outs) * splits < ENOUGH:
         splits *= 2
-    ONE[w.type]((blocks_for(out.shape[1], ROWS * (WARPS // splits)), n_tiles), out, w.data, w.row_bytes, tiles.matrix, tiles.x_div, splits,
-                x.words.flat, x.scales, x.sums)
+    w, other_w = weights[0], weights[-1]
+    ONE[w.type]((blocks_for(n_out, ROWS * (WARPS // splits)), n_tiles, len(outs)), outs[0], w.data, outs[-1], other_w.data, w.row_bytes,
+                tiles.matrix, tiles.x_div, splits, x.words.flat, x.scales, x.sums)

@@ -72,7 +72,7 @@ def multiply(out, w, x, tiles):
     if w.type in FLOATS:
         OF_FLOATS[w.type]((blocks_for(out.shape[1], WARPS), tiles.matrix.size), out, w.data, w.row_bytes, *tiles[:-1], x)
     elif tiles.single:
-        multiply_one(out, w, x, tiles)
+        multiply_one([out], [w], x, tiles)
     else:
         MANY[w.type]((blocks_for(out.shape[1], ROWS), tiles.matrix.size), out, w.data, w.row_bytes, *tiles[:-1], x.words.flat, x.scales,
                      x.sums.flat, x.sums.shape[1] // 2)
