@@ -12,7 +12,7 @@ from pydsa.backends.cuda.array import DeviceArray, empty, stream, upload  # noqa
 from pydsa.backends.cuda.attention import dense_attention, masked_attention, sparse_attention  # noqa: F401
 from pydsa.backends.cuda.ceilings import measure_ceilings, product_kind  # noqa: F401
 from pydsa.backends.cuda.device import SIMULATED
-from pydsa.backends.cuda.fuse import fused
+from pydsa.backends.cuda.fuse import fewer_launches
 from pydsa.backends.cuda.indexer import indexer_scores, indexer_select, scatter_mask  # noqa: F401
 from pydsa.backends.cuda.launch import Kernel
 from pydsa.backends.cuda.linear import head_linear, linear  # noqa: F401
@@ -23,7 +23,6 @@ from pydsa.backends.cuda.rope import hadamard, rope, rope_table  # noqa: F401
 from pydsa.backends.cuda.rows import CacheRows, Weight, cache_bytes, cache_rows, cache_write, get_rows, weight  # noqa: F401
 from pydsa.backends.cuda.top_k import top_k  # noqa: F401
 from pydsa.errors import PydsaError
-from pydsa.graph import Node
 
 FLOAT = np.float32
 OLDEST = 8, 0       # compute capability: of A100 and of GeForce 30, the first with the tensor instructions that products.py uses
@@ -103,7 +102,7 @@ def compile_calls(calls, progress=None):
             if progress is not None:
                 progress(done, len(wanted), op.__name__)
             op(*args)
-        for launch in fused([(Node("", "", (), 0), op, args) for op, args in calls]):
+        for launch in fewer_launches([(op, args, 0) for op, args in calls]):
             launch()
     finally:
         Kernel.only_compile = False
@@ -126,10 +125,11 @@ def set_threads(n):
 
 
 class Recording:
-    """The launches of one token's step as a CUDA graph: run() makes them one by one at first, then records them, then launches all at once."""
+    """One token's step as a CUDA graph: run() launches kernel by kernel at first, then records that, then launches all at once."""
 
     def __init__(self, calls):
-        self._launches, self._warm, self._graph = fused(calls), False, None
+        self._launches = fewer_launches([(op, args, node.n_out) for node, op, args in calls])
+        self._warm, self._graph = False, None
 
     def run(self):
         """Do all calls once more."""

@@ -11,6 +11,7 @@ from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.byte_attention import DENSE, MASKED, SPARSE
 from pydsa.backends.cuda.device import SIMULATED, WARP, device, exp, four_at, warp_max, warp_sum, warp_sync
 from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
+from pydsa.backends.cuda.one_token import round_four, round_into
 from pydsa.backends.cuda.rows import CACHED
 from pydsa.backends.cuda.tiles import BATCH, DOTS, FOURS, HEADS, KEYS, PRODUCTS, PRODUCTS_OF, STAGE, THREADS, sum_of_slices
 from pydsa.backends.cuda.tiles import WORK as PRODUCT_WORK
@@ -157,12 +158,9 @@ def _make_attend(storage):
 ATTEND = {storage: _make_attend(storage) for storage in CACHED}
 
 
-@kernel("f4[:,:,:], f4[:,:,:,:], f4[:,:,:], f4[:,:,:]", JOINED)
-def join_splits(out, sums, tops, totals):
-    """out[t, h] = the splits' sums over their totals, each times e^(its greatest logit - the greatest of all); a thread is a column."""
-    c, h, t = cuda.blockIdx.x * JOINED + cuda.threadIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
-    if c >= out.shape[2]:
-        return
+@device
+def joined(sums, tops, totals, t, h, c):
+    """Column c of a head: the splits' sums over their totals, each times e^(its greatest logit - the greatest of all)."""
     greatest = NOTHING
     for split in range(tops.shape[2]):
         greatest = max(greatest, tops[t, h, split])
@@ -173,7 +171,28 @@ def join_splits(out, sums, tops, totals):
             factor = exp(tops[t, h, split] - greatest)
             value += factor * sums[t, h, split, c]
             total += factor * whole
-    out[t, h, c] = value / total if total != ZERO else ZERO
+    return value / total if total != ZERO else ZERO
+
+
+@kernel("f4[:,:,:], f4[:,:,:,:], f4[:,:,:], f4[:,:,:]", JOINED)
+def join_splits(out, sums, tops, totals):
+    """out[t, h] of what splits made; a thread is a column."""
+    c, h, t = cuda.blockIdx.x * JOINED + cuda.threadIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
+    if c < out.shape[2]:
+        out[t, h, c] = joined(sums, tops, totals, t, h, c)
+
+
+@kernel("f4[:,:,:], f4[:,:,:,:], f4[:,:,:], f4[:,:,:], u4[:,:], f4[:,:], f4[:,:]", JOINED)
+def join_rounded(out, sums, tops, totals, words, scales, x_sums):
+    """out[0, h], and its Rounded as a row for each head; a thread has four columns."""
+    four, h = cuda.blockIdx.x * JOINED + cuda.threadIdx.x, cuda.blockIdx.y
+    there, c = four < out.shape[2] // 4, 4 * four
+    v0, v1, v2, v3 = ZERO, ZERO, ZERO, ZERO
+    if there:
+        v0, v1, v2, v3 = (joined(sums, tops, totals, 0, h, c), joined(sums, tops, totals, 0, h, c + 1),
+                          joined(sums, tops, totals, 0, h, c + 2), joined(sums, tops, totals, 0, h, c + 3))
+        out[0, h, c], out[0, h, c + 1], out[0, h, c + 2], out[0, h, c + 3] = v0, v1, v2, v3
+    round_four(words, scales, x_sums, h, four, there, v0, v1, v2, v3)
 
 
 def splits_for(n_tokens, n_head, n_v, n_keys):
@@ -182,22 +201,26 @@ def splits_for(n_tokens, n_head, n_v, n_keys):
     return max(1, min(BLOCKS // blocks, blocks_for(n_keys, KEYS)))
 
 
-def attend(out, q, latents, mode, n_keys, scale, positions=None, indices=None, mask=None):
-    """Attention to at most n_keys keys; what the mode does not look at is None."""
+def attend(out, q, latents, mode, n_keys, scale, positions=None, indices=None, mask=None, made=None):
+    """Attention to at most n_keys keys; what the mode does not look at is None. made: for one token, what becomes the Rounded of out."""
     n_tokens, n_head, n_v = out.shape
     others = [scratch("nothing", (1,) * n, dtype) if a is None else a
               for a, n, dtype in ((positions, 1, np.int64), (indices, 2, np.int32), (mask, 2, np.float32))]
     if byte_attention.takes(latents, n_tokens, n_head, n_v):
         byte_attention.attend(out, q, latents, *others, mode, scale)
-        return
+        return      # of several tokens
     n_splits = splits_for(n_tokens, n_head, n_v, n_keys)
     rows = (n_tokens, n_head, n_splits) if n_splits > 1 else (1, 1, 1)
     sums, tops, totals = (scratch(f"attention {name}", shape, np.float32) for name, shape in (
         ("sums", (*rows, n_v if n_splits > 1 else 1)), ("tops", rows), ("totals", rows)))
     ATTEND[latents.storage]((n_tokens * n_splits * blocks_for(n_head, HEADS), blocks_for(n_v, COLUMNS)), out, sums, tops, totals, q,
                             latents.data.flat, latents.data.shape[1], latents.first, latents.second, *others, mode, n_splits, scale)
-    if n_splits > 1:
+    if n_splits > 1 and made is not None:
+        join_rounded((blocks_for(n_v // 4, JOINED), n_head), out, sums, tops, totals, *made)
+    elif n_splits > 1:
         join_splits((blocks_for(n_v, JOINED), n_head, n_tokens), out, sums, tops, totals)
+    elif made is not None:
+        round_into(out.rows, made)
 
 
 def dense_attention(out, q, latents, positions, scale):

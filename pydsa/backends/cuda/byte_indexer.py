@@ -7,7 +7,7 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.device import MMA_WARP, SIMULATED, WARP, bits_float, mma_s8, nearest, two_words, warp_max, word_at
+from pydsa.backends.cuda.device import MMA_WARP, SIMULATED, WARP, bits_float, device, mma_s8, nearest, two_words, warp_max, word_at
 from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
 from pydsa.quants import LARGEST
 
@@ -30,14 +30,13 @@ def takes(keys, width):
     return keys.storage == "i8" and width <= WIDTH and width % 4 == 0
 
 
-@kernel("u4[:,:], f4[:,:], f4[:,:,:], f4[:,:]", WARP)
-def round_queries(queries, weights, q, w):
+@device
+def round_query(queries, weights, q, w, t, h, lane):
     """A warp rounds one head's query and puts its words where the lanes of the tensor instruction take them: [tile, step, part, lane].
 
     Parts: the two words of a lane, high bytes, then low ones. Heads that do not exist, up to a multiple of eight, and numbers behind the
     width are zeros. What is not finite becomes a weight that is not.
     """
-    lane, h, t = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
     n_head, width = q.shape[1], q.shape[2]
     top, bad = ZERO, ZERO
     if h < n_head:
@@ -60,13 +59,22 @@ def round_queries(queries, weights, q, w):
         queries[t, at], queries[t, at + 64] = two_words(a, b, c, e)
 
 
+@kernel("u4[:,:], f4[:,:], f4[:,:,:], f4[:,:]", WARP)
+def round_queries(queries, weights, q, w):
+    """A block, of one warp, rounds one head's query."""
+    round_query(queries, weights, q, w, cuda.blockIdx.y, cuda.blockIdx.x, cuda.threadIdx.x)
+
+
+def room_for_queries(q):
+    """Scratch memory for what score() takes: words [T, 64 heads], weights [T, heads], where the heads are a multiple of eight."""
+    n_heads = 8 * blocks_for(q.shape[1], 8)
+    return (scratch("queries", (len(q), n_heads * WIDTH // 2), np.uint32), scratch("weights of heads", (len(q), n_heads), np.float32))
+
+
 def rounded_queries(q, w):
-    """What score() takes: words [T, 64 heads], weights [T, heads], where the heads are a multiple of eight."""
-    n_tokens, n_head, _ = q.shape
-    n_heads = 8 * blocks_for(n_head, 8)
-    queries = (scratch("queries", (n_tokens, n_heads * WIDTH // 2), np.uint32),
-               scratch("weights of heads", (n_tokens, n_heads), np.float32))
-    round_queries((n_heads, n_tokens), *queries, q, w)
+    """Queries and the weights of heads as score() takes them."""
+    queries = room_for_queries(q)
+    round_queries((queries[1].shape[1], len(q)), *queries, q, w)
     return queries
 
 

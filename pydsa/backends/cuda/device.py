@@ -150,6 +150,10 @@ if SIMULATED:
         """The greatest of a warp's float32, in every lane."""
         return _together(x, lambda values: values.max())
 
+    def warp_top(x):
+        """The greatest of a warp's int32, in every lane."""
+        return _together(x, lambda values: values.max(), WARP, _counts)
+
     def warp_prefix(x, lane):
         """The sum of a warp's int32 up to and with that of this lane."""
         i = _thread().threadIdx.x
@@ -378,6 +382,8 @@ else:
             x = max(x, cuda.shfl_xor_sync(WHOLE_WARP, x, step))
         return x
 
+    warp_top = warp_max
+
     @intrinsic
     def mma_s8(typingctx, a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
         def codegen(context, builder, signature, args):
@@ -406,33 +412,6 @@ else:
             return cgutils.pack_array(builder, [_assembly(builder, I32, "sub.f16x2 $0, $1, $2;", "=r,r,r", [pair, I32(0x64806480)])
                                                 for pair in pairs])
         return types.UniTuple(types.uint32, 2)(types.uint32), codegen
-
-
-@device
-def block_sum(x, parts, thread, n_threads):
-    """The sum of a block's float32, in every thread; `parts` is shared memory with a float32 for each warp."""
-    x = warp_sum(x)
-    if thread % WARP == 0:
-        parts[thread // WARP] = x
-    sync()
-    total = np.float32(0)
-    for i in range(n_threads // WARP):
-        total += parts[i]
-    sync()
-    return total
-
-
-@device
-def block_max(x, parts, thread, n_threads):
-    """The greatest of a block's float32, likewise."""
-    x = warp_max(x)
-    if thread % WARP == 0:
-        parts[thread // WARP] = x
-    sync()
-    for i in range(n_threads // WARP):
-        x = max(x, parts[i])
-    sync()
-    return x
 
 
 @device

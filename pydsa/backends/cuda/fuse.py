@@ -6,21 +6,21 @@ import functools
 
 import numpy as np
 
-from pydsa.backends.cuda import linear, moe, norm
+from pydsa.backends.cuda import attention, byte_indexer, indexer, linear, moe, norm, rope, rows
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.blocks import GROUPED
-from pydsa.backends.cuda.fused import add_norm, silu_mul_round
+from pydsa.backends.cuda.fused_kernels import add_norm, round_and_rope, silu_mul_round, store, turn_and_round_queries
 from pydsa.backends.cuda.one_token import multiply_one, room_for, round_into
 
 
-def fused(calls):
-    """Functions without arguments that do what the calls, (node, op, args) of one token's step, do in this order."""
+def fewer_launches(calls):
+    """Functions without arguments that do what calls, (op, args, how many of these it writes) of one token's step, do in this order."""
     step, i = Step(), 0
     while i < len(calls):
-        ops, args = [op for _, op, _ in calls[i:i + 4]], [a for _, _, a in calls[i:i + 4]]
+        ops, args = [op for op, _, _ in calls[i:i + 4]], [a for _, a, _ in calls[i:i + 4]]
         n = next(filter(None, (rule(step, ops, args) for rule in RULES)), 0)
         if n == 0:
-            step.launch(ops[0], *args[0], written=args[0][:calls[i][0].n_out])
+            step.launch(ops[0], *args[0], written=args[0][:calls[i][2]])
         i += max(n, 1)
     return step.launches
 
@@ -86,11 +86,31 @@ def products(step, ops, args):
     out, w, x = args[0]
     if w.type not in GROUPED or x.shape[0] != 1:
         return 0
+    if ops[:2] == [linear.head_linear, rope.rope] and beside(args[1][0], out) and not overlap(args[1][1], out):
+        turned = args[1]
+        step.launch(round_and_rope, x.rows, *turned, written=turned[:1], rounds=x.rows)
+        step.launch(multiply_one, [out.rows], [w], step.rounded(x.rows), linear.head_tiles(1, x.shape[1]), written=[out])
+        return 2
     n = 2 if ops[:2] == [linear.linear] * 2 and same(x, args[1][2]) and alike(w, args[1][1]) else 1
     outs, weights = [a[0] for a in args[:n]], [a[1] for a in args[:n]]
     tiles = linear.head_tiles(1, 1 if ops[0] is linear.linear else x.shape[1])
     step.launch(multiply_one, [o.rows for o in outs], weights, step.rounded(x.rows), tiles, written=outs)
     return n
+
+
+def overlap(a, b):
+    """Whether the memory of two arrays may overlap."""
+    return a.span[0] < b.span[1] and b.span[0] < a.span[1]
+
+
+def column(a, b):
+    """The column of b, rows of float32, at which a begins."""
+    return (a.span[0] - b.span[0]) // 4
+
+
+def beside(a, b):
+    """Whether a has columns to the right of b's, in the same rows."""
+    return a.shape[:2] == b.shape[:2] and a.strides == b.strides and b.shape[-1] <= column(a, b) <= b.strides[1] // 4 - a.shape[-1]
 
 
 def alike(w, other):
@@ -131,4 +151,52 @@ def last_of_experts(step, ops, args):
     return 1
 
 
-RULES = sums_and_norm, products, gates, first_of_experts, last_of_experts
+def stored_row(step, ops, args):
+    """A norm, rope, hadamard or not, cache_write, of one token's row: of latents, whose compressed values are normed, or of index keys."""
+    n = next((n for n in (3, 4) if ops[1:n] == [rope.rope, rope.hadamard, rows.cache_write][:n - 2] + [rows.cache_write]), None)
+    if n is None or ops[0] not in (norm.rms_norm, norm.layer_norm):
+        return 0
+    (normed, x, w, *b, eps), (turned, source, table, neox), (cache, row, positions) = args[0], args[1], args[n - 1]
+    whole = n == 3 or same(args[2][0].rows, row) and same(args[2][1].rows, row)
+    if row.shape[0] != 1 or not whole or not same(turned, source) or turned.shape[1] != 1 or normed.span[0] != row.span[0]:
+        return 0
+    if not 0 <= column(turned, row) <= row.shape[1] - turned.shape[-1]:
+        return 0
+    step.launch(store, row, x, normed, w, b[0] if b else None, eps, turned, table, neox, n == 4, cache, positions, written=[row])
+    return n
+
+
+def index_queries(step, ops, args):
+    """rope and hadamard of the indexer's queries, the linear of its weights, and indexer_select with keys of bytes"""
+    if ops != [rope.rope, rope.hadamard, linear.linear, indexer.indexer_select]:
+        return 0
+    (turned, source, table, neox), (q, rotated), (w, _, _), (out, asked, weights, keys, positions, scale) = args
+    if q.shape[0] != 1 or not byte_indexer.takes(keys, q.shape[2]) or not same(turned, source) or not same(q, rotated):
+        return 0
+    if not same(q, asked) or not same(w, weights) or overlap(w, q) or not overlap(turned, q):
+        return 0
+    if products(step, ops[2:3], args[2:3]) == 0:
+        step.launch(linear.linear, *args[2], written=[w])
+    queries = byte_indexer.room_for_queries(q)
+    step.launch(turn_and_round_queries, q, turned, table, neox, w, queries, written=[q])
+    step.launch(indexer.select, out, q, w, queries, keys, positions, scale, written=[out])
+    return 4
+
+
+def attended(step, ops, args):
+    """Attention whose output meets quantized weights"""
+    if ops[0] not in ATTENTION or ops[1:2] != [linear.head_linear] or args[1][1].type not in GROUPED or not one_row(args[0][0]):
+        return 0
+    out, q, latents, *others, scale = args[0]
+    mode, names = ATTENTION[ops[0]]
+    named = dict(zip(names, others, strict=True))
+    n_keys = named["indices"].shape[1] if "indices" in named else len(latents.data)
+    step.launch(attention.attend, out, q, latents, mode, n_keys, scale, *map(named.get, ("positions", "indices", "mask")), written=[out],
+                rounds=out.rows)
+    return 1
+
+
+# op -> how attend() is told of it, and what its arguments between the cache and the scale are
+ATTENTION = {attention.dense_attention: (attention.DENSE, ("positions",)), attention.sparse_attention: (attention.SPARSE, ("indices",)),
+             attention.masked_attention: (attention.MASKED, ("mask", "positions"))}
+RULES = stored_row, sums_and_norm, index_queries, attended, products, gates, first_of_experts, last_of_experts

@@ -95,9 +95,14 @@ def indexer_scores(out, q, w, keys, positions, scale):
 
 def indexer_select(out, q, w, keys, positions, scale):
     """indexer_scores and top_k in one, for so many tokens at a time that their scores fit"""
+    queries = byte_indexer.rounded_queries(q, w) if byte_indexer.takes(keys, q.shape[2]) else None
+    select(out, q, w, queries, keys, positions, scale)
+
+
+def select(out, q, w, queries, keys, positions, scale):
+    """indexer_select with queries as bytes, or None"""
     n_tokens = q.shape[0]
     rows = scratch("rows of scores", (min(n_tokens, TOGETHER), keys.data.shape[0]), np.float32)
-    queries = byte_indexer.rounded_queries(q, w) if byte_indexer.takes(keys, q.shape[2]) else None
     for start in range(0, n_tokens, TOGETHER):
         some = rows[:n_tokens - start] if n_tokens - start < TOGETHER else rows
         score(some, q, w, queries, keys, positions, start, scale, False)

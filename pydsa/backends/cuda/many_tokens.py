@@ -13,7 +13,8 @@ from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.blocks import GROUPED
-from pydsa.backends.cuda.device import (MMA_WARP, SIMULATED, block_max, device, fma, four_of, halves_of_bytes, mma_f16, of_half, put_words,
+from pydsa.backends.cuda.block_sums import block_max
+from pydsa.backends.cuda.device import (MMA_WARP, SIMULATED, device, fma, four_of, halves_of_bytes, mma_f16, of_half, put_words,
                                         sum_of_four, to_half, two_at)
 from pydsa.backends.cuda.launch import kernel
 

@@ -4,40 +4,51 @@ import math
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.device import SIMULATED, block_sum, device, exp
+from pydsa.backends.cuda.block_sums import block_sum
+from pydsa.backends.cuda.device import SIMULATED, device, exp
 from pydsa.backends.cuda.launch import blocks_for, kernel
 
 THREADS = 8 if SIMULATED else 256
 
 
+@device
+def rms_norm_row(out, x, w, eps, t, parts, thread, n_threads):
+    """Row t of rms_norm, by a block; parts: shared memory with a float32 for each warp."""
+    total = np.float32(0)
+    for i in range(thread, x.shape[1], n_threads):
+        total += x[t, i] * x[t, i]
+    total = block_sum(total, parts, thread, n_threads)
+    factor = np.float32(1) / np.float32(math.sqrt(total / np.float32(x.shape[1]) + eps))
+    for i in range(thread, x.shape[1], n_threads):
+        out[t, i] = x[t, i] * factor * w[i]
+
+
+@device
+def layer_norm_row(out, x, w, b, eps, t, parts, thread, n_threads):
+    """Row t of layer_norm, likewise."""
+    n = np.float32(x.shape[1])
+    total = np.float32(0)
+    for i in range(thread, x.shape[1], n_threads):
+        total += x[t, i]
+    mean = block_sum(total, parts, thread, n_threads) / n
+    total = np.float32(0)
+    for i in range(thread, x.shape[1], n_threads):
+        total += (x[t, i] - mean) * (x[t, i] - mean)
+    factor = np.float32(1) / np.float32(math.sqrt(block_sum(total, parts, thread, n_threads) / n + eps))
+    for i in range(thread, x.shape[1], n_threads):
+        out[t, i] = (x[t, i] - mean) * factor * w[i] + b[i]
+
+
 @kernel("f4[:,:], f4[:,:], f4[:], f4", THREADS)
 def rms_norm_rows(out, x, w, eps):
     """out = w x / sqrt(mean(x^2) + eps)"""
-    t, thread, parts = cuda.blockIdx.x, cuda.threadIdx.x, cuda.shared.array(32, np.float32)
-    total = np.float32(0)
-    for i in range(thread, x.shape[1], THREADS):
-        total += x[t, i] * x[t, i]
-    total = block_sum(total, parts, thread, THREADS)
-    factor = np.float32(1) / np.float32(math.sqrt(total / np.float32(x.shape[1]) + eps))
-    for i in range(thread, x.shape[1], THREADS):
-        out[t, i] = x[t, i] * factor * w[i]
+    rms_norm_row(out, x, w, eps, cuda.blockIdx.x, cuda.shared.array(32, np.float32), cuda.threadIdx.x, THREADS)
 
 
 @kernel("f4[:,:], f4[:,:], f4[:], f4[:], f4", THREADS)
 def layer_norm_rows(out, x, w, b, eps):
     """out = w (x - mean) / sqrt(var + eps) + b"""
-    t, thread, parts = cuda.blockIdx.x, cuda.threadIdx.x, cuda.shared.array(32, np.float32)
-    n = np.float32(x.shape[1])
-    total = np.float32(0)
-    for i in range(thread, x.shape[1], THREADS):
-        total += x[t, i]
-    mean = block_sum(total, parts, thread, THREADS) / n
-    total = np.float32(0)
-    for i in range(thread, x.shape[1], THREADS):
-        total += (x[t, i] - mean) * (x[t, i] - mean)
-    factor = np.float32(1) / np.float32(math.sqrt(block_sum(total, parts, thread, THREADS) / n + eps))
-    for i in range(thread, x.shape[1], THREADS):
-        out[t, i] = (x[t, i] - mean) * factor * w[i] + b[i]
+    layer_norm_row(out, x, w, b, eps, cuda.blockIdx.x, cuda.shared.array(32, np.float32), cuda.threadIdx.x, THREADS)
 
 
 @device

@@ -10,7 +10,8 @@ from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.blocks import GROUPED
-from pydsa.backends.cuda.device import (SIMULATED, WARP, bits_float, copy_sixteen, device, dp4a, float_bits, four_of, max_of_eight, nearest,
+from pydsa.backends.cuda.block_sums import magnitude_bits
+from pydsa.backends.cuda.device import (SIMULATED, WARP, bits_float, copy_sixteen, device, dp4a, four_of, max_of_eight, nearest,
                                         sum_of_four, two_words, warp_sum, warp_sync)
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.quants import LARGEST, block_type
@@ -56,12 +57,6 @@ def round_four(words, scales, sums, t, four, there, a, b, c, e):
             sums[t, four >> 2] = scale * total
         if four & 7 == 0:
             scales[t, g] = scale
-
-
-@device
-def magnitude_bits(x):
-    """The bits of |x|, which order as numbers do; NaN's are the greatest."""
-    return np.int32(float_bits(x) & 0x7FFFFFFF)
 
 
 @kernel("u4[:,:], f4[:,:], f4[:,:], f4[:,:]", ROUNDING)

@@ -4,7 +4,7 @@ import math
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.device import SIMULATED
+from pydsa.backends.cuda.device import SIMULATED, device, sync
 from pydsa.backends.cuda.launch import blocks_for, kernel
 
 THREADS = 8 if SIMULATED else 128
@@ -20,36 +20,46 @@ def rope_angles(out, positions, freqs, magnitude):
         out[t, 0, i], out[t, 1, i] = np.float32(math.cos(angle) * magnitude), np.float32(math.sin(angle) * magnitude)
 
 
+@device
+def turn_pair(out, x, table, neox, t, h, i):
+    """Pair i of a head: (2i, 2i+1), or for neox (i, i + n_rot/2)."""
+    half = x.shape[2] // 2
+    first, second = (i, i + half) if neox else (2 * i, 2 * i + 1)
+    a, b, cos, sin = x[t, h, first], x[t, h, second], table[t, 0, i], table[t, 1, i]
+    out[t, h, first], out[t, h, second] = a * cos - b * sin, a * sin + b * cos
+
+
 @kernel("f4[:,:,:], f4[:,:,:], f4[:,:,:], b1", THREADS)
 def rope_pairs(out, x, table, neox):
-    """A thread turns one pair: (2i, 2i+1), or for neox (i, i + n_rot/2)."""
+    """A thread turns one pair."""
     t, pair, half = cuda.blockIdx.y, cuda.grid(1), x.shape[2] // 2
     if pair < x.shape[1] * half:
-        h, i = pair // half, pair % half
-        first, second = (i, i + half) if neox else (2 * i, 2 * i + 1)
-        a, b, cos, sin = x[t, h, first], x[t, h, second], table[t, 0, i], table[t, 1, i]
-        out[t, h, first], out[t, h, second] = a * cos - b * sin, a * sin + b * cos
+        turn_pair(out, x, table, neox, t, pair // half, pair % half)
+
+
+@device
+def hadamard_row(out, x, row, values, thread, n_threads):
+    """A block rotates a row in shared memory, `values` of its width: log2(width) stages of sums and differences."""
+    width, step = x.shape[1], 1
+    for i in range(thread, width, n_threads):
+        values[i] = x[row, i]
+    sync()
+    while step < width:
+        for pair in range(thread, width // 2, n_threads):
+            i = pair // step * 2 * step + pair % step
+            a, b = values[i], values[i + step]
+            values[i], values[i + step] = a + b, a - b
+        sync()
+        step *= 2
+    factor = np.float32(1) / np.float32(math.sqrt(np.float32(width)))
+    for i in range(thread, width, n_threads):
+        out[row, i] = values[i] * factor
 
 
 @kernel("f4[:,:], f4[:,:]", THREADS)
 def hadamard_rows(out, x):
-    """A block rotates a row in shared memory: log2(width) stages of sums and differences."""
-    row, thread, width = cuda.blockIdx.x, cuda.threadIdx.x, x.shape[1]
-    values = cuda.shared.array(WIDEST, np.float32)
-    for i in range(thread, width, THREADS):
-        values[i] = x[row, i]
-    cuda.syncthreads()
-    step = 1
-    while step < width:
-        for pair in range(thread, width // 2, THREADS):
-            i = pair // step * 2 * step + pair % step
-            a, b = values[i], values[i + step]
-            values[i], values[i + step] = a + b, a - b
-        cuda.syncthreads()
-        step *= 2
-    factor = np.float32(1) / np.float32(math.sqrt(np.float32(width)))
-    for i in range(thread, width, THREADS):
-        out[row, i] = values[i] * factor
+    """A block rotates a row."""
+    hadamard_row(out, x, cuda.blockIdx.x, cuda.shared.array(WIDEST, np.float32), cuda.threadIdx.x, THREADS)
 
 
 def rope_table(out, positions, freqs, magnitude):

@@ -8,6 +8,7 @@ from numba import cuda
 from pydsa import quants
 from pydsa.backends.cuda.array import empty, upload, zeros
 from pydsa.backends.cuda.blocks import FLOATS, GROUPED, any_word, value_bf16, value_f16, value_f32
+from pydsa.backends.cuda.block_sums import block_top, magnitude_bits
 from pydsa.backends.cuda.device import bits_float, byte_at, device, float_bits, nearest, to_half
 from pydsa.backends.cuda.launch import blocks_for, kernel
 
@@ -141,7 +142,12 @@ def to_bf16(x):
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
 
 
-def _make_write(storage, to_bits, n_bytes):
+BITS = {"f32": (float_bits, 4), "f16": (to_half, 2), "bf16": (to_bf16, 2)}      # storage -> bits of a number, how many bytes they take
+
+
+def _make_write(storage):
+    to_bits, n_bytes = BITS[storage]
+
     def write(cache, x, positions):
         """cache[positions[t]] = x[t]; a thread writes one number, a block in y is one row."""
         t, i = cuda.blockIdx.y, cuda.grid(1)
@@ -150,31 +156,23 @@ def _make_write(storage, to_bits, n_bytes):
     return kernel("u1[:,:], f4[:,:], i8[:]", THREADS, f"write_{storage}")(write)
 
 
-WRITE = {"f32": _make_write("f32", float_bits, 4), "f16": _make_write("f16", to_half, 2), "bf16": _make_write("bf16", to_bf16, 2)}
+WRITE = {storage: _make_write(storage) for storage in BITS}
 
 
-@kernel("u1[:,:], f4[:,:], i8[:], i4, i4, b1", 32)
-def write_whole(cache, x, positions, first, second, wide):
-    """Whole numbers of 8 bits, or of 16 if `wide`, with a scale for each part (quants/whole_rows.py); a block is one part of one row."""
-    t, part = cuda.blockIdx.y, cuda.blockIdx.x
+@device
+def write_part(row, x, t, part, first, second, wide, tops, thread, n_threads):
+    """A block writes one part of a row of whole numbers, and its scale (quants/whole_rows.py); tops: int32 for each warp."""
     start, end = (0, first) if part == 0 else (first, first + second)
-    row, tops = cache[positions[t]], cuda.shared.array(32, np.float32)
-    top = np.float32(0)
-    for i in range(start + cuda.threadIdx.x, end, cuda.blockDim.x):
-        magnitude = abs(x[t, i])
-        if magnitude > top or magnitude != magnitude:       # NaN stays
-            top = magnitude
-    tops[cuda.threadIdx.x] = top
-    cuda.syncthreads()
-    for i in range(cuda.blockDim.x):
-        if tops[i] > top or tops[i] != tops[i]:
-            top = tops[i]
+    top = np.int32(0)
+    for i in range(start + thread, end, n_threads):
+        top = max(top, magnitude_bits(x[t, i]))
+    top = bits_float(np.uint32(block_top(top, tops, thread, n_threads)))        # NaN stays
     scale = top / np.float32(quants.LARGEST if wide else 127)
     known = (top if wide else scale) > np.float32(1e-30) and scale < np.float32(math.inf)
     factor = np.float32(0)
     if known:
         factor = np.float32(quants.LARGEST) / top if wide else np.float32(1) / scale
-    for i in range(start + cuda.threadIdx.x, end, cuda.blockDim.x):
+    for i in range(start + thread, end, n_threads):
         if wide:
             whole = nearest(x[t, i], factor)
             row[i] = whole + 128 >> 8 & 255
@@ -183,8 +181,15 @@ def write_whole(cache, x, positions, first, second, wide):
             product = x[t, i] * factor if known else np.float32(0)
             whole = int(math.floor(abs(product) + np.float32(0.5)))       # halves away from zero
             row[i] = (whole if product > 0 else -whole) & 255
-    if cuda.threadIdx.x == 0:
+    if thread == 0:
         store_bits(row, (2 if wide else 1) * (first + second) + 4 * part, float_bits(scale), 4)
+
+
+@kernel("u1[:,:], f4[:,:], i8[:], i4, i4, b1", 32)
+def write_whole(cache, x, positions, first, second, wide):
+    """Whole numbers of 8 bits, or of 16 if `wide`; a block is one part of one row."""
+    t, tops = cuda.blockIdx.y, cuda.shared.array(32, np.int32)
+    write_part(cache[positions[t]], x, t, cuda.blockIdx.x, first, second, wide, tops, cuda.threadIdx.x, 32)
 
 
 def cache_write(cache, x, positions):

@@ -11,7 +11,7 @@ from numba import cuda
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.device import SIMULATED, WARP, device, float_bits
 from pydsa.backends.cuda.launch import BLOCKS, kernel
-from pydsa.backends.cuda.scan import block_prefix
+from pydsa.backends.cuda.block_sums import block_prefix
 
 THREADS = 8 if SIMULATED else 512
 WARPS = THREADS // WARP
