@@ -195,10 +195,9 @@ def join_rounded(out, sums, tops, totals, words, scales, x_sums):
     round_four(words, scales, x_sums, h, four, there, v0, v1, v2, v3)
 
 
-def splits_for(n_tokens, n_head, n_v, n_keys):
-    """Into how many parts the keys of each token are divided, so that there are BLOCKS blocks."""
-    blocks = n_tokens * blocks_for(n_head, HEADS) * blocks_for(n_v, COLUMNS)
-    return max(1, min(BLOCKS // blocks, blocks_for(n_keys, KEYS)))
+def splits_for(blocks, n_keys, tile):
+    """Into how many parts the keys of each token are divided, tiles at least, so that there are BLOCKS blocks."""
+    return max(1, min(BLOCKS // blocks, blocks_for(n_keys, tile)))
 
 
 def attend(out, q, latents, mode, n_keys, scale, positions=None, indices=None, mask=None, made=None):
@@ -206,19 +205,21 @@ def attend(out, q, latents, mode, n_keys, scale, positions=None, indices=None, m
     n_tokens, n_head, n_v = out.shape
     others = [scratch("nothing", (1,) * n, dtype) if a is None else a
               for a, n, dtype in ((positions, 1, np.int64), (indices, 2, np.int32), (mask, 2, np.float32))]
-    if byte_attention.takes(latents, n_tokens, n_head, n_v):
-        byte_attention.attend(out, q, latents, *others, mode, scale)
-        return      # of several tokens
-    n_splits = splits_for(n_tokens, n_head, n_v, n_keys)
+    in_bytes = byte_attention.takes(latents, n_head, n_v)
+    heads, columns, tile = (byte_attention.HEADS, byte_attention.COLUMNS, byte_attention.SIDE) if in_bytes else (HEADS, COLUMNS, KEYS)
+    n_splits = splits_for(n_tokens * blocks_for(n_head, heads) * blocks_for(n_v, columns), n_keys, tile)
     rows = (n_tokens, n_head, n_splits) if n_splits > 1 else (1, 1, 1)
-    sums, tops, totals = (scratch(f"attention {name}", shape, np.float32) for name, shape in (
-        ("sums", (*rows, n_v if n_splits > 1 else 1)), ("tops", rows), ("totals", rows)))
-    ATTEND[latents.storage]((n_tokens * n_splits * blocks_for(n_head, HEADS), blocks_for(n_v, COLUMNS)), out, sums, tops, totals, q,
-                            latents.data.flat, latents.data.shape[1], latents.first, latents.second, *others, mode, n_splits, scale)
+    splits = [scratch(f"attention {name}", shape, np.float32) for name, shape in (
+        ("sums", (*rows, n_v if n_splits > 1 else 1)), ("tops", rows), ("totals", rows))]
+    if in_bytes:
+        byte_attention.attend(out, splits, q, latents, *others, mode, scale)
+    else:
+        ATTEND[latents.storage]((n_tokens * n_splits * blocks_for(n_head, HEADS), blocks_for(n_v, COLUMNS)), out, *splits, q,
+                                latents.data.flat, latents.data.shape[1], latents.first, latents.second, *others, mode, n_splits, scale)
     if n_splits > 1 and made is not None:
-        join_rounded((blocks_for(n_v // 4, JOINED), n_head), out, sums, tops, totals, *made)
+        join_rounded((blocks_for(n_v // 4, JOINED), n_head), out, *splits, *made)
     elif n_splits > 1:
-        join_splits((blocks_for(n_v, JOINED), n_head, n_tokens), out, sums, tops, totals)
+        join_splits((blocks_for(n_v, JOINED), n_head, n_tokens), out, *splits)
     elif made is not None:
         round_into(out.rows, made)
 

@@ -9,8 +9,8 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.device import (MMA_WARP, SIMULATED, WARP, bits_float, device, exp, four_of, mma_s8, nearest, sync, two_words,
-                                        warp_max, word_at)
+from pydsa.backends.cuda.device import (MMA_WARP, SIMULATED, WARP, bits_float, device, exp, four_of, mma_s8, nearest, permuted,
+                                        put_words, sync, two_words, warp_max, word_at)
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.quants import LARGEST
 
@@ -19,11 +19,11 @@ WARPS = ROW_TILES * COLUMN_WARPS
 THREADS = MMA_WARP * WARPS
 HEADS = 16 * ROW_TILES
 SIDE = 32 * COLUMN_WARPS                    # keys of a tile; numbers of them, or columns of their values, in shared memory at a time
-FEWEST_HEADS = 1 if SIMULATED else 24       # below, most rows of a tile would be empty
-FEWEST_BLOCKS = 2 if SIMULATED else 64      # below, keys are better divided among blocks, as attention.py does
+FEWEST_HEADS = 2 if SIMULATED else 24       # below, most rows of a tile would be empty
 PARTS = 8                                   # times SIDE columns that a block sums
 COLUMNS = PARTS * SIDE
 WORDS = SIDE // 4
+WORDS_BITS = WORDS.bit_length() - 1
 PITCH = WORDS + 4                           # words from a row to the next: the lanes of an instruction meet in no bank
 COLUMN_PITCH = SIDE + 8
 PLANE = SIDE * PITCH                        # of staged high bytes; low ones follow
@@ -38,10 +38,10 @@ ZERO, NOTHING, INFINITY = np.float32(0), np.float32(-np.inf), np.float32(np.inf)
 DENSE, MASKED, SPARSE = range(3)
 
 
-def takes(latents, n_tokens, n_head, n_v):
+def takes(latents, n_head, n_v):
     """Whether this file's kernels can attend, and fill their tiles."""
     parts = latents.first % 4 == 0 == latents.second % 4 and n_v <= latents.first
-    return latents.storage in ATTEND and parts and n_head >= FEWEST_HEADS and n_tokens * blocks_for(n_head, HEADS) >= FEWEST_BLOCKS
+    return latents.storage in ATTEND and parts and n_head >= FEWEST_HEADS
 
 
 @kernel("u4[::1], f4[:,:,:], f4[:,:,:], i4, i4", WARP)
@@ -71,9 +71,12 @@ def round_heads(words, scales, q, first, n_steps):
 
 
 @device
-def transposed(a, b, c, e, j):
-    """The j-th bytes of four words as one."""
-    return np.uint32((a >> 8 * j & 255) | (b >> 8 * j & 255) << 8 | (c >> 8 * j & 255) << 16 | (e >> 8 * j & 255) << 24)
+def transposed(a, b, c, e):
+    """Four words of the first, second, third and fourth bytes of four."""
+    ab, ce = permuted(a, b, np.uint32(0x5140)), permuted(c, e, np.uint32(0x5140))
+    ab_high, ce_high = permuted(a, b, np.uint32(0x7362)), permuted(c, e, np.uint32(0x7362))
+    return (permuted(ab, ce, np.uint32(0x5410)), permuted(ab, ce, np.uint32(0x7632)),
+            permuted(ab_high, ce_high, np.uint32(0x5410)), permuted(ab_high, ce_high, np.uint32(0x7632)))
 
 
 @device
@@ -117,25 +120,25 @@ def _make_attend(storage):
     planes = 2 if wide else 1
 
     @device
-    def add_values(acc, stage, weights, shrink, key_of, data, row_bytes, first, second, column, n_v, unit, thread):
+    def add_values(acc, stage, weights, shrink, key_at, data, first, second, column, n_v, unit, thread):
         """acc = acc times shrink, and the weights times SIDE columns of the values."""
         warp, lane = thread >> 5, thread & 31
         row, right, c = warp % ROW_TILES * 16 + (lane >> 2), warp // ROW_TILES * 32 + (lane >> 2), lane & 3
         if column >= n_v:
             return
         for plane in range(planes):
-            for task in range(thread, WORDS * WORDS, THREADS):
-                word, group = task % WORDS, task // WORDS       # four columns, of four keys
+            for j in range(WORDS * WORDS // THREADS):
+                task = j * THREADS + thread
+                word, group = task & WORDS - 1, task >> WORDS_BITS      # four columns, of four keys
                 at = column + 4 * word + (first + second) * plane
                 there = column + 4 * word < first
-                a, b, d, e = key_of[4 * group], key_of[4 * group + 1], key_of[4 * group + 2], key_of[4 * group + 3]
-                a = word_at(data, a * row_bytes + at) if there and a >= 0 else np.uint32(0)
-                b = word_at(data, b * row_bytes + at) if there and b >= 0 else np.uint32(0)
-                d = word_at(data, d * row_bytes + at) if there and d >= 0 else np.uint32(0)
-                e = word_at(data, e * row_bytes + at) if there and e >= 0 else np.uint32(0)
-                target = plane * WORDS * COLUMN_PITCH + group * COLUMN_PITCH + 4 * word
-                for j in range(4):
-                    stage[target + j] = transposed(a, b, d, e, j)
+                a, b, d, e = key_at[4 * group], key_at[4 * group + 1], key_at[4 * group + 2], key_at[4 * group + 3]
+                w0 = word_at(data, a + at) if there and a >= 0 else np.uint32(0)
+                w1 = word_at(data, b + at) if there and b >= 0 else np.uint32(0)
+                w2 = word_at(data, d + at) if there and d >= 0 else np.uint32(0)
+                w3 = word_at(data, e + at) if there and e >= 0 else np.uint32(0)
+                w0, w1, w2, w3 = transposed(w0, w1, w2, w3)
+                put_words(stage, plane * WORDS * COLUMN_PITCH + group * COLUMN_PITCH + 4 * word, w0, w1, w2, w3)
         sync()
         for tile in range(4):
             p0, p1, p2, p3 = 0, 0, 0, 0
@@ -164,27 +167,24 @@ def _make_attend(storage):
         sync()
 
     @device
-    def leave(out, acc, total, t, head, column, thread):
-        """SIDE columns of what all keys made, divided by the sum of weights."""
+    def leave(out, acc, factor, factor_8, t, head, column, thread):
+        """SIDE columns of what all keys made, times a factor for each of a lane's two rows."""
         warp, lane = thread >> 5, thread & 31
         row, at = warp % ROW_TILES * 16 + (lane >> 2), column + warp // ROW_TILES * 32 + 2 * (lane & 3)
-        whole, whole_8 = total[row], total[row + 8]
-        factor = np.float32(1) / whole if whole != ZERO else ZERO
-        factor_8 = np.float32(1) / whole_8 if whole_8 != ZERO else ZERO
         for i in range(SUMS):
             h, col = row + i % 4 // 2 * 8, at + i // 4 * 8 + i % 2
             if head + h < out.shape[1] and col < out.shape[2]:
                 out[t, head + h, col] = acc[i] * (factor if i % 4 < 2 else factor_8)
 
-    def attend(out, words, scales, data, row_bytes, first, second, positions, indices, mask, mode, scale):
-        """out[t, h] of queries as round_heads left them.
+    def attend(out, sums, tops, totals, words, scales, data, row_bytes, first, second, positions, indices, mask, mode, n_splits, scale):
+        """out[t, h] of queries as round_heads left them; if keys are split, what attention.py's kernels leave then.
 
         mode: all keys up to positions[t], the same with mask[t, s] added, or keys indices[t] up to the first that is negative.
         """
-        stage = cuda.shared.array(STAGE, np.uint32)
+        stage = cuda.shared.array(STAGE, np.uint32, 16)
         scores = cuda.shared.array(SCORES, np.float32)
         weights = cuda.shared.array(WEIGHTS, np.uint32)
-        key_of = cuda.shared.array(SIDE, np.int64)
+        key_at = cuda.shared.array(SIDE, np.int64)         # where a key's row begins, or -1
         bias = cuda.shared.array(SIDE, np.float32)
         first_scale = cuda.shared.array(SIDE, np.float32)
         second_scale = cuda.shared.array(SIDE, np.float32)
@@ -206,18 +206,19 @@ def _make_attend(storage):
         thread, block, n_head, n_v = cuda.threadIdx.x & THREADS - 1, cuda.blockIdx.x & 0x7FFFFFFF, out.shape[1], out.shape[2]
         warp, lane = thread >> 5, thread & 31
         n_tiles, n_groups = (n_head + 15) // 16, (n_head + HEADS - 1) // HEADS
-        group, t = block % n_groups, block // n_groups
+        group, split, t = block % n_groups, block // n_groups % n_splits, block // n_groups // n_splits
         head, column = group * HEADS, (cuda.blockIdx.y & 0xFFFF) * COLUMNS
         row, right, c = warp % ROW_TILES * 16 + (lane >> 2), warp // ROW_TILES * 32 + (lane >> 2), lane & 3
         n_steps = (first + 31) // 32 + (second + 31) // 32
         of_tile = (np.int64(t) * n_tiles + min(group * ROW_TILES + warp % ROW_TILES, n_tiles - 1)) * n_steps
         h0, h1, unit = min(head + row, n_head - 1), min(head + row + 8, n_head - 1), np.float32(256) if wide else np.float32(1)
         n = np.int64(indices.shape[1]) if mode == SPARSE else positions[t] + 1
+        share = (n + n_splits * SIDE - 1) // (n_splits * SIDE) * SIDE
         for i in range(SUMS):
             acc_0[i] = acc_1[i] = acc_2[i] = acc_3[i] = acc_4[i] = acc_5[i] = acc_6[i] = acc_7[i] = ZERO
         if thread < HEADS:
             top[thread], total[thread] = NOTHING, ZERO
-        for start in range(0, n, SIDE):
+        for start in range(split * share, min(n, (split + 1) * share), SIDE):
             if mode == SPARSE and indices[t, start] < 0:
                 break
             if thread < SIDE:
@@ -226,7 +227,7 @@ def _make_attend(storage):
                     key, added = np.int64(indices[t, i]) if mode == SPARSE else i, mask[t, i] if mode == MASKED else ZERO
                 if added == NOTHING or key < 0:
                     key, added = np.int64(-1), NOTHING
-                key_of[thread], bias[thread] = key, added
+                key_at[thread], bias[thread] = key * row_bytes if key >= 0 else np.int64(-1), added
                 behind = key * row_bytes + planes * (first + second)
                 first_scale[thread] = bits_float(word_at(data, behind)) if key >= 0 else ZERO
                 second_scale[thread] = bits_float(word_at(data, behind + 4)) if key >= 0 and second > 0 else ZERO
@@ -245,11 +246,11 @@ def _make_attend(storage):
                     high[i], mixed[i] = 0, 0
                 for chunk in range(0, length, SIDE):
                     for plane in range(planes):
-                        for task in range(thread, SIDE * WORDS, THREADS):
-                            key, word = key_of[task // WORDS], chunk + 4 * (task % WORDS)
-                            at = key * row_bytes + (first + second) * plane + begin + word
-                            stage[plane * PLANE + task // WORDS * PITCH + task % WORDS] = (
-                                word_at(data, at) if key >= 0 and word < length else np.uint32(0))
+                        for j in range(SIDE * WORDS // THREADS):
+                            task = j * THREADS + thread
+                            at, word = key_at[task >> WORDS_BITS], chunk + 4 * (task & WORDS - 1)
+                            stage[plane * PLANE + (task >> WORDS_BITS) * PITCH + (task & WORDS - 1)] = (
+                                word_at(data, at + (first + second) * plane + begin + word) if at >= 0 and word < length else np.uint32(0))
                     cuda.syncthreads()
                     for s in range(SIDE // 32):
                         if chunk + 32 * s < length:
@@ -269,49 +270,60 @@ def _make_attend(storage):
                                     mixed[i], mixed[i + 1], mixed[i + 2], mixed[i + 3] = mma_s8(
                                         a0, a1, a2, a3, b0, b1, mixed[i], mixed[i + 1], mixed[i + 2], mixed[i + 3])
                     cuda.syncthreads()
+                of_row, of_row_8 = scale * unit * scales[t, h0, part], scale * unit * scales[t, h1, part]
                 for i in range(SUMS):       # a thread's own: registers are scarce
                     key = warp // ROW_TILES * 32 + i // 4 * 8 + 2 * c + i % 2
                     at = (row + i % 4 // 2 * 8) * SCORE_PITCH + key
-                    product = scale * unit * (np.float32(256) * np.float32(high[i]) + np.float32(mixed[i]))
+                    product = (of_row if i % 4 < 2 else of_row_8) * (np.float32(256) * np.float32(high[i]) + np.float32(mixed[i]))
                     if part == 0:
-                        score = product * first_scale[key] * scales[t, h0 if i % 4 < 2 else h1, 0] + bias[key]
-                        scores[at] = score if bias[key] > NOTHING else NOTHING
+                        scores[at] = product * first_scale[key] + bias[key] if bias[key] > NOTHING else NOTHING
                     elif second > 0 and bias[key] > NOTHING:
-                        scores[at] += product * second_scale[key] * scales[t, h0 if i % 4 < 2 else h1, 1]
+                        scores[at] += product * second_scale[key]
             cuda.syncthreads()
             weigh(scores, weights, of_values, shares, top, total, shrink, thread)
             of_sums = greatest / np.float32(LARGEST) * unit
-            add_values(acc_0, stage, weights, shrink, key_of, data, row_bytes, first, second, column, n_v, of_sums, thread)
-            add_values(acc_1, stage, weights, shrink, key_of, data, row_bytes, first, second, column + SIDE, n_v, of_sums, thread)
-            add_values(acc_2, stage, weights, shrink, key_of, data, row_bytes, first, second, column + 2 * SIDE, n_v, of_sums, thread)
-            add_values(acc_3, stage, weights, shrink, key_of, data, row_bytes, first, second, column + 3 * SIDE, n_v, of_sums, thread)
-            add_values(acc_4, stage, weights, shrink, key_of, data, row_bytes, first, second, column + 4 * SIDE, n_v, of_sums, thread)
-            add_values(acc_5, stage, weights, shrink, key_of, data, row_bytes, first, second, column + 5 * SIDE, n_v, of_sums, thread)
-            add_values(acc_6, stage, weights, shrink, key_of, data, row_bytes, first, second, column + 6 * SIDE, n_v, of_sums, thread)
-            add_values(acc_7, stage, weights, shrink, key_of, data, row_bytes, first, second, column + 7 * SIDE, n_v, of_sums, thread)
+            add_values(acc_0, stage, weights, shrink, key_at, data, first, second, column, n_v, of_sums, thread)
+            add_values(acc_1, stage, weights, shrink, key_at, data, first, second, column + SIDE, n_v, of_sums, thread)
+            add_values(acc_2, stage, weights, shrink, key_at, data, first, second, column + 2 * SIDE, n_v, of_sums, thread)
+            add_values(acc_3, stage, weights, shrink, key_at, data, first, second, column + 3 * SIDE, n_v, of_sums, thread)
+            add_values(acc_4, stage, weights, shrink, key_at, data, first, second, column + 4 * SIDE, n_v, of_sums, thread)
+            add_values(acc_5, stage, weights, shrink, key_at, data, first, second, column + 5 * SIDE, n_v, of_sums, thread)
+            add_values(acc_6, stage, weights, shrink, key_at, data, first, second, column + 6 * SIDE, n_v, of_sums, thread)
+            add_values(acc_7, stage, weights, shrink, key_at, data, first, second, column + 7 * SIDE, n_v, of_sums, thread)
             cuda.syncthreads()
         cuda.syncthreads()
-        leave(out, acc_0, total, t, head, column, thread)
-        leave(out, acc_1, total, t, head, column + SIDE, thread)
-        leave(out, acc_2, total, t, head, column + 2 * SIDE, thread)
-        leave(out, acc_3, total, t, head, column + 3 * SIDE, thread)
-        leave(out, acc_4, total, t, head, column + 4 * SIDE, thread)
-        leave(out, acc_5, total, t, head, column + 5 * SIDE, thread)
-        leave(out, acc_6, total, t, head, column + 6 * SIDE, thread)
-        leave(out, acc_7, total, t, head, column + 7 * SIDE, thread)
-    signature = "f4[:,:,:], u4[::1], f4[:,:,:], u1[::1], i8, i4, i4, i8[:], i4[:,:], f4[:,:], i4, f4"
+        whole, whole_8 = total[row], total[row + 8]
+        if n_splits == 1:
+            whole, whole_8 = np.float32(1) / whole if whole != ZERO else ZERO, np.float32(1) / whole_8 if whole_8 != ZERO else ZERO
+        else:
+            whole = whole_8 = np.float32(1)
+            out = sums[:, :, split]
+            if column == 0 and thread < HEADS and head + thread < n_head:
+                tops[t, head + thread, split], totals[t, head + thread, split] = top[thread], total[thread]
+        leave(out, acc_0, whole, whole_8, t, head, column, thread)
+        leave(out, acc_1, whole, whole_8, t, head, column + SIDE, thread)
+        leave(out, acc_2, whole, whole_8, t, head, column + 2 * SIDE, thread)
+        leave(out, acc_3, whole, whole_8, t, head, column + 3 * SIDE, thread)
+        leave(out, acc_4, whole, whole_8, t, head, column + 4 * SIDE, thread)
+        leave(out, acc_5, whole, whole_8, t, head, column + 5 * SIDE, thread)
+        leave(out, acc_6, whole, whole_8, t, head, column + 6 * SIDE, thread)
+        leave(out, acc_7, whole, whole_8, t, head, column + 7 * SIDE, thread)
+    signature = ("f4[:,:,:], f4[:,:,:,:], f4[:,:,:], f4[:,:,:], u4[::1], f4[:,:,:], u1[::1], i8, i4, i4, i8[:], i4[:,:], f4[:,:], i4, i4, "
+                 "f4")
     return kernel(signature, THREADS, f"attend_bytes_{storage}")(attend)
 
 
 ATTEND = {storage: _make_attend(storage) for storage in ("i8", "i16")}
 
 
-def attend(out, q, latents, positions, indices, mask, mode, scale):
-    """Attention of several tokens, to keys as the mode says; takes() must be true."""
+def attend(out, splits, q, latents, positions, indices, mask, mode, scale):
+    """Attention to keys as the mode says, which takes() must allow; splits: sums, tops, totals [T, n_head, n_splits, ...]."""
     n_tokens, n_head, width = q.shape
     n_steps, n_tiles = blocks_for(latents.first, 32) + (blocks_for(latents.second, 32) if latents.second else 0), blocks_for(n_head, 16)
     words = scratch("words of heads", (n_tokens * n_tiles * n_steps * 256,), np.uint32)
     scales = scratch("scales of heads", (n_tokens, n_head, 2), np.float32)
+    n_splits = splits[1].shape[2]
     round_heads((2 * n_head, n_tokens), words, scales, q, latents.first, n_steps)
-    ATTEND[latents.storage]((n_tokens * blocks_for(n_head, HEADS), blocks_for(out.shape[2], COLUMNS)), out, words, scales,
-                            latents.data.flat, latents.data.shape[1], latents.first, latents.second, positions, indices, mask, mode, scale)
+    ATTEND[latents.storage]((n_tokens * n_splits * blocks_for(n_head, HEADS), blocks_for(out.shape[2], COLUMNS)), out, *splits, words,
+                            scales, latents.data.flat, latents.data.shape[1], latents.first, latents.second, positions, indices, mask, mode,
+                            n_splits, scale)
