@@ -315,3 +315,26 @@ def value_bf16(data, row, i):
 
 # type -> value(data, row, i), the i-th number of a row that begins at `row`
 FLOATS = {"F32": value_f32, "F16": value_f16, "BF16": value_bf16}
+
+
+@device
+def four_f32(data, row, i):
+    a, b, c, d = four_words_at(data, row + 4 * i)
+    return bits_float(a), bits_float(b), bits_float(c), bits_float(d)
+
+
+@device
+def four_f16(data, row, i):
+    a, b = word_at(data, row + 2 * i), word_at(data, row + 2 * i + 4)
+    return of_half(np.uint32(a & 0xFFFF)), of_half(np.uint32(a >> 16)), of_half(np.uint32(b & 0xFFFF)), of_half(np.uint32(b >> 16))
+
+
+@device
+def four_bf16(data, row, i):
+    a, b = word_at(data, row + 2 * i), word_at(data, row + 2 * i + 4)
+    return (bits_float(np.uint32(a << 16)), bits_float(np.uint32(a & 0xFFFF0000)), bits_float(np.uint32(b << 16)),
+            bits_float(np.uint32(b & 0xFFFF0000)))
+
+
+# type -> four(data, row, i), the i-th to (i + 3)-th number of a row of a multiple of four
+FOURS = {"F32": four_f32, "F16": four_f16, "BF16": four_bf16}

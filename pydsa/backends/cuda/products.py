@@ -4,13 +4,15 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.blocks import FLOATS
+from pydsa.backends.cuda.blocks import FLOATS, FOURS
+from pydsa.backends.cuda.block_sums import block_sum
 from pydsa.backends.cuda.device import SIMULATED, WARP, warp_sum
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.backends.cuda.many_tokens import MANY, ROWS, halved
 from pydsa.backends.cuda.one_token import multiply_one, rounded
 
 WARPS = 1 if SIMULATED else 4           # of a block
+ONE_THREADS = 8 if SIMULATED else 256   # for one token's product with a row of them
 FLOAT_TOKENS = 4                        # that a warp multiplies with a row of unquantized weights
 
 
@@ -48,7 +50,24 @@ def _make_floats(name):
     return kernel(signature, WARPS * WARP, f"floats_{name.lower()}")(of_floats)
 
 
+def _make_one(name):
+    four = FOURS[name]
+
+    def one_of_floats(out, w, row_bytes, ids, x_div, x):
+        """out[y] = matrix ids[y] of unquantized weights times the y // x_div-th row of activations; a block makes one number."""
+        thread, row, y, n = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y, x.shape[1]
+        parts, at, total = cuda.shared.array(32, np.float32), (ids[y] * np.int64(out.shape[1]) + row) * row_bytes, np.float32(0)
+        for i in range(4 * thread, n, 4 * ONE_THREADS):
+            a, b, c, e = four(w, at, i)
+            total += (a * x[y // x_div, i] + b * x[y // x_div, i + 1]) + (c * x[y // x_div, i + 2] + e * x[y // x_div, i + 3])
+        total = block_sum(total, parts, thread, ONE_THREADS)
+        if thread == 0:
+            out[y, row] = total
+    return kernel("f4[:,:], u1[::1], i8, i4[:], i4, f4[:,:]", ONE_THREADS, f"one_{name.lower()}")(one_of_floats)
+
+
 OF_FLOATS = {name: _make_floats(name) for name in FLOATS}
+ONE_OF_FLOATS = {name: _make_one(name) for name in FLOATS}
 
 
 class Tiles(NamedTuple):
@@ -69,7 +88,9 @@ def prepared(w, x, single):
 def multiply(out, w, x, tiles):
     """out[i] = a matrix of w times row i // x_div of what prepared(w, ...) gave, for all tiles; out is a view of any strides."""
     out = out.rows
-    if w.type in FLOATS:
+    if w.type in FLOATS and tiles.single and x.shape[1] % 4 == 0:
+        ONE_OF_FLOATS[w.type]((out.shape[1], tiles.matrix.size), out, w.data, w.row_bytes, tiles.matrix, tiles.x_div, x)
+    elif w.type in FLOATS:
         OF_FLOATS[w.type]((blocks_for(out.shape[1], WARPS), tiles.matrix.size), out, w.data, w.row_bytes, *tiles[:-1], x)
     elif tiles.single:
         multiply_one([out], [w], x, tiles)
