@@ -104,8 +104,8 @@ def device_scratch(nodes, n_tokens):
         elif node.op in ("indexer_scores", "indexer_select"):
             queries = max(queries, n_tokens * math.prod(node.args[1].tail))
     rounded = max(rounded, hidden)
-    # two bytes a number, a scale a 32nd, two sums
-    return 2 * rounded + rounded * 3 // 8 + 4 * (hidden + parts + absorbed) + 2 * queries + heads
+    # two float16 a number, a sum of sixteen
+    return 4 * rounded + rounded // 4 + 4 * (hidden + parts + absorbed) + 2 * queries + heads
 
 
 def _heads(n_tokens, n_head, width):

@@ -9,12 +9,12 @@ import os
 import numpy as np
 
 DEVICE = os.environ.get("PYDSA_TEST_DEVICE", "cpu")
+IN_SIMULATOR = DEVICE == "cuda" and os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+SIMULATED = IN_SIMULATOR or DEVICE == "ptx"
 if DEVICE == "ptx":
     from tools.ptx.backend import install
     install()
-    DEVICE, SIMULATED = "cuda", True
-else:
-    SIMULATED = DEVICE == "cuda" and os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+    DEVICE = "cuda"
 
 
 class OnDevice:

@@ -1,4 +1,7 @@
-"""The CUDA backend without a GPU: every kernel compiled, ops and whole models in Numba's simulator; `pytest -m gpu` on a real GPU."""
+"""The CUDA backend without a GPU: every kernel compiled; ops and whole models by its PTX (tools/ptx), and in Numba's simulator.
+
+`pytest -m gpu` runs them on a real GPU.
+"""
 import importlib.util
 import os
 import subprocess
@@ -15,9 +18,14 @@ from pydsa.model import ModelPlan
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
-OPS = ["test_ops.py", "test_attention.py", "test_mha.py", "test_top_k.py", "test_int8_keys.py", "test_quants.py"]
+OPS = ["test_ops.py", "test_whole_tiles.py", "test_attention.py", "test_mha.py", "test_top_k.py", "test_int8_keys.py", "test_quants.py"]
 OF_CPU = ("threads or exp or half or block_sizes or sampled or golden or chunks or vectors_are_unpacked or any_ or planned or 2_gib or "
           "prompts_take or left_out or laid")
+
+
+# the slowest in the simulator, whose kernels other tests run there too
+SLOW_SIMULATED = ("(head_linear and 256) or 2-13 or logits or no_future or 3-100 or do_not_mix or mha_sparse_attention or "
+                  "test_experts")
 
 
 def gpu_is_there():
@@ -25,9 +33,9 @@ def gpu_is_there():
     return importlib.util.find_spec("numba_cuda") is not None and subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def start_python(*args, simulated=True):
+def start_python(*args, device="cuda", simulated=True):
     """A process that has the CUDA backend for its own, in the simulator or not."""
-    env = os.environ | {"PYDSA_TEST_DEVICE": "cuda", "NUMBA_ENABLE_CUDASIM": "1" if simulated else "0"}
+    env = os.environ | {"PYDSA_TEST_DEVICE": device, "NUMBA_ENABLE_CUDASIM": "1" if simulated else "0", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, *args], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -48,16 +56,21 @@ def test_kernels_compile(capsys):
         assert "many_q4_k" in table and "one_q8_0" in table
 
 
-def test_ops_in_the_simulator():
-    """The tests of ops that the CPU's kernels pass, with fewer and smaller shapes; two processes, as it is slow."""
-    for process in [start_python("-m", "pytest", "-q", "-x", *(f"tests/{name}" for name in names), "-k", f"not ({OF_CPU})")
-                    for names in (OPS[:1], OPS[1:])]:
+def test_ops():
+    """The tests of ops that the CPU's kernels pass, with fewer and smaller shapes: as PTX, and in the simulator at the same time."""
+    files = [f"tests/{name}" for name in OPS]
+    as_ptx = start_python("-m", "pytest", "-q", "-x", *files, "-k", f"not ({OF_CPU})", device="ptx", simulated=False)
+    simulated = start_python("-m", "pytest", "-q", "-x", *files, "-k", f"not ({OF_CPU} or {SLOW_SIMULATED})")
+    for process in (as_ptx, simulated):
         assert " passed" in result(process)
 
 
 MODEL = """
-import sys
+import os, sys
 import numpy as np
+if os.environ["PYDSA_TEST_DEVICE"] == "ptx":
+    from tools.ptx.backend import install
+    install()
 import pydsa
 path, attention, kv_type = sys.argv[1:]
 ids = np.random.default_rng(0).integers(0, 300, 7).tolist()
@@ -79,11 +92,13 @@ TINY = dict(n_layer=2, n_embd=32, n_head=2, n_lora_q=32, n_lora_kv=32, n_nope=32
 
 @pytest.mark.parametrize("attention, kv_type, spec", [
     ("sparse", "f32", {"type": "F32"}), ("masked", "f32", {"type": "Q8_0", "arch": "glm-dsa"}), ("auto", "i16", {"type": "Q8_0"})])
-def test_models_in_the_simulator(small_model, attention, kv_type, spec):
+def test_models(small_model, attention, kv_type, spec):
     """A prompt in chunks, then a token, with fewer keys than tokens, beside the reference; caches are saved and loaded."""
     path = small_model(**TINY | spec)
-    errors = np.array(result(start_python("-c", MODEL, str(path), attention, kv_type)).split(), float)
-    assert errors.size == 2 and errors.max() < (1e-9 if spec["type"] == "F32" else 1e-6)
+    for process in [start_python("-c", MODEL, str(path), attention, kv_type, device=device, simulated=device == "cuda")
+                    for device in ("ptx", "cuda")]:
+        errors = np.array(result(process).split(), float)
+        assert errors.size == 2 and errors.max() < (1e-9 if spec["type"] == "F32" else 1e-6)
 
 
 def test_chunks_must_fit_into_a_grid(small_model):

@@ -2,7 +2,8 @@
 
     python tools/cuda_ptx.py --cc 90
 
-Exit code 1 if a kernel does not compile, spills registers, or keeps an array in local memory that should be in registers. Without ptxas
+Exit code 1 if a kernel does not compile, spills registers, or keeps an array in local memory that should be in registers. A kernel of which
+two blocks must fit into a processor may spill a few numbers that its loops do not change. Without ptxas
 (it comes with the CUDA toolkit, or `pip install nvidia-cuda-nvcc`) kernels are only compiled to PTX, the GPU's portable assembly.
 """
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 LOCAL = {"rope_angles"}     # the slow path of float64 sines for huge angles has a small table
+FEW = 64                    # bytes
 
 
 def find_ptxas():
@@ -63,7 +65,8 @@ def main():
             continue
         use = assemble(ptxas, ptx, capability)
         print(f"{name:24} {use['registers']:9} {use['spills']:7} {use['stack']:7} {use['shared']:7}")
-        if use["spills"] or use["stack"] and name not in LOCAL:
+        allowed = FEW if kernel.bounds[1] > 1 else 0
+        if use["spills"] > allowed or use["stack"] > allowed and name not in LOCAL:
             bad.append(name)
     if bad:
         sys.exit(f"spills or arrays in local memory: {', '.join(bad)}")

@@ -1,0 +1,46 @@
+"""Ops at sizes that fill whole blocks of a GPU's kernels and a bit of the next ones, which the simulator would take hours for."""
+import numpy as np
+import pytest
+from backends import IN_SIMULATOR
+from test_ops import Rows, compare, last_positions, normal, one_thread, rng, tensor  # noqa: F401
+
+from pydsa.quants import SUPPORTED, block_type
+
+pytestmark = pytest.mark.skipif(IN_SIMULATOR, reason="too much for the simulator")
+QUANTIZED = [kind for kind in SUPPORTED if block_type(kind).dtype.names]
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_linear(kind):
+    """150 rows and 150 tokens; an odd number of groups where the type has one. NMSE of tokens in float16: 4e-8."""
+    w = tensor(kind, 150, 3 * 256 if block_type(kind).size == 256 else 7 * 32)
+    for n_tokens in (1, 150):
+        compare("linear", (n_tokens, 150), w, normal(n_tokens, w.shape[1]))
+
+
+def test_one_token_whose_rows_are_divided_among_warps():
+    compare("linear", (1, 9), tensor("Q6_K", 9, 1280), normal(1, 1280))
+    compare("linear", (1, 9), tensor("Q8_0", 9, 1312), normal(1, 1312))
+
+
+def test_experts_of_many_tokens():
+    """Of 300 pairs most have one expert, so that it has several tiles."""
+    n_tokens, ids = 150, np.zeros((150, 2), np.int32)
+    ids[:, 1] = 1 + rng(3).integers(0, 2, n_tokens)
+    gate, up, down = tensor("Q4_K", 3, 40, 256), tensor("Q5_0", 3, 40, 256), tensor("Q8_0", 3, 140, 64)
+    compare("moe_gate_up", (n_tokens, 2, 40), normal(n_tokens, 256), ids, gate, up)
+    compare("moe_down", (n_tokens, 140), normal(n_tokens, 2, 64), ids, normal(n_tokens, 2), down)
+
+
+@pytest.mark.parametrize("kv_type", ["i16", "q8_0"])
+@pytest.mark.parametrize("n_head, n_v, n_rot, n_kv, n_tokens", [(40, 512, 64, 200, 1), (24, 96, 12, 150, 3), (128, 512, 64, 70, 1)])
+def test_attention(kv_type, n_head, n_v, n_rot, n_kv, n_tokens):
+    """Enough heads for a GPU's tensor cores, with few keys of many chosen, and tiles that are not full."""
+@pytest.mark.parametrize("n_head, n_v, n_rot, n_kv, n_tokens", [(40, 512, 64, 200, 1), (24, 96, 12, 150, 3), (128, 512, 64, 70, 1)])
+    indices = np.full((n_tokens, 70), -1, np.int32)
+    for t, position in enumerate(positions):
+        indices[t, :65] = np.sort(rng(t).choice(position + 1, 65, replace=False))
+    mask = np.where(rng(5).random((n_tokens, n_kv + 3)) < 0.5, -np.inf, 0).astype(np.float32)
+    compare("dense_attention", (n_tokens, n_head, n_v), q, rows, positions, 0.05)
+    compare("sparse_attention", (n_tokens, n_head, n_v), q, rows, indices, 0.05)
+    compare("masked_attention", (n_tokens, n_head, n_v), q, rows, mask, positions, 0.05)
