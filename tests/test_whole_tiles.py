@@ -36,7 +36,8 @@ def test_experts_of_many_tokens():
 @pytest.mark.parametrize("n_head, n_v, n_rot, n_kv, n_tokens", [(40, 512, 64, 200, 1), (24, 96, 12, 150, 3), (128, 512, 64, 70, 1)])
 def test_attention(kv_type, n_head, n_v, n_rot, n_kv, n_tokens):
     """Enough heads for a GPU's tensor cores, with few keys of many chosen, and tiles that are not full."""
-@pytest.mark.parametrize("n_head, n_v, n_rot, n_kv, n_tokens", [(40, 512, 64, 200, 1), (24, 96, 12, 150, 3), (128, 512, 64, 70, 1)])
+    q, rows = normal(n_tokens, n_head, n_v + n_rot), Rows(normal(n_kv, n_v + n_rot), kv_type, n_v)
+    positions = last_positions(n_tokens, n_kv)
     indices = np.full((n_tokens, 70), -1, np.int32)
     for t, position in enumerate(positions):
         indices[t, :65] = np.sort(rng(t).choice(position + 1, 65, replace=False))

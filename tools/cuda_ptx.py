@@ -1,12 +1,15 @@
 """Compile every CUDA kernel without a GPU, and let ptxas say what registers and memory each takes.
 
     python tools/cuda_ptx.py --cc 90
+    python tools/cuda_ptx.py --cc 90 --loops one_q4_k
 
 Exit code 1 if a kernel does not compile, spills registers, or keeps an array in local memory that should be in registers. A kernel of which
-two blocks must fit into a processor may spill a few numbers that its loops do not change. Without ptxas
+two blocks must fit into a processor may spill a few numbers that its loops do not change. --loops shows the machine instructions of each
+loop of a kernel, of which a processor issues four in a cycle; it needs nvdisasm (`pip install nvidia-cuda-nvdisasm`). Without ptxas
 (it comes with the CUDA toolkit, or `pip install nvidia-cuda-nvcc`) kernels are only compiled to PTX, the GPU's portable assembly.
 """
 import argparse
+import collections
 import re
 import shutil
 import subprocess
@@ -20,10 +23,10 @@ LOCAL = {"rope_angles"}     # the slow path of float64 sines for huge angles has
 FEW = 64                    # bytes
 
 
-def find_ptxas():
-    """The path of ptxas, or None."""
+def find(program):
+    """The path of a program of the CUDA toolkit, or None."""
     wheels = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
-    found = [*map(str, sorted(wheels.glob("cu*/bin/ptxas*"))), shutil.which("ptxas")]     # that of the same version as NVVM first
+    found = [*map(str, sorted(wheels.glob(f"cu*/bin/{program}*"))), shutil.which(program)]     # that of the same version as NVVM first
     return next(filter(None, found), None)
 
 
@@ -34,6 +37,35 @@ def kernels(capability):
     import pydsa.backends.cuda  # noqa: F401  (fills the table)
     from pydsa.backends.cuda.launch import KERNELS
     return KERNELS
+
+
+def loops(disassembly):
+    """[(first, last, instructions)] of what nvdisasm wrote: all that a branch backwards repeats, inner loops included."""
+    code, labels = [], {}
+    for line in disassembly.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        instruction = re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line)
+        if label:
+            labels[label[1]] = len(code)
+        elif instruction:
+            code.append(re.sub(r"^@\S+\s+", "", instruction[1]))
+    ends = [(labels.get(branch[1], len(code)), i) for i, text in enumerate(code) for branch in re.finditer(r"^BRA.*`\((\S+)\)", text)]
+    return [(start, end, code[start:end + 1]) for start, end in sorted(ends) if start <= end]
+
+
+def show_loops(kernel, capability):
+    """Print how many instructions of each kind the loops of a kernel have."""
+    ptxas, nvdisasm = find("ptxas"), find("nvdisasm")
+    if not ptxas or not nvdisasm:
+        sys.exit("--loops needs ptxas and nvdisasm: pip install nvidia-cuda-nvcc nvidia-cuda-nvdisasm")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(kernel.ptx(capability))
+        subprocess.run([ptxas, f"-arch=sm_{capability[0]}{capability[1]}", str(path), "-o", str(path.with_suffix(".cubin"))], check=True)
+        text = subprocess.run([nvdisasm, "-c", str(path.with_suffix(".cubin"))], check=True, capture_output=True, text=True).stdout
+    for start, end, code in loops(text):
+        kinds = collections.Counter(instruction.split()[0].split(".")[0] for instruction in code)
+        print(f"{start:6}-{end}: {len(code)} ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common(12))})")
 
 
 def assemble(ptxas, ptx, capability):
@@ -55,8 +87,16 @@ def assemble(ptxas, ptx, capability):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cc", type=int, default=90, help="compute capability, e.g. 80 or 90")
-    capability = divmod(parser.parse_args().cc, 10)
-    ptxas, bad = find_ptxas(), []
+    parser.add_argument("--loops", metavar="KERNEL", help="show the instructions of its loops")
+    options = parser.parse_args()
+    capability = divmod(options.cc, 10)
+    if options.loops:
+        known = kernels(capability)
+        if options.loops not in known:
+            sys.exit(f"there is no kernel {options.loops}; there are {', '.join(sorted(known))}")
+        show_loops(known[options.loops], capability)
+        return
+    ptxas, bad = find("ptxas"), []
     print(f"{'kernel':24} registers  spills   stack  shared" if ptxas else "ptxas was not found: kernels are compiled to PTX only")
     for name, kernel in kernels(capability).items():
         ptx = kernel.ptx(capability)

@@ -135,10 +135,10 @@ def scores_of_bytes(out, queries, weights, data, row_bytes, width, positions, st
                                                     b[4 * step + 2], b[4 * step + 3], p0, p1, p2, p3)
                             r0, r1, r2, r3 = mma_s8(key[4 * STEPS + k], key[6 * STEPS + k], key[4 * STEPS + k + 1], key[6 * STEPS + k + 1],
                                                     b[4 * step + 2], b[4 * step + 3], r0, r1, r2, r3)
-                    t0 += w0 * np.float32(np.int32(max(p0, 0))) + w1 * np.float32(np.int32(max(p1, 0)))
-                    t1 += w0 * np.float32(np.int32(max(p2, 0))) + w1 * np.float32(np.int32(max(p3, 0)))
-                    t2 += w0 * np.float32(np.int32(max(r0, 0))) + w1 * np.float32(np.int32(max(r1, 0)))
-                    t3 += w0 * np.float32(np.int32(max(r2, 0))) + w1 * np.float32(np.int32(max(r3, 0)))
+                    t0 += w0 * max(np.float32(np.int32(p0)), ZERO) + w1 * max(np.float32(np.int32(p1)), ZERO)
+                    t1 += w0 * max(np.float32(np.int32(p2)), ZERO) + w1 * max(np.float32(np.int32(p3)), ZERO)
+                    t2 += w0 * max(np.float32(np.int32(r0)), ZERO) + w1 * max(np.float32(np.int32(r1)), ZERO)
+                    t3 += w0 * max(np.float32(np.int32(r2)), ZERO) + w1 * max(np.float32(np.int32(r3)), ZERO)
             at = (warp << 7) + lane         # 32 keys, four lanes each
             sums[at], sums[at + 32], sums[at + 64], sums[at + 96] = t0, t1, t2, t3
             cuda.syncthreads()

@@ -3,10 +3,12 @@
 Each function stands here twice. With NUMBA_ENABLE_CUDASIM=1 kernels are Python functions, a Python thread for each CUDA thread, one block
 after the other; what a warp does together then goes through memory of this module.
 """
+import collections
 import importlib.util
 import os
 import sys
 import threading
+import time
 
 import numpy as np
 
@@ -118,14 +120,20 @@ if SIMULATED:
         """c + the products of four signed bytes each."""
         return c + int(_signed_bytes(a) @ _signed_bytes(b))
 
-    _barriers = {}      # (lanes, which of a block's groups of so many) -> theirs, for one block after the other
+    _arrivals = collections.defaultdict(lambda: [0, 0])    # (lanes, which of a block's groups) -> how many are here, how often all were
 
     def _wait(n):
         """Let n lanes side by side wait for each other."""
-        key = n, _thread().threadIdx.x // n
+        arrivals = _arrivals[n, _thread().threadIdx.x // n]
         with _lock:
-            barrier = _barriers.setdefault(key, threading.Barrier(n))
-        barrier.wait(60)
+            rounds = arrivals[1]
+            arrivals[0] += 1
+            if arrivals[0] == n:
+                arrivals[:] = 0, rounds + 1
+        while arrivals[1] == rounds:
+            if _thread().abort:
+                raise RuntimeError("another thread of the block has failed")
+            time.sleep(0)
 
     def _together(x, combine, n=WARP, values=_values):
         i = _thread().threadIdx.x

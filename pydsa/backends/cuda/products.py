@@ -11,7 +11,7 @@ from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.backends.cuda.many_tokens import MANY, ROWS, halved
 from pydsa.backends.cuda.one_token import multiply_one, rounded
 
-WARPS = 1 if SIMULATED else 4           # of a block
+WARPS = 4           # of a block
 ONE_THREADS = 8 if SIMULATED else 256   # for one token's product with a row of them
 FLOAT_TOKENS = 4                        # that a warp multiplies with a row of unquantized weights
 
