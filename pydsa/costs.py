@@ -87,11 +87,14 @@ def plain_form_until(c, n_tokens, n_ctx, most=None):
 def device_scratch(nodes, n_tokens):
     """Bytes that the CUDA backend works in beside the values of a plan (backends/cuda): rounded activations, parts of experts, queries."""
     rounded = hidden = parts = queries = absorbed = heads = 0
+    rows = set()        # of one token's activations: how many, how long
     for node in nodes:
         if node.op in ("linear", "head_linear"):
             rounded = max(rounded, n_tokens * math.prod(node.args[2].tail))
+            rows.add((math.prod(node.args[2].tail[:-1]), node.args[2].tail[-1]))
         elif node.op == "moe_gate_up":
             hidden = max(hidden, n_tokens * math.prod(node.args[0].tail))
+            rows.add(node.args[0].tail)
         elif node.op == "moe_down":
             parts = max(parts, n_tokens * node.args[2].tail[0] * node.args[0].tail[0])
         elif node.op in ("mha_attention", "mha_sparse_attention"):
@@ -104,8 +107,10 @@ def device_scratch(nodes, n_tokens):
         elif node.op in ("indexer_scores", "indexer_select"):
             queries = max(queries, n_tokens * math.prod(node.args[1].tail))
     rounded = max(rounded, hidden)
+    # of one token two bytes a number, in tiles of 1,024, and scales and sums; its values lie in some places of the plan's memory
+    one_token = 4 * sum(n * (-(-width // 1024) * 2048 + width * 3 // 8) for n, width in rows)
     # two float16 a number, a sum of sixteen
-    return 4 * rounded + rounded // 4 + 4 * (hidden + parts + absorbed) + 2 * queries + heads
+    return 4 * rounded + rounded // 4 + 4 * (hidden + parts + absorbed) + 2 * queries + heads + one_token
 
 
 def _heads(n_tokens, n_head, width):
