@@ -78,10 +78,13 @@ settings = dict(attention=attention, kv_type=kv_type, n_ctx=12, n_ubatch=4)
 with np.errstate(all="ignore"):
     expected = pydsa.load(path, device="reference", **settings).logits(ids)[5:].astype(np.float64)
     model = pydsa.load(path, device="cuda", **settings)
-    session, other = model.session(), model.session()
+    session, other, watched = model.session(), model.session(), model.session()
     logits = [session.prefill(ids[:6]), session.decode(ids[6])]
     session.save(path + ".session")
     other.load(path + ".session")
+    watched.prefill(ids[:6])
+    one_by_one = watched.prefill(ids[6:], observe=lambda node, arrays: None)     # not in fewer launches
+assert ((one_by_one - logits[1]) ** 2).sum() <= 1e-11 * (one_by_one ** 2).sum()
 for ref, cache in session._caches.items():
     assert np.array_equal(cache.stored(12), other._caches[ref].stored(12)) and cache.stored(7).any(), ref
 print(*(float(((a - b) ** 2).sum() / (b ** 2).sum()) for a, b in zip(logits, expected)))

@@ -7,7 +7,7 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import empty, stream, zeros
-from pydsa.backends.cuda.device import SIMULATED, device, dp4a, mma_s8
+from pydsa.backends.cuda.device import SIMULATED, device, dp4a, mma_f16
 from pydsa.backends.cuda.launch import kernel
 
 N_BYTES = 1 << 30       # that are copied, if a fourth of the free memory is as much
@@ -30,19 +30,19 @@ def copy_words(out, x):
 
 @device
 def four_more(a, b, p, q, r, s):
-    """A product of byte tiles for each of four sums of four."""
-    p = mma_s8(a, a, a, a, b, b, p[0], p[1], p[2], p[3])
-    q = mma_s8(a, a, a, a, b, b, q[0], q[1], q[2], q[3])
-    r = mma_s8(a, a, a, a, b, b, r[0], r[1], r[2], r[3])
-    s = mma_s8(a, a, a, a, b, b, s[0], s[1], s[2], s[3])
+    """A product of float16 tiles for each of four sums of four."""
+    p = mma_f16(a, a, a, a, b, b, p[0], p[1], p[2], p[3])
+    q = mma_f16(a, a, a, a, b, b, q[0], q[1], q[2], q[3])
+    r = mma_f16(a, a, a, a, b, b, r[0], r[1], r[2], r[3])
+    s = mma_f16(a, a, a, a, b, b, s[0], s[1], s[2], s[3])
     return p, q, r, s
 
 
-@kernel("i4[::1], i4", THREADS)
+@kernel("f4[::1], i4", THREADS)
 def tile_products(out, repeats):
-    """mma.m16n8k32 on bytes, four sums a warp at a time."""
-    a, b = np.uint32(cuda.threadIdx.x * 40503), np.uint32(cuda.threadIdx.x * 9973)
-    zero = (np.int32(0), np.int32(0), np.int32(0), np.int32(0))
+    """mma.m16n8k16 on float16, four sums a warp at a time."""
+    a, b = np.uint32(cuda.threadIdx.x * 40503) & np.uint32(0x0FFF0FFF), np.uint32(cuda.threadIdx.x * 9973) & np.uint32(0x0FFF0FFF)
+    zero = (np.float32(0), np.float32(0), np.float32(0), np.float32(0))
     p, q, r, s = zero, zero, zero, zero
     for _ in range(repeats):
         p, q, r, s = four_more(a, b, p, q, r, s)
@@ -69,8 +69,8 @@ def float_products(out, repeats):
     out[cuda.grid(1)] = c + e + f + g
 
 
-# kind of product -> kernel, dtype of its output, repetitions, operations of a thread in each; numbers of 16 bits take two products of bytes
-PEAKS = {"bytes in tensor cores": (tile_products, np.int32, 512, 4 * 2 * 16 * 8 * 32 / 32 / 2),
+# kind of product -> kernel, dtype of its output, repetitions, operations of a thread in each; activations of two parts take two products
+PEAKS = {"float16 in tensor cores": (tile_products, np.float32, 512, 4 * 2 * 16 * 8 * 16 / 32 / 2),
          "bytes": (byte_dots, np.int32, 4096, 4 * 2 * 4 / 2),
          "float32": (float_products, np.float32, 8192, 4 * 2)}
 OF_CACHES = ("dense_attention", "masked_attention", "sparse_attention", "indexer_scores", "indexer_select")
@@ -80,7 +80,7 @@ def product_kind(op, quantized, n_tokens):
     """What an op multiplies for so many tokens, with quantized weights or without."""
     if not quantized or op in OF_CACHES:
         return "float32"
-    return "bytes in tensor cores" if n_tokens > 1 else "bytes"
+    return "float16 in tensor cores" if n_tokens > 1 else "bytes"
 
 
 def measure_ceilings():

@@ -73,14 +73,18 @@ def sums_and_norm(step, ops, args):
             return 0
         added += [x, y, total] if not added else [y, total]
     added = added or [normed]
-    if not same(normed, added[-1]):
+    read, written = [*added[:2], *added[3:4]], added[2::2]
+    if not same(normed, added[-1]) or any(overlap(a, b) and not same(a, b) for a in written for b in read):
         return 0
-    step.launch(add_norm, [a.rows for a in added], out.rows, w, eps, written=[out, *added[2::2]], rounds=out.rows)
+    step.launch(add_norm, [a.rows for a in added], out.rows, w, eps, written=[out, *written], rounds=out.rows)
     return n + 1
 
 
 def products(step, ops, args):
-    """linear or head_linear with quantized weights; two of the first that take the same activations become one launch."""
+    """linear or head_linear with quantized weights; two of the first that take the same activations become one launch.
+
+    Of these the second may come after a norm of what the first made.
+    """
     if ops[0] not in (linear.linear, linear.head_linear):
         return 0
     out, w, x = args[0]
@@ -91,11 +95,16 @@ def products(step, ops, args):
         step.launch(round_and_rope, x.rows, *turned, written=turned[:1], rounds=x.rows)
         step.launch(multiply_one, [out.rows], [w], step.rounded(x.rows), linear.head_tiles(1, x.shape[1]), written=[out])
         return 2
-    n = 2 if ops[:2] == [linear.linear] * 2 and same(x, args[1][2]) and alike(w, args[1][1]) else 1
-    outs, weights = [a[0] for a in args[:n]], [a[1] for a in args[:n]]
+    between = 1 if ops[:3] == [linear.linear, norm.rms_norm, linear.linear] else 0
+    other = args[1 + between] if ops[:2 + between] == [linear.linear] + [norm.rms_norm] * between + [linear.linear] else None
+    pair = other is not None and same(x, other[2]) and alike(w, other[1]) and not (
+        between and (overlap(other[0], args[1][0]) or overlap(other[0], args[1][1])))
+    outs, weights = [out, other[0]] if pair else [out], [w, other[1]] if pair else [w]
     tiles = linear.head_tiles(1, 1 if ops[0] is linear.linear else x.shape[1])
     step.launch(multiply_one, [o.rows for o in outs], weights, step.rounded(x.rows), tiles, written=outs)
-    return n
+    if pair and between and sums_and_norm(step, ops[1:2], args[1:2]) == 0:
+        step.launch(norm.rms_norm, *args[1], written=args[1][:1])
+    return 2 + between if pair else 1
 
 
 def overlap(a, b):
