@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 from backends import IN_SIMULATOR
-from test_ops import Rows, compare, last_positions, normal, one_thread, rng, tensor  # noqa: F401
+from test_ops import Rows, compare, integers, last_positions, normal, one_thread, rng, tensor  # noqa: F401
 
 from pydsa.quants import SUPPORTED, block_type
 
@@ -45,3 +45,18 @@ def test_attention(kv_type, n_head, n_v, n_rot, n_kv, n_tokens):
     compare("dense_attention", (n_tokens, n_head, n_v), q, rows, positions, 0.05)
     compare("sparse_attention", (n_tokens, n_head, n_v), q, rows, indices, 0.05)
     compare("masked_attention", (n_tokens, n_head, n_v), q, rows, mask, positions, 0.05)
+
+
+@pytest.mark.parametrize("n", [8192, 20_000, 131_072])
+def test_top_k_of_long_rows(n):
+    """Rows that a GPU divides among blocks, of few different numbers: which of equals are chosen is decided in both steps."""
+    scores = integers(-3, 3, 2, n)
+    scores[1, ::7] = -np.inf
+    compare("top_k", [2, 2048], scores)
+
+
+def test_selection_in_long_rows():
+    """As indexer_select makes them, up to a position; the choice is float64's, as all numbers are whole."""
+    rows, q, w = Rows(integers(-2, 2, 9001, 32)), integers(-2, 2, 2, 3, 32), integers(1, 3, 2, 3)
+    compare("indexer_select", [2, 64], q, w, rows, np.array([8999, 9000]), 1.0)
+    compare("indexer_select", [1, 64], q[:1], w[:1], rows, np.array([70]), 1.0)

@@ -42,11 +42,22 @@ def load(numbers, scores, t, first, step, end):
         numbers[j] = x if i < end else NAN
 
 
-@kernel("i4[:,:], i4, f4[:,:], b1, f4[:,:], i4[:,:], b1, i8[:], i4, b1, i4", THREADS)
-def choose_of_rows(out, out_start, best, keep, scores, chosen, again, positions, start, causal, n_parts):
+@device
+def parts_of(n, k, n_parts):
+    """Into how many parts a row of n is divided, n_parts at most: one if short, else so many that both steps are shortest."""
+    used = 1
+    if n > 2 * PORTION:
+        while used < n_parts and used * (used + 1) * k < n:
+            used += 1
+    return used
+
+
+@kernel("i4[:,:], i4, f4[:,:], b1, f4[:,:], i4[:,:], b1, i8[:], i4, b1, i4, i8", THREADS)
+def choose_of_rows(out, out_start, best, keep, scores, chosen, again, positions, start, causal, n_parts, length):
     """out[out_start + t, part] = the k greatest of a part of row t of scores, and if `keep` best = what they are; a block is a part.
 
-    Each part has k places. If `again`, scores are of those chosen already. A row ends with position positions[start + t] if `causal`.
+    Each part has k places. If `again`, scores are of those chosen already, in all parts. Rows have a length, or end with position
+    positions[start + t] if `causal`.
     """
     numbers = cuda.local.array(EACH, np.float32)
     counts = cuda.shared.array(COUNTS, np.int32)
@@ -54,14 +65,18 @@ def choose_of_rows(out, out_start, best, keep, scores, chosen, again, positions,
     ends = cuda.shared.array(WARPS, np.int32)
     found = cuda.shared.array(2, np.int64)          # a digit, and how many of those with this digit are chosen
     thread, block = cuda.threadIdx.x & THREADS - 1, cuda.blockIdx.x & HIGHEST
-    part, t, k = block % n_parts, block // n_parts, out.shape[1] // n_parts
-    row = out_start + t
-    n = np.int64(scores.shape[1])
+    part, t, k = (0, block, out.shape[1]) if again else (block % n_parts, block // n_parts, out.shape[1] // n_parts)
+    row, n = out_start + t, np.int64(length)
     if causal:
         n = min(n, positions[start + t] + 1)
-    share = (n + n_parts - 1) // n_parts
-    first, end = min(n, part * share), min(n, (part + 1) * share)
+    used = parts_of(n, k, n_parts)
+    if part >= used:
+        return
+    share = (n + used - 1) // used
+    first, end = (0, used * k) if again else (min(n, part * share), min(n, (part + 1) * share))
     least, room, unknown = np.int64(0), np.int64(k), np.int64(32)     # the bits of the k-th, of which all but the last `unknown` are known
+    if end - first <= k:            # all are chosen
+        least, room, unknown = np.int64(LOWEST), np.int64(0), np.int64(0)
     while unknown > 0:
         shift = max(unknown - BITS, 0)
         for i in range(COUNTS // THREADS):
@@ -121,24 +136,19 @@ def choose_of_rows(out, out_start, best, keep, scores, chosen, again, positions,
             best[row, part * k + i] = NAN
 
 
-def parts_for(n_rows, n, k):
-    """Into how many parts rows of n are divided: as many blocks as are wanted, but no more than make both steps shortest."""
-    return max(1, min(BLOCKS // n_rows, round(math.sqrt(n / k))))
-
-
 def choose(out, scores, positions=None, start=0):
     """out[start + t] = the top-k of row t of scores; with positions, of those up to positions[start + t]."""
     n_rows, n, k = scores.shape[0], scores.shape[1], out.shape[1]
-    n_parts, causal = parts_for(n_rows, n, k), positions is not None
+    n_parts, causal = max(1, min(BLOCKS // n_rows, round(math.sqrt(n / k)))), positions is not None
     if not causal:
         positions = scratch("nothing", (1,), np.int64)
-    if n_parts == 1:
+    if n_parts == 1 or n <= 2 * PORTION:
         best, chosen = scratch("nothing", (1, 1), np.float32), scratch("nothing", (1, 1), np.int32)
-        choose_of_rows(n_rows, out, start, best, False, scores, chosen, False, positions, start, causal, 1)
+        choose_of_rows(n_rows, out, start, best, False, scores, chosen, False, positions, start, causal, 1, n)
         return
     best, chosen = (scratch("chosen of parts", (n_rows, n_parts * k), dtype) for dtype in (np.float32, np.int32))
-    choose_of_rows(n_rows * n_parts, chosen, 0, best, True, scores, chosen, False, positions, start, causal, n_parts)
-    choose_of_rows(n_rows, out, start, best, False, best, chosen, True, positions, start, False, 1)
+    choose_of_rows(n_rows * n_parts, chosen, 0, best, True, scores, chosen, False, positions, start, causal, n_parts, n)
+    choose_of_rows(n_rows, out, start, best, False, best, chosen, True, positions, start, causal, n_parts, n)
 
 
 def top_k(out, scores):
