@@ -173,8 +173,8 @@ def test_exp():
     assert (extremes[:2] < 1.3e-38).all() and (extremes[:2] >= 0).all() and extremes[2] == 1 and (extremes[3:] > 3e38).all()
 
 
-WIDTHS = {"F32": choose((1, 37), (1, 5, 16, 17, 96, 257, 288, 523)), "F16": choose((31,), (1, 31, 96, 257, 288)),
-          "BF16": choose((31,), (1, 31, 96, 257, 288)),
+WIDTHS = {"F32": choose((1, 37), (1, 5, 16, 17, 96, 257, 288, 523)), "F16": choose((31, 64), (1, 31, 96, 257, 288)),
+          "BF16": choose((31, 64), (1, 31, 96, 257, 288)),
           **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"),
                           choose((32, 96), (32, 96, 288, 544)))}
 PRODUCTS = [(kind, n_in) for kind in SUPPORTED for n_in in WIDTHS.get(kind, choose((256,), (256, 768)))]

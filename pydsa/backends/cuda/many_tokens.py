@@ -1,6 +1,7 @@
-"""Products of quantized weights with many rows of activations, in tensor cores.
+"""Products of all weights but float32 ones with many rows of activations, in tensor cores.
 
-Activations become two float16 each, with a scale a row, which together have 22 bits; weights stay whole: a byte is a float16 without loss.
+Activations become two float16 each, with a scale a row, which together have 22 bits; weights lose nothing: bytes are float16, and so are
+bfloat16 but for their exponents.
 A group of 32 weights meets them in four steps of mma.m16n8k16; its scales are multiplied with the float32 sums, offsets with sums of 16
 activations. Tokens are the rows of the instruction, weights its columns. The numbers of a group come in four chunks, one for each lane that
 shares a row: chunk i has the numbers 4 i to 4 i + 3 of both halves. In shared memory tokens lie in the order of the instruction's lanes;
@@ -14,8 +15,8 @@ from numba import cuda
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.blocks import GROUPED
 from pydsa.backends.cuda.block_sums import block_max
-from pydsa.backends.cuda.device import (MMA_WARP, SIMULATED, device, fma, four_of, halves_of_bytes, mma_f16, of_half, put_words,
-                                        sum_of_four, to_half, two_at)
+from pydsa.backends.cuda.device import (MMA_WARP, SIMULATED, bits_float, device, fma, four_of, four_words_at, halves_of_bytes, mma_f16,
+                                        of_half, put_words, sum_of_four, to_half, two_at)
 from pydsa.backends.cuda.launch import kernel
 
 ROW_WARPS, TOKEN_WARPS = (1, 2) if SIMULATED else (4, 2)
@@ -31,7 +32,7 @@ TOKEN_WORDS = 2 * PLANE
 SUMS = 16 * TOKEN_TILES                     # of a lane
 LARGEST = 16384                             # of a row's float16
 ROUNDING = 8 if SIMULATED else 256          # threads that round a row
-ZERO = np.float32(0)
+ZERO, ONE = np.float32(0), np.float32(1)
 NOTHING = (ZERO, ZERO)
 
 
@@ -108,8 +109,57 @@ def put_chunk(row_words, at, before, behind):
     put_words(row_words, at, w0, w1, w2, w3)
 
 
-def _make_many(name):
-    group, halves, offsets = GROUPED[name].group, GROUPED[name].halves, GROUPED[name].offsets
+def _of_bytes(group):
+    @device
+    def unpack(row_words, row, data, at, k):
+        """Group k of a row that begins `at` bytes into the data, as chunks -> two scales, two offsets."""
+        w0, w1, w2, w3, w4, w5, w6, w7, d, d1, m, m1 = group(data, at, k)
+        put_chunk(row_words, place(row, 0), w0, w4)
+        put_chunk(row_words, place(row, 1), w1, w5)
+        put_chunk(row_words, place(row, 2), w2, w6)
+        put_chunk(row_words, place(row, 3), w3, w7)
+        return d, d1, m, m1
+    return unpack
+
+
+@device
+def unpack_f16(row_words, row, data, at, k):
+    """The same of float16, as they are."""
+    for i in range(2):
+        a, b, c, d = four_words_at(data, at + 64 * k + 16 * i)
+        e, f, g, h = four_words_at(data, at + 64 * k + 32 + 16 * i)
+        put_words(row_words, place(row, 2 * i), a, b, e, f)
+        put_words(row_words, place(row, 2 * i + 1), c, d, g, h)
+    return ONE, ONE, ZERO, ZERO
+
+
+@device
+def two_as_halves(word, factor):
+    """Two bfloat16, times a power of two, as float16."""
+    return np.uint32(to_half(bits_float(np.uint32(word << 16)) * factor) | to_half(bits_float(np.uint32(word & 0xFFFF0000)) * factor) << 16)
+
+
+@device
+def unpack_bf16(row_words, row, data, at, k):
+    """The same of bfloat16: times a power of two they are float16, but for what is less than 2^-29 of the group's greatest."""
+    top = 0
+    for i in range(4):
+        a, b, c, d = four_words_at(data, at + 64 * k + 16 * i)
+        top = max(top, a & 0x7F80, b & 0x7F80, c & 0x7F80, d & 0x7F80)
+        top = max(top, a >> 16 & 0x7F80, b >> 16 & 0x7F80, c >> 16 & 0x7F80, d >> 16 & 0x7F80)
+    exponent = min(max(top >> 7, 16), 254)          # of the greatest, which becomes 2^14
+    factor, scale = bits_float(np.uint32(268 - exponent << 23)), bits_float(np.uint32(exponent - 14 << 23))
+    for i in range(2):
+        a, b, c, d = four_words_at(data, at + 64 * k + 16 * i)
+        e, f, g, h = four_words_at(data, at + 64 * k + 32 + 16 * i)
+        put_words(row_words, place(row, 2 * i), two_as_halves(a, factor), two_as_halves(b, factor), two_as_halves(e, factor),
+                  two_as_halves(f, factor))
+        put_words(row_words, place(row, 2 * i + 1), two_as_halves(c, factor), two_as_halves(d, factor), two_as_halves(g, factor),
+                  two_as_halves(h, factor))
+    return scale, scale, ZERO, ZERO
+
+
+def _make_many(name, unpack, halves=False, offsets=False):
     kinds = 2 if halves else 1
     n_factors, n_sums = 2 * kinds * ROWS, 2 * TOKENS if offsets else 2
 
@@ -187,11 +237,7 @@ def _make_many(name):
         cuda.syncthreads()
         for k in range(np.int32(0), np.int32(n_groups), np.int32(1)):
             if unpacks:
-                w0, w1, w2, w3, w4, w5, w6, w7, d, d1, m, m1 = group(w, row_at, k)
-                put_chunk(row_words, place(thread, 0), w0, w4)
-                put_chunk(row_words, place(thread, 1), w1, w5)
-                put_chunk(row_words, place(thread, 2), w2, w6)
-                put_chunk(row_words, place(thread, 3), w3, w7)
+                d, d1, m, m1 = unpack(row_words, thread, w, row_at, k)
                 factors[thread] = d
                 if halves:
                     factors[ROWS + thread] = d1
@@ -246,4 +292,5 @@ def _make_many(name):
     return kernel(signature, THREADS, f"many_{name.lower()}", blocks=2)(many)
 
 
-MANY = {name: _make_many(name) for name in GROUPED}
+MANY = {name: _make_many(name, _of_bytes(entry.group), entry.halves, entry.offsets) for name, entry in GROUPED.items()}
+MANY |= {"F16": _make_many("F16", unpack_f16), "BF16": _make_many("BF16", unpack_bf16)}

@@ -3,13 +3,12 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.blocks import FLOATS
 from pydsa.backends.cuda.device import SIMULATED, WARP, device, exp, warp_max, warp_sum
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.backends.cuda.linear import numbers
 from pydsa.backends.cuda.norm import silu_mul
 from pydsa.backends.cuda.many_tokens import TOKENS
-from pydsa.backends.cuda.products import Tiles, multiply, prepared
+from pydsa.backends.cuda.products import Tiles, as_floats, multiply, prepared
 
 MOST = 1024             # experts, as models/deepseek2.py allows
 STARTS = MOST + 1
@@ -164,7 +163,7 @@ def moe_gate_up(out, x, ids, gate, up):
     ups = scratch("ups", hidden.shape, np.float32)
     ready = prepared(gate, x, tiles.single)
     multiply(hidden, gate, ready, tiles)
-    multiply(ups, up, ready if (gate.type in FLOATS) == (up.type in FLOATS) else prepared(up, x, tiles.single), tiles)
+    multiply(ups, up, ready if as_floats(gate, tiles.single) == as_floats(up, tiles.single) else prepared(up, x, tiles.single), tiles)
     silu_mul(hidden, hidden, ups)
 
 

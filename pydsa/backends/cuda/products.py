@@ -81,8 +81,13 @@ class Tiles(NamedTuple):
 
 
 def prepared(w, x, single):
-    """Activations, a view of any strides, as rows that meet w, of one token or of many; unquantized weights meet them as they are."""
-    return x.rows if w.type in FLOATS else rounded(x.rows) if single else halved(x.rows)
+    """Activations, a view of any strides, as rows that meet w, of one token or of many; float32 weights meet them as they are."""
+    return x.rows if as_floats(w, single) else rounded(x.rows) if single else halved(x.rows)
+
+
+def as_floats(w, single):
+    """Whether activations stay float32: beside float32 weights, any unquantized ones for one token, and rows that groups do not divide."""
+    return w.type in FLOATS and (single or w.type == "F32" or w.shape[-1] % 32 != 0)
 
 
 def multiply(out, w, x, tiles):
@@ -90,7 +95,7 @@ def multiply(out, w, x, tiles):
     out = out.rows
     if w.type in FLOATS and tiles.single and x.shape[1] % 4 == 0:
         ONE_OF_FLOATS[w.type]((out.shape[1], tiles.matrix.size), out, w.data, w.row_bytes, tiles.matrix, tiles.x_div, x)
-    elif w.type in FLOATS:
+    elif as_floats(w, tiles.single):
         OF_FLOATS[w.type]((blocks_for(out.shape[1], WARPS), tiles.matrix.size), out, w.data, w.row_bytes, *tiles[:-1], x)
     elif tiles.single:
         multiply_one([out], [w], x, tiles)
