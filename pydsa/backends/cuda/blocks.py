@@ -330,10 +330,16 @@ def four_f16(data, row, i):
 
 
 @device
+def two_bf16(word):
+    """The two bfloat16 of a word, as float32."""
+    return bits_float(np.uint32(word << 16 & 0xFFFF0000)), bits_float(np.uint32(word & 0xFFFF0000))
+
+
+@device
 def four_bf16(data, row, i):
-    a, b = word_at(data, row + 2 * i), word_at(data, row + 2 * i + 4)
-    return (bits_float(np.uint32(a << 16)), bits_float(np.uint32(a & 0xFFFF0000)), bits_float(np.uint32(b << 16)),
-            bits_float(np.uint32(b & 0xFFFF0000)))
+    a, b = two_bf16(word_at(data, row + 2 * i))
+    c, d = two_bf16(word_at(data, row + 2 * i + 4))
+    return a, b, c, d
 
 
 # type -> four(data, row, i), the i-th to (i + 3)-th number of a row of a multiple of four

@@ -13,7 +13,7 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.blocks import GROUPED
+from pydsa.backends.cuda.blocks import GROUPED, two_bf16
 from pydsa.backends.cuda.block_sums import block_max
 from pydsa.backends.cuda.device import (MMA_WARP, SIMULATED, bits_float, device, fma, four_of, four_words_at, halves_of_bytes, mma_f16,
                                         of_half, put_words, sum_of_four, to_half, two_at)
@@ -136,7 +136,8 @@ def unpack_f16(row_words, row, data, at, k):
 @device
 def two_as_halves(word, factor):
     """Two bfloat16, times a power of two, as float16."""
-    return np.uint32(to_half(bits_float(np.uint32(word << 16)) * factor) | to_half(bits_float(np.uint32(word & 0xFFFF0000)) * factor) << 16)
+    a, b = two_bf16(word)
+    return np.uint32(to_half(a * factor) | to_half(b * factor) << 16)
 
 
 @device
