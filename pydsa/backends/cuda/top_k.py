@@ -9,28 +9,31 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.device import SIMULATED, WARP, device, float_bits
+from pydsa.backends.cuda.device import SIMULATED, WARP, device, float_bits, four_of
 from pydsa.backends.cuda.launch import BLOCKS, kernel
 from pydsa.backends.cuda.block_sums import block_prefix
 
 THREADS = 8 if SIMULATED else 512
 WARPS = THREADS // WARP
-BITS = 4 if SIMULATED else 11           # of a digit
-BINS = 1 << BITS
+BITS = 5 if SIMULATED else 11           # of a digit
+BINS = 1 << BITS                        # four for each thread
 COPIES = 2 if SIMULATED else 4          # of each bin, so that fewer lanes wait for each other: scores share their first bits
-COUNTS, MY_BINS = BINS * COPIES, BINS // THREADS
+PITCH = BINS + 8                        # from a copy to the next, in other banks
+COUNTS = COPIES * PITCH
+ROUNDS = -(-COUNTS // THREADS)
 EACH = 4 if SIMULATED else 8            # scores that a thread takes together
 PORTION, ROOM = EACH * THREADS, 1 << 16
-LOWEST, NAN = 0x007FFFFF, np.float32(np.nan)        # ordered(-inf)
+LOWEST, NAN = np.uint32(0x007FFFFF), np.float32(np.nan)     # ordered(-inf)
 HIGHEST = 0x7FFFFFFF    # & HIGHEST tells the compiler that an index is not negative
+ALL, SIGN, NONE = np.uint32(0xFFFFFFFF), np.uint32(0x80000000), np.uint32(0)
 
 
 @device
 def ordered(x):
-    """An integer below 2^32 that sorts as the float does; both zeros are equal; NaN is below -inf."""
-    bits = np.int64(float_bits(x + np.float32(0)))          # -0 becomes 0
-    key = bits ^ (0xFFFFFFFF if bits > HIGHEST else 0x80000000)
-    return key if x == x else np.int64(0)
+    """A uint32 that sorts as the float does; both zeros are equal; NaN is below -inf."""
+    bits = float_bits(x + np.float32(0))        # -0 becomes 0
+    key = np.uint32(bits ^ (ALL if bits > HIGHEST else SIGN))
+    return key if x == x else NONE
 
 
 @device
@@ -60,7 +63,7 @@ def choose_of_rows(out, out_start, best, keep, scores, chosen, again, positions,
     positions[start + t] if `causal`.
     """
     numbers = cuda.local.array(EACH, np.float32)
-    counts = cuda.shared.array(COUNTS, np.int32)
+    counts = cuda.shared.array(COUNTS, np.uint32, 16)
     totals = cuda.shared.array(WARPS, np.int32)
     ends = cuda.shared.array(WARPS, np.int32)
     found = cuda.shared.array(2, np.int64)          # a digit, and how many of those with this digit are chosen
@@ -74,39 +77,43 @@ def choose_of_rows(out, out_start, best, keep, scores, chosen, again, positions,
         return
     share = (n + used - 1) // used
     first, end = (0, used * k) if again else (min(n, part * share), min(n, (part + 1) * share))
-    least, room, unknown = np.int64(0), np.int64(k), np.int64(32)     # the bits of the k-th, of which all but the last `unknown` are known
+    # the bits of the k-th, of which all but the last `unknown` are known; `known` masks these
+    least, known, room, unknown = NONE, NONE, np.int64(k), np.int64(32)
     if end - first <= k:            # all are chosen
-        least, room, unknown = np.int64(LOWEST), np.int64(0), np.int64(0)
+        least, room, unknown = LOWEST, np.int64(0), np.int64(0)
     while unknown > 0:
         shift = max(unknown - BITS, 0)
-        for i in range(COUNTS // THREADS):
-            counts[i * THREADS + thread] = 0
+        for i in range(ROUNDS):
+            if i * THREADS + thread < COUNTS:
+                counts[i * THREADS + thread] = 0
         cuda.syncthreads()
         for base in range(first, end, PORTION):
             load(numbers, scores, t, base + thread, THREADS, end)
             for j in range(EACH):
                 key = ordered(numbers[j])
-                if key > LOWEST and (key ^ least) >> unknown == 0:
-                    cuda.atomic.add(counts, ((key >> shift & (1 << (unknown - shift)) - 1) * COPIES) + (thread & COPIES - 1), 1)
+                if key > LOWEST and (key ^ least) & known == 0:
+                    digit = key >> (shift & 31) & (1 << (unknown - shift)) - 1
+                    cuda.atomic.add(counts, ((thread & COPIES - 1) * PITCH + digit) & HIGHEST, 1)
         cuda.syncthreads()
-        mine = 0
-        for i in range(MY_BINS * COPIES):
-            mine += counts[COUNTS - 1 - (thread * MY_BINS * COPIES + i)]
+        c0, c1, c2, c3 = np.int64(0), np.int64(0), np.int64(0), np.int64(0)      # of four bins, the highest first
+        for copy in range(COPIES):
+            a, b, c, d = four_of(counts, copy * PITCH + BINS - 4 * (thread + 1))
+            c0, c1, c2, c3 = c0 + np.int64(d), c1 + np.int64(c), c2 + np.int64(b), c3 + np.int64(a)
+        mine = c0 + c1 + c2 + c3
         before, total = block_prefix(np.int32(mine), totals, ends, thread, WARPS)
         if total <= room:           # all that are left are chosen
-            least, room = max(least - 1, np.int64(LOWEST)), np.int64(0)
+            least, room = np.uint32(max(np.int64(least) - 1, np.int64(LOWEST))), np.int64(0)
             break
         if before < room <= before + mine:
-            left = room - before
-            for i in range(MY_BINS):
-                digit, here = BINS - 1 - thread * MY_BINS - i, 0
-                for copy in range(COPIES):
-                    here += counts[digit * COPIES + copy]
+            left, digit = room - before, BINS - 1 - 4 * thread
+            for here in (c0, c1, c2, c3):
                 if left > 0:
                     found[0], found[1] = digit, left
                 left -= here
+                digit -= 1
         cuda.syncthreads()
-        least, room, unknown = least | found[0] << shift, found[1], shift
+        least, room, unknown = np.uint32(least | found[0] << (shift & 31)), found[1], shift
+        known = np.uint32(ALL << (shift & 31))
         cuda.syncthreads()
     greater_before, equal_before = 0, 0
     for base in range(first, end, PORTION):
