@@ -32,7 +32,7 @@ def test_experts_of_many_tokens():
 
 
 @pytest.mark.parametrize("kv_type", ["i16", "q8_0"])
-@pytest.mark.parametrize("n_head, n_v, n_rot, n_kv, n_tokens", [(40, 512, 64, 200, 1), (24, 96, 12, 150, 3), (128, 512, 64, 70, 1)])
+@pytest.mark.parametrize("n_head, n_v, n_rot, n_kv, n_tokens", [(40, 512, 64, 200, 1), (25, 96, 12, 150, 3), (128, 512, 64, 70, 1)])
 def test_attention(kv_type, n_head, n_v, n_rot, n_kv, n_tokens):
     """Enough heads for a GPU's tensor cores, with few keys of many chosen, and tiles that are not full."""
     q, rows = normal(n_tokens, n_head, n_v + n_rot), Rows(normal(n_kv, n_v + n_rot), kv_type, n_v)

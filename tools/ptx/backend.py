@@ -68,11 +68,15 @@ class Launcher:
 
 def install(size=SIZE):
     """Let the CUDA backend run on the machine of this folder -> its Arena."""
+    import numba.cuda.cudadrv.driver
     import numba.cuda.dispatcher
     device = SimpleNamespace(compute_capability=CAPABILITY, name="PTX in numpy (tools/ptx)")
     numba.cuda.dispatcher.get_current_device = numba.cuda.get_current_device = lambda: device
     arena = Arena(size)
-    numba.cuda.current_context = lambda: SimpleNamespace(get_memory_info=lambda: SimpleNamespace(free=size, total=size))
+    context = SimpleNamespace(get_memory_info=lambda: SimpleNamespace(free=size, total=size),
+                              memory_manager=SimpleNamespace(deallocations=SimpleNamespace(clear=lambda: None)))
+    numba.cuda.current_context = lambda: context
+    numba.cuda.cudadrv.driver.driver.get_version = lambda: (99, 0)
     numba.cuda.stream = lambda: SimpleNamespace(synchronize=lambda: None)
     numba.cuda.device_array = lambda n_bytes, dtype: Bytes(arena, arena.allocate(n_bytes), n_bytes)
 

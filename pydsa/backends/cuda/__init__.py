@@ -8,7 +8,7 @@ import numpy as np
 import psutil
 from numba import cuda
 
-from pydsa.backends.cuda.array import DeviceArray, empty, stream, upload  # noqa: F401
+from pydsa.backends.cuda.array import DeviceArray, alone, empty, stream, upload  # noqa: F401
 from pydsa.backends.cuda.attention import dense_attention, masked_attention, sparse_attention  # noqa: F401
 from pydsa.backends.cuda.ceilings import measure_ceilings, product_kind  # noqa: F401
 from pydsa.backends.cuda.device import SIMULATED
@@ -32,11 +32,17 @@ def check_device():
     """A clear error where there is no GPU that can run the kernels."""
     if SIMULATED:
         return
+    from cuda import bindings
+    from numba.cuda.cudadrv.driver import driver
     try:
         device = cuda.get_current_device()
     except Exception as error:      # the driver's errors have no class of their own in common
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PydsaError(f"--device cuda finds no NVIDIA driver or no GPU ({first}); `nvidia-smi` must list one.") from error
+    made_for, has = int(bindings.__version__.split(".")[0]), driver.get_version()
+    if has[0] < made_for:
+        raise PydsaError(f"--device cuda: the NVIDIA driver knows CUDA {has[0]}.{has[1]}, but the installed packages make kernels for CUDA "
+                         f"{made_for}; pydsa needs a newer driver, or `pip install 'numba-cuda[cu{has[0]}]'`.")
     if device.compute_capability < OLDEST:
         major, minor = device.compute_capability
         raise PydsaError(f"--device cuda: this GPU, {device_name()}, has compute capability {major}.{minor}; pydsa needs "
@@ -65,7 +71,9 @@ def free_bytes():
     """Bytes of memory that are free on the device."""
     if SIMULATED:
         return psutil.virtual_memory().available
-    return cuda.current_context().get_memory_info().free
+    context = cuda.current_context()
+    context.memory_manager.deallocations.clear()        # what numba has yet to give back
+    return context.get_memory_info().free
 
 
 def fetch(array):
@@ -80,7 +88,8 @@ def store(array, values):
 
 def synchronize():
     """Wait for all that was launched."""
-    stream().synchronize()
+    with alone:
+        stream().synchronize()
 
 
 def compile_calls(calls, progress=None):
@@ -149,11 +158,12 @@ class Recording:
 
     def _record(self, driver):
         handle = int(stream().handle)
-        _checked(driver.cuStreamBeginCapture(handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
-        try:
-            self._launch()
-        finally:
-            graph = _checked(driver.cuStreamEndCapture(handle))
+        with alone, cuda.defer_cleanup():       # nothing is freed by the way, which cannot be recorded
+            _checked(driver.cuStreamBeginCapture(handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
+            try:
+                self._launch()
+            finally:
+                graph = _checked(driver.cuStreamEndCapture(handle))
         recorded_step = _checked(driver.cuGraphInstantiate(graph, 0))
         _checked(driver.cuGraphDestroy(graph))
         return recorded_step

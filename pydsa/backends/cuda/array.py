@@ -4,12 +4,16 @@ Behind each stands a numpy array at the device's address, which the host never r
 that memory is the host's.
 """
 import functools
+import threading
 
 import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.device import SIMULATED
 from pydsa.errors import OutOfMemoryError
+
+
+alone = threading.RLock()       # is held by what must not come in between while another thread records a step: it would be recorded too
 
 
 class DeviceArray:
@@ -73,8 +77,9 @@ class DeviceArray:
     def get(self):
         """The values as a numpy array."""
         start, n = self._bytes()
-        span = self._memory[start:start + n].copy_to_host(stream=stream())
-        stream().synchronize()
+        with alone:
+            span = self._memory[start:start + n].copy_to_host(stream=stream())
+            stream().synchronize()
         return np.ndarray(self.shape, self.dtype, span, 0, self.strides)
 
     def set(self, values):
@@ -82,15 +87,17 @@ class DeviceArray:
         values = np.ascontiguousarray(values, self.dtype)
         start, n = self._bytes()
         assert n == values.nbytes
-        self._memory[start:start + n].copy_to_device(values.reshape(-1).view(np.uint8), stream=stream())
-        stream().synchronize()      # the values may be gone when the copy begins
+        with alone:
+            self._memory[start:start + n].copy_to_device(values.reshape(-1).view(np.uint8), stream=stream())
+            stream().synchronize()      # the values may be gone when the copy begins
 
     def clear(self):
         """Set a contiguous array to zeros."""
         if SIMULATED:
             self._places[...] = 0
         else:
-            self.numba.gpu_data.memset(0, self.nbytes, stream())
+            with alone:
+                self.numba.gpu_data.memset(0, self.nbytes, stream())
 
 
 def _address(memory):

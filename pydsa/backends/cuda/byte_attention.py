@@ -46,9 +46,15 @@ def takes(latents, n_head, n_v):
 
 @kernel("u4[::1], f4[:,:,:], f4[:,:,:], i4, i4", WARP)
 def round_heads(words, scales, q, first, n_steps):
-    """A warp rounds a part of one head's query; its words go where the lanes of mma_s8 take them: [t, tile, step, plane, lane, 4]."""
+    """A warp rounds a part of one head's query; its words go where the lanes of mma_s8 take them: [t, tile, step, plane, lane, 4].
+
+    Heads that do not exist, up to a multiple of sixteen, are zeros.
+    """
     lane, h, t, part = cuda.threadIdx.x, cuda.blockIdx.x // 2, cuda.blockIdx.y, cuda.blockIdx.x % 2
     start, end = (0, first) if part == 0 else (first, q.shape[2])
+    length = end - start
+    if h >= q.shape[1]:
+        end = start
     top, bad = ZERO, ZERO
     for i in range(start + lane, end, WARP):
         magnitude = abs(q[t, h, i])
@@ -58,11 +64,11 @@ def round_heads(words, scales, q, first, n_steps):
     top, bad = warp_max(top), warp_max(bad)
     known = bad == ZERO and top < INFINITY
     factor = np.float32(LARGEST) / top if known and top > np.float32(1e-30) else ZERO
-    if lane == 0:
+    if lane == 0 and h < q.shape[1]:
         scales[t, h, part] = top / np.float32(LARGEST) if known else np.float32(np.nan)
     n_tiles, before = (q.shape[1] + 15) // 16, (first + 31) // 32 if part == 1 else 0
     base = (np.int64(t) * n_tiles + h // 16) * n_steps
-    for word in range(lane, (end - start + 31) // 32 * 8, WARP):
+    for word in range(lane, (length + 31) // 32 * 8, WARP):
         i = start + 4 * word
         a, b, c, e = (nearest(q[t, h, i], factor), nearest(q[t, h, i + 1], factor), nearest(q[t, h, i + 2], factor),
                       nearest(q[t, h, i + 3], factor)) if i < end else (0, 0, 0, 0)
@@ -323,7 +329,7 @@ def attend(out, splits, q, latents, positions, indices, mask, mode, scale):
     words = scratch("words of heads", (n_tokens * n_tiles * n_steps * 256,), np.uint32)
     scales = scratch("scales of heads", (n_tokens, n_head, 2), np.float32)
     n_splits = splits[1].shape[2]
-    round_heads((2 * n_head, n_tokens), words, scales, q, latents.first, n_steps)
+    round_heads((32 * n_tiles, n_tokens), words, scales, q, latents.first, n_steps)
     ATTEND[latents.storage]((n_tokens * n_splits * blocks_for(n_head, HEADS), blocks_for(out.shape[2], COLUMNS)), out, *splits, words,
                             scales, latents.data.flat, latents.data.shape[1], latents.first, latents.second, positions, indices, mask, mode,
                             n_splits, scale)

@@ -5,6 +5,11 @@ from numba import cuda
 
 from pydsa.backends.cuda.array import DeviceArray, stream
 from pydsa.backends.cuda.device import SIMULATED
+from pydsa.errors import PydsaError
+
+if not SIMULATED:
+    from numba.cuda.core import config
+    config.CUDA_LOW_OCCUPANCY_WARNINGS = 0      # most launches of one token are small
 
 BLOCKS = 4 if SIMULATED else 264        # that are wanted where work is divided freely, two for each of an H100's processors
 KERNELS = {}        # name -> Kernel: all that there are, for the tests that compile them without a GPU
@@ -27,7 +32,14 @@ class Kernel:
     @functools.cached_property
     def compiled(self):
         """The function for this GPU."""
-        return cuda.jit(self.function) if SIMULATED else cuda.jit(self.signature, launch_bounds=self.bounds)(self.function)
+        if SIMULATED:
+            return cuda.jit(self.function)
+        try:    # without optimization at link time, which takes longer and makes other code than ptx() shows
+            return cuda.jit(self.signature, launch_bounds=self.bounds, lto=False)(self.function)
+        except Exception as error:      # the driver's errors have no class of their own in common
+            if type(error).__name__ not in ("CUDAError", "CudaAPIError"):
+                raise
+            raise PydsaError(f"The CUDA driver does not take the kernel {self.function.__name__} ({error}).") from error
 
     def ptx(self, capability):
         """Its PTX for a compute capability, (9, 0) for example, without a GPU."""
