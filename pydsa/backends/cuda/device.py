@@ -124,8 +124,8 @@ if SIMULATED:
 
     def _wait(n):
         """Let n lanes side by side wait for each other."""
-        arrivals = _arrivals[n, _thread().threadIdx.x // n]
-        with _lock:
+        with _lock:     # two threads that come first at the same time must find the same list
+            arrivals = _arrivals[n, _thread().threadIdx.x // n]
             rounds = arrivals[1]
             arrivals[0] += 1
             if arrivals[0] == n:
