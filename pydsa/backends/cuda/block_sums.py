@@ -1,7 +1,7 @@
 """Sums, greatest numbers and prefix sums over the threads of a block."""
 import numpy as np
 
-from pydsa.backends.cuda.device import WARP, device, float_bits, sync, warp_max, warp_prefix, warp_sum, warp_top
+from pydsa.backends.cuda.device import WARP, device, float_bits, sync, warp_prefix, warp_sum, warp_top
 
 
 @device
@@ -28,19 +28,6 @@ def magnitude_bits(x):
 def block_top(x, parts, thread, n_threads):
     """The greatest of a block's int32, in every thread; `parts` is shared memory with an int32 for each warp."""
     x = warp_top(x)
-    if thread % WARP == 0:
-        parts[thread // WARP] = x
-    sync()
-    for i in range(n_threads // WARP):
-        x = max(x, parts[i])
-    sync()
-    return x
-
-
-@device
-def block_max(x, parts, thread, n_threads):
-    """The greatest of a block's float32, likewise."""
-    x = warp_max(x)
     if thread % WARP == 0:
         parts[thread // WARP] = x
     sync()

@@ -9,8 +9,9 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
+from pydsa.backends.cuda.block_sums import magnitude_bits
 from pydsa.backends.cuda.device import (MMA_WARP, SIMULATED, WARP, bits_float, device, exp, four_of, mma_s8, nearest, permuted,
-                                        put_words, sync, two_words, warp_max, word_at)
+                                        put_words, sync, two_words, warp_top, word_at)
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.quants import LARGEST
 
@@ -55,14 +56,11 @@ def round_heads(words, scales, q, first, n_steps):
     length = end - start
     if h >= q.shape[1]:
         end = start
-    top, bad = ZERO, ZERO
+    bits = np.int32(0)
     for i in range(start + lane, end, WARP):
-        magnitude = abs(q[t, h, i])
-        if magnitude != magnitude:
-            bad = np.float32(1)
-        top = max(top, magnitude)
-    top, bad = warp_max(top), warp_max(bad)
-    known = bad == ZERO and top < INFINITY
+        bits = max(bits, magnitude_bits(q[t, h, i]))
+    top = bits_float(np.uint32(warp_top(bits)))
+    known = top < INFINITY
     factor = np.float32(LARGEST) / top if known and top > np.float32(1e-30) else ZERO
     if lane == 0 and h < q.shape[1]:
         scales[t, h, part] = top / np.float32(LARGEST) if known else np.float32(np.nan)

@@ -7,7 +7,8 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.device import MMA_WARP, SIMULATED, WARP, bits_float, device, mma_s8, nearest, two_words, warp_max, word_at
+from pydsa.backends.cuda.block_sums import magnitude_bits
+from pydsa.backends.cuda.device import MMA_WARP, SIMULATED, WARP, bits_float, device, mma_s8, nearest, two_words, warp_top, word_at
 from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
 from pydsa.quants import LARGEST
 
@@ -38,15 +39,12 @@ def round_query(queries, weights, q, w, t, h, lane):
     width are zeros. What is not finite becomes a weight that is not.
     """
     n_head, width = q.shape[1], q.shape[2]
-    top, bad = ZERO, ZERO
+    bits = np.int32(0)
     if h < n_head:
         for i in range(lane, width, WARP):
-            magnitude = abs(q[t, h, i])
-            if magnitude != magnitude:
-                bad = np.float32(1)
-            top = max(top, magnitude)
-    top, bad = warp_max(top), warp_max(bad)
-    known = bad == ZERO and top < np.float32(np.inf)
+            bits = max(bits, magnitude_bits(q[t, h, i]))
+    top = bits_float(np.uint32(warp_top(bits)))
+    known = top < np.float32(np.inf)
     factor = np.float32(LARGEST) / top if known and top > np.float32(1e-30) else ZERO
     if lane == 0:
         weights[t, h] = (w[t, h] * (top / np.float32(LARGEST)) if known else np.float32(np.nan)) if h < n_head else ZERO

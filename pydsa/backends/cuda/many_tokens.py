@@ -1,11 +1,10 @@
 """Products of all weights but float32 ones with many rows of activations, in tensor cores.
 
 Activations become two float16 each, with a scale a row, which together have 22 bits; weights lose nothing: bytes are float16, and so are
-bfloat16 but for their exponents.
-A group of 32 weights meets them in four steps of mma.m16n8k16; its scales are multiplied with the float32 sums, offsets with sums of 16
-activations. Tokens are the rows of the instruction, weights its columns. The numbers of a group come in four chunks, one for each lane that
-shares a row: chunk i has the numbers 4 i to 4 i + 3 of both halves. In shared memory tokens lie in the order of the instruction's lanes;
-which of a weight row's places a chunk takes differs from row to row, so that lanes meet in no bank.
+bfloat16 but for their exponents. A group of 32 weights meets them in four steps of mma.m16n8k16; its scales are multiplied with the float32
+sums, offsets with sums of 16 activations. Tokens are the rows of the instruction, weights its columns. The numbers of a group come in four
+chunks, one for each lane that shares a row: chunk i has the numbers 4 i to 4 i + 3 of both halves. In shared memory tokens lie in the order
+of the instruction's lanes; which of a weight row's places a chunk takes differs from row to row, so that lanes meet in no bank.
 """
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.blocks import GROUPED, two_bf16
-from pydsa.backends.cuda.block_sums import block_max
+from pydsa.backends.cuda.block_sums import block_top, magnitude_bits
 from pydsa.backends.cuda.device import (MMA_WARP, SIMULATED, bits_float, device, fma, four_of, four_words_at, halves_of_bytes, mma_f16,
                                         of_half, put_words, sum_of_four, to_half, two_at)
 from pydsa.backends.cuda.launch import kernel
@@ -56,17 +55,14 @@ def two_halves(x):
 def halve_rows(words, scales, sums, x):
     """A block rounds a row, a thread four numbers at a time. What is not finite becomes a scale that is NaN."""
     t, thread, n = cuda.blockIdx.x, cuda.threadIdx.x, x.shape[1]
-    parts = cuda.shared.array(32, np.float32)
-    top, bad = ZERO, ZERO
+    tops, bits = cuda.shared.array(32, np.int32), np.int32(0)
     for i in range(thread, n, ROUNDING):
-        magnitude = abs(x[t, i])
-        top = max(top, magnitude)
-        if not magnitude < np.float32(np.inf):
-            bad = np.float32(1)
-    top, bad = block_max(top, parts, thread, ROUNDING), block_max(bad, parts, thread, ROUNDING)
-    factor = np.float32(LARGEST) / top if bad == ZERO and top > np.float32(1e-30) else ZERO
+        bits = max(bits, magnitude_bits(x[t, i]))
+    top = bits_float(np.uint32(block_top(bits, tops, thread, ROUNDING)))
+    known = top < np.float32(np.inf)
+    factor = np.float32(LARGEST) / top if known and top > np.float32(1e-30) else ZERO
     if thread == 0:
-        scales[t] = top / np.float32(LARGEST) if bad == ZERO else np.float32(np.nan)
+        scales[t] = top / np.float32(LARGEST) if known else np.float32(np.nan)
     for first in range(0, n // 4, ROUNDING):
         four = first + thread
         there = four < n // 4 and factor > ZERO         # infinity times zero is not zero
@@ -258,11 +254,10 @@ def _make_many(name, unpack, halves=False, offsets=False):
                             at = plane * PLANE + tile * 256 + 4 * lane
                             put_words(token_words, at, a0, b0, a1, b1)
                             put_words(token_words, at + 128, a2, b2, a3, b3)
-                if offsets:
-                    if copier & ~15 < n_tokens:
-                        i = 2 * (np.int64(x_at[copier]) + k)
-                        y, y1 = sums[i], sums[i + 1]
-                        x_sums[2 * copier], x_sums[2 * copier + 1] = y if halves else y + y1, y1
+                if offsets and copier & ~15 < n_tokens:
+                    i = 2 * (np.int64(x_at[copier]) + k)
+                    y, y1 = sums[i], sums[i + 1]
+                    x_sums[2 * copier], x_sums[2 * copier + 1] = y if halves else y + y1, y1
             cuda.syncthreads()
             of = left + 2 * c
             b0, b1 = four_of(row_words, place(left + g, c)), four_of(row_words, place(left + 8 + g, c))
