@@ -21,8 +21,6 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, 
 OPS = ["test_ops.py", "test_whole_tiles.py", "test_attention.py", "test_mha.py", "test_top_k.py", "test_int8_keys.py", "test_quants.py"]
 OF_CPU = ("threads or exp or half or block_sizes or sampled or golden or chunks or vectors_are_unpacked or any_ or planned or 2_gib or "
           "prompts_take or left_out or laid")
-
-
 # the slowest in the simulator, whose kernels other tests run there too
 SLOW_SIMULATED = ("(head_linear and 256) or 2-13 or logits or no_future or 3-100 or do_not_mix or mha_sparse_attention or "
                   "test_experts")

@@ -53,16 +53,25 @@ def loops(disassembly):
     return [(start, end, code[start:end + 1]) for start, end in sorted(ends) if start <= end]
 
 
+def assembled(ptxas, ptx, capability, folder):
+    """A kernel's machine code, a file in the folder, and what ptxas says of it."""
+    path = Path(folder) / "kernel.ptx"
+    path.write_text(ptx)
+    done = subprocess.run([ptxas, f"-arch=sm_{capability[0]}{capability[1]}", "-v", str(path), "-o", str(path.with_suffix(".cubin"))],
+                          capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return path.with_suffix(".cubin"), done.stderr
+
+
 def show_loops(kernel, capability):
     """Print how many instructions of each kind the loops of a kernel have."""
     ptxas, nvdisasm = find("ptxas"), find("nvdisasm")
     if not ptxas or not nvdisasm:
         sys.exit("--loops needs ptxas and nvdisasm: pip install nvidia-cuda-nvcc nvidia-cuda-nvdisasm")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(kernel.ptx(capability))
-        subprocess.run([ptxas, f"-arch=sm_{capability[0]}{capability[1]}", str(path), "-o", str(path.with_suffix(".cubin"))], check=True)
-        text = subprocess.run([nvdisasm, "-c", str(path.with_suffix(".cubin"))], check=True, capture_output=True, text=True).stdout
+        code, _ = assembled(ptxas, kernel.ptx(capability), capability, folder)
+        text = subprocess.run([nvdisasm, "-c", str(code)], check=True, capture_output=True, text=True).stdout
     for start, end, code in loops(text):
         kinds = collections.Counter(instruction.split()[0].split(".")[0] for instruction in code)
         print(f"{start:6}-{end}: {len(code)} ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common(12))})")
@@ -71,15 +80,10 @@ def show_loops(kernel, capability):
 def assemble(ptxas, ptx, capability):
     """{"registers", "spills", "stack", "shared"} of a kernel's PTX; bytes but for the first."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        done = subprocess.run([ptxas, f"-arch=sm_{capability[0]}{capability[1]}", "-v", str(path), "-o", str(path.with_suffix(".cubin"))],
-                              capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
+        _, said = assembled(ptxas, ptx, capability, folder)
 
     def number(pattern):
-        return max(map(int, re.findall(pattern, done.stderr)), default=0)
+        return max(map(int, re.findall(pattern, said)), default=0)
     return {"registers": number(r"Used (\d+) registers"), "spills": number(r"(\d+) bytes spill stores"),
             "stack": number(r"(\d+) bytes stack frame"), "shared": number(r"(\d+) bytes smem")}
 

@@ -58,8 +58,7 @@ class Launcher:
         values = []
         for a in args:
             if hasattr(a, "strides") and getattr(a, "shape", ()) != ():
-                address = a._memory.device_ctypes_pointer.value + (a._bytes()[0] if a.size else 0)
-                values += [0, 0, a.size, a.dtype.itemsize, address, *a.shape, *a.strides]
+                values += [0, 0, a.size, a.dtype.itemsize, a.span[0], *a.shape, *a.strides]
             else:
                 values.append(a)
         kinds = self.kernel.program.parameters.values()

@@ -31,7 +31,7 @@ def to_whole(x, dtype, how):
 
 
 def convert(opcode):
-    """cvt: the function of one operand, and its type."""
+    """cvt's function of its operand."""
     *modifiers, target, source = opcode
     how = next((m for m in modifiers if m[0] == "r"), "rn")
     target, source = dtype_of(target), dtype_of(source)
@@ -45,7 +45,7 @@ def convert(opcode):
             assert how in ("rn", "rni", "rzi", "rmi", "rpi")
             return x.astype(target)
         return to_whole(x, target, how) if source.kind == "f" else x.astype(target)
-    return of, source
+    return of
 
 
 def shift(left):

@@ -67,8 +67,7 @@ class Kernel:
             if op[0] == "mov" or op[0] == "cvta":
                 return self._plain(lambda x: x.copy(), operands, [kind])
             if op[0] == "cvt":
-                function, _ = convert(op[1:])
-                return self._plain(function, operands, [kind])
+                return self._plain(convert(op[1:]), operands, [kind])
             if op[0] == "setp":
                 return self._plain(compare(op[1]), operands, [kind] * 2)
             if op[:2] == ("ld", "param"):
@@ -278,7 +277,6 @@ class Batch:
 
     def run(self):
         """Execute until all threads have returned."""
-        program, steps = self.kernel.program, self.kernel.steps
         waiting = collections.defaultdict(list)         # instruction -> threads that stand there
         waiting[0].append(np.arange(self.n))
         at_barrier, alive = [], np.bincount(self.block, minlength=len(self.blocks))
@@ -289,44 +287,50 @@ class Batch:
                 at = min(waiting)
                 groups = waiting.pop(at)
                 threads = groups[0] if len(groups) == 1 else np.sort(np.concatenate(groups))
-                while threads is not None:
-                    instruction = program.code[at]
-                    on = None if len(threads) == self.n else threads
-                    self.arena.clock += 1
-                    taken = threads
-                    try:
-                        if instruction.predicate:
-                            flag = self.registers[instruction.predicate.lstrip("!")][threads] != instruction.predicate.startswith("!")
-                            taken = threads[flag]
-                        if steps[at] is not None:
-                            if len(taken):
-                                steps[at](self, on if taken is threads else taken)
-                            at += 1
-                        elif instruction.opcode[0] == "bra":
-                            target = program.labels[instruction.operands[0]]
-                            if len(taken) == len(threads):
-                                at = target
-                            else:
-                                if len(taken):
-                                    waiting[target].append(taken)
-                                    threads = threads[~flag]
-                                at += 1
-                        elif instruction.opcode[0] == "ret":
-                            alive -= np.bincount(self.block[taken], minlength=len(self.blocks))
-                            break
-                        elif instruction.opcode[0] == "bar":
-                            at_barrier.append((at, taken))
-                            break
-                        else:
-                            raise Fault(None, "calls a function, which tools/ptx cannot")
-                    except Fault as fault:
-                        i, what = fault.args
-                        who = "" if i is None else f"thread {self.thread[taken[i]]} of block {self.global_block[taken[i]]} "
-                        raise KernelError(f"line {instruction.line}, {'.'.join(instruction.opcode)} {', '.join(instruction.operands)}: "
-                                          f"{who}{what}") from fault
-                    if at in waiting or waiting and at > min(waiting):
-                        waiting[at].append(threads)
-                        threads = None
+                while not waiting or at < min(waiting):
+                    at, threads = self._execute(at, threads, waiting, at_barrier, alive)
+                    if threads is None:
+                        break
+                else:
+                    waiting[at].append(threads)
+
+    def _execute(self, at, threads, waiting, at_barrier, alive):
+        """One instruction, for threads that stand there -> where they go on, and which; None: they have returned, or wait."""
+        instruction, step = self.kernel.program.code[at], self.kernel.steps[at]
+        self.arena.clock += 1
+        taken = threads
+        if instruction.predicate:
+            flag = self.registers[instruction.predicate.lstrip("!")][threads] != instruction.predicate.startswith("!")
+            taken = threads[flag]
+        if step is not None:
+            if len(taken):
+                self._step(instruction, step, taken)
+        elif instruction.opcode[0] == "bra":
+            target = self.kernel.program.labels[instruction.operands[0]]
+            if len(taken) == len(threads):
+                return target, threads
+            if len(taken):
+                waiting[target].append(taken)
+                threads = threads[~flag]
+        elif instruction.opcode[0] == "ret":
+            alive -= np.bincount(self.block[taken], minlength=len(self.blocks))
+            return at, None
+        elif instruction.opcode[0] == "bar":
+            at_barrier.append((at, taken))
+            return at, None
+        else:
+            raise KernelError(f"line {instruction.line}: calls a function, which tools/ptx cannot")
+        return at + 1, threads
+
+    def _step(self, instruction, step, threads):
+        """Execute an instruction; what it does wrong is a KernelError that tells where, and which thread."""
+        try:
+            step(self, None if len(threads) == self.n else threads)
+        except Fault as fault:
+            i, what = fault.args
+            who = "" if i is None else f"thread {self.thread[threads[i]]} of block {self.global_block[threads[i]]} "
+            raise KernelError(f"line {instruction.line}, {'.'.join(instruction.opcode)} {', '.join(instruction.operands)}: "
+                              f"{who}{what}") from fault
 
     def _pass_barrier(self, at_barrier, alive, waiting):
         """All that still run stand at a barrier: those of a block at the same one, and all of them."""

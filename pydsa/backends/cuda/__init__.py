@@ -111,8 +111,10 @@ def compile_calls(calls, progress=None):
             if progress is not None:
                 progress(done, len(wanted), op.__name__)
             op(*args)
+        ops = {op for op, _ in calls}
         for launch in fewer_launches([(op, args, 0) for op, args in calls]):
-            launch()
+            if launch.func not in ops:      # not an op left as it is
+                launch()
     finally:
         Kernel.only_compile = False
     if progress is not None:

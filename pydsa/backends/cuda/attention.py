@@ -28,7 +28,7 @@ WEIGHTS = KEYS * PITCH
 SUMS = 32
 BATCHES = VALUES * VALUE_FOURS // (THREADS * BATCH)
 HEADS_BITS, WARP_BITS, FOURS_BITS = (n.bit_length() - 1 for n in (HEADS, WARP, VALUE_FOURS))
-JOINED = 8 if SIMULATED else 128            # threads, each for a column
+JOINED = 8 if SIMULATED else 128            # threads, each for four columns
 ZERO, NOTHING = np.float32(0), np.float32(-np.inf)
 
 
@@ -160,37 +160,42 @@ ATTEND = {storage: _make_attend(storage) for storage in CACHED}
 
 @device
 def joined(sums, tops, totals, t, h, c):
-    """Column c of a head: the splits' sums over their totals, each times e^(its greatest logit - the greatest of all)."""
-    greatest = NOTHING
+    """Columns c to c + 3 of a head: the splits' sums over their totals, each times e^(its greatest logit - the greatest of all)."""
+    greatest, last = NOTHING, sums.shape[3] - 1
     for split in range(tops.shape[2]):
         greatest = max(greatest, tops[t, h, split])
-    value, total = ZERO, ZERO
+    a, b, d, e, total = ZERO, ZERO, ZERO, ZERO, ZERO
     for split in range(tops.shape[2]):
         whole = totals[t, h, split]
         if whole != ZERO:       # it has keys
             factor = exp(tops[t, h, split] - greatest)
-            value += factor * sums[t, h, split, c]
+            a += factor * sums[t, h, split, c]
+            b += factor * sums[t, h, split, min(c + 1, last)]
+            d += factor * sums[t, h, split, min(c + 2, last)]
+            e += factor * sums[t, h, split, min(c + 3, last)]
             total += factor * whole
-    return value / total if total != ZERO else ZERO
+    return (a / total, b / total, d / total, e / total) if total != ZERO else (ZERO, ZERO, ZERO, ZERO)
 
 
 @kernel("f4[:,:,:], f4[:,:,:,:], f4[:,:,:], f4[:,:,:]", JOINED)
 def join_splits(out, sums, tops, totals):
-    """out[t, h] of what splits made; a thread is a column."""
-    c, h, t = cuda.blockIdx.x * JOINED + cuda.threadIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
+    """out[t, h] of what splits made; a thread has four columns."""
+    c, h, t = 4 * (cuda.blockIdx.x * JOINED + cuda.threadIdx.x), cuda.blockIdx.y, cuda.blockIdx.z
     if c < out.shape[2]:
-        out[t, h, c] = joined(sums, tops, totals, t, h, c)
+        values = joined(sums, tops, totals, t, h, c)
+        for i in range(4):
+            if c + i < out.shape[2]:
+                out[t, h, c + i] = values[i]
 
 
 @kernel("f4[:,:,:], f4[:,:,:,:], f4[:,:,:], f4[:,:,:], u4[:,:], f4[:,:], f4[:,:]", JOINED)
 def join_rounded(out, sums, tops, totals, words, scales, x_sums):
-    """out[0, h], and its Rounded as a row for each head; a thread has four columns."""
+    """out[0, h], of a multiple of 32 columns, and its Rounded as a row for each head; a thread has four columns."""
     four, h = cuda.blockIdx.x * JOINED + cuda.threadIdx.x, cuda.blockIdx.y
     there, c = four < out.shape[2] // 4, 4 * four
     v0, v1, v2, v3 = ZERO, ZERO, ZERO, ZERO
     if there:
-        v0, v1, v2, v3 = (joined(sums, tops, totals, 0, h, c), joined(sums, tops, totals, 0, h, c + 1),
-                          joined(sums, tops, totals, 0, h, c + 2), joined(sums, tops, totals, 0, h, c + 3))
+        v0, v1, v2, v3 = joined(sums, tops, totals, 0, h, c)
         out[0, h, c], out[0, h, c + 1], out[0, h, c + 2], out[0, h, c + 3] = v0, v1, v2, v3
     round_four(words, scales, x_sums, h, four, there, v0, v1, v2, v3)
 
@@ -217,9 +222,9 @@ def attend(out, q, latents, mode, n_keys, scale, positions=None, indices=None, m
         ATTEND[latents.storage]((n_tokens * n_splits * blocks_for(n_head, HEADS), blocks_for(n_v, COLUMNS)), out, *splits, q,
                                 latents.data.flat, latents.data.shape[1], latents.first, latents.second, *others, mode, n_splits, scale)
     if n_splits > 1 and made is not None:
-        join_rounded((blocks_for(n_v // 4, JOINED), n_head), out, *splits, *made)
+        join_rounded((blocks_for(n_v, 4 * JOINED), n_head), out, *splits, *made)
     elif n_splits > 1:
-        join_splits((blocks_for(n_v, JOINED), n_head, n_tokens), out, *splits)
+        join_splits((blocks_for(n_v, 4 * JOINED), n_head, n_tokens), out, *splits)
     elif made is not None:
         round_into(out.rows, made)
 

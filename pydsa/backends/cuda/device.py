@@ -326,11 +326,13 @@ else:
         function = ir.FunctionType(result, [a.type for a in args])
         return builder.call(ir.InlineAsm(function, text, constraints, side_effect=False), args)
 
+    def _permute(builder, args):
+        return _assembly(builder, I32, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", args)
+
     @intrinsic
     def permuted(typingctx, a, b, selector):
-        def codegen(context, builder, signature, args):
-            return _assembly(builder, I32, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", args)
-        return types.uint32(types.uint32, types.uint32, types.uint32), codegen
+        return (types.uint32(types.uint32, types.uint32, types.uint32),
+                lambda context, builder, signature, args: _permute(builder, args))
 
     @device
     def exp(x):
@@ -415,8 +417,7 @@ else:
         def codegen(context, builder, signature, args):
             # 1024 + (byte + 128) is the float16 with that byte's bits below 0x64
             biased = builder.xor(args[0], I32(0x80808080))
-            pairs = [_assembly(builder, I32, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [biased, I32(0x64646464), I32(selector)])
-                     for selector in (0x4140, 0x4342)]
+            pairs = [_permute(builder, [biased, I32(0x64646464), I32(selector)]) for selector in (0x4140, 0x4342)]
             return cgutils.pack_array(builder, [_assembly(builder, I32, "sub.f16x2 $0, $1, $2;", "=r,r,r", [pair, I32(0x64806480)])
                                                 for pair in pairs])
         return types.UniTuple(types.uint32, 2)(types.uint32), codegen

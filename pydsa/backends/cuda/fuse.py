@@ -14,7 +14,7 @@ from pydsa.backends.cuda.one_token import multiply_one, room_for, round_into
 
 
 def fewer_launches(calls):
-    """Functions without arguments that do what calls, (op, args, how many of these it writes) of one token's step, do in this order."""
+    """functools.partial functions that do what calls, (op, args, how many of these it writes) of one token's step, do in this order."""
     step, i = Step(), 0
     while i < len(calls):
         ops, args = [op for op, _, _ in calls[i:i + 4]], [a for _, a, _ in calls[i:i + 4]]
@@ -154,9 +154,7 @@ def last_of_experts(step, ops, args):
     out, hidden, ids, weights, down = args[0] if ops[0] is moe.moe_down else [None] * 5
     if out is None or out.shape[0] != 1 or down.type not in GROUPED:
         return 0
-    parts = scratch("parts", (ids.size, out.shape[1]), np.float32)
-    step.launch(multiply_one, [parts], [down], step.rounded(hidden.rows), moe.pair_tiles(ids, down.shape[0], 1), written=[parts])
-    step.launch(moe.add_parts, out, parts, weights, written=[out])
+    step.launch(moe.finish, out, ids, weights, down, step.rounded(hidden.rows), written=[out])
     return 1
 
 

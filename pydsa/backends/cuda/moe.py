@@ -169,12 +169,11 @@ def moe_gate_up(out, x, ids, gate, up):
 
 def moe_down(out, hidden, ids, weights, down):
     """out[t] = sum_i weights[t, i] down_e hidden[t, i] with e = ids[t, i]"""
+    finish(out, ids, weights, down, prepared(down, hidden, ids.shape[0] == 1))
+
+
+def finish(out, ids, weights, down, ready):
+    """moe_down of hidden rows that are prepared"""
     parts = scratch("parts", (ids.size, out.shape[1]), np.float32)
-    tiles = pair_tiles(ids, down.shape[0], 1)
-    multiply(parts, down, prepared(down, hidden, tiles.single), tiles)
-    add_parts(out, parts, weights)
-
-
-def add_parts(out, parts, weights):
-    """out[t] = sum_i weights[t, i] parts[t * used + i]"""
+    multiply(parts, down, ready, pair_tiles(ids, down.shape[0], 1))
     combine((blocks_for(out.shape[1], THREADS), out.shape[0]), out, parts, weights)
