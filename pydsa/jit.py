@@ -7,22 +7,20 @@ uses pydsa keep their own.
 import contextlib
 import ctypes
 import functools
-import hashlib
 import importlib.metadata
 import os
 import platform
-import tempfile
 import warnings
 from pathlib import Path
 
 import llvmlite.binding as llvm
 import numba
-import platformdirs
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from pydsa.errors import PydsaError
+from pydsa.kernel_cache import cache_folder
 
 PACKAGE = Path(__file__).parent
 llvm.initialize_native_asmparser()      # for the one instruction that is given as text (simd.py)
@@ -49,30 +47,13 @@ def _amx_allowed():
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
-def _source_hash():
-    digest = hashlib.sha256((importlib.metadata.version("numba") + " ".join(sorted(cpu_features()))).encode())
-    kernels = [*PACKAGE.glob("quants/*.py"), *PACKAGE.glob("backends/cpu/*.py")]
-    kernels += [PACKAGE / name for name in ("lanes.py", "simd.py", "jit.py")]
-    for path in sorted(kernels):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+def _cache_folder():
+    sources = [*PACKAGE.glob("quants/*.py"), *PACKAGE.glob("backends/cpu/*.py")]
+    sources += [PACKAGE / name for name in ("lanes.py", "simd.py", "jit.py")]
+    return cache_folder(importlib.metadata.version("numba") + " ".join(sorted(cpu_features())), sources)
 
 
-def cache_folder():
-    """Where compiled kernels are kept: $PYDSA_CACHE_DIR or the user's cache folder, under a name made from the kernel sources."""
-    root = os.environ.get("PYDSA_CACHE_DIR") or platformdirs.user_cache_dir("pydsa")
-    folder = Path(root) / _source_hash()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        folder = Path(tempfile.mkdtemp(prefix="pydsa-"))
-        warnings.warn(f"{root} cannot hold compiled kernels ({error.strerror}): they will be compiled anew at every start. "
-                      "Set PYDSA_CACHE_DIR to a folder that can be written.", stacklevel=2)
-    return folder
-
-
-FOLDER = str(cache_folder())
+FOLDER = str(_cache_folder())
 if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
     # omp enters a parallel region in 1.3 us where workqueue takes 110 us, and two Python threads may enter it together.
     numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]

@@ -12,7 +12,7 @@ DEVICE = os.environ.get("PYDSA_TEST_DEVICE", "cpu")
 IN_SIMULATOR = DEVICE == "cuda" and os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 SIMULATED = IN_SIMULATOR or DEVICE == "ptx"
 if DEVICE == "ptx":
-    from tools.ptx.backend import install
+    from tools.ptx.driver import install
     install()
     DEVICE = "cuda"
 

@@ -66,27 +66,30 @@ def test_ops():
 MODEL = """
 import os, sys
 import numpy as np
-if os.environ["PYDSA_TEST_DEVICE"] == "ptx":
-    from tools.ptx.backend import install
-    install()
+as_ptx = os.environ["PYDSA_TEST_DEVICE"] == "ptx"
+if as_ptx:
+    from tools.ptx.driver import install
+    driver = install()
 import pydsa
 path, attention, kv_type = sys.argv[1:]
-ids = np.random.default_rng(0).integers(0, 300, 7).tolist()
+ids = np.random.default_rng(0).integers(0, 300, 9 if as_ptx else 7).tolist()
 settings = dict(attention=attention, kv_type=kv_type, n_ctx=12, n_ubatch=4)
 with np.errstate(all="ignore"):
     expected = pydsa.load(path, device="reference", **settings).logits(ids)[5:].astype(np.float64)
     model = pydsa.load(path, device="cuda", **settings)
     session, other, watched = model.session(), model.session(), model.session()
-    logits = [session.prefill(ids[:6]), session.decode(ids[6])]
+    logits = [session.prefill(ids[:6]), *map(session.decode, ids[6:])]
     session.save(path + ".session")
     other.load(path + ".session")
-    watched.prefill(ids[:6])
-    one_by_one = watched.prefill(ids[6:], observe=lambda node, arrays: None)     # not in fewer launches
-difference = ((one_by_one - logits[1]) ** 2).sum() / (one_by_one ** 2).sum()
+    watched.prefill(ids[:-1])
+    one_by_one = watched.prefill(ids[-1:], observe=lambda node, arrays: None)     # not in fewer launches
+if as_ptx:      # launched, recorded and launched at once, launched at once
+    assert [driver.counts[name] for name in ("cuGraphInstantiate", "cuGraphLaunch")] == [1, 2]
+difference = ((one_by_one - logits[-1]) ** 2).sum() / (one_by_one ** 2).sum()
 assert difference <= 1e-7, difference     # sums in another order; now and then a number is rounded to the next
 for ref, cache in session._caches.items():
     assert np.array_equal(cache.stored(12), other._caches[ref].stored(12)) and cache.stored(7).any(), ref
-print(*(float(((a - b) ** 2).sum() / (b ** 2).sum()) for a, b in zip(logits, expected)))
+print(*(float(((a - b) ** 2).sum() / (b ** 2).sum()) for a, b in zip(logits, expected, strict=True)))
 """
 TINY = dict(n_layer=2, n_embd=32, n_head=2, n_lora_q=32, n_lora_kv=32, n_nope=32, n_rot=4, n_v=32, n_ff=32, n_expert=4, n_ff_exp=32,
             n_expert_groups=0, indexer_n_head=3, indexer_head_size=8, indexer_top_k=3, n_ctx=64)
@@ -100,7 +103,7 @@ def test_models(small_model, attention, kv_type, spec):
     for process in [start_python("-c", MODEL, str(path), attention, kv_type, device=device, simulated=device == "cuda")
                     for device in ("ptx", "cuda")]:
         errors = np.array(result(process).split(), float)
-        assert errors.size == 2 and errors.max() < (1e-9 if spec["type"] == "F32" else 1e-6)
+        assert errors.size >= 2 and errors.max() < (1e-9 if spec["type"] == "F32" else 1e-6)
 
 
 def test_chunks_must_fit_into_a_grid(small_model):

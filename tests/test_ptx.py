@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, 
 SETUP = """
 import numpy as np
 from numba import cuda
-from tools.ptx.backend import install
+from tools.ptx.driver import install
 from tools.ptx.machine import KernelError
 install()
 from pydsa.backends.cuda import upload, empty

@@ -17,7 +17,9 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
+
+import pydsa.backends.cuda  # noqa: F401  (fills the table)
+from pydsa.backends.cuda.launch import KERNELS
 
 LOCAL = {"rope_angles"}     # the slow path of float64 sines for huge angles has a small table
 FEW = 64                    # bytes
@@ -28,15 +30,6 @@ def find(program):
     wheels = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
     found = [*map(str, sorted(wheels.glob(f"cu*/bin/{program}*"))), shutil.which(program)]     # that of the same version as NVVM first
     return next(filter(None, found), None)
-
-
-def kernels(capability):
-    """All kernels of the backend, made to compile their device functions for a compute capability without asking a GPU for its own."""
-    import numba.cuda.dispatcher
-    numba.cuda.dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
-    import pydsa.backends.cuda  # noqa: F401  (fills the table)
-    from pydsa.backends.cuda.launch import KERNELS
-    return KERNELS
 
 
 def loops(disassembly):
@@ -95,14 +88,13 @@ def main():
     options = parser.parse_args()
     capability = divmod(options.cc, 10)
     if options.loops:
-        known = kernels(capability)
-        if options.loops not in known:
-            sys.exit(f"there is no kernel {options.loops}; there are {', '.join(sorted(known))}")
-        show_loops(known[options.loops], capability)
+        if options.loops not in KERNELS:
+            sys.exit(f"there is no kernel {options.loops}; there are {', '.join(sorted(KERNELS))}")
+        show_loops(KERNELS[options.loops], capability)
         return
     ptxas, bad = find("ptxas"), []
     print(f"{'kernel':24} registers  spills   stack  shared" if ptxas else "ptxas was not found: kernels are compiled to PTX only")
-    for name, kernel in kernels(capability).items():
+    for name, kernel in KERNELS.items():
         ptx = kernel.ptx(capability)
         if not ptxas:
             print(name)

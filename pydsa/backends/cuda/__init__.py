@@ -2,13 +2,9 @@
 
 With NUMBA_ENABLE_CUDASIM=1 the kernels run in Numba's simulator, as Python functions: for tests, without a GPU.
 """
-import weakref
-
 import numpy as np
-import psutil
-from numba import cuda
 
-from pydsa.backends.cuda.array import DeviceArray, alone, empty, stream, upload  # noqa: F401
+from pydsa.backends.cuda.array import DeviceArray, empty, gpu, upload  # noqa: F401
 from pydsa.backends.cuda.attention import dense_attention, masked_attention, sparse_attention  # noqa: F401
 from pydsa.backends.cuda.ceilings import measure_ceilings, product_kind  # noqa: F401
 from pydsa.backends.cuda.device import SIMULATED
@@ -30,50 +26,28 @@ OLDEST = 8, 0       # compute capability: of A100 and of GeForce 30, the first w
 
 def check_device():
     """A clear error where there is no GPU that can run the kernels."""
-    if SIMULATED:
-        return
-    from cuda import bindings
-    from numba.cuda.cudadrv.driver import driver
-    try:
-        device = cuda.get_current_device()
-    except Exception as error:      # the driver's errors have no class of their own in common
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PydsaError(f"--device cuda finds no NVIDIA driver or no GPU ({first}); `nvidia-smi` must list one.") from error
-    made_for, has = int(bindings.__version__.split(".")[0]), driver.get_version()
-    if has[0] < made_for:
-        raise PydsaError(f"--device cuda: the NVIDIA driver knows CUDA {has[0]}.{has[1]}, but the installed packages make kernels for CUDA "
-                         f"{made_for}; pydsa needs a newer driver, or `pip install 'numba-cuda[cu{has[0]}]'`.")
-    if device.compute_capability < OLDEST:
-        major, minor = device.compute_capability
-        raise PydsaError(f"--device cuda: this GPU, {device_name()}, has compute capability {major}.{minor}; pydsa needs "
+    if not SIMULATED and gpu.capability < OLDEST:
+        major, minor = gpu.capability
+        raise PydsaError(f"--device cuda: this GPU, {gpu.name}, has compute capability {major}.{minor}; pydsa needs "
                          f"{OLDEST[0]}.{OLDEST[1]} or later (A100, GeForce 30 and newer).")
 
 
 def device_name():
     """What the GPU is called."""
-    if SIMULATED:
-        return "Numba's CUDA simulator"
-    name = cuda.get_current_device().name
-    return name.decode() if isinstance(name, bytes) else name
+    return gpu.name
 
 
 def device_in_words():
     """What the GPU is and has; PydsaError if there is none."""
     check_device()
-    free = f"{free_bytes() / 2**30:.1f} GiB of memory free"
-    if SIMULATED:
-        return f"{device_name()}, {free}"
-    major, minor = cuda.get_current_device().compute_capability
-    return f"{device_name()}, compute capability {major}.{minor}, {free} of {cuda.current_context().get_memory_info().total / 2**30:.1f}"
+    free, total = gpu.memory()
+    kind = "" if SIMULATED else "compute capability {}.{}, ".format(*gpu.capability)
+    return f"{gpu.name}, {kind}{free / 2**30:.1f} GiB of memory free of {total / 2**30:.1f}"
 
 
 def free_bytes():
     """Bytes of memory that are free on the device."""
-    if SIMULATED:
-        return psutil.virtual_memory().available
-    context = cuda.current_context()
-    context.memory_manager.deallocations.clear()        # what numba has yet to give back
-    return context.get_memory_info().free
+    return gpu.memory()[0]
 
 
 def fetch(array):
@@ -88,8 +62,7 @@ def store(array, values):
 
 def synchronize():
     """Wait for all that was launched."""
-    with alone:
-        stream().synchronize()
+    gpu.synchronize()
 
 
 def compile_calls(calls, progress=None):
@@ -140,7 +113,7 @@ class Recording:
 
     def __init__(self, calls):
         self._launches = fewer_launches([(op, args, node.n_out) for node, op, args in calls])
-        self._warm, self._graph = False, None
+        self._warm, self._step = False, None
 
     def run(self):
         """Do all calls once more."""
@@ -148,34 +121,13 @@ class Recording:
             self._launch()
             self._warm = True
             return
-        from cuda.bindings import driver
-        if self._graph is None:
-            self._graph = self._record(driver)
-            weakref.finalize(self, driver.cuGraphExecDestroy, self._graph)
-        _checked(driver.cuGraphLaunch(self._graph, int(stream().handle)))
+        if self._step is None:
+            self._step = gpu.record(self._launch)
+        gpu.replay(self._step)
 
     def _launch(self):
         for launch in self._launches:
             launch()
-
-    def _record(self, driver):
-        handle = int(stream().handle)
-        with alone, cuda.defer_cleanup():       # nothing is freed by the way, which cannot be recorded
-            _checked(driver.cuStreamBeginCapture(handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
-            try:
-                self._launch()
-            finally:
-                graph = _checked(driver.cuStreamEndCapture(handle))
-        recorded_step = _checked(driver.cuGraphInstantiate(graph, 0))
-        _checked(driver.cuGraphDestroy(graph))
-        return recorded_step
-
-
-def _checked(answer):
-    """What a call of the driver gives, after its status."""
-    if int(answer[0]) != 0:
-        raise PydsaError(f"The CUDA driver failed to record or launch a step ({answer[0].name}).")
-    return answer[1] if len(answer) > 1 else None
 
 
 def recorded(calls):

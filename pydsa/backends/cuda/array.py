@@ -1,26 +1,29 @@
-"""Arrays in the GPU's memory that are viewed as numpy's are: slices, shapes and strides are numpy's own, kernels get numba's arrays.
+"""Arrays in the GPU's memory that are viewed as numpy's are: slices, shapes and strides are numpy's own, kernels get places and strides.
 
 Behind each stands a numpy array at the device's address, which the host never reads: it only knows shape and strides. In the simulator
 that memory is the host's.
 """
 import functools
-import threading
 
 import numpy as np
-from numba import cuda
 
 from pydsa.backends.cuda.device import SIMULATED
-from pydsa.errors import OutOfMemoryError
 
+if SIMULATED:
+    from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 
-alone = threading.RLock()       # is held by what must not come in between while another thread records a step: it would be recorded too
+    from pydsa.backends.cuda.simulated import SimulatedGpu as Gpu
+else:
+    from pydsa.backends.cuda.driver import Gpu
+
+gpu = Gpu()
 
 
 class DeviceArray:
     """A view of memory on the device: shape, strides, dtype, size, len(), slices, reshape, view as of a numpy array."""
 
     def __init__(self, memory, places):
-        self._memory, self._places = memory, places     # numba's device bytes; the numpy array that is never read
+        self._memory, self._places = memory, places     # kept for as long as it is viewed; the numpy array that is never read
         self.shape, self.strides, self.dtype, self.size, self.nbytes = (
             places.shape, places.strides, places.dtype, places.size, places.nbytes)
 
@@ -58,56 +61,32 @@ class DeviceArray:
         """The addresses of its first byte, and of that behind its last one."""
         return np.lib.array_utils.byte_bounds(self._places) if hasattr(np.lib, "array_utils") else np.byte_bounds(self._places)
 
-    def _bytes(self):
-        """Where the bytes from its first to its last begin in the memory, and how many there are."""
-        low, high = self.span
-        return low - _address(self._memory), high - low
-
     @functools.cached_property
-    def numba(self):
-        """What kernels take."""
-        if SIMULATED:
-            from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
-            return FakeCUDAArray(self._places)
-        from numba.cuda.cudadrv.devicearray import DeviceNDArray
-        start, n = self._bytes()
-        data = self._memory.gpu_data.view(start, start + n)
-        return DeviceNDArray(shape=self.shape, strides=self.strides, dtype=self.dtype, gpu_data=data)
+    def parameters(self):
+        """What a compiled kernel gets of it: two objects that it does not have, then its size, item size, address, shape and strides."""
+        return 0, 0, self.size, self.dtype.itemsize, self._places.ctypes.data, *self.shape, *self.strides
+
+    @property
+    def simulated(self):
+        """What a kernel in the simulator gets."""
+        return FakeCUDAArray(self._places)
 
     def get(self):
         """The values as a numpy array."""
-        start, n = self._bytes()
-        with alone:
-            span = self._memory[start:start + n].copy_to_host(stream=stream())
-            stream().synchronize()
+        low, high = self.span
+        span = np.empty(high - low, np.uint8)
+        gpu.copy_out(span, low)
         return np.ndarray(self.shape, self.dtype, span, 0, self.strides)
 
     def set(self, values):
         """Copy values here; the array must be contiguous."""
-        values = np.ascontiguousarray(values, self.dtype)
-        start, n = self._bytes()
-        assert n == values.nbytes
-        with alone:
-            self._memory[start:start + n].copy_to_device(values.reshape(-1).view(np.uint8), stream=stream())
-            stream().synchronize()      # the values may be gone when the copy begins
+        values, (low, high) = np.ascontiguousarray(values, self.dtype), self.span
+        assert high - low == values.nbytes
+        gpu.copy_in(low, values)
 
     def clear(self):
         """Set a contiguous array to zeros."""
-        if SIMULATED:
-            self._places[...] = 0
-        else:
-            with alone:
-                self.numba.gpu_data.memset(0, self.nbytes, stream())
-
-
-def _address(memory):
-    return memory.ctypes.data if SIMULATED else memory.device_ctypes_pointer.value       # the simulator's arrays are numpy's
-
-
-@functools.cache
-def stream():
-    """The stream of all that is launched or copied; not the default one, which cannot be recorded."""
-    return cuda.stream()
+        gpu.clear(self.span[0], self.nbytes)
 
 
 class _Places:
@@ -120,19 +99,9 @@ class _Places:
 def empty(shape, dtype):
     """An array on the device, without values."""
     n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    memory = _allocate(max(1, n_bytes))
-    places = np.asarray(_Places(_address(memory), n_bytes))
+    memory = gpu.allocate(max(1, n_bytes))
+    places = np.asarray(_Places(memory.address, n_bytes))
     return DeviceArray(memory, places.view(dtype).reshape(shape))
-
-
-def _allocate(n_bytes):
-    try:
-        return cuda.device_array(n_bytes, np.uint8)
-    except Exception as error:      # the driver's errors have no class of their own in common
-        if "OUT_OF_MEMORY" not in str(error):
-            raise
-        raise OutOfMemoryError(f"The GPU has no room for {n_bytes / 2**20:.0f} MiB more; ask for a smaller context (-c), a smaller chunk "
-                               "(-ub) or a smaller cache type (--kv-type).") from error
 
 
 def zeros(shape, dtype):

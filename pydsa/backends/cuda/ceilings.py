@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.array import empty, stream, zeros
+from pydsa.backends.cuda.array import empty, gpu, zeros
 from pydsa.backends.cuda.device import SIMULATED, device, dp4a, mma_f16
 from pydsa.backends.cuda.launch import kernel
 
@@ -87,7 +87,7 @@ def measure_ceilings():
     """The Ceilings of this GPU; None in the simulator."""
     if SIMULATED:
         return None
-    n_words = min(N_BYTES, cuda.current_context().get_memory_info().free // 4) // 8
+    n_words = min(N_BYTES, gpu.memory()[0] // 4) // 8
     source, target = zeros((n_words,), np.uint64), empty((n_words,), np.uint64)
     bandwidth = 2 * source.nbytes / _best_seconds(functools.partial(copy_words, BLOCKS, target, source))
     peaks = {}
@@ -100,11 +100,11 @@ def measure_ceilings():
 def _best_seconds(launch):
     """The shortest of PASSES launches, after one that compiles."""
     launch()
-    stream().synchronize()
+    gpu.synchronize()
     seconds = []
     for _ in range(PASSES):
         start = time.perf_counter()
         launch()
-        stream().synchronize()
+        gpu.synchronize()
         seconds.append(time.perf_counter() - start)
     return min(seconds)

@@ -1,18 +1,37 @@
-"""Kernels and how they are launched: one signature each, compiled when it is first needed, everything on one stream."""
+"""Kernels and how they are launched: one signature each, compiled when it is first needed and kept on disk."""
+import contextlib
 import functools
+import importlib.metadata
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 from numba import cuda
 
-from pydsa.backends.cuda.array import DeviceArray, stream
+from pydsa.backends.cuda.array import DeviceArray, gpu
 from pydsa.backends.cuda.device import SIMULATED
-from pydsa.errors import PydsaError
+from pydsa.kernel_cache import cache_folder, kept
 
 if not SIMULATED:
-    from numba.cuda.core import config
-    config.CUDA_LOW_OCCUPANCY_WARNINGS = 0      # most launches of one token are small
+    from cuda.bindings import nvjitlink
+    from numba.cuda import dispatcher
+
+    from pydsa.backends.cuda.driver import Parameters
 
 BLOCKS = 4 if SIMULATED else 264        # that are wanted where work is divided freely, two for each of an H100's processors
 KERNELS = {}        # name -> Kernel: all that there are, for the tests that compile them without a GPU
+PACKAGE = Path(__file__).parents[2]
+COMPILERS = "numba", "numba-cuda", "cuda-bindings", "nvidia-nvvm", "nvidia-nvjitlink"       # packages
+KINDS = {"b1": "?", "i4": "i", "i8": "q", "f4": "f", "f8": "d"}     # types of parameters -> letters of the module `struct`
+
+
+@functools.cache
+def _folder():
+    versions = []
+    for package in COMPILERS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):      # a part of an installed CUDA toolkit
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+    return cache_folder(" ".join(versions), [*PACKAGE.glob("quants/*.py"), *PACKAGE.glob("backends/cuda/*.py")])
 
 
 class Kernel:
@@ -29,36 +48,86 @@ class Kernel:
         assert function.__name__ not in KERNELS, function.__name__
         KERNELS[function.__name__] = self
 
-    @functools.cached_property
-    def compiled(self):
-        """The function for this GPU."""
-        if SIMULATED:
-            return cuda.jit(self.function)
-        try:    # without optimization at link time, which takes longer and makes other code than ptx() shows
-            return cuda.jit(self.signature, launch_bounds=self.bounds, lto=False)(self.function)
-        except Exception as error:      # the driver's errors have no class of their own in common
-            if type(error).__name__ not in ("CUDAError", "CudaAPIError"):
-                raise
-            raise PydsaError(f"The CUDA driver does not take the kernel {self.function.__name__} ({error}).") from error
-
     def ptx(self, capability):
         """Its PTX for a compute capability, (9, 0) for example, without a GPU."""
-        return cuda.compile_ptx(self.function, self.signature, cc=capability, launch_bounds=self.bounds)[0]
+        return self._kept("ptx", capability, lambda: self._compiled(capability).encode()).decode()
+
+    def cubin(self, capability):
+        """Its machine code for a compute capability."""
+        return self._kept("cubin", capability, lambda: self._assembled(capability))
+
+    def _kept(self, form, capability, make):
+        if not self.function.__module__.startswith("pydsa."):       # the folder is not one of its source's
+            return make()
+        return kept(_folder() / f"{self.__name__}.sm_{capability[0]}{capability[1]}.{form}", make)
+
+    def _compiled(self, capability):
+        with _device_functions_for(capability):
+            text, _ = cuda.compile_ptx(self.function, f"void({self.signature})", cc=capability, launch_bounds=self.bounds)
+        return text.replace(re.search(r"\.entry (\w+)", text)[1], self.__name__)
+
+    def _assembled(self, capability):
+        link, text = nvjitlink.create(1, [f"-arch=sm_{capability[0]}{capability[1]}"]), self.ptx(capability).encode()
+        try:
+            nvjitlink.add_data(link, nvjitlink.InputType.PTX, text, len(text), self.__name__)
+            nvjitlink.complete(link)
+            code = bytearray(nvjitlink.get_linked_cubin_size(link))
+            nvjitlink.get_linked_cubin(link, code)
+        finally:
+            nvjitlink.destroy(link)
+        return bytes(code)
+
+    @functools.cached_property
+    def _loaded(self):
+        """The kernel as the driver knows it, and its parameters."""
+        kinds = "".join(_kinds(*found) for found in re.findall(r"(\w\d)(\[.*?\])?", self.signature))
+        return gpu.load(self.cubin(gpu.capability), self.__name__), Parameters(kinds)
+
+    @functools.cached_property
+    def _simulated(self):
+        return cuda.jit(self.function)
 
     def __call__(self, grid, *args):
-        compiled = self.compiled
+        if SIMULATED:
+            if not Kernel.only_compile:
+                self._simulated[grid, self.threads](*(a.simulated if isinstance(a, DeviceArray) else a for a in args))
+            return
+        function, parameters = self._loaded
         if not Kernel.only_compile:
-            compiled[grid, self.threads, stream()](*(a.numba if isinstance(a, DeviceArray) else a for a in args))
+            values = []
+            for a in args:
+                if isinstance(a, DeviceArray):
+                    values += a.parameters
+                else:
+                    values.append(a)
+            grid = grid if isinstance(grid, tuple) else (grid,)
+            gpu.launch(function, grid + (1,) * (3 - len(grid)), self.threads, parameters, values)
+
+
+def _kinds(kind, axes):
+    """The letters of a parameter: "f4", "[:,:]" is an array (see DeviceArray.parameters)."""
+    return "PPqqP" + "qq" * (axes.count(",") + 1) if axes else KINDS[kind]
+
+
+@contextlib.contextmanager
+def _device_functions_for(capability):
+    """Numba compiles what kernels call for the GPU that it finds: let it find one of this capability."""
+    theirs = dispatcher.get_current_device
+    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+    try:
+        yield
+    finally:
+        dispatcher.get_current_device = theirs
 
 
 def kernel(signature, threads, name=None, blocks=1):
-    """Make a Kernel of a function: its signature as numba writes it, threads a block; a name, if several are made of one function.
+    """Make a Kernel of a function: the types of its parameters as numba writes them, threads a block; a name, if several are made of one.
 
     blocks: that must fit into a processor at a time.
     """
     def make(function):
         function.__name__ = function.__qualname__ = name or function.__name__
-        return Kernel(function, f"void({signature})", threads, blocks)
+        return Kernel(function, signature, threads, blocks)
     return make
 
 

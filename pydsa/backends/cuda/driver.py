@@ -1,0 +1,205 @@
+"""The CUDA driver through cuda.bindings: memory, copies, kernels and recorded steps of one GPU. Of Numba nothing but its compiler is used.
+
+All work goes to one stream, in the order of the calls, whichever thread they come from.
+"""
+import ctypes
+import functools
+import struct
+import threading
+import weakref
+
+from cuda import bindings
+from cuda.bindings import driver
+
+from pydsa.errors import OutOfMemoryError, PydsaError
+
+LESS = "ask for a smaller context (-c), a smaller chunk (-ub) or a smaller cache type (--kv-type)"
+PACKED, PACKED_SIZE, END = 1, 2, 0      # what cuLaunchKernel's last argument says of the parameters (CU_LAUNCH_PARAM_*)
+
+
+class Memory:
+    """Bytes on the GPU from `address` on, given back when nothing refers to this object any more."""
+
+    def __init__(self, gpu, address):
+        self.address = address
+        weakref.finalize(self, gpu.give_back, address).atexit = False      # a process that ends gives all back
+
+
+class Parameters:
+    """A kernel's parameters in one piece of memory, as structs in C have them; kinds: a letter of the module `struct` for each."""
+
+    def __init__(self, kinds):
+        self._packed = struct.Struct(kinds)
+        self._bytes, self._size = ctypes.create_string_buffer(self._packed.size), ctypes.c_size_t(self._packed.size)
+        self._extra = (ctypes.c_void_p * 5)(PACKED, ctypes.addressof(self._bytes), PACKED_SIZE, ctypes.addressof(self._size), END)
+        self.address = ctypes.addressof(self._extra)
+
+    def fill(self, values):
+        """Write all values."""
+        self._packed.pack_into(self._bytes, 0, *values)
+
+
+class Step:
+    """A recorded step: a CUDA graph ready to be launched."""
+
+    def __init__(self, gpu, graph):
+        self.graph = graph
+        weakref.finalize(self, gpu.forget, graph).atexit = False
+
+
+class Gpu:
+    """The first GPU that CUDA_VISIBLE_DEVICES leaves, opened when it is first used.
+
+    Raises OutOfMemoryError where the driver has no memory left, and PydsaError for everything else that it refuses.
+    """
+
+    def __init__(self):
+        self.api = driver
+        self._alone = threading.RLock()         # what one thread does is not recorded in another's step
+        self._thread = threading.local()        # .context: whether it is the thread's own
+        self._recording, self._given_back = False, []
+
+    def _do(self, name, *args):
+        """What a function of the driver gives after its status: a value, a list of several, or None."""
+        status, *results = getattr(self.api, name)(*args)
+        if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            raise OutOfMemoryError(f"The GPU has no memory left ({name}); {LESS}.")
+        if status:
+            raise PydsaError(f"The CUDA driver answers {status.name} to {name}.")
+        return results if len(results) > 1 else results[0] if results else None
+
+    @functools.cached_property
+    def _device(self):
+        try:
+            self._do("cuInit", 0)
+            device = self._do("cuDeviceGet", 0)
+        except Exception as error:      # without a driver cuda.bindings raises errors of its own
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise PydsaError(f"--device cuda finds no NVIDIA driver or no GPU ({first}); `nvidia-smi` must list one.") from error
+        made_for, version = int(bindings.__version__.split(".")[0]), self._do("cuDriverGetVersion")
+        if version // 1000 < made_for:
+            raise PydsaError(f"--device cuda: the NVIDIA driver knows CUDA {version // 1000}.{version % 1000 // 10}, but the installed "
+                             f"packages make kernels for CUDA {made_for}; pydsa needs a newer driver, or `pip install "
+                             f"'numba-cuda[cu{version // 1000}]'`.")
+        return device
+
+    @functools.cached_property
+    def capability(self):
+        """The compute capability, (9, 0) for example."""
+        kinds = driver.CUdevice_attribute
+        return tuple(self._do("cuDeviceGetAttribute", kind, self._device) for kind in
+                     (kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR))
+
+    @functools.cached_property
+    def name(self):
+        """What the GPU is called."""
+        return self._do("cuDeviceGetName", 100, self._device).split(b"\0")[0].decode()
+
+    @functools.cached_property
+    def _context(self):
+        return self._do("cuDevicePrimaryCtxRetain", self._device)
+
+    @functools.cached_property
+    def _stream(self):
+        return self._do("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+
+    def _enter(self):
+        """Make the GPU's context that of this thread."""
+        if not getattr(self._thread, "context", False):
+            self._do("cuCtxSetCurrent", self._context)
+            self._thread.context = True
+
+    def memory(self):
+        """Bytes of memory that are free, and all."""
+        with self._alone:
+            self._enter()
+            return self._do("cuMemGetInfo")
+
+    def allocate(self, n_bytes):
+        """Memory of so many bytes, at least one."""
+        with self._alone:
+            self._enter()
+            try:
+                return Memory(self, int(self._do("cuMemAlloc", n_bytes)))
+            except OutOfMemoryError as error:
+                raise OutOfMemoryError(f"The GPU has no room for {n_bytes / 2**20:.0f} MiB more; {LESS}.") from error
+
+    def give_back(self, address):
+        """Free memory; while a step is recorded, that is put off."""
+        with self._alone:
+            self._given_back.append(address)
+            self._free()
+
+    def _free(self):
+        if self._given_back and not self._recording:
+            self._enter()
+            while self._given_back:
+                self._do("cuMemFree", self._given_back.pop())
+
+    def copy_in(self, address, values):
+        """Copy a contiguous numpy array to the GPU."""
+        with self._alone:
+            self._enter()
+            self._do("cuMemcpyHtoDAsync", address, values.ctypes.data, values.nbytes, self._stream)
+            self._do("cuStreamSynchronize", self._stream)       # the values may be gone when the copy begins
+
+    def copy_out(self, values, address):
+        """Copy from the GPU into a contiguous numpy array, all that was launched before being done."""
+        with self._alone:
+            self._enter()
+            self._do("cuMemcpyDtoHAsync", values.ctypes.data, address, values.nbytes, self._stream)
+            self._do("cuStreamSynchronize", self._stream)
+
+    def clear(self, address, n_bytes):
+        """Set bytes to zero."""
+        with self._alone:
+            self._enter()
+            self._do("cuMemsetD8Async", address, 0, n_bytes, self._stream)
+
+    def synchronize(self):
+        """Wait for all that was launched."""
+        with self._alone:
+            self._enter()
+            self._do("cuStreamSynchronize", self._stream)
+
+    def load(self, image, name):
+        """A kernel of a module, for launch()."""
+        with self._alone:
+            self._enter()
+            module = self._do("cuModuleLoadData", image)
+            return self._do("cuModuleGetFunction", module, name.encode())
+
+    def launch(self, function, grid, n_threads, parameters, values):
+        """Launch a kernel for a grid of blocks, [3] numbers, of so many threads each."""
+        with self._alone:
+            self._enter()
+            parameters.fill(values)
+            self._do("cuLaunchKernel", function, *grid, n_threads, 1, 1, 0, self._stream, 0, parameters.address)
+
+    def record(self, work):
+        """What work() launches as a Step, without doing it."""
+        with self._alone:
+            self._enter()
+            self._do("cuStreamBeginCapture", self._stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+            self._recording = True
+            try:
+                work()
+            finally:
+                self._recording = False
+                graph = self._do("cuStreamEndCapture", self._stream)
+            self._free()
+            step = Step(self, self._do("cuGraphInstantiate", graph, 0))
+            self._do("cuGraphDestroy", graph)
+            return step
+
+    def replay(self, step):
+        """Do a recorded step."""
+        with self._alone:
+            self._enter()
+            self._do("cuGraphLaunch", step.graph, self._stream)
+
+    def forget(self, graph):
+        """Free a Step's graph."""
+        with self._alone:
+            self._enter()
+            self._do("cuGraphExecDestroy", graph)

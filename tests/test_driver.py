@@ -1,0 +1,153 @@
+"""The CUDA backend's host side against a stand-in for the driver (tools/ptx): what it refuses, and what happens while a step is recorded.
+
+In processes of their own, as it stands in for a GPU.
+"""
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
+
+SETUP = """
+import gc
+import sys
+import numpy as np
+from cuda.bindings.driver import CUresult
+from numba import cuda as numba_cuda
+from tools.ptx.driver import install
+driver = install(1 << 22)
+from pydsa.backends import cuda
+from pydsa.backends.cuda.array import gpu
+from pydsa.backends.cuda.launch import kernel
+from pydsa.cli import main
+from pydsa.errors import OutOfMemoryError, PydsaError
+
+def refused(kind, work):
+    try:
+        work()
+    except PydsaError as error:
+        assert type(error) is kind, error
+        return str(error)
+
+def command(*args):
+    try:
+        main(args)
+    except SystemExit as end:
+        return end.code
+"""
+
+
+def run(code, **env):
+    done = subprocess.run([sys.executable, "-c", SETUP + code], cwd=ROOT, capture_output=True, text=True, env=os.environ | env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("change, message", [
+    ("driver.fail['cuInit'] = CUresult.CUDA_ERROR_NO_DEVICE", "finds no NVIDIA driver or no GPU"),
+    ("driver.version = 12080", "knows CUDA 12.8, but the installed packages make kernels for CUDA 13"),
+    ("driver.capability = 7, 5", "has compute capability 7.5; pydsa needs 8.0 or later"),
+    ("driver.fail['cuMemAlloc'] = CUresult.CUDA_ERROR_OUT_OF_MEMORY", "The GPU has no room for"),
+    ("driver.fail['cuModuleLoadData'] = CUresult.CUDA_ERROR_OUT_OF_MEMORY", "The GPU has no memory left (cuModuleLoadData)"),
+    ("driver.fail['cuModuleLoadData'] = CUresult.CUDA_ERROR_INVALID_IMAGE", "answers CUDA_ERROR_INVALID_IMAGE to cuModuleLoadData"),
+    ("driver.fail['cuLaunchKernel'] = CUresult.CUDA_ERROR_OUT_OF_MEMORY", "The GPU has no memory left (cuLaunchKernel)"),
+    ("driver.fail['cuStreamSynchronize'] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS", "answers CUDA_ERROR_ILLEGAL_ADDRESS to cuStream"),
+    ("driver.arena.size >>= 8", "are free; ask for a smaller context"),
+])
+def test_what_fails_is_one_sentence(small_model, change, message):
+    """... and exit code 2, wherever the driver refuses."""
+    path = small_model(type="Q8_0", n_layer=2, indexer_n_head=3)
+    _, errors = run(f"{change}\nassert command('run', {str(path)!r}, '--device', 'cuda', '-p', 'a', '--raw', '-n', '2', '-c', '16') == 2")
+    assert message in errors.splitlines()[-1] and "Traceback" not in errors
+
+
+def test_refusals():
+    run("""
+assert "has no room for 16 MiB more" in refused(OutOfMemoryError, lambda: cuda.empty((1 << 24,), np.uint8))
+x = cuda.upload(np.arange(8, dtype=np.float32))
+assert cuda.device_in_words() == "PTX in numpy (tools/ptx), compute capability 9.0, 0.0 GiB of memory free of 0.0"
+driver.fail["cuMemcpyDtoHAsync"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+assert refused(PydsaError, x.get) == "The CUDA driver answers CUDA_ERROR_ILLEGAL_ADDRESS to cuMemcpyDtoHAsync."
+""")
+
+
+def test_recorded_steps():
+    """What is freed meanwhile is freed afterwards; what may not be done leaves nothing half recorded; a step's graph is freed with it."""
+    run("""
+@kernel("f4[:], i4, f4, b1, i8", 32)
+def change(x, n, factor, add, much):
+    i = numba_cuda.threadIdx.x
+    if i < n:
+        x[i] = x[i] * factor + (np.float32(much) if add else np.float32(0))
+
+x, expected = cuda.upload(np.arange(8, dtype=np.float32)), np.arange(8, dtype=np.float32)
+change(1, x, 8, 1.0, False, 0)
+garbage = [cuda.empty((8,), np.float32)]
+before = driver.counts.get("cuMemFree", 0)
+
+def work():
+    change(1, x, np.int32(7), np.float32(0.5), True, 1 << 33)
+    garbage.clear()
+    gc.collect()
+    assert driver.counts.get("cuMemFree", 0) == before
+    change((1, 1), x[::2], 3, 2, np.bool_(False), 0)
+
+step = gpu.record(work)
+assert driver.counts["cuMemFree"] == before + 1 and np.array_equal(x.get(), expected)
+for _ in range(2):
+    gpu.replay(step)
+    expected[:7] = expected[:7] * np.float32(0.5) + np.float32(1 << 33)
+    expected[:6:2] *= 2
+assert np.array_equal(x.get(), expected)
+
+for what in (lambda: cuda.empty((8,), np.float32), x.get, x.clear, cuda.synchronize):
+    assert refused(PydsaError, lambda: gpu.record(what))
+    assert driver.recording is None and np.array_equal(x.get(), expected)
+del step
+assert driver.counts["cuGraphExecDestroy"] == 1
+""")
+
+
+def test_memory_is_given_back():
+    run("""
+whole = cuda.empty((8, 8), np.float32)
+part = whole[2:, 1:]
+del whole
+gc.collect()
+assert "cuMemFree" not in driver.counts
+part.get()
+del part
+gc.collect()
+assert driver.counts["cuMemFree"] == 1 and driver.counts["cuMemAlloc"] == 1
+""")
+
+
+KEPT = """
+import sys
+from pydsa.backends.cuda.launch import KERNELS, Kernel, kernel
+
+@kernel("f4[:]", 32)
+def other(x):
+    x[0] = 1
+
+assert b"other" in other.cubin((9, 0))
+if "again" in sys.argv:
+    del Kernel._compiled, Kernel._assembled
+cubin, ptx = KERNELS["add_rows"].cubin((9, 0)), KERNELS["add_rows"].ptx((9, 0))
+assert cubin.startswith(bytes([127]) + b"ELF") and ".entry add_rows(" in ptx and ".target sm_90" in ptx
+"""
+
+
+def test_kernels_are_kept(tmp_path):
+    """A second process compiles and assembles nothing; what a user's own kernel becomes is not kept."""
+    def run_kept(*args):
+        subprocess.run([sys.executable, "-c", KEPT, *args], cwd=ROOT, check=True, env=os.environ | {"PYDSA_CACHE_DIR": str(tmp_path)})
+        return sorted(path.name for path in tmp_path.glob("*/*.sm_*"))
+
+    names = run_kept()
+    assert names == ["add_rows.sm_90.cubin", "add_rows.sm_90.ptx"] == run_kept("again")
