@@ -75,6 +75,7 @@ class Runner:
         self.dtypes = {"float": np.dtype(backend.FLOAT), "int32": np.dtype(np.int32), "int64": np.dtype(np.int64)}
         self._buffer = backend.empty((max(p.n_bytes for p in plans.values()),), np.uint8)
         self._weights, self._constants = {}, {}
+        self.steps = 0          # how many were started
         self._outputs = {}      # name -> one row, which is what every step but those of logits() needs
         self._entry_points = {}
 
@@ -122,7 +123,7 @@ class Runner:
         nodes = plan.graph.nodes if n_outputs else [n for n in plan.graph.nodes if not n.for_outputs]
         calls = [(node, getattr(self.backend, node.op), tuple(argument(a) for a in node.args)) for node in nodes]
         output = argument(plan.graph.output) if n_outputs else None
-        return Bound(self.backend, roots[plan.graph.ids], roots[plan.graph.positions], calls, output)
+        return Bound(self, roots[plan.graph.ids], roots[plan.graph.positions], calls, output)
 
     def compiled(self, path, caches, n_tokens, n_outputs, again):
         """bind() with functions that take these arguments without a look at their types; `again`: this step comes again and again.
@@ -151,7 +152,7 @@ class Written(Sequence):
 
 class Bound(NamedTuple):
     """A graph with all its arguments, arrays of a backend, for one session and one number of tokens."""
-    backend: object
+    runner: object
     ids: object
     positions: object
     calls: list
@@ -164,14 +165,37 @@ class Bound(NamedTuple):
         observe(node, arrays) is called after each op with what it wrote.
         """
         with _one_step():
-            self.backend.store(self.ids, ids)
-            self.backend.store(self.positions, np.arange(n_past, n_past + len(ids)))
-            if self.recording is not None and observe is None:
-                self.recording.run()
-            else:
-                for node, function, args in self.calls:
-                    function(*args)
-                    if observe is not None:
-                        observe(node, Written(self.backend, args[:node.n_out]))
+            self._start(ids, n_past, observe)
             if self.output is not None:
-                logits[:] = self.backend.fetch(self.output)
+                logits[:] = self.runner.backend.fetch(self.output)
+
+    def sample(self, token, n_past, started, settings, following, ended):
+        """One step of one token, whose logits stay where they are -> the id sampled from them, the greatest logit, and a number.
+
+        settings: the last arguments of the backend's pick(). following: the Bound of the step that comes next, which is started with that
+        id unless ended(id); then the number is that for `started` when following.sample() is called. It is not run again then, if no
+        other step was started since. None: not started.
+        """
+        with _one_step():
+            if started is None or started != self.runner.steps:
+                self._start([token], n_past)
+            token, greatest = self.runner.backend.pick(following.ids, following.positions, n_past + 1, self.output, *settings)
+            if ended(token):
+                return token, greatest, None
+            following._start()
+            return token, greatest, self.runner.steps
+
+    def _start(self, ids=None, n_past=None, observe=None):
+        """Launch all that a step does; without ids they and the positions are there."""
+        runner = self.runner
+        runner.steps += 1
+        if ids is not None:
+            runner.backend.store(self.ids, ids)
+            runner.backend.store(self.positions, np.arange(n_past, n_past + len(ids)))
+        if self.recording is not None and observe is None:
+            self.recording.run()
+            return
+        for node, function, args in self.calls:
+            function(*args)
+            if observe is not None:
+                observe(node, Written(runner.backend, args[:node.n_out]))

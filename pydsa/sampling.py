@@ -37,6 +37,11 @@ class Sampling:
         if self.seed is not None:
             self._require("seed", 0, whole=True)
 
+    @property
+    def penalizes(self):
+        """Whether it depends on the text so far."""
+        return self.repeat_last_n != 0 and (self.repeat_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
+
     def _require(self, name, low=-math.inf, high=math.inf, whole=False, open_low=False):
         """One option is a finite number, low <= value <= high."""
         value = getattr(self, name)
@@ -61,9 +66,7 @@ class Sampler:
         sampling = self.sampling
         logits = self._penalize(np.asarray(logits), history)
         best = int(np.argmax(logits))       # the lowest index among ties; NaN counts as the greatest
-        if not np.isfinite(logits[best]):
-            raise PydsaError(f"the greatest of the logits is {logits[best]}, expected a finite number: "
-                             "the weights are damaged, or a computation overflowed")
+        self.check(logits[best])
         if sampling.temperature == 0:
             return best
         ids = _top_k(logits, sampling.top_k)
@@ -74,14 +77,33 @@ class Sampler:
         drawn = np.searchsorted(cumulated, self._random.random() * cumulated[-1], side="right")
         return int(ids[min(drawn, len(ids) - 1)])
 
+    def check(self, greatest):
+        """Refuse a greatest logit that is no number."""
+        if not math.isfinite(greatest):
+            raise PydsaError(f"the greatest of the logits is {greatest}, expected a finite number: "
+                             "the weights are damaged, or a computation overflowed")
+
+    def settings(self, most):
+        """What a device needs that picks from up to `most` tokens: top_k (0: the likeliest), top_p, min_p, temperature, a drawn number.
+
+        None if it cannot, as penalties need the history, or as there are more tokens to pick from.
+        """
+        sampling = self.sampling
+        if most == 0 or sampling.penalizes:
+            return None
+        if sampling.temperature == 0:
+            return 0, 1.0, 0.0, 1.0, 0.0
+        if not 0 < sampling.top_k <= most:
+            return None
+        return sampling.top_k, sampling.top_p, sampling.min_p, sampling.temperature, self._random.random()
+
     def _penalize(self, logits, history):
         """logit -> (logit / r or logit * r, by its sign) - count * frequency - presence, for tokens seen lately."""
         sampling = self.sampling
         n = len(history) if sampling.repeat_last_n < 0 else min(sampling.repeat_last_n, len(history))
-        penalties = sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty
-        if n == 0 or penalties == (1, 0, 0):
+        if n == 0 or not sampling.penalizes:
             return logits
-        repeat, frequency, presence = penalties
+        repeat, frequency, presence = sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty
         seen, counts = np.unique(np.asarray(history[-n:], dtype=np.int64), return_counts=True)
         if seen[0] < 0 or seen[-1] >= len(logits):
             raise PydsaError(f"the history has ids from {seen[0]} to {seen[-1]}, expected 0 to {len(logits) - 1}")

@@ -28,6 +28,7 @@ class Session:
         self.tokens = []
         self._caches = model.caches(model.n_ctx)
         self._bound = {}
+        self._started = None    # the step of the token sampled last, if it was started: (n_past, id, what Bound.sample() says)
 
     def __repr__(self):
         return f"<pydsa.Session: {self.n_past} of {self.model.n_ctx} tokens>"
@@ -56,9 +57,7 @@ class Session:
     def _append(self, ids, every_row, progress=None, observe=None):
         """Run ids chunk by chunk -> the logits after each, or after the last."""
         ids, model = self.model.check_ids(ids), self.model
-        if self.n_past + ids.size > model.n_ctx:
-            raise ContextFullError(f"The context holds {model.n_ctx} tokens; {self.n_past} are in use and {ids.size} more do not fit. "
-                                   "Load the model with a larger n_ctx (-c), or start anew.")
+        self._check_room(ids.size)
         if every_row:
             model.check_memory((ids.size + model.n_ubatch) * model.config.n_vocab * 4, f"The logits of {ids.size} tokens",
                                of_device=False)
@@ -71,6 +70,11 @@ class Session:
         if progress is not None:
             progress(ids.size, ids.size)
         return logits
+
+    def _check_room(self, n):
+        if self.n_past + n > self.model.n_ctx:
+            raise ContextFullError(f"The context holds {self.model.n_ctx} tokens; {self.n_past} are in use and {n} more do not fit. "
+                                   "Load the model with a larger n_ctx (-c), or start anew.")
 
     def _report(self, progress, start, n_tokens, total, observe):
         """An observer that reports progress after each layer: weights that come from a slow disk can take minutes for one chunk."""
@@ -87,15 +91,20 @@ class Session:
         return watch
 
     def _step(self, chunk, logits, observe):
-        key = (self.model.path(self.n_past, chunk.size), chunk.size, len(logits))
-        bound = self._bound.get(key)
-        if bound is None:
-            bound = self.model.runner.compiled(key[0], self._caches, *key[1:], again=chunk.size == 1)
-            if chunk.size in (1, self.model.n_ubatch) and len(logits) <= 1:     # the steps that come again
-                self._bound[key] = bound
+        bound = self._bind(self.n_past, chunk.size, len(logits))
         self.model.backend.set_threads(self.model.threads)
         bound.run(chunk, self.n_past, logits, observe)
         self.tokens.extend(chunk.tolist())
+
+    def _bind(self, n_past, n_tokens, n_outputs):
+        """The Bound of a step, made once for steps that come again."""
+        key = self.model.path(n_past, n_tokens), n_tokens, n_outputs
+        bound = self._bound.get(key)
+        if bound is None:
+            bound = self.model.runner.compiled(key[0], self._caches, *key[1:], again=n_tokens == 1)
+            if n_tokens in (1, self.model.n_ubatch) and n_outputs <= 1:
+                self._bound[key] = bound
+        return bound
 
     def generate(self, ids, max_tokens=None, sampling=None, progress=None):
         """Append ids, then yield sampled ids as sample() does."""
@@ -109,15 +118,35 @@ class Session:
         """
         check_max_tokens(max_tokens)
         sampler = Sampler(sampling)
-        n = 0
+        n, token = 0, None
         while n != max_tokens:
-            token = sampler.pick(logits, self.tokens)
+            token = sampler.pick(logits, self.tokens) if n == 0 else self._next(token, sampler, n + 1 == max_tokens)
             if token in self.model.tokenizer.eog_ids:
                 return
             yield token
             n += 1
-            if n != max_tokens:
-                logits = self.decode(token)
+
+    def _next(self, token, sampler, last):
+        """Append a token -> the id sampled after it.
+
+        Where the backend can pick, logits stay on the device, and unless it is the `last` the step of the new id is started at once: it
+        runs while the caller looks at the id. Nothing is lost if it is not asked for: rows behind n_past count for nothing.
+        """
+        settings = sampler.settings(self.model.backend.PICKS)
+        if settings is None:
+            return sampler.pick(self.decode(token), self.tokens)
+        self._check_room(1)
+        n_past, full = self.n_past, self.n_past + 1 == self.model.n_ctx
+        bound = self._bind(n_past, 1, 1)
+        following = bound if full else self._bind(n_past + 1, 1, 1)
+        started = self._started[2] if self._started is not None and self._started[:2] == (n_past, token) else None
+        self._started = None
+        ended = (lambda _: True) if last or full else self.model.tokenizer.eog_ids.__contains__
+        following_id, greatest, started = bound.sample(token, n_past, started, settings, following, ended)
+        self.tokens.append(token)
+        sampler.check(greatest)
+        self._started = n_past + 1, following_id, started
+        return following_id
 
     def truncate(self, n):
         """Forget all but the first n tokens; what comes next overwrites their rows."""
@@ -167,7 +196,7 @@ class Session:
         try:
             with open(path, "rb") as file:
                 tokens = self._check(path, file, os.fstat(file.fileno()).st_size)
-                self.tokens = []        # whatever ends this early, no half of two sessions remains
+                self.tokens, self._started = [], None       # whatever ends this early, no half of two sessions remains
                 for cache in self._caches.values():
                     rows = cache.stored(len(tokens))
                     if file.readinto(rows.reshape(-1)) != rows.size:

@@ -12,6 +12,9 @@ GOLDEN = Path(__file__).parent / "data" / "golden"
 # Widths that no vector register divides, and far fewer keys to attend to than tokens in the tests.
 SMALL = dict(type="F32", n_embd=72, n_head=3, n_lora_q=40, n_lora_kv=56, n_nope=20, n_rot=12, n_v=28, n_ff=88, n_ff_exp=36,
              indexer_n_head=8, indexer_head_size=32, indexer_top_k=12, n_vocab=300, n_ctx=128)
+# What a simulated GPU runs in seconds.
+TINY = dict(n_layer=2, n_embd=32, n_head=2, n_lora_q=32, n_lora_kv=32, n_nope=32, n_rot=4, n_v=32, n_ff=32, n_expert=4, n_ff_exp=32,
+            n_expert_groups=0, indexer_n_head=3, indexer_head_size=8, indexer_top_k=3, n_ctx=64)
 
 
 def nmse(met, expected):

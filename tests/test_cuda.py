@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import greedy, nmse
+from conftest import TINY, greedy, nmse
 
 import pydsa
 from pydsa.errors import PydsaError
@@ -91,8 +91,6 @@ for ref, cache in session._caches.items():
     assert np.array_equal(cache.stored(12), other._caches[ref].stored(12)) and cache.stored(7).any(), ref
 print(*(float(((a - b) ** 2).sum() / (b ** 2).sum()) for a, b in zip(logits, expected, strict=True)))
 """
-TINY = dict(n_layer=2, n_embd=32, n_head=2, n_lora_q=32, n_lora_kv=32, n_nope=32, n_rot=4, n_v=32, n_ff=32, n_expert=4, n_ff_exp=32,
-            n_expert_groups=0, indexer_n_head=3, indexer_head_size=8, indexer_top_k=3, n_ctx=64)
 
 
 @pytest.mark.parametrize("attention, kv_type, spec", [

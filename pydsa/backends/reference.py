@@ -6,6 +6,7 @@ Values are float64 here (float32 elsewhere), weights dequantized arrays; cache r
 import numpy as np
 
 FLOAT = np.float64
+PICKS = 0       # logits are the host's, which picks from them
 KV_DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}   # bf16: the upper half of a float32
 
 

@@ -85,9 +85,9 @@ def parse(text):
         if not line.endswith(";"):
             continue
         statement, done = "", statement.strip().rstrip(";").strip()
-        declared = re.match(r"\.reg \.(\w+)\s+(%\w+)<\d+>", done)
+        declared = re.match(r"\.reg \.(\w+)\s+(%\w+)", done)      # many, %r<9>, or one, perhaps again in the next pair of braces
         if declared:
-            registers[declared[2]] = REGISTERS[declared[1]]
+            assert registers.setdefault(declared[2], REGISTERS[declared[1]]) == REGISTERS[declared[1]]
         elif re.match(r"\.local", done):
             variables.update([_variable(done)])
         elif done and not done.startswith("."):

@@ -31,6 +31,7 @@ from pydsa.quants.block import CHUNK
 from pydsa.backends.reference import empty, fetch, free_bytes, recorded, store, synchronize, upload  # noqa: F401
 
 FLOAT = np.float32
+PICKS = 0       # logits are the host's, which picks from them
 ATTEND_FLOATS, ATTEND_SPLITS, ATTEND_BYTES = WordFunction(attend_floats), WordFunction(attend_splits), WordFunction(attend_bytes)
 SCORE_FLOATS, SCORE_BYTES, SCORE_WORDS = WordFunction(score_floats), WordFunction(score_bytes), WordFunction(score_words)
 SCORE_SPLITS, SCORE_SPLITS_OF_FEW = WordFunction(score_splits), WordFunction(score_splits_of_few)

@@ -17,6 +17,7 @@ from pydsa.backends.cuda.moe import moe_down, moe_gate_up, moe_route  # noqa: F4
 from pydsa.backends.cuda.norm import add, layer_norm, rms_norm, silu_mul  # noqa: F401
 from pydsa.backends.cuda.rope import hadamard, rope, rope_table  # noqa: F401
 from pydsa.backends.cuda.rows import CacheRows, Weight, cache_bytes, cache_rows, cache_write, get_rows, weight  # noqa: F401
+from pydsa.backends.cuda.sampling import PICKS, pick  # noqa: F401
 from pydsa.backends.cuda.top_k import top_k  # noqa: F401
 from pydsa.errors import PydsaError
 
@@ -66,7 +67,7 @@ def synchronize():
 
 
 def compile_calls(calls, progress=None):
-    """Compile the kernels that `calls`, pairs of an op and its arguments, will launch, without launching any.
+    """Compile the kernels that `calls`, pairs of an op and its arguments, will launch, and those that sample, without launching any.
 
     progress(done, total, name) is called before each.
     """
@@ -88,6 +89,7 @@ def compile_calls(calls, progress=None):
         for launch in fewer_launches([(op, args, 0) for op, args in calls]):
             if launch.func not in ops:      # not an op left as it is
                 launch()
+        pick(empty((1,), np.int32), empty((1,), np.int64), 0, empty((1, 1), np.float32), 1, 1.0, 0.0, 1.0, 0.0)
     finally:
         Kernel.only_compile = False
     if progress is not None:
