@@ -76,8 +76,8 @@ class Bench:
 
         Also what it reads and computes at least (costs.py) and at what rates: gbs, 1e9 bytes a second, and gops, 1e9 operations.
         share_of_ceiling is the time that bandwidth_gbs and peak_gops allow for that, over the time it took. It can pass 1 where the
-        bytes are intermediate values, which may lie in the caches. All of this is None on the reference. The time of get_rows, the first
-        op, has in it what a step needs to begin.
+        bytes are intermediate values, which may lie in the caches. All of this is None on the reference. One token's ops are those of
+        the graph, which a GPU does in fewer launches when it generates.
         """
         for n_prompt, n_gen, n_depth in self.tests:
             session, ids = model.session(), random_ids(model, self.n_ctx)
@@ -177,17 +177,10 @@ def _op_costs(session, ids):
 
 def _time_ops(session, ids):
     """{op: (calls, seconds)} of one step."""
-    times, last = {}, time.perf_counter()
-
-    def observe(node, arrays):
-        nonlocal last
-        session.model.backend.synchronize()
-        now = time.perf_counter()
-        calls, seconds = times.get(node.op, (0, 0.0))
-        times[node.op] = calls + 1, seconds + now - last
-        last = time.perf_counter()
-
-    session.prefill(ids, observe=observe)
+    times = {}
+    for node, seconds in session.timed(ids):
+        calls, before = times.get(node.op, (0, 0.0))
+        times[node.op] = calls + 1, before + seconds
     return times
 
 

@@ -165,7 +165,8 @@ class Bound(NamedTuple):
         observe(node, arrays) is called after each op with what it wrote.
         """
         with _one_step():
-            self._start(ids, n_past, observe)
+            self._put(ids, n_past)
+            self._start(observe)
             if self.output is not None:
                 logits[:] = self.runner.backend.fetch(self.output)
 
@@ -178,24 +179,33 @@ class Bound(NamedTuple):
         """
         with _one_step():
             if started is None or started != self.runner.steps:
-                self._start([token], n_past)
+                self._put([token], n_past)
+                self._start()
             token, greatest = self.runner.backend.pick(following.ids, following.positions, n_past + 1, self.output, *settings)
             if ended(token):
                 return token, greatest, None
+            self.runner.steps += 1
             following._start()
             return token, greatest, self.runner.steps
 
-    def _start(self, ids=None, n_past=None, observe=None):
-        """Launch all that a step does; without ids they and the positions are there."""
-        runner = self.runner
-        runner.steps += 1
-        if ids is not None:
-            runner.backend.store(self.ids, ids)
-            runner.backend.store(self.positions, np.arange(n_past, n_past + len(ids)))
+    def timed(self, ids, n_past):
+        """One step, without its logits -> [(node, seconds)]."""
+        with _one_step():
+            self._put(ids, n_past)
+            return list(zip([node for node, _, _ in self.calls], self.runner.backend.timed([call[1:] for call in self.calls])))
+
+    def _put(self, ids, n_past):
+        """Begin a step with these tokens."""
+        self.runner.steps += 1
+        self.runner.backend.store(self.ids, ids)
+        self.runner.backend.store(self.positions, np.arange(n_past, n_past + len(ids)))
+
+    def _start(self, observe=None):
+        """Launch all that a step does; ids and positions are there."""
         if self.recording is not None and observe is None:
             self.recording.run()
             return
         for node, function, args in self.calls:
             function(*args)
             if observe is not None:
-                observe(node, Written(runner.backend, args[:node.n_out]))
+                observe(node, Written(self.runner.backend, args[:node.n_out]))

@@ -96,6 +96,17 @@ class Session:
         bound.run(chunk, self.n_past, logits, observe)
         self.tokens.extend(chunk.tolist())
 
+    def timed(self, ids):
+        """Append tokens, at most n_ubatch -> [(node, seconds)]: how long each op of the step took."""
+        ids = self.model.check_ids(ids)
+        if ids.size > self.model.n_ubatch:
+            raise PydsaError(f"{ids.size} tokens are to be timed in one step, which can have {self.model.n_ubatch} (n_ubatch).")
+        self._check_room(ids.size)
+        self.model.backend.set_threads(self.model.threads)
+        times = self._bind(self.n_past, ids.size, 1).timed(ids, self.n_past)
+        self.tokens.extend(ids.tolist())
+        return times
+
     def _bind(self, n_past, n_tokens, n_outputs):
         """The Bound of a step, made once for steps that come again."""
         key = self.model.path(n_past, n_tokens), n_tokens, n_outputs

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import TINY
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
@@ -105,7 +106,7 @@ for _ in range(2):
     expected[:6:2] *= 2
 assert np.array_equal(x.get(), expected)
 
-for what in (lambda: cuda.empty((8,), np.float32), x.get, x.clear, cuda.synchronize):
+for what in (lambda: cuda.empty((8,), np.float32), x.get, x.clear, gpu.synchronize):
     assert refused(PydsaError, lambda: gpu.record(what))
     assert driver.recording is None and np.array_equal(x.get(), expected)
 del step
@@ -141,6 +142,26 @@ if "again" in sys.argv:
 cubin, ptx = KERNELS["add_rows"].cubin((9, 0)), KERNELS["add_rows"].ptx((9, 0))
 assert cubin.startswith(bytes([127]) + b"ELF") and ".entry add_rows(" in ptx and ".target sm_90" in ptx
 """
+
+
+@pytest.mark.parametrize("attention", ["sparse", "masked", "auto"])
+def test_ops_are_timed(small_model, attention):
+    """A prompt's ops too can be recorded, with an event after each; what they write is what it is without."""
+    run(f"""
+import pydsa
+driver = install(1 << 26)
+model = pydsa.load({str(small_model(**TINY | {"type": "Q4_0"}))!r}, device="cuda", attention={attention!r}, n_ctx=16, n_ubatch=8)
+session, other = model.session(), model.session()
+for ids in ([5, 6, 7, 8, 9, 10, 11, 12], [13]):
+    times = session.timed(ids)
+    other.prefill(ids)
+    graph = model.plan.plans[model.path(session.n_past - len(ids), len(ids))].graph
+    assert [node for node, _ in times] == graph.nodes and all(seconds >= 0 for _, seconds in times)
+    assert session.tokens == other.tokens
+assert np.array_equal(session.decode(14), other.decode(14))
+assert driver.counts["cuEventCreate"] == driver.counts["cuEventDestroy"] and driver.counts["cuGraphExecDestroy"] == 2
+assert "in one step" in refused(PydsaError, lambda: session.timed([1] * 9))
+""")
 
 
 def test_kernels_are_kept(tmp_path):

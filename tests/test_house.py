@@ -23,7 +23,7 @@ LEAVES = "gguf_file tokenizer chat template sampling cache kernel_cache errors"
 RANK = {name: rank for rank, names in enumerate([*LAYERS, LEAVES]) for name in names.split()}
 COMPILING = ("pydsa.backends.cpu", "pydsa.backends.cuda", "pydsa.quants.", "pydsa.lanes", "pydsa.simd", "pydsa.jit")    # may import numba
 
-NOT_OPS = {"weight", "cache_rows", "cache_bytes", "empty", "upload", "fetch", "store", "synchronize", "recorded", "free_bytes",
+NOT_OPS = {"weight", "cache_rows", "cache_bytes", "empty", "upload", "fetch", "store", "timed", "recorded", "free_bytes",
            "compile_calls", "check_threads", "entry_point", "set_threads", "measure_ceilings"}
 FUNCTIONS = {name for name, f in vars(reference).items() if inspect.isfunction(f) and not name.startswith("_")}
 

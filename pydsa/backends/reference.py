@@ -3,6 +3,8 @@
 Each op writes its result into `out`, its first argument, and returns nothing. T is n_tokens; H heads; D a head's width; S cache rows.
 Values are float64 here (float32 elsewhere), weights dequantized arrays; cache rows have the storage type that they have on any backend.
 """
+import time
+
 import numpy as np
 
 FLOAT = np.float64
@@ -53,8 +55,13 @@ def store(array, values):
     array[...] = values
 
 
-def synchronize():
-    """Nothing to wait for."""
+def timed(calls):
+    """Do calls, pairs of an op and its arguments -> the seconds of each."""
+    times = [time.perf_counter()]
+    for op, args in calls:
+        op(*args)
+        times.append(time.perf_counter())
+    return np.diff(times).tolist()
 
 
 def recorded(calls):

@@ -5,8 +5,9 @@ driver does, and refuses what may not be done while a step is recorded.
 """
 import ctypes
 import struct
+import time
 
-from cuda.bindings.driver import CUdevice_attribute, CUresult
+from cuda.bindings.driver import CUdevice_attribute, CUevent_record_flags, CUresult
 
 from tools.ptx.machine import Kernel
 from tools.ptx.memory import Arena
@@ -141,6 +142,21 @@ class Driver:
         graph, self.recording = self.recording, None
         return DONE, graph
 
+    def cuEventCreate(self, flags):
+        return DONE, [None]
+
+    def cuEventRecordWithFlags(self, event, stream, flags):
+        if self.recording is None or flags != CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL:
+            return CUresult.CUDA_ERROR_INVALID_VALUE,
+        self.recording.append((event,))
+        return DONE,
+
+    def cuEventElapsedTime(self, first, last):
+        return DONE, 1000 * (last[0] - first[0])
+
+    def cuEventDestroy(self, event):
+        return DONE,
+
     def cuGraphInstantiate(self, graph, flags):
         return DONE, list(graph)
 
@@ -148,8 +164,11 @@ class Driver:
         return DONE,
 
     def cuGraphLaunch(self, graph, stream):
-        for kernel, *step in graph:
-            kernel.launch(*step)
+        for what, *step in graph:
+            if step:
+                what.launch(*step)
+            else:
+                what[0] = time.perf_counter()       # an event
         return DONE,
 
     def cuGraphExecDestroy(self, graph):

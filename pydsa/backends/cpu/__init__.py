@@ -28,7 +28,7 @@ from pydsa.jit import WordFunction, check_threads, entry_point, set_threads  # n
 from pydsa.jit import compile_all as compile_calls  # noqa: F401
 from pydsa.quants import whole_rows
 from pydsa.quants.block import CHUNK
-from pydsa.backends.reference import empty, fetch, free_bytes, recorded, store, synchronize, upload  # noqa: F401
+from pydsa.backends.reference import empty, fetch, free_bytes, recorded, store, timed, upload  # noqa: F401
 
 FLOAT = np.float32
 PICKS = 0       # logits are the host's, which picks from them

@@ -2,6 +2,8 @@
 
 With NUMBA_ENABLE_CUDASIM=1 the kernels run in Numba's simulator, as Python functions: for tests, without a GPU.
 """
+import functools
+
 import numpy as np
 
 from pydsa.backends.cuda.array import DeviceArray, empty, gpu, upload  # noqa: F401
@@ -61,9 +63,11 @@ def store(array, values):
     array.set(values)
 
 
-def synchronize():
-    """Wait for all that was launched."""
-    gpu.synchronize()
+def timed(calls):
+    """Do calls, pairs of an op and its arguments, twice -> the seconds of each, without the host's between them."""
+    for op, args in calls:      # scratch memory grows now or never
+        op(*args)
+    return gpu.time_each([functools.partial(op, *args) for op, args in calls])
 
 
 def compile_calls(calls, progress=None):

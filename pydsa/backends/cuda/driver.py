@@ -192,6 +192,24 @@ class Gpu:
             self._do("cuGraphDestroy", graph)
             return step
 
+    def time_each(self, works):
+        """Seconds of each of several functions that launch something, in a recorded step with an event after each, which is done once."""
+        with self._alone:
+            self._enter()
+            events = [self._do("cuEventCreate", 0) for _ in range(len(works) + 1)]
+
+            def work():
+                for event, work in zip(events, [lambda: None, *works], strict=True):
+                    work()
+                    self._do("cuEventRecordWithFlags", event, self._stream, driver.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL)
+            try:
+                self.replay(self.record(work))
+                self.synchronize()
+                return [self._do("cuEventElapsedTime", *pair) / 1000 for pair in zip(events, events[1:])]
+            finally:
+                for event in events:
+                    self._do("cuEventDestroy", event)
+
     def replay(self, step):
         """Do a recorded step."""
         with self._alone:
