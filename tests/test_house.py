@@ -69,7 +69,7 @@ def test_no_import_cycles():
 
 
 def test_reference_stands_alone():
-    assert {name.split(".")[0] for name in imports(ROOT / "pydsa/backends/reference.py")} == {"numpy", "gguf"}
+    assert {name.split(".")[0] for name in imports(ROOT / "pydsa/backends/reference.py")} == {"numpy", "gguf", "time"}
 
 
 @pytest.mark.parametrize("name", MODULES)
