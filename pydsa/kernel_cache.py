@@ -30,8 +30,8 @@ def cache_folder(made_by, sources):
 
 
 def kept(path, make):
-    """The bytes of a file; where it is missing, those that make() gives, which it holds from then on. Other processes may do the same."""
-    with contextlib.suppress(FileNotFoundError):
+    """The bytes of a file; where it cannot be read, those that make() gives, which it holds from then on. Processes may do so at once."""
+    with contextlib.suppress(OSError):
         return path.read_bytes()
     data = make()
     with contextlib.suppress(OSError):      # a full disk, for one: then it is made again the next time
