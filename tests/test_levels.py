@@ -3,6 +3,7 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -37,30 +38,45 @@ for attention in ("sparse", "masked", "auto"):
 """
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the levels are those of x86")
-@pytest.mark.parametrize("level", POSSIBLE)
-def test_golden_logits_at_level(level, golden):
-    name, features, lanes = LEVELS[level]
-    path, _ = golden("ds32-q4_k_m")
+KERNELS = [str(Path(__file__).parent / name) for name in (
+    "test_words.py", "test_attention.py::test_attention", "test_mha.py::test_mha_sparse_attention[40-300-i16]",
+    "test_int8_keys.py::test_selection",
+    "test_int8_keys.py::test_a_key_that_is_not_finite_is_never_chosen", "test_top_k.py::test_rows_that_are_sampled",
+    "test_quants.py::test_backends_store_the_same_whole_numbers")]
+pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the levels are those of x86")
+
+
+def run(level, *args):
+    """A process of Python with a CPU of this level."""
+    name, features, _ = LEVELS[level]
     env = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
-    result = subprocess.run([sys.executable, "-c", PROGRAM, str(path), str(path.with_suffix(".npz")), str(lanes)],
-                            env=env, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def runs(golden):
+    """(level, "golden" or "kernels") -> a future of its process. Two run at a time, as most of what they do is to compile."""
+    path, _ = golden("ds32-q4_k_m")
+    possible = [level for level, (_, features, _) in LEVELS.items() if {f[1:] for f in features.split(",")} <= HERE]
+    pool = ThreadPoolExecutor(2)
+    futures = {(level, "golden"): pool.submit(run, level, "-c", PROGRAM, str(path), str(path.with_suffix(".npz")), str(LEVELS[level][2]))
+               for level in possible}
+    futures |= {(level, "kernels"): pool.submit(run, level, "-m", "pytest", "-q", "-x", *KERNELS) for level in possible}
+    yield futures
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("level", POSSIBLE)
+def test_golden_logits_at_level(level, runs):
+    result = runs[level, "golden"].result()
     assert result.returncode == 0, result.stderr
     errors = np.array(result.stdout.split(), float)
     assert errors.size == 3 and errors.max() < 1e-6
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the levels are those of x86")
 @pytest.mark.parametrize("level", POSSIBLE)
-def test_kernels_at_level(level):
+def test_kernels_at_level(level, runs):
     """By tests of their own: products of every quantized type, attention over every cache, scores of int8 keys, top-k of long rows."""
-    name, features, _ = LEVELS[level]
-    env = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
-    tests = [str(Path(__file__).parent / name) for name in (
-        "test_words.py", "test_attention.py::test_attention", "test_mha.py::test_mha_sparse_attention[40-300-i16]",
-        "test_int8_keys.py::test_selection",
-        "test_int8_keys.py::test_a_key_that_is_not_finite_is_never_chosen", "test_top_k.py::test_rows_that_are_sampled",
-        "test_quants.py::test_backends_store_the_same_whole_numbers")]
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *tests], env=env, capture_output=True, text=True)
+    result = runs[level, "kernels"].result()
     assert result.returncode == 0, result.stdout
     assert " passed" in result.stdout and "failed" not in result.stdout
