@@ -1,5 +1,7 @@
 """The errors that a user can cause. Each message is one sentence: what was met, what was expected, what to do."""
 
+LESS = "ask for a smaller context (-c), a smaller chunk (-ub) or a smaller cache type (--kv-type)"      # where memory is short
+
 
 class PydsaError(Exception):
     """The base of every error that pydsa raises for a mistake outside of its own code."""

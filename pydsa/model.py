@@ -14,7 +14,7 @@ import psutil
 from pydsa.cache import VectorCache
 from pydsa.chat import encode_chat
 from pydsa.costs import device_scratch, plain_form_pays, plain_form_until
-from pydsa.errors import OutOfMemoryError, PydsaError, UnsupportedModelError
+from pydsa.errors import LESS, OutOfMemoryError, PydsaError, UnsupportedModelError
 from pydsa.gguf_file import open_gguf
 from pydsa.graph import CacheRef, Graph
 from pydsa.models import architecture
@@ -214,7 +214,7 @@ class Model:
             available, whose = psutil.virtual_memory().available, "memory"
         if wanted > available:
             raise OutOfMemoryError(f"{what} would take {wanted / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of {whose} are free; "
-                                   "ask for a smaller context (-c), a smaller chunk (-ub) or a smaller cache type (--kv-type).")
+                                   f"{LESS}.")
 
     def _read_weights(self, progress):
         """Give the backend all weights: a GPU gets copies, which takes a while."""

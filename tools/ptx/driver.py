@@ -75,34 +75,31 @@ class Driver:
         self.arena.give_back(address - self.arena.base)
         return DONE,
 
-    def _known(self, address, n_bytes):
-        """Whether it is all memory that was allocated; then it has values from now on."""
+    def _place(self, address, n_bytes):
+        """Where bytes lie in the arena, a slice; None if they are not all allocated, or if a step is recorded."""
         place = slice(address - self.arena.base, address - self.arena.base + n_bytes)
-        there = place.start >= 0 and self.arena.allowed[place].all() and place.stop <= self.arena.size
-        if there:
-            self.arena.known[place] = True
-        return there
+        there = self.recording is None and 0 <= place.start and place.stop <= self.arena.size and self.arena.allowed[place].all()
+        return place if there else None
 
     def cuMemcpyHtoDAsync(self, target, source, n_bytes, stream):
-        assert stream == "stream"
-        if self.recording is not None or not self._known(target, n_bytes):
+        place = self._place(target, n_bytes)
+        if stream != "stream" or place is None:
             return CUresult.CUDA_ERROR_INVALID_VALUE,
         ctypes.memmove(target, source, n_bytes)
+        self.arena.known[place] = True
         return DONE,
 
     def cuMemcpyDtoHAsync(self, target, source, n_bytes, stream):
-        place = slice(source - self.arena.base, source - self.arena.base + n_bytes)
-        assert stream == "stream"
-        if self.recording is not None or place.start < 0 or not self.arena.allowed[place].all():
+        if stream != "stream" or self._place(source, n_bytes) is None:
             return CUresult.CUDA_ERROR_INVALID_VALUE,
         ctypes.memmove(target, source, n_bytes)
         return DONE,
 
     def cuMemsetD8Async(self, address, value, n_bytes, stream):
-        assert stream == "stream"
-        if self.recording is not None or not self._known(address, n_bytes):
+        place = self._place(address, n_bytes)
+        if stream != "stream" or place is None:
             return CUresult.CUDA_ERROR_INVALID_VALUE,
-        ctypes.memset(address, value, n_bytes)
+        self.arena.data[place], self.arena.known[place] = value, True
         return DONE,
 
     def cuStreamSynchronize(self, stream):

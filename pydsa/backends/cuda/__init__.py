@@ -6,6 +6,7 @@ import functools
 
 import numpy as np
 
+from pydsa.backends import reference
 from pydsa.backends.cuda.array import DeviceArray, empty, gpu, upload  # noqa: F401
 from pydsa.backends.cuda.attention import dense_attention, masked_attention, sparse_attention  # noqa: F401
 from pydsa.backends.cuda.ceilings import measure_ceilings, product_kind  # noqa: F401
@@ -35,11 +36,6 @@ def check_device():
                          f"{OLDEST[0]}.{OLDEST[1]} or later (A100, GeForce 30 and newer).")
 
 
-def device_name():
-    """What the GPU is called."""
-    return gpu.name
-
-
 def device_in_words():
     """What the GPU is and has; PydsaError if there is none."""
     check_device()
@@ -65,8 +61,9 @@ def store(array, values):
 
 def timed(calls):
     """Do calls, pairs of an op and its arguments, twice -> the seconds of each, without the host's between them."""
-    for op, args in calls:      # scratch memory grows now or never
-        op(*args)
+    once = reference.timed(calls)       # scratch memory grows now or never
+    if SIMULATED:
+        return once
     return gpu.time_each([functools.partial(op, *args) for op, args in calls])
 
 

@@ -11,9 +11,8 @@ import weakref
 from cuda import bindings
 from cuda.bindings import driver
 
-from pydsa.errors import OutOfMemoryError, PydsaError
+from pydsa.errors import LESS, OutOfMemoryError, PydsaError
 
-LESS = "ask for a smaller context (-c), a smaller chunk (-ub) or a smaller cache type (--kv-type)"
 PACKED, PACKED_SIZE, END = 1, 2, 0      # what cuLaunchKernel's last argument says of the parameters (CU_LAUNCH_PARAM_*)
 
 
@@ -103,22 +102,28 @@ class Gpu:
     def _stream(self):
         return self._do("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
 
-    def _enter(self):
-        """Make the GPU's context that of this thread."""
-        if not getattr(self._thread, "context", False):
-            self._do("cuCtxSetCurrent", self._context)
-            self._thread.context = True
+    def __enter__(self):
+        """No other thread uses the GPU until the end of the block, and its context is this thread's."""
+        self._alone.acquire()
+        try:
+            if not getattr(self._thread, "context", False):
+                self._do("cuCtxSetCurrent", self._context)
+                self._thread.context = True
+        except BaseException:
+            self._alone.release()
+            raise
+
+    def __exit__(self, *error):
+        self._alone.release()
 
     def memory(self):
         """Bytes of memory that are free, and all."""
-        with self._alone:
-            self._enter()
+        with self:
             return self._do("cuMemGetInfo")
 
     def allocate(self, n_bytes):
         """Memory of so many bytes, at least one."""
-        with self._alone:
-            self._enter()
+        with self:
             try:
                 return Memory(self, int(self._do("cuMemAlloc", n_bytes)))
             except OutOfMemoryError as error:
@@ -126,60 +131,51 @@ class Gpu:
 
     def give_back(self, address):
         """Free memory; while a step is recorded, that is put off."""
-        with self._alone:
+        with self:
             self._given_back.append(address)
             self._free()
 
     def _free(self):
-        if self._given_back and not self._recording:
-            self._enter()
-            while self._given_back:
-                self._do("cuMemFree", self._given_back.pop())
+        while self._given_back and not self._recording:
+            self._do("cuMemFree", self._given_back.pop())
 
     def copy_in(self, address, values):
         """Copy a contiguous numpy array to the GPU."""
-        with self._alone:
-            self._enter()
+        with self:
             self._do("cuMemcpyHtoDAsync", address, values.ctypes.data, values.nbytes, self._stream)
             self._do("cuStreamSynchronize", self._stream)       # the values may be gone when the copy begins
 
     def copy_out(self, values, address):
         """Copy from the GPU into a contiguous numpy array, all that was launched before being done."""
-        with self._alone:
-            self._enter()
+        with self:
             self._do("cuMemcpyDtoHAsync", values.ctypes.data, address, values.nbytes, self._stream)
             self._do("cuStreamSynchronize", self._stream)
 
     def clear(self, address, n_bytes):
         """Set bytes to zero."""
-        with self._alone:
-            self._enter()
+        with self:
             self._do("cuMemsetD8Async", address, 0, n_bytes, self._stream)
 
     def synchronize(self):
         """Wait for all that was launched."""
-        with self._alone:
-            self._enter()
+        with self:
             self._do("cuStreamSynchronize", self._stream)
 
     def load(self, image, name):
         """A kernel of a module, for launch()."""
-        with self._alone:
-            self._enter()
+        with self:
             module = self._do("cuModuleLoadData", image)
             return self._do("cuModuleGetFunction", module, name.encode())
 
     def launch(self, function, grid, n_threads, parameters, values):
         """Launch a kernel for a grid of blocks, [3] numbers, of so many threads each."""
-        with self._alone:
-            self._enter()
+        with self:
             parameters.fill(values)
             self._do("cuLaunchKernel", function, *grid, n_threads, 1, 1, 0, self._stream, 0, parameters.address)
 
     def record(self, work):
         """What work() launches as a Step, without doing it."""
-        with self._alone:
-            self._enter()
+        with self:
             self._do("cuStreamBeginCapture", self._stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
             self._recording = True
             try:
@@ -194,8 +190,7 @@ class Gpu:
 
     def time_each(self, works):
         """Seconds of each of several functions that launch something, in a recorded step with an event after each, which is done once."""
-        with self._alone:
-            self._enter()
+        with self:
             events = [self._do("cuEventCreate", 0) for _ in range(len(works) + 1)]
 
             def work():
@@ -212,12 +207,10 @@ class Gpu:
 
     def replay(self, step):
         """Do a recorded step."""
-        with self._alone:
-            self._enter()
+        with self:
             self._do("cuGraphLaunch", step.graph, self._stream)
 
     def forget(self, graph):
         """Free a Step's graph."""
-        with self._alone:
-            self._enter()
+        with self:
             self._do("cuGraphExecDestroy", graph)

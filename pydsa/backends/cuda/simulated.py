@@ -1,6 +1,5 @@
 """What Numba's simulator has instead of driver.py: the GPU's memory is the host's."""
 import ctypes
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -42,11 +41,3 @@ class SimulatedGpu:
 
     def synchronize(self):
         """Kernels are done when their launch is."""
-
-    def time_each(self, works):
-        """Seconds of each of several functions that launch something."""
-        times = [time.perf_counter()]
-        for work in works:
-            work()
-            times.append(time.perf_counter())
-        return np.diff(times).tolist()
