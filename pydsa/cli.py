@@ -12,7 +12,7 @@ import click
 
 from pydsa import DEMO, __version__
 from pydsa.errors import ContextFullError, PydsaError
-from pydsa.quants import KV_TYPES
+from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
 
 CHAT_HELP = "/help  this list\n/clear  forget the conversation\n/exit  leave (also Ctrl-D)\nCtrl-C  stop a reply"
 
@@ -57,14 +57,15 @@ def options(*decorators):
     return apply
 
 
+cache_types = click.Choice([*CACHE_TYPES, *CACHE_ALIASES])
 ctx_option = click.option("-c", "--ctx-size", "n_ctx", type=int, help="Tokens of context.  [default: 8192, or the model's limit]")
 model_options = options(
     click.option("-ub", "--ubatch-size", "n_ubatch", type=int, default=2048, show_default=True,
                  help="Prompt tokens that run together: the more, the less often weights are read, and the more memory is used."),
-    click.option("--kv-type", type=click.Choice(list(KV_TYPES)), default="i16", show_default=True,
+    click.option("--kv-type", type=cache_types, default="i16", show_default=True,
                  help="Type of the cached latents; i16: whole numbers, two scales a row."),
-    click.option("--index-type", type=click.Choice(list(KV_TYPES)),
-                 help="Type of the indexer's cached keys.  [default: q8_0; f32 if --kv-type is]"),
+    click.option("--index-type", type=cache_types,
+                 help="Type of the indexer's cached keys.  [default: i8; f32 if --kv-type is]"),
     click.option("--dsa-top-k", type=int, help="Keys each token attends to.  [default: the model's]"))
 device_option = click.option("--device", type=click.Choice(["cpu", "cuda", "reference"]), default="cpu", show_default=True,
                              help="cuda: an NVIDIA GPU; reference: plain numpy, slow and exact.")

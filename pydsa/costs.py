@@ -10,7 +10,7 @@ from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef, Value
 
 
-# Measured: tools/notes/sparse-attention.md
+# Measured: pydsa/docs/journal/sparse-attention.md
 MHA_TOKENS = 48         # tokens from which keys and values of their own can pay for heads
 LOOKED_UP = 55          # products in whose time a number of a chosen key is looked up and laid out for a token, for all its heads
 

@@ -20,7 +20,7 @@ from pydsa.graph import CacheRef, Graph
 from pydsa.models import architecture
 from pydsa.models.weights import Weights
 from pydsa.plan import Runner, plan
-from pydsa.quants import KV_TYPES, cache_row_bytes
+from pydsa.quants import CACHE_ALIASES, CACHE_TYPES, cache_row_bytes
 from pydsa.sampling import Sampling
 from pydsa.session import Session
 from pydsa.tokenizer import Tokenizer
@@ -39,6 +39,11 @@ def choose(what, value, known):
     return value
 
 
+def choose_cache_type(what, value):
+    """A cache type by its name or by llama.cpp's."""
+    return choose(what, CACHE_ALIASES.get(value, value), CACHE_TYPES)
+
+
 def whole_number(what, value, low, high):
     """An option as an int, be it numpy's or Python's; a clear error for anything else."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not low <= value <= high:
@@ -51,9 +56,9 @@ class ModelPlan:
 
     def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,
                  n_ubatch=DEFAULT_N_UBATCH, index_type=None):
-        self.device, self.kv_type = choose("device", device, DEVICES), choose("kv_type", kv_type, KV_TYPES)
-        self.index_type = choose("index_type", index_type or ("f32" if kv_type == "f32" else "q8_0"), KV_TYPES)
-        self.storage = {"latents": KV_TYPES[self.kv_type], "index_keys": KV_TYPES[self.index_type]}      # of each CacheRef.kind
+        self.device, self.kv_type = choose("device", device, DEVICES), choose_cache_type("kv_type", kv_type)
+        self.index_type = choose_cache_type("index_type", index_type or ("f32" if kv_type == "f32" else "i8"))
+        self.cache_types = {"latents": self.kv_type, "index_keys": self.index_type}      # of each CacheRef.kind
         self.attention = choose("attention", attention, ATTENTION)
         n_ctx, n_ubatch, dsa_top_k = (value if value is None else whole_number(name, value, 1, 2**31 - 1) for name, value in
                                       (("n_ctx", n_ctx), ("n_ubatch", n_ubatch), ("dsa_top_k", dsa_top_k)))
@@ -139,7 +144,7 @@ class ModelPlan:
     @property
     def cache_row_bytes(self):
         """Bytes that a token takes in each cache."""
-        return {ref: cache_row_bytes(self.storage[ref.kind], widths) for ref, widths in self.cache_widths.items()}
+        return {ref: cache_row_bytes(self.cache_types[ref.kind], widths) for ref, widths in self.cache_widths.items()}
 
     @property
     def cache_bytes(self):
@@ -237,7 +242,7 @@ class Model:
 
     def caches(self, n_ctx):
         """Empty caches of n_ctx rows, one for each (kind, layer) that the graphs use."""
-        return {ref: VectorCache(self.backend, n_ctx, widths, self.plan.storage[ref.kind])
+        return {ref: VectorCache(self.backend, n_ctx, widths, self.plan.cache_types[ref.kind])
                 for ref, widths in self.plan.cache_widths.items()}
 
     @functools.cached_property
@@ -329,8 +334,8 @@ def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention=
     n_ctx: tokens the context can hold (8192, or the model's own limit if that is less). device: "cpu", "cuda" (an NVIDIA GPU; needs the
     extra `cuda`), or "reference" for plain numpy.
     threads: all cores if None. kv_type, of cached latents: "f32", "f16", "bf16", "i16" (whole numbers of
-    16 bits, with a scale for each of a row's two parts), "q8_0" (the same with 8 bits). index_type, of the indexer's cached keys: the
-    same names; if None "q8_0", int8 with which it is fastest, but "f32" if kv_type is. attention: "auto" (exact dense attention while
+    16 bits, with a scale for each of a row's two parts), "i8" (the same with 8 bits; "q8_0" stands for it too). index_type, of the indexer's cached keys: the
+    same names; if None "i8", with which it is fastest, but "f32" if kv_type is. attention: "auto" (exact dense attention while
     the context is no longer than top_k, sparse beyond), "sparse", "masked", "dense". dsa_top_k: keys to attend to, instead of the
     file's own number. n_ubatch: tokens of a prompt that run together (2048); fewer take less memory. progress(done, total, kernel name) is
     called while kernels are compiled.

@@ -1,7 +1,7 @@
 """The backend whose kernels the tests of ops look at: `kernels`, the CPU's, or with PYDSA_TEST_DEVICE=cuda the GPU's.
 
 With NUMBA_ENABLE_CUDASIM=1 too, Numba's simulator runs the latter; with PYDSA_TEST_DEVICE=ptx they are compiled for a GPU and executed by
-tools/ptx. Both are slow: SIMULATED tests take few and small shapes.
+tests/ptx. Both are slow: SIMULATED tests take few and small shapes.
 """
 import importlib
 import os
@@ -12,7 +12,7 @@ DEVICE = os.environ.get("PYDSA_TEST_DEVICE", "cpu")
 IN_SIMULATOR = DEVICE == "cuda" and os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 SIMULATED = IN_SIMULATOR or DEVICE == "ptx"
 if DEVICE == "ptx":
-    from tools.ptx.driver import install
+    from tests.ptx.driver import install
     install()
     DEVICE = "cuda"
 

@@ -5,7 +5,7 @@ from backends import choose, kernels
 from test_ops import (Rows, bound_of_tiles, close, compare, integers, last_positions, needs_two, normal, one_thread, rng,  # noqa: F401
                       run, with_threads)
 
-from pydsa.quants import FLOAT_ROWS, KV_TYPES
+from pydsa.quants import CACHE_TYPES
 
 SHAPES = choose([(3, 21, 16)], [(1, 37, 29), (3, 40, 32), (4, 17, 16), (16, 96, 64)])      # heads, width, n_v
 TILES = choose([(17, 40, 32)], [])      # for the GPU's tensor cores, which take whole numbers only
@@ -32,17 +32,17 @@ def ops(positions, mask, indices):
     return {"dense_attention": [positions], "masked_attention": [mask, positions], "sparse_attention": [indices]}.items()
 
 
-@pytest.mark.parametrize("kv_type", KV_TYPES)
+@pytest.mark.parametrize("kv_type", CACHE_TYPES)
 @pytest.mark.parametrize("n_tokens, n_kv", CONTEXTS)
 def test_attention(n_tokens, n_kv, kv_type):
     """All three beside the reference; and beside each other where they look at the same keys."""
-    for shape in SHAPES if n_tokens == 1 or kv_type in FLOAT_ROWS else [*SHAPES, *TILES]:
+    for shape in SHAPES if n_tokens == 1 or not CACHE_TYPES[kv_type].scaled else [*SHAPES, *TILES]:
         q, latents, positions = attention_inputs(n_tokens, n_kv, shape, kv_type)
         out = (n_tokens, shape[0], shape[2])
         scale = shape[1] ** -0.5
         dense = compare("dense_attention", out, q, latents, positions, scale)
         everything = np.where(np.arange(n_kv) <= positions[:, None], np.arange(n_kv), -1).astype(np.int32)
-        bound = 1e-12 if kv_type in FLOAT_ROWS else bound_of_tiles(latents, "attention") or 1e-12
+        bound = 1e-12 if not CACHE_TYPES[kv_type].scaled else bound_of_tiles(latents, "attention") or 1e-12
         assert close(compare("sparse_attention", out, q, latents, everything, scale), dense, bound)
         assert close(compare("masked_attention", out, q, latents, np.zeros((n_tokens, n_kv + 3), np.float32), positions, scale), dense,
                      bound)
@@ -54,7 +54,7 @@ def test_attention(n_tokens, n_kv, kv_type):
         compare("masked_attention", out, q, latents, np.where(mask == 0, normal(*mask.shape), mask), positions, scale)
 
 
-@pytest.mark.parametrize("kv_type", choose(["f32"], ["f32", "f16", "q8_0"]))
+@pytest.mark.parametrize("kv_type", choose(["f32"], ["f32", "f16", "i8"]))
 @pytest.mark.parametrize("size", [1, 2.0 ** 10, 2.0 ** 100])
 def test_attention_of_large_logits(size, kv_type):
     """Whole numbers, so that float32 loses nothing: sharp softmaxes, equal greatest logits, none that overflows."""
@@ -65,7 +65,7 @@ def test_attention_of_large_logits(size, kv_type):
         assert np.isfinite(compare(op, (n, 4, 20), q, rows, *args, 1.0)).all()
 
 
-@pytest.mark.parametrize("kv_type", ["f32", "f16", "i16", "q8_0"])
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "i16", "i8"])
 def test_attention_sees_no_future(kv_type):
     """Rows after a token's position, whatever they hold, change nothing."""
     n, n_kv = choose((2, 11), (7, 50))
@@ -76,7 +76,7 @@ def test_attention_sees_no_future(kv_type):
 
 
 @needs_two
-@pytest.mark.parametrize("kv_type", ["f32", "f16", "i16", "q8_0"])
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "i16", "i8"])
 @pytest.mark.parametrize("n_tokens", [1, 2, 7])
 @pytest.mark.parametrize("shape", [*SHAPES, (70, 96, 64)])
 def test_attention_divides_heads_and_keys_among_threads(shape, n_tokens, kv_type):

@@ -1,4 +1,4 @@
-"""The CUDA backend without a GPU: every kernel compiled; ops and whole models by its PTX (tools/ptx), and in Numba's simulator.
+"""The CUDA backend without a GPU: every kernel compiled; ops and whole models by its PTX (tests/ptx), and in Numba's simulator.
 
 `pytest -m gpu` runs them on a real GPU.
 """
@@ -68,7 +68,7 @@ import os, sys
 import numpy as np
 as_ptx = os.environ["PYDSA_TEST_DEVICE"] == "ptx"
 if as_ptx:
-    from tools.ptx.driver import install
+    from tests.ptx.driver import install
     driver = install()
 import pydsa
 path, attention, kv_type = sys.argv[1:]
@@ -120,9 +120,9 @@ def test_no_gpu_is_one_clear_sentence():
     assert "Traceback" not in done.stderr
 
 
-AS_PTX = os.environ.get("PYDSA_TEST_DEVICE") == "ptx"       # golden models in tools/ptx, which takes minutes each
+AS_PTX = os.environ.get("PYDSA_TEST_DEVICE") == "ptx"       # golden models in tests/ptx, which takes minutes each
 if AS_PTX:
-    import backends  # noqa: F401  (lets tools/ptx stand in for the GPU)
+    import backends  # noqa: F401  (lets tests/ptx stand in for the GPU)
 on_gpu = pytest.mark.skipif(not AS_PTX and not gpu_is_there(), reason="there is no GPU")
 
 

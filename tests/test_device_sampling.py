@@ -1,6 +1,6 @@
 """Sampling on a GPU: the same tokens as pydsa.sampling picks from the same logits, and steps that are started before they are asked for.
 
-By tools/ptx and in Numba's simulator, in processes of their own.
+By tests/ptx and in Numba's simulator, in processes of their own.
 """
 import importlib.util
 import os
@@ -20,7 +20,7 @@ import sys
 import numpy as np
 as_ptx = os.environ["NUMBA_ENABLE_CUDASIM"] == "0"
 if as_ptx:
-    from tools.ptx.driver import install
+    from tests.ptx.driver import install
     driver = install()
 from pydsa.backends import cuda
 from pydsa.sampling import Sampler, Sampling

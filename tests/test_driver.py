@@ -1,4 +1,4 @@
-"""The CUDA backend's host side against a stand-in for the driver (tools/ptx): what it refuses, and what happens while a step is recorded.
+"""The CUDA backend's host side against a stand-in for the driver (tests/ptx): what it refuses, and what happens while a step is recorded.
 
 In processes of their own, as it stands in for a GPU.
 """
@@ -20,7 +20,7 @@ import sys
 import numpy as np
 from cuda.bindings.driver import CUresult
 from numba import cuda as numba_cuda
-from tools.ptx.driver import install
+from tests.ptx.driver import install
 driver = install(1 << 22)
 from pydsa.backends import cuda
 from pydsa.backends.cuda.array import gpu
@@ -71,7 +71,7 @@ def test_refusals():
     run("""
 assert "has no room for 16 MiB more" in refused(OutOfMemoryError, lambda: cuda.empty((1 << 24,), np.uint8))
 x = cuda.upload(np.arange(8, dtype=np.float32))
-assert cuda.device_in_words() == "PTX in numpy (tools/ptx), compute capability 9.0, 0.0 GiB of memory free of 0.0"
+assert cuda.device_in_words() == "PTX in numpy (tests/ptx), compute capability 9.0, 0.0 GiB of memory free of 0.0"
 driver.fail["cuMemcpyDtoHAsync"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
 assert refused(PydsaError, x.get) == "The CUDA driver answers CUDA_ERROR_ILLEGAL_ADDRESS to cuMemcpyDtoHAsync."
 """)

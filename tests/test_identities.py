@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import greedy, nmse, random_ids
 
-from pydsa.jit import check_threads
+from pydsa.backends.cpu.threads import check_threads
 from pydsa.model import ModelPlan
 from pydsa.quants import SUPPORTED
 from tools.make_model import FILE_TYPES

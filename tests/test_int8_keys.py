@@ -1,4 +1,4 @@
-"""Index keys of int8: what selecting by them finds of what exact keys would choose, and models that run on caches of --kv-type q8_0."""
+"""Index keys of int8: what selecting by them finds of what exact keys would choose, and models that run on caches of --kv-type i8."""
 import numpy as np
 import pytest
 from backends import choose, kernels
@@ -52,7 +52,7 @@ def test_golden_models_stay_close(golden, load, name, attention):
     """Rounding latents and keys to 8 bits flips choices, here as in llama.cpp: the median over the positions is what llama.cpp reaches."""
     path, arrays = golden(name)
     dense = load(path, kv_type="f32", attention=attention).logits(arrays["tokens"])
-    met = nmse(load(path, kv_type="q8_0", attention=attention).logits(arrays["tokens"]), dense.astype(np.float64))
+    met = nmse(load(path, kv_type="i8", attention=attention).logits(arrays["tokens"]), dense.astype(np.float64))
     assert 0 < np.median(met) < 0.05
 
 
@@ -64,7 +64,7 @@ def test_chunks_do_not_matter(golden, load):
         def observe(node, written):
             if node.name == "indexer_top_k-0":
                 chosen.append(written[0].copy())
-        session = load(path, kv_type="q8_0", attention="sparse", n_ubatch=n_ubatch).session()
+        session = load(path, kv_type="i8", attention="sparse", n_ubatch=n_ubatch).session()
         logits.append(session.prefill(arrays["tokens"], observe=observe))
     assert np.array_equal(*(np.concatenate(chosen) for chosen, _ in (whole, parts)))
     assert nmse(whole[1][0], parts[1][0]) < 1e-8
@@ -73,7 +73,7 @@ def test_chunks_do_not_matter(golden, load):
 @pytest.mark.parametrize("device", ["cpu", "reference"])
 def test_caches_are_planned_saved_and_loaded(golden, load, device, tmp_path):
     path, arrays = golden("ds32-f32")
-    model = load(path, kv_type="q8_0", device=device)
+    model = load(path, kv_type="i8", device=device)
     session, other = model.session(), model.session()
     assert model.plan.cache_bytes == sum(cache.nbytes for cache in session._caches.values())
     session.prefill(arrays["tokens"])

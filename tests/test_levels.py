@@ -27,10 +27,9 @@ PROGRAM = """
 import sys
 import numpy as np
 import pydsa
-from pydsa.backends.cpu import microkernels
-from pydsa.quants import SUPPORTED
+from pydsa.backends.cpu import simd
 gguf, npz, lanes = sys.argv[1:]
-assert microkernels.LANES == int(lanes), microkernels.LANES
+assert simd.LANES == int(lanes), simd.LANES
 arrays = np.load(npz)
 for attention in ("sparse", "masked", "auto"):
     logits = pydsa.load(gguf, attention=attention, kv_type="f32", n_ctx=256).logits(arrays["tokens"]).astype(np.float64)

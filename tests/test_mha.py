@@ -9,7 +9,7 @@ from pydsa.backends import reference
 from pydsa.backends.cpu import amx
 from pydsa.costs import MHA_TOKENS, plain_form_pays, plain_form_until
 from pydsa.model import ModelPlan
-from pydsa.quants import FLOAT_ROWS, KV_TYPES
+from pydsa.quants import CACHE_TYPES
 
 # heads, kv_lora, n_nope, n_rot, n_v; the last ones are V3.2's and GLM-5's
 SHAPES = choose([(2, 32, 32, 4, 8)], [(1, 29, 17, 6, 13), (3, 64, 32, 16, 48), (2, 288, 64, 16, 16), (2, 512, 128, 64, 128),
@@ -28,10 +28,10 @@ def inputs(n_tokens, n_kv, shape, kv_type="f32", kind="F32"):
 
 def bound_of(kv_type):
     """Floats; or whole numbers of 16 bits all the way, where AMX multiplies them."""
-    return 1e-7 if amx.HERE and kv_type != "f32" else 1e-11 if kv_type in FLOAT_ROWS else 1e-8
+    return 1e-7 if amx.HERE and kv_type != "f32" else 1e-11 if not CACHE_TYPES[kv_type].scaled else 1e-8
 
 
-@pytest.mark.parametrize("kv_type", choose(["i16"], KV_TYPES))
+@pytest.mark.parametrize("kv_type", choose(["i16"], CACHE_TYPES))
 @pytest.mark.parametrize("n_tokens, n_kv", CONTEXTS)
 def test_mha_attention(n_tokens, n_kv, kv_type):
     for shape in SHAPES:
@@ -40,7 +40,7 @@ def test_mha_attention(n_tokens, n_kv, kv_type):
         assert close(found, expected, bound_of(kv_type)), shape
 
 
-@pytest.mark.parametrize("kv_type", choose(["f32"], ["f32", "f16", "i16", "q8_0"]))
+@pytest.mark.parametrize("kv_type", choose(["f32"], ["f32", "f16", "i16", "i8"]))
 @pytest.mark.parametrize("n_tokens, n_kv", CONTEXTS)
 def test_mha_sparse_attention(n_tokens, n_kv, kv_type):
     """Chosen keys: any, none, the latest, the earliest; and all, which is mha_attention."""
@@ -173,11 +173,10 @@ def test_it_is_left_out_where_no_step_takes_it(small_model):
 
 @pytest.mark.parametrize("kv_lora, n_rot, n_ctx", [(512, 64, 2048), (56, 12, 300), (288, 80, 2049)])
 def test_planned_bytes_hold_what_is_laid(small_model, kv_lora, n_rot, n_ctx):
-    from pydsa.backends.cpu.byte_mha import laid_bytes
-    from pydsa.backends.cpu.float_mha import laid_float_bytes
+    from pydsa.backends.cpu import f32, int8x2
     path = small_model(arch="deepseek2", n_lora_kv=kv_lora, n_rot=n_rot, n_ctx=4096)
     tiles = -(-n_ctx // 256)
-    assert ModelPlan(path, n_ctx=n_ctx).laid_bytes == tiles * laid_bytes(kv_lora, n_rot) >= tiles * laid_float_bytes(kv_lora, n_rot)
+    assert ModelPlan(path, n_ctx=n_ctx).laid_bytes == tiles * int8x2.mha.tile_bytes(kv_lora, n_rot) >= tiles * f32.mha.tile_bytes(kv_lora, n_rot)
     assert ModelPlan(path, n_ctx=n_ctx, n_ubatch=16).laid_bytes == 0 == ModelPlan(path, n_ctx=n_ctx, device="reference").laid_bytes
 
 

@@ -8,12 +8,12 @@ from backends import DEVICE, choose, kernels
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 
-from pydsa import jit
+from pydsa.backends.cpu import jit, threads
 from pydsa.backends import reference
 from pydsa.backends.cpu import amx
-from pydsa.backends.cpu.microkernels import exp
+from pydsa.backends.cpu.scalars import exp
 from pydsa.gguf_file import Tensor
-from pydsa.quants import FLOAT_ROWS, KV_TYPES, SUPPORTED, block_type
+from pydsa.quants import CACHE_TYPES, SUPPORTED, TYPES
 
 N_TOKENS, N_HEADS = choose(((1, 3), (1, 3)), ((1, 2, 7, 33), (1, 3, 4, 16)))
 
@@ -21,7 +21,7 @@ N_TOKENS, N_HEADS = choose(((1, 3), (1, 3)), ((1, 2, 7, 33), (1, 3, 4, 16)))
 @pytest.fixture(autouse=True)
 def one_thread():
     """On a busy machine two wait for each other."""
-    jit.set_threads(1)
+    threads.set_threads(1)
 
 
 class Rows(NamedTuple):
@@ -46,11 +46,11 @@ def integers(low, high, *shape):
 
 def tensor(kind, *shape):
     """A weight as a file holds it, read-only: random blocks with scales of about 1/50, or normal values for the float types."""
-    dtype = block_type(kind).dtype
+    dtype = TYPES[kind].dtype
     if dtype.names is None:
         data = quantize(normal(*shape), GGMLQuantizationType[kind]).view(np.uint8)
     else:
-        n = math.prod(shape) // block_type(kind).size
+        n = math.prod(shape) // TYPES[kind].size
         blocks = np.frombuffer(rng(*shape).bytes(n * dtype.itemsize), dtype).copy()
         for field in {"d", "dmin", "m"} & set(dtype.names):
             blocks[field] = (rng(n).random(n) / 25).astype(np.float16).view(np.uint16)
@@ -81,7 +81,7 @@ def run(backend, op, shapes, *args):
             return backend.weight(a)
         if isinstance(a, Rows):
             widths = tuple(filter(None, (a.n_v, a.values.shape[1] - a.n_v)))
-            rows = backend.cache_rows(len(a.values) + 3, widths, KV_TYPES[a.kv_type])
+            rows = backend.cache_rows(len(a.values) + 3, widths, a.kv_type)
             backend.cache_write(rows, a.values.astype(backend.FLOAT), np.arange(len(a.values)))
             return rows
         return a.astype(backend.FLOAT, copy=False) if isinstance(a, np.ndarray) and a.dtype == np.float32 else a
@@ -91,28 +91,32 @@ def run(backend, op, shapes, *args):
     return outs if len(outs) > 1 else outs[0]
 
 
-def close(found, expected, nmse=1e-12):
-    """Infinities in the same places; elsewhere a normalised squared error of float32 rounding, no NaN; whole numbers equal."""
+def close(found, expected, nmse=1e-12, size=None):
+    """Infinities in the same places; elsewhere a normalised squared error of float32 rounding, no NaN; integers equal.
+
+    size: an array with whose squares the error is normalised, instead of `expected`.
+    """
     if found.dtype == np.int32:
         return np.array_equal(found, expected)
     finite = np.isfinite(expected)
     error = np.sum((found[finite] - expected[finite].astype(np.float64)) ** 2)
-    return np.array_equal(found[~finite], expected[~finite]) and error <= nmse * np.sum(expected[finite].astype(np.float64) ** 2)
+    size = (expected if size is None else size)[finite].astype(np.float64)
+    return np.array_equal(found[~finite], expected[~finite]) and error <= nmse * np.sum(size ** 2)
 
 
 def bound_of_tiles(rows, op):
     """AMX tiles multiply pairs of bfloat16, of which one may be off by 2^-15, or whole numbers of 16 bits; of these one may be off by 1."""
     if DEVICE == "cpu" and not amx.HERE or rows.kv_type == "f32":
-        return 1e-8 if rows.kv_type == "i16" or "indexer" in op and rows.kv_type == "q8_0" else 0
-    return 1e-8 if "indexer" in op else 2e-10 if rows.kv_type in FLOAT_ROWS else 1e-7
+        return 1e-8 if rows.kv_type == "i16" or "indexer" in op and rows.kv_type == "i8" else 0
+    return 1e-8 if "indexer" in op else 2e-10 if not CACHE_TYPES[rows.kv_type].scaled else 1e-7
 
 
-def compare(op, shape, *args):
+def compare(op, shape, *args, size=None):
     """Run an op by both backends -> what the CPU wrote, which must be what the reference wrote. Quantized weights meet rounded numbers."""
     found, expected = run(kernels, op, [shape], *args), run(reference, op, [shape], *args)
-    quantized = any(isinstance(a, Tensor) and block_type(a.type).dtype.names for a in args)
+    quantized = any(isinstance(a, Tensor) and TYPES[a.type].dtype.names for a in args)
     bound = max([1e-6 if quantized else 1e-12, *(bound_of_tiles(a, op) for a in args if isinstance(a, Rows))])
-    assert close(found, expected, bound)
+    assert close(found, expected, bound, size)
     return found
 
 
@@ -319,17 +323,19 @@ def test_scores_by_hand():
         assert scores.tolist() == [[25, -np.inf, -np.inf, -np.inf], [-125, 5, -np.inf, -np.inf]]
 
 
-@pytest.mark.parametrize("kv_type", KV_TYPES)
+@pytest.mark.parametrize("kv_type", CACHE_TYPES)
 @pytest.mark.parametrize("n_tokens, n_kv", choose([(1, 1), (1, 13), (3, 17)],
                                                   [(1, 1), (1, 63), (1, 64), (2, 65), (7, 130), (33, 33), (33, 200)]))
 def test_indexer_scores(n_tokens, n_kv, kv_type):
     positions = last_positions(n_tokens, n_kv)
     for n_head, width in choose(((1, 1), (3, 13), (6, 32)), ((1, 1), (3, 13), (4, 128), (16, 32))):
         q, w, keys = normal(n_tokens, n_head, width), normal(n_tokens, n_head), Rows(normal(n_kv, width), kv_type)
-        compare("indexer_scores", (n_tokens, n_kv + 3), q, w, keys, positions, 0.125)
+        shape = n_tokens, n_kv + 3
+        uncancelled = run(reference, "indexer_scores", [shape], q, abs(w), keys, positions, 0.125)     # weights of heads have both signs
+        compare("indexer_scores", shape, q, w, keys, positions, 0.125, size=uncancelled)
 
 
-@pytest.mark.parametrize("kv_type", FLOAT_ROWS)
+@pytest.mark.parametrize("kv_type", [name for name, kind in CACHE_TYPES.items() if not kind.scaled])
 @pytest.mark.parametrize("n_tokens, k", choose([(1, 8), (2, 1), (3, 7)], [(1, 8), (1, 70), (33, 40), (33, 64), (2, 1)]))
 def test_indexer_select(n_tokens, k, kv_type):
     """What top_k makes of indexer_scores, with chunks that end where the selection begins to matter, and far beyond."""
@@ -380,11 +386,11 @@ def thread_cases():
 
 
 def with_threads(n, op, shape, *args):
-    jit.set_threads(n)
+    threads.set_threads(n)
     return run(kernels, op, [shape], *args)
 
 
-needs_two = pytest.mark.skipif(jit.check_threads(None) < 2, reason="there is only one thread")
+needs_two = pytest.mark.skipif(threads.check_threads(None) < 2, reason="there is only one thread")
 
 
 @needs_two

@@ -1,4 +1,4 @@
-"""The machine of tools/ptx: what it executes, and what it refuses. In processes of their own, as it stands in for a GPU."""
+"""The machine of tests/ptx: what it executes, and what it refuses. In processes of their own, as it stands in for a GPU."""
 import importlib.util
 import subprocess
 import sys
@@ -12,8 +12,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, 
 SETUP = """
 import numpy as np
 from numba import cuda
-from tools.ptx.driver import install
-from tools.ptx.machine import KernelError
+from tests.ptx.driver import install
+from tests.ptx.machine import KernelError
 install()
 from pydsa.backends.cuda import upload, empty
 from pydsa.backends.cuda.device import dp4a, four_of, mma_s8, warp_prefix, warp_sum, warp_sync

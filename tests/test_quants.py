@@ -7,8 +7,8 @@ from gguf.quants import dequantize, quantize
 
 from pydsa.backends import reference
 from pydsa.gguf_file import Tensor
-from pydsa.quants import FLOAT_ROWS, KV_TYPES, SUPPORTED, WHOLE_ROWS, block_type, cache_row_bytes
-from pydsa.quants.block import half
+from pydsa.quants import CACHE_TYPES, SUPPORTED, TYPES, cache_row_bytes
+from pydsa.backends.cpu.scalars import half
 
 HALVES = np.arange(2**16, dtype=np.uint32).astype(np.uint16)
 SPECIAL = np.uint16([0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x83FF, 0x0400, 0x3C00, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00, 0xFE00])
@@ -32,7 +32,7 @@ def rows_of(tensor, ids):
 def random_bytes(kind, n_rows, n_blocks):
     """A tensor of random bytes, every second of its blocks with scales that need care: zeros, subnormals, infinities, NaN."""
     rng = np.random.default_rng(n_blocks)
-    dtype, size = block_type(kind).dtype, block_type(kind).size
+    dtype, size = TYPES[kind].dtype, TYPES[kind].size
     blocks = np.frombuffer(rng.bytes(n_rows * n_blocks * dtype.itemsize), dtype).copy()
     for field in {"d", "dmin", "m"} & set(dtype.names or ()):
         blocks[field][::2] = rng.choice(SPECIAL, len(blocks[::2]))
@@ -56,7 +56,7 @@ def test_dequantize(kind, n_blocks):
 
 @pytest.mark.parametrize("kind", SUPPORTED)
 def test_vectors_are_unpacked_whole(kind):
-    tensor = random_bytes(kind, 1, 3)._replace(shape=(3 * block_type(kind).size,))
+    tensor = random_bytes(kind, 1, 3)._replace(shape=(3 * TYPES[kind].size,))
     values = kernels.weight(tensor._replace(data=tensor.data[0]))
     with np.errstate(all="ignore"):
         assert same_bits(values, dequantize(tensor.data[0], GGMLQuantizationType[kind]))
@@ -65,7 +65,7 @@ def test_vectors_are_unpacked_whole(kind):
 
 def test_block_sizes():
     for kind in SUPPORTED:
-        assert (block_type(kind).size, block_type(kind).dtype.itemsize) == GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+        assert (TYPES[kind].size, TYPES[kind].dtype.itemsize) == GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
 
 
 def test_half():
@@ -101,7 +101,7 @@ def as_stored(kv_type, x):
 
 @pytest.mark.parametrize("backend", [kernels, reference], ids=[DEVICE, "reference"])
 @pytest.mark.parametrize("values", [floats_near_halves, floats_near_bf16])
-@pytest.mark.parametrize("kv_type", FLOAT_ROWS)
+@pytest.mark.parametrize("kv_type", [name for name, kind in CACHE_TYPES.items() if not kind.scaled])
 def test_cache_write(kv_type, values, backend):
     if SIMULATED and backend is kernels:        # a thousandth of them
         x = np.resize(values()[::1000], (3, 1003))[:, 2:]
@@ -114,13 +114,13 @@ def test_cache_write(kv_type, values, backend):
     kind = np.uint32 if kv_type == "f32" else np.uint16
     any_nan = np.isnan(x) & (kv_type != "bf16")     # which NaN it is, is told of bf16 only
     assert np.array_equal(found.view(kind)[~any_nan], expected.view(kind)[~any_nan])
-    assert np.isnan(dequantize(found, GGMLQuantizationType[FLOAT_ROWS[kv_type]])[np.isnan(x)]).all()
+    assert np.isnan(dequantize(found, GGMLQuantizationType[kv_type.upper()])[np.isnan(x)]).all()
     assert not backend.cache_bytes(rows)[[1, 3, 4, 6]].any()
 
 
 def parts_of(stored, storage, widths):
     """The whole numbers of rows as bytes, and the scale of each part."""
-    n, width = WHOLE_ROWS[storage], sum(widths)
+    n, width = CACHE_TYPES[storage].n_bytes, sum(widths)
     planes = [stored[:, i * width:(i + 1) * width].view(np.int8).astype(np.int32) for i in range(n)]
     return planes[0] if n == 1 else 256 * planes[0] + planes[1], stored[:, n * width:].copy().view(np.float32)
 
@@ -149,7 +149,7 @@ def test_cache_write_of_whole_numbers(backend, storage, largest, widths):
         assert not np.isfinite(scales[2, 0]) and np.isfinite(scales).sum() == scales.size - 1
 
 
-@pytest.mark.parametrize("storage", WHOLE_ROWS)
+@pytest.mark.parametrize("storage", [name for name, kind in CACHE_TYPES.items() if kind.scaled])
 def test_backends_store_the_same_whole_numbers(storage):
     """But for a few halves, which a product that is rounded before it is added to may turn to the other side."""
     n = choose(10, 5000)
@@ -163,18 +163,18 @@ def test_backends_store_the_same_whole_numbers(storage):
     assert np.abs(numbers - expected).max() <= 1 and np.mean(numbers != expected) < 1e-3
 
 
-@pytest.mark.parametrize("kv_type", KV_TYPES)
+@pytest.mark.parametrize("kv_type", CACHE_TYPES)
 def test_cache_rows_are_read_as_written(kv_type):
     """What attention sees of a row is what its bytes stand for."""
     x = np.random.default_rng(0).standard_normal((1, 96)).astype(np.float32)
-    rows = kernels.cache_rows(1, (64, 32), KV_TYPES[kv_type])
+    rows = kernels.cache_rows(1, (64, 32), kv_type)
     kernels.cache_write(rows, x, np.zeros(1, np.int64))
     out = np.empty((1, 1, 64), np.float32)
     kernels.dense_attention(out, np.ones((1, 1, 96), np.float32), rows, np.zeros(1, np.int64), 1.0)
-    if kv_type in FLOAT_ROWS:
-        assert same_bits(out[0], dequantize(as_stored(kv_type, x), GGMLQuantizationType[FLOAT_ROWS[kv_type]])[:, :64])
+    if not CACHE_TYPES[kv_type].scaled:
+        assert same_bits(out[0], dequantize(as_stored(kv_type, x), GGMLQuantizationType[kv_type.upper()])[:, :64])
     else:       # times a weight of 1, which is a whole number too
-        numbers, scales = parts_of(kernels.cache_bytes(rows), KV_TYPES[kv_type], (64, 32))
+        numbers, scales = parts_of(kernels.cache_bytes(rows), kv_type, (64, 32))
         assert np.allclose(out[0], numbers[:, :64] * scales[:, :1], 1e-6, 1e-6)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from pydsa.quants import KV_TYPES
+from pydsa.quants import CACHE_TYPES
 from tools import recall as tool
 from tools.recall import Probe, hits, main, recall, united
 
@@ -29,7 +29,7 @@ def test_united():
     assert united(np.tile(np.int32([3, 5, 9]), (16, 1)), 10) == [3]
 
 
-@pytest.mark.parametrize("index_type, whole_run", [("f16", 0.99), ("q8_0", 0.95)])
+@pytest.mark.parametrize("index_type, whole_run", [("f16", 0.99), ("i8", 0.95)])
 @pytest.mark.parametrize("name", INDEXERS)
 def test_golden_models(golden, name, index_type, whole_run):
     """Of the keys that exact ones choose 99 % are asked for; a whole run has other inputs too."""
@@ -91,7 +91,7 @@ def test_table(golden):
 
 def test_any_type_of_cache_can_be_asked_for():
     option = next(param for param in main.params if param.name == "index_type")
-    assert list(option.type.choices) == list(KV_TYPES)
+    assert list(option.type.choices) == list(CACHE_TYPES)
 
 
 @pytest.mark.parametrize("name, args, message", [

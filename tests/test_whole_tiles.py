@@ -4,7 +4,7 @@ import pytest
 from backends import IN_SIMULATOR
 from test_ops import Rows, compare, integers, last_positions, normal, one_thread, rng, tensor  # noqa: F401
 
-from pydsa.quants import SUPPORTED, block_type
+from pydsa.quants import SUPPORTED, TYPES
 
 pytestmark = pytest.mark.skipif(IN_SIMULATOR, reason="too much for the simulator")
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(IN_SIMULATOR, reason="too much for the simulator
 @pytest.mark.parametrize("kind", SUPPORTED)
 def test_linear(kind):
     """150 rows and 150 tokens; an odd number of groups where the type has one. """
-    w = tensor(kind, 150, 3 * 256 if block_type(kind).size == 256 else 7 * 32)
+    w = tensor(kind, 150, 3 * 256 if TYPES[kind].size == 256 else 7 * 32)
     for n_tokens in (1, 150):
         compare("linear", (n_tokens, 150), w, normal(n_tokens, w.shape[1]))
 
@@ -31,7 +31,7 @@ def test_experts_of_many_tokens():
     compare("moe_down", (n_tokens, 140), normal(n_tokens, 2, 64), ids, normal(n_tokens, 2), down)
 
 
-@pytest.mark.parametrize("kv_type", ["i16", "q8_0"])
+@pytest.mark.parametrize("kv_type", ["i16", "i8"])
 @pytest.mark.parametrize("n_head, n_v, n_rot, n_kv, n_tokens", [(40, 512, 64, 200, 1), (25, 96, 12, 150, 3), (128, 512, 64, 70, 1)])
 def test_attention(kv_type, n_head, n_v, n_rot, n_kv, n_tokens):
     """Enough heads for a GPU's tensor cores, with few keys of many chosen, and tiles that are not full."""

@@ -6,16 +6,16 @@ import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from pydsa import jit
+from pydsa.backends.cpu import threads
 from pydsa.backends import cpu
 from pydsa.backends.cpu import amx
 from pydsa.backends.cpu.linear import FEW
-from pydsa.backends.cpu.word_rows import LARGEST
+from pydsa.backends.cpu.int16.linear import LARGEST
 from pydsa.gguf_file import Tensor
-from pydsa.quants import SUPPORTED, block_type
+from pydsa.quants import SUPPORTED, TYPES
 
-QUANTIZED = [kind for kind in SUPPORTED if block_type(kind).dtype.names]
-SIZES = [(kind, n_in) for kind in QUANTIZED for n_in in (32, 96, 128, 224, 256, 1024) if n_in % block_type(kind).size == 0]
+QUANTIZED = [kind for kind in SUPPORTED if TYPES[kind].dtype.names]
+SIZES = [(kind, n_in) for kind in QUANTIZED for n_in in (32, 96, 128, 224, 256, 1024) if n_in % TYPES[kind].size == 0]
 N_TOKENS = (1, 3, 4, 40)
 HALF_FIELDS = ("d", "dmin", "m")
 
@@ -23,20 +23,20 @@ HALF_FIELDS = ("d", "dmin", "m")
 @pytest.fixture(autouse=True)
 def one_thread():
     """On a busy machine two wait for each other."""
-    jit.set_threads(1)
+    threads.set_threads(1)
 
 
 def stored(kind, blocks, n_rows):
     """A weight as a file holds it, read-only."""
     data = blocks.view(np.uint8).reshape(n_rows, -1)
     data.flags.writeable = False
-    return Tensor("w", kind, (n_rows, len(blocks) // n_rows * block_type(kind).size), data)
+    return Tensor("w", kind, (n_rows, len(blocks) // n_rows * TYPES[kind].size), data)
 
 
 def random_weight(kind, n_rows, n_in):
     """Random bytes; scales of all signs within a factor of 30."""
     rng = np.random.default_rng([n_rows, n_in])
-    n, dtype = n_rows * n_in // block_type(kind).size, block_type(kind).dtype
+    n, dtype = n_rows * n_in // TYPES[kind].size, TYPES[kind].dtype
     blocks = np.frombuffer(rng.bytes(n * dtype.itemsize), dtype).copy()
     for field in set(HALF_FIELDS) & set(dtype.names):
         blocks[field] = rng.uniform(-1, 1, n).astype(np.float16).view(np.uint16)
@@ -83,7 +83,7 @@ def test_activations_that_rounding_keeps(kind, n_in, n_tokens):
     assert error(*products(random_weight(kind, 37, n_in), x)) < (2e-8 if amx.HERE and n_tokens > FEW else 1e-12)
 
 
-@pytest.mark.parametrize("kind, n_in", [(kind, max(64, block_type(kind).size)) for kind in QUANTIZED])
+@pytest.mark.parametrize("kind, n_in", [(kind, max(64, TYPES[kind].size)) for kind in QUANTIZED])
 def test_single_elements(kind, n_in):
     """Each element of a block alone, for few tokens and for many: its place, its scale and its sign."""
     weight, x = random_weight(kind, 17, n_in), np.eye(n_in, dtype=np.float32)
@@ -100,7 +100,7 @@ BYTES = (0x00, 0x07, 0x70, 0x77, 0x7F, 0x80, 0x88, 0xFF)        # all nibbles 0,
 
 def extreme_weight(kind):
     """A row for every choice of one byte for each field, with scales of 1, minima of 0 or 1: a type's largest magnitudes are among them."""
-    dtype, n_blocks = block_type(kind).dtype, 512 // block_type(kind).size
+    dtype, n_blocks = TYPES[kind].dtype, 512 // TYPES[kind].size
     fields = [name for name in dtype.names if name not in (*HALF_FIELDS, "e")]
     choices = list(itertools.product(*[BYTES] * len(fields), (0, 0x3C00)))
     blocks = np.zeros((len(choices), n_blocks, dtype.itemsize), np.uint8)

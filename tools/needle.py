@@ -18,7 +18,7 @@ import numpy as np
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pydsa.chat import encode_chat  # noqa: E402
-from pydsa.quants import KV_TYPES  # noqa: E402
+from pydsa.quants import CACHE_TYPES  # noqa: E402
 from tools.demo import notes  # noqa: E402
 
 MODES = ("sparse", "dense", "random")
@@ -193,7 +193,7 @@ def fail(message):
 @click.option("--every", type=click.IntRange(16), default=128, help="tokens for each fact  [128]")
 @click.option("--max-tokens", type=click.IntRange(1), default=24, help="tokens of an answer at most  [24]")
 @click.option("--dsa-top-k", type=click.IntRange(1), help="keys that each token attends to  [the model's]")
-@click.option("--kv-type", type=click.Choice(list(KV_TYPES)), default="i16", help="type of the cached latents  [i16]")
+@click.option("--kv-type", type=click.Choice(list(CACHE_TYPES)), default="i16", help="type of the cached latents  [i16]")
 @click.option("--perplexity", "only_perplexity", is_flag=True, help="instead: perplexity of held-out prose, at each length")
 @click.option("--seed", type=click.IntRange(0), default=0, help="of the documents  [0]")
 @click.option("-t", "--threads", type=click.IntRange(1), help="threads to use")

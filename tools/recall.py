@@ -1,6 +1,6 @@
 """How many of the keys that the indexer chooses from float32 keys it also chooses from keys of another type.
 
-    python tools/recall.py model.gguf --index-type q8_0
+    python tools/recall.py model.gguf --index-type i8
     python tools/recall.py model.gguf -f chapter.txt -l 4096 --dsa-top-k 512 -o json
 
 "same inputs": queries, weights and keys come from the run with float32 caches; only the keys that scores are computed from are of the
@@ -17,7 +17,7 @@ import numpy as np
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from pydsa.quants import KV_TYPES  # noqa: E402
+from pydsa.quants import CACHE_TYPES  # noqa: E402
 
 UBATCH = 512        # tokens whose choices are kept at a time
 TOGETHER = 16       # neighbouring tokens whose keys are united
@@ -138,7 +138,7 @@ def fail(message):
 @click.option("-p", "--prompt", help="text to run  [a page of Python's documentation]")
 @click.option("-f", "--file", type=click.File(encoding="utf-8"), help="file that holds the text")
 @click.option("-l", "--length", type=click.IntRange(1), default=4096, help="tokens of the text to use at most  [4096]")
-@click.option("--index-type", type=click.Choice(list(KV_TYPES)), default="q8_0", help="type of the cached index keys  [q8_0]")
+@click.option("--index-type", type=click.Choice(list(CACHE_TYPES)), default="i8", help="type of the cached index keys  [i8]")
 @click.option("--dsa-top-k", type=click.IntRange(1), help="keys that each token attends to  [the model's]")
 @click.option("-t", "--threads", type=click.IntRange(1), help="threads to use")
 @click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", help="form of the table  [md]")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ["", *sorted(main.commands)]
 LINES = {"setup.cfg": "Metadata, dependencies, pytest and linter", "pyproject.toml": "The build system, for pip",
          ".ci/run": "What CI runs: the commands of this page, then the linter",
-         "tools/notes": "Journals: what was tried for speed, predicted and measured",
+         "pydsa/docs/journal": "Journals: what was tried for speed, predicted and measured",
          "pydsa/demo": "The demo model, its figures, and notes to ask it about",
          "tests/data": "Golden logits and tokenizations from outside"}
 

@@ -1,11 +1,11 @@
-"""Every op in plain numpy: the specification that the other backends are compared with. It imports nothing of ours.
+"""Every op in plain numpy: the specification that the other backends are compared with. Of ours it imports only how arrays are made.
 
 Each op writes its result into `out`, its first argument, and returns nothing. T is n_tokens; H heads; D a head's width; S cache rows.
 Values are float64 here (float32 elsewhere), weights dequantized arrays; cache rows have the storage type that they have on any backend.
 """
-import time
-
 import numpy as np
+
+from pydsa.backends.host import empty, fetch, free_bytes, recorded, store, timed, upload  # noqa: F401
 
 FLOAT = np.float64
 PICKS = 0       # logits are the host's, which picks from them
@@ -31,45 +31,6 @@ def cache_rows(n_ctx, widths, storage):
 def cache_bytes(rows):
     """The cache's storage as bytes [n_ctx, row_bytes], a view: the same on every backend."""
     return rows.view(np.uint8)
-
-
-def empty(shape, dtype):
-    """An array of the backend, without values; it begins at a cache line."""
-    memory = np.empty(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize + 64, np.uint8)     # pages come as they are written
-    start = -memory.ctypes.data % 64
-    return memory[start:memory.size - 64 + start].view(dtype).reshape(shape)
-
-
-def upload(values):
-    """A numpy array as one of the backend: itself."""
-    return values
-
-
-def fetch(array):
-    """The values of an array of the backend, as a numpy array: itself."""
-    return array
-
-
-def store(array, values):
-    """Copy the values of a numpy array into an array of the backend."""
-    array[...] = values
-
-
-def timed(calls):
-    """Do calls, pairs of an op and its arguments -> the seconds of each."""
-    times = [time.perf_counter()]
-    for op, args in calls:
-        op(*args)
-        times.append(time.perf_counter())
-    return np.diff(times).tolist()
-
-
-def recorded(calls):
-    """None: the calls of a step are made one by one."""
-
-
-def free_bytes():
-    """None: the machine's own memory."""
 
 
 def compile_calls(calls, progress=None):

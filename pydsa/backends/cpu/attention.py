@@ -2,15 +2,16 @@
 import numpy as np
 from numba import prange
 
-from pydsa.backends.cpu import amx, float_attention, split_attention
-from pydsa.backends.cpu.microkernels import address, exp, n_threads
-from pydsa.backends.cpu.rows import contiguous
-from pydsa.backends.cpu.scratch import callers_scratch, floats_at
-from pydsa.jit import call_word_function, inner, kernel
-from pydsa.quants.block import bits_of_float
-from pydsa.simd import float_at
+from pydsa.backends.cpu import amx, bf16x2, f32
+from pydsa.backends.cpu.arrays import address, contiguous, floats_at
+from pydsa.backends.cpu.jit import call_word_function, inner, kernel
+from pydsa.backends.cpu.scalars import bits_of_float, exp
+from pydsa.backends.cpu.scratch import callers_scratch
+from pydsa.backends.cpu.simd import float_at
+from pydsa.backends.cpu.threads import n_threads
 
-QUERIES = split_attention.QUERIES if amx.HERE else float_attention.QUERIES
+
+QUERIES = bf16x2.attention.QUERIES if amx.HERE else f32.attention.QUERIES
 EVERY = np.empty((1, 0), np.int32)          # indices that stand for all keys
 NO_MASK = np.empty((1, 0), np.float32)
 PART = 32       # what a thread takes of a token's keys is a multiple of these

@@ -8,11 +8,17 @@ import psutil
 from numba import prange
 
 from pydsa.backends.cpu import amx
-from pydsa.backends.cpu.amx import STEP, SUMS, byte_panel_products, configure, panel_products, release
+from pydsa.backends.cpu.amx import STEP, SUMS, configure, release
+from pydsa.backends.cpu.arrays import address
+from pydsa.backends.cpu.bf16x2.gemm import panel_products
+from pydsa.backends.cpu.blocks.block import CHUNK
+from pydsa.backends.cpu.f32.gemm import tile_products
+from pydsa.backends.cpu.int8x2.gemm import byte_panel_products
+from pydsa.backends.cpu.int16.gemm import TILE, TILE_ROWS, word_products
+from pydsa.backends.cpu.jit import inner, kernel
 from pydsa.backends.cpu.linear import FEW, addresses
-from pydsa.backends.cpu.microkernels import TILE, TILE_ROWS, WORD_TOKENS, address, tile_products, word_products
-from pydsa.jit import inner, kernel
-from pydsa.quants.block import CHUNK
+from pydsa.backends.cpu.simd import WORD_TOKENS
+
 
 N_BYTES = 1 << 29       # of the array that is read: beyond most caches, though not all (480 MiB are seen on servers)
 BLOCK = 1 << 17         # words of 8 bytes that a thread takes at a time

@@ -2,46 +2,17 @@
 import numpy as np
 from numba import prange
 
-from pydsa.backends.cpu.microkernels import address, n_threads, tile_products
-from pydsa.backends.cpu.scratch import floats_at, own_scratch
+from pydsa.backends.cpu.arrays import address
+from pydsa.backends.cpu.f32.indexer import TILE
+from pydsa.backends.cpu.jit import call_word_function, inner, kernel
+from pydsa.backends.cpu.scalars import bits_of_float
+from pydsa.backends.cpu.threads import n_threads
 from pydsa.backends.cpu.top_k import select
-from pydsa.jit import call_block_function, call_word_function, inner, kernel
-from pydsa.quants.block import bits_of_float, float_from_bits
-from pydsa.simd import float_at, store
 
-TILE = 64           # keys unpacked at a time
+
 TOGETHER = 32       # tokens whose rows of scores exist at a time
 PORTION = 1024      # keys at most that a thread scores for them at a time
 MANY = 3            # tokens from which keys are prepared for tiles
-
-
-def score_floats(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, row_n, first, last,
-                 scale):
-    """out[t][s] = scale sum_h w[t][h] relu(q[t][h] . key s) for first <= s < last.
-
-    Addresses: out float32, q [T, H, width] and w [T, H] float32, of which tokens and heads lie so many bytes apart; rows of a cache, of
-    which dequantize takes row_n. scale: a float32's bits.
-    """
-    memory, factor = own_scratch(4 * TILE * (width + n_head + 1) + 16 * n_head), float_from_bits(np.uint32(scale))
-    tile, total, tables = memory, floats_at(memory + 4 * TILE * width, 1, TILE)[0], memory + 4 * TILE * (width + n_head + 1)
-    dots = floats_at(memory + 4 * TILE * (width + 1), n_head, TILE)
-    for start in range(first, last, TILE):
-        n = min(TILE, last - start)
-        for j in range(n):
-            call_block_function(dequantize, rows + (start + j) * row_bytes, row_n, tile + 4 * width * j)
-        for t in range(n_tokens):
-            for h in range(n_head):
-                store(tables, 8 * h, q + t * q_token + h * q_head)
-                store(tables, 8 * (n_head + h), address(dots) + 4 * TILE * h)
-            dots[:] = 0
-            tile_products(tile, 4 * width, n, tables, n_head, 0, width, tables + 8 * n_head, 0)
-            total[:] = 0
-            for h in range(n_head):
-                weight = float_at(w, t * w_token + 4 * h)
-                for j in range(n):
-                    total[j] += weight * max(dots[h, j], np.float32(0))
-            for j in range(n):
-                store(out, t * out_token + 4 * (start + j), total[j] * factor)
 
 
 @inner

@@ -8,10 +8,12 @@ import numpy as np
 from numba import prange
 
 from pydsa.backends.cpu import amx
-from pydsa.backends.cpu.microkernels import address, n_threads
+from pydsa.backends.cpu.arrays import address
+from pydsa.backends.cpu.blocks.block import CHUNK
+from pydsa.backends.cpu.jit import call_word_function, inner, kernel
 from pydsa.backends.cpu.scratch import callers_scratch
-from pydsa.jit import call_word_function, inner, kernel
-from pydsa.quants.block import CHUNK
+from pydsa.backends.cpu.threads import n_threads
+
 
 GROUP = 256 if amx.HERE else 128        # rows at most that are multiplied with many tokens at a time: activations are fetched once for all
 FEW = 3                 # tokens up to which blocks are not unpacked

@@ -2,10 +2,12 @@
 import numpy as np
 from numba import prange
 
-from pydsa.backends.cpu.microkernels import address, n_threads
+from pydsa.backends.cpu.arrays import address
+from pydsa.backends.cpu.jit import call_word_function, inner, kernel
+from pydsa.backends.cpu.scalars import bits_of_float
 from pydsa.backends.cpu.scratch import callers_scratch
-from pydsa.jit import call_word_function, inner, kernel
-from pydsa.quants.block import bits_of_float
+from pydsa.backends.cpu.threads import n_threads
+
 
 LAID = 256      # latents that are laid out together
 

@@ -2,13 +2,13 @@
 import numpy as np
 from numba import prange
 
+from pydsa.backends.cpu.arrays import address, contiguous
+from pydsa.backends.cpu.jit import inner, kernel
 from pydsa.backends.cpu.linear import (GROUP, addresses, few_rows, is_few, many_rows, piece_bytes, pieces, prepare, round_input,
                                        rounded_bytes, rows_a_task)
-from pydsa.backends.cpu.microkernels import address, n_threads
 from pydsa.backends.cpu.norm import silu_mul_row
-from pydsa.backends.cpu.rows import contiguous
 from pydsa.backends.cpu.scratch import callers_scratch
-from pydsa.jit import inner, kernel
+from pydsa.backends.cpu.threads import n_threads
 
 
 @inner

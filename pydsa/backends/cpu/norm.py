@@ -2,9 +2,10 @@
 import numpy as np
 from numba import prange
 
-from pydsa.backends.cpu.microkernels import exp
-from pydsa.backends.cpu.rows import contiguous
-from pydsa.jit import inner, kernel
+from pydsa.backends.cpu.arrays import contiguous
+from pydsa.backends.cpu.jit import inner, kernel
+from pydsa.backends.cpu.scalars import exp
+
 
 ALONE = 16      # rows up to which one thread works
 

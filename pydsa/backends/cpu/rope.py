@@ -2,15 +2,13 @@
 import math
 
 import numpy as np
-
 from numba import prange
 
-from pydsa.backends.cpu.microkernels import address
+from pydsa.backends.cpu.arrays import address, contiguous
+from pydsa.backends.cpu.jit import inner, kernel
+from pydsa.backends.cpu.lanes import butterflies_of_16
 from pydsa.backends.cpu.norm import ALONE
-from pydsa.backends.cpu.rows import contiguous
-from pydsa.jit import inner, kernel
-from pydsa.lanes import butterflies_of_16
-from pydsa.simd import load_floats, store
+from pydsa.backends.cpu.simd import load_floats, store
 
 
 @kernel

@@ -2,10 +2,13 @@
 from typing import NamedTuple
 
 import numpy as np
-from numba import carray
 
-from pydsa.backends.cpu.microkernels import address, floats_pointer
-from pydsa.jit import call_block_function, inner, kernel
+from pydsa import quants
+from pydsa.backends.cpu import int16, integer_rows
+from pydsa.backends.cpu.arrays import address
+from pydsa.backends.cpu.blocks import BLOCKS
+from pydsa.backends.cpu.jit import WordFunction, call_block_function, inner, kernel
+from pydsa.backends.cpu.variants import kernels
 
 
 class Weight(NamedTuple):
@@ -65,7 +68,41 @@ def cache_write(cache, x, positions):
         call_block_function(cache.quantize, address(row), cache.n, address(cache.data) + positions[t] * row_bytes)
 
 
-@inner
-def contiguous(values):
-    """A row whose stride the compiler does not know to be one element, as an array that it does."""
-    return carray(floats_pointer(address(values)), (values.size,))
+SPARE_ROWS = 32         # behind the last one: tiles are loaded whole, 64 bytes of each row
+ROUND_ROW = WordFunction(int16.linear.round_row)
+
+
+def weight(tensor):
+    """A GGUF tensor as its ops take it here: matrices in place as blocks, vectors as float32."""
+    block = BLOCKS[tensor.type]
+    gemm, unpack, gemv = kernels("linear", block), block.dequantize, ()
+    if block.type.quantized:
+        unpack, gemv = block.unpack, (ROUND_ROW.address, block.order.ctypes.data, block.dot.address)
+    w = Weight(tensor.data, block.type.size, block.type.n_bytes, block.mins, block.bits, gemm.packed_bytes, block.dequantize.address,
+               unpack.address, gemm.pack.address, gemm.matmul.address, *gemv)
+    if len(tensor.shape) > 1:
+        return w
+    values = np.empty((1, *tensor.shape), np.float32)
+    get_rows(values, w._replace(data=tensor.data[None]), np.zeros(1, np.int32))
+    values.flags.writeable = False
+    return values[0]
+
+
+def cache_rows(n_ctx, widths, storage):
+    """An empty cache of n_ctx rows of sum(widths) values of a cache type; the system gives pages as they are written."""
+    if quants.CACHE_TYPES[storage].scaled:
+        n, (dequantize, quantize) = integer_rows.packed_parts(widths), integer_rows.FUNCTIONS[storage]
+    else:
+        block = BLOCKS[storage.upper()]
+        n, dequantize, quantize = sum(widths), block.dequantize, block.quantize
+    row_bytes = quants.cache_row_bytes(storage, widths)
+    attend, mha, scores = kernels("attention", storage), kernels("mha", storage), kernels("indexer", storage)
+    data = np.zeros((n_ctx + SPARE_ROWS) * row_bytes + 64, np.uint8)[:n_ctx * row_bytes].reshape(n_ctx, row_bytes)
+    functions = attend, scores.gemm, scores.gemv, mha.pack_latents, mha.attend_head
+    return CacheRows(data, dequantize.address, quantize.address, n, *(f.address for f in functions),
+                     mha.tile_bytes(widths[0], sum(widths[1:])))
+
+
+def cache_bytes(rows):
+    """The cache's storage as bytes [n_ctx, row_bytes], a view: the same on every backend."""
+    return rows.data

@@ -7,13 +7,13 @@ import llvmlite.binding as llvm
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import carray, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.microkernels import floats_pointer
-from pydsa.jit import inner
-from pydsa.simd import I32, I8, WORD, i64_at, store
+from pydsa.backends.cpu.jit import inner
+from pydsa.backends.cpu.simd import I8, I32, WORD, i64_at, store
+
 
 PIECES = np.zeros((1 + numba.config.NUMBA_NUM_THREADS, 3), np.int64)       # address, aligned address, bytes; the first is the caller's
 llvm.add_symbol("pydsa_scratch", PIECES.ctypes.data)
@@ -81,9 +81,3 @@ def callers_scratch(n):
 def own_scratch(n):
     """The same of the thread that asks."""
     return _reserve(1 + _thread(), n)
-
-
-@inner
-def floats_at(address, n_rows, n_columns):
-    """A float32 array over memory at an address."""
-    return carray(floats_pointer(address), (n_rows, n_columns))

@@ -7,14 +7,15 @@ import math
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, prange, types
+from numba import prange, types
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.microkernels import address, uints_pointer
-from pydsa.backends.cpu.scratch import floats_at, own_scratch
-from pydsa.jit import inner, kernel
-from pydsa.quants.block import bits_of_float, float_from_bits
-from pydsa.simd import F32, I32, WORD, broadcast, call_llvm, constant, f32x16, load_floats, pointer, store
+from pydsa.backends.cpu.arrays import address, floats_at, uints_at
+from pydsa.backends.cpu.jit import inner, kernel
+from pydsa.backends.cpu.scalars import bits_of_float, float_from_bits
+from pydsa.backends.cpu.scratch import own_scratch
+from pydsa.backends.cpu.simd import F32, I32, WORD, broadcast, call_llvm, constant, f32x16, load_floats, pointer, store
+
 
 LOWEST = np.uint32(0x007FFFFF)      # ordered(-inf)
 EVERY = 16          # one of so many is in the sample
@@ -149,11 +150,6 @@ def last_digit(count, wanted):
         wanted -= count[digit]
         digit -= 1
     return digit, wanted
-
-
-@inner
-def uints_at(address, n):
-    return carray(uints_pointer(address), (n,))
 
 
 @kernel(parallel=True)

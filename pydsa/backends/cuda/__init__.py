@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 
-from pydsa.backends import reference
+from pydsa.backends import host
 from pydsa.backends.cuda.array import DeviceArray, empty, gpu, upload  # noqa: F401
 from pydsa.backends.cuda.attention import dense_attention, masked_attention, sparse_attention  # noqa: F401
 from pydsa.backends.cuda.ceilings import measure_ceilings, product_kind  # noqa: F401
@@ -22,10 +22,11 @@ from pydsa.backends.cuda.rope import hadamard, rope, rope_table  # noqa: F401
 from pydsa.backends.cuda.rows import CacheRows, Weight, cache_bytes, cache_rows, cache_write, get_rows, weight  # noqa: F401
 from pydsa.backends.cuda.sampling import PICKS, pick  # noqa: F401
 from pydsa.backends.cuda.top_k import top_k  # noqa: F401
+from pydsa.backends.cuda.variants import VARIANTS  # noqa: F401
 from pydsa.errors import PydsaError
 
 FLOAT = np.float32
-OLDEST = 8, 0       # compute capability: of A100 and of GeForce 30, the first with the tensor instructions that products.py uses
+OLDEST = 8, 0       # compute capability: of A100 and of GeForce 30, the first with the tensor instructions that f16x2 uses
 
 
 def check_device():
@@ -61,7 +62,7 @@ def store(array, values):
 
 def timed(calls):
     """Do calls, pairs of an op and its arguments, twice -> the seconds of each, without the host's between them."""
-    once = reference.timed(calls)       # scratch memory grows now or never
+    once = host.timed(calls)       # scratch memory grows now or never
     if SIMULATED:
         return once
     return gpu.time_each([functools.partial(op, *args) for op, args in calls])

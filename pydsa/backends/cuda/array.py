@@ -9,6 +9,7 @@ import numpy as np
 
 from pydsa.backends.cuda.device import SIMULATED
 
+
 if SIMULATED:
     from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 

@@ -10,6 +10,7 @@ from pydsa.backends.cuda.array import empty, gpu, zeros
 from pydsa.backends.cuda.device import SIMULATED, device, dp4a, mma_f16
 from pydsa.backends.cuda.launch import kernel
 
+
 N_BYTES = 1 << 30       # that are copied, if a fourth of the free memory is as much
 BLOCKS, THREADS = 132 * 8, 256
 PASSES = 5

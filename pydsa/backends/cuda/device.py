@@ -14,6 +14,7 @@ import numpy as np
 
 from pydsa.errors import PydsaError
 
+
 if importlib.util.find_spec("numba_cuda") is None:
     raise PydsaError("--device cuda needs the package numba-cuda, which is not installed: pip install 'pydsa[cuda]'.")
 

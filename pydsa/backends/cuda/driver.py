@@ -13,6 +13,7 @@ from cuda.bindings import driver
 
 from pydsa.errors import LESS, OutOfMemoryError, PydsaError
 
+
 PACKED, PACKED_SIZE, END = 1, 2, 0      # what cuLaunchKernel's last argument says of the parameters (CU_LAUNCH_PARAM_*)
 
 

@@ -6,11 +6,11 @@ import functools
 
 import numpy as np
 
-from pydsa.backends.cuda import attention, byte_indexer, indexer, linear, moe, norm, rope, rows
+from pydsa.backends.cuda import attention, indexer, int8x2, linear, modes, moe, norm, rope, rows
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.blocks import GROUPED
 from pydsa.backends.cuda.fused_kernels import add_norm, round_and_rope, silu_mul_round, store, turn_and_round_queries
-from pydsa.backends.cuda.one_token import multiply_one, room_for, round_into
+from pydsa.backends.cuda.int8x2.linear import multiply_one, room_for, round_into
 
 
 def fewer_launches(calls):
@@ -178,15 +178,15 @@ def index_queries(step, ops, args):
     if ops != [rope.rope, rope.hadamard, linear.linear, indexer.indexer_select]:
         return 0
     (turned, source, table, neox), (q, rotated), (w, _, _), (out, asked, weights, keys, positions, scale) = args
-    if q.shape[0] != 1 or not byte_indexer.takes(keys, q.shape[2]) or not same(turned, source) or not same(q, rotated):
+    if q.shape[0] != 1 or not int8x2.indexer.takes(keys) or not same(turned, source) or not same(q, rotated):
         return 0
     if not same(q, asked) or not same(w, weights) or overlap(w, q) or not overlap(turned, q):
         return 0
     if products(step, ops[2:3], args[2:3]) == 0:
         step.launch(linear.linear, *args[2], written=[w])
-    queries = byte_indexer.room_for_queries(q)
+    queries = int8x2.indexer.room_for_queries(q)
     step.launch(turn_and_round_queries, q, turned, table, neox, w, queries, written=[q])
-    step.launch(indexer.select, out, q, w, queries, keys, positions, scale, written=[out])
+    step.launch(indexer.select, out, queries, keys, positions, scale, written=[out])
     return 4
 
 
@@ -204,6 +204,6 @@ def attended(step, ops, args):
 
 
 # op -> how attend() is told of it, and what its arguments between the cache and the scale are
-ATTENTION = {attention.dense_attention: (attention.DENSE, ("positions",)), attention.sparse_attention: (attention.SPARSE, ("indices",)),
-             attention.masked_attention: (attention.MASKED, ("mask", "positions"))}
+ATTENTION = {attention.dense_attention: (modes.DENSE, ("positions",)), attention.sparse_attention: (modes.SPARSE, ("indices",)),
+             attention.masked_attention: (modes.MASKED, ("mask", "positions"))}
 RULES = stored_row, sums_and_norm, index_queries, attended, products, gates, first_of_experts, last_of_experts

@@ -8,14 +8,15 @@ import math
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.byte_indexer import round_query
 from pydsa.backends.cuda.block_sums import block_sum
 from pydsa.backends.cuda.device import SIMULATED, WARP
+from pydsa.backends.cuda.int8x2.indexer import round_query
+from pydsa.backends.cuda.int8x2.linear import round_four
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.backends.cuda.norm import layer_norm_row, rms_norm_row, sigmoid_times
-from pydsa.backends.cuda.one_token import round_four
 from pydsa.backends.cuda.rope import WIDEST, hadamard_row, turn_pair
 from pydsa.backends.cuda.rows import BITS, CACHED, store_bits, write_part
+
 
 THREADS = 8 if SIMULATED else 256
 ZERO = np.float32(0)

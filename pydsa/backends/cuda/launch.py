@@ -12,6 +12,7 @@ from pydsa.backends.cuda.array import DeviceArray, gpu
 from pydsa.backends.cuda.device import SIMULATED
 from pydsa.kernel_cache import cache_folder, kept
 
+
 if not SIMULATED:
     from cuda.bindings import nvjitlink
     from numba.cuda import dispatcher
@@ -31,7 +32,7 @@ def _folder():
     for package in COMPILERS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):      # a part of an installed CUDA toolkit
             versions.append(f"{package} {importlib.metadata.version(package)}")
-    return cache_folder(" ".join(versions), [*PACKAGE.glob("quants/*.py"), *PACKAGE.glob("backends/cuda/*.py")])
+    return cache_folder(" ".join(versions), [PACKAGE / "quants.py", *PACKAGE.glob("backends/cuda/**/*.py")])
 
 
 class Kernel:

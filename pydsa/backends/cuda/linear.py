@@ -1,11 +1,28 @@
 """Products with GGUF weights, one matrix for all tokens or one for each head."""
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
 from pydsa.backends.cuda.array import upload
-from pydsa.backends.cuda.many_tokens import TOKENS
-from pydsa.backends.cuda.products import Tiles, multiply, prepared
+from pydsa.backends.cuda.f16x2.linear import TOKENS
+from pydsa.backends.cuda.variants import kernels
+
+
+class Tiles(NamedTuple):
+    """Which rows of activations meet which matrix: int32 arrays of tiles (a matrix or -1, where its rows begin and end in `order`)."""
+    matrix: object
+    first: object
+    end: object
+    order: object
+    x_div: int      # a row of activations serves so many rows of `order`, one after the other
+    single: bool    # each tile has one row, and `order` is 0, 1, 2, ...: one token
+
+
+def multiply(out, w, x, tiles):
+    """out[i] = a matrix of w times row i // x_div of the activations x, a view of any strides, for all tiles; out is one, too."""
+    pack, matmul = kernels("linear", w, tiles.single)
+    matmul(out.rows, w, pack(x.rows), tiles)
 
 
 @functools.cache
@@ -34,11 +51,9 @@ def _tiles(n_tokens, n_head):
 
 def linear(out, w, x):
     """out = x w^T"""
-    tiles = head_tiles(x.shape[0], 1)
-    multiply(out, w, prepared(w, x, tiles.single), tiles)
+    multiply(out, w, x, head_tiles(x.shape[0], 1))
 
 
 def head_linear(out, w, x):
     """One matrix per head: out[t, h] = w[h] x[t, h]"""
-    tiles = head_tiles(*x.shape[:2])
-    multiply(out, w, prepared(w, x, tiles.single), tiles)
+    multiply(out, w, x, head_tiles(*x.shape[:2]))

@@ -7,6 +7,7 @@ from pydsa.backends.cuda.attention import dense_attention, sparse_attention
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.backends.cuda.linear import head_linear
 
+
 THREADS = 64
 
 

@@ -4,11 +4,12 @@ from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.device import SIMULATED, WARP, device, exp, warp_max, warp_sum
+from pydsa.backends.cuda.f16x2.linear import TOKENS
 from pydsa.backends.cuda.launch import blocks_for, kernel
-from pydsa.backends.cuda.linear import numbers
+from pydsa.backends.cuda.linear import Tiles, numbers
 from pydsa.backends.cuda.norm import silu_mul
-from pydsa.backends.cuda.many_tokens import TOKENS
-from pydsa.backends.cuda.products import Tiles, as_floats, multiply, prepared
+from pydsa.backends.cuda.variants import kernels
+
 
 MOST = 1024             # experts, as models/deepseek2.py allows
 STARTS = MOST + 1
@@ -161,19 +162,20 @@ def moe_gate_up(out, x, ids, gate, up):
     """out[t, i] = silu(gate_e x[t]) * up_e x[t] with e = ids[t, i]"""
     hidden, tiles = out.rows, pair_tiles(ids, gate.shape[0], ids.shape[1])
     ups = scratch("ups", hidden.shape, np.float32)
-    ready = prepared(gate, x, tiles.single)
-    multiply(hidden, gate, ready, tiles)
-    multiply(ups, up, ready if as_floats(gate, tiles.single) == as_floats(up, tiles.single) else prepared(up, x, tiles.single), tiles)
+    of_gate, of_up = kernels("linear", gate, tiles.single), kernels("linear", up, tiles.single)
+    packed = of_gate.pack(x.rows)
+    of_gate.matmul(hidden, gate, packed, tiles)
+    of_up.matmul(ups, up, packed if of_up is of_gate else of_up.pack(x.rows), tiles)
     silu_mul(hidden, hidden, ups)
 
 
 def moe_down(out, hidden, ids, weights, down):
     """out[t] = sum_i weights[t, i] down_e hidden[t, i] with e = ids[t, i]"""
-    finish(out, ids, weights, down, prepared(down, hidden, ids.shape[0] == 1))
+    finish(out, ids, weights, down, kernels("linear", down, ids.shape[0] == 1).pack(hidden.rows))
 
 
-def finish(out, ids, weights, down, ready):
-    """moe_down of hidden rows that are prepared"""
-    parts = scratch("parts", (ids.size, out.shape[1]), np.float32)
-    multiply(parts, down, ready, pair_tiles(ids, down.shape[0], 1))
+def finish(out, ids, weights, down, packed):
+    """moe_down of hidden rows that are packed"""
+    parts, tiles = scratch("parts", (ids.size, out.shape[1]), np.float32), pair_tiles(ids, down.shape[0], 1)
+    kernels("linear", down, tiles.single).matmul(parts, down, packed, tiles)
     combine((blocks_for(out.shape[1], THREADS), out.shape[0]), out, parts, weights)

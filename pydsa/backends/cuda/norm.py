@@ -8,6 +8,7 @@ from pydsa.backends.cuda.block_sums import block_sum
 from pydsa.backends.cuda.device import SIMULATED, device, exp
 from pydsa.backends.cuda.launch import blocks_for, kernel
 
+
 THREADS = 8 if SIMULATED else 256
 
 

@@ -7,6 +7,7 @@ from numba import cuda
 from pydsa.backends.cuda.device import SIMULATED, device, sync
 from pydsa.backends.cuda.launch import blocks_for, kernel
 
+
 THREADS = 8 if SIMULATED else 128
 WIDEST = 4096       # values of a row that Hadamard's rotation takes, as models/deepseek32.py allows
 

@@ -7,10 +7,13 @@ from numba import cuda
 
 from pydsa import quants
 from pydsa.backends.cuda.array import empty, upload, zeros
-from pydsa.backends.cuda.blocks import FLOATS, GROUPED, any_word, value_bf16, value_f16, value_f32
 from pydsa.backends.cuda.block_sums import block_top, magnitude_bits
+from pydsa.backends.cuda.blocks import GROUPED
+from pydsa.backends.cuda.blocks.floats import FLOATS, value_bf16, value_f16, value_f32
+from pydsa.backends.cuda.blocks.words import any_word
 from pydsa.backends.cuda.device import bits_float, byte_at, device, float_bits, nearest, to_half
 from pydsa.backends.cuda.launch import blocks_for, kernel
+
 
 THREADS = 128
 PADDING = 16        # bytes behind a tensor, which kernels that copy sixteen bytes at a time may read
@@ -167,11 +170,11 @@ def write_part(row, x, t, part, first, second, wide, tops, thread, n_threads):
     for i in range(start + thread, end, n_threads):
         top = max(top, magnitude_bits(x[t, i]))
     top = bits_float(np.uint32(block_top(top, tops, thread, n_threads)))        # NaN stays
-    scale = top / np.float32(quants.LARGEST if wide else 127)
+    scale = top / np.float32(quants.INT8X2_MAX if wide else 127)
     known = (top if wide else scale) > np.float32(1e-30) and scale < np.float32(math.inf)
     factor = np.float32(0)
     if known:
-        factor = np.float32(quants.LARGEST) / top if wide else np.float32(1) / scale
+        factor = np.float32(quants.INT8X2_MAX) / top if wide else np.float32(1) / scale
     for i in range(start + thread, end, n_threads):
         if wide:
             whole = nearest(x[t, i], factor)

@@ -9,6 +9,7 @@ from pydsa.backends.cuda.device import SIMULATED, device, float_bits
 from pydsa.backends.cuda.launch import kernel
 from pydsa.backends.cuda.top_k import choose, ordered
 
+
 THREADS = 8 if SIMULATED else 256
 PARTS = 3 if SIMULATED else 64      # of a row, a block each
 PICKS = 64 if SIMULATED else 1024   # the most tokens to draw from

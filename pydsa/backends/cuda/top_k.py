@@ -9,9 +9,10 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
+from pydsa.backends.cuda.block_sums import block_prefix
 from pydsa.backends.cuda.device import SIMULATED, WARP, device, float_bits, four_of
 from pydsa.backends.cuda.launch import BLOCKS, kernel
-from pydsa.backends.cuda.block_sums import block_prefix
+
 
 THREADS = 8 if SIMULATED else 512
 WARPS = THREADS // WARP

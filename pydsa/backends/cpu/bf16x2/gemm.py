@@ -1,0 +1,88 @@
+"""Products of panels of bfloat16 pairs in AMX tiles: of the four products of two numbers the three largest are taken."""
+from numba import types
+from numba.extending import intrinsic
+
+from pydsa.backends.cpu.amx import A_0, AHEAD, B_0, LOW_PARTS, STEP, SUMS, call_amx, fetch
+from pydsa.backends.cpu.jit import inner
+from pydsa.backends.cpu.simd import I8, WORD, pointer
+
+
+def _make_products(rows, columns):
+    @intrinsic
+    def products(typingctx, a, a_panel, b, b_panel, n_steps, sums, sums_row, fresh, ahead):
+        """Tile i, j of sums (+)= panel i of a . panel j of b over n_steps > 0 steps; panels and rows of tiles lie so many bytes apart.
+
+        fresh: the sums begin at zero. With every step the next 512 bytes from `ahead` on are fetched into the second-level cache.
+        """
+        def codegen(context, builder, signature, args):
+            a, a_panel, b, b_panel, n_steps, sums, sums_row, fresh, ahead = args
+
+            def at(base, *offsets):
+                for offset in offsets:
+                    base = builder.add(base, offset)
+                return pointer(builder, base, I8)
+
+            cells = [(i, j, at(sums, builder.mul(sums_row, WORD(i)), WORD(SUMS * j))) for i in range(rows) for j in range(columns)]
+            with builder.if_else(fresh) as (then, otherwise):
+                with then:
+                    for i, j, _ in cells:
+                        call_amx(builder, "tilezero", I8(2 * i + j))
+                with otherwise:
+                    for i, j, where in cells:
+                        call_amx(builder, "tileloadd64", I8(2 * i + j), where, WORD(64))
+            before, loop, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            step = builder.phi(WORD)
+            step.add_incoming(WORD(0), before)
+            offset = builder.mul(step, WORD(STEP))
+
+            def load(first, n, base, panel, part):
+                for i in range(n):
+                    call_amx(builder, "tileloadd64", I8(first + i), at(base, offset, builder.mul(panel, WORD(i)), WORD(part)), WORD(64))
+
+            def multiply(part):
+                for i in part:
+                    fetch(builder, at(ahead, builder.mul(step, WORD(AHEAD)), WORD(64 * i)))
+                for i, j, _ in cells:
+                    call_amx(builder, "tdpbf16ps", I8(2 * i + j), I8(A_0 + i), I8(B_0 + j))
+
+            load(A_0, rows, a, a_panel, LOW_PARTS)
+            load(B_0, columns, b, b_panel, 0)
+            multiply(range(3))
+            load(A_0, rows, a, a_panel, 0)
+            multiply(range(3, 6))
+            load(B_0, columns, b, b_panel, LOW_PARTS)
+            multiply(range(6, 8))
+            following = builder.add(step, WORD(1))
+            step.add_incoming(following, loop)
+            builder.cbranch(builder.icmp_signed("<", following, n_steps), loop, after)
+            builder.position_at_end(after)
+            for i, j, where in cells:
+                call_amx(builder, "tilestored64", I8(2 * i + j), where, WORD(64))
+            return context.get_dummy_value()
+        return types.void(*[types.intp] * 7, types.boolean, types.intp), codegen
+    return products
+
+
+_two_by_two, _two_by_one, _one_by_two, _one_by_one = (_make_products(i, j) for i in (2, 1) for j in (2, 1))
+
+
+@inner
+def panel_products(a, a_panel, n_a, b, b_panel, n_b, n_steps, sums, fresh, ahead):
+    """sums[i][j] (+)= panel i of a . panel j of b for i < n_a, j < n_b: n_a rows of n_b tiles.
+
+    Meanwhile what is needed next is fetched into the second-level cache: from `ahead` on, n_steps * AHEAD bytes for every 2 x 2 tiles.
+    """
+    for j in range(0, n_b, 2):
+        for i in range(0, n_a, 2):
+            ai, bj, cell, row = a + i * a_panel, b + j * b_panel, sums + SUMS * (i * n_b + j), SUMS * n_b
+            if n_a - i > 1 and n_b - j > 1:
+                _two_by_two(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead)
+            elif n_a - i > 1:
+                _two_by_one(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead)
+            elif n_b - j > 1:
+                _one_by_two(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead)
+            else:
+                _one_by_one(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead)
+            ahead += n_steps * AHEAD

@@ -1,0 +1,117 @@
+"""The indexer's scores over keys of int8 (quants/whole_rows.py) in 16-bit words, where there are no AMX tiles.
+
+Sixteen keys are widened to words and turned over, so that each lane is a key: a product of words takes two numbers of each with the two
+of a query that stand in every lane. Queries are rounded to 15 bits; their scales become part of their heads' weights.
+"""
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from pydsa.backends.cpu.jit import inner
+from pydsa.backends.cpu.lanes import every, turn_over
+from pydsa.backends.cpu.rounding import largest_magnitude
+from pydsa.backends.cpu.scalars import float_from_bits
+from pydsa.backends.cpu.scratch import own_scratch
+from pydsa.backends.cpu.simd import (F32, FEATURES, I16, I32, WORD, broadcast, constant, f32x16, float_at, load_32_bytes, load_floats,
+                                     pointer, store, store_words, to_words, word_dots)
+
+
+KEYS = 64                                           # that meet all tokens before the next
+HEADS = 8 if "avx512bw" in FEATURES else 4          # whose sums are in registers at a time
+
+
+@intrinsic
+def weighed_scores(typingctx, tile, n_pairs, queries, query_bytes, weights, n_head):
+    """Sixteen keys' sums over heads of weight * max(0, q . key), f32x16.
+
+    tile: n_pairs vectors of the keys' next two words; queries: words, so many bytes apart, and float32 weights; n_head is a multiple of
+    HEADS.
+    """
+    def codegen(context, b, signature, args):
+        tile, n_pairs, queries, query_bytes, weights, n_head = args
+        words, ints = ir.VectorType(I16, 32), ir.VectorType(I32, 16)
+
+        def load(kind, address):
+            return b.load(pointer(b, address, kind), align=4)
+
+        def loop(n, start, body):
+            """start = body(i, start) for i < n, n > 0, in steps of one"""
+            before, inside, after = b.block, b.append_basic_block("inside"), b.append_basic_block("after")
+            b.branch(inside)
+            b.position_at_end(inside)
+            i = b.phi(WORD)
+            i.add_incoming(WORD(0), before)
+            phis = [b.phi(s.type) for s in start]
+            for phi, s in zip(phis, start):
+                phi.add_incoming(s, before)
+            new = body(i, phis)
+            following = b.add(i, WORD(1))
+            for phi, s in zip([i, *phis], [following, *new]):
+                phi.add_incoming(s, b.block)
+            b.cbranch(b.icmp_signed("<", following, n), inside, after)
+            b.position_at_end(after)
+            return new
+
+        def heads(i, sums):
+            first = b.mul(i, WORD(HEADS))
+            rows = [b.add(queries, b.mul(b.add(first, WORD(h)), query_bytes)) for h in range(HEADS)]
+
+            def pair(k, sums):
+                keys = b.bitcast(load(ints, b.add(tile, b.mul(k, WORD(64)))), words)
+                pairs = [b.bitcast(broadcast(b, load(I32, b.add(row, b.mul(k, WORD(4)))), 16), words) for row in rows]
+                return [word_dots(b, s, keys, x) for s, x in zip(sums, pairs)]
+
+            total, = sums
+            for h, dots in enumerate(loop(n_pairs, [constant([0] * 16)] * HEADS, pair)):
+                dots = b.select(b.icmp_signed(">", dots, constant([0] * 16)), dots, constant([0] * 16))
+                weight = load(F32, b.add(weights, b.mul(b.add(first, WORD(h)), WORD(4))))
+                total = b.fadd(total, b.fmul(b.sitofp(dots, f32x16.ir), broadcast(b, weight, 16), flags=("contract",)), flags=("contract",))
+            return [total]
+        return loop(b.sdiv(n_head, WORD(HEADS)), [constant([0.0] * 16, F32)], heads)[0]
+    return f32x16(*[types.intp] * 6), codegen
+
+
+@inner
+def round_to_words(x, n, out, most):
+    """n floats -> words of magnitudes up to `most`, and zeros up to a multiple of 32 -> the scale, not finite if a number is not."""
+    size = largest_magnitude(x, n)
+    factor = np.float32(most) / size if size > np.float32(1e-30) and size < np.float32(np.inf) else np.float32(0)
+    for k in range(0, n - 15, 16):
+        store_words(out + 2 * k, load_floats(x, 4 * k) * factor)
+    for k in range(n // 16 * 16, (n + 31) // 32 * 32):
+        store(out, 2 * k, np.int16(np.rint(float_at(x, 4 * k) * factor)) if k < n and factor > 0 else np.int16(0))
+    return size / np.float32(most)
+
+
+def score(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, row_n, first, last,
+          scale):
+    """out[t][s] = scale sum_h w[t][h] relu(q[t][h] . key s) for first <= s < last, and without meaning up to a multiple of 16 keys.
+
+    Addresses: out float32, q [T, H, width] and w [T, H] float32, of which tokens and heads lie so many bytes apart; rows of a cache whose
+    keys are int8, with room for 16 more keys behind the last. scale: a float32's bits.
+    """
+    factor, padded, heads = float_from_bits(np.uint32(scale)), (width + 31) // 32 * 32, (n_head + HEADS - 1) // HEADS * HEADS
+    most = min(16383, (2**31 - 1) // (127 * padded))        # so that no sum passes 31 bits
+    token_bytes = heads * (2 * padded + 4)
+    queries = own_scratch(n_tokens * token_bytes + 32 * padded + 2 * KEYS * padded + 64)
+    chunk = (queries + n_tokens * token_bytes + 63) // 64 * 64
+    tiles = chunk + 32 * padded
+    for t in range(n_tokens):
+        for h in range(heads):
+            at, weights = queries + t * token_bytes, queries + t * token_bytes + 2 * heads * padded
+            query_scale = round_to_words(q + t * q_token + min(h, n_head - 1) * q_head, width, at + 2 * h * padded, most)
+            store(weights, 4 * h, query_scale * float_at(w, t * w_token + 4 * h) if h < n_head else np.float32(0))
+    for start in range(first, last, KEYS):
+        end = min(start + KEYS, last)
+        for s in range(start, end, 16):
+            for i in range(16):
+                for k in range(0, padded, 32):
+                    store(chunk, 2 * (i * padded + k), to_words(load_32_bytes(rows + (s + i) * row_bytes, k)))
+            for k in range(0, padded, 32):
+                turn_over(chunk + 2 * k, 2 * padded, tiles + 2 * (s - start) * padded + 32 * k, 64)
+        for t in range(n_tokens):
+            at = queries + t * token_bytes
+            for s in range(start, end, 16):
+                total = weighed_scores(tiles + 2 * (s - start) * padded, padded // 2, at, 2 * padded, at + 2 * heads * padded, heads)
+                store(out, t * out_token + 4 * s, total * (every(rows + s * row_bytes + width, row_bytes) * factor))

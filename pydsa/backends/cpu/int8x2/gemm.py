@@ -1,0 +1,153 @@
+"""Products of panels of int8 pairs in AMX tiles, while the sums of the tiles before are scaled."""
+from numba import types
+from numba.extending import intrinsic
+
+from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, call_amx, fetch
+from pydsa.backends.cpu.jit import inner
+from pydsa.backends.cpu.simd import F32, I8, WORD, broadcast, constant, f32x16, i32x16, pointer
+
+
+def whole_numbers_of(builder, high, low):
+    """256 high + low of LLVM vectors of int32, as floats."""
+    return builder.sitofp(builder.add(builder.shl(high, constant([8] * 16)), low), f32x16.ir)
+
+
+def _make_byte_products(columns, low_a, low_b):
+    """A pair of cells: one panel of a times two of b, or two times one. low_a, low_b: whether the numbers of a and b have low parts."""
+    low_one, low_other = (low_a, low_b) if columns == 2 else (low_b, low_a)
+
+    @intrinsic
+    def byte_products(typingctx, n_steps, a, a_panel, b, b_panel, buffer, ahead, row_ahead, row_bytes,
+                      before, sums, sums_cell, row_scales, rows_cell, column_scales, columns_cell):
+        """A pair of cells' products into a buffer of 4 KiB; meanwhile those of an earlier pair, at `before`, are added to its sums.
+
+        For each cell, two tiles of int32 over n_steps <= 4 steps: of high parts, and of high with low parts. Sums: float32 [16, 16] a cell,
+        += row_scales[i] column_scales[j] (256 high + low)[i][j]; sums, scales of rows and of columns of two cells lie so many bytes apart.
+        16 lines from `ahead` on are fetched into the second-level cache, five of each of four rows: at row_ahead, ... + row_bytes.
+        """
+        def codegen(context, builder, signature, args):
+            (n_steps, a, a_panel, b, b_panel, buffer, ahead, row_ahead, row_bytes,
+             before, sums, sums_cell, row_scales, rows_cell, column_scales, columns_cell) = args
+
+            def at(base, *offsets, kind=I8):
+                for offset in offsets:
+                    base = builder.add(base, offset)
+                return pointer(builder, base, kind)
+
+            def load(register, base, offset, part):
+                call_amx(builder, "tileloadd64", I8(register), at(base, offset, WORD(part)), WORD(64))
+
+            def multiply(tile, one, other):
+                call_amx(builder, "tdpbssd", I8(tile), *((I8(one), I8(other)) if columns == 2 else (I8(other), I8(one))))
+
+            one, other, panel = (a, b, b_panel) if columns == 2 else (b, a, a_panel)
+            second = builder.add(other, panel)
+            for register in range(4):
+                call_amx(builder, "tilezero", I8(register))
+            start, loop, inside, scaling, after = builder.block, *(builder.append_basic_block(name) for name in (
+                "loop", "inside", "scaling", "after"))
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            step = builder.phi(WORD)
+            step.add_incoming(WORD(0), start)
+            builder.cbranch(builder.icmp_signed("<", step, n_steps), inside, scaling)
+            builder.position_at_end(inside)     # tiles 0, 2: high parts; 1, 3: mixed ones, in an order in which no sum waits for itself
+            offset = builder.mul(step, WORD(STEP))
+            load(4, one, offset, 0)
+            if low_other:
+                load(7, other, offset, LOW_PARTS)
+                multiply(1, 4, 7)
+            load(6, other, offset, 0)
+            multiply(0, 4, 6)
+            if low_other:
+                load(5, second, offset, LOW_PARTS)
+                multiply(3, 4, 5)
+            if low_one:
+                load(7, one, offset, LOW_PARTS)
+                multiply(1, 7, 6)
+            load(6, second, offset, 0)
+            multiply(2, 4, 6)
+            if low_one:
+                multiply(3, 7, 6)
+            builder.branch(scaling)
+            builder.position_at_end(scaling)    # of eight rows: half a cell
+            cell, first = builder.lshr(step, WORD(1)), builder.shl(builder.and_(step, WORD(1)), WORD(3))
+            tile = builder.add(before, builder.add(builder.mul(cell, WORD(2 * SUMS)), builder.mul(first, WORD(64))))
+            target = builder.add(sums, builder.add(builder.mul(cell, sums_cell), builder.mul(first, WORD(64))))
+            scales = builder.add(row_scales, builder.add(builder.mul(cell, rows_cell), builder.mul(first, WORD(4))))
+            of_columns = builder.load(at(column_scales, builder.mul(cell, columns_cell), kind=f32x16.ir), align=4)
+            for i in range(8):
+                if i < 4:
+                    fetch(builder, at(ahead, builder.mul(step, WORD(256)), WORD(64 * i)))
+                if i < 5:
+                    fetch(builder, at(row_ahead, builder.mul(step, row_bytes), WORD(64 * i)))
+                high = builder.load(at(tile, WORD(64 * i), kind=i32x16.ir), align=4)
+                mixed = builder.load(at(tile, WORD(SUMS + 64 * i), kind=i32x16.ir), align=4)
+                scale = broadcast(builder, builder.load(at(scales, WORD(4 * i), kind=F32), align=4), 16)
+                place = at(target, WORD(64 * i), kind=f32x16.ir)
+                product = builder.fmul(whole_numbers_of(builder, high, mixed), builder.fmul(scale, of_columns))
+                builder.store(builder.fadd(builder.load(place, align=4), product, flags=("contract",)), place, align=4)
+            following = builder.add(step, WORD(1))
+            step.add_incoming(following, builder.block)
+            builder.cbranch(builder.icmp_signed("<", following, WORD(4)), loop, after)
+            builder.position_at_end(after)
+            for register in range(4):
+                call_amx(builder, "tilestored64", I8(register), at(buffer, WORD(SUMS * register)), WORD(64))
+            return context.get_dummy_value()
+        return types.void(*[types.intp] * 16), codegen
+    return byte_products
+
+
+def _make_byte_panel_products(low_a, low_b):
+    one_row, one_column = (_make_byte_products(columns, low_a, low_b) for columns in (2, 1))
+
+    @inner
+    def byte_panel_products(a, a_panel, n_a, b, b_panel, n_b, n_steps, sums, row_scales, column_scales, buffer, ahead, row_ahead, row_bytes,
+                            n_rows):
+        """sums[i][j] += scales times panel i of a . panel j of b for i < n_a and j < n_b, not both odd: n_a rows of n_b tiles of float32.
+
+        Panels are of byte pairs: each number is 256 high + low; the products of two low parts are left out. In high_rows_products those of
+        a have no low parts, in high_columns_products those of b. Each has 16 scales: of rows at row_scales, 64 bytes a panel; of columns
+        column_scales bytes after the beginning of a panel of b. A buffer has ten KiB. Meanwhile a KiB from `ahead` on is fetched for every
+        two tiles, and the beginnings of byte_rows_fetched(n_a, n_b) of n_rows rows.
+        """
+        now, before, n_pairs = buffer, buffer + 4 * SUMS, n_b // 2
+        last_sums, last_rows, last_columns = buffer + 8 * SUMS, buffer + 8 * SUMS, buffer + 8 * SUMS     # a pair whose sums nobody reads
+        for i in range(n_a * n_pairs + 1):
+            j, k = i // n_a, i % n_a
+            if i == n_a * n_pairs:      # only what the last pair left
+                j, k = 0, 0
+            if n_rows <= 0:
+                row_ahead, row_bytes = b, 0
+            one_row(n_steps if i < n_a * n_pairs else 0, a + k * a_panel, a_panel, b + 2 * j * b_panel, b_panel, now,
+                    ahead, row_ahead, row_bytes, before, last_sums, SUMS, last_rows, 0, last_columns, b_panel if i else 0)
+            last_sums, last_rows, last_columns = sums + (k * n_b + 2 * j) * SUMS, row_scales + 64 * k, b + 2 * j * b_panel + column_scales
+            now, before = before, now
+            ahead += 16 * 64
+            row_ahead += 4 * row_bytes
+            n_rows -= 4
+        if n_b % 2:
+            last_sums, last_rows, last_columns = buffer + 8 * SUMS, buffer + 8 * SUMS, b + column_scales
+            for i in range(0, n_a + 2, 2):
+                k = i if i < n_a else 0
+                if n_rows <= 0:
+                    row_ahead, row_bytes = b, 0
+                one_column(n_steps if i < n_a else 0, a + k * a_panel, a_panel, b + (n_b - 1) * b_panel, b_panel, now, ahead, row_ahead,
+                           row_bytes, before, last_sums, n_b * SUMS if i else 0, last_rows, 64 if i else 0, last_columns, 0)
+                last_sums, last_rows = sums + (k * n_b + n_b - 1) * SUMS, row_scales + 64 * k
+                last_columns = b + (n_b - 1) * b_panel + column_scales
+                now, before = before, now
+                ahead += 16 * 64
+                row_ahead += 4 * row_bytes
+                n_rows -= 4
+    return byte_panel_products
+
+
+byte_panel_products = _make_byte_panel_products(True, True)
+high_rows_products, high_columns_products = _make_byte_panel_products(False, True), _make_byte_panel_products(True, False)
+
+
+@inner
+def byte_rows_fetched(n_a, n_b):
+    """Of how many rows byte_panel_products has time to fetch the beginning: four a pair of tiles."""
+    return 4 * (n_a * (n_b // 2) + n_b % 2 * n_a // 2)

@@ -1,0 +1,206 @@
+"""Lanes of vectors moved about: picked, spread, looked up in tables, and summed for sixteen vectors at a time (simd.py has the rest)."""
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from pydsa.backends.cpu.simd import (F32, FAST, FEATURES, I8, I16, I32, WORD, Vec, _join, _split, call_llvm, constant, f32x16, i16x32,
+                                     i32x16, nearest, pack, pointer)
+
+
+@intrinsic
+def half_words(typingctx, low, high):
+    """i16x32 with one number in the lower and another in the upper sixteen words."""
+    def codegen(context, builder, signature, args):
+        pair = pack(builder, args)
+        return builder.shuffle_vector(pair, pair, constant([0] * 16 + [1] * 16))
+    return i16x32(types.int16, types.int16), codegen
+
+
+def _spreader(lanes):
+    def spread(*which):
+        @intrinsic
+        def pick(typingctx, v):
+            def codegen(context, builder, signature, args):
+                return builder.shuffle_vector(args[0], args[0], constant([lane for lane in which for _ in range(lanes // len(which))]))
+            return Vec(v.element, lanes)(v), codegen
+        return pick
+    return spread
+
+
+# spread(0, 2): a function that gives lane 0 of a vector to the first half of sixteen lanes, lane 2 to the second; spread_words: of 32
+spread, spread_words = _spreader(16), _spreader(32)
+
+
+@intrinsic
+def both_halves(typingctx, address, offset):
+    """32 bytes in memory, twice, as i16x32."""
+    def codegen(context, builder, signature, args):
+        v = builder.load(pointer(builder, builder.add(*args), ir.VectorType(I16, 16)), align=1)
+        return builder.shuffle_vector(v, v, constant([*range(16)] * 2))
+    return i16x32(types.intp, types.intp), codegen
+
+
+def _piece(n, i):
+    """A function that gives the i-th of n equal pieces of a vector."""
+    @intrinsic
+    def piece(typingctx, v):
+        size = v.lanes // n
+
+        def codegen(context, builder, signature, args):
+            return builder.shuffle_vector(args[0], args[0], constant(range(i * size, (i + 1) * size)))
+        return Vec(v.element, size)(v), codegen
+    return piece
+
+
+lower_half, upper_half = _piece(2, 0), _piece(2, 1)
+
+
+first_quarter, second_quarter, third_quarter, last_quarter = (_piece(4, i) for i in range(4))
+
+
+@intrinsic
+def totals(typingctx, address):
+    """Sixteen f32x16 in memory -> the sum of each one's lanes, as f32x16; half as many instructions as sixteen times total()."""
+    def codegen(context, builder, signature, args):
+        rows = [builder.load(pointer(builder, builder.add(args[0], WORD(64 * i)), f32x16.ir), align=4) for i in range(16)]
+        for step in (8, 4, 2, 1):       # the lanes without this bit hold row i, those with it row i + step
+            low = constant([j if not j & step else j - step + 16 for j in range(16)])
+            high = constant([j + step if not j & step else j + 16 for j in range(16)])
+            rows = [builder.fadd(builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high), flags=FAST)
+                    for a, b in zip(rows[:step], rows[step:])]
+        return rows[0]
+    return f32x16(types.intp), codegen
+
+
+@intrinsic
+def every(typingctx, address, stride):
+    """Sixteen float32, so many bytes apart."""
+    def codegen(context, builder, signature, args):
+        places = [pointer(builder, builder.add(args[0], builder.mul(args[1], WORD(i))), F32) for i in range(16)]
+        return pack(builder, [builder.load(place, align=1) for place in places])
+    return f32x16(types.intp, types.intp), codegen
+
+
+@intrinsic
+def butterflies_of_16(typingctx, v):
+    """The Walsh-Hadamard transform of sixteen floats, without the factor: sums and differences of lanes 1, 2, 4 and 8 apart."""
+    def codegen(context, builder, signature, args):
+        v, = args
+        for step in (1, 2, 4, 8):
+            other = builder.shuffle_vector(v, v, constant([j ^ step for j in range(16)]))
+            sign = constant([-1.0 if j & step else 1.0 for j in range(16)], F32)
+            v = builder.fadd(other, builder.fmul(v, sign, flags=FAST), flags=FAST)
+        return v
+    return f32x16(f32x16), codegen
+
+
+@intrinsic
+def widened(typingctx, v):
+    """A vector of floats with zeros up to sixteen lanes."""
+    def codegen(context, builder, signature, args):
+        zeros = ir.Constant(v.ir, [0.0] * v.lanes)
+        return builder.shuffle_vector(args[0], zeros, constant([i if i < v.lanes else v.lanes for i in range(16)]))
+    return f32x16(v), codegen
+
+
+def high_and_low(builder, whole):
+    """LLVM integers 256 high + low, of which the lower 16 bits mean something -> high, in the lower eight bits, and low there."""
+    return builder.lshr(builder.add(whole, constant([128] * 16)), constant([8] * 16)), whole
+
+
+@intrinsic
+def store_two_bytes(typingctx, high, low, v):
+    """Sixteen floats, rounded to whole numbers 256 high + low: their high bytes to one address, their low ones, signed, to another."""
+    def codegen(context, builder, signature, args):
+        for part, at in zip(high_and_low(builder, nearest(builder, args[2])), args):
+            part = builder.trunc(part, ir.VectorType(I8, 16))
+            builder.store(part, pointer(builder, at, part.type), align=1)
+        return context.get_dummy_value()
+    return types.void(types.intp, types.intp, f32x16), codegen
+
+
+@intrinsic
+def two_bytes(typingctx, high, low):
+    """The sixteen numbers whose high and low bytes lie at two addresses, as floats."""
+    def codegen(context, builder, signature, args):
+        kind = ir.VectorType(I8, 16)
+        high, low = (builder.sext(builder.load(pointer(builder, at, kind), align=1), i32x16.ir) for at in args)
+        return builder.sitofp(builder.add(builder.shl(high, constant([8] * 16)), low), f32x16.ir)
+    return f32x16(types.intp, types.intp), codegen
+
+
+SHUFFLES = (("avx512bw", "avx512.pshuf.b.512", 64), ("avx2", "avx2.pshuf.b", 32), ("ssse3", "ssse3.pshuf.b.128", 16))
+
+
+def lookup(table):
+    """A function that replaces each byte from 0 to 15 of i8x64 by an int8 of the table."""
+    @intrinsic
+    def look(typingctx, v):
+        def codegen(context, builder, signature, args):
+            for feature, name, lanes in SHUFFLES:
+                if feature in FEATURES:
+                    kind, whole = ir.VectorType(I8, lanes), constant([*table] * (lanes // 16), I8)
+                    parts = _split(builder, args[0], lanes)
+                    return _join(builder, [call_llvm(builder, f"llvm.x86.{name}", kind, [whole, part]) for part in parts])
+            result = constant([0] * 64, I8)
+            for i, number in enumerate(table):
+                mask = builder.icmp_unsigned("==", args[0], constant([i] * 64, I8))
+                result = builder.select(mask, constant([number] * 64, I8), result)
+            return result
+        return v(v), codegen
+    return look
+
+
+def picked(which, shifts, masks):
+    """A function that reads 16 bytes: lane i of its i32x16 is the byte which[i] at an address, shifted right by shifts[i] & masks[i]."""
+    @intrinsic
+    def pick(typingctx, address, offset):
+        def codegen(context, builder, signature, args):
+            v = builder.load(pointer(builder, builder.add(*args), ir.VectorType(I8, 16)), align=1)
+            if "avx512bw" in FEATURES:      # one instruction, where LLVM would take two
+                v = builder.shuffle_vector(v, v, constant([*range(16)] * 4))
+                table = constant([n for byte in which for n in (byte, 128, 128, 128)], I8)
+                v = builder.bitcast(call_llvm(builder, "llvm.x86.avx512.pshuf.b.512", v.type, [v, table]), i32x16.ir)
+            else:
+                v = builder.zext(builder.shuffle_vector(v, v, constant(which)), i32x16.ir)
+            return builder.and_(builder.lshr(v, constant(shifts)), constant(masks))
+        return i32x16(types.intp, types.intp), codegen
+    return pick
+
+
+def shifted(words, shifts):
+    """A function that reads 32-bit words: lane i of its i32 vector is the word words[i] at an address, shifted right by shifts[i] bits."""
+    @intrinsic
+    def shift(typingctx, address, offset):
+        def codegen(context, builder, signature, args):
+            v = builder.load(pointer(builder, builder.add(*args), ir.VectorType(I32, max(words) + 1)), align=1)
+            return builder.lshr(builder.shuffle_vector(v, v, constant(words)), constant(shifts))
+        return Vec("i32", len(words))(types.intp, types.intp), codegen
+    return shift
+
+
+@intrinsic
+def turn_over(typingctx, source, stride, target, target_stride):
+    """target[j][i] = source[i][j] for 16 x 16 cells of four bytes; rows are `stride` and `target_stride` bytes apart."""
+    def codegen(context, b, signature, args):
+        source, stride, target, target_stride = args
+        word, vector = stride.type, ir.VectorType(I32, 16)
+        rows = [b.load(pointer(b, b.add(source, b.mul(stride, word(i))), vector), align=4) for i in range(16)]
+        for step in (1, 2, 4, 8):       # exchange blocks of step x step cells
+            for i in (i for i in range(16) if not i & step):
+                first, second = rows[i], rows[i + step]
+                rows[i] = b.shuffle_vector(first, second, constant([j + 16 - step if j & step else j for j in range(16)]))
+                rows[i + step] = b.shuffle_vector(first, second, constant([j + 16 if j & step else j + step for j in range(16)]))
+        for j, column in enumerate(rows):
+            b.store(column, pointer(b, b.add(target, b.mul(target_stride, word(j))), vector), align=4)
+        return context.get_dummy_value()
+    return types.void(types.intp, types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def positive(typingctx, v):
+    """max(v, 0); NaN stays."""
+    def codegen(context, builder, signature, args):
+        zero = constant([0.0] * 16, F32)
+        return builder.select(builder.fcmp_ordered("<", args[0], zero), zero, args[0])
+    return f32x16(f32x16), codegen

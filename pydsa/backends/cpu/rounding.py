@@ -1,0 +1,60 @@
+"""Float32 rounded to integers of 8 or 16 bits, with one scale for all that are rounded together."""
+import numpy as np
+
+from pydsa.backends.cpu.jit import inner
+from pydsa.backends.cpu.lanes import store_two_bytes
+from pydsa.backends.cpu.simd import float_at, floats, larger_magnitudes, largest, load_floats, store
+from pydsa.quants import INT8X2_MAX
+
+
+@inner
+def largest_magnitude(x, n):
+    """Of n floats at an address; NaN if there is one."""
+    top = floats(np.float32(0))
+    for k in range(0, n - 15, 16):
+        top = larger_magnitudes(top, load_floats(x, 4 * k))
+    for k in range(n // 16 * 16, n):
+        top = larger_magnitudes(top, floats(float_at(x, 4 * k)))
+    return largest(top, top)
+
+
+@inner
+def round_to_bytes(source, n, target):
+    """n floats -> int8, the largest magnitude becoming 127, halves away from zero as gguf-py's Q8_0 has it -> the scale.
+
+    If a number is not finite, neither is the scale.
+    """
+    top = np.float32(0)
+    for j in range(n):
+        magnitude = abs(float_at(source, 4 * j))
+        top = magnitude if magnitude > top or magnitude != magnitude else top       # NaN stays
+    scale = top / np.float32(127)
+    factor = np.float32(1) / scale if scale > np.float32(1e-30) and scale < np.float32(np.inf) else np.float32(0)
+    for j in range(n):
+        product = float_at(source, 4 * j) * factor
+        whole = np.floor(abs(product) + np.float32(0.5))
+        store(target, j, np.int8(whole if product > 0 else -whole) if whole < 128 else np.int8(0))
+    return scale
+
+
+@inner
+def round_to_words(source, n, high, low):
+    """n floats -> whole numbers 256 high + low, the largest magnitude becoming INT8X2_MAX, halves to even -> the scale.
+
+    If a number is not finite, neither is the scale, and all become 0.
+    """
+    top = largest_magnitude(source, n)
+    factor = np.float32(INT8X2_MAX) / top if top > np.float32(1e-30) and top < np.float32(np.inf) else np.float32(0)
+    for j in range(0, n - 15, 16):
+        store_two_bytes(high + j, low + j, finite(load_floats(source, 4 * j), factor))
+    for j in range(n // 16 * 16, n):
+        whole = np.int32(np.rint(float_at(source, 4 * j) * factor)) if factor > 0 else np.int32(0)
+        store(high, j, np.int8((whole + 128) >> 8))
+        store(low, j, np.int8(whole))
+    return top / np.float32(INT8X2_MAX)
+
+
+@inner
+def finite(v, factor):
+    """v times a factor; zeros if that is 0, whatever v is."""
+    return v * factor if factor > 0 else floats(np.float32(0))

@@ -1,0 +1,403 @@
+"""Vector registers in Numba: a type `Vec`, operators on it, and what differs between CPUs behind one name, chosen once from the features.
+
+Kernels are written with vectors of one size, 16 floats or 32 words of 16 bits, whatever the CPU: LLVM splits them over narrower registers.
+A Vec lives in registers; memory is given as an address and an offset in bytes.
+"""
+import operator
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, overload, register_model
+
+from pydsa.backends.cpu.jit import cpu_features
+
+
+FEATURES = cpu_features()
+I8, I16, I32, I64, F32, WORD = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.IntType(64)
+ELEMENTS = {"i8": (I8, types.int8), "i16": (I16, types.int16), "i32": (I32, types.int32), "f32": (F32, types.float32)}
+FAST = ("reassoc", "contract", "nsz")       # sums may be reordered; infinities and NaN keep their meaning
+
+
+class Vec(types.Type):
+    """`lanes` elements of "i8", "i16", "i32" or "f32" in vector registers."""
+
+    def __init__(self, element, lanes):
+        self.element, self.lanes = element, lanes
+        self.ir = ir.VectorType(ELEMENTS[element][0], lanes)
+        super().__init__(f"Vec({element}x{lanes})")
+
+
+@register_model(Vec)
+class _VecModel(models.PrimitiveModel):
+    def __init__(self, manager, vec):
+        super().__init__(manager, vec, vec.ir)
+
+
+f32x8, f32x16, i32x16, i16x32 = Vec("f32", 8), Vec("f32", 16), Vec("i32", 16), Vec("i16", 32)
+
+
+def constant(numbers, element=I32):
+    """An LLVM vector constant."""
+    return ir.Constant(ir.VectorType(element, len(numbers)), list(numbers))
+
+
+def call_llvm(builder, name, result, args):
+    """Call an LLVM intrinsic."""
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [a.type for a in args]), name)
+    return builder.call(function, args)
+
+
+def pointer(builder, address, kind):
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def broadcast(builder, value, lanes):
+    """One value in every lane."""
+    first = builder.insert_element(ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, I32(0))
+    return builder.shuffle_vector(first, first, constant([0] * lanes))
+
+
+def pack(builder, values):
+    """LLVM values of one type, each a lane of a vector."""
+    v = ir.Constant(ir.VectorType(values[0].type, len(values)), ir.Undefined)
+    for i, value in enumerate(values):
+        v = builder.insert_element(v, value, I32(i))
+    return v
+
+
+def _operator(symbol, on_integers, on_floats=None):
+    """Let `a symbol b` work on vectors; b may be a number, which stands in every lane. >> shifts zeros in."""
+    @intrinsic
+    def operate(typingctx, a, b):
+        def codegen(context, builder, signature, args):
+            x, y = args
+            if not isinstance(b, Vec):
+                y = broadcast(builder, context.cast(builder, y, signature.args[1], ELEMENTS[a.element][1]), a.lanes)
+            return getattr(builder, on_floats)(x, y, flags=FAST) if a.element == "f32" else getattr(builder, on_integers)(x, y)
+        return a(a, b), codegen
+
+    @overload(symbol)
+    def overloaded(a, b):
+        if isinstance(a, Vec) and (b == a or isinstance(b, types.Number)):
+            return lambda a, b: operate(a, b)
+
+
+_operator(operator.and_, "and_")
+_operator(operator.or_, "or_")
+_operator(operator.lshift, "shl")
+_operator(operator.rshift, "lshr")
+_operator(operator.add, "add", "fadd")
+_operator(operator.sub, "sub", "fsub")
+_operator(operator.mul, "mul", "fmul")
+
+
+def _loader(vec):
+    @intrinsic
+    def load(typingctx, address, offset):
+        def codegen(context, builder, signature, args):
+            return builder.load(pointer(builder, builder.add(*args), vec.ir), align=1)
+        return vec(types.intp, types.intp), codegen
+    return load
+
+
+load_bytes, load_32_bytes, load_16_bytes = (_loader(Vec("i8", lanes)) for lanes in (64, 32, 16))
+load_words = _loader(i16x32)
+load_floats, load_8_floats, load_4_floats, load_2_floats = _loader(f32x16), _loader(f32x8), _loader(Vec("f32", 4)), _loader(Vec("f32", 2))
+
+
+@intrinsic
+def store(typingctx, address, offset, value):
+    """Write a vector, or a number of its own size, at address + offset bytes."""
+    def codegen(context, builder, signature, args):
+        builder.store(args[2], pointer(builder, builder.add(args[0], args[1]), args[2].type), align=1)
+        return context.get_dummy_value()
+    return types.void(types.intp, types.intp, value), codegen
+
+
+def _number_at(kind, number):
+    @intrinsic
+    def at(typingctx, address, offset):
+        def codegen(context, builder, signature, args):
+            return builder.load(pointer(builder, builder.add(*args), kind), align=1)
+        return number(types.intp, types.intp), codegen
+    return at
+
+
+u8_at, u16_at = _number_at(I8, types.uint8), _number_at(I16, types.uint16)
+u32_at, i64_at, float_at = _number_at(I32, types.uint32), _number_at(I64, types.int64), _number_at(F32, types.float32)
+
+
+@intrinsic
+def prefetch(typingctx, address, offset):
+    """Ask for the cache line at address + offset, into the second-level cache; it need not exist."""
+    def codegen(context, builder, signature, args):
+        byte = pointer(builder, builder.add(*args), I8)
+        call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [byte, I32(0), I32(2), I32(1)])
+        return context.get_dummy_value()
+    return types.void(types.intp, types.intp), codegen
+
+
+def _filler(vec):
+    @intrinsic
+    def fill(typingctx, value):
+        return vec(types.float32), lambda context, builder, signature, args: broadcast(builder, args[0], vec.lanes)
+    return fill
+
+
+floats, eight_floats, four_floats = _filler(f32x16), _filler(f32x8), _filler(Vec("f32", 4))      # a float32 in every lane
+
+
+@intrinsic
+def to_floats(typingctx, v):
+    """Signed integers as floats."""
+    kind = Vec("f32", v.lanes)
+    return kind(v), lambda context, builder, signature, args: builder.sitofp(args[0], kind.ir)
+
+
+@intrinsic
+def to_words(typingctx, v):
+    """Signed bytes as words."""
+    kind = Vec("i16", v.lanes)
+    return kind(v), lambda context, builder, signature, args: builder.sext(args[0], kind.ir)
+
+
+@intrinsic
+def as_words(typingctx, v):
+    """The same bits as i16x32."""
+    return i16x32(v), lambda context, builder, signature, args: builder.bitcast(args[0], i16x32.ir)
+
+
+@intrinsic
+def as_bytes(typingctx, v):
+    """The same bits as i8x64."""
+    kind = Vec("i8", 64)
+    return kind(v), lambda context, builder, signature, args: builder.bitcast(args[0], kind.ir)
+
+
+@intrinsic
+def signed_high_bytes(typingctx, v):
+    """Words shifted right by eight bits, with their sign."""
+    return i16x32(v), lambda context, builder, signature, args: builder.ashr(args[0], constant([8] * 32, I16))
+
+
+def _join(builder, parts):
+    while len(parts) > 1:
+        parts = [builder.shuffle_vector(a, b, constant(range(2 * a.type.count))) for a, b in zip(parts[::2], parts[1::2])]
+    return parts[0]
+
+
+@intrinsic
+def join(typingctx, addresses):
+    """A tuple of n addresses -> the 64 / n bytes at each, side by side as i8x64."""
+    kind = ir.VectorType(I8, 64 // len(addresses))
+
+    def codegen(context, builder, signature, args):
+        parts = [builder.extract_value(args[0], i) for i in range(len(addresses))]
+        return _join(builder, [builder.load(pointer(builder, part, kind), align=1) for part in parts])
+    return Vec("i8", 64)(addresses), codegen
+
+
+def _extend_halves(builder, bits):
+    """An LLVM vector of float16 as integers -> as floats; without the instruction by moving the exponent's bias, as block.half does."""
+    n = bits.type.count
+    if "f16c" in FEATURES:
+        return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), n)), ir.VectorType(F32, n))
+    bits = builder.zext(bits, ir.VectorType(I32, n))
+    magnitude = builder.shl(builder.and_(bits, constant([0x7FFF] * n)), constant([13] * n))
+    finite = builder.fmul(builder.bitcast(magnitude, ir.VectorType(F32, n)), constant([2.0 ** 112] * n, F32))
+    special = builder.or_(magnitude, constant([0x7F800000] * n))
+    magnitude = builder.select(builder.icmp_unsigned("<", magnitude, constant([0x0F800000] * n)),
+                               builder.bitcast(finite, special.type), special)
+    sign = builder.shl(builder.and_(bits, constant([0x8000] * n)), constant([16] * n))
+    return builder.bitcast(builder.or_(magnitude, sign), ir.VectorType(F32, n))
+
+
+@intrinsic
+def halves(typingctx, addresses):
+    """A tuple of n addresses -> the float16 at each as a vector of floats."""
+    n = len(addresses)
+
+    def codegen(context, builder, signature, args):
+        places = [pointer(builder, builder.extract_value(args[0], i), I16) for i in range(n)]
+        return _extend_halves(builder, pack(builder, [builder.load(place, align=1) for place in places]))
+    return Vec("f32", n)(addresses), codegen
+
+
+@intrinsic
+def two_halves(typingctx, address, offset):
+    """Two float16 in memory as f32x16: the first in the lower eight lanes, the second in the upper ones."""
+    def codegen(context, builder, signature, args):
+        pair = _extend_halves(builder, builder.load(pointer(builder, builder.add(*args), ir.VectorType(I16, 2)), align=1))
+        return builder.shuffle_vector(pair, pair, constant([0] * 8 + [1] * 8))
+    return f32x16(types.intp, types.intp), codegen
+
+
+@intrinsic
+def vector(typingctx, numbers):
+    """A tuple of float32 as a vector."""
+    n = len(numbers)
+
+    def codegen(context, builder, signature, args):
+        return pack(builder, [builder.extract_value(args[0], i) for i in range(n)])
+    return Vec("f32", n)(numbers), codegen
+
+
+@intrinsic
+def where_bits(typingctx, bits, number):
+    """i8x64: the number in the lanes whose bit in a uint64 is set, elsewhere zero."""
+    def codegen(context, builder, signature, args):
+        mask = builder.bitcast(args[0], ir.VectorType(ir.IntType(1), 64))
+        return builder.select(mask, broadcast(builder, builder.trunc(args[1], I8), 64), constant([0] * 64, I8))
+    return Vec("i8", 64)(types.uint64, types.uint8), codegen
+
+
+def _split(builder, v, lanes):
+    """A vector as a list of narrower ones."""
+    return [builder.shuffle_vector(v, v, constant(range(i, i + lanes))) for i in range(0, v.type.count, lanes)]
+
+
+def word_dots(builder, sums, a, b):
+    """sums + a[2i] b[2i] + a[2i+1] b[2i+1]: LLVM values i32x16, i16x32, i16x32 -> i32x16, by the best of this CPU; sums may be None."""
+    if sums is None:
+        if "avx512bw" in FEATURES:
+            return call_llvm(builder, "llvm.x86.avx512.pmaddw.d.512", i32x16.ir, [a, b])
+        sums = constant([0] * 16)
+    if {"avx512vnni", "avx512bw"} <= FEATURES:
+        return call_llvm(builder, "llvm.x86.avx512.vpdpwssd.512", sums.type, [sums, a, b])
+    if "avx512bw" in FEATURES:
+        return builder.add(sums, call_llvm(builder, "llvm.x86.avx512.pmaddw.d.512", sums.type, [a, b]))
+    if "avxvnni" in FEATURES:
+        parts = zip(_split(builder, sums, 8), _split(builder, a, 16), _split(builder, b, 16))
+        return _join(builder, [call_llvm(builder, "llvm.x86.avx512.vpdpwssd.256", s.type, [s, x, y]) for s, x, y in parts])
+    for feature, name, lanes in (("avx2", "llvm.x86.avx2.pmadd.wd", 8), ("sse2", "llvm.x86.sse2.pmadd.wd", 4)):
+        if feature in FEATURES:
+            pairs = zip(_split(builder, a, 2 * lanes), _split(builder, b, 2 * lanes))
+            products = [call_llvm(builder, name, ir.VectorType(I32, lanes), [x, y]) for x, y in pairs]
+            return builder.add(sums, _join(builder, products))
+    wide = ir.VectorType(I32, 32)
+    products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
+    even, odd = (builder.shuffle_vector(products, products, constant(range(i, 32, 2))) for i in (0, 1))
+    return builder.add(sums, builder.add(even, odd))
+
+
+@intrinsic
+def dot(typingctx, a, b):
+    """a[2i] b[2i] + a[2i+1] b[2i+1] of words, as i32x16."""
+    return i32x16(i16x32, i16x32), lambda context, builder, signature, args: word_dots(builder, None, *args)
+
+
+@intrinsic
+def dot_add(typingctx, sums, a, b):
+    """sums + a[2i] b[2i] + a[2i+1] b[2i+1]"""
+    def codegen(context, builder, signature, args):
+        if {"avx512vnni", "avx512bw"} <= FEATURES:      # as text, or LLVM would make two instructions of it to shorten the chain
+            return builder.asm(ir.FunctionType(i32x16.ir, [v.type for v in args]), "vpdpwssd $3, $2, $0", "=v,0,v,v", args, False)
+        return word_dots(builder, *args)
+    return i32x16(i32x16, i16x32, i16x32), codegen
+
+
+@intrinsic
+def multiply_add(typingctx, sums, a, b):
+    """sums + a b of floats."""
+    def codegen(context, builder, signature, args):
+        return builder.fadd(builder.fmul(args[1], args[2], flags=FAST), args[0], flags=FAST)
+    return sums(sums, sums, sums), codegen
+
+
+def reduce_add(builder, v):
+    """The sum of an LLVM float vector's lanes."""
+    name = f"llvm.vector.reduce.fadd.v{v.type.count}f32"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(F32, [F32, v.type]), name)
+    return builder.call(function, [F32(0.0), v], fastmath=("reassoc",))
+
+
+@intrinsic
+def stack_memory(typingctx):
+    """The address of 1 KiB on the stack, the same one for every call at one place."""
+    def codegen(context, builder, signature, args):
+        memory = cgutils.alloca_once(builder, ir.ArrayType(I8, 1024))
+        memory.align = 64
+        return builder.ptrtoint(memory, WORD)
+    return types.intp(), codegen
+
+
+@intrinsic
+def largest(typingctx, a, b):
+    """The largest magnitude in two float vectors; NaN if there is one. As integers the bits of magnitudes have the same order."""
+    def codegen(context, builder, signature, args):
+        a, b = (builder.and_(builder.bitcast(v, i32x16.ir), constant([0x7FFFFFFF] * 16)) for v in args)
+        top = builder.select(builder.icmp_signed(">", a, b), a, b)
+        return builder.bitcast(call_llvm(builder, "llvm.vector.reduce.smax.v16i32", I32, [top]), F32)
+    return types.float32(f32x16, f32x16), codegen
+
+
+@intrinsic
+def larger_magnitudes(typingctx, a, b):
+    """The larger magnitude in each lane of two float vectors; NaN where there is one."""
+    def codegen(context, builder, signature, args):
+        x, y = (builder.and_(builder.bitcast(v, i32x16.ir), constant([0x7FFFFFFF] * 16)) for v in args)
+        return builder.bitcast(builder.select(builder.icmp_signed(">", x, y), x, y), f32x16.ir)
+    return f32x16(f32x16, f32x16), codegen
+
+
+def nearest(builder, v):
+    """An LLVM vector of floats below 2^22 -> the nearest whole numbers as integers, of which only the lower 22 bits mean something."""
+    whole = builder.fadd(v, constant([12582912.0] * v.type.count, F32))        # 1.5 * 2^23, where floats are whole numbers
+    return builder.bitcast(whole, ir.VectorType(I32, v.type.count))
+
+
+@intrinsic
+def rounded_words(typingctx, a, b, factor):
+    """32 floats times a factor, rounded to nearest even, as words: the even elements, then the odd ones. They must be below 2^15."""
+    def codegen(context, builder, signature, args):
+        factor = broadcast(builder, args[2], 16)
+        words = [nearest(builder, builder.fmul(v, factor)) for v in args[:2]]
+        words = [builder.trunc(v, ir.VectorType(I16, 16)) for v in words]
+        return builder.shuffle_vector(*words, constant([*range(0, 32, 2), *range(1, 32, 2)]))
+    return i16x32(f32x16, f32x16, types.float32), codegen
+
+
+@intrinsic
+def store_words(typingctx, address, v):
+    """Sixteen floats below 2^15 to an address, rounded to nearest even, as words."""
+    def codegen(context, builder, signature, args):
+        words = builder.trunc(nearest(builder, args[1]), ir.VectorType(I16, 16))
+        builder.store(words, pointer(builder, args[0], words.type), align=1)
+        return context.get_dummy_value()
+    return types.void(types.intp, f32x16), codegen
+
+
+@intrinsic
+def sums_of_16(typingctx, v):
+    """The sums of the first and of the last 16 elements of words whose even elements come first: two floats."""
+    def codegen(context, builder, signature, args):
+        sums = word_dots(builder, constant([0] * 16), args[0], constant([1] * 32, I16))     # four lanes first, four last, and again
+        sums = builder.add(*_split(builder, sums, 8))
+        for apart in (2, 1):
+            sums = builder.add(sums, builder.shuffle_vector(sums, sums, constant([(i + apart) % 8 for i in range(8)])))
+        sums = builder.sitofp(sums, f32x8.ir)
+        return cgutils.pack_array(builder, [builder.extract_element(sums, I32(i)) for i in (0, 4)])
+    return types.UniTuple(types.float32, 2)(i16x32), codegen
+
+
+@intrinsic
+def lower_words(typingctx, v):
+    """The lower halves of i32 as words."""
+    kind = Vec("i16", v.lanes)
+    return kind(v), lambda context, builder, signature, args: builder.trunc(args[0], kind.ir)
+
+
+def _register_plan(features):
+    """How many sums fit into the registers beside the operands.
+
+    Floats in a register; rows, vectors of `products`; 16s of rows, tokens of `word_products`; rows, 16s of columns of `combine`.
+    """
+    if "avx512f" in features:
+        return 16, 4, 4, 2, 6, 6, 4     # 32 registers
+    if "avx" in features:
+        return 8, 4, 2, 1, 3, 6, 1      # 16 registers
+    return 4, 4, 2, 1, 1, 2, 1
+
+
+LANES, ROWS, VECTORS, WORD_ROWS, WORD_TOKENS, COMBINE_ROWS, COMBINE_COLUMNS = _register_plan(FEATURES)

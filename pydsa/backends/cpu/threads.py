@@ -1,0 +1,60 @@
+"""Threads of parallel regions: how many there are, and how many a region uses."""
+import os
+import warnings
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from pydsa.errors import PydsaError
+
+
+if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
+    # omp enters a parallel region in 1.3 us where workqueue takes 110 us, and two Python threads may enter it together.
+    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    # GNU OpenMP's threads wait for each other in a loop of many milliseconds before they sleep. When the cores are shared with other
+    # programs, that loop keeps the thread it waits for from running: generation was six times slower. This many rounds bridge the gap
+    # between two tokens, and cost nothing on busy cores either.
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+
+numba.get_num_threads()     # starts the threads, and so defines the symbol that n_threads() calls
+
+
+def check_threads(n):
+    """The number of threads to use: n, or all that there are; a clear error if there are not so many."""
+    most = numba.config.NUMBA_NUM_THREADS
+    if n is None:
+        return most
+    if n > most:
+        raise PydsaError(f"threads is {n}; this machine has {most} to use (set NUMBA_NUM_THREADS to allow more).")
+    return n
+
+
+def set_threads(n):
+    """Let the kernels that this Python thread calls use n threads."""
+    numba.set_num_threads(n)
+
+
+def warn_of_workqueue():
+    """Once a parallel kernel is there, numba has chosen its threads."""
+    try:
+        layer = numba.threading_layer()
+    except ValueError:      # not yet
+        return
+    if layer == "workqueue":
+        warnings.warn("Numba found neither OpenMP nor TBB and uses its workqueue threads, whose every start costs 0.1 ms: "
+                      "`pip install tbb`, or OpenMP's library of this system, makes generation faster.", stacklevel=4)
+
+
+@intrinsic
+def n_threads(typingctx):
+    """The threads that a parallel region of this kernel will use. numba.get_num_threads would keep the kernel out of the cache."""
+    def codegen(context, builder, signature, args):
+        word = context.get_value_type(types.intp)       # as numba declares it for its own parallel regions; the function returns an int
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(word, []), "get_num_threads")
+        return builder.sext(builder.trunc(builder.call(function, []), ir.IntType(32)), word)
+    return types.intp(), codegen

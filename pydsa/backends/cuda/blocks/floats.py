@@ -1,0 +1,52 @@
+"""F32, F16, BF16: one number, and four numbers at a time."""
+import numpy as np
+
+from pydsa.backends.cuda.device import bits_float, byte_at, device, four_words_at, half_at, of_half, word_at
+
+
+@device
+def value_f32(data, row, i):
+    return bits_float(word_at(data, row + 4 * i))
+
+
+@device
+def value_f16(data, row, i):
+    return half_at(data, row + 2 * i)
+
+
+@device
+def value_bf16(data, row, i):
+    return bits_float(np.uint32((byte_at(data, row + 2 * i) | byte_at(data, row + 2 * i + 1) << 8) << 16))
+
+
+# type -> value(data, row, i), the i-th number of a row that begins at `row`
+FLOATS = {"F32": value_f32, "F16": value_f16, "BF16": value_bf16}
+
+
+@device
+def four_f32(data, row, i):
+    a, b, c, d = four_words_at(data, row + 4 * i)
+    return bits_float(a), bits_float(b), bits_float(c), bits_float(d)
+
+
+@device
+def four_f16(data, row, i):
+    a, b = word_at(data, row + 2 * i), word_at(data, row + 2 * i + 4)
+    return of_half(np.uint32(a & 0xFFFF)), of_half(np.uint32(a >> 16)), of_half(np.uint32(b & 0xFFFF)), of_half(np.uint32(b >> 16))
+
+
+@device
+def two_bf16(word):
+    """The two bfloat16 of a word, as float32."""
+    return bits_float(np.uint32(word << 16 & 0xFFFF0000)), bits_float(np.uint32(word & 0xFFFF0000))
+
+
+@device
+def four_bf16(data, row, i):
+    a, b = two_bf16(word_at(data, row + 2 * i))
+    c, d = two_bf16(word_at(data, row + 2 * i + 4))
+    return a, b, c, d
+
+
+# type -> four(data, row, i), the i-th to (i + 3)-th number of a row of a multiple of four
+FOURS = {"F32": four_f32, "F16": four_f16, "BF16": four_bf16}

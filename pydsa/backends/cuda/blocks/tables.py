@@ -1,0 +1,80 @@
+"""IQ4_NL, IQ4_XS, MXFP4: four bits choose one of sixteen bytes, which permutations look up."""
+import numpy as np
+
+from pydsa.backends.cuda.blocks.words import ZERO, any_four, entry
+from pydsa.backends.cuda.device import bits_float, byte_at, device, half_at, permuted, word_at
+from pydsa.quants import IQ4_LEVELS, MXFP4_LEVELS, TYPES
+
+
+IQ4_NL, IQ4_XS, MXFP4 = (TYPES[name].n_bytes for name in ("IQ4_NL", "IQ4_XS", "MXFP4"))      # bytes of a block
+
+
+def _packed(levels):
+    """Sixteen signed bytes as four words."""
+    return tuple(np.array(levels, np.int8).view(np.uint32))
+
+
+LEVEL_WORDS, HALF_WORDS = _packed(IQ4_LEVELS), _packed(MXFP4_LEVELS)
+
+
+@device
+def four_looked_up(table, nibbles):
+    """Bytes of a table of sixteen, for the four lowest nibbles of a word."""
+    low, high = permuted(table[0], table[1], np.uint32(nibbles & 0x7777)), permuted(table[2], table[3], np.uint32(nibbles & 0x7777))
+    return permuted(low, high, np.uint32(0x3210 | (nibbles & 0x8888) >> 1))
+
+
+@device
+def looked_up(table, word):
+    """Bytes of a table for the lower nibbles of a word's bytes, and for the upper ones."""
+    first, second = four_looked_up(table, word), four_looked_up(table, word >> 16)
+    return permuted(first, second, np.uint32(0x6420)), permuted(first, second, np.uint32(0x7531))
+
+
+@device
+def all_looked_up(table, a, b, c, e):
+    """Eight words for the lower and then the upper nibbles of four."""
+    a, f = looked_up(table, a)
+    b, h = looked_up(table, b)
+    c, i = looked_up(table, c)
+    e, j = looked_up(table, e)
+    return a, b, c, e, f, h, i, j
+
+
+@device
+def group_iq4_nl(data, row, g):
+    at = row + IQ4_NL * g
+    a, b, c, e = any_four(data, at + 2)
+    d = half_at(data, at)
+    a, b, c, e, f, h, i, j = all_looked_up(LEVEL_WORDS, a, b, c, e)
+    return a, b, c, e, f, h, i, j, d, d, ZERO, ZERO
+
+
+@device
+def group_iq4_xs(data, row, g):
+    at, s = row + IQ4_XS * (g >> 3), g & 7
+    low = byte_at(data, at + 4 + s // 2) >> (4 * (s % 2)) & 15
+    high = (byte_at(data, at + 2) | byte_at(data, at + 3) << 8) >> (2 * s) & 3
+    d, q = half_at(data, at) * np.float32((low | high << 4) - 32), at + 8 + 16 * s
+    a, b, c, e = word_at(data, q), word_at(data, q + 4), word_at(data, q + 8), word_at(data, q + 12)
+    a, b, c, e, f, h, i, j = all_looked_up(LEVEL_WORDS, a, b, c, e)
+    return a, b, c, e, f, h, i, j, d, d, ZERO, ZERO
+
+
+@device
+def half_of_power(exponent):
+    """2^(exponent - 128), exponent from 0 to 255: subnormal for 0 and 1."""
+    return bits_float(np.uint32((exponent - 1) << 23 if exponent > 1 else 0x200000 << exponent))
+
+
+@device
+def group_mxfp4(data, row, g):
+    at = row + MXFP4 * g
+    a, b, c, e = any_four(data, at + 1)
+    a, b, c, e, f, h, i, j = all_looked_up(HALF_WORDS, a, b, c, e)
+    d = half_of_power(byte_at(data, at))
+    return a, b, c, e, f, h, i, j, d, d, ZERO, ZERO
+
+
+GROUPED = {"IQ4_NL": entry("IQ4_NL", group_iq4_nl), "IQ4_XS": entry("IQ4_XS", group_iq4_xs),
+           "MXFP4": entry("MXFP4", group_mxfp4)}

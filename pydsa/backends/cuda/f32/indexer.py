@@ -1,0 +1,72 @@
+"""The indexer's scores in float32, for keys of any type."""
+import numpy as np
+from numba import cuda
+
+from pydsa.backends.cuda.f32.tiles import DOTS, FOURS, HEADS, KEYS, PRODUCTS, PRODUCTS_OF, THREADS, WORK, sum_of_slices
+from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
+from pydsa.backends.cuda.rows import CACHED
+
+
+PITCH = HEADS + 1
+WEIGHED = KEYS * PITCH
+HEADS_BITS, KEYS_BITS = HEADS.bit_length() - 1, KEYS.bit_length() - 1
+ZERO, NOTHING = np.float32(0), np.float32(-np.inf)
+
+
+def _make_scores(storage):
+    products = PRODUCTS_OF[storage]
+
+    def scores(out, q, w, data, row_bytes, first, second, positions, start, scale, fill):
+        """out[t, s] = scale sum_h w[start + t, h] relu(q[start + t, h] . key s) for s <= the token's position; if `fill`, -inf after it.
+
+        A block has one token and every so manieth tile of keys; a tile passes by HEADS heads at a time (tiles.py).
+        """
+        work = cuda.shared.array(WORK, np.float32, 16)
+        weighed = cuda.shared.array(WEIGHED, np.float32)
+        key_of = cuda.shared.array(KEYS, np.int64)
+        dots = cuda.local.array(DOTS, np.float32)
+        fours = cuda.local.array(FOURS, np.float32)
+        thread, row = cuda.threadIdx.x & THREADS - 1, cuda.blockIdx.y & 0xFFFF
+        token = start + row
+        n, n_head = min(positions[token] + 1, out.shape[1]), q.shape[1]
+        for tile in range(cuda.blockIdx.x, (out.shape[1] + KEYS - 1 if fill else n + KEYS - 1) >> KEYS_BITS, cuda.gridDim.x):
+            base, total = tile << KEYS_BITS, ZERO
+            if base < n:
+                if thread < KEYS:
+                    key_of[thread] = base + thread if base + thread < n else np.int64(-1)
+                cuda.syncthreads()
+                for head in range(0, n_head, HEADS):
+                    products(work, dots, fours, key_of, q, token, head, data, row_bytes, first, second, thread)
+                    for i in range(PRODUCTS // THREADS):
+                        product = i * THREADS + thread
+                        h, value = product & HEADS - 1, ZERO
+                        if head + h < n_head:
+                            dot = sum_of_slices(work, product)
+                            if dot > ZERO or dot != dot:        # NaN stays
+                                value = w[token, head + h] * dot
+                        weighed[(product >> HEADS_BITS) * PITCH + h] = value
+                    cuda.syncthreads()
+                    if thread < KEYS:
+                        for h in range(HEADS):
+                            total += weighed[thread * PITCH + h]
+            if thread < KEYS:
+                s = base + thread
+                if s < n:
+                    out[row, s] = total * scale
+                elif fill and s < out.shape[1]:
+                    out[row, s] = NOTHING
+    return kernel("f4[:,:], f4[:,:,:], f4[:,:], u1[::1], i8, i4, i4, i8[:], i4, f4, b1", THREADS, f"scores_{storage}")(scores)
+
+
+SCORES = {storage: _make_scores(storage) for storage in CACHED}
+
+
+def pack(q, w):
+    """Queries and the weights of heads as they are."""
+    return q, w
+
+
+def score(out, queries, keys, positions, start, scale, fill):
+    """Scores of tokens start, start + 1, ... into the rows of `out`; queries: what pack() gave for all tokens."""
+    grid = min(blocks_for(out.shape[1], KEYS), blocks_for(BLOCKS, len(out))), len(out)
+    SCORES[keys.storage](grid, out, *queries, keys.data.flat, keys.data.shape[1], keys.first, keys.second, positions, start, scale, fill)

@@ -1,0 +1,155 @@
+"""The indexer's scores over keys of int8 (quants/whole_rows.py) in tensor cores: keys are multiplied as they lie, with queries of 16 bits.
+
+A head's query is rounded to whole numbers, of which the largest is 32,512, and their high and low signed bytes are multiplied: x = scale
+(256 high + low). The scale becomes part of the head's weight, a key's scale multiplies the sum over heads. All sums of bytes are exact.
+"""
+import numpy as np
+from numba import cuda
+
+from pydsa.backends.cuda.array import scratch
+from pydsa.backends.cuda.block_sums import magnitude_bits
+from pydsa.backends.cuda.device import MMA_WARP, SIMULATED, WARP, bits_float, device, mma_s8, nearest, two_words, warp_top, word_at
+from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
+from pydsa.quants import INT8X2_MAX
+
+
+WIDTH = 128                             # numbers of a key, which stays in registers, at most
+STEPS = WIDTH // 32                     # of 32 numbers, that one instruction multiplies
+WARPS = 1 if SIMULATED else 8           # of a block
+THREADS = MMA_WARP * WARPS
+WARP_KEYS = 32                          # two tiles of sixteen
+KEYS = WARP_KEYS * WARPS
+HEAD_TILES = 1 if SIMULATED else 8      # of eight heads, whose queries are in shared memory at a time
+TILE_WORDS = 8 * WIDTH // 2             # of a tile's queries: words of four bytes, high and low, in the order of the lanes
+QUERY_WORDS, HEADS = HEAD_TILES * TILE_WORDS, 8 * HEAD_TILES
+KEY_WORDS, STEP_WORDS, SUMS = 8 * STEPS, 4 * STEPS, 4 * KEYS
+KEYS_BITS = KEYS.bit_length() - 1
+ZERO, NOTHING = np.float32(0), np.float32(-np.inf)
+
+
+def takes(keys):
+    """Whether keys are such that this file's kernels can score them."""
+    return keys.storage == "i8" and keys.first <= WIDTH and keys.first % 4 == 0
+
+
+@device
+def round_query(queries, weights, q, w, t, h, lane):
+    """A warp rounds one head's query and puts its words where the lanes of the tensor instruction take them: [tile, step, part, lane].
+
+    Parts: the two words of a lane, high bytes, then low ones. Heads that do not exist, up to a multiple of eight, and numbers behind the
+    width are zeros. What is not finite becomes a weight that is not.
+    """
+    n_head, width = q.shape[1], q.shape[2]
+    bits = np.int32(0)
+    if h < n_head:
+        for i in range(lane, width, WARP):
+            bits = max(bits, magnitude_bits(q[t, h, i]))
+    top = bits_float(np.uint32(warp_top(bits)))
+    known = top < np.float32(np.inf)
+    factor = np.float32(INT8X2_MAX) / top if known and top > np.float32(1e-30) else ZERO
+    if lane == 0:
+        weights[t, h] = (w[t, h] * (top / np.float32(INT8X2_MAX)) if known else np.float32(np.nan)) if h < n_head else ZERO
+    for word in range(lane, WIDTH // 4, WARP):
+        i = 4 * word
+        there = h < n_head and i < width
+        a, b, c, e = (nearest(q[t, h, i], factor), nearest(q[t, h, i + 1], factor), nearest(q[t, h, i + 2], factor),
+                      nearest(q[t, h, i + 3], factor)) if there else (0, 0, 0, 0)
+        at = h // 8 * TILE_WORDS + word // 8 * 128 + word % 8 // 4 * 32 + h % 8 * 4 + word % 4
+        queries[t, at], queries[t, at + 64] = two_words(a, b, c, e)
+
+
+@kernel("u4[:,:], f4[:,:], f4[:,:,:], f4[:,:]", WARP)
+def round_queries(queries, weights, q, w):
+    """A block, of one warp, rounds one head's query."""
+    round_query(queries, weights, q, w, cuda.blockIdx.y, cuda.blockIdx.x, cuda.threadIdx.x)
+
+
+def room_for_queries(q):
+    """Scratch memory for what score() takes: words [T, 64 heads], weights [T, heads], where the heads are a multiple of eight."""
+    n_heads = 8 * blocks_for(q.shape[1], 8)
+    return (scratch("queries", (len(q), n_heads * WIDTH // 2), np.uint32), scratch("weights of heads", (len(q), n_heads), np.float32))
+
+
+def pack(q, w):
+    """Queries and the weights of heads as score() takes them."""
+    queries = room_for_queries(q)
+    round_queries((queries[1].shape[1], len(q)), *queries, q, w)
+    return queries
+
+
+@kernel("f4[:,:], u4[:,:], f4[:,:], u1[::1], i8, i4, i8[:], i4, f4, b1", THREADS)
+def scores_of_bytes(out, queries, weights, data, row_bytes, width, positions, start, scale, fill):
+    """out[t, s] as indexer.py's kernels make it. A block has one token and every so manieth KEYS keys, 32 a warp; these stay in registers.
+
+    mma_s8: sixteen keys by 32 numbers, times 32 numbers by eight heads. A lane sums four heads' part of four keys; four lanes make a key.
+    """
+    panel = cuda.shared.array(QUERY_WORDS, np.uint32)
+    head_weights = cuda.shared.array(HEADS, np.float32)
+    sums = cuda.shared.array(SUMS, np.float32)
+    key = cuda.local.array(KEY_WORDS, np.uint32)
+    b = cuda.local.array(STEP_WORDS, np.uint32)
+    thread, row = cuda.threadIdx.x & THREADS - 1, cuda.blockIdx.y & 0xFFFF
+    warp, lane, column = thread >> 5, thread & 31, thread & 3
+    token, n_words, n_steps = start + row, width >> 2, (width + 31) >> 5
+    n, n_tiles = min(positions[token] + 1, out.shape[1]), weights.shape[1] >> 3
+    staged = -1
+    for tile in range(cuda.blockIdx.x, (out.shape[1] + KEYS - 1 if fill else n + KEYS - 1) >> KEYS_BITS, cuda.gridDim.x):
+        base = tile << KEYS_BITS
+        s = base + thread
+        if base < n:
+            for i in range(4):          # rows 0 and 8 of the first sixteen keys, then of the others
+                at = min(base + (warp << 5) + 8 * i + (lane >> 2), n - 1) * row_bytes
+                for word in range(2 * STEPS):
+                    there = 4 * word + column < n_words
+                    key[2 * STEPS * i + word] = word_at(data, at + 16 * word + 4 * column) if there else np.uint32(0)
+            t0, t1, t2, t3 = ZERO, ZERO, ZERO, ZERO
+            for first in range(0, n_tiles, HEAD_TILES):
+                n_here = min(HEAD_TILES, n_tiles - first)
+                if staged != first:
+                    cuda.syncthreads()
+                    for i in range(thread, n_here * TILE_WORDS, THREADS):
+                        panel[i] = queries[token, first * TILE_WORDS + i]
+                    for i in range(thread, 8 * n_here, THREADS):
+                        head_weights[i] = weights[token, 8 * first + i]
+                    staged = first
+                    cuda.syncthreads()
+                for j in range(n_here):
+                    w0, w1 = head_weights[8 * j + 2 * column], head_weights[8 * j + 2 * column + 1]
+                    for i in range(STEP_WORDS):
+                        b[i] = panel[j * TILE_WORDS + 32 * i + lane]
+                    p0, p1, p2, p3 = 0, 0, 0, 0
+                    r0, r1, r2, r3 = 0, 0, 0, 0
+                    for step in range(STEPS):
+                        if step < n_steps:
+                            k = 2 * step
+                            p0, p1, p2, p3 = mma_s8(key[k], key[2 * STEPS + k], key[k + 1], key[2 * STEPS + k + 1],
+                                                    b[4 * step], b[4 * step + 1], p0, p1, p2, p3)
+                            r0, r1, r2, r3 = mma_s8(key[4 * STEPS + k], key[6 * STEPS + k], key[4 * STEPS + k + 1], key[6 * STEPS + k + 1],
+                                                    b[4 * step], b[4 * step + 1], r0, r1, r2, r3)
+                    p0, p1, p2, p3, r0, r1, r2, r3 = p0 << 8, p1 << 8, p2 << 8, p3 << 8, r0 << 8, r1 << 8, r2 << 8, r3 << 8
+                    for step in range(STEPS):
+                        if step < n_steps:
+                            k = 2 * step
+                            p0, p1, p2, p3 = mma_s8(key[k], key[2 * STEPS + k], key[k + 1], key[2 * STEPS + k + 1],
+                                                    b[4 * step + 2], b[4 * step + 3], p0, p1, p2, p3)
+                            r0, r1, r2, r3 = mma_s8(key[4 * STEPS + k], key[6 * STEPS + k], key[4 * STEPS + k + 1], key[6 * STEPS + k + 1],
+                                                    b[4 * step + 2], b[4 * step + 3], r0, r1, r2, r3)
+                    t0 += w0 * max(np.float32(np.int32(p0)), ZERO) + w1 * max(np.float32(np.int32(p1)), ZERO)
+                    t1 += w0 * max(np.float32(np.int32(p2)), ZERO) + w1 * max(np.float32(np.int32(p3)), ZERO)
+                    t2 += w0 * max(np.float32(np.int32(r0)), ZERO) + w1 * max(np.float32(np.int32(r1)), ZERO)
+                    t3 += w0 * max(np.float32(np.int32(r2)), ZERO) + w1 * max(np.float32(np.int32(r3)), ZERO)
+            at = (warp << 7) + lane         # 32 keys, four lanes each
+            sums[at], sums[at + 32], sums[at + 64], sums[at + 96] = t0, t1, t2, t3
+            cuda.syncthreads()
+            if s < n:
+                total = sums[4 * thread] + sums[4 * thread + 1] + sums[4 * thread + 2] + sums[4 * thread + 3]
+                out[row, s] = total * (bits_float(word_at(data, s * row_bytes + width)) * scale)
+            cuda.syncthreads()
+        if fill and n <= s < out.shape[1]:
+            out[row, s] = NOTHING
+
+
+def score(out, queries, keys, positions, start, scale, fill):
+    """Scores of tokens start, start + 1, ... into the rows of `out`; queries: what pack() gave for all tokens."""
+    grid = min(blocks_for(out.shape[1], KEYS), blocks_for(BLOCKS, len(out))), len(out)
+    scores_of_bytes(grid, out, *queries, keys.data.flat, keys.data.shape[1], keys.first, positions, start, scale, fill)
