@@ -333,9 +333,8 @@ def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention=
 
     n_ctx: tokens the context can hold (8192, or the model's own limit if that is less). device: "cpu", "cuda" (an NVIDIA GPU; needs the
     extra `cuda`), or "reference" for plain numpy.
-    threads: all cores if None. kv_type, of cached latents: "f32", "f16", "bf16", "i16" (whole numbers of
-    16 bits, with a scale for each of a row's two parts), "i8" (the same with 8 bits; "q8_0" stands for it too). index_type, of the indexer's cached keys: the
-    same names; if None "i8", with which it is fastest, but "f32" if kv_type is. attention: "auto" (exact dense attention while
+    threads: all cores if None. kv_type, of cached latents: "f32", "f16", "bf16", "i16" (int16, with a scale for each of a row's two
+    parts), "i8" (int8, likewise; "q8_0" stands for it too). index_type, of the indexer's cached keys: the same names; if None "i8", with which it is fastest, but "f32" if kv_type is. attention: "auto" (exact dense attention while
     the context is no longer than top_k, sparse beyond), "sparse", "masked", "dense". dsa_top_k: keys to attend to, instead of the
     file's own number. n_ubatch: tokens of a prompt that run together (2048); fewer take less memory. progress(done, total, kernel name) is
     called while kernels are compiled.

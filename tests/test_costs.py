@@ -139,5 +139,5 @@ def test_what_is_timed_is_done():
     assert sums.tolist() == [0, measured.BLOCK, 2 * measured.BLOCK]
     sums = np.zeros(2, np.float32)
     products = measured.ROWS * measured.VECTORS * measured.WIDTH
-    assert measured.float_products(sums, 3) == 2 * 2 * 3 * products
+    assert measured.f32_peak(sums, 3) == 2 * 2 * 3 * products
     assert sums.tolist() == [3 * products] * 2

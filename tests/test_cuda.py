@@ -51,7 +51,7 @@ def test_kernels_compile(capsys):
         table = result(process)
         with capsys.disabled():
             print(f"\nsm_{capability}\n{table}")
-        assert "many_q4_k" in table and "one_q8_0" in table
+        assert "gemm_q4_k" in table and "gemv_q8_0" in table
 
 
 def test_ops():

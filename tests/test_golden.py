@@ -72,7 +72,7 @@ def test_wrong_indexer_is_noticed(golden, load, monkeypatch):
 def departs(met, expected, exact):
     """Whether an array is not what the reference wrote.
 
-    With unquantized weights choices must be equal, and numbers within an NMSE of 1e-9. Rounded activations may flip a choice between near
+    With unquantized weights choices must be equal, and numbers within an NMSE of 1e-9. Int8x2 activations may flip a choice between near
     equals, with all that follows for its token: one choice in fifty may differ, and the median over the tokens must be within 3e-6.
     """
     if met.dtype.kind == "i":

@@ -16,7 +16,7 @@ from tests.ptx.driver import install
 from tests.ptx.machine import KernelError
 install()
 from pydsa.backends.cuda import upload, empty
-from pydsa.backends.cuda.device import dp4a, four_of, mma_s8, warp_prefix, warp_sum, warp_sync
+from pydsa.backends.cuda.device import dp4a, load_four_u32, mma_s8, warp_prefix, warp_sum, warp_sync
 from pydsa.backends.cuda.launch import kernel
 
 def refused(function, grid, *args):

@@ -9,7 +9,7 @@ from gguf.quants import dequantize
 from pydsa.backends.cpu import threads
 from pydsa.backends import cpu
 from pydsa.backends.cpu import amx
-from pydsa.backends.cpu.linear import FEW
+from pydsa.backends.cpu.linear import GEMV_TOKENS
 from pydsa.backends.cpu.int16.linear import LARGEST
 from pydsa.gguf_file import Tensor
 from pydsa.quants import SUPPORTED, TYPES
@@ -57,7 +57,7 @@ def error(found, expected):
 
 
 def test_both_ways_are_taken():
-    assert sum(n <= FEW for n in N_TOKENS) == 2
+    assert sum(n <= GEMV_TOKENS for n in N_TOKENS) == 2
 
 
 @pytest.mark.parametrize("n_tokens", N_TOKENS)
@@ -80,7 +80,7 @@ def test_activations_that_rounding_keeps(kind, n_in, n_tokens):
     x = rng.integers(-LARGEST, LARGEST + 1, (n_tokens, n_in // 32, 32))
     x[:, :, rng.integers(32)] = rng.choice([-LARGEST, LARGEST], x.shape[:2])
     x = (x * np.ldexp(1, rng.integers(-9, 1, (*x.shape[:2], 1)))).astype(np.float32).reshape(n_tokens, n_in)
-    assert error(*products(random_weight(kind, 37, n_in), x)) < (2e-8 if amx.HERE and n_tokens > FEW else 1e-12)
+    assert error(*products(random_weight(kind, 37, n_in), x)) < (2e-8 if amx.HERE and n_tokens > GEMV_TOKENS else 1e-12)
 
 
 @pytest.mark.parametrize("kind, n_in", [(kind, max(64, TYPES[kind].size)) for kind in QUANTIZED])
@@ -121,7 +121,8 @@ def test_extremes_do_not_overflow(kind, n_tokens):
     """Every activation at the largest magnitude: of one sign, the other, by turns, by pairs, by halves of a block."""
     i = np.arange(512)
     signs = np.stack([np.ones(512), -np.ones(512), 1 - i % 2 * 2, 1 - i // 16 % 2 * 2, 1 - i // 2 % 2 * 2])
-    weight, bound = extreme_weight(kind), 1e-4 if amx.HERE and n_tokens > FEW else 2e-6     # equal weights are rounded alike, as bytes
+    # equal weights are rounded alike, as bytes
+    weight, bound = extreme_weight(kind), 1e-4 if amx.HERE and n_tokens > GEMV_TOKENS else 2e-6
     for part in (signs[:n_tokens], signs[-n_tokens:]):
         found, expected = products(weight, (3 * part).astype(np.float32))
         for row, exact in zip(found.T, expected.T):

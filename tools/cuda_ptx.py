@@ -1,7 +1,7 @@
 """Compile every CUDA kernel without a GPU, and let ptxas say what registers and memory each takes.
 
     python tools/cuda_ptx.py --cc 90
-    python tools/cuda_ptx.py --cc 90 --loops one_q4_k
+    python tools/cuda_ptx.py --cc 90 --loops gemv_q4_k
 
 Exit code 1 if a kernel does not compile, spills registers, or keeps an array in local memory that should be in registers. A kernel of which
 two blocks must fit into a processor may spill a few numbers that its loops do not change. --loops shows the machine instructions of each
@@ -22,7 +22,7 @@ import pydsa.backends.cuda  # noqa: F401  (fills the table)
 from pydsa.backends.cuda.launch import KERNELS
 
 LOCAL = {"rope_angles"}     # the slow path of float64 sines for huge angles has a small table
-FEW = 64                    # bytes
+GEMV_TOKENS = 64                    # bytes
 
 
 def find(program):
@@ -101,7 +101,7 @@ def main():
             continue
         use = assemble(ptxas, ptx, capability)
         print(f"{name:24} {use['registers']:9} {use['spills']:7} {use['stack']:7} {use['shared']:7}")
-        allowed = FEW if kernel.bounds[1] > 1 else 0
+        allowed = GEMV_TOKENS if kernel.bounds[1] > 1 else 0
         if use["spills"] > allowed or use["stack"] > allowed and name not in LOCAL:
             bad.append(name)
     if bad:

@@ -34,7 +34,7 @@ FIRST_TOKENS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", 
 LAST_TOKENS = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
 MIN_VOCAB = 256 + len(FIRST_TOKENS) + len(LAST_TOKENS)
 LONG_CONTEXT = 1 << 20     # from here on glm-dsa has shared indexer layers although no key says so
-CHUNK = 1 << 20            # numbers made and quantized at a time
+SUPERBLOCK = 1 << 20            # numbers made and quantized at a time
 
 
 def option(default, text):
@@ -240,7 +240,7 @@ def tensor_chunks(spec, name, shape, kind):
     rng = np.random.default_rng([spec.seed, zlib.crc32(name.encode())])
     mean, std = distribution(spec, name, shape)
     n_rows, n_in = prod(shape[:-1]), shape[-1]
-    step = max(1, CHUNK // n_in)
+    step = max(1, SUPERBLOCK // n_in)
     for start in range(0, n_rows, step):
         x = rng.standard_normal((min(step, n_rows - start), n_in), dtype=np.float32)
         x *= np.float32(std)

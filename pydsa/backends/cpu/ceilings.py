@@ -11,12 +11,12 @@ from pydsa.backends.cpu import amx
 from pydsa.backends.cpu.amx import STEP, SUMS, configure, release
 from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.bf16x2.gemm import panel_products
-from pydsa.backends.cpu.blocks.block import CHUNK
+from pydsa.backends.cpu.blocks.block import SUPERBLOCK
 from pydsa.backends.cpu.f32.gemm import tile_products
-from pydsa.backends.cpu.int8x2.gemm import byte_panel_products
-from pydsa.backends.cpu.int16.gemm import TILE, TILE_ROWS, word_products
+from pydsa.backends.cpu.int8x2.gemm import panel_products_int8x2
+from pydsa.backends.cpu.int16.gemm import TILE, TILE_ROWS, int16_products
 from pydsa.backends.cpu.jit import inner, kernel
-from pydsa.backends.cpu.linear import FEW, addresses
+from pydsa.backends.cpu.linear import GEMV_TOKENS, addresses
 from pydsa.backends.cpu.simd import WORD_TOKENS
 
 
@@ -58,7 +58,7 @@ def block_sum(block):
 
 
 @kernel(parallel=True)
-def float_products(sums, repeats):
+def f32_peak(sums, repeats):
     """tile_products, `repeats` times on each of sums.size threads -> how many operations these were."""
     for i in prange(sums.size):
         rows, x, out = np.ones((ROWS, WIDTH), np.float32), np.ones((VECTORS, WIDTH), np.float32), np.zeros((VECTORS, ROWS), np.float32)
@@ -70,20 +70,20 @@ def float_products(sums, repeats):
 
 
 @kernel(parallel=True)
-def products_of_words(sums, repeats):
-    """word_products, as often as float_products does its own -> how many operations these were."""
+def int16_peak(sums, repeats):
+    """int16_products, as often as f32_peak does its own -> how many operations these were."""
     for i in prange(sums.size):
-        tiles, x = np.zeros(TILE_ROWS // 16 * TILE + 64, np.uint8), np.zeros((WORD_TOKENS, CHUNK), np.uint8)
+        tiles, x = np.zeros(TILE_ROWS // 16 * TILE + 64, np.uint8), np.zeros((WORD_TOKENS, SUPERBLOCK), np.uint8)
         out, at = np.zeros((WORD_TOKENS, TILE_ROWS), np.float32), (address(tiles) + 63) // 64 * 64
-        x_at, out_at = addresses(address(x), CHUNK, WORD_TOKENS), addresses(address(out), 4 * TILE_ROWS, WORD_TOKENS)
+        x_at, out_at = addresses(address(x), SUPERBLOCK, WORD_TOKENS), addresses(address(out), 4 * TILE_ROWS, WORD_TOKENS)
         for _ in range(repeats):
-            word_products(at, 8, 0, 0, address(x_at), 0, 0, address(out_at), 0)
+            int16_products(at, 8, 0, 0, address(x_at), 0, 0, address(out_at), 0)
         sums[i] = out.sum() + x[0, 0] + tiles[0]    # they must live until here
     return sums.size * repeats * 2 * 256 * TILE_ROWS * WORD_TOKENS
 
 
 @kernel(parallel=True)
-def products_of_pairs(sums, repeats):
+def bf16x2_peak(sums, repeats):
     """panel_products of numbers with all bits, the costliest to multiply -> how many operations these were, three counting as one."""
     for i in prange(sums.size):
         panels = np.empty(2 * PANEL // 4 + 16, np.float32)
@@ -100,8 +100,8 @@ def products_of_pairs(sums, repeats):
 
 
 @kernel(parallel=True)
-def products_of_bytes(sums, repeats):
-    """byte_panel_products of random bytes, four panels with four -> how many operations these were, three counting as one."""
+def int8x2_peak(sums, repeats):
+    """panel_products_int8x2 of random bytes, four panels with four -> how many operations these were, three counting as one."""
     for i in prange(sums.size):
         memory = np.zeros(PANEL + 16 * SUMS + 10 * SUMS + 4 * 64 + 640, np.uint8)
         panel = (address(memory) + 63) // 64 * 64
@@ -112,16 +112,16 @@ def products_of_bytes(sums, repeats):
         scales = buffer + 10 * SUMS
         configure()
         for _ in range(repeats):
-            byte_panel_products(panel, 0, 4, panel, 0, 4, 4, out, scales, scales - panel, buffer, panel, panel, 0, 0)
+            panel_products_int8x2(panel, 0, 4, panel, 0, 4, 4, out, scales, scales - panel, buffer, panel, panel, 0, 0)
         release()
         sums[i] = memory.sum()      # it must live until here
     return sums.size * repeats * 2 * (4 * 16) * (4 * 16) * 256
 
 
 # kind of product -> kernel(sums, repeats) -> operations; sums has an element a thread
-PEAKS = {"float32": float_products, "int16": products_of_words}
+PEAKS = {"float32": f32_peak, "int16": int16_peak}
 if amx.HERE:
-    PEAKS |= {"bfloat16 pairs": products_of_pairs, "byte pairs": products_of_bytes}
+    PEAKS |= {"bfloat16 pairs": bf16x2_peak, "byte pairs": int8x2_peak}
 
 
 OF_CACHES = ("dense_attention", "masked_attention", "sparse_attention", "indexer_scores", "indexer_select")
@@ -130,7 +130,7 @@ OF_CACHES = ("dense_attention", "masked_attention", "sparse_attention", "indexer
 def product_kind(op, quantized, n_tokens):
     """What an op multiplies for so many tokens, with quantized weights or without; caches are of 16 bits."""
     if amx.HERE:
-        if quantized and n_tokens > FEW:
+        if quantized and n_tokens > GEMV_TOKENS:
             return "byte pairs"
         if op in OF_CACHES:
             return "bfloat16 pairs"

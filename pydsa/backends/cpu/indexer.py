@@ -4,7 +4,7 @@ from numba import prange
 
 from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.f32.indexer import TILE
-from pydsa.backends.cpu.jit import call_word_function, inner, kernel
+from pydsa.backends.cpu.jit import call_intp_function, inner, kernel
 from pydsa.backends.cpu.scalars import bits_of_float
 from pydsa.backends.cpu.threads import n_threads
 from pydsa.backends.cpu.top_k import select
@@ -12,14 +12,14 @@ from pydsa.backends.cpu.top_k import select
 
 TOGETHER = 32       # tokens whose rows of scores exist at a time
 PORTION = 1024      # keys at most that a thread scores for them at a time
-MANY = 3            # tokens from which keys are prepared for tiles
+GEMM_TOKENS = 3            # tokens from which keys are prepared for tiles
 
 
 @inner
 def score(out, q, w, keys, first, last, scale):
     """Scores of keys from first to last for tokens whose rows of `out` have room for a multiple of 16 keys."""
-    function = keys.score_many if len(q) >= MANY else keys.score_few
-    call_word_function(function, (
+    function = keys.score_gemm if len(q) >= GEMM_TOKENS else keys.score_gemv
+    call_intp_function(function, (
         address(out), out.strides[0], address(q), q.strides[0], q.strides[1], address(w), w.strides[0], q.shape[0], q.shape[1], q.shape[2],
         address(keys.data), keys.data.shape[1], keys.dequantize, keys.n, first, last, bits_of_float(np.float32(scale))))
 

@@ -6,9 +6,9 @@ most 127 though low bytes are signed: x = scale (256 high + low).
 """
 import numpy as np
 
-from pydsa.backends.cpu.jit import WordFunction, inner
-from pydsa.backends.cpu.lanes import two_bytes
-from pydsa.backends.cpu.rounding import round_to_bytes, round_to_words
+from pydsa.backends.cpu.jit import IntpFunction, inner
+from pydsa.backends.cpu.lanes import load_int8x2
+from pydsa.backends.cpu.rounding import round_to_int8, round_to_words
 from pydsa.backends.cpu.simd import float_at, load_16_bytes, store, to_floats, u8_at
 
 
@@ -38,7 +38,7 @@ def quantize_i8(source, n, target):
     first, second = parts(n)
     for start, length in ((0, first), (first, second)):
         if length:
-            store(target, first + second + (4 if start else 0), round_to_bytes(source + 4 * start, length, target + start))
+            store(target, first + second + (4 if start else 0), round_to_int8(source + 4 * start, length, target + start))
 
 
 def dequantize_i16(source, n, target):
@@ -48,7 +48,7 @@ def dequantize_i16(source, n, target):
         if length:
             d = float_at(low, first + second + (4 if start else 0))
             for j in range(start, start + length - 15, 16):
-                store(target, 4 * j, two_bytes(source + j, low + j) * d)
+                store(target, 4 * j, load_int8x2(source + j, low + j) * d)
             for j in range(start + length // 16 * 16, start + length):
                 store(target, 4 * j, d * np.float32(256 * np.int8(u8_at(source, j)) + np.int8(u8_at(low, j))))
 
@@ -62,5 +62,5 @@ def quantize_i16(source, n, target):
 
 
 # storage -> dequantize, quantize
-FUNCTIONS = {"i8": (WordFunction(dequantize_i8), WordFunction(quantize_i8)),
-             "i16": (WordFunction(dequantize_i16), WordFunction(quantize_i16))}
+FUNCTIONS = {"i8": (IntpFunction(dequantize_i8), IntpFunction(quantize_i8)),
+             "i16": (IntpFunction(dequantize_i16), IntpFunction(quantize_i16))}

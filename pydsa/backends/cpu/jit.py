@@ -114,7 +114,7 @@ def call_block_function(typingctx, address, source, n_blocks, target):
     return types.void(types.intp, types.intp, types.intp, types.intp), codegen
 
 
-class WordFunction:
+class IntpFunction:
     """A function of addresses and integers, all of 64 bits, that returns nothing; compiled on first use and called by its address."""
 
     def __init__(self, function):
@@ -132,8 +132,8 @@ class WordFunction:
 
 
 @intrinsic
-def call_word_function(typingctx, address, arguments):
-    """Call a WordFunction by address with a tuple of integers."""
+def call_intp_function(typingctx, address, arguments):
+    """Call a IntpFunction by address with a tuple of integers."""
     def codegen(context, builder, signature, args):
         word = ir.IntType(64)
         values = [context.cast(builder, builder.extract_value(args[1], i), kind, types.int64) for i, kind in enumerate(arguments.types)]

@@ -3,12 +3,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.simd import (F32, FAST, FEATURES, I8, I16, I32, WORD, Vec, _join, _split, call_llvm, constant, f32x16, i16x32,
+from pydsa.backends.cpu.simd import (F32, FAST, FEATURES, I8, I16, I32, INTP, Vec, _join, _split, call_llvm, constant, f32x16, i16x32,
                                      i32x16, nearest, pack, pointer)
 
 
 @intrinsic
-def half_words(typingctx, low, high):
+def halves_int16(typingctx, low, high):
     """i16x32 with one number in the lower and another in the upper sixteen words."""
     def codegen(context, builder, signature, args):
         pair = pack(builder, args)
@@ -27,8 +27,8 @@ def _spreader(lanes):
     return spread
 
 
-# spread(0, 2): a function that gives lane 0 of a vector to the first half of sixteen lanes, lane 2 to the second; spread_words: of 32
-spread, spread_words = _spreader(16), _spreader(32)
+# spread(0, 2): a function that gives lane 0 of a vector to the first half of sixteen lanes, lane 2 to the second; spread_int16: of 32
+spread, spread_int16 = _spreader(16), _spreader(32)
 
 
 @intrinsic
@@ -59,10 +59,10 @@ first_quarter, second_quarter, third_quarter, last_quarter = (_piece(4, i) for i
 
 
 @intrinsic
-def totals(typingctx, address):
+def row_sums(typingctx, address):
     """Sixteen f32x16 in memory -> the sum of each one's lanes, as f32x16; half as many instructions as sixteen times total()."""
     def codegen(context, builder, signature, args):
-        rows = [builder.load(pointer(builder, builder.add(args[0], WORD(64 * i)), f32x16.ir), align=4) for i in range(16)]
+        rows = [builder.load(pointer(builder, builder.add(args[0], INTP(64 * i)), f32x16.ir), align=4) for i in range(16)]
         for step in (8, 4, 2, 1):       # the lanes without this bit hold row i, those with it row i + step
             low = constant([j if not j & step else j - step + 16 for j in range(16)])
             high = constant([j + step if not j & step else j + 16 for j in range(16)])
@@ -76,7 +76,7 @@ def totals(typingctx, address):
 def every(typingctx, address, stride):
     """Sixteen float32, so many bytes apart."""
     def codegen(context, builder, signature, args):
-        places = [pointer(builder, builder.add(args[0], builder.mul(args[1], WORD(i))), F32) for i in range(16)]
+        places = [pointer(builder, builder.add(args[0], builder.mul(args[1], INTP(i))), F32) for i in range(16)]
         return pack(builder, [builder.load(place, align=1) for place in places])
     return f32x16(types.intp, types.intp), codegen
 
@@ -103,16 +103,16 @@ def widened(typingctx, v):
     return f32x16(v), codegen
 
 
-def high_and_low(builder, whole):
+def split_int8x2(builder, whole):
     """LLVM integers 256 high + low, of which the lower 16 bits mean something -> high, in the lower eight bits, and low there."""
     return builder.lshr(builder.add(whole, constant([128] * 16)), constant([8] * 16)), whole
 
 
 @intrinsic
-def store_two_bytes(typingctx, high, low, v):
+def store_int8x2(typingctx, high, low, v):
     """Sixteen floats, rounded to whole numbers 256 high + low: their high bytes to one address, their low ones, signed, to another."""
     def codegen(context, builder, signature, args):
-        for part, at in zip(high_and_low(builder, nearest(builder, args[2])), args):
+        for part, at in zip(split_int8x2(builder, nearest(builder, args[2])), args):
             part = builder.trunc(part, ir.VectorType(I8, 16))
             builder.store(part, pointer(builder, at, part.type), align=1)
         return context.get_dummy_value()
@@ -120,7 +120,7 @@ def store_two_bytes(typingctx, high, low, v):
 
 
 @intrinsic
-def two_bytes(typingctx, high, low):
+def load_int8x2(typingctx, high, low):
     """The sixteen numbers whose high and low bytes lie at two addresses, as floats."""
     def codegen(context, builder, signature, args):
         kind = ir.VectorType(I8, 16)
@@ -180,7 +180,7 @@ def shifted(words, shifts):
 
 
 @intrinsic
-def turn_over(typingctx, source, stride, target, target_stride):
+def transpose(typingctx, source, stride, target, target_stride):
     """target[j][i] = source[i][j] for 16 x 16 cells of four bytes; rows are `stride` and `target_stride` bytes apart."""
     def codegen(context, b, signature, args):
         source, stride, target, target_stride = args
@@ -198,7 +198,7 @@ def turn_over(typingctx, source, stride, target, target_stride):
 
 
 @intrinsic
-def positive(typingctx, v):
+def relu(typingctx, v):
     """max(v, 0); NaN stays."""
     def codegen(context, builder, signature, args):
         zero = constant([0.0] * 16, F32)

@@ -3,26 +3,27 @@ import numpy as np
 from numba import prange
 
 from pydsa.backends.cpu.arrays import address
-from pydsa.backends.cpu.jit import call_word_function, inner, kernel
+from pydsa.backends.cpu.jit import call_intp_function, inner, kernel
 from pydsa.backends.cpu.scalars import bits_of_float
 from pydsa.backends.cpu.scratch import callers_scratch
 from pydsa.backends.cpu.threads import n_threads
 
 
-LAID = 256      # latents that are laid out together
+LATENT_TILE = 256      # latents that are laid out together
 
 
 @inner
 def tiles(n_kv):
-    return (n_kv + LAID - 1) // LAID
+    return (n_kv + LATENT_TILE - 1) // LATENT_TILE
 
 
 @inner
-def lay(latents, i, n_kv, kv_lora, n_rot, room):
+def pack_tile(latents, i, n_kv, kv_lora, n_rot, scratch):
     """The i-th tile of latents to its place."""
-    row_bytes, n = latents.data.shape[1], min(LAID, n_kv - i * LAID)
-    call_word_function(latents.lay, (address(latents.data) + i * LAID * row_bytes, row_bytes, latents.dequantize, latents.n, n, kv_lora,
-                                     n_rot, room + i * latents.laid))
+    row_bytes, n = latents.data.shape[1], min(LATENT_TILE, n_kv - i * LATENT_TILE)
+    call_intp_function(latents.pack_latents, (
+        address(latents.data) + i * LATENT_TILE * row_bytes, row_bytes, latents.dequantize, latents.n, n, kv_lora, n_rot,
+        scratch + i * latents.tile_bytes))
 
 
 @inner
@@ -43,7 +44,7 @@ def pieces(n_head, n_tokens):
 
 
 @inner
-def attend(out, q, latents, k_b, v_b, last_key, scale, i, room, marks):
+def attend(out, q, latents, k_b, v_b, last_key, scale, i, scratch, marks):
     """A head's attention for a part of the tokens; marks [0, ...]: to all keys."""
     n_tokens, n_head, width = q.shape
     n_pieces = pieces(n_head, n_tokens)
@@ -52,9 +53,10 @@ def attend(out, q, latents, k_b, v_b, last_key, scale, i, room, marks):
     n, k_row, v_row = min(size, n_tokens - t), k_b.data.shape[2], v_b.data.shape[2]
     kv_lora, n_v, n_nope = k_b.data.shape[1], v_b.data.shape[1], k_row // k_b.block_bytes * k_b.block
     if n > 0:
-        call_word_function(latents.attend_head, (
+        call_intp_function(latents.attend_head, (
             address(out) + t * out.strides[0] + h * out.strides[1], out.strides[0],
-            address(q) + t * q.strides[0] + h * q.strides[1], q.strides[0], n, n_nope, width - n_nope, n_v, kv_lora, room, latents.laid,
+            address(q) + t * q.strides[0] + h * q.strides[1], q.strides[0], n, n_nope, width - n_nope, n_v, kv_lora,
+            scratch, latents.tile_bytes,
             address(k_b.data) + h * kv_lora * k_row, k_row, k_b.dequantize, k_row // k_b.block_bytes,
             address(v_b.data) + h * n_v * v_row, v_row, v_b.dequantize, v_row // v_b.block_bytes, address(last_key) + 8 * t,
             address(marks) + t // 16 * marks.strides[0] if marks.size else 0, marks.strides[0], bits_of_float(np.float32(scale))))
@@ -63,22 +65,23 @@ def attend(out, q, latents, k_b, v_b, last_key, scale, i, room, marks):
 @kernel(parallel=True)
 def mha_attention(out, q, latents, k_b, v_b, positions, scale):
     n_kv, kv_lora, n_rot = positions[-1] + 1, k_b.data.shape[1], q.shape[2] - k_b.data.shape[2] // k_b.block_bytes * k_b.block
-    room, marks = callers_scratch(tiles(n_kv) * latents.laid), np.empty((0, 1), np.uint16)
+    scratch, marks = callers_scratch(tiles(n_kv) * latents.tile_bytes), np.empty((0, 1), np.uint16)
     for i in prange(tiles(n_kv)):
-        lay(latents, i, n_kv, kv_lora, n_rot, room)
+        pack_tile(latents, i, n_kv, kv_lora, n_rot, scratch)
     last_key = positions + 1
     for i in prange(q.shape[1] * pieces(q.shape[1], q.shape[0])):
-        attend(out, q, latents, k_b, v_b, last_key, scale, i, room, marks)
+        attend(out, q, latents, k_b, v_b, last_key, scale, i, scratch, marks)
 
 
 @kernel(parallel=True)
 def mha_sparse_attention(out, q, latents, indices, k_b, v_b, positions, scale):
     n_kv, kv_lora, n_rot = positions[-1] + 1, k_b.data.shape[1], q.shape[2] - k_b.data.shape[2] // k_b.block_bytes * k_b.block
-    room, marks = callers_scratch(tiles(n_kv) * latents.laid), np.empty(((q.shape[0] + 15) // 16, tiles(n_kv) * LAID), np.uint16)
+    scratch = callers_scratch(tiles(n_kv) * latents.tile_bytes)
+    marks = np.empty(((q.shape[0] + 15) // 16, tiles(n_kv) * LATENT_TILE), np.uint16)
     for i in prange(tiles(n_kv)):
-        lay(latents, i, n_kv, kv_lora, n_rot, room)
+        pack_tile(latents, i, n_kv, kv_lora, n_rot, scratch)
     for i in prange(marks.shape[0]):
         mark_chosen(indices, 16 * i, marks[i])
     last_key = positions + 1
     for i in prange(q.shape[1] * pieces(q.shape[1], q.shape[0])):
-        attend(out, q, latents, k_b, v_b, last_key, scale, i, room, marks)
+        attend(out, q, latents, k_b, v_b, last_key, scale, i, scratch, marks)

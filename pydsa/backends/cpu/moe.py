@@ -4,8 +4,8 @@ from numba import prange
 
 from pydsa.backends.cpu.arrays import address, contiguous
 from pydsa.backends.cpu.jit import inner, kernel
-from pydsa.backends.cpu.linear import (GROUP, addresses, few_rows, is_few, many_rows, piece_bytes, pieces, prepare, round_input,
-                                       rounded_bytes, rows_a_task)
+from pydsa.backends.cpu.linear import (GROUP, addresses, gemm_rows, gemv_rows, pack, piece_bytes, pieces, round_input, rounded_bytes,
+                                       rows_per_task, uses_gemv)
 from pydsa.backends.cpu.norm import silu_mul_row
 from pydsa.backends.cpu.scratch import callers_scratch
 from pydsa.backends.cpu.threads import n_threads
@@ -91,22 +91,22 @@ def first_pieces(start, busy):
 
 
 @inner
-def prepare_pairs(w, x_at, start, busy, firsts, piece, n_in, room):
+def pack_pairs(w, x_at, start, busy, firsts, piece, n_in, scratch):
     """Lay out one of all pieces: the tokens of one expert, whose activations lie at addresses x_at [n_pairs]."""
     i = np.searchsorted(firsts, piece, side="right") - 1
     first, last = start[busy[i]], start[busy[i] + 1]
-    prepare(w, address(x_at[first:]), piece - firsts[i], last - first, n_in, room + firsts[i] * piece_bytes(w, n_in))
+    pack(w, address(x_at[first:]), piece - firsts[i], last - first, n_in, scratch + firsts[i] * piece_bytes(w, n_in))
 
 
 @inner
-def expert_rows(w, expert, r, n, n_in, few, rows_at, x, out_at):
+def expert_rows(w, expert, r, n, n_in, gemv, rows_at, x, out_at):
     """out_at[i] = rows r to r + n of an expert times its i-th token: rounded at rows_at[i] if they are few, else laid out at x."""
     rows = address(w.data) + (expert * w.data.shape[1] + r) * w.data.shape[2]
-    if few:
+    if gemv:
         for i in range(out_at.size):
-            few_rows(w, rows, n, n_in, rows_at[i], 1, out_at[i], 0)
+            gemv_rows(w, rows, n, n_in, rows_at[i], 1, out_at[i], 0)
     else:
-        many_rows(w, rows, n, n_in, x, out_at.size, out_at)
+        gemm_rows(w, rows, n, n_in, x, out_at.size, out_at)
 
 
 @kernel(parallel=True)
@@ -116,32 +116,33 @@ def moe_gate_up(out, x, ids, gate, up):
     pairs, start, busy = by_expert(ids, n_expert)
     firsts = first_pieces(start, busy)
     x_at = address(x) + pairs // n_used * x.strides[0]
-    few_gate, few_up = is_few(gate, n_tokens), is_few(up, n_tokens)
-    room_gate = callers_scratch(laid_bytes(gate, few_gate, n_tokens, firsts[-1], n_in) + laid_bytes(up, few_up, n_tokens, firsts[-1], n_in))
-    room_up, one = room_gate, gate.prepare == up.prepare and gate.order == up.order       # laid out once if they take it alike
+    gemv_gate, gemv_up = uses_gemv(gate, n_tokens), uses_gemv(up, n_tokens)
+    scratch_gate = callers_scratch(packed_bytes(gate, gemv_gate, n_tokens, firsts[-1], n_in)
+                                   + packed_bytes(up, gemv_up, n_tokens, firsts[-1], n_in))
+    scratch_up, one = scratch_gate, gate.pack == up.pack and gate.order == up.order       # laid out once if they take it alike
     if not one:
-        room_up += laid_bytes(gate, few_gate, n_tokens, firsts[-1], n_in)
-    for t in range(n_tokens if few_gate or few_up else 0):
+        scratch_up += packed_bytes(gate, gemv_gate, n_tokens, firsts[-1], n_in)
+    for t in range(n_tokens if gemv_gate or gemv_up else 0):
         token = address(x) + t * x.strides[0]
-        if few_gate:
-            round_input(gate, token, n_in, room_gate + t * rounded_bytes(n_in))
-        if few_up and not one:
-            round_input(up, token, n_in, room_up + t * rounded_bytes(n_in))
-    for piece in prange(0 if few_gate and few_up else firsts[-1]):
-        if not few_gate:
-            prepare_pairs(gate, x_at, start, busy, firsts, piece, n_in, room_gate)
-        if not few_up and not one:
-            prepare_pairs(up, x_at, start, busy, firsts, piece, n_in, room_up)
-    size = rows_a_task(n_ff, few_gate)
+        if gemv_gate:
+            round_input(gate, token, n_in, scratch_gate + t * rounded_bytes(n_in))
+        if gemv_up and not one:
+            round_input(up, token, n_in, scratch_up + t * rounded_bytes(n_in))
+    for piece in prange(0 if gemv_gate and gemv_up else firsts[-1]):
+        if not gemv_gate:
+            pack_pairs(gate, x_at, start, busy, firsts, piece, n_in, scratch_gate)
+        if not gemv_up and not one:
+            pack_pairs(up, x_at, start, busy, firsts, piece, n_in, scratch_up)
+    size = rows_per_task(n_ff, gemv_gate)
     groups = (n_ff + size - 1) // size
     for task in prange(busy.size * groups):
         i, r = task % busy.size, task // busy.size * size       # every thread has rows of every expert
         mine, n = pairs[start[busy[i]]:start[busy[i] + 1]], min(size, n_ff - r)
         tokens = mine // n_used * rounded_bytes(n_in)
         ups = np.empty((mine.size, n), np.float32)
-        expert_rows(gate, busy[i], r, n, n_in, few_gate, room_gate + tokens, room_gate + firsts[i] * piece_bytes(gate, n_in),
+        expert_rows(gate, busy[i], r, n, n_in, gemv_gate, scratch_gate + tokens, scratch_gate + firsts[i] * piece_bytes(gate, n_in),
                     address(out) + mine * out.strides[1] + 4 * r)
-        expert_rows(up, busy[i], r, n, n_in, few_up, room_up + tokens, room_up + firsts[i] * piece_bytes(up, n_in),
+        expert_rows(up, busy[i], r, n, n_in, gemv_up, scratch_up + tokens, scratch_up + firsts[i] * piece_bytes(up, n_in),
                     addresses(address(ups), 4 * n, mine.size))
         for j in range(mine.size):
             hidden = contiguous(out[mine[j] // n_used, mine[j] % n_used, r:r + n])
@@ -149,9 +150,9 @@ def moe_gate_up(out, x, ids, gate, up):
 
 
 @inner
-def laid_bytes(w, few, n_rows, n_pieces, n_in):
+def packed_bytes(w, gemv, n_rows, n_pieces, n_in):
     """What n_rows rows take rounded, or n_pieces pieces laid out."""
-    return n_rows * rounded_bytes(n_in) if few else n_pieces * piece_bytes(w, n_in)
+    return n_rows * rounded_bytes(n_in) if gemv else n_pieces * piece_bytes(w, n_in)
 
 
 @kernel(parallel=True)
@@ -160,18 +161,18 @@ def moe_down(out, hidden, ids, weights, down):
     n_tokens, n_used, n_ff = hidden.shape
     pairs, start, busy = by_expert(ids, n_expert)
     firsts, n_pairs = first_pieces(start, busy), pairs.size
-    few = is_few(down, n_tokens)
-    room = callers_scratch(laid_bytes(down, few, n_pairs, firsts[-1], n_ff))
+    gemv = uses_gemv(down, n_tokens)
+    scratch = callers_scratch(packed_bytes(down, gemv, n_pairs, firsts[-1], n_ff))
     hidden_at = address(hidden) + pairs * hidden.strides[1]
-    rows_at = addresses(room, rounded_bytes(n_ff), n_pairs)
-    if few:
+    rows_at = addresses(scratch, rounded_bytes(n_ff), n_pairs)
+    if gemv:
         for i in range(n_pairs):
             round_input(down, hidden_at[i], n_ff, rows_at[i])
     else:
         for piece in prange(firsts[-1]):
-            prepare_pairs(down, hidden_at, start, busy, firsts, piece, n_ff, room)
+            pack_pairs(down, hidden_at, start, busy, firsts, piece, n_ff, scratch)
     share = max(1, (n_out // (2 * n_threads()) + GROUP - 1) // GROUP) * GROUP      # rows for which a cache keeps an expert's activations
-    size = share if few else min(share, GROUP)
+    size = share if gemv else min(share, GROUP)
     for task in prange((n_out + share - 1) // share):
         first, last = task * share, min(task * share + share, n_out)
         for t in range(n_tokens):
@@ -183,7 +184,7 @@ def moe_down(out, hidden, ids, weights, down):
             part = np.empty((b - a, size), np.float32)
             for r in range(first, last, size):
                 n = min(size, last - r)
-                expert_rows(down, busy[i], r, n, n_ff, few, rows_at[a:b], room + firsts[i] * piece_bytes(down, n_ff),
+                expert_rows(down, busy[i], r, n, n_ff, gemv, rows_at[a:b], scratch + firsts[i] * piece_bytes(down, n_ff),
                             addresses(address(part), 4 * size, b - a))
                 for k in range(a, b):
                     t, weight = pairs[k] // n_used, weights[pairs[k] // n_used, pairs[k] % n_used]

@@ -21,7 +21,7 @@ def rope_table(out, positions, freqs, magnitude):
 
 
 @inner
-def turn(out, x, cos, sin, neox):
+def rotate(out, x, cos, sin, neox):
     """One head; out may be x."""
     half = cos.size
     if neox:
@@ -35,19 +35,19 @@ def turn(out, x, cos, sin, neox):
 
 
 @inner
-def turn_heads(out, x, table, neox):
+def rotate_heads(out, x, table, neox):
     for h in range(len(x)):
-        turn(contiguous(out[h]), contiguous(x[h]), table[0], table[1], neox)
+        rotate(contiguous(out[h]), contiguous(x[h]), table[0], table[1], neox)
 
 
 @kernel(parallel=True)
 def rope(out, x, table, neox):
     if len(x) <= ALONE:
         for t in range(len(x)):
-            turn_heads(out[t], x[t], table[t], neox)
+            rotate_heads(out[t], x[t], table[t], neox)
     else:
         for t in prange(len(x)):
-            turn_heads(out[t], x[t], table[t], neox)
+            rotate_heads(out[t], x[t], table[t], neox)
 
 
 @inner

@@ -2,24 +2,24 @@
 import numpy as np
 
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.lanes import store_two_bytes
-from pydsa.backends.cpu.simd import float_at, floats, larger_magnitudes, largest, load_floats, store
+from pydsa.backends.cpu.lanes import store_int8x2
+from pydsa.backends.cpu.simd import float_at, floats, largest, load_floats, max_abs_lanes, store
 from pydsa.quants import INT8X2_MAX
 
 
 @inner
-def largest_magnitude(x, n):
+def max_abs_of(x, n):
     """Of n floats at an address; NaN if there is one."""
     top = floats(np.float32(0))
     for k in range(0, n - 15, 16):
-        top = larger_magnitudes(top, load_floats(x, 4 * k))
+        top = max_abs_lanes(top, load_floats(x, 4 * k))
     for k in range(n // 16 * 16, n):
-        top = larger_magnitudes(top, floats(float_at(x, 4 * k)))
+        top = max_abs_lanes(top, floats(float_at(x, 4 * k)))
     return largest(top, top)
 
 
 @inner
-def round_to_bytes(source, n, target):
+def round_to_int8(source, n, target):
     """n floats -> int8, the largest magnitude becoming 127, halves away from zero as gguf-py's Q8_0 has it -> the scale.
 
     If a number is not finite, neither is the scale.
@@ -43,10 +43,10 @@ def round_to_words(source, n, high, low):
 
     If a number is not finite, neither is the scale, and all become 0.
     """
-    top = largest_magnitude(source, n)
+    top = max_abs_of(source, n)
     factor = np.float32(INT8X2_MAX) / top if top > np.float32(1e-30) and top < np.float32(np.inf) else np.float32(0)
     for j in range(0, n - 15, 16):
-        store_two_bytes(high + j, low + j, finite(load_floats(source, 4 * j), factor))
+        store_int8x2(high + j, low + j, finite(load_floats(source, 4 * j), factor))
     for j in range(n // 16 * 16, n):
         whole = np.int32(np.rint(float_at(source, 4 * j) * factor)) if factor > 0 else np.int32(0)
         store(high, j, np.int8((whole + 128) >> 8))

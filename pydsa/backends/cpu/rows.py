@@ -7,7 +7,7 @@ from pydsa import quants
 from pydsa.backends.cpu import int16, integer_rows
 from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.blocks import BLOCKS
-from pydsa.backends.cpu.jit import WordFunction, call_block_function, inner, kernel
+from pydsa.backends.cpu.jit import IntpFunction, call_block_function, inner, kernel
 from pydsa.backends.cpu.variants import kernels
 
 
@@ -20,13 +20,13 @@ class Weight(NamedTuple):
     data: np.ndarray
     block: int          # elements in a block
     block_bytes: int
-    lows: int           # BlockType.lows, BlockType.bits
+    mins: int           # BlockType.lows, BlockType.bits
     bits: int
-    prepared: int       # bytes that `prepare` takes for 256 numbers of a token
+    packed_bytes: int       # bytes that `pack` takes for 256 numbers of a token
     dequantize: int
-    unpack: int         # as `times` wants it
-    prepare: int
-    times: int
+    unpack: int         # as `matmul` wants it
+    pack: int
+    matmul: int
     round_row: int = 0
     order: int = 0
     dot: int = 0
@@ -39,11 +39,11 @@ class CacheRows(NamedTuple):
     quantize: int
     n: int              # what these two take for a row: its values, or for whole numbers its parts (whole_rows.packed_parts)
     attend: int
-    score_many: int
-    score_few: int
-    lay: int            # for mha.py: to lay out its tiles of latents, and to attend to them with keys and values of a head's own
+    score_gemm: int
+    score_gemv: int
+    pack_latents: int            # for mha.py: to lay out its tiles of latents, and to attend to them with keys and values of a head's own
     attend_head: int
-    laid: int           # bytes that a tile takes there
+    tile_bytes: int           # bytes that a tile takes there
 
 
 @inner
@@ -69,7 +69,7 @@ def cache_write(cache, x, positions):
 
 
 SPARE_ROWS = 32         # behind the last one: tiles are loaded whole, 64 bytes of each row
-ROUND_ROW = WordFunction(int16.linear.round_row)
+ROUND_ROW = IntpFunction(int16.linear.round_row)
 
 
 def weight(tensor):

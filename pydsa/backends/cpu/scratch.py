@@ -12,7 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.simd import I8, I32, WORD, i64_at, store
+from pydsa.backends.cpu.simd import I8, I32, INTP, i64_at, store
 
 
 PIECES = np.zeros((1 + numba.config.NUMBA_NUM_THREADS, 3), np.int64)       # address, aligned address, bytes; the first is the caller's
@@ -26,7 +26,7 @@ def _pieces(typingctx):
     def codegen(context, builder, signature, args):
         if "pydsa_scratch" not in builder.module.globals:
             ir.GlobalVariable(builder.module, I8, "pydsa_scratch").linkage = "external"
-        return builder.ptrtoint(builder.module.globals["pydsa_scratch"], WORD)
+        return builder.ptrtoint(builder.module.globals["pydsa_scratch"], INTP)
     return types.intp(), codegen
 
 
@@ -35,7 +35,7 @@ def _thread(typingctx):
     """Which thread of the parallel region this is, 0 outside of one."""
     def codegen(context, builder, signature, args):
         function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(I32, []), "get_thread_id")
-        return builder.zext(builder.call(function, []), WORD)
+        return builder.zext(builder.call(function, []), INTP)
     return types.intp(), codegen
 
 
@@ -43,8 +43,8 @@ def _thread(typingctx):
 def _allocate(typingctx, n):
     """Bytes from numba's allocator -> their address, 0 if there are none."""
     def codegen(context, builder, signature, args):
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(I8.as_pointer(), [WORD]), "NRT_Allocate")
-        return builder.ptrtoint(builder.call(function, args), WORD)
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(I8.as_pointer(), [INTP]), "NRT_Allocate")
+        return builder.ptrtoint(builder.call(function, args), INTP)
     return types.intp(types.intp), codegen
 
 

@@ -14,7 +14,7 @@ from pydsa.backends.cpu.jit import cpu_features
 
 
 FEATURES = cpu_features()
-I8, I16, I32, I64, F32, WORD = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.IntType(64)
+I8, I16, I32, I64, F32, INTP = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.IntType(64)
 ELEMENTS = {"i8": (I8, types.int8), "i16": (I16, types.int16), "i32": (I32, types.int32), "f32": (F32, types.float32)}
 FAST = ("reassoc", "contract", "nsz")       # sums may be reordered; infinities and NaN keep their meaning
 
@@ -101,8 +101,8 @@ def _loader(vec):
     return load
 
 
-load_bytes, load_32_bytes, load_16_bytes = (_loader(Vec("i8", lanes)) for lanes in (64, 32, 16))
-load_words = _loader(i16x32)
+load_64_bytes, load_32_bytes, load_16_bytes = (_loader(Vec("i8", lanes)) for lanes in (64, 32, 16))
+load_int16 = _loader(i16x32)
 load_floats, load_8_floats, load_4_floats, load_2_floats = _loader(f32x16), _loader(f32x8), _loader(Vec("f32", 4)), _loader(Vec("f32", 2))
 
 
@@ -156,20 +156,20 @@ def to_floats(typingctx, v):
 
 
 @intrinsic
-def to_words(typingctx, v):
+def to_int16(typingctx, v):
     """Signed bytes as words."""
     kind = Vec("i16", v.lanes)
     return kind(v), lambda context, builder, signature, args: builder.sext(args[0], kind.ir)
 
 
 @intrinsic
-def as_words(typingctx, v):
+def as_int16(typingctx, v):
     """The same bits as i16x32."""
     return i16x32(v), lambda context, builder, signature, args: builder.bitcast(args[0], i16x32.ir)
 
 
 @intrinsic
-def as_bytes(typingctx, v):
+def as_int8(typingctx, v):
     """The same bits as i8x64."""
     kind = Vec("i8", 64)
     return kind(v), lambda context, builder, signature, args: builder.bitcast(args[0], kind.ir)
@@ -257,7 +257,7 @@ def _split(builder, v, lanes):
     return [builder.shuffle_vector(v, v, constant(range(i, i + lanes))) for i in range(0, v.type.count, lanes)]
 
 
-def word_dots(builder, sums, a, b):
+def int16_dots(builder, sums, a, b):
     """sums + a[2i] b[2i] + a[2i+1] b[2i+1]: LLVM values i32x16, i16x32, i16x32 -> i32x16, by the best of this CPU; sums may be None."""
     if sums is None:
         if "avx512bw" in FEATURES:
@@ -284,7 +284,7 @@ def word_dots(builder, sums, a, b):
 @intrinsic
 def dot(typingctx, a, b):
     """a[2i] b[2i] + a[2i+1] b[2i+1] of words, as i32x16."""
-    return i32x16(i16x32, i16x32), lambda context, builder, signature, args: word_dots(builder, None, *args)
+    return i32x16(i16x32, i16x32), lambda context, builder, signature, args: int16_dots(builder, None, *args)
 
 
 @intrinsic
@@ -293,7 +293,7 @@ def dot_add(typingctx, sums, a, b):
     def codegen(context, builder, signature, args):
         if {"avx512vnni", "avx512bw"} <= FEATURES:      # as text, or LLVM would make two instructions of it to shorten the chain
             return builder.asm(ir.FunctionType(i32x16.ir, [v.type for v in args]), "vpdpwssd $3, $2, $0", "=v,0,v,v", args, False)
-        return word_dots(builder, *args)
+        return int16_dots(builder, *args)
     return i32x16(i32x16, i16x32, i16x32), codegen
 
 
@@ -318,7 +318,7 @@ def stack_memory(typingctx):
     def codegen(context, builder, signature, args):
         memory = cgutils.alloca_once(builder, ir.ArrayType(I8, 1024))
         memory.align = 64
-        return builder.ptrtoint(memory, WORD)
+        return builder.ptrtoint(memory, INTP)
     return types.intp(), codegen
 
 
@@ -333,7 +333,7 @@ def largest(typingctx, a, b):
 
 
 @intrinsic
-def larger_magnitudes(typingctx, a, b):
+def max_abs_lanes(typingctx, a, b):
     """The larger magnitude in each lane of two float vectors; NaN where there is one."""
     def codegen(context, builder, signature, args):
         x, y = (builder.and_(builder.bitcast(v, i32x16.ir), constant([0x7FFFFFFF] * 16)) for v in args)
@@ -348,7 +348,7 @@ def nearest(builder, v):
 
 
 @intrinsic
-def rounded_words(typingctx, a, b, factor):
+def round_int16(typingctx, a, b, factor):
     """32 floats times a factor, rounded to nearest even, as words: the even elements, then the odd ones. They must be below 2^15."""
     def codegen(context, builder, signature, args):
         factor = broadcast(builder, args[2], 16)
@@ -359,7 +359,7 @@ def rounded_words(typingctx, a, b, factor):
 
 
 @intrinsic
-def store_words(typingctx, address, v):
+def store_int16(typingctx, address, v):
     """Sixteen floats below 2^15 to an address, rounded to nearest even, as words."""
     def codegen(context, builder, signature, args):
         words = builder.trunc(nearest(builder, args[1]), ir.VectorType(I16, 16))
@@ -372,7 +372,7 @@ def store_words(typingctx, address, v):
 def sums_of_16(typingctx, v):
     """The sums of the first and of the last 16 elements of words whose even elements come first: two floats."""
     def codegen(context, builder, signature, args):
-        sums = word_dots(builder, constant([0] * 16), args[0], constant([1] * 32, I16))     # four lanes first, four last, and again
+        sums = int16_dots(builder, constant([0] * 16), args[0], constant([1] * 32, I16))     # four lanes first, four last, and again
         sums = builder.add(*_split(builder, sums, 8))
         for apart in (2, 1):
             sums = builder.add(sums, builder.shuffle_vector(sums, sums, constant([(i + apart) % 8 for i in range(8)])))
@@ -382,7 +382,7 @@ def sums_of_16(typingctx, v):
 
 
 @intrinsic
-def lower_words(typingctx, v):
+def low_int16(typingctx, v):
     """The lower halves of i32 as words."""
     kind = Vec("i16", v.lanes)
     return kind(v), lambda context, builder, signature, args: builder.trunc(args[0], kind.ir)
@@ -391,7 +391,7 @@ def lower_words(typingctx, v):
 def _register_plan(features):
     """How many sums fit into the registers beside the operands.
 
-    Floats in a register; rows, vectors of `products`; 16s of rows, tokens of `word_products`; rows, 16s of columns of `combine`.
+    Floats in a register; rows, vectors of `products`; 16s of rows, tokens of `int16_products`; rows, 16s of columns of `combine`.
     """
     if "avx512f" in features:
         return 16, 4, 4, 2, 6, 6, 4     # 32 registers

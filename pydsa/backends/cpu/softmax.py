@@ -27,29 +27,29 @@ def last_of(last_key, n_tokens):
 
 
 @inner
-def weigh(row, visible, mask, scale, greatest, total):
+def softmax_row(row, n_visible, mask, scale, row_max, row_sum):
     """Scores of one query -> their weights beside the greatest score so far, 0 where nothing is visible; both sums are brought up to date.
 
     Returns what the sum of the values so far must be multiplied by.
     """
-    new, damaged = greatest[0], False
-    for j in range(visible):
+    new, damaged = row_max[0], False
+    for j in range(n_visible):
         row[j] = row[j] * scale + (float_at(mask, 4 * j) if mask else np.float32(0))
         damaged |= row[j] != row[j]
         new = max(new, row[j])
-    row[max(visible, 0):] = 0
+    row[max(n_visible, 0):] = 0
     if damaged:         # NaN must not look like a key that is masked
-        total[0] = np.nan
+        row_sum[0] = np.nan
     if new == -np.inf:
         row[:] = 0
         return np.float32(1)
-    shrink = exp(greatest[0] - new) if greatest[0] > -np.inf else np.float32(0)
+    rescale = exp(row_max[0] - new) if row_max[0] > -np.inf else np.float32(0)
     part = np.float32(0)
-    for j in range(visible):
+    for j in range(n_visible):
         row[j] = exp(row[j] - new) if row[j] > -np.inf else np.float32(0)
         part += row[j]
-    greatest[0], total[0] = new, total[0] * shrink + part
-    return shrink
+    row_max[0], row_sum[0] = new, row_sum[0] * rescale + part
+    return rescale
 
 
 MINUS_INFINITY = np.float32(-np.inf)
@@ -85,7 +85,7 @@ def larger(typingctx, a, b):
 
 
 @intrinsic
-def visible(typingctx, scores, key, limits):
+def causal(typingctx, scores, key, limits):
     """Scores where the key is below the limit of its lane, elsewhere -inf; limits at an address, int32 [16]."""
     def codegen(context, builder, signature, args):
         scores, key, limits = args
@@ -105,7 +105,7 @@ def only(typingctx, scores, lanes):
 
 
 @intrinsic
-def not_minus_infinity(typingctx, v):
+def or_zero(typingctx, v):
     """0 in place of -inf."""
     def codegen(context, builder, signature, args):
         there = builder.fcmp_unordered("!=", args[0], constant([float("-inf")] * 16, F32))
@@ -123,32 +123,32 @@ def least_of(last_key, n_tokens):
 
 
 @inner
-def shrink_sums(sums, n_tiles, shrink):
-    """Rows of tiles times what weigh() left for their queries."""
+def rescale_sums(sums, n_tiles, rescale):
+    """Rows of tiles times what softmax_row() left for their queries."""
     for i in range(16):
-        factor = float_at(shrink, 4 * i)
+        factor = float_at(rescale, 4 * i)
         if factor != 1:
             for d in range(n_tiles):
                 store(sums + d * SUMS, 64 * i, load_floats(sums + d * SUMS, 64 * i) * factor)
 
 
 @inner
-def place_of_output(row, part, i, n_v, greatest, total):
+def output_row(row, part, i, n_v, row_max, row_sum):
     """Where the i-th query's sums go and what they are multiplied by: to a row as the output, or to `part`, behind what it leaves there."""
-    whole = float_at(total, 4 * i)
+    whole = float_at(row_sum, 4 * i)
     if part:
-        store(part, 4 * i * (2 + n_v), float_at(greatest, 4 * i))
+        store(part, 4 * i * (2 + n_v), float_at(row_max, 4 * i))
         store(part, 4 * i * (2 + n_v) + 4, whole)
         return part + 4 * i * (2 + n_v) + 8, np.float32(1)
     return row, np.float32(1) / whole if whole != 0 else np.float32(0)
 
 
 @inner
-def bring_up_to_date(new, less, sums, greatest, total, shrink):
-    """The greatest scores so far and the sums of weights beside them; `less` is what earlier weights shrink by."""
-    store(greatest, 0, new)
-    store(shrink, 0, less)
-    store(total, 0, load_floats(total, 0) * less + sums)
+def update_statistics(new, factor, sums, row_max, row_sum, rescale):
+    """The greatest scores so far and the sums of weights beside them; `factor` is what earlier weights shrink by."""
+    store(row_max, 0, new)
+    store(rescale, 0, factor)
+    store(row_sum, 0, load_floats(row_sum, 0) * factor + sums)
 
 
 @inner
@@ -169,7 +169,7 @@ def set_bias(bias, first, n_head, n_tokens, mask, mask_row, n):
 
 
 @inner
-def greatest_scores(scores, panel, n_panels, limited, limits, bias, chosen, scale, new):
+def mask_scores(scores, panel, n_panels, limited, limits, bias, chosen, scale, new):
     """Scores become what the softmax is of: scaled, masked, -inf where a query does not see a key -> the greatest with those before.
 
     chosen: for each key two bytes, a bit a query; or 0.
@@ -181,7 +181,7 @@ def greatest_scores(scores, panel, n_panels, limited, limits, bias, chosen, scal
             if bias:
                 row = row + load_floats(bias, 64 * (16 * i + k))
             if limited:
-                row = visible(row, 16 * i + k, limits)
+                row = causal(row, 16 * i + k, limits)
             if chosen:
                 row = only(row, np.int64(u16_at(chosen, 2 * (16 * i + k))))
             store(at, 0, row)

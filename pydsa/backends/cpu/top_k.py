@@ -14,7 +14,7 @@ from pydsa.backends.cpu.arrays import address, floats_at, uints_at
 from pydsa.backends.cpu.jit import inner, kernel
 from pydsa.backends.cpu.scalars import bits_of_float, float_from_bits
 from pydsa.backends.cpu.scratch import own_scratch
-from pydsa.backends.cpu.simd import F32, I32, WORD, broadcast, call_llvm, constant, f32x16, load_floats, pointer, store
+from pydsa.backends.cpu.simd import F32, I32, INTP, broadcast, call_llvm, constant, f32x16, load_floats, pointer, store
 
 
 LOWEST = np.uint32(0x007FFFFF)      # ordered(-inf)
@@ -24,7 +24,7 @@ TIMES = 4           # times as long as what is chosen
 
 
 @intrinsic
-def put_those_that_reach(typingctx, v, threshold, index, scores, indices):
+def compress_store(typingctx, v, threshold, index, scores, indices):
     """Of sixteen floats those >= threshold go to `scores`, side by side, and index + lane to `indices`, int32 -> how many they are."""
     def codegen(context, builder, signature, args):
         v, threshold, index, scores, indices = args
@@ -35,7 +35,7 @@ def put_those_that_reach(typingctx, v, threshold, index, scores, indices):
             for name, numbers, at in (("f32", v, scores), ("i32", lanes, indices)):
                 call_llvm(builder, f"llvm.masked.compressstore.v16{name}", ir.VoidType(),
                           [numbers, pointer(builder, at, F32 if name == "f32" else I32), there])
-        return builder.zext(call_llvm(builder, "llvm.ctpop.i16", mask.type, [mask]), WORD)
+        return builder.zext(call_llvm(builder, "llvm.ctpop.i16", mask.type, [mask]), INTP)
     return types.intp(f32x16, types.float32, types.intp, types.intp, types.intp), codegen
 
 
@@ -75,7 +75,7 @@ def candidates(row, threshold, scores, indices):
     """Those of row that reach a threshold, floats, and their indices, to two addresses with room for row.size + 16 -> how many."""
     found, n = 0, row.size
     for s in range(0, n - 15, 16):
-        found += put_those_that_reach(load_floats(address(row), 4 * s), threshold, s, scores + 4 * found, indices + 4 * found)
+        found += compress_store(load_floats(address(row), 4 * s), threshold, s, scores + 4 * found, indices + 4 * found)
     for s in range(n // 16 * 16, n):
         if row[s] >= threshold:
             store(scores, 4 * found, row[s])
@@ -102,18 +102,18 @@ def select_all(out, row, memory):
     for s in range(n):
         keys[s] = ordered(row[s])
         valid += keys[s] > LOWEST
-    threshold, room = LOWEST, 0         # room: how many that equal the threshold are chosen
+    threshold, n_ties = LOWEST, 0         # room: how many that equal the threshold are chosen
     if valid > out.size:
-        threshold, room = key_of_rank(keys, out.size, uints_at(memory + 4 * n, n))
+        threshold, n_ties = key_of_rank(keys, out.size, uints_at(memory + 4 * n, n))
     n = 0
     for s in range(row.size):
         if keys[s] > threshold:
             out[n] = s
             n += 1
-        elif room > 0 and keys[s] == threshold:
+        elif n_ties > 0 and keys[s] == threshold:
             out[n] = s
             n += 1
-            room -= 1
+            n_ties -= 1
     out[n:] = -1
 
 
@@ -126,7 +126,7 @@ def key_of_rank(keys, rank, rivals):
     count = np.zeros(2048, np.int64)
     for s in range(keys.size):
         count[keys[s] >> np.uint32(21)] += 1
-    digit, room = last_digit(count, rank)
+    digit, n_ties = last_digit(count, rank)
     threshold, n = np.uint32(digit << 21), 0
     for s in range(keys.size):
         if keys[s] >> np.uint32(21) == digit:
@@ -137,9 +137,9 @@ def key_of_rank(keys, rank, rivals):
         for i in range(n):
             if (rivals[i] ^ threshold) >> np.uint32(above) == 0:
                 count[(rivals[i] >> np.uint32(shift)) & np.uint32((1 << (above - shift)) - 1)] += 1
-        digit, room = last_digit(count, room)
+        digit, n_ties = last_digit(count, n_ties)
         threshold |= np.uint32(digit << shift)
-    return threshold, room
+    return threshold, n_ties
 
 
 @inner

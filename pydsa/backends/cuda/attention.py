@@ -4,56 +4,56 @@ from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.device import SIMULATED, device, exp
-from pydsa.backends.cuda.int8x2.linear import round_four, round_into
+from pydsa.backends.cuda.int8x2.linear import pack_four, pack_into
 from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
 from pydsa.backends.cuda.modes import DENSE, MASKED, SPARSE
 from pydsa.backends.cuda.variants import kernels
 
 
 JOINED = 8 if SIMULATED else 128            # threads, each for four columns
-ZERO, NOTHING = np.float32(0), np.float32(-np.inf)
+ZERO, MINUS_INFINITY = np.float32(0), np.float32(-np.inf)
 
 
 @device
-def joined(sums, tops, totals, t, h, c):
+def joined(sums, row_maxes, row_sums, t, h, c):
     """Columns c to c + 3 of a head: the splits' sums over their totals, each times e^(its greatest logit - the greatest of all)."""
-    greatest, last = NOTHING, sums.shape[3] - 1
-    for split in range(tops.shape[2]):
-        greatest = max(greatest, tops[t, h, split])
-    a, b, d, e, total = ZERO, ZERO, ZERO, ZERO, ZERO
-    for split in range(tops.shape[2]):
-        whole = totals[t, h, split]
+    greatest, last = MINUS_INFINITY, sums.shape[3] - 1
+    for split in range(row_maxes.shape[2]):
+        greatest = max(greatest, row_maxes[t, h, split])
+    a, b, d, e, row_sum = ZERO, ZERO, ZERO, ZERO, ZERO
+    for split in range(row_maxes.shape[2]):
+        whole = row_sums[t, h, split]
         if whole != ZERO:       # it has keys
-            factor = exp(tops[t, h, split] - greatest)
+            factor = exp(row_maxes[t, h, split] - greatest)
             a += factor * sums[t, h, split, c]
             b += factor * sums[t, h, split, min(c + 1, last)]
             d += factor * sums[t, h, split, min(c + 2, last)]
             e += factor * sums[t, h, split, min(c + 3, last)]
-            total += factor * whole
-    return (a / total, b / total, d / total, e / total) if total != ZERO else (ZERO, ZERO, ZERO, ZERO)
+            row_sum += factor * whole
+    return (a / row_sum, b / row_sum, d / row_sum, e / row_sum) if row_sum != ZERO else (ZERO, ZERO, ZERO, ZERO)
 
 
 @kernel("f4[:,:,:], f4[:,:,:,:], f4[:,:,:], f4[:,:,:]", JOINED)
-def join_splits(out, sums, tops, totals):
+def join_splits(out, sums, row_maxes, row_sums):
     """out[t, h] of what splits made; a thread has four columns."""
     c, h, t = 4 * (cuda.blockIdx.x * JOINED + cuda.threadIdx.x), cuda.blockIdx.y, cuda.blockIdx.z
     if c < out.shape[2]:
-        values = joined(sums, tops, totals, t, h, c)
+        values = joined(sums, row_maxes, row_sums, t, h, c)
         for i in range(4):
             if c + i < out.shape[2]:
                 out[t, h, c + i] = values[i]
 
 
 @kernel("f4[:,:,:], f4[:,:,:,:], f4[:,:,:], f4[:,:,:], u4[:,:], f4[:,:], f4[:,:]", JOINED)
-def join_rounded(out, sums, tops, totals, words, scales, x_sums):
-    """out[0, h], of a multiple of 32 columns, and its Rounded as a row for each head; a thread has four columns."""
+def join_packed(out, sums, row_maxes, row_sums, packed, scales, x_sums):
+    """out[0, h], of a multiple of 32 columns, and its Int8x2 as a row for each head; a thread has four columns."""
     four, h = cuda.blockIdx.x * JOINED + cuda.threadIdx.x, cuda.blockIdx.y
     there, c = four < out.shape[2] // 4, 4 * four
     v0, v1, v2, v3 = ZERO, ZERO, ZERO, ZERO
     if there:
-        v0, v1, v2, v3 = joined(sums, tops, totals, 0, h, c)
+        v0, v1, v2, v3 = joined(sums, row_maxes, row_sums, 0, h, c)
         out[0, h, c], out[0, h, c + 1], out[0, h, c + 2], out[0, h, c + 3] = v0, v1, v2, v3
-    round_four(words, scales, x_sums, h, four, there, v0, v1, v2, v3)
+    pack_four(packed, scales, x_sums, h, four, there, v0, v1, v2, v3)
 
 
 def splits_for(blocks, n_keys, tile):
@@ -62,7 +62,7 @@ def splits_for(blocks, n_keys, tile):
 
 
 def attend(out, q, latents, mode, n_keys, scale, positions=None, indices=None, mask=None, made=None):
-    """Attention to at most n_keys keys; what the mode does not look at is None. made: for one token, what becomes the Rounded of out."""
+    """Attention to at most n_keys keys; what the mode does not look at is None. made: for one token, what becomes the Int8x2 of out."""
     n_tokens, n_head, n_v = out.shape
     others = [scratch("nothing", (1,) * n, dtype) if a is None else a
               for a, n, dtype in ((positions, 1, np.int64), (indices, 2, np.int32), (mask, 2, np.float32))]
@@ -73,11 +73,11 @@ def attend(out, q, latents, mode, n_keys, scale, positions=None, indices=None, m
         ("sums", (*rows, n_v if n_splits > 1 else 1)), ("tops", rows), ("totals", rows))]
     chosen.attend(out, splits, q, latents, *others, mode, scale)
     if n_splits > 1 and made is not None:
-        join_rounded((blocks_for(n_v, 4 * JOINED), n_head), out, *splits, *made)
+        join_packed((blocks_for(n_v, 4 * JOINED), n_head), out, *splits, *made)
     elif n_splits > 1:
         join_splits((blocks_for(n_v, 4 * JOINED), n_head, n_tokens), out, *splits)
     elif made is not None:
-        round_into(out.rows, made)
+        pack_into(out.rows, made)
 
 
 def dense_attention(out, q, latents, positions, scale):

@@ -1,7 +1,7 @@
 """Sums, greatest numbers and prefix sums over the threads of a block."""
 import numpy as np
 
-from pydsa.backends.cuda.device import WARP, device, float_bits, sync, warp_prefix, warp_sum, warp_top
+from pydsa.backends.cuda.device import WARP, device, float_bits, sync, warp_max_int, warp_prefix, warp_sum
 
 
 @device
@@ -19,15 +19,15 @@ def block_sum(x, parts, thread, n_threads):
 
 
 @device
-def magnitude_bits(x):
+def abs_bits(x):
     """The bits of |x|, int32, which order as numbers do; NaN's are the greatest."""
     return np.int32(float_bits(x) & 0x7FFFFFFF)
 
 
 @device
-def block_top(x, parts, thread, n_threads):
+def block_max(x, parts, thread, n_threads):
     """The greatest of a block's int32, in every thread; `parts` is shared memory with an int32 for each warp."""
-    x = warp_top(x)
+    x = warp_max_int(x)
     if thread % WARP == 0:
         parts[thread // WARP] = x
     sync()

@@ -51,7 +51,7 @@ if SIMULATED:
         """data[at] of uint8, as an int."""
         return int(data[at])
 
-    def word_at(data, at):
+    def u32_at(data, at):
         """Four bytes as uint32; `at` is a multiple of 4."""
         return int(data[at]) | int(data[at + 1]) << 8 | int(data[at + 2]) << 16 | int(data[at + 3]) << 24
 
@@ -64,11 +64,11 @@ if SIMULATED:
         """target[to:to + 16] = source[at:at + 16] of uint8; both places are multiples of 16."""
         target[to:to + 16] = source[at:at + 16]
 
-    def four_words_at(data, at):
+    def four_u32_at(data, at):
         """Sixteen bytes as four uint32; `at` is a multiple of 16."""
-        return word_at(data, at), word_at(data, at + 4), word_at(data, at + 8), word_at(data, at + 12)
+        return u32_at(data, at), u32_at(data, at + 4), u32_at(data, at + 8), u32_at(data, at + 12)
 
-    def four_of(words, i):
+    def load_four_u32(words, i):
         """Four of an array of uint32 from the i-th on, a multiple of 4."""
         return int(words[i]), int(words[i + 1]), int(words[i + 2]), int(words[i + 3])
 
@@ -159,7 +159,7 @@ if SIMULATED:
         """The greatest of a warp's float32, in every lane."""
         return _together(x, lambda values: values.max())
 
-    def warp_top(x):
+    def warp_max_int(x):
         """The greatest of a warp's int32, in every lane."""
         return _together(x, lambda values: values.max(), WARP, _counts)
 
@@ -172,15 +172,15 @@ if SIMULATED:
         _wait(WARP)
         return total
 
-    def four_at(array, i):
+    def load_four_f32(array, i):
         """Four float32 of shared memory that begins at 16 bytes; i is a multiple of 4."""
         return array[i], array[i + 1], array[i + 2], array[i + 3]
 
-    def two_at(array, i):
+    def load_two_f32(array, i):
         """Two float32 of shared memory that begins at 8 bytes; i is even."""
         return array[i], array[i + 1]
 
-    def put_four(array, i, a, b, c, d):
+    def store_four_f32(array, i, a, b, c, d):
         """Store four float32 there."""
         array[i], array[i + 1], array[i + 2], array[i + 3] = a, b, c, d
 
@@ -219,7 +219,7 @@ if SIMULATED:
         first, second = _signed_bytes(word).astype(np.float16).view(np.uint32)
         return int(first), int(second)
 
-    def put_words(words, i, a, b, c, d):
+    def store_four_u32(words, i, a, b, c, d):
         """Store four uint32 in shared memory that begins at 16 bytes; i is a multiple of 4."""
         words[i], words[i + 1], words[i + 2], words[i + 3] = a, b, c, d
 
@@ -283,7 +283,7 @@ else:
             return types.UniTuple(types.float32, n)(array, types.int64), codegen
         return load
 
-    two_at, four_at = _load_of(2), _load_of(4)
+    load_two_f32, load_four_f32 = _load_of(2), _load_of(4)
 
     def _store_of_four(kind, element):
         @intrinsic
@@ -296,11 +296,11 @@ else:
             return types.void(array, types.int64, *[element] * 4), codegen
         return put
 
-    put_four, put_words = _store_of_four(FOUR, types.float32), _store_of_four(FOUR_WORDS, types.uint32)
+    store_four_f32, store_four_u32 = _store_of_four(FOUR, types.float32), _store_of_four(FOUR_WORDS, types.uint32)
 
-    four_words_at, four_of = _loader_of_four(1), _loader_of_four(4)
+    four_u32_at, load_four_u32 = _loader_of_four(1), _loader_of_four(4)
     byte_at = _loader(I8, 1, types.int32, lambda builder, value: builder.zext(value, I32))
-    word_at = _loader(I32, 4, types.uint32)
+    u32_at = _loader(I32, 4, types.uint32)
     half_at = _loader(ir.HalfType(), 2, types.float32, lambda builder, value: builder.fpext(value, ir.FloatType()))
 
     @intrinsic
@@ -393,7 +393,7 @@ else:
             x = max(x, cuda.shfl_xor_sync(WHOLE_WARP, x, step))
         return x
 
-    warp_top = warp_max
+    warp_max_int = warp_max
 
     @intrinsic
     def mma_s8(typingctx, a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
@@ -425,7 +425,7 @@ else:
 
 
 @device
-def two_words(a, b, c, d):
+def pack_int8x2(a, b, c, d):
     """Four whole numbers of 16 bits, 256 high + low, as a word of their high signed bytes and one of their low ones."""
     return (np.uint32((a + 128 >> 8 & 255) | (b + 128 >> 8 & 255) << 8 | (c + 128 >> 8 & 255) << 16 | (d + 128 >> 8 & 255) << 24),
             np.uint32((a & 255) | (b & 255) << 8 | (c & 255) << 16 | (d & 255) << 24))

@@ -39,7 +39,7 @@ class Parameters:
         self._packed.pack_into(self._bytes, 0, *values)
 
 
-class Step:
+class GraphExec:
     """A recorded step: a CUDA graph ready to be launched."""
 
     def __init__(self, gpu, graph):
@@ -175,7 +175,7 @@ class Gpu:
             self._do("cuLaunchKernel", function, *grid, n_threads, 1, 1, 0, self._stream, 0, parameters.address)
 
     def record(self, work):
-        """What work() launches as a Step, without doing it."""
+        """What work() launches as a GraphExec, without doing it."""
         with self:
             self._do("cuStreamBeginCapture", self._stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
             self._recording = True
@@ -185,7 +185,7 @@ class Gpu:
                 self._recording = False
                 graph = self._do("cuStreamEndCapture", self._stream)
             self._free()
-            step = Step(self, self._do("cuGraphInstantiate", graph, 0))
+            step = GraphExec(self, self._do("cuGraphInstantiate", graph, 0))
             self._do("cuGraphDestroy", graph)
             return step
 
@@ -212,6 +212,6 @@ class Gpu:
             self._do("cuGraphLaunch", step.graph, self._stream)
 
     def forget(self, graph):
-        """Free a Step's graph."""
+        """Free a GraphExec's graph."""
         with self:
             self._do("cuGraphExecDestroy", graph)

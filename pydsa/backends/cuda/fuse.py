@@ -9,44 +9,44 @@ import numpy as np
 from pydsa.backends.cuda import attention, indexer, int8x2, linear, modes, moe, norm, rope, rows
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.blocks import GROUPED
-from pydsa.backends.cuda.fused_kernels import add_norm, round_and_rope, silu_mul_round, store, turn_and_round_queries
-from pydsa.backends.cuda.int8x2.linear import multiply_one, room_for, round_into
+from pydsa.backends.cuda.fused_kernels import add_norm, pack_and_rope, rotate_and_pack_queries, silu_mul_pack, store
+from pydsa.backends.cuda.int8x2.linear import gemv, pack_into, scratch_for
 
 
 def fewer_launches(calls):
     """functools.partial functions that do what calls, (op, args, how many of these it writes) of one token's step, do in this order."""
-    step, i = Step(), 0
+    launches, i = Launches(), 0
     while i < len(calls):
         ops, args = [op for op, _, _ in calls[i:i + 4]], [a for _, a, _ in calls[i:i + 4]]
-        n = next(filter(None, (rule(step, ops, args) for rule in RULES)), 0)
+        n = next(filter(None, (rule(launches, ops, args) for rule in RULES)), 0)
         if n == 0:
-            step.launch(ops[0], *args[0], written=args[0][:calls[i][2]])
+            launches.add(ops[0], *args[0], written=args[0][:calls[i][2]])
         i += max(n, 1)
-    return step.launches
+    return launches.calls
 
 
-class Step:
+class Launches:
     """The launches so far, and which rows stand rounded somewhere."""
 
     def __init__(self):
-        self.launches, self._rounded = [], {}       # address, shape, strides of rows -> their Rounded, where they lie
+        self.calls, self._packed = [], {}       # address, shape, strides of rows -> their Int8x2, where they lie
 
-    def launch(self, function, *args, written, rounds=None):
-        """One more. What is rounded of the arrays that it writes is no longer right; `rounds`: rows whose Rounded is its last argument."""
+    def add(self, function, *args, written, packs=None):
+        """One more. What is rounded of the arrays that it writes is no longer right; `packs`: rows whose Int8x2 is its last argument."""
         for low, high in (array.span for array in written):
-            self._rounded = {key: (made, span) for key, (made, span) in self._rounded.items() if span[1] <= low or high <= span[0]}
-        if rounds is not None:
-            key = rounds.span[0], rounds.shape, rounds.strides
-            self._rounded[key] = room_for(rounds, key), rounds.span
-            args += self._rounded[key][0],
-        self.launches.append(functools.partial(function, *args))
+            self._packed = {key: (made, span) for key, (made, span) in self._packed.items() if span[1] <= low or high <= span[0]}
+        if packs is not None:
+            key = packs.span[0], packs.shape, packs.strides
+            self._packed[key] = scratch_for(packs, key), packs.span
+            args += self._packed[key][0],
+        self.calls.append(functools.partial(function, *args))
 
-    def rounded(self, x):
-        """The Rounded of rows, of which a launch makes it if none has."""
+    def packed(self, x):
+        """The Int8x2 of rows, of which a launch makes it if none has."""
         key = x.span[0], x.shape, x.strides
-        if key not in self._rounded:
-            self.launch(round_into, x, written=(), rounds=x)
-        return self._rounded[key][0]
+        if key not in self._packed:
+            self.add(pack_into, x, written=(), packs=x)
+        return self._packed[key][0]
 
 
 def one_row(a):
@@ -59,7 +59,7 @@ def same(a, b):
     return a.span == b.span and a.shape == b.shape and a.strides == b.strides
 
 
-def sums_and_norm(step, ops, args):
+def sums_and_norm(launches, ops, args):
     """rms_norm of one array, or of what one or two ops add before it."""
     n = next((n for n in range(3) if ops[:n + 1] == [norm.add] * n + [norm.rms_norm]), None)
     if n is None or not one_row(args[n][0]):
@@ -76,11 +76,11 @@ def sums_and_norm(step, ops, args):
     read, written = [*added[:2], *added[3:4]], added[2::2]
     if not same(normed, added[-1]) or any(overlap(a, b) and not same(a, b) for a in written for b in read):
         return 0
-    step.launch(add_norm, [a.rows for a in added], out.rows, w, eps, written=[out, *written], rounds=out.rows)
+    launches.add(add_norm, [a.rows for a in added], out.rows, w, eps, written=[out, *written], packs=out.rows)
     return n + 1
 
 
-def products(step, ops, args):
+def products(launches, ops, args):
     """linear or head_linear with quantized weights; two of the first that take the same activations become one launch.
 
     Of these the second may come after a norm of what the first made.
@@ -91,9 +91,9 @@ def products(step, ops, args):
     if w.type not in GROUPED or x.shape[0] != 1:
         return 0
     if ops[:2] == [linear.head_linear, rope.rope] and beside(args[1][0], out) and not overlap(args[1][1], out):
-        turned = args[1]
-        step.launch(round_and_rope, x.rows, *turned, written=turned[:1], rounds=x.rows)
-        step.launch(multiply_one, [out.rows], [w], step.rounded(x.rows), linear.head_tiles(1, x.shape[1]), written=[out])
+        rotated = args[1]
+        launches.add(pack_and_rope, x.rows, *rotated, written=rotated[:1], packs=x.rows)
+        launches.add(gemv, [out.rows], [w], launches.packed(x.rows), linear.head_tiles(1, x.shape[1]), written=[out])
         return 2
     between = 1 if ops[:3] == [linear.linear, norm.rms_norm, linear.linear] else 0
     other = args[1 + between] if ops[:2 + between] == [linear.linear] + [norm.rms_norm] * between + [linear.linear] else None
@@ -101,9 +101,9 @@ def products(step, ops, args):
         between and (overlap(other[0], args[1][0]) or overlap(other[0], args[1][1])))
     outs, weights = [out, other[0]] if pair else [out], [w, other[1]] if pair else [w]
     tiles = linear.head_tiles(1, 1 if ops[0] is linear.linear else x.shape[1])
-    step.launch(multiply_one, [o.rows for o in outs], weights, step.rounded(x.rows), tiles, written=outs)
-    if pair and between and sums_and_norm(step, ops[1:2], args[1:2]) == 0:
-        step.launch(norm.rms_norm, *args[1], written=args[1][:1])
+    launches.add(gemv, [o.rows for o in outs], weights, launches.packed(x.rows), tiles, written=outs)
+    if pair and between and sums_and_norm(launches, ops[1:2], args[1:2]) == 0:
+        launches.add(norm.rms_norm, *args[1], written=args[1][:1])
     return 2 + between if pair else 1
 
 
@@ -127,70 +127,70 @@ def alike(w, other):
     return w.type == other.type and w.row_bytes == other.row_bytes
 
 
-def gates(step, ops, args):
+def gates(launches, ops, args):
     """silu_mul"""
     if ops[0] is not norm.silu_mul or not one_row(args[0][0]):
         return 0
     out, gate, up = (a.rows for a in args[0])
-    step.launch(silu_mul_round, out, gate, up, written=[out], rounds=out)
+    launches.add(silu_mul_pack, out, gate, up, written=[out], packs=out)
     return 1
 
 
-def first_of_experts(step, ops, args):
+def first_of_experts(launches, ops, args):
     """moe_gate_up with quantized weights"""
     out, x, ids, gate, up = args[0] if ops[0] is moe.moe_gate_up else [None] * 5
     if out is None or not one_row(out) or gate.type not in GROUPED or up.type not in GROUPED:
         return 0
     hidden, tiles = out.rows, moe.pair_tiles(ids, gate.shape[0], ids.shape[1])
-    ups, x = scratch("ups", hidden.shape, np.float32), step.rounded(x.rows)
+    ups, x = scratch("ups", hidden.shape, np.float32), launches.packed(x.rows)
     for outs, weights in [([hidden, ups], [gate, up])] if alike(gate, up) else [([hidden], [gate]), ([ups], [up])]:
-        step.launch(multiply_one, outs, weights, x, tiles, written=outs)
-    step.launch(silu_mul_round, hidden, hidden, ups, written=[hidden], rounds=hidden)
+        launches.add(gemv, outs, weights, x, tiles, written=outs)
+    launches.add(silu_mul_pack, hidden, hidden, ups, written=[hidden], packs=hidden)
     return 1
 
 
-def last_of_experts(step, ops, args):
+def last_of_experts(launches, ops, args):
     """moe_down with quantized weights"""
     out, hidden, ids, weights, down = args[0] if ops[0] is moe.moe_down else [None] * 5
     if out is None or out.shape[0] != 1 or down.type not in GROUPED:
         return 0
-    step.launch(moe.finish, out, ids, weights, down, step.rounded(hidden.rows), written=[out])
+    launches.add(moe.finish, out, ids, weights, down, launches.packed(hidden.rows), written=[out])
     return 1
 
 
-def stored_row(step, ops, args):
+def stored_row(launches, ops, args):
     """A norm, rope, hadamard or not, cache_write, of one token's row: of latents, whose compressed values are normed, or of index keys."""
     n = next((n for n in (3, 4) if ops[1:n] == [rope.rope, rope.hadamard, rows.cache_write][:n - 2] + [rows.cache_write]), None)
     if n is None or ops[0] not in (norm.rms_norm, norm.layer_norm):
         return 0
-    (normed, x, w, *b, eps), (turned, source, table, neox), (cache, row, positions) = args[0], args[1], args[n - 1]
+    (normed, x, w, *b, eps), (rotated, source, table, neox), (cache, row, positions) = args[0], args[1], args[n - 1]
     whole = n == 3 or same(args[2][0].rows, row) and same(args[2][1].rows, row)
-    if row.shape[0] != 1 or not whole or not same(turned, source) or turned.shape[1] != 1 or normed.span[0] != row.span[0]:
+    if row.shape[0] != 1 or not whole or not same(rotated, source) or rotated.shape[1] != 1 or normed.span[0] != row.span[0]:
         return 0
-    if not 0 <= column(turned, row) <= row.shape[1] - turned.shape[-1]:
+    if not 0 <= column(rotated, row) <= row.shape[1] - rotated.shape[-1]:
         return 0
-    step.launch(store, row, x, normed, w, b[0] if b else None, eps, turned, table, neox, n == 4, cache, positions, written=[row])
+    launches.add(store, row, x, normed, w, b[0] if b else None, eps, rotated, table, neox, n == 4, cache, positions, written=[row])
     return n
 
 
-def index_queries(step, ops, args):
+def index_queries(launches, ops, args):
     """rope and hadamard of the indexer's queries, the linear of its weights, and indexer_select with keys of bytes"""
     if ops != [rope.rope, rope.hadamard, linear.linear, indexer.indexer_select]:
         return 0
-    (turned, source, table, neox), (q, rotated), (w, _, _), (out, asked, weights, keys, positions, scale) = args
-    if q.shape[0] != 1 or not int8x2.indexer.takes(keys) or not same(turned, source) or not same(q, rotated):
+    (rotated, source, table, neox), (q, rotated), (w, _, _), (out, asked, weights, keys, positions, scale) = args
+    if q.shape[0] != 1 or not int8x2.indexer.takes(keys) or not same(rotated, source) or not same(q, rotated):
         return 0
-    if not same(q, asked) or not same(w, weights) or overlap(w, q) or not overlap(turned, q):
+    if not same(q, asked) or not same(w, weights) or overlap(w, q) or not overlap(rotated, q):
         return 0
-    if products(step, ops[2:3], args[2:3]) == 0:
-        step.launch(linear.linear, *args[2], written=[w])
-    queries = int8x2.indexer.room_for_queries(q)
-    step.launch(turn_and_round_queries, q, turned, table, neox, w, queries, written=[q])
-    step.launch(indexer.select, out, queries, keys, positions, scale, written=[out])
+    if products(launches, ops[2:3], args[2:3]) == 0:
+        launches.add(linear.linear, *args[2], written=[w])
+    queries = int8x2.indexer.scratch_for_queries(q)
+    launches.add(rotate_and_pack_queries, q, rotated, table, neox, w, queries, written=[q])
+    launches.add(indexer.select, out, queries, keys, positions, scale, written=[out])
     return 4
 
 
-def attended(step, ops, args):
+def attended(launches, ops, args):
     """Attention whose output meets quantized weights"""
     if ops[0] not in ATTENTION or ops[1:2] != [linear.head_linear] or args[1][1].type not in GROUPED or not one_row(args[0][0]):
         return 0
@@ -198,8 +198,8 @@ def attended(step, ops, args):
     mode, names = ATTENTION[ops[0]]
     named = dict(zip(names, others, strict=True))
     n_keys = named["indices"].shape[1] if "indices" in named else len(latents.data)
-    step.launch(attention.attend, out, q, latents, mode, n_keys, scale, *map(named.get, ("positions", "indices", "mask")), written=[out],
-                rounds=out.rows)
+    launches.add(attention.attend, out, q, latents, mode, n_keys, scale, *map(named.get, ("positions", "indices", "mask")),
+                 written=[out], packs=out.rows)
     return 1
 
 

@@ -10,11 +10,11 @@ from numba import cuda
 
 from pydsa.backends.cuda.block_sums import block_sum
 from pydsa.backends.cuda.device import SIMULATED, WARP
-from pydsa.backends.cuda.int8x2.indexer import round_query
-from pydsa.backends.cuda.int8x2.linear import round_four
+from pydsa.backends.cuda.int8x2.indexer import pack_query
+from pydsa.backends.cuda.int8x2.linear import pack_four
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.backends.cuda.norm import layer_norm_row, rms_norm_row, sigmoid_times
-from pydsa.backends.cuda.rope import WIDEST, hadamard_row, turn_pair
+from pydsa.backends.cuda.rope import WIDEST, hadamard_row, rotate_pair
 from pydsa.backends.cuda.rows import BITS, CACHED, store_bits, write_part
 
 
@@ -23,8 +23,8 @@ ZERO = np.float32(0)
 
 
 @kernel("f4[:,:], f4[:,:], f4[:,:], f4[:,:], f4[:,:], f4[:,:], i4, f4[:], f4, u4[:,:], f4[:,:], f4[:,:]", THREADS)
-def add_norm_rows(out, second, first, x, y, z, n_added, w, eps, words, scales, sums):
-    """first = x + y and second = first + z, of which n_added are done; out = the rms_norm of the last, and its Rounded.
+def add_norm_rows(out, second, first, x, y, z, n_added, w, eps, packed, scales, sums):
+    """first = x + y and second = first + z, of which n_added are done; out = the rms_norm of the last, and its Int8x2.
 
     A block has one row, of a multiple of 32 numbers.
     """
@@ -50,12 +50,12 @@ def add_norm_rows(out, second, first, x, y, z, n_added, w, eps, words, scales, s
             a, b, c, e = (source[t, i] * factor * w[i], source[t, i + 1] * factor * w[i + 1], source[t, i + 2] * factor * w[i + 2],
                           source[t, i + 3] * factor * w[i + 3])
             out[t, i], out[t, i + 1], out[t, i + 2], out[t, i + 3] = a, b, c, e
-        round_four(words, scales, sums, t, four, four < n // 4, a, b, c, e)
+        pack_four(packed, scales, sums, t, four, four < n // 4, a, b, c, e)
 
 
 @kernel("f4[:,:], f4[:,:], f4[:,:], u4[:,:], f4[:,:], f4[:,:]", THREADS)
-def silu_mul_rounded(out, gate, up, words, scales, sums):
-    """out = gate sigmoid(gate) up, and its Rounded; a thread makes four numbers."""
+def silu_mul_packed(out, gate, up, packed, scales, sums):
+    """out = gate sigmoid(gate) up, and its Int8x2; a thread makes four numbers."""
     t, four = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
     there, i = four < out.shape[1] // 4, 4 * four
     a, b, c, e = ZERO, ZERO, ZERO, ZERO
@@ -63,15 +63,15 @@ def silu_mul_rounded(out, gate, up, words, scales, sums):
         a, b = sigmoid_times(gate[t, i], up[t, i]), sigmoid_times(gate[t, i + 1], up[t, i + 1])
         c, e = sigmoid_times(gate[t, i + 2], up[t, i + 2]), sigmoid_times(gate[t, i + 3], up[t, i + 3])
         out[t, i], out[t, i + 1], out[t, i + 2], out[t, i + 3] = a, b, c, e
-    round_four(words, scales, sums, t, four, there, a, b, c, e)
+    pack_four(packed, scales, sums, t, four, there, a, b, c, e)
 
 
 def _make_store(storage):
     to_bits, n_bytes = BITS.get(storage, BITS["f32"])
     floats, wide = storage in BITS, storage == "i16"
 
-    def store_row(row, x, normed, w, b, eps, centred, turned, table, neox, rotates, cache, positions, first, second):
-        """The norm of x into `normed`, the first columns of `row`; columns `turned` of it by rope, all by hadamard; then row to the cache.
+    def store_row(row, x, normed, w, b, eps, centred, rotated, table, neox, rotates, cache, positions, first, second):
+        """The norm of x into `normed`, the first columns of `row`; columns `rotated` of it by rope, all by hadamard; then row to the cache.
 
         One block does it for one token; centred: layer_norm, not rms_norm; rotates: whether there is a hadamard.
         """
@@ -83,7 +83,7 @@ def _make_store(storage):
             rms_norm_row(normed, x, w, eps, 0, parts, thread, THREADS)
         cuda.syncthreads()
         for i in range(thread, table.shape[2], THREADS):
-            turn_pair(turned, turned, table, neox, 0, 0, i)
+            rotate_pair(rotated, rotated, table, neox, 0, 0, i)
         cuda.syncthreads()
         if rotates:
             hadamard_row(row, row, 0, values, thread, THREADS)
@@ -104,31 +104,31 @@ STORE = {storage: _make_store(storage) for storage in CACHED}
 
 
 @kernel("f4[:,:,:], f4[:,:,:], f4[:,:,:], b1, f4[:,:], u4[:,:], f4[:,:]", THREADS)
-def turn_queries(q, turned, table, neox, w, queries, weights):
+def rotate_queries(q, rotated, table, neox, w, queries, weights):
     """rope of columns of the indexer's queries, hadamard, and what byte_indexer's kernels take; a block has one head of one token."""
     h, thread, values = cuda.blockIdx.x, cuda.threadIdx.x, cuda.shared.array(WIDEST, np.float32)
     if h < q.shape[1]:
         for i in range(thread, table.shape[2], THREADS):
-            turn_pair(turned, turned, table, neox, 0, h, i)
+            rotate_pair(rotated, rotated, table, neox, 0, h, i)
         cuda.syncthreads()
         hadamard_row(q[0], q[0], h, values, thread, THREADS)
         cuda.syncthreads()
     if thread < WARP:
-        round_query(queries, weights, q, w, 0, h, thread)
+        pack_query(queries, weights, q, w, 0, h, thread)
 
 
 @kernel("f4[:,:], f4[:,:,:], f4[:,:,:], f4[:,:,:], b1, u4[:,:], f4[:,:], f4[:,:]", THREADS)
-def round_and_turn(x, out, turned, table, neox, words, scales, sums):
-    """The Rounded of x, a row for each head, and the rope of other columns of the queries into `out`; a block has one head."""
+def pack_and_rotate(x, out, rotated, table, neox, packed, scales, sums):
+    """The Int8x2 of x, a row for each head, and the rope of other columns of the queries into `out`; a block has one head."""
     h, thread, n = cuda.blockIdx.x, cuda.threadIdx.x, x.shape[1] // 4
     for begin in range(0, n, THREADS):
         four = begin + thread
         a, b, c, e = ZERO, ZERO, ZERO, ZERO
         if four < n:
             a, b, c, e = x[h, 4 * four], x[h, 4 * four + 1], x[h, 4 * four + 2], x[h, 4 * four + 3]
-        round_four(words, scales, sums, h, four, four < n, a, b, c, e)
+        pack_four(packed, scales, sums, h, four, four < n, a, b, c, e)
     for i in range(thread, table.shape[2], THREADS):
-        turn_pair(out, turned, table, neox, 0, h, i)
+        rotate_pair(out, rotated, table, neox, 0, h, i)
 
 
 def add_norm(added, out, w, eps, made):
@@ -137,25 +137,25 @@ def add_norm(added, out, w, eps, made):
     add_norm_rows(out.shape[0], out, second, first, x, y, z, (len(added) - 1) // 2, w, eps, *made)
 
 
-def silu_mul_round(out, gate, up, made):
-    """silu_mul, and its Rounded."""
-    silu_mul_rounded((out.shape[0], blocks_for(out.shape[1] // 4, THREADS)), out, gate, up, *made)
+def silu_mul_pack(out, gate, up, made):
+    """silu_mul, and its Int8x2."""
+    silu_mul_packed((out.shape[0], blocks_for(out.shape[1] // 4, THREADS)), out, gate, up, *made)
 
 
-def store(row, x, normed, w, b, eps, turned, table, neox, rotates, cache, positions):
-    """A norm of x into `normed`, the first columns of `row`, rope of `turned`, hadamard of all if it `rotates`; then row to the cache.
+def store(row, x, normed, w, b, eps, rotated, table, neox, rotates, cache, positions):
+    """A norm of x into `normed`, the first columns of `row`, rope of `rotated`, hadamard of all if it `rotates`; then row to the cache.
 
     b: of layer_norm, or None for rms_norm.
     """
-    STORE[cache.storage](1, row, x, normed, w, w if b is None else b, eps, b is not None, turned, table, neox, rotates, cache.data,
+    STORE[cache.storage](1, row, x, normed, w, w if b is None else b, eps, b is not None, rotated, table, neox, rotates, cache.data,
                          positions, cache.first, cache.second)
 
 
-def turn_and_round_queries(q, turned, table, neox, w, queries):
+def rotate_and_pack_queries(q, rotated, table, neox, w, queries):
     """rope of columns of q, hadamard, and q and w as byte_indexer.score() takes them."""
-    turn_queries(queries[1].shape[1], q, turned, table, neox, w, *queries)
+    rotate_queries(queries[1].shape[1], q, rotated, table, neox, w, *queries)
 
 
-def round_and_rope(x, out, turned, table, neox, made):
-    """Make `made` the Rounded of x, a row for each head, and `out` the rope of `turned`."""
-    round_and_turn(x.shape[0], x, out, turned, table, neox, *made)
+def pack_and_rope(x, out, rotated, table, neox, made):
+    """Make `made` the Int8x2 of x, a row for each head, and `out` the rope of `rotated`."""
+    pack_and_rotate(x.shape[0], x, out, rotated, table, neox, *made)

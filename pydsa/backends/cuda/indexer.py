@@ -11,7 +11,7 @@ from pydsa.backends.cuda.variants import kernels
 
 TOGETHER = 32           # tokens whose rows of scores exist at a time
 THREADS = 8 if SIMULATED else 256
-ZERO, NOTHING = np.float32(0), np.float32(-np.inf)
+ZERO, MINUS_INFINITY = np.float32(0), np.float32(-np.inf)
 
 
 @kernel("f4[:,:], i4[:,:], i8[:]", THREADS)
@@ -19,7 +19,7 @@ def write_mask(out, indices, positions):
     """out[t] = -inf, but 0 at the indices that are not in the token's future; a block is a token."""
     t = cuda.blockIdx.x
     for s in range(cuda.threadIdx.x, out.shape[1], THREADS):
-        out[t, s] = NOTHING
+        out[t, s] = MINUS_INFINITY
     cuda.syncthreads()
     for i in range(cuda.threadIdx.x, indices.shape[1], THREADS):
         s = indices[t, i]

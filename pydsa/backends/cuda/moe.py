@@ -14,18 +14,18 @@ from pydsa.backends.cuda.variants import kernels
 MOST = 1024             # experts, as models/deepseek2.py allows
 STARTS = MOST + 1
 THREADS = 8 if SIMULATED else 256
-NOTHING = np.float32(-np.inf)
+MINUS_INFINITY = np.float32(-np.inf)
 
 
 @device
 def first_of_greatest(values, n, lane):
     """Where the greatest of n numbers stands, the first place if there are several; the same in every lane of the warp."""
-    best, place = NOTHING, np.float32(n)
+    best, place = MINUS_INFINITY, np.float32(n)
     for i in range(lane, n, WARP):
         if values[i] > best or place == n:
             best, place = values[i], np.float32(i)
     greatest = warp_max(best)
-    return int(-warp_max(-place if best == greatest else NOTHING))
+    return int(-warp_max(-place if best == greatest else MINUS_INFINITY))
 
 
 @kernel("i4[:,:], f4[:,:], f4[:,:], f4[:], i4, i4, i4, b1, f4", WARP)
@@ -36,7 +36,7 @@ def route_tokens(ids, weights, logits, bias, gating, n_group, n_group_used, norm
     s = cuda.shared.array(MOST, np.float32)
     groups = cuda.shared.array(MOST, np.float32)
     kept = cuda.shared.array(MOST, np.int32)
-    greatest, total = NOTHING, np.float32(0)
+    greatest, total = MINUS_INFINITY, np.float32(0)
     for e in range(lane, n_expert, WARP):
         greatest = max(greatest, logits[t, e])
     greatest = warp_max(greatest)
@@ -53,12 +53,12 @@ def route_tokens(ids, weights, logits, bias, gating, n_group, n_group_used, norm
         if gating == 1:
             p[e] /= total
         value = p[e] + bias[e]
-        s[e] = value if value == value else NOTHING
+        s[e] = value if value == value else MINUS_INFINITY
     cuda.syncthreads()
     if n_group > 1:
         size = n_expert // n_group
         for g in range(lane, n_group, WARP):
-            first, second = NOTHING, NOTHING
+            first, second = MINUS_INFINITY, MINUS_INFINITY
             for e in range(g * size, (g + 1) * size):
                 if s[e] > first:
                     first, second = s[e], first
@@ -71,22 +71,22 @@ def route_tokens(ids, weights, logits, bias, gating, n_group, n_group_used, norm
             g = first_of_greatest(groups, n_group, lane)
             cuda.syncthreads()
             if lane == 0:
-                groups[g], kept[g] = NOTHING, 1
+                groups[g], kept[g] = MINUS_INFINITY, 1
             cuda.syncthreads()
         for e in range(lane, n_expert, WARP):
             if kept[e // size] == 0:
-                s[e] = NOTHING
+                s[e] = MINUS_INFINITY
         cuda.syncthreads()
     total = np.float32(0)
     for i in range(ids.shape[1]):
         e = first_of_greatest(s, n_expert, lane)
         cuda.syncthreads()
         if lane == 0:
-            ids[t, i], weights[t, i], s[e] = e, p[e], NOTHING
+            ids[t, i], weights[t, i], s[e] = e, p[e], MINUS_INFINITY
         cuda.syncthreads()
     if lane == 0:
         if gating == 3:
-            greatest = NOTHING
+            greatest = MINUS_INFINITY
             for i in range(ids.shape[1]):
                 greatest = max(greatest, weights[t, i])
             for i in range(ids.shape[1]):

@@ -22,7 +22,7 @@ def rope_angles(out, positions, freqs, magnitude):
 
 
 @device
-def turn_pair(out, x, table, neox, t, h, i):
+def rotate_pair(out, x, table, neox, t, h, i):
     """Pair i of a head: (2i, 2i+1), or for neox (i, i + n_rot/2)."""
     half = x.shape[2] // 2
     first, second = (i, i + half) if neox else (2 * i, 2 * i + 1)
@@ -35,7 +35,7 @@ def rope_pairs(out, x, table, neox):
     """A thread turns one pair."""
     t, pair, half = cuda.blockIdx.y, cuda.grid(1), x.shape[2] // 2
     if pair < x.shape[1] * half:
-        turn_pair(out, x, table, neox, t, pair // half, pair % half)
+        rotate_pair(out, x, table, neox, t, pair // half, pair % half)
 
 
 @device

@@ -7,10 +7,10 @@ from numba import cuda
 
 from pydsa import quants
 from pydsa.backends.cuda.array import empty, upload, zeros
-from pydsa.backends.cuda.block_sums import block_top, magnitude_bits
+from pydsa.backends.cuda.block_sums import abs_bits, block_max
 from pydsa.backends.cuda.blocks import GROUPED
 from pydsa.backends.cuda.blocks.floats import FLOATS, value_bf16, value_f16, value_f32
-from pydsa.backends.cuda.blocks.words import any_word
+from pydsa.backends.cuda.blocks.words import any_u32
 from pydsa.backends.cuda.device import bits_float, byte_at, device, float_bits, nearest, to_half
 from pydsa.backends.cuda.launch import blocks_for, kernel
 
@@ -98,7 +98,7 @@ def get_rows(out, w, ids):
 def value_i8(data, row, i, first, second):
     """The i-th number of a row of int8 whose parts have lengths `first` and `second`."""
     whole = byte_at(data, row + i)
-    scale = bits_float(any_word(data, row + first + second + (0 if i < first else 4)))
+    scale = bits_float(any_u32(data, row + first + second + (0 if i < first else 4)))
     return scale * np.float32(whole - ((whole & 128) << 1))
 
 
@@ -107,7 +107,7 @@ def value_i16(data, row, i, first, second):
     """The same of 16 bits: all high bytes, then all low ones."""
     high, low = byte_at(data, row + i), byte_at(data, row + first + second + i)
     whole = 256 * (high - ((high & 128) << 1)) + low - ((low & 128) << 1)
-    return bits_float(any_word(data, row + 2 * (first + second) + (0 if i < first else 4))) * np.float32(whole)
+    return bits_float(any_u32(data, row + 2 * (first + second) + (0 if i < first else 4))) * np.float32(whole)
 
 
 @device
@@ -168,8 +168,8 @@ def write_part(row, x, t, part, first, second, wide, tops, thread, n_threads):
     start, end = (0, first) if part == 0 else (first, first + second)
     top = np.int32(0)
     for i in range(start + thread, end, n_threads):
-        top = max(top, magnitude_bits(x[t, i]))
-    top = bits_float(np.uint32(block_top(top, tops, thread, n_threads)))        # NaN stays
+        top = max(top, abs_bits(x[t, i]))
+    top = bits_float(np.uint32(block_max(top, tops, thread, n_threads)))        # NaN stays
     scale = top / np.float32(quants.INT8X2_MAX if wide else 127)
     known = (top if wide else scale) > np.float32(1e-30) and scale < np.float32(math.inf)
     factor = np.float32(0)

@@ -10,7 +10,7 @@ from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.block_sums import block_prefix
-from pydsa.backends.cuda.device import SIMULATED, WARP, device, float_bits, four_of
+from pydsa.backends.cuda.device import SIMULATED, WARP, device, float_bits, load_four_u32
 from pydsa.backends.cuda.launch import BLOCKS, kernel
 
 
@@ -98,7 +98,7 @@ def choose_of_rows(out, out_start, best, keep, scores, chosen, again, positions,
         cuda.syncthreads()
         c0, c1, c2, c3 = np.int64(0), np.int64(0), np.int64(0), np.int64(0)      # of four bins, the highest first
         for copy in range(COPIES):
-            a, b, c, d = four_of(counts, copy * PITCH + BINS - 4 * (thread + 1))
+            a, b, c, d = load_four_u32(counts, copy * PITCH + BINS - 4 * (thread + 1))
             c0, c1, c2, c3 = c0 + np.int64(d), c1 + np.int64(c), c2 + np.int64(b), c3 + np.int64(a)
         mine = c0 + c1 + c2 + c3
         before, total = block_prefix(np.int32(mine), totals, ends, thread, WARPS)

@@ -9,14 +9,14 @@ from numba.extending import intrinsic
 
 from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, configure, release
 from pydsa.backends.cpu.bf16x2.gemm import panel_products
-from pydsa.backends.cpu.bf16x2.panels import store_split
+from pydsa.backends.cpu.bf16x2.panels import store_bf16x2
 from pydsa.backends.cpu.jit import call_block_function, inner
-from pydsa.backends.cpu.lanes import turn_over
+from pydsa.backends.cpu.lanes import transpose
 from pydsa.backends.cpu.scalars import float_from_bits
 from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.backends.cpu.simd import constant, float_at, floats, i32x16, load_floats, pointer, prefetch, store
-from pydsa.backends.cpu.softmax import (MINUS_INFINITY, bring_up_to_date, exp_floats, greatest_scores, key_at, last_of, least_of,
-                                        not_minus_infinity, place_of_output, set_bias, set_limits, shrink_sums)
+from pydsa.backends.cpu.softmax import (MINUS_INFINITY, exp_floats, key_at, last_of, least_of, mask_scores, or_zero, output_row,
+                                        rescale_sums, set_bias, set_limits, update_statistics)
 
 
 TILE = 128      # keys: at V3.2's width of 576, 560 KiB as keys and as values, within a second-level cache
@@ -38,24 +38,24 @@ def zipped(typingctx, a, b):
 
 
 @inner
-def split_queries(q, q_head, width, n, first, n_steps, row, panel):
+def pack_queries(q, q_head, width, n, first, n_steps, row, panel):
     """Queries first to first + 16 of n, heads of all tokens, as a right panel; those that are not there are the last one."""
     for i in range(16):
         source = q + min(first + i, n - 1) * q_head
         for s in range(width // 32):
-            store_split(panel + STEP * s + 64 * i, load_floats(source, 128 * s), load_floats(source, 128 * s + 64))
+            store_bf16x2(panel + STEP * s + 64 * i, load_floats(source, 128 * s), load_floats(source, 128 * s + 64))
         if width % 32:
             for k in range(width // 32 * 32, width):
                 store(row, 4 * k, float_at(source, 4 * k))
             s = n_steps - 1
-            store_split(panel + STEP * s + 64 * i, load_floats(row, 128 * s), load_floats(row, 128 * s + 64))
+            store_bf16x2(panel + STEP * s + 64 * i, load_floats(row, 128 * s), load_floats(row, 128 * s + 64))
     for s in range(n_steps):
         for part in (0, LOW_PARTS):
-            turn_over(panel + STEP * s + part, 64, panel + STEP * s + part, 64)
+            transpose(panel + STEP * s + part, 64, panel + STEP * s + part, 64)
 
 
 @inner
-def split_keys(rows, row_bytes, dequantize, row_n, indices, first, n, most, width, n_steps, n_v_tiles, row, keys, values):
+def pack_keys(rows, row_bytes, dequantize, row_n, indices, first, n, most, width, n_steps, n_v_tiles, row, keys, values):
     """Keys first to first + n as left panels over their width and, over 32 of them, as right panels; up to a multiple of 32 they are 0.
 
     Chosen keys lie apart: those that come soon, up to key `most`, are asked for. `row` has room for a row of floats, 0 beyond the width.
@@ -73,7 +73,7 @@ def split_keys(rows, row_bytes, dequantize, row_n, indices, first, n, most, widt
                     store(row, 4 * k, np.float32(0))
             panel = keys + i // 16 * n_steps * STEP + 64 * (i % 16)
             for s in range(n_steps):
-                store_split(panel + STEP * s, load_floats(row, 128 * s), load_floats(row, 128 * s + 64))
+                store_bf16x2(panel + STEP * s, load_floats(row, 128 * s), load_floats(row, 128 * s + 64))
         upper, lower = keys + j // 16 * n_steps * STEP, keys + (j // 16 + 1) * n_steps * STEP       # sixteen keys, and the next sixteen
         for s in range((n_v_tiles + 1) // 2):
             tile = values + (2 * s * VALUE_STEPS + j // 32) * STEP
@@ -104,31 +104,31 @@ def attend(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n_v, ro
     sums = scores + sizes[4]
     row = sums + sizes[5]
     bias = row + sizes[6]
-    greatest = bias + sizes[7]
-    total = greatest + sizes[8]
-    shrink = total + sizes[9]
-    limits = shrink + sizes[10]
+    row_max = bias + sizes[7]
+    row_sum = row_max + sizes[8]
+    rescale = row_sum + sizes[9]
+    limits = rescale + sizes[10]
     for k in range(32 * n_steps):
         store(row, 4 * k, np.float32(0))
     for j in range(n_q):
-        split_queries(q, q_head, width, n, 16 * j, n_steps, row, queries + j * n_steps * STEP)
-        store(greatest, 64 * j, floats(MINUS_INFINITY))
-        store(total, 64 * j, floats(np.float32(0)))
+        pack_queries(q, q_head, width, n, 16 * j, n_steps, row, queries + j * n_steps * STEP)
+        store(row_max, 64 * j, floats(MINUS_INFINITY))
+        store(row_sum, 64 * j, floats(np.float32(0)))
     most, least = last_of(last_key, n_tokens), least_of(last_key, n_tokens)
     configure()
     for first in range(first_key, most, TILE):
         there = min(TILE, most - first)
         n_groups = (there + 31) // 32
-        split_keys(rows, row_bytes, dequantize, row_n, indices, first, there, most, width, n_steps, n_v_tiles, row, keys, values)
+        pack_keys(rows, row_bytes, dequantize, row_n, indices, first, there, most, width, n_steps, n_v_tiles, row, keys, values)
         panel_products(keys, n_steps * STEP, 2 * n_groups, queries, n_steps * STEP, n_q, n_steps, scores, True, queries)
         for j in range(n_q):
             set_limits(limits + 64 * j, 16 * j, n_head, n_tokens, last_key, first)
             if mask:
                 set_bias(bias, 16 * j, n_head, n_tokens, mask + 4 * first, mask_row, there)
-            weigh(scores + j * SUMS, n_q * SUMS, 2 * n_groups, least - first < 32 * n_groups, limits + 64 * j, bias if mask else 0,
-                  scale, greatest + 64 * j, total + 64 * j, shrink + 64 * j, weights + j * VALUE_STEPS * STEP)
+            softmax_tile(scores + j * SUMS, n_q * SUMS, 2 * n_groups, least - first < 32 * n_groups, limits + 64 * j, bias if mask else 0,
+                         scale, row_max + 64 * j, row_sum + 64 * j, rescale + 64 * j, weights + j * VALUE_STEPS * STEP)
             if first > first_key:
-                shrink_sums(sums + j * n_v_tiles * SUMS, n_v_tiles, shrink + 64 * j)
+                rescale_sums(sums + j * n_v_tiles * SUMS, n_v_tiles, rescale + 64 * j)
         panel_products(weights, VALUE_STEPS * STEP, n_q, values, VALUE_STEPS * STEP, n_v_tiles, n_groups, sums, first == first_key,
                        values)
     release()
@@ -137,7 +137,7 @@ def attend(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n_v, ro
             store(sums, 64 * j, floats(np.float32(0)))
     for i in range(n):
         at = sums + i // 16 * n_v_tiles * SUMS + 64 * (i % 16)
-        row, factor = place_of_output(out + i // n_head * out_token + i % n_head * out_head, part, i, n_v, greatest, total)
+        row, factor = output_row(out + i // n_head * out_token + i % n_head * out_head, part, i, n_v, row_max, row_sum)
         for k in range(0, n_v - 15, 16):
             store(row, 4 * k, load_floats(at, k // 16 * SUMS) * factor)
         for k in range(n_v // 16 * 16, n_v):
@@ -145,21 +145,21 @@ def attend(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n_v, ro
 
 
 @inner
-def weigh(scores, panel, n_panels, limited, limits, bias, scale, greatest, total, shrink, weights):
+def softmax_tile(scores, panel, n_panels, limited, limits, bias, scale, row_max, row_sum, rescale, weights):
     """Scores of keys and sixteen queries -> their weights beside the greatest so far, as a left panel; both sums are brought up to date.
 
-    Tiles of scores lie `panel` bytes apart; n_panels is even. `shrink` is what the sums so far must be multiplied by.
+    Tiles of scores lie `panel` bytes apart; n_panels is even. `rescale` is what the sums so far must be multiplied by.
     """
-    before = load_floats(greatest, 0)
-    new = greatest_scores(scores, panel, n_panels, limited, limits, bias, 0, scale, before)
-    base = not_minus_infinity(new)
+    before = load_floats(row_max, 0)
+    new = mask_scores(scores, panel, n_panels, limited, limits, bias, 0, scale, before)
+    base = or_zero(new)
     sums = floats(np.float32(0))
     for i in range(0, n_panels, 2):
         for k in range(16):
             a = exp_floats(load_floats(scores + i * panel, 64 * k) - base)
             b = exp_floats(load_floats(scores + (i + 1) * panel, 64 * k) - base)
             sums = sums + (a + b)
-            store_split(weights + i // 2 * STEP + 64 * k, a, b)
+            store_bf16x2(weights + i // 2 * STEP + 64 * k, a, b)
         for part in (0, LOW_PARTS):
-            turn_over(weights + i // 2 * STEP + part, 64, weights + i // 2 * STEP + part, 64)
-    bring_up_to_date(new, exp_floats(before - base), sums, greatest, total, shrink)
+            transpose(weights + i // 2 * STEP + part, 64, weights + i // 2 * STEP + part, 64)
+    update_statistics(new, exp_floats(before - base), sums, row_max, row_sum, rescale)

@@ -4,7 +4,7 @@ from numba.extending import intrinsic
 
 from pydsa.backends.cpu.amx import A_0, AHEAD, B_0, LOW_PARTS, STEP, SUMS, call_amx, fetch
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.simd import I8, WORD, pointer
+from pydsa.backends.cpu.simd import I8, INTP, pointer
 
 
 def _make_products(rows, columns):
@@ -22,28 +22,28 @@ def _make_products(rows, columns):
                     base = builder.add(base, offset)
                 return pointer(builder, base, I8)
 
-            cells = [(i, j, at(sums, builder.mul(sums_row, WORD(i)), WORD(SUMS * j))) for i in range(rows) for j in range(columns)]
+            cells = [(i, j, at(sums, builder.mul(sums_row, INTP(i)), INTP(SUMS * j))) for i in range(rows) for j in range(columns)]
             with builder.if_else(fresh) as (then, otherwise):
                 with then:
                     for i, j, _ in cells:
                         call_amx(builder, "tilezero", I8(2 * i + j))
                 with otherwise:
                     for i, j, where in cells:
-                        call_amx(builder, "tileloadd64", I8(2 * i + j), where, WORD(64))
+                        call_amx(builder, "tileloadd64", I8(2 * i + j), where, INTP(64))
             before, loop, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
             builder.branch(loop)
             builder.position_at_end(loop)
-            step = builder.phi(WORD)
-            step.add_incoming(WORD(0), before)
-            offset = builder.mul(step, WORD(STEP))
+            step = builder.phi(INTP)
+            step.add_incoming(INTP(0), before)
+            offset = builder.mul(step, INTP(STEP))
 
             def load(first, n, base, panel, part):
                 for i in range(n):
-                    call_amx(builder, "tileloadd64", I8(first + i), at(base, offset, builder.mul(panel, WORD(i)), WORD(part)), WORD(64))
+                    call_amx(builder, "tileloadd64", I8(first + i), at(base, offset, builder.mul(panel, INTP(i)), INTP(part)), INTP(64))
 
             def multiply(part):
                 for i in part:
-                    fetch(builder, at(ahead, builder.mul(step, WORD(AHEAD)), WORD(64 * i)))
+                    fetch(builder, at(ahead, builder.mul(step, INTP(AHEAD)), INTP(64 * i)))
                 for i, j, _ in cells:
                     call_amx(builder, "tdpbf16ps", I8(2 * i + j), I8(A_0 + i), I8(B_0 + j))
 
@@ -54,12 +54,12 @@ def _make_products(rows, columns):
             multiply(range(3, 6))
             load(B_0, columns, b, b_panel, LOW_PARTS)
             multiply(range(6, 8))
-            following = builder.add(step, WORD(1))
+            following = builder.add(step, INTP(1))
             step.add_incoming(following, loop)
             builder.cbranch(builder.icmp_signed("<", following, n_steps), loop, after)
             builder.position_at_end(after)
             for i, j, where in cells:
-                call_amx(builder, "tilestored64", I8(2 * i + j), where, WORD(64))
+                call_amx(builder, "tilestored64", I8(2 * i + j), where, INTP(64))
             return context.get_dummy_value()
         return types.void(*[types.intp] * 7, types.boolean, types.intp), codegen
     return products

@@ -6,9 +6,9 @@ import numpy as np
 
 from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, configure, release
 from pydsa.backends.cpu.bf16x2.gemm import panel_products
-from pydsa.backends.cpu.bf16x2.panels import store_split
+from pydsa.backends.cpu.bf16x2.panels import store_bf16x2
 from pydsa.backends.cpu.jit import call_block_function, inner
-from pydsa.backends.cpu.lanes import positive, totals, turn_over
+from pydsa.backends.cpu.lanes import relu, row_sums, transpose
 from pydsa.backends.cpu.scalars import float_from_bits
 from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.backends.cpu.simd import float_at, floats, load_floats, multiply_add, prefetch, store
@@ -20,7 +20,7 @@ PANELS = 16         # 16 heads each, of as many tokens: their sums with KEYS key
 
 
 @inner
-def split_row(source, row, width, n_steps, panel):
+def pack_row(source, row, width, n_steps, panel):
     """`width` floats as a row of a panel; zeros follow the last: `row` has room for a step of floats."""
     for s in range(n_steps):
         at = source + 128 * s
@@ -28,7 +28,7 @@ def split_row(source, row, width, n_steps, panel):
             for k in range(32):
                 store(row, 4 * k, float_at(at, 4 * k) if 32 * s + k < width else np.float32(0))
             at = row
-        store_split(panel + STEP * s, load_floats(at, 0), load_floats(at, 64))
+        store_bf16x2(panel + STEP * s, load_floats(at, 0), load_floats(at, 64))
 
 
 def score(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, row_n, first, last,
@@ -54,28 +54,28 @@ def score(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, widt
         for i in range(16 * n_panels):
             s = min(start + i, last - 1)
             call_block_function(dequantize, rows + s * row_bytes, row_n, key)
-            split_row(key, row, width, n_steps, keys + i // 16 * panel_bytes + 64 * (i % 16))
+            pack_row(key, row, width, n_steps, keys + i // 16 * panel_bytes + 64 * (i % 16))
         for i in range(n_panels * n_steps):
             for part in (0, LOW_PARTS):
-                turn_over(keys + i * STEP + part, 64, keys + i * STEP + part, 64)
+                transpose(keys + i * STEP + part, 64, keys + i * STEP + part, 64)
         for t0 in range(0, n_tokens, together):
             n = min(together, n_tokens - t0)
             for i in range(16 * n * head_panels):
                 t, h = t0 + i // (16 * head_panels), min(i % (16 * head_panels), n_head - 1)
-                split_row(q + t * q_token + h * q_head, row, width, n_steps, queries + i // 16 * panel_bytes + 64 * (i % 16))
+                pack_row(q + t * q_token + h * q_head, row, width, n_steps, queries + i // 16 * panel_bytes + 64 * (i % 16))
             panel_products(queries, panel_bytes, n * head_panels, keys, panel_bytes, n_panels, n_steps, sums, True, keys)
             for t in range(n):
                 for j in range(n_panels):
                     total = floats(np.float32(0))
                     for h in range(n_head):
                         dots = load_floats(sums, ((t * head_panels + h // 16) * n_panels + j) * SUMS + 64 * (h % 16))
-                        total = multiply_add(total, positive(dots), floats(float_at(w, (t0 + t) * w_token + 4 * h)))
+                        total = multiply_add(total, relu(dots), floats(float_at(w, (t0 + t) * w_token + 4 * h)))
                     store(out, (t0 + t) * out_token + 4 * (start + 16 * j), total * factor)
     release()
 
 
-def score_few(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, row_n, first,
-              last, scale):
+def score_gemv(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, row_n, first,
+               last, scale):
     """What score does, where preparing keys costs the most: they are only split."""
     factor = float_from_bits(np.uint32(scale))
     n_steps, head_panels = (width + 31) // 32, (n_head + 15) // 16
@@ -89,11 +89,11 @@ def score_few(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, 
     configure()
     for t in range(n_tokens):
         for h in range(16 * head_panels):
-            split_row(q + t * q_token + min(h, n_head - 1) * q_head, row, width, n_steps, queries + h // 16 * panel_bytes + 64 * (h % 16))
+            pack_row(q + t * q_token + min(h, n_head - 1) * q_head, row, width, n_steps, queries + h // 16 * panel_bytes + 64 * (h % 16))
             store(weights, 4 * h, float_at(w, t * w_token + 4 * h) if h < n_head else np.float32(0))
         for i in range(head_panels * n_steps):
             for part in (0, LOW_PARTS):
-                turn_over(queries + i * STEP + part, 64, queries + i * STEP + part, 64)
+                transpose(queries + i * STEP + part, 64, queries + i * STEP + part, 64)
         for start in range(first, last, KEYS):
             n_panels = (min(KEYS, last - start) + 15) // 16
             for i in range(16 * n_panels):
@@ -101,14 +101,14 @@ def score_few(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, 
                 for line in range(0, row_bytes, 64):
                     prefetch(source + KEYS_AHEAD * row_bytes, line)
                 call_block_function(dequantize, source, row_n, key)
-                split_row(key, row, width, n_steps, keys + i // 16 * panel_bytes + 64 * (i % 16))
+                pack_row(key, row, width, n_steps, keys + i // 16 * panel_bytes + 64 * (i % 16))
             panel_products(keys, panel_bytes, n_panels, queries, panel_bytes, head_panels, n_steps, sums, True, keys)
             for i in range(n_panels):
                 cell = sums + i * head_panels * SUMS
                 for k in range(16):
-                    total = positive(load_floats(cell, 64 * k)) * load_floats(weights, 0)
+                    total = relu(load_floats(cell, 64 * k)) * load_floats(weights, 0)
                     for j in range(1, head_panels):
-                        total = multiply_add(total, positive(load_floats(cell, j * SUMS + 64 * k)), load_floats(weights, 64 * j))
+                        total = multiply_add(total, relu(load_floats(cell, j * SUMS + 64 * k)), load_floats(weights, 64 * j))
                     store(cell, 64 * k, total)
-                store(out, t * out_token + 4 * (start + 16 * i), totals(cell) * factor)
+                store(out, t * out_token + 4 * (start + 16 * i), row_sums(cell) * factor)
     release()

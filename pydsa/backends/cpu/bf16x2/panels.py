@@ -33,7 +33,7 @@ def split(typingctx, even, odd):
 
 
 @inline
-def store_split(at, even, odd):
+def store_bf16x2(at, even, odd):
     """Sixteen pairs of a panel's row: the 64 bytes at an address, and their low parts."""
     high, low = split(even, odd)
     store(at, 0, high)

@@ -3,7 +3,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pydsa.backends.cpu.jit import BlockFunction, WordFunction
+from pydsa.backends.cpu.jit import BlockFunction, IntpFunction
 from pydsa.quants import TYPES, BlockType
 
 
@@ -11,7 +11,7 @@ from pydsa.quants import TYPES, BlockType
 # the words, each 32 with the even elements before the odd ones; a float32 scale for each 32; what is subtracted for each 32, and for
 # each 16 (of a chunk of activations: the sums of its numbers). The product of two chunks, w of weights and x of activations, is
 #     sum_j w.scale[j] x.scale[j] (w.words x.words over the j-th 32) - sum_j w.low[j] x.low[j] - sum_i w.low16[i] x.low16[i]
-SCALE, LOW, LOW_16, CHUNK = 512, 544, 576, 640
+SCALES, MINS, MINS_16, SUPERBLOCK = 512, 544, 576, 640
 
 
 class BlockKernels(NamedTuple):
@@ -24,8 +24,8 @@ class BlockKernels(NamedTuple):
     type: BlockType
     dequantize: BlockFunction
     quantize: BlockFunction | None = None
-    unpack: WordFunction | None = None
-    dot: WordFunction | None = None
+    unpack: IntpFunction | None = None
+    dot: IntpFunction | None = None
     order: np.ndarray | None = None
     bits: int = 0
 
@@ -36,12 +36,12 @@ class BlockKernels(NamedTuple):
 
 
 def entry(name, dequantize, quantize=None, unpack=None, dot=None, order=None, bits=0):
-    """BlockKernels of a type by its name, from plain functions, or from a WordFunction for dequantize; order as a list of 32 numbers."""
+    """BlockKernels of a type by its name, from plain functions, or from a IntpFunction for dequantize; order as a list of 32 numbers."""
     kind, floats = TYPES[name], np.dtype(np.float32)
-    if not isinstance(dequantize, WordFunction):
+    if not isinstance(dequantize, IntpFunction):
         dequantize = BlockFunction(dequantize, kind.dtype, floats)
-    return BlockKernels(kind, dequantize, quantize and BlockFunction(quantize, floats, kind.dtype), unpack and WordFunction(unpack),
-                        dot and WordFunction(dot), order and np.array(order, np.uint8), bits)
+    return BlockKernels(kind, dequantize, quantize and BlockFunction(quantize, floats, kind.dtype), unpack and IntpFunction(unpack),
+                        dot and IntpFunction(dot), order and np.array(order, np.uint8), bits)
 
 
 def places(*pieces):

@@ -8,13 +8,13 @@ The vector code takes 64 bytes as 32 words: some bits of each word are an even e
 import numpy as np
 from numba import carray
 
-from pydsa.backends.cpu.blocks.block import CHUNK, LOW_16, SCALE, entry, places
+from pydsa.backends.cpu.blocks.block import MINS_16, SCALES, SUPERBLOCK, entry, places
 from pydsa.backends.cpu.blocks.dots import AHEAD, dot_pair, dot_rows, store_halves
 from pydsa.backends.cpu.jit import inline, inner
-from pydsa.backends.cpu.lanes import both_halves, half_words, picked, shifted, spread, spread_words, upper_half, widened
+from pydsa.backends.cpu.lanes import both_halves, halves_int16, picked, shifted, spread, spread_int16, upper_half, widened
 from pydsa.backends.cpu.scalars import half, half_at
-from pydsa.backends.cpu.simd import (eight_floats, floats, load_8_floats, load_16_bytes, load_floats, load_words, lower_words, multiply_add,
-                                     prefetch, store, to_floats, to_words, two_halves)
+from pydsa.backends.cpu.simd import (eight_floats, floats, load_8_floats, load_16_bytes, load_floats, load_int16, low_int16, multiply_add,
+                                     prefetch, store, to_floats, to_int16, two_halves)
 from pydsa.quants import TYPES
 
 
@@ -129,16 +129,16 @@ BY_NIBBLES = places(*[16 * part + 4 * s + 2 * odd + i for part in (0, 1) for nib
 
 
 @inline
-def store_pairs(chunk, at, first, second, even, odd):
+def store_pairs(superblock, at, first, second, even, odd):
     """Words of sub-blocks first and second, even elements and odd ones, from the offset `at` of a chunk on."""
-    store_halves(chunk, at + 64 * first, at + 64 * second, even)
-    store_halves(chunk, at + 64 * first + 32, at + 64 * second + 32, odd)
+    store_halves(superblock, at + 64 * first, at + 64 * second, even)
+    store_halves(superblock, at + 64 * first + 32, at + 64 * second + 32, odd)
 
 
 @inline
 def four_bits(at, part):
     """128 elements of Q4_K as four vectors of words: low nibbles even, odd, high nibbles even, odd."""
-    q = load_words(at, 16 + 64 * part)
+    q = load_int16(at, 16 + 64 * part)
     return q & 15, (q >> 8) & 15, (q >> 4) & 15, q >> 12
 
 
@@ -154,49 +154,49 @@ def add_halves(a, b, first, second, xi, scales):
 
 @inline
 def add_q4_k(sums, row, i, n, x):
-    at, xi = row + Q4_K * i, x + CHUNK * i
+    at, xi = row + Q4_K * i, x + SUPERBLOCK * i
     for line in range(0, Q4_K, 64):
         prefetch(at, AHEAD + line)
-    scales = scales_and_mins(at) * load_floats(xi, SCALE)       # with the activations' scales, and lows behind them
+    scales = scales_and_mins(at) * load_floats(xi, SCALES)       # with the activations' scales, and lows behind them
     spread_scales = FIRST(scales), SECOND(scales), THIRD(scales), FOURTH(scales)
     a, b = add_halves(sums[0], sums[1], four_bits(at, 0), four_bits(at, 1), xi, spread_scales)
     return a, b, sums[2] + scales
 
 
 @inline
-def total_with_lows(sums):
+def total_with_mins(sums):
     """Of Q4_K and Q5_K."""
     return sums[0] + sums[1] - widened(upper_half(sums[2]))
 
 
 def dot_q4_k(rows, n_rows, n, x, out):
     zero = floats(np.float32(0))
-    dot_rows(add_q4_k, total_with_lows, (zero, zero, zero), Q4_K * n, 1, rows, n_rows, n, x, out)
+    dot_rows(add_q4_k, total_with_mins, (zero, zero, zero), Q4_K * n, 1, rows, n_rows, n, x, out)
 
 
-def unpack_q4_k(source, n, chunk):
-    store(chunk, SCALE, scales_and_mins(source))        # and the lows, which lie behind the scales
+def unpack_q4_k(source, n, superblock):
+    store(superblock, SCALES, scales_and_mins(source))        # and the lows, which lie behind the scales
     for part in range(2):
         w, v, y, z = four_bits(source, part)
-        store_pairs(chunk, 256 * part, 0, 2, w, v)
-        store_pairs(chunk, 256 * part, 1, 3, y, z)
+        store_pairs(superblock, 256 * part, 0, 2, w, v)
+        store_pairs(superblock, 256 * part, 1, 3, y, z)
 
 
 @inline
 def five_bits(at, part):
     """128 elements of Q5_K as four vectors of words: low nibbles even, odd, high nibbles even, odd."""
-    q = load_words(at, 48 + 64 * part)
-    fifth = both_halves(at, 16) >> half_words(np.int16(4 * part), np.int16(4 * part + 2))
+    q = load_int16(at, 48 + 64 * part)
+    fifth = both_halves(at, 16) >> halves_int16(np.int16(4 * part), np.int16(4 * part + 2))
     return ((q & 15) | ((fifth << 4) & 16), ((q >> 8) & 15) | ((fifth >> 4) & 16),
             ((q >> 4) & 15) | ((fifth << 3) & 16), (q >> 12) | ((fifth >> 5) & 16))
 
 
 @inline
 def add_q5_k(sums, row, i, n, x):
-    at, xi = row + Q5_K * i, x + CHUNK * i
+    at, xi = row + Q5_K * i, x + SUPERBLOCK * i
     for line in range(0, Q5_K, 64):
         prefetch(at, AHEAD + line)
-    scales = scales_and_mins(at) * load_floats(xi, SCALE)       # with the activations' scales, and lows behind them
+    scales = scales_and_mins(at) * load_floats(xi, SCALES)       # with the activations' scales, and lows behind them
     spread_scales = FIRST(scales), SECOND(scales), THIRD(scales), FOURTH(scales)
     a, b = add_halves(sums[0], sums[1], five_bits(at, 0), five_bits(at, 1), xi, spread_scales)
     return a, b, sums[2] + scales
@@ -204,15 +204,15 @@ def add_q5_k(sums, row, i, n, x):
 
 def dot_q5_k(rows, n_rows, n, x, out):
     zero = floats(np.float32(0))
-    dot_rows(add_q5_k, total_with_lows, (zero, zero, zero), Q5_K * n, 1, rows, n_rows, n, x, out)
+    dot_rows(add_q5_k, total_with_mins, (zero, zero, zero), Q5_K * n, 1, rows, n_rows, n, x, out)
 
 
-def unpack_q5_k(source, n, chunk):
-    store(chunk, SCALE, scales_and_mins(source))        # and the lows, which lie behind the scales
+def unpack_q5_k(source, n, superblock):
+    store(superblock, SCALES, scales_and_mins(source))        # and the lows, which lie behind the scales
     for part in range(2):
         w, v, y, z = five_bits(source, part)
-        store_pairs(chunk, 256 * part, 0, 2, w, v)
-        store_pairs(chunk, 256 * part, 1, 3, y, z)
+        store_pairs(superblock, 256 * part, 0, 2, w, v)
+        store_pairs(superblock, 256 * part, 1, 3, y, z)
 
 
 TWICE = spread(*range(8))
@@ -220,27 +220,27 @@ TWICE = spread(*range(8))
 BY_NEIGHBOURS = places(*[16 * part + 8 * nibble + 4 * s + 2 * odd + i for part in (0, 1) for nibble in (0, 1) for odd in (0, 1)
                          for s in (0, 1) for i in (0, 1)])
 Q6_A, Q6_B, Q6_C, Q6_D = spread(0, 1, 2, 3), spread(4, 5, 6, 7), spread(8, 9, 10, 11), spread(12, 13, 14, 15)
-WORDS_A, WORDS_B = spread_words(0, 1, 2, 3), spread_words(4, 5, 6, 7)
-WORDS_C, WORDS_D = spread_words(8, 9, 10, 11), spread_words(12, 13, 14, 15)
+WORDS_A, WORDS_B = spread_int16(0, 1, 2, 3), spread_int16(4, 5, 6, 7)
+WORDS_C, WORDS_D = spread_int16(8, 9, 10, 11), spread_int16(12, 13, 14, 15)
 
 
 @inline
 def unsigned_six_bits(at, part):
     """128 elements of Q6_K, each 32 too large, as four vectors of words: low nibbles even, odd, high nibbles even, odd."""
-    q = load_words(at, 64 * part)
-    high = both_halves(at, 128 + 32 * part) >> half_words(np.int16(0), np.int16(2))
+    q = load_int16(at, 64 * part)
+    high = both_halves(at, 128 + 32 * part) >> halves_int16(np.int16(0), np.int16(2))
     return ((q & 15) | ((high << 4) & 48), ((q >> 8) & 15) | ((high >> 4) & 48),
             ((q >> 4) & 15) | (high & 48), (q >> 12) | ((high >> 8) & 48))
 
 
 @inline
 def add_q6_k(sums, row, i, n, x):
-    at, xi = row + Q6_K * i, x + CHUNK * i
+    at, xi = row + Q6_K * i, x + SUPERBLOCK * i
     for line in range(0, Q6_K, 64):
         prefetch(at, AHEAD + line)
     scales = to_floats(load_16_bytes(at, 192)) * half_at(at, 208)
-    low = multiply_add(sums[2], scales, load_floats(xi, LOW_16))
-    scales = scales * TWICE(load_8_floats(xi, SCALE))
+    low = multiply_add(sums[2], scales, load_floats(xi, MINS_16))
+    scales = scales * TWICE(load_8_floats(xi, SCALES))
     spread_scales = Q6_A(scales), Q6_B(scales), Q6_C(scales), Q6_D(scales)
     a, b = add_halves(sums[0], sums[1], unsigned_six_bits(at, 0), unsigned_six_bits(at, 1), xi, spread_scales)
     return a, b, low
@@ -256,21 +256,21 @@ def dot_q6_k(rows, n_rows, n, x, out):
     dot_rows(add_q6_k, total_q6_k, (zero, zero, zero), Q6_K * n, 1, rows, n_rows, n, x, out)
 
 
-def unpack_q6_k(source, n, chunk):
-    store(chunk, SCALE, eight_floats(half_at(source, 208)))
-    scales = to_words(load_16_bytes(source, 192))
+def unpack_q6_k(source, n, superblock):
+    store(superblock, SCALES, eight_floats(half_at(source, 208)))
+    scales = to_int16(load_16_bytes(source, 192))
     w, v, y, z = unsigned_six_bits(source, 0)
-    store_pairs(chunk, 0, 0, 1, (w - 32) * WORDS_A(scales), (v - 32) * WORDS_A(scales))
-    store_pairs(chunk, 0, 2, 3, (y - 32) * WORDS_B(scales), (z - 32) * WORDS_B(scales))
+    store_pairs(superblock, 0, 0, 1, (w - 32) * WORDS_A(scales), (v - 32) * WORDS_A(scales))
+    store_pairs(superblock, 0, 2, 3, (y - 32) * WORDS_B(scales), (z - 32) * WORDS_B(scales))
     w, v, y, z = unsigned_six_bits(source, 1)
-    store_pairs(chunk, 256, 0, 1, (w - 32) * WORDS_C(scales), (v - 32) * WORDS_C(scales))
-    store_pairs(chunk, 256, 2, 3, (y - 32) * WORDS_D(scales), (z - 32) * WORDS_D(scales))
+    store_pairs(superblock, 256, 0, 1, (w - 32) * WORDS_C(scales), (v - 32) * WORDS_C(scales))
+    store_pairs(superblock, 256, 2, 3, (y - 32) * WORDS_D(scales), (z - 32) * WORDS_D(scales))
 
 
 # Q2_K and Q3_K: 64 bytes hold sub-blocks k and 4 + k in their bits 2k and 2k + 1: the even elements of both, then the odd ones
 BY_PARTS = places(*[16 * part + 4 * k + 2 * odd + i for k in range(4) for odd in (0, 1) for part in (0, 1) for i in (0, 1)])
 PART_0, PART_1, PART_2, PART_3 = (spread(2 * k, 2 * k + 1, 8 + 2 * k, 9 + 2 * k) for k in range(4))
-WORDS_0, WORDS_1, WORDS_2, WORDS_3 = (spread_words(2 * k, 2 * k + 1, 8 + 2 * k, 9 + 2 * k) for k in range(4))
+WORDS_0, WORDS_1, WORDS_2, WORDS_3 = (spread_int16(2 * k, 2 * k + 1, 8 + 2 * k, 9 + 2 * k) for k in range(4))
 
 
 @inline
@@ -289,13 +289,13 @@ def add_parts(sums, low, even, odd, xi, scales):
 
 @inline
 def add_q2_k(sums, row, i, n, x):
-    at, xi = row + Q2_K * i, x + CHUNK * i
+    at, xi = row + Q2_K * i, x + SUPERBLOCK * i
     prefetch(at, AHEAD)
     prefetch(at, AHEAD + 64)
     packed = load_16_bytes(at, 0)
-    low = multiply_add(sums[4], to_floats(packed >> 4) * half_at(at, 82), load_floats(xi, LOW_16))
-    scales = to_floats(packed & 15) * half_at(at, 80) * TWICE(load_8_floats(xi, SCALE))
-    even = load_words(at, 16)
+    low = multiply_add(sums[4], to_floats(packed >> 4) * half_at(at, 82), load_floats(xi, MINS_16))
+    scales = to_floats(packed & 15) * half_at(at, 80) * TWICE(load_8_floats(xi, SCALES))
+    even = load_int16(at, 16)
     odd = even >> 8
     return add_parts(sums, low, (even & 3, even & 12, even & 48, even & 192), (odd & 3, odd & 12, odd & 48, odd & 192), xi, scales)
 
@@ -310,16 +310,16 @@ def dot_q2_k(rows, n_rows, n, x, out):
     dot_rows(add_q2_k, total_q2_k, (zero, zero, zero, zero, zero), Q2_K * n, 1, rows, n_rows, n, x, out)
 
 
-def unpack_q2_k(source, n, chunk):
+def unpack_q2_k(source, n, superblock):
     packed = load_16_bytes(source, 0)
-    store(chunk, SCALE, eight_floats(half_at(source, 80)))
-    store(chunk, LOW_16, to_floats(packed >> 4) * half_at(source, 82))
-    scales, even = to_words(packed & 15), load_words(source, 16)
+    store(superblock, SCALES, eight_floats(half_at(source, 80)))
+    store(superblock, MINS_16, to_floats(packed >> 4) * half_at(source, 82))
+    scales, even = to_int16(packed & 15), load_int16(source, 16)
     odd = even >> 8
-    store_pairs(chunk, 0, 0, 4, (even & 3) * WORDS_0(scales), (odd & 3) * WORDS_0(scales))
-    store_pairs(chunk, 0, 1, 5, ((even >> 2) & 3) * WORDS_1(scales), ((odd >> 2) & 3) * WORDS_1(scales))
-    store_pairs(chunk, 0, 2, 6, ((even >> 4) & 3) * WORDS_2(scales), ((odd >> 4) & 3) * WORDS_2(scales))
-    store_pairs(chunk, 0, 3, 7, ((even >> 6) & 3) * WORDS_3(scales), ((odd >> 6) & 3) * WORDS_3(scales))
+    store_pairs(superblock, 0, 0, 4, (even & 3) * WORDS_0(scales), (odd & 3) * WORDS_0(scales))
+    store_pairs(superblock, 0, 1, 5, ((even >> 2) & 3) * WORDS_1(scales), ((odd >> 2) & 3) * WORDS_1(scales))
+    store_pairs(superblock, 0, 2, 6, ((even >> 4) & 3) * WORDS_2(scales), ((odd >> 4) & 3) * WORDS_2(scales))
+    store_pairs(superblock, 0, 3, 7, ((even >> 6) & 3) * WORDS_3(scales), ((odd >> 6) & 3) * WORDS_3(scales))
 
 
 LOW_FOUR_BITS = shifted([0] * 4 + [1] * 4 + [0] * 4 + [1] * 4, [0, 8, 16, 24] * 2 + [4, 12, 20, 28] * 2)
@@ -341,8 +341,8 @@ def exchanged(a, b, bits):
 @inline
 def three_bits(at):
     """The 256 elements of Q3_K with their third bits: even ones of k = 0 and 2, of k = 1 and 3, then odd ones; at bits 2k to 2k + 2."""
-    low = load_words(at, 32)
-    high = (both_halves(at, 0) >> half_words(np.int16(0), np.int16(4))) & 0x0F0F        # in each byte: bit k
+    low = load_int16(at, 32)
+    high = (both_halves(at, 0) >> halves_int16(np.int16(0), np.int16(4))) & 0x0F0F        # in each byte: bit k
     high = (high | (high << 2)) & 0x3333
     high = (high | (high << 1)) & 0x5555                                                # bit 2k
     low_odd, high_odd, high = low >> 8, high >> 6, high << 2
@@ -351,12 +351,12 @@ def three_bits(at):
 
 @inline
 def add_q3_k(sums, row, i, n, x):
-    at, xi = row + Q3_K * i, x + CHUNK * i
+    at, xi = row + Q3_K * i, x + SUPERBLOCK * i
     prefetch(at, AHEAD)
     prefetch(at, AHEAD + 64)
     scales = to_floats(six_bit_scales(at)) * half_at(at, 108)
-    low = multiply_add(sums[4], scales, load_floats(xi, LOW_16))
-    scales = scales * TWICE(load_8_floats(xi, SCALE))
+    low = multiply_add(sums[4], scales, load_floats(xi, MINS_16))
+    scales = scales * TWICE(load_8_floats(xi, SCALES))
     w, v, y, z = three_bits(at)
     return add_parts(sums, low, (w & 7, v & 28, w & 112, v & 448), (y & 7, z & 28, y & 112, z & 448), xi, scales)
 
@@ -371,14 +371,14 @@ def dot_q3_k(rows, n_rows, n, x, out):
     dot_rows(add_q3_k, total_q3_k, (zero, zero, zero, zero, zero), Q3_K * n, 1, rows, n_rows, n, x, out)
 
 
-def unpack_q3_k(source, n, chunk):
-    store(chunk, SCALE, eight_floats(half_at(source, 108)))
-    scales = lower_words(six_bit_scales(source))
+def unpack_q3_k(source, n, superblock):
+    store(superblock, SCALES, eight_floats(half_at(source, 108)))
+    scales = low_int16(six_bit_scales(source))
     w, v, y, z = three_bits(source)
-    store_pairs(chunk, 0, 0, 4, ((w & 7) - 4) * WORDS_0(scales), ((y & 7) - 4) * WORDS_0(scales))
-    store_pairs(chunk, 0, 1, 5, (((v >> 2) & 7) - 4) * WORDS_1(scales), (((z >> 2) & 7) - 4) * WORDS_1(scales))
-    store_pairs(chunk, 0, 2, 6, (((w >> 4) & 7) - 4) * WORDS_2(scales), (((y >> 4) & 7) - 4) * WORDS_2(scales))
-    store_pairs(chunk, 0, 3, 7, (((v >> 6) & 7) - 4) * WORDS_3(scales), (((z >> 6) & 7) - 4) * WORDS_3(scales))
+    store_pairs(superblock, 0, 0, 4, ((w & 7) - 4) * WORDS_0(scales), ((y & 7) - 4) * WORDS_0(scales))
+    store_pairs(superblock, 0, 1, 5, (((v >> 2) & 7) - 4) * WORDS_1(scales), (((z >> 2) & 7) - 4) * WORDS_1(scales))
+    store_pairs(superblock, 0, 2, 6, (((w >> 4) & 7) - 4) * WORDS_2(scales), (((y >> 4) & 7) - 4) * WORDS_2(scales))
+    store_pairs(superblock, 0, 3, 7, (((v >> 6) & 7) - 4) * WORDS_3(scales), (((z >> 6) & 7) - 4) * WORDS_3(scales))
 
 
 KERNELS = {

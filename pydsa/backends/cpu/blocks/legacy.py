@@ -5,13 +5,13 @@ Nibble j of qs is element j (low) and j + 16 (high); bit j of qh is the fifth bi
 import numpy as np
 from numba import carray
 
-from pydsa.backends.cpu.blocks.block import LOW, SCALE, entry, places
+from pydsa.backends.cpu.blocks.block import MINS, SCALES, entry, places
 from pydsa.backends.cpu.blocks.dots import (AHEAD, BY_QUARTERS, add_quad, alone, dot_pair, dot_rows, four_blocks, joined, next_blocks,
-                                            nibbles, store_halves, store_quad, unsigned_quad, where_in_chunks)
-from pydsa.backends.cpu.jit import WordFunction, inline, inner
+                                            nibbles, store_halves, store_quad, superblock_at, unsigned_quad)
+from pydsa.backends.cpu.jit import IntpFunction, inline, inner
 from pydsa.backends.cpu.lanes import spread, widened
 from pydsa.backends.cpu.scalars import half, half_at
-from pydsa.backends.cpu.simd import (as_words, floats, four_floats, halves, join, load_2_floats, load_4_floats, load_16_bytes, multiply_add,
+from pydsa.backends.cpu.simd import (as_int16, floats, four_floats, halves, join, load_2_floats, load_4_floats, load_16_bytes, multiply_add,
                                      prefetch, signed_high_bytes, store, to_floats, u32_at, where_bits)
 from pydsa.quants import TYPES
 
@@ -108,16 +108,16 @@ def lifted(w, zero):
 
 
 @inline
-def add_lows(sums, lows, x, i):
+def add_mins(sums, mins, x, i):
     """sums + lows times the sums of the i-th to (i + 3)-rd 32 of a row of chunks."""
-    xi, _, number = where_in_chunks(x, i)
-    return multiply_add(sums, lows, load_4_floats(xi, LOW + number))
+    xi, _, number = superblock_at(x, i)
+    return multiply_add(sums, mins, load_4_floats(xi, MINS + number))
 
 
 @inline
 def add_q4_0(sums, row, i, n, x):
     at = next_blocks(row, Q4_0, i, n)
-    return add_quad(sums[0], quad_4(at, 2), x, i, halves(at)), add_lows(sums[1], halves(at), x, i)
+    return add_quad(sums[0], quad_4(at, 2), x, i, halves(at)), add_mins(sums[1], halves(at), x, i)
 
 
 @inline
@@ -129,17 +129,17 @@ def dot_q4_0(rows, n_rows, n, x, out):
     dot_rows(add_q4_0, total_q4_0, (floats(np.float32(0)), four_floats(np.float32(0))), Q4_0 * n, 4, rows, n_rows, n, x, out)
 
 
-def unpack_q4_0(source, n, chunk):
+def unpack_q4_0(source, n, superblock):
     for i in range(0, n, 4):
         at = four_blocks(source, Q4_0, i, n)
-        store(chunk, SCALE + 4 * i, halves(at))
-        store_quad(chunk, 64 * i, lifted(quad_4(at, 2), 8))
+        store(superblock, SCALES + 4 * i, halves(at))
+        store_quad(superblock, 64 * i, lifted(quad_4(at, 2), 8))
 
 
 @inline
 def add_q5_0(sums, row, i, n, x):
     at = next_blocks(row, Q5_0, i, n)
-    return add_quad(sums[0], quad_5(at, 6), x, i, halves(at)), add_lows(sums[1], halves(at), x, i)
+    return add_quad(sums[0], quad_5(at, 6), x, i, halves(at)), add_mins(sums[1], halves(at), x, i)
 
 
 @inline
@@ -151,11 +151,11 @@ def dot_q5_0(rows, n_rows, n, x, out):
     dot_rows(add_q5_0, total_q5_0, (floats(np.float32(0)), four_floats(np.float32(0))), Q5_0 * n, 4, rows, n_rows, n, x, out)
 
 
-def unpack_q5_0(source, n, chunk):
+def unpack_q5_0(source, n, superblock):
     for i in range(0, n, 4):
         at = four_blocks(source, Q5_0, i, n)
-        store(chunk, SCALE + 4 * i, halves(at))
-        store_quad(chunk, 64 * i, lifted(quad_5(at, 6), 16))
+        store(superblock, SCALES + 4 * i, halves(at))
+        store_quad(superblock, 64 * i, lifted(quad_5(at, 6), 16))
 
 
 @inline
@@ -167,7 +167,7 @@ def offsets(addresses):
 @inline
 def add_q4_1(sums, row, i, n, x):
     at = next_blocks(row, Q4_1, i, n)
-    return add_quad(sums[0], quad_4(at, 4), x, i, halves(at)), add_lows(sums[1], offsets(at), x, i)
+    return add_quad(sums[0], quad_4(at, 4), x, i, halves(at)), add_mins(sums[1], offsets(at), x, i)
 
 
 @inline
@@ -180,30 +180,30 @@ def dot_q4_1(rows, n_rows, n, x, out):
     dot_rows(add_q4_1, total_with_offsets, (floats(np.float32(0)), four_floats(np.float32(0))), Q4_1 * n, 4, rows, n_rows, n, x, out)
 
 
-def unpack_q4_1(source, n, chunk):
+def unpack_q4_1(source, n, superblock):
     for i in range(0, n, 4):
         at = four_blocks(source, Q4_1, i, n)
-        store(chunk, SCALE + 4 * i, halves(at))
-        store(chunk, LOW + 4 * i, offsets(at) * np.float32(-1))
-        store_quad(chunk, 64 * i, quad_4(at, 4))
+        store(superblock, SCALES + 4 * i, halves(at))
+        store(superblock, MINS + 4 * i, offsets(at) * np.float32(-1))
+        store_quad(superblock, 64 * i, quad_4(at, 4))
 
 
 @inline
 def add_q5_1(sums, row, i, n, x):
     at = next_blocks(row, Q5_1, i, n)
-    return add_quad(sums[0], quad_5(at, 8), x, i, halves(at)), add_lows(sums[1], offsets(at), x, i)
+    return add_quad(sums[0], quad_5(at, 8), x, i, halves(at)), add_mins(sums[1], offsets(at), x, i)
 
 
 def dot_q5_1(rows, n_rows, n, x, out):
     dot_rows(add_q5_1, total_with_offsets, (floats(np.float32(0)), four_floats(np.float32(0))), Q5_1 * n, 4, rows, n_rows, n, x, out)
 
 
-def unpack_q5_1(source, n, chunk):
+def unpack_q5_1(source, n, superblock):
     for i in range(0, n, 4):
         at = four_blocks(source, Q5_1, i, n)
-        store(chunk, SCALE + 4 * i, halves(at))
-        store(chunk, LOW + 4 * i, offsets(at) * np.float32(-1))
-        store_quad(chunk, 64 * i, quad_5(at, 8))
+        store(superblock, SCALES + 4 * i, halves(at))
+        store(superblock, MINS + 4 * i, offsets(at) * np.float32(-1))
+        store_quad(superblock, 64 * i, quad_5(at, 8))
 
 
 # Q8_0, two blocks at a time: the even elements of both, then the odd ones
@@ -220,7 +220,7 @@ def two_blocks(row, i, n):
 @inline
 def even_and_odd(addresses):
     """The elements of two blocks of Q8_0 as two vectors of words."""
-    v = as_words(join((addresses[0] + 2, addresses[1] + 2)))
+    v = as_int16(join((addresses[0] + 2, addresses[1] + 2)))
     return signed_high_bytes(v << 8), signed_high_bytes(v)
 
 
@@ -228,22 +228,22 @@ def even_and_odd(addresses):
 def add_q8_0(sums, row, i, n, x):
     at = two_blocks(row, i, n)
     prefetch(at[0], AHEAD)
-    xi, words, number = where_in_chunks(x, i)
+    xi, words, number = superblock_at(x, i)
     even, odd = even_and_odd(at)
-    return dot_pair(sums, even, odd, xi, words, TWO(halves(at) * load_2_floats(xi, SCALE + number)))
+    return dot_pair(sums, even, odd, xi, words, TWO(halves(at) * load_2_floats(xi, SCALES + number)))
 
 
 def dot_q8_0(rows, n_rows, n, x, out):
     dot_rows(add_q8_0, alone, floats(np.float32(0)), Q8_0 * n, 2, rows, n_rows, n, x, out)
 
 
-def unpack_q8_0(source, n, chunk):
+def unpack_q8_0(source, n, superblock):
     for i in range(0, n, 2):
         at = two_blocks(source, i, n)
-        store(chunk, SCALE + 4 * i, halves(at))
+        store(superblock, SCALES + 4 * i, halves(at))
         even, odd = even_and_odd(at)
-        store_halves(chunk, 64 * i, 64 * i + 64, even)
-        store_halves(chunk, 64 * i + 32, 64 * i + 96, odd)
+        store_halves(superblock, 64 * i, 64 * i + 64, even)
+        store_halves(superblock, 64 * i + 32, 64 * i + 96, odd)
 
 
 KERNELS = {
@@ -251,5 +251,5 @@ KERNELS = {
     "Q4_1": entry("Q4_1", dequantize_q4_1, None, unpack_q4_1, dot_q4_1, BY_QUARTERS, 4),
     "Q5_0": entry("Q5_0", dequantize_q5_0, None, unpack_q5_0, dot_q5_0, BY_QUARTERS, 5),
     "Q5_1": entry("Q5_1", dequantize_q5_1, None, unpack_q5_1, dot_q5_1, BY_QUARTERS, 5),
-    "Q8_0": entry("Q8_0", WordFunction(dequantize_q8_0), None, unpack_q8_0, dot_q8_0, BY_TWO, 8),
+    "Q8_0": entry("Q8_0", IntpFunction(dequantize_q8_0), None, unpack_q8_0, dot_q8_0, BY_TWO, 8),
 }

@@ -6,13 +6,13 @@ Nibble j of the 16 bytes of a 32 is element j (low) and j + 16 (high).
 import numpy as np
 from numba import carray
 
-from pydsa.backends.cpu.blocks.block import CHUNK, SCALE, entry
+from pydsa.backends.cpu.blocks.block import SCALES, SUPERBLOCK, entry
 from pydsa.backends.cpu.blocks.dots import (AHEAD, BY_QUARTERS, add_quad, alone, dot_quad, dot_rows, four_blocks, joined, next_blocks,
                                             nibbles, signed_quad, store_quad)
 from pydsa.backends.cpu.jit import inline
 from pydsa.backends.cpu.lanes import lookup, lower_half, shifted, upper_half
 from pydsa.backends.cpu.scalars import half, half_at
-from pydsa.backends.cpu.simd import floats, halves, load_8_floats, load_bytes, prefetch, store, to_floats, u8_at, vector
+from pydsa.backends.cpu.simd import floats, halves, load_8_floats, load_64_bytes, prefetch, store, to_floats, u8_at, vector
 from pydsa.quants import IQ4_LEVELS, MXFP4_LEVELS, TYPES
 
 
@@ -77,11 +77,11 @@ def dot_iq4_nl(rows, n_rows, n, x, out):
     dot_rows(add_iq4_nl, alone, floats(np.float32(0)), IQ4_NL * n, 4, rows, n_rows, n, x, out)
 
 
-def unpack_iq4_nl(source, n, chunk):
+def unpack_iq4_nl(source, n, superblock):
     for i in range(0, n, 4):
         at = four_blocks(source, IQ4_NL, i, n)
-        store(chunk, SCALE + 4 * i, halves(at))
-        store_quad(chunk, 64 * i, levels(joined(at, 2)))
+        store(superblock, SCALES + 4 * i, halves(at))
+        store_quad(superblock, 64 * i, levels(joined(at, 2)))
 
 
 FOUR_BITS, TWO_BITS = shifted([0] * 8, range(0, 32, 4)), shifted([0] * 8, range(16, 32, 2))
@@ -96,12 +96,12 @@ def scales_of_8(at):
 @inline
 def add_iq4_xs(sums, row, i, n, x):
     a, b = sums
-    at, xi = row + IQ4_XS * i, x + CHUNK * i
+    at, xi = row + IQ4_XS * i, x + SUPERBLOCK * i
     for line in range(0, IQ4_XS, 64):
         prefetch(at, AHEAD + line)
-    scales = scales_of_8(at) * load_8_floats(xi, SCALE)
-    a = dot_quad(a, levels(load_bytes(at, 8)), xi, 0, lower_half(scales))
-    b = dot_quad(b, levels(load_bytes(at, 72)), xi, 256, upper_half(scales))
+    scales = scales_of_8(at) * load_8_floats(xi, SCALES)
+    a = dot_quad(a, levels(load_64_bytes(at, 8)), xi, 0, lower_half(scales))
+    b = dot_quad(b, levels(load_64_bytes(at, 72)), xi, 256, upper_half(scales))
     return a, b
 
 
@@ -115,10 +115,10 @@ def dot_iq4_xs(rows, n_rows, n, x, out):
     dot_rows(add_iq4_xs, total_iq4_xs, (zero, zero), IQ4_XS * n, 1, rows, n_rows, n, x, out)
 
 
-def unpack_iq4_xs(source, n, chunk):
-    store(chunk, SCALE, scales_of_8(source))
-    store_quad(chunk, 0, levels(load_bytes(source, 8)))
-    store_quad(chunk, 256, levels(load_bytes(source, 72)))
+def unpack_iq4_xs(source, n, superblock):
+    store(superblock, SCALES, scales_of_8(source))
+    store_quad(superblock, 0, levels(load_64_bytes(source, 8)))
+    store_quad(superblock, 256, levels(load_64_bytes(source, 72)))
 
 
 @inline
@@ -138,11 +138,11 @@ def dot_mxfp4(rows, n_rows, n, x, out):
     dot_rows(add_mxfp4, alone, floats(np.float32(0)), MXFP4 * n, 4, rows, n_rows, n, x, out)
 
 
-def unpack_mxfp4(source, n, chunk):
+def unpack_mxfp4(source, n, superblock):
     for i in range(0, n, 4):
         at = four_blocks(source, MXFP4, i, n)
-        store(chunk, SCALE + 4 * i, powers(at))
-        store_quad(chunk, 64 * i, twice_fractions(joined(at, 1)))
+        store(superblock, SCALES + 4 * i, powers(at))
+        store_quad(superblock, 64 * i, twice_fractions(joined(at, 1)))
 
 
 KERNELS = {

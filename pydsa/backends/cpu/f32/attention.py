@@ -4,11 +4,11 @@ import numpy as np
 from pydsa.backends.cpu.arrays import address, floats_at
 from pydsa.backends.cpu.f32.gemm import COLUMNS, combine
 from pydsa.backends.cpu.jit import call_block_function
-from pydsa.backends.cpu.lanes import turn_over
+from pydsa.backends.cpu.lanes import transpose
 from pydsa.backends.cpu.scalars import float_from_bits
 from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.backends.cpu.simd import i64_at, store
-from pydsa.backends.cpu.softmax import key_at, last_of, weigh
+from pydsa.backends.cpu.softmax import key_at, last_of, softmax_row
 
 
 TILE = 64       # keys: 144 KiB of floats at V3.2's width of 576, within a second-level cache; a multiple of COLUMNS
@@ -28,10 +28,10 @@ def attend(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n_v, ro
     padded = (width + COLUMNS - 1) // COLUMNS * COLUMNS
     n_sums = (n_v + COLUMNS - 1) // COLUMNS * COLUMNS
     memory = own_scratch(4 * (2 * TILE * padded + n * TILE + n * n_sums))
-    tile, turned = floats_at(memory, TILE, padded), floats_at(memory + 4 * TILE * padded, padded, TILE)
+    tile, transposed = floats_at(memory, TILE, padded), floats_at(memory + 4 * TILE * padded, padded, TILE)
     scores, sums = floats_at(memory + 8 * TILE * padded, n, TILE), floats_at(memory + 4 * TILE * (2 * padded + n), n, n_sums)
     sums[:] = 0
-    greatest, total = np.full(n, -np.inf, np.float32), np.zeros(n, np.float32)
+    row_max, row_sum = np.full(n, -np.inf, np.float32), np.zeros(n, np.float32)
     most = last_of(last_key, n_tokens)
     for first in range(first_key, most, TILE):
         there = min(TILE, most - first)
@@ -39,28 +39,28 @@ def attend(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n_v, ro
             call_block_function(dequantize, rows + key_at(indices, first + j) * row_bytes, row_n, address(tile[j]))
         for j in range(0, there, 16):
             for k in range(0, width, 16):
-                turn_over(address(tile[j]) + 4 * k, 4 * padded, address(turned[k]) + 4 * j, 4 * TILE)
+                transpose(address(tile[j]) + 4 * k, 4 * padded, address(transposed[k]) + 4 * j, 4 * TILE)
         scores[:] = 0
         for k in range(0, width, WIDTH):
             some = min(WIDTH, width - k)
-            combine(address(scores), 4 * TILE, n, TILE, q + 4 * k, q_head, address(turned[k]), 4 * TILE, some)
+            combine(address(scores), 4 * TILE, n, TILE, q + 4 * k, q_head, address(transposed[k]), 4 * TILE, some)
         for i in range(n):
             t = i // n_head
             bias = mask + t * mask_row + 4 * first if mask else 0
-            shrink = weigh(scores[i], min(there, i64_at(last_key, 8 * t) - first), bias, scale, greatest[i:i + 1], total[i:i + 1])
-            if shrink != 1:
+            rescale = softmax_row(scores[i], min(there, i64_at(last_key, 8 * t) - first), bias, scale, row_max[i:i + 1], row_sum[i:i + 1])
+            if rescale != 1:
                 row = sums[i]
                 for j in range(n_sums):
-                    row[j] *= shrink
+                    row[j] *= rescale
         combine(address(sums), 4 * n_sums, n, n_sums, address(scores), 4 * TILE, address(tile), 4 * padded, there)
     for i in range(n):
         source = sums[i]
         if part:
-            store(part, 4 * i * (2 + n_v), greatest[i])
-            store(part, 4 * i * (2 + n_v) + 4, total[i])
+            store(part, 4 * i * (2 + n_v), row_max[i])
+            store(part, 4 * i * (2 + n_v) + 4, row_sum[i])
             row, factor = floats_at(part + 4 * i * (2 + n_v) + 8, 1, n_v)[0], np.float32(1)
         else:
             row = floats_at(out + i // n_head * out_token + i % n_head * out_head, 1, n_v)[0]
-            factor = np.float32(1) / total[i] if total[i] != 0 else np.float32(0)
+            factor = np.float32(1) / row_sum[i] if row_sum[i] != 0 else np.float32(0)
         for j in range(n_v):
             row[j] = source[j] * factor

@@ -19,8 +19,8 @@ def pack(x_at, first, n_tokens, n_in, out):
             row[k] = source[k]
 
 
-def matmul(dequantize, block, block_bytes, lows, bits, rows, n_rows, row_bytes, n_in, x, n_tokens, out_at):
-    """out_at[t][r] = row r . token t of pack; at out_at lie addresses. `lows` and `bits` are of other types."""
+def matmul(dequantize, block, block_bytes, mins, bits, rows, n_rows, row_bytes, n_in, x, n_tokens, out_at):
+    """out_at[t][r] = row r . token t of pack; at out_at lie addresses. `mins` and `bits` are of other types."""
     memory = own_scratch(4 * FLOAT_ROWS * FLOAT_WIDTH + 8 * n_tokens)
     tile, x_at = memory, memory + 4 * FLOAT_ROWS * FLOAT_WIDTH
     for t in range(n_tokens):

@@ -3,26 +3,26 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.blocks.block import CHUNK, LOW, LOW_16, SCALE
-from pydsa.backends.cpu.simd import F32, FAST, I16, I32, WORD_ROWS, WORD_TOKENS, broadcast, constant, pointer, word_dots
+from pydsa.backends.cpu.blocks.block import MINS, MINS_16, SCALES, SUPERBLOCK
+from pydsa.backends.cpu.simd import F32, FAST, I16, I32, WORD_ROWS, WORD_TOKENS, broadcast, constant, int16_dots, pointer
 
 
-TILE_ROWS = 16 * WORD_ROWS          # rows that word_products takes at a time
+TILE_ROWS = 16 * WORD_ROWS          # rows that int16_products takes at a time
 
 
 # A tile is 16 rows of chunks with the 16 x 16 four-byte cells of every 64 bytes turned over: the cells of one column lie side by side.
-TILE = 16 * CHUNK
+TILE = 16 * SUPERBLOCK
 
 
-def _make_word_products(rows, tokens):
+def _make_int16_products(rows, tokens):
     @intrinsic
-    def word_products(typingctx, tiles, n_scales, n_lows, n_lows_16, x_at, x_offset, before_at, out_at, out_offset):
+    def int16_products(typingctx, tiles, n_scales, n_mins, n_mins_16, x_at, x_offset, before_at, out_at, out_offset):
         """*(out_at[t] + out_offset)[r] = *(before_at[t] + out_offset)[r] + row r of the tiles . the chunk *(x_at[t] + x_offset).
 
-        n_scales, n_lows, n_lows_16: how many 32s, lows and low16s of the chunks are in use. before_at may be 0: nothing was before.
+        n_scales, n_mins, n_mins_16: how many 32s, lows and low16s of the chunks are in use. before_at may be 0: nothing was before.
         """
         def codegen(context, b, signature, args):
-            tiles, n_scales, n_lows, n_lows_16, x_at, x_offset, before_at, out_at, out_offset = args
+            tiles, n_scales, n_mins, n_mins_16, x_at, x_offset, before_at, out_at, out_offset = args
             word, floats, ints, words = n_scales.type, ir.VectorType(F32, 16), ir.VectorType(I32, 16), ir.VectorType(I16, 32)
 
             def load(kind, address, align=4):
@@ -62,22 +62,22 @@ def _make_word_products(rows, tokens):
                     w = [b.bitcast(load(ints, b.add(tile, b.add(word(r * TILE), b.mul(k, word(64)))), 64), words) for r in range(rows)]
                     xs_now = [load(I32, b.add(x, b.mul(k, word(4)))) for x in xs_i]
                     xs_now = [b.bitcast(broadcast(b, x, 16), words) for x in xs_now]
-                    return [word_dots(b, s, w[r], xs_now[t]) for s, (r, t) in zip(sums, pairs)]
+                    return [int16_dots(b, s, w[r], xs_now[t]) for s, (r, t) in zip(sums, pairs)]
 
                 tile, xs_i = b.add(tiles, b.mul(i, word(1024))), [b.add(x, b.mul(i, word(64))) for x in xs]
                 dots = loop(word(16), [constant([0] * 16)] * len(pairs), dots)
-                column = b.add(b.add(tiles, word(16 * SCALE)), b.mul(i, word(64)))
+                column = b.add(b.add(tiles, word(16 * SCALES)), b.mul(i, word(64)))
                 scales = [load(floats, b.add(column, word(r * TILE)), 64) for r in range(rows)]
-                x = [broadcast(b, load(F32, b.add(b.add(xs[t], word(SCALE)), b.mul(i, word(4)))), 16) for t in range(tokens)]
+                x = [broadcast(b, load(F32, b.add(b.add(xs[t], word(SCALES)), b.mul(i, word(4)))), 16) for t in range(tokens)]
                 return [b.fadd(s, b.fmul(b.sitofp(d, floats), b.fmul(scales[r], x[t], flags=FAST), flags=FAST), flags=FAST)
                         for s, d, (r, t) in zip(sums, dots, pairs)]
 
-            def lowered(part):
+            def subtract_mins(part):
                 def body(i, sums):
                     column = b.add(b.add(tiles, word(16 * part)), b.mul(i, word(64)))
-                    lows = [load(floats, b.add(column, word(r * TILE)), 64) for r in range(rows)]
+                    mins = [load(floats, b.add(column, word(r * TILE)), 64) for r in range(rows)]
                     x = [broadcast(b, load(F32, b.add(b.add(xs[t], word(part)), b.mul(i, word(4)))), 16) for t in range(tokens)]
-                    return [b.fsub(s, b.fmul(lows[r], x[t], flags=FAST), flags=FAST) for s, (r, t) in zip(sums, pairs)]
+                    return [b.fsub(s, b.fmul(mins[r], x[t], flags=FAST), flags=FAST) for s, (r, t) in zip(sums, pairs)]
                 return body
 
             zeros = [constant([0.0] * 16, F32)] * len(pairs)
@@ -92,14 +92,14 @@ def _make_word_products(rows, tokens):
                 phi.add_incoming(value, then_block)
                 phi.add_incoming(zero, otherwise_block)
             sums = loop(n_scales, sums, scaled)
-            sums = loop(n_lows, sums, lowered(LOW))
-            sums = loop(n_lows_16, sums, lowered(LOW_16))
+            sums = loop(n_mins, sums, subtract_mins(MINS))
+            sums = loop(n_mins_16, sums, subtract_mins(MINS_16))
             outs = table(out_at, out_offset)
             for s, (r, t) in zip(sums, pairs):
                 b.store(s, pointer(b, cell(outs, r, t), floats), align=4)
             return context.get_dummy_value()
         return types.void(*[types.intp] * 9), codegen
-    return word_products
+    return int16_products
 
 
-word_products = _make_word_products(WORD_ROWS, WORD_TOKENS)
+int16_products = _make_int16_products(WORD_ROWS, WORD_TOKENS)

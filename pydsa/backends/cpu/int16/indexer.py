@@ -9,12 +9,12 @@ from numba import types
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.lanes import every, turn_over
-from pydsa.backends.cpu.rounding import largest_magnitude
+from pydsa.backends.cpu.lanes import every, transpose
+from pydsa.backends.cpu.rounding import max_abs_of
 from pydsa.backends.cpu.scalars import float_from_bits
 from pydsa.backends.cpu.scratch import own_scratch
-from pydsa.backends.cpu.simd import (F32, FEATURES, I16, I32, WORD, broadcast, constant, f32x16, float_at, load_32_bytes, load_floats,
-                                     pointer, store, store_words, to_words, word_dots)
+from pydsa.backends.cpu.simd import (F32, FEATURES, I16, I32, INTP, broadcast, constant, f32x16, float_at, int16_dots, load_32_bytes,
+                                     load_floats, pointer, store, store_int16, to_int16)
 
 
 KEYS = 64                                           # that meet all tokens before the next
@@ -40,13 +40,13 @@ def weighed_scores(typingctx, tile, n_pairs, queries, query_bytes, weights, n_he
             before, inside, after = b.block, b.append_basic_block("inside"), b.append_basic_block("after")
             b.branch(inside)
             b.position_at_end(inside)
-            i = b.phi(WORD)
-            i.add_incoming(WORD(0), before)
+            i = b.phi(INTP)
+            i.add_incoming(INTP(0), before)
             phis = [b.phi(s.type) for s in start]
             for phi, s in zip(phis, start):
                 phi.add_incoming(s, before)
             new = body(i, phis)
-            following = b.add(i, WORD(1))
+            following = b.add(i, INTP(1))
             for phi, s in zip([i, *phis], [following, *new]):
                 phi.add_incoming(s, b.block)
             b.cbranch(b.icmp_signed("<", following, n), inside, after)
@@ -54,31 +54,31 @@ def weighed_scores(typingctx, tile, n_pairs, queries, query_bytes, weights, n_he
             return new
 
         def heads(i, sums):
-            first = b.mul(i, WORD(HEADS))
-            rows = [b.add(queries, b.mul(b.add(first, WORD(h)), query_bytes)) for h in range(HEADS)]
+            first = b.mul(i, INTP(HEADS))
+            rows = [b.add(queries, b.mul(b.add(first, INTP(h)), query_bytes)) for h in range(HEADS)]
 
             def pair(k, sums):
-                keys = b.bitcast(load(ints, b.add(tile, b.mul(k, WORD(64)))), words)
-                pairs = [b.bitcast(broadcast(b, load(I32, b.add(row, b.mul(k, WORD(4)))), 16), words) for row in rows]
-                return [word_dots(b, s, keys, x) for s, x in zip(sums, pairs)]
+                keys = b.bitcast(load(ints, b.add(tile, b.mul(k, INTP(64)))), words)
+                pairs = [b.bitcast(broadcast(b, load(I32, b.add(row, b.mul(k, INTP(4)))), 16), words) for row in rows]
+                return [int16_dots(b, s, keys, x) for s, x in zip(sums, pairs)]
 
             total, = sums
             for h, dots in enumerate(loop(n_pairs, [constant([0] * 16)] * HEADS, pair)):
                 dots = b.select(b.icmp_signed(">", dots, constant([0] * 16)), dots, constant([0] * 16))
-                weight = load(F32, b.add(weights, b.mul(b.add(first, WORD(h)), WORD(4))))
+                weight = load(F32, b.add(weights, b.mul(b.add(first, INTP(h)), INTP(4))))
                 total = b.fadd(total, b.fmul(b.sitofp(dots, f32x16.ir), broadcast(b, weight, 16), flags=("contract",)), flags=("contract",))
             return [total]
-        return loop(b.sdiv(n_head, WORD(HEADS)), [constant([0.0] * 16, F32)], heads)[0]
+        return loop(b.sdiv(n_head, INTP(HEADS)), [constant([0.0] * 16, F32)], heads)[0]
     return f32x16(*[types.intp] * 6), codegen
 
 
 @inner
 def round_to_words(x, n, out, most):
     """n floats -> words of magnitudes up to `most`, and zeros up to a multiple of 32 -> the scale, not finite if a number is not."""
-    size = largest_magnitude(x, n)
+    size = max_abs_of(x, n)
     factor = np.float32(most) / size if size > np.float32(1e-30) and size < np.float32(np.inf) else np.float32(0)
     for k in range(0, n - 15, 16):
-        store_words(out + 2 * k, load_floats(x, 4 * k) * factor)
+        store_int16(out + 2 * k, load_floats(x, 4 * k) * factor)
     for k in range(n // 16 * 16, (n + 31) // 32 * 32):
         store(out, 2 * k, np.int16(np.rint(float_at(x, 4 * k) * factor)) if k < n and factor > 0 else np.int16(0))
     return size / np.float32(most)
@@ -95,8 +95,8 @@ def score(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, widt
     most = min(16383, (2**31 - 1) // (127 * padded))        # so that no sum passes 31 bits
     token_bytes = heads * (2 * padded + 4)
     queries = own_scratch(n_tokens * token_bytes + 32 * padded + 2 * KEYS * padded + 64)
-    chunk = (queries + n_tokens * token_bytes + 63) // 64 * 64
-    tiles = chunk + 32 * padded
+    superblock = (queries + n_tokens * token_bytes + 63) // 64 * 64
+    tiles = superblock + 32 * padded
     for t in range(n_tokens):
         for h in range(heads):
             at, weights = queries + t * token_bytes, queries + t * token_bytes + 2 * heads * padded
@@ -107,9 +107,9 @@ def score(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, widt
         for s in range(start, end, 16):
             for i in range(16):
                 for k in range(0, padded, 32):
-                    store(chunk, 2 * (i * padded + k), to_words(load_32_bytes(rows + (s + i) * row_bytes, k)))
+                    store(superblock, 2 * (i * padded + k), to_int16(load_32_bytes(rows + (s + i) * row_bytes, k)))
             for k in range(0, padded, 32):
-                turn_over(chunk + 2 * k, 2 * padded, tiles + 2 * (s - start) * padded + 32 * k, 64)
+                transpose(superblock + 2 * k, 2 * padded, tiles + 2 * (s - start) * padded + 32 * k, 64)
         for t in range(n_tokens):
             at = queries + t * token_bytes
             for s in range(start, end, 16):

@@ -1,16 +1,16 @@
 """Products with many tokens in 16-bit words: activations rounded to 15 bits, tiles of unpacked rows, both in chunks (quants/block.py)."""
 import numpy as np
 
-from pydsa.backends.cpu.blocks.block import CHUNK, LOW, LOW_16, SCALE
-from pydsa.backends.cpu.int16.gemm import TILE, TILE_ROWS, word_products
-from pydsa.backends.cpu.jit import call_word_function, inner
-from pydsa.backends.cpu.lanes import first_quarter, last_quarter, second_quarter, third_quarter, turn_over
+from pydsa.backends.cpu.blocks.block import MINS, MINS_16, SCALES, SUPERBLOCK
+from pydsa.backends.cpu.int16.gemm import TILE, TILE_ROWS, int16_products
+from pydsa.backends.cpu.jit import call_intp_function, inner
+from pydsa.backends.cpu.lanes import first_quarter, last_quarter, second_quarter, third_quarter, transpose
 from pydsa.backends.cpu.scratch import own_scratch
-from pydsa.backends.cpu.simd import WORD_TOKENS, float_at, i64_at, largest, load_floats, prefetch, rounded_words, store, sums_of_16, u8_at
+from pydsa.backends.cpu.simd import WORD_TOKENS, float_at, i64_at, largest, load_floats, prefetch, round_int16, store, sums_of_16, u8_at
 
 
 LARGEST = 16383         # of a rounded activation: 32 of them times Q6_K's largest weights, 4096, still fit into 32 bits
-TURN = 4                # register blocks of tokens after which the next tile comes: 15 KiB of activations beside a tile of 20
+BATCH = 4                # register blocks of tokens after which the next tile comes: 15 KiB of activations beside a tile of 20
 
 
 def round_row(x, n, order, out, stride):
@@ -19,25 +19,25 @@ def round_row(x, n, order, out, stride):
     What is not finite becomes a scale that is not.
     """
     for k in range(0, (n + 255) // 256 * 256, 32):
-        chunk, j = out + k // 256 * stride, k // 32 % 8
+        superblock, j = out + k // 256 * stride, k // 32 % 8
         scale, first, second = np.float32(0), np.float32(0), np.float32(0)
         if k < n:
             a, b = load_floats(x, 4 * k), load_floats(x, 4 * k + 64)
             top = largest(a, b)
             scale = top / np.float32(LARGEST)
-            words = rounded_words(a, b, np.float32(LARGEST) / top if top > np.float32(1e-30) else np.float32(0))
+            words = round_int16(a, b, np.float32(LARGEST) / top if top > np.float32(1e-30) else np.float32(0))
             if order:
-                store(chunk, 16 * u8_at(order, 4 * j), first_quarter(words))
-                store(chunk, 16 * u8_at(order, 4 * j + 1), second_quarter(words))
-                store(chunk, 16 * u8_at(order, 4 * j + 2), third_quarter(words))
-                store(chunk, 16 * u8_at(order, 4 * j + 3), last_quarter(words))
+                store(superblock, 16 * u8_at(order, 4 * j), first_quarter(words))
+                store(superblock, 16 * u8_at(order, 4 * j + 1), second_quarter(words))
+                store(superblock, 16 * u8_at(order, 4 * j + 2), third_quarter(words))
+                store(superblock, 16 * u8_at(order, 4 * j + 3), last_quarter(words))
             else:
-                store(chunk, 64 * j, words)
+                store(superblock, 64 * j, words)
             first, second = sums_of_16(words)
-        store(chunk, SCALE + 4 * j, scale)
-        store(chunk, LOW + 4 * j, scale * (first + second))
-        store(chunk, LOW_16 + 8 * j, scale * first)
-        store(chunk, LOW_16 + 8 * j + 4, scale * second)
+        store(superblock, SCALES + 4 * j, scale)
+        store(superblock, MINS + 4 * j, scale * (first + second))
+        store(superblock, MINS_16 + 8 * j, scale * first)
+        store(superblock, MINS_16 + 8 * j + 4, scale * second)
 
 
 _round_row = inner(round_row)
@@ -46,21 +46,21 @@ _round_row = inner(round_row)
 def pack(x_at, first, n_tokens, n_in, out):
     """Tokens `first` to first + 16 of n_tokens, rows of n_in floats at addresses x_at -> chunks; the first chunks of all come first."""
     for t in range(first, min(first + 16, n_tokens)):
-        _round_row(i64_at(x_at, 8 * t), n_in, 0, out + t * CHUNK, n_tokens * CHUNK)
+        _round_row(i64_at(x_at, 8 * t), n_in, 0, out + t * SUPERBLOCK, n_tokens * SUPERBLOCK)
 
 
-def matmul(unpack, block, block_bytes, lows, bits, rows, n_rows, row_bytes, n_in, x, n_tokens, out_at):
+def matmul(unpack, block, block_bytes, mins, bits, rows, n_rows, row_bytes, n_in, x, n_tokens, out_at):
     """out_at[t][r] = row r . token t of pack; at out_at lie addresses. `bits` is not needed here."""
     next_bytes = 256 // block * block_bytes
     padded = (n_tokens + WORD_TOKENS - 1) // WORD_TOKENS * WORD_TOKENS     # the last token stands for those that are not there
     n_tiles = (n_rows + TILE_ROWS - 1) // TILE_ROWS
     n_sums, tile_bytes = n_tiles * TILE_ROWS, TILE_ROWS // 16 * TILE
-    chunks = own_scratch(TILE_ROWS * CHUNK + n_tiles * tile_bytes + 4 * padded * n_sums + 3 * 8 * padded)
-    tiles = chunks + TILE_ROWS * CHUNK
+    superblocks = own_scratch(TILE_ROWS * SUPERBLOCK + n_tiles * tile_bytes + 4 * padded * n_sums + 3 * 8 * padded)
+    tiles = superblocks + TILE_ROWS * SUPERBLOCK
     sums = tiles + n_tiles * tile_bytes
     tables = sums + 4 * padded * n_sums         # where the tokens are, their sums, and what becomes of them
     for t in range(padded):
-        store(tables, 8 * t, x + min(t, n_tokens - 1) * CHUNK)
+        store(tables, 8 * t, x + min(t, n_tokens - 1) * SUPERBLOCK)
         store(tables, 8 * (padded + t), sums + 4 * n_sums * t)
         store(tables, 8 * (2 * padded + t), i64_at(out_at, 8 * t) if t < n_tokens else sums + 4 * n_sums * t)
     for k in range(0, n_in, 256):
@@ -68,34 +68,34 @@ def matmul(unpack, block, block_bytes, lows, bits, rows, n_rows, row_bytes, n_in
         for i in range(n_tiles):
             n = min(TILE_ROWS, n_rows - i * TILE_ROWS)
             first = rows + i * TILE_ROWS * row_bytes + k // block * block_bytes
-            make_tile(tiles + i * tile_bytes, chunks, unpack, first, n, row_bytes, width // block, width // 32, lows)
-        for t0 in range(0, padded, TURN * WORD_TOKENS):
+            make_tile(tiles + i * tile_bytes, superblocks, unpack, first, n, row_bytes, width // block, width // 32, mins)
+        for t0 in range(0, padded, BATCH * WORD_TOKENS):
             here = rows + k // block * block_bytes      # of these rows the next chunk is asked for meanwhile: they lie far apart
-            for r in range(n_rows * t0 // padded, n_rows * min(t0 + TURN * WORD_TOKENS, padded) // padded):
+            for r in range(n_rows * t0 // padded, n_rows * min(t0 + BATCH * WORD_TOKENS, padded) // padded):
                 for line in range(next_bytes, 2 * next_bytes, 64):
                     prefetch(here + r * row_bytes, line)
             for i in range(n_tiles):
-                for t in range(min(t0 + TURN * WORD_TOKENS, padded), min(t0 + 2 * TURN * WORD_TOKENS, padded)):
+                for t in range(min(t0 + BATCH * WORD_TOKENS, padded), min(t0 + 2 * BATCH * WORD_TOKENS, padded)):
                     for line in range(10 * i // n_tiles, 10 * (i + 1) // n_tiles):      # and of the activations of the next turn
-                        prefetch(i64_at(tables, 8 * t) + k // 256 * n_tokens * CHUNK, 64 * line)
+                        prefetch(i64_at(tables, 8 * t) + k // 256 * n_tokens * SUPERBLOCK, 64 * line)
                 out = tables + 8 * padded * (2 if k + 256 >= n_in and (i + 1) * TILE_ROWS <= n_rows else 1)
-                for t in range(8 * t0, 8 * min(t0 + TURN * WORD_TOKENS, padded), 8 * WORD_TOKENS):
-                    word_products(tiles + i * tile_bytes, width // 32, 8 if lows == 8 else 0, 16 if lows == 16 else 0, tables + t,
-                                  k // 256 * n_tokens * CHUNK, tables + 8 * padded + t if k else 0, out + t, 4 * i * TILE_ROWS)
+                for t in range(8 * t0, 8 * min(t0 + BATCH * WORD_TOKENS, padded), 8 * WORD_TOKENS):
+                    int16_products(tiles + i * tile_bytes, width // 32, 8 if mins == 8 else 0, 16 if mins == 16 else 0, tables + t,
+                                   k // 256 * n_tokens * SUPERBLOCK, tables + 8 * padded + t if k else 0, out + t, 4 * i * TILE_ROWS)
     for t in range(n_tokens):
         for r in range(n_rows // TILE_ROWS * TILE_ROWS, n_rows):
             store(i64_at(out_at, 8 * t), 4 * r, float_at(sums, 4 * (n_sums * t + r)))
 
 
 @inner
-def make_tile(tile, chunks, unpack, rows, n, row_bytes, n_blocks, n_scales, lows):
+def make_tile(tile, superblocks, unpack, rows, n, row_bytes, n_blocks, n_scales, mins):
     """A tile of the chunks of n rows, n_blocks blocks of each."""
     for i in range(n):
-        chunk = chunks + i * CHUNK
-        call_word_function(unpack, (rows + i * row_bytes, n_blocks, chunk))
+        superblock = superblocks + i * SUPERBLOCK
+        call_intp_function(unpack, (rows + i * row_bytes, n_blocks, superblock))
         for j in range(n_scales, 8):
-            store(chunk, SCALE + 4 * j, np.float32(0))
-            store(chunk, LOW + 4 * j, np.float32(0))
+            store(superblock, SCALES + 4 * j, np.float32(0))
+            store(superblock, MINS + 4 * j, np.float32(0))
     for i in range(0, n, 16):
-        for column in range(0, CHUNK if lows == 16 else LOW_16, 64):
-            turn_over(chunks + i * CHUNK + column, CHUNK, tile + i // 16 * TILE + 16 * column, 64)
+        for column in range(0, SUPERBLOCK if mins == 16 else MINS_16, 64):
+            transpose(superblocks + i * SUPERBLOCK + column, SUPERBLOCK, tile + i // 16 * TILE + 16 * column, 64)

@@ -11,24 +11,24 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, configure, release
-from pydsa.backends.cpu.int8x2.gemm import byte_panel_products, high_columns_products, high_rows_products
+from pydsa.backends.cpu.int8x2.gemm import panel_products_int8_a, panel_products_int8_b, panel_products_int8x2
 from pydsa.backends.cpu.int8x2.panels import round_query
 from pydsa.backends.cpu.integer_rows import parts
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.lanes import high_and_low, turn_over
+from pydsa.backends.cpu.lanes import split_int8x2, transpose
 from pydsa.backends.cpu.scalars import float_from_bits
 from pydsa.backends.cpu.scratch import own_scratch
-from pydsa.backends.cpu.simd import (I8, constant, f32x16, float_at, floats, i32x16, load_floats, load_words, nearest, pointer, prefetch,
+from pydsa.backends.cpu.simd import (I8, constant, f32x16, float_at, floats, i32x16, load_floats, load_int16, nearest, pointer, prefetch,
                                      store)
-from pydsa.backends.cpu.softmax import (MINUS_INFINITY, bring_up_to_date, exp_floats, greatest_scores, key_at, last_of, least_of,
-                                        not_minus_infinity, place_of_output, set_bias, set_limits, shrink_sums)
+from pydsa.backends.cpu.softmax import (MINUS_INFINITY, exp_floats, key_at, last_of, least_of, mask_scores, or_zero, output_row,
+                                        rescale_sums, set_bias, set_limits, update_statistics)
 from pydsa.quants import INT8X2_MAX
 
 
 TILE = 256              # keys; of 64 a step each
 KEYS_AHEAD = 32         # chosen keys that are asked for while one is moved
 VALUE_STEPS = TILE // 64
-VALUE_PANEL = VALUE_STEPS * STEP + 64       # and 16 ones, which byte_panel_products takes for the scales of columns
+VALUE_PANEL = VALUE_STEPS * STEP + 64       # and 16 ones, which panel_products_int8x2 takes for the scales of columns
 
 
 @intrinsic
@@ -74,7 +74,7 @@ def store_four(typingctx, address, a, b, c, d):
     """The numbers of four keys for sixteen queries, from 0 to INT8X2_MAX: rounded, high bytes to an address, low ones LOW_PARTS on."""
     def codegen(context, builder, signature, args):
         at, *numbers = args
-        pairs = [high_and_low(builder, nearest(builder, v)) for v in numbers]
+        pairs = [split_int8x2(builder, nearest(builder, v)) for v in numbers]
         for part, offset in ((0, 0), (1, LOW_PARTS)):
             whole = builder.and_(pairs[0][part], constant([255] * 16))
             for j in (1, 2, 3):
@@ -86,7 +86,7 @@ def store_four(typingctx, address, a, b, c, d):
 
 
 @inner
-def lay_query(q, first, second, row, panel, i):
+def pack_query(q, first, second, row, panel, i):
     """A query as row i of a right panel, not yet turned over, and its scales behind the steps: of the first and of the second part."""
     n_steps = steps(first)
     scales = panel + (n_steps + steps(second)) * STEP + 4 * i
@@ -100,7 +100,7 @@ def steps(n):
 
 
 @inner
-def lay_keys(rows, row_bytes, first, second, wide, indices, start, n, most, n_v, keys, key_panel, scales, values):
+def pack_keys(rows, row_bytes, first, second, wide, indices, start, n, most, n_v, keys, key_panel, scales, values):
     """n keys from the start-th on as left panels, with their scales, and their values as right panels; up to a multiple of 64 they are 0.
 
     Chosen keys lie apart: those that come soon, up to key `most`, are asked for. wide: numbers have low bytes.
@@ -123,9 +123,9 @@ def lay_keys(rows, row_bytes, first, second, wide, indices, start, n, most, n_v,
                     prefetch(soon, line)
             for s in range(steps(first) + steps(second)):
                 at = source + 64 * s if s < steps(first) else source + first + 64 * (s - steps(first))
-                store(panel + s * STEP, 0, load_words(at, 0))
+                store(panel + s * STEP, 0, load_int16(at, 0))
                 if wide:
-                    store(panel + s * STEP, LOW_PARTS, load_words(at, width))
+                    store(panel + s * STEP, LOW_PARTS, load_int16(at, width))
             behind = source + (2 * width if wide else width)
             store(scales, 4 * i, float_at(behind, 0))
             store(scales, 4 * (TILE + i), float_at(behind, 4) if second else np.float32(0))
@@ -168,7 +168,7 @@ def attend(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n_v, ro
     n, scale = n_tokens * n_head, float_from_bits(np.uint32(scale))
     first, second = parts(row_n)
     wide = row_bytes - (8 if second else 4) == 2 * width        # numbers have low bytes
-    unit = np.float32(256 if wide else 1)       # a product of whole numbers beside what byte_panel_products makes of their bytes
+    unit = np.float32(256 if wide else 1)       # a product of whole numbers beside what panel_products_int8x2 makes of their bytes
     n_q, n_steps, n_v_tiles = (n + 15) // 16, steps(first) + steps(second), 4 * steps(n_v)
     key_panel, query_panel, weight_panel = n_steps * STEP + 64, n_steps * STEP + 128, VALUE_STEPS * STEP + 64
     queries = own_scratch(n_q * query_panel + TILE // 16 * key_panel + n_v_tiles * VALUE_PANEL + n_q * weight_panel
@@ -184,22 +184,22 @@ def attend(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n_v, ro
     factors = scales + 8 * TILE
     row = factors + 4 * TILE
     of_sums = row + 256
-    greatest = of_sums + 64
-    total = greatest + 64 * n_q
-    shrink = total + 64 * n_q
-    limits = shrink + 64 * n_q
+    row_max = of_sums + 64
+    row_sum = row_max + 64 * n_q
+    rescale = row_sum + 64 * n_q
+    limits = rescale + 64 * n_q
     for i in range(16 * n_q):
         panel = queries + i // 16 * query_panel
-        lay_query(q + min(i, n - 1) * q_head, first, second, row, panel, i % 16)
+        pack_query(q + min(i, n - 1) * q_head, first, second, row, panel, i % 16)
         if i % 16 == 15:
             for k in (0, 64):
                 store(panel, n_steps * STEP + k, load_floats(panel, n_steps * STEP + k) * unit)
             for s in range(n_steps):
                 for at in (0, LOW_PARTS):
-                    turn_over(panel + s * STEP + at, 64, panel + s * STEP + at, 64)
+                    transpose(panel + s * STEP + at, 64, panel + s * STEP + at, 64)
     for j in range(n_q):
-        store(greatest, 64 * j, floats(MINUS_INFINITY))
-        store(total, 64 * j, floats(np.float32(0)))
+        store(row_max, 64 * j, floats(MINUS_INFINITY))
+        store(row_sum, 64 * j, floats(np.float32(0)))
     for k in range(0, n_q * n_v_tiles * SUMS, 64):
         store(sums, k, floats(np.float32(0)))
     for d in range(n_v_tiles):
@@ -209,7 +209,7 @@ def attend(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n_v, ro
     for start in range(first_key, most, TILE):
         there = min(TILE, most - start)
         n_groups = (there + 63) // 64
-        lay_keys(rows, row_bytes, first, second, wide, indices, start, there, most, n_v, keys, key_panel, scales, values)
+        pack_keys(rows, row_bytes, first, second, wide, indices, start, there, most, n_v, keys, key_panel, scales, values)
         store(of_sums, 0, floats(relative_scales(scales, 64 * n_groups, factors) / np.float32(INT8X2_MAX) * unit))
         for k in range(0, 4 * n_groups * n_q * SUMS, 64):
             store(scores, k, floats(np.float32(0)))
@@ -223,22 +223,22 @@ def attend(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n_v, ro
             set_limits(limits + 64 * j, 16 * j, n_head, n_tokens, last_key, start)
             if mask:
                 set_bias(bias, 16 * j, n_head, n_tokens, mask + 4 * start, mask_row, there)
-            weigh(scores + j * SUMS, n_q * SUMS, 4 * n_groups, least - start < 64 * n_groups, limits + 64 * j, bias if mask else 0, 0,
-                  scale, greatest + 64 * j, total + 64 * j, shrink + 64 * j, factors, weights + j * weight_panel)
+            softmax_tile(scores + j * SUMS, n_q * SUMS, 4 * n_groups, least - start < 64 * n_groups, limits + 64 * j, bias if mask else 0,
+                         0, scale, row_max + 64 * j, row_sum + 64 * j, rescale + 64 * j, factors, weights + j * weight_panel)
             if start > first_key:
-                shrink_sums(sums + j * n_v_tiles * SUMS, n_v_tiles, shrink + 64 * j)
+                rescale_sums(sums + j * n_v_tiles * SUMS, n_v_tiles, rescale + 64 * j)
             at, target = weights + j * weight_panel, sums + j * n_v_tiles * SUMS
             if wide:
-                byte_panel_products(at, weight_panel, 1, values, VALUE_PANEL, n_v_tiles, n_groups, target, of_sums, VALUE_STEPS * STEP,
-                                    buffer, values, 0, 0, 0)
+                panel_products_int8x2(at, weight_panel, 1, values, VALUE_PANEL, n_v_tiles, n_groups, target, of_sums, VALUE_STEPS * STEP,
+                                      buffer, values, 0, 0, 0)
             else:
-                high_columns_products(at, weight_panel, 1, values, VALUE_PANEL, n_v_tiles, n_groups, target, of_sums, VALUE_STEPS * STEP,
+                panel_products_int8_b(at, weight_panel, 1, values, VALUE_PANEL, n_v_tiles, n_groups, target, of_sums, VALUE_STEPS * STEP,
                                       buffer, values, 0, 0, 0)
     release()
     for i in range(n):
         at = sums + i // 16 * n_v_tiles * SUMS + 64 * (i % 16)
-        row, factor = place_of_output(out + i // n_head * out_token + i % n_head * out_head, part, i, n_v, greatest, total)
-        leave(at, n_v, factor, row, buffer)
+        row, factor = output_row(out + i // n_head * out_token + i % n_head * out_head, part, i, n_v, row_max, row_sum)
+        store_values(at, n_v, factor, row, buffer)
 
 
 @inner
@@ -246,13 +246,13 @@ def multiply_part(wide, keys, key_panel, n_keys, queries, query_panel, n_q, step
     """Panels of keys times queries over some steps, times the scales of both, which for queries lie `column` bytes behind all steps."""
     a, b, columns = keys + step * STEP, queries + step * STEP, (n_all - step) * STEP + column
     if wide:
-        byte_panel_products(a, key_panel, n_keys, b, query_panel, n_q, n_steps, scores, scales, columns, buffer, b, 0, 0, 0)
+        panel_products_int8x2(a, key_panel, n_keys, b, query_panel, n_q, n_steps, scores, scales, columns, buffer, b, 0, 0, 0)
     else:
-        high_rows_products(a, key_panel, n_keys, b, query_panel, n_q, n_steps, scores, scales, columns, buffer, b, 0, 0, 0)
+        panel_products_int8_a(a, key_panel, n_keys, b, query_panel, n_q, n_steps, scores, scales, columns, buffer, b, 0, 0, 0)
 
 
 @inner
-def leave(at, n_v, factor, row, buffer):
+def store_values(at, n_v, factor, row, buffer):
     """n_v sums of one query, 64 of them in four tiles, times a factor, in order."""
     for k in range(0, n_v, 64):
         numbers = put_in_order(at + k // 16 * SUMS, SUMS)
@@ -267,15 +267,15 @@ def leave(at, n_v, factor, row, buffer):
 
 
 @inner
-def weigh(scores, panel, n_panels, limited, limits, bias, chosen, scale, greatest, total, shrink, factors, weights):
+def softmax_tile(scores, panel, n_panels, limited, limits, bias, chosen, scale, row_max, row_sum, rescale, factors, weights):
     """Scores of keys and sixteen queries -> their weights beside the greatest so far, times factors, in whole numbers as a left panel.
 
-    Both sums are brought up to date. Tiles of scores lie `panel` bytes apart; n_panels is a multiple of four. `shrink` is what the sums so
+    Both sums are brought up to date. Tiles of scores lie `panel` bytes apart; n_panels is a multiple of four. `rescale` is what the sums so
     far must be multiplied by.
     """
-    before = load_floats(greatest, 0)
-    new = greatest_scores(scores, panel, n_panels, limited, limits, bias, chosen, scale, before)
-    base = not_minus_infinity(new)
+    before = load_floats(row_max, 0)
+    new = mask_scores(scores, panel, n_panels, limited, limits, bias, chosen, scale, before)
+    base = or_zero(new)
     sums = floats(np.float32(0))
     for i in range(n_panels):
         for k in range(0, 16, 4):
@@ -287,5 +287,5 @@ def weigh(scores, panel, n_panels, limited, limits, bias, chosen, scale, greates
                        c * float_at(of_keys, 8), d * float_at(of_keys, 12))
     for s in range(n_panels // 4):
         for part in (0, LOW_PARTS):
-            turn_over(weights + s * STEP + part, 64, weights + s * STEP + part, 64)
-    bring_up_to_date(new, exp_floats(before - base), sums, greatest, total, shrink)
+            transpose(weights + s * STEP + part, 64, weights + s * STEP + part, 64)
+    update_statistics(new, exp_floats(before - base), sums, row_max, row_sum, rescale)

@@ -4,7 +4,7 @@ from numba.extending import intrinsic
 
 from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, call_amx, fetch
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.simd import F32, I8, WORD, broadcast, constant, f32x16, i32x16, pointer
+from pydsa.backends.cpu.simd import F32, I8, INTP, broadcast, constant, f32x16, i32x16, pointer
 
 
 def whole_numbers_of(builder, high, low):
@@ -12,13 +12,13 @@ def whole_numbers_of(builder, high, low):
     return builder.sitofp(builder.add(builder.shl(high, constant([8] * 16)), low), f32x16.ir)
 
 
-def _make_byte_products(columns, low_a, low_b):
+def _make_products(columns, low_a, low_b):
     """A pair of cells: one panel of a times two of b, or two times one. low_a, low_b: whether the numbers of a and b have low parts."""
     low_one, low_other = (low_a, low_b) if columns == 2 else (low_b, low_a)
 
     @intrinsic
-    def byte_products(typingctx, n_steps, a, a_panel, b, b_panel, buffer, ahead, row_ahead, row_bytes,
-                      before, sums, sums_cell, row_scales, rows_cell, column_scales, columns_cell):
+    def tile_pair_products(typingctx, n_steps, a, a_panel, b, b_panel, buffer, ahead, row_ahead, row_bytes,
+                           before, sums, sums_cell, row_scales, rows_cell, column_scales, columns_cell):
         """A pair of cells' products into a buffer of 4 KiB; meanwhile those of an earlier pair, at `before`, are added to its sums.
 
         For each cell, two tiles of int32 over n_steps <= 4 steps: of high parts, and of high with low parts. Sums: float32 [16, 16] a cell,
@@ -35,7 +35,7 @@ def _make_byte_products(columns, low_a, low_b):
                 return pointer(builder, base, kind)
 
             def load(register, base, offset, part):
-                call_amx(builder, "tileloadd64", I8(register), at(base, offset, WORD(part)), WORD(64))
+                call_amx(builder, "tileloadd64", I8(register), at(base, offset, INTP(part)), INTP(64))
 
             def multiply(tile, one, other):
                 call_amx(builder, "tdpbssd", I8(tile), *((I8(one), I8(other)) if columns == 2 else (I8(other), I8(one))))
@@ -48,11 +48,11 @@ def _make_byte_products(columns, low_a, low_b):
                 "loop", "inside", "scaling", "after"))
             builder.branch(loop)
             builder.position_at_end(loop)
-            step = builder.phi(WORD)
-            step.add_incoming(WORD(0), start)
+            step = builder.phi(INTP)
+            step.add_incoming(INTP(0), start)
             builder.cbranch(builder.icmp_signed("<", step, n_steps), inside, scaling)
             builder.position_at_end(inside)     # tiles 0, 2: high parts; 1, 3: mixed ones, in an order in which no sum waits for itself
-            offset = builder.mul(step, WORD(STEP))
+            offset = builder.mul(step, INTP(STEP))
             load(4, one, offset, 0)
             if low_other:
                 load(7, other, offset, LOW_PARTS)
@@ -71,45 +71,45 @@ def _make_byte_products(columns, low_a, low_b):
                 multiply(3, 7, 6)
             builder.branch(scaling)
             builder.position_at_end(scaling)    # of eight rows: half a cell
-            cell, first = builder.lshr(step, WORD(1)), builder.shl(builder.and_(step, WORD(1)), WORD(3))
-            tile = builder.add(before, builder.add(builder.mul(cell, WORD(2 * SUMS)), builder.mul(first, WORD(64))))
-            target = builder.add(sums, builder.add(builder.mul(cell, sums_cell), builder.mul(first, WORD(64))))
-            scales = builder.add(row_scales, builder.add(builder.mul(cell, rows_cell), builder.mul(first, WORD(4))))
+            cell, first = builder.lshr(step, INTP(1)), builder.shl(builder.and_(step, INTP(1)), INTP(3))
+            tile = builder.add(before, builder.add(builder.mul(cell, INTP(2 * SUMS)), builder.mul(first, INTP(64))))
+            target = builder.add(sums, builder.add(builder.mul(cell, sums_cell), builder.mul(first, INTP(64))))
+            scales = builder.add(row_scales, builder.add(builder.mul(cell, rows_cell), builder.mul(first, INTP(4))))
             of_columns = builder.load(at(column_scales, builder.mul(cell, columns_cell), kind=f32x16.ir), align=4)
             for i in range(8):
                 if i < 4:
-                    fetch(builder, at(ahead, builder.mul(step, WORD(256)), WORD(64 * i)))
+                    fetch(builder, at(ahead, builder.mul(step, INTP(256)), INTP(64 * i)))
                 if i < 5:
-                    fetch(builder, at(row_ahead, builder.mul(step, row_bytes), WORD(64 * i)))
-                high = builder.load(at(tile, WORD(64 * i), kind=i32x16.ir), align=4)
-                mixed = builder.load(at(tile, WORD(SUMS + 64 * i), kind=i32x16.ir), align=4)
-                scale = broadcast(builder, builder.load(at(scales, WORD(4 * i), kind=F32), align=4), 16)
-                place = at(target, WORD(64 * i), kind=f32x16.ir)
+                    fetch(builder, at(row_ahead, builder.mul(step, row_bytes), INTP(64 * i)))
+                high = builder.load(at(tile, INTP(64 * i), kind=i32x16.ir), align=4)
+                mixed = builder.load(at(tile, INTP(SUMS + 64 * i), kind=i32x16.ir), align=4)
+                scale = broadcast(builder, builder.load(at(scales, INTP(4 * i), kind=F32), align=4), 16)
+                place = at(target, INTP(64 * i), kind=f32x16.ir)
                 product = builder.fmul(whole_numbers_of(builder, high, mixed), builder.fmul(scale, of_columns))
                 builder.store(builder.fadd(builder.load(place, align=4), product, flags=("contract",)), place, align=4)
-            following = builder.add(step, WORD(1))
+            following = builder.add(step, INTP(1))
             step.add_incoming(following, builder.block)
-            builder.cbranch(builder.icmp_signed("<", following, WORD(4)), loop, after)
+            builder.cbranch(builder.icmp_signed("<", following, INTP(4)), loop, after)
             builder.position_at_end(after)
             for register in range(4):
-                call_amx(builder, "tilestored64", I8(register), at(buffer, WORD(SUMS * register)), WORD(64))
+                call_amx(builder, "tilestored64", I8(register), at(buffer, INTP(SUMS * register)), INTP(64))
             return context.get_dummy_value()
         return types.void(*[types.intp] * 16), codegen
-    return byte_products
+    return tile_pair_products
 
 
-def _make_byte_panel_products(low_a, low_b):
-    one_row, one_column = (_make_byte_products(columns, low_a, low_b) for columns in (2, 1))
+def _make_panel_products(low_a, low_b):
+    one_row, one_column = (_make_products(columns, low_a, low_b) for columns in (2, 1))
 
     @inner
-    def byte_panel_products(a, a_panel, n_a, b, b_panel, n_b, n_steps, sums, row_scales, column_scales, buffer, ahead, row_ahead, row_bytes,
-                            n_rows):
+    def panel_products_int8x2(a, a_panel, n_a, b, b_panel, n_b, n_steps, sums, row_scales, column_scales, buffer, ahead, row_ahead,
+                              row_bytes, n_rows):
         """sums[i][j] += scales times panel i of a . panel j of b for i < n_a and j < n_b, not both odd: n_a rows of n_b tiles of float32.
 
-        Panels are of byte pairs: each number is 256 high + low; the products of two low parts are left out. In high_rows_products those of
-        a have no low parts, in high_columns_products those of b. Each has 16 scales: of rows at row_scales, 64 bytes a panel; of columns
-        column_scales bytes after the beginning of a panel of b. A buffer has ten KiB. Meanwhile a KiB from `ahead` on is fetched for every
-        two tiles, and the beginnings of byte_rows_fetched(n_a, n_b) of n_rows rows.
+        Panels are of int8 pairs: each number is 256 high + low; the products of two low parts are left out. In panel_products_int8_a the
+        panels of a have no low parts, in panel_products_int8_b those of b. Each panel has 16 scales: of rows at row_scales, 64 bytes a
+        panel; of columns column_scales bytes after the beginning of a panel of b. A buffer has ten KiB. Meanwhile a KiB from `ahead` on is
+        prefetched for every two tiles, and the beginnings of rows_prefetched(n_a, n_b) of n_rows rows.
         """
         now, before, n_pairs = buffer, buffer + 4 * SUMS, n_b // 2
         last_sums, last_rows, last_columns = buffer + 8 * SUMS, buffer + 8 * SUMS, buffer + 8 * SUMS     # a pair whose sums nobody reads
@@ -140,14 +140,14 @@ def _make_byte_panel_products(low_a, low_b):
                 ahead += 16 * 64
                 row_ahead += 4 * row_bytes
                 n_rows -= 4
-    return byte_panel_products
+    return panel_products_int8x2
 
 
-byte_panel_products = _make_byte_panel_products(True, True)
-high_rows_products, high_columns_products = _make_byte_panel_products(False, True), _make_byte_panel_products(True, False)
+panel_products_int8x2 = _make_panel_products(True, True)
+panel_products_int8_a, panel_products_int8_b = _make_panel_products(False, True), _make_panel_products(True, False)
 
 
 @inner
-def byte_rows_fetched(n_a, n_b):
-    """Of how many rows byte_panel_products has time to fetch the beginning: four a pair of tiles."""
+def rows_prefetched(n_a, n_b):
+    """Of how many rows panel_products_int8x2 has time to fetch the beginning: four a pair of tiles."""
     return 4 * (n_a * (n_b // 2) + n_b % 2 * n_a // 2)

@@ -11,10 +11,10 @@ from pydsa.backends.cpu.amx import LOW_PARTS, STEP, SUMS, call_amx, configure, r
 from pydsa.backends.cpu.int8x2.gemm import whole_numbers_of
 from pydsa.backends.cpu.int8x2.panels import round_query
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.lanes import every, positive, totals, turn_over
+from pydsa.backends.cpu.lanes import every, relu, row_sums, transpose
 from pydsa.backends.cpu.scalars import float_from_bits
 from pydsa.backends.cpu.scratch import own_scratch
-from pydsa.backends.cpu.simd import I8, WORD, f32x16, float_at, i32x16, load_floats, multiply_add, pointer, prefetch, store
+from pydsa.backends.cpu.simd import I8, INTP, f32x16, float_at, i32x16, load_floats, multiply_add, pointer, prefetch, store
 
 
 KEYS = 256          # that meet all tokens before the next: with 128 numbers each, 33 KiB
@@ -41,21 +41,21 @@ def key_products(typingctx, keys, row_bytes, queries, n_steps, sums):
         before, loop, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
         builder.branch(loop)
         builder.position_at_end(loop)
-        step = builder.phi(WORD)
-        step.add_incoming(WORD(0), before)
-        along, offset = builder.mul(step, WORD(64)), builder.mul(step, WORD(STEP))
-        call_amx(builder, "tileloadd64", I8(6), at(queries, offset), WORD(64))
-        call_amx(builder, "tileloadd64", I8(7), at(queries, offset, WORD(LOW_PARTS)), WORD(64))
+        step = builder.phi(INTP)
+        step.add_incoming(INTP(0), before)
+        along, offset = builder.mul(step, INTP(64)), builder.mul(step, INTP(STEP))
+        call_amx(builder, "tileloadd64", I8(6), at(queries, offset), INTP(64))
+        call_amx(builder, "tileloadd64", I8(7), at(queries, offset, INTP(LOW_PARTS)), INTP(64))
         for i in (0, 1):
-            call_amx(builder, "tileloadd64", I8(4 + i), at(keys, along, builder.mul(row_bytes, WORD(16 * i))), row_bytes)
+            call_amx(builder, "tileloadd64", I8(4 + i), at(keys, along, builder.mul(row_bytes, INTP(16 * i))), row_bytes)
             call_amx(builder, "tdpbssd", I8(2 * i), I8(4 + i), I8(6))
             call_amx(builder, "tdpbssd", I8(2 * i + 1), I8(4 + i), I8(7))
-        following = builder.add(step, WORD(1))
+        following = builder.add(step, INTP(1))
         step.add_incoming(following, loop)
         builder.cbranch(builder.icmp_signed("<", following, n_steps), loop, after)
         builder.position_at_end(after)
         for register in range(4):
-            call_amx(builder, "tilestored64", I8(register), at(sums, WORD(SUMS * register)), WORD(64))
+            call_amx(builder, "tilestored64", I8(register), at(sums, INTP(SUMS * register)), INTP(64))
         return context.get_dummy_value()
     return types.void(*[types.intp] * 5), codegen
 
@@ -79,8 +79,8 @@ def score(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, widt
     panel_bytes = n_steps * STEP + 64       # and behind the steps the heads' weights
     queries = own_scratch(n_tokens * head_panels * panel_bytes + (4 * head_panels + 1) * SUMS + 256)
     sums = queries + n_tokens * head_panels * panel_bytes
-    weighed = sums + 4 * head_panels * SUMS
-    row = weighed + SUMS
+    weighted = sums + 4 * head_panels * SUMS
+    row = weighted + SUMS
     for i in range(n_tokens * head_panels):
         t, panel = i // head_panels, queries + i * panel_bytes
         for j in range(16):
@@ -89,7 +89,7 @@ def score(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, widt
             store(panel, n_steps * STEP + 4 * j, query_scale * float_at(w, t * w_token + 4 * h) if h < n_head else np.float32(0))
         for j in range(n_steps):
             for part in (0, LOW_PARTS):
-                turn_over(panel + j * STEP + part, 64, panel + j * STEP + part, 64)
+                transpose(panel + j * STEP + part, 64, panel + j * STEP + part, 64)
     configure()
     for start in range(first, last, KEYS):
         for t in range(n_tokens):
@@ -99,15 +99,15 @@ def score(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, widt
                     key_products(keys, row_bytes, queries + (t * head_panels + j) * panel_bytes, n_steps, sums + 4 * j * SUMS)
                 for i in range(2):
                     if s + 16 * i < last:
-                        weigh(queries + t * head_panels * panel_bytes + n_steps * STEP, panel_bytes, head_panels, sums + 2 * i * SUMS,
-                              weighed, keys + AHEAD + i * 16 * row_bytes, row_bytes)
+                        weigh_heads(queries + t * head_panels * panel_bytes + n_steps * STEP, panel_bytes, head_panels, sums + 2 * i * SUMS,
+                                    weighted, keys + AHEAD + i * 16 * row_bytes, row_bytes)
                         scales = every(keys + 16 * i * row_bytes + width, row_bytes) * factor
-                        store(out, t * out_token + 4 * (s + 16 * i), totals(weighed) * scales)
+                        store(out, t * out_token + 4 * (s + 16 * i), row_sums(weighted) * scales)
     release()
 
 
 @inner
-def weigh(weights, panel_bytes, head_panels, sums, weighed, ahead, row_bytes):
+def weigh_heads(weights, panel_bytes, head_panels, sums, weighted, ahead, row_bytes):
     """Sixteen keys' products with all heads -> their weighed sums, still to be summed over sixteen lanes.
 
     Meanwhile sixteen rows from `ahead` on are asked for, a few lines at a time: all at once they wait for each other.
@@ -116,8 +116,8 @@ def weigh(weights, panel_bytes, head_panels, sums, weighed, ahead, row_bytes):
         at = sums + 64 * k
         prefetch(ahead, k * row_bytes)
         prefetch(ahead, k * row_bytes + 64)
-        total = positive(whole_numbers(at, at + SUMS)) * load_floats(weights, 0)
+        total = relu(whole_numbers(at, at + SUMS)) * load_floats(weights, 0)
         for j in range(1, head_panels):
             at = sums + 4 * j * SUMS + 64 * k
-            total = multiply_add(total, positive(whole_numbers(at, at + SUMS)), load_floats(weights, j * panel_bytes))
-        store(weighed, 64 * k, total)
+            total = multiply_add(total, relu(whole_numbers(at, at + SUMS)), load_floats(weights, j * panel_bytes))
+        store(weighted, 64 * k, total)

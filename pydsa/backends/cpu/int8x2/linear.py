@@ -8,18 +8,18 @@ from numba import types
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.amx import STEP, SUMS, configure, release
-from pydsa.backends.cpu.blocks.block import CHUNK, LOW, LOW_16, SCALE
-from pydsa.backends.cpu.int8x2.gemm import byte_panel_products, byte_rows_fetched
-from pydsa.backends.cpu.int8x2.panels import PANEL, PREPARED, split_floats, store_bytes, turn_panel
-from pydsa.backends.cpu.jit import call_word_function, inline, inner
-from pydsa.backends.cpu.lanes import both_halves, spread, turn_over
+from pydsa.backends.cpu.blocks.block import MINS, MINS_16, SCALES, SUPERBLOCK
+from pydsa.backends.cpu.int8x2.gemm import panel_products_int8x2, rows_prefetched
+from pydsa.backends.cpu.int8x2.panels import PANEL, SCALED_PANEL, pack_int8x2, store_bytes, transpose_panel
+from pydsa.backends.cpu.jit import call_intp_function, inline, inner
+from pydsa.backends.cpu.lanes import both_halves, spread, transpose
 from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.backends.cpu.simd import (I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i16x32, i32x16, i64_at, largest,
-                                     load_8_floats, load_floats, load_words, nearest, pointer, prefetch, store)
+                                     load_8_floats, load_floats, load_int16, nearest, pointer, prefetch, store)
 from pydsa.quants import INT8X2_MAX
 
 
-TURN = 4                    # rows that are unpacked, and then split: what was just written in pieces is slow to read as a whole
+BATCH = 4                    # rows that are unpacked, and then split: what was just written in pieces is slow to read as a whole
 TWICE = spread(*range(8))
 FOUR_TIMES_0, FOUR_TIMES_1 = spread(0, 1, 2, 3), spread(4, 5, 6, 7)
 FOUR_TIMES_2, FOUR_TIMES_3 = spread(8, 9, 10, 11), spread(12, 13, 14, 15)
@@ -67,25 +67,25 @@ def pack(x_at, first, n_tokens, n_in, out):
     """
     n_panels = (n_tokens + 15) // 16
     for k in range(0, n_in, 256):
-        panel, n = out + (k // 256 * n_panels + first // 16) * PREPARED, min(256, n_in - k)
+        panel, n = out + (k // 256 * n_panels + first // 16) * SCALED_PANEL, min(256, n_in - k)
         for i in range(16):
-            top = split_floats(i64_at(x_at, 8 * min(first + i, n_tokens - 1)) + 4 * k, 64, n, panel + 64 * i)
+            top = pack_int8x2(i64_at(x_at, 8 * min(first + i, n_tokens - 1)) + 4 * k, 64, n, panel + 64 * i)
             store(panel, PANEL + 4 * i, top * np.float32(256 / INT8X2_MAX))
-        turn_panel(panel, n)
+        transpose_panel(panel, n)
 
 
 @inline
-def split_chunk(chunk, n, lows, bits, table, at, scale_at):
+def requantize(superblock, n, mins, bits, table, at, scale_at):
     """The first n 32s of a chunk of weights, words of `bits` bits, to one row of a panel, and its scale. `table` has 320 bytes.
 
     A number is scale (word + h) - low for words from -h on, h being half of what `bits` hold, or 0 where there are no lows. Of the scale
     of all 256, scale h is a fraction of 15 bits, which multiplies the word's upper bits, and scale h - low a whole number.
     """
-    half = TWICE(load_8_floats(chunk, SCALE)) * np.float32(1 << (bits - 1))
+    half = TWICE(load_8_floats(superblock, SCALES)) * np.float32(1 << (bits - 1))
     offset, flip = floats(np.float32(0)), 0
-    if lows:
+    if mins:
         flip = -32768
-        offset = half - (TWICE(load_8_floats(chunk, LOW)) if lows == 8 else load_floats(chunk, LOW_16))
+        offset = half - (TWICE(load_8_floats(superblock, MINS)) if mins == 8 else load_floats(superblock, MINS_16))
     bound = magnitude(half) + magnitude(offset)
     top = largest(bound, bound)
     store(scale_at, 0, top / np.float32(INT8X2_MAX))
@@ -97,23 +97,24 @@ def split_chunk(chunk, n, lows, bits, table, at, scale_at):
     store(table, 192, FOUR_TIMES_2(offset))
     store(table, 256, FOUR_TIMES_3(offset))
     for j in range(0, n, 2):
-        a = times_fraction((load_words(chunk, 64 * j) << (16 - bits)) + flip, everywhere(table, 8 * j)) + both_halves(table, 64 + 32 * j)
+        a = times_fraction((load_int16(superblock, 64 * j) << (16 - bits)) + flip, everywhere(table, 8 * j))
+        a = a + both_halves(table, 64 + 32 * j)
         b = a & 0
         if j + 1 < n:
-            b = times_fraction((load_words(chunk, 64 * j + 64) << (16 - bits)) + flip, everywhere(table, 8 * j + 8))
+            b = times_fraction((load_int16(superblock, 64 * j + 64) << (16 - bits)) + flip, everywhere(table, 8 * j + 8))
             b = b + both_halves(table, 96 + 32 * j)
         store_bytes(at + j // 2 * STEP, a, b)
 
 
-def matmul(unpack, block, block_bytes, lows, bits, rows, n_rows, row_bytes, n_in, x, n_tokens, out_at):
+def matmul(unpack, block, block_bytes, mins, bits, rows, n_rows, row_bytes, n_in, x, n_tokens, out_at):
     """out_at[t][r] = row r . token t of pack; at out_at lie addresses.
 
     Each 256 numbers of all rows are unpacked before they meet the tokens: vector and tile instructions do not like to alternate.
     """
     n_panels, n_x = (n_rows + 31) // 32 * 2, (n_tokens + 15) // 16
-    next_bytes, fetched = 256 // block * block_bytes, byte_rows_fetched(n_panels, n_x)
-    chunks = own_scratch(TURN * CHUNK + 384 + 10 * SUMS + n_panels * (PANEL + 64 + n_x * SUMS))
-    table = chunks + TURN * CHUNK
+    next_bytes, fetched = 256 // block * block_bytes, rows_prefetched(n_panels, n_x)
+    superblocks = own_scratch(BATCH * SUPERBLOCK + 384 + 10 * SUMS + n_panels * (PANEL + 64 + n_x * SUMS))
+    table = superblocks + BATCH * SUPERBLOCK
     buffer = table + 384
     panels = buffer + 10 * SUMS
     scales = panels + n_panels * PANEL
@@ -124,33 +125,33 @@ def matmul(unpack, block, block_bytes, lows, bits, rows, n_rows, row_bytes, n_in
     for k in range(0, n_in, 256):
         width = min(256, n_in - k)
         first, n_blocks = rows + k // 256 * next_bytes, width // block
-        for r in range(0, n_rows, TURN):
-            for i in range(r, min(r + TURN, n_rows)):
+        for r in range(0, n_rows, BATCH):
+            for i in range(r, min(r + BATCH, n_rows)):
                 source = first + i * row_bytes
                 if i >= fetched:
                     for line in range(0, next_bytes, 64):
                         prefetch(source + next_bytes, line)
-                call_word_function(unpack, (source, n_blocks, chunks + i % TURN * CHUNK))
-            for i in range(r, min(r + TURN, n_rows)):
-                chunk = chunks + i % TURN * CHUNK
+                call_intp_function(unpack, (source, n_blocks, superblocks + i % BATCH * SUPERBLOCK))
+            for i in range(r, min(r + BATCH, n_rows)):
+                superblock = superblocks + i % BATCH * SUPERBLOCK
                 for j in range(width // 32, 8):
-                    store(chunk, SCALE + 4 * j, np.float32(0))
-                    store(chunk, LOW + 4 * j, np.float32(0))
-                split_chunk(chunk, width // 32, lows, bits, table, panels + i // 16 * PANEL + i % 16 * 64, scales + 4 * i)
-        here = x + k // 256 * n_x * PREPARED
-        byte_panel_products(panels, PANEL, n_panels, here, PREPARED, n_x, (width + 63) // 64, sums, scales, PANEL, buffer,
-                            here + 2 * PREPARED, first + next_bytes, row_bytes, n_rows)
+                    store(superblock, SCALES + 4 * j, np.float32(0))
+                    store(superblock, MINS + 4 * j, np.float32(0))
+                requantize(superblock, width // 32, mins, bits, table, panels + i // 16 * PANEL + i % 16 * 64, scales + 4 * i)
+        here = x + k // 256 * n_x * SCALED_PANEL
+        panel_products_int8x2(panels, PANEL, n_panels, here, SCALED_PANEL, n_x, (width + 63) // 64, sums, scales, PANEL, buffer,
+                              here + 2 * SCALED_PANEL, first + next_bytes, row_bytes, n_rows)
     release()
-    leave(sums, n_panels, n_x, n_rows, n_tokens, out_at)
+    store_tiles(sums, n_panels, n_x, n_rows, n_tokens, out_at)
 
 
 @inner
-def leave(sums, n_panels, n_x, n_rows, n_tokens, out_at):
+def store_tiles(sums, n_panels, n_x, n_rows, n_tokens, out_at):
     """Tiles of sums to where they belong, a token at a time."""
     for t in range(0, n_tokens, 16):
         for i in range(n_panels):
             cell = sums + (i * n_x + t // 16) * SUMS
-            turn_over(cell, 64, cell, 64)
+            transpose(cell, 64, cell, 64)
         for i in range(min(16, n_tokens - t)):
             out, cells = i64_at(out_at, 8 * (t + i)), sums + t // 16 * SUMS + 64 * i
             for r in range(0, n_rows - 15, 16):

@@ -6,30 +6,30 @@ values with a scale for each column of 256 of them. All tokens of the head meet 
 import numpy as np
 
 from pydsa.backends.cpu.amx import STEP, SUMS, configure, release
-from pydsa.backends.cpu.int8x2.attention import weigh
-from pydsa.backends.cpu.int8x2.gemm import byte_panel_products
-from pydsa.backends.cpu.int8x2.panels import PANEL, PREPARED, factor_of, largest_of, round_floats, split_floats, turn_panel
+from pydsa.backends.cpu.int8x2.attention import softmax_tile
+from pydsa.backends.cpu.int8x2.gemm import panel_products_int8x2
+from pydsa.backends.cpu.int8x2.panels import PANEL, SCALED_PANEL, max_abs, pack_int8x2, round_to_panel, scale_to_max, transpose_panel
 from pydsa.backends.cpu.jit import call_block_function, inner
-from pydsa.backends.cpu.lanes import turn_over
-from pydsa.backends.cpu.mha import LAID
+from pydsa.backends.cpu.lanes import transpose
+from pydsa.backends.cpu.mha import LATENT_TILE
 from pydsa.backends.cpu.scalars import float_from_bits
 from pydsa.backends.cpu.scratch import own_scratch
 from pydsa.backends.cpu.simd import float_at, floats, load_floats, prefetch, store
-from pydsa.backends.cpu.softmax import MINUS_INFINITY, last_of, set_limits, shrink_sums
+from pydsa.backends.cpu.softmax import MINUS_INFINITY, last_of, rescale_sums, set_limits
 from pydsa.quants import INT8X2_MAX
 
 
-TILE = LAID         # keys: 256, whose values are a row of a panel
+TILE = LATENT_TILE         # keys: 256, whose values are a row of a panel
 PANELS = TILE // 16
 LEFT = PANELS * (PANEL + 64)        # 256 numbers of each of a tile's latents as left panels, and then all scales
-RIGHT = PANELS * PREPARED           # the same as right panels
+RIGHT = PANELS * SCALED_PANEL           # the same as right panels
 GROUP = 8           # panels of 16 queries that meet the keys of a tile together
 AHEAD = 8           # tokens whose queries are asked for while one is rounded: they lie far apart
 OF_LEFT, OF_RIGHT = np.float32(1 / INT8X2_MAX), np.float32(256 / INT8X2_MAX)      # what largest magnitudes are multiplied by to be scales
 
 
 @inner
-def chunks(n):
+def superblocks(n):
     return (n + 255) // 256
 
 
@@ -64,7 +64,7 @@ def tile_bytes(kv_lora, n_rot):
 
 @inner
 def column_of(key):
-    """Where a key goes among the columns of values, so that split_floats, which mixes 64 numbers, puts it where it belongs."""
+    """Where a key goes among the columns of values, so that pack_int8x2, which mixes 64 numbers, puts it where it belongs."""
     word = key % 64 // 2
     return key // 64 * 64 + 32 * (key % 2) + (2 * word if word < 16 else 2 * word - 31)
 
@@ -75,7 +75,7 @@ def pack_latents(rows, row_bytes, dequantize, row_n, n, kv_lora, n_rot, out):
     The compressed values as left panels, LEFT bytes for each 256, and as right panels, RIGHT bytes; the rotated ones as floats, steps of 64
     a key, and the largest magnitude of each key's. In the right panels, for values, latents that are not finite are 0.
     """
-    n_lora, rotated = chunks(kv_lora), out + chunks(kv_lora) * (LEFT + RIGHT)
+    n_lora, rotated = superblocks(kv_lora), out + superblocks(kv_lora) * (LEFT + RIGHT)
     lora = own_scratch(1024 * n_lora + 4 * (kv_lora + n_rot))
     row = lora + 1024 * n_lora
     clear(lora, 1024 * n_lora)
@@ -86,69 +86,69 @@ def pack_latents(rows, row_bytes, dequantize, row_n, n, kv_lora, n_rot, out):
             copy_floats(row, kv_lora, lora)
         of_key = rotated + 256 * steps(n_rot) * i
         copy_floats(row + 4 * kv_lora, n_rot, of_key)
-        store(rotated, 256 * TILE * steps(n_rot) + 4 * i, largest_of(of_key, 64, 64 * steps(n_rot)))
+        store(rotated, 256 * TILE * steps(n_rot) + 4 * i, max_abs(of_key, 64, 64 * steps(n_rot)))
         column = column_of(i)
         for k in range(n_lora):
-            left, right = out + k * LEFT, out + n_lora * LEFT + k * RIGHT + column // 16 * PREPARED
+            left, right = out + k * LEFT, out + n_lora * LEFT + k * RIGHT + column // 16 * SCALED_PANEL
             source, width = lora + 1024 * k, thirty_twos(min(256, kv_lora - 256 * k))
-            top = split_floats(source, 64, width, left + i // 16 * PANEL + 64 * (i % 16))
+            top = pack_int8x2(source, 64, width, left + i // 16 * PANEL + 64 * (i % 16))
             store(left, PANELS * PANEL + 4 * i, top * OF_LEFT)
-            round_floats(source, 64, width, factor_of(top), right + 64 * (column % 16))
+            round_to_panel(source, 64, width, scale_to_max(top), right + 64 * (column % 16))
             store(right, PANEL + 4 * (column % 16), top * OF_RIGHT if top < np.inf else np.float32(0))
     for k in range(n_lora):
         for j in range(PANELS):
-            turn_panel(out + n_lora * LEFT + k * RIGHT + j * PREPARED, min(256, kv_lora - 256 * k))
+            transpose_panel(out + n_lora * LEFT + k * RIGHT + j * SCALED_PANEL, min(256, kv_lora - 256 * k))
 
 
 @inner
-def lay_weights(rows, n_rows, n, n_panels, to_right, panels, scales):
-    """n_rows rows of n floats, in whole chunks with zeros behind, as n_panels panels a chunk, PREPARED bytes each, the last row repeated.
+def pack_weights(rows, n_rows, n, n_panels, to_right, panels, scales):
+    """n_rows rows of n floats, padded to whole superblocks, as n_panels panels a superblock, padded by repeating the last row.
 
     to_right: as right panels; left ones have their scales apart, 64 bytes for each panel.
     """
-    for k in range(chunks(n)):
+    for k in range(superblocks(n)):
         width = thirty_twos(min(256, n - 256 * k))
         for i in range(16 * n_panels):
-            panel, source = panels + (k * n_panels + i // 16) * PREPARED, rows + 1024 * (min(i, n_rows - 1) * chunks(n) + k)
-            top = split_floats(source, 64, width, panel + 64 * (i % 16))
+            panel, source = panels + (k * n_panels + i // 16) * SCALED_PANEL, rows + 1024 * (min(i, n_rows - 1) * superblocks(n) + k)
+            top = pack_int8x2(source, 64, width, panel + 64 * (i % 16))
             if to_right:
                 store(panel, PANEL + 4 * (i % 16), top * OF_RIGHT)
             else:
                 store(scales, 64 * k * n_panels + 4 * i, top * OF_LEFT)
         if to_right:
             for j in range(n_panels):
-                turn_panel(panels + (k * n_panels + j) * PREPARED, width)
+                transpose_panel(panels + (k * n_panels + j) * SCALED_PANEL, width)
 
 
 @inner
-def lay_key_weights(rows, row_bytes, dequantize, blocks, kv_lora, n_nope, n_panels, panels, room):
+def pack_key_weights(rows, row_bytes, dequantize, blocks, kv_lora, n_nope, n_panels, panels, scratch):
     """A head's k_b, rows of n_nope weights for each of kv_lora values: as right panels whose columns are its columns."""
-    stride, depth, row = (4 * n_nope + 63) // 64 * 64, (kv_lora + 15) // 16 * 16, 1024 * chunks(kv_lora)
-    turned = room + depth * stride
-    clear(room + (depth - 16) * stride, 16 * stride)
+    stride, depth, row = (4 * n_nope + 63) // 64 * 64, (kv_lora + 15) // 16 * 16, 1024 * superblocks(kv_lora)
+    transposed = scratch + depth * stride
+    clear(scratch + (depth - 16) * stride, 16 * stride)
     if kv_lora % 256:
-        clear(turned, 16 * n_panels * row)
+        clear(transposed, 16 * n_panels * row)
     for i in range(kv_lora):
-        call_block_function(dequantize, rows + i * row_bytes, blocks, room + i * stride)
+        call_block_function(dequantize, rows + i * row_bytes, blocks, scratch + i * stride)
     for i in range(0, depth, 16):
         for j in range(0, n_nope, 16):
-            turn_over(room + i * stride + 4 * j, stride, turned + j * row + 4 * i, row)
-    lay_weights(turned, n_nope, kv_lora, n_panels, True, panels, 0)
+            transpose(scratch + i * stride + 4 * j, stride, transposed + j * row + 4 * i, row)
+    pack_weights(transposed, n_nope, kv_lora, n_panels, True, panels, 0)
 
 
 @inner
-def lay_value_weights(rows, row_bytes, dequantize, blocks, kv_lora, n_v, n_panels, panels, scales, room):
+def pack_value_weights(rows, row_bytes, dequantize, blocks, kv_lora, n_v, n_panels, panels, scales, scratch):
     """A head's v_b, n_v rows of kv_lora weights, as left panels."""
-    row = 1024 * chunks(kv_lora)
+    row = 1024 * superblocks(kv_lora)
     if kv_lora % 256:
-        clear(room, n_v * row)
+        clear(scratch, n_v * row)
     for i in range(n_v):
-        call_block_function(dequantize, rows + i * row_bytes, blocks, room + i * row)
-    lay_weights(room, n_v, kv_lora, n_panels, False, panels, scales)
+        call_block_function(dequantize, rows + i * row_bytes, blocks, scratch + i * row)
+    pack_weights(scratch, n_v, kv_lora, n_panels, False, panels, scales)
 
 
 @inner
-def lay_queries(q, q_token, n_tokens, n_nope, n_rot, n_panels, panels, row):
+def pack_queries(q, q_token, n_tokens, n_nope, n_rot, n_panels, panels, row):
     """Queries as right panels of the steps of their first part and then of the rotated one, with 64 bytes of scales behind."""
     n_steps = steps(n_nope) + steps(n_rot)
     clear(row, 256 * n_steps)
@@ -159,65 +159,65 @@ def lay_queries(q, q_token, n_tokens, n_nope, n_rot, n_panels, panels, row):
             prefetch(soon, line)
         copy_floats(source, n_nope, row)
         copy_floats(source + 4 * n_nope, n_rot, row + 256 * steps(n_nope))
-        top = largest_of(row, 64, 64 * n_steps)
-        round_floats(row, 64, 64 * n_steps, factor_of(top), panel + 64 * (i % 16))
+        top = max_abs(row, 64, 64 * n_steps)
+        round_to_panel(row, 64, 64 * n_steps, scale_to_max(top), panel + 64 * (i % 16))
         store(panel, n_steps * STEP + 4 * (i % 16), top * OF_RIGHT)
         if i % 16 == 15:
-            turn_panel(panel, 64 * n_steps)
+            transpose_panel(panel, 64 * n_steps)
 
 
 @inner
-def make_keys(laid, n_panels, kv_lora, n_nope, n_rot, weights, keys, scales, room, buffer):
+def make_keys(packed, n_panels, kv_lora, n_nope, n_rot, weights, keys, scales, scratch, buffer):
     """n_panels panels of 16 keys, latents k_b and then what is rotated, as left panels with a scale a key."""
-    n_steps, n_k, rotated = steps(n_nope) + steps(n_rot), 4 * steps(n_nope), laid + chunks(kv_lora) * (LEFT + RIGHT)
-    clear(room, n_panels * n_k * SUMS)
-    for k in range(chunks(kv_lora)):
-        left = laid + k * LEFT
-        byte_panel_products(left, PANEL, n_panels, weights + k * n_k * PREPARED, PREPARED, n_k, steps(min(256, kv_lora - 256 * k)), room,
-                            left + PANELS * PANEL, PANEL, buffer, left, 0, 0, 0)
+    n_steps, n_k, rotated = steps(n_nope) + steps(n_rot), 4 * steps(n_nope), packed + superblocks(kv_lora) * (LEFT + RIGHT)
+    clear(scratch, n_panels * n_k * SUMS)
+    for k in range(superblocks(kv_lora)):
+        left = packed + k * LEFT
+        panel_products_int8x2(left, PANEL, n_panels, weights + k * n_k * SCALED_PANEL, SCALED_PANEL, n_k,
+                              steps(min(256, kv_lora - 256 * k)), scratch, left + PANELS * PANEL, PANEL, buffer, left, 0, 0, 0)
     for i in range(16 * n_panels):
-        source, target = room + i // 16 * n_k * SUMS + 64 * (i % 16), keys + i // 16 * n_steps * STEP + 64 * (i % 16)
-        tops = largest_of(source, SUMS, 16 * n_k), float_at(rotated, 256 * TILE * steps(n_rot) + 4 * i)
+        source, target = scratch + i // 16 * n_k * SUMS + 64 * (i % 16), keys + i // 16 * n_steps * STEP + 64 * (i % 16)
+        tops = max_abs(source, SUMS, 16 * n_k), float_at(rotated, 256 * TILE * steps(n_rot) + 4 * i)
         top = tops[1] if tops[0] == tops[0] and not tops[1] <= tops[0] else tops[0]     # NaN if one is
-        round_floats(source, SUMS, 16 * n_k, factor_of(top), target)
-        round_floats(rotated + 256 * steps(n_rot) * i, 64, 64 * steps(n_rot), factor_of(top), target + steps(n_nope) * STEP)
+        round_to_panel(source, SUMS, 16 * n_k, scale_to_max(top), target)
+        round_to_panel(rotated + 256 * steps(n_rot) * i, 64, 64 * steps(n_rot), scale_to_max(top), target + steps(n_nope) * STEP)
         store(scales, 4 * i, top * OF_LEFT)
 
 
 @inner
-def make_values(right, n_panels, kv_lora, n_v_panels, weights, scales, values, room, buffer):
+def make_values(right, n_panels, kv_lora, n_v_panels, weights, scales, values, scratch, buffer):
     """v_b latents^T, the values of n_panels panels of 16 keys, as right panels with a scale for each column of them."""
-    clear(room, n_v_panels * n_panels * SUMS)
-    for k in range(chunks(kv_lora)):
-        byte_panel_products(weights + k * n_v_panels * PREPARED, PREPARED, n_v_panels, right + k * RIGHT, PREPARED, n_panels,
-                            steps(min(256, kv_lora - 256 * k)), room, scales + 64 * k * n_v_panels, PANEL, buffer, right, 0, 0, 0)
+    clear(scratch, n_v_panels * n_panels * SUMS)
+    for k in range(superblocks(kv_lora)):
+        panel_products_int8x2(weights + k * n_v_panels * SCALED_PANEL, SCALED_PANEL, n_v_panels, right + k * RIGHT, SCALED_PANEL, n_panels,
+                              steps(min(256, kv_lora - 256 * k)), scratch, scales + 64 * k * n_v_panels, PANEL, buffer, right, 0, 0, 0)
     for p in range(n_v_panels):
         for i in range(16):
-            top = split_floats(room + p * n_panels * SUMS + 64 * i, SUMS, 16 * n_panels, values + p * PREPARED + 64 * i)
-            store(values, p * PREPARED + PANEL + 4 * i, top * OF_RIGHT)
-        turn_panel(values + p * PREPARED, 16 * n_panels)
+            top = pack_int8x2(scratch + p * n_panels * SUMS + 64 * i, SUMS, 16 * n_panels, values + p * SCALED_PANEL + 64 * i)
+            store(values, p * SCALED_PANEL + PANEL + 4 * i, top * OF_RIGHT)
+        transpose_panel(values + p * SCALED_PANEL, 16 * n_panels)
 
 
-def attend_head(out, out_token, q, q_token, n_tokens, n_nope, n_rot, n_v, kv_lora, laid, laid_tile,
+def attend_head(out, out_token, q, q_token, n_tokens, n_nope, n_rot, n_v, kv_lora, packed, packed_tile,
                 k_rows, k_row_bytes, k_dequantize, k_blocks, v_rows, v_row_bytes, v_dequantize, v_blocks, last_key, chosen,
                 chosen_row, scale):
     """out[t] = softmax(scale q[t] . (k_b^T latent, rotated)) (v_b latent) over the latents before last_key[t].
 
     Addresses: out float32 [T, n_v] and q float32 [T, n_nope + n_rot], rows so many bytes apart; tiles of latents as pack_latents
-    leaves them, laid_tile bytes apart; k_b [kv_lora, n_nope] and v_b [n_v, kv_lora], rows of blocks; last_key int64 [T]; chosen, as
+    leaves them, packed_tile bytes apart; k_b [kv_lora, n_nope] and v_b [n_v, kv_lora], rows of blocks; last_key int64 [T]; chosen, as
     mha.py's mark_chosen leaves it, rows chosen_row bytes apart, or 0. scale: a float32's bits.
     """
     scale = float_from_bits(np.uint32(scale))
-    n_lora, n_steps = chunks(kv_lora), steps(n_nope) + steps(n_rot)
+    n_lora, n_steps = superblocks(kv_lora), steps(n_nope) + steps(n_rot)
     n_q, n_k, n_v_panels = (n_tokens + 15) // 16, 4 * steps(n_nope), (n_v + 31) // 32 * 2     # panels: queries, columns of keys and values
     query_panel = n_steps * STEP + 64
     # what is dequantized, a query, or tiles of what becomes keys and values, or of scores; then all that stays
     sizes = (max(4 * (kv_lora + 15) * (n_nope + 15) + 1024 * n_lora * 16 * n_k, 1024 * n_lora * n_v, 256 * n_steps,
                  PANELS * max(n_k, n_v_panels, GROUP) * SUMS) // 64 * 64 + 64,
-             n_lora * n_k * PREPARED, n_lora * n_v_panels * (PREPARED + 64), n_q * query_panel, PANELS * (n_steps * STEP + 64),
-             n_v_panels * PREPARED, GROUP * (PANEL + 64), n_q * n_v_panels * SUMS, 10 * SUMS, 4 * TILE, 128 * n_q, 128)
-    room = own_scratch(sum(sizes))
-    key_weights = room + sizes[0]
+             n_lora * n_k * SCALED_PANEL, n_lora * n_v_panels * (SCALED_PANEL + 64), n_q * query_panel, PANELS * (n_steps * STEP + 64),
+             n_v_panels * SCALED_PANEL, GROUP * (PANEL + 64), n_q * n_v_panels * SUMS, 10 * SUMS, 4 * TILE, 128 * n_q, 128)
+    scratch = own_scratch(sum(sizes))
+    key_weights = scratch + sizes[0]
     value_weights = key_weights + sizes[1]
     queries = value_weights + sizes[2]
     keys = queries + sizes[3]
@@ -226,51 +226,51 @@ def attend_head(out, out_token, q, q_token, n_tokens, n_nope, n_rot, n_v, kv_lor
     sums = weights + sizes[6]
     buffer = sums + sizes[7]
     factors = buffer + sizes[8]
-    greatest = factors + sizes[9]
-    total, shrink, limits = greatest + 64 * n_q, greatest + 128 * n_q, greatest + 128 * n_q + 64
-    value_scales, key_scales = value_weights + n_lora * n_v_panels * PREPARED, keys + PANELS * n_steps * STEP
+    row_max = factors + sizes[9]
+    row_sum, rescale, limits = row_max + 64 * n_q, row_max + 128 * n_q, row_max + 128 * n_q + 64
+    value_scales, key_scales = value_weights + n_lora * n_v_panels * SCALED_PANEL, keys + PANELS * n_steps * STEP
     weight_scales = weights + GROUP * PANEL
-    lay_key_weights(k_rows, k_row_bytes, k_dequantize, k_blocks, kv_lora, n_nope, n_k, key_weights, room)
-    lay_value_weights(v_rows, v_row_bytes, v_dequantize, v_blocks, kv_lora, n_v, n_v_panels, value_weights, value_scales, room)
-    lay_queries(q, q_token, n_tokens, n_nope, n_rot, n_q, queries, room)
+    pack_key_weights(k_rows, k_row_bytes, k_dequantize, k_blocks, kv_lora, n_nope, n_k, key_weights, scratch)
+    pack_value_weights(v_rows, v_row_bytes, v_dequantize, v_blocks, kv_lora, n_v, n_v_panels, value_weights, value_scales, scratch)
+    pack_queries(q, q_token, n_tokens, n_nope, n_rot, n_q, queries, scratch)
     for i in range(TILE):
         store(factors, 4 * i, np.float32(INT8X2_MAX))
     for i in range(16 * GROUP):
         store(weight_scales, 4 * i, OF_LEFT)
     for j in range(n_q):
-        store(greatest, 64 * j, floats(MINUS_INFINITY))
-        store(total, 64 * j, floats(np.float32(0)))
+        store(row_max, 64 * j, floats(MINUS_INFINITY))
+        store(row_sum, 64 * j, floats(np.float32(0)))
     clear(sums, n_q * n_v_panels * SUMS)
     most = last_of(last_key, n_tokens)
     configure()
     for start in range(0, most, TILE):
-        latents, n_panels = laid + start // TILE * laid_tile, (min(TILE, most - start) + 63) // 64 * 4
-        make_keys(latents, n_panels, kv_lora, n_nope, n_rot, key_weights, keys, key_scales, room, buffer)
-        make_values(latents + n_lora * LEFT, n_panels, kv_lora, n_v_panels, value_weights, value_scales, values, room, buffer)
+        latents, n_panels = packed + start // TILE * packed_tile, (min(TILE, most - start) + 63) // 64 * 4
+        make_keys(latents, n_panels, kv_lora, n_nope, n_rot, key_weights, keys, key_scales, scratch, buffer)
+        make_values(latents + n_lora * LEFT, n_panels, kv_lora, n_v_panels, value_weights, value_scales, values, scratch, buffer)
         for j in range(0, n_q, GROUP):
             n_group, t = min(GROUP, n_q - j), 16 * j
             there = min(TILE, last_of(last_key + 8 * t, min(16 * GROUP, n_tokens - t)) - start)
             if there <= 0:
                 continue
             n_there = (there + 63) // 64 * 4
-            clear(room, n_there * n_group * SUMS)
+            clear(scratch, n_there * n_group * SUMS)
             for s in range(0, n_steps, 4):
                 b = queries + j * query_panel + s * STEP
-                byte_panel_products(keys + s * STEP, n_steps * STEP, n_there, b, query_panel, n_group, min(4, n_steps - s), room,
-                                    key_scales, (n_steps - s) * STEP, buffer, b, 0, 0, 0)
+                panel_products_int8x2(keys + s * STEP, n_steps * STEP, n_there, b, query_panel, n_group, min(4, n_steps - s), scratch,
+                                      key_scales, (n_steps - s) * STEP, buffer, b, 0, 0, 0)
             for i in range(n_group):
                 at = sums + (j + i) * n_v_panels * SUMS
                 set_limits(limits, t + 16 * i, 1, n_tokens, last_key, start)
-                weigh(room + i * SUMS, n_group * SUMS, n_there, True, limits, 0,
-                      chosen + (j + i) * chosen_row + 2 * start if chosen else 0, scale, greatest + 64 * (j + i),
-                      total + 64 * (j + i), shrink, factors, weights + i * PANEL)
+                softmax_tile(scratch + i * SUMS, n_group * SUMS, n_there, True, limits, 0,
+                             chosen + (j + i) * chosen_row + 2 * start if chosen else 0, scale, row_max + 64 * (j + i),
+                             row_sum + 64 * (j + i), rescale, factors, weights + i * PANEL)
                 if start:
-                    shrink_sums(at, n_v_panels, shrink)
-            byte_panel_products(weights, PANEL, n_group, values, PREPARED, n_v_panels, n_there // 4, sums + j * n_v_panels * SUMS,
-                                weight_scales, PANEL, buffer, values, 0, 0, 0)
+                    rescale_sums(at, n_v_panels, rescale)
+            panel_products_int8x2(weights, PANEL, n_group, values, SCALED_PANEL, n_v_panels, n_there // 4, sums + j * n_v_panels * SUMS,
+                                  weight_scales, PANEL, buffer, values, 0, 0, 0)
     release()
     for t in range(n_tokens):
-        at, row, whole = sums + t // 16 * n_v_panels * SUMS + 64 * (t % 16), out + t * out_token, float_at(total, 4 * t)
+        at, row, whole = sums + t // 16 * n_v_panels * SUMS + 64 * (t % 16), out + t * out_token, float_at(row_sum, 4 * t)
         factor = np.float32(1) / whole if whole != 0 else np.float32(0)
         for k in range(0, n_v - 15, 16):
             store(row, 4 * k, load_floats(at, k // 16 * SUMS) * factor)

@@ -4,15 +4,15 @@ from numba.extending import intrinsic
 
 from pydsa.backends.cpu.amx import LOW_PARTS, STEP
 from pydsa.backends.cpu.jit import inline, inner
-from pydsa.backends.cpu.lanes import store_two_bytes, turn_over
-from pydsa.backends.cpu.rounding import largest_magnitude
-from pydsa.backends.cpu.simd import (I16, I32, call_llvm, constant, float_at, floats, i16x32, i32x16, larger_magnitudes, largest,
-                                     load_floats, rounded_words, store)
+from pydsa.backends.cpu.lanes import store_int8x2, transpose
+from pydsa.backends.cpu.rounding import max_abs_of
+from pydsa.backends.cpu.simd import (I16, I32, call_llvm, constant, float_at, floats, i16x32, i32x16, largest, load_floats, max_abs_lanes,
+                                     round_int16, store)
 from pydsa.quants import INT8X2_MAX
 
 
 PANEL = 4 * STEP            # 16 rows of 256 numbers: steps of 64 numbers, high bytes and then low ones
-PREPARED = PANEL + 64       # and for activations their scales
+SCALED_PANEL = PANEL + 64       # and for activations their scales
 
 
 @intrinsic
@@ -34,48 +34,48 @@ def store_bytes(at, a, b):
 
 
 @inline
-def split_floats(x, stride, n, at):
+def pack_int8x2(x, stride, n, at):
     """n floats, a multiple of 32 up to 256, of which 16 each lie `stride` bytes apart, to a row of a left panel -> the largest magnitude.
 
     In the row that becomes INT8X2_MAX.
     """
-    top = largest_of(x, stride, n)
-    round_floats(x, stride, n, factor_of(top), at)
+    top = max_abs(x, stride, n)
+    round_to_panel(x, stride, n, scale_to_max(top), at)
     return top
 
 
 @inline
-def largest_of(x, stride, n):
-    """The largest magnitude, as split_floats wants it."""
+def max_abs(x, stride, n):
+    """The largest magnitude, as pack_int8x2 wants it."""
     top = floats(np.float32(0))
     for j in range(0, n // 16, 2):
-        top = larger_magnitudes(top, larger_magnitudes(load_floats(x, stride * j), load_floats(x, stride * (j + 1))))
+        top = max_abs_lanes(top, max_abs_lanes(load_floats(x, stride * j), load_floats(x, stride * (j + 1))))
     return largest(top, top)
 
 
 @inline
-def factor_of(top):
+def scale_to_max(top):
     """What makes INT8X2_MAX of the largest magnitude."""
     return np.float32(INT8X2_MAX) / top if top > np.float32(1e-30) else np.float32(0)
 
 
 @inline
-def round_floats(x, stride, n, factor, at):
+def round_to_panel(x, stride, n, factor, at):
     """n floats times a factor to a row of a left panel, at its first step; the last step may be half a one, and zeros."""
     for j in range(0, n // 16, 4):
-        a = rounded_words(load_floats(x, stride * j), load_floats(x, stride * (j + 1)), factor)
+        a = round_int16(load_floats(x, stride * j), load_floats(x, stride * (j + 1)), factor)
         b = a & 0
         if j + 2 < n // 16:
-            b = rounded_words(load_floats(x, stride * (j + 2)), load_floats(x, stride * (j + 3)), factor)
+            b = round_int16(load_floats(x, stride * (j + 2)), load_floats(x, stride * (j + 3)), factor)
         store_bytes(at + j // 4 * STEP, a, b)
 
 
 @inner
-def turn_panel(panel, n):
+def transpose_panel(panel, n):
     """A left panel of n numbers a row becomes a right one."""
     for j in range((n + 63) // 64):
         for part in (0, LOW_PARTS):
-            turn_over(panel + j * STEP + part, 64, panel + j * STEP + part, 64)
+            transpose(panel + j * STEP + part, 64, panel + j * STEP + part, 64)
 
 
 @inner
@@ -84,12 +84,12 @@ def round_query(x, n, row, at):
 
     What is not finite becomes a scale that is not.
     """
-    whole, top = n // 64 * 64, largest_magnitude(x, n)
+    whole, top = n // 64 * 64, max_abs_of(x, n)
     for k in range(whole, (n + 63) // 64 * 64):
         store(row, 4 * (k - whole), float_at(x, 4 * k) if k < n else np.float32(0))
     factor = np.float32(INT8X2_MAX) / top if top > np.float32(1e-30) else np.float32(0)
     for k in range(0, n, 64):
         for j in range(k, k + 64, 16):
             high = at + k // 64 * STEP + j % 64
-            store_two_bytes(high, high + LOW_PARTS, (load_floats(x, 4 * j) if k < whole else load_floats(row, 4 * (j - k))) * factor)
+            store_int8x2(high, high + LOW_PARTS, (load_floats(x, 4 * j) if k < whole else load_floats(row, 4 * (j - k))) * factor)
     return top / np.float32(INT8X2_MAX)

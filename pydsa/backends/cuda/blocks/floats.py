@@ -1,12 +1,12 @@
 """F32, F16, BF16: one number, and four numbers at a time."""
 import numpy as np
 
-from pydsa.backends.cuda.device import bits_float, byte_at, device, four_words_at, half_at, of_half, word_at
+from pydsa.backends.cuda.device import bits_float, byte_at, device, four_u32_at, half_at, of_half, u32_at
 
 
 @device
 def value_f32(data, row, i):
-    return bits_float(word_at(data, row + 4 * i))
+    return bits_float(u32_at(data, row + 4 * i))
 
 
 @device
@@ -25,13 +25,13 @@ FLOATS = {"F32": value_f32, "F16": value_f16, "BF16": value_bf16}
 
 @device
 def four_f32(data, row, i):
-    a, b, c, d = four_words_at(data, row + 4 * i)
+    a, b, c, d = four_u32_at(data, row + 4 * i)
     return bits_float(a), bits_float(b), bits_float(c), bits_float(d)
 
 
 @device
 def four_f16(data, row, i):
-    a, b = word_at(data, row + 2 * i), word_at(data, row + 2 * i + 4)
+    a, b = u32_at(data, row + 2 * i), u32_at(data, row + 2 * i + 4)
     return of_half(np.uint32(a & 0xFFFF)), of_half(np.uint32(a >> 16)), of_half(np.uint32(b & 0xFFFF)), of_half(np.uint32(b >> 16))
 
 
@@ -43,8 +43,8 @@ def two_bf16(word):
 
 @device
 def four_bf16(data, row, i):
-    a, b = two_bf16(word_at(data, row + 2 * i))
-    c, d = two_bf16(word_at(data, row + 2 * i + 4))
+    a, b = two_bf16(u32_at(data, row + 2 * i))
+    c, d = two_bf16(u32_at(data, row + 2 * i + 4))
     return a, b, c, d
 
 

@@ -1,8 +1,8 @@
 """Q2_K to Q6_K: blocks of 256, eight groups."""
 import numpy as np
 
-from pydsa.backends.cuda.blocks.words import NIBBLES, ONE_BIT, TWO_BITS, ZERO, any_eight, entry, less
-from pydsa.backends.cuda.device import byte_at, device, four_words_at, half_at, of_half, word_at
+from pydsa.backends.cuda.blocks.words import NIBBLES, ONE_BIT, TWO_BITS, ZERO, any_eight_u32, entry, less
+from pydsa.backends.cuda.device import byte_at, device, four_u32_at, half_at, of_half, u32_at
 from pydsa.quants import TYPES
 
 
@@ -12,7 +12,7 @@ Q2_K, Q3_K, Q4_K, Q5_K, Q6_K = (TYPES[name].n_bytes for name in ("Q2_K", "Q3_K",
 @device
 def scale_and_min(data, at, s):
     """The scale and the minimum of sub-block s of Q4_K and Q5_K, which begin with two float16 and twelve bytes of packed 6-bit numbers."""
-    both, first, second, third = four_words_at(data, at)
+    both, first, second, third = four_u32_at(data, at)
     if s < 4:
         scale, low = first >> 8 * s & 63, second >> 8 * s & 63
     else:
@@ -26,8 +26,8 @@ def group_q4_k(data, row, g):
     at, s = row + Q4_K * (g >> 3), g & 7
     d, m = scale_and_min(data, at, s)
     q, shift = at + 16 + 32 * (s >> 1), 4 * (s & 1)
-    a, b, c, e = four_words_at(data, q)
-    f, h, i, j = four_words_at(data, q + 16)
+    a, b, c, e = four_u32_at(data, q)
+    f, h, i, j = four_u32_at(data, q + 16)
     return (a >> shift & NIBBLES, b >> shift & NIBBLES, c >> shift & NIBBLES, e >> shift & NIBBLES, f >> shift & NIBBLES,
             h >> shift & NIBBLES, i >> shift & NIBBLES, j >> shift & NIBBLES, d, d, m, m)
 
@@ -43,10 +43,10 @@ def group_q5_k(data, row, g):
     at, s = row + Q5_K * (g >> 3), g & 7
     d, m = scale_and_min(data, at, s)
     q, h = at + 48 + 32 * (s >> 1), at + 16
-    a, b, c, e = four_words_at(data, q)
-    f, g1, i, j = four_words_at(data, q + 16)
-    a5, b5, c5, e5 = four_words_at(data, h)
-    f5, g5, i5, j5 = four_words_at(data, h + 16)
+    a, b, c, e = four_u32_at(data, q)
+    f, g1, i, j = four_u32_at(data, q + 16)
+    a5, b5, c5, e5 = four_u32_at(data, h)
+    f5, g5, i5, j5 = four_u32_at(data, h + 16)
     return (five_bits(a, a5, s), five_bits(b, b5, s), five_bits(c, c5, s), five_bits(e, e5, s), five_bits(f, f5, s),
             five_bits(g1, g5, s), five_bits(i, i5, s), five_bits(j, j5, s), d, d, m, m)
 
@@ -68,8 +68,8 @@ def six_bits(low, high, k):
 def group_q6_k(data, row, g):
     at, part, k = row + Q6_K * (g >> 3), g >> 2 & 1, g & 3
     d, scales = half_at(data, at + 208), at + 192 + 8 * part + 2 * k
-    a, b, c, e, f, h, i, j = any_eight(data, at + 64 * part + 32 * (k & 1))
-    a2, b2, c2, e2, f2, h2, i2, j2 = any_eight(data, at + 128 + 32 * part)
+    a, b, c, e, f, h, i, j = any_eight_u32(data, at + 64 * part + 32 * (k & 1))
+    a2, b2, c2, e2, f2, h2, i2, j2 = any_eight_u32(data, at + 128 + 32 * part)
     return (six_bits(a, a2, k), six_bits(b, b2, k), six_bits(c, c2, k), six_bits(e, e2, k), six_bits(f, f2, k), six_bits(h, h2, k),
             six_bits(i, i2, k), six_bits(j, j2, k), d * signed_byte(data, scales),
             d * signed_byte(data, scales + 1), ZERO, ZERO)
@@ -81,9 +81,9 @@ def group_q2_k(data, row, g):
     d, dmin = half_at(data, at + 80), half_at(data, at + 82)
     first, second = byte_at(data, at + 8 * part + 2 * k), byte_at(data, at + 8 * part + 2 * k + 1)
     q, shift = at + 16 + 32 * part, 2 * k
-    return (word_at(data, q) >> shift & TWO_BITS, word_at(data, q + 4) >> shift & TWO_BITS, word_at(data, q + 8) >> shift & TWO_BITS,
-            word_at(data, q + 12) >> shift & TWO_BITS, word_at(data, q + 16) >> shift & TWO_BITS, word_at(data, q + 20) >> shift & TWO_BITS,
-            word_at(data, q + 24) >> shift & TWO_BITS, word_at(data, q + 28) >> shift & TWO_BITS,
+    return (u32_at(data, q) >> shift & TWO_BITS, u32_at(data, q + 4) >> shift & TWO_BITS, u32_at(data, q + 8) >> shift & TWO_BITS,
+            u32_at(data, q + 12) >> shift & TWO_BITS, u32_at(data, q + 16) >> shift & TWO_BITS, u32_at(data, q + 20) >> shift & TWO_BITS,
+            u32_at(data, q + 24) >> shift & TWO_BITS, u32_at(data, q + 28) >> shift & TWO_BITS,
             d * np.float32(first & 15), d * np.float32(second & 15), dmin * np.float32(first >> 4), dmin * np.float32(second >> 4))
 
 
@@ -104,8 +104,8 @@ def three_bits(low, high, g):
 def group_q3_k(data, row, g):
     at, s = row + Q3_K * (g >> 3), g & 7
     d = half_at(data, at + 108)
-    a, b, c, e, f, h, i, j = any_eight(data, at + 32 + 32 * (s >> 2))
-    a2, b2, c2, e2, f2, h2, i2, j2 = any_eight(data, at)
+    a, b, c, e, f, h, i, j = any_eight_u32(data, at + 32 + 32 * (s >> 2))
+    a2, b2, c2, e2, f2, h2, i2, j2 = any_eight_u32(data, at)
     return (three_bits(a, a2, s), three_bits(b, b2, s), three_bits(c, c2, s), three_bits(e, e2, s), three_bits(f, f2, s),
             three_bits(h, h2, s), three_bits(i, i2, s), three_bits(j, j2, s),
             d * six_bit_scale(data, at + 96, 2 * s), d * six_bit_scale(data, at + 96, 2 * s + 1), ZERO, ZERO)

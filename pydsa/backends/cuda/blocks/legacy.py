@@ -1,6 +1,6 @@
 """Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: blocks of 32, which are a group."""
-from pydsa.backends.cuda.blocks.words import NIBBLES, ZERO, any_eight, any_four, any_word, entry, less
-from pydsa.backends.cuda.device import device, half_at, word_at
+from pydsa.backends.cuda.blocks.words import NIBBLES, ZERO, any_eight_u32, any_four_u32, any_u32, entry, less
+from pydsa.backends.cuda.device import device, half_at, u32_at
 from pydsa.quants import TYPES
 
 
@@ -17,7 +17,7 @@ def fifth_bits(bits, i):
 @device
 def group_q4_0(data, row, g):
     at = row + Q4_0 * g
-    a, b, c, e = any_four(data, at + 2)
+    a, b, c, e = any_four_u32(data, at + 2)
     d = half_at(data, at)
     return (less(a & NIBBLES, 0x08080808), less(b & NIBBLES, 0x08080808), less(c & NIBBLES, 0x08080808), less(e & NIBBLES, 0x08080808),
             less((a >> 4) & NIBBLES, 0x08080808), less((b >> 4) & NIBBLES, 0x08080808), less((c >> 4) & NIBBLES, 0x08080808),
@@ -27,7 +27,7 @@ def group_q4_0(data, row, g):
 @device
 def group_q4_1(data, row, g):
     at = row + Q4_1 * g
-    a, b, c, e = word_at(data, at + 4), word_at(data, at + 8), word_at(data, at + 12), word_at(data, at + 16)
+    a, b, c, e = u32_at(data, at + 4), u32_at(data, at + 8), u32_at(data, at + 12), u32_at(data, at + 16)
     d, low = half_at(data, at), -half_at(data, at + 2)
     return (a & NIBBLES, b & NIBBLES, c & NIBBLES, e & NIBBLES, (a >> 4) & NIBBLES, (b >> 4) & NIBBLES, (c >> 4) & NIBBLES,
             (e >> 4) & NIBBLES, d, d, low, low)
@@ -36,8 +36,8 @@ def group_q4_1(data, row, g):
 @device
 def group_q5_0(data, row, g):
     at = row + Q5_0 * g
-    high = any_word(data, at + 2)
-    a, b, c, e = any_four(data, at + 6)
+    high = any_u32(data, at + 2)
+    a, b, c, e = any_four_u32(data, at + 6)
     d = half_at(data, at)
     return (less(a & NIBBLES | fifth_bits(high, 0), 0x10101010), less(b & NIBBLES | fifth_bits(high, 1), 0x10101010),
             less(c & NIBBLES | fifth_bits(high, 2), 0x10101010), less(e & NIBBLES | fifth_bits(high, 3), 0x10101010),
@@ -49,8 +49,8 @@ def group_q5_0(data, row, g):
 @device
 def group_q5_1(data, row, g):
     at = row + Q5_1 * g
-    high = word_at(data, at + 4)
-    a, b, c, e = word_at(data, at + 8), word_at(data, at + 12), word_at(data, at + 16), word_at(data, at + 20)
+    high = u32_at(data, at + 4)
+    a, b, c, e = u32_at(data, at + 8), u32_at(data, at + 12), u32_at(data, at + 16), u32_at(data, at + 20)
     d, low = half_at(data, at), -half_at(data, at + 2)
     return (a & NIBBLES | fifth_bits(high, 0), b & NIBBLES | fifth_bits(high, 1), c & NIBBLES | fifth_bits(high, 2),
             e & NIBBLES | fifth_bits(high, 3), (a >> 4) & NIBBLES | fifth_bits(high, 4), (b >> 4) & NIBBLES | fifth_bits(high, 5),
@@ -61,7 +61,7 @@ def group_q5_1(data, row, g):
 def group_q8_0(data, row, g):
     at = row + Q8_0 * g
     d = half_at(data, at)
-    a, b, c, e, f, h, i, j = any_eight(data, at + 2)
+    a, b, c, e, f, h, i, j = any_eight_u32(data, at + 2)
     return a, b, c, e, f, h, i, j, d, d, ZERO, ZERO
 
 

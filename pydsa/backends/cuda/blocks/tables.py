@@ -1,8 +1,8 @@
 """IQ4_NL, IQ4_XS, MXFP4: four bits choose one of sixteen bytes, which permutations look up."""
 import numpy as np
 
-from pydsa.backends.cuda.blocks.words import ZERO, any_four, entry
-from pydsa.backends.cuda.device import bits_float, byte_at, device, half_at, permuted, word_at
+from pydsa.backends.cuda.blocks.words import ZERO, any_four_u32, entry
+from pydsa.backends.cuda.device import bits_float, byte_at, device, half_at, permuted, u32_at
 from pydsa.quants import IQ4_LEVELS, MXFP4_LEVELS, TYPES
 
 
@@ -44,7 +44,7 @@ def all_looked_up(table, a, b, c, e):
 @device
 def group_iq4_nl(data, row, g):
     at = row + IQ4_NL * g
-    a, b, c, e = any_four(data, at + 2)
+    a, b, c, e = any_four_u32(data, at + 2)
     d = half_at(data, at)
     a, b, c, e, f, h, i, j = all_looked_up(LEVEL_WORDS, a, b, c, e)
     return a, b, c, e, f, h, i, j, d, d, ZERO, ZERO
@@ -56,7 +56,7 @@ def group_iq4_xs(data, row, g):
     low = byte_at(data, at + 4 + s // 2) >> (4 * (s % 2)) & 15
     high = (byte_at(data, at + 2) | byte_at(data, at + 3) << 8) >> (2 * s) & 3
     d, q = half_at(data, at) * np.float32((low | high << 4) - 32), at + 8 + 16 * s
-    a, b, c, e = word_at(data, q), word_at(data, q + 4), word_at(data, q + 8), word_at(data, q + 12)
+    a, b, c, e = u32_at(data, q), u32_at(data, q + 4), u32_at(data, q + 8), u32_at(data, q + 12)
     a, b, c, e, f, h, i, j = all_looked_up(LEVEL_WORDS, a, b, c, e)
     return a, b, c, e, f, h, i, j, d, d, ZERO, ZERO
 
@@ -70,7 +70,7 @@ def half_of_power(exponent):
 @device
 def group_mxfp4(data, row, g):
     at = row + MXFP4 * g
-    a, b, c, e = any_four(data, at + 1)
+    a, b, c, e = any_four_u32(data, at + 1)
     a, b, c, e, f, h, i, j = all_looked_up(HALF_WORDS, a, b, c, e)
     d = half_of_power(byte_at(data, at))
     return a, b, c, e, f, h, i, j, d, d, ZERO, ZERO

@@ -3,7 +3,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pydsa.backends.cuda.device import device, permuted, word_at
+from pydsa.backends.cuda.device import device, permuted, u32_at
 from pydsa.quants import TYPES
 
 
@@ -36,26 +36,26 @@ def selector(at):
 
 
 @device
-def any_word(data, at):
+def any_u32(data, at):
     """Four bytes that begin anywhere: every load of a GPU must be aligned."""
-    return permuted(word_at(data, at & ~3), word_at(data, at + 3 & ~3), selector(at))
+    return permuted(u32_at(data, at & ~3), u32_at(data, at + 3 & ~3), selector(at))
 
 
 @device
-def any_four(data, at):
+def any_four_u32(data, at):
     """Four words that begin anywhere."""
     first, pick = at & ~3, selector(at)
-    a, b, c, d, e = (word_at(data, first), word_at(data, first + 4), word_at(data, first + 8), word_at(data, first + 12),
-                     word_at(data, at + 15 & ~3))
+    a, b, c, d, e = (u32_at(data, first), u32_at(data, first + 4), u32_at(data, first + 8), u32_at(data, first + 12),
+                     u32_at(data, at + 15 & ~3))
     return permuted(a, b, pick), permuted(b, c, pick), permuted(c, d, pick), permuted(d, e, pick)
 
 
 @device
-def any_eight(data, at):
+def any_eight_u32(data, at):
     """Eight words that begin anywhere."""
     first, pick = at & ~3, selector(at)
-    a, b, c, d = word_at(data, first), word_at(data, first + 4), word_at(data, first + 8), word_at(data, first + 12)
-    e, f, g, h = word_at(data, first + 16), word_at(data, first + 20), word_at(data, first + 24), word_at(data, first + 28)
-    i = word_at(data, at + 31 & ~3)
+    a, b, c, d = u32_at(data, first), u32_at(data, first + 4), u32_at(data, first + 8), u32_at(data, first + 12)
+    e, f, g, h = u32_at(data, first + 16), u32_at(data, first + 20), u32_at(data, first + 24), u32_at(data, first + 28)
+    i = u32_at(data, at + 31 & ~3)
     return (permuted(a, b, pick), permuted(b, c, pick), permuted(c, d, pick), permuted(d, e, pick), permuted(e, f, pick),
             permuted(f, g, pick), permuted(g, h, pick), permuted(h, i, pick))

@@ -6,7 +6,7 @@ logits, an online softmax, then the values, which pass through the same shared m
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.device import SIMULATED, WARP, device, exp, four_at, warp_max, warp_sum, warp_sync
+from pydsa.backends.cuda.device import SIMULATED, WARP, device, exp, load_four_f32, warp_max, warp_sum, warp_sync
 from pydsa.backends.cuda.f32.tiles import (BATCH, DOTS, FOURS, HEADS, KEYS, PRODUCTS, PRODUCTS_OF, STAGE, THREADS, WORK as PRODUCT_WORK,
                                            sum_of_slices)
 from pydsa.backends.cuda.launch import blocks_for, kernel
@@ -26,11 +26,11 @@ WEIGHTS = KEYS * PITCH
 SUMS = 32
 BATCHES = VALUES * VALUE_FOURS // (THREADS * BATCH)
 HEADS_BITS, WARP_BITS, FOURS_BITS = (n.bit_length() - 1 for n in (HEADS, WARP, VALUE_FOURS))
-ZERO, NOTHING = np.float32(0), np.float32(-np.inf)
+ZERO, MINUS_INFINITY = np.float32(0), np.float32(-np.inf)
 
 
 @device
-def weigh(weights, top, total, shrink, thread):
+def softmax_tile(weights, row_max, row_sum, rescale, thread):
     """Logits of a tile, [key, head], become weights e^(logit - greatest so far); what is known of each head by then goes on.
 
     top: greatest logits, total: sums of weights, shrink: what sums made before are to be multiplied by; a warp takes its share of heads.
@@ -38,12 +38,12 @@ def weigh(weights, top, total, shrink, thread):
     warp, lane = thread >> WARP_BITS, thread & WARP - 1
     for i in range(HEADS // WARPS):
         h = i * WARPS + warp
-        greatest = NOTHING
+        greatest = MINUS_INFINITY
         for key in range(lane, KEYS, WARP):
             greatest = max(greatest, weights[(key & KEYS - 1) * PITCH + h])
-        before = top[h]
+        before = row_max[h]
         greatest = max(before, warp_max(greatest))
-        base, added = greatest if greatest > NOTHING else ZERO, ZERO
+        base, added = greatest if greatest > MINUS_INFINITY else ZERO, ZERO
         for key in range(lane, KEYS, WARP):
             weight = exp(weights[(key & KEYS - 1) * PITCH + h] - base)
             weights[(key & KEYS - 1) * PITCH + h] = weight
@@ -52,15 +52,15 @@ def weigh(weights, top, total, shrink, thread):
         warp_sync()         # all lanes have read top[h]
         if lane == 0:
             smaller = exp(before - base)
-            top[h], total[h], shrink[h] = greatest, total[h] * smaller + added, smaller
+            row_max[h], row_sum[h], rescale[h] = greatest, row_sum[h] * smaller + added, smaller
 
 
 @device
 def add_value(acc, weights, at, work, column):
     """acc[head, column] += weight times value of one key: four heads' weights at a place, eight columns of the value at another."""
-    w0, w1, w2, w3 = four_at(weights, at)
-    a, b, c, d = four_at(work, column)
-    e, f, g, j = four_at(work, column + HALF)
+    w0, w1, w2, w3 = load_four_f32(weights, at)
+    a, b, c, d = load_four_f32(work, column)
+    e, f, g, j = load_four_f32(work, column + HALF)
     for h in range(4):
         w = w0 if h == 0 else w1 if h == 1 else w2 if h == 2 else w3
         acc[8 * h] += w * a
@@ -76,7 +76,7 @@ def add_value(acc, weights, at, work, column):
 def _make_attend(storage):
     products, stage = PRODUCTS_OF[storage], STAGE[storage]
 
-    def attend(out, sums, tops, totals, q, data, row_bytes, first, second, positions, indices, mask, mode, n_splits, scale):
+    def attend(out, sums, row_maxes, row_sums, q, data, row_bytes, first, second, positions, indices, mask, mode, n_splits, scale):
         """out[t, h]; if keys are split, not divided by the sum of weights: sums[t, h, split], tops (greatest logits) and totals instead.
 
         mode: all keys up to positions[t], the same with mask[t, s] added, or keys indices[t] up to the first that is negative.
@@ -85,9 +85,9 @@ def _make_attend(storage):
         weights = cuda.shared.array(WEIGHTS, np.float32, 16)
         key_of = cuda.shared.array(KEYS, np.int64)
         bias = cuda.shared.array(KEYS, np.float32)
-        top = cuda.shared.array(HEADS, np.float32)
-        total = cuda.shared.array(HEADS, np.float32)
-        shrink = cuda.shared.array(HEADS, np.float32)
+        row_max = cuda.shared.array(HEADS, np.float32)
+        row_sum = cuda.shared.array(HEADS, np.float32)
+        rescale = cuda.shared.array(HEADS, np.float32)
         dots = cuda.local.array(DOTS, np.float32)
         fours = cuda.local.array(FOURS, np.float32)
         acc = cuda.local.array(SUMS, np.float32)
@@ -101,17 +101,17 @@ def _make_attend(storage):
         for i in range(SUMS):
             acc[i] = ZERO
         if thread < HEADS:
-            top[thread], total[thread] = NOTHING, ZERO
+            row_max[thread], row_sum[thread] = MINUS_INFINITY, ZERO
         end = min(n, (split + 1) * share)
         for start in range(split * share, end, KEYS):
             if mode == SPARSE and indices[t, start] < 0:
                 break
             if thread < KEYS:
-                key, added, i = np.int64(-1), NOTHING, start + thread
+                key, added, i = np.int64(-1), MINUS_INFINITY, start + thread
                 if i < n:
                     key, added = np.int64(indices[t, i]) if mode == SPARSE else i, mask[t, i] if mode == MASKED else ZERO
-                if added == NOTHING or key < 0:
-                    key, added = np.int64(-1), NOTHING
+                if added == MINUS_INFINITY or key < 0:
+                    key, added = np.int64(-1), MINUS_INFINITY
                 key_of[thread], bias[thread] = key, added
             cuda.syncthreads()
             products(work, dots, fours, key_of, q, t, head, data, row_bytes, first, second, thread)
@@ -119,12 +119,12 @@ def _make_attend(storage):
                 product = i * THREADS + thread
                 key, h = product >> HEADS_BITS, product & HEADS - 1
                 added = bias[key]
-                weights[key * PITCH + h] = sum_of_slices(work, product) * scale + added if added != NOTHING else NOTHING
+                weights[key * PITCH + h] = sum_of_slices(work, product) * scale + added if added != MINUS_INFINITY else MINUS_INFINITY
             cuda.syncthreads()
-            weigh(weights, top, total, shrink, thread)
+            softmax_tile(weights, row_max, row_sum, rescale, thread)
             cuda.syncthreads()
             for h in range(4):
-                smaller = shrink[4 * hq + h]
+                smaller = rescale[4 * hq + h]
                 for c in range(8):
                     acc[8 * h + c] *= smaller
             for chunk in range(0, min(KEYS, end - start), VALUES):
@@ -138,7 +138,7 @@ def _make_attend(storage):
         cuda.syncthreads()
         for h in range(4):
             if head + 4 * hq + h < n_head:
-                row, whole = head + 4 * hq + h, total[4 * hq + h]
+                row, whole = head + 4 * hq + h, row_sum[4 * hq + h]
                 for c in range(8):
                     at = column + c // 4 * HALF + 4 * cg + c % 4
                     if at < n_v:
@@ -147,9 +147,9 @@ def _make_attend(storage):
                         elif whole != ZERO:
                             sums[t, row, split, at] = acc[8 * h + c]
         if n_splits > 1 and column == 0 and thread < HEADS and head + thread < n_head:
-            tops[t, head + thread, split], totals[t, head + thread, split] = top[thread], total[thread]
+            row_maxes[t, head + thread, split], row_sums[t, head + thread, split] = row_max[thread], row_sum[thread]
     signature = "f4[:,:,:], f4[:,:,:,:], f4[:,:,:], f4[:,:,:], f4[:,:,:], u1[::1], i8, i4, i4, i8[:], i4[:,:], f4[:,:], i4, i4, f4"
-    return kernel(signature, THREADS, f"attend_{storage}")(attend)
+    return kernel(signature, THREADS, f"attend_f32_{storage}")(attend)
 
 
 ATTEND = {storage: _make_attend(storage) for storage in CACHED}

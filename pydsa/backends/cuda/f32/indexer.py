@@ -10,7 +10,7 @@ from pydsa.backends.cuda.rows import CACHED
 PITCH = HEADS + 1
 WEIGHED = KEYS * PITCH
 HEADS_BITS, KEYS_BITS = HEADS.bit_length() - 1, KEYS.bit_length() - 1
-ZERO, NOTHING = np.float32(0), np.float32(-np.inf)
+ZERO, MINUS_INFINITY = np.float32(0), np.float32(-np.inf)
 
 
 def _make_scores(storage):
@@ -54,8 +54,8 @@ def _make_scores(storage):
                 if s < n:
                     out[row, s] = total * scale
                 elif fill and s < out.shape[1]:
-                    out[row, s] = NOTHING
-    return kernel("f4[:,:], f4[:,:,:], f4[:,:], u1[::1], i8, i4, i4, i8[:], i4, f4, b1", THREADS, f"scores_{storage}")(scores)
+                    out[row, s] = MINUS_INFINITY
+    return kernel("f4[:,:], f4[:,:,:], f4[:,:], u1[::1], i8, i4, i4, i8[:], i4, f4, b1", THREADS, f"score_f32_{storage}")(scores)
 
 
 SCORES = {storage: _make_scores(storage) for storage in CACHED}

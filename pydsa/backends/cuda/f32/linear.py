@@ -9,14 +9,14 @@ from pydsa.backends.cuda.launch import blocks_for, kernel
 
 
 WARPS = 4           # of a block
-ONE_THREADS = 8 if SIMULATED else 256   # for one token's product with a row of them
-FLOAT_TOKENS = 4                        # that a warp multiplies with a row of unquantized weights
+GEMV_THREADS = 8 if SIMULATED else 256   # for one token's product with a row of them
+GEMM_TOKENS = 4                        # that a warp multiplies with a row of unquantized weights
 
 
-def _make_floats(name):
+def _make_gemm(name):
     value_at = FLOATS[name]
 
-    def of_floats(out, w, row_bytes, tile_matrix, tile_first, tile_end, order, x_div, x):
+    def gemm(out, w, row_bytes, tile_matrix, tile_first, tile_end, order, x_div, x):
         """The same with unquantized weights and activations as they are; a warp multiplies one row with four tokens."""
         lane, row = cuda.threadIdx.x % WARP, cuda.blockIdx.x * WARPS + cuda.threadIdx.x // WARP
         chosen = tile_matrix[cuda.blockIdx.y]
@@ -24,7 +24,7 @@ def _make_floats(name):
             return
         first, end = tile_first[cuda.blockIdx.y], tile_end[cuda.blockIdx.y]
         at = (chosen * np.int64(out.shape[1]) + min(row, out.shape[1] - 1)) * row_bytes
-        for t in range(first, end, FLOAT_TOKENS):
+        for t in range(first, end, GEMM_TOKENS):
             t0, t1, t2, t3 = (order[t] // x_div, order[min(t + 1, end - 1)] // x_div, order[min(t + 2, end - 1)] // x_div,
                               order[min(t + 3, end - 1)] // x_div)
             s0, s1, s2, s3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
@@ -44,27 +44,27 @@ def _make_floats(name):
                 if t + 3 < end:
                     out[order[t + 3], row] = s3
     signature = "f4[:,:], u1[::1], i8, i4[:], i4[:], i4[:], i4[:], i4, f4[:,:]"
-    return kernel(signature, WARPS * WARP, f"floats_{name.lower()}")(of_floats)
+    return kernel(signature, WARPS * WARP, f"f32_gemm_{name.lower()}")(gemm)
 
 
-def _make_one(name):
+def _make_gemv(name):
     four = FOURS[name]
 
-    def one_of_floats(out, w, row_bytes, ids, x_div, x):
+    def gemv(out, w, row_bytes, ids, x_div, x):
         """out[y] = matrix ids[y] of unquantized weights times the y // x_div-th row of activations; a block makes one number."""
         thread, row, y, n = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y, x.shape[1]
         parts, at, total = cuda.shared.array(32, np.float32), (ids[y] * np.int64(out.shape[1]) + row) * row_bytes, np.float32(0)
-        for i in range(4 * thread, n, 4 * ONE_THREADS):
+        for i in range(4 * thread, n, 4 * GEMV_THREADS):
             a, b, c, e = four(w, at, i)
             total += (a * x[y // x_div, i] + b * x[y // x_div, i + 1]) + (c * x[y // x_div, i + 2] + e * x[y // x_div, i + 3])
-        total = block_sum(total, parts, thread, ONE_THREADS)
+        total = block_sum(total, parts, thread, GEMV_THREADS)
         if thread == 0:
             out[y, row] = total
-    return kernel("f4[:,:], u1[::1], i8, i4[:], i4, f4[:,:]", ONE_THREADS, f"one_{name.lower()}")(one_of_floats)
+    return kernel("f4[:,:], u1[::1], i8, i4[:], i4, f4[:,:]", GEMV_THREADS, f"gemv_{name.lower()}")(gemv)
 
 
-OF_FLOATS = {name: _make_floats(name) for name in FLOATS}
-ONE_OF_FLOATS = {name: _make_one(name) for name in FLOATS}
+GEMM = {name: _make_gemm(name) for name in FLOATS}
+GEMV = {name: _make_gemv(name) for name in FLOATS}
 
 
 def takes(w, single):
@@ -80,6 +80,6 @@ def pack(x):
 def matmul(out, w, x, tiles):
     """out[i] = a matrix of w times row i // x_div of x, for all tiles."""
     if tiles.single and x.shape[1] % 4 == 0:
-        ONE_OF_FLOATS[w.type]((out.shape[1], tiles.matrix.size), out, w.data, w.row_bytes, tiles.matrix, tiles.x_div, x)
+        GEMV[w.type]((out.shape[1], tiles.matrix.size), out, w.data, w.row_bytes, tiles.matrix, tiles.x_div, x)
     else:
-        OF_FLOATS[w.type]((blocks_for(out.shape[1], WARPS), tiles.matrix.size), out, w.data, w.row_bytes, *tiles[:-1], x)
+        GEMM[w.type]((blocks_for(out.shape[1], WARPS), tiles.matrix.size), out, w.data, w.row_bytes, *tiles[:-1], x)

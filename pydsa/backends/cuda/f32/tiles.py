@@ -8,7 +8,7 @@ that they are not negative, would cost many registers.
 """
 import numpy as np
 
-from pydsa.backends.cuda.device import SIMULATED, bits_float, device, four_at, half_at, put_four, sync, word_at
+from pydsa.backends.cuda.device import SIMULATED, bits_float, device, half_at, load_four_f32, store_four_f32, sync, u32_at
 from pydsa.backends.cuda.rows import CACHED
 
 
@@ -48,8 +48,8 @@ def two_bytes_float(high, low, i):
 @device
 def four_f32(data, row, i, first, second):
     at = row + 4 * i
-    return (bits_float(word_at(data, at)), bits_float(word_at(data, at + 4)), bits_float(word_at(data, at + 8)),
-            bits_float(word_at(data, at + 12)))
+    return (bits_float(u32_at(data, at)), bits_float(u32_at(data, at + 4)), bits_float(u32_at(data, at + 8)),
+            bits_float(u32_at(data, at + 12)))
 
 
 @device
@@ -60,21 +60,21 @@ def four_f16(data, row, i, first, second):
 
 @device
 def four_bf16(data, row, i, first, second):
-    a, b = word_at(data, row + 2 * i), word_at(data, row + 2 * i + 4)
+    a, b = u32_at(data, row + 2 * i), u32_at(data, row + 2 * i + 4)
     return (bits_float(np.uint32((a & 0xFFFF) << 16)), bits_float(np.uint32(a & 0xFFFF0000)), bits_float(np.uint32((b & 0xFFFF) << 16)),
             bits_float(np.uint32(b & 0xFFFF0000)))
 
 
 @device
 def four_i8(data, row, i, first, second):
-    word, d = word_at(data, row + i), bits_float(word_at(data, row + first + second + (0 if i < first else 4)))
+    word, d = u32_at(data, row + i), bits_float(u32_at(data, row + first + second + (0 if i < first else 4)))
     return d * byte_float(word, 0), d * byte_float(word, 1), d * byte_float(word, 2), d * byte_float(word, 3)
 
 
 @device
 def four_i16(data, row, i, first, second):
     low = row + first + second
-    a, b, d = word_at(data, row + i), word_at(data, low + i), bits_float(word_at(data, low + first + second + (0 if i < first else 4)))
+    a, b, d = u32_at(data, row + i), u32_at(data, low + i), bits_float(u32_at(data, low + first + second + (0 if i < first else 4)))
     return d * two_bytes_float(a, b, 0), d * two_bytes_float(a, b, 1), d * two_bytes_float(a, b, 2), d * two_bytes_float(a, b, 3)
 
 
@@ -101,7 +101,7 @@ def _make_stage(storage):
                 fours[4 * j + 2], fours[4 * j + 3] = e if there else ZERO, f if there else ZERO
             for j in range(BATCH):
                 at = ((j * THREADS + task) >> bits) * pitch + (((j * THREADS + task) & (1 << bits) - 1) << 2)
-                put_four(work, at, fours[4 * j], fours[4 * j + 1], fours[4 * j + 2], fours[4 * j + 3])
+                store_four_f32(work, at, fours[4 * j], fours[4 * j + 1], fours[4 * j + 2], fours[4 * j + 3])
         else:
             for i in range(4 * BATCH):
                 number = 4 * task + (i >> 2) * 4 * THREADS + (i & 3)
@@ -137,9 +137,10 @@ def _make_products(storage):
             for c in range(0, SLICE, 4):
                 at = part * SLICE + c
                 for j in range(MY_KEYS):
-                    fours[4 * j], fours[4 * j + 1], fours[4 * j + 2], fours[4 * j + 3] = four_at(work, (kg + j * KEY_GROUPS) * PITCH + at)
+                    key = (kg + j * KEY_GROUPS) * PITCH
+                    fours[4 * j], fours[4 * j + 1], fours[4 * j + 2], fours[4 * j + 3] = load_four_f32(work, key + at)
                 for i in range(MY_HEADS):
-                    x, y, z, w = four_at(work, QUERIES + (hg * MY_HEADS + i) * PITCH + at)
+                    x, y, z, w = load_four_f32(work, QUERIES + (hg * MY_HEADS + i) * PITCH + at)
                     for j in range(MY_KEYS):
                         total = s[i * MY_KEYS + j]
                         total += x * fours[4 * j]
@@ -151,7 +152,8 @@ def _make_products(storage):
         for j in range(MY_KEYS):
             at = part * PRODUCTS + (kg + j * KEY_GROUPS) * HEADS + hg * MY_HEADS
             for i in range(0, MY_HEADS, 4):
-                put_four(work, at + i, s[i * MY_KEYS + j], s[(i + 1) * MY_KEYS + j], s[(i + 2) * MY_KEYS + j], s[(i + 3) * MY_KEYS + j])
+                store_four_f32(work, at + i, s[i * MY_KEYS + j], s[(i + 1) * MY_KEYS + j], s[(i + 2) * MY_KEYS + j],
+                               s[(i + 3) * MY_KEYS + j])
         sync()
     return products
 

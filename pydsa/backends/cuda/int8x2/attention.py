@@ -9,9 +9,9 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.block_sums import magnitude_bits
-from pydsa.backends.cuda.device import (MMA_WARP, SIMULATED, WARP, bits_float, device, exp, four_of, mma_s8, nearest, permuted, put_words,
-                                        sync, two_words, warp_top, word_at)
+from pydsa.backends.cuda.block_sums import abs_bits
+from pydsa.backends.cuda.device import (MMA_WARP, SIMULATED, WARP, bits_float, device, exp, load_four_u32, mma_s8, nearest, pack_int8x2,
+                                        permuted, store_four_u32, sync, u32_at, warp_max_int)
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.backends.cuda.modes import MASKED, SPARSE
 from pydsa.quants import INT8X2_MAX
@@ -37,7 +37,7 @@ WEIGHTS = 2 * WEIGHT_PLANE
 A_HEAD = THREADS // HEADS                   # threads that weigh one head's keys
 SHARES = HEADS * A_HEAD
 SUMS = 16                                   # of a lane: four tiles of sixteen heads and eight keys or columns
-ZERO, NOTHING, INFINITY = np.float32(0), np.float32(-np.inf), np.float32(np.inf)
+ZERO, MINUS_INFINITY, INFINITY = np.float32(0), np.float32(-np.inf), np.float32(np.inf)
 
 
 def takes(latents, n_head, n_v):
@@ -47,7 +47,7 @@ def takes(latents, n_head, n_v):
 
 
 @kernel("u4[::1], f4[:,:,:], f4[:,:,:], i4, i4", WARP)
-def round_heads(words, scales, q, first, n_steps):
+def pack_heads(packed, scales, q, first, n_steps):
     """A warp rounds a part of one head's query; its words go where the lanes of mma_s8 take them: [t, tile, step, plane, lane, 4].
 
     Heads that do not exist, up to a multiple of sixteen, are zeros.
@@ -59,12 +59,12 @@ def round_heads(words, scales, q, first, n_steps):
         end = start
     bits = np.int32(0)
     for i in range(start + lane, end, WARP):
-        bits = max(bits, magnitude_bits(q[t, h, i]))
-    top = bits_float(np.uint32(warp_top(bits)))
-    known = top < INFINITY
-    factor = np.float32(INT8X2_MAX) / top if known and top > np.float32(1e-30) else ZERO
+        bits = max(bits, abs_bits(q[t, h, i]))
+    row_max = bits_float(np.uint32(warp_max_int(bits)))
+    known = row_max < INFINITY
+    factor = np.float32(INT8X2_MAX) / row_max if known and row_max > np.float32(1e-30) else ZERO
     if lane == 0 and h < q.shape[1]:
-        scales[t, h, part] = top / np.float32(INT8X2_MAX) if known else np.float32(np.nan)
+        scales[t, h, part] = row_max / np.float32(INT8X2_MAX) if known else np.float32(np.nan)
     n_tiles, before = (q.shape[1] + 15) // 16, (first + 31) // 32 if part == 1 else 0
     base = (np.int64(t) * n_tiles + h // 16) * n_steps
     for word in range(lane, (length + 31) // 32 * 8, WARP):
@@ -72,7 +72,7 @@ def round_heads(words, scales, q, first, n_steps):
         a, b, c, e = (nearest(q[t, h, i], factor), nearest(q[t, h, i + 1], factor), nearest(q[t, h, i + 2], factor),
                       nearest(q[t, h, i + 3], factor)) if i < end else (0, 0, 0, 0)
         at = (base + before + word // 8) * 256 + (h % 8 * 4 + word % 4) * 4 + h % 16 // 8 + word % 8 // 4 * 2
-        words[at], words[at + 128] = two_words(a, b, c, e)
+        packed[at], packed[at + 128] = pack_int8x2(a, b, c, e)
 
 
 @device
@@ -85,30 +85,30 @@ def transposed(a, b, c, e):
 
 
 @device
-def weigh(scores, weights, of_values, shares, top, total, shrink, thread):
+def softmax_tile(scores, weights, of_values, shares, row_max, row_sum, rescale, thread):
     """Scores of a tile become weights, words of four keys' high and low bytes; what is known of each head by then goes on.
 
     of_values: what the weights are multiplied by, INT8X2_MAX at most. A_HEAD threads share the keys of a head.
     """
     h, share = thread // A_HEAD, thread % A_HEAD
-    greatest = NOTHING
+    greatest = MINUS_INFINITY
     for word in range(share, WORDS, A_HEAD):
         for i in range(4):
             greatest = max(greatest, scores[h * SCORE_PITCH + 4 * word + i])
     shares[thread] = greatest
     sync()
-    before = top[h]
+    before = row_max[h]
     greatest = before
     for i in range(A_HEAD):
         greatest = max(greatest, shares[h * A_HEAD + i])
-    base, added = greatest if greatest > NOTHING else ZERO, ZERO
+    base, added = greatest if greatest > MINUS_INFINITY else ZERO, ZERO
     sync()
     for word in range(share, WORDS, A_HEAD):
         at, key = h * SCORE_PITCH + 4 * word, 4 * word
         w0, w1, w2, w3 = exp(scores[at] - base), exp(scores[at + 1] - base), exp(scores[at + 2] - base), exp(scores[at + 3] - base)
         added += (w0 + w1) + (w2 + w3)
-        high, low = two_words(nearest(w0, of_values[key]), nearest(w1, of_values[key + 1]), nearest(w2, of_values[key + 2]),
-                              nearest(w3, of_values[key + 3]))
+        high, low = pack_int8x2(nearest(w0, of_values[key]), nearest(w1, of_values[key + 1]), nearest(w2, of_values[key + 2]),
+                                nearest(w3, of_values[key + 3]))
         weights[h * PITCH + word], weights[WEIGHT_PLANE + h * PITCH + word] = high, low
     shares[thread] = added
     sync()
@@ -116,7 +116,7 @@ def weigh(scores, weights, of_values, shares, top, total, shrink, thread):
         smaller, added = exp(before - base), ZERO
         for i in range(A_HEAD):
             added += shares[h * A_HEAD + i]
-        top[h], total[h], shrink[h] = greatest, total[h] * smaller + added, smaller
+        row_max[h], row_sum[h], rescale[h] = greatest, row_sum[h] * smaller + added, smaller
     sync()
 
 
@@ -125,7 +125,7 @@ def _make_attend(storage):
     planes = 2 if wide else 1
 
     @device
-    def add_values(acc, stage, weights, shrink, key_at, data, first, second, column, n_v, unit, thread):
+    def add_values(acc, stage, weights, rescale, key_at, data, first, second, column, n_v, unit, thread):
         """acc = acc times shrink, and the weights times SIDE columns of the values."""
         warp, lane = thread >> 5, thread & 31
         row, right, c = warp % ROW_TILES * 16 + (lane >> 2), warp // ROW_TILES * 32 + (lane >> 2), lane & 3
@@ -138,12 +138,12 @@ def _make_attend(storage):
                 at = column + 4 * word + (first + second) * plane
                 there = column + 4 * word < first
                 a, b, d, e = key_at[4 * group], key_at[4 * group + 1], key_at[4 * group + 2], key_at[4 * group + 3]
-                w0 = word_at(data, a + at) if there and a >= 0 else np.uint32(0)
-                w1 = word_at(data, b + at) if there and b >= 0 else np.uint32(0)
-                w2 = word_at(data, d + at) if there and d >= 0 else np.uint32(0)
-                w3 = word_at(data, e + at) if there and e >= 0 else np.uint32(0)
+                w0 = u32_at(data, a + at) if there and a >= 0 else np.uint32(0)
+                w1 = u32_at(data, b + at) if there and b >= 0 else np.uint32(0)
+                w2 = u32_at(data, d + at) if there and d >= 0 else np.uint32(0)
+                w3 = u32_at(data, e + at) if there and e >= 0 else np.uint32(0)
                 w0, w1, w2, w3 = transposed(w0, w1, w2, w3)
-                put_words(stage, plane * WORDS * COLUMN_PITCH + group * COLUMN_PITCH + 4 * word, w0, w1, w2, w3)
+                store_four_u32(stage, plane * WORDS * COLUMN_PITCH + group * COLUMN_PITCH + 4 * word, w0, w1, w2, w3)
         sync()
         for tile in range(4):
             p0, p1, p2, p3 = 0, 0, 0, 0
@@ -164,7 +164,7 @@ def _make_attend(storage):
                             p0, p1, p2, p3 = mma_s8(h0, h1, h2, h3, stage[at], stage[at + 4 * COLUMN_PITCH], p0, p1, p2, p3)
                 if plane == 0:
                     p0, p1, p2, p3 = p0 << 8, p1 << 8, p2 << 8, p3 << 8
-            smaller, smaller_8 = shrink[row], shrink[row + 8]
+            smaller, smaller_8 = rescale[row], rescale[row + 8]
             acc[4 * tile] = acc[4 * tile] * smaller + unit * np.float32(np.int32(p0))
             acc[4 * tile + 1] = acc[4 * tile + 1] * smaller + unit * np.float32(np.int32(p1))
             acc[4 * tile + 2] = acc[4 * tile + 2] * smaller_8 + unit * np.float32(np.int32(p2))
@@ -172,7 +172,7 @@ def _make_attend(storage):
         sync()
 
     @device
-    def leave(out, acc, factor, factor_8, t, head, column, thread):
+    def store_columns(out, acc, factor, factor_8, t, head, column, thread):
         """SIDE columns of what all keys made, times a factor for each of a lane's two rows."""
         warp, lane = thread >> 5, thread & 31
         row, at = warp % ROW_TILES * 16 + (lane >> 2), column + warp // ROW_TILES * 32 + 2 * (lane & 3)
@@ -181,8 +181,9 @@ def _make_attend(storage):
             if head + h < out.shape[1] and col < out.shape[2]:
                 out[t, head + h, col] = acc[i] * (factor if i % 4 < 2 else factor_8)
 
-    def attend(out, sums, tops, totals, words, scales, data, row_bytes, first, second, positions, indices, mask, mode, n_splits, scale):
-        """out[t, h] of queries as round_heads left them; if keys are split, what attention.py's kernels leave then.
+    def attend(out, sums, row_maxes, row_sums, packed, scales, data, row_bytes, first, second, positions, indices, mask, mode, n_splits,
+               scale):
+        """out[t, h] of queries as pack_heads left them; if keys are split, what attention.py's kernels leave then.
 
         mode: all keys up to positions[t], the same with mask[t, s] added, or keys indices[t] up to the first that is negative.
         """
@@ -195,9 +196,9 @@ def _make_attend(storage):
         second_scale = cuda.shared.array(SIDE, np.float32)
         of_values = cuda.shared.array(SIDE, np.float32)
         shares = cuda.shared.array(SHARES, np.float32)
-        top = cuda.shared.array(HEADS, np.float32)
-        total = cuda.shared.array(HEADS, np.float32)
-        shrink = cuda.shared.array(HEADS, np.float32)
+        row_max = cuda.shared.array(HEADS, np.float32)
+        row_sum = cuda.shared.array(HEADS, np.float32)
+        rescale = cuda.shared.array(HEADS, np.float32)
         acc_0 = cuda.local.array(SUMS, np.float32)
         acc_1 = cuda.local.array(SUMS, np.float32)
         acc_2 = cuda.local.array(SUMS, np.float32)
@@ -222,20 +223,20 @@ def _make_attend(storage):
         for i in range(SUMS):
             acc_0[i] = acc_1[i] = acc_2[i] = acc_3[i] = acc_4[i] = acc_5[i] = acc_6[i] = acc_7[i] = ZERO
         if thread < HEADS:
-            top[thread], total[thread] = NOTHING, ZERO
+            row_max[thread], row_sum[thread] = MINUS_INFINITY, ZERO
         for start in range(split * share, min(n, (split + 1) * share), SIDE):
             if mode == SPARSE and indices[t, start] < 0:
                 break
             if thread < SIDE:
-                key, added, i = np.int64(-1), NOTHING, start + thread
+                key, added, i = np.int64(-1), MINUS_INFINITY, start + thread
                 if i < n:
                     key, added = np.int64(indices[t, i]) if mode == SPARSE else i, mask[t, i] if mode == MASKED else ZERO
-                if added == NOTHING or key < 0:
-                    key, added = np.int64(-1), NOTHING
+                if added == MINUS_INFINITY or key < 0:
+                    key, added = np.int64(-1), MINUS_INFINITY
                 key_at[thread], bias[thread] = key * row_bytes if key >= 0 else np.int64(-1), added
                 behind = key * row_bytes + planes * (first + second)
-                first_scale[thread] = bits_float(word_at(data, behind)) if key >= 0 else ZERO
-                second_scale[thread] = bits_float(word_at(data, behind + 4)) if key >= 0 and second > 0 else ZERO
+                first_scale[thread] = bits_float(u32_at(data, behind)) if key >= 0 else ZERO
+                second_scale[thread] = bits_float(u32_at(data, behind + 4)) if key >= 0 and second > 0 else ZERO
             cuda.syncthreads()
             greatest = ZERO
             for i in range(SIDE):
@@ -255,13 +256,13 @@ def _make_attend(storage):
                             task = j * THREADS + thread
                             at, word = key_at[task >> WORDS_BITS], chunk + 4 * (task & WORDS - 1)
                             stage[plane * PLANE + (task >> WORDS_BITS) * PITCH + (task & WORDS - 1)] = (
-                                word_at(data, at + (first + second) * plane + begin + word) if at >= 0 and word < length else np.uint32(0))
+                                u32_at(data, at + (first + second) * plane + begin + word) if at >= 0 and word < length else np.uint32(0))
                     cuda.syncthreads()
                     for s in range(SIDE // 32):
                         if chunk + 32 * s < length:
                             at = (of_tile + step + chunk // 32 + s) * 256 + 4 * lane
-                            a0, a1, a2, a3 = four_of(words, at)
-                            l0, l1, l2, l3 = four_of(words, at + 128)
+                            a0, a1, a2, a3 = load_four_u32(packed, at)
+                            l0, l1, l2, l3 = load_four_u32(packed, at + 128)
                             for tile in range(4):
                                 at = (right + 8 * tile) * PITCH + 8 * s + c
                                 b0, b1 = stage[at], stage[at + 4]
@@ -281,41 +282,41 @@ def _make_attend(storage):
                     at = (row + i % 4 // 2 * 8) * SCORE_PITCH + key
                     product = (of_row if i % 4 < 2 else of_row_8) * (np.float32(256) * np.float32(high[i]) + np.float32(mixed[i]))
                     if part == 0:
-                        scores[at] = product * first_scale[key] + bias[key] if bias[key] > NOTHING else NOTHING
-                    elif second > 0 and bias[key] > NOTHING:
+                        scores[at] = product * first_scale[key] + bias[key] if bias[key] > MINUS_INFINITY else MINUS_INFINITY
+                    elif second > 0 and bias[key] > MINUS_INFINITY:
                         scores[at] += product * second_scale[key]
             cuda.syncthreads()
-            weigh(scores, weights, of_values, shares, top, total, shrink, thread)
+            softmax_tile(scores, weights, of_values, shares, row_max, row_sum, rescale, thread)
             of_sums = greatest / np.float32(INT8X2_MAX) * unit
-            add_values(acc_0, stage, weights, shrink, key_at, data, first, second, column, n_v, of_sums, thread)
-            add_values(acc_1, stage, weights, shrink, key_at, data, first, second, column + SIDE, n_v, of_sums, thread)
-            add_values(acc_2, stage, weights, shrink, key_at, data, first, second, column + 2 * SIDE, n_v, of_sums, thread)
-            add_values(acc_3, stage, weights, shrink, key_at, data, first, second, column + 3 * SIDE, n_v, of_sums, thread)
-            add_values(acc_4, stage, weights, shrink, key_at, data, first, second, column + 4 * SIDE, n_v, of_sums, thread)
-            add_values(acc_5, stage, weights, shrink, key_at, data, first, second, column + 5 * SIDE, n_v, of_sums, thread)
-            add_values(acc_6, stage, weights, shrink, key_at, data, first, second, column + 6 * SIDE, n_v, of_sums, thread)
-            add_values(acc_7, stage, weights, shrink, key_at, data, first, second, column + 7 * SIDE, n_v, of_sums, thread)
+            add_values(acc_0, stage, weights, rescale, key_at, data, first, second, column, n_v, of_sums, thread)
+            add_values(acc_1, stage, weights, rescale, key_at, data, first, second, column + SIDE, n_v, of_sums, thread)
+            add_values(acc_2, stage, weights, rescale, key_at, data, first, second, column + 2 * SIDE, n_v, of_sums, thread)
+            add_values(acc_3, stage, weights, rescale, key_at, data, first, second, column + 3 * SIDE, n_v, of_sums, thread)
+            add_values(acc_4, stage, weights, rescale, key_at, data, first, second, column + 4 * SIDE, n_v, of_sums, thread)
+            add_values(acc_5, stage, weights, rescale, key_at, data, first, second, column + 5 * SIDE, n_v, of_sums, thread)
+            add_values(acc_6, stage, weights, rescale, key_at, data, first, second, column + 6 * SIDE, n_v, of_sums, thread)
+            add_values(acc_7, stage, weights, rescale, key_at, data, first, second, column + 7 * SIDE, n_v, of_sums, thread)
             cuda.syncthreads()
         cuda.syncthreads()
-        whole, whole_8 = total[row], total[row + 8]
+        whole, whole_8 = row_sum[row], row_sum[row + 8]
         if n_splits == 1:
             whole, whole_8 = np.float32(1) / whole if whole != ZERO else ZERO, np.float32(1) / whole_8 if whole_8 != ZERO else ZERO
         else:
             whole = whole_8 = np.float32(1)
             out = sums[:, :, split]
             if column == 0 and thread < HEADS and head + thread < n_head:
-                tops[t, head + thread, split], totals[t, head + thread, split] = top[thread], total[thread]
-        leave(out, acc_0, whole, whole_8, t, head, column, thread)
-        leave(out, acc_1, whole, whole_8, t, head, column + SIDE, thread)
-        leave(out, acc_2, whole, whole_8, t, head, column + 2 * SIDE, thread)
-        leave(out, acc_3, whole, whole_8, t, head, column + 3 * SIDE, thread)
-        leave(out, acc_4, whole, whole_8, t, head, column + 4 * SIDE, thread)
-        leave(out, acc_5, whole, whole_8, t, head, column + 5 * SIDE, thread)
-        leave(out, acc_6, whole, whole_8, t, head, column + 6 * SIDE, thread)
-        leave(out, acc_7, whole, whole_8, t, head, column + 7 * SIDE, thread)
+                row_maxes[t, head + thread, split], row_sums[t, head + thread, split] = row_max[thread], row_sum[thread]
+        store_columns(out, acc_0, whole, whole_8, t, head, column, thread)
+        store_columns(out, acc_1, whole, whole_8, t, head, column + SIDE, thread)
+        store_columns(out, acc_2, whole, whole_8, t, head, column + 2 * SIDE, thread)
+        store_columns(out, acc_3, whole, whole_8, t, head, column + 3 * SIDE, thread)
+        store_columns(out, acc_4, whole, whole_8, t, head, column + 4 * SIDE, thread)
+        store_columns(out, acc_5, whole, whole_8, t, head, column + 5 * SIDE, thread)
+        store_columns(out, acc_6, whole, whole_8, t, head, column + 6 * SIDE, thread)
+        store_columns(out, acc_7, whole, whole_8, t, head, column + 7 * SIDE, thread)
     signature = ("f4[:,:,:], f4[:,:,:,:], f4[:,:,:], f4[:,:,:], u4[::1], f4[:,:,:], u1[::1], i8, i4, i4, i8[:], i4[:,:], f4[:,:], i4, i4, "
                  "f4")
-    return kernel(signature, THREADS, f"attend_bytes_{storage}")(attend)
+    return kernel(signature, THREADS, f"attend_int8x2_{storage}")(attend)
 
 
 ATTEND = {storage: _make_attend(storage) for storage in ("i8", "i16")}
@@ -325,10 +326,10 @@ def attend(out, splits, q, latents, positions, indices, mask, mode, scale):
     """Attention to keys as the mode says, which takes() must allow; splits: sums, tops, totals [T, n_head, n_splits, ...]."""
     n_tokens, n_head, width = q.shape
     n_steps, n_tiles = blocks_for(latents.first, 32) + (blocks_for(latents.second, 32) if latents.second else 0), blocks_for(n_head, 16)
-    words = scratch("words of heads", (n_tokens * n_tiles * n_steps * 256,), np.uint32)
+    packed = scratch("words of heads", (n_tokens * n_tiles * n_steps * 256,), np.uint32)
     scales = scratch("scales of heads", (n_tokens, n_head, 2), np.float32)
     n_splits = splits[1].shape[2]
-    round_heads((32 * n_tiles, n_tokens), words, scales, q, latents.first, n_steps)
-    ATTEND[latents.storage]((n_tokens * n_splits * blocks_for(n_head, HEADS), blocks_for(out.shape[2], COLUMNS)), out, *splits, words,
+    pack_heads((32 * n_tiles, n_tokens), packed, scales, q, latents.first, n_steps)
+    ATTEND[latents.storage]((n_tokens * n_splits * blocks_for(n_head, HEADS), blocks_for(out.shape[2], COLUMNS)), out, *splits, packed,
                             scales, latents.data.flat, latents.data.shape[1], latents.first, latents.second, positions, indices, mask, mode,
                             n_splits, scale)

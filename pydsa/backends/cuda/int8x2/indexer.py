@@ -7,8 +7,8 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.block_sums import magnitude_bits
-from pydsa.backends.cuda.device import MMA_WARP, SIMULATED, WARP, bits_float, device, mma_s8, nearest, two_words, warp_top, word_at
+from pydsa.backends.cuda.block_sums import abs_bits
+from pydsa.backends.cuda.device import MMA_WARP, SIMULATED, WARP, bits_float, device, mma_s8, nearest, pack_int8x2, u32_at, warp_max_int
 from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
 from pydsa.quants import INT8X2_MAX
 
@@ -24,7 +24,7 @@ TILE_WORDS = 8 * WIDTH // 2             # of a tile's queries: words of four byt
 QUERY_WORDS, HEADS = HEAD_TILES * TILE_WORDS, 8 * HEAD_TILES
 KEY_WORDS, STEP_WORDS, SUMS = 8 * STEPS, 4 * STEPS, 4 * KEYS
 KEYS_BITS = KEYS.bit_length() - 1
-ZERO, NOTHING = np.float32(0), np.float32(-np.inf)
+ZERO, MINUS_INFINITY = np.float32(0), np.float32(-np.inf)
 
 
 def takes(keys):
@@ -33,7 +33,7 @@ def takes(keys):
 
 
 @device
-def round_query(queries, weights, q, w, t, h, lane):
+def pack_query(queries, weights, q, w, t, h, lane):
     """A warp rounds one head's query and puts its words where the lanes of the tensor instruction take them: [tile, step, part, lane].
 
     Parts: the two words of a lane, high bytes, then low ones. Heads that do not exist, up to a multiple of eight, and numbers behind the
@@ -43,8 +43,8 @@ def round_query(queries, weights, q, w, t, h, lane):
     bits = np.int32(0)
     if h < n_head:
         for i in range(lane, width, WARP):
-            bits = max(bits, magnitude_bits(q[t, h, i]))
-    top = bits_float(np.uint32(warp_top(bits)))
+            bits = max(bits, abs_bits(q[t, h, i]))
+    top = bits_float(np.uint32(warp_max_int(bits)))
     known = top < np.float32(np.inf)
     factor = np.float32(INT8X2_MAX) / top if known and top > np.float32(1e-30) else ZERO
     if lane == 0:
@@ -55,16 +55,16 @@ def round_query(queries, weights, q, w, t, h, lane):
         a, b, c, e = (nearest(q[t, h, i], factor), nearest(q[t, h, i + 1], factor), nearest(q[t, h, i + 2], factor),
                       nearest(q[t, h, i + 3], factor)) if there else (0, 0, 0, 0)
         at = h // 8 * TILE_WORDS + word // 8 * 128 + word % 8 // 4 * 32 + h % 8 * 4 + word % 4
-        queries[t, at], queries[t, at + 64] = two_words(a, b, c, e)
+        queries[t, at], queries[t, at + 64] = pack_int8x2(a, b, c, e)
 
 
 @kernel("u4[:,:], f4[:,:], f4[:,:,:], f4[:,:]", WARP)
-def round_queries(queries, weights, q, w):
+def pack_queries(queries, weights, q, w):
     """A block, of one warp, rounds one head's query."""
-    round_query(queries, weights, q, w, cuda.blockIdx.y, cuda.blockIdx.x, cuda.threadIdx.x)
+    pack_query(queries, weights, q, w, cuda.blockIdx.y, cuda.blockIdx.x, cuda.threadIdx.x)
 
 
-def room_for_queries(q):
+def scratch_for_queries(q):
     """Scratch memory for what score() takes: words [T, 64 heads], weights [T, heads], where the heads are a multiple of eight."""
     n_heads = 8 * blocks_for(q.shape[1], 8)
     return (scratch("queries", (len(q), n_heads * WIDTH // 2), np.uint32), scratch("weights of heads", (len(q), n_heads), np.float32))
@@ -72,13 +72,13 @@ def room_for_queries(q):
 
 def pack(q, w):
     """Queries and the weights of heads as score() takes them."""
-    queries = room_for_queries(q)
-    round_queries((queries[1].shape[1], len(q)), *queries, q, w)
+    queries = scratch_for_queries(q)
+    pack_queries((queries[1].shape[1], len(q)), *queries, q, w)
     return queries
 
 
 @kernel("f4[:,:], u4[:,:], f4[:,:], u1[::1], i8, i4, i8[:], i4, f4, b1", THREADS)
-def scores_of_bytes(out, queries, weights, data, row_bytes, width, positions, start, scale, fill):
+def score_int8x2(out, queries, weights, data, row_bytes, width, positions, start, scale, fill):
     """out[t, s] as indexer.py's kernels make it. A block has one token and every so manieth KEYS keys, 32 a warp; these stay in registers.
 
     mma_s8: sixteen keys by 32 numbers, times 32 numbers by eight heads. A lane sums four heads' part of four keys; four lanes make a key.
@@ -101,7 +101,7 @@ def scores_of_bytes(out, queries, weights, data, row_bytes, width, positions, st
                 at = min(base + (warp << 5) + 8 * i + (lane >> 2), n - 1) * row_bytes
                 for word in range(2 * STEPS):
                     there = 4 * word + column < n_words
-                    key[2 * STEPS * i + word] = word_at(data, at + 16 * word + 4 * column) if there else np.uint32(0)
+                    key[2 * STEPS * i + word] = u32_at(data, at + 16 * word + 4 * column) if there else np.uint32(0)
             t0, t1, t2, t3 = ZERO, ZERO, ZERO, ZERO
             for first in range(0, n_tiles, HEAD_TILES):
                 n_here = min(HEAD_TILES, n_tiles - first)
@@ -143,13 +143,13 @@ def scores_of_bytes(out, queries, weights, data, row_bytes, width, positions, st
             cuda.syncthreads()
             if s < n:
                 total = sums[4 * thread] + sums[4 * thread + 1] + sums[4 * thread + 2] + sums[4 * thread + 3]
-                out[row, s] = total * (bits_float(word_at(data, s * row_bytes + width)) * scale)
+                out[row, s] = total * (bits_float(u32_at(data, s * row_bytes + width)) * scale)
             cuda.syncthreads()
         if fill and n <= s < out.shape[1]:
-            out[row, s] = NOTHING
+            out[row, s] = MINUS_INFINITY
 
 
 def score(out, queries, keys, positions, start, scale, fill):
     """Scores of tokens start, start + 1, ... into the rows of `out`; queries: what pack() gave for all tokens."""
     grid = min(blocks_for(out.shape[1], KEYS), blocks_for(BLOCKS, len(out))), len(out)
-    scores_of_bytes(grid, out, *queries, keys.data.flat, keys.data.shape[1], keys.first, positions, start, scale, fill)
+    score_int8x2(grid, out, *queries, keys.data.flat, keys.data.shape[1], keys.first, positions, start, scale, fill)

@@ -9,10 +9,10 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.block_sums import magnitude_bits
+from pydsa.backends.cuda.block_sums import abs_bits
 from pydsa.backends.cuda.blocks import GROUPED
-from pydsa.backends.cuda.device import (SIMULATED, WARP, bits_float, copy_sixteen, device, dp4a, four_of, max_of_eight, nearest,
-                                        sum_of_four, two_words, warp_sum, warp_sync)
+from pydsa.backends.cuda.device import (SIMULATED, WARP, bits_float, copy_sixteen, device, dp4a, load_four_u32, max_of_eight, nearest,
+                                        pack_int8x2, sum_of_four, warp_sum, warp_sync)
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.quants import INT8X2_MAX, TYPES
 
@@ -20,7 +20,7 @@ from pydsa.quants import INT8X2_MAX, TYPES
 WARPS = 2 if SIMULATED else 4           # of a block
 ROWS = 4                                # of weights that a warp multiplies with the same activations
 ENOUGH = 8 if SIMULATED else 2112       # warps: sixteen for each of an H100's processors
-ROUNDING = 8 if SIMULATED else 256      # threads, each with four numbers
+PACKING = 8 if SIMULATED else 256      # threads, each with four numbers
 PARTS = WARPS * ROWS
 TILE = 32                               # groups of 32 numbers whose words stand together
 LANES = 4 * TILE                        # words of a chunk of all its groups
@@ -29,30 +29,30 @@ STAGED = max(WARP, 8)                   # groups of a row that are in shared mem
 ZERO = np.float32(0)
 
 
-class Rounded(NamedTuple):
+class Int8x2(NamedTuple):
     """Rows of activations as bytes: words [N, tiles * OF_TILE], float32 scales [N, n/32], sums of numbers [N, n/16].
 
     A chunk is the four words of half a group; chunk c of the groups of a tile lies where the lanes of a warp load it at once.
     """
-    words: object
+    packed: object
     scales: object
     sums: object
 
 
 @device
-def round_four(words, scales, sums, t, four, there, a, b, c, e):
+def pack_four(packed, scales, sums, t, four, there, a, b, c, e):
     """Round numbers 4 * four to 4 * four + 3 of row t, with seven other lanes that have the rest of 32; `there`: whether they count.
 
     What is not finite becomes a scale that is not.
     """
-    top = bits_float(np.uint32(max_of_eight(max(max(magnitude_bits(a), magnitude_bits(b)), max(magnitude_bits(c), magnitude_bits(e))))))
+    top = bits_float(np.uint32(max_of_eight(max(max(abs_bits(a), abs_bits(b)), max(abs_bits(c), abs_bits(e))))))
     factor = np.float32(INT8X2_MAX) / top if top > np.float32(1e-30) else ZERO
     a, b, c, e = nearest(a, factor), nearest(b, factor), nearest(c, factor), nearest(e, factor)
     total = sum_of_four(np.float32(a + b + c + e))
     if there:
         g = four >> 3
         at = (g >> 5) * OF_TILE + (four >> 2 & 1) * 2 * LANES + (g & 31) * 4 + (four & 3)
-        words[t, at], words[t, at + LANES] = two_words(a, b, c, e)
+        packed[t, at], packed[t, at + LANES] = pack_int8x2(a, b, c, e)
         scale = top / np.float32(INT8X2_MAX)
         if four & 3 == 0:
             sums[t, four >> 2] = scale * total
@@ -60,34 +60,34 @@ def round_four(words, scales, sums, t, four, there, a, b, c, e):
             scales[t, g] = scale
 
 
-@kernel("u4[:,:], f4[:,:], f4[:,:], f4[:,:]", ROUNDING)
-def round_rows(words, scales, sums, x):
+@kernel("u4[:,:], f4[:,:], f4[:,:], f4[:,:]", PACKING)
+def pack_rows(packed, scales, sums, x):
     """A thread rounds four numbers of a row."""
-    t, four, n = cuda.blockIdx.x, cuda.blockIdx.y * ROUNDING + cuda.threadIdx.x, x.shape[1] // 4
+    t, four, n = cuda.blockIdx.x, cuda.blockIdx.y * PACKING + cuda.threadIdx.x, x.shape[1] // 4
     i = 4 * min(four, n - 1)
-    round_four(words, scales, sums, t, four, four < n, x[t, i], x[t, i + 1], x[t, i + 2], x[t, i + 3])
+    pack_four(packed, scales, sums, t, four, four < n, x[t, i], x[t, i + 1], x[t, i + 2], x[t, i + 3])
 
 
-def room_for(x, name=""):
-    """Scratch memory for the Rounded of rows; what another name has stays."""
+def scratch_for(x, name=""):
+    """Scratch memory for the Int8x2 of rows; what another name has stays."""
     n_rows, n = x.shape
-    return Rounded(scratch(("x words", name), (n_rows, blocks_for(n, 32 * TILE) * OF_TILE), np.uint32),
-                   scratch(("x scales", name), (n_rows, n // 32), np.float32), scratch(("x sums", name), (n_rows, n // 16), np.float32))
+    return Int8x2(scratch(("x words", name), (n_rows, blocks_for(n, 32 * TILE) * OF_TILE), np.uint32),
+                  scratch(("x scales", name), (n_rows, n // 32), np.float32), scratch(("x sums", name), (n_rows, n // 16), np.float32))
 
 
-def round_into(x, made):
-    """Make `made` the Rounded of rows of any strides."""
-    round_rows((x.shape[0], blocks_for(x.shape[1] // 4, ROUNDING)), *made, x)
+def pack_into(x, made):
+    """Make `made` the Int8x2 of rows of any strides."""
+    pack_rows((x.shape[0], blocks_for(x.shape[1] // 4, PACKING)), *made, x)
 
 
 def pack(x):
-    """Activations, rows of any strides, as Rounded in scratch memory."""
-    made = room_for(x)
-    round_into(x, made)
+    """Activations, rows of any strides, as Int8x2 in scratch memory."""
+    made = scratch_for(x)
+    pack_into(x, made)
     return made
 
 
-def _make_one(name):
+def _make_gemv(name):
     group, halves, offsets = GROUPED[name].group, GROUPED[name].halves, GROUPED[name].offsets
     size, itemsize = TYPES[name].size, TYPES[name].n_bytes
     tile_bytes = STAGED * 32 // size * itemsize
@@ -125,7 +125,7 @@ def _make_one(name):
             total -= m * y + m1 * y1
         return total
 
-    def one(out, w, other_out, other_w, row_bytes, ids, x_div, splits, words, scales, sums):
+    def one(out, w, other_out, other_w, row_bytes, ids, x_div, splits, packed, scales, sums):
         """out[y] = matrix ids[y] times the y // x_div-th row of activations; a warp makes ROWS numbers, or `splits` warps of a block do.
 
         Blocks whose z is 1 do that with other weights. Rows whose blocks are not aligned go through shared memory, STAGED groups at a time.
@@ -156,8 +156,8 @@ def _make_one(name):
                 g = first + i
                 if g < n_groups:
                     at = x_at + (g >> 5) * OF_TILE + (g & 31) * 4
-                    h, k, h1, k1 = (four_of(words, at), four_of(words, at + LANES), four_of(words, at + 2 * LANES),
-                                    four_of(words, at + 3 * LANES))
+                    h, k, h1, k1 = (load_four_u32(packed, at), load_four_u32(packed, at + LANES), load_four_u32(packed, at + 2 * LANES),
+                                    load_four_u32(packed, at + 3 * LANES))
                     scale = scales[x_row, g]
                     y0, y1 = (sums[x_row, 2 * g], sums[x_row, 2 * g + 1]) if offsets else (ZERO, ZERO)
                     if direct:
@@ -187,23 +187,23 @@ def _make_one(name):
         if part == 0 and lane < ROWS and row + lane < n_out:
             out[y, row + lane] = s0 if lane == 0 else s1 if lane == 1 else s2 if lane == 2 else s3
     signature = "f4[:,:], u1[::1], f4[:,:], u1[::1], i8, i4[:], i4, i4, u4[::1], f4[:,:], f4[:,:]"
-    return kernel(signature, WARPS * WARP, f"one_{name.lower()}")(one)
+    return kernel(signature, WARPS * WARP, f"gemv_{name.lower()}")(one)
 
 
-ONE = {name: _make_one(name) for name in GROUPED}
+GEMV = {name: _make_gemv(name) for name in GROUPED}
 
 
-def multiply_one(outs, weights, x, tiles):
-    """out[y] = matrix tiles.matrix[y] of w times row y // tiles.x_div of Rounded activations; for one out and w, or for two of one type."""
+def gemv(outs, weights, x, tiles):
+    """out[y] = matrix tiles.matrix[y] of w times row y // tiles.x_div of Int8x2 activations; for one out and w, or for two of one type."""
     n_tiles, n_groups, n_out = tiles.matrix.size, x.scales.shape[1], max(out.shape[1] for out in outs)
     splits = 1      # a few rows are better divided among warps than left to a few of them
     while splits < WARPS and splits * WARP < n_groups and blocks_for(n_out, ROWS) * n_tiles * len(outs) * splits < ENOUGH:
         splits *= 2
     w, other_w = weights[0], weights[-1]
-    ONE[w.type]((blocks_for(n_out, ROWS * (WARPS // splits)), n_tiles, len(outs)), outs[0], w.data, outs[-1], other_w.data, w.row_bytes,
-                tiles.matrix, tiles.x_div, splits, x.words.flat, x.scales, x.sums)
+    GEMV[w.type]((blocks_for(n_out, ROWS * (WARPS // splits)), n_tiles, len(outs)), outs[0], w.data, outs[-1], other_w.data, w.row_bytes,
+                 tiles.matrix, tiles.x_div, splits, x.packed.flat, x.scales, x.sums)
 
 
 def matmul(out, w, x, tiles):
-    """out[y] = matrix tiles.matrix[y] of w times row y // tiles.x_div of Rounded activations."""
-    multiply_one([out], [w], x, tiles)
+    """out[y] = matrix tiles.matrix[y] of w times row y // tiles.x_div of Int8x2 activations."""
+    gemv([out], [w], x, tiles)
