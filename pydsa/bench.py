@@ -11,12 +11,12 @@ import time
 
 import numpy as np
 
-from pydsa.costs import Step, node_cost, step_cost, total
+from pydsa.costs import StepSize, node_cost, step_cost, total
 from pydsa.errors import PydsaError
 from pydsa.gguf_file import Tensor
+from pydsa.quants import TYPES
 from pydsa.report import count, size
 
-FLOATS = ("F32", "F16", "BF16")     # weights that meet activations as float32, all others as words of 16 bits
 SEED = 1        # of the random tokens that are run
 NO_LIMITS = dict.fromkeys(("bytes_per_token", "bandwidth_gbs", "limit_ts", "share_of_limit"))
 NO_RATES = dict.fromkeys(("bytes", "operations", "gbs", "gops", "bandwidth_gbs", "peak_gops", "share_of_ceiling"))
@@ -64,8 +64,8 @@ class Bench:
         nanoseconds = [round(s * 1e9) for s in seconds]
         return {
             "model_filename": model.metadata.path, "model_name": model.config.name, "model_arch": model.config.architecture,
-            "model_type": model.plan.file_type, "model_size": model.plan.n_bytes, "model_n_params": model.plan.n_params,
-            "backend": model.plan.device, "n_threads": model.threads, "n_ubatch": model.n_ubatch,
+            "model_type": model.setup.file_type, "model_size": model.setup.n_bytes, "model_n_params": model.setup.n_params,
+            "backend": model.setup.device_name, "n_threads": model.threads, "n_ubatch": model.n_ubatch,
             "type_k": model.kv_type, "type_index": model.index_type if model.top_k else None,
             "attention": model.attention, "top_k": model.top_k, "n_prompt": n_prompt, "n_gen": n_gen, "n_depth": n_depth,
             "avg_ns": round(statistics.mean(nanoseconds)), "stddev_ns": round(_deviation(nanoseconds)),
@@ -85,7 +85,7 @@ class Bench:
             reach_depth(session, ids, n_depth)
             n_tokens = min(n_prompt, model.n_ubatch) or 1
             step_ids = ids[n_depth:n_depth + n_tokens]
-            (costs, quantized), best = _op_costs(session, step_ids), {}     # a run that is not timed
+            (costs, quantized), best = _op_costs(model, session, step_ids), {}     # a run that is not timed
             for i in range(self.repetitions):
                 if progress is not None:
                     progress(i, self.repetitions, test_name(n_prompt, n_gen, n_depth))
@@ -116,8 +116,9 @@ def _limits(model, ceilings, n_gen, n_depth, speed):
 
 def bytes_per_token(model, n_past):
     """Bytes of weights and caches that must be read to decode the token after n_past others."""
-    nodes = model.plan.plans[model.path(n_past, 1)].graph.nodes
-    cost = step_cost(nodes, Step(1, n_past, model.plan.cache_row_bytes))
+    setup = model.setup
+    nodes = setup.layouts[setup.schedule.variant(n_past, 1)].graph.nodes
+    cost = step_cost(nodes, StepSize(1, n_past, setup.cache_row_bytes))
     return cost.weights + cost.cache
 
 
@@ -157,7 +158,7 @@ def time_test(session, ids, n_prompt, n_gen):
     return time.perf_counter() - start
 
 
-def _op_costs(session, ids):
+def _op_costs(model, session, ids):
     """{op: Cost} of one step, which is run to see how many experts its tokens choose; and the ops with quantized weights."""
     nodes, experts = [], {}
 
@@ -166,12 +167,12 @@ def _op_costs(session, ids):
         if node.op == "moe_route":
             experts[node.args[0]] = np.unique(arrays[0]).size
 
-    step = Step(len(ids), session.n_past, session.model.plan.cache_row_bytes, experts)
+    step = StepSize(len(ids), session.n_past, model.setup.cache_row_bytes, experts)
     session.prefill(ids, observe=observe)
     costs = {}
     for node in nodes:
         costs.setdefault(node.op, []).append(node_cost(node, step))
-    quantized = {node.op for node in nodes if any(isinstance(a, Tensor) and a.type not in FLOATS for a in node.args)}
+    quantized = {node.op for node in nodes if any(isinstance(a, Tensor) and TYPES[a.type].quantized for a in node.args)}
     return {op: total(parts) for op, parts in costs.items()}, quantized
 
 

@@ -2,7 +2,7 @@
 
 
 class VectorCache:
-    """n_ctx rows of sum(widths) values, stored as quants.KV_TYPES says, where whole numbers have a scale for each of the widths.
+    """n_ctx rows of sum(widths) values, stored as quants.CACHE_TYPES says; integers have a scale for each of the widths.
 
     `rows` is what the backend's ops take.
     """

@@ -2,17 +2,11 @@
 
 Of intermediate values only those are counted that pass through ops that do little else: they may well lie in a cache of the machine.
 """
-import bisect
 import math
 from typing import NamedTuple
 
 from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef, Value
-
-
-# Measured: pydsa/docs/journal/sparse-attention.md
-MHA_TOKENS = 48         # tokens from which keys and values of their own can pay for heads
-LOOKED_UP = 55          # products in whose time a number of a chosen key is looked up and laid out for a token, for all its heads
 
 
 class Cost(NamedTuple):
@@ -27,7 +21,7 @@ class Cost(NamedTuple):
         return self.weights + self.cache + self.values
 
 
-class Step(NamedTuple):
+class StepSize(NamedTuple):
     """The sizes of one step."""
     n_tokens: int
     n_past: int
@@ -64,58 +58,6 @@ def step_cost(nodes, step):
 def total(costs):
     """The sum of several."""
     return Cost(*map(sum, zip(*costs)))
-
-
-def plain_form_pays(c, n_past, n_tokens, most=None):
-    """Whether attention takes fewer products with keys and values made for each head than with absorbed queries.
-
-    c: a model's Config. most: the keys that a token chooses, which the absorbed form looks up one by one; None: all keys.
-    Below MHA_TOKENS making keys costs more than is counted.
-    """
-    step, made = Step(n_tokens, n_past, {}), c.kv_lora * (c.n_nope + c.n_v)
-    plain = step.n_kv * made + step.pairs(step.n_kv) * (c.n_nope + c.n_rot + c.n_v)
-    a_pair = 2 * c.kv_lora + c.n_rot + (0 if most is None else LOOKED_UP * (c.kv_lora + c.n_rot) // c.n_head)
-    return n_tokens >= MHA_TOKENS and plain < n_tokens * made + step.pairs(step.n_kv if most is None else most) * a_pair
-
-
-def plain_form_until(c, n_tokens, n_ctx, most=None):
-    """The longest context, of n_ctx tokens at most, in which the plain form pays for the last n_tokens; 0 if in none."""
-    n = bisect.bisect(range(n_tokens, n_ctx + 1), 0, key=lambda n_kv: not plain_form_pays(c, n_kv - n_tokens, n_tokens, most))
-    return n_tokens + n - 1 if n else 0
-
-
-def device_scratch(nodes, n_tokens):
-    """Bytes that the CUDA backend works in beside the values of a plan (backends/cuda): rounded activations, parts of experts, queries."""
-    rounded = hidden = parts = queries = absorbed = heads = 0
-    rows = set()        # of one token's activations: how many, how long
-    for node in nodes:
-        if node.op in ("linear", "head_linear"):
-            rounded = max(rounded, n_tokens * math.prod(node.args[2].tail))
-            rows.add((math.prod(node.args[2].tail[:-1]), node.args[2].tail[-1]))
-        elif node.op == "moe_gate_up":
-            hidden = max(hidden, n_tokens * math.prod(node.args[0].tail))
-            rows.add(node.args[0].tail)
-        elif node.op == "moe_down":
-            parts = max(parts, n_tokens * node.args[2].tail[0] * node.args[0].tail[0])
-        elif node.op in ("mha_attention", "mha_sparse_attention"):
-            n_head, kv_lora, n_nope = node.args[-4].shape
-            width = kv_lora + node.args[1].tail[1] - n_nope
-            absorbed, heads = max(absorbed, n_tokens * n_head * (kv_lora + width)), max(heads, _heads(n_tokens, n_head, width))
-            rounded = max(rounded, n_tokens * n_head * max(kv_lora, n_nope))
-        elif node.op in ("dense_attention", "masked_attention", "sparse_attention"):
-            heads = max(heads, _heads(n_tokens, *node.args[1].tail))
-        elif node.op in ("indexer_scores", "indexer_select"):
-            queries = max(queries, n_tokens * math.prod(node.args[1].tail))
-    rounded = max(rounded, hidden)
-    # of one token two bytes a number, in tiles of 1,024, and scales and sums; its values lie in some places of the plan's memory
-    one_token = 4 * sum(n * (-(-width // 1024) * 2048 + width * 3 // 8) for n, width in rows)
-    # two float16 a number, a sum of sixteen
-    return 4 * rounded + rounded // 4 + 4 * (hidden + parts + absorbed) + 2 * queries + heads + one_token
-
-
-def _heads(n_tokens, n_head, width):
-    """Bytes of rounded queries: sixteen heads and steps of 32 numbers are whole, and each of two parts may begin one; two scales a head."""
-    return n_tokens * (-(-n_head // 16) * 16 * (-(-width // 32) + 1) * 64 + 8 * n_head)
 
 
 def get_rows(s, out, w, ids):       # a row a token, though tokens may be equal

@@ -1,12 +1,16 @@
-"""A recorded graph laid into memory and run: buffers by liveness, arguments bound once, then only calls."""
+"""A recorded graph gets a memory layout and is run.
+
+Buffers are shared by liveness, arguments are bound once; a step is then only calls.
+"""
 import contextlib
 import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 
-from pydsa.errors import PydsaError
+from pydsa.errors import LESS, OutOfMemoryError, PydsaError
 from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef, Value
 
@@ -17,7 +21,8 @@ _lock, _running_thread = threading.Lock(), None
 
 
 @contextlib.contextmanager
-def _one_step():
+def one_step():
+    """One step at a time, of all models: the others wait. PydsaError inside of a step of the same thread."""
     global _running_thread
     if _running_thread == threading.get_ident():
         raise PydsaError("A model cannot be run from inside the observe or progress function of a step that is not finished.")
@@ -29,8 +34,17 @@ def _one_step():
             _running_thread = None
 
 
-class Plan(NamedTuple):
-    """Where each value of a graph lies: bytes from the start of the buffer, for a step of max_tokens tokens."""
+def check_memory(wanted, what, backend=None):
+    """Refuse `wanted` bytes that the device of a backend, or without one the machine, cannot hold, before they are allocated."""
+    available, whose = backend.free_bytes() if backend is not None else None, "the GPU's memory"
+    if available is None:
+        available, whose = psutil.virtual_memory().available, "memory"
+    if wanted > available:
+        raise OutOfMemoryError(f"{what} would take {wanted / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of {whose} are free; {LESS}.")
+
+
+class Layout(NamedTuple):
+    """Where each value of a graph is: bytes from the start of the buffer, for a step of max_tokens tokens."""
     graph: object
     max_tokens: int
     float_size: int
@@ -42,8 +56,8 @@ def _row_bytes(value, float_size):
     return int(np.prod(value.tail, dtype=np.int64)) * {"float": float_size, "int32": 4, "int64": 8}[value.dtype]
 
 
-def plan(graph, max_tokens, float_size=4):
-    """Give every value of the graph a place; values whose lives do not overlap share memory (first fit in the order of birth)."""
+def lay_out(graph, max_tokens, float_size=4):
+    """The Layout of a graph. Values whose lives do not overlap share memory: first fit, in the order of birth."""
     inputs = (graph.ids, graph.positions)
     born, dies = dict.fromkeys(inputs, 0), dict.fromkeys(inputs, len(graph.nodes))
     for i, node in enumerate(graph.nodes):
@@ -63,17 +77,17 @@ def plan(graph, max_tokens, float_size=4):
         offsets[value] = offset
         living.append((offset, offset + size, dies[value]))
         total = max(total, offset + size)
-    return Plan(graph, max_tokens, float_size, offsets, total)
+    return Layout(graph, max_tokens, float_size, offsets, total)
 
 
 class Runner:
-    """Runs the planned graphs of one model on one backend: owns the buffer and the weights as the backend takes them."""
+    """Runs the graphs of one model on one backend: owns the buffer, and the weights as the backend takes them."""
 
-    def __init__(self, backend, plans):
-        self.backend = backend
-        self.plans = plans      # path -> Plan
+    def __init__(self, backend, layouts, threads):
+        self.backend, self.threads = backend, threads
+        self.layouts = layouts      # variant -> Layout
         self.dtypes = {"float": np.dtype(backend.FLOAT), "int32": np.dtype(np.int32), "int64": np.dtype(np.int64)}
-        self._buffer = backend.empty((max(p.n_bytes for p in plans.values()),), np.uint8)
+        self._buffer = backend.empty((max(layout.n_bytes for layout in layouts.values()),), np.uint8)
         self._weights, self._constants = {}, {}
         self.steps = 0          # how many were started
         self._outputs = {}      # name -> one row, which is what every step but those of logits() needs
@@ -103,11 +117,11 @@ class Runner:
             self._constants[id(values)] = values, self.backend.upload(values)       # kept, so that no other array gets its id
         return self._constants[id(values)][1]
 
-    def bind(self, path, caches, n_tokens, n_outputs):
+    def bind(self, variant, caches, n_tokens, n_outputs):
         """The calls of one step: [(node, function, args)], with every argument an array or a number."""
-        plan = self.plans[path]
-        assert n_outputs <= n_tokens <= plan.max_tokens
-        roots = {value: self._array(value, offset, n_tokens) for value, offset in plan.offsets.items()}
+        layout = self.layouts[variant]
+        assert n_outputs <= n_tokens <= layout.max_tokens
+        roots = {value: self._array(value, offset, n_tokens) for value, offset in layout.offsets.items()}
 
         def argument(a):
             if isinstance(a, Value):
@@ -120,17 +134,18 @@ class Runner:
                 return self._constant(a)
             return caches[a].rows if isinstance(a, CacheRef) else a
 
-        nodes = plan.graph.nodes if n_outputs else [n for n in plan.graph.nodes if not n.for_outputs]
+        graph = layout.graph
+        nodes = graph.nodes if n_outputs else [node for node in graph.nodes if not node.for_outputs]
         calls = [(node, getattr(self.backend, node.op), tuple(argument(a) for a in node.args)) for node in nodes]
-        output = argument(plan.graph.output) if n_outputs else None
-        return Bound(self, roots[plan.graph.ids], roots[plan.graph.positions], calls, output)
+        output = argument(graph.output) if n_outputs else None
+        return Bound(self, roots[graph.ids], roots[graph.positions], calls, output)
 
-    def compiled(self, path, caches, n_tokens, n_outputs, again):
+    def compiled(self, variant, caches, n_tokens, n_outputs, again):
         """bind() with functions that take these arguments without a look at their types; `again`: this step comes again and again.
 
         That look takes longer than a short prompt's work, and types only depend on whether there is one row or several.
         """
-        bound, key = self.bind(path, caches, n_tokens, n_outputs), (path, n_tokens == 1, min(n_outputs, 2))
+        bound, key = self.bind(variant, caches, n_tokens, n_outputs), (variant, n_tokens == 1, min(n_outputs, 2))
         if key not in self._entry_points:
             self._entry_points[key] = [self.backend.entry_point(function, args) for _, function, args in bound.calls]
         calls = [(node, function, args) for (node, _, args), function in zip(bound.calls, self._entry_points[key], strict=True)]
@@ -164,43 +179,26 @@ class Bound(NamedTuple):
 
         observe(node, arrays) is called after each op with what it wrote.
         """
-        with _one_step():
-            self._put(ids, n_past)
-            self._start(observe)
+        with one_step():
+            self.put(ids, n_past)
+            self.start(observe)
             if self.output is not None:
                 logits[:] = self.runner.backend.fetch(self.output)
 
-    def sample(self, token, n_past, started, settings, following, ended):
-        """One step of one token, whose logits stay where they are -> the id sampled from them, the greatest logit, and a number.
-
-        settings: the last arguments of the backend's pick(). following: the Bound of the step that comes next, which is started with that
-        id unless ended(id); then the number is that for `started` when following.sample() is called. It is not run again then, if no
-        other step was started since. None: not started.
-        """
-        with _one_step():
-            if started is None or started != self.runner.steps:
-                self._put([token], n_past)
-                self._start()
-            token, greatest = self.runner.backend.pick(following.ids, following.positions, n_past + 1, self.output, *settings)
-            if ended(token):
-                return token, greatest, None
-            self.runner.steps += 1
-            following._start()
-            return token, greatest, self.runner.steps
-
     def timed(self, ids, n_past):
         """One step, without its logits -> [(node, seconds)]."""
-        with _one_step():
-            self._put(ids, n_past)
+        with one_step():
+            self.put(ids, n_past)
             return list(zip([node for node, _, _ in self.calls], self.runner.backend.timed([call[1:] for call in self.calls])))
 
-    def _put(self, ids, n_past):
+    def put(self, ids, n_past):
         """Begin a step with these tokens."""
+        self.runner.backend.set_threads(self.runner.threads)
         self.runner.steps += 1
         self.runner.backend.store(self.ids, ids)
         self.runner.backend.store(self.positions, np.arange(n_past, n_past + len(ids)))
 
-    def _start(self, observe=None):
+    def start(self, observe=None):
         """Launch all that a step does; ids and positions are there."""
         if self.recording is not None and observe is None:
             self.recording.run()

@@ -1,49 +1,39 @@
 """What `info` and `trace` tell, as plain data and as text: the file, the configuration, the memory plan, the path of each layer."""
 import dataclasses
-import importlib
 import itertools
 
 import numpy as np
 
 from pydsa.chat import USER
-from pydsa.errors import PydsaError
 
 HIDDEN = {"rope", "n_ff", "indexer_full"}       # fields of a Config that are shown in another way
 
 
-def describe(plan):
-    """A ModelPlan as a dict that can be written as JSON; sizes in bytes."""
-    config, metadata = plan.config, plan.file.metadata
+def describe(setup):
+    """A Setup as a dict that can be written as JSON; sizes in bytes."""
+    config, metadata = setup.config, setup.file.metadata
     types = {}
-    for tensor in plan.file.tensors.values():
+    for tensor in setup.file.tensors.values():
         count, size = types.get(tensor.type, (0, 0))
         types[tensor.type] = count + 1, size + tensor.data.nbytes
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in HIDDEN}
     return {
-        "files": [str(path) for path in plan.file.paths], "file_bytes": plan.file.n_bytes, "gguf_version": plan.file.version,
-        "n_params": plan.n_params, "config": fields | {"kq_scale": config.kq_scale},
+        "files": [str(path) for path in setup.file.paths], "file_bytes": setup.file.n_bytes, "gguf_version": setup.file.version,
+        "n_params": setup.n_params, "config": fields | {"kq_scale": config.kq_scale},
         "rope": {key: metadata.get(f"{config.architecture}.rope.{key}") for key in ("freq_base", "scaling.type", "scaling.factor")},
         "n_ff": list(config.n_ff),
         "tokenizer": {"model": metadata.string("tokenizer.ggml.model", default=None),
                       "pre": metadata.string("tokenizer.ggml.pre", default=None),
                       "chat_format": chat_format(metadata)},
         "tensor_types": {name: {"tensors": count, "bytes": size} for name, (count, size) in sorted(types.items())},
-        "n_tensors_unused": len(plan.file.tensors) - len(plan.weights.used),
-        "device": plan.device, "gpu": gpu_in_words() if plan.device == "cuda" else None,
-        "n_ctx": plan.n_ctx, "n_ubatch": plan.n_ubatch, "kv_type": plan.kv_type,
-        "index_type": plan.index_type if plan.top_k else None,
-        "memory": {"weights_mapped": plan.mapped_bytes, "weights_copied": plan.copied_bytes, "caches": plan.cache_bytes,
-                   "scratch": plan.scratch_bytes, "scores": plan.score_bytes, "laid": plan.laid_bytes},
-        "attention": attention_in_words(plan), "plain_form_until": plan.plain_form_until,
-        "layers": layers_in_words(plan)}
-
-
-def gpu_in_words():
-    """The GPU that --device cuda would use, or why there is none."""
-    try:
-        return importlib.import_module("pydsa.backends.cuda").device_in_words()
-    except PydsaError as error:
-        return str(error)
+        "n_tensors_unused": len(setup.file.tensors) - len(setup.weights.used),
+        "device": setup.device_name, "gpu": setup.device.describe(),
+        "n_ctx": setup.n_ctx, "n_ubatch": setup.n_ubatch, "kv_type": setup.kv_type,
+        "index_type": setup.index_type if setup.config.top_k else None,
+        "memory": {"weights_mapped": setup.mapped_bytes, "weights_copied": setup.copied_bytes, "caches": setup.cache_bytes,
+                   "scratch": setup.scratch_bytes, "scores": setup.score_bytes, "packed_latents": setup.packed_latent_bytes},
+        "attention": attention_in_words(setup), "plain_form_until": setup.schedule.plain_form_until,
+        "layers": layers_in_words(setup)}
 
 
 def chat_format(metadata):
@@ -54,30 +44,29 @@ def chat_format(metadata):
     return "built-in DeepSeek V3.2" if there else "none: prompts need --raw"
 
 
-def attention_in_words(plan):
+def attention_in_words(setup):
     """Which attention the steps of a model take."""
-    if plan.top_k is None:
+    if setup.config.top_k is None:
         return "dense (the model has no indexer)"
-    if plan.attention == "dense":
+    if setup.attention == "dense":
         return "dense (asked for; the model was trained to attend to the keys its indexer chooses)"
-    if plan.attention != "auto":
-        return f"{plan.attention}, {plan.top_k} keys"
-    beyond = f", sparse with {plan.top_k} keys beyond" if "sparse" in plan.paths else ""
-    return f"dense up to {plan.top_k} tokens, where it is exact{beyond}"
+    if setup.attention != "auto":
+        return f"{setup.attention}, {setup.config.top_k} keys"
+    beyond = f", sparse with {setup.config.top_k} keys beyond" if "sparse" in setup.schedule.variants else ""
+    return f"dense up to {setup.config.top_k} tokens, where it is exact{beyond}"
 
 
-def layers_in_words(plan):
+def layers_in_words(setup):
     """{what a layer does: the layers that do so, "0-2, 5"}."""
-    config = plan.config
-    full = getattr(config, "indexer_full", None)
+    config = setup.config
+    indexed = config.indexed_layers
 
     def describe_layer(il):
         ffn = "dense ffn" if il < config.n_layer_dense_lead else f"{config.n_expert_used} of {config.n_expert} experts"
-        if full is None or plan.attention == "dense":
+        if indexed is None or setup.attention == "dense":
             return f"dense attention, {ffn}"
-        last = max(i for i in range(il + 1) if full[i])
-        indexer = "own indexer" if last == il else "the choice of the last layer with an indexer"
-        kind = plan.attention if plan.attention != "auto" else "dense, then sparse" if "sparse" in plan.paths else "dense"
+        indexer = "own indexer" if indexed[il] == il else "the choice of the last layer with an indexer"
+        kind = setup.attention if setup.attention != "auto" else "dense, then sparse" if "sparse" in setup.schedule.variants else "dense"
         return f"{kind} attention, {indexer}, {ffn}"
 
     return spans([describe_layer(il) for il in range(config.n_layer)])
@@ -103,14 +92,14 @@ def format_report(report):
     if report["n_tensors_unused"]:
         lines.append(f"  {report['n_tensors_unused']} of the tensors are not used")
     lines += ["", f"GPU: {report['gpu']}"] if report["gpu"] else []
-    lines += ["", f"memory on {report['device']}, {report['n_ctx']} tokens of context, chunks of {report['n_ubatch']}",
+    lines += ["", f"memory on {report['device']}, {report['n_ctx']} tokens of context, ubatches of {report['n_ubatch']}",
               f"  weights mapped  {size(memory['weights_mapped']):>12}", f"  weights copied  {size(memory['weights_copied']):>12}",
               f"  caches          {size(memory['caches']):>12}  ({caches})", f"  scratch         {size(memory['scratch']):>12}",
               f"  rows of scores  {size(memory['scores']):>12}  (at the end of the context)",
-              f"  latents laid    {size(memory['laid']):>12}  (for prompts with keys and values for each head)",
+              f"  packed latents  {size(memory['packed_latents']):>12}  (for prompts with keys and values for each head)",
               "", f"attention: {report['attention']}"]
     if report["plain_form_until"]:
-        lines.append(f"  prompts in chunks of {report['n_ubatch']} have keys and values for each head up to {report['plain_form_until']} "
+        lines.append(f"  prompts in ubatches of {report['n_ubatch']} have keys and values for each head up to {report['plain_form_until']} "
                      "tokens")
     return "\n".join(lines + [f"  layers {which}: {kind}" for kind, which in report["layers"].items()]) + "\n"
 

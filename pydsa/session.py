@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from pydsa.ahead import Ahead
 from pydsa.errors import ContextFullError, PydsaError, SessionFileError
+from pydsa.plan import check_memory
+from pydsa.quants import CACHE_ALIASES
 from pydsa.sampling import Sampler
 
 MAGIC = b"pydsa session 1\n"
@@ -19,19 +22,36 @@ def check_max_tokens(n):
         raise PydsaError(f"max_tokens is {n!r}; it must be a whole number from 0 on, or None.")
 
 
-class Session:
-    """One conversation: `tokens` are the ids whose keys are in the caches, n_past how many."""
+def check_ids(ids, n_vocab):
+    """Token ids as an int32 array [n], n > 0, each in the vocabulary."""
+    try:
+        ids = np.asarray(ids)
+    except ValueError:      # lists of different lengths
+        ids = np.empty(0)
+    if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
+        raise PydsaError("Token ids must be a list of at least one whole number.")
+    if ids.min() < 0 or ids.max() >= n_vocab:
+        bad = ids[(ids < 0) | (ids >= n_vocab)][0]
+        raise PydsaError(f"Token id {bad} is not in the vocabulary, which has the ids 0 to {n_vocab - 1}.")
+    return ids.astype(np.int32)
 
-    def __init__(self, model):
-        model.check_memory(model.plan.cache_bytes, "the caches of a new session")
-        self.model = model
+
+class Session:
+    """One conversation: `tokens` are the ids whose keys are in the caches, n_past how many. Made by Model.session().
+
+    runner runs the steps, setup (model.Setup) has the schedule and the limits, eog_ids end a turn.
+    """
+
+    def __init__(self, runner, setup, eog_ids):
+        check_memory(setup.cache_bytes, "the caches of a new session", runner.backend)
+        self._runner, self._setup, self._eog_ids = runner, setup, eog_ids
         self.tokens = []
-        self._caches = model.caches(model.n_ctx)
+        self._caches = setup.make_caches(runner.backend, setup.n_ctx)
         self._bound = {}
-        self._started = None    # the step of the token sampled last, if it was started: (n_past, id, what Bound.sample() says)
+        self._ahead = Ahead(runner)
 
     def __repr__(self):
-        return f"<pydsa.Session: {self.n_past} of {self.model.n_ctx} tokens>"
+        return f"<pydsa.Session: {self.n_past} of {self._setup.n_ctx} tokens>"
 
     @property
     def n_past(self):
@@ -39,10 +59,10 @@ class Session:
         return len(self.tokens)
 
     def prefill(self, ids, progress=None, observe=None):
-        """Append tokens in chunks of n_ubatch -> logits after the last one, float32 [n_vocab].
+        """Append tokens in ubatches of n_ubatch -> logits after the last one, float32 [n_vocab].
 
         progress(done, total) is called after each layer, with tokens; observe(node, arrays) after each op, with what it wrote.
-        Raises ContextFullError if they do not all fit, before any is run. If it is interrupted, the chunks that were done stay.
+        Raises ContextFullError if they do not all fit, before any is run. If it is interrupted, the ubatches that were done stay.
         """
         return self._append(ids, False, progress, observe)[0]
 
@@ -55,31 +75,39 @@ class Session:
         return self._append(ids, True, progress)
 
     def _append(self, ids, every_row, progress=None, observe=None):
-        """Run ids chunk by chunk -> the logits after each, or after the last."""
-        ids, model = self.model.check_ids(ids), self.model
-        self._check_room(ids.size)
+        """Run ids ubatch by ubatch -> the logits after each, or after the last."""
+        setup = self._setup
+        ids, n_vocab = check_ids(ids, setup.config.n_vocab), setup.config.n_vocab
+        self._check_fits(ids.size)
         if every_row:
-            model.check_memory((ids.size + model.n_ubatch) * model.config.n_vocab * 4, f"The logits of {ids.size} tokens",
-                               of_device=False)
-        logits = np.empty((ids.size if every_row else 1, model.config.n_vocab), np.float32)
-        for start in range(0, ids.size, model.n_ubatch):
-            chunk = ids[start:start + model.n_ubatch]
-            last = start + chunk.size == ids.size
-            rows = logits[start:start + chunk.size] if every_row else logits[:int(last)]
-            self._step(chunk, rows, observe if progress is None else self._report(progress, start, chunk.size, ids.size, observe))
+            check_memory((ids.size + setup.n_ubatch) * n_vocab * 4, f"The logits of {ids.size} tokens")
+        logits = np.empty((ids.size if every_row else 1, n_vocab), np.float32)
+        for start in range(0, ids.size, setup.n_ubatch):
+            ubatch = ids[start:start + setup.n_ubatch]
+            last = start + ubatch.size == ids.size
+            rows = logits[start:start + ubatch.size] if every_row else logits[:int(last)]
+            self._step(ubatch, rows, observe if progress is None else self._report(progress, start, ubatch.size, ids.size, observe))
         if progress is not None:
             progress(ids.size, ids.size)
         return logits
 
-    def _check_room(self, n):
-        if self.n_past + n > self.model.n_ctx:
-            raise ContextFullError(f"The context holds {self.model.n_ctx} tokens; {self.n_past} are in use and {n} more do not fit. "
+    def reuse(self, ids):
+        """Keep only the longest common prefix with ids, but not all of ids -> how many tokens that are.
+
+        With prefill(ids[session.reuse(ids):]) the context is ids, and what it has of them already is not run again.
+        """
+        self.truncate(len(os.path.commonprefix([self.tokens, list(ids[:-1])])))
+        return self.n_past
+
+    def _check_fits(self, n):
+        if self.n_past + n > self._setup.n_ctx:
+            raise ContextFullError(f"The context holds {self._setup.n_ctx} tokens; {self.n_past} are in use and {n} more do not fit. "
                                    "Load the model with a larger n_ctx (-c), or start anew.")
 
     def _report(self, progress, start, n_tokens, total, observe):
-        """An observer that reports progress after each layer: weights that come from a slow disk can take minutes for one chunk."""
+        """An observer that reports progress after each layer: weights that come from a slow disk can take minutes for one ubatch."""
         progress(start, total)
-        n_layer, layers = self.model.config.n_layer, 0
+        n_layer, layers = self._setup.config.n_layer, 0
 
         def watch(node, arrays):
             nonlocal layers
@@ -90,30 +118,27 @@ class Session:
                 observe(node, arrays)
         return watch
 
-    def _step(self, chunk, logits, observe):
-        bound = self._bind(self.n_past, chunk.size, len(logits))
-        self.model.backend.set_threads(self.model.threads)
-        bound.run(chunk, self.n_past, logits, observe)
-        self.tokens.extend(chunk.tolist())
+    def _step(self, ubatch, logits, observe):
+        self._bind(self.n_past, ubatch.size, len(logits)).run(ubatch, self.n_past, logits, observe)
+        self.tokens.extend(ubatch.tolist())
 
     def timed(self, ids):
         """Append tokens, at most n_ubatch -> [(node, seconds)]: how long each op of the step took."""
-        ids = self.model.check_ids(ids)
-        if ids.size > self.model.n_ubatch:
-            raise PydsaError(f"{ids.size} tokens are to be timed in one step, which can have {self.model.n_ubatch} (n_ubatch).")
-        self._check_room(ids.size)
-        self.model.backend.set_threads(self.model.threads)
+        ids = check_ids(ids, self._setup.config.n_vocab)
+        if ids.size > self._setup.n_ubatch:
+            raise PydsaError(f"{ids.size} tokens are to be timed in one step, which can have {self._setup.n_ubatch} (n_ubatch).")
+        self._check_fits(ids.size)
         times = self._bind(self.n_past, ids.size, 1).timed(ids, self.n_past)
         self.tokens.extend(ids.tolist())
         return times
 
     def _bind(self, n_past, n_tokens, n_outputs):
         """The Bound of a step, made once for steps that come again."""
-        key = self.model.path(n_past, n_tokens), n_tokens, n_outputs
+        key = self._setup.schedule.variant(n_past, n_tokens), n_tokens, n_outputs
         bound = self._bound.get(key)
         if bound is None:
-            bound = self.model.runner.compiled(key[0], self._caches, *key[1:], again=n_tokens == 1)
-            if n_tokens in (1, self.model.n_ubatch) and n_outputs <= 1:
+            bound = self._runner.compiled(key[0], self._caches, *key[1:], again=n_tokens == 1)
+            if n_tokens in (1, self._setup.n_ubatch) and n_outputs <= 1:
                 self._bound[key] = bound
         return bound
 
@@ -132,31 +157,24 @@ class Session:
         n, token = 0, None
         while n != max_tokens:
             token = sampler.pick(logits, self.tokens) if n == 0 else self._next(token, sampler, n + 1 == max_tokens)
-            if token in self.model.tokenizer.eog_ids:
+            if token in self._eog_ids:
                 return
             yield token
             n += 1
 
     def _next(self, token, sampler, last):
-        """Append a token -> the id sampled after it.
-
-        Where the backend can pick, logits stay on the device, and unless it is the `last` the step of the new id is started at once: it
-        runs while the caller looks at the id. Nothing is lost if it is not asked for: rows behind n_past count for nothing.
-        """
-        settings = sampler.settings(self.model.backend.PICKS)
+        """Append a token -> the id sampled after it, on the device where it can be (ahead.py)."""
+        settings = self._ahead.settings(sampler)
         if settings is None:
             return sampler.pick(self.decode(token), self.tokens)
-        self._check_room(1)
-        n_past, full = self.n_past, self.n_past + 1 == self.model.n_ctx
+        self._check_fits(1)
+        n_past, full = self.n_past, self.n_past + 1 == self._setup.n_ctx
         bound = self._bind(n_past, 1, 1)
         following = bound if full else self._bind(n_past + 1, 1, 1)
-        started = self._started[2] if self._started is not None and self._started[:2] == (n_past, token) else None
-        self._started = None
-        ended = (lambda _: True) if last or full else self.model.tokenizer.eog_ids.__contains__
-        following_id, greatest, started = bound.sample(token, n_past, started, settings, following, ended)
+        following_id, greatest = self._ahead.next(settings, token, n_past, bound, following,
+                                                  ends=lambda following_id: last or full or following_id in self._eog_ids)
         self.tokens.append(token)
         sampler.check(greatest)
-        self._started = n_past + 1, following_id, started
         return following_id
 
     def truncate(self, n):
@@ -167,9 +185,9 @@ class Session:
 
     def _identity(self):
         """What a saved session and the one that loads it must have in common."""
-        model = self.model
-        return {"model": model.fingerprint, "kv_type": model.kv_type, "index_type": model.index_type,
-                "attention": model.attention, "top_k": model.top_k,
+        setup = self._setup
+        return {"model": setup.fingerprint, "kv_type": setup.kv_type, "index_type": setup.index_type,
+                "attention": setup.attention, "top_k": setup.config.top_k,
                 "caches": [[ref.kind, ref.layer, cache.row_bytes] for ref, cache in self._caches.items()]}
 
     def save(self, path):
@@ -207,7 +225,8 @@ class Session:
         try:
             with open(path, "rb") as file:
                 tokens = self._check(path, file, os.fstat(file.fileno()).st_size)
-                self.tokens, self._started = [], None       # whatever ends this early, no half of two sessions remains
+                self._ahead.forget()
+                self.tokens = []        # whatever ends this early, no half of two sessions remains
                 for cache in self._caches.values():
                     rows = cache.stored(len(tokens))
                     if file.readinto(rows.reshape(-1)) != rows.size:
@@ -236,14 +255,16 @@ class Session:
                  "top_k": "--dsa-top-k", "caches": "set of caches"}
         if not isinstance(saved, dict):
             fail("the file is damaged")
+        for key in ("kv_type", "index_type"):
+            saved[key] = CACHE_ALIASES.get(str(saved.get(key)), saved.get(key))
         for key, value in self._identity().items():
             if saved.get(key) != value:
                 fail(f"the session was saved with another {names[key]}")
         tokens = saved.get("tokens")
-        if not isinstance(tokens, list) or not all(type(t) is int and 0 <= t < self.model.config.n_vocab for t in tokens):
+        if not isinstance(tokens, list) or not all(type(t) is int and 0 <= t < self._setup.config.n_vocab for t in tokens):
             fail("the file is damaged")
-        if len(tokens) > self.model.n_ctx:
-            raise ContextFullError(f"{path}: the session has {len(tokens)} tokens; this context holds {self.model.n_ctx} (-c).")
+        if len(tokens) > self._setup.n_ctx:
+            raise ContextFullError(f"{path}: the session has {len(tokens)} tokens; this context holds {self._setup.n_ctx} (-c).")
         if size != file.tell() + sum(len(tokens) * cache.row_bytes for cache in self._caches.values()) + 32:
             fail("the file is incomplete or damaged")
         start, digest = file.tell(), hashlib.sha256(header)

@@ -12,8 +12,8 @@ from pydsa import costs
 from pydsa.backends import cpu, reference
 from pydsa.backends.cpu import ceilings as measured
 from pydsa.bench import _op_costs, bytes_per_token
-from pydsa.costs import Step, node_cost, step_cost
-from pydsa.model import ModelPlan
+from pydsa.costs import StepSize, node_cost, step_cost
+from pydsa.model import Setup
 
 # The floats of conftest.SMALL's matrices and vectors, layer by layer; 3 layers, of which 1 is dense, 2 of 8 experts and a shared one.
 ATTENTION = 72 * 40 + 40 + 72 * 68 + 56 + 40 * 3 * 32 + 3 * 56 * 20 + 3 * 28 * 56 + 3 * 28 * 72 + 2 * 72
@@ -49,13 +49,13 @@ def test_a_matrix_that_is_embedding_and_output_is_read_once(small_model, load):
 
 
 def nodes_by_name(planned, path):
-    return {node.name or node.args[0].name: node for node in planned.plans[path].graph.nodes}
+    return {node.name or node.args[0].name: node for node in planned.layouts[path].graph.nodes}
 
 
 def test_operations_and_bytes_of_nodes(small_model):
     """Five tokens after ten: top_k, 12, cuts off keys of the last three. Caches are float32 here, rows of 68 and 32 values."""
-    planned = ModelPlan(small_model(), attention="sparse", kv_type="f32", n_ctx=100)
-    step, nodes = Step(5, 10, planned.cache_row_bytes), nodes_by_name(planned, "sparse")
+    planned = Setup(small_model(), attention="sparse", kv_type="f32", n_ctx=100)
+    step, nodes = StepSize(5, 10, planned.cache_row_bytes), nodes_by_name(planned, "sparse")
     pairs, chosen = 11 + 12 + 13 + 14 + 15, 11 + 12 + 12 + 12 + 12
     expected = {        # weights, cache, values, operations
         "inp_embd": (5 * 72 * 4, 0, 5 * 72 * 4, 0),
@@ -72,13 +72,13 @@ def test_operations_and_bytes_of_nodes(small_model):
         "ffn_moe_out-1": (2 * 72 * 36 * 4, 0, 0, 2 * 5 * 2 * 72 * 36),
     }
     assert {name: tuple(node_cost(nodes[name], step)) for name in expected} == expected
-    write = next(n for n in planned.plans["sparse"].graph.nodes if n.op == "cache_write")
+    write = next(n for n in planned.layouts["sparse"].graph.nodes if n.op == "cache_write")
     assert node_cost(write, step).values == 5 * (68 + 68) * 4 + 5 * 8      # and the positions
 
 
 def test_masked_attention_reads_every_key(small_model):
-    planned = ModelPlan(small_model(), attention="masked", kv_type="f32", n_ctx=100)
-    step, nodes = Step(5, 10, planned.cache_row_bytes), nodes_by_name(planned, "masked")
+    planned = Setup(small_model(), attention="masked", kv_type="f32", n_ctx=100)
+    step, nodes = StepSize(5, 10, planned.cache_row_bytes), nodes_by_name(planned, "masked")
     pairs = 11 + 12 + 13 + 14 + 15
     assert node_cost(nodes["kqv-0"], step) == (0, 15 * 68 * 4, 0, 2 * pairs * 3 * (68 + 56))
     assert node_cost(nodes["indexer_score-0"], step) == (0, 15 * 32 * 4, 0, 2 * pairs * 8 * 33)
@@ -87,17 +87,17 @@ def test_masked_attention_reads_every_key(small_model):
 
 @pytest.mark.parametrize("n_tokens, n_past", [(1, 0), (1, 99), (7, 0), (7, 5), (30, 3), (30, 50)])
 def test_pairs(n_tokens, n_past):
-    step = Step(n_tokens, n_past, {})
+    step = StepSize(n_tokens, n_past, {})
     for most in (1, 6, 12, step.n_kv, 1000):
         assert step.pairs(most) == sum(min(most, n_past + t + 1) for t in range(n_tokens))
 
 
 def test_experts_are_counted_from_the_ids(small_model, load):
     """Many tokens use all eight; one uses two."""
-    session = load(small_model(), kv_type="f32").session()
-    expert = EXPERT * 4 // 3        # bytes of one of its matrices
+    model = load(small_model(), kv_type="f32")
+    session, expert = model.session(), EXPERT * 4 // 3        # bytes of one of its matrices
     for n, distinct in ((60, 8), (1, 2)):
-        found, quantized = _op_costs(session, np.array(random_ids(n)))
+        found, quantized = _op_costs(model, session, np.array(random_ids(n)))
         assert not quantized        # it is an F32 model
         assert found["moe_gate_up"].weights == 2 * 2 * distinct * expert
         assert found["moe_down"].weights == 2 * distinct * expert
@@ -105,8 +105,8 @@ def test_experts_are_counted_from_the_ids(small_model, load):
 
 
 def test_a_step_is_the_sum_of_its_nodes(small_model):
-    planned = ModelPlan(small_model(), attention="sparse")
-    nodes, step = planned.plans["sparse"].graph.nodes, Step(5, 10, planned.cache_row_bytes)
+    planned = Setup(small_model(), attention="sparse")
+    nodes, step = planned.layouts["sparse"].graph.nodes, StepSize(5, 10, planned.cache_row_bytes)
     assert step_cost(nodes, step) == tuple(map(sum, zip(*(node_cost(node, step) for node in nodes))))
 
 

@@ -14,7 +14,7 @@ from conftest import TINY, greedy, nmse
 
 import pydsa
 from pydsa.errors import PydsaError
-from pydsa.model import ModelPlan
+from pydsa.model import Setup
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
@@ -108,7 +108,7 @@ def test_models(small_model, attention, kv_type, spec):
 
 def test_chunks_must_fit_into_a_grid(small_model):
     with pytest.raises(PydsaError, match="n_ubatch is 40000; on cuda it must be at most 32768"):
-        ModelPlan(small_model(), device="cuda", n_ctx=50_000, n_ubatch=40_000)
+        Setup(small_model(), device="cuda", n_ctx=50_000, n_ubatch=40_000)
 
 
 @pytest.mark.skipif(gpu_is_there(), reason="there is a GPU")

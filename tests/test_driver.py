@@ -71,7 +71,7 @@ def test_refusals():
     run("""
 assert "has no room for 16 MiB more" in refused(OutOfMemoryError, lambda: cuda.empty((1 << 24,), np.uint8))
 x = cuda.upload(np.arange(8, dtype=np.float32))
-assert cuda.device_in_words() == "PTX in numpy (tests/ptx), compute capability 9.0, 0.0 GiB of memory free of 0.0"
+assert cuda.describe_device() == "PTX in numpy (tests/ptx), compute capability 9.0, 0.0 GiB of memory free of 0.0"
 driver.fail["cuMemcpyDtoHAsync"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
 assert refused(PydsaError, x.get) == "The CUDA driver answers CUDA_ERROR_ILLEGAL_ADDRESS to cuMemcpyDtoHAsync."
 """)
@@ -155,7 +155,7 @@ session, other = model.session(), model.session()
 for ids in ([5, 6, 7, 8, 9, 10, 11, 12], [13]):
     times = session.timed(ids)
     other.prefill(ids)
-    graph = model.plan.plans[model.path(session.n_past - len(ids), len(ids))].graph
+    graph = model.setup.layouts[model.setup.schedule.variant(session.n_past - len(ids), len(ids))].graph
     assert [node for node, _ in times] == graph.nodes and all(seconds >= 0 for _, seconds in times)
     assert session.tokens == other.tokens
 assert np.array_equal(session.decode(14), other.decode(14))

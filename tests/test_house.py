@@ -17,11 +17,11 @@ FILES = sorted((ROOT / "pydsa").rglob("*.py"))
 SLOW = ("numba", "llvmlite", "tokenizers", "jinja2", "rich", "matplotlib")
 
 # Each may import itself, those after it, and the leaves; a leaf only other leaves.
-LAYERS = ("__main__", "cli", "bench report plot", "__init__", "model", "session", "models", "plan graph costs",
-          "backends", "quants", "lanes", "simd", "jit")
-LEAVES = "gguf_file tokenizer chat template sampling cache kernel_cache errors"
+LAYERS = ("__main__", "cli", "console", "bench report plot", "__init__", "model", "session", "ahead", "models", "plan schedule", "costs",
+          "graph", "backends")
+LEAVES = "gguf_file tokenizer chat template sampling cache kernel_cache quants errors"
 RANK = {name: rank for rank, names in enumerate([*LAYERS, LEAVES]) for name in names.split()}
-COMPILING = ("pydsa.backends.cpu", "pydsa.backends.cuda", "pydsa.quants.", "pydsa.lanes", "pydsa.simd", "pydsa.jit")    # may import numba
+COMPILING = ("pydsa.backends.cpu", "pydsa.backends.cuda")     # may import numba
 
 NOT_OPS = {"weight", "cache_rows", "cache_bytes", "empty", "upload", "fetch", "store", "timed", "recorded", "free_bytes",
            "compile_calls", "check_threads", "entry_point", "set_threads", "measure_ceilings"}
@@ -69,7 +69,7 @@ def test_no_import_cycles():
 
 
 def test_reference_stands_alone():
-    assert {name.split(".")[0] for name in imports(ROOT / "pydsa/backends/reference.py")} == {"numpy", "gguf", "time"}
+    assert set(imports(ROOT / "pydsa/backends/reference.py")) <= {"numpy", "gguf", "gguf.quants", "pydsa.backends.host"}
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -119,5 +119,5 @@ def test_backends_have_the_same_parameters(name):
 
 def test_any_kernel_can_be_the_first():
     """The thread count is read through a symbol that numba defines when it launches its threads; without it LLVM aborts the process."""
-    code = "from pydsa.backends.cpu.linear import rows_a_task; assert rows_a_task(100, True) >= 4"
+    code = "from pydsa.backends.cpu.linear import rows_per_task; assert rows_per_task(100, True) >= 4"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

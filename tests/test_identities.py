@@ -8,7 +8,7 @@ import pytest
 from conftest import greedy, nmse, random_ids
 
 from pydsa.backends.cpu.threads import check_threads
-from pydsa.model import ModelPlan
+from pydsa.model import Setup
 from pydsa.quants import SUPPORTED
 from tools.make_model import FILE_TYPES
 
@@ -132,7 +132,7 @@ def test_attention_is_dense_up_to_top_k(small_model, load, spec, attention):
 def test_auto_equals_sparse_around_the_crossing(small_model, load, spec):
     path = small_model(**spec)
     k = load(path).top_k
-    assert [load(path).path(0, n) for n in (1, k, k + 1)] == ["dense+keys", "dense+keys", "sparse"]
+    assert [load(path).setup.schedule.variant(0, n) for n in (1, k, k + 1)] == ["dense+keys", "dense+keys", "sparse"]
     for portions in ([k - 1, 1, 1, 1], [k, 1, 7], [k + 1, 1], [k - 3, 6, 1, 9], [2 * k], [1] * (k + 3)):
         auto, sparse = load(path).session(), load(path, attention="sparse").session()
         for n in portions:
@@ -208,35 +208,35 @@ def test_shared_layers_never_use_their_own_indexer(small_model, load, tmp_path):
 
 def test_shared_layers_follow_the_last_full_one(small_model, load):
     model, chosen, used = load(small_model(**SPARSE["glm-dsa with shared layers"]), attention="sparse"), [], []
-    for node in model.plan.plans["sparse"].graph.nodes:
+    for node in model.setup.layouts["sparse"].graph.nodes:
         if node.op == "indexer_select":
             chosen.append(node.args[0])
         if node.op == "sparse_attention":
             used.append(chosen.index(node.args[3]))
     assert used == [0, 0, 1, 1]
-    assert [ref.layer for ref in model.plan.cache_widths if ref.kind == "index_keys"] == [0, 2]
+    assert [ref.layer for ref in model.setup.cache_widths if ref.kind == "index_keys"] == [0, 2]
 
 
 def test_glm_default_pattern(small_model, load):
     """With a context of 1,048,576 tokens and no indexer.types, layers 0, 1, 2, 6, 10, ... are full and the others share."""
     spec = dict(arch="glm-dsa", n_layer=12, n_layer_dense=12)
     implied, written = small_model(**spec, n_ctx=1 << 20), small_model(**spec, indexer_types="FFFSSSFSSSFS")
-    assert "glm-dsa.attention.indexer.types" not in ModelPlan(implied).file.metadata
-    assert [il for il, full in enumerate(ModelPlan(implied).config.indexer_full) if full] == [0, 1, 2, 6, 10]
+    assert "glm-dsa.attention.indexer.types" not in Setup(implied).file.metadata
+    assert [il for il, full in enumerate(Setup(implied).config.indexer_full) if full] == [0, 1, 2, 6, 10]
     np.testing.assert_array_equal(load(implied).logits(IDS), load(written).logits(IDS))
-    assert all(ModelPlan(small_model(**spec, n_ctx=(1 << 20) - 1)).config.indexer_full)
+    assert all(Setup(small_model(**spec, n_ctx=(1 << 20) - 1)).config.indexer_full)
 
 
 @pytest.mark.parametrize("arch", ["deepseek2", "deepseek32", "glm-dsa"])
 def test_mtp_block_is_left_aside(small_model, load, arch):
     path = small_model(arch=arch, nextn=1)
-    assert "blk.3.nextn.eh_proj.weight" in ModelPlan(path).file.tensors and ModelPlan(path).config.n_layer == 3
+    assert "blk.3.nextn.eh_proj.weight" in Setup(path).file.tensors and Setup(path).config.n_layer == 3
     np.testing.assert_array_equal(load(path).logits(IDS), load(small_model(arch=arch)).logits(IDS))
 
 
 def test_split_file_equals_single(small_model, load):
     path = small_model(split_max_tensors=9)
-    assert len(ModelPlan(path).file.paths) > 3
+    assert len(Setup(path).file.paths) > 3
     np.testing.assert_array_equal(load(path).logits(IDS), load(small_model()).logits(IDS))
 
 

@@ -43,7 +43,7 @@ session, ids, resident = model.session(), np.random.default_rng(0).integers(0, 3
 for start in range(0, 2**15, 512):
     session.prefill(ids[start:start + 512])
     resident.append(process.memory_info().rss)
-print(json.dumps(dict(resident=resident, caches=model.plan.cache_bytes, scratch=model.plan.scratch_bytes)))
+print(json.dumps(dict(resident=resident, caches=model.setup.cache_bytes, scratch=model.setup.scratch_bytes)))
 """
 
 

@@ -12,8 +12,8 @@ from conftest import random_ids
 import pydsa
 from pydsa import OutOfMemoryError
 from pydsa.graph import Value
-from pydsa.model import ModelPlan
-from pydsa.plan import ALIGN, plan
+from pydsa.model import Setup
+from pydsa.plan import ALIGN, lay_out
 
 MODELS = [dict(arch="deepseek2"), dict(), dict(arch="glm-dsa", n_layer=4, indexer_types="FSFS")]
 PATHS = [(spec, attention) for spec in MODELS for attention in ("auto", "dense", "sparse", "masked")
@@ -45,7 +45,7 @@ def test_too_long_a_context_is_refused(small_model, free, device):
 @pytest.mark.parametrize("options", [dict(n_ubatch=2**30, n_ctx=2**30, attention="masked"), dict(n_ctx=2**31 - 1, kv_type="bf16")])
 def test_no_plan_overflows(small_model, free, options):
     free(2**38)
-    planned = ModelPlan(small_model(), **options)
+    planned = Setup(small_model(), **options)
     assert planned.scratch_bytes + planned.cache_bytes > 2**38
     with pytest.raises(OutOfMemoryError):
         pydsa.load(small_model(), **options)
@@ -53,9 +53,9 @@ def test_no_plan_overflows(small_model, free, options):
 
 def test_each_session_is_asked_for(small_model, load, free):
     model = load(small_model())
-    free(model.plan.cache_bytes)
+    free(model.setup.cache_bytes)
     model.session()
-    free(model.plan.cache_bytes - 1)
+    free(model.setup.cache_bytes - 1)
     with pytest.raises(OutOfMemoryError, match="caches of a new session"):
         model.session()
 
@@ -75,18 +75,18 @@ def test_logits_of_every_token_are_asked_for(small_model, load, free):
 @pytest.mark.parametrize("spec", MODELS)
 def test_planned_bytes_are_those_allocated(small_model, load, spec, device, kv_type):
     model = load(small_model(**spec), device=device, kv_type=kv_type, n_ubatch=16)
-    assert model.plan.cache_bytes == sum(cache.nbytes for cache in model.session()._caches.values())
+    assert model.setup.cache_bytes == sum(cache.nbytes for cache in model.session()._caches.values())
     model.session().prefill(IDS)
     outputs = sum(array[0].nbytes for array in model.runner._outputs.values())
-    assert model.plan.scratch_bytes == max(p.n_bytes for p in model.plan.plans.values()) + outputs
-    assert model.plan.copied_bytes == sum(w.nbytes for w in model.runner._weights.values() if isinstance(w, np.ndarray))
-    assert model.plan.mapped_bytes == sum(model.plan.file.tensors[name].data.nbytes for name in model.runner._weights)
+    assert model.setup.scratch_bytes == max(p.n_bytes for p in model.setup.layouts.values()) + outputs
+    assert model.setup.copied_bytes == sum(w.nbytes for w in model.runner._weights.values() if isinstance(w, np.ndarray))
+    assert model.setup.mapped_bytes == sum(model.setup.file.tensors[name].data.nbytes for name in model.runner._weights)
 
 
 @pytest.mark.parametrize("spec", MODELS)
 def test_scratch_does_not_grow_with_the_context(small_model, spec):
     def scratch(n_ctx, attention):
-        return ModelPlan(small_model(**spec), n_ctx=n_ctx, n_ubatch=64, attention=attention).scratch_bytes
+        return Setup(small_model(**spec), n_ctx=n_ctx, n_ubatch=64, attention=attention).scratch_bytes
 
     assert scratch(64, "auto") == scratch(2**30, "auto")
     if spec.get("arch") != "deepseek2":
@@ -96,16 +96,16 @@ def test_scratch_does_not_grow_with_the_context(small_model, spec):
 
 def test_rows_of_scores_are_counted(small_model):
     from pydsa.backends.cpu.indexer import TOGETHER
-    assert ModelPlan(small_model(), n_ctx=1000, n_ubatch=64).score_bytes == TOGETHER * 4 * 1000
-    assert ModelPlan(small_model(), n_ctx=1000, n_ubatch=5).score_bytes == 5 * 4 * 1000
-    assert ModelPlan(small_model(), n_ctx=1000, attention="dense").score_bytes == 0 == ModelPlan(small_model(arch="deepseek2")).score_bytes
+    assert Setup(small_model(), n_ctx=1000, n_ubatch=64).score_bytes == TOGETHER * 4 * 1000
+    assert Setup(small_model(), n_ctx=1000, n_ubatch=5).score_bytes == 5 * 4 * 1000
+    assert Setup(small_model(), n_ctx=1000, attention="dense").score_bytes == 0 == Setup(small_model(arch="deepseek2")).score_bytes
 
 
 @pytest.mark.parametrize("spec, attention", PATHS)
 @pytest.mark.parametrize("device", ["cpu", "reference"])
 def test_values_alive_together_do_not_overlap(small_model, spec, attention, device):
     """Alive is a value from the first node that names it to the last; the ids and positions are so all the time."""
-    for planned in ModelPlan(small_model(**spec), n_ctx=100, n_ubatch=17, attention=attention, device=device).plans.values():
+    for planned in Setup(small_model(**spec), n_ctx=100, n_ubatch=17, attention=attention, device=device).layouts.values():
         graph, alive = planned.graph, {}
         for i, node in enumerate(graph.nodes):
             for value in {a.root for a in node.args if isinstance(a, Value) and a.rows == "tokens"}:
@@ -128,12 +128,12 @@ def test_values_with_places_of_their_own_give_the_same(small_model, load, monkey
     expected = load(small_model(), n_ubatch=16).logits(IDS)
 
     def unshared(graph, max_tokens, float_size=4):
-        shared = plan(graph, max_tokens, float_size)
+        shared = lay_out(graph, max_tokens, float_size)
         step = -(-max_tokens * 512 * 8 // ALIGN) * ALIGN
         assert all(np.prod(value.tail) <= 512 for value in shared.offsets)
         return shared._replace(offsets={value: i * step for i, value in enumerate(shared.offsets)}, n_bytes=step * len(shared.offsets))
 
-    monkeypatch.setattr("pydsa.model.plan", unshared)
+    monkeypatch.setattr("pydsa.model.lay_out", unshared)
     model = pydsa.load(small_model(), n_ctx=256, n_ubatch=16, kv_type="f32", threads=1)
     np.testing.assert_array_equal(model.logits(IDS), expected)
 
@@ -143,7 +143,7 @@ def test_values_with_places_of_their_own_give_the_same(small_model, load, monkey
 @pytest.mark.parametrize("spec", MODELS)
 def test_matrices_stay_in_the_file(small_model, load, spec):
     model, n_matrices = load(small_model(**spec)), 0
-    for name, tensor in model.plan.weights.used.items():
+    for name, tensor in model.setup.weights.used.items():
         assert not tensor.data.flags.writeable
         if len(tensor.shape) > 1:
             weight = model.runner._weights[name].data
@@ -155,8 +155,8 @@ def test_matrices_stay_in_the_file(small_model, load, spec):
 def test_unused_weights_are_not_counted(small_model):
     """The MTP block, and the indexer when attention is dense."""
     path = small_model(nextn=1)
-    sparse, dense = ModelPlan(path), ModelPlan(path, attention="dense")
-    assert sparse.mapped_bytes == ModelPlan(small_model()).mapped_bytes < sum(t.data.nbytes for t in sparse.file.tensors.values())
+    sparse, dense = Setup(path), Setup(path, attention="dense")
+    assert sparse.mapped_bytes == Setup(small_model()).mapped_bytes < sum(t.data.nbytes for t in sparse.file.tensors.values())
     assert dense.mapped_bytes < sparse.mapped_bytes and dense.cache_bytes < sparse.cache_bytes
 
 
@@ -168,12 +168,12 @@ def test_types_of_arguments_depend_on_one_row_or_several(small_model, load, spec
     if attention == "masked" and spec.get("arch") == "deepseek2":
         attention = "dense"
     model, known = load(small_model(**spec), attention=attention, n_ubatch=64), {}
-    for path in model.plan.paths:
+    for path in model.setup.schedule.variants:
         for n_tokens, n_outputs in ((1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (3, 2), (48, 0), (64, 1), (64, 64)):
-            calls = model.runner.bind(path, model.caches(100 + n_tokens), n_tokens, n_outputs).calls
+            calls = model.runner.bind(path, model.setup.make_caches(model.backend, 100 + n_tokens), n_tokens, n_outputs).calls
             types = [tuple(numba.typeof(a) for a in args) for _, _, args in calls]
             assert known.setdefault((path, n_tokens == 1, min(n_outputs, 2)), types) == types
-    assert len(set(map(str, known.values()))) > 2 * len(model.plan.paths)       # they do differ otherwise
+    assert len(set(map(str, known.values()))) > 2 * len(model.setup.schedule.variants)       # they do differ otherwise
 
 
 def test_decoding_holds_on_to_nothing(small_model, load):
@@ -194,7 +194,7 @@ def test_decoding_holds_on_to_nothing(small_model, load):
 
 WITHOUT_NUMBA = {
     "import": "import pydsa; dir(pydsa); pydsa.PydsaError",
-    "ModelPlan": "from pydsa.model import ModelPlan; p = ModelPlan(sys.argv[1]); p.scratch_bytes, p.mapped_bytes, p.copied_bytes",
+    "Setup": "from pydsa.model import Setup; p = Setup(sys.argv[1]); p.scratch_bytes, p.mapped_bytes, p.copied_bytes",
     "tokenizer": "import pydsa; pydsa.load_tokenizer(sys.argv[1]).encode('some text')",
     "info": "from pydsa.cli import main; main(['info', sys.argv[1]], standalone_mode=False)",
     "help": "from pydsa.cli import main; main(['--help'], standalone_mode=False)",

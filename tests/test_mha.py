@@ -7,8 +7,8 @@ from test_ops import Rows, close, compare, last_positions, needs_two, normal, on
 
 from pydsa.backends import reference
 from pydsa.backends.cpu import amx
-from pydsa.costs import MHA_TOKENS, plain_form_pays, plain_form_until
-from pydsa.model import ModelPlan
+from pydsa.schedule import MHA_TOKENS, plain_form_pays, plain_form_until
+from pydsa.model import Setup
 from pydsa.quants import CACHE_TYPES
 
 # heads, kv_lora, n_nope, n_rot, n_v; the last ones are V3.2's and GLM-5's
@@ -155,33 +155,36 @@ def test_prompts_take_it(small_model, load, arch):
         sessions = model.session(), absorbed.session()
         for n, op in zip(portions, ops):
             n_past = sessions[0].n_past
-            met = {node.op for node in model.plan.plans[model.path(n_past, n)].graph.nodes} & {"mha_attention", "mha_sparse_attention"}
+            layout = model.setup.layouts[model.setup.schedule.variant(n_past, n)]
+            met = {node.op for node in layout.graph.nodes} & {"mha_attention", "mha_sparse_attention"}
             assert met == {"absorbed": set(), "chosen": {"mha_attention" if arch == "deepseek2" else "mha_sparse_attention"}}.get(op, {op})
             one, other = (session.logits(ids[n_past:n_past + n]) for session in sessions)
             assert close(one, other, 1e-10)
 
 
 def test_it_is_left_out_where_no_step_takes_it(small_model):
-    def paths(**options):
-        return list(ModelPlan(small_model(), n_ctx=options.pop("n_ctx", 100), **options).paths)
-    assert paths(dsa_top_k=64) == ["mha+keys", "dense+keys", "mha+choice", "sparse"]
-    assert paths() == ["dense+keys", "mha+choice", "sparse"]        # top_k is 12
-    assert paths(dsa_top_k=64, n_ubatch=16) == ["dense+keys", "sparse"]
-    assert paths(dsa_top_k=100) == ["mha+keys", "dense+keys"] and paths(attention="dense") == ["mha", "dense"]
-    assert paths(attention="sparse") == ["sparse"] and paths(attention="masked") == ["masked"]
+    def variants(**options):
+        return list(Setup(small_model(), n_ctx=options.pop("n_ctx", 100), **options).schedule.variants)
+    assert variants(dsa_top_k=64) == ["mha+keys", "dense+keys", "mha+choice", "sparse"]
+    assert variants() == ["dense+keys", "mha+choice", "sparse"]        # top_k is 12
+    assert variants(dsa_top_k=64, n_ubatch=16) == ["dense+keys", "sparse"]
+    assert variants(dsa_top_k=100) == ["mha+keys", "dense+keys"] and variants(attention="dense") == ["mha", "dense"]
+    assert variants(attention="sparse") == ["sparse"] and variants(attention="masked") == ["masked"]
 
 
 @pytest.mark.parametrize("kv_lora, n_rot, n_ctx", [(512, 64, 2048), (56, 12, 300), (288, 80, 2049)])
-def test_planned_bytes_hold_what_is_laid(small_model, kv_lora, n_rot, n_ctx):
+def test_bytes_of_packed_latents(small_model, kv_lora, n_rot, n_ctx):
     from pydsa.backends.cpu import f32, int8x2
     path = small_model(arch="deepseek2", n_lora_kv=kv_lora, n_rot=n_rot, n_ctx=4096)
     tiles = -(-n_ctx // 256)
     sizes = [tiles * kernels.tile_bytes(kv_lora, n_rot) for kernels in (int8x2.mha, f32.mha)]
-    assert ModelPlan(path, n_ctx=n_ctx).laid_bytes == sizes[0] >= sizes[1]
-    assert ModelPlan(path, n_ctx=n_ctx, n_ubatch=16).laid_bytes == 0 == ModelPlan(path, n_ctx=n_ctx, device="reference").laid_bytes
+    assert Setup(path, n_ctx=n_ctx).packed_latent_bytes == sizes[0] >= sizes[1]
+    for options in ({"n_ubatch": 16}, {"device": "reference"}):
+        assert Setup(path, n_ctx=n_ctx, **options).packed_latent_bytes == 0
 
 
-def test_laid_bytes_end_where_chosen_keys_are_looked_up(small_model):
-    plans = [ModelPlan(small_model(), n_ctx=n_ctx, dsa_top_k=500) for n_ctx in (2**18, 2**20)]
-    assert plans[0].plain_form_until == plans[1].plain_form_until > 500 and ModelPlan(small_model(), n_ubatch=16).plain_form_until == 0
-    assert plans[0].laid_bytes == plans[1].laid_bytes > ModelPlan(small_model(), n_ctx=500, dsa_top_k=500).laid_bytes > 0
+def test_packed_latent_bytes_end_where_chosen_keys_are_looked_up(small_model):
+    a, b = (Setup(small_model(), n_ctx=n_ctx, dsa_top_k=500) for n_ctx in (2**18, 2**20))
+    assert a.schedule.plain_form_until == b.schedule.plain_form_until > 500
+    assert Setup(small_model(), n_ubatch=16).schedule.plain_form_until == 0
+    assert a.packed_latent_bytes == b.packed_latent_bytes > Setup(small_model(), n_ctx=500, dsa_top_k=500).packed_latent_bytes > 0

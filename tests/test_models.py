@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import pydsa.model
 from pydsa import GGUFError, PydsaError, UnsupportedModelError
 from pydsa.gguf_file import Metadata, Tensor, open_gguf
-from pydsa.model import ModelPlan
+from pydsa.model import Setup
 from pydsa.models.yarn import rope_from_metadata
 from tools.make_model import ModelSpec, model_keys
 
@@ -22,7 +22,7 @@ DROP = ...          # an edit that takes a key or a tensor away
 
 @pytest.fixture
 def planned(small_model, monkeypatch):
-    """planned(arch, {"block_count": 0}, {"output.weight": DROP}) -> ModelPlan of a small model with such metadata and tensors.
+    """planned(arch, {"block_count": 0}, {"output.weight": DROP}) -> Setup of a small model with such metadata and tensors.
 
     Keys without a first part "general" belong to the architecture; a tensor becomes DROP, another type, or another shape.
     """
@@ -41,7 +41,7 @@ def planned(small_model, monkeypatch):
             elif edit is not DROP:
                 there[name] = old._replace(shape=edit)
         monkeypatch.setattr(pydsa.model, "open_gguf", lambda path: file._replace(metadata=metadata, tensors=there))
-        return ModelPlan("model.gguf", **options)
+        return Setup("model.gguf", **options)
     return plan
 
 
@@ -310,6 +310,6 @@ def test_damaged_files_give_our_errors_only(small_model, arch, data):
             damaged[place] = data.draw(st.one_of(st.sampled_from([0, 1, 2, 255]), st.integers(0, 255)))
         path.write_bytes(damaged)
         try:
-            ModelPlan(path)
+            Setup(path)
         except PydsaError as error:
             assert "\n" not in str(error)

@@ -35,7 +35,7 @@ def masses(path, **options):
     """What a watcher weighs in a prompt of 60 tokens."""
     model = pydsa.load(path, n_ctx=64, threads=1, kv_type="f32", attention="sparse", n_ubatch=16, **options)
     watcher = needle.Watcher(weigh=True)
-    needle.run(model.session(), list(range(60)), watcher)
+    needle.run(model.session(), list(range(60)), watcher, model.n_ubatch)
     return watcher.shares
 
 

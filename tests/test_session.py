@@ -275,9 +275,9 @@ WRONG_IDS = {
 
 
 @pytest.mark.parametrize("ids", WRONG_IDS.values(), ids=WRONG_IDS)
-def test_wrong_ids_are_refused(session, ids):
+def test_wrong_ids_are_refused(model, session, ids):
     before = state(session)
-    for append in (session.prefill, session.logits, session.model.logits):
+    for append in (session.prefill, session.logits, model.logits):
         with pytest.raises(PydsaError, match="[Tt]oken id"):
             append(ids)
     assert state(session) == before
@@ -334,7 +334,7 @@ def test_progress_of_prefill(model):
 @pytest.mark.parametrize("node", [0, 20, -1])
 def test_interrupted_prefill_continues(model, node):
     """The chunk that was interrupted is not in the context, those before it are."""
-    graph = model.plan.plans[model.path(16, 16)].graph
+    graph = model.setup.layouts[model.setup.schedule.variant(16, 16)].graph
     name, session, seen = [n.name for n in graph.nodes if not n.for_outputs][node], model.session(), []
 
     def interrupt(node, arrays):
@@ -400,7 +400,7 @@ def test_generate_stops_at_the_end_of_a_turn(model, session, monkeypatch):
     again = model.session()
     tokens = greedy(again, again.prefill(IDS[:30]), 12)
     last = tokens[7]
-    monkeypatch.setattr(model.tokenizer, "eog_ids", frozenset({last}))
+    monkeypatch.setattr(session, "_eog_ids", frozenset({last}))
     expected = tokens[:tokens.index(last)]
     assert list(session.generate(IDS[20:30], 12, GREEDY)) == expected
     assert session.tokens == IDS[:30] + expected

@@ -59,8 +59,8 @@ def conditions(model, repack):
     """One line: the machine, the versions, the file, and what llama.cpp was allowed."""
     path, repacked = Path(model.metadata.path), "with" if repack else "without"
     return (f"{processor()}; {model.threads} thread{'s' * (model.threads > 1)}; pydsa {pydsa.__version__}, numba {version('numba')}, "
-            f"llama-cpp-python {version('llama_cpp_python')}; {path.name}, {size(model.plan.n_bytes)}, {model.plan.file_type}; f16 caches, "
-            f"index keys of pydsa {model.index_type}, llama.cpp with flash attention and {repacked} "
+            f"llama-cpp-python {version('llama_cpp_python')}; {path.name}, {size(model.setup.n_bytes)}, {model.setup.file_type}; "
+            f"f16 caches, index keys of pydsa {model.index_type}, llama.cpp with flash attention and {repacked} "
             f"repacked weights (use_extra_bufts {'on' if repack else 'off'}).")
 
 

@@ -100,36 +100,25 @@ def document(rng, count, n_tokens, n_facts, prose):
     return "".join(parts), facts
 
 
-def continued(session, ids):
-    """What of a prompt the session has not read yet; what it has read otherwise is forgotten."""
-    same = 0
-    for old, new in zip(session.tokens, ids[:-1]):
-        if old != new:
-            break
-        same += 1
-    session.truncate(same)
-    return ids[same:]
-
-
-def run(session, ids, watcher):
+def run(session, ids, watcher, n_ubatch):
     """Append ids -> the logits after the last."""
-    for start in range(0, len(ids), session.model.n_ubatch):
-        chunk = ids[start:start + session.model.n_ubatch]
-        watcher.start(session, len(chunk))
-        logits = session.prefill(chunk, observe=watcher)
+    for start in range(0, len(ids), n_ubatch):
+        ubatch = ids[start:start + n_ubatch]
+        watcher.start(session, len(ubatch))
+        logits = session.prefill(ubatch, observe=watcher)
     return logits
 
 
-def answer(session, messages, watcher, max_tokens):
-    """The greedy answer to a conversation."""
-    model = session.model
-    logits, ids = run(session, continued(session, encode_chat(model.tokenizer, messages)), watcher), []
+def answer(model, session, messages, watcher, max_tokens):
+    """The greedy answer to a conversation, of which the session keeps what it has read."""
+    prompt = encode_chat(model.tokenizer, messages)
+    logits, ids = run(session, prompt[session.reuse(prompt):], watcher, model.n_ubatch), []
     while len(ids) < max_tokens:
         token = int(logits.argmax())
         if token in model.tokenizer.eog_ids:
             break
         ids.append(token)
-        logits = run(session, [token], watcher)
+        logits = run(session, [token], watcher, model.n_ubatch)
     return model.detokenize(ids)
 
 
@@ -152,7 +141,7 @@ def recall(model, mode, n_tokens, places, n_documents, seed, max_tokens, every, 
         for j, place in enumerate(places):
             name, code = facts[round(place / 100 * (len(facts) - 1))]
             messages = [{"role": "user", "content": f"{text}\nWhat is the code of the {name}?"}]
-            right[j] += code in answer(session, messages, watcher, max_tokens)
+            right[j] += code in answer(model, session, messages, watcher, max_tokens)
     shares = [share for watcher in watchers for share in watcher.shares]
     return right / n_documents, float(np.mean(shares)) if shares else None
 

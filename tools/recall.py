@@ -26,8 +26,8 @@ TOGETHER = 16       # neighbouring tokens whose keys are united
 class Probe:
     """Watches a session with float32 caches: what its indexers choose, and what they would from caches that hold the same keys."""
 
-    def __init__(self, session, caches):
-        self.session, self.backend = session, session.model.backend
+    def __init__(self, backend, session, caches):
+        self.backend, self.session = backend, session
         self.caches = {ref: cache.rows for ref, cache in caches.items() if ref.kind == "index_keys"}
         self.values, self.exact, self.again = {}, {}, {}
 
@@ -89,7 +89,7 @@ def recall(path, ids, index_type, dsa_top_k=None, threads=None):
         raise pydsa.PydsaError(f"With {len(ids)} tokens and a top_k of {model.top_k} every key is chosen; give a longer text, a greater "
                                "--length, or a smaller --dsa-top-k.")
     session, whole, shares = model.session(), other.session(), {}
-    probe = Probe(session, other.caches(len(ids)))
+    probe = Probe(model.backend, session, other.setup.make_caches(other.backend, len(ids)))
     for start in range(0, len(ids), UBATCH):
         chunk, chosen = ids[start:start + UBATCH], {}
 
@@ -147,7 +147,7 @@ def main(model_path, prompt, file, length, index_type, dsa_top_k, threads, outpu
 
     import pydsa
     from pydsa.bench import format_rows, markdown
-    from pydsa.model import ModelPlan
+    from pydsa.model import Setup
 
     if prompt is not None and file is not None:
         fail("Give the text with -p or with -f, not both.")
@@ -155,7 +155,7 @@ def main(model_path, prompt, file, length, index_type, dsa_top_k, threads, outpu
         text = file.read() if file else topics["import"] if prompt is None else prompt
         ids = list(pydsa.load_tokenizer(model_path).encode(text, add_bos=True))[:length]
         shares = recall(model_path, ids, index_type, dsa_top_k, threads)
-        table = list(rows(shares, dsa_top_k or ModelPlan(model_path).top_k))
+        table = list(rows(shares, dsa_top_k or Setup(model_path).top_k))
     except UnicodeDecodeError:
         fail(f"{file.name}: this is not UTF-8 text.")
     except pydsa.PydsaError as error:

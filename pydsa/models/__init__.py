@@ -1,4 +1,4 @@
-"""One file per architecture, found by its GGUF name: each has a Config and build(graph, config, weights, path)."""
+"""One file per architecture, found by its GGUF name: each has a Config and build(graph, config, weights, variant)."""
 import importlib
 
 from pydsa.errors import UnsupportedModelError

@@ -42,8 +42,21 @@ class Config:
     rms_eps: float
     rope: Rope = field(repr=False)
 
-    # --attention -> the graphs it needs. "mha" is "dense" in its plain form: for prompts, as model.py says.
-    PATHS = {"auto": ("mha", "dense"), "dense": ("mha", "dense")}
+    VARIANTS = {"auto": ("mha", "dense"), "dense": ("mha", "dense")}       # --attention -> the variants it may need (schedule.py)
+
+    @property
+    def top_k(self):
+        """Keys that a token attends to; None where there is no indexer to choose them."""
+        return None
+
+    def with_top_k(self, top_k):
+        """The same with another number of keys; None where there is no indexer."""
+        return None
+
+    @property
+    def indexed_layers(self):
+        """For each layer, the one whose indexer chooses its keys; None where there is no indexer."""
+        return None
 
     @property
     def kq_scale(self):
@@ -153,23 +166,22 @@ def per_layer(metadata, key, n_layer, low, high):
     return tuple(values.tolist())
 
 
-def build(graph, config, weights, path):
-    """Record the forward pass; path is "dense" or "mha"."""
-    decoder(graph, config, weights, lambda il, h, qr, table: None, path == "mha")
+def build(graph, config, weights, variant):
+    """Record the forward pass as a schedule.Variant says."""
+    decoder(graph, config, weights, variant, lambda il, h, qr, table: None)
 
 
-def decoder(g, c, weights, select, mha):
+def decoder(g, c, weights, variant, select):
     """Record a whole model.
 
-    select(il, h, qr, table) records what chooses the keys of a layer, and returns a function from its query to its attention, or None.
-    mha: attention takes its plain form; that function is then given k_b and v_b, too.
+    select(il, h, qr, table) records what chooses the keys of a layer, and returns their indices, a mask made of them, or None for all.
     """
     x = g.get_rows("inp_embd", weights("token_embd.weight", c.n_vocab, c.n_embd))
     table = g.rope_table("rope_table", c.rope.freqs, c.rope.magnitude)
     for il in range(c.n_layer):
         w = weights.layer(il)
         h = g.rms_norm(f"attn_norm-{il}", x, w("attn_norm.weight", c.n_embd), c.rms_eps)
-        x = g.add(f"ffn_inp-{il}", latent_attention(g, c, w, il, h, table, select, mha), x)
+        x = g.add(f"ffn_inp-{il}", latent_attention(g, c, w, il, h, table, variant, select), x)
         h = g.rms_norm(f"ffn_norm-{il}", x, w("ffn_norm.weight", c.n_embd), c.rms_eps)
         if il < c.n_layer_dense_lead:
             out = feed_forward(g, w, il, h, "", c.n_ff[il], c.n_embd)
@@ -181,7 +193,7 @@ def decoder(g, c, weights, select, mha):
     g.output = g.linear("result_output", weights(head, c.n_vocab, c.n_embd), x)
 
 
-def latent_attention(g, c, w, il, h, table, select, mha):
+def latent_attention(g, c, w, il, h, table, variant, select):
     """MLA: what is cached of a token is one row for all heads, a latent and a rotated part of its keys."""
     qr = h
     if c.q_lora:
@@ -190,28 +202,39 @@ def latent_attention(g, c, w, il, h, table, select, mha):
     kv_pe = g.linear(f"kv_cmpr_pe-{il}", w("attn_kv_a_mqa.weight", c.kv_lora + c.n_rot, c.n_embd), h)
     g.rms_norm(f"kv_cmpr-{il}", kv_pe.slice(0, c.kv_lora), w("attn_kv_a_norm.weight", c.kv_lora), c.rms_eps, into=kv_pe.slice(0, c.kv_lora))
     g.rope(kv_pe.reshape(1, c.kv_lora + c.n_rot).slice(c.kv_lora, c.kv_lora + c.n_rot), table, NEOX)
-    latents = CacheRef("latents", il)
-    g.cache_write(latents, kv_pe)
-    attend = select(il, h, qr, table)
+    g.cache_write(CacheRef("latents", il), kv_pe)
+    choice = select(il, h, qr, table)
 
     name, width = ("attn_q_b.weight", c.q_lora) if c.q_lora else ("attn_q.weight", c.n_embd)
     q = g.linear(f"q-{il}", w(name, c.n_head * (c.n_nope + c.n_rot), width), qr).reshape(c.n_head, c.n_nope + c.n_rot)
     k_b, v_b = w("attn_k_b.weight", c.n_head, c.kv_lora, c.n_nope), w("attn_v_b.weight", c.n_head, c.n_v, c.kv_lora)
-    if mha:
-        g.rope(q.slice(c.n_nope, c.n_nope + c.n_rot), table, NEOX)
-        out = attend(q, k_b, v_b) if attend else g.mha_attention(f"kqv_out-{il}", q, latents, k_b, v_b, c.kq_scale)
-    else:
-        attend = attend or (lambda q: g.dense_attention(f"kqv-{il}", q, latents, c.kv_lora, c.kq_scale))
-        out = absorbed_attention(g, c, il, q, table, k_b, v_b, attend)
+    attention = plain_attention if variant.plain else absorbed_attention
+    out = attention(g, c, il, q, table, k_b, v_b, variant, choice)
     return g.linear(f"attn_out-{il}", w("attn_output.weight", c.n_embd, c.n_head * c.n_v), out.reshape(c.n_head * c.n_v))
 
 
-def absorbed_attention(g, c, il, q, table, k_b, v_b, attend):
+def plain_attention(g, c, il, q, table, k_b, v_b, variant, choice):
+    """Each head has keys and values of its own, made from the latents."""
+    name, latents = f"kqv_out-{il}", CacheRef("latents", il)
+    g.rope(q.slice(c.n_nope, c.n_nope + c.n_rot), table, NEOX)
+    if choice is None:
+        return g.mha_attention(name, q, latents, k_b, v_b, c.kq_scale)
+    return g.mha_sparse_attention(name, q, latents, choice, k_b, v_b, c.kq_scale)
+
+
+def absorbed_attention(g, c, il, q, table, k_b, v_b, variant, choice):
     """Queries are taken into the space of the latents, which are then both keys and values."""
+    name, latents = f"kqv-{il}", CacheRef("latents", il)
     q_latent = g.value(f"q_nope_absorbed-{il}", c.n_head, c.kv_lora + c.n_rot)
     g.head_linear(None, k_b, q.slice(0, c.n_nope), into=q_latent.slice(0, c.kv_lora))
     g.rope(q.slice(c.n_nope, c.n_nope + c.n_rot), table, NEOX, into=q_latent.slice(c.kv_lora, c.kv_lora + c.n_rot))
-    return g.head_linear(f"kqv_out-{il}", v_b, attend(q_latent))
+    if choice is None:
+        mixed = g.dense_attention(name, q_latent, latents, c.kv_lora, c.kq_scale)
+    elif variant.indexer == "mask":
+        mixed = g.masked_attention(name, q_latent, latents, choice, c.kv_lora, c.kq_scale)
+    else:
+        mixed = g.sparse_attention(name, q_latent, latents, choice, c.kv_lora, c.kq_scale)
+    return g.head_linear(f"kqv_out-{il}", v_b, mixed)
 
 
 def feed_forward(g, w, il, h, kind, n_ff, n_embd):

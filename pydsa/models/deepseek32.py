@@ -1,4 +1,5 @@
 """deepseek32: deepseek2 with DeepSeek Sparse Attention, an indexer in every layer that chooses the keys (DeepSeek-V3.2-Exp, section 2)."""
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -8,7 +9,6 @@ from pydsa.models import deepseek2
 
 INDEXER_NEOX = True     # RoPE of the indexer turns pairs (i, i + n_rot / 2)
 K_NORM_EPS = 1e-6       # not in the file
-CHOOSING = ("mha+choice", "sparse", "masked")       # paths whose layers attend to the keys that their indexers choose
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,22 @@ class Config(deepseek2.Config):
     indexer_top_k: int
     indexer_full: tuple     # for each layer: whether it has an indexer of its own, or takes the choice of the last one that has
 
-    # --attention -> the graphs it needs. "...+keys" attend to all, which is exact up to top_k keys, and store the index keys. "mha+choice"
-    # is "sparse" in MLA's plain form, for prompts.
-    PATHS = {"auto": ("mha+keys", "dense+keys", "mha+choice", "sparse"), "sparse": ("sparse",), "masked": ("masked",),
-             "dense": ("mha", "dense")}
+    VARIANTS = {"auto": ("mha+keys", "dense+keys", "mha+choice", "sparse"), "sparse": ("sparse",), "masked": ("masked",),
+                "dense": ("mha", "dense")}
+
+    @property
+    def top_k(self):
+        """Keys that a token attends to."""
+        return self.indexer_top_k
+
+    def with_top_k(self, top_k):
+        """The same with another number of keys."""
+        return dataclasses.replace(self, indexer_top_k=top_k)
+
+    @property
+    def indexed_layers(self):
+        """For each layer, the one whose indexer chooses its keys."""
+        return tuple(max(i for i in range(il + 1) if self.indexer_full[i]) for il in range(self.n_layer))
 
     @property
     def cache_widths(self):
@@ -50,39 +62,28 @@ def read_indexer(metadata, base):
                 indexer_top_k=metadata.integer(key + "top_k", 1, 2**31 - 1))
 
 
-def build(graph, config, weights, path):
-    """Record the forward pass; path is one of those in PATHS."""
-    build_with_indexer(graph, config, weights, path, INDEXER_NEOX)
+def build(graph, config, weights, variant):
+    """Record the forward pass as a schedule.Variant says."""
+    build_with_indexer(graph, config, weights, variant, INDEXER_NEOX)
 
 
-def build_with_indexer(g, c, weights, path, neox):
+def build_with_indexer(g, c, weights, variant, neox):
     """decoder() with the layers' indexers; those without one of their own use the last choice that was made."""
     choice = None
 
     def select(il, h, qr, table):
         nonlocal choice
-        if path in ("mha", "dense"):
-            return None
-        w = weights.layer(il)
-        if c.indexer_full[il]:
+        if variant.indexer is not None and c.indexer_full[il]:
+            w = weights.layer(il)
             if not w.has("indexer.attn_k.weight"):
                 raise UnsupportedModelError(f"{w.path}: layer {il} should have an indexer, but there is no tensor "
                                             f"'blk.{il}.indexer.attn_k.weight'; the model can only be run with --attention dense.")
             store_index_key(g, c, w, il, h, table, neox)
-            if path in CHOOSING:
-                choice = choose_keys(g, c, w, il, h, qr, table, neox, path)
-        if path not in CHOOSING:
-            return None
-        made = choice
+            if variant.chooses:
+                choice = choose_keys(g, c, w, il, h, qr, table, neox, variant)
+        return choice
 
-        def attend(q, *of_heads):
-            if of_heads:
-                return g.mha_sparse_attention(f"kqv_out-{il}", q, CacheRef("latents", il), made, *of_heads, c.kq_scale)
-            attention = g.sparse_attention if path == "sparse" else g.masked_attention
-            return attention(f"kqv-{il}", q, CacheRef("latents", il), made, c.kv_lora, c.kq_scale)
-        return attend
-
-    deepseek2.decoder(g, c, weights, select, path.startswith("mha"))
+    deepseek2.decoder(g, c, weights, variant, select)
 
 
 def rotate(g, c, x, table, neox):
@@ -100,14 +101,14 @@ def store_index_key(g, c, w, il, h, table, neox):
     g.cache_write(CacheRef("index_keys", il), k)
 
 
-def choose_keys(g, c, w, il, h, qr, table, neox, path):
-    """The indices of the keys to attend to, or for "masked" the mask made of them."""
+def choose_keys(g, c, w, il, h, qr, table, neox, variant):
+    """The indices of the keys to attend to, or the mask made of them."""
     heads, size = c.indexer_n_head, c.indexer_head_size
     q = g.linear(f"indexer_q-{il}", w("indexer.attn_q_b.weight", heads * size, c.q_lora), qr).reshape(heads, size)
     rotate(g, c, q, table, neox)
     weights = g.linear(f"indexer_weights-{il}", w("indexer.proj.weight", heads, c.n_embd), h)
     keys, scale, k = CacheRef("index_keys", il), 1 / math.sqrt(heads * size), min(c.indexer_top_k, g.n_ctx)
-    if path != "masked":
+    if variant.indexer != "mask":
         return g.indexer_select(f"indexer_top_k-{il}", q, weights, keys, k, scale)
     scores = g.indexer_scores(f"indexer_score-{il}", q, weights, keys, scale)
     return g.scatter_mask(f"kq_mask-{il}", g.top_k(f"indexer_top_k-{il}", scores, k))

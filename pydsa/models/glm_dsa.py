@@ -35,6 +35,6 @@ def indexer_full(metadata, base):
     return tuple(bool(t) for t in types[:n_layer])
 
 
-def build(graph, config, weights, path):
-    """Record the forward pass; path is one of those in PATHS."""
-    deepseek32.build_with_indexer(graph, config, weights, path, INDEXER_NEOX)
+def build(graph, config, weights, variant):
+    """Record the forward pass as a schedule.Variant says."""
+    deepseek32.build_with_indexer(graph, config, weights, variant, INDEXER_NEOX)

@@ -37,7 +37,7 @@ def check_device():
                          f"{OLDEST[0]}.{OLDEST[1]} or later (A100, GeForce 30 and newer).")
 
 
-def device_in_words():
+def describe_device():
     """What the GPU is and has; PydsaError if there is none."""
     check_device()
     free, total = gpu.memory()
