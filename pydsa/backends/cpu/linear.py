@@ -82,7 +82,7 @@ def gemm_rows(w, rows, n_rows, n_in, x, n_tokens, out_at):
     """out_at[t][r] = row r . token t, for tokens laid out at x, and an int64 array of addresses."""
     row_bytes = n_in // w.block * w.block_bytes
     call_intp_function(w.matmul, (
-        w.unpack, w.block, w.block_bytes, w.lows, w.bits, rows, n_rows, row_bytes, n_in, x, n_tokens, address(out_at)))
+        w.unpack, w.block, w.block_bytes, w.mins, w.bits, rows, n_rows, row_bytes, n_in, x, n_tokens, address(out_at)))
 
 
 @inner
