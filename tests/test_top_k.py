@@ -2,11 +2,11 @@
 import numpy as np
 import pytest
 from backends import choose, kernels
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from pydsa.backends import reference
-from pydsa.backends.cpu.top_k import EVERY, LONG, TIMES
+from pydsa.backends.cpu.top_k import SAMPLE_STRIDE, SAMPLED_RATIO, SAMPLED_SIZE
+
 
 TINY = np.float32(1e-45)        # the least denormal
 INF, NAN = float("inf"), float("nan")
@@ -134,7 +134,7 @@ def test_long_rows(values):
 
 def sampled(of_sample, others, n=5000):
     """A row of which every sixteenth value, which the threshold is taken from, is one thing and the others are another."""
-    return np.where(np.arange(n) % EVERY == 0, of_sample, others)
+    return np.where(np.arange(n) % SAMPLE_STRIDE == 0, of_sample, others)
 
 
 NORMAL = np.random.default_rng(4).standard_normal(5000)
@@ -151,12 +151,12 @@ LONG_ROWS = {
 }
 
 
-@pytest.mark.parametrize("k", [1, 16, 512, LONG // TIMES, 5000 // TIMES, 5000 // TIMES + 1])
+@pytest.mark.parametrize("k", [1, 16, 512, SAMPLED_SIZE // SAMPLED_RATIO, 5000 // SAMPLED_RATIO, 5000 // SAMPLED_RATIO + 1])
 @pytest.mark.parametrize("name", LONG_ROWS)
 def test_rows_that_are_sampled(name, k):
     check(LONG_ROWS[name], k)
 
 
-@pytest.mark.parametrize("n", [LONG - 1, LONG, LONG + 1, LONG + 15])
+@pytest.mark.parametrize("n", [SAMPLED_SIZE - 1, SAMPLED_SIZE, SAMPLED_SIZE + 1, SAMPLED_SIZE + 15])
 def test_lengths_around_a_sample(n):
     check(NORMAL[:n], 100)

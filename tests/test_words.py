@@ -10,7 +10,7 @@ from pydsa.backends.cpu import threads
 from pydsa.backends import cpu
 from pydsa.backends.cpu import amx
 from pydsa.backends.cpu.linear import GEMV_TOKENS
-from pydsa.backends.cpu.int16.linear import LARGEST
+from pydsa.backends.cpu.int16.linear import MAX_INT15
 from pydsa.gguf_file import Tensor
 from pydsa.quants import SUPPORTED, TYPES
 
@@ -77,8 +77,8 @@ def test_activations_that_rounding_keeps(kind, n_in, n_tokens):
     Where bytes are multiplied, weights are rounded too, and each 256 activations have one scale.
     """
     rng = np.random.default_rng(n_tokens)
-    x = rng.integers(-LARGEST, LARGEST + 1, (n_tokens, n_in // 32, 32))
-    x[:, :, rng.integers(32)] = rng.choice([-LARGEST, LARGEST], x.shape[:2])
+    x = rng.integers(-MAX_INT15, MAX_INT15 + 1, (n_tokens, n_in // 32, 32))
+    x[:, :, rng.integers(32)] = rng.choice([-MAX_INT15, MAX_INT15], x.shape[:2])
     x = (x * np.ldexp(1, rng.integers(-9, 1, (*x.shape[:2], 1)))).astype(np.float32).reshape(n_tokens, n_in)
     assert error(*products(random_weight(kind, 37, n_in), x)) < (2e-8 if amx.HERE and n_tokens > GEMV_TOKENS else 1e-12)
 
