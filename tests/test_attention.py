@@ -1,12 +1,12 @@
 """Attention beside the reference: every type of cache, dense, masked and sparse, short and long, on one thread and on two."""
 import numpy as np
 import pytest
-from backends import choose, kernels
-from test_ops import (Rows, bound_of_tiles, close, compare, integers, last_positions, needs_two, normal, one_thread, rng,  # noqa: F401
-                      run, with_threads)
+from helpers import (Rows, bound_of_tiles, choose, close, compare, integers, kernels, last_positions, needs_two, normal, run, some_keys,
+                     with_threads)
 
 from pydsa.quants import CACHE_TYPES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = choose([(3, 21, 16)], [(1, 37, 29), (3, 40, 32), (4, 17, 16), (16, 96, 64)])      # heads, width, n_v
 TILES = choose([(17, 40, 32)], [])      # for the GPU's tensor cores, which take whole numbers only
 CONTEXTS = choose([(1, 1), (2, 13)], [(1, 1), (1, 32), (2, 33), (7, 31), (7, 100), (33, 33), (33, 97)])     # n_tokens, n_kv
@@ -15,16 +15,6 @@ CONTEXTS = choose([(1, 1), (2, 13)], [(1, 1), (1, 32), (2, 33), (7, 31), (7, 100
 def attention_inputs(n_tokens, n_kv, shape, kv_type="f32"):
     n_head, width, n_v = shape
     return normal(n_tokens, n_head, width), Rows(normal(n_kv, width), kv_type, n_v), last_positions(n_tokens, n_kv)
-
-
-def some_keys(positions, k):
-    """Keys of each token's past, ascending, -1 after them: any, none, the latest, the earliest, any, ..."""
-    indices = np.full((len(positions), k), -1, np.int32)
-    for t, position in enumerate(positions):
-        past = np.arange(position + 1)
-        order = [rng(t).permutation(past), past[:0], past[::-1], past][t % 4][:k - t % 3]
-        indices[t, :order.size] = np.sort(order)
-    return indices
 
 
 def ops(positions, mask, indices):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, greedy, nmse
+from helpers import TINY, greedy, nmse
 
 import pydsa
 from pydsa.errors import PydsaError
@@ -121,8 +121,6 @@ def test_no_gpu_is_one_clear_sentence():
 
 
 AS_PTX = os.environ.get("PYDSA_TEST_DEVICE") == "ptx"       # golden models in tests/ptx, which takes minutes each
-if AS_PTX:
-    import backends  # noqa: F401  (lets tests/ptx stand in for the GPU)
 on_gpu = pytest.mark.skipif(not AS_PTX and not gpu_is_there(), reason="there is no GPU")
 
 

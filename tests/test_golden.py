@@ -1,7 +1,7 @@
 """Logits against an outside float64 forward pass and llama.cpp, on prompts three times as long as top_k; then node by node."""
 import numpy as np
 import pytest
-from conftest import greedy, nmse
+from helpers import greedy, nmse
 
 import pydsa
 from pydsa.models import deepseek32

@@ -5,7 +5,7 @@ import sys
 import gguf
 import numpy as np
 import pytest
-from conftest import greedy, nmse, random_ids
+from helpers import greedy, nmse, random_ids
 
 from pydsa.backends.cpu.threads import check_threads
 from pydsa.model import Setup

@@ -1,8 +1,7 @@
 """Index keys of int8: what selecting by them finds of what exact keys would choose, and models that run on caches of --kv-type i8."""
 import numpy as np
 import pytest
-from backends import choose, kernels
-from conftest import nmse
+from helpers import choose, kernels, nmse
 
 from pydsa.backends import reference
 

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import nmse, random_ids
+from helpers import nmse, random_ids
 
 LONG = dict(n_ctx=2**15, indexer_top_k=64)
 N = 2**14

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-from conftest import random_ids
+from helpers import random_ids
 
 import pydsa
 from pydsa import OutOfMemoryError

@@ -1,9 +1,8 @@
 """MLA's plain form beside the reference and the absorbed form, to all keys and to chosen ones: every type of cache and weight."""
 import numpy as np
 import pytest
-from backends import DEVICE, choose, kernels
-from test_attention import some_keys
-from test_ops import Rows, close, compare, last_positions, needs_two, normal, one_thread, run, tensor, with_threads  # noqa: F401
+from helpers import (DEVICE, Rows, choose, close, compare, kernels, last_positions, needs_two, normal, run, some_keys, tensor,
+                     with_threads)
 
 from pydsa.backends import reference
 from pydsa.backends.cpu import amx
@@ -11,6 +10,7 @@ from pydsa.schedule import MHA_TOKENS, plain_form_pays, plain_form_until
 from pydsa.model import Setup
 from pydsa.quants import CACHE_TYPES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 # heads, kv_lora, n_nope, n_rot, n_v; the last ones are V3.2's and GLM-5's
 SHAPES = choose([(2, 32, 32, 4, 8)], [(1, 29, 17, 6, 13), (3, 64, 32, 16, 48), (2, 288, 64, 16, 16), (2, 512, 128, 64, 128),
                                       (1, 512, 192, 64, 256)])

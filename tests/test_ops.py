@@ -1,65 +1,18 @@
 """Every op beside the reference, at awkward sizes (get_rows, cache_write: test_quants.py; top_k: test_top_k.py)."""
 import math
-from typing import NamedTuple
 
 import numpy as np
 import pytest
-from backends import DEVICE, choose, kernels
-from gguf import GGMLQuantizationType
-from gguf.quants import quantize
+from helpers import (DEVICE, Rows, choose, close, compare, integers, kernels, last_positions, needs_two, normal, rng, run, tensor,
+                     with_threads)
 
-from pydsa.backends.cpu import jit, threads
 from pydsa.backends import reference
-from pydsa.backends.cpu import amx
+from pydsa.backends.cpu import jit
 from pydsa.backends.cpu.scalars import exp
-from pydsa.gguf_file import Tensor
-from pydsa.quants import CACHE_TYPES, SUPPORTED, TYPES
+from pydsa.quants import CACHE_TYPES, SUPPORTED
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 N_TOKENS, N_HEADS = choose(((1, 3), (1, 3)), ((1, 2, 7, 33), (1, 3, 4, 16)))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine two wait for each other."""
-    threads.set_threads(1)
-
-
-class Rows(NamedTuple):
-    """A cache with these rows at positions 0, 1, ..., and zeros after them; of whole numbers the first n_v are scaled by themselves."""
-    values: np.ndarray
-    kv_type: str = "f32"
-    n_v: int = 0
-
-
-def rng(*seed):
-    return np.random.default_rng([*seed, 0])
-
-
-def normal(*shape):
-    return rng(*shape).standard_normal(shape).astype(np.float32)
-
-
-def integers(low, high, *shape):
-    """Small whole numbers: their sums and products are exact, so float32 must give what float64 gives, ties and all."""
-    return rng(*shape, high).integers(low, high + 1, shape).astype(np.float32)
-
-
-def tensor(kind, *shape):
-    """A weight as a file holds it, read-only: random blocks with scales of about 1/50, or normal values for the float types."""
-    dtype = TYPES[kind].dtype
-    if dtype.names is None:
-        data = quantize(normal(*shape), GGMLQuantizationType[kind]).view(np.uint8)
-    else:
-        n = math.prod(shape) // TYPES[kind].size
-        blocks = np.frombuffer(rng(*shape).bytes(n * dtype.itemsize), dtype).copy()
-        for field in {"d", "dmin", "m"} & set(dtype.names):
-            blocks[field] = (rng(n).random(n) / 25).astype(np.float16).view(np.uint16)
-        if "e" in dtype.names:
-            blocks["e"] = rng(n).integers(121, 124, n)
-        data = blocks.view(np.uint8)
-    data = data.reshape(*shape[:-1], -1)
-    data.flags.writeable = False
-    return Tensor("w", kind, shape, data)
 
 
 def inside(x, before=5, after=3):
@@ -72,57 +25,6 @@ def inside(x, before=5, after=3):
 
 def untouched_around(view):
     return np.isnan(view.base).sum() == view.base.size - view.size
-
-
-def run(backend, op, shapes, *args):
-    """What an op writes: arrays of these shapes; int32 arrays where the shape is a list."""
-    def argument(a):
-        if isinstance(a, Tensor):
-            return backend.weight(a)
-        if isinstance(a, Rows):
-            widths = tuple(filter(None, (a.n_v, a.values.shape[1] - a.n_v)))
-            rows = backend.cache_rows(len(a.values) + 3, widths, a.kv_type)
-            backend.cache_write(rows, a.values.astype(backend.FLOAT), np.arange(len(a.values)))
-            return rows
-        return a.astype(backend.FLOAT, copy=False) if isinstance(a, np.ndarray) and a.dtype == np.float32 else a
-
-    outs = [np.full(s, 77, np.int32) if isinstance(s, list) else np.full(s, np.nan, backend.FLOAT) for s in shapes]
-    getattr(backend, op)(*outs, *(argument(a) for a in args))
-    return outs if len(outs) > 1 else outs[0]
-
-
-def close(found, expected, nmse=1e-12, size=None):
-    """Infinities in the same places; elsewhere a normalised squared error of float32 rounding, no NaN; integers equal.
-
-    size: an array with whose squares the error is normalised, instead of `expected`.
-    """
-    if found.dtype == np.int32:
-        return np.array_equal(found, expected)
-    finite = np.isfinite(expected)
-    error = np.sum((found[finite] - expected[finite].astype(np.float64)) ** 2)
-    size = (expected if size is None else size)[finite].astype(np.float64)
-    return np.array_equal(found[~finite], expected[~finite]) and error <= nmse * np.sum(size ** 2)
-
-
-def bound_of_tiles(rows, op):
-    """AMX tiles multiply pairs of bfloat16, of which one may be off by 2^-15, or whole numbers of 16 bits; of these one may be off by 1."""
-    if DEVICE == "cpu" and not amx.HERE or rows.kv_type == "f32":
-        return 1e-8 if rows.kv_type == "i16" or "indexer" in op and rows.kv_type == "i8" else 0
-    return 1e-8 if "indexer" in op else 2e-10 if not CACHE_TYPES[rows.kv_type].scaled else 1e-7
-
-
-def compare(op, shape, *args, size=None):
-    """Run an op by both backends -> what the CPU wrote, which must be what the reference wrote. Quantized weights meet rounded numbers."""
-    found, expected = run(kernels, op, [shape], *args), run(reference, op, [shape], *args)
-    quantized = any(isinstance(a, Tensor) and TYPES[a.type].dtype.names for a in args)
-    bound = max([1e-6 if quantized else 1e-12, *(bound_of_tiles(a, op) for a in args if isinstance(a, Rows))])
-    assert close(found, expected, bound, size)
-    return found
-
-
-def last_positions(n_tokens, n_kv):
-    """The positions of a chunk that ends a context of n_kv tokens."""
-    return np.arange(n_kv - n_tokens, n_kv)
 
 
 @pytest.mark.parametrize("n", [1, 2, 13, 31, 576])
@@ -383,14 +285,6 @@ def thread_cases():
         yield "indexer_scores", (n_tokens, 500), *args
         yield "indexer_select", [n_tokens, 40], *args
         yield "top_k", [n_tokens, 40], normal(n_tokens, 500)
-
-
-def with_threads(n, op, shape, *args):
-    threads.set_threads(n)
-    return run(kernels, op, [shape], *args)
-
-
-needs_two = pytest.mark.skipif(threads.check_threads(None) < 2, reason="there is only one thread")
 
 
 @needs_two

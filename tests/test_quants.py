@@ -1,7 +1,7 @@
 """Block types: unpacked bit for bit as gguf-py does, cache rows rounded as numpy and gguf-py do."""
 import numpy as np
 import pytest
-from backends import DEVICE, SIMULATED, choose, kernels
+from helpers import DEVICE, SIMULATED, choose, kernels
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 

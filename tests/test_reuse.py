@@ -1,7 +1,7 @@
 """Prefix reuse: what a session or a chat has read already is not run again."""
 import numpy as np
 import pytest
-from conftest import random_ids
+from helpers import random_ids
 
 import pydsa
 

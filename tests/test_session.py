@@ -9,7 +9,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from conftest import greedy, random_ids
+from helpers import greedy, random_ids
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -11,40 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chat_cases import MERGES, SPECIAL, small, small_metadata
 from gguf import GGUFWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
 from pydsa.errors import GGUFError, PydsaError, UnsupportedModelError
-from pydsa.gguf_file import Metadata, open_gguf
-from pydsa.tokenizer import (BYTE, CONTROL, MAX_TEXT, MAX_TOKEN, NORMAL, PRE_TOKENIZERS, UNKNOWN, UNUSED, USER_DEFINED,
-                             Tokenizer, load_tokenizer)
+from pydsa.gguf_file import open_gguf
+from pydsa.tokenizer import (BYTE, CONTROL, MAX_TEXT, MAX_TOKEN, NORMAL, PRE_TOKENIZERS, UNUSED, USER_DEFINED, Tokenizer,
+                             load_tokenizer)
 
 DATA = Path(__file__).parent / "data" / "tokenizer"
 TRUTH = {"deepseek-v3": "deepseek-v3", "deepseek-coder": "deepseek-coder", "glm4": "glm4",
          "deepseek-llm": "deepseek-v3", "chatglm-bpe": "glm4"}
-MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w"]
-SPECIAL = {"<bos>": CONTROL, "<eos>": CONTROL, "<a>": CONTROL, "<a><b>": CONTROL, "ctl": CONTROL, "<unk>": UNKNOWN,
-           "<think>": USER_DEFINED, "ö": USER_DEFINED, "xyz": USER_DEFINED, "yzzz": USER_DEFINED}
-
-
-def small_metadata(special=None, merges=MERGES, **keys):
-    """A vocabulary of all bytes, some merges and some special tokens (text -> type); `keys` of tokenizer.ggml."""
-    special = SPECIAL if special is None else special
-    tokens = [token for token in sorted(ByteLevel.alphabet()) if token not in special]
-    tokens += [merge.replace(" ", "") for merge in merges]
-    types = [NORMAL] * len(tokens) + list(special.values())
-    tokens += special
-    ids = {f"{name}_token_id": tokens.index(f"<{name}>") for name in ("bos", "eos") if f"<{name}>" in special}
-    values = {"model": "gpt2", "pre": "deepseek-v3", "tokens": tokens, "merges": list(merges),
-              "token_type": np.array(types, np.int32), **ids, **keys}
-    pairs = {f"tokenizer.ggml.{key}": value for key, value in values.items() if value is not None}
-    return Metadata(pairs, path="small.gguf")
-
-
-def small(special=None, merges=MERGES, **keys):
-    return Tokenizer.from_metadata(small_metadata(special, merges, **keys))
 
 
 def names(tokenizer, text, **options):

@@ -1,7 +1,7 @@
 """top_k on rows made to break it: ties, signed zeros, denormals, NaN, infinities, lengths around k. Oracle: Python's sorted()."""
 import numpy as np
 import pytest
-from backends import choose, kernels
+from helpers import choose, kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

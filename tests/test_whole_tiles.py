@@ -1,12 +1,11 @@
 """Ops at sizes that fill whole blocks of a GPU's kernels and a bit of the next ones, which the simulator would take hours for."""
 import numpy as np
 import pytest
-from backends import IN_SIMULATOR
-from test_ops import Rows, compare, integers, last_positions, normal, one_thread, rng, tensor  # noqa: F401
+from helpers import IN_SIMULATOR, Rows, compare, integers, last_positions, normal, rng, tensor
 
 from pydsa.quants import SUPPORTED, TYPES
 
-pytestmark = pytest.mark.skipif(IN_SIMULATOR, reason="too much for the simulator")
+pytestmark = [pytest.mark.skipif(IN_SIMULATOR, reason="too much for the simulator"), pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.mark.parametrize("kind", SUPPORTED)

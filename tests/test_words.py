@@ -6,7 +6,6 @@ import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from pydsa.backends.cpu import threads
 from pydsa.backends import cpu
 from pydsa.backends.cpu import amx
 from pydsa.backends.cpu.linear import GEMV_TOKENS
@@ -14,16 +13,11 @@ from pydsa.backends.cpu.int16.linear import LARGEST
 from pydsa.gguf_file import Tensor
 from pydsa.quants import SUPPORTED, TYPES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUANTIZED = [kind for kind in SUPPORTED if TYPES[kind].dtype.names]
 SIZES = [(kind, n_in) for kind in QUANTIZED for n_in in (32, 96, 128, 224, 256, 1024) if n_in % TYPES[kind].size == 0]
 N_TOKENS = (1, 3, 4, 40)
 HALF_FIELDS = ("d", "dmin", "m")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine two wait for each other."""
-    threads.set_threads(1)
 
 
 def stored(kind, blocks, n_rows):
