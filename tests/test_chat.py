@@ -1,4 +1,4 @@
-"""Chat prompts: the format of DeepSeek V3.2 to the letter, templates in their sandbox, and text that stays text."""
+"""Chat prompts: DeepSeek V3.2's format, and text that stays text."""
 import json
 
 import pytest
@@ -127,7 +127,7 @@ def test_bos_in_a_message_is_text():
     assert tokenizer.decode(ids[1:]) == "<｜begin▁of▁sentence｜>"
 
 
-# Text of people and tools
+# Text of users and tools
 
 def special_ids(tokenizer, ids):
     markup = {text for text in tokenizer.control_texts + tokenizer.user_defined_texts if len(text) > 1}
@@ -135,7 +135,7 @@ def special_ids(tokenizer, ids):
 
 
 def conversations(special):
-    """Messages whose texts are made of special tokens, of pieces of them, and of other text."""
+    """Messages made of special tokens, pieces of them, and other text."""
     cuts = sorted({text[start:stop] for text in special for start in range(len(text))
                    for stop in range(start + 1, len(text) + 1)})
     text = st.lists(st.sampled_from(sorted(special)) | st.sampled_from(cuts) | st.text(max_size=3)).map("".join)
@@ -237,7 +237,7 @@ def test_noncharacters_are_kept():
         encode_chat(tokenizer, [user(every)])
 
 
-# Messages of another form
+# Malformed messages
 
 @pytest.mark.parametrize("messages, expected", [
     ([], "the messages are \\[\\], expected a list of dicts"),

@@ -1,4 +1,7 @@
-"""Chat templates in their sandbox: what they may use, and what ends one that is broken or hostile."""
+"""Chat templates in their sandbox: what they may use, what ends them.
+
+A broken or hostile template is stopped with an error.
+"""
 import sys
 
 import pytest

@@ -1,7 +1,7 @@
-"""The tokenizer against llama.cpp's ids, against damaged vocabularies, and its own round trips.
+"""The tokenizer: llama.cpp's ids, damaged vocabularies, round trips.
 
-Each data/tokenizer/NAME.json holds the ids that llama.cpp gives for a list of texts, with the pre-tokenizer NAME and
-the vocabulary named in TRUTH: `ids` with special tokens taken as text, `ids_special` with them parsed.
+Each data/tokenizer/NAME.json holds the ids that llama.cpp gives for a list of texts, with the pre-tokenizer NAME and the vocabulary named
+in TRUTH: `ids` with special tokens as text, `ids_special` with them parsed.
 """
 import json
 import lzma
@@ -131,7 +131,7 @@ def test_only_glm4_takes_a_piece_that_is_a_token_whole():
 
 
 def test_plain_text_never_becomes_a_control_token():
-    tokenizer = small(pre="glm4")       # where the piece "ctl" is a token
+    tokenizer = small(pre="glm4")       # with this pre-tokenizer the piece "ctl" is a token
     assert names(tokenizer, "ctl") == ["c", "t", "l"]
     assert names(tokenizer, "ctl", parse_special=True) == ["ctl"]
 
@@ -170,8 +170,8 @@ def test_text_between_special_tokens_is_apart():
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("<|a>", ["<", "a", ">"]),                      # inside of a control token
-    ("<a>|", ["<", "a", ">"]),                      # behind it
+    ("<|a>", ["<", "a", ">"]),                      # inside a control token
+    ("<a>|", ["<", "a", ">"]),                      # after it
     ("|<a>", ["<a>"]),
     ("<think|>h", ["<", "t", "h", "i", "n", "k", ">", "h"]),
     ("<a>|<a>", ["<", "a", ">", "<a>"]),
@@ -271,7 +271,7 @@ def test_streaming_equals_decoding(ids):
     assert "".join(map(decoder.push, ids)) + decoder.flush() == tokenizer.decode(ids, skip_special=True)
 
 
-# What cannot be
+# Errors
 
 @pytest.mark.parametrize("token_id", [-1, 10**6])
 def test_ids_outside_of_the_vocabulary(token_id):
