@@ -90,7 +90,7 @@ assert (prefixes.get().reshape(2, 32) == dots.reshape(2, 32).cumsum(1)).all()
     ("out[i] = x[i + 1]", "accesses global memory"),
     ("out[i + 1] = 0", "accesses global memory"),
     ("out[i] = unwritten[i]", "reads global memory at .* never written"),
-    ("out[i] = four_of(words, i)[0]", "which is not aligned"),
+    ("out[i] = load_four_u32(words, i)[0]", "which is not aligned"),
     ("out[0] = i", "writes global memory .* no barrier between"),
     ("s[i] = i; out[i] = s[63 - i]", "reads shared memory .* that another thread has written"),
     ("s[i] = i; cuda.syncwarp(); out[i] = s[63 - i]", "reads shared memory .* that another thread has written"),
