@@ -6,7 +6,7 @@ from pydsa.backends.cpu.linear import (GROUP, addresses, few_rows, is_few, many_
                                        rounded_bytes, rows_a_task)
 from pydsa.backends.cpu.microkernels import address, n_threads
 from pydsa.backends.cpu.norm import silu_mul_row
-from pydsa.backends.cpu.rows import contiguous
+from pydsa.backends.cpu.rows import contiguous, put
 from pydsa.backends.cpu.scratch import callers_scratch
 from pydsa.jit import inner, kernel
 
@@ -14,7 +14,7 @@ from pydsa.jit import inner, kernel
 @inner
 def softmax(p):
     """p = softmax(p), in place."""
-    p[:] = np.exp(p - p.max())
+    put(p, np.exp(p - p.max()))
     p /= p.sum()
 
 
@@ -45,23 +45,24 @@ def moe_route(ids, weights, logits, bias, gating, n_group, n_group_used, norm, s
     n_expert, n_used = logits.shape[1], ids.shape[1]
     p, s = np.empty(n_expert, np.float32), np.empty(n_expert, np.float32)
     for t in range(ids.shape[0]):
-        p[:] = logits[t]
+        put(p, logits[t])
         if gating == 2:
-            p[:] = 1 / (1 + np.exp(-p))
+            put(p, 1 / (1 + np.exp(-p)))
         elif gating == 1:
             softmax(p)
-        s[:] = p + bias
+        put(s, p + bias)
         if n_group > 1:
             drop_groups(s, n_group, n_group_used)
         for i in range(n_used):
             best = np.argmax(s)
             ids[t, i], weights[t, i] = best, p[best]
             s[best] = -np.inf
+        row = weights[t]
         if gating == 3:
-            softmax(weights[t])
+            softmax(row)
         if norm:
-            weights[t] /= max(weights[t].sum(), np.float32(6.103515625e-5))
-        weights[t] *= scale
+            row /= max(row.sum(), np.float32(6.103515625e-5))
+        row *= scale
 
 
 @inner

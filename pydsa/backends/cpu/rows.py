@@ -49,6 +49,13 @@ def unpack(rows, source, n, target):
     call_block_function(rows.dequantize, source, n // rows.block, target)
 
 
+@inner
+def put(target, source):
+    """target[:] = source, whose check of the lengths, or rather its message, takes numba a second to compile."""
+    for i in range(target.size):
+        target[i] = source[i]
+
+
 @kernel
 def get_rows(out, w, ids):
     row_bytes, n = w.data.shape[1], out.shape[1]
@@ -61,7 +68,7 @@ def cache_write(cache, x, positions):
     row_bytes = cache.data.shape[1]
     row = np.empty(x.shape[1], np.float32)       # x may be a slice of wider rows
     for t in range(x.shape[0]):
-        row[:] = x[t]
+        put(row, x[t])
         call_block_function(cache.quantize, address(row), cache.n, address(cache.data) + positions[t] * row_bytes)
 
 
