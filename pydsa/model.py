@@ -204,8 +204,9 @@ class Model:
                           f"The model with a context of {plan.n_ctx} tokens")
         self.tokenizer      # its faults belong to loading
         self.runner = Runner(self.backend, plan.plans)
-        self._read_weights(progress)
-        self._compile(progress)
+        steps = [self._read_weights, self._compile]
+        for step in steps if self.backend.WEIGHTS_FIRST else reversed(steps):
+            step(progress)
 
     def check_memory(self, wanted, what, of_device=True):
         """Refuse what the machine, or its GPU, cannot hold before it is allocated."""
@@ -222,10 +223,14 @@ class Model:
         for i, tensor in enumerate(tensors):
             if progress is not None and self.plan.device == "cuda":
                 progress(i, len(tensors), tensor.name)
-            self.runner.weight(tensor)
+            self.runner.read(tensor)
 
     def _compile(self, progress):
-        """Compile every kernel that any step can need: a row alone is contiguous where several are not, so both are bound.
+        """Compile every kernel that any step can need."""
+        self.backend.compile_calls(self._all_calls, progress)
+
+    def _all_calls(self):
+        """The kinds of calls that there are: a row alone is contiguous where several are not, so both are bound.
 
         One token never takes the plain form of attention.
         """
@@ -233,7 +238,7 @@ class Model:
         for path in self.plan.paths:
             for n in {2} if path.startswith("mha") else {1, min(2, self.n_ubatch)}:
                 calls += [(function, args) for _, function, args in self.runner.bind(path, caches, n, n).calls]
-        self.backend.compile_calls(calls, progress)
+        return calls
 
     def caches(self, n_ctx):
         """Empty caches of n_ctx rows, one for each (kind, layer) that the graphs use."""

@@ -24,14 +24,14 @@ from pydsa.backends.cpu.split_attention import attend_splits
 from pydsa.backends.cpu.split_indexer import score_splits, score_splits_of_few
 from pydsa.backends.cpu.word_indexer import score_words
 from pydsa.backends.cpu.word_rows import prepare_words, round_row, word_rows
-from pydsa.jit import WordFunction, check_threads, entry_point, set_threads  # noqa: F401
-from pydsa.jit import compile_all as compile_calls  # noqa: F401
+from pydsa.jit import WordFunction, check_threads, compile_all, entry_point, is_listing, listing, set_threads  # noqa: F401
 from pydsa.quants import whole_rows
 from pydsa.quants.block import CHUNK
 from pydsa.backends.reference import empty, fetch, free_bytes, recorded, store, timed, upload  # noqa: F401
 
 FLOAT = np.float32
 PICKS = 0       # logits are the host's, which picks from them
+WEIGHTS_FIRST = False       # they hold addresses of compiled functions
 ATTEND_FLOATS, ATTEND_SPLITS, ATTEND_BYTES = WordFunction(attend_floats), WordFunction(attend_splits), WordFunction(attend_bytes)
 SCORE_FLOATS, SCORE_BYTES, SCORE_WORDS = WordFunction(score_floats), WordFunction(score_bytes), WordFunction(score_words)
 SCORE_SPLITS, SCORE_SPLITS_OF_FEW = WordFunction(score_splits), WordFunction(score_splits_of_few)
@@ -65,9 +65,20 @@ def weight(tensor):
     if len(tensor.shape) > 1:
         return w
     values = np.empty((1, *tensor.shape), np.float32)
-    get_rows(values, w._replace(data=tensor.data[None]), np.zeros(1, np.int32))
+    if not is_listing():
+        get_rows(values, w._replace(data=tensor.data[None]), np.zeros(1, np.int32))
     values.flags.writeable = False
     return values[0]
+
+
+def compile_calls(bind, progress=None):
+    """Compile the kernels of the calls that bind() gives, pairs of an op and its arguments, and the functions that these call by address.
+
+    progress(done, total, name) is called before each. What bind() makes of weights and caches has no addresses yet.
+    """
+    with listing() as functions:
+        calls = bind()
+    compile_all(calls, functions, progress)
 
 
 def cache_rows(n_ctx, widths, storage):
