@@ -17,24 +17,25 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-MOST = 8        # processes; each takes some 300 MB
+MOST = 8        # processes; each of two takes up to half a GB, of eight less
 START = "import sys; sys.path[:] = sys.argv[1:]; from pydsa.compiling import work; work()"
 POLL = 0.1      # seconds after which a wait looks whether Ctrl-C was pressed
 
 
 class Job(NamedTuple):
-    """One call, module.function(*args), that compiles something into the cache; what it compiles and how much, for the order of work."""
-    name: str
-    size: int
+    """One call, module.function(*args), that compiles something into the cache."""
+    name: str       # of what it compiles
+    size: int       # about how much that is: the order of work
     module: str
     function: str
     args: bytes     # pickled, as they may need the modules of what is compiled
 
 
 def compile_jobs(jobs, folder, n_processes, report=lambda done, name: None, check=lambda: None):
-    """Do jobs in processes that keep kernels in `folder`, the largest first; return when none is left, or no process.
+    """Do jobs in processes that keep kernels in `folder`, the largest first.
 
-    report(done, name) is called as jobs are handed out; check() now and then, and what it raises ends all processes.
+    It returns when no job is left, or no process: the caller compiles what is still missing. report(done, name) is called as jobs are
+    handed out, check() all the time, and what that raises ends all processes.
     """
     n = min(n_processes, MOST, len(jobs))
     if n < 2 or not _python():
@@ -44,11 +45,13 @@ def compile_jobs(jobs, folder, n_processes, report=lambda done, name: None, chec
         waiting.put(job)
     processes, threads, troubles, done = [], [], [], 0
     try:
-        for _ in range(n):
-            processes.append(_start(folder))
-            threads.append(threading.Thread(target=_attend, args=(processes[-1], waiting, events), daemon=True))
+        with _noting(troubles):     # or as many as there may be
+            for _ in range(n):
+                processes.append(_start(folder))
+        for process in processes:
+            threads.append(threading.Thread(target=_attend, args=(process, waiting, events), daemon=True))
             threads[-1].start()
-        working = n
+        working = len(threads)
         while working:
             check()
             with contextlib.suppress(queue.Empty):
@@ -59,26 +62,40 @@ def compile_jobs(jobs, folder, n_processes, report=lambda done, name: None, chec
                     report(done, text)
                 elif text:
                     troubles.append(text)
-    except OSError as error:        # no further process can be started
-        troubles.append(str(error))
     finally:
         for process in processes:
             process.kill()
-        for process, thread in zip(processes, threads):
-            thread.join()
             process.wait()
+        for thread in threads:
+            thread.join()
     if troubles:
-        warnings.warn(f"Not all kernels could be compiled in processes of their own ({troubles[0]}); the rest is compiled here.", stacklevel=3)
+        warnings.warn(f"Not all kernels could be compiled in processes of their own ({troubles[0]}); the rest is compiled here.",
+                      stacklevel=3)
+
+
+@contextlib.contextmanager
+def _noting(troubles):
+    """Add what the system refuses to a list, and go on."""
+    try:
+        yield
+    except OSError as error:
+        troubles.append(str(error))
 
 
 def _python():
-    """The Python to start processes with; None where sys.executable is another program, which has Python built in."""
+    """The Python to start processes with, or None.
+
+    None where sys.executable is another program, which has Python built in.
+    """
     here = sys.executable and "python" in Path(sys.executable).name.lower() and not getattr(sys, "frozen", False)
     return sys.executable if here else None
 
 
 def _start(folder):
-    """A process that runs work(). Ctrl-C in the terminal is not for it: it ends when its input does, or when it is killed."""
+    """A process that runs work().
+
+    Ctrl-C in the terminal is not for it: it ends when its input does, which is when the program ends, or when it is killed.
+    """
     env = os.environ | {"PYDSA_CACHE_DIR": str(Path(folder).parent), "NUMBA_NUM_THREADS": "1"}
     apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
     command = [_python(), "-c", START, *(entry for entry in sys.path if isinstance(entry, str))]
@@ -86,10 +103,13 @@ def _start(folder):
 
 
 def _attend(process, waiting, events):
-    """Give a process jobs until there are none. Events: ("begun", name), ("done", what went wrong or ""), at last ("ended", the same)."""
+    """Give a process jobs until there are none, in a thread of its own.
+
+    Events: ("begun", name), ("done", what went wrong or ""), and at last ("ended", what went wrong or "").
+    """
     trouble = ""
     with contextlib.suppress(queue.Empty), process.stdout:
-        while True:
+        while not trouble:
             job = waiting.get_nowait()
             events.put(("begun", job.name))
             try:
@@ -98,12 +118,13 @@ def _attend(process, waiting, events):
                 events.put(("done", pickle.load(process.stdout)))
             except (OSError, EOFError, pickle.UnpicklingError):
                 trouble = f"the one that was to compile {job.name} has ended"
-                break
+    with contextlib.suppress(OSError):
+        process.stdin.close()
     events.put(("ended", trouble))
 
 
 def work():
-    """What a process does: jobs from stdin one by one, and to stdout what went wrong with each, or ""."""
+    """What a process does: jobs from stdin, to stdout what went wrong or ""."""
     jobs, source = queue.SimpleQueue(), sys.stdin.buffer
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)       # what is printed meanwhile is no answer
@@ -143,7 +164,7 @@ def collecting_paused():
 
 @contextlib.contextmanager
 def interrupts_held():
-    """Ctrl-C only takes effect when the function that this yields is called, or at the end.
+    """Ctrl-C takes effect when what this yields is called, or at the end.
 
     Inside a callback of LLVM Python drops the exception, or leaves what LLVM and numba keep half changed.
     """

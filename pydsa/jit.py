@@ -8,8 +8,8 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import importlib.metadata
 import importlib
+import importlib.metadata
 import os
 import pickle
 import platform
@@ -83,7 +83,7 @@ FASTMATH = {"nsz", "contract", "afn", "reassoc"}
 
 
 class KernelCache(NullCache):
-    """What numba asks for compiled code of one function: a file for each signature."""
+    """Numba's cache of one function, as a file for each signature."""
 
     def __init__(self, function):
         self.function = function
@@ -124,7 +124,10 @@ def kernel(function=None, *, parallel=False):
 
 
 class _Inner(registry.CPUDispatcher):
-    """A compiled function without the wrappers through which Python would call it: they take an eighth of the time to compile."""
+    """A compiled function without the wrappers for calls from Python.
+
+    They took an eighth of the time to compile; there is nothing behind such a call, so it must not be made.
+    """
 
     def __init__(self, function, **options):
         wrappers = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
@@ -211,8 +214,29 @@ def entry_point(function, args):
     return function.compile(tuple(numba.typeof(a) for a in args))
 
 
+_cut_off = False        # whether this process was forked after its parent had started GNU OpenMP's threads, which it does not have
+
+
+def _after_fork():
+    global _cut_off
+    with contextlib.suppress(ValueError):       # no threads yet
+        _cut_off = _cut_off or sys.platform == "linux" and numba.threading_layer() == "omp"
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _refuse_after_fork():
+    """An error where numba would end the process with a signal."""
+    if _cut_off:
+        raise PydsaError("This process was forked from one that had loaded a model already, and lacks its threads (OpenMP): load the model "
+                         "after the fork, or start the process anew (multiprocessing's \"spawn\").")
+
+
 def check_threads(n):
     """The number of threads to use: n, or all that there are; a clear error if there are not so many."""
+    _refuse_after_fork()
     most = numba.config.NUMBA_NUM_THREADS
     if n is None:
         return most
@@ -223,6 +247,7 @@ def check_threads(n):
 
 def set_threads(n):
     """Let the kernels that this Python thread calls use n threads."""
+    _refuse_after_fork()
     numba.set_num_threads(n)
 
 
@@ -242,9 +267,10 @@ _listing = threading.local()
 
 @contextlib.contextmanager
 def listing():
-    """While it lasts this Python thread gets no addresses of functions, 0 for all; the list that it yields has those that were asked for.
+    """While it lasts this Python thread gets 0 for every function's address.
 
-    So calls can be made up, for the types of their arguments, before anything is compiled.
+    It yields the list of the functions that were asked for theirs. So calls can be made up, for the types of their arguments, before
+    anything is compiled.
     """
     _listing.functions = []
     try:
@@ -259,11 +285,11 @@ def is_listing():
 
 
 class _Wanted(NamedTuple):
-    """A function to compile for one signature: its cache, and what loads it, or compiles it if it is not there."""
+    """A function to compile for one signature."""
     function: object
     signature: object
     cache: KernelCache
-    load: object
+    load: object        # called, it loads the code, or compiles it if it is not in the cache
 
     @property
     def name(self):
@@ -271,10 +297,10 @@ class _Wanted(NamedTuple):
 
 
 def compile_all(calls, functions, progress=None):
-    """Compile (or load from the cache) what `calls`, pairs of a kernel and its arguments, and `functions` need, without running any.
+    """Compile, or load, `functions` and the kernels that `calls` need.
 
-    Several processes compile at once what is not in the cache. progress(done, total, name) is called before each kernel. Kernels with equal
-    argument types are compiled once.
+    calls: pairs of a kernel and its arguments; none is run, and kernels with equal argument types are compiled once. Several processes
+    compile what is not in the cache. progress(done, total, name) is called before each.
     """
     wanted = {f: _Wanted(f.function, f.signature, f.cache, lambda f=f: f.address) for f in functions}
     for kernel, args in calls:
@@ -306,7 +332,8 @@ def _jobs(missing):
         found = getattr(sys.modules[module], name, None)
         if w.function in (found, getattr(found, "py_func", None)):
             jobs.setdefault((module, name), []).append(w)
-    return [Job(name, sum(_size(w.function) for w in some), __name__, "compile_named", pickle.dumps((module, name, [w.signature for w in some])))
+    return [Job(name, sum(_size(w.function) for w in some), __name__, "compile_named",
+                pickle.dumps((module, name, [w.signature for w in some])))
             for (module, name), some in jobs.items()]
 
 
@@ -321,7 +348,7 @@ def compile_named(module, name, signatures):
 
 
 def _size(function, seen=None):
-    """About how long a function takes to compile: the bytes of its code and of all functions that it calls."""
+    """How much there is to compile: bytes of its code and of all that it calls."""
     seen = set() if seen is None else seen
     if function in seen:
         return 0

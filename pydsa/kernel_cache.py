@@ -17,9 +17,9 @@ SEAL = 32       # bytes of the hash at the end of a file
 
 
 def cache_folder(made_by, sources):
-    """A folder named by a hash of `made_by`, whatever decides what comes of the sources, and of these files.
+    """A folder named by a hash of `made_by` and of the files `sources`.
 
-    Where none can be written, one that goes away with the process, with a warning.
+    made_by is whatever else decides what comes of them. Where none can be written, one that goes away with the process, with a warning.
     """
     digest = hashlib.sha256(made_by.encode())
     for path in sorted(sources):
@@ -51,7 +51,7 @@ def read(path):
 
 
 def write(path, data):
-    """Keep bytes in a file, which is whole or not there at any time. Several processes may do so at once; a full disk is no error."""
+    """Keep bytes in a file. Several processes may do so at once; a full disk is no error."""
     with contextlib.suppress(OSError):
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
         try:
@@ -64,7 +64,7 @@ def write(path, data):
 
 
 def kept(path, make):
-    """The bytes of a file; where it cannot be read, those that make() gives, which it holds from then on."""
+    """The bytes of a file, or those of make(), which it holds from then on."""
     data = read(path)
     if data is None:
         data = make()

@@ -230,9 +230,9 @@ class Model:
         self.backend.compile_calls(self._all_calls, progress)
 
     def _all_calls(self):
-        """The kinds of calls that there are: a row alone is contiguous where several are not, so both are bound.
+        """The calls of steps that need different kernels.
 
-        One token never takes the plain form of attention.
+        A row alone is contiguous where several are not, so both are bound. One token never takes the plain form of attention.
         """
         caches, calls = self.caches(1), []
         for path in self.plan.paths:

@@ -19,7 +19,7 @@ SLOW = ("numba", "llvmlite", "tokenizers", "jinja2", "rich", "matplotlib")
 # Each may import itself, those after it, and the leaves; a leaf only other leaves.
 LAYERS = ("__main__", "cli", "bench report plot", "__init__", "model", "session", "models", "plan graph costs",
           "backends", "quants", "lanes", "simd", "jit")
-LEAVES = "gguf_file tokenizer chat template sampling cache kernel_cache errors"
+LEAVES = "gguf_file tokenizer chat template sampling cache compiling kernel_cache errors"
 RANK = {name: rank for rank, names in enumerate([*LAYERS, LEAVES]) for name in names.split()}
 COMPILING = ("pydsa.backends.cpu", "pydsa.backends.cuda", "pydsa.quants.", "pydsa.lanes", "pydsa.simd", "pydsa.jit")    # may import numba
 

@@ -72,9 +72,10 @@ def weight(tensor):
 
 
 def compile_calls(bind, progress=None):
-    """Compile the kernels of the calls that bind() gives, pairs of an op and its arguments, and the functions that these call by address.
+    """Compile the kernels of the calls that bind() gives, pairs of an op and its arguments.
 
-    progress(done, total, name) is called before each. What bind() makes of weights and caches has no addresses yet.
+    And the functions that these call by address. progress(done, total, name) is called before each. What bind() makes of weights and
+    caches has no addresses: it must be made again.
     """
     with listing() as functions:
         calls = bind()

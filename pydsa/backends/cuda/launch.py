@@ -124,9 +124,9 @@ class Kernel:
 
 
 def compile_all(kernels, progress=None):
-    """Make the machine code of kernels, in several processes what is not kept yet, and give it to the driver.
+    """Make the machine code of kernels and give it to the driver.
 
-    progress(done, total, name) is called before each.
+    What is not kept yet is made in several processes. progress(done, total, name) is called before each.
     """
     missing = [] if SIMULATED else [k for k in kernels if k.is_missing(gpu.capability)]
     jobs = [Job(k.__name__, len(k.function.__code__.co_code), __name__, "make",
@@ -147,7 +147,7 @@ def compile_all(kernels, progress=None):
 
 
 def make(module, name, capability):
-    """Make the machine code of a Kernel of a module, to be kept: what a Job asks for."""
+    """Make and keep the machine code of a module's Kernel: what a Job asks for."""
     importlib.import_module(module)
     KERNELS[name].cubin(capability)
 
