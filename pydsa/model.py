@@ -211,8 +211,9 @@ class Model:
         self.tokenizer      # its faults belong to loading
         self.runner = Runner(self.backend, setup.layouts, self.threads)
         self._chats = collections.deque(maxlen=1)       # the session of the last chat, when nobody reads from it
-        self._read_weights(progress)
-        self._compile(progress)
+        steps = [self._read_weights, self._compile]
+        for step in steps if self.backend.WEIGHTS_FIRST else reversed(steps):
+            step(progress)
 
     def _read_weights(self, progress):
         """Give the backend all weights: a GPU gets copies, which takes a while."""
@@ -220,18 +221,22 @@ class Model:
         for i, tensor in enumerate(tensors):
             if progress is not None and self.setup.device.copies_blocks:
                 progress(i, len(tensors), tensor.name)
-            self.runner.weight(tensor)
+            self.runner.read(tensor)
 
     def _compile(self, progress):
-        """Compile every kernel that any step can need: a row alone is contiguous where several are not, so both are bound.
+        """Compile every kernel that any step can need."""
+        self.backend.compile_calls(self._all_calls, progress)
 
-        One token never takes the plain form of attention.
+    def _all_calls(self):
+        """The calls of steps that need different kernels.
+
+        A row alone is contiguous where several are not, so both are bound. One token never takes the plain form of attention.
         """
         caches, calls = self.setup.make_caches(self.backend, 1), []
         for name in self.setup.schedule.variants:
             for n in {2} if VARIANTS[name].plain else {1, min(2, self.n_ubatch)}:
                 calls += [(function, args) for _, function, args in self.runner.bind(name, caches, n, n).calls]
-        self.backend.compile_calls(calls, progress)
+        return calls
 
     @functools.cached_property
     def tokenizer(self):

@@ -73,7 +73,7 @@ def test_silu_at_extremes():
     assert np.isfinite(found).all() and (found[gate < -100] == 0).all()
 
 
-@jit.inner
+@jit.kernel
 def exps(out, x):
     for i in range(x.size):
         out[i] = exp(x[i])

@@ -9,6 +9,7 @@ from pydsa.backends.host import empty, fetch, free_bytes, recorded, store, timed
 
 FLOAT = np.float64
 PICKS = 0       # logits are the host's, which picks from them
+WEIGHTS_FIRST = True        # before anything is compiled
 KV_DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}   # bf16: the upper half of a float32
 
 
@@ -33,7 +34,7 @@ def cache_bytes(rows):
     return rows.view(np.uint8)
 
 
-def compile_calls(calls, progress=None):
+def compile_calls(bind, progress=None):
     """Nothing to compile."""
 
 

@@ -142,7 +142,8 @@ def head_linear(out, w, x):
     scratch = caller_scratch(n_head * head_bytes)
     x_at = np.empty((n_head, n_tokens), np.int64)
     for h in range(n_head):
-        x_at[h] = addresses(address(x) + h * x.strides[1], x.strides[0], n_tokens)
+        for t in range(n_tokens):
+            x_at[h, t] = address(x) + h * x.strides[1] + t * x.strides[0]
     size = rows_per_task(n_out, gemv)
     if n_head >= n_threads():
         size = n_out if gemv else min(n_out, MAX_TASK_ROWS)

@@ -10,6 +10,7 @@ from pydsa.backends.cpu.jit import inner, kernel
 from pydsa.backends.cpu.linear import (MAX_TASK_ROWS, addresses, count_panels, gemm_rows, gemv_rows, pack, panel_bytes, round_input,
                                        rounded_bytes, rows_per_task, uses_gemv)
 from pydsa.backends.cpu.norm import silu_mul_row
+from pydsa.backends.cpu.rows import put
 from pydsa.backends.cpu.scratch import caller_scratch
 from pydsa.backends.cpu.threads import n_threads
 
@@ -17,7 +18,7 @@ from pydsa.backends.cpu.threads import n_threads
 @inner
 def softmax(p):
     """Compute p = softmax(p), in place."""
-    p[:] = np.exp(p - p.max())
+    put(p, np.exp(p - p.max()))
     p /= p.sum()
 
 
@@ -51,23 +52,24 @@ def moe_route(ids, weights, logits, bias, gating, n_group, n_group_used, norm, s
     n_expert, n_used = logits.shape[1], ids.shape[1]
     p, s = np.empty(n_expert, np.float32), np.empty(n_expert, np.float32)
     for t in range(ids.shape[0]):
-        p[:] = logits[t]
+        put(p, logits[t])
         if gating == 2:
-            p[:] = 1 / (1 + np.exp(-p))
+            put(p, 1 / (1 + np.exp(-p)))
         elif gating == 1:
             softmax(p)
-        s[:] = p + bias
+        put(s, p + bias)
         if n_group > 1:
             drop_groups(s, n_group, n_group_used)
         for i in range(n_used):
             best = np.argmax(s)
             ids[t, i], weights[t, i] = best, p[best]
             s[best] = -np.inf
+        row = weights[t]
         if gating == 3:
-            softmax(weights[t])
+            softmax(row)
         if norm:
-            weights[t] /= max(weights[t].sum(), np.float32(6.103515625e-5))
-        weights[t] *= scale
+            row /= max(row.sum(), np.float32(6.103515625e-5))
+        row *= scale
 
 
 @inner

@@ -7,7 +7,7 @@ from pydsa import quants
 from pydsa.backends.cpu import int16, integer_rows
 from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.blocks import BLOCKS
-from pydsa.backends.cpu.jit import IntpFunction, call_block_function, inner, kernel
+from pydsa.backends.cpu.jit import IntpFunction, call_block_function, inner, is_listing, kernel
 from pydsa.backends.cpu.variants import kernels
 
 
@@ -56,6 +56,13 @@ def unpack(rows, source, n, target):
     call_block_function(rows.dequantize, source, n // rows.block, target)
 
 
+@inner
+def put(target, source):
+    """target[:] = source, whose check of the lengths, or rather its message, takes numba a second to compile."""
+    for i in range(target.size):
+        target[i] = source[i]
+
+
 @kernel
 def get_rows(out, w, ids):
     row_bytes, n = w.data.shape[1], out.shape[1]
@@ -68,7 +75,7 @@ def cache_write(cache, x, positions):
     row_bytes = cache.data.shape[1]
     row = np.empty(x.shape[1], np.float32)       # x may be a slice of wider rows
     for t in range(x.shape[0]):
-        row[:] = x[t]
+        put(row, x[t])
         call_block_function(cache.quantize, address(row), cache.n, address(cache.data) + positions[t] * row_bytes)
 
 
@@ -90,7 +97,8 @@ def weight(tensor):
     if len(tensor.shape) > 1:
         return w
     values = np.empty((1, *tensor.shape), np.float32)
-    get_rows(values, w._replace(data=tensor.data[None]), np.zeros(1, np.int32))
+    if not is_listing():
+        get_rows(values, w._replace(data=tensor.data[None]), np.zeros(1, np.int32))
     values.flags.writeable = False
     return values[0]
 
