@@ -84,10 +84,7 @@ def test_empty_session_is_saved_too(model, session, tmp_path):
 
 
 def test_session_moves_between_contexts_and_devices(small_model, load, session, tmp_path):
-    """A saved session depends only on the model and the cache type.
-
-    It loads in another context length and on another device.
-    """
+    """A session file depends only on the model and the cache type."""
     session.save(tmp_path / "talk")
     for options in (dict(n_ctx=20), dict(n_ctx=500), dict(device="reference")):
         other = load(small_model(), **options).session()
@@ -127,10 +124,7 @@ def test_places_that_cannot_be_written(session, tmp_path, place):
 
 @pytest.fixture(scope="module")
 def saved(small_model, load, tmp_path_factory):
-    """The bytes of a saved session of ten tokens.
-
-    It is from the small model with n_ctx 32 that `refuses` uses.
-    """
+    """The bytes of a saved session of ten tokens, for `refuses`."""
     path = tmp_path_factory.mktemp("saved") / "talk"
     session = load(small_model(**GLM), n_ctx=32).session()
     session.prefill(IDS[:10])
@@ -140,10 +134,7 @@ def saved(small_model, load, tmp_path_factory):
 
 @pytest.fixture
 def refuses(small_model, load, tmp_path):
-    """refuses(data) -> the error of loading a file with these bytes.
-
-    The session must stay as it is.
-    """
+    """refuses(data) -> the error of loading it, which changes no session."""
     session = load(small_model(**GLM), n_ctx=32).session()
     session.prefill(IDS[:3])
     before = state(session)
@@ -159,10 +150,7 @@ def refuses(small_model, load, tmp_path):
 
 
 def forged(saved, **changes):
-    """A saved session with other values in its header.
-
-    All lengths and the digest are right.
-    """
+    """A saved session with other header values, right lengths and digest."""
     start = len(MAGIC) + 8
     end = start + int.from_bytes(saved[len(MAGIC):start], "little")
     header, rows = json.loads(saved[start:end]) | changes, saved[end:-32]
@@ -177,10 +165,7 @@ def with_header(header, length=None):
 
 
 def test_sound_file_is_loaded(small_model, load, saved, tmp_path):
-    """Forged files load where nothing is wrong.
-
-    So the refusals below are for the damage.
-    """
+    """Sound files load, so the refusals below are for the damage."""
     session = load(small_model(**GLM), n_ctx=32).session()
     for tokens in (IDS[:10], [7] * 10, [299] * 32):
         (tmp_path / "talk").write_bytes(forged(saved, tokens=tokens))
