@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+FEWEST = 4      # jobs for which it pays: a process takes as long to start as one or two of them to be done
 MOST = 8        # processes; each of two takes up to half a GB, of eight less
 START = "import sys; sys.path[:] = sys.argv[1:]; from pydsa.compiling import work; work()"
 POLL = 0.1      # seconds after which a wait looks whether Ctrl-C was pressed
@@ -38,7 +39,7 @@ def compile_jobs(jobs, folder, n_processes, report=lambda done, name: None, chec
     handed out, check() all the time, and what that raises ends all processes.
     """
     n = min(n_processes, MOST, len(jobs))
-    if n < 2 or not _python():
+    if n < 2 or len(jobs) < FEWEST or not _python():
         return
     waiting, events = queue.SimpleQueue(), queue.SimpleQueue()
     for job in sorted(jobs, key=lambda job: -job.size):

@@ -76,7 +76,7 @@ class KernelCache(NullCache):
 
     def __init__(self, function):
         self.function = function
-        self._found = {}        # signature -> what its file holds, until it is loaded
+        self._found = {}        # signature -> what its file holds, b"" once that was loaded; None: there was nothing
 
     def path(self, signature):
         """The file for a signature."""
@@ -94,12 +94,17 @@ class KernelCache(NullCache):
         """Numba's: what save_overload() has kept, or None."""
         context.refresh()
         data = self._found.pop(signature, None) or kernel_cache.read(self.path(signature))
-        return data and CompileResult._rebuild(context, *pickle.loads(data))
+        if data is None:
+            return None
+        result = CompileResult._rebuild(context, *pickle.loads(data))
+        self._found[signature] = b""
+        return result
 
     def save_overload(self, signature, result):
         """Numba's: keep what was compiled. Code that has addresses of this process in it is for no other one."""
         if not result.library.has_dynamic_globals:
             kernel_cache.write(self.path(signature), dumps(result._reduce()))
+            self._found[signature] = b""
 
 
 def kernel(function=None, *, parallel=False):
