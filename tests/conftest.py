@@ -1,4 +1,8 @@
-"""Fixtures: golden data, random models written once and loaded once."""
+"""Fixtures: golden data, random models written once and loaded once.
+
+With PYDSA_TEST_AMX=emulated, AMX kernels run on a CPU without AMX (amx.py).
+"""
+import os
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +10,10 @@ import pytest
 
 import pydsa
 from tools.make_model import ModelSpec, make_model
+
+if os.environ.get("PYDSA_TEST_AMX") == "emulated":
+    from tests.amx import install
+    install()
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
