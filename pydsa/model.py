@@ -236,8 +236,9 @@ class Model:
         self.tokenizer      # read now, so that load() raises its errors
         self.runner = Runner(self.backend, setup.layouts, self.threads)
         self._chats = collections.deque(maxlen=1)       # the session of the last chat, while no answer is read from it
-        self._read_weights(progress)
-        self._compile(progress)
+        steps = [self._read_weights, self._compile]
+        for step in steps if self.backend.WEIGHTS_FIRST else reversed(steps):
+            step(progress)
 
     def _read_weights(self, progress):
         """Give all weights to the backend; copies to a GPU report progress."""
@@ -245,10 +246,14 @@ class Model:
         for i, tensor in enumerate(tensors):
             if progress is not None and self.setup.device.copies_blocks:
                 progress(i, len(tensors), tensor.name)
-            self.runner.weight(tensor)
+            self.runner.read(tensor)
 
     def _compile(self, progress):
-        """Compile every kernel that a step can need.
+        """Compile every kernel that a step can need."""
+        self.backend.compile_calls(self._all_calls, progress)
+
+    def _all_calls(self):
+        """The calls of steps that together need every kernel.
 
         Steps of one row and of two are bound, as views of one row are contiguous where views of several are not. Steps of one token never
         take the plain form of attention.
@@ -257,7 +262,7 @@ class Model:
         for name in self.setup.schedule.variants:
             for n in {2} if VARIANTS[name].plain else {1, min(2, self.n_ubatch)}:
                 calls += [(function, args) for _, function, args in self.runner.bind(name, caches, n, n).calls]
-        self.backend.compile_calls(calls, progress)
+        return calls
 
     @functools.cached_property
     def tokenizer(self):

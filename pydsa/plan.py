@@ -127,6 +127,10 @@ class Runner:
             self._weights[tensor.name] = self.backend.weight(tensor)
         return self._weights[tensor.name]
 
+    def read(self, tensor):
+        """Make a tensor in the backend's form, again if it was made before."""
+        self._weights[tensor.name] = self.backend.weight(tensor)
+
     def _constant(self, values):
         if id(values) not in self._constants:
             self._constants[id(values)] = values, self.backend.upload(values)       # kept alive, so that no other array gets its id

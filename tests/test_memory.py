@@ -1,4 +1,7 @@
-"""Memory: what is asked for is known and refused beforehand, weights stay in the file, values share buffers only when they may."""
+"""Memory: counted and refused beforehand, mapped, shared.
+
+Weights stay in the file. Values share a buffer only where they do not overlap in time.
+"""
 import subprocess
 import sys
 import tracemalloc
@@ -7,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-from conftest import random_ids
+from helpers import random_ids
 
 import pydsa
 from pydsa import OutOfMemoryError
@@ -23,7 +26,7 @@ IDS = random_ids(40)
 
 @pytest.fixture
 def free(monkeypatch):
-    """free(n): from now on the machine has n bytes to give."""
+    """free(n): from now on the machine reports n free bytes."""
     return lambda n: monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=n))
 
 
@@ -32,7 +35,7 @@ def free(monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", "reference"])
 def test_too_long_a_context_is_refused(small_model, free, device):
     free(2**36)
-    pydsa.load(small_model(), n_ctx=16, device=device)      # what is imported the first time
+    pydsa.load(small_model(), n_ctx=16, device=device)      # so that imports are not counted
     tracemalloc.start()
     try:
         with pytest.raises(OutOfMemoryError, match=r"a context of 1073741824 tokens would take .* 64.0 GiB .* smaller context"):
@@ -68,7 +71,7 @@ def test_logits_of_every_token_are_asked_for(small_model, load, free):
     assert session.n_past == 0 and session.prefill(IDS).shape == (300,)
 
 
-# The plan tells the truth
+# Counted bytes are the allocated ones
 
 @pytest.mark.parametrize("device", ["cpu", "reference"])
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16", "i16", "i8"])
@@ -91,12 +94,12 @@ def test_scratch_does_not_grow_with_the_context(small_model, spec):
     assert scratch(64, "auto") == scratch(2**30, "auto")
     if spec.get("arch") != "deepseek2":
         assert scratch(64, "sparse") == scratch(2**30, "sparse")
-        assert scratch(2**20, "masked") > 64 * 4 * 2**20      # a row of the mask holds a number for every key
+        assert scratch(2**20, "masked") > 64 * 4 * 2**20      # a row of the mask has a float for every key
 
 
 def test_rows_of_scores_are_counted(small_model):
-    from pydsa.backends.cpu.indexer import TOGETHER
-    assert Setup(small_model(), n_ctx=1000, n_ubatch=64).score_bytes == TOGETHER * 4 * 1000
+    from pydsa.backends.cpu.indexer import TOKEN_BATCH
+    assert Setup(small_model(), n_ctx=1000, n_ubatch=64).score_bytes == TOKEN_BATCH * 4 * 1000
     assert Setup(small_model(), n_ctx=1000, n_ubatch=5).score_bytes == 5 * 4 * 1000
     assert Setup(small_model(), n_ctx=1000, attention="dense").score_bytes == 0 == Setup(small_model(arch="deepseek2")).score_bytes
 
@@ -104,7 +107,10 @@ def test_rows_of_scores_are_counted(small_model):
 @pytest.mark.parametrize("spec, attention", PATHS)
 @pytest.mark.parametrize("device", ["cpu", "reference"])
 def test_values_alive_together_do_not_overlap(small_model, spec, attention, device):
-    """Alive is a value from the first node that names it to the last; the ids and positions are so all the time."""
+    """Values that are live at the same time do not overlap.
+
+    A value is live from the first node that names it to the last; the ids and positions are always live.
+    """
     for planned in Setup(small_model(**spec), n_ctx=100, n_ubatch=17, attention=attention, device=device).layouts.values():
         graph, alive = planned.graph, {}
         for i, node in enumerate(graph.nodes):
@@ -120,11 +126,14 @@ def test_values_alive_together_do_not_overlap(small_model, spec, attention, devi
         for i, (first, last, start, end, name) in enumerate(spans):
             for other_first, other_last, other_start, other_end, other in spans[:i]:
                 assert last < other_first or other_last < first or end <= other_start or other_end <= start, (name, other)
-        assert planned.n_bytes < 0.5 * sum(end - start for _, _, start, end, _ in spans)     # and they do share
+        assert planned.n_bytes < 0.5 * sum(end - start for _, _, start, end, _ in spans)     # values do share memory
 
 
 def test_values_with_places_of_their_own_give_the_same(small_model, load, monkeypatch):
-    """The planner's places against a plan where nothing is shared."""
+    """Sharing memory changes no logits.
+
+    The layout is compared with one where no two values share an address.
+    """
     expected = load(small_model(), n_ubatch=16).logits(IDS)
 
     def unshared(graph, max_tokens, float_size=4):
@@ -153,7 +162,7 @@ def test_matrices_stay_in_the_file(small_model, load, spec):
 
 
 def test_unused_weights_are_not_counted(small_model):
-    """The MTP block, and the indexer when attention is dense."""
+    """The MTP block, and the indexer when attention is dense, do not count."""
     path = small_model(nextn=1)
     sparse, dense = Setup(path), Setup(path, attention="dense")
     assert sparse.mapped_bytes == Setup(small_model()).mapped_bytes < sum(t.data.nbytes for t in sparse.file.tensors.values())
@@ -163,7 +172,10 @@ def test_unused_weights_are_not_counted(small_model):
 @pytest.mark.parametrize("attention", ["auto", "masked"])
 @pytest.mark.parametrize("spec", MODELS)
 def test_types_of_arguments_depend_on_one_row_or_several(small_model, load, spec, attention):
-    """By which Runner.compiled keeps entry points: with another type a kernel would read what is not there."""
+    """Argument types depend only on whether there is one row or several.
+
+    Runner.compiled keeps entry points by this: with another type a kernel would read what is not there.
+    """
     import numba
     if attention == "masked" and spec.get("arch") == "deepseek2":
         attention = "dense"
@@ -173,7 +185,7 @@ def test_types_of_arguments_depend_on_one_row_or_several(small_model, load, spec
             calls = model.runner.bind(path, model.setup.make_caches(model.backend, 100 + n_tokens), n_tokens, n_outputs).calls
             types = [tuple(numba.typeof(a) for a in args) for _, _, args in calls]
             assert known.setdefault((path, n_tokens == 1, min(n_outputs, 2)), types) == types
-    assert len(set(map(str, known.values()))) > 2 * len(model.setup.schedule.variants)       # they do differ otherwise
+    assert len(set(map(str, known.values()))) > 2 * len(model.setup.schedule.variants)       # otherwise the types do differ
 
 
 def test_decoding_holds_on_to_nothing(small_model, load):
@@ -187,7 +199,7 @@ def test_decoding_holds_on_to_nothing(small_model, load):
         before = tracemalloc.get_traced_memory()[0]
         for token in IDS * 10:
             session.decode(token)
-        assert tracemalloc.get_traced_memory()[0] - before < 20_000      # the list of tokens grows
+        assert tracemalloc.get_traced_memory()[0] - before < 20_000      # only the list of tokens grows
     finally:
         tracemalloc.stop()
 

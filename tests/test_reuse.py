@@ -1,7 +1,7 @@
-"""Prefix reuse: what a session or a chat has read already is not run again."""
+"""Prefix reuse: tokens that a session has read are not run again."""
 import numpy as np
 import pytest
-from conftest import random_ids
+from helpers import random_ids
 
 import pydsa
 
@@ -23,7 +23,10 @@ def session(model):
 
 @pytest.mark.parametrize("ids, n", [(IDS[:20], 19), (IDS[:30], 20), (IDS[:5] + [7, 8], 5), ([7, 8, 9], 0), (IDS[:1], 0)])
 def test_reuse_keeps_the_longest_common_prefix(model, session, ids, n):
-    """The last token is always run, as its logits are wanted; the session has 20 tokens."""
+    """The longest common prefix is kept, but the last token is run.
+
+    The logits of the last token are wanted. The session has 20 tokens.
+    """
     assert IDS[5] != 7 and IDS[0] != 7 and session.reuse(ids) == n == session.n_past
     fresh = model.session()
     np.testing.assert_allclose(session.prefill(ids[n:]), fresh.prefill(ids), rtol=1e-4, atol=1e-4)
@@ -32,7 +35,7 @@ def test_reuse_keeps_the_longest_common_prefix(model, session, ids, n):
 
 @pytest.fixture
 def chats(monkeypatch):
-    """pydsa.DEMO, and how many tokens of a prompt each chat has run."""
+    """pydsa.DEMO, and the number of prompt tokens that each chat has run."""
     model, runs = pydsa.load(pydsa.DEMO, n_ctx=512, threads=1), []
     prefill = pydsa.Session.prefill
     monkeypatch.setattr(pydsa.Session, "prefill", lambda self, ids, *args: runs.append(len(ids)) or prefill(self, ids, *args))
@@ -40,7 +43,7 @@ def chats(monkeypatch):
 
 
 def conversation(model, messages, n=6):
-    """The answer to messages, greedily."""
+    """The greedy answer to messages."""
     return "".join(model.chat(messages, max_tokens=n, temperature=0.0))
 
 
@@ -56,7 +59,7 @@ def test_a_chat_in_python_reuses_the_last_conversation(chats):
     assert conversation(other, later) == again
 
 
-def test_chats_that_are_read_by_turns_do_not_mix(chats):
+def test_interleaved_chats_do_not_mix(chats):
     model, _ = chats
     asked = [[{"role": "user", "content": f"The code of the {name} is {code}.\nWhat is the code of the {name}?"}]
              for name, code in (("red lamp", 1234), ("old boat", 9876))]

@@ -10,6 +10,7 @@ from pydsa.backends.host import empty, fetch, free_bytes, recorded, store, timed
 
 FLOAT = np.float64
 PICKS = 0       # the most tokens that the device can sample from; 0: the host samples
+WEIGHTS_FIRST = True        # weights are read before kernels are compiled
 KV_DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}   # bf16: the upper half of a float32
 
 
@@ -40,7 +41,7 @@ def cache_bytes(rows):
     return rows.view(np.uint8)
 
 
-def compile_calls(calls, progress=None):
+def compile_calls(bind, progress=None):
     """Do nothing: numpy compiles nothing."""
 
 

@@ -1,9 +1,9 @@
-"""A GPU's stand-in for tests: the PTX of CUDA kernels, read and executed in numpy, with checks that a GPU does not make.
+"""A PTX emulator for tests: it runs the CUDA kernels in numpy, without a GPU.
 
     PYDSA_TEST_DEVICE=ptx python -m pytest tests/test_ops.py
 
-What NVVM compiled is executed as the PTX ISA describes it, instructions in inline assembly included, with the blocks and threads that a GPU
-would have. It stops, with the line of the PTX, at accesses outside of what was allocated, or not aligned, or of what was never written; at
-races; at barriers and common instructions of warps that some threads do not reach. It knows the instructions that these kernels have.
-The driver has a stand-in too (driver.py), so that all of the backend's Python runs as it does with a GPU.
+NVVM's output is executed as the PTX ISA specifies, inline assembly included, with the grid and blocks of a GPU. The emulator makes checks
+that a GPU does not. It stops with the line of the PTX at accesses that are out of bounds, misaligned or of uninitialized memory, at races,
+and at barriers and warp-synchronous instructions that some threads do not reach. It implements only the instructions that these kernels
+use. driver.py emulates the driver, so that all of the backend's Python code runs as it does on a GPU.
 """

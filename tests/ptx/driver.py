@@ -1,7 +1,7 @@
-"""Stands in for the NVIDIA driver below pydsa.backends.cuda: memory is an Arena, kernels come as PTX and are executed by a machine.
+"""Emulated NVIDIA driver for pydsa.backends.cuda.
 
-install() before anything of the backend is used; the backend then calls a Driver instead of cuda.bindings.driver. It answers as the
-driver does, and refuses what may not be done while a step is recorded.
+Device memory is an Arena. Kernels are passed as PTX and executed by machine.py. Call install() before the backend is used; it then calls a
+Driver instead of cuda.bindings.driver. The Driver returns the driver's status codes and rejects what is not allowed during stream capture.
 """
 import ctypes
 import struct
@@ -16,15 +16,18 @@ from tests.ptx.program import parse
 CAPABILITY = 9, 0
 SIZE = 1 << 28
 DONE = CUresult.CUDA_SUCCESS
-LETTERS = {"u8": "B", "u32": "I", "u64": "Q", "f32": "f", "f64": "d"}     # types of parameters, as NVVM has them -> of the module struct
+LETTERS = {"u8": "B", "u32": "I", "u64": "Q", "f32": "f", "f64": "d"}     # PTX type of a parameter -> letter of the module struct
 
 
 class Driver:
-    """The functions of cuda.bindings.driver that the backend calls. `fail` is a dict of those that answer with an error, and with which."""
+    """The functions of cuda.bindings.driver that the backend calls.
+
+    fail: name of a function -> the error that it returns.
+    """
 
     def __init__(self, size=SIZE):
         self.arena, self.fail, self.version, self.capability = Arena(size), {}, 13000, CAPABILITY
-        self.recording = None       # launches of the step that is being recorded
+        self.recording = None       # launches of the graph that is being captured
         self.counts = {}            # how often each function was called
 
     def __getattribute__(self, name):
@@ -72,21 +75,24 @@ class Driver:
     def cuMemFree(self, address):
         if self.recording is not None:
             return CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
-        self.arena.give_back(address - self.arena.base)
+        self.arena.free(address - self.arena.base)
         return DONE,
 
     def _place(self, address, n_bytes):
-        """Where bytes lie in the arena, a slice; None if they are not all allocated, or if a step is recorded."""
+        """The slice of the arena with these bytes.
+
+        None if not all of them are allocated, or during stream capture.
+        """
         place = slice(address - self.arena.base, address - self.arena.base + n_bytes)
-        there = self.recording is None and 0 <= place.start and place.stop <= self.arena.size and self.arena.allowed[place].all()
-        return place if there else None
+        valid = self.recording is None and 0 <= place.start and place.stop <= self.arena.size and self.arena.allowed[place].all()
+        return place if valid else None
 
     def cuMemcpyHtoDAsync(self, target, source, n_bytes, stream):
         place = self._place(target, n_bytes)
         if stream != "stream" or place is None:
             return CUresult.CUDA_ERROR_INVALID_VALUE,
         ctypes.memmove(target, source, n_bytes)
-        self.arena.known[place] = True
+        self.arena.initialized[place] = True
         return DONE,
 
     def cuMemcpyDtoHAsync(self, target, source, n_bytes, stream):
@@ -99,7 +105,7 @@ class Driver:
         place = self._place(address, n_bytes)
         if stream != "stream" or place is None:
             return CUresult.CUDA_ERROR_INVALID_VALUE,
-        self.arena.data[place], self.arena.known[place] = value, True
+        self.arena.data[place], self.arena.initialized[place] = value, True
         return DONE,
 
     def cuStreamSynchronize(self, stream):
@@ -123,7 +129,7 @@ class Driver:
         return DONE,
 
     def _values(self, kernel, packed):
-        """Bits or numbers of the parameters, which lie in memory as those of a struct in C."""
+        """The parameters' bits or values, from a buffer laid out as a C struct."""
         begin, start, size_of, size, end = (ctypes.c_void_p * 5).from_address(packed)
         kinds = "".join(LETTERS[kind] for kind in kernel.program.parameters.values())
         n_bytes = ctypes.c_size_t.from_address(size).value
@@ -174,9 +180,9 @@ class Driver:
 
 
 def install(size=SIZE):
-    """Let the CUDA backend run on the machine of this folder -> its Driver."""
+    """Run the CUDA backend on the emulator. Returns its Driver."""
     from pydsa.backends.cuda.array import gpu
     from pydsa.backends.cuda.launch import Kernel
     gpu.api = Driver(size)
-    Kernel.cubin = lambda kernel, capability: kernel.ptx(capability).encode()       # which the real driver takes too
+    Kernel.cubin = lambda kernel, capability: kernel.ptx(capability).encode()       # the real driver accepts PTX too
     return gpu.api

@@ -1,7 +1,7 @@
-"""What PTX's instructions do, on numpy arrays with a number for each thread (PTX ISA 9.0, "Instruction Set").
+"""PTX instructions on numpy arrays with one element per thread.
 
-Floats are rounded to nearest even from float64, of which a fused multiplication and addition may be off by one in the last place where
-both roundings meet a tie.
+They follow the PTX ISA 9.0, "Instruction Set". Floats are rounded to nearest even from float64. A fused multiply-add may be off by one
+unit in the last place where both roundings meet a tie.
 """
 import numpy as np
 
@@ -9,20 +9,23 @@ BITS = {8: "1", 16: "2", 32: "4", 64: "8"}
 
 
 def dtype_of(kind):
-    """numpy's dtype of "s32", "b64", "f32", "pred" and so on."""
+    """The numpy dtype of a PTX type: "s32", "b64", "f32", "pred" and so on."""
     if kind == "pred":
         return np.dtype("b1")
     return np.dtype({"s": "i", "u": "u", "b": "u", "f": "f"}[kind[0]] + BITS[int(kind[1:])])
 
 
-def rounded_down(x):
-    """float64 -> float32, toward minus infinity."""
+def round_down(x):
+    """Convert float64 to float32, rounded toward minus infinity."""
     y = x.astype("f4")
     return np.where(y > x, np.nextafter(y, np.float32(-np.inf)), y)
 
 
-def to_whole(x, dtype, how):
-    """Floats -> whole numbers that stay in their range; NaN becomes 0, or of 64 bits the lowest number."""
+def to_integer(x, dtype, how):
+    """Convert floats to integers, saturating.
+
+    NaN becomes 0, or the lowest integer of 64 bits.
+    """
     x = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[how](x.astype("f8"))
     limits = np.iinfo(dtype)
     inside = np.clip(np.nan_to_num(x), limits.min, np.nextafter(float(limits.max), 0) if limits.bits == 64 else limits.max)
@@ -31,7 +34,7 @@ def to_whole(x, dtype, how):
 
 
 def convert(opcode):
-    """cvt's function of its operand."""
+    """cvt: the function of its operand."""
     *modifiers, target, source = opcode
     how = next((m for m in modifiers if m[0] == "r"), "rn")
     target, source = dtype_of(target), dtype_of(source)
@@ -44,12 +47,12 @@ def convert(opcode):
                 x = np.clip(np.nan_to_num(x, nan=0.0, posinf=np.inf, neginf=-np.inf), 0, 1)
             assert how in ("rn", "rni", "rzi", "rmi", "rpi")
             return x.astype(target)
-        return to_whole(x, target, how) if source.kind == "f" else x.astype(target)
+        return to_integer(x, target, how) if source.kind == "f" else x.astype(target)
     return of
 
 
 def shift(left):
-    """shl and shr: by as many bits as there are, or more, everything goes but the sign."""
+    """shl and shr. Shifts by the register width or more leave only the sign."""
     def of(x, n):
         n_bits = x.dtype.itemsize * 8
         n = np.asarray(n).astype(np.int64)
@@ -60,22 +63,22 @@ def shift(left):
 
 
 def divided(x, y):
-    """Toward zero; by zero every bit is set."""
-    nothing = y == 0
-    y = np.where(nothing, y.dtype.type(1), y)
+    """div: integer division toward zero. Division by zero sets every bit."""
+    by_zero = y == 0
+    y = np.where(by_zero, y.dtype.type(1), y)
     q = np.floor_divide(x, y)
     if x.dtype.kind == "i":
         q += ((np.remainder(x, y) != 0) & ((x < 0) != (y < 0))).astype(x.dtype)
-    return np.where(nothing, x.dtype.type(-1 if x.dtype.kind == "i" else np.iinfo(x.dtype).max), q)
+    return np.where(by_zero, x.dtype.type(-1 if x.dtype.kind == "i" else np.iinfo(x.dtype).max), q)
 
 
 def remainder(x, y):
-    """With the sign of x; by zero, x."""
+    """rem: remainder with the sign of x. x if y is zero."""
     return np.where(y == 0, x, x - divided(x, y) * y)
 
 
 def upper_half(x, y):
-    """The upper half of a product of whole numbers."""
+    """mul.hi: the upper half of an integer product."""
     if x.dtype.itemsize == 4:
         wide = x.dtype.kind + "8"
         return (x.astype(wide) * y.astype(wide) >> 32).astype(x.dtype)
@@ -83,14 +86,14 @@ def upper_half(x, y):
     return np.asarray([int(p) >> 64 & (1 << 64) - 1 for p in np.atleast_1d(product)], np.uint64).astype(x.dtype)
 
 
-def inserted(bits, into, at, n):
-    """bfi: the lowest n bits of one number at a place of another."""
+def bit_insert(bits, into, at, n):
+    """bfi: insert the lowest n bits of one integer into another at bit `at`."""
     mask = ((1 << np.uint64(n)) - 1) << np.uint64(at)
     return (into & ~mask.astype(into.dtype)) | (bits.astype(np.uint64) << np.uint64(at) & mask).astype(into.dtype)
 
 
-def permuted(x, y, selector):
-    """prmt: each of four bytes is one of eight, or eight times its sign."""
+def byte_permute(x, y, selector):
+    """prmt: each of four bytes is one of eight, or its sign replicated."""
     both = x.astype(np.uint64) | y.astype(np.uint64) << np.uint64(32)
     out = np.zeros(np.broadcast(both, selector).shape, np.uint32)
     for i in range(4):
@@ -101,24 +104,25 @@ def permuted(x, y, selector):
     return out
 
 
-def bytes_dot(x, y, total):
-    """dp4a of signed bytes."""
+def dot_int8(x, y, total):
+    """dp4a of int8."""
     x, y = np.ascontiguousarray(x).view("i1").reshape(-1, 4), np.ascontiguousarray(y).view("i1").reshape(-1, 4)
     products = x.astype(np.int32) * y.astype(np.int32)
     return products.sum(-1, dtype=np.int32) + total
 
 
-def words_dot(x, y, total):
-    """dp2a.lo of unsigned numbers: two of 16 bits with the lower two bytes of y."""
+def dot_uint16(x, y, total):
+    """dp2a.lo of unsigned integers: two uint16 with the lower two bytes of y."""
     mask = np.uint32(0xFFFF), np.uint32(0xFF)
     return total + (x & mask[0]) * (y & mask[1]) + (x >> np.uint32(16)) * (y >> np.uint32(8) & mask[1])
 
 
-def bytes_of_tiles(a, b, c):
-    """mma.m16n8k32 of signed bytes, words a [warps, 32, 4], b [warps, 32, 2], sums c [warps, 32, 4] -> sums, where the lanes have them.
+def mma_int8(a, b, c):
+    """mma.m16n8k32 of int8, on fragments.
 
-    With g = lane // 4 and i = lane % 4 a lane has: of A the rows g (words 0 and 2) and g + 8 (1 and 3), columns 4 i + 0..3 (words 0 and 1)
-    and those 16 further; of B the column g, rows 4 i + 0..3 and 16 further; of sums the columns 2 i and 2 i + 1 of rows g and g + 8.
+    a [warps, 32, 4] and b [warps, 32, 2] are uint32 of four int8, c [warps, 32, 4] and the result int32. With g = lane // 4 and i = lane %
+    4 a lane holds: of A rows g (registers 0 and 2) and g + 8 (1 and 3), columns 4 i + 0..3 (registers 0 and 1) and those 16 further (2 and
+    3); of B column g, rows 4 i + 0..3 and those 16 further; of C columns 2 i and 2 i + 1 of rows g and g + 8.
     """
     n = len(a)
     a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
@@ -130,10 +134,11 @@ def bytes_of_tiles(a, b, c):
     return product.reshape(n, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(n, 32, 4) + c
 
 
-def halves_of_tiles(a, b, c):
-    """mma.m16n8k16 of float16 pairs, words a [warps, 32, 4], b [warps, 32, 2], sums c [warps, 32, 4] of float32.
+def mma_float16(a, b, c):
+    """mma.m16n8k16 of float16, on fragments.
 
-    As above, but a word has two numbers: of A the columns 2 i and 2 i + 1 (words 0 and 1) and those 8 further, of B the same rows.
+    a [warps, 32, 4] and b [warps, 32, 2] are uint32 of two float16, c [warps, 32, 4] and the result float32. As above, but a register has
+    two values: of A columns 2 i and 2 i + 1 (registers 0 and 1) and those 8 further, of B the same rows.
     """
     n = len(a)
     a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
@@ -143,25 +148,25 @@ def halves_of_tiles(a, b, c):
     return (product.reshape(n, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(n, 32, 4) + c).astype("f4")
 
 
-def less_in_pairs(x, y):
-    """sub.f16x2"""
+def sub_f16x2(x, y):
+    """sub.f16x2: subtraction of float16 pairs."""
     return (np.ascontiguousarray(x).view("f2") - np.ascontiguousarray(y).view("f2")).view("u4")
 
 
-def fused(x, y, z):
-    """x y + z with one rounding, up to the last place's ties."""
+def fma(x, y, z):
+    """fma: x y + z with one rounding, up to ties in the last place."""
     if x.dtype == np.float32:
         return (x.astype("f8") * y.astype("f8") + z.astype("f8")).astype("f4")
     return (x.astype(np.longdouble) * y.astype(np.longdouble) + z.astype(np.longdouble)).astype("f8")
 
 
-def fused_down(x, y, z):
-    """The same, rounded down."""
-    return rounded_down(x.astype("f8") * y.astype("f8") + z.astype("f8"))
+def fma_down(x, y, z):
+    """fma.rm: x y + z rounded toward minus infinity."""
+    return round_down(x.astype("f8") * y.astype("f8") + z.astype("f8"))
 
 
 def power_of_two(x):
-    """ex2.approx.ftz: of subnormal results nothing is left."""
+    """ex2.approx.ftz: 2^x, with subnormal results flushed to zero."""
     y = np.exp2(x.astype("f8")).astype("f4")
     return np.where(y < np.finfo("f4").tiny, np.float32(0), y)
 
@@ -172,7 +177,7 @@ def leading_zeros(x):
 
 
 def compare(how):
-    """setp's comparison; those that end in u hold where a number is NaN."""
+    """setp: a comparison. Those that end in u hold if an operand is NaN."""
     ordered = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
                "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
     if how == "nan":
@@ -187,23 +192,24 @@ def compare(how):
 
 
 def select(x, y, p):
+    """selp: x where p, else y."""
     return np.where(p, x, y)
 
 
 def chosen(which):
-    """min and max: of a number and NaN the number."""
+    """min and max. If one operand is NaN the result is the other."""
     return lambda x, y: (which[1] if np.asarray(x).dtype.kind == "f" else which[0])(x, y)
 
 
-# opcode -> function of arrays; the type of operands is the opcode's last part, but for those below
+# opcode -> function of arrays; operands have the type of the opcode's last part, with the exceptions below
 PLAIN = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "mul.lo": np.multiply, "mul.hi": upper_half, "div": divided, "rem": remainder,
     "mad.lo": lambda x, y, z: x * y + z, "min": chosen((np.minimum, np.fmin)), "max": chosen((np.maximum, np.fmax)), "neg": np.negative,
     "abs": np.abs, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "div.rn": np.divide,
-    "add.rn": np.add, "mul.rn": np.multiply, "fma.rn": fused, "fma.rm": fused_down, "sqrt.rn": np.sqrt, "rcp.rn": np.reciprocal,
-    "ex2.approx.ftz": power_of_two, "clz": leading_zeros, "prmt": permuted, "bfi": inserted, "selp": select, "shl": shift(True),
+    "add.rn": np.add, "mul.rn": np.multiply, "fma.rn": fma, "fma.rm": fma_down, "sqrt.rn": np.sqrt, "rcp.rn": np.reciprocal,
+    "ex2.approx.ftz": power_of_two, "clz": leading_zeros, "prmt": byte_permute, "bfi": bit_insert, "selp": select, "shl": shift(True),
     "shr": shift(False),
 }
 WIDE = {"mul.wide": np.multiply, "mad.wide": lambda x, y, z: x * y + z}
-# types of operands that are not the opcode's
+# operand types that differ from the opcode's
 OPERANDS = {"selp": (None, None, "pred"), "shl": (None, "u32"), "shr": (None, "u32"), "bfi": (None, None, "u32", "u32")}

@@ -1,7 +1,8 @@
-"""A machine that executes a kernel's PTX for many threads at once, in numpy, and stops where a GPU would do something undefined.
+"""PTX interpreter: it executes a kernel for many threads at once, in numpy.
 
-All threads that stand at the same instruction execute it together; those that are least far go first, so that warps come together again.
-Of a warp's common instructions (shfl.sync, mma.sync) all lanes must be there; a barrier lets a block's threads go on when all are there.
+It stops where the behaviour of a GPU would be undefined. All threads at the same instruction execute it together. The lowest program
+counter goes first, so that diverged warps reconverge. Warp-synchronous instructions (shfl.sync, mma.sync) need all lanes. A barrier
+releases a block's threads when all have arrived.
 """
 import collections
 import re
@@ -9,19 +10,19 @@ import struct
 
 import numpy as np
 
-from tests.ptx.instructions import (OPERANDS, PLAIN, WIDE, bytes_dot, bytes_of_tiles, compare, convert, dtype_of, halves_of_tiles,
-                                    less_in_pairs, words_dot)
+from tests.ptx.instructions import (OPERANDS, PLAIN, WIDE, compare, convert, dot_int8, dot_uint16, dtype_of, mma_float16, mma_int8,
+                                    sub_f16x2)
 from tests.ptx.memory import WARP, Access, Fault, Memory
 
-THREADS = 1 << 14       # that are executed at a time, at most, in whole blocks
-# mma.sync with these modifiers -> its function and the type of its sums
-TILES = {("aligned", "m16n8k32", "row", "col", "s32", "s8", "s8", "s32"): (bytes_of_tiles, "s32"),
-         ("aligned", "m16n8k16", "row", "col", "f32", "f16", "f16", "f32"): (halves_of_tiles, "f32")}
+THREADS = 1 << 14       # the most threads that are executed at a time, in whole blocks
+# mma.sync modifiers -> its function, the type of its accumulators
+TILES = {("aligned", "m16n8k32", "row", "col", "s32", "s8", "s8", "s32"): (mma_int8, "s32"),
+         ("aligned", "m16n8k16", "row", "col", "f32", "f16", "f16", "f32"): (mma_float16, "f32")}
 COLUMN = {"x": 0, "y": 1, "z": 2}
 
 
 class KernelError(Exception):
-    """What a kernel does that is undefined on a GPU, and where."""
+    """A kernel does something that is undefined on a GPU; what, and where."""
 
 
 def _unknown(batch, on):
@@ -29,7 +30,10 @@ def _unknown(batch, on):
 
 
 class Kernel:
-    """A Program made ready: each instruction a Python function of a Batch and the threads that execute it (None: all)."""
+    """A Program compiled to Python functions, one per instruction.
+
+    Each takes a Batch and the threads that execute it (None: all).
+    """
 
     def __init__(self, program, arena):
         self.program, self.arena, self.place_of, self.sizes = program, arena, {}, {"shared": 0, "local": 0}
@@ -40,12 +44,15 @@ class Kernel:
             else:
                 start = arena.allocate(v.size)
                 arena.data[start:start + v.size] = np.frombuffer(v.values.ljust(v.size, b"\0"), np.uint8)
-                arena.known[start:start + v.size] = True
+                arena.initialized[start:start + v.size] = True
                 self.place_of[name] = arena.base + start
         self.steps = [self._step(instruction) for instruction in program.code]
 
     def launch(self, grid, n_threads, values):
-        """Execute it for a grid of blocks, [3] numbers, of n threads; values: of the parameters, numbers or bits in order."""
+        """Execute the kernel on a grid (x, y, z) of blocks of n_threads.
+
+        values: the parameters in order, values or bits.
+        """
         if n_threads % WARP:
             raise KernelError(f"blocks of {n_threads} threads are not whole warps")
         parameters, began = dict(zip(self.program.parameters, values, strict=True)), self.arena.clock
@@ -79,18 +86,18 @@ class Kernel:
             if op[0] == "mma":
                 return self._tiles(op, operands)
             if op == ("sub", "f16x2"):
-                return self._plain(less_in_pairs, operands, ["u32", "u32"])
+                return self._plain(sub_f16x2, operands, ["u32", "u32"])
             if op == ("dp2a", "lo", "u32", "u32"):
-                return self._plain(words_dot, operands, ["u32"] * 3)
+                return self._plain(dot_uint16, operands, ["u32"] * 3)
             if op[0] == "dp4a":
-                return self._plain(bytes_dot, operands, ["u32", "u32", "s32"])
+                return self._plain(dot_int8, operands, ["u32", "u32", "s32"])
             if name in WIDE:
                 wide = dtype_of(kind[0] + "64")
                 return self._plain(lambda *xs: WIDE[name](*(x.astype(wide) for x in xs)), operands,
                                    [kind, kind, kind[0] + "64"][:len(operands) - 1])
             kinds = OPERANDS.get(name, (None,) * (len(operands) - 1))
             return self._plain(PLAIN[name], operands, [k or kind for k in kinds])
-        except (KeyError, ValueError):      # part of a call, most likely, which is not executed
+        except (KeyError, ValueError):      # most likely part of a call, which is not executed
             return _unknown
 
     def _plain(self, function, operands, kinds):
@@ -101,7 +108,7 @@ class Kernel:
         return step
 
     def _regroup(self, kind, operands):
-        """mov of several registers into one, or the other way round."""
+        """mov that packs several registers into one, or unpacks one."""
         names = [[name.strip() for name in o.strip("{}").split(",")] for o in operands]
         parts = [f"u{int(kind[1:]) // len(part)}" for part in names]
         targets, sources = [self._target(name) for name in names[0]], [self._source(name, parts[1]) for name in names[1]]
@@ -152,10 +159,10 @@ class Kernel:
             lanes, values = batch.whole_warps(on), source(batch, on).reshape(-1, WARP)
             step_by = by(batch, on).astype(np.int64).reshape(-1, WARP)
             lane = lanes ^ step_by if how == "bfly" else lanes - step_by if how == "up" else lanes + step_by
-            there = (lane >= 0) & (lane < WARP)
-            target(batch, on, np.take_along_axis(values, np.where(there, lane, lanes), 1).ravel())
+            valid = (lane >= 0) & (lane < WARP)
+            target(batch, on, np.take_along_axis(values, np.where(valid, lane, lanes), 1).ravel())
             if inside is not None:
-                inside(batch, on, there.ravel())
+                inside(batch, on, valid.ravel())
         assert how in ("bfly", "up", "down")
         return step
 
@@ -173,7 +180,7 @@ class Kernel:
         return step
 
     def _target(self, name):
-        """A function that writes numbers to a register of some threads."""
+        """A function that writes values to a register of some threads."""
         dtype = self._dtype(name)
 
         def write(batch, on, values):
@@ -190,7 +197,7 @@ class Kernel:
         return np.dtype(self.program.registers[re.match(r"%[a-z]+", register)[0]])
 
     def _source(self, text, kind):
-        """A function that gives an operand's numbers [n] of a type, for some threads."""
+        """A function that reads an operand's values [n] for some threads."""
         dtype = dtype_of(kind)
         if text.startswith("[") and text[1:-1] in self.program.parameters:
             text = text[1:-1]
@@ -221,7 +228,7 @@ class Kernel:
 
 
 class Batch:
-    """Some blocks of a launch."""
+    """Blocks of a launch that are executed together."""
 
     def __init__(self, kernel, grid, n_threads, blocks, parameters, began):
         self.kernel, self.grid, self.parameters, self.began = kernel, grid, parameters, began
@@ -231,14 +238,14 @@ class Batch:
         self.global_block = blocks[self.block]
         self.global_thread = (self.global_block * n_threads + self.thread).astype(np.int32)
         self.registers, self.arena = {}, kernel.arena
-        self.barriers, self.warp_barriers = np.zeros((2, self.n), np.int64)     # when each thread passed its last one
+        self.barriers, self.warp_barriers = np.zeros((2, self.n), np.int64)     # time of each thread's last one
         self.shared = Memory("shared", kernel.sizes["shared"], len(blocks))
 
     def count(self, on):
         return self.n if on is None else len(on)
 
     def special(self, name, axis, on):
-        """A special register of some threads."""
+        """The values of a special register for some threads."""
         if name == "laneid":
             values = self.thread % WARP
         elif name in ("ntid", "nctaid"):
@@ -269,7 +276,7 @@ class Batch:
         self.warp_barriers[slice(None) if on is None else on] = self.arena.clock
 
     def whole_warps(self, on):
-        """The lanes [warps, 32] of threads that must be whole warps."""
+        """The lanes [warps, 32] of threads. Fault unless they are whole warps."""
         threads = np.arange(self.n) if on is None else on
         if threads.size % WARP or (threads[::WARP] % WARP).any() or (np.diff(threads.reshape(-1, WARP), axis=1) != 1).any():
             raise Fault(None, "needs all lanes of a warp, of which some are elsewhere")
@@ -277,7 +284,7 @@ class Batch:
 
     def run(self):
         """Execute until all threads have returned."""
-        waiting = collections.defaultdict(list)         # instruction -> threads that stand there
+        waiting = collections.defaultdict(list)         # program counter -> threads
         waiting[0].append(np.arange(self.n))
         at_barrier, alive = [], np.bincount(self.block, minlength=len(self.blocks))
         with np.errstate(all="ignore"):
@@ -295,7 +302,10 @@ class Batch:
                     waiting[at].append(threads)
 
     def _execute(self, at, threads, waiting, at_barrier, alive):
-        """One instruction, for threads that stand there -> where they go on, and which; None: they have returned, or wait."""
+        """Execute one instruction for the threads at it.
+
+        Returns the next program counter and its threads, or None for these if they have returned or wait at a barrier.
+        """
         instruction, step = self.kernel.program.code[at], self.kernel.steps[at]
         self.arena.clock += 1
         taken = threads
@@ -323,7 +333,10 @@ class Batch:
         return at + 1, threads
 
     def _step(self, instruction, step, threads):
-        """Execute an instruction; what it does wrong is a KernelError that tells where, and which thread."""
+        """Execute an instruction. A Fault becomes a KernelError.
+
+        Its message names the line, the instruction and the thread.
+        """
         try:
             step(self, None if len(threads) == self.n else threads)
         except Fault as fault:
@@ -333,7 +346,10 @@ class Batch:
                               f"{who}{what}") from fault
 
     def _pass_barrier(self, at_barrier, alive, waiting):
-        """All that still run stand at a barrier: those of a block at the same one, and all of them."""
+        """Release the threads at barriers. All that still run are at one.
+
+        The threads of a block must be at the same barrier.
+        """
         where = np.full(len(self.blocks), -1)
         for at, threads in at_barrier:
             blocks = np.unique(self.block[threads])

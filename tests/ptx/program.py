@@ -1,24 +1,24 @@
-"""PTX text, as NVVM writes it, read into a list of instructions: registers, labels and variables by name."""
+"""Parser of PTX as NVVM writes it: instructions, registers, labels, variables."""
 import re
 from typing import NamedTuple
 
-REGISTERS = {"pred": "b1", "b16": "u2", "b32": "u4", "b64": "u8", "f32": "f4", "f64": "f8"}      # declared type -> numpy's
+REGISTERS = {"pred": "b1", "b16": "u2", "b32": "u4", "b64": "u8", "f32": "f4", "f64": "f8"}      # declared type -> numpy dtype
 
 
 class Instruction(NamedTuple):
-    """An opcode with its modifiers, its operands as they are written, and the predicate it is executed under ("" if always)."""
-    opcode: tuple       # ("ld", "global", "v4", "u32")
-    operands: tuple     # ("{%r1,%r2}", "[%rd1+16]")
-    predicate: str      # "%p1" or "!%p1"
+    """One PTX instruction."""
+    opcode: tuple       # with its modifiers: ("ld", "global", "v4", "u32")
+    operands: tuple     # as they are written: ("{%r1,%r2}", "[%rd1+16]")
+    predicate: str      # "%p1" or "!%p1"; "" if there is none
     line: int
 
 
 class Variable(NamedTuple):
-    """An array of the module: its state space ("shared", "global", "local"), its alignment, its size in bytes and its first bytes."""
-    space: str
+    """An array of the module."""
+    space: str          # state space: "shared", "global" or "local"
     align: int
-    size: int
-    values: bytes
+    size: int           # bytes
+    values: bytes       # its first bytes, if it is initialized
 
 
 class Program(NamedTuple):
@@ -32,7 +32,7 @@ class Program(NamedTuple):
 
 
 def split_operands(text):
-    """Operands between commas that stand in no brackets."""
+    """Split operands at the commas that are in no brackets."""
     parts, depth, part = [], 0, ""
     for c in text:
         depth += (c in "{[(") - (c in "}])")
@@ -47,7 +47,7 @@ def split_operands(text):
 
 
 def _variable(text):
-    """A declaration without its semicolon -> name, Variable."""
+    """Parse a declaration without its semicolon: name, Variable."""
     space = re.search(r"\.(shared|global|local|const)\b", text)[1]
     align = int((re.search(r"\.align (\d+)", text) or [0, 1])[1])
     kind, name, count = re.search(r"\.[bufs](\d+)\s+([\w$]+)(?:\[(\d+)\])?", text).groups()
@@ -57,7 +57,10 @@ def _variable(text):
 
 
 def parse(text):
-    """The Program of a module with one kernel. Functions that it calls are left out: executing a call is an error."""
+    """Parse a module with one kernel into a Program.
+
+    Functions that it calls are left out: executing a call is an error.
+    """
     lines = [line.partition("//")[0].strip() for line in text.splitlines()]
     start = next(i for i, line in enumerate(lines) if ".entry" in line)
     variables = dict(_variable(line[:-1]) for line in lines if re.match(r"(\.\w+ )*\.(shared|global|local|const) \.align", line)
@@ -85,7 +88,7 @@ def parse(text):
         if not line.endswith(";"):
             continue
         statement, done = "", statement.strip().rstrip(";").strip()
-        declared = re.match(r"\.reg \.(\w+)\s+(%\w+)", done)      # many, %r<9>, or one, perhaps again in the next pair of braces
+        declared = re.match(r"\.reg \.(\w+)\s+(%\w+)", done)      # many, %r<9>, or one; another pair of braces may declare it again
         if declared:
             assert registers.setdefault(declared[2], REGISTERS[declared[1]]) == REGISTERS[declared[1]]
         elif re.match(r"\.local", done):

@@ -1,7 +1,7 @@
-"""Arrays in the GPU's memory that are viewed as numpy's are: slices, shapes and strides are numpy's own, kernels get places and strides.
+"""Arrays in the GPU's memory, with slices, shapes and strides as in numpy.
 
-Behind each stands a numpy array at the device's address, which the host never reads: it only knows shape and strides. In the simulator
-that memory is the host's.
+Each holds a numpy array at the device's address, which the host never reads. It only carries shape and strides. Kernels get the address and
+the strides. In the simulator that memory is the host's.
 """
 import functools
 
@@ -21,10 +21,13 @@ gpu = Gpu()
 
 
 class DeviceArray:
-    """A view of memory on the device: shape, strides, dtype, size, len(), slices, reshape, view as of a numpy array."""
+    """A view of memory on the device.
+
+    It has shape, strides, dtype, size, len(), slices, reshape and view as a numpy array has them.
+    """
 
     def __init__(self, memory, places):
-        self._memory, self._places = memory, places     # kept for as long as it is viewed; the numpy array that is never read
+        self._memory, self._places = memory, places     # the allocation, kept alive; the numpy array that the host never reads
         self.shape, self.strides, self.dtype, self.size, self.nbytes = (
             places.shape, places.strides, places.dtype, places.size, places.nbytes)
 
@@ -35,18 +38,21 @@ class DeviceArray:
         return DeviceArray(self._memory, self._places[item])
 
     def reshape(self, *shape):
-        """Another shape of the same memory; never a copy."""
+        """A view of the same memory in another shape. Never copies."""
         places = self._places.reshape(*shape)
         assert places.size == 0 or np.shares_memory(places, self._places)
         return DeviceArray(self._memory, places)
 
     def view(self, dtype):
-        """The same bytes as numbers of another type."""
+        """The same bytes as values of another dtype."""
         return DeviceArray(self._memory, self._places.view(dtype))
 
     @functools.cached_property
     def rows(self):
-        """All axes but the last as one: they must lie as far apart as if there were only they."""
+        """A 2-D view: all axes but the last merged into one.
+
+        The strides of the merged axes must allow that.
+        """
         n = self.shape[-1]
         assert all(a == b * n_b for a, b, n_b in zip(self.strides[:-2], self.strides[1:-1], self.shape[1:-1]) if n_b)
         places = np.lib.stride_tricks.as_strided(self._places, (self.size // n, n), self.strides[-2:])
@@ -54,51 +60,54 @@ class DeviceArray:
 
     @functools.cached_property
     def flat(self):
-        """One axis, of a contiguous array."""
+        """A 1-D view of a contiguous array."""
         return self.reshape(self.size)
 
     @functools.cached_property
     def span(self):
-        """The addresses of its first byte, and of that behind its last one."""
+        """The addresses of the first byte and of one past the last byte."""
         return np.lib.array_utils.byte_bounds(self._places) if hasattr(np.lib, "array_utils") else np.byte_bounds(self._places)
 
     @functools.cached_property
     def parameters(self):
-        """What a compiled kernel gets of it: two objects that it does not have, then its size, item size, address, shape and strides."""
+        """The array as a compiled kernel's parameters.
+
+        Numba's array struct: meminfo and parent, both null; then size, item size, address, shape and strides.
+        """
         return 0, 0, self.size, self.dtype.itemsize, self._places.ctypes.data, *self.shape, *self.strides
 
     @property
     def simulated(self):
-        """What a kernel in the simulator gets."""
+        """The array as a kernel in the simulator gets it."""
         return FakeCUDAArray(self._places)
 
     def get(self):
-        """The values as a numpy array."""
+        """Copy the values to the host, as a numpy array."""
         low, high = self.span
         span = np.empty(high - low, np.uint8)
         gpu.copy_out(span, low)
         return np.ndarray(self.shape, self.dtype, span, 0, self.strides)
 
     def set(self, values):
-        """Copy values here; the array must be contiguous."""
+        """Copy values from the host. The array must be contiguous."""
         values, (low, high) = np.ascontiguousarray(values, self.dtype), self.span
         assert high - low == values.nbytes
         gpu.copy_in(low, values)
 
     def clear(self):
-        """Set a contiguous array to zeros."""
+        """Set a contiguous array to zero."""
         gpu.clear(self.span[0], self.nbytes)
 
 
 class _Places:
-    """Memory that numpy takes for its own."""
+    """Device memory with numpy's array interface, as uint8."""
 
     def __init__(self, address, n_bytes):
         self.__array_interface__ = {"data": (address, False), "shape": (n_bytes,), "typestr": "|u1", "version": 3}
 
 
 def empty(shape, dtype):
-    """An array on the device, without values."""
+    """An uninitialized array on the device."""
     n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     memory = gpu.allocate(max(1, n_bytes))
     places = np.asarray(_Places(memory.address, n_bytes))
@@ -114,7 +123,7 @@ def zeros(shape, dtype):
 
 
 def upload(values):
-    """A copy of a numpy array on the device."""
+    """Copy a numpy array to the device."""
     array = empty(values.shape, values.dtype)
     if array.nbytes:
         array.set(values)
@@ -122,13 +131,19 @@ def upload(values):
 
 
 class Scratch:
-    """Memory that ops work in, by name. Ops run one after the other, so they may share it. Nothing is given back: recorded steps use it."""
+    """Named scratch buffers that ops share.
+
+    Ops run one after the other, so they can share a buffer. Nothing is freed: recorded steps still use it.
+    """
 
     def __init__(self):
         self._memory, self._outgrown, self._views = {}, [], {}
 
     def __call__(self, name, shape, dtype):
-        """An array [*shape], whose values are whatever they were; the same object for the same shape, as long as it need not grow."""
+        """An uninitialized array [*shape] of a named buffer.
+
+        The same shape gives the same object, until the buffer has to grow.
+        """
         key = name, np.dtype(dtype)
         view = self._views.get((key, shape))
         if view is None:

@@ -1,4 +1,4 @@
-"""Sums, greatest numbers and prefix sums over the threads of a block."""
+"""Block-level reductions: sums, maxima and prefix sums over a block's threads."""
 import numpy as np
 
 from pydsa.backends.cuda.device import WARP, device, float_bits, sync, warp_max_int, warp_prefix, warp_sum
@@ -6,7 +6,10 @@ from pydsa.backends.cuda.device import WARP, device, float_bits, sync, warp_max_
 
 @device
 def block_sum(x, parts, thread, n_threads):
-    """The sum of a block's float32, in every thread; `parts` is shared memory with a float32 for each warp."""
+    """Block-level sum of float32, in every thread.
+
+    parts: shared memory with one float32 per warp.
+    """
     x = warp_sum(x)
     if thread % WARP == 0:
         parts[thread // WARP] = x
@@ -20,13 +23,16 @@ def block_sum(x, parts, thread, n_threads):
 
 @device
 def abs_bits(x):
-    """The bits of |x|, int32, which order as numbers do; NaN's are the greatest."""
+    """The bits of |x| as int32. They order as |x| does; NaN is the largest."""
     return np.int32(float_bits(x) & 0x7FFFFFFF)
 
 
 @device
 def block_max(x, parts, thread, n_threads):
-    """The greatest of a block's int32, in every thread; `parts` is shared memory with an int32 for each warp."""
+    """Block-level maximum of int32, in every thread.
+
+    parts: shared memory with one int32 per warp.
+    """
     x = warp_max_int(x)
     if thread % WARP == 0:
         parts[thread // WARP] = x
@@ -39,14 +45,17 @@ def block_max(x, parts, thread, n_threads):
 
 @device
 def block_prefix(x, totals, ends, thread, n_warps):
-    """The sum of the numbers of all threads before this one, and that of all; two arrays of n_warps int32, at most WARP, for the warps."""
+    """Block-level exclusive prefix sum of int32, and the total.
+
+    totals, ends: shared memory with one int32 per warp each; n_warps is at most WARP.
+    """
     warp, lane = thread // WARP, thread % WARP
-    up_to = warp_prefix(x, lane)
+    inclusive = warp_prefix(x, lane)
     if lane == WARP - 1:
-        totals[warp] = up_to
+        totals[warp] = inclusive
     sync()
     end = warp_prefix(totals[lane] if lane < n_warps else totals[0], lane)
     if warp == 0 and lane < n_warps:
         ends[lane] = end
     sync()
-    return up_to - x + (ends[warp - 1] if warp > 0 else 0), ends[n_warps - 1]
+    return inclusive - x + (ends[warp - 1] if warp > 0 else 0), ends[n_warps - 1]

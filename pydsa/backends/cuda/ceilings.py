@@ -1,4 +1,7 @@
-"""What a GPU can do at most, measured: copies of its memory, and the products that the ops are made of, from registers."""
+"""Measured ceilings of the GPU: memory bandwidth and peak arithmetic rates.
+
+Bandwidth is that of a copy in device memory. Rates are those of the products that the ops are made of, from registers.
+"""
 import functools
 import time
 from typing import NamedTuple
@@ -11,27 +14,27 @@ from pydsa.backends.cuda.device import SIMULATED, device, dp4a, mma_f16
 from pydsa.backends.cuda.launch import kernel
 
 
-N_BYTES = 1 << 30       # that are copied, if a fourth of the free memory is as much
+N_BYTES = 1 << 30       # bytes that are copied, or a quarter of the free memory if that is less
 BLOCKS, THREADS = 132 * 8, 256
 PASSES = 5
 
 
 class Ceilings(NamedTuple):
-    """What was measured."""
-    bandwidth: float    # bytes a second, read and written ones
-    peaks: dict         # kind of product, as product_kind() names it -> operations a second, a multiplication and an addition being two
+    """The measured ceilings."""
+    bandwidth: float    # bytes per second, read and written
+    peaks: dict         # kind of product, as product_kind() names it -> operations per second; a multiply-add counts as two
 
 
 @kernel("u8[::1], u8[::1]", THREADS)
 def copy_words(out, x):
-    """out = x, eight bytes a thread at a time"""
+    """Copy x to out, eight bytes per thread with a grid stride."""
     for i in range(cuda.grid(1), x.size, cuda.gridsize(1)):
         out[i] = x[i]
 
 
 @device
 def four_more(a, b, p, q, r, s):
-    """A product of float16 tiles for each of four sums of four."""
+    """One mma.m16n8k16 into each of four accumulator fragments."""
     p = mma_f16(a, a, a, a, b, b, p[0], p[1], p[2], p[3])
     q = mma_f16(a, a, a, a, b, b, q[0], q[1], q[2], q[3])
     r = mma_f16(a, a, a, a, b, b, r[0], r[1], r[2], r[3])
@@ -41,7 +44,7 @@ def four_more(a, b, p, q, r, s):
 
 @kernel("f4[::1], i4", THREADS)
 def tile_products(out, repeats):
-    """mma.m16n8k16 on float16, four sums a warp at a time."""
+    """mma.m16n8k16 on float16, four independent accumulators per warp."""
     a, b = np.uint32(cuda.threadIdx.x * 40503) & np.uint32(0x0FFF0FFF), np.uint32(cuda.threadIdx.x * 9973) & np.uint32(0x0FFF0FFF)
     zero = (np.float32(0), np.float32(0), np.float32(0), np.float32(0))
     p, q, r, s = zero, zero, zero, zero
@@ -52,7 +55,7 @@ def tile_products(out, repeats):
 
 @kernel("i4[::1], i4", THREADS)
 def byte_dots(out, repeats):
-    """dp4a, four sums a thread at a time."""
+    """dp4a, four independent accumulators per thread."""
     a, b = np.uint32(cuda.threadIdx.x * 40503), np.uint32(cuda.threadIdx.x * 9973)
     c, e, f, g = np.int32(0), np.int32(1), np.int32(2), np.int32(3)
     for _ in range(repeats):
@@ -62,7 +65,7 @@ def byte_dots(out, repeats):
 
 @kernel("f4[::1], i4", THREADS)
 def float_products(out, repeats):
-    """Multiplications with additions of float32, four sums a thread at a time."""
+    """float32 multiply-adds, four independent accumulators per thread."""
     a, b = np.float32(1) + np.float32(cuda.threadIdx.x) / np.float32(65536), np.float32(1) / np.float32(cuda.threadIdx.x + 1)
     c, e, f, g = np.float32(0), np.float32(1), np.float32(2), np.float32(3)
     for _ in range(repeats):
@@ -70,22 +73,23 @@ def float_products(out, repeats):
     out[cuda.grid(1)] = c + e + f + g
 
 
-# kind of product -> kernel, dtype of its output, repetitions, operations of a thread in each; activations of two parts take two products
+# kind of product -> kernel, dtype of its output, repetitions, operations per thread in each.
+# Activations are split in two parts and take two products, hence the last division by 2.
 PEAKS = {"float16 in tensor cores": (tile_products, np.float32, 512, 4 * 2 * 16 * 8 * 16 / 32 / 2),
          "bytes": (byte_dots, np.int32, 4096, 4 * 2 * 4 / 2),
          "float32": (float_products, np.float32, 8192, 4 * 2)}
-OF_CACHES = ("dense_attention", "masked_attention", "sparse_attention", "indexer_scores", "indexer_select")
+CACHE_OPS = ("dense_attention", "masked_attention", "sparse_attention", "indexer_scores", "indexer_select")
 
 
 def product_kind(op, quantized, n_tokens):
-    """What an op multiplies for so many tokens, with quantized weights or without."""
-    if not quantized or op in OF_CACHES:
+    """The kind of product of an op, for n_tokens and quantized weights or not."""
+    if not quantized or op in CACHE_OPS:
         return "float32"
     return "float16 in tensor cores" if n_tokens > 1 else "bytes"
 
 
 def measure_ceilings():
-    """The Ceilings of this GPU; None in the simulator."""
+    """Measure the Ceilings of this GPU. None in the simulator."""
     if SIMULATED:
         return None
     n_words = min(N_BYTES, gpu.memory()[0] // 4) // 8
@@ -99,7 +103,7 @@ def measure_ceilings():
 
 
 def _best_seconds(launch):
-    """The shortest of PASSES launches, after one that compiles."""
+    """The shortest time of PASSES launches, after one that compiles."""
     launch()
     gpu.synchronize()
     seconds = []

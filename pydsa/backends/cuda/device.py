@@ -1,7 +1,7 @@
-"""What differs between a GPU and its simulator: loads from bytes, products of bytes, what the threads of a warp do together.
+"""Device intrinsics: vector loads, int8 products and warp-level primitives.
 
-Each function stands here twice. With NUMBA_ENABLE_CUDASIM=1 kernels are Python functions, a Python thread for each CUDA thread, one block
-after the other; what a warp does together then goes through memory of this module.
+Each function is defined twice, for the GPU and for the simulator. With NUMBA_ENABLE_CUDASIM=1 kernels are Python functions: one Python
+thread per CUDA thread, one block after the other. Warp-level primitives then exchange values through arrays of this module.
 """
 import collections
 import importlib.util
@@ -19,18 +19,21 @@ if importlib.util.find_spec("numba_cuda") is None:
     raise PydsaError("--device cuda needs the package numba-cuda, which is not installed: pip install 'pydsa[cuda]'.")
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
-WARP = 4 if SIMULATED else 32       # lanes that reduce together; the simulator is slow
-MMA_WARP = 32                       # lanes that share a tile of mma_s8, in the simulator too
+WARP = 4 if SIMULATED else 32       # lanes of a warp-level reduction; fewer in the simulator, which is slow
+MMA_WARP = 32                       # lanes that hold the fragments of an mma instruction, in the simulator too
 
 if SIMULATED:
     from numba.cuda.np import numpy_support
     from numba.cuda.simulator import kernelapi
 
-    sys.setswitchinterval(1e-5)     # its threads wait for each other all the time
+    sys.setswitchinterval(1e-5)     # the simulator's threads wait for each other all the time
     _lock = threading.Lock()
 
     def _shared_array(self, shape, dtype, alignment=None):
-        """As the simulator's own, but two threads that come first at the same time get the same array, and alignment is no error."""
+        """Thread-safe cuda.shared.array of the simulator.
+
+        Two threads that call it first at the same time get the same array. `alignment` is accepted and ignored.
+        """
         caller, dtype = sys._getframe(1), dtype if isinstance(dtype, type) else numpy_support.as_dtype(dtype)
         with _lock:
             return self._allocations.setdefault((caller.f_code.co_filename, caller.f_lineno), np.empty(shape, dtype))
@@ -44,45 +47,51 @@ if SIMULATED:
     _thread = threading.current_thread
 
     def device(function):
-        """A function that kernels call."""
+        """Mark a function that kernels call."""
         return function
 
     def byte_at(data, at):
-        """data[at] of uint8, as an int."""
+        """The uint8 data[at] as an int."""
         return int(data[at])
 
     def u32_at(data, at):
-        """Four bytes as uint32; `at` is a multiple of 4."""
+        """Load four bytes as a uint32. `at` is a multiple of 4."""
         return int(data[at]) | int(data[at + 1]) << 8 | int(data[at + 2]) << 16 | int(data[at + 3]) << 24
 
     def permuted(a, b, selector):
-        """A word of the bytes 0 to 3 of a and 4 to 7 of b that the selector's nibbles name, the lowest first."""
+        """Byte permute (prmt): four bytes of a and b chosen by a selector.
+
+        Nibble i of the selector, lowest first, names byte i of the result: 0 to 3 are the bytes of a, 4 to 7 those of b.
+        """
         both, selector = int(a) | int(b) << 32, int(selector)
         return sum((both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i for i in range(4))
 
     def copy_sixteen(target, to, source, at):
-        """target[to:to + 16] = source[at:at + 16] of uint8; both places are multiples of 16."""
+        """Copy 16 bytes: target[to:to + 16] = source[at:at + 16] of uint8.
+
+        Both offsets are multiples of 16.
+        """
         target[to:to + 16] = source[at:at + 16]
 
     def four_u32_at(data, at):
-        """Sixteen bytes as four uint32; `at` is a multiple of 16."""
+        """Load 16 bytes as four uint32. `at` is a multiple of 16."""
         return u32_at(data, at), u32_at(data, at + 4), u32_at(data, at + 8), u32_at(data, at + 12)
 
-    def load_four_u32(words, i):
-        """Four of an array of uint32 from the i-th on, a multiple of 4."""
-        return int(words[i]), int(words[i + 1]), int(words[i + 2]), int(words[i + 3])
+    def load_four_u32(array, i):
+        """Load four uint32 of a uint32 array from index i, a multiple of 4."""
+        return int(array[i]), int(array[i + 1]), int(array[i + 2]), int(array[i + 3])
 
     def half_at(data, at):
-        """The float16 at an even place, as float32."""
+        """Load the float16 at an even offset, as float32."""
         return np.float32(np.array(int(data[at]) | int(data[at + 1]) << 8, np.uint16).view(np.float16))
 
     def to_half(x):
-        """float32 -> float16 bits, rounded to nearest even."""
+        """Convert float32 to float16 bits, rounded to nearest even."""
         with np.errstate(over="ignore"):
             return int(np.float32(x).astype(np.float16).view(np.uint16))
 
     def of_half(bits):
-        """float16 bits -> float32."""
+        """Convert float16 bits to float32."""
         return np.float32(np.array(bits, np.uint16).view(np.float16))
 
     def float_bits(x):
@@ -90,42 +99,48 @@ if SIMULATED:
         return int(np.float32(x).view(np.uint32))
 
     def bits_float(bits):
-        """The float32 whose bits these are."""
+        """The float32 with these bits."""
         return np.array(bits & 0xFFFFFFFF, np.uint32).view(np.float32)[()]
 
-    def _signed_bytes(word):
-        return np.array([word], np.uint32).view(np.int8).astype(int)
+    def _signed_bytes(quad):
+        return np.array([quad], np.uint32).view(np.int8).astype(int)
 
     def nearest(x, factor):
-        """The whole number nearest to x times a factor, halves to even; 0 if the factor is, whatever x is."""
+        """x * factor rounded to the nearest integer, ties to even.
+
+        0 if the factor is 0, whatever x is.
+        """
         return int(round(x * factor)) if factor > 0 else 0
 
     def exp(x):
-        """e^x of a float32; infinite where it does not fit."""
+        """e^x of a float32. Infinity on overflow."""
         with np.errstate(over="ignore"):
             return np.exp(np.float32(x))
 
     def fma(a, b, c):
-        """a b + c"""
+        """Fused multiply-add: a b + c."""
         return a * b + c
 
     def sync():
-        """Wait for all threads of the block, as cuda.syncthreads, which only kernels may call here."""
+        """Wait for all threads of the block, as cuda.syncthreads does.
+
+        In the simulator only kernels may call cuda.syncthreads; device functions call this.
+        """
         _thread().syncthreads()
 
     def warp_sync():
-        """Let each lane see what the others of its warp have written to memory, and wait until they have read what it will write."""
+        """Warp barrier: orders the memory accesses of a warp's lanes, as cuda.syncwarp does."""
         _wait(WARP)
 
     def dp4a(a, b, c):
-        """c + the products of four signed bytes each."""
+        """c plus the dot product of four int8 pairs."""
         return c + int(_signed_bytes(a) @ _signed_bytes(b))
 
-    _arrivals = collections.defaultdict(lambda: [0, 0])    # (lanes, which of a block's groups) -> how many are here, how often all were
+    _arrivals = collections.defaultdict(lambda: [0, 0])    # (group size, group of the block) -> lanes that arrived, rounds completed
 
     def _wait(n):
-        """Let n lanes side by side wait for each other."""
-        with _lock:     # two threads that come first at the same time must find the same list
+        """Barrier of a group of n adjacent lanes."""
+        with _lock:     # two threads that arrive first at the same time must find the same list
             arrivals = _arrivals[n, _thread().threadIdx.x // n]
             rounds = arrivals[1]
             arrivals[0] += 1
@@ -136,7 +151,8 @@ if SIMULATED:
                 raise RuntimeError("another thread of the block has failed")
             time.sleep(0)
 
-    def _together(x, combine, n=WARP, values=_values):
+    def _combine(x, combine, n=WARP, values=_values):
+        """Combine x over a group of n adjacent lanes; every lane gets the result."""
         i = _thread().threadIdx.x
         values[i] = x
         _wait(n)
@@ -146,25 +162,25 @@ if SIMULATED:
         return result
 
     def warp_sum(x):
-        """The sum of a warp's float32, in every lane."""
-        return _together(x, lambda values: values.sum(dtype=np.float32))
+        """Warp-level sum of float32, in every lane."""
+        return _combine(x, lambda values: values.sum(dtype=np.float32))
 
-    sum_of_four = warp_sum      # of four lanes side by side
+    sum_of_four = warp_sum      # over four adjacent lanes
 
     def max_of_eight(x):
-        """The greatest of eight int32 of lanes side by side, in each."""
-        return _together(x, lambda values: values.max(), 8, _counts)
+        """Maximum of int32 over eight adjacent lanes, in each of them."""
+        return _combine(x, lambda values: values.max(), 8, _counts)
 
     def warp_max(x):
-        """The greatest of a warp's float32, in every lane."""
-        return _together(x, lambda values: values.max())
+        """Warp-level maximum of float32, in every lane."""
+        return _combine(x, lambda values: values.max())
 
     def warp_max_int(x):
-        """The greatest of a warp's int32, in every lane."""
-        return _together(x, lambda values: values.max(), WARP, _counts)
+        """Warp-level maximum of int32, in every lane."""
+        return _combine(x, lambda values: values.max(), WARP, _counts)
 
     def warp_prefix(x, lane):
-        """The sum of a warp's int32 up to and with that of this lane."""
+        """Warp-level inclusive prefix sum of int32."""
         i = _thread().threadIdx.x
         _counts[i] = x
         _wait(WARP)
@@ -173,19 +189,22 @@ if SIMULATED:
         return total
 
     def load_four_f32(array, i):
-        """Four float32 of shared memory that begins at 16 bytes; i is a multiple of 4."""
+        """Load four float32 of 16-byte aligned shared memory. i is a multiple of 4."""
         return array[i], array[i + 1], array[i + 2], array[i + 3]
 
     def load_two_f32(array, i):
-        """Two float32 of shared memory that begins at 8 bytes; i is even."""
+        """Load two float32 of 8-byte aligned shared memory. i is even."""
         return array[i], array[i + 1]
 
     def store_four_f32(array, i, a, b, c, d):
-        """Store four float32 there."""
+        """Store four float32 in 16-byte aligned shared memory. i is a multiple of 4."""
         array[i], array[i + 1], array[i + 2], array[i + 3] = a, b, c, d
 
     def mma_s8(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
-        """c + a b for int8 tiles a [16, 32] and b [32, 8], int32 c [16, 8], spread over 32 lanes as mma.m16n8k32 has them."""
+        """Tensor-core product c + a b of int8 tiles, mma.m16n8k32.
+
+        a [16, 32] and b [32, 8] are int8, c [16, 8] is int32. Each of 32 lanes holds the fragments that the instruction defines.
+        """
         i = _thread().threadIdx.x
         _operands[i] = a0, a1, a2, a3, b0, b1
         _wait(MMA_WARP)
@@ -195,13 +214,16 @@ if SIMULATED:
         row, column = i % MMA_WARP // 4, i % 4 * 2
 
         def product(upper, column):
-            words = [(upper, 4), (2 + upper, 5)]
+            operands = [(upper, 4), (2 + upper, 5)]
             return sum(int(_signed_bytes(lanes[4 * row + k, a]) @ _signed_bytes(lanes[4 * column + k, b]))
-                       for a, b in words for k in range(4))
+                       for a, b in operands for k in range(4))
         return c0 + product(0, column), c1 + product(0, column + 1), c2 + product(1, column), c3 + product(1, column + 1)
 
     def mma_f16(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
-        """c + a b for float16 tiles a [16, 16] and b [16, 8], float32 c [16, 8], spread over 32 lanes as mma.m16n8k16 has them."""
+        """Tensor-core product c + a b of float16 tiles, mma.m16n8k16.
+
+        a [16, 16] and b [16, 8] are float16, c [16, 8] is float32. Each of 32 lanes holds the fragments that the instruction defines.
+        """
         i = _thread().threadIdx.x
         _halves[i] = np.array([a0, a1, a2, a3, b0, b1], np.uint32).view(np.float16).reshape(6, 2)
         _wait(MMA_WARP)
@@ -214,14 +236,14 @@ if SIMULATED:
             return np.float32((rows[:, [upper, 2 + upper]] * columns[column][:, 4:]).sum())
         return c0 + product(0, 0), c1 + product(0, 1), c2 + product(1, 0), c3 + product(1, 1)
 
-    def halves_of_bytes(word):
-        """Four signed bytes as float16, two in a word."""
-        first, second = _signed_bytes(word).astype(np.float16).view(np.uint32)
+    def int8_to_f16(quad):
+        """Convert four int8 to float16, two per uint32."""
+        first, second = _signed_bytes(quad).astype(np.float16).view(np.uint32)
         return int(first), int(second)
 
-    def store_four_u32(words, i, a, b, c, d):
-        """Store four uint32 in shared memory that begins at 16 bytes; i is a multiple of 4."""
-        words[i], words[i + 1], words[i + 2], words[i + 3] = a, b, c, d
+    def store_four_u32(array, i, a, b, c, d):
+        """Store four uint32 in 16-byte aligned shared memory. i is a multiple of 4."""
+        array[i], array[i + 1], array[i + 2], array[i + 3] = a, b, c, d
 
 else:
     import math
@@ -236,6 +258,7 @@ else:
     WHOLE_WARP, ZERO = np.uint32(0xFFFFFFFF), np.float32(0)
 
     def _loader(kind, align, result, convert=lambda builder, value: value):
+        """Intrinsic that loads an LLVM type at a byte offset and converts it."""
         @intrinsic
         def load(typingctx, data, at):
             def codegen(context, builder, signature, args):
@@ -245,8 +268,8 @@ else:
             return result(data, types.int64), codegen
         return load
 
-    def _loader_of_four(scale):
-        """Sixteen bytes in one load; `scale` bytes are an element of the array."""
+    def _loader_16_bytes(scale):
+        """Intrinsic that loads 16 bytes; an array element has `scale` bytes."""
         @intrinsic
         def load(typingctx, data, at):
             def codegen(context, builder, signature, args):
@@ -266,9 +289,9 @@ else:
             builder.store(builder.load(places[1], align=16), places[0], align=16)
         return types.void(target, types.int64, source, types.int64), codegen
 
-    FOUR, FOUR_WORDS = ir.VectorType(ir.FloatType(), 4), ir.VectorType(I32, 4)
+    FOUR_F32, FOUR_U32 = ir.VectorType(ir.FloatType(), 4), ir.VectorType(I32, 4)
 
-    def _place_of_four(context, builder, array_type, array, i, four=FOUR):
+    def _place_of_four(context, builder, array_type, array, i, four=FOUR_F32):
         base = context.make_array(array_type)(context, builder, array).data
         return builder.bitcast(builder.gep(base, [i]), four.as_pointer())
 
@@ -296,9 +319,9 @@ else:
             return types.void(array, types.int64, *[element] * 4), codegen
         return put
 
-    store_four_f32, store_four_u32 = _store_of_four(FOUR, types.float32), _store_of_four(FOUR_WORDS, types.uint32)
+    store_four_f32, store_four_u32 = _store_of_four(FOUR_F32, types.float32), _store_of_four(FOUR_U32, types.uint32)
 
-    four_u32_at, load_four_u32 = _loader_of_four(1), _loader_of_four(4)
+    four_u32_at, load_four_u32 = _loader_16_bytes(1), _loader_16_bytes(4)
     byte_at = _loader(I8, 1, types.int32, lambda builder, value: builder.zext(value, I32))
     u32_at = _loader(I32, 4, types.uint32)
     half_at = _loader(ir.HalfType(), 2, types.float32, lambda builder, value: builder.fpext(value, ir.FloatType()))
@@ -414,9 +437,9 @@ else:
         return types.UniTuple(types.float32, 4)(*[types.uint32] * 6, *[types.float32] * 4), codegen
 
     @intrinsic
-    def halves_of_bytes(typingctx, word):
+    def int8_to_f16(typingctx, quad):
         def codegen(context, builder, signature, args):
-            # 1024 + (byte + 128) is the float16 with that byte's bits below 0x64
+            # 0x6400 | (byte + 128) is the float16 1024 + (byte + 128)
             biased = builder.xor(args[0], I32(0x80808080))
             pairs = [_permute(builder, [biased, I32(0x64646464), I32(selector)]) for selector in (0x4140, 0x4342)]
             return cgutils.pack_array(builder, [_assembly(builder, I32, "sub.f16x2 $0, $1, $2;", "=r,r,r", [pair, I32(0x64806480)])
@@ -426,6 +449,9 @@ else:
 
 @device
 def pack_int8x2(a, b, c, d):
-    """Four whole numbers of 16 bits, 256 high + low, as a word of their high signed bytes and one of their low ones."""
+    """Split four int16 into int8 pairs: 256 high + low.
+
+    Returns a uint32 of the four high bytes and one of the four low bytes, all signed.
+    """
     return (np.uint32((a + 128 >> 8 & 255) | (b + 128 >> 8 & 255) << 8 | (c + 128 >> 8 & 255) << 16 | (d + 128 >> 8 & 255) << 24),
             np.uint32((a & 255) | (b & 255) << 8 | (c & 255) << 16 | (d & 255) << 24))

@@ -1,6 +1,7 @@
-"""The CUDA driver through cuda.bindings: memory, copies, kernels and recorded steps of one GPU. Of Numba nothing but its compiler is used.
+"""The CUDA driver API of one GPU: memory, copies, launches, CUDA graphs.
 
-All work goes to one stream, in the order of the calls, whichever thread they come from.
+It goes through cuda.bindings. Only Numba's compiler is used, not its runtime. All work goes to one stream, in the order of the calls,
+whichever host thread makes them.
 """
 import ctypes
 import functools
@@ -14,19 +15,22 @@ from cuda.bindings import driver
 from pydsa.errors import LESS, OutOfMemoryError, PydsaError
 
 
-PACKED, PACKED_SIZE, END = 1, 2, 0      # what cuLaunchKernel's last argument says of the parameters (CU_LAUNCH_PARAM_*)
+PACKED, PACKED_SIZE, END = 1, 2, 0      # tags in cuLaunchKernel's last argument, `extra` (CU_LAUNCH_PARAM_*)
 
 
 class Memory:
-    """Bytes on the GPU from `address` on, given back when nothing refers to this object any more."""
+    """A device allocation, freed when nothing refers to this object."""
 
     def __init__(self, gpu, address):
         self.address = address
-        weakref.finalize(self, gpu.give_back, address).atexit = False      # a process that ends gives all back
+        weakref.finalize(self, gpu.free, address).atexit = False      # at exit the driver frees everything
 
 
 class Parameters:
-    """A kernel's parameters in one piece of memory, as structs in C have them; kinds: a letter of the module `struct` for each."""
+    """A kernel's parameters in one buffer, laid out as a C struct.
+
+    kinds: a letter of the module `struct` for each parameter.
+    """
 
     def __init__(self, kinds):
         self._packed = struct.Struct(kinds)
@@ -35,12 +39,12 @@ class Parameters:
         self.address = ctypes.addressof(self._extra)
 
     def fill(self, values):
-        """Write all values."""
+        """Write the values of all parameters."""
         self._packed.pack_into(self._bytes, 0, *values)
 
 
 class GraphExec:
-    """A recorded step: a CUDA graph ready to be launched."""
+    """A recorded step: an instantiated CUDA graph."""
 
     def __init__(self, gpu, graph):
         self.graph = graph
@@ -48,19 +52,22 @@ class GraphExec:
 
 
 class Gpu:
-    """The first GPU that CUDA_VISIBLE_DEVICES leaves, opened when it is first used.
+    """The first GPU in CUDA_VISIBLE_DEVICES, opened on first use.
 
-    Raises OutOfMemoryError where the driver has no memory left, and PydsaError for everything else that it refuses.
+    Raises OutOfMemoryError if the driver is out of memory, and PydsaError for any other error of the driver.
     """
 
     def __init__(self):
         self.api = driver
-        self._alone = threading.RLock()         # what one thread does is not recorded in another's step
-        self._thread = threading.local()        # .context: whether it is the thread's own
-        self._recording, self._given_back = False, []
+        self._lock = threading.RLock()         # one thread's work must not be captured in another's step
+        self._thread = threading.local()        # .context: whether the context is current in this thread
+        self._recording, self._to_free = False, []
 
     def _do(self, name, *args):
-        """What a function of the driver gives after its status: a value, a list of several, or None."""
+        """Call a driver function and check its status.
+
+        Returns what follows the status: a value, a list of several, or None.
+        """
         status, *results = getattr(self.api, name)(*args)
         if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             raise OutOfMemoryError(f"The GPU has no memory left ({name}); {LESS}.")
@@ -73,7 +80,7 @@ class Gpu:
         try:
             self._do("cuInit", 0)
             device = self._do("cuDeviceGet", 0)
-        except Exception as error:      # without a driver cuda.bindings raises errors of its own
+        except Exception as error:      # without a driver cuda.bindings raises its own exceptions
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise PydsaError(f"--device cuda finds no NVIDIA driver or no GPU ({first}); `nvidia-smi` must list one.") from error
         made_for, version = int(bindings.__version__.split(".")[0]), self._do("cuDriverGetVersion")
@@ -92,7 +99,7 @@ class Gpu:
 
     @functools.cached_property
     def name(self):
-        """What the GPU is called."""
+        """The name of the GPU."""
         return self._do("cuDeviceGetName", 100, self._device).split(b"\0")[0].decode()
 
     @functools.cached_property
@@ -104,50 +111,50 @@ class Gpu:
         return self._do("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
 
     def __enter__(self):
-        """No other thread uses the GPU until the end of the block, and its context is this thread's."""
-        self._alone.acquire()
+        """Lock the GPU for this thread and make its context current."""
+        self._lock.acquire()
         try:
             if not getattr(self._thread, "context", False):
                 self._do("cuCtxSetCurrent", self._context)
                 self._thread.context = True
         except BaseException:
-            self._alone.release()
+            self._lock.release()
             raise
 
     def __exit__(self, *error):
-        self._alone.release()
+        self._lock.release()
 
     def memory(self):
-        """Bytes of memory that are free, and all."""
+        """Free and total bytes of memory."""
         with self:
             return self._do("cuMemGetInfo")
 
     def allocate(self, n_bytes):
-        """Memory of so many bytes, at least one."""
+        """Allocate n_bytes, at least one."""
         with self:
             try:
                 return Memory(self, int(self._do("cuMemAlloc", n_bytes)))
             except OutOfMemoryError as error:
                 raise OutOfMemoryError(f"The GPU has no room for {n_bytes / 2**20:.0f} MiB more; {LESS}.") from error
 
-    def give_back(self, address):
-        """Free memory; while a step is recorded, that is put off."""
+    def free(self, address):
+        """Free memory. Deferred while a step is being recorded."""
         with self:
-            self._given_back.append(address)
-            self._free()
+            self._to_free.append(address)
+            self._free_deferred()
 
-    def _free(self):
-        while self._given_back and not self._recording:
-            self._do("cuMemFree", self._given_back.pop())
+    def _free_deferred(self):
+        while self._to_free and not self._recording:
+            self._do("cuMemFree", self._to_free.pop())
 
     def copy_in(self, address, values):
         """Copy a contiguous numpy array to the GPU."""
         with self:
             self._do("cuMemcpyHtoDAsync", address, values.ctypes.data, values.nbytes, self._stream)
-            self._do("cuStreamSynchronize", self._stream)       # the values may be gone when the copy begins
+            self._do("cuStreamSynchronize", self._stream)       # the caller may free the values before the copy starts
 
     def copy_out(self, values, address):
-        """Copy from the GPU into a contiguous numpy array, all that was launched before being done."""
+        """Copy from the GPU into a contiguous numpy array. Waits for all earlier launches."""
         with self:
             self._do("cuMemcpyDtoHAsync", values.ctypes.data, address, values.nbytes, self._stream)
             self._do("cuStreamSynchronize", self._stream)
@@ -158,24 +165,24 @@ class Gpu:
             self._do("cuMemsetD8Async", address, 0, n_bytes, self._stream)
 
     def synchronize(self):
-        """Wait for all that was launched."""
+        """Wait for all launches to finish."""
         with self:
             self._do("cuStreamSynchronize", self._stream)
 
     def load(self, image, name):
-        """A kernel of a module, for launch()."""
+        """Load a module and return its kernel, for launch()."""
         with self:
             module = self._do("cuModuleLoadData", image)
             return self._do("cuModuleGetFunction", module, name.encode())
 
     def launch(self, function, grid, n_threads, parameters, values):
-        """Launch a kernel for a grid of blocks, [3] numbers, of so many threads each."""
+        """Launch a kernel on a grid (x, y, z) of blocks of n_threads threads."""
         with self:
             parameters.fill(values)
             self._do("cuLaunchKernel", function, *grid, n_threads, 1, 1, 0, self._stream, 0, parameters.address)
 
     def record(self, work):
-        """What work() launches as a GraphExec, without doing it."""
+        """Capture the launches of work() as a GraphExec, without running them."""
         with self:
             self._do("cuStreamBeginCapture", self._stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
             self._recording = True
@@ -184,13 +191,16 @@ class Gpu:
             finally:
                 self._recording = False
                 graph = self._do("cuStreamEndCapture", self._stream)
-            self._free()
+            self._free_deferred()
             step = GraphExec(self, self._do("cuGraphInstantiate", graph, 0))
             self._do("cuGraphDestroy", graph)
             return step
 
     def time_each(self, works):
-        """Seconds of each of several functions that launch something, in a recorded step with an event after each, which is done once."""
+        """Seconds of each of several functions that launch kernels.
+
+        All are captured in one CUDA graph with an event after each. The graph is launched once.
+        """
         with self:
             events = [self._do("cuEventCreate", 0) for _ in range(len(works) + 1)]
 
@@ -207,11 +217,11 @@ class Gpu:
                     self._do("cuEventDestroy", event)
 
     def replay(self, step):
-        """Do a recorded step."""
+        """Launch a recorded step."""
         with self:
             self._do("cuGraphLaunch", step.graph, self._stream)
 
     def forget(self, graph):
-        """Free a GraphExec's graph."""
+        """Destroy a GraphExec's graph."""
         with self:
             self._do("cuGraphExecDestroy", graph)

@@ -1,6 +1,7 @@
-"""A step of one token in fewer launches: ops that follow each other become one kernel, activations are rounded once for all that take them.
+"""Kernel fusion for one-token steps: consecutive ops become one launch.
 
-Every array is written as by the ops themselves, in an order that gives the same; so any op may be left as it is.
+Activations are packed to Int8x2 once for all products that take them. Every array is written with the same values as by the ops themselves,
+so that any op can be left unfused.
 """
 import functools
 
@@ -14,7 +15,10 @@ from pydsa.backends.cuda.int8x2.linear import gemv, pack_into, scratch_for
 
 
 def fewer_launches(calls):
-    """functools.partial functions that do what calls, (op, args, how many of these it writes) of one token's step, do in this order."""
+    """Fuse the calls of a one-token step into a list of launches.
+
+    calls: (op, args, number of leading args that the op writes). Returns functools.partial objects, to be called in order.
+    """
     launches, i = Launches(), 0
     while i < len(calls):
         ops, args = [op for op, _, _ in calls[i:i + 4]], [a for _, a, _ in calls[i:i + 4]]
@@ -26,13 +30,16 @@ def fewer_launches(calls):
 
 
 class Launches:
-    """The launches so far, and which rows stand rounded somewhere."""
+    """The launches so far, and which activations have a valid Int8x2."""
 
     def __init__(self):
-        self.calls, self._packed = [], {}       # address, shape, strides of rows -> their Int8x2, where they lie
+        self.calls, self._packed = [], {}       # address, shape, strides of rows -> their Int8x2, their span
 
     def add(self, function, *args, written, packs=None):
-        """One more. What is rounded of the arrays that it writes is no longer right; `packs`: rows whose Int8x2 is its last argument."""
+        """Append a launch.
+
+        It invalidates the Int8x2 of every array that it writes. packs: rows whose Int8x2 it makes; that becomes its last argument.
+        """
         for low, high in (array.span for array in written):
             self._packed = {key: (made, span) for key, (made, span) in self._packed.items() if span[1] <= low or high <= span[0]}
         if packs is not None:
@@ -42,7 +49,7 @@ class Launches:
         self.calls.append(functools.partial(function, *args))
 
     def packed(self, x):
-        """The Int8x2 of rows, of which a launch makes it if none has."""
+        """The Int8x2 of rows. Appends a launch that makes it if there is none."""
         key = x.span[0], x.shape, x.strides
         if key not in self._packed:
             self.add(pack_into, x, written=(), packs=x)
@@ -50,17 +57,17 @@ class Launches:
 
 
 def one_row(a):
-    """Whether an array is of one token, and its numbers can be rounded."""
+    """Whether an array has one token and can be packed to Int8x2."""
     return a.shape[0] == 1 and a.shape[-1] % 32 == 0
 
 
 def same(a, b):
-    """Whether two arrays are the same memory, in the same order."""
+    """Whether two arrays are the same view of the same memory."""
     return a.span == b.span and a.shape == b.shape and a.strides == b.strides
 
 
 def sums_and_norm(launches, ops, args):
-    """rms_norm of one array, or of what one or two ops add before it."""
+    """Fuse rms_norm with up to two add ops before it, and pack its output."""
     n = next((n for n in range(3) if ops[:n + 1] == [norm.add] * n + [norm.rms_norm]), None)
     if n is None or not one_row(args[n][0]):
         return 0
@@ -81,9 +88,10 @@ def sums_and_norm(launches, ops, args):
 
 
 def products(launches, ops, args):
-    """linear or head_linear with quantized weights; two of the first that take the same activations become one launch.
+    """Fuse linear or head_linear with quantized weights.
 
-    Of these the second may come after a norm of what the first made.
+    Two linear ops on the same activations become one launch. An rms_norm of the first one's output may stand between them. A head_linear
+    takes the rope op after it into the launch that packs its activations.
     """
     if ops[0] not in (linear.linear, linear.head_linear):
         return 0
@@ -97,7 +105,7 @@ def products(launches, ops, args):
         return 2
     between = 1 if ops[:3] == [linear.linear, norm.rms_norm, linear.linear] else 0
     other = args[1 + between] if ops[:2 + between] == [linear.linear] + [norm.rms_norm] * between + [linear.linear] else None
-    pair = other is not None and same(x, other[2]) and alike(w, other[1]) and not (
+    pair = other is not None and same(x, other[2]) and same_layout(w, other[1]) and not (
         between and (overlap(other[0], args[1][0]) or overlap(other[0], args[1][1])))
     outs, weights = [out, other[0]] if pair else [out], [w, other[1]] if pair else [w]
     tiles = linear.head_tiles(1, 1 if ops[0] is linear.linear else x.shape[1])
@@ -108,7 +116,7 @@ def products(launches, ops, args):
 
 
 def overlap(a, b):
-    """Whether the memory of two arrays may overlap."""
+    """Whether the spans of two arrays overlap."""
     return a.span[0] < b.span[1] and b.span[0] < a.span[1]
 
 
@@ -122,13 +130,13 @@ def beside(a, b):
     return a.shape[:2] == b.shape[:2] and a.strides == b.strides and b.shape[-1] <= column(a, b) <= b.strides[1] // 4 - a.shape[-1]
 
 
-def alike(w, other):
-    """Whether one launch can multiply with both."""
+def same_layout(w, other):
+    """Whether one launch can multiply with both weights."""
     return w.type == other.type and w.row_bytes == other.row_bytes
 
 
-def gates(launches, ops, args):
-    """silu_mul"""
+def gated(launches, ops, args):
+    """Fuse silu_mul with the packing of its output."""
     if ops[0] is not norm.silu_mul or not one_row(args[0][0]):
         return 0
     out, gate, up = (a.rows for a in args[0])
@@ -137,35 +145,38 @@ def gates(launches, ops, args):
 
 
 def first_of_experts(launches, ops, args):
-    """moe_gate_up with quantized weights"""
+    """Fuse moe_gate_up with quantized weights: one gemv for both, then silu_mul."""
     out, x, ids, gate, up = args[0] if ops[0] is moe.moe_gate_up else [None] * 5
     if out is None or not one_row(out) or gate.type not in GROUPED or up.type not in GROUPED:
         return 0
     hidden, tiles = out.rows, moe.pair_tiles(ids, gate.shape[0], ids.shape[1])
     ups, x = scratch("ups", hidden.shape, np.float32), launches.packed(x.rows)
-    for outs, weights in [([hidden, ups], [gate, up])] if alike(gate, up) else [([hidden], [gate]), ([ups], [up])]:
+    for outs, weights in [([hidden, ups], [gate, up])] if same_layout(gate, up) else [([hidden], [gate]), ([ups], [up])]:
         launches.add(gemv, outs, weights, x, tiles, written=outs)
     launches.add(silu_mul_pack, hidden, hidden, ups, written=[hidden], packs=hidden)
     return 1
 
 
 def last_of_experts(launches, ops, args):
-    """moe_down with quantized weights"""
+    """Let moe_down with quantized weights use packed activations."""
     out, hidden, ids, weights, down = args[0] if ops[0] is moe.moe_down else [None] * 5
     if out is None or out.shape[0] != 1 or down.type not in GROUPED:
         return 0
-    launches.add(moe.finish, out, ids, weights, down, launches.packed(hidden.rows), written=[out])
+    launches.add(moe.moe_down_packed, out, ids, weights, down, launches.packed(hidden.rows), written=[out])
     return 1
 
 
 def stored_row(launches, ops, args):
-    """A norm, rope, hadamard or not, cache_write, of one token's row: of latents, whose compressed values are normed, or of index keys."""
+    """Fuse norm, rope, an optional hadamard and cache_write of one row.
+
+    The row is a latent, whose compressed values are normed, or a key of the indexer.
+    """
     n = next((n for n in (3, 4) if ops[1:n] == [rope.rope, rope.hadamard, rows.cache_write][:n - 2] + [rows.cache_write]), None)
     if n is None or ops[0] not in (norm.rms_norm, norm.layer_norm):
         return 0
     (normed, x, w, *b, eps), (rotated, source, table, neox), (cache, row, positions) = args[0], args[1], args[n - 1]
-    whole = n == 3 or same(args[2][0].rows, row) and same(args[2][1].rows, row)
-    if row.shape[0] != 1 or not whole or not same(rotated, source) or rotated.shape[1] != 1 or normed.span[0] != row.span[0]:
+    whole_row = n == 3 or same(args[2][0].rows, row) and same(args[2][1].rows, row)
+    if row.shape[0] != 1 or not whole_row or not same(rotated, source) or rotated.shape[1] != 1 or normed.span[0] != row.span[0]:
         return 0
     if not 0 <= column(rotated, row) <= row.shape[1] - rotated.shape[-1]:
         return 0
@@ -174,13 +185,16 @@ def stored_row(launches, ops, args):
 
 
 def index_queries(launches, ops, args):
-    """rope and hadamard of the indexer's queries, the linear of its weights, and indexer_select with keys of bytes"""
+    """Fuse rope, hadamard and packing of the indexer's queries.
+
+    The ops are rope, hadamard, the linear of the head weights, and indexer_select with int8 keys.
+    """
     if ops != [rope.rope, rope.hadamard, linear.linear, indexer.indexer_select]:
         return 0
-    (rotated, source, table, neox), (q, rotated), (w, _, _), (out, asked, weights, keys, positions, scale) = args
+    (rotated, source, table, neox), (q, rotated), (w, _, _), (out, selected, weights, keys, positions, scale) = args
     if q.shape[0] != 1 or not int8x2.indexer.takes(keys) or not same(rotated, source) or not same(q, rotated):
         return 0
-    if not same(q, asked) or not same(w, weights) or overlap(w, q) or not overlap(rotated, q):
+    if not same(q, selected) or not same(w, weights) or overlap(w, q) or not overlap(rotated, q):
         return 0
     if products(launches, ops[2:3], args[2:3]) == 0:
         launches.add(linear.linear, *args[2], written=[w])
@@ -191,7 +205,10 @@ def index_queries(launches, ops, args):
 
 
 def attended(launches, ops, args):
-    """Attention whose output meets quantized weights"""
+    """Fuse attention with the packing of its output.
+
+    The output must be the input of a quantized head_linear.
+    """
     if ops[0] not in ATTENTION or ops[1:2] != [linear.head_linear] or args[1][1].type not in GROUPED or not one_row(args[0][0]):
         return 0
     out, q, latents, *others, scale = args[0]
@@ -203,7 +220,7 @@ def attended(launches, ops, args):
     return 1
 
 
-# op -> how attend() is told of it, and what its arguments between the cache and the scale are
+# op -> mode of attend(), names of the op's arguments between the cache and the scale
 ATTENTION = {attention.dense_attention: (modes.DENSE, ("positions",)), attention.sparse_attention: (modes.SPARSE, ("indices",)),
              attention.masked_attention: (modes.MASKED, ("mask", "positions"))}
-RULES = stored_row, sums_and_norm, index_queries, attended, products, gates, first_of_experts, last_of_experts
+RULES = stored_row, sums_and_norm, index_queries, attended, products, gated, first_of_experts, last_of_experts

@@ -1,7 +1,7 @@
-"""What one token's step does in fewer launches: sums, norms and products of gates, rounded at once for the matrices that take them.
+"""Fused kernels for one-token steps: adds, norms, gates and rope, with packing.
 
-A launch takes a GPU as long as a million bytes of weights, and most ops of one token are smaller. Each kernel here does what several ops do
-one after the other, to the last bit, and leaves all that they leave.
+A launch takes as long as reading a million bytes of weights, and most ops of one token are smaller. Each kernel here computes what several
+ops compute one after the other, to the last bit, and writes all of their outputs.
 """
 import math
 
@@ -13,8 +13,8 @@ from pydsa.backends.cuda.device import SIMULATED, WARP
 from pydsa.backends.cuda.int8x2.indexer import pack_query
 from pydsa.backends.cuda.int8x2.linear import pack_four
 from pydsa.backends.cuda.launch import blocks_for, kernel
-from pydsa.backends.cuda.norm import layer_norm_row, rms_norm_row, sigmoid_times
-from pydsa.backends.cuda.rope import WIDEST, hadamard_row, rotate_pair
+from pydsa.backends.cuda.norm import layer_norm_row, rms_norm_row, silu_times
+from pydsa.backends.cuda.rope import MAX_WIDTH, hadamard_row, rotate_pair
 from pydsa.backends.cuda.rows import BITS, CACHED, store_bits, write_part
 
 
@@ -24,9 +24,9 @@ ZERO = np.float32(0)
 
 @kernel("f4[:,:], f4[:,:], f4[:,:], f4[:,:], f4[:,:], f4[:,:], i4, f4[:], f4, u4[:,:], f4[:,:], f4[:,:]", THREADS)
 def add_norm_rows(out, second, first, x, y, z, n_added, w, eps, packed, scales, sums):
-    """first = x + y and second = first + z, of which n_added are done; out = the rms_norm of the last, and its Int8x2.
+    """out = rms_norm(x + y + z) and its Int8x2; n_added of the adds are done.
 
-    A block has one row, of a multiple of 32 numbers.
+    first = x + y and second = first + z are stored too. One row per block; a row has a multiple of 32 values.
     """
     t, thread, parts, n = cuda.blockIdx.x, cuda.threadIdx.x, cuda.shared.array(32, np.float32), x.shape[1]
     total = ZERO
@@ -55,15 +55,15 @@ def add_norm_rows(out, second, first, x, y, z, n_added, w, eps, packed, scales, 
 
 @kernel("f4[:,:], f4[:,:], f4[:,:], u4[:,:], f4[:,:], f4[:,:]", THREADS)
 def silu_mul_packed(out, gate, up, packed, scales, sums):
-    """out = gate sigmoid(gate) up, and its Int8x2; a thread makes four numbers."""
+    """out = gate sigmoid(gate) up, and its Int8x2. Four values per thread."""
     t, four = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
-    there, i = four < out.shape[1] // 4, 4 * four
+    valid, i = four < out.shape[1] // 4, 4 * four
     a, b, c, e = ZERO, ZERO, ZERO, ZERO
-    if there:
-        a, b = sigmoid_times(gate[t, i], up[t, i]), sigmoid_times(gate[t, i + 1], up[t, i + 1])
-        c, e = sigmoid_times(gate[t, i + 2], up[t, i + 2]), sigmoid_times(gate[t, i + 3], up[t, i + 3])
+    if valid:
+        a, b = silu_times(gate[t, i], up[t, i]), silu_times(gate[t, i + 1], up[t, i + 1])
+        c, e = silu_times(gate[t, i + 2], up[t, i + 2]), silu_times(gate[t, i + 3], up[t, i + 3])
         out[t, i], out[t, i + 1], out[t, i + 2], out[t, i + 3] = a, b, c, e
-    pack_four(packed, scales, sums, t, four, there, a, b, c, e)
+    pack_four(packed, scales, sums, t, four, valid, a, b, c, e)
 
 
 def _make_store(storage):
@@ -71,12 +71,13 @@ def _make_store(storage):
     floats, wide = storage in BITS, storage == "i16"
 
     def store_row(row, x, normed, w, b, eps, centred, rotated, table, neox, rotates, cache, positions, first, second):
-        """The norm of x into `normed`, the first columns of `row`; columns `rotated` of it by rope, all by hadamard; then row to the cache.
+        """Norm, rope, optional hadamard and cache_write of one row, by one block.
 
-        One block does it for one token; centred: layer_norm, not rms_norm; rotates: whether there is a hadamard.
+        The norm of x goes to `normed`, the first columns of `row`. rope rotates its columns `rotated`, hadamard the whole row. centred:
+        layer_norm, not rms_norm. rotates: whether there is a hadamard.
         """
-        thread, parts, tops = cuda.threadIdx.x, cuda.shared.array(32, np.float32), cuda.shared.array(32, np.int32)
-        values = cuda.shared.array(WIDEST, np.float32)
+        thread, parts, maxima = cuda.threadIdx.x, cuda.shared.array(32, np.float32), cuda.shared.array(32, np.int32)
+        values = cuda.shared.array(MAX_WIDTH, np.float32)
         if centred:
             layer_norm_row(normed, x, w, b, eps, 0, parts, thread, THREADS)
         else:
@@ -93,9 +94,9 @@ def _make_store(storage):
             for i in range(thread, row.shape[1], THREADS):
                 store_bits(stored, n_bytes * i, to_bits(row[0, i]), n_bytes)
         else:
-            write_part(stored, row, 0, 0, first, second, wide, tops, thread, THREADS)
+            write_part(stored, row, 0, 0, first, second, wide, maxima, thread, THREADS)
             if second > 0:
-                write_part(stored, row, 0, 1, first, second, wide, tops, thread, THREADS)
+                write_part(stored, row, 0, 1, first, second, wide, maxima, thread, THREADS)
     signature = "f4[:,:], f4[:,:], f4[:,:], f4[:], f4[:], f4, b1, f4[:,:,:], f4[:,:,:], b1, b1, u1[:,:], i8[:], i4, i4"
     return kernel(signature, THREADS, f"store_row_{storage}")(store_row)
 
@@ -105,8 +106,11 @@ STORE = {storage: _make_store(storage) for storage in CACHED}
 
 @kernel("f4[:,:,:], f4[:,:,:], f4[:,:,:], b1, f4[:,:], u4[:,:], f4[:,:]", THREADS)
 def rotate_queries(q, rotated, table, neox, w, queries, weights):
-    """rope of columns of the indexer's queries, hadamard, and what byte_indexer's kernels take; a block has one head of one token."""
-    h, thread, values = cuda.blockIdx.x, cuda.threadIdx.x, cuda.shared.array(WIDEST, np.float32)
+    """rope, hadamard and packing of the indexer's queries.
+
+    See int8x2/indexer.py. One head of one token per block.
+    """
+    h, thread, values = cuda.blockIdx.x, cuda.threadIdx.x, cuda.shared.array(MAX_WIDTH, np.float32)
     if h < q.shape[1]:
         for i in range(thread, table.shape[2], THREADS):
             rotate_pair(rotated, rotated, table, neox, 0, h, i)
@@ -119,7 +123,10 @@ def rotate_queries(q, rotated, table, neox, w, queries, weights):
 
 @kernel("f4[:,:], f4[:,:,:], f4[:,:,:], f4[:,:,:], b1, u4[:,:], f4[:,:], f4[:,:]", THREADS)
 def pack_and_rotate(x, out, rotated, table, neox, packed, scales, sums):
-    """The Int8x2 of x, a row for each head, and the rope of other columns of the queries into `out`; a block has one head."""
+    """Pack x to Int8x2, one row per head, and rotate columns of the queries.
+
+    out = rope(rotated). One head per block.
+    """
     h, thread, n = cuda.blockIdx.x, cuda.threadIdx.x, x.shape[1] // 4
     for begin in range(0, n, THREADS):
         four = begin + thread
@@ -132,30 +139,36 @@ def pack_and_rotate(x, out, rotated, table, neox, packed, scales, sums):
 
 
 def add_norm(added, out, w, eps, made):
-    """rms_norm of the last sum; added: one array that is normed as it is, or [x, y, x + y] or [x, y, x + y, z, x + y + z]."""
+    """rms_norm of a sum, and its Int8x2.
+
+    added: [x], [x, y, x + y] or [x, y, x + y, z, x + y + z]; the last one is normed.
+    """
     x, y, first, z, second = added + [added[0]] * (5 - len(added))
     add_norm_rows(out.shape[0], out, second, first, x, y, z, (len(added) - 1) // 2, w, eps, *made)
 
 
 def silu_mul_pack(out, gate, up, made):
-    """silu_mul, and its Int8x2."""
+    """silu_mul, and the Int8x2 of its output."""
     silu_mul_packed((out.shape[0], blocks_for(out.shape[1] // 4, THREADS)), out, gate, up, *made)
 
 
 def store(row, x, normed, w, b, eps, rotated, table, neox, rotates, cache, positions):
-    """A norm of x into `normed`, the first columns of `row`, rope of `rotated`, hadamard of all if it `rotates`; then row to the cache.
+    """Norm, rope, hadamard if `rotates`, and cache_write of one row.
 
-    b: of layer_norm, or None for rms_norm.
+    See store_row. b: the bias of layer_norm, or None for rms_norm.
     """
     STORE[cache.storage](1, row, x, normed, w, w if b is None else b, eps, b is not None, rotated, table, neox, rotates, cache.data,
                          positions, cache.first, cache.second)
 
 
 def rotate_and_pack_queries(q, rotated, table, neox, w, queries):
-    """rope of columns of q, hadamard, and q and w as byte_indexer.score() takes them."""
+    """rope of columns of q, hadamard, and packing of q and w.
+
+    queries: the operand of int8x2.indexer.score().
+    """
     rotate_queries(queries[1].shape[1], q, rotated, table, neox, w, *queries)
 
 
 def pack_and_rope(x, out, rotated, table, neox, made):
-    """Make `made` the Int8x2 of x, a row for each head, and `out` the rope of `rotated`."""
+    """Pack x to Int8x2, one row per head, and rotate: out = rope(rotated)."""
     pack_and_rotate(x.shape[0], x, out, rotated, table, neox, *made)

@@ -1,4 +1,4 @@
-"""Products with GGUF weights, one matrix for all tokens or one for each head."""
+"""Matrix products with GGUF weights: one matrix for all tokens, or one per head."""
 import functools
 from typing import NamedTuple
 
@@ -10,34 +10,43 @@ from pydsa.backends.cuda.variants import kernels
 
 
 class Tiles(NamedTuple):
-    """Which rows of activations meet which matrix: int32 arrays of tiles (a matrix or -1, where its rows begin and end in `order`)."""
-    matrix: object
-    first: object
-    end: object
-    order: object
-    x_div: int      # a row of activations serves so many rows of `order`, one after the other
-    single: bool    # each tile has one row, and `order` is 0, 1, 2, ...: one token
+    """Tiles of a grouped product: which rows of activations each matrix multiplies.
+
+    All arrays are int32 on the device; matrix, first and end have an entry per tile.
+    """
+    matrix: object  # the matrix of a tile, or -1: no tile
+    first: object   # where the rows of a tile begin in `order`
+    end: object     # where they end
+    order: object   # rows of the output, grouped by tile
+    x_div: int      # output row i takes row i // x_div of the activations
+    single: bool    # one token: each tile has one row, and `order` is 0, 1, 2, ...
 
 
 def multiply(out, w, x, tiles):
-    """out[i] = a matrix of w times row i // x_div of the activations x, a view of any strides, for all tiles; out is one, too."""
+    """out[i] = a matrix of w times row i // x_div of x, for all tiles.
+
+    The activations x and out are views of any strides.
+    """
     pack, matmul = kernels("linear", w, tiles.single)
     matmul(out.rows, w, pack(x.rows), tiles)
 
 
 @functools.cache
-def numbers(n):
+def arange(n):
     """0, 1, ..., n - 1 on the device."""
     return upload(np.arange(n, dtype=np.int32))
 
 
 def head_tiles(n_tokens, n_head):
-    """Tiles for one matrix a head: row t * n_head + h of activations meets matrix h."""
+    """Tiles for one matrix per head.
+
+    Matrix h multiplies rows t * n_head + h of the activations.
+    """
     return _kept_tiles(n_head) if n_tokens == 1 else _tiles(n_tokens, n_head)
 
 
 @functools.cache
-def _kept_tiles(n_head):    # recorded steps of one token use them
+def _kept_tiles(n_head):    # never evicted: recorded one-token steps refer to them
     return _tiles.__wrapped__(1, n_head)
 
 
@@ -50,10 +59,10 @@ def _tiles(n_tokens, n_head):
 
 
 def linear(out, w, x):
-    """out = x w^T"""
+    """out = x w^T."""
     multiply(out, w, x, head_tiles(x.shape[0], 1))
 
 
 def head_linear(out, w, x):
-    """One matrix per head: out[t, h] = w[h] x[t, h]"""
+    """One matrix per head: out[t, h] = w[h] x[t, h]."""
     multiply(out, w, x, head_tiles(*x.shape[:2]))

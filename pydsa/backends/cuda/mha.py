@@ -1,4 +1,7 @@
-"""MLA from queries to what each head gives, for prompts. Here it is the absorbed form; the plain one would have keys for each head."""
+"""MLA from queries to the heads' outputs, for prompts.
+
+It is computed in the absorbed form. The plain form would have keys and values for each head.
+"""
 import numpy as np
 from numba import cuda
 
@@ -13,24 +16,27 @@ THREADS = 64
 
 @kernel("f4[:,:], f4[:,:]", THREADS)
 def copy_rows(out, x):
-    """out = x; a block is a part of a row"""
+    """out = x. One part of a row per block."""
     i = cuda.blockIdx.y * THREADS + cuda.threadIdx.x
     if i < out.shape[1]:
         out[cuda.blockIdx.x, i] = x[cuda.blockIdx.x, i]
 
 
 def mha_attention(out, q, latents, k_b, v_b, positions, scale):
-    """MLA in its plain form, reckoned in the absorbed one"""
+    """MLA in its plain form, computed in the absorbed form."""
     absorbed_form(out, q, k_b, v_b, lambda mixed, absorbed: dense_attention(mixed, absorbed, latents, positions, scale))
 
 
 def mha_sparse_attention(out, q, latents, indices, k_b, v_b, positions, scale):
-    """mha_attention to the chosen keys only"""
+    """mha_attention to the chosen keys only."""
     absorbed_form(out, q, k_b, v_b, lambda mixed, absorbed: sparse_attention(mixed, absorbed, latents, indices, scale))
 
 
 def absorbed_form(out, q, k_b, v_b, attend):
-    """Queries are taken into the space of the latents, and what attend(mixed, absorbed) mixed of these out of it."""
+    """Absorbed MLA: project queries to latents, attend, project back.
+
+    attend(mixed, absorbed) writes the attention-weighted sums of latents to `mixed`.
+    """
     n_tokens, n_head, width = q.shape
     _, kv_lora, n_nope = k_b.shape
     absorbed = scratch("absorbed queries", (n_tokens, n_head, kv_lora + width - n_nope), np.float32)

@@ -1,3 +1,6 @@
-"""Which keys a token attends to: all, all with a mask, or those that were chosen; a number that kernels take."""
+"""Attention modes: which keys a token attends to, as an integer for kernels.
+
+DENSE: all keys. MASKED: all keys, with an additive mask. SPARSE: the chosen (top-k) keys.
+"""
 
 DENSE, MASKED, SPARSE = range(3)

@@ -1,4 +1,4 @@
-"""Norms, a block for each row, and elementwise ops."""
+"""Norms, one row per block, and elementwise ops."""
 import math
 
 import numpy as np
@@ -14,7 +14,10 @@ THREADS = 8 if SIMULATED else 256
 
 @device
 def rms_norm_row(out, x, w, eps, t, parts, thread, n_threads):
-    """Row t of rms_norm, by a block; parts: shared memory with a float32 for each warp."""
+    """Row t of rms_norm, by one block.
+
+    parts: shared memory with one float32 per warp.
+    """
     total = np.float32(0)
     for i in range(thread, x.shape[1], n_threads):
         total += x[t, i] * x[t, i]
@@ -26,7 +29,7 @@ def rms_norm_row(out, x, w, eps, t, parts, thread, n_threads):
 
 @device
 def layer_norm_row(out, x, w, b, eps, t, parts, thread, n_threads):
-    """Row t of layer_norm, likewise."""
+    """Row t of layer_norm, by one block, as rms_norm_row."""
     n = np.float32(x.shape[1])
     total = np.float32(0)
     for i in range(thread, x.shape[1], n_threads):
@@ -42,53 +45,53 @@ def layer_norm_row(out, x, w, b, eps, t, parts, thread, n_threads):
 
 @kernel("f4[:,:], f4[:,:], f4[:], f4", THREADS)
 def rms_norm_rows(out, x, w, eps):
-    """out = w x / sqrt(mean(x^2) + eps)"""
+    """out = w x / sqrt(mean(x^2) + eps). One row per block."""
     rms_norm_row(out, x, w, eps, cuda.blockIdx.x, cuda.shared.array(32, np.float32), cuda.threadIdx.x, THREADS)
 
 
 @kernel("f4[:,:], f4[:,:], f4[:], f4[:], f4", THREADS)
 def layer_norm_rows(out, x, w, b, eps):
-    """out = w (x - mean) / sqrt(var + eps) + b"""
+    """out = w (x - mean) / sqrt(var + eps) + b. One row per block."""
     layer_norm_row(out, x, w, b, eps, cuda.blockIdx.x, cuda.shared.array(32, np.float32), cuda.threadIdx.x, THREADS)
 
 
 @device
-def sigmoid_times(gate, up):
-    """gate sigmoid(gate) up"""
+def silu_times(gate, up):
+    """SiLU times up: gate sigmoid(gate) up."""
     return gate / (np.float32(1) + exp(-gate)) * up
 
 
 @kernel("f4[:,:], f4[:,:], f4[:,:]", THREADS)
 def silu_mul_rows(out, gate, up):
-    """out = gate sigmoid(gate) up"""
+    """out = gate sigmoid(gate) up. One value per thread."""
     t, i = cuda.blockIdx.y, cuda.grid(1)
     if i < out.shape[1]:
-        out[t, i] = sigmoid_times(gate[t, i], up[t, i])
+        out[t, i] = silu_times(gate[t, i], up[t, i])
 
 
 @kernel("f4[:,:], f4[:,:], f4[:,:]", THREADS)
 def add_rows(out, x, y):
-    """out = x + y"""
+    """out = x + y. One value per thread."""
     t, i = cuda.blockIdx.y, cuda.grid(1)
     if i < out.shape[1]:
         out[t, i] = x[t, i] + y[t, i]
 
 
 def rms_norm(out, x, w, eps):
-    """out = w x / sqrt(mean(x^2) + eps)"""
+    """out = w x / sqrt(mean(x^2) + eps)."""
     rms_norm_rows(out.shape[0], out, x, w, eps)
 
 
 def layer_norm(out, x, w, b, eps):
-    """out = w (x - mean) / sqrt(var + eps) + b"""
+    """out = w (x - mean) / sqrt(var + eps) + b."""
     layer_norm_rows(out.shape[0], out, x, w, b, eps)
 
 
 def silu_mul(out, gate, up):
-    """out = gate sigmoid(gate) up"""
+    """out = gate sigmoid(gate) up."""
     silu_mul_rows((blocks_for(out.shape[1], THREADS), out.shape[0]), out, gate, up)
 
 
 def add(out, x, y):
-    """out = x + y"""
+    """out = x + y."""
     add_rows((blocks_for(out.shape[1], THREADS), out.shape[0]), out, x, y)

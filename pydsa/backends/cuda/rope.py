@@ -1,4 +1,4 @@
-"""Rotations: RoPE's of pairs, and Hadamard's of whole rows."""
+"""Rotations: RoPE on pairs, and the Hadamard transform of rows."""
 import math
 
 import numpy as np
@@ -9,12 +9,15 @@ from pydsa.backends.cuda.launch import blocks_for, kernel
 
 
 THREADS = 8 if SIMULATED else 128
-WIDEST = 4096       # values of a row that Hadamard's rotation takes, as models/deepseek32.py allows
+MAX_WIDTH = 4096       # the widest row of the Hadamard transform, as models/deepseek32.py allows
 
 
 @kernel("f4[:,:,:], i8[:], f8[:], f8", THREADS)
 def rope_angles(out, positions, freqs, magnitude):
-    """Cosines and sines of position * frequency, times YaRN's magnitude; in float64, since a position can be a million."""
+    """Cosines and sines of position * frequency, times YaRN's magnitude.
+
+    Angles are float64, since a position can be a million.
+    """
     t, i = cuda.blockIdx.y, cuda.grid(1)
     if i < freqs.size:
         angle = positions[t] * freqs[i]
@@ -23,7 +26,7 @@ def rope_angles(out, positions, freqs, magnitude):
 
 @device
 def rotate_pair(out, x, table, neox, t, h, i):
-    """Pair i of a head: (2i, 2i+1), or for neox (i, i + n_rot/2)."""
+    """Rotate pair i of a head: (2i, 2i+1), or for neox (i, i + n_rot/2)."""
     half = x.shape[2] // 2
     first, second = (i, i + half) if neox else (2 * i, 2 * i + 1)
     a, b, cos, sin = x[t, h, first], x[t, h, second], table[t, 0, i], table[t, 1, i]
@@ -32,7 +35,7 @@ def rotate_pair(out, x, table, neox, t, h, i):
 
 @kernel("f4[:,:,:], f4[:,:,:], f4[:,:,:], b1", THREADS)
 def rope_pairs(out, x, table, neox):
-    """A thread turns one pair."""
+    """Rotate all pairs. One pair per thread."""
     t, pair, half = cuda.blockIdx.y, cuda.grid(1), x.shape[2] // 2
     if pair < x.shape[1] * half:
         rotate_pair(out, x, table, neox, t, pair // half, pair % half)
@@ -40,7 +43,10 @@ def rope_pairs(out, x, table, neox):
 
 @device
 def hadamard_row(out, x, row, values, thread, n_threads):
-    """A block rotates a row in shared memory, `values` of its width: log2(width) stages of sums and differences."""
+    """Hadamard transform of a row, by one block in shared memory.
+
+    It takes log2(width) butterfly stages of sums and differences. values: shared memory of the row's width.
+    """
     width, step = x.shape[1], 1
     for i in range(thread, width, n_threads):
         values[i] = x[row, i]
@@ -59,8 +65,8 @@ def hadamard_row(out, x, row, values, thread, n_threads):
 
 @kernel("f4[:,:], f4[:,:]", THREADS)
 def hadamard_rows(out, x):
-    """A block rotates a row."""
-    hadamard_row(out, x, cuda.blockIdx.x, cuda.shared.array(WIDEST, np.float32), cuda.threadIdx.x, THREADS)
+    """Hadamard transform of rows. One row per block."""
+    hadamard_row(out, x, cuda.blockIdx.x, cuda.shared.array(MAX_WIDTH, np.float32), cuda.threadIdx.x, THREADS)
 
 
 def rope_table(out, positions, freqs, magnitude):
@@ -69,10 +75,16 @@ def rope_table(out, positions, freqs, magnitude):
 
 
 def rope(out, x, table, neox):
-    """Rotate pairs: (2i, 2i+1), "norm", or (i, i + n_rot/2), "neox". out may be x itself."""
+    """Rotate pairs: (2i, 2i+1), "norm", or (i, i + n_rot/2), "neox".
+
+    out may be x itself.
+    """
     rope_pairs((blocks_for(x.shape[1] * x.shape[2] // 2, THREADS), x.shape[0]), out, x, table, neox)
 
 
 def hadamard(out, x):
-    """The orthonormal Walsh-Hadamard rotation of the last axis (Sylvester order). out may be x itself."""
+    """The orthonormal Walsh-Hadamard rotation of the last axis.
+
+    The order is Sylvester's. out may be x itself.
+    """
     hadamard_rows(x.rows.shape[0], out.rows, x.rows)

@@ -1,4 +1,7 @@
-"""The next token from logits that stay on the device: pydsa.sampling's steps, the drawn number given. Only the token comes to the host."""
+"""Sampling on the device: the next token from logits, as pydsa.sampling does.
+
+The random number is an argument. Only the token and its logit are copied to the host.
+"""
 import math
 
 import numpy as np
@@ -11,62 +14,62 @@ from pydsa.backends.cuda.top_k import choose, ordered
 
 
 THREADS = 8 if SIMULATED else 256
-PARTS = 3 if SIMULATED else 64      # of a row, a block each
-PICKS = 64 if SIMULATED else 1024   # the most tokens to draw from
+PARTS = 3 if SIMULATED else 64      # of a row, one per block
+PICKS = 64 if SIMULATED else 1024   # the most candidates to sample from
 LOW, INFINITY = np.uint64(0xFFFFFFFF), np.float32(np.inf)
 
 
 @device
-def place(x, i):
-    """A number that sorts as (x, the lowest index first), NaN being the greatest."""
+def sort_key(x, i):
+    """A uint64 that sorts by logit, then lowest index first. NaN is the largest."""
     key = np.uint64(ordered(x)) if x == x else LOW
     return key << np.uint64(32) | LOW - np.uint64(i)
 
 
 @device
-def greatest_of_block(mine, places, thread):
-    """The greatest of a block's uint64, in every thread."""
-    places[thread] = mine
+def block_max_u64(mine, keys, thread):
+    """Block-level maximum of uint64, in every thread."""
+    keys[thread] = mine
     cuda.syncthreads()
     half = THREADS // 2
     while half > 0:
         if thread < half:
-            places[thread] = max(places[thread], places[thread + half])
+            keys[thread] = max(keys[thread], keys[thread + half])
         cuda.syncthreads()
         half //= 2
-    return places[0]
+    return keys[0]
 
 
 @kernel("u8[:], f4[:,:]", THREADS)
-def greatest_of_parts(best, logits):
-    """best[part] = the place() of the greatest logit of a part."""
-    places = cuda.shared.array(THREADS, np.uint64)
+def max_of_parts(best, logits):
+    """best[part] = the largest sort_key() of a part. One part per block."""
+    keys = cuda.shared.array(THREADS, np.uint64)
     thread, mine = cuda.threadIdx.x, np.uint64(0)
     for i in range(cuda.grid(1), logits.shape[1], cuda.gridsize(1)):
-        mine = max(mine, place(logits[0, i], i))
-    greatest = greatest_of_block(mine, places, thread)
+        mine = max(mine, sort_key(logits[0, i], i))
+    maximum = block_max_u64(mine, keys, thread)
     if thread == 0:
-        best[cuda.blockIdx.x] = greatest
+        best[cuda.blockIdx.x] = maximum
 
 
 @kernel("u4[:], i4[:], i8[:], i8, u8[:], f4[:,:], i4[:,:], i4, f8, f4, f8, f8", THREADS)
-def draw_token(result, ids, positions, position, best, logits, chosen, k, top_p, least, temperature, drawn):
-    """result = a token and the bits of the greatest logit; ids and positions: what the next step works on.
+def draw_token(result, ids, positions, position, best, logits, chosen, k, top_p, min_log, temperature, drawn):
+    """Sample a token: result = the token, and the bits of the maximum logit.
 
-    The token is the likeliest if k is 0, else one of the k that are chosen: of the likeliest that have the probability top_p together, and
-    whose logits are at most -least below the greatest.
+    ids and positions are the inputs of the next step. The token is the argmax if k is 0, else one of the k `chosen`: of the likeliest ones
+    whose probabilities sum to top_p (nucleus), and whose logits are at most -min_log below the maximum (min_p).
     """
-    places = cuda.shared.array(THREADS, np.uint64)
-    names = cuda.shared.array(PICKS, np.int32)          # of the chosen, the greatest first
+    keys = cuda.shared.array(THREADS, np.uint64)
+    tokens = cuda.shared.array(PICKS, np.int32)          # the candidates, highest logit first
     values = cuda.shared.array(PICKS, np.float32)
     weights = cuda.shared.array(PICKS, np.float64)
-    count = cuda.shared.array(1, np.int64)              # how many of them are left
+    count = cuda.shared.array(1, np.int64)              # how many candidates are left
     thread, mine = cuda.threadIdx.x, np.uint64(0)
     for i in range(thread, best.size, THREADS):
         mine = max(mine, best[i])
-    token = np.int64(LOW - (greatest_of_block(mine, places, thread) & LOW))
-    greatest = logits[0, token]
-    if k > 0 and -INFINITY < greatest < INFINITY:
+    token = np.int64(LOW - (block_max_u64(mine, keys, thread) & LOW))
+    maximum = logits[0, token]
+    if k > 0 and -INFINITY < maximum < INFINITY:
         for i in range(thread, k, THREADS):
             if chosen[0, i] >= 0:
                 x, rank = logits[0, chosen[0, i]], 0
@@ -75,10 +78,10 @@ def draw_token(result, ids, positions, position, best, logits, chosen, k, top_p,
                         y = logits[0, chosen[0, j]]
                         if y > x or y == x and j < i:
                             rank += 1
-                names[rank], values[rank] = chosen[0, i], x
-                weights[rank] = math.exp(np.float64(x) - np.float64(greatest))
+                tokens[rank], values[rank] = chosen[0, i], x
+                weights[rank] = math.exp(np.float64(x) - np.float64(maximum))
             elif i == 0 or chosen[0, i - 1] >= 0:
-                count[0] = i                    # the others stand behind
+                count[0] = i                    # the rest of `chosen` is -1
         if thread == 0 and chosen[0, k - 1] >= 0:
             count[0] = k
         cuda.syncthreads()
@@ -91,12 +94,12 @@ def draw_token(result, ids, positions, position, best, logits, chosen, k, top_p,
                 n += 1
                 if part >= top_p and top_p < 1:
                     break
-            while n > 1 and values[n - 1] < greatest + least:
+            while n > 1 and values[n - 1] < maximum + min_log:
                 n -= 1
             count[0] = n
         cuda.syncthreads()
         for i in range(thread, count[0], THREADS):
-            weights[i] = math.exp((np.float64(values[i]) - np.float64(greatest)) / temperature)
+            weights[i] = math.exp((np.float64(values[i]) - np.float64(maximum)) / temperature)
         cuda.syncthreads()
         if thread == 0:
             total, part, n = np.float64(0), np.float64(0), 0
@@ -107,22 +110,22 @@ def draw_token(result, ids, positions, position, best, logits, chosen, k, top_p,
                 if part > drawn * total:
                     break
                 n += 1
-            token = np.int64(names[n])
+            token = np.int64(tokens[n])
     if thread == 0:
-        result[0], result[1] = token, float_bits(greatest)
+        result[0], result[1] = token, float_bits(maximum)
         ids[0], positions[0] = token, position
 
 
 def pick(ids, positions, position, logits, top_k, top_p, min_p, temperature, drawn):
-    """The next token from logits [1, n_vocab], an int, and the greatest logit, which must be finite for that; see pydsa.sampling.
+    """Sample the next token from logits [1, n_vocab], as pydsa.sampling does.
 
-    top_k, at most PICKS, 0: the likeliest; drawn: a random number from 0 to 1. The token also goes to ids [1] and `position` to
-    positions [1], on which the next step works.
+    Returns the token, an int, and the maximum logit, which must be finite. top_k: at most PICKS; 0 takes the argmax. drawn: a random number
+    from 0 to 1. The token is also stored in ids [1] and `position` in positions [1], the inputs of the next step.
     """
     n_vocab = logits.shape[1]
-    best, result = scratch("greatest of parts", (PARTS,), np.uint64), scratch("token", (2,), np.uint32)
+    best, result = scratch("max of parts", (PARTS,), np.uint64), scratch("token", (2,), np.uint32)
     chosen = scratch("likeliest", (1, max(1, min(top_k, n_vocab))), np.int32)
-    greatest_of_parts(PARTS, best, logits)
+    max_of_parts(PARTS, best, logits)
     if top_k > 0:
         choose(chosen, logits)
     draw_token(1, result, ids, positions, position, best, logits, chosen, min(top_k, n_vocab), top_p,

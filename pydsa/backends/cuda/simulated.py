@@ -1,4 +1,4 @@
-"""What Numba's simulator has instead of driver.py: the GPU's memory is the host's."""
+"""Stand-in for driver.py in Numba's CUDA simulator. Device memory is host memory."""
 import ctypes
 from typing import NamedTuple
 
@@ -7,32 +7,35 @@ import psutil
 
 
 class Memory(NamedTuple):
-    """Bytes from `address` on."""
+    """An allocation: its address and its bytes."""
     address: int
     bytes: np.ndarray
 
 
 class SimulatedGpu:
-    """The memory and copies of driver.Gpu; kernels are launched by the simulator itself, and nothing is recorded."""
+    """The memory and copies of driver.Gpu, on the host.
+
+    The simulator itself launches kernels. Nothing is recorded.
+    """
 
     name = "Numba's CUDA simulator"
 
     def memory(self):
-        """Bytes of memory that are free, and all."""
+        """Free and total bytes of memory."""
         memory = psutil.virtual_memory()
         return memory.available, memory.total
 
     def allocate(self, n_bytes):
-        """Memory of so many bytes, at least one."""
-        there = np.empty(n_bytes, np.uint8)
-        return Memory(there.ctypes.data, there)
+        """Allocate n_bytes, at least one."""
+        data = np.empty(n_bytes, np.uint8)
+        return Memory(data.ctypes.data, data)
 
     def copy_in(self, address, values):
-        """Copy a contiguous numpy array there."""
+        """Copy a contiguous numpy array to an address."""
         ctypes.memmove(address, values.ctypes.data, values.nbytes)
 
     def copy_out(self, values, address):
-        """Copy from there into a contiguous numpy array."""
+        """Copy from an address into a contiguous numpy array."""
         ctypes.memmove(values.ctypes.data, address, values.nbytes)
 
     def clear(self, address, n_bytes):
@@ -40,4 +43,4 @@ class SimulatedGpu:
         ctypes.memset(address, 0, n_bytes)
 
     def synchronize(self):
-        """Kernels are done when their launch is."""
+        """Do nothing: a launch returns when its kernel is done."""

@@ -5,21 +5,23 @@ from pydsa.backends.cpu.arrays import address, floats_at
 from pydsa.backends.cpu.f32.gemm import tile_products
 from pydsa.backends.cpu.jit import call_block_function
 from pydsa.backends.cpu.scalars import float_from_bits
-from pydsa.backends.cpu.scratch import own_scratch
+from pydsa.backends.cpu.scratch import thread_scratch
 from pydsa.backends.cpu.simd import float_at, store
 
 
-TILE = 64           # keys unpacked at a time
+TILE = 64           # keys dequantized at a time
 
 
 def score(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, row_n, first, last,
           scale):
-    """out[t][s] = scale sum_h w[t][h] relu(q[t][h] . key s) for first <= s < last.
+    """Score keys `first` to `last` for all tokens.
 
-    Addresses: out float32, q [T, H, width] and w [T, H] float32, of which tokens and heads lie so many bytes apart; rows of a cache, of
-    which dequantize takes row_n. scale: a float32's bits.
+    out[t][s] = scale sum_h w[t][h] relu(q[t][h] . key s).
+
+    Addresses: out float32, q float32 [T, H, width] and w float32 [T, H], with strides in bytes; rows of a cache with stride row_bytes, of
+    which dequantize takes row_n. scale: the bits of a float32.
     """
-    memory, factor = own_scratch(4 * TILE * (width + n_head + 1) + 16 * n_head), float_from_bits(np.uint32(scale))
+    memory, factor = thread_scratch(4 * TILE * (width + n_head + 1) + 16 * n_head), float_from_bits(np.uint32(scale))
     tile, total, tables = memory, floats_at(memory + 4 * TILE * width, 1, TILE)[0], memory + 4 * TILE * (width + n_head + 1)
     dots = floats_at(memory + 4 * TILE * (width + 1), n_head, TILE)
     for start in range(first, last, TILE):

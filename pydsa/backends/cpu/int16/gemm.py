@@ -1,25 +1,27 @@
-"""A register-blocked product of superblocks of int16 with their scales."""
+"""Register-blocked matrix products of superblocks of int16 with scales."""
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.blocks.block import MINS, MINS_16, SCALES, SUPERBLOCK
-from pydsa.backends.cpu.simd import F32, FAST, I16, I32, WORD_ROWS, WORD_TOKENS, broadcast, constant, int16_dots, pointer
+from pydsa.backends.cpu.simd import F32, FAST, I16, I32, INT16_ROWS, INT16_TOKENS, broadcast, constant, int16_dots, pointer
 
 
-TILE_ROWS = 16 * WORD_ROWS          # rows that int16_products takes at a time
+TILE_ROWS = 16 * INT16_ROWS          # rows that int16_products takes at a time
 
 
-# A tile is 16 rows of chunks with the 16 x 16 four-byte cells of every 64 bytes turned over: the cells of one column lie side by side.
+# A tile is 16 rows of superblocks in which each 64-byte column is transposed as 16 x 16 cells of four bytes: the cells of one column are
+# contiguous.
 TILE = 16 * SUPERBLOCK
 
 
 def _make_int16_products(rows, tokens):
     @intrinsic
     def int16_products(typingctx, tiles, n_scales, n_mins, n_mins_16, x_at, x_offset, before_at, out_at, out_offset):
-        """*(out_at[t] + out_offset)[r] = *(before_at[t] + out_offset)[r] + row r of the tiles . the chunk *(x_at[t] + x_offset).
+        """Compute sums + rows of the tiles . superblocks of tokens.
 
-        n_scales, n_mins, n_mins_16: how many 32s, lows and low16s of the chunks are in use. before_at may be 0: nothing was before.
+        *(out_at[t] + out_offset)[r] = *(before_at[t] + out_offset)[r] + row r . superblock *(x_at[t] + x_offset). before_at may be 0: the
+        sums start at zero. n_scales, n_mins, n_mins_16: how many groups of 32, mins and mins of 16 are in use.
         """
         def codegen(context, b, signature, args):
             tiles, n_scales, n_mins, n_mins_16, x_at, x_offset, before_at, out_at, out_offset = args
@@ -102,4 +104,4 @@ def _make_int16_products(rows, tokens):
     return int16_products
 
 
-int16_products = _make_int16_products(WORD_ROWS, WORD_TOKENS)
+int16_products = _make_int16_products(INT16_ROWS, INT16_TOKENS)

@@ -1,7 +1,8 @@
-"""GGUF blocks as products read them: a group of 32 weights becomes eight words of four signed bytes, with scales and offsets.
+"""Unpacking of GGUF blocks on the GPU, in groups of 32 weights.
 
-For each quantized type a device function group(data, row, g) -> eight words, then two scales and two offsets, one for each half of the
-group: weight = scale * byte - offset. data: uint8, all rows of a tensor; row: where a row begins in it; g: which 32 of the row.
+Each quantized type has a device function group(data, row, g). It returns eight uint32 of four int8 each, then two scales and two offsets,
+one for each half of the group: weight = scale * int8 - offset. data: uint8, all rows of a tensor. row: the byte at which a row begins. g:
+the group's index in the row.
 """
 from pydsa.backends.cuda.blocks import kquants, legacy, tables
 

@@ -1,7 +1,7 @@
-"""Q2_K to Q6_K: blocks of 256, eight groups."""
+"""Q2_K to Q6_K: superblocks of 256 weights, eight groups each."""
 import numpy as np
 
-from pydsa.backends.cuda.blocks.words import NIBBLES, ONE_BIT, TWO_BITS, ZERO, any_eight_u32, entry, less
+from pydsa.backends.cuda.blocks.block import NIBBLES, ONE_BIT, TWO_BITS, ZERO, any_eight_u32, entry, sub4
 from pydsa.backends.cuda.device import byte_at, device, four_u32_at, half_at, of_half, u32_at
 from pydsa.quants import TYPES
 
@@ -11,18 +11,22 @@ Q2_K, Q3_K, Q4_K, Q5_K, Q6_K = (TYPES[name].n_bytes for name in ("Q2_K", "Q3_K",
 
 @device
 def scale_and_min(data, at, s):
-    """The scale and the minimum of sub-block s of Q4_K and Q5_K, which begin with two float16 and twelve bytes of packed 6-bit numbers."""
-    both, first, second, third = four_u32_at(data, at)
+    """The scale and the min of sub-block s of a Q4_K or Q5_K block.
+
+    The block begins with two float16, d and dmin, and twelve bytes of packed 6-bit scales and mins.
+    """
+    d_dmin, first, second, third = four_u32_at(data, at)
     if s < 4:
-        scale, low = first >> 8 * s & 63, second >> 8 * s & 63
+        scale, m = first >> 8 * s & 63, second >> 8 * s & 63
     else:
         shift = 8 * (s & 3)
-        scale, low = third >> shift & 15 | (first >> shift + 6 & 3) << 4, third >> shift + 4 & 15 | (second >> shift + 6 & 3) << 4
-    return of_half(np.uint32(both & 0xFFFF)) * np.float32(np.int32(scale)), of_half(np.uint32(both >> 16)) * np.float32(np.int32(low))
+        scale, m = third >> shift & 15 | (first >> shift + 6 & 3) << 4, third >> shift + 4 & 15 | (second >> shift + 6 & 3) << 4
+    return of_half(np.uint32(d_dmin & 0xFFFF)) * np.float32(np.int32(scale)), of_half(np.uint32(d_dmin >> 16)) * np.float32(np.int32(m))
 
 
 @device
 def group_q4_k(data, row, g):
+    """Group g of a Q4_K row."""
     at, s = row + Q4_K * (g >> 3), g & 7
     d, m = scale_and_min(data, at, s)
     q, shift = at + 16 + 32 * (s >> 1), 4 * (s & 1)
@@ -34,12 +38,16 @@ def group_q4_k(data, row, g):
 
 @device
 def five_bits(nibbles, high, s):
-    """Four elements of sub-block s of Q5_K from the words with their nibbles and their fifth bits."""
+    """Four weights of sub-block s of Q5_K, as bytes.
+
+    nibbles, high: the uint32 with their low four bits and with their fifth bits.
+    """
     return nibbles >> (4 * (s & 1)) & NIBBLES | (high >> s & ONE_BIT) << 4
 
 
 @device
 def group_q5_k(data, row, g):
+    """Group g of a Q5_K row."""
     at, s = row + Q5_K * (g >> 3), g & 7
     d, m = scale_and_min(data, at, s)
     q, h = at + 48 + 32 * (s >> 1), at + 16
@@ -53,19 +61,23 @@ def group_q5_k(data, row, g):
 
 @device
 def signed_byte(data, at):
-    """The int8 at a place, as float32."""
+    """The int8 at an offset, as float32."""
     value = byte_at(data, at)
     return np.float32(np.int32(value - ((value & 128) << 1)))
 
 
 @device
 def six_bits(low, high, k):
-    """Four elements of Q6_K of the k-th 32 of a half block, of words with their lower and their upper bits."""
-    return less(low >> (4 * (k >> 1)) & NIBBLES | (high >> (2 * k) & TWO_BITS) << 4, 0x20202020)
+    """Four weights of group k of half a Q6_K block, as bytes.
+
+    low, high: the uint32 with their low four bits and with their high two bits.
+    """
+    return sub4(low >> (4 * (k >> 1)) & NIBBLES | (high >> (2 * k) & TWO_BITS) << 4, 0x20202020)
 
 
 @device
 def group_q6_k(data, row, g):
+    """Group g of a Q6_K row."""
     at, part, k = row + Q6_K * (g >> 3), g >> 2 & 1, g & 3
     d, scales = half_at(data, at + 208), at + 192 + 8 * part + 2 * k
     a, b, c, e, f, h, i, j = any_eight_u32(data, at + 64 * part + 32 * (k & 1))
@@ -77,6 +89,7 @@ def group_q6_k(data, row, g):
 
 @device
 def group_q2_k(data, row, g):
+    """Group g of a Q2_K row."""
     at, part, k = row + Q2_K * (g >> 3), g >> 2 & 1, g & 3
     d, dmin = half_at(data, at + 80), half_at(data, at + 82)
     first, second = byte_at(data, at + 8 * part + 2 * k), byte_at(data, at + 8 * part + 2 * k + 1)
@@ -89,19 +102,23 @@ def group_q2_k(data, row, g):
 
 @device
 def six_bit_scale(data, at, j):
-    """The scale of sub-block j of Q3_K, whose twelve packed bytes lie at `at`."""
+    """The scale of sub-block j of Q3_K, from the twelve packed bytes at `at`."""
     low, high = byte_at(data, at + j % 8) >> (4 * (j // 8)) & 15, byte_at(data, at + 8 + j % 4) >> (2 * (j // 4)) & 3
     return np.float32((low | high << 4) - 32)
 
 
 @device
 def three_bits(low, high, g):
-    """Four elements of Q3_K of the g-th 32 of a block, of words with their lower bits and their third ones."""
-    return less(low >> (2 * (g & 3)) & TWO_BITS | (high >> (g & 7) & ONE_BIT) << 2, 0x04040404)
+    """Four weights of group g of a Q3_K block, as bytes.
+
+    low, high: the uint32 with their low two bits and with their third bits.
+    """
+    return sub4(low >> (2 * (g & 3)) & TWO_BITS | (high >> (g & 7) & ONE_BIT) << 2, 0x04040404)
 
 
 @device
 def group_q3_k(data, row, g):
+    """Group g of a Q3_K row."""
     at, s = row + Q3_K * (g >> 3), g & 7
     d = half_at(data, at + 108)
     a, b, c, e, f, h, i, j = any_eight_u32(data, at + 32 + 32 * (s >> 2))

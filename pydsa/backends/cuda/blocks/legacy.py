@@ -1,5 +1,5 @@
-"""Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: blocks of 32, which are a group."""
-from pydsa.backends.cuda.blocks.words import NIBBLES, ZERO, any_eight_u32, any_four_u32, any_u32, entry, less
+"""Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: a block of 32 weights is one group."""
+from pydsa.backends.cuda.blocks.block import NIBBLES, ZERO, any_eight_u32, any_four_u32, any_u32, entry, sub4
 from pydsa.backends.cuda.device import device, half_at, u32_at
 from pydsa.quants import TYPES
 
@@ -9,56 +9,61 @@ Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 = (TYPES[name].n_bytes for name in ("Q4_0", "Q4_1",
 
 @device
 def fifth_bits(bits, i):
-    """Bits 4 i to 4 i + 3, each as 16 in a byte of its own."""
+    """Bits 4 i to 4 i + 3, each moved to bit 4 of its own byte."""
     four = bits >> (4 * i)
     return (four & 1) << 4 | (four & 2) << 11 | (four & 4) << 18 | (four & 8) << 25
 
 
 @device
 def group_q4_0(data, row, g):
+    """Group g of a Q4_0 row."""
     at = row + Q4_0 * g
     a, b, c, e = any_four_u32(data, at + 2)
     d = half_at(data, at)
-    return (less(a & NIBBLES, 0x08080808), less(b & NIBBLES, 0x08080808), less(c & NIBBLES, 0x08080808), less(e & NIBBLES, 0x08080808),
-            less((a >> 4) & NIBBLES, 0x08080808), less((b >> 4) & NIBBLES, 0x08080808), less((c >> 4) & NIBBLES, 0x08080808),
-            less((e >> 4) & NIBBLES, 0x08080808), d, d, ZERO, ZERO)
+    return (sub4(a & NIBBLES, 0x08080808), sub4(b & NIBBLES, 0x08080808), sub4(c & NIBBLES, 0x08080808), sub4(e & NIBBLES, 0x08080808),
+            sub4((a >> 4) & NIBBLES, 0x08080808), sub4((b >> 4) & NIBBLES, 0x08080808), sub4((c >> 4) & NIBBLES, 0x08080808),
+            sub4((e >> 4) & NIBBLES, 0x08080808), d, d, ZERO, ZERO)
 
 
 @device
 def group_q4_1(data, row, g):
+    """Group g of a Q4_1 row."""
     at = row + Q4_1 * g
     a, b, c, e = u32_at(data, at + 4), u32_at(data, at + 8), u32_at(data, at + 12), u32_at(data, at + 16)
-    d, low = half_at(data, at), -half_at(data, at + 2)
+    d, offset = half_at(data, at), -half_at(data, at + 2)
     return (a & NIBBLES, b & NIBBLES, c & NIBBLES, e & NIBBLES, (a >> 4) & NIBBLES, (b >> 4) & NIBBLES, (c >> 4) & NIBBLES,
-            (e >> 4) & NIBBLES, d, d, low, low)
+            (e >> 4) & NIBBLES, d, d, offset, offset)
 
 
 @device
 def group_q5_0(data, row, g):
+    """Group g of a Q5_0 row."""
     at = row + Q5_0 * g
     high = any_u32(data, at + 2)
     a, b, c, e = any_four_u32(data, at + 6)
     d = half_at(data, at)
-    return (less(a & NIBBLES | fifth_bits(high, 0), 0x10101010), less(b & NIBBLES | fifth_bits(high, 1), 0x10101010),
-            less(c & NIBBLES | fifth_bits(high, 2), 0x10101010), less(e & NIBBLES | fifth_bits(high, 3), 0x10101010),
-            less((a >> 4) & NIBBLES | fifth_bits(high, 4), 0x10101010), less((b >> 4) & NIBBLES | fifth_bits(high, 5), 0x10101010),
-            less((c >> 4) & NIBBLES | fifth_bits(high, 6), 0x10101010), less((e >> 4) & NIBBLES | fifth_bits(high, 7), 0x10101010),
+    return (sub4(a & NIBBLES | fifth_bits(high, 0), 0x10101010), sub4(b & NIBBLES | fifth_bits(high, 1), 0x10101010),
+            sub4(c & NIBBLES | fifth_bits(high, 2), 0x10101010), sub4(e & NIBBLES | fifth_bits(high, 3), 0x10101010),
+            sub4((a >> 4) & NIBBLES | fifth_bits(high, 4), 0x10101010), sub4((b >> 4) & NIBBLES | fifth_bits(high, 5), 0x10101010),
+            sub4((c >> 4) & NIBBLES | fifth_bits(high, 6), 0x10101010), sub4((e >> 4) & NIBBLES | fifth_bits(high, 7), 0x10101010),
             d, d, ZERO, ZERO)
 
 
 @device
 def group_q5_1(data, row, g):
+    """Group g of a Q5_1 row."""
     at = row + Q5_1 * g
     high = u32_at(data, at + 4)
     a, b, c, e = u32_at(data, at + 8), u32_at(data, at + 12), u32_at(data, at + 16), u32_at(data, at + 20)
-    d, low = half_at(data, at), -half_at(data, at + 2)
+    d, offset = half_at(data, at), -half_at(data, at + 2)
     return (a & NIBBLES | fifth_bits(high, 0), b & NIBBLES | fifth_bits(high, 1), c & NIBBLES | fifth_bits(high, 2),
             e & NIBBLES | fifth_bits(high, 3), (a >> 4) & NIBBLES | fifth_bits(high, 4), (b >> 4) & NIBBLES | fifth_bits(high, 5),
-            (c >> 4) & NIBBLES | fifth_bits(high, 6), (e >> 4) & NIBBLES | fifth_bits(high, 7), d, d, low, low)
+            (c >> 4) & NIBBLES | fifth_bits(high, 6), (e >> 4) & NIBBLES | fifth_bits(high, 7), d, d, offset, offset)
 
 
 @device
 def group_q8_0(data, row, g):
+    """Group g of a Q8_0 row."""
     at = row + Q8_0 * g
     d = half_at(data, at)
     a, b, c, e, f, h, i, j = any_eight_u32(data, at + 2)

@@ -1,7 +1,10 @@
-"""IQ4_NL, IQ4_XS, MXFP4: four bits choose one of sixteen bytes, which permutations look up."""
+"""IQ4_NL, IQ4_XS, MXFP4: 4-bit indices into a table of sixteen int8.
+
+Byte permutes (prmt) do the lookup.
+"""
 import numpy as np
 
-from pydsa.backends.cuda.blocks.words import ZERO, any_four_u32, entry
+from pydsa.backends.cuda.blocks.block import ZERO, any_four_u32, entry
 from pydsa.backends.cuda.device import bits_float, byte_at, device, half_at, permuted, u32_at
 from pydsa.quants import IQ4_LEVELS, MXFP4_LEVELS, TYPES
 
@@ -10,30 +13,30 @@ IQ4_NL, IQ4_XS, MXFP4 = (TYPES[name].n_bytes for name in ("IQ4_NL", "IQ4_XS", "M
 
 
 def _packed(levels):
-    """Sixteen signed bytes as four words."""
+    """Sixteen int8 as four uint32."""
     return tuple(np.array(levels, np.int8).view(np.uint32))
 
 
-LEVEL_WORDS, HALF_WORDS = _packed(IQ4_LEVELS), _packed(MXFP4_LEVELS)
+IQ4_TABLE, MXFP4_TABLE = _packed(IQ4_LEVELS), _packed(MXFP4_LEVELS)
 
 
 @device
 def four_looked_up(table, nibbles):
-    """Bytes of a table of sixteen, for the four lowest nibbles of a word."""
+    """Table entries for the four lowest nibbles of a uint32."""
     low, high = permuted(table[0], table[1], np.uint32(nibbles & 0x7777)), permuted(table[2], table[3], np.uint32(nibbles & 0x7777))
     return permuted(low, high, np.uint32(0x3210 | (nibbles & 0x8888) >> 1))
 
 
 @device
-def looked_up(table, word):
-    """Bytes of a table for the lower nibbles of a word's bytes, and for the upper ones."""
-    first, second = four_looked_up(table, word), four_looked_up(table, word >> 16)
+def looked_up(table, nibbles):
+    """Table entries for the low nibbles of four bytes, and for the high ones."""
+    first, second = four_looked_up(table, nibbles), four_looked_up(table, nibbles >> 16)
     return permuted(first, second, np.uint32(0x6420)), permuted(first, second, np.uint32(0x7531))
 
 
 @device
 def all_looked_up(table, a, b, c, e):
-    """Eight words for the lower and then the upper nibbles of four."""
+    """Table entries for the low and then the high nibbles of four uint32."""
     a, f = looked_up(table, a)
     b, h = looked_up(table, b)
     c, i = looked_up(table, c)
@@ -43,35 +46,38 @@ def all_looked_up(table, a, b, c, e):
 
 @device
 def group_iq4_nl(data, row, g):
+    """Group g of an IQ4_NL row."""
     at = row + IQ4_NL * g
     a, b, c, e = any_four_u32(data, at + 2)
     d = half_at(data, at)
-    a, b, c, e, f, h, i, j = all_looked_up(LEVEL_WORDS, a, b, c, e)
+    a, b, c, e, f, h, i, j = all_looked_up(IQ4_TABLE, a, b, c, e)
     return a, b, c, e, f, h, i, j, d, d, ZERO, ZERO
 
 
 @device
 def group_iq4_xs(data, row, g):
+    """Group g of an IQ4_XS row."""
     at, s = row + IQ4_XS * (g >> 3), g & 7
     low = byte_at(data, at + 4 + s // 2) >> (4 * (s % 2)) & 15
     high = (byte_at(data, at + 2) | byte_at(data, at + 3) << 8) >> (2 * s) & 3
     d, q = half_at(data, at) * np.float32((low | high << 4) - 32), at + 8 + 16 * s
     a, b, c, e = u32_at(data, q), u32_at(data, q + 4), u32_at(data, q + 8), u32_at(data, q + 12)
-    a, b, c, e, f, h, i, j = all_looked_up(LEVEL_WORDS, a, b, c, e)
+    a, b, c, e, f, h, i, j = all_looked_up(IQ4_TABLE, a, b, c, e)
     return a, b, c, e, f, h, i, j, d, d, ZERO, ZERO
 
 
 @device
 def half_of_power(exponent):
-    """2^(exponent - 128), exponent from 0 to 255: subnormal for 0 and 1."""
+    """2^(exponent - 128) for an exponent from 0 to 255. Subnormal for 0 and 1."""
     return bits_float(np.uint32((exponent - 1) << 23 if exponent > 1 else 0x200000 << exponent))
 
 
 @device
 def group_mxfp4(data, row, g):
+    """Group g of an MXFP4 row."""
     at = row + MXFP4 * g
     a, b, c, e = any_four_u32(data, at + 1)
-    a, b, c, e, f, h, i, j = all_looked_up(HALF_WORDS, a, b, c, e)
+    a, b, c, e, f, h, i, j = all_looked_up(MXFP4_TABLE, a, b, c, e)
     d = half_of_power(byte_at(data, at))
     return a, b, c, e, f, h, i, j, d, d, ZERO, ZERO
 

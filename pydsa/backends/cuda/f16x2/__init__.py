@@ -1,2 +1,2 @@
-"""Kernels in tensor cores of float16, two for each activation: prompts."""
+"""float16 tensor-core kernels for prompts, two float16 per activation."""
 from pydsa.backends.cuda.f16x2 import linear  # noqa: F401

@@ -1,7 +1,7 @@
-"""Attention in float32, for caches of any type; keys are divided among blocks.
+"""Attention in float32 for caches of any storage, with split-K.
 
-A block has one token, HEADS heads, a part of the keys and COLUMNS columns of the value. It goes through its keys in tiles (tiles.py): their
-logits, an online softmax, then the values, which pass through the same shared memory.
+A block has one token, HEADS heads, one split of the keys and COLUMNS columns of the value. It walks its keys in tiles (tiles.py): logits,
+online softmax, then the values, which are staged in the same shared memory.
 """
 import numpy as np
 from numba import cuda
@@ -15,49 +15,53 @@ from pydsa.backends.cuda.rows import CACHED
 
 
 WARPS = THREADS // WARP
-HEADS_BY = HEADS // 4                       # a thread sums four heads and two times four columns, half of all columns apart
+HEADS_BY = HEADS // 4                       # a thread accumulates four heads and two times four columns, HALF columns apart
 HALF = 4 * THREADS // HEADS_BY
 COLUMNS = 2 * HALF
-VALUES = 4 if SIMULATED else 16             # keys whose values are in shared memory at a time
+STAGED_KEYS = 4 if SIMULATED else 16             # keys whose values are staged in shared memory at a time
 VALUE_FOURS = COLUMNS // 4
-WORK = max(PRODUCT_WORK, VALUES * COLUMNS)
-PITCH = HEADS + 4                           # from one key's weights to the next's: fours stay aligned, few lanes meet in a bank
+WORK = max(PRODUCT_WORK, STAGED_KEYS * COLUMNS)
+PITCH = HEADS + 4                           # from one key's weights to the next: 16-byte aligned, few bank conflicts
 WEIGHTS = KEYS * PITCH
 SUMS = 32
-BATCHES = VALUES * VALUE_FOURS // (THREADS * BATCH)
+BATCHES = STAGED_KEYS * VALUE_FOURS // (THREADS * BATCH)
 HEADS_BITS, WARP_BITS, FOURS_BITS = (n.bit_length() - 1 for n in (HEADS, WARP, VALUE_FOURS))
 ZERO, MINUS_INFINITY = np.float32(0), np.float32(-np.inf)
 
 
 @device
 def softmax_tile(weights, row_max, row_sum, rescale, thread):
-    """Logits of a tile, [key, head], become weights e^(logit - greatest so far); what is known of each head by then goes on.
+    """Online softmax of a tile: logits [key, head] become weights e^(logit - row_max).
 
-    top: greatest logits, total: sums of weights, shrink: what sums made before are to be multiplied by; a warp takes its share of heads.
+    row_max: the running maximum of each head's logits. row_sum: the running sum of its weights. rescale: what earlier accumulators are
+    multiplied by. The warps share the heads.
     """
     warp, lane = thread >> WARP_BITS, thread & WARP - 1
     for i in range(HEADS // WARPS):
         h = i * WARPS + warp
-        greatest = MINUS_INFINITY
+        new_max = MINUS_INFINITY
         for key in range(lane, KEYS, WARP):
-            greatest = max(greatest, weights[(key & KEYS - 1) * PITCH + h])
-        before = row_max[h]
-        greatest = max(before, warp_max(greatest))
-        base, added = greatest if greatest > MINUS_INFINITY else ZERO, ZERO
+            new_max = max(new_max, weights[(key & KEYS - 1) * PITCH + h])
+        old_max = row_max[h]
+        new_max = max(old_max, warp_max(new_max))
+        base, added = new_max if new_max > MINUS_INFINITY else ZERO, ZERO
         for key in range(lane, KEYS, WARP):
             weight = exp(weights[(key & KEYS - 1) * PITCH + h] - base)
             weights[(key & KEYS - 1) * PITCH + h] = weight
             added += weight
         added = warp_sum(added)
-        warp_sync()         # all lanes have read top[h]
+        warp_sync()         # all lanes have read row_max[h]
         if lane == 0:
-            smaller = exp(before - base)
-            row_max[h], row_sum[h], rescale[h] = greatest, row_sum[h] * smaller + added, smaller
+            factor = exp(old_max - base)
+            row_max[h], row_sum[h], rescale[h] = new_max, row_sum[h] * factor + added, factor
 
 
 @device
 def add_value(acc, weights, at, work, column):
-    """acc[head, column] += weight times value of one key: four heads' weights at a place, eight columns of the value at another."""
+    """acc[head, column] += weight[head] value[column] of one key.
+
+    at: where four heads' weights begin. column: where four columns of the value begin in `work`; four more are HALF further.
+    """
     w0, w1, w2, w3 = load_four_f32(weights, at)
     a, b, c, d = load_four_f32(work, column)
     e, f, g, j = load_four_f32(work, column + HALF)
@@ -77,9 +81,10 @@ def _make_attend(storage):
     products, stage = PRODUCTS_OF[storage], STAGE[storage]
 
     def attend(out, sums, row_maxes, row_sums, q, data, row_bytes, first, second, positions, indices, mask, mode, n_splits, scale):
-        """out[t, h]; if keys are split, not divided by the sum of weights: sums[t, h, split], tops (greatest logits) and totals instead.
+        """out[t, h], or one split of it: sums[t, h, split], row_maxes and row_sums.
 
-        mode: all keys up to positions[t], the same with mask[t, s] added, or keys indices[t] up to the first that is negative.
+        Sums of a split are not yet divided by the row_sum. mode: DENSE, all keys up to positions[t]; MASKED, the same with mask[t, s]
+        added; SPARSE, keys indices[t] up to the first negative one.
         """
         work = cuda.shared.array(WORK, np.float32, 16)
         weights = cuda.shared.array(WEIGHTS, np.float32, 16)
@@ -124,27 +129,27 @@ def _make_attend(storage):
             softmax_tile(weights, row_max, row_sum, rescale, thread)
             cuda.syncthreads()
             for h in range(4):
-                smaller = rescale[4 * hq + h]
+                factor = rescale[4 * hq + h]
                 for c in range(8):
-                    acc[8 * h + c] *= smaller
-            for chunk in range(0, min(KEYS, end - start), VALUES):
+                    acc[8 * h + c] *= factor
+            for base in range(0, min(KEYS, end - start), STAGED_KEYS):
                 for i in range(BATCHES):
-                    stage(work, COLUMNS, FOURS_BITS, fours, key_of[chunk:], data, row_bytes, column, n_v, first, second,
+                    stage(work, COLUMNS, FOURS_BITS, fours, key_of[base:], data, row_bytes, column, n_v, first, second,
                           i * BATCH * THREADS + thread)
                 cuda.syncthreads()
-                for i in range(min(VALUES, end - start - chunk)):
-                    add_value(acc, weights, (chunk + i) * PITCH + 4 * hq, work, i * COLUMNS + 4 * cg)
+                for i in range(min(STAGED_KEYS, end - start - base)):
+                    add_value(acc, weights, (base + i) * PITCH + 4 * hq, work, i * COLUMNS + 4 * cg)
                 cuda.syncthreads()
         cuda.syncthreads()
         for h in range(4):
             if head + 4 * hq + h < n_head:
-                row, whole = head + 4 * hq + h, row_sum[4 * hq + h]
+                row, total = head + 4 * hq + h, row_sum[4 * hq + h]
                 for c in range(8):
                     at = column + c // 4 * HALF + 4 * cg + c % 4
                     if at < n_v:
                         if n_splits == 1:
-                            out[t, row, at] = acc[8 * h + c] / whole if whole != ZERO else ZERO
-                        elif whole != ZERO:
+                            out[t, row, at] = acc[8 * h + c] / total if total != ZERO else ZERO
+                        elif total != ZERO:
                             sums[t, row, split, at] = acc[8 * h + c]
         if n_splits > 1 and column == 0 and thread < HEADS and head + thread < n_head:
             row_maxes[t, head + thread, split], row_sums[t, head + thread, split] = row_max[thread], row_sum[thread]
@@ -156,7 +161,10 @@ ATTEND = {storage: _make_attend(storage) for storage in CACHED}
 
 
 def attend(out, splits, q, latents, positions, indices, mask, mode, scale):
-    """Attention to keys as the mode says; splits: sums, tops, totals [T, n_head, n_splits, ...]."""
+    """Attention to the keys of a mode.
+
+    splits: sums, row_maxes, row_sums [T, n_head, n_splits, ...].
+    """
     n_tokens, n_head, n_v = out.shape
     n_splits = splits[1].shape[2]
     ATTEND[latents.storage]((n_tokens * n_splits * blocks_for(n_head, HEADS), blocks_for(n_v, COLUMNS)), out, *splits, q,

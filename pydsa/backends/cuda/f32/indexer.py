@@ -1,4 +1,4 @@
-"""The indexer's scores in float32, for keys of any type."""
+"""The indexer's scores in float32, for keys of any storage."""
 import numpy as np
 from numba import cuda
 
@@ -8,7 +8,7 @@ from pydsa.backends.cuda.rows import CACHED
 
 
 PITCH = HEADS + 1
-WEIGHED = KEYS * PITCH
+WEIGHTED = KEYS * PITCH
 HEADS_BITS, KEYS_BITS = HEADS.bit_length() - 1, KEYS.bit_length() - 1
 ZERO, MINUS_INFINITY = np.float32(0), np.float32(-np.inf)
 
@@ -17,12 +17,13 @@ def _make_scores(storage):
     products = PRODUCTS_OF[storage]
 
     def scores(out, q, w, data, row_bytes, first, second, positions, start, scale, fill):
-        """out[t, s] = scale sum_h w[start + t, h] relu(q[start + t, h] . key s) for s <= the token's position; if `fill`, -inf after it.
+        """out[t, s] = scale sum_h w[start + t, h] relu(q[start + t, h] . key s).
 
-        A block has one token and every so manieth tile of keys; a tile passes by HEADS heads at a time (tiles.py).
+        For s up to the token's position; -inf after it if `fill`. One token per block in y; blocks walk the key tiles with a grid stride.
+        A tile is multiplied with HEADS heads at a time (tiles.py).
         """
         work = cuda.shared.array(WORK, np.float32, 16)
-        weighed = cuda.shared.array(WEIGHED, np.float32)
+        weighted = cuda.shared.array(WEIGHTED, np.float32)
         key_of = cuda.shared.array(KEYS, np.int64)
         dots = cuda.local.array(DOTS, np.float32)
         fours = cuda.local.array(FOURS, np.float32)
@@ -42,13 +43,13 @@ def _make_scores(storage):
                         h, value = product & HEADS - 1, ZERO
                         if head + h < n_head:
                             dot = sum_of_slices(work, product)
-                            if dot > ZERO or dot != dot:        # NaN stays
+                            if dot > ZERO or dot != dot:        # NaN stays NaN
                                 value = w[token, head + h] * dot
-                        weighed[(product >> HEADS_BITS) * PITCH + h] = value
+                        weighted[(product >> HEADS_BITS) * PITCH + h] = value
                     cuda.syncthreads()
                     if thread < KEYS:
                         for h in range(HEADS):
-                            total += weighed[thread * PITCH + h]
+                            total += weighted[thread * PITCH + h]
             if thread < KEYS:
                 s = base + thread
                 if s < n:
@@ -62,11 +63,14 @@ SCORES = {storage: _make_scores(storage) for storage in CACHED}
 
 
 def pack(q, w):
-    """Queries and the weights of heads as they are."""
+    """Queries and head weights unchanged."""
     return q, w
 
 
 def score(out, queries, keys, positions, start, scale, fill):
-    """Scores of tokens start, start + 1, ... into the rows of `out`; queries: what pack() gave for all tokens."""
+    """Scores of tokens start, start + 1, ..., one per row of `out`.
+
+    queries: the result of pack() for all tokens.
+    """
     grid = min(blocks_for(out.shape[1], KEYS), blocks_for(BLOCKS, len(out))), len(out)
     SCORES[keys.storage](grid, out, *queries, keys.data.flat, keys.data.shape[1], keys.first, keys.second, positions, start, scale, fill)

@@ -1,4 +1,4 @@
-"""Products with unquantized weights in float32: of one token, and of four tokens at a time."""
+"""float32 products with unquantized weights: gemv, and gemm of four tokens."""
 import numpy as np
 from numba import cuda
 
@@ -8,16 +8,20 @@ from pydsa.backends.cuda.device import SIMULATED, WARP, warp_sum
 from pydsa.backends.cuda.launch import blocks_for, kernel
 
 
-WARPS = 4           # of a block
-GEMV_THREADS = 8 if SIMULATED else 256   # for one token's product with a row of them
-GEMM_TOKENS = 4                        # that a warp multiplies with a row of unquantized weights
+WARPS = 4                                   # of a gemm block
+GEMV_THREADS = 8 if SIMULATED else 256      # of a gemv block, which has one row of weights
+GEMM_TOKENS = 4                             # tokens that a warp multiplies with a row of weights at a time
 
 
 def _make_gemm(name):
     value_at = FLOATS[name]
 
     def gemm(out, w, row_bytes, tile_matrix, tile_first, tile_end, order, x_div, x):
-        """The same with unquantized weights and activations as they are; a warp multiplies one row with four tokens."""
+        """out[i] = a matrix times row i // x_div of x, for each tile.
+
+        A tile has i = order[first] to order[end - 1].
+        A warp multiplies one row of weights with four tokens at a time.
+        """
         lane, row = cuda.threadIdx.x % WARP, cuda.blockIdx.x * WARPS + cuda.threadIdx.x // WARP
         chosen = tile_matrix[cuda.blockIdx.y]
         if chosen < 0:
@@ -51,7 +55,7 @@ def _make_gemv(name):
     four = FOURS[name]
 
     def gemv(out, w, row_bytes, ids, x_div, x):
-        """out[y] = matrix ids[y] of unquantized weights times the y // x_div-th row of activations; a block makes one number."""
+        """out[y] = matrix ids[y] times row y // x_div of x. One value per block."""
         thread, row, y, n = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y, x.shape[1]
         parts, at, total = cuda.shared.array(32, np.float32), (ids[y] * np.int64(out.shape[1]) + row) * row_bytes, np.float32(0)
         for i in range(4 * thread, n, 4 * GEMV_THREADS):
@@ -68,12 +72,15 @@ GEMV = {name: _make_gemv(name) for name in FLOATS}
 
 
 def takes(w, single):
-    """Whether activations stay float32: beside float32 weights, any unquantized ones for one token, and rows that groups do not divide."""
+    """Whether activations stay float32.
+
+    They do with float32 weights, with any unquantized weights for one token, and with rows that are not a multiple of 32.
+    """
     return w.type in FLOATS and (single or w.type == "F32" or w.shape[-1] % 32 != 0)
 
 
 def pack(x):
-    """Activations as they are."""
+    """Activations unchanged."""
     return x
 
 

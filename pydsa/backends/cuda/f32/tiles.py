@@ -1,10 +1,11 @@
-"""Tiles of cache rows and of queries in shared memory, unpacked to float32, and their products: what attention and indexer begin with.
+"""Tiles of q . k in float32, for attention and the indexer.
 
-A block multiplies some heads of a token with some keys, WIDE numbers at a time. Its threads form SLICES groups: each has a thread for every
-few heads and keys, and takes its own slice of the numbers, so that a number that is loaded meets several others.
+A block multiplies HEADS heads of a token with KEYS keys. Both are staged in shared memory as float32, WIDE values of each row at a time.
+The threads form SLICES groups, each with its own slice of those values (CUTLASS's sliced-K). A thread of a group computes MY_HEADS x
+MY_KEYS products, so that every value it loads is used several times.
 
-All sizes here are powers of two, and threads and tasks are divided by & and >>: // and %, and indices of which the compiler does not know
-that they are not negative, would cost many registers.
+All sizes are powers of two, and thread and task indices are split with & and >>. // and %, and indices that the compiler cannot prove
+non-negative, would cost many registers.
 """
 import numpy as np
 
@@ -16,37 +17,41 @@ THREADS = 8 if SIMULATED else 256
 HEADS, KEYS = (4, 8) if SIMULATED else (16, 64)             # of a tile
 MY_HEADS, MY_KEYS = (4, 2) if SIMULATED else (4, 4)         # of a thread
 HEAD_GROUPS, KEY_GROUPS = HEADS // MY_HEADS, KEYS // MY_KEYS
-GROUP = HEAD_GROUPS * KEY_GROUPS                # threads that take the same slice
+GROUP = HEAD_GROUPS * KEY_GROUPS                # threads of the same slice
 SLICES = THREADS // GROUP
-WIDE = 8 if SIMULATED else 64                   # numbers of all rows that are in shared memory at a time
+WIDE = 8 if SIMULATED else 64                   # values of each row that are in shared memory at a time
 SLICE = WIDE // SLICES
-PITCH = WIDE + 4                                # floats from a row to the next: the lanes' fours meet in no bank
-QUERIES = KEYS * PITCH                          # where the queries begin
-DOTS = MY_HEADS * MY_KEYS                       # sums of a thread
-PRODUCTS = HEADS * KEYS                         # of a tile: key, then head
+PITCH = WIDE + 4                                # floats from a row to the next: no bank conflicts in loads of four
+QUERIES = KEYS * PITCH                          # where the queries begin in shared memory
+DOTS = MY_HEADS * MY_KEYS                       # accumulators of a thread
+PRODUCTS = HEADS * KEYS                         # of a tile, [key, head]
 WORK = max(QUERIES + HEADS * PITCH, SLICES * PRODUCTS)      # floats of shared memory
 HEAD_BITS, GROUP_BITS, WIDE_BITS = (n.bit_length() - 1 for n in (HEAD_GROUPS, GROUP, WIDE))
 FOURS_BITS = WIDE_BITS - 2
-BATCH, MY_QUERIES = KEYS * WIDE // 4 // THREADS, HEADS * WIDE // THREADS        # fours of keys and numbers of queries that a thread loads
+BATCH, MY_QUERIES = KEYS * WIDE // 4 // THREADS, HEADS * WIDE // THREADS        # fours of keys and values of queries that a thread loads
 FOURS = 4 * max(BATCH, MY_KEYS)
 ZERO, HALFWAY, BIASED = np.float32(0), np.uint32(0x4B000000), np.float32(2**23 + 128)
 TWO_BIASED = np.float32(2**23 + 128 * 257)
 
 
 @device
-def byte_float(word, i):
-    """The i-th signed byte of a word: as the last bits of a float of 2^23 and more, which is faster than to convert it."""
-    return bits_float(np.uint32((word >> (8 * i) & 255 ^ 128) | HALFWAY)) - BIASED
+def byte_float(quad, i):
+    """The i-th int8 of a uint32 as float32.
+
+    The byte becomes the low mantissa bits of a float of at least 2^23, which is faster than a conversion.
+    """
+    return bits_float(np.uint32((quad >> (8 * i) & 255 ^ 128) | HALFWAY)) - BIASED
 
 
 @device
 def two_bytes_float(high, low, i):
-    """256 times the i-th signed byte of one word and that of another."""
+    """The i-th int8 pair, 256 high + low, as float32. See byte_float."""
     return bits_float(np.uint32((high >> (8 * i) & 255 ^ 128) << 8 | (low >> (8 * i) & 255 ^ 128) | HALFWAY)) - TWO_BIASED
 
 
 @device
 def four_f32(data, row, i, first, second):
+    """Values i to i + 3 of a float32 row."""
     at = row + 4 * i
     return (bits_float(u32_at(data, at)), bits_float(u32_at(data, at + 4)), bits_float(u32_at(data, at + 8)),
             bits_float(u32_at(data, at + 12)))
@@ -54,12 +59,14 @@ def four_f32(data, row, i, first, second):
 
 @device
 def four_f16(data, row, i, first, second):
+    """Values i to i + 3 of a float16 row."""
     at = row + 2 * i
     return half_at(data, at), half_at(data, at + 2), half_at(data, at + 4), half_at(data, at + 6)
 
 
 @device
 def four_bf16(data, row, i, first, second):
+    """Values i to i + 3 of a bfloat16 row."""
     a, b = u32_at(data, row + 2 * i), u32_at(data, row + 2 * i + 4)
     return (bits_float(np.uint32((a & 0xFFFF) << 16)), bits_float(np.uint32(a & 0xFFFF0000)), bits_float(np.uint32((b & 0xFFFF) << 16)),
             bits_float(np.uint32(b & 0xFFFF0000)))
@@ -67,18 +74,20 @@ def four_bf16(data, row, i, first, second):
 
 @device
 def four_i8(data, row, i, first, second):
-    word, d = u32_at(data, row + i), bits_float(u32_at(data, row + first + second + (0 if i < first else 4)))
-    return d * byte_float(word, 0), d * byte_float(word, 1), d * byte_float(word, 2), d * byte_float(word, 3)
+    """Values i to i + 3 of an int8 row."""
+    q, d = u32_at(data, row + i), bits_float(u32_at(data, row + first + second + (0 if i < first else 4)))
+    return d * byte_float(q, 0), d * byte_float(q, 1), d * byte_float(q, 2), d * byte_float(q, 3)
 
 
 @device
 def four_i16(data, row, i, first, second):
+    """Values i to i + 3 of an int16 row."""
     low = row + first + second
     a, b, d = u32_at(data, row + i), u32_at(data, low + i), bits_float(u32_at(data, low + first + second + (0 if i < first else 4)))
     return d * two_bytes_float(a, b, 0), d * two_bytes_float(a, b, 1), d * two_bytes_float(a, b, 2), d * two_bytes_float(a, b, 3)
 
 
-# storage -> four(data, row, i, first, second): numbers i to i + 3 of a row, where i and the lengths of the parts are multiples of 4
+# storage -> four(data, row, i, first, second): values i to i + 3 of a row, where i and the lengths of the parts are multiples of 4
 UNPACK_FOUR = {"f32": four_f32, "f16": four_f16, "bf16": four_bf16, "i8": four_i8, "i16": four_i16}
 
 
@@ -87,27 +96,27 @@ def _make_stage(storage):
 
     @device
     def stage(work, pitch, bits, fours, key_of, data, row_bytes, column, end, first, second, task):
-        """Numbers of keys to work[key, ...]: 4 BATCH of each thread, from `column` on 2^bits fours of each key, zeros after `end`.
+        """Stage values of keys in shared memory: work[key, ...].
 
-        key_of: the keys in shared memory, -1 stands for a row of zeros; task: the thread's first four, others are THREADS apart. All that
-        it reads is asked for before anything is waited for.
+        From `column` on, 2^bits fours of each key, zero-padded after `end`; 4 BATCH values per thread. key_of: the keys, in shared memory;
+        -1 is a row of zeros. task: the thread's first four; its others are THREADS apart. All loads are issued before any is used.
         """
         if (first | second | end) & 3 == 0:
             for j in range(BATCH):
                 key, c = key_of[(j * THREADS + task) >> bits], column + (((j * THREADS + task) & (1 << bits) - 1) << 2)
                 a, b, e, f = four(data, max(key, 0) * row_bytes, min(c, end - 4), first, second)
-                there = key >= 0 and c < end
-                fours[4 * j], fours[4 * j + 1] = a if there else ZERO, b if there else ZERO
-                fours[4 * j + 2], fours[4 * j + 3] = e if there else ZERO, f if there else ZERO
+                valid = key >= 0 and c < end
+                fours[4 * j], fours[4 * j + 1] = a if valid else ZERO, b if valid else ZERO
+                fours[4 * j + 2], fours[4 * j + 3] = e if valid else ZERO, f if valid else ZERO
             for j in range(BATCH):
                 at = ((j * THREADS + task) >> bits) * pitch + (((j * THREADS + task) & (1 << bits) - 1) << 2)
                 store_four_f32(work, at, fours[4 * j], fours[4 * j + 1], fours[4 * j + 2], fours[4 * j + 3])
         else:
             for i in range(4 * BATCH):
-                number = 4 * task + (i >> 2) * 4 * THREADS + (i & 3)
-                row, c = number >> (bits + 2), number & (4 << bits) - 1
-                there = key_of[row] >= 0 and column + c < end
-                work[row * pitch + c] = value_at(data, key_of[row] * row_bytes, column + c, first, second) if there else ZERO
+                value = 4 * task + (i >> 2) * 4 * THREADS + (i & 3)
+                row, c = value >> (bits + 2), value & (4 << bits) - 1
+                valid = key_of[row] >= 0 and column + c < end
+                work[row * pitch + c] = value_at(data, key_of[row] * row_bytes, column + c, first, second) if valid else ZERO
     return stage
 
 
@@ -119,9 +128,10 @@ def _make_products(storage):
 
     @device
     def products(work, s, fours, key_of, q, t, head, data, row_bytes, first, second, thread):
-        """work[slice, key, head] = a slice's part of q[t, head + ...] . key; all threads must come here.
+        """work[slice, key, head] = a slice's partial sum of q[t, head + ...] . key.
 
-        s, fours: DOTS and FOURS registers; key_of: the keys in shared memory, -1 stands for a row of zeros.
+        All threads of the block must call it. s, fours: local arrays of DOTS and FOURS floats, which become registers. key_of: the keys,
+        in shared memory; -1 is a row of zeros.
         """
         n_head, width = q.shape[1], q.shape[2]
         part, hg, kg = thread >> GROUP_BITS, thread & HEAD_GROUPS - 1, thread >> HEAD_BITS & KEY_GROUPS - 1
@@ -163,7 +173,7 @@ PRODUCTS_OF = {storage: _make_products(storage) for storage in CACHED}
 
 @device
 def sum_of_slices(work, i):
-    """The i-th product of the tile: key i // HEADS, head i % HEADS."""
+    """Product i of the tile: key i // HEADS, head i % HEADS."""
     total = ZERO
     for part in range(SLICES):
         total += work[part * PRODUCTS + i]

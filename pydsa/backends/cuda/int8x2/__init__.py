@@ -1,2 +1,5 @@
-"""Kernels in dp4a and tensor cores of int8, two for each int16: one token's products, and caches of integers."""
+"""int8 kernels (dp4a and tensor cores), two int8 per int16.
+
+They compute one token's products, and attention and indexer over integer caches.
+"""
 from pydsa.backends.cuda.int8x2 import attention, indexer, linear  # noqa: F401

@@ -1,9 +1,11 @@
-"""Attention of prompts over caches of whole numbers (quants/whole_rows.py) in tensor cores: keys' bytes meet those of queries and weights.
+"""Attention over int8 and int16 caches in int8 tensor cores.
 
-A block has one token, HEADS heads and up to COLUMNS columns of the value, and goes through the token's keys, SIDE at a time: all, or those
-that were chosen, gathered row by row. Queries, and the softmax's weights, become whole numbers of 16 bits, 256 high + low; of the four
-products of bytes the three largest are taken, as on the CPU (cpu/byte_attention.py). A key's scores come in two sums, one for each scaled
-part; the scale of its values becomes part of its weight, beside the largest such scale of the tile.
+A block has one token, HEADS heads and up to COLUMNS columns of the value. It walks the token's keys in tiles of SIDE: all keys, or the
+chosen ones, gathered row by row. Queries and softmax weights are quantized to int16 and split into int8 pairs (256 high + low). Of the
+four products of pairs the three largest are computed, as on the CPU (cpu/int8x2/attention.py).
+
+A cache row (cpu/integer_rows.py) has two parts with a scale each, so a score is the sum of two scaled dot products. The scale of a key's
+value, relative to the largest one of the tile, becomes part of the key's softmax weight.
 """
 import numpy as np
 from numba import cuda
@@ -17,40 +19,40 @@ from pydsa.backends.cuda.modes import MASKED, SPARSE
 from pydsa.quants import INT8X2_MAX
 
 
-ROW_TILES, COLUMN_WARPS = (1, 1) if SIMULATED else (4, 2)      # a warp has sixteen heads, and 32 keys or 32 columns
+ROW_TILES, COLUMN_WARPS = (1, 1) if SIMULATED else (4, 2)      # a warp has 16 heads, and 32 keys or 32 columns
 WARPS = ROW_TILES * COLUMN_WARPS
 THREADS = MMA_WARP * WARPS
 HEADS = 16 * ROW_TILES
-SIDE = 32 * COLUMN_WARPS                    # keys of a tile; numbers of them, or columns of their values, in shared memory at a time
-FEWEST_HEADS = 2 if SIMULATED else 24       # below, most rows of a tile would be empty
-PARTS = 8                                   # times SIDE columns that a block sums
+SIDE = 32 * COLUMN_WARPS                    # keys of a tile; their values, or columns of the value, that are in shared memory at a time
+MIN_HEADS = 2 if SIMULATED else 24       # with fewer heads most rows of a tile would be padding
+PARTS = 8                                   # accumulators of a block, SIDE columns each
 COLUMNS = PARTS * SIDE
-WORDS = SIDE // 4
-WORDS_BITS = WORDS.bit_length() - 1
-PITCH = WORDS + 4                           # words from a row to the next: the lanes of an instruction meet in no bank
+SIDE_U32 = SIDE // 4
+SIDE_U32_BITS = SIDE_U32.bit_length() - 1
+PITCH = SIDE_U32 + 4                           # uint32 from a row to the next: no bank conflicts in fragment loads
 COLUMN_PITCH = SIDE + 8
-PLANE = SIDE * PITCH                        # of staged high bytes; low ones follow
-STAGE = 2 * max(PLANE, WORDS * COLUMN_PITCH)
+PLANE = SIDE * PITCH                        # of staged high bytes; low bytes follow
+STAGE = 2 * max(PLANE, SIDE_U32 * COLUMN_PITCH)
 SCORE_PITCH = SIDE + 4
 SCORES, WEIGHT_PLANE = HEADS * SCORE_PITCH, HEADS * PITCH
 WEIGHTS = 2 * WEIGHT_PLANE
-A_HEAD = THREADS // HEADS                   # threads that weigh one head's keys
-SHARES = HEADS * A_HEAD
-SUMS = 16                                   # of a lane: four tiles of sixteen heads and eight keys or columns
+HEAD_THREADS = THREADS // HEADS                   # threads that share the softmax of one head
+PARTIALS = HEADS * HEAD_THREADS
+SUMS = 16                                   # accumulators of a lane: four tiles of 16 heads x 8 keys or columns
 ZERO, MINUS_INFINITY, INFINITY = np.float32(0), np.float32(-np.inf), np.float32(np.inf)
 
 
 def takes(latents, n_head, n_v):
-    """Whether this file's kernels can attend, and fill their tiles."""
+    """Whether this file's kernels can attend, with their tiles well filled."""
     parts = latents.first % 4 == 0 == latents.second % 4 and n_v <= latents.first
-    return latents.storage in ATTEND and parts and n_head >= FEWEST_HEADS
+    return latents.storage in ATTEND and parts and n_head >= MIN_HEADS
 
 
 @kernel("u4[::1], f4[:,:,:], f4[:,:,:], i4, i4", WARP)
 def pack_heads(packed, scales, q, first, n_steps):
-    """A warp rounds a part of one head's query; its words go where the lanes of mma_s8 take them: [t, tile, step, plane, lane, 4].
+    """Quantize queries into A fragments of mma.m16n8k32. One part of one head per warp.
 
-    Heads that do not exist, up to a multiple of sixteen, are zeros.
+    packed: [t, tile, step, plane, lane, 4]. Heads are zero-padded to a multiple of sixteen.
     """
     lane, h, t, part = cuda.threadIdx.x, cuda.blockIdx.x // 2, cuda.blockIdx.y, cuda.blockIdx.x % 2
     start, end = (0, first) if part == 0 else (first, q.shape[2])
@@ -60,24 +62,24 @@ def pack_heads(packed, scales, q, first, n_steps):
     bits = np.int32(0)
     for i in range(start + lane, end, WARP):
         bits = max(bits, abs_bits(q[t, h, i]))
-    row_max = bits_float(np.uint32(warp_max_int(bits)))
-    known = row_max < INFINITY
-    factor = np.float32(INT8X2_MAX) / row_max if known and row_max > np.float32(1e-30) else ZERO
+    abs_max = bits_float(np.uint32(warp_max_int(bits)))
+    finite = abs_max < INFINITY
+    factor = np.float32(INT8X2_MAX) / abs_max if finite and abs_max > np.float32(1e-30) else ZERO
     if lane == 0 and h < q.shape[1]:
-        scales[t, h, part] = row_max / np.float32(INT8X2_MAX) if known else np.float32(np.nan)
+        scales[t, h, part] = abs_max / np.float32(INT8X2_MAX) if finite else np.float32(np.nan)
     n_tiles, before = (q.shape[1] + 15) // 16, (first + 31) // 32 if part == 1 else 0
     base = (np.int64(t) * n_tiles + h // 16) * n_steps
-    for word in range(lane, (length + 31) // 32 * 8, WARP):
-        i = start + 4 * word
+    for four in range(lane, (length + 31) // 32 * 8, WARP):
+        i = start + 4 * four
         a, b, c, e = (nearest(q[t, h, i], factor), nearest(q[t, h, i + 1], factor), nearest(q[t, h, i + 2], factor),
                       nearest(q[t, h, i + 3], factor)) if i < end else (0, 0, 0, 0)
-        at = (base + before + word // 8) * 256 + (h % 8 * 4 + word % 4) * 4 + h % 16 // 8 + word % 8 // 4 * 2
+        at = (base + before + four // 8) * 256 + (h % 8 * 4 + four % 4) * 4 + h % 16 // 8 + four % 8 // 4 * 2
         packed[at], packed[at + 128] = pack_int8x2(a, b, c, e)
 
 
 @device
 def transposed(a, b, c, e):
-    """Four words of the first, second, third and fourth bytes of four."""
+    """Transpose a 4 x 4 tile of bytes, one row per uint32."""
     ab, ce = permuted(a, b, np.uint32(0x5140)), permuted(c, e, np.uint32(0x5140))
     ab_high, ce_high = permuted(a, b, np.uint32(0x7362)), permuted(c, e, np.uint32(0x7362))
     return (permuted(ab, ce, np.uint32(0x5410)), permuted(ab, ce, np.uint32(0x7632)),
@@ -85,38 +87,39 @@ def transposed(a, b, c, e):
 
 
 @device
-def softmax_tile(scores, weights, of_values, shares, row_max, row_sum, rescale, thread):
-    """Scores of a tile become weights, words of four keys' high and low bytes; what is known of each head by then goes on.
+def softmax_tile(scores, weights, value_factors, partials, row_max, row_sum, rescale, thread):
+    """Online softmax of a tile: scores become int16 weights, split into int8 pairs.
 
-    of_values: what the weights are multiplied by, INT8X2_MAX at most. A_HEAD threads share the keys of a head.
+    weights: uint32 of four keys' high bytes, and of their low bytes. value_factors: what each key's weight is multiplied by, at most
+    INT8X2_MAX. row_max, row_sum and rescale of each head are updated. HEAD_THREADS threads share the keys of a head.
     """
-    h, share = thread // A_HEAD, thread % A_HEAD
-    greatest = MINUS_INFINITY
-    for word in range(share, WORDS, A_HEAD):
+    h, share = thread // HEAD_THREADS, thread % HEAD_THREADS
+    new_max = MINUS_INFINITY
+    for four in range(share, SIDE_U32, HEAD_THREADS):
         for i in range(4):
-            greatest = max(greatest, scores[h * SCORE_PITCH + 4 * word + i])
-    shares[thread] = greatest
+            new_max = max(new_max, scores[h * SCORE_PITCH + 4 * four + i])
+    partials[thread] = new_max
     sync()
-    before = row_max[h]
-    greatest = before
-    for i in range(A_HEAD):
-        greatest = max(greatest, shares[h * A_HEAD + i])
-    base, added = greatest if greatest > MINUS_INFINITY else ZERO, ZERO
+    old_max = row_max[h]
+    new_max = old_max
+    for i in range(HEAD_THREADS):
+        new_max = max(new_max, partials[h * HEAD_THREADS + i])
+    base, added = new_max if new_max > MINUS_INFINITY else ZERO, ZERO
     sync()
-    for word in range(share, WORDS, A_HEAD):
-        at, key = h * SCORE_PITCH + 4 * word, 4 * word
+    for four in range(share, SIDE_U32, HEAD_THREADS):
+        at, key = h * SCORE_PITCH + 4 * four, 4 * four
         w0, w1, w2, w3 = exp(scores[at] - base), exp(scores[at + 1] - base), exp(scores[at + 2] - base), exp(scores[at + 3] - base)
         added += (w0 + w1) + (w2 + w3)
-        high, low = pack_int8x2(nearest(w0, of_values[key]), nearest(w1, of_values[key + 1]), nearest(w2, of_values[key + 2]),
-                                nearest(w3, of_values[key + 3]))
-        weights[h * PITCH + word], weights[WEIGHT_PLANE + h * PITCH + word] = high, low
-    shares[thread] = added
+        high, low = pack_int8x2(nearest(w0, value_factors[key]), nearest(w1, value_factors[key + 1]), nearest(w2, value_factors[key + 2]),
+                                nearest(w3, value_factors[key + 3]))
+        weights[h * PITCH + four], weights[WEIGHT_PLANE + h * PITCH + four] = high, low
+    partials[thread] = added
     sync()
     if share == 0:
-        smaller, added = exp(before - base), ZERO
-        for i in range(A_HEAD):
-            added += shares[h * A_HEAD + i]
-        row_max[h], row_sum[h], rescale[h] = greatest, row_sum[h] * smaller + added, smaller
+        factor, added = exp(old_max - base), ZERO
+        for i in range(HEAD_THREADS):
+            added += partials[h * HEAD_THREADS + i]
+        row_max[h], row_sum[h], rescale[h] = new_max, row_sum[h] * factor + added, factor
     sync()
 
 
@@ -126,54 +129,57 @@ def _make_attend(storage):
 
     @device
     def add_values(acc, stage, weights, rescale, key_at, data, first, second, column, n_v, unit, thread):
-        """acc = acc times shrink, and the weights times SIDE columns of the values."""
+        """acc = rescale acc + weights times SIDE columns of the values."""
         warp, lane = thread >> 5, thread & 31
-        row, right, c = warp % ROW_TILES * 16 + (lane >> 2), warp // ROW_TILES * 32 + (lane >> 2), lane & 3
+        row, first_column, c = warp % ROW_TILES * 16 + (lane >> 2), warp // ROW_TILES * 32 + (lane >> 2), lane & 3
         if column >= n_v:
             return
         for plane in range(planes):
-            for j in range(WORDS * WORDS // THREADS):
+            for j in range(SIDE_U32 * SIDE_U32 // THREADS):
                 task = j * THREADS + thread
-                word, group = task & WORDS - 1, task >> WORDS_BITS      # four columns, of four keys
-                at = column + 4 * word + (first + second) * plane
-                there = column + 4 * word < first
+                four, group = task & SIDE_U32 - 1, task >> SIDE_U32_BITS      # four columns, of four keys
+                at = column + 4 * four + (first + second) * plane
+                valid = column + 4 * four < first
                 a, b, d, e = key_at[4 * group], key_at[4 * group + 1], key_at[4 * group + 2], key_at[4 * group + 3]
-                w0 = u32_at(data, a + at) if there and a >= 0 else np.uint32(0)
-                w1 = u32_at(data, b + at) if there and b >= 0 else np.uint32(0)
-                w2 = u32_at(data, d + at) if there and d >= 0 else np.uint32(0)
-                w3 = u32_at(data, e + at) if there and e >= 0 else np.uint32(0)
+                w0 = u32_at(data, a + at) if valid and a >= 0 else np.uint32(0)
+                w1 = u32_at(data, b + at) if valid and b >= 0 else np.uint32(0)
+                w2 = u32_at(data, d + at) if valid and d >= 0 else np.uint32(0)
+                w3 = u32_at(data, e + at) if valid and e >= 0 else np.uint32(0)
                 w0, w1, w2, w3 = transposed(w0, w1, w2, w3)
-                store_four_u32(stage, plane * WORDS * COLUMN_PITCH + group * COLUMN_PITCH + 4 * word, w0, w1, w2, w3)
+                store_four_u32(stage, plane * SIDE_U32 * COLUMN_PITCH + group * COLUMN_PITCH + 4 * four, w0, w1, w2, w3)
         sync()
         for tile in range(4):
             p0, p1, p2, p3 = 0, 0, 0, 0
-            for plane in range(2):      # high times high first
+            for plane in range(2):      # high * high first
                 for s in range(SIDE // 32):
                     at = row * PITCH + 8 * s + c
                     h0, h1, h2, h3 = weights[at], weights[at + 8 * PITCH], weights[at + 4], weights[at + 8 * PITCH + 4]
                     at += WEIGHT_PLANE
                     l0, l1, l2, l3 = weights[at], weights[at + 8 * PITCH], weights[at + 4], weights[at + 8 * PITCH + 4]
-                    at = (8 * s + c) * COLUMN_PITCH + right + 8 * tile
+                    at = (8 * s + c) * COLUMN_PITCH + first_column + 8 * tile
                     b0, b1 = stage[at], stage[at + 4 * COLUMN_PITCH]
                     if plane == 0:
                         p0, p1, p2, p3 = mma_s8(h0, h1, h2, h3, b0, b1, p0, p1, p2, p3)
                     else:
                         p0, p1, p2, p3 = mma_s8(l0, l1, l2, l3, b0, b1, p0, p1, p2, p3)
                         if wide:
-                            at += WORDS * COLUMN_PITCH
+                            at += SIDE_U32 * COLUMN_PITCH
                             p0, p1, p2, p3 = mma_s8(h0, h1, h2, h3, stage[at], stage[at + 4 * COLUMN_PITCH], p0, p1, p2, p3)
                 if plane == 0:
                     p0, p1, p2, p3 = p0 << 8, p1 << 8, p2 << 8, p3 << 8
-            smaller, smaller_8 = rescale[row], rescale[row + 8]
-            acc[4 * tile] = acc[4 * tile] * smaller + unit * np.float32(np.int32(p0))
-            acc[4 * tile + 1] = acc[4 * tile + 1] * smaller + unit * np.float32(np.int32(p1))
-            acc[4 * tile + 2] = acc[4 * tile + 2] * smaller_8 + unit * np.float32(np.int32(p2))
-            acc[4 * tile + 3] = acc[4 * tile + 3] * smaller_8 + unit * np.float32(np.int32(p3))
+            factor, factor_8 = rescale[row], rescale[row + 8]
+            acc[4 * tile] = acc[4 * tile] * factor + unit * np.float32(np.int32(p0))
+            acc[4 * tile + 1] = acc[4 * tile + 1] * factor + unit * np.float32(np.int32(p1))
+            acc[4 * tile + 2] = acc[4 * tile + 2] * factor_8 + unit * np.float32(np.int32(p2))
+            acc[4 * tile + 3] = acc[4 * tile + 3] * factor_8 + unit * np.float32(np.int32(p3))
         sync()
 
     @device
     def store_columns(out, acc, factor, factor_8, t, head, column, thread):
-        """SIDE columns of what all keys made, times a factor for each of a lane's two rows."""
+        """Store SIDE columns of an accumulator, scaled by a factor per row.
+
+        factor and factor_8 are those of a lane's two rows.
+        """
         warp, lane = thread >> 5, thread & 31
         row, at = warp % ROW_TILES * 16 + (lane >> 2), column + warp // ROW_TILES * 32 + 2 * (lane & 3)
         for i in range(SUMS):
@@ -183,19 +189,20 @@ def _make_attend(storage):
 
     def attend(out, sums, row_maxes, row_sums, packed, scales, data, row_bytes, first, second, positions, indices, mask, mode, n_splits,
                scale):
-        """out[t, h] of queries as pack_heads left them; if keys are split, what attention.py's kernels leave then.
+        """out[t, h] of packed queries, or one split of it: sums, row_maxes and row_sums.
 
-        mode: all keys up to positions[t], the same with mask[t, s] added, or keys indices[t] up to the first that is negative.
+        mode: DENSE, all keys up to positions[t]; MASKED, the same with mask[t, s] added; SPARSE, keys indices[t] up to the first negative
+        one.
         """
         stage = cuda.shared.array(STAGE, np.uint32, 16)
         scores = cuda.shared.array(SCORES, np.float32)
         weights = cuda.shared.array(WEIGHTS, np.uint32)
-        key_at = cuda.shared.array(SIDE, np.int64)         # where a key's row begins, or -1
+        key_at = cuda.shared.array(SIDE, np.int64)          # where a key's row begins, or -1
         bias = cuda.shared.array(SIDE, np.float32)
         first_scale = cuda.shared.array(SIDE, np.float32)
         second_scale = cuda.shared.array(SIDE, np.float32)
-        of_values = cuda.shared.array(SIDE, np.float32)
-        shares = cuda.shared.array(SHARES, np.float32)
+        value_factors = cuda.shared.array(SIDE, np.float32)
+        partials = cuda.shared.array(PARTIALS, np.float32)
         row_max = cuda.shared.array(HEADS, np.float32)
         row_sum = cuda.shared.array(HEADS, np.float32)
         rescale = cuda.shared.array(HEADS, np.float32)
@@ -214,7 +221,7 @@ def _make_attend(storage):
         n_tiles, n_groups = (n_head + 15) // 16, (n_head + HEADS - 1) // HEADS
         group, split, t = block % n_groups, block // n_groups % n_splits, block // n_groups // n_splits
         head, column = group * HEADS, (cuda.blockIdx.y & 0xFFFF) * COLUMNS
-        row, right, c = warp % ROW_TILES * 16 + (lane >> 2), warp // ROW_TILES * 32 + (lane >> 2), lane & 3
+        row, first_column, c = warp % ROW_TILES * 16 + (lane >> 2), warp // ROW_TILES * 32 + (lane >> 2), lane & 3
         n_steps = (first + 31) // 32 + (second + 31) // 32
         of_tile = (np.int64(t) * n_tiles + min(group * ROW_TILES + warp % ROW_TILES, n_tiles - 1)) * n_steps
         h0, h1, unit = min(head + row, n_head - 1), min(head + row + 8, n_head - 1), np.float32(256) if wide else np.float32(1)
@@ -234,37 +241,37 @@ def _make_attend(storage):
                 if added == MINUS_INFINITY or key < 0:
                     key, added = np.int64(-1), MINUS_INFINITY
                 key_at[thread], bias[thread] = key * row_bytes if key >= 0 else np.int64(-1), added
-                behind = key * row_bytes + planes * (first + second)
-                first_scale[thread] = bits_float(u32_at(data, behind)) if key >= 0 else ZERO
-                second_scale[thread] = bits_float(u32_at(data, behind + 4)) if key >= 0 and second > 0 else ZERO
+                scales_at = key * row_bytes + planes * (first + second)
+                first_scale[thread] = bits_float(u32_at(data, scales_at)) if key >= 0 else ZERO
+                second_scale[thread] = bits_float(u32_at(data, scales_at + 4)) if key >= 0 and second > 0 else ZERO
             cuda.syncthreads()
-            greatest = ZERO
+            max_scale = ZERO
             for i in range(SIDE):
                 d = first_scale[i]
-                if greatest < d < INFINITY:
-                    greatest = d
+                if max_scale < d < INFINITY:
+                    max_scale = d
             if thread < SIDE:
                 d = first_scale[thread]
-                of_values[thread] = d / greatest * np.float32(INT8X2_MAX) if ZERO < d <= greatest else ZERO
+                value_factors[thread] = d / max_scale * np.float32(INT8X2_MAX) if ZERO < d <= max_scale else ZERO
             for part in range(2):
                 begin, length, step = (0, first, 0) if part == 0 else (first, second, (first + 31) // 32)
                 for i in range(SUMS):
                     high[i], mixed[i] = 0, 0
-                for chunk in range(0, length, SIDE):
+                for base in range(0, length, SIDE):
                     for plane in range(planes):
-                        for j in range(SIDE * WORDS // THREADS):
+                        for j in range(SIDE * SIDE_U32 // THREADS):
                             task = j * THREADS + thread
-                            at, word = key_at[task >> WORDS_BITS], chunk + 4 * (task & WORDS - 1)
-                            stage[plane * PLANE + (task >> WORDS_BITS) * PITCH + (task & WORDS - 1)] = (
-                                u32_at(data, at + (first + second) * plane + begin + word) if at >= 0 and word < length else np.uint32(0))
+                            at, i = key_at[task >> SIDE_U32_BITS], base + 4 * (task & SIDE_U32 - 1)
+                            stage[plane * PLANE + (task >> SIDE_U32_BITS) * PITCH + (task & SIDE_U32 - 1)] = (
+                                u32_at(data, at + (first + second) * plane + begin + i) if at >= 0 and i < length else np.uint32(0))
                     cuda.syncthreads()
                     for s in range(SIDE // 32):
-                        if chunk + 32 * s < length:
-                            at = (of_tile + step + chunk // 32 + s) * 256 + 4 * lane
+                        if base + 32 * s < length:
+                            at = (of_tile + step + base // 32 + s) * 256 + 4 * lane
                             a0, a1, a2, a3 = load_four_u32(packed, at)
                             l0, l1, l2, l3 = load_four_u32(packed, at + 128)
                             for tile in range(4):
-                                at = (right + 8 * tile) * PITCH + 8 * s + c
+                                at = (first_column + 8 * tile) * PITCH + 8 * s + c
                                 b0, b1 = stage[at], stage[at + 4]
                                 i = 4 * tile
                                 high[i], high[i + 1], high[i + 2], high[i + 3] = mma_s8(
@@ -277,7 +284,7 @@ def _make_attend(storage):
                                         a0, a1, a2, a3, b0, b1, mixed[i], mixed[i + 1], mixed[i + 2], mixed[i + 3])
                     cuda.syncthreads()
                 of_row, of_row_8 = scale * unit * scales[t, h0, part], scale * unit * scales[t, h1, part]
-                for i in range(SUMS):       # a thread's own: registers are scarce
+                for i in range(SUMS):       # each thread its own accumulators, one part after the other: saves registers
                     key = warp // ROW_TILES * 32 + i // 4 * 8 + 2 * c + i % 2
                     at = (row + i % 4 // 2 * 8) * SCORE_PITCH + key
                     product = (of_row if i % 4 < 2 else of_row_8) * (np.float32(256) * np.float32(high[i]) + np.float32(mixed[i]))
@@ -286,34 +293,34 @@ def _make_attend(storage):
                     elif second > 0 and bias[key] > MINUS_INFINITY:
                         scores[at] += product * second_scale[key]
             cuda.syncthreads()
-            softmax_tile(scores, weights, of_values, shares, row_max, row_sum, rescale, thread)
-            of_sums = greatest / np.float32(INT8X2_MAX) * unit
-            add_values(acc_0, stage, weights, rescale, key_at, data, first, second, column, n_v, of_sums, thread)
-            add_values(acc_1, stage, weights, rescale, key_at, data, first, second, column + SIDE, n_v, of_sums, thread)
-            add_values(acc_2, stage, weights, rescale, key_at, data, first, second, column + 2 * SIDE, n_v, of_sums, thread)
-            add_values(acc_3, stage, weights, rescale, key_at, data, first, second, column + 3 * SIDE, n_v, of_sums, thread)
-            add_values(acc_4, stage, weights, rescale, key_at, data, first, second, column + 4 * SIDE, n_v, of_sums, thread)
-            add_values(acc_5, stage, weights, rescale, key_at, data, first, second, column + 5 * SIDE, n_v, of_sums, thread)
-            add_values(acc_6, stage, weights, rescale, key_at, data, first, second, column + 6 * SIDE, n_v, of_sums, thread)
-            add_values(acc_7, stage, weights, rescale, key_at, data, first, second, column + 7 * SIDE, n_v, of_sums, thread)
+            softmax_tile(scores, weights, value_factors, partials, row_max, row_sum, rescale, thread)
+            value_unit = max_scale / np.float32(INT8X2_MAX) * unit
+            add_values(acc_0, stage, weights, rescale, key_at, data, first, second, column, n_v, value_unit, thread)
+            add_values(acc_1, stage, weights, rescale, key_at, data, first, second, column + SIDE, n_v, value_unit, thread)
+            add_values(acc_2, stage, weights, rescale, key_at, data, first, second, column + 2 * SIDE, n_v, value_unit, thread)
+            add_values(acc_3, stage, weights, rescale, key_at, data, first, second, column + 3 * SIDE, n_v, value_unit, thread)
+            add_values(acc_4, stage, weights, rescale, key_at, data, first, second, column + 4 * SIDE, n_v, value_unit, thread)
+            add_values(acc_5, stage, weights, rescale, key_at, data, first, second, column + 5 * SIDE, n_v, value_unit, thread)
+            add_values(acc_6, stage, weights, rescale, key_at, data, first, second, column + 6 * SIDE, n_v, value_unit, thread)
+            add_values(acc_7, stage, weights, rescale, key_at, data, first, second, column + 7 * SIDE, n_v, value_unit, thread)
             cuda.syncthreads()
         cuda.syncthreads()
-        whole, whole_8 = row_sum[row], row_sum[row + 8]
+        factor, factor_8 = row_sum[row], row_sum[row + 8]
         if n_splits == 1:
-            whole, whole_8 = np.float32(1) / whole if whole != ZERO else ZERO, np.float32(1) / whole_8 if whole_8 != ZERO else ZERO
+            factor, factor_8 = np.float32(1) / factor if factor != ZERO else ZERO, np.float32(1) / factor_8 if factor_8 != ZERO else ZERO
         else:
-            whole = whole_8 = np.float32(1)
+            factor = factor_8 = np.float32(1)
             out = sums[:, :, split]
             if column == 0 and thread < HEADS and head + thread < n_head:
                 row_maxes[t, head + thread, split], row_sums[t, head + thread, split] = row_max[thread], row_sum[thread]
-        store_columns(out, acc_0, whole, whole_8, t, head, column, thread)
-        store_columns(out, acc_1, whole, whole_8, t, head, column + SIDE, thread)
-        store_columns(out, acc_2, whole, whole_8, t, head, column + 2 * SIDE, thread)
-        store_columns(out, acc_3, whole, whole_8, t, head, column + 3 * SIDE, thread)
-        store_columns(out, acc_4, whole, whole_8, t, head, column + 4 * SIDE, thread)
-        store_columns(out, acc_5, whole, whole_8, t, head, column + 5 * SIDE, thread)
-        store_columns(out, acc_6, whole, whole_8, t, head, column + 6 * SIDE, thread)
-        store_columns(out, acc_7, whole, whole_8, t, head, column + 7 * SIDE, thread)
+        store_columns(out, acc_0, factor, factor_8, t, head, column, thread)
+        store_columns(out, acc_1, factor, factor_8, t, head, column + SIDE, thread)
+        store_columns(out, acc_2, factor, factor_8, t, head, column + 2 * SIDE, thread)
+        store_columns(out, acc_3, factor, factor_8, t, head, column + 3 * SIDE, thread)
+        store_columns(out, acc_4, factor, factor_8, t, head, column + 4 * SIDE, thread)
+        store_columns(out, acc_5, factor, factor_8, t, head, column + 5 * SIDE, thread)
+        store_columns(out, acc_6, factor, factor_8, t, head, column + 6 * SIDE, thread)
+        store_columns(out, acc_7, factor, factor_8, t, head, column + 7 * SIDE, thread)
     signature = ("f4[:,:,:], f4[:,:,:,:], f4[:,:,:], f4[:,:,:], u4[::1], f4[:,:,:], u1[::1], i8, i4, i4, i8[:], i4[:,:], f4[:,:], i4, i4, "
                  "f4")
     return kernel(signature, THREADS, f"attend_int8x2_{storage}")(attend)
@@ -323,10 +330,13 @@ ATTEND = {storage: _make_attend(storage) for storage in ("i8", "i16")}
 
 
 def attend(out, splits, q, latents, positions, indices, mask, mode, scale):
-    """Attention to keys as the mode says, which takes() must allow; splits: sums, tops, totals [T, n_head, n_splits, ...]."""
+    """Attention to the keys of a mode, for arguments that takes() accepts.
+
+    splits: sums, row_maxes, row_sums [T, n_head, n_splits, ...].
+    """
     n_tokens, n_head, width = q.shape
     n_steps, n_tiles = blocks_for(latents.first, 32) + (blocks_for(latents.second, 32) if latents.second else 0), blocks_for(n_head, 16)
-    packed = scratch("words of heads", (n_tokens * n_tiles * n_steps * 256,), np.uint32)
+    packed = scratch("packed heads", (n_tokens * n_tiles * n_steps * 256,), np.uint32)
     scales = scratch("scales of heads", (n_tokens, n_head, 2), np.float32)
     n_splits = splits[1].shape[2]
     pack_heads((32 * n_tiles, n_tokens), packed, scales, q, latents.first, n_steps)

@@ -1,7 +1,8 @@
-"""The indexer's scores over keys of int8 (quants/whole_rows.py) in tensor cores: keys are multiplied as they lie, with queries of 16 bits.
+"""The indexer's scores over int8 keys in tensor cores.
 
-A head's query is rounded to whole numbers, of which the largest is 32,512, and their high and low signed bytes are multiplied: x = scale
-(256 high + low). The scale becomes part of the head's weight, a key's scale multiplies the sum over heads. All sums of bytes are exact.
+Keys are multiplied as stored (cpu/integer_rows.py), with int16 queries. A head's query is quantized to at most 32,512 and split into int8
+pairs: x = scale (256 high + low), both bytes signed. The query's scale becomes part of the head's weight; a key's scale multiplies the sum
+over heads. All int8 dot products are exact.
 """
 import numpy as np
 from numba import cuda
@@ -13,65 +14,68 @@ from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
 from pydsa.quants import INT8X2_MAX
 
 
-WIDTH = 128                             # numbers of a key, which stays in registers, at most
-STEPS = WIDTH // 32                     # of 32 numbers, that one instruction multiplies
+WIDTH = 128                             # the most values of a key, which stays in registers
+STEPS = WIDTH // 32                     # of 32 values, the K of one instruction
 WARPS = 1 if SIMULATED else 8           # of a block
 THREADS = MMA_WARP * WARPS
-WARP_KEYS = 32                          # two tiles of sixteen
+WARP_KEYS = 32                          # keys of a warp: two tiles of sixteen
 KEYS = WARP_KEYS * WARPS
-HEAD_TILES = 1 if SIMULATED else 8      # of eight heads, whose queries are in shared memory at a time
-TILE_WORDS = 8 * WIDTH // 2             # of a tile's queries: words of four bytes, high and low, in the order of the lanes
-QUERY_WORDS, HEADS = HEAD_TILES * TILE_WORDS, 8 * HEAD_TILES
-KEY_WORDS, STEP_WORDS, SUMS = 8 * STEPS, 4 * STEPS, 4 * KEYS
+HEAD_TILES = 1 if SIMULATED else 8      # tiles of eight heads whose queries are staged in shared memory at a time
+TILE_U32 = 8 * WIDTH // 2             # uint32 of a tile's queries, high and low bytes, in fragment order
+QUERY_U32, HEADS = HEAD_TILES * TILE_U32, 8 * HEAD_TILES
+KEY_U32, STEP_U32, SUMS = 8 * STEPS, 4 * STEPS, 4 * KEYS
 KEYS_BITS = KEYS.bit_length() - 1
 ZERO, MINUS_INFINITY = np.float32(0), np.float32(-np.inf)
 
 
 def takes(keys):
-    """Whether keys are such that this file's kernels can score them."""
+    """Whether this file's kernels can score these keys."""
     return keys.storage == "i8" and keys.first <= WIDTH and keys.first % 4 == 0
 
 
 @device
 def pack_query(queries, weights, q, w, t, h, lane):
-    """A warp rounds one head's query and puts its words where the lanes of the tensor instruction take them: [tile, step, part, lane].
+    """Quantize one head's query, by one warp, into fragments of mma.m16n8k32.
 
-    Parts: the two words of a lane, high bytes, then low ones. Heads that do not exist, up to a multiple of eight, and numbers behind the
-    width are zeros. What is not finite becomes a weight that is not.
+    queries: [tile, step, part, lane]; the parts are the two uint32 of a lane's B fragment, high bytes, then low bytes. Heads are
+    zero-padded to a multiple of eight, values to WIDTH. A query with a non-finite value gets a NaN weight.
     """
     n_head, width = q.shape[1], q.shape[2]
     bits = np.int32(0)
     if h < n_head:
         for i in range(lane, width, WARP):
             bits = max(bits, abs_bits(q[t, h, i]))
-    top = bits_float(np.uint32(warp_max_int(bits)))
-    known = top < np.float32(np.inf)
-    factor = np.float32(INT8X2_MAX) / top if known and top > np.float32(1e-30) else ZERO
+    abs_max = bits_float(np.uint32(warp_max_int(bits)))
+    finite = abs_max < np.float32(np.inf)
+    factor = np.float32(INT8X2_MAX) / abs_max if finite and abs_max > np.float32(1e-30) else ZERO
     if lane == 0:
-        weights[t, h] = (w[t, h] * (top / np.float32(INT8X2_MAX)) if known else np.float32(np.nan)) if h < n_head else ZERO
-    for word in range(lane, WIDTH // 4, WARP):
-        i = 4 * word
-        there = h < n_head and i < width
+        weights[t, h] = (w[t, h] * (abs_max / np.float32(INT8X2_MAX)) if finite else np.float32(np.nan)) if h < n_head else ZERO
+    for four in range(lane, WIDTH // 4, WARP):
+        i = 4 * four
+        valid = h < n_head and i < width
         a, b, c, e = (nearest(q[t, h, i], factor), nearest(q[t, h, i + 1], factor), nearest(q[t, h, i + 2], factor),
-                      nearest(q[t, h, i + 3], factor)) if there else (0, 0, 0, 0)
-        at = h // 8 * TILE_WORDS + word // 8 * 128 + word % 8 // 4 * 32 + h % 8 * 4 + word % 4
+                      nearest(q[t, h, i + 3], factor)) if valid else (0, 0, 0, 0)
+        at = h // 8 * TILE_U32 + four // 8 * 128 + four % 8 // 4 * 32 + h % 8 * 4 + four % 4
         queries[t, at], queries[t, at + 64] = pack_int8x2(a, b, c, e)
 
 
 @kernel("u4[:,:], f4[:,:], f4[:,:,:], f4[:,:]", WARP)
 def pack_queries(queries, weights, q, w):
-    """A block, of one warp, rounds one head's query."""
+    """Pack queries. One head of one token per block, which is one warp."""
     pack_query(queries, weights, q, w, cuda.blockIdx.y, cuda.blockIdx.x, cuda.threadIdx.x)
 
 
 def scratch_for_queries(q):
-    """Scratch memory for what score() takes: words [T, 64 heads], weights [T, heads], where the heads are a multiple of eight."""
+    """Scratch memory for packed queries, the operand of score().
+
+    Queries [T, 64 heads] of uint32 and weights [T, heads], with the heads padded to a multiple of eight.
+    """
     n_heads = 8 * blocks_for(q.shape[1], 8)
     return (scratch("queries", (len(q), n_heads * WIDTH // 2), np.uint32), scratch("weights of heads", (len(q), n_heads), np.float32))
 
 
 def pack(q, w):
-    """Queries and the weights of heads as score() takes them."""
+    """Pack queries and head weights for score()."""
     queries = scratch_for_queries(q)
     pack_queries((queries[1].shape[1], len(q)), *queries, q, w)
     return queries
@@ -79,18 +83,20 @@ def pack(q, w):
 
 @kernel("f4[:,:], u4[:,:], f4[:,:], u1[::1], i8, i4, i8[:], i4, f4, b1", THREADS)
 def score_int8x2(out, queries, weights, data, row_bytes, width, positions, start, scale, fill):
-    """out[t, s] as indexer.py's kernels make it. A block has one token and every so manieth KEYS keys, 32 a warp; these stay in registers.
+    """out[t, s] as in f32/indexer.py, by mma.m16n8k32.
 
-    mma_s8: sixteen keys by 32 numbers, times 32 numbers by eight heads. A lane sums four heads' part of four keys; four lanes make a key.
+    One token per block in y; blocks walk tiles of KEYS keys with a grid stride. A warp has 32 keys, which stay in registers. The
+    instruction multiplies 16 keys x 32 values with 32 values x 8 heads. A lane accumulates a quarter of the heads for four keys; four
+    lanes are added for each key.
     """
-    panel = cuda.shared.array(QUERY_WORDS, np.uint32)
+    panel = cuda.shared.array(QUERY_U32, np.uint32)
     head_weights = cuda.shared.array(HEADS, np.float32)
     sums = cuda.shared.array(SUMS, np.float32)
-    key = cuda.local.array(KEY_WORDS, np.uint32)
-    b = cuda.local.array(STEP_WORDS, np.uint32)
+    key = cuda.local.array(KEY_U32, np.uint32)
+    b = cuda.local.array(STEP_U32, np.uint32)
     thread, row = cuda.threadIdx.x & THREADS - 1, cuda.blockIdx.y & 0xFFFF
     warp, lane, column = thread >> 5, thread & 31, thread & 3
-    token, n_words, n_steps = start + row, width >> 2, (width + 31) >> 5
+    token, n_u32, n_steps = start + row, width >> 2, (width + 31) >> 5
     n, n_tiles = min(positions[token] + 1, out.shape[1]), weights.shape[1] >> 3
     staged = -1
     for tile in range(cuda.blockIdx.x, (out.shape[1] + KEYS - 1 if fill else n + KEYS - 1) >> KEYS_BITS, cuda.gridDim.x):
@@ -99,24 +105,24 @@ def score_int8x2(out, queries, weights, data, row_bytes, width, positions, start
         if base < n:
             for i in range(4):          # rows 0 and 8 of the first sixteen keys, then of the others
                 at = min(base + (warp << 5) + 8 * i + (lane >> 2), n - 1) * row_bytes
-                for word in range(2 * STEPS):
-                    there = 4 * word + column < n_words
-                    key[2 * STEPS * i + word] = u32_at(data, at + 16 * word + 4 * column) if there else np.uint32(0)
+                for slot in range(2 * STEPS):
+                    valid = 4 * slot + column < n_u32
+                    key[2 * STEPS * i + slot] = u32_at(data, at + 16 * slot + 4 * column) if valid else np.uint32(0)
             t0, t1, t2, t3 = ZERO, ZERO, ZERO, ZERO
             for first in range(0, n_tiles, HEAD_TILES):
-                n_here = min(HEAD_TILES, n_tiles - first)
+                n_staged = min(HEAD_TILES, n_tiles - first)
                 if staged != first:
                     cuda.syncthreads()
-                    for i in range(thread, n_here * TILE_WORDS, THREADS):
-                        panel[i] = queries[token, first * TILE_WORDS + i]
-                    for i in range(thread, 8 * n_here, THREADS):
+                    for i in range(thread, n_staged * TILE_U32, THREADS):
+                        panel[i] = queries[token, first * TILE_U32 + i]
+                    for i in range(thread, 8 * n_staged, THREADS):
                         head_weights[i] = weights[token, 8 * first + i]
                     staged = first
                     cuda.syncthreads()
-                for j in range(n_here):
+                for j in range(n_staged):
                     w0, w1 = head_weights[8 * j + 2 * column], head_weights[8 * j + 2 * column + 1]
-                    for i in range(STEP_WORDS):
-                        b[i] = panel[j * TILE_WORDS + 32 * i + lane]
+                    for i in range(STEP_U32):
+                        b[i] = panel[j * TILE_U32 + 32 * i + lane]
                     p0, p1, p2, p3 = 0, 0, 0, 0
                     r0, r1, r2, r3 = 0, 0, 0, 0
                     for step in range(STEPS):
@@ -138,7 +144,7 @@ def score_int8x2(out, queries, weights, data, row_bytes, width, positions, start
                     t1 += w0 * max(np.float32(np.int32(p2)), ZERO) + w1 * max(np.float32(np.int32(p3)), ZERO)
                     t2 += w0 * max(np.float32(np.int32(r0)), ZERO) + w1 * max(np.float32(np.int32(r1)), ZERO)
                     t3 += w0 * max(np.float32(np.int32(r2)), ZERO) + w1 * max(np.float32(np.int32(r3)), ZERO)
-            at = (warp << 7) + lane         # 32 keys, four lanes each
+            at = (warp << 7) + lane         # 32 keys, four partial sums each
             sums[at], sums[at + 32], sums[at + 64], sums[at + 96] = t0, t1, t2, t3
             cuda.syncthreads()
             if s < n:
@@ -150,6 +156,9 @@ def score_int8x2(out, queries, weights, data, row_bytes, width, positions, start
 
 
 def score(out, queries, keys, positions, start, scale, fill):
-    """Scores of tokens start, start + 1, ... into the rows of `out`; queries: what pack() gave for all tokens."""
+    """Scores of tokens start, start + 1, ..., one per row of `out`.
+
+    queries: the result of pack() for all tokens.
+    """
     grid = min(blocks_for(out.shape[1], KEYS), blocks_for(BLOCKS, len(out))), len(out)
     score_int8x2(grid, out, *queries, keys.data.flat, keys.data.shape[1], keys.first, positions, start, scale, fill)

@@ -1,7 +1,8 @@
-"""Products of quantized weights with the activations of one token.
+"""GEMV of quantized weights with the activations of one token.
 
-Activations become whole numbers of 16 bits with a scale for each 32: x = scale (256 high + low), the largest magnitude 32,512, both bytes
-signed. So weights and activations meet as bytes in dp4a: the sums over 32 are exact, and only scales and sums of groups are floats.
+Activations are quantized to int16 with a scale per 32 values, stored as int8 pairs: x = scale (256 high + low), both bytes signed, the
+largest magnitude 32,512. Weights and activations are multiplied as int8 by dp4a. Sums over 32 values are exact; only scales and sums of
+groups are floats.
 """
 from typing import NamedTuple
 
@@ -18,70 +19,71 @@ from pydsa.quants import INT8X2_MAX, TYPES
 
 
 WARPS = 2 if SIMULATED else 4           # of a block
-ROWS = 4                                # of weights that a warp multiplies with the same activations
-ENOUGH = 8 if SIMULATED else 2112       # warps: sixteen for each of an H100's processors
-PACKING = 8 if SIMULATED else 256      # threads, each with four numbers
-PARTS = WARPS * ROWS
-TILE = 32                               # groups of 32 numbers whose words stand together
-LANES = 4 * TILE                        # words of a chunk of all its groups
-OF_TILE = 4 * LANES                     # high bytes of the first halves of groups, low bytes, then those of the second halves
-STAGED = max(WARP, 8)                   # groups of a row that are in shared memory at a time: whole blocks
+ROWS = 4                                # rows of weights that a warp multiplies with the same activations
+FULL_GPU_WARPS = 8 if SIMULATED else 2112       # warps that fill the GPU: sixteen for each of an H100's SMs
+PACK_THREADS = 8 if SIMULATED else 256       # threads of a packing block, four values each
+PARTS = WARPS * ROWS                    # partial sums of a block
+TILE = 32                               # groups of 32 values that are interleaved in Int8x2
+QUAD_U32 = 4 * TILE                        # uint32 of one quad of all groups of a tile
+TILE_U32 = 4 * QUAD_U32                 # of a tile: the first halves' high bytes, their low bytes, then those of the second halves
+STAGED_GROUPS = max(WARP, 8)            # groups of a row that are staged in shared memory at a time: whole GGUF blocks
 ZERO = np.float32(0)
 
 
 class Int8x2(NamedTuple):
-    """Rows of activations as bytes: words [N, tiles * OF_TILE], float32 scales [N, n/32], sums of numbers [N, n/16].
+    """Rows of activations as int8 pairs: scale (256 high + low).
 
-    A chunk is the four words of half a group; chunk c of the groups of a tile lies where the lanes of a warp load it at once.
+    A quad is the four uint32 of half a group. Quad c of all groups of a tile is contiguous, so that a warp's loads coalesce.
     """
-    packed: object
-    scales: object
-    sums: object
+    packed: object      # uint32 [N, tiles * TILE_U32]
+    scales: object      # float32 [N, n/32]
+    sums: object        # float32 [N, n/16], sums of 16 values
 
 
 @device
-def pack_four(packed, scales, sums, t, four, there, a, b, c, e):
-    """Round numbers 4 * four to 4 * four + 3 of row t, with seven other lanes that have the rest of 32; `there`: whether they count.
+def pack_four(packed, scales, sums, t, four, valid, a, b, c, e):
+    """Quantize values 4 * four to 4 * four + 3 of row t: a, b, c, e.
 
-    What is not finite becomes a scale that is not.
+    Seven adjacent lanes must call it with the rest of the group of 32. valid: whether to store the result. A group with a non-finite value
+    gets a non-finite scale.
     """
-    top = bits_float(np.uint32(max_of_eight(max(max(abs_bits(a), abs_bits(b)), max(abs_bits(c), abs_bits(e))))))
-    factor = np.float32(INT8X2_MAX) / top if top > np.float32(1e-30) else ZERO
+    abs_max = bits_float(np.uint32(max_of_eight(max(max(abs_bits(a), abs_bits(b)), max(abs_bits(c), abs_bits(e))))))
+    factor = np.float32(INT8X2_MAX) / abs_max if abs_max > np.float32(1e-30) else ZERO
     a, b, c, e = nearest(a, factor), nearest(b, factor), nearest(c, factor), nearest(e, factor)
     total = sum_of_four(np.float32(a + b + c + e))
-    if there:
+    if valid:
         g = four >> 3
-        at = (g >> 5) * OF_TILE + (four >> 2 & 1) * 2 * LANES + (g & 31) * 4 + (four & 3)
-        packed[t, at], packed[t, at + LANES] = pack_int8x2(a, b, c, e)
-        scale = top / np.float32(INT8X2_MAX)
+        at = (g >> 5) * TILE_U32 + (four >> 2 & 1) * 2 * QUAD_U32 + (g & 31) * 4 + (four & 3)
+        packed[t, at], packed[t, at + QUAD_U32] = pack_int8x2(a, b, c, e)
+        scale = abs_max / np.float32(INT8X2_MAX)
         if four & 3 == 0:
             sums[t, four >> 2] = scale * total
         if four & 7 == 0:
             scales[t, g] = scale
 
 
-@kernel("u4[:,:], f4[:,:], f4[:,:], f4[:,:]", PACKING)
+@kernel("u4[:,:], f4[:,:], f4[:,:], f4[:,:]", PACK_THREADS)
 def pack_rows(packed, scales, sums, x):
-    """A thread rounds four numbers of a row."""
-    t, four, n = cuda.blockIdx.x, cuda.blockIdx.y * PACKING + cuda.threadIdx.x, x.shape[1] // 4
+    """Pack rows to Int8x2. Four values per thread."""
+    t, four, n = cuda.blockIdx.x, cuda.blockIdx.y * PACK_THREADS + cuda.threadIdx.x, x.shape[1] // 4
     i = 4 * min(four, n - 1)
     pack_four(packed, scales, sums, t, four, four < n, x[t, i], x[t, i + 1], x[t, i + 2], x[t, i + 3])
 
 
 def scratch_for(x, name=""):
-    """Scratch memory for the Int8x2 of rows; what another name has stays."""
+    """Scratch memory for the Int8x2 of rows. Each name has its own."""
     n_rows, n = x.shape
-    return Int8x2(scratch(("x words", name), (n_rows, blocks_for(n, 32 * TILE) * OF_TILE), np.uint32),
+    return Int8x2(scratch(("x packed", name), (n_rows, blocks_for(n, 32 * TILE) * TILE_U32), np.uint32),
                   scratch(("x scales", name), (n_rows, n // 32), np.float32), scratch(("x sums", name), (n_rows, n // 16), np.float32))
 
 
 def pack_into(x, made):
-    """Make `made` the Int8x2 of rows of any strides."""
-    pack_rows((x.shape[0], blocks_for(x.shape[1] // 4, PACKING)), *made, x)
+    """Pack rows of any strides into `made`, an Int8x2."""
+    pack_rows((x.shape[0], blocks_for(x.shape[1] // 4, PACK_THREADS)), *made, x)
 
 
 def pack(x):
-    """Activations, rows of any strides, as Int8x2 in scratch memory."""
+    """Pack activations, rows of any strides, to Int8x2 in scratch memory."""
     made = scratch_for(x)
     pack_into(x, made)
     return made
@@ -90,14 +92,17 @@ def pack(x):
 def _make_gemv(name):
     group, halves, offsets = GROUPED[name].group, GROUPED[name].halves, GROUPED[name].offsets
     size, itemsize = TYPES[name].size, TYPES[name].n_bytes
-    tile_bytes = STAGED * 32 // size * itemsize
-    direct = itemsize % 16 == 0         # its words are loaded sixteen bytes at a time from where they lie
+    tile_bytes = STAGED_GROUPS * 32 // size * itemsize
+    direct = itemsize % 16 == 0         # blocks are 16-byte aligned and loaded directly from global memory
     pitch = 16 if direct else (tile_bytes + 15) // 16 * 16 + 16
     staged_bytes, copies = PARTS * pitch, (pitch // 16 + WARP - 1) // WARP
 
     @device
     def stage_row(staged, to, data, start, n_bytes, lane):
-        """Copy bytes of a row to shared memory, sixteen at a time from the last place before them that is a multiple of it."""
+        """Stage bytes of a row in shared memory, 16 at a time.
+
+        The copy begins at the 16-byte boundary at or before `start`.
+        """
         begin = start & ~15
         n = start - begin + n_bytes + 15 >> 4
         for j in range(copies):
@@ -107,7 +112,10 @@ def _make_gemv(name):
 
     @device
     def dot(w, row, g, high, high_1, low, low_1, scale, y, y1):
-        """The product of the g-th 32 of a row of weights and of activations."""
+        """The dot product of group g of a row of weights with the activations.
+
+        high, high_1, low, low_1: the quads of both halves of the activations' group. scale: their scale. y, y1: their sums.
+        """
         a, b, c, e, f, h, i, j, d, d1, m, m1 = group(w, row, g)
         x0, x1, x2, x3 = high
         x4, x5, x6, x7 = high_1
@@ -125,10 +133,11 @@ def _make_gemv(name):
             total -= m * y + m1 * y1
         return total
 
-    def one(out, w, other_out, other_w, row_bytes, ids, x_div, splits, packed, scales, sums):
-        """out[y] = matrix ids[y] times the y // x_div-th row of activations; a warp makes ROWS numbers, or `splits` warps of a block do.
+    def gemv_rows(out, w, other_out, other_w, row_bytes, ids, x_div, splits, packed, scales, sums):
+        """out[y] = matrix ids[y] times row y // x_div of the activations.
 
-        Blocks whose z is 1 do that with other weights. Rows whose blocks are not aligned go through shared memory, STAGED groups at a time.
+        ROWS values per warp, or per `splits` warps of a block, which share the columns (split-K). Blocks with z = 1 use other_w and
+        other_out. Rows whose GGUF blocks are not 16-byte aligned are staged in shared memory, STAGED groups at a time.
         """
         if cuda.blockIdx.z == 1:
             out, w = other_out, other_w
@@ -138,11 +147,11 @@ def _make_gemv(name):
         parts = cuda.shared.array(PARTS, np.float32)
         staged = cuda.shared.array(staged_bytes, np.uint8, 16)
         base, last, own = ids[y] * np.int64(n_out), n_out - 1, warp * ROWS * pitch
-        x_at = x_row * ((n_groups + TILE - 1) // TILE) * OF_TILE
+        x_at = x_row * ((n_groups + TILE - 1) // TILE) * TILE_U32
         r0, r1, r2, r3 = ((base + min(row, last)) * row_bytes, (base + min(row + 1, last)) * row_bytes,
                           (base + min(row + 2, last)) * row_bytes, (base + min(row + 3, last)) * row_bytes)
         s0, s1, s2, s3 = ZERO, ZERO, ZERO, ZERO
-        for first in range(part * STAGED, n_groups, splits * STAGED):
+        for first in range(part * STAGED_GROUPS, n_groups, splits * STAGED_GROUPS):
             if not direct:
                 at = first * 32 // size * itemsize
                 n_bytes = min(tile_bytes, row_bytes - at)
@@ -151,13 +160,13 @@ def _make_gemv(name):
                 stage_row(staged, own + 2 * pitch, w, r2 + at, n_bytes, lane)
                 stage_row(staged, own + 3 * pitch, w, r3 + at, n_bytes, lane)
                 warp_sync()
-            for j in range(STAGED // WARP):
+            for j in range(STAGED_GROUPS // WARP):
                 i = j * WARP + lane
                 g = first + i
                 if g < n_groups:
-                    at = x_at + (g >> 5) * OF_TILE + (g & 31) * 4
-                    h, k, h1, k1 = (load_four_u32(packed, at), load_four_u32(packed, at + LANES), load_four_u32(packed, at + 2 * LANES),
-                                    load_four_u32(packed, at + 3 * LANES))
+                    at = x_at + (g >> 5) * TILE_U32 + (g & 31) * 4
+                    h, k, h1, k1 = (load_four_u32(packed, at), load_four_u32(packed, at + QUAD_U32),
+                                    load_four_u32(packed, at + 2 * QUAD_U32), load_four_u32(packed, at + 3 * QUAD_U32))
                     scale = scales[x_row, g]
                     y0, y1 = (sums[x_row, 2 * g], sums[x_row, 2 * g + 1]) if offsets else (ZERO, ZERO)
                     if direct:
@@ -187,17 +196,20 @@ def _make_gemv(name):
         if part == 0 and lane < ROWS and row + lane < n_out:
             out[y, row + lane] = s0 if lane == 0 else s1 if lane == 1 else s2 if lane == 2 else s3
     signature = "f4[:,:], u1[::1], f4[:,:], u1[::1], i8, i4[:], i4, i4, u4[::1], f4[:,:], f4[:,:]"
-    return kernel(signature, WARPS * WARP, f"gemv_{name.lower()}")(one)
+    return kernel(signature, WARPS * WARP, f"gemv_{name.lower()}")(gemv_rows)
 
 
 GEMV = {name: _make_gemv(name) for name in GROUPED}
 
 
 def gemv(outs, weights, x, tiles):
-    """out[y] = matrix tiles.matrix[y] of w times row y // tiles.x_div of Int8x2 activations; for one out and w, or for two of one type."""
+    """out[y] = matrix tiles.matrix[y] of w times row y // tiles.x_div of x.
+
+    x is Int8x2. For one out and one w, or for two with weights of one type.
+    """
     n_tiles, n_groups, n_out = tiles.matrix.size, x.scales.shape[1], max(out.shape[1] for out in outs)
-    splits = 1      # a few rows are better divided among warps than left to a few of them
-    while splits < WARPS and splits * WARP < n_groups and blocks_for(n_out, ROWS) * n_tiles * len(outs) * splits < ENOUGH:
+    splits = 1      # with few rows, warps share a row so that the GPU is filled
+    while splits < WARPS and splits * WARP < n_groups and blocks_for(n_out, ROWS) * n_tiles * len(outs) * splits < FULL_GPU_WARPS:
         splits *= 2
     w, other_w = weights[0], weights[-1]
     GEMV[w.type]((blocks_for(n_out, ROWS * (WARPS // splits)), n_tiles, len(outs)), outs[0], w.data, outs[-1], other_w.data, w.row_bytes,
@@ -205,5 +217,5 @@ def gemv(outs, weights, x, tiles):
 
 
 def matmul(out, w, x, tiles):
-    """out[y] = matrix tiles.matrix[y] of w times row y // tiles.x_div of Int8x2 activations."""
+    """out[y] = matrix tiles.matrix[y] of w times row y // tiles.x_div of x."""
     gemv([out], [w], x, tiles)

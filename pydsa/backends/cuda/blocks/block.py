@@ -1,4 +1,4 @@
-"""What the families of block types share: words that begin anywhere, bytes that are looked up, and the table's entry."""
+"""Helpers of all block types: unaligned loads, byte arithmetic, table entries."""
 from typing import NamedTuple
 
 import numpy as np
@@ -12,38 +12,41 @@ ZERO = np.float32(0)
 
 
 class Grouped(NamedTuple):
-    """A quantized type: its group(); whether the halves of a group differ in scale; whether there are offsets."""
-    group: object
-    halves: bool
-    offsets: bool
+    """How a quantized type is unpacked in groups of 32."""
+    group: object       # group(data, row, g), see __init__.py
+    halves: bool        # whether the halves of a group have different scales
+    offsets: bool       # whether there are offsets
 
 
 def entry(name, group):
-    """Grouped of a type by its name."""
+    """The Grouped of a GGUF type."""
     return Grouped(group, TYPES[name].group < 32, TYPES[name].mins)
 
 
 @device
-def less(word, zeros):
-    """Four bytes from 0 to 127, each less the same byte of `zeros`, which is at most 127."""
-    return ((word | 0x80808080) - zeros) ^ 0x80808080
+def sub4(quad, zeros):
+    """Subtract `zeros` from four bytes, bytewise. All are from 0 to 127."""
+    return ((quad | 0x80808080) - zeros) ^ 0x80808080
 
 
 @device
 def selector(at):
-    """What makes of two words, of which the first contains the byte at `at`, the word that begins there."""
+    """The prmt selector of an unaligned load at `at`.
+
+    It extracts the uint32 at `at` from the two aligned uint32 that contain it.
+    """
     return np.uint32(0x3210 + 0x1111 * (at & 3))
 
 
 @device
 def any_u32(data, at):
-    """Four bytes that begin anywhere: every load of a GPU must be aligned."""
+    """Load an unaligned uint32. A GPU only has aligned loads."""
     return permuted(u32_at(data, at & ~3), u32_at(data, at + 3 & ~3), selector(at))
 
 
 @device
 def any_four_u32(data, at):
-    """Four words that begin anywhere."""
+    """Load four unaligned uint32."""
     first, pick = at & ~3, selector(at)
     a, b, c, d, e = (u32_at(data, first), u32_at(data, first + 4), u32_at(data, first + 8), u32_at(data, first + 12),
                      u32_at(data, at + 15 & ~3))
@@ -52,7 +55,7 @@ def any_four_u32(data, at):
 
 @device
 def any_eight_u32(data, at):
-    """Eight words that begin anywhere."""
+    """Load eight unaligned uint32."""
     first, pick = at & ~3, selector(at)
     a, b, c, d = u32_at(data, first), u32_at(data, first + 4), u32_at(data, first + 8), u32_at(data, first + 12)
     e, f, g, h = u32_at(data, first + 16), u32_at(data, first + 20), u32_at(data, first + 24), u32_at(data, first + 28)
