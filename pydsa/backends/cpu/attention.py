@@ -8,7 +8,8 @@ from numba import prange
 
 from pydsa.backends.cpu import amx, bf16x2, f32
 from pydsa.backends.cpu.arrays import address, contiguous, floats_at
-from pydsa.backends.cpu.jit import call_intp_function, inner, kernel
+from pydsa.backends.cpu.jit import inner, kernel
+from pydsa.backends.cpu.jobs import AttendJob, call_kernel
 from pydsa.backends.cpu.scalars import bits_of_float, exp
 from pydsa.backends.cpu.scratch import caller_scratch
 from pydsa.backends.cpu.simd import float_at
@@ -89,12 +90,16 @@ def run_task(out, q, latents, indices, ends, mask, scale, share_tiles, task, n_t
     first, partial = 0 if split == 0 else ends[t, split - 1], 0
     if key_splits > 1:
         partial = scratch + (t * key_splits + split) * partial_bytes(out) + 4 * h * (2 + out.shape[2])
-    call_intp_function(latents.attend, (
-        address(out) + t * out.strides[0] + h * out.strides[1], out.strides[0], out.strides[1],
-        address(q) + t * q.strides[0] + h * q.strides[1], q.strides[1], end - t, h_end - h, q.shape[2], out.shape[2],
-        address(latents.data), latents.data.shape[1], latents.dequantize, latents.n,
-        address(indices) + t * indices.strides[0] if indices.size else 0, first, address(ends) + 8 * (t * key_splits + split),
-        address(mask) + t * mask.strides[0] if mask.size else 0, mask.strides[0], bits_of_float(np.float32(scale)), partial))
+    indices_at = address(indices) + t * indices.strides[0] if indices.size else 0
+    mask_at = address(mask) + t * mask.strides[0] if mask.size else 0
+    call_kernel(latents.attend, AttendJob(
+        out=address(out) + t * out.strides[0] + h * out.strides[1], out_token=out.strides[0], out_head=out.strides[1],
+        q=address(q) + t * q.strides[0] + h * q.strides[1], q_head=q.strides[1],
+        n_tokens=end - t, n_head=h_end - h, width=q.shape[2], n_v=out.shape[2],
+        rows=address(latents.data), row_bytes=latents.data.shape[1], dequantize=latents.dequantize, row_n=latents.n,
+        indices=indices_at, key_start=first, key_ends=address(ends) + 8 * (t * key_splits + split),
+        mask=mask_at, mask_row=mask.strides[0],
+        scale=bits_of_float(np.float32(scale)), partial=partial))
 
 
 @inner

@@ -4,7 +4,8 @@ from numba import prange
 
 from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.f32.indexer import TILE
-from pydsa.backends.cpu.jit import call_intp_function, inner, kernel
+from pydsa.backends.cpu.jit import inner, kernel
+from pydsa.backends.cpu.jobs import ScoreJob, call_kernel
 from pydsa.backends.cpu.scalars import bits_of_float
 from pydsa.backends.cpu.threads import n_threads
 from pydsa.backends.cpu.top_k import select
@@ -22,9 +23,11 @@ def score(out, q, w, keys, first, last, scale):
     Rows of `out` are padded to a multiple of 16 keys.
     """
     function = keys.score_gemm if len(q) >= GEMM_TOKENS else keys.score_gemv
-    call_intp_function(function, (
-        address(out), out.strides[0], address(q), q.strides[0], q.strides[1], address(w), w.strides[0], q.shape[0], q.shape[1], q.shape[2],
-        address(keys.data), keys.data.shape[1], keys.dequantize, keys.n, first, last, bits_of_float(np.float32(scale))))
+    call_kernel(function, ScoreJob(
+        out=address(out), out_token=out.strides[0], q=address(q), q_token=q.strides[0], q_head=q.strides[1],
+        w=address(w), w_token=w.strides[0], n_tokens=q.shape[0], n_head=q.shape[1], width=q.shape[2],
+        rows=address(keys.data), row_bytes=keys.data.shape[1], dequantize=keys.dequantize, row_n=keys.n,
+        first=first, last=last, scale=bits_of_float(np.float32(scale))))
 
 
 @inner

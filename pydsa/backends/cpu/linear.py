@@ -11,6 +11,7 @@ from pydsa.backends.cpu import amx
 from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.blocks.block import SUPERBLOCK
 from pydsa.backends.cpu.jit import call_intp_function, inner, kernel
+from pydsa.backends.cpu.jobs import MatmulJob, call_kernel
 from pydsa.backends.cpu.scratch import caller_scratch
 from pydsa.backends.cpu.threads import n_threads
 
@@ -92,9 +93,9 @@ def gemm_rows(w, rows, n_rows, n_in, x, n_tokens, out_at):
 
     out_at: an int64 array of addresses.
     """
-    row_bytes = n_in // w.block * w.block_bytes
-    call_intp_function(w.matmul, (
-        w.unpack, w.block, w.block_bytes, w.mins, w.bits, rows, n_rows, row_bytes, n_in, x, n_tokens, address(out_at)))
+    call_kernel(w.matmul, MatmulJob(
+        unpack=w.unpack, block=w.block, block_bytes=w.block_bytes, mins=w.mins, bits=w.bits,
+        rows=rows, n_rows=n_rows, row_bytes=n_in // w.block * w.block_bytes, n_in=n_in, x=x, n_tokens=n_tokens, out_at=address(out_at)))
 
 
 @inner

@@ -7,6 +7,7 @@ from numba import prange
 
 from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.jit import call_intp_function, inner, kernel
+from pydsa.backends.cpu.jobs import HeadJob, call_kernel
 from pydsa.backends.cpu.scalars import bits_of_float
 from pydsa.backends.cpu.scratch import caller_scratch
 from pydsa.backends.cpu.threads import n_threads
@@ -66,13 +67,17 @@ def attend(out, q, latents, k_b, v_b, key_ends, scale, task, scratch, marks):
     n, k_row, v_row = min(size, n_tokens - t), k_b.data.shape[2], v_b.data.shape[2]
     kv_lora, n_v, n_nope = k_b.data.shape[1], v_b.data.shape[1], k_row // k_b.block_bytes * k_b.block
     if n > 0:
-        call_intp_function(latents.attend_head, (
-            address(out) + t * out.strides[0] + h * out.strides[1], out.strides[0],
-            address(q) + t * q.strides[0] + h * q.strides[1], q.strides[0], n, n_nope, width - n_nope, n_v, kv_lora,
-            scratch, latents.tile_bytes,
-            address(k_b.data) + h * kv_lora * k_row, k_row, k_b.dequantize, k_row // k_b.block_bytes,
-            address(v_b.data) + h * n_v * v_row, v_row, v_b.dequantize, v_row // v_b.block_bytes, address(key_ends) + 8 * t,
-            address(marks) + t // 16 * marks.strides[0] if marks.size else 0, marks.strides[0], bits_of_float(np.float32(scale))))
+        selected = address(marks) + t // 16 * marks.strides[0] if marks.size else 0
+        call_kernel(latents.attend_head, HeadJob(
+            out=address(out) + t * out.strides[0] + h * out.strides[1], out_token=out.strides[0],
+            q=address(q) + t * q.strides[0] + h * q.strides[1], q_token=q.strides[0],
+            n_tokens=n, n_nope=n_nope, n_rot=width - n_nope, n_v=n_v, kv_lora=kv_lora, packed=scratch, packed_tile=latents.tile_bytes,
+            k_rows=address(k_b.data) + h * kv_lora * k_row, k_row_bytes=k_row, k_dequantize=k_b.dequantize,
+            k_blocks=k_row // k_b.block_bytes,
+            v_rows=address(v_b.data) + h * n_v * v_row, v_row_bytes=v_row, v_dequantize=v_b.dequantize,
+            v_blocks=v_row // v_b.block_bytes,
+            key_ends=address(key_ends) + 8 * t, selected=selected, selected_row=marks.strides[0],
+            scale=bits_of_float(np.float32(scale))))
 
 
 @kernel(parallel=True)

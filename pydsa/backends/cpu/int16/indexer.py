@@ -10,6 +10,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.jit import inner
+from pydsa.backends.cpu.jobs import read_score_job
 from pydsa.backends.cpu.lanes import load_strided, transpose
 from pydsa.backends.cpu.rounding import max_abs_of
 from pydsa.backends.cpu.scalars import float_from_bits
@@ -88,37 +89,33 @@ def round_to_int16(x, n, out, max_value):
     return size / np.float32(max_value)
 
 
-def score(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, row_n, first, last,
-          scale):
-    """Score keys `first` to `last` for all tokens.
-
-    out[t][s] = scale sum_h w[t][h] relu(q[t][h] . key s). Scores are written up to a multiple of 16 keys; those beyond `last` have no
-    meaning.
-
-    Addresses: out float32, q float32 [T, H, width] and w float32 [T, H], with strides in bytes; rows of a cache with stride row_bytes,
-    whose keys are int8, with 16 readable rows behind the last. scale: the bits of a float32.
-    """
-    factor, padded, heads = float_from_bits(np.uint32(scale)), (width + 31) // 32 * 32, (n_head + HEADS - 1) // HEADS * HEADS
+def score(job_at):
+    """Run a ScoreJob: the indexer's scores."""
+    job = read_score_job(job_at)
+    factor = float_from_bits(np.uint32(job.scale))
+    padded, heads = (job.width + 31) // 32 * 32, (job.n_head + HEADS - 1) // HEADS * HEADS
     max_value = min(16383, (2**31 - 1) // (127 * padded))        # so that no sum exceeds 31 bits
     token_bytes = heads * (2 * padded + 4)
-    queries = thread_scratch(n_tokens * token_bytes + 32 * padded + 2 * KEYS * padded + 64)
-    widened = (queries + n_tokens * token_bytes + 63) // 64 * 64
+    queries = thread_scratch(job.n_tokens * token_bytes + 32 * padded + 2 * KEYS * padded + 64)
+    widened = (queries + job.n_tokens * token_bytes + 63) // 64 * 64
     tiles = widened + 32 * padded
-    for t in range(n_tokens):
+    for t in range(job.n_tokens):
         for h in range(heads):
             at, weights = queries + t * token_bytes, queries + t * token_bytes + 2 * heads * padded
-            query_scale = round_to_int16(q + t * q_token + min(h, n_head - 1) * q_head, width, at + 2 * h * padded, max_value)
-            store(weights, 4 * h, query_scale * float_at(w, t * w_token + 4 * h) if h < n_head else np.float32(0))
-    for start in range(first, last, KEYS):
-        end = min(start + KEYS, last)
+            query = job.q + t * job.q_token + min(h, job.n_head - 1) * job.q_head
+            query_scale = round_to_int16(query, job.width, at + 2 * h * padded, max_value)
+            store(weights, 4 * h, query_scale * float_at(job.w, t * job.w_token + 4 * h) if h < job.n_head else np.float32(0))
+    for start in range(job.first, job.last, KEYS):
+        end = min(start + KEYS, job.last)
         for s in range(start, end, 16):
             for i in range(16):
                 for k in range(0, padded, 32):
-                    store(widened, 2 * (i * padded + k), to_int16(load_32_bytes(rows + (s + i) * row_bytes, k)))
+                    store(widened, 2 * (i * padded + k), to_int16(load_32_bytes(job.rows + (s + i) * job.row_bytes, k)))
             for k in range(0, padded, 32):
                 transpose(widened + 2 * k, 2 * padded, tiles + 2 * (s - start) * padded + 32 * k, 64)
-        for t in range(n_tokens):
+        for t in range(job.n_tokens):
             at = queries + t * token_bytes
             for s in range(start, end, 16):
                 total = weighted_scores(tiles + 2 * (s - start) * padded, padded // 2, at, 2 * padded, at + 2 * heads * padded, heads)
-                store(out, t * out_token + 4 * s, total * (load_strided(rows + s * row_bytes + width, row_bytes) * factor))
+                key_scales = load_strided(job.rows + s * job.row_bytes + job.width, job.row_bytes)
+                store(job.out, t * job.out_token + 4 * s, total * (key_scales * factor))

@@ -7,6 +7,7 @@ import numpy as np
 from pydsa.backends.cpu.blocks.block import MINS, MINS_16, SCALES, SUPERBLOCK
 from pydsa.backends.cpu.int16.gemm import TILE, TILE_ROWS, int16_products
 from pydsa.backends.cpu.jit import call_intp_function, inner
+from pydsa.backends.cpu.jobs import read_matmul_job
 from pydsa.backends.cpu.lanes import first_quarter, last_quarter, second_quarter, third_quarter, transpose
 from pydsa.backends.cpu.scratch import thread_scratch
 from pydsa.backends.cpu.simd import (INT16_TOKENS, float_at, i64_at, load_floats, prefetch, reduce_max_abs, round_int16, store, sums_of_16,
@@ -57,45 +58,43 @@ def pack(x_at, first, n_tokens, n_in, out):
         _round_row(i64_at(x_at, 8 * t), n_in, 0, out + t * SUPERBLOCK, n_tokens * SUPERBLOCK)
 
 
-def matmul(unpack, block, block_bytes, mins, bits, rows, n_rows, row_bytes, n_in, x, n_tokens, out_at):
-    """Compute out_at[t][r] = row r . token t, for tokens packed by pack().
-
-    out_at holds addresses. `bits` is not needed here.
-    """
-    next_bytes = 256 // block * block_bytes
-    padded = (n_tokens + INT16_TOKENS - 1) // INT16_TOKENS * INT16_TOKENS     # padded by repeating the last token
-    n_tiles = (n_rows + TILE_ROWS - 1) // TILE_ROWS
+def matmul(job_at):
+    """Run a MatmulJob: rows of weights times packed tokens."""
+    job = read_matmul_job(job_at)
+    next_bytes = 256 // job.block * job.block_bytes
+    padded = (job.n_tokens + INT16_TOKENS - 1) // INT16_TOKENS * INT16_TOKENS     # padded by repeating the last token
+    n_tiles = (job.n_rows + TILE_ROWS - 1) // TILE_ROWS
     n_sums, tile_bytes = n_tiles * TILE_ROWS, TILE_ROWS // 16 * TILE
     superblocks = thread_scratch(TILE_ROWS * SUPERBLOCK + n_tiles * tile_bytes + 4 * padded * n_sums + 3 * 8 * padded)
     tiles = superblocks + TILE_ROWS * SUPERBLOCK
     sums = tiles + n_tiles * tile_bytes
     tables = sums + 4 * padded * n_sums         # addresses of the tokens, of their sums, and of their output
     for t in range(padded):
-        store(tables, 8 * t, x + min(t, n_tokens - 1) * SUPERBLOCK)
+        store(tables, 8 * t, job.x + min(t, job.n_tokens - 1) * SUPERBLOCK)
         store(tables, 8 * (padded + t), sums + 4 * n_sums * t)
-        store(tables, 8 * (2 * padded + t), i64_at(out_at, 8 * t) if t < n_tokens else sums + 4 * n_sums * t)
-    for k in range(0, n_in, 256):
-        width = min(256, n_in - k)
+        store(tables, 8 * (2 * padded + t), i64_at(job.out_at, 8 * t) if t < job.n_tokens else sums + 4 * n_sums * t)
+    for k in range(0, job.n_in, 256):
+        width = min(256, job.n_in - k)
         for i in range(n_tiles):
-            n = min(TILE_ROWS, n_rows - i * TILE_ROWS)
-            first = rows + i * TILE_ROWS * row_bytes + k // block * block_bytes
-            pack_tile(tiles + i * tile_bytes, superblocks, unpack, first, n, row_bytes, width // block, width // 32, mins)
+            n = min(TILE_ROWS, job.n_rows - i * TILE_ROWS)
+            first = job.rows + i * TILE_ROWS * job.row_bytes + k // job.block * job.block_bytes
+            pack_tile(tiles + i * tile_bytes, superblocks, job.unpack, first, n, job.row_bytes, width // job.block, width // 32, job.mins)
         for t0 in range(0, padded, BATCH * INT16_TOKENS):
-            current = rows + k // block * block_bytes      # prefetch their next superblock meanwhile: they are far apart
-            for r in range(n_rows * t0 // padded, n_rows * min(t0 + BATCH * INT16_TOKENS, padded) // padded):
+            current = job.rows + k // job.block * job.block_bytes      # prefetch their next superblock meanwhile: they are far apart
+            for r in range(job.n_rows * t0 // padded, job.n_rows * min(t0 + BATCH * INT16_TOKENS, padded) // padded):
                 for line in range(next_bytes, 2 * next_bytes, 64):
-                    prefetch(current + r * row_bytes, line)
+                    prefetch(current + r * job.row_bytes, line)
             for i in range(n_tiles):
                 for t in range(min(t0 + BATCH * INT16_TOKENS, padded), min(t0 + 2 * BATCH * INT16_TOKENS, padded)):
                     for line in range(10 * i // n_tiles, 10 * (i + 1) // n_tiles):      # and the activations of the next batch
-                        prefetch(i64_at(tables, 8 * t) + k // 256 * n_tokens * SUPERBLOCK, 64 * line)
-                out = tables + 8 * padded * (2 if k + 256 >= n_in and (i + 1) * TILE_ROWS <= n_rows else 1)
+                        prefetch(i64_at(tables, 8 * t) + k // 256 * job.n_tokens * SUPERBLOCK, 64 * line)
+                out = tables + 8 * padded * (2 if k + 256 >= job.n_in and (i + 1) * TILE_ROWS <= job.n_rows else 1)
                 for t in range(8 * t0, 8 * min(t0 + BATCH * INT16_TOKENS, padded), 8 * INT16_TOKENS):
-                    int16_products(tiles + i * tile_bytes, width // 32, 8 if mins == 8 else 0, 16 if mins == 16 else 0, tables + t,
-                                   k // 256 * n_tokens * SUPERBLOCK, tables + 8 * padded + t if k else 0, out + t, 4 * i * TILE_ROWS)
-    for t in range(n_tokens):
-        for r in range(n_rows // TILE_ROWS * TILE_ROWS, n_rows):
-            store(i64_at(out_at, 8 * t), 4 * r, float_at(sums, 4 * (n_sums * t + r)))
+                    int16_products(tiles + i * tile_bytes, width // 32, 8 if job.mins == 8 else 0, 16 if job.mins == 16 else 0, tables + t,
+                                   k // 256 * job.n_tokens * SUPERBLOCK, tables + 8 * padded + t if k else 0, out + t, 4 * i * TILE_ROWS)
+    for t in range(job.n_tokens):
+        for r in range(job.n_rows // TILE_ROWS * TILE_ROWS, job.n_rows):
+            store(i64_at(job.out_at, 8 * t), 4 * r, float_at(sums, 4 * (n_sums * t + r)))
 
 
 @inner

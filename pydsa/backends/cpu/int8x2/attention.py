@@ -5,6 +5,8 @@ high and low bytes; of the four products of bytes the three largest are computed
 one for the rotated ones, so its score is the sum of two products. The first scale also multiplies its values, so it is folded into the
 key's weight: divided by the largest such scale of a tile, weights are at most 1.
 """
+from typing import NamedTuple
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -16,6 +18,7 @@ from pydsa.backends.cpu.int8x2.gemm import panel_products_int8_a, panel_products
 from pydsa.backends.cpu.int8x2.panels import round_query
 from pydsa.backends.cpu.integer_rows import parts
 from pydsa.backends.cpu.jit import inner
+from pydsa.backends.cpu.jobs import read_attend_job
 from pydsa.backends.cpu.lanes import split_int8x2, transpose
 from pydsa.backends.cpu.scalars import float_from_bits
 from pydsa.backends.cpu.scratch import thread_scratch
@@ -30,6 +33,72 @@ TILE = 256              # keys; 64 a step
 KEYS_AHEAD = 32         # prefetch distance for selected keys, in keys
 VALUE_STEPS = TILE // 64
 VALUE_PANEL = VALUE_STEPS * STEP + 64       # and 16 ones, which panel_products_int8x2 takes as the scales of columns
+
+
+class Plan(NamedTuple):
+    """Attend's scratch memory, and the parts of a key.
+
+    Counts, addresses, and strides in bytes.
+    """
+    n_first: int        # values of a key's first part, with a scale of their own
+    n_second: int       # and of its second part; may be 0
+    wide: bool          # values have low bytes
+    n_steps: int        # steps of a key
+    n_q: int            # panels of 16 queries
+    n_v_tiles: int      # tiles of 16 values
+    key_panel: int      # strides of panels
+    query_panel: int
+    weight_panel: int
+    queries: int        # B panels, with two scales a query behind the steps
+    keys: int           # A panels of a tile of keys
+    values: int         # B panels of a tile of keys, VALUE_PANEL apart
+    weights: int        # A panels of a tile of keys
+    scores: int         # tiles of keys x queries
+    sums: int           # tiles of queries x values
+    buffer: int         # of panel_products_int8x2
+    bias: int           # a mask of a tile of keys
+    scales: int         # float32 [2, TILE], of the keys' first parts, then of their second ones
+    factors: int        # float32 [TILE], of the keys' weights
+    row: int            # 64 float32
+    sum_scales: int     # 16 equal float32
+    row_max: int        # float32 [n_q, 16], as the next two
+    row_sum: int
+    rescale: int
+    limits: int         # int32 [n_q, 16]
+
+
+@inner
+def plan_memory(job):
+    """Make the Plan of an AttendJob."""
+    n_first, n_second = parts(job.row_n)
+    wide = job.row_bytes - (8 if n_second else 4) == 2 * job.width
+    n_q, n_steps, n_v_tiles = (job.n_tokens * job.n_head + 15) // 16, steps(n_first) + steps(n_second), 4 * steps(job.n_v)
+    key_panel, query_panel, weight_panel = n_steps * STEP + 64, n_steps * STEP + 128, VALUE_STEPS * STEP + 64
+    queries = thread_scratch(n_q * query_panel + TILE // 16 * key_panel + n_v_tiles * VALUE_PANEL + n_q * weight_panel
+                             + TILE // 16 * n_q * TILE_BYTES + n_q * n_v_tiles * TILE_BYTES + 10 * TILE_BYTES + 64 * TILE + 12 * TILE
+                             + 64 * (4 * n_q + 8))
+    keys = queries + n_q * query_panel
+    values = keys + TILE // 16 * key_panel
+    weights = values + n_v_tiles * VALUE_PANEL
+    scores = weights + n_q * weight_panel
+    sums = scores + TILE // 16 * n_q * TILE_BYTES
+    buffer = sums + n_q * n_v_tiles * TILE_BYTES
+    bias = buffer + 10 * TILE_BYTES
+    scales = bias + 64 * TILE
+    factors = scales + 8 * TILE
+    row = factors + 4 * TILE
+    sum_scales = row + 256
+    row_max = sum_scales + 64
+    row_sum = row_max + 64 * n_q
+    rescale = row_sum + 64 * n_q
+    return Plan(n_first, n_second, wide, n_steps, n_q, n_v_tiles, key_panel, query_panel, weight_panel, queries, keys, values, weights,
+                scores, sums, buffer, bias, scales, factors, row, sum_scales, row_max, row_sum, rescale, rescale + 64 * n_q)
+
+
+@inner
+def integer_ratio(plan):
+    """Return integer products / what panel_products_int8x2 computes."""
+    return np.float32(256 if plan.wide else 1)
 
 
 @intrinsic
@@ -97,15 +166,27 @@ def store_4_int8x2(typingctx, address, a, b, c, d):
 
 
 @inner
-def pack_query(q, n_first, n_second, row, panel, i):
-    """Round a query to row i of a B panel, not yet transposed.
+def pack_queries(job, plan):
+    """Round all queries to B panels; their scales follow the steps.
 
-    The scales of the first and of the second part follow the steps.
+    Of each query: the scale of its first part and of its second part. The last panel is padded by repeating the last query.
     """
-    n_steps = steps(n_first)
-    scales = panel + (n_steps + steps(n_second)) * STEP + 4 * i
-    store(scales, 0, round_query(q, n_first, row, panel + 64 * i))
-    store(scales, 64, round_query(q + 4 * n_first, n_second, row, panel + n_steps * STEP + 64 * i) if n_second else np.float32(0))
+    unit = integer_ratio(plan)
+    for i in range(16 * plan.n_q):
+        q, panel = job.q + min(i, job.n_tokens * job.n_head - 1) * job.q_head, plan.queries + i // 16 * plan.query_panel
+        scales, row = panel + plan.n_steps * STEP + 4 * (i % 16), panel + 64 * (i % 16)
+        store(scales, 0, round_query(q, plan.n_first, plan.row, row))
+        second_scale = np.float32(0)
+        if plan.n_second:
+            second_scale = round_query(q + 4 * plan.n_first, plan.n_second, plan.row, row + steps(plan.n_first) * STEP)
+        store(scales, 64, second_scale)
+        if i % 16 == 15:
+            for k in (0, 64):
+                at = plan.n_steps * STEP + k
+                store(panel, at, load_floats(panel, at) * unit)
+            for s in range(plan.n_steps):
+                for at in (0, LOW_PARTS):
+                    transpose(panel + s * STEP + at, 64, panel + s * STEP + at, 64)
 
 
 @inner
@@ -115,44 +196,58 @@ def steps(n):
 
 
 @inner
-def pack_keys(rows, row_bytes, n_first, n_second, wide, indices, start, n, end, n_v, keys, key_panel, scales, values):
+def pack_keys(job, plan, start, n, end):
     """Pack n keys as A panels, and their values as B panels.
 
-    Keys from the start-th on are padded with zeros to a multiple of 64; their scales go to `scales`. Selected keys are scattered in memory,
-    so they are prefetched KEYS_AHEAD keys ahead, up to key `end`. wide: values have low bytes.
+    Keys from the start-th on are padded with zeros to a multiple of 64. Selected keys are scattered in memory, so they are prefetched
+    KEYS_AHEAD keys ahead, up to key `end`.
     """
-    width = n_first + n_second
     for j in range(0, n, 64):
         for i in range(j, j + 64):
-            panel = keys + i // 16 * key_panel + 64 * (i % 16)
-            if i >= n:
-                for s in range(steps(n_first) + steps(n_second)):
-                    store(panel + s * STEP, 0, floats(np.float32(0)))
-                    store(panel + s * STEP, LOW_PARTS, floats(np.float32(0)))
-                store(scales, 4 * i, np.float32(0))
-                store(scales, 4 * (TILE + i), np.float32(0))
-                continue
-            source = rows + key_at(indices, start + i) * row_bytes
-            if indices:
-                upcoming = rows + key_at(indices, min(start + i + KEYS_AHEAD, end - 1)) * row_bytes
-                for line in range(0, row_bytes, 64):
-                    prefetch(upcoming, line)
-            for s in range(steps(n_first) + steps(n_second)):
-                at = source + 64 * s if s < steps(n_first) else source + n_first + 64 * (s - steps(n_first))
-                store(panel + s * STEP, 0, load_int16(at, 0))
-                if wide:
-                    store(panel + s * STEP, LOW_PARTS, load_int16(at, width))
-            row_scales = source + (2 * width if wide else width)
-            store(scales, 4 * i, float_at(row_scales, 0))
-            store(scales, 4 * (TILE + i), float_at(row_scales, 4) if n_second else np.float32(0))
-        for d in range(steps(n_v)):
+            panel = plan.keys + i // 16 * plan.key_panel + 64 * (i % 16)
+            if i < n:
+                if job.indices:
+                    upcoming = job.rows + key_at(job.indices, min(start + i + KEYS_AHEAD, end - 1)) * job.row_bytes
+                    for line in range(0, job.row_bytes, 64):
+                        prefetch(upcoming, line)
+                copy_key(job.rows + key_at(job.indices, start + i) * job.row_bytes, plan, panel, plan.scales + 4 * i)
+            else:
+                clear_key(plan, panel, plan.scales + 4 * i)
+        for d in range(steps(job.n_v)):
             for i in range(j, j + 64, 4):
-                source = keys + i // 16 * key_panel + d * STEP + 64 * (i % 16)
-                target = values + 4 * d * VALUE_PANEL + i // 64 * STEP + i % 64 * 16
+                source = plan.keys + i // 16 * plan.key_panel + d * STEP + 64 * (i % 16)
+                target = plan.values + 4 * d * VALUE_PANEL + i // 64 * STEP + i % 64 * 16
                 interleave(source, source + 64, source + 128, source + 192, target, VALUE_PANEL)
-                if wide:
+                if plan.wide:
                     source, target = source + LOW_PARTS, target + LOW_PARTS
                     interleave(source, source + 64, source + 128, source + 192, target, VALUE_PANEL)
+
+
+@inner
+def copy_key(row, plan, panel, scales):
+    """Copy a row of the cache to a row of an A panel, and its scales.
+
+    scales: the key's place in [2, TILE].
+    """
+    width = plan.n_first + plan.n_second
+    for s in range(plan.n_steps):
+        at = row + 64 * s if s < steps(plan.n_first) else row + plan.n_first + 64 * (s - steps(plan.n_first))
+        store(panel + s * STEP, 0, load_int16(at, 0))
+        if plan.wide:
+            store(panel + s * STEP, LOW_PARTS, load_int16(at, width))
+    row_scales = row + (2 * width if plan.wide else width)
+    store(scales, 0, float_at(row_scales, 0))
+    store(scales, 4 * TILE, float_at(row_scales, 4) if plan.n_second else np.float32(0))
+
+
+@inner
+def clear_key(plan, panel, scales):
+    """Fill a row of an A panel and its scales with zeros."""
+    for s in range(plan.n_steps):
+        store(panel + s * STEP, 0, floats(np.float32(0)))
+        store(panel + s * STEP, LOW_PARTS, floats(np.float32(0)))
+    store(scales, 0, np.float32(0))
+    store(scales, 4 * TILE, np.float32(0))
 
 
 @inner
@@ -172,106 +267,80 @@ def relative_scales(scales, n, factors):
     return top
 
 
-def attend(out, out_token, out_head, q, q_head, n_tokens, n_head, width, n_v, rows, row_bytes, dequantize, row_n, indices,
-           key_start, key_ends, mask, mask_row, scale, partial):
-    """Attend to keys key_start to key_ends[t] of each token t.
-
-    out[t, h] = softmax(scale q[t, h] . key + mask) value. With indices, key s is the row indices[s].
-
-    Addresses: out float32 [T, H, n_v] with strides out_token, out_head; q float32 [T, H, width], where q_head is the stride of all T H
-    queries; rows of a cache with stride row_bytes; indices int32, or 0 for all keys; key_ends int64 [T]; mask float32 [T, n_kv] with stride
-    mask_row, or 0; partial: where each query's row_max, row_sum and sum of values are written instead of out (see partial_bytes), or 0.
-    Strides are in bytes. scale: the bits of a float32. n_v is at most the length of the rows' first part.
-    """
-    n, scale = n_tokens * n_head, float_from_bits(np.uint32(scale))
-    n_first, n_second = parts(row_n)
-    wide = row_bytes - (8 if n_second else 4) == 2 * width        # values have low bytes
-    unit = np.float32(256 if wide else 1)       # ratio of the integers' product to what panel_products_int8x2 computes of their bytes
-    n_q, n_steps, n_v_tiles = (n + 15) // 16, steps(n_first) + steps(n_second), 4 * steps(n_v)
-    key_panel, query_panel, weight_panel = n_steps * STEP + 64, n_steps * STEP + 128, VALUE_STEPS * STEP + 64
-    queries = thread_scratch(n_q * query_panel + TILE // 16 * key_panel + n_v_tiles * VALUE_PANEL + n_q * weight_panel
-                             + TILE // 16 * n_q * TILE_BYTES + n_q * n_v_tiles * TILE_BYTES + 10 * TILE_BYTES + 64 * TILE + 12 * TILE
-                             + 64 * (4 * n_q + 8))
-    keys = queries + n_q * query_panel
-    values = keys + TILE // 16 * key_panel
-    weights = values + n_v_tiles * VALUE_PANEL
-    scores = weights + n_q * weight_panel
-    sums = scores + TILE // 16 * n_q * TILE_BYTES
-    buffer = sums + n_q * n_v_tiles * TILE_BYTES
-    bias = buffer + 10 * TILE_BYTES
-    scales = bias + 64 * TILE
-    factors = scales + 8 * TILE
-    row = factors + 4 * TILE
-    sum_scales = row + 256
-    row_max = sum_scales + 64
-    row_sum = row_max + 64 * n_q
-    rescale = row_sum + 64 * n_q
-    limits = rescale + 64 * n_q
-    for i in range(16 * n_q):
-        panel = queries + i // 16 * query_panel
-        pack_query(q + min(i, n - 1) * q_head, n_first, n_second, row, panel, i % 16)
-        if i % 16 == 15:
-            for k in (0, 64):
-                store(panel, n_steps * STEP + k, load_floats(panel, n_steps * STEP + k) * unit)
-            for s in range(n_steps):
-                for at in (0, LOW_PARTS):
-                    transpose(panel + s * STEP + at, 64, panel + s * STEP + at, 64)
-    for j in range(n_q):
-        store(row_max, 64 * j, floats(MINUS_INFINITY))
-        store(row_sum, 64 * j, floats(np.float32(0)))
-    for k in range(0, n_q * n_v_tiles * TILE_BYTES, 64):
-        store(sums, k, floats(np.float32(0)))
-    for d in range(n_v_tiles):
-        store(values, d * VALUE_PANEL + VALUE_STEPS * STEP, floats(np.float32(1)))
-    end, first_end = max_end(key_ends, n_tokens), min_end(key_ends, n_tokens)
+def attend(job_at):
+    """Run an AttendJob: attention of all its queries."""
+    job = read_attend_job(job_at)
+    plan = plan_memory(job)
+    pack_queries(job, plan)
+    for j in range(plan.n_q):
+        store(plan.row_max, 64 * j, floats(MINUS_INFINITY))
+        store(plan.row_sum, 64 * j, floats(np.float32(0)))
+    for k in range(0, plan.n_q * plan.n_v_tiles * TILE_BYTES, 64):
+        store(plan.sums, k, floats(np.float32(0)))
+    for d in range(plan.n_v_tiles):
+        store(plan.values, d * VALUE_PANEL + VALUE_STEPS * STEP, floats(np.float32(1)))
+    end, first_end = max_end(job.key_ends, job.n_tokens), min_end(job.key_ends, job.n_tokens)
     configure()
-    for start in range(key_start, end, TILE):
-        n_valid = min(TILE, end - start)
-        n_groups = (n_valid + 63) // 64
-        pack_keys(rows, row_bytes, n_first, n_second, wide, indices, start, n_valid, end, n_v, keys, key_panel, scales, values)
-        store(sum_scales, 0, floats(relative_scales(scales, 64 * n_groups, factors) / np.float32(INT8X2_MAX) * unit))
-        for k in range(0, 4 * n_groups * n_q * TILE_BYTES, 64):
-            store(scores, k, floats(np.float32(0)))
-        for s in range(0, steps(n_first), 4):
-            score_part(wide, keys, key_panel, 4 * n_groups, queries, query_panel, n_q, s, min(4, steps(n_first) - s), n_steps, 0, scores,
-                       scales, buffer)
-        for s in range(steps(n_first), n_steps, 4):
-            score_part(wide, keys, key_panel, 4 * n_groups, queries, query_panel, n_q, s, min(4, n_steps - s), n_steps, 64, scores,
-                       scales + 4 * TILE, buffer)
-        for j in range(n_q):
-            set_limits(limits + 64 * j, 16 * j, n_head, n_tokens, key_ends, start)
-            if mask:
-                set_bias(bias, 16 * j, n_head, n_tokens, mask + 4 * start, mask_row, n_valid)
-            softmax_tile(scores + j * TILE_BYTES, n_q * TILE_BYTES, 4 * n_groups, first_end - start < 64 * n_groups, limits + 64 * j,
-                         bias if mask else 0, 0, scale, row_max + 64 * j, row_sum + 64 * j, rescale + 64 * j, factors,
-                         weights + j * weight_panel)
-            if start > key_start:
-                rescale_sums(sums + j * n_v_tiles * TILE_BYTES, n_v_tiles, rescale + 64 * j)
-            at, target = weights + j * weight_panel, sums + j * n_v_tiles * TILE_BYTES
-            if wide:
-                panel_products_int8x2(at, weight_panel, 1, values, VALUE_PANEL, n_v_tiles, n_groups, target, sum_scales, VALUE_STEPS * STEP,
-                                      buffer, values, 0, 0, 0)
-            else:
-                panel_products_int8_b(at, weight_panel, 1, values, VALUE_PANEL, n_v_tiles, n_groups, target, sum_scales, VALUE_STEPS * STEP,
-                                      buffer, values, 0, 0, 0)
+    for start in range(job.key_start, end, TILE):
+        n = min(TILE, end - start)
+        pack_keys(job, plan, start, n, end)
+        score_keys(plan, (n + 63) // 64)
+        attend_tile(job, plan, start, n, first_end)
     release()
-    for i in range(n):
-        at = sums + i // 16 * n_v_tiles * TILE_BYTES + 64 * (i % 16)
-        row, factor = output_row(out + i // n_head * out_token + i % n_head * out_head, partial, i, n_v, row_max, row_sum)
-        store_values(at, n_v, factor, row, buffer)
+    for i in range(job.n_tokens * job.n_head):
+        sums = plan.sums + i // 16 * plan.n_v_tiles * TILE_BYTES + 64 * (i % 16)
+        row, factor = output_row(job.out + i // job.n_head * job.out_token + i % job.n_head * job.out_head, job.partial, i, job.n_v,
+                                 plan.row_max, plan.row_sum)
+        store_values(sums, job.n_v, factor, row, plan.buffer)
 
 
 @inner
-def score_part(wide, keys, key_panel, n_keys, queries, query_panel, n_q, step, n_steps, n_all, column, scores, scales, buffer):
-    """Multiply panels of keys with queries over some steps, and scale.
+def score_keys(plan, n_groups):
+    """Compute the scores of n_groups x 64 keys, and the factors of weights."""
+    largest = relative_scales(plan.scales, 64 * n_groups, plan.factors)
+    store(plan.sum_scales, 0, floats(largest / np.float32(INT8X2_MAX) * integer_ratio(plan)))
+    for k in range(0, 4 * n_groups * plan.n_q * TILE_BYTES, 64):
+        store(plan.scores, k, floats(np.float32(0)))
+    n_first = steps(plan.n_first)
+    for s in range(0, n_first, 4):
+        score_steps(plan, n_groups, s, min(4, n_first - s), 0)
+    for s in range(n_first, plan.n_steps, 4):
+        score_steps(plan, n_groups, s, min(4, plan.n_steps - s), 1)
 
-    The scales of queries are `column` bytes behind all steps.
-    """
-    a, b, columns = keys + step * STEP, queries + step * STEP, (n_all - step) * STEP + column
-    if wide:
-        panel_products_int8x2(a, key_panel, n_keys, b, query_panel, n_q, n_steps, scores, scales, columns, buffer, b, 0, 0, 0)
+
+@inner
+def score_steps(plan, n_groups, step, n_steps, part):
+    """Add products of keys with queries over some steps of a part, scaled."""
+    a, b, scales = plan.keys + step * STEP, plan.queries + step * STEP, plan.scales + part * 4 * TILE
+    columns = (plan.n_steps - step) * STEP + part * 64      # from b to the queries' scales
+    if plan.wide:
+        panel_products_int8x2(a, plan.key_panel, 4 * n_groups, b, plan.query_panel, plan.n_q, n_steps, plan.scores, scales, columns,
+                              plan.buffer, b, 0, 0, 0)
     else:
-        panel_products_int8_a(a, key_panel, n_keys, b, query_panel, n_q, n_steps, scores, scales, columns, buffer, b, 0, 0, 0)
+        panel_products_int8_a(a, plan.key_panel, 4 * n_groups, b, plan.query_panel, plan.n_q, n_steps, plan.scores, scales, columns,
+                              plan.buffer, b, 0, 0, 0)
+
+
+@inner
+def attend_tile(job, plan, start, n, first_end):
+    """Turn the scores of n keys from `start` on into weights; add values."""
+    for j in range(plan.n_q):
+        n_groups, limits = (n + 63) // 64, plan.limits + 64 * j
+        weights, sums, rescale = plan.weights + j * plan.weight_panel, plan.sums + j * plan.n_v_tiles * TILE_BYTES, plan.rescale + 64 * j
+        set_limits(limits, 16 * j, job.n_head, job.n_tokens, job.key_ends, start)
+        if job.mask:
+            set_bias(plan.bias, 16 * j, job.n_head, job.n_tokens, job.mask + 4 * start, job.mask_row, n)
+        softmax_tile(plan.scores + j * TILE_BYTES, plan.n_q * TILE_BYTES, 4 * n_groups, first_end - start < 64 * n_groups, limits,
+                     plan.bias if job.mask else 0, 0, float_from_bits(np.uint32(job.scale)), plan.row_max + 64 * j, plan.row_sum + 64 * j,
+                     rescale, plan.factors, weights)
+        if start > job.key_start:
+            rescale_sums(sums, plan.n_v_tiles, rescale)
+        if plan.wide:
+            panel_products_int8x2(weights, plan.weight_panel, 1, plan.values, VALUE_PANEL, plan.n_v_tiles, n_groups, sums, plan.sum_scales,
+                                  VALUE_STEPS * STEP, plan.buffer, plan.values, 0, 0, 0)
+        else:
+            panel_products_int8_b(weights, plan.weight_panel, 1, plan.values, VALUE_PANEL, plan.n_v_tiles, n_groups, sums, plan.sum_scales,
+                                  VALUE_STEPS * STEP, plan.buffer, plan.values, 0, 0, 0)
 
 
 @inner

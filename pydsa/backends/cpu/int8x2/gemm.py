@@ -2,6 +2,9 @@
 
 The sums of one pair of tiles are scaled while the next pair is multiplied.
 """
+from typing import NamedTuple
+
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -15,91 +18,130 @@ def int8x2_to_floats(builder, high, low):
     return builder.sitofp(builder.add(builder.shl(high, constant([8] * 16)), low), f32x16.ir)
 
 
+class PairArguments(NamedTuple):
+    """Arguments of tile_pair_products, LLVM values: two cells and an earlier pair.
+
+    Addresses and strides are in bytes.
+    """
+    n_steps: ir.Value           # steps of 64 values, at most 4
+    a: ir.Value                 # A panels
+    a_panel: ir.Value           # stride of a panel
+    b: ir.Value                 # B panels
+    b_panel: ir.Value
+    buffer: ir.Value            # 4 KiB: for each cell two tiles of int32, of high parts, and of high with low parts
+    ahead: ir.Value             # 16 cache lines from here on are prefetched into the second-level cache,
+    row_ahead: ir.Value         # and five of each of four rows, at row_ahead, row_ahead + row_bytes, ...
+    row_bytes: ir.Value
+    before: ir.Value            # the buffer of the earlier pair
+    sums: ir.Value              # its sums, float32 [16, 16] a cell
+    sums_cell: ir.Value         # distance of its second cell's sums
+    row_scales: ir.Value        # 16 float32 a cell
+    rows_cell: ir.Value         # distance of its second cell's row scales
+    column_scales: ir.Value     # 16 float32 a cell
+    columns_cell: ir.Value      # distance of its second cell's column scales
+
+
+def _at(builder, base, *offsets, kind=I8):
+    """Emit a pointer to base + offsets."""
+    for offset in offsets:
+        base = builder.add(base, offset)
+    return pointer(builder, base, kind)
+
+
+def _load_tile(builder, register, base, offset, part):
+    call_amx(builder, "tileloadd64", I8(register), _at(builder, base, offset, INTP(part)), INTP(64))
+
+
+def _emit_step(builder, pair, offset, second, columns, low_one, low_other):
+    """Emit one step of the products of two cells.
+
+    Tiles 0, 2: high parts; 1, 3: mixed ones, in an order in which no sum waits for itself. `one` is the panel that both cells share;
+    `other` and `second` are the two that differ. low_one, low_other: whether they have low parts.
+    """
+    one, other = (pair.a, pair.b) if columns == 2 else (pair.b, pair.a)
+
+    def multiply(tile, x, y):
+        call_amx(builder, "tdpbssd", I8(tile), *((I8(x), I8(y)) if columns == 2 else (I8(y), I8(x))))
+
+    _load_tile(builder, 4, one, offset, 0)
+    if low_other:
+        _load_tile(builder, 7, other, offset, LOW_PARTS)
+        multiply(1, 4, 7)
+    _load_tile(builder, 6, other, offset, 0)
+    multiply(0, 4, 6)
+    if low_other:
+        _load_tile(builder, 5, second, offset, LOW_PARTS)
+        multiply(3, 4, 5)
+    if low_one:
+        _load_tile(builder, 7, one, offset, LOW_PARTS)
+        multiply(1, 7, 6)
+    _load_tile(builder, 6, second, offset, 0)
+    multiply(2, 4, 6)
+    if low_one:
+        multiply(3, 7, 6)
+
+
+def _emit_scaling(builder, pair, step):
+    """Emit the scaling of eight rows of the earlier pair, and prefetches."""
+    cell, first = builder.lshr(step, INTP(1)), builder.shl(builder.and_(step, INTP(1)), INTP(3))
+    tile = builder.add(pair.before, builder.add(builder.mul(cell, INTP(2 * TILE_BYTES)), builder.mul(first, INTP(64))))
+    target = builder.add(pair.sums, builder.add(builder.mul(cell, pair.sums_cell), builder.mul(first, INTP(64))))
+    scales = builder.add(pair.row_scales, builder.add(builder.mul(cell, pair.rows_cell), builder.mul(first, INTP(4))))
+    columns = builder.load(_at(builder, pair.column_scales, builder.mul(cell, pair.columns_cell), kind=f32x16.ir), align=4)
+    for i in range(8):
+        if i < 4:
+            prefetch_line(builder, _at(builder, pair.ahead, builder.mul(step, INTP(256)), INTP(64 * i)))
+        if i < 5:
+            prefetch_line(builder, _at(builder, pair.row_ahead, builder.mul(step, pair.row_bytes), INTP(64 * i)))
+        high = builder.load(_at(builder, tile, INTP(64 * i), kind=i32x16.ir), align=4)
+        mixed = builder.load(_at(builder, tile, INTP(TILE_BYTES + 64 * i), kind=i32x16.ir), align=4)
+        scale = broadcast(builder, builder.load(_at(builder, scales, INTP(4 * i), kind=F32), align=4), 16)
+        place = _at(builder, target, INTP(64 * i), kind=f32x16.ir)
+        product = builder.fmul(int8x2_to_floats(builder, high, mixed), builder.fmul(scale, columns))
+        builder.store(builder.fadd(builder.load(place, align=4), product, flags=("contract",)), place, align=4)
+
+
+def _emit_pair(builder, pair, columns, low_a, low_b):
+    """Emit tile_pair_products: four turns of a step, while there are any, and a scaling."""
+    low_one, low_other = (low_a, low_b) if columns == 2 else (low_b, low_a)
+    other, panel = (pair.b, pair.b_panel) if columns == 2 else (pair.a, pair.a_panel)
+    second = builder.add(other, panel)
+    for register in range(4):
+        call_amx(builder, "tilezero", I8(register))
+    start, loop, inside, scaling, after = builder.block, *(builder.append_basic_block(name) for name in (
+        "loop", "inside", "scaling", "after"))
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    step = builder.phi(INTP)
+    step.add_incoming(INTP(0), start)
+    builder.cbranch(builder.icmp_signed("<", step, pair.n_steps), inside, scaling)
+    builder.position_at_end(inside)
+    _emit_step(builder, pair, builder.mul(step, INTP(STEP)), second, columns, low_one, low_other)
+    builder.branch(scaling)
+    builder.position_at_end(scaling)
+    _emit_scaling(builder, pair, step)
+    following = builder.add(step, INTP(1))
+    step.add_incoming(following, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, INTP(4)), loop, after)
+    builder.position_at_end(after)
+    for register in range(4):
+        call_amx(builder, "tilestored64", I8(register), _at(builder, pair.buffer, INTP(TILE_BYTES * register)), INTP(64))
+
+
 def _make_products(columns, low_a, low_b):
     """Make a kernel for two cells: one A panel times two of B, or two times one.
 
     low_a, low_b: whether the values of a and b have low parts.
     """
-    low_one, low_other = (low_a, low_b) if columns == 2 else (low_b, low_a)
-
     @intrinsic
     def tile_pair_products(typingctx, n_steps, a, a_panel, b, b_panel, buffer, ahead, row_ahead, row_bytes,
                            before, sums, sums_cell, row_scales, rows_cell, column_scales, columns_cell):
-        """Multiply two cells into a buffer of 4 KiB, and scale an earlier pair.
+        """Multiply two cells, and scale an earlier pair (see PairArguments).
 
-        For each cell there are two tiles of int32 over n_steps <= 4 steps: of high parts, and of high with low parts. Meanwhile those of
-        the earlier pair, at `before`, are added to its sums, float32 [16, 16] a cell: += row_scales[i] column_scales[j] (256 high +
-        low)[i][j]. sums_cell, rows_cell, columns_cell: byte distances between the two cells' sums and scales. 16 cache lines from `ahead`
-        on are prefetched into the second-level cache, and five of each of four rows: at row_ahead, row_ahead + row_bytes, ...
+        The earlier pair's sums are += row_scales[i] column_scales[j] (256 high + low)[i][j].
         """
         def codegen(context, builder, signature, args):
-            (n_steps, a, a_panel, b, b_panel, buffer, ahead, row_ahead, row_bytes,
-             before, sums, sums_cell, row_scales, rows_cell, column_scales, columns_cell) = args
-
-            def at(base, *offsets, kind=I8):
-                for offset in offsets:
-                    base = builder.add(base, offset)
-                return pointer(builder, base, kind)
-
-            def load(register, base, offset, part):
-                call_amx(builder, "tileloadd64", I8(register), at(base, offset, INTP(part)), INTP(64))
-
-            def multiply(tile, one, other):
-                call_amx(builder, "tdpbssd", I8(tile), *((I8(one), I8(other)) if columns == 2 else (I8(other), I8(one))))
-
-            one, other, panel = (a, b, b_panel) if columns == 2 else (b, a, a_panel)
-            second = builder.add(other, panel)
-            for register in range(4):
-                call_amx(builder, "tilezero", I8(register))
-            start, loop, inside, scaling, after = builder.block, *(builder.append_basic_block(name) for name in (
-                "loop", "inside", "scaling", "after"))
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            step = builder.phi(INTP)
-            step.add_incoming(INTP(0), start)
-            builder.cbranch(builder.icmp_signed("<", step, n_steps), inside, scaling)
-            builder.position_at_end(inside)     # tiles 0, 2: high parts; 1, 3: mixed ones, in an order in which no sum waits for itself
-            offset = builder.mul(step, INTP(STEP))
-            load(4, one, offset, 0)
-            if low_other:
-                load(7, other, offset, LOW_PARTS)
-                multiply(1, 4, 7)
-            load(6, other, offset, 0)
-            multiply(0, 4, 6)
-            if low_other:
-                load(5, second, offset, LOW_PARTS)
-                multiply(3, 4, 5)
-            if low_one:
-                load(7, one, offset, LOW_PARTS)
-                multiply(1, 7, 6)
-            load(6, second, offset, 0)
-            multiply(2, 4, 6)
-            if low_one:
-                multiply(3, 7, 6)
-            builder.branch(scaling)
-            builder.position_at_end(scaling)    # of eight rows: half a cell
-            cell, first = builder.lshr(step, INTP(1)), builder.shl(builder.and_(step, INTP(1)), INTP(3))
-            tile = builder.add(before, builder.add(builder.mul(cell, INTP(2 * TILE_BYTES)), builder.mul(first, INTP(64))))
-            target = builder.add(sums, builder.add(builder.mul(cell, sums_cell), builder.mul(first, INTP(64))))
-            scales = builder.add(row_scales, builder.add(builder.mul(cell, rows_cell), builder.mul(first, INTP(4))))
-            of_columns = builder.load(at(column_scales, builder.mul(cell, columns_cell), kind=f32x16.ir), align=4)
-            for i in range(8):
-                if i < 4:
-                    prefetch_line(builder, at(ahead, builder.mul(step, INTP(256)), INTP(64 * i)))
-                if i < 5:
-                    prefetch_line(builder, at(row_ahead, builder.mul(step, row_bytes), INTP(64 * i)))
-                high = builder.load(at(tile, INTP(64 * i), kind=i32x16.ir), align=4)
-                mixed = builder.load(at(tile, INTP(TILE_BYTES + 64 * i), kind=i32x16.ir), align=4)
-                scale = broadcast(builder, builder.load(at(scales, INTP(4 * i), kind=F32), align=4), 16)
-                place = at(target, INTP(64 * i), kind=f32x16.ir)
-                product = builder.fmul(int8x2_to_floats(builder, high, mixed), builder.fmul(scale, of_columns))
-                builder.store(builder.fadd(builder.load(place, align=4), product, flags=("contract",)), place, align=4)
-            following = builder.add(step, INTP(1))
-            step.add_incoming(following, builder.block)
-            builder.cbranch(builder.icmp_signed("<", following, INTP(4)), loop, after)
-            builder.position_at_end(after)
-            for register in range(4):
-                call_amx(builder, "tilestored64", I8(register), at(buffer, INTP(TILE_BYTES * register)), INTP(64))
+            _emit_pair(builder, PairArguments(*args), columns, low_a, low_b)
             return context.get_dummy_value()
         return types.void(*[types.intp] * 16), codegen
     return tile_pair_products

@@ -12,6 +12,7 @@ from pydsa.backends.cpu.amx import LOW_PARTS, STEP, TILE_BYTES, call_amx, config
 from pydsa.backends.cpu.int8x2.gemm import int8x2_to_floats
 from pydsa.backends.cpu.int8x2.panels import round_query
 from pydsa.backends.cpu.jit import inner
+from pydsa.backends.cpu.jobs import read_score_job
 from pydsa.backends.cpu.lanes import load_strided, relu, row_sums, transpose
 from pydsa.backends.cpu.scalars import float_from_bits
 from pydsa.backends.cpu.scratch import thread_scratch
@@ -69,44 +70,39 @@ def load_int8x2_sums(typingctx, high, low):
     return f32x16(types.intp, types.intp), codegen
 
 
-def score(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, row_n, first, last,
-          scale):
-    """Score keys `first` to `last` for all tokens.
-
-    out[t][s] = scale sum_h w[t][h] relu(q[t][h] . key s). Scores are written up to a multiple of 16 keys; those beyond `last` have no
-    meaning.
-
-    Addresses: out float32, q float32 [T, H, width] and w float32 [T, H], with strides in bytes; rows of a cache with stride row_bytes,
-    whose keys are int8, with 32 readable rows behind the last. scale: the bits of a float32.
-    """
-    factor, n_steps, head_panels = float_from_bits(np.uint32(scale)), (width + 63) // 64, (n_head + 15) // 16
+def score(job_at):
+    """Run a ScoreJob: the indexer's scores."""
+    job = read_score_job(job_at)
+    factor, n_steps, head_panels = float_from_bits(np.uint32(job.scale)), (job.width + 63) // 64, (job.n_head + 15) // 16
     panel_bytes = n_steps * STEP + 64       # the heads' weights follow the steps
-    queries = thread_scratch(n_tokens * head_panels * panel_bytes + (4 * head_panels + 1) * TILE_BYTES + 256)
-    sums = queries + n_tokens * head_panels * panel_bytes
+    queries = thread_scratch(job.n_tokens * head_panels * panel_bytes + (4 * head_panels + 1) * TILE_BYTES + 256)
+    sums = queries + job.n_tokens * head_panels * panel_bytes
     weighted = sums + 4 * head_panels * TILE_BYTES
     row = weighted + TILE_BYTES
-    for i in range(n_tokens * head_panels):
+    for i in range(job.n_tokens * head_panels):
         t, panel = i // head_panels, queries + i * panel_bytes
         for j in range(16):
             h = i % head_panels * 16 + j
-            query_scale = round_query(q + t * q_token + min(h, n_head - 1) * q_head, width, row, panel + 64 * j)
-            store(panel, n_steps * STEP + 4 * j, query_scale * float_at(w, t * w_token + 4 * h) if h < n_head else np.float32(0))
+            query = job.q + t * job.q_token + min(h, job.n_head - 1) * job.q_head
+            query_scale = round_query(query, job.width, row, panel + 64 * j)
+            weight = query_scale * float_at(job.w, t * job.w_token + 4 * h) if h < job.n_head else np.float32(0)
+            store(panel, n_steps * STEP + 4 * j, weight)
         for j in range(n_steps):
             for part in (0, LOW_PARTS):
                 transpose(panel + j * STEP + part, 64, panel + j * STEP + part, 64)
     configure()
-    for start in range(first, last, KEYS):
-        for t in range(n_tokens):
-            for s in range(start, min(start + KEYS, last), 32):
-                keys = rows + s * row_bytes
+    for start in range(job.first, job.last, KEYS):
+        for t in range(job.n_tokens):
+            for s in range(start, min(start + KEYS, job.last), 32):
+                keys = job.rows + s * job.row_bytes
                 for j in range(head_panels):
-                    key_products(keys, row_bytes, queries + (t * head_panels + j) * panel_bytes, n_steps, sums + 4 * j * TILE_BYTES)
+                    key_products(keys, job.row_bytes, queries + (t * head_panels + j) * panel_bytes, n_steps, sums + 4 * j * TILE_BYTES)
                 for i in range(2):
-                    if s + 16 * i < last:
+                    if s + 16 * i < job.last:
                         weigh_heads(queries + t * head_panels * panel_bytes + n_steps * STEP, panel_bytes, head_panels,
-                                    sums + 2 * i * TILE_BYTES, weighted, keys + AHEAD + i * 16 * row_bytes, row_bytes)
-                        scales = load_strided(keys + 16 * i * row_bytes + width, row_bytes) * factor
-                        store(out, t * out_token + 4 * (s + 16 * i), row_sums(weighted) * scales)
+                                    sums + 2 * i * TILE_BYTES, weighted, keys + AHEAD + i * 16 * job.row_bytes, job.row_bytes)
+                        scales = load_strided(keys + 16 * i * job.row_bytes + job.width, job.row_bytes) * factor
+                        store(job.out, t * job.out_token + 4 * (s + 16 * i), row_sums(weighted) * scales)
     release()
 
 

@@ -13,6 +13,7 @@ from pydsa.backends.cpu.blocks.block import MINS, MINS_16, SCALES, SUPERBLOCK
 from pydsa.backends.cpu.int8x2.gemm import panel_products_int8x2, rows_prefetched
 from pydsa.backends.cpu.int8x2.panels import PANEL, SCALED_PANEL, pack_int8x2, store_step, transpose_panel
 from pydsa.backends.cpu.jit import call_intp_function, inline, inner
+from pydsa.backends.cpu.jobs import read_matmul_job
 from pydsa.backends.cpu.lanes import both_halves, spread, transpose
 from pydsa.backends.cpu.scratch import thread_scratch
 from pydsa.backends.cpu.simd import (I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i16x32, i32x16, i64_at, load_8_floats,
@@ -115,14 +116,14 @@ def requantize(superblock, n, mins, bits, table, at, scale_at):
         store_step(at + j // 2 * STEP, a, b)
 
 
-def matmul(unpack, block, block_bytes, mins, bits, rows, n_rows, row_bytes, n_in, x, n_tokens, out_at):
-    """Compute out_at[t][r] = row r . token t, for tokens packed by pack().
+def matmul(job_at):
+    """Run a MatmulJob: rows of weights times packed tokens.
 
-    out_at holds addresses. Each 256 values of all rows are unpacked before they are multiplied: alternating vector and tile instructions is
-    slow.
+    Each 256 values of all rows are unpacked before they are multiplied: alternating vector and tile instructions is slow.
     """
-    n_panels, n_x = (n_rows + 31) // 32 * 2, (n_tokens + 15) // 16
-    next_bytes, fetched = 256 // block * block_bytes, rows_prefetched(n_panels, n_x)
+    job = read_matmul_job(job_at)
+    n_panels, n_x = (job.n_rows + 31) // 32 * 2, (job.n_tokens + 15) // 16
+    next_bytes, fetched = 256 // job.block * job.block_bytes, rows_prefetched(n_panels, n_x)
     superblocks = thread_scratch(BATCH * SUPERBLOCK + 384 + 10 * TILE_BYTES + n_panels * (PANEL + 64 + n_x * TILE_BYTES))
     table = superblocks + BATCH * SUPERBLOCK
     buffer = table + 384
@@ -132,27 +133,27 @@ def matmul(unpack, block, block_bytes, mins, bits, rows, n_rows, row_bytes, n_in
     for i in range(0, n_panels * n_x * TILE_BYTES, 64):
         store(sums, i, floats(np.float32(0)))
     configure()
-    for k in range(0, n_in, 256):
-        width = min(256, n_in - k)
-        first, n_blocks = rows + k // 256 * next_bytes, width // block
-        for r in range(0, n_rows, BATCH):
-            for i in range(r, min(r + BATCH, n_rows)):
-                source = first + i * row_bytes
+    for k in range(0, job.n_in, 256):
+        width = min(256, job.n_in - k)
+        first, n_blocks = job.rows + k // 256 * next_bytes, width // job.block
+        for r in range(0, job.n_rows, BATCH):
+            for i in range(r, min(r + BATCH, job.n_rows)):
+                source = first + i * job.row_bytes
                 if i >= fetched:
                     for line in range(0, next_bytes, 64):
                         prefetch(source + next_bytes, line)
-                call_intp_function(unpack, (source, n_blocks, superblocks + i % BATCH * SUPERBLOCK))
-            for i in range(r, min(r + BATCH, n_rows)):
+                call_intp_function(job.unpack, (source, n_blocks, superblocks + i % BATCH * SUPERBLOCK))
+            for i in range(r, min(r + BATCH, job.n_rows)):
                 superblock = superblocks + i % BATCH * SUPERBLOCK
                 for j in range(width // 32, 8):
                     store(superblock, SCALES + 4 * j, np.float32(0))
                     store(superblock, MINS + 4 * j, np.float32(0))
-                requantize(superblock, width // 32, mins, bits, table, panels + i // 16 * PANEL + i % 16 * 64, scales + 4 * i)
-        x_panels = x + k // 256 * n_x * SCALED_PANEL
+                requantize(superblock, width // 32, job.mins, job.bits, table, panels + i // 16 * PANEL + i % 16 * 64, scales + 4 * i)
+        x_panels = job.x + k // 256 * n_x * SCALED_PANEL
         panel_products_int8x2(panels, PANEL, n_panels, x_panels, SCALED_PANEL, n_x, (width + 63) // 64, sums, scales, PANEL, buffer,
-                              x_panels + 2 * SCALED_PANEL, first + next_bytes, row_bytes, n_rows)
+                              x_panels + 2 * SCALED_PANEL, first + next_bytes, job.row_bytes, job.n_rows)
     release()
-    store_tiles(sums, n_panels, n_x, n_rows, n_tokens, out_at)
+    store_tiles(sums, n_panels, n_x, job.n_rows, job.n_tokens, job.out_at)
 
 
 @inner

@@ -4,6 +4,8 @@ Keys and values are computed from latents, 256 at a time, and used in place. All
 latents and weights have a scale for 256 values of a row, keys a scale a key, values a scale for each column of 256 keys. All tokens of the
 head attend to these keys before the next are computed.
 """
+from typing import NamedTuple
+
 import numpy as np
 
 from pydsa.backends.cpu.amx import STEP, TILE_BYTES, configure, release
@@ -11,6 +13,7 @@ from pydsa.backends.cpu.int8x2.attention import softmax_tile
 from pydsa.backends.cpu.int8x2.gemm import panel_products_int8x2
 from pydsa.backends.cpu.int8x2.panels import PANEL, SCALED_PANEL, max_abs, pack_int8x2, round_to_panel, scale_to_max, transpose_panel
 from pydsa.backends.cpu.jit import call_block_function, inner
+from pydsa.backends.cpu.jobs import read_head_job
 from pydsa.backends.cpu.lanes import transpose
 from pydsa.backends.cpu.mha import LATENT_TILE
 from pydsa.backends.cpu.scalars import float_from_bits
@@ -222,23 +225,39 @@ def compute_values(right, n_panels, kv_lora, n_v_panels, weights, scales, values
         transpose_panel(values + p * SCALED_PANEL, 16 * n_panels)
 
 
-def attend_head(out, out_token, q, q_token, n_tokens, n_nope, n_rot, n_v, kv_lora, packed, packed_tile,
-                k_rows, k_row_bytes, k_dequantize, k_blocks, v_rows, v_row_bytes, v_dequantize, v_blocks, key_ends, selected,
-                selected_row, scale):
-    """Compute one head's attention, with keys and values from latents.
+class Plan(NamedTuple):
+    """The scratch memory of attend_head: counts, addresses, strides in bytes."""
+    n_q: int            # panels of 16 queries
+    n_k: int            # panels of columns of keys, without the rotated values
+    n_v_panels: int     # panels of columns of values
+    n_steps: int        # steps of a query or a key
+    query_panel: int    # stride of a query panel, bytes
+    scratch: int        # dequantized weights, a query, tiles of new keys and values, or scores
+    key_weights: int    # k_b, B panels
+    value_weights: int  # v_b, A panels
+    value_scales: int   # and their scales
+    queries: int        # B panels
+    keys: int           # A panels of a tile of keys
+    key_scales: int     # and their scales
+    values: int         # B panels of a tile of keys
+    weights: int        # A panels of a group of queries
+    weight_scales: int  # and their scales, all equal
+    sums: int           # tiles of queries x values
+    buffer: int         # of panel_products_int8x2
+    factors: int        # float32 [TILE], of the keys' weights, all equal
+    row_max: int        # float32 [n_q, 16]
+    row_sum: int        # float32 [n_q, 16]
+    rescale: int        # float32 [16]
+    limits: int         # int32 [16]
 
-    out[t] = softmax(scale q[t] . (k_b^T latent, rotated)) (v_b latent) over the latents before key_ends[t].
 
-    Addresses: out float32 [T, n_v] with stride out_token; q float32 [T, n_nope + n_rot] with stride q_token; tiles of latents packed by
-    pack_latents, with stride packed_tile; k_b [kv_lora, n_nope] and v_b [n_v, kv_lora], rows of blocks; key_ends int64 [T]; selected: bits
-    written by mha.py's mark_selected, with stride selected_row, or 0. Strides are in bytes. scale: the bits of a float32.
-    """
-    scale = float_from_bits(np.uint32(scale))
-    n_lora, n_steps = n_superblocks(kv_lora), steps(n_nope) + steps(n_rot)
-    n_q, n_k, n_v_panels = (n_tokens + 15) // 16, 4 * steps(n_nope), (n_v + 31) // 32 * 2     # panels: queries, columns of keys and values
+@inner
+def plan_memory(job):
+    """Make the Plan of a HeadJob."""
+    n_lora, n_steps, n_q = n_superblocks(job.kv_lora), steps(job.n_nope) + steps(job.n_rot), (job.n_tokens + 15) // 16
+    n_k, n_v_panels = 4 * steps(job.n_nope), (job.n_v + 31) // 32 * 2
     query_panel = n_steps * STEP + 64
-    # shared: dequantized weights, a query, or tiles of new keys and values, or of scores; then all that stays
-    sizes = (max(4 * (kv_lora + 15) * (n_nope + 15) + 1024 * n_lora * 16 * n_k, 1024 * n_lora * n_v, 256 * n_steps,
+    sizes = (max(4 * (job.kv_lora + 15) * (job.n_nope + 15) + 1024 * n_lora * 16 * n_k, 1024 * n_lora * job.n_v, 256 * n_steps,
                  PANELS * max(n_k, n_v_panels, GROUP) * TILE_BYTES) // 64 * 64 + 64,
              n_lora * n_k * SCALED_PANEL, n_lora * n_v_panels * (SCALED_PANEL + 64), n_q * query_panel, PANELS * (n_steps * STEP + 64),
              n_v_panels * SCALED_PANEL, GROUP * (PANEL + 64), n_q * n_v_panels * TILE_BYTES, 10 * TILE_BYTES, 4 * TILE, 128 * n_q, 128)
@@ -253,52 +272,77 @@ def attend_head(out, out_token, q, q_token, n_tokens, n_nope, n_rot, n_v, kv_lor
     buffer = sums + sizes[7]
     factors = buffer + sizes[8]
     row_max = factors + sizes[9]
-    row_sum, rescale, limits = row_max + 64 * n_q, row_max + 128 * n_q, row_max + 128 * n_q + 64
-    value_scales, key_scales = value_weights + n_lora * n_v_panels * SCALED_PANEL, keys + PANELS * n_steps * STEP
-    weight_scales = weights + GROUP * PANEL
-    pack_key_weights(k_rows, k_row_bytes, k_dequantize, k_blocks, kv_lora, n_nope, n_k, key_weights, scratch)
-    pack_value_weights(v_rows, v_row_bytes, v_dequantize, v_blocks, kv_lora, n_v, n_v_panels, value_weights, value_scales, scratch)
-    pack_queries(q, q_token, n_tokens, n_nope, n_rot, n_q, queries, scratch)
+    return Plan(n_q, n_k, n_v_panels, n_steps, query_panel, scratch, key_weights, value_weights,
+                value_weights + n_lora * n_v_panels * SCALED_PANEL, queries, keys, keys + PANELS * n_steps * STEP, values, weights,
+                weights + GROUP * PANEL, sums, buffer, factors, row_max, row_max + 64 * n_q, row_max + 128 * n_q, row_max + 128 * n_q + 64)
+
+
+def attend_head(job_at):
+    """Run a HeadJob: attention of one head."""
+    job = read_head_job(job_at)
+    plan = plan_memory(job)
+    pack_key_weights(job.k_rows, job.k_row_bytes, job.k_dequantize, job.k_blocks, job.kv_lora, job.n_nope, plan.n_k, plan.key_weights,
+                     plan.scratch)
+    pack_value_weights(job.v_rows, job.v_row_bytes, job.v_dequantize, job.v_blocks, job.kv_lora, job.n_v, plan.n_v_panels,
+                       plan.value_weights, plan.value_scales, plan.scratch)
+    pack_queries(job.q, job.q_token, job.n_tokens, job.n_nope, job.n_rot, plan.n_q, plan.queries, plan.scratch)
     for i in range(TILE):
-        store(factors, 4 * i, np.float32(INT8X2_MAX))
+        store(plan.factors, 4 * i, np.float32(INT8X2_MAX))
     for i in range(16 * GROUP):
-        store(weight_scales, 4 * i, A_SCALE)
-    for j in range(n_q):
-        store(row_max, 64 * j, floats(MINUS_INFINITY))
-        store(row_sum, 64 * j, floats(np.float32(0)))
-    clear(sums, n_q * n_v_panels * TILE_BYTES)
-    end = max_end(key_ends, n_tokens)
+        store(plan.weight_scales, 4 * i, A_SCALE)
+    for j in range(plan.n_q):
+        store(plan.row_max, 64 * j, floats(MINUS_INFINITY))
+        store(plan.row_sum, 64 * j, floats(np.float32(0)))
+    clear(plan.sums, plan.n_q * plan.n_v_panels * TILE_BYTES)
+    end = max_end(job.key_ends, job.n_tokens)
     configure()
     for start in range(0, end, TILE):
-        latents, n_panels = packed + start // TILE * packed_tile, (min(TILE, end - start) + 63) // 64 * 4
-        compute_keys(latents, n_panels, kv_lora, n_nope, n_rot, key_weights, keys, key_scales, scratch, buffer)
-        compute_values(latents + n_lora * A_BYTES, n_panels, kv_lora, n_v_panels, value_weights, value_scales, values, scratch, buffer)
-        for j in range(0, n_q, GROUP):
-            n_group, t = min(GROUP, n_q - j), 16 * j
-            n_valid = min(TILE, max_end(key_ends + 8 * t, min(16 * GROUP, n_tokens - t)) - start)
-            if n_valid <= 0:
-                continue
-            n_valid_panels = (n_valid + 63) // 64 * 4
-            clear(scratch, n_valid_panels * n_group * TILE_BYTES)
-            for s in range(0, n_steps, 4):
-                b = queries + j * query_panel + s * STEP
-                panel_products_int8x2(keys + s * STEP, n_steps * STEP, n_valid_panels, b, query_panel, n_group, min(4, n_steps - s),
-                                      scratch, key_scales, (n_steps - s) * STEP, buffer, b, 0, 0, 0)
-            for i in range(n_group):
-                at = sums + (j + i) * n_v_panels * TILE_BYTES
-                set_limits(limits, t + 16 * i, 1, n_tokens, key_ends, start)
-                softmax_tile(scratch + i * TILE_BYTES, n_group * TILE_BYTES, n_valid_panels, True, limits, 0,
-                             selected + (j + i) * selected_row + 2 * start if selected else 0, scale, row_max + 64 * (j + i),
-                             row_sum + 64 * (j + i), rescale, factors, weights + i * PANEL)
-                if start:
-                    rescale_sums(at, n_v_panels, rescale)
-            panel_products_int8x2(weights, PANEL, n_group, values, SCALED_PANEL, n_v_panels, n_valid_panels // 4,
-                                  sums + j * n_v_panels * TILE_BYTES, weight_scales, PANEL, buffer, values, 0, 0, 0)
+        latents, n_panels = job.packed + start // TILE * job.packed_tile, (min(TILE, end - start) + 63) // 64 * 4
+        compute_keys(latents, n_panels, job.kv_lora, job.n_nope, job.n_rot, plan.key_weights, plan.keys, plan.key_scales, plan.scratch,
+                     plan.buffer)
+        compute_values(latents + n_superblocks(job.kv_lora) * A_BYTES, n_panels, job.kv_lora, plan.n_v_panels, plan.value_weights,
+                       plan.value_scales, plan.values, plan.scratch, plan.buffer)
+        for j in range(0, plan.n_q, GROUP):
+            n_valid = min(TILE, max_end(job.key_ends + 128 * j, min(16 * GROUP, job.n_tokens - 16 * j)) - start)
+            if n_valid > 0:
+                attend_group(job, plan, j, min(GROUP, plan.n_q - j), start, (n_valid + 63) // 64 * 4)
     release()
-    for t in range(n_tokens):
-        at, row, whole = sums + t // 16 * n_v_panels * TILE_BYTES + 64 * (t % 16), out + t * out_token, float_at(row_sum, 4 * t)
-        factor = np.float32(1) / whole if whole != 0 else np.float32(0)
+    store_heads(job, plan)
+
+
+@inner
+def attend_group(job, plan, first, n_group, start, n_panels):
+    """Attend to n_panels panels of keys with a group of queries.
+
+    The group is n_group panels of queries, from `first` on.
+    """
+    n_steps, n_v_panels, score_row = plan.n_steps, plan.n_v_panels, n_group * TILE_BYTES
+    clear(plan.scratch, n_panels * score_row)
+    for s in range(0, n_steps, 4):
+        queries = plan.queries + first * plan.query_panel + s * STEP
+        panel_products_int8x2(plan.keys + s * STEP, n_steps * STEP, n_panels, queries, plan.query_panel, n_group, min(4, n_steps - s),
+                              plan.scratch, plan.key_scales, (n_steps - s) * STEP, plan.buffer, queries, 0, 0, 0)
+    for i in range(n_group):
+        j = first + i
+        set_limits(plan.limits, 16 * j, 1, job.n_tokens, job.key_ends, start)
+        softmax_tile(plan.scratch + i * TILE_BYTES, score_row, n_panels, True, plan.limits, 0,
+                     job.selected + j * job.selected_row + 2 * start if job.selected else 0, float_from_bits(np.uint32(job.scale)),
+                     plan.row_max + 64 * j, plan.row_sum + 64 * j, plan.rescale, plan.factors, plan.weights + i * PANEL)
+        if start:
+            rescale_sums(plan.sums + j * n_v_panels * TILE_BYTES, n_v_panels, plan.rescale)
+    panel_products_int8x2(plan.weights, PANEL, n_group, plan.values, SCALED_PANEL, n_v_panels, n_panels // 4,
+                          plan.sums + first * n_v_panels * TILE_BYTES, plan.weight_scales, PANEL, plan.buffer, plan.values, 0, 0, 0)
+
+
+@inner
+def store_heads(job, plan):
+    """Store the sums of all tokens, divided by row_sum, to out."""
+    n_v = job.n_v
+    for t in range(job.n_tokens):
+        sums, row = plan.sums + t // 16 * plan.n_v_panels * TILE_BYTES + 64 * (t % 16), job.out + t * job.out_token
+        total = float_at(plan.row_sum, 4 * t)
+        factor = np.float32(1) / total if total != 0 else np.float32(0)
         for k in range(0, n_v - 15, 16):
-            store(row, 4 * k, load_floats(at, k // 16 * TILE_BYTES) * factor)
+            store(row, 4 * k, load_floats(sums, k // 16 * TILE_BYTES) * factor)
         for k in range(n_v // 16 * 16, n_v):
-            store(row, 4 * k, float_at(at, k // 16 * TILE_BYTES + 4 * (k % 16)) * factor)
+            store(row, 4 * k, float_at(sums, k // 16 * TILE_BYTES + 4 * (k % 16)) * factor)
