@@ -1,32 +1,36 @@
-"""Generation ahead of its reader, on devices that sample by themselves.
+"""The next step of a generation, started before it is asked for.
 
-The next id is sampled where the logits are, and its step is started before anybody asks for it: it runs while the caller looks at the id.
+This is for devices that sample by themselves. The device samples the next id from its own logits, and the step of that id starts at once:
+it runs while the caller handles the id.
 """
 from pydsa.plan import one_step
 
 
 class Ahead:
-    """The step of one session that was started before it was asked for, if there is one.
+    """The step of one session that runs ahead of its request, if any.
 
-    Nothing is lost if it is never asked for: cache rows behind n_past count for nothing.
+    A started step that is never asked for does no harm: cache rows from n_past on are ignored and overwritten.
     """
 
     def __init__(self, runner):
-        self._runner, self._started = runner, None      # (n_past, id, number of the step)
+        self._runner, self._started = runner, None      # None, or (n_past, id, number of the step)
 
     def forget(self):
-        """Whatever was started is not what comes next."""
+        """Forget the started step: the next step is another one."""
         self._started = None
 
     def settings(self, sampler):
-        """What the device needs to sample as a Sampler does; None if it cannot, and the logits must be fetched."""
+        """The settings with which the device samples as `sampler` does.
+
+        None if the device cannot; the logits must then be fetched.
+        """
         return sampler.settings(self._runner.backend.PICKS)
 
     def next(self, settings, token, n_past, bound, following, ends):
-        """Append a token at position n_past -> the id sampled after it, and the greatest logit.
+        """Append a token at position n_past -> the next id and the greatest logit.
 
-        bound: the Bound of a step of one token there. following: that of the step after it, which is started at once with the sampled id,
-        unless ends(id). A step that was started before is not run again, if the runner has started no other since.
+        bound: the Bound of the step of this one token. following: the Bound of the step after it, which starts at once with the sampled id,
+        unless ends(id). A step that was started ahead is not run again, if the runner has started no other step since.
         """
         runner, started = self._runner, self._started
         self._started = None

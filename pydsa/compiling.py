@@ -1,7 +1,8 @@
-"""Kernels compiled by several processes at once, each of which puts what it makes into the shared cache folder.
+"""Compile kernels in several processes at once.
 
-The processes are plain ones, `python -c`: they run nothing of the program that uses pydsa, be it a script, a notebook or a server. What
-none of them could make, the program compiles itself when it needs it.
+Each process writes its kernels to the shared cache folder. The processes are started with `python -c`: they run nothing of the program that
+uses pydsa, whether it is a script, a notebook or a server. A kernel that no process could compile is compiled by the program when it needs
+it.
 """
 import contextlib
 import gc
@@ -24,7 +25,7 @@ POLL = 0.1      # seconds after which a wait looks whether Ctrl-C was pressed
 
 
 class Job(NamedTuple):
-    """One call, module.function(*args), that compiles something into the cache."""
+    """A call module.function(*args) that compiles a kernel into the cache."""
     name: str       # of what it compiles
     size: int       # about how much that is: the order of work
     module: str
@@ -153,7 +154,10 @@ def _outcome(job):
 
 @contextlib.contextmanager
 def collecting_paused():
-    """Without the garbage collector, which takes a sixth of the time to compile."""
+    """A context without the garbage collector.
+
+    It takes a sixth of the time to compile.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""The terminal: progress, the writer of streamed text, the chat loop."""
+"""The terminal: progress bars, streamed answers and the chat loop."""
 import contextlib
 import io
 import re
@@ -14,7 +14,10 @@ CHAT_HELP = "/help  this list\n/clear  forget the conversation\n/exit  leave (al
 
 @contextlib.contextmanager
 def progress_bar(what):
-    """A progress(done, total, item="") callback that shows on stderr: a bar on a terminal, else a line now and then."""
+    """A context with a callback progress(done, total, item="") for stderr.
+
+    It shows a bar on a terminal, else a line every two seconds at most.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     console = Console(stderr=True)
@@ -40,7 +43,10 @@ def _progress_lines(what):
 
 
 def use_utf8():
-    """Pipes carry UTF-8 whatever the locale says; a terminal gets "?" for what it cannot show."""
+    """Make pipes UTF-8 whatever the locale is.
+
+    A terminal keeps its encoding, and shows "?" for what it cannot encode.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
@@ -48,7 +54,10 @@ def use_utf8():
 
 
 class Writer:
-    """Streams answers of one session to stdout, and keeps what the summary tells of the last one."""
+    """Streams the answers of one session to stdout.
+
+    It keeps the text and the figures of the last answer for summary().
+    """
 
     def __init__(self, model, sampling, max_tokens):
         self.model, self.sampling, self.max_tokens = model, sampling, max_tokens
@@ -56,7 +65,10 @@ class Writer:
         self.n_prompt = self.n_generated = 0
 
     def write(self, ids):
-        """Answer a context of token ids; the start of it that the session has already is not run again. `text` is what was written."""
+        """Generate the answer to a context of token ids, and write it.
+
+        The prefix that the session has already is not run again. `text` becomes the text that was written.
+        """
         self.text, self.n_prompt, self.n_generated = "", 0, 0
         self.prompt_seconds = self.seconds = 0.0
         start, n_reused = time.perf_counter(), self.session.reuse(ids)
@@ -76,7 +88,7 @@ class Writer:
             sys.stdout.flush()
 
     def summary(self):
-        """One line: speeds, time to the first token, the attention that was used."""
+        """One line: speeds, time to the first token, the attention in use."""
         from pydsa.report import attention_in_words
 
         def speed(n, seconds):
@@ -87,7 +99,7 @@ class Writer:
 
 
 def chat_loop(model, writer, messages, think):
-    """Read a line, answer it, until /exit or the end of input."""
+    """Read a line and answer it, until /exit or the end of input."""
     from rich.console import Console
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing in input())
@@ -102,7 +114,7 @@ def chat_loop(model, writer, messages, think):
             console.print("\n/exit or Ctrl-D leaves")
             continue
         except UnicodeDecodeError:
-            console.print("that was not UTF-8 text")
+            console.print("the line is not UTF-8 text")
             continue
         if line.strip() == "/exit":
             break
@@ -116,7 +128,10 @@ def chat_loop(model, writer, messages, think):
 
 
 def answer(model, writer, messages, think):
-    """Stream the reply to the last message -> the messages with it. A reply that was stopped stays; a question that failed goes."""
+    """Stream the reply to the last message -> the messages that follow.
+
+    They include the reply, also if it was stopped. A question that failed is removed.
+    """
     from pydsa.chat import encode_chat
     failed = False
     try:
@@ -124,7 +139,7 @@ def answer(model, writer, messages, think):
     except KeyboardInterrupt:
         click.echo("\n[stopped]", err=True)
     except ContextFullError as error:
-        click.echo(f"\n{error} /clear starts anew.", err=True)
+        click.echo(f"\n{error} /clear starts a new conversation.", err=True)
         failed = not writer.text
     except PydsaError as error:
         click.echo(f"\n{error}", err=True)

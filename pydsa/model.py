@@ -1,4 +1,8 @@
-"""load(path) -> Model: the weights of a file, its configuration and tokenizer, and its graphs on one backend."""
+"""load(path) returns a Model, which runs a GGUF file on one backend.
+
+A Setup says what running the file needs: configuration, schedule, graphs and memory. A Model holds the weights, the tokenizer and the bound
+backend.
+"""
 import collections
 import functools
 import hashlib
@@ -27,28 +31,30 @@ ATTENTION = ("auto", "sparse", "masked", "dense")
 DEFAULT_N_CTX, DEFAULT_N_UBATCH = 8192, 2048
 
 
-def choose(what, value, known):
-    if value not in known:
-        raise PydsaError(f"{what} is {value!r}; it must be one of {', '.join(known)}.")
+def choose(what, value, choices):
+    """The value of an option, if it is one of the choices."""
+    if value not in choices:
+        raise PydsaError(f"{what} is {value!r}, expected one of {', '.join(choices)}.")
     return value
 
 
 def choose_cache_type(what, value):
-    """A cache type by its name or by its alias."""
+    """The cache type with this name or alias."""
     return choose(what, CACHE_ALIASES.get(value, value), CACHE_TYPES)
 
 
-def whole_number(what, value, low, high):
-    """An option as an int, be it numpy's or Python's; a clear error for anything else."""
+def integer(what, value, low, high):
+    """The value of an option, an integer of Python or numpy, as an int."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not low <= value <= high:
-        raise PydsaError(f"{what} is {value!r}; it must be a whole number from {low} to {high}.")
+        raise PydsaError(f"{what} is {value!r}, expected an integer from {low} to {high}.")
     return int(value)
 
 
 class Setup:
-    """What running a file would need: configuration, schedule, recorded graphs, memory in bytes.
+    """What running a file needs.
 
-    It is worked out without touching weights or compiling; `info` shows it.
+    It has the configuration (config), the schedule of variants, a layout of each variant's graph, and the memory in bytes. No weights are
+    read and nothing is compiled. `pydsa info` shows it. The parameters, and the errors raised, are those of load().
     """
 
     def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,
@@ -58,7 +64,7 @@ class Setup:
         self.kv_type = choose_cache_type("kv_type", kv_type)
         self.index_type = choose_cache_type("index_type", index_type or ("f32" if kv_type == "f32" else "i8"))
         self.attention = choose("attention", attention, ATTENTION)
-        n_ctx, n_ubatch, dsa_top_k = (value if value is None else whole_number(name, value, 1, 2**31 - 1) for name, value in
+        n_ctx, n_ubatch, dsa_top_k = (value if value is None else integer(name, value, 1, 2**31 - 1) for name, value in
                                       (("n_ctx", n_ctx), ("n_ubatch", n_ubatch), ("dsa_top_k", dsa_top_k)))
         self.file = open_gguf(os.path.expanduser(path))
         arch = architecture(self.file.metadata)
@@ -66,7 +72,7 @@ class Setup:
         self.n_ctx = n_ctx or min(DEFAULT_N_CTX, self.config.n_ctx_train)
         self.n_ubatch = min(n_ubatch, self.n_ctx)
         if self.n_ubatch > self.device.max_ubatch:
-            raise PydsaError(f"n_ubatch is {self.n_ubatch}; on {device} it must be at most {self.device.max_ubatch} (-ub).")
+            raise PydsaError(f"n_ubatch is {self.n_ubatch}, expected at most {self.device.max_ubatch} on {device} (-ub).")
         self.schedule = Schedule(self.config, self.attention, self.n_ctx, self.n_ubatch)
         self.weights = Weights(self.file)
         self.layouts = {name: self._record(arch, VARIANTS[name]) for name in self.schedule.variants}
@@ -75,7 +81,7 @@ class Setup:
         self.cache_widths = {ref: widths for ref, widths in self.config.cache_widths.items() if ref in used}
 
     def _read_config(self, arch, dsa_top_k):
-        """The architecture's Config, with the user's number of keys."""
+        """The architecture's Config, with the user's top_k."""
         metadata, table = self.file.metadata, self.file.tensors.get("token_embd.weight")
         if table is None or len(table.shape) != 2:
             raise UnsupportedModelError(f"{metadata.path}: there is no matrix 'token_embd.weight': this is a vocabulary, not a model.")
@@ -106,7 +112,11 @@ class Setup:
         return [tensor for name, tensor in self.file.tensors.items() if layer(name) < self.config.n_layer]
 
     def _refuse_unknown_tensors(self):
-        """What the model was trained with must not be left out in silence: only an indexer that is not asked for may be."""
+        """Refuse tensors that no variant uses.
+
+        Everything that the model was trained with must be used. Only an indexer that was not asked for, and an attn_kv_b beside its
+        two halves, may be left out.
+        """
         for tensor in self.trunk:
             if tensor.name not in self.weights.used and ".indexer." not in tensor.name and not tensor.name.endswith(".attn_kv_b.weight"):
                 raise UnsupportedModelError(f"{self.file.metadata.path}: pydsa does not know what tensor {tensor.name!r} does in "
@@ -114,17 +124,17 @@ class Setup:
 
     @property
     def n_params(self):
-        """Parameters of the model."""
+        """The number of parameters of the model."""
         return sum(math.prod(tensor.shape) for tensor in self.trunk)
 
     @property
     def n_bytes(self):
-        """Bytes of the model's tensors in the file."""
+        """Bytes of the model's tensors as stored in the file."""
         return sum(tensor.data.nbytes for tensor in self.trunk)
 
     @property
     def file_type(self):
-        """The type that most bytes of the model have, e.g. "Q4_K"."""
+        """The tensor type with the most bytes in the model, such as "Q4_K"."""
         sizes = collections.Counter()
         for tensor in self.trunk:
             sizes[tensor.type] += tensor.data.nbytes
@@ -132,7 +142,10 @@ class Setup:
 
     @functools.cached_property
     def fingerprint(self):
-        """A hash that tells models apart: the architecture's keys, all names, types and shapes, and the ends of every tensor."""
+        """A hash that identifies the model.
+
+        It covers the architecture's keys, all tensors' names, types and shapes, and the first and last 64 bytes of every tensor.
+        """
         digest, metadata = hashlib.sha256(), self.file.metadata
         for key in sorted(metadata):
             if key.startswith(f"{self.config.architecture}."):
@@ -143,35 +156,36 @@ class Setup:
         return digest.hexdigest()
 
     def cache_type(self, ref):
-        """The type of a cache's rows."""
+        """The type of a cache's rows, a key of quants.CACHE_TYPES."""
         return {"latents": self.kv_type, "index_keys": self.index_type}[ref.kind]
 
     def make_caches(self, backend, n_ctx):
-        """Empty caches of n_ctx rows, one for each (kind, layer) that the graphs use."""
+        """Empty caches of n_ctx rows: {CacheRef: VectorCache}."""
         return {ref: VectorCache(backend, n_ctx, widths, self.cache_type(ref)) for ref, widths in self.cache_widths.items()}
 
     @property
     def cache_row_bytes(self):
-        """Bytes that a token takes in each cache."""
+        """Bytes of one token's row in each cache: {CacheRef: bytes}."""
         return {ref: cache_row_bytes(self.cache_type(ref), widths) for ref, widths in self.cache_widths.items()}
 
     @property
     def cache_bytes(self):
-        """Bytes of one session's caches when its context is full."""
+        """Bytes of one session's caches with a full context."""
         return self.n_ctx * sum(self.cache_row_bytes.values())
 
     @property
     def scratch_bytes(self):
-        """Bytes of the intermediate values, for one ubatch, and one row of logits."""
+        """Bytes of the intermediate values of one ubatch, and a row of logits."""
         values = max(layout.n_bytes for layout in self.layouts.values())
         output = (self.config.n_vocab + self.config.n_embd) * self.device.float_size
         return values + output + self.device.scratch(self._nodes, self.n_ubatch)
 
     @property
     def score_bytes(self):
-        """Bytes of the indexer's rows of scores when the context is full; beside them top-k works with 16 bytes a key and thread.
+        """Bytes of the indexer's score rows with a full context.
 
-        These and packed_latent_bytes are all that grows with the context of what kernels work with.
+        top-k takes 16 bytes more for each key and thread, which are not counted. Score rows and packed_latent_bytes are the only scratch
+        memory that grows with the context.
         """
         if not any(node.op == "indexer_select" for node in self._nodes):
             return 0
@@ -179,44 +193,55 @@ class Setup:
 
     @property
     def packed_latent_bytes(self):
-        """Bytes that latents take at most where prompts in MLA's plain form pack them."""
+        """Bytes of the packed latents, at most.
+
+        Prompts in MLA's plain form pack them.
+        """
         return self.device.packed_latents(self.config, self.schedule.plain_form_until)
 
     @property
     def mapped_bytes(self):
-        """Bytes of the weights that stay in the file and are read from there."""
+        """Bytes of the weights that are read from the mapped file."""
         return self.device.weights(self.weights.used.values())[0]
 
     @property
     def copied_bytes(self):
-        """Bytes of weights that the backend copies: vectors on the CPU, all blocks to a GPU, everything, as float32, in the reference."""
+        """Bytes of the weights that the backend copies.
+
+        The CPU copies vectors, a GPU all blocks, and the reference everything, as float32.
+        """
         return self.device.weights(self.weights.used.values())[1]
 
     @property
     def total_bytes(self):
-        """Bytes that a model with one session takes beside the mapped file."""
+        """Bytes of a model with one session, without the mapped file."""
         return self.cache_bytes + self.scratch_bytes + self.score_bytes + self.packed_latent_bytes + self.copied_bytes
 
 
 class Model:
-    """A model ready to run. Made by load()."""
+    """A model ready to run, made by load().
+
+    config: the file's hyperparameters. metadata: its key-value pairs. setup: the Setup. n_ctx: tokens of a session's context. n_ubatch:
+    tokens of a prompt that run together. kv_type, index_type: cache types. attention: as given to load(). top_k: keys that a token attends
+    to, None without an indexer. threads: the number in use, None if the backend chooses.
+    """
 
     def __init__(self, setup, threads=None, progress=None):
         self.setup, self.config, self.metadata = setup, setup.config, setup.file.metadata
         self.n_ctx, self.n_ubatch, self.kv_type, self.index_type = setup.n_ctx, setup.n_ubatch, setup.kv_type, setup.index_type
         self.attention, self.top_k = setup.attention, setup.config.top_k
         self.backend = setup.device.backend()
-        self.threads = self.backend.check_threads(None if threads is None else whole_number("threads", threads, 1, 2**31 - 1))
+        self.threads = self.backend.check_threads(None if threads is None else integer("threads", threads, 1, 2**31 - 1))
         check_memory(setup.total_bytes, f"The model with a context of {setup.n_ctx} tokens", self.backend)
-        self.tokenizer      # its faults belong to loading
+        self.tokenizer      # read now, so that load() raises its errors
         self.runner = Runner(self.backend, setup.layouts, self.threads)
-        self._chats = collections.deque(maxlen=1)       # the session of the last chat, when nobody reads from it
+        self._chats = collections.deque(maxlen=1)       # the session of the last chat, while no answer is read from it
         steps = [self._read_weights, self._compile]
         for step in steps if self.backend.WEIGHTS_FIRST else reversed(steps):
             step(progress)
 
     def _read_weights(self, progress):
-        """Give the backend all weights: a GPU gets copies, which takes a while."""
+        """Give all weights to the backend; copies to a GPU report progress."""
         tensors = list(self.setup.weights.used.values())
         for i, tensor in enumerate(tensors):
             if progress is not None and self.setup.device.copies_blocks:
@@ -224,13 +249,14 @@ class Model:
             self.runner.read(tensor)
 
     def _compile(self, progress):
-        """Compile every kernel that any step can need."""
+        """Compile every kernel that a step can need."""
         self.backend.compile_calls(self._all_calls, progress)
 
     def _all_calls(self):
-        """The calls of steps that need different kernels.
+        """The calls of steps that together need every kernel.
 
-        A row alone is contiguous where several are not, so both are bound. One token never takes the plain form of attention.
+        Steps of one row and of two are bound, as views of one row are contiguous where views of several are not. Steps of one token never
+        take the plain form of attention.
         """
         caches, calls = self.setup.make_caches(self.backend, 1), []
         for name in self.setup.schedule.variants:
@@ -240,7 +266,7 @@ class Model:
 
     @functools.cached_property
     def tokenizer(self):
-        """The file's Tokenizer."""
+        """The Tokenizer of the file."""
         return Tokenizer.from_metadata(self.metadata, self.config.n_vocab)
 
     def __repr__(self):
@@ -248,39 +274,60 @@ class Model:
                 f"n_ctx={self.n_ctx}, on {self.setup.device_name}>")
 
     def session(self):
-        """A new, empty Session."""
+        """A new, empty Session.
+
+        Raises OutOfMemoryError if its caches do not fit in memory.
+        """
         return Session(self.runner, self.setup, self.tokenizer.eog_ids)
 
     def tokenize(self, text, add_bos=None, parse_special=False):
-        """Text -> ids. add_bos: as the file says, if None."""
+        """Text -> token ids, a list of int.
+
+        add_bos: put BOS first; None: as the file says. parse_special: encode the texts of control tokens as these tokens. Raises PydsaError
+        if the text cannot be encoded.
+        """
         return self.tokenizer.encode(text, self.tokenizer.add_bos if add_bos is None else add_bos, parse_special)
 
     def detokenize(self, ids):
-        """Ids -> text, special tokens included."""
+        """Token ids -> text, with the texts of control tokens.
+
+        Raises PydsaError for an id that is not in the vocabulary.
+        """
         return self.tokenizer.decode(ids)
 
     def logits(self, ids):
-        """Logits at every position of a fresh context, float32 [len(ids), n_vocab]."""
+        """Logits after each token of a new context, float32 [len(ids), n_vocab].
+
+        Raises PydsaError, ContextFullError and OutOfMemoryError as Session.logits does.
+        """
         return self.session().logits(ids)
 
     def generate(self, prompt, max_tokens=None, **sampling):
-        """Continue a text (or token ids) in a fresh context -> str pieces as they are sampled. Options: the fields of Sampling."""
+        """Continue a text, or token ids, in a new context.
+
+        Returns an iterator of str pieces, in whole characters, as they are sampled. max_tokens: tokens to sample at most; None: no limit.
+        sampling: fields of Sampling. Raises PydsaError for options or ids that are not valid, and ContextFullError when the context is
+        full.
+        """
         sampling = Sampling(**sampling)
         ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
         return self.decode_stream(self.session().generate(ids, max_tokens, sampling))
 
     def chat(self, messages, max_tokens=None, thinking=False, tools=None, template=None, progress=None, **sampling):
-        """Answer a list of {"role": ..., "content": ...} -> str pieces as they are sampled.
+        """Answer a conversation, a list of {"role": ..., "content": ...}.
 
-        The session of the last answer is kept: what the conversations have in common, from their start on, is not run again. Answers that
-        are read at the same time have sessions of their own.
+        Returns an iterator of str pieces, in whole characters, as they are sampled. The session of the last answer is kept: the common
+        prefix of the two conversations is not run again. Answers that are read at the same time have sessions of their own.
+
+        messages, thinking, tools, template: as for chat.encode_chat. max_tokens, sampling: as for generate(). progress(done, total) is
+        called while the prompt runs, with tokens. Raises the errors of encode_chat and of generate().
         """
         sampling = Sampling(**sampling)
         ids = encode_chat(self.tokenizer, messages, thinking=thinking, tools=tools, template=template)
         return self.decode_stream(self._answer(ids, max_tokens, sampling, progress))
 
     def _answer(self, ids, max_tokens, sampling, progress):
-        """Yield the ids that follow a whole context, by the session of the last chat."""
+        """Yield the ids after a whole context, with the last chat's session."""
         try:
             session = self._chats.pop()
         except IndexError:
@@ -291,7 +338,7 @@ class Model:
             self._chats.append(session)
 
     def decode_stream(self, ids):
-        """Yield the text of ids as they come, whole characters only."""
+        """Yield the text of ids as they arrive, in whole characters."""
         decoder = self.tokenizer.decoder()
         for token in ids:
             piece = decoder.push(token)
@@ -304,18 +351,21 @@ class Model:
 
 def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=DEFAULT_N_UBATCH,
          progress=None, index_type=None):
-    """Open a GGUF (the first part, if it is split) and make it ready to run.
+    """Open a GGUF file and make it ready to run -> Model.
 
-    n_ctx: tokens the context can hold (8192, or the model's own limit if that is less).
+    path: the file, or its first part if it is split.
+    n_ctx: tokens that the context can hold; None: 8192, or the model's own limit if that is less.
     device: "cpu", "cuda" (an NVIDIA GPU; needs the extra `cuda`), or "reference" for plain numpy.
-    threads: all cores if None.
-    kv_type: of cached latents: "f32", "f16", "bf16", "i16" (int16, with a scale for each of a row's two parts), "i8" (int8, likewise).
+    threads: the number of CPU threads; None: all cores.
+    kv_type: type of the cached latents: "f32", "f16", "bf16", "i16" (int16, with a scale for each of a row's two parts) or "i8" (int8,
+        with the same scales; alias "q8_0").
     attention: "auto" (exact dense attention while the context is no longer than top_k, sparse beyond), "sparse", "masked", "dense".
-    dsa_top_k: keys to attend to, instead of the file's own number.
+    dsa_top_k: keys that a token attends to; None: the file's number.
     n_ubatch: tokens of a prompt that run together (2048); fewer take less memory.
     progress(done, total, name): called while kernels are compiled, and while weights are copied to a GPU.
-    index_type: of the indexer's cached keys, as kv_type; if None "i8", with which it is fastest, but "f32" if kv_type is.
+    index_type: type of the indexer's cached keys, as for kv_type; None: "i8", which is the fastest, or "f32" if kv_type is "f32".
 
-    Raises GGUFError, UnsupportedModelError, OutOfMemoryError, PydsaError.
+    Raises GGUFError if the file is damaged, UnsupportedModelError if pydsa cannot run the model, OutOfMemoryError if memory is short, and
+    PydsaError for options that are not valid.
     """
     return Model(Setup(os.fspath(path), n_ctx, device, kv_type, attention, dsa_top_k, n_ubatch, index_type), threads, progress)

@@ -1,6 +1,6 @@
-"""A recorded graph gets a memory layout and is run.
+"""Lay out a recorded graph in memory, bind it and run it.
 
-Buffers are shared by liveness, arguments are bound once; a step is then only calls.
+Values share a buffer by liveness, and arguments are bound once: a step is then only a list of calls.
 """
 import contextlib
 import threading
@@ -16,13 +16,16 @@ from pydsa.graph import CacheRef, Value
 
 ALIGN = 64      # bytes: a cache line, and the widest vector register
 
-# One step of one model at a time: kernels share the machine's threads, and the sessions of a model share its buffers.
+# One step at a time: kernels share the machine's threads, and the sessions of a model share its buffer.
 _lock, _running_thread = threading.Lock(), None
 
 
 @contextlib.contextmanager
 def one_step():
-    """One step at a time, of all models: the others wait. PydsaError inside of a step of the same thread."""
+    """A context in which a step runs; steps of other threads wait.
+
+    This holds for all models. Raises PydsaError inside of a step of the same thread.
+    """
     global _running_thread
     if _running_thread == threading.get_ident():
         raise PydsaError("A model cannot be run from inside the observe or progress function of a step that is not finished.")
@@ -35,16 +38,22 @@ def one_step():
 
 
 def check_memory(wanted, what, backend=None):
-    """Refuse `wanted` bytes that the device of a backend, or without one the machine, cannot hold, before they are allocated."""
-    available, whose = backend.free_bytes() if backend is not None else None, "the GPU's memory"
+    """Raise OutOfMemoryError if `wanted` bytes are not free.
+
+    They are checked before they are allocated, in the memory of the backend's device, or without a backend in the host's.
+    """
+    available, memory = backend.free_bytes() if backend is not None else None, "the GPU's memory"
     if available is None:
-        available, whose = psutil.virtual_memory().available, "memory"
+        available, memory = psutil.virtual_memory().available, "memory"
     if wanted > available:
-        raise OutOfMemoryError(f"{what} would take {wanted / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of {whose} are free; {LESS}.")
+        raise OutOfMemoryError(f"{what} would take {wanted / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of {memory} are free; {LESS}.")
 
 
 class Layout(NamedTuple):
-    """Where each value of a graph is: bytes from the start of the buffer, for a step of max_tokens tokens."""
+    """The place of each value of a graph in the buffer.
+
+    Offsets and sizes are bytes, for a step of up to max_tokens tokens.
+    """
     graph: object
     max_tokens: int
     float_size: int
@@ -57,7 +66,10 @@ def _row_bytes(value, float_size):
 
 
 def lay_out(graph, max_tokens, float_size=4):
-    """The Layout of a graph. Values whose lives do not overlap share memory: first fit, in the order of birth."""
+    """The Layout of a graph for steps of up to max_tokens tokens.
+
+    Values that are not live at the same time share memory: first fit, in the order of their first use.
+    """
     inputs = (graph.ids, graph.positions)
     born, dies = dict.fromkeys(inputs, 0), dict.fromkeys(inputs, len(graph.nodes))
     for i, node in enumerate(graph.nodes):
@@ -65,23 +77,26 @@ def lay_out(graph, max_tokens, float_size=4):
             if value.rows == "tokens":
                 born.setdefault(value, i)
                 dies[value] = max(i, dies.get(value, 0))
-    offsets, living, total = {}, [], 0      # living: (offset, end, dies)
+    offsets, live, total = {}, [], 0        # live: (offset, end, dies)
     for value in sorted(born, key=born.get):
-        living = [space for space in living if space[2] >= born[value]]
+        live = [space for space in live if space[2] >= born[value]]
         size = -(-max_tokens * _row_bytes(value, float_size) // ALIGN) * ALIGN
         offset = 0
-        for start, end, _ in sorted(living):
+        for start, end, _ in sorted(live):
             if start - offset >= size:
                 break
             offset = max(offset, end)
         offsets[value] = offset
-        living.append((offset, offset + size, dies[value]))
+        live.append((offset, offset + size, dies[value]))
         total = max(total, offset + size)
     return Layout(graph, max_tokens, float_size, offsets, total)
 
 
 class Runner:
-    """Runs the graphs of one model on one backend: owns the buffer, and the weights as the backend takes them."""
+    """Runs the graphs of one model on one backend.
+
+    It owns the buffer of intermediate values, and the weights in the backend's form.
+    """
 
     def __init__(self, backend, layouts, threads):
         self.backend, self.threads = backend, threads
@@ -89,8 +104,8 @@ class Runner:
         self.dtypes = {"float": np.dtype(backend.FLOAT), "int32": np.dtype(np.int32), "int64": np.dtype(np.int64)}
         self._buffer = backend.empty((max(layout.n_bytes for layout in layouts.values()),), np.uint8)
         self._weights, self._constants = {}, {}
-        self.steps = 0          # how many were started
-        self._outputs = {}      # name -> one row, which is what every step but those of logits() needs
+        self.steps = 0          # the number of steps started
+        self._outputs = {}      # name -> an array of one row, for all steps but those of Session.logits()
         self._entry_points = {}
 
     def _array(self, value, offset, n_rows):
@@ -99,7 +114,7 @@ class Runner:
         return self._buffer[offset:offset + count * dtype.itemsize].view(dtype).reshape(n_rows, *value.tail)
 
     def _output_array(self, value, n_outputs):
-        """Values of output rows lie outside of the buffer."""
+        """An array for output rows, which lie outside of the buffer."""
         if n_outputs > 1:
             return self.backend.empty((n_outputs, *value.tail), self.dtypes[value.dtype])
         if value.name not in self._outputs:
@@ -107,22 +122,25 @@ class Runner:
         return self._outputs[value.name]
 
     def weight(self, tensor):
-        """A tensor as the backend takes it, made once."""
+        """A tensor in the backend's form, made once."""
         if tensor.name not in self._weights:
             self._weights[tensor.name] = self.backend.weight(tensor)
         return self._weights[tensor.name]
 
     def read(self, tensor):
-        """Make a tensor as the backend takes it, anew if it was made before."""
+        """Make a tensor in the backend's form, again if it was made before."""
         self._weights[tensor.name] = self.backend.weight(tensor)
 
     def _constant(self, values):
         if id(values) not in self._constants:
-            self._constants[id(values)] = values, self.backend.upload(values)       # kept, so that no other array gets its id
+            self._constants[id(values)] = values, self.backend.upload(values)       # kept alive, so that no other array gets its id
         return self._constants[id(values)][1]
 
     def bind(self, variant, caches, n_tokens, n_outputs):
-        """The calls of one step: [(node, function, args)], with every argument an array or a number."""
+        """The Bound of a step of n_tokens tokens, n_outputs of them with logits.
+
+        Its calls are [(node, function, args)], where every argument is an array of the backend or a number.
+        """
         layout = self.layouts[variant]
         assert n_outputs <= n_tokens <= layout.max_tokens
         roots = {value: self._array(value, offset, n_tokens) for value, offset in layout.offsets.items()}
@@ -145,9 +163,10 @@ class Runner:
         return Bound(self, roots[graph.ids], roots[graph.positions], calls, output)
 
     def compiled(self, variant, caches, n_tokens, n_outputs, again):
-        """bind() with functions that take these arguments without a look at their types; `again`: this step comes again and again.
+        """bind() with functions compiled for the types of the arguments.
 
-        That look takes longer than a short prompt's work, and types only depend on whether there is one row or several.
+        They skip numba's dispatch on types, which takes longer than the work of a short prompt. Types depend only on whether there is one
+        row or several. again: the step repeats, so that the backend may record it.
         """
         bound, key = self.bind(variant, caches, n_tokens, n_outputs), (variant, n_tokens == 1, min(n_outputs, 2))
         if key not in self._entry_points:
@@ -157,7 +176,7 @@ class Runner:
 
 
 class Written(Sequence):
-    """What a node wrote, as numpy arrays, which a backend fetches when they are looked at."""
+    """The arrays that a node wrote, fetched as numpy arrays on access."""
 
     def __init__(self, backend, arrays):
         self._backend, self._arrays = backend, arrays
@@ -170,18 +189,22 @@ class Written(Sequence):
 
 
 class Bound(NamedTuple):
-    """A graph with all its arguments, arrays of a backend, for one session and one number of tokens."""
+    """A graph bound to arrays of a backend.
+
+    It holds for one session and one number of tokens.
+    """
     runner: object
     ids: object
     positions: object
     calls: list
-    output: object      # or None
-    recording: object = None
+    output: object              # the array of logits, or None
+    recording: object = None    # of the calls, where the backend makes one
 
     def run(self, ids, n_past, logits, observe=None):
-        """One step: tokens ids at positions n_past, n_past + 1, ...; the last of their logits go to `logits` [n_outputs, n_vocab].
+        """Run one step: tokens `ids` at positions n_past, n_past + 1, ...
 
-        observe(node, arrays) is called after each op with what it wrote.
+        The logits of the last tokens are written to `logits`, [n_outputs, n_vocab]. observe(node, arrays) is called after each op with the
+        arrays that it wrote.
         """
         with one_step():
             self.put(ids, n_past)
@@ -190,20 +213,20 @@ class Bound(NamedTuple):
                 logits[:] = self.runner.backend.fetch(self.output)
 
     def timed(self, ids, n_past):
-        """One step, without its logits -> [(node, seconds)]."""
+        """Run one step, without its logits -> [(node, seconds)]."""
         with one_step():
             self.put(ids, n_past)
             return list(zip([node for node, _, _ in self.calls], self.runner.backend.timed([call[1:] for call in self.calls])))
 
     def put(self, ids, n_past):
-        """Begin a step with these tokens."""
+        """Write the inputs of a step: ids and positions."""
         self.runner.backend.set_threads(self.runner.threads)
         self.runner.steps += 1
         self.runner.backend.store(self.ids, ids)
         self.runner.backend.store(self.positions, np.arange(n_past, n_past + len(ids)))
 
     def start(self, observe=None):
-        """Launch all that a step does; ids and positions are there."""
+        """Launch all calls of a step; its inputs are written."""
         if self.recording is not None and observe is None:
             self.recording.run()
             return

@@ -1,4 +1,7 @@
-"""What `info` and `trace` tell, as plain data and as text: the file, the configuration, the memory plan, the path of each layer."""
+"""The reports of `pydsa info` and `pydsa trace`, as data and as text.
+
+`info` shows the file, the configuration, the memory and how each layer runs; `trace` compares two backends node by node.
+"""
 import dataclasses
 import itertools
 
@@ -6,11 +9,11 @@ import numpy as np
 
 from pydsa.chat import USER
 
-HIDDEN = {"rope", "n_ff", "indexer_full"}       # fields of a Config that are shown in another way
+HIDDEN = {"rope", "n_ff", "indexer_full"}       # fields of a Config that are reported elsewhere or not at all
 
 
 def describe(setup):
-    """A Setup as a dict that can be written as JSON; sizes in bytes."""
+    """A Setup as a dict of JSON types; sizes are bytes."""
     config, metadata = setup.config, setup.file.metadata
     types = {}
     for tensor in setup.file.tensors.values():
@@ -37,15 +40,15 @@ def describe(setup):
 
 
 def chat_format(metadata):
-    """Where the chat format of a file comes from."""
+    """The source of a file's chat format, in words."""
     if "tokenizer.chat_template" in metadata:
         return "template of the file"
-    there = USER in metadata.strings("tokenizer.ggml.tokens", default=[])
-    return "built-in DeepSeek V3.2" if there else "none: prompts need --raw"
+    has_v32_tokens = USER in metadata.strings("tokenizer.ggml.tokens", default=[])
+    return "built-in DeepSeek V3.2" if has_v32_tokens else "none: prompts need --raw"
 
 
 def attention_in_words(setup):
-    """Which attention the steps of a model take."""
+    """The attention that the steps of a model use, in words."""
     if setup.config.top_k is None:
         return "dense (the model has no indexer)"
     if setup.attention == "dense":
@@ -57,7 +60,7 @@ def attention_in_words(setup):
 
 
 def layers_in_words(setup):
-    """{what a layer does: the layers that do so, "0-2, 5"}."""
+    """{description of a layer: the layers it holds for, "0-2, 5"}."""
     config = setup.config
     indexed = config.indexed_layers
 
@@ -73,7 +76,7 @@ def layers_in_words(setup):
 
 
 def format_report(report):
-    """describe() for people."""
+    """The report of describe() as text."""
     config, memory = report["config"], report["memory"]
     lines = [f"{config['name']}: {config['architecture']}, {count(report['n_params'])} parameters, {size(report['file_bytes'])} in "
              f"{len(report['files'])} file{'s' * (len(report['files']) > 1)}", ""]
@@ -88,7 +91,7 @@ def format_report(report):
     lines += ["", f"tokenizer: {tokenizer['model']}, {tokenizer['pre']}; chat format: {tokenizer['chat_format']}", "", "tensors"]
     lines += [f"  {name:6} {entry['tensors']:6}  {size(entry['bytes'])}" for name, entry in report["tensor_types"].items()]
     if config["n_layer_nextn"]:
-        lines.append(f"  {config['n_layer_nextn']} MTP block(s) for speculative decoding: recognised and left aside")
+        lines.append(f"  {config['n_layer_nextn']} MTP block(s) for speculative decoding: recognised, but not used")
     if report["n_tensors_unused"]:
         lines.append(f"  {report['n_tensors_unused']} of the tensors are not used")
     lines += ["", f"GPU: {report['gpu']}"] if report["gpu"] else []
@@ -105,7 +108,7 @@ def format_report(report):
 
 
 def size(n):
-    """Bytes for people."""
+    """A number of bytes as readable text."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if n >= factor:
             return f"{n / factor:.1f} {unit}"
@@ -113,12 +116,15 @@ def size(n):
 
 
 def count(n):
-    """A number of parameters for people."""
+    """A number of parameters as readable text."""
     return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
 
 
 def compare_nodes(model, reference, ids):
-    """Run ids through two models of the same file -> a row for each node, with how far the first is from the second."""
+    """Run ids on two models of the same file -> a row for each node.
+
+    A row is a dict with node, op, shape and error, the difference() of model from reference.
+    """
     expected, rows = [], []
     reference.session().prefill(ids, observe=lambda node, arrays: expected.append([a.copy() for a in arrays]))
 
@@ -130,19 +136,23 @@ def compare_nodes(model, reference, ids):
     return rows
 
 
-def difference(array, wanted):
-    """Normalised squared error over the finite values, infinite if others are finite than should; for integers the share that differs."""
+def difference(array, expected):
+    """The normalised squared error of an array.
+
+    It is that of the finite values, and infinite if the two arrays are not finite at the same places. For integers it is the share of
+    elements that differ.
+    """
     if array.dtype.kind == "i":
-        return float(np.mean(array != wanted))
-    finite = np.isfinite(wanted)
+        return float(np.mean(array != expected))
+    finite = np.isfinite(expected)
     if not np.array_equal(finite, np.isfinite(array)):
         return float("inf")
-    a, b = array[finite].astype(np.float64), wanted[finite].astype(np.float64)
+    a, b = array[finite].astype(np.float64), expected[finite].astype(np.float64)
     return float(((a - b) ** 2).sum() / max((b ** 2).sum(), 1e-300))
 
 
 def spans(names):
-    """Where each name stands: ["a", "a", "b", "a"] -> {"a": "0-1, 3", "b": "2"}."""
+    """Where each name is: ["a", "a", "b", "a"] -> {"a": "0-1, 3", "b": "2"}."""
     result, first = {}, 0
     for name, run in itertools.groupby(names):
         last = first + len(list(run)) - 1

@@ -1,4 +1,7 @@
-"""Session: the caches and the position of one conversation. Many sessions can use the weights and buffers of one model."""
+"""Session holds the caches and the tokens of one conversation.
+
+Many sessions can use the weights and the buffer of one model.
+"""
 import contextlib
 import hashlib
 import json
@@ -14,32 +17,36 @@ from pydsa.quants import CACHE_ALIASES
 from pydsa.sampling import Sampler
 
 MAGIC = b"pydsa session 1\n"
-MAX_HEADER = 1 << 28    # bytes; the ids of a million tokens take seven million
+MAX_HEADER = 1 << 28    # bytes; the ids of a million tokens take seven million bytes
 
 
 def check_max_tokens(n):
+    """Raise PydsaError if n is not a limit of tokens: an integer or None."""
     if n is not None and (not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 0):
-        raise PydsaError(f"max_tokens is {n!r}; it must be a whole number from 0 on, or None.")
+        raise PydsaError(f"max_tokens is {n!r}, expected an integer from 0 on, or None.")
 
 
 def check_ids(ids, n_vocab):
-    """Token ids as an int32 array [n], n > 0, each in the vocabulary."""
+    """Check token ids -> an int32 array [n], n > 0, all in the vocabulary."""
     try:
         ids = np.asarray(ids)
     except ValueError:      # lists of different lengths
         ids = np.empty(0)
     if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-        raise PydsaError("Token ids must be a list of at least one whole number.")
+        raise PydsaError("The token ids must be a list of at least one integer.")
     if ids.min() < 0 or ids.max() >= n_vocab:
         bad = ids[(ids < 0) | (ids >= n_vocab)][0]
-        raise PydsaError(f"Token id {bad} is not in the vocabulary, which has the ids 0 to {n_vocab - 1}.")
+        raise PydsaError(f"The token id is {bad}, expected 0 to {n_vocab - 1}.")
     return ids.astype(np.int32)
 
 
 class Session:
-    """One conversation: `tokens` are the ids whose keys are in the caches, n_past how many. Made by Model.session().
+    """One conversation, made by Model.session().
 
-    runner runs the steps, setup (model.Setup) has the schedule and the limits, eog_ids end a turn.
+    tokens: the ids whose keys are in the caches, a list of int. n_past: their number. Methods that append tokens raise PydsaError for ids
+    that are not in the vocabulary, and ContextFullError if the tokens do not fit; nothing is run then.
+
+    runner runs the steps. setup (model.Setup) has the schedule and the limits. eog_ids are the tokens that end a turn.
     """
 
     def __init__(self, runner, setup, eog_ids):
@@ -55,27 +62,30 @@ class Session:
 
     @property
     def n_past(self):
-        """Tokens in the context."""
+        """The number of tokens in the context."""
         return len(self.tokens)
 
     def prefill(self, ids, progress=None, observe=None):
-        """Append tokens in ubatches of n_ubatch -> logits after the last one, float32 [n_vocab].
+        """Append tokens -> the logits after the last one, float32 [n_vocab].
 
-        progress(done, total) is called after each layer, with tokens; observe(node, arrays) after each op, with what it wrote.
-        Raises ContextFullError if they do not all fit, before any is run. If it is interrupted, the ubatches that were done stay.
+        They run in ubatches of n_ubatch. progress(done, total) is called after each layer, with numbers of tokens; observe(node, arrays)
+        after each op, with the arrays that it wrote. If the call is interrupted, the ubatches that are complete stay in the context.
         """
         return self._append(ids, False, progress, observe)[0]
 
     def decode(self, token_id):
-        """Append one token -> logits after it, float32 [n_vocab]."""
+        """Append one token -> the logits after it, float32 [n_vocab]."""
         return self.prefill([token_id])
 
     def logits(self, ids, progress=None):
-        """Append tokens -> logits after each of them, float32 [len(ids), n_vocab]."""
+        """Append tokens -> the logits after each, float32 [len(ids), n_vocab].
+
+        Raises OutOfMemoryError if the logits do not fit in memory.
+        """
         return self._append(ids, True, progress)
 
     def _append(self, ids, every_row, progress=None, observe=None):
-        """Run ids ubatch by ubatch -> the logits after each, or after the last."""
+        """Run ids in ubatches -> logits [n, n_vocab] of every row or of the last."""
         setup = self._setup
         ids, n_vocab = check_ids(ids, setup.config.n_vocab), setup.config.n_vocab
         self._check_fits(ids.size)
@@ -92,9 +102,10 @@ class Session:
         return logits
 
     def reuse(self, ids):
-        """Keep only the longest common prefix with ids, but not all of ids -> how many tokens that are.
+        """Keep the longest common prefix with ids -> its number of tokens.
 
-        With prefill(ids[session.reuse(ids):]) the context is ids, and what it has of them already is not run again.
+        At least one token of ids is left to run. After prefill(ids[session.reuse(ids):]) the context is ids, and the prefix was not run
+        again.
         """
         self.truncate(len(os.path.commonprefix([self.tokens, list(ids[:-1])])))
         return self.n_past
@@ -102,10 +113,13 @@ class Session:
     def _check_fits(self, n):
         if self.n_past + n > self._setup.n_ctx:
             raise ContextFullError(f"The context holds {self._setup.n_ctx} tokens; {self.n_past} are in use and {n} more do not fit. "
-                                   "Load the model with a larger n_ctx (-c), or start anew.")
+                                   "Load the model with a larger n_ctx (-c), or start a new context.")
 
     def _report(self, progress, start, n_tokens, total, observe):
-        """An observer that reports progress after each layer: weights that come from a slow disk can take minutes for one ubatch."""
+        """An observer that reports progress after each layer.
+
+        One ubatch can take minutes, if the weights are read from a slow disk.
+        """
         progress(start, total)
         n_layer, layers = self._setup.config.n_layer, 0
 
@@ -123,17 +137,20 @@ class Session:
         self.tokens.extend(ubatch.tolist())
 
     def timed(self, ids):
-        """Append tokens, at most n_ubatch -> [(node, seconds)]: how long each op of the step took."""
+        """Append at most n_ubatch tokens -> the time of each op.
+
+        Returns [(node, seconds)] of the step. Raises PydsaError for more tokens than n_ubatch.
+        """
         ids = check_ids(ids, self._setup.config.n_vocab)
         if ids.size > self._setup.n_ubatch:
-            raise PydsaError(f"{ids.size} tokens are to be timed in one step, which can have {self._setup.n_ubatch} (n_ubatch).")
+            raise PydsaError(f"There are {ids.size} tokens to time in one step, expected at most {self._setup.n_ubatch} (n_ubatch).")
         self._check_fits(ids.size)
         times = self._bind(self.n_past, ids.size, 1).timed(ids, self.n_past)
         self.tokens.extend(ids.tolist())
         return times
 
     def _bind(self, n_past, n_tokens, n_outputs):
-        """The Bound of a step, made once for steps that come again."""
+        """The Bound of a step; those of repeated steps are kept."""
         key = self._setup.schedule.variant(n_past, n_tokens), n_tokens, n_outputs
         bound = self._bound.get(key)
         if bound is None:
@@ -143,14 +160,21 @@ class Session:
         return bound
 
     def generate(self, ids, max_tokens=None, sampling=None, progress=None):
-        """Append ids, then yield sampled ids as sample() does."""
+        """Append ids, then yield sampled ids as sample() does.
+
+        max_tokens, sampling: as for sample(). progress: as for prefill().
+        """
         check_max_tokens(max_tokens)
         yield from self.sample(self.prefill(ids, progress), max_tokens, sampling)
 
     def sample(self, logits, max_tokens=None, sampling=None):
-        """Yield sampled ids until one ends the turn (it is not yielded), or max_tokens, or ContextFullError.
+        """Yield sampled ids, int, until one ends the turn.
 
-        An id is appended to the context when the next one is asked for, the last of max_tokens never.
+        The id that ends the turn is not yielded. Sampling also ends after max_tokens ids, or with ContextFullError. An id is appended to
+        the context when the next one is asked for; the last of max_tokens is never appended.
+
+        logits: after the last token of the context, [n_vocab]. max_tokens: an integer from 0 on; None: no limit. sampling: a Sampling;
+        None: its defaults. Raises PydsaError for a max_tokens that is not valid, or if the greatest logit is not finite.
         """
         check_max_tokens(max_tokens)
         sampler = Sampler(sampling)
@@ -163,7 +187,10 @@ class Session:
             n += 1
 
     def _next(self, token, sampler, last):
-        """Append a token -> the id sampled after it, on the device where it can be (ahead.py)."""
+        """Append a token -> the id sampled after it.
+
+        The device samples it where it can (ahead.py).
+        """
         settings = self._ahead.settings(sampler)
         if settings is None:
             return sampler.pick(self.decode(token), self.tokens)
@@ -178,20 +205,26 @@ class Session:
         return following_id
 
     def truncate(self, n):
-        """Forget all but the first n tokens; what comes next overwrites their rows."""
+        """Keep only the first n tokens.
+
+        Later tokens overwrite the cache rows of the others. Raises PydsaError if n is not an integer from 0 to n_past.
+        """
         if not isinstance(n, (int, np.integer)) or not 0 <= n <= self.n_past:
             raise PydsaError(f"The session has {self.n_past} tokens; it cannot be truncated to {n!r}.")
         del self.tokens[n:]
 
     def _identity(self):
-        """What a saved session and the one that loads it must have in common."""
+        """The settings that a saved session and this one must have in common."""
         setup = self._setup
         return {"model": setup.fingerprint, "kv_type": setup.kv_type, "index_type": setup.index_type,
                 "attention": setup.attention, "top_k": setup.config.top_k,
                 "caches": [[ref.kind, ref.layer, cache.row_bytes] for ref, cache in self._caches.items()]}
 
     def save(self, path):
-        """Write tokens and caches to a file, which replaces an older one only when it is complete."""
+        """Write tokens and caches to a file.
+
+        The file replaces an older one only when it is complete. Raises SessionFileError if it cannot be written.
+        """
         header = json.dumps(self._identity() | {"tokens": self.tokens}).encode()
         path = Path(path)
         partial = path.with_name(path.name + ".part")
@@ -203,7 +236,7 @@ class Session:
                 with contextlib.suppress(OSError, ValueError):
                     partial.unlink(missing_ok=True)
                 raise
-        except (OSError, ValueError) as error:      # ValueError: a zero in the path
+        except (OSError, ValueError) as error:      # ValueError: a zero byte in the path
             raise SessionFileError(f"{path}: the session cannot be written ({getattr(error, 'strerror', error)}).") from error
 
     def _write(self, path, header):
@@ -217,16 +250,17 @@ class Session:
             file.write(digest.digest())
 
     def load(self, path):
-        """Continue from a saved session of the same model and cache type.
+        """Replace the context by that of a saved session.
 
-        Raises SessionFileError if the file is not sound, and the session stays as it is. Only if it is found sound and then cannot be
-        read a second time, the session is left empty.
+        The session must be of the same model and cache types. Raises SessionFileError if the file is damaged or of another model, and
+        ContextFullError if its tokens do not fit; the session then stays as it is. The file is read twice, once to check it: if the second
+        read fails, the session is left empty.
         """
         try:
             with open(path, "rb") as file:
                 tokens = self._check(path, file, os.fstat(file.fileno()).st_size)
                 self._ahead.forget()
-                self.tokens = []        # whatever ends this early, no half of two sessions remains
+                self.tokens = []        # if the read fails, no mixture of two sessions remains
                 for cache in self._caches.values():
                     rows = cache.stored(len(tokens))
                     if file.readinto(rows.reshape(-1)) != rows.size:
@@ -237,7 +271,10 @@ class Session:
         self.tokens = tokens
 
     def _check(self, path, file, size):
-        """The tokens of a sound session file, which is left where its caches begin."""
+        """Check an open session file -> its tokens.
+
+        The file's position is then where its caches begin.
+        """
         def fail(text):
             raise SessionFileError(f"{path}: {text}.")
 
@@ -248,19 +285,19 @@ class Session:
             fail("the file is incomplete or damaged")
         header = file.read(length)
         try:
-            saved = json.loads(header)
+            fields = json.loads(header)
         except (ValueError, RecursionError):
             fail("the file is incomplete or damaged")
         names = {"model": "model file", "kv_type": "cache type (--kv-type)", "index_type": "--index-type", "attention": "--attention",
                  "top_k": "--dsa-top-k", "caches": "set of caches"}
-        if not isinstance(saved, dict):
+        if not isinstance(fields, dict):
             fail("the file is damaged")
         for key in ("kv_type", "index_type"):
-            saved[key] = CACHE_ALIASES.get(str(saved.get(key)), saved.get(key))
+            fields[key] = CACHE_ALIASES.get(str(fields.get(key)), fields.get(key))
         for key, value in self._identity().items():
-            if saved.get(key) != value:
+            if fields.get(key) != value:
                 fail(f"the session was saved with another {names[key]}")
-        tokens = saved.get("tokens")
+        tokens = fields.get("tokens")
         if not isinstance(tokens, list) or not all(type(t) is int and 0 <= t < self._setup.config.n_vocab for t in tokens):
             fail("the file is damaged")
         if len(tokens) > self._setup.n_ctx:

@@ -69,7 +69,7 @@ def test_system_message_changes_the_prompt(model):
     (["run", "MODEL", "-p", ""], "The prompt is empty"),
     (["run", "DENSE", "-p", "x", "--attention", "sparse"], "has no indexer"),
     (["run", "DENSE", "-p", "x", "--dsa-top-k", "5"], "has no indexer"),
-    (["bench", "MODEL", "-p", "many"], "whole numbers"),
+    (["bench", "MODEL", "-p", "many"], "expected integers"),
     (["bench", "MODEL", "-p", "0", "-n", "0"], "nothing to time"),
     (["bench", "MODEL", "--attention", "some"], "attention is 'some'"),
     (["info", __file__], "not a GGUF file"),

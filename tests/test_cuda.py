@@ -117,7 +117,7 @@ def test_models(small_model, attention, kv_type, spec):
 
 
 def test_ubatches_must_fit_into_a_grid(small_model):
-    with pytest.raises(PydsaError, match="n_ubatch is 40000; on cuda it must be at most 32768"):
+    with pytest.raises(PydsaError, match="n_ubatch is 40000, expected at most 32768 on cuda"):
         Setup(small_model(), device="cuda", n_ctx=50_000, n_ubatch=40_000)
 
 

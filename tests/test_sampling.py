@@ -202,18 +202,18 @@ def test_the_defaults():
     ({"temperature": "hot"}, "temperature is 'hot', expected a number"),
     ({"temperature": None}, "temperature is None"),
     ({"temperature": True}, "temperature is True"),
-    ({"top_k": -1}, "top_k is -1, expected a whole number from 0"),
-    ({"top_k": 1.5}, "top_k is 1.5, expected a whole number"),
+    ({"top_k": -1}, "top_k is -1, expected an integer from 0"),
+    ({"top_k": 1.5}, "top_k is 1.5, expected an integer"),
     ({"top_p": 1.1}, "top_p is 1.1, expected a number from 0 to 1"),
     ({"top_p": -0.1}, "top_p is -0.1"),
     ({"min_p": 2}, "min_p is 2, expected a number from 0 to 1"),
     ({"repeat_penalty": 0}, "repeat_penalty is 0, expected a number above 0"),
     ({"repeat_penalty": -1.0}, "repeat_penalty is -1.0"),
-    ({"repeat_last_n": -2}, "repeat_last_n is -2, expected a whole number from -1"),
+    ({"repeat_last_n": -2}, "repeat_last_n is -2, expected an integer from -1"),
     ({"frequency_penalty": math.inf}, "frequency_penalty is inf, expected a number$"),
     ({"presence_penalty": math.nan}, "presence_penalty is nan, expected a number$"),
-    ({"seed": -1}, "seed is -1, expected a whole number from 0"),
-    ({"seed": 1.0}, "seed is 1.0, expected a whole number")])
+    ({"seed": -1}, "seed is -1, expected an integer from 0"),
+    ({"seed": 1.0}, "seed is 1.0, expected an integer")])
 def test_illegal_values(options, expected):
     with pytest.raises(PydsaError, match=f"^{expected}"):
         Sampling(**options)

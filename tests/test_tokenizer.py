@@ -327,7 +327,7 @@ TOKENS = small_metadata()["tokenizer.ggml.tokens"]
     ({"merges": ["h e", "he qq"]}, GGUFError, "merge 1 is 'he qq', expected 'qq' to be a token"),
     ({"merges": ["qq he"]}, GGUFError, "merge 0 is 'qq he', expected 'qq' to be a token"),
     ({"merges": ["h h"]}, GGUFError, "merge 0 is 'h h', expected 'hh' to be a token"),
-    ({"merges": ["h e", "l l", "h e"]}, GGUFError, "1 merges twice"),
+    ({"merges": ["h e", "l l", "h e"]}, GGUFError, "1 merges are repeated, expected each once"),
     ({"bos_token_id": len(TOKENS)}, GGUFError, "bos_token_id"),
     ({"eos_token_id": 2**32 - 1}, GGUFError, "eos_token_id"),
     ({"eot_token_id": -1}, GGUFError, "eot_token_id"),

@@ -1,6 +1,6 @@
-"""The table of devices: where a backend is, and what a model takes of memory.
+"""The table of devices: each one's backend and its use of memory.
 
-All is worked out from shapes, before a backend is imported.
+All figures come from shapes, so that no backend is imported for them.
 """
 import importlib
 import math
@@ -9,32 +9,35 @@ from typing import NamedTuple
 
 from pydsa.errors import PydsaError
 
-SCORED_TOGETHER = 32        # tokens whose rows of index scores exist at a time (backends/*/indexer.py)
+SCORED_TOGETHER = 32        # tokens whose rows of index scores are in memory at a time (backends/*/indexer.py)
 UNLIMITED = 2**31 - 1
 
 
 class Device(NamedTuple):
-    """A backend, by the name of its module, and its use of memory in bytes.
+    """A backend and its use of memory, in bytes.
 
-    weights(tensors) -> what stays in the file and is read from there, what is copied. scratch(nodes, n_tokens): what kernels work in
-    beside the values of a graph. packed_latents(config, n_kv): what prompts in MLA's plain form take for n_kv latents.
+    weights(tensors) -> (bytes read from the mapped file, bytes copied). scratch(nodes, n_tokens) -> bytes of the kernels' scratch memory,
+    beside the values of a graph. packed_latents(config, n_kv) -> bytes of n_kv packed latents, for prompts in MLA's plain form.
     """
-    module: str
-    float_size: int                 # of an intermediate value
+    module: str                     # the name of the backend's module
+    float_size: int                 # bytes of an intermediate value
     weights: Callable
     max_ubatch: int = UNLIMITED
     scored_together: int = SCORED_TOGETHER
     scratch: Callable = lambda nodes, n_tokens: 0
     packed_latents: Callable = lambda config, n_kv: 0
-    copies_blocks: bool = False     # whether loading copies every weight, which takes a while
+    copies_blocks: bool = False     # whether loading copies every weight, which can take long
     described: bool = False         # whether the backend can describe its device
 
     def backend(self):
-        """The backend's module, imported now."""
+        """The backend's module, imported on the first call."""
         return importlib.import_module(self.module)
 
     def describe(self):
-        """What the device is and has, or why it cannot be used; None where there is nothing to tell."""
+        """A description of the device, or why it cannot be used.
+
+        None if the backend has no description.
+        """
         if not self.described:
             return None
         try:
@@ -52,20 +55,23 @@ def _as_floats(tensors):
 
 
 def _cpu_weights(tensors):
-    """Matrices stay in the file, vectors become float32."""
+    """Bytes of matrices, which stay in the file, and of vectors as float32."""
     return _n_bytes(tensors), _as_floats(tensor for tensor in tensors if len(tensor.shape) == 1)
 
 
 def _cpu_packed_latents(config, n_kv):
-    """Latents as the int8x2 kernels pack them, 256 at a time; those of f32 take less (backends/cpu/*/mha.py)."""
-    a_key = 4 * (258 * -(-config.kv_lora // 256) + 64 * -(-config.n_rot // 64) + 1)
-    return -(-n_kv // 256) * 256 * a_key
+    """Bytes of latents as the int8x2 kernels pack them, 256 at a time.
+
+    Those of the f32 kernels take less (backends/cpu/*/mha.py).
+    """
+    per_key = 4 * (258 * -(-config.kv_lora // 256) + 64 * -(-config.n_rot // 64) + 1)
+    return -(-n_kv // 256) * 256 * per_key
 
 
 def _cuda_scratch(nodes, n_tokens):
-    """Packed activations, parts of experts, queries."""
+    """Bytes of packed activations, of experts' parts and of queries."""
     packed = hidden = parts = queries = absorbed = heads = 0
-    rows = set()        # of one token's activations: how many, how long
+    rows = set()        # of one token's activations: (number, width)
     for node in nodes:
         if node.op in ("linear", "head_linear"):
             packed = max(packed, n_tokens * math.prod(node.args[2].tail))
@@ -85,20 +91,23 @@ def _cuda_scratch(nodes, n_tokens):
         elif node.op in ("indexer_scores", "indexer_select"):
             queries = max(queries, n_tokens * math.prod(node.args[1].tail))
     packed = max(packed, hidden)
-    # of one token two bytes a number, in tiles of 1,024, and scales and sums; its values lie in some places of the layout's memory
+    # One token's activations take two bytes a value, in tiles of 1,024, with scales and sums. The values are at a few places of the layout.
     one_token = 4 * sum(n * (-(-width // 1024) * 2048 + width * 3 // 8) for n, width in rows)
-    # two float16 a number, a sum of sixteen
+    # Packed activations are two float16 a value, with one sum for sixteen values.
     return 4 * packed + packed // 4 + 4 * (hidden + parts + absorbed) + 2 * queries + heads + one_token
 
 
 def _packed_heads(n_tokens, n_head, width):
-    """Bytes of packed queries: whole tiles of sixteen heads and steps of 32 numbers, one step more for a second part; two scales a head."""
+    """Bytes of packed queries.
+
+    They are in whole tiles of sixteen heads and in steps of 32 values, with one more step for a second part. A head has two scales.
+    """
     return n_tokens * (-(-n_head // 16) * 16 * (-(-width // 32) + 1) * 64 + 8 * n_head)
 
 
 DEVICES = {
     "cpu": Device("pydsa.backends.cpu", 4, _cpu_weights, packed_latents=_cpu_packed_latents),
-    # a grid has at most 65,535 blocks in y and z, where kernels have tokens
+    # A grid has at most 65,535 blocks in y and in z, which kernels use for tokens.
     "cuda": Device("pydsa.backends.cuda", 4, lambda tensors: (0, _n_bytes(tensors)), 32768, scratch=_cuda_scratch, copies_blocks=True,
                    described=True),
     "reference": Device("pydsa.backends.reference", 8, lambda tensors: (_n_bytes(tensors), _as_floats(tensors)), scored_together=UNLIMITED),
