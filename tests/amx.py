@@ -20,8 +20,9 @@ INSTRUCTIONS = {        # intrinsic -> its arguments: r a register, p an address
 
 
 def possible():
-    """Whether this CPU has what AMX kernels need beside AMX."""
-    return llvm.get_host_cpu_features().get("avx512bw", False) and llvm.get_host_cpu_features().get("avx512vnni", False)
+    """Whether this CPU has what AMX kernels need, but not AMX."""
+    here = llvm.get_host_cpu_features()
+    return here.get("avx512bw", False) and here.get("avx512vnni", False) and not here.get("amx-tile", False)
 
 
 def cpu_features():
