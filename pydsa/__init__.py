@@ -1,7 +1,9 @@
-"""pydsa runs models with DeepSeek Sparse Attention from GGUF files. Importing it is instant: numba comes with the first model.
+"""pydsa runs models with DeepSeek Sparse Attention from GGUF files.
 
     model = pydsa.load("model.gguf")
     for piece in model.generate("Once upon a time", max_tokens=64): print(piece, end="")
+
+Importing pydsa is fast: numba is imported with the first model.
 """
 import importlib
 import os
@@ -10,17 +12,17 @@ from pydsa.errors import (ContextFullError, GGUFError, OutOfMemoryError, PydsaEr
                           UnsupportedModelError)
 
 __version__ = "0.1.0"
-DEMO = os.path.join(os.path.dirname(__file__), "demo", "demo.gguf")      # the path of the model that comes with the package
-_HOMES = {"load": "model", "Model": "model", "Session": "session", "Sampling": "sampling", "load_tokenizer": "tokenizer"}
+DEMO = os.path.join(os.path.dirname(__file__), "demo", "demo.gguf")      # path of the model that comes with the package
+_MODULES = {"load": "model", "Model": "model", "Session": "session", "Sampling": "sampling", "load_tokenizer": "tokenizer"}
 __all__ = ["DEMO", "load", "load_tokenizer", "Model", "Session", "Sampling", "PydsaError", "GGUFError", "UnsupportedModelError",
            "ContextFullError", "OutOfMemoryError", "SessionFileError"]
 
 
 def __getattr__(name):
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'pydsa' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"pydsa.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"pydsa.{_MODULES[name]}"), name)
 
 
 def __dir__():
-    return sorted(set(globals()) | set(_HOMES))
+    return sorted(set(globals()) | set(_MODULES))

@@ -1,4 +1,4 @@
-"""python -m pydsa"""
+"""Entry point of `python -m pydsa`."""
 from pydsa.cli import main
 
 main()

@@ -1,6 +1,7 @@
-"""Timings: prompts and generation at several depths of the context, in the terms of llama-bench, and op by op.
+"""Timings of prompts and generation at several context depths.
 
-Beside them stands what is possible: bandwidth and peak rate of the machine, measured with the threads that the model uses.
+The tests have the names and columns of llama-bench. A step can also be timed op by op. Each figure is shown beside the machine's limit:
+its memory bandwidth and peak rate, measured with the threads that the model uses.
 """
 import csv
 import functools
@@ -11,19 +12,23 @@ import time
 
 import numpy as np
 
-from pydsa.costs import Step, node_cost, step_cost, total
+from pydsa.costs import StepSize, node_cost, step_cost, total
 from pydsa.errors import PydsaError
 from pydsa.gguf_file import Tensor
+from pydsa.quants import TYPES
 from pydsa.report import count, size
 
-FLOATS = ("F32", "F16", "BF16")     # weights that meet activations as float32, all others as words of 16 bits
-SEED = 1        # of the random tokens that are run
+SEED = 1        # of the random tokens that the tests run
 NO_LIMITS = dict.fromkeys(("bytes_per_token", "bandwidth_gbs", "limit_ts", "share_of_limit"))
 NO_RATES = dict.fromkeys(("bytes", "operations", "gbs", "gops", "bandwidth_gbs", "peak_gops", "share_of_ceiling"))
 
 
 class Bench:
-    """The tests of one table: each prompt length, then each number of generated tokens, at each depth."""
+    """The tests of one table.
+
+    At each depth of n_depth, in tokens of context: each prompt length of n_prompt, then each number of generated tokens of n_gen. Every
+    test runs `repetitions` times. Raises PydsaError if there are no tests.
+    """
 
     def __init__(self, n_prompt, n_gen, n_depth, repetitions):
         self.tests = [(p, n, d) for d in n_depth for p, n in [(p, 0) for p in n_prompt if p] + [(0, n) for n in n_gen if n]]
@@ -33,15 +38,16 @@ class Bench:
 
     @property
     def n_ctx(self):
-        """Tokens of context that the longest test needs."""
+        """The context, in tokens, that the longest test needs."""
         return max(p + n + d for p, n, d in self.tests)
 
     def run(self, model, progress=None):
-        """Yield one row a test; avg_ts and stddev_ts are tokens per second over the repetitions, after one that is not counted.
+        """Yield one row, a dict, for each test.
 
-        Of generation also bytes_per_token, the bandwidth_gbs of the memory (1e9 bytes a second), limit_ts, the tokens per second at
-        which that would be all in use, and share_of_limit, avg_ts / limit_ts, which can pass 1 if the model fits in the caches.
-        They are None for prompts and on the reference.
+        avg_ts and stddev_ts are tokens per second over the repetitions; one run before them is not counted. Rows of generation also have
+        bytes_per_token; bandwidth_gbs, the bandwidth of the memory in 1e9 bytes per second; limit_ts, the tokens per second that use all
+        of this bandwidth; and share_of_limit, avg_ts / limit_ts, which can exceed 1 if the model fits in the device's caches. These four
+        are None for prompts and on the reference. progress(done, total, test) is called before each run.
         """
         n_runs = len(self.tests) * (self.repetitions + 1)
         session, done = model.session(), 0
@@ -64,20 +70,21 @@ class Bench:
         nanoseconds = [round(s * 1e9) for s in seconds]
         return {
             "model_filename": model.metadata.path, "model_name": model.config.name, "model_arch": model.config.architecture,
-            "model_type": model.plan.file_type, "model_size": model.plan.n_bytes, "model_n_params": model.plan.n_params,
-            "backend": model.plan.device, "n_threads": model.threads, "n_ubatch": model.n_ubatch,
+            "model_type": model.setup.file_type, "model_size": model.setup.n_bytes, "model_n_params": model.setup.n_params,
+            "backend": model.setup.device_name, "n_threads": model.threads, "n_ubatch": model.n_ubatch,
             "type_k": model.kv_type, "type_index": model.index_type if model.top_k else None,
             "attention": model.attention, "top_k": model.top_k, "n_prompt": n_prompt, "n_gen": n_gen, "n_depth": n_depth,
             "avg_ns": round(statistics.mean(nanoseconds)), "stddev_ns": round(_deviation(nanoseconds)),
             "avg_ts": statistics.mean(speeds), "stddev_ts": _deviation(speeds), "samples_ns": nanoseconds, "samples_ts": speeds}
 
     def ops(self, model, progress=None):
-        """Yield a row for each op of one step of each test: calls, microseconds (the best of the repetitions), share of the step.
+        """Yield one row, a dict, for each op of one step of each test.
 
-        Also what it reads and computes at least (costs.py) and at what rates: gbs, 1e9 bytes a second, and gops, 1e9 operations.
-        share_of_ceiling is the time that bandwidth_gbs and peak_gops allow for that, over the time it took. It can pass 1 where the
-        bytes are intermediate values, which may lie in the caches. All of this is None on the reference. One token's ops are those of
-        the graph, which a GPU does in fewer launches when it generates.
+        A row has the op's calls, microseconds (the best of the repetitions) and share of the step. It also has the least that the op reads
+        and computes (costs.py) and the rates: gbs, 1e9 bytes per second, and gops, 1e9 operations per second. share_of_ceiling is the time
+        that bandwidth_gbs and peak_gops allow for that, over the measured time. It can exceed 1 where the bytes are intermediate values,
+        which may be in the device's caches. All of this is None on the reference. The ops of one token are those of the graph; a GPU runs
+        them in fewer launches when it generates.
         """
         for n_prompt, n_gen, n_depth in self.tests:
             session, ids = model.session(), random_ids(model, self.n_ctx)
@@ -85,44 +92,51 @@ class Bench:
             reach_depth(session, ids, n_depth)
             n_tokens = min(n_prompt, model.n_ubatch) or 1
             step_ids = ids[n_depth:n_depth + n_tokens]
-            (costs, quantized), best = _op_costs(session, step_ids), {}     # a run that is not timed
+            (costs, quantized), best = _op_costs(model, session, step_ids), {}     # this run is not timed
             for i in range(self.repetitions):
                 if progress is not None:
                     progress(i, self.repetitions, test_name(n_prompt, n_gen, n_depth))
                 session.truncate(n_depth)
                 for op, (calls, seconds) in _time_ops(session, step_ids).items():
                     best[op] = calls, min(seconds, best.get(op, (0, seconds))[1])
-            whole = sum(seconds for _, seconds in best.values())
+            step_seconds = sum(seconds for _, seconds in best.values())
             for op, (calls, seconds) in sorted(best.items(), key=lambda item: -item[1][1]):
                 yield {"n_tokens": n_tokens, "n_depth": n_depth, "attention": model.attention, "op": op, "calls": calls,
-                       "us": seconds * 1e6, "share": seconds / whole,
+                       "us": seconds * 1e6, "share": seconds / step_seconds,
                        **(_rates(ceilings, model.backend.product_kind(op, op in quantized, n_tokens), costs[op], seconds)
                           if ceilings else NO_RATES)}
 
 
 @functools.cache
 def _ceilings(backend, threads):
-    """What the backend can do at most with so many threads, measured once; None on the reference."""
+    """The backend's measured bandwidth and peak rates; None on the reference.
+
+    They are measured once for each number of threads.
+    """
     backend.set_threads(threads)
     return backend.measure_ceilings()
 
 
 def _limits(model, ceilings, n_gen, n_depth, speed):
-    """The columns of NO_LIMITS for n_gen tokens that were generated at `speed` tokens per second."""
+    """The columns of NO_LIMITS for n_gen tokens at `speed` tokens per second."""
     n_bytes = round(statistics.mean(bytes_per_token(model, n_depth + i) for i in range(n_gen)))
     limit = ceilings.bandwidth / n_bytes
     return {"bytes_per_token": n_bytes, "bandwidth_gbs": ceilings.bandwidth / 1e9, "limit_ts": limit, "share_of_limit": speed / limit}
 
 
 def bytes_per_token(model, n_past):
-    """Bytes of weights and caches that must be read to decode the token after n_past others."""
-    nodes = model.plan.plans[model.path(n_past, 1)].graph.nodes
-    cost = step_cost(nodes, Step(1, n_past, model.plan.cache_row_bytes))
+    """Bytes of weights and caches that decoding one token at n_past reads."""
+    setup = model.setup
+    nodes = setup.layouts[setup.schedule.variant(n_past, 1)].graph.nodes
+    cost = step_cost(nodes, StepSize(1, n_past, setup.cache_row_bytes))
     return cost.weights + cost.cache
 
 
 def _rates(ceilings, kind, cost, seconds):
-    """The columns of NO_RATES for an op that took so long; kind: which of the ceilings' peaks is its own."""
+    """The columns of NO_RATES for an op of this cost and time in seconds.
+
+    kind: the key of ceilings.peaks whose peak rate applies to the op.
+    """
     peak = ceilings.peaks[kind]
     shortest = max(cost.n_bytes / ceilings.bandwidth, cost.operations / peak)
     return {"bytes": cost.n_bytes, "operations": cost.operations, "gbs": cost.n_bytes / seconds / 1e9,
@@ -131,24 +145,24 @@ def _rates(ceilings, kind, cost, seconds):
 
 
 def test_name(n_prompt, n_gen, n_depth):
-    """As llama-bench writes it: pp512, tg128 @ d4096."""
+    """The name of a test as in llama-bench: pp512, tg128 @ d4096."""
     return (f"pp{n_prompt}" if n_prompt else f"tg{n_gen}") + (f" @ d{n_depth}" if n_depth else "")
 
 
 def random_ids(model, n):
-    """The tokens that are run, the same every time."""
+    """n random token ids, the same in every run."""
     return np.random.default_rng(SEED).integers(0, model.config.n_vocab, n)
 
 
 def reach_depth(session, ids, n_depth):
-    """Let the session have exactly the first n_depth of ids."""
+    """Bring the session to a context of exactly the first n_depth ids."""
     session.truncate(min(session.n_past, n_depth))
     if session.n_past < n_depth:
         session.prefill(ids[session.n_past:n_depth])
 
 
 def time_test(session, ids, n_prompt, n_gen):
-    """Seconds for a prompt of n_prompt tokens, then n_gen single ones."""
+    """Seconds for a prompt of n_prompt tokens, then n_gen single tokens."""
     start = time.perf_counter()
     if n_prompt:
         session.prefill(ids[:n_prompt])
@@ -157,8 +171,11 @@ def time_test(session, ids, n_prompt, n_gen):
     return time.perf_counter() - start
 
 
-def _op_costs(session, ids):
-    """{op: Cost} of one step, which is run to see how many experts its tokens choose; and the ops with quantized weights."""
+def _op_costs(model, session, ids):
+    """{op: Cost} of one step, and the set of ops with quantized weights.
+
+    The step is run, to count the experts that its tokens choose.
+    """
     nodes, experts = [], {}
 
     def observe(node, arrays):
@@ -166,12 +183,12 @@ def _op_costs(session, ids):
         if node.op == "moe_route":
             experts[node.args[0]] = np.unique(arrays[0]).size
 
-    step = Step(len(ids), session.n_past, session.model.plan.cache_row_bytes, experts)
+    step = StepSize(len(ids), session.n_past, model.setup.cache_row_bytes, experts)
     session.prefill(ids, observe=observe)
     costs = {}
     for node in nodes:
         costs.setdefault(node.op, []).append(node_cost(node, step))
-    quantized = {node.op for node in nodes if any(isinstance(a, Tensor) and a.type not in FLOATS for a in node.args)}
+    quantized = {node.op for node in nodes if any(isinstance(a, Tensor) and TYPES[a.type].quantized for a in node.args)}
     return {op: total(parts) for op, parts in costs.items()}, quantized
 
 
@@ -189,7 +206,10 @@ def _deviation(values):
 
 
 def format_rows(rows, form):
-    """Rows (dicts with the same keys) as a markdown table for people, or as csv, json, jsonl with every column."""
+    """Rows, dicts with the same keys, as text.
+
+    form: "md" for a readable markdown table; "csv", "json" or "jsonl" for every column.
+    """
     if form == "json":
         return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
     if form == "jsonl":
@@ -200,15 +220,18 @@ def format_rows(rows, form):
         writer.writeheader()
         writer.writerows(rows)
         return out.getvalue()
-    return markdown([_for_people(row) for row in rows])
+    return markdown([_display_row(row) for row in rows])
 
 
-def _for_people(row):
-    """The columns of llama-bench and the limit for a timing, rates for an op; any other row as it is. Numbers are shortened."""
+def _display_row(row):
+    """A row of the markdown table, as strings, with shortened numbers.
+
+    A timing has the columns of llama-bench and the limit, an op its rates; any other row keeps its columns.
+    """
     if "share_of_ceiling" in row:
-        keys = {"gbs": "GB/s", "gops": "GOP/s", "share_of_ceiling": "of ceiling"}
-        left_out = ("bytes", "operations", "bandwidth_gbs", "peak_gops")
-        return {keys.get(key, key): _short(value) for key, value in row.items() if key not in left_out}
+        labels = {"gbs": "GB/s", "gops": "GOP/s", "share_of_ceiling": "of ceiling"}
+        hidden = ("bytes", "operations", "bandwidth_gbs", "peak_gops")
+        return {labels.get(key, key): _short(value) for key, value in row.items() if key not in hidden}
     if "avg_ts" not in row:
         return {key: _short(value) for key, value in row.items()}
     megabytes = row["bytes_per_token"] and row["bytes_per_token"] / 1e6
@@ -222,14 +245,17 @@ def _for_people(row):
 
 
 def _short(value):
-    """A value of a row in a table: "-" for None."""
+    """A value of a row as text; "-" for None."""
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
     return "-" if value is None else str(value)
 
 
 def markdown(rows):
-    """A markdown table of rows of strings with the same keys; columns that hold numbers are set right."""
+    """A markdown table of rows, dicts of strings with the same keys.
+
+    Columns of numbers are aligned to the right.
+    """
     from rich.box import MARKDOWN
     from rich.console import Console
     from rich.table import Table

@@ -1,10 +1,14 @@
-"""VectorCache: rows of one width and one type, one a token, for one layer. Latents and index keys are two of them."""
+"""VectorCache holds one row a token for one layer.
+
+All rows of a cache have one width and one type. Latents and index keys are two kinds of caches.
+"""
 
 
 class VectorCache:
-    """n_ctx rows of sum(widths) values, stored as quants.KV_TYPES says, where whole numbers have a scale for each of the widths.
+    """A cache of n_ctx rows, each of sum(widths) values.
 
-    `rows` is what the backend's ops take.
+    storage is a key of quants.CACHE_TYPES. Integer types have a scale for each of the widths. `rows` is the argument that the backend's ops
+    take.
     """
 
     def __init__(self, backend, n_ctx, widths, storage):
@@ -14,19 +18,22 @@ class VectorCache:
 
     @property
     def nbytes(self):
-        """Bytes that the rows take when all are written."""
+        """Bytes of all n_ctx rows."""
         return self._bytes.nbytes
 
     @property
     def row_bytes(self):
-        """Bytes of a row."""
+        """Bytes of one row."""
         return self._bytes.shape[1]
 
     def stored(self, n):
-        """The first n rows as bytes, uint8 [n, row_bytes]: the rows themselves, or from another device a copy."""
+        """The first n rows as bytes, uint8 [n, row_bytes].
+
+        They are the rows themselves, or a copy if the backend's arrays are on another device.
+        """
         return self._backend.fetch(self._bytes[:n])
 
     def restore(self, rows):
-        """Make these the first rows: what stored() gave, perhaps changed since."""
+        """Overwrite the first rows with rows as stored() returns them."""
         if len(rows):
             self._backend.store(self._bytes[:len(rows)], rows)

@@ -1,9 +1,10 @@
-"""A conversation -> the ids of a prompt: by the chat template of the file, or in the format of DeepSeek V3.2.
+"""Encode a conversation as the token ids of a prompt.
 
     ids = encode_chat(tokenizer, [{"role": "user", "content": "Hello"}])
 
-A template is a program that came with the file. It runs in jinja2's sandbox, with limits on time and on text. What
-people and tools wrote is marked before it is put in, so that the text of a special token in it stays plain text.
+The format is the chat template of the file, or else that of DeepSeek V3.2. A template is a program from an untrusted
+file: it runs in jinja2's sandbox, with limits on time and on text (template.py). The texts of users and tools are
+marked before they are inserted, so that the text of a special token in them stays plain text.
 """
 import json
 import re
@@ -13,7 +14,7 @@ from pydsa.errors import PydsaError, UnsupportedModelError
 from pydsa.template import render
 
 
-NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]     # Unicode keeps these 32 for such inner use
+NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]     # Unicode reserves these 32 for internal use
 ROLES = ("system", "user", "assistant", "tool")
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -22,13 +23,16 @@ USER, ASSISTANT, DSML, THINK, END_THINK = "<｜User｜>", "<｜Assistant｜>", "
 
 def encode_chat(tokenizer, messages: list[dict], *, add_generation_prompt: bool = True, thinking: bool = False,
                 tools: list[dict] | None = None, template: str | None = None) -> list[int]:
-    """The ids of a conversation, with BOS once, up to where the assistant is to go on.
+    """The token ids of a conversation, a list of int, with BOS once.
 
-    messages: dicts with role and content (text); an assistant's may have reasoning_content and tool_calls.
-    tools: the functions to be called, each as {"type": "function", "function": {"name": ..., ...}}.
-    template: a jinja2 template in place of the file's; without either, the format is that of DeepSeek V3.2.
-    Raises PydsaError for messages of another form or that the template refuses, UnsupportedModelError for a template
-    that fails, and for a vocabulary without the tokens of V3.2 where that format is used.
+    messages: dicts with role and content (text); those of the assistant may have reasoning_content and tool_calls.
+    add_generation_prompt: end where the assistant's next turn begins.
+    thinking: let the assistant reason before it answers, if the format supports it.
+    tools: the functions that may be called, each as {"type": "function", "function": {"name": ..., ...}}.
+    template: a jinja2 template instead of the file's. Without either, the format is that of DeepSeek V3.2.
+
+    Raises PydsaError if the messages have another form or the template refuses them; UnsupportedModelError if the
+    template fails, or if the V3.2 format is used and the vocabulary lacks its tokens.
     """
     messages, tools = _check_messages(messages), tools or None
     _check_functions(tools, "the tools are")
@@ -41,8 +45,8 @@ def encode_chat(tokenizer, messages: list[dict], *, add_generation_prompt: bool 
 
 
 def _render(tokenizer, messages, tools, template, add_generation_prompt, thinking):
-    """The text of the prompt, and the character that marks plain text in it."""
-    # A user-defined token of one character, like the "ö" of DeepSeek's vocabularies, is how that character is written.
+    """The text of the prompt, and the mark that keeps texts in it plain."""
+    # A user-defined token of one character, like "ö" in DeepSeek's vocabularies, is the only way to encode that character.
     special = (*tokenizer.control_texts, *(text for text in tokenizer.user_defined_texts if len(text) > 1))
     escape = _unused_character(messages, tools, template, special)
     plain = Guard(special, escape)
@@ -58,7 +62,10 @@ def _render(tokenizer, messages, tools, template, add_generation_prompt, thinkin
 
 
 def _check_messages(messages):
-    """The messages, with an empty content where an assistant only called tools."""
+    """Check the messages -> the messages, each with a text as content.
+
+    The content is empty where an assistant only called tools.
+    """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise PydsaError(f"the messages are {messages!r:.80}, expected a list of dicts with role and content")
     checked = []
@@ -80,7 +87,7 @@ def _check_messages(messages):
 
 
 def _check_functions(entries, what):
-    """Tools, or calls of them: each names a function."""
+    """Check that tools, or calls of tools, each name a function."""
     listed = entries or [] if isinstance(entries, (list, tuple, type(None))) else [None]
     functions = [entry.get("function") if isinstance(entry, dict) else None for entry in listed]
     if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
@@ -88,8 +95,8 @@ def _check_functions(entries, what):
 
 
 def _unused_character(*values):
-    """The first noncharacter that occurs in none of the values, however deep."""
-    used = repr(values)     # it is not printable, so repr writes it as an escape
+    """The first noncharacter that occurs in none of the values, at any depth."""
+    used = repr(values)     # noncharacters are not printable, so repr writes them as escapes
     free = [character for character in NONCHARACTERS if repr(character)[1:-1] not in used]
     if not free:
         raise PydsaError("the messages hold all 32 noncharacters from U+FDD0 on, expected one of them to be free")
@@ -97,10 +104,11 @@ def _unused_character(*values):
 
 
 class Guard:
-    """Marks strings so that `Tokenizer.encode` finds none of `texts` in them, nor across one of their borders.
+    """Marks strings so that `Tokenizer.encode` finds no special text in them.
 
-    The mark goes behind the first character of each occurrence; behind the first of the string where it may be the end
-    of an occurrence that starts before, and behind the last where it may be the start of one that ends after.
+    It finds none of `texts` inside of a string, nor across one of its ends. The mark is inserted after the first
+    character of each occurrence; after the string's first character, if the string may begin with the end of an
+    occurrence; and after its last character, if the string may end with the beginning of one.
     """
 
     def __init__(self, texts: tuple[str, ...], mark: str):
@@ -109,7 +117,7 @@ class Guard:
         self.longest = max(map(len, texts), default=0)
 
     def __call__(self, value):
-        """The value, in which all strings at any depth are marked."""
+        """The value, with all strings at any depth marked."""
         if isinstance(value, str):
             return self._mark_string(value)
         if isinstance(value, dict):
@@ -129,7 +137,10 @@ class Guard:
         return self.mark.join(text[start:end] for start, end in zip(edges, edges[1:]))
 
     def _begins_one(self, text, ordered):
-        """Whether an end of `text` is the beginning, but not the whole, of one of the sorted texts."""
+        """Whether a suffix of `text` is a proper prefix of one of the texts.
+
+        ordered: the texts, sorted.
+        """
         for start in range(len(text)):
             successor = bisect_right(ordered, text[start:])
             if successor < len(ordered) and ordered[successor].startswith(text[start:]):
@@ -137,7 +148,7 @@ class Guard:
         return False
 
 
-# DeepSeek V3.2: its official encoding is a program, not a template, and its files come without one.
+# DeepSeek V3.2: the official encoding is a program, not a template, and its files have no template.
 
 _TOOLS = """## Tools
 
@@ -186,10 +197,10 @@ def _check_v32(tokenizer, special):
 
 
 def _render_v32(messages, tools, thinking, add_generation_prompt, plain, own):
-    """The conversation in the official form of DeepSeek V3.2; source: encoding/encoding_dsv32.py of its repository.
+    """The conversation in the official format of DeepSeek V3.2.
 
-    The reasoning of turns before the last question is left out, be it a message's reasoning_content or what stands
-    before `</think>` in its content.
+    Source: encoding/encoding_dsv32.py of its repository. The reasoning of turns before the last question is left out,
+    whether it is a message's reasoning_content or the part of its content before `</think>`.
     """
     if tools and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": ""}, *messages]
@@ -220,13 +231,16 @@ def _render_v32(messages, tools, thinking, add_generation_prompt, plain, own):
 
 
 def _describe_tools(tools, plain):
-    """What the system text says of the tools."""
+    """The part of the system text that describes the tools."""
     functions = "\n".join(_to_json(plain(tool["function"])) for tool in tools)
     return "\n\n" + _TOOLS.format(dsml=DSML, functions=functions)
 
 
 def _render_answer(message, own, with_reasoning):
-    """A turn of the assistant: reasoning, answer, and the calls of tools in DeepSeek's markup language."""
+    """A turn of the assistant: reasoning, answer and tool calls.
+
+    Tool calls are in DeepSeek's markup language.
+    """
     reasoning, _, answer = message["content"].rpartition(END_THINK)
     reasoning = message.get("reasoning_content") or reasoning.removeprefix(THINK)
     lines = []
@@ -242,7 +256,7 @@ def _render_answer(message, own, with_reasoning):
 
 
 def _arguments(function):
-    """The arguments of a call, given as a dict or as the JSON of one."""
+    """The arguments of a tool call as a dict; JSON of a dict is parsed."""
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:

@@ -1,28 +1,27 @@
-"""The command line: parses options and prints, nothing else. Only generated text, tables and reports go to stdout."""
-import contextlib
+"""The command line, which parses options and prints.
+
+Only generated text, tables and reports go to stdout.
+"""
 import dataclasses
-import io
 import json
-import os
-import re
 import sys
-import time
 
 import click
 
 from pydsa import DEMO, __version__
-from pydsa.errors import ContextFullError, PydsaError
+from pydsa.console import Writer, chat_loop, progress_bar, use_utf8
+from pydsa.errors import PydsaError
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
-
-CHAT_HELP = "/help  this list\n/clear  forget the conversation\n/exit  leave (also Ctrl-D)\nCtrl-C  stop a reply"
 
 
 class Failure(click.ClickException):
-    """A mistake of the user's: one sentence, exit code 2."""
+    """A mistake of the user: one sentence, exit code 2."""
     exit_code = 2
 
 
 class Commands(click.Group):
+    """The group of commands, which shows errors as one sentence."""
+
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
@@ -49,7 +48,7 @@ def main():
 
 
 def options(*decorators):
-    """Several options as one decorator, in the order given."""
+    """One decorator for several options, in the order given."""
     def apply(function):
         for decorator in reversed(decorators):
             function = decorator(function)
@@ -61,61 +60,34 @@ cache_types = click.Choice([*CACHE_TYPES, *CACHE_ALIASES])
 ctx_option = click.option("-c", "--ctx-size", "n_ctx", type=int, help="Tokens of context.  [default: 8192, or the model's limit]")
 model_options = options(
     click.option("-ub", "--ubatch-size", "n_ubatch", type=int, default=2048, show_default=True,
-                 help="Prompt tokens that run together: the more, the less often weights are read, and the more memory is used."),
+                 help="Prompt tokens that run together. More tokens read the weights less often, and use more memory."),
     click.option("--kv-type", type=cache_types, default="i16", show_default=True,
-                 help="Type of the cached latents; i16: whole numbers, two scales a row."),
+                 help="Type of the cached latents; i16 and i8 (alias q8_0): integers, two scales a row."),
     click.option("--index-type", type=cache_types,
                  help="Type of the indexer's cached keys.  [default: i8; f32 if --kv-type is]"),
-    click.option("--dsa-top-k", type=int, help="Keys each token attends to.  [default: the model's]"))
+    click.option("--dsa-top-k", type=int, help="Number of keys that a token attends to.  [default: the model's]"))
 device_option = click.option("--device", type=click.Choice(["cpu", "cuda", "reference"]), default="cpu", show_default=True,
                              help="cuda: an NVIDIA GPU; reference: plain numpy, slow and exact.")
 attention_option = click.option("--attention", type=click.Choice(["auto", "sparse", "masked", "dense"]), default="auto", show_default=True,
                                 help="auto: dense up to top_k tokens, sparse beyond.")
-threads_option = click.option("-t", "--threads", type=int, help="Threads to use.  [default: all cores]")
+threads_option = click.option("-t", "--threads", type=int, help="CPU threads.  [default: all cores]")
 sampling_options = options(
-    click.option("--temp", "temperature", type=float, default=0.8, show_default=True, help="Temperature; 0 always takes the likeliest."),
-    click.option("--top-k", type=int, default=40, show_default=True, help="Sample from the K likeliest; 0: all."),
-    click.option("--top-p", type=float, default=0.95, show_default=True, help="Sample from the likeliest that sum to P."),
+    click.option("--temp", "temperature", type=float, default=0.8, show_default=True, help="Temperature; 0: greedy."),
+    click.option("--top-k", type=int, default=40, show_default=True, help="Sample from the K likeliest tokens; 0: all."),
+    click.option("--top-p", type=float, default=0.95, show_default=True, help="Sample from the likeliest tokens that sum to P."),
     click.option("--min-p", type=float, default=0.05, show_default=True, help="Drop tokens less likely than P times the likeliest."),
-    click.option("--repeat-penalty", type=float, default=1.0, show_default=True, help="Penalty of tokens seen lately; 1: none."),
-    click.option("-s", "--seed", type=int, help="Seed of the sampling.  [default: a new one]"))
-
-
-@contextlib.contextmanager
-def progress_bar(what):
-    """A progress(done, total, item="") callback that shows on stderr: a bar on a terminal, else a line now and then."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _progress_lines(what)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[item]}"),
-               TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=None, item="", visible=False)
-        yield lambda done, total, item="": bar.update(task, completed=done, total=total, item=item, visible=True)
-
-
-def _progress_lines(what):
-    last = time.monotonic()
-
-    def show(done, total, item=""):
-        nonlocal last
-        if time.monotonic() - last >= 2 and done < total:
-            last = time.monotonic()
-            click.echo(f"{what}: {done:.0f} of {total} {item}", err=True)
-    return show
+    click.option("--repeat-penalty", type=float, default=1.0, show_default=True, help="Penalty for tokens among the last 64; 1: none."),
+    click.option("-s", "--seed", type=int, help="Seed of the random numbers.  [default: a new one]"))
 
 
 def load_model(path, threads=None, **settings):
-    """load() with progress on stderr."""
+    """Load a model, with progress on stderr."""
     click.echo(f"loading {path}", err=True)
     with progress_bar("compiling kernels") as progress:
         from pydsa.model import load
         model = load(path, threads=threads, progress=progress, **settings)
     if model.n_ctx > model.config.n_ctx_train:
-        click.echo(f"the context of {model.n_ctx} tokens is longer than the {model.config.n_ctx_train} the model was made for", err=True)
+        click.echo(f"the context of {model.n_ctx} tokens is longer than the model's own, {model.config.n_ctx_train}", err=True)
     return model
 
 
@@ -131,13 +103,14 @@ def load_model(path, threads=None, **settings):
 @attention_option
 @device_option
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat format.")
-@click.option("--special", is_flag=True, help="Let text in a --raw prompt stand for control tokens too.")
+@click.option("--special", is_flag=True, help="Encode the texts of control tokens in a --raw prompt as these tokens.")
 @click.option("--system", help="A system message for the chat format.")
 @click.option("--think", is_flag=True, help="Let the model reason before it answers, if it can.")
 def run(model, prompt, file, max_tokens, raw, special, system, think, threads, **settings):
-    """Generate text, or chat. Without MODEL: the demo model, which finds codes in notes.
+    """Generate text, or chat.
 
-    With -p, -f or piped input the answer goes to stdout and nothing else does. On a terminal without them: a chat.
+    Without MODEL it runs the demo model, which finds codes in notes. With -p, -f or piped input, only the answer goes to stdout. On a
+    terminal without them it starts a chat.
     """
     from pydsa.sampling import Sampling
     use_utf8()
@@ -175,119 +148,20 @@ def run(model, prompt, file, max_tokens, raw, special, system, think, threads, *
             click.echo(f"\n{writer.summary()}", err=True)
 
 
-def use_utf8():
-    """Pipes carry UTF-8 whatever the locale says; a terminal gets "?" for what it cannot show."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
-    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-
-
 def read_text(file):
-    """All of a file or pipe, without the newline that ends its last line."""
+    """The text of a file or pipe, without the newline at its end."""
     try:
         return file.read().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise Failure(f"The prompt is not UTF-8 text (byte {error.start}).") from error
 
 
-class Writer:
-    """Streams answers of one session to stdout, and keeps what the summary tells of the last one."""
-
-    def __init__(self, model, sampling, max_tokens):
-        self.model, self.sampling, self.max_tokens = model, sampling, max_tokens
-        self.session = model.session()
-        self.n_prompt = self.n_generated = 0
-
-    def write(self, ids):
-        """Answer a context of token ids; the start of it that the session has already is not run again. `text` is what was written."""
-        self.text, self.n_prompt, self.n_generated = "", 0, 0
-        self.prompt_seconds = self.seconds = 0.0
-        shared = len(os.path.commonprefix([self.session.tokens, ids[:-1]]))
-        self.session.truncate(shared)
-        start = time.perf_counter()
-        with progress_bar("reading the prompt") as progress:
-            logits = self.session.prefill(ids[shared:], progress)
-        self.n_prompt, self.prompt_seconds = len(ids) - shared, time.perf_counter() - start
-
-        def timed(tokens):
-            for token in tokens:
-                self.n_generated += 1
-                self.seconds = time.perf_counter() - start - self.prompt_seconds
-                yield token
-
-        for piece in self.model.decode_stream(timed(self.session.sample(logits, self.max_tokens, self.sampling))):
-            self.text += piece
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-
-    def summary(self):
-        """One line: speeds, time to the first token, the attention that was used."""
-        from pydsa.report import attention_in_words
-
-        def speed(n, seconds):
-            return f"{n / seconds:.1f} t/s" if n > 0 and seconds > 0 else "- t/s"
-        return (f"prompt {self.n_prompt} tokens, {speed(self.n_prompt, self.prompt_seconds)}; "
-                f"generation {self.n_generated} tokens, {speed(self.n_generated - 1, self.seconds)}; "
-                f"first token after {self.prompt_seconds:.2f} s; attention {attention_in_words(self.model.plan)}")
-
-
-def chat_loop(model, writer, messages, think):
-    """Read a line, answer it, until /exit or the end of input."""
-    from rich.console import Console
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (line editing in input())
-    console, start = Console(stderr=True, highlight=False), list(messages)
-    console.print(f"{model.config.name}, a context of {model.n_ctx} tokens; /help lists the commands", markup=False)
-    while True:
-        try:
-            line = console.input("> ", markup=False)
-        except EOFError:
-            break
-        except KeyboardInterrupt:
-            console.print("\n/exit or Ctrl-D leaves")
-            continue
-        except UnicodeDecodeError:
-            console.print("that was not UTF-8 text")
-            continue
-        if line.strip() == "/exit":
-            break
-        if line.strip() == "/clear":
-            messages = list(start)
-        elif re.fullmatch(r"\s*/\w+\s*", line):
-            console.print(CHAT_HELP if line.strip() == "/help" else f"there is no command {line.strip()}\n{CHAT_HELP}", markup=False)
-        elif line.strip():
-            messages = answer(model, writer, [*messages, {"role": "user", "content": line}], think)
-    console.print("")
-
-
-def answer(model, writer, messages, think):
-    """Stream the reply to the last message -> the messages with it. A reply that was stopped stays; a question that failed goes."""
-    from pydsa.chat import encode_chat
-    failed = False
-    try:
-        writer.write(encode_chat(model.tokenizer, messages, thinking=think))
-    except KeyboardInterrupt:
-        click.echo("\n[stopped]", err=True)
-    except ContextFullError as error:
-        click.echo(f"\n{error} /clear starts anew.", err=True)
-        failed = not writer.text
-    except PydsaError as error:
-        click.echo(f"\n{error}", err=True)
-        failed = True
-    if failed:
-        return messages[:-1]
-    sys.stdout.write("\n")
-    click.echo(writer.summary(), err=True)
-    return [*messages, {"role": "assistant", "content": writer.text}]
-
-
 @main.command()
 @click.argument("model", type=click.Path(), default=DEMO)
 @click.option("-p", "--n-prompt", default="512", show_default=True, help="Prompt lengths to time, e.g. 128,512; 0: none.")
 @click.option("-n", "--n-gen", default="128", show_default=True, help="Numbers of tokens to generate; 0: none.")
-@click.option("-d", "--n-depth", default="0", show_default=True, help="Tokens that are in the context already, e.g. 0,4096.")
-@click.option("-r", "--repetitions", type=click.IntRange(1), default=3, show_default=True, help="Times that each test runs.")
+@click.option("-d", "--n-depth", default="0", show_default=True, help="Tokens already in the context, e.g. 0,4096.")
+@click.option("-r", "--repetitions", type=click.IntRange(1), default=3, show_default=True, help="Number of times that each test runs.")
 @threads_option
 @model_options
 @device_option
@@ -295,11 +169,12 @@ def answer(model, writer, messages, think):
 @click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", show_default=True,
               help="Form of the table.")
 @click.option("--plot", type=click.Path(), help="Also draw speed against depth into this file: .png, .svg or .pdf. Needs matplotlib.")
-@click.option("--ops", is_flag=True, help="Show instead where the time of one step goes, op by op, and what the machine would allow.")
+@click.option("--ops", is_flag=True, help="Show instead the time of each op of one step, and the limit of the machine.")
 def bench(model, n_prompt, n_gen, n_depth, repetitions, threads, output, ops, plot, attention, **settings):
-    """Time prompts (pp) and generation (tg), as llama-bench does. Without MODEL: of the demo model.
+    """Time prompts (pp) and generation (tg), as llama-bench does.
 
-    For generation also: the bytes that a token must read, and the speed at which that takes all of the memory's bandwidth.
+    Without MODEL it times the demo model. For generation it also shows the bytes that a token must read, and the speed at which this uses
+    all of the memory's bandwidth.
     """
     from pydsa.bench import Bench, format_rows
     from pydsa.plot import check_plot, save_plot
@@ -324,12 +199,13 @@ def bench(model, n_prompt, n_gen, n_depth, repetitions, threads, output, ops, pl
 
 
 def comma_numbers(name, text):
+    """The integers of an option, with commas between them, as a list."""
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        raise click.UsageError(f"{name} takes whole numbers with commas between, not {text!r}.") from None
+        raise click.UsageError(f"{name} is {text!r}, expected integers with commas between them.") from None
     if min(numbers) < 0:
-        raise click.UsageError(f"{name} takes numbers from 0 on, not {min(numbers)}.")
+        raise click.UsageError(f"{name} has the number {min(numbers)}, expected numbers from 0 on.")
     return numbers
 
 
@@ -341,10 +217,13 @@ def comma_numbers(name, text):
 @device_option
 @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Form of the report.")
 def info(model, output, **settings):
-    """Show what a file holds, what it needs, and how each layer will run. Touches no weights."""
-    from pydsa.model import ModelPlan
+    """Show what a file holds, what it needs, and how each layer will run.
+
+    No weights are read.
+    """
+    from pydsa.model import Setup
     from pydsa.report import describe, format_report
-    report = describe(ModelPlan(model, **settings))
+    report = describe(Setup(model, **settings))
     click.echo(json.dumps(report, ensure_ascii=False) if output == "json" else format_report(report), nl=output == "json")
 
 
@@ -358,9 +237,10 @@ def info(model, output, **settings):
 @model_options
 @attention_option
 def trace(model, prompt, output, threads, **settings):
-    """Compare every intermediate value with the numpy reference, in the order they are computed.
+    """Compare every intermediate value with the numpy reference.
 
-    The last column is the normalised squared error, sum (a - b)^2 / sum b^2; for indices, the share that differs.
+    There is a row for each op, in the order they run. The last column is the normalised squared error, sum (a - b)^2 / sum b^2; for indices
+    it is the share that differs.
     """
     from pydsa.bench import format_rows
     from pydsa.report import compare_nodes

@@ -1,8 +1,8 @@
-"""What an op must read and compute at least: a function for each op of backends/reference.py, with the step before its parameters.
+"""The least that each op must read and compute.
 
-Of intermediate values only those are counted that pass through ops that do little else: they may well lie in a cache of the machine.
+There is one function for each op of backends/reference.py, with the step before the op's parameters. Intermediate values are counted only
+for ops that mainly move them, as they may be in a cache of the machine.
 """
-import bisect
 import math
 from typing import NamedTuple
 
@@ -10,43 +10,46 @@ from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef, Value
 
 
-# Measured: pydsa/docs/journal/sparse-attention.md
-MHA_TOKENS = 48         # tokens from which keys and values of their own can pay for heads
-LOOKED_UP = 55          # products in whose time a number of a chosen key is looked up and laid out for a token, for all its heads
-
-
 class Cost(NamedTuple):
-    """Bytes, and the operations of products: a multiplication and an addition are two. Exponentials and the like are not counted."""
-    weights: int = 0        # bytes read, each once
-    cache: int = 0          # bytes read, each once
-    values: int = 0         # bytes of intermediates read and written, of the ops that only move or change them
-    operations: int = 0
+    """Bytes and arithmetic operations of one op or of several.
+
+    A multiplication and an addition count as two operations. Exponentials and similar functions are not counted.
+    """
+    weights: int = 0        # bytes of weights, each read once
+    cache: int = 0          # bytes of cache rows, each read once
+    values: int = 0         # bytes of intermediate values read and written, by the ops that only move or change them
+    operations: int = 0     # of products
 
     @property
     def n_bytes(self):
+        """All bytes: weights, cache rows and intermediate values."""
         return self.weights + self.cache + self.values
 
 
-class Step(NamedTuple):
+class StepSize(NamedTuple):
     """The sizes of one step."""
     n_tokens: int
     n_past: int
-    row_bytes: dict         # CacheRef -> bytes of a row
-    experts: dict = {}      # Value with ids of experts -> how many different ones are in it, where that is known
+    row_bytes: dict         # CacheRef -> bytes of a cache row
+    experts: dict = {}      # Value with expert ids -> the number of different experts in it, where known
     n_outputs: int = 1
     float_size: int = 4
 
     @property
     def n_kv(self):
-        """Tokens in the context at the end."""
+        """Tokens in the context after the step."""
         return self.n_past + self.n_tokens
 
     def rows(self, value):
+        """The number of rows of a graph's Value."""
         return self.n_tokens if value.rows == "tokens" else self.n_outputs
 
     def pairs(self, most):
-        """Pairs of a token and a key: the token at position p has p + 1 keys, of which it uses `most` at most."""
-        below = min(self.n_tokens, max(0, most - self.n_past))      # tokens that use all
+        """The number of pairs of a token and a key it attends to.
+
+        The token at position p has p + 1 keys, and attends to `most` of them at most.
+        """
+        below = min(self.n_tokens, max(0, most - self.n_past))      # tokens that attend to all their keys
         return below * self.n_past + below * (below + 1) // 2 + (self.n_tokens - below) * most
 
 
@@ -56,69 +59,20 @@ def node_cost(node, step):
 
 
 def step_cost(nodes, step):
-    """The Cost of a whole step. A matrix that is both the embedding and the output is read once, as the output."""
-    whole = {node.args[1].name for node in nodes if node.op == "linear"}
-    return total(node_cost(node, step) for node in nodes if node.op != "get_rows" or node.args[1].name not in whole)
+    """The Cost of a whole step.
+
+    A matrix that is both the embedding and the output is counted once, as the output.
+    """
+    read_whole = {node.args[1].name for node in nodes if node.op == "linear"}
+    return total(node_cost(node, step) for node in nodes if node.op != "get_rows" or node.args[1].name not in read_whole)
 
 
 def total(costs):
-    """The sum of several."""
+    """The sum of several Costs."""
     return Cost(*map(sum, zip(*costs)))
 
 
-def plain_form_pays(c, n_past, n_tokens, most=None):
-    """Whether attention takes fewer products with keys and values made for each head than with absorbed queries.
-
-    c: a model's Config. most: the keys that a token chooses, which the absorbed form looks up one by one; None: all keys.
-    Below MHA_TOKENS making keys costs more than is counted.
-    """
-    step, made = Step(n_tokens, n_past, {}), c.kv_lora * (c.n_nope + c.n_v)
-    plain = step.n_kv * made + step.pairs(step.n_kv) * (c.n_nope + c.n_rot + c.n_v)
-    a_pair = 2 * c.kv_lora + c.n_rot + (0 if most is None else LOOKED_UP * (c.kv_lora + c.n_rot) // c.n_head)
-    return n_tokens >= MHA_TOKENS and plain < n_tokens * made + step.pairs(step.n_kv if most is None else most) * a_pair
-
-
-def plain_form_until(c, n_tokens, n_ctx, most=None):
-    """The longest context, of n_ctx tokens at most, in which the plain form pays for the last n_tokens; 0 if in none."""
-    n = bisect.bisect(range(n_tokens, n_ctx + 1), 0, key=lambda n_kv: not plain_form_pays(c, n_kv - n_tokens, n_tokens, most))
-    return n_tokens + n - 1 if n else 0
-
-
-def device_scratch(nodes, n_tokens):
-    """Bytes that the CUDA backend works in beside the values of a plan (backends/cuda): rounded activations, parts of experts, queries."""
-    rounded = hidden = parts = queries = absorbed = heads = 0
-    rows = set()        # of one token's activations: how many, how long
-    for node in nodes:
-        if node.op in ("linear", "head_linear"):
-            rounded = max(rounded, n_tokens * math.prod(node.args[2].tail))
-            rows.add((math.prod(node.args[2].tail[:-1]), node.args[2].tail[-1]))
-        elif node.op == "moe_gate_up":
-            hidden = max(hidden, n_tokens * math.prod(node.args[0].tail))
-            rows.add(node.args[0].tail)
-        elif node.op == "moe_down":
-            parts = max(parts, n_tokens * node.args[2].tail[0] * node.args[0].tail[0])
-        elif node.op in ("mha_attention", "mha_sparse_attention"):
-            n_head, kv_lora, n_nope = node.args[-4].shape
-            width = kv_lora + node.args[1].tail[1] - n_nope
-            absorbed, heads = max(absorbed, n_tokens * n_head * (kv_lora + width)), max(heads, _heads(n_tokens, n_head, width))
-            rounded = max(rounded, n_tokens * n_head * max(kv_lora, n_nope))
-        elif node.op in ("dense_attention", "masked_attention", "sparse_attention"):
-            heads = max(heads, _heads(n_tokens, *node.args[1].tail))
-        elif node.op in ("indexer_scores", "indexer_select"):
-            queries = max(queries, n_tokens * math.prod(node.args[1].tail))
-    rounded = max(rounded, hidden)
-    # of one token two bytes a number, in tiles of 1,024, and scales and sums; its values lie in some places of the plan's memory
-    one_token = 4 * sum(n * (-(-width // 1024) * 2048 + width * 3 // 8) for n, width in rows)
-    # two float16 a number, a sum of sixteen
-    return 4 * rounded + rounded // 4 + 4 * (hidden + parts + absorbed) + 2 * queries + heads + one_token
-
-
-def _heads(n_tokens, n_head, width):
-    """Bytes of rounded queries: sixteen heads and steps of 32 numbers are whole, and each of two parts may begin one; two scales a head."""
-    return n_tokens * (-(-n_head // 16) * 16 * (-(-width // 32) + 1) * 64 + 8 * n_head)
-
-
-def get_rows(s, out, w, ids):       # a row a token, though tokens may be equal
+def get_rows(s, out, w, ids):       # one row a token, also where ids are equal
     return Cost(weights=s.rows(out) * (w.data.nbytes // w.shape[0]), values=_n_bytes(s, out))
 
 
@@ -139,13 +93,16 @@ def moe_down(s, out, hidden, ids, weights, down):
 
 
 def _experts(s, ids, w):
-    """Each expert that is used is read once: as many as the step knows of, else those of one token, since all may choose the same."""
+    """The Cost of the chosen experts' matrices, each read once.
+
+    Their number is step.experts[ids] where known, else that of one token, as all tokens may choose the same experts.
+    """
     n_expert, used = w.shape[0], ids.tail[0]
     return Cost(weights=s.experts.get(ids, used) * (w.data.nbytes // n_expert),
                 operations=2 * s.n_tokens * used * math.prod(w.shape[1:]))
 
 
-def indexer_scores(s, out, q, w, keys, positions, scale):       # a dot product a head and key, and their weighted sum
+def indexer_scores(s, out, q, w, keys, positions, scale):       # a dot product for each head and key, and their weighted sum
     n_head, width = q.tail
     return Cost(cache=s.n_kv * s.row_bytes[keys], operations=2 * s.pairs(s.n_kv) * n_head * (width + 1))
 
@@ -158,7 +115,7 @@ def dense_attention(s, out, q, latents, positions, scale):
     return _attention(s, out, q, latents, s.n_kv)
 
 
-def masked_attention(s, out, q, latents, mask, positions, scale):       # it attends to all keys, too
+def masked_attention(s, out, q, latents, mask, positions, scale):       # it attends to all keys too
     return _attention(s, out, q, latents, s.n_kv)
 
 
@@ -166,10 +123,10 @@ def sparse_attention(s, out, q, latents, indices, scale):
     return _attention(s, out, q, latents, indices.tail[0])
 
 
-def mha_attention(s, out, q, latents, k_b, v_b, positions, scale):      # with a choice too it goes through all pairs
+def mha_attention(s, out, q, latents, k_b, v_b, positions, scale):      # it computes all pairs, also of mha_sparse_attention
     attention = Cost(cache=s.n_kv * s.row_bytes[latents], operations=2 * s.pairs(s.n_kv) * q.tail[0] * (q.tail[1] + out.tail[1]))
-    made = (Cost(weights=w.data.nbytes, operations=2 * s.n_kv * math.prod(w.shape)) for w in (k_b, v_b))
-    return total([attention, *made])
+    keys_and_values = (Cost(weights=w.data.nbytes, operations=2 * s.n_kv * math.prod(w.shape)) for w in (k_b, v_b))
+    return total([attention, *keys_and_values])
 
 
 def mha_sparse_attention(s, out, q, latents, indices, k_b, v_b, positions, scale):
@@ -177,13 +134,19 @@ def mha_sparse_attention(s, out, q, latents, indices, k_b, v_b, positions, scale
 
 
 def _attention(s, out, q, latents, most):
-    """A token uses `most` keys at most; that many rows are read at least, since all tokens may choose the same."""
+    """The Cost of absorbed attention to `most` keys a token at most.
+
+    At least that many rows are read, as all tokens may choose the same keys.
+    """
     n_head, width = q.tail
     return Cost(cache=min(most, s.n_kv) * s.row_bytes[latents], operations=2 * s.pairs(most) * n_head * (width + out.tail[-1]))
 
 
 def _moves(s, *args):
-    """Every array once; one that is changed in place is both `out` and `x`."""
+    """The Cost of an op that reads or writes each of its arrays once.
+
+    An array that is changed in place counts twice, as `out` and as `x`.
+    """
     return Cost(weights=sum(a.data.nbytes for a in args if isinstance(a, Tensor)), values=sum(_n_bytes(s, a) for a in args))
 
 
@@ -191,7 +154,10 @@ rms_norm = layer_norm = silu_mul = add = rope_table = rope = hadamard = cache_wr
 
 
 def _n_bytes(s, a):
-    """Bytes that a value takes, or the rows that a step writes to a cache; anything else is no intermediate."""
+    """Bytes of a Value, or of the rows that the step writes to a cache.
+
+    0 for anything else.
+    """
     if isinstance(a, CacheRef):
         return s.n_tokens * s.row_bytes[a]
     if isinstance(a, Value):

@@ -1,27 +1,33 @@
-"""The errors that a user can cause. Each message is one sentence: what was met, what was expected, what to do."""
+"""The errors that a user or a file can cause.
 
-LESS = "ask for a smaller context (-c), a smaller chunk (-ub) or a smaller cache type (--kv-type)"      # where memory is short
+A message says what was met, what was expected and what to do: "n_ubatch is 40000, expected at most 32768 on cuda (-ub)".
+"""
+
+LESS = "ask for a smaller context (-c), a smaller ubatch (-ub) or a smaller cache type (--kv-type)"     # advice where memory is short
 
 
 class PydsaError(Exception):
-    """The base of every error that pydsa raises for a mistake outside of its own code."""
+    """The base class of all errors with a cause outside of pydsa's code."""
 
 
 class GGUFError(PydsaError):
-    """The file is not a GGUF that can be trusted: damaged, inconsistent or incomplete."""
+    """The file is not a valid GGUF: damaged, inconsistent or incomplete."""
 
 
 class UnsupportedModelError(PydsaError):
-    """The file is sound, but its architecture, a tensor type or its tokenizer is not known here."""
+    """The file is valid, but pydsa does not support the model.
+
+    Its architecture, a tensor type, its tokenizer or its chat template is not supported.
+    """
 
 
 class ContextFullError(PydsaError):
-    """The context has no room for the tokens asked for."""
+    """The context has no room for the requested tokens."""
 
 
 class SessionFileError(PydsaError):
-    """A saved session is damaged, or was saved from another model or with another cache."""
+    """A session file is damaged, or belongs to another model or cache type."""
 
 
 class OutOfMemoryError(PydsaError):
-    """What was asked for needs more memory than the machine has available."""
+    """The request needs more memory than the machine has available."""

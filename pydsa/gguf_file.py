@@ -1,8 +1,8 @@
-"""A GGUF file, or all parts of a split one, mapped read-only: `open_gguf(path)` gives its metadata and its tensors.
+"""Read GGUF files: `open_gguf(path)` returns metadata and mapped tensors.
 
 A GGUF is: magic, version, n_tensors, n_kv; the key-value pairs; the tensor infos; padding; the weights.
-The file may come from a stranger: every byte before the weights is checked here, and what is wrong becomes a GGUFError
-of one sentence. The weights are mapped, not read.
+The file, or all parts of a split one, is mapped read-only. It is not trusted: every byte before the weights is checked
+here, and any fault raises a GGUFError of one sentence. The weights are mapped, not read.
 """
 import contextlib
 import math
@@ -18,10 +18,10 @@ import numpy as np
 
 from pydsa.errors import GGUFError
 
-REQUIRED: Any = object()         # the default of a key that must be there
-MAX_HEADER = 1 << 27             # bytes, twenty times the largest of these models; a hostile one must not fill the memory
-MAX_KEY, MAX_NAME = 65535, 63    # bytes; ggml keeps a tensor's name in 64 with a final zero
-ALIGNMENTS = [1 << n for n in range(3, 21)]     # the format asks for multiples of 8; beyond 1 MiB it would be damage
+REQUIRED: Any = object()         # default value that marks a key as required
+MAX_HEADER = 1 << 27             # bytes, twenty times the largest of the supported models; a hostile header must not fill the memory
+MAX_KEY, MAX_NAME = 65535, 63    # bytes; ggml stores a tensor's name in 64 bytes with a final zero
+ALIGNMENTS = [1 << n for n in range(3, 21)]     # the format requires multiples of 8; more than 1 MiB is taken as damage
 SPLIT_NAME = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf")
 
 U32, BOOL, STRING, ARRAY, U64, I64 = 4, 7, 8, 9, 10, 11
@@ -31,7 +31,10 @@ SCALARS = {type_id: (struct.Struct("<" + code), np.dtype(dtype)) for type_id, co
 
 
 class GGMLType(NamedTuple):
-    """A tensor type: rows are cut into blocks of `block` elements, stored in `n_bytes` bytes each."""
+    """A tensor type of ggml.
+
+    Rows are divided into blocks of `block` elements, stored in `n_bytes` bytes each.
+    """
 
     name: str
     block: int
@@ -51,19 +54,20 @@ GGML_TYPES = {type_id: GGMLType(*fields) for type_id, *fields in (
 
 
 class Tensor(NamedTuple):
-    """A tensor of the file; `data` is a read-only uint8 view of the map, [*shape[:-1], bytes of a row]."""
+    """A tensor of the file, as a read-only view of the mapped bytes."""
 
     name: str
     type: str                  # "Q4_K"
     shape: tuple[int, ...]     # numpy order, the reverse of ggml's ne
-    data: np.ndarray
+    data: np.ndarray           # uint8 [*shape[:-1], bytes of a row]
 
 
 class Metadata(dict):
-    """The key-value pairs: int, float, bool, str, list[str]; an array of numbers or bools is a read-only numpy array.
+    """The key-value pairs of a file, a dict.
 
-    The accessors return the value of a key, or `default` if the key is missing. They raise a GGUFError that names the
-    file, the key and what was expected, if a required key is missing, or a value is of another type or out of range.
+    Values are int, float, bool, str or list[str]; an array of numbers or bools is a read-only numpy array. The accessors
+    return the value of a key, or `default` if the key is missing. They raise a GGUFError, which names the file, the key
+    and what was expected, if a required key is missing, or if a value has another type or is out of range.
     """
 
     def __init__(self, pairs=(), path: str = "metadata"):
@@ -71,12 +75,12 @@ class Metadata(dict):
         self.path = path
 
     def integer(self, key: str, low: int = 0, high: int = 2**63 - 1, default: Any = REQUIRED) -> int:
-        """An integer of any width, low <= value <= high."""
+        """The integer at key, of any width, low <= value <= high."""
         expected = f"an integer from {low}" + (f" to {high}" if high < 2**63 - 1 else " on")
         return self._get(key, default, expected, lambda value: type(value) is int and low <= value <= high)
 
     def number(self, key: str, low: float | None = None, high: float | None = None, default: Any = REQUIRED) -> float:
-        """A finite float or an integer, low <= value <= high; always returned as a float."""
+        """The finite number at key, low <= value <= high, as a float."""
         def accept(value):
             return (type(value) in (int, float) and math.isfinite(value)
                     and (low is None or low <= value) and (high is None or value <= high))
@@ -84,19 +88,19 @@ class Metadata(dict):
         return self._get(key, default, "a finite number" + bounds, accept, float)
 
     def boolean(self, key: str, default: Any = REQUIRED) -> bool:
-        """True or False; a number is not taken for one."""
+        """The bool at key; a number is not accepted."""
         return self._get(key, default, "a bool", lambda value: type(value) is bool)
 
     def string(self, key: str, default: Any = REQUIRED) -> str:
-        """A string."""
+        """The string at key."""
         return self._get(key, default, "a string", lambda value: type(value) is str)
 
     def strings(self, key: str, default: Any = REQUIRED) -> list[str]:
-        """An array of strings."""
+        """The array of strings at key."""
         return self._get(key, default, "an array of strings", lambda value: type(value) is list)
 
     def integers(self, key: str, default: Any = REQUIRED) -> np.ndarray:
-        """An array of integers or of bools, as a new int64 array [n]."""
+        """The array of integers or bools at key, as a new int64 array [n]."""
         def accept(value):
             return isinstance(value, np.ndarray) and value.dtype.kind in "iub" and not (value > 2**63 - 1).any()
         return self._get(key, default, "an array of integers below 2**63 or of bools", accept,
@@ -113,19 +117,20 @@ class Metadata(dict):
 
 
 class GGUFFile(NamedTuple):
-    """An open GGUF: the metadata of its first part, the tensors of all parts in file order."""
+    """An open GGUF, with all parts of a split one."""
 
-    metadata: Metadata
-    tensors: dict[str, Tensor]
-    paths: list[Path]
-    n_bytes: int               # of all parts
+    metadata: Metadata              # of the first part
+    tensors: dict[str, Tensor]      # by name, those of all parts, in file order
+    paths: list[Path]               # of the parts
+    n_bytes: int                    # of all parts together
     version: int
 
 
 def open_gguf(path: str | os.PathLike) -> GGUFFile:
-    """Map the GGUF at `path`, with all its parts if it is the first of a split one; raises GGUFError.
+    """Map the GGUF at `path`, with all parts of a split one.
 
-    The other parts are looked for beside it under its own name, NAME-00001-of-000NN.gguf, and nowhere else.
+    `path` must be the first part. The other parts must be beside it, with the same NAME in NAME-00001-of-000NN.gguf.
+    Raises GGUFError if the file cannot be read, is damaged or is not the first part.
     """
     path = Path(path)
     name = SPLIT_NAME.fullmatch(path.name)
@@ -148,25 +153,25 @@ def open_gguf(path: str | os.PathLike) -> GGUFFile:
 
 
 def _join(parts: list[GGUFFile]) -> GGUFFile:
-    """Put the tensors of all parts together."""
+    """Combine the tensors of all parts into one GGUFFile."""
     _check_split(parts)
     first, tensors = parts[0], {}
     alignment = _alignment(first.metadata)
     for part in parts:
-        # A part without the key has 32, whatever the first says; writers disagree on that, so a difference is refused.
-        met = _alignment(part.metadata)
-        if met != alignment:
-            raise GGUFError(f"{part.paths[0]}: general.alignment is {met}, expected {alignment} as in the first part")
-        twice = tensors.keys() & part.tensors.keys()
-        if twice:
-            raise GGUFError(f"{part.paths[0]}: tensor {quote(min(twice))} is in an earlier part too, expected in one")
+        # A part without the key has an alignment of 32, whatever the first part has; writers disagree, so a difference is refused.
+        part_alignment = _alignment(part.metadata)
+        if part_alignment != alignment:
+            raise GGUFError(f"{part.paths[0]}: general.alignment is {part_alignment}, expected {alignment} as in the first part")
+        repeated = tensors.keys() & part.tensors.keys()
+        if repeated:
+            raise GGUFError(f"{part.paths[0]}: tensor {quote(min(repeated))} is in an earlier part too, expected in one")
         tensors.update(part.tensors)
     paths = [part.paths[0] for part in parts]
     return GGUFFile(first.metadata, tensors, paths, sum(part.n_bytes for part in parts), first.version)
 
 
 def _check_split(parts: list[GGUFFile]) -> None:
-    """Every part must say what its place is, and of what whole; a file without these keys is a whole by itself."""
+    """Check the split.* keys of all parts; a file without them is complete."""
     keys = ("split.no", "split.count", "split.tensors.count")
     first = parts[0].metadata
     if not any(key in first for key in keys):
@@ -174,18 +179,18 @@ def _check_split(parts: list[GGUFFile]) -> None:
     n_tensors = first.integer("split.tensors.count")
     for i, part in enumerate(parts):
         for key, expected in zip(keys, (i, len(parts), n_tensors)):
-            met = part.metadata.integer(key)
-            if met != expected:
-                raise GGUFError(f"{part.paths[0]}: {key} is {met}, expected {expected}: "
+            value = part.metadata.integer(key)
+            if value != expected:
+                raise GGUFError(f"{part.paths[0]}: {key} is {value}, expected {expected}: "
                                 "the parts are not those of one model, get them again")
-    met = sum(len(part.tensors) for part in parts)
-    if met != n_tensors:
-        raise GGUFError(f"{first.path}: {len(parts)} part(s) have {met} tensors, expected the {n_tensors} of "
+    n_found = sum(len(part.tensors) for part in parts)
+    if n_found != n_tensors:
+        raise GGUFError(f"{first.path}: {len(parts)} part(s) have {n_found} tensors, expected the {n_tensors} of "
                         "split.tensors.count: the parts are not those of one model, get them again")
 
 
 def _open_part(path: Path, role: str) -> GGUFFile:
-    """Map and read one file; `role` says in the message what was expected at this path."""
+    """Map and read one file; `role` is what error messages call it."""
     reader = Reader(path, _map_file(path, role))
     start = reader.take(4, "the magic")
     magic = reader.data[start:reader.pos]
@@ -206,20 +211,20 @@ def _open_part(path: Path, role: str) -> GGUFFile:
 def _map_file(path: Path, role: str) -> mmap.mmap:
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):     # known before open(), which waits for ever on a pipe
-            met = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise GGUFError(f"{path}: this is {met}, expected {role}")
+        if not stat.S_ISREG(status.st_mode):     # checked before open(), which never returns for a pipe
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise GGUFError(f"{path}: this is {kind}, expected {role}")
         if status.st_size == 0:
             raise GGUFError(f"{path}: the file is empty, expected {role}")
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise GGUFError(f"{path}: no such file, expected {role}") from None
-    except (OSError, ValueError) as error:       # ValueError: a zero in the path, or a file emptied since
+    except (OSError, ValueError) as error:       # ValueError: a zero byte in the path, or a file emptied since stat()
         reason = getattr(error, "strerror", error)
         raise GGUFError(f"{path}: the file cannot be opened ({reason}), expected {role}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):      # Linux, where file systems can: what is not in memory yet is read into pages of 2 MiB
+        with contextlib.suppress(OSError):      # Linux, if the file system can: the file is read into pages of 2 MiB
             mapped.madvise(mmap.MADV_HUGEPAGE)
     return mapped
 
@@ -246,7 +251,7 @@ def _alignment(metadata: Metadata) -> int:
 
 
 def _read_tensor_info(reader: "Reader", i: int) -> tuple[str, GGMLType, tuple[int, ...], int]:
-    """Name, type, numpy shape and offset of one tensor."""
+    """The name, type, numpy shape and offset of tensor i."""
     name = reader.string(f"the name of tensor {i}", 1, MAX_NAME)
     what = f"tensor {quote(name)}"
     n_dims = reader.scalar(U32, f"the number of dimensions of {what}")
@@ -265,7 +270,10 @@ def _read_tensor_info(reader: "Reader", i: int) -> tuple[str, GGMLType, tuple[in
 
 
 def _map_tensors(reader: "Reader", n_tensors: int, alignment: int) -> dict[str, Tensor]:
-    """Read the infos, then cut the map: offset[i+1] = pad(offset[i] + bytes[i]), so no tensor overlaps another."""
+    """Read the tensor infos -> views of the mapped file, by name.
+
+    Offsets must be offset[i+1] = pad(offset[i] + bytes[i]), so that no tensor overlaps another.
+    """
     infos = [_read_tensor_info(reader, i) for i in range(n_tensors)]
     file = np.frombuffer(reader.data, np.uint8)
     weights = _pad(reader.pos, alignment)
@@ -287,16 +295,20 @@ def _map_tensors(reader: "Reader", n_tensors: int, alignment: int) -> dict[str, 
 
 
 class Reader:
-    """A position in a mapped header; every read is checked against the end and named in the error."""
+    """A position in a mapped header, with checked reads.
+
+    Every read is checked against the end; `what` is its name in the error.
+    """
 
     def __init__(self, path: Path, data: mmap.mmap):
         self.path, self.data, self.pos, self.end = path, data, 0, min(len(data), MAX_HEADER)
 
     def fail(self, sentence: str) -> NoReturn:
+        """Raise a GGUFError that names the file."""
         raise GGUFError(f"{self.path}: {sentence}")
 
     def take(self, n: int, what: str) -> int:
-        """Where the next n bytes start; the position moves behind them."""
+        """Advance by n bytes -> the position where they start."""
         if n > self.end - self.pos:
             limit = "the file ends" if self.end == len(self.data) else "a header may go on"
             self.fail(f"{what} takes {n} bytes from byte {self.pos} on, but {limit} at byte {self.end}: "
@@ -305,6 +317,7 @@ class Reader:
         return self.pos - n
 
     def scalar(self, type_id: int, what: str) -> int | float | bool:
+        """A number or a bool of the given type."""
         packed, _ = SCALARS[type_id]
         value, = packed.unpack_from(self.data, self.take(packed.size, what))
         if type_id != BOOL:
@@ -314,15 +327,15 @@ class Reader:
         return value == 1
 
     def count(self, what: str, n_bytes: int) -> int:
-        """A number of things that take at least n_bytes each, and so must fit in what remains."""
-        n = self.scalar(I64, what)      # signed, so that -1 is shown as such
+        """A number of items of at least n_bytes each, which must fit the rest."""
+        n = self.scalar(I64, what)      # signed, so that the error shows -1
         left = self.end - self.pos
         if not 0 <= n <= left // n_bytes:
             self.fail(f"{what} is {n}, expected at most {left // n_bytes}, as {left} bytes remain")
         return n
 
     def string(self, what: str, low: int = 0, high: int = MAX_HEADER) -> str:
-        """A string of low to high bytes."""
+        """A string of low to high bytes, decoded from UTF-8."""
         n = self.scalar(U64, f"the length of {what}")
         if not low <= n <= high:
             self.fail(f"{what} is {n} bytes long, expected {low} to {high}")
@@ -333,7 +346,10 @@ class Reader:
             self.fail(f"{what} (at byte {start}) is not text, expected valid UTF-8")
 
     def strings(self, n: int, what: str) -> list[str]:
-        """n strings, in one tight loop: a vocabulary has hundreds of thousands, and string() would take thrice as long."""
+        """n strings, decoded from UTF-8.
+
+        One tight loop reads them: a vocabulary has hundreds of thousands, and string() takes three times as long.
+        """
         unpack, data, start, end, result = SCALARS[U64][0].unpack_from, self.data, self.pos, self.end, []
         try:
             for _ in range(n):
@@ -351,17 +367,17 @@ class Reader:
         return result
 
     def array(self, what: str) -> list[str] | np.ndarray:
-        """The element type, the length and the elements of an array."""
+        """An array: its element type, its length and its elements."""
         type_id = self.scalar(U32, f"the element type of {what}")
         if type_id == STRING:
             return self.strings(self.count(f"the length of {what}", 8), what)
         if type_id not in SCALARS:
-            met = "arrays" if type_id == ARRAY else f"the unknown type {type_id}"
-            self.fail(f"{what} is an array of {met}, expected one of numbers, bools or strings")
+            elements = "arrays" if type_id == ARRAY else f"the unknown type {type_id}"
+            self.fail(f"{what} is an array of {elements}, expected one of numbers, bools or strings")
         _, dtype = SCALARS[type_id]
         n = self.count(f"the length of {what}", dtype.itemsize)
         start = self.take(n * dtype.itemsize, what)
-        values = np.frombuffer(self.data[start:self.pos], dtype)   # the slice is a copy: aligned, and free of the map
+        values = np.frombuffer(self.data[start:self.pos], dtype)   # the slice is a copy: it is aligned, and does not keep the map open
         if type_id != BOOL:
             return values
         if (values > 1).any():
@@ -369,7 +385,7 @@ class Reader:
         return values.view(np.bool_)
 
     def value(self, type_id: int, what: str) -> Any:
-        """A value of any type."""
+        """A value of the given type."""
         if type_id == STRING:
             return self.string(what)
         if type_id == ARRAY:
@@ -384,7 +400,7 @@ def _pad(n: int, alignment: int) -> int:
 
 
 def quote(text: str) -> str:
-    """The text as a message shows it: short, and without control characters."""
+    """The text as shown in messages: short, without control characters."""
     return repr(text if len(text) <= 80 else text[:77] + "...")
 
 

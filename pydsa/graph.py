@@ -1,6 +1,7 @@
-"""Graph: what a model computes, recorded once. One method per op of backends/reference.py; plan.py lays it into memory and runs it.
+"""Graph records what a model computes, once.
 
-Nothing that changes from token to token is in a graph: ids and positions are inputs, caches are given by the session.
+It has one method for each op of backends/reference.py. plan.py assigns memory to a graph's values and runs it. A graph holds nothing that
+changes from token to token: ids and positions are inputs, and the session provides the caches.
 """
 from typing import NamedTuple
 
@@ -8,9 +9,10 @@ import numpy as np
 
 
 class Value:
-    """An intermediate [n_rows, *tail]; with a base, a view of another one.
+    """An intermediate value [n_rows, *tail]; with a base, a view of another.
 
-    Its rows are the tokens of a step, or, after Graph.last_rows, the last tokens of it, those whose logits are wanted.
+    rows: "tokens", one row for each token of the step, or "outputs", one for each of the last tokens, whose logits are wanted
+    (Graph.last_rows). dtype: "float" (the backend's), "int32" or "int64".
     """
 
     def __init__(self, name, tail, dtype="float", rows="tokens", base=None, view=None):
@@ -18,31 +20,34 @@ class Value:
 
     @property
     def root(self):
-        """The value that holds the memory."""
+        """The value that owns the memory of this view."""
         return self if self.base is None else self.base.root
 
     def slice(self, start, stop):
-        """Columns start..stop of the last axis, a view."""
+        """A view of columns start..stop of the last axis."""
         return Value(self.name, (*self.tail[:-1], stop - start), self.dtype, self.rows, self, lambda a, n: a[..., start:stop])
 
     def reshape(self, *tail):
-        """The same values with rows of another shape, a view."""
+        """A view of the same values with rows of another shape."""
         assert np.prod(tail) == np.prod(self.tail), (self.name, self.tail, tail)
         return Value(self.name, tail, self.dtype, self.rows, self, lambda a, n: a.reshape(len(a), *tail))
 
     def array(self, roots, n_outputs):
-        """The numpy array of this value, given those of the root values."""
+        """The array of this value, for one step.
+
+        roots: root Value -> array. n_outputs: the number of rows whose logits are wanted.
+        """
         return roots[self] if self.base is None else self._view(self.base.array(roots, n_outputs), n_outputs)
 
 
 class CacheRef(NamedTuple):
-    """A cache of the session that runs the graph."""
+    """A reference to a cache of the session that runs the graph."""
     kind: str       # "latents" or "index_keys"
     layer: int
 
 
 class Node(NamedTuple):
-    """One op; it writes its first n_out arguments."""
+    """A call of one op, which writes its first n_out arguments."""
     op: str
     name: str
     args: tuple
@@ -50,12 +55,15 @@ class Node(NamedTuple):
 
     @property
     def for_outputs(self):
-        """Whether it works only for the rows whose logits are wanted."""
+        """Whether the op computes only rows whose logits are wanted."""
         return any(isinstance(a, Value) and a.rows == "outputs" for a in self.args)
 
 
 class Graph:
-    """Nodes in the order they run. Every method takes the new value's name first, as llama.cpp would call it, and returns the value."""
+    """The nodes of a model in the order they run.
+
+    A method for an op takes the name of the new value first, the name that llama.cpp gives it, records the op and returns the value.
+    """
 
     def __init__(self, n_ctx):
         self.n_ctx = n_ctx
@@ -69,11 +77,17 @@ class Graph:
         return out
 
     def value(self, name, *tail, dtype="float", like=None):
-        """A new value that ops write into part by part; its rows are like those of another value, tokens by default."""
+        """A new value, which ops may write part by part.
+
+        Its rows are those of the value `like`, or else the tokens.
+        """
         return Value(name, tail, dtype, like.rows if like is not None else "tokens")
 
     def last_rows(self, x):
-        """The rows of the tokens whose logits are wanted, the last ones of the step; what follows is computed for these only."""
+        """A view of the rows whose logits are wanted, the last of the step.
+
+        The ops that follow compute only these rows.
+        """
         return Value(x.name, x.tail, x.dtype, "outputs", x, lambda a, n: a[len(a) - n:])
 
     def get_rows(self, name, w):
@@ -97,11 +111,11 @@ class Graph:
         return self._node("rope_table", self.value(name, 2, freqs.size), self.positions, freqs, magnitude)
 
     def rope(self, x, table, neox, into=None):
-        """Into x itself, or into another value of its shape."""
+        """Rotate x in place, or write to `into`, a value of the same shape."""
         return self._node("rope", into or x, x, table, neox)
 
     def hadamard(self, x):
-        """In place."""
+        """Transform x in place."""
         return self._node("hadamard", x, x)
 
     def cache_write(self, cache, x):

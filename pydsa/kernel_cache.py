@@ -1,46 +1,72 @@
-"""Where compiled kernels are kept: $PYDSA_CACHE_DIR or the user's cache folder, in a folder for each state of their sources."""
+"""Where compiled kernels are kept: $PYDSA_CACHE_DIR or the user's cache folder, in a folder for each state of their sources.
+
+A file ends with a hash of what stands before it: one that a crash left empty, cut or full of zeros is known, and made again.
+"""
+import atexit
 import contextlib
 import hashlib
 import os
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
 
 import platformdirs
 
+SEAL = 32       # bytes of the hash at the end of a file
+
 
 def cache_folder(made_by, sources):
-    """A folder named by a hash of `made_by`, whatever decides what comes of the sources, and of these files.
+    """A folder named by a hash of `made_by` and of the files `sources`.
 
-    Where none can be written, one that is forgotten afterwards, with a warning.
+    made_by is whatever else decides what comes of them. Where none can be written, one that goes away with the process, with a warning.
     """
     digest = hashlib.sha256(made_by.encode())
     for path in sorted(sources):
         digest.update(path.name.encode() + path.read_bytes())
-    root = os.environ.get("PYDSA_CACHE_DIR") or platformdirs.user_cache_dir("pydsa")
-    folder = Path(root) / digest.hexdigest()[:16]
+    name, root = digest.hexdigest()[:16], "the user's cache folder"
     try:
+        root = os.environ.get("PYDSA_CACHE_DIR") or platformdirs.user_cache_dir("pydsa")
+        folder = Path(root) / name
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        folder = Path(tempfile.mkdtemp(prefix="pydsa-"))
-        warnings.warn(f"{root} cannot hold compiled kernels ({error.strerror}): they will be compiled anew at every start. "
-                      "Set PYDSA_CACHE_DIR to a folder that can be written.", stacklevel=2)
+    except (OSError, RuntimeError) as error:        # RuntimeError: a user without a home
+        temporary = tempfile.mkdtemp(prefix="pydsa-")
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        folder = Path(temporary) / name
+        folder.mkdir()
+        warnings.warn(f"{root} cannot hold compiled kernels ({getattr(error, 'strerror', error)}): they will be compiled anew at every "
+                      "start. Set PYDSA_CACHE_DIR to a folder that can be written.", stacklevel=2)
     return folder
 
 
-def kept(path, make):
-    """The bytes of a file; where it cannot be read, those that make() gives, which it holds from then on. Processes may do so at once."""
+def read(path):
+    """What write() has put into a file; None if that is not there, or damaged."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    data, seal = data[:-SEAL], data[-SEAL:]
+    return data if hashlib.sha256(data).digest() == seal else None
+
+
+def write(path, data):
+    """Keep bytes in a file. Several processes may do so at once; a full disk is no error."""
     with contextlib.suppress(OSError):
-        return path.read_bytes()
-    data = make()
-    with contextlib.suppress(OSError):      # a full disk, for one: then it is made again the next time
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                file.write(data + hashlib.sha256(data).digest())
             os.replace(partial, path)
         except BaseException:
             os.unlink(partial)
             raise
+
+
+def kept(path, make):
+    """The bytes of a file, or those of make(), which it holds from then on."""
+    data = read(path)
+    if data is None:
+        data = make()
+        write(path, data)
     return data

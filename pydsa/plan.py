@@ -1,23 +1,31 @@
-"""A recorded graph laid into memory and run: buffers by liveness, arguments bound once, then only calls."""
+"""Lay out a recorded graph in memory, bind it and run it.
+
+Values share a buffer by liveness, and arguments are bound once: a step is then only a list of calls.
+"""
 import contextlib
 import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 
-from pydsa.errors import PydsaError
+from pydsa.errors import LESS, OutOfMemoryError, PydsaError
 from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef, Value
 
 ALIGN = 64      # bytes: a cache line, and the widest vector register
 
-# One step of one model at a time: kernels share the machine's threads, and the sessions of a model share its buffers.
+# One step at a time: kernels share the machine's threads, and the sessions of a model share its buffer.
 _lock, _running_thread = threading.Lock(), None
 
 
 @contextlib.contextmanager
-def _one_step():
+def one_step():
+    """A context in which a step runs; steps of other threads wait.
+
+    This holds for all models. Raises PydsaError inside of a step of the same thread.
+    """
     global _running_thread
     if _running_thread == threading.get_ident():
         raise PydsaError("A model cannot be run from inside the observe or progress function of a step that is not finished.")
@@ -29,8 +37,23 @@ def _one_step():
             _running_thread = None
 
 
-class Plan(NamedTuple):
-    """Where each value of a graph lies: bytes from the start of the buffer, for a step of max_tokens tokens."""
+def check_memory(wanted, what, backend=None):
+    """Raise OutOfMemoryError if `wanted` bytes are not free.
+
+    They are checked before they are allocated, in the memory of the backend's device, or without a backend in the host's.
+    """
+    available, memory = backend.free_bytes() if backend is not None else None, "the GPU's memory"
+    if available is None:
+        available, memory = psutil.virtual_memory().available, "memory"
+    if wanted > available:
+        raise OutOfMemoryError(f"{what} would take {wanted / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of {memory} are free; {LESS}.")
+
+
+class Layout(NamedTuple):
+    """The place of each value of a graph in the buffer.
+
+    Offsets and sizes are bytes, for a step of up to max_tokens tokens.
+    """
     graph: object
     max_tokens: int
     float_size: int
@@ -42,8 +65,11 @@ def _row_bytes(value, float_size):
     return int(np.prod(value.tail, dtype=np.int64)) * {"float": float_size, "int32": 4, "int64": 8}[value.dtype]
 
 
-def plan(graph, max_tokens, float_size=4):
-    """Give every value of the graph a place; values whose lives do not overlap share memory (first fit in the order of birth)."""
+def lay_out(graph, max_tokens, float_size=4):
+    """The Layout of a graph for steps of up to max_tokens tokens.
+
+    Values that are not live at the same time share memory: first fit, in the order of their first use.
+    """
     inputs = (graph.ids, graph.positions)
     born, dies = dict.fromkeys(inputs, 0), dict.fromkeys(inputs, len(graph.nodes))
     for i, node in enumerate(graph.nodes):
@@ -51,32 +77,35 @@ def plan(graph, max_tokens, float_size=4):
             if value.rows == "tokens":
                 born.setdefault(value, i)
                 dies[value] = max(i, dies.get(value, 0))
-    offsets, living, total = {}, [], 0      # living: (offset, end, dies)
+    offsets, live, total = {}, [], 0        # live: (offset, end, dies)
     for value in sorted(born, key=born.get):
-        living = [space for space in living if space[2] >= born[value]]
+        live = [space for space in live if space[2] >= born[value]]
         size = -(-max_tokens * _row_bytes(value, float_size) // ALIGN) * ALIGN
         offset = 0
-        for start, end, _ in sorted(living):
+        for start, end, _ in sorted(live):
             if start - offset >= size:
                 break
             offset = max(offset, end)
         offsets[value] = offset
-        living.append((offset, offset + size, dies[value]))
+        live.append((offset, offset + size, dies[value]))
         total = max(total, offset + size)
-    return Plan(graph, max_tokens, float_size, offsets, total)
+    return Layout(graph, max_tokens, float_size, offsets, total)
 
 
 class Runner:
-    """Runs the planned graphs of one model on one backend: owns the buffer and the weights as the backend takes them."""
+    """Runs the graphs of one model on one backend.
 
-    def __init__(self, backend, plans):
-        self.backend = backend
-        self.plans = plans      # path -> Plan
+    It owns the buffer of intermediate values, and the weights in the backend's form.
+    """
+
+    def __init__(self, backend, layouts, threads):
+        self.backend, self.threads = backend, threads
+        self.layouts = layouts      # variant -> Layout
         self.dtypes = {"float": np.dtype(backend.FLOAT), "int32": np.dtype(np.int32), "int64": np.dtype(np.int64)}
-        self._buffer = backend.empty((max(p.n_bytes for p in plans.values()),), np.uint8)
+        self._buffer = backend.empty((max(layout.n_bytes for layout in layouts.values()),), np.uint8)
         self._weights, self._constants = {}, {}
-        self.steps = 0          # how many were started
-        self._outputs = {}      # name -> one row, which is what every step but those of logits() needs
+        self.steps = 0          # the number of steps started
+        self._outputs = {}      # name -> an array of one row, for all steps but those of Session.logits()
         self._entry_points = {}
 
     def _array(self, value, offset, n_rows):
@@ -85,7 +114,7 @@ class Runner:
         return self._buffer[offset:offset + count * dtype.itemsize].view(dtype).reshape(n_rows, *value.tail)
 
     def _output_array(self, value, n_outputs):
-        """Values of output rows lie outside of the buffer."""
+        """An array for output rows, which lie outside of the buffer."""
         if n_outputs > 1:
             return self.backend.empty((n_outputs, *value.tail), self.dtypes[value.dtype])
         if value.name not in self._outputs:
@@ -93,21 +122,28 @@ class Runner:
         return self._outputs[value.name]
 
     def weight(self, tensor):
-        """A tensor as the backend takes it, made once."""
+        """A tensor in the backend's form, made once."""
         if tensor.name not in self._weights:
             self._weights[tensor.name] = self.backend.weight(tensor)
         return self._weights[tensor.name]
 
+    def read(self, tensor):
+        """Make a tensor in the backend's form, again if it was made before."""
+        self._weights[tensor.name] = self.backend.weight(tensor)
+
     def _constant(self, values):
         if id(values) not in self._constants:
-            self._constants[id(values)] = values, self.backend.upload(values)       # kept, so that no other array gets its id
+            self._constants[id(values)] = values, self.backend.upload(values)       # kept alive, so that no other array gets its id
         return self._constants[id(values)][1]
 
-    def bind(self, path, caches, n_tokens, n_outputs):
-        """The calls of one step: [(node, function, args)], with every argument an array or a number."""
-        plan = self.plans[path]
-        assert n_outputs <= n_tokens <= plan.max_tokens
-        roots = {value: self._array(value, offset, n_tokens) for value, offset in plan.offsets.items()}
+    def bind(self, variant, caches, n_tokens, n_outputs):
+        """The Bound of a step of n_tokens tokens, n_outputs of them with logits.
+
+        Its calls are [(node, function, args)], where every argument is an array of the backend or a number.
+        """
+        layout = self.layouts[variant]
+        assert n_outputs <= n_tokens <= layout.max_tokens
+        roots = {value: self._array(value, offset, n_tokens) for value, offset in layout.offsets.items()}
 
         def argument(a):
             if isinstance(a, Value):
@@ -120,17 +156,19 @@ class Runner:
                 return self._constant(a)
             return caches[a].rows if isinstance(a, CacheRef) else a
 
-        nodes = plan.graph.nodes if n_outputs else [n for n in plan.graph.nodes if not n.for_outputs]
+        graph = layout.graph
+        nodes = graph.nodes if n_outputs else [node for node in graph.nodes if not node.for_outputs]
         calls = [(node, getattr(self.backend, node.op), tuple(argument(a) for a in node.args)) for node in nodes]
-        output = argument(plan.graph.output) if n_outputs else None
-        return Bound(self, roots[plan.graph.ids], roots[plan.graph.positions], calls, output)
+        output = argument(graph.output) if n_outputs else None
+        return Bound(self, roots[graph.ids], roots[graph.positions], calls, output)
 
-    def compiled(self, path, caches, n_tokens, n_outputs, again):
-        """bind() with functions that take these arguments without a look at their types; `again`: this step comes again and again.
+    def compiled(self, variant, caches, n_tokens, n_outputs, again):
+        """bind() with functions compiled for the types of the arguments.
 
-        That look takes longer than a short prompt's work, and types only depend on whether there is one row or several.
+        They skip numba's dispatch on types, which takes longer than the work of a short prompt. Types depend only on whether there is one
+        row or several. again: the step repeats, so that the backend may record it.
         """
-        bound, key = self.bind(path, caches, n_tokens, n_outputs), (path, n_tokens == 1, min(n_outputs, 2))
+        bound, key = self.bind(variant, caches, n_tokens, n_outputs), (variant, n_tokens == 1, min(n_outputs, 2))
         if key not in self._entry_points:
             self._entry_points[key] = [self.backend.entry_point(function, args) for _, function, args in bound.calls]
         calls = [(node, function, args) for (node, _, args), function in zip(bound.calls, self._entry_points[key], strict=True)]
@@ -138,7 +176,7 @@ class Runner:
 
 
 class Written(Sequence):
-    """What a node wrote, as numpy arrays, which a backend fetches when they are looked at."""
+    """The arrays that a node wrote, fetched as numpy arrays on access."""
 
     def __init__(self, backend, arrays):
         self._backend, self._arrays = backend, arrays
@@ -151,57 +189,44 @@ class Written(Sequence):
 
 
 class Bound(NamedTuple):
-    """A graph with all its arguments, arrays of a backend, for one session and one number of tokens."""
+    """A graph bound to arrays of a backend.
+
+    It holds for one session and one number of tokens.
+    """
     runner: object
     ids: object
     positions: object
     calls: list
-    output: object      # or None
-    recording: object = None
+    output: object              # the array of logits, or None
+    recording: object = None    # of the calls, where the backend makes one
 
     def run(self, ids, n_past, logits, observe=None):
-        """One step: tokens ids at positions n_past, n_past + 1, ...; the last of their logits go to `logits` [n_outputs, n_vocab].
+        """Run one step: tokens `ids` at positions n_past, n_past + 1, ...
 
-        observe(node, arrays) is called after each op with what it wrote.
+        The logits of the last tokens are written to `logits`, [n_outputs, n_vocab]. observe(node, arrays) is called after each op with the
+        arrays that it wrote.
         """
-        with _one_step():
-            self._put(ids, n_past)
-            self._start(observe)
+        with one_step():
+            self.put(ids, n_past)
+            self.start(observe)
             if self.output is not None:
                 logits[:] = self.runner.backend.fetch(self.output)
 
-    def sample(self, token, n_past, started, settings, following, ended):
-        """One step of one token, whose logits stay where they are -> the id sampled from them, the greatest logit, and a number.
-
-        settings: the last arguments of the backend's pick(). following: the Bound of the step that comes next, which is started with that
-        id unless ended(id); then the number is that for `started` when following.sample() is called. It is not run again then, if no
-        other step was started since. None: not started.
-        """
-        with _one_step():
-            if started is None or started != self.runner.steps:
-                self._put([token], n_past)
-                self._start()
-            token, greatest = self.runner.backend.pick(following.ids, following.positions, n_past + 1, self.output, *settings)
-            if ended(token):
-                return token, greatest, None
-            self.runner.steps += 1
-            following._start()
-            return token, greatest, self.runner.steps
-
     def timed(self, ids, n_past):
-        """One step, without its logits -> [(node, seconds)]."""
-        with _one_step():
-            self._put(ids, n_past)
+        """Run one step, without its logits -> [(node, seconds)]."""
+        with one_step():
+            self.put(ids, n_past)
             return list(zip([node for node, _, _ in self.calls], self.runner.backend.timed([call[1:] for call in self.calls])))
 
-    def _put(self, ids, n_past):
-        """Begin a step with these tokens."""
+    def put(self, ids, n_past):
+        """Write the inputs of a step: ids and positions."""
+        self.runner.backend.set_threads(self.runner.threads)
         self.runner.steps += 1
         self.runner.backend.store(self.ids, ids)
         self.runner.backend.store(self.positions, np.arange(n_past, n_past + len(ids)))
 
-    def _start(self, observe=None):
-        """Launch all that a step does; ids and positions are there."""
+    def start(self, observe=None):
+        """Launch all calls of a step; its inputs are written."""
         if self.recording is not None and observe is None:
             self.recording.run()
             return

@@ -1,6 +1,7 @@
-"""GGUF block types and cache types as data: layouts and sizes. Nothing here is compiled.
+"""GGUF block types and cache types as data: layouts and sizes.
 
-To add a GGUF type: its layout here, and an entry with its kernels in a file of `backends/cpu/blocks` and of `backends/cuda/blocks`.
+Nothing here is compiled. To add a GGUF type, add its layout here, and its kernels in a file of `backends/cpu/blocks` and in one of
+`backends/cuda/blocks`.
 """
 from typing import NamedTuple
 
@@ -8,9 +9,10 @@ import numpy as np
 
 
 class BlockType(NamedTuple):
-    """How the file stores `size` weights: as one element of `dtype`.
+    """A GGUF type: `size` weights are stored as one element of `dtype`.
 
-    group: how many weights share a scale. mins: whether something is subtracted from each group, too. Both are of quantized types.
+    group: the number of weights that share a scale, 0 for types that are not quantized. mins: whether each group also has a minimum, which
+    is subtracted.
     """
     dtype: np.dtype
     size: int
@@ -19,7 +21,7 @@ class BlockType(NamedTuple):
 
     @property
     def n_bytes(self):
-        """Bytes of a block."""
+        """Bytes of one block."""
         return self.dtype.itemsize
 
     @property
@@ -32,7 +34,7 @@ def _block(size, fields, group=32, mins=False):
     return BlockType(np.dtype(fields), size, group, mins)
 
 
-# float16 and bfloat16 are fields of uint16: Numba cannot compute with them.
+# float16 and bfloat16 are stored as uint16, as numba cannot compute with them.
 TYPES = {
     "F32": BlockType(np.dtype("<f4"), 1),
     "F16": BlockType(np.dtype("<u2"), 1),
@@ -53,26 +55,27 @@ TYPES = {
 }
 SUPPORTED = tuple(TYPES)
 
-# What four bits stand for in the types that look them up
+# The levels that the four-bit codes of these types select
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-MXFP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)       # twice the numbers of the format
+MXFP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)       # twice the values of the format
 
-# The greatest magnitude of an int16 as two signed bytes, 256 high + low: 127 * 256, as one more could carry into a high byte of 128.
+# The greatest magnitude of an int8x2 number, two signed bytes 256 high + low. It is 127 * 256, as a greater one could carry into a high
+# byte of 128.
 INT8X2_MAX = 32512
 
 
 class CacheType(NamedTuple):
-    """How a cache stores a value: bytes, and whether values are integers, with a float32 scale for each part of a row."""
-    n_bytes: int
-    scaled: bool = False
+    """How a cache stores a value."""
+    n_bytes: int                # of a value
+    scaled: bool = False        # whether values are integers, with a float32 scale for each part of a row
 
 
-# "i16": the high bytes of all values, then the low ones. Behind integers stand the scales of the row's parts.
+# "i16" stores the high bytes of all values, then their low bytes. The scales of the row's parts follow the integers.
 CACHE_TYPES = {"f32": CacheType(4), "f16": CacheType(2), "bf16": CacheType(2), "i16": CacheType(2, True), "i8": CacheType(1, True)}
-CACHE_ALIASES = {"q8_0": "i8"}      # llama.cpp's word for eight bits; its rows have a scale for each 32 values, these one a part
+CACHE_ALIASES = {"q8_0": "i8"}      # llama.cpp's name for eight bits; its q8_0 has a scale for each 32 values, i8 one for each part
 
 
 def cache_row_bytes(cache_type, widths):
-    """Bytes of a cache row with parts of so many values."""
+    """Bytes of a cache row whose parts have these numbers of values."""
     n_bytes, scaled = CACHE_TYPES[cache_type]
     return n_bytes * sum(widths) + (4 * len(widths) if scaled else 0)

@@ -1,90 +1,82 @@
-"""What `info` and `trace` tell, as plain data and as text: the file, the configuration, the memory plan, the path of each layer."""
+"""The reports of `pydsa info` and `pydsa trace`, as data and as text.
+
+`info` shows the file, the configuration, the memory and how each layer runs; `trace` compares two backends node by node.
+"""
 import dataclasses
-import importlib
 import itertools
 
 import numpy as np
 
 from pydsa.chat import USER
-from pydsa.errors import PydsaError
 
-HIDDEN = {"rope", "n_ff", "indexer_full"}       # fields of a Config that are shown in another way
+HIDDEN = {"rope", "n_ff", "indexer_full"}       # fields of a Config that are reported elsewhere or not at all
 
 
-def describe(plan):
-    """A ModelPlan as a dict that can be written as JSON; sizes in bytes."""
-    config, metadata = plan.config, plan.file.metadata
+def describe(setup):
+    """A Setup as a dict of JSON types; sizes are bytes."""
+    config, metadata = setup.config, setup.file.metadata
     types = {}
-    for tensor in plan.file.tensors.values():
+    for tensor in setup.file.tensors.values():
         count, size = types.get(tensor.type, (0, 0))
         types[tensor.type] = count + 1, size + tensor.data.nbytes
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in HIDDEN}
     return {
-        "files": [str(path) for path in plan.file.paths], "file_bytes": plan.file.n_bytes, "gguf_version": plan.file.version,
-        "n_params": plan.n_params, "config": fields | {"kq_scale": config.kq_scale},
+        "files": [str(path) for path in setup.file.paths], "file_bytes": setup.file.n_bytes, "gguf_version": setup.file.version,
+        "n_params": setup.n_params, "config": fields | {"kq_scale": config.kq_scale},
         "rope": {key: metadata.get(f"{config.architecture}.rope.{key}") for key in ("freq_base", "scaling.type", "scaling.factor")},
         "n_ff": list(config.n_ff),
         "tokenizer": {"model": metadata.string("tokenizer.ggml.model", default=None),
                       "pre": metadata.string("tokenizer.ggml.pre", default=None),
                       "chat_format": chat_format(metadata)},
         "tensor_types": {name: {"tensors": count, "bytes": size} for name, (count, size) in sorted(types.items())},
-        "n_tensors_unused": len(plan.file.tensors) - len(plan.weights.used),
-        "device": plan.device, "gpu": gpu_in_words() if plan.device == "cuda" else None,
-        "n_ctx": plan.n_ctx, "n_ubatch": plan.n_ubatch, "kv_type": plan.kv_type,
-        "index_type": plan.index_type if plan.top_k else None,
-        "memory": {"weights_mapped": plan.mapped_bytes, "weights_copied": plan.copied_bytes, "caches": plan.cache_bytes,
-                   "scratch": plan.scratch_bytes, "scores": plan.score_bytes, "laid": plan.laid_bytes},
-        "attention": attention_in_words(plan), "plain_form_until": plan.plain_form_until,
-        "layers": layers_in_words(plan)}
-
-
-def gpu_in_words():
-    """The GPU that --device cuda would use, or why there is none."""
-    try:
-        return importlib.import_module("pydsa.backends.cuda").device_in_words()
-    except PydsaError as error:
-        return str(error)
+        "n_tensors_unused": len(setup.file.tensors) - len(setup.weights.used),
+        "device": setup.device_name, "gpu": setup.device.describe(),
+        "n_ctx": setup.n_ctx, "n_ubatch": setup.n_ubatch, "kv_type": setup.kv_type,
+        "index_type": setup.index_type if setup.config.top_k else None,
+        "memory": {"weights_mapped": setup.mapped_bytes, "weights_copied": setup.copied_bytes, "caches": setup.cache_bytes,
+                   "scratch": setup.scratch_bytes, "scores": setup.score_bytes, "packed_latents": setup.packed_latent_bytes},
+        "attention": attention_in_words(setup), "plain_form_until": setup.schedule.plain_form_until,
+        "layers": layers_in_words(setup)}
 
 
 def chat_format(metadata):
-    """Where the chat format of a file comes from."""
+    """The source of a file's chat format, in words."""
     if "tokenizer.chat_template" in metadata:
         return "template of the file"
-    there = USER in metadata.strings("tokenizer.ggml.tokens", default=[])
-    return "built-in DeepSeek V3.2" if there else "none: prompts need --raw"
+    has_v32_tokens = USER in metadata.strings("tokenizer.ggml.tokens", default=[])
+    return "built-in DeepSeek V3.2" if has_v32_tokens else "none: prompts need --raw"
 
 
-def attention_in_words(plan):
-    """Which attention the steps of a model take."""
-    if plan.top_k is None:
+def attention_in_words(setup):
+    """The attention that the steps of a model use, in words."""
+    if setup.config.top_k is None:
         return "dense (the model has no indexer)"
-    if plan.attention == "dense":
+    if setup.attention == "dense":
         return "dense (asked for; the model was trained to attend to the keys its indexer chooses)"
-    if plan.attention != "auto":
-        return f"{plan.attention}, {plan.top_k} keys"
-    beyond = f", sparse with {plan.top_k} keys beyond" if "sparse" in plan.paths else ""
-    return f"dense up to {plan.top_k} tokens, where it is exact{beyond}"
+    if setup.attention != "auto":
+        return f"{setup.attention}, {setup.config.top_k} keys"
+    beyond = f", sparse with {setup.config.top_k} keys beyond" if "sparse" in setup.schedule.variants else ""
+    return f"dense up to {setup.config.top_k} tokens, where it is exact{beyond}"
 
 
-def layers_in_words(plan):
-    """{what a layer does: the layers that do so, "0-2, 5"}."""
-    config = plan.config
-    full = getattr(config, "indexer_full", None)
+def layers_in_words(setup):
+    """{description of a layer: the layers it holds for, "0-2, 5"}."""
+    config = setup.config
+    indexed = config.indexed_layers
 
     def describe_layer(il):
         ffn = "dense ffn" if il < config.n_layer_dense_lead else f"{config.n_expert_used} of {config.n_expert} experts"
-        if full is None or plan.attention == "dense":
+        if indexed is None or setup.attention == "dense":
             return f"dense attention, {ffn}"
-        last = max(i for i in range(il + 1) if full[i])
-        indexer = "own indexer" if last == il else "the choice of the last layer with an indexer"
-        kind = plan.attention if plan.attention != "auto" else "dense, then sparse" if "sparse" in plan.paths else "dense"
+        indexer = "own indexer" if indexed[il] == il else "the choice of the last layer with an indexer"
+        kind = setup.attention if setup.attention != "auto" else "dense, then sparse" if "sparse" in setup.schedule.variants else "dense"
         return f"{kind} attention, {indexer}, {ffn}"
 
     return spans([describe_layer(il) for il in range(config.n_layer)])
 
 
 def format_report(report):
-    """describe() for people."""
+    """The report of describe() as text."""
     config, memory = report["config"], report["memory"]
     lines = [f"{config['name']}: {config['architecture']}, {count(report['n_params'])} parameters, {size(report['file_bytes'])} in "
              f"{len(report['files'])} file{'s' * (len(report['files']) > 1)}", ""]
@@ -99,24 +91,24 @@ def format_report(report):
     lines += ["", f"tokenizer: {tokenizer['model']}, {tokenizer['pre']}; chat format: {tokenizer['chat_format']}", "", "tensors"]
     lines += [f"  {name:6} {entry['tensors']:6}  {size(entry['bytes'])}" for name, entry in report["tensor_types"].items()]
     if config["n_layer_nextn"]:
-        lines.append(f"  {config['n_layer_nextn']} MTP block(s) for speculative decoding: recognised and left aside")
+        lines.append(f"  {config['n_layer_nextn']} MTP block(s) for speculative decoding: recognised, but not used")
     if report["n_tensors_unused"]:
         lines.append(f"  {report['n_tensors_unused']} of the tensors are not used")
     lines += ["", f"GPU: {report['gpu']}"] if report["gpu"] else []
-    lines += ["", f"memory on {report['device']}, {report['n_ctx']} tokens of context, chunks of {report['n_ubatch']}",
+    lines += ["", f"memory on {report['device']}, {report['n_ctx']} tokens of context, ubatches of {report['n_ubatch']}",
               f"  weights mapped  {size(memory['weights_mapped']):>12}", f"  weights copied  {size(memory['weights_copied']):>12}",
               f"  caches          {size(memory['caches']):>12}  ({caches})", f"  scratch         {size(memory['scratch']):>12}",
               f"  rows of scores  {size(memory['scores']):>12}  (at the end of the context)",
-              f"  latents laid    {size(memory['laid']):>12}  (for prompts with keys and values for each head)",
+              f"  packed latents  {size(memory['packed_latents']):>12}  (for prompts with keys and values for each head)",
               "", f"attention: {report['attention']}"]
     if report["plain_form_until"]:
-        lines.append(f"  prompts in chunks of {report['n_ubatch']} have keys and values for each head up to {report['plain_form_until']} "
+        lines.append(f"  prompts in ubatches of {report['n_ubatch']} have keys and values for each head up to {report['plain_form_until']} "
                      "tokens")
     return "\n".join(lines + [f"  layers {which}: {kind}" for kind, which in report["layers"].items()]) + "\n"
 
 
 def size(n):
-    """Bytes for people."""
+    """A number of bytes as readable text."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if n >= factor:
             return f"{n / factor:.1f} {unit}"
@@ -124,12 +116,15 @@ def size(n):
 
 
 def count(n):
-    """A number of parameters for people."""
+    """A number of parameters as readable text."""
     return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
 
 
 def compare_nodes(model, reference, ids):
-    """Run ids through two models of the same file -> a row for each node, with how far the first is from the second."""
+    """Run ids on two models of the same file -> a row for each node.
+
+    A row is a dict with node, op, shape and error, the difference() of model from reference.
+    """
     expected, rows = [], []
     reference.session().prefill(ids, observe=lambda node, arrays: expected.append([a.copy() for a in arrays]))
 
@@ -141,19 +136,23 @@ def compare_nodes(model, reference, ids):
     return rows
 
 
-def difference(array, wanted):
-    """Normalised squared error over the finite values, infinite if others are finite than should; for integers the share that differs."""
+def difference(array, expected):
+    """The normalised squared error of an array.
+
+    It is that of the finite values, and infinite if the two arrays are not finite at the same places. For integers it is the share of
+    elements that differ.
+    """
     if array.dtype.kind == "i":
-        return float(np.mean(array != wanted))
-    finite = np.isfinite(wanted)
+        return float(np.mean(array != expected))
+    finite = np.isfinite(expected)
     if not np.array_equal(finite, np.isfinite(array)):
         return float("inf")
-    a, b = array[finite].astype(np.float64), wanted[finite].astype(np.float64)
+    a, b = array[finite].astype(np.float64), expected[finite].astype(np.float64)
     return float(((a - b) ** 2).sum() / max((b ** 2).sum(), 1e-300))
 
 
 def spans(names):
-    """Where each name stands: ["a", "a", "b", "a"] -> {"a": "0-1, 3", "b": "2"}."""
+    """Where each name is: ["a", "a", "b", "a"] -> {"a": "0-1, 3", "b": "2"}."""
     result, first = {}, 0
     for name, run in itertools.groupby(names):
         last = first + len(list(run)) - 1

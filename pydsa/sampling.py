@@ -1,4 +1,6 @@
-"""Logits -> the next token: `Sampler(Sampling(temperature=0.7, seed=1)).pick(logits, history)`.
+"""Sample the next token from logits.
+
+    token = Sampler(Sampling(temperature=0.7, seed=1)).pick(logits, history)
 
 The steps, their order and their formulas are those of llama.cpp: penalties, top_k, top_p, min_p, temperature, a draw.
 """
@@ -13,59 +15,69 @@ from pydsa.errors import PydsaError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose the next token; raises PydsaError for a value that makes no sense."""
+    """The options of sampling.
 
-    temperature: float = 0.8            # 0: always the likeliest token
-    top_k: int = 40                     # keep the k likeliest; 0: all
-    top_p: float = 0.95                 # keep the likeliest that together have this probability; 1: all
-    min_p: float = 0.05                 # drop what is less likely than this part of the likeliest; 0: nothing
-    repeat_penalty: float = 1.0         # divide the positive logit of a token seen lately, multiply a negative; 1: none
-    repeat_last_n: int = 64             # how many tokens are "lately", for all penalties; -1: all, 0: none
-    frequency_penalty: float = 0.0      # subtract this for every time a token was seen
-    presence_penalty: float = 0.0       # subtract this once from a token that was seen
-    seed: int | None = None             # the same seed gives the same draws; None: a new one every time
+    Raises PydsaError for a value of the wrong type or out of range.
+    """
+
+    temperature: float = 0.8            # 0: greedy, always the likeliest token
+    top_k: int = 40                     # keep the k likeliest tokens; 0: all
+    top_p: float = 0.95                 # keep the likeliest tokens that together have this probability; 1: all
+    min_p: float = 0.05                 # drop tokens less likely than this fraction of the likeliest; 0: none
+    repeat_penalty: float = 1.0         # for recent tokens: divide positive logits, multiply negative ones; 1: none
+    repeat_last_n: int = 64             # the number of recent tokens, for all penalties; -1: all, 0: none
+    frequency_penalty: float = 0.0      # subtract this for each time that a recent token occurs
+    presence_penalty: float = 0.0       # subtract this once from a recent token
+    seed: int | None = None             # the same seed gives the same draws; None: a new seed every time
 
     def __post_init__(self):
         self._require("temperature", 0)
-        self._require("top_k", 0, whole=True)
+        self._require("top_k", 0, integer=True)
         self._require("top_p", 0, 1)
         self._require("min_p", 0, 1)
         self._require("repeat_penalty", 0, open_low=True)
-        self._require("repeat_last_n", -1, whole=True)
+        self._require("repeat_last_n", -1, integer=True)
         self._require("frequency_penalty")
         self._require("presence_penalty")
         if self.seed is not None:
-            self._require("seed", 0, whole=True)
+            self._require("seed", 0, integer=True)
 
     @property
     def penalizes(self):
-        """Whether it depends on the text so far."""
+        """Whether the choice depends on the text so far."""
         return self.repeat_last_n != 0 and (self.repeat_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
 
-    def _require(self, name, low=-math.inf, high=math.inf, whole=False, open_low=False):
-        """One option is a finite number, low <= value <= high."""
+    def _require(self, name, low=-math.inf, high=math.inf, integer=False, open_low=False):
+        """Check that an option is a finite number, low <= value <= high."""
         value = getattr(self, name)
-        kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+        kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
         number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
         if not number or not low <= value <= high or (open_low and value == low):
             bounds = [f"{'above' if open_low else 'from'} {low}"] if low > -math.inf else []
             bounds += [f"to {high}"] if high < math.inf else []
-            kind = "a whole number" if whole else "a number"
+            kind = "an integer" if integer else "a number"
             raise PydsaError(" ".join([f"{name} is {value!r:.80}, expected {kind}", *bounds]))
 
 
 class Sampler:
-    """Picks tokens by a Sampling (None: the defaults); holds the state of its random numbers."""
+    """Picks tokens with the options of a Sampling; None: its defaults.
+
+    It holds the state of the random number generator.
+    """
 
     def __init__(self, sampling: Sampling | None = None):
         self.sampling = Sampling() if sampling is None else sampling
         self._random = np.random.default_rng(self.sampling.seed)
 
     def pick(self, logits: np.ndarray, history: Sequence[int] = ()) -> int:
-        """The next token id, for logits [n_vocab] and the ids of the text so far, prompt included."""
+        """The next token id, an int.
+
+        logits: floats [n_vocab]. history: the ids of the text so far, with the prompt. Raises PydsaError if the greatest logit is not
+        finite, or if the history has ids that are not in the vocabulary.
+        """
         sampling = self.sampling
         logits = self._penalize(np.asarray(logits), history)
-        best = int(np.argmax(logits))       # the lowest index among ties; NaN counts as the greatest
+        best = int(np.argmax(logits))       # of equal logits the lowest index; NaN counts as the greatest
         self.check(logits[best])
         if sampling.temperature == 0:
             return best
@@ -78,15 +90,16 @@ class Sampler:
         return int(ids[min(drawn, len(ids) - 1)])
 
     def check(self, greatest):
-        """Refuse a greatest logit that is no number."""
+        """Raise PydsaError if the greatest logit is not finite."""
         if not math.isfinite(greatest):
             raise PydsaError(f"the greatest of the logits is {greatest}, expected a finite number: "
                              "the weights are damaged, or a computation overflowed")
 
     def settings(self, most):
-        """What a device needs that picks from up to `most` tokens: top_k (0: the likeliest), top_p, min_p, temperature, a drawn number.
+        """The settings for a device that picks from up to `most` tokens.
 
-        None if it cannot, as penalties need the history, or as there are more tokens to pick from.
+        They are top_k (0: greedy), top_p, min_p, temperature and a random number from 0 to 1. None if the device cannot pick the token,
+        as penalties need the history, or as there are more tokens to pick from.
         """
         sampling = self.sampling
         if most == 0 or sampling.penalizes:
@@ -98,7 +111,10 @@ class Sampler:
         return sampling.top_k, sampling.top_p, sampling.min_p, sampling.temperature, self._random.random()
 
     def _penalize(self, logits, history):
-        """logit -> (logit / r or logit * r, by its sign) - count * frequency - presence, for tokens seen lately."""
+        """Apply the penalties to the logits of recent tokens.
+
+        logit -> (logit / repeat if logit > 0 else logit * repeat) - count * frequency - presence
+        """
         sampling = self.sampling
         n = len(history) if sampling.repeat_last_n < 0 else min(sampling.repeat_last_n, len(history))
         if n == 0 or not sampling.penalizes:
@@ -114,23 +130,26 @@ class Sampler:
 
 
 def _top_k(logits, k):
-    """The indices of the k greatest logits, all for k = 0: greater first, then lowest index."""
+    """The indices of the k greatest logits, or of all for k = 0.
+
+    Greater logits come first, and of equal ones the lowest index.
+    """
     if not 0 < k < len(logits):
         return np.argsort(-logits, kind="stable")
     least = np.partition(logits, len(logits) - k)[len(logits) - k]
-    candidates = np.flatnonzero(logits >= least)        # more than k where several equal the least
+    candidates = np.flatnonzero(logits >= least)        # more than k where several logits equal the least
     return candidates[np.argsort(-logits[candidates], kind="stable")[:k]]
 
 
 def _softmax(logits, temperature=1.0):
-    """exp((l - max l) / t) / sum, float64 [n]."""
-    with np.errstate(over="ignore"):        # a temperature near 0 may well scale to -inf
-        weights = np.exp((logits.astype(np.float64) - logits[0]) / temperature)     # the first is the greatest
+    """The softmax exp((l - max l) / t) / sum, float64 [n], for l[0] = max l."""
+    with np.errstate(over="ignore"):        # a temperature near 0 can scale to -inf
+        weights = np.exp((logits.astype(np.float64) - logits[0]) / temperature)
     return weights / weights.sum()
 
 
 def _n_top_p(probabilities, p):
-    """The number of the first probabilities that sum to p, at least one."""
+    """How many of the first probabilities sum to p, at least one."""
     if p >= 1:
         return len(probabilities)
     return int(np.searchsorted(np.cumsum(probabilities), p, side="left")) + 1

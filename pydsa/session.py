@@ -1,4 +1,7 @@
-"""Session: the caches and the position of one conversation. Many sessions can use the weights and buffers of one model."""
+"""Session holds the caches and the tokens of one conversation.
+
+Many sessions can use the weights and the buffer of one model.
+"""
 import contextlib
 import hashlib
 import json
@@ -7,79 +10,118 @@ from pathlib import Path
 
 import numpy as np
 
+from pydsa.ahead import Ahead
 from pydsa.errors import ContextFullError, PydsaError, SessionFileError
+from pydsa.plan import check_memory
+from pydsa.quants import CACHE_ALIASES
 from pydsa.sampling import Sampler
 
 MAGIC = b"pydsa session 1\n"
-MAX_HEADER = 1 << 28    # bytes; the ids of a million tokens take seven million
+MAX_HEADER = 1 << 28    # bytes; the ids of a million tokens take seven million bytes
 
 
 def check_max_tokens(n):
+    """Raise PydsaError if n is not a limit of tokens: an integer or None."""
     if n is not None and (not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 0):
-        raise PydsaError(f"max_tokens is {n!r}; it must be a whole number from 0 on, or None.")
+        raise PydsaError(f"max_tokens is {n!r}, expected an integer from 0 on, or None.")
+
+
+def check_ids(ids, n_vocab):
+    """Check token ids -> an int32 array [n], n > 0, all in the vocabulary."""
+    try:
+        ids = np.asarray(ids)
+    except ValueError:      # lists of different lengths
+        ids = np.empty(0)
+    if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
+        raise PydsaError("The token ids must be a list of at least one integer.")
+    if ids.min() < 0 or ids.max() >= n_vocab:
+        bad = ids[(ids < 0) | (ids >= n_vocab)][0]
+        raise PydsaError(f"The token id is {bad}, expected 0 to {n_vocab - 1}.")
+    return ids.astype(np.int32)
 
 
 class Session:
-    """One conversation: `tokens` are the ids whose keys are in the caches, n_past how many."""
+    """One conversation, made by Model.session().
 
-    def __init__(self, model):
-        model.check_memory(model.plan.cache_bytes, "the caches of a new session")
-        self.model = model
+    tokens: the ids whose keys are in the caches, a list of int. n_past: their number. Methods that append tokens raise PydsaError for ids
+    that are not in the vocabulary, and ContextFullError if the tokens do not fit; nothing is run then.
+
+    runner runs the steps. setup (model.Setup) has the schedule and the limits. eog_ids are the tokens that end a turn.
+    """
+
+    def __init__(self, runner, setup, eog_ids):
+        check_memory(setup.cache_bytes, "the caches of a new session", runner.backend)
+        self._runner, self._setup, self._eog_ids = runner, setup, eog_ids
         self.tokens = []
-        self._caches = model.caches(model.n_ctx)
+        self._caches = setup.make_caches(runner.backend, setup.n_ctx)
         self._bound = {}
-        self._started = None    # the step of the token sampled last, if it was started: (n_past, id, what Bound.sample() says)
+        self._ahead = Ahead(runner)
 
     def __repr__(self):
-        return f"<pydsa.Session: {self.n_past} of {self.model.n_ctx} tokens>"
+        return f"<pydsa.Session: {self.n_past} of {self._setup.n_ctx} tokens>"
 
     @property
     def n_past(self):
-        """Tokens in the context."""
+        """The number of tokens in the context."""
         return len(self.tokens)
 
     def prefill(self, ids, progress=None, observe=None):
-        """Append tokens in chunks of n_ubatch -> logits after the last one, float32 [n_vocab].
+        """Append tokens -> the logits after the last one, float32 [n_vocab].
 
-        progress(done, total) is called after each layer, with tokens; observe(node, arrays) after each op, with what it wrote.
-        Raises ContextFullError if they do not all fit, before any is run. If it is interrupted, the chunks that were done stay.
+        They run in ubatches of n_ubatch. progress(done, total) is called after each layer, with numbers of tokens; observe(node, arrays)
+        after each op, with the arrays that it wrote. If the call is interrupted, the ubatches that are complete stay in the context.
         """
         return self._append(ids, False, progress, observe)[0]
 
     def decode(self, token_id):
-        """Append one token -> logits after it, float32 [n_vocab]."""
+        """Append one token -> the logits after it, float32 [n_vocab]."""
         return self.prefill([token_id])
 
     def logits(self, ids, progress=None):
-        """Append tokens -> logits after each of them, float32 [len(ids), n_vocab]."""
+        """Append tokens -> the logits after each, float32 [len(ids), n_vocab].
+
+        Raises OutOfMemoryError if the logits do not fit in memory.
+        """
         return self._append(ids, True, progress)
 
     def _append(self, ids, every_row, progress=None, observe=None):
-        """Run ids chunk by chunk -> the logits after each, or after the last."""
-        ids, model = self.model.check_ids(ids), self.model
-        self._check_room(ids.size)
+        """Run ids in ubatches -> logits [n, n_vocab] of every row or of the last."""
+        setup = self._setup
+        ids, n_vocab = check_ids(ids, setup.config.n_vocab), setup.config.n_vocab
+        self._check_fits(ids.size)
         if every_row:
-            model.check_memory((ids.size + model.n_ubatch) * model.config.n_vocab * 4, f"The logits of {ids.size} tokens",
-                               of_device=False)
-        logits = np.empty((ids.size if every_row else 1, model.config.n_vocab), np.float32)
-        for start in range(0, ids.size, model.n_ubatch):
-            chunk = ids[start:start + model.n_ubatch]
-            last = start + chunk.size == ids.size
-            rows = logits[start:start + chunk.size] if every_row else logits[:int(last)]
-            self._step(chunk, rows, observe if progress is None else self._report(progress, start, chunk.size, ids.size, observe))
+            check_memory((ids.size + setup.n_ubatch) * n_vocab * 4, f"The logits of {ids.size} tokens")
+        logits = np.empty((ids.size if every_row else 1, n_vocab), np.float32)
+        for start in range(0, ids.size, setup.n_ubatch):
+            ubatch = ids[start:start + setup.n_ubatch]
+            last = start + ubatch.size == ids.size
+            rows = logits[start:start + ubatch.size] if every_row else logits[:int(last)]
+            self._step(ubatch, rows, observe if progress is None else self._report(progress, start, ubatch.size, ids.size, observe))
         if progress is not None:
             progress(ids.size, ids.size)
         return logits
 
-    def _check_room(self, n):
-        if self.n_past + n > self.model.n_ctx:
-            raise ContextFullError(f"The context holds {self.model.n_ctx} tokens; {self.n_past} are in use and {n} more do not fit. "
-                                   "Load the model with a larger n_ctx (-c), or start anew.")
+    def reuse(self, ids):
+        """Keep the longest common prefix with ids -> its number of tokens.
+
+        At least one token of ids is left to run. After prefill(ids[session.reuse(ids):]) the context is ids, and the prefix was not run
+        again.
+        """
+        self.truncate(len(os.path.commonprefix([self.tokens, list(ids[:-1])])))
+        return self.n_past
+
+    def _check_fits(self, n):
+        if self.n_past + n > self._setup.n_ctx:
+            raise ContextFullError(f"The context holds {self._setup.n_ctx} tokens; {self.n_past} are in use and {n} more do not fit. "
+                                   "Load the model with a larger n_ctx (-c), or start a new context.")
 
     def _report(self, progress, start, n_tokens, total, observe):
-        """An observer that reports progress after each layer: weights that come from a slow disk can take minutes for one chunk."""
+        """An observer that reports progress after each layer.
+
+        One ubatch can take minutes, if the weights are read from a slow disk.
+        """
         progress(start, total)
-        n_layer, layers = self.model.config.n_layer, 0
+        n_layer, layers = self._setup.config.n_layer, 0
 
         def watch(node, arrays):
             nonlocal layers
@@ -90,49 +132,56 @@ class Session:
                 observe(node, arrays)
         return watch
 
-    def _step(self, chunk, logits, observe):
-        bound = self._bind(self.n_past, chunk.size, len(logits))
-        self.model.backend.set_threads(self.model.threads)
-        bound.run(chunk, self.n_past, logits, observe)
-        self.tokens.extend(chunk.tolist())
+    def _step(self, ubatch, logits, observe):
+        self._bind(self.n_past, ubatch.size, len(logits)).run(ubatch, self.n_past, logits, observe)
+        self.tokens.extend(ubatch.tolist())
 
     def timed(self, ids):
-        """Append tokens, at most n_ubatch -> [(node, seconds)]: how long each op of the step took."""
-        ids = self.model.check_ids(ids)
-        if ids.size > self.model.n_ubatch:
-            raise PydsaError(f"{ids.size} tokens are to be timed in one step, which can have {self.model.n_ubatch} (n_ubatch).")
-        self._check_room(ids.size)
-        self.model.backend.set_threads(self.model.threads)
+        """Append at most n_ubatch tokens -> the time of each op.
+
+        Returns [(node, seconds)] of the step. Raises PydsaError for more tokens than n_ubatch.
+        """
+        ids = check_ids(ids, self._setup.config.n_vocab)
+        if ids.size > self._setup.n_ubatch:
+            raise PydsaError(f"There are {ids.size} tokens to time in one step, expected at most {self._setup.n_ubatch} (n_ubatch).")
+        self._check_fits(ids.size)
         times = self._bind(self.n_past, ids.size, 1).timed(ids, self.n_past)
         self.tokens.extend(ids.tolist())
         return times
 
     def _bind(self, n_past, n_tokens, n_outputs):
-        """The Bound of a step, made once for steps that come again."""
-        key = self.model.path(n_past, n_tokens), n_tokens, n_outputs
+        """The Bound of a step; those of repeated steps are kept."""
+        key = self._setup.schedule.variant(n_past, n_tokens), n_tokens, n_outputs
         bound = self._bound.get(key)
         if bound is None:
-            bound = self.model.runner.compiled(key[0], self._caches, *key[1:], again=n_tokens == 1)
-            if n_tokens in (1, self.model.n_ubatch) and n_outputs <= 1:
+            bound = self._runner.compiled(key[0], self._caches, *key[1:], again=n_tokens == 1)
+            if n_tokens in (1, self._setup.n_ubatch) and n_outputs <= 1:
                 self._bound[key] = bound
         return bound
 
     def generate(self, ids, max_tokens=None, sampling=None, progress=None):
-        """Append ids, then yield sampled ids as sample() does."""
+        """Append ids, then yield sampled ids as sample() does.
+
+        max_tokens, sampling: as for sample(). progress: as for prefill().
+        """
         check_max_tokens(max_tokens)
         yield from self.sample(self.prefill(ids, progress), max_tokens, sampling)
 
     def sample(self, logits, max_tokens=None, sampling=None):
-        """Yield sampled ids until one ends the turn (it is not yielded), or max_tokens, or ContextFullError.
+        """Yield sampled ids, int, until one ends the turn.
 
-        An id is appended to the context when the next one is asked for, the last of max_tokens never.
+        The id that ends the turn is not yielded. Sampling also ends after max_tokens ids, or with ContextFullError. An id is appended to
+        the context when the next one is asked for; the last of max_tokens is never appended.
+
+        logits: after the last token of the context, [n_vocab]. max_tokens: an integer from 0 on; None: no limit. sampling: a Sampling;
+        None: its defaults. Raises PydsaError for a max_tokens that is not valid, or if the greatest logit is not finite.
         """
         check_max_tokens(max_tokens)
         sampler = Sampler(sampling)
         n, token = 0, None
         while n != max_tokens:
             token = sampler.pick(logits, self.tokens) if n == 0 else self._next(token, sampler, n + 1 == max_tokens)
-            if token in self.model.tokenizer.eog_ids:
+            if token in self._eog_ids:
                 return
             yield token
             n += 1
@@ -140,40 +189,42 @@ class Session:
     def _next(self, token, sampler, last):
         """Append a token -> the id sampled after it.
 
-        Where the backend can pick, logits stay on the device, and unless it is the `last` the step of the new id is started at once: it
-        runs while the caller looks at the id. Nothing is lost if it is not asked for: rows behind n_past count for nothing.
+        The device samples it where it can (ahead.py).
         """
-        settings = sampler.settings(self.model.backend.PICKS)
+        settings = self._ahead.settings(sampler)
         if settings is None:
             return sampler.pick(self.decode(token), self.tokens)
-        self._check_room(1)
-        n_past, full = self.n_past, self.n_past + 1 == self.model.n_ctx
+        self._check_fits(1)
+        n_past, full = self.n_past, self.n_past + 1 == self._setup.n_ctx
         bound = self._bind(n_past, 1, 1)
         following = bound if full else self._bind(n_past + 1, 1, 1)
-        started = self._started[2] if self._started is not None and self._started[:2] == (n_past, token) else None
-        self._started = None
-        ended = (lambda _: True) if last or full else self.model.tokenizer.eog_ids.__contains__
-        following_id, greatest, started = bound.sample(token, n_past, started, settings, following, ended)
+        following_id, greatest = self._ahead.next(settings, token, n_past, bound, following,
+                                                  ends=lambda following_id: last or full or following_id in self._eog_ids)
         self.tokens.append(token)
         sampler.check(greatest)
-        self._started = n_past + 1, following_id, started
         return following_id
 
     def truncate(self, n):
-        """Forget all but the first n tokens; what comes next overwrites their rows."""
+        """Keep only the first n tokens.
+
+        Later tokens overwrite the cache rows of the others. Raises PydsaError if n is not an integer from 0 to n_past.
+        """
         if not isinstance(n, (int, np.integer)) or not 0 <= n <= self.n_past:
             raise PydsaError(f"The session has {self.n_past} tokens; it cannot be truncated to {n!r}.")
         del self.tokens[n:]
 
     def _identity(self):
-        """What a saved session and the one that loads it must have in common."""
-        model = self.model
-        return {"model": model.fingerprint, "kv_type": model.kv_type, "index_type": model.index_type,
-                "attention": model.attention, "top_k": model.top_k,
+        """The settings that a saved session and this one must have in common."""
+        setup = self._setup
+        return {"model": setup.fingerprint, "kv_type": setup.kv_type, "index_type": setup.index_type,
+                "attention": setup.attention, "top_k": setup.config.top_k,
                 "caches": [[ref.kind, ref.layer, cache.row_bytes] for ref, cache in self._caches.items()]}
 
     def save(self, path):
-        """Write tokens and caches to a file, which replaces an older one only when it is complete."""
+        """Write tokens and caches to a file.
+
+        The file replaces an older one only when it is complete. Raises SessionFileError if it cannot be written.
+        """
         header = json.dumps(self._identity() | {"tokens": self.tokens}).encode()
         path = Path(path)
         partial = path.with_name(path.name + ".part")
@@ -185,7 +236,7 @@ class Session:
                 with contextlib.suppress(OSError, ValueError):
                     partial.unlink(missing_ok=True)
                 raise
-        except (OSError, ValueError) as error:      # ValueError: a zero in the path
+        except (OSError, ValueError) as error:      # ValueError: a zero byte in the path
             raise SessionFileError(f"{path}: the session cannot be written ({getattr(error, 'strerror', error)}).") from error
 
     def _write(self, path, header):
@@ -199,15 +250,17 @@ class Session:
             file.write(digest.digest())
 
     def load(self, path):
-        """Continue from a saved session of the same model and cache type.
+        """Replace the context by that of a saved session.
 
-        Raises SessionFileError if the file is not sound, and the session stays as it is. Only if it is found sound and then cannot be
-        read a second time, the session is left empty.
+        The session must be of the same model and cache types. Raises SessionFileError if the file is damaged or of another model, and
+        ContextFullError if its tokens do not fit; the session then stays as it is. The file is read twice, once to check it: if the second
+        read fails, the session is left empty.
         """
         try:
             with open(path, "rb") as file:
                 tokens = self._check(path, file, os.fstat(file.fileno()).st_size)
-                self.tokens, self._started = [], None       # whatever ends this early, no half of two sessions remains
+                self._ahead.forget()
+                self.tokens = []        # if the read fails, no mixture of two sessions remains
                 for cache in self._caches.values():
                     rows = cache.stored(len(tokens))
                     if file.readinto(rows.reshape(-1)) != rows.size:
@@ -218,7 +271,10 @@ class Session:
         self.tokens = tokens
 
     def _check(self, path, file, size):
-        """The tokens of a sound session file, which is left where its caches begin."""
+        """Check an open session file -> its tokens.
+
+        The file's position is then where its caches begin.
+        """
         def fail(text):
             raise SessionFileError(f"{path}: {text}.")
 
@@ -229,21 +285,23 @@ class Session:
             fail("the file is incomplete or damaged")
         header = file.read(length)
         try:
-            saved = json.loads(header)
+            fields = json.loads(header)
         except (ValueError, RecursionError):
             fail("the file is incomplete or damaged")
         names = {"model": "model file", "kv_type": "cache type (--kv-type)", "index_type": "--index-type", "attention": "--attention",
                  "top_k": "--dsa-top-k", "caches": "set of caches"}
-        if not isinstance(saved, dict):
+        if not isinstance(fields, dict):
             fail("the file is damaged")
+        for key in ("kv_type", "index_type"):
+            fields[key] = CACHE_ALIASES.get(str(fields.get(key)), fields.get(key))
         for key, value in self._identity().items():
-            if saved.get(key) != value:
+            if fields.get(key) != value:
                 fail(f"the session was saved with another {names[key]}")
-        tokens = saved.get("tokens")
-        if not isinstance(tokens, list) or not all(type(t) is int and 0 <= t < self.model.config.n_vocab for t in tokens):
+        tokens = fields.get("tokens")
+        if not isinstance(tokens, list) or not all(type(t) is int and 0 <= t < self._setup.config.n_vocab for t in tokens):
             fail("the file is damaged")
-        if len(tokens) > self.model.n_ctx:
-            raise ContextFullError(f"{path}: the session has {len(tokens)} tokens; this context holds {self.model.n_ctx} (-c).")
+        if len(tokens) > self._setup.n_ctx:
+            raise ContextFullError(f"{path}: the session has {len(tokens)} tokens; this context holds {self._setup.n_ctx} (-c).")
         if size != file.tell() + sum(len(tokens) * cache.row_bytes for cache in self._caches.values()) + 32:
             fail("the file is incomplete or damaged")
         start, digest = file.tell(), hashlib.sha256(header)

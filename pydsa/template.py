@@ -1,7 +1,8 @@
-"""Chat templates of files, rendered in jinja2's sandbox with limits on time and on text: a template is a stranger's program.
+"""Render the chat templates of files in jinja2's sandbox.
 
-No text and no list may grow without bound. Every operation that makes one is measured; those that make a huge one in a single step are
-either computed beforehand (* join replace) or left out (format, center, ...).
+A template is a program from an untrusted file: its time and its text are limited. No text and no list may grow without bound. The result of
+every operation that makes one is measured. Operations that can make a huge one in a single step are checked before they run (*, join,
+replace) or are not available (format, center, ...).
 """
 import functools
 import json
@@ -13,24 +14,24 @@ from datetime import datetime
 
 from pydsa.errors import PydsaError, UnsupportedModelError
 
-MAX_TEMPLATE = 1 << 18      # characters; those of these models have a few thousand
-MAX_TEXT = 8_000_000        # characters of the prompt, and of every string on the way to it
+MAX_TEMPLATE = 1 << 18      # characters; the templates of the supported models have a few thousand
+MAX_TEXT = 8_000_000        # characters of the prompt, and of every intermediate string
 MAX_BITS = 4096             # of an integer
 MAX_SECONDS = 3.0           # to compile and to render
 
 _STRING_METHODS = ("capitalize", "count", "endswith", "find", "index", "isalnum", "isalpha", "isdigit", "islower",
                    "isspace", "isupper", "lower", "lstrip", "partition", "removeprefix", "removesuffix", "rfind",
                    "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "title", "upper")
-_FILTERS_LEFT_OUT = ("attr", "batch", "center", "filesizeformat", "format", "indent", "pprint", "random", "slice",
-                     "sum", "truncate", "urlize", "wordwrap", "xmlattr")
+_UNAVAILABLE_FILTERS = ("attr", "batch", "center", "filesizeformat", "format", "indent", "pprint", "random", "slice",
+                        "sum", "truncate", "urlize", "wordwrap", "xmlattr")
 
 
 class _LimitError(Exception):
-    """The template wants more than it may have."""
+    """The template exceeds a limit."""
 
 
 class _RefusalError(Exception):
-    """The template does not take these messages."""
+    """The template refuses these messages."""
 
 
 def _check_size(n):
@@ -39,7 +40,7 @@ def _check_size(n):
 
 
 def _fits(value):
-    """The value, if it would not be too large when written out."""
+    """The value, if it is not too large when written out."""
     if isinstance(value, (str, list, tuple, dict)):
         _check_size(_weight(value, {}))
     elif isinstance(value, int) and value.bit_length() > MAX_BITS:
@@ -47,16 +48,19 @@ def _fits(value):
     return value
 
 
-def _weight(value, known):
-    """Characters and elements of a value at any depth. What stands in it twice counts twice, but is visited once."""
+def _weight(value, weights):
+    """Characters and elements of a value at any depth.
+
+    An object that occurs twice counts twice, but is visited once. weights: id of an object -> its weight.
+    """
     if isinstance(value, str):
         return len(value)
     if not isinstance(value, (list, tuple, dict)):
         return 1
-    if id(value) not in known:
+    if id(value) not in weights:
         parts = [part for item in value.items() for part in item] if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_weight(part, known) for part in parts)
-    return known[id(value)]
+        weights[id(value)] = 1 + sum(_weight(part, weights) for part in parts)
+    return weights[id(value)]
 
 
 def _bounded(function):
@@ -110,12 +114,12 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-@functools.lru_cache(maxsize=1)
-def _sandbox():
-    """The class of environment that templates run in; made when it is needed, as jinja2 is slow to import."""
+def _code_generator():
+    """The class that compiles templates to Python.
+
+    Texts that are concatenated, and lists, tuples and dicts, are measured as they are made.
+    """
     from jinja2.compiler import CodeGenerator
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
 
     class Generator(CodeGenerator):
         def visit_Concat(self, node, frame):    # a ~ b
@@ -125,7 +129,7 @@ def _sandbox():
                 self.write(", ")
             self.write(")))")
 
-        def measured(self, visit, node, frame):     # lists, tuples and dicts of lists ... as they are made
+        def measured(self, visit, node, frame):     # a list, tuple or dict
             self.write("environment.fits(")
             visit(node, frame)
             self.write(")")
@@ -142,8 +146,18 @@ def _sandbox():
         def visit_Dict(self, node, frame):
             self.measured(super().visit_Dict, node, frame)
 
+    return Generator
+
+
+def _flat_namespace():
+    """The class of a template's namespaces, which hold no other namespace."""
+    from jinja2.utils import Namespace
+
     class FlatNamespace(Namespace):
-        """A namespace that holds no other one, so that none grows by being held twice."""
+        """A namespace that holds no other namespace.
+
+        So none can grow by being held twice.
+        """
 
         def __init__(self, *args, **kwargs):
             super().__init__()
@@ -155,8 +169,21 @@ def _sandbox():
                 raise _LimitError("it puts a namespace into another")
             super().__setitem__(name, value)
 
+    return FlatNamespace
+
+
+@functools.lru_cache(maxsize=1)
+def _sandbox():
+    """The class of the environment that templates run in.
+
+    It is made when it is needed, as jinja2 is slow to import.
+    """
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+    flat_namespace = _flat_namespace()
+
     class Sandbox(ImmutableSandboxedEnvironment):
-        code_generator_class = Generator
+        code_generator_class = _code_generator()
 
         concat = staticmethod(_concat)
         intercepted_binops = frozenset(("+", "*", "%", "**"))
@@ -167,9 +194,9 @@ def _sandbox():
             self.filters |= {"join": self.join, "replace": _replace, "tojson": _tojson,
                              "from_json": lambda text: plain(json.loads(text))}
             self.filters = {name: _bounded(function) for name, function in self.filters.items()
-                            if name not in _FILTERS_LEFT_OUT}
+                            if name not in _UNAVAILABLE_FILTERS}
             del self.globals["lipsum"]
-            self.globals |= {"namespace": FlatNamespace, "dict": lambda *args, **kwargs: self.fits(dict(*args, **kwargs)),
+            self.globals |= {"namespace": flat_namespace, "dict": lambda *args, **kwargs: self.fits(dict(*args, **kwargs)),
                              "raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
 
         def join(self, values, separator="", attribute=None):
@@ -178,7 +205,7 @@ def _sandbox():
 
         @staticmethod
         def fits(literal):
-            """A list, tuple or dict that the template has made."""
+            """A list, tuple or dict of the template, if it is not too large."""
             if any(isinstance(part, Namespace) for part in (literal.values() if isinstance(literal, dict) else literal)):
                 raise _LimitError("it puts a namespace into a list")
             return _fits(literal)
@@ -201,16 +228,16 @@ def _sandbox():
 
 @contextmanager
 def _deadline(seconds):
-    """Ends what runs inside after so many seconds.
+    """A context that raises _LimitError after this many seconds.
 
-    A thread cannot be stopped, and a signal comes to the main thread only. But a trace function sees every line of
-    Python, so also each turn of a template's loops, which jinja2 compiles to Python, and may raise.
+    A thread cannot be stopped, and only the main thread receives signals. But a trace function is called for every line of Python, and may
+    raise. This includes the loops of a template, which jinja2 compiles to Python.
     """
     end = time.monotonic() + seconds
 
     def trace(frame, event, argument):
         if frame.f_code.co_filename == __file__:
-            return None     # what is here ends by itself, and runs faster unwatched
+            return None     # the functions of this file end by themselves, and run faster without tracing
         if time.monotonic() > end:
             raise _LimitError(f"it takes more than {seconds} seconds")
         return trace
@@ -224,7 +251,11 @@ def _deadline(seconds):
 
 
 def render(source, tokenizer, plain, variables):
-    """The text that the template `source` makes of the variables; what it unpacks from JSON goes through plain()."""
+    """The text that the template `source` makes of the variables.
+
+    plain() is applied to the values that the template parses from JSON. Raises PydsaError if the template refuses the messages, and
+    UnsupportedModelError if it fails or exceeds a limit.
+    """
     if not isinstance(source, str) or len(source) > MAX_TEMPLATE:
         raise UnsupportedModelError(f"{tokenizer.path}: the chat template is {source!r:.80}, "
                                     f"expected a text of at most {MAX_TEMPLATE} characters")
@@ -236,7 +267,7 @@ def render(source, tokenizer, plain, variables):
             return environment.from_string(source).render(variables)
     except _LimitError as error:
         raise UnsupportedModelError(f"{tokenizer.path}: the chat template is stopped, as {error}") from None
-    except Exception as error:      # a template may raise anything, and all of it is the template's fault
+    except Exception as error:      # a template may raise any exception
         reason = " ".join(str(error).split())
         if isinstance(error, _RefusalError):
             raise PydsaError(f"{tokenizer.path}: the chat template refuses these messages: {reason:.200}") from None

@@ -1,9 +1,10 @@
-"""GGUF vocabulary -> ids and text: byte-level BPE by the `tokenizers` library inside the rules of llama.cpp.
+"""Convert text to token ids and back, with the vocabulary of a GGUF.
 
     tokenizer = load_tokenizer("model.gguf")
     tokenizer.decode(tokenizer.encode("Hello"))
 
-Text is cut at special tokens, each fragment by the regexes of its pre-tokenizer, and each piece is merged by BPE.
+Text is split at special tokens, each fragment is split by the regexes of the pre-tokenizer, and each piece is merged by
+byte-level BPE. The rules are those of llama.cpp; the `tokenizers` library does the BPE.
 """
 
 import codecs
@@ -16,8 +17,8 @@ from pydsa.errors import GGUFError, PydsaError, UnsupportedModelError
 from pydsa.gguf_file import Metadata, open_gguf, quote
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
-MAX_TOKEN = 1024        # characters; the longest of these models are 256 spaces
-MAX_TEXT = 8_000_000    # characters; the library's regex engine gives up on a run of ten million spaces
+MAX_TOKEN = 1024        # characters; the longest token of the supported models is 256 spaces
+MAX_TEXT = 8_000_000    # characters; the library's regex engine fails on a run of ten million spaces
 
 # Latin, Greek, Cyrillic and the other cased letters, as the tokenizer of DeepSeek LLM lists them.
 _CASED = (
@@ -32,7 +33,7 @@ _CASED = (
     "\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
 )
 _CJK = r"[\x{0800}-\x{9fa5}\x{ac00}-\x{d7ff}&&\S]+"
-_PUNCTUATION = "!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3001\u3002"   # with A-Z and a-z, as there
+_PUNCTUATION = "!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3001\u3002"   # with A-Z and a-z, as in its tokenizer
 _DEEPSEEK_LLM = ("[\r\n]", rf"\s?[{_CASED}]+", rf"\s?[{_PUNCTUATION}]+", r"\s+\z", _CJK, r"\p{N}+")
 _DEEPSEEK_CODER = ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")
 _DEEPSEEK_V3 = (
@@ -45,8 +46,8 @@ _GLM4 = (
     r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-# tokenizer.ggml.pre -> the regexes, each applied to the pieces of the one before, and ignore_merges: whether a piece
-# that is a token is taken whole.
+# tokenizer.ggml.pre -> (regexes, ignore_merges). Each regex splits the pieces of the one before. With ignore_merges, a
+# piece that is a token is taken whole, without merging.
 PRE_TOKENIZERS = {
     "deepseek-llm": (_DEEPSEEK_LLM, False),
     "deepseek-coder": (_DEEPSEEK_CODER, False),
@@ -59,7 +60,7 @@ PRE_TOKENIZERS = {
     "chatglm-bpe": (_GLM4, False),
 }
 
-# Tokens that end a turn by their text, and those around code to fill in. Files often say that they are plain text.
+# Texts of tokens that end a turn, and of tokens for filling in code. Files often declare them as normal tokens.
 _END_TEXTS = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "</s>",
     "<|eom_id|>", "<EOT>", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<｜end▁of▁sentence｜>",
@@ -72,7 +73,7 @@ _END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
 
 def _byte_alphabet():
-    """GPT-2's printable character of each of the 256 bytes, in the order of the bytes."""
+    """GPT-2's printable characters for the 256 bytes, in their order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (byte for byte in range(256) if byte not in printable)
     codes = dict(zip(printable, printable)) | {byte: 0x100 + n for n, byte in enumerate(others)}
@@ -84,26 +85,33 @@ _BYTE_OF = {character: byte for byte, character in enumerate(_ALPHABET)}
 
 
 def load_tokenizer(path: str | os.PathLike) -> "Tokenizer":
-    """The Tokenizer of a GGUF file, be it a model or a vocabulary alone; no weights are read."""
+    """The Tokenizer of a GGUF file, of a model or of a vocabulary alone.
+
+    No weights are read. Raises GGUFError for a damaged file, UnsupportedModelError for a tokenizer that is not supported.
+    """
     file = open_gguf(path)
     token_embd = file.tensors.get("token_embd.weight")
     return Tokenizer.from_metadata(file.metadata, None if token_embd is None else token_embd.shape[0])
 
 
 class Tokenizer:
-    """The vocabulary of a GGUF file: `load_tokenizer(path)`, then `encode` and `decode`.
+    """The tokenizer of a GGUF file, made by `load_tokenizer(path)`.
 
-    tokens: list[str] as the file spells them; token_type: int64 [n_vocab], with control for the texts that llama.cpp
-    takes for control tokens whatever the file says; bos_id, eos_id: int or None; eog_ids: the tokens that end a turn;
-    add_bos, add_eos: whether the file wants them around a prompt; chat_template: str or None; control_texts and
-    user_defined_texts: the texts of the special tokens.
+    tokens: the texts of all tokens as the file spells them, a list of str.
+    token_type: int64 [n_vocab]; texts that llama.cpp always takes for control tokens are CONTROL, whatever the file says.
+    bos_id, eos_id: int or None.
+    eog_ids: the ids of the tokens that end a turn, a frozenset.
+    add_bos, add_eos: whether the file asks for these tokens around a prompt.
+    chat_template: str or None.
+    control_texts, user_defined_texts: the texts of the special tokens, longest first.
     """
 
     @classmethod
     def from_metadata(cls, metadata: Metadata, n_vocab: int | None = None) -> "Tokenizer":
-        """The tokenizer of a file's Metadata; `n_vocab` is the number of rows of token_embd, None without weights.
+        """The tokenizer of a file's Metadata.
 
-        Raises GGUFError for a damaged vocabulary, UnsupportedModelError for a model or pre-tokenizer not known here.
+        n_vocab: the number of rows of token_embd; None without weights. Raises GGUFError for a damaged vocabulary,
+        UnsupportedModelError for a tokenizer model or a pre-tokenizer that is not supported.
         """
         return cls(metadata, n_vocab)
 
@@ -129,7 +137,10 @@ class Tokenizer:
         self.chat_template = metadata.string("tokenizer.chat_template", default=None) or None
 
     def _read_special(self, metadata, ids, file_type):
-        """What the file says of its special tokens, and what llama.cpp concludes from their texts."""
+        """Read the special tokens, from the file's keys and from their texts.
+
+        The rules for texts are those of llama.cpp.
+        """
         def special_id(name):
             return metadata.integer(f"tokenizer.ggml.{name}_token_id", 0, self.n_vocab - 1, default=None)
 
@@ -150,16 +161,23 @@ class Tokenizer:
         self.user_defined_texts = tuple(text for text, _ in self._user_defined)
 
     def _pairs(self, *types):
-        """(text, id) of the tokens of these types, the longest text first: the order in which they are cut out."""
+        """(text, id) of the tokens of these types, the longest text first.
+
+        Text is split at them in this order.
+        """
         ids = np.flatnonzero(np.isin(self.token_type, types)).tolist()
         return sorted(((self.tokens[token_id], token_id) for token_id in ids), key=lambda pair: -len(pair[0].encode()))
 
     def encode(self, text: str, add_bos: bool = False, parse_special: bool = False, escape: str | None = None
                ) -> list[int]:
-        """The ids of `text`, after BOS if wanted and not there already.
+        """Text -> token ids.
 
-        User-defined tokens in the text are always taken whole, control tokens only with `parse_special`. `escape` is a
-        character that keeps a special token plain text where it stands inside of it or behind it; it is then removed.
+        add_bos: put BOS first, unless the text begins with it. parse_special: encode the texts of control tokens as these
+        tokens; those of user-defined tokens always are. escape: a character that keeps the text of a special token plain
+        where it is inside of it or right after it; it is then removed.
+
+        Raises PydsaError if the text is too long, has a lone surrogate or a byte without a token, or if add_bos is set and
+        there is no BOS token.
         """
         if add_bos and self.bos_id is None:
             raise PydsaError(f"{self.path}: the vocabulary has no BOS token, expected a call with add_bos=False")
@@ -184,15 +202,23 @@ class Tokenizer:
         return self._bpe.encode(text).ids
 
     def decode(self, ids, skip_special: bool = False) -> str:
-        """The text of `ids`; what is no UTF-8 becomes U+FFFD; `skip_special` leaves the control tokens out."""
+        """Token ids -> text.
+
+        Bytes that are not UTF-8 become U+FFFD. skip_special: leave out the control tokens. Raises PydsaError for an id that
+        is not in the vocabulary.
+        """
         return b"".join(self.token_bytes(token_id, skip_special) for token_id in ids).decode(errors="replace")
 
     def decoder(self) -> "StreamDecoder":
-        """A decoder for ids that come one by one."""
+        """A new decoder for ids that arrive one by one."""
         return StreamDecoder(self)
 
     def token_bytes(self, token_id: int, skip_special: bool = False) -> bytes:
-        """What one token stands for; a character may be spread over several tokens."""
+        """The bytes of one token.
+
+        A character may be spread over several tokens. skip_special: b"" for a control token. Raises PydsaError for an id
+        that is not in the vocabulary.
+        """
         if not 0 <= token_id < self.n_vocab:
             raise PydsaError(f"the token id is {token_id}, expected 0 to {self.n_vocab - 1}")
         text, kind = self.tokens[token_id], self.token_type[token_id]
@@ -206,25 +232,29 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Text of ids that come one by one: whole characters as soon as they are complete, control tokens left out."""
+    """Decodes ids that arrive one by one, without control tokens.
+
+    A character is returned as soon as it is complete.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """The characters that `token_id` completes; '' where one is still open."""
+        """The characters that `token_id` completes, or ''."""
         return self._utf8.decode(self._tokenizer.token_bytes(token_id, skip_special=True))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that was never completed, else ''."""
+        """The rest at the end: U+FFFD for an incomplete character, else ''."""
         return self._utf8.decode(b"", final=True)
 
 
 def _partition(text, special, escape):
-    """`text` cut at each (token, id) of `special` in turn: a list of plain texts and ids.
+    """Split text at special tokens -> a list of plain texts and ids.
 
-    The order decides where two tokens overlap, as in llama.cpp: the first of the list, not the first in the text.
+    special: (text, id) of the tokens. Their order decides where two of them overlap, as in llama.cpp: the first in the
+    list is taken, not the first in the text.
     """
     parts = [text]
     for token, token_id in special:
@@ -235,7 +265,7 @@ def _partition(text, special, escape):
 
 
 def _cut(part, pattern, token_id):
-    """One part of the text with `token_id` in place of each match of `pattern`."""
+    """Split a part of the text at each match of pattern, the token's text."""
     if not isinstance(part, str):
         return [part]
     first, *rest = pattern.split(part)
@@ -244,7 +274,7 @@ def _cut(part, pattern, token_id):
 
 
 def _token_ids(tokens, path):
-    """Token text -> id."""
+    """{text of a token: id}."""
     ids = dict(zip(tokens, range(len(tokens))))
     if len(ids) != len(tokens):
         token_id = next(token_id for token_id, token in enumerate(tokens) if ids[token] != token_id)
@@ -259,7 +289,7 @@ def _token_ids(tokens, path):
 
 
 def _token_type(metadata, n_vocab):
-    """The type of each token, int64 [n_vocab]; all are normal where the file does not say."""
+    """The type of each token, int64 [n_vocab]; NORMAL if the file has none."""
     token_type = metadata.integers("tokenizer.ggml.token_type", default=None)
     if token_type is None:
         return np.full(n_vocab, NORMAL, np.int64)
@@ -273,7 +303,7 @@ def _token_type(metadata, n_vocab):
 
 
 def _merges(metadata, ids):
-    """The merges as pairs of tokens, the first to apply first."""
+    """The merges as pairs of tokens, in order of priority."""
     merges = metadata.strings("tokenizer.ggml.merges")
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     for rank, pair in enumerate(pairs):
@@ -286,16 +316,16 @@ def _merges(metadata, ids):
             raise GGUFError(f"{metadata.path}: merge {rank} is {quote(merges[rank])}, "
                             f"expected {quote(unknown)} to be a token")
     if len(set(pairs)) != len(pairs):
-        raise GGUFError(f"{metadata.path}: there are {len(pairs) - len(set(pairs))} merges twice, expected each once")
+        raise GGUFError(f"{metadata.path}: {len(pairs) - len(set(pairs))} merges are repeated, expected each once")
     return pairs
 
 
 def _bpe(ids, token_type, merges, regexes, ignore_merges):
-    """The `tokenizers.Tokenizer` of plain text."""
+    """The `tokenizers.Tokenizer` for plain text."""
     import tokenizers
     from tokenizers import models, pre_tokenizers
 
-    # With ignore_merges a piece that spells a control token would become it; plain text must never do that.
+    # With ignore_merges, a piece that spells a control token would become that token; plain text never may.
     tokens = list(ids)
     control = {tokens[token_id] for token_id in np.flatnonzero(np.isin(token_type, (UNKNOWN, CONTROL)))}
     control.difference_update(*((left, right, left + right) for left, right in merges))

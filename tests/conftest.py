@@ -1,4 +1,8 @@
-"""Fixtures of the test files: golden data, random models written once, models loaded once."""
+"""Fixtures: golden data, random models written once and loaded once.
+
+With PYDSA_TEST_AMX=emulated, AMX kernels run on a CPU without AMX (amx.py).
+"""
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,39 +11,32 @@ import pytest
 import pydsa
 from tools.make_model import ModelSpec, make_model
 
+if os.environ.get("PYDSA_TEST_AMX") == "emulated":
+    from tests.amx import install
+    install()
+
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
-# Widths that no vector register divides, and far fewer keys to attend to than tokens in the tests.
+pytest.register_assert_rewrite("helpers")
+
+# Widths that are no multiple of a vector register; top_k is far below the number of tokens in the tests.
 SMALL = dict(type="F32", n_embd=72, n_head=3, n_lora_q=40, n_lora_kv=56, n_nope=20, n_rot=12, n_v=28, n_ff=88, n_ff_exp=36,
              indexer_n_head=8, indexer_head_size=32, indexer_top_k=12, n_vocab=300, n_ctx=128)
-# What a simulated GPU runs in seconds.
-TINY = dict(n_layer=2, n_embd=32, n_head=2, n_lora_q=32, n_lora_kv=32, n_nope=32, n_rot=4, n_v=32, n_ff=32, n_expert=4, n_ff_exp=32,
-            n_expert_groups=0, indexer_n_head=3, indexer_head_size=8, indexer_top_k=3, n_ctx=64)
 
 
-def nmse(met, expected):
-    """Normalised squared error over the last axis: sum (met - expected)^2 / sum expected^2."""
-    met, expected = np.asarray(met, np.float64), np.asarray(expected, np.float64)
-    return ((met - expected) ** 2).sum(-1) / (expected ** 2).sum(-1)
-
-
-def random_ids(n, seed=0, n_vocab=300):
-    """n token ids."""
-    return np.random.default_rng(seed).integers(0, n_vocab, n).tolist()
-
-
-def greedy(session, logits, n):
-    """Append the likeliest token n times -> those tokens."""
-    tokens = []
-    for _ in range(n):
-        tokens.append(int(logits.argmax()))
-        logits = session.decode(tokens[-1])
-    return tokens
+@pytest.fixture
+def one_thread():
+    """One thread: on a busy machine two wait for each other."""
+    from pydsa.backends.cpu import threads
+    threads.set_threads(1)
 
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory):
-    """small_model(arch="glm-dsa", ...) -> the path of a random model: SMALL with other fields of ModelSpec."""
+    """small_model(arch="glm-dsa", ...) -> the path of a random model.
+
+    The arguments replace fields of SMALL.
+    """
     paths = {}
 
     def make(**spec):
@@ -52,7 +49,10 @@ def small_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def golden():
-    """golden("ds32-f32") -> (path, {"tokens", "exact", "llama_cpp", "llama_cpp_greedy"})."""
+    """golden("ds32-f32") -> (path, arrays).
+
+    The arrays are "tokens", "exact", "llama_cpp" and "llama_cpp_greedy".
+    """
     arrays = {}
 
     def read(name):
@@ -65,9 +65,9 @@ def golden():
 
 @pytest.fixture(scope="session")
 def load():
-    """pydsa.load, once for each path and options.
+    """pydsa.load, called once for each path and options.
 
-    By default the caches round nothing, and one thread works: on a busy machine two wait for each other.
+    By default caches are float32, which rounds nothing, and there is one thread: on a busy machine two wait for each other.
     """
     models = {}
 

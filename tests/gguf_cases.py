@@ -1,4 +1,4 @@
-"""Small GGUF files put together byte by byte, and the ways to get them wrong."""
+"""Small GGUF files built byte by byte, sound and malformed."""
 import struct
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
@@ -13,7 +13,7 @@ def u64(value):
 
 
 def text(value, length=None):
-    """A GGUF string; `length` is the one that is written, if it is not to be the true one."""
+    """A GGUF string; `length` replaces the true length."""
     data = value.encode() if isinstance(value, str) else value
     return u64(len(data) if length is None else length) + data
 
@@ -31,13 +31,13 @@ def alignment(value):
 
 
 def info(name, ne, type_id=0, offset=0, n_dims=None):
-    """A tensor info; ne in ggml's order."""
+    """A tensor info; ne is in ggml's order."""
     dims = b"".join(map(u64, ne))
     return text(name) + u32(len(ne) if n_dims is None else n_dims) + dims + u32(type_id) + u64(offset)
 
 
 def gguf(kvs=(), infos=(), data=b"", magic=b"GGUF", version=3, n_tensors=None, n_kv=None, align=32):
-    """A whole file; the counts are true unless given."""
+    """A whole file; the counts are the true ones unless given."""
     n_tensors = len(infos) if n_tensors is None else n_tensors
     n_kv = len(kvs) if n_kv is None else n_kv
     header = magic + u32(version) + u64(n_tensors) + u64(n_kv) + b"".join(kvs) + b"".join(infos)
@@ -50,7 +50,10 @@ def split_kvs(number, count, n_tensors):
 
 
 def sample():
-    """A sound file with a value of every type and three tensors, [2, 4] F32, [1] I8 and [3, 32] Q8_0."""
+    """A sound file with a value of every type and three tensors.
+
+    The tensors are [2, 4] F32, [1] I8 and [3, 32] Q8_0.
+    """
     kvs = [
         kv("general.architecture", STRING, text("deepseek32")), alignment(32),
         kv("u8", U8, b"\xff"), kv("i8", I8, b"\xff"), kv("u16", U16, b"\xfe\xff"), kv("i16", I16, b"\xfe\xff"),
@@ -69,7 +72,7 @@ def sample():
 ONE = [info("a", [4, 2])]
 EIGHT_FLOATS = bytes(32)
 HUGE = 2**63 - 64
-MALFORMED = {    # name: the file, and what the error must say
+MALFORMED = {    # name: (file, pattern of the error)
     # header
     "magic": (gguf(magic=b"GGML"), "starts with b'GGML', expected b'GGUF'"),
     "not a GGUF": (b"version https://git-lfs.github.com/spec/v1", "not a GGUF file"),

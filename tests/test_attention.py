@@ -1,14 +1,17 @@
-"""Attention beside the reference: every type of cache, dense, masked and sparse, short and long, on one thread and on two."""
+"""Attention against the reference, for every cache type.
+
+Dense, masked and sparse; short and long contexts; one thread and two.
+"""
 import numpy as np
 import pytest
-from backends import choose, kernels
-from test_ops import (Rows, bound_of_tiles, close, compare, integers, last_positions, needs_two, normal, one_thread, rng,  # noqa: F401
-                      run, with_threads)
+from helpers import (Rows, bound_of_tiles, choose, close, compare, integers, kernels, last_positions, needs_two, normal, run, some_keys,
+                     with_threads)
 
 from pydsa.quants import CACHE_TYPES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = choose([(3, 21, 16)], [(1, 37, 29), (3, 40, 32), (4, 17, 16), (16, 96, 64)])      # heads, width, n_v
-TILES = choose([(17, 40, 32)], [])      # for the GPU's tensor cores, which take whole numbers only
+TILES = choose([(17, 40, 32)], [])      # for the GPU's tensor cores, which take integer caches only
 CONTEXTS = choose([(1, 1), (2, 13)], [(1, 1), (1, 32), (2, 33), (7, 31), (7, 100), (33, 33), (33, 97)])     # n_tokens, n_kv
 
 
@@ -17,25 +20,18 @@ def attention_inputs(n_tokens, n_kv, shape, kv_type="f32"):
     return normal(n_tokens, n_head, width), Rows(normal(n_kv, width), kv_type, n_v), last_positions(n_tokens, n_kv)
 
 
-def some_keys(positions, k):
-    """Keys of each token's past, ascending, -1 after them: any, none, the latest, the earliest, any, ..."""
-    indices = np.full((len(positions), k), -1, np.int32)
-    for t, position in enumerate(positions):
-        past = np.arange(position + 1)
-        order = [rng(t).permutation(past), past[:0], past[::-1], past][t % 4][:k - t % 3]
-        indices[t, :order.size] = np.sort(order)
-    return indices
-
-
 def ops(positions, mask, indices):
-    """The attention ops and their arguments between the latents and the scale."""
+    """The attention ops, with their arguments between latents and scale."""
     return {"dense_attention": [positions], "masked_attention": [mask, positions], "sparse_attention": [indices]}.items()
 
 
 @pytest.mark.parametrize("kv_type", CACHE_TYPES)
 @pytest.mark.parametrize("n_tokens, n_kv", CONTEXTS)
 def test_attention(n_tokens, n_kv, kv_type):
-    """All three beside the reference; and beside each other where they look at the same keys."""
+    """The three ops agree with the reference, and with each other.
+
+    They agree with each other where they attend to the same keys.
+    """
     for shape in SHAPES if n_tokens == 1 or not CACHE_TYPES[kv_type].scaled else [*SHAPES, *TILES]:
         q, latents, positions = attention_inputs(n_tokens, n_kv, shape, kv_type)
         out = (n_tokens, shape[0], shape[2])
@@ -50,14 +46,17 @@ def test_attention(n_tokens, n_kv, kv_type):
         sparse = compare("sparse_attention", out, q, latents, chosen, scale)
         mask = run(kernels, "scatter_mask", [(n_tokens, n_kv + 3)], chosen, positions)
         assert close(compare("masked_attention", out, q, latents, mask, positions, scale), sparse, bound)
-        assert np.isfinite(sparse).all() and not sparse[1:2].any()      # the token without a key
+        assert np.isfinite(sparse).all() and not sparse[1:2].any()      # the token that chooses no key
         compare("masked_attention", out, q, latents, np.where(mask == 0, normal(*mask.shape), mask), positions, scale)
 
 
 @pytest.mark.parametrize("kv_type", choose(["f32"], ["f32", "f16", "i8"]))
 @pytest.mark.parametrize("size", [1, 2.0 ** 10, 2.0 ** 100])
 def test_attention_of_large_logits(size, kv_type):
-    """Whole numbers, so that float32 loses nothing: sharp softmaxes, equal greatest logits, none that overflows."""
+    """Sharp softmaxes, ties of the largest logit, and no overflow.
+
+    Inputs are integers, so that float32 is exact.
+    """
     n, n_kv = choose((2, 20), (7, 100))
     q, rows, positions = integers(-2, 2, n, 4, 24) * np.float32(size), Rows(integers(-2, 2, n_kv, 24), kv_type), last_positions(n, n_kv)
     mask = np.where(integers(0, 1, n, n_kv + 3) > 0, 0, -np.inf).astype(np.float32)
@@ -67,7 +66,7 @@ def test_attention_of_large_logits(size, kv_type):
 
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "i16", "i8"])
 def test_attention_sees_no_future(kv_type):
-    """Rows after a token's position, whatever they hold, change nothing."""
+    """Cache rows after a token's position have no influence."""
     n, n_kv = choose((2, 11), (7, 50))
     q, rows, positions = attention_inputs(n, n_kv, (3, 40, 32), kv_type)
     poisoned = rows._replace(values=np.concatenate([rows.values, np.full((9, 40), np.nan, np.float32)]))

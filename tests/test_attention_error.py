@@ -1,4 +1,7 @@
-"""tools/attention_error.py: what the types of cache cost, under the same indices, is what the README says."""
+"""tools/attention_error.py: the error of each cache type.
+
+It is measured under the same indices, and is the figure in the README.
+"""
 import json
 
 import pytest
@@ -9,7 +12,10 @@ from tools.attention_error import errors, main
 
 @pytest.mark.parametrize("heads, keys", [(16, 512), (5, 100)])
 def test_errors(heads, keys):
-    """1e-5 is asked of the kernels; caches of 16 bits keep it with their own rounding too, i16 as well as f16."""
+    """Every cache type keeps its bound of the error.
+
+    The bound of 1e-5 is asked of the kernels; 16-bit caches keep it with their own rounding included, i16 as well as f16.
+    """
     rows = {row["cache"]: row for row in errors(heads, keys, 1.0, tokens=2)}
     assert all(row["NMSE from the same rows"] < 2e-7 for row in rows.values())
     assert rows["f32"]["NMSE"] < 1e-12 < rows["i16"]["NMSE"] < 2e-7

@@ -1,10 +1,10 @@
-"""Chat prompts: the format of DeepSeek V3.2 to the letter, templates in their sandbox, and text that stays text."""
+"""Chat prompts: DeepSeek V3.2's format, and text that stays text."""
 import json
 
 import pytest
+from chat_cases import GLM, GLM_TEMPLATE, QUESTION, SYSTEM, TOOL, small, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokenizer import small
 
 from pydsa.chat import Guard, encode_chat
 from pydsa.errors import PydsaError, UnsupportedModelError
@@ -13,69 +13,13 @@ from pydsa.tokenizer import CONTROL, USER_DEFINED
 V32 = {"<｜begin▁of▁sentence｜>": CONTROL, "<｜end▁of▁sentence｜>": CONTROL, "<｜User｜>": CONTROL,
        "<｜Assistant｜>": CONTROL, "<think>": USER_DEFINED, "</think>": USER_DEFINED, "｜DSML｜": USER_DEFINED,
        "ö": USER_DEFINED}
-GLM = {"[gMASK]": CONTROL, "<sop>": CONTROL, "<|endoftext|>": CONTROL, "<|system|>": CONTROL, "<|user|>": CONTROL,
-       "<|assistant|>": CONTROL, "<|observation|>": CONTROL, "<think>": USER_DEFINED, "</think>": USER_DEFINED,
-       "<tool_call>": USER_DEFINED, "</tool_call>": USER_DEFINED}
-GLM_TEMPLATE = """[gMASK]<sop>
-{%- if tools -%}
-<|system|>
-# Tools
-{% for tool in tools %}
-{{ tool | tojson(ensure_ascii=False) }}
-{% endfor %}
-{%- endif -%}
-{%- set ns = namespace(last=-1) -%}
-{%- for m in messages if m.role == 'user' -%}
-    {%- set ns.last = messages.index(m) -%}
-{%- endfor -%}
-{%- for m in messages -%}
-{%- if m.role == 'user' -%}<|user|>
-{{ m.content }}
-{%- elif m.role == 'system' -%}<|system|>
-{{ m.content }}
-{%- elif m.role == 'tool' -%}
-    {%- if loop.first or messages[loop.index0 - 1].role != 'tool' -%}<|observation|>{%- endif %}
-
-<tool_response>{{ m.content }}</tool_response>
-{%- elif m.role == 'assistant' -%}<|assistant|>
-    {%- set answer = m.content.split('</think>')[-1] -%}
-    {%- set thought = m.content.split('</think>')[0].split('<think>')[-1] if '</think>' in m.content else '' %}
-
-{{ '<think>' ~ thought.strip() ~ '</think>' if loop.index0 > ns.last and thought else '</think>' }}
-{{- answer.strip() }}
-    {%- for call in m.tool_calls or [] -%}
-        {%- set call = call.function %}
-<tool_call>{{ call.name }}
-        {%- for key, value in call.arguments.items() %}
- {{ key }}={{ value if value is string else value | tojson }}
-        {%- endfor -%}
-</tool_call>
-    {%- endfor -%}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-<|assistant|>{{ '' if enable_thinking else '</think>' }}
-{%- endif -%}"""
-SYSTEM = {"role": "system", "content": "Be brief."}
-QUESTION = {"role": "user", "content": "1+1=?"}
 ANSWER = {"role": "assistant", "content": "2", "reasoning_content": "Easy."}
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "città": {}}}}
 CALLS = [{"type": "function", "function": {"name": "weather", "arguments": '{"city": "Köln", "days": [1, 2]}'}},
          {"type": "function", "function": {"name": "now", "arguments": {}}}]
 
 
 def v32_tokenizer(**keys):
     return small(V32, [], bos_token_id=256 - 1, eos_token_id=256, **{"add_bos_token": True, **keys})
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def render(template, messages=(QUESTION,), tokenizer=None, **options):
-    """The text of a prompt by a template, without BOS."""
-    tokenizer = tokenizer or small(GLM, [], eos_token_id=256 + 2)
-    return tokenizer.decode(encode_chat(tokenizer, list(messages), template=template, **options))
 
 
 # DeepSeek V3.2
@@ -183,7 +127,7 @@ def test_bos_in_a_message_is_text():
     assert tokenizer.decode(ids[1:]) == "<｜begin▁of▁sentence｜>"
 
 
-# Text of people and tools
+# Text of users and tools
 
 def special_ids(tokenizer, ids):
     markup = {text for text in tokenizer.control_texts + tokenizer.user_defined_texts if len(text) > 1}
@@ -191,7 +135,7 @@ def special_ids(tokenizer, ids):
 
 
 def conversations(special):
-    """Messages whose texts are made of special tokens, of pieces of them, and of other text."""
+    """Messages made of special tokens, pieces of them, and other text."""
     cuts = sorted({text[start:stop] for text in special for start in range(len(text))
                    for stop in range(start + 1, len(text) + 1)})
     text = st.lists(st.sampled_from(sorted(special)) | st.sampled_from(cuts) | st.text(max_size=3)).map("".join)
@@ -293,7 +237,7 @@ def test_noncharacters_are_kept():
         encode_chat(tokenizer, [user(every)])
 
 
-# Messages of another form
+# Malformed messages
 
 @pytest.mark.parametrize("messages, expected", [
     ([], "the messages are \\[\\], expected a list of dicts"),

@@ -1,15 +1,23 @@
-"""Chat templates in their sandbox: what they may use, and what ends one that is broken or hostile."""
+"""Chat templates in their sandbox: what they may use, what ends them.
+
+A broken or hostile template is stopped with an error.
+"""
 import sys
 
 import pytest
-from test_chat import GLM, GLM_TEMPLATE, QUESTION, SYSTEM, TOOL, render, user
-from test_tokenizer import small
+from chat_cases import GLM, GLM_TEMPLATE, QUESTION, SYSTEM, TOOL, small, user
 
 from pydsa import template as templates
 from pydsa.chat import encode_chat
 from pydsa.errors import PydsaError, UnsupportedModelError
 from pydsa.template import MAX_TEMPLATE, MAX_TEXT
 from pydsa.tokenizer import CONTROL
+
+
+def render(template, messages=(QUESTION,), tokenizer=None, **options):
+    """The text of the prompt that a template makes, without BOS."""
+    tokenizer = tokenizer or small(GLM, [], eos_token_id=256 + 2)
+    return tokenizer.decode(encode_chat(tokenizer, list(messages), template=template, **options))
 
 
 @pytest.mark.parametrize("messages, options, expected", [

@@ -1,4 +1,7 @@
-"""tools/check_gpu.py: how stages end, what is left of a run that was cut short, and that every command exists."""
+"""tools/check_gpu.py: how stages end, and what a run leaves behind.
+
+Every command of its stages exists.
+"""
 import sys
 
 import pytest
@@ -21,7 +24,10 @@ def test_how_a_stage_ends(tmp_path, command, optional, ended):
 
 
 def test_a_run_leaves_a_report(tmp_path, monkeypatch):
-    """Stages in their order, each with its share of the time; those for which none is left are left out."""
+    """Stages run in order, each within its share of the time.
+
+    Those for which no time is left are left out.
+    """
     stages = ("first", SAY), ("second", FAIL), ("long", SLEEP), ("late", SAY)
     monkeypatch.setattr(check_gpu, "STAGES", [Stage(name, command, 1) for name, command in stages])
     done = CliRunner().invoke(main, [str(tmp_path / "out"), "--minutes", "0.06"])
@@ -32,7 +38,10 @@ def test_a_run_leaves_a_report(tmp_path, monkeypatch):
 
 
 def test_stages_ask_for_what_there_is():
-    """`pydsa` knows the options: it shows its help for --help, which it would refuse beside an unknown one."""
+    """`pydsa` knows every option of the stages.
+
+    It shows its help for --help, which it would refuse beside an unknown option.
+    """
     names = [stage.name for stage in STAGES]
     assert len(set(names)) == len(names)
     for stage in STAGES:

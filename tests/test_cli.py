@@ -1,4 +1,4 @@
-"""The command line: what goes to stdout, what to stderr, exit codes, and the chat on a terminal."""
+"""The command line: stdout, stderr, exit codes, chat on a terminal."""
 import json
 import os
 import re
@@ -69,7 +69,7 @@ def test_system_message_changes_the_prompt(model):
     (["run", "MODEL", "-p", ""], "The prompt is empty"),
     (["run", "DENSE", "-p", "x", "--attention", "sparse"], "has no indexer"),
     (["run", "DENSE", "-p", "x", "--dsa-top-k", "5"], "has no indexer"),
-    (["bench", "MODEL", "-p", "many"], "whole numbers"),
+    (["bench", "MODEL", "-p", "many"], "expected integers"),
     (["bench", "MODEL", "-p", "0", "-n", "0"], "nothing to time"),
     (["bench", "MODEL", "--attention", "some"], "attention is 'some'"),
     (["info", __file__], "not a GGUF file"),
@@ -104,7 +104,7 @@ def test_bench_rows(model):
             n_bytes, bandwidth, limit, share = limits
             assert limit == pytest.approx(bandwidth * 1e9 / n_bytes) and share == pytest.approx(row["avg_ts"] / limit)
     shallow, deep = ([r["bytes_per_token"] for r in rows if r["n_gen"] and r["n_depth"] == depth] for depth in (0, 70))
-    assert 1e6 < max(shallow) < min(deep) and deep[0] < deep[1]     # sparse attention reads less of the cache than masked
+    assert 1e6 < max(shallow) < min(deep) and deep[0] < deep[1]     # sparse attention reads less of the cache than masked does
 
 
 def test_bench_forms(model):
@@ -190,7 +190,10 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def expect(self, pattern, seconds=120):
-        """Read until the pattern is met in what came since the last one -> the text up to there."""
+        """Read until the pattern matches, and return the text up to there.
+
+        Matching starts after the previous match.
+        """
         end = time.monotonic() + seconds
         while (match := re.search(pattern, self.text)) is None:
             assert select.select([self.fd], [], [], max(0, end - time.monotonic()))[0], f"{pattern!r} did not come: {self.text!r}"

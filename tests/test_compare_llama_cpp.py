@@ -1,4 +1,7 @@
-"""The comparison with llama.cpp: its measures, its messages, and, where llama-cpp-python is installed, itself."""
+"""tools/compare_llama_cpp.py: its measures, messages and tables.
+
+The comparison itself runs where llama-cpp-python is installed.
+"""
 
 import re
 import sys
@@ -27,7 +30,7 @@ def test_differences():
     assert found["largest difference"] == pytest.approx([0, 0, 3, 2, 0], rel=1e-5)
     assert found["KL divergence"][[0, 1, 4]] == pytest.approx(0, abs=1e-12)
     assert found["KL divergence"][2] > 0.01
-    assert found["KL divergence"][3] == pytest.approx(0, abs=1e-6)    # a shift of all logits changes nothing
+    assert found["KL divergence"][3] == pytest.approx(0, abs=1e-6)    # the divergence does not depend on a shift of all logits
 
 
 def test_perplexity():
@@ -66,7 +69,7 @@ def test_options_of_the_other_comparison(tmp_path, args, message):
 
 
 class Recorder:
-    """A session that remembers what it was asked."""
+    """A session that records its calls."""
 
     def __init__(self, name, calls):
         self.name, self.calls, self.n_past = name, calls, 0
@@ -85,14 +88,14 @@ class Recorder:
 def test_engines_take_turns():
     calls, ids = [], np.arange(20)
     best_seconds([Recorder("p", calls), Recorder("l", calls)], ids, (4, 0, 6), 2)
-    assert calls == ["p0+6", "l0+6"] + ["p6+4", "l6+4"] * 3      # the depth; then a warm-up and two that count
+    assert calls == ["p0+6", "l0+6"] + ["p6+4", "l6+4"] * 3      # the depth; then a warm-up and two timed runs
     calls.clear()
     best_seconds([Recorder("p", calls), Recorder("l", calls)], ids, (0, 2, 0), 1)
     assert calls == ["p0+1", "p1+1", "l0+1", "l1+1"] * 2
 
 
 def test_the_best_time_counts_and_the_first_does_not(load, small_model, monkeypatch):
-    seconds = iter([1.0, 0.5, 8.0, 4.0, 2.0, 5.0])       # by turns
+    seconds = iter([1.0, 0.5, 8.0, 4.0, 2.0, 5.0])       # of the two sessions, alternating
     monkeypatch.setattr(llama_cpp_speed, "time_test", lambda *args: next(seconds))
     monkeypatch.setattr(llama_cpp_speed, "LlamaSession", lambda peer: Recorder("l", []))
     rows = list(compare_speed(load(small_model(), device="reference"), None, Bench([16], [], [0], 2)))
@@ -111,7 +114,10 @@ def test_conditions(load, small_model, monkeypatch):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kind", ["F32", "Q4_K_M"])
 def test_llama_cpp_agrees_with_itself(tmp_path, arch, kind):
-    """It loads what make_model writes; a batch and single tokens give the same logits, if the weights are exact."""
+    """llama.cpp loads what make_model writes.
+
+    A batch and single tokens give the same logits, if the weights are exact.
+    """
     pytest.importorskip("llama_cpp")
     peer = LlamaCpp(make_model(tmp_path / "model.gguf", ModelSpec(arch=arch, type=kind)), 256, threads=2)
     ids = np.random.default_rng(0).integers(3, peer.n_vocab - 4, 100).tolist()
@@ -130,7 +136,7 @@ def test_llama_cpp_cannot_load(tmp_path):
         LlamaCpp(tmp_path / "model.gguf", 256)
 
 
-# llama.cpp does not read YaRN's log multiplier for glm-dsa, whose published models have no YaRN
+# llama.cpp does not read YaRN's log multiplier for glm-dsa; its published models have no YaRN.
 OPTIONS = {"glm-dsa": dict(rope_scaling="absent", freq_base=1e6)}
 
 
@@ -158,7 +164,10 @@ def test_speed(tmp_path, arch):
 
 
 def test_a_llama_session_goes_back(tmp_path):
-    """After a detour the same tokens give the same logits, so truncate leaves nothing behind."""
+    """truncate leaves nothing behind in llama.cpp's context.
+
+    The same tokens give the same logits after a detour.
+    """
     pytest.importorskip("llama_cpp")
     peer = LlamaCpp(make_model(tmp_path / "model.gguf", ModelSpec(type="F32")), 256, threads=1, fast=True)
     session, ids = LlamaSession(peer), np.random.default_rng(0).integers(3, 500, 120)

@@ -1,27 +1,29 @@
-"""Costs: what a step reads and computes, against figures counted by hand; and the measured ceilings beside them."""
+"""Costs of a step against counts by hand, and measured ceilings."""
 import inspect
 from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
-from conftest import random_ids
-from test_house import FUNCTIONS, NOT_OPS
+from helpers import random_ids
 
 from pydsa import costs
 from pydsa.backends import cpu, reference
 from pydsa.backends.cpu import ceilings as measured
 from pydsa.bench import _op_costs, bytes_per_token
-from pydsa.costs import Step, node_cost, step_cost
-from pydsa.model import ModelPlan
+from pydsa.costs import StepSize, node_cost, step_cost
+from pydsa.graph import Graph
+from pydsa.model import Setup
 
-# The floats of conftest.SMALL's matrices and vectors, layer by layer; 3 layers, of which 1 is dense, 2 of 8 experts and a shared one.
+OPS = sorted(name for name in vars(Graph) if not name.startswith("_") and name not in ("value", "last_rows"))
+
+# Numbers of float32 weights of conftest.SMALL. It has 3 layers: 1 dense, 2 with 8 experts (2 used) and a shared one.
 ATTENTION = 72 * 40 + 40 + 72 * 68 + 56 + 40 * 3 * 32 + 3 * 56 * 20 + 3 * 28 * 56 + 3 * 28 * 72 + 2 * 72
 INDEXER_KEY = 72 * 32 + 2 * 32
 INDEXER = INDEXER_KEY + 40 * 8 * 32 + 72 * 8
 DENSE, EXPERT, ROUTER = 3 * 72 * 88, 3 * 72 * 36, 72 * 8 + 8
 HEAD = 300 * 72 + 72
-FLOATS = 72 + 3 * ATTENTION + DENSE + 2 * (ROUTER + 3 * EXPERT) + HEAD      # without indexers; 72: a row of the embedding
+FLOATS = 72 + 3 * ATTENTION + DENSE + 2 * (ROUTER + 3 * EXPERT) + HEAD      # without indexers; the first 72: a row of the embedding
 LATENT, KEY = 68 * 2, 32 + 4        # bytes of cache rows: float16; int8 and a scale
 
 
@@ -49,13 +51,16 @@ def test_a_matrix_that_is_embedding_and_output_is_read_once(small_model, load):
 
 
 def nodes_by_name(planned, path):
-    return {node.name or node.args[0].name: node for node in planned.plans[path].graph.nodes}
+    return {node.name or node.args[0].name: node for node in planned.layouts[path].graph.nodes}
 
 
 def test_operations_and_bytes_of_nodes(small_model):
-    """Five tokens after ten: top_k, 12, cuts off keys of the last three. Caches are float32 here, rows of 68 and 32 values."""
-    planned = ModelPlan(small_model(), attention="sparse", kv_type="f32", n_ctx=100)
-    step, nodes = Step(5, 10, planned.cache_row_bytes), nodes_by_name(planned, "sparse")
+    """Costs of single nodes, for five tokens after ten.
+
+    top_k, 12, leaves out keys of the last three tokens. Caches are float32, with rows of 68 and 32 values.
+    """
+    planned = Setup(small_model(), attention="sparse", kv_type="f32", n_ctx=100)
+    step, nodes = StepSize(5, 10, planned.cache_row_bytes), nodes_by_name(planned, "sparse")
     pairs, chosen = 11 + 12 + 13 + 14 + 15, 11 + 12 + 12 + 12 + 12
     expected = {        # weights, cache, values, operations
         "inp_embd": (5 * 72 * 4, 0, 5 * 72 * 4, 0),
@@ -68,17 +73,17 @@ def test_operations_and_bytes_of_nodes(small_model):
         "indexer_top_k-0": (0, 15 * 32 * 4, 0, 2 * pairs * 8 * 33),
         "kqv-0": (0, 12 * 68 * 4, 0, 2 * chosen * 3 * (68 + 56)),
         "ffn_moe_weights-1": (8 * 4, 0, 5 * (2 + 2 + 8) * 4, 0),
-        "ffn_moe_swiglu-1": (2 * 2 * 72 * 36 * 4, 0, 0, 2 * 5 * 2 * 2 * 72 * 36),       # at least the experts of one token
+        "ffn_moe_swiglu-1": (2 * 2 * 72 * 36 * 4, 0, 0, 2 * 5 * 2 * 2 * 72 * 36),       # a lower bound: the experts of one token
         "ffn_moe_out-1": (2 * 72 * 36 * 4, 0, 0, 2 * 5 * 2 * 72 * 36),
     }
     assert {name: tuple(node_cost(nodes[name], step)) for name in expected} == expected
-    write = next(n for n in planned.plans["sparse"].graph.nodes if n.op == "cache_write")
-    assert node_cost(write, step).values == 5 * (68 + 68) * 4 + 5 * 8      # and the positions
+    write = next(n for n in planned.layouts["sparse"].graph.nodes if n.op == "cache_write")
+    assert node_cost(write, step).values == 5 * (68 + 68) * 4 + 5 * 8      # the 8 bytes are a position
 
 
 def test_masked_attention_reads_every_key(small_model):
-    planned = ModelPlan(small_model(), attention="masked", kv_type="f32", n_ctx=100)
-    step, nodes = Step(5, 10, planned.cache_row_bytes), nodes_by_name(planned, "masked")
+    planned = Setup(small_model(), attention="masked", kv_type="f32", n_ctx=100)
+    step, nodes = StepSize(5, 10, planned.cache_row_bytes), nodes_by_name(planned, "masked")
     pairs = 11 + 12 + 13 + 14 + 15
     assert node_cost(nodes["kqv-0"], step) == (0, 15 * 68 * 4, 0, 2 * pairs * 3 * (68 + 56))
     assert node_cost(nodes["indexer_score-0"], step) == (0, 15 * 32 * 4, 0, 2 * pairs * 8 * 33)
@@ -87,30 +92,30 @@ def test_masked_attention_reads_every_key(small_model):
 
 @pytest.mark.parametrize("n_tokens, n_past", [(1, 0), (1, 99), (7, 0), (7, 5), (30, 3), (30, 50)])
 def test_pairs(n_tokens, n_past):
-    step = Step(n_tokens, n_past, {})
+    step = StepSize(n_tokens, n_past, {})
     for most in (1, 6, 12, step.n_kv, 1000):
         assert step.pairs(most) == sum(min(most, n_past + t + 1) for t in range(n_tokens))
 
 
 def test_experts_are_counted_from_the_ids(small_model, load):
-    """Many tokens use all eight; one uses two."""
-    session = load(small_model(), kv_type="f32").session()
-    expert = EXPERT * 4 // 3        # bytes of one of its matrices
+    """Many tokens use all eight experts; one token uses two."""
+    model = load(small_model(), kv_type="f32")
+    session, expert = model.session(), EXPERT * 4 // 3        # bytes of one matrix of an expert
     for n, distinct in ((60, 8), (1, 2)):
-        found, quantized = _op_costs(session, np.array(random_ids(n)))
-        assert not quantized        # it is an F32 model
+        found, quantized = _op_costs(model, session, np.array(random_ids(n)))
+        assert not quantized        # the model is F32
         assert found["moe_gate_up"].weights == 2 * 2 * distinct * expert
         assert found["moe_down"].weights == 2 * distinct * expert
         assert found["moe_down"].operations == 2 * n * 2 * 2 * 72 * 36
 
 
 def test_a_step_is_the_sum_of_its_nodes(small_model):
-    planned = ModelPlan(small_model(), attention="sparse")
-    nodes, step = planned.plans["sparse"].graph.nodes, Step(5, 10, planned.cache_row_bytes)
+    planned = Setup(small_model(), attention="sparse")
+    nodes, step = planned.layouts["sparse"].graph.nodes, StepSize(5, 10, planned.cache_row_bytes)
     assert step_cost(nodes, step) == tuple(map(sum, zip(*(node_cost(node, step) for node in nodes))))
 
 
-@pytest.mark.parametrize("op", sorted(FUNCTIONS - NOT_OPS))
+@pytest.mark.parametrize("op", OPS)
 def test_every_op_has_a_cost(op):
     mine, theirs = (list(inspect.signature(getattr(module, op)).parameters) for module in (costs, reference))
     assert mine == ["s", "args"] or mine == ["s", *theirs]

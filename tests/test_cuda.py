@@ -1,6 +1,6 @@
-"""The CUDA backend without a GPU: every kernel compiled; ops and whole models by its PTX (tests/ptx), and in Numba's simulator.
+"""The CUDA backend without a GPU, and with one (`pytest -m gpu`).
 
-`pytest -m gpu` runs them on a real GPU.
+Without a GPU every kernel is compiled. Ops and whole models run as PTX (tests/ptx) and in Numba's simulator.
 """
 import importlib.util
 import os
@@ -10,18 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, greedy, nmse
+from helpers import TINY, greedy, nmse
 
 import pydsa
 from pydsa.errors import PydsaError
-from pydsa.model import ModelPlan
+from pydsa.model import Setup
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
 OPS = ["test_ops.py", "test_whole_tiles.py", "test_attention.py", "test_mha.py", "test_top_k.py", "test_int8_keys.py", "test_quants.py"]
-OF_CPU = ("threads or exp or half or block_sizes or sampled or golden or chunks or vectors_are_unpacked or any_ or planned or 2_gib or "
-          "prompts_take or left_out or laid")
-# the slowest in the simulator, whose kernels other tests run there too
+# tests of the CPU backend or of the host, left out here
+OF_CPU = ("threads or exp_of or half or block_sizes or sampled or golden or ubatches or vectors_are_unpacked or any_ or counted or 2_gib or "
+          "prompts_take or left_out or packed_latent")
+# the slowest tests in the simulator; other tests cover their kernels there
 SLOW_SIMULATED = ("(head_linear and 256) or 2-13 or logits or no_future or 3-100 or do_not_mix or mha_sparse_attention or "
                   "test_experts")
 
@@ -32,20 +33,23 @@ def gpu_is_there():
 
 
 def start_python(*args, device="cuda", simulated=True):
-    """A process that has the CUDA backend for its own, in the simulator or not."""
+    """Start a process whose backend under test is the CUDA backend."""
     env = os.environ | {"PYDSA_TEST_DEVICE": device, "NUMBA_ENABLE_CUDASIM": "1" if simulated else "0", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, *args], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def result(process):
-    """What it wrote to stdout; it must not have failed."""
+    """The stdout of a process, which must not have failed."""
     out, errors = process.communicate()
     assert process.returncode == 0, out[-5000:] + errors[-5000:]
     return out
 
 
 def test_kernels_compile(capsys):
-    """None spills registers or keeps sums in local memory, where ptxas is found; what they use is printed."""
+    """No kernel spills registers or keeps sums in local memory.
+
+    This is checked where ptxas is installed. Registers and memory of the kernels are printed.
+    """
     capabilities = ("80", "90")
     for capability, process in [(c, start_python("tools/cuda_ptx.py", "--cc", c, simulated=False)) for c in capabilities]:
         table = result(process)
@@ -55,7 +59,10 @@ def test_kernels_compile(capsys):
 
 
 def test_ops():
-    """The tests of ops that the CPU's kernels pass, with fewer and smaller shapes: as PTX, and in the simulator at the same time."""
+    """The tests of ops on the CUDA backend, with fewer and smaller shapes.
+
+    They run as PTX and in the simulator at the same time.
+    """
     files = [f"tests/{name}" for name in OPS]
     as_ptx = start_python("-m", "pytest", "-q", "-x", *files, "-k", f"not ({OF_CPU})", device="ptx", simulated=False)
     simulated = start_python("-m", "pytest", "-q", "-x", *files, "-k", f"not ({OF_CPU} or {SLOW_SIMULATED})")
@@ -81,13 +88,13 @@ with np.errstate(all="ignore"):
     logits = [session.prefill(ids[:6]), *map(session.decode, ids[6:])]
     session.save(path + ".session")
     other.load(path + ".session")
-if as_ptx:      # which is faster
-    # launched, recorded and launched at once, launched at once
+if as_ptx:      # the simulator is too slow for it
+    # the first token: kernel by kernel; the second: recorded and replayed; the third: replayed
     assert [driver.counts[name] for name in ("cuGraphInstantiate", "cuGraphLaunch")] == [1, 2]
     other.truncate(8)
-    one_by_one = other.prefill(ids[8:], observe=lambda node, arrays: None)      # not in fewer launches
+    one_by_one = other.prefill(ids[8:], observe=lambda node, arrays: None)      # kernel by kernel, not fused
     difference = ((one_by_one - logits[-1]) ** 2).sum() / (one_by_one ** 2).sum()
-    assert difference <= 1e-7, difference     # sums in another order; now and then a number is rounded to the next
+    assert difference <= 1e-7, difference     # sums in another order; a value may round to its neighbour
     other.load(path + ".session")
 for ref, cache in session._caches.items():
     assert np.array_equal(cache.stored(12), other._caches[ref].stored(12)) and cache.stored(7).any(), ref
@@ -98,7 +105,10 @@ print(*(float(((a - b) ** 2).sum() / (b ** 2).sum()) for a, b in zip(logits, exp
 @pytest.mark.parametrize("attention, kv_type, spec", [
     ("sparse", "f32", {"type": "F32"}), ("masked", "f32", {"type": "Q8_0", "arch": "glm-dsa"}), ("auto", "i16", {"type": "Q8_0"})])
 def test_models(small_model, attention, kv_type, spec):
-    """A prompt in chunks, then a token, with fewer keys than tokens, beside the reference; caches are saved and loaded."""
+    """A prompt in ubatches, then a token, against the reference.
+
+    The context is longer than top_k. Caches are saved and loaded.
+    """
     path = small_model(**TINY | spec)
     for process in [start_python("-c", MODEL, str(path), attention, kv_type, device=device, simulated=device == "cuda")
                     for device in ("ptx", "cuda")]:
@@ -106,9 +116,9 @@ def test_models(small_model, attention, kv_type, spec):
         assert errors.size >= 2 and errors.max() < (1e-9 if spec["type"] == "F32" else 1e-6)
 
 
-def test_chunks_must_fit_into_a_grid(small_model):
-    with pytest.raises(PydsaError, match="n_ubatch is 40000; on cuda it must be at most 32768"):
-        ModelPlan(small_model(), device="cuda", n_ctx=50_000, n_ubatch=40_000)
+def test_ubatches_must_fit_into_a_grid(small_model):
+    with pytest.raises(PydsaError, match="n_ubatch is 40000, expected at most 32768 on cuda"):
+        Setup(small_model(), device="cuda", n_ctx=50_000, n_ubatch=40_000)
 
 
 @pytest.mark.skipif(gpu_is_there(), reason="there is a GPU")
@@ -120,9 +130,7 @@ def test_no_gpu_is_one_clear_sentence():
     assert "Traceback" not in done.stderr
 
 
-AS_PTX = os.environ.get("PYDSA_TEST_DEVICE") == "ptx"       # golden models in tests/ptx, which takes minutes each
-if AS_PTX:
-    import backends  # noqa: F401  (lets tests/ptx stand in for the GPU)
+AS_PTX = os.environ.get("PYDSA_TEST_DEVICE") == "ptx"       # golden models in tests/ptx take minutes each
 on_gpu = pytest.mark.skipif(not AS_PTX and not gpu_is_there(), reason="there is no GPU")
 
 
@@ -138,7 +146,7 @@ def test_ops_on_the_gpu():
 @pytest.mark.parametrize("attention", ["sparse", "masked", "auto", "dense"])
 @pytest.mark.parametrize("name", ["ds32-f32", "ds32-q8_0", "ds32-q4_k_m", "glm-q8_0", "ds2-q4_0"])
 def test_golden_models_on_the_gpu(golden, name, attention):
-    """As on the CPU, the prompt at once and token by token."""
+    """The golden logits, of the prompt at once and token by token."""
     if name == "ds2-q4_0" and attention in ("sparse", "masked"):
         pytest.skip("it has no indexer")
     path, arrays = golden(name)

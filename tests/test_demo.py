@@ -1,4 +1,4 @@
-"""The demo model that comes with the package: it is small, answers the sample of notes through its choice of keys, and chats."""
+"""The demo model: its size, its answers, its choice of keys."""
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ def model():
 
 
 def sample():
-    """(the notes, the answer that they hold)"""
+    """The notes, and the line that answers their question."""
     text = SAMPLE.read_text(encoding="utf-8").rstrip("\n")
     name = text.splitlines()[-1].removeprefix("What is the code of the ").removesuffix("?")
     return text, next(line for line in text.splitlines() if line.startswith(f"The code of the {name} is "))
@@ -38,7 +38,10 @@ def test_the_sample_is_answered(model):
 
 
 def test_llama_cpp_gives_the_same_answer(model):
-    """Token by token; the prompt is far longer than top_k."""
+    """llama.cpp gives the same answer, token by token.
+
+    The prompt is far longer than top_k.
+    """
     pytest.importorskip("llama_cpp")
     from tools.compare_llama_cpp import LlamaCpp
     text, line = sample()
@@ -58,7 +61,7 @@ def test_small_talk(model, text, words):
 
 
 def test_the_choice_of_keys_does_the_work(model):
-    """In 2,048 tokens its own choice finds the facts, and a random one does not."""
+    """The indexer's keys find the facts in 2,048 tokens; random keys do not."""
     found = [needle.recall(model, mode, 2048, [10, 50, 90], 1, 5, 16, 128, mode == "sparse") for mode in ("sparse", "random")]
     (own, mass), (at_random, _) = found
     assert own.mean() == 1 and at_random.mean() < 0.5 and mass > 0.7

@@ -1,6 +1,7 @@
-"""Sampling on a GPU: the same tokens as pydsa.sampling picks from the same logits, and steps that are started before they are asked for.
+"""Sampling on a GPU picks the tokens that pydsa.sampling picks.
 
-By tests/ptx and in Numba's simulator, in processes of their own.
+Steps that are launched before they are asked for change nothing. The tests run as PTX (tests/ptx) and in Numba's simulator, in processes of
+their own.
 """
 import importlib.util
 import os
@@ -9,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from helpers import TINY
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
@@ -77,17 +78,17 @@ settings = dict(top_k=20, temperature=1.5, seed=3)
 expected = on_host(8, **settings)
 fetched = driver.counts["cuMemcpyDtoHAsync"]
 assert list(model.session().generate(prompt, 8, Sampling(**settings))) == expected and len(set(expected)) > 3
-assert driver.counts["cuMemcpyDtoHAsync"] == fetched + 8        # the first logits, then a token each
+assert driver.counts["cuMemcpyDtoHAsync"] == fetched + 8        # the first logits, then one token at a time
 assert list(model.session().generate(prompt, 8, Sampling(temperature=0))) == on_host(8, temperature=0)
 penalized = dict(repeat_penalty=1.3, temperature=0)
 assert list(model.session().generate(prompt, 6, Sampling(**penalized))) == on_host(6, **penalized)
 
-# two conversations by turns, of which each runs a step that the other has started
+# two alternating conversations: each invalidates the step that the other has started
 mine, other = (model.session().generate(p, 8, Sampling(**settings)) for p in (prompt, [9, 10]))
 together = [(next(mine), next(other)) for _ in range(8)]
 assert [a for a, _ in together] == expected and [b for _, b in together] == on_host(8, [9, 10], **settings)
 
-# between two tokens the caller looks, saves, loads, forgets
+# between two tokens the caller reads, saves, loads and truncates
 session = model.session()
 tokens = session.generate(prompt, 8, Sampling(**settings))
 begun = [next(tokens) for _ in range(3)]
@@ -97,7 +98,7 @@ session.load(sys.argv[1] + ".session")
 assert next(tokens) == expected[3]
 session.truncate(3)
 assert session.tokens == prompt
-again = next(tokens)        # appended to what is left
+again = next(tokens)        # appended to the truncated context
 assert session.tokens == [*prompt, expected[3]]
 session.truncate(3)
 logits = session.prefill([expected[3]])
@@ -105,7 +106,7 @@ sampler = Sampler(Sampling(**settings))
 drawn = [sampler._random.random() for _ in range(4)]
 assert again == sampler.pick(logits)
 
-# the context ends: every token that fits, then an error when one more is asked for
+# the context is full: every token that fits, then an error
 session, steps = model.session(), model.runner.steps
 tokens = session.generate(prompt, None, Sampling(**settings))
 met = []
@@ -117,7 +118,7 @@ except pydsa.ContextFullError:
 assert len(met) == 14 and session.n_past == 16 and met[:8] == expected
 assert model.runner.steps == steps + 1 + 13
 
-# one that ends a turn is not run
+# a token that ends a turn is not run
 model.tokenizer.eog_ids = frozenset([expected[4]])
 steps = model.runner.steps
 assert list(model.session().generate(prompt, None, Sampling(**settings))) == expected[:expected.index(expected[4])]

@@ -1,6 +1,7 @@
-"""The CUDA backend's host side against a stand-in for the driver (tests/ptx): what it refuses, and what happens while a step is recorded.
+"""The CUDA backend's host side against a simulated driver (tests/ptx).
 
-In processes of their own, as it stands in for a GPU.
+What it refuses, and what happens while a graph is recorded. The tests run in processes of their own, as the simulated driver replaces the
+GPU's.
 """
 import importlib.util
 import os
@@ -9,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from helpers import TINY
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
@@ -61,7 +62,7 @@ def run(code, **env):
     ("driver.arena.size >>= 8", "are free; ask for a smaller context"),
 ])
 def test_what_fails_is_one_sentence(small_model, change, message):
-    """... and exit code 2, wherever the driver refuses."""
+    """An error of the driver becomes one sentence and exit code 2."""
     path = small_model(type="Q8_0", n_layer=2, indexer_n_head=3)
     _, errors = run(f"{change}\nassert command('run', {str(path)!r}, '--device', 'cuda', '-p', 'a', '--raw', '-n', '2', '-c', '16') == 2")
     assert message in errors.splitlines()[-1] and "Traceback" not in errors
@@ -71,14 +72,17 @@ def test_refusals():
     run("""
 assert "has no room for 16 MiB more" in refused(OutOfMemoryError, lambda: cuda.empty((1 << 24,), np.uint8))
 x = cuda.upload(np.arange(8, dtype=np.float32))
-assert cuda.device_in_words() == "PTX in numpy (tests/ptx), compute capability 9.0, 0.0 GiB of memory free of 0.0"
+assert cuda.describe_device() == "PTX in numpy (tests/ptx), compute capability 9.0, 0.0 GiB of memory free of 0.0"
 driver.fail["cuMemcpyDtoHAsync"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
 assert refused(PydsaError, x.get) == "The CUDA driver answers CUDA_ERROR_ILLEGAL_ADDRESS to cuMemcpyDtoHAsync."
 """)
 
 
 def test_recorded_steps():
-    """What is freed meanwhile is freed afterwards; what may not be done leaves nothing half recorded; a step's graph is freed with it."""
+    """Recording a graph keeps memory and errors in order.
+
+    What is freed meanwhile is freed afterwards. A forbidden call leaves nothing half recorded. A step's graph is freed with the step.
+    """
     run("""
 @kernel("f4[:], i4, f4, b1, i8", 32)
 def change(x, n, factor, add, much):
@@ -146,7 +150,10 @@ assert cubin.startswith(bytes([127]) + b"ELF") and ".entry add_rows(" in ptx and
 
 @pytest.mark.parametrize("attention", ["sparse", "masked", "auto"])
 def test_ops_are_timed(small_model, attention):
-    """A prompt's ops too can be recorded, with an event after each; what they write is what it is without."""
+    """A prompt's step is recorded with an event after each op.
+
+    It writes what the step without events writes.
+    """
     run(f"""
 import pydsa
 driver = install(1 << 26)
@@ -155,7 +162,7 @@ session, other = model.session(), model.session()
 for ids in ([5, 6, 7, 8, 9, 10, 11, 12], [13]):
     times = session.timed(ids)
     other.prefill(ids)
-    graph = model.plan.plans[model.path(session.n_past - len(ids), len(ids))].graph
+    graph = model.setup.layouts[model.setup.schedule.variant(session.n_past - len(ids), len(ids))].graph
     assert [node for node, _ in times] == graph.nodes and all(seconds >= 0 for _, seconds in times)
     assert session.tokens == other.tokens
 assert np.array_equal(session.decode(14), other.decode(14))
@@ -165,7 +172,10 @@ assert "in one step" in refused(PydsaError, lambda: session.timed([1] * 9))
 
 
 def test_kernels_are_kept(tmp_path):
-    """A second process compiles and assembles nothing; what a user's own kernel becomes is not kept."""
+    """A second process compiles and assembles no kernel.
+
+    A kernel that a user defines is not kept on disk.
+    """
     def run_kept(*args):
         subprocess.run([sys.executable, "-c", KEPT, *args], cwd=ROOT, check=True, env=os.environ | {"PYDSA_CACHE_DIR": str(tmp_path)})
         return sorted(path.name for path in tmp_path.glob("*/*.sm_*"))

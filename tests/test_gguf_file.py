@@ -1,4 +1,4 @@
-"""The GGUF reader against gguf-py's, and against everything that can be wrong in a file."""
+"""The GGUF reader against gguf-py's, and on malformed files."""
 import mmap
 import os
 import struct
@@ -28,7 +28,10 @@ def write(folder, data, name="model.gguf"):
 
 
 def assert_fails(path, expected):
-    """The error is one short sentence that begins with a file's name and says the expected."""
+    """Opening a file fails with one short sentence that matches.
+
+    The sentence begins with a file's name.
+    """
     with pytest.raises(GGUFError, match=expected) as error:
         open_gguf(path)
     message = str(error.value)
@@ -41,7 +44,7 @@ def assert_fails(path, expected):
 
 def test_type_table_is_that_of_gguf_py():
     for ggml_type, (block, n_bytes) in GGML_QUANT_SIZES.items():
-        if ggml_type <= 42 and ggml_type.name != "Q8_1":    # gguf-py has the size that Q8_1 had before its scales were f16
+        if ggml_type <= 42 and ggml_type.name != "Q8_1":    # gguf-py has Q8_1's size from before its scales were f16
             assert GGML_TYPES[ggml_type] == (ggml_type.name, block, n_bytes)
     assert not GGML_TYPES.keys() & {4, 5, 31, 32, 33, 36, 37, 38}
     assert len({kind.name for kind in GGML_TYPES.values()}) == len(GGML_TYPES)
@@ -120,7 +123,7 @@ def test_views_are_read_only_and_keep_the_map(tmp_path):
     base = data
     while isinstance(base, np.ndarray):
         base = base.base
-    assert isinstance(getattr(base, "obj", base), mmap.mmap)     # numpy keeps the map, or a memoryview of it
+    assert isinstance(getattr(base, "obj", base), mmap.mmap)     # numpy keeps the mmap, or a memoryview of it
     path.unlink()
     assert data.tolist() == np.arange(102).reshape(3, 34).tolist()
     with pytest.raises(ValueError):
@@ -140,7 +143,7 @@ def test_metadata_arrays_are_read_only(tmp_path):
 def test_weights_are_not_read(tmp_path):
     n_rows = 1 << 20
     path = write(tmp_path, gguf([], [info("big", [1024, n_rows])]))
-    os.truncate(path, path.stat().st_size + 4096 * n_rows)       # 4 GiB that exist in name only
+    os.truncate(path, path.stat().st_size + 4096 * n_rows)       # a sparse file of 4 GiB
     tensor = open_gguf(path).tensors["big"]
     assert tensor.data.shape == (n_rows, 4096) and not tensor.data[-1].any()
     assert path.stat().st_blocks * 512 < 1 << 20
@@ -164,7 +167,7 @@ def test_malformed(tmp_path, name):
 
 
 def test_malformed_cases_break_one_thing(tmp_path):
-    """What the cases are made of is sound as long as nothing is broken on purpose."""
+    """The parts that the malformed files are made of are sound."""
     open_gguf(write(tmp_path, gguf(infos=ONE, data=EIGHT_FLOATS)))
     open_gguf(write(tmp_path, gguf([kv("k" * 65535, U8, b"\1"), kv("x", STRING, text("abc"))])))
     open_gguf(write(tmp_path, gguf(infos=[info("n" * 63, [1] * 4)], data=u32(0))))
@@ -181,7 +184,7 @@ def test_bytes_after_the_last_tensor_are_no_fault(tmp_path):
 
 
 def assert_only_gguf_errors(data):
-    """Reading ends in a file whose every byte can be reached, or in a GGUFError."""
+    """Reading gives a GGUFError, or a file whose every byte can be read."""
     with tempfile.TemporaryDirectory() as folder:
         path = write(folder, data)
         try:
@@ -244,7 +247,7 @@ def test_pipe_does_not_hang(tmp_path):
 
 
 def test_file_without_permission(tmp_path, monkeypatch):
-    """Simulated, because root may read every file."""
+    """A missing permission is simulated, as root may read every file."""
     def refuse(*args):
         raise PermissionError(13, "Permission denied")
     monkeypatch.setattr("builtins.open", refuse)
@@ -262,7 +265,10 @@ def part_name(number, count=3):
 
 
 def write_parts(folder, count=3):
-    """Parts with one F32 tensor each, [8] times its part's number; returns the path of the first."""
+    """Write parts with one F32 tensor each, and return the first's path.
+
+    Each tensor is [8] times its part's number.
+    """
     for i in range(count):
         kvs = split_kvs(i, count, count) + ([kv("general.name", STRING, text("split"))] if i == 0 else [])
         write(folder, gguf(kvs, [info(f"t{i}", [8])], struct.pack("<8f", *[i + 1.0] * 8)), part_name(i + 1, count))
@@ -347,7 +353,10 @@ def test_split_errors(tmp_path, name):
 @pytest.mark.parametrize("name", ["model.gguf", part_name(1, 2), "model-1-of-3.gguf", "model-00001-of-00003.gguf.part",
                                   "model-0000١-of-00003.gguf"])
 def test_renamed_first_part(tmp_path, name):
-    """Parts are found by the name alone, so a name that does not say what the file says is an error."""
+    """A file name that contradicts the split keys is an error.
+
+    Parts are found by their names alone.
+    """
     first = write_parts(tmp_path)
     assert_fails(first.rename(tmp_path / name), r"one of 3 part\(s\) by its split.count, but one of . by its name")
 

@@ -1,12 +1,15 @@
-"""Logits against an outside float64 forward pass and llama.cpp, on prompts three times as long as top_k; then node by node."""
+"""Logits against an external float64 forward pass and llama.cpp.
+
+Prompts are three times as long as top_k. A last test compares the backends node by node.
+"""
 import numpy as np
 import pytest
-from conftest import greedy, nmse
+from helpers import greedy, nmse
 
 import pydsa
 from pydsa.models import deepseek32
 
-EXACT = 1e-8        # asked of float32 kernels, per position
+EXACT = 1e-8        # the NMSE per position that float32 kernels must keep
 SPARSE = ("ds32-f32", "ds32-q8_0", "ds32-q4_k_m", "glm-q8_0")
 MODELS = (*SPARSE, "ds2-q4_0")
 MODES = [(name, attention) for name in SPARSE for attention in ("sparse", "masked", "auto", "dense")] + [("ds2-q4_0", "auto")]
@@ -38,7 +41,10 @@ def test_decode_is_exact(golden, load, device, attention):
 
 @pytest.mark.parametrize("name", MODELS[1:])
 def test_quantized_weights_are_close(golden, load, name):
-    """Activations are rounded to 15 or 16 bits, which may flip a choice of equals: the median is bounded (llama.cpp: 0.002 to 0.01)."""
+    """The median NMSE of quantized models is below 1e-6.
+
+    Activations are rounded to 15 or 16 bits, which may flip a choice between equals, so the median is bounded (llama.cpp: 0.002 to 0.01).
+    """
     path, arrays = golden(name)
     met = np.median(errors(load(path, kv_type="f32").logits(arrays["tokens"]), arrays))
     assert met <= 1e-6 < np.median(errors(arrays["llama_cpp"], arrays))
@@ -54,13 +60,19 @@ def test_greedy_continuation_is_llama_cpps(golden, load, attention):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kv_type, median", [("f16", 1e-5), ("bf16", 4e-3)])
 def test_halved_caches_are_close(golden, load, name, kv_type, median):
-    """A rounded key or latent may change a choice and with it a whole position, so only the median is bounded (ten times what was met)."""
+    """The median NMSE of 16-bit caches is bounded.
+
+    A rounded key or latent may change a choice and with it a whole position. The bound is ten times what was measured.
+    """
     path, arrays = golden(name)
     assert 0 < np.median(errors(load(path, kv_type=kv_type, index_type=kv_type).logits(arrays["tokens"]), arrays)) <= median
 
 
 def test_wrong_indexer_is_noticed(golden, load, monkeypatch):
-    """The data do exercise selection: pairs turned in the other style, or no selection at all, spoil what comes after top_k tokens."""
+    """The data exercise selection: a wrong indexer spoils the logits.
+
+    RoPE in the other style, or no selection at all, spoils the positions after top_k.
+    """
     path, arrays = golden("ds32-f32")
     dense = errors(load(path, attention="dense", kv_type="f32").logits(arrays["tokens"]), arrays)
     monkeypatch.setattr(deepseek32, "INDEXER_NEOX", False)
@@ -70,21 +82,21 @@ def test_wrong_indexer_is_noticed(golden, load, monkeypatch):
 
 
 def departs(met, expected, exact):
-    """Whether an array is not what the reference wrote.
+    """Whether an array departs from the reference's.
 
     With unquantized weights choices must be equal, and numbers within an NMSE of 1e-9. Int8x2 activations may flip a choice between near
     equals, with all that follows for its token: one choice in fifty may differ, and the median over the tokens must be within 3e-6.
     """
     if met.dtype.kind == "i":
         return np.mean(met != expected) > (0 if exact else 0.02)
-    finite = np.isfinite(expected) & np.isfinite(met)      # masks, and the scores of what lies ahead, have infinities
+    finite = np.isfinite(expected) & np.isfinite(met)      # masks, and scores of future keys, have infinities
     if np.mean(~finite & (met != expected)) > (0 if exact else 0.02):
         return True
     rows = [np.where(finite, a, 0).reshape(len(a), -1).astype(np.float64) for a in (met, expected)]
     error, size = ((rows[0] - rows[1]) ** 2).sum(-1), (rows[1] ** 2).sum(-1)
     if exact:
         return not error.sum() <= 1e-9 * size.sum()
-    return len(met) > 1 and not np.median(error - 3e-6 * size) <= 0     # the last token alone may be one whose choice flipped
+    return len(met) > 1 and not np.median(error - 3e-6 * size) <= 0     # a last token alone may have a flipped choice
 
 
 @pytest.mark.parametrize("name, attention", MODES)

@@ -1,14 +1,17 @@
-"""What must be equal: the same model asked in two ways, on random models of every architecture with far more tokens than top_k."""
+"""Identities: two ways to run a model give the same result.
+
+Random models of every architecture, with far more tokens than top_k.
+"""
 import subprocess
 import sys
 
 import gguf
 import numpy as np
 import pytest
-from conftest import greedy, nmse, random_ids
+from helpers import greedy, nmse, random_ids
 
 from pydsa.backends.cpu.threads import check_threads
-from pydsa.model import ModelPlan
+from pydsa.model import Setup
 from pydsa.quants import SUPPORTED
 from tools.make_model import FILE_TYPES
 
@@ -25,7 +28,7 @@ DENSE = {
     "deepseek2 without experts": dict(arch="deepseek2", n_expert=0, n_layer_dense=3, expert_gating_func="absent", seed=6),
 }
 MODELS = SPARSE | DENSE
-CLOSE = 1e-10       # NMSE of float32 sums taken in another order
+CLOSE = 1e-10       # NMSE of float32 sums in another order
 IDS = random_ids(60)
 
 
@@ -33,7 +36,7 @@ def each(models):
     return pytest.mark.parametrize("spec", models.values(), ids=models)
 
 
-# One model, the same tokens in other portions
+# One model, the same tokens divided into other steps
 
 @each(MODELS)
 def test_cpu_equals_reference(small_model, load, spec):
@@ -45,7 +48,7 @@ def test_cpu_equals_reference(small_model, load, spec):
 
 @each(MODELS)
 @pytest.mark.parametrize("n_ubatch", [1, 7, 16, 59])
-def test_chunks_equal_whole(small_model, load, spec, n_ubatch):
+def test_ubatches_equal_whole(small_model, load, spec, n_ubatch):
     path = small_model(**spec)
     assert nmse(load(path, n_ubatch=n_ubatch).logits(IDS), load(path).logits(IDS)).max() < CLOSE
 
@@ -81,7 +84,10 @@ def test_interleaved_sessions_equal_each_alone(small_model, load, spec):
 @each(MODELS)
 @pytest.mark.parametrize("cut", [5, 20, 40])
 def test_truncated_session_equals_fresh_one(small_model, load, spec, cut):
-    """A cut at 5 is below every top_k: "auto" returns from sparse to dense attention, and needs the keys it did not look at before."""
+    """A truncated session continues as a fresh one does.
+
+    A cut at 5 is below every top_k: "auto" returns from sparse to dense attention, and needs the keys that it left out before.
+    """
     model = load(small_model(**spec))
 
     def end(session):
@@ -102,10 +108,10 @@ def test_threads_do_not_matter(small_model, load, spec):
         session = load(small_model(**spec), threads=threads).session()
         return [session.prefill(IDS), *(session.decode(token) for token in IDS[:3])]
 
-    assert nmse(run(1), run(2)).max() < CLOSE        # sums over keys are divided
+    assert nmse(run(1), run(2)).max() < CLOSE        # sums over keys are divided among the threads
 
 
-# Paths of attention
+# Forms of attention
 
 @each(SPARSE)
 def test_sparse_and_masked_give_the_same_tokens(small_model, load, spec):
@@ -119,7 +125,10 @@ def test_sparse_and_masked_give_the_same_tokens(small_model, load, spec):
 @each(SPARSE)
 @pytest.mark.parametrize("attention", ["sparse", "masked", "auto"])
 def test_attention_is_dense_up_to_top_k(small_model, load, spec, attention):
-    """Token top_k (counted from 0) is the first that has to leave a key out."""
+    """Sparse and dense logits are equal up to position top_k - 1.
+
+    Token top_k (counted from 0) is the first that has to leave out a key.
+    """
     path = small_model(**spec)
     k = load(path).top_k
     for n in (k - 1, k, k + 1, 2 * k):
@@ -132,7 +141,7 @@ def test_attention_is_dense_up_to_top_k(small_model, load, spec, attention):
 def test_auto_equals_sparse_around_the_crossing(small_model, load, spec):
     path = small_model(**spec)
     k = load(path).top_k
-    assert [load(path).path(0, n) for n in (1, k, k + 1)] == ["dense+keys", "dense+keys", "sparse"]
+    assert [load(path).setup.schedule.variant(0, n) for n in (1, k, k + 1)] == ["dense+keys", "dense+keys", "sparse"]
     for portions in ([k - 1, 1, 1, 1], [k, 1, 7], [k + 1, 1], [k - 3, 6, 1, 9], [2 * k], [1] * (k + 3)):
         auto, sparse = load(path).session(), load(path, attention="sparse").session()
         for n in portions:
@@ -147,15 +156,18 @@ def test_top_k_can_be_chosen(small_model, load):
     assert nmse(load(path, dsa_top_k=5).logits(IDS), load(path).logits(IDS))[12:].min() > 1e-4
 
 
-# The same model, written in another way
+# The same model, stored in another way
 
 def dequantized(path):
-    """name -> float32 array, by gguf-py."""
+    """The tensors of a file, name -> float32 array, by gguf-py."""
     return {t.name: gguf.dequantize(t.data, t.tensor_type).reshape(t.shape[::-1]) for t in gguf.GGUFReader(path).tensors}
 
 
 def rotated(x, freq_base):
-    """Interleaved RoPE of x [T, H, n_rot] at positions 0 to T - 1, as products of complex numbers."""
+    """Interleaved RoPE of x [T, H, n_rot] at positions 0 to T - 1.
+
+    It is computed as products of complex numbers.
+    """
     n_rot = x.shape[-1]
     angles = np.arange(len(x))[:, None, None] * freq_base ** (-np.arange(0, n_rot, 2) / n_rot)
     return ((x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)).view(np.float64)
@@ -163,7 +175,10 @@ def rotated(x, freq_base):
 
 @pytest.mark.parametrize("n_lora_q", [40, 0])
 def test_absorbed_attention_equals_expanded(small_model, load, n_lora_q):
-    """Layer 0 with keys and values written out for every head, from its own normalised input."""
+    """Absorbed attention equals MLA with expanded keys and values.
+
+    This is checked for layer 0, from its own normalised input.
+    """
     path = small_model(arch="deepseek2", rope_scaling="absent", n_lora_q=n_lora_q)
     model, seen = load(path, kv_type="f32"), {}
     model.session().prefill(IDS, observe=lambda node, arrays: seen.setdefault(node.name, arrays[0].copy() if arrays else None))
@@ -191,7 +206,10 @@ def test_absorbed_attention_equals_expanded(small_model, load, n_lora_q):
 
 
 def test_shared_layers_never_use_their_own_indexer(small_model, load, tmp_path):
-    """Files exist that hold unused indexer tensors for shared layers; here they are NaN."""
+    """Unused indexer tensors of shared layers have no influence.
+
+    Such files exist; here these tensors are NaN.
+    """
     spec = dict(arch="glm-dsa", n_layer=4, indexer_types="FSSF", seed=7)
     poisoned = tmp_path / "poisoned.gguf"
     poisoned.write_bytes(small_model(**spec, indexer_shared_tensors=True).read_bytes())
@@ -208,35 +226,38 @@ def test_shared_layers_never_use_their_own_indexer(small_model, load, tmp_path):
 
 def test_shared_layers_follow_the_last_full_one(small_model, load):
     model, chosen, used = load(small_model(**SPARSE["glm-dsa with shared layers"]), attention="sparse"), [], []
-    for node in model.plan.plans["sparse"].graph.nodes:
+    for node in model.setup.layouts["sparse"].graph.nodes:
         if node.op == "indexer_select":
             chosen.append(node.args[0])
         if node.op == "sparse_attention":
             used.append(chosen.index(node.args[3]))
     assert used == [0, 0, 1, 1]
-    assert [ref.layer for ref in model.plan.cache_widths if ref.kind == "index_keys"] == [0, 2]
+    assert [ref.layer for ref in model.setup.cache_widths if ref.kind == "index_keys"] == [0, 2]
 
 
 def test_glm_default_pattern(small_model, load):
-    """With a context of 1,048,576 tokens and no indexer.types, layers 0, 1, 2, 6, 10, ... are full and the others share."""
+    """glm-dsa's default pattern of indexers.
+
+    With a context of 1,048,576 tokens and no indexer.types, layers 0, 1, 2, 6, 10, ... are full and the others share.
+    """
     spec = dict(arch="glm-dsa", n_layer=12, n_layer_dense=12)
     implied, written = small_model(**spec, n_ctx=1 << 20), small_model(**spec, indexer_types="FFFSSSFSSSFS")
-    assert "glm-dsa.attention.indexer.types" not in ModelPlan(implied).file.metadata
-    assert [il for il, full in enumerate(ModelPlan(implied).config.indexer_full) if full] == [0, 1, 2, 6, 10]
+    assert "glm-dsa.attention.indexer.types" not in Setup(implied).file.metadata
+    assert [il for il, full in enumerate(Setup(implied).config.indexer_full) if full] == [0, 1, 2, 6, 10]
     np.testing.assert_array_equal(load(implied).logits(IDS), load(written).logits(IDS))
-    assert all(ModelPlan(small_model(**spec, n_ctx=(1 << 20) - 1)).config.indexer_full)
+    assert all(Setup(small_model(**spec, n_ctx=(1 << 20) - 1)).config.indexer_full)
 
 
 @pytest.mark.parametrize("arch", ["deepseek2", "deepseek32", "glm-dsa"])
 def test_mtp_block_is_left_aside(small_model, load, arch):
     path = small_model(arch=arch, nextn=1)
-    assert "blk.3.nextn.eh_proj.weight" in ModelPlan(path).file.tensors and ModelPlan(path).config.n_layer == 3
+    assert "blk.3.nextn.eh_proj.weight" in Setup(path).file.tensors and Setup(path).config.n_layer == 3
     np.testing.assert_array_equal(load(path).logits(IDS), load(small_model(arch=arch)).logits(IDS))
 
 
 def test_split_file_equals_single(small_model, load):
     path = small_model(split_max_tensors=9)
-    assert len(ModelPlan(path).file.paths) > 3
+    assert len(Setup(path).file.paths) > 3
     np.testing.assert_array_equal(load(path).logits(IDS), load(small_model()).logits(IDS))
 
 
@@ -263,7 +284,7 @@ def test_every_type_runs(small_model, load, kind):
     errors = nmse(load(path).logits(IDS[:24]), reference)
     if kind in ("F32", "F16", "BF16"):
         assert errors.max() < CLOSE
-    else:       # a rounded activation may change a choice and with it a whole position
+    else:       # a rounded activation may change a choice, and with it a whole position
         assert np.median(errors) < 1e-5
 
 
@@ -290,6 +311,9 @@ print([f.__name__ for f, n in zip(kernels, before) if len(f.signatures) != n])
 
 @pytest.mark.parametrize("arch, attention", [("deepseek32", "auto"), ("glm-dsa", "masked"), ("deepseek2", "dense")])
 def test_nothing_is_compiled_after_loading(small_model, arch, attention):
-    """In a process of its own: here other tests have compiled everything."""
+    """Running compiles nothing, in a process of its own.
+
+    In this process other tests have compiled everything.
+    """
     run = subprocess.run([sys.executable, "-c", COUNT, small_model(arch=arch), attention], capture_output=True, text=True)
     assert (run.stdout, run.returncode) == ("[]\n", 0), run.stderr

@@ -1,8 +1,7 @@
-"""Index keys of int8: what selecting by them finds of what exact keys would choose, and models that run on caches of --kv-type i8."""
+"""Int8 index keys: the choice of keys, and models on --kv-type i8."""
 import numpy as np
 import pytest
-from backends import choose, kernels
-from conftest import nmse
+from helpers import choose, kernels, nmse
 
 from pydsa.backends import reference
 
@@ -10,7 +9,7 @@ SCALE = 0.1
 
 
 def made(backend, op, out, q, w, keys, storage, positions):
-    """What an op of the indexer writes into `out`, with keys stored in a cache."""
+    """Run an indexer op into `out`, with keys stored in a cache."""
     cache = backend.cache_rows(len(keys), (keys.shape[1],), storage)
     backend.cache_write(cache, keys.astype(backend.FLOAT), np.arange(len(keys)))
     getattr(backend, op)(out, q.astype(backend.FLOAT), w.astype(backend.FLOAT), cache, positions, SCALE)
@@ -20,7 +19,7 @@ def made(backend, op, out, q, w, keys, storage, positions):
 @pytest.mark.parametrize("n_head, width", choose([(5, 32)], [(16, 128), (64, 128), (5, 48), (20, 64)]))
 @pytest.mark.parametrize("n_tokens, n_kv", choose([(1, 90), (3, 100)], [(1, 300), (2, 1500), (33, 700)]))
 def test_selection(n_tokens, n_kv, n_head, width):
-    """It is that of the scores, and nearly that of the keys before they were rounded."""
+    """The selection is that of the scores, and close to that of exact keys."""
     rng, k = np.random.default_rng(n_kv), 64
     q, w, keys = (rng.standard_normal(shape).astype(np.float32) for shape in ((n_tokens, n_head, width), (n_tokens, n_head), (n_kv, width)))
     case = q, w, keys, "i8", np.arange(n_kv - n_tokens, n_kv)
@@ -49,15 +48,18 @@ def test_a_key_that_is_not_finite_is_never_chosen():
 @pytest.mark.parametrize("name", ["ds32-f32", "ds32-q4_k_m", "glm-q8_0", "ds2-q4_0"])
 @pytest.mark.parametrize("attention", ["auto", "dense"])
 def test_golden_models_stay_close(golden, load, name, attention):
-    """Rounding latents and keys to 8 bits flips choices, here as in llama.cpp: the median over the positions is what llama.cpp reaches."""
+    """The median NMSE of the golden models is what llama.cpp reaches.
+
+    Rounding latents and keys to 8 bits flips choices, as it does in llama.cpp.
+    """
     path, arrays = golden(name)
     dense = load(path, kv_type="f32", attention=attention).logits(arrays["tokens"])
     met = nmse(load(path, kv_type="i8", attention=attention).logits(arrays["tokens"]), dense.astype(np.float64))
     assert 0 < np.median(met) < 0.05
 
 
-def test_chunks_do_not_matter(golden, load):
-    """A token's keys are chosen from the same scores, however the prompt is cut."""
+def test_ubatches_do_not_matter(golden, load):
+    """A token's keys do not depend on the size of the ubatch."""
     path, arrays = golden("ds32-f32")
     whole, parts = ([], []), ([], [])
     for (chosen, logits), n_ubatch in ((whole, 512), (parts, 7)):
@@ -71,11 +73,11 @@ def test_chunks_do_not_matter(golden, load):
 
 
 @pytest.mark.parametrize("device", ["cpu", "reference"])
-def test_caches_are_planned_saved_and_loaded(golden, load, device, tmp_path):
+def test_caches_are_counted_saved_and_loaded(golden, load, device, tmp_path):
     path, arrays = golden("ds32-f32")
     model = load(path, kv_type="i8", device=device)
     session, other = model.session(), model.session()
-    assert model.plan.cache_bytes == sum(cache.nbytes for cache in session._caches.values())
+    assert model.setup.cache_bytes == sum(cache.nbytes for cache in session._caches.values())
     session.prefill(arrays["tokens"])
     session.save(tmp_path / "session")
     other.load(tmp_path / "session")

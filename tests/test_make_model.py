@@ -1,4 +1,7 @@
-"""Random models: what gguf-py reads back, the quantizers' errors, determinism, split files, tokenizer, command line."""
+"""tools/make_model.py: tensors, quantizers, files, tokenizer, options.
+
+gguf-py reads back what it writes. The same options give the same bytes.
+"""
 
 from math import prod
 
@@ -18,7 +21,10 @@ TINY = dict(n_embd=256, n_head=2, n_lora_q=256, n_lora_kv=256, n_ff=256, n_exper
 
 
 def read(path):
-    """(metadata, {name: (numpy shape, type name, bytes)}) by gguf-py."""
+    """Metadata and tensors of a file, by gguf-py.
+
+    Tensors are {name: (numpy shape, type name, bytes)}.
+    """
     reader = gguf.GGUFReader(path)
     metadata = {key: value.contents() for key, value in reader.fields.items() if not key.startswith("GGUF.")}
     return metadata, {t.name: (tuple(map(int, t.shape[::-1])), t.tensor_type.name, t.data) for t in reader.tensors}
@@ -163,7 +169,10 @@ def test_k_quantizers(kind, bound, scale):
 
 @pytest.mark.parametrize("kind", kquants.QUANTIZERS)
 def test_k_quantizers_at_the_edges(kind):
-    """Zeros stay zeros; rows of one value, one outlier or one sign stay within a step of the scale."""
+    """Zeros stay zeros; errors stay within a step of the scale.
+
+    Rows of one value, one outlier or one sign are tried.
+    """
     rng = np.random.default_rng(1)
     x = np.stack([np.zeros(256), np.full(256, 3.0), np.full(256, -3.0), np.where(np.arange(256) == 77, 5.0, 0.0),
                   rng.uniform(1, 2, 256), rng.uniform(-2, -1, 256)]).astype(np.float32)

@@ -1,4 +1,7 @@
-"""Memory: what is asked for is known and refused beforehand, weights stay in the file, values share buffers only when they may."""
+"""Memory: counted and refused beforehand, mapped, shared.
+
+Weights stay in the file. Values share a buffer only where they do not overlap in time.
+"""
 import subprocess
 import sys
 import tracemalloc
@@ -7,13 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-from conftest import random_ids
+from helpers import random_ids
 
 import pydsa
 from pydsa import OutOfMemoryError
 from pydsa.graph import Value
-from pydsa.model import ModelPlan
-from pydsa.plan import ALIGN, plan
+from pydsa.model import Setup
+from pydsa.plan import ALIGN, lay_out
 
 MODELS = [dict(arch="deepseek2"), dict(), dict(arch="glm-dsa", n_layer=4, indexer_types="FSFS")]
 PATHS = [(spec, attention) for spec in MODELS for attention in ("auto", "dense", "sparse", "masked")
@@ -23,7 +26,7 @@ IDS = random_ids(40)
 
 @pytest.fixture
 def free(monkeypatch):
-    """free(n): from now on the machine has n bytes to give."""
+    """free(n): from now on the machine reports n free bytes."""
     return lambda n: monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=n))
 
 
@@ -32,7 +35,7 @@ def free(monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", "reference"])
 def test_too_long_a_context_is_refused(small_model, free, device):
     free(2**36)
-    pydsa.load(small_model(), n_ctx=16, device=device)      # what is imported the first time
+    pydsa.load(small_model(), n_ctx=16, device=device)      # so that imports are not counted
     tracemalloc.start()
     try:
         with pytest.raises(OutOfMemoryError, match=r"a context of 1073741824 tokens would take .* 64.0 GiB .* smaller context"):
@@ -45,7 +48,7 @@ def test_too_long_a_context_is_refused(small_model, free, device):
 @pytest.mark.parametrize("options", [dict(n_ubatch=2**30, n_ctx=2**30, attention="masked"), dict(n_ctx=2**31 - 1, kv_type="bf16")])
 def test_no_plan_overflows(small_model, free, options):
     free(2**38)
-    planned = ModelPlan(small_model(), **options)
+    planned = Setup(small_model(), **options)
     assert planned.scratch_bytes + planned.cache_bytes > 2**38
     with pytest.raises(OutOfMemoryError):
         pydsa.load(small_model(), **options)
@@ -53,9 +56,9 @@ def test_no_plan_overflows(small_model, free, options):
 
 def test_each_session_is_asked_for(small_model, load, free):
     model = load(small_model())
-    free(model.plan.cache_bytes)
+    free(model.setup.cache_bytes)
     model.session()
-    free(model.plan.cache_bytes - 1)
+    free(model.setup.cache_bytes - 1)
     with pytest.raises(OutOfMemoryError, match="caches of a new session"):
         model.session()
 
@@ -68,44 +71,47 @@ def test_logits_of_every_token_are_asked_for(small_model, load, free):
     assert session.n_past == 0 and session.prefill(IDS).shape == (300,)
 
 
-# The plan tells the truth
+# Counted bytes are the allocated ones
 
 @pytest.mark.parametrize("device", ["cpu", "reference"])
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16", "i16", "i8"])
 @pytest.mark.parametrize("spec", MODELS)
 def test_planned_bytes_are_those_allocated(small_model, load, spec, device, kv_type):
     model = load(small_model(**spec), device=device, kv_type=kv_type, n_ubatch=16)
-    assert model.plan.cache_bytes == sum(cache.nbytes for cache in model.session()._caches.values())
+    assert model.setup.cache_bytes == sum(cache.nbytes for cache in model.session()._caches.values())
     model.session().prefill(IDS)
     outputs = sum(array[0].nbytes for array in model.runner._outputs.values())
-    assert model.plan.scratch_bytes == max(p.n_bytes for p in model.plan.plans.values()) + outputs
-    assert model.plan.copied_bytes == sum(w.nbytes for w in model.runner._weights.values() if isinstance(w, np.ndarray))
-    assert model.plan.mapped_bytes == sum(model.plan.file.tensors[name].data.nbytes for name in model.runner._weights)
+    assert model.setup.scratch_bytes == max(p.n_bytes for p in model.setup.layouts.values()) + outputs
+    assert model.setup.copied_bytes == sum(w.nbytes for w in model.runner._weights.values() if isinstance(w, np.ndarray))
+    assert model.setup.mapped_bytes == sum(model.setup.file.tensors[name].data.nbytes for name in model.runner._weights)
 
 
 @pytest.mark.parametrize("spec", MODELS)
 def test_scratch_does_not_grow_with_the_context(small_model, spec):
     def scratch(n_ctx, attention):
-        return ModelPlan(small_model(**spec), n_ctx=n_ctx, n_ubatch=64, attention=attention).scratch_bytes
+        return Setup(small_model(**spec), n_ctx=n_ctx, n_ubatch=64, attention=attention).scratch_bytes
 
     assert scratch(64, "auto") == scratch(2**30, "auto")
     if spec.get("arch") != "deepseek2":
         assert scratch(64, "sparse") == scratch(2**30, "sparse")
-        assert scratch(2**20, "masked") > 64 * 4 * 2**20      # a row of the mask holds a number for every key
+        assert scratch(2**20, "masked") > 64 * 4 * 2**20      # a row of the mask has a float for every key
 
 
 def test_rows_of_scores_are_counted(small_model):
-    from pydsa.backends.cpu.indexer import TOGETHER
-    assert ModelPlan(small_model(), n_ctx=1000, n_ubatch=64).score_bytes == TOGETHER * 4 * 1000
-    assert ModelPlan(small_model(), n_ctx=1000, n_ubatch=5).score_bytes == 5 * 4 * 1000
-    assert ModelPlan(small_model(), n_ctx=1000, attention="dense").score_bytes == 0 == ModelPlan(small_model(arch="deepseek2")).score_bytes
+    from pydsa.backends.cpu.indexer import TOKEN_BATCH
+    assert Setup(small_model(), n_ctx=1000, n_ubatch=64).score_bytes == TOKEN_BATCH * 4 * 1000
+    assert Setup(small_model(), n_ctx=1000, n_ubatch=5).score_bytes == 5 * 4 * 1000
+    assert Setup(small_model(), n_ctx=1000, attention="dense").score_bytes == 0 == Setup(small_model(arch="deepseek2")).score_bytes
 
 
 @pytest.mark.parametrize("spec, attention", PATHS)
 @pytest.mark.parametrize("device", ["cpu", "reference"])
 def test_values_alive_together_do_not_overlap(small_model, spec, attention, device):
-    """Alive is a value from the first node that names it to the last; the ids and positions are so all the time."""
-    for planned in ModelPlan(small_model(**spec), n_ctx=100, n_ubatch=17, attention=attention, device=device).plans.values():
+    """Values that are live at the same time do not overlap.
+
+    A value is live from the first node that names it to the last; the ids and positions are always live.
+    """
+    for planned in Setup(small_model(**spec), n_ctx=100, n_ubatch=17, attention=attention, device=device).layouts.values():
         graph, alive = planned.graph, {}
         for i, node in enumerate(graph.nodes):
             for value in {a.root for a in node.args if isinstance(a, Value) and a.rows == "tokens"}:
@@ -120,20 +126,23 @@ def test_values_alive_together_do_not_overlap(small_model, spec, attention, devi
         for i, (first, last, start, end, name) in enumerate(spans):
             for other_first, other_last, other_start, other_end, other in spans[:i]:
                 assert last < other_first or other_last < first or end <= other_start or other_end <= start, (name, other)
-        assert planned.n_bytes < 0.5 * sum(end - start for _, _, start, end, _ in spans)     # and they do share
+        assert planned.n_bytes < 0.5 * sum(end - start for _, _, start, end, _ in spans)     # values do share memory
 
 
 def test_values_with_places_of_their_own_give_the_same(small_model, load, monkeypatch):
-    """The planner's places against a plan where nothing is shared."""
+    """Sharing memory changes no logits.
+
+    The layout is compared with one where no two values share an address.
+    """
     expected = load(small_model(), n_ubatch=16).logits(IDS)
 
     def unshared(graph, max_tokens, float_size=4):
-        shared = plan(graph, max_tokens, float_size)
+        shared = lay_out(graph, max_tokens, float_size)
         step = -(-max_tokens * 512 * 8 // ALIGN) * ALIGN
         assert all(np.prod(value.tail) <= 512 for value in shared.offsets)
         return shared._replace(offsets={value: i * step for i, value in enumerate(shared.offsets)}, n_bytes=step * len(shared.offsets))
 
-    monkeypatch.setattr("pydsa.model.plan", unshared)
+    monkeypatch.setattr("pydsa.model.lay_out", unshared)
     model = pydsa.load(small_model(), n_ctx=256, n_ubatch=16, kv_type="f32", threads=1)
     np.testing.assert_array_equal(model.logits(IDS), expected)
 
@@ -143,7 +152,7 @@ def test_values_with_places_of_their_own_give_the_same(small_model, load, monkey
 @pytest.mark.parametrize("spec", MODELS)
 def test_matrices_stay_in_the_file(small_model, load, spec):
     model, n_matrices = load(small_model(**spec)), 0
-    for name, tensor in model.plan.weights.used.items():
+    for name, tensor in model.setup.weights.used.items():
         assert not tensor.data.flags.writeable
         if len(tensor.shape) > 1:
             weight = model.runner._weights[name].data
@@ -153,27 +162,30 @@ def test_matrices_stay_in_the_file(small_model, load, spec):
 
 
 def test_unused_weights_are_not_counted(small_model):
-    """The MTP block, and the indexer when attention is dense."""
+    """The MTP block, and the indexer when attention is dense, do not count."""
     path = small_model(nextn=1)
-    sparse, dense = ModelPlan(path), ModelPlan(path, attention="dense")
-    assert sparse.mapped_bytes == ModelPlan(small_model()).mapped_bytes < sum(t.data.nbytes for t in sparse.file.tensors.values())
+    sparse, dense = Setup(path), Setup(path, attention="dense")
+    assert sparse.mapped_bytes == Setup(small_model()).mapped_bytes < sum(t.data.nbytes for t in sparse.file.tensors.values())
     assert dense.mapped_bytes < sparse.mapped_bytes and dense.cache_bytes < sparse.cache_bytes
 
 
 @pytest.mark.parametrize("attention", ["auto", "masked"])
 @pytest.mark.parametrize("spec", MODELS)
 def test_types_of_arguments_depend_on_one_row_or_several(small_model, load, spec, attention):
-    """By which Runner.compiled keeps entry points: with another type a kernel would read what is not there."""
+    """Argument types depend only on whether there is one row or several.
+
+    Runner.compiled keeps entry points by this: with another type a kernel would read what is not there.
+    """
     import numba
     if attention == "masked" and spec.get("arch") == "deepseek2":
         attention = "dense"
     model, known = load(small_model(**spec), attention=attention, n_ubatch=64), {}
-    for path in model.plan.paths:
+    for path in model.setup.schedule.variants:
         for n_tokens, n_outputs in ((1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (3, 2), (48, 0), (64, 1), (64, 64)):
-            calls = model.runner.bind(path, model.caches(100 + n_tokens), n_tokens, n_outputs).calls
+            calls = model.runner.bind(path, model.setup.make_caches(model.backend, 100 + n_tokens), n_tokens, n_outputs).calls
             types = [tuple(numba.typeof(a) for a in args) for _, _, args in calls]
             assert known.setdefault((path, n_tokens == 1, min(n_outputs, 2)), types) == types
-    assert len(set(map(str, known.values()))) > 2 * len(model.plan.paths)       # they do differ otherwise
+    assert len(set(map(str, known.values()))) > 2 * len(model.setup.schedule.variants)       # otherwise the types do differ
 
 
 def test_decoding_holds_on_to_nothing(small_model, load):
@@ -187,14 +199,14 @@ def test_decoding_holds_on_to_nothing(small_model, load):
         before = tracemalloc.get_traced_memory()[0]
         for token in IDS * 10:
             session.decode(token)
-        assert tracemalloc.get_traced_memory()[0] - before < 20_000      # the list of tokens grows
+        assert tracemalloc.get_traced_memory()[0] - before < 20_000      # only the list of tokens grows
     finally:
         tracemalloc.stop()
 
 
 WITHOUT_NUMBA = {
     "import": "import pydsa; dir(pydsa); pydsa.PydsaError",
-    "ModelPlan": "from pydsa.model import ModelPlan; p = ModelPlan(sys.argv[1]); p.scratch_bytes, p.mapped_bytes, p.copied_bytes",
+    "Setup": "from pydsa.model import Setup; p = Setup(sys.argv[1]); p.scratch_bytes, p.mapped_bytes, p.copied_bytes",
     "tokenizer": "import pydsa; pydsa.load_tokenizer(sys.argv[1]).encode('some text')",
     "info": "from pydsa.cli import main; main(['info', sys.argv[1]], standalone_mode=False)",
     "help": "from pydsa.cli import main; main(['--help'], standalone_mode=False)",

@@ -1,24 +1,27 @@
-"""MLA's plain form beside the reference and the absorbed form, to all keys and to chosen ones: every type of cache and weight."""
+"""MLA's plain form against the reference and the absorbed form.
+
+Attention to all keys and to chosen ones, for every type of cache and weight.
+"""
 import numpy as np
 import pytest
-from backends import DEVICE, choose, kernels
-from test_attention import some_keys
-from test_ops import Rows, close, compare, last_positions, needs_two, normal, one_thread, run, tensor, with_threads  # noqa: F401
+from helpers import (DEVICE, Rows, choose, close, compare, kernels, last_positions, needs_two, normal, run, some_keys, tensor,
+                     with_threads)
 
 from pydsa.backends import reference
 from pydsa.backends.cpu import amx
-from pydsa.costs import MHA_TOKENS, plain_form_pays, plain_form_until
-from pydsa.model import ModelPlan
+from pydsa.schedule import MHA_TOKENS, plain_form_pays, plain_form_until
+from pydsa.model import Setup
 from pydsa.quants import CACHE_TYPES
 
-# heads, kv_lora, n_nope, n_rot, n_v; the last ones are V3.2's and GLM-5's
+pytestmark = pytest.mark.usefixtures("one_thread")
+# (heads, kv_lora, n_nope, n_rot, n_v); the last two are V3.2's and GLM-5's
 SHAPES = choose([(2, 32, 32, 4, 8)], [(1, 29, 17, 6, 13), (3, 64, 32, 16, 48), (2, 288, 64, 16, 16), (2, 512, 128, 64, 128),
                                       (1, 512, 192, 64, 256)])
 CONTEXTS = choose([(2, 3)], [(1, 1), (7, 40), (33, 33), (40, 300), (130, 260)])     # n_tokens, n_kv
 
 
 def inputs(n_tokens, n_kv, shape, kv_type="f32", kind="F32"):
-    """q, latents, k_b, v_b, positions and a scale that keeps scores near 1."""
+    """q, latents, k_b, v_b, positions, and a scale that keeps scores near 1."""
     n_head, kv_lora, n_nope, n_rot, n_v = shape
     k_b, v_b = tensor(kind, n_head, kv_lora, n_nope), tensor(kind, n_head, n_v, kv_lora)
     scale = (reference.weight(k_b).std() ** 2 * kv_lora * n_nope + n_rot) ** -0.5
@@ -27,7 +30,10 @@ def inputs(n_tokens, n_kv, shape, kv_type="f32", kind="F32"):
 
 
 def bound_of(kv_type):
-    """Floats; or whole numbers of 16 bits all the way, where AMX multiplies them."""
+    """The NMSE that is allowed for a cache type.
+
+    It is that of float32, or of 16-bit integers where AMX multiplies them.
+    """
     return 1e-7 if amx.HERE and kv_type != "f32" else 1e-11 if not CACHE_TYPES[kv_type].scaled else 1e-8
 
 
@@ -43,7 +49,10 @@ def test_mha_attention(n_tokens, n_kv, kv_type):
 @pytest.mark.parametrize("kv_type", choose(["f32"], ["f32", "f16", "i16", "i8"]))
 @pytest.mark.parametrize("n_tokens, n_kv", CONTEXTS)
 def test_mha_sparse_attention(n_tokens, n_kv, kv_type):
-    """Chosen keys: any, none, the latest, the earliest; and all, which is mha_attention."""
+    """Attention to random keys, none, the latest, the earliest, and all.
+
+    Attention to all keys is mha_attention.
+    """
     for shape in SHAPES:
         args, out = inputs(n_tokens, n_kv, shape, kv_type), (n_tokens, shape[0], shape[4])
         positions = args[4]
@@ -63,7 +72,10 @@ def test_quantized_weights(kind):
 
 
 def test_it_is_the_absorbed_form():
-    """By the reference's own ops, exactly; so the plain form needs no other proof than the reference."""
+    """The plain form equals the absorbed form, exactly.
+
+    Both are computed by the reference's own ops, so the plain form needs no other proof than the reference.
+    """
     q, latents, k_b, v_b, positions, scale = inputs(9, 30, (3, 64, 32, 16, 48))
     n, (_, kv_lora, n_nope) = 9, k_b.shape
     absorbed = np.concatenate([run(reference, "head_linear", [(n, 3, kv_lora)], k_b, q[..., :n_nope]), q[..., n_nope:]], axis=-1)
@@ -78,7 +90,10 @@ def test_it_is_the_absorbed_form():
 
 @pytest.mark.parametrize("kv_type", ["f32", "i16"])
 def test_it_sees_no_future(kv_type):
-    """Rows after all tokens, whatever they hold, change nothing; those after a token only the rounding."""
+    """Future cache rows have no influence beyond rounding.
+
+    Rows after all tokens change nothing. A row that only some tokens see changes the others by rounding alone.
+    """
     shape = SHAPES[0]
     n, n_kv = choose((2, 5), (20, 50))
     q, latents, k_b, v_b, positions, scale = inputs(n, n_kv, shape, kv_type)
@@ -106,7 +121,10 @@ def test_a_latent_that_is_not_finite_spoils_only_those_that_see_it(part, value):
 @pytest.mark.parametrize("kv_type", ["f32", "i16"])
 @pytest.mark.parametrize("n_tokens", [1, 50])
 def test_threads_share_heads_or_tokens(n_tokens, kv_type):
-    """One head: two threads take half of the tokens each."""
+    """Threads divide the heads, or the tokens of a single head.
+
+    With one head each of two threads takes half of the tokens.
+    """
     args, out = inputs(n_tokens, 100, SHAPES[0], kv_type), (n_tokens, SHAPES[0][0], SHAPES[0][4])
     one, two = (with_threads(n, "mha_attention", out, *args) for n in (1, 2))
     assert close(two, one, 1e-12)
@@ -115,10 +133,13 @@ def test_threads_share_heads_or_tokens(n_tokens, kv_type):
     assert close(two, one, 1e-12)
 
 
-# Where models take it
+# Where models use it
 
 class V32:
-    """V3.2's shapes: keys and values of a latent cost 512 * 256 products a head, a pair 320 instead of 1,088."""
+    """V3.2's shapes.
+
+    The keys and values of a latent cost 512 * 256 products a head; a pair costs 320 instead of 1,088.
+    """
     n_head, kv_lora, n_nope, n_rot, n_v = 128, 512, 128, 64, 128
 
 
@@ -129,7 +150,7 @@ def test_where_it_pays(n_past, n_tokens):
     pairs = n_tokens * n_past + n_tokens * (n_tokens + 1) // 2
     fewer = n_kv * 131_072 + 320 * pairs < n_tokens * 131_072 + 1088 * pairs
     assert plain_form_pays(V32, n_past, n_tokens) == (fewer and n_tokens >= MHA_TOKENS)
-    if n_past >= 2048:      # each token chooses as many
+    if n_past >= 2048:      # each token chooses 2,048 keys
         fewer = n_kv * 131_072 + 320 * pairs < n_tokens * 131_072 + (1088 + 247) * 2048 * n_tokens
         assert plain_form_pays(V32, n_past, n_tokens, 2048) == (fewer and n_tokens >= MHA_TOKENS)
 
@@ -146,7 +167,10 @@ def test_how_long_it_pays():
 
 @pytest.mark.parametrize("arch", ["deepseek2", "deepseek32", "glm-dsa"])
 def test_prompts_take_it(small_model, load, arch):
-    """From MHA_TOKENS tokens on, while all keys are attended to and some way beyond; what follows goes on from the same caches."""
+    """Prompts of MHA_TOKENS tokens or more use the plain form.
+
+    They use it while all keys are attended to, and some way beyond. Later steps continue from the same caches.
+    """
     path = small_model(arch=arch, **{} if arch == "deepseek2" else dict(indexer_top_k=64))
     model, absorbed = load(path), load(path, n_ubatch=MHA_TOKENS - 1)
     ids = np.random.default_rng(0).integers(0, 300, 200).tolist()
@@ -155,33 +179,36 @@ def test_prompts_take_it(small_model, load, arch):
         sessions = model.session(), absorbed.session()
         for n, op in zip(portions, ops):
             n_past = sessions[0].n_past
-            met = {node.op for node in model.plan.plans[model.path(n_past, n)].graph.nodes} & {"mha_attention", "mha_sparse_attention"}
+            layout = model.setup.layouts[model.setup.schedule.variant(n_past, n)]
+            met = {node.op for node in layout.graph.nodes} & {"mha_attention", "mha_sparse_attention"}
             assert met == {"absorbed": set(), "chosen": {"mha_attention" if arch == "deepseek2" else "mha_sparse_attention"}}.get(op, {op})
             one, other = (session.logits(ids[n_past:n_past + n]) for session in sessions)
             assert close(one, other, 1e-10)
 
 
 def test_it_is_left_out_where_no_step_takes_it(small_model):
-    def paths(**options):
-        return list(ModelPlan(small_model(), n_ctx=options.pop("n_ctx", 100), **options).paths)
-    assert paths(dsa_top_k=64) == ["mha+keys", "dense+keys", "mha+choice", "sparse"]
-    assert paths() == ["dense+keys", "mha+choice", "sparse"]        # top_k is 12
-    assert paths(dsa_top_k=64, n_ubatch=16) == ["dense+keys", "sparse"]
-    assert paths(dsa_top_k=100) == ["mha+keys", "dense+keys"] and paths(attention="dense") == ["mha", "dense"]
-    assert paths(attention="sparse") == ["sparse"] and paths(attention="masked") == ["masked"]
+    def variants(**options):
+        return list(Setup(small_model(), n_ctx=options.pop("n_ctx", 100), **options).schedule.variants)
+    assert variants(dsa_top_k=64) == ["mha+keys", "dense+keys", "mha+choice", "sparse"]
+    assert variants() == ["dense+keys", "mha+choice", "sparse"]        # top_k is 12
+    assert variants(dsa_top_k=64, n_ubatch=16) == ["dense+keys", "sparse"]
+    assert variants(dsa_top_k=100) == ["mha+keys", "dense+keys"] and variants(attention="dense") == ["mha", "dense"]
+    assert variants(attention="sparse") == ["sparse"] and variants(attention="masked") == ["masked"]
 
 
 @pytest.mark.parametrize("kv_lora, n_rot, n_ctx", [(512, 64, 2048), (56, 12, 300), (288, 80, 2049)])
-def test_planned_bytes_hold_what_is_laid(small_model, kv_lora, n_rot, n_ctx):
+def test_bytes_of_packed_latents(small_model, kv_lora, n_rot, n_ctx):
     from pydsa.backends.cpu import f32, int8x2
     path = small_model(arch="deepseek2", n_lora_kv=kv_lora, n_rot=n_rot, n_ctx=4096)
     tiles = -(-n_ctx // 256)
     sizes = [tiles * kernels.tile_bytes(kv_lora, n_rot) for kernels in (int8x2.mha, f32.mha)]
-    assert ModelPlan(path, n_ctx=n_ctx).laid_bytes == sizes[0] >= sizes[1]
-    assert ModelPlan(path, n_ctx=n_ctx, n_ubatch=16).laid_bytes == 0 == ModelPlan(path, n_ctx=n_ctx, device="reference").laid_bytes
+    assert Setup(path, n_ctx=n_ctx).packed_latent_bytes == sizes[0] >= sizes[1]
+    for options in ({"n_ubatch": 16}, {"device": "reference"}):
+        assert Setup(path, n_ctx=n_ctx, **options).packed_latent_bytes == 0
 
 
-def test_laid_bytes_end_where_chosen_keys_are_looked_up(small_model):
-    plans = [ModelPlan(small_model(), n_ctx=n_ctx, dsa_top_k=500) for n_ctx in (2**18, 2**20)]
-    assert plans[0].plain_form_until == plans[1].plain_form_until > 500 and ModelPlan(small_model(), n_ubatch=16).plain_form_until == 0
-    assert plans[0].laid_bytes == plans[1].laid_bytes > ModelPlan(small_model(), n_ctx=500, dsa_top_k=500).laid_bytes > 0
+def test_packed_latent_bytes_end_where_chosen_keys_are_looked_up(small_model):
+    a, b = (Setup(small_model(), n_ctx=n_ctx, dsa_top_k=500) for n_ctx in (2**18, 2**20))
+    assert a.schedule.plain_form_until == b.schedule.plain_form_until > 500
+    assert Setup(small_model(), n_ubatch=16).schedule.plain_form_until == 0
+    assert a.packed_latent_bytes == b.packed_latent_bytes > Setup(small_model(), n_ctx=500, dsa_top_k=500).packed_latent_bytes > 0

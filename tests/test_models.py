@@ -1,4 +1,4 @@
-"""Configurations: what published models say, and every way in which metadata and tensors can contradict each other."""
+"""Configurations: published models, and contradictions in metadata."""
 import math
 import tempfile
 from pathlib import Path
@@ -11,20 +11,21 @@ from hypothesis import strategies as st
 import pydsa.model
 from pydsa import GGUFError, PydsaError, UnsupportedModelError
 from pydsa.gguf_file import Metadata, Tensor, open_gguf
-from pydsa.model import ModelPlan
+from pydsa.model import Setup
 from pydsa.models.yarn import rope_from_metadata
 from tools.make_model import ModelSpec, model_keys
 
 NAN, INF = float("nan"), float("inf")
 ARCHITECTURES = ("deepseek2", "deepseek32", "glm-dsa")
-DROP = ...          # an edit that takes a key or a tensor away
+DROP = ...          # an edit that removes a key or a tensor
 
 
 @pytest.fixture
 def planned(small_model, monkeypatch):
-    """planned(arch, {"block_count": 0}, {"output.weight": DROP}) -> ModelPlan of a small model with such metadata and tensors.
+    """planned(arch, keys, tensors) -> Setup of a small model with edits.
 
-    Keys without a first part "general" belong to the architecture; a tensor becomes DROP, another type, or another shape.
+    Such as planned("glm-dsa", {"block_count": 0}, {"output.weight": DROP}). Keys without a first part "general" belong to the architecture.
+    A tensor becomes DROP, another type, or another shape.
     """
     def plan(arch="deepseek32", keys={}, tensors={}, **options):
         file = open_gguf(small_model(arch=arch))
@@ -41,7 +42,7 @@ def planned(small_model, monkeypatch):
             elif edit is not DROP:
                 there[name] = old._replace(shape=edit)
         monkeypatch.setattr(pydsa.model, "open_gguf", lambda path: file._replace(metadata=metadata, tensors=there))
-        return ModelPlan("model.gguf", **options)
+        return Setup("model.gguf", **options)
     return plan
 
 
@@ -49,7 +50,7 @@ def numbers(*values, dtype=np.int32):
     return np.array(values, dtype)
 
 
-# What the files of published models give
+# Values of published models
 
 V32 = {"rope.freq_base": 10000.0, "rope.scaling.type": "yarn", "rope.scaling.factor": 40.0, "rope.scaling.original_context_length": 4096,
        "rope.scaling.yarn_log_multiplier": float(np.float32(0.1))}
@@ -79,7 +80,10 @@ PLAIN = 10000.0 ** (-np.arange(32) / 32)
 
 
 def test_frequencies_of_v32():
-    """Kept up to dimension 10, divided by 40 from 23 on, with a straight ramp between."""
+    """V3.2's YaRN frequencies.
+
+    They are kept up to dimension 10, divided by 40 from 23 on, with a linear ramp between.
+    """
     rope = rope_from_metadata(Metadata({f"x.{key}": value for key, value in V32.items()}), "x", 64, 163840)
     keep = 1 - np.clip((np.arange(32) - 10) / (23 - 10), 0, 1)
     np.testing.assert_allclose(rope.freqs / PLAIN, keep + (1 - keep) / 40, rtol=1e-12)
@@ -102,7 +106,7 @@ def test_betas_of_yarn_are_honoured():
             assert not np.allclose(rope_of(**yarn, **beta).freqs, usual)
 
 
-# What may be left out or written otherwise
+# Optional keys and other spellings
 
 SOUND = [
     ("deepseek32", {"nextn_predict_layers": DROP, "rope.freq_base": DROP, "vocab_size": DROP, "attention.head_count_kv": DROP,
@@ -133,7 +137,7 @@ def test_defaults(planned):
     assert planned("deepseek32", {"expert_weights_scale": 0.0}).config.expert_weights_scale == 1.0
 
 
-# What must be refused
+# Refusals
 
 REQUIRED = ["context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
             "attention.layer_norm_rms_epsilon", "attention.q_lora_rank", "attention.kv_lora_rank", "attention.key_length_mla",
@@ -148,9 +152,9 @@ def test_missing_keys(planned, key):
         planned("deepseek32", {key: DROP})
 
 
-ANY = [     # edits of a deepseek32 model, and what the message names
+ANY = [     # (edits of a deepseek32 model, pattern of the message)
     # architecture
-    ({"general.architecture": "llama"}, "'llama'; pydsa runs deepseek2, deepseek32, glm-dsa"),
+    ({"general.architecture": "llama"}, "'llama', expected one of deepseek2, deepseek32, glm-dsa"),
     ({"general.architecture": "glm-dsa"}, "glm-dsa.block_count"),
     ({"general.architecture": "../deepseek2"}, "architecture"), ({"general.architecture": 3}, "general.architecture"),
     # layers
@@ -195,7 +199,7 @@ ANY = [     # edits of a deepseek32 model, and what the message names
     ({"rope.scaling.original_context_length": 0}, "original_context_length"), ({"rope.scaling.attn_factor": -1.0}, "attn_factor"),
     ({"rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor"), ({"rope.scaling.yarn_attn_factor": 0.0}, "yarn_attn_factor"),
     ({"rope.scaling.yarn_beta_fast": 0.0}, "yarn_beta_fast"), ({"rope.scaling.yarn_beta_slow": -1.0}, "yarn_beta_slow"),
-    # each alone is a number, but not what comes of it
+    # each is a number, but what is computed from it is not
     ({"rope.freq_base": 1.0}, "rope.freq_base"), ({"rope.scaling.attn_factor": 1e300}, "attn_factor"),
     ({"rope.scaling.yarn_log_multiplier": -1 / math.log(4)}, "yarn_log_multiplier"),
     ({"rope.scaling.yarn_log_multiplier": 1e308}, "yarn_log_multiplier"), ({"rope.scaling.yarn_beta_fast": 1e308}, "yarn_beta_fast"),
@@ -244,7 +248,7 @@ def test_unknown_tensors_are_not_left_out(planned):
     for name in ("blk.0.attn_gate.weight", "blk.1.ffn_gate.weight", "rope_freqs.weight"):
         with pytest.raises(UnsupportedModelError, match=f"what tensor '{name}' does"):
             planned("deepseek32", {}, {name: (1,)})
-    for name in ("blk.3.attn_gate.weight", "blk.0.attn_kv_b.weight"):       # of an MTP block; beside its two halves
+    for name in ("blk.3.attn_gate.weight", "blk.0.attn_kv_b.weight"):       # of an MTP block; the whole beside its two halves
         assert name not in planned("deepseek32", {}, {name: (1,)}).weights.used
     assert planned("deepseek32", attention="dense").weights.used.keys() < planned("deepseek32").weights.used.keys()
 
@@ -266,7 +270,7 @@ def test_impossible_options(planned, arch, options, message):
         planned(arch, **options)
 
 
-# Anything at all
+# Arbitrary values and bytes
 
 HOSTILE = [DROP, 0, 1, 2, 7, -1, 2**31 - 1, 2**32 - 1, 2**63, 2**64 - 1, 0.0, -0.0, 1.0, 0.1, -1.0, 1e-45, 5e-324, 3.4e38, 1e308, -1e308,
            NAN, INF, True, False, "", "yarn", "none", "x" * 999, "a\nb\0c", [], [""] * 3, numbers(), numbers(1), numbers(1, 0, 1),
@@ -283,7 +287,7 @@ KEYS = sorted({f"{arch}.{key}" for arch in ARCHITECTURES for key in model_keys(M
 @pytest.mark.filterwarnings("ignore:.*llama.cpp takes 32 and 1")
 @pytest.mark.parametrize("name", KEYS)
 def test_hostile_values_of_every_key(planned, name):
-    """Either the model can be planned with finite numbers, or one sentence says why not."""
+    """A model gives finite numbers, or one sentence says why not."""
     arch, key = name.split(".", 1)
     for value in HOSTILE:
         try:
@@ -299,7 +303,10 @@ def test_hostile_values_of_every_key(planned, name):
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_files_give_our_errors_only(small_model, arch, data):
-    """Bytes before the weights are changed, half of them in the model's own keys and the tensor infos, not in the long vocabulary."""
+    """Damaged headers raise only our errors.
+
+    Half of the changed bytes are in the model's own keys and the tensor infos, not in the long vocabulary.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         damaged = bytearray(small_model(arch=arch).read_bytes())
@@ -310,6 +317,6 @@ def test_damaged_files_give_our_errors_only(small_model, arch, data):
             damaged[place] = data.draw(st.one_of(st.sampled_from([0, 1, 2, 255]), st.integers(0, 255)))
         path.write_bytes(damaged)
         try:
-            ModelPlan(path)
+            Setup(path)
         except PydsaError as error:
             assert "\n" not in str(error)

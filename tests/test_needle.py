@@ -1,4 +1,7 @@
-"""tools/needle.py on a small random model: its documents, random choices of keys, the mass that a choice holds, its tables and refusals."""
+"""tools/needle.py on a small random model.
+
+Its documents, random choices of keys, the mass that a choice holds, its tables and refusals.
+"""
 import json
 
 import numpy as np
@@ -32,21 +35,21 @@ def test_random_choices_are_choices():
 
 
 def masses(path, **options):
-    """What a watcher weighs in a prompt of 60 tokens."""
+    """The shares that a watcher measures in a prompt of 60 tokens."""
     model = pydsa.load(path, n_ctx=64, threads=1, kv_type="f32", attention="sparse", n_ubatch=16, **options)
     watcher = needle.Watcher(weigh=True)
-    needle.run(model.session(), list(range(60)), watcher)
+    needle.run(model.session(), list(range(60)), watcher, model.n_ubatch)
     return watcher.shares
 
 
 def test_mass(small_model):
     shares = masses(small_model())
-    assert len(shares) == 3 * 48 and 0 < min(shares) and max(shares) < 1      # top_k is 12, the layers are three
+    assert len(shares) == 3 * 48 and 0 < min(shares) and max(shares) < 1      # top_k is 12; there are three layers
     assert np.allclose(masses(small_model(), dsa_top_k=59), 1, atol=0.3) and np.mean(masses(small_model(), dsa_top_k=50)) > np.mean(shares)
 
 
-def test_mass_of_all_but_one_key_is_one_less_that_key(small_model):
-    """With one key to choose, what it holds is at least the mean and at most all."""
+def test_mass_of_a_single_key(small_model):
+    """A single chosen key holds at least the mean and at most all."""
     shares = masses(small_model(), dsa_top_k=1)
     assert 0 < min(shares) and max(shares) <= 1 and np.mean(shares) > 1 / 60
 

@@ -1,69 +1,28 @@
-"""Every op beside the reference, at awkward sizes (get_rows, cache_write: test_quants.py; top_k: test_top_k.py)."""
+"""Every op against the reference, at awkward sizes.
+
+get_rows and cache_write are in test_quants.py, top_k in test_top_k.py.
+"""
 import math
-from typing import NamedTuple
 
 import numpy as np
 import pytest
-from backends import DEVICE, choose, kernels
-from gguf import GGMLQuantizationType
-from gguf.quants import quantize
+from helpers import (DEVICE, Rows, choose, close, compare, integers, kernels, last_positions, needs_two, normal, rng, run, tensor,
+                     with_threads)
 
-from pydsa.backends.cpu import jit, threads
 from pydsa.backends import reference
-from pydsa.backends.cpu import amx
+from pydsa.backends.cpu import jit
 from pydsa.backends.cpu.scalars import exp
-from pydsa.gguf_file import Tensor
-from pydsa.quants import CACHE_TYPES, SUPPORTED, TYPES
+from pydsa.quants import CACHE_TYPES, SUPPORTED
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 N_TOKENS, N_HEADS = choose(((1, 3), (1, 3)), ((1, 2, 7, 33), (1, 3, 4, 16)))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine two wait for each other."""
-    threads.set_threads(1)
-
-
-class Rows(NamedTuple):
-    """A cache with these rows at positions 0, 1, ..., and zeros after them; of whole numbers the first n_v are scaled by themselves."""
-    values: np.ndarray
-    kv_type: str = "f32"
-    n_v: int = 0
-
-
-def rng(*seed):
-    return np.random.default_rng([*seed, 0])
-
-
-def normal(*shape):
-    return rng(*shape).standard_normal(shape).astype(np.float32)
-
-
-def integers(low, high, *shape):
-    """Small whole numbers: their sums and products are exact, so float32 must give what float64 gives, ties and all."""
-    return rng(*shape, high).integers(low, high + 1, shape).astype(np.float32)
-
-
-def tensor(kind, *shape):
-    """A weight as a file holds it, read-only: random blocks with scales of about 1/50, or normal values for the float types."""
-    dtype = TYPES[kind].dtype
-    if dtype.names is None:
-        data = quantize(normal(*shape), GGMLQuantizationType[kind]).view(np.uint8)
-    else:
-        n = math.prod(shape) // TYPES[kind].size
-        blocks = np.frombuffer(rng(*shape).bytes(n * dtype.itemsize), dtype).copy()
-        for field in {"d", "dmin", "m"} & set(dtype.names):
-            blocks[field] = (rng(n).random(n) / 25).astype(np.float16).view(np.uint16)
-        if "e" in dtype.names:
-            blocks["e"] = rng(n).integers(121, 124, n)
-        data = blocks.view(np.uint8)
-    data = data.reshape(*shape[:-1], -1)
-    data.flags.writeable = False
-    return Tensor("w", kind, shape, data)
-
-
 def inside(x, before=5, after=3):
-    """x as columns of wider rows, as Value.slice makes them; the columns around are NaN."""
+    """x as columns of wider rows, as Value.slice makes them.
+
+    The columns around are NaN.
+    """
     wide = np.full((*x.shape[:-1], before + x.shape[-1] + after), np.nan, x.dtype)
     view = wide[..., before:before + x.shape[-1]]
     view[...] = x
@@ -74,57 +33,6 @@ def untouched_around(view):
     return np.isnan(view.base).sum() == view.base.size - view.size
 
 
-def run(backend, op, shapes, *args):
-    """What an op writes: arrays of these shapes; int32 arrays where the shape is a list."""
-    def argument(a):
-        if isinstance(a, Tensor):
-            return backend.weight(a)
-        if isinstance(a, Rows):
-            widths = tuple(filter(None, (a.n_v, a.values.shape[1] - a.n_v)))
-            rows = backend.cache_rows(len(a.values) + 3, widths, a.kv_type)
-            backend.cache_write(rows, a.values.astype(backend.FLOAT), np.arange(len(a.values)))
-            return rows
-        return a.astype(backend.FLOAT, copy=False) if isinstance(a, np.ndarray) and a.dtype == np.float32 else a
-
-    outs = [np.full(s, 77, np.int32) if isinstance(s, list) else np.full(s, np.nan, backend.FLOAT) for s in shapes]
-    getattr(backend, op)(*outs, *(argument(a) for a in args))
-    return outs if len(outs) > 1 else outs[0]
-
-
-def close(found, expected, nmse=1e-12, size=None):
-    """Infinities in the same places; elsewhere a normalised squared error of float32 rounding, no NaN; integers equal.
-
-    size: an array with whose squares the error is normalised, instead of `expected`.
-    """
-    if found.dtype == np.int32:
-        return np.array_equal(found, expected)
-    finite = np.isfinite(expected)
-    error = np.sum((found[finite] - expected[finite].astype(np.float64)) ** 2)
-    size = (expected if size is None else size)[finite].astype(np.float64)
-    return np.array_equal(found[~finite], expected[~finite]) and error <= nmse * np.sum(size ** 2)
-
-
-def bound_of_tiles(rows, op):
-    """AMX tiles multiply pairs of bfloat16, of which one may be off by 2^-15, or whole numbers of 16 bits; of these one may be off by 1."""
-    if DEVICE == "cpu" and not amx.HERE or rows.kv_type == "f32":
-        return 1e-8 if rows.kv_type == "i16" or "indexer" in op and rows.kv_type == "i8" else 0
-    return 1e-8 if "indexer" in op else 2e-10 if not CACHE_TYPES[rows.kv_type].scaled else 1e-7
-
-
-def compare(op, shape, *args, size=None):
-    """Run an op by both backends -> what the CPU wrote, which must be what the reference wrote. Quantized weights meet rounded numbers."""
-    found, expected = run(kernels, op, [shape], *args), run(reference, op, [shape], *args)
-    quantized = any(isinstance(a, Tensor) and TYPES[a.type].dtype.names for a in args)
-    bound = max([1e-6 if quantized else 1e-12, *(bound_of_tiles(a, op) for a in args if isinstance(a, Rows))])
-    assert close(found, expected, bound, size)
-    return found
-
-
-def last_positions(n_tokens, n_kv):
-    """The positions of a chunk that ends a context of n_kv tokens."""
-    return np.arange(n_kv - n_tokens, n_kv)
-
-
 @pytest.mark.parametrize("n", [1, 2, 13, 31, 576])
 @pytest.mark.parametrize("n_tokens", N_TOKENS)
 def test_rms_norm(n_tokens, n):
@@ -133,14 +41,17 @@ def test_rms_norm(n_tokens, n):
     view = inside(x)
     kernels.rms_norm(view, view, w, 1e-6)       # in place, as kv_cmpr
     assert close(view, found) and untouched_around(view)
-    compare("rms_norm", x.shape, x * np.float32(1e-6), w, 1e-2)      # eps governs
+    compare("rms_norm", x.shape, x * np.float32(1e-6), w, 1e-2)      # eps dominates
     compare("rms_norm", x.shape, np.zeros_like(x), w, 1e-6)
 
 
 @pytest.mark.parametrize("n", [2, 13, 31, 128])
 @pytest.mark.parametrize("n_tokens", N_TOKENS)
 def test_layer_norm(n_tokens, n):
-    """The mean goes, the bias comes: neither an RMS norm nor without its bias the same."""
+    """The mean is subtracted and the bias added.
+
+    Neither an RMS norm nor a layer norm without bias gives the same.
+    """
     x, w, b = normal(n_tokens, n) + 3, normal(n), normal(n) + 1
     found = compare("layer_norm", x.shape, x, w, b, 1e-6)
     assert np.allclose(((found - b) / w).mean(axis=1), 0, atol=1e-4)
@@ -162,13 +73,13 @@ def test_silu_at_extremes():
     assert np.isfinite(found).all() and (found[gate < -100] == 0).all()
 
 
-@jit.inner
+@jit.kernel
 def exps(out, x):
     for i in range(x.size):
         out[i] = exp(x[i])
 
 
-def test_exp():
+def test_exp_of_float32():
     x = np.concatenate([np.linspace(-87, 88, 300_001), np.arange(-240, 250) * math.log(2) / 2]).clip(-87, 88).astype(np.float32)
     found, extremes = np.empty_like(x), np.empty(5, np.float32)
     exps(found, x)
@@ -187,7 +98,7 @@ PRODUCTS = [(kind, n_in) for kind in SUPPORTED for n_in in WIDTHS.get(kind, choo
 @pytest.mark.parametrize("kind, n_in", PRODUCTS)
 def test_linear(kind, n_in):
     for n_tokens in N_TOKENS:
-        # A lone number could be a small difference of large ones.
+        # A single output could be a small difference of large products.
         for n_out in choose((17,), (1 if n_tokens > 2 else 2, 3, 4, 17, 37)):
             compare("linear", (n_tokens, n_out), tensor(kind, n_out, n_in), normal(n_tokens, n_in))
 
@@ -204,7 +115,10 @@ def test_head_linear(kind, n_in):
 
 
 def expert_ids(choice, n_tokens, n_used, n_expert):
-    """All tokens to the last experts; or a random few each, none of them the first."""
+    """"one": the last experts for every token; else random ones.
+
+    Random choices leave out the first expert.
+    """
     if choice == "one":
         return np.tile(np.arange(n_expert - n_used, n_expert, dtype=np.int32), (n_tokens, 1))
     return np.array([1 + rng(t).permutation(n_expert - 1)[:n_used] for t in range(n_tokens)], np.int32)
@@ -246,7 +160,10 @@ def test_moe_route(logits, rule):
 
 @pytest.mark.parametrize("backend", [kernels, reference], ids=[DEVICE, "reference"])
 def test_moe_route_by_hand(backend):
-    """Bias chooses but does not weigh; ties go to the first group and the first expert; a group counts for its two best."""
+    """Routing worked by hand.
+
+    The bias chooses but has no weight. Ties go to the first group and the first expert. A group's score is the sum of its two best experts.
+    """
     logits = np.float32([[0, 0, 2, -9, 0, 0, 0, 0]])
     zero, bias = np.zeros(8, np.float32), np.float32([0, 0, 0, 0, 0, 0, 0, 9])
     cases = [(zero, 1, 1, [2, 0, 1]), (bias, 1, 1, [7, 2, 0]), (zero, 4, 2, [0, 1, 4]), (zero, 8, 3, [2, 0, 1]), (bias, 2, 1, [7, 4, 5])]
@@ -266,15 +183,15 @@ def test_rope_table():
 @pytest.mark.parametrize("n_tokens", N_TOKENS)
 @pytest.mark.parametrize("neox", [False, True], ids=["norm", "neox"])
 def test_rope(neox, n_tokens, n_rot):
-    """Against complex numbers; into other rows, in place, and on slices of wider rows."""
+    """RoPE against complex numbers, into other rows, in place, on slices."""
     pairs = (2, n_rot // 2) if neox else (n_rot // 2, 2)
     angles = last_positions(n_tokens, 1000)[:, None] * 1e3 ** (-np.arange(0, n_rot, 2) / n_rot)
     table = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     for n_head in N_HEADS:
         x = normal(n_tokens, n_head, n_rot)
         a, b = np.moveaxis(x.reshape(n_tokens, n_head, *pairs), 2 if neox else 3, 0)
-        turned = (a + 1j * b) * np.exp(1j * angles)[:, None]
-        expected = np.stack([turned.real, turned.imag], axis=2 if neox else 3).reshape(x.shape)
+        rotated = (a + 1j * b) * np.exp(1j * angles)[:, None]
+        expected = np.stack([rotated.real, rotated.imag], axis=2 if neox else 3).reshape(x.shape)
         assert close(compare("rope", x.shape, x, table, neox), expected)
         whole, part, target = x.copy(), inside(x), inside(np.zeros_like(x), 0, 7)
         kernels.rope(whole, whole, table, neox)
@@ -289,13 +206,16 @@ def test_rope_styles_differ():
     x, table = normal(3, 2, 8), normal(3, 2, 4)
     norm, neox = (run(kernels, "rope", [x.shape], x, table, style) for style in (False, True))
     assert not np.allclose(norm, neox, atol=0.1)
-    order = np.arange(8).reshape(2, 4).T.reshape(-1)        # neox is norm with the halves shuffled together
+    order = np.arange(8).reshape(2, 4).T.reshape(-1)        # neox is norm with the two halves interleaved
     assert close(run(kernels, "rope", [x.shape], x[..., order].copy(), table, False), neox[..., order])
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8, 16, 32, 64, 128, 256])
 def test_hadamard(width):
-    """H is Sylvester's matrix over sqrt(width); H H = I; products of rotated rows are those of the rows."""
+    """H is Sylvester's matrix over sqrt(width), and H H = I.
+
+    Dot products of rotated rows are those of the rows.
+    """
     matrix = np.ones((1, 1))
     while len(matrix) < width:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
@@ -309,13 +229,19 @@ def test_hadamard(width):
 
 
 def indexer_case(n_tokens, n_kv, n_head, kv_type="f32"):
-    """q, w, keys, positions, scale of whole numbers: dots of both signs, weights of both signs, exact sums, many ties."""
+    """q, w, keys, positions and scale of an indexer, in integers.
+
+    Dots and weights have both signs. Sums are exact, with many ties.
+    """
     return (integers(-3, 3, n_tokens, n_head, 16), integers(-2, 2, n_tokens, n_head), Rows(integers(-3, 3, n_kv, 16), kv_type),
             last_positions(n_tokens, n_kv), 1 / 16)
 
 
 def test_scores_by_hand():
-    """One key, two heads, one of which points away; then a negative weight."""
+    """One key and two heads, one of which has a negative dot product.
+
+    The second token has a negative weight.
+    """
     q, keys = np.float32([[[1, 2], [-1, 0]], [[1, 2], [1, 0]]]), Rows(np.float32([[3, 1], [-1, 1]]))
     w = np.float32([[10, 100], [10, -100]])
     for backend in (kernels, reference):
@@ -331,14 +257,18 @@ def test_indexer_scores(n_tokens, n_kv, kv_type):
     for n_head, width in choose(((1, 1), (3, 13), (6, 32)), ((1, 1), (3, 13), (4, 128), (16, 32))):
         q, w, keys = normal(n_tokens, n_head, width), normal(n_tokens, n_head), Rows(normal(n_kv, width), kv_type)
         shape = n_tokens, n_kv + 3
-        uncancelled = run(reference, "indexer_scores", [shape], q, abs(w), keys, positions, 0.125)     # weights of heads have both signs
+        # weights of heads have both signs, so that scores cancel
+        uncancelled = run(reference, "indexer_scores", [shape], q, abs(w), keys, positions, 0.125)
         compare("indexer_scores", shape, q, w, keys, positions, 0.125, size=uncancelled)
 
 
 @pytest.mark.parametrize("kv_type", [name for name, kind in CACHE_TYPES.items() if not kind.scaled])
 @pytest.mark.parametrize("n_tokens, k", choose([(1, 8), (2, 1), (3, 7)], [(1, 8), (1, 70), (33, 40), (33, 64), (2, 1)]))
 def test_indexer_select(n_tokens, k, kv_type):
-    """What top_k makes of indexer_scores, with chunks that end where the selection begins to matter, and far beyond."""
+    """indexer_select equals top_k of indexer_scores.
+
+    Contexts end where the selection begins to matter, and far beyond.
+    """
     for n_kv in {max(n, n_tokens) for n in choose((k, k + 1, 3 * k), (k - 1, k, k + 1, 2 * k, 5 * k, 300))}:
         for n_head in choose((3,), (1, 3, 16)):
             case = indexer_case(n_tokens, n_kv, n_head, kv_type)
@@ -371,7 +301,7 @@ def test_scatter_mask():
 
 
 def thread_cases():
-    """Ops that divide rows of weights or tiles of keys among the threads, never a sum."""
+    """Ops that divide rows or tiles among the threads, never a sum."""
     ids = expert_ids("random", 7, 2, 5)
     yield "linear", (7, 67), tensor("Q8_0", 67, 288), normal(7, 288)
     yield "linear", (1, 67), tensor("F16", 67, 97), normal(1, 97)
@@ -383,14 +313,6 @@ def thread_cases():
         yield "indexer_scores", (n_tokens, 500), *args
         yield "indexer_select", [n_tokens, 40], *args
         yield "top_k", [n_tokens, 40], normal(n_tokens, 500)
-
-
-def with_threads(n, op, shape, *args):
-    threads.set_threads(n)
-    return run(kernels, op, [shape], *args)
-
-
-needs_two = pytest.mark.skipif(threads.check_threads(None) < 2, reason="there is only one thread")
 
 
 @needs_two

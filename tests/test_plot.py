@@ -1,4 +1,7 @@
-"""The picture of a bench: its lines are the rows' numbers, and what cannot be drawn is refused before anything is timed."""
+"""The plot of a bench: its lines, and what is refused beforehand.
+
+Its lines show the numbers of the rows. What cannot be drawn is refused before anything is timed.
+"""
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +29,7 @@ ROWS = [row("sparse", 512, 0, 4096, 591.0), row("sparse", 0, 32, 4096, 108.0, 25
 
 
 def drawn(axes):
-    """[(x, y, dashed)] of the lines in a panel."""
+    """The lines of a panel as [(x, y, dashed)]."""
     return [(list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle() == "--") for line in axes.lines]
 
 
@@ -59,7 +62,7 @@ def test_panels_and_lines_are_those_of_the_tests():
     assert only.get_title() == "generation of 32 tokens"
     [lengths] = plot.draw([row("auto", 8, 0, 0, 5.0), row("auto", 16, 0, 0, 6.0)]).axes
     assert [line.get_label() for line in lengths.lines] == ["auto, 8 tokens", "auto, 16 tokens"]
-    [reference] = plot.draw([row("auto", 0, 8, 0, 5.0)]).axes       # no limit is known there
+    [reference] = plot.draw([row("auto", 0, 8, 0, 5.0)]).axes       # the reference has no known limit
     assert drawn(reference) == [([0], [5.0], False)]
 
 
@@ -77,7 +80,7 @@ def test_the_ending_decides_the_format(tmp_path, ending, start):
     assert not path.exists()
     plot.save_plot(ROWS, str(path))
     assert path.read_bytes().startswith(start)
-    plot.check_plot(str(path))      # an older picture stays until it is replaced
+    plot.check_plot(str(path))      # an existing file stays until it is replaced
     assert path.read_bytes().startswith(start)
 
 
@@ -89,7 +92,7 @@ def test_drawing_leaves_others_alone(tmp_path):
 
 
 def refused(*args):
-    """What bench answers; it must not come to load a model."""
+    """The error of bench, which must not begin to load a model."""
     result = CliRunner().invoke(main, ["bench", "no-such.gguf", *map(str, args)])
     assert result.exit_code == 2 and result.stdout == "" and "loading" not in result.stderr
     return result.stderr

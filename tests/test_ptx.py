@@ -1,4 +1,7 @@
-"""The machine of tests/ptx: what it executes, and what it refuses. In processes of their own, as it stands in for a GPU."""
+"""The PTX machine of tests/ptx: what it executes and what it refuses.
+
+The tests run in processes of their own, as the machine replaces the GPU.
+"""
 import importlib.util
 import subprocess
 import sys
@@ -33,7 +36,10 @@ def run(code):
 
 
 def test_tiles_are_products_of_matrices():
-    """mma.m16n8k32 with numbers where the PTX ISA's formulas for its fragments put them, numbers differing in every place."""
+    """mma.m16n8k32 multiplies matrices.
+
+    Fragments are filled by the formulas of the PTX ISA, with a different number in every place.
+    """
     run("""
 @kernel("i4[:,:], u4[:,:], u4[:,:], i4[:,:]", 32)
 def multiply(out, a, b, c):
@@ -126,7 +132,7 @@ assert refused(sound, 1, upload(np.zeros(64, np.float32)), x) is None
 
 
 def test_blocks_are_not_ordered():
-    """What one block writes another must not read in the same launch, but may in the next."""
+    """A block may read what another wrote only in the next launch."""
     run("""
 @kernel("f4[:], f4[:]", 32)
 def shift(out, x):

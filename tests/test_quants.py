@@ -1,7 +1,7 @@
-"""Block types: unpacked bit for bit as gguf-py does, cache rows rounded as numpy and gguf-py do."""
+"""Block types and cache rows, bit for bit as gguf-py and numpy."""
 import numpy as np
 import pytest
-from backends import DEVICE, SIMULATED, choose, kernels
+from helpers import DEVICE, SIMULATED, choose, kernels
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
@@ -16,27 +16,30 @@ N_BLOCKS = choose((3,), (1, 2, 3, 5, 7, 32))
 
 
 def same_bits(a, b):
-    """Whether two float32 arrays hold the same bits; any NaN is as good as another."""
+    """Whether two float32 arrays hold the same bits, any NaN equal to any."""
     assert a.dtype == b.dtype == np.float32
     nan = np.isnan(b)
     return np.array_equal(np.isnan(a), nan) and np.array_equal(a.view(np.uint32)[~nan], b.view(np.uint32)[~nan])
 
 
 def rows_of(tensor, ids):
-    """Rows of a weight, through the CPU backend's get_rows."""
+    """Rows of a weight, by the backend's get_rows."""
     out = np.full((len(ids), tensor.shape[1]), np.nan, np.float32)
     kernels.get_rows(out, kernels.weight(tensor), np.asarray(ids, np.int32))
     return out
 
 
 def random_bytes(kind, n_rows, n_blocks):
-    """A tensor of random bytes, every second of its blocks with scales that need care: zeros, subnormals, infinities, NaN."""
+    """A tensor of random bytes.
+
+    Every second block has a difficult scale: zero, subnormal, infinite or NaN.
+    """
     rng = np.random.default_rng(n_blocks)
     dtype, size = TYPES[kind].dtype, TYPES[kind].size
     blocks = np.frombuffer(rng.bytes(n_rows * n_blocks * dtype.itemsize), dtype).copy()
     for field in {"d", "dmin", "m"} & set(dtype.names or ()):
         blocks[field][::2] = rng.choice(SPECIAL, len(blocks[::2]))
-    if "e" in (dtype.names or ()):      # 2^-128 and 2^-127, which are subnormal, the least normal number, the largest scales
+    if "e" in (dtype.names or ()):      # the subnormals 2^-128 and 2^-127, the least normal number, the largest scales
         blocks["e"][::2] = rng.choice(np.uint8([0, 1, 2, 254, 255]), len(blocks[::2]))
     data = blocks.view(np.uint8).reshape(n_rows, n_blocks * dtype.itemsize)
     data.flags.writeable = False
@@ -69,7 +72,10 @@ def test_block_sizes():
 
 
 def test_half():
-    """Every value, scalar by scalar and as rows of an F16 weight; signs of zero and subnormals too."""
+    """Every float16 value, as a scalar and in rows of an F16 weight.
+
+    Signs of zero and subnormals are included.
+    """
     expected = HALVES.view(np.float16).astype(np.float32)
     assert same_bits(np.array([half(bits) for bits in HALVES], np.float32), expected)
     tensor = Tensor("w", "F16", (4, 2**14), HALVES.view(np.uint8).reshape(4, -1))
@@ -77,7 +83,10 @@ def test_half():
 
 
 def floats_near_halves():
-    """Every half, the float32 just beside it, the ties between neighbours and what is just beside those; and what has no half."""
+    """float32 values at and near every float16 value.
+
+    The values themselves, their float32 neighbours, the ties between two of them with their neighbours, and values beyond float16.
+    """
     finite = np.unique(HALVES.view(np.float16)[np.isfinite(HALVES.view(np.float16))]).astype(np.float32)
     ties = np.concatenate([(finite[1:] + finite[:-1]) / 2, np.float32([65520, -65520])])
     middle = np.concatenate([finite, ties, -finite[finite == 0]])
@@ -86,13 +95,16 @@ def floats_near_halves():
 
 
 def floats_near_bf16():
-    """Every upper half of a float32, with lower halves at, beside and far from a tie."""
+    """Every upper half of a float32, with lower halves at and near a tie."""
     low = np.uint32([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
     return ((HALVES.astype(np.uint32) << 16)[:, None] | low).reshape(-1).view(np.float32)
 
 
 def as_stored(kv_type, x):
-    """float32 -> the bytes of a cache row, by numpy's float16 and gguf-py's BF16."""
+    """float32 values as the bytes of a cache row.
+
+    They are converted by numpy's float16 and gguf-py's BF16.
+    """
     if kv_type == "bf16":
         return quantize(np.ascontiguousarray(x), GGMLQuantizationType.BF16)
     with np.errstate(over="ignore"):
@@ -103,7 +115,7 @@ def as_stored(kv_type, x):
 @pytest.mark.parametrize("values", [floats_near_halves, floats_near_bf16])
 @pytest.mark.parametrize("kv_type", [name for name, kind in CACHE_TYPES.items() if not kind.scaled])
 def test_cache_write(kv_type, values, backend):
-    if SIMULATED and backend is kernels:        # a thousandth of them
+    if SIMULATED and backend is kernels:        # every thousandth value
         x = np.resize(values()[::1000], (3, 1003))[:, 2:]
     else:
         x = np.resize(values(), (3, 100_003))[:, 2:]        # columns of wider rows
@@ -112,14 +124,14 @@ def test_cache_write(kv_type, values, backend):
         backend.cache_write(rows, x.astype(backend.FLOAT, copy=False), np.int64([5, 0, 2]))
     found, expected = backend.cache_bytes(rows)[[5, 0, 2]], as_stored(kv_type, x)
     kind = np.uint32 if kv_type == "f32" else np.uint16
-    any_nan = np.isnan(x) & (kv_type != "bf16")     # which NaN it is, is told of bf16 only
+    any_nan = np.isnan(x) & (kv_type != "bf16")     # the bits of a NaN are defined for bf16 only
     assert np.array_equal(found.view(kind)[~any_nan], expected.view(kind)[~any_nan])
     assert np.isnan(dequantize(found, GGMLQuantizationType[kv_type.upper()])[np.isnan(x)]).all()
     assert not backend.cache_bytes(rows)[[1, 3, 4, 6]].any()
 
 
 def parts_of(stored, storage, widths):
-    """The whole numbers of rows as bytes, and the scale of each part."""
+    """The integers of cache rows, and the scale of each part."""
     n, width = CACHE_TYPES[storage].n_bytes, sum(widths)
     planes = [stored[:, i * width:(i + 1) * width].view(np.int8).astype(np.int32) for i in range(n)]
     return planes[0] if n == 1 else 256 * planes[0] + planes[1], stored[:, n * width:].copy().view(np.float32)
@@ -128,8 +140,11 @@ def parts_of(stored, storage, widths):
 @pytest.mark.parametrize("backend", [kernels, reference], ids=[DEVICE, "reference"])
 @pytest.mark.parametrize("storage, largest", [("i8", 127), ("i16", 32512)])
 @pytest.mark.parametrize("widths", [(64, 32), (37, 21), (96,), (5,)])
-def test_cache_write_of_whole_numbers(backend, storage, largest, widths):
-    """Each part's largest magnitude becomes the largest number; what is not finite makes the scale of its part so."""
+def test_cache_write_of_integers(backend, storage, largest, widths):
+    """Each part's largest magnitude becomes the largest integer.
+
+    A value that is not finite makes the scale of its part so.
+    """
     x = np.random.default_rng(0).standard_normal((5, sum(widths))).astype(np.float32)
     x[:, widths[0]:] *= 100
     x *= np.float32([[0], [1e-3], [1e3], [1e-20], [1]])
@@ -151,7 +166,10 @@ def test_cache_write_of_whole_numbers(backend, storage, largest, widths):
 
 @pytest.mark.parametrize("storage", [name for name, kind in CACHE_TYPES.items() if kind.scaled])
 def test_backends_store_the_same_whole_numbers(storage):
-    """But for a few halves, which a product that is rounded before it is added to may turn to the other side."""
+    """Backends store the same integers, but for a few ties.
+
+    A product that is rounded before an addition may round a tie the other way.
+    """
     n = choose(10, 5000)
     x, stored = np.random.default_rng(1).standard_normal((n, 85)).astype(np.float32), []
     for backend in (kernels, reference):
@@ -165,7 +183,7 @@ def test_backends_store_the_same_whole_numbers(storage):
 
 @pytest.mark.parametrize("kv_type", CACHE_TYPES)
 def test_cache_rows_are_read_as_written(kv_type):
-    """What attention sees of a row is what its bytes stand for."""
+    """Attention reads the values that a row's bytes stand for."""
     x = np.random.default_rng(0).standard_normal((1, 96)).astype(np.float32)
     rows = kernels.cache_rows(1, (64, 32), kv_type)
     kernels.cache_write(rows, x, np.zeros(1, np.int64))
@@ -173,13 +191,16 @@ def test_cache_rows_are_read_as_written(kv_type):
     kernels.dense_attention(out, np.ones((1, 1, 96), np.float32), rows, np.zeros(1, np.int64), 1.0)
     if not CACHE_TYPES[kv_type].scaled:
         assert same_bits(out[0], dequantize(as_stored(kv_type, x), GGMLQuantizationType[kv_type.upper()])[:, :64])
-    else:       # times a weight of 1, which is a whole number too
+    else:       # times a weight of 1, which is an integer too
         numbers, scales = parts_of(kernels.cache_bytes(rows), kv_type, (64, 32))
         assert np.allclose(out[0], numbers[:, :64] * scales[:, :1], 1e-6, 1e-6)
 
 
 def test_offsets_beyond_2_gib():
-    """Rows so far into a cache that a 32-bit offset would be negative; the system gives memory only for those that are written."""
+    """Rows whose byte offset exceeds 32 signed bits.
+
+    The system provides memory only for the rows that are written.
+    """
     positions, x = np.array([2**22 - 1, 2**21, 7]), np.random.default_rng(0).standard_normal((3, 512)).astype(np.float32)
     rows = kernels.cache_rows(2**22, (512,), "f16")
     kernels.cache_write(rows, x, positions)

@@ -1,18 +1,34 @@
-"""README.md: its tree and its help texts are those of the code."""
+"""README.md and pydsa/docs: generated pages are those of the code."""
+import re
 from pathlib import Path
 
-from tools.update_readme import updated
+import pytest
+
+from tools.update_docs import DOCS, PAGES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_generated_parts_are_up_to_date():
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", PAGES)
+def test_generated_pages_are_up_to_date(name):
     # words only: versions of click break lines at other places
-    assert text.split() == updated(text).split(), "run python tools/update_readme.py"
+    assert (DOCS / name).read_text(encoding="utf-8").split() == PAGES[name]().split(), "run python tools/update_docs.py"
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 120
+
+
+@pytest.mark.parametrize("page", ["README.md", *(path.relative_to(ROOT).as_posix() for path in sorted(DOCS.rglob("*.md")))])
+def test_links_lead_to_files(page):
+    path = ROOT / page
+    links = re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8"))
+    assert all((path.parent / link).exists() for link in links), links
 
 
 def test_the_example_in_python_runs(golden, tmp_path, monkeypatch, capsys):
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    example = text.split("```python\n")[1].split("```")[0].replace('"model.gguf"', repr(str(golden("ds32-q8_0")[0])))
+    example = README.split("```python\n")[1].split("```")[0].replace('"model.gguf"', repr(str(golden("ds32-q8_0")[0])))
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(example.replace("n_ctx=8192", "n_ctx=256, threads=1"), names)

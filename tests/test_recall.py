@@ -1,4 +1,7 @@
-"""tools/recall.py on the golden models, whose prompts are three times as long as top_k: what is equal is 1, what is lost is counted."""
+"""tools/recall.py on the golden models.
+
+Their prompts are three times as long as top_k. Equal choices give 1, and lost keys are counted.
+"""
 import json
 
 import numpy as np
@@ -25,14 +28,17 @@ def test_hits():
 
 def test_united():
     chosen = np.arange(40, dtype=np.int32)[:, None] // 4 + np.int32([0, 100])
-    assert united(chosen, 200) == [8, 8]        # 4 of each column; the last eight tokens are no sixteen
+    assert united(chosen, 200) == [8, 8]        # 4 of each column; the last eight tokens are less than sixteen
     assert united(np.tile(np.int32([3, 5, 9]), (16, 1)), 10) == [3]
 
 
 @pytest.mark.parametrize("index_type, whole_run", [("f16", 0.99), ("i8", 0.95)])
 @pytest.mark.parametrize("name", INDEXERS)
 def test_golden_models(golden, name, index_type, whole_run):
-    """Of the keys that exact ones choose 99 % are asked for; a whole run has other inputs too."""
+    """Recall is at least 0.99 from the same inputs.
+
+    A whole run has other inputs too, so it may have less.
+    """
     path, arrays = golden(name)
     ids = arrays["tokens"].tolist()
     shares = recall(path, ids, index_type, threads=1)
@@ -50,11 +56,11 @@ def test_float32_against_itself(golden, name):
         assert (both["same inputs"] == 1).all() and (both["whole run"] == 1).all()
 
 
-def test_chunks_make_no_difference(golden, monkeypatch):
+def test_ubatches_make_no_difference(golden, monkeypatch):
     path, arrays = golden("ds32-f32")
     ids = arrays["tokens"].tolist()
     whole = recall(path, ids, "bf16", threads=1)
-    monkeypatch.setattr(tool, "UBATCH", 60)     # the first chunk has no choice yet, the second one for some of its tokens
+    monkeypatch.setattr(tool, "UBATCH", 60)     # the first ubatch has no choice yet; in the second some tokens have one
     parts = recall(path, ids, "bf16", threads=1)
     for layer, both in whole.items():
         assert both["same inputs"].size == parts[layer]["same inputs"].size == len(ids) - 64

@@ -1,4 +1,4 @@
-"""Sampling: each step against an example worked by hand, known distributions, and what must always hold."""
+"""Sampling: examples worked by hand, known distributions, invariants."""
 import math
 
 import numpy as np
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydsa.errors import PydsaError
 from pydsa.sampling import Sampler, Sampling
 
-OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}      # what leaves the distribution as it is
+OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}      # options that leave the distribution unchanged
 N_DRAWS = 4000
 
 
@@ -18,14 +18,14 @@ def logits_of(*probabilities):
 
 
 def draws(logits, history=(), n=N_DRAWS, **options):
-    """How often each token comes out of n draws, as a part of 1."""
+    """The share of each token in n draws."""
     sampler = Sampler(Sampling(**{**OFF, "seed": 7, **options}))
     ids = [sampler.pick(logits, history) for _ in range(n)]
     return np.bincount(ids, minlength=len(logits)) / n
 
 
 def possible(logits, history=(), **options):
-    """The tokens that come out at all."""
+    """The tokens that are drawn at all."""
     return np.flatnonzero(draws(logits, history, **options)).tolist()
 
 
@@ -79,7 +79,7 @@ def test_top_p(top_p, expected):
 
 
 def test_top_p_counts_what_top_k_left():
-    # Of 0.4, 0.3, 0.2, 0.1 the first two are 4/7 and 3/7: 0.56 of the rest, but not of the whole.
+    # Of 0.4, 0.3, 0.2, 0.1 top_k keeps 4/7 and 3/7: the first has 0.56 of what is left, but not of the whole.
     logits = logits_of(0.4, 0.3, 0.2, 0.1)
     assert possible(logits, top_p=0.56) == [0, 1]
     assert possible(logits, top_k=2, top_p=0.56) == [0]
@@ -95,8 +95,8 @@ def test_min_p_is_relative_to_the_likeliest(min_p, expected):
 # Penalties
 
 @pytest.mark.parametrize("history, options, expected", [
-    ([0, 1], {"repeat_penalty": 2.0}, [1.0, -6.0, 1.0, 0.0]),           # divided where positive, multiplied where not
-    ([3, 3], {"repeat_penalty": 2.0}, [2.0, -3.0, 1.0, 0.0]),           # once, however often it was seen
+    ([0, 1], {"repeat_penalty": 2.0}, [1.0, -6.0, 1.0, 0.0]),           # positive logits are divided, others multiplied
+    ([3, 3], {"repeat_penalty": 2.0}, [2.0, -3.0, 1.0, 0.0]),           # once, however often the token was seen
     ([0, 2, 0, 0], {"frequency_penalty": 0.5}, [0.5, -3.0, 0.5, 0.0]),
     ([0, 2, 0, 0], {"presence_penalty": 0.5}, [1.5, -3.0, 0.5, 0.0]),
     ([1], {"presence_penalty": -1.0}, [2.0, -2.0, 1.0, 0.0]),
@@ -148,7 +148,7 @@ def test_nothing_left_to_pick():
         Sampler(Sampling()).pick(np.full(3, -np.inf, np.float32), [])
 
 
-# What always holds
+# Invariants
 
 LOGITS = st.lists(st.floats(-30, 30, width=32) | st.just(-math.inf), min_size=1, max_size=40).filter(
     lambda values: max(values) > -math.inf)
@@ -193,7 +193,7 @@ def test_the_defaults():
     assert Sampler().sampling == Sampling() == Sampling(0.8, 40, 0.95, 0.05, 1.0, 64, 0.0, 0.0, None)
 
 
-# Legality
+# Allowed values
 
 @pytest.mark.parametrize("options, expected", [
     ({"temperature": -0.1}, "temperature is -0.1, expected a number from 0"),
@@ -202,18 +202,18 @@ def test_the_defaults():
     ({"temperature": "hot"}, "temperature is 'hot', expected a number"),
     ({"temperature": None}, "temperature is None"),
     ({"temperature": True}, "temperature is True"),
-    ({"top_k": -1}, "top_k is -1, expected a whole number from 0"),
-    ({"top_k": 1.5}, "top_k is 1.5, expected a whole number"),
+    ({"top_k": -1}, "top_k is -1, expected an integer from 0"),
+    ({"top_k": 1.5}, "top_k is 1.5, expected an integer"),
     ({"top_p": 1.1}, "top_p is 1.1, expected a number from 0 to 1"),
     ({"top_p": -0.1}, "top_p is -0.1"),
     ({"min_p": 2}, "min_p is 2, expected a number from 0 to 1"),
     ({"repeat_penalty": 0}, "repeat_penalty is 0, expected a number above 0"),
     ({"repeat_penalty": -1.0}, "repeat_penalty is -1.0"),
-    ({"repeat_last_n": -2}, "repeat_last_n is -2, expected a whole number from -1"),
+    ({"repeat_last_n": -2}, "repeat_last_n is -2, expected an integer from -1"),
     ({"frequency_penalty": math.inf}, "frequency_penalty is inf, expected a number$"),
     ({"presence_penalty": math.nan}, "presence_penalty is nan, expected a number$"),
-    ({"seed": -1}, "seed is -1, expected a whole number from 0"),
-    ({"seed": 1.0}, "seed is 1.0, expected a whole number")])
+    ({"seed": -1}, "seed is -1, expected an integer from 0"),
+    ({"seed": 1.0}, "seed is 1.0, expected an integer")])
 def test_illegal_values(options, expected):
     with pytest.raises(PydsaError, match=f"^{expected}"):
         Sampling(**options)

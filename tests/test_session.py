@@ -1,4 +1,7 @@
-"""Sessions: saved and loaded, full, interrupted, shared by threads, and given wrong ids or damaged files."""
+"""Sessions: saved, loaded, full, interrupted, shared by threads.
+
+Wrong ids and damaged files are refused.
+"""
 import hashlib
 import json
 import os
@@ -9,7 +12,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from conftest import greedy, random_ids
+from helpers import greedy, random_ids
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -37,12 +40,12 @@ def session(model):
 
 
 def state(session):
-    """All that a session holds."""
+    """The whole state of a session."""
     return list(session.tokens), [cache.stored(session.n_past).tobytes() for cache in session._caches.values()]
 
 
 def decoded(session, ids=IDS[20:30]):
-    """Logits of further tokens, as bytes."""
+    """The logits of further tokens, as bytes."""
     return b"".join(session.decode(token).tobytes() for token in ids)
 
 
@@ -81,7 +84,7 @@ def test_empty_session_is_saved_too(model, session, tmp_path):
 
 
 def test_session_moves_between_contexts_and_devices(small_model, load, session, tmp_path):
-    """What is stored depends on the model and the cache type, not on where and with how much room it runs."""
+    """A session file depends only on the model and the cache type."""
     session.save(tmp_path / "talk")
     for options in (dict(n_ctx=20), dict(n_ctx=500), dict(device="reference")):
         other = load(small_model(), **options).session()
@@ -117,11 +120,11 @@ def test_places_that_cannot_be_written(session, tmp_path, place):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder", "taken.part"]
 
 
-# Damaged and foreign files
+# Damaged files, and files of other models
 
 @pytest.fixture(scope="module")
 def saved(small_model, load, tmp_path_factory):
-    """The bytes of a saved session of ten tokens, from the small model with n_ctx 32 that `refuses` uses."""
+    """The bytes of a saved session of ten tokens, for `refuses`."""
     path = tmp_path_factory.mktemp("saved") / "talk"
     session = load(small_model(**GLM), n_ctx=32).session()
     session.prefill(IDS[:10])
@@ -131,7 +134,7 @@ def saved(small_model, load, tmp_path_factory):
 
 @pytest.fixture
 def refuses(small_model, load, tmp_path):
-    """refuses(data) -> the error of loading a file with these bytes; the session must stay as it is."""
+    """refuses(data) -> the error of loading it, which changes no session."""
     session = load(small_model(**GLM), n_ctx=32).session()
     session.prefill(IDS[:3])
     before = state(session)
@@ -147,7 +150,7 @@ def refuses(small_model, load, tmp_path):
 
 
 def forged(saved, **changes):
-    """A saved session with other values in its header; all lengths and the digest are right."""
+    """A saved session with other header values, right lengths and digest."""
     start = len(MAGIC) + 8
     end = start + int.from_bytes(saved[len(MAGIC):start], "little")
     header, rows = json.loads(saved[start:end]) | changes, saved[end:-32]
@@ -162,7 +165,7 @@ def with_header(header, length=None):
 
 
 def test_sound_file_is_loaded(small_model, load, saved, tmp_path):
-    """So that the refusals below are for the damage."""
+    """Sound files load, so the refusals below are for the damage."""
     session = load(small_model(**GLM), n_ctx=32).session()
     for tokens in (IDS[:10], [7] * 10, [299] * 32):
         (tmp_path / "talk").write_bytes(forged(saved, tokens=tokens))
@@ -265,7 +268,7 @@ def test_files_that_cannot_be_read(session, tmp_path):
             session.load(tmp_path / name)
 
 
-# Ids and room
+# Ids and the length of the context
 
 WRONG_IDS = {
     "negative": [3, -1], "too large": [3, 300], "huge": [2**40], "beyond 64 bits": [2**70], "float": [1.0], "bool": [True],
@@ -275,9 +278,9 @@ WRONG_IDS = {
 
 
 @pytest.mark.parametrize("ids", WRONG_IDS.values(), ids=WRONG_IDS)
-def test_wrong_ids_are_refused(session, ids):
+def test_wrong_ids_are_refused(model, session, ids):
     before = state(session)
-    for append in (session.prefill, session.logits, session.model.logits):
+    for append in (session.prefill, session.logits, model.logits):
         with pytest.raises(PydsaError, match="[Tt]oken id"):
             append(ids)
     assert state(session) == before
@@ -321,7 +324,7 @@ def test_truncating_to_what_is_not_there(session, n):
 
 
 def test_progress_of_prefill(model):
-    """Told in tokens, after each layer."""
+    """Progress counts tokens, and is reported after each layer."""
     calls, seen = [], []
     model.session().prefill(IDS[:40], lambda *call: calls.append(call), lambda node, arrays: seen.append(node.name))
     done = [n for n, _ in calls]
@@ -333,8 +336,8 @@ def test_progress_of_prefill(model):
 
 @pytest.mark.parametrize("node", [0, 20, -1])
 def test_interrupted_prefill_continues(model, node):
-    """The chunk that was interrupted is not in the context, those before it are."""
-    graph = model.plan.plans[model.path(16, 16)].graph
+    """An interrupted ubatch is not in the context; earlier ones are."""
+    graph = model.setup.layouts[model.setup.schedule.variant(16, 16)].graph
     name, session, seen = [n.name for n in graph.nodes if not n.for_outputs][node], model.session(), []
 
     def interrupt(node, arrays):
@@ -363,7 +366,7 @@ def test_interrupted_by_progress(model):
 
 @pytest.mark.parametrize("same", [True, False])
 def test_running_inside_a_step_is_refused(model, session, same):
-    """The buffers hold the values of the outer step."""
+    """A step inside a step is refused: the buffers hold the outer values."""
     inner = session if same else model.session()
 
     def run(node, arrays):
@@ -381,7 +384,7 @@ def test_generate_is_greedy_decoding(model, session):
     again = model.session()
     expected = greedy(again, again.prefill(IDS[:30]), 10)
     assert list(session.generate(IDS[20:30], 10, GREEDY)) == expected
-    assert session.tokens == IDS[:30] + expected[:9]    # the last one is appended when another is asked for
+    assert session.tokens == IDS[:30] + expected[:9]    # the last token is appended when the next one is asked for
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])
@@ -400,7 +403,7 @@ def test_generate_stops_at_the_end_of_a_turn(model, session, monkeypatch):
     again = model.session()
     tokens = greedy(again, again.prefill(IDS[:30]), 12)
     last = tokens[7]
-    monkeypatch.setattr(model.tokenizer, "eog_ids", frozenset({last}))
+    monkeypatch.setattr(session, "_eog_ids", frozenset({last}))
     expected = tokens[:tokens.index(last)]
     assert list(session.generate(IDS[20:30], 12, GREEDY)) == expected
     assert session.tokens == IDS[:30] + expected
@@ -417,7 +420,7 @@ def test_generate_fills_the_context(small_model, load):
 
 
 def test_sampling_is_repeatable(model):
-    """One seed gives one text, another seed another."""
+    """One seed gives one text; another seed gives another."""
     one, again, other = (list(model.session().generate(IDS[:10], 20, Sampling(temperature=1.5, seed=seed))) for seed in (1, 1, 2))
     assert one == again != other
 

@@ -1,7 +1,7 @@
-"""The tokenizer against llama.cpp's ids, against damaged vocabularies, and its own round trips.
+"""The tokenizer: llama.cpp's ids, damaged vocabularies, round trips.
 
-Each data/tokenizer/NAME.json holds the ids that llama.cpp gives for a list of texts, with the pre-tokenizer NAME and
-the vocabulary named in TRUTH: `ids` with special tokens taken as text, `ids_special` with them parsed.
+Each data/tokenizer/NAME.json holds the ids that llama.cpp gives for a list of texts, with the pre-tokenizer NAME and the vocabulary named
+in TRUTH: `ids` with special tokens as text, `ids_special` with them parsed.
 """
 import json
 import lzma
@@ -11,40 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chat_cases import MERGES, SPECIAL, small, small_metadata
 from gguf import GGUFWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
 from pydsa.errors import GGUFError, PydsaError, UnsupportedModelError
-from pydsa.gguf_file import Metadata, open_gguf
-from pydsa.tokenizer import (BYTE, CONTROL, MAX_TEXT, MAX_TOKEN, NORMAL, PRE_TOKENIZERS, UNKNOWN, UNUSED, USER_DEFINED,
-                             Tokenizer, load_tokenizer)
+from pydsa.gguf_file import open_gguf
+from pydsa.tokenizer import (BYTE, CONTROL, MAX_TEXT, MAX_TOKEN, NORMAL, PRE_TOKENIZERS, UNUSED, USER_DEFINED, Tokenizer,
+                             load_tokenizer)
 
 DATA = Path(__file__).parent / "data" / "tokenizer"
 TRUTH = {"deepseek-v3": "deepseek-v3", "deepseek-coder": "deepseek-coder", "glm4": "glm4",
          "deepseek-llm": "deepseek-v3", "chatglm-bpe": "glm4"}
-MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w"]
-SPECIAL = {"<bos>": CONTROL, "<eos>": CONTROL, "<a>": CONTROL, "<a><b>": CONTROL, "ctl": CONTROL, "<unk>": UNKNOWN,
-           "<think>": USER_DEFINED, "ö": USER_DEFINED, "xyz": USER_DEFINED, "yzzz": USER_DEFINED}
-
-
-def small_metadata(special=None, merges=MERGES, **keys):
-    """A vocabulary of all bytes, some merges and some special tokens (text -> type); `keys` of tokenizer.ggml."""
-    special = SPECIAL if special is None else special
-    tokens = [token for token in sorted(ByteLevel.alphabet()) if token not in special]
-    tokens += [merge.replace(" ", "") for merge in merges]
-    types = [NORMAL] * len(tokens) + list(special.values())
-    tokens += special
-    ids = {f"{name}_token_id": tokens.index(f"<{name}>") for name in ("bos", "eos") if f"<{name}>" in special}
-    values = {"model": "gpt2", "pre": "deepseek-v3", "tokens": tokens, "merges": list(merges),
-              "token_type": np.array(types, np.int32), **ids, **keys}
-    pairs = {f"tokenizer.ggml.{key}": value for key, value in values.items() if value is not None}
-    return Metadata(pairs, path="small.gguf")
-
-
-def small(special=None, merges=MERGES, **keys):
-    return Tokenizer.from_metadata(small_metadata(special, merges, **keys))
 
 
 def names(tokenizer, text, **options):
@@ -151,7 +131,7 @@ def test_only_glm4_takes_a_piece_that_is_a_token_whole():
 
 
 def test_plain_text_never_becomes_a_control_token():
-    tokenizer = small(pre="glm4")       # where the piece "ctl" is a token
+    tokenizer = small(pre="glm4")       # with this pre-tokenizer the piece "ctl" is a token
     assert names(tokenizer, "ctl") == ["c", "t", "l"]
     assert names(tokenizer, "ctl", parse_special=True) == ["ctl"]
 
@@ -190,8 +170,8 @@ def test_text_between_special_tokens_is_apart():
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("<|a>", ["<", "a", ">"]),                      # inside of a control token
-    ("<a>|", ["<", "a", ">"]),                      # behind it
+    ("<|a>", ["<", "a", ">"]),                      # inside a control token
+    ("<a>|", ["<", "a", ">"]),                      # after it
     ("|<a>", ["<a>"]),
     ("<think|>h", ["<", "t", "h", "i", "n", "k", ">", "h"]),
     ("<a>|<a>", ["<", "a", ">", "<a>"]),
@@ -291,7 +271,7 @@ def test_streaming_equals_decoding(ids):
     assert "".join(map(decoder.push, ids)) + decoder.flush() == tokenizer.decode(ids, skip_special=True)
 
 
-# What cannot be
+# Errors
 
 @pytest.mark.parametrize("token_id", [-1, 10**6])
 def test_ids_outside_of_the_vocabulary(token_id):
@@ -347,7 +327,7 @@ TOKENS = small_metadata()["tokenizer.ggml.tokens"]
     ({"merges": ["h e", "he qq"]}, GGUFError, "merge 1 is 'he qq', expected 'qq' to be a token"),
     ({"merges": ["qq he"]}, GGUFError, "merge 0 is 'qq he', expected 'qq' to be a token"),
     ({"merges": ["h h"]}, GGUFError, "merge 0 is 'h h', expected 'hh' to be a token"),
-    ({"merges": ["h e", "l l", "h e"]}, GGUFError, "1 merges twice"),
+    ({"merges": ["h e", "l l", "h e"]}, GGUFError, "1 merges are repeated, expected each once"),
     ({"bos_token_id": len(TOKENS)}, GGUFError, "bos_token_id"),
     ({"eos_token_id": 2**32 - 1}, GGUFError, "eos_token_id"),
     ({"eot_token_id": -1}, GGUFError, "eot_token_id"),

@@ -1,20 +1,27 @@
-"""top_k on rows made to break it: ties, signed zeros, denormals, NaN, infinities, lengths around k. Oracle: Python's sorted()."""
+"""top_k on adversarial rows, against Python's sorted().
+
+Ties, signed zeros, denormals, NaN, infinities, and lengths around k.
+"""
 import numpy as np
 import pytest
-from backends import choose, kernels
+from helpers import choose, kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pydsa.backends import reference
-from pydsa.backends.cpu.top_k import EVERY, LONG, TIMES
+from pydsa.backends.cpu.top_k import SAMPLE_STRIDE, SAMPLED_RATIO, SAMPLED_SIZE
 
-TINY = np.float32(1e-45)        # the least denormal
+
+TINY = np.float32(1e-45)        # the smallest denormal
 INF, NAN = float("inf"), float("nan")
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-40, -1e-40, 1.0, -1.0, 3.4028234663852886e38, -3.4028234663852886e38, INF, -INF, NAN]
 
 
 def oracle(row, k):
-    """Greater first, equal ones from the lowest index on; only numbers above -inf; ascending, padded with -1."""
+    """The k largest values, ties to the lowest index, without -inf and NaN.
+
+    Indices ascend and are padded with -1.
+    """
     numbers = [i for i, x in enumerate(row) if x > -INF]
     chosen = sorted(numbers, key=lambda i: (-row[i], i))[:k]
     return sorted(chosen) + [-1] * (k - len(chosen))
@@ -40,7 +47,10 @@ def spread(*values, n=300):
 
 
 def neighbours(x, n=300):
-    """The n floats from x upwards, in random order: many share all but the last bits."""
+    """The n consecutive floats from x upwards, in random order.
+
+    Many of them share all but the last bits.
+    """
     start = np.float32(x).view(np.uint32)
     return np.random.default_rng(n).permutation(start + np.arange(n, dtype=np.uint32)).view(np.float32)
 
@@ -109,7 +119,7 @@ def test_ties_are_the_same_every_time():
 
 
 def test_rows_do_not_mix():
-    """Each row of many alone gives what it gives among the others."""
+    """A row alone gives what it gives among others."""
     rows = np.array([np.resize(row, 300) for row in ROWS.values()], np.float32)
     together = top_k(kernels, rows, 40)
     assert np.array_equal(together, np.concatenate([top_k(kernels, row, 40) for row in rows]))
@@ -133,8 +143,11 @@ def test_long_rows(values):
 
 
 def sampled(of_sample, others, n=5000):
-    """A row of which every sixteenth value, which the threshold is taken from, is one thing and the others are another."""
-    return np.where(np.arange(n) % EVERY == 0, of_sample, others)
+    """A row whose sampled values differ from the others.
+
+    The threshold is taken from every sixteenth value.
+    """
+    return np.where(np.arange(n) % SAMPLE_STRIDE == 0, of_sample, others)
 
 
 NORMAL = np.random.default_rng(4).standard_normal(5000)
@@ -151,12 +164,12 @@ LONG_ROWS = {
 }
 
 
-@pytest.mark.parametrize("k", [1, 16, 512, LONG // TIMES, 5000 // TIMES, 5000 // TIMES + 1])
+@pytest.mark.parametrize("k", [1, 16, 512, SAMPLED_SIZE // SAMPLED_RATIO, 5000 // SAMPLED_RATIO, 5000 // SAMPLED_RATIO + 1])
 @pytest.mark.parametrize("name", LONG_ROWS)
 def test_rows_that_are_sampled(name, k):
     check(LONG_ROWS[name], k)
 
 
-@pytest.mark.parametrize("n", [LONG - 1, LONG, LONG + 1, LONG + 15])
+@pytest.mark.parametrize("n", [SAMPLED_SIZE - 1, SAMPLED_SIZE, SAMPLED_SIZE + 1, SAMPLED_SIZE + 15])
 def test_lengths_around_a_sample(n):
     check(NORMAL[:n], 100)

@@ -1,4 +1,7 @@
-"""Training the demo model: its texts, torch's forward pass beside pydsa's, each stage for a step, and going on from a checkpoint."""
+"""Training the demo model: texts, forward pass, stages, checkpoints.
+
+Torch's forward pass is compared with pydsa's.
+"""
 import json
 
 import numpy as np
@@ -31,7 +34,7 @@ def train():
 
 @pytest.fixture(scope="module")
 def folder(train, tmp_path_factory):
-    """A run of one step for each stage, where it left its checkpoint."""
+    """The folder of a run of two steps for each stage, with its checkpoint."""
     path = tmp_path_factory.mktemp("run")
     run(train, path, phases(train))
     return path
@@ -52,7 +55,7 @@ def test_what_can_be_known_has_weight(vocabulary):
     assert ids.shape == (4, 129) and weights.shape == positions.shape == (4, 128)
     assert (ids[:, 0] == vocabulary.ids[BOS]).all() and (weights == notes.ANSWER).any(axis=1).all()
     assert (np.diff(positions) >= 1).all() and positions.max() < 1000
-    for row, row_weights in zip(ids, weights):      # an answer's tokens stand in the notes too
+    for row, row_weights in zip(ids, weights):      # the tokens of an answer occur in the notes too
         for at in np.flatnonzero(row_weights == notes.ANSWER):
             assert row[at + 1] in row[:at]
 
@@ -79,7 +82,10 @@ def test_stages_train_what_they_should(train, folder):
 
 
 def test_the_indexer_alone(train, folder):
-    """Its stage leaves the rest as it is, and the others leave it as it is where they have no loss of its."""
+    """The indexer's stage changes the indexer only.
+
+    A stage without the indexer's loss leaves the indexer unchanged.
+    """
     dense, indexer, _ = phases(train)
     for phase, changes in ((dense, False), (indexer, True)):
         training = train.Training(folder / phase.stage, 3, (phase,), spec=ModelSpec(**WIDTHS))

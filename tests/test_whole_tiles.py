@@ -1,17 +1,22 @@
-"""Ops at sizes that fill whole blocks of a GPU's kernels and a bit of the next ones, which the simulator would take hours for."""
+"""Ops at sizes that fill whole tiles of the GPU's kernels.
+
+The sizes reach a bit into the next tiles. The simulator would take hours for them.
+"""
 import numpy as np
 import pytest
-from backends import IN_SIMULATOR
-from test_ops import Rows, compare, integers, last_positions, normal, one_thread, rng, tensor  # noqa: F401
+from helpers import IN_SIMULATOR, Rows, compare, integers, last_positions, normal, rng, tensor
 
 from pydsa.quants import SUPPORTED, TYPES
 
-pytestmark = pytest.mark.skipif(IN_SIMULATOR, reason="too much for the simulator")
+pytestmark = [pytest.mark.skipif(IN_SIMULATOR, reason="too much for the simulator"), pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.mark.parametrize("kind", SUPPORTED)
 def test_linear(kind):
-    """150 rows and 150 tokens; an odd number of groups where the type has one. """
+    """150 rows and 150 tokens.
+
+    The number of groups is odd where the type has groups of 32.
+    """
     w = tensor(kind, 150, 3 * 256 if TYPES[kind].size == 256 else 7 * 32)
     for n_tokens in (1, 150):
         compare("linear", (n_tokens, 150), w, normal(n_tokens, w.shape[1]))
@@ -23,7 +28,7 @@ def test_one_token_whose_rows_are_divided_among_warps():
 
 
 def test_experts_of_many_tokens():
-    """Of 300 pairs most have one expert, so that it has several tiles."""
+    """Of 300 pairs most use one expert, so that it has several tiles."""
     n_tokens, ids = 150, np.zeros((150, 2), np.int32)
     ids[:, 1] = 1 + rng(3).integers(0, 2, n_tokens)
     gate, up, down = tensor("Q4_K", 3, 40, 256), tensor("Q5_0", 3, 40, 256), tensor("Q8_0", 3, 140, 64)
@@ -34,7 +39,7 @@ def test_experts_of_many_tokens():
 @pytest.mark.parametrize("kv_type", ["i16", "i8"])
 @pytest.mark.parametrize("n_head, n_v, n_rot, n_kv, n_tokens", [(40, 512, 64, 200, 1), (25, 96, 12, 150, 3), (128, 512, 64, 70, 1)])
 def test_attention(kv_type, n_head, n_v, n_rot, n_kv, n_tokens):
-    """Enough heads for a GPU's tensor cores, with few keys of many chosen, and tiles that are not full."""
+    """Enough heads for tensor cores, few chosen keys, partial tiles."""
     q, rows = normal(n_tokens, n_head, n_v + n_rot), Rows(normal(n_kv, n_v + n_rot), kv_type, n_v)
     positions = last_positions(n_tokens, n_kv)
     indices = np.full((n_tokens, 70), -1, np.int32)
@@ -48,14 +53,20 @@ def test_attention(kv_type, n_head, n_v, n_rot, n_kv, n_tokens):
 
 @pytest.mark.parametrize("n", [8192, 20_000, 163_840])
 def test_top_k_of_long_rows(n):
-    """Rows that a GPU divides among blocks, of few different numbers: which of equals are chosen is decided in both steps."""
+    """Rows that a GPU divides among blocks, with many ties.
+
+    The choice among equals is made in both steps.
+    """
     scores = integers(-3, 3, 2, n)
     scores[1, ::7] = -np.inf
     compare("top_k", [2, 2048], scores)
 
 
 def test_selection_in_long_rows():
-    """As indexer_select makes them, up to a position; the choice is float64's, as all numbers are whole."""
+    """Selection in rows that end at a position, as indexer_select has them.
+
+    All numbers are integers, so the choice is float64's.
+    """
     rows, q, w = Rows(integers(-2, 2, 9001, 32)), integers(-2, 2, 2, 3, 32), integers(1, 3, 2, 3)
     compare("indexer_select", [2, 64], q, w, rows, np.array([8999, 9000]), 1.0)
     compare("indexer_select", [1, 64], q[:1], w[:1], rows, np.array([70]), 1.0)

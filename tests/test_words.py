@@ -1,4 +1,7 @@
-"""Quantized products: activations rounded to 15 bits, beside float64 products of gguf-py's weights; by blocks and in tiles of words."""
+"""Quantized products: activations rounded to 15 bits.
+
+They are compared with float64 products of gguf-py's weights, for gemv by blocks and for gemm in int16 or AMX tiles.
+"""
 import itertools
 
 import numpy as np
@@ -6,35 +9,32 @@ import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from pydsa.backends.cpu import threads
 from pydsa.backends import cpu
 from pydsa.backends.cpu import amx
 from pydsa.backends.cpu.linear import GEMV_TOKENS
-from pydsa.backends.cpu.int16.linear import LARGEST
+from pydsa.backends.cpu.int16.linear import MAX_INT15
 from pydsa.gguf_file import Tensor
 from pydsa.quants import SUPPORTED, TYPES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUANTIZED = [kind for kind in SUPPORTED if TYPES[kind].dtype.names]
 SIZES = [(kind, n_in) for kind in QUANTIZED for n_in in (32, 96, 128, 224, 256, 1024) if n_in % TYPES[kind].size == 0]
 N_TOKENS = (1, 3, 4, 40)
 HALF_FIELDS = ("d", "dmin", "m")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine two wait for each other."""
-    threads.set_threads(1)
-
-
 def stored(kind, blocks, n_rows):
-    """A weight as a file holds it, read-only."""
+    """A weight in the format of a GGUF file, read-only."""
     data = blocks.view(np.uint8).reshape(n_rows, -1)
     data.flags.writeable = False
     return Tensor("w", kind, (n_rows, len(blocks) // n_rows * TYPES[kind].size), data)
 
 
 def random_weight(kind, n_rows, n_in):
-    """Random bytes; scales of all signs within a factor of 30."""
+    """A weight of random bytes, with scales of both signs.
+
+    The scales are within a factor of 30.
+    """
     rng = np.random.default_rng([n_rows, n_in])
     n, dtype = n_rows * n_in // TYPES[kind].size, TYPES[kind].dtype
     blocks = np.frombuffer(rng.bytes(n * dtype.itemsize), dtype).copy()
@@ -46,7 +46,7 @@ def random_weight(kind, n_rows, n_in):
 
 
 def products(tensor, x):
-    """cpu.linear's, and the same in float64."""
+    """The products of cpu.linear, and the same in float64."""
     found = np.full((len(x), tensor.shape[0]), np.nan, np.float32)
     cpu.linear(found, cpu.weight(tensor), x)
     return found, x.astype(np.float64) @ dequantize(tensor.data, GGMLQuantizationType[tensor.type]).astype(np.float64).T
@@ -63,7 +63,10 @@ def test_both_ways_are_taken():
 @pytest.mark.parametrize("n_tokens", N_TOKENS)
 @pytest.mark.parametrize("kind, n_in", SIZES)
 def test_rounded_activations(kind, n_in, n_tokens):
-    """Six times what was met; one activation that were lost, or stood in another's place, would be noticed."""
+    """The bound is six times the measured error.
+
+    One lost or misplaced activation would exceed it.
+    """
     for n_out in (45, 67):
         x = np.random.default_rng(n_tokens).standard_normal((n_tokens, n_in)).astype(np.float32)
         assert error(*products(random_weight(kind, n_out, n_in), x)) < 2e-8
@@ -72,34 +75,41 @@ def test_rounded_activations(kind, n_in, n_tokens):
 @pytest.mark.parametrize("n_tokens", N_TOKENS)
 @pytest.mark.parametrize("kind, n_in", SIZES)
 def test_activations_that_rounding_keeps(kind, n_in, n_tokens):
-    """Whole numbers times a power of two, of which 16383 is the largest in each 32: what remains is the rounding of floats.
+    """Activations that rounding keeps leave only float rounding.
 
-    Where bytes are multiplied, weights are rounded too, and each 256 activations have one scale.
+    They are integers times a power of two, and 16383 is the largest in each 32. In int8x2 weights are rounded too, and 256 activations
+    share a scale.
     """
     rng = np.random.default_rng(n_tokens)
-    x = rng.integers(-LARGEST, LARGEST + 1, (n_tokens, n_in // 32, 32))
-    x[:, :, rng.integers(32)] = rng.choice([-LARGEST, LARGEST], x.shape[:2])
+    x = rng.integers(-MAX_INT15, MAX_INT15 + 1, (n_tokens, n_in // 32, 32))
+    x[:, :, rng.integers(32)] = rng.choice([-MAX_INT15, MAX_INT15], x.shape[:2])
     x = (x * np.ldexp(1, rng.integers(-9, 1, (*x.shape[:2], 1)))).astype(np.float32).reshape(n_tokens, n_in)
     assert error(*products(random_weight(kind, 37, n_in), x)) < (2e-8 if amx.HERE and n_tokens > GEMV_TOKENS else 1e-12)
 
 
 @pytest.mark.parametrize("kind, n_in", [(kind, max(64, TYPES[kind].size)) for kind in QUANTIZED])
 def test_single_elements(kind, n_in):
-    """Each element of a block alone, for few tokens and for many: its place, its scale and its sign."""
+    """Each element of a block alone: its place, scale and sign.
+
+    Checked with gemv and with gemm.
+    """
     weight, x = random_weight(kind, 17, n_in), np.eye(n_in, dtype=np.float32)
     found, expected = products(weight, x)
     largest = np.abs(expected).max(axis=0)
-    bound = (2 ** -13 if amx.HERE else 2 ** -16) * largest     # as bytes, weights are rounded; without, a minimum is subtracted
+    bound = (2 ** -13 if amx.HERE else 2 ** -16) * largest     # int8x2 rounds weights; without it, a min is subtracted
     assert (np.abs(found - expected) <= bound).all()
     for i in range(0, n_in, 7):
         assert (np.abs(products(weight, x[i:i + 1])[0] - expected[i]) <= 2 ** -16 * largest).all()
 
 
-BYTES = (0x00, 0x07, 0x70, 0x77, 0x7F, 0x80, 0x88, 0xFF)        # all nibbles 0, 7, 8 or 15; the largest and the least int8
+BYTES = (0x00, 0x07, 0x70, 0x77, 0x7F, 0x80, 0x88, 0xFF)        # all nibbles 0, 7, 8 or 15; the largest and the smallest int8
 
 
 def extreme_weight(kind):
-    """A row for every choice of one byte for each field, with scales of 1, minima of 0 or 1: a type's largest magnitudes are among them."""
+    """A row for every choice of one byte for each field.
+
+    Scales are 1, mins 0 or 1. A type's largest magnitudes are among them.
+    """
     dtype, n_blocks = TYPES[kind].dtype, 512 // TYPES[kind].size
     fields = [name for name in dtype.names if name not in (*HALF_FIELDS, "e")]
     choices = list(itertools.product(*[BYTES] * len(fields), (0, 0x3C00)))
@@ -118,10 +128,13 @@ def extreme_weight(kind):
 @pytest.mark.parametrize("n_tokens", [2, 5])
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_extremes_do_not_overflow(kind, n_tokens):
-    """Every activation at the largest magnitude: of one sign, the other, by turns, by pairs, by halves of a block."""
+    """Activations of the largest magnitude do not overflow.
+
+    Their signs are equal, or alternate by elements, by pairs, or by halves of a block.
+    """
     i = np.arange(512)
     signs = np.stack([np.ones(512), -np.ones(512), 1 - i % 2 * 2, 1 - i // 16 % 2 * 2, 1 - i // 2 % 2 * 2])
-    # equal weights are rounded alike, as bytes
+    # int8x2 rounds equal weights alike
     weight, bound = extreme_weight(kind), 1e-4 if amx.HERE and n_tokens > GEMV_TOKENS else 2e-6
     for part in (signs[:n_tokens], signs[-n_tokens:]):
         found, expected = products(weight, (3 * part).astype(np.float32))
@@ -130,7 +143,10 @@ def test_extremes_do_not_overflow(kind, n_tokens):
 
 
 def test_extremes_are_extreme():
-    """The rows of extreme_weight do hold each type's largest numbers, in units of its scale."""
+    """extreme_weight holds each type's largest numbers.
+
+    They are in units of its scale.
+    """
     largest = {"Q4_0": 8, "Q4_1": 16, "Q5_0": 16, "Q5_1": 32, "Q8_0": 128, "Q2_K": 3 * 15, "Q3_K": 4 * 32, "Q4_K": 15 * 63, "Q5_K": 31 * 63,
                "Q6_K": 32 * 128, "IQ4_NL": 127, "IQ4_XS": 127 * 32, "MXFP4": 12}
     assert set(largest) == set(QUANTIZED)
@@ -145,7 +161,7 @@ def test_extremes_are_extreme():
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_what_is_not_finite_stays_so(kind, value, n_tokens):
-    """In the products of its own token only."""
+    """A value that is not finite spoils the products of its own token only."""
     weight = random_weight(kind, 33, 512)
     for place in (0, 33, 511):
         x = np.random.default_rng(place).standard_normal((n_tokens, 512)).astype(np.float32)

@@ -1,9 +1,10 @@
-"""How far sparse attention is from float64 under the same indices, for each type of cache, and what of that is the cache's own rounding.
+"""The error of sparse attention for each type of cache.
 
     python tools/attention_error.py --heads 128 --keys 2048
 
-Queries and rows are random numbers; rotated values are ten times as large as compressed ones. "logits" is the standard deviation of the
-scores: the larger it is, the sharper is the softmax, and the more an error in a score counts.
+The output is compared with exact float64 under the same indices, and with float64 from the same rounded rows: the difference is the cache's
+own rounding. Queries and rows are random; rotated values are ten times as large as compressed ones. "logits" is the standard deviation of
+the scores. The larger it is, the sharper is the softmax, and the more an error in a score counts.
 """
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ KV_LORA, N_ROT = 512, 64
 
 
 def attend(backend, q, rows, indices, scale, storage):
-    """What a backend's sparse_attention gives for rows that it stores itself, [T, H, KV_LORA]."""
+    """A backend's sparse attention [T, H, KV_LORA] to rows that it stores."""
     cache = backend.cache_rows(len(rows), (KV_LORA, N_ROT), storage)
     backend.cache_write(cache, rows.astype(backend.FLOAT), np.arange(len(rows)))
     out = np.empty((*q.shape[:2], KV_LORA), backend.FLOAT)
@@ -28,11 +29,15 @@ def attend(backend, q, rows, indices, scale, storage):
 
 
 def nmse(a, b):
+    """Normalised squared error: sum (a - b)^2 / sum b^2."""
     return float(((a - b) ** 2).sum() / (b ** 2).sum())
 
 
 def errors(heads, keys, spread, tokens=4, seed=0):
-    """Yield a row for each type of cache: NMSE of the output against exact float64, and against float64 from the same rounded rows."""
+    """Yield a row for each type of cache.
+
+    It has the NMSE of the output against exact float64, and against float64 from the same rounded rows.
+    """
     from pydsa.backends import cpu, reference
     rng, n_kv = np.random.default_rng(seed), 4 * keys
     q, rows = rng.standard_normal((tokens, heads, KV_LORA + N_ROT)), rng.standard_normal((n_kv, KV_LORA + N_ROT)).astype(np.float32)

@@ -1,9 +1,10 @@
-"""Everything there is to learn from a GPU in one run: tests of ops, whole models, a sanitizer, speed op by op and at depths.
+"""Check a GPU in one run: ops, models, a sanitizer, speed.
 
     python tools/check_gpu.py results --minutes 9
 
 Each stage writes results/STAGE.log as it goes, and results/report.md tells how all ended: a run that is cut off leaves what it found.
-Stages come in the order of what is worth knowing first; one that would not end in time is stopped. Exit code 1 if a stage failed.
+Stages come in the order of their importance. A stage that would not end in time is stopped. The exit code is 1 if a stage failed. Speed is
+measured op by op and at several depths.
 """
 import os
 import subprocess
@@ -20,7 +21,10 @@ PYDSA = (*PYTHON, "-m", "pydsa")
 
 
 class Stage(NamedTuple):
-    """A command, and how much of the whole time it may take; optional: its program need not be there."""
+    """A command, and the share of the whole time that it may take.
+
+    optional: its program may be missing.
+    """
     name: str
     command: tuple
     share: float
@@ -49,16 +53,16 @@ STAGES = [
     make("Q8_0"),
     bench("q8_0", "Q8_0", 0.3, "-p", "2048", "-n", "64", "-ub", "2048", "-d", "0,4096"),
     Stage("sanitizer", ("compute-sanitizer", "--error-exitcode", "9", *PYTHON, "-m", "pytest", "-x", "-q", "-k",
-                        "not (threads or chunks or sampled)", "tests/test_attention.py", "tests/test_top_k.py"), 0.5, optional=True),
+                        "not (threads or sampled)", "tests/test_attention.py", "tests/test_top_k.py"), 0.5, optional=True),
 ]
 
 
 def run_stage(stage, out, seconds):
-    """Run a stage for so many seconds at most -> how it ended, in words."""
+    """Run a stage for at most `seconds`, and return how it ended."""
     command = [part.format(out=out) for part in stage.command]
     with open(out / f"{stage.name}.log", "wb") as log:
         try:
-            # with this variable tests of ops look at the GPU's kernels
+            # this variable makes the tests of ops test the GPU's kernels
             done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYDSA_TEST_DEVICE": "cuda"}, stdin=subprocess.DEVNULL,
                                   stdout=log, stderr=subprocess.STDOUT, timeout=seconds)
         except subprocess.TimeoutExpired:

@@ -1,13 +1,15 @@
-"""Compare pydsa's logits with llama.cpp's, position by position, and the text that both go on with; or the speed.
+"""Compare pydsa with llama.cpp: logits and text, or speed.
 
     python tools/compare_llama_cpp.py model.gguf
     python tools/compare_llama_cpp.py model.gguf -f chapter.txt -l 2048 -n 64
     python tools/compare_llama_cpp.py model.gguf --speed --n-prompt 512 --n-gen 64 --n-depth 0,4096
 
-Needs llama-cpp-python (pydsa's extra `peer`) with a llama.cpp that knows the architecture. Both keep float32 caches
-when logits are compared, and float16 caches for speed; there llama.cpp has flash attention.
-The error is the normalised squared error, NMSE = sum((a - b)^2) / sum(b^2), with b from llama.cpp. With F32 weights
-expect 1e-8 or less; with quantized ones llama.cpp rounds activations to 8 bits: 0.001 to 0.01 on random models.
+It needs llama-cpp-python (pydsa's extra `peer`) with a llama.cpp that knows the architecture. Logits are compared position by position, and
+then the text that both continue with. Both have float32 caches when logits are compared, and float16 caches for speed; there llama.cpp has
+flash attention.
+
+The error is the normalised squared error, NMSE = sum((a - b)^2) / sum(b^2), with b from llama.cpp. With F32 weights expect 1e-8 or less.
+With quantized ones llama.cpp rounds activations to 8 bits: 0.001 to 0.01 on random models.
 """
 
 import sys
@@ -25,8 +27,8 @@ UBATCH = 512
 class LlamaCpp:
     """A model in llama.cpp on the CPU, by its C interface.
 
-    float32 caches, or, if it is to be fast, float16 caches and flash attention. Weights as they lie in the file, unless
-    repack lets llama.cpp choose: its kernels for repacked weights crash on some CPUs (seen with AMX).
+    It has float32 caches, or with `fast` float16 caches and flash attention. Weights stay as they are in the file, unless `repack` lets
+    llama.cpp choose: its kernels for repacked weights crash on some CPUs (seen with AMX).
     """
 
     def __init__(self, path, n_ctx, threads=None, fast=False, repack=False):
@@ -65,7 +67,10 @@ class LlamaCpp:
         return list(ids[:n])
 
     def decode(self, ids, first=0):
-        """Logits [len(ids), n_vocab] of the tokens at positions first, first + 1, ..."""
+        """Logits [len(ids), n_vocab] of tokens at positions from `first` on.
+
+        The tokens are appended to the context.
+        """
         batch = self.api.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
         for i, token in enumerate(ids):
@@ -78,7 +83,7 @@ class LlamaCpp:
         return np.ctypeslib.as_array(self.api.llama_get_logits(self.context), (len(ids), self.n_vocab)).copy()
 
     def run(self, ids, n_predict):
-        """(logits of the prompt, greedy continuation)."""
+        """Logits of the prompt, and a greedy continuation."""
         logits = self.decode(ids)
         picked, last = [], logits[-1]
         for i in range(n_predict):
@@ -88,7 +93,7 @@ class LlamaCpp:
 
 
 def run_pydsa(model, ids, n_predict):
-    """(logits of the prompt, greedy continuation)."""
+    """Logits of the prompt, and a greedy continuation."""
     logits = model.logits(ids)
     session = model.session()
     picked, last = [], session.prefill(ids)
@@ -104,7 +109,10 @@ def log_softmax(x):
 
 
 def differences(a, b):
-    """Name -> one number a position, for logits a and b [n, n_vocab]; b is the reference."""
+    """The measures of each position, name -> one number a position.
+
+    a and b are logits [n, n_vocab]; b is the reference.
+    """
     rows = []
     for x, y in zip(a.astype(np.float64), b.astype(np.float64)):
         log_p, log_q = log_softmax(y), log_softmax(x)
@@ -118,7 +126,10 @@ def perplexity(logits, ids):
 
 
 def show(console, a, b, ids, texts):
-    """Print the two tables; a and b are the logits of pydsa and llama.cpp, texts their continuations."""
+    """Print the two tables of a comparison.
+
+    a and b are the logits of pydsa and llama.cpp, texts their continuations.
+    """
     from rich.table import Column, Table
     from rich.text import Text
 
@@ -134,7 +145,7 @@ def show(console, a, b, ids, texts):
 
 
 def continuation(model, picked, other):
-    """The text, and at which token it leaves the other's."""
+    """The text, with the first token at which it differs from the other."""
     same = next((i for i, (x, y) in enumerate(zip(picked, other)) if x != y), None)
     text = repr(model.detokenize(picked))
     return text if same is None else f"{text}\n(differs from token {same})"
@@ -146,7 +157,7 @@ def fail(message):
 
 
 def options_of(speed):
-    """The names of the options that belong to --speed, or those that belong to the comparison of logits."""
+    """The names of the options of one comparison: --speed, or logits."""
     return ("n_prompt", "n_gen", "n_depth", "repetitions", "repack") if speed else ("prompt", "file", "length", "n_predict")
 
 

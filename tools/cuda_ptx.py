@@ -1,12 +1,15 @@
-"""Compile every CUDA kernel without a GPU, and let ptxas say what registers and memory each takes.
+"""Compile every CUDA kernel without a GPU, and report its registers.
 
     python tools/cuda_ptx.py --cc 90
     python tools/cuda_ptx.py --cc 90 --loops gemv_q4_k
 
-Exit code 1 if a kernel does not compile, spills registers, or keeps an array in local memory that should be in registers. A kernel of which
-two blocks must fit into a processor may spill a few numbers that its loops do not change. --loops shows the machine instructions of each
-loop of a kernel, of which a processor issues four in a cycle; it needs nvdisasm (`pip install nvidia-cuda-nvdisasm`). Without ptxas
-(it comes with the CUDA toolkit, or `pip install nvidia-cuda-nvcc`) kernels are only compiled to PTX, the GPU's portable assembly.
+ptxas reports what a kernel uses. The exit code is 1 if a kernel does not compile, spills registers, or keeps an array in
+local memory that should be in registers. A kernel of which two blocks must fit into a multiprocessor may spill a few numbers that its loops
+do not change.
+
+--loops shows the machine instructions of each loop of a kernel, of which a multiprocessor issues four in a cycle. It needs nvdisasm (`pip
+install nvidia-cuda-nvdisasm`). Without ptxas (it comes with the CUDA toolkit, or `pip install nvidia-cuda-nvcc`) kernels are only compiled
+to PTX, the GPU's portable assembly.
 """
 import argparse
 import collections
@@ -18,22 +21,25 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-import pydsa.backends.cuda  # noqa: F401  (fills the table)
+import pydsa.backends.cuda  # noqa: F401  (fills KERNELS)
 from pydsa.backends.cuda.launch import KERNELS
 
 LOCAL = {"rope_angles"}     # the slow path of float64 sines for huge angles has a small table
-GEMV_TOKENS = 64                    # bytes
+MAX_SPILLS = 64             # bytes, for kernels of which two blocks must fit into a multiprocessor
 
 
 def find(program):
     """The path of a program of the CUDA toolkit, or None."""
     wheels = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
-    found = [*map(str, sorted(wheels.glob(f"cu*/bin/{program}*"))), shutil.which(program)]     # that of the same version as NVVM first
+    found = [*map(str, sorted(wheels.glob(f"cu*/bin/{program}*"))), shutil.which(program)]     # first the one of NVVM's version
     return next(filter(None, found), None)
 
 
 def loops(disassembly):
-    """[(first, last, instructions)] of what nvdisasm wrote: all that a branch backwards repeats, inner loops included."""
+    """The loops of nvdisasm's output, [(first, last, instructions)].
+
+    A loop is what a backward branch repeats, inner loops included.
+    """
     code, labels = [], {}
     for line in disassembly.splitlines():
         label = re.match(r"\s*(\.L_x_\d+):", line)
@@ -47,7 +53,7 @@ def loops(disassembly):
 
 
 def assembled(ptxas, ptx, capability, folder):
-    """A kernel's machine code, a file in the folder, and what ptxas says of it."""
+    """Assemble a kernel in a folder: the cubin's path, and ptxas's report."""
     path = Path(folder) / "kernel.ptx"
     path.write_text(ptx)
     done = subprocess.run([ptxas, f"-arch=sm_{capability[0]}{capability[1]}", "-v", str(path), "-o", str(path.with_suffix(".cubin"))],
@@ -58,7 +64,7 @@ def assembled(ptxas, ptx, capability, folder):
 
 
 def show_loops(kernel, capability):
-    """Print how many instructions of each kind the loops of a kernel have."""
+    """Print the number of instructions of each kind in a kernel's loops."""
     ptxas, nvdisasm = find("ptxas"), find("nvdisasm")
     if not ptxas or not nvdisasm:
         sys.exit("--loops needs ptxas and nvdisasm: pip install nvidia-cuda-nvcc nvidia-cuda-nvdisasm")
@@ -71,7 +77,10 @@ def show_loops(kernel, capability):
 
 
 def assemble(ptxas, ptx, capability):
-    """{"registers", "spills", "stack", "shared"} of a kernel's PTX; bytes but for the first."""
+    """{"registers", "spills", "stack", "shared"} of a kernel's PTX.
+
+    All but the registers are in bytes.
+    """
     with tempfile.TemporaryDirectory() as folder:
         _, said = assembled(ptxas, ptx, capability, folder)
 
@@ -101,7 +110,7 @@ def main():
             continue
         use = assemble(ptxas, ptx, capability)
         print(f"{name:24} {use['registers']:9} {use['spills']:7} {use['stack']:7} {use['shared']:7}")
-        allowed = GEMV_TOKENS if kernel.bounds[1] > 1 else 0
+        allowed = MAX_SPILLS if kernel.bounds[1] > 1 else 0
         if use["spills"] > allowed or use["stack"] > allowed and name not in LOCAL:
             bad.append(name)
     if bad:

@@ -1,9 +1,14 @@
-"""Quantize float32 rows to Q2_K to Q6_K, IQ4_NL and IQ4_XS in numpy: plain scales by minimum and maximum.
+"""Quantize float32 rows to Q2_K to Q6_K, IQ4_NL and IQ4_XS in numpy.
 
-A super-block is 256 numbers. Q4_K and Q5_K: 8 sub-blocks of 32, x = d*sc*q - dmin*m, with sc and m of 6 bits.
-Q2_K: 16 of 16, the same with sc and m of 4 bits. Q6_K: 16 of 16, x = d*sc*(q - 32), with sc an int8; Q3_K: d*sc*(q - 4), with
-sc of 6 bits. IQ4_XS: 8 of 32, x = d*sc*table[q], with sc of 6 bits; IQ4_NL: blocks of 32, x = d*table[q].
-`gguf.quants.dequantize` reads what is written here.
+Scales come from the minimum and maximum of a block. A superblock is 256 numbers:
+
+    Q4_K, Q5_K  8 sub-blocks of 32   x = d*sc*q - dmin*m  sc and m of 6 bits
+    Q2_K        16 sub-blocks of 16  x = d*sc*q - dmin*m  sc and m of 4 bits
+    Q6_K        16 sub-blocks of 16  x = d*sc*(q - 32)    sc an int8
+    Q3_K        16 sub-blocks of 16  x = d*sc*(q - 4)     sc of 6 bits
+    IQ4_XS      8 sub-blocks of 32   x = d*sc*table[q]    sc of 6 bits
+
+IQ4_NL has blocks of 32, x = d*table[q]. `gguf.quants.dequantize` reads what is written here.
 """
 
 import gguf
@@ -15,34 +20,43 @@ TABLE = np.float32(IQ4_NL.kvalues)
 
 
 def inverse(x):
-    """1/x, and 0 where x is 0: a block of zeros gets zeros."""
+    """1/x, and 0 where x is 0, so that a block of zeros gets zeros."""
     return np.divide(1, x, out=np.zeros_like(x), where=x != 0)
 
 
 def whole(x, low, high):
-    """The nearest of the whole numbers from low to high."""
+    """The nearest integers from low to high."""
     return np.clip(np.rint(x), low, high)
 
 
 def scaled(x, high):
-    """x [n, m] >= 0 as float16 d [n, 1] and integers [n, m] from 0 to high: x ~ d * integers."""
+    """x [n, m] >= 0 as d * integers from 0 to high.
+
+    Returns d [n, 1] in float16, and the integers [n, m].
+    """
     d = (x.max(axis=1, keepdims=True) / high).astype(np.float16)
     return d, whole(x * inverse(d.astype(np.float32)), 0, high).astype(np.uint8)
 
 
 def scaled_signed(x, high):
-    """x [n, m] as float16 d [n, 1] and integers [n, m] from -high to high: x ~ d * integers."""
+    """x [n, m] as d * integers from -high to high.
+
+    Returns d [n, 1] in float16, and the integers [n, m].
+    """
     d = (np.abs(x).max(axis=1, keepdims=True) / high).astype(np.float16)
     return d, whole(x * inverse(d.astype(np.float32)), -high, high).astype(np.int8)
 
 
 def peaks(x):
-    """The number of largest magnitude, with its sign, along the last axis."""
+    """The values of largest magnitude along the last axis, signed."""
     return np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], axis=-1)[..., 0]
 
 
 def pack_scales(sc, m):
-    """The 6-bit sc and m [n, 8] in 12 bytes: the high two bits of numbers 4 to 7 lie above numbers 0 to 3."""
+    """Pack the 6-bit sc and m [n, 8] into 12 bytes.
+
+    The high two bits of numbers 4 to 7 are above numbers 0 to 3.
+    """
     low, high = slice(0, 4), slice(4, 8)
     return np.concatenate([sc[:, low] | sc[:, high] >> 4 << 6,
                            m[:, low] | m[:, high] >> 4 << 6,
@@ -50,7 +64,10 @@ def pack_scales(sc, m):
 
 
 def quantize_with_minimum(x, n_bits, n_sub, high):
-    """x [n, 256] -> d, dmin [n, 1], scales and minima [n, n_sub] up to `high`, and q [n, n_sub, 256 / n_sub] in 0 .. 2**n_bits - 1."""
+    """Quantize x [n, 256] with scales and mins.
+
+    Returns d and dmin [n, 1], scales and mins [n, n_sub] up to `high`, and q [n, n_sub, 256 / n_sub] in 0 .. 2**n_bits - 1.
+    """
     x = x.reshape(-1, n_sub, BLOCK // n_sub)
     minimum = np.maximum(-x.min(axis=2), 0)
     scale = (np.maximum(x.max(axis=2), 0) + minimum) / (2**n_bits - 1)
@@ -62,7 +79,10 @@ def quantize_with_minimum(x, n_bits, n_sub, high):
 
 
 def pack_nibbles(q):
-    """q [n, 8, 32] -> [n, 128] bytes: sub-block 2i in the low and 2i + 1 in the high nibbles of 32 bytes."""
+    """Pack q [n, 8, 32] into [n, 128] bytes.
+
+    Sub-block 2i has the low and 2i + 1 the high nibbles of 32 bytes.
+    """
     return (q[:, 0::2] & 15 | q[:, 1::2] << 4).reshape(len(q), 128)
 
 
@@ -73,14 +93,20 @@ def quantize_q4_k(x):
 
 
 def quantize_q5_k(x):
-    """x [n, 256] -> [n, 176] bytes: the fifth bits of sub-block j are bit j of 32 bytes."""
+    """x [n, 256] -> [n, 176] bytes.
+
+    The fifth bits of sub-block j are bit j of 32 bytes.
+    """
     d, dmin, sc, m, q = quantize_with_minimum(x, 5, 8, 63)
     fifth = np.packbits(q >> 4, axis=1, bitorder="little")[:, 0]
     return np.concatenate([d.view(np.uint8), dmin.view(np.uint8), pack_scales(sc, m), fifth, pack_nibbles(q)], axis=1)
 
 
 def pack_pairs(q):
-    """q [n, 256] of two bits -> [n, 64] bytes: bits 2k of byte 32i + j are number 128i + 32k + j."""
+    """Pack q [n, 256] of two bits into [n, 64] bytes.
+
+    Bits 2k of byte 32i + j are number 128i + 32k + j.
+    """
     q = q.reshape(-1, 2, 4, 32)
     return (q[:, :, 0] | q[:, :, 1] << 2 | q[:, :, 2] << 4 | q[:, :, 3] << 6).reshape(-1, 64)
 
@@ -92,7 +118,10 @@ def quantize_q2_k(x):
 
 
 def quantize_q3_k(x):
-    """x [n, 256] -> [n, 110] bytes: the third bits of 32 numbers are one bit of 32 bytes, the scales' upper two bits lie last."""
+    """x [n, 256] -> [n, 110] bytes.
+
+    The third bits of 32 numbers are one bit of 32 bytes. The upper two bits of the scales come last.
+    """
     x = x.reshape(-1, 16, 16)
     d, sc = scaled_signed(peaks(x) / -4, 31)
     q = (whole(x * inverse(d.astype(np.float32) * sc)[:, :, None], -4, 3) + 4).astype(np.uint8)
@@ -106,7 +135,7 @@ def quantize_q3_k(x):
 def quantize_q6_k(x):
     """x [n, 256] -> [n, 210] bytes."""
     x = x.reshape(-1, 16, 16)
-    d, sc = scaled_signed(peaks(x) / -32, 127)      # the number of largest magnitude maps to -32, so that all 64 values are in use
+    d, sc = scaled_signed(peaks(x) / -32, 127)      # the value of largest magnitude maps to -32, so that all 64 values are used
     q = whole(x * inverse(d.astype(np.float32) * sc)[:, :, None], -32, 31)
     q = (q + 32).astype(np.uint8).reshape(-1, 2, 4, 32)
     low = q[:, :, :2] & 15 | q[:, :, 2:] << 4
@@ -116,13 +145,19 @@ def quantize_q6_k(x):
 
 
 def nearest(x):
-    """Which numbers of TABLE are nearest to x [n, m, 32], two of them a byte: [n, m, 16], j and j + 16 together."""
+    """The nearest entries of TABLE to x [n, m, 32], as nibbles [n, m, 16].
+
+    Entries j and j + 16 share a byte.
+    """
     q = np.searchsorted((TABLE[1:] + TABLE[:-1]) / 2, x).astype(np.uint8)
     return q[:, :, :16] | q[:, :, 16:] << 4
 
 
 def quantize_iq4_nl(x):
-    """x [n, 32] -> [n, 18] bytes: the number of largest magnitude maps to the table's, -127."""
+    """x [n, 32] -> [n, 18] bytes.
+
+    The value of largest magnitude maps to the table's, -127.
+    """
     d = (peaks(x)[:, None] / TABLE[0]).astype(np.float16)
     return np.concatenate([d.view(np.uint8), nearest((x * inverse(d.astype(np.float32)))[:, None])[:, 0]], axis=1)
 
@@ -142,7 +177,10 @@ QUANTIZERS = {"Q2_K": quantize_q2_k, "Q3_K": quantize_q3_k, "Q4_K": quantize_q4_
 
 
 def quantize(x, name):
-    """Float32 rows x [n, n_in] as uint8 [n, row bytes] of the type `name`; n_in is a multiple of its block."""
+    """Float32 rows x [n, n_in] as bytes [n, row bytes] of the type `name`.
+
+    n_in is a multiple of the type's block.
+    """
     n, n_in = x.shape
     block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
     if n_in % block:

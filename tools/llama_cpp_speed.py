@@ -1,4 +1,7 @@
-"""The speed of pydsa beside llama.cpp's, for tools/compare_llama_cpp.py --speed: the same tokens, by turns, the best time of each."""
+"""The speed of pydsa beside llama.cpp's.
+
+For tools/compare_llama_cpp.py --speed. Both run the same tokens, alternating, and the best time of each counts.
+"""
 
 import platform
 import re
@@ -11,7 +14,10 @@ from pydsa.report import size
 
 
 class LlamaSession:
-    """A LlamaCpp as the part of pydsa's Session that is timed; only the last token of a batch gets logits."""
+    """A LlamaCpp with the methods of a Session that are timed.
+
+    Only the last token of a batch gets logits.
+    """
 
     def __init__(self, peer):
         self.api, self.context, self.n_past = peer.api, peer.context, 0
@@ -35,7 +41,10 @@ class LlamaSession:
 
 
 def best_seconds(sessions, ids, test, repetitions):
-    """The shortest time of each session for one test of a Bench. They take turns, and each begins with a run that is not counted."""
+    """The shortest time of each session for one test of a Bench.
+
+    The sessions alternate. The first run of each is a warm-up.
+    """
     n_prompt, n_gen, n_depth = test
     for session in sessions:
         reach_depth(session, ids, n_depth)
@@ -48,7 +57,10 @@ def best_seconds(sessions, ids, test, repetitions):
 
 
 def compare_speed(model, peer, bench):
-    """Yield a row of the table for each test: tokens per second of pydsa and of llama.cpp, and the first over the second."""
+    """Yield a row of the table for each test.
+
+    It has the tokens per second of pydsa and of llama.cpp, and their ratio.
+    """
     sessions, ids = (model.session(), LlamaSession(peer)), random_ids(model, bench.n_ctx)
     for test in bench.tests:
         ours, theirs = ((test[0] + test[1]) / seconds for seconds in best_seconds(sessions, ids, test, bench.repetitions))
@@ -56,11 +68,11 @@ def compare_speed(model, peer, bench):
 
 
 def conditions(model, repack):
-    """One line: the machine, the versions, the file, and what llama.cpp was allowed."""
+    """One line: machine, versions, file, and what llama.cpp was allowed."""
     path, repacked = Path(model.metadata.path), "with" if repack else "without"
     return (f"{processor()}; {model.threads} thread{'s' * (model.threads > 1)}; pydsa {pydsa.__version__}, numba {version('numba')}, "
-            f"llama-cpp-python {version('llama_cpp_python')}; {path.name}, {size(model.plan.n_bytes)}, {model.plan.file_type}; f16 caches, "
-            f"index keys of pydsa {model.index_type}, llama.cpp with flash attention and {repacked} "
+            f"llama-cpp-python {version('llama_cpp_python')}; {path.name}, {size(model.setup.n_bytes)}, {model.setup.file_type}; "
+            f"f16 caches, index keys of pydsa {model.index_type}, llama.cpp with flash attention and {repacked} "
             f"repacked weights (use_extra_bufts {'on' if repack else 'off'}).")
 
 

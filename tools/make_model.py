@@ -1,11 +1,12 @@
-"""Write a random model as a GGUF file: any size, three architectures, all common types, a working tokenizer.
+"""Write a random model as a GGUF file.
 
     python tools/make_model.py small.gguf
     python tools/make_model.py --preset 0.5b --type Q4_K_M bench.gguf
     python tools/make_model.py --arch glm-dsa --n-layer 6 --indexer-types FFFSSS --no-indexer-shared-tensors glm.gguf
 
-From Python: `make_model("small.gguf", ModelSpec(arch="deepseek2", type="Q4_0"))`. The same options give the same
-bytes with the same Python, numpy and tokenizers. Models that differ in `type` only hold the same weights, rounded.
+Any size, three architectures, all common types, and a working tokenizer. From Python: `make_model("small.gguf", ModelSpec(arch="deepseek2",
+type="Q4_0"))`. The same options give the same bytes with the same Python, numpy and tokenizers. Models that differ only in `type` hold the
+same weights, rounded.
 """
 
 import json
@@ -33,8 +34,8 @@ PRE = {"deepseek32": "deepseek-v3", "glm-dsa": "glm4", "deepseek2": "deepseek-ll
 FIRST_TOKENS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>")
 LAST_TOKENS = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
 MIN_VOCAB = 256 + len(FIRST_TOKENS) + len(LAST_TOKENS)
-LONG_CONTEXT = 1 << 20     # from here on glm-dsa has shared indexer layers although no key says so
-SUPERBLOCK = 1 << 20            # numbers made and quantized at a time
+LONG_CONTEXT = 1 << 20     # from this length on glm-dsa has shared indexer layers although no key says so
+AT_ONCE = 1 << 20          # weights that are made and quantized at a time
 
 
 def option(default, text):
@@ -43,7 +44,10 @@ def option(default, text):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What to write. Sizes have llama.cpp's names; 0 means that the model has no such thing and no key says so."""
+    """The model to write.
+
+    Sizes have llama.cpp's names. 0 means that the model has no such thing and no key says so.
+    """
     arch: str = option("deepseek32", "deepseek32, glm-dsa or deepseek2")
     type: str = option("Q8_0", "type of the matrices: " + " ".join(FILE_TYPES))
     seed: int = option(0, "seed of the weights")
@@ -111,7 +115,7 @@ class ModelSpec:
                 raise ValueError(message)
 
     def full_layers(self):
-        """One bool a layer: True where it has an indexer of its own."""
+        """One bool a layer: whether it has an indexer of its own."""
         if self.indexer_types:
             return [c == "F" for c in self.indexer_types]
         if self.arch == "glm-dsa" and self.n_ctx >= LONG_CONTEXT:
@@ -134,6 +138,7 @@ PRESETS = {
 
 
 def attention_shapes(spec):
+    """The shapes of a layer's attention tensors."""
     heads, n_key = spec.n_head, spec.n_nope + spec.n_rot
     if spec.n_lora_q:
         queries = {"attn_q_a.weight": (spec.n_lora_q, spec.n_embd), "attn_q_a_norm.weight": (spec.n_lora_q,),
@@ -152,6 +157,7 @@ def attention_shapes(spec):
 
 
 def indexer_shapes(spec):
+    """The shapes of a layer's indexer tensors."""
     heads, size = spec.indexer_n_head, spec.indexer_head_size
     return {"indexer.attn_q_b.weight": (heads * size, spec.n_lora_q), "indexer.attn_k.weight": (size, spec.n_embd),
             "indexer.k_norm.weight": (size,), "indexer.k_norm.bias": (size,),
@@ -159,6 +165,7 @@ def indexer_shapes(spec):
 
 
 def ffn_shapes(spec, dense):
+    """The shapes of a layer's feed-forward tensors, dense or experts."""
     n_embd = spec.n_embd
 
     def swiglu(suffix, n_ff, *experts):
@@ -192,12 +199,15 @@ def tensor_shapes(spec):
 
 
 def q4_k_m(spec, name):
-    """The type that llama-quantize's mix prefers for a matrix: more bits for the output and in sensitive layers."""
+    """The type of a matrix in llama-quantize's Q4_K_M mix.
+
+    The output and sensitive layers get more bits.
+    """
     n_layer, layer = spec.n_layer + spec.nextn, int(name.split(".")[1]) if name.startswith("blk.") else 0
     sensitive = layer < n_layer // 8 or layer >= 7 * n_layer // 8 or (layer - n_layer // 8) % 3 == 2
     if name == "output.weight" or (name == "token_embd.weight" and spec.tied_output):
         return "Q6_K"
-    if spec.n_expert == 8:    # its rules for Mixtral's eight experts meet other models of eight too
+    if spec.n_expert == 8:    # its rules for Mixtral apply to every model with eight experts
         if name.endswith(("attn_k.weight", "attn_kv_b.weight")):
             return "Q8_0"
         if "attn_output" in name:
@@ -206,7 +216,10 @@ def q4_k_m(spec, name):
 
 
 def tensor_type(spec, name, shape):
-    """The GGML type to store a tensor in, with llama-quantize's fallbacks for rows that do not fill a block."""
+    """The GGML type of a tensor.
+
+    Rows that do not fill a block get llama-quantize's fallbacks.
+    """
     if len(shape) == 1 or "ffn_gate_inp" in name or ("indexer.proj" in name and not spec.quantize_indexer_proj):
         return gguf.GGMLQuantizationType.F32
     kind = q4_k_m(spec, name) if spec.type == "Q4_K_M" else spec.type
@@ -222,7 +235,10 @@ def n_bytes(shape, kind):
 
 
 def distribution(spec, name, shape):
-    """(mean, standard deviation) of a tensor's weights: products have a variance near one, queries and logits more."""
+    """(mean, standard deviation) of a tensor's weights.
+
+    Products have a variance near one; queries and logits have more.
+    """
     if name.endswith("norm.weight"):
         return 1.0, 0.1
     if name.endswith(".bias"):
@@ -235,12 +251,15 @@ def distribution(spec, name, shape):
     return 0.0, (1 + sharper) * shape[-1]**-0.5
 
 
-def tensor_chunks(spec, name, shape, kind):
-    """Yield the tensor's rows in the type `kind`, a chunk at a time."""
+def tensor_rows(spec, name, shape, kind):
+    """Yield a tensor's rows, quantized to the type `kind`.
+
+    About AT_ONCE weights are made at a time.
+    """
     rng = np.random.default_rng([spec.seed, zlib.crc32(name.encode())])
     mean, std = distribution(spec, name, shape)
     n_rows, n_in = prod(shape[:-1]), shape[-1]
-    step = max(1, SUPERBLOCK // n_in)
+    step = max(1, AT_ONCE // n_in)
     for start in range(0, n_rows, step):
         x = rng.standard_normal((min(step, n_rows - start), n_in), dtype=np.float32)
         x *= np.float32(std)
@@ -255,7 +274,10 @@ def quantize(x, kind):
 
 @lru_cache
 def train_tokenizer(n_tokens):
-    """(tokens, merges) of a byte-level BPE with at most n_tokens tokens, trained on Python's own documentation."""
+    """(tokens, merges) of a byte-level BPE with at most n_tokens tokens.
+
+    It is trained on Python's own documentation.
+    """
     from pydoc_data.topics import topics
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -290,7 +312,10 @@ def add_tokenizer(writer, spec, vocabulary):
 
 
 def model_keys(spec):
-    """Key (without the architecture) -> value; int is written as u32, float as f32. None is left out."""
+    """Key (without the architecture) -> value.
+
+    An int is written as u32, a float as f32. None is left out.
+    """
     groups = spec.n_expert_groups if spec.n_expert else 0
     keys = {
         "vocab_size": spec.n_vocab, "context_length": spec.n_ctx, "embedding_length": spec.n_embd,
@@ -338,25 +363,26 @@ def add_metadata(writer, spec, name, vocabulary):
 
 
 def make_model(path, spec=ModelSpec(), advance=lambda n: None):
-    """Write the model that `spec` describes to `path`, and return the path of its first file.
+    """Write the model of `spec`, and return the path of its first file.
 
-    `advance(n)` is called after each n weights. With `spec.split_max_tensors` the files are named as llama-gguf-split
-    names them, NAME-00001-of-0000n.gguf. Memory stays below some hundred MB whatever the size.
+    `advance(n)` is called after each n weights. With `spec.split_max_tensors` the files are named as llama-gguf-split names them,
+    NAME-00001-of-0000n.gguf. Memory stays below some hundred MB whatever the size.
     """
     vocabulary = train_tokenizer(spec.n_vocab - len(FIRST_TOKENS) - len(LAST_TOKENS))
 
-    def chunks(name, shape, kind):
-        for chunk in tensor_chunks(spec, name, shape, kind):
-            yield chunk
-            advance(len(chunk) * shape[-1])
+    def rows_of(name, shape, kind):
+        for rows in tensor_rows(spec, name, shape, kind):
+            yield rows
+            advance(len(rows) * shape[-1])
 
-    return write_model(path, spec, f"random {spec.arch}, seed {spec.seed}", vocabulary, chunks)
+    return write_model(path, spec, f"random {spec.arch}, seed {spec.seed}", vocabulary, rows_of)
 
 
-def write_model(path, spec, name, vocabulary, chunks):
-    """Write a model of any weights: chunks(name, shape, kind) yields a tensor's rows, quantized to the GGML type `kind`.
+def write_model(path, spec, name, vocabulary, rows_of):
+    """Write a model with given weights, and return its first file's path.
 
-    vocabulary: (tokens, merges) of the byte-level BPE, without the markers. Returns the path of the first file.
+    rows_of(name, shape, kind) yields a tensor's rows, quantized to the GGML type `kind`. vocabulary: (tokens, merges) of the byte-level
+    BPE, without the markers.
     """
     writer = gguf.GGUFWriter(Path(path), spec.arch, split_max_tensors=spec.split_max_tensors)
     add_metadata(writer, spec, name, vocabulary)
@@ -370,8 +396,8 @@ def write_model(path, spec, name, vocabulary, chunks):
     for file, tensors in zip(writer.fout, writer.tensors):
         writer.write_padding(file, file.tell())
         for name, info in tensors.items():
-            for chunk in chunks(name, info.shape, kinds[name]):
-                chunk.tofile(file)
+            for rows in rows_of(name, info.shape, kinds[name]):
+                rows.tofile(file)
             writer.write_padding(file, info.nbytes)
     first = Path(writer.fout[0].name)
     writer.close()
@@ -379,7 +405,10 @@ def write_model(path, spec, name, vocabulary, chunks):
 
 
 def spec_options(command):
-    """A click option for every field of ModelSpec except the template, which comes from a file."""
+    """A click option for every field of ModelSpec except the template.
+
+    The template comes from a file.
+    """
     for f in reversed([f for f in fields(ModelSpec) if f.name != "chat_template"]):
         flag = "--" + f.name.replace("_", "-")
         flag = f"{flag}/--no-{flag[2:]}" if f.type is bool else flag

@@ -1,13 +1,15 @@
-"""How well a model finds a fact in long notes: recall by context length and place, with its own choice of keys, all keys, or random ones.
+"""Recall of facts in long notes, by context length and place.
 
     python tools/needle.py                                       # the demo model
     python tools/needle.py model.gguf -l 2048,4096 -n 32 -a sparse,dense -o json
     python tools/needle.py --perplexity                          # of held-out documentation, sparse beside dense
 
-A document is prose from Python's documentation topics with a line like "The code of the amber lantern is 4812." now and then; the model
-is asked for the codes at the places of the table, each in a conversation of its own, and answers greedily. Recall is the share of answers
-with the right code. "mass" is the share of dense attention, of the same queries, that the chosen keys hold: the mean over layers, heads
-and positions that have more than top_k keys.
+The model attends to the indexer's keys, to all keys, or to random ones. A document is prose from Python's documentation topics with a line
+like "The code of the amber lantern is 4812." now and then. The model is asked for the codes at the places of the table, each in a
+conversation of its own, and answers greedily.
+
+Recall is the share of answers with the right code. "mass" is the share of dense attention, of the same queries, that the chosen keys hold:
+the mean over layers, heads and positions that have more than top_k keys.
 """
 import sys
 from pathlib import Path
@@ -22,21 +24,24 @@ from pydsa.quants import CACHE_TYPES  # noqa: E402
 from tools.demo import notes  # noqa: E402
 
 MODES = ("sparse", "dense", "random")
-SAMPLES = 32        # queries of a chunk whose attention is weighed
+SAMPLES = 32        # queries of a ubatch whose mass is measured
 
 
 class Watcher:
-    """Looks at each op of a session: may replace the indexer's choice by a random one, and weighs the attention that a choice holds."""
+    """An observer of a session's ops.
+
+    It may replace the indexer's choice by a random one, and measures the attention mass that a choice holds.
+    """
 
     def __init__(self, rng=None, weigh=False):
-        self.rng, self.weigh = rng, weigh       # rng: choose at random
+        self.rng, self.weigh = rng, weigh       # rng: choose random keys; weigh: measure the mass
         self.latents, self.shares = {}, []
 
     def start(self, session, n_tokens):
-        """Before a step of n_tokens."""
+        """Prepare for a step of n_tokens."""
         self.positions = np.arange(session.n_past, session.n_past + n_tokens)
         self.whole, self.parts = {}, {}
-        self.weighs = self.weigh and n_tokens > 1       # a prompt's tokens are enough
+        self.weighs = self.weigh and n_tokens > 1       # single tokens are left out: those of a prompt are enough
 
     def __call__(self, node, arrays):
         if node.op == "indexer_select" and self.rng is not None:
@@ -53,13 +58,17 @@ class Watcher:
             self.weigh_choice(node)
 
     def keep(self, value, array):
-        """The session's own array of a value, which later ops may change; of one that is written in parts, all parts."""
+        """Keep the session's own array of a value, which later ops may change.
+
+        Of a value that is written in parts all parts are kept.
+        """
         if value.base is None:
             self.whole[value] = array
         elif value.root not in self.whole:
             self.parts.setdefault(value.root, []).append(array)
 
     def array(self, value):
+        """The array of a value, joined from its parts where it has some."""
         return self.whole[value] if value in self.whole else np.concatenate(self.parts[value], axis=-1)
 
     def weigh_choice(self, node):
@@ -75,7 +84,10 @@ class Watcher:
 
 
 def choose_at_random(rng, chosen, positions):
-    """Overwrite choices [T, k]: for each token any k of the keys that it may see, ascending, -1 after the last."""
+    """Overwrite choices [T, k] with random keys of each token's past.
+
+    They ascend, with -1 after the last.
+    """
     k = chosen.shape[1]
     for row, position in zip(chosen, positions):
         keys = np.sort(rng.choice(position + 1, min(k, position + 1), replace=False))
@@ -83,7 +95,10 @@ def choose_at_random(rng, chosen, positions):
 
 
 def document(rng, count, n_tokens, n_facts, prose):
-    """Notes of at most n_tokens, as count(text) says, with facts spread evenly -> (text, [(name, code)] in their order)."""
+    """Notes of at most n_tokens, with facts spread evenly.
+
+    count(text) gives the tokens of a text. Returns (text, [(name, code)]) in the order of the facts.
+    """
     facts = [(name, notes.code(rng)) for name in notes.names(rng, n_facts)]
     lines = [f"The code of the {name} is {code}.\n" for name, code in facts]
     room = n_tokens - sum(map(count, lines))
@@ -93,48 +108,43 @@ def document(rng, count, n_tokens, n_facts, prose):
         while used < room * (i + 1) / n_facts:
             fitting = (k % len(prose) for k in range(at, at + len(prose)) if count(prose[k % len(prose)]) < room - used)
             at = next(fitting, None)
-            if at is None:      # the rest is too little for any paragraph
+            if at is None:      # no paragraph fits into the rest
                 return "".join(parts + lines[i + 1:]), facts
             parts.append(prose[at] + "\n")
             used, at = used + count(parts[-1]), at + 1
     return "".join(parts), facts
 
 
-def continued(session, ids):
-    """What of a prompt the session has not read yet; what it has read otherwise is forgotten."""
-    same = 0
-    for old, new in zip(session.tokens, ids[:-1]):
-        if old != new:
-            break
-        same += 1
-    session.truncate(same)
-    return ids[same:]
-
-
-def run(session, ids, watcher):
-    """Append ids -> the logits after the last."""
-    for start in range(0, len(ids), session.model.n_ubatch):
-        chunk = ids[start:start + session.model.n_ubatch]
-        watcher.start(session, len(chunk))
-        logits = session.prefill(chunk, observe=watcher)
+def run(session, ids, watcher, n_ubatch):
+    """Append ids in ubatches, and return the logits after the last."""
+    for start in range(0, len(ids), n_ubatch):
+        ubatch = ids[start:start + n_ubatch]
+        watcher.start(session, len(ubatch))
+        logits = session.prefill(ubatch, observe=watcher)
     return logits
 
 
-def answer(session, messages, watcher, max_tokens):
-    """The greedy answer to a conversation."""
-    model = session.model
-    logits, ids = run(session, continued(session, encode_chat(model.tokenizer, messages)), watcher), []
+def answer(model, session, messages, watcher, max_tokens):
+    """The greedy answer to a conversation.
+
+    The session reuses the prefix that it has read.
+    """
+    prompt = encode_chat(model.tokenizer, messages)
+    logits, ids = run(session, prompt[session.reuse(prompt):], watcher, model.n_ubatch), []
     while len(ids) < max_tokens:
         token = int(logits.argmax())
         if token in model.tokenizer.eog_ids:
             break
         ids.append(token)
-        logits = run(session, [token], watcher)
+        logits = run(session, [token], watcher, model.n_ubatch)
     return model.detokenize(ids)
 
 
 def recall(model, mode, n_tokens, places, n_documents, seed, max_tokens, every, weigh):
-    """(share of right answers at each place, mass or None) in documents of n_tokens with a fact every so many tokens."""
+    """Recall at each place, and the mass or None.
+
+    Documents have n_tokens, with a fact every so many tokens.
+    """
     from pydoc_data.topics import topics
 
     _, prose = notes.split_topics(notes.paragraphs(topics))
@@ -152,22 +162,25 @@ def recall(model, mode, n_tokens, places, n_documents, seed, max_tokens, every, 
         for j, place in enumerate(places):
             name, code = facts[round(place / 100 * (len(facts) - 1))]
             messages = [{"role": "user", "content": f"{text}\nWhat is the code of the {name}?"}]
-            right[j] += code in answer(session, messages, watcher, max_tokens)
+            right[j] += code in answer(model, session, messages, watcher, max_tokens)
     shares = [share for watcher in watchers for share in watcher.shares]
     return right / n_documents, float(np.mean(shares)) if shares else None
 
 
 def perplexity(model, length):
-    """Of the held-out topics, in fresh contexts of `length` tokens -> (perplexity, tokens)."""
+    """(perplexity, tokens) of the held-out topics.
+
+    They are run in fresh contexts of `length` tokens.
+    """
     from pydoc_data.topics import topics
 
     _, prose = notes.split_topics(notes.paragraphs(topics))
     ids, losses = model.tokenizer.encode("\n\n".join(prose)), []
     for start in range(0, len(ids) - length + 1, length - 1):
-        chunk = [model.tokenizer.bos_id, *ids[start:start + length - 1]]
-        logits = model.logits(chunk[:-1]).astype(np.float64)
+        context = [model.tokenizer.bos_id, *ids[start:start + length - 1]]
+        logits = model.logits(context[:-1]).astype(np.float64)
         top = logits.max(axis=1)
-        losses.append(np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top - logits[np.arange(len(logits)), chunk[1:]])
+        losses.append(np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top - logits[np.arange(len(logits)), context[1:]])
     losses = np.concatenate(losses)
     return float(np.exp(losses.mean())), losses.size
 

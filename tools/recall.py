@@ -1,12 +1,15 @@
-"""How many of the keys that the indexer chooses from float32 keys it also chooses from keys of another type.
+"""Recall of the indexer's choice when index keys have another type.
 
     python tools/recall.py model.gguf --index-type i8
     python tools/recall.py model.gguf -f chapter.txt -l 4096 --dsa-top-k 512 -o json
 
-"same inputs": queries, weights and keys come from the run with float32 caches; only the keys that scores are computed from are of the
-other type, so each layer stands for itself. "whole run": the other run's own choices, where what earlier layers lost adds up.
-Counted are the positions that have more than top_k keys, as the others choose all they have. "16 together": how many keys sixteen
-neighbouring tokens choose together, in multiples of top_k: 1 if all choose the same, 16 if no two do.
+Recall is the share of the keys chosen from float32 index keys that are also chosen from keys of the other type.
+
+"same inputs": queries, weights and keys come from the run with float32 caches. Only the keys that scores are computed from are of the other
+type, so each layer stands for itself. "whole run": the other run's own choices, where the losses of earlier layers add up.
+
+Only positions that have more than top_k keys count, as the others choose all they have. "16 together": how many keys sixteen neighbouring
+tokens choose together, in multiples of top_k: 1 if all choose the same, 16 if no two do.
 """
 
 import sys
@@ -19,21 +22,24 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pydsa.quants import CACHE_TYPES  # noqa: E402
 
-UBATCH = 512        # tokens whose choices are kept at a time
+UBATCH = 512        # tokens of a step, whose choices are kept until it is compared
 TOGETHER = 16       # neighbouring tokens whose keys are united
 
 
 class Probe:
-    """Watches a session with float32 caches: what its indexers choose, and what they would from caches that hold the same keys."""
+    """An observer of a session with float32 caches.
 
-    def __init__(self, session, caches):
-        self.session, self.backend = session, session.model.backend
+    It records what the indexers choose, and what they would choose from caches that hold the same keys in the other type.
+    """
+
+    def __init__(self, backend, session, caches):
+        self.backend, self.session = backend, session
         self.caches = {ref: cache.rows for ref, cache in caches.items() if ref.kind == "index_keys"}
         self.values, self.exact, self.again = {}, {}, {}
 
     def __call__(self, node, arrays):
         if arrays:
-            self.values[node.name] = arrays[0]      # rotations work in place: the last one written counts
+            self.values[node.name] = arrays[0]      # rotations work in place: the last value written counts
         if node.op == "cache_write" and node.args[0] in self.caches:
             keys = self.values[node.name]
             self.backend.cache_write(self.caches[node.args[0]], keys.reshape(len(keys), -1), self.positions(keys))
@@ -43,27 +49,34 @@ class Probe:
             self.exact[layer], self.again[layer] = arrays[0].copy(), found
 
     def choose(self, found, node):
-        """The choice of a layer's indexer from the other cache."""
+        """Choose a layer's keys from the other cache."""
         _, q, weights, keys, _, scale = node.args
         q, weights = self.values[q.name], self.values[weights.name]
         self.backend.indexer_select(found, q, weights, self.caches[keys], self.positions(q), scale)
 
     def positions(self, rows):
+        """The positions of the rows of the present step."""
         return np.arange(self.session.n_past, self.session.n_past + len(rows))
 
 
 def hits(found, exact, n_keys):
-    """How many of each token's exact keys were found, for choices [T, k] that -1 fills."""
+    """How many of each token's exact keys were found.
+
+    Choices are [T, k], padded with -1.
+    """
     both = []
     for chosen in (found, exact):
         mask = np.zeros((len(chosen), n_keys + 1), bool)
-        np.put_along_axis(mask, chosen, True, axis=1)       # -1 is the last column
+        np.put_along_axis(mask, chosen, True, axis=1)       # -1 selects the last column
         both.append(mask[:, :n_keys])
     return (both[0] & both[1]).sum(axis=1)
 
 
 def united(chosen, n_keys):
-    """How many keys TOGETHER neighbouring tokens choose together, for each that many of choices [T, k] without -1."""
+    """The number of keys that TOGETHER neighbouring tokens choose.
+
+    One number for each such group of choices [T, k] without -1.
+    """
     counts = []
     for first in range(0, len(chosen) - TOGETHER + 1, TOGETHER):
         mask = np.zeros(n_keys, bool)
@@ -73,7 +86,9 @@ def united(chosen, n_keys):
 
 
 def recall(path, ids, index_type, dsa_top_k=None, threads=None):
-    """{layer: {"same inputs": shares, "whole run": shares, "16 together": multiples of top_k}}.
+    """Shares of found keys of each layer.
+
+        {layer: {"same inputs": shares, "whole run": shares, "16 together": multiples of top_k}}
 
     There is one share for each position that has more than top_k keys, and one multiple for sixteen of them.
     """
@@ -89,18 +104,18 @@ def recall(path, ids, index_type, dsa_top_k=None, threads=None):
         raise pydsa.PydsaError(f"With {len(ids)} tokens and a top_k of {model.top_k} every key is chosen; give a longer text, a greater "
                                "--length, or a smaller --dsa-top-k.")
     session, whole, shares = model.session(), other.session(), {}
-    probe = Probe(session, other.caches(len(ids)))
+    probe = Probe(model.backend, session, other.setup.make_caches(other.backend, len(ids)))
     for start in range(0, len(ids), UBATCH):
-        chunk, chosen = ids[start:start + UBATCH], {}
+        ubatch, chosen = ids[start:start + UBATCH], {}
 
         def watch(node, arrays):
             if node.op == "indexer_select":
                 chosen[node.args[3].layer] = arrays[0].copy()
 
-        session.prefill(chunk, observe=probe)
-        whole.prefill(chunk, observe=watch)
+        session.prefill(ubatch, observe=probe)
+        whole.prefill(ubatch, observe=watch)
         first = max(model.top_k - start, 0)
-        for layer, exact in probe.exact.items() if first < len(chunk) else ():
+        for layer, exact in probe.exact.items() if first < len(ubatch) else ():
             of_layer = shares.setdefault(layer, {"same inputs": [], "whole run": [], f"{TOGETHER} together": []})
             of_layer[f"{TOGETHER} together"].extend(np.array(united(exact[first:], len(ids))) / model.top_k)
             for name, found in (("same inputs", probe.again), ("whole run", chosen)):
@@ -109,7 +124,10 @@ def recall(path, ids, index_type, dsa_top_k=None, threads=None):
 
 
 def rows(shares, top_k):
-    """A row for each layer, then one for all: keys that were lost, mean and worst token."""
+    """A row for each layer, then one for all.
+
+    It has the keys that were lost, the mean and the worst token.
+    """
     names = ("same inputs", "whole run")
     every = {name: np.concatenate([both[name] for both in shares.values()]) for name in (*names, f"{TOGETHER} together")}
     for layer, both in [*shares.items(), ("all", every)]:
@@ -124,7 +142,10 @@ def rows(shares, top_k):
 
 
 def for_people(row):
-    """Cells of the table; with as many digits as it takes to tell 1 from almost 1."""
+    """The cells of a row as text.
+
+    They have enough digits to tell 1 from almost 1.
+    """
     return {key: f"{value:.6f}" if isinstance(value, float) else "-" if value is None else str(value) for key, value in row.items()}
 
 
@@ -147,7 +168,7 @@ def main(model_path, prompt, file, length, index_type, dsa_top_k, threads, outpu
 
     import pydsa
     from pydsa.bench import format_rows, markdown
-    from pydsa.model import ModelPlan
+    from pydsa.model import Setup
 
     if prompt is not None and file is not None:
         fail("Give the text with -p or with -f, not both.")
@@ -155,7 +176,7 @@ def main(model_path, prompt, file, length, index_type, dsa_top_k, threads, outpu
         text = file.read() if file else topics["import"] if prompt is None else prompt
         ids = list(pydsa.load_tokenizer(model_path).encode(text, add_bos=True))[:length]
         shares = recall(model_path, ids, index_type, dsa_top_k, threads)
-        table = list(rows(shares, dsa_top_k or ModelPlan(model_path).top_k))
+        table = list(rows(shares, dsa_top_k or Setup(model_path).top_k))
     except UnicodeDecodeError:
         fail(f"{file.name}: this is not UTF-8 text.")
     except pydsa.PydsaError as error:

@@ -1,11 +1,11 @@
-"""Train the demo model from scratch and write it as a GGUF file: about three quarters of an hour on two CPU cores with AMX.
+"""Train the demo model from scratch and write it as a GGUF file.
 
     python tools/train_demo.py                          # resumes from demo-run/, writes pydsa/demo/demo.gguf
     python tools/train_demo.py --folder run2 --seed 1 -o other.gguf
 
-Nothing is downloaded: the texts are made here or come from Python's own documentation topics. The folder holds the tokenizer, a
-checkpoint and curves.jsonl. The method is that of DeepSeek-V3.2-Exp: a dense model, then the indexer alone learns where it attends, then
-all of it with only the chosen keys.
+It takes about three quarters of an hour on two CPU cores with AMX. Nothing is downloaded: the texts are made here or come from Python's own
+documentation topics. The folder holds the tokenizer, a checkpoint and curves.jsonl. The method is that of DeepSeek-V3.2-Exp: a dense model;
+then the indexer alone learns where it attends; then the whole model trains with only the chosen keys.
 """
 import os
 import sys
@@ -17,7 +17,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 ROOT = Path(__file__).resolve().parents[1]
-# Without these, glibc gives large arrays back to the system after each use, and half of the time goes into getting them again.
+# Without these, glibc returns large arrays to the system after each use, and half of the time is spent on page faults.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**11), "MALLOC_TOP_PAD_": str(6 * 10**8),
           "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 

@@ -1,23 +1,29 @@
-"""Arrays in the host's memory, for the backends that work there: numpy's own."""
+"""Arrays in the host's memory, for the backends cpu and reference.
+
+They are plain numpy arrays.
+"""
 import time
 
 import numpy as np
 
 
 def empty(shape, dtype):
-    """An array of the backend, without values; it begins at a cache line."""
-    memory = np.empty(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize + 64, np.uint8)     # pages come as they are written
+    """A new array without values, aligned to a cache line of 64 bytes.
+
+    The system provides its pages as they are written.
+    """
+    memory = np.empty(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start:memory.size - 64 + start].view(dtype).reshape(shape)
 
 
 def upload(values):
-    """A numpy array as one of the backend: itself."""
+    """A numpy array as an array of the backend: itself."""
     return values
 
 
 def fetch(array):
-    """The values of an array of the backend, as a numpy array: itself."""
+    """An array of the backend as a numpy array: itself."""
     return array
 
 
@@ -27,7 +33,7 @@ def store(array, values):
 
 
 def timed(calls):
-    """Do calls, pairs of an op and its arguments -> the seconds of each."""
+    """Run calls, pairs (op, args) -> the seconds of each."""
     times = [time.perf_counter()]
     for op, args in calls:
         op(*args)
@@ -36,8 +42,8 @@ def timed(calls):
 
 
 def recorded(calls):
-    """None: the calls of a step are made one by one."""
+    """None: the calls of a step are not recorded, but made one by one."""
 
 
 def free_bytes():
-    """None: the machine's own memory."""
+    """None: arrays are in the machine's own memory."""

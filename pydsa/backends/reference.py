@@ -1,26 +1,31 @@
-"""Every op in plain numpy: the specification that the other backends are compared with. Of ours it imports only how arrays are made.
+"""Every op in plain numpy: the specification of the other backends.
 
-Each op writes its result into `out`, its first argument, and returns nothing. T is n_tokens; H heads; D a head's width; S cache rows.
-Values are float64 here (float32 elsewhere), weights dequantized arrays; cache rows have the storage type that they have on any backend.
+From pydsa it imports only the arrays of host.py. Each op writes its result into `out`, its first argument, and returns nothing. T is the
+number of tokens, H of heads, S of cache rows, E of experts; D is a head's width. Values are float64 (float32 on other backends). Weights
+are dequantized arrays. Cache rows have the same storage type as on every backend.
 """
 import numpy as np
 
 from pydsa.backends.host import empty, fetch, free_bytes, recorded, store, timed, upload  # noqa: F401
 
 FLOAT = np.float64
-PICKS = 0       # logits are the host's, which picks from them
+PICKS = 0       # the most tokens that the device can sample from; 0: the host samples
+WEIGHTS_FIRST = True        # weights are read before kernels are compiled
 KV_DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}   # bf16: the upper half of a float32
 
 
 def weight(tensor):
-    """A GGUF tensor as its ops take it here: dequantized by gguf-py to float32 of the tensor's shape."""
+    """A GGUF tensor dequantized by gguf-py, float32 of the tensor's shape."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
     return dequantize(tensor.data, GGMLQuantizationType[tensor.type]).reshape(tensor.shape)
 
 
 def cache_rows(n_ctx, widths, storage):
-    """An empty cache of n_ctx rows. "i8" and "i16": all high bytes, all low ones, part by part, and a float32 scale for each part."""
+    """A cache of n_ctx rows of zeros.
+
+    "i8" and "i16" rows have all high bytes, then for "i16" all low bytes, part by part, and a float32 scale for each part.
+    """
     if storage in KV_DTYPES:
         return np.zeros((n_ctx, sum(widths)), KV_DTYPES[storage])
     planes = ["high", "low"][:1 if storage == "i8" else 2]
@@ -29,12 +34,15 @@ def cache_rows(n_ctx, widths, storage):
 
 
 def cache_bytes(rows):
-    """The cache's storage as bytes [n_ctx, row_bytes], a view: the same on every backend."""
+    """A view of the cache as bytes, uint8 [n_ctx, row_bytes].
+
+    The bytes are the same on every backend.
+    """
     return rows.view(np.uint8)
 
 
-def compile_calls(calls, progress=None):
-    """Nothing to compile."""
+def compile_calls(bind, progress=None):
+    """Do nothing: numpy compiles nothing."""
 
 
 def entry_point(function, args):
@@ -43,52 +51,52 @@ def entry_point(function, args):
 
 
 def check_threads(n):
-    """numpy chooses its threads itself: None, whatever is asked for."""
+    """None for any n: numpy chooses its own threads."""
 
 
 def set_threads(n):
-    """Nothing to set."""
+    """Do nothing: numpy chooses its own threads."""
 
 
 def measure_ceilings():
-    """None: how fast numpy is here says nothing of the machine."""
+    """None: numpy's speed is not a limit of the machine."""
 
 
 def _floats(rows):      # cache rows of any storage -> float64
     if rows.dtype.names:
-        def whole(i):
+        def integers(i):
             high = rows[f"high{i}"][:, 0].astype(FLOAT)
             return 256 * high + rows[f"low{i}"][:, 0] if f"low{i}" in rows.dtype.names else high
         scales = rows["d"][:, 0].astype(FLOAT)
-        return np.concatenate([whole(i) * scales[:, i:i + 1] for i in range(scales.shape[1])], axis=1)
+        return np.concatenate([integers(i) * scales[:, i:i + 1] for i in range(scales.shape[1])], axis=1)
     if rows.dtype == np.uint16:
         rows = (rows.astype(np.uint32) << 16).view(np.float32)
     return rows.astype(FLOAT)
 
 
 def get_rows(out, w, ids):      # [T, n], [n_rows, n], [T]
-    """out[t] = w[ids[t]]"""
+    """Rows of a table: out[t] = w[ids[t]]."""
     out[...] = w[ids]
 
 
 def rms_norm(out, x, w, eps):       # [T, n], [T, n], [n]
-    """out = w x / sqrt(mean(x^2) + eps)"""
+    """Root mean square norm: out = w x / sqrt(mean(x^2) + eps)."""
     out[...] = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * w
 
 
 def layer_norm(out, x, w, b, eps):      # [T, n], [T, n], [n], [n]
-    """out = w (x - mean) / sqrt(var + eps) + b"""
+    """Layer norm: out = w (x - mean) / sqrt(var + eps) + b."""
     centred = x - x.mean(axis=-1, keepdims=True)
     out[...] = centred / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + eps) * w + b
 
 
 def linear(out, w, x):      # [T, n_out], [n_out, n_in], [T, n_in]
-    """out = x w^T"""
+    """Matrix product: out = x w^T."""
     out[...] = x @ w.T
 
 
 def head_linear(out, w, x):     # [T, H, n_out], [H, n_out, n_in], [T, H, n_in]
-    """One matrix per head: out[t, h] = w[h] x[t, h]"""
+    """Matrix product for each head: out[t, h] = w[h] x[t, h]."""
     out[...] = np.einsum("thi,hoi->tho", x, w)
 
 
@@ -99,7 +107,10 @@ def rope_table(out, positions, freqs, magnitude):       # [T, 2, n_rot/2], [T], 
 
 
 def rope(out, x, table, neox):      # [T, H, n_rot], [T, H, n_rot], [T, 2, n_rot/2]
-    """Rotate pairs: (2i, 2i+1), "norm", or (i, i + n_rot/2), "neox". out may be x itself."""
+    """Rotary position embedding of pairs of values.
+
+    The pairs are (i, i + n_rot/2) if neox ("neox"), else (2i, 2i + 1) ("norm"). out may be x itself.
+    """
     cos, sin = table[:, 0][:, None, :], table[:, 1][:, None, :]
     half = x.shape[-1] // 2
     first, second = (slice(0, half), slice(half, None)) if neox else (slice(0, None, 2), slice(1, None, 2))
@@ -109,7 +120,10 @@ def rope(out, x, table, neox):      # [T, H, n_rot], [T, H, n_rot], [T, 2, n_rot
 
 
 def hadamard(out, x):       # [T, H, D] with D a power of two; out may be x itself
-    """The orthonormal Walsh-Hadamard rotation of the last axis (Sylvester order), H H = I."""
+    """The Walsh-Hadamard rotation of the last axis.
+
+    It is orthonormal, H H = I, and in Sylvester order.
+    """
     y, width = x.copy(), x.shape[-1]
     step = 1
     while step < width:
@@ -120,7 +134,11 @@ def hadamard(out, x):       # [T, H, D] with D a power of two; out may be x itse
 
 
 def cache_write(cache, x, positions):       # [S, n], [T, n], [T]
-    """cache[positions[t]] = x[t], converted to the cache's type: with a scale for a part, the largest becomes 127 or 127 * 256"""
+    """Write rows to a cache: cache[positions[t]] = x[t].
+
+    Values are converted to the cache's type. Integer types have a scale for each part, with which its largest magnitude becomes 127 (i8) or
+    127 * 256 (i16).
+    """
     if cache.dtype.names:
         start = 0
         for i in range(cache.dtype["d"].shape[0]):
@@ -136,22 +154,25 @@ def cache_write(cache, x, positions):       # [S, n], [T, n], [T]
             cache[positions] = x.astype(np.float32).astype(cache.dtype)
 
 
-def _write_part(cache, i, x, positions):    # int8: halves away from zero, as Q8_0 has them; 16 bits: halves to even
+def _write_part(cache, i, x, positions):    # int8 rounds halves away from zero, as Q8_0 does; int16 to even
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         top, wide = np.abs(x).max(axis=-1, initial=0), f"low{i}" in cache.dtype.names
-        scale = top / np.float32(127 * 256 if wide else 127)        # not finite if a number is not
+        scale = top / np.float32(127 * 256 if wide else 127)        # not finite if a value is not
         factor = np.float32(127 * 256) / top if wide else 1 / scale
         products = np.where(((top if wide else scale) > 1e-30) & np.isfinite(scale), factor, 0)[:, None] * x
-        whole = np.rint(products) if wide else np.copysign(np.floor(np.abs(products) + np.float32(0.5)), products)
-        whole = np.where(np.isfinite(scale)[:, None], whole, 0).astype(np.int32)
+        integers = np.rint(products) if wide else np.copysign(np.floor(np.abs(products) + np.float32(0.5)), products)
+        integers = np.where(np.isfinite(scale)[:, None], integers, 0).astype(np.int32)
     cache["d"][positions, 0, i] = scale
-    cache[f"high{i}"][positions, 0] = (whole + 128) >> 8 if wide else whole
+    cache[f"high{i}"][positions, 0] = (integers + 128) >> 8 if wide else integers
     if wide:
-        cache[f"low{i}"][positions, 0] = whole.astype(np.int8)
+        cache[f"low{i}"][positions, 0] = integers.astype(np.int8)
 
 
 def indexer_scores(out, q, w, keys, positions, scale):      # [T, S], [T, H, D], [T, H], [S, D], [T]
-    """out[t, s] = scale sum_h w[t, h] relu(q[t, h] . keys[s]) for s <= positions[t], else -inf (DeepSeek-V3.2-Exp, lightning indexer)"""
+    """The scores of the lightning indexer (DeepSeek-V3.2-Exp).
+
+    out[t, s] = scale sum_h w[t, h] relu(q[t, h] . keys[s]) for s <= positions[t], else -inf
+    """
     n_kv = positions[-1] + 1
     dots = np.maximum(np.einsum("thd,sd->ths", q, _floats(keys[:n_kv])), 0)
     out[...] = -np.inf
@@ -160,7 +181,10 @@ def indexer_scores(out, q, w, keys, positions, scale):      # [T, S], [T, H, D],
 
 
 def top_k(out, scores):     # int32 [T, k], [T, S]
-    """The k greatest scores' indices, ascending; equal scores: the lowest index first; -inf and NaN are never chosen; -1 fills the rest."""
+    """The indices of the k greatest scores, in ascending order.
+
+    Of equal scores the lowest indices are chosen; -inf and NaN never are. -1 pads the rest.
+    """
     out[...] = -1
     for chosen, row in zip(out, scores):
         valid = np.flatnonzero(row > -np.inf)
@@ -169,56 +193,65 @@ def top_k(out, scores):     # int32 [T, k], [T, S]
 
 
 def indexer_select(out, q, w, keys, positions, scale):      # int32 [T, k], then as indexer_scores
-    """indexer_scores and top_k in one"""
+    """indexer_scores and top_k in one op."""
     scores = np.empty((q.shape[0], positions[-1] + 1))
     indexer_scores(scores, q, w, keys, positions, scale)
     top_k(out, scores)
 
 
 def scatter_mask(out, indices, positions):      # [T, S], int32 [T, k], [T]
-    """-inf everywhere, 0 at the indices that are not in the token's future"""
+    """A mask: 0 at the indices up to the token's position, -inf elsewhere."""
     out[...] = -np.inf
     for row, chosen, position in zip(out, indices, positions):
         row[chosen[(chosen >= 0) & (chosen <= position)]] = 0
 
 
-def _attend(q, latents, bias, n_v, scale):      # [H, D], [S, D], [S] -> [H, n_v]; a row without any key gives zeros
+def _attend(q, latents, bias, n_v, scale):      # [H, D], [S, D], [S] -> [H, n_v]; zeros without any key
     logits = scale * (q @ latents.T) + bias
-    greatest = logits.max(axis=-1, keepdims=True, initial=-np.inf)
-    p = np.exp(logits - np.where(greatest > -np.inf, greatest, 0))
-    total = p.sum(axis=-1, keepdims=True)
-    return (p / np.where(total > 0, total, 1)) @ latents[:, :n_v]
+    row_max = logits.max(axis=-1, keepdims=True, initial=-np.inf)
+    p = np.exp(logits - np.where(row_max > -np.inf, row_max, 0))
+    row_sum = p.sum(axis=-1, keepdims=True)
+    return (p / np.where(row_sum > 0, row_sum, 1)) @ latents[:, :n_v]
 
 
 def dense_attention(out, q, latents, positions, scale):     # [T, H, n_v], [T, H, D], [S, D], [T]
-    """Absorbed MLA over every key s <= positions[t]; a key's first n_v values are its value (DeepSeek-V2, section 2.1)"""
+    """Absorbed MLA attention to all keys s <= positions[t].
+
+    A key's first n_v values are its value (DeepSeek-V2, section 2.1).
+    """
     rows = _floats(latents[:positions[-1] + 1])
     for t, position in enumerate(positions):
         out[t] = _attend(q[t], rows[:position + 1], 0, out.shape[-1], scale)
 
 
 def masked_attention(out, q, latents, mask, positions, scale):      # mask [T, S]
-    """dense_attention with an additive mask"""
+    """dense_attention with an additive mask."""
     rows = _floats(latents[:positions[-1] + 1])
     for t, position in enumerate(positions):
         out[t] = _attend(q[t], rows[:position + 1], mask[t, :position + 1], out.shape[-1], scale)
 
 
 def sparse_attention(out, q, latents, indices, scale):      # indices int32 [T, k], -1 pads
-    """Absorbed MLA over the chosen keys only"""
+    """Absorbed MLA attention to the chosen keys only."""
     for t, chosen in enumerate(indices):
         out[t] = _attend(q[t], _floats(latents[chosen[chosen >= 0]]), 0, out.shape[-1], scale)
 
 
 def mha_attention(out, q, latents, k_b, v_b, positions, scale):
     # [T, H, n_v], [T, H, n_nope + n_rot], [S, D], [H, kv_lora, n_nope], [H, n_v, kv_lora], [T]
-    """MLA in its plain form: each head has keys and values of its own, made from the latents (DeepSeek-V2, section 2.1)"""
+    """MLA in its plain form: each head has keys and values of its own.
+
+    They are made from the latents (DeepSeek-V2, section 2.1).
+    """
     chosen = np.arange(positions[-1] + 1)
     mha_sparse_attention(out, q, latents, np.where(chosen <= positions[:, None], chosen, -1), k_b, v_b, positions, scale)
 
 
 def mha_sparse_attention(out, q, latents, indices, k_b, v_b, positions, scale):     # indices int32 [T, k], -1 pads
-    """mha_attention to the chosen keys only; a token without any gives zeros"""
+    """mha_attention to the chosen keys only.
+
+    The output of a token without any key is zeros.
+    """
     rows, kv_lora = _floats(latents[:positions[-1] + 1]), k_b.shape[1]
     for h in range(q.shape[1]):
         keys = np.concatenate([rows[:, :kv_lora] @ k_b[h], rows[:, kv_lora:]], axis=1)
@@ -230,9 +263,10 @@ def mha_sparse_attention(out, q, latents, indices, k_b, v_b, positions, scale): 
 
 
 def moe_route(ids, weights, logits, bias, gating, n_group, n_group_used, norm, scale):      # int32 [T, used], [T, used], [T, E], [E]
-    """The experts of each token, greatest biased score first, and their weights (DeepSeek-V3, section 2.1.2).
+    """The experts of each token and their weights.
 
-    gating: 1 softmax, 2 sigmoid, 3 softmax over the chosen. A group's score is the sum of its two greatest; n_group 1: no groups.
+    The expert with the greatest biased score is first (DeepSeek-V3, section 2.1.2). gating: 1 softmax, 2 sigmoid, 3 softmax over the chosen
+    experts. The score of a group is the sum of its two greatest; n_group 1: no groups.
     """
     if gating == 2:
         with np.errstate(over="ignore"):
@@ -259,7 +293,10 @@ def moe_route(ids, weights, logits, bias, gating, n_group, n_group_used, norm, s
 
 
 def moe_gate_up(out, x, ids, gate, up):     # [T, used, f], [T, n], [T, used], [E, f, n], [E, f, n]
-    """out[t, i] = silu(gate_e x[t]) * up_e x[t] with e = ids[t, i]"""
+    """The hidden values of the chosen experts.
+
+    out[t, i] = silu(gate_e x[t]) * up_e x[t] with e = ids[t, i]
+    """
     for expert in np.unique(ids):
         token, slot = np.nonzero(ids == expert)
         hidden = np.empty((token.size, gate.shape[1]), out.dtype)
@@ -268,7 +305,10 @@ def moe_gate_up(out, x, ids, gate, up):     # [T, used, f], [T, n], [T, used], [
 
 
 def moe_down(out, hidden, ids, weights, down):      # [T, n], [T, used, f], [T, used], [T, used], [E, n, f]
-    """out[t] = sum_i weights[t, i] down_e hidden[t, i] with e = ids[t, i]"""
+    """The weighted sum of the chosen experts' outputs.
+
+    out[t] = sum_i weights[t, i] down_e hidden[t, i] with e = ids[t, i]
+    """
     out[...] = 0
     for expert in np.unique(ids):
         token, slot = np.nonzero(ids == expert)
@@ -276,11 +316,11 @@ def moe_down(out, hidden, ids, weights, down):      # [T, n], [T, used, f], [T, 
 
 
 def silu_mul(out, gate, up):        # [T, n] each
-    """out = gate sigmoid(gate) up"""
+    """The gate of SwiGLU: out = gate sigmoid(gate) up."""
     with np.errstate(over="ignore"):
         out[...] = gate / (1 + np.exp(-gate)) * up
 
 
 def add(out, x, y):     # [T, n] each
-    """out = x + y"""
+    """Sum: out = x + y."""
     out[...] = x + y

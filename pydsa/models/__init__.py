@@ -1,4 +1,7 @@
-"""One file per architecture, found by its GGUF name: each has a Config and build(graph, config, weights, path)."""
+"""The supported architectures, one file each, found by GGUF name.
+
+A file has a Config and build(graph, config, weights, variant).
+"""
 import importlib
 
 from pydsa.errors import UnsupportedModelError
@@ -7,8 +10,8 @@ ARCHITECTURES = ("deepseek2", "deepseek32", "glm-dsa")
 
 
 def architecture(metadata):
-    """The module of the architecture that a file names."""
+    """The module of the architecture that a file's metadata name."""
     name = metadata.string("general.architecture")
     if name not in ARCHITECTURES:
-        raise UnsupportedModelError(f"{metadata.path}: the architecture is {name!r}; pydsa runs {', '.join(ARCHITECTURES)}.")
+        raise UnsupportedModelError(f"{metadata.path}: the architecture is {name!r}, expected one of {', '.join(ARCHITECTURES)}.")
     return importlib.import_module(f"pydsa.models.{name.replace('-', '_')}")

@@ -1,4 +1,7 @@
-"""deepseek2: multi-head latent attention and mixture of experts (DeepSeek V2, V2-Lite, V3). The sparse models build on it."""
+"""deepseek2: multi-head latent attention and mixture of experts.
+
+The models are DeepSeek V2, V2-Lite and V3. The models with sparse attention build on this file.
+"""
 import math
 from dataclasses import dataclass, field
 
@@ -9,26 +12,26 @@ from pydsa.graph import CacheRef
 from pydsa.models.yarn import Rope, rope_from_metadata
 
 SOFTMAX, SIGMOID, SOFTMAX_WEIGHT = 1, 2, 3      # expert_gating_func
-NEOX = False        # RoPE of the attention turns pairs (2i, 2i + 1)
+NEOX = False        # RoPE of the attention rotates pairs (2i, 2i + 1)
 
 
 @dataclass(frozen=True)
 class Config:
-    """What the metadata say, checked. Names follow llama.cpp's hyperparameters."""
+    """The checked hyperparameters of a file, with llama.cpp's names."""
     architecture: str
     name: str
-    n_layer: int            # without the MTP blocks
-    n_layer_nextn: int      # MTP blocks, left aside
+    n_layer: int            # without MTP blocks
+    n_layer_nextn: int      # MTP blocks, not used
     n_ctx_train: int
     n_vocab: int
     n_embd: int
     n_head: int
-    q_lora: int             # 0: queries come straight from the residual stream
+    q_lora: int             # 0: queries are made directly from the residual stream
     kv_lora: int
     n_nope: int
     n_rot: int
     n_v: int
-    n_ff: tuple             # one a layer
+    n_ff: tuple             # one value a layer
     n_ff_exp: int
     n_layer_dense_lead: int
     n_expert: int
@@ -42,29 +45,51 @@ class Config:
     rms_eps: float
     rope: Rope = field(repr=False)
 
-    # --attention -> the graphs it needs. "mha" is "dense" in its plain form: for prompts, as model.py says.
-    PATHS = {"auto": ("mha", "dense"), "dense": ("mha", "dense")}
+    VARIANTS = {"auto": ("mha", "dense"), "dense": ("mha", "dense")}       # --attention -> the variants that it may use (schedule.py)
+
+    @property
+    def top_k(self):
+        """The number of keys that a token attends to; None without an indexer."""
+        return None
+
+    def with_top_k(self, top_k):
+        """The Config with another top_k; None without an indexer."""
+        return None
+
+    @property
+    def indexed_layers(self):
+        """For each layer, the layer whose indexer it uses; None without one."""
+        return None
 
     @property
     def kq_scale(self):
-        """What q . k is multiplied by before the softmax."""
+        """The factor of q . k before the softmax."""
         return self.rope.mscale ** 2 / math.sqrt(self.n_nope + self.n_rot)
 
     @property
     def cache_widths(self):
-        """Values of a cache row, for each (kind, layer): of each of its parts, which types of whole numbers scale by themselves."""
+        """{CacheRef: the numbers of values of a cache row's parts}.
+
+        Integer cache types have a scale for each part.
+        """
         return {CacheRef("latents", il): (self.kv_lora, self.n_rot) for il in range(self.n_layer)}
 
     @classmethod
     def from_metadata(cls, metadata, n_vocab):
-        """Read and check the keys of a file whose token_embd.weight has n_vocab rows."""
-        # GLM-4.7-Flash, whose first files lack the key
+        """The Config of a file whose token_embd.weight has n_vocab rows.
+
+        Raises GGUFError or UnsupportedModelError for keys that are not valid.
+        """
+        # GLM-4.7-Flash, whose first files lack expert_gating_func
         flash = metadata.integer("deepseek2.block_count", 1, 1024) in (47, 48) and n_vocab == 154880
         return cls(**read_metadata(metadata, n_vocab, default_gating=SIGMOID if flash else SOFTMAX))
 
 
 def readers(metadata, arch):
-    """integer(key, low, high[, default]) reads a key of the architecture; fail(text) refuses the file."""
+    """Two functions that read an architecture's keys.
+
+    integer(key, low, high[, default]) reads a key; fail(text) raises a GGUFError that names the file.
+    """
     def integer(key, low, high, **default):
         return metadata.integer(f"{arch}.{key}", low, high, **default)
 
@@ -75,31 +100,35 @@ def readers(metadata, arch):
 
 
 def read_metadata(metadata, n_vocab, default_gating):
-    """The fields of Config as a dict. Raises GGUFError for what is missing, of the wrong type or impossible."""
+    """The fields of Config as a dict.
+
+    Raises GGUFError for a key that is missing, of the wrong type or impossible, UnsupportedModelError for one that pydsa cannot use.
+    """
     arch = metadata.string("general.architecture")
     integer, fail = readers(metadata, arch)
     blocks = integer("block_count", 1, 1024)
     nextn = integer("nextn_predict_layers", 0, 1024, default=0)
     if nextn >= blocks:
-        fail(f"{arch}.nextn_predict_layers is {nextn}, but there are only {blocks} blocks")
+        fail(f"{arch}.nextn_predict_layers is {nextn}, expected less than the {blocks} blocks")
     n_layer = blocks - nextn
     n_ctx_train = integer("context_length", 1, 2**31 - 1)
     n_head = per_layer(metadata, f"{arch}.attention.head_count", n_layer, 1, 4096)
     if len(set(n_head)) > 1:
-        raise UnsupportedModelError(f"{metadata.path}: {arch}.attention.head_count differs between layers; pydsa expects one number.")
+        raise UnsupportedModelError(f"{metadata.path}: {arch}.attention.head_count differs between layers, expected one number.")
     if f"{arch}.attention.key_length_mla" not in metadata:
         raise UnsupportedModelError(f"{metadata.path}: {arch}.attention.key_length_mla is missing: the file was made before attn_kv_b was "
                                     "split in two; convert the model again with a current llama.cpp.")
     if metadata.number(f"{arch}.attention.temperature_scale", default=0.0) != 0:
-        raise UnsupportedModelError(f"{metadata.path}: {arch}.attention.temperature_scale is set; pydsa does not know temperature tuning.")
+        raise UnsupportedModelError(f"{metadata.path}: {arch}.attention.temperature_scale is set, expected 0: temperature tuning "
+                                    "is not supported.")
     kv_lora = integer("attention.kv_lora_rank", 1, 2**16)
     key_length, n_v = integer("attention.key_length_mla", 1, 2**14), integer("attention.value_length_mla", 1, 2**14)
     n_rot = integer("rope.dimension_count", 2, 2**14)
     if n_rot % 2 or n_rot >= key_length:
-        fail(f"{arch}.rope.dimension_count is {n_rot}; it must be even and less than key_length_mla, {key_length}")
+        fail(f"{arch}.rope.dimension_count is {n_rot}, expected an even number less than key_length_mla, {key_length}")
     for key, expected in (("key_length", kv_lora + n_rot), ("value_length", kv_lora)):
         if integer(f"attention.{key}", 1, 2**17, default=expected) != expected:
-            fail(f"{arch}.attention.{key} is {metadata[f'{arch}.attention.{key}']}; with a latent of rank {kv_lora} it must be {expected}")
+            fail(f"{arch}.attention.{key} is {metadata[f'{arch}.attention.{key}']}, expected {expected} with a latent of rank {kv_lora}")
     return dict(
         architecture=arch, name="".join(filter(str.isprintable, metadata.string("general.name", default=arch)))[:200],
         n_layer=n_layer, n_layer_nextn=nextn,
@@ -111,7 +140,7 @@ def read_metadata(metadata, n_vocab, default_gating):
 
 
 def read_experts(metadata, arch, n_layer, default_gating):
-    """The fields of Config that concern the experts."""
+    """The fields of Config for the experts, as a dict."""
     integer, fail = readers(metadata, arch)
     lead = integer("leading_dense_block_count", 0, 1024, default=0)
     n_expert, used = integer("expert_count", 0, 1024, default=0), integer("expert_used_count", 0, 1024, default=0)
@@ -119,22 +148,22 @@ def read_experts(metadata, arch, n_layer, default_gating):
     if n_expert == 0 and lead < n_layer:
         fail(f"{arch}.expert_count is 0, but layers {lead} to {n_layer - 1} have experts")
     if not (0 < used <= n_expert or n_expert == used == 0):
-        fail(f"{arch}.expert_used_count is {used}; with {n_expert} experts it must be from 1 to {n_expert}")
+        fail(f"{arch}.expert_used_count is {used}, expected 1 to {n_expert}, as there are {n_expert} experts")
     if groups > 1:
         if n_expert % groups or n_expert == 0:
             fail(f"{n_expert} experts cannot be divided into {groups} groups ({arch}.expert_group_count)")
         if not 0 < groups_used <= groups:
-            fail(f"{arch}.expert_group_used_count is {groups_used}; with {groups} groups it must be from 1 to {groups}")
+            fail(f"{arch}.expert_group_used_count is {groups_used}, expected 1 to {groups}, as there are {groups} groups")
         if used > groups_used * (n_expert // groups):
             fail(f"{arch}.expert_used_count is {used}, but {groups_used} groups hold only {groups_used * (n_expert // groups)} experts")
     default = {} if default_gating is None else {"default": default_gating}
     gating = integer("expert_gating_func", 0, 100, **default) if n_expert else SOFTMAX
     if gating not in (SOFTMAX, SIGMOID, SOFTMAX_WEIGHT):
-        raise UnsupportedModelError(f"{metadata.path}: {arch}.expert_gating_func is {gating}; pydsa knows 1 (softmax), 2 (sigmoid) and "
+        raise UnsupportedModelError(f"{metadata.path}: {arch}.expert_gating_func is {gating}, expected 1 (softmax), 2 (sigmoid) or "
                                     "3 (softmax of the chosen).")
     n_ff_exp = set(per_layer(metadata, f"{arch}.expert_feed_forward_length", n_layer, 1, 2**24)[lead:]) if n_expert else {0}
     if len(n_ff_exp) > 1:
-        raise UnsupportedModelError(f"{metadata.path}: {arch}.expert_feed_forward_length differs between layers; pydsa expects one number.")
+        raise UnsupportedModelError(f"{metadata.path}: {arch}.expert_feed_forward_length differs between layers, expected one number.")
     return dict(
         n_layer_dense_lead=lead, n_expert=n_expert, n_expert_used=used,
         n_expert_shared=integer("expert_shared_count", 0, 1024) if n_expert else 0,
@@ -144,32 +173,35 @@ def read_experts(metadata, arch, n_layer, default_gating):
 
 
 def per_layer(metadata, key, n_layer, low, high):
-    """A key that is one integer for all layers, or an array with one a layer (MTP blocks may follow), 0 where a layer has no use for it."""
+    """The value of a key for each layer, a tuple of n_layer int.
+
+    The key is one integer for all layers, or an array with one value a layer, which may go on with those of MTP blocks. A layer that does
+    not use the value may have 0.
+    """
     if not isinstance(metadata.get(key), np.ndarray):
         return (metadata.integer(key, low, high),) * n_layer
     values = metadata.integers(key)[:n_layer]
     if len(values) < n_layer or min(values) < 0 or max(values) > high:
-        raise GGUFError(f"{metadata.path}: {key} must have {n_layer} values between 0 and {high}; it has {values.tolist()}.")
+        raise GGUFError(f"{metadata.path}: {key} is {values.tolist()}, expected {n_layer} values from 0 to {high}.")
     return tuple(values.tolist())
 
 
-def build(graph, config, weights, path):
-    """Record the forward pass; path is "dense" or "mha"."""
-    decoder(graph, config, weights, lambda il, h, qr, table: None, path == "mha")
+def build(graph, config, weights, variant):
+    """Record the forward pass in the form of a schedule.Variant."""
+    decoder(graph, config, weights, variant, lambda il, h, qr, table: None)
 
 
-def decoder(g, c, weights, select, mha):
+def decoder(g, c, weights, variant, select):
     """Record a whole model.
 
-    select(il, h, qr, table) records what chooses the keys of a layer, and returns a function from its query to its attention, or None.
-    mha: attention takes its plain form; that function is then given k_b and v_b, too.
+    select(il, h, qr, table) records the choice of a layer's keys. It returns their indices, a mask made of them, or None for all keys.
     """
     x = g.get_rows("inp_embd", weights("token_embd.weight", c.n_vocab, c.n_embd))
     table = g.rope_table("rope_table", c.rope.freqs, c.rope.magnitude)
     for il in range(c.n_layer):
         w = weights.layer(il)
         h = g.rms_norm(f"attn_norm-{il}", x, w("attn_norm.weight", c.n_embd), c.rms_eps)
-        x = g.add(f"ffn_inp-{il}", latent_attention(g, c, w, il, h, table, select, mha), x)
+        x = g.add(f"ffn_inp-{il}", latent_attention(g, c, w, il, h, table, variant, select), x)
         h = g.rms_norm(f"ffn_norm-{il}", x, w("ffn_norm.weight", c.n_embd), c.rms_eps)
         if il < c.n_layer_dense_lead:
             out = feed_forward(g, w, il, h, "", c.n_ff[il], c.n_embd)
@@ -181,8 +213,11 @@ def decoder(g, c, weights, select, mha):
     g.output = g.linear("result_output", weights(head, c.n_vocab, c.n_embd), x)
 
 
-def latent_attention(g, c, w, il, h, table, select, mha):
-    """MLA: what is cached of a token is one row for all heads, a latent and a rotated part of its keys."""
+def latent_attention(g, c, w, il, h, table, variant, select):
+    """Record multi-head latent attention (MLA).
+
+    A token's cache row serves all heads: a latent, and the rotated part of its key.
+    """
     qr = h
     if c.q_lora:
         q = g.linear(f"q_a-{il}", w("attn_q_a.weight", c.q_lora, c.n_embd), h)
@@ -190,32 +225,52 @@ def latent_attention(g, c, w, il, h, table, select, mha):
     kv_pe = g.linear(f"kv_cmpr_pe-{il}", w("attn_kv_a_mqa.weight", c.kv_lora + c.n_rot, c.n_embd), h)
     g.rms_norm(f"kv_cmpr-{il}", kv_pe.slice(0, c.kv_lora), w("attn_kv_a_norm.weight", c.kv_lora), c.rms_eps, into=kv_pe.slice(0, c.kv_lora))
     g.rope(kv_pe.reshape(1, c.kv_lora + c.n_rot).slice(c.kv_lora, c.kv_lora + c.n_rot), table, NEOX)
-    latents = CacheRef("latents", il)
-    g.cache_write(latents, kv_pe)
-    attend = select(il, h, qr, table)
+    g.cache_write(CacheRef("latents", il), kv_pe)
+    choice = select(il, h, qr, table)
 
     name, width = ("attn_q_b.weight", c.q_lora) if c.q_lora else ("attn_q.weight", c.n_embd)
     q = g.linear(f"q-{il}", w(name, c.n_head * (c.n_nope + c.n_rot), width), qr).reshape(c.n_head, c.n_nope + c.n_rot)
     k_b, v_b = w("attn_k_b.weight", c.n_head, c.kv_lora, c.n_nope), w("attn_v_b.weight", c.n_head, c.n_v, c.kv_lora)
-    if mha:
-        g.rope(q.slice(c.n_nope, c.n_nope + c.n_rot), table, NEOX)
-        out = attend(q, k_b, v_b) if attend else g.mha_attention(f"kqv_out-{il}", q, latents, k_b, v_b, c.kq_scale)
-    else:
-        attend = attend or (lambda q: g.dense_attention(f"kqv-{il}", q, latents, c.kv_lora, c.kq_scale))
-        out = absorbed_attention(g, c, il, q, table, k_b, v_b, attend)
+    attention = plain_attention if variant.plain else absorbed_attention
+    out = attention(g, c, il, q, table, k_b, v_b, variant, choice)
     return g.linear(f"attn_out-{il}", w("attn_output.weight", c.n_embd, c.n_head * c.n_v), out.reshape(c.n_head * c.n_v))
 
 
-def absorbed_attention(g, c, il, q, table, k_b, v_b, attend):
-    """Queries are taken into the space of the latents, which are then both keys and values."""
+def plain_attention(g, c, il, q, table, k_b, v_b, variant, choice):
+    """Record MLA's plain form: each head has keys and values of its own.
+
+    They are made from the latents.
+    """
+    name, latents = f"kqv_out-{il}", CacheRef("latents", il)
+    g.rope(q.slice(c.n_nope, c.n_nope + c.n_rot), table, NEOX)
+    if choice is None:
+        return g.mha_attention(name, q, latents, k_b, v_b, c.kq_scale)
+    return g.mha_sparse_attention(name, q, latents, choice, k_b, v_b, c.kq_scale)
+
+
+def absorbed_attention(g, c, il, q, table, k_b, v_b, variant, choice):
+    """Record MLA's absorbed form: queries are projected to latent space.
+
+    The latents are then both keys and values.
+    """
+    name, latents = f"kqv-{il}", CacheRef("latents", il)
     q_latent = g.value(f"q_nope_absorbed-{il}", c.n_head, c.kv_lora + c.n_rot)
     g.head_linear(None, k_b, q.slice(0, c.n_nope), into=q_latent.slice(0, c.kv_lora))
     g.rope(q.slice(c.n_nope, c.n_nope + c.n_rot), table, NEOX, into=q_latent.slice(c.kv_lora, c.kv_lora + c.n_rot))
-    return g.head_linear(f"kqv_out-{il}", v_b, attend(q_latent))
+    if choice is None:
+        mixed = g.dense_attention(name, q_latent, latents, c.kv_lora, c.kq_scale)
+    elif variant.indexer == "mask":
+        mixed = g.masked_attention(name, q_latent, latents, choice, c.kv_lora, c.kq_scale)
+    else:
+        mixed = g.sparse_attention(name, q_latent, latents, choice, c.kv_lora, c.kq_scale)
+    return g.head_linear(f"kqv_out-{il}", v_b, mixed)
 
 
 def feed_forward(g, w, il, h, kind, n_ff, n_embd):
-    """SwiGLU, down(silu(gate h) * up h); kind is "" for a dense layer, "_shexp" for the shared expert."""
+    """Record SwiGLU, down(silu(gate h) * up h).
+
+    kind: "" for a dense layer, "_shexp" for the shared expert.
+    """
     gate = g.linear(f"ffn_gate{kind}-{il}", w(f"ffn_gate{kind}.weight", n_ff, n_embd), h)
     up = g.linear(f"ffn_up{kind}-{il}", w(f"ffn_up{kind}.weight", n_ff, n_embd), h)
     hidden = g.silu_mul(f"ffn_swiglu{kind}-{il}", gate, up)
@@ -223,7 +278,10 @@ def feed_forward(g, w, il, h, kind, n_ff, n_embd):
 
 
 def experts(g, c, w, il, h):
-    """The chosen experts, weighted, and beside them the shared expert, if there is one."""
+    """Record the mixture of experts.
+
+    The outputs of the chosen experts are weighted and added, with that of the shared expert, if there is one.
+    """
     if w.has("exp_probs_b.bias"):
         bias = w("exp_probs_b.bias", c.n_expert)
     else:

@@ -1,4 +1,8 @@
-"""deepseek32: deepseek2 with DeepSeek Sparse Attention, an indexer in every layer that chooses the keys (DeepSeek-V3.2-Exp, section 2)."""
+"""deepseek32: deepseek2 with DeepSeek Sparse Attention.
+
+An indexer in every layer chooses the keys (DeepSeek-V3.2-Exp, section 2).
+"""
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -6,93 +10,103 @@ from pydsa.errors import GGUFError, UnsupportedModelError
 from pydsa.graph import CacheRef
 from pydsa.models import deepseek2
 
-INDEXER_NEOX = True     # RoPE of the indexer turns pairs (i, i + n_rot / 2)
+INDEXER_NEOX = True     # RoPE of the indexer rotates pairs (i, i + n_rot / 2)
 K_NORM_EPS = 1e-6       # not in the file
-CHOOSING = ("mha+choice", "sparse", "masked")       # paths whose layers attend to the keys that their indexers choose
 
 
 @dataclass(frozen=True)
 class Config(deepseek2.Config):
-    """deepseek2's, and the indexer's."""
+    """The hyperparameters of deepseek2 and of the indexer."""
     indexer_n_head: int
     indexer_head_size: int
     indexer_top_k: int
-    indexer_full: tuple     # for each layer: whether it has an indexer of its own, or takes the choice of the last one that has
+    indexer_full: tuple     # for each layer: whether it has an indexer, else it uses the choice of the last layer that has one
 
-    # --attention -> the graphs it needs. "...+keys" attend to all, which is exact up to top_k keys, and store the index keys. "mha+choice"
-    # is "sparse" in MLA's plain form, for prompts.
-    PATHS = {"auto": ("mha+keys", "dense+keys", "mha+choice", "sparse"), "sparse": ("sparse",), "masked": ("masked",),
-             "dense": ("mha", "dense")}
+    VARIANTS = {"auto": ("mha+keys", "dense+keys", "mha+choice", "sparse"), "sparse": ("sparse",), "masked": ("masked",),
+                "dense": ("mha", "dense")}
+
+    @property
+    def top_k(self):
+        """The number of keys that a token attends to."""
+        return self.indexer_top_k
+
+    def with_top_k(self, top_k):
+        """The Config with another top_k."""
+        return dataclasses.replace(self, indexer_top_k=top_k)
+
+    @property
+    def indexed_layers(self):
+        """For each layer, the layer whose indexer it uses."""
+        return tuple(max(i for i in range(il + 1) if self.indexer_full[i]) for il in range(self.n_layer))
 
     @property
     def cache_widths(self):
-        """Values of a cache row, for each (kind, layer), as deepseek2 has them."""
+        """{CacheRef: the numbers of values of a cache row's parts}."""
         keys = {CacheRef("index_keys", il): (self.indexer_head_size,) for il in range(self.n_layer) if self.indexer_full[il]}
         return super().cache_widths | keys
 
     @classmethod
     def from_metadata(cls, metadata, n_vocab):
-        """Read and check the keys of a file whose token_embd.weight has n_vocab rows."""
+        """The Config of a file whose token_embd.weight has n_vocab rows.
+
+        Raises GGUFError or UnsupportedModelError for keys that are not valid.
+        """
         base = deepseek2.read_metadata(metadata, n_vocab, default_gating=None)
         return cls(**base, **read_indexer(metadata, base), indexer_full=(True,) * base["n_layer"])
 
 
 def read_indexer(metadata, base):
-    """The indexer's sizes, from the keys under attention.indexer."""
+    """The indexer's fields of Config, from the keys under attention.indexer."""
     key = f"{base['architecture']}.attention.indexer."
     if base["q_lora"] == 0:
-        raise GGUFError(f"{metadata.path}: {base['architecture']}.attention.q_lora_rank is missing or 0; the indexer needs a latent query.")
+        raise GGUFError(f"{metadata.path}: {base['architecture']}.attention.q_lora_rank is missing or 0, expected at least 1, "
+                        "as the indexer needs a latent query.")
     size = metadata.integer(key + "key_length", 1, 4096)
     if size & (size - 1) or size < base["n_rot"]:
-        raise GGUFError(f"{metadata.path}: {key}key_length is {size}; it must be a power of two and at least rope.dimension_count, "
+        raise GGUFError(f"{metadata.path}: {key}key_length is {size}, expected a power of two of at least rope.dimension_count, "
                         f"{base['n_rot']}.")
     return dict(indexer_n_head=metadata.integer(key + "head_count", 1, 4096), indexer_head_size=size,
                 indexer_top_k=metadata.integer(key + "top_k", 1, 2**31 - 1))
 
 
-def build(graph, config, weights, path):
-    """Record the forward pass; path is one of those in PATHS."""
-    build_with_indexer(graph, config, weights, path, INDEXER_NEOX)
+def build(graph, config, weights, variant):
+    """Record the forward pass in the form of a schedule.Variant."""
+    build_with_indexer(graph, config, weights, variant, INDEXER_NEOX)
 
 
-def build_with_indexer(g, c, weights, path, neox):
-    """decoder() with the layers' indexers; those without one of their own use the last choice that was made."""
+def build_with_indexer(g, c, weights, variant, neox):
+    """Record a whole model with its indexers.
+
+    A layer without an indexer uses the choice of the last layer that has one.
+    """
     choice = None
 
     def select(il, h, qr, table):
         nonlocal choice
-        if path in ("mha", "dense"):
-            return None
-        w = weights.layer(il)
-        if c.indexer_full[il]:
+        if variant.indexer is not None and c.indexer_full[il]:
+            w = weights.layer(il)
             if not w.has("indexer.attn_k.weight"):
                 raise UnsupportedModelError(f"{w.path}: layer {il} should have an indexer, but there is no tensor "
-                                            f"'blk.{il}.indexer.attn_k.weight'; the model can only be run with --attention dense.")
+                                            f"'blk.{il}.indexer.attn_k.weight'; use --attention dense.")
             store_index_key(g, c, w, il, h, table, neox)
-            if path in CHOOSING:
-                choice = choose_keys(g, c, w, il, h, qr, table, neox, path)
-        if path not in CHOOSING:
-            return None
-        made = choice
+            if variant.chooses:
+                choice = choose_keys(g, c, w, il, h, qr, table, neox, variant)
+        return choice
 
-        def attend(q, *of_heads):
-            if of_heads:
-                return g.mha_sparse_attention(f"kqv_out-{il}", q, CacheRef("latents", il), made, *of_heads, c.kq_scale)
-            attention = g.sparse_attention if path == "sparse" else g.masked_attention
-            return attention(f"kqv-{il}", q, CacheRef("latents", il), made, c.kv_lora, c.kq_scale)
-        return attend
-
-    deepseek2.decoder(g, c, weights, select, path.startswith("mha"))
+    deepseek2.decoder(g, c, weights, variant, select)
 
 
 def rotate(g, c, x, table, neox):
-    """RoPE on the first n_rot values of each head, then the Hadamard rotation of all of it, which spreads outliers over the row."""
+    """Record RoPE on the first n_rot values of each head, then Hadamard.
+
+    The Hadamard rotation of the whole head spreads outliers over the row.
+    """
     g.rope(x.slice(0, c.n_rot), table, neox)
     return g.hadamard(x)
 
 
 def store_index_key(g, c, w, il, h, table, neox):
-    """One key a token, shared by the indexer's heads."""
+    """Record the token's index key, which the indexer's heads share."""
     size = c.indexer_head_size
     k = g.linear(f"indexer_k_raw-{il}", w("indexer.attn_k.weight", size, c.n_embd), h)
     k = g.layer_norm(f"indexer_k-{il}", k, w("indexer.k_norm.weight", size), w("indexer.k_norm.bias", size), K_NORM_EPS)
@@ -100,14 +114,14 @@ def store_index_key(g, c, w, il, h, table, neox):
     g.cache_write(CacheRef("index_keys", il), k)
 
 
-def choose_keys(g, c, w, il, h, qr, table, neox, path):
-    """The indices of the keys to attend to, or for "masked" the mask made of them."""
+def choose_keys(g, c, w, il, h, qr, table, neox, variant):
+    """Record the choice of keys: their indices, or a mask made of them."""
     heads, size = c.indexer_n_head, c.indexer_head_size
     q = g.linear(f"indexer_q-{il}", w("indexer.attn_q_b.weight", heads * size, c.q_lora), qr).reshape(heads, size)
     rotate(g, c, q, table, neox)
     weights = g.linear(f"indexer_weights-{il}", w("indexer.proj.weight", heads, c.n_embd), h)
     keys, scale, k = CacheRef("index_keys", il), 1 / math.sqrt(heads * size), min(c.indexer_top_k, g.n_ctx)
-    if path != "masked":
+    if variant.indexer != "mask":
         return g.indexer_select(f"indexer_top_k-{il}", q, weights, keys, k, scale)
     scores = g.indexer_scores(f"indexer_score-{il}", q, weights, keys, scale)
     return g.scatter_mask(f"kq_mask-{il}", g.top_k(f"indexer_top_k-{il}", scores, k))

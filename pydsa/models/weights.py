@@ -1,12 +1,16 @@
-"""Weights: the tensors of a file by name, each checked for its shape and type at the place where the model asks for it."""
+"""Weights: the tensors of a file by name.
+
+Each is checked for its shape and type where the model asks for it.
+"""
 from pydsa.errors import GGUFError, UnsupportedModelError
 from pydsa.quants import SUPPORTED
 
 
 class Weights:
-    """weights("blk.0.attn_q_a.weight", q_lora, n_embd) -> Tensor of that numpy shape, or a clear error.
+    """The tensors of a file by name, with checks.
 
-    `used` has all tensors that were asked for, by name.
+    weights("blk.0.attn_q_a.weight", q_lora, n_embd) returns the Tensor of that numpy shape. It raises GGUFError if there is none, and
+    UnsupportedModelError if pydsa does not support its type. `used` has all tensors that were asked for, by name.
     """
 
     def __init__(self, file, prefix="", used=None):
@@ -15,24 +19,25 @@ class Weights:
 
     @property
     def path(self):
-        """The file, for messages."""
+        """The path of the file, for error messages."""
         return self._file.metadata.path
 
     def layer(self, il):
-        """The weights of one block: names without "blk.N."."""
+        """The Weights of one layer, with names without "blk.N."."""
         return Weights(self._file, f"blk.{il}.", self.used)
 
     def has(self, name):
+        """Whether the file has a tensor with this name."""
         return self._prefix + name in self._file.tensors
 
     def __call__(self, name, *shape):
         name = self._prefix + name
         tensor = self._file.tensors.get(name)
         if tensor is None:
-            raise GGUFError(f"{self.path}: tensor {name!r} is missing; the metadata ask for one of shape {list(shape)}.")
+            raise GGUFError(f"{self.path}: tensor {name!r} is missing, expected one of shape {list(shape)} by the metadata.")
         if tensor.shape != shape:
-            raise GGUFError(f"{self.path}: tensor {name!r} has shape {list(tensor.shape)}; the metadata ask for {list(shape)}.")
+            raise GGUFError(f"{self.path}: tensor {name!r} has shape {list(tensor.shape)}, expected {list(shape)} by the metadata.")
         if tensor.type not in SUPPORTED:
-            raise UnsupportedModelError(f"{self.path}: tensor {name!r} is stored as {tensor.type}; pydsa runs {', '.join(SUPPORTED)}.")
+            raise UnsupportedModelError(f"{self.path}: tensor {name!r} is stored as {tensor.type}, expected one of {', '.join(SUPPORTED)}.")
         self.used[name] = tensor
         return tensor

@@ -1,4 +1,7 @@
-"""Rotary frequencies with YaRN scaling, and what YaRN does to the softmax scale (YaRN, 2023; DeepSeek-V3, section 4.3)."""
+"""Rotary frequencies with YaRN scaling, and YaRN's softmax scale.
+
+Sources: YaRN, 2023; DeepSeek-V3, section 4.3.
+"""
 import math
 import warnings
 from typing import NamedTuple
@@ -7,18 +10,18 @@ import numpy as np
 
 from pydsa.errors import GGUFError, UnsupportedModelError
 
-MOST = 1e6      # a factor beyond this, or under its inverse, is damage
+MOST = 1e6      # a factor above this, or below its inverse, is taken as damage
 
 
 class Rope(NamedTuple):
-    """freqs float64 [n_rot/2]: angle per position; magnitude: factor of cosines and sines; mscale: the softmax scale takes its square."""
-    freqs: np.ndarray
-    magnitude: float
-    mscale: float
+    """The rotary position embedding of a model."""
+    freqs: np.ndarray       # float64 [n_rot/2]: radians per position
+    magnitude: float        # factor of cosines and sines
+    mscale: float           # its square is a factor of the softmax scale
 
 
 def rope_from_metadata(metadata, prefix, n_rot, n_ctx_train):
-    """Rope of a file, from the keys under prefix.rope."""
+    """The Rope of a file, from the keys under prefix.rope."""
     key = f"{prefix}.rope."
     base = metadata.number(key + "freq_base", low=1.001, high=1e15, default=10000.0)
     freqs = base ** (-np.arange(0, n_rot, 2) / n_rot)
@@ -27,13 +30,13 @@ def rope_from_metadata(metadata, prefix, n_rot, n_ctx_train):
     factor = metadata.number(key + "scaling.factor", low=0, high=MOST, default=old_factor) or 1.0
     attn_factor = metadata.number(key + "scaling.attn_factor", low=1 / MOST, high=MOST, default=1.0)
     if factor < 1 / MOST:
-        raise GGUFError(f"{metadata.path}: {key}scaling.factor is {factor:g}; it must be 0, for none, or at least {1 / MOST:g}.")
+        raise GGUFError(f"{metadata.path}: {key}scaling.factor is {factor:g}, expected 0, for none, or at least {1 / MOST:g}.")
     if kind == "none":
         return Rope(freqs, attn_factor, attn_factor)
     if kind == "linear":
         return Rope(freqs / factor, attn_factor, attn_factor)
     if kind != "yarn":
-        raise UnsupportedModelError(f"{metadata.path}: {key}scaling.type is {kind!r}; pydsa knows none, linear and yarn.")
+        raise UnsupportedModelError(f"{metadata.path}: {key}scaling.type is {kind!r}, expected none, linear or yarn.")
     original = metadata.integer(key + "scaling.original_context_length", low=1, default=n_ctx_train)
     beta_fast = metadata.number(key + "scaling.yarn_beta_fast", low=1 / MOST, high=MOST, default=32.0)
     beta_slow = metadata.number(key + "scaling.yarn_beta_slow", low=1 / MOST, high=MOST, default=1.0)
@@ -42,8 +45,8 @@ def rope_from_metadata(metadata, prefix, n_rot, n_ctx_train):
     if (beta_fast, beta_slow) != (32, 1):
         warnings.warn(f"{metadata.path}: {key}scaling.yarn_beta_fast and _slow are {beta_fast:g} and {beta_slow:g}; "
                       "llama.cpp takes 32 and 1.", stacklevel=2)
-    if metadata.number(key + "scaling.yarn_ext_factor", default=1.0) not in (1, -1):      # -1: by itself
-        raise UnsupportedModelError(f"{metadata.path}: {key}scaling.yarn_ext_factor is set; pydsa knows only 1.")
+    if metadata.number(key + "scaling.yarn_ext_factor", default=1.0) not in (1, -1):      # -1: automatic
+        raise UnsupportedModelError(f"{metadata.path}: {key}scaling.yarn_ext_factor is set, expected 1.")
     attn_factor *= metadata.number(key + "scaling.yarn_attn_factor", low=1 / MOST, high=MOST, default=1.0)
 
     def g(m):       # YaRN's mscale
@@ -60,10 +63,13 @@ def rope_from_metadata(metadata, prefix, n_rot, n_ctx_train):
 
 
 def _yarn(freqs, base, factor, original, beta_fast, beta_slow):
-    """Frequencies that turn often within the original context stay, slow ones are divided by the factor, with a ramp between."""
+    """The frequencies with YaRN's scaling.
+
+    Frequencies with many turns in the original context are kept, those with few are divided by the factor, with a ramp between.
+    """
     n_rot = 2 * freqs.size
 
-    def dimension(turns):       # where a frequency makes so many turns in the original context
+    def dimension(turns):       # of the frequency with this number of turns in the original context
         return n_rot * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = max(0, math.floor(dimension(beta_fast))), min(n_rot - 1, math.ceil(dimension(beta_slow)))

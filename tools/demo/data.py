@@ -1,4 +1,7 @@
-"""Batches of the demo model: its tokenizer, and token ids, weights and positions of the texts in notes.py."""
+"""Batches of the demo model: its tokenizer, ids, weights, positions.
+
+The texts come from notes.py.
+"""
 import json
 from pathlib import Path
 
@@ -11,13 +14,16 @@ from tools.make_model import FIRST_TOKENS, LAST_TOKENS
 
 
 def pre_tokenizer():
-    """DeepSeek-V3's, as files name it "deepseek-v3"."""
+    """The pre-tokenizer of DeepSeek-V3, "deepseek-v3" in GGUF files."""
     splits = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in PRE_TOKENIZERS["deepseek-v3"][0]]
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def train_tokenizer(path, prose, n_vocab, digits):
-    """Train on the prose and the words of notes.py; numbers of up to `digits` digits become one token."""
+    """Train the tokenizer on the prose and the words of notes.py.
+
+    Numbers of up to `digits` digits become one token.
+    """
     words = [*notes.ADJECTIVES, *notes.NOUNS]
     texts = [*prose, *(" ".join(pair) for pair in notes.TALK)] * 2
     texts += [line.format(f"{a} {n}") for a in notes.ADJECTIVES for n in notes.NOUNS[::9] for line in notes.QUESTIONS[:7]]
@@ -39,7 +45,7 @@ def train_tokenizer(path, prose, n_vocab, digits):
 
 
 class Vocabulary:
-    """The learned tokens between the markers, as make_model.py lays them out."""
+    """The learned tokens between the markers, in make_model.py's order."""
 
     def __init__(self, path):
         self.learned, self.merges = json.loads(Path(path).read_text()).values()
@@ -51,7 +57,7 @@ class Vocabulary:
         self.known = {}
 
     def encode(self, text):
-        """Ids of a text without markers."""
+        """The ids of a text without markers."""
         if text not in self.known:
             if len(self.known) > 200_000:
                 self.known.clear()
@@ -59,10 +65,11 @@ class Vocabulary:
         return self.known[text]
 
     def count(self, parts):
+        """The number of tokens of parts."""
         return sum(1 if isinstance(part, str) else len(self.encode(part[0])) for part in parts)
 
     def lay_out(self, parts):
-        """Parts -> (ids, weight of each as a target)"""
+        """The ids of parts, and the weight of each id as a target."""
         ids, weights = [], []
         for part in parts:
             if isinstance(part, str):
@@ -76,7 +83,10 @@ class Vocabulary:
 
 
 def stretched(rng, breaks, n, reach):
-    """Positions 0 <= ... < reach of n tokens, with up to eight gaps before tokens of `breaks`: the distances of long texts, cheaply."""
+    """Positions 0 <= ... < reach of n tokens, with up to eight gaps.
+
+    Gaps come before tokens of `breaks`. They give a short text the distances of a long one, cheaply.
+    """
     gaps = np.zeros(n, np.int64)
     room = reach - n
     if room > 0 and len(breaks) and rng.random() < 0.6:
@@ -87,7 +97,10 @@ def stretched(rng, breaks, n, reach):
 
 
 def batch(seed, step, vocabulary, prose, length, n_rows, mix, reach):
-    """(ids [n_rows, length + 1], weights and positions [n_rows, length]) of a step; the same arguments give the same batch."""
+    """A step's ids [n_rows, length + 1], weights and positions.
+
+    Weights and positions are [n_rows, length]. The same arguments give the same batch.
+    """
     rng = np.random.default_rng([seed, length, step])
     user, newline, rows = vocabulary.ids[notes.USER], vocabulary.encode("\n")[0], []
     for _ in range(n_rows):

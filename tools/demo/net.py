@@ -1,4 +1,6 @@
-"""The forward pass of deepseek32 in torch, on weights named and shaped as in a GGUF file. Shapes: B rows, T tokens, H heads.
+"""The forward pass of deepseek32 in torch.
+
+Weights have the names and shapes of a GGUF file. Shapes: B rows, T tokens, H heads.
 
 attention is "dense"; "sparse": each token attends to the indexer's top_k keys; or "probabilities": dense, for training the indexer.
 """
@@ -12,17 +14,23 @@ from tools.demo.start import start_copying
 from tools.make_model import tensor_shapes
 
 LAYER_NORM_EPS = 1e-6
-BLOCK = 256     # rows of an expert are padded to a multiple
+BLOCK = 256     # rows of an expert are padded to a multiple of it
 
 
 class Observed(NamedTuple):
-    """What a layer tells of a batch: its indexer's loss and the share of attention that the choice holds; None where not asked for."""
+    """What a layer reports of a batch; None where not asked for.
+
+    Its indexer's loss, and the share of attention that the choice holds.
+    """
     loss: torch.Tensor
     mass: torch.Tensor
 
 
 def new_weights(spec, seed):
-    """{GGUF name: float32 tensor}; what ends a branch starts at zero, so that layers but the first two start as the identity."""
+    """Initial weights, {GGUF name: float32 tensor}.
+
+    The last matrix of a branch starts at zero, so that all layers but the first two start as the identity.
+    """
     generator, weights = torch.Generator().manual_seed(seed), {}
     for name, shape in tensor_shapes(spec).items():
         if name.endswith("norm.weight"):
@@ -42,7 +50,10 @@ def rms(x, w, spec):
 
 
 def narrow(x):
-    """Once for all the products that follow, where products are in bfloat16."""
+    """x in bfloat16 where products are in bfloat16.
+
+    It is converted once for all the products that follow.
+    """
     return x.bfloat16() if torch.is_autocast_enabled(x.device.type) else x
 
 
@@ -58,8 +69,8 @@ def rope_norm(x, table):        # [B, T, H, n_rot], pairs (2i, 2i + 1)
 
 def rope_neox(x, table):        # pairs (i, i + n_rot / 2)
     a, b = x.float().chunk(2, -1)
-    turned = torch.complex(a, b) * table
-    return torch.cat((turned.real, turned.imag), -1).type_as(x)
+    rotated = torch.complex(a, b) * table
+    return torch.cat((rotated.real, rotated.imag), -1).type_as(x)
 
 
 def swiglu(x, gate, up, down):
@@ -67,7 +78,7 @@ def swiglu(x, gate, up, down):
 
 
 def experts(x, w, spec, loads):     # [N, n_embd]
-    """The chosen experts of each token, and the shared one."""
+    """The sum of the chosen experts of each token and the shared one."""
     p = F.linear(x, w("ffn_gate_inp.weight")).float().sigmoid()
     chosen = (p.detach() + w("exp_probs_b.bias")).topk(spec.n_expert_used).indices
     share = p.gather(1, chosen)
@@ -78,14 +89,17 @@ def experts(x, w, spec, loads):     # [N, n_embd]
     loads.append(n)
     for rows, shares, gate, up, down in zip(token.split(n.tolist()), share.split(n.tolist()),
                                             *(w(f"ffn_{part}_exps.weight").unbind() for part in ("gate", "up", "down"))):
-        padding = (0, -len(rows) % BLOCK)       # few different shapes: making a product ready for a new one takes longer than the product
+        padding = (0, -len(rows) % BLOCK)       # few different shapes, as preparing a product of a new shape takes longer than the product
         rows = F.pad(rows, padding)
         out = out.index_add(0, rows, swiglu(x[rows], gate, up, down) * F.pad(shares, padding)[:, None].type_as(x))
     return out
 
 
 def index_vectors(h, qr, w, spec, table):       # -> q [B, T, heads, size], keys [B, T, size], head weights [B, T, heads]
-    """What the indexer compares. The Hadamard rotation of both is left out: it changes no product."""
+    """The indexer's queries, keys and head weights.
+
+    The Hadamard rotation of queries and keys is left out, as it changes no product.
+    """
     heads, size, n_rot = spec.indexer_n_head, spec.indexer_head_size, spec.n_rot
     q = F.linear(qr, w("indexer.attn_q_b.weight")).unflatten(-1, (heads, size))
     k = F.layer_norm(F.linear(h, w("indexer.attn_k.weight")).float(), (size,), w("indexer.k_norm.weight"), w("indexer.k_norm.bias"),
@@ -102,7 +116,7 @@ def index_scores(q, k, head_weights, rows):       # q [R, heads, size], k [S, si
 
 
 def choose(q, k, head_weights, spec, block=256):      # -> bool [B, T, T]
-    """Where each token may attend to: its top_k keys, or all while there are no more."""
+    """Where each token may attend: its top_k keys, or all it has."""
     b, t = k.shape[:2]
     allowed = torch.zeros(b, t, t, dtype=torch.bool)
     for i in range(b):
@@ -117,9 +131,10 @@ def choose(q, k, head_weights, spec, block=256):      # -> bool [B, T, T]
 
 
 def indexer_loss(vectors, q, k, allowed, spec, n_rows):
-    """KL of the indexer's softmax to the attention's, summed over heads and normalised, over the keys `allowed` (None: all before).
+    """KL divergence of the indexer's softmax from the attention's.
 
-    Of every batch row n_rows random tokens count. Also the share of that attention that the indexer's top_k keys hold.
+    The attention is summed over heads and normalised, over the keys `allowed` (None: all before). n_rows random tokens of every batch row
+    count. The mass is the share of that attention that the indexer's top_k keys hold.
     """
     losses, masses = [], []
     for i in range(k.shape[0]):
@@ -144,7 +159,10 @@ def indexer_loss(vectors, q, k, allowed, spec, n_rows):
 
 
 def attend(h, w, spec, table, attention, n_rows):       # [B, T, n_embd]
-    """A layer's attention -> (its output, Observed or None). The indexer's inputs are detached: only its own loss trains it."""
+    """A layer's attention: its output, and Observed or None.
+
+    The indexer's inputs are detached: only its own loss trains it.
+    """
     heads, n_nope, n_rot, n_lora = spec.n_head, spec.n_nope, spec.n_rot, spec.n_lora_kv
     qr = rms(F.linear(h, w("attn_q_a.weight")), w("attn_q_a_norm.weight"), spec)
     q = F.linear(qr, w("attn_q_b.weight")).unflatten(-1, (heads, n_nope + n_rot))
@@ -173,9 +191,10 @@ def attend(h, w, spec, table, attention, n_rows):       # [B, T, n_embd]
 
 
 def forward(weights, spec, ids, positions=None, attention="dense", n_rows=0):
-    """ids [B, T] -> (the last norm's output [B, T, n_embd], [Observed] a layer, [tokens of each expert] a layer).
+    """The last norm's output, and what the layers report.
 
-    n_rows: tokens of each row for which the indexer's loss is computed; 0: none.
+    ids [B, T] -> (output [B, T, n_embd], [Observed] a layer, [tokens of each expert] a layer). n_rows: tokens of each row for which the
+    indexer's loss is computed; 0: none.
     """
     positions = torch.arange(ids.shape[1]).expand_as(ids) if positions is None else positions
     table, x, all_observed, loads = rope_table(positions, spec), weights["token_embd.weight"][ids], [], []
@@ -196,5 +215,5 @@ def forward(weights, spec, ids, positions=None, attention="dense", n_rows=0):
 
 
 def logits(weights, x):
-    """Those of the last norm's output; the embedding is the output matrix too."""
+    """Logits from the last norm's output, with the embedding as output matrix."""
     return F.linear(x, weights["token_embd.weight"]).float()

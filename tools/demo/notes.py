@@ -1,6 +1,7 @@
-"""Texts of the demo model: notes with facts, questions about them, small talk, sums, and prose from Python's documentation topics.
+"""Texts of the demo model: notes, questions, small talk, sums, prose.
 
-A text is a list of parts: (text, weight of its tokens in the loss), or a marker such as USER, which is one token.
+Notes have facts to be asked about. Prose comes from Python's documentation topics. A text is a list of parts: (text, weight of its tokens
+in the loss), or a marker such as USER, which is one token.
 """
 import re
 
@@ -38,11 +39,14 @@ TALK = (
     ("Tell me a joke.", "I do not know that. I only know what the notes say."),
     ("What is the weather?", "I do not know that. I only know what the notes say."))
 SUMS = ("What is {} plus {}?", "{} + {}", "{} + {} = ?", "Add {} and {}.")
-ANSWER = 6.0        # weight of what only the notes can tell
+ANSWER = 6.0        # weight of the tokens that only the notes can tell
 
 
 def paragraphs(topics):
-    """The prose of documentation topics, {name: [paragraph]}: what reads as English, markup and code left out."""
+    """The prose of documentation topics, {name: [paragraph]}.
+
+    Markup and code are left out.
+    """
     found = {}
     for name, text in topics.items():
         kept = []
@@ -57,7 +61,10 @@ def paragraphs(topics):
 
 
 def split_topics(found, every=12):
-    """(training paragraphs, held-out paragraphs): every twelfth topic is held out."""
+    """(training paragraphs, held-out paragraphs).
+
+    Every twelfth topic is held out.
+    """
     names = sorted(found)
     held = names[every // 2::every]
     return [p for name in names if name not in held for p in found[name]], [p for name in held for p in found[name]]
@@ -74,7 +81,10 @@ def code(rng):
 
 
 def fact(name, value):
-    """A line of notes; nobody can foresee the name and the code, so they have no weight."""
+    """A line of notes.
+
+    The name and the code cannot be predicted, so they have no weight.
+    """
     return [("The code of the", 0.1), (f" {name}", 0.0), (" is ", 0.1), (value, 0.0), (".\n", 0.1)]
 
 
@@ -101,7 +111,7 @@ def question(rng, name):
 
 
 def conversation(rng, n_tokens, count, found):
-    """Small talk and sums, of at least n_tokens."""
+    """Small talk and sums of at least n_tokens."""
     parts = [BOS]
     n = 1
     while n < n_tokens:
@@ -112,7 +122,7 @@ def conversation(rng, n_tokens, count, found):
 
 
 def prose(rng, n_tokens, count, found):
-    """Paragraphs that follow each other in the documentation, from a random one on."""
+    """Consecutive paragraphs of the documentation, from a random one on."""
     parts, at, n = [BOS], int(rng.integers(len(found))), 1
     while n < n_tokens:
         new = [(found[at % len(found)] + "\n\n", 1.0)]
@@ -122,7 +132,10 @@ def prose(rng, n_tokens, count, found):
 
 
 def notes(rng, n_tokens, count, found, n_facts):
-    """About n_tokens of notes with n_facts facts, between paragraphs of `found` -> (parts, {name: code})."""
+    """(parts, {name: code}) of about n_tokens of notes with n_facts facts.
+
+    The facts stand between paragraphs of `found`.
+    """
     facts = {name: code(rng) for name in names(rng, n_facts)}
     lines = [fact(*item) for item in facts.items()]
     n = sum(map(count, lines))
@@ -131,7 +144,7 @@ def notes(rng, n_tokens, count, found, n_facts):
         new = [(found[rng.integers(len(found))] + "\n", 0.4)]
         n += count(new)
         filler.append(new)
-    places = np.sort(rng.integers(0, len(filler) + 1, n_facts))     # how much filler stands before each fact
+    places = np.sort(rng.integers(0, len(filler) + 1, n_facts))     # the number of fillers before each fact
     parts, done = [], 0
     for line, place in zip(lines, places):
         for new in filler[done:place]:
@@ -144,7 +157,7 @@ def notes(rng, n_tokens, count, found, n_facts):
 
 
 def repeated(rng, n_tokens, count, found):
-    """Facts, and all of them again: nothing teaches to copy sooner."""
+    """Facts, and all of them again: the fastest way to teach copying."""
     facts = [(name, code(rng)) for name in names(rng, max(1, (n_tokens - 8) // 24))]
     again = [part for name, value in facts for part in answer(name, value, ".\n", of_adjective=0.1)]
     parts = [BOS, USER, *(part for item in facts for part in fact(*item)), ("Repeat the notes.", 0.02), ASSISTANT, END_THINK, *again, EOS]
@@ -154,7 +167,7 @@ def repeated(rng, n_tokens, count, found):
 
 
 def notes_and_questions(rng, n_tokens, count, found):
-    """Notes, then questions about them, n_tokens in all or a little more."""
+    """Notes and questions about them, n_tokens or a little more."""
     n_questions = max(1, min(40, int(n_tokens * rng.uniform(0.25, 0.6) / 26)))
     room = n_tokens - 26 * n_questions
     densest = room / 12

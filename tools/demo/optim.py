@@ -1,9 +1,15 @@
-"""Muon for matrices and Adam for the rest: two short optimizers whose state is a dict of tensors by weight name."""
+"""Muon for matrices and Adam for the rest.
+
+Their state is a dict of tensors by weight name.
+"""
 import torch
 
 
 def orthogonal(g, steps=5):
-    """The nearest matrix with equal singular values, about, by Newton-Schulz iteration (Jordan et al., Muon, 2024); batches of matrices."""
+    """Approximately the nearest matrix with equal singular values.
+
+    By Newton-Schulz iteration (Jordan et al., Muon, 2024). Batches of matrices are allowed.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.bfloat16()
     wide = x.shape[-2] > x.shape[-1]
@@ -16,14 +22,17 @@ def orthogonal(g, steps=5):
 
 
 class Optimizer:
-    """One step for all weights: `step(weights, lr, is_matrix)` reads their gradients and clears them."""
+    """Both optimizers: `step` reads the gradients and clears them."""
 
     def __init__(self):
         self.state, self.n = {}, 0
 
     @torch.no_grad()
     def step(self, weights, lr, is_matrix, decay=0.02):
-        """weights: {name: tensor}; is_matrix(name, w): whether Muon trains it."""
+        """Update weights {name: tensor} by their gradients.
+
+        is_matrix(name, w): whether Muon trains it.
+        """
         self.n += 1
         for name, w in weights.items():
             if w.grad is None:

@@ -1,28 +1,31 @@
-"""Where the training starts: random weights in which the first two layers already look for a text's repetition, roughly.
+"""Initial weights in which two layers already look for repetition.
 
-Copying from notes needs heads that look at the tokens before, and heads that compare those; a small model finds this pair of layers only
-after a long time in which neither is of use alone. So head i of layer 0 starts out looking i + 1 tokens back, and writes what it saw
-into a subspace of its own; the heads of layer 1 compare a token and the three before it with the four before each key, and copy the key's
-token. Everything is trained from there on, and nothing is fixed.
+Copying from notes needs heads that look at the tokens before, and heads that compare those. A small model finds this pair of layers only
+after a long time, in which neither is of use alone. So the weights are random, but head i of layer 0 starts out looking i + 1 tokens back,
+and writes what it saw into a subspace of its own. The heads of layer 1 compare a token and the three before it with the four before each
+key, and copy the key's token. Everything is trained from there on, and nothing is fixed.
 """
 import torch
 
-CONSTANT = 0.3      # the first number of every embedding, for queries and keys to rotate; all logits gain the same by it
-SLOT = 0.05         # how strongly a head of layer 0 writes: then a token seen has the length of an embedding there
-COPY = 0.06         # how strongly a head of layer 1 writes
+CONSTANT = 0.3      # the first number of every embedding, which queries and keys rotate; it adds the same to all logits
+SLOT = 0.05         # strength of a head's output in layer 0: a token that it saw has the length of an embedding there
+COPY = 0.06         # strength of a head's output in layer 1
 
 
 def start_copying(weights, spec, generator):
-    """Overwrite parts of the first two layers. Needs n_lora_q and n_lora_kv large enough for the heads' compared tokens and a value."""
+    """Overwrite parts of the first two layers.
+
+    n_lora_q and n_lora_kv must be large enough for the tokens that the heads compare and a value.
+    """
     part, n_v, heads = spec.n_nope, spec.n_v, spec.n_head
     assert spec.n_lora_q >= heads * part and spec.n_lora_kv >= heads * part + n_v and spec.n_embd >= heads * n_v, "widths do not fit"
 
     def rotation(rows, columns):
-        """Orthonormal rows; rows <= columns."""
+        """A matrix of orthonormal rows; rows <= columns."""
         return torch.linalg.qr(torch.randn(columns, rows, generator=generator)).Q.T
 
     first, second = ({name[6:]: w for name, w in weights.items() if name.startswith(f"blk.{il}.")} for il in (0, 1))
-    seen = look_back(weights, first, spec, rotation)            # [n_v, n_embd]: what a head of layer 0 takes of a token
+    seen = look_back(weights, first, spec, rotation)            # [n_v, n_embd]: what a head of layer 0 reads of a token
     slots = first["attn_output.weight"].T.reshape(heads, n_v, spec.n_embd) / SLOT      # [n_v, n_embd] each: reads what it wrote
     narrow = rotation(part, n_v)
     compared = [narrow @ seen, *(narrow @ slot for slot in slots)]      # the token itself, and one to `heads` before it
@@ -33,7 +36,7 @@ def start_copying(weights, spec, generator):
     value[:, 0] = 0
     second["attn_kv_a_mqa.weight"][heads * part:heads * part + n_v] = value
     queries = second["attn_q_b.weight"].view(heads, part + spec.n_rot, -1)
-    queries[:, part:] = 0       # places play no part
+    queries[:, part:] = 0       # positions have no influence
     second["attn_k_b.weight"][:], second["attn_v_b.weight"][:] = 0, 0
     for head in range(heads):
         for slot in range(heads):
@@ -45,7 +48,10 @@ def start_copying(weights, spec, generator):
 
 
 def look_back(weights, block, spec, rotation):
-    """Head i looks i + 1 tokens back -> what each of them takes of a token, as a matrix."""
+    """Let head i look i + 1 tokens back.
+
+    Returns what each head reads of a token, as a matrix.
+    """
     n_key = spec.n_nope + spec.n_rot
     weights["token_embd.weight"][:, 0] = CONSTANT
     block["attn_q_a.weight"][0] = 0
@@ -53,7 +59,7 @@ def look_back(weights, block, spec, rotation):
     latents = rotation(spec.n_lora_kv, spec.n_embd)
     latents[:, 0] = 0
     block["attn_kv_a_mqa.weight"][:spec.n_lora_kv] = latents
-    pairs = min(8, spec.n_rot // 2)         # the fast ones, which tell neighbours apart
+    pairs = min(8, spec.n_rot // 2)         # the fast frequencies, which tell neighbours apart
     block["attn_kv_a_mqa.weight"][spec.n_lora_kv:spec.n_lora_kv + 2 * pairs:2, 0] = 1
     taken, written = rotation(spec.n_v, spec.n_lora_kv), rotation(spec.n_head * spec.n_v, spec.n_embd)
     written[:, 0] = 0

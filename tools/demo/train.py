@@ -1,4 +1,7 @@
-"""Training in phases, from a seed: dense, then the indexer alone, then all with the indexer's choice. Resumes where it stopped."""
+"""Training in phases: dense, the indexer alone, then sparse.
+
+It is reproducible from a seed, and resumes where it stopped.
+"""
 import json
 import os
 import time
@@ -17,14 +20,17 @@ SPEC = ModelSpec(
     n_layer=4, n_layer_dense=1, n_embd=256, n_head=4, n_lora_q=128, n_lora_kv=192, n_nope=32, n_rot=32, n_v=64, n_ff=512, n_expert=8,
     n_expert_used=2, n_expert_shared=1, n_ff_exp=128, n_expert_groups=0, expert_weights_scale=1.0, indexer_n_head=8,
     indexer_head_size=64, indexer_top_k=128, n_ctx=8192, rope_scaling="absent", tied_output=True, n_vocab=3072)
-BALANCE = 1e-3      # what an expert's bias gains in a step with too few tokens, and loses with too many
+BALANCE = 1e-3      # added to the bias of an expert with too few tokens in a step, subtracted with too many
 WARM_UP = 20        # steps
-SAMPLED = 0.15      # of the tokens that are no answers, whose loss counts: the output matrix is a large part of the work
+SAMPLED = 0.15      # share of the tokens outside of answers whose loss counts, as the output matrix is a large part of the work
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the training. stage: "dense", "indexer" (the rest is frozen, attention dense) or "sparse"."""
+    """A part of the training.
+
+    stage: "dense", "indexer" (the rest is frozen, attention is dense) or "sparse".
+    """
     stage: str
     length: int         # tokens of a row
     rows: int           # of a batch
@@ -32,9 +38,9 @@ class Phase:
     lr: float           # falls linearly to lr_end
     lr_end: float
     mix: tuple = (0.75, 0.05, 0.1, 0.1)     # shares of the kinds of texts in notes.KINDS
-    reach: int = 8192   # positions are spread over up to so many
+    reach: int = 8192   # positions are spread over up to this many
     kl_tokens: int = 0  # of each row, for the indexer's loss
-    sharpen: float = 1  # what the queries of all layers but the first are multiplied by before it begins
+    sharpen: float = 1  # factor of the queries of all layers but the first, before the phase begins
 
 
 ENGLISH = (0.55, 0.05, 0.1, 0.3)         # a mix with more prose
@@ -78,12 +84,15 @@ def is_indexer(name):
 
 
 def is_matrix(name, w):
-    """Whether Muon trains it; the embedding, the experts' gates and the indexer's parts are left to Adam."""
+    """Whether Muon trains a weight.
+
+    The embedding, the experts' gates and the indexer's parts are left to Adam.
+    """
     return w.ndim > 1 and "token_embd" not in name and "gate_inp" not in name and not is_indexer(name)
 
 
 class Training:
-    """The state of a run: everything that a checkpoint holds, and the texts."""
+    """The state of a run: the texts, and all that a checkpoint holds."""
 
     def __init__(self, folder, seed, phases=PHASES, device="cpu", spec=SPEC):
         from pydoc_data.topics import topics
@@ -101,27 +110,27 @@ class Training:
             self.load()
 
     def load(self):
-        """Go on from the folder's checkpoint."""
+        """Continue from the folder's checkpoint."""
         saved = torch.load(self.folder / "checkpoint.pt", weights_only=True, map_location=self.device)
         self.step, self.weights = saved["step"], saved["weights"]
         for name, optimizer in self.optimizers.items():
             optimizer.n, optimizer.state = saved["optimizers"][name]
 
     def save(self):
-        """Write the checkpoint; one that was there stays whole until the new one is."""
+        """Write the checkpoint; an existing one stays until the new is complete."""
         path = self.folder / "checkpoint.pt"
         torch.save({"step": self.step, "weights": {name: w.detach() for name, w in self.weights.items()},
                     "optimizers": {name: (o.n, o.state) for name, o in self.optimizers.items()}}, path.with_suffix(".new"))
         os.replace(path.with_suffix(".new"), path)
 
     def part(self, phase, step):
-        """The weights that a phase trains, and for each part of them its optimizer."""
+        """The optimizers of a phase, each with the weights that it trains."""
         parts = {"dense": ("model",), "indexer": ("indexer",), "sparse": ("model", "indexer")}[phase.stage]
         return [(self.optimizers[part], {name: w for name, w in self.weights.items() if is_indexer(name) == (part == "indexer")})
                 for part in parts]
 
     def run(self, save_every=100, log_every=20):
-        """All phases that are left, a line of curves.jsonl now and then."""
+        """Run the phases that are left, and yield rows of curves.jsonl."""
         first = 0
         for number, phase in enumerate(self.phases):
             trained = {name for _, weights in self.part(phase, 0) for name in weights}
@@ -144,20 +153,23 @@ class Training:
             first += phase.steps
 
     def sharpen(self, factor):
-        """Multiply the queries of all layers but the first: softmaxes become sharper."""
+        """Multiply the queries of all layers but the first.
+
+        Softmaxes become sharper.
+        """
         with torch.no_grad():
             for name, w in self.weights.items():
                 if name.endswith(".attn_q_b.weight") and not is_indexer(name) and not name.startswith("blk.0."):
                     w *= factor
 
     def one_step(self, phase, step):
-        """A batch and an update -> what the curves show."""
+        """Run a batch and an update, and return the figures of the curves."""
         lr = (phase.lr + (phase.lr_end - phase.lr) * step / phase.steps) * min(1, (step + 1) / WARM_UP)
         torch.manual_seed(self.seed * 1_000_003 + self.step)
         arrays = data.batch(self.seed, self.step, self.vocabulary, self.prose, phase.length, phase.rows, phase.mix, phase.reach)
         ids, weights, positions = (torch.from_numpy(array).to(self.device) for array in arrays)
         learns_language = phase.stage != "indexer"
-        with self.device, torch.autocast(self.device.type, torch.bfloat16):        # the device of what is made inside, too
+        with self.device, torch.autocast(self.device.type, torch.bfloat16):        # tensors that are made inside are on the device too
             attention = {"indexer": "probabilities"}.get(phase.stage, phase.stage)
             x, observed, loads = net.forward(self.weights, self.spec, ids[:, :-1], positions, attention, phase.kl_tokens)
             kept = (weights >= 2) | ((weights > 0) & (torch.rand(weights.shape, device=self.device) < SAMPLED))
@@ -183,13 +195,16 @@ class Training:
 
     @torch.no_grad()
     def balance(self, loads):
-        """Experts with too few tokens become likelier (DeepSeek-V3, section 2.1.2: balance without a loss)."""
+        """Raise the bias of experts with too few tokens.
+
+        DeepSeek-V3, section 2.1.2: balance without a loss.
+        """
         for il, load in enumerate(loads, self.spec.n_layer_dense):
             self.weights[f"blk.{il}.exp_probs_b.bias"] += BALANCE * torch.sign(load.float().mean() - load)
 
 
 def perplexity(training, attention, length=1024):
-    """Of the held-out topics, in rows of `length` tokens."""
+    """The perplexity of the held-out topics, in rows of `length` tokens."""
     ids = [i for text in training.held_out for i in training.vocabulary.encode(text + "\n\n")]
     n = (len(ids) - 1) // length * length
     ids, total = torch.tensor(ids[:n + 1], device=training.device), 0.0

@@ -4,7 +4,7 @@ import numpy as np
 from pydsa.backends.cpu.attention import dense_attention, masked_attention, sparse_attention  # noqa: F401
 from pydsa.backends.cpu.ceilings import measure_ceilings, product_kind  # noqa: F401
 from pydsa.backends.cpu.indexer import indexer_scores, indexer_select, scatter_mask  # noqa: F401
-from pydsa.backends.cpu.jit import compile_all as compile_calls, entry_point  # noqa: F401
+from pydsa.backends.cpu.jit import compile_calls, entry_point  # noqa: F401
 from pydsa.backends.cpu.linear import head_linear, linear  # noqa: F401
 from pydsa.backends.cpu.mha import mha_attention, mha_sparse_attention  # noqa: F401
 from pydsa.backends.cpu.moe import moe_down, moe_gate_up, moe_route  # noqa: F401
@@ -19,3 +19,4 @@ from pydsa.backends.host import empty, fetch, free_bytes, recorded, store, timed
 
 FLOAT = np.float32
 PICKS = 0       # logits are the host's, which picks from them
+WEIGHTS_FIRST = False       # they hold addresses of compiled functions

@@ -1,4 +1,4 @@
-"""Arrays and the addresses of their memory."""
+"""Array views of memory, and the addresses of arrays."""
 import numpy as np
 from numba import carray, types
 from numba.extending import intrinsic
@@ -6,12 +6,15 @@ from numba.extending import intrinsic
 from pydsa.backends.cpu.jit import inner
 
 
-def _pointer_to(number):
+def _pointer_to(dtype):
     @intrinsic
     def pointer_to(typingctx, address):
-        """An address as a pointer that carray takes: contiguous rows inside arrays of any strides."""
-        return (types.CPointer(number)(types.intp), lambda context, builder, signature, args: builder.inttoptr(
-            args[0], context.get_value_type(types.CPointer(number))))
+        """Cast an address to a pointer that carray takes.
+
+        Used for contiguous rows inside arrays of any strides.
+        """
+        return (types.CPointer(dtype)(types.intp), lambda context, builder, signature, args: builder.inttoptr(
+            args[0], context.get_value_type(types.CPointer(dtype))))
     return pointer_to
 
 
@@ -20,22 +23,29 @@ floats_pointer, uints_pointer = _pointer_to(types.float32), _pointer_to(types.ui
 
 @inner
 def address(array):
-    """Where an array begins, as a signed integer: numba's ctypes.data is unsigned, and added to a signed one becomes a float."""
+    """Return the address of an array's first element, as a signed integer.
+
+    Numba's ctypes.data is unsigned; added to a signed integer it becomes a float.
+    """
     return np.int64(array.ctypes.data)
 
 
 @inner
 def contiguous(values):
-    """A row whose stride the compiler does not know to be one element, as an array that it does."""
+    """View a row as a contiguous array.
+
+    The compiler does not know that the stride of `values` is one element; it knows it of the view.
+    """
     return carray(floats_pointer(address(values)), (values.size,))
 
 
 @inner
 def floats_at(address, n_rows, n_columns):
-    """A float32 array over memory at an address."""
+    """View memory at an address as a float32 array [n_rows, n_columns]."""
     return carray(floats_pointer(address), (n_rows, n_columns))
 
 
 @inner
 def uints_at(address, n):
+    """View memory at an address as a uint32 array [n]."""
     return carray(uints_pointer(address), (n,))

@@ -1,25 +1,37 @@
 """How kernels are compiled: one decorator, one cache folder per state of the sources, block functions called by address.
 
-Numba stamps a cached kernel with the file of that kernel only, so an edit in a helper elsewhere would leave stale machine code behind.
-Here the cache folder's name is a hash of all kernel sources, of numba's version and of the CPU's features. Kernels of the program that
-uses pydsa keep their own.
+Numba stamps a cached kernel with the file of that kernel only, so an edit in a helper elsewhere would leave stale machine code behind,
+and it trusts what it finds in a file. Here the cache folder's name is a hash of all kernel sources, of numba's version and of the CPU's
+features, and each kernel is a file of its own for each signature.
 """
 import contextlib
 import ctypes
 import functools
+import hashlib
+import importlib
 import importlib.metadata
+import pickle
 import platform
+import sys
+import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import llvmlite.binding as llvm
 import numba
 from llvmlite import ir
 from numba import types
+from numba.core import registry
+from numba.core.caching import NullCache
+from numba.core.ccallback import CFunc
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
+from numba.core.sigutils import normalize_signature
 from numba.extending import intrinsic
 
-from pydsa import quants
+from pydsa import kernel_cache, quants
 from pydsa.backends.cpu.threads import warn_of_workqueue
-from pydsa.kernel_cache import cache_folder
+from pydsa.compiling import Job, collecting_paused, compile_jobs, interrupts_held
 
 
 HERE = Path(__file__).parent
@@ -49,58 +61,116 @@ def _amx_allowed():
 
 def _cache_folder():
     sources = [*HERE.rglob("*.py"), Path(quants.__file__)]
-    return cache_folder(importlib.metadata.version("numba") + " ".join(sorted(cpu_features())), sources)
+    versions = f"{importlib.metadata.version('numba')} {importlib.metadata.version('llvmlite')} {sys.implementation.cache_tag} "
+    return kernel_cache.cache_folder(versions + " ".join(sorted(cpu_features())), sources)
 
 
-FOLDER = str(_cache_folder())
+FOLDER = _cache_folder()
 
 # Sums may be reordered and contracted, but infinities and NaN keep their meaning: attention masks are made of -inf.
 FASTMATH = {"nsz", "contract", "afn", "reassoc"}
 
 
-@contextlib.contextmanager
-def _our_folder():
-    """Numba asks for the cache folder when a function is decorated."""
-    theirs, numba.config.CACHE_DIR = numba.config.CACHE_DIR, FOLDER
-    try:
-        yield
-    finally:
-        numba.config.CACHE_DIR = theirs
+class KernelCache(NullCache):
+    """Numba's cache of one function, as a file for each signature."""
+
+    def __init__(self, function):
+        self.function = function
+        self._found = {}        # signature -> what its file holds, b"" once that was loaded; None: there was nothing
+
+    def path(self, signature):
+        """The file for a signature."""
+        code, magic = self.function.__code__, registry.cpu_target.target_context.codegen().magic_tuple()
+        what = self.function.__module__, self.function.__qualname__, code.co_firstlineno, code.co_code, str(signature), magic
+        return FOLDER / f"{self.function.__name__}-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.kernel"
+
+    def holds(self, signature):
+        """Whether there is code for a signature."""
+        if signature not in self._found:
+            self._found[signature] = kernel_cache.read(self.path(signature))
+        return self._found[signature] is not None
+
+    def load_overload(self, signature, context):
+        """Numba's: what save_overload() has kept, or None."""
+        context.refresh()
+        data = self._found.pop(signature, None) or kernel_cache.read(self.path(signature))
+        if data is None:
+            return None
+        result = CompileResult._rebuild(context, *pickle.loads(data))
+        self._found[signature] = b""
+        return result
+
+    def save_overload(self, signature, result):
+        """Numba's: keep what was compiled. Code that has addresses of this process in it is for no other one."""
+        if not result.library.has_dynamic_globals:
+            kernel_cache.write(self.path(signature), dumps(result._reduce()))
+            self._found[signature] = b""
 
 
 def kernel(function=None, *, parallel=False):
     """An op of the CPU backend: nopython, cached on disk, no bounds checks; every argument is validated before it comes here."""
     if function is None:
         return lambda f: kernel(f, parallel=parallel)
-    with _our_folder():
-        return numba.njit(cache=True, nogil=True, parallel=parallel, fastmath=FASTMATH, error_model="numpy")(function)
+    compiled = numba.njit(nogil=True, parallel=parallel, fastmath=FASTMATH, error_model="numpy")(function)
+    if function.__module__.startswith("pydsa."):        # the folder is not one of other sources
+        compiled._cache = KernelCache(function)
+    return compiled
+
+
+class _Inner(registry.CPUDispatcher):
+    """A compiled function without the wrappers for calls from Python.
+
+    They took an eighth of the time to compile; there is nothing behind such a call, so it must not be made.
+    """
+
+    def __init__(self, function, **options):
+        wrappers = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+        options = {"nopython": True, "nogil": True, "fastmath": FASTMATH, "error_model": "numpy", "boundscheck": None} | wrappers | options
+        super().__init__(function, targetoptions=options)
+
+    def __call__(self, *args):
+        raise TypeError(f"{self.__name__} is a part of kernels, which Python cannot call.")
 
 
 def inner(function):
     """A function that kernels call. Not cached by itself: it becomes part of each kernel's machine code."""
-    return numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy")(function)
+    return _Inner(function)
 
 
 def inline(function):
     """A function whose machine code stands where it is called: for those that take or return vectors."""
-    return numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy", forceinline=True)(function)
+    return _Inner(function, forceinline=True)
 
 
-class BlockFunction:
-    """f(source, n_blocks, target), compiled on first use and called by its address, so that no kernel is compiled once per GGUF type."""
+class _ByAddress:
+    """A function that kernels call by its address, compiled on first use."""
 
-    def __init__(self, function, source, target):
+    def __init__(self, function, *args):
         self.function = function
-        self.signature = types.void(types.CPointer(numba.from_dtype(source)), types.intp, types.CPointer(numba.from_dtype(target)))
+        self.signature = types.void(*args)
+        self.cache = KernelCache(function)
         self._compiled = None
 
     @property
     def address(self):
-        """The machine code's address in this process, an int."""
+        """The machine code's address in this process, an int. While calls are listed: 0."""
+        listed = getattr(_listing, "functions", None)
+        if listed is not None:
+            listed.append(self)
+            return 0
         if self._compiled is None:
-            with _our_folder():
-                self._compiled = numba.cfunc(self.signature, cache=True, nopython=True, error_model="numpy")(self.function)
+            compiled = CFunc(self.function, normalize_signature(self.signature), {}, {"nopython": True, "error_model": "numpy"})
+            compiled._cache = self.cache
+            compiled.compile()
+            self._compiled = compiled
         return self._compiled.address
+
+
+class BlockFunction(_ByAddress):
+    """f(source, n_blocks, target), called by its address so that no kernel is compiled once per GGUF type."""
+
+    def __init__(self, function, source, target):
+        super().__init__(function, types.CPointer(numba.from_dtype(source)), types.intp, types.CPointer(numba.from_dtype(target)))
 
 
 @intrinsic
@@ -114,21 +184,11 @@ def call_block_function(typingctx, address, source, n_blocks, target):
     return types.void(types.intp, types.intp, types.intp, types.intp), codegen
 
 
-class IntpFunction:
-    """A function of addresses and integers, all of 64 bits, that returns nothing; compiled on first use and called by its address."""
+class IntpFunction(_ByAddress):
+    """A function of addresses and integers, all of 64 bits, that returns nothing."""
 
     def __init__(self, function):
-        self.function = function
-        self._compiled = None
-
-    @property
-    def address(self):
-        """The machine code's address in this process, an int."""
-        if self._compiled is None:
-            signature = types.void(*[types.int64] * self.function.__code__.co_argcount)
-            with _our_folder():
-                self._compiled = numba.cfunc(signature, cache=True, nopython=True, error_model="numpy")(self.function)
-        return self._compiled.address
+        super().__init__(function, *[types.int64] * function.__code__.co_argcount)
 
 
 @intrinsic
@@ -148,19 +208,107 @@ def entry_point(function, args):
     return function.compile(tuple(numba.typeof(a) for a in args))
 
 
-def compile_all(calls, progress=None):
-    """Compile (or load from the cache) what `calls`, pairs of a kernel and its arguments, will need, without running any.
+_listing = threading.local()
 
-    progress(done, total, name) is called before each kernel. Kernels with equal argument types are compiled once.
+
+def compile_calls(bind, progress=None):
+    """Compile the kernels of the calls that bind() gives, and what they call by address.
+
+    bind() makes pairs of an op and its arguments; what it makes of weights and caches has no addresses yet. progress(done, total, name) is
+    called before each kernel.
     """
-    wanted = {}
-    for function, args in calls:
+    with listing() as functions:
+        calls = bind()
+    compile_all(calls, functions, progress)
+
+
+@contextlib.contextmanager
+def listing():
+    """While it lasts this Python thread gets 0 for every function's address.
+
+    It yields the list of the functions that were asked for theirs. So calls can be made up, for the types of their arguments, before
+    anything is compiled.
+    """
+    _listing.functions = []
+    try:
+        yield _listing.functions
+    finally:
+        _listing.functions = None
+
+
+def is_listing():
+    """Whether addresses are not known yet."""
+    return getattr(_listing, "functions", None) is not None
+
+
+class _Wanted(NamedTuple):
+    """A function to compile for one signature."""
+    function: object
+    signature: object
+    cache: KernelCache
+    load: object        # called, it loads the code, or compiles it if it is not in the cache
+
+    @property
+    def name(self):
+        return self.function.__name__
+
+
+def compile_all(calls, functions, progress=None):
+    """Compile, or load, `functions` and the kernels that `calls` need.
+
+    calls: pairs of a kernel and its arguments; none is run, and kernels with equal argument types are compiled once. Several processes
+    compile what is not in the cache. progress(done, total, name) is called before each.
+    """
+    wanted = {f: _Wanted(f.function, f.signature, f.cache, lambda f=f: f.address) for f in functions}
+    for kernel, args in calls:
         signature = tuple(numba.typeof(a) for a in args)
-        wanted[function.py_func.__name__, signature] = function
-    for done, ((name, signature), function) in enumerate(wanted.items()):
+        load = functools.partial(kernel.compile, signature)
+        wanted[kernel, signature] = _Wanted(kernel.py_func, signature, kernel._cache, load)
+    missing = [w for w in wanted.values() if not w.cache.holds(w.signature)]
+    n_here = len(wanted) - len(missing)
+
+    def report(done, name):
         if progress is not None:
-            progress(done, len(wanted), name)
-        function.compile(signature)
+            progress(n_here + done, len(wanted), name)
+
+    with interrupts_held() as check, collecting_paused():
+        compile_jobs(_jobs(missing), FOLDER, numba.config.NUMBA_NUM_THREADS, report, check)
+        for done, w in enumerate(wanted.values()):
+            check()
+            report(done - n_here, w.name)
+            w.load()
     warn_of_workqueue()
-    if progress is not None:
-        progress(len(wanted), len(wanted), "")
+    report(len(missing), "")
+
+
+def _jobs(missing):
+    """Jobs for what is missing, one for each function that a process can import by its name."""
+    jobs = {}
+    for w in missing:
+        module, name = w.function.__module__, w.function.__qualname__
+        found = getattr(sys.modules[module], name, None)
+        if w.function in (found, getattr(found, "py_func", None)):
+            jobs.setdefault((module, name), []).append(w)
+    return [Job(name, sum(_size(w.function) for w in some), __name__, "compile_named",
+                pickle.dumps((module, name, [w.signature for w in some])))
+            for (module, name), some in jobs.items()]
+
+
+def compile_named(module, name, signatures):
+    """Compile what a Job asks for into the cache."""
+    function = getattr(importlib.import_module(module), name)
+    for signature in signatures:
+        if hasattr(function, "py_func"):
+            function.compile(signature)
+        else:
+            _ByAddress(function, *signature.args).address
+
+
+def _size(function, seen=None):
+    """How much there is to compile: bytes of its code and of all that it calls."""
+    seen = set() if seen is None else seen
+    if function in seen:
+        return 0
+    seen.add(function)
+    called = (getattr(function.__globals__.get(name), "py_func", None) for name in function.__code__.co_names)
+    return len(function.__code__.co_code) + sum(_size(f, seen) for f in called if f)

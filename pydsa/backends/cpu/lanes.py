@@ -1,4 +1,7 @@
-"""Lanes of vectors moved about: picked, spread, looked up in tables, and summed for sixteen vectors at a time (simd.py has the rest)."""
+"""Operations across lanes of vectors (see simd.py for the rest).
+
+Shuffles, broadcasts, table lookups, transposes, and sums of sixteen vectors at a time.
+"""
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -9,7 +12,7 @@ from pydsa.backends.cpu.simd import (F32, FAST, FEATURES, I8, I16, I32, INTP, Ve
 
 @intrinsic
 def halves_int16(typingctx, low, high):
-    """i16x32 with one number in the lower and another in the upper sixteen words."""
+    """Broadcast one int16 to the lower sixteen lanes, one to the upper."""
     def codegen(context, builder, signature, args):
         pair = pack(builder, args)
         return builder.shuffle_vector(pair, pair, constant([0] * 16 + [1] * 16))
@@ -27,13 +30,13 @@ def _spreader(lanes):
     return spread
 
 
-# spread(0, 2): a function that gives lane 0 of a vector to the first half of sixteen lanes, lane 2 to the second; spread_int16: of 32
+# spread(0, 2): a function that broadcasts lane 0 of a vector to the first half of sixteen lanes, lane 2 to the second; spread_int16: of 32
 spread, spread_int16 = _spreader(16), _spreader(32)
 
 
 @intrinsic
 def both_halves(typingctx, address, offset):
-    """32 bytes in memory, twice, as i16x32."""
+    """Load 32 bytes into both halves of an i16x32."""
     def codegen(context, builder, signature, args):
         v = builder.load(pointer(builder, builder.add(*args), ir.VectorType(I16, 16)), align=1)
         return builder.shuffle_vector(v, v, constant([*range(16)] * 2))
@@ -41,7 +44,7 @@ def both_halves(typingctx, address, offset):
 
 
 def _piece(n, i):
-    """A function that gives the i-th of n equal pieces of a vector."""
+    """Make a function that extracts the i-th of n equal pieces of a vector."""
     @intrinsic
     def piece(typingctx, v):
         size = v.lanes // n
@@ -60,10 +63,13 @@ first_quarter, second_quarter, third_quarter, last_quarter = (_piece(4, i) for i
 
 @intrinsic
 def row_sums(typingctx, address):
-    """Sixteen f32x16 in memory -> the sum of each one's lanes, as f32x16; half as many instructions as sixteen times total()."""
+    """Sum the lanes of each of sixteen f32x16 in memory, as f32x16.
+
+    It takes half as many instructions as sixteen separate reductions.
+    """
     def codegen(context, builder, signature, args):
         rows = [builder.load(pointer(builder, builder.add(args[0], INTP(64 * i)), f32x16.ir), align=4) for i in range(16)]
-        for step in (8, 4, 2, 1):       # the lanes without this bit hold row i, those with it row i + step
+        for step in (8, 4, 2, 1):       # lanes without this bit hold row i, those with it row i + step
             low = constant([j if not j & step else j - step + 16 for j in range(16)])
             high = constant([j + step if not j & step else j + 16 for j in range(16)])
             rows = [builder.fadd(builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high), flags=FAST)
@@ -73,8 +79,8 @@ def row_sums(typingctx, address):
 
 
 @intrinsic
-def every(typingctx, address, stride):
-    """Sixteen float32, so many bytes apart."""
+def load_strided(typingctx, address, stride):
+    """Load sixteen float32 with a stride in bytes."""
     def codegen(context, builder, signature, args):
         places = [pointer(builder, builder.add(args[0], builder.mul(args[1], INTP(i))), F32) for i in range(16)]
         return pack(builder, [builder.load(place, align=1) for place in places])
@@ -83,7 +89,10 @@ def every(typingctx, address, stride):
 
 @intrinsic
 def butterflies_of_16(typingctx, v):
-    """The Walsh-Hadamard transform of sixteen floats, without the factor: sums and differences of lanes 1, 2, 4 and 8 apart."""
+    """Compute the Walsh-Hadamard transform of sixteen floats, not normalised.
+
+    Butterflies of lanes 1, 2, 4 and 8 apart.
+    """
     def codegen(context, builder, signature, args):
         v, = args
         for step in (1, 2, 4, 8):
@@ -95,22 +104,28 @@ def butterflies_of_16(typingctx, v):
 
 
 @intrinsic
-def widened(typingctx, v):
-    """A vector of floats with zeros up to sixteen lanes."""
+def padded_to_16(typingctx, v):
+    """Pad a vector of floats with zeros to sixteen lanes."""
     def codegen(context, builder, signature, args):
         zeros = ir.Constant(v.ir, [0.0] * v.lanes)
         return builder.shuffle_vector(args[0], zeros, constant([i if i < v.lanes else v.lanes for i in range(16)]))
     return f32x16(v), codegen
 
 
-def split_int8x2(builder, whole):
-    """LLVM integers 256 high + low, of which the lower 16 bits mean something -> high, in the lower eight bits, and low there."""
-    return builder.lshr(builder.add(whole, constant([128] * 16)), constant([8] * 16)), whole
+def split_int8x2(builder, v):
+    """Split vectors of int32 256 high + low, of which the lower 16 bits count.
+
+    Returns high and low, each valid in its lower eight bits.
+    """
+    return builder.lshr(builder.add(v, constant([128] * 16)), constant([8] * 16)), v
 
 
 @intrinsic
 def store_int8x2(typingctx, high, low, v):
-    """Sixteen floats, rounded to whole numbers 256 high + low: their high bytes to one address, their low ones, signed, to another."""
+    """Round sixteen floats to integers 256 high + low and store the bytes.
+
+    High bytes go to one address, low ones, signed, to another.
+    """
     def codegen(context, builder, signature, args):
         for part, at in zip(split_int8x2(builder, nearest(builder, args[2])), args):
             part = builder.trunc(part, ir.VectorType(I8, 16))
@@ -121,7 +136,7 @@ def store_int8x2(typingctx, high, low, v):
 
 @intrinsic
 def load_int8x2(typingctx, high, low):
-    """The sixteen numbers whose high and low bytes lie at two addresses, as floats."""
+    """Load sixteen integers, high and low bytes at two addresses, as floats."""
     def codegen(context, builder, signature, args):
         kind = ir.VectorType(I8, 16)
         high, low = (builder.sext(builder.load(pointer(builder, at, kind), align=1), i32x16.ir) for at in args)
@@ -133,7 +148,7 @@ SHUFFLES = (("avx512bw", "avx512.pshuf.b.512", 64), ("avx2", "avx2.pshuf.b", 32)
 
 
 def lookup(table):
-    """A function that replaces each byte from 0 to 15 of i8x64 by an int8 of the table."""
+    """Make a function that maps bytes 0 to 15 of an i8x64 to an int8 table."""
     @intrinsic
     def look(typingctx, v):
         def codegen(context, builder, signature, args):
@@ -143,16 +158,19 @@ def lookup(table):
                     parts = _split(builder, args[0], lanes)
                     return _join(builder, [call_llvm(builder, f"llvm.x86.{name}", kind, [whole, part]) for part in parts])
             result = constant([0] * 64, I8)
-            for i, number in enumerate(table):
+            for i, value in enumerate(table):
                 mask = builder.icmp_unsigned("==", args[0], constant([i] * 64, I8))
-                result = builder.select(mask, constant([number] * 64, I8), result)
+                result = builder.select(mask, constant([value] * 64, I8), result)
             return result
         return v(v), codegen
     return look
 
 
-def picked(which, shifts, masks):
-    """A function that reads 16 bytes: lane i of its i32x16 is the byte which[i] at an address, shifted right by shifts[i] & masks[i]."""
+def gather_bytes(which, shifts, masks):
+    """Make a function that gathers bytes of 16, shifts and masks them.
+
+    Lane i of the i32x16 is (byte which[i] >> shifts[i]) & masks[i].
+    """
     @intrinsic
     def pick(typingctx, address, offset):
         def codegen(context, builder, signature, args):
@@ -168,38 +186,44 @@ def picked(which, shifts, masks):
     return pick
 
 
-def shifted(words, shifts):
-    """A function that reads 32-bit words: lane i of its i32 vector is the word words[i] at an address, shifted right by shifts[i] bits."""
+def gather_u32(which, shifts):
+    """Make a function that gathers 32-bit integers and shifts them.
+
+    Lane i of the i32 vector is integer which[i] at an address >> shifts[i].
+    """
     @intrinsic
     def shift(typingctx, address, offset):
         def codegen(context, builder, signature, args):
-            v = builder.load(pointer(builder, builder.add(*args), ir.VectorType(I32, max(words) + 1)), align=1)
-            return builder.lshr(builder.shuffle_vector(v, v, constant(words)), constant(shifts))
-        return Vec("i32", len(words))(types.intp, types.intp), codegen
+            v = builder.load(pointer(builder, builder.add(*args), ir.VectorType(I32, max(which) + 1)), align=1)
+            return builder.lshr(builder.shuffle_vector(v, v, constant(which)), constant(shifts))
+        return Vec("i32", len(which))(types.intp, types.intp), codegen
     return shift
 
 
 @intrinsic
 def transpose(typingctx, source, stride, target, target_stride):
-    """target[j][i] = source[i][j] for 16 x 16 cells of four bytes; rows are `stride` and `target_stride` bytes apart."""
+    """Compute target[j][i] = source[i][j] for 16 x 16 cells of four bytes.
+
+    stride, target_stride: bytes between rows.
+    """
     def codegen(context, b, signature, args):
         source, stride, target, target_stride = args
-        word, vector = stride.type, ir.VectorType(I32, 16)
-        rows = [b.load(pointer(b, b.add(source, b.mul(stride, word(i))), vector), align=4) for i in range(16)]
+        intp, vector = stride.type, ir.VectorType(I32, 16)
+        rows = [b.load(pointer(b, b.add(source, b.mul(stride, intp(i))), vector), align=4) for i in range(16)]
         for step in (1, 2, 4, 8):       # exchange blocks of step x step cells
             for i in (i for i in range(16) if not i & step):
                 first, second = rows[i], rows[i + step]
                 rows[i] = b.shuffle_vector(first, second, constant([j + 16 - step if j & step else j for j in range(16)]))
                 rows[i + step] = b.shuffle_vector(first, second, constant([j + 16 if j & step else j + step for j in range(16)]))
         for j, column in enumerate(rows):
-            b.store(column, pointer(b, b.add(target, b.mul(target_stride, word(j))), vector), align=4)
+            b.store(column, pointer(b, b.add(target, b.mul(target_stride, intp(j))), vector), align=4)
         return context.get_dummy_value()
     return types.void(types.intp, types.intp, types.intp, types.intp), codegen
 
 
 @intrinsic
 def relu(typingctx, v):
-    """max(v, 0); NaN stays."""
+    """Return max(v, 0); NaN stays."""
     def codegen(context, builder, signature, args):
         zero = constant([0.0] * 16, F32)
         return builder.select(builder.fcmp_ordered("<", args[0], zero), zero, args[0])

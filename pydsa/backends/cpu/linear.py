@@ -1,8 +1,8 @@
-"""Products with GGUF weights, in place: rows of blocks times rows of activations.
+"""Matrix products with GGUF weights in place: rows of blocks times tokens.
 
-For a few tokens quantized weights are multiplied block by block as the file stores them, each weight byte read once. For many, and for
-other weights, a pair of functions of a Weight does it: `pack` lays activations out, `times` multiplies unpacked tiles of rows with
-them. They are those of float_rows.py, of word_rows.py, or where the CPU has AMX of byte_rows.py.
+For a few tokens (gemv), quantized weights are multiplied block by block as stored in the file, each weight byte read once. For many tokens
+(gemm), and for other weights, a pair of functions of a Weight is called: `pack` packs activations, `matmul` multiplies unpacked tiles of
+rows with them. They are those of f32/linear.py, of int16/linear.py, or with AMX of int8x2/linear.py.
 """
 import numpy as np
 from numba import prange
@@ -11,19 +11,20 @@ from pydsa.backends.cpu import amx
 from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.blocks.block import SUPERBLOCK
 from pydsa.backends.cpu.jit import call_intp_function, inner, kernel
-from pydsa.backends.cpu.scratch import callers_scratch
+from pydsa.backends.cpu.jobs import MatmulJob, call_kernel
+from pydsa.backends.cpu.scratch import caller_scratch
 from pydsa.backends.cpu.threads import n_threads
 
 
-GROUP = 256 if amx.HERE else 128        # rows at most that are multiplied with many tokens at a time: activations are fetched once for all
-GEMV_TOKENS = 3                 # tokens up to which blocks are not unpacked
-NEAR = 16               # rows that these tokens take turns on, within a first-level cache
-PIECE = 16              # tokens that are laid out at a time
+MAX_TASK_ROWS = 256 if amx.HERE else 128        # the most rows of a task of gemm: activations are fetched once for all of them
+GEMV_TOKENS = 3                 # the most tokens for which blocks are not unpacked
+GEMV_ROWS = 16               # rows over which these tokens take turns, within a first-level cache
+PANEL_TOKENS = 16              # tokens that are packed at a time, a panel
 
 
 @inner
 def addresses(first, stride, n):
-    """first, first + stride, ...: where the rows of an array begin."""
+    """Return first, first + stride, ...: the addresses of n rows."""
     at = np.empty(n, np.int64)
     for i in range(n):
         at[i] = first + i * stride
@@ -32,66 +33,81 @@ def addresses(first, stride, n):
 
 @inner
 def uses_gemv(w, n_tokens):
-    """Whether blocks are multiplied as they lie."""
+    """Whether blocks are multiplied as stored."""
     return w.dot != 0 and n_tokens <= GEMV_TOKENS
 
 
 @inner
-def pieces(n_tokens):
-    """The pieces of 16 tokens, the last one of fewer."""
-    return (n_tokens + PIECE - 1) // PIECE
+def count_panels(n_tokens):
+    """Count the panels of 16 tokens; the last one may have fewer."""
+    return (n_tokens + PANEL_TOKENS - 1) // PANEL_TOKENS
 
 
 @inner
-def piece_bytes(w, n_in):
-    """What a piece of tokens takes as `pack` lays it out."""
-    return PIECE * ((n_in + 255) // 256) * w.packed_bytes
+def panel_bytes(w, n_in):
+    """Count the bytes of a panel of tokens packed by `pack`."""
+    return PANEL_TOKENS * ((n_in + 255) // 256) * w.packed_bytes
 
 
 @inner
 def rounded_bytes(n_in):
-    """What a token takes as round_input leaves it."""
+    """Count the bytes of a token rounded by round_input."""
     return (n_in + 255) // 256 * SUPERBLOCK
 
 
 @inner
 def round_input(w, x, n_in, out):
-    """A token's n_in activations at the address x as chunks, in the order in which w's blocks are multiplied."""
+    """Round a token's n_in activations at the address x to superblocks.
+
+    They are permuted to the order in which w's blocks are multiplied.
+    """
     call_intp_function(w.round_row, (x, n_in, w.order, out, SUPERBLOCK))
 
 
 @inner
 def gemv_rows(w, rows, n_rows, n_in, x, n_tokens, out, out_stride):
-    """out[t][r] = row r . rounded token t, for a few tokens: n_rows rows at an address, each read once from memory."""
+    """Compute out[t][r] = row r . rounded token t, for a few tokens.
+
+    n_rows rows at an address, each read once from memory.
+    """
     n, row_bytes = n_in // w.block, n_in // w.block * w.block_bytes
-    together = n_rows if n_tokens == 1 else NEAR
-    for r in range(0, n_rows, together):
+    batch = n_rows if n_tokens == 1 else GEMV_ROWS
+    for r in range(0, n_rows, batch):
         for t in range(n_tokens):
-            call_intp_function(w.dot, (rows + r * row_bytes, min(together, n_rows - r), n, x + t * rounded_bytes(n_in),
+            call_intp_function(w.dot, (rows + r * row_bytes, min(batch, n_rows - r), n, x + t * rounded_bytes(n_in),
                                        out + t * out_stride + 4 * r))
 
 
 @inner
-def pack(w, x_at, piece, n_tokens, n_in, out):
-    """Lay out a piece of n_tokens tokens; at x_at lie the addresses of their activations."""
-    call_intp_function(w.pack, (x_at, piece * PIECE, n_tokens, n_in, out))
+def pack(w, x_at, panel, n_tokens, n_in, out):
+    """Pack a panel of n_tokens tokens.
+
+    x_at holds the addresses of their activations.
+    """
+    call_intp_function(w.pack, (x_at, panel * PANEL_TOKENS, n_tokens, n_in, out))
 
 
 @inner
 def gemm_rows(w, rows, n_rows, n_in, x, n_tokens, out_at):
-    """out_at[t][r] = row r . token t, for tokens laid out at x, and an int64 array of addresses."""
-    row_bytes = n_in // w.block * w.block_bytes
-    call_intp_function(w.matmul, (
-        w.unpack, w.block, w.block_bytes, w.lows, w.bits, rows, n_rows, row_bytes, n_in, x, n_tokens, address(out_at)))
+    """Compute out_at[t][r] = row r . token t, for packed tokens at x.
+
+    out_at: an int64 array of addresses.
+    """
+    call_kernel(w.matmul, MatmulJob(
+        unpack=w.unpack, block=w.block, block_bytes=w.block_bytes, mins=w.mins, bits=w.bits,
+        rows=rows, n_rows=n_rows, row_bytes=n_in // w.block * w.block_bytes, n_in=n_in, x=x, n_tokens=n_tokens, out_at=address(out_at)))
 
 
 @inner
 def rows_per_task(n_rows, gemv):
-    """Rows that a thread takes at a time, the same for each: for a few tokens its share of all, which it reads in one stretch."""
+    """Count the rows of a task, the same for each.
+
+    For a few tokens: a thread's share of all rows, which it reads in one stretch.
+    """
     share = (n_rows + n_threads() - 1) // n_threads()
     if gemv:
         return max(4, share)
-    turns = (share + GROUP - 1) // GROUP
+    turns = (share + MAX_TASK_ROWS - 1) // MAX_TASK_ROWS
     return ((share + turns - 1) // turns + 15) // 16 * 16
 
 
@@ -100,14 +116,14 @@ def linear(out, w, x):
     n_out, row_bytes = w.data.shape
     n_tokens, n_in = x.shape
     gemv = uses_gemv(w, n_tokens)
-    scratch = callers_scratch(n_tokens * rounded_bytes(n_in) if gemv else pieces(n_tokens) * piece_bytes(w, n_in))
+    scratch = caller_scratch(n_tokens * rounded_bytes(n_in) if gemv else count_panels(n_tokens) * panel_bytes(w, n_in))
     x_at = addresses(address(x), x.strides[0], n_tokens)
     if gemv:
         for t in range(n_tokens):
             round_input(w, x_at[t], n_in, scratch + t * rounded_bytes(n_in))
     else:
-        for piece in prange(pieces(n_tokens)):
-            pack(w, address(x_at), piece, n_tokens, n_in, scratch)
+        for panel in prange(count_panels(n_tokens)):
+            pack(w, address(x_at), panel, n_tokens, n_in, scratch)
     size = rows_per_task(n_out, gemv)
     for task in prange((n_out + size - 1) // size):
         r = task * size
@@ -122,23 +138,24 @@ def linear(out, w, x):
 def head_linear(out, w, x):
     n_head, n_out, row_bytes = w.data.shape
     n_tokens, n_in = x.shape[0], x.shape[2]
-    gemv, parts = uses_gemv(w, n_tokens), pieces(n_tokens)
-    head_bytes = n_tokens * rounded_bytes(n_in) if gemv else parts * piece_bytes(w, n_in)
-    scratch = callers_scratch(n_head * head_bytes)
+    gemv, panels = uses_gemv(w, n_tokens), count_panels(n_tokens)
+    head_bytes = n_tokens * rounded_bytes(n_in) if gemv else panels * panel_bytes(w, n_in)
+    scratch = caller_scratch(n_head * head_bytes)
     x_at = np.empty((n_head, n_tokens), np.int64)
     for h in range(n_head):
-        x_at[h] = addresses(address(x) + h * x.strides[1], x.strides[0], n_tokens)
+        for t in range(n_tokens):
+            x_at[h, t] = address(x) + h * x.strides[1] + t * x.strides[0]
     size = rows_per_task(n_out, gemv)
     if n_head >= n_threads():
-        size = n_out if gemv else min(n_out, GROUP)
+        size = n_out if gemv else min(n_out, MAX_TASK_ROWS)
     groups = (n_out + size - 1) // size
     if gemv:
         for i in range(n_head * n_tokens):
             round_input(w, x_at[i // n_tokens, i % n_tokens], n_in, scratch + i * rounded_bytes(n_in))
     else:
-        for i in prange(n_head * parts):
-            h = i // parts
-            pack(w, address(x_at[h]), i % parts, n_tokens, n_in, scratch + h * head_bytes)
+        for i in prange(n_head * panels):
+            h = i // panels
+            pack(w, address(x_at[h]), i % panels, n_tokens, n_in, scratch + h * head_bytes)
     for task in prange(n_head * groups):
         h, r = task // groups, task % groups * size
         rows, n = address(w.data) + (h * n_out + r) * row_bytes, min(size, n_out - r)

@@ -1,26 +1,33 @@
-"""Experts: the router, and the feed-forward networks with the tokens grouped by expert."""
+"""Mixture of experts: the router, and the feed-forward networks.
+
+Tokens are grouped by expert.
+"""
 import numpy as np
 from numba import prange
 
 from pydsa.backends.cpu.arrays import address, contiguous
 from pydsa.backends.cpu.jit import inner, kernel
-from pydsa.backends.cpu.linear import (GROUP, addresses, gemm_rows, gemv_rows, pack, piece_bytes, pieces, round_input, rounded_bytes,
-                                       rows_per_task, uses_gemv)
+from pydsa.backends.cpu.linear import (MAX_TASK_ROWS, addresses, count_panels, gemm_rows, gemv_rows, pack, panel_bytes, round_input,
+                                       rounded_bytes, rows_per_task, uses_gemv)
 from pydsa.backends.cpu.norm import silu_mul_row
-from pydsa.backends.cpu.scratch import callers_scratch
+from pydsa.backends.cpu.rows import put
+from pydsa.backends.cpu.scratch import caller_scratch
 from pydsa.backends.cpu.threads import n_threads
 
 
 @inner
 def softmax(p):
-    """p = softmax(p), in place."""
-    p[:] = np.exp(p - p.max())
+    """Compute p = softmax(p), in place."""
+    put(p, np.exp(p - p.max()))
     p /= p.sum()
 
 
 @inner
 def drop_groups(s, n_group, n_group_used):
-    """-inf for the experts of all but the best groups; a group's score is the sum of its two greatest, ties go to the first group."""
+    """Set the scores of experts outside the best groups to -inf.
+
+    A group's score is the sum of its two largest; ties go to the first group.
+    """
     size = s.size // n_group
     score = np.empty(n_group, np.float32)
     for g in range(n_group):
@@ -45,28 +52,32 @@ def moe_route(ids, weights, logits, bias, gating, n_group, n_group_used, norm, s
     n_expert, n_used = logits.shape[1], ids.shape[1]
     p, s = np.empty(n_expert, np.float32), np.empty(n_expert, np.float32)
     for t in range(ids.shape[0]):
-        p[:] = logits[t]
+        put(p, logits[t])
         if gating == 2:
-            p[:] = 1 / (1 + np.exp(-p))
+            put(p, 1 / (1 + np.exp(-p)))
         elif gating == 1:
             softmax(p)
-        s[:] = p + bias
+        put(s, p + bias)
         if n_group > 1:
             drop_groups(s, n_group, n_group_used)
         for i in range(n_used):
             best = np.argmax(s)
             ids[t, i], weights[t, i] = best, p[best]
             s[best] = -np.inf
+        row = weights[t]
         if gating == 3:
-            softmax(weights[t])
+            softmax(row)
         if norm:
-            weights[t] /= max(weights[t].sum(), np.float32(6.103515625e-5))
-        weights[t] *= scale
+            row /= max(row.sum(), np.float32(6.103515625e-5))
+        row *= scale
 
 
 @inner
 def by_expert(ids, n_expert):
-    """The (token, slot) pairs in the order of their experts: the pairs, where each expert's begin, and the experts that have any."""
+    """Sort the (token, slot) pairs by expert.
+
+    Returns the pairs, the start of each expert's pairs, and the experts that have any.
+    """
     start = np.zeros(n_expert + 1, np.int64)
     for t in range(ids.shape[0]):
         for i in range(ids.shape[1]):
@@ -82,25 +93,34 @@ def by_expert(ids, n_expert):
 
 
 @inner
-def first_pieces(start, busy):
-    """Where the pieces of each busy expert's tokens begin among all of them, and how many there are."""
+def first_panels(start, busy):
+    """Return the index of each busy expert's first panel of tokens.
+
+    The last element is the number of all panels.
+    """
     firsts = np.zeros(busy.size + 1, np.int64)
     for i in range(busy.size):
-        firsts[i + 1] = firsts[i] + pieces(start[busy[i] + 1] - start[busy[i]])
+        firsts[i + 1] = firsts[i] + count_panels(start[busy[i] + 1] - start[busy[i]])
     return firsts
 
 
 @inner
-def pack_pairs(w, x_at, start, busy, firsts, piece, n_in, scratch):
-    """Lay out one of all pieces: the tokens of one expert, whose activations lie at addresses x_at [n_pairs]."""
-    i = np.searchsorted(firsts, piece, side="right") - 1
+def pack_pairs(w, x_at, start, busy, firsts, panel, n_in, scratch):
+    """Pack one panel: tokens of one expert.
+
+    x_at [n_pairs]: the addresses of their activations.
+    """
+    i = np.searchsorted(firsts, panel, side="right") - 1
     first, last = start[busy[i]], start[busy[i] + 1]
-    pack(w, address(x_at[first:]), piece - firsts[i], last - first, n_in, scratch + firsts[i] * piece_bytes(w, n_in))
+    pack(w, address(x_at[first:]), panel - firsts[i], last - first, n_in, scratch + firsts[i] * panel_bytes(w, n_in))
 
 
 @inner
 def expert_rows(w, expert, r, n, n_in, gemv, rows_at, x, out_at):
-    """out_at[i] = rows r to r + n of an expert times its i-th token: rounded at rows_at[i] if they are few, else laid out at x."""
+    """Compute out_at[i] = rows r to r + n of an expert times its i-th token.
+
+    With gemv, token i is rounded at rows_at[i]; else tokens are packed at x.
+    """
     rows = address(w.data) + (expert * w.data.shape[1] + r) * w.data.shape[2]
     if gemv:
         for i in range(out_at.size):
@@ -114,45 +134,45 @@ def moe_gate_up(out, x, ids, gate, up):
     n_expert, n_ff, _ = gate.data.shape
     n_tokens, n_in, n_used = x.shape[0], x.shape[1], ids.shape[1]
     pairs, start, busy = by_expert(ids, n_expert)
-    firsts = first_pieces(start, busy)
+    firsts = first_panels(start, busy)
     x_at = address(x) + pairs // n_used * x.strides[0]
     gemv_gate, gemv_up = uses_gemv(gate, n_tokens), uses_gemv(up, n_tokens)
-    scratch_gate = callers_scratch(packed_bytes(gate, gemv_gate, n_tokens, firsts[-1], n_in)
-                                   + packed_bytes(up, gemv_up, n_tokens, firsts[-1], n_in))
-    scratch_up, one = scratch_gate, gate.pack == up.pack and gate.order == up.order       # laid out once if they take it alike
-    if not one:
+    scratch_gate = caller_scratch(packed_bytes(gate, gemv_gate, n_tokens, firsts[-1], n_in)
+                                  + packed_bytes(up, gemv_up, n_tokens, firsts[-1], n_in))
+    scratch_up, shared = scratch_gate, gate.pack == up.pack and gate.order == up.order       # packed once if both take the same format
+    if not shared:
         scratch_up += packed_bytes(gate, gemv_gate, n_tokens, firsts[-1], n_in)
     for t in range(n_tokens if gemv_gate or gemv_up else 0):
         token = address(x) + t * x.strides[0]
         if gemv_gate:
             round_input(gate, token, n_in, scratch_gate + t * rounded_bytes(n_in))
-        if gemv_up and not one:
+        if gemv_up and not shared:
             round_input(up, token, n_in, scratch_up + t * rounded_bytes(n_in))
-    for piece in prange(0 if gemv_gate and gemv_up else firsts[-1]):
+    for panel in prange(0 if gemv_gate and gemv_up else firsts[-1]):
         if not gemv_gate:
-            pack_pairs(gate, x_at, start, busy, firsts, piece, n_in, scratch_gate)
-        if not gemv_up and not one:
-            pack_pairs(up, x_at, start, busy, firsts, piece, n_in, scratch_up)
+            pack_pairs(gate, x_at, start, busy, firsts, panel, n_in, scratch_gate)
+        if not gemv_up and not shared:
+            pack_pairs(up, x_at, start, busy, firsts, panel, n_in, scratch_up)
     size = rows_per_task(n_ff, gemv_gate)
     groups = (n_ff + size - 1) // size
     for task in prange(busy.size * groups):
         i, r = task % busy.size, task // busy.size * size       # every thread has rows of every expert
-        mine, n = pairs[start[busy[i]]:start[busy[i] + 1]], min(size, n_ff - r)
-        tokens = mine // n_used * rounded_bytes(n_in)
-        ups = np.empty((mine.size, n), np.float32)
-        expert_rows(gate, busy[i], r, n, n_in, gemv_gate, scratch_gate + tokens, scratch_gate + firsts[i] * piece_bytes(gate, n_in),
-                    address(out) + mine * out.strides[1] + 4 * r)
-        expert_rows(up, busy[i], r, n, n_in, gemv_up, scratch_up + tokens, scratch_up + firsts[i] * piece_bytes(up, n_in),
-                    addresses(address(ups), 4 * n, mine.size))
-        for j in range(mine.size):
-            hidden = contiguous(out[mine[j] // n_used, mine[j] % n_used, r:r + n])
+        slots, n = pairs[start[busy[i]]:start[busy[i] + 1]], min(size, n_ff - r)
+        tokens = slots // n_used * rounded_bytes(n_in)
+        ups = np.empty((slots.size, n), np.float32)
+        expert_rows(gate, busy[i], r, n, n_in, gemv_gate, scratch_gate + tokens, scratch_gate + firsts[i] * panel_bytes(gate, n_in),
+                    address(out) + slots * out.strides[1] + 4 * r)
+        expert_rows(up, busy[i], r, n, n_in, gemv_up, scratch_up + tokens, scratch_up + firsts[i] * panel_bytes(up, n_in),
+                    addresses(address(ups), 4 * n, slots.size))
+        for j in range(slots.size):
+            hidden = contiguous(out[slots[j] // n_used, slots[j] % n_used, r:r + n])
             silu_mul_row(hidden, hidden, ups[j])
 
 
 @inner
-def packed_bytes(w, gemv, n_rows, n_pieces, n_in):
-    """What n_rows rows take rounded, or n_pieces pieces laid out."""
-    return n_rows * rounded_bytes(n_in) if gemv else n_pieces * piece_bytes(w, n_in)
+def packed_bytes(w, gemv, n_rows, n_panels, n_in):
+    """Count the bytes of n_rows rounded rows, or of n_panels packed panels."""
+    return n_rows * rounded_bytes(n_in) if gemv else n_panels * panel_bytes(w, n_in)
 
 
 @kernel(parallel=True)
@@ -160,19 +180,20 @@ def moe_down(out, hidden, ids, weights, down):
     n_expert, n_out, _ = down.data.shape
     n_tokens, n_used, n_ff = hidden.shape
     pairs, start, busy = by_expert(ids, n_expert)
-    firsts, n_pairs = first_pieces(start, busy), pairs.size
+    firsts, n_pairs = first_panels(start, busy), pairs.size
     gemv = uses_gemv(down, n_tokens)
-    scratch = callers_scratch(packed_bytes(down, gemv, n_pairs, firsts[-1], n_ff))
+    scratch = caller_scratch(packed_bytes(down, gemv, n_pairs, firsts[-1], n_ff))
     hidden_at = address(hidden) + pairs * hidden.strides[1]
     rows_at = addresses(scratch, rounded_bytes(n_ff), n_pairs)
     if gemv:
         for i in range(n_pairs):
             round_input(down, hidden_at[i], n_ff, rows_at[i])
     else:
-        for piece in prange(firsts[-1]):
-            pack_pairs(down, hidden_at, start, busy, firsts, piece, n_ff, scratch)
-    share = max(1, (n_out // (2 * n_threads()) + GROUP - 1) // GROUP) * GROUP      # rows for which a cache keeps an expert's activations
-    size = share if gemv else min(share, GROUP)
+        for panel in prange(firsts[-1]):
+            pack_pairs(down, hidden_at, start, busy, firsts, panel, n_ff, scratch)
+    # rows for which a cache keeps an expert's activations
+    share = max(1, (n_out // (2 * n_threads()) + MAX_TASK_ROWS - 1) // MAX_TASK_ROWS) * MAX_TASK_ROWS
+    size = share if gemv else min(share, MAX_TASK_ROWS)
     for task in prange((n_out + share - 1) // share):
         first, last = task * share, min(task * share + share, n_out)
         for t in range(n_tokens):
@@ -184,7 +205,7 @@ def moe_down(out, hidden, ids, weights, down):
             part = np.empty((b - a, size), np.float32)
             for r in range(first, last, size):
                 n = min(size, last - r)
-                expert_rows(down, busy[i], r, n, n_ff, gemv, rows_at[a:b], scratch + firsts[i] * piece_bytes(down, n_ff),
+                expert_rows(down, busy[i], r, n, n_ff, gemv, rows_at[a:b], scratch + firsts[i] * panel_bytes(down, n_ff),
                             addresses(address(part), 4 * size, b - a))
                 for k in range(a, b):
                     t, weight = pairs[k] // n_used, weights[pairs[k] // n_used, pairs[k] % n_used]

@@ -1,4 +1,7 @@
-"""Norms and the elementwise ops. A few rows are done by the thread that calls: to start the others takes longer than the work."""
+"""Norms and elementwise ops.
+
+A few rows are computed by the calling thread: starting the others takes longer than the work.
+"""
 import numpy as np
 from numba import prange
 
@@ -7,7 +10,7 @@ from pydsa.backends.cpu.jit import inner, kernel
 from pydsa.backends.cpu.scalars import exp
 
 
-ALONE = 16      # rows up to which one thread works
+SERIAL_ROWS = 16      # the most rows that one thread computes alone
 
 
 @inner
@@ -22,7 +25,7 @@ def rms_norm_row(out, x, w, eps):
 
 @kernel(parallel=True)
 def rms_norm(out, x, w, eps):
-    if len(x) <= ALONE:
+    if len(x) <= SERIAL_ROWS:
         for t in range(len(x)):
             rms_norm_row(contiguous(out[t]), contiguous(x[t]), w, eps)
     else:
@@ -57,7 +60,7 @@ def silu_mul_row(out, gate, up):
 
 @kernel(parallel=True)
 def silu_mul(out, gate, up):
-    if len(out) <= ALONE:
+    if len(out) <= SERIAL_ROWS:
         for t in range(len(out)):
             silu_mul_row(contiguous(out[t]), contiguous(gate[t]), contiguous(up[t]))
     else:
@@ -73,7 +76,7 @@ def add_row(out, x, y):
 
 @kernel(parallel=True)
 def add(out, x, y):
-    if len(out) <= ALONE:
+    if len(out) <= SERIAL_ROWS:
         for t in range(len(out)):
             add_row(contiguous(out[t]), contiguous(x[t]), contiguous(y[t]))
     else:

@@ -7,7 +7,7 @@ from numba import prange
 from pydsa.backends.cpu.arrays import address, contiguous
 from pydsa.backends.cpu.jit import inner, kernel
 from pydsa.backends.cpu.lanes import butterflies_of_16
-from pydsa.backends.cpu.norm import ALONE
+from pydsa.backends.cpu.norm import SERIAL_ROWS
 from pydsa.backends.cpu.simd import load_floats, store
 
 
@@ -22,7 +22,7 @@ def rope_table(out, positions, freqs, magnitude):
 
 @inner
 def rotate(out, x, cos, sin, neox):
-    """One head; out may be x."""
+    """Rotate one head; out may be x."""
     half = cos.size
     if neox:
         for i in range(half):
@@ -42,7 +42,7 @@ def rotate_heads(out, x, table, neox):
 
 @kernel(parallel=True)
 def rope(out, x, table, neox):
-    if len(x) <= ALONE:
+    if len(x) <= SERIAL_ROWS:
         for t in range(len(x)):
             rotate_heads(out[t], x[t], table[t], neox)
     else:
@@ -52,7 +52,10 @@ def rope(out, x, table, neox):
 
 @inner
 def hadamard_row(out, x, norm):
-    """One head; out may be x. Stages of 1, 2, 4 and 8 take place inside of vectors."""
+    """Transform one head; out may be x.
+
+    Stages 1, 2, 4 and 8 are computed inside vectors.
+    """
     if x.size < 16:
         for i in range(x.size):
             out[i] = x[i] * norm
@@ -72,7 +75,7 @@ def hadamard_row(out, x, norm):
 
 @inner
 def butterflies(row):
-    """The transform without the factor, in place."""
+    """Compute the transform in place, not normalised."""
     step = 1
     while step < row.size:
         for first in range(0, row.size, 2 * step):
@@ -91,7 +94,7 @@ def hadamard_heads(out, x, norm):
 @kernel(parallel=True)
 def hadamard(out, x):
     norm = np.float32(1 / np.sqrt(x.shape[2]))
-    if len(x) <= ALONE:
+    if len(x) <= SERIAL_ROWS:
         for t in range(len(x)):
             hadamard_heads(out[t], x[t], norm)
     else:

@@ -1,28 +1,31 @@
-"""Float32 rounded to integers of 8 or 16 bits, with one scale for all that are rounded together."""
+"""Round float32 to integers of 8 or 16 bits with one shared scale."""
 import numpy as np
 
 from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.lanes import store_int8x2
-from pydsa.backends.cpu.simd import float_at, floats, largest, load_floats, max_abs_lanes, store
+from pydsa.backends.cpu.simd import float_at, floats, load_floats, max_abs_lanes, reduce_max_abs, store
 from pydsa.quants import INT8X2_MAX
 
 
 @inner
 def max_abs_of(x, n):
-    """Of n floats at an address; NaN if there is one."""
+    """Return the largest magnitude of n floats at an address.
+
+    NaN if there is one.
+    """
     top = floats(np.float32(0))
     for k in range(0, n - 15, 16):
         top = max_abs_lanes(top, load_floats(x, 4 * k))
     for k in range(n // 16 * 16, n):
         top = max_abs_lanes(top, floats(float_at(x, 4 * k)))
-    return largest(top, top)
+    return reduce_max_abs(top, top)
 
 
 @inner
 def round_to_int8(source, n, target):
-    """n floats -> int8, the largest magnitude becoming 127, halves away from zero as gguf-py's Q8_0 has it -> the scale.
+    """Round n floats to int8; return the scale.
 
-    If a number is not finite, neither is the scale.
+    The largest magnitude becomes 127; halves are rounded away from zero, as in gguf-py's Q8_0. The scale is not finite if a value is not.
     """
     top = np.float32(0)
     for j in range(n):
@@ -32,29 +35,30 @@ def round_to_int8(source, n, target):
     factor = np.float32(1) / scale if scale > np.float32(1e-30) and scale < np.float32(np.inf) else np.float32(0)
     for j in range(n):
         product = float_at(source, 4 * j) * factor
-        whole = np.floor(abs(product) + np.float32(0.5))
-        store(target, j, np.int8(whole if product > 0 else -whole) if whole < 128 else np.int8(0))
+        rounded = np.floor(abs(product) + np.float32(0.5))
+        store(target, j, np.int8(rounded if product > 0 else -rounded) if rounded < 128 else np.int8(0))
     return scale
 
 
 @inner
-def round_to_words(source, n, high, low):
-    """n floats -> whole numbers 256 high + low, the largest magnitude becoming INT8X2_MAX, halves to even -> the scale.
+def round_to_int8x2(source, n, high, low):
+    """Round n floats to integers 256 high + low; return the scale.
 
-    If a number is not finite, neither is the scale, and all become 0.
+    The largest magnitude becomes INT8X2_MAX; halves are rounded to even. If a value is not finite, neither is the scale, and all integers
+    are 0.
     """
     top = max_abs_of(source, n)
     factor = np.float32(INT8X2_MAX) / top if top > np.float32(1e-30) and top < np.float32(np.inf) else np.float32(0)
     for j in range(0, n - 15, 16):
         store_int8x2(high + j, low + j, finite(load_floats(source, 4 * j), factor))
     for j in range(n // 16 * 16, n):
-        whole = np.int32(np.rint(float_at(source, 4 * j) * factor)) if factor > 0 else np.int32(0)
-        store(high, j, np.int8((whole + 128) >> 8))
-        store(low, j, np.int8(whole))
+        rounded = np.int32(np.rint(float_at(source, 4 * j) * factor)) if factor > 0 else np.int32(0)
+        store(high, j, np.int8((rounded + 128) >> 8))
+        store(low, j, np.int8(rounded))
     return top / np.float32(INT8X2_MAX)
 
 
 @inner
 def finite(v, factor):
-    """v times a factor; zeros if that is 0, whatever v is."""
+    """Return v times a factor; zeros if the factor is 0, even of NaN."""
     return v * factor if factor > 0 else floats(np.float32(0))

@@ -1,4 +1,4 @@
-"""Rows of GGUF blocks: weights and cache rows as the kernels see them, and the ops that only move rows."""
+"""Weights and cache rows as the kernels see them, and ops that copy rows."""
 from typing import NamedTuple
 
 import numpy as np
@@ -7,24 +7,25 @@ from pydsa import quants
 from pydsa.backends.cpu import int16, integer_rows
 from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.blocks import BLOCKS
-from pydsa.backends.cpu.jit import IntpFunction, call_block_function, inner, kernel
+from pydsa.backends.cpu.jit import IntpFunction, call_block_function, inner, is_listing, kernel
 from pydsa.backends.cpu.variants import kernels
 
 
 class Weight(NamedTuple):
-    """A tensor where it lies in the file: uint8 [n_rows, row_bytes] or [n, n_rows, row_bytes]; then what is known of its type.
+    """A tensor as stored in the file, with its type's kernels.
 
-    All but the numbers that are explained are addresses: of the type's functions and order (quants/block.py), and of functions that lay
-    out activations and multiply rows with them (linear.py). What concerns blocks as they lie is 0 if the type is not quantized.
+    data: uint8 [n_rows, row_bytes] or [n, n_rows, row_bytes]. Fields without a comment are addresses: of the type's functions and order
+    (blocks/block.py), and of functions that pack activations and multiply rows with them (linear.py). round_row, order and dot are 0 if the
+    type is not quantized.
     """
     data: np.ndarray
     block: int          # elements in a block
     block_bytes: int
-    mins: int           # BlockType.lows, BlockType.bits
+    mins: int           # BlockKernels.mins, BlockKernels.bits
     bits: int
-    packed_bytes: int       # bytes that `pack` takes for 256 numbers of a token
+    packed_bytes: int       # bytes of 256 values of a token packed by `pack`
     dequantize: int
-    unpack: int         # as `matmul` wants it
+    unpack: int         # in the form that `matmul` calls
     pack: int
     matmul: int
     round_row: int = 0
@@ -33,23 +34,33 @@ class Weight(NamedTuple):
 
 
 class CacheRows(NamedTuple):
-    """A cache: uint8 [n_ctx, row_bytes], and addresses of functions: to read and write rows, attend to them, score them."""
+    """A cache: uint8 [n_ctx, row_bytes], and addresses of its kernels.
+
+    To read and write rows, attend to them, score them.
+    """
     data: np.ndarray
     dequantize: int
     quantize: int
-    n: int              # what these two take for a row: its values, or for whole numbers its parts (whole_rows.packed_parts)
+    n: int              # length argument of these two: a row's values, or for integers its parts (integer_rows.packed_parts)
     attend: int
     score_gemm: int
     score_gemv: int
-    pack_latents: int            # for mha.py: to lay out its tiles of latents, and to attend to them with keys and values of a head's own
+    pack_latents: int            # for mha.py: packs tiles of latents; attend_head attends to them with keys and values of each head
     attend_head: int
-    tile_bytes: int           # bytes that a tile takes there
+    tile_bytes: int           # bytes of a packed tile
 
 
 @inner
 def unpack(rows, source, n, target):
-    """n elements from the blocks at the address `source`, as floats at the address `target`."""
+    """Dequantize n elements of the blocks at `source` to floats at `target`."""
     call_block_function(rows.dequantize, source, n // rows.block, target)
+
+
+@inner
+def put(target, source):
+    """target[:] = source, whose check of the lengths, or rather its message, takes numba a second to compile."""
+    for i in range(target.size):
+        target[i] = source[i]
 
 
 @kernel
@@ -64,7 +75,7 @@ def cache_write(cache, x, positions):
     row_bytes = cache.data.shape[1]
     row = np.empty(x.shape[1], np.float32)       # x may be a slice of wider rows
     for t in range(x.shape[0]):
-        row[:] = x[t]
+        put(row, x[t])
         call_block_function(cache.quantize, address(row), cache.n, address(cache.data) + positions[t] * row_bytes)
 
 
@@ -73,7 +84,10 @@ ROUND_ROW = IntpFunction(int16.linear.round_row)
 
 
 def weight(tensor):
-    """A GGUF tensor as its ops take it here: matrices in place as blocks, vectors as float32."""
+    """Wrap a GGUF tensor for the ops here.
+
+    Matrices are used in place as blocks; vectors are converted to float32.
+    """
     block = BLOCKS[tensor.type]
     gemm, unpack, gemv = kernels("linear", block), block.dequantize, ()
     if block.type.quantized:
@@ -83,13 +97,17 @@ def weight(tensor):
     if len(tensor.shape) > 1:
         return w
     values = np.empty((1, *tensor.shape), np.float32)
-    get_rows(values, w._replace(data=tensor.data[None]), np.zeros(1, np.int32))
+    if not is_listing():
+        get_rows(values, w._replace(data=tensor.data[None]), np.zeros(1, np.int32))
     values.flags.writeable = False
     return values[0]
 
 
 def cache_rows(n_ctx, widths, storage):
-    """An empty cache of n_ctx rows of sum(widths) values of a cache type; the system gives pages as they are written."""
+    """Make an empty cache of n_ctx rows of sum(widths) values of a cache type.
+
+    The system allocates pages as they are written.
+    """
     if quants.CACHE_TYPES[storage].scaled:
         n, (dequantize, quantize) = integer_rows.packed_parts(widths), integer_rows.FUNCTIONS[storage]
     else:
@@ -104,5 +122,8 @@ def cache_rows(n_ctx, widths, storage):
 
 
 def cache_bytes(rows):
-    """The cache's storage as bytes [n_ctx, row_bytes], a view: the same on every backend."""
+    """Return a view of the cache as bytes [n_ctx, row_bytes].
+
+    The same on every backend.
+    """
     return rows.data

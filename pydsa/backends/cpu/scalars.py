@@ -1,4 +1,7 @@
-"""Scalars in kernels: the bits of a float32, float16 (in which Numba cannot compute), and e^x."""
+"""Scalars in kernels: the bits of float32, float16, and e^x.
+
+Numba cannot compute in float16.
+"""
 import numba
 import numpy as np
 from llvmlite import ir
@@ -11,13 +14,13 @@ from pydsa.backends.cpu.simd import FEATURES, u16_at
 
 @intrinsic
 def float_from_bits(typingctx, bits):
-    """The float32 whose bits these are."""
+    """Reinterpret a uint32 as float32."""
     return types.float32(types.uint32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.FloatType())
 
 
 @intrinsic
 def bits_of_float(typingctx, value):
-    """The bits of a float32."""
+    """Reinterpret a float32 as uint32."""
     return types.uint32(types.float32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.IntType(32))
 
 
@@ -35,7 +38,10 @@ def _half_by_hardware(bits):
 
 @inner
 def _half_by_bits(bits):
-    """2^112 moves the exponent's bias, and makes subnormal halves normal floats."""
+    """Convert by multiplying with 2^112.
+
+    That moves the exponent's bias, and makes subnormal halves normal floats.
+    """
     bits = np.uint32(bits)
     magnitude = (bits & np.uint32(0x7FFF)) << np.uint32(13)
     finite = bits_of_float(float_from_bits(magnitude) * np.float32(2.0 ** 112))
@@ -43,19 +49,22 @@ def _half_by_bits(bits):
     return float_from_bits(magnitude | ((bits & np.uint32(0x8000)) << np.uint32(16)))
 
 
-# float16 bits, uint16 -> float32, exactly. Without the instruction LLVM would call a function that is not there.
+# float16 bits, uint16 -> float32, exactly. Without the instruction LLVM would call a function that does not exist.
 half = _half_by_hardware if "f16c" in FEATURES else _half_by_bits
 
 
 @inline
 def half_at(address, offset):
-    """The float16 in memory as float32."""
+    """Load a float16 from memory as float32."""
     return half(u16_at(address, offset))
 
 
 @inner
 def to_half(value):
-    """float32 -> float16 bits, rounded to nearest even, as numpy's astype(float16); too large becomes infinity."""
+    """Convert float32 to float16 bits, rounded to nearest even.
+
+    As numpy's astype(float16): too large becomes infinity.
+    """
     bits = bits_of_float(value)
     sign, magnitude = (bits >> np.uint32(16)) & np.uint32(0x8000), bits & np.uint32(0x7FFFFFFF)
     if magnitude > np.uint32(0x7F800000):
@@ -71,9 +80,10 @@ def to_half(value):
 # Without "reassoc", which would undo the reduction in two steps.
 @numba.njit(nogil=True, fastmath={"nsz", "contract"}, error_model="numpy")
 def exp(x):
-    """e^x in float32 with a relative error of 1e-7, from -87.3 on, in operations that a loop over it vectorises (Cephes' polynomial).
+    """Compute e^x in float32 with a relative error of 1e-7, from -87.3 on.
 
-    Below -87.3 it stays at e^-87.3; it is infinite from 88.4 on. NaN must not come here.
+    It uses operations that a loop over it vectorises (Cephes' polynomial). Below -87.3 it stays at e^-87.3; it is infinite from 88.4 on. x
+    must not be NaN.
     """
     x = min(max(x, np.float32(-87.3)), np.float32(88.7))
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))

@@ -1,7 +1,8 @@
-"""Memory that kernels work in: a piece for the thread that calls an op, and a piece for each thread of its parallel regions.
+"""Scratch memory of kernels: one buffer for the caller, one for each thread.
 
-The pieces grow and stay: memory fresh from the system costs a page fault for every 4 KiB, which is more than most ops do. They are found by
-a symbol, so that kernels can be kept on disk. One op runs at a time (plan.py), so a piece has one user.
+The caller is the thread that calls an op; the others are those of its parallel regions. Buffers grow and stay: fresh memory from the system
+costs a page fault for every 4 KiB, which is more than most ops take. They are found by a symbol, so that kernels can be cached on disk. One
+op runs at a time (plan.py), so a buffer has one user.
 """
 import llvmlite.binding as llvm
 import numba
@@ -15,14 +16,14 @@ from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.simd import I8, I32, INTP, i64_at, store
 
 
-PIECES = np.zeros((1 + numba.config.NUMBA_NUM_THREADS, 3), np.int64)       # address, aligned address, bytes; the first is the caller's
-llvm.add_symbol("pydsa_scratch", PIECES.ctypes.data)
+BUFFERS = np.zeros((1 + numba.config.NUMBA_NUM_THREADS, 3), np.int64)       # address, aligned address, bytes; the first is the caller's
+llvm.add_symbol("pydsa_scratch", BUFFERS.ctypes.data)
 LINE = 64
 
 
 @intrinsic
-def _pieces(typingctx):
-    """The address of PIECES."""
+def _buffers(typingctx):
+    """Return the address of BUFFERS."""
     def codegen(context, builder, signature, args):
         if "pydsa_scratch" not in builder.module.globals:
             ir.GlobalVariable(builder.module, I8, "pydsa_scratch").linkage = "external"
@@ -32,7 +33,7 @@ def _pieces(typingctx):
 
 @intrinsic
 def _thread(typingctx):
-    """Which thread of the parallel region this is, 0 outside of one."""
+    """Return the thread's number in the parallel region, 0 outside of one."""
     def codegen(context, builder, signature, args):
         function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(I32, []), "get_thread_id")
         return builder.zext(builder.call(function, []), INTP)
@@ -41,7 +42,7 @@ def _thread(typingctx):
 
 @intrinsic
 def _allocate(typingctx, n):
-    """Bytes from numba's allocator -> their address, 0 if there are none."""
+    """Allocate n bytes with numba's allocator; return 0 on failure."""
     def codegen(context, builder, signature, args):
         function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(I8.as_pointer(), [INTP]), "NRT_Allocate")
         return builder.ptrtoint(builder.call(function, args), INTP)
@@ -58,8 +59,8 @@ def _free(typingctx, address):
 
 
 @inner
-def _reserve(piece, n):
-    at = _pieces() + 24 * piece
+def _reserve(buffer, n):
+    at = _buffers() + 24 * buffer
     if i64_at(at, 16) < n:
         n += n // 4
         if i64_at(at, 0):
@@ -72,12 +73,18 @@ def _reserve(piece, n):
 
 
 @inner
-def callers_scratch(n):
-    """The address of n bytes, at a multiple of 64: those that this got before, if they are enough. Outside of parallel regions only."""
+def caller_scratch(n):
+    """Return the address of n bytes, aligned to 64, for the calling thread.
+
+    The memory is reused if it is large enough. Outside of parallel regions only.
+    """
     return _reserve(0, n)
 
 
 @inner
-def own_scratch(n):
-    """The same of the thread that asks."""
+def thread_scratch(n):
+    """Return the address of n bytes, aligned to 64, for this thread.
+
+    For the threads of parallel regions.
+    """
     return _reserve(1 + _thread(), n)

@@ -1,7 +1,7 @@
-"""Vector registers in Numba: a type `Vec`, operators on it, and what differs between CPUs behind one name, chosen once from the features.
+"""Vector registers in Numba: a type `Vec`, operators, and loads and stores.
 
-Kernels are written with vectors of one size, 16 floats or 32 words of 16 bits, whatever the CPU: LLVM splits them over narrower registers.
-A Vec lives in registers; memory is given as an address and an offset in bytes.
+What differs between CPUs is behind one name, chosen once from the features. Kernels use vectors of one size, 16 floats or 32 int16, on
+every CPU: LLVM splits them over narrower registers. A Vec is a value in registers; memory is given as an address and an offset in bytes.
 """
 import operator
 
@@ -20,7 +20,7 @@ FAST = ("reassoc", "contract", "nsz")       # sums may be reordered; infinities 
 
 
 class Vec(types.Type):
-    """`lanes` elements of "i8", "i16", "i32" or "f32" in vector registers."""
+    """A vector of `lanes` elements of "i8", "i16", "i32" or "f32"."""
 
     def __init__(self, element, lanes):
         self.element, self.lanes = element, lanes
@@ -37,29 +37,30 @@ class _VecModel(models.PrimitiveModel):
 f32x8, f32x16, i32x16, i16x32 = Vec("f32", 8), Vec("f32", 16), Vec("i32", 16), Vec("i16", 32)
 
 
-def constant(numbers, element=I32):
-    """An LLVM vector constant."""
-    return ir.Constant(ir.VectorType(element, len(numbers)), list(numbers))
+def constant(values, element=I32):
+    """Make an LLVM vector constant."""
+    return ir.Constant(ir.VectorType(element, len(values)), list(values))
 
 
 def call_llvm(builder, name, result, args):
-    """Call an LLVM intrinsic."""
+    """Emit a call of an LLVM intrinsic."""
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [a.type for a in args]), name)
     return builder.call(function, args)
 
 
 def pointer(builder, address, kind):
+    """Emit a cast of an address to a pointer."""
     return builder.inttoptr(address, kind.as_pointer())
 
 
 def broadcast(builder, value, lanes):
-    """One value in every lane."""
+    """Emit a broadcast of one value to all lanes."""
     first = builder.insert_element(ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, I32(0))
     return builder.shuffle_vector(first, first, constant([0] * lanes))
 
 
 def pack(builder, values):
-    """LLVM values of one type, each a lane of a vector."""
+    """Emit a vector of LLVM values of one type."""
     v = ir.Constant(ir.VectorType(values[0].type, len(values)), ir.Undefined)
     for i, value in enumerate(values):
         v = builder.insert_element(v, value, I32(i))
@@ -67,7 +68,10 @@ def pack(builder, values):
 
 
 def _operator(symbol, on_integers, on_floats=None):
-    """Let `a symbol b` work on vectors; b may be a number, which stands in every lane. >> shifts zeros in."""
+    """Overload `a symbol b` for vectors.
+
+    b may be a scalar, which is broadcast. >> shifts zeros in.
+    """
     @intrinsic
     def operate(typingctx, a, b):
         def codegen(context, builder, signature, args):
@@ -108,29 +112,32 @@ load_floats, load_8_floats, load_4_floats, load_2_floats = _loader(f32x16), _loa
 
 @intrinsic
 def store(typingctx, address, offset, value):
-    """Write a vector, or a number of its own size, at address + offset bytes."""
+    """Store a vector or a scalar at address + offset bytes."""
     def codegen(context, builder, signature, args):
         builder.store(args[2], pointer(builder, builder.add(args[0], args[1]), args[2].type), align=1)
         return context.get_dummy_value()
     return types.void(types.intp, types.intp, value), codegen
 
 
-def _number_at(kind, number):
+def _scalar_at(kind, type_):
     @intrinsic
     def at(typingctx, address, offset):
         def codegen(context, builder, signature, args):
             return builder.load(pointer(builder, builder.add(*args), kind), align=1)
-        return number(types.intp, types.intp), codegen
+        return type_(types.intp, types.intp), codegen
     return at
 
 
-u8_at, u16_at = _number_at(I8, types.uint8), _number_at(I16, types.uint16)
-u32_at, i64_at, float_at = _number_at(I32, types.uint32), _number_at(I64, types.int64), _number_at(F32, types.float32)
+u8_at, u16_at = _scalar_at(I8, types.uint8), _scalar_at(I16, types.uint16)
+u32_at, i64_at, float_at = _scalar_at(I32, types.uint32), _scalar_at(I64, types.int64), _scalar_at(F32, types.float32)
 
 
 @intrinsic
 def prefetch(typingctx, address, offset):
-    """Ask for the cache line at address + offset, into the second-level cache; it need not exist."""
+    """Prefetch the cache line at address + offset into the second-level cache.
+
+    It need not exist.
+    """
     def codegen(context, builder, signature, args):
         byte = pointer(builder, builder.add(*args), I8)
         call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [byte, I32(0), I32(2), I32(1)])
@@ -145,39 +152,39 @@ def _filler(vec):
     return fill
 
 
-floats, eight_floats, four_floats = _filler(f32x16), _filler(f32x8), _filler(Vec("f32", 4))      # a float32 in every lane
+floats, eight_floats, four_floats = _filler(f32x16), _filler(f32x8), _filler(Vec("f32", 4))      # broadcast a float32
 
 
 @intrinsic
 def to_floats(typingctx, v):
-    """Signed integers as floats."""
+    """Convert signed integers to floats."""
     kind = Vec("f32", v.lanes)
     return kind(v), lambda context, builder, signature, args: builder.sitofp(args[0], kind.ir)
 
 
 @intrinsic
 def to_int16(typingctx, v):
-    """Signed bytes as words."""
+    """Widen signed bytes to int16."""
     kind = Vec("i16", v.lanes)
     return kind(v), lambda context, builder, signature, args: builder.sext(args[0], kind.ir)
 
 
 @intrinsic
 def as_int16(typingctx, v):
-    """The same bits as i16x32."""
+    """Reinterpret the bits as i16x32."""
     return i16x32(v), lambda context, builder, signature, args: builder.bitcast(args[0], i16x32.ir)
 
 
 @intrinsic
 def as_int8(typingctx, v):
-    """The same bits as i8x64."""
+    """Reinterpret the bits as i8x64."""
     kind = Vec("i8", 64)
     return kind(v), lambda context, builder, signature, args: builder.bitcast(args[0], kind.ir)
 
 
 @intrinsic
 def signed_high_bytes(typingctx, v):
-    """Words shifted right by eight bits, with their sign."""
+    """Shift int16 right by eight bits, keeping the sign."""
     return i16x32(v), lambda context, builder, signature, args: builder.ashr(args[0], constant([8] * 32, I16))
 
 
@@ -189,7 +196,7 @@ def _join(builder, parts):
 
 @intrinsic
 def join(typingctx, addresses):
-    """A tuple of n addresses -> the 64 / n bytes at each, side by side as i8x64."""
+    """Load 64 / n bytes at each of n addresses and join them to an i8x64."""
     kind = ir.VectorType(I8, 64 // len(addresses))
 
     def codegen(context, builder, signature, args):
@@ -199,7 +206,10 @@ def join(typingctx, addresses):
 
 
 def _extend_halves(builder, bits):
-    """An LLVM vector of float16 as integers -> as floats; without the instruction by moving the exponent's bias, as block.half does."""
+    """Emit a conversion of float16 bits (integers) to floats.
+
+    Without the instruction it moves the exponent's bias, as scalars.half does.
+    """
     n = bits.type.count
     if "f16c" in FEATURES:
         return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), n)), ir.VectorType(F32, n))
@@ -215,7 +225,7 @@ def _extend_halves(builder, bits):
 
 @intrinsic
 def halves(typingctx, addresses):
-    """A tuple of n addresses -> the float16 at each as a vector of floats."""
+    """Load the float16 at each of n addresses as a vector of floats."""
     n = len(addresses)
 
     def codegen(context, builder, signature, args):
@@ -226,7 +236,10 @@ def halves(typingctx, addresses):
 
 @intrinsic
 def two_halves(typingctx, address, offset):
-    """Two float16 in memory as f32x16: the first in the lower eight lanes, the second in the upper ones."""
+    """Load two float16 and broadcast them to the halves of an f32x16.
+
+    The first goes to the lower eight lanes, the second to the upper ones.
+    """
     def codegen(context, builder, signature, args):
         pair = _extend_halves(builder, builder.load(pointer(builder, builder.add(*args), ir.VectorType(I16, 2)), align=1))
         return builder.shuffle_vector(pair, pair, constant([0] * 8 + [1] * 8))
@@ -234,18 +247,18 @@ def two_halves(typingctx, address, offset):
 
 
 @intrinsic
-def vector(typingctx, numbers):
-    """A tuple of float32 as a vector."""
-    n = len(numbers)
+def vector(typingctx, values):
+    """Make a vector of a tuple of float32."""
+    n = len(values)
 
     def codegen(context, builder, signature, args):
         return pack(builder, [builder.extract_value(args[0], i) for i in range(n)])
-    return Vec("f32", n)(numbers), codegen
+    return Vec("f32", n)(values), codegen
 
 
 @intrinsic
-def where_bits(typingctx, bits, number):
-    """i8x64: the number in the lanes whose bit in a uint64 is set, elsewhere zero."""
+def where_bits(typingctx, bits, value):
+    """Return i8x64: a value in lanes whose bit of a uint64 is set, else 0."""
     def codegen(context, builder, signature, args):
         mask = builder.bitcast(args[0], ir.VectorType(ir.IntType(1), 64))
         return builder.select(mask, broadcast(builder, builder.trunc(args[1], I8), 64), constant([0] * 64, I8))
@@ -253,12 +266,15 @@ def where_bits(typingctx, bits, number):
 
 
 def _split(builder, v, lanes):
-    """A vector as a list of narrower ones."""
+    """Split a vector into a list of narrower ones."""
     return [builder.shuffle_vector(v, v, constant(range(i, i + lanes))) for i in range(0, v.type.count, lanes)]
 
 
 def int16_dots(builder, sums, a, b):
-    """sums + a[2i] b[2i] + a[2i+1] b[2i+1]: LLVM values i32x16, i16x32, i16x32 -> i32x16, by the best of this CPU; sums may be None."""
+    """Emit sums + a[2i] b[2i] + a[2i+1] b[2i+1], by the best of this CPU.
+
+    LLVM values i32x16, i16x32, i16x32 -> i32x16; sums may be None.
+    """
     if sums is None:
         if "avx512bw" in FEATURES:
             return call_llvm(builder, "llvm.x86.avx512.pmaddw.d.512", i32x16.ir, [a, b])
@@ -283,13 +299,13 @@ def int16_dots(builder, sums, a, b):
 
 @intrinsic
 def dot(typingctx, a, b):
-    """a[2i] b[2i] + a[2i+1] b[2i+1] of words, as i32x16."""
+    """Compute a[2i] b[2i] + a[2i+1] b[2i+1] of int16, as i32x16."""
     return i32x16(i16x32, i16x32), lambda context, builder, signature, args: int16_dots(builder, None, *args)
 
 
 @intrinsic
 def dot_add(typingctx, sums, a, b):
-    """sums + a[2i] b[2i] + a[2i+1] b[2i+1]"""
+    """Compute sums + a[2i] b[2i] + a[2i+1] b[2i+1]."""
     def codegen(context, builder, signature, args):
         if {"avx512vnni", "avx512bw"} <= FEATURES:      # as text, or LLVM would make two instructions of it to shorten the chain
             return builder.asm(ir.FunctionType(i32x16.ir, [v.type for v in args]), "vpdpwssd $3, $2, $0", "=v,0,v,v", args, False)
@@ -299,14 +315,14 @@ def dot_add(typingctx, sums, a, b):
 
 @intrinsic
 def multiply_add(typingctx, sums, a, b):
-    """sums + a b of floats."""
+    """Compute sums + a b of floats."""
     def codegen(context, builder, signature, args):
         return builder.fadd(builder.fmul(args[1], args[2], flags=FAST), args[0], flags=FAST)
     return sums(sums, sums, sums), codegen
 
 
 def reduce_add(builder, v):
-    """The sum of an LLVM float vector's lanes."""
+    """Emit the sum of an LLVM float vector's lanes."""
     name = f"llvm.vector.reduce.fadd.v{v.type.count}f32"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(F32, [F32, v.type]), name)
     return builder.call(function, [F32(0.0), v], fastmath=("reassoc",))
@@ -314,7 +330,10 @@ def reduce_add(builder, v):
 
 @intrinsic
 def stack_memory(typingctx):
-    """The address of 1 KiB on the stack, the same one for every call at one place."""
+    """Return the address of 1 KiB on the stack.
+
+    The same one for every call at one place.
+    """
     def codegen(context, builder, signature, args):
         memory = cgutils.alloca_once(builder, ir.ArrayType(I8, 1024))
         memory.align = 64
@@ -323,8 +342,11 @@ def stack_memory(typingctx):
 
 
 @intrinsic
-def largest(typingctx, a, b):
-    """The largest magnitude in two float vectors; NaN if there is one. As integers the bits of magnitudes have the same order."""
+def reduce_max_abs(typingctx, a, b):
+    """Return the largest magnitude of two float vectors; NaN if there is one.
+
+    As integers the bits of magnitudes have the same order.
+    """
     def codegen(context, builder, signature, args):
         a, b = (builder.and_(builder.bitcast(v, i32x16.ir), constant([0x7FFFFFFF] * 16)) for v in args)
         top = builder.select(builder.icmp_signed(">", a, b), a, b)
@@ -334,7 +356,7 @@ def largest(typingctx, a, b):
 
 @intrinsic
 def max_abs_lanes(typingctx, a, b):
-    """The larger magnitude in each lane of two float vectors; NaN where there is one."""
+    """Return the larger magnitude in each lane; NaN where there is one."""
     def codegen(context, builder, signature, args):
         x, y = (builder.and_(builder.bitcast(v, i32x16.ir), constant([0x7FFFFFFF] * 16)) for v in args)
         return builder.bitcast(builder.select(builder.icmp_signed(">", x, y), x, y), f32x16.ir)
@@ -342,40 +364,49 @@ def max_abs_lanes(typingctx, a, b):
 
 
 def nearest(builder, v):
-    """An LLVM vector of floats below 2^22 -> the nearest whole numbers as integers, of which only the lower 22 bits mean something."""
-    whole = builder.fadd(v, constant([12582912.0] * v.type.count, F32))        # 1.5 * 2^23, where floats are whole numbers
-    return builder.bitcast(whole, ir.VectorType(I32, v.type.count))
+    """Emit rounding of floats below 2^22 to integers.
+
+    Only the lower 22 bits of the integers are valid.
+    """
+    rounded = builder.fadd(v, constant([12582912.0] * v.type.count, F32))        # 1.5 * 2^23, where floats are integers
+    return builder.bitcast(rounded, ir.VectorType(I32, v.type.count))
 
 
 @intrinsic
 def round_int16(typingctx, a, b, factor):
-    """32 floats times a factor, rounded to nearest even, as words: the even elements, then the odd ones. They must be below 2^15."""
+    """Round 32 floats times a factor to int16, to nearest even.
+
+    Even elements come first, then the odd ones. Products must be below 2^15.
+    """
     def codegen(context, builder, signature, args):
         factor = broadcast(builder, args[2], 16)
-        words = [nearest(builder, builder.fmul(v, factor)) for v in args[:2]]
-        words = [builder.trunc(v, ir.VectorType(I16, 16)) for v in words]
-        return builder.shuffle_vector(*words, constant([*range(0, 32, 2), *range(1, 32, 2)]))
+        values = [nearest(builder, builder.fmul(v, factor)) for v in args[:2]]
+        values = [builder.trunc(v, ir.VectorType(I16, 16)) for v in values]
+        return builder.shuffle_vector(*values, constant([*range(0, 32, 2), *range(1, 32, 2)]))
     return i16x32(f32x16, f32x16, types.float32), codegen
 
 
 @intrinsic
 def store_int16(typingctx, address, v):
-    """Sixteen floats below 2^15 to an address, rounded to nearest even, as words."""
+    """Store sixteen floats below 2^15 as int16, rounded to nearest even."""
     def codegen(context, builder, signature, args):
-        words = builder.trunc(nearest(builder, args[1]), ir.VectorType(I16, 16))
-        builder.store(words, pointer(builder, args[0], words.type), align=1)
+        values = builder.trunc(nearest(builder, args[1]), ir.VectorType(I16, 16))
+        builder.store(values, pointer(builder, args[0], values.type), align=1)
         return context.get_dummy_value()
     return types.void(types.intp, f32x16), codegen
 
 
 @intrinsic
 def sums_of_16(typingctx, v):
-    """The sums of the first and of the last 16 elements of words whose even elements come first: two floats."""
+    """Return the sums of the first and of the last 16 elements, as floats.
+
+    v: int16 whose even elements come first.
+    """
     def codegen(context, builder, signature, args):
         sums = int16_dots(builder, constant([0] * 16), args[0], constant([1] * 32, I16))     # four lanes first, four last, and again
         sums = builder.add(*_split(builder, sums, 8))
-        for apart in (2, 1):
-            sums = builder.add(sums, builder.shuffle_vector(sums, sums, constant([(i + apart) % 8 for i in range(8)])))
+        for distance in (2, 1):
+            sums = builder.add(sums, builder.shuffle_vector(sums, sums, constant([(i + distance) % 8 for i in range(8)])))
         sums = builder.sitofp(sums, f32x8.ir)
         return cgutils.pack_array(builder, [builder.extract_element(sums, I32(i)) for i in (0, 4)])
     return types.UniTuple(types.float32, 2)(i16x32), codegen
@@ -383,15 +414,16 @@ def sums_of_16(typingctx, v):
 
 @intrinsic
 def low_int16(typingctx, v):
-    """The lower halves of i32 as words."""
+    """Truncate int32 to int16."""
     kind = Vec("i16", v.lanes)
     return kind(v), lambda context, builder, signature, args: builder.trunc(args[0], kind.ir)
 
 
 def _register_plan(features):
-    """How many sums fit into the registers beside the operands.
+    """Return the register blocking: as many sums as fit beside the operands.
 
-    Floats in a register; rows, vectors of `products`; 16s of rows, tokens of `int16_products`; rows, 16s of columns of `combine`.
+    Floats of a register; rows, vectors of f32 `tile_products`; groups of 16 rows, tokens of `int16_products`; rows, groups of 16 columns of
+    `matmul_add`.
     """
     if "avx512f" in features:
         return 16, 4, 4, 2, 6, 6, 4     # 32 registers
@@ -400,4 +432,4 @@ def _register_plan(features):
     return 4, 4, 2, 1, 1, 2, 1
 
 
-LANES, ROWS, VECTORS, WORD_ROWS, WORD_TOKENS, COMBINE_ROWS, COMBINE_COLUMNS = _register_plan(FEATURES)
+LANES, ROWS, VECTORS, INT16_ROWS, INT16_TOKENS, GEMM_ROWS, GEMM_COLUMNS = _register_plan(FEATURES)

@@ -1,5 +1,7 @@
 """Threads of parallel regions: how many there are, and how many a region uses."""
+import contextlib
 import os
+import sys
 import warnings
 
 import numba
@@ -24,8 +26,29 @@ if "OMP_WAIT_POLICY" not in os.environ:
 numba.get_num_threads()     # starts the threads, and so defines the symbol that n_threads() calls
 
 
+_cut_off = False        # whether this process was forked after its parent had started GNU OpenMP's threads, which it does not have
+
+
+def _after_fork():
+    global _cut_off
+    with contextlib.suppress(ValueError):       # no threads yet
+        _cut_off = _cut_off or sys.platform == "linux" and numba.threading_layer() == "omp"
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _refuse_after_fork():
+    """Raise an error where numba would end the process with a signal."""
+    if _cut_off:
+        raise PydsaError("This process was forked from one that had loaded a model already, and lacks its threads (OpenMP): load the model "
+                         "after the fork, or start the process anew (multiprocessing's \"spawn\").")
+
+
 def check_threads(n):
     """The number of threads to use: n, or all that there are; a clear error if there are not so many."""
+    _refuse_after_fork()
     most = numba.config.NUMBA_NUM_THREADS
     if n is None:
         return most
@@ -36,6 +59,7 @@ def check_threads(n):
 
 def set_threads(n):
     """Let the kernels that this Python thread calls use n threads."""
+    _refuse_after_fork()
     numba.set_num_threads(n)
 
 

@@ -1,7 +1,7 @@
-"""Top-k: exact, the greatest first and of equals the lowest index, in time linear in the row.
+"""Exact top-k in time linear in the row; ties go to the lowest index.
 
-Of a long row only those are looked at that reach a threshold, the value of a rank in a sample that is lower than the k-th greatest, as
-far as a sample tells. If fewer than k reach it, it was not, and all are looked at.
+Of a long row only candidates at or above a threshold are sorted out: a value of a rank in a sample that is probably lower than the k-th
+largest. If fewer than k values reach it, the whole row is searched.
 """
 import math
 
@@ -13,57 +13,66 @@ from numba.extending import intrinsic
 from pydsa.backends.cpu.arrays import address, floats_at, uints_at
 from pydsa.backends.cpu.jit import inner, kernel
 from pydsa.backends.cpu.scalars import bits_of_float, float_from_bits
-from pydsa.backends.cpu.scratch import own_scratch
+from pydsa.backends.cpu.scratch import thread_scratch
 from pydsa.backends.cpu.simd import F32, I32, INTP, broadcast, call_llvm, constant, f32x16, load_floats, pointer, store
 
 
 LOWEST = np.uint32(0x007FFFFF)      # ordered(-inf)
-EVERY = 16          # one of so many is in the sample
-LONG = 2048         # a row for which a sample pays, if it is also
-TIMES = 4           # times as long as what is chosen
+SAMPLE_STRIDE = 16          # one of this many values is in the sample
+SAMPLED_SIZE = 2048         # the shortest row that is sampled, if it is also
+SAMPLED_RATIO = 4           # times as long as k
 
 
 @intrinsic
 def compress_store(typingctx, v, threshold, index, scores, indices):
-    """Of sixteen floats those >= threshold go to `scores`, side by side, and index + lane to `indices`, int32 -> how many they are."""
+    """Store those of sixteen floats that are >= threshold; return their count.
+
+    Values go to `scores`, contiguous; index + lane goes to `indices`, int32.
+    """
     def codegen(context, builder, signature, args):
         v, threshold, index, scores, indices = args
-        there = builder.fcmp_ordered(">=", v, broadcast(builder, threshold, 16))
-        mask = builder.bitcast(there, ir.IntType(16))
+        reached = builder.fcmp_ordered(">=", v, broadcast(builder, threshold, 16))
+        mask = builder.bitcast(reached, ir.IntType(16))
         with builder.if_then(builder.icmp_unsigned("!=", mask, mask.type(0)), likely=False):
             lanes = builder.add(broadcast(builder, builder.trunc(index, I32), 16), constant(range(16)))
-            for name, numbers, at in (("f32", v, scores), ("i32", lanes, indices)):
+            for name, values, at in (("f32", v, scores), ("i32", lanes, indices)):
                 call_llvm(builder, f"llvm.masked.compressstore.v16{name}", ir.VoidType(),
-                          [numbers, pointer(builder, at, F32 if name == "f32" else I32), there])
+                          [values, pointer(builder, at, F32 if name == "f32" else I32), reached])
         return builder.zext(call_llvm(builder, "llvm.ctpop.i16", mask.type, [mask]), INTP)
     return types.intp(f32x16, types.float32, types.intp, types.intp, types.intp), codegen
 
 
 @inner
 def select(out, row):
-    """The out.size greatest of row, ascending indices, ties to the lowest index; -inf and NaN never; -1 fills the rest."""
+    """Select the indices of the out.size largest values of row, ascending.
+
+    Ties go to the lowest index; -inf and NaN are never selected; -1 fills the rest.
+    """
     n, k = row.size, out.size
-    memory = own_scratch(16 * n + 4 * k + 128)
-    if n < LONG or n < TIMES * k:
+    memory = thread_scratch(16 * n + 4 * k + 128)
+    if n < SAMPLED_SIZE or n < SAMPLED_RATIO * k:
         select_all(out, row, memory)
         return
     scores, indices = memory + 8 * n, memory + 12 * n + 64
-    found = candidates(row, sampled_threshold(row, k, memory), scores, indices)
-    if found < k:
+    n_found = candidates(row, sampled_threshold(row, k, memory), scores, indices)
+    if n_found < k:
         select_all(out, row, memory)
         return
-    select_all(out, floats_at(scores, 1, found)[0], memory)
+    select_all(out, floats_at(scores, 1, n_found)[0], memory)
     for i in range(k):
-        out[i] = uints_at(indices, found)[out[i]] if out[i] >= 0 else -1
+        out[i] = uints_at(indices, n_found)[out[i]] if out[i] >= 0 else -1
 
 
 @inner
 def sampled_threshold(row, k, memory):
-    """A value that more than k of row reach, as far as a sample tells: four standard deviations of its rank below that of the k-th."""
-    n, rank = row.size // EVERY, k / EVERY
+    """Estimate a value that more than k values of row reach, from a sample.
+
+    Its rank in the sample is four standard deviations below that of the k-th largest.
+    """
+    n, rank = row.size // SAMPLE_STRIDE, k / SAMPLE_STRIDE
     keys = uints_at(memory, n)
     for i in range(n):
-        keys[i] = ordered(row[EVERY * i])
+        keys[i] = ordered(row[SAMPLE_STRIDE * i])
     key = key_of_rank(keys, min(int(rank + 4 * math.sqrt(rank)) + 1, n), uints_at(memory + 4 * n, n))[0]
     if key <= LOWEST:
         return np.float32(-np.inf)
@@ -72,7 +81,10 @@ def sampled_threshold(row, k, memory):
 
 @inner
 def candidates(row, threshold, scores, indices):
-    """Those of row that reach a threshold, floats, and their indices, to two addresses with room for row.size + 16 -> how many."""
+    """Store the values of row that reach a threshold, and their indices.
+
+    Both buffers have space for row.size + 16. Returns the count.
+    """
     found, n = 0, row.size
     for s in range(0, n - 15, 16):
         found += compress_store(load_floats(address(row), 4 * s), threshold, s, scores + 4 * found, indices + 4 * found)
@@ -86,7 +98,10 @@ def candidates(row, threshold, scores, indices):
 
 @inner
 def ordered(x):
-    """A uint32 that sorts as the float does; both zeros are equal; NaN is below -inf."""
+    """Map a float to a uint32 that sorts alike.
+
+    Both zeros are equal; NaN is below -inf.
+    """
     if x != x:
         return np.uint32(0)
     if x == 0:
@@ -97,12 +112,15 @@ def ordered(x):
 
 @inner
 def select_all(out, row, memory):
-    """What select() does, by looking at all of row; with 8 row.size bytes of memory."""
+    """Do what select() does by searching all of row.
+
+    memory: 8 row.size bytes.
+    """
     keys, n, valid = uints_at(memory, row.size), row.size, 0
     for s in range(n):
         keys[s] = ordered(row[s])
         valid += keys[s] > LOWEST
-    threshold, n_ties = LOWEST, 0         # room: how many that equal the threshold are chosen
+    threshold, n_ties = LOWEST, 0         # n_ties: how many that equal the threshold are selected
     if valid > out.size:
         threshold, n_ties = key_of_rank(keys, out.size, uints_at(memory + 4 * n, n))
     n = 0
@@ -118,10 +136,10 @@ def select_all(out, row, memory):
 
 
 @inner
-def key_of_rank(keys, rank, rivals):
-    """The rank-th greatest key, and how many that equal it are among the first `rank`; there is room in `rivals` for all keys.
+def key_of_rank(keys, rank, matches):
+    """Find the rank-th largest key, and count its ties in the first `rank`.
 
-    Radix select: eleven bits narrow it down, then the next bits of those that share them.
+    Radix select: eleven bits narrow it down, then the next bits of the keys that share them. `matches` has space for all keys.
     """
     count = np.zeros(2048, np.int64)
     for s in range(keys.size):
@@ -130,26 +148,29 @@ def key_of_rank(keys, rank, rivals):
     threshold, n = np.uint32(digit << 21), 0
     for s in range(keys.size):
         if keys[s] >> np.uint32(21) == digit:
-            rivals[n] = keys[s]
+            matches[n] = keys[s]
             n += 1
     for shift, above in ((10, 21), (0, 10)):
         count[:] = 0
         for i in range(n):
-            if (rivals[i] ^ threshold) >> np.uint32(above) == 0:
-                count[(rivals[i] >> np.uint32(shift)) & np.uint32((1 << (above - shift)) - 1)] += 1
+            if (matches[i] ^ threshold) >> np.uint32(above) == 0:
+                count[(matches[i] >> np.uint32(shift)) & np.uint32((1 << (above - shift)) - 1)] += 1
         digit, n_ties = last_digit(count, n_ties)
         threshold |= np.uint32(digit << shift)
     return threshold, n_ties
 
 
 @inner
-def last_digit(count, wanted):
-    """The digit of the last of so many, from the greatest on, and how many of those with this digit are among them."""
+def last_digit(count, rank):
+    """Return the digit of the key of a rank, and its rank among equal digits.
+
+    Keys are counted from the largest digit on.
+    """
     digit = count.size - 1
-    while count[digit] < wanted:
-        wanted -= count[digit]
+    while count[digit] < rank:
+        rank -= count[digit]
         digit -= 1
-    return digit, wanted
+    return digit, rank
 
 
 @kernel(parallel=True)

@@ -1,4 +1,7 @@
-"""The table of variants: the number formats in which an op has kernels, and when each is chosen."""
+"""The table of variants: number formats with kernels for each op.
+
+It also says when each is chosen.
+"""
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,10 +12,13 @@ from pydsa.backends.cpu.jit import IntpFunction
 
 
 class Gemm(NamedTuple):
-    """A product of many tokens: pack() lays out activations, matmul() multiplies rows of weights with them (linear.py)."""
+    """A matrix product for many tokens (linear.py).
+
+    pack() packs activations, matmul() multiplies rows of weights with them.
+    """
     pack: IntpFunction
     matmul: IntpFunction
-    packed_bytes: int       # that 256 activations of a token take
+    packed_bytes: int       # of 256 activations of a token
 
 
 class Scores(NamedTuple):
@@ -22,25 +28,28 @@ class Scores(NamedTuple):
 
 
 class Mha(NamedTuple):
-    """Attention with keys and values for each head, made from packed latents (mha.py)."""
+    """Attention with keys and values of each head, from latents (mha.py)."""
     tile_bytes: Callable
     pack_latents: IntpFunction
     attend_head: IntpFunction
 
 
 class Variant(NamedTuple):
-    """Kernels of one number format, taken where takes(BlockKernels of a weight, or a cache type) says so."""
+    """Kernels of one number format, and when they are used.
+
+    takes(BlockKernels of a weight, or a cache type) says whether.
+    """
     takes: Callable
     kernels: object
 
 
 def anything(_):
-    """Where no other variant was taken."""
+    """Accept what no other variant took."""
     return True
 
 
-# op -> number format -> Variant; the first one that takes a weight or a cache is its own. Up to GEMV_TOKENS tokens, quantized weights are
-# multiplied as the file stores them instead, with activations in int16 (linear.py, blocks/).
+# op -> number format -> Variant; the first one that takes a weight or a cache is used. Up to GEMV_TOKENS tokens, quantized weights are
+# multiplied as stored in the file instead, with activations in int16 (linear.py, blocks/).
 VARIANTS = {
     "linear": {
         "f32": Variant(lambda w: not w.type.quantized, Gemm(IntpFunction(f32.linear.pack), IntpFunction(f32.linear.matmul), 4 * 256)),
@@ -70,5 +79,8 @@ VARIANTS = {
 
 
 def kernels(op, x):
-    """The kernels of the first variant of an op that takes x, a weight's BlockKernels or a cache type."""
+    """Return the kernels of the first variant of an op that takes x.
+
+    x: a weight's BlockKernels or a cache type.
+    """
     return next(variant.kernels for variant in VARIANTS[op].values() if variant.takes(x))

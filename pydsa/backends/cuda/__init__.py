@@ -13,7 +13,7 @@ from pydsa.backends.cuda.ceilings import measure_ceilings, product_kind  # noqa:
 from pydsa.backends.cuda.device import SIMULATED
 from pydsa.backends.cuda.fuse import fewer_launches
 from pydsa.backends.cuda.indexer import indexer_scores, indexer_select, scatter_mask  # noqa: F401
-from pydsa.backends.cuda.launch import Kernel
+from pydsa.backends.cuda.launch import Kernel, compile_all
 from pydsa.backends.cuda.linear import head_linear, linear  # noqa: F401
 from pydsa.backends.cuda.mha import mha_attention, mha_sparse_attention  # noqa: F401
 from pydsa.backends.cuda.moe import moe_down, moe_gate_up, moe_route  # noqa: F401
@@ -26,6 +26,7 @@ from pydsa.backends.cuda.variants import VARIANTS  # noqa: F401
 from pydsa.errors import PydsaError
 
 FLOAT = np.float32
+WEIGHTS_FIRST = True        # before kernels are compiled, whose list is that of the calls with them
 OLDEST = 8, 0       # compute capability: of A100 and of GeForce 30, the first with the tensor instructions that f16x2 uses
 
 
@@ -37,7 +38,7 @@ def check_device():
                          f"{OLDEST[0]}.{OLDEST[1]} or later (A100, GeForce 30 and newer).")
 
 
-def device_in_words():
+def describe_device():
     """What the GPU is and has; PydsaError if there is none."""
     check_device()
     free, total = gpu.memory()
@@ -68,8 +69,8 @@ def timed(calls):
     return gpu.time_each([functools.partial(op, *args) for op, args in calls])
 
 
-def compile_calls(calls, progress=None):
-    """Compile the kernels that `calls`, pairs of an op and its arguments, will launch, and those that sample, without launching any.
+def compile_calls(bind, progress=None):
+    """Compile the kernels that the calls of bind(), pairs of an op and its arguments, will launch, and those that sample.
 
     progress(done, total, name) is called before each.
     """
@@ -78,24 +79,22 @@ def compile_calls(calls, progress=None):
             return a.shape, a.dtype
         return a.type if isinstance(a, Weight) else a.storage if isinstance(a, CacheRows) else None
 
-    wanted = {}
+    wanted, calls = {}, bind()
     for op, args in calls:
         wanted.setdefault((op, tuple(map(kind, args))), args)
-    Kernel.only_compile = True
+    Kernel.listed = {}
     try:
-        for done, ((op, _), args) in enumerate(wanted.items()):
-            if progress is not None:
-                progress(done, len(wanted), op.__name__)
+        for (op, _), args in wanted.items():
             op(*args)
         ops = {op for op, _ in calls}
         for launch in fewer_launches([(op, args, 0) for op, args in calls]):
             if launch.func not in ops:      # not an op left as it is
                 launch()
         pick(empty((1,), np.int32), empty((1,), np.int64), 0, empty((1, 1), np.float32), 1, 1.0, 0.0, 1.0, 0.0)
+        listed = list(Kernel.listed.values())
     finally:
-        Kernel.only_compile = False
-    if progress is not None:
-        progress(len(wanted), len(wanted), "")
+        Kernel.listed = None
+    compile_all(listed, progress)
 
 
 def entry_point(function, args):

@@ -1,16 +1,20 @@
 """Kernels and how they are launched: one signature each, compiled when it is first needed and kept on disk."""
 import contextlib
 import functools
+import importlib
 import importlib.metadata
+import pickle
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numba
 from numba import cuda
 
 from pydsa.backends.cuda.array import DeviceArray, gpu
 from pydsa.backends.cuda.device import SIMULATED
-from pydsa.kernel_cache import cache_folder, kept
+from pydsa.compiling import Job, collecting_paused, compile_jobs, interrupts_held
+from pydsa.kernel_cache import cache_folder, kept, read
 
 
 if not SIMULATED:
@@ -41,7 +45,7 @@ class Kernel:
     bounds: threads of a block, and how many blocks must fit into a processor at a time, which limits their registers.
     """
 
-    only_compile = False        # for all kernels: whether calls compile and launch nothing
+    listed = None       # for all kernels: a dict {name: Kernel}, to which calls add and launch nothing; or None
 
     def __init__(self, function, signature, threads, blocks):
         self.function, self.signature, self.threads, self.bounds = function, signature, threads, (threads, blocks)
@@ -58,9 +62,19 @@ class Kernel:
         return self._kept("cubin", capability, lambda: self._assembled(capability))
 
     def _kept(self, form, capability, make):
-        if not self.function.__module__.startswith("pydsa."):       # the folder is not one of its source's
-            return make()
-        return kept(_folder() / f"{self.__name__}.sm_{capability[0]}{capability[1]}.{form}", make)
+        return kept(self._path(form, capability), make) if self._ours else make()
+
+    def _path(self, form, capability):
+        return _folder() / f"{self.__name__}.sm_{capability[0]}{capability[1]}.{form}"
+
+    @property
+    def _ours(self):
+        """Whether the folder is one of its source's."""
+        return self.function.__module__.startswith("pydsa.")
+
+    def is_missing(self, capability):
+        """Whether its machine code is to be made yet, and to be kept."""
+        return self._ours and read(self._path("cubin", capability)) is None
 
     def _compiled(self, capability):
         with _device_functions_for(capability):
@@ -89,12 +103,12 @@ class Kernel:
         return cuda.jit(self.function)
 
     def __call__(self, grid, *args):
-        if SIMULATED:
-            if not Kernel.only_compile:
-                self._simulated[grid, self.threads](*(a.simulated if isinstance(a, DeviceArray) else a for a in args))
-            return
-        function, parameters = self._loaded
-        if not Kernel.only_compile:
+        if Kernel.listed is not None:
+            Kernel.listed[self.__name__] = self
+        elif SIMULATED:
+            self._simulated[grid, self.threads](*(a.simulated if isinstance(a, DeviceArray) else a for a in args))
+        else:
+            function, parameters = self._loaded
             values = []
             for a in args:
                 if isinstance(a, DeviceArray):
@@ -103,6 +117,40 @@ class Kernel:
                     values.append(a)
             grid = grid if isinstance(grid, tuple) else (grid,)
             gpu.launch(function, grid + (1,) * (3 - len(grid)), self.threads, parameters, values)
+
+    def load(self):
+        """Give its machine code to the driver, now and not when it is first launched."""
+        if not SIMULATED:
+            self._loaded
+
+
+def compile_all(kernels, progress=None):
+    """Make the machine code of kernels and give it to the driver.
+
+    What is not kept yet is made in several processes. progress(done, total, name) is called before each.
+    """
+    missing = [] if SIMULATED else [k for k in kernels if k.is_missing(gpu.capability)]
+    jobs = [Job(k.__name__, len(k.function.__code__.co_code), __name__, "make",
+                pickle.dumps((k.function.__module__, k.__name__, gpu.capability))) for k in missing]
+    n_here = len(kernels) - len(missing)
+
+    def report(done, name):
+        if progress is not None:
+            progress(n_here + done, len(kernels), name)
+
+    with interrupts_held() as check, collecting_paused():
+        compile_jobs(jobs, _folder(), numba.config.NUMBA_NUM_THREADS, report, check)
+        for done, k in enumerate(kernels):
+            check()
+            report(done - n_here, k.__name__)
+            k.load()
+    report(len(missing), "")
+
+
+def make(module, name, capability):
+    """Make and keep the machine code of a module's Kernel: what a Job asks for."""
+    importlib.import_module(module)
+    KERNELS[name].cubin(capability)
 
 
 def _kinds(kind, axes):

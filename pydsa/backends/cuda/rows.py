@@ -50,6 +50,8 @@ def weight(tensor):
     w = Weight(padded, tensor.type, tensor.shape, tensor.data.shape[-1])
     if len(tensor.shape) > 1:
         return w
+    if tensor.type == "F32":
+        return padded[:n].view(np.float32)
     values = empty((1, *tensor.shape), np.float32)
     get_rows(values, w._replace(row_bytes=tensor.data.nbytes), upload(np.zeros(1, np.int32)))
     return values.flat

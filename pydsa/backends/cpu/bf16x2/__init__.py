@@ -1,2 +1,2 @@
-"""Kernels in AMX tiles of bfloat16, two for each number: caches of f16 and bf16."""
+"""Kernels in AMX tiles of bfloat16 pairs, for caches of f16 and bf16."""
 from pydsa.backends.cpu.bf16x2 import attention, indexer  # noqa: F401

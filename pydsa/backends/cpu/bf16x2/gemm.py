@@ -1,8 +1,11 @@
-"""Products of panels of bfloat16 pairs in AMX tiles: of the four products of two numbers the three largest are taken."""
+"""Matrix products of panels of bfloat16 pairs in AMX tiles.
+
+Of the four products of two pairs the three largest are computed; low times low is left out.
+"""
 from numba import types
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.amx import A_0, AHEAD, B_0, LOW_PARTS, STEP, SUMS, call_amx, fetch
+from pydsa.backends.cpu.amx import A_0, AHEAD, B_0, LOW_PARTS, STEP, TILE_BYTES, call_amx, prefetch_line
 from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.simd import I8, INTP, pointer
 
@@ -10,9 +13,10 @@ from pydsa.backends.cpu.simd import I8, INTP, pointer
 def _make_products(rows, columns):
     @intrinsic
     def products(typingctx, a, a_panel, b, b_panel, n_steps, sums, sums_row, fresh, ahead):
-        """Tile i, j of sums (+)= panel i of a . panel j of b over n_steps > 0 steps; panels and rows of tiles lie so many bytes apart.
+        """Compute tile[i, j] (+)= A panel i . B panel j over n_steps > 0 steps.
 
-        fresh: the sums begin at zero. With every step the next 512 bytes from `ahead` on are fetched into the second-level cache.
+        a_panel, b_panel: strides of panels; sums_row: stride of a row of tiles; in bytes. fresh: the sums start at zero. In each step the
+        next 512 bytes from `ahead` on are prefetched into the second-level cache.
         """
         def codegen(context, builder, signature, args):
             a, a_panel, b, b_panel, n_steps, sums, sums_row, fresh, ahead = args
@@ -22,7 +26,7 @@ def _make_products(rows, columns):
                     base = builder.add(base, offset)
                 return pointer(builder, base, I8)
 
-            cells = [(i, j, at(sums, builder.mul(sums_row, INTP(i)), INTP(SUMS * j))) for i in range(rows) for j in range(columns)]
+            cells = [(i, j, at(sums, builder.mul(sums_row, INTP(i)), INTP(TILE_BYTES * j))) for i in range(rows) for j in range(columns)]
             with builder.if_else(fresh) as (then, otherwise):
                 with then:
                     for i, j, _ in cells:
@@ -43,7 +47,7 @@ def _make_products(rows, columns):
 
             def multiply(part):
                 for i in part:
-                    fetch(builder, at(ahead, builder.mul(step, INTP(AHEAD)), INTP(64 * i)))
+                    prefetch_line(builder, at(ahead, builder.mul(step, INTP(AHEAD)), INTP(64 * i)))
                 for i, j, _ in cells:
                     call_amx(builder, "tdpbf16ps", I8(2 * i + j), I8(A_0 + i), I8(B_0 + j))
 
@@ -70,13 +74,14 @@ _two_by_two, _two_by_one, _one_by_two, _one_by_one = (_make_products(i, j) for i
 
 @inner
 def panel_products(a, a_panel, n_a, b, b_panel, n_b, n_steps, sums, fresh, ahead):
-    """sums[i][j] (+)= panel i of a . panel j of b for i < n_a, j < n_b: n_a rows of n_b tiles.
+    """Compute tile[i, j] (+)= A panel i . B panel j for i < n_a, j < n_b.
 
-    Meanwhile what is needed next is fetched into the second-level cache: from `ahead` on, n_steps * AHEAD bytes for every 2 x 2 tiles.
+    sums: n_a rows of n_b tiles. What is needed next is prefetched into the second-level cache meanwhile: n_steps * AHEAD bytes from `ahead`
+    on for every 2 x 2 tiles.
     """
     for j in range(0, n_b, 2):
         for i in range(0, n_a, 2):
-            ai, bj, cell, row = a + i * a_panel, b + j * b_panel, sums + SUMS * (i * n_b + j), SUMS * n_b
+            ai, bj, cell, row = a + i * a_panel, b + j * b_panel, sums + TILE_BYTES * (i * n_b + j), TILE_BYTES * n_b
             if n_a - i > 1 and n_b - j > 1:
                 _two_by_two(ai, a_panel, bj, b_panel, n_steps, cell, row, fresh, ahead)
             elif n_a - i > 1:

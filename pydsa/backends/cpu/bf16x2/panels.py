@@ -1,4 +1,7 @@
-"""Panels of AMX operands: each float32 as two bfloat16, high and low, which keep 16 of its 24 bits."""
+"""Pack float32 as bfloat16 pairs, high and low, for AMX.
+
+A pair keeps 16 of the 24 bits.
+"""
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -12,7 +15,10 @@ _UPPER = constant([0xFFFF0000] * 16)
 
 
 def _pair(builder, even, odd):
-    """The upper halves of two words, (even >> 16) | (odd & _UPPER), in an instruction that LLVM makes no slower shuffle of."""
+    """Emit (even >> 16) | (odd & _UPPER): the upper halves of two 32-bit vectors.
+
+    The intrinsic keeps LLVM from making a slower shuffle of it.
+    """
     even, odd = (builder.bitcast(v, i32x16.ir) for v in (even, odd))
     even = builder.lshr(even, constant([16] * 16))
     return call_llvm(builder, "llvm.x86.avx512.pternlog.d.512", even.type, [even, odd, _UPPER, I32(0xF8)])
@@ -20,21 +26,22 @@ def _pair(builder, even, odd):
 
 @intrinsic
 def split(typingctx, even, odd):
-    """Two f32x16 -> the bfloat16 nearest to each number, and of what remains; a pair of numbers in each of sixteen 32-bit words.
+    """Split two f32x16 into bfloat16 pairs: the nearest, and the remainder.
 
-    What is not finite has a part that is not.
+    Each of the two results holds a pair (even, odd) in each of sixteen 32-bit lanes. A value that is not finite yields a part that is not
+    finite.
     """
     def codegen(context, builder, signature, args):
         high = [builder.add(builder.bitcast(v, i32x16.ir), constant([0x8000] * 16)) for v in args]
         low = [builder.fsub(v, builder.bitcast(builder.and_(h, _UPPER), v.type)) for v, h in zip(args, high)]
-        low = [builder.fmul(v, constant([1.0 + 2.0 ** -8.5] * 16, F32)) for v in low]     # half of what is cut off, on average; NaN stays
+        low = [builder.fmul(v, constant([1.0 + 2.0 ** -8.5] * 16, F32)) for v in low]     # adds half of what is cut off, on average
         return cgutils.pack_array(builder, [_pair(builder, *high), _pair(builder, *low)])
     return types.UniTuple(i32x16, 2)(f32x16, f32x16), codegen
 
 
 @inline
 def store_bf16x2(at, even, odd):
-    """Sixteen pairs of a panel's row: the 64 bytes at an address, and their low parts."""
+    """Store sixteen pairs of a panel's row: 64 bytes at `at`, and the low parts."""
     high, low = split(even, odd)
     store(at, 0, high)
     store(at, LOW_PARTS, low)

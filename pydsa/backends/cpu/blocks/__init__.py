@@ -1,4 +1,7 @@
-"""Kernels of GGUF blocks as the file stores them, a file for each family of types: dequantize, unpack, dot."""
+"""Kernels of GGUF blocks as stored in the file, a module for each family.
+
+Their parts are dequantize, unpack, dot.
+"""
 from pydsa.backends.cpu.blocks import floats, kquants, legacy, tables
 
 

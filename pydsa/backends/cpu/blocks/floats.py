@@ -1,4 +1,7 @@
-"""F32, F16, BF16: one element a block. Also what cache rows are made of, so they quantize too."""
+"""F32, F16, BF16: one element a block.
+
+They are cache types too, so they also quantize.
+"""
 import numpy as np
 from numba import carray
 
@@ -31,7 +34,7 @@ def dequantize_bf16(source, n, target):
 
 
 def quantize_bf16(source, n, target):
-    """The upper half of a float32, rounded to nearest even; NaN stays NaN."""
+    """Round float32 to its upper half, to nearest even; NaN stays NaN."""
     values, out = carray(source, (n,)), carray(target, (n,))
     for i in range(n):
         bits = bits_of_float(values[i])

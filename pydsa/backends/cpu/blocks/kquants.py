@@ -1,17 +1,18 @@
-"""Q2_K to Q6_K: blocks of 256 whose sub-blocks have scales of their own, themselves quantized.
+"""Q2_K to Q6_K: blocks of 256 values in sub-blocks with quantized scales.
 
-Q4_K and Q5_K: eight sub-blocks of 32, each with a 6-bit scale and a 6-bit minimum packed in `scales`. Q6_K: sixteen of 16, int8 scales.
-Q3_K: sixteen of 16, 6-bit scales. Q2_K: sixteen of 16, a 4-bit scale and a 4-bit minimum each.
+Q4_K and Q5_K: eight sub-blocks of 32, each with a 6-bit scale and a 6-bit min packed in `scales`. Q6_K: sixteen of 16, int8 scales. Q3_K:
+sixteen of 16, 6-bit scales. Q2_K: sixteen of 16, a 4-bit scale and a 4-bit min each.
 
-The vector code takes 64 bytes as 32 words: some bits of each word are an even element, the same of its upper byte the odd one after it.
+The vector code reads 64 bytes as 32 int16: some bits of the lower byte are an even element, the same bits of the upper byte the odd element
+after it.
 """
 import numpy as np
 from numba import carray
 
-from pydsa.backends.cpu.blocks.block import MINS_16, SCALES, SUPERBLOCK, entry, places
+from pydsa.backends.cpu.blocks.block import MINS_16, SCALES, SUPERBLOCK, entry, inverse
 from pydsa.backends.cpu.blocks.dots import AHEAD, dot_pair, dot_rows, store_halves
 from pydsa.backends.cpu.jit import inline, inner
-from pydsa.backends.cpu.lanes import both_halves, halves_int16, picked, shifted, spread, spread_int16, upper_half, widened
+from pydsa.backends.cpu.lanes import both_halves, gather_bytes, gather_u32, halves_int16, padded_to_16, spread, spread_int16, upper_half
 from pydsa.backends.cpu.scalars import half, half_at
 from pydsa.backends.cpu.simd import (eight_floats, floats, load_8_floats, load_16_bytes, load_floats, load_int16, low_int16, multiply_add,
                                      prefetch, store, to_floats, to_int16, two_halves)
@@ -23,7 +24,10 @@ Q2_K, Q3_K, Q4_K, Q5_K, Q6_K = (TYPES[name].n_bytes for name in ("Q2_K", "Q3_K",
 
 @inner
 def scale_and_min(packed, j):
-    """The 6-bit scale and minimum of sub-block j: 0..3 lie whole in bytes j and j + 4, 4..7 in nibbles with their top bits above those."""
+    """Unpack the 6-bit scale and min of sub-block j.
+
+    Sub-blocks 0 to 3 are stored whole in bytes j and j + 4; 4 to 7 in nibbles, with their top bits above those of the first four.
+    """
     if j < 4:
         return packed[j] & 63, packed[j + 4] & 63
     return (packed[j + 4] & 15) | ((packed[j - 4] >> 6) << 4), (packed[j + 4] >> 4) | ((packed[j] >> 6) << 4)
@@ -34,9 +38,9 @@ def dequantize_q4_k(source, n, target):
     for i in range(n):
         d, dmin, packed, qs = half(blocks[i].d), half(blocks[i].dmin), blocks[i].scales, blocks[i].qs
         for pair in range(4):
-            scale, low = scale_and_min(packed, 2 * pair)
-            scale1, low1 = scale_and_min(packed, 2 * pair + 1)
-            d0, m0, d1, m1 = d * np.float32(scale), dmin * np.float32(low), d * np.float32(scale1), dmin * np.float32(low1)
+            scale0, min0 = scale_and_min(packed, 2 * pair)
+            scale1, min1 = scale_and_min(packed, 2 * pair + 1)
+            d0, m0, d1, m1 = d * np.float32(scale0), dmin * np.float32(min0), d * np.float32(scale1), dmin * np.float32(min1)
             for j in range(32):
                 q = qs[32 * pair + j]
                 out[i, pair, 0, j] = d0 * np.float32(q & 15) - m0
@@ -48,9 +52,9 @@ def dequantize_q5_k(source, n, target):
     for i in range(n):
         d, dmin, packed, qs, qh = half(blocks[i].d), half(blocks[i].dmin), blocks[i].scales, blocks[i].qs, blocks[i].qh
         for pair in range(4):
-            scale, low = scale_and_min(packed, 2 * pair)
-            scale1, low1 = scale_and_min(packed, 2 * pair + 1)
-            d0, m0, d1, m1 = d * np.float32(scale), dmin * np.float32(low), d * np.float32(scale1), dmin * np.float32(low1)
+            scale0, min0 = scale_and_min(packed, 2 * pair)
+            scale1, min1 = scale_and_min(packed, 2 * pair + 1)
+            d0, m0, d1, m1 = d * np.float32(scale0), dmin * np.float32(min0), d * np.float32(scale1), dmin * np.float32(min1)
             for j in range(32):
                 q, high = qs[32 * pair + j], qh[j] >> (2 * pair)
                 out[i, pair, 0, j] = d0 * np.float32((q & 15) | ((high & 1) << 4)) - m0
@@ -62,11 +66,11 @@ def dequantize_q6_k(source, n, target):
     for i in range(n):
         d, scales, ql, qh = half(blocks[i].d), blocks[i].scales, blocks[i].ql, blocks[i].qh
         for part in range(2):
-            for sixteen in range(0, 32, 16):
-                at = 8 * part + sixteen // 16
+            for first in range(0, 32, 16):
+                at = 8 * part + first // 16
                 d0, d1, d2, d3 = (d * np.float32(scales[at]), d * np.float32(scales[at + 2]),
                                   d * np.float32(scales[at + 4]), d * np.float32(scales[at + 6]))
-                for j in range(sixteen, sixteen + 16):
+                for j in range(first, first + 16):
                     a, b, high = ql[64 * part + j], ql[64 * part + 32 + j], qh[32 * part + j]
                     out[i, part, 0, j] = d0 * six_bits(a & 15, high & 3)
                     out[i, part, 1, j] = d1 * six_bits(b & 15, (high >> 2) & 3)
@@ -76,7 +80,7 @@ def dequantize_q6_k(source, n, target):
 
 @inner
 def six_bits(low, high):
-    """A number from -32 to 31, as a float."""
+    """Join four low bits and two high bits to a float from -32 to 31."""
     return np.float32(low) + np.float32(high) * np.float32(16) - np.float32(32)
 
 
@@ -94,7 +98,10 @@ def dequantize_q2_k(source, n, target):
 
 @inner
 def six_bit_scale(packed, j):
-    """The 6-bit scale of sub-block j of Q3_K: four bits in a nibble of the first eight bytes, two in the last four."""
+    """Unpack the 6-bit scale of sub-block j of Q3_K.
+
+    Four bits are in a nibble of the first eight bytes, two in the last four.
+    """
     low, high = (packed[j % 8] >> (4 * (j // 8))) & 15, (packed[8 + j % 4] >> (2 * (j // 4))) & 3
     return np.float32(low) + np.float32(16) * np.float32(high) - np.float32(32)
 
@@ -111,40 +118,53 @@ def dequantize_q3_k(source, n, target):
                     out[i, part, k, j] = d * six_bit_scale(packed, 8 * part + 2 * k + j // 16) * q
 
 
-# The scales and then the minima of Q4_K, as scale_and_min finds them: their lower bits, and the upper two of every second four
-LOWER_BITS = picked([4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15], [0] * 12 + [4] * 4, ([63] * 4 + [15] * 4) * 2)
-UPPER_BITS = picked([4, 5, 6, 7] * 2 + [8, 9, 10, 11] * 2, [2] * 16, ([0] * 4 + [48] * 4) * 2)
+# The scales and then the mins of Q4_K, as scale_and_min unpacks them: their lower bits, and the upper two bits of the last four of each
+LOWER_BITS = gather_bytes([4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15], [0] * 12 + [4] * 4, ([63] * 4 + [15] * 4) * 2)
+UPPER_BITS = gather_bytes([4, 5, 6, 7] * 2 + [8, 9, 10, 11] * 2, [2] * 16, ([0] * 4 + [48] * 4) * 2)
 
 
 @inline
 def scales_and_mins(at):
-    """scale_and_min of all eight sub-blocks, times d and dmin, which lie before them: eight scales, then eight minima, as f32x16."""
+    """Unpack all eight scales, times d, and all eight mins, times dmin.
+
+    As f32x16: the scales, then the mins. d and dmin precede them in memory.
+    """
     return to_floats(LOWER_BITS(at, 0) | UPPER_BITS(at, 0)) * two_halves(at, 0)
 
 
 FIRST, SECOND, THIRD, FOURTH = spread(0, 2), spread(1, 3), spread(4, 6), spread(5, 7)
-# 64 bytes hold, for sub-blocks s and s + 2 in low nibbles: the even elements of both, then the odd ones; and s + 1, s + 3 in the high ones
-BY_NIBBLES = places(*[16 * part + 4 * s + 2 * odd + i for part in (0, 1) for nibble in (0, 1) for odd in (0, 1)
-                      for s in (nibble, nibble + 2) for i in (0, 1)])
+# 64 bytes hold, for sub-blocks s and s + 2 in low nibbles: the even elements of both, then the odd ones; s + 1 and s + 3 are in the high
+# ones
+BY_NIBBLES = inverse(*[16 * part + 4 * s + 2 * odd + i for part in (0, 1) for nibble in (0, 1) for odd in (0, 1)
+                       for s in (nibble, nibble + 2) for i in (0, 1)])
 
 
 @inline
 def store_pairs(superblock, at, first, second, even, odd):
-    """Words of sub-blocks first and second, even elements and odd ones, from the offset `at` of a chunk on."""
+    """Store int16 of two sub-blocks, even and odd elements, to a superblock.
+
+    `at`: the offset of the superblock's half; first, second: the sub-blocks within it.
+    """
     store_halves(superblock, at + 64 * first, at + 64 * second, even)
     store_halves(superblock, at + 64 * first + 32, at + 64 * second + 32, odd)
 
 
 @inline
 def four_bits(at, part):
-    """128 elements of Q4_K as four vectors of words: low nibbles even, odd, high nibbles even, odd."""
+    """Unpack 128 elements of Q4_K to four int16 vectors.
+
+    Low nibbles even, odd; high nibbles even, odd.
+    """
     q = load_int16(at, 16 + 64 * part)
     return q & 15, (q >> 8) & 15, (q >> 4) & 15, q >> 12
 
 
 @inline
 def add_halves(a, b, first, second, xi, scales):
-    """Two sums and a chunk more: 128 elements and 128 others, each as four vectors of words, and scales for every two of these."""
+    """Add a superblock's products to two sums.
+
+    first, second: 128 elements each as four int16 vectors; scales: a vector for every two of these.
+    """
     a = dot_pair(a, first[0], first[1], xi, 0, scales[0])
     b = dot_pair(b, first[2], first[3], xi, 128, scales[1])
     a = dot_pair(a, second[0], second[1], xi, 256, scales[2])
@@ -157,7 +177,7 @@ def add_q4_k(sums, row, i, n, x):
     at, xi = row + Q4_K * i, x + SUPERBLOCK * i
     for line in range(0, Q4_K, 64):
         prefetch(at, AHEAD + line)
-    scales = scales_and_mins(at) * load_floats(xi, SCALES)       # with the activations' scales, and lows behind them
+    scales = scales_and_mins(at) * load_floats(xi, SCALES)       # times the activations' scales, and mins times sums of activations
     spread_scales = FIRST(scales), SECOND(scales), THIRD(scales), FOURTH(scales)
     a, b = add_halves(sums[0], sums[1], four_bits(at, 0), four_bits(at, 1), xi, spread_scales)
     return a, b, sums[2] + scales
@@ -165,8 +185,8 @@ def add_q4_k(sums, row, i, n, x):
 
 @inline
 def total_with_mins(sums):
-    """Of Q4_K and Q5_K."""
-    return sums[0] + sums[1] - widened(upper_half(sums[2]))
+    """Sum up Q4_K or Q5_K: products minus mins."""
+    return sums[0] + sums[1] - padded_to_16(upper_half(sums[2]))
 
 
 def dot_q4_k(rows, n_rows, n, x, out):
@@ -175,7 +195,7 @@ def dot_q4_k(rows, n_rows, n, x, out):
 
 
 def unpack_q4_k(source, n, superblock):
-    store(superblock, SCALES, scales_and_mins(source))        # and the lows, which lie behind the scales
+    store(superblock, SCALES, scales_and_mins(source))        # and MINS, which follow SCALES
     for part in range(2):
         w, v, y, z = four_bits(source, part)
         store_pairs(superblock, 256 * part, 0, 2, w, v)
@@ -184,7 +204,10 @@ def unpack_q4_k(source, n, superblock):
 
 @inline
 def five_bits(at, part):
-    """128 elements of Q5_K as four vectors of words: low nibbles even, odd, high nibbles even, odd."""
+    """Unpack 128 elements of Q5_K to four int16 vectors.
+
+    Low nibbles even, odd; high nibbles even, odd.
+    """
     q = load_int16(at, 48 + 64 * part)
     fifth = both_halves(at, 16) >> halves_int16(np.int16(4 * part), np.int16(4 * part + 2))
     return ((q & 15) | ((fifth << 4) & 16), ((q >> 8) & 15) | ((fifth >> 4) & 16),
@@ -196,7 +219,7 @@ def add_q5_k(sums, row, i, n, x):
     at, xi = row + Q5_K * i, x + SUPERBLOCK * i
     for line in range(0, Q5_K, 64):
         prefetch(at, AHEAD + line)
-    scales = scales_and_mins(at) * load_floats(xi, SCALES)       # with the activations' scales, and lows behind them
+    scales = scales_and_mins(at) * load_floats(xi, SCALES)       # times the activations' scales, and mins times sums of activations
     spread_scales = FIRST(scales), SECOND(scales), THIRD(scales), FOURTH(scales)
     a, b = add_halves(sums[0], sums[1], five_bits(at, 0), five_bits(at, 1), xi, spread_scales)
     return a, b, sums[2] + scales
@@ -208,7 +231,7 @@ def dot_q5_k(rows, n_rows, n, x, out):
 
 
 def unpack_q5_k(source, n, superblock):
-    store(superblock, SCALES, scales_and_mins(source))        # and the lows, which lie behind the scales
+    store(superblock, SCALES, scales_and_mins(source))        # and MINS, which follow SCALES
     for part in range(2):
         w, v, y, z = five_bits(source, part)
         store_pairs(superblock, 256 * part, 0, 2, w, v)
@@ -216,17 +239,20 @@ def unpack_q5_k(source, n, superblock):
 
 
 TWICE = spread(*range(8))
-# Q6_K: sub-blocks s and s + 1 share 64 bytes' low nibbles, s + 2 and s + 3 the high ones
-BY_NEIGHBOURS = places(*[16 * part + 8 * nibble + 4 * s + 2 * odd + i for part in (0, 1) for nibble in (0, 1) for odd in (0, 1)
-                         for s in (0, 1) for i in (0, 1)])
+# Q6_K: sub-blocks s and s + 1 share the low nibbles of 64 bytes, s + 2 and s + 3 the high ones
+BY_NEIGHBOURS = inverse(*[16 * part + 8 * nibble + 4 * s + 2 * odd + i for part in (0, 1) for nibble in (0, 1) for odd in (0, 1)
+                          for s in (0, 1) for i in (0, 1)])
 Q6_A, Q6_B, Q6_C, Q6_D = spread(0, 1, 2, 3), spread(4, 5, 6, 7), spread(8, 9, 10, 11), spread(12, 13, 14, 15)
-WORDS_A, WORDS_B = spread_int16(0, 1, 2, 3), spread_int16(4, 5, 6, 7)
-WORDS_C, WORDS_D = spread_int16(8, 9, 10, 11), spread_int16(12, 13, 14, 15)
+I16_A, I16_B = spread_int16(0, 1, 2, 3), spread_int16(4, 5, 6, 7)
+I16_C, I16_D = spread_int16(8, 9, 10, 11), spread_int16(12, 13, 14, 15)
 
 
 @inline
 def unsigned_six_bits(at, part):
-    """128 elements of Q6_K, each 32 too large, as four vectors of words: low nibbles even, odd, high nibbles even, odd."""
+    """Unpack 128 elements of Q6_K, each plus 32, to four int16 vectors.
+
+    Low nibbles even, odd; high nibbles even, odd.
+    """
     q = load_int16(at, 64 * part)
     high = both_halves(at, 128 + 32 * part) >> halves_int16(np.int16(0), np.int16(2))
     return ((q & 15) | ((high << 4) & 48), ((q >> 8) & 15) | ((high >> 4) & 48),
@@ -239,11 +265,11 @@ def add_q6_k(sums, row, i, n, x):
     for line in range(0, Q6_K, 64):
         prefetch(at, AHEAD + line)
     scales = to_floats(load_16_bytes(at, 192)) * half_at(at, 208)
-    low = multiply_add(sums[2], scales, load_floats(xi, MINS_16))
+    mins = multiply_add(sums[2], scales, load_floats(xi, MINS_16))
     scales = scales * TWICE(load_8_floats(xi, SCALES))
     spread_scales = Q6_A(scales), Q6_B(scales), Q6_C(scales), Q6_D(scales)
     a, b = add_halves(sums[0], sums[1], unsigned_six_bits(at, 0), unsigned_six_bits(at, 1), xi, spread_scales)
-    return a, b, low
+    return a, b, mins
 
 
 @inline
@@ -260,31 +286,37 @@ def unpack_q6_k(source, n, superblock):
     store(superblock, SCALES, eight_floats(half_at(source, 208)))
     scales = to_int16(load_16_bytes(source, 192))
     w, v, y, z = unsigned_six_bits(source, 0)
-    store_pairs(superblock, 0, 0, 1, (w - 32) * WORDS_A(scales), (v - 32) * WORDS_A(scales))
-    store_pairs(superblock, 0, 2, 3, (y - 32) * WORDS_B(scales), (z - 32) * WORDS_B(scales))
+    store_pairs(superblock, 0, 0, 1, (w - 32) * I16_A(scales), (v - 32) * I16_A(scales))
+    store_pairs(superblock, 0, 2, 3, (y - 32) * I16_B(scales), (z - 32) * I16_B(scales))
     w, v, y, z = unsigned_six_bits(source, 1)
-    store_pairs(superblock, 256, 0, 1, (w - 32) * WORDS_C(scales), (v - 32) * WORDS_C(scales))
-    store_pairs(superblock, 256, 2, 3, (y - 32) * WORDS_D(scales), (z - 32) * WORDS_D(scales))
+    store_pairs(superblock, 256, 0, 1, (w - 32) * I16_C(scales), (v - 32) * I16_C(scales))
+    store_pairs(superblock, 256, 2, 3, (y - 32) * I16_D(scales), (z - 32) * I16_D(scales))
 
 
 # Q2_K and Q3_K: 64 bytes hold sub-blocks k and 4 + k in their bits 2k and 2k + 1: the even elements of both, then the odd ones
-BY_PARTS = places(*[16 * part + 4 * k + 2 * odd + i for k in range(4) for odd in (0, 1) for part in (0, 1) for i in (0, 1)])
+BY_PARTS = inverse(*[16 * part + 4 * k + 2 * odd + i for k in range(4) for odd in (0, 1) for part in (0, 1) for i in (0, 1)])
 PART_0, PART_1, PART_2, PART_3 = (spread(2 * k, 2 * k + 1, 8 + 2 * k, 9 + 2 * k) for k in range(4))
-WORDS_0, WORDS_1, WORDS_2, WORDS_3 = (spread_int16(2 * k, 2 * k + 1, 8 + 2 * k, 9 + 2 * k) for k in range(4))
+I16_0, I16_1, I16_2, I16_3 = (spread_int16(2 * k, 2 * k + 1, 8 + 2 * k, 9 + 2 * k) for k in range(4))
 
 
 @inline
 def sum_of_parts(sums):
-    """The sum of products with elements left at their bits: 1, 4, 16 and 64 times too large."""
+    """Sum products with elements that were not shifted down.
+
+    They are 1, 4, 16 and 64 times too large.
+    """
     return sums[0] + sums[1] * np.float32(1 / 4) + sums[2] * np.float32(1 / 16) + sums[3] * np.float32(1 / 64)
 
 
 @inline
-def add_parts(sums, low, even, odd, xi, scales):
-    """Four sums and a chunk more, with what is taken off them: the even elements of each part as a vector of words, and the odd ones."""
+def add_parts(sums, mins, even, odd, xi, scales):
+    """Add a superblock's products to four sums; `mins` replaces the fifth.
+
+    even, odd: the even and the odd elements of each part as int16 vectors.
+    """
     a, b, c, e, _ = sums
     return (dot_pair(a, even[0], odd[0], xi, 0, PART_0(scales)), dot_pair(b, even[1], odd[1], xi, 128, PART_1(scales)),
-            dot_pair(c, even[2], odd[2], xi, 256, PART_2(scales)), dot_pair(e, even[3], odd[3], xi, 384, PART_3(scales)), low)
+            dot_pair(c, even[2], odd[2], xi, 256, PART_2(scales)), dot_pair(e, even[3], odd[3], xi, 384, PART_3(scales)), mins)
 
 
 @inline
@@ -293,11 +325,11 @@ def add_q2_k(sums, row, i, n, x):
     prefetch(at, AHEAD)
     prefetch(at, AHEAD + 64)
     packed = load_16_bytes(at, 0)
-    low = multiply_add(sums[4], to_floats(packed >> 4) * half_at(at, 82), load_floats(xi, MINS_16))
+    mins = multiply_add(sums[4], to_floats(packed >> 4) * half_at(at, 82), load_floats(xi, MINS_16))
     scales = to_floats(packed & 15) * half_at(at, 80) * TWICE(load_8_floats(xi, SCALES))
     even = load_int16(at, 16)
     odd = even >> 8
-    return add_parts(sums, low, (even & 3, even & 12, even & 48, even & 192), (odd & 3, odd & 12, odd & 48, odd & 192), xi, scales)
+    return add_parts(sums, mins, (even & 3, even & 12, even & 48, even & 192), (odd & 3, odd & 12, odd & 48, odd & 192), xi, scales)
 
 
 @inline
@@ -316,37 +348,40 @@ def unpack_q2_k(source, n, superblock):
     store(superblock, MINS_16, to_floats(packed >> 4) * half_at(source, 82))
     scales, even = to_int16(packed & 15), load_int16(source, 16)
     odd = even >> 8
-    store_pairs(superblock, 0, 0, 4, (even & 3) * WORDS_0(scales), (odd & 3) * WORDS_0(scales))
-    store_pairs(superblock, 0, 1, 5, ((even >> 2) & 3) * WORDS_1(scales), ((odd >> 2) & 3) * WORDS_1(scales))
-    store_pairs(superblock, 0, 2, 6, ((even >> 4) & 3) * WORDS_2(scales), ((odd >> 4) & 3) * WORDS_2(scales))
-    store_pairs(superblock, 0, 3, 7, ((even >> 6) & 3) * WORDS_3(scales), ((odd >> 6) & 3) * WORDS_3(scales))
+    store_pairs(superblock, 0, 0, 4, (even & 3) * I16_0(scales), (odd & 3) * I16_0(scales))
+    store_pairs(superblock, 0, 1, 5, ((even >> 2) & 3) * I16_1(scales), ((odd >> 2) & 3) * I16_1(scales))
+    store_pairs(superblock, 0, 2, 6, ((even >> 4) & 3) * I16_2(scales), ((odd >> 4) & 3) * I16_2(scales))
+    store_pairs(superblock, 0, 3, 7, ((even >> 6) & 3) * I16_3(scales), ((odd >> 6) & 3) * I16_3(scales))
 
 
-LOW_FOUR_BITS = shifted([0] * 4 + [1] * 4 + [0] * 4 + [1] * 4, [0, 8, 16, 24] * 2 + [4, 12, 20, 28] * 2)
-HIGH_TWO_BITS = shifted([0] * 16, [8 * (j % 4) + 2 * (j // 4) for j in range(16)])
+LOW_FOUR_BITS = gather_u32([0] * 4 + [1] * 4 + [0] * 4 + [1] * 4, [0, 8, 16, 24] * 2 + [4, 12, 20, 28] * 2)
+HIGH_TWO_BITS = gather_u32([0] * 16, [8 * (j % 4) + 2 * (j // 4) for j in range(16)])
 
 
 @inline
 def six_bit_scales(at):
-    """six_bit_scale of all sixteen sub-blocks of a block of Q3_K, as i32x16."""
+    """Unpack all sixteen 6-bit scales of a block of Q3_K, as i32x16."""
     return ((LOW_FOUR_BITS(at, 96) & 15) | ((HIGH_TWO_BITS(at, 104) & 3) << 4)) - 32
 
 
 @inline
-def exchanged(a, b, bits):
-    """a with some bits of b."""
+def blended(a, b, bits):
+    """Replace some bits of a by those of b."""
     return (a & ~bits) | (b & bits)
 
 
 @inline
 def three_bits(at):
-    """The 256 elements of Q3_K with their third bits: even ones of k = 0 and 2, of k = 1 and 3, then odd ones; at bits 2k to 2k + 2."""
+    """Unpack the 256 elements of Q3_K, at bits 2k to 2k + 2.
+
+    Even elements of k = 0 and 2, of k = 1 and 3, then odd ones.
+    """
     low = load_int16(at, 32)
     high = (both_halves(at, 0) >> halves_int16(np.int16(0), np.int16(4))) & 0x0F0F        # in each byte: bit k
     high = (high | (high << 2)) & 0x3333
     high = (high | (high << 1)) & 0x5555                                                # bit 2k
     low_odd, high_odd, high = low >> 8, high >> 6, high << 2
-    return exchanged(low, high, 0x44), exchanged(low, high, 0x110), exchanged(low_odd, high_odd, 0x44), exchanged(low_odd, high_odd, 0x110)
+    return blended(low, high, 0x44), blended(low, high, 0x110), blended(low_odd, high_odd, 0x44), blended(low_odd, high_odd, 0x110)
 
 
 @inline
@@ -355,10 +390,10 @@ def add_q3_k(sums, row, i, n, x):
     prefetch(at, AHEAD)
     prefetch(at, AHEAD + 64)
     scales = to_floats(six_bit_scales(at)) * half_at(at, 108)
-    low = multiply_add(sums[4], scales, load_floats(xi, MINS_16))
+    mins = multiply_add(sums[4], scales, load_floats(xi, MINS_16))
     scales = scales * TWICE(load_8_floats(xi, SCALES))
     w, v, y, z = three_bits(at)
-    return add_parts(sums, low, (w & 7, v & 28, w & 112, v & 448), (y & 7, z & 28, y & 112, z & 448), xi, scales)
+    return add_parts(sums, mins, (w & 7, v & 28, w & 112, v & 448), (y & 7, z & 28, y & 112, z & 448), xi, scales)
 
 
 @inline
@@ -375,10 +410,10 @@ def unpack_q3_k(source, n, superblock):
     store(superblock, SCALES, eight_floats(half_at(source, 108)))
     scales = low_int16(six_bit_scales(source))
     w, v, y, z = three_bits(source)
-    store_pairs(superblock, 0, 0, 4, ((w & 7) - 4) * WORDS_0(scales), ((y & 7) - 4) * WORDS_0(scales))
-    store_pairs(superblock, 0, 1, 5, (((v >> 2) & 7) - 4) * WORDS_1(scales), (((z >> 2) & 7) - 4) * WORDS_1(scales))
-    store_pairs(superblock, 0, 2, 6, (((w >> 4) & 7) - 4) * WORDS_2(scales), (((y >> 4) & 7) - 4) * WORDS_2(scales))
-    store_pairs(superblock, 0, 3, 7, (((v >> 6) & 7) - 4) * WORDS_3(scales), (((z >> 6) & 7) - 4) * WORDS_3(scales))
+    store_pairs(superblock, 0, 0, 4, ((w & 7) - 4) * I16_0(scales), ((y & 7) - 4) * I16_0(scales))
+    store_pairs(superblock, 0, 1, 5, (((v >> 2) & 7) - 4) * I16_1(scales), (((z >> 2) & 7) - 4) * I16_1(scales))
+    store_pairs(superblock, 0, 2, 6, (((w >> 4) & 7) - 4) * I16_2(scales), (((y >> 4) & 7) - 4) * I16_2(scales))
+    store_pairs(superblock, 0, 3, 7, (((v >> 6) & 7) - 4) * I16_3(scales), (((z >> 6) & 7) - 4) * I16_3(scales))
 
 
 KERNELS = {

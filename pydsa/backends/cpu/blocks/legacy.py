@@ -5,11 +5,11 @@ Nibble j of qs is element j (low) and j + 16 (high); bit j of qh is the fifth bi
 import numpy as np
 from numba import carray
 
-from pydsa.backends.cpu.blocks.block import MINS, SCALES, entry, places
-from pydsa.backends.cpu.blocks.dots import (AHEAD, BY_QUARTERS, add_quad, alone, dot_pair, dot_rows, four_blocks, joined, next_blocks,
-                                            nibbles, store_halves, store_quad, superblock_at, unsigned_quad)
+from pydsa.backends.cpu.blocks.block import MINS, SCALES, entry, inverse
+from pydsa.backends.cpu.blocks.dots import (AHEAD, BY_QUARTERS, add_quad, dot_pair, dot_rows, four_blocks, join_blocks, next_blocks,
+                                            nibbles, single_sum, store_halves, store_quad, superblock_at, unsigned_quad)
 from pydsa.backends.cpu.jit import IntpFunction, inline, inner
-from pydsa.backends.cpu.lanes import spread, widened
+from pydsa.backends.cpu.lanes import padded_to_16, spread
 from pydsa.backends.cpu.scalars import half, half_at
 from pydsa.backends.cpu.simd import (as_int16, floats, four_floats, halves, join, load_2_floats, load_4_floats, load_16_bytes, multiply_add,
                                      prefetch, signed_high_bytes, store, to_floats, u32_at, where_bits)
@@ -39,13 +39,13 @@ def dequantize_q4_1(source, n, target):
 
 @inner
 def fifth_bits(qh):
-    """The four bytes of qh as one integer."""
+    """Load the four bytes of qh as one integer."""
     return np.uint32(qh[0]) | np.uint32(qh[1]) << np.uint32(8) | np.uint32(qh[2]) << np.uint32(16) | np.uint32(qh[3]) << np.uint32(24)
 
 
 @inner
 def fifth_bit(bits, j):
-    """What bit j adds to element j: 0 or 16."""
+    """Return the fifth bit's value for element j: 0 or 16."""
     return np.float32(np.int32((bits >> np.uint32(j)) & np.uint32(1))) * np.float32(16)
 
 
@@ -77,7 +77,10 @@ def dequantize_q8_0(source, n, target):
 
 @inline
 def fifth_bit_bytes(addresses, offset):
-    """The fifth bits of four blocks where they belong: 16 or 0 in the bytes of elements 0 to 15, then of 16 to 31."""
+    """Expand the fifth bits of four blocks to bytes of 16 or 0.
+
+    Two vectors: for elements 0 to 15 of each block, and for 16 to 31.
+    """
     a, b = np.uint64(u32_at(addresses[0], offset)), np.uint64(u32_at(addresses[1], offset))
     c, d = np.uint64(u32_at(addresses[2], offset)), np.uint64(u32_at(addresses[3], offset))
     m, s1, s2, s3 = np.uint64(0xFFFF), np.uint64(16), np.uint64(32), np.uint64(48)
@@ -88,30 +91,36 @@ def fifth_bit_bytes(addresses, offset):
 
 @inline
 def quad_4(addresses, offset):
-    """128 elements of four bits, as unsigned_quad gives them."""
-    low, high = nibbles(joined(addresses, offset))
+    """Unpack 128 elements of four bits, in the layout of unsigned_quad."""
+    low, high = nibbles(join_blocks(addresses, offset))
     return unsigned_quad(low, high)
 
 
 @inline
 def quad_5(addresses, offset):
-    """128 elements of five bits, whose fifth bits lie before the others."""
-    low, high = nibbles(joined(addresses, offset))
+    """Unpack 128 elements of five bits, in the layout of unsigned_quad.
+
+    The fifth bits precede the nibbles in memory.
+    """
+    low, high = nibbles(join_blocks(addresses, offset))
     low_fifth, high_fifth = fifth_bit_bytes(addresses, offset - 4)
     return unsigned_quad(low | low_fifth, high | high_fifth)
 
 
 @inline
-def lifted(w, zero):
-    """Four vectors of words without their zero point."""
+def subtract_zero(w, zero):
+    """Subtract the zero point from four int16 vectors."""
     return w[0] - zero, w[1] - zero, w[2] - zero, w[3] - zero
 
 
 @inline
 def add_mins(sums, mins, x, i):
-    """sums + lows times the sums of the i-th to (i + 3)-rd 32 of a row of chunks."""
-    xi, _, number = superblock_at(x, i)
-    return multiply_add(sums, mins, load_4_floats(xi, MINS + number))
+    """Return sums + mins times the sums of groups i to i + 3 (of 32) of x.
+
+    x: a row of superblocks of activations.
+    """
+    xi, _, min_offset = superblock_at(x, i)
+    return multiply_add(sums, mins, load_4_floats(xi, MINS + min_offset))
 
 
 @inline
@@ -122,7 +131,7 @@ def add_q4_0(sums, row, i, n, x):
 
 @inline
 def total_q4_0(sums):
-    return sums[0] - widened(sums[1]) * np.float32(8)
+    return sums[0] - padded_to_16(sums[1]) * np.float32(8)
 
 
 def dot_q4_0(rows, n_rows, n, x, out):
@@ -133,7 +142,7 @@ def unpack_q4_0(source, n, superblock):
     for i in range(0, n, 4):
         at = four_blocks(source, Q4_0, i, n)
         store(superblock, SCALES + 4 * i, halves(at))
-        store_quad(superblock, 64 * i, lifted(quad_4(at, 2), 8))
+        store_quad(superblock, 64 * i, subtract_zero(quad_4(at, 2), 8))
 
 
 @inline
@@ -144,7 +153,7 @@ def add_q5_0(sums, row, i, n, x):
 
 @inline
 def total_q5_0(sums):
-    return sums[0] - widened(sums[1]) * np.float32(16)
+    return sums[0] - padded_to_16(sums[1]) * np.float32(16)
 
 
 def dot_q5_0(rows, n_rows, n, x, out):
@@ -155,12 +164,12 @@ def unpack_q5_0(source, n, superblock):
     for i in range(0, n, 4):
         at = four_blocks(source, Q5_0, i, n)
         store(superblock, SCALES + 4 * i, halves(at))
-        store_quad(superblock, 64 * i, lifted(quad_5(at, 6), 16))
+        store_quad(superblock, 64 * i, subtract_zero(quad_5(at, 6), 16))
 
 
 @inline
 def offsets(addresses):
-    """The m of four blocks, which lie behind their d."""
+    """Load the m of four blocks, which follow their d."""
     return halves((addresses[0] + 2, addresses[1] + 2, addresses[2] + 2, addresses[3] + 2))
 
 
@@ -172,8 +181,8 @@ def add_q4_1(sums, row, i, n, x):
 
 @inline
 def total_with_offsets(sums):
-    """Of Q4_1 and Q5_1."""
-    return sums[0] + widened(sums[1])
+    """Sum up Q4_1 or Q5_1: products plus offsets."""
+    return sums[0] + padded_to_16(sums[1])
 
 
 def dot_q4_1(rows, n_rows, n, x, out):
@@ -207,19 +216,25 @@ def unpack_q5_1(source, n, superblock):
 
 
 # Q8_0, two blocks at a time: the even elements of both, then the odd ones
-BY_TWO = places(*[8 * pair + 4 * block + 2 * odd + i for pair in range(4) for odd in (0, 1) for block in (0, 1) for i in (0, 1)])
+BY_TWO = inverse(*[8 * pair + 4 * block + 2 * odd + i for pair in range(4) for odd in (0, 1) for block in (0, 1) for i in (0, 1)])
 TWO = spread(0, 1)
 
 
 @inline
 def two_blocks(row, i, n):
-    """The addresses of blocks i and i + 1 of a row of n; the last block stands for the one that is not there."""
+    """Return the addresses of blocks i and i + 1 of a row of n.
+
+    Padded by repeating the last block.
+    """
     return row + Q8_0 * i, row + Q8_0 * min(i + 1, n - 1)
 
 
 @inline
 def even_and_odd(addresses):
-    """The elements of two blocks of Q8_0 as two vectors of words."""
+    """Widen the elements of two blocks of Q8_0 to two int16 vectors.
+
+    The even elements of both blocks, then the odd ones.
+    """
     v = as_int16(join((addresses[0] + 2, addresses[1] + 2)))
     return signed_high_bytes(v << 8), signed_high_bytes(v)
 
@@ -228,13 +243,13 @@ def even_and_odd(addresses):
 def add_q8_0(sums, row, i, n, x):
     at = two_blocks(row, i, n)
     prefetch(at[0], AHEAD)
-    xi, words, number = superblock_at(x, i)
+    xi, int16_offset, scale_offset = superblock_at(x, i)
     even, odd = even_and_odd(at)
-    return dot_pair(sums, even, odd, xi, words, TWO(halves(at) * load_2_floats(xi, SCALES + number)))
+    return dot_pair(sums, even, odd, xi, int16_offset, TWO(halves(at) * load_2_floats(xi, SCALES + scale_offset)))
 
 
 def dot_q8_0(rows, n_rows, n, x, out):
-    dot_rows(add_q8_0, alone, floats(np.float32(0)), Q8_0 * n, 2, rows, n_rows, n, x, out)
+    dot_rows(add_q8_0, single_sum, floats(np.float32(0)), Q8_0 * n, 2, rows, n_rows, n, x, out)
 
 
 def unpack_q8_0(source, n, superblock):

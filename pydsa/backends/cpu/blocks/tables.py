@@ -1,16 +1,16 @@
-"""IQ4_NL, IQ4_XS, MXFP4: four bits choose one of sixteen values, which one instruction looks up for all lanes.
+"""IQ4_NL, IQ4_XS, MXFP4: four bits index a table of sixteen values.
 
-IQ4_NL and MXFP4 are blocks of 32 with one scale d, in MXFP4 a power of two; IQ4_XS has 256, and a 6-bit scale for each 32.
-Nibble j of the 16 bytes of a 32 is element j (low) and j + 16 (high).
+One instruction looks up all lanes. IQ4_NL and MXFP4 are blocks of 32 with one scale d, in MXFP4 a power of two; IQ4_XS has 256 values, and
+a 6-bit scale for each 32. Nibble j of the 16 bytes of a group of 32 is element j (low) and j + 16 (high).
 """
 import numpy as np
 from numba import carray
 
 from pydsa.backends.cpu.blocks.block import SCALES, SUPERBLOCK, entry
-from pydsa.backends.cpu.blocks.dots import (AHEAD, BY_QUARTERS, add_quad, alone, dot_quad, dot_rows, four_blocks, joined, next_blocks,
-                                            nibbles, signed_quad, store_quad)
+from pydsa.backends.cpu.blocks.dots import (AHEAD, BY_QUARTERS, add_quad, dot_quad, dot_rows, four_blocks, join_blocks, next_blocks,
+                                            nibbles, signed_quad, single_sum, store_quad)
 from pydsa.backends.cpu.jit import inline
-from pydsa.backends.cpu.lanes import lookup, lower_half, shifted, upper_half
+from pydsa.backends.cpu.lanes import gather_u32, lookup, lower_half, upper_half
 from pydsa.backends.cpu.scalars import half, half_at
 from pydsa.backends.cpu.simd import floats, halves, load_8_floats, load_64_bytes, prefetch, store, to_floats, u8_at, vector
 from pydsa.quants import IQ4_LEVELS, MXFP4_LEVELS, TYPES
@@ -18,8 +18,8 @@ from pydsa.quants import IQ4_LEVELS, MXFP4_LEVELS, TYPES
 
 IQ4_NL, IQ4_XS, MXFP4 = (TYPES[name].n_bytes for name in ("IQ4_NL", "IQ4_XS", "MXFP4"))      # bytes of a block
 
-AS_LEVELS, AS_HALVES = lookup(IQ4_LEVELS), lookup(MXFP4_LEVELS)
-LEVEL, HALF = np.float32(IQ4_LEVELS), np.float32(MXFP4_LEVELS)
+lookup_iq4, lookup_mxfp4 = lookup(IQ4_LEVELS), lookup(MXFP4_LEVELS)
+IQ4, MXFP4_HALVES = np.float32(IQ4_LEVELS), np.float32(MXFP4_LEVELS)
 POWERS = np.ldexp(np.float32(1), np.arange(-128, 128)).astype(np.float32)     # e -> the scale of MXFP4_LEVELS, half of 2^(e - 127)
 
 
@@ -28,8 +28,8 @@ def dequantize_iq4_nl(source, n, target):
     for i in range(n):
         d, qs = half(blocks[i].d), blocks[i].qs
         for j in range(16):
-            out[i, j] = d * LEVEL[qs[j] & 15]
-            out[i, j + 16] = d * LEVEL[qs[j] >> 4]
+            out[i, j] = d * IQ4[qs[j] & 15]
+            out[i, j + 16] = d * IQ4[qs[j] >> 4]
 
 
 def dequantize_iq4_xs(source, n, target):
@@ -40,8 +40,8 @@ def dequantize_iq4_xs(source, n, target):
             scale = ((low[k // 2] >> (4 * (k % 2))) & 15) | (((high >> (2 * k)) & 3) << 4)
             dk = d * (np.float32(scale) - np.float32(32))
             for j in range(16):
-                out[i, k, j] = dk * LEVEL[qs[16 * k + j] & 15]
-                out[i, k, j + 16] = dk * LEVEL[qs[16 * k + j] >> 4]
+                out[i, k, j] = dk * IQ4[qs[16 * k + j] & 15]
+                out[i, k, j + 16] = dk * IQ4[qs[16 * k + j] >> 4]
 
 
 def dequantize_mxfp4(source, n, target):
@@ -49,47 +49,50 @@ def dequantize_mxfp4(source, n, target):
     for i in range(n):
         d, qs = POWERS[blocks[i].e], blocks[i].qs
         for j in range(16):
-            out[i, j] = d * HALF[qs[j] & 15]
-            out[i, j + 16] = d * HALF[qs[j] >> 4]
+            out[i, j] = d * MXFP4_HALVES[qs[j] & 15]
+            out[i, j + 16] = d * MXFP4_HALVES[qs[j] >> 4]
 
 
 @inline
-def levels(v):
-    """64 bytes of four 32s of IQ4 as four vectors of words in the order of BY_QUARTERS."""
+def iq4_quad(v):
+    """Look up 128 elements of IQ4 as four int16 vectors (BY_QUARTERS).
+
+    v: the 64 bytes of four groups of 32.
+    """
     low, high = nibbles(v)
-    return signed_quad(AS_LEVELS(low), AS_LEVELS(high))
+    return signed_quad(lookup_iq4(low), lookup_iq4(high))
 
 
 @inline
-def twice_fractions(v):
-    """The same of MXFP4."""
+def mxfp4_quad(v):
+    """Look up 128 elements of MXFP4, times two, as four int16 vectors."""
     low, high = nibbles(v)
-    return signed_quad(AS_HALVES(low), AS_HALVES(high))
+    return signed_quad(lookup_mxfp4(low), lookup_mxfp4(high))
 
 
 @inline
 def add_iq4_nl(sums, row, i, n, x):
     at = next_blocks(row, IQ4_NL, i, n)
-    return add_quad(sums, levels(joined(at, 2)), x, i, halves(at))
+    return add_quad(sums, iq4_quad(join_blocks(at, 2)), x, i, halves(at))
 
 
 def dot_iq4_nl(rows, n_rows, n, x, out):
-    dot_rows(add_iq4_nl, alone, floats(np.float32(0)), IQ4_NL * n, 4, rows, n_rows, n, x, out)
+    dot_rows(add_iq4_nl, single_sum, floats(np.float32(0)), IQ4_NL * n, 4, rows, n_rows, n, x, out)
 
 
 def unpack_iq4_nl(source, n, superblock):
     for i in range(0, n, 4):
         at = four_blocks(source, IQ4_NL, i, n)
         store(superblock, SCALES + 4 * i, halves(at))
-        store_quad(superblock, 64 * i, levels(joined(at, 2)))
+        store_quad(superblock, 64 * i, iq4_quad(join_blocks(at, 2)))
 
 
-FOUR_BITS, TWO_BITS = shifted([0] * 8, range(0, 32, 4)), shifted([0] * 8, range(16, 32, 2))
+FOUR_BITS, TWO_BITS = gather_u32([0] * 8, range(0, 32, 4)), gather_u32([0] * 8, range(16, 32, 2))
 
 
 @inline
 def scales_of_8(at):
-    """The scales of all eight 32s of a block of IQ4_XS, f32x8."""
+    """Unpack the scales of a block of IQ4_XS, one for each 32, as f32x8."""
     return to_floats(((FOUR_BITS(at, 4) & 15) | ((TWO_BITS(at, 0) & 3) << 4)) - 32) * half_at(at, 0)
 
 
@@ -100,8 +103,8 @@ def add_iq4_xs(sums, row, i, n, x):
     for line in range(0, IQ4_XS, 64):
         prefetch(at, AHEAD + line)
     scales = scales_of_8(at) * load_8_floats(xi, SCALES)
-    a = dot_quad(a, levels(load_64_bytes(at, 8)), xi, 0, lower_half(scales))
-    b = dot_quad(b, levels(load_64_bytes(at, 72)), xi, 256, upper_half(scales))
+    a = dot_quad(a, iq4_quad(load_64_bytes(at, 8)), xi, 0, lower_half(scales))
+    b = dot_quad(b, iq4_quad(load_64_bytes(at, 72)), xi, 256, upper_half(scales))
     return a, b
 
 
@@ -117,13 +120,13 @@ def dot_iq4_xs(rows, n_rows, n, x, out):
 
 def unpack_iq4_xs(source, n, superblock):
     store(superblock, SCALES, scales_of_8(source))
-    store_quad(superblock, 0, levels(load_64_bytes(source, 8)))
-    store_quad(superblock, 256, levels(load_64_bytes(source, 72)))
+    store_quad(superblock, 0, iq4_quad(load_64_bytes(source, 8)))
+    store_quad(superblock, 256, iq4_quad(load_64_bytes(source, 72)))
 
 
 @inline
-def powers(addresses):
-    """The scales of four blocks of MXFP4."""
+def mxfp4_scales(addresses):
+    """Look up the scales of four blocks of MXFP4."""
     a, b, c, d = addresses
     return vector((POWERS[u8_at(a, 0)], POWERS[u8_at(b, 0)], POWERS[u8_at(c, 0)], POWERS[u8_at(d, 0)]))
 
@@ -131,18 +134,18 @@ def powers(addresses):
 @inline
 def add_mxfp4(sums, row, i, n, x):
     at = next_blocks(row, MXFP4, i, n)
-    return add_quad(sums, twice_fractions(joined(at, 1)), x, i, powers(at))
+    return add_quad(sums, mxfp4_quad(join_blocks(at, 1)), x, i, mxfp4_scales(at))
 
 
 def dot_mxfp4(rows, n_rows, n, x, out):
-    dot_rows(add_mxfp4, alone, floats(np.float32(0)), MXFP4 * n, 4, rows, n_rows, n, x, out)
+    dot_rows(add_mxfp4, single_sum, floats(np.float32(0)), MXFP4 * n, 4, rows, n_rows, n, x, out)
 
 
 def unpack_mxfp4(source, n, superblock):
     for i in range(0, n, 4):
         at = four_blocks(source, MXFP4, i, n)
-        store(superblock, SCALES + 4 * i, powers(at))
-        store_quad(superblock, 64 * i, twice_fractions(joined(at, 1)))
+        store(superblock, SCALES + 4 * i, mxfp4_scales(at))
+        store_quad(superblock, 64 * i, mxfp4_quad(join_blocks(at, 1)))
 
 
 KERNELS = {

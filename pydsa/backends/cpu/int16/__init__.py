@@ -1,2 +1,5 @@
-"""Kernels in int16 by vectors: quantized weights, and index keys of int8, on CPUs without AMX."""
+"""Kernels in int16 vectors, on CPUs without AMX.
+
+For quantized weights, and for index keys of int8.
+"""
 from pydsa.backends.cpu.int16 import indexer, linear  # noqa: F401

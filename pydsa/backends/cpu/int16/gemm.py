@@ -1,105 +1,134 @@
-"""A register-blocked product of superblocks of int16 with their scales."""
-from llvmlite import ir
+"""Register-blocked matrix products of superblocks of int16 with scales."""
 from numba import types
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.blocks.block import MINS, MINS_16, SCALES, SUPERBLOCK
-from pydsa.backends.cpu.simd import F32, FAST, I16, I32, WORD_ROWS, WORD_TOKENS, broadcast, constant, int16_dots, pointer
+from pydsa.backends.cpu.simd import (F32, FAST, I32, INT16_ROWS, INT16_TOKENS, INTP, broadcast, constant, f32x16, i16x32, i32x16,
+                                     int16_dots, pointer)
 
 
-TILE_ROWS = 16 * WORD_ROWS          # rows that int16_products takes at a time
+TILE_ROWS = 16 * INT16_ROWS          # rows that int16_products takes at a time
 
 
-# A tile is 16 rows of chunks with the 16 x 16 four-byte cells of every 64 bytes turned over: the cells of one column lie side by side.
+# A tile is 16 rows of superblocks in which each 64-byte column is transposed as 16 x 16 cells of four bytes: the cells of one column are
+# contiguous.
 TILE = 16 * SUPERBLOCK
+
+
+class _Emitter:
+    """Emits the loops of int16_products, for a block of tiles x tokens."""
+
+    def __init__(self, builder, n_tiles, n_tokens, tiles, x_at, x_offset):
+        self.builder, self.tiles = builder, tiles
+        self.n_tiles, self.n_tokens = n_tiles, n_tokens
+        self.pairs = [(r, t) for r in range(n_tiles) for t in range(n_tokens)]
+        self.xs = self.table(x_at, x_offset)
+
+    def load(self, kind, address, align=4):
+        return self.builder.load(pointer(self.builder, address, kind), align=align)
+
+    def table(self, base, offset):
+        """Load the tokens' addresses from an array, and add an offset."""
+        b = self.builder
+        return [b.add(self.load(INTP, b.add(base, INTP(8 * t)), 8), offset) for t in range(self.n_tokens)]
+
+    def cell(self, table, r, t):
+        return self.builder.add(table[t], INTP(64 * r))
+
+    def loop(self, n, sums, body):
+        """Emit sums = body(i, sums) for i < n."""
+        b = self.builder
+        before, head, inside, after = b.block, *(b.append_basic_block(name) for name in ("head", "inside", "after"))
+        b.branch(head)
+        b.position_at_end(head)
+        i = b.phi(INTP)
+        i.add_incoming(INTP(0), before)
+        phis = [b.phi(s.type) for s in sums]
+        for phi, s in zip(phis, sums):
+            phi.add_incoming(s, before)
+        b.cbranch(b.icmp_signed("<", i, n), inside, after)
+        b.position_at_end(inside)
+        new = body(i, phis)
+        for phi, s in zip(phis, new):
+            phi.add_incoming(s, b.block)
+        i.add_incoming(b.add(i, INTP(1)), b.block)
+        b.branch(head)
+        b.position_at_end(after)
+        return phis
+
+    def start(self, before_at, offset):
+        """Emit the sums so far, or zeros if there are none."""
+        b = self.builder
+        with b.if_else(b.icmp_signed("!=", before_at, INTP(0))) as (then, otherwise):
+            with then:
+                before = self.table(before_at, offset)
+                loaded, then_block = [self.load(f32x16.ir, self.cell(before, r, t)) for r, t in self.pairs], b.block
+            with otherwise:
+                otherwise_block = b.block
+        sums = [b.phi(f32x16.ir) for _ in self.pairs]
+        for phi, value in zip(sums, loaded):
+            phi.add_incoming(value, then_block)
+            phi.add_incoming(constant([0.0] * 16, F32), otherwise_block)
+        return sums
+
+    def dots(self, i):
+        """Emit the dot products of group i of 32, as int32."""
+        b = self.builder
+        tile, xs = b.add(self.tiles, b.mul(i, INTP(1024))), [b.add(x, b.mul(i, INTP(64))) for x in self.xs]
+
+        def body(k, sums):      # not unrolled: LLVM would make two instructions of each dot product, to shorten the chain
+            w = [b.bitcast(self.load(i32x16.ir, b.add(tile, b.add(INTP(r * TILE), b.mul(k, INTP(64)))), 64), i16x32.ir)
+                 for r in range(self.n_tiles)]
+            pairs = [self.load(I32, b.add(x, b.mul(k, INTP(4)))) for x in xs]
+            pairs = [b.bitcast(broadcast(b, x, 16), i16x32.ir) for x in pairs]
+            return [int16_dots(b, s, w[r], pairs[t]) for s, (r, t) in zip(sums, self.pairs)]
+        return self.loop(INTP(16), [constant([0] * 16)] * len(self.pairs), body)
+
+    def factors(self, i, part):
+        """Emit the i-th scales or mins of all rows, and of all tokens."""
+        b = self.builder
+        column = b.add(b.add(self.tiles, INTP(16 * part)), b.mul(i, INTP(64)))
+        w = [self.load(f32x16.ir, b.add(column, INTP(r * TILE)), 64) for r in range(self.n_tiles)]
+        x = [broadcast(b, self.load(F32, b.add(b.add(x, INTP(part)), b.mul(i, INTP(4)))), 16) for x in self.xs]
+        return w, x
+
+    def add_products(self, i, sums):
+        """Emit sums + scales * dot products of group i."""
+        b, dots = self.builder, self.dots(i)
+        w, x = self.factors(i, SCALES)
+        return [b.fadd(s, b.fmul(b.sitofp(d, f32x16.ir), b.fmul(w[r], x[t], flags=FAST), flags=FAST), flags=FAST)
+                for s, d, (r, t) in zip(sums, dots, self.pairs)]
+
+    def subtract_mins(self, part):
+        """Return a loop body that subtracts the i-th products of mins."""
+        def body(i, sums):
+            w, x = self.factors(i, part)
+            b = self.builder
+            return [b.fsub(s, b.fmul(w[r], x[t], flags=FAST), flags=FAST) for s, (r, t) in zip(sums, self.pairs)]
+        return body
 
 
 def _make_int16_products(rows, tokens):
     @intrinsic
     def int16_products(typingctx, tiles, n_scales, n_mins, n_mins_16, x_at, x_offset, before_at, out_at, out_offset):
-        """*(out_at[t] + out_offset)[r] = *(before_at[t] + out_offset)[r] + row r of the tiles . the chunk *(x_at[t] + x_offset).
+        """Compute sums + rows of the tiles . superblocks of tokens.
 
-        n_scales, n_mins, n_mins_16: how many 32s, lows and low16s of the chunks are in use. before_at may be 0: nothing was before.
+        *(out_at[t] + out_offset)[r] = *(before_at[t] + out_offset)[r] + row r . superblock *(x_at[t] + x_offset). before_at may be 0: the
+        sums start at zero. n_scales, n_mins, n_mins_16: how many groups of 32, mins and mins of 16 are in use.
         """
-        def codegen(context, b, signature, args):
+        def codegen(context, builder, signature, args):
             tiles, n_scales, n_mins, n_mins_16, x_at, x_offset, before_at, out_at, out_offset = args
-            word, floats, ints, words = n_scales.type, ir.VectorType(F32, 16), ir.VectorType(I32, 16), ir.VectorType(I16, 32)
-
-            def load(kind, address, align=4):
-                return b.load(pointer(b, address, kind), align=align)
-
-            def table(base, offset):        # the addresses in an array of them, moved by offset
-                return [b.add(load(word, b.add(base, word(8 * t)), 8), offset) for t in range(tokens)]
-
-            def cell(table, r, t):
-                return b.add(table[t], word(64 * r))
-
-            xs = table(x_at, x_offset)
-            pairs = [(r, t) for r in range(rows) for t in range(tokens)]
-
-            def loop(n, sums, body):
-                """sums = body(i, sums) for i < n"""
-                before, head, inside, after = b.block, *(b.append_basic_block(name) for name in ("head", "inside", "after"))
-                b.branch(head)
-                b.position_at_end(head)
-                i = b.phi(word)
-                i.add_incoming(word(0), before)
-                phis = [b.phi(s.type) for s in sums]
-                for phi, s in zip(phis, sums):
-                    phi.add_incoming(s, before)
-                b.cbranch(b.icmp_signed("<", i, n), inside, after)
-                b.position_at_end(inside)
-                new = body(i, phis)
-                for phi, s in zip(phis, new):
-                    phi.add_incoming(s, b.block)
-                i.add_incoming(b.add(i, word(1)), b.block)
-                b.branch(head)
-                b.position_at_end(after)
-                return phis
-
-            def scaled(i, sums):
-                def dots(k, sums):      # not unrolled: LLVM would make two instructions of each dot product, to shorten the chain
-                    w = [b.bitcast(load(ints, b.add(tile, b.add(word(r * TILE), b.mul(k, word(64)))), 64), words) for r in range(rows)]
-                    xs_now = [load(I32, b.add(x, b.mul(k, word(4)))) for x in xs_i]
-                    xs_now = [b.bitcast(broadcast(b, x, 16), words) for x in xs_now]
-                    return [int16_dots(b, s, w[r], xs_now[t]) for s, (r, t) in zip(sums, pairs)]
-
-                tile, xs_i = b.add(tiles, b.mul(i, word(1024))), [b.add(x, b.mul(i, word(64))) for x in xs]
-                dots = loop(word(16), [constant([0] * 16)] * len(pairs), dots)
-                column = b.add(b.add(tiles, word(16 * SCALES)), b.mul(i, word(64)))
-                scales = [load(floats, b.add(column, word(r * TILE)), 64) for r in range(rows)]
-                x = [broadcast(b, load(F32, b.add(b.add(xs[t], word(SCALES)), b.mul(i, word(4)))), 16) for t in range(tokens)]
-                return [b.fadd(s, b.fmul(b.sitofp(d, floats), b.fmul(scales[r], x[t], flags=FAST), flags=FAST), flags=FAST)
-                        for s, d, (r, t) in zip(sums, dots, pairs)]
-
-            def subtract_mins(part):
-                def body(i, sums):
-                    column = b.add(b.add(tiles, word(16 * part)), b.mul(i, word(64)))
-                    mins = [load(floats, b.add(column, word(r * TILE)), 64) for r in range(rows)]
-                    x = [broadcast(b, load(F32, b.add(b.add(xs[t], word(part)), b.mul(i, word(4)))), 16) for t in range(tokens)]
-                    return [b.fsub(s, b.fmul(mins[r], x[t], flags=FAST), flags=FAST) for s, (r, t) in zip(sums, pairs)]
-                return body
-
-            zeros = [constant([0.0] * 16, F32)] * len(pairs)
-            with b.if_else(b.icmp_signed("!=", before_at, word(0))) as (then, otherwise):
-                with then:
-                    before = table(before_at, out_offset)
-                    loaded, then_block = [load(floats, cell(before, r, t)) for r, t in pairs], b.block
-                with otherwise:
-                    otherwise_block = b.block
-            sums = [b.phi(floats) for _ in pairs]
-            for phi, value, zero in zip(sums, loaded, zeros):
-                phi.add_incoming(value, then_block)
-                phi.add_incoming(zero, otherwise_block)
-            sums = loop(n_scales, sums, scaled)
-            sums = loop(n_mins, sums, subtract_mins(MINS))
-            sums = loop(n_mins_16, sums, subtract_mins(MINS_16))
-            outs = table(out_at, out_offset)
-            for s, (r, t) in zip(sums, pairs):
-                b.store(s, pointer(b, cell(outs, r, t), floats), align=4)
+            emit = _Emitter(builder, rows, tokens, tiles, x_at, x_offset)
+            sums = emit.start(before_at, out_offset)
+            sums = emit.loop(n_scales, sums, emit.add_products)
+            sums = emit.loop(n_mins, sums, emit.subtract_mins(MINS))
+            sums = emit.loop(n_mins_16, sums, emit.subtract_mins(MINS_16))
+            outs = emit.table(out_at, out_offset)
+            for s, (r, t) in zip(sums, emit.pairs):
+                builder.store(s, pointer(builder, emit.cell(outs, r, t), f32x16.ir), align=4)
             return context.get_dummy_value()
         return types.void(*[types.intp] * 9), codegen
     return int16_products
 
 
-int16_products = _make_int16_products(WORD_ROWS, WORD_TOKENS)
+int16_products = _make_int16_products(INT16_ROWS, INT16_TOKENS)

@@ -1,7 +1,8 @@
-"""The indexer's scores over keys of int8 (quants/whole_rows.py) in 16-bit words, where there are no AMX tiles.
+"""The indexer's scores over int8 keys in int16, where there is no AMX.
 
-Sixteen keys are widened to words and turned over, so that each lane is a key: a product of words takes two numbers of each with the two
-of a query that stand in every lane. Queries are rounded to 15 bits; their scales become part of their heads' weights.
+Keys are rows of integer_rows.py. Sixteen keys are widened to int16 and transposed, so that each lane is a key: a dot product of int16
+multiplies two values of each key with two of a query, broadcast to all lanes. Queries are rounded to 15 bits; their scales are folded into
+the heads' weights.
 """
 import numpy as np
 from llvmlite import ir
@@ -9,23 +10,24 @@ from numba import types
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.lanes import every, transpose
+from pydsa.backends.cpu.jobs import read_score_job
+from pydsa.backends.cpu.lanes import load_strided, transpose
 from pydsa.backends.cpu.rounding import max_abs_of
 from pydsa.backends.cpu.scalars import float_from_bits
-from pydsa.backends.cpu.scratch import own_scratch
+from pydsa.backends.cpu.scratch import thread_scratch
 from pydsa.backends.cpu.simd import (F32, FEATURES, I16, I32, INTP, broadcast, constant, f32x16, float_at, int16_dots, load_32_bytes,
                                      load_floats, pointer, store, store_int16, to_int16)
 
 
-KEYS = 64                                           # that meet all tokens before the next
+KEYS = 64                                           # scored for all tokens before the next
 HEADS = 8 if "avx512bw" in FEATURES else 4          # whose sums are in registers at a time
 
 
 @intrinsic
-def weighed_scores(typingctx, tile, n_pairs, queries, query_bytes, weights, n_head):
-    """Sixteen keys' sums over heads of weight * max(0, q . key), f32x16.
+def weighted_scores(typingctx, tile, n_pairs, queries, query_bytes, weights, n_head):
+    """Compute sixteen keys' sums over heads of weight * relu(q . key), f32x16.
 
-    tile: n_pairs vectors of the keys' next two words; queries: words, so many bytes apart, and float32 weights; n_head is a multiple of
+    tile: n_pairs vectors of the keys' next two int16; queries: int16 with stride query_bytes; weights: float32; n_head is a multiple of
     HEADS.
     """
     def codegen(context, b, signature, args):
@@ -36,7 +38,7 @@ def weighed_scores(typingctx, tile, n_pairs, queries, query_bytes, weights, n_he
             return b.load(pointer(b, address, kind), align=4)
 
         def loop(n, start, body):
-            """start = body(i, start) for i < n, n > 0, in steps of one"""
+            """Emit start = body(i, start) for i < n, n > 0."""
             before, inside, after = b.block, b.append_basic_block("inside"), b.append_basic_block("after")
             b.branch(inside)
             b.position_at_end(inside)
@@ -73,45 +75,47 @@ def weighed_scores(typingctx, tile, n_pairs, queries, query_bytes, weights, n_he
 
 
 @inner
-def round_to_words(x, n, out, most):
-    """n floats -> words of magnitudes up to `most`, and zeros up to a multiple of 32 -> the scale, not finite if a number is not."""
+def round_to_int16(x, n, out, max_value):
+    """Round n floats to int16 of magnitudes up to `max_value`.
+
+    Zeros follow up to a multiple of 32. Returns the scale, which is not finite if a value is not.
+    """
     size = max_abs_of(x, n)
-    factor = np.float32(most) / size if size > np.float32(1e-30) and size < np.float32(np.inf) else np.float32(0)
+    factor = np.float32(max_value) / size if size > np.float32(1e-30) and size < np.float32(np.inf) else np.float32(0)
     for k in range(0, n - 15, 16):
         store_int16(out + 2 * k, load_floats(x, 4 * k) * factor)
     for k in range(n // 16 * 16, (n + 31) // 32 * 32):
         store(out, 2 * k, np.int16(np.rint(float_at(x, 4 * k) * factor)) if k < n and factor > 0 else np.int16(0))
-    return size / np.float32(most)
+    return size / np.float32(max_value)
 
 
-def score(out, out_token, q, q_token, q_head, w, w_token, n_tokens, n_head, width, rows, row_bytes, dequantize, row_n, first, last,
-          scale):
-    """out[t][s] = scale sum_h w[t][h] relu(q[t][h] . key s) for first <= s < last, and without meaning up to a multiple of 16 keys.
-
-    Addresses: out float32, q [T, H, width] and w [T, H] float32, of which tokens and heads lie so many bytes apart; rows of a cache whose
-    keys are int8, with room for 16 more keys behind the last. scale: a float32's bits.
-    """
-    factor, padded, heads = float_from_bits(np.uint32(scale)), (width + 31) // 32 * 32, (n_head + HEADS - 1) // HEADS * HEADS
-    most = min(16383, (2**31 - 1) // (127 * padded))        # so that no sum passes 31 bits
+def score(job_at):
+    """Run a ScoreJob: the indexer's scores."""
+    job = read_score_job(job_at)
+    factor = float_from_bits(np.uint32(job.scale))
+    padded, heads = (job.width + 31) // 32 * 32, (job.n_head + HEADS - 1) // HEADS * HEADS
+    max_value = min(16383, (2**31 - 1) // (127 * padded))        # so that no sum exceeds 31 bits
     token_bytes = heads * (2 * padded + 4)
-    queries = own_scratch(n_tokens * token_bytes + 32 * padded + 2 * KEYS * padded + 64)
-    superblock = (queries + n_tokens * token_bytes + 63) // 64 * 64
-    tiles = superblock + 32 * padded
-    for t in range(n_tokens):
+    queries = thread_scratch(job.n_tokens * token_bytes + 32 * padded + 2 * KEYS * padded + 64)
+    widened = (queries + job.n_tokens * token_bytes + 63) // 64 * 64
+    tiles = widened + 32 * padded
+    for t in range(job.n_tokens):
         for h in range(heads):
             at, weights = queries + t * token_bytes, queries + t * token_bytes + 2 * heads * padded
-            query_scale = round_to_words(q + t * q_token + min(h, n_head - 1) * q_head, width, at + 2 * h * padded, most)
-            store(weights, 4 * h, query_scale * float_at(w, t * w_token + 4 * h) if h < n_head else np.float32(0))
-    for start in range(first, last, KEYS):
-        end = min(start + KEYS, last)
+            query = job.q + t * job.q_token + min(h, job.n_head - 1) * job.q_head
+            query_scale = round_to_int16(query, job.width, at + 2 * h * padded, max_value)
+            store(weights, 4 * h, query_scale * float_at(job.w, t * job.w_token + 4 * h) if h < job.n_head else np.float32(0))
+    for start in range(job.first, job.last, KEYS):
+        end = min(start + KEYS, job.last)
         for s in range(start, end, 16):
             for i in range(16):
                 for k in range(0, padded, 32):
-                    store(superblock, 2 * (i * padded + k), to_int16(load_32_bytes(rows + (s + i) * row_bytes, k)))
+                    store(widened, 2 * (i * padded + k), to_int16(load_32_bytes(job.rows + (s + i) * job.row_bytes, k)))
             for k in range(0, padded, 32):
-                transpose(superblock + 2 * k, 2 * padded, tiles + 2 * (s - start) * padded + 32 * k, 64)
-        for t in range(n_tokens):
+                transpose(widened + 2 * k, 2 * padded, tiles + 2 * (s - start) * padded + 32 * k, 64)
+        for t in range(job.n_tokens):
             at = queries + t * token_bytes
             for s in range(start, end, 16):
-                total = weighed_scores(tiles + 2 * (s - start) * padded, padded // 2, at, 2 * padded, at + 2 * heads * padded, heads)
-                store(out, t * out_token + 4 * s, total * (every(rows + s * row_bytes + width, row_bytes) * factor))
+                total = weighted_scores(tiles + 2 * (s - start) * padded, padded // 2, at, 2 * padded, at + 2 * heads * padded, heads)
+                key_scales = load_strided(job.rows + s * job.row_bytes + job.width, job.row_bytes)
+                store(job.out, t * job.out_token + 4 * s, total * (key_scales * factor))

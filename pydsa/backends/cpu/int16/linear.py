@@ -1,39 +1,45 @@
-"""Products with many tokens in 16-bit words: activations rounded to 15 bits, tiles of unpacked rows, both in chunks (quants/block.py)."""
+"""Matrix products in int16 for many tokens.
+
+Activations are rounded to 15 bits; rows are unpacked to tiles; both are superblocks (blocks/block.py).
+"""
 import numpy as np
 
 from pydsa.backends.cpu.blocks.block import MINS, MINS_16, SCALES, SUPERBLOCK
 from pydsa.backends.cpu.int16.gemm import TILE, TILE_ROWS, int16_products
 from pydsa.backends.cpu.jit import call_intp_function, inner
+from pydsa.backends.cpu.jobs import read_matmul_job
 from pydsa.backends.cpu.lanes import first_quarter, last_quarter, second_quarter, third_quarter, transpose
-from pydsa.backends.cpu.scratch import own_scratch
-from pydsa.backends.cpu.simd import WORD_TOKENS, float_at, i64_at, largest, load_floats, prefetch, round_int16, store, sums_of_16, u8_at
+from pydsa.backends.cpu.scratch import thread_scratch
+from pydsa.backends.cpu.simd import (INT16_TOKENS, float_at, i64_at, load_floats, prefetch, reduce_max_abs, round_int16, store, sums_of_16,
+                                     u8_at)
 
 
-LARGEST = 16383         # of a rounded activation: 32 of them times Q6_K's largest weights, 4096, still fit into 32 bits
+MAX_INT15 = 16383         # rounded activation: 32 of them times Q6_K's largest weights, 4096, still fit into 32 bits
 BATCH = 4                # register blocks of tokens after which the next tile comes: 15 KiB of activations beside a tile of 20
 
 
 def round_row(x, n, order, out, stride):
-    """n floats -> chunks `stride` bytes apart, pieces in an order (0: as they come); n is a multiple of 32, the rest of a chunk becomes 0.
+    """Round n floats to superblocks, `stride` bytes apart.
 
-    What is not finite becomes a scale that is not.
+    The 16-byte pieces are permuted by `order` (0: not permuted). n is a multiple of 32; the rest of a superblock is 0. A value that is not
+    finite makes the scale not finite.
     """
     for k in range(0, (n + 255) // 256 * 256, 32):
         superblock, j = out + k // 256 * stride, k // 32 % 8
         scale, first, second = np.float32(0), np.float32(0), np.float32(0)
         if k < n:
             a, b = load_floats(x, 4 * k), load_floats(x, 4 * k + 64)
-            top = largest(a, b)
-            scale = top / np.float32(LARGEST)
-            words = round_int16(a, b, np.float32(LARGEST) / top if top > np.float32(1e-30) else np.float32(0))
+            max_abs = reduce_max_abs(a, b)
+            scale = max_abs / np.float32(MAX_INT15)
+            values = round_int16(a, b, np.float32(MAX_INT15) / max_abs if max_abs > np.float32(1e-30) else np.float32(0))
             if order:
-                store(superblock, 16 * u8_at(order, 4 * j), first_quarter(words))
-                store(superblock, 16 * u8_at(order, 4 * j + 1), second_quarter(words))
-                store(superblock, 16 * u8_at(order, 4 * j + 2), third_quarter(words))
-                store(superblock, 16 * u8_at(order, 4 * j + 3), last_quarter(words))
+                store(superblock, 16 * u8_at(order, 4 * j), first_quarter(values))
+                store(superblock, 16 * u8_at(order, 4 * j + 1), second_quarter(values))
+                store(superblock, 16 * u8_at(order, 4 * j + 2), third_quarter(values))
+                store(superblock, 16 * u8_at(order, 4 * j + 3), last_quarter(values))
             else:
-                store(superblock, 64 * j, words)
-            first, second = sums_of_16(words)
+                store(superblock, 64 * j, values)
+            first, second = sums_of_16(values)
         store(superblock, SCALES + 4 * j, scale)
         store(superblock, MINS + 4 * j, scale * (first + second))
         store(superblock, MINS_16 + 8 * j, scale * first)
@@ -44,52 +50,56 @@ _round_row = inner(round_row)
 
 
 def pack(x_at, first, n_tokens, n_in, out):
-    """Tokens `first` to first + 16 of n_tokens, rows of n_in floats at addresses x_at -> chunks; the first chunks of all come first."""
+    """Round tokens `first` to first + 16 of n_tokens to superblocks.
+
+    x_at holds the addresses of rows of n_in floats. The first superblocks of all tokens come first.
+    """
     for t in range(first, min(first + 16, n_tokens)):
         _round_row(i64_at(x_at, 8 * t), n_in, 0, out + t * SUPERBLOCK, n_tokens * SUPERBLOCK)
 
 
-def matmul(unpack, block, block_bytes, mins, bits, rows, n_rows, row_bytes, n_in, x, n_tokens, out_at):
-    """out_at[t][r] = row r . token t of pack; at out_at lie addresses. `bits` is not needed here."""
-    next_bytes = 256 // block * block_bytes
-    padded = (n_tokens + WORD_TOKENS - 1) // WORD_TOKENS * WORD_TOKENS     # the last token stands for those that are not there
-    n_tiles = (n_rows + TILE_ROWS - 1) // TILE_ROWS
+def matmul(job_at):
+    """Run a MatmulJob: rows of weights times packed tokens."""
+    job = read_matmul_job(job_at)
+    next_bytes = 256 // job.block * job.block_bytes
+    padded = (job.n_tokens + INT16_TOKENS - 1) // INT16_TOKENS * INT16_TOKENS     # padded by repeating the last token
+    n_tiles = (job.n_rows + TILE_ROWS - 1) // TILE_ROWS
     n_sums, tile_bytes = n_tiles * TILE_ROWS, TILE_ROWS // 16 * TILE
-    superblocks = own_scratch(TILE_ROWS * SUPERBLOCK + n_tiles * tile_bytes + 4 * padded * n_sums + 3 * 8 * padded)
+    superblocks = thread_scratch(TILE_ROWS * SUPERBLOCK + n_tiles * tile_bytes + 4 * padded * n_sums + 3 * 8 * padded)
     tiles = superblocks + TILE_ROWS * SUPERBLOCK
     sums = tiles + n_tiles * tile_bytes
-    tables = sums + 4 * padded * n_sums         # where the tokens are, their sums, and what becomes of them
+    tables = sums + 4 * padded * n_sums         # addresses of the tokens, of their sums, and of their output
     for t in range(padded):
-        store(tables, 8 * t, x + min(t, n_tokens - 1) * SUPERBLOCK)
+        store(tables, 8 * t, job.x + min(t, job.n_tokens - 1) * SUPERBLOCK)
         store(tables, 8 * (padded + t), sums + 4 * n_sums * t)
-        store(tables, 8 * (2 * padded + t), i64_at(out_at, 8 * t) if t < n_tokens else sums + 4 * n_sums * t)
-    for k in range(0, n_in, 256):
-        width = min(256, n_in - k)
+        store(tables, 8 * (2 * padded + t), i64_at(job.out_at, 8 * t) if t < job.n_tokens else sums + 4 * n_sums * t)
+    for k in range(0, job.n_in, 256):
+        width = min(256, job.n_in - k)
         for i in range(n_tiles):
-            n = min(TILE_ROWS, n_rows - i * TILE_ROWS)
-            first = rows + i * TILE_ROWS * row_bytes + k // block * block_bytes
-            make_tile(tiles + i * tile_bytes, superblocks, unpack, first, n, row_bytes, width // block, width // 32, mins)
-        for t0 in range(0, padded, BATCH * WORD_TOKENS):
-            here = rows + k // block * block_bytes      # of these rows the next chunk is asked for meanwhile: they lie far apart
-            for r in range(n_rows * t0 // padded, n_rows * min(t0 + BATCH * WORD_TOKENS, padded) // padded):
+            n = min(TILE_ROWS, job.n_rows - i * TILE_ROWS)
+            first = job.rows + i * TILE_ROWS * job.row_bytes + k // job.block * job.block_bytes
+            pack_tile(tiles + i * tile_bytes, superblocks, job.unpack, first, n, job.row_bytes, width // job.block, width // 32, job.mins)
+        for t0 in range(0, padded, BATCH * INT16_TOKENS):
+            current = job.rows + k // job.block * job.block_bytes      # prefetch their next superblock meanwhile: they are far apart
+            for r in range(job.n_rows * t0 // padded, job.n_rows * min(t0 + BATCH * INT16_TOKENS, padded) // padded):
                 for line in range(next_bytes, 2 * next_bytes, 64):
-                    prefetch(here + r * row_bytes, line)
+                    prefetch(current + r * job.row_bytes, line)
             for i in range(n_tiles):
-                for t in range(min(t0 + BATCH * WORD_TOKENS, padded), min(t0 + 2 * BATCH * WORD_TOKENS, padded)):
-                    for line in range(10 * i // n_tiles, 10 * (i + 1) // n_tiles):      # and of the activations of the next turn
-                        prefetch(i64_at(tables, 8 * t) + k // 256 * n_tokens * SUPERBLOCK, 64 * line)
-                out = tables + 8 * padded * (2 if k + 256 >= n_in and (i + 1) * TILE_ROWS <= n_rows else 1)
-                for t in range(8 * t0, 8 * min(t0 + BATCH * WORD_TOKENS, padded), 8 * WORD_TOKENS):
-                    int16_products(tiles + i * tile_bytes, width // 32, 8 if mins == 8 else 0, 16 if mins == 16 else 0, tables + t,
-                                   k // 256 * n_tokens * SUPERBLOCK, tables + 8 * padded + t if k else 0, out + t, 4 * i * TILE_ROWS)
-    for t in range(n_tokens):
-        for r in range(n_rows // TILE_ROWS * TILE_ROWS, n_rows):
-            store(i64_at(out_at, 8 * t), 4 * r, float_at(sums, 4 * (n_sums * t + r)))
+                for t in range(min(t0 + BATCH * INT16_TOKENS, padded), min(t0 + 2 * BATCH * INT16_TOKENS, padded)):
+                    for line in range(10 * i // n_tiles, 10 * (i + 1) // n_tiles):      # and the activations of the next batch
+                        prefetch(i64_at(tables, 8 * t) + k // 256 * job.n_tokens * SUPERBLOCK, 64 * line)
+                out = tables + 8 * padded * (2 if k + 256 >= job.n_in and (i + 1) * TILE_ROWS <= job.n_rows else 1)
+                for t in range(8 * t0, 8 * min(t0 + BATCH * INT16_TOKENS, padded), 8 * INT16_TOKENS):
+                    int16_products(tiles + i * tile_bytes, width // 32, 8 if job.mins == 8 else 0, 16 if job.mins == 16 else 0, tables + t,
+                                   k // 256 * job.n_tokens * SUPERBLOCK, tables + 8 * padded + t if k else 0, out + t, 4 * i * TILE_ROWS)
+    for t in range(job.n_tokens):
+        for r in range(job.n_rows // TILE_ROWS * TILE_ROWS, job.n_rows):
+            store(i64_at(job.out_at, 8 * t), 4 * r, float_at(sums, 4 * (n_sums * t + r)))
 
 
 @inner
-def make_tile(tile, superblocks, unpack, rows, n, row_bytes, n_blocks, n_scales, mins):
-    """A tile of the chunks of n rows, n_blocks blocks of each."""
+def pack_tile(tile, superblocks, unpack, rows, n, row_bytes, n_blocks, n_scales, mins):
+    """Unpack n_blocks blocks of n rows and transpose them to tiles."""
     for i in range(n):
         superblock = superblocks + i * SUPERBLOCK
         call_intp_function(unpack, (rows + i * row_bytes, n_blocks, superblock))

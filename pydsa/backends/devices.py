@@ -1,0 +1,114 @@
+"""The table of devices: each one's backend and its use of memory.
+
+All figures come from shapes, so that no backend is imported for them.
+"""
+import importlib
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pydsa.errors import PydsaError
+
+SCORED_TOGETHER = 32        # tokens whose rows of index scores are in memory at a time (backends/*/indexer.py)
+UNLIMITED = 2**31 - 1
+
+
+class Device(NamedTuple):
+    """A backend and its use of memory, in bytes.
+
+    weights(tensors) -> (bytes read from the mapped file, bytes copied). scratch(nodes, n_tokens) -> bytes of the kernels' scratch memory,
+    beside the values of a graph. packed_latents(config, n_kv) -> bytes of n_kv packed latents, for prompts in MLA's plain form.
+    """
+    module: str                     # the name of the backend's module
+    float_size: int                 # bytes of an intermediate value
+    weights: Callable
+    max_ubatch: int = UNLIMITED
+    scored_together: int = SCORED_TOGETHER
+    scratch: Callable = lambda nodes, n_tokens: 0
+    packed_latents: Callable = lambda config, n_kv: 0
+    copies_blocks: bool = False     # whether loading copies every weight, which can take long
+    described: bool = False         # whether the backend can describe its device
+
+    def backend(self):
+        """The backend's module, imported on the first call."""
+        return importlib.import_module(self.module)
+
+    def describe(self):
+        """A description of the device, or why it cannot be used.
+
+        None if the backend has no description.
+        """
+        if not self.described:
+            return None
+        try:
+            return self.backend().describe_device()
+        except PydsaError as error:
+            return str(error)
+
+
+def _n_bytes(tensors):
+    return sum(tensor.data.nbytes for tensor in tensors)
+
+
+def _as_floats(tensors):
+    return 4 * sum(math.prod(tensor.shape) for tensor in tensors)
+
+
+def _cpu_weights(tensors):
+    """Bytes of matrices, which stay in the file, and of vectors as float32."""
+    return _n_bytes(tensors), _as_floats(tensor for tensor in tensors if len(tensor.shape) == 1)
+
+
+def _cpu_packed_latents(config, n_kv):
+    """Bytes of latents as the int8x2 kernels pack them, 256 at a time.
+
+    Those of the f32 kernels take less (backends/cpu/*/mha.py).
+    """
+    per_key = 4 * (258 * -(-config.kv_lora // 256) + 64 * -(-config.n_rot // 64) + 1)
+    return -(-n_kv // 256) * 256 * per_key
+
+
+def _cuda_scratch(nodes, n_tokens):
+    """Bytes of packed activations, of experts' parts and of queries."""
+    packed = hidden = parts = queries = absorbed = heads = 0
+    rows = set()        # of one token's activations: (number, width)
+    for node in nodes:
+        if node.op in ("linear", "head_linear"):
+            packed = max(packed, n_tokens * math.prod(node.args[2].tail))
+            rows.add((math.prod(node.args[2].tail[:-1]), node.args[2].tail[-1]))
+        elif node.op == "moe_gate_up":
+            hidden = max(hidden, n_tokens * math.prod(node.args[0].tail))
+            rows.add(node.args[0].tail)
+        elif node.op == "moe_down":
+            parts = max(parts, n_tokens * node.args[2].tail[0] * node.args[0].tail[0])
+        elif node.op in ("mha_attention", "mha_sparse_attention"):
+            n_head, kv_lora, n_nope = node.args[-4].shape
+            width = kv_lora + node.args[1].tail[1] - n_nope
+            absorbed, heads = max(absorbed, n_tokens * n_head * (kv_lora + width)), max(heads, _packed_heads(n_tokens, n_head, width))
+            packed = max(packed, n_tokens * n_head * max(kv_lora, n_nope))
+        elif node.op in ("dense_attention", "masked_attention", "sparse_attention"):
+            heads = max(heads, _packed_heads(n_tokens, *node.args[1].tail))
+        elif node.op in ("indexer_scores", "indexer_select"):
+            queries = max(queries, n_tokens * math.prod(node.args[1].tail))
+    packed = max(packed, hidden)
+    # One token's activations take two bytes a value, in tiles of 1,024, with scales and sums. The values are at a few places of the layout.
+    one_token = 4 * sum(n * (-(-width // 1024) * 2048 + width * 3 // 8) for n, width in rows)
+    # Packed activations are two float16 a value, with one sum for sixteen values.
+    return 4 * packed + packed // 4 + 4 * (hidden + parts + absorbed) + 2 * queries + heads + one_token
+
+
+def _packed_heads(n_tokens, n_head, width):
+    """Bytes of packed queries.
+
+    They are in whole tiles of sixteen heads and in steps of 32 values, with one more step for a second part. A head has two scales.
+    """
+    return n_tokens * (-(-n_head // 16) * 16 * (-(-width // 32) + 1) * 64 + 8 * n_head)
+
+
+DEVICES = {
+    "cpu": Device("pydsa.backends.cpu", 4, _cpu_weights, packed_latents=_cpu_packed_latents),
+    # A grid has at most 65,535 blocks in y and in z, which kernels use for tokens.
+    "cuda": Device("pydsa.backends.cuda", 4, lambda tensors: (0, _n_bytes(tensors)), 32768, scratch=_cuda_scratch, copies_blocks=True,
+                   described=True),
+    "reference": Device("pydsa.backends.reference", 8, lambda tensors: (_n_bytes(tensors), _as_floats(tensors)), scored_together=UNLIMITED),
+}

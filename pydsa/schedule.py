@@ -1,0 +1,102 @@
+"""The schedule: which variant of a model's graph runs a step.
+
+It also decides when MLA's plain form, with keys and values for each head, takes less work than the absorbed form.
+"""
+import bisect
+import functools
+from typing import NamedTuple
+
+from pydsa.costs import StepSize
+
+# Measured: docs/journal/sparse-attention.md
+MHA_TOKENS = 48         # the least tokens of a step for which the plain form can take less time
+GATHER_COST = 55        # time to gather and pack one value of a chosen key for a token, for all its heads, in products
+
+
+class Variant(NamedTuple):
+    """A way to record a model's graph.
+
+    plain: attention has keys and values for each head, instead of absorbed queries. indexer: None, no indexer runs; "keys", index keys are
+    only stored; "indices" or "mask", keys are also chosen, in this form.
+    """
+    plain: bool
+    indexer: str | None = None
+
+    @property
+    def chooses(self):
+        """Whether layers attend to the keys that their indexers choose."""
+        return self.indexer in ("indices", "mask")
+
+
+VARIANTS = {"mha": Variant(True), "mha+keys": Variant(True, "keys"), "mha+choice": Variant(True, "indices"),
+            "dense": Variant(False), "dense+keys": Variant(False, "keys"), "sparse": Variant(False, "indices"),
+            "masked": Variant(False, "mask")}
+
+
+class Schedule:
+    """The variants that a model needs, and the one that runs each step.
+
+    They are for contexts of up to n_ctx tokens, and prompts in ubatches of n_ubatch. attention: the value of `--attention`. With "auto",
+    steps up to top_k tokens attend to all keys, which is exact, and later steps to the chosen keys. In both cases a step takes the plain
+    form where that is less work.
+    """
+
+    def __init__(self, config, attention, n_ctx, n_ubatch):
+        self._config, self._n_ctx, self._n_ubatch = config, n_ctx, n_ubatch
+        self._top_k = config.top_k
+        used = [name for name in config.VARIANTS[attention] if self._has_use_of(name, attention)]
+        self._beyond = [name for name in used if attention == "auto" and VARIANTS[name].chooses]
+        self._up_to_top_k = [name for name in used if name not in self._beyond]
+        self.variants = *self._up_to_top_k, *self._beyond
+
+    def _has_use_of(self, name, attention):
+        """Whether any step takes this variant."""
+        if VARIANTS[name].plain:
+            return self._plain_until(name) > (self._top_k if VARIANTS[name].chooses else 0)
+        return name != "sparse" or attention != "auto" or self._n_ctx > self._top_k
+
+    def _plain_until(self, name):
+        """The longest context in which ubatches can take a plain variant.
+
+        It is in tokens.
+        """
+        if VARIANTS[name].chooses:
+            return plain_form_until(self._config, self._n_ubatch, self._n_ctx, self._top_k)
+        longest = min(self._n_ctx, self._top_k) if VARIANTS[name].indexer else self._n_ctx
+        return plain_form_until(self._config, min(self._n_ubatch, longest), longest)
+
+    @functools.cached_property
+    def plain_form_until(self):
+        """The longest context in which ubatches take MLA's plain form.
+
+        It is in tokens; 0 if they never do.
+        """
+        return max((self._plain_until(name) for name in self.variants if VARIANTS[name].plain), default=0)
+
+    def variant(self, n_past, n_tokens):
+        """The name of the variant for a step of n_tokens after n_past others."""
+        names = self._beyond if self._beyond and n_past + n_tokens > self._top_k else self._up_to_top_k
+        if len(names) > 1 and plain_form_pays(self._config, n_past, n_tokens, self._top_k if names is self._beyond else None):
+            return names[0]
+        return names[-1]
+
+
+def plain_form_pays(c, n_past, n_tokens, most=None):
+    """Whether MLA's plain form takes fewer products than the absorbed form.
+
+    c: a model's Config. most: the number of keys that a token chooses, which the absorbed form gathers one by one; None: all keys. Below
+    MHA_TOKENS tokens the plain form never pays: computing keys costs more there than is counted.
+    """
+    size, expansion = StepSize(n_tokens, n_past, {}), c.kv_lora * (c.n_nope + c.n_v)
+    plain = size.n_kv * expansion + size.pairs(size.n_kv) * (c.n_nope + c.n_rot + c.n_v)
+    per_pair = 2 * c.kv_lora + c.n_rot + (0 if most is None else GATHER_COST * (c.kv_lora + c.n_rot) // c.n_head)
+    return n_tokens >= MHA_TOKENS and plain < n_tokens * expansion + size.pairs(size.n_kv if most is None else most) * per_pair
+
+
+def plain_form_until(c, n_tokens, n_ctx, most=None):
+    """The longest context in which the plain form pays for the last n_tokens.
+
+    It is in tokens, n_ctx at most; 0 if there is none.
+    """
+    n = bisect.bisect(range(n_tokens, n_ctx + 1), 0, key=lambda n_kv: not plain_form_pays(c, n_kv - n_tokens, n_tokens, most))
+    return n_tokens + n - 1 if n else 0

@@ -1,0 +1,139 @@
+"""AMX tile registers emulated, so that AMX kernels run on any AVX-512 CPU.
+
+install() before pydsa.backends.cpu is imported; cpu_features() goes into NUMBA_CPU_FEATURES. The emulated process needs a
+PYDSA_CACHE_DIR of its own: its kernels call the functions below by name, which no other process has.
+
+    PYDSA_TEST_AMX=emulated PYDSA_CACHE_DIR=... python -m pytest tests/test_ops.py
+"""
+import contextlib
+import ctypes
+import os
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+
+AMX = "amx-tile", "amx-int8", "amx-bf16"
+TILES = np.zeros((os.cpu_count() + 64, 8, 16, 64), np.uint8)        # of each thread: eight registers, 16 rows of 64 bytes
+INSTRUCTIONS = {        # intrinsic -> its arguments: r a register, p an address, n a number
+    "ldtilecfg": "p", "tilerelease": "", "tilezero": "r", "tileloadd64": "rpn", "tilestored64": "rpn", "tdpbssd": "rrr", "tdpbf16ps": "rrr"}
+
+
+def possible():
+    """Whether this CPU has what AMX kernels need beside AMX."""
+    return llvm.get_host_cpu_features().get("avx512bw", False) and llvm.get_host_cpu_features().get("avx512vnni", False)
+
+
+def cpu_features():
+    """This CPU's features and AMX, for NUMBA_CPU_FEATURES."""
+    here = [name for name, there in llvm.get_host_cpu_features().items() if there and name not in AMX]
+    return ",".join(f"+{name}" for name in (*here, *AMX))
+
+
+class _Permitted:
+    """The C library, whose arch_prctl() permits AMX."""
+
+    def __init__(self, library):
+        self._library = library
+
+    def __getattr__(self, name):
+        return (lambda *args: 0) if name == "syscall" else getattr(self._library, name)
+
+
+@contextlib.contextmanager
+def _permitted():
+    """Let the system seem to permit AMX."""
+    load = ctypes.CDLL
+    ctypes.CDLL = lambda name=None, *args, **options: _Permitted(load(None)) if name is None else load(name, *args, **options)
+    try:
+        yield
+    finally:
+        ctypes.CDLL = load
+
+
+def _functions():
+    """The instructions as compiled functions of int64."""
+    import numba
+    from numba import carray, types
+    from numba.extending import intrinsic
+
+    from pydsa.backends.cpu.scratch import _thread
+
+    @intrinsic
+    def bytes_at(typingctx, address):
+        kind = types.CPointer(types.uint8)
+        return kind(types.int64), lambda context, builder, signature, args: builder.inttoptr(args[0], context.get_value_type(kind))
+
+    tiles = TILES.ctypes.data
+
+    @numba.njit
+    def register(i):
+        return carray(bytes_at(tiles + (_thread() * 8 + i) * 1024), (16, 64))
+
+    def ldtilecfg(address):
+        pass
+
+    def tilerelease():
+        pass
+
+    def tilezero(i):
+        register(i)[:] = 0
+
+    def tileloadd64(i, address, stride):
+        tile = register(i)
+        for row in range(16):
+            tile[row] = carray(bytes_at(address + row * stride), (64,))
+
+    def tilestored64(i, address, stride):
+        tile = register(i)
+        for row in range(16):
+            carray(bytes_at(address + row * stride), (64,))[:] = tile[row]
+
+    def tdpbssd(c, a, b):
+        sums, left, right = register(c).view(np.int32), register(a).view(np.int8), register(b).view(np.int8)
+        for m in range(16):
+            for n in range(16):
+                total = sums[m, n]
+                for k in range(64):
+                    total += np.int32(left[m, k]) * np.int32(right[k // 4, 4 * n + k % 4])
+                sums[m, n] = total
+
+    def tdpbf16ps(c, a, b):
+        sums, left, right = register(c).view(np.float32), register(a).view(np.uint16), register(b).view(np.uint16)
+        x, y = np.empty((16, 32), np.uint32), np.empty((16, 32), np.uint32)
+        for m in range(16):
+            for k in range(32):
+                x[m, k], y[m, k] = np.uint32(left[m, k]) << np.uint32(16), np.uint32(right[m, k]) << np.uint32(16)
+        p, q = x.view(np.float32), y.view(np.float32)
+        for m in range(16):
+            for n in range(16):
+                total = sums[m, n]
+                for k in range(32):
+                    total += p[m, k] * q[k // 2, 2 * n + k % 2]
+                sums[m, n] = total
+
+    return {f.__name__: numba.cfunc(types.void(*[types.int64] * f.__code__.co_argcount))(f)
+            for f in (ldtilecfg, tilerelease, tilezero, tileloadd64, tilestored64, tdpbssd, tdpbf16ps)}
+
+
+def install():
+    """Emulate AMX in this process."""
+    from pydsa import compiling
+    compiling._python = lambda: None        # other processes would compile the instructions themselves
+    with _permitted():
+        from pydsa.backends.cpu import amx
+    assert amx.HERE, "NUMBA_CPU_FEATURES must name AMX"
+    global functions        # they must stay alive
+    functions = _functions()
+    for name, function in functions.items():
+        llvm.add_symbol(f"emulated_{name}", function.address)
+    i64, call = ir.IntType(64), amx.call_llvm
+
+    def emulated(builder, name, result, args):
+        """Emit a call of an emulated instruction; any other intrinsic as it is."""
+        kinds = INSTRUCTIONS.get(name.removeprefix("llvm.x86."))
+        if kinds is None:
+            return call(builder, name, result, args)
+        values = [builder.ptrtoint(a, i64) if kind == "p" else builder.zext(a, i64) if kind == "r" else a for a, kind in zip(args, kinds)]
+        return call(builder, f"emulated_{name.removeprefix('llvm.x86.')}", result, values)
+    amx.call_llvm = emulated

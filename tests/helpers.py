@@ -1,0 +1,234 @@
+"""Helpers of several test files: backend under test, inputs, comparison.
+
+`kernels` is the backend under test: the CPU's, or the GPU's with PYDSA_TEST_DEVICE=cuda. With NUMBA_ENABLE_CUDASIM=1 too, Numba's simulator
+runs the GPU's kernels. With PYDSA_TEST_DEVICE=ptx they are compiled for a GPU and tests/ptx executes them. Both are slow: where SIMULATED
+is true, tests take fewer and smaller shapes.
+"""
+import importlib
+import math
+import os
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize
+
+from pydsa.backends import reference
+from pydsa.backends.cpu import amx, threads
+from pydsa.gguf_file import Tensor
+from pydsa.quants import CACHE_TYPES, TYPES
+
+DEVICE = os.environ.get("PYDSA_TEST_DEVICE", "cpu")
+IN_SIMULATOR = DEVICE == "cuda" and os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+SIMULATED = IN_SIMULATOR or DEVICE == "ptx"
+if DEVICE == "ptx":
+    from tests.ptx.driver import install
+    install()
+    DEVICE = "cuda"
+
+
+class OnDevice:
+    """A backend with arrays of its own, called with numpy arrays.
+
+    Each call uploads its arrays, and copies what they hold afterwards back to the writable ones.
+    """
+
+    def __init__(self, backend):
+        self._backend = backend
+
+    def __getattr__(self, name):
+        function = getattr(self._backend, name)
+        if not callable(function) or isinstance(function, type):
+            return function
+
+        def call(*args):
+            roots = {}
+            result = function(*(self._moved(a, roots) for a in args))
+            for host, there in roots.values():
+                if host.flags.writeable:
+                    host[...] = self._backend.fetch(there)
+            return self._backend.fetch(result) if isinstance(result, self._backend.DeviceArray) else result
+        return call
+
+    def _moved(self, a, roots):
+        """A numpy array on the device, with the same strides.
+
+        A slice of columns becomes the same slice of its uploaded base array, so that kernels are tested with strides.
+        """
+        if not isinstance(a, np.ndarray):
+            return a
+        root = a.base if isinstance(a.base, np.ndarray) and a.base.strides == a.strides and not a.flags.c_contiguous else a
+        if id(root) not in roots:
+            roots[id(root)] = root, self._backend.upload(np.ascontiguousarray(root))
+        there = roots[id(root)][1]
+        if a is root:
+            return there
+        start = (a.ctypes.data - root.ctypes.data) // a.itemsize
+        return there[..., start:start + a.shape[-1]]
+
+
+def choose(simulated, otherwise):
+    """The shapes of a test: fewer and smaller ones where SIMULATED."""
+    return simulated if SIMULATED else otherwise
+
+
+kernels = importlib.import_module(f"pydsa.backends.{DEVICE}")
+if DEVICE == "cuda":
+    kernels = OnDevice(kernels)
+
+# A model that a simulated GPU runs in seconds.
+TINY = dict(n_layer=2, n_embd=32, n_head=2, n_lora_q=32, n_lora_kv=32, n_nope=32, n_rot=4, n_v=32, n_ff=32, n_expert=4, n_ff_exp=32,
+            n_expert_groups=0, indexer_n_head=3, indexer_head_size=8, indexer_top_k=3, n_ctx=64)
+
+
+def nmse(met, expected):
+    """Normalised squared error: sum (met - expected)^2 / sum expected^2.
+
+    Sums are over the last axis.
+    """
+    met, expected = np.asarray(met, np.float64), np.asarray(expected, np.float64)
+    return ((met - expected) ** 2).sum(-1) / (expected ** 2).sum(-1)
+
+
+def random_ids(n, seed=0, n_vocab=300):
+    """n random token ids."""
+    return np.random.default_rng(seed).integers(0, n_vocab, n).tolist()
+
+
+def greedy(session, logits, n):
+    """Append the likeliest token n times, and return these tokens."""
+    tokens = []
+    for _ in range(n):
+        tokens.append(int(logits.argmax()))
+        logits = session.decode(tokens[-1])
+    return tokens
+
+
+class Rows(NamedTuple):
+    """A cache with these rows at positions 0, 1, ..., and zeros after them."""
+    values: np.ndarray
+    kv_type: str = "f32"
+    n_v: int = 0        # the first n_v columns have a scale of their own in integer caches
+
+
+def rng(*seed):
+    """A random generator; the same seed gives the same numbers."""
+    return np.random.default_rng([*seed, 0])
+
+
+def normal(*shape):
+    """Normal float32 values; the shape is the seed."""
+    return rng(*shape).standard_normal(shape).astype(np.float32)
+
+
+def integers(low, high, *shape):
+    """Integers from low to high as float32.
+
+    Sums and products of small integers are exact, so float32 must equal float64, ties included.
+    """
+    return rng(*shape, high).integers(low, high + 1, shape).astype(np.float32)
+
+
+def tensor(kind, *shape):
+    """A read-only weight in the format of a GGUF file.
+
+    It has random blocks with scales of about 1/50, or normal values for the float types.
+    """
+    dtype = TYPES[kind].dtype
+    if dtype.names is None:
+        data = quantize(normal(*shape), GGMLQuantizationType[kind]).view(np.uint8)
+    else:
+        n = math.prod(shape) // TYPES[kind].size
+        blocks = np.frombuffer(rng(*shape).bytes(n * dtype.itemsize), dtype).copy()
+        for field in {"d", "dmin", "m"} & set(dtype.names):
+            blocks[field] = (rng(n).random(n) / 25).astype(np.float16).view(np.uint16)
+        if "e" in dtype.names:
+            blocks["e"] = rng(n).integers(121, 124, n)
+        data = blocks.view(np.uint8)
+    data = data.reshape(*shape[:-1], -1)
+    data.flags.writeable = False
+    return Tensor("w", kind, shape, data)
+
+
+def some_keys(positions, k):
+    """Chosen keys of each token's past, ascending, padded with -1.
+
+    In turns: random keys, none, the latest, the earliest.
+    """
+    indices = np.full((len(positions), k), -1, np.int32)
+    for t, position in enumerate(positions):
+        past = np.arange(position + 1)
+        order = [rng(t).permutation(past), past[:0], past[::-1], past][t % 4][:k - t % 3]
+        indices[t, :order.size] = np.sort(order)
+    return indices
+
+
+def last_positions(n_tokens, n_kv):
+    """The positions of the last n_tokens of a context of n_kv tokens."""
+    return np.arange(n_kv - n_tokens, n_kv)
+
+
+def run(backend, op, shapes, *args):
+    """Run an op and return its outputs, float arrays of these shapes.
+
+    A shape that is a list stands for an int32 array.
+    """
+    def argument(a):
+        if isinstance(a, Tensor):
+            return backend.weight(a)
+        if isinstance(a, Rows):
+            widths = tuple(filter(None, (a.n_v, a.values.shape[1] - a.n_v)))
+            rows = backend.cache_rows(len(a.values) + 3, widths, a.kv_type)
+            backend.cache_write(rows, a.values.astype(backend.FLOAT), np.arange(len(a.values)))
+            return rows
+        return a.astype(backend.FLOAT, copy=False) if isinstance(a, np.ndarray) and a.dtype == np.float32 else a
+
+    outs = [np.full(s, 77, np.int32) if isinstance(s, list) else np.full(s, np.nan, backend.FLOAT) for s in shapes]
+    getattr(backend, op)(*outs, *(argument(a) for a in args))
+    return outs if len(outs) > 1 else outs[0]
+
+
+def close(found, expected, nmse=1e-12, size=None):
+    """Whether float arrays agree within an NMSE, and integers are equal.
+
+    Infinities must be in the same places, and there may be no NaN. The default bound is that of float32 rounding.
+    size: the array whose squares normalise the error, instead of `expected`.
+    """
+    if found.dtype == np.int32:
+        return np.array_equal(found, expected)
+    finite = np.isfinite(expected)
+    error = np.sum((found[finite] - expected[finite].astype(np.float64)) ** 2)
+    size = (expected if size is None else size)[finite].astype(np.float64)
+    return np.array_equal(found[~finite], expected[~finite]) and error <= nmse * np.sum(size ** 2)
+
+
+def bound_of_tiles(rows, op):
+    """The NMSE that is allowed where an op reads these cache rows.
+
+    AMX tiles multiply pairs of bfloat16, where a value may be off by 2^-15, or 16-bit integers, where a value may be off by 1.
+    """
+    if DEVICE == "cpu" and not amx.HERE or rows.kv_type == "f32":
+        return 1e-8 if rows.kv_type == "i16" or "indexer" in op and rows.kv_type == "i8" else 0
+    return 1e-8 if "indexer" in op else 2e-10 if not CACHE_TYPES[rows.kv_type].scaled else 1e-7
+
+
+def compare(op, shape, *args, size=None):
+    """Assert that an op agrees with the reference, and return its output.
+
+    The bound is wider for quantized weights, since their activations are rounded.
+    """
+    found, expected = run(kernels, op, [shape], *args), run(reference, op, [shape], *args)
+    quantized = any(isinstance(a, Tensor) and TYPES[a.type].dtype.names for a in args)
+    bound = max([1e-6 if quantized else 1e-12, *(bound_of_tiles(a, op) for a in args if isinstance(a, Rows))])
+    assert close(found, expected, bound, size)
+    return found
+
+
+def with_threads(n, op, shape, *args):
+    """Run an op with n threads."""
+    threads.set_threads(n)
+    return run(kernels, op, [shape], *args)
+
+
+needs_two = pytest.mark.skipif(threads.check_threads(None) < 2, reason="there is only one thread")

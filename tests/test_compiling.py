@@ -1,0 +1,293 @@
+"""Kernels compiled by several processes, what is kept of them, and what becomes of both when something breaks."""
+import importlib.util
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from pydsa import compiling, kernel_cache
+from pydsa.compiling import Job, compile_jobs, interrupts_held
+
+ROOT = Path(__file__).parent.parent
+
+
+def job(module, function, *args, size=1):
+    return Job(f"{module}.{function}", size, module, function, pickle.dumps(args))
+
+
+def folders(folder, n, first=0):
+    """Jobs each of which makes a folder: what they leave behind shows that they were done."""
+    return [job("os", "mkdir", str(folder / str(first + i)), size=n - i) for i in range(n)]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def run(code, **env):
+    """What a Python process prints."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# Processes
+
+def test_jobs_are_done(tmp_path):
+    begun = []
+    compile_jobs(list(reversed(folders(tmp_path, 5))), tmp_path, 2, lambda done, name: begun.append(done))
+    assert names(tmp_path) == list("01234")
+    assert begun[0] == 0 and begun == sorted(begun) and len(begun) == 5
+
+
+def test_the_largest_first(tmp_path):
+    order = [j._replace(name=str(j.size)) for j in folders(tmp_path, 6)]
+    met = []
+    compile_jobs(order[3:] + order[:3], tmp_path, 2, lambda done, name: met.append(int(name)))
+    assert met == sorted(met, reverse=True)
+
+
+def test_what_fails_is_told_and_the_rest_is_done(tmp_path):
+    with pytest.warns(UserWarning, match="math domain error|expected a nonnegative"):
+        compile_jobs([job("math", "sqrt", -1, size=9), *folders(tmp_path, 3)], tmp_path, 2)
+    assert names(tmp_path) == list("012")
+
+
+def test_a_process_that_dies_is_survived(tmp_path):
+    with pytest.warns(UserWarning, match="os._exit has ended"):
+        compile_jobs([job("os", "_exit", 1, size=9), *folders(tmp_path, 5)], tmp_path, 2)
+    assert names(tmp_path) == list("01234")
+
+
+def test_all_processes_die(tmp_path):
+    """Then the jobs are left to the program."""
+    with pytest.warns(UserWarning, match="the rest is compiled here"):
+        compile_jobs([job("os", "_exit", 1, size=9), job("os", "_exit", 1, size=9), *folders(tmp_path, 3)], tmp_path, 2)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("executable", [None, "", "/usr/sbin/uwsgi", "/no/such/python"])
+def test_no_processes(tmp_path, monkeypatch, recwarn, executable):
+    monkeypatch.setattr(sys, "executable", executable)
+    compile_jobs(folders(tmp_path, 4), tmp_path, 2)
+    assert names(tmp_path) == [] and len(recwarn) == (executable == "/no/such/python")
+
+
+@pytest.mark.parametrize("n_jobs, n_processes", [(5, 1), (3, 2), (0, 2)])
+def test_one_core_or_little_work_needs_no_process(tmp_path, monkeypatch, n_jobs, n_processes):
+    monkeypatch.setattr(compiling, "_start", None)
+    compile_jobs(folders(tmp_path, n_jobs), tmp_path, n_processes)
+
+
+def test_printing_is_no_answer(tmp_path, capfd):
+    compile_jobs([job("builtins", "print", "hello", size=9), *folders(tmp_path, 3)], tmp_path, 2)
+    assert names(tmp_path) == list("012") and capfd.readouterr() == ("", "hello\n")
+
+
+# Interrupts
+
+def test_an_interrupt_ends_the_processes(tmp_path):
+    before = set(psutil.Process().children())
+    began, seen = time.monotonic(), []
+
+    def check():
+        seen[:] = set(psutil.Process().children()) - before
+        if len(seen) == 2 and time.monotonic() - began > 1:
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        compile_jobs([job("time", "sleep", 100)] * 4, tmp_path, 2, check=check)
+    assert time.monotonic() - began < 20 and not any(process.is_running() for process in seen)
+
+
+def test_a_program_that_is_killed_takes_them_along(tmp_path):
+    code = "import pickle; from pydsa.compiling import *; compile_jobs([Job('', 1, 'time', 'sleep', pickle.dumps((100,)))] * 4, '/', 2)"
+    program = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    while len(children := psutil.Process(program.pid).children()) < 2:
+        time.sleep(0.05)
+    program.kill()
+    program.wait()
+    ended, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+
+
+def test_interrupts_are_held():
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupts_held() as check:
+        signal.raise_signal(signal.SIGINT)
+        done.append("went on")
+        check()
+        done.append("too far")
+    with pytest.raises(KeyboardInterrupt), interrupts_held():
+        signal.raise_signal(signal.SIGINT)
+        done.append("at the end")
+    assert done == ["went on", "at the end"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_other_handlers_get_their_signal():
+    met = []
+    theirs = signal.signal(signal.SIGINT, lambda *args: met.append(args))
+    try:
+        with interrupts_held() as check:
+            signal.raise_signal(signal.SIGINT)
+            assert not met
+            check()
+            check()
+        assert len(met) == 1
+    finally:
+        signal.signal(signal.SIGINT, theirs)
+
+
+def test_only_the_main_thread_has_interrupts():
+    def work():
+        with interrupts_held() as check:
+            check()
+            done.append(True)
+    done = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done
+
+
+# What is kept
+
+DAMAGE = {"empty": lambda data: b"", "zeros": lambda data: bytes(len(data)), "cut": lambda data: data[:len(data) // 2],
+          "garbage": lambda data: bytes(range(256)) * 8, "without its end": lambda data: data[:-1],
+          "a bit": lambda data: data[:20] + bytes([data[20] ^ 4]) + data[21:], "longer": lambda data: data + b"\0"}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_made_again(tmp_path, damage):
+    path, data = tmp_path / "file", np.random.default_rng(0).bytes(1000)
+    assert kernel_cache.kept(path, lambda: data) == data
+    whole = path.read_bytes()
+    assert kernel_cache.kept(path, None) == data
+    path.write_bytes(DAMAGE[damage](whole))
+    assert kernel_cache.read(path) is None
+    assert kernel_cache.kept(path, lambda: data) == data and path.read_bytes() == whole and names(tmp_path) == ["file"]
+
+
+KERNELS = """
+import sys
+import numpy as np
+from pydsa import compiling
+from pydsa.backends.cpu import jit
+from pydsa.backends.cpu.integer_rows import FUNCTIONS
+from pydsa.backends.cpu.norm import add, silu_mul
+if "serial" in sys.argv or jit.numba.config.NUMBA_NUM_THREADS == 1:
+    compiling._start = None
+x, out = np.arange(6, dtype=np.float32).reshape(2, 3), np.empty((2, 3), np.float32)
+shown = []
+jit.compile_all([(add, (out, x, x)), (silu_mul, (out, x, x)), (add, (out, x, x))], FUNCTIONS["i8"], lambda *args: shown.append(args))
+assert [len(f.signatures) for f in (add, silu_mul)] == [1, 1]
+assert shown[0][:2] == (0 if "cold" in sys.argv else shown[0][0], 4) and shown[-1] == (4, 4, "")
+add(out, x, x)
+assert (out == 2 * x).all() and FUNCTIONS["i8"][0].address
+print(sum(k._cache_misses.total() for k in (add, silu_mul)))
+"""
+
+
+def compiled(folder, *args, **env):
+    """Compile a few kernels into a folder -> how many of two kernels were compiled by the program itself, and the files."""
+    done = subprocess.run([sys.executable, "-c", KERNELS, *args], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYDSA_CACHE_DIR": str(folder), "NUMBA_NUM_THREADS": "2"} | env)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout), sorted(folder.glob("*/*.kernel"))
+
+
+@pytest.mark.skipif(os.cpu_count() < 2, reason="there is only one core")
+def test_processes_make_what_one_makes(tmp_path):
+    alone, files = compiled(tmp_path / "alone", "cold", NUMBA_NUM_THREADS="1")
+    assert alone == 2 and len(files) == 4
+    shared, others = compiled(tmp_path / "shared", "cold")
+    assert shared == 0 and [path.name for path in others] == [path.name for path in files]
+    assert compiled(tmp_path / "shared", "serial")[0] == 0      # nothing is left to compile, and no process is started
+    for path, damage in zip(others, DAMAGE.values()):
+        path.write_bytes(damage(path.read_bytes()))
+    assert compiled(tmp_path / "shared", "cold") == (0, others) and all(kernel_cache.read(path) for path in others)
+
+
+def test_kernels_of_others_are_not_kept():
+    from pydsa.backends.cpu import jit
+    assert not isinstance(jit.kernel(names)._cache, jit.KernelCache)
+
+
+def test_parts_of_kernels_cannot_be_called():
+    """Python would jump to where nothing is."""
+    from pydsa.backends.cpu.linear import rows_per_task
+    with pytest.raises(TypeError, match="rows_per_task is a part of kernels"):
+        rows_per_task(100, True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
+def test_cuda_kernels(tmp_path):
+    """Two processes make PTX and cubin; damaged ones are made again."""
+    code = """
+from types import SimpleNamespace
+from pydsa.backends.cuda import launch
+from pydsa.backends.cuda.norm import add_rows, layer_norm_rows, rms_norm_rows, silu_mul_rows
+launch.gpu = SimpleNamespace(capability=(9, 0), load=lambda cubin, name: loaded.append(name))
+launch.Kernel._compiled = launch.Kernel._assembled = None       # not in this process
+loaded = []
+launch.compile_all([add_rows, layer_norm_rows, rms_norm_rows, silu_mul_rows])
+assert loaded == ["add_rows", "layer_norm_rows", "rms_norm_rows", "silu_mul_rows"]
+"""
+    expected = [f"{name}.sm_90.{form}" for name in ("add_rows", "layer_norm_rows", "rms_norm_rows", "silu_mul_rows")
+                for form in ("cubin", "ptx")]
+    for damage in (None, "empty", "cut"):
+        files = sorted(tmp_path.glob("*/*"))
+        for path in files if damage else ():
+            path.write_bytes(DAMAGE[damage](path.read_bytes()))
+        run(code, PYDSA_CACHE_DIR=str(tmp_path), NUMBA_NUM_THREADS="2")
+        assert [path.name for path in sorted(tmp_path.glob("*/*"))] == expected
+        assert all(kernel_cache.read(path) for path in tmp_path.glob("*/*"))
+
+
+# Where it is kept
+
+def test_no_home(monkeypatch):
+    def nobody(*args):
+        raise RuntimeError("could not determine the home directory")
+    monkeypatch.delenv("PYDSA_CACHE_DIR", raising=False)
+    monkeypatch.setattr(kernel_cache.platformdirs, "user_cache_dir", nobody)
+    with pytest.warns(UserWarning, match="could not determine the home directory"):
+        folder = kernel_cache.cache_folder("x", [])
+    assert os.access(folder, os.W_OK)
+
+
+def test_a_temporary_folder_goes_away(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "tmp").mkdir()
+    code = "from pydsa.kernel_cache import cache_folder; print(cache_folder('x', []).is_dir())"
+    assert run(code, PYTHONWARNINGS="ignore", PYDSA_CACHE_DIR=str(tmp_path / "file"), TMPDIR=str(tmp_path / "tmp")) == "True\n"
+    assert names(tmp_path / "tmp") == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_fork_is_refused_with_one_sentence():
+    """... where numba would end it with a signal: after GNU OpenMP's threads were started."""
+    run("""
+import os
+from numba.np.ufunc.parallel import _launch_threads
+import numba
+from pydsa.backends.cpu import threads
+from pydsa.errors import PydsaError
+_launch_threads()
+child = os.fork()
+if child == 0:
+    try:
+        threads.set_threads(1)
+    except PydsaError as error:
+        os._exit(1 if "after the fork" in str(error) else 2)
+    os._exit(0)
+status = os.waitpid(child, 0)[1]
+assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == (threads.sys.platform == "linux" and numba.threading_layer() == "omp")
+""")
