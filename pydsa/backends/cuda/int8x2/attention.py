@@ -39,6 +39,8 @@ WEIGHTS = 2 * WEIGHT_PLANE
 HEAD_THREADS = THREADS // HEADS             # threads that share the softmax of one head
 PARTIALS = HEADS * HEAD_THREADS
 SUMS = 16                                   # accumulators of a lane: four tiles of 16 heads x 8 keys or columns
+SIGNATURE = ("f4[:,:,:], f4[:,:,:,:], f4[:,:,:], f4[:,:,:], u4[::1], f4[:,:,:], u1[::1], i8, i4, i4, i8[:], i4[:,:], f4[:,:], i4, i4, "
+             "f4")
 ZERO, MINUS_INFINITY, INFINITY = np.float32(0), np.float32(-np.inf), np.float32(np.inf)
 
 
@@ -117,6 +119,13 @@ def softmax_tile(scores, weights, value_factors, partials, row_max, row_sum, res
 
 
 @device
+def first_fragment(t, tile, n_head, first, second):
+    """The first step of a head tile's fragments in `packed`, see pack_heads."""
+    n_tiles, n_steps = (n_head + 15) // 16, (first + 31) // 32 + (second + 31) // 32
+    return (np.int64(t) * n_tiles + min(tile, n_tiles - 1)) * n_steps
+
+
+@device
 def load_keys(key_at, bias, first_scale, second_scale, start, n, planes, data, row_bytes, first, second, mode, indices, mask, t, thread):
     """Stage where a tile's keys begin, with their biases and scales.
 
@@ -177,14 +186,46 @@ def store_columns(out, acc, factor, factor_8, t, head, column, thread):
             out[t, head + h, col] = acc[i] * (factor if i % 4 < 2 else factor_8)
 
 
+@device
+def store_all_columns(out, acc, factor, factor_8, t, head, column, thread):
+    """store_columns for all accumulators."""
+    store_columns(out, acc[0], factor, factor_8, t, head, column, thread)
+    store_columns(out, acc[1], factor, factor_8, t, head, column + SIDE, thread)
+    store_columns(out, acc[2], factor, factor_8, t, head, column + 2 * SIDE, thread)
+    store_columns(out, acc[3], factor, factor_8, t, head, column + 3 * SIDE, thread)
+    store_columns(out, acc[4], factor, factor_8, t, head, column + 4 * SIDE, thread)
+    store_columns(out, acc[5], factor, factor_8, t, head, column + 5 * SIDE, thread)
+    store_columns(out, acc[6], factor, factor_8, t, head, column + 6 * SIDE, thread)
+    store_columns(out, acc[7], factor, factor_8, t, head, column + 7 * SIDE, thread)
+
+
+@device
+def clear(acc, row_max, row_sum, thread):
+    """Initialize all accumulators and the online softmax."""
+    if thread < HEADS:
+        row_max[thread], row_sum[thread] = MINUS_INFINITY, ZERO
+    for i in range(SUMS):
+        acc[0][i] = acc[1][i] = acc[2][i] = acc[3][i] = acc[4][i] = acc[5][i] = acc[6][i] = acc[7][i] = ZERO
+
+
+@device
+def final_factors(row_sum, row, n_splits):
+    """What a lane's two rows are multiplied by: 1 / row_sum, or 1 if split."""
+    if n_splits > 1:
+        return np.float32(1), np.float32(1)
+    a, b = row_sum[row], row_sum[row + 8]
+    return np.float32(1) / a if a != ZERO else ZERO, np.float32(1) / b if b != ZERO else ZERO
+
+
 def _make_multiply_part(planes):
     @device
-    def multiply_part(high, mixed, stage, packed, fragments_at, key_at, data, begin, length, plane_bytes, first_key, lane, thread):
+    def multiply_part(high, mixed, stage, packed, fragments_at, key_at, data, part, first, second, first_key, lane, thread):
         """Dot products of queries with one part of a tile's keys.
 
-        high: those of high bytes. mixed: those of high with low bytes. The part is `length` values from `begin` on, SIDE at a time.
+        high: those of high bytes. mixed: those of high with low bytes. The part is staged in shared memory, SIDE values at a time.
         fragments_at: the first step of the queries' fragments in `packed`.
         """
+        begin, length, step = (0, first, 0) if part == 0 else (first, second, (first + 31) // 32)
         for i in range(SUMS):
             high[i], mixed[i] = 0, 0
         for base in range(0, length, SIDE):
@@ -193,11 +234,11 @@ def _make_multiply_part(planes):
                     task = j * THREADS + thread
                     at, i = key_at[task >> SIDE_U32_BITS], base + 4 * (task & SIDE_U32 - 1)
                     stage[plane * PLANE + (task >> SIDE_U32_BITS) * PITCH + (task & SIDE_U32 - 1)] = (
-                        u32_at(data, at + plane_bytes * plane + begin + i) if at >= 0 and i < length else np.uint32(0))
+                        u32_at(data, at + (first + second) * plane + begin + i) if at >= 0 and i < length else np.uint32(0))
             sync()
             for s in range(SIDE // 32):
                 if base + 32 * s < length:
-                    at = (fragments_at + base // 32 + s) * 256 + 4 * lane
+                    at = (fragments_at + step + base // 32 + s) * 256 + 4 * lane
                     a0, a1, a2, a3 = load_four_u32(packed, at)
                     l0, l1, l2, l3 = load_four_u32(packed, at + 128)
                     for tile in range(4):
@@ -273,19 +314,33 @@ def _make_add_values(planes):
             acc[4 * tile + 2] = acc[4 * tile + 2] * factor_8 + unit * np.float32(np.int32(p2))
             acc[4 * tile + 3] = acc[4 * tile + 3] * factor_8 + unit * np.float32(np.int32(p3))
         sync()
-    return add_values
+
+    @device
+    def add_all_values(acc, stage, weights, rescale, key_at, data, first, second, column, n_v, unit, thread):
+        """add_values for all accumulators.
+
+        Their indices are constants: with variable ones the accumulators would be in local memory.
+        """
+        add_values(acc[0], stage, weights, rescale, key_at, data, first, second, column, n_v, unit, thread)
+        add_values(acc[1], stage, weights, rescale, key_at, data, first, second, column + SIDE, n_v, unit, thread)
+        add_values(acc[2], stage, weights, rescale, key_at, data, first, second, column + 2 * SIDE, n_v, unit, thread)
+        add_values(acc[3], stage, weights, rescale, key_at, data, first, second, column + 3 * SIDE, n_v, unit, thread)
+        add_values(acc[4], stage, weights, rescale, key_at, data, first, second, column + 4 * SIDE, n_v, unit, thread)
+        add_values(acc[5], stage, weights, rescale, key_at, data, first, second, column + 5 * SIDE, n_v, unit, thread)
+        add_values(acc[6], stage, weights, rescale, key_at, data, first, second, column + 6 * SIDE, n_v, unit, thread)
+        add_values(acc[7], stage, weights, rescale, key_at, data, first, second, column + 7 * SIDE, n_v, unit, thread)
+    return add_all_values
 
 
 def _make_attend(storage):
     planes = 2 if storage == "i16" else 1
-    multiply_part, add_values = _make_multiply_part(planes), _make_add_values(planes)
+    multiply_part, add_all_values = _make_multiply_part(planes), _make_add_values(planes)
 
     def attend(out, sums, row_maxes, row_sums, packed, scales, data, row_bytes, first, second, positions, indices, mask, mode, n_splits,
                scale):
         """out[t, h] of packed queries, or one split of it: sums, row_maxes and row_sums.
 
-        mode: DENSE, all keys up to positions[t]; MASKED, the same with mask[t, s] added; SPARSE, keys indices[t] up to the first negative
-        one.
+        mode: DENSE, keys up to positions[t]; MASKED, the same with mask[t, s] added; SPARSE, keys indices[t] up to the first negative.
         """
         stage = cuda.shared.array(STAGE, np.uint32, 16)
         scores = cuda.shared.array(SCORES, np.float32)
@@ -299,30 +354,20 @@ def _make_attend(storage):
         row_max = cuda.shared.array(HEADS, np.float32)
         row_sum = cuda.shared.array(HEADS, np.float32)
         rescale = cuda.shared.array(HEADS, np.float32)
-        acc_0 = cuda.local.array(SUMS, np.float32)          # one by one: in an array of arrays they would not be registers
-        acc_1 = cuda.local.array(SUMS, np.float32)
-        acc_2 = cuda.local.array(SUMS, np.float32)
-        acc_3 = cuda.local.array(SUMS, np.float32)
-        acc_4 = cuda.local.array(SUMS, np.float32)
-        acc_5 = cuda.local.array(SUMS, np.float32)
-        acc_6 = cuda.local.array(SUMS, np.float32)
-        acc_7 = cuda.local.array(SUMS, np.float32)
-        high = cuda.local.array(SUMS, np.int32)
-        mixed = cuda.local.array(SUMS, np.int32)
+        acc = (cuda.local.array(SUMS, np.float32), cuda.local.array(SUMS, np.float32), cuda.local.array(SUMS, np.float32),
+               cuda.local.array(SUMS, np.float32), cuda.local.array(SUMS, np.float32), cuda.local.array(SUMS, np.float32),
+               cuda.local.array(SUMS, np.float32), cuda.local.array(SUMS, np.float32))
+        high, mixed = cuda.local.array(SUMS, np.int32), cuda.local.array(SUMS, np.int32)
         thread, block, n_head, n_v = cuda.threadIdx.x & THREADS - 1, cuda.blockIdx.x & 0x7FFFFFFF, out.shape[1], out.shape[2]
         warp, lane = thread >> 5, thread & 31
-        n_tiles, n_groups = (n_head + 15) // 16, (n_head + HEADS - 1) // HEADS
+        n_groups = (n_head + HEADS - 1) // HEADS
         group, split, t = block % n_groups, block // n_groups % n_splits, block // n_groups // n_splits
         head, column = group * HEADS, (cuda.blockIdx.y & 0xFFFF) * COLUMNS
         row, first_key = warp % ROW_TILES * 16 + (lane >> 2), warp // ROW_TILES * 32
-        n_steps = (first + 31) // 32 + (second + 31) // 32
-        fragments_at = (np.int64(t) * n_tiles + min(group * ROW_TILES + warp % ROW_TILES, n_tiles - 1)) * n_steps
+        fragments_at = first_fragment(t, group * ROW_TILES + warp % ROW_TILES, n_head, first, second)
         h0, h1, unit = min(head + row, n_head - 1), min(head + row + 8, n_head - 1), np.float32(256 ** (planes - 1))
         n, split_start, split_end = split_of_keys(split, n_splits, SIDE, mode, positions, indices, t)
-        for i in range(SUMS):
-            acc_0[i] = acc_1[i] = acc_2[i] = acc_3[i] = acc_4[i] = acc_5[i] = acc_6[i] = acc_7[i] = ZERO
-        if thread < HEADS:
-            row_max[thread], row_sum[thread] = MINUS_INFINITY, ZERO
+        clear(acc, row_max, row_sum, thread)
         for start in range(split_start, split_end, SIDE):
             if mode == SPARSE and indices[t, start] < 0:
                 break
@@ -331,43 +376,22 @@ def _make_attend(storage):
             cuda.syncthreads()
             max_scale = set_value_factors(value_factors, first_scale, thread)
             for part in range(2):
-                begin, length, step = (0, first, 0) if part == 0 else (first, second, (first + 31) // 32)
-                multiply_part(high, mixed, stage, packed, fragments_at + step, key_at, data, begin, length, first + second, first_key, lane,
-                              thread)
+                multiply_part(high, mixed, stage, packed, fragments_at, key_at, data, part, first, second, first_key, lane, thread)
                 add_scores(scores, high, mixed, part, second, scale * unit * scales[t, h0, part], scale * unit * scales[t, h1, part], bias,
                            first_scale, second_scale, row, first_key, lane & 3)
             cuda.syncthreads()
             softmax_tile(scores, weights, value_factors, partials, row_max, row_sum, rescale, thread)
             value_unit = max_scale / np.float32(INT8X2_MAX) * unit
-            add_values(acc_0, stage, weights, rescale, key_at, data, first, second, column, n_v, value_unit, thread)
-            add_values(acc_1, stage, weights, rescale, key_at, data, first, second, column + SIDE, n_v, value_unit, thread)
-            add_values(acc_2, stage, weights, rescale, key_at, data, first, second, column + 2 * SIDE, n_v, value_unit, thread)
-            add_values(acc_3, stage, weights, rescale, key_at, data, first, second, column + 3 * SIDE, n_v, value_unit, thread)
-            add_values(acc_4, stage, weights, rescale, key_at, data, first, second, column + 4 * SIDE, n_v, value_unit, thread)
-            add_values(acc_5, stage, weights, rescale, key_at, data, first, second, column + 5 * SIDE, n_v, value_unit, thread)
-            add_values(acc_6, stage, weights, rescale, key_at, data, first, second, column + 6 * SIDE, n_v, value_unit, thread)
-            add_values(acc_7, stage, weights, rescale, key_at, data, first, second, column + 7 * SIDE, n_v, value_unit, thread)
+            add_all_values(acc, stage, weights, rescale, key_at, data, first, second, column, n_v, value_unit, thread)
             cuda.syncthreads()
         cuda.syncthreads()
-        factor, factor_8 = row_sum[row], row_sum[row + 8]
-        if n_splits == 1:
-            factor, factor_8 = np.float32(1) / factor if factor != ZERO else ZERO, np.float32(1) / factor_8 if factor_8 != ZERO else ZERO
-        else:
-            factor = factor_8 = np.float32(1)
+        factor, factor_8 = final_factors(row_sum, row, n_splits)
+        if n_splits > 1:
             out = sums[:, :, split]
             if column == 0 and thread < HEADS and head + thread < n_head:
                 row_maxes[t, head + thread, split], row_sums[t, head + thread, split] = row_max[thread], row_sum[thread]
-        store_columns(out, acc_0, factor, factor_8, t, head, column, thread)
-        store_columns(out, acc_1, factor, factor_8, t, head, column + SIDE, thread)
-        store_columns(out, acc_2, factor, factor_8, t, head, column + 2 * SIDE, thread)
-        store_columns(out, acc_3, factor, factor_8, t, head, column + 3 * SIDE, thread)
-        store_columns(out, acc_4, factor, factor_8, t, head, column + 4 * SIDE, thread)
-        store_columns(out, acc_5, factor, factor_8, t, head, column + 5 * SIDE, thread)
-        store_columns(out, acc_6, factor, factor_8, t, head, column + 6 * SIDE, thread)
-        store_columns(out, acc_7, factor, factor_8, t, head, column + 7 * SIDE, thread)
-    signature = ("f4[:,:,:], f4[:,:,:,:], f4[:,:,:], f4[:,:,:], u4[::1], f4[:,:,:], u1[::1], i8, i4, i4, i8[:], i4[:,:], f4[:,:], i4, i4, "
-                 "f4")
-    return kernel(signature, THREADS, f"attend_int8x2_{storage}")(attend)
+        store_all_columns(out, acc, factor, factor_8, t, head, column, thread)
+    return kernel(SIGNATURE, THREADS, f"attend_int8x2_{storage}")(attend)
 
 
 ATTEND = {storage: _make_attend(storage) for storage in ("i8", "i16")}
