@@ -103,7 +103,7 @@ class Bench:
             for op, (calls, seconds) in sorted(best.items(), key=lambda item: -item[1][1]):
                 yield {"n_tokens": n_tokens, "n_depth": n_depth, "attention": model.attention, "op": op, "calls": calls,
                        "us": seconds * 1e6, "share": seconds / step_seconds,
-                       **(_rates(ceilings, model.backend.product_kind(op, op in quantized, n_tokens), costs[op], seconds)
+                       **(_rates(ceilings, model.backend.product_format(op, op in quantized, n_tokens), costs[op], seconds)
                           if ceilings else NO_RATES)}
 
 

@@ -1,4 +1,4 @@
-"""AMX tile registers emulated, so that AMX kernels run on any AVX-512 CPU.
+"""AMX tile registers, emulated: AMX kernels run on any AVX-512 CPU.
 
 install() before pydsa.backends.cpu is imported; cpu_features() goes into NUMBA_CPU_FEATURES. The emulated process needs a
 PYDSA_CACHE_DIR of its own: its kernels call the functions below by name, which no other process has.
@@ -20,8 +20,9 @@ INSTRUCTIONS = {        # intrinsic -> its arguments: r a register, p an address
 
 
 def possible():
-    """Whether this CPU has what AMX kernels need beside AMX."""
-    return llvm.get_host_cpu_features().get("avx512bw", False) and llvm.get_host_cpu_features().get("avx512vnni", False)
+    """Whether this CPU has what AMX kernels need, but not AMX."""
+    here = llvm.get_host_cpu_features()
+    return here.get("avx512bw", False) and here.get("avx512vnni", False) and not here.get("amx-tile", False)
 
 
 def cpu_features():
@@ -51,8 +52,8 @@ def _permitted():
         ctypes.CDLL = load
 
 
-def _functions():
-    """The instructions as compiled functions of int64."""
+def _registers():
+    """register(i): this thread's tile register i as uint8 [16, 64], and row(address): 64 bytes there."""
     import numba
     from numba import carray, types
     from numba.extending import intrinsic
@@ -70,6 +71,48 @@ def _functions():
     def register(i):
         return carray(bytes_at(tiles + (_thread() * 8 + i) * 1024), (16, 64))
 
+    @numba.njit
+    def row(address):
+        return carray(bytes_at(address), (64,))
+    return register, row
+
+
+def _products(register):
+    """tdpbssd and tdpbf16ps: c += a b, where b is interleaved by four bytes (Intel SDM)."""
+    def tdpbssd(c, a, b):
+        sums, left, right = register(c).view(np.int32), register(a).view(np.int8), register(b).view(np.int8)
+        columns = np.empty((64, 16), np.int32)
+        for k in range(64):
+            for n in range(16):
+                columns[k, n] = right[k // 4, 4 * n + k % 4]
+        for m in range(16):
+            for k in range(64):
+                x = np.int32(left[m, k])
+                for n in range(16):
+                    sums[m, n] += x * columns[k, n]
+
+    def tdpbf16ps(c, a, b):
+        sums, left, right = register(c).view(np.float32), register(a).view(np.uint16), register(b).view(np.uint16)
+        bits, row = np.empty((32, 16), np.uint32), np.empty(32, np.uint32)
+        for k in range(32):
+            for n in range(16):
+                bits[k, n] = np.uint32(right[k // 2, 2 * n + k % 2]) << np.uint32(16)
+        columns, values = bits.view(np.float32), row.view(np.float32)
+        for m in range(16):
+            for k in range(32):
+                row[k] = np.uint32(left[m, k]) << np.uint32(16)
+            for k in range(32):
+                for n in range(16):
+                    sums[m, n] += values[k] * columns[k, n]
+    return tdpbssd, tdpbf16ps
+
+
+def _functions():
+    """The instructions by name, compiled; their arguments are int64."""
+    import numba
+    from numba import types
+    register, row_at = _registers()
+
     def ldtilecfg(address):
         pass
 
@@ -82,38 +125,15 @@ def _functions():
     def tileloadd64(i, address, stride):
         tile = register(i)
         for row in range(16):
-            tile[row] = carray(bytes_at(address + row * stride), (64,))
+            tile[row] = row_at(address + row * stride)
 
     def tilestored64(i, address, stride):
         tile = register(i)
         for row in range(16):
-            carray(bytes_at(address + row * stride), (64,))[:] = tile[row]
+            row_at(address + row * stride)[:] = tile[row]
 
-    def tdpbssd(c, a, b):
-        sums, left, right = register(c).view(np.int32), register(a).view(np.int8), register(b).view(np.int8)
-        for m in range(16):
-            for n in range(16):
-                total = sums[m, n]
-                for k in range(64):
-                    total += np.int32(left[m, k]) * np.int32(right[k // 4, 4 * n + k % 4])
-                sums[m, n] = total
-
-    def tdpbf16ps(c, a, b):
-        sums, left, right = register(c).view(np.float32), register(a).view(np.uint16), register(b).view(np.uint16)
-        x, y = np.empty((16, 32), np.uint32), np.empty((16, 32), np.uint32)
-        for m in range(16):
-            for k in range(32):
-                x[m, k], y[m, k] = np.uint32(left[m, k]) << np.uint32(16), np.uint32(right[m, k]) << np.uint32(16)
-        p, q = x.view(np.float32), y.view(np.float32)
-        for m in range(16):
-            for n in range(16):
-                total = sums[m, n]
-                for k in range(32):
-                    total += p[m, k] * q[k // 2, 2 * n + k % 2]
-                sums[m, n] = total
-
-    return {f.__name__: numba.cfunc(types.void(*[types.int64] * f.__code__.co_argcount))(f)
-            for f in (ldtilecfg, tilerelease, tilezero, tileloadd64, tilestored64, tdpbssd, tdpbf16ps)}
+    functions = ldtilecfg, tilerelease, tilezero, tileloadd64, tilestored64, *_products(register)
+    return {f.__name__: numba.cfunc(types.void(*[types.int64] * f.__code__.co_argcount))(f) for f in functions}
 
 
 def install():

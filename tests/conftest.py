@@ -17,7 +17,15 @@ if os.environ.get("PYDSA_TEST_AMX") == "emulated":
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
+SLOW = ("test_levels.py", "test_cuda.py")       # files that take minutes
+
 pytest.register_assert_rewrite("helpers")
+
+
+def pytest_collection_modifyitems(items):
+    """Run the slow files first, so that no process is left alone with one."""
+    items.sort(key=lambda item: item.path.name not in SLOW)
+
 
 # Widths that are no multiple of a vector register; top_k is far below the number of tokens in the tests.
 SMALL = dict(type="F32", n_embd=72, n_head=3, n_lora_q=40, n_lora_kv=56, n_nope=20, n_rot=12, n_v=28, n_ff=88, n_ff_exp=36,

@@ -1,4 +1,5 @@
 """The command line: stdout, stderr, exit codes, chat on a terminal."""
+import hashlib
 import json
 import os
 import re
@@ -226,3 +227,26 @@ def test_chat_on_a_terminal(model):
     terminal.send("/exit\n")
     _, status = os.waitpid(terminal.pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_llama_cpp_s_name_of_a_cache_type(golden):
+    """q8_0 stands for i8, in the options and in saved sessions."""
+    args = ["info", str(golden("ds32-q8_0")[0]), "-o", "json", "--kv-type", "q8_0", "--index-type", "q8_0"]
+    report = json.loads(CliRunner().invoke(main, args).stdout)
+    assert report["kv_type"] == report["index_type"] == "i8"
+
+
+def test_a_session_saved_with_the_old_name_of_a_cache_type(small_model, load, tmp_path):
+    model, path = load(small_model(), kv_type="q8_0"), tmp_path / "session"
+    session, other = model.session(), model.session()
+    session.prefill([1, 2, 3])
+    session.save(path)
+    data = path.read_bytes()
+    start = data.index(b"{")
+    header = data[start:data.index(b"}", data.rindex(b"tokens")) + 1]
+    old = header.replace(b'"kv_type": "i8"', b'"kv_type": "q8_0"').replace(b'"index_type": "i8"', b'"index_type": "q8_0"')
+    assert old != header
+    rows = data[start + len(header):-32]
+    path.write_bytes(data[:start - 8] + len(old).to_bytes(8, "little") + old + rows + hashlib.sha256(old + rows).digest())
+    other.load(path)
+    assert other.tokens == [1, 2, 3]

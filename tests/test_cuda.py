@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
 OPS = ["test_ops.py", "test_whole_tiles.py", "test_attention.py", "test_mha.py", "test_top_k.py", "test_int8_keys.py", "test_quants.py"]
 # tests of the CPU backend or of the host, left out here
-OF_CPU = ("threads or exp_of or half or block_sizes or sampled or golden or ubatches or vectors_are_unpacked or any_ or counted or 2_gib or "
-          "prompts_take or left_out or packed_latent")
+OF_CPU = ("threads or exp_of or half or block_sizes or sampled or golden or ubatches or vectors_are_unpacked or any_ or counted or "
+          "2_gib or prompts_take or left_out or packed_latent")
 # the slowest tests in the simulator; other tests cover their kernels there
 SLOW_SIMULATED = ("(head_linear and 256) or 2-13 or logits or no_future or 3-100 or do_not_mix or mha_sparse_attention or "
                   "test_experts")

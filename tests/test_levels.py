@@ -1,4 +1,7 @@
-"""The same results at every SIMD level: kernels compiled for other CPUs than this one, in processes of their own."""
+"""The same results at every SIMD level.
+
+Kernels are compiled for other CPUs than this one, in processes of their own. Without AMX in this CPU, its level is emulated (amx.py).
+"""
 import os
 import platform
 import subprocess
@@ -10,22 +13,32 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 
+from tests import amx
+
+ROOT = Path(__file__).parent.parent
 AVX2 = "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt,+sse4.2,+ssse3,+sse2"
 AVX512 = AVX2 + ",+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512cd"
-LEVELS = {      # name: (NUMBA_CPU_NAME, NUMBA_CPU_FEATURES, floats in a register); the product of words differs in each
+LEVELS = {      # name: (NUMBA_CPU_NAME, NUMBA_CPU_FEATURES, floats in a register); the product of int16 differs in each
     "avx512vnni": ("icelake-server", AVX512 + ",+avx512vnni", 16),
     "avx512": ("skylake-avx512", AVX512, 16),
     "avxvnni": ("alderlake", AVX2 + ",+avxvnni", 8),
     "avx2": ("haswell", AVX2, 8),
     "plain": ("x86-64", "+sse2", 4),
 }
+EMULATED = "amx"        # AVX-512 and emulated tiles
 HERE = {name for name, there in llvm.get_host_cpu_features().items() if there}
 POSSIBLE = [level for level, (_, features, _) in LEVELS.items() if {f[1:] for f in features.split(",")} <= HERE]
-MARKED = [pytest.param(level, marks=pytest.mark.skipif(level not in POSSIBLE, reason="not on this CPU")) for level in LEVELS]
+if amx.possible():
+    POSSIBLE.append(EMULATED)
+MARKED = [pytest.param(level, marks=pytest.mark.skipif(level not in POSSIBLE, reason="not on this CPU")) for level in [*LEVELS, EMULATED]]
 
 PROGRAM = """
+import os
 import sys
 import numpy as np
+if "PYDSA_TEST_AMX" in os.environ:
+    from tests.amx import install
+    install()
 import pydsa
 from pydsa.backends.cpu import simd
 gguf, npz, lanes = sys.argv[1:]
@@ -45,21 +58,25 @@ KERNELS = [str(Path(__file__).parent / name) for name in (
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the levels are those of x86")
 
 
-def run(level, *args):
+def run(level, folder, *args):
     """A process of Python with a CPU of this level."""
-    name, features, _ = LEVELS[level]
-    env = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
-    return subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True)
+    if level == EMULATED:
+        env = {"NUMBA_CPU_FEATURES": amx.cpu_features(), "PYDSA_TEST_AMX": "emulated", "PYDSA_CACHE_DIR": str(folder)}
+    else:
+        env = dict(zip(("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"), LEVELS[level]))
+    return subprocess.run([sys.executable, *args], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | env, capture_output=True,
+                          text=True)
 
 
 @pytest.fixture(scope="module")
-def runs(golden):
+def runs(golden, tmp_path_factory):
     """(level, "golden" or "kernels") -> a future of its process. Two run at a time, as most of what they do is to compile."""
     path, _ = golden("ds32-q4_k_m")
-    pool = ThreadPoolExecutor(2)
-    futures = {(level, "golden"): pool.submit(run, level, "-c", PROGRAM, str(path), str(path.with_suffix(".npz")), str(LEVELS[level][2]))
-               for level in POSSIBLE}
-    futures |= {(level, "kernels"): pool.submit(run, level, "-m", "pytest", "-q", "-x", *KERNELS) for level in POSSIBLE}
+    pool, folder = ThreadPoolExecutor(2), tmp_path_factory.mktemp("kernels")
+    lanes = {level: lanes for level, (_, _, lanes) in LEVELS.items()} | {EMULATED: 16}
+    files = str(path), str(path.with_suffix(".npz"))
+    futures = {(level, "golden"): pool.submit(run, level, folder, "-c", PROGRAM, *files, str(lanes[level])) for level in POSSIBLE}
+    futures |= {(level, "kernels"): pool.submit(run, level, folder, "-m", "pytest", "-q", "-x", *KERNELS) for level in POSSIBLE}
     yield futures
     pool.shutdown(cancel_futures=True)
 

@@ -2,7 +2,7 @@
 import numpy as np
 
 from pydsa.backends.cpu.attention import dense_attention, masked_attention, sparse_attention  # noqa: F401
-from pydsa.backends.cpu.ceilings import measure_ceilings, product_kind  # noqa: F401
+from pydsa.backends.cpu.ceilings import measure_ceilings, product_format  # noqa: F401
 from pydsa.backends.cpu.indexer import indexer_scores, indexer_select, scatter_mask  # noqa: F401
 from pydsa.backends.cpu.jit import compile_calls, entry_point  # noqa: F401
 from pydsa.backends.cpu.linear import head_linear, linear  # noqa: F401

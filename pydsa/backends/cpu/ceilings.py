@@ -34,7 +34,7 @@ REPEATS = 20_000        # of the products of ROWS with VECTORS: 8 ms at 80 GFLOP
 class Ceilings(NamedTuple):
     """Limits for the number of threads that was set when they were measured."""
     bandwidth: float    # bytes a second
-    peaks: dict         # kind of product, as product_kind() names it -> operations a second; a multiply-add is two
+    peaks: dict         # number format, as product_format() names it -> operations a second; a multiply-add is two
 
 
 @kernel(parallel=True)
@@ -142,26 +142,26 @@ def int8x2_peak(sums, repeats):
     return sums.size * repeats * 2 * (4 * 16) * (4 * 16) * 256
 
 
-# kind of product -> kernel(sums, repeats) -> operations; sums has an element for each thread
-PEAKS = {"float32": f32_peak, "int16": int16_peak}
+# number format -> kernel(sums, repeats) -> operations; sums has an element for each thread
+PEAKS = {"f32": f32_peak, "int16": int16_peak}
 if amx.HERE:
-    PEAKS |= {"bfloat16 pairs": bf16x2_peak, "byte pairs": int8x2_peak}
+    PEAKS |= {"bf16x2": bf16x2_peak, "int8x2": int8x2_peak}
 
 
 CACHE_OPS = ("dense_attention", "masked_attention", "sparse_attention", "indexer_scores", "indexer_select")
 
 
-def product_kind(op, quantized, n_tokens):
-    """Name the kind of product that an op computes for n_tokens tokens.
+def product_format(op, quantized, n_tokens):
+    """Name the number format that an op multiplies in, for n_tokens tokens.
 
     quantized: whether its weights are. Caches are of 16 bits.
     """
     if amx.HERE:
         if quantized and n_tokens > GEMV_TOKENS:
-            return "byte pairs"
+            return "int8x2"
         if op in CACHE_OPS:
-            return "bfloat16 pairs"
-    return "int16" if quantized else "float32"
+            return "bf16x2"
+    return "int16" if quantized else "f32"
 
 
 def measure_ceilings():

@@ -154,9 +154,9 @@ def lookup(table):
         def codegen(context, builder, signature, args):
             for feature, name, lanes in SHUFFLES:
                 if feature in FEATURES:
-                    kind, whole = ir.VectorType(I8, lanes), constant([*table] * (lanes // 16), I8)
+                    kind, tables = ir.VectorType(I8, lanes), constant([*table] * (lanes // 16), I8)
                     parts = _split(builder, args[0], lanes)
-                    return _join(builder, [call_llvm(builder, f"llvm.x86.{name}", kind, [whole, part]) for part in parts])
+                    return _join(builder, [call_llvm(builder, f"llvm.x86.{name}", kind, [tables, part]) for part in parts])
             result = constant([0] * 64, I8)
             for i, value in enumerate(table):
                 mask = builder.icmp_unsigned("==", args[0], constant([i] * 64, I8))

@@ -79,7 +79,7 @@ def cache_write(cache, x, positions):
         call_block_function(cache.quantize, address(row), cache.n, address(cache.data) + positions[t] * row_bytes)
 
 
-SPARE_ROWS = 32         # behind the last one: tiles are loaded whole, 64 bytes of each row
+SPARE_ROWS = 32         # after the last row: tiles are loaded whole, 64 bytes of each row
 ROUND_ROW = IntpFunction(int16.linear.round_row)
 
 

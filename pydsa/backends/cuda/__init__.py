@@ -9,7 +9,7 @@ import numpy as np
 from pydsa.backends import host
 from pydsa.backends.cuda.array import DeviceArray, empty, gpu, upload  # noqa: F401
 from pydsa.backends.cuda.attention import dense_attention, masked_attention, sparse_attention  # noqa: F401
-from pydsa.backends.cuda.ceilings import measure_ceilings, product_kind  # noqa: F401
+from pydsa.backends.cuda.ceilings import measure_ceilings, product_format  # noqa: F401
 from pydsa.backends.cuda.device import SIMULATED
 from pydsa.backends.cuda.fuse import fewer_launches
 from pydsa.backends.cuda.indexer import indexer_scores, indexer_select, scatter_mask  # noqa: F401

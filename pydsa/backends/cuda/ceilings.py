@@ -22,7 +22,7 @@ PASSES = 5
 class Ceilings(NamedTuple):
     """The measured ceilings."""
     bandwidth: float    # bytes per second, read and written
-    peaks: dict         # kind of product, as product_kind() names it -> operations per second; a multiply-add counts as two
+    peaks: dict         # number format, as product_format() names it -> operations per second; a multiply-add counts as two
 
 
 @kernel("u8[::1], u8[::1]", THREADS)
@@ -73,19 +73,19 @@ def float_products(out, repeats):
     out[cuda.grid(1)] = c + e + f + g
 
 
-# kind of product -> kernel, dtype of its output, repetitions, operations per thread in each.
+# number format -> kernel, dtype of its output, repetitions, operations per thread in each.
 # Activations are split in two parts and take two products, hence the last division by 2.
-PEAKS = {"float16 in tensor cores": (tile_products, np.float32, 512, 4 * 2 * 16 * 8 * 16 / 32 / 2),
-         "bytes": (byte_dots, np.int32, 4096, 4 * 2 * 4 / 2),
-         "float32": (float_products, np.float32, 8192, 4 * 2)}
+PEAKS = {"f16x2": (tile_products, np.float32, 512, 4 * 2 * 16 * 8 * 16 / 32 / 2),
+         "int8x2": (byte_dots, np.int32, 4096, 4 * 2 * 4 / 2),
+         "f32": (float_products, np.float32, 8192, 4 * 2)}
 CACHE_OPS = ("dense_attention", "masked_attention", "sparse_attention", "indexer_scores", "indexer_select")
 
 
-def product_kind(op, quantized, n_tokens):
-    """The kind of product of an op, for n_tokens and quantized weights or not."""
+def product_format(op, quantized, n_tokens):
+    """The number format of an op, for n_tokens and quantized weights or not."""
     if not quantized or op in CACHE_OPS:
-        return "float32"
-    return "float16 in tensor cores" if n_tokens > 1 else "bytes"
+        return "f32"
+    return "f16x2" if n_tokens > 1 else "int8x2"
 
 
 def measure_ceilings():

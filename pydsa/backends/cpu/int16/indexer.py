@@ -5,7 +5,6 @@ multiplies two values of each key with two of a query, broadcast to all lanes. Q
 the heads' weights.
 """
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -15,8 +14,8 @@ from pydsa.backends.cpu.lanes import load_strided, transpose
 from pydsa.backends.cpu.rounding import max_abs_of
 from pydsa.backends.cpu.scalars import float_from_bits
 from pydsa.backends.cpu.scratch import thread_scratch
-from pydsa.backends.cpu.simd import (F32, FEATURES, I16, I32, INTP, broadcast, constant, f32x16, float_at, int16_dots, load_32_bytes,
-                                     load_floats, pointer, store, store_int16, to_int16)
+from pydsa.backends.cpu.simd import (F32, FEATURES, I32, INTP, broadcast, constant, f32x16, float_at, i16x32, i32x16, int16_dots,
+                                     load_32_bytes, load_floats, pointer, store, store_int16, to_int16)
 
 
 KEYS = 64                                           # scored for all tokens before the next
@@ -32,7 +31,6 @@ def weighted_scores(typingctx, tile, n_pairs, queries, query_bytes, weights, n_h
     """
     def codegen(context, b, signature, args):
         tile, n_pairs, queries, query_bytes, weights, n_head = args
-        words, ints = ir.VectorType(I16, 32), ir.VectorType(I32, 16)
 
         def load(kind, address):
             return b.load(pointer(b, address, kind), align=4)
@@ -60,8 +58,8 @@ def weighted_scores(typingctx, tile, n_pairs, queries, query_bytes, weights, n_h
             rows = [b.add(queries, b.mul(b.add(first, INTP(h)), query_bytes)) for h in range(HEADS)]
 
             def pair(k, sums):
-                keys = b.bitcast(load(ints, b.add(tile, b.mul(k, INTP(64)))), words)
-                pairs = [b.bitcast(broadcast(b, load(I32, b.add(row, b.mul(k, INTP(4)))), 16), words) for row in rows]
+                keys = b.bitcast(load(i32x16.ir, b.add(tile, b.mul(k, INTP(64)))), i16x32.ir)
+                pairs = [b.bitcast(broadcast(b, load(I32, b.add(row, b.mul(k, INTP(4)))), 16), i16x32.ir) for row in rows]
                 return [int16_dots(b, s, keys, x) for s, x in zip(sums, pairs)]
 
             total, = sums

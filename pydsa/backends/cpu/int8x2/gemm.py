@@ -102,7 +102,10 @@ def _emit_scaling(builder, pair, step):
 
 
 def _emit_pair(builder, pair, columns, low_a, low_b):
-    """Emit tile_pair_products: four turns of a step, while there are any, and a scaling."""
+    """Emit tile_pair_products, a loop of four turns.
+
+    A turn is a step, while there are any, and a quarter of the scaling.
+    """
     low_one, low_other = (low_a, low_b) if columns == 2 else (low_b, low_a)
     other, panel = (pair.b, pair.b_panel) if columns == 2 else (pair.a, pair.a_panel)
     second = builder.add(other, panel)

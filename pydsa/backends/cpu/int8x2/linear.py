@@ -42,8 +42,8 @@ def multiply_q15(typingctx, a, b):
 def broadcast_pair(typingctx, address, offset):
     """Broadcast two int16 in memory to all lanes."""
     def codegen(context, builder, signature, args):
-        word = builder.load(pointer(builder, builder.add(*args), I32), align=1)
-        return builder.bitcast(broadcast(builder, word, 16), i16x32.ir)
+        pair = builder.load(pointer(builder, builder.add(*args), I32), align=1)
+        return builder.bitcast(broadcast(builder, pair, 16), i16x32.ir)
     return i16x32(types.intp, types.intp), codegen
 
 

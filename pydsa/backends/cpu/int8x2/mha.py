@@ -77,8 +77,8 @@ def column_of_key(key):
 
     pack_int8x2 permutes each 64 values; this permutation undoes it.
     """
-    word = key % 64 // 2
-    return key // 64 * 64 + 32 * (key % 2) + (2 * word if word < 16 else 2 * word - 31)
+    pair = key % 64 // 2
+    return key // 64 * 64 + 32 * (key % 2) + (2 * pair if pair < 16 else 2 * pair - 31)
 
 
 def pack_latents(rows, row_bytes, dequantize, row_n, n, kv_lora, n_rot, out):
@@ -195,9 +195,9 @@ def compute_keys(packed, n_panels, kv_lora, n_nope, n_rot, weights, keys, scales
     n_steps, n_k, rotated = steps(n_nope) + steps(n_rot), 4 * steps(n_nope), packed + n_superblocks(kv_lora) * (A_BYTES + B_BYTES)
     clear(scratch, n_panels * n_k * TILE_BYTES)
     for k in range(n_superblocks(kv_lora)):
-        left = packed + k * A_BYTES
-        panel_products_int8x2(left, PANEL, n_panels, weights + k * n_k * SCALED_PANEL, SCALED_PANEL, n_k,
-                              steps(min(256, kv_lora - 256 * k)), scratch, left + PANELS * PANEL, PANEL, buffer, left, 0, 0, 0)
+        a_panels = packed + k * A_BYTES
+        panel_products_int8x2(a_panels, PANEL, n_panels, weights + k * n_k * SCALED_PANEL, SCALED_PANEL, n_k,
+                              steps(min(256, kv_lora - 256 * k)), scratch, a_panels + PANELS * PANEL, PANEL, buffer, a_panels, 0, 0, 0)
     for i in range(16 * n_panels):
         source, target = scratch + i // 16 * n_k * TILE_BYTES + 64 * (i % 16), keys + i // 16 * n_steps * STEP + 64 * (i % 16)
         tops = max_abs(source, TILE_BYTES, 16 * n_k), float_at(rotated, 256 * TILE * steps(n_rot) + 4 * i)
@@ -208,16 +208,16 @@ def compute_keys(packed, n_panels, kv_lora, n_nope, n_rot, weights, keys, scales
 
 
 @inner
-def compute_values(right, n_panels, kv_lora, n_v_panels, weights, scales, values, scratch, buffer):
+def compute_values(latents, n_panels, kv_lora, n_v_panels, weights, scales, values, scratch, buffer):
     """Compute v_b latents^T, the values of n_panels panels of 16 keys.
 
     As B panels with a scale for each column of them.
     """
     clear(scratch, n_v_panels * n_panels * TILE_BYTES)
     for k in range(n_superblocks(kv_lora)):
-        panel_products_int8x2(weights + k * n_v_panels * SCALED_PANEL, SCALED_PANEL, n_v_panels, right + k * B_BYTES, SCALED_PANEL,
+        panel_products_int8x2(weights + k * n_v_panels * SCALED_PANEL, SCALED_PANEL, n_v_panels, latents + k * B_BYTES, SCALED_PANEL,
                               n_panels, steps(min(256, kv_lora - 256 * k)), scratch,
-                              scales + 64 * k * n_v_panels, PANEL, buffer, right, 0, 0, 0)
+                              scales + 64 * k * n_v_panels, PANEL, buffer, latents, 0, 0, 0)
     for p in range(n_v_panels):
         for i in range(16):
             top = pack_int8x2(scratch + p * n_panels * TILE_BYTES + 64 * i, TILE_BYTES, 16 * n_panels, values + p * SCALED_PANEL + 64 * i)
