@@ -30,10 +30,7 @@ if SIMULATED:
     _lock = threading.Lock()
 
     def _shared_array(self, shape, dtype, alignment=None):
-        """Thread-safe cuda.shared.array of the simulator.
-
-        Two threads that call it first at the same time get the same array. `alignment` is accepted and ignored.
-        """
+        """Thread-safe cuda.shared.array of the simulator. Ignores alignment."""
         caller, dtype = sys._getframe(1), dtype if isinstance(dtype, type) else numpy_support.as_dtype(dtype)
         with _lock:
             return self._allocations.setdefault((caller.f_code.co_filename, caller.f_lineno), np.empty(shape, dtype))
@@ -67,10 +64,7 @@ if SIMULATED:
         return sum((both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i for i in range(4))
 
     def copy_sixteen(target, to, source, at):
-        """Copy 16 bytes: target[to:to + 16] = source[at:at + 16] of uint8.
-
-        Both offsets are multiples of 16.
-        """
+        """Copy 16 bytes of uint8. Both offsets are multiples of 16."""
         target[to:to + 16] = source[at:at + 16]
 
     def four_u32_at(data, at):
@@ -106,10 +100,7 @@ if SIMULATED:
         return np.array([quad], np.uint32).view(np.int8).astype(int)
 
     def nearest(x, factor):
-        """x * factor rounded to the nearest integer, ties to even.
-
-        0 if the factor is 0, whatever x is.
-        """
+        """x * factor rounded to nearest even; 0 if the factor is 0, whatever x is."""
         return int(round(x * factor)) if factor > 0 else 0
 
     def exp(x):
@@ -152,7 +143,7 @@ if SIMULATED:
             time.sleep(0)
 
     def _combine(x, combine, n=WARP, values=_values):
-        """Combine x over a group of n adjacent lanes; every lane gets the result."""
+        """Combine x over n adjacent lanes; every lane gets the result."""
         i = _thread().threadIdx.x
         values[i] = x
         _wait(n)

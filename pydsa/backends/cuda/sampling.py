@@ -52,6 +52,58 @@ def max_of_parts(best, logits):
         best[cuda.blockIdx.x] = maximum
 
 
+@device
+def rank_candidates(tokens, values, weights, count, chosen, logits, maximum, k, thread):
+    """Sort the candidates by logit, highest first, and exponentiate them.
+
+    Of equal logits the first in `chosen` comes first. count[0]: how many candidates there are; the rest of `chosen` is -1.
+    """
+    for i in range(thread, k, THREADS):
+        if chosen[0, i] >= 0:
+            x, rank = logits[0, chosen[0, i]], 0
+            for j in range(k):
+                if chosen[0, j] >= 0:
+                    y = logits[0, chosen[0, j]]
+                    if y > x or y == x and j < i:
+                        rank += 1
+            tokens[rank], values[rank] = chosen[0, i], x
+            weights[rank] = math.exp(np.float64(x) - np.float64(maximum))
+        elif i == 0 or chosen[0, i - 1] >= 0:
+            count[0] = i
+    if thread == 0 and chosen[0, k - 1] >= 0:
+        count[0] = k
+
+
+@device
+def truncate(values, weights, count, maximum, top_p, min_log):
+    """How many of the candidates top_p and min_log keep, at least one."""
+    total, part, n = np.float64(0), np.float64(0), 0
+    for i in range(count):
+        total += weights[i]
+    while n < count:
+        part += weights[n] / total
+        n += 1
+        if part >= top_p and top_p < 1:
+            break
+    while n > 1 and values[n - 1] < maximum + min_log:
+        n -= 1
+    return n
+
+
+@device
+def draw(weights, count, drawn):
+    """The index at which the cumulative weight exceeds `drawn` of the total."""
+    total, part, n = np.float64(0), np.float64(0), 0
+    for i in range(count):
+        total += weights[i]
+    while n < count - 1:
+        part += weights[n]
+        if part > drawn * total:
+            break
+        n += 1
+    return n
+
+
 @kernel("u4[:], i4[:], i8[:], i8, u8[:], f4[:,:], i4[:,:], i4, f8, f4, f8, f8", THREADS)
 def draw_token(result, ids, positions, position, best, logits, chosen, k, top_p, min_log, temperature, drawn):
     """Sample a token: result = the token, and the bits of the maximum logit.
@@ -70,47 +122,16 @@ def draw_token(result, ids, positions, position, best, logits, chosen, k, top_p,
     token = np.int64(LOW - (block_max_u64(mine, keys, thread) & LOW))
     maximum = logits[0, token]
     if k > 0 and -INFINITY < maximum < INFINITY:
-        for i in range(thread, k, THREADS):
-            if chosen[0, i] >= 0:
-                x, rank = logits[0, chosen[0, i]], 0
-                for j in range(k):
-                    if chosen[0, j] >= 0:
-                        y = logits[0, chosen[0, j]]
-                        if y > x or y == x and j < i:
-                            rank += 1
-                tokens[rank], values[rank] = chosen[0, i], x
-                weights[rank] = math.exp(np.float64(x) - np.float64(maximum))
-            elif i == 0 or chosen[0, i - 1] >= 0:
-                count[0] = i                    # the rest of `chosen` is -1
-        if thread == 0 and chosen[0, k - 1] >= 0:
-            count[0] = k
+        rank_candidates(tokens, values, weights, count, chosen, logits, maximum, k, thread)
         cuda.syncthreads()
         if thread == 0:
-            total, part, n = np.float64(0), np.float64(0), 0
-            for i in range(count[0]):
-                total += weights[i]
-            while n < count[0]:
-                part += weights[n] / total
-                n += 1
-                if part >= top_p and top_p < 1:
-                    break
-            while n > 1 and values[n - 1] < maximum + min_log:
-                n -= 1
-            count[0] = n
+            count[0] = truncate(values, weights, count[0], maximum, top_p, min_log)
         cuda.syncthreads()
         for i in range(thread, count[0], THREADS):
             weights[i] = math.exp((np.float64(values[i]) - np.float64(maximum)) / temperature)
         cuda.syncthreads()
         if thread == 0:
-            total, part, n = np.float64(0), np.float64(0), 0
-            for i in range(count[0]):
-                total += weights[i]
-            while n < count[0] - 1:
-                part += weights[n]
-                if part > drawn * total:
-                    break
-                n += 1
-            token = np.int64(tokens[n])
+            token = np.int64(tokens[draw(weights, count[0], drawn)])
     if thread == 0:
         result[0], result[1] = token, float_bits(maximum)
         ids[0], positions[0] = token, position

@@ -10,7 +10,7 @@ from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.block_sums import block_prefix
-from pydsa.backends.cuda.device import SIMULATED, WARP, device, float_bits, load_four_u32
+from pydsa.backends.cuda.device import SIMULATED, WARP, device, float_bits, load_four_u32, sync
 from pydsa.backends.cuda.launch import BLOCKS, kernel
 
 
@@ -22,10 +22,10 @@ COPIES = 2 if SIMULATED else 4          # of the histogram: fewer atomic conflic
 PITCH = BINS + 8                        # from one copy to the next, in other banks
 COUNTS = COPIES * PITCH
 ROUNDS = -(-COUNTS // THREADS)
-PER_THREAD = 4 if SIMULATED else 8            # scores that a thread loads at once
-PER_BLOCK, EQUAL = PER_THREAD * THREADS, 1 << 16     # scores that a block loads at once; the unit of the upper of two packed counters
+PER_THREAD = 4 if SIMULATED else 8      # scores that a thread loads at once
+PER_BLOCK, EQUAL = PER_THREAD * THREADS, 1 << 16    # scores that a block loads at once; the unit of the upper of two packed counters
 LOWEST, NAN = np.uint32(0x007FFFFF), np.float32(np.nan)     # ordered(-inf)
-NON_NEGATIVE = 0x7FFFFFFF    # & HIGHEST tells the compiler that an index is non-negative
+NON_NEGATIVE = 0x7FFFFFFF               # & NON_NEGATIVE tells the compiler that an index is non-negative
 ALL, SIGN, NONE = np.uint32(0xFFFFFFFF), np.uint32(0x80000000), np.uint32(0)
 
 
@@ -62,6 +62,72 @@ def parts_of(n, k, n_parts):
     return used
 
 
+@device
+def count_digits(counts, values, scores, t, first, end, threshold, known_bits, shift, n_bits, thread):
+    """Histogram of a digit of all keys whose known_bits are the threshold's.
+
+    The digit is n_bits at `shift`. counts: COPIES of BINS in shared memory.
+    """
+    for i in range(ROUNDS):
+        if i * THREADS + thread < COUNTS:
+            counts[i * THREADS + thread] = 0
+    sync()
+    for base in range(first, end, PER_BLOCK):
+        load(values, scores, t, base + thread, THREADS, end)
+        for j in range(PER_THREAD):
+            key = ordered(values[j])
+            if key > LOWEST and (key ^ threshold) & known_bits == 0:
+                digit = key >> (shift & 31) & (1 << n_bits) - 1
+                cuda.atomic.add(counts, ((thread & COPIES - 1) * PITCH + digit) & NON_NEGATIVE, 1)
+    sync()
+
+
+@device
+def four_bins(counts, thread):
+    """The counts of a thread's four bins, highest first.
+
+    Thread 0 has the highest bins.
+    """
+    c0, c1, c2, c3 = np.int64(0), np.int64(0), np.int64(0), np.int64(0)
+    for copy in range(COPIES):
+        a, b, c, d = load_four_u32(counts, copy * PITCH + BINS - 4 * (thread + 1))
+        c0, c1, c2, c3 = c0 + np.int64(d), c1 + np.int64(c), c2 + np.int64(b), c3 + np.int64(a)
+    return c0, c1, c2, c3
+
+
+@device
+def find_threshold(counts, totals, ends, found, values, scores, t, first, end, k, thread):
+    """Radix select: the threshold, and how many keys equal to it are chosen.
+
+    All larger keys are chosen. found: shared memory, the digit of the k-th largest key and how many keys with this digit are chosen.
+    """
+    # threshold: the bits of the k-th largest key, of which all but the lowest unknown_bits are found; known_bits is their mask
+    threshold, known_bits, remaining, unknown_bits = NONE, NONE, np.int64(k), np.int64(32)
+    if end - first <= k:            # choose all
+        threshold, remaining, unknown_bits = LOWEST, np.int64(0), np.int64(0)
+    while unknown_bits > 0:
+        shift = max(unknown_bits - BITS, 0)
+        count_digits(counts, values, scores, t, first, end, threshold, known_bits, shift, unknown_bits - shift, thread)
+        c0, c1, c2, c3 = four_bins(counts, thread)
+        mine = c0 + c1 + c2 + c3
+        before, total = block_prefix(np.int32(mine), totals, ends, thread, WARPS)
+        if total <= remaining:           # choose all that are left
+            threshold, remaining = np.uint32(max(np.int64(threshold) - 1, np.int64(LOWEST))), np.int64(0)
+            break
+        if before < remaining <= before + mine:
+            left, digit = remaining - before, BINS - 1 - 4 * thread
+            for count in (c0, c1, c2, c3):
+                if left > 0:
+                    found[0], found[1] = digit, left
+                left -= count
+                digit -= 1
+        sync()
+        threshold, remaining, unknown_bits = np.uint32(threshold | found[0] << (shift & 31)), found[1], shift
+        known_bits = np.uint32(ALL << (shift & 31))
+        sync()
+    return threshold, remaining
+
+
 @kernel("i4[:,:], i4, f4[:,:], b1, f4[:,:], i4[:,:], b1, i8[:], i4, b1, i4, i8", THREADS)
 def choose_of_rows(out, out_start, best, keep_scores, scores, chosen, second_step, positions, start, causal, n_parts, length):
     """out[out_start + t] = the top-k of each part of row t of scores. One part per block.
@@ -84,44 +150,7 @@ def choose_of_rows(out, out_start, best, keep_scores, scores, chosen, second_ste
         return
     share = (n + used - 1) // used
     first, end = (0, used * k) if second_step else (min(n, part * share), min(n, (part + 1) * share))
-    # threshold: the bits of the k-th largest key, of which all but the lowest unknown_bits are found; known_bits is their mask
-    threshold, known_bits, remaining, unknown_bits = NONE, NONE, np.int64(k), np.int64(32)
-    if end - first <= k:            # choose all
-        threshold, remaining, unknown_bits = LOWEST, np.int64(0), np.int64(0)
-    while unknown_bits > 0:
-        shift = max(unknown_bits - BITS, 0)
-        for i in range(ROUNDS):
-            if i * THREADS + thread < COUNTS:
-                counts[i * THREADS + thread] = 0
-        cuda.syncthreads()
-        for base in range(first, end, PER_BLOCK):
-            load(values, scores, t, base + thread, THREADS, end)
-            for j in range(PER_THREAD):
-                key = ordered(values[j])
-                if key > LOWEST and (key ^ threshold) & known_bits == 0:
-                    digit = key >> (shift & 31) & (1 << (unknown_bits - shift)) - 1
-                    cuda.atomic.add(counts, ((thread & COPIES - 1) * PITCH + digit) & NON_NEGATIVE, 1)
-        cuda.syncthreads()
-        c0, c1, c2, c3 = np.int64(0), np.int64(0), np.int64(0), np.int64(0)      # counts of four bins, the highest bin first
-        for copy in range(COPIES):
-            a, b, c, d = load_four_u32(counts, copy * PITCH + BINS - 4 * (thread + 1))
-            c0, c1, c2, c3 = c0 + np.int64(d), c1 + np.int64(c), c2 + np.int64(b), c3 + np.int64(a)
-        mine = c0 + c1 + c2 + c3
-        before, total = block_prefix(np.int32(mine), totals, ends, thread, WARPS)
-        if total <= remaining:           # choose all that are left
-            threshold, remaining = np.uint32(max(np.int64(threshold) - 1, np.int64(LOWEST))), np.int64(0)
-            break
-        if before < remaining <= before + mine:
-            left, digit = remaining - before, BINS - 1 - 4 * thread
-            for count in (c0, c1, c2, c3):
-                if left > 0:
-                    found[0], found[1] = digit, left
-                left -= count
-                digit -= 1
-        cuda.syncthreads()
-        threshold, remaining, unknown_bits = np.uint32(threshold | found[0] << (shift & 31)), found[1], shift
-        known_bits = np.uint32(ALL << (shift & 31))
-        cuda.syncthreads()
+    threshold, remaining = find_threshold(counts, totals, ends, found, values, scores, t, first, end, k, thread)
     greater_before, equal_before = 0, 0
     for base in range(first, end, PER_BLOCK):
         load(values, scores, t, base + PER_THREAD * thread, 1, end)

@@ -25,17 +25,18 @@ ROW_WARPS, TOKEN_WARPS = (1, 2) if SIMULATED else (4, 2)
 TOKEN_TILES = 1 if SIMULATED else 4         # of a warp: tiles of 16 tokens, each multiplied with four tiles of 8 rows
 WARPS = ROW_WARPS * TOKEN_WARPS
 THREADS = MMA_WARP * WARPS
-ROWS, TOKENS = 32 * ROW_WARPS, 16 * TOKEN_TILES * TOKEN_WARPS        # of a block; half of its threads dequantize one row each
+ROWS, TOKENS = 32 * ROW_WARPS, 16 * TOKEN_TILES * TOKEN_WARPS   # of a block; half of its threads dequantize one row each
 COPY_WARPS = (THREADS - ROWS) // MMA_WARP   # the other threads stage tokens, one tile of 16 per warp at a time
 COPIES = TOKENS // (16 * COPY_WARPS)
 GROUP = 16                                  # uint32 of a group, two float16 each
-ROW_U32, PLANE = ROWS * GROUP, TOKENS * GROUP     # uint32 of a stage: weight rows; the high float16 of tokens, followed by the low ones
+ROW_U32, PLANE = ROWS * GROUP, TOKENS * GROUP   # uint32 of a stage: weight rows; the high float16 of tokens, followed by the low ones
 TOKEN_U32 = 2 * PLANE
 SUMS = 16 * TOKEN_TILES                     # accumulators of a lane
 F16_MAX = 16384                             # the largest float16 that a row's values are scaled to
-SPLIT_THREADS = 8 if SIMULATED else 256         # threads that split a row
+SPLIT_THREADS = 8 if SIMULATED else 256     # threads that split a row
 ZERO, ONE = np.float32(0), np.float32(1)
 NO_PAIR = (ZERO, ZERO)
+GEMM_SIGNATURE = "f4[:,:], u1[::1], i8, i4[:], i4[:], i4[:], i4[:], i4, u4[::1], f4[:], f4[::1], i4"
 
 
 class F16x2(NamedTuple):
@@ -166,9 +167,20 @@ def unpack_bf16(row_stage, row, data, at, k):
     return scale, scale, ZERO, ZERO
 
 
-def _make_gemm(name, unpack, halves=False, offsets=False):
+def _make_factors(halves, offsets):
     kinds = 2 if halves else 1
-    n_factors, n_sums = 2 * kinds * ROWS, 2 * TOKENS if offsets else 2
+
+    @device
+    def store_factors(factors, row, scales_and_offsets):
+        """Store a row's scales and negated offsets, the result of unpack()."""
+        d, d1, m, m1 = scales_and_offsets
+        factors[row] = d
+        if halves:
+            factors[ROWS + row] = d1
+        if offsets:
+            factors[kinds * ROWS + row] = -m
+        if offsets and halves:
+            factors[3 * ROWS + row] = -m1
 
     @device
     def scales_of(factors, at):
@@ -177,6 +189,54 @@ def _make_gemm(name, unpack, halves=False, offsets=False):
         If the halves share a scale, the second pair is unused.
         """
         return load_two_f32(factors, at), load_two_f32(factors, ROWS + at) if halves else NO_PAIR
+
+    @device
+    def stage_sums(x_sums, sums, x_at, k, token):
+        """Stage a token's sums of group k: of both halves, or of all of it."""
+        i = 2 * (np.int64(x_at[token]) + k)
+        y, y1 = sums[i], sums[i + 1]
+        x_sums[2 * token], x_sums[2 * token + 1] = y if halves else y + y1, y1
+    return store_factors, scales_of, stage_sums
+
+
+@device
+def stage_tokens(token_stage, packed, x_at, k, copier, n_tokens, lane):
+    """Stage group k of all tokens in fragment order.
+
+    A warp stages one tile of 16 tokens at a time.
+    """
+    g, c = lane >> 2, lane & 3
+    for i in range(COPIES):
+        tile = (copier >> 5) + i * COPY_WARPS
+        if 16 * tile < n_tokens:
+            from_a = (np.int64(x_at[16 * tile + g]) + k) * 2 * GROUP + 4 * c
+            from_b = (np.int64(x_at[16 * tile + g + 8]) + k) * 2 * GROUP + 4 * c
+            for plane in range(2):
+                a0, a1, a2, a3 = load_four_u32(packed, from_a + plane * GROUP)
+                b0, b1, b2, b3 = load_four_u32(packed, from_b + plane * GROUP)
+                at = plane * PLANE + tile * 256 + 4 * lane
+                store_four_u32(token_stage, at, a0, b0, a1, b1)
+                store_four_u32(token_stage, at + 128, a2, b2, a3, b3)
+
+
+@device
+def store_tiles(out, acc, order, first, x_scales, n_tokens, first_token, row, g):
+    """Store a warp's accumulators times the tokens' scales.
+
+    row: the first of a lane's rows of weights; two adjacent ones of each tile of eight.
+    """
+    for tile in range(TOKEN_TILES):
+        for i in range(2):
+            t = 16 * TOKEN_WARPS * tile + first_token + g + 8 * i
+            if t < n_tokens:
+                target, x_scale = order[first + t], x_scales[t]
+                for j in range(8):
+                    if row + 8 * (j // 2) + j % 2 < out.shape[1]:
+                        out[target, row + 8 * (j // 2) + j % 2] = acc[16 * tile + 4 * (j // 2) + 2 * i + j % 2] * x_scale
+
+
+def _make_add_tile(halves, offsets):
+    kinds = 2 if halves else 1
 
     @device
     def add_tile(acc, at, high, high_1, low, low_1, x, row_scales, factors, of, y, y1):
@@ -219,12 +279,19 @@ def _make_gemm(name, unpack, halves=False, offsets=False):
             acc[at + 2] = fma(m1, y1[1], acc[at + 2])
             acc[at + 3] = fma(o1, y1[1], acc[at + 3])
 
-    def gemm(out, w, row_bytes, tile_matrix, tile_first, tile_end, order, x_div, packed, scales, sums, n_groups):
-        """out[i] = a matrix times row i // x_div of x, for each tile.
+    return add_tile
 
-        A tile has i = order[first] to order[end - 1].
-        A block multiplies ROWS rows of weights with at most TOKENS tokens, one group of 32 values at a time. A warp has 32 rows and every
-        second tile of 16 tokens.
+
+def _make_gemm(name, unpack, halves=False, offsets=False):
+    n_factors, n_sums = 4 * ROWS if halves else 2 * ROWS, 2 * TOKENS if offsets else 2
+    store_factors, scales_of, stage_sums = _make_factors(halves, offsets)
+    add_tile = _make_add_tile(halves, offsets)
+
+    def gemm(out, w, row_bytes, tile_matrix, tile_first, tile_end, order, x_div, packed, scales, sums, n_groups):
+        """out[i] = a matrix times row i // x_div of x, for i in order[first:end].
+
+        first and end are those of a tile. A block multiplies ROWS rows of weights with at most TOKENS tokens, one group of 32 values at a
+        time. A warp has 32 rows and every second tile of 16 tokens.
         """
         thread = cuda.threadIdx.x & THREADS - 1
         chosen = tile_matrix[cuda.blockIdx.y]
@@ -241,8 +308,7 @@ def _make_gemm(name, unpack, halves=False, offsets=False):
         for i in range(SUMS):
             acc[i] = ZERO
         n_out, n_tokens = out.shape[1], end - first
-        lane, c, warp = thread & 31, thread & 3, thread >> 5
-        g = lane >> 2
+        lane, c, g, warp = thread & 31, thread & 3, (thread & 31) >> 2, thread >> 5
         first_row, first_token = warp // TOKEN_WARPS * 32, 16 * (warp % TOKEN_WARPS)
         for t in range(thread, TOKENS, THREADS):
             row = order[first + min(t, n_tokens - 1)] // x_div
@@ -252,30 +318,11 @@ def _make_gemm(name, unpack, halves=False, offsets=False):
         cuda.syncthreads()
         for k in range(np.int32(0), np.int32(n_groups), np.int32(1)):
             if unpacks:
-                d, d1, m, m1 = unpack(row_stage, thread, w, row_at, k)
-                factors[thread] = d
-                if halves:
-                    factors[ROWS + thread] = d1
-                if offsets:
-                    factors[kinds * ROWS + thread] = -m
-                if offsets and halves:
-                    factors[3 * ROWS + thread] = -m1
+                store_factors(factors, thread, unpack(row_stage, thread, w, row_at, k))
             else:
-                for i in range(COPIES):
-                    tile = (copier >> 5) + i * COPY_WARPS
-                    if 16 * tile < n_tokens:
-                        from_a = (np.int64(x_at[16 * tile + g]) + k) * 2 * GROUP + 4 * c
-                        from_b = (np.int64(x_at[16 * tile + g + 8]) + k) * 2 * GROUP + 4 * c
-                        for plane in range(2):
-                            a0, a1, a2, a3 = load_four_u32(packed, from_a + plane * GROUP)
-                            b0, b1, b2, b3 = load_four_u32(packed, from_b + plane * GROUP)
-                            at = plane * PLANE + tile * 256 + 4 * lane
-                            store_four_u32(token_stage, at, a0, b0, a1, b1)
-                            store_four_u32(token_stage, at + 128, a2, b2, a3, b3)
+                stage_tokens(token_stage, packed, x_at, k, copier, n_tokens, lane)
                 if offsets and copier & ~15 < n_tokens:
-                    i = 2 * (np.int64(x_at[copier]) + k)
-                    y, y1 = sums[i], sums[i + 1]
-                    x_sums[2 * copier], x_sums[2 * copier + 1] = y if halves else y + y1, y1
+                    stage_sums(x_sums, sums, x_at, k, copier)
             cuda.syncthreads()
             of, row = first_row + 2 * c, first_row + g
             b0, b1 = load_four_u32(row_stage, quad_offset(row, c)), load_four_u32(row_stage, quad_offset(row + 8, c))
@@ -293,17 +340,8 @@ def _make_gemm(name, unpack, halves=False, offsets=False):
                     add_tile(acc, 16 * tile + 8, x, x1, z, z1, b2, d2, factors, of + 16, y, y1)
                     add_tile(acc, 16 * tile + 12, x, x1, z, z1, b3, d3, factors, of + 24, y, y1)
             cuda.syncthreads()
-        for tile in range(TOKEN_TILES):
-            for i in range(2):
-                t = 16 * TOKEN_WARPS * tile + first_token + g + 8 * i
-                if t < n_tokens:
-                    target, x_scale = order[first + t], x_scales[t]
-                    for j in range(8):
-                        row = cuda.blockIdx.x * ROWS + first_row + 8 * (j // 2) + 2 * c + j % 2
-                        if row < n_out:
-                            out[target, row] = acc[16 * tile + 4 * (j // 2) + 2 * i + j % 2] * x_scale
-    signature = "f4[:,:], u1[::1], i8, i4[:], i4[:], i4[:], i4[:], i4, u4[::1], f4[:], f4[::1], i4"
-    return kernel(signature, THREADS, f"gemm_{name.lower()}", blocks=2)(gemm)
+        store_tiles(out, acc, order, first, x_scales, n_tokens, first_token, cuda.blockIdx.x * ROWS + first_row + 2 * c, g)
+    return kernel(GEMM_SIGNATURE, THREADS, f"gemm_{name.lower()}", blocks=2)(gemm)
 
 
 GEMM = {name: _make_gemm(name, _make_unpack(entry.group), entry.halves, entry.offsets) for name, entry in GROUPED.items()}

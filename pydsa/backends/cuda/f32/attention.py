@@ -10,7 +10,7 @@ from pydsa.backends.cuda.device import SIMULATED, WARP, device, exp, load_four_f
 from pydsa.backends.cuda.f32.tiles import (BATCH, DOTS, FOURS, HEADS, KEYS, PRODUCTS, PRODUCTS_OF, STAGE, THREADS, WORK as PRODUCT_WORK,
                                            sum_of_slices)
 from pydsa.backends.cuda.launch import blocks_for, kernel
-from pydsa.backends.cuda.modes import MASKED, SPARSE
+from pydsa.backends.cuda.modes import SPARSE, key_and_bias, split_of_keys
 from pydsa.backends.cuda.rows import CACHED
 
 
@@ -18,7 +18,7 @@ WARPS = THREADS // WARP
 HEADS_BY = HEADS // 4                       # a thread accumulates four heads and two times four columns, HALF columns apart
 HALF = 4 * THREADS // HEADS_BY
 COLUMNS = 2 * HALF
-STAGED_KEYS = 4 if SIMULATED else 16             # keys whose values are staged in shared memory at a time
+STAGED_KEYS = 4 if SIMULATED else 16        # keys whose values are staged in shared memory at a time
 VALUE_FOURS = COLUMNS // 4
 WORK = max(PRODUCT_WORK, STAGED_KEYS * COLUMNS)
 PITCH = HEADS + 4                           # from one key's weights to the next: 16-byte aligned, few bank conflicts
@@ -54,6 +54,44 @@ def softmax_tile(weights, row_max, row_sum, rescale, thread):
         if lane == 0:
             factor = exp(old_max - base)
             row_max[h], row_sum[h], rescale[h] = new_max, row_sum[h] * factor + added, factor
+
+
+@device
+def store_logits(weights, work, bias, scale, thread):
+    """Logits of a tile from the products in `work`: q . key * scale + bias."""
+    for i in range(PRODUCTS // THREADS):
+        product = i * THREADS + thread
+        key, h = product >> HEADS_BITS, product & HEADS - 1
+        added = bias[key]
+        weights[key * PITCH + h] = sum_of_slices(work, product) * scale + added if added != MINUS_INFINITY else MINUS_INFINITY
+
+
+@device
+def rescale_sums(acc, rescale, hq):
+    """Multiply a thread's accumulators, of four heads, by the heads' rescale."""
+    for h in range(4):
+        factor = rescale[4 * hq + h]
+        for c in range(8):
+            acc[8 * h + c] *= factor
+
+
+@device
+def store_sums(out, sums, acc, row_sum, t, head, split, n_splits, column, hq, cg):
+    """Store a thread's accumulators: divided by row_sum in out, or as they are in sums.
+
+    The latter if the keys are split.
+    """
+    n_head, n_v = out.shape[1], out.shape[2]
+    for h in range(4):
+        if head + 4 * hq + h < n_head:
+            row, total = head + 4 * hq + h, row_sum[4 * hq + h]
+            for c in range(8):
+                at = column + c // 4 * HALF + 4 * cg + c % 4
+                if at < n_v:
+                    if n_splits == 1:
+                        out[t, row, at] = acc[8 * h + c] / total if total != ZERO else ZERO
+                    elif total != ZERO:
+                        sums[t, row, split, at] = acc[8 * h + c]
 
 
 @device
@@ -101,37 +139,23 @@ def _make_attend(storage):
         n_groups = (n_head + HEADS - 1) >> HEADS_BITS
         head, split, t = block % n_groups << HEADS_BITS, block // n_groups % n_splits, block // n_groups // n_splits
         column = (cuda.blockIdx.y & 0xFFFF) * COLUMNS
-        n = np.int64(indices.shape[1]) if mode == SPARSE else positions[t] + 1
-        share = (n + n_splits * KEYS - 1) // (n_splits * KEYS) * KEYS
+        n, begin, end = split_of_keys(split, n_splits, KEYS, mode, positions, indices, t)
         for i in range(SUMS):
             acc[i] = ZERO
         if thread < HEADS:
             row_max[thread], row_sum[thread] = MINUS_INFINITY, ZERO
-        end = min(n, (split + 1) * share)
-        for start in range(split * share, end, KEYS):
+        for start in range(begin, end, KEYS):
             if mode == SPARSE and indices[t, start] < 0:
                 break
             if thread < KEYS:
-                key, added, i = np.int64(-1), MINUS_INFINITY, start + thread
-                if i < n:
-                    key, added = np.int64(indices[t, i]) if mode == SPARSE else i, mask[t, i] if mode == MASKED else ZERO
-                if added == MINUS_INFINITY or key < 0:
-                    key, added = np.int64(-1), MINUS_INFINITY
-                key_of[thread], bias[thread] = key, added
+                key_of[thread], bias[thread] = key_and_bias(start + thread, n, mode, indices, mask, t)
             cuda.syncthreads()
             products(work, dots, fours, key_of, q, t, head, data, row_bytes, first, second, thread)
-            for i in range(PRODUCTS // THREADS):
-                product = i * THREADS + thread
-                key, h = product >> HEADS_BITS, product & HEADS - 1
-                added = bias[key]
-                weights[key * PITCH + h] = sum_of_slices(work, product) * scale + added if added != MINUS_INFINITY else MINUS_INFINITY
+            store_logits(weights, work, bias, scale, thread)
             cuda.syncthreads()
             softmax_tile(weights, row_max, row_sum, rescale, thread)
             cuda.syncthreads()
-            for h in range(4):
-                factor = rescale[4 * hq + h]
-                for c in range(8):
-                    acc[8 * h + c] *= factor
+            rescale_sums(acc, rescale, hq)
             for base in range(0, min(KEYS, end - start), STAGED_KEYS):
                 for i in range(BATCHES):
                     stage(work, COLUMNS, FOURS_BITS, fours, key_of[base:], data, row_bytes, column, n_v, first, second,
@@ -141,16 +165,7 @@ def _make_attend(storage):
                     add_value(acc, weights, (base + i) * PITCH + 4 * hq, work, i * COLUMNS + 4 * cg)
                 cuda.syncthreads()
         cuda.syncthreads()
-        for h in range(4):
-            if head + 4 * hq + h < n_head:
-                row, total = head + 4 * hq + h, row_sum[4 * hq + h]
-                for c in range(8):
-                    at = column + c // 4 * HALF + 4 * cg + c % 4
-                    if at < n_v:
-                        if n_splits == 1:
-                            out[t, row, at] = acc[8 * h + c] / total if total != ZERO else ZERO
-                        elif total != ZERO:
-                            sums[t, row, split, at] = acc[8 * h + c]
+        store_sums(out, sums, acc, row_sum, t, head, split, n_splits, column, hq, cg)
         if n_splits > 1 and column == 0 and thread < HEADS and head + thread < n_head:
             row_maxes[t, head + thread, split], row_sums[t, head + thread, split] = row_max[thread], row_sum[thread]
     signature = "f4[:,:,:], f4[:,:,:,:], f4[:,:,:], f4[:,:,:], f4[:,:,:], u1[::1], i8, i4, i4, i8[:], i4[:,:], f4[:,:], i4, i4, f4"

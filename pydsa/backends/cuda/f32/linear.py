@@ -17,10 +17,9 @@ def _make_gemm(name):
     value_at = FLOATS[name]
 
     def gemm(out, w, row_bytes, tile_matrix, tile_first, tile_end, order, x_div, x):
-        """out[i] = a matrix times row i // x_div of x, for each tile.
+        """out[i] = a matrix times row i // x_div of x, for i in order[first:end].
 
-        A tile has i = order[first] to order[end - 1].
-        A warp multiplies one row of weights with four tokens at a time.
+        first and end are those of a tile. A warp multiplies one row of weights with four tokens at a time.
         """
         lane, row = cuda.threadIdx.x % WARP, cuda.blockIdx.x * WARPS + cuda.threadIdx.x // WARP
         chosen = tile_matrix[cuda.blockIdx.y]

@@ -14,8 +14,8 @@ from pydsa.backends.cuda.rows import CACHED
 
 
 THREADS = 8 if SIMULATED else 256
-HEADS, KEYS = (4, 8) if SIMULATED else (16, 64)             # of a tile
-MY_HEADS, MY_KEYS = (4, 2) if SIMULATED else (4, 4)         # of a thread
+HEADS, KEYS = (4, 8) if SIMULATED else (16, 64)     # of a tile
+MY_HEADS, MY_KEYS = (4, 2) if SIMULATED else (4, 4)     # of a thread
 HEAD_GROUPS, KEY_GROUPS = HEADS // MY_HEADS, KEYS // MY_KEYS
 GROUP = HEAD_GROUPS * KEY_GROUPS                # threads of the same slice
 SLICES = THREADS // GROUP
@@ -25,10 +25,10 @@ PITCH = WIDE + 4                                # floats from a row to the next:
 QUERIES = KEYS * PITCH                          # where the queries begin in shared memory
 DOTS = MY_HEADS * MY_KEYS                       # accumulators of a thread
 PRODUCTS = HEADS * KEYS                         # of a tile, [key, head]
-WORK = max(QUERIES + HEADS * PITCH, SLICES * PRODUCTS)      # floats of shared memory
+WORK = max(QUERIES + HEADS * PITCH, SLICES * PRODUCTS)  # floats of shared memory
 HEAD_BITS, GROUP_BITS, WIDE_BITS = (n.bit_length() - 1 for n in (HEAD_GROUPS, GROUP, WIDE))
 FOURS_BITS = WIDE_BITS - 2
-BATCH, MY_QUERIES = KEYS * WIDE // 4 // THREADS, HEADS * WIDE // THREADS        # fours of keys and values of queries that a thread loads
+BATCH, MY_QUERIES = KEYS * WIDE // 4 // THREADS, HEADS * WIDE // THREADS    # fours of keys and values of queries that a thread loads
 FOURS = 4 * max(BATCH, MY_KEYS)
 ZERO, HALFWAY, BIASED = np.float32(0), np.uint32(0x4B000000), np.float32(2**23 + 128)
 TWO_BIASED = np.float32(2**23 + 128 * 257)

@@ -8,10 +8,9 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.block_sums import abs_bits
-from pydsa.backends.cuda.device import MMA_WARP, SIMULATED, WARP, bits_float, device, mma_s8, nearest, pack_int8x2, u32_at, warp_max_int
+from pydsa.backends.cuda.device import MMA_WARP, SIMULATED, WARP, bits_float, device, mma_s8, sync, u32_at
+from pydsa.backends.cuda.int8x2.linear import head_scale, pack_head_four
 from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
-from pydsa.quants import INT8X2_MAX
 
 
 WIDTH = 128                             # the most values of a key, which stays in registers
@@ -21,7 +20,7 @@ THREADS = MMA_WARP * WARPS
 WARP_KEYS = 32                          # keys of a warp: two tiles of sixteen
 KEYS = WARP_KEYS * WARPS
 HEAD_TILES = 1 if SIMULATED else 8      # tiles of eight heads whose queries are staged in shared memory at a time
-TILE_U32 = 8 * WIDTH // 2             # uint32 of a tile's queries, high and low bytes, in fragment order
+TILE_U32 = 8 * WIDTH // 2               # uint32 of a tile's queries, high and low bytes, in fragment order
 QUERY_U32, HEADS = HEAD_TILES * TILE_U32, 8 * HEAD_TILES
 KEY_U32, STEP_U32, SUMS = 8 * STEPS, 4 * STEPS, 4 * KEYS
 KEYS_BITS = KEYS.bit_length() - 1
@@ -41,22 +40,13 @@ def pack_query(queries, weights, q, w, t, h, lane):
     zero-padded to a multiple of eight, values to WIDTH. A query with a non-finite value gets a NaN weight.
     """
     n_head, width = q.shape[1], q.shape[2]
-    bits = np.int32(0)
-    if h < n_head:
-        for i in range(lane, width, WARP):
-            bits = max(bits, abs_bits(q[t, h, i]))
-    abs_max = bits_float(np.uint32(warp_max_int(bits)))
-    finite = abs_max < np.float32(np.inf)
-    factor = np.float32(INT8X2_MAX) / abs_max if finite and abs_max > np.float32(1e-30) else ZERO
+    factor, scale = head_scale(q, t, h, 0, width if h < n_head else 0, lane)
     if lane == 0:
-        weights[t, h] = (w[t, h] * (abs_max / np.float32(INT8X2_MAX)) if finite else np.float32(np.nan)) if h < n_head else ZERO
+        weights[t, h] = w[t, h] * scale if h < n_head else ZERO
     for four in range(lane, WIDTH // 4, WARP):
         i = 4 * four
-        valid = h < n_head and i < width
-        a, b, c, e = (nearest(q[t, h, i], factor), nearest(q[t, h, i + 1], factor), nearest(q[t, h, i + 2], factor),
-                      nearest(q[t, h, i + 3], factor)) if valid else (0, 0, 0, 0)
         at = h // 8 * TILE_U32 + four // 8 * 128 + four % 8 // 4 * 32 + h % 8 * 4 + four % 4
-        queries[t, at], queries[t, at + 64] = pack_int8x2(a, b, c, e)
+        queries[t, at], queries[t, at + 64] = pack_head_four(q, t, h, i, factor, h < n_head and i < width)
 
 
 @kernel("u4[:,:], f4[:,:], f4[:,:,:], f4[:,:]", WARP)
@@ -81,6 +71,56 @@ def pack(q, w):
     return queries
 
 
+@device
+def load_keys(key, data, row_bytes, base, n, n_u32, lane, column):
+    """Load a warp's 32 keys into A fragments, zero-padded to WIDTH."""
+    for i in range(4):          # rows 0 and 8 of the first 16 keys, then of the others
+        at = min(base + 8 * i + (lane >> 2), n - 1) * row_bytes
+        for slot in range(2 * STEPS):
+            valid = 4 * slot + column < n_u32
+            key[2 * STEPS * i + slot] = u32_at(data, at + 16 * slot + 4 * column) if valid else np.uint32(0)
+
+
+@device
+def stage_queries(panel, head_weights, queries, weights, token, first, n_staged, thread):
+    """Stage the queries and weights of head tiles first to first + n_staged."""
+    sync()
+    for i in range(thread, n_staged * TILE_U32, THREADS):
+        panel[i] = queries[token, first * TILE_U32 + i]
+    for i in range(thread, 8 * n_staged, THREADS):
+        head_weights[i] = weights[token, 8 * first + i]
+    sync()
+
+
+@device
+def multiply_tile(key, b, n_steps):
+    """Products of a warp's 32 keys with eight heads: a lane's eight of them."""
+    p0, p1, p2, p3 = 0, 0, 0, 0
+    r0, r1, r2, r3 = 0, 0, 0, 0
+    for step in range(STEPS):
+        if step < n_steps:
+            k = 2 * step
+            p0, p1, p2, p3 = mma_s8(key[k], key[2 * STEPS + k], key[k + 1], key[2 * STEPS + k + 1],
+                                    b[4 * step], b[4 * step + 1], p0, p1, p2, p3)
+            r0, r1, r2, r3 = mma_s8(key[4 * STEPS + k], key[6 * STEPS + k], key[4 * STEPS + k + 1], key[6 * STEPS + k + 1],
+                                    b[4 * step], b[4 * step + 1], r0, r1, r2, r3)
+    p0, p1, p2, p3, r0, r1, r2, r3 = p0 << 8, p1 << 8, p2 << 8, p3 << 8, r0 << 8, r1 << 8, r2 << 8, r3 << 8
+    for step in range(STEPS):
+        if step < n_steps:
+            k = 2 * step
+            p0, p1, p2, p3 = mma_s8(key[k], key[2 * STEPS + k], key[k + 1], key[2 * STEPS + k + 1],
+                                    b[4 * step + 2], b[4 * step + 3], p0, p1, p2, p3)
+            r0, r1, r2, r3 = mma_s8(key[4 * STEPS + k], key[6 * STEPS + k], key[4 * STEPS + k + 1], key[6 * STEPS + k + 1],
+                                    b[4 * step + 2], b[4 * step + 3], r0, r1, r2, r3)
+    return p0, p1, p2, p3, r0, r1, r2, r3
+
+
+@device
+def weighted_relu(w0, p0, w1, p1):
+    """w0 relu(p0) + w1 relu(p1)."""
+    return w0 * max(np.float32(np.int32(p0)), ZERO) + w1 * max(np.float32(np.int32(p1)), ZERO)
+
+
 @kernel("f4[:,:], u4[:,:], f4[:,:], u1[::1], i8, i4, i8[:], i4, f4, b1", THREADS)
 def score_int8x2(out, queries, weights, data, row_bytes, width, positions, start, scale, fill):
     """out[t, s] as in f32/indexer.py, by mma.m16n8k32.
@@ -103,47 +143,22 @@ def score_int8x2(out, queries, weights, data, row_bytes, width, positions, start
         base = tile << KEYS_BITS
         s = base + thread
         if base < n:
-            for i in range(4):          # rows 0 and 8 of the first sixteen keys, then of the others
-                at = min(base + (warp << 5) + 8 * i + (lane >> 2), n - 1) * row_bytes
-                for slot in range(2 * STEPS):
-                    valid = 4 * slot + column < n_u32
-                    key[2 * STEPS * i + slot] = u32_at(data, at + 16 * slot + 4 * column) if valid else np.uint32(0)
+            load_keys(key, data, row_bytes, base + (warp << 5), n, n_u32, lane, column)
             t0, t1, t2, t3 = ZERO, ZERO, ZERO, ZERO
             for first in range(0, n_tiles, HEAD_TILES):
                 n_staged = min(HEAD_TILES, n_tiles - first)
                 if staged != first:
-                    cuda.syncthreads()
-                    for i in range(thread, n_staged * TILE_U32, THREADS):
-                        panel[i] = queries[token, first * TILE_U32 + i]
-                    for i in range(thread, 8 * n_staged, THREADS):
-                        head_weights[i] = weights[token, 8 * first + i]
+                    stage_queries(panel, head_weights, queries, weights, token, first, n_staged, thread)
                     staged = first
-                    cuda.syncthreads()
                 for j in range(n_staged):
                     w0, w1 = head_weights[8 * j + 2 * column], head_weights[8 * j + 2 * column + 1]
                     for i in range(STEP_U32):
                         b[i] = panel[j * TILE_U32 + 32 * i + lane]
-                    p0, p1, p2, p3 = 0, 0, 0, 0
-                    r0, r1, r2, r3 = 0, 0, 0, 0
-                    for step in range(STEPS):
-                        if step < n_steps:
-                            k = 2 * step
-                            p0, p1, p2, p3 = mma_s8(key[k], key[2 * STEPS + k], key[k + 1], key[2 * STEPS + k + 1],
-                                                    b[4 * step], b[4 * step + 1], p0, p1, p2, p3)
-                            r0, r1, r2, r3 = mma_s8(key[4 * STEPS + k], key[6 * STEPS + k], key[4 * STEPS + k + 1], key[6 * STEPS + k + 1],
-                                                    b[4 * step], b[4 * step + 1], r0, r1, r2, r3)
-                    p0, p1, p2, p3, r0, r1, r2, r3 = p0 << 8, p1 << 8, p2 << 8, p3 << 8, r0 << 8, r1 << 8, r2 << 8, r3 << 8
-                    for step in range(STEPS):
-                        if step < n_steps:
-                            k = 2 * step
-                            p0, p1, p2, p3 = mma_s8(key[k], key[2 * STEPS + k], key[k + 1], key[2 * STEPS + k + 1],
-                                                    b[4 * step + 2], b[4 * step + 3], p0, p1, p2, p3)
-                            r0, r1, r2, r3 = mma_s8(key[4 * STEPS + k], key[6 * STEPS + k], key[4 * STEPS + k + 1], key[6 * STEPS + k + 1],
-                                                    b[4 * step + 2], b[4 * step + 3], r0, r1, r2, r3)
-                    t0 += w0 * max(np.float32(np.int32(p0)), ZERO) + w1 * max(np.float32(np.int32(p1)), ZERO)
-                    t1 += w0 * max(np.float32(np.int32(p2)), ZERO) + w1 * max(np.float32(np.int32(p3)), ZERO)
-                    t2 += w0 * max(np.float32(np.int32(r0)), ZERO) + w1 * max(np.float32(np.int32(r1)), ZERO)
-                    t3 += w0 * max(np.float32(np.int32(r2)), ZERO) + w1 * max(np.float32(np.int32(r3)), ZERO)
+                    p0, p1, p2, p3, r0, r1, r2, r3 = multiply_tile(key, b, n_steps)
+                    t0 += weighted_relu(w0, p0, w1, p1)
+                    t1 += weighted_relu(w0, p2, w1, p3)
+                    t2 += weighted_relu(w0, r0, w1, r1)
+                    t3 += weighted_relu(w0, r2, w1, r3)
             at = (warp << 7) + lane         # 32 keys, four partial sums each
             sums[at], sums[at + 32], sums[at + 64], sums[at + 96] = t0, t1, t2, t3
             cuda.syncthreads()

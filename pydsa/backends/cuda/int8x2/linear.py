@@ -13,19 +13,20 @@ from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.block_sums import abs_bits
 from pydsa.backends.cuda.blocks import GROUPED
 from pydsa.backends.cuda.device import (SIMULATED, WARP, bits_float, copy_sixteen, device, dp4a, load_four_u32, max_of_eight, nearest,
-                                        pack_int8x2, sum_of_four, warp_sum, warp_sync)
+                                        pack_int8x2, sum_of_four, sync, warp_max_int, warp_sum, warp_sync)
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.quants import INT8X2_MAX, TYPES
 
 
 WARPS = 2 if SIMULATED else 4           # of a block
 ROWS = 4                                # rows of weights that a warp multiplies with the same activations
-FULL_GPU_WARPS = 8 if SIMULATED else 2112       # warps that fill the GPU: sixteen for each of an H100's SMs
-PACK_THREADS = 8 if SIMULATED else 256       # threads of a packing block, four values each
+FULL_GPU_WARPS = 8 if SIMULATED else 2112   # warps that fill the GPU: sixteen for each of an H100's SMs
+PACK_THREADS = 8 if SIMULATED else 256  # threads of a packing block, four values each
 PARTS = WARPS * ROWS                    # partial sums of a block
 TILE = 32                               # groups of 32 values that are interleaved in Int8x2
-QUAD_U32 = 4 * TILE                        # uint32 of one quad of all groups of a tile
+QUAD_U32 = 4 * TILE                     # uint32 of one quad of all groups of a tile
 TILE_U32 = 4 * QUAD_U32                 # of a tile: the first halves' high bytes, their low bytes, then those of the second halves
+GEMV_SIGNATURE = "f4[:,:], u1[::1], f4[:,:], u1[::1], i8, i4[:], i4, i4, u4[::1], f4[:,:], f4[:,:]"
 STAGED_GROUPS = max(WARP, 8)            # groups of a row that are staged in shared memory at a time: whole GGUF blocks
 ZERO = np.float32(0)
 
@@ -62,6 +63,32 @@ def pack_four(packed, scales, sums, t, four, valid, a, b, c, e):
             scales[t, g] = scale
 
 
+@device
+def head_scale(q, t, h, start, end, lane):
+    """The factor that quantizes q[t, h, start:end] to int16, and the scale.
+
+    One warp computes it. The scale is NaN if a value is not finite.
+    """
+    bits = np.int32(0)
+    for i in range(start + lane, end, WARP):
+        bits = max(bits, abs_bits(q[t, h, i]))
+    abs_max = bits_float(np.uint32(warp_max_int(bits)))
+    finite = abs_max < np.float32(np.inf)
+    factor = np.float32(INT8X2_MAX) / abs_max if finite and abs_max > np.float32(1e-30) else ZERO
+    return factor, abs_max / np.float32(INT8X2_MAX) if finite else np.float32(np.nan)
+
+
+@device
+def pack_head_four(q, t, h, i, factor, valid):
+    """Quantize four values of q[t, h] from i on: high bytes, low bytes.
+
+    Zeros unless `valid`.
+    """
+    a, b, c, e = (nearest(q[t, h, i], factor), nearest(q[t, h, i + 1], factor), nearest(q[t, h, i + 2], factor),
+                  nearest(q[t, h, i + 3], factor)) if valid else (0, 0, 0, 0)
+    return pack_int8x2(a, b, c, e)
+
+
 @kernel("u4[:,:], f4[:,:], f4[:,:], f4[:,:]", PACK_THREADS)
 def pack_rows(packed, scales, sums, x):
     """Pack rows to Int8x2. Four values per thread."""
@@ -89,13 +116,8 @@ def pack(x):
     return made
 
 
-def _make_gemv(name):
-    group, halves, offsets = GROUPED[name].group, GROUPED[name].halves, GROUPED[name].offsets
-    size, itemsize = TYPES[name].size, TYPES[name].n_bytes
-    tile_bytes = STAGED_GROUPS * 32 // size * itemsize
-    direct = itemsize % 16 == 0         # blocks are 16-byte aligned and loaded directly from global memory
-    pitch = 16 if direct else (tile_bytes + 15) // 16 * 16 + 16
-    staged_bytes, copies = PARTS * pitch, (pitch // 16 + WARP - 1) // WARP
+def _make_stage_row(pitch):
+    copies = (pitch // 16 + WARP - 1) // WARP
 
     @device
     def stage_row(staged, to, data, start, n_bytes, lane):
@@ -109,7 +131,21 @@ def _make_gemv(name):
             i = j * WARP + lane
             if i < n:
                 copy_sixteen(staged, to + 16 * i, data, begin + 16 * i)
+    return stage_row
 
+
+@device
+def load_quads(packed, row_at, g):
+    """The four quads of group g of an Int8x2 row.
+
+    High and low bytes of the first half, then of the second half.
+    """
+    at = row_at + (g >> 5) * TILE_U32 + (g & 31) * 4
+    return (load_four_u32(packed, at), load_four_u32(packed, at + QUAD_U32), load_four_u32(packed, at + 2 * QUAD_U32),
+            load_four_u32(packed, at + 3 * QUAD_U32))
+
+
+def _make_dot(group, halves, offsets):
     @device
     def dot(w, row, g, high, high_1, low, low_1, scale, y, y1):
         """The dot product of group g of a row of weights with the activations.
@@ -132,12 +168,41 @@ def _make_gemv(name):
         if offsets:
             total -= m * y + m1 * y1
         return total
+    return dot
+
+
+@device
+def sum_warps(parts, s0, s1, s2, s3, warp, lane, part, splits):
+    """Sum four values over the `splits` warps that share a row.
+
+    The warp with part 0 gets the sums. parts: shared memory, ROWS float32 per warp.
+    """
+    if splits > 1:
+        if lane == 0:
+            parts[4 * warp], parts[4 * warp + 1], parts[4 * warp + 2], parts[4 * warp + 3] = s0, s1, s2, s3
+        sync()
+        if part == 0:
+            for i in range(1, splits):
+                s0 += parts[4 * (warp + i)]
+                s1 += parts[4 * (warp + i) + 1]
+                s2 += parts[4 * (warp + i) + 2]
+                s3 += parts[4 * (warp + i) + 3]
+    return s0, s1, s2, s3
+
+
+def _make_gemv(name):
+    offsets, dot = GROUPED[name].offsets, _make_dot(*GROUPED[name])
+    size, itemsize = TYPES[name].size, TYPES[name].n_bytes
+    tile_bytes = STAGED_GROUPS * 32 // size * itemsize
+    direct = itemsize % 16 == 0         # blocks are 16-byte aligned and loaded directly from global memory
+    pitch = 16 if direct else (tile_bytes + 15) // 16 * 16 + 16
+    staged_bytes, stage_row = PARTS * pitch, _make_stage_row(pitch)
 
     def gemv_rows(out, w, other_out, other_w, row_bytes, ids, x_div, splits, packed, scales, sums):
         """out[y] = matrix ids[y] times row y // x_div of the activations.
 
         ROWS values per warp, or per `splits` warps of a block, which share the columns (split-K). Blocks with z = 1 use other_w and
-        other_out. Rows whose GGUF blocks are not 16-byte aligned are staged in shared memory, STAGED groups at a time.
+        other_out. Rows whose GGUF blocks are not 16-byte aligned are staged in shared memory, STAGED_GROUPS groups at a time.
         """
         if cuda.blockIdx.z == 1:
             out, w = other_out, other_w
@@ -164,9 +229,7 @@ def _make_gemv(name):
                 i = j * WARP + lane
                 g = first + i
                 if g < n_groups:
-                    at = x_at + (g >> 5) * TILE_U32 + (g & 31) * 4
-                    h, k, h1, k1 = (load_four_u32(packed, at), load_four_u32(packed, at + QUAD_U32),
-                                    load_four_u32(packed, at + 2 * QUAD_U32), load_four_u32(packed, at + 3 * QUAD_U32))
+                    h, k, h1, k1 = load_quads(packed, x_at, g)
                     scale = scales[x_row, g]
                     y0, y1 = (sums[x_row, 2 * g], sums[x_row, 2 * g + 1]) if offsets else (ZERO, ZERO)
                     if direct:
@@ -182,21 +245,10 @@ def _make_gemv(name):
                         s3 += dot(staged, own + 3 * pitch + (r3 + at & 15), i, h, h1, k, k1, scale, y0, y1)
             if not direct:
                 warp_sync()
-        s0, s1, s2, s3 = warp_sum(s0), warp_sum(s1), warp_sum(s2), warp_sum(s3)
-        if splits > 1:
-            if lane == 0:
-                parts[4 * warp], parts[4 * warp + 1], parts[4 * warp + 2], parts[4 * warp + 3] = s0, s1, s2, s3
-            cuda.syncthreads()
-            if part == 0:
-                for i in range(1, splits):
-                    s0 += parts[4 * (warp + i)]
-                    s1 += parts[4 * (warp + i) + 1]
-                    s2 += parts[4 * (warp + i) + 2]
-                    s3 += parts[4 * (warp + i) + 3]
+        s0, s1, s2, s3 = sum_warps(parts, warp_sum(s0), warp_sum(s1), warp_sum(s2), warp_sum(s3), warp, lane, part, splits)
         if part == 0 and lane < ROWS and row + lane < n_out:
             out[y, row + lane] = s0 if lane == 0 else s1 if lane == 1 else s2 if lane == 2 else s3
-    signature = "f4[:,:], u1[::1], f4[:,:], u1[::1], i8, i4[:], i4, i4, u4[::1], f4[:,:], f4[:,:]"
-    return kernel(signature, WARPS * WARP, f"gemv_{name.lower()}")(gemv_rows)
+    return kernel(GEMV_SIGNATURE, WARPS * WARP, f"gemv_{name.lower()}")(gemv_rows)
 
 
 GEMV = {name: _make_gemv(name) for name in GROUPED}
