@@ -1,4 +1,7 @@
-"""Kernels compiled by several processes, what is kept of them, and what becomes of both when something breaks."""
+"""Kernels compiled by several processes, and what is kept of them.
+
+Also what becomes of both when something breaks.
+"""
 import importlib.util
 import os
 import pickle
@@ -196,7 +199,10 @@ print(sum(k._cache_misses.total() for k in (add, silu_mul)))
 
 
 def compiled(folder, *args, **env):
-    """Compile a few kernels into a folder -> how many of two kernels were compiled by the program itself, and the files."""
+    """Compile a few kernels into a folder.
+
+    Returns how many of two kernels the program itself compiled, and the files.
+    """
     done = subprocess.run([sys.executable, "-c", KERNELS, *args], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"PYDSA_CACHE_DIR": str(folder), "NUMBA_NUM_THREADS": "2"} | env)
     assert done.returncode == 0, done.stderr

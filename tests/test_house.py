@@ -31,7 +31,7 @@ FUNCTIONS = {name for name, f in vars(reference).items() if inspect.isfunction(f
 
 
 def module(path):
-    """pydsa/models/yarn.py -> pydsa.models.yarn; a package's name is its folder's."""
+    """The name of a module: pydsa/models/yarn.py -> pydsa.models.yarn."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -39,7 +39,7 @@ MODULES = {module(path): path for path in FILES}
 
 
 def imports(path):
-    """The modules that a file imports anywhere in it, by full name; other than modules come with the name of their module."""
+    """The modules that a file imports, anywhere in it, by full name."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -143,7 +143,7 @@ FILES_OF_A_FORMAT = {"linear", "attention", "mha", "indexer"} | {"__init__", "ge
 
 
 def number_format(name):
-    """pydsa.backends.cpu.f32.mha -> f32; None outside of a number format's folder."""
+    """The number format of a module, pydsa.backends.cpu.f32.mha -> f32, or None."""
     parts = name.split(".")
     return parts[3] if len(parts) > 3 and parts[3] in FORMATS else None
 
@@ -193,6 +193,9 @@ def test_backends_have_the_same_parameters(name):
 
 
 def test_any_kernel_can_be_the_first():
-    """The thread count is read through a symbol that numba defines when it launches its threads; without it LLVM aborts the process."""
+    """The symbol that gives the thread count is defined by importing.
+
+    Numba defines it when it launches its threads; without it LLVM aborts the process.
+    """
     code = "import numba; from pydsa.backends.cpu.linear import rows_per_task; assert numba.njit(lambda: rows_per_task(100, True))() >= 4"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

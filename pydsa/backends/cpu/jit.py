@@ -52,7 +52,10 @@ def cpu_features():
 
 @functools.cache
 def _amx_allowed():
-    """Ask Linux for the 8 KiB of AMX registers, which a process gets only if it asks (arch_prctl(2), the kernel's x86/xstate page)."""
+    """Ask Linux for the 8 KiB of AMX registers.
+
+    A process gets them only if it asks (arch_prctl(2), the kernel's x86/xstate page).
+    """
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
@@ -167,7 +170,10 @@ class _ByAddress:
 
 
 class BlockFunction(_ByAddress):
-    """f(source, n_blocks, target), called by its address so that no kernel is compiled once per GGUF type."""
+    """A function f(source, n_blocks, target) that kernels call by address.
+
+    So no kernel is compiled once per GGUF type.
+    """
 
     def __init__(self, function, source, target):
         super().__init__(function, types.CPointer(numba.from_dtype(source)), types.intp, types.CPointer(numba.from_dtype(target)))
@@ -185,7 +191,7 @@ def call_block_function(typingctx, address, source, n_blocks, target):
 
 
 class IntpFunction(_ByAddress):
-    """A function of addresses and integers, all of 64 bits, that returns nothing."""
+    """A function of int64 arguments, addresses among them, without a result."""
 
     def __init__(self, function):
         super().__init__(function, *[types.int64] * function.__code__.co_argcount)
@@ -204,7 +210,10 @@ def call_intp_function(typingctx, address, arguments):
 
 
 def entry_point(function, args):
-    """The compiled code of a kernel for arguments of these types, called as the kernel is: it spares looking at their types every time."""
+    """The compiled code of a kernel for arguments of these types.
+
+    It is called as the kernel is, and spares looking at the types every time.
+    """
     return function.compile(tuple(numba.typeof(a) for a in args))
 
 
@@ -212,7 +221,7 @@ _listing = threading.local()
 
 
 def compile_calls(bind, progress=None):
-    """Compile the kernels of the calls that bind() gives, and what they call by address.
+    """Compile the kernels of bind()'s calls, and what they call by address.
 
     bind() makes pairs of an op and its arguments; what it makes of weights and caches has no addresses yet. progress(done, total, name) is
     called before each kernel.
@@ -282,7 +291,7 @@ def compile_all(calls, functions, progress=None):
 
 
 def _jobs(missing):
-    """Jobs for what is missing, one for each function that a process can import by its name."""
+    """Jobs for what is missing, one a function that a process can import."""
     jobs = {}
     for w in missing:
         module, name = w.function.__module__, w.function.__qualname__

@@ -58,7 +58,10 @@ def unpack(rows, source, n, target):
 
 @inner
 def put(target, source):
-    """target[:] = source, whose check of the lengths, or rather its message, takes numba a second to compile."""
+    """Copy: target[:] = source.
+
+    Numba's own assignment of slices checks their lengths; its error message alone takes a second to compile.
+    """
     for i in range(target.size):
         target[i] = source[i]
 

@@ -62,7 +62,10 @@ def store(array, values):
 
 
 def timed(calls):
-    """Do calls, pairs of an op and its arguments, twice -> the seconds of each, without the host's between them."""
+    """Seconds of each of several calls, pairs of an op and its arguments.
+
+    They are done twice; the host's time between them does not count.
+    """
     once = host.timed(calls)       # scratch memory grows now or never
     if SIMULATED:
         return once
@@ -70,9 +73,9 @@ def timed(calls):
 
 
 def compile_calls(bind, progress=None):
-    """Compile the kernels that the calls of bind(), pairs of an op and its arguments, will launch, and those that sample.
+    """Compile the kernels of bind()'s calls, and those that sample.
 
-    progress(done, total, name) is called before each.
+    bind() makes pairs of an op and its arguments. progress(done, total, name) is called before each kernel.
     """
     def kind(a):
         if isinstance(a, DeviceArray):
@@ -134,5 +137,5 @@ class Recording:
 
 
 def recorded(calls):
-    """Something whose run() does all calls of a step of one token, faster when it comes again."""
+    """A Recording of the calls of a step of one token."""
     return Recording(calls)

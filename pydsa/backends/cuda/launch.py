@@ -119,7 +119,7 @@ class Kernel:
             gpu.launch(function, grid + (1,) * (3 - len(grid)), self.threads, parameters, values)
 
     def load(self):
-        """Give its machine code to the driver, now and not when it is first launched."""
+        """Give the driver its machine code before the first launch."""
         if not SIMULATED:
             self._loaded
 
