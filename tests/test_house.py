@@ -143,7 +143,7 @@ FILES_OF_A_FORMAT = {"linear", "attention", "mha", "indexer"} | {"__init__", "ge
 
 
 def number_format(name):
-    """The number format of a module, pydsa.backends.cpu.f32.mha -> f32, or None."""
+    """The number format of a module: f32 of pydsa.backends.cpu.f32.mha."""
     parts = name.split(".")
     return parts[3] if len(parts) > 3 and parts[3] in FORMATS else None
 

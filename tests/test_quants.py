@@ -8,6 +8,7 @@ from gguf.quants import dequantize, quantize
 from pydsa.backends import reference
 from pydsa.gguf_file import Tensor
 from pydsa.quants import CACHE_TYPES, SUPPORTED, TYPES, cache_row_bytes
+from pydsa.backends.cpu import jit
 from pydsa.backends.cpu.scalars import half
 
 HALVES = np.arange(2**16, dtype=np.uint32).astype(np.uint16)
@@ -71,13 +72,20 @@ def test_block_sizes():
         assert (TYPES[kind].size, TYPES[kind].dtype.itemsize) == GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
 
 
+@jit.kernel
+def extend_halves(out, bits):
+    for i in range(bits.size):
+        out[i] = half(bits[i])
+
+
 def test_half():
     """Every float16 value, as a scalar and in rows of an F16 weight.
 
     Signs of zero and subnormals are included.
     """
-    expected = HALVES.view(np.float16).astype(np.float32)
-    assert same_bits(np.array([half(bits) for bits in HALVES], np.float32), expected)
+    expected, found = HALVES.view(np.float16).astype(np.float32), np.empty(HALVES.size, np.float32)
+    extend_halves(found, HALVES)
+    assert same_bits(found, expected)
     tensor = Tensor("w", "F16", (4, 2**14), HALVES.view(np.uint8).reshape(4, -1))
     assert same_bits(rows_of(tensor, range(4)).reshape(-1), expected)
 
