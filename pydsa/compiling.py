@@ -152,6 +152,21 @@ def _outcome(job):
     return ""
 
 
+def counted(progress, total, n_kept):
+    """report(done, name) for compile_jobs() and for the loading after it.
+
+    progress(done, total, name) never goes back. n_kept of all were kept on disk.
+    """
+    highest = 0
+
+    def report(done, name):
+        nonlocal highest
+        highest = max(highest, n_kept + done)
+        if progress is not None:
+            progress(highest, total, name)
+    return report
+
+
 @contextlib.contextmanager
 def collecting_paused():
     """A context without the garbage collector.

@@ -27,7 +27,7 @@ def cache_folder(made_by, sources):
     name, root = digest.hexdigest()[:16], "the user's cache folder"
     try:
         root = os.environ.get("PYDSA_CACHE_DIR") or platformdirs.user_cache_dir("pydsa")
-        folder = Path(root) / name
+        folder = Path(root).absolute() / name
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:        # RuntimeError: a user without a home

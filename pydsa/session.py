@@ -107,7 +107,8 @@ class Session:
         At least one token of ids is left to run. After prefill(ids[session.reuse(ids):]) the context is ids, and the prefix was not run
         again.
         """
-        self.truncate(len(os.path.commonprefix([self.tokens, list(ids[:-1])])))
+        ids = check_ids(ids, self._setup.config.n_vocab)
+        self.truncate(len(os.path.commonprefix([self.tokens, ids[:-1].tolist()])))
         return self.n_past
 
     def _check_fits(self, n):

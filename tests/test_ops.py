@@ -256,10 +256,10 @@ def test_indexer_scores(n_tokens, n_kv, kv_type):
     positions = last_positions(n_tokens, n_kv)
     for n_head, width in choose(((1, 1), (3, 13), (6, 32)), ((1, 1), (3, 13), (4, 128), (16, 32))):
         q, w, keys = normal(n_tokens, n_head, width), normal(n_tokens, n_head), Rows(normal(n_kv, width), kv_type)
-        shape = n_tokens, n_kv + 3
-        # weights of heads have both signs, so that scores cancel
-        uncancelled = run(reference, "indexer_scores", [shape], q, abs(w), keys, positions, 0.125)
-        compare("indexer_scores", shape, q, w, keys, positions, 0.125, size=uncancelled)
+        norms = (np.linalg.norm(q, axis=-1) * abs(w)).sum(axis=1)
+        size = 0.125 * norms[:, None] * np.pad(np.linalg.norm(keys.values, axis=-1), (0, 3))
+        # int16 queries are rounded beside their own size, of which little is left where products cancel
+        compare("indexer_scores", (n_tokens, n_kv + 3), q, w, keys, positions, 0.125, size=size if kv_type == "i8" else None)
 
 
 @pytest.mark.parametrize("kv_type", [name for name, kind in CACHE_TYPES.items() if not kind.scaled])

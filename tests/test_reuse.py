@@ -70,3 +70,10 @@ def test_interleaved_chats_do_not_mix(chats):
         for i, answer in enumerate(answers):
             pieces[i] += next(answer, "")
     assert pieces == alone
+
+
+@pytest.mark.parametrize("ids", [[], None, 3, "abc", [[1, 2]], [300], [-1]])
+def test_reuse_of_what_are_no_ids(session, ids):
+    with pytest.raises(pydsa.PydsaError, match="[Tt]oken id"):
+        session.reuse(ids)
+    assert session.tokens == IDS[:20]

@@ -31,7 +31,7 @@ from numba.extending import intrinsic
 
 from pydsa import kernel_cache, quants
 from pydsa.backends.cpu.threads import warn_of_workqueue
-from pydsa.compiling import Job, collecting_paused, compile_jobs, interrupts_held
+from pydsa.compiling import Job, collecting_paused, compile_jobs, counted, interrupts_held
 
 
 HERE = Path(__file__).parent
@@ -275,10 +275,7 @@ def compile_all(calls, functions, progress=None):
         wanted[kernel, signature] = _Wanted(kernel.py_func, signature, kernel._cache, load)
     missing = [w for w in wanted.values() if not w.cache.holds(w.signature)]
     n_here = len(wanted) - len(missing)
-
-    def report(done, name):
-        if progress is not None:
-            progress(n_here + done, len(wanted), name)
+    report = counted(progress, len(wanted), n_here)
 
     with interrupts_held() as check, collecting_paused():
         compile_jobs(_jobs(missing), FOLDER, numba.config.NUMBA_NUM_THREADS, report, check)
@@ -307,7 +304,7 @@ def compile_named(module, name, signatures):
     """Compile what a Job asks for into the cache."""
     function = getattr(importlib.import_module(module), name)
     for signature in signatures:
-        if hasattr(function, "py_func"):
+        if isinstance(function, registry.CPUDispatcher):
             function.compile(signature)
         else:
             _ByAddress(function, *signature.args).address

@@ -13,7 +13,7 @@ from numba import cuda
 
 from pydsa.backends.cuda.array import DeviceArray, gpu
 from pydsa.backends.cuda.device import SIMULATED
-from pydsa.compiling import Job, collecting_paused, compile_jobs, interrupts_held
+from pydsa.compiling import Job, collecting_paused, compile_jobs, counted, interrupts_held
 from pydsa.kernel_cache import cache_folder, kept, read
 
 
@@ -133,10 +133,7 @@ def compile_all(kernels, progress=None):
     jobs = [Job(k.__name__, len(k.function.__code__.co_code), __name__, "make",
                 pickle.dumps((k.function.__module__, k.__name__, gpu.capability))) for k in missing]
     n_here = len(kernels) - len(missing)
-
-    def report(done, name):
-        if progress is not None:
-            progress(n_here + done, len(kernels), name)
+    report = counted(progress, len(kernels), n_here)
 
     with interrupts_held() as check, collecting_paused():
         compile_jobs(jobs, _folder(), numba.config.NUMBA_NUM_THREADS, report, check)

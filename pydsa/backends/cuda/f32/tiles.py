@@ -1,4 +1,4 @@
-"""Tiles of q . k in float32, for attention and the indexer.
+"""Tiles of q k^T in float32, for attention and the indexer.
 
 A block multiplies HEADS heads of a token with KEYS keys. Both are staged in shared memory as float32, WIDE values of each row at a time.
 The threads form SLICES groups, each with its own slice of those values (CUTLASS's sliced-K). A thread of a group computes MY_HEADS x
