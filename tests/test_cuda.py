@@ -1,6 +1,7 @@
 """The CUDA backend without a GPU, and with one (`pytest -m gpu`).
 
-Without a GPU every kernel is compiled. Ops and whole models run as PTX (tests/ptx) and in Numba's simulator.
+Without a GPU every kernel is compiled. Ops and whole models run as PTX (tests/ptx), which finds races and accesses out of bounds, and some
+ops in Numba's simulator, where kernels can be debugged as Python.
 """
 import importlib.util
 import os
@@ -22,8 +23,9 @@ OPS = ["test_ops.py", "test_whole_tiles.py", "test_attention.py", "test_mha.py",
 # tests of the CPU backend or of the host, left out here
 OF_CPU = ("threads or exp_of or half or block_sizes or sampled or golden or ubatches or vectors_are_unpacked or any_ or counted or "
           "2_gib or prompts_take or left_out or packed_latent")
-# the slowest tests in the simulator; other tests cover their kernels there
-SLOW_SIMULATED = ("(head_linear and 256) or 2-13 or logits or no_future or 3-100 or do_not_mix or mha_sparse_attention or "
+# What the simulator runs, at a hundredth of the speed: ops, with a type or two
+SIMULATED = ["test_ops.py", "test_attention.py", "test_mha.py"]
+SLOW_SIMULATED = ("(linear and not Q8_0 and not F32) or 2-13 or logits or no_future or 3-100 or do_not_mix or mha_sparse_attention or "
                   "test_experts")
 
 
@@ -50,36 +52,31 @@ def test_kernels_compile(capsys):
 
     This is checked where ptxas is installed. Registers and memory of the kernels are printed.
     """
-    capabilities = ("80", "90")
-    for capability, process in [(c, start_python("tools/cuda_ptx.py", "--cc", c, simulated=False)) for c in capabilities]:
-        table = result(process)
-        with capsys.disabled():
-            print(f"\nsm_{capability}\n{table}")
-        assert "gemm_q4_k" in table and "gemv_q8_0" in table
+    table = result(start_python("tools/cuda_ptx.py", "--cc", "80", "--assemble", "90", simulated=False))
+    with capsys.disabled():
+        print(f"\n{table}")
+    assert table.count("gemm_q4_k") == table.count("gemv_q8_0") == 2
 
 
 def test_ops():
     """The tests of ops on the CUDA backend, with fewer and smaller shapes.
 
-    They run as PTX and in the simulator at the same time.
+    They run as PTX, and some in the simulator, which is slow.
     """
-    files = [f"tests/{name}" for name in OPS]
-    as_ptx = start_python("-m", "pytest", "-q", "-x", *files, "-k", f"not ({OF_CPU})", device="ptx", simulated=False)
-    simulated = start_python("-m", "pytest", "-q", "-x", *files, "-k", f"not ({OF_CPU} or {SLOW_SIMULATED})")
-    for process in (as_ptx, simulated):
-        assert " passed" in result(process)
+    for files, left_out, options in ((OPS, OF_CPU, {"device": "ptx", "simulated": False}),
+                                     (SIMULATED, f"{OF_CPU} or {SLOW_SIMULATED}", {})):
+        tests = [f"tests/{name}" for name in files]
+        assert " passed" in result(start_python("-m", "pytest", "-q", "-x", *tests, "-k", f"not ({left_out})", **options))
 
 
 MODEL = """
-import os, sys
+import sys
 import numpy as np
-as_ptx = os.environ["PYDSA_TEST_DEVICE"] == "ptx"
-if as_ptx:
-    from tests.ptx.driver import install
-    driver = install()
+from tests.ptx.driver import install
+driver = install()
 import pydsa
 path, attention, kv_type = sys.argv[1:]
-ids = np.random.default_rng(0).integers(0, 300, 9 if as_ptx else 7).tolist()
+ids = np.random.default_rng(0).integers(0, 300, 9).tolist()
 settings = dict(attention=attention, kv_type=kv_type, n_ctx=12, n_ubatch=4)
 with np.errstate(all="ignore"):
     expected = pydsa.load(path, device="reference", **settings).logits(ids)[5:].astype(np.float64)
@@ -88,14 +85,13 @@ with np.errstate(all="ignore"):
     logits = [session.prefill(ids[:6]), *map(session.decode, ids[6:])]
     session.save(path + ".session")
     other.load(path + ".session")
-if as_ptx:      # the simulator is too slow for it
-    # the first token: kernel by kernel; the second: recorded and replayed; the third: replayed
-    assert [driver.counts[name] for name in ("cuGraphInstantiate", "cuGraphLaunch")] == [1, 2]
-    other.truncate(8)
-    one_by_one = other.prefill(ids[8:], observe=lambda node, arrays: None)      # kernel by kernel, not fused
-    difference = ((one_by_one - logits[-1]) ** 2).sum() / (one_by_one ** 2).sum()
-    assert difference <= 1e-7, difference     # sums in another order; a value may round to its neighbour
-    other.load(path + ".session")
+# the first token: kernel by kernel; the second: recorded and replayed; the third: replayed
+assert [driver.counts[name] for name in ("cuGraphInstantiate", "cuGraphLaunch")] == [1, 2]
+other.truncate(8)
+one_by_one = other.prefill(ids[8:], observe=lambda node, arrays: None)      # kernel by kernel, not fused
+difference = ((one_by_one - logits[-1]) ** 2).sum() / (one_by_one ** 2).sum()
+assert difference <= 1e-7, difference     # sums in another order; a value may round to its neighbour
+other.load(path + ".session")
 for ref, cache in session._caches.items():
     assert np.array_equal(cache.stored(12), other._caches[ref].stored(12)) and cache.stored(7).any(), ref
 print(*(float(((a - b) ** 2).sum() / (b ** 2).sum()) for a, b in zip(logits, expected, strict=True)))
@@ -107,13 +103,11 @@ print(*(float(((a - b) ** 2).sum() / (b ** 2).sum()) for a, b in zip(logits, exp
 def test_models(small_model, attention, kv_type, spec):
     """A prompt in ubatches, then a token, against the reference.
 
-    The context is longer than top_k. Caches are saved and loaded. All run as PTX, and the simplest also in the simulator, which is slow.
+    The context is longer than top_k. Caches are saved and loaded.
     """
-    path, devices = small_model(**TINY | spec), ("ptx", "cuda") if spec["type"] == "F32" else ("ptx",)
-    for process in [start_python("-c", MODEL, str(path), attention, kv_type, device=device, simulated=device == "cuda")
-                    for device in devices]:
-        errors = np.array(result(process).split(), float)
-        assert errors.size >= 2 and errors.max() < (1e-9 if spec["type"] == "F32" else 1e-6)
+    process = start_python("-c", MODEL, str(small_model(**TINY | spec)), attention, kv_type, device="ptx", simulated=False)
+    errors = np.array(result(process).split(), float)
+    assert errors.size >= 2 and errors.max() < (1e-9 if spec["type"] == "F32" else 1e-6)
 
 
 def test_ubatches_must_fit_into_a_grid(small_model):

@@ -13,7 +13,7 @@ from tests.ptx.machine import Kernel
 from tests.ptx.memory import Arena
 from tests.ptx.program import parse
 
-CAPABILITY = 9, 0
+CAPABILITY = 8, 0
 SIZE = 1 << 28
 DONE = CUresult.CUDA_SUCCESS
 LETTERS = {"u8": "B", "u32": "I", "u64": "Q", "f32": "f", "f64": "d"}     # PTX type of a parameter -> letter of the module struct
