@@ -32,7 +32,8 @@ if "amx-int8" not in HERE:
     POSSIBLE = POSSIBLE[1:]     # the first is this CPU's own, at which all other tests run
 if amx.possible():
     POSSIBLE.append(EMULATED)
-MARKED = [pytest.param(level, marks=pytest.mark.skipif(level not in POSSIBLE, reason="not on this CPU, or its own")) for level in [*LEVELS, EMULATED]]
+MARKED = [pytest.param(level, marks=pytest.mark.skipif(level not in POSSIBLE, reason="not on this CPU, or its own"))
+          for level in [*LEVELS, EMULATED]]
 
 PROGRAM = """
 import os
