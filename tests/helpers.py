@@ -77,7 +77,7 @@ kernels = importlib.import_module(f"pydsa.backends.{DEVICE}")
 if DEVICE == "cuda":
     kernels = OnDevice(kernels)
 
-# A model that a simulated GPU runs in seconds.
+# A model that tests/ptx runs in seconds.
 TINY = dict(n_layer=2, n_embd=32, n_head=2, n_lora_q=32, n_lora_kv=32, n_nope=32, n_rot=4, n_v=32, n_ff=32, n_expert=4, n_ff_exp=32,
             n_expert_groups=0, indexer_n_head=3, indexer_head_size=8, indexer_top_k=3, n_ctx=64)
 
