@@ -1,4 +1,23 @@
-"""Entry point of `python -m pydsa`."""
-from pydsa.cli import main
+"""Entry point of `pydsa` and of `python -m pydsa`."""
+import sys
 
-main()
+from pydsa import signals
+
+
+def main():
+    """Run the command line and end the process."""
+    try:
+        signals.watch()
+        signals.open_streams()
+        from pydsa.cli import main as commands
+        commands()
+    except BaseException as error:
+        signals.ignore()
+        if signals.interrupted(error):
+            sys.stderr.write("\n[stopped]\n")
+            sys.exit(signals.STOPPED)
+        raise
+
+
+if __name__ == "__main__":
+    main()

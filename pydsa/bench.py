@@ -6,7 +6,6 @@ its memory bandwidth and peak rate, measured with the threads that the model use
 import csv
 import functools
 import io
-import json
 import statistics
 import time
 
@@ -17,6 +16,7 @@ from pydsa.errors import PydsaError
 from pydsa.gguf_file import Tensor
 from pydsa.quants import TYPES
 from pydsa.report import count, size
+from pydsa.terminal import json_text, visible
 
 SEED = 1        # of the random tokens that the tests run
 NO_LIMITS = dict.fromkeys(("bytes_per_token", "bandwidth_gbs", "limit_ts", "share_of_limit"))
@@ -211,16 +211,16 @@ def format_rows(rows, form):
     form: "md" for a readable markdown table; "csv", "json" or "jsonl" for every column.
     """
     if form == "json":
-        return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+        return json_text(rows, indent=1) + "\n"
     if form == "jsonl":
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        return "".join(json_text(row) + "\n" for row in rows)
     if form == "csv":
         out = io.StringIO()
         writer = csv.DictWriter(out, rows[0] if rows else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        return out.getvalue()
-    return markdown([_display_row(row) for row in rows])
+        return visible(out.getvalue(), keep="\n")
+    return visible(markdown([_display_row(row) for row in rows]), keep="\n")
 
 
 def _display_row(row):

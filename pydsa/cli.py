@@ -3,33 +3,15 @@
 Only generated text, tables and reports go to stdout.
 """
 import dataclasses
-import json
 import sys
 
 import click
 
 from pydsa import DEMO, __version__
-from pydsa.console import Writer, chat_loop, progress_bar, use_utf8
-from pydsa.errors import PydsaError
+from pydsa.console import Writer, chat_loop, progress_bar
+from pydsa.exits import Commands, Failure
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
-
-
-class Failure(click.ClickException):
-    """A mistake of the user: one sentence, exit code 2."""
-    exit_code = 2
-
-
-class Commands(click.Group):
-    """The group of commands, which shows errors as one sentence."""
-
-    def invoke(self, ctx):
-        try:
-            return super().invoke(ctx)
-        except PydsaError as error:
-            raise Failure(str(error)) from error
-        except KeyboardInterrupt:
-            click.echo("\n[stopped]", err=True)
-            ctx.exit(130)
+from pydsa.terminal import json_text, visible
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -82,7 +64,7 @@ sampling_options = options(
 
 def load_model(path, threads=None, **settings):
     """Load a model, with progress on stderr."""
-    click.echo(f"loading {path}", err=True)
+    click.echo(f"loading {visible(path)}", err=True)
     with progress_bar("compiling kernels") as progress:
         from pydsa.model import load
         model = load(path, threads=threads, progress=progress, **settings)
@@ -113,7 +95,6 @@ def run(model, prompt, file, max_tokens, raw, special, system, think, threads, *
     terminal without them it starts a chat.
     """
     from pydsa.sampling import Sampling
-    use_utf8()
     if prompt is not None and file is not None:
         raise click.UsageError("Give the prompt with -p or with -f, not both.")
     if raw and (system or think):
@@ -141,10 +122,14 @@ def run(model, prompt, file, max_tokens, raw, special, system, think, threads, *
             raise Failure("The prompt is empty.")
     else:
         ids = encode_chat(engine.tokenizer, [*messages, {"role": "user", "content": prompt}], thinking=think)
+    unread = False
     try:
         writer.write(ids)
+    except OSError:         # stdout's
+        unread = True
+        raise
     finally:
-        if writer.n_prompt:
+        if writer.n_prompt and not unread:
             click.echo(f"\n{writer.summary()}", err=True)
 
 
@@ -224,7 +209,7 @@ def info(model, output, **settings):
     from pydsa.model import Setup
     from pydsa.report import describe, format_report
     report = describe(Setup(model, **settings))
-    click.echo(json.dumps(report, ensure_ascii=False) if output == "json" else format_report(report), nl=output == "json")
+    click.echo(json_text(report) if output == "json" else format_report(report), nl=output == "json")
 
 
 @main.command()

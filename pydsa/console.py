@@ -8,6 +8,7 @@ import time
 import click
 
 from pydsa.errors import ContextFullError, PydsaError
+from pydsa.terminal import harmless, visible
 
 CHAT_HELP = "/help  this list\n/clear  forget the conversation\n/exit  leave (also Ctrl-D)\nCtrl-C  stop a reply"
 
@@ -24,11 +25,11 @@ def progress_bar(what):
     if not console.is_terminal:
         yield _progress_lines(what)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[item]}"),
-               TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(),
+               TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[item]}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=None, item="", visible=False)
-        yield lambda done, total, item="": bar.update(task, completed=done, total=total, item=item, visible=True)
+        yield lambda done, total, item="": bar.update(task, completed=done, total=total, item=visible(item), visible=True)
 
 
 def _progress_lines(what):
@@ -38,7 +39,7 @@ def _progress_lines(what):
         nonlocal last
         if time.monotonic() - last >= 2 and done < total:
             last = time.monotonic()
-            click.echo(f"{what}: {done:.0f} of {total} {item}", err=True)
+            click.echo(f"{what}: {done:.0f} of {total} {visible(item)}", err=True)
     return show
 
 
@@ -56,7 +57,8 @@ def use_utf8():
 class Writer:
     """Streams the answers of one session to stdout.
 
-    It keeps the text and the figures of the last answer for summary().
+    A terminal gets what would control it in a form that shows it; a pipe or a file gets every byte. It keeps the text and the figures of
+    the last answer for summary().
     """
 
     def __init__(self, model, sampling, max_tokens):
@@ -72,6 +74,7 @@ class Writer:
         self.text, self.n_prompt, self.n_generated = "", 0, 0
         self.prompt_seconds = self.seconds = 0.0
         start, n_reused = time.perf_counter(), self.session.reuse(ids)
+        shown = harmless if sys.stdout.isatty() else str
         with progress_bar("reading the prompt") as progress:
             logits = self.session.prefill(ids[n_reused:], progress)
         self.n_prompt, self.prompt_seconds = len(ids) - n_reused, time.perf_counter() - start
@@ -84,7 +87,7 @@ class Writer:
 
         for piece in self.model.decode_stream(timed(self.session.sample(logits, self.max_tokens, self.sampling))):
             self.text += piece
-            sys.stdout.write(piece)
+            sys.stdout.write(shown(piece))
             sys.stdout.flush()
 
     def summary(self):
@@ -104,7 +107,7 @@ def chat_loop(model, writer, messages, think):
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing in input())
     console, start = Console(stderr=True, highlight=False), list(messages)
-    console.print(f"{model.config.name}, a context of {model.n_ctx} tokens; /help lists the commands", markup=False)
+    console.print(f"{visible(model.config.name)}, a context of {model.n_ctx} tokens; /help lists the commands", markup=False)
     while True:
         try:
             line = console.input("> ", markup=False)
@@ -121,7 +124,8 @@ def chat_loop(model, writer, messages, think):
         if line.strip() == "/clear":
             messages = list(start)
         elif re.fullmatch(r"\s*/\w+\s*", line):
-            console.print(CHAT_HELP if line.strip() == "/help" else f"there is no command {line.strip()}\n{CHAT_HELP}", markup=False)
+            wrong = "" if line.strip() == "/help" else f"there is no command {visible(line.strip())}\n"
+            console.print(f"{wrong}{CHAT_HELP}", markup=False)
         elif line.strip():
             messages = answer(model, writer, [*messages, {"role": "user", "content": line}], think)
     console.print("")
@@ -139,10 +143,10 @@ def answer(model, writer, messages, think):
     except KeyboardInterrupt:
         click.echo("\n[stopped]", err=True)
     except ContextFullError as error:
-        click.echo(f"\n{error} /clear starts a new conversation.", err=True)
+        click.echo(f"\n{visible(str(error))} /clear starts a new conversation.", err=True)
         failed = not writer.text
     except PydsaError as error:
-        click.echo(f"\n{error}", err=True)
+        click.echo(f"\n{visible(str(error))}", err=True)
         failed = True
     if failed:
         return messages[:-1]

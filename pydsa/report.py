@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 
 from pydsa.chat import USER
+from pydsa.terminal import visible
 
 HIDDEN = {"rope", "n_ff", "indexer_full"}       # fields of a Config that are reported elsewhere or not at all
 
@@ -104,7 +105,8 @@ def format_report(report):
     if report["plain_form_until"]:
         lines.append(f"  prompts in ubatches of {report['n_ubatch']} have keys and values for each head up to {report['plain_form_until']} "
                      "tokens")
-    return "\n".join(lines + [f"  layers {which}: {kind}" for kind, which in report["layers"].items()]) + "\n"
+    lines += [f"  layers {which}: {kind}" for kind, which in report["layers"].items()]
+    return "".join(f"{visible(line)}\n" for line in lines)
 
 
 def size(n):

@@ -1,0 +1,115 @@
+"""How signals and the standard streams reach the command line.
+
+Ctrl-C ends a command with 130, SIGTERM with 143 and a hangup with 129, each by an exception, so that what was begun is tidied up. Imported
+before everything else: it must be light.
+"""
+import contextlib
+import io
+import os
+import signal
+import sys
+import threading
+
+STOPPED = 128 + signal.SIGINT
+AGAIN = 0.05        # seconds after which a signal is sent again whose exception was lost
+
+
+class Terminated(SystemExit):
+    """A request to end: SIGTERM, or the terminal is gone."""
+
+
+def _terminate(number, frame):
+    raise Terminated(128 + number)
+
+
+def _lost(args, theirs):
+    """Python drops exceptions in callbacks and finalizers; a signal is no exception to lose."""
+    if issubclass(args.exc_type, (KeyboardInterrupt, Terminated)):
+        number = signal.SIGINT if args.exc_type is KeyboardInterrupt else signal.SIGTERM
+        with contextlib.suppress(RuntimeError):     # the interpreter is about to end
+            again = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+    else:
+        theirs(args)
+
+
+def watch():
+    """Let no signal be lost, for the rest of this process.
+
+    A signal that the caller ignores, as `nohup` does, stays ignored.
+    """
+    theirs = sys.unraisablehook
+    sys.unraisablehook = lambda args: _lost(args, theirs)
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _terminate)
+
+
+def ignore():
+    """From here on the process only ends."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def interrupted(error):
+    """Whether an exception comes from Ctrl-C, perhaps by way of others."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
+
+
+class OutputError(OSError):
+    """stdout cannot be written: the disk is full, or nobody reads."""
+
+
+class _Output(io.FileIO):
+    """A file whose failed writes can be told from other errors."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise OutputError(*error.args) from error
+
+
+class _Messages(io.FileIO):
+    """A file whose failed writes are forgotten."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def open_streams():
+    """Make the standard streams usable whatever the caller left of them.
+
+    A closed stdin is an empty one; messages to a stderr that cannot be written are dropped; stdout raises OutputError, and stays None if it
+    is closed. Numbers 0 to 2 are taken, so that no file that is opened later gets what is written there.
+    """
+    number = os.open(os.devnull, os.O_RDWR)
+    while number <= 2:
+        number = os.dup(number)
+    os.close(number)
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    elif os.name != "nt":       # a console of Windows is no file
+        sys.stderr = _over(_Messages(2, "wb", closefd=False), sys.stderr)
+    if sys.stdout is not None and os.name != "nt":
+        sys.stdout = _over(_Output(1, "wb", closefd=False), sys.stdout)
+
+
+def _over(raw, stream):
+    """A text stream like another one, over a raw file."""
+    return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=stream.line_buffering,
+                            write_through=stream.write_through)
