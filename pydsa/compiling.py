@@ -18,6 +18,8 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from pydsa.kernel_cache import KernelsNotKept
+
 FEWEST = 4      # jobs for which it pays: a process takes as long to start as one or two of them to be done
 MOST = 8        # processes; each of two takes up to half a GB, of eight less
 START = "import sys; sys.path[:] = sys.argv[1:]; from pydsa.compiling import work; work()"
@@ -36,8 +38,8 @@ class Job(NamedTuple):
 def compile_jobs(jobs, folder, n_processes, report=lambda done, name: None, check=lambda: None):
     """Do jobs in processes that keep kernels in `folder`, the largest first.
 
-    It returns when no job is left, or no process: the caller compiles what is still missing. report(done, name) is called as jobs are
-    handed out, check() all the time, and what that raises ends all processes.
+    It returns when no job is left, or no process, or when nothing can be kept: the caller compiles what is still missing. report(done,
+    name) is called as jobs are handed out, check() all the time, and what that raises ends all processes.
     """
     n = min(n_processes, MOST, len(jobs))
     if n < 2 or len(jobs) < FEWEST or not _python():
@@ -60,6 +62,9 @@ def compile_jobs(jobs, folder, n_processes, report=lambda done, name: None, chec
                 what, text = events.get(timeout=POLL)
                 done += what == "done"
                 working -= what == "ended"
+                if what == "unkept":        # the caller compiles, meets the same and warns
+                    troubles.clear()
+                    break
                 if what == "begun":
                     report(done, text)
                 elif text:
@@ -107,7 +112,7 @@ def _start(folder):
 def _attend(process, waiting, events):
     """Give a process jobs until there are none, in a thread of its own.
 
-    Events: ("begun", name), ("done", what went wrong or ""), and at last ("ended", what went wrong or "").
+    Events: ("begun", name), ("done", what went wrong or ""), ("unkept", why), and at last ("ended", what went wrong or "").
     """
     trouble = ""
     with contextlib.suppress(queue.Empty), process.stdout:
@@ -117,7 +122,7 @@ def _attend(process, waiting, events):
             try:
                 pickle.dump(job, process.stdin)
                 process.stdin.flush()
-                events.put(("done", pickle.load(process.stdout)))
+                events.put(pickle.load(process.stdout))
             except (OSError, EOFError, pickle.UnpicklingError):
                 trouble = f"the one that was to compile {job.name} has ended"
     with contextlib.suppress(OSError):
@@ -126,7 +131,10 @@ def _attend(process, waiting, events):
 
 
 def work():
-    """What a process does: jobs from stdin, to stdout what went wrong or ""."""
+    """What a process does: jobs from stdin, to stdout an event for each.
+
+    They are those of _attend().
+    """
     jobs, source = queue.SimpleQueue(), sys.stdin.buffer
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)       # what is printed meanwhile is no answer
@@ -138,6 +146,7 @@ def work():
             except BaseException:       # the program is gone, or done
                 os._exit(0)
     threading.Thread(target=read, daemon=True).start()
+    warnings.simplefilter("error", KernelsNotKept)
     gc.disable()        # compiling makes millions of objects and few cycles
     while True:
         pickle.dump(_outcome(jobs.get()), answers)
@@ -147,9 +156,11 @@ def work():
 def _outcome(job):
     try:
         getattr(importlib.import_module(job.module), job.function)(*pickle.loads(job.args))
+    except KernelsNotKept as error:
+        return "unkept", str(error)
     except Exception as error:
-        return f"{job.name}: {type(error).__name__}: {error}"
-    return ""
+        return "done", f"{job.name}: {type(error).__name__}: {error}"
+    return "done", ""
 
 
 def counted(progress, total, n_kept):
@@ -186,19 +197,23 @@ def collecting_paused():
 def interrupts_held():
     """Ctrl-C takes effect when what this yields is called, or at the end.
 
-    Inside a callback of LLVM Python drops the exception, or leaves what LLVM and numba keep half changed.
+    Inside a callback of LLVM Python drops the exception, or leaves what LLVM and numba keep half changed. The same holds for SIGTERM where
+    it has a handler.
     """
-    held, theirs = [], signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(theirs):
-        yield lambda: None
-        return
+    theirs = {}
+    if threading.current_thread() is threading.main_thread():
+        theirs = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    theirs, held = {number: handler for number, handler in theirs.items() if callable(handler)}, []
 
     def check():
         if held:
-            theirs(*held.pop())
-    signal.signal(signal.SIGINT, lambda *args: held.append(args))
+            number, frame = held.pop()
+            theirs[number](number, frame)
     try:
+        for number in theirs:
+            signal.signal(number, lambda *args: held.append(args))
         yield check
     finally:
-        signal.signal(signal.SIGINT, theirs)
+        for number, handler in theirs.items():
+            signal.signal(number, handler)
     check()

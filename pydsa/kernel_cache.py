@@ -4,6 +4,7 @@ A file ends with a hash of what stands before it: one that a crash left empty, c
 """
 import atexit
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -14,6 +15,11 @@ from pathlib import Path
 import platformdirs
 
 SEAL = 32       # bytes of the hash at the end of a file
+ENOUGH = 1 << 20        # bytes that a folder must be able to take to be worth a try: about one of the larger kernels
+
+
+class KernelsNotKept(UserWarning):
+    """Compiled kernels cannot be kept, so that the next start compiles again."""
 
 
 def cache_folder(made_by, sources):
@@ -29,15 +35,37 @@ def cache_folder(made_by, sources):
         root = os.environ.get("PYDSA_CACHE_DIR") or platformdirs.user_cache_dir("pydsa")
         folder = Path(root).absolute() / name
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            if file.write(bytes(ENOUGH)) < ENOUGH:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except (OSError, RuntimeError) as error:        # RuntimeError: a user without a home
+        _warn(root, error)
+        folder = _temporary(name)
+    return folder
+
+
+def _temporary(name):
+    """A folder that goes away with the process; one that does not exist if there can be none."""
+    try:
         temporary = tempfile.mkdtemp(prefix="pydsa-")
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         folder = Path(temporary) / name
         folder.mkdir()
-        warnings.warn(f"{root} cannot hold compiled kernels ({getattr(error, 'strerror', error)}): they will be compiled anew at every "
-                      "start. Set PYDSA_CACHE_DIR to a folder that can be written.", stacklevel=2)
+    except OSError:
+        return Path(os.devnull) / name
     return folder
+
+
+_warned = False
+
+
+def _warn(folder, error):
+    """Warn, once in a process, that kernels are not kept."""
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(f"{folder} cannot hold compiled kernels ({getattr(error, 'strerror', None) or error}): they will be compiled anew at "
+                      "every start. Set PYDSA_CACHE_DIR to a folder that can be written.", KernelsNotKept, stacklevel=3)
 
 
 def read(path):
@@ -51,16 +79,30 @@ def read(path):
 
 
 def write(path, data):
-    """Keep bytes in a file. Several processes may do so at once; a full disk is no error."""
-    with contextlib.suppress(OSError):
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    """Keep bytes in a file. Several processes may do so at once.
+
+    A folder that is gone is made again. What cannot be kept, as on a full disk, is no error but a warning, the first time.
+    """
+    try:
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data + hashlib.sha256(data).digest())
-            os.replace(partial, path)
-        except BaseException:
+            _replace(path, data)
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _replace(path, data)
+    except OSError as error:
+        _warn(path.parent.parent, error)
+
+
+def _replace(path, data):
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data + hashlib.sha256(data).digest())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):      # the folder may be gone
             os.unlink(partial)
-            raise
+        raise
 
 
 def kept(path, make):
