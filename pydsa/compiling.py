@@ -18,10 +18,12 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from pydsa import limits
 from pydsa.kernel_cache import KernelsNotKept
 
 FEWEST = 4      # jobs for which it pays: a process takes as long to start as one or two of them to be done
-MOST = 8        # processes; each of two takes up to half a GB, of eight less
+MOST = 8        # processes
+EACH = 1 << 29      # bytes of memory of a process, at most
 START = "import sys; sys.path[:] = sys.argv[1:]; from pydsa.compiling import work; work()"
 POLL = 0.1      # seconds after which a wait looks whether Ctrl-C was pressed
 
@@ -41,7 +43,7 @@ def compile_jobs(jobs, folder, n_processes, report=lambda done, name: None, chec
     It returns when no job is left, or no process, or when nothing can be kept: the caller compiles what is still missing. report(done,
     name) is called as jobs are handed out, check() all the time, and what that raises ends all processes.
     """
-    n = min(n_processes, MOST, len(jobs))
+    n = min(n_processes, MOST, len(jobs), limits.available().n_bytes // EACH)
     if n < 2 or len(jobs) < FEWEST or not _python():
         return
     waiting, events = queue.SimpleQueue(), queue.SimpleQueue()

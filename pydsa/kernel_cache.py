@@ -45,7 +45,10 @@ def cache_folder(made_by, sources):
 
 
 def _temporary(name):
-    """A folder that goes away with the process; one that does not exist if there can be none."""
+    """A folder that goes away with the process.
+
+    One that does not exist if there can be none.
+    """
     try:
         temporary = tempfile.mkdtemp(prefix="pydsa-")
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)

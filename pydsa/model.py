@@ -18,6 +18,7 @@ from pydsa.chat import encode_chat
 from pydsa.errors import PydsaError, UnsupportedModelError
 from pydsa.gguf_file import open_gguf
 from pydsa.graph import CacheRef, Graph
+from pydsa.limits import allocating
 from pydsa.models import architecture
 from pydsa.models.weights import Weights
 from pydsa.plan import Runner, check_memory, lay_out
@@ -161,7 +162,8 @@ class Setup:
 
     def make_caches(self, backend, n_ctx):
         """Empty caches of n_ctx rows: {CacheRef: VectorCache}."""
-        return {ref: VectorCache(backend, n_ctx, widths, self.cache_type(ref)) for ref, widths in self.cache_widths.items()}
+        with allocating("the caches of a session"):
+            return {ref: VectorCache(backend, n_ctx, widths, self.cache_type(ref)) for ref, widths in self.cache_widths.items()}
 
     @property
     def cache_row_bytes(self):

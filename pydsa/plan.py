@@ -3,13 +3,14 @@
 Values share a buffer by liveness, and arguments are bound once: a step is then only a list of calls.
 """
 import contextlib
+import os
 import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import psutil
 
+from pydsa import limits
 from pydsa.errors import LESS, OutOfMemoryError, PydsaError
 from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef, Value
@@ -18,6 +19,16 @@ ALIGN = 64      # bytes: a cache line, and the widest vector register
 
 # One step at a time: kernels share the machine's threads, and the sessions of a model share its buffer.
 _lock, _running_thread = threading.Lock(), None
+
+
+def _after_fork():
+    """A child has none of the threads that may have held the lock."""
+    global _lock, _running_thread
+    _lock, _running_thread = threading.Lock(), None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextlib.contextmanager
@@ -42,11 +53,11 @@ def check_memory(wanted, what, backend=None):
 
     They are checked before they are allocated, in the memory of the backend's device, or without a backend in the host's.
     """
-    available, memory = backend.free_bytes() if backend is not None else None, "the GPU's memory"
+    available, source = backend.free_bytes() if backend is not None else None, "the GPU's memory are free"
     if available is None:
-        available, memory = psutil.virtual_memory().available, "memory"
+        available, source = limits.available()
     if wanted > available:
-        raise OutOfMemoryError(f"{what} would take {wanted / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of {memory} are free; {LESS}.")
+        raise OutOfMemoryError(f"{what} would take {wanted / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of {source}; {LESS}.")
 
 
 class Layout(NamedTuple):

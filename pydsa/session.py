@@ -12,6 +12,7 @@ import numpy as np
 
 from pydsa.ahead import Ahead
 from pydsa.errors import ContextFullError, PydsaError, SessionFileError
+from pydsa.limits import allocating
 from pydsa.plan import check_memory
 from pydsa.quants import CACHE_ALIASES
 from pydsa.sampling import Sampler
@@ -91,7 +92,8 @@ class Session:
         self._check_fits(ids.size)
         if every_row:
             check_memory((ids.size + setup.n_ubatch) * n_vocab * 4, f"The logits of {ids.size} tokens")
-        logits = np.empty((ids.size if every_row else 1, n_vocab), np.float32)
+        with allocating("the logits"):
+            logits = np.empty((ids.size if every_row else 1, n_vocab), np.float32)
         for start in range(0, ids.size, setup.n_ubatch):
             ubatch = ids[start:start + setup.n_ubatch]
             last = start + ubatch.size == ids.size

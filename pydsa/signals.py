@@ -23,7 +23,10 @@ def _terminate(number, frame):
 
 
 def _lost(args, theirs):
-    """Python drops exceptions in callbacks and finalizers; a signal is no exception to lose."""
+    """Send a signal again that Python dropped.
+
+    It drops exceptions in callbacks and finalizers.
+    """
     if issubclass(args.exc_type, (KeyboardInterrupt, Terminated)):
         number = signal.SIGINT if args.exc_type is KeyboardInterrupt else signal.SIGTERM
         with contextlib.suppress(RuntimeError):     # the interpreter is about to end

@@ -13,7 +13,7 @@ import pytest
 from helpers import random_ids
 
 import pydsa
-from pydsa import OutOfMemoryError
+from pydsa import OutOfMemoryError, limits
 from pydsa.graph import Value
 from pydsa.model import Setup
 from pydsa.plan import ALIGN, lay_out
@@ -27,6 +27,7 @@ IDS = random_ids(40)
 @pytest.fixture
 def free(monkeypatch):
     """free(n): from now on the machine reports n free bytes."""
+    monkeypatch.setattr(limits, "limits", lambda root: [])
     return lambda n: monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=n))
 
 

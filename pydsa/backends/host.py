@@ -6,13 +6,16 @@ import time
 
 import numpy as np
 
+from pydsa.limits import allocating
+
 
 def empty(shape, dtype):
     """A new array without values, aligned to a cache line of 64 bytes.
 
-    The system provides its pages as they are written.
+    The system provides its pages as they are written. Raises OutOfMemoryError where it refuses them at once.
     """
-    memory = np.empty(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize + 64, np.uint8)
+    with allocating("intermediate values"):
+        memory = np.empty(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start:memory.size - 64 + start].view(dtype).reshape(shape)
 
