@@ -3,13 +3,16 @@
 Only generated text, tables and reports go to stdout.
 """
 import dataclasses
+import os
 import sys
 
 import click
 
 from pydsa import DEMO, __version__
+from pydsa.check import check_files, format_check
 from pydsa.console import Writer, chat_loop, progress_bar
 from pydsa.exits import Commands, Failure
+from pydsa.gguf_file import open_gguf
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
 from pydsa.terminal import json_text, visible
 
@@ -201,11 +204,19 @@ def comma_numbers(name, text):
 @attention_option
 @device_option
 @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Form of the report.")
-def info(model, output, **settings):
+@click.option("--check", is_flag=True, help="Read everything once instead: look for damage, and show the SHA-256 of each file.")
+@click.pass_context
+def info(ctx, model, output, check, **settings):
     """Show what a file holds, what it needs, and how each layer will run.
 
-    No weights are read.
+    No weights are read, but with --check: it names the tensors with NaN, infinities or stretches of zeros, and ends with exit code 1 if
+    there are any.
     """
+    if check:
+        with progress_bar("reading") as progress:
+            report = check_files(open_gguf(os.path.expanduser(model)), progress)
+        click.echo(json_text(report) if output == "json" else "\n".join(map(visible, format_check(report))))
+        ctx.exit(0 if report["sound"] else 1)
     from pydsa.model import Setup
     from pydsa.report import describe, format_report
     report = describe(Setup(model, **settings))

@@ -124,6 +124,7 @@ class GGUFFile(NamedTuple):
     paths: list[Path]               # of the parts
     n_bytes: int                    # of all parts together
     version: int
+    part_names: list[list[str]]     # the names of the tensors of each part, in file order
 
 
 def open_gguf(path: str | os.PathLike) -> GGUFFile:
@@ -167,7 +168,8 @@ def _join(parts: list[GGUFFile]) -> GGUFFile:
             raise GGUFError(f"{part.paths[0]}: tensor {quote(min(repeated))} is in an earlier part too, expected in one")
         tensors.update(part.tensors)
     paths = [part.paths[0] for part in parts]
-    return GGUFFile(first.metadata, tensors, paths, sum(part.n_bytes for part in parts), first.version)
+    return GGUFFile(first.metadata, tensors, paths, sum(part.n_bytes for part in parts), first.version,
+                    [list(part.tensors) for part in parts])
 
 
 def _check_split(parts: list[GGUFFile]) -> None:
@@ -205,7 +207,7 @@ def _open_part(path: Path, role: str) -> GGUFFile:
     n_kv = reader.count("the number of key-value pairs", 14)    # key, type, one byte
     metadata = _read_metadata(reader, n_kv)
     tensors = _map_tensors(reader, n_tensors, _alignment(metadata))
-    return GGUFFile(metadata, tensors, [path], len(reader.data), version)
+    return GGUFFile(metadata, tensors, [path], len(reader.data), version, [list(tensors)])
 
 
 def _map_file(path: Path, role: str) -> mmap.mmap:

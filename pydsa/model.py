@@ -15,6 +15,7 @@ import numpy as np
 from pydsa.backends.devices import DEVICES
 from pydsa.cache import VectorCache
 from pydsa.chat import encode_chat
+from pydsa.check import warn_of_gaps
 from pydsa.errors import PydsaError, UnsupportedModelError
 from pydsa.gguf_file import open_gguf
 from pydsa.graph import CacheRef, Graph
@@ -235,6 +236,7 @@ class Model:
         self.backend = setup.device.backend()
         self.threads = self.backend.check_threads(None if threads is None else integer("threads", threads, 1, 2**31 - 1))
         check_memory(setup.total_bytes, f"The model with a context of {setup.n_ctx} tokens", self.backend)
+        warn_of_gaps(setup.file)
         self.tokenizer      # read now, so that load() raises its errors
         self.runner = Runner(self.backend, setup.layouts, self.threads)
         self._chats = collections.deque(maxlen=1)       # the session of the last chat, while no answer is read from it
