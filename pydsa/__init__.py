@@ -8,14 +8,14 @@ Importing pydsa is fast: numba is imported with the first model.
 import importlib
 import os
 
-from pydsa.errors import (ContextFullError, GGUFError, OutOfMemoryError, PydsaError, SessionFileError,  # noqa: F401
+from pydsa.errors import (ContextFullError, DamagedWeightsError, GGUFError, OutOfMemoryError, PydsaError, SessionFileError,  # noqa: F401
                           UnsupportedModelError)
 
 __version__ = "0.1.0"
 DEMO = os.path.join(os.path.dirname(__file__), "demo", "demo.gguf")      # path of the model that comes with the package
 _MODULES = {"load": "model", "Model": "model", "Session": "session", "Sampling": "sampling", "load_tokenizer": "tokenizer"}
 __all__ = ["DEMO", "load", "load_tokenizer", "Model", "Session", "Sampling", "PydsaError", "GGUFError", "UnsupportedModelError",
-           "ContextFullError", "OutOfMemoryError", "SessionFileError"]
+           "ContextFullError", "DamagedWeightsError", "OutOfMemoryError", "SessionFileError"]
 
 
 def __getattr__(name):

@@ -25,6 +25,10 @@ class ContextFullError(PydsaError):
     """The context has no room for the requested tokens."""
 
 
+class DamagedWeightsError(PydsaError):
+    """A result is not finite: the weights are damaged, or it overflowed."""
+
+
 class SessionFileError(PydsaError):
     """A session file is damaged, or belongs to another model or cache type."""
 

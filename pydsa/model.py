@@ -16,6 +16,7 @@ from pydsa.backends.devices import DEVICES
 from pydsa.cache import VectorCache
 from pydsa.chat import encode_chat
 from pydsa.check import warn_of_gaps
+from pydsa.diagnosis import refuse_hidden
 from pydsa.errors import PydsaError, UnsupportedModelError
 from pydsa.gguf_file import open_gguf
 from pydsa.graph import CacheRef, Graph
@@ -250,6 +251,8 @@ class Model:
         for i, tensor in enumerate(tensors):
             if progress is not None and self.setup.device.copies_blocks:
                 progress(i, len(tensors), tensor.name)
+            if self.setup.device.copies_blocks:
+                refuse_hidden(tensor, self.metadata.path)
             self.runner.read(tensor)
 
     def _compile(self, progress):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pydsa import limits
-from pydsa.errors import LESS, OutOfMemoryError, PydsaError
+from pydsa.errors import LESS, DamagedWeightsError, OutOfMemoryError, PydsaError
 from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef, Value
 
@@ -215,13 +215,18 @@ class Bound(NamedTuple):
         """Run one step: tokens `ids` at positions n_past, n_past + 1, ...
 
         The logits of the last tokens are written to `logits`, [n_outputs, n_vocab]. observe(node, arrays) is called after each op with the
-        arrays that it wrote.
+        arrays that it wrote. Raises DamagedWeightsError if a choice of keys or experts met a value that is not finite.
         """
+        backend = self.runner.backend
         with one_step():
+            backend.nan_met()       # of ops that ran by themselves
             self.put(ids, n_past)
             self.start(observe)
             if self.output is not None:
-                logits[:] = self.runner.backend.fetch(self.output)
+                logits[:] = backend.fetch(self.output)
+            if backend.nan_met():
+                raise DamagedWeightsError("the scores of keys or experts are not finite: the weights are damaged, or a computation "
+                                          "overflowed")
 
     def timed(self, ids, n_past):
         """Run one step, without its logits -> [(node, seconds)]."""

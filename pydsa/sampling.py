@@ -10,7 +10,7 @@ from typing import Sequence
 
 import numpy as np
 
-from pydsa.errors import PydsaError
+from pydsa.errors import DamagedWeightsError, PydsaError
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ class Sampler:
         return int(ids[min(drawn, len(ids) - 1)])
 
     def check(self, greatest):
-        """Raise PydsaError if the greatest logit is not finite."""
+        """Raise DamagedWeightsError if the greatest logit is not finite."""
         if not math.isfinite(greatest):
-            raise PydsaError(f"the greatest of the logits is {greatest}, expected a finite number: "
-                             "the weights are damaged, or a computation overflowed")
+            raise DamagedWeightsError(f"the greatest of the logits is {greatest}, expected a finite number: "
+                                      "the weights are damaged, or a computation overflowed")
 
     def settings(self, most):
         """The settings for a device that picks from up to `most` tokens.

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from pydsa.ahead import Ahead
-from pydsa.errors import ContextFullError, PydsaError, SessionFileError
+from pydsa.diagnosis import explained
+from pydsa.errors import ContextFullError, DamagedWeightsError, PydsaError, SessionFileError
 from pydsa.limits import allocating
 from pydsa.plan import check_memory
 from pydsa.quants import CACHE_ALIASES
@@ -136,7 +137,11 @@ class Session:
         return watch
 
     def _step(self, ubatch, logits, observe):
-        self._bind(self.n_past, ubatch.size, len(logits)).run(ubatch, self.n_past, logits, observe)
+        bound = self._bind(self.n_past, ubatch.size, len(logits))
+        try:
+            bound.run(ubatch, self.n_past, logits, observe)
+        except DamagedWeightsError as error:
+            raise explained(error, bound, ubatch, self.n_past, self._setup.weights.used) from error
         self.tokens.extend(ubatch.tolist())
 
     def timed(self, ids):
@@ -177,13 +182,13 @@ class Session:
         the context when the next one is asked for; the last of max_tokens is never appended.
 
         logits: after the last token of the context, [n_vocab]. max_tokens: an integer from 0 on; None: no limit. sampling: a Sampling;
-        None: its defaults. Raises PydsaError for a max_tokens that is not valid, or if the greatest logit is not finite.
+        None: its defaults. Raises PydsaError for a max_tokens that is not valid, and DamagedWeightsError if logits are not finite.
         """
         check_max_tokens(max_tokens)
         sampler = Sampler(sampling)
         n, token = 0, None
         while n != max_tokens:
-            token = sampler.pick(logits, self.tokens) if n == 0 else self._next(token, sampler, n + 1 == max_tokens)
+            token = self._pick(logits, sampler) if n == 0 else self._next(token, sampler, n + 1 == max_tokens)
             if token in self._eog_ids:
                 return
             yield token
@@ -196,7 +201,7 @@ class Session:
         """
         settings = self._ahead.settings(sampler)
         if settings is None:
-            return sampler.pick(self.decode(token), self.tokens)
+            return self._pick(self.decode(token), sampler)
         self._check_fits(1)
         n_past, full = self.n_past, self.n_past + 1 == self._setup.n_ctx
         bound = self._bind(n_past, 1, 1)
@@ -204,8 +209,35 @@ class Session:
         following_id, greatest = self._ahead.next(settings, token, n_past, bound, following,
                                                   ends=lambda following_id: last or full or following_id in self._eog_ids)
         self.tokens.append(token)
-        sampler.check(greatest)
+        with self._explaining():
+            sampler.check(greatest)
         return following_id
+
+    def _pick(self, logits, sampler):
+        """Sample from logits, all of which must be finite.
+
+        The least is looked at too: -inf would only be a token that never comes.
+        """
+        with self._explaining():
+            token = sampler.pick(logits, self.tokens)
+            if not np.isfinite(least := np.min(logits)):
+                raise DamagedWeightsError(f"the least of the logits is {least}, expected a finite number: the weights are damaged, or a "
+                                          "computation overflowed")
+            return token
+
+    @contextlib.contextmanager
+    def _explaining(self):
+        """A context whose DamagedWeightsError says where it comes from.
+
+        The last token is run again for this.
+        """
+        try:
+            yield
+        except DamagedWeightsError as error:
+            if not self.tokens:     # the logits are not of this session
+                raise
+            n_past = self.n_past - 1
+            raise explained(error, self._bind(n_past, 1, 1), self.tokens[-1:], n_past, self._setup.weights.used) from error
 
     def truncate(self, n):
         """Keep only the first n tokens.

@@ -19,13 +19,13 @@ FILES = sorted((ROOT / "pydsa").rglob("*.py"))
 SLOW = ("numba", "llvmlite", "tokenizers", "jinja2", "rich", "matplotlib")
 
 # Each may import itself, those after it, and the leaves; a leaf only other leaves.
-LAYERS = ("__main__", "cli", "exits", "console", "bench report plot", "__init__", "model", "session", "ahead", "models", "plan schedule",
-          "costs", "graph", "backends")
+LAYERS = ("__main__", "cli", "exits", "console", "bench report plot", "__init__", "model", "session", "diagnosis", "ahead", "models",
+          "plan schedule", "costs", "graph", "backends")
 LEAVES = "gguf_file tokenizer chat template sampling cache compiling kernel_cache quants errors terminal signals limits check"
 RANK = {name: rank for rank, names in enumerate([*LAYERS, LEAVES]) for name in names.split()}
 COMPILING = ("pydsa.backends.cpu", "pydsa.backends.cuda")     # may import numba
 
-NOT_OPS = {"weight", "cache_rows", "cache_bytes", "empty", "upload", "fetch", "store", "timed", "recorded", "free_bytes",
+NOT_OPS = {"weight", "cache_rows", "cache_bytes", "empty", "upload", "fetch", "store", "timed", "recorded", "free_bytes", "nan_met",
            "compile_calls", "check_threads", "entry_point", "set_threads", "measure_ceilings"}
 FUNCTIONS = {name for name, f in vars(reference).items() if inspect.isfunction(f) and not name.startswith("_")}
 

@@ -58,6 +58,22 @@ def set_threads(n):
     """Do nothing: numpy chooses its own threads."""
 
 
+_nan_met = False
+
+
+def _mark_nan(values):
+    """Mark NaN and infinity, which a choice of keys or experts would hide."""
+    global _nan_met
+    _nan_met = _nan_met or not (values < np.inf).all()
+
+
+def nan_met():
+    """Whether a choice met NaN or infinity since the last call."""
+    global _nan_met
+    met, _nan_met = _nan_met, False
+    return met
+
+
 def measure_ceilings():
     """None: numpy's speed is not a limit of the machine."""
 
@@ -183,8 +199,9 @@ def indexer_scores(out, q, w, keys, positions, scale):      # [T, S], [T, H, D],
 def top_k(out, scores):     # int32 [T, k], [T, S]
     """The indices of the k greatest scores, in ascending order.
 
-    Of equal scores the lowest indices are chosen; -inf and NaN never are. -1 pads the rest.
+    Of equal scores the lowest indices are chosen; -inf and NaN never are. -1 pads the rest. NaN and infinity are marked (nan_met).
     """
+    _mark_nan(scores)
     out[...] = -1
     for chosen, row in zip(out, scores):
         valid = np.flatnonzero(row > -np.inf)
@@ -266,7 +283,7 @@ def moe_route(ids, weights, logits, bias, gating, n_group, n_group_used, norm, s
     """The experts of each token and their weights.
 
     The expert with the greatest biased score is first (DeepSeek-V3, section 2.1.2). gating: 1 softmax, 2 sigmoid, 3 softmax over the chosen
-    experts. The score of a group is the sum of its two greatest; n_group 1: no groups.
+    experts. The score of a group is the sum of its two greatest; n_group 1: no groups. NaN and infinities are marked (nan_met).
     """
     if gating == 2:
         with np.errstate(over="ignore"):
@@ -277,6 +294,7 @@ def moe_route(ids, weights, logits, bias, gating, n_group, n_group_used, norm, s
     else:
         p = logits.astype(FLOAT)
     s = p + bias
+    _mark_nan(np.abs(logits) + np.abs(s))
     if n_group > 1:
         groups = s.reshape(len(s), n_group, -1)
         group_score = np.sort(groups, axis=-1)[..., -2:].sum(axis=-1)

@@ -11,6 +11,7 @@ from pydsa.backends.cpu.moe import moe_down, moe_gate_up, moe_route  # noqa: F40
 from pydsa.backends.cpu.norm import add, layer_norm, rms_norm, silu_mul  # noqa: F401
 from pydsa.backends.cpu.rope import hadamard, rope, rope_table  # noqa: F401
 from pydsa.backends.cpu.rows import cache_bytes, cache_rows, cache_write, get_rows, weight  # noqa: F401
+from pydsa.backends.cpu.scratch import nan_met  # noqa: F401
 from pydsa.backends.cpu.threads import check_threads, set_threads  # noqa: F401
 from pydsa.backends.cpu.top_k import top_k  # noqa: F401
 from pydsa.backends.cpu.variants import VARIANTS  # noqa: F401

@@ -11,7 +11,7 @@ from pydsa.backends.cpu.linear import (MAX_TASK_ROWS, addresses, count_panels, g
                                        rounded_bytes, rows_per_task, uses_gemv)
 from pydsa.backends.cpu.norm import silu_mul_row
 from pydsa.backends.cpu.rows import put
-from pydsa.backends.cpu.scratch import caller_scratch
+from pydsa.backends.cpu.scratch import caller_scratch, mark_nan
 from pydsa.backends.cpu.threads import n_threads
 
 
@@ -58,6 +58,11 @@ def moe_route(ids, weights, logits, bias, gating, n_group, n_group_used, norm, s
         elif gating == 1:
             softmax(p)
         put(s, p + bias)
+        total = np.float32(0)       # of all experts: those that are not chosen would hide it
+        for e in range(n_expert):
+            total += logits[t, e] + s[e]
+        if not abs(total) < np.float32(np.inf):
+            mark_nan()
         if n_group > 1:
             drop_groups(s, n_group, n_group_used)
         for i in range(n_used):

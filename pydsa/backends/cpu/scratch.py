@@ -3,6 +3,8 @@
 The caller is the thread that calls an op; the others are those of its parallel regions. Buffers grow and stay: fresh memory from the system
 costs a page fault for every 4 KiB, which is more than most ops take. They are found by a symbol, so that kernels can be cached on disk. One
 op runs at a time (plan.py), so a buffer has one user.
+
+Beside them is a mark that a choice, of keys or of experts, met NaN: a choice would hide it.
 """
 import llvmlite.binding as llvm
 import numba
@@ -16,7 +18,8 @@ from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.simd import I8, I32, INTP, i64_at, store
 
 
-BUFFERS = np.zeros((1 + numba.config.NUMBA_NUM_THREADS, 3), np.int64)       # address, aligned address, bytes; the first is the caller's
+# The mark; then address, aligned address and bytes of each buffer, the caller's first
+BUFFERS = np.zeros((2 + numba.config.NUMBA_NUM_THREADS, 3), np.int64)
 llvm.add_symbol("pydsa_scratch", BUFFERS.ctypes.data)
 LINE = 64
 
@@ -60,7 +63,7 @@ def _free(typingctx, address):
 
 @inner
 def _reserve(buffer, n):
-    at = _buffers() + 24 * buffer
+    at = _buffers() + 24 * (1 + buffer)
     if i64_at(at, 16) < n:
         n += n // 4
         if i64_at(at, 0):
@@ -70,6 +73,19 @@ def _reserve(buffer, n):
         store(at, 8, (memory + LINE - 1) // LINE * LINE)
         store(at, 16, n if memory else 0)
     return i64_at(at, 8)
+
+
+@inner
+def mark_nan():
+    """Mark that a choice met a value that is not finite."""
+    store(_buffers(), 0, np.int64(1))
+
+
+def nan_met():
+    """Whether a choice met NaN or infinity since the last call."""
+    met = bool(BUFFERS[0, 0])
+    BUFFERS[0, 0] = 0
+    return met
 
 
 @inner

@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 from pydsa.backends.cpu.arrays import address, floats_at, uints_at
 from pydsa.backends.cpu.jit import inner, kernel
 from pydsa.backends.cpu.scalars import bits_of_float, float_from_bits
-from pydsa.backends.cpu.scratch import thread_scratch
+from pydsa.backends.cpu.scratch import mark_nan, thread_scratch
 from pydsa.backends.cpu.simd import F32, I32, INTP, broadcast, call_llvm, constant, f32x16, load_floats, pointer, store
 
 
@@ -46,8 +46,10 @@ def compress_store(typingctx, v, threshold, index, scores, indices):
 def select(out, row):
     """Select the indices of the out.size largest values of row, ascending.
 
-    Ties go to the lowest index; -inf and NaN are never selected; -1 fills the rest.
+    Ties go to the lowest index; -inf and NaN are never selected; -1 fills the rest. NaN and infinity are marked.
     """
+    if not all_below_infinity(row):
+        mark_nan()
     n, k = row.size, out.size
     memory = thread_scratch(16 * n + 4 * k + 128)
     if n < SAMPLED_SIZE or n < SAMPLED_RATIO * k:
@@ -61,6 +63,15 @@ def select(out, row):
     select_all(out, floats_at(scores, 1, n_found)[0], memory)
     for i in range(k):
         out[i] = uints_at(indices, n_found)[out[i]] if out[i] >= 0 else -1
+
+
+@inner
+def all_below_infinity(row):
+    """Whether no value is NaN or infinite; -inf is a masked key."""
+    others = 0
+    for s in range(row.size):
+        others += not row[s] < np.float32(np.inf)
+    return others == 0
 
 
 @inner
