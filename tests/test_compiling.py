@@ -2,14 +2,17 @@
 
 Also what becomes of both when something breaks.
 """
+import errno
 import importlib.util
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ import pytest
 
 from pydsa import compiling, kernel_cache
 from pydsa.compiling import Job, compile_jobs, interrupts_held
+from pydsa.kernel_cache import KernelsNotKept
 
 ROOT = Path(__file__).parent.parent
 
@@ -178,6 +182,41 @@ def test_a_damaged_file_is_made_again(tmp_path, damage):
     assert kernel_cache.kept(path, lambda: data) == data and path.read_bytes() == whole and names(tmp_path) == ["file"]
 
 
+@pytest.fixture
+def unwarned(monkeypatch):
+    monkeypatch.setattr(kernel_cache, "_warned", False)
+
+
+def test_a_full_disk_is_one_warning(tmp_path, monkeypatch, unwarned):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(kernel_cache.os, "replace", full)
+    with pytest.warns(KernelsNotKept, match=r"cannot hold compiled kernels \(No space left on device\)") as met:
+        assert [kernel_cache.kept(tmp_path / "x" / name, lambda: b"code") for name in "ab"] == [b"code"] * 2
+    assert len(met) == 1 and names(tmp_path / "x") == []
+
+
+def test_a_folder_that_is_gone_is_made_again(tmp_path, recwarn):
+    kernel_cache.write(tmp_path / "x" / "y" / "file", b"code")
+    assert kernel_cache.read(tmp_path / "x" / "y" / "file") == b"code" and not recwarn
+
+
+def test_an_interrupt_is_not_lost_with_the_folder(tmp_path, monkeypatch):
+    def gone(*args):
+        shutil.rmtree(tmp_path / "x")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(kernel_cache.os, "replace", gone)
+    with pytest.raises(KeyboardInterrupt):
+        kernel_cache.write(tmp_path / "x" / "file", b"code")
+
+
+def test_nothing_to_keep_in_ends_the_processes(tmp_path):
+    """The program compiles the rest, and warns when it keeps nothing either."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compile_jobs([job("warnings", "warn", "full", KernelsNotKept, size=9), *[job("time", "sleep", 100)] * 5], tmp_path, 2)
+
+
 KERNELS = """
 import sys
 import numpy as np
@@ -221,6 +260,17 @@ def test_processes_make_what_one_makes(tmp_path):
     assert compiled(tmp_path / "shared", "cold") == (0, others) and all(kernel_cache.read(path) for path in others)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there is no RLIMIT_FSIZE")
+def test_no_file_can_be_written(tmp_path):
+    """Neither in the cache folder nor in a temporary one: all is compiled, with one warning."""
+    import resource
+    done = subprocess.run([sys.executable, "-c", KERNELS, "cold"], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYDSA_CACHE_DIR": str(tmp_path), "NUMBA_NUM_THREADS": "2"},
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
+    assert (done.returncode, done.stdout) == (0, "2\n")
+    assert done.stderr.count("cannot hold compiled kernels") == 1 and "Traceback" not in done.stderr
+
+
 def test_kernels_of_others_are_not_kept():
     from pydsa.backends.cpu import jit
     assert not isinstance(jit.kernel(names)._cache, jit.KernelCache)
@@ -259,7 +309,7 @@ assert loaded == ["add_rows", "layer_norm_rows", "rms_norm_rows", "silu_mul_rows
 
 # Where it is kept
 
-def test_no_home(monkeypatch):
+def test_no_home(monkeypatch, unwarned):
     def nobody(*args):
         raise RuntimeError("could not determine the home directory")
     monkeypatch.delenv("PYDSA_CACHE_DIR", raising=False)
@@ -275,6 +325,66 @@ def test_a_temporary_folder_goes_away(tmp_path):
     code = "from pydsa.kernel_cache import cache_folder; print(cache_folder('x', []).is_dir())"
     assert run(code, PYTHONWARNINGS="ignore", PYDSA_CACHE_DIR=str(tmp_path / "file"), TMPDIR=str(tmp_path / "tmp")) == "True\n"
     assert names(tmp_path / "tmp") == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends processes at once")
+def test_a_temporary_folder_goes_away_with_sigterm(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "tmp").mkdir()
+    code = """
+import time
+from pydsa import signals
+from pydsa.compiling import interrupts_held
+from pydsa.kernel_cache import cache_folder
+signals.watch()
+cache_folder("x", [])
+with interrupts_held() as check:
+    print(flush=True)
+    while True:
+        time.sleep(0.01)
+        check()
+"""
+    env = os.environ | {"PYTHONWARNINGS": "ignore", "PYDSA_CACHE_DIR": str(tmp_path / "file"), "TMPDIR": str(tmp_path / "tmp")}
+    program = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, env=env)
+    program.stdout.readline()
+    assert len(names(tmp_path / "tmp")) == 1
+    program.terminate()
+    assert program.wait(20) == 143 and names(tmp_path / "tmp") == []
+    program.stdout.close()
+
+
+def test_no_temporary_folder_either(tmp_path, monkeypatch, unwarned):
+    def none(**options):
+        raise FileNotFoundError("No usable temporary directory found")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PYDSA_CACHE_DIR", str(tmp_path / "file"))
+    monkeypatch.setattr(kernel_cache.tempfile, "mkdtemp", none)
+    with pytest.warns(KernelsNotKept) as met:
+        path = kernel_cache.cache_folder("x", []) / "kernel"
+        assert kernel_cache.kept(path, lambda: b"code") == b"code" and kernel_cache.read(path) is None
+    assert len(met) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_fork_does_not_wait_for_a_step_of_its_parent():
+    """... which another thread was in, so that nobody would end it in the child."""
+    run("""
+import os, threading
+from pydsa import plan
+entered, go = threading.Event(), threading.Event()
+def step():
+    with plan.one_step():
+        entered.set()
+        go.wait()
+threading.Thread(target=step, daemon=True).start()
+entered.wait()
+child = os.fork()
+if child == 0:
+    with plan.one_step():
+        os._exit(0)
+go.set()
+assert os.waitpid(child, 0)[1] == 0
+""")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
