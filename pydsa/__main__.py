@@ -9,7 +9,8 @@ def main():
     try:
         signals.watch()
         signals.open_streams()
-        from pydsa.cli import main as commands
+        with signals.interrupts_held():
+            from pydsa.cli import main as commands
         commands()
     except BaseException as error:
         signals.ignore()

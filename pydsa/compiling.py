@@ -10,7 +10,6 @@ import importlib
 import os
 import pickle
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -193,29 +192,3 @@ def collecting_paused():
     finally:
         if enabled:
             gc.enable()
-
-
-@contextlib.contextmanager
-def interrupts_held():
-    """Ctrl-C takes effect when what this yields is called, or at the end.
-
-    Inside a callback of LLVM Python drops the exception, or leaves what LLVM and numba keep half changed. The same holds for SIGTERM where
-    it has a handler.
-    """
-    theirs = {}
-    if threading.current_thread() is threading.main_thread():
-        theirs = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    theirs, held = {number: handler for number, handler in theirs.items() if callable(handler)}, []
-
-    def check():
-        if held:
-            number, frame = held.pop()
-            theirs[number](number, frame)
-    try:
-        for number in theirs:
-            signal.signal(number, lambda *args: held.append(args))
-        yield check
-    finally:
-        for number, handler in theirs.items():
-            signal.signal(number, handler)
-    check()

@@ -28,6 +28,7 @@ from pydsa.quants import CACHE_ALIASES, CACHE_TYPES, cache_row_bytes
 from pydsa.sampling import Sampling
 from pydsa.schedule import VARIANTS, Schedule
 from pydsa.session import Session
+from pydsa.signals import interrupts_held
 from pydsa.tokenizer import Tokenizer
 
 ATTENTION = ("auto", "sparse", "masked", "dense")
@@ -234,7 +235,8 @@ class Model:
         self.setup, self.config, self.metadata = setup, setup.config, setup.file.metadata
         self.n_ctx, self.n_ubatch, self.kv_type, self.index_type = setup.n_ctx, setup.n_ubatch, setup.kv_type, setup.index_type
         self.attention, self.top_k = setup.attention, setup.config.top_k
-        self.backend = setup.device.backend()
+        with interrupts_held():
+            self.backend = setup.device.backend()
         self.threads = self.backend.check_threads(None if threads is None else integer("threads", threads, 1, 2**31 - 1))
         check_memory(setup.total_bytes, f"The model with a context of {setup.n_ctx} tokens", self.backend)
         warn_of_gaps(setup.file)

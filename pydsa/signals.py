@@ -5,17 +5,29 @@ before everything else: it must be light.
 """
 import contextlib
 import io
+import math
 import os
 import signal
 import sys
 import threading
+import time
 
 STOPPED = 128 + signal.SIGINT
+AT_ONCE = 10        # seconds after Ctrl-C in which an exception is taken for its effect
 AGAIN = 0.05        # seconds after which a signal is sent again whose exception was lost
 
 
 class Terminated(SystemExit):
     """A request to end: SIGTERM, or the terminal is gone."""
+
+
+_last_interrupt = -math.inf
+
+
+def _interrupt(number, frame):
+    global _last_interrupt
+    _last_interrupt = time.monotonic()
+    raise KeyboardInterrupt
 
 
 def _terminate(number, frame):
@@ -42,6 +54,8 @@ def watch():
 
     A signal that the caller ignores, as `nohup` does, stays ignored.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     theirs = sys.unraisablehook
     sys.unraisablehook = lambda args: _lost(args, theirs)
     for name in ("SIGTERM", "SIGHUP"):
@@ -57,8 +71,39 @@ def ignore():
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
+@contextlib.contextmanager
+def interrupts_held():
+    """Ctrl-C takes effect when what this yields is called, or at the end.
+
+    Inside a callback of LLVM Python drops the exception, or leaves what LLVM and numba keep half changed; modules written in C that are
+    being imported lose it. The same holds for SIGTERM where it has a handler.
+    """
+    theirs = {}
+    if threading.current_thread() is threading.main_thread():
+        theirs = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    theirs, held = {number: handler for number, handler in theirs.items() if callable(handler)}, []
+
+    def check():
+        if held:
+            number, frame = held.pop()
+            theirs[number](number, frame)
+    try:
+        for number in theirs:
+            signal.signal(number, lambda *args: held.append(args))
+        yield check
+    finally:
+        for number, handler in theirs.items():
+            signal.signal(number, handler)
+    check()
+
+
 def interrupted(error):
-    """Whether an exception comes from Ctrl-C, perhaps by way of others."""
+    """Whether an exception comes from Ctrl-C, perhaps by way of others.
+
+    So does one that follows it at once: modules written in C print the KeyboardInterrupt and raise an ImportError.
+    """
+    if isinstance(error, Exception) and time.monotonic() - _last_interrupt < AT_ONCE:
+        return True
     seen = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, KeyboardInterrupt):

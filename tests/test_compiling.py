@@ -20,8 +20,9 @@ import psutil
 import pytest
 
 from pydsa import compiling, kernel_cache
-from pydsa.compiling import Job, compile_jobs, interrupts_held
+from pydsa.compiling import Job, compile_jobs
 from pydsa.kernel_cache import KernelsNotKept
+from pydsa.signals import interrupts_held
 
 ROOT = Path(__file__).parent.parent
 
@@ -334,11 +335,10 @@ def test_a_temporary_folder_goes_away_with_sigterm(tmp_path):
     code = """
 import time
 from pydsa import signals
-from pydsa.compiling import interrupts_held
 from pydsa.kernel_cache import cache_folder
 signals.watch()
 cache_folder("x", [])
-with interrupts_held() as check:
+with signals.interrupts_held() as check:
     print(flush=True)
     while True:
         time.sleep(0.01)

@@ -171,6 +171,31 @@ assert "in one step" in refused(PydsaError, lambda: session.timed([1] * 9))
 """)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_fork_is_refused_with_one_sentence():
+    """Even where another thread of the parent is at the GPU."""
+    _, errors = run("""
+import os
+import threading
+x, entered, go = cuda.upload(np.arange(8, dtype=np.float32)), threading.Event(), threading.Event()
+def busy():
+    with gpu:
+        entered.set()
+        go.wait()
+threading.Thread(target=busy, daemon=True).start()
+entered.wait()
+child = os.fork()
+if child == 0:
+    told = refused(PydsaError, x.get)
+    del x
+    gc.collect()
+    os._exit(0 if "load the model after the fork" in told else 1)
+go.set()
+assert os.waitpid(child, 0)[1] == 0
+""")
+    assert errors == ""
+
+
 def test_kernels_are_kept(tmp_path):
     """A second process compiles and assembles no kernel.
 

@@ -131,6 +131,13 @@ def test_what_an_interrupt_breaks_is_not_shown():
 
 
 @posix
+def test_what_follows_an_interrupt_at_once_is_its_effect():
+    """numba's and numpy's modules in C print the KeyboardInterrupt and raise an ImportError."""
+    code = "try: time.sleep(100)\n    except KeyboardInterrupt: pass\n    raise ImportError('_dispatcher failed to import')"
+    assert signalled(SLEEP.format(code), signal.SIGINT) == (130, "\n[stopped]\n")
+
+
+@posix
 def test_a_lost_interrupt_comes_again():
     """Python drops exceptions in finalizers and callbacks."""
     code = "class Slow:\n        def __del__(self): time.sleep(3)\n    Slow()\n    time.sleep(100)"

@@ -31,7 +31,8 @@ from numba.extending import intrinsic
 
 from pydsa import kernel_cache, quants
 from pydsa.backends.cpu.threads import warn_of_workqueue
-from pydsa.compiling import Job, collecting_paused, compile_jobs, counted, interrupts_held
+from pydsa.compiling import Job, collecting_paused, compile_jobs, counted
+from pydsa.signals import interrupts_held
 
 
 HERE = Path(__file__).parent

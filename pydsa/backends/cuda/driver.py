@@ -5,6 +5,7 @@ whichever host thread makes them.
 """
 import ctypes
 import functools
+import os
 import struct
 import threading
 import weakref
@@ -62,6 +63,7 @@ class Gpu:
         self._lock = threading.RLock()         # one thread's work must not be captured in another's step
         self._thread = threading.local()        # .context: whether the context is current in this thread
         self._recording, self._to_free = False, []
+        self._process = None        # the id of the process that has the context; a fork of it has none
 
     def _do(self, name, *args):
         """Call a driver function and check its status.
@@ -104,6 +106,7 @@ class Gpu:
 
     @functools.cached_property
     def _context(self):
+        self._process = os.getpid()
         return self._do("cuDevicePrimaryCtxRetain", self._device)
 
     @functools.cached_property
@@ -112,6 +115,9 @@ class Gpu:
 
     def __enter__(self):
         """Lock the GPU for this thread and make its context current."""
+        if self._forked():
+            raise PydsaError("This process was forked from one that had loaded a model on the GPU already, and cannot use the GPU: load the "
+                             "model after the fork, or start the process anew (multiprocessing's \"spawn\").")
         self._lock.acquire()
         try:
             if not getattr(self._thread, "context", False):
@@ -120,6 +126,9 @@ class Gpu:
         except BaseException:
             self._lock.release()
             raise
+
+    def _forked(self):
+        return self._process not in (None, os.getpid())
 
     def __exit__(self, *error):
         self._lock.release()
@@ -138,7 +147,9 @@ class Gpu:
                 raise OutOfMemoryError(f"The GPU has no room for {n_bytes / 2**20:.0f} MiB more; {LESS}.") from error
 
     def free(self, address):
-        """Free memory. Deferred while a step is being recorded."""
+        """Free memory. Deferred while a step is being recorded; in a fork it is not there."""
+        if self._forked():
+            return
         with self:
             self._to_free.append(address)
             self._free_deferred()
@@ -223,5 +234,7 @@ class Gpu:
 
     def forget(self, graph):
         """Destroy a GraphExec's graph."""
+        if self._forked():
+            return
         with self:
             self._do("cuGraphExecDestroy", graph)

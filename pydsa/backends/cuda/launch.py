@@ -13,8 +13,9 @@ from numba import cuda
 
 from pydsa.backends.cuda.array import DeviceArray, gpu
 from pydsa.backends.cuda.device import SIMULATED
-from pydsa.compiling import Job, collecting_paused, compile_jobs, counted, interrupts_held
+from pydsa.compiling import Job, collecting_paused, compile_jobs, counted
 from pydsa.kernel_cache import cache_folder, kept, read
+from pydsa.signals import interrupts_held
 
 
 if not SIMULATED:
