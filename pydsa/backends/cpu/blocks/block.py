@@ -15,12 +15,18 @@ from pydsa.quants import TYPES, BlockType
 SCALES, MINS, MINS_16, SUPERBLOCK = 512, 544, 576, 640
 
 
+# Orders of all 256 int16 of a superblock of activations, where a dot does not read pieces of 16 bytes: the elements' own order, and element k
+# of all 32 groups of 8, for k = 0 to 7 (codes.py)
+NATURAL_ORDER, COLUMN_ORDER = 32, 33
+NATURAL, COLUMNS = np.full(32, NATURAL_ORDER, np.uint8), np.full(32, COLUMN_ORDER, np.uint8)
+
+
 class BlockKernels(NamedTuple):
     """The kernels of a GGUF type.
 
     dequantize(blocks, n, float32 out), and quantize the other way (or None). Quantized types also have unpack(blocks, n, superblock), at
     most 256 weights to a superblock; and dot(rows, n_rows, n_blocks, x, float32 out), the products of rows with a row of superblocks whose
-    16-byte pieces are permuted: piece i is stored at position order[i]. The int16 of an unpacked superblock have `bits` bits: unsigned if
+    16-byte pieces are permuted: piece i is stored at position order[i]; or order is NATURAL or COLUMNS. The int16 of an unpacked superblock have `bits` bits: unsigned if
     the type has mins, else signed.
     """
     type: BlockType
@@ -40,13 +46,13 @@ class BlockKernels(NamedTuple):
 def entry(name, dequantize, quantize=None, unpack=None, dot=None, order=None, bits=0):
     """Make the BlockKernels of a type, given by name.
 
-    The kernels are plain functions, or an IntpFunction for dequantize; order is a list of 32 integers.
+    The kernels are plain functions, or an IntpFunction for dequantize; order is a list of 32 integers, NATURAL or COLUMNS.
     """
     type_, f32 = TYPES[name], np.dtype(np.float32)
     if not isinstance(dequantize, IntpFunction):
         dequantize = BlockFunction(dequantize, type_.dtype, f32)
     return BlockKernels(type_, dequantize, quantize and BlockFunction(quantize, f32, type_.dtype), unpack and IntpFunction(unpack),
-                        dot and IntpFunction(dot), order and np.array(order, np.uint8), bits)
+                        dot and IntpFunction(dot), None if order is None else np.asarray(order, np.uint8), bits)
 
 
 def inverse(*pieces):

@@ -4,7 +4,8 @@ Activations are rounded to 15 bits; rows are unpacked to tiles; both are superbl
 """
 import numpy as np
 
-from pydsa.backends.cpu.blocks.block import MINS, MINS_16, SCALES, SUPERBLOCK
+from pydsa.backends.cpu.blocks.block import COLUMN_ORDER, MINS, MINS_16, NATURAL_ORDER, SCALES, SUPERBLOCK
+from pydsa.backends.cpu.codes import natural_order, to_columns
 from pydsa.backends.cpu.int16.gemm import TILE, TILE_ROWS, int16_products
 from pydsa.backends.cpu.jit import call_intp_function, inner
 from pydsa.backends.cpu.jobs import read_matmul_job
@@ -21,7 +22,7 @@ BATCH = 4                # register blocks of tokens after which the next tile c
 def round_row(x, n, order, out, stride):
     """Round n floats to superblocks, `stride` bytes apart.
 
-    The 16-byte pieces are permuted by `order` (0: not permuted). n is a multiple of 32; the rest of a superblock is 0. A value that is not
+    They are permuted as `order` says (blocks/block.py; 0: not permuted). n is a multiple of 32; the rest of a superblock is 0. A value that is not
     finite makes the scale not finite.
     """
     for k in range(0, (n + 255) // 256 * 256, 32):
@@ -32,7 +33,10 @@ def round_row(x, n, order, out, stride):
             max_abs = reduce_max_abs(a, b)
             scale = max_abs / np.float32(MAX_INT15)
             values = round_int16(a, b, np.float32(MAX_INT15) / max_abs if max_abs > np.float32(1e-30) else np.float32(0))
-            if order:
+            kind = u8_at(order, 0) if order else 255
+            if kind == NATURAL_ORDER or kind == COLUMN_ORDER:
+                store(superblock, 64 * j, natural_order(values))
+            elif order:
                 store(superblock, 16 * u8_at(order, 4 * j), first_quarter(values))
                 store(superblock, 16 * u8_at(order, 4 * j + 1), second_quarter(values))
                 store(superblock, 16 * u8_at(order, 4 * j + 2), third_quarter(values))
@@ -44,6 +48,8 @@ def round_row(x, n, order, out, stride):
         store(superblock, MINS + 4 * j, scale * (first + second))
         store(superblock, MINS_16 + 8 * j, scale * first)
         store(superblock, MINS_16 + 8 * j + 4, scale * second)
+        if j == 7 and order and u8_at(order, 0) == COLUMN_ORDER:
+            to_columns(superblock)
 
 
 _round_row = inner(round_row)
