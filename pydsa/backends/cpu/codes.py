@@ -27,7 +27,10 @@ def _load_entries(builder, table, index):
 
 
 def _permute_entries(builder, table, index):
-    """Emit permutations of 64 entries each, and a choice among them by the upper bits of the index."""
+    """Emit permutations of 64 entries each.
+
+    The upper bits of the index choose among them.
+    """
     halves = [constant(table[i:i + 32], I16) for i in range(0, len(table), 32)]
     found = [call_llvm(builder, "llvm.x86.avx512.vpermi2var.hi.512", i16x32.ir, [low, index, high])
              for low, high in zip(halves[::2], halves[1::2])]
@@ -257,7 +260,7 @@ def ue4m3_floats(typingctx, first, second):
 
 @intrinsic
 def to_multiples(typingctx, scales):
-    """Replace two neighbours of eight floats by a unit, and integers to multiply it with.
+    """Write each two of eight floats as multiples of a common unit.
 
     The unit is the power of two that the greater one is 128 to 255 times of. Returns the four units, and for each two scales an i16x32 with
     the first integer in the lower half, the second in the upper one.

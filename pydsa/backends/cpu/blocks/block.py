@@ -15,8 +15,8 @@ from pydsa.quants import TYPES, BlockType
 SCALES, MINS, MINS_16, SUPERBLOCK = 512, 544, 576, 640
 
 
-# Orders of all 256 int16 of a superblock of activations, where a dot does not read pieces of 16 bytes: the elements' own order, and element k
-# of all 32 groups of 8, for k = 0 to 7 (codes.py)
+# Orders of the 256 int16 of a superblock of activations, where a dot does not read pieces of 16 bytes: the elements' own order, and
+# columns, element k of all 32 groups of 8 for k = 0 to 7 (codes.py)
 NATURAL_ORDER, COLUMN_ORDER = 32, 33
 NATURAL, COLUMNS = np.full(32, NATURAL_ORDER, np.uint8), np.full(32, COLUMN_ORDER, np.uint8)
 
@@ -26,8 +26,8 @@ class BlockKernels(NamedTuple):
 
     dequantize(blocks, n, float32 out), and quantize the other way (or None). Quantized types also have unpack(blocks, n, superblock), at
     most 256 weights to a superblock; and dot(rows, n_rows, n_blocks, x, float32 out), the products of rows with a row of superblocks whose
-    16-byte pieces are permuted: piece i is stored at position order[i]; or order is NATURAL or COLUMNS. The int16 of an unpacked superblock have `bits` bits: unsigned if
-    the type has mins, else signed.
+    16-byte pieces are permuted: piece i is stored at position order[i]; or order is NATURAL or COLUMNS. The int16 of an unpacked
+    superblock have `bits` bits: unsigned if the type has mins, else signed.
     """
     type: BlockType
     dequantize: BlockFunction

@@ -25,7 +25,7 @@ from pydsa.quants import IQ2_LEVELS, IQ3_S_LEVELS, IQ3_XXS_LEVELS, TYPES, grid
 
 NAMES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S = (TYPES[name].n_bytes for name in NAMES)      # bytes of a block
-IQ1_GRID, IQ2_XXS_GRID, IQ2_XS_GRID, IQ2_S_GRID, IQ3_XXS_GRID, IQ3_S_GRID = (grid(name) for name in NAMES if name != "IQ1_M")
+IQ1_GRID, _, IQ2_XXS_GRID, IQ2_XS_GRID, IQ2_S_GRID, IQ3_XXS_GRID, IQ3_S_GRID = map(grid, NAMES)
 EIGHTH, QUARTER, HALF, ONE = np.float32(1 / 8), np.float32(1 / 4), np.float32(1 / 2), np.float32(1)
 
 
@@ -290,7 +290,10 @@ def products(values):
 
 
 def storing(values):
-    """Make a function that stores the int16 of a block's codes to a superblock, each times a factor of its group of eight."""
+    """Make a function that stores a block's int16 to a superblock.
+
+    Each is multiplied by a factor of its group of eight.
+    """
     @inline
     def store_values(codes, factor, superblock):
         low, high = codes

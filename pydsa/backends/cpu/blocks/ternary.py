@@ -63,7 +63,10 @@ LOW_16_TWICE = lanes_of(8, [*range(16)] * 2, [0] * 32, 255)
 
 @inline
 def digit(v):
-    """Return the digit 0, 1 or 2 of each fraction of 256 in int16, of which the low byte counts."""
+    """Return the first digit, 0 to 2, of fractions of 256 in base three.
+
+    The low byte of each int16 is a fraction.
+    """
     return ((v & 255) * 3) >> 8
 
 

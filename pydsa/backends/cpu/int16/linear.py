@@ -22,8 +22,8 @@ BATCH = 4                # register blocks of tokens after which the next tile c
 def round_row(x, n, order, out, stride):
     """Round n floats to superblocks, `stride` bytes apart.
 
-    They are permuted as `order` says (blocks/block.py; 0: not permuted). n is a multiple of 32; the rest of a superblock is 0. A value that is not
-    finite makes the scale not finite.
+    They are permuted as `order` says (blocks/block.py; 0: not permuted). n is a multiple of 32; the rest of a superblock is 0. A value
+    that is not finite makes the scale not finite.
     """
     for k in range(0, (n + 255) // 256 * 256, 32):
         superblock, j = out + k // 256 * stride, k // 32 % 8
