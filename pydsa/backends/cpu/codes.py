@@ -56,6 +56,11 @@ def grid_entries(table):
     return entries
 
 
+def _permute_16(builder, table, index):
+    """Emit a lookup of the low four bits, where WIDE; a table of 32 takes five."""
+    return call_llvm(builder, "llvm.x86.avx512.permvar.hi.512", i16x32.ir, [constant(table * (32 // len(table)), I16), index])
+
+
 def code_values(table):
     """Make a function that maps the low four bits of int16 to a table of int8.
 
@@ -65,7 +70,7 @@ def code_values(table):
     def values(typingctx, codes):
         def codegen(context, builder, signature, args):
             if WIDE:
-                return call_llvm(builder, "llvm.x86.avx512.permvar.hi.512", i16x32.ir, [constant([*table] * 2, I16), args[0]])
+                return _permute_16(builder, [*table], args[0])
             for feature, name, lanes in SHUFFLES:
                 if feature in FEATURES:     # the code selects the upper byte, and 128 a lower byte of zero
                     index = builder.or_(builder.and_(builder.shl(args[0], constant([8] * 32, I16)), constant([0x0F00] * 32, I16)),
@@ -82,19 +87,41 @@ def code_values(table):
     return values
 
 
+def _to_top_bits(builder, v):
+    """Emit moves of the low four bits to the top bits of four nibbles."""
+    v = builder.and_(v, constant([15] * 32, I16))
+    for shift, mask in (6, 0x0303), (3, 0x1111):
+        v = builder.and_(builder.or_(v, builder.shl(v, constant([shift] * 32, I16))), constant([mask] * 32, I16))
+    return builder.shl(v, constant([3] * 32, I16))
+
+
+TOP_BITS = [sum((i >> bit & 1) << (4 * bit + 3) for bit in range(4)) for i in range(16)]
+
+
 @intrinsic
-def spread_bits(typingctx, v):
-    """Move the low four bits of int16 to the top bits of its four nibbles."""
+def sign_codes(typingctx, signs):
+    """Move sign bits 0 to 3 to the top bits of a code's nibbles, and bits 4 to 7 to another's."""
     def codegen(context, builder, signature, args):
-        v, = args
-        if WIDE:
-            table = [sum((i >> bit & 1) << (4 * bit + 3) for bit in range(4)) for i in range(16)]
-            return call_llvm(builder, "llvm.x86.avx512.permvar.hi.512", i16x32.ir, [constant(table * 2, I16), v])
-        v = builder.and_(v, constant([15] * 32, I16))
-        for shift, mask in (6, 0x0303), (3, 0x1111):
-            v = builder.and_(builder.or_(v, builder.shl(v, constant([shift] * 32, I16))), constant([mask] * 32, I16))
-        return builder.shl(v, constant([3] * 32, I16))
-    return i16x32(i16x32), codegen
+        spread = (lambda builder, v: _permute_16(builder, TOP_BITS, v)) if WIDE else _to_top_bits
+        return cgutils.pack_array(builder, [spread(builder, v) for v in (args[0], builder.lshr(args[0], constant([4] * 32, I16)))])
+    return types.UniTuple(i16x32, 2)(i16x32), codegen
+
+
+@intrinsic
+def sign_codes_of_7(typingctx, signs):
+    """Return sign_codes of seven bits; the eighth makes the number of bits even."""
+    def codegen(context, builder, signature, args):
+        signs, upper = args[0], builder.lshr(args[0], constant([4] * 32, I16))
+        if WIDE:        # the parity of bits 0 to 4, and that of bits 5 and 6, which are 1 and 2 of `upper`
+            odd = _permute_16(builder, [(i.bit_count() & 1) << 15 for i in range(32)], signs)
+            rest = [top ^ ((i >> 1).bit_count() & 1) << 15 for i, top in enumerate(TOP_BITS[:8])]
+            return cgutils.pack_array(builder, [_permute_16(builder, TOP_BITS, signs), builder.xor(odd, _permute_16(builder, rest, upper))])
+        parity = signs
+        for shift in (4, 2, 1):
+            parity = builder.xor(parity, builder.lshr(parity, constant([shift] * 32, I16)))
+        return cgutils.pack_array(builder, [_to_top_bits(builder, signs), builder.or_(_to_top_bits(builder, upper),
+                                                                                    builder.shl(parity, constant([15] * 32, I16)))])
+    return types.UniTuple(i16x32, 2)(i16x32), codegen
 
 
 @intrinsic
