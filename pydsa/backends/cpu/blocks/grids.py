@@ -18,8 +18,8 @@ from pydsa.backends.cpu.codes import (bytes_of_even_words, code_values, from_col
 from pydsa.backends.cpu.jit import inline, inner
 from pydsa.backends.cpu.lanes import gather_u32, spread
 from pydsa.backends.cpu.scalars import half, half_at
-from pydsa.backends.cpu.simd import (dot, dot_add, eight_floats, floats, load_8_floats, load_8_words, load_32_bytes, load_int16, multiply_add, prefetch,
-                                     store, to_floats, u16_at)
+from pydsa.backends.cpu.simd import (dot, dot_add, eight_floats, floats, load_8_floats, load_8_words, load_32_bytes, load_int16,
+                                     multiply_add, prefetch, store, to_floats, u16_at)
 from pydsa.quants import IQ2_LEVELS, IQ3_S_LEVELS, IQ3_XXS_LEVELS, TYPES, grid
 
 
