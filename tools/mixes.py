@@ -6,6 +6,7 @@ that writes such files, or were read from a published file, and inferred where t
 Where the rules come from:
 
     llama.cpp   src/llama-quant.cpp in ggml-org/llama.cpp at 007dbbf, for the tensors of these architectures, with an importance matrix.
+                indexer.proj stays F32 without `quantize_indexer_proj`; llama-quantize gives it the mix's type.
     catalog     the types of all 1,809 tensors of unsloth's GLM-5.2 UD-IQ2_XXS, read from its header by MahdiHedhli/PulsarMLX
                 (docs/research/glm52/raw/f016-c01-catalog-0001.json at c32fedb).
     sizes       the sizes of unsloth's files of GLM-5.2 to the byte. The type of a group of tensors follows from the difference to another
@@ -27,7 +28,7 @@ FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q
               "Q4_K_M": 15, "Q5_K": 16, "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25, "IQ3_S": 26,
               "IQ2_S": 28, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38, "NVFP4": 39, "Q1_0": 40}
 
-# What llama.cpp stores where rows are not a multiple of the type's block of 256. Its versions before 2026 took IQ4_NL for Q2_K and Q3_K.
+# What llama.cpp stores where rows are not a multiple of the type's block of 256. Older versions took IQ4_NL for Q2_K and Q3_K.
 FALLBACK = {**dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
             **dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"), "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
@@ -47,7 +48,7 @@ class Place(NamedTuple):
     """A tensor as the rules see it: its model, its layer, its shape."""
     spec: object
     name: str       # without "blk.N."
-    layer: int      # 0 outside the layers
+    layer: int      # -1 outside the layers
     shape: tuple
 
     @property
@@ -176,15 +177,15 @@ UNSLOTH = {
     "UD-IQ2_XXS": unsloth(19, "exact: catalog", *GLM_DOWN, ("layer 8", GATE_UP, "IQ2_S"), ("all", GATE_UP, "IQ2_XXS")),
     "UD-IQ2_M": unsloth(        # it is UD-IQ2_XXS with one bit more in a matrix of the vocabulary, the output or the embedding
         29, "inferred: sizes (it agrees)", OUTPUT_Q5, *GLM_DOWN, ("layer 8", GATE_UP, "IQ2_S"), ("all", GATE_UP, "IQ2_XXS")),
-    "UD-Q2_K_XL": unsloth(
+    "UD-Q2_K_XL": unsloth(      # a program that reads it has a comment that names these types
         10, "inferred: sizes (it agrees)", OUTPUT_Q5, *GLM_DOWN, ("layer 8", GATE_UP, "IQ3_XXS"), ("all", GATE_UP, "IQ2_XS")),
     "UD-IQ3_XXS": unsloth(
         23, "inferred: sizes (1 % off)", OUTPUT_Q5, *GLM_DOWN[:-1], ("all", DOWN, "IQ3_S"),
         ("layer 8", GATE_UP, "IQ3_XXS"), ("all", GATE_UP, "IQ2_S")),
-    "UD-Q3_K_XL": unsloth(12, "inferred: docs", OUTPUT_Q6, ("all", DOWN, "Q4_K"), ("all", GATE_UP, "Q3_K")),
-    "UD-Q4_K_XL": unsloth(      # the first layer's experts have more bits
-        15, "inferred: docs", OUTPUT_Q6, ("first with experts", DOWN, "Q6_K"), ("first with experts", GATE_UP, "Q5_K"),
-        ("all", DOWN, "Q5_K"), ("all", GATE_UP, "Q4_K")),
+    "UD-Q3_K_XL": unsloth(12, "inferred: docs (6 % larger than sizes)", OUTPUT_Q6, ("all", DOWN, "Q4_K"), ("all", GATE_UP, "Q3_K")),
+    "UD-Q4_K_XL": unsloth(      # the tests of two programs that read it have these types in the first layer with experts
+        15, "inferred: docs (1 % smaller than sizes)", OUTPUT_Q6,
+        ("first with experts", DOWN, "Q6_K"), ("first with experts", GATE_UP, "Q5_K"), ("all", DOWN, "Q5_K"), ("all", GATE_UP, "Q4_K")),
     "UD-Q2_K_XL-V3.1": Mix(     # the counts leave open which 16 of down have more bits, and which 41 of the others that are Q4_K here
         10, "inferred: log of V3.1", "Q4_K",
         (OUTPUT_Q6, ("all", GATE_UP, "Q2_K"), ("first 27 % with experts", DOWN, "Q4_K"), ("all", DOWN, "Q3_K"),
