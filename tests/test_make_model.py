@@ -400,7 +400,8 @@ def test_tokenizer_training_repeats():
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(arch="llama"), "llama"), (dict(type="IQ2_M"), "IQ2_M"), (dict(mix="Q9_K"), "Q9_K"), (dict(n_vocab=MIN_VOCAB - 1), "n_vocab"),
+    (dict(arch="llama"), "llama"), (dict(type="Q9_K"), "Q9_K' is none"),
+    (dict(type="IQ2_M"), "as mix"), (dict(mix="Q9_K"), "Q9_K"), (dict(n_vocab=MIN_VOCAB - 1), "n_vocab"),
     (dict(n_layer_dense=4), "n_layer_dense"), (dict(n_expert_groups=3), "n_expert_groups"),
     (dict(n_expert=0), "n_layer_dense"), (dict(n_expert_used=9), "n_expert_used"), (dict(n_lora_q=0), "deepseek2"),
     (dict(arch="glm-dsa", indexer_types="FS"), "each layer"), (dict(arch="glm-dsa", indexer_types="SFF"), "F first"),

@@ -96,6 +96,7 @@ class ModelSpec:
         types, groups = self.indexer_types, self.n_expert_groups
         checks = {
             f"arch {self.arch!r} is none of {', '.join(ARCHITECTURES)}": self.arch in ARCHITECTURES,
+            f"type {self.type!r} is a mix of types: give it as mix": self.type in FILE_TYPES or self.type not in MIXES,
             f"type {self.type!r} is none of {', '.join(FILE_TYPES)}": self.type in FILE_TYPES,
             f"mix {self.mix!r} is none of {', '.join(MIXES)}": not self.mix or self.mix in MIXES,
             f"expert_gating_func must be one of {', '.join(GATING)}": self.expert_gating_func in GATING,
