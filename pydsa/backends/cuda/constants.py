@@ -35,6 +35,7 @@ else:
             if called not in builder.module.globals:
                 made = ir.GlobalVariable(builder.module, ir.ArrayType(I32, n), called, space)
                 made.initializer, made.linkage, made.align = ir.Constant(made.value_type, initial), "linkonce_odr", 16
+                made.global_constant = space == GLOBAL      # stores cannot change it: loads need not wait for them
             return builder.gep(builder.module.globals[called], [I32(0), i])
 
         @intrinsic
@@ -52,8 +53,10 @@ else:
 
         @device
         def prepare(thread, n_threads):
-            for i in range(thread, n // 4, n_threads):
-                copy_four(4 * i)
+            for j in range((n // 4 + n_threads - 1) // n_threads):      # a constant, so that all loads come before the stores
+                i = j * n_threads + thread
+                if i < n // 4:
+                    copy_four(4 * i)
             sync()
         return prepare, entry
 

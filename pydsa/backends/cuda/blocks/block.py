@@ -28,7 +28,7 @@ def entry(name, group, prepare=nothing):
 @device
 def sub4(quad, zeros):
     """Subtract `zeros` from four bytes, bytewise. All are from 0 to 127."""
-    return ((quad | 0x80808080) - zeros) ^ 0x80808080
+    return (quad + (0x80808080 - zeros)) ^ 0x80808080
 
 
 @device

@@ -49,7 +49,7 @@ POSITIVE, NEGATIVE = _four_levels(IQ2_LEVELS), _four_levels([-level for level in
 def swapped(bits, distance, mask):
     """Swap the bits of a mask with those `distance` places higher."""
     changed = np.uint32((bits ^ bits >> distance) & mask)
-    return np.uint32(bits ^ changed ^ changed << distance)
+    return np.uint32(bits ^ changed * np.uint32((1 << distance) + 1))       # both places in one product, as they do not overlap
 
 
 @device
@@ -178,7 +178,7 @@ def group_iq3_s(data, row, g):
     at, s = row + IQ3_S * (g >> 3), g & 7
     q, q1 = any_two_u32(data, at + 2 + 8 * s)
     high, signs = byte_at(data, at + 66 + s), signs_in_bytes(any_u32(data, at + 74 + 4 * s))
-    d = half_at(data, at) * np.float32(2 * (byte_at(data, at + 106 + (s >> 1)) >> 4 * (s & 1) & 15) + 1)
+    d = half_at(data, at) * np.float32(np.int32(2 * (byte_at(data, at + 106 + (s >> 1)) >> 4 * (s & 1) & 15) + 1))
     return (row_of_iq3_s(q & 255 | high << 8 & 256, signs, 0), row_of_iq3_s(q >> 8 & 255 | high << 7 & 256, signs, 4),
             row_of_iq3_s(q >> 16 & 255 | high << 6 & 256, signs, 1), row_of_iq3_s(q >> 24 | high << 5 & 256, signs, 5),
             row_of_iq3_s(q1 & 255 | high << 4 & 256, signs, 2), row_of_iq3_s(q1 >> 8 & 255 | high << 3 & 256, signs, 6),
@@ -198,7 +198,7 @@ def group_iq1_s(data, row, g):
     """Group g of an IQ1_S row."""
     at, s = row + IQ1_S * (g >> 3), g & 7
     q, high = any_u32(data, at + 2 + 4 * s), byte_at(data, at + 34 + 2 * s) | byte_at(data, at + 35 + 2 * s) << 8
-    d, down = half_at(data, at) * np.float32(2 * (high >> 12 & 7) + 1) * EIGHTH, high >> 15
+    d, down = half_at(data, at) * np.float32(np.int32(2 * (high >> 12 & 7) + 1)) * EIGHTH, high >> 15
     a, b = shifted_row(q & 255 | high << 8 & 0x700, down)
     c, e = shifted_row(q >> 8 & 255 | high << 5 & 0x700, down)
     f, h = shifted_row(q >> 16 & 255 | high << 2 & 0x700, down)

@@ -61,7 +61,7 @@ def group_iq4_xs(data, row, g):
     at, s = row + IQ4_XS * (g >> 3), g & 7
     low = byte_at(data, at + 4 + s // 2) >> (4 * (s % 2)) & 15
     high = (byte_at(data, at + 2) | byte_at(data, at + 3) << 8) >> (2 * s) & 3
-    d, q = half_at(data, at) * np.float32((low | high << 4) - 32), at + 8 + 16 * s
+    d, q = half_at(data, at) * np.float32(np.int32((low | high << 4) - 32)), at + 8 + 16 * s
     a, b, c, e = u32_at(data, q), u32_at(data, q + 4), u32_at(data, q + 8), u32_at(data, q + 12)
     a, b, c, e, f, h, i, j = all_looked_up(IQ4_TABLE, a, b, c, e)
     return a, b, c, e, f, h, i, j, d, d, ZERO, ZERO

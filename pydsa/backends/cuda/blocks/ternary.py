@@ -9,6 +9,7 @@ from pydsa.quants import TYPES
 
 TQ1_0, TQ2_0, Q1_0 = (TYPES[name].n_bytes for name in ("TQ1_0", "TQ2_0", "Q1_0"))      # bytes of a block
 LOW_BYTES = 0x00FF00FF      # of two uint16
+ODD_BYTES, HIGH_BYTES = np.uint32(0x4341), np.uint32(0x7351)    # prmt selectors: to uint16; of uint16, in turns from both
 
 
 def _packed(numbers):
@@ -23,7 +24,13 @@ FIRST_POWERS, SECOND_POWERS = _packed([1, 3, 9, 27, 81, 1, 9, 81]), _packed([1, 
 @device
 def byte_of(pair, i):
     """Byte i of two uint32."""
-    return permuted(pair[0], pair[1], np.uint32(i)) & 255
+    return np.uint32(permuted(pair[0], pair[1], np.uint32(i)) & 255)
+
+
+@device
+def digits(two, power):
+    """The digits of two bytes in uint16, plus 127, in the high bytes."""
+    return np.uint32(np.uint32(np.uint32(two * power) & LOW_BYTES) * np.uint32(3) + np.uint32(0x7F007F00))
 
 
 @device
@@ -32,9 +39,8 @@ def trits(quad, power):
 
     A byte is a fraction of 256, and its digits to base three are the trits: three times what the power leaves of it, over 256.
     """
-    even = ((quad & LOW_BYTES) * power & LOW_BYTES) * 3
-    odd = ((quad >> 8 & LOW_BYTES) * power & LOW_BYTES) * 3
-    return sub4(even >> 8 & 0x00030003 | odd & 0x03000300, ONE_BIT)
+    even, odd = np.uint32(quad & LOW_BYTES), permuted(quad, np.uint32(0), ODD_BYTES)
+    return permuted(digits(even, power), digits(odd, power), HIGH_BYTES) ^ 0x80808080
 
 
 @device
@@ -52,7 +58,7 @@ def group_tq1_0(data, row, g):
     q0, q1, q2, q3 = q, q, q, q
     if last:
         f = any_u32(data, at + 48)
-        h, i, j, q0, q1, q2, q3 = f, f, f, 1, 3, 9, 27
+        h, i, j, q0, q1, q2, q3 = f, f, f, np.uint32(1), np.uint32(3), np.uint32(9), np.uint32(27)
     return (trits(a, p), trits(b, p), trits(c, p), trits(e, p), trits(f, q0), trits(h, q1), trits(i, q2), trits(j, q3), d, d, ZERO, ZERO)
 
 
