@@ -144,7 +144,10 @@ def dequantize(data, kind):
 
 
 def set_scales(blocks, kind, values, exponents=None):
-    """Set the scales of blocks, float16 in most types, to values, or to float16 bits; those of MXFP4 and NVFP4 to 2^(exponents)."""
+    """Set the scales of blocks to values, or to float16 bits.
+
+    Those of MXFP4 become 2^exponents; of NVFP4 the exponents are set, not the three bits of the mantissa.
+    """
     names, bits = blocks.dtype.names, values if values.dtype == np.uint16 else values.astype(np.float16).view(np.uint16)
     for field in {"d", "dmin", "m"} & set(names):
         blocks[field] = bits

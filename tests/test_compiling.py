@@ -123,7 +123,10 @@ def test_a_program_that_is_killed_takes_them_along(tmp_path):
 
 @pytest.fixture
 def interruptible():
-    """Python's own handler of Ctrl-C, which a program in the background of a shell does not get."""
+    """Set Python's own handler of Ctrl-C.
+
+    A program in the background of a shell begins without it.
+    """
     theirs = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, theirs)

@@ -145,9 +145,9 @@ def test_extremes_are_extreme():
     They are in units of its scale.
     """
     largest = {"Q4_0": 8, "Q4_1": 16, "Q5_0": 16, "Q5_1": 32, "Q8_0": 128, "Q2_K": 3 * 15, "Q3_K": 4 * 32, "Q4_K": 15 * 63, "Q5_K": 31 * 63,
-               "Q6_K": 32 * 128, "IQ4_NL": 127, "IQ4_XS": 127 * 32, "MXFP4": 12, "NVFP4": 12 * 240, "IQ1_S": 15 * 1.125, "IQ1_M": 15 * 1.125,
-               "IQ2_XXS": 15.5 / 4 * 43, "IQ2_XS": 15.5 / 4 * 43, "IQ2_S": 15.5 / 4 * 43, "IQ3_XXS": 15.5 / 2 * 62, "IQ3_S": 31 * 15,
-               "TQ1_0": 1, "TQ2_0": 2, "Q1_0": 1}
+               "Q6_K": 32 * 128, "IQ4_NL": 127, "IQ4_XS": 127 * 32, "MXFP4": 12, "NVFP4": 12 * 240, "IQ1_S": 15 * 9 / 8,
+               "IQ1_M": 15 * 9 / 8, "IQ2_XXS": 15.5 / 4 * 43, "IQ2_XS": 15.5 / 4 * 43, "IQ2_S": 15.5 / 4 * 43, "IQ3_XXS": 15.5 / 2 * 62,
+               "IQ3_S": 31 * 15, "TQ1_0": 1, "TQ2_0": 2, "Q1_0": 1}
     no_such_row = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"}      # of a grid
     assert set(largest) == set(QUANTIZED)
     for kind, bound in largest.items():

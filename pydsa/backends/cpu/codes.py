@@ -8,8 +8,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.lanes import SHUFFLES
-from pydsa.backends.cpu.simd import (F32, FEATURES, I8, I16, I32, I64, Vec, _join, _split, call_llvm, constant, f32x8, i16x32, nearest,
-                                     pointer)
+from pydsa.backends.cpu.simd import (F32, FEATURES, I8, I16, I32, I64, INTP, Vec, _join, _split, call_llvm, constant, extend_halves, f32x8,
+                                     i16x32, nearest, pointer)
 
 
 WIDE = "avx512bw" in FEATURES       # whether one instruction permutes 32 int16
@@ -17,17 +17,31 @@ IN_REGISTERS = 1024                 # the most entries that are permuted: more t
 
 
 def _load_entries(builder, table, index):
-    """Emit a load of a table's entry for each lane of an index."""
-    data = cgutils.global_constant(builder, "grid", ir.Constant(ir.ArrayType(I16, len(table)), [int(entry) for entry in table]))
-    result = ir.Constant(i16x32.ir, ir.Undefined)
-    for lane in range(32):
-        at = builder.zext(builder.extract_element(index, I32(lane)), I64)
-        result = builder.insert_element(result, builder.load(builder.gep(data, [I64(0), at])), I32(lane))
-    return result
+    """Emit loads of a table's entry for each lane of an index.
+
+    An entry is eight bytes of which six are zero: loads of four lanes, each begun two bytes earlier than the last, are or-ed together.
+    """
+    data = cgutils.global_constant(builder, "grid", ir.Constant(ir.ArrayType(I64, len(table) + 1), [0, *map(int, table)]))
+    first, quads = builder.add(builder.ptrtoint(data, INTP), INTP(8)), builder.bitcast(index, ir.VectorType(I64, 8))
+    result = ir.Constant(quads.type, ir.Undefined)
+    for quad in range(8):
+        # LLVM must not see that these are lanes, or it extracts each by itself
+        lanes = builder.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [builder.extract_element(quads, I32(quad))], False)
+        entry = None
+        for i in range(4):
+            lane = builder.zext(builder.trunc(builder.lshr(lanes, I64(16 * i)), I16), INTP)
+            at = builder.add(builder.add(first, INTP(-2 * i)), builder.shl(lane, INTP(3)))
+            loaded = builder.load(pointer(builder, at, I64), align=2)
+            entry = loaded if entry is None else builder.or_(entry, loaded)
+        result = builder.insert_element(result, entry, I32(quad))
+    return builder.bitcast(result, i16x32.ir)
 
 
 def _permute_entries(builder, table, index):
-    """Emit permutations of 64 entries each, and a choice among them by the upper bits of the index."""
+    """Emit permutations of 64 entries each.
+
+    The upper bits of the index choose among them.
+    """
     halves = [constant(table[i:i + 32], I16) for i in range(0, len(table), 32)]
     found = [call_llvm(builder, "llvm.x86.avx512.vpermi2var.hi.512", i16x32.ir, [low, index, high])
              for low, high in zip(halves[::2], halves[1::2])]
@@ -53,6 +67,11 @@ def grid_entries(table):
     return entries
 
 
+def _permute_16(builder, table, index):
+    """Emit a lookup of the low four or five bits, where WIDE."""
+    return call_llvm(builder, "llvm.x86.avx512.permvar.hi.512", i16x32.ir, [constant(table * (32 // len(table)), I16), index])
+
+
 def code_values(table):
     """Make a function that maps the low four bits of int16 to a table of int8.
 
@@ -62,7 +81,7 @@ def code_values(table):
     def values(typingctx, codes):
         def codegen(context, builder, signature, args):
             if WIDE:
-                return call_llvm(builder, "llvm.x86.avx512.permvar.hi.512", i16x32.ir, [constant([*table] * 2, I16), args[0]])
+                return _permute_16(builder, [*table], args[0])
             for feature, name, lanes in SHUFFLES:
                 if feature in FEATURES:     # the code selects the upper byte, and 128 a lower byte of zero
                     index = builder.or_(builder.and_(builder.shl(args[0], constant([8] * 32, I16)), constant([0x0F00] * 32, I16)),
@@ -79,19 +98,41 @@ def code_values(table):
     return values
 
 
+def _to_top_bits(builder, v):
+    """Emit moves of the low four bits to the top bits of four nibbles."""
+    v = builder.and_(v, constant([15] * 32, I16))
+    for shift, mask in (6, 0x0303), (3, 0x1111):
+        v = builder.and_(builder.or_(v, builder.shl(v, constant([shift] * 32, I16))), constant([mask] * 32, I16))
+    return builder.shl(v, constant([3] * 32, I16))
+
+
+TOP_BITS = [sum((i >> bit & 1) << (4 * bit + 3) for bit in range(4)) for i in range(16)]
+
+
 @intrinsic
-def spread_bits(typingctx, v):
-    """Move the low four bits of int16 to the top bits of its four nibbles."""
+def sign_codes(typingctx, signs):
+    """Move eight sign bits to the top bits of the nibbles of two codes."""
     def codegen(context, builder, signature, args):
-        v, = args
-        if WIDE:
-            table = [sum((i >> bit & 1) << (4 * bit + 3) for bit in range(4)) for i in range(16)]
-            return call_llvm(builder, "llvm.x86.avx512.permvar.hi.512", i16x32.ir, [constant(table * 2, I16), v])
-        v = builder.and_(v, constant([15] * 32, I16))
-        for shift, mask in (6, 0x0303), (3, 0x1111):
-            v = builder.and_(builder.or_(v, builder.shl(v, constant([shift] * 32, I16))), constant([mask] * 32, I16))
-        return builder.shl(v, constant([3] * 32, I16))
-    return i16x32(i16x32), codegen
+        spread = (lambda builder, v: _permute_16(builder, TOP_BITS, v)) if WIDE else _to_top_bits
+        return cgutils.pack_array(builder, [spread(builder, v) for v in (args[0], builder.lshr(args[0], constant([4] * 32, I16)))])
+    return types.UniTuple(i16x32, 2)(i16x32), codegen
+
+
+@intrinsic
+def sign_codes_of_7(typingctx, signs):
+    """Return sign_codes of seven bits and an eighth, their parity."""
+    def codegen(context, builder, signature, args):
+        signs, upper = args[0], builder.lshr(args[0], constant([4] * 32, I16))
+        if WIDE:        # the parity of bits 0 to 4, and that of bits 5 and 6, which are 1 and 2 of `upper`
+            odd = _permute_16(builder, [(i.bit_count() & 1) << 15 for i in range(32)], signs)
+            rest = [top ^ ((i >> 1).bit_count() & 1) << 15 for i, top in enumerate(TOP_BITS[:8])]
+            return cgutils.pack_array(builder, [_permute_16(builder, TOP_BITS, signs), builder.xor(odd, _permute_16(builder, rest, upper))])
+        parity = signs
+        for shift in (4, 2, 1):
+            parity = builder.xor(parity, builder.lshr(parity, constant([shift] * 32, I16)))
+        last = builder.shl(parity, constant([15] * 32, I16))
+        return cgutils.pack_array(builder, [_to_top_bits(builder, signs), builder.or_(_to_top_bits(builder, upper), last)])
+    return types.UniTuple(i16x32, 2)(i16x32), codegen
 
 
 @intrinsic
@@ -147,12 +188,21 @@ def bytes_of_even_words(typingctx, address, offset):
 
 
 @intrinsic
-def plus_or_minus_one(typingctx, address, offset):
-    """Load 32 bits as int16: 1 where a bit is set, else -1."""
+def widen_two(typingctx, first, second):
+    """Load sixteen unsigned bytes at each of two addresses as int16."""
     def codegen(context, builder, signature, args):
-        bits = builder.load(pointer(builder, builder.add(*args), I32), align=1)
-        return builder.select(builder.bitcast(bits, ir.VectorType(ir.IntType(1), 32)), constant([1] * 32, I16), constant([-1] * 32, I16))
+        a, b = (builder.load(pointer(builder, at, ir.VectorType(I8, 16)), align=1) for at in args)
+        return builder.zext(builder.shuffle_vector(a, b, constant(range(32))), i16x32.ir)
     return i16x32(types.intp, types.intp), codegen
+
+
+@intrinsic
+def times_3_high(typingctx, v):
+    """Return the upper sixteen bits of three times an unsigned int16: 0, 1 or 2."""
+    def codegen(context, builder, signature, args):
+        wide = builder.mul(builder.zext(args[0], ir.VectorType(I32, 32)), constant([3] * 32))
+        return builder.trunc(builder.lshr(wide, constant([16] * 32)), i16x32.ir)
+    return i16x32(i16x32), codegen
 
 
 def _regroup(builder, vectors, bits, order):
@@ -218,18 +268,23 @@ def even_elements_first(typingctx, v):
 
 
 @intrinsic
-def twin_groups(typingctx, low, high):
-    """Widen bytes of eight groups of 16 to int16, two groups in each vector.
+def halves_of_groups(typingctx, v):
+    """Widen 64 signed bytes to two int16 vectors."""
+    def codegen(context, builder, signature, args):
+        return cgutils.pack_array(builder, [builder.sext(part, i16x32.ir) for part in _split(builder, args[0], 32)])
+    return types.UniTuple(i16x32, 2)(Vec("i8", 64)), codegen
 
-    low: bytes 0 to 7 of each group; high: bytes 8 to 15.
+
+@intrinsic
+def twin_groups(typingctx, low, high):
+    """Sort int16 of four groups of 16 into two vectors, in their order.
+
+    low: elements 0 to 7 of each group; high: elements 8 to 15.
     """
     def codegen(context, builder, signature, args):
-        result = []
-        for pair in range(0, 8, 2):
-            which = [8 * group + j + 64 * half for group in (pair, pair + 1) for half in (0, 1) for j in range(8)]
-            result.append(builder.sext(builder.shuffle_vector(*args, constant(which)), i16x32.ir))
-        return cgutils.pack_array(builder, result)
-    return types.UniTuple(i16x32, 4)(Vec("i8", 64), Vec("i8", 64)), codegen
+        return cgutils.pack_array(builder, [builder.shuffle_vector(*args, constant(
+            [8 * group + j + 32 * half for group in (pair, pair + 1) for half in (0, 1) for j in range(8)])) for pair in (0, 2)])
+    return types.UniTuple(i16x32, 2)(i16x32, i16x32), codegen
 
 
 @intrinsic
@@ -244,20 +299,20 @@ def pairs_of(typingctx, v):
 def ue4m3_floats(typingctx, first, second):
     """Load four unsigned floats of eight bits at each of two addresses.
 
-    Returns half of each as f32x8; 127 stands for 0. Shifted into place, the exponent lacks a bias of 120.
+    Returns half of each as f32x8; 127 stands for 0. Shifted into place as float16, a value lacks a factor of 256.
     """
     def codegen(context, builder, signature, args):
         a, b = (builder.load(pointer(builder, at, ir.VectorType(I8, 4)), align=1) for at in args)
-        v = builder.zext(builder.shuffle_vector(a, b, constant(range(8))), ir.VectorType(I32, 8))
-        bits = builder.shl(builder.and_(v, constant([127] * 8)), constant([20] * 8))
-        values = builder.fmul(builder.bitcast(bits, f32x8.ir), constant([2.0 ** 119] * 8, F32))
-        return builder.select(builder.icmp_unsigned("==", v, constant([127] * 8)), constant([0.0] * 8, F32), values)
+        v = builder.zext(builder.shuffle_vector(a, b, constant(range(8))), ir.VectorType(I16, 8))
+        v = builder.select(builder.icmp_unsigned("==", v, constant([127] * 8, I16)), constant([0] * 8, I16), v)
+        bits = builder.shl(builder.and_(v, constant([127] * 8, I16)), constant([7] * 8, I16))
+        return builder.fmul(extend_halves(builder, bits), constant([128.0] * 8, F32))
     return f32x8(types.intp, types.intp), codegen
 
 
 @intrinsic
 def to_multiples(typingctx, scales):
-    """Replace two neighbours of eight floats by a unit, and integers to multiply it with.
+    """Write each two of eight floats as multiples of a common unit.
 
     The unit is the power of two that the greater one is 128 to 255 times of. Returns the four units, and for each two scales an i16x32 with
     the first integer in the lower half, the second in the upper one.

@@ -15,10 +15,11 @@ from pydsa.quants import TYPES, BlockType
 SCALES, MINS, MINS_16, SUPERBLOCK = 512, 544, 576, 640
 
 
-# Orders of all 256 int16 of a superblock of activations, where a dot does not read pieces of 16 bytes: the elements' own order, and element k
-# of all 32 groups of 8, for k = 0 to 7 (codes.py)
-NATURAL_ORDER, COLUMN_ORDER = 32, 33
-NATURAL, COLUMNS = np.full(32, NATURAL_ORDER, np.uint8), np.full(32, COLUMN_ORDER, np.uint8)
+# Flags in the order of a superblock of activations: each 32 in their natural order, not the even elements first; and then all 256 in
+# columns, element k of all 32 groups of 8 for k = 0 to 7 (codes.py)
+NATURAL_ORDER, IN_COLUMNS = 32, 64
+NATURAL = np.arange(32, dtype=np.uint8) | np.uint8(NATURAL_ORDER)
+COLUMNS = NATURAL | np.uint8(IN_COLUMNS)
 
 
 class BlockKernels(NamedTuple):
@@ -26,8 +27,8 @@ class BlockKernels(NamedTuple):
 
     dequantize(blocks, n, float32 out), and quantize the other way (or None). Quantized types also have unpack(blocks, n, superblock), at
     most 256 weights to a superblock; and dot(rows, n_rows, n_blocks, x, float32 out), the products of rows with a row of superblocks whose
-    16-byte pieces are permuted: piece i is stored at position order[i]; or order is NATURAL or COLUMNS. The int16 of an unpacked superblock have `bits` bits: unsigned if
-    the type has mins, else signed.
+    16-byte pieces are permuted: piece i is stored at position order[i], which may have flags. The int16 of an unpacked superblock have
+    `bits` bits: unsigned if the type has mins, else signed.
     """
     type: BlockType
     dequantize: BlockFunction
@@ -46,7 +47,7 @@ class BlockKernels(NamedTuple):
 def entry(name, dequantize, quantize=None, unpack=None, dot=None, order=None, bits=0):
     """Make the BlockKernels of a type, given by name.
 
-    The kernels are plain functions, or an IntpFunction for dequantize; order is a list of 32 integers, NATURAL or COLUMNS.
+    The kernels are plain functions, or an IntpFunction for dequantize; order is a list of 32 integers.
     """
     type_, f32 = TYPES[name], np.dtype(np.float32)
     if not isinstance(dequantize, IntpFunction):

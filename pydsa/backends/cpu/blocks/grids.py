@@ -13,19 +13,20 @@ from numba import carray
 
 from pydsa.backends.cpu.blocks.block import COLUMNS, SCALES, SUPERBLOCK, entry
 from pydsa.backends.cpu.blocks.dots import AHEAD, dot_rows, single_sum
-from pydsa.backends.cpu.codes import (bytes_of_even_words, code_values, from_columns, grid_entries, lanes_of, seven_bits, spread_bits,
-                                      widen)
+from pydsa.backends.cpu.codes import (bytes_of_even_words, code_values, from_columns, grid_entries, lanes_of, seven_bits, sign_codes,
+                                      sign_codes_of_7, widen)
 from pydsa.backends.cpu.jit import inline, inner
 from pydsa.backends.cpu.lanes import gather_u32, spread
 from pydsa.backends.cpu.scalars import half, half_at
-from pydsa.backends.cpu.simd import (dot, dot_add, eight_floats, floats, load_8_floats, load_8_words, load_32_bytes, load_int16, multiply_add, prefetch,
-                                     store, to_floats, u16_at)
+from pydsa.backends.cpu.simd import (dot, dot_add, eight_floats, floats, load_8_floats, load_8_words, load_32_bytes, load_int16,
+                                     multiply_add, prefetch, store, to_floats, u16_at)
 from pydsa.quants import IQ2_LEVELS, IQ3_S_LEVELS, IQ3_XXS_LEVELS, TYPES, grid
 
 
 NAMES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
-IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S = (TYPES[name].n_bytes for name in NAMES)      # bytes of a block
-IQ1_GRID, IQ2_XXS_GRID, IQ2_XS_GRID, IQ2_S_GRID, IQ3_XXS_GRID, IQ3_S_GRID = (grid(name) for name in NAMES if name != "IQ1_M")
+# Bytes of a block
+IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S = (TYPES[name].n_bytes for name in NAMES)
+IQ1_GRID, _, IQ2_XXS_GRID, IQ2_XS_GRID, IQ2_S_GRID, IQ3_XXS_GRID, IQ3_S_GRID = map(grid, NAMES)
 EIGHTH, QUARTER, HALF, ONE = np.float32(1 / 8), np.float32(1 / 4), np.float32(1 / 2), np.float32(1)
 
 
@@ -128,15 +129,17 @@ def dequantize_iq1_m(source, n, target):
             put_shifted(out[i, g], d16 * np.float32(2 * scale + 1), IQ1_GRID[blocks[i].qs[g] | (qh & 7) << 8], qh >> 3)
 
 
-def packed(levels, bits, name):
-    """Pack the rows of a grid: `bits` bits for each element, the number of its level."""
-    return [sum(levels.index(level) << (bits * k) for k, level in enumerate(row)) for row in grid(name).tolist()]
+def packed(levels, name):
+    """Pack the rows of a grid to entries: the numbers of its elements' levels.
+
+    Those of elements 0 to 3 are in the low two or three bits of the nibbles, those of elements 4 to 7 in the high two bits.
+    """
+    return [sum(levels.index(level) << (4 * (k % 4) + 2 * (k // 4)) for k, level in enumerate(row)) for row in grid(name).tolist()]
 
 
-IQ1_ENTRIES = grid_entries(packed((-1, 0, 1), 2, "IQ1_S"))
-IQ2_XXS_ENTRIES, IQ2_XS_ENTRIES, IQ2_S_ENTRIES = (grid_entries(packed(IQ2_LEVELS, 2, name)) for name in ("IQ2_XXS", "IQ2_XS", "IQ2_S"))
-IQ3_XXS_ENTRIES = grid_entries(packed(IQ3_XXS_LEVELS, 4, "IQ3_XXS"))
-IQ3_S_ENTRIES = grid_entries(packed(IQ3_S_LEVELS, 4, "IQ3_S"))
+IQ1_ENTRIES = grid_entries(packed((-1, 0, 1), "IQ1_S"))
+IQ2_XXS_ENTRIES, IQ2_XS_ENTRIES, IQ2_S_ENTRIES = (grid_entries(packed(IQ2_LEVELS, name)) for name in ("IQ2_XXS", "IQ2_XS", "IQ2_S"))
+IQ3_XXS_ENTRIES, IQ3_S_ENTRIES = grid_entries(packed(IQ3_XXS_LEVELS, "IQ3_XXS")), grid_entries(packed(IQ3_S_LEVELS, "IQ3_S"))
 
 
 def signed_values(levels):
@@ -153,37 +156,21 @@ NIBBLES_OF_8, NIBBLES_OF_16 = gather_u32([0] * 8, range(0, 32, 4)), gather_u32([
 
 
 @inline
-def with_parity(v):
-    """Return eight sign bits for seven in each lane."""
-    parity = v ^ (v >> 4)
-    parity = parity ^ (parity >> 2)
-    return v | (((parity ^ (parity >> 1)) & 1) << 7)
-
-
-@inline
-def spread_pairs(v):
-    """Move the four pairs of bits of the low byte to four nibbles."""
-    v = v & 255
-    v = (v | (v << 4)) & 0x0F0F
-    return (v | (v << 2)) & 0x3333
-
-
-@inline
 def codes_iq2(entries, signs):
     """Return the two codes of entries of two bits a weight, with signs."""
-    return spread_pairs(entries) | spread_bits(signs), spread_pairs(entries >> 8) | spread_bits(signs >> 4)
+    return (entries & 0x3333) | signs[0], ((entries >> 2) & 0x3333) | signs[1]
 
 
 @inline
 def codes_iq1(entries, deltas):
     """Return the two codes of entries of IQ1; deltas: 8 where 1/8 is subtracted."""
     deltas = deltas * 0x1111
-    return spread_pairs(entries) | deltas, spread_pairs(entries >> 8) | deltas
+    return (entries & 0x3333) | deltas, ((entries >> 2) & 0x3333) | deltas
 
 
 @inline
 def codes_iq2_xxs(at):
-    return codes_iq2(IQ2_XXS_ENTRIES(bytes_of_even_words(at, 2)), with_parity(seven_bits(ODD_WORDS(at, 2))))
+    return codes_iq2(IQ2_XXS_ENTRIES(bytes_of_even_words(at, 2)), sign_codes_of_7(seven_bits(ODD_WORDS(at, 2))))
 
 
 @inline
@@ -195,7 +182,7 @@ def scales_iq2_xxs(at):
 @inline
 def codes_iq2_xs(at):
     q = load_int16(at, 2)
-    return codes_iq2(IQ2_XS_ENTRIES(q & 511), with_parity(q >> 9))
+    return codes_iq2(IQ2_XS_ENTRIES(q & 511), sign_codes_of_7(q >> 9))
 
 
 @inline
@@ -210,13 +197,13 @@ TWO_HIGH_BITS = lanes_of(8, [g // 4 for g in range(32)], [2 * (g % 4) for g in r
 @inline
 def codes_iq2_s(at):
     entries = IQ2_S_ENTRIES(widen(load_32_bytes(at, 2)) | TWO_HIGH_BITS(at, 66))
-    return codes_iq2(entries, widen(load_32_bytes(at, 34)))
+    return codes_iq2(entries, sign_codes(widen(load_32_bytes(at, 34))))
 
 
 @inline
 def codes_iq3_xxs(at):
-    q, signs = load_int16(at, 2), with_parity(seven_bits(load_8_words(at, 66)))
-    return IQ3_XXS_ENTRIES(q & 255) | spread_bits(signs), IQ3_XXS_ENTRIES(q >> 8) | spread_bits(signs >> 4)
+    q, signs = load_int16(at, 2), sign_codes_of_7(seven_bits(load_8_words(at, 66)))
+    return IQ3_XXS_ENTRIES(q & 255) | signs[0], IQ3_XXS_ENTRIES(q >> 8) | signs[1]
 
 
 @inline
@@ -231,9 +218,9 @@ HIGH_BIT_EVEN, HIGH_BIT_ODD = (lanes_of(8, [g // 4 for g in range(32)], [2 * (g 
 
 @inline
 def codes_iq3_s(at):
-    q, signs = load_int16(at, 2), widen(load_32_bytes(at, 74))
+    q, signs = load_int16(at, 2), sign_codes(widen(load_32_bytes(at, 74)))
     even, odd = IQ3_S_ENTRIES((q & 255) | HIGH_BIT_EVEN(at, 66)), IQ3_S_ENTRIES((q >> 8) | HIGH_BIT_ODD(at, 66))
-    return even | spread_bits(signs), odd | spread_bits(signs >> 4)
+    return even | signs[0], odd | signs[1]
 
 
 @inline
@@ -290,7 +277,10 @@ def products(values):
 
 
 def storing(values):
-    """Make a function that stores the int16 of a block's codes to a superblock, each times a factor of its group of eight."""
+    """Make a function that stores a block's int16 to a superblock.
+
+    Each is multiplied by a factor of its group of eight.
+    """
     @inline
     def store_values(codes, factor, superblock):
         low, high = codes

@@ -7,15 +7,15 @@ a 6-bit scale for each 32. Nibble j of the 16 bytes of a group of 32 is element 
 import numpy as np
 from numba import carray
 
-from pydsa.backends.cpu.blocks.block import NATURAL, SCALES, SUPERBLOCK, entry
+from pydsa.backends.cpu.blocks.block import NATURAL, SCALES, SUPERBLOCK, entry, inverse
 from pydsa.backends.cpu.blocks.dots import (AHEAD, BY_QUARTERS, add_quad, dot_quad, dot_rows, four_blocks, join_blocks, next_blocks,
                                             nibbles, signed_quad, single_sum, store_quad, superblock_at)
-from pydsa.backends.cpu.codes import even_elements_first, pairs_of, to_multiples, twin_groups, ue4m3_floats
+from pydsa.backends.cpu.codes import even_elements_first, halves_of_groups, pairs_of, to_multiples, twin_groups, ue4m3_floats
 from pydsa.backends.cpu.jit import inline
 from pydsa.backends.cpu.lanes import gather_u32, lookup, lower_half, spread, upper_half
 from pydsa.backends.cpu.scalars import half, half_at
-from pydsa.backends.cpu.simd import (dot, floats, halves, join, load_4_floats, load_8_floats, load_64_bytes, load_int16, multiply_add,
-                                     prefetch, store, to_floats, u8_at, vector)
+from pydsa.backends.cpu.simd import (dot, dot_add, floats, halves, join, load_4_floats, load_8_floats, load_64_bytes, load_int16,
+                                     multiply_add, prefetch, store, to_floats, u8_at, vector)
 from pydsa.quants import IQ4_LEVELS, MXFP4_LEVELS, TYPES
 
 
@@ -165,14 +165,20 @@ def unpack_mxfp4(source, n, superblock):
         store_quad(superblock, 64 * i, mxfp4_quad(join_blocks(at, 1)))
 
 
-FIRST, SECOND, THIRD, FOURTH = spread(0, 1), spread(2, 3), spread(4, 5), spread(6, 7)
+# Two blocks of NVFP4: elements 0 to 7 of the four groups of the first, of the second; then elements 8 to 15
+TWO_BLOCKS = inverse(*[8 * block + 2 * group + half for half in (0, 1) for block in (0, 1) for group in range(4)])
+BY_GROUPS = NATURAL[TWO_BLOCKS + [16 + piece for piece in TWO_BLOCKS]]
+FIRST, SECOND = spread(0, 1, 2, 3), spread(4, 5, 6, 7)
 
 
 @inline
-def nvfp4_groups(a, b):
-    """Unpack two blocks of NVFP4: their four groups of 32 as int16 vectors."""
+def nvfp4_halves(a, b):
+    """Unpack two blocks of NVFP4 to int16 vectors.
+
+    Elements 0 to 7 of the groups of each, elements 8 to 15 of the groups of each.
+    """
     low, high = nibbles(join((a + 4, b + 4)))
-    return twin_groups(lookup_mxfp4(low), lookup_mxfp4(high))
+    return halves_of_groups(lookup_mxfp4(low)), halves_of_groups(lookup_mxfp4(high))
 
 
 @inline
@@ -181,11 +187,11 @@ def add_nvfp4(sums, row, i, n, x):
     prefetch(a, AHEAD)
     prefetch(a, AHEAD + 64)
     xi, at, scale_at = superblock_at(x, 2 * i)
-    scales, w = ue4m3_floats(a, b) * pairs_of(load_4_floats(xi, SCALES + scale_at)), nvfp4_groups(a, b)
-    sums = multiply_add(sums, to_floats(dot(w[0], load_int16(xi, at))), FIRST(scales))
-    sums = multiply_add(sums, to_floats(dot(w[1], load_int16(xi, at + 64))), SECOND(scales))
-    sums = multiply_add(sums, to_floats(dot(w[2], load_int16(xi, at + 128))), THIRD(scales))
-    return multiply_add(sums, to_floats(dot(w[3], load_int16(xi, at + 192))), FOURTH(scales))
+    scales = ue4m3_floats(a, b) * pairs_of(load_4_floats(xi, SCALES + scale_at))
+    low, high = nvfp4_halves(a, b)
+    first = dot_add(dot(low[0], load_int16(xi, at)), high[0], load_int16(xi, at + 128))
+    second = dot_add(dot(low[1], load_int16(xi, at + 64)), high[1], load_int16(xi, at + 192))
+    return multiply_add(multiply_add(sums, to_floats(first), FIRST(scales)), to_floats(second), SECOND(scales))
 
 
 def dot_nvfp4(rows, n_rows, n, x, out):
@@ -201,16 +207,17 @@ def unpack_nvfp4(source, n, superblock):
         a, b = source + NVFP4 * i, source + NVFP4 * min(i + 1, n - 1)
         units, factors = to_multiples(ue4m3_floats(a, b))
         store(superblock, SCALES + 8 * i, units)
-        w = nvfp4_groups(a, b)
+        low, high = nvfp4_halves(a, b)
+        w, v = twin_groups(low[0], high[0]), twin_groups(low[1], high[1])
         store(superblock, 128 * i, even_elements_first(w[0] * factors[0]))
         store(superblock, 128 * i + 64, even_elements_first(w[1] * factors[1]))
-        store(superblock, 128 * i + 128, even_elements_first(w[2] * factors[2]))
-        store(superblock, 128 * i + 192, even_elements_first(w[3] * factors[3]))
+        store(superblock, 128 * i + 128, even_elements_first(v[0] * factors[2]))
+        store(superblock, 128 * i + 192, even_elements_first(v[1] * factors[3]))
 
 
 KERNELS = {
     "IQ4_NL": entry("IQ4_NL", dequantize_iq4_nl, None, unpack_iq4_nl, dot_iq4_nl, BY_QUARTERS, 8),
     "IQ4_XS": entry("IQ4_XS", dequantize_iq4_xs, None, unpack_iq4_xs, dot_iq4_xs, BY_QUARTERS, 8),
     "MXFP4": entry("MXFP4", dequantize_mxfp4, None, unpack_mxfp4, dot_mxfp4, BY_QUARTERS, 5),
-    "NVFP4": entry("NVFP4", dequantize_nvfp4, None, unpack_nvfp4, dot_nvfp4, NATURAL, 13),
+    "NVFP4": entry("NVFP4", dequantize_nvfp4, None, unpack_nvfp4, dot_nvfp4, BY_GROUPS, 13),
 }

@@ -6,15 +6,15 @@ three times it is a weight, the rest the fraction of the others. Q1_0 has a bit 
 import numpy as np
 from numba import carray
 
-from pydsa.backends.cpu.blocks.block import MINS, MINS_16, NATURAL, SCALES, SUPERBLOCK, entry
+from pydsa.backends.cpu.blocks.block import COLUMNS, MINS, MINS_16, NATURAL, SCALES, SUPERBLOCK, entry
 from pydsa.backends.cpu.blocks.dots import AHEAD, dot_rows, single_sum
 from pydsa.backends.cpu.blocks.kquants import BY_PARTS, TWICE, add_parts, store_pairs, total_q2_k
-from pydsa.backends.cpu.codes import even_elements_first, lanes_of, plus_or_minus_one, times, widen
+from pydsa.backends.cpu.codes import even_elements_first, from_columns, lanes_of, times, times_3_high, widen, widen_two
 from pydsa.backends.cpu.jit import inline
-from pydsa.backends.cpu.lanes import padded_to_16
+from pydsa.backends.cpu.lanes import padded_to_16, spread
 from pydsa.backends.cpu.scalars import half, half_at
-from pydsa.backends.cpu.simd import (dot, eight_floats, float_at, floats, load_8_floats, load_32_bytes, load_floats, load_int16,
-                                     multiply_add, prefetch, store, to_floats)
+from pydsa.backends.cpu.simd import (dot, dot_add, eight_floats, float_at, floats, halves, load_8_floats, load_32_bytes, load_floats,
+                                     load_int16, multiply_add, prefetch, store, to_floats)
 from pydsa.quants import TYPES
 
 
@@ -55,24 +55,21 @@ def dequantize_q1_0(source, n, target):
                 out[i, j, k] = d if (blocks[i].qs[j] >> k) & 1 else -d
 
 
-LAST_16 = lanes_of(8, [*range(16), *[16, 17, 18, 19] * 4], [0] * 32, 255)       # bytes 32 to 47, and the four of qh four times
+LAST_16 = lanes_of(8, [*range(16), *[16, 17, 18, 19] * 4], [0] * 32, 0xFF00, left=8)       # bytes 32 to 47, and the four of qh four times
 TWO_POWERS, NEXT_POWERS = times([1] * 16 + [3] * 16), times([9] * 16 + [27] * 16)
 LAST_POWERS = times([81] * 16 + [3 ** (i // 4) for i in range(16)])
-LOW_16_TWICE = lanes_of(8, [*range(16)] * 2, [0] * 32, 255)
-
-
-@inline
-def digit(v):
-    """Return the digit 0, 1 or 2 of each fraction of 256 in int16, of which the low byte counts."""
-    return ((v & 255) * 3) >> 8
+LOW_16_TWICE = lanes_of(8, [*range(16)] * 2, [0] * 32, 0xFF00, left=8)
 
 
 @inline
 def digits_tq1_0(at):
-    """Unpack a block: eight int16 vectors of 32 weights each, plus one."""
-    first, rest = widen(load_32_bytes(at, 0)), LOW_16_TWICE(at, 32)
-    return (digit(first), digit(first * 3), digit(first * 9), digit(first * 27), digit(first * 81), digit(TWO_POWERS(rest)),
-            digit(NEXT_POWERS(rest)), digit(LAST_POWERS(LAST_16(at, 32))))
+    """Unpack a block: eight int16 vectors of 32 weights each, plus one.
+
+    A byte is shifted up, to a fraction of 65536: the carry of its product with a power of three is lost, as it should.
+    """
+    first, rest = widen(load_32_bytes(at, 0)) << 8, LOW_16_TWICE(at, 32)
+    return (times_3_high(first), times_3_high(first * 3), times_3_high(first * 9), times_3_high(first * 27), times_3_high(first * 81),
+            times_3_high(TWO_POWERS(rest)), times_3_high(NEXT_POWERS(rest)), times_3_high(LAST_POWERS(LAST_16(at, 32))))
 
 
 @inline
@@ -134,29 +131,48 @@ def unpack_tq2_0(source, n, superblock):
         store_pairs(superblock, 0, k, 4 + k, ((even >> (2 * k)) & 3) - 1, ((odd >> (2 * k)) & 3) - 1)
 
 
+HALVES = spread(0, 1)
+
+
+@inline
+def two_blocks(row, i, n):
+    """Return the addresses of blocks i and i + 1 of a row of n.
+
+    The last block is repeated where there is none: what it is multiplied with is 0.
+    """
+    return row + Q1_0 * i, row + Q1_0 * min(i + 1, n - 1)
+
+
 @inline
 def add_q1_0(sums, row, i, n, x):
-    at, xi, j = row + Q1_0 * i, x + SUPERBLOCK * (i >> 1), 4 * (i & 1)
-    prefetch(at, AHEAD)
-    a = add_group(add_group(floats(np.float32(0)), plus_or_minus_one(at, 2), xi, j), plus_or_minus_one(at, 6), xi, j + 1)
-    a = add_group(add_group(a, plus_or_minus_one(at, 10), xi, j + 2), plus_or_minus_one(at, 14), xi, j + 3)
-    return multiply_add(sums, a, floats(half_at(at, 0)))
+    xi, (a, b) = x + SUPERBLOCK * (i >> 1), two_blocks(row, i, n)
+    prefetch(a, AHEAD)
+    v = widen_two(a + 2, b + 2)
+    dots = dot_add(dot(v & 1, load_int16(xi, 0)), (v >> 1) & 1, load_int16(xi, 64))
+    dots = dot_add(dot_add(dots, (v >> 2) & 1, load_int16(xi, 128)), (v >> 3) & 1, load_int16(xi, 192))
+    dots = dot_add(dot_add(dots, (v >> 4) & 1, load_int16(xi, 256)), (v >> 5) & 1, load_int16(xi, 320))
+    dots = dot_add(dot_add(dots, (v >> 6) & 1, load_int16(xi, 384)), (v >> 7) & 1, load_int16(xi, 448))
+    products = to_floats(dots) * TWICE(load_8_floats(xi, SCALES)) * np.float32(2) - load_floats(xi, MINS_16)
+    return multiply_add(sums, products, HALVES(halves((a, b))))
 
 
 def dot_q1_0(rows, n_rows, n, x, out):
-    dot_rows(add_q1_0, single_sum, floats(np.float32(0)), Q1_0 * n, 1, rows, n_rows, n, x, out)
+    dot_rows(add_q1_0, single_sum, floats(np.float32(0)), Q1_0 * n, 2, rows, n_rows, n, x, out)
 
 
 def unpack_q1_0(source, n, superblock):
-    for i in range(n):
-        at = source + Q1_0 * i
-        for j in range(4):
-            store(superblock, 256 * i + 64 * j, even_elements_first(plus_or_minus_one(at, 2 + 4 * j)))
-            store(superblock, SCALES + 16 * i + 4 * j, half_at(at, 0))
+    a, b = two_blocks(source, 0, n)
+    v = widen_two(a + 2, b + 2)
+    for k in range(8):
+        store(superblock, 64 * k, (((v >> k) & 1) << 1) - 1)
+    from_columns(superblock)
+    for j in range(4):
+        store(superblock, SCALES + 4 * j, half_at(a, 0))
+        store(superblock, SCALES + 16 + 4 * j, half_at(b, 0))
 
 
 KERNELS = {
     "TQ1_0": entry("TQ1_0", dequantize_tq1_0, None, unpack_tq1_0, dot_tq1_0, NATURAL, 2),
     "TQ2_0": entry("TQ2_0", dequantize_tq2_0, None, unpack_tq2_0, dot_tq2_0, BY_PARTS, 3),
-    "Q1_0": entry("Q1_0", dequantize_q1_0, None, unpack_q1_0, dot_q1_0, NATURAL, 2),
+    "Q1_0": entry("Q1_0", dequantize_q1_0, None, unpack_q1_0, dot_q1_0, COLUMNS, 2),
 }
