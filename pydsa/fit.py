@@ -13,21 +13,26 @@ def longest_context(path, **settings):
     The memory must hold it with a tenth to spare. all: whether the model's own fits. settings: those of model.Setup, without n_ctx. Raises
     the errors of Setup, and OutOfMemoryError if not even 256 tokens fit.
     """
+    def n_bytes(n_ctx):
+        return Setup(path, n_ctx, **settings).total_bytes
+
     own = Setup(path, **settings)
     longest, backend = own.config.n_ctx_train, own.device.backend()
-    whole = Setup(path, longest, **settings)
-    if _fits(whole.total_bytes, backend):
+    low, high = min(STEP, longest), longest
+    if _fits(n_bytes(high), backend):
         return longest, True
-    short = Setup(path, min(STEP, longest), **settings)
-    low, high = 1, -(-longest // STEP)          # in steps: `low` is as if it fitted, `high` is too long
-    while high - low > 1:
-        middle = (low + high) // 2
-        n_bytes = short.total_bytes + (whole.total_bytes - short.total_bytes) * (middle - 1) * STEP / max(1, longest - short.n_ctx)
-        low, high = (middle, high) if _fits(n_bytes, backend) else (low, middle)
-    while low > 1 and not _fits(Setup(path, low * STEP, **settings).total_bytes, backend):      # the bytes are no line through two points
-        low = low * 15 // 16
-    n_ctx = min(longest, low * STEP)
-    check_memory(Setup(path, n_ctx, **settings).total_bytes, f"The model with a context of {n_ctx} tokens", backend)
+    if low < own.n_ubatch < high:       # values of a ubatch take memory too, so the line has a bend where a context is as long as one
+        low, high = (own.n_ubatch, high) if _fits(n_bytes(own.n_ubatch), backend) else (low, own.n_ubatch)
+    start, end = n_bytes(low), n_bytes(high)
+    first, last = 0, (high - low) // STEP + 1       # steps from `low`: as if `first` fitted, and `last` did not
+    while last - first > 1:
+        middle = (first + last) // 2
+        fits = _fits(start + (end - start) * middle * STEP / max(1, high - low), backend)
+        first, last = (middle, last) if fits else (first, middle)
+    while first > 0 and not _fits(n_bytes(low + first * STEP), backend):
+        first = first * 15 // 16        # no line goes through all contexts' bytes
+    n_ctx = low + first * STEP
+    check_memory(n_bytes(n_ctx), f"The model with a context of {n_ctx} tokens", backend)
     return n_ctx, False
 
 
