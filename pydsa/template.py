@@ -84,6 +84,7 @@ def _join(separator, values):
 
 
 def _replace(text, old, new, count=None):
+    text, old, new = str(text), str(old), str(new)      # as jinja2's own filter does
     _check_size(len(text) + text.count(old) * len(new))
     return text.replace(old, new, -1 if count is None else count)
 

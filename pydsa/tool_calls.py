@@ -6,6 +6,7 @@
 answers.py finds the marks in the text as it arrives; this module says what they are and what stands between them.
 """
 import json
+import math
 import re
 import uuid
 from collections.abc import Callable
@@ -43,7 +44,10 @@ class Form(NamedTuple):
         None if the text is not a call in this form. tools: the tools that were offered, whose schemas give types where the form has none.
         """
         schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools or ()}
-        parsed = self.parse(body, schemas)
+        try:
+            parsed = self.parse(body, schemas)
+        except RecursionError:
+            parsed = None
         if parsed is None:
             return None
         call_id, name, arguments = parsed
@@ -65,12 +69,20 @@ def find_form(template, texts):
 
 def _loads(text):
     """The value of a JSON text; ValueError if it is none."""
-    def refuse(name):
-        raise ValueError(name)
+    def finite(number):
+        if not math.isfinite(float(number)):
+            raise ValueError(number)
+        return float(number)
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=finite, parse_float=finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _dumps(values):
+    """The JSON text of arguments, with every character that can be encoded."""
+    text = json.dumps(values, ensure_ascii=False)
+    return text if not re.search("[\ud800-\udfff]", text) else json.dumps(values)
 
 
 def _object(text):
@@ -91,7 +103,7 @@ def _read_dsml(body, schemas):
         values = {name: value if string == "true" else _loads(value) for name, string, value in parameters}
     except ValueError:
         return None
-    return (None, head[1], json.dumps(values, ensure_ascii=False)) if len(values) == len(parameters) else None
+    return (None, head[1], _dumps(values)) if len(values) == len(parameters) else None
 
 
 def _read_deepseek(body, schemas):
@@ -122,7 +134,7 @@ def _read_glm(body, schemas):
     declared = schema.get("properties") if isinstance(schema, dict) else None
     values = {key.strip(): _typed(value, (declared or {}).get(key.strip(), {"type": "string"}) if isinstance(declared, dict) else None)
               for key, value in pairs}
-    return (None, name, json.dumps(values, ensure_ascii=False)) if len(values) == len(pairs) else None
+    return (None, name, _dumps(values)) if len(values) == len(pairs) else None
 
 
 def _pairs(pattern, text):

@@ -59,7 +59,7 @@ def test_a_given_template_comes_first():
     ("{{ ('[1, 2]' | from_json)[1] }}", "2"),
     ("{{ 'a' ~ 1 ~ none ~ nothing }}", "a1None"),
     ("{{ ', '.join(['a', 'b']) }}{{ ['a', 1] | join('+') }}{{ messages | join(attribute='role') }}", "a, ba+1user"),
-    ("{{ 'abab'.replace('a', 'x', 1) }}{{ 'abab' | replace('b', '') }}", "xbabaa"),
+    ("{{ 'abab'.replace('a', 'x', 1) }}{{ 'abab' | replace('b', '') }}{{ 5 | replace(5, 6) }}", "xbabaa6"),
     ("{{ 7 % 4 }}{{ 'ab' * 2 }}{{ [1] * 2 }}{{ 'a' + 'b' }}{{ 2 * 3 }}", "3abab[1, 1]ab6"),
     ("{% macro f(x) %}<{{ x }}>{% endmacro %}{% set y %}{{ f(1) }}{% endset %}{{ y ~ y }}", "<1><1>"),
     ("{{ strftime_now('%Y') | int > 2020 }}", "True"),

@@ -112,17 +112,24 @@ def test_calls_are_found_byte_by_byte(name, parse_special):
 def test_a_call_put_back_is_what_the_model_wrote(name):
     special, template, text = WRITTEN[name]
     tokenizer = small(special, [], bos_token_id=None)
-    _, reply = read(name, text)
     results = [{"role": "tool", "content": "r"}] * 2 if template is None else []
-    ids = encode_chat(tokenizer, [QUESTION, reply.message, *results], tools=TOOLS, template=template, add_generation_prompt=False)
-    written = tokenizer.encode(text, parse_special=True)
-    assert any(ids[start:start + len(written)] == written for start in range(len(ids)))
+    for thinking in (False, True) if template is None else (False,):
+        begun = encode_chat(tokenizer, [QUESTION], tools=TOOLS, template=template, thinking=thinking)
+        written = ("Hm.</think>" if thinking else "") + text
+        _, reply = read(name, written, thinking=thinking)
+        assert reply.reasoning == ("Hm." if thinking else "")
+        ids = encode_chat(tokenizer, [QUESTION, reply.message, *results], tools=TOOLS, template=template, thinking=thinking,
+                          add_generation_prompt=False)
+        context = begun + tokenizer.encode(written, parse_special=True)
+        assert ids[:len(context)] == context        # so that a session runs none of it again
 
 
 @pytest.mark.parametrize("name, body", [
     ("dsml", '<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="a" string="false">{</｜DSML｜parameter>\n</｜DSML｜invoke>'),
     ("dsml", '<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="a" string="false">NaN</｜DSML｜parameter>\n</｜DSML｜invoke>'),
     ("dsml", '<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="a">x</｜DSML｜parameter>\n</｜DSML｜invoke>'),
+    ("dsml", '<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="a" string="false">1e999</｜DSML｜parameter>\n</｜DSML｜invoke>'),
+    ("dsml", '<｜DSML｜invoke name="f"><｜DSML｜parameter name="a" string="false">' + "[" * 99999 + '</｜DSML｜parameter></｜DSML｜invoke>'),
     ("dsml", '<｜DSML｜invoke name="f">\nfree text\n</｜DSML｜invoke>'), ("dsml", "<｜DSML｜invoke>\n</｜DSML｜invoke>"),
     ("dsml", '<｜DSML｜invoke name="f">' + '<｜DSML｜parameter name="a" string="true">x</｜DSML｜parameter>' * 2 + "</｜DSML｜invoke>"),
     ("deepseek-v3.1", "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{<｜tool▁call▁end｜>"),
@@ -145,7 +152,8 @@ def test_what_is_no_call_is_text(name, body):
 @pytest.mark.parametrize("schema, value, expected", [
     ({"type": "string"}, "5", "5"), ({"type": "integer"}, "5", 5), ({"type": "integer"}, "5.5", "5.5"),
     ({"type": "integer"}, "true", "true"),
-    ({"type": "number"}, " 5.5 ", 5.5), ({"type": "boolean"}, "true", True), ({"type": "boolean"}, "yes", "yes"),
+    ({"type": "number"}, " 5.5 ", 5.5), ({"type": "number"}, "1e999", "1e999"), ({"type": "array"}, '["\\ud800"]', ["\ud800"]),
+    ({"type": "boolean"}, "true", True), ({"type": "boolean"}, "yes", "yes"),
     ({"type": "object"}, '{"a": "ö"}', {"a": "ö"}), ({"type": "array"}, "x", "x"), ({"type": ["integer", "null"]}, "null", None),
     ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "null", None), ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "5", "5"),
     ({"enum": [1, 2]}, "2", 2), ({"enum": ["1", "2"]}, "2", "2"), ({"const": True}, "true", True), ({"$ref": "#/x"}, "[1]", [1]),
