@@ -22,7 +22,7 @@ NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]     # Unicode rese
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
-_ASKS_FOR_NO_CONTENT = re.compile(r"""content['"]?\]?\s+is\s+(not\s+)?none""")
+_ASKS_FOR_NO_CONTENT = re.compile(r"""content['"]?[\])]?\s+is\s+(not\s+)?none""")
 _SWITCHES = weakref.WeakKeyDictionary()       # tokenizer -> {template: whether `thinking` changes the prompt}
 
 
@@ -111,13 +111,15 @@ def _render(tokenizer, messages, tools, template, add_generation_prompt, thinkin
     if template is None:
         _check_v32(tokenizer, special)
         return _render_v32(messages, tools, thinking, add_generation_prompt, plain, own), escape
-    if _ASKS_FOR_NO_CONTENT.search(template):
-        messages = [message | {"content": message["content"] or None} if "tool_calls" in message else message for message in messages]
     guarded = [(own if message["role"] == "assistant" else plain)(message) | {"role": message["role"]}
                for message in messages]
-    variables = {"messages": guarded, "tools": plain(tools), "add_generation_prompt": add_generation_prompt,
-                 "thinking": thinking, "enable_thinking": thinking}
-    return render(template, tokenizer, plain, variables), escape
+    variables = {"tools": plain(tools), "add_generation_prompt": add_generation_prompt, "thinking": thinking, "enable_thinking": thinking}
+    silent = [i for i, message in enumerate(messages) if "tool_calls" in message and not message["content"]]
+    if silent and _ASKS_FOR_NO_CONTENT.search(template):
+        as_none = [message | {"content": None} if i in silent else message for i, message in enumerate(guarded)]
+        with contextlib.suppress(UnsupportedModelError):        # one that asks in one place may take a text for granted in another
+            return render(template, tokenizer, plain, variables | {"messages": as_none}), escape
+    return render(template, tokenizer, plain, variables | {"messages": guarded}), escape
 
 
 def _unused_character(*values):

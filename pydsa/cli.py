@@ -11,7 +11,7 @@ import click
 from pydsa import DEMO, __version__
 from pydsa.console import Writer, chat_loop, progress_bar, use_utf8
 from pydsa.errors import PydsaError
-from pydsa.habits import llama_cpp_options, logit_biases, model_argument
+from pydsa.habits import llama_cpp_options, logit_biases, model_argument, options_of_what_is_so
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
 
 
@@ -121,7 +121,7 @@ def longest_context(path, settings):
 @device_option
 @llama_cpp_options
 @click.option("-cnv/-no-cnv", "--conversation/--no-conversation", "conversation", default=None, hidden=True)
-@click.option("--jinja", is_flag=True, hidden=True, expose_value=False)       # the file's template is used in any case
+@options_of_what_is_so
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat format.")
 @click.option("--special", is_flag=True, help="Encode the texts of control tokens in a --raw prompt as these tokens.")
 @click.option("--system", "-sys", "--system-prompt", "system", help="A system message for the chat format.")

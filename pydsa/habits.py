@@ -19,6 +19,14 @@ INSTEAD = {
 }
 
 
+SO_ANYWAY = ("--jinja", "--no-warmup", "--no-display-prompt")       # what they ask for is always so in `run`
+
+
+def options_of_what_is_so(function):
+    """A decorator: a command that takes the options of SO_ANYWAY."""
+    return click.option(*SO_ANYWAY, "llama_cpp_so", is_flag=True, hidden=True, expose_value=False)(function)
+
+
 def llama_cpp_options(function):
     """A decorator: a command that also takes the options of INSTEAD."""
     for names, sentence in INSTEAD.items():

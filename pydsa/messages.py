@@ -61,9 +61,14 @@ def _checked(message, what):
     if reasoning is not None:
         result["reasoning_content"] = _text(reasoning, f"{what} has a reasoning_content")
     if calls:
-        result["tool_calls"] = [{"type": "function", **call, "function": {**call["function"], "arguments": _arguments(call["function"])}}
-                                for call in calls]
+        result["tool_calls"] = [_call(call) for call in calls]
     return result
+
+
+def _call(call):
+    """A call, with the type that some templates print, and Arguments."""
+    given = {key: value for key, value in call.items() if value is not None}
+    return {"type": "function", **given, "function": {**call["function"], "arguments": _arguments(call["function"])}}
 
 
 def _text(content, what):

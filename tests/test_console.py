@@ -14,7 +14,7 @@ from pydsa.answers import Piece
 from pydsa.cli import main
 from pydsa.console import Writer, answer, read_message, show
 from pydsa.errors import OutOfMemoryError
-from pydsa.habits import INSTEAD
+from pydsa.habits import INSTEAD, SO_ANYWAY
 from pydsa.model import Setup
 from pydsa.session import Session
 
@@ -143,7 +143,7 @@ def test_stop_and_bias(model):
 
 def test_options_of_llama_cpp_that_work(model, load):
     common = ("-t", 1, "-c", 200, "-n", 9, "--temp", 0)
-    assert pydsa("run", "-m", model, "-p", "Hello", *common, "--jinja", "-s", -1).stdout == run(model, *common, "-p", "Hello").stdout
+    assert pydsa("run", "-m", model, "-p", "Hello", *common, *SO_ANYWAY, "-s", -1).stdout == run(model, *common, "-p", "Hello").stdout
     assert run(model, *common, "-p", "Once upon", "-no-cnv").stdout == run(model, *common, "-p", "Once upon", "--raw").stdout
     assert run(model, "-p", "x", "-n", 0, "-sys", "Be brief.").exit_code == 0
     result = pydsa("run", model, "-t", 1, "-p", "x", "-n", 1, "-c", 0)

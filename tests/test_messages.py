@@ -14,7 +14,7 @@ PRINTED = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
 def called(arguments="{}", **message):
-    return {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": arguments}}], **message}
+    return {"role": "assistant", "tool_calls": [{"id": "1", "type": None, "function": {"name": "f", "arguments": arguments}}], **message}
 
 
 def render(template, *messages, special=GLM, **options):
@@ -62,6 +62,8 @@ def test_a_template_that_asks_for_none_gets_none(content):
     asks = ("{% for m in messages if m.role == 'assistant' %}{% if m['content'] is none %}{{ m.tool_calls[0].function.name }}"
             "{% else %}[{{ m.content }}]{% endif %}{% endfor %}")
     assert render(asks, called(content=content)) == ("[x]" if content else "f")
+    assert render("{% for m in messages %}{{ '' if m.role == 'tool' and m.content is none else m.content.strip() }}{% endfor %}",
+                  called(content=content)) == "1+1=?" + (content or "")       # asks, but not of this message
     assert render("{% for m in messages %}{{ m.content.strip() }}{% endfor %}", called(content=content)) == "1+1=?" + (content or "")
 
 
@@ -74,7 +76,7 @@ USES = [("{% for k, v in a.items() %}{{ k }}={{ v }};{% endfor %}", "città=Köl
         ("{{ a | string | trim }}", "TEXT"), ("{{ (a | from_json).n }}", "[1, 2]"), ("{{ ['<', a] | join }}", "<TEXT"),
         ("{{ a if a is string else a | tojson(ensure_ascii=False) }}", "TEXT"), ("{{ a is mapping }}{{ a | length }}", "True2"),
         ("{{ a | tojson(separators=(',', ':')) }}", '{"città":"Köln","n":[1,2]}'),
-        ("{{ messages[1].tool_calls[0].type }}", "function")]
+        ("{{ messages[1].tool_calls[0].type + messages[1].tool_calls[0].id }}", "function1")]
 
 
 @pytest.mark.parametrize("use, expected", USES)
