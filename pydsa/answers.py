@@ -215,8 +215,8 @@ class Stops:
 class Splitter:
     """Splits the text of an answer into pieces of each kind (see Piece).
 
-    Reasoning is only looked for at the beginning, and calls only after it. A call that cannot be read, or is not complete at the end, is
-    given as answer.
+    Reasoning is only looked for at the beginning, and calls after it; a block of calls also ends reasoning. A call that cannot be
+    read, or is not complete at the end, is given as answer.
     """
 
     def __init__(self, layout: Layout):
@@ -254,7 +254,9 @@ class Splitter:
         return [Piece(self._take(end, "reasoning"), "markup")]
 
     def _reasoning(self):
-        return self._until((END_THINK,), "reasoning", lambda mark: "text")
+        """Up to its end, or to a block of calls, as some models forget the end."""
+        opens = self._form.opens if self._form else ()
+        return self._until((END_THINK, *opens), "reasoning", lambda mark: "section" if mark in opens else "text")
 
     def _text(self):
         """The answer, up to a block of calls, or to a call without a block."""
@@ -283,6 +285,9 @@ class Splitter:
 
     def _call(self):
         form = self._form
+        if form.is_none and form.is_none.match(self._pending):      # do not hold prose back until an end that may never come
+            mark, self._mark, self._state, self._searched = self._mark, "", "text", 0
+            return [Piece(mark)]
         end = self._pending.find(form.ends, max(0, self._searched - len(form.ends)))
         self._searched = 0 if end >= 0 else len(self._pending)
         if end < 0:

@@ -32,6 +32,7 @@ class Form(NamedTuple):
     ends: str
     inside: tuple
     parse: Callable                 # (body, types of arguments by function) -> (id or None, name, arguments as JSON text), or None
+    is_none: re.Pattern | None = None       # what a call cannot begin with, where the mark of a call may stand in prose
 
     @property
     def marks(self):
@@ -190,5 +191,5 @@ FORMS = (
     Form("<|tool_calls_section_begin|>", ("<|tool_calls_section_begin|>",), ("<|tool_calls_section_end|>",),
          ("<|tool_call_begin|>",), "<|tool_call_end|>", ("<|tool_call_argument_begin|>",), _read_kimi),
     Form("<arg_key>", (), (), ("\n<tool_call>", "<tool_call>"), "</tool_call>",
-         ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"), _read_glm),
+         ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"), _read_glm, re.compile(r"\s*[^\s<]+\s+[^\s<]")),
 )

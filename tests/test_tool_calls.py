@@ -8,7 +8,7 @@ import pytest
 from chat_cases import QUESTION, small
 from test_chat import V32
 
-from pydsa.answers import Layout, Reader
+from pydsa.answers import Layout, Reader, Splitter
 from pydsa.chat import chat_prompt, encode_chat
 from pydsa.tokenizer import CONTROL, USER_DEFINED
 from pydsa.tool_calls import FORMS, find_form
@@ -182,6 +182,23 @@ def test_calls_are_not_looked_for_without_tools_nor_in_reasoning():
     assert not reply.tool_calls and "<tool_call>" in reply.reasoning and reply.text == "2"
     _, reply = read("glm-4.7", WRITTEN["glm-4.7"][2], tools=None)
     assert not reply.tool_calls and reply.text == WRITTEN["glm-4.7"][2]
+
+
+@pytest.mark.parametrize("name", ["dsml", "deepseek-v3.1", "kimi"])
+def test_a_block_of_calls_ends_reasoning(name):
+    text = WRITTEN[name][2]
+    pieces, reply = read(name, "<think>" + text)
+    assert (reply.reasoning, reply.text, len(reply.tool_calls)) == ("I look.", "", 2) and "".join(pieces) == "<think>" + text
+
+
+def test_prose_with_the_mark_of_a_call_is_not_held_back():
+    special, template, call = WRITTEN["glm-4.7"]
+    splitter = Splitter(Layout(form=find_form(template, ()), tools=TOOLS))
+    assert "".join(splitter.push("Write <tool_call> and a name, ")) == "Write <tool_call> and a name, "
+    assert [piece.kind for piece in splitter.push(call)] == ["answer", "tool_call", "tool_call"]
+    text = "<tool_call>one two " + call
+    pieces = [piece for character in text for piece in splitter.push(character)]
+    assert "".join(pieces) == text and sum(piece.kind == "tool_call" for piece in pieces) == 2
 
 
 def test_the_form_is_that_of_the_template_else_of_the_vocabulary():
