@@ -6,92 +6,120 @@ The format is the chat template of the file, or else that of DeepSeek V3.2. A te
 file: it runs in jinja2's sandbox, with limits on time and on text (template.py). The texts of users and tools are
 marked before they are inserted, so that the text of a special token in them stays plain text.
 """
-import json
+import contextlib
 import re
+import weakref
 from bisect import bisect_right
+from typing import NamedTuple
 
+from pydsa.answers import END_THINK, THINK, Layout
 from pydsa.errors import PydsaError, UnsupportedModelError
-from pydsa.template import render
-
+from pydsa.messages import ROLES, Arguments, check_functions, checked, to_json
+from pydsa.template import check_source, render
+from pydsa.tool_calls import DSML, find_form
 
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]     # Unicode reserves these 32 for internal use
-ROLES = ("system", "user", "assistant", "tool")
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-USER, ASSISTANT, DSML, THINK, END_THINK = "<｜User｜>", "<｜Assistant｜>", "｜DSML｜", "<think>", "</think>"
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+_ASKS_FOR_NO_CONTENT = re.compile(r"""content['"]?[\])]?\s+is\s+(not\s+)?none""")
+_SWITCHES = weakref.WeakKeyDictionary()       # tokenizer -> {template: whether `thinking` changes the prompt}
+
+
+class Prompt(NamedTuple):
+    """A conversation as ids, a list of int, and the Layout of the answer."""
+    ids: list
+    layout: Layout = Layout()
 
 
 def encode_chat(tokenizer, messages: list[dict], *, add_generation_prompt: bool = True, thinking: bool = False,
                 tools: list[dict] | None = None, template: str | None = None) -> list[int]:
     """The token ids of a conversation, a list of int, with BOS once.
 
-    messages: dicts with role and content (text); those of the assistant may have reasoning_content and tool_calls.
+    messages: dicts with role and content: text, or a list of {"type": "text", "text": ...}. Those of the assistant may have
+    reasoning_content and tool_calls, whose arguments are a dict or JSON text; their content may then be None or missing. The role
+    "developer" is that of a system message, unless the template knows it.
     add_generation_prompt: end where the assistant's next turn begins.
-    thinking: let the assistant reason before it answers, if the format supports it.
+    thinking: let the assistant reason before it answers, if the format supports it (see thinking_note).
     tools: the functions that may be called, each as {"type": "function", "function": {"name": ..., ...}}.
     template: a jinja2 template instead of the file's. Without either, the format is that of DeepSeek V3.2.
 
     Raises PydsaError if the messages have another form or the template refuses them; UnsupportedModelError if the
     template fails, or if the V3.2 format is used and the vocabulary lacks its tokens.
     """
-    messages, tools = _check_messages(messages), tools or None
-    _check_functions(tools, "the tools are")
+    return chat_prompt(tokenizer, messages, add_generation_prompt=add_generation_prompt, thinking=thinking, tools=tools,
+                       template=template).ids
+
+
+def chat_prompt(tokenizer, messages, *, add_generation_prompt=True, thinking=False, tools=None, template=None) -> Prompt:
+    """The Prompt of a conversation: its ids, and how the answer is laid out.
+
+    The parameters, and the errors raised, are those of encode_chat.
+    """
+    tools = tools or None
+    check_functions(tools, "the tools are")
     template = tokenizer.chat_template if template is None else template
+    if template is not None:
+        check_source(template, tokenizer)
     try:
         text, escape = _render(tokenizer, messages, tools, template, add_generation_prompt, thinking)
     except RecursionError:
         raise PydsaError("the messages or the tools are nested too deeply, expected a few levels") from None
-    return tokenizer.encode(text, tokenizer.add_bos, parse_special=True, escape=escape)
+    special = (*tokenizer.control_texts, *tokenizer.user_defined_texts)
+    # Texts of users are marked, so a <think> at the end is the format's own, or that of an assistant's message.
+    layout = Layout(text.rstrip().endswith(THINK), _may_think(tokenizer, template), find_form(template, special) if tools else None, tools)
+    return Prompt(tokenizer.encode(text, tokenizer.add_bos, parse_special=True, escape=escape), layout)
+
+
+def _may_think(tokenizer, template):
+    """Whether a model may reason between tags."""
+    return THINK in (template or "") or THINK in tokenizer.control_texts + tokenizer.user_defined_texts
+
+
+def thinking_note(tokenizer, thinking, template=None) -> str | None:
+    """A sentence if the format takes no notice of `thinking`, else None.
+
+    That is so where a short conversation has the same prompt with it and without it, and the model thinks always or never, other than
+    asked. Nothing is said of a template that refuses the short conversation.
+    """
+    template = tokenizer.chat_template if template is None else template
+    if template is None:
+        return None
+    switches = _SWITCHES.setdefault(tokenizer, {})
+    if template not in switches:
+        with contextlib.suppress(PydsaError):
+            without, with_it = (_render(tokenizer, [{"role": "user", "content": "?"}], None, template, True, value)[0]
+                                for value in (False, True))
+            switches[template] = without != with_it
+    if switches.get(template, True) or thinking == (THINK in template):
+        return None
+    if thinking:
+        return "the chat template of this model knows no thinking: it answers as without it"
+    return "the chat template of this model has no switch for thinking: it may reason although it was not asked to"
 
 
 def _render(tokenizer, messages, tools, template, add_generation_prompt, thinking):
     """The text of the prompt, and the mark that keeps texts in it plain."""
+    given, messages = messages, checked(messages)
     # A user-defined token of one character, like "ö" in DeepSeek's vocabularies, is the only way to encode that character.
     special = (*tokenizer.control_texts, *(text for text in tokenizer.user_defined_texts if len(text) > 1))
-    escape = _unused_character(messages, tools, template, special)
+    escape = _unused_character(given, messages, tools, template, special)
     plain = Guard(special, escape)
     own = Guard(tuple(text for text in tokenizer.control_texts if text not in (THINK, END_THINK)), escape)
+    if not re.search("""['"]developer['"]""", template or ""):
+        messages = [message | {"role": "system"} if message["role"] == "developer" else message for message in messages]
     if template is None:
         _check_v32(tokenizer, special)
         return _render_v32(messages, tools, thinking, add_generation_prompt, plain, own), escape
     guarded = [(own if message["role"] == "assistant" else plain)(message) | {"role": message["role"]}
                for message in messages]
-    variables = {"messages": guarded, "tools": plain(tools), "add_generation_prompt": add_generation_prompt,
-                 "thinking": thinking, "enable_thinking": thinking}
-    return render(template, tokenizer, plain, variables), escape
-
-
-def _check_messages(messages):
-    """Check the messages -> the messages, each with a text as content.
-
-    The content is empty where an assistant only called tools.
-    """
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise PydsaError(f"the messages are {messages!r:.80}, expected a list of dicts with role and content")
-    checked = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise PydsaError(f"message {i} is of type {type(message).__name__}, expected a dict with role and content")
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or not re.fullmatch("[A-Za-z_]+", role):
-            raise PydsaError(f"message {i} has the role {role!r:.80}, expected one of {', '.join(ROLES)}")
-        calls = message.get("tool_calls")
-        if content is None and role == "assistant" and calls:
-            content = ""
-        for key, value in ("content", content), ("reasoning_content", message.get("reasoning_content") or ""):
-            if not isinstance(value, str):
-                raise PydsaError(f"message {i} has a {key} of type {type(value).__name__}, expected text")
-        _check_functions(calls, f"message {i} has the tool_calls")
-        checked.append({**message, "content": content})
-    return checked
-
-
-def _check_functions(entries, what):
-    """Check that tools, or calls of tools, each name a function."""
-    listed = entries or [] if isinstance(entries, (list, tuple, type(None))) else [None]
-    functions = [entry.get("function") if isinstance(entry, dict) else None for entry in listed]
-    if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
-        raise PydsaError(f"{what} {entries!r:.80}, expected a list of dicts with a function, which has a name")
+    variables = {"tools": plain(tools), "add_generation_prompt": add_generation_prompt, "thinking": thinking, "enable_thinking": thinking}
+    silent = [i for i, message in enumerate(messages) if "tool_calls" in message and not message["content"]]
+    if silent and _ASKS_FOR_NO_CONTENT.search(template):
+        as_none = [message | {"content": None} if i in silent else message for i, message in enumerate(guarded)]
+        with contextlib.suppress(UnsupportedModelError):        # one that asks in one place may take a text for granted in another
+            return render(template, tokenizer, plain, variables | {"messages": as_none}), escape
+    return render(template, tokenizer, plain, variables | {"messages": guarded}), escape
 
 
 def _unused_character(*values):
@@ -120,6 +148,8 @@ class Guard:
         """The value, with all strings at any depth marked."""
         if isinstance(value, str):
             return self._mark_string(value)
+        if isinstance(value, Arguments):
+            return Arguments({self(key): self(item) for key, item in value.items()}, self._mark_string(str(value)))
         if isinstance(value, dict):
             return {self(key): self(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
@@ -232,7 +262,7 @@ def _render_v32(messages, tools, thinking, add_generation_prompt, plain, own):
 
 def _describe_tools(tools, plain):
     """The part of the system text that describes the tools."""
-    functions = "\n".join(_to_json(plain(tool["function"])) for tool in tools)
+    functions = "\n".join(to_json(plain(tool["function"])) for tool in tools)
     return "\n\n" + _TOOLS.format(dsml=DSML, functions=functions)
 
 
@@ -246,31 +276,10 @@ def _render_answer(message, own, with_reasoning):
     lines = []
     for call in message.get("tool_calls") or ():
         lines.append(f'<{DSML}invoke name="{own(call["function"]["name"])}">')
-        parameters = [f'<{DSML}parameter name="{own(name)}" string="{_to_json(isinstance(value, str))}">'
-                      f"{own(value) if isinstance(value, str) else _to_json(own(value))}</{DSML}parameter>"
-                      for name, value in _arguments(call["function"]).items()]
+        parameters = [f'<{DSML}parameter name="{own(name)}" string="{to_json(isinstance(value, str))}">'
+                      f"{own(value) if isinstance(value, str) else to_json(own(value))}</{DSML}parameter>"
+                      for name, value in call["function"]["arguments"].items()]
         lines += [*(parameters or [""]), f"</{DSML}invoke>"]
     if lines:
         lines = ["\n", f"<{DSML}function_calls>", *lines, f"</{DSML}function_calls>"]
     return (own(reasoning) + END_THINK if with_reasoning else "") + own(answer) + "\n".join(lines) + EOS
-
-
-def _arguments(function):
-    """The arguments of a tool call as a dict; JSON of a dict is parsed."""
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            arguments = None
-    if not isinstance(arguments, dict) or not all(isinstance(name, str) for name in arguments):
-        raise PydsaError(f"the arguments of the tool call {function['name']!r:.80} are "
-                         f"{function.get('arguments')!r:.80}, expected a dict, or JSON of one")
-    return arguments
-
-
-def _to_json(value):
-    try:
-        return json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
-        raise PydsaError(f"tools or arguments hold {value!r:.80}, expected what JSON can hold") from None

@@ -13,6 +13,7 @@ from pydsa.check import check_files, format_check
 from pydsa.console import Writer, chat_loop, progress_bar
 from pydsa.exits import Commands, Failure
 from pydsa.gguf_file import open_gguf
+from pydsa.habits import llama_cpp_options, logit_biases, model_argument, options_of_what_is_so
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
 from pydsa.terminal import json_text, visible
 
@@ -42,7 +43,8 @@ def options(*decorators):
 
 
 cache_types = click.Choice([*CACHE_TYPES, *CACHE_ALIASES])
-ctx_option = click.option("-c", "--ctx-size", "n_ctx", type=int, help="Tokens of context.  [default: 8192, or the model's limit]")
+ctx_option = click.option("-c", "--ctx-size", "n_ctx", type=int,
+                          help="Tokens of context; 0: the model's limit, or what fits in memory.  [default: 8192, or the model's limit]")
 model_options = options(
     click.option("-ub", "--ubatch-size", "n_ubatch", type=int, default=2048, show_default=True,
                  help="Prompt tokens that run together. More tokens read the weights less often, and use more memory."),
@@ -62,12 +64,17 @@ sampling_options = options(
     click.option("--top-p", type=float, default=0.95, show_default=True, help="Sample from the likeliest tokens that sum to P."),
     click.option("--min-p", type=float, default=0.05, show_default=True, help="Drop tokens less likely than P times the likeliest."),
     click.option("--repeat-penalty", type=float, default=1.0, show_default=True, help="Penalty for tokens among the last 64; 1: none."),
-    click.option("-s", "--seed", type=int, help="Seed of the random numbers.  [default: a new one]"))
+    click.option("--logit-bias", metavar="ID(+|-)BIAS", multiple=True, callback=logit_biases,
+                 help="Add to the logit of a token, like 15043+1; 15043-inf: never pick it. Can be repeated."),
+    click.option("-s", "--seed", type=int, callback=lambda context, parameter, seed: None if seed == -1 else seed,
+                 help="Seed of the random numbers; -1: a new one.  [default: -1]"))
 
 
 def load_model(path, threads=None, **settings):
     """Load a model, with progress on stderr."""
     click.echo(f"loading {visible(path)}", err=True)
+    if settings.get("n_ctx") == 0:
+        settings["n_ctx"] = longest_context(path, settings)
     with progress_bar("compiling kernels") as progress:
         from pydsa.model import load
         model = load(path, threads=threads, progress=progress, **settings)
@@ -76,30 +83,44 @@ def load_model(path, threads=None, **settings):
     return model
 
 
+def longest_context(path, settings):
+    """The tokens of -c 0, with a sentence on stderr if memory is short."""
+    from pydsa.fit import longest_context
+    n_ctx, whole = longest_context(path, **{key: value for key, value in settings.items() if key != "n_ctx"})
+    click.echo(f"a context of {n_ctx} tokens, " + ("the model's own" if whole else "as many as the memory holds"), err=True)
+    return n_ctx
+
+
 @main.command()
-@click.argument("model", type=click.Path(), default=DEMO)
+@model_argument(DEMO)
 @click.option("-p", "--prompt", help="The prompt.")
 @click.option("-f", "--file", type=click.File("r", encoding="utf-8"), help="Read the prompt from a file; - is stdin.")
 @click.option("-n", "--predict", "max_tokens", type=int, default=-1, show_default=True, help="Tokens to generate at most; -1: no limit.")
+@click.option("--stop", "-r", "--reverse-prompt", "stop", multiple=True, metavar="TEXT",
+              help="End the answer where it has this text, without it. Can be repeated.")
 @sampling_options
 @threads_option
 @ctx_option
 @model_options
 @attention_option
 @device_option
+@llama_cpp_options
+@click.option("-cnv/-no-cnv", "--conversation/--no-conversation", "conversation", default=None, hidden=True)
+@options_of_what_is_so
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat format.")
 @click.option("--special", is_flag=True, help="Encode the texts of control tokens in a --raw prompt as these tokens.")
-@click.option("--system", help="A system message for the chat format.")
+@click.option("--system", "-sys", "--system-prompt", "system", help="A system message for the chat format.")
 @click.option("--think", is_flag=True, help="Let the model reason before it answers, if it can.")
-def run(model, prompt, file, max_tokens, raw, special, system, think, threads, **settings):
+def run(model, prompt, file, max_tokens, stop, conversation, raw, special, system, think, threads, **settings):
     """Generate text, or chat.
 
     Without MODEL it runs the demo model, which finds codes in notes. With -p, -f or piped input, only the answer goes to stdout. On a
-    terminal without them it starts a chat.
+    terminal without them it starts a chat. Reasoning goes to stderr.
     """
     from pydsa.sampling import Sampling
     if prompt is not None and file is not None:
         raise click.UsageError("Give the prompt with -p or with -f, not both.")
+    raw = raw or conversation is False
     if raw and (system or think):
         raise click.UsageError("--system and --think belong to the chat format, which --raw leaves out.")
     if special and not raw:
@@ -108,26 +129,31 @@ def run(model, prompt, file, max_tokens, raw, special, system, think, threads, *
     chatting = prompt is None and file is None and sys.stdin.isatty()
     if chatting and raw:
         raise click.UsageError("--raw continues a text: give it with -p, -f or a pipe.")
+    if conversation and (raw or not chatting):
+        raise click.UsageError("-cnv chats on a terminal: leave out -p, -f, --raw and pipes, or leave out -cnv.")
     if not chatting and prompt is None:
         prompt = read_text(file or sys.stdin)
     if prompt is not None and not prompt and not raw:
         raise Failure("The prompt is empty.")
     engine = load_model(model, threads, **settings)
-    from pydsa.chat import encode_chat
+    from pydsa.chat import Prompt, chat_prompt, thinking_note
     messages = [{"role": "system", "content": system}] if system else []
-    writer = Writer(engine, sampling, None if max_tokens < 0 else max_tokens)
+    writer = Writer(engine, sampling, None if max_tokens < 0 else max_tokens, stop)
+    note = None if raw else thinking_note(engine.tokenizer, think)
+    if note:
+        click.echo(note, err=True)
     if chatting:
         chat_loop(engine, writer, messages, think)
         return
     if raw:
-        ids = engine.tokenize(prompt, parse_special=special)
-        if not ids:
+        prompt = Prompt(engine.tokenize(prompt, parse_special=special))
+        if not prompt.ids:
             raise Failure("The prompt is empty.")
     else:
-        ids = encode_chat(engine.tokenizer, [*messages, {"role": "user", "content": prompt}], thinking=think)
+        prompt = chat_prompt(engine.tokenizer, [*messages, {"role": "user", "content": prompt}], thinking=think)
     unread = False
     try:
-        writer.write(ids)
+        writer.write(prompt)
     except OSError:         # stdout's
         unread = True
         raise
@@ -145,7 +171,8 @@ def read_text(file):
 
 
 @main.command()
-@click.argument("model", type=click.Path(), default=DEMO)
+@model_argument(DEMO)
+@llama_cpp_options
 @click.option("-p", "--n-prompt", default="512", show_default=True, help="Prompt lengths to time, e.g. 128,512; 0: none.")
 @click.option("-n", "--n-gen", default="128", show_default=True, help="Numbers of tokens to generate; 0: none.")
 @click.option("-d", "--n-depth", default="0", show_default=True, help="Tokens already in the context, e.g. 0,4096.")
@@ -198,7 +225,8 @@ def comma_numbers(name, text):
 
 
 @main.command()
-@click.argument("model", type=click.Path())
+@model_argument()
+@llama_cpp_options
 @ctx_option
 @model_options
 @attention_option
@@ -219,12 +247,15 @@ def info(ctx, model, output, check, **settings):
         ctx.exit(0 if report["sound"] else 1)
     from pydsa.model import Setup
     from pydsa.report import describe, format_report
+    if settings["n_ctx"] == 0:
+        settings["n_ctx"] = Setup(model, **settings | {"n_ctx": None}).config.n_ctx_train
     report = describe(Setup(model, **settings))
     click.echo(json_text(report) if output == "json" else format_report(report), nl=output == "json")
 
 
 @main.command()
-@click.argument("model", type=click.Path())
+@model_argument()
+@llama_cpp_options
 @click.option("-p", "--prompt", required=True, help="The text to run.")
 @click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", show_default=True,
               help="Form of the table.")
@@ -241,6 +272,6 @@ def trace(model, prompt, output, threads, **settings):
     from pydsa.bench import format_rows
     from pydsa.report import compare_nodes
     engine = load_model(model, threads, **settings)
-    reference = load_model(model, device="reference", **settings)
+    reference = load_model(model, device="reference", **settings | {"n_ctx": engine.n_ctx})
     rows = compare_nodes(engine, reference, engine.tokenize(prompt))
     click.echo(format_rows(rows, output), nl=False)

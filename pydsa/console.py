@@ -1,7 +1,9 @@
 """The terminal: progress bars, streamed answers and the chat loop."""
 import contextlib
 import io
+import os
 import re
+import select
 import sys
 import time
 
@@ -10,7 +12,11 @@ import click
 from pydsa.errors import ContextFullError, PydsaError
 from pydsa.terminal import harmless, visible
 
-CHAT_HELP = "/help  this list\n/clear  forget the conversation\n/exit  leave (also Ctrl-D)\nCtrl-C  stop a reply"
+CHAT_HELP = """/help  this list
+/clear  forget the conversation
+/exit  leave (also Ctrl-D)
+Ctrl-C  stop a reply
+\"\"\"  begins and ends a message of several lines; so does a \\ at the end of a line; pasted lines are one message"""
 
 
 @contextlib.contextmanager
@@ -55,29 +61,30 @@ def use_utf8():
 
 
 class Writer:
-    """Streams the answers of one session to stdout.
+    """Streams the answers of one session: the answer to stdout, reasoning to stderr.
 
-    A terminal gets what would control it in a form that shows it; a pipe or a file gets every byte. It keeps the text and the figures of
-    the last answer for summary().
+    On a terminal reasoning is dimmed, and what would control the terminal is shown; a pipe or a file gets every byte. It keeps the Reply
+    and the figures of the last answer, for the conversation and for summary().
     """
 
-    def __init__(self, model, sampling, max_tokens):
-        self.model, self.sampling, self.max_tokens = model, sampling, max_tokens
-        self.session = model.session()
+    def __init__(self, model, sampling, max_tokens, stop=None):
+        self.model, self.sampling, self.max_tokens, self.stop = model, sampling, max_tokens, stop
+        self.session, self.reply = model.session(), None
         self.n_prompt = self.n_generated = 0
 
-    def write(self, ids):
-        """Generate the answer to a context of token ids, and write it.
+    def write(self, prompt):
+        """Generate the answer to a chat.Prompt, and write it.
 
-        The prefix that the session has already is not run again. `text` becomes the text that was written.
+        The prefix that the session has already is not run again. `reply` becomes the answers.Reply, as far as it came.
         """
-        self.text, self.n_prompt, self.n_generated = "", 0, 0
+        from pydsa.answers import Reader
+        reader = Reader(self.model.tokenizer, self.stop, prompt.layout)
+        self.reply, self.n_prompt, self.n_generated = reader.reply, 0, 0
         self.prompt_seconds = self.seconds = 0.0
-        start, n_reused = time.perf_counter(), self.session.reuse(ids)
-        shown = harmless if sys.stdout.isatty() else str
+        start, n_reused = time.perf_counter(), self.session.reuse(prompt.ids)
         with progress_bar("reading the prompt") as progress:
-            logits = self.session.prefill(ids[n_reused:], progress)
-        self.n_prompt, self.prompt_seconds = len(ids) - n_reused, time.perf_counter() - start
+            logits = self.session.prefill(prompt.ids[n_reused:], progress)
+        self.n_prompt, self.prompt_seconds = len(prompt.ids) - n_reused, time.perf_counter() - start
 
         def timed(tokens):
             for token in tokens:
@@ -85,10 +92,8 @@ class Writer:
                 self.seconds = time.perf_counter() - start - self.prompt_seconds
                 yield token
 
-        for piece in self.model.decode_stream(timed(self.session.sample(logits, self.max_tokens, self.sampling))):
-            self.text += piece
-            sys.stdout.write(shown(piece))
-            sys.stdout.flush()
+        tokens = timed(self.session.sample(logits, self.max_tokens, self.sampling))
+        show(reader.read(tokens, self.max_tokens, len(prompt.ids)))
 
     def summary(self):
         """One line: speeds, time to the first token, the attention in use."""
@@ -101,33 +106,107 @@ class Writer:
                 f"first token after {self.prompt_seconds:.2f} s; attention {attention_in_words(self.model.setup)}")
 
 
-def chat_loop(model, writer, messages, think):
-    """Read a line and answer it, until /exit or the end of input."""
-    from rich.console import Console
+def show(pieces):
+    """Write pieces of an answer as they come.
+
+    The answer goes to stdout, and reasoning to stderr, dimmed on a terminal, with a line break after it. What would control a terminal is
+    shown there.
+    """
+    thought, safe = "", {stream: harmless if stream.isatty() else str for stream in (sys.stdout, sys.stderr)}
+    try:
+        for piece in pieces:
+            if piece.kind == "reasoning":
+                thought = piece
+                text = safe[sys.stderr](piece)
+                click.echo(text if "NO_COLOR" in os.environ else click.style(text, dim=True), nl=False, err=True)
+            elif piece.kind == "answer":
+                thought = _end_line(thought)
+                sys.stdout.write(safe[sys.stdout](piece))
+                sys.stdout.flush()
+    finally:
+        _end_line(thought)
+
+
+def _end_line(text):
+    """End the line of a text on stderr, unless it is ended; returns ""."""
+    if text and not text.endswith("\n"):
+        click.echo("", err=True)
+    return ""
+
+
+def read_message(console):
+    """Read a message from the terminal: a line, or several.
+
+    Several are lines between two \"\"\", lines with a backslash at their end and the one after them, or lines that were pasted. Raises
+    EOFError at the end of input, and what input() raises.
+    """
+    lines = [console.input("> ", markup=False), *_pasted()]
+    if lines[0].lstrip().startswith('"""'):
+        lines[0] = lines[0].lstrip()[3:]
+        while not lines[-1].rstrip().endswith('"""'):
+            lines.append(console.input(". ", markup=False))
+        lines[-1] = lines[-1].rstrip()[:-3]
+        return "\n".join(lines).strip("\n")
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(console.input(". ", markup=False))
+    return "\n".join(lines)
+
+
+def _pasted():
+    """The lines that wait on stdin where it is no line editor that takes them.
+
+    GNU readline gives a paste as one line with line breaks in it (see line_editor). Without it the lines of a paste are there at once,
+    as nobody types that fast.
+    """
+    lines = []
+    with contextlib.suppress(OSError, ValueError, EOFError):      # no such call for consoles of Windows
+        while not _brackets_pastes() and select.select([sys.stdin], [], [], 0.02)[0]:
+            lines.append(input())
+    return lines
+
+
+def _brackets_pastes():
+    """Whether input() is edited by GNU readline, which needs a terminal."""
+    readline = sys.modules.get("readline")
+    return readline is not None and "libedit" not in (readline.__doc__ or "") and sys.stdout.isatty()
+
+
+def line_editor():
+    """Turn on line editing in input(), where Python has it.
+
+    GNU readline then also tells pasted line breaks from the Enter key.
+    """
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (line editing in input())
+        import readline
+        if _brackets_pastes():
+            readline.parse_and_bind("set enable-bracketed-paste on")
+
+
+def chat_loop(model, writer, messages, think):
+    """Read a message and answer it, until /exit or the end of input."""
+    from rich.console import Console
+    line_editor()
     console, start = Console(stderr=True, highlight=False), list(messages)
     console.print(f"{visible(model.config.name)}, a context of {model.n_ctx} tokens; /help lists the commands", markup=False)
     while True:
         try:
-            line = console.input("> ", markup=False)
+            text = read_message(console)
+            if text.strip() == "/exit":
+                break
+            if text.strip() == "/clear":
+                messages = list(start)
+            elif re.fullmatch(r"\s*/\w+\s*", text):
+                wrong = "" if text.strip() == "/help" else f"there is no command {visible(text.strip())}\n"
+                console.print(f"{wrong}{CHAT_HELP}", markup=False)
+            elif text.strip():
+                messages = answer(model, writer, [*messages, {"role": "user", "content": text}], think)
         except EOFError:
             break
         except KeyboardInterrupt:
             console.print("\n/exit or Ctrl-D leaves")
-            continue
         except UnicodeDecodeError:
             console.print("the line is not UTF-8 text")
-            continue
-        if line.strip() == "/exit":
-            break
-        if line.strip() == "/clear":
-            messages = list(start)
-        elif re.fullmatch(r"\s*/\w+\s*", line):
-            wrong = "" if line.strip() == "/help" else f"there is no command {visible(line.strip())}\n"
-            console.print(f"{wrong}{CHAT_HELP}", markup=False)
-        elif line.strip():
-            messages = answer(model, writer, [*messages, {"role": "user", "content": line}], think)
     console.print("")
 
 
@@ -136,20 +215,21 @@ def answer(model, writer, messages, think):
 
     They include the reply, also if it was stopped. A question that failed is removed.
     """
-    from pydsa.chat import encode_chat
-    failed = False
+    from pydsa.chat import chat_prompt
+    failed, writer.reply = False, None
     try:
-        writer.write(encode_chat(model.tokenizer, messages, thinking=think))
+        writer.write(chat_prompt(model.tokenizer, messages, thinking=think))
     except KeyboardInterrupt:
         click.echo("\n[stopped]", err=True)
     except ContextFullError as error:
         click.echo(f"\n{visible(str(error))} /clear starts a new conversation.", err=True)
-        failed = not writer.text
+        failed = writer.reply is None or not writer.reply.n_generated
     except PydsaError as error:
         click.echo(f"\n{visible(str(error))}", err=True)
         failed = True
-    if failed:
+    if failed or writer.reply is None:
         return messages[:-1]
     sys.stdout.write("\n")
+    sys.stdout.flush()
     click.echo(writer.summary(), err=True)
-    return [*messages, {"role": "assistant", "content": writer.text}]
+    return [*messages, writer.reply.message]

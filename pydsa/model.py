@@ -4,17 +4,20 @@ A Setup says what running the file needs: configuration, schedule, graphs and me
 backend.
 """
 import collections
+import collections.abc
 import functools
 import hashlib
 import math
 import os
 import re
+import warnings
 
 import numpy as np
 
+from pydsa.answers import Reader
 from pydsa.backends.devices import DEVICES
 from pydsa.cache import VectorCache
-from pydsa.chat import encode_chat
+from pydsa.chat import chat_prompt, thinking_note
 from pydsa.check import warn_of_gaps
 from pydsa.diagnosis import refuse_hidden
 from pydsa.errors import PydsaError, UnsupportedModelError
@@ -27,7 +30,7 @@ from pydsa.plan import Runner, check_memory, lay_out
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES, cache_row_bytes
 from pydsa.sampling import Sampling
 from pydsa.schedule import VARIANTS, Schedule
-from pydsa.session import Session
+from pydsa.session import Session, check_ids, check_max_tokens
 from pydsa.signals import interrupts_held
 from pydsa.tokenizer import Tokenizer
 
@@ -311,29 +314,63 @@ class Model:
         """
         return self.session().logits(ids)
 
-    def generate(self, prompt, max_tokens=None, **sampling):
+    def generate(self, prompt, max_tokens=None, stop=None, **sampling):
         """Continue a text, or token ids, in a new context.
 
-        Returns an iterator of str pieces, in whole characters, as they are sampled. max_tokens: tokens to sample at most; None: no limit.
-        sampling: fields of Sampling. Raises PydsaError for options or ids that are not valid, and ContextFullError when the context is
-        full.
+        Returns an iterator of str pieces, in whole characters, as they are sampled (an answers.Stream). max_tokens: tokens to sample at
+        most; None: no limit. stop: a text, or a list of texts, of which the first to come ends the answer, and is no part of it.
+        sampling: fields of Sampling; logit_bias may also have texts as keys, and then holds for each of a text's tokens. Raises PydsaError
+        for options or ids that are not valid, and ContextFullError when the context is full.
         """
-        sampling = Sampling(**sampling)
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
-        return self.decode_stream(self.session().generate(ids, max_tokens, sampling))
+        sampling, reader = self._sampling(sampling), Reader(self.tokenizer, stop)
+        check_max_tokens(max_tokens)
+        ids = check_ids(self.tokenize(prompt) if isinstance(prompt, str) else prompt, self.config.n_vocab)
+        return reader.read(self.session().generate(ids, max_tokens, sampling), max_tokens, ids.size)
 
-    def chat(self, messages, max_tokens=None, thinking=False, tools=None, template=None, progress=None, **sampling):
+    def complete(self, prompt, max_tokens=None, stop=None, **sampling):
+        """Continue a text, or token ids, as generate() does -> a whole Reply."""
+        return self.generate(prompt, max_tokens, stop, **sampling).finish()
+
+    def chat(self, messages, max_tokens=None, thinking=False, tools=None, template=None, progress=None, stop=None, **sampling):
         """Answer a conversation, a list of {"role": ..., "content": ...}.
 
-        Returns an iterator of str pieces, in whole characters, as they are sampled. The session of the last answer is kept: the common
-        prefix of the two conversations is not run again. Answers that are read at the same time have sessions of their own.
+        Returns an iterator of str pieces, in whole characters, as they are sampled (an answers.Stream). A piece's `kind` tells the answer
+        from reasoning and, with tools, from calls (answers.Piece); `reply` of the iterator is what they add up to so far (answers.Reply).
+        The session of the last answer is kept: the common prefix of the two conversations is not run again. Answers that are read at the
+        same time have sessions of their own.
 
-        messages, thinking, tools, template: as for chat.encode_chat. max_tokens, sampling: as for generate(). progress(done, total) is
-        called while the prompt runs, with tokens. Raises the errors of encode_chat and of generate().
+        messages, thinking, tools, template: as for chat.encode_chat; warns if the template takes no notice of `thinking`. max_tokens, stop,
+        sampling: as for generate(); stop is looked for in all that the model writes. progress(done, total) is called while the prompt runs,
+        with tokens. Raises the errors of encode_chat and of generate().
         """
-        sampling = Sampling(**sampling)
-        ids = encode_chat(self.tokenizer, messages, thinking=thinking, tools=tools, template=template)
-        return self.decode_stream(self._answer(ids, max_tokens, sampling, progress))
+        sampling = self._sampling(sampling)
+        check_max_tokens(max_tokens)
+        prompt = chat_prompt(self.tokenizer, messages, thinking=thinking, tools=tools, template=template)
+        note = thinking_note(self.tokenizer, thinking, template)
+        if note:
+            warnings.warn(note, stacklevel=2)
+        ids, reader = prompt.ids, Reader(self.tokenizer, stop, prompt.layout)
+        return reader.read(self._answer(ids, max_tokens, sampling, progress), max_tokens, len(ids))
+
+    def reply(self, messages, max_tokens=None, **options):
+        """Answer a conversation as chat() does, with its options -> a Reply.
+
+        A Reply has text, reasoning, tool_calls, finish_reason, n_prompt, n_generated, and the message to put back (answers.Reply).
+        """
+        return self.chat(messages, max_tokens, **options).finish()
+
+    def _sampling(self, options):
+        """The Sampling with these options, where logit_bias may have texts."""
+        bias = options.get("logit_bias")
+        if isinstance(bias, collections.abc.Mapping):
+            ids = {}
+            for token, value in bias.items():
+                tokens = self.tokenize(token, add_bos=False, parse_special=True) if isinstance(token, str) else [token]
+                if not tokens:
+                    raise PydsaError("logit_bias has an empty text, expected texts of tokens, or token ids.")
+                ids |= dict.fromkeys(tokens, value)
+            options = options | {"logit_bias": ids}
+        return Sampling(**options)
 
     def _answer(self, ids, max_tokens, sampling, progress):
         """Yield the ids after a whole context, with the last chat's session."""
@@ -345,17 +382,6 @@ class Model:
             yield from session.generate(ids[session.reuse(ids):], max_tokens, sampling, progress)
         finally:
             self._chats.append(session)
-
-    def decode_stream(self, ids):
-        """Yield the text of ids as they arrive, in whole characters."""
-        decoder = self.tokenizer.decoder()
-        for token in ids:
-            piece = decoder.push(token)
-            if piece:
-                yield piece
-        rest = decoder.flush()
-        if rest:
-            yield rest
 
 
 def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=DEFAULT_N_UBATCH,

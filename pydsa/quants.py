@@ -52,12 +52,38 @@ TYPES = {
     "IQ4_NL": _block(32, [("d", "<u2"), ("qs", "u1", 16)]),
     "IQ4_XS": _block(256, [("d", "<u2"), ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128)]),
     "MXFP4": _block(32, [("e", "u1"), ("qs", "u1", 16)]),
+    "NVFP4": _block(64, [("scales", "u1", 4), ("qs", "u1", 32)], 16),
+    "IQ1_S": _block(256, [("d", "<u2"), ("qs", "u1", 32), ("qh", "<u2", 8)]),
+    "IQ1_M": _block(256, [("qs", "u1", 32), ("qh", "u1", 16), ("scales", "<u2", 4)], 16),
+    "IQ2_XXS": _block(256, [("d", "<u2"), ("qs", "<u4", 16)]),
+    "IQ2_XS": _block(256, [("d", "<u2"), ("qs", "<u2", 32), ("scales", "u1", 8)], 16),
+    "IQ2_S": _block(256, [("d", "<u2"), ("qs", "u1", 32), ("signs", "u1", 32), ("qh", "u1", 8), ("scales", "u1", 8)], 16),
+    "IQ3_XXS": _block(256, [("d", "<u2"), ("qs", "u1", 64), ("signs", "<u4", 8)]),
+    "IQ3_S": _block(256, [("d", "<u2"), ("qs", "u1", 64), ("qh", "u1", 8), ("signs", "u1", 32), ("scales", "u1", 4)]),
+    "TQ1_0": _block(256, [("qs", "u1", 48), ("qh", "u1", 4), ("d", "<u2")]),
+    "TQ2_0": _block(256, [("qs", "u1", 64), ("d", "<u2")]),
+    "Q1_0": _block(128, [("d", "<u2"), ("qs", "u1", 16)]),
 }
 SUPPORTED = tuple(TYPES)
 
 # The levels that the four-bit codes of these types select
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 MXFP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)       # twice the values of the format
+
+# The positive levels that codes of these types select; codes of IQ1 are -1, 0 and 1
+IQ2_LEVELS, IQ3_XXS_LEVELS, IQ3_S_LEVELS = (8, 25, 43), (4, 12, 20, 28, 36, 44, 52, 62), (1, 3, 5, 7, 9, 11, 13, 15)
+
+
+def grid(name):
+    """Return the grid of an i-quant: int8 [n, 8], for IQ3 [n, 4].
+
+    An index in a block selects a row. The tables are those of gguf-py.
+    """
+    from gguf import quants     # a tenth of a second, which `info` need not wait
+    kind = getattr(quants, name)
+    kind.init_grid()
+    return kind.grid.reshape(kind.grid_shape).astype(np.int8)
+
 
 # The greatest magnitude of an int8x2 number, two signed bytes 256 high + low. It is 127 * 256, as a greater one could carry into a high
 # byte of 128.

@@ -2,9 +2,10 @@
 
     token = Sampler(Sampling(temperature=0.7, seed=1)).pick(logits, history)
 
-The steps, their order and their formulas are those of llama.cpp: penalties, top_k, top_p, min_p, temperature, a draw.
+The steps, their order and their formulas are those of llama.cpp: biases, penalties, top_k, top_p, min_p, temperature, a draw.
 """
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Sequence
 
@@ -29,6 +30,7 @@ class Sampling:
     frequency_penalty: float = 0.0      # subtract this for each time that a recent token occurs
     presence_penalty: float = 0.0       # subtract this once from a recent token
     seed: int | None = None             # the same seed gives the same draws; None: a new seed every time
+    logit_bias: Mapping | None = None   # token id -> what is added to its logit; -inf or False: the token is never picked
 
     def __post_init__(self):
         self._require("temperature", 0)
@@ -41,11 +43,29 @@ class Sampling:
         self._require("presence_penalty")
         if self.seed is not None:
             self._require("seed", 0, integer=True)
+        if self.logit_bias is not None:
+            self._check_bias()
 
     @property
     def penalizes(self):
         """Whether the choice depends on the text so far."""
         return self.repeat_last_n != 0 and (self.repeat_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
+
+    @property
+    def needs_host(self):
+        """Whether a device cannot pick the token, as it changes no logits."""
+        return self.penalizes or bool(self.logit_bias)
+
+    def _check_bias(self):
+        """Check that logit_bias has ids as keys, and numbers or False."""
+        if not isinstance(self.logit_bias, Mapping):
+            raise PydsaError(f"logit_bias is {self.logit_bias!r:.80}, expected a dict of token ids and numbers")
+        for token, bias in self.logit_bias.items():
+            if not isinstance(token, (int, np.integer)) or isinstance(token, bool) or token < 0:
+                raise PydsaError(f"logit_bias has the token {token!r:.80}, expected a token id")
+            number = isinstance(bias, (int, float, np.integer, np.floating)) and bias is not True
+            if not number or math.isnan(bias) or bias == math.inf:
+                raise PydsaError(f"logit_bias of token {token} is {bias!r:.80}, expected a number, or -inf or False to ban the token")
 
     def _require(self, name, low=-math.inf, high=math.inf, integer=False, open_low=False):
         """Check that an option is a finite number, low <= value <= high."""
@@ -68,15 +88,18 @@ class Sampler:
     def __init__(self, sampling: Sampling | None = None):
         self.sampling = Sampling() if sampling is None else sampling
         self._random = np.random.default_rng(self.sampling.seed)
+        biases = self.sampling.logit_bias or {}
+        self._biased = np.fromiter(biases, np.int64, len(biases))
+        self._biases = np.array([-math.inf if bias is False else bias for bias in biases.values()], np.float64)
 
     def pick(self, logits: np.ndarray, history: Sequence[int] = ()) -> int:
         """The next token id, an int.
 
         logits: floats [n_vocab]. history: the ids of the text so far, with the prompt. Raises PydsaError if the greatest logit is not
-        finite, or if the history has ids that are not in the vocabulary.
+        finite, if all tokens are banned, or if the history or logit_bias has ids that are not in the vocabulary.
         """
         sampling = self.sampling
-        logits = self._penalize(np.asarray(logits), history)
+        logits = self._penalize(self._bias(np.asarray(logits)), history)
         best = int(np.argmax(logits))       # of equal logits the lowest index; NaN counts as the greatest
         self.check(logits[best])
         if sampling.temperature == 0:
@@ -99,16 +122,29 @@ class Sampler:
         """The settings for a device that picks from up to `most` tokens.
 
         They are top_k (0: greedy), top_p, min_p, temperature and a random number from 0 to 1. None if the device cannot pick the token,
-        as penalties need the history, or as there are more tokens to pick from.
+        as penalties and biases change logits, or as there are more tokens to pick from.
         """
         sampling = self.sampling
-        if most == 0 or sampling.penalizes:
+        if most == 0 or sampling.needs_host:
             return None
         if sampling.temperature == 0:
             return 0, 1.0, 0.0, 1.0, 0.0
         if not 0 < sampling.top_k <= most:
             return None
         return sampling.top_k, sampling.top_p, sampling.min_p, sampling.temperature, self._random.random()
+
+    def _bias(self, logits):
+        """Add the biases to the logits of their tokens."""
+        if self._biased.size == 0:
+            return logits
+        if self._biased.max() >= len(logits):
+            raise PydsaError(f"logit_bias has the token {self._biased.max()}, expected ids from 0 to {len(logits) - 1}")
+        self.check(logits.max())            # damaged logits, before a ban can hide them
+        logits = logits.astype(np.float64)
+        logits[self._biased] += self._biases
+        if logits.max() == -math.inf:
+            raise PydsaError("logit_bias bans every token that the model can pick, expected one to be left")
+        return logits
 
     def _penalize(self, logits, history):
         """Apply the penalties to the logits of recent tokens.

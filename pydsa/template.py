@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from datetime import datetime
 
 from pydsa.errors import PydsaError, UnsupportedModelError
+from pydsa.messages import Arguments
 
 MAX_TEMPLATE = 1 << 18      # characters; the templates of the supported models have a few thousand
 MAX_TEXT = 8_000_000        # characters of the prompt, and of every intermediate string
@@ -83,6 +84,7 @@ def _join(separator, values):
 
 
 def _replace(text, old, new, count=None):
+    text, old, new = str(text), str(old), str(new)      # as jinja2's own filter does
     _check_size(len(text) + text.count(old) * len(new))
     return text.replace(old, new, -1 if count is None else count)
 
@@ -111,7 +113,17 @@ def _refuse(message):
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     if indent is not None and indent not in range(17):
         raise _LimitError(f"it indents by {indent!r:.80}")
+    if isinstance(value, Arguments) and (ensure_ascii, indent, separators, sort_keys) == (False, None, None, False):
+        return str(value)       # with the caller's spaces and escapes
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _from_json(plain, text):
+    """The value of a JSON text, with its strings marked by plain().
+
+    Arguments of calls are such a value already.
+    """
+    return text if isinstance(text, Arguments) else plain(json.loads(text))
 
 
 def _code_generator():
@@ -172,6 +184,24 @@ def _flat_namespace():
     return FlatNamespace
 
 
+def _generation_blocks():
+    """The extension of {% generation %}...{% endgeneration %}.
+
+    The transformers library marks with it what the assistant wrote, to train on it; here it is as if the tags were not there.
+    """
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    return Generation
+
+
 @functools.lru_cache(maxsize=1)
 def _sandbox():
     """The class of the environment that templates run in.
@@ -180,7 +210,7 @@ def _sandbox():
     """
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
-    flat_namespace = _flat_namespace()
+    flat_namespace, generation_blocks = _flat_namespace(), _generation_blocks()
 
     class Sandbox(ImmutableSandboxedEnvironment):
         code_generator_class = _code_generator()
@@ -189,10 +219,10 @@ def _sandbox():
         intercepted_binops = frozenset(("+", "*", "%", "**"))
 
         def __init__(self, plain):
-            super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+            super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", generation_blocks])
             self.binop_table |= {"+": _bounded(operator.add), "*": _multiply, "%": _remainder, "**": _power}
             self.filters |= {"join": self.join, "replace": _replace, "tojson": _tojson,
-                             "from_json": lambda text: plain(json.loads(text))}
+                             "from_json": functools.partial(_from_json, plain)}
             self.filters = {name: _bounded(function) for name, function in self.filters.items()
                             if name not in _UNAVAILABLE_FILTERS}
             del self.globals["lipsum"]
@@ -250,15 +280,20 @@ def _deadline(seconds):
         sys.settrace(before)
 
 
+def check_source(source, tokenizer):
+    """Raise UnsupportedModelError if `source` is no text, or a huge one."""
+    if not isinstance(source, str) or len(source) > MAX_TEMPLATE:
+        raise UnsupportedModelError(f"{tokenizer.path}: the chat template is {source!r:.80}, "
+                                    f"expected a text of at most {MAX_TEMPLATE} characters")
+
+
 def render(source, tokenizer, plain, variables):
     """The text that the template `source` makes of the variables.
 
     plain() is applied to the values that the template parses from JSON. Raises PydsaError if the template refuses the messages, and
     UnsupportedModelError if it fails or exceeds a limit.
     """
-    if not isinstance(source, str) or len(source) > MAX_TEMPLATE:
-        raise UnsupportedModelError(f"{tokenizer.path}: the chat template is {source!r:.80}, "
-                                    f"expected a text of at most {MAX_TEMPLATE} characters")
+    check_source(source, tokenizer)
     for name, token_id in ("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id):
         variables[name] = "" if token_id is None else tokenizer.tokens[token_id]
     environment = _sandbox()(plain)

@@ -209,9 +209,12 @@ class Tokenizer:
         """
         return b"".join(self.token_bytes(token_id, skip_special) for token_id in ids).decode(errors="replace")
 
-    def decoder(self) -> "StreamDecoder":
-        """A new decoder for ids that arrive one by one."""
-        return StreamDecoder(self)
+    def decoder(self, shown=frozenset()) -> "StreamDecoder":
+        """A new decoder for ids that arrive one by one.
+
+        shown: ids of control tokens whose text is given too.
+        """
+        return StreamDecoder(self, shown)
 
     def token_bytes(self, token_id: int, skip_special: bool = False) -> bytes:
         """The bytes of one token.
@@ -234,16 +237,16 @@ class Tokenizer:
 class StreamDecoder:
     """Decodes ids that arrive one by one, without control tokens.
 
-    A character is returned as soon as it is complete.
+    A character is returned as soon as it is complete. shown: ids of control tokens that are decoded nevertheless.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, shown=frozenset()):
+        self._tokenizer, self._shown = tokenizer, shown
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
         """The characters that `token_id` completes, or ''."""
-        return self._utf8.decode(self._tokenizer.token_bytes(token_id, skip_special=True))
+        return self._utf8.decode(self._tokenizer.token_bytes(token_id, skip_special=token_id not in self._shown))
 
     def flush(self) -> str:
         """The rest at the end: U+FFFD for an incomplete character, else ''."""

@@ -9,10 +9,10 @@ import math
 import os
 from typing import NamedTuple
 
+import gguf.quants
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
-from gguf.quants import quantize
 
 from pydsa.backends import reference
 from pydsa.backends.cpu import amx, threads
@@ -130,6 +130,35 @@ def integers(low, high, *shape):
     return rng(*shape, high).integers(low, high + 1, shape).astype(np.float32)
 
 
+def dequantize(data, kind):
+    """Rows of a GGUF type, by name, as gguf-py dequantizes them.
+
+    It does not know Q1_0: a float16 d and 128 bits, d where a bit is set, else -d.
+    """
+    if kind != "Q1_0":
+        return gguf.quants.dequantize(data, GGMLQuantizationType[kind])
+    blocks = data.reshape(-1, 18)
+    bits = blocks[:, 2:, None] >> np.arange(8, dtype=np.uint8) & 1
+    d = blocks[:, :2].copy().view("<f2").astype(np.float32)
+    return ((bits.reshape(-1, 128) * np.float32(2) - 1) * d).reshape(*data.shape[:-1], -1)
+
+
+def set_scales(blocks, kind, values, exponents=None):
+    """Set the scales of blocks to values, or to float16 bits.
+
+    Those of MXFP4 become 2^exponents; of NVFP4 the exponents are set, not the three bits of the mantissa.
+    """
+    names, bits = blocks.dtype.names, values if values.dtype == np.uint16 else values.astype(np.float16).view(np.uint16)
+    for field in {"d", "dmin", "m"} & set(names):
+        blocks[field] = bits
+    if kind == "IQ1_M":     # four bits of d above the scales of each 64 weights
+        blocks["scales"] = blocks["scales"] & 0x0FFF | (bits[:, None] >> np.uint16([0, 4, 8, 12]) & 15) << 12
+    if kind == "MXFP4" and exponents is not None:
+        blocks["e"] = exponents + 127
+    if kind == "NVFP4" and exponents is not None:
+        blocks["scales"] = blocks["scales"] & 7 | (exponents + 7)[:, None] << 3
+
+
 def tensor(kind, *shape):
     """A read-only weight in the format of a GGUF file.
 
@@ -137,14 +166,11 @@ def tensor(kind, *shape):
     """
     dtype = TYPES[kind].dtype
     if dtype.names is None:
-        data = quantize(normal(*shape), GGMLQuantizationType[kind]).view(np.uint8)
+        data = gguf.quants.quantize(normal(*shape), GGMLQuantizationType[kind]).view(np.uint8)
     else:
         n = math.prod(shape) // TYPES[kind].size
         blocks = np.frombuffer(rng(*shape).bytes(n * dtype.itemsize), dtype).copy()
-        for field in {"d", "dmin", "m"} & set(dtype.names):
-            blocks[field] = (rng(n).random(n) / 25).astype(np.float16).view(np.uint16)
-        if "e" in dtype.names:
-            blocks["e"] = rng(n).integers(121, 124, n)
+        set_scales(blocks, kind, rng(n).random(n) / 25, rng(n).integers(-6, -3, n))
         data = blocks.view(np.uint8)
     data = data.reshape(*shape[:-1], -1)
     data.flags.writeable = False

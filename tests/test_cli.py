@@ -63,7 +63,7 @@ def test_system_message_changes_the_prompt(model):
     (["run", "MODEL", "-p", "x", "-f", "-"], "not both"),
     (["run", "MODEL", "-p", "x", "--temp", "-1"], "temperature"),
     (["run", "MODEL", "-p", "x", "--raw", "--think"], "--raw leaves out"),
-    (["run", "MODEL", "-p", "x", "-c", "0"], "n_ctx is 0"),
+    (["run", "MODEL", "-p", "x", "-c", "-1"], "n_ctx is -1"),
     (["run", "MODEL", "-p", "x", "-c", "1000000000"], "GiB"),
     (["run", "MODEL", "-p", "x", "-t", "100000"], "threads is 100000"),
     (["run", "MODEL", "-p", "x" * 5000, "-c", "64"], "The context holds 64 tokens"),

@@ -126,7 +126,18 @@ def test_a_program_that_is_killed_takes_them_along(tmp_path):
     assert not alive
 
 
-def test_interrupts_are_held():
+@pytest.fixture
+def interruptible():
+    """Set Python's own handler of Ctrl-C.
+
+    A program in the background of a shell begins without it.
+    """
+    theirs = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, theirs)
+
+
+def test_interrupts_are_held(interruptible):
     done = []
     with pytest.raises(KeyboardInterrupt), interrupts_held() as check:
         signal.raise_signal(signal.SIGINT)

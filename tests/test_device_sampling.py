@@ -82,6 +82,8 @@ assert driver.counts["cuMemcpyDtoHAsync"] == fetched + 8        # the first logi
 assert list(model.session().generate(prompt, 8, Sampling(temperature=0))) == on_host(8, temperature=0)
 penalized = dict(repeat_penalty=1.3, temperature=0)
 assert list(model.session().generate(prompt, 6, Sampling(**penalized))) == on_host(6, **penalized)
+biased = dict(logit_bias={expected[0]: False, 9: 1.5}, temperature=0)
+assert list(model.session().generate(prompt, 6, Sampling(**biased))) == on_host(6, **biased)
 
 # two alternating conversations: each invalidates the step that the other has started
 mine, other = (model.session().generate(p, 8, Sampling(**settings)) for p in (prompt, [9, 10]))

@@ -7,12 +7,12 @@ import subprocess
 import sys
 import time
 import warnings
-from types import SimpleNamespace
 
 import click
 import pytest
 
-from pydsa.console import Writer
+from pydsa.answers import Piece
+from pydsa.console import show
 from pydsa.exits import in_a_sentence, warnings_in_a_line
 from pydsa.signals import interrupted
 from pydsa.terminal import harmless, json_text, visible
@@ -62,7 +62,7 @@ def test_a_reader_that_leaves_gives_141(golden):
         process.stdout.close()
         stderr = process.stderr.read().decode()
         process.stderr.close()
-        assert process.wait() == 141 and all(line.startswith("loading") for line in stderr.splitlines())
+        assert process.wait() == 141 and all(line.startswith(("loading", "compiling")) for line in stderr.splitlines())
 
 
 @posix
@@ -188,16 +188,16 @@ def test_info_shows_a_hostile_file(renamed, form):
 
 
 @pytest.mark.parametrize("terminal, expected", [(True, "^[[2Jx\n"), (False, "\x1b[2Jx\n")])
-def test_generated_text_controls_no_terminal(monkeypatch, terminal, expected):
+@pytest.mark.parametrize("kind, stream", [("answer", "stdout"), ("reasoning", "stderr")])
+def test_generated_text_controls_no_terminal(monkeypatch, kind, stream, terminal, expected):
     """... and a pipe gets it as it is."""
     out = io.StringIO()
     out.isatty = lambda: terminal
-    session = SimpleNamespace(reuse=lambda ids: 0, prefill=lambda ids, progress: None, sample=lambda *args: iter([1, 2]))
-    model = SimpleNamespace(session=lambda: session, decode_stream=lambda ids: ("\x1b[2J" if i == 1 else "x\n" for i in ids))
-    writer = Writer(model, None, None)
-    monkeypatch.setattr(sys, "stdout", out)
-    writer.write([1, 2])
-    assert out.getvalue() == expected and writer.text == "\x1b[2Jx\n"
+    monkeypatch.setattr(sys, stream, out)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(click.utils, "should_strip_ansi", lambda *args: False)
+    show(Piece(text, kind) for text in ("\x1b[2J", "x\n"))
+    assert out.getvalue() == expected
 
 
 def test_a_warning_is_a_line(capsys):

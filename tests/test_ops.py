@@ -91,7 +91,8 @@ def test_exp_of_float32():
 WIDTHS = {"F32": choose((1, 37), (1, 5, 16, 17, 96, 257, 288, 523)), "F16": choose((31, 64), (1, 31, 96, 257, 288)),
           "BF16": choose((31, 64), (1, 31, 96, 257, 288)),
           **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"),
-                          choose((32, 96), (32, 96, 288, 544)))}
+                          choose((32, 96), (32, 96, 288, 544))),
+          "NVFP4": choose((64, 192), (64, 192, 448)), "Q1_0": choose((128, 384), (128, 384, 640))}
 PRODUCTS = [(kind, n_in) for kind in SUPPORTED for n_in in WIDTHS.get(kind, choose((256,), (256, 768)))]
 
 

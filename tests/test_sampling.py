@@ -127,6 +127,38 @@ def test_history_outside_of_the_vocabulary(history, expected):
         Sampler(Sampling(repeat_penalty=2.0)).pick(np.zeros(4, np.float32), history)
 
 
+# Biases
+
+def test_biases_come_first():
+    logits = np.array([2.0, -3.0, 1.0, 0.0], np.float32)
+    expected = np.exp([2.0, -1.0, 0.5, 0.0])
+    assert_close(draws(logits, logit_bias={1: 2, 2: -0.5}), expected / expected.sum())
+    assert logits.tolist() == [2.0, -3.0, 1.0, 0.0]
+    assert Sampler(Sampling(temperature=0, repeat_penalty=4.0, logit_bias={np.int64(2): 3.0})).pick(logits, [2]) == 0      # (1 + 3) / 4 < 2
+    assert possible(logits, top_k=1, logit_bias={3: 9}) == [3]
+
+
+@pytest.mark.parametrize("ban", [False, -math.inf])
+def test_banned_tokens_are_not_picked(ban):
+    logits = logits_of(0.1, 0.5, 0.4)
+    assert Sampler(Sampling(temperature=0, logit_bias={1: ban})).pick(logits) == 2
+    assert possible(logits, logit_bias={1: ban, 2: ban}) == [0]
+    with pytest.raises(PydsaError, match="logit_bias bans every token"):
+        Sampler(Sampling(logit_bias={0: ban, 1: ban, 2: ban})).pick(logits)
+    with pytest.raises(PydsaError, match="the greatest of the logits is nan"):
+        Sampler(Sampling(logit_bias={1: ban})).pick(np.array([1, np.nan, 1], np.float32))
+
+
+def test_a_device_leaves_biased_sampling_to_the_host():
+    assert Sampler(Sampling(logit_bias={1: 2.0})).settings(1024) is None
+    assert Sampler(Sampling(logit_bias={})).settings(1024) is not None
+
+
+def test_a_bias_outside_of_the_vocabulary():
+    with pytest.raises(PydsaError, match="logit_bias has the token 4, expected ids from 0 to 3"):
+        Sampler(Sampling(logit_bias={4: 1})).pick(np.zeros(4, np.float32))
+
+
 # Greedy
 
 def test_greedy_takes_the_first_of_the_likeliest():
@@ -212,6 +244,13 @@ def test_the_defaults():
     ({"repeat_last_n": -2}, "repeat_last_n is -2, expected an integer from -1"),
     ({"frequency_penalty": math.inf}, "frequency_penalty is inf, expected a number$"),
     ({"presence_penalty": math.nan}, "presence_penalty is nan, expected a number$"),
+    ({"logit_bias": [1]}, "logit_bias is \\[1\\], expected a dict of token ids and numbers"),
+    ({"logit_bias": {"a": 1}}, "logit_bias has the token 'a', expected a token id"),
+    ({"logit_bias": {-1: 1}}, "logit_bias has the token -1"),
+    ({"logit_bias": {True: 1}}, "logit_bias has the token True"),
+    ({"logit_bias": {1: True}}, "logit_bias of token 1 is True, expected a number, or -inf or False"),
+    ({"logit_bias": {1: math.inf}}, "logit_bias of token 1 is inf"),
+    ({"logit_bias": {1: "x"}}, "logit_bias of token 1 is 'x'"),
     ({"seed": -1}, "seed is -1, expected an integer from 0"),
     ({"seed": 1.0}, "seed is 1.0, expected an integer")])
 def test_illegal_values(options, expected):

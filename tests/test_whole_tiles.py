@@ -15,9 +15,9 @@ pytestmark = [pytest.mark.skipif(IN_SIMULATOR, reason="too much for the simulato
 def test_linear(kind):
     """150 rows and 150 tokens.
 
-    The number of groups is odd where the type has groups of 32.
+    The number of blocks is odd, that of groups too where a block is a group.
     """
-    w = tensor(kind, 150, 3 * 256 if TYPES[kind].size == 256 else 7 * 32)
+    w = tensor(kind, 150, 3 * TYPES[kind].size if TYPES[kind].size > 32 else 7 * 32)
     for n_tokens in (1, 150):
         compare("linear", (n_tokens, 150), w, normal(n_tokens, w.shape[1]))
 

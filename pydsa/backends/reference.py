@@ -18,7 +18,19 @@ def weight(tensor):
     """A GGUF tensor dequantized by gguf-py, float32 of the tensor's shape."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
+    if tensor.type == "Q1_0":
+        return _dequantize_q1_0(tensor.data).reshape(tensor.shape)
     return dequantize(tensor.data, GGMLQuantizationType[tensor.type]).reshape(tensor.shape)
+
+
+def _dequantize_q1_0(data):
+    """Dequantize rows of Q1_0, which gguf-py does not: d where a bit is set, else -d.
+
+    A block is a float16 d and 128 bits.
+    """
+    blocks = data.reshape(-1, 18)
+    d = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
+    return np.where(np.unpackbits(blocks[:, 2:], axis=1, bitorder="little"), d, -d).reshape(*data.shape[:-1], -1)
 
 
 def cache_rows(n_ctx, widths, storage):

@@ -89,6 +89,7 @@ def _operator(symbol, on_integers, on_floats=None):
 
 _operator(operator.and_, "and_")
 _operator(operator.or_, "or_")
+_operator(operator.xor, "xor")
 _operator(operator.lshift, "shl")
 _operator(operator.rshift, "lshr")
 _operator(operator.add, "add", "fadd")
@@ -106,7 +107,7 @@ def _loader(vec):
 
 
 load_64_bytes, load_32_bytes, load_16_bytes = (_loader(Vec("i8", lanes)) for lanes in (64, 32, 16))
-load_int16 = _loader(i16x32)
+load_int16, load_8_words = _loader(i16x32), _loader(Vec("i32", 8))
 load_floats, load_8_floats, load_4_floats, load_2_floats = _loader(f32x16), _loader(f32x8), _loader(Vec("f32", 4)), _loader(Vec("f32", 2))
 
 
@@ -205,7 +206,7 @@ def join(typingctx, addresses):
     return Vec("i8", 64)(addresses), codegen
 
 
-def _extend_halves(builder, bits):
+def extend_halves(builder, bits):
     """Emit a conversion of float16 bits (integers) to floats.
 
     Without the instruction it moves the exponent's bias, as scalars.half does.
@@ -230,7 +231,7 @@ def halves(typingctx, addresses):
 
     def codegen(context, builder, signature, args):
         places = [pointer(builder, builder.extract_value(args[0], i), I16) for i in range(n)]
-        return _extend_halves(builder, pack(builder, [builder.load(place, align=1) for place in places]))
+        return extend_halves(builder, pack(builder, [builder.load(place, align=1) for place in places]))
     return Vec("f32", n)(addresses), codegen
 
 
@@ -241,7 +242,7 @@ def two_halves(typingctx, address, offset):
     The first goes to the lower eight lanes, the second to the upper ones.
     """
     def codegen(context, builder, signature, args):
-        pair = _extend_halves(builder, builder.load(pointer(builder, builder.add(*args), ir.VectorType(I16, 2)), align=1))
+        pair = extend_halves(builder, builder.load(pointer(builder, builder.add(*args), ir.VectorType(I16, 2)), align=1))
         return builder.shuffle_vector(pair, pair, constant([0] * 8 + [1] * 8))
     return f32x16(types.intp, types.intp), codegen
 

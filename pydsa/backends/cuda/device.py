@@ -58,10 +58,12 @@ if SIMULATED:
     def permuted(a, b, selector):
         """Byte permute (prmt): four bytes of a and b chosen by a selector.
 
-        Nibble i of the selector, lowest first, names byte i of the result: 0 to 3 are the bytes of a, 4 to 7 those of b.
+        Nibble i of the selector, lowest first, names byte i of the result: 0 to 3 are the bytes of a, 4 to 7 those of b, 8 to 15
+        their signs, 0 or 255.
         """
-        both, selector = int(a) | int(b) << 32, int(selector)
-        return sum((both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i for i in range(4))
+        both, nibbles = int(a) | int(b) << 32, [int(selector) >> 4 * i & 15 for i in range(4)]
+        chosen = [both >> 8 * (nibble & 7) & 255 for nibble in nibbles]
+        return sum(((byte >> 7) * 255 if nibble > 7 else byte) << 8 * i for i, (byte, nibble) in enumerate(zip(chosen, nibbles)))
 
     def copy_sixteen(target, to, source, at):
         """Copy 16 bytes of uint8. Both offsets are multiples of 16."""

@@ -116,7 +116,7 @@ class Gpu:
     def __enter__(self):
         """Lock the GPU for this thread and make its context current."""
         if self._forked():
-            raise PydsaError("This process was forked from one that had loaded a model on the GPU already, and cannot use the GPU: load the "
+            raise PydsaError("This process was forked from one that had loaded a model on the GPU already, and cannot use it: load the "
                              "model after the fork, or start the process anew (multiprocessing's \"spawn\").")
         self._lock.acquire()
         try:

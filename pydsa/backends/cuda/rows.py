@@ -71,10 +71,11 @@ def cache_bytes(rows):
     return rows.data
 
 
-def _make_get_rows(name, group):
+def _make_get_rows(name, group, prepare):
     def get_rows(out, w, row_bytes, ids):
         """out[t] = row ids[t], dequantized. 32 values per thread."""
         t, g = cuda.blockIdx.y, cuda.grid(1)
+        prepare(cuda.threadIdx.x, THREADS)
         if g < out.shape[1] // 32:
             a, b, c, e, f, h, i, j, d, d1, m, m1 = group(w, ids[t] * np.int64(row_bytes), g)
             quads = (a, b, c, e, f, h, i, j)
@@ -96,7 +97,7 @@ def _make_get_float_rows(name, value_at):
     return kernel("f4[:,:], u1[::1], i8, i4[:]", THREADS, f"get_rows_{name}")(get_rows)
 
 
-GET_ROWS = {name: _make_get_rows(name.lower(), entry.group) for name, entry in GROUPED.items()}
+GET_ROWS = {name: _make_get_rows(name.lower(), entry.group, entry.prepare) for name, entry in GROUPED.items()}
 GET_ROWS |= {name: _make_get_float_rows(name.lower(), value_at) for name, value_at in FLOATS.items()}
 
 

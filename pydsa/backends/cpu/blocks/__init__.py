@@ -2,7 +2,8 @@
 
 Their parts are dequantize, unpack, dot.
 """
-from pydsa.backends.cpu.blocks import floats, kquants, legacy, tables
+from pydsa.backends.cpu.blocks import floats, grids, kquants, legacy, tables, ternary
 
 
-BLOCKS = floats.KERNELS | legacy.KERNELS | kquants.KERNELS | tables.KERNELS      # GGUF type -> BlockKernels
+# GGUF type -> BlockKernels
+BLOCKS = floats.KERNELS | legacy.KERNELS | kquants.KERNELS | tables.KERNELS | grids.KERNELS | ternary.KERNELS

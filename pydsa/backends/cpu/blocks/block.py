@@ -15,13 +15,20 @@ from pydsa.quants import TYPES, BlockType
 SCALES, MINS, MINS_16, SUPERBLOCK = 512, 544, 576, 640
 
 
+# Flags in the order of a superblock of activations: each 32 in their natural order, not the even elements first; and then all 256 in
+# columns, element k of all 32 groups of 8 for k = 0 to 7 (codes.py)
+NATURAL_ORDER, IN_COLUMNS = 32, 64
+NATURAL = np.arange(32, dtype=np.uint8) | np.uint8(NATURAL_ORDER)
+COLUMNS = NATURAL | np.uint8(IN_COLUMNS)
+
+
 class BlockKernels(NamedTuple):
     """The kernels of a GGUF type.
 
     dequantize(blocks, n, float32 out), and quantize the other way (or None). Quantized types also have unpack(blocks, n, superblock), at
     most 256 weights to a superblock; and dot(rows, n_rows, n_blocks, x, float32 out), the products of rows with a row of superblocks whose
-    16-byte pieces are permuted: piece i is stored at position order[i]. The int16 of an unpacked superblock have `bits` bits: unsigned if
-    the type has mins, else signed.
+    16-byte pieces are permuted: piece i is stored at position order[i], which may have flags. The int16 of an unpacked superblock have
+    `bits` bits: unsigned if the type has mins, else signed.
     """
     type: BlockType
     dequantize: BlockFunction
@@ -46,7 +53,7 @@ def entry(name, dequantize, quantize=None, unpack=None, dot=None, order=None, bi
     if not isinstance(dequantize, IntpFunction):
         dequantize = BlockFunction(dequantize, type_.dtype, f32)
     return BlockKernels(type_, dequantize, quantize and BlockFunction(quantize, f32, type_.dtype), unpack and IntpFunction(unpack),
-                        dot and IntpFunction(dot), order and np.array(order, np.uint8), bits)
+                        dot and IntpFunction(dot), None if order is None else np.asarray(order, np.uint8), bits)
 
 
 def inverse(*pieces):

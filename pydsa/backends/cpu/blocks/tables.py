@@ -1,26 +1,32 @@
-"""IQ4_NL, IQ4_XS, MXFP4: four bits index a table of sixteen values.
+"""IQ4_NL, IQ4_XS, MXFP4, NVFP4: four bits index a table of sixteen values.
 
 One instruction looks up all lanes. IQ4_NL and MXFP4 are blocks of 32 with one scale d, in MXFP4 a power of two; IQ4_XS has 256 values, and
-a 6-bit scale for each 32. Nibble j of the 16 bytes of a group of 32 is element j (low) and j + 16 (high).
+a 6-bit scale for each 32. Nibble j of the 16 bytes of a group of 32 is element j (low) and j + 16 (high). NVFP4 has 64 values, and for each
+16 an eight-bit float as scale; nibble j of the 8 bytes of a group of 16 is element j (low) and j + 8 (high).
 """
 import numpy as np
 from numba import carray
 
-from pydsa.backends.cpu.blocks.block import SCALES, SUPERBLOCK, entry
+from pydsa.backends.cpu.blocks.block import NATURAL, SCALES, SUPERBLOCK, entry, inverse
 from pydsa.backends.cpu.blocks.dots import (AHEAD, BY_QUARTERS, add_quad, dot_quad, dot_rows, four_blocks, join_blocks, next_blocks,
-                                            nibbles, signed_quad, single_sum, store_quad)
+                                            nibbles, signed_quad, single_sum, store_quad, superblock_at)
+from pydsa.backends.cpu.codes import even_elements_first, halves_of_groups, pairs_of, to_multiples, twin_groups, ue4m3_floats
 from pydsa.backends.cpu.jit import inline
-from pydsa.backends.cpu.lanes import gather_u32, lookup, lower_half, upper_half
+from pydsa.backends.cpu.lanes import gather_u32, lookup, lower_half, spread, upper_half
 from pydsa.backends.cpu.scalars import half, half_at
-from pydsa.backends.cpu.simd import floats, halves, load_8_floats, load_64_bytes, prefetch, store, to_floats, u8_at, vector
+from pydsa.backends.cpu.simd import (dot, dot_add, floats, halves, join, load_4_floats, load_8_floats, load_64_bytes, load_int16,
+                                     multiply_add, prefetch, store, to_floats, u8_at, vector)
 from pydsa.quants import IQ4_LEVELS, MXFP4_LEVELS, TYPES
 
 
-IQ4_NL, IQ4_XS, MXFP4 = (TYPES[name].n_bytes for name in ("IQ4_NL", "IQ4_XS", "MXFP4"))      # bytes of a block
+IQ4_NL, IQ4_XS, MXFP4, NVFP4 = (TYPES[name].n_bytes for name in ("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"))      # bytes of a block
 
 lookup_iq4, lookup_mxfp4 = lookup(IQ4_LEVELS), lookup(MXFP4_LEVELS)
 IQ4, MXFP4_HALVES = np.float32(IQ4_LEVELS), np.float32(MXFP4_LEVELS)
 POWERS = np.ldexp(np.float32(1), np.arange(-128, 128)).astype(np.float32)     # e -> the scale of MXFP4_LEVELS, half of 2^(e - 127)
+# The byte of an unsigned float of four exponent and three mantissa bits -> the scale of MXFP4_LEVELS, half of it; 127 is 0 too
+UE4M3 = np.where(np.arange(256) == 127, 0, np.ldexp(np.where(np.arange(256) & 120, 8, 0) + (np.arange(256) & 7),
+                                                    np.maximum(np.arange(256) >> 3 & 15, 1) - 11)).astype(np.float32)
 
 
 def dequantize_iq4_nl(source, n, target):
@@ -51,6 +57,17 @@ def dequantize_mxfp4(source, n, target):
         for j in range(16):
             out[i, j] = d * MXFP4_HALVES[qs[j] & 15]
             out[i, j + 16] = d * MXFP4_HALVES[qs[j] >> 4]
+
+
+def dequantize_nvfp4(source, n, target):
+    blocks, out = carray(source, (n,)), carray(target, (n, 4, 16))
+    for i in range(n):
+        for k in range(4):
+            d = UE4M3[blocks[i].scales[k]]
+            for j in range(8):
+                q = blocks[i].qs[8 * k + j]
+                out[i, k, j] = d * MXFP4_HALVES[q & 15]
+                out[i, k, j + 8] = d * MXFP4_HALVES[q >> 4]
 
 
 @inline
@@ -148,8 +165,59 @@ def unpack_mxfp4(source, n, superblock):
         store_quad(superblock, 64 * i, mxfp4_quad(join_blocks(at, 1)))
 
 
+# Two blocks of NVFP4: elements 0 to 7 of the four groups of the first, of the second; then elements 8 to 15
+TWO_BLOCKS = inverse(*[8 * block + 2 * group + half for half in (0, 1) for block in (0, 1) for group in range(4)])
+BY_GROUPS = NATURAL[TWO_BLOCKS + [16 + piece for piece in TWO_BLOCKS]]
+FIRST, SECOND = spread(0, 1, 2, 3), spread(4, 5, 6, 7)
+
+
+@inline
+def nvfp4_halves(a, b):
+    """Unpack two blocks of NVFP4 to int16 vectors.
+
+    Elements 0 to 7 of the groups of each, elements 8 to 15 of the groups of each.
+    """
+    low, high = nibbles(join((a + 4, b + 4)))
+    return halves_of_groups(lookup_mxfp4(low)), halves_of_groups(lookup_mxfp4(high))
+
+
+@inline
+def add_nvfp4(sums, row, i, n, x):
+    a, b = row + NVFP4 * i, row + NVFP4 * min(i + 1, n - 1)
+    prefetch(a, AHEAD)
+    prefetch(a, AHEAD + 64)
+    xi, at, scale_at = superblock_at(x, 2 * i)
+    scales = ue4m3_floats(a, b) * pairs_of(load_4_floats(xi, SCALES + scale_at))
+    low, high = nvfp4_halves(a, b)
+    first = dot_add(dot(low[0], load_int16(xi, at)), high[0], load_int16(xi, at + 128))
+    second = dot_add(dot(low[1], load_int16(xi, at + 64)), high[1], load_int16(xi, at + 192))
+    return multiply_add(multiply_add(sums, to_floats(first), FIRST(scales)), to_floats(second), SECOND(scales))
+
+
+def dot_nvfp4(rows, n_rows, n, x, out):
+    dot_rows(add_nvfp4, single_sum, floats(np.float32(0)), NVFP4 * n, 2, rows, n_rows, n, x, out)
+
+
+def unpack_nvfp4(source, n, superblock):
+    """Two scales become one, a power of two, and integers from 0 to 240.
+
+    They are rounded where the lesser is below a sixteenth of the greater.
+    """
+    for i in range(0, n, 2):
+        a, b = source + NVFP4 * i, source + NVFP4 * min(i + 1, n - 1)
+        units, factors = to_multiples(ue4m3_floats(a, b))
+        store(superblock, SCALES + 8 * i, units)
+        low, high = nvfp4_halves(a, b)
+        w, v = twin_groups(low[0], high[0]), twin_groups(low[1], high[1])
+        store(superblock, 128 * i, even_elements_first(w[0] * factors[0]))
+        store(superblock, 128 * i + 64, even_elements_first(w[1] * factors[1]))
+        store(superblock, 128 * i + 128, even_elements_first(v[0] * factors[2]))
+        store(superblock, 128 * i + 192, even_elements_first(v[1] * factors[3]))
+
+
 KERNELS = {
     "IQ4_NL": entry("IQ4_NL", dequantize_iq4_nl, None, unpack_iq4_nl, dot_iq4_nl, BY_QUARTERS, 8),
     "IQ4_XS": entry("IQ4_XS", dequantize_iq4_xs, None, unpack_iq4_xs, dot_iq4_xs, BY_QUARTERS, 8),
     "MXFP4": entry("MXFP4", dequantize_mxfp4, None, unpack_mxfp4, dot_mxfp4, BY_QUARTERS, 5),
+    "NVFP4": entry("NVFP4", dequantize_nvfp4, None, unpack_nvfp4, dot_nvfp4, BY_GROUPS, 13),
 }

@@ -4,7 +4,8 @@ Activations are rounded to 15 bits; rows are unpacked to tiles; both are superbl
 """
 import numpy as np
 
-from pydsa.backends.cpu.blocks.block import MINS, MINS_16, SCALES, SUPERBLOCK
+from pydsa.backends.cpu.blocks.block import IN_COLUMNS, MINS, MINS_16, NATURAL_ORDER, SCALES, SUPERBLOCK
+from pydsa.backends.cpu.codes import natural_order, to_columns
 from pydsa.backends.cpu.int16.gemm import TILE, TILE_ROWS, int16_products
 from pydsa.backends.cpu.jit import call_intp_function, inner
 from pydsa.backends.cpu.jobs import read_matmul_job
@@ -21,8 +22,8 @@ BATCH = 4                # register blocks of tokens after which the next tile c
 def round_row(x, n, order, out, stride):
     """Round n floats to superblocks, `stride` bytes apart.
 
-    The 16-byte pieces are permuted by `order` (0: not permuted). n is a multiple of 32; the rest of a superblock is 0. A value that is not
-    finite makes the scale not finite.
+    They are permuted as `order` says (blocks/block.py; 0: not permuted). n is a multiple of 32; the rest of a superblock is 0. A value
+    that is not finite makes the scale not finite.
     """
     for k in range(0, (n + 255) // 256 * 256, 32):
         superblock, j = out + k // 256 * stride, k // 32 % 8
@@ -32,18 +33,22 @@ def round_row(x, n, order, out, stride):
             max_abs = reduce_max_abs(a, b)
             scale = max_abs / np.float32(MAX_INT15)
             values = round_int16(a, b, np.float32(MAX_INT15) / max_abs if max_abs > np.float32(1e-30) else np.float32(0))
+            first, second = sums_of_16(values)
             if order:
-                store(superblock, 16 * u8_at(order, 4 * j), first_quarter(values))
-                store(superblock, 16 * u8_at(order, 4 * j + 1), second_quarter(values))
-                store(superblock, 16 * u8_at(order, 4 * j + 2), third_quarter(values))
-                store(superblock, 16 * u8_at(order, 4 * j + 3), last_quarter(values))
+                if u8_at(order, 0) & NATURAL_ORDER:
+                    values = natural_order(values)
+                store(superblock, 16 * (u8_at(order, 4 * j) & 31), first_quarter(values))
+                store(superblock, 16 * (u8_at(order, 4 * j + 1) & 31), second_quarter(values))
+                store(superblock, 16 * (u8_at(order, 4 * j + 2) & 31), third_quarter(values))
+                store(superblock, 16 * (u8_at(order, 4 * j + 3) & 31), last_quarter(values))
             else:
                 store(superblock, 64 * j, values)
-            first, second = sums_of_16(values)
         store(superblock, SCALES + 4 * j, scale)
         store(superblock, MINS + 4 * j, scale * (first + second))
         store(superblock, MINS_16 + 8 * j, scale * first)
         store(superblock, MINS_16 + 8 * j + 4, scale * second)
+        if j == 7 and order and u8_at(order, 0) & IN_COLUMNS:
+            to_columns(superblock)
 
 
 _round_row = inner(round_row)

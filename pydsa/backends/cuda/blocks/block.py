@@ -3,6 +3,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pydsa.backends.cuda.constants import nothing
 from pydsa.backends.cuda.device import device, permuted, u32_at
 from pydsa.quants import TYPES
 
@@ -16,17 +17,18 @@ class Grouped(NamedTuple):
     group: object       # group(data, row, g), see __init__.py
     halves: bool        # whether the halves of a group have different scales
     offsets: bool       # whether there are offsets
+    prepare: object     # prepare(thread, n_threads), which all threads of a block call before group()
 
 
-def entry(name, group):
+def entry(name, group, prepare=nothing):
     """The Grouped of a GGUF type."""
-    return Grouped(group, TYPES[name].group < 32, TYPES[name].mins)
+    return Grouped(group, TYPES[name].group < 32, TYPES[name].mins, prepare)
 
 
 @device
 def sub4(quad, zeros):
     """Subtract `zeros` from four bytes, bytewise. All are from 0 to 127."""
-    return ((quad | 0x80808080) - zeros) ^ 0x80808080
+    return (quad + (0x80808080 - zeros)) ^ 0x80808080
 
 
 @device
@@ -42,6 +44,14 @@ def selector(at):
 def any_u32(data, at):
     """Load an unaligned uint32. A GPU only has aligned loads."""
     return permuted(u32_at(data, at & ~3), u32_at(data, at + 3 & ~3), selector(at))
+
+
+@device
+def any_two_u32(data, at):
+    """Load two unaligned uint32."""
+    first, pick = at & ~3, selector(at)
+    a, b, c = u32_at(data, first), u32_at(data, first + 4), u32_at(data, at + 7 & ~3)
+    return permuted(a, b, pick), permuted(b, c, pick)
 
 
 @device

@@ -104,7 +104,7 @@ def group_q2_k(data, row, g):
 def six_bit_scale(data, at, j):
     """The scale of sub-block j of Q3_K, from the twelve packed bytes at `at`."""
     low, high = byte_at(data, at + j % 8) >> (4 * (j // 8)) & 15, byte_at(data, at + 8 + j % 4) >> (2 * (j // 4)) & 3
-    return np.float32((low | high << 4) - 32)
+    return np.float32(np.int32((low | high << 4) - 32))
 
 
 @device

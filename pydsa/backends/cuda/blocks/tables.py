@@ -1,4 +1,4 @@
-"""IQ4_NL, IQ4_XS, MXFP4: 4-bit indices into a table of sixteen int8.
+"""IQ4_NL, IQ4_XS, MXFP4, NVFP4: 4-bit indices into a table of sixteen int8.
 
 Byte permutes (prmt) do the lookup.
 """
@@ -9,7 +9,7 @@ from pydsa.backends.cuda.device import bits_float, byte_at, device, half_at, per
 from pydsa.quants import IQ4_LEVELS, MXFP4_LEVELS, TYPES
 
 
-IQ4_NL, IQ4_XS, MXFP4 = (TYPES[name].n_bytes for name in ("IQ4_NL", "IQ4_XS", "MXFP4"))      # bytes of a block
+IQ4_NL, IQ4_XS, MXFP4, NVFP4 = (TYPES[name].n_bytes for name in ("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"))      # bytes of a block
 
 
 def _packed(levels):
@@ -17,6 +17,7 @@ def _packed(levels):
     return tuple(np.array(levels, np.int8).view(np.uint32))
 
 
+HALF_OF_E4M3 = np.float32(2.0**119)      # times a float32 of these bits: their exponent's bias is 7, not 127
 IQ4_TABLE, MXFP4_TABLE = _packed(IQ4_LEVELS), _packed(MXFP4_LEVELS)
 
 
@@ -60,7 +61,7 @@ def group_iq4_xs(data, row, g):
     at, s = row + IQ4_XS * (g >> 3), g & 7
     low = byte_at(data, at + 4 + s // 2) >> (4 * (s % 2)) & 15
     high = (byte_at(data, at + 2) | byte_at(data, at + 3) << 8) >> (2 * s) & 3
-    d, q = half_at(data, at) * np.float32((low | high << 4) - 32), at + 8 + 16 * s
+    d, q = half_at(data, at) * np.float32(np.int32((low | high << 4) - 32)), at + 8 + 16 * s
     a, b, c, e = u32_at(data, q), u32_at(data, q + 4), u32_at(data, q + 8), u32_at(data, q + 12)
     a, b, c, e, f, h, i, j = all_looked_up(IQ4_TABLE, a, b, c, e)
     return a, b, c, e, f, h, i, j, d, d, ZERO, ZERO
@@ -82,5 +83,24 @@ def group_mxfp4(data, row, g):
     return a, b, c, e, f, h, i, j, d, d, ZERO, ZERO
 
 
+@device
+def half_of_e4m3(byte):
+    """Half of an unsigned E4M3, four bits of exponent and three of mantissa.
+
+    The byte 127 is zero. The highest bit of others does not count.
+    """
+    return bits_float(np.uint32((byte & 127) << 20 if byte != 127 else 0)) * HALF_OF_E4M3
+
+
+@device
+def group_nvfp4(data, row, g):
+    """Group g of an NVFP4 row: half a block, with scales of 16 weights."""
+    at, half = row + NVFP4 * (g >> 1), g & 1
+    q, scales = at + 4 + 16 * half, at + 2 * half
+    a, b, c, e = u32_at(data, q), u32_at(data, q + 4), u32_at(data, q + 8), u32_at(data, q + 12)
+    a, b, c, e, f, h, i, j = all_looked_up(MXFP4_TABLE, a, b, c, e)
+    return a, b, f, h, c, e, i, j, half_of_e4m3(byte_at(data, scales)), half_of_e4m3(byte_at(data, scales + 1)), ZERO, ZERO
+
+
 GROUPED = {"IQ4_NL": entry("IQ4_NL", group_iq4_nl), "IQ4_XS": entry("IQ4_XS", group_iq4_xs),
-           "MXFP4": entry("MXFP4", group_mxfp4)}
+           "MXFP4": entry("MXFP4", group_mxfp4), "NVFP4": entry("NVFP4", group_nvfp4)}

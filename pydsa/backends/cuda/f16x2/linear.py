@@ -16,6 +16,7 @@ from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.block_sums import abs_bits, block_max
 from pydsa.backends.cuda.blocks import GROUPED
 from pydsa.backends.cuda.blocks.floats import two_bf16
+from pydsa.backends.cuda.constants import nothing
 from pydsa.backends.cuda.device import (MMA_WARP, SIMULATED, bits_float, device, fma, four_u32_at, int8_to_f16, load_four_u32,
                                         load_two_f32, mma_f16, of_half, store_four_u32, sum_of_four, to_half)
 from pydsa.backends.cuda.launch import blocks_for, kernel
@@ -282,7 +283,7 @@ def _make_add_tile(halves, offsets):
     return add_tile
 
 
-def _make_gemm(name, unpack, halves=False, offsets=False):
+def _make_gemm(name, unpack, halves=False, offsets=False, prepare=nothing):
     n_factors, n_sums = 4 * ROWS if halves else 2 * ROWS, 2 * TOKENS if offsets else 2
     store_factors, scales_of, stage_sums = _make_factors(halves, offsets)
     add_tile = _make_add_tile(halves, offsets)
@@ -307,8 +308,8 @@ def _make_gemm(name, unpack, halves=False, offsets=False):
         acc = cuda.local.array(SUMS, np.float32)
         for i in range(SUMS):
             acc[i] = ZERO
-        n_out, n_tokens = out.shape[1], end - first
-        lane, c, g, warp = thread & 31, thread & 3, (thread & 31) >> 2, thread >> 5
+        prepare(thread, THREADS)
+        n_out, n_tokens, lane, c, g, warp = out.shape[1], end - first, thread & 31, thread & 3, (thread & 31) >> 2, thread >> 5
         first_row, first_token = warp // TOKEN_WARPS * 32, 16 * (warp % TOKEN_WARPS)
         for t in range(thread, TOKENS, THREADS):
             row = order[first + min(t, n_tokens - 1)] // x_div
@@ -344,7 +345,7 @@ def _make_gemm(name, unpack, halves=False, offsets=False):
     return kernel(GEMM_SIGNATURE, THREADS, f"gemm_{name.lower()}", blocks=2)(gemm)
 
 
-GEMM = {name: _make_gemm(name, _make_unpack(entry.group), entry.halves, entry.offsets) for name, entry in GROUPED.items()}
+GEMM = {name: _make_gemm(name, _make_unpack(entry.group), entry.halves, entry.offsets, entry.prepare) for name, entry in GROUPED.items()}
 GEMM |= {"F16": _make_gemm("F16", unpack_f16), "BF16": _make_gemm("BF16", unpack_bf16)}
 
 

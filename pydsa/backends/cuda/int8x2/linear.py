@@ -145,7 +145,9 @@ def load_quads(packed, row_at, g):
             load_four_u32(packed, at + 3 * QUAD_U32))
 
 
-def _make_dot(group, halves, offsets):
+def _make_dot(entry):
+    group, halves, offsets, _ = entry
+
     @device
     def dot(w, row, g, high, high_1, low, low_1, scale, y, y1):
         """The dot product of group g of a row of weights with the activations.
@@ -191,7 +193,7 @@ def sum_warps(parts, s0, s1, s2, s3, warp, lane, part, splits):
 
 
 def _make_gemv(name):
-    offsets, dot = GROUPED[name].offsets, _make_dot(*GROUPED[name])
+    offsets, prepare, dot = GROUPED[name].offsets, GROUPED[name].prepare, _make_dot(GROUPED[name])
     size, itemsize = TYPES[name].size, TYPES[name].n_bytes
     tile_bytes = STAGED_GROUPS * 32 // size * itemsize
     direct = itemsize % 16 == 0         # blocks are 16-byte aligned and loaded directly from global memory
@@ -212,10 +214,10 @@ def _make_gemv(name):
         parts = cuda.shared.array(PARTS, np.float32)
         staged = cuda.shared.array(staged_bytes, np.uint8, 16)
         base, last, own = ids[y] * np.int64(n_out), n_out - 1, warp * ROWS * pitch
-        x_at = x_row * ((n_groups + TILE - 1) // TILE) * TILE_U32
         r0, r1, r2, r3 = ((base + min(row, last)) * row_bytes, (base + min(row + 1, last)) * row_bytes,
                           (base + min(row + 2, last)) * row_bytes, (base + min(row + 3, last)) * row_bytes)
-        s0, s1, s2, s3 = ZERO, ZERO, ZERO, ZERO
+        x_at, s0, s1, s2, s3 = x_row * ((n_groups + TILE - 1) // TILE) * TILE_U32, ZERO, ZERO, ZERO, ZERO
+        prepare(thread, WARPS * WARP)
         for first in range(part * STAGED_GROUPS, n_groups, splits * STAGED_GROUPS):
             if not direct:
                 at = first * 32 // size * itemsize

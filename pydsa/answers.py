@@ -1,0 +1,318 @@
+"""Read an answer as it is generated: text, reasoning and calls of tools, apart.
+
+    stream = Reader(tokenizer, stop=["\\n\\n"]).read(ids)
+    for piece in stream: print(piece.kind, piece)
+    stream.reply                                # what the pieces add up to
+
+The pieces joined are what the model wrote. Nothing is stripped: a reply that is put back into the conversation gives the same tokens, and a
+session does not run them again.
+"""
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from pydsa.errors import ContextFullError, PydsaError
+from pydsa.tokenizer import CONTROL, UNKNOWN
+from pydsa.tool_calls import Form
+
+THINK, END_THINK = "<think>", "</think>"
+
+
+class Piece(str):
+    """A piece of an answer: a str with a kind.
+
+    kind: "answer"; "reasoning"; "tool_call", the text of one complete call, with the call in OpenAI's form in `call`; or "markup", the tags
+    around reasoning and blocks of calls.
+    """
+
+    def __new__(cls, text, kind="answer", call=None):
+        piece = super().__new__(cls, text)
+        piece.kind, piece.call = kind, call
+        return piece
+
+
+@dataclass
+class Reply:
+    """A whole answer.
+
+    text, reasoning: str. tool_calls: a list of {"id", "type": "function", "function": {"name", "arguments": JSON text}}.
+    finish_reason: "stop" (the model ended its turn, or a stop text came), "tool_calls" (the same, after calls), "length" (max_tokens, or
+    the context was full), or None until then. n_prompt, n_generated: tokens; n_prompt counts those that were not run again too.
+    """
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: list = field(default_factory=list)
+    finish_reason: str | None = None
+    n_prompt: int = 0
+    n_generated: int = 0
+
+    @property
+    def message(self) -> dict:
+        """The assistant's message, to put back into the conversation."""
+        message = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = self.tool_calls
+        return message
+
+    def add(self, piece):
+        """Add a piece of the answer."""
+        if piece.kind == "answer":
+            self.text += piece
+        elif piece.kind == "reasoning":
+            self.reasoning += piece
+        elif piece.kind == "tool_call":
+            self.tool_calls.append(piece.call)
+
+
+class Layout(NamedTuple):
+    """How an answer to a prompt is laid out.
+
+    opened: the prompt ends inside of reasoning. thinks: the model may begin with <think>. form: the Form of calls to look for, or None.
+    tools: those that were offered.
+    """
+    opened: bool = False
+    thinks: bool = False
+    form: Form | None = None
+    tools: list | None = None
+
+    def shown(self, tokenizer):
+        """The ids of control tokens that are part of the layout's marks."""
+        marks = (*((THINK, END_THINK) if self.thinks or self.opened else ()), *(self.form.marks if self.form else ()))
+        control = np.flatnonzero(np.isin(tokenizer.token_type, (UNKNOWN, CONTROL))).tolist() if marks else ()
+        return frozenset(i for i in control if len(tokenizer.tokens[i]) > 1 and any(tokenizer.tokens[i] in mark for mark in marks))
+
+
+class Stream:
+    """The pieces of an answer, an iterator of Piece; made by Reader.read().
+
+    reply: the Reply so far; complete when the iterator ends. close() ends the generation.
+    """
+
+    def __init__(self, pieces, reply):
+        self._pieces, self.reply = pieces, reply
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def close(self):
+        """End the generation; what came so far stays in the reply."""
+        self._pieces.close()
+
+    def finish(self) -> Reply:
+        """Read the rest -> the whole Reply.
+
+        An answer that fills the context ends there, with finish_reason "length". Raises ContextFullError if there was no room for any.
+        """
+        try:
+            for _ in self:
+                pass
+        except ContextFullError:
+            if not self.reply.n_generated:
+                raise
+        return self.reply
+
+
+class Reader:
+    """Turns the ids of one answer into pieces, each as soon as it is certain.
+
+    stop: a text, or a list of texts, of which the first to come ends the answer, and is no part of it. layout: the Layout; None: all is
+    the answer. Raises PydsaError if stop is something else.
+    """
+
+    def __init__(self, tokenizer, stop=None, layout=None):
+        layout = layout or Layout()
+        self.reply = Reply()
+        self._decoder = tokenizer.decoder(layout.shown(tokenizer))
+        self._stops, self._splitter = Stops(stop), Splitter(layout)
+
+    def read(self, ids: Iterable[int], max_tokens=None, n_prompt=0) -> Stream:
+        """The Stream of an answer with these ids.
+
+        ids: an iterator, which may end with ContextFullError; it is closed where a stop text comes. max_tokens: the limit that it has.
+        n_prompt: the tokens of the prompt, for the reply.
+        """
+        self.reply.n_prompt = n_prompt
+        return Stream(_pieces(ids, max_tokens, self._decoder, self._stops, self._splitter, self.reply), self.reply)
+
+
+def _pieces(ids, max_tokens, decoder, stops, splitter, reply):
+    """Yield the pieces, each after it was added to the reply.
+
+    It is no method, so that a stream that nobody holds any more ends at once: its session is then free.
+    """
+    full, stopped = None, False
+    try:
+        for token in ids:
+            reply.n_generated += 1
+            text, stopped = stops.push(decoder.push(token))
+            for piece in splitter.push(text):
+                reply.add(piece)
+                yield piece
+            if stopped:
+                break
+    except ContextFullError as error:
+        full = error
+    if not stopped:
+        text, stopped = stops.push(decoder.flush())
+        text += "" if stopped else stops.flush()
+    else:
+        text = ""
+    for piece in (*splitter.push(text), *splitter.flush()):
+        reply.add(piece)
+        yield piece
+    if full or not stopped and reply.n_generated == max_tokens:
+        reply.finish_reason = "length"
+    else:
+        reply.finish_reason = "tool_calls" if reply.tool_calls else "stop"
+    if full:
+        raise full
+
+
+def find_held(text, marks):
+    """The length of the text's longest end that may become one of the marks."""
+    longest = min(len(text), max(map(len, marks), default=1) - 1)
+    return next((n for n in range(longest, 0, -1) if any(mark.startswith(text[-n:]) for mark in marks)), 0)
+
+
+class Stops:
+    """Cuts a text at the first of some stop texts, whatever its pieces are.
+
+    stop: a str, a list of str, or None. What may be the beginning of a stop text is held back.
+    """
+
+    def __init__(self, stop=None):
+        listed = [stop] if isinstance(stop, str) else [] if stop is None else stop
+        if not isinstance(listed, (list, tuple)) or not all(isinstance(text, str) and text for text in listed):
+            raise PydsaError(f"stop is {stop!r:.80}, expected a text or a list of texts, none of them empty")
+        self._texts, self._held = list(listed), ""
+
+    def push(self, text):
+        """Add a piece -> (the text that is certain now, whether a stop came)."""
+        if not self._texts:
+            return text, False
+        text = self._held + text
+        found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self._texts if stop in text]
+        if found:       # the first that is complete, so that the result does not depend on the pieces
+            self._held = ""
+            return text[:min(found)[1]], True
+        n = len(text) - find_held(text, self._texts)
+        self._held = text[n:]
+        return text[:n], False
+
+    def flush(self):
+        """The text that was held back, at the end of the answer."""
+        held, self._held = self._held, ""
+        return held
+
+
+class Splitter:
+    """Splits the text of an answer into pieces of each kind (see Piece).
+
+    Reasoning is only looked for at the beginning, and calls after it; a block of calls also ends reasoning. A call that cannot be
+    read, or is not complete at the end, is given as answer.
+    """
+
+    def __init__(self, layout: Layout):
+        self._form, self._tools = layout.form, layout.tools
+        self._state = "reasoning" if layout.opened else "start" if layout.thinks else "text"
+        self._pending = self._mark = ""     # text that is not certain yet; the mark of the call that has begun
+        self._searched = 0                  # characters of the call in which its end was looked for
+
+    def push(self, text):
+        """Add text -> the list of Pieces that are certain now."""
+        self._pending += text
+        pieces = []
+        while (step := getattr(self, f"_{self._state}")()) is not None:
+            pieces += step
+        return [piece for piece in pieces if piece]
+
+    def flush(self):
+        """The pieces of the text that was held back, at the end."""
+        rest, self._pending, self._mark = self._mark + self._pending, "", ""
+        blank = self._state == "section" and not rest.strip()
+        kind = "reasoning" if self._state == "reasoning" else "markup" if blank else "answer"
+        return [Piece(rest, kind)] if rest else []
+
+    # Each state takes its part from self._pending -> the pieces before the next state, or None if it must wait for more.
+
+    def _start(self):
+        """Before the first character that is not white space."""
+        begun = self._pending.lstrip()
+        if not begun or THINK.startswith(begun) and begun != THINK:
+            return None
+        if not begun.startswith(THINK):
+            self._state = "text"
+            return []
+        end = len(self._pending) - len(begun) + len(THINK)
+        return [Piece(self._take(end, "reasoning"), "markup")]
+
+    def _reasoning(self):
+        """Up to its end, or to a block of calls, as some models forget the end."""
+        opens = self._form.opens if self._form else ()
+        return self._until((END_THINK, *opens), "reasoning", lambda mark: "section" if mark in opens else "text")
+
+    def _text(self):
+        """The answer, up to a block of calls, or to a call without a block."""
+        form = self._form
+        if form is None:
+            return [Piece(self._take(len(self._pending), "text"))] if self._pending else None
+        return self._until(form.opens or form.begins, "answer", lambda mark: "section" if form.opens else "call")
+
+    def _section(self):
+        """Between the calls of a block: white space belongs to the block."""
+        form, begun = self._form, self._pending.lstrip()
+        marks = form.begins + form.closes
+        if any(mark.startswith(begun) for mark in marks if mark != begun):
+            return None
+        if begun.startswith(marks):
+            return self._until(marks, "markup", self._after_section)
+        self._state = "stray"
+        return []
+
+    def _stray(self):
+        """Text in a block that is no call: it is answer."""
+        return self._until(self._form.begins + self._form.closes, "answer", self._after_section)
+
+    def _after_section(self, mark):
+        return "call" if mark in self._form.begins else "text"
+
+    def _call(self):
+        form = self._form
+        if form.is_none and form.is_none.match(self._pending):      # do not hold prose back until an end that may never come
+            mark, self._mark, self._state, self._searched = self._mark, "", "text", 0
+            return [Piece(mark)]
+        end = self._pending.find(form.ends, max(0, self._searched - len(form.ends)))
+        self._searched = 0 if end >= 0 else len(self._pending)
+        if end < 0:
+            return None
+        raw = self._mark + self._pending[:end + len(form.ends)]
+        call = form.read(self._pending[:end], self._tools)
+        self._mark = ""
+        self._take(end + len(form.ends), "section" if form.opens else "text")
+        return [Piece(raw, "answer" if call is None else "tool_call", call)]
+
+    def _until(self, marks, kind, after):
+        """Pieces of a kind up to the first mark; after(mark): the next state."""
+        pending, state = self._pending, self._state
+        found = [(pending.index(mark), -len(mark), mark) for mark in marks if mark in pending]
+        start, _, mark = min(found) if found else (len(pending) - find_held(pending, marks), 0, "")
+        if found:
+            state = after(mark)
+        elif start == 0:
+            return None
+        text = self._take(start + len(mark), state)[:start]
+        if state == "call":     # its mark is part of its text
+            self._mark, mark = mark, ""
+        return [Piece(text, kind), Piece(mark, "markup")]
+
+    def _take(self, n, state):
+        """Cut the first n characters off, and go on in another state."""
+        taken, self._pending, self._state = self._pending[:n], self._pending[n:], state
+        return taken

@@ -1,0 +1,84 @@
+"""Options of llama.cpp that people type by habit.
+
+Those that mean something here work; the others end with one sentence that says what to use instead. All are left out of --help.
+"""
+import click
+
+ONE_DEVICE = "a model runs on one device as a whole; leave it out, or use --device for a GPU."
+MAPPED = "weights are read from the mapped file, and the system keeps them in memory while there is room; leave it out."
+INSTEAD = {
+    ("-ngl", "--gpu-layers", "--n-gpu-layers"): ONE_DEVICE,
+    ("-ot", "--override-tensor", "-cmoe", "--cpu-moe", "-ncmoe", "--n-cpu-moe", "-sm", "--split-mode", "-ts", "--tensor-split",
+     "-mg", "--main-gpu"): ONE_DEVICE,
+    ("-dev",): "use --device.",
+    ("-fa", "--flash-attn"): "attention never holds its whole matrix, so there is nothing to turn on; leave it out.",
+    ("--mlock", "--no-mmap"): MAPPED,
+    ("-b", "--batch-size"): "use -ub, the tokens of a prompt that run together.",
+    ("-ctk", "--cache-type-k", "-ctv", "--cache-type-v"): "use --kv-type, the type of the latents that keys and values are made of.",
+    ("-hf", "-hfr", "--hf-repo"): "download the file, and name it.",
+}
+
+
+SO_ANYWAY = ("--jinja", "--no-warmup", "--no-display-prompt")       # what they ask for is always so in `run`
+
+
+def options_of_what_is_so(function):
+    """A decorator: a command that takes the options of SO_ANYWAY."""
+    return click.option(*SO_ANYWAY, "llama_cpp_so", is_flag=True, hidden=True, expose_value=False)(function)
+
+
+def llama_cpp_options(function):
+    """A decorator: a command that also takes the options of INSTEAD."""
+    for names, sentence in INSTEAD.items():
+        for name in names:
+            function = _refused(name, sentence)(function)
+    return function
+
+
+def _refused(name, sentence):
+    """An option that ends the command with a sentence.
+
+    It is eager, so that a value after it is not taken for the name of a model first.
+    """
+    def refuse(context, parameter, given):
+        if given:
+            raise click.UsageError(f"{name} is an option of llama.cpp: {sentence}")
+    return click.option(name, "llama_cpp" + name.replace("-", "_"), is_flag=True, hidden=True, expose_value=False, is_eager=True,
+                        callback=refuse)
+
+
+def model_argument(default=None):
+    """A decorator: MODEL as an argument, or with -m.
+
+    default: the path where neither is given; None: one of them is required.
+    """
+    def pick(context, parameter, given):
+        named = context.meta.pop("pydsa.model", None)
+        if given is not None and named is not None:
+            raise click.UsageError(f"The model is given twice, as {given} and with -m: give it once.")
+        if given is None and named is None and default is None:
+            raise click.MissingParameter(ctx=context, param=parameter)
+        return given if given is not None else named if named is not None else default
+
+    def keep(context, parameter, given):
+        if given is not None:
+            context.meta["pydsa.model"] = given
+
+    def decorate(function):
+        function = click.argument("model", type=click.Path(), required=False, callback=pick,
+                                  metavar="MODEL" if default is None else "[MODEL]")(function)
+        return click.option("-m", "--model", "named_model", type=click.Path(), hidden=True, expose_value=False, is_eager=True,
+                            callback=keep)(function)
+    return decorate
+
+
+def logit_biases(context, parameter, given):
+    """Values of --logit-bias, such as "15043+1" or "2-inf" -> {id: bias}."""
+    biases = {}
+    for text in given:
+        split = next((i for i, character in enumerate(text) if character in "+-"), len(text))
+        try:
+            biases[int(text[:split])] = float(text[split:])
+        except ValueError:
+            raise click.UsageError(f"--logit-bias is {text!r}, expected a token id, + or -, and a number, like 15043+1 or 2-inf.") from None
+    return biases or None

@@ -1,0 +1,116 @@
+"""The messages of a conversation: checked, and in one form for all formats.
+
+    messages = checked([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}])
+
+Clients write the same message in several ways: a content as text or as parts, arguments of calls as JSON text or as a dict, keys that are
+left out or None. What leaves this module has one form.
+"""
+import json
+import re
+
+from pydsa.errors import PydsaError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class Arguments(dict):
+    """The arguments of a call: a dict, whose text is JSON.
+
+    Some templates go through the arguments with .items(), others add them to a text or print them. Both find what they need, and the JSON
+    is the one that the caller gave, so that a call put back into the conversation has the characters that the model wrote.
+    """
+
+    def __init__(self, values: dict, text: str):
+        super().__init__(values)
+        self._text = text       # the underscore keeps templates from it, and an argument may have any other name
+
+    def __str__(self):
+        return self._text
+
+    def __add__(self, other):
+        return self._text + str(other) if isinstance(other, (str, Arguments)) else NotImplemented
+
+    def __radd__(self, other):
+        return other + self._text if isinstance(other, str) else NotImplemented
+
+
+def checked(messages):
+    """Check the messages -> copies of them, each with a text as content.
+
+    Parts of text are joined; the content is empty where an assistant only thought, or called tools. The calls have Arguments. Keys whose
+    value is None, and empty lists of calls, are left out, as templates ask whether the key is there. Raises PydsaError.
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise PydsaError(f"the messages are {messages!r:.80}, expected a list of dicts with role and content")
+    return [_checked(message, f"message {i}") for i, message in enumerate(messages)]
+
+
+def _checked(message, what):
+    """One message in the form that checked() describes."""
+    if not isinstance(message, dict):
+        raise PydsaError(f"{what} is of type {type(message).__name__}, expected a dict with role and content")
+    role, calls = message.get("role"), message.get("tool_calls")
+    if not isinstance(role, str) or not re.fullmatch("[A-Za-z_]+", role):
+        raise PydsaError(f"{what} has the role {role!r:.80}, expected one of {', '.join(ROLES)}")
+    check_functions(calls, f"{what} has the tool_calls")
+    content, reasoning = message.get("content"), message.get("reasoning_content")
+    if content is None and role == "assistant" and (calls or reasoning):
+        content = ""
+    result = {key: value for key, value in message.items() if value is not None and key != "tool_calls"}
+    result["content"] = _text(content, f"{what} has a content")
+    if reasoning is not None:
+        result["reasoning_content"] = _text(reasoning, f"{what} has a reasoning_content")
+    if calls:
+        result["tool_calls"] = [_call(call) for call in calls]
+    return result
+
+
+def _call(call):
+    """A call, with the type that some templates print, and Arguments."""
+    given = {key: value for key, value in call.items() if value is not None}
+    return {"type": "function", **given, "function": {**call["function"], "arguments": _arguments(call["function"])}}
+
+
+def _text(content, what):
+    """A content as one text: a text, or the texts of its parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, (list, tuple)):
+        raise PydsaError(f"{what} of type {type(content).__name__}, expected text, or a list of parts of text")
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if not isinstance(part, dict) or kind != "text":
+            raise PydsaError(f"{what} with a part of type {kind!r:.80}, expected only parts of type 'text': the model reads nothing else")
+        if not isinstance(part.get("text"), str):
+            raise PydsaError(f'{what} with a part {part!r:.80}, expected {{"type": "text", "text": ...}} with a text')
+    return "".join(part["text"] for part in content)
+
+
+def check_functions(entries, what):
+    """Check that tools, or calls of tools, each name a function."""
+    listed = entries or [] if isinstance(entries, (list, tuple, type(None))) else [None]
+    functions = [entry.get("function") if isinstance(entry, dict) else None for entry in listed]
+    if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
+        raise PydsaError(f"{what} {entries!r:.80}, expected a list of dicts with a function, which has a name")
+
+
+def _arguments(function):
+    """The Arguments of a call; none are a dict, JSON of one, or no text."""
+    given = function.get("arguments")
+    values = {} if given is None else given
+    if isinstance(given, str):
+        try:
+            values = json.loads(given) if given.strip() else {}
+        except (ValueError, RecursionError):
+            values = None
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise PydsaError(f"the arguments of the tool call {function['name']!r:.80} are {given!r:.80}, expected a dict, or JSON of one")
+    return Arguments(values, given if isinstance(given, str) and given.strip() else to_json(values))
+
+
+def to_json(value):
+    """A value as JSON text, with every character as it is."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        raise PydsaError(f"tools or arguments hold {value!r:.80}, expected what JSON can hold") from None
