@@ -55,7 +55,10 @@ def _not_finite(kind, data):
     blocks = data.view(dtype)
     counts = [_count(blocks[name], *BITS["F16"]) for name in dtype.names if name in SCALES]
     counts += [(int(np.count_nonzero(blocks[name] == 255)), 0) for name in dtype.names if name == "e"]      # an exponent; 255 is NaN
-    return tuple(map(sum, zip(*counts)))
+    if kind == "IQ1_M":     # float16 in the highest four bits of four scales
+        scales = blocks["scales"] >> np.array([12, 8, 4, 0], "<u2") & np.array([0xF, 0xF0, 0xF00, 0xF000], "<u2")
+        counts.append(_count(np.bitwise_or.reduce(scales, axis=-1), *BITS["F16"]))
+    return sum(nan for nan, _ in counts), sum(infinite for _, infinite in counts)       # none in NVFP4, whose scales have no NaN
 
 
 def _count(values, infinity, magnitude):

@@ -141,7 +141,7 @@ def run(model, prompt, file, max_tokens, stop, conversation, raw, special, syste
     writer = Writer(engine, sampling, None if max_tokens < 0 else max_tokens, stop)
     note = None if raw else thinking_note(engine.tokenizer, think)
     if note:
-        click.echo(note, err=True)
+        click.echo(visible(note), err=True)
     if chatting:
         chat_loop(engine, writer, messages, think)
         return

@@ -71,7 +71,9 @@ def test_every_scale_of_every_type(kind):
     """... is looked at, in the last block as in the others."""
     sound, dtype = tensor(kind, 3, 2, 512), TYPES[kind].dtype
     assert check.faults(sound) == (0, 0, 0, True)
-    for field in [name for name in dtype.names if name in ("d", "dmin", "m", "e")] if dtype.names else [None]:
+    fields = [name for name in dtype.names if name in ("d", "dmin", "m", "e")] if dtype.names else [None]
+    assert fields or kind in ("NVFP4", "IQ1_M")     # scales without NaN; those of the next test
+    for field in fields:
         for values, expected in ((NAN, (1, 0)), (INFINITY, (0, 1))):
             blocks = sound.data.copy().view(dtype)
             if field == "e":
@@ -81,6 +83,15 @@ def test_every_scale_of_every_type(kind):
             target = blocks if field is None else blocks[field]
             target.view(f"<u{target.itemsize}" if field is None else target.dtype)[-1, -1, -1] = value
             assert check.faults(sound._replace(data=blocks.view(np.uint8)))[:2] == expected
+
+
+def test_the_scattered_scale_of_iq1_m():
+    sound = tensor("IQ1_M", 3, 512)
+    for value, expected in ((0x7E00, (1, 0)), (0xFC00, (0, 1))):
+        blocks = sound.data.copy().view(TYPES["IQ1_M"].dtype)
+        for i in range(4):
+            blocks["scales"][-1, -1, i] = blocks["scales"][-1, -1, i] & 0xFFF | (value >> 4 * i & 0xF) << 12
+        assert check.faults(sound._replace(data=blocks.view(np.uint8)))[:2] == expected
 
 
 def test_pieces(monkeypatch, golden, tmp_path):

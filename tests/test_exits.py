@@ -29,7 +29,10 @@ def pydsa(*args, shell="", **options):
 
 @pytest.fixture
 def renamed(golden, tmp_path):
-    """renamed(key, text) -> a model with another string for a key, at most as long as the old one."""
+    """renamed(key, text) -> a model with another string for a key.
+
+    It is at most as long as the old one.
+    """
     def make(key, value):
         data, value = golden("ds32-q8_0")[0].read_bytes(), value.encode()
         start = data.index(key.encode()) + len(key) + 4
@@ -104,7 +107,10 @@ def test_other_errors_stay_what_they_are():
 # Signals
 
 def signalled(code, number, seconds=20):
-    """The exit code of a Python program and its stderr; the signal comes when it prints a line."""
+    """The exit code of a Python program and its stderr.
+
+    The signal comes when it prints a line.
+    """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     process.send_signal(number)
@@ -125,14 +131,14 @@ def test_signals(number, code):
 
 @posix
 def test_what_an_interrupt_breaks_is_not_shown():
-    """A library that is interrupted may raise something else, such as numba's RuntimeError."""
+    """An interrupted library may raise something else: numba, RuntimeError."""
     code = "try: time.sleep(100)\n    finally: raise RuntimeError('half done')"
     assert signalled(SLEEP.format(code), signal.SIGINT) == (130, "\n[stopped]\n")
 
 
 @posix
 def test_what_follows_an_interrupt_at_once_is_its_effect():
-    """numba's and numpy's modules in C print the KeyboardInterrupt and raise an ImportError."""
+    """Modules in C print the KeyboardInterrupt and raise an ImportError."""
     code = "try: time.sleep(100)\n    except KeyboardInterrupt: pass\n    raise ImportError('_dispatcher failed to import')"
     assert signalled(SLEEP.format(code), signal.SIGINT) == (130, "\n[stopped]\n")
 
