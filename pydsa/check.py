@@ -190,9 +190,11 @@ def check_files(file, progress=lambda done, total, item="": None):
     pool = concurrent.futures.ThreadPoolExecutor(min(FILES, len(parts)))
     try:
         futures = [pool.submit(_check_part, *part, report, stop) for part in parts]
-        while concurrent.futures.wait(futures, 0.1, concurrent.futures.FIRST_EXCEPTION).not_done:
-            if any(future.done() and future.exception() for future in futures):
-                break
+        going = futures
+        while going:
+            ended, going = concurrent.futures.wait(futures, 0.1, concurrent.futures.FIRST_EXCEPTION)
+            for future in ended:
+                future.result()         # raises what has ended it
             progress(done, total, "MiB")
         results = [future.result() for future in futures]
     finally:        # an error of one file, or Ctrl-C, ends the others after a piece

@@ -45,7 +45,8 @@ def in_a_sentence():
     """A context whose errors end the command with a sentence."""
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except PydsaError as error:
         raise Failure(str(error)) from error
     except KeyboardInterrupt as error:

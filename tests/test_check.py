@@ -2,6 +2,7 @@
 import hashlib
 import json
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -151,6 +152,23 @@ def test_a_file_that_becomes_shorter(golden, tmp_path):
     path.unlink()
     with pytest.raises(GGUFError, match="cannot be opened again"):
         check._check_part(*places[0], lambda n: None, threading.Event())
+
+
+def test_an_error_of_one_file_ends_all(golden, monkeypatch):
+    """... at once: a file of a terabyte beside it is not read to its end."""
+    def read(path, file, buffer):
+        if path == "damaged":
+            raise GGUFError("damaged")
+        met.append(time.sleep(0.1))
+        return buffer
+    met, file = [], open_gguf(golden("ds32-q8_0")[0])
+    (path, tensors), = check.places(file)
+    monkeypatch.setattr(check, "_read", read)
+    monkeypatch.setattr(check, "_opened", lambda name: open(path, "rb"))
+    monkeypatch.setattr(check, "places", lambda file: [(path, tensors), ("damaged", tensors)])
+    with pytest.raises(GGUFError, match="damaged"):
+        check.check_files(file)
+    assert len(met) < len(tensors) / 2
 
 
 def test_an_interrupt_ends_the_reading(golden, monkeypatch):
