@@ -3,6 +3,7 @@
 gguf-py reads back what it writes. The same options give the same bytes.
 """
 
+from collections import Counter
 from math import prod
 
 import gguf
@@ -12,9 +13,11 @@ from click.testing import CliRunner
 from gguf.quants import dequantize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tools import kquants
-from tools.make_model import (FILE_TYPES, FIRST_TOKENS, LAST_TOKENS, MIN_VOCAB, ModelSpec, main, make_model,
-                              tensor_shapes, tensor_type, train_tokenizer)
+from pydsa.quants import TYPES
+from tools import iquants
+from tools.make_model import FIRST_TOKENS, LAST_TOKENS, MIN_VOCAB, ModelSpec, main, make_model, n_bytes, tensor_shapes, train_tokenizer
+from tools.mixes import FILE_TYPES, MIXES, STOCK, tensor_type
+from tools.quantizers import QUANTIZERS, quantize
 
 TINY = dict(n_embd=256, n_head=2, n_lora_q=256, n_lora_kv=256, n_ff=256, n_expert=4, n_ff_exp=256, n_vocab=300,
             indexer_n_head=4)
@@ -119,6 +122,33 @@ def test_metadata_values_and_types(tmp_path):
         assert (fields[f"deepseek32.{key}"].types[0], fields[f"deepseek32.{key}"].contents()) == (kind, value), key
 
 
+# The error on normal values, relative to them, that each type stays below: what a search of the grid reaches, and a little more.
+BOUNDS = {"Q1_0": 0.61, "TQ1_0": 0.49, "TQ2_0": 0.49, "IQ1_S": 0.46, "IQ1_M": 0.43, "IQ2_XXS": 0.345, "IQ2_XS": 0.31, "IQ2_S": 0.26,
+          "IQ3_XXS": 0.19, "IQ3_S": 0.145, "Q2_K": 0.36, "Q3_K": 0.17, "Q4_K": 0.09, "Q5_K": 0.045, "Q6_K": 0.022, "IQ4_NL": 0.09,
+          "IQ4_XS": 0.09, "NVFP4": 0.1}
+
+
+def numbers(stored, kind):
+    """The numbers that bytes of a type stand for, by gguf-py.
+
+    It does not know Q1_0: a float16 d, then a bit a number, d where it is set and -d elsewhere.
+    """
+    if kind != "Q1_0":
+        return dequantize(stored, gguf.GGMLQuantizationType[kind]).astype(np.float32)
+    blocks = stored.reshape(-1, 18)
+    d = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+    return np.where(np.unpackbits(blocks[:, 2:], axis=1, bitorder="little"), d, -d).reshape(*stored.shape[:-1], -1)
+
+
+def rmse(x, y):
+    return np.sqrt(np.mean((x - y) ** 2)) / x.std()
+
+
+SHORT_ROWS = {"IQ1_S": "IQ4_NL", "IQ1_M": "IQ4_NL", "IQ2_XXS": "IQ4_NL", "IQ2_XS": "IQ4_NL", "IQ2_S": "IQ4_NL", "IQ3_XXS": "IQ4_NL",
+              "IQ3_S": "IQ4_NL", "IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0",
+              "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q1_0": "F16"}
+
+
 @pytest.mark.parametrize("kind", FILE_TYPES)
 def test_types(tmp_path, kind):
     metadata, tensors = made(tmp_path, type=kind)
@@ -127,17 +157,117 @@ def test_types(tmp_path, kind):
     _, exact = made(tmp_path / "exact", type="F32")
     base = "Q4_K" if kind == "Q4_K_M" else kind
     assert tensors["blk.1.ffn_up_exps.weight"][1] == base
-    fallback = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-    assert tensors["blk.1.attn_k_b.weight"][1] == fallback.get(base, base)
+    assert tensors["blk.1.attn_k_b.weight"][1] == SHORT_ROWS.get(base, base)
     kept = [name for name, (shape, _, _) in tensors.items() if len(shape) == 1 or "gate_inp" in name or "proj" in name]
     assert {tensors[name][1] for name in kept} == {"F32"}
     for name, (shape, stored, data) in tensors.items():
-        x, y = exact[name][2], dequantize(data, gguf.GGMLQuantizationType[stored]).astype(np.float32)
-        assert x.shape == y.shape == shape and rmse(x, y) < {"Q2_K": 0.36, "Q3_K": 0.17}.get(stored, 0.12)
+        x, y = exact[name][2], numbers(data, stored)
+        assert x.shape == y.shape == shape and rmse(x, y) < max(BOUNDS.get(stored, 0), 0.12), name
 
 
-def rmse(x, y):
-    return np.sqrt(np.mean((x - y) ** 2)) / x.std()
+def test_numbers_of_file_types():
+    for name, number in {**FILE_TYPES, **{name: mix.file_type for name, mix in STOCK.items()}}.items():
+        names = {f"MOSTLY_{name}", f"MOSTLY_{name}_S", f"MOSTLY_{name}_MOE", f"ALL_{name}"}
+        assert gguf.LlamaFileType(number).name in names
+
+
+def types_of(**options):
+    """Tensor name -> type and shape of a model, which is not written."""
+    spec = ModelSpec(**options)
+    return {name: (tensor_type(spec, name, shape), shape) for name, shape in tensor_shapes(spec).items()}
+
+
+def counts(**options):
+    return dict(Counter(kind.name for kind, _ in types_of(**options).values()))
+
+
+GLM = dict(arch="glm-dsa", n_layer=78, n_layer_dense=3, nextn=1, n_embd=6144, n_head=64, n_lora_q=2048, n_lora_kv=512, n_nope=192,
+           n_rot=64, n_v=256, n_ff=12288, n_expert=256, n_expert_used=8, n_ff_exp=2048, n_expert_groups=1, indexer_n_head=32,
+           indexer_head_size=128, n_vocab=154880, n_ctx=1 << 20, indexer_shared_tensors=True)
+R1 = dict(arch="deepseek2", legacy_kv_b=True, n_layer=61, n_layer_dense=3, n_embd=7168, n_head=128, n_lora_q=1536, n_lora_kv=512,
+          n_nope=128, n_rot=64, n_v=128, n_ff=18432, n_expert=256, n_expert_used=8, n_ff_exp=2048, n_expert_groups=8, n_vocab=129280)
+V2 = R1 | dict(n_layer=60, n_layer_dense=1, n_embd=5120, n_expert=160, n_expert_shared=2, n_ff=12288, n_ff_exp=1536, exp_probs_b=False,
+               n_vocab=102400)
+MOONLIGHT = dict(arch="deepseek2", n_layer=27, n_layer_dense=1, n_embd=2048, n_head=16, n_lora_q=0, n_lora_kv=512, n_nope=128, n_rot=64,
+                 n_v=128, n_ff=11264, n_expert=64, n_expert_used=6, n_ff_exp=1408, n_expert_shared=2, n_expert_groups=0, n_vocab=163840)
+
+
+@pytest.mark.parametrize("mix, n_published", [("UD-IQ1_S", 216715360960), ("UD-IQ2_XXS", 238458632928), ("UD-IQ2_M", 238577580768),
+                                              ("UD-Q2_K_XL", 253878401856)])
+def test_mixes_have_the_sizes_of_published_files(mix, n_published):
+    """Unsloth's files of GLM-5.2 have 9,541,344 bytes besides tensors.
+
+    They have an indexer in the MTP block too, of 10,535,936 bytes. A file more has a header more.
+    """
+    total = sum(-(-n_bytes(shape, kind) // 32) * 32 for kind, shape in types_of(**GLM, mix=mix).values())
+    assert abs(total + 10535936 + 9541344 - n_published) < 100
+
+
+@pytest.mark.parametrize("options, expected", [
+    (dict(**R1, mix="UD-Q2_K_XL-R1"), dict(F32=361, Q2_K=171, Q3_K=3, Q4_K=306, Q6_K=184)),
+    (dict(**V2, mix="IQ3_XXS"), dict(F32=300, IQ3_XXS=597, IQ3_S=61, Q5_K=1)),
+    (dict(**MOONLIGHT, mix="IQ4_XS"), dict(F32=134, IQ4_XS=242, IQ4_NL=53, Q6_K=1)),
+], ids=["R1", "V2", "Moonlight"])
+def test_mixes_have_the_counts_of_published_files(options, expected):
+    """The numbers of tensors of each type, as llama.cpp printed them."""
+    assert counts(**options) == expected
+
+
+def test_unsloth_mix():
+    """The types that the header of GLM-5.2's UD-IQ2_XXS has."""
+    types = {name: kind.name for name, (kind, _) in types_of(**GLM, mix="UD-IQ2_XXS").items()}
+
+    def layers(part, kind):
+        return [layer for layer in range(79) if types.get(f"blk.{layer}.{part}.weight") == kind]
+
+    usual = [*range(3, 8), *range(9, 78)]
+    assert layers("ffn_down_exps", "IQ3_XXS") == usual[:-3] and layers("ffn_down_exps", "IQ4_XS") == [8, 75, 76, 77]
+    for part in ("ffn_gate_exps", "ffn_up_exps"):
+        assert (layers(part, "IQ2_XXS"), layers(part, "IQ2_S"), layers(part, "Q2_K")) == (usual, [8], [78])
+    assert layers("ffn_down_exps", "Q3_K") == [78] and layers("nextn.eh_proj", "Q8_0") == [78]
+    assert layers("ffn_down_shexp", "Q8_0") == layers("ffn_up_shexp", "Q6_K") == layers("attn_output", "Q6_K") == [8]
+    assert layers("ffn_down_shexp", "Q6_K") == layers("ffn_gate_shexp", "Q5_K") == [*usual, 78]
+    assert layers("attn_k_b", "Q8_0") == list(range(79))
+    assert layers("indexer.attn_k", "Q8_0") == layers("indexer.proj", "F32") == list(range(78))
+    assert layers("ffn_down", "Q6_K") == layers("ffn_up", "Q5_K") == [0, 1, 2]
+    assert types["output.weight"] == types["token_embd.weight"] == "Q4_K"
+
+
+@pytest.mark.parametrize("mix, experts, expected", [
+    ("IQ1_S", 16, {"token_embd": "Q2_K", "output": "Q5_K", "blk.0.ffn_down": "Q2_K", "blk.1.ffn_down_exps": "Q2_K", "blk.1.ffn_down_shexp":
+                   "IQ1_S", "blk.1.attn_output": "IQ2_XXS", "blk.1.attn_kv_b": "Q4_K", "blk.1.attn_q_b": "IQ1_S"}),
+    ("IQ2_S", 16, {"token_embd": "IQ3_S", "blk.1.ffn_down_exps": "IQ3_S", "blk.2.ffn_down_exps": "IQ2_XS", "blk.2.attn_output": "IQ3_S"}),
+    ("IQ2_M", 2, {"blk.1.attn_kv_b": "IQ3_S", "blk.5.attn_q_a": "IQ2_S"}),
+    ("IQ2_XS", 8, {"blk.1.attn_output": "Q5_K", "blk.1.attn_q_a": "IQ2_XS"}),
+    ("Q2_K", 16, {"output": "Q6_K", "blk.3.ffn_down_exps": "Q3_K", "blk.3.attn_output": "Q3_K", "blk.3.ffn_up_exps": "Q2_K"}),
+    ("Q2_K_S", 8, {"blk.1.ffn_down_exps": "Q4_K", "blk.2.ffn_down_exps": "Q2_K", "blk.2.attn_output": "Q2_K", "blk.2.attn_kv_b": "Q8_0"}),
+    ("IQ3_XS", 16, {"blk.1.ffn_up_exps": "IQ3_S", "blk.2.ffn_up_exps": "IQ3_XXS", "blk.14.ffn_gate_exps": "IQ3_S"}),
+    ("IQ3_M", 8, {"blk.4.ffn_down_exps": "Q4_K", "blk.5.ffn_down_exps": "IQ3_S", "blk.4.attn_output": "Q5_K"}),
+    ("IQ3_M", 16, {"blk.1.ffn_down_exps": "Q4_K", "blk.4.ffn_down_exps": "IQ3_S", "blk.4.attn_output": "Q4_K"}),
+    ("Q3_K_M", 16, {"blk.0.ffn_down": "Q5_K", "blk.1.ffn_down_exps": "Q4_K", "blk.1.attn_kv_b": "Q5_K", "blk.2.attn_kv_b": "Q4_K"}),
+    ("Q3_K_L", 8, {"blk.1.attn_output": "Q3_K", "blk.1.ffn_down_exps": "Q5_K", "blk.1.attn_kv_b": "Q8_0"}),
+    ("Q4_K_S", 16, {"blk.1.ffn_down_exps": "Q5_K", "blk.2.ffn_down_exps": "Q4_K", "blk.3.attn_kv_b": "Q5_K", "blk.4.attn_kv_b": "Q4_K"}),
+    ("Q5_K_M", 16, {"blk.4.ffn_down_exps": "Q6_K", "blk.5.ffn_down_exps": "Q5_K", "blk.4.attn_kv_b": "Q6_K"}),
+    ("MXFP4_MOE", 16, {"blk.1.ffn_up_exps": "MXFP4", "blk.1.ffn_up_shexp": "Q8_0", "token_embd": "Q8_0", "output": "Q8_0"}),
+])
+def test_stock_mixes(mix, experts, expected):
+    """Types that llama-quantize gives, worked out by hand from its rules."""
+    types = types_of(arch="deepseek2", n_layer=16, n_expert=experts, n_v=64, legacy_kv_b=True, n_ff_exp=256, n_ff=256, mix=mix)
+    assert {name: types[f"{name}.weight"][0].name for name in expected} == expected
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_every_mix_fits_every_architecture(mix):
+    for arch in ("deepseek32", "glm-dsa", "deepseek2"):
+        types = types_of(arch=arch, n_layer=5, n_expert=4, n_embd=320, n_ff_exp=96, nextn=arch != "deepseek2", tied_output=True, mix=mix)
+        assert all(shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 for kind, shape in types.values())
+        assert types["token_embd.weight"][0].name in ("Q8_0", "Q5_1", "Q5_0")
+
+
+def test_mixed_file(tmp_path):
+    metadata, tensors = made(tmp_path, mix="UD-IQ2_XXS", arch="glm-dsa")
+    assert metadata["general.file_type"] == 19
+    assert {kind for _, kind, _ in tensors.values()} == {"F32", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ2_S", "IQ4_XS", "IQ2_XXS", "Q5_1"}
 
 
 def test_q4_k_m_mix():
@@ -146,7 +276,8 @@ def test_q4_k_m_mix():
     assert (kinds["output.weight"], kinds["token_embd.weight"]) == ("Q6_K", "Q4_K")
     more_bits = [layer for layer in range(1, 16) if kinds[f"blk.{layer}.ffn_down_exps.weight"] == "Q6_K"]
     assert more_bits == [1, 4, 7, 10, 13, 14, 15]
-    assert kinds["blk.0.ffn_down.weight"] == "Q6_K" and kinds["blk.3.ffn_down_shexp.weight"] == "Q4_K"
+    assert kinds["blk.0.ffn_down.weight"] == kinds["blk.4.ffn_down_shexp.weight"] == "Q6_K"
+    assert kinds["blk.3.ffn_down_shexp.weight"] == "Q4_K"
     assert kinds["blk.0.attn_k_b.weight"] == "Q5_0" and kinds["blk.0.attn_output.weight"] == "Q5_0"
     eight = ModelSpec(type="Q4_K_M", n_expert=8)
     assert tensor_type(eight, "blk.0.attn_output.weight", (256, 256)).name == "Q5_K"
@@ -154,34 +285,57 @@ def test_q4_k_m_mix():
     assert tensor_type(odd, "blk.0.attn_output.weight", (256, 40)).name == "F16"
 
 
-@pytest.mark.parametrize("kind, bound", [("Q2_K", 0.36), ("Q3_K", 0.17), ("Q4_K", 0.09), ("Q5_K", 0.045), ("Q6_K", 0.022),
-                                         ("IQ4_NL", 0.09), ("IQ4_XS", 0.09)])
+@pytest.mark.parametrize("kind", QUANTIZERS)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
-def test_k_quantizers(kind, bound, scale):
-    rng = np.random.default_rng(0)
-    x = scale * rng.standard_normal((33, 512), dtype=np.float32)
-    stored = kquants.quantize(x, kind)
+def test_quantizers(kind, scale):
+    if kind == "NVFP4":
+        scale = max(scale, 0.05)        # the least of its scales is 2^-9
+    x = np.float32(scale) * np.random.default_rng(0).standard_normal((33, 512), dtype=np.float32)
+    stored = quantize(x, gguf.GGMLQuantizationType[kind])
     assert stored.dtype == np.uint8
-    y = dequantize(stored, gguf.GGMLQuantizationType[kind])
-    assert rmse(x, y) < bound
-    assert np.abs(x - y).max() < 6 * bound * scale
+    y = numbers(stored, kind)
+    assert rmse(x, y) < BOUNDS[kind]
+    assert np.abs(x - y).max() < 8 * BOUNDS[kind] * scale
 
 
-@pytest.mark.parametrize("kind", kquants.QUANTIZERS)
-def test_k_quantizers_at_the_edges(kind):
-    """Zeros stay zeros; errors stay within a step of the scale.
+@pytest.mark.parametrize("kind", iquants.QUANTIZERS)
+def test_numbers_on_the_grid_are_exact(kind):
+    """Random blocks are read, and written back with the same numbers."""
+    rng = np.random.default_rng(3)
+    blocks = np.frombuffer(rng.bytes(300 * TYPES[kind].n_bytes), TYPES[kind].dtype).copy()
+    if kind == "IQ1_M":
+        blocks["scales"] = blocks["scales"] & 0xfff | np.uint16([0, 0, 0, 0x2000])      # the upper bits are d, 2^-7
+    elif kind == "NVFP4":       # 6 is in each group; a reader cannot know the scale of others
+        blocks["d"], blocks["qs"][:, ::8] = rng.integers(8, 100, (300, 4)), 0x27
+    else:
+        blocks["d"] = rng.uniform(0.5, 2, 300).astype(np.float16).view(np.uint16)
+    if kind == "TQ2_0":         # three of four codes
+        blocks["qs"] = (rng.integers(0, 3, (300, 64, 4)) << [0, 2, 4, 6]).sum(axis=2)
+    x = numbers(blocks.view(np.uint8).reshape(300, -1), kind)
+    assert np.array_equal(numbers(quantize(x, gguf.GGMLQuantizationType[kind]), kind), x)
+
+
+# The greatest error at the edges. In IQ1 to IQ3, and in Q1_0, there are no zeros unless the whole block is zero.
+EDGES = {"Q2_K": 0.4, "Q3_K": 0.3, "Q4_K": 0.1, "Q5_K": 0.06, "Q6_K": 0.04, "IQ4_NL": 0.2, "IQ4_XS": 0.2, "NVFP4": 0.35, "TQ1_0": 0.52,
+         "TQ2_0": 0.52, "IQ3_S": 0.9, "IQ3_XXS": 0.95, "IQ2_S": 1.7, "IQ2_XS": 1.7, "IQ2_XXS": 2.5, "IQ1_M": 0.9, "IQ1_S": 1.3, "Q1_0": 5}
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_quantizers_at_the_edges(kind):
+    """Zeros stay zeros, and one value stays; errors are bounded.
 
     Rows of one value, one outlier or one sign are tried.
     """
     rng = np.random.default_rng(1)
     x = np.stack([np.zeros(256), np.full(256, 3.0), np.full(256, -3.0), np.where(np.arange(256) == 77, 5.0, 0.0),
                   rng.uniform(1, 2, 256), rng.uniform(-2, -1, 256)]).astype(np.float32)
-    y = dequantize(kquants.quantize(x, kind), gguf.GGMLQuantizationType[kind])
+    y = numbers(quantize(x, gguf.GGMLQuantizationType[kind]), kind)
     assert not y[0].any()
-    assert np.abs(x - y).max() < {"Q2_K": 0.4, "Q3_K": 0.3, "Q4_K": 0.1, "Q5_K": 0.06, "Q6_K": 0.04, "IQ4_NL": 0.2, "IQ4_XS": 0.2}[kind]
+    assert np.abs(x[1:3] - y[1:3]).max() < 0.002
+    assert np.abs(x - y).max() < EDGES[kind]
     block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
     with pytest.raises(ValueError, match=f"multiple of {block}"):
-        kquants.quantize(x[:, :block // 2], kind)
+        quantize(x[:, :block // 2], gguf.GGMLQuantizationType[kind])
 
 
 def test_same_options_same_bytes(tmp_path):
@@ -246,7 +400,8 @@ def test_tokenizer_training_repeats():
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(arch="llama"), "llama"), (dict(type="IQ2_XS"), "IQ2_XS"), (dict(n_vocab=MIN_VOCAB - 1), "n_vocab"),
+    (dict(arch="llama"), "llama"), (dict(type="Q9_K"), "Q9_K' is none"),
+    (dict(type="IQ2_M"), "as mix"), (dict(mix="Q9_K"), "Q9_K"), (dict(n_vocab=MIN_VOCAB - 1), "n_vocab"),
     (dict(n_layer_dense=4), "n_layer_dense"), (dict(n_expert_groups=3), "n_expert_groups"),
     (dict(n_expert=0), "n_layer_dense"), (dict(n_expert_used=9), "n_expert_used"), (dict(n_lora_q=0), "deepseek2"),
     (dict(arch="glm-dsa", indexer_types="FS"), "each layer"), (dict(arch="glm-dsa", indexer_types="SFF"), "F first"),

@@ -231,8 +231,8 @@ TENSORS = [
     ({"blk.1.ffn_up_exps.weight": (7, 36, 72)}, "blk.1.ffn_up_exps.weight"),
     ({"blk.2.exp_probs_b.bias": (7,)}, "blk.2.exp_probs_b.bias"), ({"blk.2.indexer.k_norm.bias": DROP}, "blk.2.indexer.k_norm.bias"),
     ({"blk.2.indexer.attn_k.weight": DROP}, "blk.2.indexer.attn_k.weight"),
-    ({"blk.1.ffn_gate_exps.weight": "IQ2_XXS"}, "'blk.1.ffn_gate_exps.weight' is stored as IQ2_XXS"),
-    ({"output.weight": "IQ3_S"}, "'output.weight' is stored as IQ3_S"),
+    ({"blk.1.ffn_gate_exps.weight": "Q8_1"}, "'blk.1.ffn_gate_exps.weight' is stored as Q8_1"),
+    ({"output.weight": "Q8_K"}, "'output.weight' is stored as Q8_K"),
     ({"token_embd.weight": "I8"}, "'token_embd.weight' is stored as I8"),
 ]
 

@@ -11,7 +11,6 @@ Scales come from the minimum and maximum of a block. A superblock is 256 numbers
 IQ4_NL has blocks of 32, x = d*table[q]. `gguf.quants.dequantize` reads what is written here.
 """
 
-import gguf
 import numpy as np
 from gguf.quants import IQ4_NL
 
@@ -174,15 +173,3 @@ def quantize_iq4_xs(x):
 
 QUANTIZERS = {"Q2_K": quantize_q2_k, "Q3_K": quantize_q3_k, "Q4_K": quantize_q4_k, "Q5_K": quantize_q5_k, "Q6_K": quantize_q6_k,
               "IQ4_NL": quantize_iq4_nl, "IQ4_XS": quantize_iq4_xs}
-
-
-def quantize(x, name):
-    """Float32 rows x [n, n_in] as bytes [n, row bytes] of the type `name`.
-
-    n_in is a multiple of the type's block.
-    """
-    n, n_in = x.shape
-    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
-    if n_in % block:
-        raise ValueError(f"{name} needs rows of a multiple of {block} numbers, not {n_in}")
-    return QUANTIZERS[name](x.reshape(-1, block)).reshape(n, -1)

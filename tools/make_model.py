@@ -2,11 +2,12 @@
 
     python tools/make_model.py small.gguf
     python tools/make_model.py --preset 0.5b --type Q4_K_M bench.gguf
+    python tools/make_model.py --preset 0.5b --mix UD-IQ2_M mixed.gguf
     python tools/make_model.py --arch glm-dsa --n-layer 6 --indexer-types FFFSSS --no-indexer-shared-tensors glm.gguf
 
-Any size, three architectures, all common types, and a working tokenizer. From Python: `make_model("small.gguf", ModelSpec(arch="deepseek2",
-type="Q4_0"))`. The same options give the same bytes with the same Python, numpy and tokenizers. Models that differ only in `type` hold the
-same weights, rounded.
+Any size, three architectures, all common types, the mixes of types of real files (mixes.py), and a working tokenizer. From Python:
+`make_model("small.gguf", ModelSpec(arch="deepseek2", type="Q4_0"))`. The same options give the same bytes with the same Python, numpy and
+tokenizers. Models that differ only in `type` or `mix` hold the same weights, rounded.
 """
 
 import json
@@ -23,19 +24,17 @@ import numpy as np
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools import kquants  # noqa: E402
+from tools.mixes import FILE_TYPES, MIXES, file_type, tensor_type  # noqa: E402
+from tools.quantizers import quantize  # noqa: E402
 
 ARCHITECTURES = ("deepseek32", "glm-dsa", "deepseek2")
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14,
-              "Q4_K_M": 15, "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "MXFP4": 38}
-K_FALLBACK = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 GATING = {"absent": 0, "softmax": 1, "sigmoid": 2, "softmax_weight": 3}
 PRE = {"deepseek32": "deepseek-v3", "glm-dsa": "glm4", "deepseek2": "deepseek-llm"}
 FIRST_TOKENS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>")
 LAST_TOKENS = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
 MIN_VOCAB = 256 + len(FIRST_TOKENS) + len(LAST_TOKENS)
 LONG_CONTEXT = 1 << 20     # from this length on glm-dsa has shared indexer layers although no key says so
-AT_ONCE = 1 << 20          # weights that are made and quantized at a time
+AT_ONCE = 1 << 18          # weights that are made and quantized at a time, so few that they stay in a core's cache
 
 
 def option(default, text):
@@ -50,6 +49,7 @@ class ModelSpec:
     """
     arch: str = option("deepseek32", "deepseek32, glm-dsa or deepseek2")
     type: str = option("Q8_0", "type of the matrices: " + " ".join(FILE_TYPES))
+    mix: str = option("", "instead of the type, the mix of types of a real file: " + " ".join(MIXES))
     seed: int = option(0, "seed of the weights")
     n_layer: int = option(3, "layers, without the MTP block")
     n_layer_dense: int = option(1, "leading layers without experts")
@@ -96,7 +96,9 @@ class ModelSpec:
         types, groups = self.indexer_types, self.n_expert_groups
         checks = {
             f"arch {self.arch!r} is none of {', '.join(ARCHITECTURES)}": self.arch in ARCHITECTURES,
+            f"type {self.type!r} is a mix of types: give it as mix": self.type in FILE_TYPES or self.type not in MIXES,
             f"type {self.type!r} is none of {', '.join(FILE_TYPES)}": self.type in FILE_TYPES,
+            f"mix {self.mix!r} is none of {', '.join(MIXES)}": not self.mix or self.mix in MIXES,
             f"expert_gating_func must be one of {', '.join(GATING)}": self.expert_gating_func in GATING,
             f"n_vocab must be at least {MIN_VOCAB}, for the bytes and the markers": self.n_vocab >= MIN_VOCAB,
             "n_layer_dense must be within 0 and n_layer": 0 <= self.n_layer_dense <= self.n_layer,
@@ -198,37 +200,6 @@ def tensor_shapes(spec):
     return shapes
 
 
-def q4_k_m(spec, name):
-    """The type of a matrix in llama-quantize's Q4_K_M mix.
-
-    The output and sensitive layers get more bits.
-    """
-    n_layer, layer = spec.n_layer + spec.nextn, int(name.split(".")[1]) if name.startswith("blk.") else 0
-    sensitive = layer < n_layer // 8 or layer >= 7 * n_layer // 8 or (layer - n_layer // 8) % 3 == 2
-    if name == "output.weight" or (name == "token_embd.weight" and spec.tied_output):
-        return "Q6_K"
-    if spec.n_expert == 8:    # its rules for Mixtral apply to every model with eight experts
-        if name.endswith(("attn_k.weight", "attn_kv_b.weight")):
-            return "Q8_0"
-        if "attn_output" in name:
-            return "Q5_K"
-    return "Q6_K" if sensitive and ("ffn_down" in name or "attn_kv_b" in name) else "Q4_K"
-
-
-def tensor_type(spec, name, shape):
-    """The GGML type of a tensor.
-
-    Rows that do not fill a block get llama-quantize's fallbacks.
-    """
-    if len(shape) == 1 or "ffn_gate_inp" in name or ("indexer.proj" in name and not spec.quantize_indexer_proj):
-        return gguf.GGMLQuantizationType.F32
-    kind = q4_k_m(spec, name) if spec.type == "Q4_K_M" else spec.type
-    if kind in K_FALLBACK and shape[-1] % kquants.BLOCK:
-        kind = K_FALLBACK[kind]
-    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    return gguf.GGMLQuantizationType["F16" if shape[-1] % block else kind]
-
-
 def n_bytes(shape, kind):
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     return prod(shape) // block * block_bytes
@@ -265,11 +236,6 @@ def tensor_rows(spec, name, shape, kind):
         x *= np.float32(std)
         x += np.float32(mean)
         yield quantize(x, kind)
-
-
-def quantize(x, kind):
-    """Float32 rows in a GGML type, as bytes or as numbers of that type."""
-    return kquants.quantize(x, kind.name) if kind.name in kquants.QUANTIZERS else gguf.quants.quantize(x, kind)
 
 
 @lru_cache
@@ -354,7 +320,7 @@ def add_metadata(writer, spec, name, vocabulary):
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
            list: writer.add_array}
     writer.add_string("general.name", name)
-    writer.add_uint32("general.file_type", FILE_TYPES[spec.type])
+    writer.add_uint32("general.file_type", file_type(spec))
     writer.add_uint32("general.quantization_version", 2)
     for key, value in model_keys(spec).items():
         if value is not None:
@@ -438,7 +404,7 @@ def main(path, preset, chat_template, **options):
         task = progress.add_task("writing", total=n_weights)
         first = make_model(path, spec, lambda n: progress.advance(task, n))
     size = sum(n_bytes(shape, tensor_type(spec, name, shape)) for name, shape in shapes.items())
-    click.echo(f"{first}: {spec.arch} {spec.type}, {n_weights / 1e6:,.1f} M parameters, {size / 1e6:,.1f} MB")
+    click.echo(f"{first}: {spec.arch} {spec.mix or spec.type}, {n_weights / 1e6:,.1f} M parameters, {size / 1e6:,.1f} MB")
 
 
 if __name__ == "__main__":

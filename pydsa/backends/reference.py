@@ -19,11 +19,11 @@ def weight(tensor):
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
     if tensor.type == "Q1_0":
-        return dequantize_q1_0(tensor.data).reshape(tensor.shape)
+        return _dequantize_q1_0(tensor.data).reshape(tensor.shape)
     return dequantize(tensor.data, GGMLQuantizationType[tensor.type]).reshape(tensor.shape)
 
 
-def dequantize_q1_0(data):
+def _dequantize_q1_0(data):
     """Dequantize rows of Q1_0, which gguf-py does not: d where a bit is set, else -d.
 
     A block is a float16 d and 128 bits.
