@@ -96,7 +96,8 @@ print(*(float(((a - b) ** 2).sum() / (b ** 2).sum()) for a, b in zip(logits, exp
 
 
 @pytest.mark.parametrize("attention, kv_type, spec", [
-    ("sparse", "f32", {"type": "F32"}), ("masked", "f32", {"type": "Q8_0", "arch": "glm-dsa"}), ("auto", "i16", {"type": "Q8_0"})])
+    ("sparse", "f32", {"type": "F32"}), ("masked", "f32", {"type": "Q8_0", "arch": "glm-dsa"}), ("auto", "i16", {"type": "Q8_0"}),
+    ("sparse", "i16", {"type": "IQ2_XXS", "n_embd": 256, "n_ff": 256, "n_ff_exp": 256})])     # a type with a grid
 def test_models(small_model, attention, kv_type, spec):
     """A prompt in ubatches, then a token, against the reference.
 

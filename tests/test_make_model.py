@@ -306,7 +306,7 @@ def test_numbers_on_the_grid_are_exact(kind):
     if kind == "IQ1_M":
         blocks["scales"] = blocks["scales"] & 0xfff | np.uint16([0, 0, 0, 0x2000])      # the upper bits are d, 2^-7
     elif kind == "NVFP4":       # 6 is in each group; a reader cannot know the scale of others
-        blocks["d"], blocks["qs"][:, ::8] = rng.integers(8, 100, (300, 4)), 0x27
+        blocks["scales"], blocks["qs"][:, ::8] = rng.integers(8, 100, (300, 4)), 0x27
     else:
         blocks["d"] = rng.uniform(0.5, 2, 300).astype(np.float16).view(np.uint16)
     if kind == "TQ2_0":         # three of four codes

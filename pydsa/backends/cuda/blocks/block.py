@@ -1,4 +1,4 @@
-"""Helpers of all block types: unaligned loads, byte arithmetic, table entries."""
+"""Helpers of all block types: unaligned loads, byte arithmetic, signs that come as bits."""
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ from pydsa.quants import TYPES
 
 NIBBLES, TWO_BITS, ONE_BIT = 0x0F0F0F0F, 0x03030303, 0x01010101
 ZERO = np.float32(0)
+SIGN_OF_EACH = np.uint32(0xBA98)        # the prmt selector that makes each byte its sign: 0 or 255
 
 
 class Grouped(NamedTuple):
@@ -72,3 +73,22 @@ def any_eight_u32(data, at):
     i = u32_at(data, at + 31 & ~3)
     return (permuted(a, b, pick), permuted(b, c, pick), permuted(c, d, pick), permuted(d, e, pick), permuted(e, f, pick),
             permuted(f, g, pick), permuted(g, h, pick), permuted(h, i, pick))
+
+
+@device
+def swapped(bits, distance, mask):
+    """Swap the bits of a mask with those `distance` places higher."""
+    changed = np.uint32((bits ^ bits >> distance) & mask)
+    return np.uint32(bits ^ changed * np.uint32((1 << distance) + 1))       # both places in one product, as they do not overlap
+
+
+@device
+def signs_in_bytes(bits):
+    """Move bit 4 k + i to byte i: to its bit 0, 4, 1, 5, 2, 6, 3, 7 for k = 0 to 7."""
+    return swapped(swapped(bits, 14, 0x0000CCCC), 7, 0x00AA00AA)
+
+
+@device
+def sign_of_four(signs, bit):
+    """Bytes of 255 where this bit of a byte is set, else 0."""
+    return permuted(np.uint32(signs << (7 - bit) & 0xFFFFFFFF), np.uint32(0), SIGN_OF_EACH)

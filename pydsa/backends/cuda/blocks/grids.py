@@ -6,7 +6,7 @@ weights. k numbers the rows of a group of 32.
 """
 import numpy as np
 
-from pydsa.backends.cuda.blocks.block import ONE_BIT, ZERO, any_two_u32, any_u32, entry
+from pydsa.backends.cuda.blocks.block import ONE_BIT, ZERO, any_two_u32, any_u32, entry, sign_of_four, signs_in_bytes, swapped
 from pydsa.backends.cuda.constants import shared_table
 from pydsa.backends.cuda.device import byte_at, device, half_at, of_half, permuted, u32_at
 from pydsa.quants import IQ2_LEVELS, TYPES, grid
@@ -15,7 +15,6 @@ from pydsa.quants import IQ2_LEVELS, TYPES, grid
 IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S = (
     TYPES[name].n_bytes for name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"))      # bytes of a block
 HALF, QUARTER, EIGHTH = np.float32(0.5), np.float32(0.25), np.float32(0.125)
-SIGN_OF_EACH = np.uint32(0xBA98)        # the prmt selector that makes each byte its sign: 0 or 255
 
 
 def _four_levels(levels):
@@ -46,22 +45,9 @@ POSITIVE, NEGATIVE = _four_levels(IQ2_LEVELS), _four_levels([-level for level in
 
 
 @device
-def swapped(bits, distance, mask):
-    """Swap the bits of a mask with those `distance` places higher."""
-    changed = np.uint32((bits ^ bits >> distance) & mask)
-    return np.uint32(bits ^ changed * np.uint32((1 << distance) + 1))       # both places in one product, as they do not overlap
-
-
-@device
 def signs_in_nibbles(bits):
     """Move bit 8 k + i to nibble i: to its bit 0, 2, 1, 3 for k = 0 to 3."""
     return swapped(swapped(swapped(bits, 6, 0x00CC00CC), 12, 0x0000F0F0), 3, 0x0A0A0A0A)
-
-
-@device
-def signs_in_bytes(bits):
-    """Move bit 4 k + i to byte i: to its bit 0, 4, 1, 5, 2, 6, 3, 7 for k = 0 to 7."""
-    return swapped(swapped(bits, 14, 0x0000CCCC), 7, 0x00AA00AA)
 
 
 @device
@@ -135,12 +121,6 @@ def group_iq2_s(data, row, g):
     a, b, c, e, f, h, i, j = signed_rows(row_of_iq2_s(q & 255 | high << 8 & 0x300), row_of_iq2_s(q >> 8 & 255 | high << 6 & 0x300),
                                          row_of_iq2_s(q >> 16 & 255 | high << 4 & 0x300), row_of_iq2_s(q >> 24 | high << 2 & 0x300), signs)
     return a, b, c, e, f, h, i, j, scale_iq2(d, scales & 15), scale_iq2(d, scales >> 4), ZERO, ZERO
-
-
-@device
-def sign_of_four(signs, bit):
-    """Bytes of 255 where this bit of a byte is set, else 0."""
-    return permuted(np.uint32(signs << (7 - bit) & 0xFFFFFFFF), np.uint32(0), SIGN_OF_EACH)
 
 
 @device

@@ -1,8 +1,8 @@
 """TQ1_0, TQ2_0, Q1_0: weights of -1, 0 or 1, or of -1 or 1, times a scale."""
 import numpy as np
 
-from pydsa.backends.cuda.blocks.block import ONE_BIT, TWO_BITS, ZERO, any_eight_u32, any_four_u32, any_u32, entry, sub4
-from pydsa.backends.cuda.blocks.grids import sign_of_four, signs_in_bytes
+from pydsa.backends.cuda.blocks.block import (ONE_BIT, TWO_BITS, ZERO, any_eight_u32, any_four_u32, any_u32, entry, sign_of_four,
+                                              signs_in_bytes, sub4)
 from pydsa.backends.cuda.device import device, half_at, permuted
 from pydsa.quants import TYPES
 
@@ -40,7 +40,7 @@ def trits(quad, power):
     A byte is a fraction of 256, and its digits to base three are the trits: three times what the power leaves of it, over 256.
     """
     even, odd = np.uint32(quad & LOW_BYTES), permuted(quad, np.uint32(0), ODD_BYTES)
-    return permuted(digits(even, power), digits(odd, power), HIGH_BYTES) ^ 0x80808080
+    return permuted(digits(even, power), digits(odd, power), HIGH_BYTES) ^ 0x80808080      # 127, 128, 129 become -1, 0, 1
 
 
 @device
