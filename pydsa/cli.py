@@ -168,6 +168,8 @@ def read_text(file):
         return file.read().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise Failure(f"The prompt is not UTF-8 text (byte {error.start}).") from error
+    except OSError as error:
+        raise Failure(f"The prompt cannot be read from {file.name} ({error.strerror or error}); give it with -p.") from error
 
 
 @main.command()

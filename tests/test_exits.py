@@ -74,6 +74,13 @@ def test_no_stdin_is_an_empty_one(golden):
     assert done.returncode == 2 and done.stderr == b"Error: The prompt is empty.\n"
 
 
+@posix
+@pytest.mark.parametrize("args", [(), ("-f", "-")] + [("-f", "/proc/self/mem")] * os.path.exists("/proc/self/mem"))
+def test_a_prompt_that_cannot_be_read(golden, args):
+    done = pydsa("run", golden("ds32-q8_0")[0], *args, shell="0> /dev/null")
+    assert done.returncode == 2 and done.stderr.startswith(b"Error: The prompt cannot be read from ") and done.stderr.count(b"\n") == 1
+
+
 def test_a_pipe_is_utf8(renamed):
     """... also where its encoding has not the letters, as on Windows."""
     path = renamed("general.name", "深")
