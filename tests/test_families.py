@@ -20,7 +20,7 @@ from pydsa.models.yarn import rope_from_metadata
 from pydsa.quants import TYPES
 from pydsa.report import describe, format_report
 from pydsa.tokenizer import CONTROL, PRE_TOKENIZERS
-from tools.make_model import ModelSpec, make_model, model_keys, tensor_shapes
+from tools.make_model import ModelSpec, make_model, model_keys, tensor_shapes, tensor_type
 
 DATA, IDS = Path(__file__).parent / "data", random_ids(40)
 YARN = dict(rope_scaling="yarn", rope_factor=40.0, n_ctx_orig=4096, yarn_log_multiplier=0.1)
@@ -63,19 +63,20 @@ def family(request):
 
 @pytest.fixture
 def full_size(family, monkeypatch):
-    """full_size(**options) -> the Setup of a published model in Q8_0.
+    """full_size(**options) -> the Setup of a published model in Q4_K_M.
 
     It has none of the gigabytes: all bytes of a tensor are one byte.
     """
-    spec = ModelSpec(**FAMILIES[family][0])
+    spec = ModelSpec(**FAMILIES[family][0], type="Q4_K_M")
     metadata = Metadata({"general.architecture": spec.arch, "general.name": family, "tokenizer.ggml.model": "gpt2",
                          "tokenizer.ggml.pre": spec.pre, **{f"{spec.arch}.{key}": value for key, value in model_keys(spec).items()
                                                             if value is not None}}, "model.gguf")
-    block, tensors = TYPES["Q8_0"], {}
+    tensors = {}
     for name, shape in tensor_shapes(spec).items():
-        n_bytes = shape[-1] // block.size * block.dtype.itemsize
-        data = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (*shape[:-1], n_bytes), (0,) * len(shape))
-        tensors[name] = Tensor(name, "Q8_0", shape, data)
+        kind = tensor_type(spec, name, shape).name
+        row = shape[-1] // TYPES[kind].size * TYPES[kind].dtype.itemsize
+        data = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (*shape[:-1], row), (0,) * len(shape))
+        tensors[name] = Tensor(name, kind, shape, data)
     file = GGUFFile(metadata, tensors, ["model.gguf"], sum(tensor.data.nbytes for tensor in tensors.values()), 3)
     monkeypatch.setattr(pydsa.model, "open_gguf", lambda path: file)
     return lambda **options: Setup("model.gguf", **options)
@@ -101,7 +102,7 @@ def test_info_of_full_size(family, full_size):
     setup = full_size(n_ctx=4096)
     spec, text = ModelSpec(**FAMILIES[family][0]), format_report(describe(setup))
     assert text.startswith(f"{family}: {spec.arch}, ") and f"gpt2, {spec.pre}; chat format" in text
-    assert f"{spec.n_expert_used} of {spec.n_expert} experts" in text
+    assert f"{spec.n_expert_used} of {spec.n_expert} experts" in text and "Q4_K " in text and "Q6_K " in text
     assert ("MTP block(s)" in text) == bool(spec.nextn)
     assert ("dense up to 2048 tokens" if family in INDEXED else "dense (the model has no indexer)") in text
 
