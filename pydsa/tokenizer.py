@@ -16,6 +16,7 @@ import numpy as np
 from pydsa.errors import GGUFError, PydsaError, UnsupportedModelError
 from pydsa.gguf_file import Metadata, open_gguf, quote
 
+MODEL = "gpt2"          # tokenizer.ggml.model of byte-level BPE
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 MAX_TOKEN = 1024        # characters; the longest token of the supported models is 256 spaces
 MAX_TEXT = 8_000_000    # characters; the library's regex engine fails on a run of ten million spaces
@@ -47,9 +48,7 @@ _GLM4 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 # Han as llama.cpp lists it for kimi-k2: ideographs and compatibility ideographs, without radicals and marks such as \u3005.
-_HAN = (
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ebef\U0002f800-\U0002fa1f"
-)
+_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ebef\U0002f800-\U0002fa1f"
 _KIMI_K2 = (
     rf"[{_HAN}]+|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}&&[^{_HAN}]]+(?:'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL]))?|\p{{N}}{{1,3}}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -139,8 +138,8 @@ class Tokenizer:
     def __init__(self, metadata: Metadata, n_vocab: int | None = None):
         self.path = metadata.path
         model, pre = metadata.string("tokenizer.ggml.model"), metadata.string("tokenizer.ggml.pre")
-        if model != "gpt2":
-            raise UnsupportedModelError(f"{self.path}: tokenizer.ggml.model is {quote(model)}, expected 'gpt2', "
+        if model != MODEL:
+            raise UnsupportedModelError(f"{self.path}: tokenizer.ggml.model is {quote(model)}, expected {MODEL!r}, "
                                         "byte-level BPE, which all DSA models use")
         if pre not in PRE_TOKENIZERS:
             raise UnsupportedModelError(f"{self.path}: tokenizer.ggml.pre is {quote(pre)}, expected one of "

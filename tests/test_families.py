@@ -101,10 +101,22 @@ def test_full_size(family, full_size):
 def test_info_of_full_size(family, full_size):
     setup = full_size(n_ctx=4096)
     spec, text = ModelSpec(**FAMILIES[family][0]), format_report(describe(setup))
-    assert text.startswith(f"{family}: {spec.arch}, ") and f"gpt2, {spec.pre}; chat format" in text
+    assert text.startswith(f"{family}: {spec.arch}, ") and "not supported" not in text and f"gpt2, {spec.pre}; chat format" in text
     assert f"{spec.n_expert_used} of {spec.n_expert} experts" in text and "Q4_K " in text and "Q6_K " in text
     assert ("MTP block(s)" in text) == bool(spec.nextn)
     assert ("dense up to 2048 tokens" if family in INDEXED else "dense (the model has no indexer)") in text
+
+
+@pytest.mark.parametrize("key, value", [("model", "llama"), ("pre", "kanana2"), ("pre", None)])
+@pytest.mark.parametrize("family", ["GigaChat3-10B"])
+def test_info_says_that_a_tokenizer_is_not_supported(full_size, key, value):
+    metadata = full_size().file.metadata
+    metadata.pop(f"tokenizer.ggml.{key}")
+    if value:
+        metadata[f"tokenizer.ggml.{key}"] = value
+    report = describe(full_size())
+    assert not report["tokenizer"]["supported"]
+    assert "(not supported, expected gpt2 with one of deepseek-llm, " in format_report(report)
 
 
 def test_the_whole_context_is_allowed(family, full_size):
