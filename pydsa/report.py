@@ -9,6 +9,7 @@ import numpy as np
 
 from pydsa.chat import USER
 from pydsa.terminal import visible
+from pydsa.tokenizer import MODEL, PRE_TOKENIZERS
 
 HIDDEN = {"rope", "n_ff", "indexer_full"}       # fields of a Config that are reported elsewhere or not at all
 
@@ -16,6 +17,7 @@ HIDDEN = {"rope", "n_ff", "indexer_full"}       # fields of a Config that are re
 def describe(setup):
     """A Setup as a dict of JSON types; sizes are bytes."""
     config, metadata = setup.config, setup.file.metadata
+    model, pre = (metadata.string(f"tokenizer.ggml.{key}", default=None) for key in ("model", "pre"))
     types = {}
     for tensor in setup.file.tensors.values():
         count, size = types.get(tensor.type, (0, 0))
@@ -26,8 +28,7 @@ def describe(setup):
         "n_params": setup.n_params, "config": fields | {"kq_scale": config.kq_scale},
         "rope": {key: metadata.get(f"{config.architecture}.rope.{key}") for key in ("freq_base", "scaling.type", "scaling.factor")},
         "n_ff": list(config.n_ff),
-        "tokenizer": {"model": metadata.string("tokenizer.ggml.model", default=None),
-                      "pre": metadata.string("tokenizer.ggml.pre", default=None),
+        "tokenizer": {"model": model, "pre": pre, "supported": model == MODEL and pre in PRE_TOKENIZERS,
                       "chat_format": chat_format(metadata)},
         "tensor_types": {name: {"tensors": count, "bytes": size} for name, (count, size) in sorted(types.items())},
         "n_tensors_unused": len(setup.file.tensors) - len(setup.weights.used),
@@ -89,7 +90,8 @@ def format_report(report):
     tokenizer, caches = report["tokenizer"], f"latents {report['kv_type']}"
     if report["index_type"]:
         caches += f", index keys {report['index_type']}"
-    lines += ["", f"tokenizer: {tokenizer['model']}, {tokenizer['pre']}; chat format: {tokenizer['chat_format']}", "", "tensors"]
+    unknown = "" if tokenizer["supported"] else f" (not supported, expected {MODEL} with one of {', '.join(PRE_TOKENIZERS)})"
+    lines += ["", f"tokenizer: {tokenizer['model']}, {tokenizer['pre']}{unknown}; chat format: {tokenizer['chat_format']}", "", "tensors"]
     lines += [f"  {name:6} {entry['tensors']:6}  {size(entry['bytes'])}" for name, entry in report["tensor_types"].items()]
     if config["n_layer_nextn"]:
         lines.append(f"  {config['n_layer_nextn']} MTP block(s) for speculative decoding: recognised, but not used")

@@ -64,6 +64,21 @@ def _weight(value, weights):
     return weights[id(value)]
 
 
+class _Growing(list):
+    """A list that a template has made, to which it may append.
+
+    Other lists, dicts and tuples hold a copy of it, so that nothing that was measured grows afterwards.
+    """
+
+    def append(self, value):
+        super().append(_copied(value))
+        _fits(self)
+
+
+def _copied(value):
+    return list(value) if isinstance(value, _Growing) else value
+
+
 def _bounded(function):
     return functools.wraps(function)(lambda *args, **kwargs: _fits(function(*args, **kwargs)))
 
@@ -219,7 +234,8 @@ def _sandbox():
         intercepted_binops = frozenset(("+", "*", "%", "**"))
 
         def __init__(self, plain):
-            super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", generation_blocks])
+            super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", generation_blocks],
+                             optimized=False)     # constant lists too are made by fits()
             self.binop_table |= {"+": _bounded(operator.add), "*": _multiply, "%": _remainder, "**": _power}
             self.filters |= {"join": self.join, "replace": _replace, "tojson": _tojson,
                              "from_json": functools.partial(_from_json, plain)}
@@ -238,11 +254,15 @@ def _sandbox():
             """A list, tuple or dict of the template, if it is not too large."""
             if any(isinstance(part, Namespace) for part in (literal.values() if isinstance(literal, dict) else literal)):
                 raise _LimitError("it puts a namespace into a list")
-            return _fits(literal)
+            if isinstance(literal, dict):
+                return _fits({key: _copied(value) for key, value in literal.items()})
+            return _fits((_Growing if isinstance(literal, list) else tuple)(map(_copied, literal)))
 
         def is_safe_attribute(self, obj, attr, value):
             if isinstance(obj, (str, bytes, int, float)):
                 return isinstance(obj, str) and attr in _STRING_METHODS
+            if isinstance(obj, _Growing) and attr in ("append", "pop"):
+                return True
             return super().is_safe_attribute(obj, attr, value)
 
         def wrap_str_format(self, value):

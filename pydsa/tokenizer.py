@@ -16,6 +16,7 @@ import numpy as np
 from pydsa.errors import GGUFError, PydsaError, UnsupportedModelError
 from pydsa.gguf_file import Metadata, open_gguf, quote
 
+MODEL = "gpt2"          # tokenizer.ggml.model of byte-level BPE
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 MAX_TOKEN = 1024        # characters; the longest token of the supported models is 256 spaces
 MAX_TEXT = 8_000_000    # characters; the library's regex engine fails on a run of ten million spaces
@@ -46,6 +47,22 @@ _GLM4 = (
     r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
+# Han as llama.cpp lists it for kimi-k2: ideographs and compatibility ideographs, without radicals and marks such as \u3005.
+_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ebef\U0002f800-\U0002fa1f"
+_KIMI_K2 = (
+    rf"[{_HAN}]+|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}&&[^{_HAN}]]+(?:'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL]))?|\p{{N}}{{1,3}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+_GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",)
+# What Unicode 16 added. llama.cpp has Unicode 15.1, where none of these is a letter, number, mark, punctuation or symbol; the regex
+# engine of the `tokenizers` library has one or the other.
+_SINCE_16 = (
+    "\u0897\u1b4e\u1b4f\u1b7f\u1c89\u1c8a\u2427-\u2429\u31e4\u31e5\ua7cb-\ua7cd\ua7da-\ua7dc\U000105c0-\U000105f3"
+    "\U00010d40-\U00010d8f\U00010ec2-\U00010efc\U00011380-\U000113e2\U000116d0-\U000116e3\U00011bc0-\U00011bf9"
+    "\U00011f5a\U00013460-\U000143fa\U00016100-\U00016139\U00016d40-\U00016d79\U00018cff\U0001cc00-\U0001ceb3"
+    "\U0001e5d0-\U0001e5ff\U0001f8b2-\U0001f8c1\U0001fa89-\U0001fa8f\U0001fabe\U0001fac6\U0001fadc-\U0001fadf"
+    "\U0001fae9\U0001fbcb-\U0001fbef"
+)
 # tokenizer.ggml.pre -> (regexes, ignore_merges). Each regex splits the pieces of the one before. With ignore_merges, a
 # piece that is a token is taken whole, without merging.
 PRE_TOKENIZERS = {
@@ -58,13 +75,16 @@ PRE_TOKENIZERS = {
     "glm4": (_GLM4, True),
     "glm5": (_GLM4, True),
     "chatglm-bpe": (_GLM4, False),
+    "kimi-k2": (_KIMI_K2, False),
+    "gigachat": (_GPT2, False),
 }
 
 # Texts of tokens that end a turn, and of tokens for filling in code. Files often declare them as normal tokens.
 _END_TEXTS = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "</s>",
     "<|eom_id|>", "<EOT>", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<｜end▁of▁sentence｜>",
-    "<|fim_pad|>", "<|fim_repo|>", "<|repo_name|>", "<|file_sep|>",
+    "[EOT]", "[EOS]", "_<EOT>", "<|flush|>", "<|calls|>", "<turn|>", "<|tool_response>", "[e~[",
+    "<|fim_pad|>", "[PAD]", "<|fim_repo|>", "<|repo_name|>", "<|file_sep|>",
 )
 _FILL_TEXTS = (
     "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", "<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>",
@@ -118,8 +138,8 @@ class Tokenizer:
     def __init__(self, metadata: Metadata, n_vocab: int | None = None):
         self.path = metadata.path
         model, pre = metadata.string("tokenizer.ggml.model"), metadata.string("tokenizer.ggml.pre")
-        if model != "gpt2":
-            raise UnsupportedModelError(f"{self.path}: tokenizer.ggml.model is {quote(model)}, expected 'gpt2', "
+        if model != MODEL:
+            raise UnsupportedModelError(f"{self.path}: tokenizer.ggml.model is {quote(model)}, expected {MODEL!r}, "
                                         "byte-level BPE, which all DSA models use")
         if pre not in PRE_TOKENIZERS:
             raise UnsupportedModelError(f"{self.path}: tokenizer.ggml.pre is {quote(pre)}, expected one of "
@@ -323,6 +343,11 @@ def _merges(metadata, ids):
     return pairs
 
 
+def _as_in_unicode_15(regex):
+    """The regex with categories that leave out what Unicode 16 added."""
+    return re.sub(r"\\p\{(\w+)\}", lambda category: f"[{category[0]}&&[^{_SINCE_16}]]", regex)
+
+
 def _bpe(ids, token_type, merges, regexes, ignore_merges):
     """The `tokenizers.Tokenizer` for plain text."""
     import tokenizers
@@ -334,7 +359,7 @@ def _bpe(ids, token_type, merges, regexes, ignore_merges):
     control.difference_update(*((left, right, left + right) for left, right in merges))
     vocab = {text: token_id for text, token_id in ids.items() if text not in control}
     bpe = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))
-    splits = [pre_tokenizers.Split(tokenizers.Regex(regex), "isolated") for regex in regexes]
+    splits = [pre_tokenizers.Split(tokenizers.Regex(_as_in_unicode_15(regex)), "isolated") for regex in regexes]
     to_alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_alphabet])
     return bpe

@@ -64,13 +64,18 @@ def test_a_given_template_comes_first():
     ("{% macro f(x) %}<{{ x }}>{% endmacro %}{% set y %}{{ f(1) }}{% endset %}{{ y ~ y }}", "<1><1>"),
     ("{{ strftime_now('%Y') | int > 2020 }}", "True"),
     ("{{ ' Ab\n'.strip().lower().startswith('a') }}{{ 'a-b'.split('-')[1].upper() }}{{ {'a': 1}.items() | first }}",
-     "TrueB('a', 1)")])
+     "TrueB('a', 1)"),
+    ("{% set ns = namespace(l=[]) %}{% for i in range(3) %}{% set _ = ns.l.append({'i': i}) %}{% endfor %}{{ ns.l.pop(0) }}{{ ns.l }}",
+     "{'i': 0}[{'i': 1}, {'i': 2}]"),
+    ("{% set a = [] %}{% set b = [a, {'a': a}] %}{% set _ = a.append(1) %}{% set _ = a.append(a) %}{{ a }}{{ b }}",
+     "[1, [1]][[], {'a': []}]")])
 def test_what_templates_may_use(template, expected):
     assert render(template) == expected
 
 
 @pytest.mark.parametrize("template", [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__ }}", "{{ messages.append(1) }}",
+    "{{ [1].insert(0, 1) }}", "{{ (messages | list).append(1) }}",
     "{{ messages[0].update(role='x') }}", "{{ '' | attr('__class__') }}", "{{ '{0.__class__}'.format(1) }}",
     "{{ '{a.__class__}'.format_map({'a': 1}) }}", "{{ '%s' % messages }}", "{{ (raise_exception | string).x.y }}",
     "{% include 'x' %}", "{% import 'x' as y %}", "{{ raise_exception.__globals__['sys'] }}", "{{ lipsum() }}",
@@ -92,10 +97,12 @@ def test_private_attributes_are_not_there(template):
 
 @pytest.mark.parametrize("step", [
     "ns.x ~ ns.x", "ns.x + ns.x", "ns.x * 9", "9 * ns.x", "[ns.x, ns.x] | join", "ns.x.join(['', ns.x, ''])",
-    "ns.x.replace('a', 'aaa')", "ns.x | replace('a', 'aaa')", "ns.x | tojson | tojson", "f(ns.x)", "(ns.x | list) * 9"])
+    "ns.x.replace('a', 'aaa')", "ns.x | replace('a', 'aaa')", "ns.x | tojson | tojson", "f(ns.x)", "(ns.x | list) * 9",
+    "f2(ns.x)"])
 def test_text_does_not_grow_without_bound(step, monkeypatch):
     monkeypatch.setattr(templates, "MAX_SECONDS", 60)       # the size is to end it, on a busy machine too
-    template = ("{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}{% set ns = namespace(x='a\"%') %}"
+    template = ("{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}"
+                "{% macro f2(x) %}{% set l = [x] %}{% set _ = l.append(l) %}{{ l }}{% endmacro %}{% set ns = namespace(x='a\"%') %}"
                 "{% for i in range(99) %}{% set ns.x = " + step + " %}{% endfor %}{{ ns.x | length }}")
     with pytest.raises(UnsupportedModelError, match=f"is stopped, as it makes more than {MAX_TEXT} characters"):
         render(template)

@@ -24,7 +24,7 @@ from pydsa.tokenizer import (BYTE, CONTROL, MAX_TEXT, MAX_TOKEN, NORMAL, PRE_TOK
 
 DATA = Path(__file__).parent / "data" / "tokenizer"
 TRUTH = {"deepseek-v3": "deepseek-v3", "deepseek-coder": "deepseek-coder", "glm4": "glm4",
-         "deepseek-llm": "deepseek-v3", "chatglm-bpe": "glm4"}
+         "deepseek-llm": "deepseek-v3", "chatglm-bpe": "glm4", "kimi-k2": "deepseek-v3", "gigachat": "deepseek-v3"}
 
 
 def names(tokenizer, text, **options):
@@ -114,7 +114,17 @@ def test_tokens_are_merged_in_order_and_not_across_pieces():
     ("deepseek-coder", "+", "=", True),
     ("deepseek-llm", "1", "2", True), ("deepseek-llm", "a", "à", False), ("deepseek-llm", "à", "ж", True),
     ("deepseek-llm", "+", "=", True), ("deepseek-llm", "你", "。", False), ("deepseek-llm", ".", "\u3000.", False),
-    ("deepseek-llm", ".", "。", False), ("deepseek-llm", "\u3000", "a", True), ("deepseek-llm", "你", "好", True)])
+    ("deepseek-llm", ".", "。", False), ("deepseek-llm", "\u3000", "a", True), ("deepseek-llm", "你", "好", True),
+    ("kimi-k2", "12", "3", True), ("kimi-k2", "123", "4", False), ("kimi-k2", "你", "a", False), ("kimi-k2", "a", "你", False),
+    ("kimi-k2", "你", "好", True), ("kimi-k2", " ", "你", False), ("kimi-k2", " ", "ж", True), ("kimi-k2", "(", "a", True),
+    ("kimi-k2", "々", "字", False), ("kimi-k2", "字", "々", False), ("kimi-k2", "⺀", "一", False), ("kimi-k2", "!", "⺀", True),
+    ("kimi-k2", "カ", "漢", False), ("kimi-k2", "a", "カ", True), ("kimi-k2", "\U0002ebef", "\uf900", True),
+    ("kimi-k2", "\u9fff", "\U0002ebf0", False), ("kimi-k2", "a", "B", True), ("kimi-k2", "a", "'s", True),
+    ("kimi-k2", "a'L", "L", True), ("kimi-k2", "'S", "a", True), ("kimi-k2", "a'S", "a", False), ("kimi-k2", "你", "'s", False),
+    ("kimi-k2", "a", "\u0301", False), ("kimi-k2", "\u0301", "a", True), ("kimi-k2", "-", "\n", True),
+    ("kimi-k2", "\n", " ", False), ("kimi-k2", " ", "\n", True),
+    ("gigachat", "123", "4", True), ("gigachat", "(", "a", False), ("gigachat", "'", "s", True), ("gigachat", "'", "S", False),
+    ("gigachat", "!", "\n", False), ("gigachat", "你", "a", True), ("gigachat", " ", "1", True), ("gigachat", " ", "\u3000", True)])
 def test_pieces(pre, left, right, together):
     joint = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(left + right)[0][0]
     cut = len(left.encode())
@@ -126,8 +136,17 @@ def test_only_glm4_takes_a_piece_that_is_a_token_whole():
     merges, special = ["a b"], {"Ġab": NORMAL}
     for pre in "glm4", "glm5":
         assert names(small(special, merges, pre=pre), "x ab") == ["x", "Ġab"]
-    for pre in "chatglm-bpe", "deepseek-v3", "deepseek-llm", "deepseek-coder":
+    for pre in "chatglm-bpe", "deepseek-v3", "deepseek-llm", "deepseek-coder", "kimi-k2", "gigachat":
         assert names(small(special, merges, pre=pre), "x ab") == ["x", "Ġ", "ab"]
+
+
+@pytest.mark.parametrize("pre, left, right", [
+    ("deepseek-v3", "a", "\u1c89"), ("glm4", "1", "\U00010d40"), ("deepseek-llm", "1", "\U0001e5fa"), ("kimi-k2", "a", "\ua7dc"),
+    ("deepseek-coder", "a", "\ua7cb"), ("gigachat", "a", "\U000143fa"), ("deepseek-v3", "!", "\U0001fae9")])
+def test_what_unicode_16_added_has_no_category(pre, left, right):
+    """As in llama.cpp, whatever Unicode the library has."""
+    joint = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(left + right)[0][0]
+    assert joint[:2] not in names(small({}, [f"{joint[0]} {joint[1]}"], pre=pre), left + right)
 
 
 def test_plain_text_never_becomes_a_control_token():
@@ -208,9 +227,15 @@ def test_tokens_that_end_a_turn():
         "<eos>", "<|user|>", "<|observation|>", "<|endoftext|>", "</s>", "<|file_sep|>", "pad"}
 
 
+def test_tokens_that_end_a_turn_of_kimi_k2():
+    texts = ("[BOS]", "[EOS]", "<|im_end|>", "<|im_user|>", "<|im_middle|>", "[EOT]", "[UNK]", "[PAD]")
+    tokenizer = small(dict.fromkeys(texts, CONTROL), pre="kimi-k2")
+    assert {tokenizer.tokens[token_id] for token_id in tokenizer.eog_ids} == {"[EOS]", "<|im_end|>", "[EOT]", "[PAD]"}
+
+
 def test_texts_of_control_tokens_are_control_whatever_their_type():
-    tokenizer = small({"</s>": NORMAL, "<｜fim▁hole｜>": USER_DEFINED})
-    assert set(tokenizer.control_texts) == {"</s>", "<｜fim▁hole｜>"}
+    tokenizer = small({"</s>": NORMAL, "[EOT]": NORMAL, "<｜fim▁hole｜>": USER_DEFINED})
+    assert set(tokenizer.control_texts) == {"</s>", "[EOT]", "<｜fim▁hole｜>"}
     assert names(tokenizer, "</s><｜fim▁hole｜>", parse_special=True) == ["</s>", "<｜fim▁hole｜>"]
     assert len(names(tokenizer, "</s>")) == 4 and len(names(tokenizer, "<｜fim▁hole｜>")) > 10
 
@@ -307,7 +332,7 @@ TOKENS = small_metadata()["tokenizer.ggml.tokens"]
     ({"model": "llama"}, UnsupportedModelError, "tokenizer.ggml.model is 'llama', expected 'gpt2'"),
     ({"model": 3}, GGUFError, "tokenizer.ggml.model"),
     ({"pre": None}, GGUFError, "tokenizer.ggml.pre"),
-    ({"pre": "qwen2"}, UnsupportedModelError, "tokenizer.ggml.pre is 'qwen2', expected one of deepseek-llm, .*glm4"),
+    ({"pre": "qwen2"}, UnsupportedModelError, "tokenizer.ggml.pre is 'qwen2', expected one of deepseek-llm, .*kimi-k2"),
     ({"pre": "x\n" * 99}, UnsupportedModelError, r"tokenizer.ggml.pre is 'x\\n"),
     ({"tokens": None}, GGUFError, "tokenizer.ggml.tokens"),
     ({"tokens": "abc"}, GGUFError, "tokenizer.ggml.tokens"),

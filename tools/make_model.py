@@ -84,6 +84,7 @@ class ModelSpec:
     rope_factor: float = option(4.0, "RoPE scaling factor")
     n_ctx_orig: int = option(1024, "context length before the scaling")
     yarn_log_multiplier: float = option(0.1, "0.1 times mscale_all_dim")
+    yarn_beta: float = option(0.0, "yarn_beta_fast and yarn_beta_slow, as Kimi K2 has them")
     nextn: int = option(0, "MTP blocks, 0 or 1")
     legacy_kv_b: bool = option(False, "one attn_kv_b instead of attn_k_b and attn_v_b (deepseek2)")
     tied_output: bool = option(False, "no output.weight: the embedding serves")
@@ -308,7 +309,8 @@ def model_keys(spec):
     if spec.rope_scaling != "absent":
         keys |= {"rope.scaling.type": spec.rope_scaling, "rope.scaling.factor": float(spec.rope_factor),
                  "rope.scaling.original_context_length": spec.n_ctx_orig,
-                 "rope.scaling.yarn_log_multiplier": float(spec.yarn_log_multiplier) or None}
+                 "rope.scaling.yarn_log_multiplier": float(spec.yarn_log_multiplier) or None,
+                 **dict.fromkeys(("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"), float(spec.yarn_beta) or None)}
     if spec.arch != "deepseek2":
         keys |= {"attention.indexer.head_count": spec.indexer_n_head,
                  "attention.indexer.key_length": spec.indexer_head_size, "attention.indexer.top_k": spec.indexer_top_k,

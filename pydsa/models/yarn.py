@@ -10,6 +10,7 @@ import numpy as np
 
 from pydsa.errors import GGUFError, UnsupportedModelError
 
+KNOWN_BETAS = (32, 1), (1, 1)       # beta_fast and beta_slow of DeepSeek, and of Kimi K2
 MOST = 1e6      # a factor above this, or below its inverse, is taken as damage
 
 
@@ -42,7 +43,7 @@ def rope_from_metadata(metadata, prefix, n_rot, n_ctx_train):
     beta_slow = metadata.number(key + "scaling.yarn_beta_slow", low=1 / MOST, high=MOST, default=1.0)
     log_multiplier = metadata.number(key + "scaling.yarn_log_multiplier", low=0, high=MOST, default=0.0) / 0.1
 
-    if (beta_fast, beta_slow) != (32, 1):
+    if (beta_fast, beta_slow) not in KNOWN_BETAS:
         warnings.warn(f"{metadata.path}: {key}scaling.yarn_beta_fast and _slow are {beta_fast:g} and {beta_slow:g}; "
                       "llama.cpp takes 32 and 1.", stacklevel=2)
     if metadata.number(key + "scaling.yarn_ext_factor", default=1.0) not in (1, -1):      # -1: automatic
