@@ -141,7 +141,9 @@ def open_gguf(path: str | os.PathLike) -> GGUFFile:
     index = first.metadata.integer("split.no", default=0)
     if index:
         raise GGUFError(f"{path}: split.no is {index}, expected 0: open the first part of this split model instead")
-    count, named = first.metadata.integer("split.count", 1, default=1), int(name[3]) if name else 1
+    count, named = first.metadata.integer("split.count", 0, default=1), int(name[3]) if name else 1
+    if count == 0:      # llama-gguf-split has merged the parts; the other split keys are as they were in the first
+        return _join([first])
     if count != named:
         raise GGUFError(f"{path}: this is one of {count} part(s) by its split.count, but one of {named} by its name: "
                         "give all parts the names they had, NAME-00001-of-000NN.gguf")
@@ -177,8 +179,9 @@ def _check_split(parts: list[GGUFFile]) -> None:
     if not any(key in first for key in keys):
         return
     n_tensors = first.integer("split.tensors.count")
+    merged = first.integer("split.count") == 0
     for i, part in enumerate(parts):
-        for key, expected in zip(keys, (i, len(parts), n_tensors)):
+        for key, expected in zip(keys, (i, 0 if merged else len(parts), n_tensors)):
             value = part.metadata.integer(key)
             if value != expected:
                 raise GGUFError(f"{part.paths[0]}: {key} is {value}, expected {expected}: "
