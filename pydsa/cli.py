@@ -5,6 +5,7 @@ Only generated text, tables and reports go to stdout.
 import dataclasses
 import json
 import sys
+import warnings
 
 import click
 
@@ -12,6 +13,7 @@ from pydsa import DEMO, __version__
 from pydsa.console import Writer, chat_loop, progress_bar, use_utf8
 from pydsa.errors import PydsaError
 from pydsa.habits import llama_cpp_options, logit_biases, model_argument, options_of_what_is_so
+from pydsa.override import parse_overrides
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
 
 
@@ -25,7 +27,9 @@ class Commands(click.Group):
 
     def invoke(self, ctx):
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = show_warning
+                return super().invoke(ctx)
         except PydsaError as error:
             raise Failure(str(error)) from error
         except KeyboardInterrupt:
@@ -48,6 +52,11 @@ def main():
     """
 
 
+def show_warning(message, category, filename, lineno, file=None, line=None):
+    """Show a warning as one line on stderr."""
+    click.echo(f"warning: {message}", err=True)
+
+
 def options(*decorators):
     """One decorator for several options, in the order given."""
     def apply(function):
@@ -67,7 +76,9 @@ model_options = options(
                  help="Type of the cached latents; i16 and i8 (alias q8_0): integers, two scales a row."),
     click.option("--index-type", type=cache_types,
                  help="Type of the indexer's cached keys.  [default: i8; f32 if --kv-type is]"),
-    click.option("--dsa-top-k", type=int, help="Number of keys that a token attends to.  [default: the model's]"))
+    click.option("--dsa-top-k", type=int, help="Number of keys that a token attends to.  [default: the model's]"),
+    click.option("--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", callback=lambda ctx, option, texts: parse_overrides(texts),
+                 help="Replace or add a value of the file's metadata; TYPE: int, float, bool, str. Repeat it, or put commas between."))
 device_option = click.option("--device", type=click.Choice(["cpu", "cuda", "reference"]), default="cpu", show_default=True,
                              help="cuda: an NVIDIA GPU; reference: plain numpy, slow and exact.")
 attention_option = click.option("--attention", type=click.Choice(["auto", "sparse", "masked", "dense"]), default="auto", show_default=True,

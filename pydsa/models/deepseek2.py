@@ -9,6 +9,8 @@ import numpy as np
 
 from pydsa.errors import GGUFError, UnsupportedModelError
 from pydsa.graph import CacheRef
+from pydsa.models.blocks import spans
+from pydsa.models.stored import gate_and_up, key_and_value_heads
 from pydsa.models.yarn import Rope, rope_from_metadata
 
 SOFTMAX, SIGMOID, SOFTMAX_WEIGHT = 1, 2, 3      # expert_gating_func
@@ -32,7 +34,7 @@ class Config:
     n_rot: int
     n_v: int
     n_ff: tuple             # one value a layer
-    n_ff_exp: int
+    n_ff_exp: tuple         # one value a layer
     n_layer_dense_lead: int
     n_expert: int
     n_expert_used: int
@@ -85,13 +87,22 @@ class Config:
         return cls(**read_metadata(metadata, n_vocab, default_gating=SIGMOID if flash else SOFTMAX))
 
 
-def readers(metadata, arch):
+def readers(metadata, arch, n_layer):
     """Two functions that read an architecture's keys.
 
-    integer(key, low, high[, default]) reads a key; fail(text) raises a GGUFError that names the file.
+    integer(key, low, high[, default, first]) reads a key, which may have a value for each layer if these are equal from layer `first` on.
+    fail(text) raises a GGUFError that names the file.
     """
-    def integer(key, low, high, **default):
-        return metadata.integer(f"{arch}.{key}", low, high, **default)
+    def integer(key, low, high, first=0, **default):
+        key = f"{arch}.{key}"
+        if not isinstance(metadata.get(key), np.ndarray):
+            return metadata.integer(key, low, high, **default)
+        values = per_layer(metadata, key, n_layer, low, high)
+        if len(set(values[first:])) == 1 and values[-1] >= low:
+            return values[-1]
+        found = ", ".join(f"{value} in layers {layers}" for value, layers in spans(values).items())
+        raise UnsupportedModelError(f"{metadata.path}: {key} is {found}, expected one number for all layers"
+                                    + (f" from {first} on." if first else "."))
 
     def fail(text):
         raise GGUFError(f"{metadata.path}: {text}.")
@@ -105,44 +116,57 @@ def read_metadata(metadata, n_vocab, default_gating):
     Raises GGUFError for a key that is missing, of the wrong type or impossible, UnsupportedModelError for one that pydsa cannot use.
     """
     arch = metadata.string("general.architecture")
-    integer, fail = readers(metadata, arch)
-    blocks = integer("block_count", 1, 1024)
-    nextn = integer("nextn_predict_layers", 0, 1024, default=0)
+    blocks = metadata.integer(f"{arch}.block_count", 1, 1024)
+    nextn = metadata.integer(f"{arch}.nextn_predict_layers", 0, 1024, default=0)
+    n_layer = blocks - nextn
+    integer, fail = readers(metadata, arch, n_layer)
     if nextn >= blocks:
         fail(f"{arch}.nextn_predict_layers is {nextn}, expected less than the {blocks} blocks")
-    n_layer = blocks - nextn
-    n_ctx_train = integer("context_length", 1, 2**31 - 1)
-    n_head = per_layer(metadata, f"{arch}.attention.head_count", n_layer, 1, 4096)
-    if len(set(n_head)) > 1:
-        raise UnsupportedModelError(f"{metadata.path}: {arch}.attention.head_count differs between layers, expected one number.")
-    if f"{arch}.attention.key_length_mla" not in metadata:
-        raise UnsupportedModelError(f"{metadata.path}: {arch}.attention.key_length_mla is missing: the file was made before attn_kv_b was "
-                                    "split in two; convert the model again with a current llama.cpp.")
+    n_ctx_train = metadata.integer(f"{arch}.context_length", 1, 2**31 - 1)
     if metadata.number(f"{arch}.attention.temperature_scale", default=0.0) != 0:
         raise UnsupportedModelError(f"{metadata.path}: {arch}.attention.temperature_scale is set, expected 0: temperature tuning "
                                     "is not supported.")
     kv_lora = integer("attention.kv_lora_rank", 1, 2**16)
-    key_length, n_v = integer("attention.key_length_mla", 1, 2**14), integer("attention.value_length_mla", 1, 2**14)
     n_rot = integer("rope.dimension_count", 2, 2**14)
-    if n_rot % 2 or n_rot >= key_length:
-        fail(f"{arch}.rope.dimension_count is {n_rot}, expected an even number less than key_length_mla, {key_length}")
-    for key, expected in (("key_length", kv_lora + n_rot), ("value_length", kv_lora)):
-        if integer(f"attention.{key}", 1, 2**17, default=expected) != expected:
-            fail(f"{arch}.attention.{key} is {metadata[f'{arch}.attention.{key}']}, expected {expected} with a latent of rank {kv_lora}")
+    key_length, n_v = read_head_sizes(metadata, arch, integer, fail, kv_lora, n_rot)
     return dict(
         architecture=arch, name="".join(filter(str.isprintable, metadata.string("general.name", default=arch)))[:200],
-        n_layer=n_layer, n_layer_nextn=nextn,
-        n_ctx_train=n_ctx_train, n_vocab=n_vocab, n_embd=integer("embedding_length", 1, 2**20), n_head=n_head[0],
+        n_layer=n_layer, n_layer_nextn=nextn, n_ctx_train=n_ctx_train, n_vocab=n_vocab,
+        n_embd=metadata.integer(f"{arch}.embedding_length", 1, 2**20), n_head=integer("attention.head_count", 1, 4096),
         q_lora=integer("attention.q_lora_rank", 0, 2**16, default=0), kv_lora=kv_lora, n_nope=key_length - n_rot, n_rot=n_rot, n_v=n_v,
         n_ff=per_layer(metadata, f"{arch}.feed_forward_length", n_layer, 1, 2**24),
         rms_eps=metadata.number(f"{arch}.attention.layer_norm_rms_epsilon", low=0, high=1),
         rope=rope_from_metadata(metadata, arch, n_rot, n_ctx_train), **read_experts(metadata, arch, n_layer, default_gating))
 
 
+def read_head_sizes(metadata, arch, integer, fail, kv_lora, n_rot):
+    """The sizes of a head's key and of its value.
+
+    Files of 2024 have them as key_length and value_length, later ones as key_length_mla and value_length_mla, beside those of the latent.
+    """
+    latent = {"key_length": kv_lora + n_rot, "value_length": kv_lora}
+    old = not any(f"{arch}.attention.{name}_mla" in metadata for name in latent)
+    given = {name: integer(f"attention.{name}", 1, 2**17, default=None if old else size) for name, size in latent.items()}
+    if old and (given == latent or None in given.values()):
+        fail(f"{arch}.attention.key_length_mla and value_length_mla are missing, expected the sizes of a head's key and value")
+    suffix = "" if old else "_mla"
+    key_length, n_v = (integer(f"attention.{name}{suffix}", 1, 2**14) for name in latent)
+    if n_rot % 2 or n_rot >= key_length:
+        fail(f"{arch}.rope.dimension_count is {n_rot}, expected an even number less than key_length{suffix}, {key_length}")
+    for name, size in latent.items():
+        if not old and given[name] != size:
+            fail(f"{arch}.attention.{name} is {given[name]}, expected {size} with a latent of rank {kv_lora}")
+    return key_length, n_v
+
+
 def read_experts(metadata, arch, n_layer, default_gating):
     """The fields of Config for the experts, as a dict."""
-    integer, fail = readers(metadata, arch)
-    lead = integer("leading_dense_block_count", 0, 1024, default=0)
+    read, fail = readers(metadata, arch, n_layer)
+    lead = metadata.integer(f"{arch}.leading_dense_block_count", 0, 1024, default=0)
+
+    def integer(key, low, high, **default):
+        return read(key, low, high, first=min(lead, n_layer - 1), **default)
+
     n_expert, used = integer("expert_count", 0, 1024, default=0), integer("expert_used_count", 0, 1024, default=0)
     groups, groups_used = integer("expert_group_count", 0, 1024, default=0), integer("expert_group_used_count", 0, 1024, default=0)
     if n_expert == 0 and lead < n_layer:
@@ -161,13 +185,11 @@ def read_experts(metadata, arch, n_layer, default_gating):
     if gating not in (SOFTMAX, SIGMOID, SOFTMAX_WEIGHT):
         raise UnsupportedModelError(f"{metadata.path}: {arch}.expert_gating_func is {gating}, expected 1 (softmax), 2 (sigmoid) or "
                                     "3 (softmax of the chosen).")
-    n_ff_exp = set(per_layer(metadata, f"{arch}.expert_feed_forward_length", n_layer, 1, 2**24)[lead:]) if n_expert else {0}
-    if len(n_ff_exp) > 1:
-        raise UnsupportedModelError(f"{metadata.path}: {arch}.expert_feed_forward_length differs between layers, expected one number.")
+    n_ff_exp = per_layer(metadata, f"{arch}.expert_feed_forward_length", n_layer, 1, 2**24) if n_expert else (0,) * n_layer
     return dict(
         n_layer_dense_lead=lead, n_expert=n_expert, n_expert_used=used,
         n_expert_shared=integer("expert_shared_count", 0, 1024) if n_expert else 0,
-        n_group=max(1, groups), n_group_used=max(1, groups_used), gating=gating, n_ff_exp=n_ff_exp.pop() if n_ff_exp else 0,
+        n_group=max(1, groups), n_group_used=max(1, groups_used), gating=gating, n_ff_exp=n_ff_exp,
         expert_weights_norm=metadata.boolean(f"{arch}.expert_weights_norm", default=False),
         expert_weights_scale=metadata.number(f"{arch}.expert_weights_scale", low=0, high=1e6, default=0.0) or 1.0)
 
@@ -230,7 +252,7 @@ def latent_attention(g, c, w, il, h, table, variant, select):
 
     name, width = ("attn_q_b.weight", c.q_lora) if c.q_lora else ("attn_q.weight", c.n_embd)
     q = g.linear(f"q-{il}", w(name, c.n_head * (c.n_nope + c.n_rot), width), qr).reshape(c.n_head, c.n_nope + c.n_rot)
-    k_b, v_b = w("attn_k_b.weight", c.n_head, c.kv_lora, c.n_nope), w("attn_v_b.weight", c.n_head, c.n_v, c.kv_lora)
+    k_b, v_b = key_and_value_heads(w, c.n_head, c.kv_lora, c.n_nope, c.n_v)
     attention = plain_attention if variant.plain else absorbed_attention
     out = attention(g, c, il, q, table, k_b, v_b, variant, choice)
     return g.linear(f"attn_out-{il}", w("attn_output.weight", c.n_embd, c.n_head * c.n_v), out.reshape(c.n_head * c.n_v))
@@ -290,10 +312,11 @@ def experts(g, c, w, il, h):
     logits = g.linear(f"ffn_moe_logits-{il}", w("ffn_gate_inp.weight", c.n_expert, c.n_embd), h)
     ids, weights = g.moe_route((f"ffn_moe_topk-{il}", f"ffn_moe_weights-{il}"), logits, c.n_expert_used, bias, c.gating,
                                c.n_group, c.n_group_used, c.expert_weights_norm, c.expert_weights_scale)
-    gate, up = (w(f"ffn_{part}_exps.weight", c.n_expert, c.n_ff_exp, c.n_embd) for part in ("gate", "up"))
+    n_ff = c.n_ff_exp[il]
+    gate, up = gate_and_up(w, c.n_expert, n_ff, c.n_embd)
     hidden = g.moe_gate_up(f"ffn_moe_swiglu-{il}", h, ids, gate, up)
-    out = g.moe_down(f"ffn_moe_out-{il}", hidden, ids, weights, w("ffn_down_exps.weight", c.n_expert, c.n_embd, c.n_ff_exp))
+    out = g.moe_down(f"ffn_moe_out-{il}", hidden, ids, weights, w("ffn_down_exps.weight", c.n_expert, c.n_embd, n_ff))
     if c.n_expert_shared:
-        shared = feed_forward(g, w, il, h, "_shexp", c.n_ff_exp * c.n_expert_shared, c.n_embd)
+        shared = feed_forward(g, w, il, h, "_shexp", n_ff * c.n_expert_shared, c.n_embd)
         out = g.add(f"ffn_out-{il}", out, shared)
     return out

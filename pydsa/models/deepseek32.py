@@ -58,15 +58,16 @@ class Config(deepseek2.Config):
 def read_indexer(metadata, base):
     """The indexer's fields of Config, from the keys under attention.indexer."""
     key = f"{base['architecture']}.attention.indexer."
+    integer, _ = deepseek2.readers(metadata, base["architecture"], base["n_layer"])
     if base["q_lora"] == 0:
         raise GGUFError(f"{metadata.path}: {base['architecture']}.attention.q_lora_rank is missing or 0, expected at least 1, "
                         "as the indexer needs a latent query.")
-    size = metadata.integer(key + "key_length", 1, 4096)
+    size = integer("attention.indexer.key_length", 1, 4096)
     if size & (size - 1) or size < base["n_rot"]:
         raise GGUFError(f"{metadata.path}: {key}key_length is {size}, expected a power of two of at least rope.dimension_count, "
                         f"{base['n_rot']}.")
-    return dict(indexer_n_head=metadata.integer(key + "head_count", 1, 4096), indexer_head_size=size,
-                indexer_top_k=metadata.integer(key + "top_k", 1, 2**31 - 1))
+    return dict(indexer_n_head=integer("attention.indexer.head_count", 1, 4096), indexer_head_size=size,
+                indexer_top_k=integer("attention.indexer.top_k", 1, 2**31 - 1))
 
 
 def build(graph, config, weights, variant):

@@ -13,9 +13,10 @@ class Weights:
     UnsupportedModelError if pydsa does not support its type. `used` has all tensors that were asked for, by name.
     """
 
-    def __init__(self, file, prefix="", used=None):
+    def __init__(self, file, prefix="", used=None, read=None):
         self._file, self._prefix = file, prefix
         self.used = {} if used is None else used
+        self.read = set() if read is None else read     # names in the file, also of tensors that are used in another form
 
     @property
     def path(self):
@@ -24,13 +25,23 @@ class Weights:
 
     def layer(self, il):
         """The Weights of one layer, with names without "blk.N."."""
-        return Weights(self._file, f"blk.{il}.", self.used)
+        return Weights(self._file, f"blk.{il}.", self.used, self.read)
 
     def has(self, name):
         """Whether the file has a tensor with this name."""
         return self._prefix + name in self._file.tensors
 
+    def shape(self, name):
+        """The shape of a tensor as the file has it; None without the tensor."""
+        return self._file.tensors[self._prefix + name].shape if self.has(name) else None
+
     def __call__(self, name, *shape):
+        tensor = self.find(name, *shape)
+        self.used[tensor.name] = tensor
+        return tensor
+
+    def find(self, name, *shape):
+        """The Tensor as the file has it, for derive(); the same checks."""
         name = self._prefix + name
         tensor = self._file.tensors.get(name)
         if tensor is None:
@@ -39,5 +50,15 @@ class Weights:
             raise GGUFError(f"{self.path}: tensor {name!r} has shape {list(tensor.shape)}, expected {list(shape)} by the metadata.")
         if tensor.type not in SUPPORTED:
             raise UnsupportedModelError(f"{self.path}: tensor {name!r} is stored as {tensor.type}, expected one of {', '.join(SUPPORTED)}.")
-        self.used[name] = tensor
+        self.read.add(name)
         return tensor
+
+    def derive(self, name, tensor, shape, data, make=None):
+        """A Tensor of this name, made of another one's bytes (models/stored.py).
+
+        It has its type. data, make: as in Tensor.
+        """
+        name = self._prefix + name
+        if name not in self.used:       # one for all graphs, so that bytes are made once
+            self.used[name] = tensor._replace(name=name, shape=shape, data=data, make=make)
+        return self.used[name]

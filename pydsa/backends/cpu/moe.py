@@ -121,7 +121,7 @@ def expert_rows(w, expert, r, n, n_in, gemv, rows_at, x, out_at):
 
     With gemv, token i is rounded at rows_at[i]; else tokens are packed at x.
     """
-    rows = address(w.data) + (expert * w.data.shape[1] + r) * w.data.shape[2]
+    rows = address(w.data) + expert * w.data.strides[0] + r * w.data.shape[2]      # gate and up may be halves of one tensor
     if gemv:
         for i in range(out_at.size):
             gemv_rows(w, rows, n, n_in, rows_at[i], 1, out_at[i], 0)
