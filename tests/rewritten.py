@@ -33,6 +33,20 @@ def rewrite(source, path, keys={}, drop=(), tensors=lambda tensor: [tensor]):
     return path
 
 
+def each(*functions):
+    """A function for rewrite() that applies several one after the other.
+
+    They must be about different tensors.
+    """
+    def tensors(tensor):
+        for function in functions:
+            new = function(tensor)
+            if new != [tensor]:
+                return new
+        return [tensor]
+    return tensors
+
+
 def joined(source, first, second, name, join):
     """A function for rewrite(): pairs of tensors become one.
 

@@ -82,7 +82,7 @@ def as_deepseek2(source, path, keep=()):
 
 
 def test_an_indexer_in_deepseek2(small_model, load, tmp_path):
-    """It runs dense and says so, and sparse with the overrides that it asks for."""
+    """It runs dense and says so, and sparse with the overrides it names."""
     path = as_deepseek2(small_model(), tmp_path / "v2.gguf")
     advice = ("3 layers have an indexer .* --override-kv general.architecture=str:deepseek32,deepseek32.attention.indexer.head_count=int:8,"
               "deepseek32.attention.indexer.key_length=int:32,deepseek32.attention.indexer.top_k=int:2048")

@@ -307,7 +307,7 @@ def test_one_part_of_one(tmp_path):
 
 @pytest.mark.parametrize("name", ["merged.gguf", part_name(1, 3)])
 def test_merged_parts(tmp_path, name):
-    """A file merged by llama-gguf-split: it sets split.count to 0 and leaves the other split keys."""
+    """llama-gguf-split sets split.count to 0 and leaves the other keys."""
     file = open_gguf(write(tmp_path, gguf(split_kvs(0, 0, 1), ONE, EIGHT_FLOATS), name))
     assert len(file.tensors) == len(file.paths) == 1
 

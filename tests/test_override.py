@@ -96,7 +96,7 @@ def test_the_command_line(small_model):
 
 
 def test_notes_are_lines_of_the_command_line(small_model):
-    """info shows a note in its report; a command that loads warns of it, as one line."""
+    """A command that loads warns of it; info has it in its report."""
     path = str(small_model(arch="deepseek2", legacy_kv_b=True))
     assert "\nnote: attn_kv_b is split in two on load" in CliRunner().invoke(main, ["info", path]).output
     result = CliRunner().invoke(main, ["run", path, "-p", "a", "--raw", "-n", "1", "-c", "64", "-t", "1"])

@@ -114,7 +114,7 @@ def test_quantized_kv_b(small_model, load, tmp_path, kind):
 
 
 def test_memory_of_a_split_kv_b_is_counted(small_model, load):
-    """It is copied, not mapped; the data of the plan take no memory; what was made is not made twice."""
+    """It is copied, not mapped, and made once; a plan takes no memory."""
     path = small_model(arch="deepseek2", type="Q4_0", legacy_kv_b=True, **WIDE)
     with pytest.warns(UserWarning, match="split in two"):
         model = load(path)
@@ -130,7 +130,10 @@ def test_memory_of_a_split_kv_b_is_counted(small_model, load):
 
 
 def test_heads_in_one_axis(small_model, load, tmp_path):
-    """Other converters write k_b and v_b as matrices, beside attn_kv_b, with the old keys."""
+    """Other converters write k_b and v_b as matrices, with the old keys.
+
+    attn_kv_b is there too.
+    """
     path = small_model(arch="deepseek2")
 
     def flat(tensor):
