@@ -36,6 +36,7 @@ from pydsa.tokenizer import Tokenizer
 ATTENTION = ("auto", "sparse", "masked", "dense")
 DEFAULT_N_CTX, DEFAULT_N_UBATCH = 8192, 2048
 BESIDE_HALVES, OF_INDEXERS = (".attn_kv_b.weight",), tuple(f".indexer.{part}" for part in INDEXER)      # ends of names
+COMPANION, OF_ACTIVATIONS = re.compile(r"(\.weight)?\.(input_)?scale$"), ".input_scale"       # beside a matrix
 
 
 def choose(what, value, choices):
@@ -126,12 +127,14 @@ class Setup:
     def _refuse_unknown_tensors(self):
         """Refuse tensors that no variant uses.
 
-        Everything that the model was trained with must be used. Only an indexer that was not asked for, and an attn_kv_b beside its
-        two halves, may be left out.
+        Everything that the model was trained with must be used. Only an indexer that was not asked for, an attn_kv_b beside its two
+        halves, and scales for activations of four bits may be left out.
         """
         left_out = BESIDE_HALVES if self.config.top_k is None and not self._advice else BESIDE_HALVES + OF_INDEXERS
         for tensor in self.trunk:
-            if tensor.name not in self.weights.read and not tensor.name.endswith(left_out):
+            matrix = COMPANION.sub(".weight", tensor.name)
+            idle = matrix.endswith(left_out) or tensor.name.endswith(OF_ACTIVATIONS) and matrix in self.file.tensors
+            if tensor.name not in self.weights.read and not idle:
                 raise UnsupportedModelError(f"{self.file.metadata.path}: pydsa does not know what tensor {tensor.name!r} does in "
                                             f"{self.config.architecture}, and would leave it out.")
 
@@ -145,6 +148,9 @@ class Setup:
                    "current conversion of the model has both halves.")
         if self._advice:
             yield self._advice + "."
+        n = sum(tensor.name.endswith(OF_ACTIVATIONS) for tensor in self.trunk)
+        if n:
+            yield f"{n} tensors *{OF_ACTIVATIONS} are not used: they are for activations of four bits, and pydsa's have more."
 
     @property
     def _advice(self):

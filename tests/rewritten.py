@@ -80,3 +80,22 @@ def whole_kv_b(source):
         both = np.concatenate([k_b.transpose(0, 2, 1), v_b], axis=1)
         return both.reshape(-1, both.shape[-1]).view(as_stored)
     return joined(source, "attn_k_b", "attn_v_b", "attn_kv_b", join)
+
+
+def with_factors(ends=(".scale", ".scale"), but=(), seed=0):
+    """A function for rewrite(): matrices are divided by factors that stand beside them.
+
+    ends: of the names of the factors of a matrix, and of experts' matrices. Those with a part of `but` in their names have none.
+    """
+    def tensors(tensor):
+        matrix = tensor.data.ndim > 1 and not any(part in tensor.name for part in but)
+        if not matrix:
+            return [tensor]
+        experts = "exps" in tensor.name
+        rng = np.random.default_rng([seed, *tensor.name.encode()])
+        factors = (2.0 ** rng.integers(-3, 4, tensor.data.shape[0] if experts else 1)).astype(np.float32)      # exact
+        data = tensor.data / (factors[:, None, None] if experts else factors)
+        name = tensor.name.removesuffix(".weight") + ends[experts]
+        return [(tensor.name, data, tensor.tensor_type), (name, factors, gguf.GGMLQuantizationType.F32),
+                (tensor.name.removesuffix("weight") + "input_scale", factors, gguf.GGMLQuantizationType.F32)]
+    return tensors

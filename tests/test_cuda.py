@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import TINY, greedy, nmse
-from rewritten import each, fused_experts, rewrite, whole_kv_b
+from rewritten import each, fused_experts, rewrite, whole_kv_b, with_factors
 
 import pydsa
 from pydsa.errors import PydsaError
@@ -107,6 +107,8 @@ def test_models(small_model, tmp_path, attention, kv_type, spec):
     path = small_model(**TINY | spec)
     if spec["type"] == "F32":       # as some files store it
         path = rewrite(path, tmp_path / "m.gguf", tensors=each(fused_experts(path), whole_kv_b(path)))
+        path = rewrite(path, tmp_path / "n.gguf", tensors=with_factors())
+        assert {"scale", "expert_scale", "moe_linear"} < {node.op for node in Setup(path)._nodes}
         assert any(tensor.make for tensor in Setup(path).weights.used.values())
     errors = np.array(run_python("-c", MODEL, str(path), attention, kv_type, device="ptx").split(), float)
     assert errors.size >= 2 and errors.max() < (1e-9 if spec["type"] == "F32" else 1e-6)

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 from helpers import nmse, random_ids
-from rewritten import INT, fused_experts, rewrite, whole_kv_b
+from rewritten import INT, fused_experts, rewrite, whole_kv_b, with_factors
 
 from pydsa import GGUFError, UnsupportedModelError
 from pydsa.backends import reference
@@ -155,3 +155,59 @@ def test_old_keys_that_are_wrong(small_model, tmp_path, keys, message):
     path = small_model(arch="deepseek2")
     with pytest.raises(GGUFError, match=message):
         Setup(rewrite(path, tmp_path / "old.gguf", **old_keys("deepseek2", **keys), tensors=whole_kv_b(path)))
+
+
+# Factors beside matrices
+
+@pytest.mark.parametrize("spec, device, options", [
+    (dict(), "cpu", {}), (dict(arch="glm-dsa"), "cpu", dict(attention="masked")), (dict(arch="deepseek2", n_lora_q=0), "cpu", {}),
+    (dict(arch="deepseek2", tied_output=True), "reference", {}), (dict(), "reference", dict(attention="sparse"))], ids=str)
+def test_factors_of_matrices(small_model, load, tmp_path, spec, device, options):
+    """Weights divided by a power of two, which is then the factor.
+
+    The logits are those of the model without, bit by bit.
+    """
+    path = small_model(**spec)
+    ends = (".scale", ".weight.scale") if device == "cpu" else (".weight.scale", ".scale")
+    with pytest.warns(UserWarning, match=r"tensors \*.input_scale are not used"):
+        model = load(rewrite(path, tmp_path / "scaled.gguf", tensors=with_factors(ends)), device=device, **options)
+    assert "moe_gate_up" not in {node.op for node in model.setup._nodes}
+    plain = load(path, device=device, **options)
+    for ids in (IDS, IDS[:1]):
+        np.testing.assert_array_equal(model.logits(ids), plain.logits(ids))
+
+
+@pytest.mark.parametrize("form", [fused_experts, whole_kv_b])
+def test_factors_of_whole_matrices(small_model, load, tmp_path, form):
+    path = small_model(arch="deepseek2")
+    whole = rewrite(path, tmp_path / "whole.gguf", tensors=form(path))
+    model = load(rewrite(whole, tmp_path / "scaled.gguf", tensors=with_factors()))
+    np.testing.assert_array_equal(model.logits(IDS), load(path).logits(IDS))
+
+
+def test_factors_of_some_experts(small_model, load, tmp_path):
+    """Of gate, up and down, each may be without factors."""
+    path = small_model(arch="deepseek2")
+    for part in ("gate", "up", "down"):
+        others = [f"ffn_{other}_exps" for other in ("gate", "up", "down") if other != part]
+        alone = with_factors(but=["token", "output", "attn", "inp", "shexp", "ffn_gate.", "ffn_up.", "ffn_down.", *others])
+        model = load(rewrite(path, tmp_path / f"{part}.gguf", tensors=alone))
+        assert ("moe_gate_up" in {node.op for node in model.setup._nodes}) == (part == "down")
+        np.testing.assert_array_equal(model.logits(IDS), load(path).logits(IDS))
+
+
+def test_factors_are_not_left_out_in_silence(small_model, tmp_path):
+    """Of an indexer that does not run they are; of vectors there can be none."""
+    path = small_model()
+    scaled = rewrite(path, tmp_path / "scaled.gguf", tensors=with_factors())
+    assert not {"blk.0.indexer.proj.scale", "blk.0.attn_q_b.input_scale"} & Setup(scaled, attention="dense").weights.read
+    kind = gguf.GGMLQuantizationType
+    for name, values, error in (
+            ("attn_norm.scale", [2.0], "what tensor 'blk.0.attn_norm.scale' does"), ("attn_q_c.input_scale", [2.0], "what tensor"),
+            ("attn_q_b.scale", [2.0, 2.0], r"shape \[2\], expected \[1\]"), ("attn_q_b.scale", [np.nan], "not finite"),
+            ("attn_q_b.scale", np.float16([2.0]), "stored as F16, expected F32")):
+        values = np.asarray(values, np.float16 if isinstance(values, np.ndarray) else np.float32)
+        extra = (f"blk.0.{name}", values, kind.F16 if values.dtype == np.float16 else kind.F32)
+        wrong = rewrite(path, tmp_path / "wrong.gguf", tensors=lambda t: [t, extra] if t.name == "output.weight" else [t])
+        with pytest.raises((GGUFError, UnsupportedModelError), match=error):
+            Setup(wrong)

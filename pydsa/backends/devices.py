@@ -84,7 +84,7 @@ def _cuda_scratch(nodes, n_tokens):
         if node.op in ("linear", "head_linear"):
             packed = max(packed, n_tokens * math.prod(node.args[2].tail))
             rows.add((math.prod(node.args[2].tail[:-1]), node.args[2].tail[-1]))
-        elif node.op == "moe_gate_up":
+        elif node.op in ("moe_gate_up", "moe_linear"):
             hidden = max(hidden, n_tokens * math.prod(node.args[0].tail))
             rows.add(node.args[0].tail)
         elif node.op == "moe_down":

@@ -10,7 +10,8 @@ import numpy as np
 from pydsa.errors import GGUFError, UnsupportedModelError
 from pydsa.graph import CacheRef
 from pydsa.models.blocks import spans
-from pydsa.models.stored import gate_and_up, key_and_value_heads
+from pydsa.models import stored
+from pydsa.models.stored import linear, scaled
 from pydsa.models.yarn import Rope, rope_from_metadata
 
 SOFTMAX, SIGMOID, SOFTMAX_WEIGHT = 1, 2, 3      # expert_gating_func
@@ -218,7 +219,7 @@ def decoder(g, c, weights, variant, select):
 
     select(il, h, qr, table) records the choice of a layer's keys. It returns their indices, a mask made of them, or None for all keys.
     """
-    x = g.get_rows("inp_embd", weights("token_embd.weight", c.n_vocab, c.n_embd))
+    x = scaled(g, g.get_rows("inp_embd", weights("token_embd.weight", c.n_vocab, c.n_embd)), weights, "token_embd")
     table = g.rope_table("rope_table", c.rope.freqs, c.rope.magnitude)
     for il in range(c.n_layer):
         w = weights.layer(il)
@@ -231,8 +232,8 @@ def decoder(g, c, weights, variant, select):
             out = experts(g, c, w, il, h)
         x = g.add(f"l_out-{il}", out, x)
     x = g.rms_norm("result_norm", g.last_rows(x), weights("output_norm.weight", c.n_embd), c.rms_eps)
-    head = "output.weight" if weights.has("output.weight") else "token_embd.weight"
-    g.output = g.linear("result_output", weights(head, c.n_vocab, c.n_embd), x)
+    head = "output" if weights.has("output.weight") else "token_embd"
+    g.output = linear(g, weights, "result_output", head, x, c.n_vocab, c.n_embd)
 
 
 def latent_attention(g, c, w, il, h, table, variant, select):
@@ -242,20 +243,21 @@ def latent_attention(g, c, w, il, h, table, variant, select):
     """
     qr = h
     if c.q_lora:
-        q = g.linear(f"q_a-{il}", w("attn_q_a.weight", c.q_lora, c.n_embd), h)
+        q = linear(g, w, f"q_a-{il}", "attn_q_a", h, c.q_lora, c.n_embd)
         qr = g.rms_norm(f"qr-{il}", q, w("attn_q_a_norm.weight", c.q_lora), c.rms_eps)
-    kv_pe = g.linear(f"kv_cmpr_pe-{il}", w("attn_kv_a_mqa.weight", c.kv_lora + c.n_rot, c.n_embd), h)
+    kv_pe = linear(g, w, f"kv_cmpr_pe-{il}", "attn_kv_a_mqa", h, c.kv_lora + c.n_rot, c.n_embd)
     g.rms_norm(f"kv_cmpr-{il}", kv_pe.slice(0, c.kv_lora), w("attn_kv_a_norm.weight", c.kv_lora), c.rms_eps, into=kv_pe.slice(0, c.kv_lora))
     g.rope(kv_pe.reshape(1, c.kv_lora + c.n_rot).slice(c.kv_lora, c.kv_lora + c.n_rot), table, NEOX)
     g.cache_write(CacheRef("latents", il), kv_pe)
     choice = select(il, h, qr, table)
 
-    name, width = ("attn_q_b.weight", c.q_lora) if c.q_lora else ("attn_q.weight", c.n_embd)
-    q = g.linear(f"q-{il}", w(name, c.n_head * (c.n_nope + c.n_rot), width), qr).reshape(c.n_head, c.n_nope + c.n_rot)
-    k_b, v_b = key_and_value_heads(w, c.n_head, c.kv_lora, c.n_nope, c.n_v)
+    name, width = ("attn_q_b", c.q_lora) if c.q_lora else ("attn_q", c.n_embd)
+    q = linear(g, w, f"q-{il}", name, qr, c.n_head * (c.n_nope + c.n_rot), width).reshape(c.n_head, c.n_nope + c.n_rot)
+    k_b, v_b = stored.key_and_value_heads(w, c.n_head, c.kv_lora, c.n_nope, c.n_v)
+    scaled(g, q.slice(0, c.n_nope), w, "attn_k_b", "attn_kv_b")     # as well as the keys
     attention = plain_attention if variant.plain else absorbed_attention
-    out = attention(g, c, il, q, table, k_b, v_b, variant, choice)
-    return g.linear(f"attn_out-{il}", w("attn_output.weight", c.n_embd, c.n_head * c.n_v), out.reshape(c.n_head * c.n_v))
+    out = scaled(g, attention(g, c, il, q, table, k_b, v_b, variant, choice), w, "attn_v_b", "attn_kv_b")
+    return linear(g, w, f"attn_out-{il}", "attn_output", out.reshape(c.n_head * c.n_v), c.n_embd, c.n_head * c.n_v)
 
 
 def plain_attention(g, c, il, q, table, k_b, v_b, variant, choice):
@@ -293,10 +295,9 @@ def feed_forward(g, w, il, h, kind, n_ff, n_embd):
 
     kind: "" for a dense layer, "_shexp" for the shared expert.
     """
-    gate = g.linear(f"ffn_gate{kind}-{il}", w(f"ffn_gate{kind}.weight", n_ff, n_embd), h)
-    up = g.linear(f"ffn_up{kind}-{il}", w(f"ffn_up{kind}.weight", n_ff, n_embd), h)
+    gate, up = (linear(g, w, f"ffn_{part}{kind}-{il}", f"ffn_{part}{kind}", h, n_ff, n_embd) for part in ("gate", "up"))
     hidden = g.silu_mul(f"ffn_swiglu{kind}-{il}", gate, up)
-    return g.linear(f"ffn_out{kind}-{il}", w(f"ffn_down{kind}.weight", n_embd, n_ff), hidden)
+    return linear(g, w, f"ffn_out{kind}-{il}", f"ffn_down{kind}", hidden, n_embd, n_ff)
 
 
 def experts(g, c, w, il, h):
@@ -309,13 +310,11 @@ def experts(g, c, w, il, h):
     else:
         bias = np.zeros(c.n_expert, np.float32)
         bias.flags.writeable = False
-    logits = g.linear(f"ffn_moe_logits-{il}", w("ffn_gate_inp.weight", c.n_expert, c.n_embd), h)
+    logits = linear(g, w, f"ffn_moe_logits-{il}", "ffn_gate_inp", h, c.n_expert, c.n_embd)
     ids, weights = g.moe_route((f"ffn_moe_topk-{il}", f"ffn_moe_weights-{il}"), logits, c.n_expert_used, bias, c.gating,
                                c.n_group, c.n_group_used, c.expert_weights_norm, c.expert_weights_scale)
     n_ff = c.n_ff_exp[il]
-    gate, up = gate_and_up(w, c.n_expert, n_ff, c.n_embd)
-    hidden = g.moe_gate_up(f"ffn_moe_swiglu-{il}", h, ids, gate, up)
-    out = g.moe_down(f"ffn_moe_out-{il}", hidden, ids, weights, w("ffn_down_exps.weight", c.n_expert, c.n_embd, n_ff))
+    out = stored.experts(g, w, il, h, ids, weights, c.n_expert, n_ff)
     if c.n_expert_shared:
         shared = feed_forward(g, w, il, h, "_shexp", n_ff * c.n_expert_shared, c.n_embd)
         out = g.add(f"ffn_out-{il}", out, shared)

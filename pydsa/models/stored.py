@@ -1,4 +1,7 @@
-"""Tensors that some files store in another form than the graph takes."""
+"""Tensors that some files store in another form than the graph takes.
+
+Matrices may have factors beside them, which multiply their products: linear() and others here record them.
+"""
 import weakref
 
 import numpy as np
@@ -7,6 +10,48 @@ AS_STORED = ("F32", "F16", "BF16")      # types whose transpose is exact
 # The type of transposed keys of other types. F16 changes normal weights by an NMSE of 4e-8, Q8_0 would by 3e-5, a hundred times the
 # error of the logits. Q8_0 would take half of the bytes, but these are two in a thousand of all weights in V2-Lite, fewer in V3.
 KEYS = "F16"
+
+
+def linear(g, w, label, name, x, *shape):
+    """Record the product with the matrix `name`.weight, and its factor."""
+    return scaled(g, g.linear(label, w(f"{name}.weight", *shape), x), w, name)
+
+
+def scaled(g, x, w, name, whole=None):
+    """Record the factor of the products x with a matrix, if it has one.
+
+    whole: the name of the matrix that may stand for this one.
+    """
+    factor = w.factor(_there(w, name, whole))
+    return x if factor is None else g.scale(x, factor)
+
+
+def _there(w, name, whole):
+    """The name of the matrix that the file has."""
+    return whole if whole and not w.has(f"{name}.weight") else name
+
+
+def experts(g, w, il, x, ids, weights, n_expert, n_ff):
+    """Record the weighted sum of the chosen experts' outputs.
+
+    Factors stand inside of silu: with them, gate and up are products of their own.
+    """
+    gate, up = gate_and_up(w, n_expert, n_ff, *x.tail)
+    gate_factors, up_factors, down_factors = (w.factors(_there(w, name, whole), n_expert) for name, whole in (
+        ("ffn_gate_exps", "ffn_gate_up_exps"), ("ffn_up_exps", "ffn_gate_up_exps"), ("ffn_down_exps", None)))
+    if gate_factors is up_factors is None:
+        hidden = g.moe_gate_up(f"ffn_moe_swiglu-{il}", x, ids, gate, up)
+    else:
+        parts = []
+        for label, matrix, factors in (("gate", gate, gate_factors), ("up", up, up_factors)):
+            parts.append(g.moe_linear(f"ffn_moe_{label}-{il}", x, ids, matrix))
+            if factors is not None:
+                g.expert_scale(parts[-1], ids, factors)
+        width = ids.tail[0] * n_ff
+        hidden = g.silu_mul(f"ffn_moe_swiglu-{il}", *(part.reshape(width) for part in parts)).reshape(*ids.tail, n_ff)
+    if down_factors is not None:
+        g.expert_scale(weights.reshape(*ids.tail, 1), ids, down_factors)
+    return g.moe_down(f"ffn_moe_out-{il}", hidden, ids, weights, w("ffn_down_exps.weight", n_expert, *x.tail, n_ff))
 
 
 def gate_and_up(w, n_expert, n_ff, n_embd):

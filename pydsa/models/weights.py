@@ -2,6 +2,8 @@
 
 Each is checked for its shape and type where the model asks for it.
 """
+import numpy as np
+
 from pydsa.errors import GGUFError, UnsupportedModelError
 from pydsa.quants import SUPPORTED
 
@@ -52,6 +54,37 @@ class Weights:
             raise UnsupportedModelError(f"{self.path}: tensor {name!r} is stored as {tensor.type}, expected one of {', '.join(SUPPORTED)}.")
         self.read.add(name)
         return tensor
+
+    def factor(self, name):
+        """The factor of the products with a matrix, a float; None without one.
+
+        It stands beside the matrix `name`.weight as `name`.scale or `name`.weight.scale, one F32 value: matrices of NVFP4 have it.
+        """
+        name = self._companion(name)
+        if name is None:
+            return None
+        value = float(self._values(self.find(name, 1))[0])
+        return None if value == 1 else value
+
+    def factors(self, name, n_expert):
+        """The factors of the experts' matrices, a Tensor [n_expert], as factor()."""
+        name = self._companion(name)
+        if name is None:
+            return None
+        self._values(self.find(name, n_expert))
+        return self(name, n_expert)
+
+    def _companion(self, name):
+        return next((name + end for end in (".scale", ".weight.scale") if self.has(name + end)), None)
+
+    def _values(self, tensor):
+        """The values of a small F32 tensor, which must be finite."""
+        if tensor.type != "F32":
+            raise UnsupportedModelError(f"{self.path}: tensor {tensor.name!r} is stored as {tensor.type}, expected F32.")
+        values = tensor.data.view("<f4")
+        if not np.isfinite(values).all():
+            raise GGUFError(f"{self.path}: tensor {tensor.name!r} has values that are not finite, expected factors: the file is damaged.")
+        return values
 
     def derive(self, name, tensor, shape, data, make=None):
         """A Tensor of this name, made of another one's bytes (models/stored.py).
