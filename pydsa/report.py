@@ -27,7 +27,7 @@ def describe(setup):
         "notes": setup.notes, "overrides": {key: {"value": value, "file": plain(old)} for key, (value, old) in setup.overrides.items()},
         "n_params": setup.n_params, "config": fields | {"kq_scale": config.kq_scale},
         "rope": {key: metadata.get(f"{config.architecture}.rope.{key}") for key in ("freq_base", "scaling.type", "scaling.factor")},
-        "n_ff": list(config.n_ff), "n_ff_exp": list(config.n_ff_exp),
+        "n_ff": list(config.n_ff), "n_ff_exp": [n if il >= config.n_layer_dense_lead else 0 for il, n in enumerate(config.n_ff_exp)],
         "tokenizer": {"model": model, "pre": pre, "supported": model == MODEL and pre in PRE_TOKENIZERS,
                       "chat_format": chat_format(metadata)},
         "tensor_types": {name: {"tensors": count, "bytes": size} for name, (count, size) in sorted(types.items())},

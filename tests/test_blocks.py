@@ -35,8 +35,8 @@ def without(*parts):
     ({}, (), without("blk.9"), None),
     ({}, (), without(MTP), "1 MTP block(s) are declared, but not in the file"),
     ({COUNT: (INT, 3)}, [NEXTN], without(MTP), None),
-    ({}, [NEXTN], without("blk.9"), "block_count is 4 and nextn_predict_layers is 0, but blocks 3 to 3 have the tensors of MTP blocks"),
-    ({COUNT: (INT, 3)}, [NEXTN], without("blk.9"), "the 3 blocks before them are taken as the layers"),
+    ({}, [NEXTN], without("blk.9"), "block_count is 4 and nextn_predict_layers is 0, but 1 block(s) from 3 on have the tensors of MTP blocks"),
+    ({COUNT: (INT, 3)}, [NEXTN], without("blk.9"), "the 3 blocks before are taken as the layers"),
     ({COUNT: (INT, 3)}, (), without("blk.9"), "block_count is 3 and nextn_predict_layers is 1"),
 ], ids=["as written", "trunk only", "without MTP", "not declared", "neither declared nor counted", "not counted"])
 def test_mtp_blocks_are_known_by_their_tensors(small_model, load, tmp_path, keys, drop, tensors, note):
@@ -53,7 +53,7 @@ def test_mtp_blocks_are_known_by_their_tensors(small_model, load, tmp_path, keys
     ({}, (), without(".nextn."), "nextn_predict_layers is 1, but block 3 has no nextn tensors, .* --override-kv .*layers=int:0"),
     ({COUNT: (INT, 3)}, [NEXTN], without(".nextn."), "blocks 0 to 3, but .*block_count is 3: .* --override-kv .*block_count=int:4"),
     ({}, (), without("blk.0.", "blk.1.", "blk.2.", "token_embd"), "only the MTP block 3, .* open the file of the model itself"),
-    ({}, (), without("blk.2."), "has layers 0 to 1 and MTP blocks 3 to 3, expected 3 layers by .*block_count, 4,"),
+    ({}, (), without("blk.2."), r"has layers 0 to 1 and 1 MTP block\(s\) from 3 on, expected 3 layers by .*block_count, 4,"),
     ({}, (), lambda t: [(t.name.replace(MTP, "blk.0."), t.data, t.tensor_type)] if ".nextn." in t.name else [t],
      "block 0 has nextn tensors, and block 3 after it has none"),
 ], ids=["an ordinary layer", "a layer too many", "MTP only", "a layer too few", "in the middle"])

@@ -47,12 +47,12 @@ def settle_blocks(metadata, names):
             notes.append(f"{declared} MTP block(s) are declared, but not in the file; pydsa runs models without them.")
         return metadata, notes
     if end not in (count - declared, count, count - len(mtp)):
-        raise GGUFError(f"{metadata.path}: the file has layers 0 to {end - 1} and MTP blocks {mtp[0]} to {mtp[-1]}, expected "
+        raise GGUFError(f"{metadata.path}: the file has layers 0 to {end - 1} and {len(mtp)} MTP block(s) from {mtp[0]} on, expected "
                         f"{count - declared} layers by {arch}.block_count, {count}, and nextn_predict_layers, {declared}.")
     if (end, end + len(mtp)) == (count - declared, count):
         return metadata, notes
-    notes.append(f"{arch}.block_count is {count} and nextn_predict_layers is {declared}, but blocks {mtp[0]} to {mtp[-1]} have the "
-                 f"tensors of MTP blocks; the {end} blocks before them are taken as the layers.")
+    notes.append(f"{arch}.block_count is {count} and nextn_predict_layers is {declared}, but {len(mtp)} block(s) from {mtp[0]} "
+                 f"on have the tensors of MTP blocks; the {end} blocks before are taken as the layers.")
     settled = Metadata(metadata, metadata.path, metadata.asked)
     settled.update({f"{arch}.block_count": end + len(mtp), f"{arch}.nextn_predict_layers": len(mtp)})
     return settled, notes
