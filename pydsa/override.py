@@ -13,7 +13,8 @@ from pydsa.gguf_file import MAX_KEY, Metadata, quote
 TYPES = "int, float, bool and str"
 ARCHITECTURE = "general.architecture"
 READ_WITH_THE_FILE = re.compile(r"split\..*|general\.alignment")     # they say where its parts and weights are
-OF_THE_TOKENIZER = re.compile(r"tokenizer\.(chat_template|ggml\.(model|pre|add_(bos|eos)_token|[a-z_]+_token_id))")
+OF_THE_TOKENIZER = re.compile(
+    r"tokenizer\.(chat_template|ggml\.(model|pre|add_(bos|eos)_token|(bos|eos|eot|eom|fim_(pad|rep|sep))_token_id))")
 
 
 def parse_overrides(texts):

@@ -10,7 +10,7 @@ from pydsa.chat import USER
 from pydsa.models.blocks import block_of, spans
 from pydsa.tokenizer import MODEL, PRE_TOKENIZERS
 
-HIDDEN = {"rope", "n_ff", "n_ff_exp", "n_layer_nextn", "indexer_full"}       # fields of a Config that are reported elsewhere or not at all
+HIDDEN = {"rope", "n_ff", "n_ff_exp", "indexer_full"}       # fields of a Config that are reported elsewhere or not at all
 
 
 def describe(setup):

@@ -35,7 +35,7 @@ def without(*parts):
     ({}, (), without("blk.9"), None),
     ({}, (), without(MTP), "1 MTP block(s) are declared, but not in the file"),
     ({COUNT: (INT, 3)}, [NEXTN], without(MTP), None),
-    ({}, [NEXTN], without("blk.9"), "block_count is 4 and nextn_predict_layers is 0, but 1 block(s) from 3 on have the tensors of MTP blocks"),
+    ({}, [NEXTN], without("blk.9"), "block_count is 4 and nextn_predict_layers is 0, but 1 block(s) from 3 on have the tensors"),
     ({COUNT: (INT, 3)}, [NEXTN], without("blk.9"), "the 3 blocks before are taken as the layers"),
     ({COUNT: (INT, 3)}, (), without("blk.9"), "block_count is 3 and nextn_predict_layers is 1"),
 ], ids=["as written", "trunk only", "without MTP", "not declared", "neither declared nor counted", "not counted"])
@@ -73,11 +73,11 @@ def test_an_ordinary_layer_runs_when_asked_for(small_model, load, tmp_path):
 
 # deepseek2 with an indexer
 
-def as_deepseek2(source, path, keep=()):
-    """A deepseek32 file saved as deepseek2, with the indexer's tensors."""
-    fields = {key: field for key, field in gguf.GGUFReader(source).fields.items() if key.startswith("deepseek32.")}
+def as_deepseek2(source, path, keep=(), arch="deepseek32"):
+    """A file saved as deepseek2, with the indexer's tensors."""
+    fields = {key: field for key, field in gguf.GGUFReader(source).fields.items() if key.startswith(f"{arch}.")}
     kept = {key: field for key, field in fields.items() if ".indexer." not in key or key.endswith(keep)}
-    keys = {key.replace("deepseek32", "deepseek2"): (field.types[0], field.contents()) for key, field in kept.items()}
+    keys = {key.replace(arch, "deepseek2"): (field.types[0], field.contents()) for key, field in kept.items()}
     return rewrite(source, path, {"general.architecture": (TEXT, "deepseek2"), **keys}, drop=fields)
 
 
@@ -98,6 +98,14 @@ def test_an_indexer_in_deepseek2(small_model, load, tmp_path):
     assert sparse.config.architecture == "deepseek32" and not sparse.setup.notes
     np.testing.assert_array_equal(sparse.logits(IDS), load(small_model()).logits(IDS))
     assert nmse(dense.logits(IDS), sparse.logits(IDS)).max() > 1e-4
+
+
+def test_an_indexer_of_glm_in_deepseek2(small_model, load, tmp_path):
+    """It is told by the tokenizer."""
+    path = as_deepseek2(small_model(arch="glm-dsa"), tmp_path / "v2.gguf", keep=("head_count", "key_length", "top_k"), arch="glm-dsa")
+    assert Setup(path).notes[0].endswith("use --override-kv general.architecture=str:glm-dsa.")
+    sparse = pydsa.load(path, **OPTIONS, override_kv={"general.architecture": "glm-dsa"})
+    np.testing.assert_array_equal(sparse.logits(IDS), load(small_model(arch="glm-dsa")).logits(IDS))
 
 
 def test_advice_names_only_keys_that_are_missing(small_model, tmp_path):

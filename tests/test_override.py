@@ -65,7 +65,7 @@ def test_values_that_are_refused(values, message):
 
 
 def test_keys_that_nothing_reads(small_model):
-    for key in ("deepseek32.atention.indexer.top_k", "glm-dsa.block_count", "tokenizer.ggml.add_bos"):
+    for key in ("deepseek32.atention.indexer.top_k", "glm-dsa.block_count", "tokenizer.ggml.add_bos", "tokenizer.ggml.eof_token_id"):
         with pytest.raises(PydsaError, match=f"nothing reads the key '{key}'"):
             Setup(small_model(), override_kv={key: 3})
     for key, value in (("deepseek32.rope.scaling.attn_factor", 1.0), ("tokenizer.ggml.eot_token_id", 3), ("general.name", "new")):
