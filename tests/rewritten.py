@@ -83,9 +83,10 @@ def whole_kv_b(source):
 
 
 def with_factors(ends=(".scale", ".scale"), but=(), seed=0):
-    """A function for rewrite(): matrices are divided by factors that stand beside them.
+    """A function for rewrite(): matrices get factors beside them.
 
-    ends: of the names of the factors of a matrix, and of experts' matrices. Those with a part of `but` in their names have none.
+    Floats are divided by these, so that the products stay the same; quantized matrices are not. ends: of the names of the factors of a
+    matrix, and of experts' matrices. Those with a part of `but` in their names have none.
     """
     def tensors(tensor):
         matrix = tensor.data.ndim > 1 and not any(part in tensor.name for part in but)
@@ -94,7 +95,11 @@ def with_factors(ends=(".scale", ".scale"), but=(), seed=0):
         experts = "exps" in tensor.name
         rng = np.random.default_rng([seed, *tensor.name.encode()])
         factors = (2.0 ** rng.integers(-3, 4, tensor.data.shape[0] if experts else 1)).astype(np.float32)      # exact
-        data = tensor.data / (factors[:, None, None] if experts else factors)
+        data = tensor.data
+        if data.dtype == np.float32:
+            data = data / (factors[:, None, None] if experts else factors)
+        else:
+            factors = factors ** 0.25       # other than powers of two, and of one size
         name = tensor.name.removesuffix(".weight") + ends[experts]
         return [(tensor.name, data, tensor.tensor_type), (name, factors, gguf.GGMLQuantizationType.F32),
                 (tensor.name.removesuffix("weight") + "input_scale", factors, gguf.GGMLQuantizationType.F32)]

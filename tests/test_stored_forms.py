@@ -177,6 +177,17 @@ def test_factors_of_matrices(small_model, load, tmp_path, spec, device, options)
         np.testing.assert_array_equal(model.logits(ids), plain.logits(ids))
 
 
+@pytest.mark.filterwarnings("ignore:.* are not used")
+@pytest.mark.parametrize("kind", ["NVFP4", "Q4_K_M"])
+def test_factors_of_quantized_matrices(small_model, load, tmp_path, kind):
+    path = small_model(type=kind, **WIDE)
+    scaled = rewrite(path, tmp_path / "scaled.gguf", tensors=with_factors())
+    reference = load(scaled, device="reference").logits(IDS)
+    assert np.median(nmse(load(scaled).logits(IDS), reference)) < 1e-5
+    assert nmse(load(path).logits(IDS), reference).min() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.* are not used", "ignore:.* split in two on load")
 @pytest.mark.parametrize("form", [fused_experts, whole_kv_b])
 def test_factors_of_whole_matrices(small_model, load, tmp_path, form):
     path = small_model(arch="deepseek2")
@@ -185,6 +196,7 @@ def test_factors_of_whole_matrices(small_model, load, tmp_path, form):
     np.testing.assert_array_equal(model.logits(IDS), load(path).logits(IDS))
 
 
+@pytest.mark.filterwarnings("ignore:.* are not used")
 def test_factors_of_some_experts(small_model, load, tmp_path):
     """Of gate, up and down, each may be without factors."""
     path = small_model(arch="deepseek2")
