@@ -76,8 +76,8 @@ class Setup:
         n_ctx, n_ubatch, dsa_top_k = (value if value is None else integer(name, value, 1, 2**31 - 1) for name, value in
                                       (("n_ctx", n_ctx), ("n_ubatch", n_ubatch), ("dsa_top_k", dsa_top_k)))
         file = open_gguf(os.path.expanduser(path))
-        self.overrides = {key: (value, file.metadata.get(key)) for key, value in (override_kv or {}).items()}      # and the file's own
         metadata = override(file.metadata, override_kv or {})
+        self.overrides = {key: (value, file.metadata.get(key)) for key, value in (override_kv or {}).items()}      # and the file's own
         arch = architecture(metadata)
         metadata, self.notes = settle_blocks(metadata, file.tensors)
         self.file = file._replace(metadata=metadata)

@@ -57,6 +57,8 @@ def override(metadata, overrides):
     With another general.architecture, the keys of the file's architecture become keys of that one.
     Raises PydsaError for a key that cannot be replaced, or a value of another type than the file's.
     """
+    if not isinstance(overrides, dict):
+        raise PydsaError(f"override_kv is of type {type(overrides).__name__}, expected a dict of keys and values.")
     if not overrides:
         return metadata
     result = Metadata(metadata, metadata.path)

@@ -64,6 +64,11 @@ def test_values_that_are_refused(values, message):
     assert len(str(error.value)) < 300
 
 
+def test_overrides_of_another_form(small_model):
+    with pytest.raises(PydsaError, match="override_kv is of type list, expected a dict"):
+        Setup(small_model(), override_kv=[f"{TOP_K}=int:5"])
+
+
 def test_keys_that_nothing_reads(small_model):
     for key in ("deepseek32.atention.indexer.top_k", "glm-dsa.block_count", "tokenizer.ggml.add_bos", "tokenizer.ggml.eof_token_id"):
         with pytest.raises(PydsaError, match=f"nothing reads the key '{key}'"):
