@@ -99,7 +99,7 @@ class _Look:
 
 def faults(tensor):
     """The Faults of a mapped tensor; all of it is read."""
-    look, data = _Look(tensor), tensor.data.reshape(-1)
+    look, data = _Look(tensor), tensor.read().data.reshape(-1)
     step = CHUNK // BLOCK_BYTES[tensor.type] * BLOCK_BYTES[tensor.type]
     for start in range(0, len(data), step):
         look.add(data[start:start + step])

@@ -14,6 +14,7 @@ from pydsa.console import Writer, chat_loop, progress_bar
 from pydsa.exits import Commands, Failure
 from pydsa.gguf_file import open_gguf
 from pydsa.habits import llama_cpp_options, logit_biases, model_argument, options_of_what_is_so
+from pydsa.override import parse_overrides
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
 from pydsa.terminal import json_text, visible
 
@@ -52,7 +53,9 @@ model_options = options(
                  help="Type of the cached latents; i16 and i8 (alias q8_0): integers, two scales a row."),
     click.option("--index-type", type=cache_types,
                  help="Type of the indexer's cached keys.  [default: i8; f32 if --kv-type is]"),
-    click.option("--dsa-top-k", type=int, help="Number of keys that a token attends to.  [default: the model's]"))
+    click.option("--dsa-top-k", type=int, help="Number of keys that a token attends to.  [default: the model's]"),
+    click.option("--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", callback=lambda ctx, option, texts: parse_overrides(texts),
+                 help="Replace or add a value of the file's metadata; TYPE: int, float, bool, str. Repeat it, or put commas between."))
 device_option = click.option("--device", type=click.Choice(["cpu", "cuda", "reference"]), default="cpu", show_default=True,
                              help="cuda: an NVIDIA GPU; reference: plain numpy, slow and exact.")
 attention_option = click.option("--attention", type=click.Choice(["auto", "sparse", "masked", "dense"]), default="auto", show_default=True,

@@ -88,6 +88,10 @@ def moe_gate_up(s, out, x, ids, gate, up):
     return total(_experts(s, ids, w) for w in (gate, up))
 
 
+def moe_linear(s, out, x, ids, w):
+    return _experts(s, ids, w)
+
+
 def moe_down(s, out, hidden, ids, weights, down):
     return _experts(s, ids, down)
 
@@ -150,6 +154,7 @@ def _moves(s, *args):
     return Cost(weights=sum(a.data.nbytes for a in args if isinstance(a, Tensor)), values=sum(_n_bytes(s, a) for a in args))
 
 
+scale = expert_scale = _moves
 rms_norm = layer_norm = silu_mul = add = rope_table = rope = hadamard = cache_write = moe_route = top_k = scatter_mask = _moves
 
 

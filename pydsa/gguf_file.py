@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -54,12 +55,20 @@ GGML_TYPES = {type_id: GGMLType(*fields) for type_id, *fields in (
 
 
 class Tensor(NamedTuple):
-    """A tensor of the file, as a read-only view of the mapped bytes."""
+    """A tensor of the file, as a read-only view of the mapped bytes.
+
+    With `make`, a tensor that is made of others: make() returns its bytes, and `data` only has their shape.
+    """
 
     name: str
     type: str                  # "Q4_K"
     shape: tuple[int, ...]     # numpy order, the reverse of ggml's ne
     data: np.ndarray           # uint8 [*shape[:-1], bytes of a row]
+    make: Callable[[], np.ndarray] | None = None
+
+    def read(self) -> "Tensor":
+        """The tensor with its bytes as data."""
+        return self if self.make is None else self._replace(data=self.make(), make=None)
 
 
 class Metadata(dict):
@@ -70,9 +79,9 @@ class Metadata(dict):
     and what was expected, if a required key is missing, or if a value has another type or is out of range.
     """
 
-    def __init__(self, pairs=(), path: str = "metadata"):
+    def __init__(self, pairs=(), path: str = "metadata", asked=()):
         super().__init__(pairs)
-        self.path = path
+        self.path, self.asked = path, set(asked)        # the keys that accessors were asked for
 
     def integer(self, key: str, low: int = 0, high: int = 2**63 - 1, default: Any = REQUIRED) -> int:
         """The integer at key, of any width, low <= value <= high."""
@@ -107,6 +116,7 @@ class Metadata(dict):
                          lambda value: value.astype(np.int64))
 
     def _get(self, key, default, expected, accept, convert=lambda value: value):
+        self.asked.add(key)
         if key not in self:
             if default is REQUIRED:
                 raise GGUFError(f"{self.path}: the key {quote(key)} is missing, expected {expected}")
@@ -142,7 +152,9 @@ def open_gguf(path: str | os.PathLike) -> GGUFFile:
     index = first.metadata.integer("split.no", default=0)
     if index:
         raise GGUFError(f"{path}: split.no is {index}, expected 0: open the first part of this split model instead")
-    count, named = first.metadata.integer("split.count", 1, default=1), int(name[3]) if name else 1
+    count, named = first.metadata.integer("split.count", 0, default=1), int(name[3]) if name else 1
+    if count == 0:      # llama-gguf-split has merged the parts; the other split keys are as they were in the first
+        return _join([first])
     if count != named:
         raise GGUFError(f"{path}: this is one of {count} part(s) by its split.count, but one of {named} by its name: "
                         "give all parts the names they had, NAME-00001-of-000NN.gguf")
@@ -179,8 +191,9 @@ def _check_split(parts: list[GGUFFile]) -> None:
     if not any(key in first for key in keys):
         return
     n_tensors = first.integer("split.tensors.count")
+    merged = first.integer("split.count") == 0
     for i, part in enumerate(parts):
-        for key, expected in zip(keys, (i, len(parts), n_tensors)):
+        for key, expected in zip(keys, (i, 0 if merged else len(parts), n_tensors)):
             value = part.metadata.integer(key)
             if value != expected:
                 raise GGUFError(f"{part.paths[0]}: {key} is {value}, expected {expected}: "

@@ -158,11 +158,24 @@ class Graph:
     def moe_gate_up(self, name, x, ids, gate, up):
         return self._node("moe_gate_up", self.value(name, *ids.tail, gate.shape[1]), x, ids, gate, up)
 
+    def moe_linear(self, name, x, ids, w):
+        return self._node("moe_linear", self.value(name, *ids.tail, w.shape[1]), x, ids, w)
+
+    def expert_scale(self, x, ids, factors):
+        """Multiply x in place."""
+        return self._node("expert_scale", x, x, ids, factors)
+
     def moe_down(self, name, hidden, ids, weights, down):
         return self._node("moe_down", self.value(name, down.shape[1]), hidden, ids, weights, down)
 
     def silu_mul(self, name, gate, up):
         return self._node("silu_mul", self.value(name, *gate.tail), gate, up)
+
+    def scale(self, x, factor):
+        """Multiply x in place."""
+        heads = x if len(x.tail) == 2 else x.reshape(1, *x.tail)
+        self._node("scale", heads, heads, factor)
+        return x
 
     def add(self, name, x, y):
         return self._node("add", self.value(name, *x.tail), x, y)

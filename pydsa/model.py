@@ -25,7 +25,10 @@ from pydsa.gguf_file import open_gguf
 from pydsa.graph import CacheRef, Graph
 from pydsa.limits import allocating
 from pydsa.models import architecture
+from pydsa.models.blocks import INDEXER, block_of, indexer_advice, settle_blocks
+from pydsa.models.stored import made_bytes
 from pydsa.models.weights import Weights
+from pydsa.override import check_all_read, override
 from pydsa.plan import Runner, check_memory, lay_out
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES, cache_row_bytes
 from pydsa.sampling import Sampling
@@ -36,6 +39,8 @@ from pydsa.tokenizer import Tokenizer
 
 ATTENTION = ("auto", "sparse", "masked", "dense")
 DEFAULT_N_CTX, DEFAULT_N_UBATCH = 8192, 2048
+BESIDE_HALVES, OF_INDEXERS = (".attn_kv_b.weight",), tuple(f".indexer.{part}" for part in INDEXER)      # ends of names
+COMPANION, OF_ACTIVATIONS = re.compile(r"(\.weight)?\.(input_)?scale$"), ".input_scale"       # beside a matrix
 
 
 def choose(what, value, choices):
@@ -61,11 +66,12 @@ class Setup:
     """What running a file needs.
 
     It has the configuration (config), the schedule of variants, a layout of each variant's graph, and the memory in bytes. No weights are
-    read and nothing is compiled. `pydsa info` shows it. The parameters, and the errors raised, are those of load().
+    read and nothing is compiled. `pydsa info` shows it. notes: sentences on what is unusual in the file. The parameters, and the errors
+    raised, are those of load().
     """
 
     def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,
-                 n_ubatch=DEFAULT_N_UBATCH, index_type=None):
+                 n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None):
         self.device_name = choose("device", device, DEVICES)
         self.device = DEVICES[device]
         self.kv_type = choose_cache_type("kv_type", kv_type)
@@ -73,9 +79,14 @@ class Setup:
         self.attention = choose("attention", attention, ATTENTION)
         n_ctx, n_ubatch, dsa_top_k = (value if value is None else integer(name, value, 1, 2**31 - 1) for name, value in
                                       (("n_ctx", n_ctx), ("n_ubatch", n_ubatch), ("dsa_top_k", dsa_top_k)))
-        self.file = open_gguf(os.path.expanduser(path))
-        arch = architecture(self.file.metadata)
+        file = open_gguf(os.path.expanduser(path))
+        metadata = override(file.metadata, override_kv or {})
+        self.overrides = {key: (value, file.metadata.get(key)) for key, value in (override_kv or {}).items()}      # and the file's own
+        arch = architecture(metadata)
+        metadata, self.notes = settle_blocks(metadata, file.tensors)
+        self.file = file._replace(metadata=metadata)
         self.config = self._read_config(arch, dsa_top_k)
+        check_all_read(metadata, override_kv or {}, file.metadata)
         self.n_ctx = n_ctx or min(DEFAULT_N_CTX, self.config.n_ctx_train)
         self.n_ubatch = min(n_ubatch, self.n_ctx)
         if self.n_ubatch > self.device.max_ubatch:
@@ -84,6 +95,7 @@ class Setup:
         self.weights = Weights(self.file)
         self.layouts = {name: self._record(arch, VARIANTS[name]) for name in self.schedule.variants}
         self._refuse_unknown_tensors()
+        self.notes += self._notes()
         used = {a for node in self._nodes for a in node.args if isinstance(a, CacheRef)}
         self.cache_widths = {ref: widths for ref, widths in self.config.cache_widths.items() if ref in used}
 
@@ -95,7 +107,7 @@ class Setup:
         config = arch.Config.from_metadata(metadata, table.shape[0])
         if self.attention not in config.VARIANTS:
             raise UnsupportedModelError(f"{metadata.path}: {config.architecture} has no indexer to choose keys for --attention "
-                                        f"{self.attention}; use auto or dense.")
+                                        f"{self.attention}; use auto or dense." + (f" But {self._advice}." if self._advice else ""))
         if dsa_top_k is None:
             return config
         if config.top_k is None:
@@ -114,20 +126,40 @@ class Setup:
     @functools.cached_property
     def trunk(self):
         """The tensors of the model, without its MTP blocks."""
-        def layer(name):
-            return int(name.split(".")[1]) if re.match(r"blk\.[0-9]{1,9}\.", name) else -1
-        return [tensor for name, tensor in self.file.tensors.items() if layer(name) < self.config.n_layer]
+        return [tensor for name, tensor in self.file.tensors.items() if block_of(name) < self.config.n_layer]
 
     def _refuse_unknown_tensors(self):
         """Refuse tensors that no variant uses.
 
-        Everything that the model was trained with must be used. Only an indexer that was not asked for, and an attn_kv_b beside its
-        two halves, may be left out.
+        Everything that the model was trained with must be used. Only an indexer that was not asked for, an attn_kv_b beside its two
+        halves, and scales for activations of four bits may be left out.
         """
+        left_out = BESIDE_HALVES if self.config.top_k is None and not self._advice else BESIDE_HALVES + OF_INDEXERS
         for tensor in self.trunk:
-            if tensor.name not in self.weights.used and ".indexer." not in tensor.name and not tensor.name.endswith(".attn_kv_b.weight"):
+            matrix = COMPANION.sub(".weight", tensor.name)
+            idle = matrix.endswith(left_out) or tensor.name.endswith(OF_ACTIVATIONS) and matrix in self.file.tensors
+            if tensor.name not in self.weights.read and not idle:
                 raise UnsupportedModelError(f"{self.file.metadata.path}: pydsa does not know what tensor {tensor.name!r} does in "
                                             f"{self.config.architecture}, and would leave it out.")
+
+    def _notes(self):
+        """Sentences on how the tensors of the file are used."""
+        made = [tensor for tensor in self.weights.used.values() if tensor.make is not None]
+        if made:
+            types = " and ".join(f"{part} in {', '.join(sorted({t.type for t in made if t.name.endswith(end)}))}" for part, end in
+                                 (("keys", "attn_k_b.weight"), ("values", "attn_v_b.weight")))
+            yield (f"attn_kv_b is split in two on load, {types}, which takes {made_bytes(made) / 2**20:.1f} MiB beside the mapped file; a "
+                   "current conversion of the model has both halves.")
+        if self._advice:
+            yield self._advice + "."
+        n = sum(tensor.name.endswith(OF_ACTIVATIONS) for tensor in self.trunk)
+        if n:
+            yield f"{n} tensors *{OF_ACTIVATIONS} are not used: they are for activations of four bits, and pydsa's have more."
+
+    @property
+    def _advice(self):
+        """How to run the file's indexer, where the architecture has none."""
+        return indexer_advice(self.file.metadata, self.file.tensors)
 
     @property
     def n_params(self):
@@ -385,7 +417,7 @@ class Model:
 
 
 def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=DEFAULT_N_UBATCH,
-         progress=None, index_type=None):
+         progress=None, index_type=None, override_kv=None):
     """Open a GGUF file and make it ready to run -> Model.
 
     path: the file, or its first part if it is split.
@@ -399,8 +431,12 @@ def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention=
     n_ubatch: tokens of a prompt that run together (2048); fewer take less memory.
     progress(done, total, name): called while kernels are compiled, and while weights are copied to a GPU.
     index_type: type of the indexer's cached keys, as for kv_type; None: "i8", which is the fastest, or "f32" if kv_type is "f32".
+    override_kv: values that replace those of the file's metadata, {key: int, float, bool or str}.
 
-    Raises GGUFError if the file is damaged, UnsupportedModelError if pydsa cannot run the model, OutOfMemoryError if memory is short, and
-    PydsaError for options that are not valid.
+    Warns (UserWarning) of what is unusual in the file. Raises GGUFError if the file is damaged, UnsupportedModelError if pydsa cannot run
+    the model, OutOfMemoryError if memory is short, and PydsaError for options that are not valid.
     """
-    return Model(Setup(os.fspath(path), n_ctx, device, kv_type, attention, dsa_top_k, n_ubatch, index_type), threads, progress)
+    setup = Setup(os.fspath(path), n_ctx, device, kv_type, attention, dsa_top_k, n_ubatch, index_type, override_kv)
+    for note in setup.notes:
+        warnings.warn(f"{setup.file.metadata.path}: {note}", stacklevel=2)
+    return Model(setup, threads, progress)

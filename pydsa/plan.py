@@ -135,12 +135,12 @@ class Runner:
     def weight(self, tensor):
         """A tensor in the backend's form, made once."""
         if tensor.name not in self._weights:
-            self._weights[tensor.name] = self.backend.weight(tensor)
+            self._weights[tensor.name] = self.backend.weight(tensor.read())
         return self._weights[tensor.name]
 
     def read(self, tensor):
         """Make a tensor in the backend's form, again if it was made before."""
-        self._weights[tensor.name] = self.backend.weight(tensor)
+        self._weights[tensor.name] = self.backend.weight(tensor.read())
 
     def _constant(self, values):
         if id(values) not in self._constants:

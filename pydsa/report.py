@@ -3,15 +3,15 @@
 `info` shows the file, the configuration, the memory and how each layer runs; `trace` compares two backends node by node.
 """
 import dataclasses
-import itertools
 
 import numpy as np
 
 from pydsa.chat import USER
+from pydsa.models.blocks import block_of, spans
 from pydsa.terminal import visible
 from pydsa.tokenizer import MODEL, PRE_TOKENIZERS
 
-HIDDEN = {"rope", "n_ff", "indexer_full"}       # fields of a Config that are reported elsewhere or not at all
+HIDDEN = {"rope", "n_ff", "n_ff_exp", "indexer_full"}       # fields of a Config that are reported elsewhere or not at all
 
 
 def describe(setup):
@@ -25,13 +25,15 @@ def describe(setup):
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in HIDDEN}
     return {
         "files": [str(path) for path in setup.file.paths], "file_bytes": setup.file.n_bytes, "gguf_version": setup.file.version,
+        "notes": setup.notes, "overrides": {key: {"value": value, "file": plain(old)} for key, (value, old) in setup.overrides.items()},
         "n_params": setup.n_params, "config": fields | {"kq_scale": config.kq_scale},
         "rope": {key: metadata.get(f"{config.architecture}.rope.{key}") for key in ("freq_base", "scaling.type", "scaling.factor")},
-        "n_ff": list(config.n_ff),
+        "n_ff": list(config.n_ff), "n_ff_exp": [n if il >= config.n_layer_dense_lead else 0 for il, n in enumerate(config.n_ff_exp)],
         "tokenizer": {"model": model, "pre": pre, "supported": model == MODEL and pre in PRE_TOKENIZERS,
                       "chat_format": chat_format(metadata)},
         "tensor_types": {name: {"tensors": count, "bytes": size} for name, (count, size) in sorted(types.items())},
-        "n_tensors_unused": len(setup.file.tensors) - len(setup.weights.used),
+        "n_tensors_unused": len(setup.file.tensors) - len(setup.weights.read),
+        "n_mtp_blocks": len({block_of(name) for name in setup.file.tensors} - set(range(-1, config.n_layer))),
         "device": setup.device_name, "gpu": setup.device.describe(),
         "n_ctx": setup.n_ctx, "n_ubatch": setup.n_ubatch, "kv_type": setup.kv_type,
         "index_type": setup.index_type if setup.config.top_k else None,
@@ -39,6 +41,11 @@ def describe(setup):
                    "scratch": setup.scratch_bytes, "scores": setup.score_bytes, "packed_latents": setup.packed_latent_bytes},
         "attention": attention_in_words(setup), "plain_form_until": setup.schedule.plain_form_until,
         "layers": layers_in_words(setup)}
+
+
+def plain(value):
+    """A value of the metadata as a JSON type."""
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def chat_format(metadata):
@@ -52,7 +59,8 @@ def chat_format(metadata):
 def attention_in_words(setup):
     """The attention that the steps of a model use, in words."""
     if setup.config.top_k is None:
-        return "dense (the model has no indexer)"
+        there = any(block_of(name) >= 0 and ".indexer." in name for name in setup.file.tensors)
+        return f"dense (the {f'architecture {setup.config.architecture}' if there else 'model'} has no indexer)"
     if setup.attention == "dense":
         return "dense (asked for; the model was trained to attend to the keys its indexer chooses)"
     if setup.attention != "auto":
@@ -81,10 +89,13 @@ def format_report(report):
     """The report of describe() as text."""
     config, memory = report["config"], report["memory"]
     lines = [f"{config['name']}: {config['architecture']}, {count(report['n_params'])} parameters, {size(report['file_bytes'])} in "
-             f"{len(report['files'])} file{'s' * (len(report['files']) > 1)}", ""]
+             f"{len(report['files'])} file{'s' * (len(report['files']) > 1)}", *(f"note: {note}" for note in report["notes"]), ""]
+    lines += [f"overridden: {key} = {entry['value']!r} ({'not in the file' if entry['file'] is None else repr(entry['file'])[:80]})"
+              for key, entry in report["overrides"].items()]
     lines += ["configuration"] + [f"  {name:22} {value:g}" if isinstance(value, float) else f"  {name:22} {value}"
                                   for name, value in config.items() if name not in ("architecture", "name")]
-    lines.append(f"  {'n_ff':22} {', '.join(f'{n} in layers {which}' for n, which in spans(report['n_ff']).items())}")
+    lines += [f"  {name:22} {', '.join(f'{n} in layers {which}' for n, which in spans(report[name]).items() if n)}"
+              for name in ("n_ff", "n_ff_exp") if any(report[name])]
     lines += [f"  {'rope.' + name:22} {value:g}" if isinstance(value, float) else f"  {'rope.' + name:22} {value}"
               for name, value in report["rope"].items() if value is not None]
     tokenizer, caches = report["tokenizer"], f"latents {report['kv_type']}"
@@ -93,8 +104,8 @@ def format_report(report):
     unknown = "" if tokenizer["supported"] else f" (not supported, expected {MODEL} with one of {', '.join(PRE_TOKENIZERS)})"
     lines += ["", f"tokenizer: {tokenizer['model']}, {tokenizer['pre']}{unknown}; chat format: {tokenizer['chat_format']}", "", "tensors"]
     lines += [f"  {name:6} {entry['tensors']:6}  {size(entry['bytes'])}" for name, entry in report["tensor_types"].items()]
-    if config["n_layer_nextn"]:
-        lines.append(f"  {config['n_layer_nextn']} MTP block(s) for speculative decoding: recognised, but not used")
+    if report["n_mtp_blocks"]:
+        lines.append(f"  {report['n_mtp_blocks']} MTP block(s) for speculative decoding: recognised, but not used")
     if report["n_tensors_unused"]:
         lines.append(f"  {report['n_tensors_unused']} of the tensors are not used")
     lines += ["", f"GPU: {report['gpu']}"] if report["gpu"] else []
@@ -153,13 +164,3 @@ def difference(array, expected):
         return float("inf")
     a, b = array[finite].astype(np.float64), expected[finite].astype(np.float64)
     return float(((a - b) ** 2).sum() / max((b ** 2).sum(), 1e-300))
-
-
-def spans(names):
-    """Where each name is: ["a", "a", "b", "a"] -> {"a": "0-1, 3", "b": "2"}."""
-    result, first = {}, 0
-    for name, run in itertools.groupby(names):
-        last = first + len(list(run)) - 1
-        result.setdefault(name, []).append(str(first) if first == last else f"{first}-{last}")
-        first = last + 1
-    return {name: ", ".join(parts) for name, parts in result.items()}

@@ -10,6 +10,7 @@ byte-level BPE. The rules are those of llama.cpp; the `tokenizers` library does 
 import codecs
 import os
 import re
+import warnings
 
 import numpy as np
 
@@ -144,14 +145,10 @@ class Tokenizer:
         if pre not in PRE_TOKENIZERS:
             raise UnsupportedModelError(f"{self.path}: tokenizer.ggml.pre is {quote(pre)}, expected one of "
                                         + ", ".join(PRE_TOKENIZERS))
-        self.tokens = metadata.strings("tokenizer.ggml.tokens")
+        self.tokens, file_type = _vocabulary(metadata, n_vocab)
         self.n_vocab = len(self.tokens)
-        if n_vocab is not None and n_vocab != self.n_vocab:
-            raise GGUFError(f"{self.path}: tokenizer.ggml.tokens has {self.n_vocab} tokens, "
-                            f"expected {n_vocab}, the rows of token_embd.weight")
-        ids = _token_ids(self.tokens, self.path)
-        file_type = _token_type(metadata, self.n_vocab)
-        self._bpe = _bpe(ids, file_type, _merges(metadata, ids), *PRE_TOKENIZERS[pre])
+        ids = _token_ids(self.tokens, file_type, self.path)
+        self._bpe = _bpe(self.tokens, ids, file_type, _merges(metadata, ids), *PRE_TOKENIZERS[pre])
         self._missing = {byte for byte, character in enumerate(_ALPHABET) if character not in ids}
         self._read_special(metadata, ids, file_type)
         self.chat_template = metadata.string("tokenizer.chat_template", default=None) or None
@@ -162,7 +159,11 @@ class Tokenizer:
         The rules for texts are those of llama.cpp.
         """
         def special_id(name):
-            return metadata.integer(f"tokenizer.ggml.{name}_token_id", 0, self.n_vocab - 1, default=None)
+            key = f"tokenizer.ggml.{name}_token_id"
+            if name not in ("bos", "eos") and type(metadata.get(key)) is int and not 0 <= metadata[key] < self.n_vocab:
+                _warn(self.path, f"{key} is {metadata[key]}, which is no token; it is left out")
+                return None
+            return metadata.integer(key, 0, self.n_vocab - 1, default=None)
 
         self.bos_id, self.eos_id = special_id("bos"), special_id("eos")
         self.add_bos = metadata.boolean("tokenizer.ggml.add_bos_token", default=False)
@@ -296,51 +297,83 @@ def _cut(part, pattern, token_id):
     return [piece for piece in pieces if piece != ""]
 
 
-def _token_ids(tokens, path):
-    """{text of a token: id}."""
-    ids = dict(zip(tokens, range(len(tokens))))
-    if len(ids) != len(tokens):
-        token_id = next(token_id for token_id, token in enumerate(tokens) if ids[token] != token_id)
-        raise GGUFError(f"{path}: tokens {token_id} and {ids[tokens[token_id]]} are both {quote(tokens[token_id])}, "
-                        "expected each text once")
+def _warn(path, sentence):
+    """Warn of a fault in the vocabulary that leaves its meaning clear."""
+    warnings.warn(f"{path}: {sentence}.", stacklevel=2)
+
+
+def _vocabulary(metadata, n_rows):
+    """The texts of the tokens, and their types, int64 [n_vocab].
+
+    n_rows: the number of rows of token_embd; None: that of the tokens. Tokens without a row are cut, if plain text has none of
+    them, and rows without a token get one that is never used, as llama.cpp's converter names them. Without types in the file
+    all tokens are NORMAL.
+    """
+    path, tokens = metadata.path, list(metadata.strings("tokenizer.ggml.tokens"))
+    types = np.full(len(tokens), NORMAL, np.int64)
+    given = metadata.integers("tokenizer.ggml.token_type", default=types)
     if not tokens:
         raise GGUFError(f"{path}: tokenizer.ggml.tokens is empty, expected a vocabulary")
+    if len(given) != len(tokens):
+        _warn(path, f"tokenizer.ggml.token_type has {len(given)} values for {len(tokens)} tokens; tokens without one are normal")
+    types[:len(given)] = given[:len(tokens)]
+    strange = np.flatnonzero(~np.isin(types, range(BYTE + 1)))
+    if strange.size:
+        _warn(path, f"token {strange[0]} is of type {types[strange[0]]}, expected 0 to {BYTE}; it is taken as 0, undefined")
+        types[strange] = 0
+    for token_id in [token_id for token_id, text in enumerate(tokens) if not text]:
+        _warn(path, f"token {token_id} has no text; it is taken as [EMPTY_{token_id}]")
+        tokens[token_id] = f"[EMPTY_{token_id}]"
+    if n_rows is not None and n_rows != len(tokens):
+        of_text = {merge.replace(" ", "", 1) for merge in metadata.strings("tokenizer.ggml.merges")}.union(_ALPHABET)
+        if not of_text.isdisjoint(tokens[n_rows:]):
+            raise GGUFError(f"{path}: tokenizer.ggml.tokens has {len(tokens)} tokens, expected {n_rows}, the rows of "
+                            "token_embd.weight: plain text needs tokens that have no row")
+        _warn(path, f"tokenizer.ggml.tokens has {len(tokens)} tokens, but token_embd.weight {n_rows} rows; "
+                    + ("the last tokens are left out" if n_rows < len(tokens) else "the last rows become unused tokens"))
+        types = np.concatenate([types[:n_rows], np.full(max(0, n_rows - len(tokens)), UNUSED)])
+        tokens = tokens[:n_rows] + [f"[PAD{token_id}]" for token_id in range(len(tokens), n_rows)]
+    return tokens, types
+
+
+def _token_ids(tokens, token_type, path):
+    """{text of a token: id}.
+
+    Of tokens with the same text, all but one must be unused.
+    """
+    ids = dict(zip(tokens, range(len(tokens))))
+    if len(ids) != len(tokens):
+        used = {}
+        for token_id in np.flatnonzero(token_type != UNUSED).tolist():
+            first = used.setdefault(tokens[token_id], token_id)
+            if first != token_id:
+                raise GGUFError(f"{path}: tokens {first} and {token_id} are both {quote(tokens[token_id])}, expected each text once")
+        _warn(path, f"{len(tokens) - len(ids)} unused tokens have the texts of others")
+        ids |= used
     for token in min(tokens, key=len), max(tokens, key=len):
         if not 0 < len(token) <= MAX_TOKEN:
             raise GGUFError(f"{path}: token {ids[token]} has {len(token)} characters, expected 1 to {MAX_TOKEN}")
     return ids
 
 
-def _token_type(metadata, n_vocab):
-    """The type of each token, int64 [n_vocab]; NORMAL if the file has none."""
-    token_type = metadata.integers("tokenizer.ggml.token_type", default=None)
-    if token_type is None:
-        return np.full(n_vocab, NORMAL, np.int64)
-    if len(token_type) != n_vocab:
-        raise GGUFError(f"{metadata.path}: tokenizer.ggml.token_type has {len(token_type)} values, "
-                        f"expected {n_vocab}, one for each token")
-    if not np.isin(token_type, range(BYTE + 1)).all():
-        token_id = int(np.flatnonzero(~np.isin(token_type, range(BYTE + 1)))[0])
-        raise GGUFError(f"{metadata.path}: token {token_id} is of type {token_type[token_id]}, expected 0 to {BYTE}")
-    return token_type
-
-
 def _merges(metadata, ids):
-    """The merges as pairs of tokens, in order of priority."""
-    merges = metadata.strings("tokenizer.ggml.merges")
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    for rank, pair in enumerate(pairs):
-        if len(pair) != 2:
-            raise GGUFError(f"{metadata.path}: merge {rank} is {quote(merges[rank])}, "
-                            "expected two tokens with a space between them")
-        left, right = pair
-        if left not in ids or right not in ids or left + right not in ids:
-            unknown = next(text for text in (left, right, left + right) if text not in ids)
-            raise GGUFError(f"{metadata.path}: merge {rank} is {quote(merges[rank])}, "
-                            f"expected {quote(unknown)} to be a token")
-    if len(set(pairs)) != len(pairs):
-        raise GGUFError(f"{metadata.path}: {len(pairs) - len(set(pairs))} merges are repeated, expected each once")
-    return pairs
+    """The merges as pairs of tokens, in order of priority.
+
+    Merges of texts that are no tokens can never apply: they are left out. A pair that comes twice has its first rank.
+    """
+    merges, pairs, idle = metadata.strings("tokenizer.ggml.merges"), {}, []
+    for rank, merge in enumerate(merges):
+        left, _, right = merge.partition(" ")
+        if left not in ids or right not in ids or (left, right) in pairs:
+            idle.append(rank)
+        elif left + right not in ids:
+            raise GGUFError(f"{metadata.path}: merge {rank} is {quote(merge)}, expected {quote(left + right)} to be a token")
+        else:
+            pairs[left, right] = rank
+    if idle:
+        _warn(metadata.path, f"{len(idle)} merges are repeated or have parts that are no tokens, such as merge {idle[0]}, "
+                             f"{quote(merges[idle[0]])}; they are left out")
+    return list(pairs)
 
 
 def _as_in_unicode_15(regex):
@@ -348,13 +381,12 @@ def _as_in_unicode_15(regex):
     return re.sub(r"\\p\{(\w+)\}", lambda category: f"[{category[0]}&&[^{_SINCE_16}]]", regex)
 
 
-def _bpe(ids, token_type, merges, regexes, ignore_merges):
+def _bpe(tokens, ids, token_type, merges, regexes, ignore_merges):
     """The `tokenizers.Tokenizer` for plain text."""
     import tokenizers
     from tokenizers import models, pre_tokenizers
 
     # With ignore_merges, a piece that spells a control token would become that token; plain text never may.
-    tokens = list(ids)
     control = {tokens[token_id] for token_id in np.flatnonzero(np.isin(token_type, (UNKNOWN, CONTROL)))}
     control.difference_update(*((left, right, left + right) for left, right in merges))
     vocab = {text: token_id for text, token_id in ids.items() if text not in control}

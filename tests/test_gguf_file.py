@@ -305,6 +305,13 @@ def test_one_part_of_one(tmp_path):
     assert len(open_gguf(write(tmp_path, gguf(infos=ONE, data=EIGHT_FLOATS), part_name(1, 1))).tensors) == 1
 
 
+@pytest.mark.parametrize("name", ["merged.gguf", part_name(1, 3)])
+def test_merged_parts(tmp_path, name):
+    """llama-gguf-split sets split.count to 0 and leaves the other keys."""
+    file = open_gguf(write(tmp_path, gguf(split_kvs(0, 0, 1), ONE, EIGHT_FLOATS), name))
+    assert len(file.tensors) == len(file.paths) == 1
+
+
 @pytest.mark.parametrize("number", [0, 2, 3, 99999])
 def test_only_the_first_part_opens(tmp_path, number):
     first = write_parts(tmp_path)
@@ -324,7 +331,8 @@ SPLIT_ERRORS = {
     "first is not 0": (1, part(1, name="t0"), "split.no is 1, expected 0: open the first part"),
     "split.count of a part": (3, part(2, count=4, name="t2"), "split.count is 4, expected 3"),
     "split.count of the first": (1, part(0, count=2, name="t0"), r"one of 2 part\(s\) by its split.count, but one of 3 by"),
-    "split.count 0": (1, part(0, count=0, name="t0"), "'split.count' is the int 0, expected an integer from 1"),
+    "split.count 0": (1, part(0, count=0, name="t0"), r"1 part\(s\) have 1 tensors, expected the 3 of"),
+    "split.count of a part 0": (2, part(1, count=0), "split.count is 0, expected 3"),
     "no keys in the first": (1, gguf(infos=ONE, data=EIGHT_FLOATS), r"one of 1 part\(s\) by its split.count"),
     "no keys in a part": (2, gguf(infos=ONE, data=EIGHT_FLOATS), "the key 'split.no' is missing"),
     "key of another type": (2, gguf([kv("split.no", STRING, text("1"))]), "'split.no' is the string '1'"),

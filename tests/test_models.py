@@ -170,7 +170,7 @@ ANY = [     # (edits of a deepseek32 model, pattern of the message)
     ({"rope.dimension_count": 11}, "rope.dimension_count"), ({"rope.dimension_count": 0}, "rope.dimension_count"),
     ({"rope.dimension_count": 32}, "rope.dimension_count"), ({"rope.dimension_count": 34}, "rope.dimension_count"),
     ({"rope.dimension_count": 2**31}, "rope.dimension_count"), ({"attention.key_length_mla": 12}, "key_length_mla"),
-    ({"attention.key_length_mla": DROP}, "convert the model again"), ({"attention.key_length_mla": 33}, "attn_q_b.weight"),
+    ({"attention.key_length_mla": DROP}, "key_length_mla' is missing"), ({"attention.key_length_mla": 33}, "attn_q_b.weight"),
     ({"attention.key_length": 32}, "attention.key_length"), ({"attention.value_length": 57}, "attention.value_length"),
     ({"attention.value_length_mla": 0}, "value_length_mla"), ({"attention.value_length_mla": 29}, "attn_v_b.weight"),
     ({"attention.kv_lora_rank": 0}, "kv_lora_rank"), ({"attention.q_lora_rank": 0}, "q_lora_rank"),
@@ -188,7 +188,7 @@ ANY = [     # (edits of a deepseek32 model, pattern of the message)
     ({"expert_gating_func": 0}, "expert_gating_func"), ({"expert_gating_func": 4}, "expert_gating_func"),
     ({"expert_shared_count": 2}, "ffn_gate_shexp"), ({"expert_weights_norm": 1}, "expert_weights_norm"),
     ({"expert_feed_forward_length": 0}, "expert_feed_forward_length"),
-    ({"expert_feed_forward_length": numbers(36, 36, 37)}, "expert_feed_forward_length"),
+    ({"expert_feed_forward_length": numbers(36, 36, 37)}, "blk.2.ffn_gate_exps.weight"),
     *[({"feed_forward_length": value}, "feed_forward_length") for value in (0, 2**24 + 1, numbers(88), numbers(88.0, 88, 88, dtype="f4"))],
     # numbers
     *[({"attention.layer_norm_rms_epsilon": value}, "layer_norm_rms_epsilon") for value in (NAN, INF, -1e-6, "1e-6")],
@@ -245,11 +245,13 @@ def test_impossible_tensors(planned, tensors, message):
 
 
 def test_unknown_tensors_are_not_left_out(planned):
-    for name in ("blk.0.attn_gate.weight", "blk.1.ffn_gate.weight", "rope_freqs.weight"):
+    for name in ("blk.0.attn_gate.weight", "blk.1.ffn_gate.weight", "rope_freqs.weight", "blk.1.indexer.k_scale.weight"):
         with pytest.raises(UnsupportedModelError, match=f"what tensor '{name}' does"):
             planned("deepseek32", {}, {name: (1,)})
-    for name in ("blk.3.attn_gate.weight", "blk.0.attn_kv_b.weight"):       # of an MTP block; the whole beside its two halves
-        assert name not in planned("deepseek32", {}, {name: (1,)}).weights.used
+    mtp, name = "blk.3.nextn.eh_proj.weight", "blk.3.attn_gate.weight"
+    assert name not in planned("deepseek32", {"block_count": 4, "nextn_predict_layers": 1}, {mtp: (1,), name: (1,)}).weights.used
+    whole = "blk.0.attn_kv_b.weight"        # beside its two halves
+    assert whole not in planned("deepseek32", {}, {whole: (1,)}).weights.used
     assert planned("deepseek32", attention="dense").weights.used.keys() < planned("deepseek32").weights.used.keys()
 
 

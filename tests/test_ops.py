@@ -67,6 +67,19 @@ def test_elementwise(n_tokens, op):
         compare(op, (n_tokens, n), normal(n_tokens, n), normal(n, n_tokens).T.copy())
 
 
+@pytest.mark.parametrize("n_tokens", N_TOKENS)
+def test_scales(n_tokens):
+    """One factor, and one for each expert; also of a slice, in place."""
+    x, ids, factors = normal(n_tokens, 3, 33), expert_ids("random", n_tokens, 3, 5), normal(5)
+    compare("scale", x.shape, x, -1.7)
+    compare("expert_scale", x.shape, x, ids, factors)
+    whole, part = normal(n_tokens, 3, 40), normal(n_tokens, 3, 40)[..., :33].astype(np.float64)
+    for op, args, expected in (("scale", (0.3,), 0.3), ("expert_scale", (ids, factors), factors[ids][..., None])):
+        met = whole.copy()
+        getattr(kernels, op)(met[..., :33], met[..., :33], *args)
+        assert close(met[..., :33], part * expected) and np.array_equal(met[..., 33:], whole[..., 33:])
+
+
 def test_silu_at_extremes():
     gate = np.repeat(np.float32([-3e38, -1e4, -100, -89, -88.5, -88, -87, -1, -0.0, 0, 1, 87, 88, 88.5, 89, 100, 1e4]), 16)[None]
     found = compare("silu_mul", gate.shape, gate, np.ones_like(gate))
@@ -137,6 +150,7 @@ def test_experts(kinds, n_used, choice):
     for n_tokens in N_TOKENS:
         ids = expert_ids(choice, n_tokens, n_used, 5)
         hidden = compare("moe_gate_up", (n_tokens, n_used, n_ff), normal(n_tokens, n), ids, gate, up)
+        compare("moe_linear", (n_tokens, n_used, n_ff), normal(n_tokens, n), ids, gate)
         compare("moe_down", (n_tokens, n), hidden, ids, normal(n_tokens, n_used), down)
 
 

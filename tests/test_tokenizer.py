@@ -338,24 +338,12 @@ TOKENS = small_metadata()["tokenizer.ggml.tokens"]
     ({"tokens": "abc"}, GGUFError, "tokenizer.ggml.tokens"),
     ({"tokens": []}, GGUFError, "tokenizer.ggml.tokens is empty"),
     ({"tokens": [*TOKENS[:-1], TOKENS[5]]}, GGUFError, f"tokens 5 and {len(TOKENS) - 1} are both"),
-    ({"tokens": [*TOKENS[:-1], ""]}, GGUFError, f"token {len(TOKENS) - 1} has 0 characters"),
     ({"tokens": [*TOKENS[:-1], "x" * (MAX_TOKEN + 1)]}, GGUFError, f"has {MAX_TOKEN + 1} characters, expected 1 to"),
-    ({"tokens": [*TOKENS, "new"]}, GGUFError, f"token_type has {len(TOKENS)} values, expected {len(TOKENS) + 1}"),
-    ({"token_type": np.ones(3, np.int32)}, GGUFError, f"token_type has 3 values, expected {len(TOKENS)}"),
-    ({"token_type": np.full(len(TOKENS), 7, np.int32)}, GGUFError, "token 0 is of type 7, expected 0 to 6"),
-    ({"token_type": np.full(len(TOKENS), -1, np.int32)}, GGUFError, "token 0 is of type -1"),
     ({"token_type": np.ones(len(TOKENS), np.float32)}, GGUFError, "token_type"),
     ({"merges": None}, GGUFError, "tokenizer.ggml.merges"),
-    ({"merges": ["h e", "hello"]}, GGUFError, "merge 1 is 'hello', expected two tokens with a space between"),
-    ({"merges": [""]}, GGUFError, "merge 0 is ''"),
-    ({"merges": [" h"]}, GGUFError, "merge 0 is ' h', expected '' to be a token"),
-    ({"merges": ["h e", "he qq"]}, GGUFError, "merge 1 is 'he qq', expected 'qq' to be a token"),
-    ({"merges": ["qq he"]}, GGUFError, "merge 0 is 'qq he', expected 'qq' to be a token"),
     ({"merges": ["h h"]}, GGUFError, "merge 0 is 'h h', expected 'hh' to be a token"),
-    ({"merges": ["h e", "l l", "h e"]}, GGUFError, "1 merges are repeated, expected each once"),
     ({"bos_token_id": len(TOKENS)}, GGUFError, "bos_token_id"),
     ({"eos_token_id": 2**32 - 1}, GGUFError, "eos_token_id"),
-    ({"eot_token_id": -1}, GGUFError, "eot_token_id"),
     ({"eom_token_id": "x"}, GGUFError, "eom_token_id"),
     ({"bos_token_id": None, "add_bos_token": True}, GGUFError, "add_bos_token is true, but .*bos_token_id is missing"),
     ({"eos_token_id": None, "add_eos_token": True}, GGUFError, "add_eos_token is true, but .*eos_token_id is missing"),
@@ -376,13 +364,6 @@ def test_template_of_another_type():
     metadata["tokenizer.chat_template"] = ["{{ 1 }}"]
     with pytest.raises(GGUFError, match="tokenizer.chat_template"):
         Tokenizer.from_metadata(metadata)
-
-
-@pytest.mark.parametrize("difference", [-1, 1])
-def test_number_of_tokens_and_of_rows(difference):
-    assert Tokenizer.from_metadata(small_metadata(), n_vocab=len(TOKENS)).n_vocab == len(TOKENS)
-    with pytest.raises(GGUFError, match=f"has {len(TOKENS)} tokens, expected {len(TOKENS) + difference}, the rows"):
-        Tokenizer.from_metadata(small_metadata(), n_vocab=len(TOKENS) + difference)
 
 
 # Files
@@ -410,7 +391,7 @@ def test_load_tokenizer_from_a_model(tmp_path, n_rows):
     if n_rows == len(TOKENS):
         assert load_tokenizer(tmp_path / "model.gguf").encode("hello") == small().encode("hello")
     else:
-        with pytest.raises(GGUFError, match="expected 7, the rows of token_embd.weight"):
+        with pytest.raises(GGUFError, match="expected 7, the rows of token_embd.weight: plain text needs"):
             load_tokenizer(tmp_path / "model.gguf")
 
 

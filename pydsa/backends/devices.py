@@ -50,13 +50,21 @@ def _n_bytes(tensors):
     return sum(tensor.data.nbytes for tensor in tensors)
 
 
+def _mapped(tensors):
+    """Bytes of the tensors that are in the file as the ops take them."""
+    return _n_bytes(tensor for tensor in tensors if tensor.make is None)
+
+
 def _as_floats(tensors):
     return 4 * sum(math.prod(tensor.shape) for tensor in tensors)
 
 
 def _cpu_weights(tensors):
-    """Bytes of matrices, which stay in the file, and of vectors as float32."""
-    return _n_bytes(tensors), _as_floats(tensor for tensor in tensors if len(tensor.shape) == 1)
+    """Bytes of matrices, which stay in the file, and of the rest.
+
+    That is vectors as float32, and what is made of other tensors.
+    """
+    return _mapped(tensors), _as_floats(tensor for tensor in tensors if len(tensor.shape) == 1) + _n_bytes(tensors) - _mapped(tensors)
 
 
 def _cpu_packed_latents(config, n_kv):
@@ -76,7 +84,7 @@ def _cuda_scratch(nodes, n_tokens):
         if node.op in ("linear", "head_linear"):
             packed = max(packed, n_tokens * math.prod(node.args[2].tail))
             rows.add((math.prod(node.args[2].tail[:-1]), node.args[2].tail[-1]))
-        elif node.op == "moe_gate_up":
+        elif node.op in ("moe_gate_up", "moe_linear"):
             hidden = max(hidden, n_tokens * math.prod(node.args[0].tail))
             rows.add(node.args[0].tail)
         elif node.op == "moe_down":
@@ -110,5 +118,5 @@ DEVICES = {
     # A grid has at most 65,535 blocks in y and in z, which kernels use for tokens.
     "cuda": Device("pydsa.backends.cuda", 4, lambda tensors: (0, _n_bytes(tensors)), 32768, scratch=_cuda_scratch, copies_blocks=True,
                    described=True),
-    "reference": Device("pydsa.backends.reference", 8, lambda tensors: (_n_bytes(tensors), _as_floats(tensors)), scored_together=UNLIMITED),
+    "reference": Device("pydsa.backends.reference", 8, lambda tensors: (_mapped(tensors), _as_floats(tensors)), scored_together=UNLIMITED),
 }

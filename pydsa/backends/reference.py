@@ -334,6 +334,18 @@ def moe_gate_up(out, x, ids, gate, up):     # [T, used, f], [T, n], [T, used], [
         out[token, slot] = hidden
 
 
+def moe_linear(out, x, ids, w):     # [T, used, f], [T, n], [T, used], [E, f, n]
+    """The products of the chosen experts: out[t, i] = w_e x[t] with e = ids[t, i]."""
+    for expert in np.unique(ids):
+        token, slot = np.nonzero(ids == expert)
+        out[token, slot] = x[token] @ w[expert].T
+
+
+def expert_scale(out, x, ids, factors):     # [T, used, n], [T, used, n], [T, used], [E]; out may be x itself
+    """Each expert's factor: out[t, i] = factors[ids[t, i]] x[t, i]."""
+    out[...] = x * factors[ids][..., None]
+
+
 def moe_down(out, hidden, ids, weights, down):      # [T, n], [T, used, f], [T, used], [T, used], [E, n, f]
     """The weighted sum of the chosen experts' outputs.
 
@@ -349,6 +361,11 @@ def silu_mul(out, gate, up):        # [T, n] each
     """The gate of SwiGLU: out = gate sigmoid(gate) up."""
     with np.errstate(over="ignore"):
         out[...] = gate / (1 + np.exp(-gate)) * up
+
+
+def scale(out, x, factor):      # [T, H, n] each; out may be x itself
+    """One factor for all: out = factor x."""
+    out[...] = x * factor
 
 
 def add(out, x, y):     # [T, n] each

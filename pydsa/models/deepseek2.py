@@ -9,6 +9,9 @@ import numpy as np
 
 from pydsa.errors import GGUFError, UnsupportedModelError
 from pydsa.graph import CacheRef
+from pydsa.models.blocks import spans
+from pydsa.models import stored
+from pydsa.models.stored import linear, scaled
 from pydsa.models.yarn import Rope, rope_from_metadata
 
 SOFTMAX, SIGMOID, SOFTMAX_WEIGHT = 1, 2, 3      # expert_gating_func
@@ -32,7 +35,7 @@ class Config:
     n_rot: int
     n_v: int
     n_ff: tuple             # one value a layer
-    n_ff_exp: int
+    n_ff_exp: tuple         # one value a layer
     n_layer_dense_lead: int
     n_expert: int
     n_expert_used: int
@@ -85,13 +88,22 @@ class Config:
         return cls(**read_metadata(metadata, n_vocab, default_gating=SIGMOID if flash else SOFTMAX))
 
 
-def readers(metadata, arch):
+def readers(metadata, arch, n_layer):
     """Two functions that read an architecture's keys.
 
-    integer(key, low, high[, default]) reads a key; fail(text) raises a GGUFError that names the file.
+    integer(key, low, high[, default, first]) reads a key, which may have a value for each layer if these are equal from layer `first` on.
+    fail(text) raises a GGUFError that names the file.
     """
-    def integer(key, low, high, **default):
-        return metadata.integer(f"{arch}.{key}", low, high, **default)
+    def integer(key, low, high, first=0, **default):
+        key = f"{arch}.{key}"
+        if not isinstance(metadata.get(key), np.ndarray):
+            return metadata.integer(key, low, high, **default)
+        values = per_layer(metadata, key, n_layer, low, high)
+        if len(set(values[first:])) == 1 and values[-1] >= low:
+            return values[-1]
+        found = ", ".join(f"{value} in layers {layers}" for value, layers in spans(values).items())
+        raise UnsupportedModelError(f"{metadata.path}: {key} is {found}, expected one number for all layers"
+                                    + (f" from {first} on." if first else "."))
 
     def fail(text):
         raise GGUFError(f"{metadata.path}: {text}.")
@@ -105,44 +117,57 @@ def read_metadata(metadata, n_vocab, default_gating):
     Raises GGUFError for a key that is missing, of the wrong type or impossible, UnsupportedModelError for one that pydsa cannot use.
     """
     arch = metadata.string("general.architecture")
-    integer, fail = readers(metadata, arch)
-    blocks = integer("block_count", 1, 1024)
-    nextn = integer("nextn_predict_layers", 0, 1024, default=0)
+    blocks = metadata.integer(f"{arch}.block_count", 1, 1024)
+    nextn = metadata.integer(f"{arch}.nextn_predict_layers", 0, 1024, default=0)
+    n_layer = blocks - nextn
+    integer, fail = readers(metadata, arch, n_layer)
     if nextn >= blocks:
         fail(f"{arch}.nextn_predict_layers is {nextn}, expected less than the {blocks} blocks")
-    n_layer = blocks - nextn
-    n_ctx_train = integer("context_length", 1, 2**31 - 1)
-    n_head = per_layer(metadata, f"{arch}.attention.head_count", n_layer, 1, 4096)
-    if len(set(n_head)) > 1:
-        raise UnsupportedModelError(f"{metadata.path}: {arch}.attention.head_count differs between layers, expected one number.")
-    if f"{arch}.attention.key_length_mla" not in metadata:
-        raise UnsupportedModelError(f"{metadata.path}: {arch}.attention.key_length_mla is missing: the file was made before attn_kv_b was "
-                                    "split in two; convert the model again with a current llama.cpp.")
+    n_ctx_train = metadata.integer(f"{arch}.context_length", 1, 2**31 - 1)
     if metadata.number(f"{arch}.attention.temperature_scale", default=0.0) != 0:
         raise UnsupportedModelError(f"{metadata.path}: {arch}.attention.temperature_scale is set, expected 0: temperature tuning "
                                     "is not supported.")
     kv_lora = integer("attention.kv_lora_rank", 1, 2**16)
-    key_length, n_v = integer("attention.key_length_mla", 1, 2**14), integer("attention.value_length_mla", 1, 2**14)
     n_rot = integer("rope.dimension_count", 2, 2**14)
-    if n_rot % 2 or n_rot >= key_length:
-        fail(f"{arch}.rope.dimension_count is {n_rot}, expected an even number less than key_length_mla, {key_length}")
-    for key, expected in (("key_length", kv_lora + n_rot), ("value_length", kv_lora)):
-        if integer(f"attention.{key}", 1, 2**17, default=expected) != expected:
-            fail(f"{arch}.attention.{key} is {metadata[f'{arch}.attention.{key}']}, expected {expected} with a latent of rank {kv_lora}")
+    key_length, n_v = read_head_sizes(metadata, arch, integer, fail, kv_lora, n_rot)
     return dict(
         architecture=arch, name="".join(filter(str.isprintable, metadata.string("general.name", default=arch)))[:200],
-        n_layer=n_layer, n_layer_nextn=nextn,
-        n_ctx_train=n_ctx_train, n_vocab=n_vocab, n_embd=integer("embedding_length", 1, 2**20), n_head=n_head[0],
+        n_layer=n_layer, n_layer_nextn=nextn, n_ctx_train=n_ctx_train, n_vocab=n_vocab,
+        n_embd=metadata.integer(f"{arch}.embedding_length", 1, 2**20), n_head=integer("attention.head_count", 1, 4096),
         q_lora=integer("attention.q_lora_rank", 0, 2**16, default=0), kv_lora=kv_lora, n_nope=key_length - n_rot, n_rot=n_rot, n_v=n_v,
         n_ff=per_layer(metadata, f"{arch}.feed_forward_length", n_layer, 1, 2**24),
         rms_eps=metadata.number(f"{arch}.attention.layer_norm_rms_epsilon", low=0, high=1),
         rope=rope_from_metadata(metadata, arch, n_rot, n_ctx_train), **read_experts(metadata, arch, n_layer, default_gating))
 
 
+def read_head_sizes(metadata, arch, integer, fail, kv_lora, n_rot):
+    """The sizes of a head's key and of its value.
+
+    Files of 2024 have them as key_length and value_length, later ones as key_length_mla and value_length_mla, beside those of the latent.
+    """
+    latent = {"key_length": kv_lora + n_rot, "value_length": kv_lora}
+    old = not any(f"{arch}.attention.{name}_mla" in metadata for name in latent)
+    given = {name: integer(f"attention.{name}", 1, 2**17, default=None if old else size) for name, size in latent.items()}
+    if old and (given == latent or None in given.values()):
+        fail(f"{arch}.attention.key_length_mla and value_length_mla are missing, expected the sizes of a head's key and value")
+    suffix = "" if old else "_mla"
+    key_length, n_v = (integer(f"attention.{name}{suffix}", 1, 2**14) for name in latent)
+    if n_rot % 2 or n_rot >= key_length:
+        fail(f"{arch}.rope.dimension_count is {n_rot}, expected an even number less than key_length{suffix}, {key_length}")
+    for name, size in latent.items():
+        if not old and given[name] != size:
+            fail(f"{arch}.attention.{name} is {given[name]}, expected {size} with a latent of rank {kv_lora}")
+    return key_length, n_v
+
+
 def read_experts(metadata, arch, n_layer, default_gating):
     """The fields of Config for the experts, as a dict."""
-    integer, fail = readers(metadata, arch)
-    lead = integer("leading_dense_block_count", 0, 1024, default=0)
+    read, fail = readers(metadata, arch, n_layer)
+    lead = metadata.integer(f"{arch}.leading_dense_block_count", 0, 1024, default=0)
+
+    def integer(key, low, high, **default):
+        return read(key, low, high, first=min(lead, n_layer - 1), **default)
+
     n_expert, used = integer("expert_count", 0, 1024, default=0), integer("expert_used_count", 0, 1024, default=0)
     groups, groups_used = integer("expert_group_count", 0, 1024, default=0), integer("expert_group_used_count", 0, 1024, default=0)
     if n_expert == 0 and lead < n_layer:
@@ -161,13 +186,11 @@ def read_experts(metadata, arch, n_layer, default_gating):
     if gating not in (SOFTMAX, SIGMOID, SOFTMAX_WEIGHT):
         raise UnsupportedModelError(f"{metadata.path}: {arch}.expert_gating_func is {gating}, expected 1 (softmax), 2 (sigmoid) or "
                                     "3 (softmax of the chosen).")
-    n_ff_exp = set(per_layer(metadata, f"{arch}.expert_feed_forward_length", n_layer, 1, 2**24)[lead:]) if n_expert else {0}
-    if len(n_ff_exp) > 1:
-        raise UnsupportedModelError(f"{metadata.path}: {arch}.expert_feed_forward_length differs between layers, expected one number.")
+    n_ff_exp = per_layer(metadata, f"{arch}.expert_feed_forward_length", n_layer, 1, 2**24) if n_expert else (0,) * n_layer
     return dict(
         n_layer_dense_lead=lead, n_expert=n_expert, n_expert_used=used,
         n_expert_shared=integer("expert_shared_count", 0, 1024) if n_expert else 0,
-        n_group=max(1, groups), n_group_used=max(1, groups_used), gating=gating, n_ff_exp=n_ff_exp.pop() if n_ff_exp else 0,
+        n_group=max(1, groups), n_group_used=max(1, groups_used), gating=gating, n_ff_exp=n_ff_exp,
         expert_weights_norm=metadata.boolean(f"{arch}.expert_weights_norm", default=False),
         expert_weights_scale=metadata.number(f"{arch}.expert_weights_scale", low=0, high=1e6, default=0.0) or 1.0)
 
@@ -196,7 +219,7 @@ def decoder(g, c, weights, variant, select):
 
     select(il, h, qr, table) records the choice of a layer's keys. It returns their indices, a mask made of them, or None for all keys.
     """
-    x = g.get_rows("inp_embd", weights("token_embd.weight", c.n_vocab, c.n_embd))
+    x = scaled(g, g.get_rows("inp_embd", weights("token_embd.weight", c.n_vocab, c.n_embd)), weights, "token_embd")
     table = g.rope_table("rope_table", c.rope.freqs, c.rope.magnitude)
     for il in range(c.n_layer):
         w = weights.layer(il)
@@ -209,8 +232,8 @@ def decoder(g, c, weights, variant, select):
             out = experts(g, c, w, il, h)
         x = g.add(f"l_out-{il}", out, x)
     x = g.rms_norm("result_norm", g.last_rows(x), weights("output_norm.weight", c.n_embd), c.rms_eps)
-    head = "output.weight" if weights.has("output.weight") else "token_embd.weight"
-    g.output = g.linear("result_output", weights(head, c.n_vocab, c.n_embd), x)
+    head = "output" if weights.has("output.weight") else "token_embd"
+    g.output = linear(g, weights, "result_output", head, x, c.n_vocab, c.n_embd)
 
 
 def latent_attention(g, c, w, il, h, table, variant, select):
@@ -220,20 +243,21 @@ def latent_attention(g, c, w, il, h, table, variant, select):
     """
     qr = h
     if c.q_lora:
-        q = g.linear(f"q_a-{il}", w("attn_q_a.weight", c.q_lora, c.n_embd), h)
+        q = linear(g, w, f"q_a-{il}", "attn_q_a", h, c.q_lora, c.n_embd)
         qr = g.rms_norm(f"qr-{il}", q, w("attn_q_a_norm.weight", c.q_lora), c.rms_eps)
-    kv_pe = g.linear(f"kv_cmpr_pe-{il}", w("attn_kv_a_mqa.weight", c.kv_lora + c.n_rot, c.n_embd), h)
+    kv_pe = linear(g, w, f"kv_cmpr_pe-{il}", "attn_kv_a_mqa", h, c.kv_lora + c.n_rot, c.n_embd)
     g.rms_norm(f"kv_cmpr-{il}", kv_pe.slice(0, c.kv_lora), w("attn_kv_a_norm.weight", c.kv_lora), c.rms_eps, into=kv_pe.slice(0, c.kv_lora))
     g.rope(kv_pe.reshape(1, c.kv_lora + c.n_rot).slice(c.kv_lora, c.kv_lora + c.n_rot), table, NEOX)
     g.cache_write(CacheRef("latents", il), kv_pe)
     choice = select(il, h, qr, table)
 
-    name, width = ("attn_q_b.weight", c.q_lora) if c.q_lora else ("attn_q.weight", c.n_embd)
-    q = g.linear(f"q-{il}", w(name, c.n_head * (c.n_nope + c.n_rot), width), qr).reshape(c.n_head, c.n_nope + c.n_rot)
-    k_b, v_b = w("attn_k_b.weight", c.n_head, c.kv_lora, c.n_nope), w("attn_v_b.weight", c.n_head, c.n_v, c.kv_lora)
+    name, width = ("attn_q_b", c.q_lora) if c.q_lora else ("attn_q", c.n_embd)
+    q = linear(g, w, f"q-{il}", name, qr, c.n_head * (c.n_nope + c.n_rot), width).reshape(c.n_head, c.n_nope + c.n_rot)
+    k_b, v_b = stored.key_and_value_heads(w, c.n_head, c.kv_lora, c.n_nope, c.n_v)
+    scaled(g, q.slice(0, c.n_nope), w, "attn_k_b", "attn_kv_b")     # as well as the keys
     attention = plain_attention if variant.plain else absorbed_attention
-    out = attention(g, c, il, q, table, k_b, v_b, variant, choice)
-    return g.linear(f"attn_out-{il}", w("attn_output.weight", c.n_embd, c.n_head * c.n_v), out.reshape(c.n_head * c.n_v))
+    out = scaled(g, attention(g, c, il, q, table, k_b, v_b, variant, choice), w, "attn_v_b", "attn_kv_b")
+    return linear(g, w, f"attn_out-{il}", "attn_output", out.reshape(c.n_head * c.n_v), c.n_embd, c.n_head * c.n_v)
 
 
 def plain_attention(g, c, il, q, table, k_b, v_b, variant, choice):
@@ -271,10 +295,9 @@ def feed_forward(g, w, il, h, kind, n_ff, n_embd):
 
     kind: "" for a dense layer, "_shexp" for the shared expert.
     """
-    gate = g.linear(f"ffn_gate{kind}-{il}", w(f"ffn_gate{kind}.weight", n_ff, n_embd), h)
-    up = g.linear(f"ffn_up{kind}-{il}", w(f"ffn_up{kind}.weight", n_ff, n_embd), h)
+    gate, up = (linear(g, w, f"ffn_{part}{kind}-{il}", f"ffn_{part}{kind}", h, n_ff, n_embd) for part in ("gate", "up"))
     hidden = g.silu_mul(f"ffn_swiglu{kind}-{il}", gate, up)
-    return g.linear(f"ffn_out{kind}-{il}", w(f"ffn_down{kind}.weight", n_embd, n_ff), hidden)
+    return linear(g, w, f"ffn_out{kind}-{il}", f"ffn_down{kind}", hidden, n_embd, n_ff)
 
 
 def experts(g, c, w, il, h):
@@ -287,13 +310,12 @@ def experts(g, c, w, il, h):
     else:
         bias = np.zeros(c.n_expert, np.float32)
         bias.flags.writeable = False
-    logits = g.linear(f"ffn_moe_logits-{il}", w("ffn_gate_inp.weight", c.n_expert, c.n_embd), h)
+    logits = linear(g, w, f"ffn_moe_logits-{il}", "ffn_gate_inp", h, c.n_expert, c.n_embd)
     ids, weights = g.moe_route((f"ffn_moe_topk-{il}", f"ffn_moe_weights-{il}"), logits, c.n_expert_used, bias, c.gating,
                                c.n_group, c.n_group_used, c.expert_weights_norm, c.expert_weights_scale)
-    gate, up = (w(f"ffn_{part}_exps.weight", c.n_expert, c.n_ff_exp, c.n_embd) for part in ("gate", "up"))
-    hidden = g.moe_gate_up(f"ffn_moe_swiglu-{il}", h, ids, gate, up)
-    out = g.moe_down(f"ffn_moe_out-{il}", hidden, ids, weights, w("ffn_down_exps.weight", c.n_expert, c.n_embd, c.n_ff_exp))
+    n_ff = c.n_ff_exp[il]
+    out = stored.experts(g, w, il, h, ids, weights, c.n_expert, n_ff)
     if c.n_expert_shared:
-        shared = feed_forward(g, w, il, h, "_shexp", c.n_ff_exp * c.n_expert_shared, c.n_embd)
+        shared = feed_forward(g, w, il, h, "_shexp", n_ff * c.n_expert_shared, c.n_embd)
         out = g.add(f"ffn_out-{il}", out, shared)
     return out

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pydsa.errors import GGUFError, UnsupportedModelError
 from pydsa.graph import CacheRef
 from pydsa.models import deepseek2
+from pydsa.models.stored import linear
 
 INDEXER_NEOX = True     # RoPE of the indexer rotates pairs (i, i + n_rot / 2)
 K_NORM_EPS = 1e-6       # not in the file
@@ -58,15 +59,16 @@ class Config(deepseek2.Config):
 def read_indexer(metadata, base):
     """The indexer's fields of Config, from the keys under attention.indexer."""
     key = f"{base['architecture']}.attention.indexer."
+    integer, _ = deepseek2.readers(metadata, base["architecture"], base["n_layer"])
     if base["q_lora"] == 0:
         raise GGUFError(f"{metadata.path}: {base['architecture']}.attention.q_lora_rank is missing or 0, expected at least 1, "
                         "as the indexer needs a latent query.")
-    size = metadata.integer(key + "key_length", 1, 4096)
+    size = integer("attention.indexer.key_length", 1, 4096)
     if size & (size - 1) or size < base["n_rot"]:
         raise GGUFError(f"{metadata.path}: {key}key_length is {size}, expected a power of two of at least rope.dimension_count, "
                         f"{base['n_rot']}.")
-    return dict(indexer_n_head=metadata.integer(key + "head_count", 1, 4096), indexer_head_size=size,
-                indexer_top_k=metadata.integer(key + "top_k", 1, 2**31 - 1))
+    return dict(indexer_n_head=integer("attention.indexer.head_count", 1, 4096), indexer_head_size=size,
+                indexer_top_k=integer("attention.indexer.top_k", 1, 2**31 - 1))
 
 
 def build(graph, config, weights, variant):
@@ -108,7 +110,7 @@ def rotate(g, c, x, table, neox):
 def store_index_key(g, c, w, il, h, table, neox):
     """Record the token's index key, which the indexer's heads share."""
     size = c.indexer_head_size
-    k = g.linear(f"indexer_k_raw-{il}", w("indexer.attn_k.weight", size, c.n_embd), h)
+    k = linear(g, w, f"indexer_k_raw-{il}", "indexer.attn_k", h, size, c.n_embd)
     k = g.layer_norm(f"indexer_k-{il}", k, w("indexer.k_norm.weight", size), w("indexer.k_norm.bias", size), K_NORM_EPS)
     rotate(g, c, k.reshape(1, size), table, neox)
     g.cache_write(CacheRef("index_keys", il), k)
@@ -117,9 +119,9 @@ def store_index_key(g, c, w, il, h, table, neox):
 def choose_keys(g, c, w, il, h, qr, table, neox, variant):
     """Record the choice of keys: their indices, or a mask made of them."""
     heads, size = c.indexer_n_head, c.indexer_head_size
-    q = g.linear(f"indexer_q-{il}", w("indexer.attn_q_b.weight", heads * size, c.q_lora), qr).reshape(heads, size)
+    q = linear(g, w, f"indexer_q-{il}", "indexer.attn_q_b", qr, heads * size, c.q_lora).reshape(heads, size)
     rotate(g, c, q, table, neox)
-    weights = g.linear(f"indexer_weights-{il}", w("indexer.proj.weight", heads, c.n_embd), h)
+    weights = linear(g, w, f"indexer_weights-{il}", "indexer.proj", h, heads, c.n_embd)
     keys, scale, k = CacheRef("index_keys", il), 1 / math.sqrt(heads * size), min(c.indexer_top_k, g.n_ctx)
     if variant.indexer != "mask":
         return g.indexer_select(f"indexer_top_k-{il}", q, weights, keys, k, scale)

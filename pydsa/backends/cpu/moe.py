@@ -126,7 +126,7 @@ def expert_rows(w, expert, r, n, n_in, gemv, rows_at, x, out_at):
 
     With gemv, token i is rounded at rows_at[i]; else tokens are packed at x.
     """
-    rows = address(w.data) + (expert * w.data.shape[1] + r) * w.data.shape[2]
+    rows = address(w.data) + expert * w.data.strides[0] + r * w.data.shape[2]      # gate and up may be halves of one tensor
     if gemv:
         for i in range(out_at.size):
             gemv_rows(w, rows, n, n_in, rows_at[i], 1, out_at[i], 0)
@@ -178,6 +178,28 @@ def moe_gate_up(out, x, ids, gate, up):
 def packed_bytes(w, gemv, n_rows, n_panels, n_in):
     """Count the bytes of n_rows rounded rows, or of n_panels packed panels."""
     return n_rows * rounded_bytes(n_in) if gemv else n_panels * panel_bytes(w, n_in)
+
+
+@kernel(parallel=True)
+def moe_linear(out, x, ids, w):
+    n_expert, n_out, _ = w.data.shape
+    n_tokens, n_in, n_used = x.shape[0], x.shape[1], ids.shape[1]
+    pairs, start, busy = by_expert(ids, n_expert)
+    firsts, gemv = first_panels(start, busy), uses_gemv(w, n_tokens)
+    scratch = caller_scratch(packed_bytes(w, gemv, n_tokens, firsts[-1], n_in))
+    x_at = address(x) + pairs // n_used * x.strides[0]
+    if gemv:
+        for t in range(n_tokens):
+            round_input(w, address(x) + t * x.strides[0], n_in, scratch + t * rounded_bytes(n_in))
+    else:
+        for panel in prange(firsts[-1]):
+            pack_pairs(w, x_at, start, busy, firsts, panel, n_in, scratch)
+    size = rows_per_task(n_out, gemv)
+    for task in prange(busy.size * ((n_out + size - 1) // size)):
+        i, r = task % busy.size, task // busy.size * size
+        slots = pairs[start[busy[i]]:start[busy[i] + 1]]
+        expert_rows(w, busy[i], r, min(size, n_out - r), n_in, gemv, scratch + slots // n_used * rounded_bytes(n_in),
+                    scratch + firsts[i] * panel_bytes(w, n_in), address(out) + slots * out.strides[1] + 4 * r)
 
 
 @kernel(parallel=True)

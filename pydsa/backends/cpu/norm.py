@@ -69,6 +69,36 @@ def silu_mul(out, gate, up):
 
 
 @inner
+def scale_row(out, x, factor):
+    for i in range(x.size):
+        out[i] = factor * x[i]
+
+
+@kernel(parallel=True)
+def scale(out, x, factor):
+    n_head = x.shape[1]
+    if len(x) <= SERIAL_ROWS:
+        for row in range(len(x) * n_head):
+            scale_row(contiguous(out[row // n_head, row % n_head]), contiguous(x[row // n_head, row % n_head]), np.float32(factor))
+    else:
+        for row in prange(len(x) * n_head):
+            scale_row(contiguous(out[row // n_head, row % n_head]), contiguous(x[row // n_head, row % n_head]), np.float32(factor))
+
+
+@kernel(parallel=True)
+def expert_scale(out, x, ids, factors):
+    n_used = ids.shape[1]
+    if len(x) <= SERIAL_ROWS:
+        for pair in range(ids.size):
+            t, i = pair // n_used, pair % n_used
+            scale_row(contiguous(out[t, i]), contiguous(x[t, i]), factors[ids[t, i]])
+    else:
+        for pair in prange(ids.size):
+            t, i = pair // n_used, pair % n_used
+            scale_row(contiguous(out[t, i]), contiguous(x[t, i]), factors[ids[t, i]])
+
+
+@inner
 def add_row(out, x, y):
     for i in range(x.size):
         out[i] = x[i] + y[i]

@@ -16,8 +16,8 @@ from pydsa.backends.cuda.indexer import indexer_scores, indexer_select, scatter_
 from pydsa.backends.cuda.launch import Kernel, compile_all
 from pydsa.backends.cuda.linear import head_linear, linear  # noqa: F401
 from pydsa.backends.cuda.mha import mha_attention, mha_sparse_attention  # noqa: F401
-from pydsa.backends.cuda.moe import moe_down, moe_gate_up, moe_route  # noqa: F401
-from pydsa.backends.cuda.norm import add, layer_norm, rms_norm, silu_mul  # noqa: F401
+from pydsa.backends.cuda.moe import moe_down, moe_gate_up, moe_linear, moe_route  # noqa: F401
+from pydsa.backends.cuda.norm import add, expert_scale, layer_norm, rms_norm, scale, silu_mul  # noqa: F401
 from pydsa.backends.cuda.rope import hadamard, rope, rope_table  # noqa: F401
 from pydsa.backends.cuda.rows import CacheRows, Weight, cache_bytes, cache_rows, cache_write, get_rows, weight  # noqa: F401
 from pydsa.backends.cuda.sampling import PICKS, pick  # noqa: F401

@@ -208,6 +208,13 @@ def moe_gate_up(out, x, ids, gate, up):
     silu_mul(hidden, hidden, ups)
 
 
+def moe_linear(out, x, ids, w):
+    """out[t, i] = w_e x[t] with e = ids[t, i]."""
+    tiles = pair_tiles(ids, w.shape[0], ids.shape[1])
+    product = kernels("linear", w, tiles.single)
+    product.matmul(out.rows, w, product.pack(x.rows), tiles)
+
+
 def moe_down(out, hidden, ids, weights, down):
     """out[t] = sum_i weights[t, i] down_e hidden[t, i] with e = ids[t, i]."""
     moe_down_packed(out, ids, weights, down, kernels("linear", down, ids.shape[0] == 1).pack(hidden.rows))

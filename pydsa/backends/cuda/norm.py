@@ -77,6 +77,22 @@ def add_rows(out, x, y):
         out[t, i] = x[t, i] + y[t, i]
 
 
+@kernel("f4[:,:,:], f4[:,:,:], f4", THREADS)
+def scale_values(out, x, factor):
+    """out = factor x. One value per thread."""
+    t, i, n = cuda.blockIdx.y, cuda.grid(1), x.shape[2]
+    if i < x.shape[1] * n:
+        out[t, i // n, i % n] = factor * x[t, i // n, i % n]
+
+
+@kernel("f4[:,:,:], f4[:,:,:], i4[:,:], f4[:]", THREADS)
+def scale_of_experts(out, x, ids, factors):
+    """out[t, i] = factors[ids[t, i]] x[t, i]. One value per thread."""
+    t, i, n = cuda.blockIdx.y, cuda.grid(1), x.shape[2]
+    if i < x.shape[1] * n:
+        out[t, i // n, i % n] = factors[ids[t, i // n]] * x[t, i // n, i % n]
+
+
 def rms_norm(out, x, w, eps):
     """out = w x / sqrt(mean(x^2) + eps)."""
     rms_norm_rows(out.shape[0], out, x, w, eps)
@@ -85,6 +101,16 @@ def rms_norm(out, x, w, eps):
 def layer_norm(out, x, w, b, eps):
     """out = w (x - mean) / sqrt(var + eps) + b."""
     layer_norm_rows(out.shape[0], out, x, w, b, eps)
+
+
+def scale(out, x, factor):
+    """out = factor x."""
+    scale_values((blocks_for(out.shape[1] * out.shape[2], THREADS), out.shape[0]), out, x, factor)
+
+
+def expert_scale(out, x, ids, factors):
+    """out[t, i] = factors[ids[t, i]] x[t, i]."""
+    scale_of_experts((blocks_for(out.shape[1] * out.shape[2], THREADS), out.shape[0]), out, x, ids, factors)
 
 
 def silu_mul(out, gate, up):
