@@ -8,8 +8,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.lanes import SHUFFLES
-from pydsa.backends.cpu.simd import (F32, FEATURES, I8, I16, I32, I64, INTP, Vec, _join, _split, call_llvm, constant, extend_halves, f32x8,
-                                     i16x32, nearest, pointer)
+from pydsa.backends.cpu.simd import (F32, FEATURES, I8, I16, I32, I64, INTP, Vec, _join, _split, broadcast, call_llvm, constant,
+                                     extend_halves, f32x8, i16x32, nearest, pointer)
 
 
 WIDE = "avx512bw" in FEATURES       # whether one instruction permutes 32 int16
@@ -161,6 +161,16 @@ def lanes_of(bits, which, shifts, mask, left=0):
             return builder.and_(v, constant([mask] * 32, I16))
         return i16x32(types.intp, types.intp), codegen
     return gather
+
+
+@intrinsic
+def where_bit(typingctx, v, bit, value):
+    """Return int16: a value in lanes of v that have a bit, else 0."""
+    def codegen(context, builder, signature, args):
+        v, bit, value = args[0], *(broadcast(builder, builder.trunc(a, I16), 32) for a in args[1:])
+        zero = constant([0] * 32, I16)
+        return builder.select(builder.icmp_unsigned("!=", builder.and_(v, bit), zero), value, zero)
+    return i16x32(i16x32, types.intp, types.intp), codegen
 
 
 def times(factors):

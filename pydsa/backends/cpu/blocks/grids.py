@@ -14,12 +14,12 @@ from numba import carray
 from pydsa.backends.cpu.blocks.block import COLUMNS, SCALES, SUPERBLOCK, entry
 from pydsa.backends.cpu.blocks.dots import AHEAD, dot_rows, single_sum
 from pydsa.backends.cpu.codes import (bytes_of_even_words, code_values, from_columns, grid_entries, lanes_of, seven_bits, sign_codes,
-                                      sign_codes_of_7, widen)
+                                      sign_codes_of_7, where_bit, widen)
 from pydsa.backends.cpu.jit import inline, inner
 from pydsa.backends.cpu.lanes import gather_u32, spread
 from pydsa.backends.cpu.scalars import half, half_at
-from pydsa.backends.cpu.simd import (dot, dot_add, eight_floats, floats, load_8_floats, load_8_words, load_32_bytes, load_int16,
-                                     multiply_add, prefetch, store, to_floats, u16_at)
+from pydsa.backends.cpu.simd import (dot, dot_add, eight_floats, floats, i64_at, load_8_floats, load_8_words, load_32_bytes, load_int16,
+                                     multiply_add, prefetch, store, to_floats)
 from pydsa.quants import IQ2_LEVELS, IQ3_S_LEVELS, IQ3_XXS_LEVELS, TYPES, grid
 
 
@@ -163,8 +163,7 @@ def codes_iq2(entries, signs):
 
 @inline
 def codes_iq1(entries, deltas):
-    """Return the two codes of entries of IQ1; deltas: 8 where 1/8 is subtracted."""
-    deltas = deltas * 0x1111
+    """Return the two codes of entries of IQ1; deltas: 0x8888 where 1/8 is subtracted."""
     return (entries & 0x3333) | deltas, ((entries >> 2) & 0x3333) | deltas
 
 
@@ -230,13 +229,13 @@ def scales_iq3_s(at):
 
 
 BY_FOUR = [g // 4 for g in range(32)]
-THREE_HIGH_BITS, DELTAS = lanes_of(16, BY_FOUR, [3 * (g % 4) for g in range(32)], 7), lanes_of(16, BY_FOUR, [12] * 32, 8)
+THREE_HIGH_BITS, OF_FOUR = lanes_of(16, BY_FOUR, [3 * (g % 4) for g in range(32)], 7), lanes_of(16, BY_FOUR, [0] * 32, 0xFFFF)
 SCALES_IQ1_S = gather_u32([0, 0, 1, 1, 2, 2, 3, 3], [12, 28] * 4)
 
 
 @inline
 def codes_iq1_s(at):
-    return codes_iq1(IQ1_ENTRIES(widen(load_32_bytes(at, 2)) | (THREE_HIGH_BITS(at, 34) << 8)), DELTAS(at, 34))
+    return codes_iq1(IQ1_ENTRIES(widen(load_32_bytes(at, 2)) | (THREE_HIGH_BITS(at, 34) << 8)), where_bit(OF_FOUR(at, 34), 0x8000, 0x8888))
 
 
 @inline
@@ -252,13 +251,14 @@ SCALES_IQ1_M = gather_u32([0] * 8 + [1] * 8, [0, 3, 6, 9, 16, 19, 22, 25] * 2)
 @inline
 def codes_iq1_m(at):
     high = NIBBLES_HIGH(at, 32)
-    return codes_iq1(IQ1_ENTRIES(widen(load_32_bytes(at, 0)) | (high & 0x0700)), (high >> 8) & 8)
+    return codes_iq1(IQ1_ENTRIES(widen(load_32_bytes(at, 0)) | (high & 0x0700)), where_bit(high, 0x0800, 0x8888))
 
 
 @inline
 def scale_iq1_m(at):
     """Return the float16 scale of a block, whose bits are in four places."""
-    return half(np.uint16(u16_at(at, 48) >> 12 | (u16_at(at, 50) >> 12) << 4 | (u16_at(at, 52) >> 12) << 8 | (u16_at(at, 54) >> 12) << 12))
+    nibbles = (np.uint64(i64_at(at, 48)) >> np.uint64(12)) & np.uint64(0x000F000F000F000F)
+    return half(np.uint16((nibbles * np.uint64(0x0001001001001000)) >> np.uint64(48)))      # they meet above bit 48
 
 
 def products(values):
