@@ -113,12 +113,21 @@ def test_other_errors_stay_what_they_are():
 
 # Signals
 
+def hear_signals():
+    """Undo what a shell does to programs in its background.
+
+    They ignore Ctrl-C, and under nohup a hangup.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def signalled(code, number, seconds=20):
     """The exit code of a Python program and its stderr.
 
     The signal comes when it prints a line.
     """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear_signals)
     process.stdout.readline()
     process.send_signal(number)
     _, stderr = process.communicate(timeout=seconds)

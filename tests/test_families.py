@@ -78,7 +78,7 @@ def full_size(family, monkeypatch):
         row = shape[-1] // TYPES[kind].size * TYPES[kind].dtype.itemsize
         data = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (*shape[:-1], row), (0,) * len(shape))
         tensors[name] = Tensor(name, kind, shape, data)
-    file = GGUFFile(metadata, tensors, ["model.gguf"], sum(tensor.data.nbytes for tensor in tensors.values()), 3)
+    file = GGUFFile(metadata, tensors, ["model.gguf"], sum(tensor.data.nbytes for tensor in tensors.values()), 3, [list(tensors)])
     monkeypatch.setattr(pydsa.model, "open_gguf", lambda path: file)
     return lambda **options: Setup("model.gguf", **options)
 
