@@ -4,6 +4,7 @@ A download that stopped early can leave a file of the right size with zeros in i
 can only be in the scales.
 """
 import concurrent.futures
+import contextlib
 import hashlib
 import itertools
 import os
@@ -236,13 +237,13 @@ def warn_of_gaps(file):
     empty = []
     for path, tensors in places(file):
         with _opened(path) as opened:
-            if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(AttributeError, OSError):      # a hint, that not all systems take
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             for offset, tensor in tensors:
                 n_bytes = tensor.data.nbytes
                 at = [n_bytes - min(END, n_bytes), n_bytes // 2 // END * END]
                 if len(tensor.shape) > 1 and n_bytes > 2 * END:
-                    found = [_nothing_at(opened, offset + position) for position in at]
+                    found = [_nothing_at(path, opened, offset + position) for position in at]
                     if all(found) if tensor.name in VOCABULARY else found[0]:
                         empty.append(tensor.name)
     if empty:
@@ -251,6 +252,6 @@ def warn_of_gaps(file):
                       "`pydsa info --check` reads all of it.", stacklevel=2)
 
 
-def _nothing_at(file, position):
+def _nothing_at(path, file, position):
     file.seek(position)
-    return not any(file.read(END))
+    return not any(_read(path, file, memoryview(bytearray(END))))

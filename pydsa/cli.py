@@ -120,6 +120,7 @@ def run(model, prompt, file, max_tokens, stop, conversation, raw, special, syste
     Without MODEL it runs the demo model, which finds codes in notes. With -p, -f or piped input, only the answer goes to stdout. On a
     terminal without them it starts a chat. Reasoning goes to stderr.
     """
+    from pydsa.answers import Stops
     from pydsa.sampling import Sampling
     if prompt is not None and file is not None:
         raise click.UsageError("Give the prompt with -p or with -f, not both.")
@@ -128,6 +129,7 @@ def run(model, prompt, file, max_tokens, stop, conversation, raw, special, syste
         raise click.UsageError("--system and --think belong to the chat format, which --raw leaves out.")
     if special and not raw:
         raise click.UsageError("--special is for --raw prompts.")
+    Stops(stop)         # raises its error before the model is read
     sampling = Sampling(**{field.name: settings.pop(field.name) for field in dataclasses.fields(Sampling) if field.name in settings})
     chatting = prompt is None and file is None and sys.stdin.isatty()
     if chatting and raw:
@@ -139,6 +141,7 @@ def run(model, prompt, file, max_tokens, stop, conversation, raw, special, syste
     if prompt is not None and not prompt and not raw:
         raise Failure("The prompt is empty.")
     engine = load_model(model, threads, **settings)
+    sampling.check_vocabulary(engine.config.n_vocab)
     from pydsa.chat import Prompt, chat_prompt, thinking_note
     messages = [{"role": "system", "content": system}] if system else []
     writer = Writer(engine, sampling, None if max_tokens < 0 else max_tokens, stop)
@@ -167,12 +170,16 @@ def run(model, prompt, file, max_tokens, stop, conversation, raw, special, syste
 
 def read_text(file):
     """The text of a file or pipe, without the newline at its end."""
+    from pydsa.tokenizer import MAX_TEXT
     try:
-        return file.read().removesuffix("\n")
+        text = file.read(MAX_TEXT + 1)      # not all of a file without end, such as /dev/zero
     except UnicodeDecodeError as error:
         raise Failure(f"The prompt is not UTF-8 text (byte {error.start}).") from error
     except OSError as error:
         raise Failure(f"The prompt cannot be read from {file.name} ({error.strerror or error}); give it with -p.") from error
+    if len(text) > MAX_TEXT:
+        raise Failure(f"The prompt has more than {MAX_TEXT} characters, expected at most so many.")
+    return text.removesuffix("\n")
 
 
 @main.command()
@@ -197,15 +204,17 @@ def bench(model, n_prompt, n_gen, n_depth, repetitions, threads, output, ops, pl
     all of the memory's bandwidth.
     """
     from pydsa.bench import Bench, format_rows
+    from pydsa.model import ATTENTION, choose
     from pydsa.plot import check_plot, save_plot
     if plot is not None and ops:
         raise click.UsageError("--plot draws the speed at each depth, which --ops does not time.")
     if plot is not None:
         check_plot(plot)
     tests = Bench(comma_numbers("-p", n_prompt), comma_numbers("-n", n_gen), comma_numbers("-d", n_depth), repetitions)
+    modes = [choose("attention", mode.strip(), ATTENTION) for mode in attention.split(",")]      # all, before the first is timed
     rows = []
-    for mode in attention.split(","):
-        engine = load_model(model, threads, n_ctx=tests.n_ctx, attention=mode.strip(), **settings)
+    for mode in modes:
+        engine = load_model(model, threads, n_ctx=tests.n_ctx, attention=mode, **settings)
         with progress_bar("timing") as progress:
             for row in tests.ops(engine, progress) if ops else tests.run(engine, progress):
                 rows.append(row)

@@ -28,7 +28,7 @@ def explained(error, bound, ids, n_past, weights):
     for tensor in suspects:
         found = faults(tensor)
         if found.nan or found.infinite:
-            return DamagedWeightsError(f"{error}; tensor {tensor.name!r} has {found.in_words()}: get the file again.")
+            return DamagedWeightsError(f"{error}; tensor {tensor.made_of or tensor.name!r} has {found.in_words()}: get the file again.")
     if node is None:
         return error
     place = f"layer {layer}" if layer.isdigit() else "the model"

@@ -65,6 +65,7 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]     # numpy order, the reverse of ggml's ne
     data: np.ndarray           # uint8 [*shape[:-1], bytes of a row]
     make: Callable[[], np.ndarray] | None = None
+    made_of: str | None = None      # the name in the file of the tensor whose bytes these are, if it has another
 
     def read(self) -> "Tensor":
         """The tensor with its bytes as data."""

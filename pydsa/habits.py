@@ -10,12 +10,22 @@ INSTEAD = {
     ("-ngl", "--gpu-layers", "--n-gpu-layers"): ONE_DEVICE,
     ("-ot", "--override-tensor", "-cmoe", "--cpu-moe", "-ncmoe", "--n-cpu-moe", "-sm", "--split-mode", "-ts", "--tensor-split",
      "-mg", "--main-gpu"): ONE_DEVICE,
+    ("-nkvo", "--no-kv-offload", "-kvo", "--kv-offload"): ONE_DEVICE,
     ("-dev",): "use --device.",
     ("-fa", "--flash-attn"): "attention never holds its whole matrix, so there is nothing to turn on; leave it out.",
-    ("--mlock", "--no-mmap"): MAPPED,
+    ("--mlock", "--mmap", "--no-mmap", "-mmp"): MAPPED,
     ("-b", "--batch-size"): "use -ub, the tokens of a prompt that run together.",
     ("-ctk", "--cache-type-k", "-ctv", "--cache-type-v"): "use --kv-type, the type of the latents that keys and values are made of.",
-    ("-hf", "-hfr", "--hf-repo"): "download the file, and name it.",
+    ("-hf", "-hfr", "--hf-repo", "-mu", "--model-url"): "download the file, and name it.",
+    ("-tb", "--threads-batch"): "use -t, which holds for prompts too.",
+    ("-st", "--single-turn"): "with -p, -f or a pipe there is one answer anyway; leave it out.",
+    ("-e", "--escape", "--no-escape"): "texts are taken as they are; write line breaks as such, or use -f.",
+    ("-mli", "--multiline-input"): "a chat takes messages of several lines; /help tells how.",
+    ("-sysf", "--system-prompt-file"): "give the text with --system.",
+    ("-sp",): "use --special.",
+    ("-np", "--parallel", "-ns", "--sequences"): "a command runs one conversation; leave it out.",
+    ("-fit", "--fit"): "-c 0 takes the longest context that fits in memory.",
+    ("-md", "--model-draft"): "there is no speculative decoding; leave it out.",
 }
 
 
@@ -38,13 +48,13 @@ def llama_cpp_options(function):
 def _refused(name, sentence):
     """An option that ends the command with a sentence.
 
-    It is eager, so that a value after it is not taken for the name of a model first.
+    It is eager, so that a value after it is not taken for the name of a model first; it may have a value or none.
     """
     def refuse(context, parameter, given):
-        if given:
+        if given is not None:
             raise click.UsageError(f"{name} is an option of llama.cpp: {sentence}")
-    return click.option(name, "llama_cpp" + name.replace("-", "_"), is_flag=True, hidden=True, expose_value=False, is_eager=True,
-                        callback=refuse)
+    return click.option(name, "llama_cpp" + name.replace("-", "_"), is_flag=False, flag_value="", hidden=True, expose_value=False,
+                        is_eager=True, callback=refuse)
 
 
 def model_argument(default=None):

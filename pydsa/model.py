@@ -402,7 +402,9 @@ class Model:
                     raise PydsaError("logit_bias has an empty text, expected texts of tokens, or token ids.")
                 ids |= dict.fromkeys(tokens, value)
             options = options | {"logit_bias": ids}
-        return Sampling(**options)
+        sampling = Sampling(**options)
+        sampling.check_vocabulary(self.config.n_vocab)      # before a long prompt is read
+        return sampling
 
     def _answer(self, ids, max_tokens, sampling, progress):
         """Yield the ids after a whole context, with the last chat's session."""

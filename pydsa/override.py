@@ -62,12 +62,15 @@ def override(metadata, overrides):
     if not overrides:
         return metadata
     result = Metadata(metadata, metadata.path)
-    for key, value in overrides.items():
-        _check(metadata, key, value)
-    old, new = metadata.get(ARCHITECTURE), overrides.get(ARCHITECTURE)
-    if new is not None and new != old:
+    old, new = metadata.get(ARCHITECTURE), overrides.get(ARCHITECTURE, metadata.get(ARCHITECTURE))
+    if isinstance(new, str) and new != old:
         for key in [key for key in result if key.startswith(f"{old}.")]:
             result.setdefault(new + key.removeprefix(str(old)), result.pop(key))
+    for key, value in overrides.items():
+        _check(result, key, value)
+        if new != old and key.startswith(f"{old}."):
+            raise PydsaError(f"The override of {quote(key)} would change nothing, as the architecture is overridden too; use "
+                             f"{quote(new + key.removeprefix(str(old)))}.")
     result.update(overrides)
     return result
 

@@ -56,22 +56,27 @@ class Sampling:
         """Whether a device cannot pick the token, as it changes no logits."""
         return self.penalizes or bool(self.logit_bias)
 
+    def check_vocabulary(self, n_vocab):
+        """Raise PydsaError if logit_bias has an id that is not in the vocabulary."""
+        if self.logit_bias and (greatest := max(self.logit_bias)) >= n_vocab:
+            raise PydsaError(f"logit_bias has the token {greatest}, expected ids from 0 to {n_vocab - 1}")
+
     def _check_bias(self):
         """Check that logit_bias has ids as keys, and numbers or False."""
         if not isinstance(self.logit_bias, Mapping):
             raise PydsaError(f"logit_bias is {self.logit_bias!r:.80}, expected a dict of token ids and numbers")
         for token, bias in self.logit_bias.items():
-            if not isinstance(token, (int, np.integer)) or isinstance(token, bool) or token < 0:
+            if not isinstance(token, (int, np.integer)) or isinstance(token, bool) or not 0 <= token < 2**31:
                 raise PydsaError(f"logit_bias has the token {token!r:.80}, expected a token id")
             number = isinstance(bias, (int, float, np.integer, np.floating)) and bias is not True
-            if not number or math.isnan(bias) or bias == math.inf:
+            if not number or not _is_finite(bias) and bias != -math.inf:
                 raise PydsaError(f"logit_bias of token {token} is {bias!r:.80}, expected a number, or -inf or False to ban the token")
 
     def _require(self, name, low=-math.inf, high=math.inf, integer=False, open_low=False):
         """Check that an option is a finite number, low <= value <= high."""
         value = getattr(self, name)
         kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
-        number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, kinds) and not isinstance(value, bool) and _is_finite(value)
         if not number or not low <= value <= high or (open_low and value == low):
             bounds = [f"{'above' if open_low else 'from'} {low}"] if low > -math.inf else []
             bounds += [f"to {high}"] if high < math.inf else []
@@ -137,8 +142,7 @@ class Sampler:
         """Add the biases to the logits of their tokens."""
         if self._biased.size == 0:
             return logits
-        if self._biased.max() >= len(logits):
-            raise PydsaError(f"logit_bias has the token {self._biased.max()}, expected ids from 0 to {len(logits) - 1}")
+        self.sampling.check_vocabulary(len(logits))
         self.check(logits.max())            # damaged logits, before a ban can hide them
         logits = logits.astype(np.float64)
         logits[self._biased] += self._biases
@@ -163,6 +167,14 @@ class Sampler:
         scaled = np.where(logits[seen] > 0, logits[seen] / repeat, logits[seen] * repeat)
         logits[seen] = scaled - counts * frequency - presence
         return logits
+
+
+def _is_finite(number):
+    """Whether a number is finite as float64; some ints are too large."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def _top_k(logits, k):

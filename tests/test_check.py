@@ -1,6 +1,9 @@
 """`pydsa info --check`: what it finds, its hashes; gaps that loading warns of."""
+import errno
 import hashlib
+import io
 import json
+import os
 import threading
 import time
 import warnings
@@ -140,6 +143,16 @@ def test_gaps_are_warned_of(golden, tmp_path, monkeypatch):
         check.warn_of_gaps(open_gguf(gap))
 
 
+def test_a_disk_that_cannot_be_read_when_loading(golden, monkeypatch):
+    class Broken(io.FileIO):
+        def readinto(self, buffer):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(check, "_opened", Broken)
+    with pytest.raises(GGUFError, match=r"the file cannot be read at byte [\d]+ \(Input/output error\)"):
+        check.warn_of_gaps(open_gguf(golden("ds32-q8_0")[0]))
+
+
 def test_a_file_that_becomes_shorter(golden, tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(golden("ds32-q8_0")[0].read_bytes())
@@ -147,6 +160,8 @@ def test_a_file_that_becomes_shorter(golden, tmp_path):
     places = check.places(file)
     with open(path, "r+b") as opened:
         opened.truncate(path.stat().st_size - 1000)
+    with pytest.raises(GGUFError, match="became shorter while it was read"):
+        check.warn_of_gaps(file)
     with pytest.raises(GGUFError, match="became shorter while it was read"), open(path, "rb", buffering=0) as opened:
         check._read(path, opened, memoryview(bytearray(file.n_bytes)))
     path.unlink()

@@ -13,7 +13,7 @@ from pydsa import console, fit
 from pydsa.answers import Piece
 from pydsa.cli import main
 from pydsa.console import Writer, answer, read_message, show
-from pydsa.errors import OutOfMemoryError
+from pydsa.errors import OutOfMemoryError, PydsaError
 from pydsa.habits import INSTEAD, SO_ANYWAY
 from pydsa.model import Setup
 from pydsa.session import Session
@@ -154,8 +154,9 @@ def test_options_of_llama_cpp_that_work(model, load):
 @pytest.mark.parametrize("name", [name for names in INSTEAD for name in names])
 def test_options_of_llama_cpp_that_end_with_a_sentence(name, model):
     for command in "run", "bench", "info", "trace":
-        result = pydsa(command, name, "1", "-m", model)
-        assert result.exit_code == 2 and result.stdout == "" and f"{name} is an option of llama.cpp: " in result.stderr
+        for given in [name, "1"], [f"{name}=1"]:
+            result = pydsa(command, *given, "-m", model)
+            assert result.exit_code == 2 and result.stdout == "" and f"{name} is an option of llama.cpp: " in result.stderr
 
 
 @pytest.mark.parametrize("args, message", [
@@ -163,10 +164,28 @@ def test_options_of_llama_cpp_that_end_with_a_sentence(name, model):
     (["run", "MODEL", "-cnv", "-p", "x"], "-cnv chats on a terminal"), (["run", "MODEL", "-p", "x", "--logit-bias", "5"], "like 15043+1"),
     (["run", "MODEL", "-p", "x", "--logit-bias", "x+1"], "like 15043+1"), (["run", "MODEL", "-p", "x", "--logit-bias", "1+nan"], "nan"),
     (["run", "MODEL", "-p", "x", "--logit-bias", "512-1"], "has the token 512, expected ids from 0 to 511"),
-    (["run", "MODEL", "-p", "x", "--stop", ""], "stop is"), (["run", "MODEL", "-p", "x", "-s", "-2"], "seed is -2")])
+    (["run", "MODEL", "-p", "x", "--stop", ""], "stop is"), (["run", "MODEL", "-p", "x", "-s", "-2"], "seed is -2"),
+    (["bench", "MODEL", "--attention", "dense,x"], "attention is 'x'")])
 def test_options_that_are_mistaken(args, message, model):
     result = pydsa(*(model if arg == "MODEL" else arg for arg in args))
     assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("args", [["run", "MODEL", "-p", "x", "--stop", ""], ["bench", "MODEL", "--attention", "dense,x"]])
+def test_mistakes_that_are_met_before_the_model_is_read(args, model):
+    assert "loading" not in pydsa(*(model if arg == "MODEL" else arg for arg in args)).stderr
+
+
+def test_biases_are_checked_before_the_prompt_is_read(model, load):
+    assert "first token" not in run(model, "-p", "x", "--logit-bias", "512-1").stderr
+    with pytest.raises(PydsaError, match="has the token 512, expected ids from 0 to 511"):
+        load(model).generate("x", logit_bias={512: 1})      # the iterator is not asked for anything
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="there is no file without end here")
+def test_a_prompt_without_end():
+    result = pydsa("run", "-f", "/dev/zero")
+    assert result.exit_code == 2 and "more than 8000000 characters" in result.stderr
 
 
 def test_help_is_free_of_them():

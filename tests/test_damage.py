@@ -1,7 +1,10 @@
 """Damaged weights: whichever is NaN or infinite, no text comes, and the error names the tensor."""
+import warnings
+
 import numpy as np
 import pytest
 from helpers import random_ids
+from rewritten import fused_experts, rewrite
 
 import pydsa
 from pydsa import DamagedWeightsError, GGUFError, check, diagnosis
@@ -14,12 +17,12 @@ BITS = {"nan": {4: 0x7FC00000, 2: 0x7E00}, "inf": {4: 0x7F800000, 2: 0x7C00}}   
 
 @pytest.fixture
 def damaged(golden, tmp_path):
-    """damaged(name, "nan" or "inf") -> the path of a model.
+    """damaged(name, "nan" or "inf"[, path]) -> the path of a damaged model.
 
     The first value, or the first scale, of the tensor is not finite: of each expert, and of the row of a token in the middle of IDS.
     """
-    def make(name, what):
-        path, _ = golden("ds32-q8_0")
+    def make(name, what, path=None):
+        path = path or golden("ds32-q8_0")[0]
         data = bytearray(path.read_bytes())
         (offset, tensor), = [place for place in check.places(open_gguf(path))[0][1] if place[1].name == name]
         rows = np.frombuffer(data, np.uint8, tensor.data.nbytes, offset).reshape(tensor.shape[0] if len(tensor.shape) == 3 else 1, -1)
@@ -44,6 +47,18 @@ def test_no_text_comes(damaged, name, what):
     with pytest.raises(DamagedWeightsError, match=rf"damaged, or a computation overflowed; tensor '{name}' has [\d]+ "
                        f"{'NaN' if what == 'nan' else 'infinities'}: get the file again"):
         next(text)
+
+
+@pytest.mark.parametrize("name", ["blk.1.attn_kv_b.weight", "blk.1.ffn_gate_up_exps.weight"])
+def test_tensors_in_another_form_have_their_own_names(damaged, small_model, tmp_path, name):
+    path = small_model(arch="deepseek2", legacy_kv_b="kv_b" in name)
+    if "gate_up" in name:
+        path = rewrite(path, tmp_path / "fused.gguf", tensors=fused_experts(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = pydsa.load(damaged(name, "nan", path), n_ctx=128, threads=1)
+    with pytest.raises(DamagedWeightsError, match=rf"tensor '{name}' has [\d]+ NaN"):
+        next(model.generate(IDS, max_tokens=2, temperature=0))
 
 
 @pytest.mark.parametrize("name", ["token_embd.weight", "blk.1.indexer.k_norm.weight", "blk.1.exp_probs_b.bias", "output.weight"])

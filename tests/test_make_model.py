@@ -431,4 +431,8 @@ def test_command_line(tmp_path):
 def test_command_line_mistakes(tmp_path):
     result = CliRunner().invoke(main, [str(tmp_path / "model.gguf"), "--n-vocab", "10"])
     assert result.exit_code == 2 and "n_vocab must be at least" in result.output
+    result = CliRunner().invoke(main, [str(tmp_path / "model.gguf"), "--mix", "Q2_K", "--type", "Q4_0"])
+    assert result.exit_code == 2 and "with --type or with --mix, not both" in result.output
+    result = CliRunner().invoke(main, [str(tmp_path / "none" / "model.gguf")])
+    assert result.exit_code == 1 and "the model cannot be written (No such file or directory)" in result.output
     assert not list(tmp_path.iterdir())

@@ -53,6 +53,14 @@ def test_another_architecture_takes_the_keys_along():
 
 
 @pytest.mark.parametrize("values, message", [
+    ({"x.n": 4}, "'x.n' would change nothing, as the architecture is overridden too; use 'z.n'"),
+    ({"z.n": 4.0}, "'z.n' is of type float, expected int, as in the file"), ({"z.array": 1.0}, "expected int")])
+def test_another_architecture_has_keys_of_its_own(values, message):
+    with pytest.raises(PydsaError, match=message):
+        override(FILE, {"general.architecture": "z", **values})
+
+
+@pytest.mark.parametrize("values, message", [
     ({"x.n": 3.0}, "type float, expected int, as in the file"), ({"x.f": 3}, "type int, expected float"), ({"x.b": 1}, "expected bool"),
     ({"x.n": True}, "type bool, expected int"), ({"x.s": 1}, "expected str"), ({"x.array": 1.0}, "expected int"),
     ({"x.list": "a"}, "array of strings"), ({"x.new": [1]}, "type list"), ({"x.new": None}, "type NoneType"),

@@ -251,6 +251,11 @@ def test_the_defaults():
     ({"logit_bias": {1: True}}, "logit_bias of token 1 is True, expected a number, or -inf or False"),
     ({"logit_bias": {1: math.inf}}, "logit_bias of token 1 is inf"),
     ({"logit_bias": {1: "x"}}, "logit_bias of token 1 is 'x'"),
+    ({"logit_bias": {2**31: 1}}, "logit_bias has the token 2147483648, expected a token id"),
+    ({"logit_bias": {1: 10**400}}, "logit_bias of token 1 is 10000"),
+    ({"logit_bias": {1: -10**400}}, "logit_bias of token 1 is -1000"),
+    ({"temperature": 10**400}, "temperature is 1000"),
+    ({"top_k": 10**400}, "top_k is 1000"),
     ({"seed": -1}, "seed is -1, expected an integer from 0"),
     ({"seed": 1.0}, "seed is 1.0, expected an integer")])
 def test_illegal_values(options, expected):

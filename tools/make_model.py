@@ -396,6 +396,8 @@ def main(path, preset, chat_template, **options):
     from rich.progress import Progress
 
     given = {name: value for name, value in options.items() if value is not None}
+    if given.get("mix") and "type" in given:
+        raise click.UsageError("Give the types with --type or with --mix, not both.")
     try:
         spec = ModelSpec(**{**PRESETS[preset], **given, "chat_template": chat_template.read() if chat_template else ""})
     except ValueError as error:
@@ -404,7 +406,10 @@ def main(path, preset, chat_template, **options):
     n_weights = sum(map(prod, shapes.values()))
     with Progress(console=Console(stderr=True), transient=True, disable=n_weights < 1 << 25) as progress:
         task = progress.add_task("writing", total=n_weights)
-        first = make_model(path, spec, lambda n: progress.advance(task, n))
+        try:
+            first = make_model(path, spec, lambda n: progress.advance(task, n))
+        except OSError as error:
+            raise click.ClickException(f"{path}: the model cannot be written ({error.strerror or error}).") from error
     size = sum(n_bytes(shape, tensor_type(spec, name, shape)) for name, shape in shapes.items())
     click.echo(f"{first}: {spec.arch} {spec.mix or spec.type}, {n_weights / 1e6:,.1f} M parameters, {size / 1e6:,.1f} MB")
 

@@ -93,5 +93,5 @@ class Weights:
         """
         name = self._prefix + name
         if name not in self.used:       # one for all graphs, so that bytes are made once
-            self.used[name] = tensor._replace(name=name, shape=shape, data=data, make=make)
+            self.used[name] = tensor._replace(name=name, shape=shape, data=data, make=make, made_of=tensor.name)
         return self.used[name]
