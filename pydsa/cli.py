@@ -169,7 +169,10 @@ def run(model, prompt, file, max_tokens, stop, conversation, raw, special, syste
 
 
 def read_text(file):
-    """The text of a file or pipe, without the newline at its end."""
+    """The text of a file or pipe.
+
+    Left out are a byte order mark, with which programs of Windows begin a file, and the newline at the end.
+    """
     from pydsa.tokenizer import MAX_TEXT
     try:
         text = file.read(MAX_TEXT + 1)      # not all of a file without end, such as /dev/zero
@@ -179,7 +182,7 @@ def read_text(file):
         raise Failure(f"The prompt cannot be read from {file.name} ({error.strerror or error}); give it with -p.") from error
     if len(text) > MAX_TEXT:
         raise Failure(f"The prompt has more than {MAX_TEXT} characters, expected at most so many.")
-    return text.removesuffix("\n")
+    return text.removeprefix("\ufeff").removesuffix("\n")
 
 
 @main.command()

@@ -41,8 +41,10 @@ def test_raw_prompts(model, load, tmp_path):
     expected = "".join(load(model).generate("Once upon", max_tokens=9, temperature=0.0))
     file = tmp_path / "prompt.txt"
     file.write_text("Once upon", encoding="utf-8")
+    marked = tmp_path / "windows.txt"
+    marked.write_text("Once upon\n", encoding="utf-8-sig")
     common = ("--raw", "-n", 9, "--temp", 0)
-    inputs = [("-p", "Once upon"), ("-f", file), ("-f", "-"), ()]
+    inputs = [("-p", "Once upon"), ("-f", file), ("-f", marked), ("-f", "-"), ()]
     for result in (run(model, *args, *common, input="Once upon") for args in inputs):
         assert (result.exit_code, result.stdout) == (0, expected)
 
