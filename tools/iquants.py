@@ -21,6 +21,7 @@ import gguf
 import numpy as np
 from gguf import quants
 
+from pydsa.quants import grid
 from tools.kquants import inverse, whole
 
 CLIP = np.float32([1, 0.92, 0.84, 0.76, 0.68, 0.6, 0.52])   # factors of the scale that maps the greatest magnitude to the highest level
@@ -29,10 +30,8 @@ SCORES = 1 << 17        # scores of grid entries that are computed at a time: ha
 
 @cache
 def grid_of(name):
-    """The grid of a type, float32 [entries, group], as gguf-py has it."""
-    cls = getattr(quants, name)
-    cls.init_grid()
-    return cls.grid[0, 0]
+    """The grid of a type, float32 [entries, group]."""
+    return grid(name).astype(np.float32)
 
 
 @cache

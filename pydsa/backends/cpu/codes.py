@@ -278,14 +278,6 @@ def even_elements_first(typingctx, v):
 
 
 @intrinsic
-def halves_of_groups(typingctx, v):
-    """Widen 64 signed bytes to two int16 vectors."""
-    def codegen(context, builder, signature, args):
-        return cgutils.pack_array(builder, [builder.sext(part, i16x32.ir) for part in _split(builder, args[0], 32)])
-    return types.UniTuple(i16x32, 2)(Vec("i8", 64)), codegen
-
-
-@intrinsic
 def twin_groups(typingctx, low, high):
     """Sort int16 of four groups of 16 into two vectors, in their order.
 

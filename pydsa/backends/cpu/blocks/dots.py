@@ -69,6 +69,22 @@ def dot_pair(sums, even, odd, x, offset, scales):
 
 
 @inline
+def fetch_ahead(at, n_bytes):
+    """Prefetch a block of n_bytes, AHEAD bytes further."""
+    for line in range(0, n_bytes, 64):
+        prefetch(at, AHEAD + line)
+
+
+@inline
+def two_blocks(row, size, i, n):
+    """Return the addresses of blocks i and i + 1 of a row of n blocks.
+
+    Padded by repeating the last block. `size`: bytes of a block.
+    """
+    return row + size * i, row + size * min(i + 1, n - 1)
+
+
+@inline
 def four_blocks(row, size, i, n):
     """Return the addresses of blocks i to i + 3 of a row of n blocks.
 
@@ -110,7 +126,7 @@ def superblock_at(x, i):
 
 # Four blocks of 32 whose bytes hold element j in the low nibble and j + 16 in the high one: low even, low odd, high even, high odd
 BY_QUARTERS = inverse(*[16 * part + 4 * block + i for part in (0, 1) for i in (0, 2, 1, 3) for block in range(4)])
-QUARTERS = spread(0, 1, 2, 3)
+QUARTERS, TWICE = spread(0, 1, 2, 3), spread(*range(8))
 
 
 @inline

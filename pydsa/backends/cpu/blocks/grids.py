@@ -12,14 +12,14 @@ import numpy as np
 from numba import carray
 
 from pydsa.backends.cpu.blocks.block import COLUMNS, SCALES, SUPERBLOCK, entry
-from pydsa.backends.cpu.blocks.dots import AHEAD, dot_rows, single_sum
+from pydsa.backends.cpu.blocks.dots import TWICE, dot_rows, fetch_ahead, single_sum
 from pydsa.backends.cpu.codes import (bytes_of_even_words, code_values, from_columns, grid_entries, lanes_of, seven_bits, sign_codes,
                                       sign_codes_of_7, where_bit, widen)
 from pydsa.backends.cpu.jit import inline, inner
-from pydsa.backends.cpu.lanes import gather_u32, spread
+from pydsa.backends.cpu.lanes import gather_u32
 from pydsa.backends.cpu.scalars import half, half_at
 from pydsa.backends.cpu.simd import (dot, dot_add, eight_floats, floats, i64_at, load_8_floats, load_8_words, load_32_bytes, load_int16,
-                                     multiply_add, prefetch, store, to_floats)
+                                     multiply_add, store, to_floats)
 from pydsa.quants import IQ2_LEVELS, IQ3_S_LEVELS, IQ3_XXS_LEVELS, TYPES, grid
 
 
@@ -150,7 +150,6 @@ def signed_values(levels):
 
 IQ2, IQ3_XXS_VALUES, IQ3_S_VALUES = signed_values(IQ2_LEVELS), signed_values(IQ3_XXS_LEVELS), signed_values(IQ3_S_LEVELS)
 IQ1 = code_values([-7, 1, 9, 0, 0, 0, 0, 0, -9, -1, 7, 0, 0, 0, 0, 0])      # eight times a weight: 8 level + 1, or 8 level - 1
-TWICE = spread(*range(8))
 ODD_WORDS = gather_u32(range(1, 16, 2), [0] * 8)
 NIBBLES_OF_8, NIBBLES_OF_16 = gather_u32([0] * 8, range(0, 32, 4)), gather_u32([0] * 8 + [1] * 8, [*range(0, 32, 4)] * 2)
 
@@ -294,13 +293,6 @@ def storing(values):
 
 dot_iq2_values, dot_iq3_xxs_values, dot_iq3_s_values, dot_iq1_values = map(products, (IQ2, IQ3_XXS_VALUES, IQ3_S_VALUES, IQ1))
 store_iq2, store_iq3_xxs, store_iq3_s, store_iq1 = map(storing, (IQ2, IQ3_XXS_VALUES, IQ3_S_VALUES, IQ1))
-
-
-@inline
-def fetch_ahead(at, n_bytes):
-    """Prefetch a block of n_bytes, AHEAD bytes further."""
-    for line in range(0, n_bytes, 64):
-        prefetch(at, AHEAD + line)
 
 
 @inline

@@ -10,12 +10,12 @@ import numpy as np
 from numba import carray
 
 from pydsa.backends.cpu.blocks.block import MINS_16, SCALES, SUPERBLOCK, entry, inverse
-from pydsa.backends.cpu.blocks.dots import AHEAD, dot_pair, dot_rows, store_halves
+from pydsa.backends.cpu.blocks.dots import TWICE, dot_pair, dot_rows, fetch_ahead, store_halves
 from pydsa.backends.cpu.jit import inline, inner
 from pydsa.backends.cpu.lanes import both_halves, gather_bytes, gather_u32, halves_int16, padded_to_16, spread, spread_int16, upper_half
 from pydsa.backends.cpu.scalars import half, half_at
 from pydsa.backends.cpu.simd import (eight_floats, floats, load_8_floats, load_16_bytes, load_floats, load_int16, low_int16, multiply_add,
-                                     prefetch, store, to_floats, to_int16, two_halves)
+                                     store, to_floats, to_int16, two_halves)
 from pydsa.quants import TYPES
 
 
@@ -175,8 +175,7 @@ def add_halves(a, b, first, second, xi, scales):
 @inline
 def add_q4_k(sums, row, i, n, x):
     at, xi = row + Q4_K * i, x + SUPERBLOCK * i
-    for line in range(0, Q4_K, 64):
-        prefetch(at, AHEAD + line)
+    fetch_ahead(at, Q4_K)
     scales = scales_and_mins(at) * load_floats(xi, SCALES)       # times the activations' scales, and mins times sums of activations
     spread_scales = FIRST(scales), SECOND(scales), THIRD(scales), FOURTH(scales)
     a, b = add_halves(sums[0], sums[1], four_bits(at, 0), four_bits(at, 1), xi, spread_scales)
@@ -217,8 +216,7 @@ def five_bits(at, part):
 @inline
 def add_q5_k(sums, row, i, n, x):
     at, xi = row + Q5_K * i, x + SUPERBLOCK * i
-    for line in range(0, Q5_K, 64):
-        prefetch(at, AHEAD + line)
+    fetch_ahead(at, Q5_K)
     scales = scales_and_mins(at) * load_floats(xi, SCALES)       # times the activations' scales, and mins times sums of activations
     spread_scales = FIRST(scales), SECOND(scales), THIRD(scales), FOURTH(scales)
     a, b = add_halves(sums[0], sums[1], five_bits(at, 0), five_bits(at, 1), xi, spread_scales)
@@ -238,7 +236,6 @@ def unpack_q5_k(source, n, superblock):
         store_pairs(superblock, 256 * part, 1, 3, y, z)
 
 
-TWICE = spread(*range(8))
 # Q6_K: sub-blocks s and s + 1 share the low nibbles of 64 bytes, s + 2 and s + 3 the high ones
 BY_NEIGHBOURS = inverse(*[16 * part + 8 * nibble + 4 * s + 2 * odd + i for part in (0, 1) for nibble in (0, 1) for odd in (0, 1)
                           for s in (0, 1) for i in (0, 1)])
@@ -262,8 +259,7 @@ def unsigned_six_bits(at, part):
 @inline
 def add_q6_k(sums, row, i, n, x):
     at, xi = row + Q6_K * i, x + SUPERBLOCK * i
-    for line in range(0, Q6_K, 64):
-        prefetch(at, AHEAD + line)
+    fetch_ahead(at, Q6_K)
     scales = to_floats(load_16_bytes(at, 192)) * half_at(at, 208)
     mins = multiply_add(sums[2], scales, load_floats(xi, MINS_16))
     scales = scales * TWICE(load_8_floats(xi, SCALES))
@@ -322,8 +318,7 @@ def add_parts(sums, mins, even, odd, xi, scales):
 @inline
 def add_q2_k(sums, row, i, n, x):
     at, xi = row + Q2_K * i, x + SUPERBLOCK * i
-    prefetch(at, AHEAD)
-    prefetch(at, AHEAD + 64)
+    fetch_ahead(at, Q2_K)
     packed = load_16_bytes(at, 0)
     mins = multiply_add(sums[4], to_floats(packed >> 4) * half_at(at, 82), load_floats(xi, MINS_16))
     scales = to_floats(packed & 15) * half_at(at, 80) * TWICE(load_8_floats(xi, SCALES))
@@ -387,8 +382,7 @@ def three_bits(at):
 @inline
 def add_q3_k(sums, row, i, n, x):
     at, xi = row + Q3_K * i, x + SUPERBLOCK * i
-    prefetch(at, AHEAD)
-    prefetch(at, AHEAD + 64)
+    fetch_ahead(at, Q3_K)
     scales = to_floats(six_bit_scales(at)) * half_at(at, 108)
     mins = multiply_add(sums[4], scales, load_floats(xi, MINS_16))
     scales = scales * TWICE(load_8_floats(xi, SCALES))

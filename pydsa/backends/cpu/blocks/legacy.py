@@ -7,7 +7,7 @@ from numba import carray
 
 from pydsa.backends.cpu.blocks.block import MINS, SCALES, entry, inverse
 from pydsa.backends.cpu.blocks.dots import (AHEAD, BY_QUARTERS, add_quad, dot_pair, dot_rows, four_blocks, join_blocks, next_blocks,
-                                            nibbles, single_sum, store_halves, store_quad, superblock_at, unsigned_quad)
+                                            nibbles, single_sum, store_halves, store_quad, superblock_at, two_blocks, unsigned_quad)
 from pydsa.backends.cpu.jit import IntpFunction, inline, inner
 from pydsa.backends.cpu.lanes import padded_to_16, spread
 from pydsa.backends.cpu.scalars import half, half_at
@@ -221,15 +221,6 @@ TWO = spread(0, 1)
 
 
 @inline
-def two_blocks(row, i, n):
-    """Return the addresses of blocks i and i + 1 of a row of n.
-
-    Padded by repeating the last block.
-    """
-    return row + Q8_0 * i, row + Q8_0 * min(i + 1, n - 1)
-
-
-@inline
 def even_and_odd(addresses):
     """Widen the elements of two blocks of Q8_0 to two int16 vectors.
 
@@ -241,7 +232,7 @@ def even_and_odd(addresses):
 
 @inline
 def add_q8_0(sums, row, i, n, x):
-    at = two_blocks(row, i, n)
+    at = two_blocks(row, Q8_0, i, n)
     prefetch(at[0], AHEAD)
     xi, int16_offset, scale_offset = superblock_at(x, i)
     even, odd = even_and_odd(at)
@@ -254,7 +245,7 @@ def dot_q8_0(rows, n_rows, n, x, out):
 
 def unpack_q8_0(source, n, superblock):
     for i in range(0, n, 2):
-        at = two_blocks(source, i, n)
+        at = two_blocks(source, Q8_0, i, n)
         store(superblock, SCALES + 4 * i, halves(at))
         even, odd = even_and_odd(at)
         store_halves(superblock, 64 * i, 64 * i + 64, even)

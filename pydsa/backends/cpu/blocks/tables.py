@@ -8,14 +8,14 @@ import numpy as np
 from numba import carray
 
 from pydsa.backends.cpu.blocks.block import NATURAL, SCALES, SUPERBLOCK, entry, inverse
-from pydsa.backends.cpu.blocks.dots import (AHEAD, BY_QUARTERS, add_quad, dot_quad, dot_rows, four_blocks, join_blocks, next_blocks,
-                                            nibbles, signed_quad, single_sum, store_quad, superblock_at)
-from pydsa.backends.cpu.codes import even_elements_first, halves_of_groups, pairs_of, to_multiples, twin_groups, ue4m3_floats
+from pydsa.backends.cpu.blocks.dots import (BY_QUARTERS, add_quad, dot_quad, dot_rows, fetch_ahead, four_blocks, join_blocks,
+                                            next_blocks, nibbles, signed_quad, single_sum, store_quad, superblock_at, two_blocks)
+from pydsa.backends.cpu.codes import even_elements_first, pairs_of, to_multiples, twin_groups, ue4m3_floats
 from pydsa.backends.cpu.jit import inline
 from pydsa.backends.cpu.lanes import gather_u32, lookup, lower_half, spread, upper_half
 from pydsa.backends.cpu.scalars import half, half_at
 from pydsa.backends.cpu.simd import (dot, dot_add, floats, halves, join, load_4_floats, load_8_floats, load_64_bytes, load_int16,
-                                     multiply_add, prefetch, store, to_floats, u8_at, vector)
+                                     multiply_add, store, to_floats, to_int16, u8_at, vector)
 from pydsa.quants import IQ4_LEVELS, MXFP4_LEVELS, TYPES
 
 
@@ -117,8 +117,7 @@ def scales_of_8(at):
 def add_iq4_xs(sums, row, i, n, x):
     a, b = sums
     at, xi = row + IQ4_XS * i, x + SUPERBLOCK * i
-    for line in range(0, IQ4_XS, 64):
-        prefetch(at, AHEAD + line)
+    fetch_ahead(at, IQ4_XS)
     scales = scales_of_8(at) * load_8_floats(xi, SCALES)
     a = dot_quad(a, iq4_quad(load_64_bytes(at, 8)), xi, 0, lower_half(scales))
     b = dot_quad(b, iq4_quad(load_64_bytes(at, 72)), xi, 256, upper_half(scales))
@@ -178,14 +177,14 @@ def nvfp4_halves(a, b):
     Elements 0 to 7 of the groups of each, elements 8 to 15 of the groups of each.
     """
     low, high = nibbles(join((a + 4, b + 4)))
-    return halves_of_groups(lookup_mxfp4(low)), halves_of_groups(lookup_mxfp4(high))
+    low, high = lookup_mxfp4(low), lookup_mxfp4(high)
+    return (to_int16(lower_half(low)), to_int16(upper_half(low))), (to_int16(lower_half(high)), to_int16(upper_half(high)))
 
 
 @inline
 def add_nvfp4(sums, row, i, n, x):
-    a, b = row + NVFP4 * i, row + NVFP4 * min(i + 1, n - 1)
-    prefetch(a, AHEAD)
-    prefetch(a, AHEAD + 64)
+    a, b = two_blocks(row, NVFP4, i, n)
+    fetch_ahead(a, 2 * NVFP4)
     xi, at, scale_at = superblock_at(x, 2 * i)
     scales = ue4m3_floats(a, b) * pairs_of(load_4_floats(xi, SCALES + scale_at))
     low, high = nvfp4_halves(a, b)
@@ -204,7 +203,7 @@ def unpack_nvfp4(source, n, superblock):
     They are rounded where the lesser is below a sixteenth of the greater.
     """
     for i in range(0, n, 2):
-        a, b = source + NVFP4 * i, source + NVFP4 * min(i + 1, n - 1)
+        a, b = two_blocks(source, NVFP4, i, n)
         units, factors = to_multiples(ue4m3_floats(a, b))
         store(superblock, SCALES + 8 * i, units)
         low, high = nvfp4_halves(a, b)

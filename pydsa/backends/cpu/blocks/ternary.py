@@ -7,14 +7,14 @@ import numpy as np
 from numba import carray
 
 from pydsa.backends.cpu.blocks.block import COLUMNS, MINS, MINS_16, NATURAL, SCALES, SUPERBLOCK, entry
-from pydsa.backends.cpu.blocks.dots import AHEAD, dot_rows, single_sum
-from pydsa.backends.cpu.blocks.kquants import BY_PARTS, TWICE, add_parts, store_pairs, total_q2_k
+from pydsa.backends.cpu.blocks.dots import TWICE, dot_rows, fetch_ahead, single_sum, two_blocks
+from pydsa.backends.cpu.blocks.kquants import BY_PARTS, add_parts, store_pairs, total_q2_k
 from pydsa.backends.cpu.codes import even_elements_first, from_columns, lanes_of, times, times_3_high, widen, widen_two
 from pydsa.backends.cpu.jit import inline
 from pydsa.backends.cpu.lanes import padded_to_16, spread
 from pydsa.backends.cpu.scalars import half, half_at
 from pydsa.backends.cpu.simd import (dot, dot_add, eight_floats, float_at, floats, halves, load_8_floats, load_32_bytes, load_floats,
-                                     load_int16, multiply_add, prefetch, store, to_floats)
+                                     load_int16, multiply_add, store, to_floats)
 from pydsa.quants import TYPES
 
 
@@ -81,7 +81,7 @@ def add_group(sums, w, xi, j):
 @inline
 def add_tq1_0(sums, row, i, n, x):
     at, xi = row + TQ1_0 * i, x + SUPERBLOCK * i
-    prefetch(at, AHEAD)
+    fetch_ahead(at, TQ1_0)
     d, w = half_at(at, 52), digits_tq1_0(at)
     a = add_group(add_group(floats(np.float32(0)), w[0], xi, 0), w[1], xi, 1)
     b = add_group(add_group(floats(np.float32(0)), w[2], xi, 2), w[3], xi, 3)
@@ -110,8 +110,7 @@ def two_bits(at):
 @inline
 def add_tq2_0(sums, row, i, n, x):
     at, xi = row + TQ2_0 * i, x + SUPERBLOCK * i
-    prefetch(at, AHEAD)
-    prefetch(at, AHEAD + 64)
+    fetch_ahead(at, TQ2_0)
     d = half_at(at, 64)
     mins = multiply_add(sums[4], load_floats(xi, MINS_16), floats(d))
     even, odd = two_bits(at)
@@ -135,18 +134,9 @@ HALVES = spread(0, 1)
 
 
 @inline
-def two_blocks(row, i, n):
-    """Return the addresses of blocks i and i + 1 of a row of n.
-
-    The last block is repeated where there is none: what it is multiplied with is 0.
-    """
-    return row + Q1_0 * i, row + Q1_0 * min(i + 1, n - 1)
-
-
-@inline
 def add_q1_0(sums, row, i, n, x):
-    xi, (a, b) = x + SUPERBLOCK * (i >> 1), two_blocks(row, i, n)
-    prefetch(a, AHEAD)
+    xi, (a, b) = x + SUPERBLOCK * (i >> 1), two_blocks(row, Q1_0, i, n)
+    fetch_ahead(a, 2 * Q1_0)
     v = widen_two(a + 2, b + 2)
     dots = dot_add(dot(v & 1, load_int16(xi, 0)), (v >> 1) & 1, load_int16(xi, 64))
     dots = dot_add(dot_add(dots, (v >> 2) & 1, load_int16(xi, 128)), (v >> 3) & 1, load_int16(xi, 192))
@@ -161,7 +151,7 @@ def dot_q1_0(rows, n_rows, n, x, out):
 
 
 def unpack_q1_0(source, n, superblock):
-    a, b = two_blocks(source, 0, n)
+    a, b = two_blocks(source, Q1_0, 0, n)
     v = widen_two(a + 2, b + 2)
     for k in range(8):
         store(superblock, 64 * k, (((v >> k) & 1) << 1) - 1)
