@@ -3,6 +3,8 @@
 Values share a buffer by liveness, and arguments are bound once: a step is then only a list of calls.
 """
 import contextlib
+import dataclasses
+import functools
 import os
 import threading
 from collections.abc import Sequence
@@ -117,7 +119,6 @@ class Runner:
         self._weights, self._constants = {}, {}
         self.steps = 0          # the number of steps started
         self._outputs = {}      # name -> an array of one row, for all steps but those of Session.logits()
-        self._entry_points = {}
 
     def _array(self, value, offset, n_rows):
         dtype = self.dtypes[value.dtype]
@@ -147,10 +148,10 @@ class Runner:
             self._constants[id(values)] = values, self.backend.upload(values)       # kept alive, so that no other array gets its id
         return self._constants[id(values)][1]
 
-    def bind(self, variant, caches, n_tokens, n_outputs):
+    def bind(self, variant, caches, n_tokens, n_outputs, again=False):
         """The Bound of a step of n_tokens tokens, n_outputs of them with logits.
 
-        Its calls are [(node, function, args)], where every argument is an array of the backend or a number.
+        Its calls are [(node, function, args)], where every argument is an array of the backend or a number. again: the step repeats.
         """
         layout = self.layouts[variant]
         assert n_outputs <= n_tokens <= layout.max_tokens
@@ -171,19 +172,7 @@ class Runner:
         nodes = graph.nodes if n_outputs else [node for node in graph.nodes if not node.for_outputs]
         calls = [(node, getattr(self.backend, node.op), tuple(argument(a) for a in node.args)) for node in nodes]
         output = argument(graph.output) if n_outputs else None
-        return Bound(self, roots[graph.ids], roots[graph.positions], calls, output)
-
-    def compiled(self, variant, caches, n_tokens, n_outputs, again):
-        """bind() with functions compiled for the types of the arguments.
-
-        They skip numba's dispatch on types, which takes longer than the work of a short prompt. Types depend only on whether there is one
-        row or several. again: the step repeats, so that the backend may record it.
-        """
-        bound, key = self.bind(variant, caches, n_tokens, n_outputs), (variant, n_tokens == 1, min(n_outputs, 2))
-        if key not in self._entry_points:
-            self._entry_points[key] = [self.backend.entry_point(function, args) for _, function, args in bound.calls]
-        calls = [(node, function, args) for (node, _, args), function in zip(bound.calls, self._entry_points[key], strict=True)]
-        return bound._replace(calls=calls, recording=self.backend.recorded(calls) if again else None)
+        return Bound(self, roots[graph.ids], roots[graph.positions], calls, output, again)
 
 
 class Written(Sequence):
@@ -199,7 +188,8 @@ class Written(Sequence):
         return self._backend.fetch(self._arrays[i])
 
 
-class Bound(NamedTuple):
+@dataclasses.dataclass
+class Bound:
     """A graph bound to arrays of a backend.
 
     It holds for one session and one number of tokens.
@@ -209,7 +199,12 @@ class Bound(NamedTuple):
     positions: object
     calls: list
     output: object              # the array of logits, or None
-    recording: object = None    # of the calls, where the backend makes one
+    again: bool                 # whether the step repeats
+
+    @functools.cached_property
+    def recording(self):
+        """The calls as the backend runs them best."""
+        return self.runner.backend.recorded(self.calls, self.again)
 
     def run(self, ids, n_past, logits, observe=None):
         """Run one step: tokens `ids` at positions n_past, n_past + 1, ...
@@ -243,10 +238,11 @@ class Bound(NamedTuple):
 
     def start(self, observe=None):
         """Launch all calls of a step; its inputs are written."""
-        if self.recording is not None and observe is None:
+        if observe is None:
             self.recording.run()
             return
-        for node, function, args in self.calls:
-            function(*args)
-            if observe is not None:
-                observe(node, Written(self.runner.backend, args[:node.n_out]))
+
+        def after(i):
+            node, _, args = self.calls[i]
+            observe(node, Written(self.runner.backend, args[:node.n_out]))
+        self.recording.run(after)

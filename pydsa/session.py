@@ -162,7 +162,7 @@ class Session:
         key = self._setup.schedule.variant(n_past, n_tokens), n_tokens, n_outputs
         bound = self._bound.get(key)
         if bound is None:
-            bound = self._runner.compiled(key[0], self._caches, *key[1:], again=n_tokens == 1)
+            bound = self._runner.bind(key[0], self._caches, *key[1:], again=n_tokens == 1)
             if n_tokens in (1, self._setup.n_ubatch) and n_outputs <= 1:
                 self._bound[key] = bound
         return bound

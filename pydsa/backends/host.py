@@ -44,8 +44,23 @@ def timed(calls):
     return np.diff(times).tolist()
 
 
-def recorded(calls):
-    """None: the calls of a step are not recorded, but made one by one."""
+class Calls:
+    """The calls of a step, made one by one."""
+
+    def __init__(self, calls):
+        self._calls = calls     # [(node, op, args)]
+
+    def run(self, after=None):
+        """Make all calls; after(i) is called after the i-th."""
+        for i, (_, op, args) in enumerate(self._calls):
+            op(*args)
+            if after is not None:
+                after(i)
+
+
+def recorded(calls, again):
+    """The Calls of a step, whether it repeats or not."""
+    return Calls(calls)
 
 
 def free_bytes():

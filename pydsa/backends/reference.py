@@ -57,11 +57,6 @@ def compile_calls(bind, progress=None):
     """Do nothing: numpy compiles nothing."""
 
 
-def entry_point(function, args):
-    """The function itself."""
-    return function
-
-
 def check_threads(n):
     """None for any n: numpy chooses its own threads."""
 

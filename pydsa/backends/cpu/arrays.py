@@ -18,7 +18,14 @@ def _pointer_to(dtype):
     return pointer_to
 
 
-floats_pointer, uints_pointer = _pointer_to(types.float32), _pointer_to(types.uint32)
+floats_pointer, uints_pointer, ints_pointer = _pointer_to(types.float32), _pointer_to(types.uint32), _pointer_to(types.int64)
+marks_pointer, words_pointer = _pointer_to(types.uint16), _pointer_to(types.uint64)
+
+
+@inner
+def align(n):
+    """Round a number of bytes up to whole cache lines of 64."""
+    return (n + 63) // 64 * 64
 
 
 @inner
@@ -49,3 +56,21 @@ def floats_at(address, n_rows, n_columns):
 def uints_at(address, n):
     """View memory at an address as a uint32 array [n]."""
     return carray(uints_pointer(address), (n,))
+
+
+@inner
+def ints_at(address, n):
+    """View memory at an address as an int64 array [n]."""
+    return carray(ints_pointer(address), (n,))
+
+
+@inner
+def marks_at(address, n):
+    """View memory at an address as a uint16 array [n]."""
+    return carray(marks_pointer(address), (n,))
+
+
+@inner
+def words_at(address, n):
+    """View memory at an address as a uint64 array [n]."""
+    return carray(words_pointer(address), (n,))

@@ -1,167 +1,253 @@
 """Absorbed MLA attention: one key row serves all heads.
 
-The first values of a key row are its value. Here are the ops and the split of their work among threads; the kernels are in f32/, bf16x2/
-and int8x2/.
+The first values of a key row are its value. Here are the ops and the split of their work into tasks; the kernels are in f32/, bf16x2/ and
+int8x2/.
 """
 import numpy as np
-from numba import prange
 
 from pydsa.backends.cpu import amx, bf16x2, f32
 from pydsa.backends.cpu.arrays import address, contiguous, floats_at
-from pydsa.backends.cpu.jit import inner, kernel
+from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.jobs import AttendJob, call_kernel
+from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.scalars import bits_of_float, exp
-from pydsa.backends.cpu.scratch import caller_scratch
-from pydsa.backends.cpu.simd import float_at
-from pydsa.backends.cpu.threads import n_threads
+from pydsa.backends.cpu.scratch import task_scratch
+from pydsa.backends.cpu.simd import float_at, store
+from pydsa.backends.cpu.tasks import TASK_VALUES
 
 
 QUERIES = bf16x2.attention.QUERIES if amx.HERE else f32.attention.QUERIES
 ALL_KEYS = np.empty((1, 0), np.int32)          # indices that mean all keys
+NO_POSITIONS = np.empty(0, np.int64)
 NO_MASK = np.empty((1, 0), np.float32)
-SPLIT_KEYS = 32       # the keys of a split are a multiple of this
+FEW_TOKENS = 4          # the most tokens whose keys are split among tasks, as in flash-decoding
+SPLIT_KEYS, MOST_SPLITS = 256, 32       # the fewest keys of a split, and the most splits of a token, whatever the number of threads
+SPLIT_UNIT = 32         # the keys of a split are a multiple of this
+TASK_HEADS = 32         # the fewest heads of a task: each task packs the keys that it reads
 
 
 @inner
-def tokens_per_task(q, share_tiles):
-    """Count the tokens of a task, which share key tiles, with all heads."""
+def count_keys(indices, positions, t):
+    """Count a token's keys: up to its position, or those whose index is not -1."""
+    if indices.size == 0:
+        return positions[t] + 1
+    low, high = 0, indices.shape[1]         # indices from 0 on, then -1
+    while low < high:
+        middle = (low + high) // 2
+        if indices[t, middle] >= 0:
+            low = middle + 1
+        else:
+            high = middle
+    return np.int64(low)
+
+
+@inner
+def split_size(n_keys):
+    """Count the keys of each split of n_keys."""
+    size = (n_keys + MOST_SPLITS * SPLIT_UNIT - 1) // (MOST_SPLITS * SPLIT_UNIT) * SPLIT_UNIT
+    return max(SPLIT_KEYS, size)
+
+
+@inner
+def count_splits(indices, positions, n_tokens):
+    """Count the splits of each token's keys; a token with fewer keys than others has empty ones."""
+    most = 1
+    if n_tokens <= FEW_TOKENS:
+        for t in range(n_tokens):
+            n = count_keys(indices, positions, t)
+            most = max(most, (n + split_size(n) - 1) // split_size(n))
+    return most
+
+
+@inner
+def task_size(q, share_tiles, n_splits, n_threads):
+    """Return the tokens of a task, which share key tiles, and its heads."""
     n_tokens, n_head, _ = q.shape
-    if not share_tiles or q.strides[0] != n_head * q.strides[1]:
-        return 1
-    return max(1, min(QUERIES // n_head, n_tokens // n_threads()))
+    tokens, heads = 1, n_head
+    if share_tiles and n_tokens > FEW_TOKENS and q.strides[0] == n_head * q.strides[1]:
+        tokens = max(1, min(QUERIES // n_head, n_tokens // n_threads))
+    n = (n_tokens + tokens - 1) // tokens * n_splits
+    while tokens == 1 and heads >= 2 * TASK_HEADS and (n_head + heads - 1) // heads * n < 2 * n_threads:
+        heads = (heads + 1) // 2
+    return tokens, heads
 
 
 @inner
-def splits_per_token(q):
-    """Return how many splits the heads, and the keys, of a token have.
-
-    There is more than one only if there are fewer tokens than threads. Keys are split (as in flash-decoding) where there are fewer than 32
-    heads a thread: to pack all keys would cost each thread as much as everything else.
-    """
-    n = max(1, n_threads() // q.shape[0])
-    head_splits = max(1, min(n, q.shape[1] // 32))
-    return head_splits, n // head_splits
+def begin_attention(q, indices, positions, share_tiles, task):
+    """Count the tasks of attend_some."""
+    n_splits = count_splits(indices, positions, len(q))
+    tokens, heads = task_size(q, share_tiles, n_splits, task.n_threads)
+    return (q.shape[0] + tokens - 1) // tokens * ((q.shape[1] + heads - 1) // heads) * n_splits
 
 
 @inner
-def split_ends(q, n_keys):
-    """Compute where each split of each token's keys ends, int64 [T, splits]."""
-    n_splits = splits_per_token(q)[1]
-    ends = np.empty((n_keys.size, n_splits), np.int64)
-    for t in range(n_keys.size):
-        split_keys = (n_keys[t] + n_splits * SPLIT_KEYS - 1) // (n_splits * SPLIT_KEYS) * SPLIT_KEYS
-        for split in range(n_splits):
-            ends[t, split] = min(n_keys[t], (split + 1) * split_keys) if n_splits > 1 else n_keys[t]
-    return ends
-
-
-@inner
-def count_tasks(q, share_tiles):
-    """Count the tasks, rounded up to a multiple of the threads."""
-    tokens, (head_splits, key_splits) = tokens_per_task(q, share_tiles), splits_per_token(q)
-    n = (q.shape[0] + tokens - 1) // tokens * head_splits * key_splits
-    return (n + n_threads() - 1) // n_threads() * n_threads()
-
-
-@inner
-def partial_bytes(out):
+def partial_bytes(n_head, n_v):
     """Count the bytes of one split's partial result for one token.
 
     For each head: row_max, row_sum, and the sum of the weighted values.
     """
-    return 4 * out.shape[1] * (2 + out.shape[2])
+    return 4 * n_head * (2 + n_v)
 
 
 @inner
-def run_task(out, q, latents, indices, ends, mask, scale, share_tiles, task, n_tasks, scratch):
-    """Run one task. Tasks are dealt to threads one by one.
+def attend_some(out, q, latents, indices, positions, mask, scale, share_tiles, task):
+    """Attend: some heads of some tokens to some keys.
 
-    Later tokens have more keys, so contiguous ranges would be uneven.
+    The last tokens, which have the most keys, come first.
     """
-    tokens, (head_splits, key_splits) = tokens_per_task(q, share_tiles), splits_per_token(q)
-    per_thread, n_head = n_tasks // n_threads(), q.shape[1]
-    i = task % per_thread * n_threads() + task // per_thread
-    t, split = i // (head_splits * key_splits) * tokens, i % key_splits
-    if t >= q.shape[0]:
-        return
-    end, heads = min(t + tokens, q.shape[0]), (n_head + head_splits - 1) // head_splits
-    h = i // key_splits % head_splits * heads
-    h_end = min(h + heads, n_head)
-    first, partial = 0 if split == 0 else ends[t, split - 1], 0
-    if key_splits > 1:
-        partial = scratch + (t * key_splits + split) * partial_bytes(out) + 4 * h * (2 + out.shape[2])
+    n_splits, n_head, n_v = count_splits(indices, positions, len(q)), q.shape[1], out.shape[2]
+    tokens, heads = task_size(q, share_tiles, n_splits, task.n_threads)
+    groups = (n_head + heads - 1) // heads
+    split, h = task.index % n_splits, task.index // n_splits % groups * heads
+    t = ((len(q) + tokens - 1) // tokens - 1 - task.index // (n_splits * groups)) * tokens
+    n_tokens, h_end, first, partial = min(tokens, len(q) - t), min(h + heads, n_head), np.int64(0), np.int64(0)
+    ends = task_scratch(task.thread, 8 * n_tokens)
+    for i in range(n_tokens):
+        store(ends, 8 * i, count_keys(indices, positions, t + i))
+    if n_splits > 1:
+        n = count_keys(indices, positions, t)
+        first = min(n, split * split_size(n))
+        store(ends, 0, min(n, (split + 1) * split_size(n)))
+        partial = task.scratch + (t * n_splits + split) * partial_bytes(n_head, n_v) + 4 * h * (2 + n_v)
     indices_at = address(indices) + t * indices.strides[0] if indices.size else 0
     mask_at = address(mask) + t * mask.strides[0] if mask.size else 0
     call_kernel(latents.attend, AttendJob(
-        out=address(out) + t * out.strides[0] + h * out.strides[1], out_token=out.strides[0], out_head=out.strides[1],
+        thread=task.thread, out=address(out) + t * out.strides[0] + h * out.strides[1], out_token=out.strides[0], out_head=out.strides[1],
         q=address(q) + t * q.strides[0] + h * q.strides[1], q_head=q.strides[1],
-        n_tokens=end - t, n_head=h_end - h, width=q.shape[2], n_v=out.shape[2],
+        n_tokens=n_tokens, n_head=h_end - h, width=q.shape[2], n_v=n_v,
         rows=address(latents.data), row_bytes=latents.data.shape[1], dequantize=latents.dequantize, row_n=latents.n,
-        indices=indices_at, key_start=first, key_ends=address(ends) + 8 * (t * key_splits + split),
+        indices=indices_at, key_start=first, key_ends=ends,
         mask=mask_at, mask_row=mask.strides[0],
         scale=bits_of_float(np.float32(scale)), partial=partial))
 
 
 @inner
-def merge_partials(out, q, scratch):
+def merge_size(n_splits, n_v):
+    """Count the heads of a task of merge_some."""
+    return max(1, TASK_VALUES // (n_splits * n_v))
+
+
+@inner
+def begin_merging(out, indices, positions):
+    """Count the tasks of merge_some."""
+    n_splits = count_splits(indices, positions, len(out))
+    size = merge_size(n_splits, out.shape[2])
+    return 0 if n_splits == 1 else len(out) * ((out.shape[1] + size - 1) // size)
+
+
+@inner
+def merge_some(out, indices, positions, task):
+    """Merge the splits of some heads of a token."""
+    n_splits, n_head, n_v = count_splits(indices, positions, len(out)), out.shape[1], out.shape[2]
+    size = merge_size(n_splits, n_v)
+    groups = (n_head + size - 1) // size
+    t, h = task.index // groups, task.index % groups * size
+    stride = partial_bytes(n_head, n_v)
+    for i in range(h, min(h + size, n_head)):
+        merge_splits(contiguous(out[t, i]), n_splits, task.scratch + t * n_splits * stride + 4 * i * (2 + n_v), stride)
+
+
+@inner
+def merge_splits(row, n_splits, first, stride):
     """Merge the partial results of the splits into one softmax.
 
     A split's sums are rescaled by exp(its row_max - the row_max of all splits).
     """
-    n_splits, n_v = splits_per_token(q)[1], out.shape[2]
-    if n_splits == 1:
-        return
-    for t in range(out.shape[0]):
-        for h in range(out.shape[1]):
-            row, row_max, row_sum = contiguous(out[t, h]), np.float32(-np.inf), np.float32(0)
-            first = scratch + t * n_splits * partial_bytes(out) + 4 * h * (2 + n_v)
-            for i in range(n_splits):
-                row_max = max(row_max, float_at(first + i * partial_bytes(out), 0))
-            for j in range(n_v):
-                row[j] = 0
-            for i in range(n_splits):
-                at = first + i * partial_bytes(out)
-                if float_at(at, 0) > -np.inf:
-                    weight, values = exp(float_at(at, 0) - row_max), floats_at(at + 8, 1, n_v)[0]
-                    row_sum += weight * float_at(at, 4)
-                    for j in range(n_v):
-                        row[j] += weight * values[j]
-                elif float_at(at, 4) != 0:      # NaN
-                    row_sum = float_at(at, 4)
-            factor = np.float32(1) / row_sum if row_sum != 0 else np.float32(0)
-            for j in range(n_v):
-                row[j] *= factor
+    row_max, row_sum = np.float32(-np.inf), np.float32(0)
+    for i in range(n_splits):
+        row_max = max(row_max, float_at(first + i * stride, 0))
+    for j in range(row.size):
+        row[j] = 0
+    for i in range(n_splits):
+        at = first + i * stride
+        if float_at(at, 0) > -np.inf:
+            weight, values = exp(float_at(at, 0) - row_max), floats_at(at + 8, 1, row.size)[0]
+            row_sum += weight * float_at(at, 4)
+            for j in range(row.size):
+                row[j] += weight * values[j]
+        elif float_at(at, 4) != 0:      # NaN
+            row_sum = float_at(at, 4)
+    factor = np.float32(1) / row_sum if row_sum != 0 else np.float32(0)
+    for j in range(row.size):
+        row[j] *= factor
+
+
+def partials_bytes(out, most_keys):
+    """Count the bytes of all partial results, for up to this many keys."""
+    n_splits = min(MOST_SPLITS, -(-most_keys // SPLIT_KEYS))
+    return len(out) * n_splits * partial_bytes(*out.shape[1:]) if len(out) <= FEW_TOKENS else 0
 
 
 @inner
-def partials_scratch(out, q):
-    """Allocate the partial results of all tokens."""
-    return caller_scratch(out.shape[0] * splits_per_token(q)[1] * partial_bytes(out))
+def begin_dense(out, q, latents, positions, scale, task):
+    return begin_attention(q, ALL_KEYS, positions, True, task)
 
 
-@kernel(parallel=True)
+@inner
+def attend_dense(out, q, latents, positions, scale, task):
+    attend_some(out, q, latents, ALL_KEYS, positions, NO_MASK, scale, True, task)
+
+
+@inner
+def begin_merging_dense(out, q, latents, positions, scale, task):
+    return begin_merging(out, ALL_KEYS, positions)
+
+
+@inner
+def merge_dense(out, q, latents, positions, scale, task):
+    merge_some(out, ALL_KEYS, positions, task)
+
+
+@op(Stage(begin_dense, attend_dense), Stage(begin_merging_dense, merge_dense))
 def dense_attention(out, q, latents, positions, scale):
-    n_tasks, scratch, ends = count_tasks(q, True), partials_scratch(out, q), split_ends(q, positions + 1)
-    for task in prange(n_tasks):
-        run_task(out, q, latents, ALL_KEYS, ends, NO_MASK, scale, True, task, n_tasks, scratch)
-    merge_partials(out, q, scratch)
+    return partials_bytes(out, len(latents.data))
 
 
-@kernel(parallel=True)
+@inner
+def begin_masked(out, q, latents, mask, positions, scale, task):
+    return begin_attention(q, ALL_KEYS, positions, True, task)
+
+
+@inner
+def attend_masked(out, q, latents, mask, positions, scale, task):
+    attend_some(out, q, latents, ALL_KEYS, positions, mask, scale, True, task)
+
+
+@inner
+def begin_merging_masked(out, q, latents, mask, positions, scale, task):
+    return begin_merging(out, ALL_KEYS, positions)
+
+
+@inner
+def merge_masked(out, q, latents, mask, positions, scale, task):
+    merge_some(out, ALL_KEYS, positions, task)
+
+
+@op(Stage(begin_masked, attend_masked), Stage(begin_merging_masked, merge_masked))
 def masked_attention(out, q, latents, mask, positions, scale):
-    n_tasks, scratch, ends = count_tasks(q, True), partials_scratch(out, q), split_ends(q, positions + 1)
-    for task in prange(n_tasks):
-        run_task(out, q, latents, ALL_KEYS, ends, mask, scale, True, task, n_tasks, scratch)
-    merge_partials(out, q, scratch)
+    return partials_bytes(out, len(latents.data))
 
 
-@kernel(parallel=True)
+@inner
+def begin_sparse(out, q, latents, indices, scale, task):
+    return begin_attention(q, indices, NO_POSITIONS, False, task)
+
+
+@inner
+def attend_sparse(out, q, latents, indices, scale, task):
+    attend_some(out, q, latents, indices, NO_POSITIONS, NO_MASK, scale, False, task)
+
+
+@inner
+def begin_merging_sparse(out, q, latents, indices, scale, task):
+    return begin_merging(out, indices, NO_POSITIONS)
+
+
+@inner
+def merge_sparse(out, q, latents, indices, scale, task):
+    merge_some(out, indices, NO_POSITIONS, task)
+
+
+@op(Stage(begin_sparse, attend_sparse), Stage(begin_merging_sparse, merge_sparse))
 def sparse_attention(out, q, latents, indices, scale):
-    n_tasks, scratch, n_keys = count_tasks(q, False), partials_scratch(out, q), np.zeros(q.shape[0], np.int64)
-    for t in range(n_keys.size):
-        while n_keys[t] < indices.shape[1] and indices[t, n_keys[t]] >= 0:
-            n_keys[t] += 1
-    ends = split_ends(q, n_keys)
-    for task in prange(n_tasks):
-        run_task(out, q, latents, indices, ends, NO_MASK, scale, False, task, n_tasks, scratch)
-    merge_partials(out, q, scratch)
+    return partials_bytes(out, indices.shape[1])

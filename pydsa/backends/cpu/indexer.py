@@ -1,84 +1,176 @@
-"""The lightning indexer: scores, their top-k, and the mask of selected keys."""
-import numpy as np
-from numba import prange
+"""The lightning indexer: scores, their top-k, and the mask of selected keys.
 
-from pydsa.backends.cpu.arrays import address
+Of many tokens a task scores all keys for some and selects at once, so that few rows of scores exist at a time. Of a few tokens tasks divide
+the keys, and the selection follows.
+"""
+import numpy as np
+
+from pydsa.backends.cpu.arrays import address, contiguous, floats_at
 from pydsa.backends.cpu.f32.indexer import TILE
-from pydsa.backends.cpu.jit import inner, kernel
+from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.jobs import ScoreJob, call_kernel
+from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.scalars import bits_of_float
-from pydsa.backends.cpu.threads import n_threads
+from pydsa.backends.cpu.scratch import task_scratch
+from pydsa.backends.cpu.tasks import by_row, rows_of
 from pydsa.backends.cpu.top_k import select
 
 
-TOKEN_BATCH = 32       # tokens whose rows of scores exist at a time
-MAX_TASK_KEYS = 1024      # the most keys that a task scores for them
+FEW_TOKENS = 32            # the most tokens whose scores are divided by keys; of more, each task has some tokens
+MAX_TASK_KEYS = 1024       # the most keys that a task scores for a few tokens
+MIN_TASK_TOKENS, MAX_TASK_TOKENS = 4, 32       # of a task that scores all their keys
 GEMM_TOKENS = 3            # tokens from which on keys are packed for tiles
 
 
 @inner
-def score(out, q, w, keys, first, last, scale):
-    """Score keys `first` to `last` for all tokens.
+def score(out, out_token, q, w, keys, t, n_tokens, first, last, scale, thread):
+    """Score keys `first` to `last` for tokens from t on.
 
-    Rows of `out` are padded to a multiple of 16 keys.
+    Rows of `out`, an address, are padded to a multiple of 16 keys.
     """
-    function = keys.score_gemm if len(q) >= GEMM_TOKENS else keys.score_gemv
+    function = keys.score_gemm if n_tokens >= GEMM_TOKENS else keys.score_gemv
     call_kernel(function, ScoreJob(
-        out=address(out), out_token=out.strides[0], q=address(q), q_token=q.strides[0], q_head=q.strides[1],
-        w=address(w), w_token=w.strides[0], n_tokens=q.shape[0], n_head=q.shape[1], width=q.shape[2],
+        thread=thread, out=out, out_token=out_token,
+        q=address(q) + t * q.strides[0], q_token=q.strides[0], q_head=q.strides[1], w=address(w) + t * w.strides[0], w_token=w.strides[0],
+        n_tokens=n_tokens, n_head=q.shape[1], width=q.shape[2],
         rows=address(keys.data), row_bytes=keys.data.shape[1], dequantize=keys.dequantize, row_n=keys.n,
         first=first, last=last, scale=bits_of_float(np.float32(scale))))
 
 
 @inner
-def score_rows(rows, q, w, keys, n, scale, task):
-    """Score the keys of one task for all tokens.
-
-    A task's range is as large as possible while every thread has one.
-    """
-    size = keys_per_task(n)
-    score(rows, q, w, keys, task * size, min(n, task * size + size), scale)
+def row_bytes(n_keys):
+    """Count the bytes of a row of scores."""
+    return 4 * ((n_keys + 15) // 16 * 16)
 
 
 @inner
-def keys_per_task(n):
-    """Count the keys of a task, a multiple of TILE."""
-    share = (n + n_threads() - 1) // n_threads()
+def task_tokens(n_tokens, n_threads):
+    """Count the tokens of a task that scores all their keys."""
+    return max(MIN_TASK_TOKENS, min(MAX_TASK_TOKENS, n_tokens // (4 * n_threads)))
+
+
+@inner
+def task_keys(n_keys, n_threads):
+    """Count the keys of a task for a few tokens, a multiple of TILE."""
+    share = (n_keys + 2 * n_threads - 1) // (2 * n_threads)
     return min(MAX_TASK_KEYS, (share + TILE - 1) // TILE * TILE)
 
 
-@kernel(parallel=True)
+@inner
+def begin_scores(out, q, w, keys, positions, scale, task):
+    """Count the tasks of the first stage: of keys for a few tokens, or of tokens."""
+    if len(q) <= FEW_TOKENS:
+        size = task_keys(positions[-1] + 1, task.n_threads)
+        return (positions[-1] + size) // size
+    size = task_tokens(len(q), task.n_threads)
+    return (len(q) + size - 1) // size
+
+
+@inner
+def begin_finish(out, q, w, keys, positions, scale, task):
+    """Count the tasks of the second stage: none if tasks had all keys of their tokens."""
+    return len(q) if len(q) <= FEW_TOKENS else 0
+
+
+@inner
+def score_keys(q, w, keys, positions, scale, task):
+    """Score the keys of a task for all of a few tokens."""
+    n_keys = positions[-1] + 1
+    size = task_keys(n_keys, task.n_threads)
+    score(task.scratch, row_bytes(n_keys), q, w, keys, 0, len(q), task.index * size, min(n_keys, task.index * size + size), scale,
+          task.thread)
+
+
+@inner
+def score_tokens(q, w, keys, positions, scale, task):
+    """Score all keys of a task's tokens, the last ones first.
+
+    Returns the first token, the number of tokens, and where the rows of scores are.
+    """
+    size = task_tokens(len(q), task.n_threads)
+    t = ((len(q) + size - 1) // size - 1 - task.index) * size
+    n_tokens = min(size, len(q) - t)
+    n_keys = positions[t + n_tokens - 1] + 1
+    rows = task_scratch(task.thread, n_tokens * row_bytes(n_keys))
+    score(rows, row_bytes(n_keys), q, w, keys, t, n_tokens, 0, n_keys, scale, task.thread)
+    return t, n_tokens, rows
+
+
+@inner
+def row_of(rows, i, n_padded, n_keys):
+    """View the i-th row of scores of up to n_padded keys."""
+    return floats_at(rows + i * row_bytes(n_padded), 1, n_keys)[0]
+
+
+def scratch_rows(q, keys):
+    """Count the bytes of the rows of scores of a few tokens."""
+    return len(q) * row_bytes(len(keys.data)) if len(q) <= FEW_TOKENS else 0
+
+
+@inner
+def store_scores(out, positions, t, row):
+    """Store a token's scores, and -inf for the keys that it does not see."""
+    target = contiguous(out[t])
+    for s in range(row.size):
+        target[s] = row[s]
+    for s in range(row.size, target.size):
+        target[s] = -np.inf
+
+
+@inner
+def scores_first(out, q, w, keys, positions, scale, task):
+    if len(q) <= FEW_TOKENS:
+        score_keys(q, w, keys, positions, scale, task)
+        return
+    first, n_tokens, rows = score_tokens(q, w, keys, positions, scale, task)
+    for t in range(first, first + n_tokens):
+        store_scores(out, positions, t, row_of(rows, t - first, positions[first + n_tokens - 1] + 1, positions[t] + 1))
+
+
+@inner
+def scores_finish(out, q, w, keys, positions, scale, task):
+    t = task.index
+    store_scores(out, positions, t, row_of(task.scratch, t, positions[-1] + 1, positions[t] + 1))
+
+
+@op(Stage(begin_scores, scores_first), Stage(begin_finish, scores_finish))
 def indexer_scores(out, q, w, keys, positions, scale):
-    n_tokens = q.shape[0]
-    out[:] = -np.inf
-    rows = np.empty((min(n_tokens, TOKEN_BATCH), (positions[n_tokens - 1] + 16) // 16 * 16), np.float32)
-    for first in range(0, n_tokens, TOKEN_BATCH):
-        last = min(first + TOKEN_BATCH, n_tokens)
-        n = positions[last - 1] + 1
-        for task in prange((n + keys_per_task(n) - 1) // keys_per_task(n)):
-            score_rows(rows, q[first:last], w[first:last], keys, n, scale, task)
-        for t in range(first, last):
-            out[t, :positions[t] + 1] = rows[t - first, :positions[t] + 1]
+    return scratch_rows(q, keys)
 
 
-@kernel(parallel=True)
+@inner
+def select_first(out, q, w, keys, positions, scale, task):
+    if len(q) <= FEW_TOKENS:
+        score_keys(q, w, keys, positions, scale, task)
+        return
+    first, n_tokens, rows = score_tokens(q, w, keys, positions, scale, task)
+    for t in range(first, first + n_tokens):
+        select(out[t], row_of(rows, t - first, positions[first + n_tokens - 1] + 1, positions[t] + 1), task.thread)
+
+
+@inner
+def select_finish(out, q, w, keys, positions, scale, task):
+    t = task.index
+    select(out[t], row_of(task.scratch, t, positions[-1] + 1, positions[t] + 1), task.thread)
+
+
+@op(Stage(begin_scores, select_first), Stage(begin_finish, select_finish))
 def indexer_select(out, q, w, keys, positions, scale):
-    n_tokens = q.shape[0]
-    rows = np.empty((min(n_tokens, TOKEN_BATCH), (positions[n_tokens - 1] + 16) // 16 * 16), np.float32)
-    for first in range(0, n_tokens, TOKEN_BATCH):
-        last = min(first + TOKEN_BATCH, n_tokens)
-        n = positions[last - 1] + 1
-        for task in prange((n + keys_per_task(n) - 1) // keys_per_task(n)):
-            score_rows(rows, q[first:last], w[first:last], keys, n, scale, task)
-        for t in prange(last - first):
-            select(out[first + t], rows[t, :positions[first + t] + 1])
+    return scratch_rows(q, keys)
 
 
-@kernel
-def scatter_mask(out, indices, positions):
-    out[:] = -np.inf
-    for t in range(out.shape[0]):
+@inner
+def mask_rows(out, indices, positions, task):
+    for t in rows_of(out, task):
+        row = contiguous(out[t])
+        for s in range(row.size):
+            row[s] = -np.inf
         for i in range(indices.shape[1]):
             s = indices[t, i]
             if 0 <= s <= positions[t]:
-                out[t, s] = 0
+                row[s] = 0
+
+
+@op(Stage(by_row, mask_rows))
+def scatter_mask(out, indices, positions):
+    return 0

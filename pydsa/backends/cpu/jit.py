@@ -30,7 +30,6 @@ from numba.core.sigutils import normalize_signature
 from numba.extending import intrinsic
 
 from pydsa import kernel_cache, quants
-from pydsa.backends.cpu.threads import warn_of_workqueue
 from pydsa.compiling import Job, collecting_paused, compile_jobs, counted
 from pydsa.signals import interrupts_held
 
@@ -65,7 +64,8 @@ def _amx_allowed():
 
 def _cache_folder():
     sources = [*HERE.rglob("*.py"), Path(quants.__file__)]
-    versions = f"{importlib.metadata.version('numba')} {importlib.metadata.version('llvmlite')} {sys.implementation.cache_tag} "
+    versions = (f"{importlib.metadata.version('numba')} {importlib.metadata.version('llvmlite')} {sys.implementation.cache_tag} "
+                f"{platform.system()} ")
     return kernel_cache.cache_folder(versions + " ".join(sorted(cpu_features())), sources)
 
 
@@ -111,11 +111,9 @@ class KernelCache(NullCache):
             self._found[signature] = b""
 
 
-def kernel(function=None, *, parallel=False):
-    """An op of the CPU backend: nopython, cached on disk, no bounds checks; every argument is validated before it comes here."""
-    if function is None:
-        return lambda f: kernel(f, parallel=parallel)
-    compiled = numba.njit(nogil=True, parallel=parallel, fastmath=FASTMATH, error_model="numpy")(function)
+def kernel(function):
+    """A function that Python calls: nopython, cached on disk, no bounds checks; every argument is validated before it comes here."""
+    compiled = numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy")(function)
     if function.__module__.startswith("pydsa."):        # the folder is not one of other sources
         compiled._cache = KernelCache(function)
     return compiled
@@ -124,7 +122,7 @@ def kernel(function=None, *, parallel=False):
 class _Inner(registry.CPUDispatcher):
     """A compiled function without the wrappers for calls from Python.
 
-    They took an eighth of the time to compile; there is nothing behind such a call, so it must not be made.
+    They took an eighth of the time to compile. Called from Python, it is the Python function.
     """
 
     def __init__(self, function, **options):
@@ -133,7 +131,7 @@ class _Inner(registry.CPUDispatcher):
         super().__init__(function, targetoptions=options)
 
     def __call__(self, *args):
-        raise TypeError(f"{self.__name__} is a part of kernels, which Python cannot call.")
+        return self.py_func(*args)
 
 
 def inner(function):
@@ -146,12 +144,12 @@ def inline(function):
     return _Inner(function, forceinline=True)
 
 
-class _ByAddress:
+class ByAddress:
     """A function that kernels call by its address, compiled on first use."""
 
-    def __init__(self, function, *args):
+    def __init__(self, function, *args, result=types.void):
         self.function = function
-        self.signature = types.void(*args)
+        self.signature = result(*args)
         self.cache = KernelCache(function)
         self._compiled = None
 
@@ -162,6 +160,10 @@ class _ByAddress:
         if listed is not None:
             listed.append(self)
             return 0
+        return self.compile()
+
+    def compile(self):
+        """Compile the function, if it is not yet; return its address."""
         if self._compiled is None:
             compiled = CFunc(self.function, normalize_signature(self.signature), {}, {"nopython": True, "error_model": "numpy"})
             compiled._cache = self.cache
@@ -170,7 +172,7 @@ class _ByAddress:
         return self._compiled.address
 
 
-class BlockFunction(_ByAddress):
+class BlockFunction(ByAddress):
     """A function f(source, n_blocks, target) that kernels call by address.
 
     So no kernel is compiled once per GGUF type.
@@ -191,7 +193,7 @@ def call_block_function(typingctx, address, source, n_blocks, target):
     return types.void(types.intp, types.intp, types.intp, types.intp), codegen
 
 
-class IntpFunction(_ByAddress):
+class IntpFunction(ByAddress):
     """A function of int64 arguments, addresses among them, without a result."""
 
     def __init__(self, function):
@@ -210,26 +212,7 @@ def call_intp_function(typingctx, address, arguments):
     return types.void(types.intp, arguments), codegen
 
 
-def entry_point(function, args):
-    """The compiled code of a kernel for arguments of these types.
-
-    It is called as the kernel is, and spares looking at the types every time.
-    """
-    return function.compile(tuple(numba.typeof(a) for a in args))
-
-
 _listing = threading.local()
-
-
-def compile_calls(bind, progress=None):
-    """Compile the kernels of bind()'s calls, and what they call by address.
-
-    bind() makes pairs of an op and its arguments; what it makes of weights and caches has no addresses yet. progress(done, total, name) is
-    called before each kernel.
-    """
-    with listing() as functions:
-        calls = bind()
-    compile_all(calls, functions, progress)
 
 
 @contextlib.contextmanager
@@ -251,53 +234,55 @@ def is_listing():
     return getattr(_listing, "functions", None) is not None
 
 
-class _Wanted(NamedTuple):
+class Wanted(NamedTuple):
     """A function to compile for one signature."""
-    function: object
+    name: str
+    module: str             # where it is found by its name, so that another process can compile it
     signature: object
-    cache: KernelCache
-    load: object        # called, it loads the code, or compiles it if it is not in the cache
-
-    @property
-    def name(self):
-        return self.function.__name__
+    holds: object           # called, it says whether the cache has the code
+    compile: object         # called, it compiles the function, or loads it from the cache
+    size: int               # about how much there is to compile
 
 
-def compile_all(calls, functions, progress=None):
-    """Compile, or load, `functions` and the kernels that `calls` need.
+def compile_all(wanted, progress=None):
+    """Compile, or load, all that is Wanted.
 
-    calls: pairs of a kernel and its arguments; none is run, and kernels with equal argument types are compiled once. Several processes
-    compile what is not in the cache. progress(done, total, name) is called before each.
+    Several processes compile what is not in the cache. progress(done, total, name) is called before each.
     """
-    wanted = {f: _Wanted(f.function, f.signature, f.cache, lambda f=f: f.address) for f in functions}
-    for kernel, args in calls:
-        signature = tuple(numba.typeof(a) for a in args)
-        load = functools.partial(kernel.compile, signature)
-        wanted[kernel, signature] = _Wanted(kernel.py_func, signature, kernel._cache, load)
-    missing = [w for w in wanted.values() if not w.cache.holds(w.signature)]
+    missing = [w for w in wanted if not w.holds()]
     n_here = len(wanted) - len(missing)
     report = counted(progress, len(wanted), n_here)
 
     with interrupts_held() as check, collecting_paused():
         compile_jobs(_jobs(missing), FOLDER, numba.config.NUMBA_NUM_THREADS, report, check)
-        for done, w in enumerate(wanted.values()):
+        for done, w in enumerate(wanted):
             check()
             report(done - n_here, w.name)
-            w.load()
-    warn_of_workqueue()
+            w.compile()
     report(len(missing), "")
+
+
+def wanted_function(function):
+    """A function by address as Wanted."""
+    f = function.function
+    return Wanted(f.__name__, f.__module__, function.signature, lambda: function.cache.holds(function.signature), function.compile,
+                  code_size(f))
+
+
+def wanted_kernel(kernel, *signature):
+    """A kernel for one signature as Wanted."""
+    f = kernel.py_func
+    return Wanted(f.__name__, f.__module__, signature, lambda: kernel._cache.holds(signature), lambda: kernel.compile(signature),
+                  code_size(f))
 
 
 def _jobs(missing):
     """Jobs for what is missing, one a function that a process can import."""
     jobs = {}
     for w in missing:
-        module, name = w.function.__module__, w.function.__qualname__
-        found = getattr(sys.modules[module], name, None)
-        if w.function in (found, getattr(found, "py_func", None)):
-            jobs.setdefault((module, name), []).append(w)
-    return [Job(name, sum(_size(w.function) for w in some), __name__, "compile_named",
-                pickle.dumps((module, name, [w.signature for w in some])))
+        if getattr(sys.modules[w.module], w.name, None) is not None:
+            jobs.setdefault((w.module, w.name), []).append(w)
+    return [Job(name, sum(w.size for w in some), __name__, "compile_named", pickle.dumps((module, name, [w.signature for w in some])))
             for (module, name), some in jobs.items()]
 
 
@@ -305,17 +290,17 @@ def compile_named(module, name, signatures):
     """Compile what a Job asks for into the cache."""
     function = getattr(importlib.import_module(module), name)
     for signature in signatures:
-        if isinstance(function, registry.CPUDispatcher):
+        if hasattr(function, "compile"):        # a kernel or an op
             function.compile(signature)
         else:
-            _ByAddress(function, *signature.args).address
+            ByAddress(function, *signature.args).compile()
 
 
-def _size(function, seen=None):
+def code_size(function, seen=None):
     """How much there is to compile: bytes of its code and of all that it calls."""
     seen = set() if seen is None else seen
     if function in seen:
         return 0
     seen.add(function)
     called = (getattr(function.__globals__.get(name), "py_func", None) for name in function.__code__.co_names)
-    return len(function.__code__.co_code) + sum(_size(f, seen) for f in called if f)
+    return len(function.__code__.co_code) + sum(code_size(f, seen) for f in called if f)

@@ -19,6 +19,7 @@ class AttendJob(NamedTuple):
     out[t, h] = softmax(scale q[t, h] . key + mask) value over keys key_start to key_ends[t]. A key is a row of the cache; its first n_v
     values are the value. With indices, key s is the row indices[s].
     """
+    thread: int         # whose scratch memory the kernel may use
     out: int            # float32 [n_tokens, n_head, n_v]
     out_token: int      # stride of a token in out
     out_head: int       # stride of a head in out
@@ -46,6 +47,7 @@ class HeadJob(NamedTuple):
 
     out[t] = softmax(scale q[t] . (k_b^T latent, rotated)) (v_b latent) over the latents before key_ends[t].
     """
+    thread: int         # whose scratch memory the kernel may use
     out: int            # float32 [n_tokens, n_v]
     out_token: int      # stride of a token in out
     q: int              # float32 [n_tokens, n_nope + n_rot]
@@ -77,6 +79,7 @@ class ScoreJob(NamedTuple):
     out[t][s] = scale sum_h w[t][h] relu(q[t][h] . key s). Scores may be written up to a multiple of 16 keys; those beyond `last` have no
     meaning.
     """
+    thread: int         # whose scratch memory the kernel may use
     out: int            # float32 [n_tokens, n_kv]
     out_token: int      # stride of a token in out
     q: int              # float32 [n_tokens, n_head, width]
@@ -99,8 +102,9 @@ class ScoreJob(NamedTuple):
 class MatmulJob(NamedTuple):
     """A product of rows of weights with packed tokens.
 
-    out_at[t][r] = row r . token t.
+    out_at[t][r] = row r . token first + t.
     """
+    thread: int         # whose scratch memory the kernel may use
     unpack: int         # function of the weights' type: unpack, or dequantize if it is not quantized
     block: int          # elements of a block
     block_bytes: int
@@ -111,7 +115,9 @@ class MatmulJob(NamedTuple):
     row_bytes: int      # stride of a row
     n_in: int           # elements of a row
     x: int              # tokens, packed by pack
-    n_tokens: int
+    n_packed: int       # how many tokens are packed
+    first: int          # the first token to multiply, a multiple of 16
+    n_tokens: int       # how many to multiply
     out_at: int         # int64 [n_tokens], the address of each token's output, float32 [n_rows]
 
 

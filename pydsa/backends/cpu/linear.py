@@ -4,30 +4,31 @@ For a few tokens (gemv), quantized weights are multiplied block by block as stor
 (gemm), and for other weights, a pair of functions of a Weight is called: `pack` packs activations, `matmul` multiplies unpacked tiles of
 rows with them. They are those of f32/linear.py, of int16/linear.py, or with AMX of int8x2/linear.py.
 """
-import numpy as np
-from numba import prange
-
 from pydsa.backends.cpu import amx
-from pydsa.backends.cpu.arrays import address
+from pydsa.backends.cpu.arrays import address, align
 from pydsa.backends.cpu.blocks.block import SUPERBLOCK
-from pydsa.backends.cpu.jit import call_intp_function, inner, kernel
+from pydsa.backends.cpu.jit import call_intp_function, inner
 from pydsa.backends.cpu.jobs import MatmulJob, call_kernel
-from pydsa.backends.cpu.scratch import caller_scratch
-from pydsa.backends.cpu.threads import n_threads
+from pydsa.backends.cpu.op import Stage, op
+from pydsa.backends.cpu.scratch import task_scratch
+from pydsa.backends.cpu.simd import store
 
 
 MAX_TASK_ROWS = 256 if amx.HERE else 128        # the most rows of a task of gemm: activations are fetched once for all of them
+MIN_TASK_ROWS = 32              # the fewest, if there are many threads
+MIN_TASK_TOKENS = 128           # the fewest tokens of a task of gemm, if there are still more threads: rows are unpacked for each task
+TASK_BYTES, MIN_TASK_BYTES = 1 << 16, 1 << 14       # of weights that a task reads for a few tokens; with many threads
 GEMV_TOKENS = 3                 # the most tokens for which blocks are not unpacked
-GEMV_ROWS = 16               # rows over which these tokens take turns, within a first-level cache
+GEMV_ROWS = 16               # rows over which these tokens take turns, within a first-level cache; and a cache line of results
 PANEL_TOKENS = 16              # tokens that are packed at a time, a panel
+PIECE = 4096                    # activations that are rounded at a time, a multiple of 256
 
 
 @inner
-def addresses(first, stride, n):
-    """Return first, first + stride, ...: the addresses of n rows."""
-    at = np.empty(n, np.int64)
+def put_addresses(at, first, stride, n):
+    """Store first, first + stride, ..., the addresses of n rows; return `at`."""
     for i in range(n):
-        at[i] = first + i * stride
+        store(at, 8 * i, first + i * stride)
     return at
 
 
@@ -51,17 +52,30 @@ def panel_bytes(w, n_in):
 
 @inner
 def rounded_bytes(n_in):
-    """Count the bytes of a token rounded by round_input."""
+    """Count the bytes of a token rounded by round_piece."""
     return (n_in + 255) // 256 * SUPERBLOCK
 
 
 @inner
-def round_input(w, x, n_in, out):
-    """Round a token's n_in activations at the address x to superblocks.
+def packed_bytes(w, n_tokens, n_in):
+    """Count the bytes of n_tokens tokens, rounded for gemv or packed for gemm."""
+    return n_tokens * rounded_bytes(n_in) if uses_gemv(w, n_tokens) else count_panels(n_tokens) * panel_bytes(w, n_in)
 
-    They are permuted to the order in which w's blocks are multiplied.
+
+@inner
+def count_pieces(n_in):
+    """Count the pieces in which a token is rounded."""
+    return (n_in + PIECE - 1) // PIECE
+
+
+@inner
+def round_piece(w, x, n_in, piece, out):
+    """Round a piece of a token's n_in activations at the address x.
+
+    They become superblocks, permuted to the order in which w's blocks are multiplied.
     """
-    call_intp_function(w.round_row, (x, n_in, w.order, out, SUPERBLOCK))
+    first = piece * PIECE
+    call_intp_function(w.round_row, (x + 4 * first, min(PIECE, n_in - first), w.order, out + first // 256 * SUPERBLOCK, SUPERBLOCK))
 
 
 @inner
@@ -79,88 +93,171 @@ def gemv_rows(w, rows, n_rows, n_in, x, n_tokens, out, out_stride):
 
 
 @inner
-def pack(w, x_at, panel, n_tokens, n_in, out):
+def pack_panel(w, x_at, panel, n_tokens, n_in, out):
     """Pack a panel of n_tokens tokens.
 
-    x_at holds the addresses of their activations.
+    x_at: where the addresses of their activations are.
     """
     call_intp_function(w.pack, (x_at, panel * PANEL_TOKENS, n_tokens, n_in, out))
 
 
 @inner
-def gemm_rows(w, rows, n_rows, n_in, x, n_tokens, out_at):
-    """Compute out_at[t][r] = row r . token t, for packed tokens at x.
+def gemm_rows(w, rows, n_rows, n_in, x, n_packed, first, n_tokens, out_at, thread):
+    """Compute out[t][r] = row r . token t, for tokens from `first` on.
 
-    out_at: an int64 array of addresses.
+    x: n_packed packed tokens. out_at: where the addresses of the outputs of the n_tokens tokens are.
     """
     call_kernel(w.matmul, MatmulJob(
-        unpack=w.unpack, block=w.block, block_bytes=w.block_bytes, mins=w.mins, bits=w.bits,
-        rows=rows, n_rows=n_rows, row_bytes=n_in // w.block * w.block_bytes, n_in=n_in, x=x, n_tokens=n_tokens, out_at=address(out_at)))
+        thread=thread, unpack=w.unpack, block=w.block, block_bytes=w.block_bytes, mins=w.mins, bits=w.bits,
+        rows=rows, n_rows=n_rows, row_bytes=n_in // w.block * w.block_bytes, n_in=n_in,
+        x=x, n_packed=n_packed, first=first, n_tokens=n_tokens, out_at=out_at))
 
 
 @inner
-def rows_per_task(n_rows, gemv):
-    """Count the rows of a task, the same for each.
+def gemv_task_rows(n_rows, row_bytes, n_threads):
+    """Count the rows of a task for a few tokens, a multiple of GEMV_ROWS.
 
-    For a few tokens: a thread's share of all rows, which it reads in one stretch.
+    row_bytes: of all that is read for a row. With many threads tasks are smaller, so that each has some.
     """
-    share = (n_rows + n_threads() - 1) // n_threads()
-    if gemv:
-        return max(4, share)
-    turns = (share + MAX_TASK_ROWS - 1) // MAX_TASK_ROWS
-    return ((share + turns - 1) // turns + 15) // 16 * 16
+    wanted = min(TASK_BYTES, max(MIN_TASK_BYTES, n_rows * row_bytes // (4 * n_threads)))
+    return max(1, wanted // (GEMV_ROWS * row_bytes)) * GEMV_ROWS
 
 
-@kernel(parallel=True)
-def linear(out, w, x):
-    n_out, row_bytes = w.data.shape
-    n_tokens, n_in = x.shape
-    gemv = uses_gemv(w, n_tokens)
-    scratch = caller_scratch(n_tokens * rounded_bytes(n_in) if gemv else count_panels(n_tokens) * panel_bytes(w, n_in))
-    x_at = addresses(address(x), x.strides[0], n_tokens)
-    if gemv:
-        for t in range(n_tokens):
-            round_input(w, x_at[t], n_in, scratch + t * rounded_bytes(n_in))
-    else:
-        for panel in prange(count_panels(n_tokens)):
-            pack(w, address(x_at), panel, n_tokens, n_in, scratch)
-    size = rows_per_task(n_out, gemv)
-    for task in prange((n_out + size - 1) // size):
-        r = task * size
-        rows, n = address(w.data) + r * row_bytes, min(size, n_out - r)
-        if gemv:
-            gemv_rows(w, rows, n, n_in, scratch, n_tokens, address(out) + 4 * r, out.strides[0])
-        else:
-            gemm_rows(w, rows, n, n_in, scratch, n_tokens, addresses(address(out) + 4 * r, out.strides[0], n_tokens))
+@inner
+def gemm_task_rows(n_rows, n_others, n_threads):
+    """Count the rows of a task of gemm; all have n_others matrices like this one."""
+    size = MAX_TASK_ROWS
+    while size > MIN_TASK_ROWS and (n_rows + size - 1) // size * n_others < 4 * n_threads:
+        size //= 2
+    return size
 
 
-@kernel(parallel=True)
-def head_linear(out, w, x):
-    n_head, n_out, row_bytes = w.data.shape
-    n_tokens, n_in = x.shape[0], x.shape[2]
-    gemv, panels = uses_gemv(w, n_tokens), count_panels(n_tokens)
-    head_bytes = n_tokens * rounded_bytes(n_in) if gemv else panels * panel_bytes(w, n_in)
-    scratch = caller_scratch(n_head * head_bytes)
-    x_at = np.empty((n_head, n_tokens), np.int64)
-    for h in range(n_head):
-        for t in range(n_tokens):
-            x_at[h, t] = address(x) + h * x.strides[1] + t * x.strides[0]
-    size = rows_per_task(n_out, gemv)
-    if n_head >= n_threads():
-        size = n_out if gemv else min(n_out, MAX_TASK_ROWS)
+@inner
+def gemm_task_tokens(n_tokens, n_tasks, n_threads):
+    """Count the tokens of a task of gemm, a multiple of 16.
+
+    All, unless there are too few tasks of all tokens.
+    """
+    splits = max(1, min(n_tokens // MIN_TASK_TOKENS, 2 * n_threads // n_tasks))
+    return (n_tokens + PANEL_TOKENS * splits - 1) // (PANEL_TOKENS * splits) * PANEL_TOKENS
+
+
+# An op's scratch memory: the addresses of all rows of activations, then their packed forms. There may be several matrices, heads, each with
+# activations of its own.
+
+@inner
+def addresses_bytes(n):
+    """Count the bytes of n addresses."""
+    return align(8 * n)
+
+
+@inner
+def begin_packing(w, n_head, n_tokens, n_in):
+    """Count the tasks of pack_tokens."""
+    if uses_gemv(w, n_tokens):
+        rows = max(1, PIECE // n_in)
+        return (n_head * n_tokens + rows - 1) // rows * count_pieces(n_in)
+    return n_head * count_panels(n_tokens)
+
+
+@inner
+def pack_tokens(w, x, token_stride, head_stride, n_head, n_tokens, n_in, task):
+    """Round or pack some tokens: activations at x, with these strides."""
+    x_at, packed = task.scratch, task.scratch + addresses_bytes(n_head * n_tokens)
+    if uses_gemv(w, n_tokens):
+        pieces, rows = count_pieces(n_in), max(1, PIECE // n_in)
+        first = task.index // pieces * rows
+        for i in range(first, min(first + rows, n_head * n_tokens)):
+            source = x + i // n_tokens * head_stride + i % n_tokens * token_stride
+            round_piece(w, source, n_in, task.index % pieces, packed + i * rounded_bytes(n_in))
+        return
+    panels = count_panels(n_tokens)
+    h, panel = task.index // panels, task.index % panels
+    first, at = panel * PANEL_TOKENS, x_at + 8 * h * n_tokens
+    put_addresses(at + 8 * first, x + h * head_stride + first * token_stride, token_stride, min(PANEL_TOKENS, n_tokens - first))
+    pack_panel(w, at, panel, n_tokens, n_in, packed + h * packed_bytes(w, n_tokens, n_in))
+
+
+@inner
+def task_sizes(w, n_head, n_out, row_bytes, n_tokens, n_threads):
+    """Return the rows and the tokens of a task of multiply_rows."""
+    if n_tokens <= GEMV_TOKENS:
+        return min(n_out, gemv_task_rows(n_out, row_bytes, n_threads)), n_tokens
+    rows = min(n_out, gemm_task_rows(n_out, n_head, n_threads))
+    return rows, gemm_task_tokens(n_tokens, (n_out + rows - 1) // rows * n_head, n_threads)
+
+
+@inner
+def begin_rows(w, n_head, n_out, row_bytes, n_tokens, task):
+    """Count the tasks of multiply_rows."""
+    rows, tokens = task_sizes(w, n_head, n_out, row_bytes, n_tokens, task.n_threads)
+    return n_head * ((n_out + rows - 1) // rows) * ((n_tokens + tokens - 1) // tokens)
+
+
+@inner
+def multiply_rows(w, n_head, n_out, row_bytes, n_tokens, n_in, out, token_stride, head_stride, task):
+    """Multiply some rows with some tokens."""
+    size, tokens = task_sizes(w, n_head, n_out, row_bytes, n_tokens, task.n_threads)
     groups = (n_out + size - 1) // size
-    if gemv:
-        for i in range(n_head * n_tokens):
-            round_input(w, x_at[i // n_tokens, i % n_tokens], n_in, scratch + i * rounded_bytes(n_in))
-    else:
-        for i in prange(n_head * panels):
-            h = i // panels
-            pack(w, address(x_at[h]), i % panels, n_tokens, n_in, scratch + h * head_bytes)
-    for task in prange(n_head * groups):
-        h, r = task // groups, task % groups * size
-        rows, n = address(w.data) + (h * n_out + r) * row_bytes, min(size, n_out - r)
-        target = address(out) + h * out.strides[1] + 4 * r
-        if gemv:
-            gemv_rows(w, rows, n, n_in, scratch + h * head_bytes, n_tokens, target, out.strides[0])
-        else:
-            gemm_rows(w, rows, n, n_in, scratch + h * head_bytes, n_tokens, addresses(target, out.strides[0], n_tokens))
+    h, r, first = task.index // groups % n_head, task.index % groups * size, task.index // (groups * n_head) * tokens
+    rows, n = address(w.data) + (h * n_out + r) * row_bytes, min(size, n_out - r)
+    x = task.scratch + addresses_bytes(n_head * n_tokens) + h * packed_bytes(w, n_tokens, n_in)
+    target = out + h * head_stride + 4 * r
+    if uses_gemv(w, n_tokens):
+        gemv_rows(w, rows, n, n_in, x, n_tokens, target, token_stride)
+        return
+    tokens = min(tokens, n_tokens - first)
+    out_at = put_addresses(task_scratch(task.thread, 8 * tokens), target + first * token_stride, token_stride, tokens)
+    gemm_rows(w, rows, n, n_in, x, n_tokens, first, tokens, out_at, task.thread)
+
+
+@inner
+def begin_linear(out, w, x, task):
+    return begin_packing(w, 1, x.shape[0], x.shape[1])
+
+
+@inner
+def pack_linear(out, w, x, task):
+    pack_tokens(w, address(x), x.strides[0], 0, 1, x.shape[0], x.shape[1], task)
+
+
+@inner
+def begin_linear_rows(out, w, x, task):
+    return begin_rows(w, 1, w.data.shape[0], w.data.shape[1], x.shape[0], task)
+
+
+@inner
+def multiply_linear(out, w, x, task):
+    multiply_rows(w, 1, w.data.shape[0], w.data.shape[1], x.shape[0], x.shape[1], address(out), out.strides[0], 0, task)
+
+
+@op(Stage(begin_linear, pack_linear), Stage(begin_linear_rows, multiply_linear))
+def linear(out, w, x):
+    return addresses_bytes(len(x)) + packed_bytes(w, *x.shape)
+
+
+@inner
+def begin_heads(out, w, x, task):
+    return begin_packing(w, x.shape[1], x.shape[0], x.shape[2])
+
+
+@inner
+def pack_heads(out, w, x, task):
+    pack_tokens(w, address(x), x.strides[0], x.strides[1], x.shape[1], x.shape[0], x.shape[2], task)
+
+
+@inner
+def begin_head_rows(out, w, x, task):
+    return begin_rows(w, x.shape[1], w.data.shape[1], w.data.shape[2], x.shape[0], task)
+
+
+@inner
+def multiply_heads(out, w, x, task):
+    n_head, n_out, row_bytes = w.data.shape
+    multiply_rows(w, n_head, n_out, row_bytes, x.shape[0], x.shape[2], address(out), out.strides[0], out.strides[1], task)
+
+
+@op(Stage(begin_heads, pack_heads), Stage(begin_head_rows, multiply_heads))
+def head_linear(out, w, x):
+    n_tokens, n_head, n_in = x.shape
+    return addresses_bytes(n_head * n_tokens) + n_head * packed_bytes(w, n_tokens, n_in)

@@ -1,241 +1,379 @@
-"""Mixture of experts: the router, and the feed-forward networks.
+"""The feed-forward networks of a mixture of experts.
 
-Tokens are grouped by expert.
+Tokens are grouped by expert, so that each expert's weights are read once.
 """
+from typing import NamedTuple
+
 import numpy as np
-from numba import prange
 
-from pydsa.backends.cpu.arrays import address, contiguous
-from pydsa.backends.cpu.jit import inner, kernel
-from pydsa.backends.cpu.linear import (MAX_TASK_ROWS, addresses, count_panels, gemm_rows, gemv_rows, pack, panel_bytes, round_input,
-                                       rounded_bytes, rows_per_task, uses_gemv)
+from pydsa.backends.cpu.arrays import address, align, contiguous, floats_at, ints_at
+from pydsa.backends.cpu.jit import inner
+from pydsa.backends.cpu.linear import (GEMV_ROWS, GEMV_TOKENS, MAX_TASK_ROWS, count_panels, count_pieces, gemm_rows, gemm_task_rows,
+                                       gemv_rows, gemv_task_rows, pack_panel, panel_bytes, put_addresses, round_piece, rounded_bytes,
+                                       uses_gemv)
 from pydsa.backends.cpu.norm import silu_mul_row
-from pydsa.backends.cpu.rows import put
-from pydsa.backends.cpu.scratch import caller_scratch, mark_nan
-from pydsa.backends.cpu.threads import n_threads
+from pydsa.backends.cpu.op import Stage, op
+from pydsa.backends.cpu.scratch import task_scratch
+from pydsa.backends.cpu.simd import i64_at, store
+
+BLOCKS, BLOCK_TOKENS = 16, 64       # the most blocks of tokens that are counted at a time, and the fewest tokens of one
 
 
-@inner
-def softmax(p):
-    """Compute p = softmax(p), in place."""
-    put(p, np.exp(p - p.max()))
-    p /= p.sum()
+class Groups(NamedTuple):
+    """(token, slot) pairs by expert, views of an op's scratch memory, int64.
 
-
-@inner
-def drop_groups(s, n_group, n_group_used):
-    """Set the scores of experts outside the best groups to -inf.
-
-    A group's score is the sum of its two largest; ties go to the first group.
+    A pair is token * n_used + slot.
     """
-    size = s.size // n_group
-    score = np.empty(n_group, np.float32)
-    for g in range(n_group):
-        first, second = np.float32(-np.inf), np.float32(-np.inf)
-        for e in range(g * size, (g + 1) * size):
-            if s[e] > first:
-                first, second = s[e], first
-            elif s[e] > second:
-                second = s[e]
-        score[g] = first + second if size > 1 else first
-    for _ in range(n_group - n_group_used):
-        worst = n_group - 1
-        for g in range(n_group - 1, -1, -1):
-            if score[g] < score[worst]:
-                worst = g
-        score[worst] = np.inf
-        s[worst * size:(worst + 1) * size] = -np.inf
-
-
-@kernel
-def moe_route(ids, weights, logits, bias, gating, n_group, n_group_used, norm, scale):
-    n_expert, n_used = logits.shape[1], ids.shape[1]
-    p, s = np.empty(n_expert, np.float32), np.empty(n_expert, np.float32)
-    for t in range(ids.shape[0]):
-        put(p, logits[t])
-        if gating == 2:
-            put(p, 1 / (1 + np.exp(-p)))
-        elif gating == 1:
-            softmax(p)
-        put(s, p + bias)
-        total = np.float32(0)       # of all experts: those that are not chosen would hide it
-        for e in range(n_expert):
-            total += logits[t, e] + s[e]
-        if not abs(total) < np.float32(np.inf):
-            mark_nan()
-        if n_group > 1:
-            drop_groups(s, n_group, n_group_used)
-        for i in range(n_used):
-            best = np.argmax(s)
-            ids[t, i], weights[t, i] = best, p[best]
-            s[best] = -np.inf
-        row = weights[t]
-        if gating == 3:
-            softmax(row)
-        if norm:
-            row /= max(row.sum(), np.float32(6.103515625e-5))
-        row *= scale
+    pairs: np.ndarray       # [n_tokens * n_used], those of expert 0 first
+    start: np.ndarray       # [n_expert + 1], where each expert's pairs start
+    busy: np.ndarray        # [n_expert + 1], how many experts have pairs, and which
+    firsts: np.ndarray      # [n_expert + 1], the index of each busy expert's first panel of tokens, and the number of all panels
+    rows: np.ndarray        # [n_tokens * n_used], the addresses of the pairs' activations
+    counts: np.ndarray      # [blocks * n_expert], where the pairs of each block of tokens start
+    end: int                # the address behind them
 
 
 @inner
-def by_expert(ids, n_expert):
-    """Sort the (token, slot) pairs by expert.
-
-    Returns the pairs, the start of each expert's pairs, and the experts that have any.
-    """
-    start = np.zeros(n_expert + 1, np.int64)
-    for t in range(ids.shape[0]):
-        for i in range(ids.shape[1]):
-            start[ids[t, i] + 1] += 1
-    busy = np.flatnonzero(start[1:])
-    start = np.cumsum(start)
-    pairs, fill = np.empty(ids.size, np.int64), start.copy()
-    for t in range(ids.shape[0]):
-        for i in range(ids.shape[1]):
-            pairs[fill[ids[t, i]]] = t * ids.shape[1] + i
-            fill[ids[t, i]] += 1
-    return pairs, start, busy
+def groups_of(ids, n_expert, at):
+    """View the Groups at an address."""
+    n, blocks = ids.size, count_blocks(len(ids))
+    start = at + align(8 * n)
+    busy = start + align(8 * (n_expert + 1))
+    firsts = busy + align(8 * (n_expert + 1))
+    rows = firsts + align(8 * (n_expert + 1))
+    counts = rows + align(8 * n)
+    return Groups(ints_at(at, n), ints_at(start, n_expert + 1), ints_at(busy, n_expert + 1), ints_at(firsts, n_expert + 1),
+                  ints_at(rows, n), ints_at(counts, blocks * n_expert), counts + align(8 * blocks * n_expert))
 
 
 @inner
-def first_panels(start, busy):
-    """Return the index of each busy expert's first panel of tokens.
-
-    The last element is the number of all panels.
-    """
-    firsts = np.zeros(busy.size + 1, np.int64)
-    for i in range(busy.size):
-        firsts[i + 1] = firsts[i] + count_panels(start[busy[i] + 1] - start[busy[i]])
-    return firsts
+def groups_bytes(n_tokens, n_used, n_expert):
+    """Count the bytes of Groups."""
+    return 2 * align(8 * n_tokens * n_used) + 3 * align(8 * (n_expert + 1)) + align(8 * count_blocks(n_tokens) * n_expert)
 
 
 @inner
-def pack_pairs(w, x_at, start, busy, firsts, panel, n_in, scratch):
-    """Pack one panel: tokens of one expert.
-
-    x_at [n_pairs]: the addresses of their activations.
-    """
-    i = np.searchsorted(firsts, panel, side="right") - 1
-    first, last = start[busy[i]], start[busy[i] + 1]
-    pack(w, address(x_at[first:]), panel - firsts[i], last - first, n_in, scratch + firsts[i] * panel_bytes(w, n_in))
+def count_blocks(n_tokens):
+    """Count the blocks of tokens; their number has a limit, as one thread sums them."""
+    return max(1, min(BLOCKS, n_tokens // BLOCK_TOKENS))
 
 
 @inner
-def expert_rows(w, expert, r, n, n_in, gemv, rows_at, x, out_at):
-    """Compute out_at[i] = rows r to r + n of an expert times its i-th token.
+def pairs_of(block, n_tokens, n_used):
+    """Return the range of a block's pairs."""
+    size = (n_tokens + count_blocks(n_tokens) - 1) // count_blocks(n_tokens)
+    return range(min(block * size, n_tokens) * n_used, min(block * size + size, n_tokens) * n_used)
 
-    With gemv, token i is rounded at rows_at[i]; else tokens are packed at x.
+
+@inner
+def count_pairs(ids, n_expert, task):
+    """Count each expert's pairs in a block of tokens."""
+    counts = groups_of(ids, n_expert, task.scratch).counts[task.index * n_expert:(task.index + 1) * n_expert]
+    for e in range(n_expert):
+        counts[e] = 0
+    for pair in pairs_of(task.index, *ids.shape):
+        counts[ids[pair // ids.shape[1], pair % ids.shape[1]]] += 1
+
+
+@inner
+def begin_sorting(ids, n_expert, task):
+    """Sum the counts; return the number of blocks."""
+    groups, blocks, at, n_busy, panels = groups_of(ids, n_expert, task.scratch), count_blocks(len(ids)), 0, 0, 0
+    for e in range(n_expert):
+        groups.start[e] = at
+        for block in range(blocks):
+            n = groups.counts[block * n_expert + e]
+            groups.counts[block * n_expert + e] = at
+            at += n
+        if at > groups.start[e]:
+            groups.firsts[n_busy] = panels
+            n_busy += 1
+            groups.busy[n_busy] = e
+            panels += count_panels(at - groups.start[e])
+    groups.start[n_expert], groups.busy[0], groups.firsts[n_busy] = at, n_busy, panels
+    return blocks
+
+
+@inner
+def sort_pairs(ids, n_expert, x, token_stride, slot_stride, task):
+    """Sort a block's pairs by expert, and note where their activations are."""
+    groups, n_used = groups_of(ids, n_expert, task.scratch), ids.shape[1]
+    for pair in pairs_of(task.index, *ids.shape):
+        e = ids[pair // n_used, pair % n_used]
+        at = groups.counts[task.index * n_expert + e]
+        groups.pairs[at], groups.rows[at] = pair, x + pair // n_used * token_stride + pair % n_used * slot_stride
+        groups.counts[task.index * n_expert + e] = at + 1
+
+
+@inner
+def count_packing(w, groups, n_rows, n_tokens, n_in):
+    """Count the tasks of pack_some: n_rows rows are rounded, or all panels packed."""
+    return n_rows * count_pieces(n_in) if uses_gemv(w, n_tokens) else groups.firsts[groups.busy[0]]
+
+
+@inner
+def pack_some(w, groups, n_tokens, n_in, x, row_stride, index, packed):
+    """Round a piece of a row of x, or pack a panel: tokens of one expert."""
+    if uses_gemv(w, n_tokens):
+        row = index // count_pieces(n_in)
+        round_piece(w, x + row * row_stride, n_in, index % count_pieces(n_in), packed + row * rounded_bytes(n_in))
+        return
+    i = np.searchsorted(groups.firsts[:groups.busy[0] + 1], index, side="right") - 1
+    e = groups.busy[1 + i]
+    first, last = groups.start[e], groups.start[e + 1]
+    pack_panel(w, address(groups.rows) + 8 * first, index - groups.firsts[i], last - first, n_in,
+               packed + groups.firsts[i] * panel_bytes(w, n_in))
+
+
+@inner
+def most_packed_bytes(w, n_rows, n_pairs, n_tokens, n_expert, n_in):
+    """Count the bytes of n_rows rounded rows, or of all panels, at most."""
+    if uses_gemv(w, n_tokens):
+        return n_rows * rounded_bytes(n_in)
+    return min(n_pairs, n_pairs // 16 + n_expert) * panel_bytes(w, n_in)
+
+
+@inner
+def expert_rows(w, groups, i, r, n, n_in, n_tokens, packed, slots, out_at, thread):
+    """Compute rows r to r + n of the i-th busy expert times its tokens.
+
+    out_at: where the addresses of the outputs are. packed: rounded rows, of which a pair's is pair // slots, or panels.
     """
-    rows = address(w.data) + expert * w.data.strides[0] + r * w.data.shape[2]      # gate and up may be halves of one tensor
-    if gemv:
-        for i in range(out_at.size):
-            gemv_rows(w, rows, n, n_in, rows_at[i], 1, out_at[i], 0)
+    e = groups.busy[1 + i]
+    rows = address(w.data) + e * w.data.strides[0] + r * w.data.shape[2]      # gate and up may be halves of one tensor
+    first, n_pairs = groups.start[e], groups.start[e + 1] - groups.start[e]
+    if uses_gemv(w, n_tokens):
+        for k in range(n_pairs):
+            gemv_rows(w, rows, n, n_in, packed + groups.pairs[first + k] // slots * rounded_bytes(n_in), 1, i64_at(out_at, 8 * k), 0)
     else:
-        gemm_rows(w, rows, n, n_in, x, out_at.size, out_at)
+        gemm_rows(w, rows, n, n_in, packed + groups.firsts[i] * panel_bytes(w, n_in), n_pairs, 0, n_pairs, out_at, thread)
 
 
-@kernel(parallel=True)
+@inner
+def task_rows(w, n_out, n_busy, n_tokens, n_threads):
+    """Count the rows of a task, the same for all experts."""
+    if n_tokens <= GEMV_TOKENS:
+        return min(n_out, gemv_task_rows(n_out * n_busy, w.data.shape[2], n_threads))
+    return min(n_out, gemm_task_rows(n_out, n_busy, n_threads))
+
+
+@inner
+def begin_counting(out, x, ids, *others):
+    """Begin a stage that counts the experts' pairs."""
+    return count_blocks(len(ids))
+
+
+# Gate and up, of x [n_tokens, n_in]
+
+@inner
+def count_for_gate(out, x, ids, gate, up, task):
+    count_pairs(ids, len(gate.data), task)
+
+
+@inner
+def begin_sorting_for_gate(out, x, ids, gate, up, task):
+    return begin_sorting(ids, len(gate.data), task)
+
+
+@inner
+def sort_for_gate(out, x, ids, gate, up, task):
+    sort_pairs(ids, len(gate.data), address(x), x.strides[0], 0, task)
+
+
+@inner
+def packed_alike(gate, up):
+    """Whether both take activations in the same form."""
+    return gate.pack == up.pack and gate.order == up.order
+
+
+@inner
+def packed_for(x, ids, gate, up, scratch):
+    """Return the Groups, and where activations are packed for gate and for up."""
+    groups, n_tokens, n_in = groups_of(ids, len(gate.data), scratch), x.shape[0], x.shape[1]
+    for_up = groups.end
+    if not packed_alike(gate, up):
+        for_up += align(most_packed_bytes(gate, n_tokens, ids.size, n_tokens, len(gate.data), n_in))
+    return groups, groups.end, for_up
+
+
+@inner
+def begin_packing_for_gate(out, x, ids, gate, up, task):
+    groups, n_tokens, n_in = groups_of(ids, len(gate.data), task.scratch), x.shape[0], x.shape[1]
+    n = count_packing(gate, groups, n_tokens, n_tokens, n_in)
+    return n if packed_alike(gate, up) else n + count_packing(up, groups, n_tokens, n_tokens, n_in)
+
+
+@inner
+def pack_for_gate(out, x, ids, gate, up, task):
+    groups, for_gate, for_up = packed_for(x, ids, gate, up, task.scratch)
+    n = count_packing(gate, groups, x.shape[0], x.shape[0], x.shape[1])
+    w, packed, index = (gate, for_gate, task.index) if task.index < n else (up, for_up, task.index - n)
+    pack_some(w, groups, x.shape[0], x.shape[1], address(x), x.strides[0], index, packed)
+
+
+@inner
+def begin_gate_up_rows(out, x, ids, gate, up, task):
+    n_busy, n_ff = groups_of(ids, len(gate.data), task.scratch).busy[0], gate.data.shape[1]
+    size = task_rows(gate, n_ff, n_busy, len(x), task.n_threads)
+    return n_busy * ((n_ff + size - 1) // size)
+
+
+@inner
+def multiply_gate_up(out, x, ids, gate, up, task):
+    groups, for_gate, for_up = packed_for(x, ids, gate, up, task.scratch)
+    n_busy, n_ff, n_tokens, n_in, n_used = groups.busy[0], gate.data.shape[1], x.shape[0], x.shape[1], ids.shape[1]
+    size = task_rows(gate, n_ff, n_busy, n_tokens, task.n_threads)
+    i, r = task.index % n_busy, task.index // n_busy * size
+    n, e = min(size, n_ff - r), groups.busy[1 + i]
+    first, n_pairs = groups.start[e], groups.start[e + 1] - groups.start[e]
+    out_at = task_scratch(task.thread, align(8 * n_pairs) + 4 * n * n_pairs)
+    ups = out_at + align(8 * n_pairs)
+    put_addresses(out_at, ups, 4 * n, n_pairs)
+    expert_rows(up, groups, i, r, n, n_in, n_tokens, for_up, n_used, out_at, task.thread)
+    for k in range(n_pairs):
+        store(out_at, 8 * k, address(out) + groups.pairs[first + k] * out.strides[1] + 4 * r)
+    expert_rows(gate, groups, i, r, n, n_in, n_tokens, for_gate, n_used, out_at, task.thread)
+    for k in range(n_pairs):
+        hidden = floats_at(i64_at(out_at, 8 * k), 1, n)[0]
+        silu_mul_row(hidden, hidden, floats_at(ups + 4 * n * k, 1, n)[0])
+
+
+@op(Stage(begin_counting, count_for_gate), Stage(begin_sorting_for_gate, sort_for_gate), Stage(begin_packing_for_gate, pack_for_gate),
+    Stage(begin_gate_up_rows, multiply_gate_up))
 def moe_gate_up(out, x, ids, gate, up):
-    n_expert, n_ff, _ = gate.data.shape
-    n_tokens, n_in, n_used = x.shape[0], x.shape[1], ids.shape[1]
-    pairs, start, busy = by_expert(ids, n_expert)
-    firsts = first_panels(start, busy)
-    x_at = address(x) + pairs // n_used * x.strides[0]
-    gemv_gate, gemv_up = uses_gemv(gate, n_tokens), uses_gemv(up, n_tokens)
-    scratch_gate = caller_scratch(packed_bytes(gate, gemv_gate, n_tokens, firsts[-1], n_in)
-                                  + packed_bytes(up, gemv_up, n_tokens, firsts[-1], n_in))
-    scratch_up, shared = scratch_gate, gate.pack == up.pack and gate.order == up.order       # packed once if both take the same format
-    if not shared:
-        scratch_up += packed_bytes(gate, gemv_gate, n_tokens, firsts[-1], n_in)
-    for t in range(n_tokens if gemv_gate or gemv_up else 0):
-        token = address(x) + t * x.strides[0]
-        if gemv_gate:
-            round_input(gate, token, n_in, scratch_gate + t * rounded_bytes(n_in))
-        if gemv_up and not shared:
-            round_input(up, token, n_in, scratch_up + t * rounded_bytes(n_in))
-    for panel in prange(0 if gemv_gate and gemv_up else firsts[-1]):
-        if not gemv_gate:
-            pack_pairs(gate, x_at, start, busy, firsts, panel, n_in, scratch_gate)
-        if not gemv_up and not shared:
-            pack_pairs(up, x_at, start, busy, firsts, panel, n_in, scratch_up)
-    size = rows_per_task(n_ff, gemv_gate)
-    groups = (n_ff + size - 1) // size
-    for task in prange(busy.size * groups):
-        i, r = task % busy.size, task // busy.size * size       # every thread has rows of every expert
-        slots, n = pairs[start[busy[i]]:start[busy[i] + 1]], min(size, n_ff - r)
-        tokens = slots // n_used * rounded_bytes(n_in)
-        ups = np.empty((slots.size, n), np.float32)
-        expert_rows(gate, busy[i], r, n, n_in, gemv_gate, scratch_gate + tokens, scratch_gate + firsts[i] * panel_bytes(gate, n_in),
-                    address(out) + slots * out.strides[1] + 4 * r)
-        expert_rows(up, busy[i], r, n, n_in, gemv_up, scratch_up + tokens, scratch_up + firsts[i] * panel_bytes(up, n_in),
-                    addresses(address(ups), 4 * n, slots.size))
-        for j in range(slots.size):
-            hidden = contiguous(out[slots[j] // n_used, slots[j] % n_used, r:r + n])
-            silu_mul_row(hidden, hidden, ups[j])
+    sizes = [align(most_packed_bytes(w, len(x), ids.size, len(x), len(gate.data), x.shape[1])) for w in (gate, up)]
+    return groups_bytes(*ids.shape, len(gate.data)) + sum(sizes[:1] if packed_alike(gate, up) else sizes)
+
+
+# One matrix an expert, of x [n_tokens, n_in]
+
+@inner
+def count_for_one(out, x, ids, w, task):
+    count_pairs(ids, len(w.data), task)
 
 
 @inner
-def packed_bytes(w, gemv, n_rows, n_panels, n_in):
-    """Count the bytes of n_rows rounded rows, or of n_panels packed panels."""
-    return n_rows * rounded_bytes(n_in) if gemv else n_panels * panel_bytes(w, n_in)
+def begin_sorting_for_one(out, x, ids, w, task):
+    return begin_sorting(ids, len(w.data), task)
 
 
-@kernel(parallel=True)
+@inner
+def sort_for_one(out, x, ids, w, task):
+    sort_pairs(ids, len(w.data), address(x), x.strides[0], 0, task)
+
+
+@inner
+def begin_packing_for_one(out, x, ids, w, task):
+    return count_packing(w, groups_of(ids, len(w.data), task.scratch), len(x), len(x), x.shape[1])
+
+
+@inner
+def pack_for_one(out, x, ids, w, task):
+    groups = groups_of(ids, len(w.data), task.scratch)
+    pack_some(w, groups, x.shape[0], x.shape[1], address(x), x.strides[0], task.index, groups.end)
+
+
+@inner
+def begin_one_rows(out, x, ids, w, task):
+    n_busy, n_out = groups_of(ids, len(w.data), task.scratch).busy[0], w.data.shape[1]
+    size = task_rows(w, n_out, n_busy, len(x), task.n_threads)
+    return n_busy * ((n_out + size - 1) // size)
+
+
+@inner
+def multiply_one(out, x, ids, w, task):
+    groups, n_out, n_tokens = groups_of(ids, len(w.data), task.scratch), w.data.shape[1], len(x)
+    n_busy = groups.busy[0]
+    size = task_rows(w, n_out, n_busy, n_tokens, task.n_threads)
+    i, r = task.index % n_busy, task.index // n_busy * size
+    first, last = groups.start[groups.busy[1 + i]], groups.start[groups.busy[1 + i] + 1]
+    out_at = task_scratch(task.thread, 8 * (last - first))
+    for k in range(last - first):
+        store(out_at, 8 * k, address(out) + groups.pairs[first + k] * out.strides[1] + 4 * r)
+    expert_rows(w, groups, i, r, min(size, n_out - r), x.shape[1], n_tokens, groups.end, ids.shape[1], out_at, task.thread)
+
+
+@op(Stage(begin_counting, count_for_one), Stage(begin_sorting_for_one, sort_for_one), Stage(begin_packing_for_one, pack_for_one),
+    Stage(begin_one_rows, multiply_one))
 def moe_linear(out, x, ids, w):
-    n_expert, n_out, _ = w.data.shape
-    n_tokens, n_in, n_used = x.shape[0], x.shape[1], ids.shape[1]
-    pairs, start, busy = by_expert(ids, n_expert)
-    firsts, gemv = first_panels(start, busy), uses_gemv(w, n_tokens)
-    scratch = caller_scratch(packed_bytes(w, gemv, n_tokens, firsts[-1], n_in))
-    x_at = address(x) + pairs // n_used * x.strides[0]
-    if gemv:
-        for t in range(n_tokens):
-            round_input(w, address(x) + t * x.strides[0], n_in, scratch + t * rounded_bytes(n_in))
-    else:
-        for panel in prange(firsts[-1]):
-            pack_pairs(w, x_at, start, busy, firsts, panel, n_in, scratch)
-    size = rows_per_task(n_out, gemv)
-    for task in prange(busy.size * ((n_out + size - 1) // size)):
-        i, r = task % busy.size, task // busy.size * size
-        slots = pairs[start[busy[i]]:start[busy[i] + 1]]
-        expert_rows(w, busy[i], r, min(size, n_out - r), n_in, gemv, scratch + slots // n_used * rounded_bytes(n_in),
-                    scratch + firsts[i] * panel_bytes(w, n_in), address(out) + slots * out.strides[1] + 4 * r)
+    n_expert = len(w.data)
+    return groups_bytes(*ids.shape, n_expert) + most_packed_bytes(w, len(x), ids.size, len(x), n_expert, x.shape[1])
 
 
-@kernel(parallel=True)
+# Down, of hidden [n_tokens, n_used, n_ff]: the weighted sum of the experts' outputs
+
+@inner
+def count_for_down(out, hidden, ids, weights, down, task):
+    count_pairs(ids, len(down.data), task)
+
+
+@inner
+def begin_counting_for_down(out, hidden, ids, *others):
+    """Begin a stage that counts the experts' pairs."""
+    return count_blocks(len(ids))
+
+
+@inner
+def begin_sorting_for_down(out, hidden, ids, weights, down, task):
+    return begin_sorting(ids, len(down.data), task)
+
+
+@inner
+def sort_for_down(out, hidden, ids, weights, down, task):
+    sort_pairs(ids, len(down.data), address(hidden), hidden.strides[0], hidden.strides[1], task)
+
+
+@inner
+def begin_packing_for_down(out, hidden, ids, weights, down, task):
+    return count_packing(down, groups_of(ids, len(down.data), task.scratch), ids.size, len(ids), hidden.shape[2])
+
+
+@inner
+def pack_for_down(out, hidden, ids, weights, down, task):
+    groups = groups_of(ids, len(down.data), task.scratch)
+    pack_some(down, groups, len(ids), hidden.shape[2], address(hidden), hidden.strides[1], task.index, groups.end)
+
+
+@inner
+def down_task_rows(down, ids, n_busy, n_threads):
+    """Count the rows of a task, which computes them for all experts."""
+    n_out = down.data.shape[1]
+    if len(ids) <= GEMV_TOKENS:
+        return gemv_task_rows(n_out, n_busy * down.data.shape[2], n_threads)
+    return gemm_task_rows(n_out, 1, n_threads)
+
+
+@inner
+def begin_down_rows(out, hidden, ids, weights, down, task):
+    size = down_task_rows(down, ids, groups_of(ids, len(down.data), task.scratch).busy[0], task.n_threads)
+    return (out.shape[1] + size - 1) // size
+
+
+@inner
+def multiply_down(out, hidden, ids, weights, down, task):
+    groups, n_used, n_tokens = groups_of(ids, len(down.data), task.scratch), ids.shape[1], len(ids)
+    size = down_task_rows(down, ids, groups.busy[0], task.n_threads)
+    r = task.index * size
+    n = min(size, out.shape[1] - r)
+    out_at = task_scratch(task.thread, align(8 * n_tokens) + 4 * n * n_tokens)
+    part = out_at + align(8 * n_tokens)
+    put_addresses(out_at, part, 4 * n, n_tokens)
+    for t in range(n_tokens):
+        target = contiguous(out[t, r:r + n])
+        for j in range(n):
+            target[j] = 0
+    for i in range(groups.busy[0]):
+        expert_rows(down, groups, i, r, n, hidden.shape[2], n_tokens, groups.end, 1, out_at, task.thread)
+        first, last = groups.start[groups.busy[1 + i]], groups.start[groups.busy[1 + i] + 1]
+        for k in range(first, last):
+            t, slot = groups.pairs[k] // n_used, groups.pairs[k] % n_used
+            target, row, weight = contiguous(out[t, r:r + n]), floats_at(part + 4 * n * (k - first), 1, n)[0], weights[t, slot]
+            for j in range(n):
+                target[j] += weight * row[j]
+
+
+@op(Stage(begin_counting_for_down, count_for_down), Stage(begin_sorting_for_down, sort_for_down),
+    Stage(begin_packing_for_down, pack_for_down), Stage(begin_down_rows, multiply_down))
 def moe_down(out, hidden, ids, weights, down):
-    n_expert, n_out, _ = down.data.shape
-    n_tokens, n_used, n_ff = hidden.shape
-    pairs, start, busy = by_expert(ids, n_expert)
-    firsts, n_pairs = first_panels(start, busy), pairs.size
-    gemv = uses_gemv(down, n_tokens)
-    scratch = caller_scratch(packed_bytes(down, gemv, n_pairs, firsts[-1], n_ff))
-    hidden_at = address(hidden) + pairs * hidden.strides[1]
-    rows_at = addresses(scratch, rounded_bytes(n_ff), n_pairs)
-    if gemv:
-        for i in range(n_pairs):
-            round_input(down, hidden_at[i], n_ff, rows_at[i])
-    else:
-        for panel in prange(firsts[-1]):
-            pack_pairs(down, hidden_at, start, busy, firsts, panel, n_ff, scratch)
-    # rows for which a cache keeps an expert's activations
-    share = max(1, (n_out // (2 * n_threads()) + MAX_TASK_ROWS - 1) // MAX_TASK_ROWS) * MAX_TASK_ROWS
-    size = share if gemv else min(share, MAX_TASK_ROWS)
-    for task in prange((n_out + share - 1) // share):
-        first, last = task * share, min(task * share + share, n_out)
-        for t in range(n_tokens):
-            target = contiguous(out[t, first:last])
-            for j in range(last - first):
-                target[j] = 0
-        for i in range(busy.size):
-            a, b = start[busy[i]], start[busy[i] + 1]
-            part = np.empty((b - a, size), np.float32)
-            for r in range(first, last, size):
-                n = min(size, last - r)
-                expert_rows(down, busy[i], r, n, n_ff, gemv, rows_at[a:b], scratch + firsts[i] * panel_bytes(down, n_ff),
-                            addresses(address(part), 4 * size, b - a))
-                for k in range(a, b):
-                    t, weight = pairs[k] // n_used, weights[pairs[k] // n_used, pairs[k] % n_used]
-                    target = contiguous(out[t, r:r + n])
-                    for j in range(n):
-                        target[j] += weight * part[k - a, j]
+    n_expert = len(down.data)
+    return groups_bytes(*ids.shape, n_expert) + most_packed_bytes(down, ids.size, ids.size, len(ids), n_expert, hidden.shape[2])

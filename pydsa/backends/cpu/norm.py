@@ -1,55 +1,48 @@
-"""Norms and elementwise ops.
-
-A few rows are computed by the calling thread: starting the others takes longer than the work.
-"""
+"""Norms and elementwise ops."""
 import numpy as np
-from numba import prange
 
 from pydsa.backends.cpu.arrays import contiguous
-from pydsa.backends.cpu.jit import inner, kernel
+from pydsa.backends.cpu.jit import inner
+from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.scalars import exp
-
-
-SERIAL_ROWS = 16      # the most rows that one thread computes alone
+from pydsa.backends.cpu.tasks import by_row, rows_of
 
 
 @inner
-def rms_norm_row(out, x, w, eps):
-    squares = np.float32(0)
-    for i in range(x.size):
-        squares += x[i] * x[i]
-    scale = np.float32(1 / np.sqrt(squares / x.size + eps))
-    for i in range(x.size):
-        out[i] = x[i] * scale * w[i]
+def rms_norm_rows(out, x, w, eps, task):
+    w = contiguous(w)
+    for t in rows_of(out, task):
+        row, target, squares = contiguous(x[t]), contiguous(out[t]), np.float32(0)
+        for i in range(row.size):
+            squares += row[i] * row[i]
+        factor = np.float32(1 / np.sqrt(squares / row.size + eps))
+        for i in range(row.size):
+            target[i] = row[i] * factor * w[i]
 
 
-@kernel(parallel=True)
+@op(Stage(by_row, rms_norm_rows))
 def rms_norm(out, x, w, eps):
-    if len(x) <= SERIAL_ROWS:
-        for t in range(len(x)):
-            rms_norm_row(contiguous(out[t]), contiguous(x[t]), w, eps)
-    else:
-        for t in prange(len(x)):
-            rms_norm_row(contiguous(out[t]), contiguous(x[t]), w, eps)
+    return 0
 
 
 @inner
-def layer_norm_row(out, x, w, b, eps):
-    mean, squares = np.float32(0), np.float32(0)
-    for i in range(x.size):
-        mean += x[i]
-    mean /= np.float32(x.size)
-    for i in range(x.size):
-        squares += (x[i] - mean) * (x[i] - mean)
-    scale = np.float32(1 / np.sqrt(squares / x.size + eps))
-    for i in range(x.size):
-        out[i] = (x[i] - mean) * scale * w[i] + b[i]
+def layer_norm_rows(out, x, w, b, eps, task):
+    w, b = contiguous(w), contiguous(b)
+    for t in rows_of(out, task):
+        row, target, mean, squares = contiguous(x[t]), contiguous(out[t]), np.float32(0), np.float32(0)
+        for i in range(row.size):
+            mean += row[i]
+        mean /= np.float32(row.size)
+        for i in range(row.size):
+            squares += (row[i] - mean) * (row[i] - mean)
+        factor = np.float32(1 / np.sqrt(squares / row.size + eps))
+        for i in range(row.size):
+            target[i] = (row[i] - mean) * factor * w[i] + b[i]
 
 
-@kernel
+@op(Stage(by_row, layer_norm_rows))
 def layer_norm(out, x, w, b, eps):
-    for t in range(len(x)):
-        layer_norm_row(contiguous(out[t]), contiguous(x[t]), w, b, eps)
+    return 0
 
 
 @inner
@@ -58,14 +51,15 @@ def silu_mul_row(out, gate, up):
         out[i] = gate[i] / (np.float32(1) + exp(-gate[i])) * up[i]
 
 
-@kernel(parallel=True)
+@inner
+def silu_mul_rows(out, gate, up, task):
+    for t in rows_of(out, task):
+        silu_mul_row(contiguous(out[t]), contiguous(gate[t]), contiguous(up[t]))
+
+
+@op(Stage(by_row, silu_mul_rows))
 def silu_mul(out, gate, up):
-    if len(out) <= SERIAL_ROWS:
-        for t in range(len(out)):
-            silu_mul_row(contiguous(out[t]), contiguous(gate[t]), contiguous(up[t]))
-    else:
-        for t in prange(len(out)):
-            silu_mul_row(contiguous(out[t]), contiguous(gate[t]), contiguous(up[t]))
+    return 0
 
 
 @inner
@@ -74,41 +68,38 @@ def scale_row(out, x, factor):
         out[i] = factor * x[i]
 
 
-@kernel(parallel=True)
+@inner
+def scale_rows(out, x, factor, task):
+    for t in rows_of(out, task):
+        for h in range(x.shape[1]):
+            scale_row(contiguous(out[t, h]), contiguous(x[t, h]), np.float32(factor))
+
+
+@op(Stage(by_row, scale_rows))
 def scale(out, x, factor):
-    n_head = x.shape[1]
-    if len(x) <= SERIAL_ROWS:
-        for row in range(len(x) * n_head):
-            scale_row(contiguous(out[row // n_head, row % n_head]), contiguous(x[row // n_head, row % n_head]), np.float32(factor))
-    else:
-        for row in prange(len(x) * n_head):
-            scale_row(contiguous(out[row // n_head, row % n_head]), contiguous(x[row // n_head, row % n_head]), np.float32(factor))
-
-
-@kernel(parallel=True)
-def expert_scale(out, x, ids, factors):
-    n_used = ids.shape[1]
-    if len(x) <= SERIAL_ROWS:
-        for pair in range(ids.size):
-            t, i = pair // n_used, pair % n_used
-            scale_row(contiguous(out[t, i]), contiguous(x[t, i]), factors[ids[t, i]])
-    else:
-        for pair in prange(ids.size):
-            t, i = pair // n_used, pair % n_used
-            scale_row(contiguous(out[t, i]), contiguous(x[t, i]), factors[ids[t, i]])
+    return 0
 
 
 @inner
-def add_row(out, x, y):
-    for i in range(x.size):
-        out[i] = x[i] + y[i]
+def expert_scale_rows(out, x, ids, factors, task):
+    for t in rows_of(out, task):
+        for i in range(ids.shape[1]):
+            scale_row(contiguous(out[t, i]), contiguous(x[t, i]), factors[ids[t, i]])
 
 
-@kernel(parallel=True)
+@op(Stage(by_row, expert_scale_rows))
+def expert_scale(out, x, ids, factors):
+    return 0
+
+
+@inner
+def add_rows(out, x, y, task):
+    for t in rows_of(out, task):
+        target, a, b = contiguous(out[t]), contiguous(x[t]), contiguous(y[t])
+        for i in range(a.size):
+            target[i] = a[i] + b[i]
+
+
+@op(Stage(by_row, add_rows))
 def add(out, x, y):
-    if len(out) <= SERIAL_ROWS:
-        for t in range(len(out)):
-            add_row(contiguous(out[t]), contiguous(x[t]), contiguous(y[t]))
-    else:
-        for t in prange(len(out)):
-            add_row(contiguous(out[t]), contiguous(x[t]), contiguous(y[t]))
+    return 0

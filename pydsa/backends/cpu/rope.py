@@ -2,22 +2,27 @@
 import math
 
 import numpy as np
-from numba import prange
 
 from pydsa.backends.cpu.arrays import address, contiguous
-from pydsa.backends.cpu.jit import inner, kernel
+from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.lanes import butterflies_of_16
-from pydsa.backends.cpu.norm import SERIAL_ROWS
+from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.simd import load_floats, store
+from pydsa.backends.cpu.tasks import by_row, rows_of
 
 
-@kernel
-def rope_table(out, positions, freqs, magnitude):
-    for t in range(out.shape[0]):
+@inner
+def rope_table_rows(out, positions, freqs, magnitude, task):
+    for t in rows_of(out, task):
         for i in range(freqs.size):     # float64: a float32 angle is off by 0.01 at position 160,000
             angle = positions[t] * freqs[i]
             out[t, 0, i] = math.cos(angle) * magnitude
             out[t, 1, i] = math.sin(angle) * magnitude
+
+
+@op(Stage(by_row, rope_table_rows))
+def rope_table(out, positions, freqs, magnitude):
+    return 0
 
 
 @inner
@@ -35,19 +40,16 @@ def rotate(out, x, cos, sin, neox):
 
 
 @inner
-def rotate_heads(out, x, table, neox):
-    for h in range(len(x)):
-        rotate(contiguous(out[h]), contiguous(x[h]), table[0], table[1], neox)
+def rope_rows(out, x, table, neox, task):
+    for t in rows_of(out, task):
+        cos, sin = contiguous(table[t, 0]), contiguous(table[t, 1])
+        for h in range(x.shape[1]):
+            rotate(contiguous(out[t, h]), contiguous(x[t, h]), cos, sin, neox)
 
 
-@kernel(parallel=True)
+@op(Stage(by_row, rope_rows))
 def rope(out, x, table, neox):
-    if len(x) <= SERIAL_ROWS:
-        for t in range(len(x)):
-            rotate_heads(out[t], x[t], table[t], neox)
-    else:
-        for t in prange(len(x)):
-            rotate_heads(out[t], x[t], table[t], neox)
+    return 0
 
 
 @inner
@@ -86,17 +88,13 @@ def butterflies(row):
 
 
 @inner
-def hadamard_heads(out, x, norm):
-    for h in range(len(x)):
-        hadamard_row(contiguous(out[h]), contiguous(x[h]), norm)
-
-
-@kernel(parallel=True)
-def hadamard(out, x):
+def hadamard_rows(out, x, task):
     norm = np.float32(1 / np.sqrt(x.shape[2]))
-    if len(x) <= SERIAL_ROWS:
-        for t in range(len(x)):
-            hadamard_heads(out[t], x[t], norm)
-    else:
-        for t in prange(len(x)):
-            hadamard_heads(out[t], x[t], norm)
+    for t in rows_of(out, task):
+        for h in range(x.shape[1]):
+            hadamard_row(contiguous(out[t, h]), contiguous(x[t, h]), norm)
+
+
+@op(Stage(by_row, hadamard_rows))
+def hadamard(out, x):
+    return 0

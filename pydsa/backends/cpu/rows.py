@@ -7,7 +7,9 @@ from pydsa import quants
 from pydsa.backends.cpu import int16, integer_rows
 from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.blocks import BLOCKS
-from pydsa.backends.cpu.jit import IntpFunction, call_block_function, inner, is_listing, kernel
+from pydsa.backends.cpu.jit import IntpFunction, call_block_function, inner, is_listing
+from pydsa.backends.cpu.op import Stage, op
+from pydsa.backends.cpu.tasks import by_row, rows_of
 from pydsa.backends.cpu.variants import kernels
 
 
@@ -66,20 +68,33 @@ def put(target, source):
         target[i] = source[i]
 
 
-@kernel
+@inner
+def get_rows_rows(out, w, ids, task):
+    for t in rows_of(out, task):
+        unpack(w, address(w.data) + ids[t] * w.data.shape[1], out.shape[1], address(out[t]))
+
+
+@op(Stage(by_row, get_rows_rows))
 def get_rows(out, w, ids):
-    row_bytes, n = w.data.shape[1], out.shape[1]
-    for t in range(out.shape[0]):
-        unpack(w, address(w.data) + ids[t] * row_bytes, n, address(out[t]))
+    return 0
 
 
-@kernel
-def cache_write(cache, x, positions):
+@inner
+def by_token(cache, x, *others):
+    """Begin a stage that reads rows of the second argument."""
+    return by_row(x)
+
+
+@inner
+def cache_write_rows(cache, x, positions, task):
     row_bytes = cache.data.shape[1]
-    row = np.empty(x.shape[1], np.float32)       # x may be a slice of wider rows
-    for t in range(x.shape[0]):
-        put(row, x[t])
-        call_block_function(cache.quantize, address(row), cache.n, address(cache.data) + positions[t] * row_bytes)
+    for t in rows_of(x, task):
+        call_block_function(cache.quantize, address(x[t]), cache.n, address(cache.data) + positions[t] * row_bytes)
+
+
+@op(Stage(by_token, cache_write_rows))
+def cache_write(cache, x, positions):
+    return 0
 
 
 SPARE_ROWS = 32         # after the last row: tiles are loaded whole, 64 bytes of each row

@@ -1,13 +1,11 @@
-"""Scratch memory of kernels: one buffer for the caller, one for each thread.
+"""Scratch memory of each thread: one buffer for a task, one for the kernel that it calls.
 
-The caller is the thread that calls an op; the others are those of its parallel regions. Buffers grow and stay: fresh memory from the system
-costs a page fault for every 4 KiB, which is more than most ops take. They are found by a symbol, so that kernels can be cached on disk. One
-op runs at a time (plan.py), so a buffer has one user.
+Buffers grow and stay: fresh memory from the system costs a page fault for every 4 KiB, which is more than most tasks take. They are found by
+a symbol, so that kernels can be cached on disk. What the tasks of an op share lies elsewhere (Task.scratch).
 
 Beside them is a mark that a choice, of keys or of experts, met NaN: a choice would hide it.
 """
 import llvmlite.binding as llvm
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -15,11 +13,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.simd import I8, I32, INTP, i64_at, store
+from pydsa.backends.cpu.simd import I8, INTP, i64_at, store
+from pydsa.backends.cpu.team import MOST_THREADS
 
 
-# The mark; then address, aligned address and bytes of each buffer, the caller's first
-BUFFERS = np.zeros((2 + numba.config.NUMBA_NUM_THREADS, 3), np.int64)
+# The mark; then address, aligned address and bytes of each buffer, two a thread
+BUFFERS = np.zeros((1 + 2 * MOST_THREADS, 3), np.int64)
 llvm.add_symbol("pydsa_scratch", BUFFERS.ctypes.data)
 LINE = 64
 
@@ -31,15 +30,6 @@ def _buffers(typingctx):
         if "pydsa_scratch" not in builder.module.globals:
             ir.GlobalVariable(builder.module, I8, "pydsa_scratch").linkage = "external"
         return builder.ptrtoint(builder.module.globals["pydsa_scratch"], INTP)
-    return types.intp(), codegen
-
-
-@intrinsic
-def _thread(typingctx):
-    """Return the thread's number in the parallel region, 0 outside of one."""
-    def codegen(context, builder, signature, args):
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(I32, []), "get_thread_id")
-        return builder.zext(builder.call(function, []), INTP)
     return types.intp(), codegen
 
 
@@ -62,20 +52,6 @@ def _free(typingctx, address):
 
 
 @inner
-def _reserve(buffer, n):
-    at = _buffers() + 24 * (1 + buffer)
-    if i64_at(at, 16) < n:
-        n += n // 4
-        if i64_at(at, 0):
-            _free(i64_at(at, 0))
-        memory = _allocate(n + LINE)
-        store(at, 0, memory)
-        store(at, 8, (memory + LINE - 1) // LINE * LINE)
-        store(at, 16, n if memory else 0)
-    return i64_at(at, 8)
-
-
-@inner
 def mark_nan():
     """Mark that a choice met a value that is not finite."""
     store(_buffers(), 0, np.int64(1))
@@ -89,18 +65,32 @@ def nan_met():
 
 
 @inner
-def caller_scratch(n):
-    """Return the address of n bytes, aligned to 64, for the calling thread.
+def thread_scratch(thread, n):
+    """Return the address of n bytes, aligned to 64, for a thread's kernel.
 
-    The memory is reused if it is large enough. Outside of parallel regions only.
+    The memory is reused if it is large enough.
     """
-    return _reserve(0, n)
+    return _reserve(2 * thread, n)
 
 
 @inner
-def thread_scratch(n):
-    """Return the address of n bytes, aligned to 64, for this thread.
+def task_scratch(thread, n):
+    """Return the address of n bytes, aligned to 64, for a thread's task.
 
-    For the threads of parallel regions.
+    Kernels that the task calls leave it alone.
     """
-    return _reserve(1 + _thread(), n)
+    return _reserve(2 * thread + 1, n)
+
+
+@inner
+def _reserve(buffer, n):
+    at = _buffers() + 24 * (1 + buffer)
+    if i64_at(at, 16) < n:
+        n += n // 4
+        if i64_at(at, 0):
+            _free(i64_at(at, 0))
+        memory = _allocate(n + LINE)
+        store(at, 0, memory)
+        store(at, 8, (memory + LINE - 1) // LINE * LINE)
+        store(at, 16, n if memory else 0)
+    return i64_at(at, 8)

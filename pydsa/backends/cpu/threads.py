@@ -1,84 +1,121 @@
-"""Threads of parallel regions: how many there are, and how many a region uses."""
-import contextlib
+"""The team's threads: started with the first step, asleep between steps, ended with the program.
+
+They are Python threads inside compiled code. A team has a fixed number of them, and the thread that runs a step is one more. There is a team
+for each number of threads that is asked for; they share the scratch memory, as one step runs at a time.
+"""
+import atexit
 import os
-import sys
-import warnings
+import threading
+import time
 
-import numba
-from llvmlite import ir
+import numpy as np
 from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
+from pydsa.backends.cpu import team
+from pydsa.backends.cpu.jit import wanted_kernel
 from pydsa.errors import PydsaError
+from pydsa.limits import allocating
+from pydsa.signals import interrupts_held
 
-
-if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
-    # omp enters a parallel region in 1.3 us where workqueue takes 110 us, and two Python threads may enter it together.
-    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-
-if "OMP_WAIT_POLICY" not in os.environ:
-    # GNU OpenMP's threads wait for each other in a loop of many milliseconds before they sleep. When the cores are shared with other
-    # programs, that loop keeps the thread it waits for from running: generation was six times slower. This many rounds bridge the gap
-    # between two tokens, and cost nothing on busy cores either.
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
-
-numba.get_num_threads()     # starts the threads, and so defines the symbol that n_threads() calls
-
-
-_cut_off = False        # whether this process was forked after its parent had started GNU OpenMP's threads, which it does not have
-
-
-def _after_fork():
-    global _cut_off
-    with contextlib.suppress(ValueError):       # no threads yet
-        _cut_off = _cut_off or sys.platform == "linux" and numba.threading_layer() == "omp"
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-def _refuse_after_fork():
-    """Raise an error where numba would end the process with a signal."""
-    if _cut_off:
-        raise PydsaError("This process was forked from one that had loaded a model already, and lacks its threads (OpenMP): load the model "
-                         "after the fork, or start the process anew (multiprocessing's \"spawn\").")
+LINE = 64
+SPIN = 5e-6         # seconds that a thread looks for work before it sleeps: about as long as a task takes, and less than to wake it
 
 
 def check_threads(n):
-    """The number of threads to use: n, or all that there are; a clear error if there are not so many."""
-    _refuse_after_fork()
-    most = numba.config.NUMBA_NUM_THREADS
+    """The number of threads to use: n, or one for each core; a clear error if that is not possible."""
     if n is None:
-        return most
-    if n > most:
-        raise PydsaError(f"threads is {n}; this machine has {most} to use (set NUMBA_NUM_THREADS to allow more).")
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if n > team.MOST_THREADS:
+        raise PydsaError(f"threads is {n}, expected at most {team.MOST_THREADS}.")
     return n
 
 
+class _Team:
+    """n threads, the one that calls run() among them."""
+
+    def __init__(self, n):
+        self.n, self.threads = n, []
+        memory = np.zeros(team.STATE_BYTES + 128, np.uint8)
+        self._state = memory[-memory.ctypes.data % 128:][:team.STATE_BYTES].view(np.int64)
+        self.at = self._state.ctypes.data
+        team.set_up(self.at)
+        self._state[team.N_THREADS // 8] = n
+        self._state[team.PAUSES // 8] = _pauses()
+
+    def start(self):
+        """Start the threads, if they do not run yet."""
+        if len(self.threads) < self.n - 1:
+            team.stay.compile((types.int64, types.int64))
+            with interrupts_held():     # no thread is started without being known
+                for i in range(len(self.threads) + 1, self.n):
+                    thread = threading.Thread(target=team.stay, args=(self.at, i), name=f"pydsa-{i}", daemon=True)
+                    thread.start()
+                    self.threads.append(thread)
+
+    def run(self, intervals, n):
+        self.start()
+        self._state[team.SCRATCH // 8] = _scratch_at
+        team.run_step(self.at, intervals, n)
+
+    def close(self):
+        """End the threads: they would wait in memory that the interpreter frees."""
+        team.let_go(self.at)
+        for thread in self.threads:
+            thread.join()
+
+
+def _pauses():
+    """How many pauses take SPIN seconds."""
+    n = 2000
+    team.count_pauses(n)
+    start = time.perf_counter()
+    team.count_pauses(n)
+    return max(20, int(n * SPIN / (time.perf_counter() - start)))
+
+
+_n, _teams, _lock = 1, {}, threading.Lock()
+_scratch, _scratch_at = np.empty(0, np.uint8), 0
+
+
 def set_threads(n):
-    """Let the kernels that this Python thread calls use n threads."""
-    _refuse_after_fork()
-    numba.set_num_threads(n)
+    """Let the following steps use n threads."""
+    global _n
+    _n = n
 
 
-def warn_of_workqueue():
-    """Once a parallel kernel is there, numba has chosen its threads."""
-    try:
-        layer = numba.threading_layer()
-    except ValueError:      # not yet
-        return
-    if layer == "workqueue":
-        warnings.warn("Numba found neither OpenMP nor TBB and uses its workqueue threads, whose every start costs 0.1 ms: "
-                      "`pip install tbb`, or OpenMP's library of this system, makes generation faster.", stacklevel=4)
+def run(intervals, n, scratch_bytes):
+    """Run n intervals at an address as one step; they need this much scratch memory."""
+    global _scratch, _scratch_at
+    with _lock:
+        if _scratch.size < scratch_bytes + LINE:
+            with allocating("intermediate values"):
+                _scratch = np.empty(scratch_bytes + scratch_bytes // 4 + LINE, np.uint8)
+            _scratch_at = -(-_scratch.ctypes.data // LINE) * LINE
+        if _n not in _teams:
+            _teams[_n] = _Team(_n)
+        _teams[_n].run(intervals, n)
 
 
-@intrinsic
-def n_threads(typingctx):
-    """The threads that a parallel region of this kernel will use. numba.get_num_threads would keep the kernel out of the cache."""
-    def codegen(context, builder, signature, args):
-        word = context.get_value_type(types.intp)       # as numba declares it for its own parallel regions; the function returns an int
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(word, []), "get_num_threads")
-        return builder.sext(builder.trunc(builder.call(function, []), ir.IntType(32)), word)
-    return types.intp(), codegen
+def wanted():
+    """The kernels of a team, to be compiled with the ops."""
+    word = types.int64
+    return [wanted_kernel(team.set_up, word), wanted_kernel(team.run_step, word, word, word), wanted_kernel(team.stay, word, word),
+            wanted_kernel(team.let_go, word), wanted_kernel(team.count_pauses, word)]
+
+
+def _close():
+    for each in _teams.values():
+        each.close()
+    _teams.clear()
+
+
+def _after_fork():
+    """A child has none of its parent's threads: it starts its own with its first step."""
+    global _lock
+    _lock = threading.Lock()
+    _teams.clear()
+
+
+atexit.register(_close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

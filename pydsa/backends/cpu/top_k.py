@@ -7,14 +7,16 @@ import math
 
 import numpy as np
 from llvmlite import ir
-from numba import prange, types
+from numba import types
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.arrays import address, floats_at, uints_at
-from pydsa.backends.cpu.jit import inner, kernel
+from pydsa.backends.cpu.jit import inner
+from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.scalars import bits_of_float, float_from_bits
 from pydsa.backends.cpu.scratch import mark_nan, thread_scratch
 from pydsa.backends.cpu.simd import F32, I32, INTP, broadcast, call_llvm, constant, f32x16, load_floats, pointer, store
+from pydsa.backends.cpu.tasks import by_row, rows_of
 
 
 LOWEST = np.uint32(0x007FFFFF)      # ordered(-inf)
@@ -43,7 +45,7 @@ def compress_store(typingctx, v, threshold, index, scores, indices):
 
 
 @inner
-def select(out, row):
+def select(out, row, thread):
     """Select the indices of the out.size largest values of row, ascending.
 
     Ties go to the lowest index; -inf and NaN are never selected; -1 fills the rest. NaN and infinity are marked.
@@ -51,7 +53,7 @@ def select(out, row):
     if not all_below_infinity(row):
         mark_nan()
     n, k = row.size, out.size
-    memory = thread_scratch(16 * n + 4 * k + 128)
+    memory = thread_scratch(thread, 16 * n + 4 * k + 128)
     if n < SAMPLED_SIZE or n < SAMPLED_RATIO * k:
         select_all(out, row, memory)
         return
@@ -184,7 +186,18 @@ def last_digit(count, rank):
     return digit, rank
 
 
-@kernel(parallel=True)
+@inner
+def top_k_rows(out, scores, task):
+    for t in rows_of(scores, task):
+        select(out[t], scores[t], task.thread)
+
+
+@inner
+def by_scores(out, scores, task):
+    """Begin a stage that reads rows of scores."""
+    return by_row(scores)
+
+
+@op(Stage(by_scores, top_k_rows))
 def top_k(out, scores):
-    for t in prange(out.shape[0]):
-        select(out[t], scores[t])
+    return 0

@@ -105,11 +105,6 @@ def compile_calls(bind, progress=None):
     compile_all(listed, progress)
 
 
-def entry_point(function, args):
-    """The op itself: what it launches is compiled already."""
-    return function
-
-
 def check_threads(n):
     """The GPU has its own: None, whatever is asked for; a clear error where there is no GPU to use."""
     check_device()
@@ -119,15 +114,19 @@ def set_threads(n):
     """Nothing to set."""
 
 
-class Recording:
+class Recording(host.Calls):
     """One token's step as a CUDA graph: run() launches kernel by kernel at first, then records that, then launches all at once."""
 
     def __init__(self, calls):
+        super().__init__(calls)
         self._launches = fewer_launches([(op, args, node.n_out) for node, op, args in calls])
         self._warm, self._step = False, None
 
-    def run(self):
-        """Do all calls once more."""
+    def run(self, after=None):
+        """Do all calls once more; with after(), one by one."""
+        if after is not None:
+            super().run(after)
+            return
         if SIMULATED or not self._warm:         # the first time scratch memory grows, which cannot be recorded
             self._launch()
             self._warm = True
@@ -141,6 +140,6 @@ class Recording:
             launch()
 
 
-def recorded(calls):
-    """A Recording of the calls of a step of one token."""
-    return Recording(calls)
+def recorded(calls, again):
+    """A Recording of the calls of a step that repeats, or else Calls."""
+    return Recording(calls) if again else host.Calls(calls)

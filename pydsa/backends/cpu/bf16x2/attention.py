@@ -57,7 +57,7 @@ def plan_memory(job):
     n_q, n_steps, n_v_tiles = (job.n_tokens * job.n_head + 15) // 16, (job.width + 31) // 32, (job.n_v + 31) // 32 * 2
     sizes = (n_q * n_steps * STEP, KEY_PANELS * n_steps * STEP, n_v_tiles * VALUE_STEPS * STEP, n_q * VALUE_STEPS * STEP,
              KEY_PANELS * n_q * TILE_BYTES, n_q * n_v_tiles * TILE_BYTES, 128 * n_steps, 64 * TILE, 64 * n_q, 64 * n_q, 64 * n_q, 64 * n_q)
-    queries = thread_scratch(sum(sizes))
+    queries = thread_scratch(job.thread, sum(sizes))
     keys = queries + sizes[0]
     values = keys + sizes[1]
     weights = values + sizes[2]

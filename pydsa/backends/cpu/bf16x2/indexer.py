@@ -44,7 +44,7 @@ def score(job_at):
     batch = max(1, PANELS // head_panels)       # tokens
     panel_bytes = n_steps * STEP
     sums_bytes = batch * head_panels * KEYS // 16 * TILE_BYTES
-    queries = thread_scratch((batch * head_panels + KEYS // 16) * panel_bytes + sums_bytes + 4 * job.width + 256)
+    queries = thread_scratch(job.thread, (batch * head_panels + KEYS // 16) * panel_bytes + sums_bytes + 4 * job.width + 256)
     keys = queries + batch * head_panels * panel_bytes
     sums = keys + KEYS // 16 * panel_bytes
     row = sums + sums_bytes
@@ -84,7 +84,8 @@ def score_gemv(job_at):
     factor = float_from_bits(np.uint32(job.scale))
     n_steps, head_panels = (job.width + 31) // 32, (job.n_head + 15) // 16
     panel_bytes = n_steps * STEP
-    queries = thread_scratch((head_panels + KEYS // 16) * panel_bytes + head_panels * (KEYS // 16 * TILE_BYTES + 64) + 4 * job.width + 256)
+    queries = thread_scratch(
+        job.thread, (head_panels + KEYS // 16) * panel_bytes + head_panels * (KEYS // 16 * TILE_BYTES + 64) + 4 * job.width + 256)
     keys = queries + head_panels * panel_bytes
     sums = keys + KEYS // 16 * panel_bytes
     weights = sums + head_panels * KEYS // 16 * TILE_BYTES

@@ -26,7 +26,7 @@ def attend(job_at):
     n, scale = job.n_tokens * job.n_head, float_from_bits(np.uint32(job.scale))
     padded = (job.width + COLUMNS - 1) // COLUMNS * COLUMNS
     n_sums = (job.n_v + COLUMNS - 1) // COLUMNS * COLUMNS
-    memory = thread_scratch(4 * (2 * TILE * padded + n * TILE + n * n_sums))
+    memory = thread_scratch(job.thread, 4 * (2 * TILE * padded + n * TILE + n * n_sums))
     tile, transposed = floats_at(memory, TILE, padded), floats_at(memory + 4 * TILE * padded, padded, TILE)
     scores, sums = floats_at(memory + 8 * TILE * padded, n, TILE), floats_at(memory + 4 * TILE * (2 * padded + n), n, n_sums)
     sums[:] = 0

@@ -16,7 +16,8 @@ TILE = 64           # keys dequantized at a time
 def score(job_at):
     """Run a ScoreJob: the indexer's scores."""
     job = read_score_job(job_at)
-    memory, factor = thread_scratch(4 * TILE * (job.width + job.n_head + 1) + 16 * job.n_head), float_from_bits(np.uint32(job.scale))
+    memory = thread_scratch(job.thread, 4 * TILE * (job.width + job.n_head + 1) + 16 * job.n_head)
+    factor = float_from_bits(np.uint32(job.scale))
     tile, total, tables = memory, floats_at(memory + 4 * TILE * job.width, 1, TILE)[0], memory + 4 * TILE * (job.width + job.n_head + 1)
     dots = floats_at(memory + 4 * TILE * (job.width + 1), job.n_head, TILE)
     for start in range(job.first, job.last, TILE):

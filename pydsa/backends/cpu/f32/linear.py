@@ -29,10 +29,10 @@ def pack(x_at, first, n_tokens, n_in, out):
 def matmul(job_at):
     """Run a MatmulJob: rows of weights times packed tokens."""
     job = read_matmul_job(job_at)
-    memory = thread_scratch(4 * TILE_ROWS * TILE_WIDTH + 8 * job.n_tokens)
+    memory = thread_scratch(job.thread, 4 * TILE_ROWS * TILE_WIDTH + 8 * job.n_tokens)
     tile, x_at = memory, memory + 4 * TILE_ROWS * TILE_WIDTH
     for t in range(job.n_tokens):
-        store(x_at, 8 * t, job.x + 4 * job.n_in * t)
+        store(x_at, 8 * t, job.x + 4 * job.n_in * (job.first + t))
     for t in range(job.n_tokens):
         for r in range(job.n_rows):
             store(i64_at(job.out_at, 8 * t), 4 * r, np.float32(0))

@@ -25,7 +25,7 @@ def tile_bytes(kv_lora, n_rot):
     return 4 * LATENT_TILE * (kv_lora + n_rot) + 64
 
 
-def pack_latents(rows, row_bytes, dequantize, row_n, n, kv_lora, n_rot, out):
+def pack_latents(rows, row_bytes, dequantize, row_n, n, kv_lora, n_rot, out, thread):
     """Dequantize n <= LATENT_TILE latents, rows of a cache, to float32."""
     for i in range(n):
         call_block_function(dequantize, rows + i * row_bytes, row_n, out + 4 * i * (kv_lora + n_rot))
@@ -67,7 +67,7 @@ def attend_head(job_at):
     batch = min(QUERIES, n_tokens)
     sizes = (4 * depth * n_k, 4 * depth * n_sums, 4 * (job.n_v + 15) * depth, 4 * TILE * n_k, 4 * (n_k + width + 16) * TILE,
              4 * TILE * n_sums, 4 * batch * TILE, 4 * n_tokens * n_sums)
-    at = thread_scratch(sum(sizes))
+    at = thread_scratch(job.thread, sum(sizes))
     key_weights, at = floats_at(at, depth, n_k), at + sizes[0]
     value_weights, at = floats_at(at, depth, n_sums), at + sizes[1]
     rows, at = floats_at(at, job.n_v + 15, depth), at + sizes[2]

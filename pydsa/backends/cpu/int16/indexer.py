@@ -94,7 +94,7 @@ def score(job_at):
     padded, heads = (job.width + 31) // 32 * 32, (job.n_head + HEADS - 1) // HEADS * HEADS
     max_value = min(16383, (2**31 - 1) // (127 * padded))        # so that no sum exceeds 31 bits
     token_bytes = heads * (2 * padded + 4)
-    queries = thread_scratch(job.n_tokens * token_bytes + 32 * padded + 2 * KEYS * padded + 64)
+    queries = thread_scratch(job.thread, job.n_tokens * token_bytes + 32 * padded + 2 * KEYS * padded + 64)
     widened = (queries + job.n_tokens * token_bytes + 63) // 64 * 64
     tiles = widened + 32 * padded
     for t in range(job.n_tokens):

@@ -70,12 +70,12 @@ def matmul(job_at):
     padded = (job.n_tokens + INT16_TOKENS - 1) // INT16_TOKENS * INT16_TOKENS     # padded by repeating the last token
     n_tiles = (job.n_rows + TILE_ROWS - 1) // TILE_ROWS
     n_sums, tile_bytes = n_tiles * TILE_ROWS, TILE_ROWS // 16 * TILE
-    superblocks = thread_scratch(TILE_ROWS * SUPERBLOCK + n_tiles * tile_bytes + 4 * padded * n_sums + 3 * 8 * padded)
+    superblocks = thread_scratch(job.thread, TILE_ROWS * SUPERBLOCK + n_tiles * tile_bytes + 4 * padded * n_sums + 3 * 8 * padded)
     tiles = superblocks + TILE_ROWS * SUPERBLOCK
     sums = tiles + n_tiles * tile_bytes
     tables = sums + 4 * padded * n_sums         # addresses of the tokens, of their sums, and of their output
     for t in range(padded):
-        store(tables, 8 * t, job.x + min(t, job.n_tokens - 1) * SUPERBLOCK)
+        store(tables, 8 * t, job.x + (job.first + min(t, job.n_tokens - 1)) * SUPERBLOCK)
         store(tables, 8 * (padded + t), sums + 4 * n_sums * t)
         store(tables, 8 * (2 * padded + t), i64_at(job.out_at, 8 * t) if t < job.n_tokens else sums + 4 * n_sums * t)
     for k in range(0, job.n_in, 256):
@@ -92,11 +92,11 @@ def matmul(job_at):
             for i in range(n_tiles):
                 for t in range(min(t0 + BATCH * INT16_TOKENS, padded), min(t0 + 2 * BATCH * INT16_TOKENS, padded)):
                     for line in range(10 * i // n_tiles, 10 * (i + 1) // n_tiles):      # and the activations of the next batch
-                        prefetch(i64_at(tables, 8 * t) + k // 256 * job.n_tokens * SUPERBLOCK, 64 * line)
+                        prefetch(i64_at(tables, 8 * t) + k // 256 * job.n_packed * SUPERBLOCK, 64 * line)
                 out = tables + 8 * padded * (2 if k + 256 >= job.n_in and (i + 1) * TILE_ROWS <= job.n_rows else 1)
                 for t in range(8 * t0, 8 * min(t0 + BATCH * INT16_TOKENS, padded), 8 * INT16_TOKENS):
                     int16_products(tiles + i * tile_bytes, width // 32, 8 if job.mins == 8 else 0, 16 if job.mins == 16 else 0, tables + t,
-                                   k // 256 * job.n_tokens * SUPERBLOCK, tables + 8 * padded + t if k else 0, out + t, 4 * i * TILE_ROWS)
+                                   k // 256 * job.n_packed * SUPERBLOCK, tables + 8 * padded + t if k else 0, out + t, 4 * i * TILE_ROWS)
     for t in range(job.n_tokens):
         for r in range(job.n_rows // TILE_ROWS * TILE_ROWS, job.n_rows):
             store(i64_at(job.out_at, 8 * t), 4 * r, float_at(sums, 4 * (n_sums * t + r)))

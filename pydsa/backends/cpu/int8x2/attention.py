@@ -74,7 +74,7 @@ def plan_memory(job):
     wide = job.row_bytes - (8 if n_second else 4) == 2 * job.width
     n_q, n_steps, n_v_tiles = (job.n_tokens * job.n_head + 15) // 16, steps(n_first) + steps(n_second), 4 * steps(job.n_v)
     key_panel, query_panel, weight_panel = n_steps * STEP + 64, n_steps * STEP + 128, VALUE_STEPS * STEP + 64
-    queries = thread_scratch(n_q * query_panel + TILE // 16 * key_panel + n_v_tiles * VALUE_PANEL + n_q * weight_panel
+    queries = thread_scratch(job.thread, n_q * query_panel + TILE // 16 * key_panel + n_v_tiles * VALUE_PANEL + n_q * weight_panel
                              + TILE // 16 * n_q * TILE_BYTES + n_q * n_v_tiles * TILE_BYTES + 10 * TILE_BYTES + 64 * TILE + 12 * TILE
                              + 64 * (4 * n_q + 8))
     keys = queries + n_q * query_panel

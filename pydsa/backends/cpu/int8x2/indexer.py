@@ -75,7 +75,7 @@ def score(job_at):
     job = read_score_job(job_at)
     factor, n_steps, head_panels = float_from_bits(np.uint32(job.scale)), (job.width + 63) // 64, (job.n_head + 15) // 16
     panel_bytes = n_steps * STEP + 64       # the heads' weights follow the steps
-    queries = thread_scratch(job.n_tokens * head_panels * panel_bytes + (4 * head_panels + 1) * TILE_BYTES + 256)
+    queries = thread_scratch(job.thread, job.n_tokens * head_panels * panel_bytes + (4 * head_panels + 1) * TILE_BYTES + 256)
     sums = queries + job.n_tokens * head_panels * panel_bytes
     weighted = sums + 4 * head_panels * TILE_BYTES
     row = weighted + TILE_BYTES

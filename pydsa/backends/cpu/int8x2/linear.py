@@ -124,7 +124,7 @@ def matmul(job_at):
     job = read_matmul_job(job_at)
     n_panels, n_x = (job.n_rows + 31) // 32 * 2, (job.n_tokens + 15) // 16
     next_bytes, fetched = 256 // job.block * job.block_bytes, rows_prefetched(n_panels, n_x)
-    superblocks = thread_scratch(BATCH * SUPERBLOCK + 384 + 10 * TILE_BYTES + n_panels * (PANEL + 64 + n_x * TILE_BYTES))
+    superblocks = thread_scratch(job.thread, BATCH * SUPERBLOCK + 384 + 10 * TILE_BYTES + n_panels * (PANEL + 64 + n_x * TILE_BYTES))
     table = superblocks + BATCH * SUPERBLOCK
     buffer = table + 384
     panels = buffer + 10 * TILE_BYTES
@@ -149,7 +149,7 @@ def matmul(job_at):
                     store(superblock, SCALES + 4 * j, np.float32(0))
                     store(superblock, MINS + 4 * j, np.float32(0))
                 requantize(superblock, width // 32, job.mins, job.bits, table, panels + i // 16 * PANEL + i % 16 * 64, scales + 4 * i)
-        x_panels = job.x + k // 256 * n_x * SCALED_PANEL
+        x_panels = job.x + (k // 256 * ((job.n_packed + 15) // 16) + job.first // 16) * SCALED_PANEL
         panel_products_int8x2(panels, PANEL, n_panels, x_panels, SCALED_PANEL, n_x, (width + 63) // 64, sums, scales, PANEL, buffer,
                               x_panels + 2 * SCALED_PANEL, first + next_bytes, job.row_bytes, job.n_rows)
     release()

@@ -89,7 +89,7 @@ def pack_latents(rows, row_bytes, dequantize, row_n, n, kv_lora, n_rot, out):
     that are not finite are 0.
     """
     n_lora, rotated = n_superblocks(kv_lora), out + n_superblocks(kv_lora) * (A_BYTES + B_BYTES)
-    lora = thread_scratch(1024 * n_lora + 4 * (kv_lora + n_rot))
+    lora = thread_scratch(job.thread, 1024 * n_lora + 4 * (kv_lora + n_rot))
     row = lora + 1024 * n_lora
     clear(lora, 1024 * n_lora)
     clear(rotated, 256 * TILE * steps(n_rot))
@@ -261,7 +261,7 @@ def plan_memory(job):
                  PANELS * max(n_k, n_v_panels, GROUP) * TILE_BYTES) // 64 * 64 + 64,
              n_lora * n_k * SCALED_PANEL, n_lora * n_v_panels * (SCALED_PANEL + 64), n_q * query_panel, PANELS * (n_steps * STEP + 64),
              n_v_panels * SCALED_PANEL, GROUP * (PANEL + 64), n_q * n_v_panels * TILE_BYTES, 10 * TILE_BYTES, 4 * TILE, 128 * n_q, 128)
-    scratch = thread_scratch(sum(sizes))
+    scratch = thread_scratch(job.thread, sum(sizes))
     key_weights = scratch + sizes[0]
     value_weights = key_weights + sizes[1]
     queries = value_weights + sizes[2]

@@ -1,0 +1,219 @@
+"""Ops, and steps: lists of ops.
+
+An op is divided into stages, one after the other; a stage into tasks, which any thread may run in any order (team.py). The functions of a
+stage are written for arrays and numbers, as those of numpy would be. They are compiled once for the types of an op's arguments, as one
+function that reads the arguments from a record.
+"""
+import functools
+import time
+from typing import NamedTuple
+
+import numpy as np
+from numba import types
+
+from pydsa.backends.cpu import threads
+from pydsa.backends.cpu.jit import ByAddress, Wanted, code_size, compile_all, inner, listing, wanted_function
+from pydsa.backends.cpu.records import kind_of, reader, words_of
+
+
+class Stage(NamedTuple):
+    """A part of an op that waits for the parts before it.
+
+    begin(*args, task) prepares it and returns the number of its tasks: one thread calls it. run(*args, task) is task number task.index of
+    them. What they share lies in task.scratch.
+    """
+    begin: object
+    run: object
+
+
+class Op:
+    """An op of the backend; called with its arguments, it runs by itself."""
+
+    def __init__(self, scratch, stages, writes):
+        functools.update_wrapper(self, scratch)
+        self.py_func = self.scratch = scratch
+        self.stages, self.writes = stages, writes
+        self._entries = {}      # signature -> _Entry
+
+    def __call__(self, *args):
+        Step([[(self, args)]]).run()
+
+    def entry(self, signature):
+        """The compiled function for arguments of these types, by address."""
+        if signature not in self._entries:
+            self._entries[signature] = _Entry(self, signature)
+        return self._entries[signature]
+
+    def compile(self, signature):
+        """Compile the op for arguments of these types."""
+        self.entry(signature).compile()
+
+
+def op(*stages, writes=(0,)):
+    """Make an Op of a Python function scratch(*args).
+
+    It returns how many bytes of scratch memory the op needs, at most. Its name, parameters and docstring are the op's. writes: the indices
+    of the arguments that the op writes.
+    """
+    return lambda scratch: Op(scratch, stages, writes)
+
+
+class _Entry(ByAddress):
+    """An op's function f(record, part, task's fields), for one signature.
+
+    Part 2 i begins the i-th stage and returns the number of its tasks; part 2 i + 1 runs a task.
+    """
+
+    def __init__(self, op, signature):
+        read, call = reader(signature), _parts(op.stages)
+
+        def entry(record, part, index, thread, n_threads, scratch):
+            return call(part, read(record, index, thread, n_threads, scratch))
+
+        entry.__module__, entry.__name__, entry.__qualname__ = op.__module__, op.__name__, f"{op.__qualname__}{signature}"
+        super().__init__(entry, *[types.int64] * 6, result=types.int64)
+        size = sum(code_size(f.py_func) for stage in op.stages for f in stage)
+        self.wanted = Wanted(op.__name__, op.__module__, signature, lambda: self.cache.holds(self.signature), self.compile, size)
+
+
+def _parts(stages):
+    """A function call(part, arguments) of all stages' functions."""
+    (begin, run), *others = stages
+    if not others:
+        @inner
+        def call(part, arguments):
+            if part == 0:
+                return np.int64(begin(*arguments))
+            run(*arguments)
+            return np.int64(0)
+    else:
+        following = _parts(others)
+
+        @inner
+        def call(part, arguments):
+            if part == 0:
+                return np.int64(begin(*arguments))
+            if part == 1:
+                run(*arguments)
+                return np.int64(0)
+            return following(part - 2, arguments)
+    return call
+
+
+def _signature(args):
+    return tuple(kind_of(a) for a in args)
+
+
+class Step:
+    """A list of ops that a team of threads runs.
+
+    groups: lists of pairs (op, arguments). Ops of a group do not depend on each other: their first stages share an interval, and so on.
+    """
+
+    def __init__(self, groups):
+        self._groups = groups       # their arrays must live
+        records, stages, intervals, ends, self.scratch_bytes = [], [], [], [], 0
+        for group in groups:
+            place, offset = [], 0
+            for op, args in group:
+                place.append((op.entry(_signature(args)).address, len(records), offset))
+                records += [word for a in args for word in words_of(a)]
+                offset += -(-op.scratch(*args) // threads.LINE) * threads.LINE
+            self.scratch_bytes = max(self.scratch_bytes, offset)
+            for i in range(max(len(op.stages) for op, _ in group)):
+                parts = [(address, 2 * i, record, offset, 0)
+                         for (op, _), (address, record, offset) in zip(group, place) if i < len(op.stages)]
+                intervals.append((len(stages), len(parts)))
+                stages += parts
+            ends.append(len(intervals))
+        self._records, self._stages = np.array(records, np.int64), np.array(stages, np.int64)
+        self._stages[:, 2] = self._records.ctypes.data + 8 * self._stages[:, 2]
+        self._intervals = np.array(intervals, np.int64)
+        self._intervals[:, 0] = self._stages.ctypes.data + self._stages.strides[0] * self._intervals[:, 0]
+        self._starts = [0, *ends]
+
+    def __len__(self):
+        return len(self._groups)
+
+    def run(self, first=0, last=None):
+        """Run the groups from the first up to, not including, the last; all."""
+        start, end = self._starts[first], self._starts[len(self) if last is None else last]
+        threads.run(self._intervals[start:].ctypes.data, end - start, self.scratch_bytes)
+
+
+def compile_calls(bind, progress=None):
+    """Compile the ops of bind()'s calls, and what they call by address.
+
+    bind() makes pairs of an op and its arguments; what it makes of weights and caches has no addresses yet. progress(done, total, name) is
+    called before each.
+    """
+    with listing() as functions:
+        calls = bind()
+    entries = dict.fromkeys(op.entry(_signature(args)) for op, args in calls)
+    compile_all([*threads.wanted(), *map(wanted_function, dict.fromkeys(functions)), *(entry.wanted for entry in entries)], progress)
+
+
+class Recording:
+    """The calls of a step, [(node, op, args)], in groups.
+
+    A step that repeats runs as a whole; others run group by group, so that Ctrl-C is heard in between.
+    """
+
+    def __init__(self, calls, again):
+        self._groups = grouped([(op, args) for _, op, args in calls])
+        self._step, self._whole = Step(self._groups), again
+
+    def run(self, after=None):
+        """Run the step; after(i) is called after the group of the i-th call."""
+        if self._whole and after is None:
+            self._step.run()
+            return
+        done = 0
+        for i, group in enumerate(self._groups):
+            self._step.run(i, i + 1)
+            for _ in group:
+                if after is not None:
+                    after(done)
+                done += 1
+
+
+def recorded(calls, again):
+    """The Recording of a step's calls."""
+    return Recording(calls, again)
+
+
+def timed(calls):
+    """Run calls, pairs (op, args), one by one -> the seconds of each."""
+    step, times = Step([[call] for call in calls]), []
+    for i in range(len(step)):
+        start = time.perf_counter()
+        step.run(i, i + 1)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+# Which ops may run side by side
+
+def grouped(calls):
+    """Put neighbours of a list of calls into groups whose calls do not depend on each other."""
+    groups, written, read = [], [], []
+    for op, args in calls:
+        writes = [a for i in op.writes for a in arrays_of(args[i])]
+        reads = [a for i, arg in enumerate(args) if i not in op.writes for a in arrays_of(arg)]
+        if not groups or overlap(written, writes + reads) or overlap(read, writes):
+            groups.append([])
+            written, read = [], []
+        groups[-1].append((op, args))
+        written, read = written + writes, read + reads
+    return groups
+
+
+def arrays_of(argument):
+    """The arrays in an argument whose memory may be written by some op."""
+    found = argument if isinstance(argument, tuple) else (argument,)
+    return [a for a in found if isinstance(a, np.ndarray) and a.flags.writeable]
+
+
+def overlap(some, others):
+    """Whether one of some arrays shares memory with one of others."""
+    return any(np.may_share_memory(a, b) for a in some for b in others)
