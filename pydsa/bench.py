@@ -113,8 +113,7 @@ def _ceilings(backend, threads):
 
     They are measured once for each number of threads.
     """
-    backend.set_threads(threads)
-    return backend.measure_ceilings()
+    return backend.measure_ceilings(threads)
 
 
 def _limits(model, ceilings, n_gen, n_depth, speed):

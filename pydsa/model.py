@@ -117,7 +117,7 @@ class Setup:
     def _record(self, arch, variant):
         graph = Graph(self.n_ctx)
         arch.build(graph, self.config, self.weights, variant)
-        return lay_out(graph, self.n_ubatch, self.device.float_size)
+        return lay_out(graph, self.n_ubatch, self.device.float_size, self.device.side_by_side)
 
     @property
     def _nodes(self):

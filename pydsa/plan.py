@@ -68,6 +68,7 @@ class Layout(NamedTuple):
     Offsets and sizes are bytes, for a step of up to max_tokens tokens.
     """
     graph: object
+    nodes: list         # (level, Node) in the order they run; those of equal levels may run at the same time
     max_tokens: int
     float_size: int
     offsets: dict       # root Value -> offset
@@ -78,18 +79,21 @@ def _row_bytes(value, float_size):
     return int(np.prod(value.tail, dtype=np.int64)) * {"float": float_size, "int32": 4, "int64": 8}[value.dtype]
 
 
-def lay_out(graph, max_tokens, float_size=4):
+def lay_out(graph, max_tokens, float_size=4, side_by_side=False):
     """The Layout of a graph for steps of up to max_tokens tokens.
 
-    Values that are not live at the same time share memory: first fit, in the order of their first use.
+    Values that are not live at the same time share memory: first fit, in the order of their first use. side_by_side: nodes that do not
+    depend on each other run at the same time, and are put together.
     """
+    levels = graph.levels() if side_by_side else range(len(graph.nodes))
+    nodes = sorted(zip(levels, graph.nodes), key=lambda pair: pair[0])
     inputs = (graph.ids, graph.positions)
-    born, dies = dict.fromkeys(inputs, 0), dict.fromkeys(inputs, len(graph.nodes))
-    for i, node in enumerate(graph.nodes):
+    born, dies = dict.fromkeys(inputs, 0), dict.fromkeys(inputs, len(nodes))
+    for level, node in nodes:
         for value in (a.root for a in node.args if isinstance(a, Value)):
             if value.rows == "tokens":
-                born.setdefault(value, i)
-                dies[value] = max(i, dies.get(value, 0))
+                born.setdefault(value, level)
+                dies[value] = max(level, dies.get(value, 0))
     offsets, live, total = {}, [], 0        # live: (offset, end, dies)
     for value in sorted(born, key=born.get):
         live = [space for space in live if space[2] >= born[value]]
@@ -102,7 +106,7 @@ def lay_out(graph, max_tokens, float_size=4):
         offsets[value] = offset
         live.append((offset, offset + size, dies[value]))
         total = max(total, offset + size)
-    return Layout(graph, max_tokens, float_size, offsets, total)
+    return Layout(graph, nodes, max_tokens, float_size, offsets, total)
 
 
 class Runner:
@@ -169,10 +173,10 @@ class Runner:
             return caches[a].rows if isinstance(a, CacheRef) else a
 
         graph = layout.graph
-        nodes = graph.nodes if n_outputs else [node for node in graph.nodes if not node.for_outputs]
-        calls = [(node, getattr(self.backend, node.op), tuple(argument(a) for a in node.args)) for node in nodes]
+        nodes = [(level, node) for level, node in layout.nodes if n_outputs or not node.for_outputs]
+        calls = [(node, getattr(self.backend, node.op), tuple(argument(a) for a in node.args)) for _, node in nodes]
         output = argument(graph.output) if n_outputs else None
-        return Bound(self, roots[graph.ids], roots[graph.positions], calls, output, again)
+        return Bound(self, roots[graph.ids], roots[graph.positions], calls, [level for level, _ in nodes], output, again)
 
 
 class Written(Sequence):
@@ -198,13 +202,14 @@ class Bound:
     ids: object
     positions: object
     calls: list
+    levels: list                # a number for each call; those of equal numbers may run at the same time
     output: object              # the array of logits, or None
     again: bool                 # whether the step repeats
 
     @functools.cached_property
     def recording(self):
         """The calls as the backend runs them best."""
-        return self.runner.backend.recorded(self.calls, self.again)
+        return self.runner.backend.recorded(self.calls, self.levels, self.again)
 
     def run(self, ids, n_past, logits, observe=None):
         """Run one step: tokens `ids` at positions n_past, n_past + 1, ...

@@ -26,6 +26,7 @@ class Device(NamedTuple):
     scored_together: int = SCORED_TOGETHER
     scratch: Callable = lambda nodes, n_tokens: 0
     packed_latents: Callable = lambda config, n_kv: 0
+    side_by_side: bool = False      # whether ops that do not depend on each other run at the same time
     copies_blocks: bool = False     # whether loading copies every weight, which can take long
     described: bool = False         # whether the backend can describe its device
 
@@ -114,7 +115,7 @@ def _packed_heads(n_tokens, n_head, width):
 
 
 DEVICES = {
-    "cpu": Device("pydsa.backends.cpu", 4, _cpu_weights, packed_latents=_cpu_packed_latents),
+    "cpu": Device("pydsa.backends.cpu", 4, _cpu_weights, packed_latents=_cpu_packed_latents, side_by_side=True),
     # A grid has at most 65,535 blocks in y and in z, which kernels use for tokens.
     "cuda": Device("pydsa.backends.cuda", 4, lambda tensors: (0, _n_bytes(tensors)), 32768, scratch=_cuda_scratch, copies_blocks=True,
                    described=True),

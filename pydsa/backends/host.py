@@ -58,7 +58,7 @@ class Calls:
                 after(i)
 
 
-def recorded(calls, again):
+def recorded(calls, levels, again):
     """The Calls of a step, whether it repeats or not."""
     return Calls(calls)
 

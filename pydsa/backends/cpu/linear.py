@@ -17,11 +17,11 @@ from pydsa.backends.cpu.simd import store
 MAX_TASK_ROWS = 256 if amx.HERE else 128        # the most rows of a task of gemm: activations are fetched once for all of them
 MIN_TASK_ROWS = 32              # the fewest, if there are many threads
 MIN_TASK_TOKENS = 128           # the fewest tokens of a task of gemm, if there are still more threads: rows are unpacked for each task
-TASK_BYTES, MIN_TASK_BYTES = 1 << 16, 1 << 14       # of weights that a task reads for a few tokens; with many threads
+TASK_BYTES = 1 << 18            # the most bytes of weights that a task reads for a few tokens: some ten microseconds
 GEMV_TOKENS = 3                 # the most tokens for which blocks are not unpacked
 GEMV_ROWS = 16               # rows over which these tokens take turns, within a first-level cache; and a cache line of results
 PANEL_TOKENS = 16              # tokens that are packed at a time, a panel
-PIECE = 4096                    # activations that are rounded at a time, a multiple of 256
+PIECE = 8192                    # activations that are rounded at a time, a multiple of 256
 
 
 @inner
@@ -117,10 +117,11 @@ def gemm_rows(w, rows, n_rows, n_in, x, n_packed, first, n_tokens, out_at, threa
 def gemv_task_rows(n_rows, row_bytes, n_threads):
     """Count the rows of a task for a few tokens, a multiple of GEMV_ROWS.
 
-    row_bytes: of all that is read for a row. With many threads tasks are smaller, so that each has some.
+    row_bytes: of all that is read for a row. Each thread has the same number of tasks, as few as there can be: memory is read faster in
+    long stretches.
     """
-    wanted = min(TASK_BYTES, max(MIN_TASK_BYTES, n_rows * row_bytes // (4 * n_threads)))
-    return max(1, wanted // (GEMV_ROWS * row_bytes)) * GEMV_ROWS
+    tasks = n_threads * ((n_rows * row_bytes + n_threads * TASK_BYTES - 1) // (n_threads * TASK_BYTES))
+    return (n_rows + tasks * GEMV_ROWS - 1) // (tasks * GEMV_ROWS) * GEMV_ROWS
 
 
 @inner
@@ -231,7 +232,12 @@ def multiply_linear(out, w, x, task):
     multiply_rows(w, 1, w.data.shape[0], w.data.shape[1], x.shape[0], x.shape[1], address(out), out.strides[0], 0, task)
 
 
-@op(Stage(begin_linear, pack_linear), Stage(begin_linear_rows, multiply_linear))
+def packed_linear(out, w, x):
+    """What pack_linear makes of x: the same for weights that take it in the same form."""
+    return x.ctypes.data, x.shape, x.strides, w.pack, w.packed_bytes, w.order if uses_gemv(w, len(x)) else None
+
+
+@op(Stage(begin_linear, pack_linear, light=True), Stage(begin_linear_rows, multiply_linear), packed=packed_linear)
 def linear(out, w, x):
     return addresses_bytes(len(x)) + packed_bytes(w, *x.shape)
 
@@ -257,7 +263,7 @@ def multiply_heads(out, w, x, task):
     multiply_rows(w, n_head, n_out, row_bytes, x.shape[0], x.shape[2], address(out), out.strides[0], out.strides[1], task)
 
 
-@op(Stage(begin_heads, pack_heads), Stage(begin_head_rows, multiply_heads))
+@op(Stage(begin_heads, pack_heads, light=True), Stage(begin_head_rows, multiply_heads))
 def head_linear(out, w, x):
     n_tokens, n_head, n_in = x.shape
     return addresses_bytes(n_head * n_tokens) + n_head * packed_bytes(w, n_tokens, n_in)

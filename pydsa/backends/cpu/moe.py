@@ -238,7 +238,7 @@ def multiply_gate_up(out, x, ids, gate, up, task):
         silu_mul_row(hidden, hidden, floats_at(ups + 4 * n * k, 1, n)[0])
 
 
-@op(Stage(begin_counting, count_for_gate), Stage(begin_sorting_for_gate, sort_for_gate), Stage(begin_packing_for_gate, pack_for_gate),
+@op(Stage(begin_counting, count_for_gate, light=True), Stage(begin_sorting_for_gate, sort_for_gate, light=True), Stage(begin_packing_for_gate, pack_for_gate, light=True),
     Stage(begin_gate_up_rows, multiply_gate_up))
 def moe_gate_up(out, x, ids, gate, up):
     sizes = [align(most_packed_bytes(w, len(x), ids.size, len(x), len(gate.data), x.shape[1])) for w in (gate, up)]
@@ -293,7 +293,7 @@ def multiply_one(out, x, ids, w, task):
     expert_rows(w, groups, i, r, min(size, n_out - r), x.shape[1], n_tokens, groups.end, ids.shape[1], out_at, task.thread)
 
 
-@op(Stage(begin_counting, count_for_one), Stage(begin_sorting_for_one, sort_for_one), Stage(begin_packing_for_one, pack_for_one),
+@op(Stage(begin_counting, count_for_one, light=True), Stage(begin_sorting_for_one, sort_for_one, light=True), Stage(begin_packing_for_one, pack_for_one, light=True),
     Stage(begin_one_rows, multiply_one))
 def moe_linear(out, x, ids, w):
     n_expert = len(w.data)
@@ -372,8 +372,8 @@ def multiply_down(out, hidden, ids, weights, down, task):
                 target[j] += weight * row[j]
 
 
-@op(Stage(begin_counting_for_down, count_for_down), Stage(begin_sorting_for_down, sort_for_down),
-    Stage(begin_packing_for_down, pack_for_down), Stage(begin_down_rows, multiply_down))
+@op(Stage(begin_counting_for_down, count_for_down, light=True), Stage(begin_sorting_for_down, sort_for_down, light=True),
+    Stage(begin_packing_for_down, pack_for_down, light=True), Stage(begin_down_rows, multiply_down))
 def moe_down(out, hidden, ids, weights, down):
     n_expert = len(down.data)
     return groups_bytes(*ids.shape, n_expert) + most_packed_bytes(down, ids.size, ids.size, len(ids), n_expert, hidden.shape[2])

@@ -20,7 +20,7 @@ def rms_norm_rows(out, x, w, eps, task):
             target[i] = row[i] * factor * w[i]
 
 
-@op(Stage(by_row, rms_norm_rows))
+@op(Stage(by_row, rms_norm_rows, light=True))
 def rms_norm(out, x, w, eps):
     return 0
 
@@ -40,7 +40,7 @@ def layer_norm_rows(out, x, w, b, eps, task):
             target[i] = (row[i] - mean) * factor * w[i] + b[i]
 
 
-@op(Stage(by_row, layer_norm_rows))
+@op(Stage(by_row, layer_norm_rows, light=True))
 def layer_norm(out, x, w, b, eps):
     return 0
 
@@ -57,7 +57,7 @@ def silu_mul_rows(out, gate, up, task):
         silu_mul_row(contiguous(out[t]), contiguous(gate[t]), contiguous(up[t]))
 
 
-@op(Stage(by_row, silu_mul_rows))
+@op(Stage(by_row, silu_mul_rows, light=True))
 def silu_mul(out, gate, up):
     return 0
 
@@ -75,7 +75,7 @@ def scale_rows(out, x, factor, task):
             scale_row(contiguous(out[t, h]), contiguous(x[t, h]), np.float32(factor))
 
 
-@op(Stage(by_row, scale_rows))
+@op(Stage(by_row, scale_rows, light=True))
 def scale(out, x, factor):
     return 0
 
@@ -87,7 +87,7 @@ def expert_scale_rows(out, x, ids, factors, task):
             scale_row(contiguous(out[t, i]), contiguous(x[t, i]), factors[ids[t, i]])
 
 
-@op(Stage(by_row, expert_scale_rows))
+@op(Stage(by_row, expert_scale_rows, light=True))
 def expert_scale(out, x, ids, factors):
     return 0
 
@@ -100,6 +100,6 @@ def add_rows(out, x, y, task):
             target[i] = a[i] + b[i]
 
 
-@op(Stage(by_row, add_rows))
+@op(Stage(by_row, add_rows, light=True))
 def add(out, x, y):
     return 0

@@ -5,6 +5,7 @@ stage are written for arrays and numbers, as those of numpy would be. They are c
 function that reads the arguments from a record.
 """
 import functools
+import itertools
 import time
 from typing import NamedTuple
 
@@ -24,15 +25,16 @@ class Stage(NamedTuple):
     """
     begin: object
     run: object
+    light: bool = False     # whether one task takes less time than to hand it to another thread
 
 
 class Op:
     """An op of the backend; called with its arguments, it runs by itself."""
 
-    def __init__(self, scratch, stages, writes):
+    def __init__(self, scratch, stages, packed):
         functools.update_wrapper(self, scratch)
         self.py_func = self.scratch = scratch
-        self.stages, self.writes = stages, writes
+        self.stages, self.packed = stages, packed
         self._entries = {}      # signature -> _Entry
 
     def __call__(self, *args):
@@ -49,13 +51,14 @@ class Op:
         self.entry(signature).compile()
 
 
-def op(*stages, writes=(0,)):
+def op(*stages, packed=lambda *args: None):
     """Make an Op of a Python function scratch(*args).
 
-    It returns how many bytes of scratch memory the op needs, at most. Its name, parameters and docstring are the op's. writes: the indices
-    of the arguments that the op writes.
+    It returns how many bytes of scratch memory the op needs, at most. Its name, parameters and docstring are the op's. packed(*args) is a
+    Python function that names what the first stage makes of the arguments, all that is in the scratch memory, or None: ops of a group
+    with the same name share it.
     """
-    return lambda scratch: Op(scratch, stages, writes)
+    return lambda scratch: Op(scratch, stages, packed)
 
 
 class _Entry(ByAddress):
@@ -72,13 +75,13 @@ class _Entry(ByAddress):
 
         entry.__module__, entry.__name__, entry.__qualname__ = op.__module__, op.__name__, f"{op.__qualname__}{signature}"
         super().__init__(entry, *[types.int64] * 6, result=types.int64)
-        size = sum(code_size(f.py_func) for stage in op.stages for f in stage)
+        size = sum(code_size(f.py_func) for stage in op.stages for f in stage[:2])
         self.wanted = Wanted(op.__name__, op.__module__, signature, lambda: self.cache.holds(self.signature), self.compile, size)
 
 
 def _parts(stages):
     """A function call(part, arguments) of all stages' functions."""
-    (begin, run), *others = stages
+    (begin, run, _), *others = stages
     if not others:
         @inner
         def call(part, arguments):
@@ -107,30 +110,34 @@ def _signature(args):
 class Step:
     """A list of ops that a team of threads runs.
 
-    groups: lists of pairs (op, arguments). Ops of a group do not depend on each other: their first stages share an interval, and so on.
+    groups: lists of pairs (op, arguments). Ops of a group do not depend on each other: their last stages share an interval, those before
+    the last another one, and so on.
     """
 
     def __init__(self, groups):
         self._groups = groups       # their arrays must live
-        records, stages, intervals, ends, self.scratch_bytes = [], [], [], [], 0
+        records, stages, intervals, self._starts, self.scratch_bytes = [], [], [], [0], 0
         for group in groups:
-            place, offset = [], 0
+            shared, offset, listed = {}, 0, [[] for _ in range(max(len(op.stages) for op, _ in group))]
             for op, args in group:
-                place.append((op.entry(_signature(args)).address, len(records), offset))
+                address, packed = op.entry(_signature(args)).address, op.packed(*args)
+                for i, stage in enumerate(op.stages[packed in shared:], packed in shared):
+                    row = address, 2 * i, len(records), shared.get(packed, offset), 0, int(stage.light)
+                    listed[i - len(op.stages)].append(row)
                 records += [word for a in args for word in words_of(a)]
-                offset += -(-op.scratch(*args) // threads.LINE) * threads.LINE
+                if packed not in shared:
+                    if packed is not None:
+                        shared[packed] = offset
+                    offset += -(-op.scratch(*args) // threads.LINE) * threads.LINE
+            for interval in listed:
+                intervals.append((len(stages), len(interval)))
+                stages += sorted(interval, key=lambda row: row[5])      # what takes longest first
+            self._starts.append(len(intervals))
             self.scratch_bytes = max(self.scratch_bytes, offset)
-            for i in range(max(len(op.stages) for op, _ in group)):
-                parts = [(address, 2 * i, record, offset, 0)
-                         for (op, _), (address, record, offset) in zip(group, place) if i < len(op.stages)]
-                intervals.append((len(stages), len(parts)))
-                stages += parts
-            ends.append(len(intervals))
         self._records, self._stages = np.array(records, np.int64), np.array(stages, np.int64)
         self._stages[:, 2] = self._records.ctypes.data + 8 * self._stages[:, 2]
         self._intervals = np.array(intervals, np.int64)
         self._intervals[:, 0] = self._stages.ctypes.data + self._stages.strides[0] * self._intervals[:, 0]
-        self._starts = [0, *ends]
 
     def __len__(self):
         return len(self._groups)
@@ -159,8 +166,8 @@ class Recording:
     A step that repeats runs as a whole; others run group by group, so that Ctrl-C is heard in between.
     """
 
-    def __init__(self, calls, again):
-        self._groups = grouped([(op, args) for _, op, args in calls])
+    def __init__(self, calls, levels, again):
+        self._groups = [[(op, args) for _, (_, op, args) in group] for _, group in itertools.groupby(zip(levels, calls), lambda x: x[0])]
         self._step, self._whole = Step(self._groups), again
 
     def run(self, after=None):
@@ -177,9 +184,12 @@ class Recording:
                 done += 1
 
 
-def recorded(calls, again):
-    """The Recording of a step's calls."""
-    return Recording(calls, again)
+def recorded(calls, levels, again):
+    """The Recording of a step's calls.
+
+    levels: a number for each call; neighbours of equal numbers do not depend on each other.
+    """
+    return Recording(calls, levels, again)
 
 
 def timed(calls):
@@ -190,30 +200,3 @@ def timed(calls):
         step.run(i, i + 1)
         times.append(time.perf_counter() - start)
     return times
-
-
-# Which ops may run side by side
-
-def grouped(calls):
-    """Put neighbours of a list of calls into groups whose calls do not depend on each other."""
-    groups, written, read = [], [], []
-    for op, args in calls:
-        writes = [a for i in op.writes for a in arrays_of(args[i])]
-        reads = [a for i, arg in enumerate(args) if i not in op.writes for a in arrays_of(arg)]
-        if not groups or overlap(written, writes + reads) or overlap(read, writes):
-            groups.append([])
-            written, read = [], []
-        groups[-1].append((op, args))
-        written, read = written + writes, read + reads
-    return groups
-
-
-def arrays_of(argument):
-    """The arrays in an argument whose memory may be written by some op."""
-    found = argument if isinstance(argument, tuple) else (argument,)
-    return [a for a in found if isinstance(a, np.ndarray) and a.flags.writeable]
-
-
-def overlap(some, others):
-    """Whether one of some arrays shares memory with one of others."""
-    return any(np.may_share_memory(a, b) for a in some for b in others)

@@ -20,7 +20,7 @@ def rope_table_rows(out, positions, freqs, magnitude, task):
             out[t, 1, i] = math.sin(angle) * magnitude
 
 
-@op(Stage(by_row, rope_table_rows))
+@op(Stage(by_row, rope_table_rows, light=True))
 def rope_table(out, positions, freqs, magnitude):
     return 0
 
@@ -47,7 +47,7 @@ def rope_rows(out, x, table, neox, task):
             rotate(contiguous(out[t, h]), contiguous(x[t, h]), cos, sin, neox)
 
 
-@op(Stage(by_row, rope_rows))
+@op(Stage(by_row, rope_rows, light=True))
 def rope(out, x, table, neox):
     return 0
 
@@ -95,6 +95,6 @@ def hadamard_rows(out, x, task):
             hadamard_row(contiguous(out[t, h]), contiguous(x[t, h]), norm)
 
 
-@op(Stage(by_row, hadamard_rows))
+@op(Stage(by_row, hadamard_rows, light=True))
 def hadamard(out, x):
     return 0

@@ -89,6 +89,6 @@ def by_logits(ids, weights, logits, *others):
     return by_row(logits)
 
 
-@op(Stage(by_logits, route_rows), writes=(0, 1))
+@op(Stage(by_logits, route_rows, light=True))
 def moe_route(ids, weights, logits, bias, gating, n_group, n_group_used, norm, scale):
     return 0

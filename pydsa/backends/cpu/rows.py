@@ -74,7 +74,7 @@ def get_rows_rows(out, w, ids, task):
         unpack(w, address(w.data) + ids[t] * w.data.shape[1], out.shape[1], address(out[t]))
 
 
-@op(Stage(by_row, get_rows_rows))
+@op(Stage(by_row, get_rows_rows, light=True))
 def get_rows(out, w, ids):
     return 0
 
@@ -92,7 +92,7 @@ def cache_write_rows(cache, x, positions, task):
         call_block_function(cache.quantize, address(x[t]), cache.n, address(cache.data) + positions[t] * row_bytes)
 
 
-@op(Stage(by_token, cache_write_rows))
+@op(Stage(by_token, cache_write_rows, light=True))
 def cache_write(cache, x, positions):
     return 0
 

@@ -27,9 +27,10 @@ MOST_THREADS = 512
 LAST, IDLE, LOW = 1 << 31, 3 << 30, 0xFFFFFFFF
 
 # A list: for each interval the address and the number of its stages. A stage: its op's function, which part of it begins the stage (the
-# next one runs a task), the record of arguments, where the op's scratch memory begins, and the number of tasks, once it was begun.
-INTERVAL_BYTES, STAGE_BYTES = 16, 40
-FUNCTION, PART, RECORD, OFFSET, N_TASKS = range(0, STAGE_BYTES, 8)
+# next one runs a task), the record of arguments, where the op's scratch memory begins, the number of tasks, once it was begun, and whether
+# one task takes less time than to hand it to another thread.
+INTERVAL_BYTES, STAGE_BYTES = 16, 48
+FUNCTION, PART, RECORD, OFFSET, N_TASKS, LIGHT = range(0, STAGE_BYTES, 8)
 
 
 class Task(NamedTuple):
@@ -68,14 +69,18 @@ def run_task(at, interval, index, thread):
 
 @inner
 def begin_interval(at, interval, thread):
-    """Begin the stages of an interval; return how many tasks they have."""
-    total, stage = 0, i64_at(interval, 0)
+    """Begin the stages of an interval.
+
+    Returns how many tasks they have, and how many of these are worth another thread.
+    """
+    total, heavy, stage = 0, 0, i64_at(interval, 0)
     for _ in range(i64_at(interval, 8)):
         n = call_stage(at, stage, 0, 0, thread)
         store(stage, N_TASKS, n)
         total += n
+        heavy += n if n > 1 or not i64_at(stage, LIGHT) else 0
         stage += STAGE_BYTES
-    return total
+    return total, heavy
 
 
 @inner
@@ -91,16 +96,16 @@ def tasks_of(interval):
 def go_on(at, i, thread):
     """Begin intervals from the i-th on, until one has tasks to hand out.
 
-    A single task is done at once. After the last interval the step ends.
+    Light tasks, and a single one, are done at once. After the last interval the step ends.
     """
     n_intervals, total = i64_at(at, N_INTERVALS), 0
     while i < n_intervals:
         interval = i64_at(at, LIST) + INTERVAL_BYTES * i
-        total = begin_interval(at, interval, thread)
-        if total > 1:
+        total, heavy = begin_interval(at, interval, thread)
+        if total > 1 and heavy:
             break
-        if total == 1:
-            run_task(at, interval, 0, thread)
+        for task in range(total):
+            run_task(at, interval, task, thread)
         i += 1
     store_word(at + DONE, 0)
     store_word(at + TICKET, ((i64_at(at, FIRST) + i) & LOW) << 32 | (LAST - total if i < n_intervals else IDLE))

@@ -18,7 +18,7 @@ from pydsa.limits import allocating
 from pydsa.signals import interrupts_held
 
 LINE = 64
-SPIN = 5e-6         # seconds that a thread looks for work before it sleeps: about as long as a task takes, and less than to wake it
+SPIN = 2e-5         # seconds that a thread looks for work before it sleeps: to wake one takes as long
 
 
 def check_threads(n):

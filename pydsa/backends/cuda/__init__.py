@@ -140,6 +140,6 @@ class Recording(host.Calls):
             launch()
 
 
-def recorded(calls, again):
+def recorded(calls, levels, again):
     """A Recording of the calls of a step that repeats, or else Calls."""
     return Recording(calls) if again else host.Calls(calls)

@@ -41,6 +41,9 @@ def dot_rows(add, total, init, row_bytes, step, rows, n_rows, n, x, out):
     """
     buffer, other_buffer = stack_memory(), stack_memory()
     half = (n_rows + 1) // 2
+    for line in range(0, min(AHEAD, half * row_bytes), 64):
+        prefetch(rows, line)
+        prefetch(rows + half * row_bytes, line)
     for r in range(half):
         sums, other_sums = init, init
         row, other_row = rows + r * row_bytes, rows + min(r + half, n_rows - 1) * row_bytes
