@@ -30,7 +30,7 @@ from numba.core.sigutils import normalize_signature
 from numba.extending import intrinsic
 
 from pydsa import kernel_cache, quants
-from pydsa.backends.cpu.threads import warn_of_workqueue
+from pydsa.backends.cpu.threads import default_threads, warn_of_workqueue
 from pydsa.compiling import Job, collecting_paused, compile_jobs, counted
 from pydsa.signals import interrupts_held
 
@@ -279,7 +279,7 @@ def compile_all(calls, functions, progress=None):
     report = counted(progress, len(wanted), n_here)
 
     with interrupts_held() as check, collecting_paused():
-        compile_jobs(_jobs(missing), FOLDER, numba.config.NUMBA_NUM_THREADS, report, check)
+        compile_jobs(_jobs(missing), FOLDER, default_threads(), report, check)
         for done, w in enumerate(wanted.values()):
             check()
             report(done - n_here, w.name)

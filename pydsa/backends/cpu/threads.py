@@ -10,6 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from pydsa.cores import MOST_THREADS, physical_cores
 from pydsa.errors import PydsaError
 
 
@@ -46,14 +47,21 @@ def _refuse_after_fork():
                          "after the fork, or start the process anew (multiprocessing's \"spawn\").")
 
 
+def default_threads():
+    """One thread for each physical core; fewer if NUMBA_NUM_THREADS says so."""
+    return min(physical_cores(), numba.config.NUMBA_NUM_THREADS)
+
+
 def check_threads(n):
-    """The number of threads to use: n, or all that there are; a clear error if there are not so many."""
+    """The number of threads to use: n, from 1 to MOST_THREADS, or the default for None.
+
+    There may be more than cores. Raises PydsaError for other numbers, and in a process that was forked after its threads were started.
+    """
     _refuse_after_fork()
-    most = numba.config.NUMBA_NUM_THREADS
     if n is None:
-        return most
-    if n > most:
-        raise PydsaError(f"threads is {n}; this machine has {most} to use (set NUMBA_NUM_THREADS to allow more).")
+        return default_threads()
+    if not 1 <= n <= MOST_THREADS:
+        raise PydsaError(f"threads is {n}, expected an integer from 1 to {MOST_THREADS}.")
     return n
 
 
