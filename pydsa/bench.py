@@ -1,7 +1,7 @@
 """Timings of prompts and generation at several context depths.
 
 The tests have the names and columns of llama-bench. A step can also be timed op by op. Each figure is shown beside the machine's limit:
-its memory bandwidth and peak rate, measured with the threads that the model uses.
+its memory bandwidth and peak rate, measured with as many threads as the step uses.
 """
 import csv
 import functools
@@ -53,7 +53,7 @@ class Bench:
         session, done = model.session(), 0
         for n_prompt, n_gen, n_depth in self.tests:
             ids = random_ids(model, self.n_ctx)
-            ceilings = _ceilings(model.backend, model.threads) if n_gen else None
+            ceilings = _ceilings(model.backend, model.runner.threads_for(1)) if n_gen else None
             seconds = []
             reach_depth(session, ids, n_depth)
             for i in range(self.repetitions + 1):
@@ -71,8 +71,8 @@ class Bench:
         return {
             "model_filename": model.metadata.path, "model_name": model.config.name, "model_arch": model.config.architecture,
             "model_type": model.setup.file_type, "model_size": model.setup.n_bytes, "model_n_params": model.setup.n_params,
-            "backend": model.setup.device_name, "n_threads": model.threads, "n_ubatch": model.n_ubatch,
-            "type_k": model.kv_type, "type_index": model.index_type if model.top_k else None,
+            "backend": model.setup.device_name, "n_threads": model.threads, "n_threads_batch": model.threads_batch,
+            "n_ubatch": model.n_ubatch, "type_k": model.kv_type, "type_index": model.index_type if model.top_k else None,
             "attention": model.attention, "top_k": model.top_k, "n_prompt": n_prompt, "n_gen": n_gen, "n_depth": n_depth,
             "avg_ns": round(statistics.mean(nanoseconds)), "stddev_ns": round(_deviation(nanoseconds)),
             "avg_ts": statistics.mean(speeds), "stddev_ts": _deviation(speeds), "samples_ns": nanoseconds, "samples_ts": speeds}
@@ -88,9 +88,9 @@ class Bench:
         """
         for n_prompt, n_gen, n_depth in self.tests:
             session, ids = model.session(), random_ids(model, self.n_ctx)
-            ceilings = _ceilings(model.backend, model.threads)
             reach_depth(session, ids, n_depth)
             n_tokens = min(n_prompt, model.n_ubatch) or 1
+            ceilings = _ceilings(model.backend, model.runner.threads_for(n_tokens))
             step_ids = ids[n_depth:n_depth + n_tokens]
             (costs, quantized), best = _op_costs(model, session, step_ids), {}     # this run is not timed
             for i in range(self.repetitions):
@@ -234,9 +234,11 @@ def _display_row(row):
     if "avg_ts" not in row:
         return {key: _short(value) for key, value in row.items()}
     megabytes = row["bytes_per_token"] and row["bytes_per_token"] / 1e6
-    share = row["share_of_limit"]
+    share, threads = row["share_of_limit"], {"threads": _short(row["n_threads"])}
+    if row["n_threads_batch"] != row["n_threads"]:      # the same in all rows of a table
+        threads["threads batch"] = _short(row["n_threads_batch"])
     return {"model": f"{row['model_arch']} {row['model_type']}", "size": size(row["model_size"]),
-            "params": count(row["model_n_params"]), "backend": row["backend"], "threads": str(row["n_threads"]),
+            "params": count(row["model_n_params"]), "backend": row["backend"], **threads,
             "kv": row["type_k"], "index": row["type_index"] or "", "attention": row["attention"],
             "test": test_name(row["n_prompt"], row["n_gen"], row["n_depth"]),
             "t/s": f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}", "MB/token": _short(megabytes), "limit t/s": _short(row["limit_ts"]),

@@ -60,7 +60,9 @@ device_option = click.option("--device", type=click.Choice(["cpu", "cuda", "refe
                              help="cuda: an NVIDIA GPU; reference: plain numpy, slow and exact.")
 attention_option = click.option("--attention", type=click.Choice(["auto", "sparse", "masked", "dense"]), default="auto", show_default=True,
                                 help="auto: dense up to top_k tokens, sparse beyond.")
-threads_option = click.option("-t", "--threads", type=int, help="CPU threads.  [default: all cores]")
+threads_options = options(
+    click.option("-t", "--threads", type=int, help="CPU threads for generation.  [default: physical cores]"),
+    click.option("-tb", "--threads-batch", type=int, help="CPU threads for prompts.  [default: as -t]"))
 sampling_options = options(
     click.option("--temp", "temperature", type=float, default=0.8, show_default=True, help="Temperature; 0: greedy."),
     click.option("--top-k", type=int, default=40, show_default=True, help="Sample from the K likeliest tokens; 0: all."),
@@ -73,14 +75,14 @@ sampling_options = options(
                  help="Seed of the random numbers; -1: a new one.  [default: -1]"))
 
 
-def load_model(path, threads=None, **settings):
+def load_model(path, threads=None, threads_batch=None, **settings):
     """Load a model, with progress on stderr."""
     click.echo(f"loading {visible(path)}", err=True)
     if settings.get("n_ctx") == 0:
         settings["n_ctx"] = longest_context(path, settings)
     with progress_bar("compiling kernels") as progress:
         from pydsa.model import load
-        model = load(path, threads=threads, progress=progress, **settings)
+        model = load(path, threads=threads, threads_batch=threads_batch, progress=progress, **settings)
     if model.n_ctx > model.config.n_ctx_train:
         click.echo(f"the context of {model.n_ctx} tokens is longer than the model's own, {model.config.n_ctx_train}", err=True)
     return model
@@ -102,7 +104,7 @@ def longest_context(path, settings):
 @click.option("--stop", "-r", "--reverse-prompt", "stop", multiple=True, metavar="TEXT",
               help="End the answer where it has this text, without it. Can be repeated.")
 @sampling_options
-@threads_option
+@threads_options
 @ctx_option
 @model_options
 @attention_option
@@ -114,7 +116,7 @@ def longest_context(path, settings):
 @click.option("--special", is_flag=True, help="Encode the texts of control tokens in a --raw prompt as these tokens.")
 @click.option("--system", "-sys", "--system-prompt", "system", help="A system message for the chat format.")
 @click.option("--think", is_flag=True, help="Let the model reason before it answers, if it can.")
-def run(model, prompt, file, max_tokens, stop, conversation, raw, special, system, think, threads, **settings):
+def run(model, prompt, file, max_tokens, stop, conversation, raw, special, system, think, threads, threads_batch, **settings):
     """Generate text, or chat.
 
     Without MODEL it runs the demo model, which finds codes in notes. With -p, -f or piped input, only the answer goes to stdout. On a
@@ -140,7 +142,7 @@ def run(model, prompt, file, max_tokens, stop, conversation, raw, special, syste
         prompt = read_text(file or sys.stdin)
     if prompt is not None and not prompt and not raw:
         raise Failure("The prompt is empty.")
-    engine = load_model(model, threads, **settings)
+    engine = load_model(model, threads, threads_batch, **settings)
     sampling.check_vocabulary(engine.config.n_vocab)
     from pydsa.chat import Prompt, chat_prompt, thinking_note
     messages = [{"role": "system", "content": system}] if system else []
@@ -192,7 +194,7 @@ def read_text(file):
 @click.option("-n", "--n-gen", default="128", show_default=True, help="Numbers of tokens to generate; 0: none.")
 @click.option("-d", "--n-depth", default="0", show_default=True, help="Tokens already in the context, e.g. 0,4096.")
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=3, show_default=True, help="Number of times that each test runs.")
-@threads_option
+@threads_options
 @model_options
 @device_option
 @click.option("--attention", default="auto", show_default=True, help="One or more of auto, sparse, masked, dense, e.g. sparse,masked.")
@@ -200,14 +202,15 @@ def read_text(file):
               help="Form of the table.")
 @click.option("--plot", type=click.Path(), help="Also draw speed against depth into this file: .png, .svg or .pdf. Needs matplotlib.")
 @click.option("--ops", is_flag=True, help="Show instead the time of each op of one step, and the limit of the machine.")
-def bench(model, n_prompt, n_gen, n_depth, repetitions, threads, output, ops, plot, attention, **settings):
+def bench(model, n_prompt, n_gen, n_depth, repetitions, threads, threads_batch, output, ops, plot, attention, **settings):
     """Time prompts (pp) and generation (tg), as llama-bench does.
 
     Without MODEL it times the demo model. For generation it also shows the bytes that a token must read, and the speed at which this uses
     all of the memory's bandwidth.
     """
     from pydsa.bench import Bench, format_rows
-    from pydsa.model import ATTENTION, choose
+    from pydsa.model import ATTENTION
+    from pydsa.options import choose
     from pydsa.plot import check_plot, save_plot
     if plot is not None and ops:
         raise click.UsageError("--plot draws the speed at each depth, which --ops does not time.")
@@ -217,7 +220,7 @@ def bench(model, n_prompt, n_gen, n_depth, repetitions, threads, output, ops, pl
     modes = [choose("attention", mode.strip(), ATTENTION) for mode in attention.split(",")]      # all, before the first is timed
     rows = []
     for mode in modes:
-        engine = load_model(model, threads, n_ctx=tests.n_ctx, attention=mode, **settings)
+        engine = load_model(model, threads, threads_batch, n_ctx=tests.n_ctx, attention=mode, **settings)
         with progress_bar("timing") as progress:
             for row in tests.ops(engine, progress) if ops else tests.run(engine, progress):
                 rows.append(row)
@@ -276,11 +279,11 @@ def info(ctx, model, output, check, **settings):
 @click.option("-p", "--prompt", required=True, help="The text to run.")
 @click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", show_default=True,
               help="Form of the table.")
-@threads_option
+@threads_options
 @ctx_option
 @model_options
 @attention_option
-def trace(model, prompt, output, threads, **settings):
+def trace(model, prompt, output, threads, threads_batch, **settings):
     """Compare every intermediate value with the numpy reference.
 
     There is a row for each op, in the order they run. The last column is the normalised squared error, sum (a - b)^2 / sum b^2; for indices
@@ -288,7 +291,7 @@ def trace(model, prompt, output, threads, **settings):
     """
     from pydsa.bench import format_rows
     from pydsa.report import compare_nodes
-    engine = load_model(model, threads, **settings)
+    engine = load_model(model, threads, threads_batch, **settings)
     reference = load_model(model, device="reference", **settings | {"n_ctx": engine.n_ctx})
     rows = compare_nodes(engine, reference, engine.tokenize(prompt))
     click.echo(format_rows(rows, output), nl=False)

@@ -17,7 +17,6 @@ INSTEAD = {
     ("-b", "--batch-size"): "use -ub, the tokens of a prompt that run together.",
     ("-ctk", "--cache-type-k", "-ctv", "--cache-type-v"): "use --kv-type, the type of the latents that keys and values are made of.",
     ("-hf", "-hfr", "--hf-repo", "-mu", "--model-url"): "download the file, and name it.",
-    ("-tb", "--threads-batch"): "use -t, which holds for prompts too.",
     ("-st", "--single-turn"): "with -p, -f or a pipe there is one answer anyway; leave it out.",
     ("-e", "--escape", "--no-escape"): "texts are taken as they are; write line breaks as such, or use -f.",
     ("-mli", "--multiline-input"): "a chat takes messages of several lines; /help tells how.",

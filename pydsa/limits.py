@@ -4,12 +4,15 @@ psutil tells what the machine has free. Less may be allowed: by `ulimit -v` and 
 a batch job, whose processes are killed when they exceed it.
 """
 import contextlib
-from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import psutil
 
+from pydsa import control_groups
 from pydsa.errors import LESS, OutOfMemoryError
+
+FILES = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+         2: ("memory.max", "memory.current", ("inactive_file", "active_file"))}       # limit, use, and what of that gives way
 
 
 class Memory(NamedTuple):
@@ -38,7 +41,7 @@ def allocating(what):
 
 def limits(root="/"):
     """What the limits of this process leave, a list of Memory."""
-    return [*_resource_limits(), *_group_limits(Path(root))]
+    return [*_resource_limits(), *_group_limits(root)]
 
 
 def _resource_limits():
@@ -56,25 +59,10 @@ def _resource_limits():
 
 def _group_limits(root):
     """What control groups leave: of this process's group and of all above it."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        mounted = root / "sys/fs/cgroup"
-        if not controllers:
-            files = ("memory.max", "memory.current", ("inactive_file", "active_file"))
-            mounted = mounted / "unified" if (mounted / "unified").is_dir() else mounted
-        elif "memory" in controllers.split(","):
-            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
-            mounted = mounted / "memory"
-        else:
-            continue
-        for parent in (PurePosixPath(path), *PurePosixPath(path).parents):
-            # What is mounted may begin at the container's own group, and not hold the path that the host knows.
-            with contextlib.suppress(OSError, ValueError):
-                yield _left(mounted / str(parent).strip("/"), *files)
+    for version, folder in control_groups.folders("memory", root):
+        # What is mounted may begin at the container's own group, so that folders of groups above it are missing.
+        with contextlib.suppress(OSError, ValueError):
+            yield _left(folder, *FILES[version])
 
 
 def _left(folder, most, used, cached):

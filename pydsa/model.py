@@ -19,6 +19,7 @@ from pydsa.backends.devices import DEVICES
 from pydsa.cache import VectorCache
 from pydsa.chat import chat_prompt, thinking_note
 from pydsa.check import warn_of_gaps
+from pydsa.cores import MOST_THREADS
 from pydsa.diagnosis import refuse_hidden
 from pydsa.errors import PydsaError, UnsupportedModelError
 from pydsa.gguf_file import open_gguf
@@ -28,6 +29,7 @@ from pydsa.models import architecture
 from pydsa.models.blocks import INDEXER, block_of, indexer_advice, settle_blocks
 from pydsa.models.stored import made_bytes
 from pydsa.models.weights import Weights
+from pydsa.options import choose, counts
 from pydsa.override import check_all_read, override
 from pydsa.plan import Runner, check_memory, lay_out
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES, cache_row_bytes
@@ -43,23 +45,9 @@ BESIDE_HALVES, OF_INDEXERS = (".attn_kv_b.weight",), tuple(f".indexer.{part}" fo
 COMPANION, OF_ACTIVATIONS = re.compile(r"(\.weight)?\.(input_)?scale$"), ".input_scale"       # beside a matrix
 
 
-def choose(what, value, choices):
-    """The value of an option, if it is one of the choices."""
-    if value not in choices:
-        raise PydsaError(f"{what} is {value!r}, expected one of {', '.join(choices)}.")
-    return value
-
-
 def choose_cache_type(what, value):
     """The cache type with this name or alias."""
     return choose(what, CACHE_ALIASES.get(value, value), CACHE_TYPES)
-
-
-def integer(what, value, low, high):
-    """The value of an option, an integer of Python or numpy, as an int."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not low <= value <= high:
-        raise PydsaError(f"{what} is {value!r}, expected an integer from {low} to {high}.")
-    return int(value)
 
 
 class Setup:
@@ -77,8 +65,7 @@ class Setup:
         self.kv_type = choose_cache_type("kv_type", kv_type)
         self.index_type = choose_cache_type("index_type", index_type or ("f32" if kv_type == "f32" else "i8"))
         self.attention = choose("attention", attention, ATTENTION)
-        n_ctx, n_ubatch, dsa_top_k = (value if value is None else integer(name, value, 1, 2**31 - 1) for name, value in
-                                      (("n_ctx", n_ctx), ("n_ubatch", n_ubatch), ("dsa_top_k", dsa_top_k)))
+        n_ctx, n_ubatch, dsa_top_k = counts(2**31 - 1, n_ctx=n_ctx, n_ubatch=n_ubatch, dsa_top_k=dsa_top_k)
         file = open_gguf(os.path.expanduser(path))
         metadata = override(file.metadata, override_kv or {})
         self.overrides = {key: (value, file.metadata.get(key)) for key, value in (override_kv or {}).items()}      # and the file's own
@@ -263,20 +250,22 @@ class Model:
 
     config: the file's hyperparameters. metadata: its key-value pairs. setup: the Setup. n_ctx: tokens of a session's context. n_ubatch:
     tokens of a prompt that run together. kv_type, index_type: cache types. attention: as given to load(). top_k: keys that a token attends
-    to, None without an indexer. threads: the number in use, None if the backend chooses.
+    to, None without an indexer. threads, threads_batch: the threads of steps of one token and of several, None if the backend chooses.
     """
 
-    def __init__(self, setup, threads=None, progress=None):
+    def __init__(self, setup, threads=None, threads_batch=None, progress=None):
         self.setup, self.config, self.metadata = setup, setup.config, setup.file.metadata
         self.n_ctx, self.n_ubatch, self.kv_type, self.index_type = setup.n_ctx, setup.n_ubatch, setup.kv_type, setup.index_type
         self.attention, self.top_k = setup.attention, setup.config.top_k
+        one, several = counts(MOST_THREADS, threads=threads, threads_batch=threads_batch)
         with interrupts_held():
             self.backend = setup.device.backend()
-        self.threads = self.backend.check_threads(None if threads is None else integer("threads", threads, 1, 2**31 - 1))
+        self.threads = self.backend.check_threads(one)
+        self.threads_batch = self.threads if several is None else self.backend.check_threads(several)
         check_memory(setup.total_bytes, f"The model with a context of {setup.n_ctx} tokens", self.backend)
         warn_of_gaps(setup.file)
         self.tokenizer      # read now, so that load() raises its errors
-        self.runner = Runner(self.backend, setup.layouts, self.threads)
+        self.runner = Runner(self.backend, setup.layouts, self.threads, self.threads_batch)
         self._chats = collections.deque(maxlen=1)       # the session of the last chat, while no answer is read from it
         steps = [self._read_weights, self._compile]
         for step in steps if self.backend.WEIGHTS_FIRST else reversed(steps):
@@ -419,13 +408,13 @@ class Model:
 
 
 def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=DEFAULT_N_UBATCH,
-         progress=None, index_type=None, override_kv=None):
+         progress=None, index_type=None, override_kv=None, threads_batch=None):
     """Open a GGUF file and make it ready to run -> Model.
 
     path: the file, or its first part if it is split.
     n_ctx: tokens that the context can hold; None: 8192, or the model's own limit if that is less.
     device: "cpu", "cuda" (an NVIDIA GPU; needs the extra `cuda`), or "reference" for plain numpy.
-    threads: the number of CPU threads; None: all cores.
+    threads: CPU threads for steps of one token, which generate; None: one for each physical core that this process may use.
     kv_type: type of the cached latents: "f32", "f16", "bf16", "i16" (int16, with a scale for each of a row's two parts) or "i8" (int8,
         with the same scales; alias "q8_0").
     attention: "auto" (exact dense attention while the context is no longer than top_k, sparse beyond), "sparse", "masked", "dense".
@@ -434,6 +423,7 @@ def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention=
     progress(done, total, name): called while kernels are compiled, and while weights are copied to a GPU.
     index_type: type of the indexer's cached keys, as for kv_type; None: "i8", which is the fastest, or "f32" if kv_type is "f32".
     override_kv: values that replace those of the file's metadata, {key: int, float, bool or str}.
+    threads_batch: CPU threads for steps of several tokens, which are those of prompts; None: as many as `threads`.
 
     Warns (UserWarning) of what is unusual in the file. Raises GGUFError if the file is damaged, UnsupportedModelError if pydsa cannot run
     the model, OutOfMemoryError if memory is short, and PydsaError for options that are not valid.
@@ -441,4 +431,4 @@ def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention=
     setup = Setup(os.fspath(path), n_ctx, device, kv_type, attention, dsa_top_k, n_ubatch, index_type, override_kv)
     for note in setup.notes:
         warnings.warn(f"{setup.file.metadata.path}: {note}", stacklevel=2)
-    return Model(setup, threads, progress)
+    return Model(setup, threads, threads_batch, progress)

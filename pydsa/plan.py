@@ -115,14 +115,18 @@ class Runner:
     It owns the buffer of intermediate values, and the weights in the backend's form.
     """
 
-    def __init__(self, backend, layouts, threads):
-        self.backend, self.threads = backend, threads
+    def __init__(self, backend, layouts, threads, threads_batch):
+        self.backend, self.threads, self.threads_batch = backend, threads, threads_batch
         self.layouts = layouts      # variant -> Layout
         self.dtypes = {"float": np.dtype(backend.FLOAT), "int32": np.dtype(np.int32), "int64": np.dtype(np.int64)}
         self._buffer = backend.empty((max(layout.n_bytes for layout in layouts.values()),), np.uint8)
         self._weights, self._constants = {}, {}
         self.steps = 0          # the number of steps started
         self._outputs = {}      # name -> an array of one row, for all steps but those of Session.logits()
+
+    def threads_for(self, n_tokens):
+        """The number of threads of a step of n_tokens tokens."""
+        return self.threads if n_tokens == 1 else self.threads_batch
 
     def _array(self, value, offset, n_rows):
         dtype = self.dtypes[value.dtype]
@@ -236,7 +240,7 @@ class Bound:
 
     def put(self, ids, n_past):
         """Write the inputs of a step: ids and positions."""
-        self.runner.backend.set_threads(self.runner.threads)
+        self.runner.backend.set_threads(self.runner.threads_for(len(ids)))
         self.runner.steps += 1
         self.runner.backend.store(self.ids, ids)
         self.runner.backend.store(self.positions, np.arange(n_past, n_past + len(ids)))

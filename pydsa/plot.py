@@ -5,7 +5,7 @@ Prompts are drawn beside generation, which also has the limit that the memory's 
 import os
 
 from pydsa.errors import PydsaError
-from pydsa.report import count
+from pydsa.report import count, threads
 
 FORMATS = ("png", "svg", "pdf")     # file formats, by the extension of the name
 GREY, MARKERS = "0.85", "osD^v"
@@ -56,9 +56,9 @@ def draw(rows):
 def title(row):
     """The title: what was timed, and on how many threads."""
     indexer = "" if row["top_k"] is None else f", {row['type_index']} index keys, top_k {row['top_k']}"
-    threads = f"{row['n_threads']} thread{'s' * (row['n_threads'] != 1)}" if row["n_threads"] else row["backend"]
+    place = threads(row["n_threads"], row["n_threads_batch"]) if row["n_threads"] else row["backend"]
     return (f"{row['model_name']}: {row['model_arch']} {row['model_type']}, {count(row['model_n_params'])} parameters\n"
-            f"{threads}, {row['type_k']} latents{indexer}")
+            f"{place}, {row['type_k']} latents{indexer}")
 
 
 def _panel(axes, name, key, rows, colours):

@@ -130,6 +130,11 @@ def size(n):
     return f"{n} B"
 
 
+def threads(n, n_batch):
+    """Numbers of threads in words; that of prompts only where it differs."""
+    return f"{n} thread{'s' * (n != 1)}" + (f" ({n_batch} for prompts)" if n_batch != n else "")
+
+
 def count(n):
     """A number of parameters as readable text."""
     return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"

@@ -28,6 +28,14 @@ if DEVICE == "ptx":
     DEVICE = "cuda"
 
 
+def write_files(root, files):
+    """Write texts, {name: text}, each with a newline, as files of Linux have."""
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+
+
 class OnDevice:
     """A backend with arrays of its own, called with numpy arrays.
 

@@ -108,6 +108,8 @@ def test_conditions(load, small_model, monkeypatch):
     line = conditions(model, repack=False)
     assert re.match(r".+; 1 thread; pydsa \d.*, numba 1.5, llama-cpp-python 1.16; model.gguf, [\d.]+ [KM]iB, F32; f16 caches", line)
     assert line.endswith("without repacked weights (use_extra_bufts off).") and "\n" not in line
+    monkeypatch.setattr(model, "threads_batch", 8)
+    assert "; 1 thread (8 for prompts); " in conditions(model, repack=False)
     assert conditions(model, repack=True).endswith("with repacked weights (use_extra_bufts on).")
 
 
@@ -133,7 +135,7 @@ def test_llama_cpp_cannot_load(tmp_path):
     pytest.importorskip("llama_cpp")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(RuntimeError, match="llama.cpp cannot run .*model.gguf: .*(failed|error)"):
-        LlamaCpp(tmp_path / "model.gguf", 256)
+        LlamaCpp(tmp_path / "model.gguf", 256, threads=1)
 
 
 # llama.cpp does not read YaRN's log multiplier for glm-dsa; its published models have no YaRN.

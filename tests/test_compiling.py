@@ -21,6 +21,7 @@ import pytest
 
 from pydsa import compiling, kernel_cache
 from pydsa.compiling import Job, compile_jobs
+from pydsa.cores import physical_cores
 from pydsa.kernel_cache import KernelsNotKept
 from pydsa.signals import interrupts_held
 
@@ -260,7 +261,10 @@ def compiled(folder, *args, **env):
     return int(done.stdout), sorted(folder.glob("*/*.kernel"))
 
 
-@pytest.mark.skipif(os.cpu_count() < 2, reason="there is only one core")
+two_cores = pytest.mark.skipif(physical_cores() < 2, reason="there is only one core")
+
+
+@two_cores
 def test_processes_make_what_one_makes(tmp_path):
     alone, files = compiled(tmp_path / "alone", "cold", NUMBA_NUM_THREADS="1")
     assert alone == 2 and len(files) == 4
@@ -296,6 +300,7 @@ def test_parts_of_kernels_cannot_be_called():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
+@two_cores
 def test_cuda_kernels(tmp_path):
     """Two processes make PTX and cubin; damaged ones are made again."""
     code = """

@@ -5,19 +5,13 @@ import sys
 import numpy as np
 import psutil
 import pytest
+from helpers import write_files
 
 from pydsa import OutOfMemoryError, limits
 from pydsa.backends import host
 from pydsa.plan import check_memory
 
 GIB = 2**30
-
-
-def write(root, files):
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{text}\n")
 
 
 def group_limits(root):
@@ -32,39 +26,49 @@ V1 = {"memory.limit_in_bytes": 4 * GIB, "memory.usage_in_bytes": 3 * GIB,
 
 def test_every_group_of_the_path_counts(tmp_path):
     """... the one in the middle has no limit, the topmost no files, and the cache of files is given back."""
-    write(tmp_path, {"proc/self/cgroup": "0::/a/b/c"})
-    write(tmp_path / "sys/fs/cgroup/a", V2)
-    write(tmp_path / "sys/fs/cgroup/a/b", {"memory.max": "max", "memory.current": 1})
-    write(tmp_path / "sys/fs/cgroup/a/b/c", {"memory.max": 2 * GIB, "memory.current": 3 * GIB})
+    write_files(tmp_path, {"proc/self/cgroup": "0::/a/b/c"})
+    write_files(tmp_path / "sys/fs/cgroup/a", V2)
+    write_files(tmp_path / "sys/fs/cgroup/a/b", {"memory.max": "max", "memory.current": 1})
+    write_files(tmp_path / "sys/fs/cgroup/a/b/c", {"memory.max": 2 * GIB, "memory.current": 3 * GIB})
     assert group_limits(tmp_path) == [0, 2.5]
 
 
 def test_the_first_version(tmp_path):
-    write(tmp_path, {"proc/self/cgroup": "5:cpu,cpuacct:/x\n4:memory:/x/y\n1:name=systemd:/x\n0::/"})
-    write(tmp_path / "sys/fs/cgroup/memory/x/y", {"memory.limit_in_bytes": 0x7FFFFFFFFFFFF000, "memory.usage_in_bytes": 1})
-    write(tmp_path / "sys/fs/cgroup/memory/x", V1)
+    write_files(tmp_path, {"proc/self/cgroup": "5:cpu,cpuacct:/x\n4:memory:/x/y\n1:name=systemd:/x\n0::/"})
+    write_files(tmp_path / "sys/fs/cgroup/memory/x/y", {"memory.limit_in_bytes": 0x7FFFFFFFFFFFF000, "memory.usage_in_bytes": 1})
+    write_files(tmp_path / "sys/fs/cgroup/memory/x", V1)
     assert group_limits(tmp_path) == [2.5]
 
 
 def test_a_path_that_only_the_host_knows(tmp_path):
     """In a container the root of what is mounted is its own group."""
-    write(tmp_path, {"proc/self/cgroup": "4:memory:/docker/0123"})
-    write(tmp_path / "sys/fs/cgroup/memory", V1)
+    write_files(tmp_path, {"proc/self/cgroup": "4:memory:/docker/0123"})
+    write_files(tmp_path / "sys/fs/cgroup/memory", V1)
     assert group_limits(tmp_path) == [2.5]
-    write(tmp_path, {"proc/self/cgroup": "0::/../other"})
-    write(tmp_path / "sys/fs/cgroup", V2)
+    write_files(tmp_path, {"proc/self/cgroup": "0::/../other"})
+    write_files(tmp_path / "sys/fs/cgroup", V2)
     assert group_limits(tmp_path) == [2.5]
 
 
-@pytest.mark.parametrize("files", [{}, {"proc/self/cgroup": "0::/"}, {"proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "much"}])
+def test_a_container_in_which_groups_are_nested(tmp_path):
+    """What is below the container's own group is found too."""
+    write_files(tmp_path, {
+        "proc/self/cgroup": "0::/docker/0123/job",
+        "proc/self/mountinfo": "41 31 0:38 /docker/0123 /sys/fs/cgroup ro,nosuid - cgroup2 cgroup rw,nsdelegate"})
+    write_files(tmp_path / "sys/fs/cgroup/job", V2)
+    assert group_limits(tmp_path) == [2.5]
+
+
+@pytest.mark.parametrize("files", [{}, {"proc/self/cgroup": "nonsense\n::\n0::"}, {"proc/self/cgroup": "0::/"},
+                                   {"proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "much"}])
 def test_no_limit(tmp_path, files):
-    write(tmp_path, files)
+    write_files(tmp_path, files)
     assert group_limits(tmp_path) == [] and limits.available(tmp_path).n_bytes <= psutil.virtual_memory().total
 
 
 def test_the_least_limit_is_named(tmp_path, monkeypatch):
-    write(tmp_path, {"proc/self/cgroup": "0::/"})
-    write(tmp_path / "sys/fs/cgroup", V2 | {"memory.max": 2 * GIB})
+    write_files(tmp_path, {"proc/self/cgroup": "0::/"})
+    write_files(tmp_path / "sys/fs/cgroup", V2 | {"memory.max": 2 * GIB})
     least = limits.available(tmp_path)
     assert least.n_bytes == GIB // 2
     monkeypatch.setattr(limits, "available", lambda: least)

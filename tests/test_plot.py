@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 def row(attention, n_prompt, n_gen, n_depth, speed, limit=None):
     return {"model_name": "a $model$", "model_arch": "deepseek32", "model_type": "Q4_K", "model_n_params": 5e8, "backend": "cpu",
-            "n_threads": 2, "type_k": "f16", "type_index": "i8", "top_k": 64,
+            "n_threads": 2, "n_threads_batch": 2, "type_k": "f16", "type_index": "i8", "top_k": 64,
             "attention": attention, "n_prompt": n_prompt, "n_gen": n_gen,
             "n_depth": n_depth, "avg_ts": speed, "stddev_ts": speed / 10, "limit_ts": limit}
 
@@ -52,8 +52,10 @@ def test_the_title_names_model_and_threads():
     pytest.importorskip("matplotlib")
     text = plot.draw(ROWS).get_suptitle()
     assert text == "a $model$: deepseek32 Q4_K, 500.00 M parameters\n2 threads, f16 latents, i8 index keys, top_k 64"
-    assert "1 thread," in plot.title(ROWS[0] | {"n_threads": 1})
-    assert plot.title(ROWS[0] | {"n_threads": None, "backend": "reference", "top_k": None}).endswith("\nreference, f16 latents")
+    assert "1 thread," in plot.title(ROWS[0] | {"n_threads": 1, "n_threads_batch": 1})
+    assert "\n1 thread (2 for prompts)," in plot.title(ROWS[0] | {"n_threads": 1})
+    reference = {"n_threads": None, "n_threads_batch": None, "backend": "reference", "top_k": None}
+    assert plot.title(ROWS[0] | reference).endswith("\nreference, f16 latents")
 
 
 def test_panels_and_lines_are_those_of_the_tests():

@@ -31,7 +31,7 @@ class LlamaCpp:
     llama.cpp choose: its kernels for repacked weights crash on some CPUs (seen with AMX).
     """
 
-    def __init__(self, path, n_ctx, threads=None, fast=False, repack=False):
+    def __init__(self, path, n_ctx, threads, threads_batch=None, fast=False, repack=False):
         import llama_cpp
         self.api = llama_cpp
         self.log = []
@@ -48,8 +48,7 @@ class LlamaCpp:
         options.n_ubatch = min(n_ctx, UBATCH)
         options.type_k = options.type_v = int(fast)    # GGML_TYPE_F32 is 0, GGML_TYPE_F16 is 1
         options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if fast else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        if threads:
-            options.n_threads = options.n_threads_batch = threads
+        options.n_threads, options.n_threads_batch = threads, threads_batch or threads
         self.context = self.opened(llama_cpp.llama_init_from_model(self.model, options), path)
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
@@ -167,7 +166,8 @@ def options_of(speed):
 @click.option("-f", "--file", type=click.File(encoding="utf-8"), help="file that holds the text")
 @click.option("-l", "--length", type=click.IntRange(2), default=256, help="tokens of the text to use  [256]")
 @click.option("-n", "--n-predict", type=click.IntRange(0), default=24, help="tokens to go on with  [24]")
-@click.option("-t", "--threads", type=click.IntRange(1), help="threads of both")
+@click.option("-t", "--threads", type=click.IntRange(1), help="threads of both for generation  [physical cores]")
+@click.option("-tb", "--threads-batch", type=click.IntRange(1), help="threads of both for prompts  [as -t]")
 @click.option("--speed", is_flag=True, help="compare the speed; the options below are for this")
 @click.option("--n-prompt", default="512", help="prompt lengths to time, with commas between; 0: none  [512]")
 @click.option("--n-gen", default="64", help="numbers of tokens to generate; 0: none  [64]")
@@ -175,7 +175,7 @@ def options_of(speed):
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=3, help="times that each test runs; the best counts  [3]")
 @click.option("--repack", is_flag=True, help="let llama.cpp repack weights, which crashes on some CPUs")
 @click.pass_context
-def main(context, model_path, threads, speed, **options):
+def main(context, model_path, threads, threads_batch, speed, **options):
     strangers = [name for name in options_of(not speed) if context.get_parameter_source(name).name == "COMMANDLINE"]
     if strangers:
         fail(f"--{strangers[0].replace('_', '-')} {'has no use with' if speed else 'needs'} --speed.")
@@ -187,7 +187,7 @@ def main(context, model_path, threads, speed, **options):
 
     compare = compare_speeds if speed else compare_logits
     try:
-        compare(model_path, threads, **{name: options[name] for name in options_of(speed)})
+        compare(model_path, {"threads": threads, "threads_batch": threads_batch}, **{name: options[name] for name in options_of(speed)})
     except (pydsa.PydsaError, RuntimeError) as error:
         fail(str(error))
 
@@ -200,8 +200,8 @@ def compare_speeds(model_path, threads, n_prompt, n_gen, n_depth, repetitions, r
 
     lists = {"--n-prompt": n_prompt, "--n-gen": n_gen, "--n-depth": n_depth}
     bench = Bench(*(comma_numbers(name, text) for name, text in lists.items()), repetitions)
-    model = pydsa.load(model_path, n_ctx=bench.n_ctx, threads=threads, n_ubatch=UBATCH)
-    peer = LlamaCpp(model_path, -(-bench.n_ctx // 256) * 256, model.threads, fast=True, repack=repack)
+    model = pydsa.load(model_path, n_ctx=bench.n_ctx, n_ubatch=UBATCH, **threads)
+    peer = LlamaCpp(model_path, -(-bench.n_ctx // 256) * 256, model.threads, model.threads_batch, fast=True, repack=repack)
     rows = list(compare_speed(model, peer, bench))
     click.echo(f"{markdown(rows)}\n{conditions(model, repack)}")
 
@@ -217,8 +217,8 @@ def compare_logits(model_path, threads, prompt, file, length, n_predict):
     if len(ids) < 2:
         fail("The text gives fewer than two tokens: nothing to compare.")
     n_ctx = -(-(len(ids) + n_predict) // 256) * 256
-    model = pydsa.load(model_path, n_ctx=n_ctx, threads=threads, kv_type="f32")
-    peer = LlamaCpp(model_path, n_ctx, threads)
+    model = pydsa.load(model_path, n_ctx=n_ctx, kv_type="f32", **threads)
+    peer = LlamaCpp(model_path, n_ctx, model.threads, model.threads_batch)
     ours, our_picked = run_pydsa(model, ids, n_predict)
     theirs, their_picked = peer.run(ids, n_predict)
     if peer.tokenize(text)[:length] != ids:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pydsa
 from pydsa.bench import random_ids, reach_depth, test_name, time_test
-from pydsa.report import size
+from pydsa.report import size, threads
 
 
 class LlamaSession:
@@ -70,7 +70,7 @@ def compare_speed(model, peer, bench):
 def conditions(model, repack):
     """One line: machine, versions, file, and what llama.cpp was allowed."""
     path, repacked = Path(model.metadata.path), "with" if repack else "without"
-    return (f"{processor()}; {model.threads} thread{'s' * (model.threads > 1)}; pydsa {pydsa.__version__}, numba {version('numba')}, "
+    return (f"{processor()}; {threads(model.threads, model.threads_batch)}; pydsa {pydsa.__version__}, numba {version('numba')}, "
             f"llama-cpp-python {version('llama_cpp_python')}; {path.name}, {size(model.setup.n_bytes)}, {model.setup.file_type}; "
             f"f16 caches, index keys of pydsa {model.index_type}, llama.cpp with flash attention and {repacked} "
             f"repacked weights (use_extra_bufts {'on' if repack else 'off'}).")

@@ -31,6 +31,7 @@ from numba.extending import intrinsic
 
 from pydsa import kernel_cache, quants
 from pydsa.compiling import Job, collecting_paused, compile_jobs, counted
+from pydsa.cores import physical_cores
 from pydsa.signals import interrupts_held
 
 
@@ -254,7 +255,7 @@ def compile_all(wanted, progress=None):
     report = counted(progress, len(wanted), n_here)
 
     with interrupts_held() as check, collecting_paused():
-        compile_jobs(_jobs(missing), FOLDER, numba.config.NUMBA_NUM_THREADS, report, check)
+        compile_jobs(_jobs(missing), FOLDER, min(physical_cores(), numba.config.NUMBA_NUM_THREADS), report, check)
         for done, w in enumerate(wanted):
             check()
             report(done - n_here, w.name)

@@ -23,7 +23,6 @@ from pydsa.backends.cpu.waiting import WATCHED_BYTES, prepare, sleep_while, uppe
 TICKET, DONE, SLEEPERS, FIXED = 0, WATCHED_BYTES, WATCHED_BYTES + 128, WATCHED_BYTES + 256
 LIST, N_INTERVALS, FIRST, N_THREADS, SCRATCH, STOP, PAUSES = range(FIXED, FIXED + 56, 8)
 STATE_BYTES = FIXED + 64
-MOST_THREADS = 512
 LAST, IDLE, LOW = 1 << 31, 3 << 30, 0xFFFFFFFF
 
 # A list: for each interval the address and the number of its stages. A stage: its op's function, which part of it begins the stage (the

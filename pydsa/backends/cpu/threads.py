@@ -8,11 +8,13 @@ import os
 import threading
 import time
 
+import numba
 import numpy as np
 from numba import types
 
 from pydsa.backends.cpu import team
 from pydsa.backends.cpu.jit import wanted_kernel
+from pydsa.cores import MOST_THREADS, physical_cores
 from pydsa.errors import PydsaError
 from pydsa.limits import allocating
 from pydsa.signals import interrupts_held
@@ -21,12 +23,20 @@ LINE = 64
 SPIN = 2e-5         # seconds that a thread looks for work before it sleeps: to wake one takes as long
 
 
+def default_threads():
+    """One thread for each physical core; fewer if NUMBA_NUM_THREADS says so."""
+    return min(physical_cores(), numba.config.NUMBA_NUM_THREADS)
+
+
 def check_threads(n):
-    """The number of threads to use: n, or one for each core; a clear error if that is not possible."""
+    """The number of threads to use: n, from 1 to MOST_THREADS, or the default for None.
+
+    There may be more than cores. Raises PydsaError for other numbers.
+    """
     if n is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if n > team.MOST_THREADS:
-        raise PydsaError(f"threads is {n}, expected at most {team.MOST_THREADS}.")
+        return default_threads()
+    if not 1 <= n <= MOST_THREADS:
+        raise PydsaError(f"threads is {n}, expected an integer from 1 to {MOST_THREADS}.")
     return n
 
 

@@ -14,6 +14,7 @@ from numba import cuda
 from pydsa.backends.cuda.array import DeviceArray, gpu
 from pydsa.backends.cuda.device import SIMULATED
 from pydsa.compiling import Job, collecting_paused, compile_jobs, counted
+from pydsa.cores import physical_cores
 from pydsa.kernel_cache import cache_folder, kept, read
 from pydsa.signals import interrupts_held
 
@@ -137,7 +138,7 @@ def compile_all(kernels, progress=None):
     report = counted(progress, len(kernels), n_here)
 
     with interrupts_held() as check, collecting_paused():
-        compile_jobs(jobs, _folder(), numba.config.NUMBA_NUM_THREADS, report, check)
+        compile_jobs(jobs, _folder(), min(physical_cores(), numba.config.NUMBA_NUM_THREADS), report, check)
         for done, k in enumerate(kernels):
             check()
             report(done - n_here, k.__name__)

@@ -1,0 +1,92 @@
+"""How many cores this process may use, of those that the machine has.
+
+Fewer may be allowed: by an affinity mask (taskset, a batch job, the cpuset of a container) or by a control group's quota of CPU time.
+Hardware threads of one core share its units of arithmetic, which pydsa's kernels keep busy, so they count as one.
+"""
+import contextlib
+import os
+from pathlib import Path
+
+import psutil
+
+from pydsa import control_groups
+
+MOST_THREADS = 512      # that may be asked for, whatever the number of cores
+
+
+def physical_cores(root="/", allowed=None):
+    """The number of physical cores that this process may use, at least 1.
+
+    A quota counts as that many cores, rounded up. root: where the files of Linux begin, and allowed: the numbers of the CPUs that the
+    process may use, None for its affinity mask; both for tests. What cannot be read limits nothing; there is no exception.
+    """
+    root = Path(root)
+    allowed = _affinity() if allowed is None else allowed
+    return max(1, min([_cores(root, allowed) if allowed else _of_machine() or 1, *_quotas(root)]))
+
+
+def _affinity():
+    """The CPUs of the affinity mask; None where the system has no masks."""
+    try:
+        return os.sched_getaffinity(0)
+    except (AttributeError, OSError):       # macOS, Windows
+        return None
+
+
+def _of_machine():
+    """The cores of the machine, or None if nobody knows.
+
+    They are the physical ones, if these are known, and never more than its CPUs.
+    """
+    physical = None
+    with contextlib.suppress(OSError, ValueError, RuntimeError, psutil.Error):
+        physical = psutil.cpu_count(logical=False)
+    return min((n for n in (physical, os.cpu_count()) if n), default=None)
+
+
+def _cores(root, allowed):
+    """The cores to which the allowed CPUs belong.
+
+    A CPU whose core is not known counts as one, up to the number of cores that the machine has.
+    """
+    n, seen, known = 0, set(), True
+    for cpu in sorted(allowed):
+        if cpu not in seen:
+            siblings = _siblings(root, cpu, allowed)
+            known = known and bool(siblings)
+            seen |= siblings
+            n += 1
+    return n if known else min(n, _of_machine() or n)
+
+
+def _siblings(root, cpu, allowed):
+    """The allowed CPUs on the core of one of them, with it.
+
+    If that is unknown: an empty set.
+    """
+    folder = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+    for name in ("core_cpus_list", "thread_siblings_list"):         # the second is its older name
+        with contextlib.suppress(ValueError):
+            spans = [_span(part) for text in control_groups.lines(folder / name) for part in text.split(",")]
+            siblings = {other for other in allowed if any(first <= other <= last for first, last in spans)}
+            if cpu in siblings:
+                return siblings
+    return set()
+
+
+def _span(text):
+    """A part of a list of CPUs, "3" or "0-3", as (first, last)."""
+    first, _, last = text.partition("-")
+    return int(first), int(last or first)
+
+
+def _quotas(root, controller="cpu"):
+    """The quotas of CPU time, as numbers of CPUs, rounded up."""
+    for version, folder in control_groups.folders(controller, root):
+        with contextlib.suppress(ValueError, IndexError):       # "max" is no number
+            if version == 2:
+                quota, period = (int(text) for text in control_groups.lines(folder / "cpu.max")[0].split())
+            else:
+                quota, period = (int(control_groups.lines(folder / f"cpu.cfs_{name}_us")[0]) for name in ("quota", "period"))
+            if quota > 0 and period > 0:        # -1: no quota
+                yield -(-quota // period)
