@@ -111,7 +111,7 @@ def test_cpu_equals_reference_node_by_node(golden, load, name, attention):
 
     load(path, device="reference", **options).session().prefill(
         arrays["tokens"], observe=lambda node, written: expected.setdefault(node.name, []).append([a.copy() for a in written]))
-    assert len(expected) > 60
+    assert sum(map(len, expected.values())) > 60
     load(path, **options).session().prefill(arrays["tokens"], observe=compare)
     assert not any(expected.values())
     assert not departures, f"{departures[0]} is the first to depart, of {len(departures)}"

@@ -8,9 +8,8 @@ import numpy as np
 
 from pydsa.backends.cpu.arrays import address, align, contiguous, floats_at, ints_at
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.linear import (GEMV_ROWS, GEMV_TOKENS, MAX_TASK_ROWS, count_panels, count_pieces, gemm_rows, gemm_task_rows,
-                                       gemv_rows, gemv_task_rows, pack_panel, panel_bytes, put_addresses, round_piece, rounded_bytes,
-                                       uses_gemv)
+from pydsa.backends.cpu.linear import (GEMV_TOKENS, count_panels, count_pieces, gemm_rows, gemm_task_rows, gemv_rows, gemv_task_rows,
+                                       pack_panel, panel_bytes, put_addresses, round_piece, rounded_bytes, uses_gemv)
 from pydsa.backends.cpu.norm import silu_mul_row
 from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.scratch import task_scratch
@@ -238,8 +237,8 @@ def multiply_gate_up(out, x, ids, gate, up, task):
         silu_mul_row(hidden, hidden, floats_at(ups + 4 * n * k, 1, n)[0])
 
 
-@op(Stage(begin_counting, count_for_gate, light=True), Stage(begin_sorting_for_gate, sort_for_gate, light=True), Stage(begin_packing_for_gate, pack_for_gate, light=True),
-    Stage(begin_gate_up_rows, multiply_gate_up))
+@op(Stage(begin_counting, count_for_gate, light=True), Stage(begin_sorting_for_gate, sort_for_gate, light=True),
+    Stage(begin_packing_for_gate, pack_for_gate, light=True), Stage(begin_gate_up_rows, multiply_gate_up))
 def moe_gate_up(out, x, ids, gate, up):
     sizes = [align(most_packed_bytes(w, len(x), ids.size, len(x), len(gate.data), x.shape[1])) for w in (gate, up)]
     return groups_bytes(*ids.shape, len(gate.data)) + sum(sizes[:1] if packed_alike(gate, up) else sizes)
@@ -293,8 +292,8 @@ def multiply_one(out, x, ids, w, task):
     expert_rows(w, groups, i, r, min(size, n_out - r), x.shape[1], n_tokens, groups.end, ids.shape[1], out_at, task.thread)
 
 
-@op(Stage(begin_counting, count_for_one, light=True), Stage(begin_sorting_for_one, sort_for_one, light=True), Stage(begin_packing_for_one, pack_for_one, light=True),
-    Stage(begin_one_rows, multiply_one))
+@op(Stage(begin_counting, count_for_one, light=True), Stage(begin_sorting_for_one, sort_for_one, light=True),
+    Stage(begin_packing_for_one, pack_for_one, light=True), Stage(begin_one_rows, multiply_one))
 def moe_linear(out, x, ids, w):
     n_expert = len(w.data)
     return groups_bytes(*ids.shape, n_expert) + most_packed_bytes(w, len(x), ids.size, len(x), n_expert, x.shape[1])

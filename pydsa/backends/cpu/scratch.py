@@ -1,7 +1,7 @@
 """Scratch memory of each thread: one buffer for a task, one for the kernel that it calls.
 
-Buffers grow and stay: fresh memory from the system costs a page fault for every 4 KiB, which is more than most tasks take. They are found by
-a symbol, so that kernels can be cached on disk. What the tasks of an op share lies elsewhere (Task.scratch).
+Buffers grow and stay: fresh memory from the system costs a page fault for every 4 KiB, which is more than most tasks take. They are found
+by a symbol, so that kernels can be cached on disk. What the tasks of an op share lies elsewhere (Task.scratch).
 
 Beside them is a mark that a choice, of keys or of experts, met NaN: a choice would hide it.
 """

@@ -1,7 +1,7 @@
 """The team's threads: started with the first step, asleep between steps, ended with the program.
 
-They are Python threads inside compiled code. A team has a fixed number of them, and the thread that runs a step is one more. There is a team
-for each number of threads that is asked for; they share the scratch memory, as one step runs at a time.
+They are Python threads inside compiled code. A team has a fixed number of them, the thread that runs a step included. There is a team for
+each number of threads that is asked for; they share the scratch memory, as one step runs at a time.
 """
 import atexit
 import os

@@ -1,7 +1,7 @@
 """How a thread sleeps until a word has changed, by what the system has.
 
-Linux has futexes, Windows has WaitOnAddress, other systems have condition variables (POSIX threads). Functions are called by their names, so
-that machine code in a cache holds no address of a process.
+Linux has futexes, Windows has WaitOnAddress, other systems have condition variables (POSIX threads). Functions are called by name, so that
+machine code in a cache holds no address of a process.
 
 Watched is the upper half of a word of 64 bits, with the memory of a condition variable behind it: WATCHED_BYTES in all.
 """

@@ -81,7 +81,7 @@ def column_of_key(key):
     return key // 64 * 64 + 32 * (key % 2) + (2 * pair if pair < 16 else 2 * pair - 31)
 
 
-def pack_latents(rows, row_bytes, dequantize, row_n, n, kv_lora, n_rot, out):
+def pack_latents(rows, row_bytes, dequantize, row_n, n, kv_lora, n_rot, out, thread):
     """Pack a tile of n latents, rows of a cache at an address.
 
     The tile is padded by repeating the last latent. Compressed values are packed as A panels, A_BYTES for each 256, and as B panels,
@@ -89,7 +89,7 @@ def pack_latents(rows, row_bytes, dequantize, row_n, n, kv_lora, n_rot, out):
     that are not finite are 0.
     """
     n_lora, rotated = n_superblocks(kv_lora), out + n_superblocks(kv_lora) * (A_BYTES + B_BYTES)
-    lora = thread_scratch(job.thread, 1024 * n_lora + 4 * (kv_lora + n_rot))
+    lora = thread_scratch(thread, 1024 * n_lora + 4 * (kv_lora + n_rot))
     row = lora + 1024 * n_lora
     clear(lora, 1024 * n_lora)
     clear(rotated, 256 * TILE * steps(n_rot))
