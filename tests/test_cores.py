@@ -211,10 +211,10 @@ def test_processes_that_compile_are_as_many_as_cores(monkeypatch, backend):
     module = importlib.import_module(f"pydsa.backends.{backend}")
     asked = []
     monkeypatch.setattr(module, "compile_jobs", lambda jobs, folder, n, report, check: asked.append(n))
-    monkeypatch.setattr(threads if backend == "cpu.jit" else module, "physical_cores", lambda: 3)
+    monkeypatch.setattr(module, "physical_cores", lambda: 3)
     for most in 16, 2:
         monkeypatch.setattr(module.numba.config, "NUMBA_NUM_THREADS", most)
-        module.compile_all(*[[]] * (2 if backend == "cpu.jit" else 1))
+        module.compile_all([])
     assert asked == [3, 2]
 
 
