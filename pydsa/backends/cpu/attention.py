@@ -57,7 +57,10 @@ def split_size(n_keys, n_head):
 
 @inner
 def count_splits(indices, positions, n_tokens, n_head):
-    """Count the splits of each token's keys; a token with fewer keys than others has empty ones."""
+    """Count the splits of each token's keys.
+
+    A token with fewer keys than others has empty ones.
+    """
     most = 1
     if n_tokens <= FEW_TOKENS:
         for t in range(n_tokens):

@@ -157,7 +157,10 @@ def divides_rows(out, positions):
 
 @inner
 def row_and_shared(t, n_tokens, positions, scratch):
-    """View the scores of one of a few tokens; return also what its tasks share."""
+    """View the scores of one of a few tokens.
+
+    Return also where the memory begins that its tasks share.
+    """
     n_keys = positions[-1] + 1
     return row_of(scratch, t, n_keys, positions[t] + 1), scratch + n_tokens * row_bytes(n_keys) + t * long_row_bytes(n_keys)
 

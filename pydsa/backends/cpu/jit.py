@@ -77,6 +77,11 @@ FOLDER = _cache_folder()
 FASTMATH = {"nsz", "contract", "afn", "reassoc"}
 
 
+def is_ours(function):
+    """Whether a function is pydsa's: the cache folder's name says nothing of other sources."""
+    return function.__module__.startswith("pydsa.")
+
+
 class KernelCache(NullCache):
     """Numba's cache of one function, as a file for each signature."""
 
@@ -92,6 +97,8 @@ class KernelCache(NullCache):
 
     def holds(self, signature):
         """Whether there is code for a signature."""
+        if not is_ours(self.function):
+            return False
         if signature not in self._found:
             self._found[signature] = kernel_cache.read(self.path(signature))
         return self._found[signature] is not None
@@ -116,7 +123,7 @@ class KernelCache(NullCache):
 def kernel(function):
     """A function that Python calls: nopython, cached on disk, no bounds checks; every argument is validated before it comes here."""
     compiled = numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy")(function)
-    if function.__module__.startswith("pydsa."):        # the folder is not one of other sources
+    if is_ours(function):
         compiled._cache = KernelCache(function)
     return compiled
 
@@ -168,7 +175,8 @@ class ByAddress:
         """Compile the function, if it is not yet; return its address."""
         if self._compiled is None:
             compiled = CFunc(self.function, normalize_signature(self.signature), {}, {"nopython": True, "error_model": "numpy"})
-            compiled._cache = self.cache
+            if is_ours(self.function):
+                compiled._cache = self.cache
             compiled.compile()
             self._compiled = compiled
         return self._compiled.address

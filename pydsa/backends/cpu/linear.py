@@ -128,7 +128,10 @@ def gemv_task_rows(n_rows, row_bytes, n_threads):
 
 @inner
 def gemm_task_rows(n_rows, n_others, n_threads):
-    """Count the rows of a task of gemm; all have n_others matrices like this one."""
+    """Count the rows of a task of gemm.
+
+    n_others: how many matrices like this one there are.
+    """
     size = MAX_TASK_ROWS
     while size > MIN_TASK_ROWS and (n_rows + size - 1) // size * n_others < 4 * n_threads:
         size //= 2

@@ -53,7 +53,10 @@ def groups_bytes(n_tokens, n_used, n_expert):
 
 @inner
 def count_blocks(n_tokens):
-    """Count the blocks of tokens; their number has a limit, as one thread sums them."""
+    """Count the blocks of tokens.
+
+    Their number has a limit, as one thread sums them.
+    """
     return max(1, min(BLOCKS, n_tokens // BLOCK_TOKENS))
 
 

@@ -1,4 +1,4 @@
-"""A team of threads runs a list of intervals; it never returns to Python in between.
+"""A team of threads runs a list of intervals, all in compiled code.
 
 An interval holds stages of ops that do not depend on each other (op.py). A stage has two parts: `begin` prepares it and returns how many
 tasks it has, `run` does one of them. Threads take tasks until the interval has none; whoever completes the last one begins the next. So no

@@ -68,9 +68,9 @@ def select(out, row, thread):
 
 @inner
 def select_of(out, row, n_found, scores, indices, memory):
-    """Select from n_found candidates of row, if they are enough, or else from all of it.
+    """Select from n_found candidates of row, if they are enough.
 
-    memory: COUNTERS + 8 row.size bytes.
+    Otherwise from all of it. memory: COUNTERS + 8 row.size bytes.
     """
     if n_found < out.size:
         select_all(out, row, memory)
