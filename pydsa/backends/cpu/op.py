@@ -112,6 +112,8 @@ class Step:
 
     groups: lists of pairs (op, arguments). Ops of a group do not depend on each other: their last stages share an interval, those before
     the last another one, and so on.
+
+    intervals, stages: int64 [n, .], the list that the team runs (team.py), with addresses in them.
     """
 
     def __init__(self, groups):
@@ -134,10 +136,10 @@ class Step:
                 stages += sorted(interval, key=lambda row: row[5])      # what takes longest first
             self._starts.append(len(intervals))
             self.scratch_bytes = max(self.scratch_bytes, offset)
-        self._records, self._stages = np.array(records, np.int64), np.array(stages, np.int64)
-        self._stages[:, 2] = self._records.ctypes.data + 8 * self._stages[:, 2]
-        self._intervals = np.array(intervals, np.int64)
-        self._intervals[:, 0] = self._stages.ctypes.data + self._stages.strides[0] * self._intervals[:, 0]
+        self._records, self.stages = np.array(records, np.int64), np.array(stages, np.int64)
+        self.stages[:, 2] = self._records.ctypes.data + 8 * self.stages[:, 2]
+        self.intervals = np.array(intervals, np.int64)
+        self.intervals[:, 0] = self.stages.ctypes.data + self.stages.strides[0] * self.intervals[:, 0]
 
     def __len__(self):
         return len(self._groups)
@@ -145,7 +147,7 @@ class Step:
     def run(self, first=0, last=None):
         """Run the groups from the first up to, not including, the last; all."""
         start, end = self._starts[first], self._starts[len(self) if last is None else last]
-        threads.run(self._intervals[start:].ctypes.data, end - start, self.scratch_bytes)
+        threads.run(self.intervals[start:].ctypes.data, end - start, self.scratch_bytes)
 
 
 def compile_calls(bind, progress=None):
