@@ -12,4 +12,3 @@ from pydsa.backends.cpu.linear import gemm_task_tokens
 def test_tokens_of_a_task(n_tokens, n_tasks, n_threads, tokens):
     """They are split where threads would wait for the last tasks."""
     assert gemm_task_tokens(n_tokens, n_tasks, n_threads) == tokens
-

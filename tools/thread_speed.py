@@ -53,7 +53,7 @@ def measure(model, peer, bench, threads):
 
 
 def with_speed_ups(rows):
-    """The rows by test and threads, each beside how much faster it is than one thread."""
+    """The rows by test and threads, each beside its gain over one thread."""
     ones = {row["test"]: row for row in rows if row["threads"] == 1}
     for row in sorted(rows, key=lambda row: (row["test"], row["threads"])):
         one, speeds = ones.get(row["test"]), [name for name in row if name.endswith("t/s")]
