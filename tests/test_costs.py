@@ -15,7 +15,7 @@ from pydsa.costs import StepSize, node_cost, step_cost
 from pydsa.graph import Graph
 from pydsa.model import Setup
 
-OPS = sorted(name for name in vars(Graph) if not name.startswith("_") and name not in ("value", "last_rows"))
+OPS = sorted(name for name in vars(Graph) if not name.startswith("_") and name not in ("value", "last_rows", "levels"))
 
 # Numbers of float32 weights of conftest.SMALL. It has 3 layers: 1 dense, 2 with 8 experts (2 used) and a shared one.
 ATTENTION = 72 * 40 + 40 + 72 * 68 + 56 + 40 * 3 * 32 + 3 * 56 * 20 + 3 * 28 * 56 + 3 * 28 * 72 + 2 * 72
@@ -124,8 +124,7 @@ def test_every_op_has_a_cost(op):
 # Ceilings
 
 def test_ceilings_are_numbers():
-    cpu.set_threads(1)
-    found = cpu.measure_ceilings()
+    found = cpu.measure_ceilings(1)
     assert found.bandwidth > 0 and found.peaks.keys() == measured.PEAKS.keys() and min(found.peaks.values()) > 0
 
 
@@ -133,16 +132,17 @@ def test_ceilings_take_half_of_a_small_memory(monkeypatch):
     seen = []
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 24))
     monkeypatch.setattr(measured, "_best_seconds", lambda function, *args: seen.append(args) or 1.0)
-    assert cpu.measure_ceilings().bandwidth == seen[0][1].nbytes == 1 << 23
+    assert cpu.measure_ceilings(1).bandwidth == seen[0][1].nbytes == 1 << 23
 
 
-def test_what_is_timed_is_done():
-    cpu.set_threads(1)
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_what_is_timed_is_done(n_threads):
+    cpu.set_threads(n_threads)
     words, sums = np.empty(3 * measured.BLOCK, np.uint64), np.empty(3, np.uint64)
-    measured.fill(words)
+    measured.fill(sums, words)
     measured.read(sums, words)
     assert sums.tolist() == [0, measured.BLOCK, 2 * measured.BLOCK]
     sums = np.zeros(2, np.float32)
     products = measured.ROWS * measured.VECTORS * measured.WIDTH
-    assert measured.f32_peak(sums, 3) == 2 * 2 * 3 * products
+    measured.f32_peak(sums, 3)
     assert sums.tolist() == [3 * products] * 2

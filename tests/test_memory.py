@@ -99,8 +99,9 @@ def test_scratch_does_not_grow_with_the_context(small_model, spec):
 
 
 def test_rows_of_scores_are_counted(small_model):
-    from pydsa.backends.cpu.indexer import TOKEN_BATCH
-    assert Setup(small_model(), n_ctx=1000, n_ubatch=64).score_bytes == TOKEN_BATCH * 4 * 1000
+    from pydsa.backends.cpu.indexer import MAX_TASK_TOKENS
+    from pydsa.backends.devices import SCORED_BY_THREADS
+    assert SCORED_BY_THREADS >= 2 * MAX_TASK_TOKENS and Setup(small_model(), n_ctx=1000, n_ubatch=64).score_bytes == 64 * 4 * 1000
     assert Setup(small_model(), n_ctx=1000, n_ubatch=5).score_bytes == 5 * 4 * 1000
     assert Setup(small_model(), n_ctx=1000, attention="dense").score_bytes == 0 == Setup(small_model(arch="deepseek2")).score_bytes
 

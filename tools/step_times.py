@@ -98,10 +98,12 @@ class Parts:
     def __init__(self, bound, costs):
         if None in (TIME, ON_CORE):
             raise PydsaError("This system has no clock_gettime, by which parts of a step are timed: measure on Linux or macOS.")
-        self.groups = [[call for _, call in group] for _, group in itertools.groupby(zip(bound.levels, bound.calls), key=lambda x: x[0])]
-        self.step = Step([[(op, args) for _, op, args in group] for group in self.groups])
-        self.calls, self.costs = bound.calls, costs
-        self._scratch = np.zeros(self.step.scratch_bytes + LINE, np.uint8)
+        pairs = [(op, args) for _, op, args in bound.calls]
+        self.step = Step([[pair for _, pair in group] for _, group in itertools.groupby(zip(bound.levels, pairs), key=lambda x: x[0])])
+        places = {id(pair): i for i, pair in enumerate(pairs)}
+        order = [places[id(pair)] for pair in self.step.calls]
+        self.nodes, self.costs = [bound.calls[i][0] for i in order], [costs[i] for i in order]
+        self._scratch = np.zeros(self.step.scratch_bytes(0, len(self.step)) + LINE, np.uint8)
         self._at, self._tasks = np.zeros(2, np.int64), np.zeros(1 << 16, np.int64)
         empty = np.zeros(1000, np.int64)
         empty_parts((TIME, ON_CORE), self._at.ctypes.data, empty)
@@ -166,7 +168,7 @@ class Parts:
     def _names(self):
         """(op, name) of each stage: the node's name with the stage's number."""
         owners, parts = self._owners(), self.step.stages[:, PART // 8] // 2
-        return [(self.calls[i][1].__name__, f"{self.calls[i][0].name}.{part}") for i, part in zip(owners, parts)]
+        return [(self.nodes[i].op, f"{self.nodes[i].name}.{part}") for i, part in zip(owners, parts)]
 
     def _bytes(self, tasks):
         """The bytes of each stage: those of its op, for the stage that takes longest."""

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from pydsa.errors import PydsaError
 
-SCORED_TOGETHER = 32        # tokens whose rows of index scores are in memory at a time (backends/*/indexer.py)
+SCORED_TOGETHER = 32        # tokens whose rows of index scores are in memory at a time (cuda/indexer.py)
+SCORED_BY_THREADS = 128     # the same of several threads (cpu/indexer.py)
 UNLIMITED = 2**31 - 1
 
 
@@ -115,7 +116,8 @@ def _packed_heads(n_tokens, n_head, width):
 
 
 DEVICES = {
-    "cpu": Device("pydsa.backends.cpu", 4, _cpu_weights, packed_latents=_cpu_packed_latents, side_by_side=True),
+    "cpu": Device("pydsa.backends.cpu", 4, _cpu_weights, packed_latents=_cpu_packed_latents, side_by_side=True,
+                  scored_together=SCORED_BY_THREADS),
     # A grid has at most 65,535 blocks in y and in z, which kernels use for tokens.
     "cuda": Device("pydsa.backends.cuda", 4, lambda tensors: (0, _n_bytes(tensors)), 32768, scratch=_cuda_scratch, copies_blocks=True,
                    described=True),

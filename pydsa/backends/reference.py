@@ -81,7 +81,7 @@ def nan_met():
     return met
 
 
-def measure_ceilings():
+def measure_ceilings(n_threads):
     """None: numpy's speed is not a limit of the machine."""
 
 

@@ -15,7 +15,10 @@ from pydsa.backends.cpu.simd import I32, I64, pointer
 
 @intrinsic
 def load_word(typingctx, address):
-    """Load an int64; what was written before it was stored is seen from here on."""
+    """Load an int64.
+
+    What was written before it was stored is seen from here on.
+    """
     return (types.int64(types.int64),
             lambda context, builder, signature, args: builder.load_atomic(pointer(builder, args[0], I64), "seq_cst", 8))
 

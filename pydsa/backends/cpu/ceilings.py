@@ -164,7 +164,10 @@ def int8x2_peak(sums, repeats):
 
 
 class Peak(NamedTuple):
-    """An op that runs one format's products, and how many operations are one of them; a multiply-add is two."""
+    """An op that runs products of one format.
+
+    operations: how many are one product; a multiply-add is two.
+    """
     op: object
     operations: int
 
@@ -191,7 +194,7 @@ def product_format(op, quantized, n_tokens):
 
 
 def measure_ceilings(n_threads):
-    """Measure the Ceilings of n threads, which the following steps use.
+    """Measure the Ceilings of n_threads, which the following steps use.
 
     It takes a second, and at most half of the free memory.
     """

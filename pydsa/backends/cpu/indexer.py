@@ -1,7 +1,7 @@
 """The lightning indexer: scores, their top-k, and the mask of selected keys.
 
 Of many tokens a task scores all keys for some and selects at once, so that few rows of scores exist at a time. Of a few tokens tasks divide
-the keys, and the selection follows.
+the keys, and then the rows of scores, if these are long.
 """
 import numpy as np
 
@@ -13,12 +13,13 @@ from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.scalars import bits_of_float
 from pydsa.backends.cpu.scratch import task_scratch
 from pydsa.backends.cpu.tasks import by_row, rows_of
-from pydsa.backends.cpu.top_k import select
+from pydsa.backends.cpu.top_k import (count_parts, find_candidates, find_threshold, is_long, long_row_bytes, select,
+                                      select_of_parts)
 
 
-FEW_TOKENS = 32            # the most tokens whose scores are divided by keys; of more, each task has some tokens
+FEW_TOKENS = 8             # the most tokens whose scores are divided by keys; of more, each task has some tokens
 MAX_TASK_KEYS = 1024       # the most keys that a task scores for a few tokens
-MIN_TASK_TOKENS, MAX_TASK_TOKENS = 4, 32       # of a task that scores all their keys
+MIN_TASK_TOKENS, MAX_TASK_TOKENS = 4, 16       # of a task that scores all their keys
 GEMM_TOKENS = 3            # tokens from which on keys are packed for tiles
 
 
@@ -46,7 +47,7 @@ def row_bytes(n_keys):
 @inner
 def task_tokens(n_tokens, n_threads):
     """Count the tokens of a task that scores all their keys."""
-    return max(MIN_TASK_TOKENS, min(MAX_TASK_TOKENS, n_tokens // (4 * n_threads)))
+    return max(min(MIN_TASK_TOKENS, (n_tokens + n_threads - 1) // n_threads), min(MAX_TASK_TOKENS, n_tokens // (4 * n_threads)))
 
 
 @inner
@@ -149,14 +150,60 @@ def select_first(out, q, w, keys, positions, scale, task):
 
 
 @inner
-def select_finish(out, q, w, keys, positions, scale, task):
-    t = task.index
-    select(out[t], row_of(task.scratch, t, positions[-1] + 1, positions[t] + 1), task.thread)
+def divides_rows(out, positions):
+    """Whether the rows of scores of a few tokens are divided to select."""
+    return len(out) <= FEW_TOKENS and is_long(positions[0] + 1, out.shape[1])
 
 
-@op(Stage(begin_scores, select_first), Stage(begin_finish, select_finish))
+@inner
+def row_and_shared(t, n_tokens, positions, scratch):
+    """View the scores of one of a few tokens.
+
+    Return also where the memory begins that its tasks share.
+    """
+    n_keys = positions[-1] + 1
+    return row_of(scratch, t, n_keys, positions[t] + 1), scratch + n_tokens * row_bytes(n_keys) + t * long_row_bytes(n_keys)
+
+
+@inner
+def select_second(out, q, w, keys, positions, scale, task):
+    row, shared = row_and_shared(task.index, len(q), positions, task.scratch)
+    if divides_rows(out, positions):
+        find_threshold(row, out.shape[1], shared, task.thread)
+    else:
+        select(out[task.index], row, task.thread)
+
+
+@inner
+def begin_candidates(out, q, w, keys, positions, scale, task):
+    return len(q) * count_parts(positions[0] + 1) if divides_rows(out, positions) else 0
+
+
+@inner
+def select_third(out, q, w, keys, positions, scale, task):
+    row, shared = row_and_shared(task.index % len(q), len(q), positions, task.scratch)
+    part, parts = task.index // len(q), count_parts(positions[0] + 1)
+    find_candidates(row, part, shared)
+    if part == parts - 1 and count_parts(row.size) > parts:     # a later token has a part more
+        find_candidates(row, parts, shared)
+
+
+@inner
+def begin_last(out, q, w, keys, positions, scale, task):
+    return len(q) if divides_rows(out, positions) else 0
+
+
+@inner
+def select_last(out, q, w, keys, positions, scale, task):
+    row, shared = row_and_shared(task.index, len(q), positions, task.scratch)
+    select_of_parts(out[task.index], row, shared, task.thread)
+
+
+@op(Stage(begin_scores, select_first), Stage(begin_finish, select_second), Stage(begin_candidates, select_third),
+    Stage(begin_last, select_last))
 def indexer_select(out, q, w, keys, positions, scale):
-    return scratch_rows(q, keys)
+    n_keys = len(keys.data)
+    return scratch_rows(q, keys) + (len(q) * long_row_bytes(n_keys) if len(q) <= FEW_TOKENS and is_long(n_keys, out.shape[1]) else 0)
 
 
 @inner

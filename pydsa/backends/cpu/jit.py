@@ -31,11 +31,12 @@ from numba.extending import intrinsic
 
 from pydsa import kernel_cache, quants
 from pydsa.compiling import Job, collecting_paused, compile_jobs, counted
-from pydsa.cores import physical_cores
+from pydsa.cores import physical_cores, second_level_cache
 from pydsa.signals import interrupts_held
 
 
 HERE = Path(__file__).parent
+SECOND_LEVEL_CACHE = second_level_cache()       # bytes for a core, by which kernels size their work
 llvm.initialize_native_asmparser()      # for the one instruction that is given as text (simd.py)
 
 
@@ -66,7 +67,7 @@ def _amx_allowed():
 def _cache_folder():
     sources = [*HERE.rglob("*.py"), Path(quants.__file__)]
     versions = (f"{importlib.metadata.version('numba')} {importlib.metadata.version('llvmlite')} {sys.implementation.cache_tag} "
-                f"{platform.system()} ")
+                f"{platform.system()} {SECOND_LEVEL_CACHE} ")
     return kernel_cache.cache_folder(versions + " ".join(sorted(cpu_features())), sources)
 
 
@@ -74,6 +75,11 @@ FOLDER = _cache_folder()
 
 # Sums may be reordered and contracted, but infinities and NaN keep their meaning: attention masks are made of -inf.
 FASTMATH = {"nsz", "contract", "afn", "reassoc"}
+
+
+def is_ours(function):
+    """Whether a function is pydsa's: the cache folder's name says nothing of other sources."""
+    return function.__module__.startswith("pydsa.")
 
 
 class KernelCache(NullCache):
@@ -91,6 +97,8 @@ class KernelCache(NullCache):
 
     def holds(self, signature):
         """Whether there is code for a signature."""
+        if not is_ours(self.function):
+            return False
         if signature not in self._found:
             self._found[signature] = kernel_cache.read(self.path(signature))
         return self._found[signature] is not None
@@ -115,7 +123,7 @@ class KernelCache(NullCache):
 def kernel(function):
     """A function that Python calls: nopython, cached on disk, no bounds checks; every argument is validated before it comes here."""
     compiled = numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy")(function)
-    if function.__module__.startswith("pydsa."):        # the folder is not one of other sources
+    if is_ours(function):
         compiled._cache = KernelCache(function)
     return compiled
 
@@ -167,7 +175,8 @@ class ByAddress:
         """Compile the function, if it is not yet; return its address."""
         if self._compiled is None:
             compiled = CFunc(self.function, normalize_signature(self.signature), {}, {"nopython": True, "error_model": "numpy"})
-            compiled._cache = self.cache
+            if is_ours(self.function):
+                compiled._cache = self.cache
             compiled.compile()
             self._compiled = compiled
         return self._compiled.address

@@ -119,9 +119,9 @@ def attend_dense(out, q, latents, k_b, v_b, positions, scale, task):
     attend(out, q, latents, k_b, v_b, positions, scale, task.scratch, 0, 0, task)
 
 
-@op(Stage(begin_packing_dense, pack_dense), Stage(begin_dense, attend_dense))
+@op(Stage(begin_packing_dense, pack_dense), Stage(begin_dense, attend_dense), grows=True)
 def mha_attention(out, q, latents, k_b, v_b, positions, scale):
-    return tiles(len(latents.data)) * latents.tile_bytes
+    return tiles(positions[-1] + 1) * latents.tile_bytes
 
 
 @inner
@@ -157,7 +157,7 @@ def attend_sparse(out, q, latents, indices, k_b, v_b, positions, scale, task):
     attend(out, q, latents, k_b, v_b, positions, scale, task.scratch, marks, row, task)
 
 
-@op(Stage(begin_packing_sparse, pack_sparse), Stage(begin_sparse, attend_sparse))
+@op(Stage(begin_packing_sparse, pack_sparse), Stage(begin_sparse, attend_sparse), grows=True)
 def mha_sparse_attention(out, q, latents, indices, k_b, v_b, positions, scale):
-    n = tiles(len(latents.data))
+    n = tiles(positions[-1] + 1)
     return align(n * latents.tile_bytes) + (len(q) + 15) // 16 * 2 * n * LATENT_TILE

@@ -31,10 +31,10 @@ class Stage(NamedTuple):
 class Op:
     """An op of the backend; called with its arguments, it runs by itself."""
 
-    def __init__(self, scratch, stages, packed):
+    def __init__(self, scratch, stages, packed, grows):
         functools.update_wrapper(self, scratch)
         self.py_func = self.scratch = scratch
-        self.stages, self.packed = stages, packed
+        self.stages, self.packed, self.grows = stages, packed, grows
         self._entries = {}      # signature -> _Entry
 
     def __call__(self, *args):
@@ -51,14 +51,14 @@ class Op:
         self.entry(signature).compile()
 
 
-def op(*stages, packed=lambda *args: None):
+def op(*stages, packed=lambda *args: None, grows=False):
     """Make an Op of a Python function scratch(*args).
 
     It returns how many bytes of scratch memory the op needs, at most. Its name, parameters and docstring are the op's. packed(*args) is a
     Python function that names what the first stage makes of the arguments, all that is in the scratch memory, or None: ops of a group
-    with the same name share it.
+    with the same name share it. grows: whether scratch() depends on the values of `positions`.
     """
-    return lambda scratch: Op(scratch, stages, packed)
+    return lambda scratch: Op(scratch, stages, packed, grows)
 
 
 class _Entry(ByAddress):
@@ -113,29 +113,31 @@ class Step:
     groups: lists of pairs (op, arguments). Ops of a group do not depend on each other: their last stages share an interval, those before
     the last another one, and so on.
 
-    intervals, stages: int64 [n, .], the list that the team runs (team.py), with addresses in them.
+    intervals, stages: int64 [n, .], the list that the team runs (team.py), with addresses in them. calls: the pairs in the order of their
+    records.
     """
 
     def __init__(self, groups):
-        self._groups = groups       # their arrays must live
-        records, stages, intervals, self._starts, self.scratch_bytes = [], [], [], [0], 0
+        self._groups, self.calls = groups, []       # their arrays must live
+        self._scratch_bytes, self._growing = [], {}     # of each group; its op whose scratch memory grows, if there is one
+        records, stages, intervals, self._starts = [], [], [], [0]
         for group in groups:
-            shared, offset, listed = {}, 0, [[] for _ in range(max(len(op.stages) for op, _ in group))]
-            for op, args in group:
-                address, packed = op.entry(_signature(args)).address, op.packed(*args)
-                for i, stage in enumerate(op.stages[packed in shared:], packed in shared):
-                    row = address, 2 * i, len(records), shared.get(packed, offset), 0, int(stage.light)
-                    listed[i - len(op.stages)].append(row)
+            group = sorted(group, key=lambda call: call[0].grows)       # behind whose scratch memory there is no other's
+            self.calls += group
+            offsets, scratch_bytes = _share_scratch(group)
+            if group[-1][0].grows:
+                self._growing[len(self._scratch_bytes)] = group[-1]
+            self._scratch_bytes.append(scratch_bytes)
+            listed = [[] for _ in range(max(len(op.stages) for op, _ in group))]
+            for (op, args), (offset, is_packed) in zip(group, offsets):
+                address = op.entry(_signature(args)).address
+                for i in range(is_packed, len(op.stages)):
+                    listed[i - len(op.stages)].append((address, 2 * i, len(records), offset, 0, op.stages[i].light))
                 records += [word for a in args for word in words_of(a)]
-                if packed not in shared:
-                    if packed is not None:
-                        shared[packed] = offset
-                    offset += -(-op.scratch(*args) // threads.LINE) * threads.LINE
             for interval in listed:
                 intervals.append((len(stages), len(interval)))
-                stages += sorted(interval, key=lambda row: row[5])      # what takes longest first
+                stages += sorted(interval, key=lambda row: row[-1])     # what takes longest first
             self._starts.append(len(intervals))
-            self.scratch_bytes = max(self.scratch_bytes, offset)
         self._records, self.stages = np.array(records, np.int64), np.array(stages, np.int64)
         self.stages[:, 2] = self._records.ctypes.data + 8 * self.stages[:, 2]
         self.intervals = np.array(intervals, np.int64)
@@ -146,8 +148,36 @@ class Step:
 
     def run(self, first=0, last=None):
         """Run the groups from the first up to, not including, the last; all."""
-        start, end = self._starts[first], self._starts[len(self) if last is None else last]
-        threads.run(self.intervals[start:].ctypes.data, end - start, self.scratch_bytes)
+        last = len(self) if last is None else last
+        start, end = self._starts[first], self._starts[last]
+        threads.run(self.intervals[start:].ctypes.data, end - start, self.scratch_bytes(first, last))
+
+    def scratch_bytes(self, first, last):
+        """Count the bytes that the ops of some groups share, at most."""
+        n_bytes = max(self._scratch_bytes[first:last])
+        for i, (op, args) in self._growing.items():
+            if first <= i < last:
+                n_bytes = max(n_bytes, self._scratch_bytes[i] + op.scratch(*args))
+        return n_bytes
+
+
+def _share_scratch(group):
+    """Divide scratch memory among the ops of a group.
+
+    Returns for each op where its part begins, and whether another op packs its arguments there; and the bytes of all but the last one's, if
+    that grows.
+    """
+    packed, offsets, n_bytes = {}, [], 0
+    for i, (op, args) in enumerate(group):
+        name = op.packed(*args)
+        offsets.append((packed.get(name, n_bytes), name in packed))
+        if name is not None and name not in packed:
+            packed[name] = n_bytes
+        if op.grows:
+            assert i == len(group) - 1, "two ops of a group grow"
+        elif not offsets[-1][1]:
+            n_bytes += -(-op.scratch(*args) // threads.LINE) * threads.LINE
+    return offsets, n_bytes
 
 
 def compile_calls(bind, progress=None):

@@ -2,6 +2,7 @@
 
 Arrays are passed as their address, shape and strides, whatever their layout, so that an op is compiled once.
 """
+import operator
 import struct
 
 import numba
@@ -23,7 +24,9 @@ def kind_of(argument):
         return types.Array(numba.from_dtype(argument.dtype), argument.ndim, "A")
     if isinstance(argument, tuple):
         return types.NamedTuple([kind_of(a) for a in argument], type(argument))
-    return types.boolean if isinstance(argument, (bool, np.bool_)) else FLOAT if isinstance(argument, float) else types.int64
+    if isinstance(argument, (bool, np.bool_)):
+        return types.boolean
+    return FLOAT if isinstance(argument, (float, np.floating)) else types.int64
 
 
 def words_of(argument):
@@ -32,7 +35,9 @@ def words_of(argument):
         return [argument.ctypes.data, *argument.shape, *argument.strides]
     if isinstance(argument, tuple):
         return [word for a in argument for word in words_of(a)]
-    return list(struct.unpack("q", struct.pack("d", argument))) if isinstance(argument, float) else [int(argument)]
+    if isinstance(argument, (float, np.floating)):
+        return list(struct.unpack("q", struct.pack("d", argument)))
+    return [operator.index(argument) if not isinstance(argument, np.bool_) else int(argument)]
 
 
 def reader(signature):

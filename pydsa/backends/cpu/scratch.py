@@ -57,6 +57,11 @@ def mark_nan():
     store(_buffers(), 0, np.int64(1))
 
 
+def forget_buffers():
+    """Leave all buffers to whoever had them; new ones are made."""
+    BUFFERS[:] = 0
+
+
 def nan_met():
     """Whether a choice met NaN or infinity since the last call."""
     met = bool(BUFFERS[0, 0])

@@ -1,7 +1,8 @@
-"""A team of threads runs a list of intervals; it never returns to Python in between.
+"""A team of threads runs a list of intervals, all in compiled code.
 
 An interval holds stages of ops that do not depend on each other (op.py). A stage has two parts: `begin` prepares it and returns how many
-tasks it has, `run` does one of them. Threads take tasks until the interval has none; whoever completes the last one begins the next. So no thread waits for one that the system has taken off its core between two tasks.
+tasks it has, `run` does one of them. Threads take tasks until the interval has none; whoever completes the last one begins the next. So no
+thread waits for one that the system has taken off its core between two tasks.
 
 TICKET is the word by which tasks are handed out. Its upper half is the number of the interval, over all steps; its lower half stands at
 LAST - n for n tasks and is increased by each draw. The value before a draw says whether there was a task left, and of which interval, so a

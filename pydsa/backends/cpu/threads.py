@@ -14,12 +14,14 @@ from numba import types
 
 from pydsa.backends.cpu import team
 from pydsa.backends.cpu.jit import wanted_kernel
+from pydsa.backends.cpu.scratch import forget_buffers
 from pydsa.cores import MOST_THREADS, physical_cores
 from pydsa.errors import PydsaError
 from pydsa.limits import allocating
 from pydsa.signals import interrupts_held
 
 LINE = 64
+LAST_STEP = 10      # seconds that the end of the program waits for a step
 SPIN = 2e-5         # seconds that a thread looks for work before it sleeps: to wake one takes as long
 
 
@@ -53,18 +55,25 @@ class _Team:
         self._state[team.PAUSES // 8] = _pauses()
 
     def start(self):
-        """Start the threads, if they do not run yet."""
+        """Start the threads, if they do not run yet.
+
+        Raises PydsaError if the system has no more threads.
+        """
         if len(self.threads) < self.n - 1:
             team.stay.compile((types.int64, types.int64))
             with interrupts_held():     # no thread is started without being known
                 for i in range(len(self.threads) + 1, self.n):
                     thread = threading.Thread(target=team.stay, args=(self.at, i), name=f"pydsa-{i}", daemon=True)
-                    thread.start()
+                    try:
+                        thread.start()
+                    except RuntimeError as error:
+                        raise PydsaError(f"The system refuses thread {i + 1} of {self.n} ({error}): use fewer (-t), or raise the limit of "
+                                         "processes (ulimit -u).") from error
                     self.threads.append(thread)
 
     def run(self, intervals, n):
         self.start()
-        self._state[team.SCRATCH // 8] = _scratch_at
+        self._state[team.SCRATCH // 8] = _scratch[1]
         team.run_step(self.at, intervals, n)
 
     def close(self):
@@ -83,8 +92,9 @@ def _pauses():
     return max(20, int(n * SPIN / (time.perf_counter() - start)))
 
 
-_n, _teams, _lock = 1, {}, threading.Lock()
-_scratch, _scratch_at = np.empty(0, np.uint8), 0
+_n, _teams, _lock = 1, {}, threading.RLock()
+_scratch = np.empty(0, np.uint8), 0       # memory, and where it is aligned; replaced as one, as Ctrl-C may come at any time
+_ended = False      # whether the program is about to end
 
 
 def set_threads(n):
@@ -94,16 +104,20 @@ def set_threads(n):
 
 
 def run(intervals, n, scratch_bytes):
-    """Run n intervals at an address as one step; they need this much scratch memory."""
-    global _scratch, _scratch_at
+    """Run n intervals at an address as one step.
+
+    scratch_bytes: what they share, at most. Raises OutOfMemoryError if there is not as much.
+    """
+    global _scratch
     with _lock:
-        if _scratch.size < scratch_bytes + LINE:
+        if _scratch[0].size < scratch_bytes + LINE:
             with allocating("intermediate values"):
-                _scratch = np.empty(scratch_bytes + scratch_bytes // 4 + LINE, np.uint8)
-            _scratch_at = -(-_scratch.ctypes.data // LINE) * LINE
-        if _n not in _teams:
-            _teams[_n] = _Team(_n)
-        _teams[_n].run(intervals, n)
+                memory = np.empty(scratch_bytes + scratch_bytes // 4 + LINE, np.uint8)
+            _scratch = memory, -(-memory.ctypes.data // LINE) * LINE
+        n_threads = 1 if _ended else _n
+        if n_threads not in _teams:
+            _teams[n_threads] = _Team(n_threads)
+        _teams[n_threads].run(intervals, n)
 
 
 def wanted():
@@ -114,16 +128,28 @@ def wanted():
 
 
 def _close():
-    for each in _teams.values():
-        each.close()
-    _teams.clear()
+    """End all teams, at the end of the program.
+
+    A thread that the program does not wait for may be within a step: that one ends first. After it only the thread that ends the program
+    can run a step, by itself; memory that others would use is about to be freed.
+    """
+    global _ended
+    if _lock.acquire(timeout=LAST_STEP):
+        _ended = True
+        for each in _teams.values():
+            each.close()
+        _teams.clear()
 
 
 def _after_fork():
-    """A child has none of its parent's threads: it starts its own with its first step."""
+    """Let a child start threads of its own with its first step.
+
+    Nor does it have a step that another thread was in, which may have left a buffer half replaced.
+    """
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _teams.clear()
+    forget_buffers()
 
 
 atexit.register(_close)

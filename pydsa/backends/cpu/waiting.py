@@ -39,7 +39,10 @@ if platform.system() == "Linux" and NUMBER and sys.byteorder == "little":
 
     @inner
     def sleep_while(at, value):
-        """Sleep while the upper half of the word is `value`; it may also return for no reason."""
+        """Sleep while the upper half of the word is `value`.
+
+        It may also return for no reason.
+        """
         _syscall(NUMBER, at + 4, WAIT, value, 0, 0, 0)       # compares and sleeps as one
 
     @inner
@@ -69,7 +72,10 @@ elif platform.system() == "Windows":
 
     @inner
     def sleep_while(at, value):
-        """Sleep while the upper half of the word is `value`; it may also return for no reason."""
+        """Sleep while the upper half of the word is `value`.
+
+        It may also return for no reason.
+        """
         _wait_on_address(at + 4, _stored(value), 4, FOREVER)
 
     @inner
@@ -93,7 +99,10 @@ else:
 
     @inner
     def sleep_while(at, value):
-        """Sleep while the upper half of the word is `value`; it may also return for no reason."""
+        """Sleep while the upper half of the word is `value`.
+
+        It may also return for no reason.
+        """
         _lock(at + MUTEX)
         if upper_half(load_word(at)) == value:
             _wait(at + CONDITION, at + MUTEX)

@@ -88,8 +88,11 @@ def product_format(op, quantized, n_tokens):
     return "f16x2" if n_tokens > 1 else "int8x2"
 
 
-def measure_ceilings():
-    """Measure the Ceilings of this GPU. None in the simulator."""
+def measure_ceilings(n_threads):
+    """Measure the Ceilings of this GPU, whatever n_threads.
+
+    None in the simulator.
+    """
     if SIMULATED:
         return None
     n_words = min(N_BYTES, gpu.memory()[0] // 4) // 8

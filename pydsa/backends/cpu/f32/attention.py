@@ -26,11 +26,12 @@ def attend(job_at):
     n, scale = job.n_tokens * job.n_head, float_from_bits(np.uint32(job.scale))
     padded = (job.width + COLUMNS - 1) // COLUMNS * COLUMNS
     n_sums = (job.n_v + COLUMNS - 1) // COLUMNS * COLUMNS
-    memory = thread_scratch(job.thread, 4 * (2 * TILE * padded + n * TILE + n * n_sums))
+    memory = thread_scratch(job.thread, 4 * (2 * TILE * padded + n * TILE + n * n_sums + 2 * n))
     tile, transposed = floats_at(memory, TILE, padded), floats_at(memory + 4 * TILE * padded, padded, TILE)
     scores, sums = floats_at(memory + 8 * TILE * padded, n, TILE), floats_at(memory + 4 * TILE * (2 * padded + n), n, n_sums)
     sums[:] = 0
-    row_max, row_sum = np.full(n, -np.inf, np.float32), np.zeros(n, np.float32)
+    row_max, row_sum = floats_at(memory + 4 * (2 * TILE * padded + n * TILE + n * n_sums), 2, n)
+    row_max[:], row_sum[:] = -np.inf, 0
     end = max_end(job.key_ends, job.n_tokens)
     for first in range(job.key_start, end, TILE):
         n_valid = min(TILE, end - first)

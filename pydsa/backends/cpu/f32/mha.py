@@ -66,7 +66,7 @@ def attend_head(job_at):
     n_k, n_sums, depth = round_up_columns(job.n_nope), round_up_columns(job.n_v), (job.kv_lora + 15) // 16 * 16
     batch = min(QUERIES, n_tokens)
     sizes = (4 * depth * n_k, 4 * depth * n_sums, 4 * (job.n_v + 15) * depth, 4 * TILE * n_k, 4 * (n_k + width + 16) * TILE,
-             4 * TILE * n_sums, 4 * batch * TILE, 4 * n_tokens * n_sums)
+             4 * TILE * n_sums, 4 * batch * TILE, 4 * n_tokens * n_sums, 8 * n_tokens)
     at = thread_scratch(job.thread, sum(sizes))
     key_weights, at = floats_at(at, depth, n_k), at + sizes[0]
     value_weights, at = floats_at(at, depth, n_sums), at + sizes[1]
@@ -75,9 +75,10 @@ def attend_head(job_at):
     transposed, at = floats_at(at, n_k + width + 16, TILE), at + sizes[4]
     values, at = floats_at(at, TILE, n_sums), at + sizes[5]
     scores, at = floats_at(at, batch, TILE), at + sizes[6]
-    sums = floats_at(at, n_tokens, n_sums)
+    sums, at = floats_at(at, n_tokens, n_sums), at + sizes[7]
     sums[:] = 0
-    row_max, row_sum = np.full(n_tokens, -np.inf, np.float32), np.zeros(n_tokens, np.float32)
+    row_max, row_sum = floats_at(at, 2, n_tokens)
+    row_max[:], row_sum[:] = -np.inf, 0
     unpack_weights(job, key_weights, value_weights, rows)
     end = max_end(job.key_ends, n_tokens)
     for first in range(0, end, TILE):
