@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from tools import team_model
 from tools.make_model import ModelSpec, make_model
-from tools.scaling import Measured, kind_of, main
+from tools.scaling import Bandwidths, Measured, kind_of, main
 from tools.team_model import LOSSES, Stage, by_stage, serial_seconds, shares_lost, shortest, simulate, total
 
 ENDLESS = float("inf")
@@ -105,10 +105,12 @@ def test_an_interval_by_stage(free):
 
 def test_rows_of_a_step(free):
     """Layers are one row; ops have their share and their efficiency."""
-    intervals = [[stage(4, 4, name=f"q-{layer}.1"), stage(2, begin=1, op="rope", name=f"k-{layer}.0", light=True)] for layer in (0, 11)]
-    measured = Measured("pp8", {1: intervals, 2: intervals}, {1: 23.0}, lambda n: ENDLESS, 0.0)
+    intervals = [[stage(4, 4, name=f"q-{layer}.1", n_bytes=9), stage(2, begin=1, op="rope", name=f"k-{layer}.0", light=True)]
+                 for layer in (0, 11)]
+    measured = Measured("pp8", {1: intervals, 2: intervals}, {1: 23.0}, Bandwidths(ENDLESS, ENDLESS, 0.5), 0.0)
     one, two = measured.whole_rows()
-    assert (one["ms"], one["clock, ms"], one["efficiency"]) == (22e3, 23e3, 1) and two["clock, ms"] is None
+    assert (one["ms"], one["here, ms"], one["clock, ms"], one["efficiency"]) == (22e3, 38e3, 23e3, 1)
+    assert two["clock, ms"] is two["here, ms"] is None
     assert two["ms"] == 14e3 and two["speed-up"] == 22 / 14 and two["lost: imbalance"] == 2 / 14 and two["lost: begins"] == 1 / 14
     assert [(row["op"], row["ms"]) for row in measured.op_rows()] == [("linear", 16e3), ("rope", 6e3)]
     [row] = measured.loss_rows(2, 5)

@@ -9,13 +9,15 @@ it costs to hand tasks out, to draw and to wake up, tasks of unequal length, and
 clock rates that cores share, nor of several sockets.
 
 "lost" says which share of a step's time goes where; with the efficiency it makes 1. "clock" is the step itself, on as many threads as there
-are cores. "more work" is what the parts take longer than those for one thread: negative where smaller tasks are faster.
+are cores; "here" the prediction for this machine's memory. "more work" is what the parts take longer than those for one thread: negative
+where smaller tasks are faster.
 """
 
 import re
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import numpy as np
@@ -25,25 +27,38 @@ if not __package__:
 from tools.team_model import LOSSES, by_stage, is_handed_out, serial_seconds, shares_lost, simulate, total  # noqa: E402
 
 
+class Bandwidths(NamedTuple):
+    """Bytes a second from memory."""
+    one: float      # that one thread gets
+    most: float     # that all threads of the machine get which is predicted
+    here: float     # that all threads of this machine get
+
+    def of(self, n, most=None):
+        """What n threads get, at most as much as `most`, or self.most."""
+        return min(n * self.one, most or self.most)
+
+
 class Measured:
     """The times of one step.
 
     name: as in a benchmark. intervals: number of threads -> intervals, lists of Stages. clock: number of threads -> seconds of the step.
-    bandwidth: a function of the number of threads, bytes a second. longer: by which share runs took longer than the shortest times of all
-    parts, that is, how much the machine was disturbed.
+    bandwidths: see Bandwidths. longer: by which share runs took longer than the shortest times of all parts, that is, how much the machine
+    was disturbed.
     """
 
-    def __init__(self, name, intervals, clock, bandwidth, longer):
+    def __init__(self, name, intervals, clock, bandwidths, longer):
         self.name, self.intervals, self.clock, self.longer = name, intervals, clock, longer
         self.one = serial_seconds(intervals[1])
-        self.times = {n: simulate(each, n, bandwidth(n)) for n, each in intervals.items()}
-        self.reading = {n: sum(s.n_bytes for interval in each for s in interval) / bandwidth(n) for n, each in intervals.items()}
+        self.times = {n: simulate(each, n, bandwidths.of(n)) for n, each in intervals.items()}
+        self.here = {n: total(simulate(intervals[n], n, bandwidths.of(n, bandwidths.here))).seconds for n in clock}
+        self.reading = {n: sum(s.n_bytes for interval in each for s in interval) / bandwidths.of(n) for n, each in intervals.items()}
 
     def whole_rows(self):
         """A row for each number of threads."""
         for n, times in self.times.items():
             whole = total(times)
-            yield {"threads": n, "ms": 1e3 * whole.seconds, "clock, ms": 1e3 * self.clock[n] if n in self.clock else None,
+            yield {"threads": n, "ms": 1e3 * whole.seconds, "here, ms": 1e3 * self.here[n] if n in self.here else None,
+                   "clock, ms": 1e3 * self.clock[n] if n in self.clock else None,
                    "speed-up": self.one / whole.seconds, "efficiency": self.one / n / whole.seconds,
                    "of bandwidth": self.reading[n] / whole.seconds,
                    **{f"lost: {name.replace('_', ' ')}": share for name, share in shares_lost(whole, self.one, n).items()}}
@@ -100,7 +115,7 @@ def kind_of(interval):
 def measure(model, caches, n_past, n_tokens, threads, repetitions, bandwidths):
     """The Measured of one step of n_tokens tokens after n_past others.
 
-    bandwidths: bytes a second that one thread gets, and the most that all get.
+    bandwidths: see Bandwidths.
     """
     from pydsa.bench import random_ids, test_name
     from pydsa.cores import physical_cores
@@ -122,9 +137,9 @@ def measure(model, caches, n_past, n_tokens, threads, repetitions, bandwidths):
     with one_step():
         bound.put(ids[n_past:], n_past)
         clock = {n: parts.clock(n, repetitions) for n in threads if n <= physical_cores()}
-        intervals, longer = parts.measure(threads, repetitions, bandwidths[0])
+        intervals, longer = parts.measure(threads, repetitions, bandwidths.one)
     name = test_name(n_tokens if n_tokens > 1 else 0, 1, n_past)
-    return Measured(name, intervals, clock, lambda n: min(n * bandwidths[0], max(bandwidths)), longer)
+    return Measured(name, intervals, clock, bandwidths, longer)
 
 
 def reach(model, caches, n_past, n_depth):
@@ -145,8 +160,8 @@ def measure_steps(path, steps, threads, repetitions, gigabytes):
     steps = sorted(steps)
     model = pydsa.load(path, n_ctx=max(map(sum, steps)), n_ubatch=max(512, *(n for _, n in steps)))
     measure_ceilings = model.backend.measure_ceilings
-    one = measure_ceilings(1).bandwidth
-    bandwidths = one, max(one, 1e9 * gigabytes if gigabytes else measure_ceilings(model.threads).bandwidth)
+    one, here = (measure_ceilings(n).bandwidth for n in (1, model.threads))
+    bandwidths = Bandwidths(one, 1e9 * gigabytes if gigabytes else max(one, here), max(one, here))
     caches, n_past = model.setup.make_caches(model.backend, model.setup.n_ctx), 0
     for depth, n_tokens in steps:
         reach(model, caches, n_past, depth)
@@ -171,7 +186,8 @@ def report(measured, bandwidths, at, most, markdown):
     def table(rows):
         return markdown([in_short(row) for row in rows])
     losses = "".join(f"\nWhat most time is lost to with {n} threads:\n\n{table(measured.loss_rows(n, most))}" for n in at)
-    return (f"## {measured.name}\n\nMemory: {bandwidths[0] / 1e9:.1f} GB/s for one thread, at most {bandwidths[1] / 1e9:.1f}. "
+    one, most, here = (bandwidth / 1e9 for bandwidth in bandwidths)
+    return (f"## {measured.name}\n\nMemory: {one:.1f} GB/s for one thread, at most {most:.1f}; {here:.1f} here. "
             f"Runs took {measured.longer:.0%} longer than the shortest times of their parts.\n\n"
             f"{table(measured.whole_rows())}\nEfficiency of each op; ms and share on one thread:\n\n{table(measured.op_rows())}{losses}")
 
@@ -215,7 +231,7 @@ def main(model_path, n_prompt, generation, n_depth, threads, at, bandwidth, repe
         for measured, bandwidths in measure_steps(model_path, wanted_steps(n_prompt, generation, depths), threads, repetitions, bandwidth):
             if output == "md":
                 click.echo(report(measured, bandwidths, [n for n in at if n in threads], most, markdown))
-            found.append({"step": measured.name, "bandwidth_one": bandwidths[0], "bandwidth": bandwidths[1],
+            found.append({"step": measured.name, "bandwidths": bandwidths._asdict(),
                           "runs_took_longer": measured.longer,
                           "whole": list(measured.whole_rows()), "ops": list(measured.op_rows()),
                           "lost": {n: measured.loss_rows(n, most) for n in at if n in threads}})
