@@ -41,10 +41,14 @@ def lap(last, clocks, at):
     now = nanoseconds(clocks[0], at)
     took = now - last[0]
     if took > LONG:
-        without = now - nanoseconds(clocks[1], at)
-        took -= without - last[1]
-        last[1] = without
-        now = nanoseconds(clocks[0], at)
+        on_core = nanoseconds(clocks[1], at)
+        after = nanoseconds(clocks[0], at)
+        while after - now > LONG:       # it lost its core between the two
+            now, on_core = after, nanoseconds(clocks[1], at)
+            after = nanoseconds(clocks[0], at)
+        took = now - last[0] - (now - on_core - last[1])
+        last[1] = now - on_core
+        now = after
     last[0] = now
     return took
 
