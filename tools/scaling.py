@@ -42,8 +42,8 @@ class Measured:
     """The times of one step.
 
     name: as in a benchmark. intervals: number of threads -> intervals, lists of Stages. clock: number of threads -> seconds of the step.
-    bandwidths: see Bandwidths. longer: by which share runs took longer than the shortest times of all parts, that is, how much the machine
-    was disturbed.
+    bandwidths: see Bandwidths. longer: by which share the slowest run took longer than the fastest, that is, how much the machine was
+    disturbed.
     """
 
     def __init__(self, name, intervals, clock, bandwidths, longer):
@@ -188,7 +188,7 @@ def report(measured, bandwidths, at, most, markdown):
     losses = "".join(f"\nWhat most time is lost to with {n} threads:\n\n{table(measured.loss_rows(n, most))}" for n in at)
     one, most, here = (bandwidth / 1e9 for bandwidth in bandwidths)
     return (f"## {measured.name}\n\nMemory: {one:.1f} GB/s for one thread, at most {most:.1f}; {here:.1f} here. "
-            f"Runs took {measured.longer:.0%} longer than the shortest times of their parts.\n\n"
+            f"The slowest run took {measured.longer:.0%} longer than the fastest.\n\n"
             f"{table(measured.whole_rows())}\nEfficiency of each op; ms and share on one thread:\n\n{table(measured.op_rows())}{losses}")
 
 
@@ -213,7 +213,7 @@ def wanted_steps(n_prompt, generation, depths):
 @click.option("--threads", default="1,2,4,8,16,32,64,128", help="numbers of threads  [1,2,4,8,16,32,64,128]")
 @click.option("--at", default="16,64", help="those of them for which to list what loses most  [16,64]")
 @click.option("-b", "--bandwidth", type=click.FloatRange(0, min_open=True), help="GB/s of the machine's memory  [measured here]")
-@click.option("-r", "--repetitions", type=click.IntRange(1), default=3, help="runs; of each part the shortest counts  [3]")
+@click.option("-r", "--repetitions", type=click.IntRange(1), default=3, help="runs; of each part the median counts  [3]")
 @click.option("--most", type=click.IntRange(1), default=12, help="intervals to list  [12]")
 @click.option("-o", "--output", type=click.Choice(["md", "json"]), default="md", help="form of the tables  [md]")
 def main(model_path, n_prompt, generation, n_depth, threads, at, bandwidth, repetitions, most, output):
@@ -232,7 +232,7 @@ def main(model_path, n_prompt, generation, n_depth, threads, at, bandwidth, repe
             if output == "md":
                 click.echo(report(measured, bandwidths, [n for n in at if n in threads], most, markdown))
             found.append({"step": measured.name, "bandwidths": bandwidths._asdict(),
-                          "runs_took_longer": measured.longer,
+                          "slowest_run_took_longer": measured.longer,
                           "whole": list(measured.whole_rows()), "ops": list(measured.op_rows()),
                           "lost": {n: measured.loss_rows(n, most) for n in at if n in threads}})
     except pydsa.PydsaError as error:

@@ -15,7 +15,7 @@ from pydsa.backends.cpu.simd import i64_at
 from pydsa.backends.cpu.team import FUNCTION, INTERVAL_BYTES, LIGHT, OFFSET, PART, RECORD, STAGE_BYTES, call_part
 from pydsa.backends.cpu.threads import LINE, set_threads
 from pydsa.errors import PydsaError
-from tools.team_model import Stage, serial_seconds
+from tools.team_model import Stage
 
 # Of clock_gettime(2): the time, and the time that this thread had a core. To read the second takes ten times as long, so it is only looked
 # at after parts of LONG nanoseconds: a thread that lost its core in between loses it for longer.
@@ -130,9 +130,10 @@ class Parts:
     def measure(self, threads, repetitions, bandwidth):
         """Time the parts as they are for each number of threads.
 
-        Returns {n: intervals, lists of Stages}, and by which share the runs took longer than these.
+        Returns {n: intervals, lists of Stages}, and by which share the slowest run took longer than the fastest one of the same number.
 
-        All numbers take turns, and of each part the shortest time counts. bandwidth: bytes a second of one thread; a stage that took less
+        All numbers take turns, and of each part the median counts: the shortest may be too short, as a system may subtract at any time what
+        others have taken from this thread. bandwidth: bytes a second of one thread; a stage that took less
         time than its bytes would has found the others in a cache.
         """
         runs = {n: [] for n in threads}
@@ -140,12 +141,12 @@ class Parts:
             for n, mine in runs.items():
                 mine.append(self._run(n))
         intervals = {n: self._intervals(mine, bandwidth) for n, mine in runs.items()}
-        whole = sum(run[0].sum() + run[2].sum() for mine in runs.values() for run in mine) / 1e9 / repetitions
-        return intervals, whole / sum(map(serial_seconds, intervals.values())) - 1
+        whole = [[run[0].sum() + run[2].sum() for run in mine] for mine in runs.values()]
+        return intervals, max(max(mine) / min(mine) for mine in whole) - 1
 
     def _intervals(self, runs, bandwidth):
         """The intervals of several runs for one number of threads."""
-        begins, tasks = (np.maximum(0, np.min([run[i] for run in runs], axis=0) - self._empty) / 1e9 for i in (0, 2))
+        begins, tasks = (np.maximum(0, np.median([run[i] for run in runs], axis=0) - self._empty) / 1e9 for i in (0, 2))
         ends = np.cumsum(runs[0][1])
         tasks = [tasks[end - n:end] for end, n in zip(ends, runs[0][1])]
         stages = [Stage(*name, bool(row[LIGHT // 8]), float(begin), some, min(n_bytes, float(some.sum()) * bandwidth))
