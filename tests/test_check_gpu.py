@@ -2,6 +2,7 @@
 
 Every command of its stages exists.
 """
+import importlib
 import sys
 
 import pytest
@@ -38,9 +39,9 @@ def test_a_run_leaves_a_report(tmp_path, monkeypatch):
 
 
 def test_stages_ask_for_what_there_is():
-    """`pydsa` knows every option of the stages.
+    """`pydsa` and the tools know every option of the stages.
 
-    It shows its help for --help, which it would refuse beside an unknown option.
+    They show their help for --help, which they would refuse beside an unknown option.
     """
     names = [stage.name for stage in STAGES]
     assert len(set(names)) == len(names)
@@ -49,3 +50,20 @@ def test_stages_ask_for_what_there_is():
             args = stage.command[stage.command.index("pydsa") + 1:]
             ended = [CliRunner().invoke(pydsa_cli, [*args, *more, "--help"]).exit_code for more in ([], ["--no-such-option"])]
             assert ended == [0, 2] and "--device" in args
+        elif path := next((part for part in stage.command if part.startswith("tools/")), None):
+            args = stage.command[stage.command.index(path) + 1:]
+            command = importlib.import_module(path.removesuffix(".py").replace("/", ".")).main
+            ended = [CliRunner().invoke(command, [*args, *more, "--help"]).exit_code for more in ([], ["--no-such-option"])]
+            assert ended == [0, 2]
+
+
+def test_speed_by_threads_is_measured_on_models_that_were_made():
+    """Their files come from an earlier stage, and each leaves its own JSON."""
+    made, left = set(), set()
+    for stage in STAGES:
+        if "tools/make_model.py" in stage.command:
+            made.add(stage.command[-1])
+        elif "tools/thread_speed.py" in stage.command:
+            assert stage.command[stage.command.index("tools/thread_speed.py") + 1] in made
+            left.add(stage.command[stage.command.index("--json") + 1])
+    assert left == {"{out}/threads-0.5b.json", "{out}/threads-v3.2.json"}

@@ -4,7 +4,7 @@
 
 Each stage writes results/STAGE.log as it goes, and results/report.md tells how all ended: a run that is cut off leaves what it found.
 Stages come in the order of their importance. A stage that would not end in time is stopped. The exit code is 1 if a stage failed. Speed is
-measured op by op and at several depths.
+measured op by op and at several depths, and that of the CPU by threads.
 """
 import os
 import subprocess
@@ -40,6 +40,11 @@ def make(kind):
     return Stage(f"make-{kind}", command, 0.3)
 
 
+def threads(name, file, share):
+    """Speed of the CPU of the machine by threads: machines with GPUs have more cores than most."""
+    return Stage(name, (*PYTHON, "tools/thread_speed.py", "{out}/" + file, "--json", "{out}/" + name + ".json", "-r", "1"), share)
+
+
 STAGES = [
     Stage("device", ("nvidia-smi",), 0.05, optional=True),
     Stage("info", (*PYDSA, "info", "pydsa/demo/demo.gguf", "--device", "cuda"), 0.1),
@@ -52,6 +57,9 @@ STAGES = [
     bench("depths", "Q4_K_M", 0.4, "-p", "2048", "-n", "64", "-ub", "2048", "-d", "0,4096,131072", "-r", "2"),
     make("Q8_0"),
     bench("q8_0", "Q8_0", 0.3, "-p", "2048", "-n", "64", "-ub", "2048", "-d", "0,4096"),
+    Stage("make-0.5b", (*PYTHON, "tools/make_model.py", "--preset", "0.5b", "--type", "Q4_K_M", "{out}/0.5b.gguf"), 0.1),
+    threads("threads-0.5b", "0.5b.gguf", 0.1),
+    threads("threads-v3.2", MODEL.format("Q4_K_M"), 0.3),
     Stage("sanitizer", ("compute-sanitizer", "--error-exitcode", "9", *PYTHON, "-m", "pytest", "-x", "-q", "-k",
                         "not (threads or sampled)", "tests/test_attention.py", "tests/test_top_k.py"), 0.5, optional=True),
 ]

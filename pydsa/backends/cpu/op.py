@@ -112,14 +112,18 @@ class Step:
 
     groups: lists of pairs (op, arguments). Ops of a group do not depend on each other: their last stages share an interval, those before
     the last another one, and so on.
+
+    intervals, stages: int64 [n, .], the list that the team runs (team.py), with addresses in them. calls: the pairs in the order of their
+    records.
     """
 
     def __init__(self, groups):
-        self._groups = groups       # their arrays must live
+        self._groups, self.calls = groups, []       # their arrays must live
         self._scratch_bytes, self._growing = [], {}     # of each group; its op whose scratch memory grows, if there is one
         records, stages, intervals, self._starts = [], [], [], [0]
         for group in groups:
             group = sorted(group, key=lambda call: call[0].grows)       # behind whose scratch memory there is no other's
+            self.calls += group
             offsets, scratch_bytes = _share_scratch(group)
             if group[-1][0].grows:
                 self._growing[len(self._scratch_bytes)] = group[-1]
@@ -134,10 +138,10 @@ class Step:
                 intervals.append((len(stages), len(interval)))
                 stages += sorted(interval, key=lambda row: row[-1])     # what takes longest first
             self._starts.append(len(intervals))
-        self._records, self._stages = np.array(records, np.int64), np.array(stages, np.int64)
-        self._stages[:, 2] = self._records.ctypes.data + 8 * self._stages[:, 2]
-        self._intervals = np.array(intervals, np.int64)
-        self._intervals[:, 0] = self._stages.ctypes.data + self._stages.strides[0] * self._intervals[:, 0]
+        self._records, self.stages = np.array(records, np.int64), np.array(stages, np.int64)
+        self.stages[:, 2] = self._records.ctypes.data + 8 * self.stages[:, 2]
+        self.intervals = np.array(intervals, np.int64)
+        self.intervals[:, 0] = self.stages.ctypes.data + self.stages.strides[0] * self.intervals[:, 0]
 
     def __len__(self):
         return len(self._groups)
@@ -145,11 +149,16 @@ class Step:
     def run(self, first=0, last=None):
         """Run the groups from the first up to, not including, the last; all."""
         last = len(self) if last is None else last
-        start, end, n_bytes = self._starts[first], self._starts[last], max(self._scratch_bytes[first:last])
+        start, end = self._starts[first], self._starts[last]
+        threads.run(self.intervals[start:].ctypes.data, end - start, self.scratch_bytes(first, last))
+
+    def scratch_bytes(self, first, last):
+        """Count the bytes that the ops of some groups share, at most."""
+        n_bytes = max(self._scratch_bytes[first:last])
         for i, (op, args) in self._growing.items():
             if first <= i < last:
                 n_bytes = max(n_bytes, self._scratch_bytes[i] + op.scratch(*args))
-        threads.run(self._intervals[start:].ctypes.data, end - start, n_bytes)
+        return n_bytes
 
 
 def _share_scratch(group):

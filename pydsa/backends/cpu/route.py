@@ -6,7 +6,7 @@ from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.rows import put
 from pydsa.backends.cpu.scratch import mark_nan, task_scratch
-from pydsa.backends.cpu.tasks import by_row, rows_of
+from pydsa.backends.cpu.tasks import rows_per_task
 
 
 @inner
@@ -46,11 +46,18 @@ def drop_groups(s, score, n_group_used):
 
 
 @inner
+def task_tokens(ids, logits):
+    """Count the tokens of a task: for each expert used, all are searched."""
+    return rows_per_task(logits.shape[1] * (2 + ids.shape[1]))
+
+
+@inner
 def route_rows(ids, weights, logits, bias, gating, n_group, n_group_used, norm, scale, task):
     n_expert, n_used, bias = logits.shape[1], ids.shape[1], contiguous(bias)
     memory = floats_at(task_scratch(task.thread, 4 * (2 * n_expert + n_group)), 1, 2 * n_expert + n_group)[0]
     p, s, score = memory[:n_expert], memory[n_expert:2 * n_expert], memory[2 * n_expert:]
-    for t in rows_of(logits, task):
+    size = task_tokens(ids, logits)
+    for t in range(task.index * size, min(len(logits), (task.index + 1) * size)):
         put(p, logits[t])
         if gating == 2:
             for e in range(n_expert):
@@ -86,7 +93,8 @@ def route_rows(ids, weights, logits, bias, gating, n_group, n_group_used, norm, 
 @inner
 def by_logits(ids, weights, logits, *others):
     """Begin a stage that reads rows of logits."""
-    return by_row(logits)
+    size = task_tokens(ids, logits)
+    return (len(logits) + size - 1) // size
 
 
 @op(Stage(by_logits, route_rows, light=True))

@@ -1,0 +1,14 @@
+"""How linear.py divides matrices into tasks."""
+import pytest
+
+from pydsa.backends.cpu.linear import gemm_task_tokens
+
+
+@pytest.mark.parametrize("n_tokens, n_tasks, n_threads, tokens", [
+    (512, 224, 64, 256),        # 3.5 tasks a thread: 7 of half the tokens
+    (512, 112, 16, 512),        # 7 tasks a thread
+    (512, 48, 64, 128), (512, 8, 64, 128), (512, 5, 2, 256), (512, 57, 2, 512), (512, 56, 1, 512), (2048, 56, 16, 1024),
+    (200, 1, 64, 208), (256, 1, 2, 128), (16, 3, 2, 16)])
+def test_tokens_of_a_task(n_tokens, n_tasks, n_threads, tokens):
+    """They are split where threads would wait for the last tasks."""
+    assert gemm_task_tokens(n_tokens, n_tasks, n_threads) == tokens
