@@ -1,7 +1,7 @@
 """How linear.py divides matrices into tasks."""
 import pytest
 
-from pydsa.backends.cpu.linear import gemm_task_tokens
+from pydsa.backends.cpu.linear import GEMV_ROWS, LONG_ROWS, TASK_BYTES, gemm_task_tokens, gemv_task_rows
 
 
 @pytest.mark.parametrize("n_tokens, n_tasks, n_threads, tokens", [
@@ -12,3 +12,11 @@ from pydsa.backends.cpu.linear import gemm_task_tokens
 def test_tokens_of_a_task(n_tokens, n_tasks, n_threads, tokens):
     """They are split where threads would wait for the last tasks."""
     assert gemm_task_tokens(n_tokens, n_tasks, n_threads) == tokens
+
+
+@pytest.mark.parametrize("n_rows, row_bytes, n_threads, rows", [
+    (7168, 1152, 16, 224), (64, 28672, 16, LONG_ROWS), (64, 28672, 2, 8), (65536, 136, 1, 1936), (16, 100, 64, GEMV_ROWS)])
+def test_rows_of_a_task(n_rows, row_bytes, n_threads, rows):
+    """A task reads about TASK_BYTES, or less for many threads."""
+    assert gemv_task_rows(n_rows, row_bytes, n_threads) == rows
+    assert rows in (LONG_ROWS, GEMV_ROWS) or rows * row_bytes < 1.05 * TASK_BYTES

@@ -21,6 +21,7 @@ MAX_TASK_ROWS = max(MIN_TASK_ROWS, min(256 if amx.HERE else 128, 1 << ROWS_IN_CA
 MIN_TASK_TOKENS = 128           # the fewest tokens of a task of gemm, if there are still more threads: rows are unpacked for each task
 TASK_BYTES = 1 << 18            # the most bytes of weights that a task reads for a few tokens: some ten microseconds
 GEMV_TOKENS = 3                 # the most tokens for which blocks are not unpacked
+LONG_ROWS = 4                # the fewest rows of a task for a few tokens: as many are multiplied together without blocks
 GEMV_ROWS = 16               # rows over which these tokens take turns, within a first-level cache; and a cache line of results
 PANEL_TOKENS = 16              # tokens that are packed at a time, a panel
 PIECE = 8192                    # activations that are rounded at a time, a multiple of 256
@@ -117,13 +118,14 @@ def gemm_rows(w, rows, n_rows, n_in, x, n_packed, first, n_tokens, out_at, threa
 
 @inner
 def gemv_task_rows(n_rows, row_bytes, n_threads):
-    """Count the rows of a task for a few tokens, a multiple of GEMV_ROWS.
+    """Count the rows of a task for a few tokens.
 
-    row_bytes: of all that is read for a row. Each thread has the same number of tasks, as few as there can be: memory is read faster in
-    long stretches.
+    A multiple of GEMV_ROWS, or of LONG_ROWS if so few have as many bytes as a task. row_bytes: of all that is read for a row. Each thread
+    has the same number of tasks, as few as there can be: memory is read faster in long stretches.
     """
+    unit = GEMV_ROWS if GEMV_ROWS * row_bytes <= TASK_BYTES else LONG_ROWS
     tasks = n_threads * ((n_rows * row_bytes + n_threads * TASK_BYTES - 1) // (n_threads * TASK_BYTES))
-    return (n_rows + tasks * GEMV_ROWS - 1) // (tasks * GEMV_ROWS) * GEMV_ROWS
+    return (n_rows + tasks * unit - 1) // (tasks * unit) * unit
 
 
 @inner
@@ -193,7 +195,7 @@ def pack_tokens(w, x, token_stride, head_stride, n_head, n_tokens, n_in, task):
 def task_sizes(w, n_head, n_out, row_bytes, n_tokens, n_threads):
     """Return the rows and the tokens of a task of multiply_rows."""
     if n_tokens <= GEMV_TOKENS:
-        return min(n_out, gemv_task_rows(n_out, row_bytes, n_threads)), n_tokens
+        return min(n_out, gemv_task_rows(n_head * n_out, row_bytes, n_threads)), n_tokens
     rows = min(n_out, gemm_task_rows(n_out, n_head, n_threads))
     return rows, gemm_task_tokens(n_tokens, (n_out + rows - 1) // rows * n_head, n_threads)
 
