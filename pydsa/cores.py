@@ -90,3 +90,21 @@ def _quotas(root, controller="cpu"):
                 quota, period = (int(control_groups.lines(folder / f"cpu.cfs_{name}_us")[0]) for name in ("quota", "period"))
             if quota > 0 and period > 0:        # -1: no quota
                 yield -(-quota // period)
+
+
+def second_level_cache(root="/"):
+    """Bytes of the second-level cache that a core has for itself.
+
+    Where the system does not say so, 1 MiB. Of a cache that cores share each has its part; hardware threads count as one. root: where the
+    files of Linux begin, for tests.
+    """
+    folder = Path(root) / "sys/devices/system/cpu/cpu0"
+    for index in sorted(folder.glob("cache/index*")):
+        with contextlib.suppress(ValueError, IndexError, KeyError):
+            level, kind, size, sharing = (control_groups.lines(index / name)[0].strip()
+                                          for name in ("level", "type", "size", "shared_cpu_list"))
+            if level == "2" and kind != "Instruction":
+                n_bytes = int(size[:-1]) * {"K": 1 << 10, "M": 1 << 20}[size[-1]]
+                cpus = {cpu for part in sharing.split(",") for first, last in [_span(part)] for cpu in range(first, last + 1)}
+                return n_bytes // max(1, _cores(Path(root), cpus))
+    return 1 << 20

@@ -64,14 +64,6 @@ class Node(NamedTuple):
         return any(isinstance(a, Value) and a.rows == "outputs" for a in self.args)
 
 
-class _OneRow(dict):
-    """An array of one row for each root Value, to see which views overlap."""
-
-    def __missing__(self, value):
-        self[value] = np.empty((1, *value.tail), np.int8)
-        return self[value]
-
-
 class Graph:
     """The nodes of a model in the order they run.
 
@@ -84,28 +76,6 @@ class Graph:
         self.ids = Value("inp_tokens", (), "int32")
         self.positions = Value("inp_pos", (), "int64")
         self.output = None      # set by the model: the logits
-
-    def levels(self):
-        """How many others each node must wait for, one after the other.
-
-        Nodes of equal levels do not depend on each other: they could run at the same time.
-        """
-        accesses, found = {}, []        # root Value or CacheRef -> [(level, view, whether it is written)]
-        roots = _OneRow()
-        for node in self.nodes:
-            level, mine = 0, []
-            for i, a in enumerate(node.args):
-                if isinstance(a, (Value, CacheRef)):
-                    key, view = (a.root, a.array(roots, 1)) if isinstance(a, Value) else (a, None)
-                    writes = i in node.writes
-                    mine.append((key, view, writes))
-                    for before, other, written in accesses.get(key, ()):
-                        if before >= level and (writes or written) and (view is None or np.shares_memory(view, other)):
-                            level = before + 1
-            for key, view, writes in mine:
-                accesses.setdefault(key, []).append((level, view, writes))
-            found.append(level)
-        return found
 
     def _node(self, op, out, *args):
         self.nodes.append(Node(op, out.name, (out, *args)))
@@ -214,3 +184,34 @@ class Graph:
 
     def add(self, name, x, y):
         return self._node("add", self.value(name, *x.tail), x, y)
+
+
+class _OneRow(dict):
+    """An array of one row for each root Value, to see which views overlap."""
+
+    def __missing__(self, value):
+        self[value] = np.empty((1, *value.tail), np.int8)
+        return self[value]
+
+
+def levels(nodes):
+    """How many others each node must wait for, one after the other.
+
+    Nodes of equal levels do not depend on each other: they could run at the same time.
+    """
+    accesses, found = {}, []        # root Value or CacheRef -> [(level, view, whether it is written)]
+    roots = _OneRow()
+    for node in nodes:
+        level, mine = 0, []
+        for i, a in enumerate(node.args):
+            if isinstance(a, (Value, CacheRef)):
+                key, view = (a.root, a.array(roots, 1)) if isinstance(a, Value) else (a, None)
+                writes = i in node.writes
+                mine.append((key, view, writes))
+                for before, other, written in accesses.get(key, ()):
+                    if before >= level and (writes or written) and (view is None or np.shares_memory(view, other)):
+                        level = before + 1
+        for key, view, writes in mine:
+            accesses.setdefault(key, []).append((level, view, writes))
+        found.append(level)
+    return found

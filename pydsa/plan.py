@@ -15,7 +15,7 @@ import numpy as np
 from pydsa import limits
 from pydsa.errors import LESS, DamagedWeightsError, OutOfMemoryError, PydsaError
 from pydsa.gguf_file import Tensor
-from pydsa.graph import CacheRef, Value
+from pydsa.graph import CacheRef, Value, levels
 
 ALIGN = 64      # bytes: a cache line, and the widest vector register
 
@@ -85,8 +85,8 @@ def lay_out(graph, max_tokens, float_size=4, side_by_side=False):
     Values that are not live at the same time share memory: first fit, in the order of their first use. side_by_side: nodes that do not
     depend on each other run at the same time, and are put together.
     """
-    levels = graph.levels() if side_by_side else range(len(graph.nodes))
-    nodes = sorted(zip(levels, graph.nodes), key=lambda pair: pair[0])
+    order = levels(graph.nodes) if side_by_side else range(len(graph.nodes))
+    nodes = sorted(zip(order, graph.nodes), key=lambda pair: pair[0])
     inputs = (graph.ids, graph.positions)
     born, dies = dict.fromkeys(inputs, 0), dict.fromkeys(inputs, len(nodes))
     for level, node in nodes:

@@ -2,6 +2,7 @@
 
 `info` shows the file, the configuration, the memory and how each layer runs; `trace` compares two backends node by node.
 """
+import collections
 import dataclasses
 
 import numpy as np
@@ -143,15 +144,14 @@ def count(n):
 def compare_nodes(model, reference, ids):
     """Run ids on two models of the same file -> a row for each node.
 
-    A row is a dict with node, op, shape and error, the difference() of model from reference. Rows are in the order of model, which may be
-    another one than that of reference: ops that do not depend on each other have none.
+    A row is a dict with node, op, shape and error, the difference() of model from reference. Rows are in the order of the model's steps,
+    which need not be the reference's; ops of equal names are in the same order in both.
     """
-    expected, rows = {}, []     # (op, name) -> what these nodes wrote, the first one first
-    reference.session().prefill(
-        ids, observe=lambda node, arrays: expected.setdefault((node.op, node.name), []).append([a.copy() for a in arrays]))
+    expected, rows = collections.defaultdict(list), []
+    reference.session().prefill(ids, observe=lambda node, arrays: expected[node.name, node.op].append([a.copy() for a in arrays]))
 
     def compare(node, arrays):
-        error = max((difference(a, b) for a, b in zip(arrays, expected[node.op, node.name].pop(0))), default=0.0)
+        error = max((difference(a, b) for a, b in zip(arrays, expected[node.name, node.op].pop(0))), default=0.0)
         rows.append({"node": node.name, "op": node.op, "shape": "x".join(map(str, arrays[0].shape)) if arrays else "", "error": error})
 
     model.session().prefill(ids, observe=compare)

@@ -18,7 +18,7 @@ import pydsa
 from pydsa import PydsaError, bench, control_groups, report
 from pydsa.backends.cpu import threads
 from pydsa.cli import main
-from pydsa.cores import MOST_THREADS, physical_cores
+from pydsa.cores import MOST_THREADS, physical_cores, second_level_cache
 
 V1_LIST, V2_LIST = "thread_siblings_list", "core_cpus_list"
 
@@ -37,6 +37,25 @@ def quotas(root, version, **groups):
     for name, (quota, period) in groups.items():
         files = {"cpu.max": f"{quota} {period}"} if version == 2 else {"cpu.cfs_quota_us": quota, "cpu.cfs_period_us": period}
         write_files(root / "sys/fs/cgroup" / name.strip("_").replace("__", "/"), files)
+
+
+# Caches
+
+@pytest.mark.parametrize("size, sharing, n_bytes", [
+    ("1024K", "0", 1 << 20), ("2M", "0,4", 2 << 20), ("2048K", "0-3,4-7", 2 << 18), ("4096K", "0-7", 1 << 20), ("some", "0", 1 << 20),
+    ("512K", "", 1 << 20), ("512K", "0", 1 << 19)])
+def test_second_level_cache(tmp_path, size, sharing, n_bytes):
+    """Its part of a core: siblings, here of CPU n and n + 4, share a core."""
+    topology(tmp_path, {cpu: f"{cpu % 4},{cpu % 4 + 4}" for cpu in range(8)})
+    kinds = {0: ("1", "Data", "48K", "0,4"), 1: ("2", "Instruction", "3M", "0"), 2: ("2", "Unified", size, sharing)}
+    files = {f"index{i}/{name}": text + "\n" for i, texts in kinds.items()
+             for name, text in zip(("level", "type", "size", "shared_cpu_list"), texts)}
+    write_files(tmp_path / "sys/devices/system/cpu/cpu0/cache", files)
+    assert second_level_cache(tmp_path) == n_bytes
+
+
+def test_an_unknown_cache_has_1_mib(tmp_path):
+    assert second_level_cache(tmp_path) == 1 << 20
 
 
 # Cores

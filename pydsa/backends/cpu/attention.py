@@ -21,8 +21,7 @@ ALL_KEYS = np.empty((1, 0), np.int32)          # indices that mean all keys
 NO_POSITIONS = np.empty(0, np.int64)
 NO_MASK = np.empty((1, 0), np.float32)
 FEW_TOKENS = 4          # the most tokens whose keys are split among tasks, as in flash-decoding
-SPLIT_KEYS, MOST_SPLITS = 256, 32       # the fewest keys of a split, and the most splits of a token, whatever the number of threads
-SPLIT_UNIT = 32         # the keys of a split are a multiple of this
+SPLIT_KEYS, MOST_SPLITS = 64, 32        # the fewest keys of a split, and the most splits of a token, whatever the number of threads
 TASK_HEADS = 32         # the fewest heads of a task: each task packs the keys that it reads
 
 
@@ -42,14 +41,22 @@ def count_keys(indices, positions, t):
 
 
 @inner
-def split_size(n_keys):
-    """Count the keys of each split of n_keys."""
-    size = (n_keys + MOST_SPLITS * SPLIT_UNIT - 1) // (MOST_SPLITS * SPLIT_UNIT) * SPLIT_UNIT
-    return max(SPLIT_KEYS, size)
+def round_to_splits(n):
+    """Round n up to a multiple of SPLIT_KEYS."""
+    return (n + SPLIT_KEYS - 1) // SPLIT_KEYS * SPLIT_KEYS
 
 
 @inner
-def count_splits(indices, positions, n_tokens):
+def split_size(n_keys, n_head):
+    """Count the keys of each split of n_keys.
+
+    There are at least as many as heads: each split leaves a partial sum for each head.
+    """
+    return max(round_to_splits(n_head), round_to_splits((n_keys + MOST_SPLITS - 1) // MOST_SPLITS))
+
+
+@inner
+def count_splits(indices, positions, n_tokens, n_head):
     """Count the splits of each token's keys.
 
     A token with fewer keys than others has empty ones.
@@ -58,7 +65,8 @@ def count_splits(indices, positions, n_tokens):
     if n_tokens <= FEW_TOKENS:
         for t in range(n_tokens):
             n = count_keys(indices, positions, t)
-            most = max(most, (n + split_size(n) - 1) // split_size(n))
+            size = split_size(n, n_head)
+            most = max(most, (n + size - 1) // size)
     return most
 
 
@@ -78,7 +86,7 @@ def task_size(q, share_tiles, n_splits, n_threads):
 @inner
 def begin_attention(q, indices, positions, share_tiles, task):
     """Count the tasks of attend_some."""
-    n_splits = count_splits(indices, positions, len(q))
+    n_splits = count_splits(indices, positions, q.shape[0], q.shape[1])
     tokens, heads = task_size(q, share_tiles, n_splits, task.n_threads)
     return (q.shape[0] + tokens - 1) // tokens * ((q.shape[1] + heads - 1) // heads) * n_splits
 
@@ -98,7 +106,8 @@ def attend_some(out, q, latents, indices, positions, mask, scale, share_tiles, t
 
     The last tokens, which have the most keys, come first.
     """
-    n_splits, n_head, n_v = count_splits(indices, positions, len(q)), q.shape[1], out.shape[2]
+    n_head, n_v = q.shape[1], out.shape[2]
+    n_splits = count_splits(indices, positions, len(q), n_head)
     tokens, heads = task_size(q, share_tiles, n_splits, task.n_threads)
     groups = (n_head + heads - 1) // heads
     split, h = task.index % n_splits, task.index // n_splits % groups * heads
@@ -109,8 +118,8 @@ def attend_some(out, q, latents, indices, positions, mask, scale, share_tiles, t
         store(ends, 8 * i, count_keys(indices, positions, t + i))
     if n_splits > 1:
         n = count_keys(indices, positions, t)
-        first = min(n, split * split_size(n))
-        store(ends, 0, min(n, (split + 1) * split_size(n)))
+        first = min(n, split * split_size(n, n_head))
+        store(ends, 0, min(n, (split + 1) * split_size(n, n_head)))
         partial = task.scratch + (t * n_splits + split) * partial_bytes(n_head, n_v) + 4 * h * (2 + n_v)
     indices_at = address(indices) + t * indices.strides[0] if indices.size else 0
     mask_at = address(mask) + t * mask.strides[0] if mask.size else 0
@@ -133,7 +142,7 @@ def merge_size(n_splits, n_v):
 @inner
 def begin_merging(out, indices, positions):
     """Count the tasks of merge_some."""
-    n_splits = count_splits(indices, positions, len(out))
+    n_splits = count_splits(indices, positions, out.shape[0], out.shape[1])
     size = merge_size(n_splits, out.shape[2])
     return 0 if n_splits == 1 else len(out) * ((out.shape[1] + size - 1) // size)
 
@@ -141,7 +150,8 @@ def begin_merging(out, indices, positions):
 @inner
 def merge_some(out, indices, positions, task):
     """Merge the splits of some heads of a token."""
-    n_splits, n_head, n_v = count_splits(indices, positions, len(out)), out.shape[1], out.shape[2]
+    n_tokens, n_head, n_v = out.shape
+    n_splits = count_splits(indices, positions, n_tokens, n_head)
     size = merge_size(n_splits, n_v)
     groups = (n_head + size - 1) // size
     t, h = task.index // groups, task.index % groups * size
@@ -177,7 +187,7 @@ def merge_splits(row, n_splits, first, stride):
 
 def partials_bytes(out, most_keys):
     """Count the bytes of all partial results, for up to this many keys."""
-    n_splits = min(MOST_SPLITS, -(-most_keys // SPLIT_KEYS))
+    n_splits = min(MOST_SPLITS, -(-most_keys // round_to_splits(out.shape[1])))
     return len(out) * n_splits * partial_bytes(*out.shape[1:]) if len(out) <= FEW_TOKENS else 0
 
 

@@ -7,15 +7,17 @@ rows with them. They are those of f32/linear.py, of int16/linear.py, or with AMX
 from pydsa.backends.cpu import amx
 from pydsa.backends.cpu.arrays import address, align
 from pydsa.backends.cpu.blocks.block import SUPERBLOCK
-from pydsa.backends.cpu.jit import call_intp_function, inner
+from pydsa.backends.cpu.jit import SECOND_LEVEL_CACHE, call_intp_function, inner
 from pydsa.backends.cpu.jobs import MatmulJob, call_kernel
 from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.scratch import task_scratch
 from pydsa.backends.cpu.simd import store
 
 
-MAX_TASK_ROWS = 256 if amx.HERE else 128        # the most rows of a task of gemm: activations are fetched once for all of them
-MIN_TASK_ROWS = 32              # the fewest, if there are many threads
+MIN_TASK_ROWS = 32              # the fewest rows of a task of gemm, if there are many threads
+ROWS_IN_CACHE = SECOND_LEVEL_CACHE // 2 // (4 * 512 + SUPERBLOCK)         # unpacked, each with its sums of 512 tokens
+# The most rows of a task of gemm, a power of two: activations are fetched once for all of them.
+MAX_TASK_ROWS = max(MIN_TASK_ROWS, min(256 if amx.HERE else 128, 1 << ROWS_IN_CACHE.bit_length() - 1))
 MIN_TASK_TOKENS = 128           # the fewest tokens of a task of gemm, if there are still more threads: rows are unpacked for each task
 TASK_BYTES = 1 << 18            # the most bytes of weights that a task reads for a few tokens: some ten microseconds
 GEMV_TOKENS = 3                 # the most tokens for which blocks are not unpacked

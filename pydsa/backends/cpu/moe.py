@@ -67,9 +67,19 @@ def pairs_of(block, n_tokens, n_used):
     return range(min(block * size, n_tokens) * n_used, min(block * size + size, n_tokens) * n_used)
 
 
+# Stages of all ops here, whose arguments are (out, x, ids, ..., w, task), with x [n_tokens, n_in] or [n_tokens, n_used, n_in]
+
 @inner
-def count_pairs(ids, n_expert, task):
+def begin_counting(out, x, ids, *others):
+    """Count the blocks of tokens."""
+    return count_blocks(len(ids))
+
+
+@inner
+def count_pairs(out, x, ids, *others):
     """Count each expert's pairs in a block of tokens."""
+    w, task = others[-2], others[-1]
+    n_expert = len(w.data)
     counts = groups_of(ids, n_expert, task.scratch).counts[task.index * n_expert:(task.index + 1) * n_expert]
     for e in range(n_expert):
         counts[e] = 0
@@ -78,9 +88,11 @@ def count_pairs(ids, n_expert, task):
 
 
 @inner
-def begin_sorting(ids, n_expert, task):
+def begin_sorting(out, x, ids, *others):
     """Sum the counts; return the number of blocks."""
-    groups, blocks, at, n_busy, panels = groups_of(ids, n_expert, task.scratch), count_blocks(len(ids)), 0, 0, 0
+    w, task = others[-2], others[-1]
+    n_expert, blocks, at, n_busy, panels = len(w.data), count_blocks(len(ids)), 0, 0, 0
+    groups = groups_of(ids, n_expert, task.scratch)
     for e in range(n_expert):
         groups.start[e] = at
         for block in range(blocks):
@@ -97,14 +109,40 @@ def begin_sorting(ids, n_expert, task):
 
 
 @inner
-def sort_pairs(ids, n_expert, x, token_stride, slot_stride, task):
+def sort_pairs(out, x, ids, *others):
     """Sort a block's pairs by expert, and note where their activations are."""
-    groups, n_used = groups_of(ids, n_expert, task.scratch), ids.shape[1]
+    w, task = others[-2], others[-1]
+    n_expert, n_used, slot_stride = len(w.data), ids.shape[1], x.strides[1] if x.ndim == 3 else 0
+    groups = groups_of(ids, n_expert, task.scratch)
     for pair in pairs_of(task.index, *ids.shape):
         e = ids[pair // n_used, pair % n_used]
         at = groups.counts[task.index * n_expert + e]
-        groups.pairs[at], groups.rows[at] = pair, x + pair // n_used * token_stride + pair % n_used * slot_stride
+        groups.pairs[at], groups.rows[at] = pair, address(x) + pair // n_used * x.strides[0] + pair % n_used * slot_stride
         groups.counts[task.index * n_expert + e] = at + 1
+
+
+SORT_BY_EXPERT = Stage(begin_counting, count_pairs, light=True), Stage(begin_sorting, sort_pairs, light=True)
+
+
+@inner
+def n_rows_of(x):
+    """Count the rows of activations."""
+    return x.shape[0] if x.ndim == 2 else x.shape[0] * x.shape[1]
+
+
+@inner
+def begin_packing(out, x, ids, *others):
+    """Count the tasks of pack."""
+    w, task = others[-2], others[-1]
+    return count_packing(w, groups_of(ids, len(w.data), task.scratch), n_rows_of(x), len(ids), x.shape[-1])
+
+
+@inner
+def pack(out, x, ids, *others):
+    """Round or pack some activations for one weight."""
+    w, task = others[-2], others[-1]
+    groups = groups_of(ids, len(w.data), task.scratch)
+    pack_some(w, groups, len(ids), x.shape[-1], address(x), x.strides[x.ndim - 2], task.index, groups.end)
 
 
 @inner
@@ -159,28 +197,7 @@ def task_rows(w, n_out, n_busy, n_tokens, n_threads):
     return min(n_out, gemm_task_rows(n_out, n_busy, n_threads))
 
 
-@inner
-def begin_counting(out, x, ids, *others):
-    """Begin a stage that counts the experts' pairs."""
-    return count_blocks(len(ids))
-
-
-# Gate and up, of x [n_tokens, n_in]
-
-@inner
-def count_for_gate(out, x, ids, gate, up, task):
-    count_pairs(ids, len(gate.data), task)
-
-
-@inner
-def begin_sorting_for_gate(out, x, ids, gate, up, task):
-    return begin_sorting(ids, len(gate.data), task)
-
-
-@inner
-def sort_for_gate(out, x, ids, gate, up, task):
-    sort_pairs(ids, len(gate.data), address(x), x.strides[0], 0, task)
-
+# Gate and up
 
 @inner
 def packed_alike(gate, up):
@@ -240,40 +257,13 @@ def multiply_gate_up(out, x, ids, gate, up, task):
         silu_mul_row(hidden, hidden, floats_at(ups + 4 * n * k, 1, n)[0])
 
 
-@op(Stage(begin_counting, count_for_gate, light=True), Stage(begin_sorting_for_gate, sort_for_gate, light=True),
-    Stage(begin_packing_for_gate, pack_for_gate, light=True), Stage(begin_gate_up_rows, multiply_gate_up))
+@op(*SORT_BY_EXPERT, Stage(begin_packing_for_gate, pack_for_gate, light=True), Stage(begin_gate_up_rows, multiply_gate_up))
 def moe_gate_up(out, x, ids, gate, up):
     sizes = [align(most_packed_bytes(w, len(x), ids.size, len(x), len(gate.data), x.shape[1])) for w in (gate, up)]
     return groups_bytes(*ids.shape, len(gate.data)) + sum(sizes[:1] if packed_alike(gate, up) else sizes)
 
 
-# One matrix an expert, of x [n_tokens, n_in]
-
-@inner
-def count_for_one(out, x, ids, w, task):
-    count_pairs(ids, len(w.data), task)
-
-
-@inner
-def begin_sorting_for_one(out, x, ids, w, task):
-    return begin_sorting(ids, len(w.data), task)
-
-
-@inner
-def sort_for_one(out, x, ids, w, task):
-    sort_pairs(ids, len(w.data), address(x), x.strides[0], 0, task)
-
-
-@inner
-def begin_packing_for_one(out, x, ids, w, task):
-    return count_packing(w, groups_of(ids, len(w.data), task.scratch), len(x), len(x), x.shape[1])
-
-
-@inner
-def pack_for_one(out, x, ids, w, task):
-    groups = groups_of(ids, len(w.data), task.scratch)
-    pack_some(w, groups, x.shape[0], x.shape[1], address(x), x.strides[0], task.index, groups.end)
-
+# One matrix an expert
 
 @inner
 def begin_one_rows(out, x, ids, w, task):
@@ -295,46 +285,13 @@ def multiply_one(out, x, ids, w, task):
     expert_rows(w, groups, i, r, min(size, n_out - r), x.shape[1], n_tokens, groups.end, ids.shape[1], out_at, task.thread)
 
 
-@op(Stage(begin_counting, count_for_one, light=True), Stage(begin_sorting_for_one, sort_for_one, light=True),
-    Stage(begin_packing_for_one, pack_for_one, light=True), Stage(begin_one_rows, multiply_one))
+@op(*SORT_BY_EXPERT, Stage(begin_packing, pack, light=True), Stage(begin_one_rows, multiply_one))
 def moe_linear(out, x, ids, w):
     n_expert = len(w.data)
     return groups_bytes(*ids.shape, n_expert) + most_packed_bytes(w, len(x), ids.size, len(x), n_expert, x.shape[1])
 
 
-# Down, of hidden [n_tokens, n_used, n_ff]: the weighted sum of the experts' outputs
-
-@inner
-def count_for_down(out, hidden, ids, weights, down, task):
-    count_pairs(ids, len(down.data), task)
-
-
-@inner
-def begin_counting_for_down(out, hidden, ids, *others):
-    """Begin a stage that counts the experts' pairs."""
-    return count_blocks(len(ids))
-
-
-@inner
-def begin_sorting_for_down(out, hidden, ids, weights, down, task):
-    return begin_sorting(ids, len(down.data), task)
-
-
-@inner
-def sort_for_down(out, hidden, ids, weights, down, task):
-    sort_pairs(ids, len(down.data), address(hidden), hidden.strides[0], hidden.strides[1], task)
-
-
-@inner
-def begin_packing_for_down(out, hidden, ids, weights, down, task):
-    return count_packing(down, groups_of(ids, len(down.data), task.scratch), ids.size, len(ids), hidden.shape[2])
-
-
-@inner
-def pack_for_down(out, hidden, ids, weights, down, task):
-    groups = groups_of(ids, len(down.data), task.scratch)
-    pack_some(down, groups, len(ids), hidden.shape[2], address(hidden), hidden.strides[1], task.index, groups.end)
-
+# Down: the weighted sum of the experts' outputs
 
 @inner
 def down_task_rows(down, ids, n_busy, n_threads):
@@ -374,8 +331,7 @@ def multiply_down(out, hidden, ids, weights, down, task):
                 target[j] += weight * row[j]
 
 
-@op(Stage(begin_counting_for_down, count_for_down, light=True), Stage(begin_sorting_for_down, sort_for_down, light=True),
-    Stage(begin_packing_for_down, pack_for_down, light=True), Stage(begin_down_rows, multiply_down))
+@op(*SORT_BY_EXPERT, Stage(begin_packing, pack, light=True), Stage(begin_down_rows, multiply_down))
 def moe_down(out, hidden, ids, weights, down):
     n_expert = len(down.data)
     return groups_bytes(*ids.shape, n_expert) + most_packed_bytes(down, ids.size, ids.size, len(ids), n_expert, hidden.shape[2])

@@ -55,13 +55,20 @@ class _Team:
         self._state[team.PAUSES // 8] = _pauses()
 
     def start(self):
-        """Start the threads, if they do not run yet."""
+        """Start the threads, if they do not run yet.
+
+        Raises PydsaError if the system has no more threads.
+        """
         if len(self.threads) < self.n - 1:
             team.stay.compile((types.int64, types.int64))
             with interrupts_held():     # no thread is started without being known
                 for i in range(len(self.threads) + 1, self.n):
                     thread = threading.Thread(target=team.stay, args=(self.at, i), name=f"pydsa-{i}", daemon=True)
-                    thread.start()
+                    try:
+                        thread.start()
+                    except RuntimeError as error:
+                        raise PydsaError(f"The system refuses thread {i + 1} of {self.n} ({error}): use fewer (-t), or raise the limit of "
+                                         "processes (ulimit -u).") from error
                     self.threads.append(thread)
 
     def run(self, intervals, n):
