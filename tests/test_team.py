@@ -21,7 +21,7 @@ from pydsa.backends.cpu import team, threads
 from pydsa.backends.cpu.jit import KernelCache, inner
 from pydsa.backends.cpu.op import Stage, Step, op
 from pydsa.backends.cpu.records import words_of
-from pydsa.graph import CacheRef, Value
+from pydsa.graph import CacheRef, Node, Value, levels
 
 MODELS = {
     "deepseek2": dict(arch="deepseek2"), "deepseek2 lite": dict(arch="deepseek2", n_lora_q=0, n_expert_groups=0, n_expert_shared=2),
@@ -310,7 +310,7 @@ def test_no_node_runs_before_one_it_depends_on(small_model, load, name, attentio
     """... found by all pairs of nodes, with an array of its own for each value."""
     model = load(small_model(**MODELS[name]), attention=attention, n_ubatch=64)
     for layout in model.setup.layouts.values():
-        memory, levels = {}, {id(node): level for level, node in layout.nodes}
+        memory, level_of = {}, {id(node): level for level, node in layout.nodes}
 
         def array(a):
             if isinstance(a, CacheRef):
@@ -324,10 +324,27 @@ def test_no_node_runs_before_one_it_depends_on(small_model, load, name, attentio
 
         used = [[(array(a), i in node.writes) for i, a in enumerate(node.args) if isinstance(a, (Value, CacheRef))]
                 for node in layout.graph.nodes]
-        assert len(levels) == len(used) and max(levels.values()) > 8
+        assert len(level_of) == len(used) and max(level_of.values()) > 8
         for (i, one), (j, other) in itertools.combinations(enumerate(layout.graph.nodes), 2):
             if is_at_odds(used[i], used[j]):
-                assert levels[id(one)] < levels[id(other)], (one.op, one.name, other.op, other.name)
+                assert level_of[id(one)] < level_of[id(other)], (one.op, one.name, other.op, other.name)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_levels_of_random_nodes(seed):
+    """... are the longest ways through all pairs of which one writes what the other uses: read, write, or in place."""
+    choose = random.Random(seed)
+    values = [Value(f"v{i}", (4, 6)) for i in range(4)]
+    views = [*values, *(v.slice(i, i + 3) for v in values for i in (0, 2, 3)), values[0].reshape(24), values[1].slice(1, 4).slice(1, 2),
+             CacheRef("latents", 0), CacheRef("latents", 1)]
+    nodes = [Node("op", str(i), tuple(choose.choices(views, k=choose.randint(1, 3))), choose.choice((0, 1, 1, 2))) for i in range(40)]
+    memory = {v: np.empty((2, *v.tail), np.int8) for v in values} | {a: np.empty(1) for a in views if isinstance(a, CacheRef)}
+    used = [[(memory[a] if isinstance(a, CacheRef) else a.array(memory, 2), i in node.writes) for i, a in enumerate(node.args)]
+            for node in nodes]
+    expected = []
+    for j in range(len(nodes)):
+        expected.append(max((expected[i] + 1 for i in range(j) if is_at_odds(used[i], used[j])), default=0))
+    assert levels(nodes) == expected and 3 < max(expected) < 39
 
 
 # What ops of a group share in scratch memory
