@@ -257,8 +257,9 @@ print(n_made)
 
 
 def compiled(folder, *args, **env):
-    """Compile two ops, two functions by address and the five kernels of a team into a folder.
+    """Compile nine functions into a folder.
 
+    They are two ops, two functions by address and the five kernels of a team.
     Returns how many the program itself compiled, and the files.
     """
     done = subprocess.run([sys.executable, "-c", KERNELS, *args], cwd=ROOT, capture_output=True, text=True,

@@ -58,7 +58,10 @@ def run(path, code, expected=0, seconds=60):
 
 @needs_fork
 def test_a_fork_after_use(small_model):
-    """The child has threads of its own and gets the same logits; the parent goes on, and so does a child's child."""
+    """The child has threads of its own and gets the same logits.
+
+    The parent goes on, and a child of the child is like it.
+    """
     run(small_model(), """
 expected = logits()
 teams = dict(threads._teams)

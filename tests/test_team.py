@@ -110,7 +110,10 @@ class Chains:
         self.step = Step(groups)
 
     def run(self, step=None):
-        """Run the step, and check that each task was done once, and after those of which it reads."""
+        """Run the step, and check that each task was done once.
+
+        It must have been done after those of the same size before it, which it reads.
+        """
         for array in itertools.chain(*self.arrays.values()):
             array[:] = 0
         (step or self.step.run)()
@@ -283,7 +286,10 @@ def arrays_in(argument):
 
 
 def is_at_odds(one, other):
-    """Whether one of two calls [(array, whether it is written)] writes what the other one uses."""
+    """Whether one of two calls writes what the other one uses.
+
+    A call is what it uses: [(array, whether it is written)].
+    """
     return any((mine or theirs) and np.shares_memory(a, b) for a, mine in one for b, theirs in other)
 
 

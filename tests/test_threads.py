@@ -175,7 +175,7 @@ def test_warm_steps_allocate_nothing(small_model, arch, mode, n_threads):
 
 
 def test_a_token_costs_python_little(small_model, load):
-    """Its calls are made once, so that a token makes few objects, and keeps none but its logits."""
+    """Calls are made once: a token makes few objects, kilobytes of them."""
     session = load(small_model(), n_ctx=2000, n_ubatch=17).session()
     session.prefill(random_ids(40))
     for token in random_ids(20):
