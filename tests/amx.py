@@ -7,14 +7,14 @@ PYDSA_CACHE_DIR of its own: its kernels call the functions below by name, which 
 """
 import contextlib
 import ctypes
-import os
 
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 
 AMX = "amx-tile", "amx-int8", "amx-bf16"
-TILES = np.zeros((os.cpu_count() + 64, 8, 16, 64), np.uint8)        # of each thread: eight registers, 16 rows of 64 bytes
+TILES = np.zeros((1 << 14, 8, 16, 64), np.uint8)        # of each thread, by its number: eight registers, 16 rows of 64 bytes
+GETTID = 186        # the system call that tells a thread's number, on x86
 INSTRUCTIONS = {        # intrinsic -> its arguments: r a register, p an address, n a number
     "ldtilecfg": "p", "tilerelease": "", "tilezero": "r", "tileloadd64": "rpn", "tilestored64": "rpn", "tdpbssd": "rrr", "tdpbf16ps": "rrr"}
 
@@ -58,18 +58,18 @@ def _registers():
     from numba import carray, types
     from numba.extending import intrinsic
 
-    from pydsa.backends.cpu.scratch import _thread
+    syscall = types.ExternalFunction("syscall", types.int64(types.int64))
 
     @intrinsic
     def bytes_at(typingctx, address):
         kind = types.CPointer(types.uint8)
         return kind(types.int64), lambda context, builder, signature, args: builder.inttoptr(args[0], context.get_value_type(kind))
 
-    tiles = TILES.ctypes.data
+    tiles, n_threads = TILES.ctypes.data, len(TILES)
 
     @numba.njit
     def register(i):
-        return carray(bytes_at(tiles + (_thread() * 8 + i) * 1024), (16, 64))
+        return carray(bytes_at(tiles + (syscall(GETTID) % n_threads * 8 + i) * 1024), (16, 64))
 
     @numba.njit
     def row(address):

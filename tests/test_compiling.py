@@ -4,6 +4,7 @@ Also what becomes of both when something breaks.
 """
 import errno
 import importlib.util
+import itertools
 import os
 import pickle
 import shutil
@@ -237,23 +238,29 @@ from pydsa import compiling
 from pydsa.backends.cpu import jit
 from pydsa.backends.cpu.integer_rows import FUNCTIONS
 from pydsa.backends.cpu.norm import add, silu_mul
+from pydsa.backends.cpu.op import compile_calls
 if "serial" in sys.argv or jit.numba.config.NUMBA_NUM_THREADS == 1:
     compiling._start = None
 x, out = np.arange(6, dtype=np.float32).reshape(2, 3), np.empty((2, 3), np.float32)
-shown = []
-jit.compile_all([(add, (out, x, x)), (silu_mul, (out, x, x)), (add, (out, x, x))], FUNCTIONS["i8"], lambda *args: shown.append(args))
-assert [len(f.signatures) for f in (add, silu_mul)] == [1, 1]
-assert shown[0][:2] == (0 if "cold" in sys.argv else shown[0][0], 4) and shown[-1] == (4, 4, "")
+made, shown, save = [], [], jit.KernelCache.save_overload
+jit.KernelCache.save_overload = lambda *args: (made.append(args[0].function.__name__), save(*args))
+def calls():
+    assert [f.address for f in FUNCTIONS["i8"]] == [0, 0]       # they are only listed
+    return [(add, (out, x, x)), (silu_mul, (out, x, x)), (add, (out, x, x))]
+compile_calls(calls, lambda *args: shown.append(args))
+assert shown[0][:2] == (0 if "cold" in sys.argv else shown[0][0], 9) and shown[-1] == (9, 9, "")
+n_made = len(made)
 add(out, x, x)
-assert (out == 2 * x).all() and FUNCTIONS["i8"][0].address
-print(sum(k._cache_misses.total() for k in (add, silu_mul)))
+assert (out == 2 * x).all() and FUNCTIONS["i8"][0].address and len(add._entries) == 1 and len(made) == n_made
+print(n_made)
 """
 
 
 def compiled(folder, *args, **env):
-    """Compile a few kernels into a folder.
+    """Compile nine functions into a folder.
 
-    Returns how many of two kernels the program itself compiled, and the files.
+    They are two ops, two functions by address and the five kernels of a team.
+    Returns how many the program itself compiled, and the files.
     """
     done = subprocess.run([sys.executable, "-c", KERNELS, *args], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"PYDSA_CACHE_DIR": str(folder), "NUMBA_NUM_THREADS": "2"} | env)
@@ -267,11 +274,11 @@ two_cores = pytest.mark.skipif(physical_cores() < 2, reason="there is only one c
 @two_cores
 def test_processes_make_what_one_makes(tmp_path):
     alone, files = compiled(tmp_path / "alone", "cold", NUMBA_NUM_THREADS="1")
-    assert alone == 2 and len(files) == 4
+    assert alone == 9 and len(files) == 9
     shared, others = compiled(tmp_path / "shared", "cold")
     assert shared == 0 and [path.name for path in others] == [path.name for path in files]
     assert compiled(tmp_path / "shared", "serial")[0] == 0      # nothing is left to compile, and no process is started
-    for path, damage in zip(others, DAMAGE.values()):
+    for path, damage in zip(others, itertools.cycle(DAMAGE.values())):
         path.write_bytes(damage(path.read_bytes()))
     assert compiled(tmp_path / "shared", "cold") == (0, others) and all(kernel_cache.read(path) for path in others)
 
@@ -283,7 +290,7 @@ def test_no_file_can_be_written(tmp_path):
     done = subprocess.run([sys.executable, "-c", KERNELS, "cold"], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"PYDSA_CACHE_DIR": str(tmp_path), "NUMBA_NUM_THREADS": "2"},
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
-    assert (done.returncode, done.stdout) == (0, "2\n")
+    assert (done.returncode, done.stdout) == (0, "9\n")
     assert done.stderr.count("cannot hold compiled kernels") == 1 and "Traceback" not in done.stderr
 
 
@@ -292,11 +299,11 @@ def test_kernels_of_others_are_not_kept():
     assert not isinstance(jit.kernel(names)._cache, jit.KernelCache)
 
 
-def test_parts_of_kernels_cannot_be_called():
-    """Python would jump to where nothing is."""
-    from pydsa.backends.cpu.linear import rows_per_task
-    with pytest.raises(TypeError, match="rows_per_task is a part of kernels"):
-        rows_per_task(100, True)
+def test_parts_of_kernels_are_python_functions():
+    """... where Python calls them: there is no machine code of their own."""
+    from pydsa.backends.cpu.tasks import TASK_VALUES, rows_per_task
+    assert [rows_per_task(n) for n in (100, 2 * TASK_VALUES, 0)] == [TASK_VALUES // 100, 1, TASK_VALUES]
+    assert not rows_per_task.overloads
 
 
 @pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
@@ -379,47 +386,3 @@ def test_no_temporary_folder_either(tmp_path, monkeypatch, unwarned):
         path = kernel_cache.cache_folder("x", []) / "kernel"
         assert kernel_cache.kept(path, lambda: b"code") == b"code" and kernel_cache.read(path) is None
     assert len(met) == 1
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_fork_does_not_wait_for_a_step_of_its_parent():
-    """... which another thread was in, so that nobody would end it in the child."""
-    run("""
-import os, threading
-from pydsa import plan
-entered, go = threading.Event(), threading.Event()
-def step():
-    with plan.one_step():
-        entered.set()
-        go.wait()
-threading.Thread(target=step, daemon=True).start()
-entered.wait()
-child = os.fork()
-if child == 0:
-    with plan.one_step():
-        os._exit(0)
-go.set()
-assert os.waitpid(child, 0)[1] == 0
-""")
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_fork_is_refused_with_one_sentence():
-    """... where numba would end it with a signal: after GNU OpenMP's threads were started."""
-    run("""
-import os
-from numba.np.ufunc.parallel import _launch_threads
-import numba
-from pydsa.backends.cpu import threads
-from pydsa.errors import PydsaError
-_launch_threads()
-child = os.fork()
-if child == 0:
-    try:
-        threads.set_threads(1)
-    except PydsaError as error:
-        os._exit(1 if "after the fork" in str(error) else 2)
-    os._exit(0)
-status = os.waitpid(child, 0)[1]
-assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == (threads.sys.platform == "linux" and numba.threading_layer() == "omp")
-""")

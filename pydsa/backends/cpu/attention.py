@@ -121,6 +121,9 @@ def attend_some(out, q, latents, indices, positions, mask, scale, share_tiles, t
         first = min(n, split * split_size(n, n_head))
         store(ends, 0, min(n, (split + 1) * split_size(n, n_head)))
         partial = task.scratch + (t * n_splits + split) * partial_bytes(n_head, n_v) + 4 * h * (2 + n_v)
+    scaled_end = np.int64(0)
+    if indices.size == 0 and len(q) > FEW_TOKENS:       # whatever the tokens of this task are
+        scaled_end = positions[len(q) - 1] + 1
     indices_at = address(indices) + t * indices.strides[0] if indices.size else 0
     mask_at = address(mask) + t * mask.strides[0] if mask.size else 0
     call_kernel(latents.attend, AttendJob(
@@ -128,7 +131,7 @@ def attend_some(out, q, latents, indices, positions, mask, scale, share_tiles, t
         q=address(q) + t * q.strides[0] + h * q.strides[1], q_head=q.strides[1],
         n_tokens=n_tokens, n_head=h_end - h, width=q.shape[2], n_v=n_v,
         rows=address(latents.data), row_bytes=latents.data.shape[1], dequantize=latents.dequantize, row_n=latents.n,
-        indices=indices_at, key_start=first, key_ends=ends,
+        indices=indices_at, key_start=first, key_ends=ends, scaled_end=scaled_end,
         mask=mask_at, mask_row=mask.strides[0],
         scale=bits_of_float(np.float32(scale)), partial=partial))
 

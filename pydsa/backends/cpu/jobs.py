@@ -36,6 +36,7 @@ class AttendJob(NamedTuple):
     indices: int        # int32, the selected keys' rows; 0: all keys
     key_start: int      # the first key, for all tokens
     key_ends: int       # int64 [n_tokens], where each token's keys end
+    scaled_end: int     # keys before it share scales with those of their tile, also where no query sees them; 0: only those that one sees
     mask: int           # float32 [n_tokens, n_kv]; 0: none
     mask_row: int       # stride of a token in mask
     scale: int          # float32 bits
@@ -57,6 +58,7 @@ class HeadJob(NamedTuple):
     n_rot: int          # rotated values of a key
     n_v: int            # values of a value
     kv_lora: int        # compressed values of a latent
+    n_keys: int         # latents that are packed
     packed: int         # tiles of latents, packed by pack_latents
     packed_tile: int    # stride of a tile
     k_rows: int         # k_b [kv_lora, n_nope], rows of blocks

@@ -83,7 +83,8 @@ def attend(out, q, latents, k_b, v_b, positions, scale, packed, marks, marks_row
     call_kernel(latents.attend_head, HeadJob(
         thread=task.thread, out=address(out) + t * out.strides[0] + h * out.strides[1], out_token=out.strides[0],
         q=address(q) + t * q.strides[0] + h * q.strides[1], q_token=q.strides[0],
-        n_tokens=n, n_nope=n_nope, n_rot=width - n_nope, n_v=n_v, kv_lora=kv_lora, packed=packed, packed_tile=latents.tile_bytes,
+        n_tokens=n, n_nope=n_nope, n_rot=width - n_nope, n_v=n_v, kv_lora=kv_lora,
+        n_keys=positions[n_tokens - 1] + 1, packed=packed, packed_tile=latents.tile_bytes,
         k_rows=address(k_b.data) + h * kv_lora * k_row, k_row_bytes=k_row, k_dequantize=k_b.dequantize,
         k_blocks=k_row // k_b.block_bytes,
         v_rows=address(v_b.data) + h * n_v * v_row, v_row_bytes=v_row, v_dequantize=v_b.dequantize,

@@ -251,12 +251,25 @@ def clear_key(plan, panel, scales):
 
 
 @inner
-def relative_scales(scales, n, factors):
+def largest_scale(job, plan, first, end):
+    """Return the largest finite scale of the first parts of some keys."""
+    at = job.rows + (plan.n_first + plan.n_second) * (2 if plan.wide else 1)
+    top = np.float32(0)
+    for i in range(first, end):
+        scale = float_at(at + i * job.row_bytes, 0)
+        if scale > top and scale < np.float32(np.inf):
+            top = scale
+    return top
+
+
+@inner
+def relative_scales(scales, n, factors, least):
     """Compute the factors of n keys' weights; return the largest scale.
 
-    A factor is scale / largest scale * INT8X2_MAX. Keys that are not finite make the scores not finite; their factor is 0.
+    It is at least `least`. A factor is scale / largest scale * INT8X2_MAX. Keys that are not finite make the scores not finite; their
+    factor is 0.
     """
-    top = np.float32(0)
+    top = least
     for i in range(n):
         scale = float_at(scales, 4 * i)
         if scale > top and scale < np.float32(np.inf):
@@ -284,7 +297,7 @@ def attend(job_at):
     for start in range(job.key_start, end, TILE):
         n = min(TILE, end - start)
         pack_keys(job, plan, start, n, end)
-        score_keys(plan, (n + 63) // 64)
+        score_keys(plan, (n + 63) // 64, largest_scale(job, plan, start + n, min(start + TILE, job.scaled_end)))
         attend_tile(job, plan, start, n, first_end)
     release()
     for i in range(job.n_tokens * job.n_head):
@@ -295,9 +308,12 @@ def attend(job_at):
 
 
 @inner
-def score_keys(plan, n_groups):
-    """Compute the scores of n_groups x 64 keys, and the factors of weights."""
-    largest = relative_scales(plan.scales, 64 * n_groups, plan.factors)
+def score_keys(plan, n_groups, least):
+    """Compute the scores of n_groups x 64 keys, and the factors of weights.
+
+    least: the largest scale of keys of the tile that are not among them.
+    """
+    largest = relative_scales(plan.scales, 64 * n_groups, plan.factors, least)
     store(plan.sum_scales, 0, floats(largest / np.float32(INT8X2_MAX) * integer_ratio(plan)))
     for k in range(0, 4 * n_groups * plan.n_q * TILE_BYTES, 64):
         store(plan.scores, k, floats(np.float32(0)))

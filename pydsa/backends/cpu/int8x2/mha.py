@@ -297,7 +297,8 @@ def attend_head(job_at):
     end = max_end(job.key_ends, job.n_tokens)
     configure()
     for start in range(0, end, TILE):
-        latents, n_panels = job.packed + start // TILE * job.packed_tile, (min(TILE, end - start) + 63) // 64 * 4
+        # of all keys of the step: a tile's values share scales, which must not depend on the tokens of this task
+        latents, n_panels = job.packed + start // TILE * job.packed_tile, (min(TILE, job.n_keys - start) + 63) // 64 * 4
         compute_keys(latents, n_panels, job.kv_lora, job.n_nope, job.n_rot, plan.key_weights, plan.keys, plan.key_scales, plan.scratch,
                      plan.buffer)
         compute_values(latents + n_superblocks(job.kv_lora) * A_BYTES, n_panels, job.kv_lora, plan.n_v_panels, plan.value_weights,
