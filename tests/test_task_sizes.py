@@ -1,7 +1,7 @@
 """How linear.py divides matrices into tasks."""
 import pytest
 
-from pydsa.backends.cpu.linear import GEMV_ROWS, LONG_ROWS, TASK_BYTES, gemm_task_tokens, gemv_task_rows
+from pydsa.backends.cpu.linear import ALL_TASK_BYTES, GEMV_ROWS, LEAST_TASK_BYTES, LONG_ROWS, gemm_task_tokens, gemv_task_rows
 
 
 @pytest.mark.parametrize("n_tokens, n_tasks, n_threads, tokens", [
@@ -15,8 +15,10 @@ def test_tokens_of_a_task(n_tokens, n_tasks, n_threads, tokens):
 
 
 @pytest.mark.parametrize("n_rows, row_bytes, n_threads, rows", [
-    (7168, 1152, 16, 224), (64, 28672, 16, LONG_ROWS), (64, 28672, 2, 8), (65536, 136, 1, 1936), (16, 100, 64, GEMV_ROWS)])
+    (7168, 1152, 16, 448), (18432, 4032, 16, 240), (18432, 4032, 2, 1856), (64, 28672, 16, LONG_ROWS), (64, 28672, 2, 32),
+    (65536, 136, 1, 65536), (16, 100, 64, GEMV_ROWS), (18432, 4032, 64, 64)])
 def test_rows_of_a_task(n_rows, row_bytes, n_threads, rows):
-    """A task reads about TASK_BYTES, or less for many threads."""
+    """A task has a thread's share of the rows, or as many as it may."""
     assert gemv_task_rows(n_rows, row_bytes, n_threads) == rows
-    assert rows in (LONG_ROWS, GEMV_ROWS) or rows * row_bytes < 1.05 * TASK_BYTES
+    most = max(LEAST_TASK_BYTES, ALL_TASK_BYTES // n_threads)
+    assert rows in (LONG_ROWS, GEMV_ROWS) or rows * row_bytes < 1.05 * most

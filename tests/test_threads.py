@@ -104,8 +104,8 @@ def test_a_token_is_one_call(small_model, load, monkeypatch, case):
     calls = watched(monkeypatch)
     for token in random_ids(5):
         session.decode(token)
-    list(session.generate([5], 4))
-    assert len(calls) == 5 + 4 and len(set(calls)) == 1 and calls[0] <= most
+    n = len(list(session.generate([5], 4)))     # fewer if one ends the turn; the last of four is not run
+    assert len(calls) == 5 + 1 + min(n, 3) and len(set(calls)) == 1 and calls[0] <= most
 
 
 def test_an_interrupt_is_heard_within_a_group_of_a_prompt(small_model, load, monkeypatch):

@@ -19,7 +19,7 @@ ROWS_IN_CACHE = SECOND_LEVEL_CACHE // 2 // (4 * 512 + SUPERBLOCK)         # unpa
 # The most rows of a task of gemm, a power of two: activations are fetched once for all of them.
 MAX_TASK_ROWS = max(MIN_TASK_ROWS, min(256 if amx.HERE else 128, 1 << ROWS_IN_CACHE.bit_length() - 1))
 MIN_TASK_TOKENS = 128           # the fewest tokens of a task of gemm, if there are still more threads: rows are unpacked for each task
-TASK_BYTES = 1 << 18            # the most bytes of weights that a task reads for a few tokens: some ten microseconds
+LEAST_TASK_BYTES, ALL_TASK_BYTES = 1 << 18, 1 << 24       # of weights for a few tokens: of the largest tasks, and of those of all threads
 GEMV_TOKENS = 3                 # the most tokens for which blocks are not unpacked
 LONG_ROWS = 4                # the fewest rows of a task for a few tokens: as many are multiplied together without blocks
 GEMV_ROWS = 16               # rows over which these tokens take turns, within a first-level cache; and a cache line of results
@@ -121,10 +121,11 @@ def gemv_task_rows(n_rows, row_bytes, n_threads):
     """Count the rows of a task for a few tokens.
 
     A multiple of GEMV_ROWS, or of LONG_ROWS if so few have as many bytes as a task. row_bytes: of all that is read for a row. Each thread
-    has the same number of tasks, as few as there can be: memory is read faster in long stretches.
+    has the same number of tasks, as few as there can be: memory is read faster in long stretches, the more so by few threads.
     """
-    unit = GEMV_ROWS if GEMV_ROWS * row_bytes <= TASK_BYTES else LONG_ROWS
-    tasks = n_threads * ((n_rows * row_bytes + n_threads * TASK_BYTES - 1) // (n_threads * TASK_BYTES))
+    most = max(LEAST_TASK_BYTES, ALL_TASK_BYTES // n_threads)
+    unit = GEMV_ROWS if GEMV_ROWS * row_bytes <= LEAST_TASK_BYTES else LONG_ROWS
+    tasks = n_threads * ((n_rows * row_bytes + n_threads * most - 1) // (n_threads * most))
     return (n_rows + tasks * unit - 1) // (tasks * unit) * unit
 
 
