@@ -4,7 +4,6 @@ Values share a buffer by liveness, and arguments are bound once: a step is then 
 """
 import contextlib
 import dataclasses
-import functools
 import os
 import threading
 from collections.abc import Sequence
@@ -209,11 +208,17 @@ class Bound:
     levels: list                # a number for each call; those of equal numbers may run at the same time
     output: object              # the array of logits, or None
     again: bool                 # whether the step repeats
+    _recording: object = None
 
-    @functools.cached_property
+    @property
     def recording(self):
-        """The calls as the backend runs them best."""
-        return self.runner.backend.recorded(self.calls, self.levels, self.again)
+        """The calls as the backend runs them best, made once.
+
+        functools.cached_property has a lock for all objects, which a process that is forked meanwhile would find taken for ever.
+        """
+        if self._recording is None:
+            self._recording = self.runner.backend.recorded(self.calls, self.levels, self.again)
+        return self._recording
 
     def run(self, ids, n_past, logits, observe=None):
         """Run one step: tokens `ids` at positions n_past, n_past + 1, ...

@@ -301,9 +301,11 @@ def test_kernels_of_others_are_not_kept():
 
 def test_parts_of_kernels_are_python_functions():
     """... where Python calls them: there is no machine code of their own."""
+    from pydsa.backends.cpu.jit import inner
     from pydsa.backends.cpu.tasks import TASK_VALUES, rows_per_task
     assert [rows_per_task(n) for n in (100, 2 * TASK_VALUES, 0)] == [TASK_VALUES // 100, 1, TASK_VALUES]
-    assert not rows_per_task.overloads
+    double = inner(lambda n: 2 * n)
+    assert double(3) == 6 and not double.overloads
 
 
 @pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")

@@ -139,7 +139,7 @@ def pattern(seed, n_groups=200):
 def test_every_task_is_done_once_and_in_time(n_threads, end):
     """... in steps of hundreds of intervals, some of which begin while threads sleep."""
     chains, choose = Chains(pattern(n_threads)[:end]), random.Random(n_threads)
-    assert len(chains.step._intervals) > 300
+    assert len(chains.step.intervals) > 300
     threads.set_threads(n_threads)
     for _ in range(1000):
         chains.run()
@@ -150,7 +150,7 @@ def test_every_task_is_done_once_and_in_time(n_threads, end):
 
 def step_of(a_team, step):
     """A function that runs a step by a team of a test's own."""
-    return lambda: a_team.run(step._intervals.ctypes.data, len(step._intervals))
+    return lambda: a_team.run(step.intervals.ctypes.data, len(step.intervals))
 
 
 @pytest.mark.parametrize("start", [0xFFFFFFFF - 1000, 0x7FFFFFFF - 1000])
@@ -164,7 +164,7 @@ def test_the_number_of_the_interval_wraps(n_threads, start):
         for _ in range(20):
             chains.run(step_of(a_team, chains.step))
         number = int(a_team._state.view(np.uint64)[team.TICKET // 8]) >> 32
-        assert number == (start + 20 * (len(chains.step._intervals) + 1)) & 0xFFFFFFFF
+        assert number == (start + 20 * (len(chains.step.intervals) + 1)) & 0xFFFFFFFF
     finally:
         a_team.close()
     assert not any(thread.is_alive() for thread in a_team.threads)
@@ -387,7 +387,7 @@ def test_packed_activations_are_shared_where_they_are_the_same(case, n_tokens):
     for _, args in calls:
         args[0][:] = np.nan
     step = Step([calls])
-    assert len(step._stages) == 2 * len(calls) - sum(again for _, again in offsets)
+    assert len(step.stages) == 2 * len(calls) - sum(again for _, again in offsets)
     step.run()
     assert all(np.array_equal(args[0], expected) for (_, args), expected in zip(calls, alone))
     spaces = sorted({offset: function.scratch(*args) for (offset, _), (function, args) in zip(offsets, calls)}.items())
