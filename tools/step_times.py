@@ -9,11 +9,12 @@ import time
 import numpy as np
 from numba import types
 
+from pydsa.backends.cpu.arrays import LINE, align
 from pydsa.backends.cpu.jit import inner, kernel
-from pydsa.backends.cpu.op import Step
+from pydsa.backends.cpu.op import Step, grouped
 from pydsa.backends.cpu.simd import i64_at
 from pydsa.backends.cpu.team import FUNCTION, INTERVAL_BYTES, LIGHT, OFFSET, PART, RECORD, STAGE_BYTES, call_part
-from pydsa.backends.cpu.threads import LINE, set_threads
+from pydsa.backends.cpu.threads import set_threads
 from pydsa.errors import PydsaError
 from tools.team_model import Stage
 
@@ -102,9 +103,9 @@ class Parts:
     def __init__(self, bound, costs):
         if None in (TIME, ON_CORE):
             raise PydsaError("This system has no clock_gettime, by which parts of a step are timed: measure on Linux or macOS.")
-        pairs = [(op, args) for _, op, args in bound.calls]
-        self.step = Step([[pair for _, pair in group] for _, group in itertools.groupby(zip(bound.levels, pairs), key=lambda x: x[0])])
-        places = {id(pair): i for i, pair in enumerate(pairs)}
+        groups = grouped(bound.calls, bound.levels)
+        self.step = Step(groups)
+        places = {id(pair): i for i, pair in enumerate(itertools.chain(*groups))}
         order = [places[id(pair)] for pair in self.step.calls]
         self.nodes, self.costs = [bound.calls[i][0] for i in order], [costs[i] for i in order]
         self._scratch = np.zeros(self.step.scratch_bytes(0, len(self.step)) + LINE, np.uint8)
@@ -158,7 +159,7 @@ class Parts:
         """The times of one run: of begins, numbers of tasks, of tasks."""
         intervals, n = self.step.intervals, len(self.step.stages)
         begins, counts = np.zeros(n, np.int64), np.zeros(n, np.int64)
-        scratch = -(-self._scratch.ctypes.data // LINE) * LINE
+        scratch = align(self._scratch.ctypes.data)
         while True:
             n_tasks = run_parts(intervals.ctypes.data, len(intervals), n_threads, scratch, (TIME, ON_CORE), self._at.ctypes.data, begins,
                                 counts, self._tasks)

@@ -21,11 +21,13 @@ def _pointer_to(dtype):
 floats_pointer, uints_pointer, ints_pointer = _pointer_to(types.float32), _pointer_to(types.uint32), _pointer_to(types.int64)
 marks_pointer, words_pointer = _pointer_to(types.uint16), _pointer_to(types.uint64)
 
+LINE = 64       # bytes of a cache line
+
 
 @inner
 def align(n):
-    """Round a number of bytes up to whole cache lines of 64."""
-    return (n + 63) // 64 * 64
+    """Round a number of bytes, or an address, up to whole cache lines."""
+    return (n + LINE - 1) // LINE * LINE
 
 
 @inner

@@ -2,6 +2,9 @@
 
 The first values of a key row are its value. Here are the ops and the split of their work into tasks; the kernels are in f32/, bf16x2/ and
 int8x2/.
+
+`keys` are what tells which keys a token has: int64 [n_tokens], its position, up to which it has all of them; or int32 [n_tokens, k], the
+indices of those that it has, followed by -1.
 """
 import numpy as np
 
@@ -17,8 +20,6 @@ from pydsa.backends.cpu.tasks import TASK_VALUES
 
 
 QUERIES = bf16x2.attention.QUERIES if amx.HERE else f32.attention.QUERIES
-ALL_KEYS = np.empty((1, 0), np.int32)          # indices that mean all keys
-NO_POSITIONS = np.empty(0, np.int64)
 NO_MASK = np.empty((1, 0), np.float32)
 FEW_TOKENS = 4          # the most tokens whose keys are split among tasks, as in flash-decoding
 SPLIT_KEYS, MOST_SPLITS = 64, 32        # the fewest keys of a split, and the most splits of a token, whatever the number of threads
@@ -26,14 +27,14 @@ TASK_HEADS = 32         # the fewest heads of a task: each task packs the keys t
 
 
 @inner
-def count_keys(indices, positions, t):
-    """Count a token's keys: up to its position, or those whose index is not -1."""
-    if indices.size == 0:
-        return positions[t] + 1
-    low, high = 0, indices.shape[1]         # indices from 0 on, then -1
+def count_keys(keys, t):
+    """Count a token's keys."""
+    if keys.ndim == 1:
+        return keys[t] + 1
+    low, high = 0, keys.shape[1]
     while low < high:
         middle = (low + high) // 2
-        if indices[t, middle] >= 0:
+        if keys[t, middle] >= 0:
             low = middle + 1
         else:
             high = middle
@@ -56,26 +57,29 @@ def split_size(n_keys, n_head):
 
 
 @inner
-def count_splits(indices, positions, n_tokens, n_head):
+def count_splits(keys, n_head):
     """Count the splits of each token's keys.
 
     A token with fewer keys than others has empty ones.
     """
     most = 1
-    if n_tokens <= FEW_TOKENS:
-        for t in range(n_tokens):
-            n = count_keys(indices, positions, t)
+    if len(keys) <= FEW_TOKENS:
+        for t in range(len(keys)):
+            n = count_keys(keys, t)
             size = split_size(n, n_head)
             most = max(most, (n + size - 1) // size)
     return most
 
 
 @inner
-def task_size(q, share_tiles, n_splits, n_threads):
-    """Return the tokens of a task, which share key tiles, and its heads."""
+def task_size(q, keys, n_splits, n_threads):
+    """Return the tokens of a task and its heads.
+
+    Tokens that have all keys up to their positions share tiles of them.
+    """
     n_tokens, n_head, _ = q.shape
     tokens, heads = 1, n_head
-    if share_tiles and n_tokens > FEW_TOKENS and q.strides[0] == n_head * q.strides[1]:
+    if keys.ndim == 1 and n_tokens > FEW_TOKENS and q.strides[0] == n_head * q.strides[1]:
         tokens = max(1, min(QUERIES // n_head, n_tokens // n_threads))
     n = (n_tokens + tokens - 1) // tokens * n_splits
     while tokens == 1 and heads >= 2 * TASK_HEADS and (n_head + heads - 1) // heads * n < 2 * n_threads:
@@ -84,10 +88,11 @@ def task_size(q, share_tiles, n_splits, n_threads):
 
 
 @inner
-def begin_attention(q, indices, positions, share_tiles, task):
-    """Count the tasks of attend_some."""
-    n_splits = count_splits(indices, positions, q.shape[0], q.shape[1])
-    tokens, heads = task_size(q, share_tiles, n_splits, task.n_threads)
+def begin_attention(out, q, latents, *others):
+    """Count the tasks of attend; others: (..., keys, scale, task)."""
+    keys, task = others[-3], others[-1]
+    n_splits = count_splits(keys, q.shape[1])
+    tokens, heads = task_size(q, keys, n_splits, task.n_threads)
     return (q.shape[0] + tokens - 1) // tokens * ((q.shape[1] + heads - 1) // heads) * n_splits
 
 
@@ -101,30 +106,31 @@ def partial_bytes(n_head, n_v):
 
 
 @inner
-def attend_some(out, q, latents, indices, positions, mask, scale, share_tiles, task):
+def attend_masked(out, q, latents, mask, keys, scale, task):
     """Attend: some heads of some tokens to some keys.
 
     The last tokens, which have the most keys, come first.
     """
     n_head, n_v = q.shape[1], out.shape[2]
-    n_splits = count_splits(indices, positions, len(q), n_head)
-    tokens, heads = task_size(q, share_tiles, n_splits, task.n_threads)
+    n_splits = count_splits(keys, n_head)
+    tokens, heads = task_size(q, keys, n_splits, task.n_threads)
     groups = (n_head + heads - 1) // heads
     split, h = task.index % n_splits, task.index // n_splits % groups * heads
     t = ((len(q) + tokens - 1) // tokens - 1 - task.index // (n_splits * groups)) * tokens
     n_tokens, h_end, first, partial = min(tokens, len(q) - t), min(h + heads, n_head), np.int64(0), np.int64(0)
     ends = task_scratch(task.thread, 8 * n_tokens)
     for i in range(n_tokens):
-        store(ends, 8 * i, count_keys(indices, positions, t + i))
+        store(ends, 8 * i, count_keys(keys, t + i))
     if n_splits > 1:
-        n = count_keys(indices, positions, t)
+        n = count_keys(keys, t)
         first = min(n, split * split_size(n, n_head))
         store(ends, 0, min(n, (split + 1) * split_size(n, n_head)))
         partial = task.scratch + (t * n_splits + split) * partial_bytes(n_head, n_v) + 4 * h * (2 + n_v)
-    scaled_end = np.int64(0)
-    if indices.size == 0 and len(q) > FEW_TOKENS:       # whatever the tokens of this task are
-        scaled_end = positions[len(q) - 1] + 1
-    indices_at = address(indices) + t * indices.strides[0] if indices.size else 0
+    scaled_end, indices_at = np.int64(0), np.int64(0)
+    if keys.ndim == 2:
+        indices_at = address(keys) + t * keys.strides[0]
+    elif len(q) > FEW_TOKENS:       # whatever the tokens of this task are
+        scaled_end = count_keys(keys, len(q) - 1)
     mask_at = address(mask) + t * mask.strides[0] if mask.size else 0
     call_kernel(latents.attend, AttendJob(
         thread=task.thread, out=address(out) + t * out.strides[0] + h * out.strides[1], out_token=out.strides[0], out_head=out.strides[1],
@@ -137,24 +143,29 @@ def attend_some(out, q, latents, indices, positions, mask, scale, share_tiles, t
 
 
 @inner
+def attend(out, q, latents, keys, scale, task):
+    attend_masked(out, q, latents, NO_MASK, keys, scale, task)
+
+
+@inner
 def merge_size(n_splits, n_v):
-    """Count the heads of a task of merge_some."""
+    """Count the heads of a task of merge."""
     return max(1, TASK_VALUES // (n_splits * n_v))
 
 
 @inner
-def begin_merging(out, indices, positions):
-    """Count the tasks of merge_some."""
-    n_splits = count_splits(indices, positions, out.shape[0], out.shape[1])
+def begin_merging(out, q, latents, *others):
+    """Count the tasks of merge."""
+    n_splits = count_splits(others[-3], out.shape[1])
     size = merge_size(n_splits, out.shape[2])
     return 0 if n_splits == 1 else len(out) * ((out.shape[1] + size - 1) // size)
 
 
 @inner
-def merge_some(out, indices, positions, task):
+def merge(out, q, latents, *others):
     """Merge the splits of some heads of a token."""
-    n_tokens, n_head, n_v = out.shape
-    n_splits = count_splits(indices, positions, n_tokens, n_head)
+    n_head, n_v, task = out.shape[1], out.shape[2], others[-1]
+    n_splits = count_splits(others[-3], n_head)
     size = merge_size(n_splits, n_v)
     groups = (n_head + size - 1) // size
     t, h = task.index // groups, task.index % groups * size
@@ -194,76 +205,19 @@ def partials_bytes(out, most_keys):
     return len(out) * n_splits * partial_bytes(*out.shape[1:]) if len(out) <= FEW_TOKENS else 0
 
 
-@inner
-def begin_dense(out, q, latents, positions, scale, task):
-    return begin_attention(q, ALL_KEYS, positions, True, task)
+MERGE = Stage(begin_merging, merge)
 
 
-@inner
-def attend_dense(out, q, latents, positions, scale, task):
-    attend_some(out, q, latents, ALL_KEYS, positions, NO_MASK, scale, True, task)
-
-
-@inner
-def begin_merging_dense(out, q, latents, positions, scale, task):
-    return begin_merging(out, ALL_KEYS, positions)
-
-
-@inner
-def merge_dense(out, q, latents, positions, scale, task):
-    merge_some(out, ALL_KEYS, positions, task)
-
-
-@op(Stage(begin_dense, attend_dense), Stage(begin_merging_dense, merge_dense))
+@op(Stage(begin_attention, attend), MERGE)
 def dense_attention(out, q, latents, positions, scale):
     return partials_bytes(out, len(latents.data))
 
 
-@inner
-def begin_masked(out, q, latents, mask, positions, scale, task):
-    return begin_attention(q, ALL_KEYS, positions, True, task)
-
-
-@inner
-def attend_masked(out, q, latents, mask, positions, scale, task):
-    attend_some(out, q, latents, ALL_KEYS, positions, mask, scale, True, task)
-
-
-@inner
-def begin_merging_masked(out, q, latents, mask, positions, scale, task):
-    return begin_merging(out, ALL_KEYS, positions)
-
-
-@inner
-def merge_masked(out, q, latents, mask, positions, scale, task):
-    merge_some(out, ALL_KEYS, positions, task)
-
-
-@op(Stage(begin_masked, attend_masked), Stage(begin_merging_masked, merge_masked))
+@op(Stage(begin_attention, attend_masked), MERGE)
 def masked_attention(out, q, latents, mask, positions, scale):
     return partials_bytes(out, len(latents.data))
 
 
-@inner
-def begin_sparse(out, q, latents, indices, scale, task):
-    return begin_attention(q, indices, NO_POSITIONS, False, task)
-
-
-@inner
-def attend_sparse(out, q, latents, indices, scale, task):
-    attend_some(out, q, latents, indices, NO_POSITIONS, NO_MASK, scale, False, task)
-
-
-@inner
-def begin_merging_sparse(out, q, latents, indices, scale, task):
-    return begin_merging(out, indices, NO_POSITIONS)
-
-
-@inner
-def merge_sparse(out, q, latents, indices, scale, task):
-    merge_some(out, indices, NO_POSITIONS, task)
-
-
-@op(Stage(begin_sparse, attend_sparse), Stage(begin_merging_sparse, merge_sparse))
+@op(Stage(begin_attention, attend), MERGE)
 def sparse_attention(out, q, latents, indices, scale):
     return partials_bytes(out, indices.shape[1])

@@ -109,7 +109,7 @@ def scratch_rows(q, keys):
 
 
 @inner
-def store_scores(out, positions, t, row):
+def store_scores(out, t, row, thread):
     """Store a token's scores, and -inf for the keys that it does not see."""
     target = contiguous(out[t])
     for s in range(row.size):
@@ -119,19 +119,34 @@ def store_scores(out, positions, t, row):
 
 
 @inner
-def scores_first(out, q, w, keys, positions, scale, task):
+def select_token(out, t, row, thread):
+    """Select a token's keys."""
+    select(out[t], row, thread)
+
+
+@inner
+def score_and(finish, out, q, w, keys, positions, scale, task):
+    """Run a task of the first stage.
+
+    finish(out, t, row, thread) is called for each token of which the task has all scores.
+    """
     if len(q) <= FEW_TOKENS:
         score_keys(q, w, keys, positions, scale, task)
         return
     first, n_tokens, rows = score_tokens(q, w, keys, positions, scale, task)
     for t in range(first, first + n_tokens):
-        store_scores(out, positions, t, row_of(rows, t - first, positions[first + n_tokens - 1] + 1, positions[t] + 1))
+        finish(out, t, row_of(rows, t - first, positions[first + n_tokens - 1] + 1, positions[t] + 1), task.thread)
+
+
+@inner
+def scores_first(out, q, w, keys, positions, scale, task):
+    score_and(store_scores, out, q, w, keys, positions, scale, task)
 
 
 @inner
 def scores_finish(out, q, w, keys, positions, scale, task):
     t = task.index
-    store_scores(out, positions, t, row_of(task.scratch, t, positions[-1] + 1, positions[t] + 1))
+    store_scores(out, t, row_of(task.scratch, t, positions[-1] + 1, positions[t] + 1), task.thread)
 
 
 @op(Stage(begin_scores, scores_first), Stage(begin_finish, scores_finish))
@@ -141,12 +156,7 @@ def indexer_scores(out, q, w, keys, positions, scale):
 
 @inner
 def select_first(out, q, w, keys, positions, scale, task):
-    if len(q) <= FEW_TOKENS:
-        score_keys(q, w, keys, positions, scale, task)
-        return
-    first, n_tokens, rows = score_tokens(q, w, keys, positions, scale, task)
-    for t in range(first, first + n_tokens):
-        select(out[t], row_of(rows, t - first, positions[first + n_tokens - 1] + 1, positions[t] + 1), task.thread)
+    score_and(select_token, out, q, w, keys, positions, scale, task)
 
 
 @inner

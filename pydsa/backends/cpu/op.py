@@ -13,6 +13,7 @@ import numpy as np
 from numba import types
 
 from pydsa.backends.cpu import threads
+from pydsa.backends.cpu.arrays import align
 from pydsa.backends.cpu.jit import ByAddress, Wanted, code_size, compile_all, inner, listing, wanted_function
 from pydsa.backends.cpu.records import kind_of, reader, words_of
 
@@ -176,7 +177,7 @@ def _share_scratch(group):
         if op.grows:
             assert i == len(group) - 1, "two ops of a group grow"
         elif not offsets[-1][1]:
-            n_bytes += -(-op.scratch(*args) // threads.LINE) * threads.LINE
+            n_bytes += align(op.scratch(*args))
     return offsets, n_bytes
 
 
@@ -192,6 +193,14 @@ def compile_calls(bind, progress=None):
     compile_all([*threads.wanted(), *map(wanted_function, dict.fromkeys(functions)), *(entry.wanted for entry in entries)], progress)
 
 
+def grouped(calls, levels):
+    """The groups of a step: lists of pairs (op, args) of equal levels.
+
+    calls: [(node, op, args)].
+    """
+    return [[(op, args) for _, (_, op, args) in group] for _, group in itertools.groupby(zip(levels, calls), lambda x: x[0])]
+
+
 class Recording:
     """The calls of a step, [(node, op, args)], in groups.
 
@@ -199,8 +208,8 @@ class Recording:
     """
 
     def __init__(self, calls, levels, again):
-        self._groups = [[(op, args) for _, (_, op, args) in group] for _, group in itertools.groupby(zip(levels, calls), lambda x: x[0])]
-        self._step, self._whole = Step(self._groups), again
+        self._groups, self._whole = grouped(calls, levels), again
+        self._step = Step(self._groups)
 
     def run(self, after=None):
         """Run the step; after(i) is called after the group of the i-th call."""

@@ -9,7 +9,7 @@ from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.blocks import BLOCKS
 from pydsa.backends.cpu.jit import IntpFunction, call_block_function, inner, is_listing
 from pydsa.backends.cpu.op import Stage, op
-from pydsa.backends.cpu.tasks import by_row, rows_of
+from pydsa.backends.cpu.tasks import by_row, by_second_row, rows_of
 from pydsa.backends.cpu.variants import kernels
 
 
@@ -80,19 +80,13 @@ def get_rows(out, w, ids):
 
 
 @inner
-def by_token(cache, x, *others):
-    """Begin a stage that reads rows of the second argument."""
-    return by_row(x)
-
-
-@inner
 def cache_write_rows(cache, x, positions, task):
     row_bytes = cache.data.shape[1]
     for t in rows_of(x, task):
         call_block_function(cache.quantize, address(x[t]), cache.n, address(cache.data) + positions[t] * row_bytes)
 
 
-@op(Stage(by_token, cache_write_rows, light=True))
+@op(Stage(by_second_row, cache_write_rows, light=True))
 def cache_write(cache, x, positions):
     return 0
 

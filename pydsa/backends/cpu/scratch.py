@@ -12,6 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from pydsa.backends.cpu.arrays import LINE, align
 from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.simd import I8, INTP, i64_at, store
 from pydsa.cores import MOST_THREADS
@@ -20,7 +21,6 @@ from pydsa.cores import MOST_THREADS
 # The mark; then address, aligned address and bytes of each buffer, two a thread
 BUFFERS = np.zeros((1 + 2 * MOST_THREADS, 3), np.int64)
 llvm.add_symbol("pydsa_scratch", BUFFERS.ctypes.data)
-LINE = 64
 
 
 @intrinsic
@@ -96,6 +96,6 @@ def _reserve(buffer, n):
             _free(i64_at(at, 0))
         memory = _allocate(n + LINE)
         store(at, 0, memory)
-        store(at, 8, (memory + LINE - 1) // LINE * LINE)
+        store(at, 8, align(memory))
         store(at, 16, n if memory else 0)
     return i64_at(at, 8)

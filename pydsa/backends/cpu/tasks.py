@@ -18,6 +18,12 @@ def by_row(out, *others):
 
 
 @inner
+def by_second_row(first, second, *others):
+    """Begin a stage that reads rows of the second argument."""
+    return by_row(second)
+
+
+@inner
 def rows_of(out, task):
     """Return the range of rows of a task of by_row()."""
     size = rows_per_task(out.size // max(1, len(out)))

@@ -13,6 +13,7 @@ import numpy as np
 from numba import types
 
 from pydsa.backends.cpu import team
+from pydsa.backends.cpu.arrays import LINE, align
 from pydsa.backends.cpu.jit import wanted_kernel
 from pydsa.backends.cpu.scratch import forget_buffers
 from pydsa.cores import MOST_THREADS, physical_cores
@@ -20,7 +21,6 @@ from pydsa.errors import PydsaError
 from pydsa.limits import allocating
 from pydsa.signals import interrupts_held
 
-LINE = 64
 LAST_STEP = 10      # seconds that the end of the program waits for a step
 SPIN = 2e-5         # seconds that a thread looks for work before it sleeps: to wake one takes as long
 
@@ -113,7 +113,7 @@ def run(intervals, n, scratch_bytes):
         if _scratch[0].size < scratch_bytes + LINE:
             with allocating("intermediate values"):
                 memory = np.empty(scratch_bytes + scratch_bytes // 4 + LINE, np.uint8)
-            _scratch = memory, -(-memory.ctypes.data // LINE) * LINE
+            _scratch = memory, align(memory.ctypes.data)
         n_threads = 1 if _ended else _n
         if n_threads not in _teams:
             _teams[n_threads] = _Team(n_threads)

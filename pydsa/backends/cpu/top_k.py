@@ -17,7 +17,7 @@ from pydsa.backends.cpu.scalars import bits_of_float, float_from_bits
 from pydsa.backends.cpu.scratch import mark_nan, thread_scratch
 from pydsa.backends.cpu.simd import (F32, I32, INTP, broadcast, call_llvm, constant, f32x16, float_at, i64_at, load_floats, pointer, store,
                                      u32_at)
-from pydsa.backends.cpu.tasks import by_row, rows_of
+from pydsa.backends.cpu.tasks import by_second_row, rows_of
 
 
 LOWEST = np.uint32(0x007FFFFF)      # ordered(-inf)
@@ -265,12 +265,6 @@ def top_k_rows(out, scores, task):
         select(out[t], scores[t], task.thread)
 
 
-@inner
-def by_scores(out, scores, task):
-    """Begin a stage that reads rows of scores."""
-    return by_row(scores)
-
-
-@op(Stage(by_scores, top_k_rows))
+@op(Stage(by_second_row, top_k_rows))
 def top_k(out, scores):
     return 0
