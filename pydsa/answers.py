@@ -124,13 +124,42 @@ class Reader:
 
     stop: a text, or a list of texts, of which the first to come ends the answer, and is no part of it. layout: the Layout; None: all is
     the answer. Raises PydsaError if stop is something else.
+
+    read() takes the ids from an iterator. Who has them one at a time calls push() for each until `stopped`, and then end().
     """
 
     def __init__(self, tokenizer, stop=None, layout=None):
         layout = layout or Layout()
-        self.reply = Reply()
+        self.reply, self.stopped = Reply(), False
         self._decoder = tokenizer.decoder(layout.shown(tokenizer))
         self._stops, self._splitter = Stops(stop), Splitter(layout)
+
+    def push(self, token) -> list[Piece]:
+        """Add an id -> the pieces that are certain now.
+
+        `stopped` tells whether a stop text came: the answer then ends.
+        """
+        self.reply.n_generated += 1
+        text, self.stopped = self._stops.push(self._decoder.push(token))
+        return self._add(self._splitter.push(text))
+
+    def end(self, cut_off=False) -> list[Piece]:
+        """End the answer -> the pieces of what was held back.
+
+        cut_off: the answer was not ended by the model, but by a limit.
+        """
+        text = ""
+        if not self.stopped:
+            text, self.stopped = self._stops.push(self._decoder.flush())
+            text += "" if self.stopped else self._stops.flush()
+        pieces = self._add([*self._splitter.push(text), *self._splitter.flush()])
+        self.reply.finish_reason = "length" if cut_off and not self.stopped else "tool_calls" if self.reply.tool_calls else "stop"
+        return pieces
+
+    def _add(self, pieces):
+        for piece in pieces:
+            self.reply.add(piece)
+        return pieces
 
     def read(self, ids: Iterable[int], max_tokens=None, n_prompt=0) -> Stream:
         """The Stream of an answer with these ids.
@@ -139,38 +168,23 @@ class Reader:
         n_prompt: the tokens of the prompt, for the reply.
         """
         self.reply.n_prompt = n_prompt
-        return Stream(_pieces(ids, max_tokens, self._decoder, self._stops, self._splitter, self.reply), self.reply)
+        return Stream(_pieces(ids, max_tokens, self), self.reply)
 
 
-def _pieces(ids, max_tokens, decoder, stops, splitter, reply):
+def _pieces(ids, max_tokens, reader):
     """Yield the pieces, each after it was added to the reply.
 
     It is no method, so that a stream that nobody holds any more ends at once: its session is then free.
     """
-    full, stopped = None, False
+    full = None
     try:
         for token in ids:
-            reply.n_generated += 1
-            text, stopped = stops.push(decoder.push(token))
-            for piece in splitter.push(text):
-                reply.add(piece)
-                yield piece
-            if stopped:
+            yield from reader.push(token)
+            if reader.stopped:
                 break
     except ContextFullError as error:
         full = error
-    if not stopped:
-        text, stopped = stops.push(decoder.flush())
-        text += "" if stopped else stops.flush()
-    else:
-        text = ""
-    for piece in (*splitter.push(text), *splitter.flush()):
-        reply.add(piece)
-        yield piece
-    if full or not stopped and reply.n_generated == max_tokens:
-        reply.finish_reason = "length"
-    else:
-        reply.finish_reason = "tool_calls" if reply.tool_calls else "stop"
+    yield from reader.end(full is not None or reader.reply.n_generated == max_tokens)
     if full:
         raise full
 
