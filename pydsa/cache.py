@@ -26,14 +26,14 @@ class VectorCache:
         """Bytes of one row."""
         return self._bytes.shape[1]
 
-    def stored(self, n):
-        """The first n rows as bytes, uint8 [n, row_bytes].
+    def stored(self, stop, start=0):
+        """The rows from start up to stop as bytes, uint8 [n, row_bytes].
 
         They are the rows themselves, or a copy if the backend's arrays are on another device.
         """
-        return self._backend.fetch(self._bytes[:n])
+        return self._backend.fetch(self._bytes[start:stop])
 
-    def restore(self, rows):
-        """Overwrite the first rows with rows as stored() returns them."""
+    def restore(self, rows, start=0):
+        """Overwrite the rows from start on with rows as stored() returns them."""
         if len(rows):
-            self._backend.store(self._bytes[:len(rows)], rows)
+            self._backend.store(self._bytes[start:start + len(rows)], rows)

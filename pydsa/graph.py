@@ -59,6 +59,11 @@ class Node(NamedTuple):
         return range(self.n_out) if self.n_out else (0,)       # without an output: a cache
 
     @property
+    def of_one_context(self):
+        """Whether the op takes only rows of one context: it has its cache."""
+        return any(isinstance(a, CacheRef) for a in self.args)
+
+    @property
     def for_outputs(self):
         """Whether the op computes only rows whose logits are wanted."""
         return any(isinstance(a, Value) and a.rows == "outputs" for a in self.args)

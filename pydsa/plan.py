@@ -160,26 +160,44 @@ class Runner:
 
         Its calls are [(node, function, args)], where every argument is an array of the backend or a number. again: the step repeats.
         """
+        return self._bind(variant, [caches], n_tokens, n_outputs, again)
+
+    def bind_together(self, variant, caches, again=False):
+        """The Bound of a step of one token of each of several sessions.
+
+        caches: a list of the sessions' caches, in the order of the tokens. All tokens have logits. Weights are read once for all of them;
+        an op that needs the rows of one context is called for each.
+        """
+        return self._bind(variant, caches, len(caches), len(caches), again)
+
+    def _bind(self, variant, contexts, n_tokens, n_outputs, again):
+        """The Bound of a step; with several contexts, each has one token."""
         layout = self.layouts[variant]
         assert n_outputs <= n_tokens <= layout.max_tokens
         roots = {value: self._array(value, offset, n_tokens) for value, offset in layout.offsets.items()}
 
-        def argument(a):
+        def argument(a, row=None):
             if isinstance(a, Value):
                 if a.root not in roots:
                     roots[a.root] = self._output_array(a.root, n_outputs)
-                return a.array(roots, n_outputs)
+                array = a.array(roots, n_outputs)
+                return array if row is None else array[row:row + 1]
             if isinstance(a, Tensor):
                 return self.weight(a)
             if isinstance(a, np.ndarray):
                 return self._constant(a)
-            return caches[a].rows if isinstance(a, CacheRef) else a
+            return contexts[row or 0][a].rows if isinstance(a, CacheRef) else a
 
         graph = layout.graph
-        nodes = [(level, node) for level, node in layout.nodes if n_outputs or not node.for_outputs]
-        calls = [(node, getattr(self.backend, node.op), tuple(argument(a) for a in node.args)) for _, node in nodes]
+        calls, levels = [], []
+        for level, node in layout.nodes:
+            if not n_outputs and node.for_outputs:
+                continue
+            for row in range(len(contexts)) if len(contexts) > 1 and node.of_one_context else [None]:
+                calls.append((node, getattr(self.backend, node.op), tuple(argument(a, row) for a in node.args)))
+                levels.append(level)
         output = argument(graph.output) if n_outputs else None
-        return Bound(self, roots[graph.ids], roots[graph.positions], calls, [level for level, _ in nodes], output, again)
+        return Bound(self, roots[graph.ids], roots[graph.positions], calls, levels, output, again)
 
 
 class Written(Sequence):
@@ -223,7 +241,7 @@ class Bound:
     def run(self, ids, n_past, logits, observe=None):
         """Run one step: tokens `ids` at positions n_past, n_past + 1, ...
 
-        The logits of the last tokens are written to `logits`, [n_outputs, n_vocab]. observe(node, arrays) is called after each op with the
+        n_past: an integer; for a step of several contexts a list, the position of each one's token. The logits of the last tokens are written to `logits`, [n_outputs, n_vocab]. observe(node, arrays) is called after each op with the
         arrays that it wrote. Raises DamagedWeightsError if a choice of keys or experts met a value that is not finite.
         """
         backend = self.runner.backend
@@ -248,7 +266,8 @@ class Bound:
         self.runner.backend.set_threads(self.runner.threads_for(len(ids)))
         self.runner.steps += 1
         self.runner.backend.store(self.ids, ids)
-        self.runner.backend.store(self.positions, np.arange(n_past, n_past + len(ids)))
+        positions = np.arange(n_past, n_past + len(ids)) if np.ndim(n_past) == 0 else np.asarray(n_past)
+        self.runner.backend.store(self.positions, positions)
 
     def start(self, observe=None):
         """Launch all calls of a step; its inputs are written."""

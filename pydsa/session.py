@@ -48,14 +48,14 @@ class Session:
     tokens: the ids whose keys are in the caches, a list of int. n_past: their number. Methods that append tokens raise PydsaError for ids
     that are not in the vocabulary, and ContextFullError if the tokens do not fit; nothing is run then.
 
-    runner runs the steps. setup (model.Setup) has the schedule and the limits. eog_ids are the tokens that end a turn.
+    caches: {CacheRef: VectorCache}. runner runs the steps. setup (model.Setup) has the schedule and the limits. eog_ids are the tokens that end a turn.
     """
 
     def __init__(self, runner, setup, eog_ids):
         check_memory(setup.cache_bytes, "the caches of a new session", runner.backend)
         self._runner, self._setup, self._eog_ids = runner, setup, eog_ids
         self.tokens = []
-        self._caches = setup.make_caches(runner.backend, setup.n_ctx)
+        self.caches = setup.make_caches(runner.backend, setup.n_ctx)
         self._bound = {}
         self._ahead = Ahead(runner)
 
@@ -116,8 +116,30 @@ class Session:
 
     def _check_fits(self, n):
         if self.n_past + n > self._setup.n_ctx:
-            raise ContextFullError(f"The context holds {self._setup.n_ctx} tokens; {self.n_past} are in use and {n} more do not fit. "
-                                   "Load the model with a larger n_ctx (-c), or start a new context.")
+            raise self.full(n)
+
+    def full(self, n):
+        """The ContextFullError of n tokens that do not fit."""
+        return ContextFullError(f"The context holds {self._setup.n_ctx} tokens; {self.n_past} are in use and {n} more do not fit. "
+                                "Load the model with a larger n_ctx (-c), or start a new context.")
+
+    def cut(self, start, stop):
+        """Copies of the cache rows of tokens start to stop, a list of uint8 [n, row_bytes].
+
+        A session of the same model can append these tokens with paste().
+        """
+        return [np.array(cache.stored(stop, start)) for cache in self.caches.values()]
+
+    def paste(self, tokens, rows):
+        """Append tokens whose cache rows are those of another session, which ran the same tokens before them.
+
+        tokens: a list of ids. rows: as cut() returns them. Raises ContextFullError if they do not fit.
+        """
+        self._check_fits(len(tokens))
+        self._ahead.forget()
+        for cache, stored in zip(self.caches.values(), rows):
+            cache.restore(stored, self.n_past)
+        self.tokens.extend(tokens)
 
     def _report(self, progress, start, n_tokens, total, observe):
         """An observer that reports progress after each layer.
@@ -162,7 +184,7 @@ class Session:
         key = self._setup.schedule.variant(n_past, n_tokens), n_tokens, n_outputs
         bound = self._bound.get(key)
         if bound is None:
-            bound = self._runner.bind(key[0], self._caches, *key[1:], again=n_tokens == 1)
+            bound = self._runner.bind(key[0], self.caches, *key[1:], again=n_tokens == 1)
             if n_tokens in (1, self._setup.n_ubatch) and n_outputs <= 1:
                 self._bound[key] = bound
         return bound
@@ -253,7 +275,7 @@ class Session:
         setup = self._setup
         return {"model": setup.fingerprint, "kv_type": setup.kv_type, "index_type": setup.index_type,
                 "attention": setup.attention, "top_k": setup.config.top_k,
-                "caches": [[ref.kind, ref.layer, cache.row_bytes] for ref, cache in self._caches.items()]}
+                "caches": [[ref.kind, ref.layer, cache.row_bytes] for ref, cache in self.caches.items()]}
 
     def save(self, path):
         """Write tokens and caches to a file.
@@ -278,7 +300,7 @@ class Session:
         with open(path, "wb") as file:
             file.write(MAGIC + len(header).to_bytes(8, "little") + header)
             digest = hashlib.sha256(header)
-            for cache in self._caches.values():
+            for cache in self.caches.values():
                 rows = np.ascontiguousarray(cache.stored(self.n_past))
                 digest.update(rows)
                 file.write(rows)
@@ -296,7 +318,7 @@ class Session:
                 tokens = self._check(path, file, os.fstat(file.fileno()).st_size)
                 self._ahead.forget()
                 self.tokens = []        # if the read fails, no mixture of two sessions remains
-                for cache in self._caches.values():
+                for cache in self.caches.values():
                     rows = cache.stored(len(tokens))
                     if file.readinto(rows.reshape(-1)) != rows.size:
                         raise SessionFileError(f"{path}: the file became shorter while it was read; the session is empty now.")
@@ -337,7 +359,7 @@ class Session:
             fail("the file is damaged")
         if len(tokens) > self._setup.n_ctx:
             raise ContextFullError(f"{path}: the session has {len(tokens)} tokens; this context holds {self._setup.n_ctx} (-c).")
-        if size != file.tell() + sum(len(tokens) * cache.row_bytes for cache in self._caches.values()) + 32:
+        if size != file.tell() + sum(len(tokens) * cache.row_bytes for cache in self.caches.values()) + 32:
             fail("the file is incomplete or damaged")
         start, digest = file.tell(), hashlib.sha256(header)
         while file.tell() < size - 32:

@@ -90,8 +90,8 @@ one_by_one = other.prefill(ids[8:], observe=lambda node, arrays: None)      # ke
 difference = ((one_by_one - logits[-1]) ** 2).sum() / (one_by_one ** 2).sum()
 assert difference <= 1e-7, difference     # sums in another order; a value may round to its neighbour
 other.load(path + ".session")
-for ref, cache in session._caches.items():
-    assert np.array_equal(cache.stored(12), other._caches[ref].stored(12)) and cache.stored(7).any(), ref
+for ref, cache in session.caches.items():
+    assert np.array_equal(cache.stored(12), other.caches[ref].stored(12)) and cache.stored(7).any(), ref
 print(*(float(((a - b) ** 2).sum() / (b ** 2).sum()) for a, b in zip(logits, expected, strict=True)))
 """
 

@@ -77,7 +77,7 @@ def test_caches_are_counted_saved_and_loaded(golden, load, device, tmp_path):
     path, arrays = golden("ds32-f32")
     model = load(path, kv_type="i8", device=device)
     session, other = model.session(), model.session()
-    assert model.setup.cache_bytes == sum(cache.nbytes for cache in session._caches.values())
+    assert model.setup.cache_bytes == sum(cache.nbytes for cache in session.caches.values())
     session.prefill(arrays["tokens"])
     session.save(tmp_path / "session")
     other.load(tmp_path / "session")

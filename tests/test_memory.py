@@ -80,7 +80,7 @@ def test_logits_of_every_token_are_asked_for(small_model, load, free):
 @pytest.mark.parametrize("spec", MODELS)
 def test_planned_bytes_are_those_allocated(small_model, load, spec, device, kv_type):
     model = load(small_model(**spec), device=device, kv_type=kv_type, n_ubatch=16)
-    assert model.setup.cache_bytes == sum(cache.nbytes for cache in model.session()._caches.values())
+    assert model.setup.cache_bytes == sum(cache.nbytes for cache in model.session().caches.values())
     model.session().prefill(IDS)
     outputs = sum(array[0].nbytes for array in model.runner._outputs.values())
     assert model.setup.scratch_bytes == max(p.n_bytes for p in model.setup.layouts.values()) + outputs

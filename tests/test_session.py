@@ -41,7 +41,7 @@ def session(model):
 
 def state(session):
     """The whole state of a session."""
-    return list(session.tokens), [cache.stored(session.n_past).tobytes() for cache in session._caches.values()]
+    return list(session.tokens), [cache.stored(session.n_past).tobytes() for cache in session.caches.values()]
 
 
 def decoded(session, ids=IDS[20:30]):
