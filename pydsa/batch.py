@@ -24,31 +24,30 @@ class Batch:
         That is the logits after it, float32 [n_vocab], or a PydsaError, where the session has stayed as it was. sessions: different ones,
         at most n_ubatch. tokens: ids of the vocabulary.
         """
-        results, groups = [None] * len(sessions), collections.defaultdict(list)
-        for i, session in enumerate(sessions):
-            if session.n_past == self._setup.n_ctx:
-                results[i] = session.full(1)
-            else:
-                groups[self._setup.schedule.variant(session.n_past, 1)].append(i)
-        for variant, chosen in groups.items():
-            answers = self._step(variant, [sessions[i] for i in chosen], [tokens[i] for i in chosen])
-            for i, answer in zip(chosen, answers):
-                results[i] = answer
+        results = [session.full(1) if session.n_past == self._setup.n_ctx else None for session in sessions]
+        open_ = [i for i, result in enumerate(results) if result is None]
+        for i, answer in zip(open_, self._step([sessions[i] for i in open_], [tokens[i] for i in open_])):
+            results[i] = answer
         return results
 
-    def _step(self, variant, sessions, tokens):
-        if len(sessions) == 1:
-            return [_alone(*sessions, *tokens)]
+    def _step(self, sessions, tokens):
+        if len(sessions) < 2:
+            return [_alone(session, token) for session, token in zip(sessions, tokens)]
         logits = np.empty((len(sessions), self._setup.config.n_vocab), np.float32)
         try:
-            self._bind(variant, sessions).run(tokens, [session.n_past for session in sessions], logits)
+            self._bind(sessions).run(tokens, [session.n_past for session in sessions], logits)
         except DamagedWeightsError:     # of one of them, perhaps
             return [_alone(session, token) for session, token in zip(sessions, tokens)]
         for session, token in zip(sessions, tokens):
             session.tokens.append(token)
         return list(logits)
 
-    def _bind(self, variant, sessions):
+    def _bind(self, sessions):
+        """The Bound of a step, in the variant that the longest context needs.
+
+        A token of a context of up to top_k keys chooses all of them there: its sums are those of the variant that it takes alone.
+        """
+        variant = self._setup.schedule.variant(max(session.n_past for session in sessions), 1)
         key = variant, *sessions
         bound = self._bound.pop(key, None)
         if bound is None:

@@ -4,172 +4,392 @@
     engine.submit(Request(ids, listener=print))
     engine.close()
 
-One thread runs all steps. Others submit requests and hear of events through each request's listener, which is called on the engine's thread
-and must return at once.
+One thread runs all steps: by turns a chunk of one prompt, and a token of all answers. Others submit requests and hear of events through
+each request's listener, which is called on the engine's thread and must return at once.
 """
+import collections
+import concurrent.futures
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+import traceback
 
-from pydsa.answers import Layout, Reader
+import numpy as np
+
+from pydsa.batch import Batch
 from pydsa.errors import ContextFullError, PydsaError
-from pydsa.sampling import Sampler, Sampling
+from pydsa.options import counts
+from pydsa.plan import check_memory
+from pydsa.prefixes import Prefixes, common_length
+from pydsa.requests import (Cancelled, Failed, Finished, Progress, QueueFullError, Request, SlotState, Started, Stats, Ticket, Timings,
+                            Token, Written)  # noqa: F401
+from pydsa.sampling import Sampler
+from pydsa.session import check_ids, check_max_tokens
+
+CHUNK = 512         # tokens of a prompt that run together while others wait for theirs
+ALIKE = 0.1         # the least share of a prompt that a slot must hold to be taken for that
+MOST_PARALLEL = 256
 
 
-class Started(NamedTuple):
-    """The prompt of a request begins to run."""
-    n_prompt: int
-    n_reused: int           # tokens that were in a cache
-    slot: int               # the number of the conversation that took it
+class _Slot:
+    """A session, and the request that it runs, if any."""
 
+    def __init__(self, number, session):
+        self.number, self.session = number, session
+        self.ticket, self.owner, self.used = None, "", 0.0
+        self.ids, self.sampler, self.constraint, self.token = None, None, None, None
+        self.n_reused, self.begun, self.first = 0, None, None      # when the prompt began to run, and when the first token came
 
-class Progress(NamedTuple):
-    """A part of the prompt was run."""
-    n_done: int             # tokens of the prompt, with those reused
-    n_prompt: int
+    @property
+    def state(self):
+        if self.ticket is None:
+            return "idle"
+        return "prompt" if self.begun is None or self.session.n_past < len(self.ids) else "generation"
 
+    def take(self, ticket):
+        """Take a request; its prompt begins to run later."""
+        request = ticket.request
+        self.ticket, self.ids, self.sampler = ticket, np.asarray(request.ids, np.int32), Sampler(request.sampling)
+        self.constraint = None if request.constraint is None else request.constraint.start()
+        self.n_reused, self.begun, self.first, self.token = 0, None, None, None
+        if self.owner != request.owner:
+            self.session.truncate(0)
+            self.owner = request.owner
+        ticket.reader.reply.n_prompt = len(self.ids)
 
-class Token(NamedTuple):
-    """A sampled token, and the likeliest ones, with their log-probabilities."""
-    id: int
-    logprob: float
-    top: list               # of (id, logprob), the likeliest first
-
-
-class Written(NamedTuple):
-    """A token was sampled; pieces may be empty, as a text can wait for more."""
-    pieces: list            # of answers.Piece
-    token: Token | None     # only where the request wants log-probabilities
-
-
-class Timings(NamedTuple):
-    """How long a request took, in seconds; and tokens."""
-    n_prompt: int
-    n_reused: int
-    n_generated: int
-    queued: float           # before its prompt began to run
-    prompt: float
-    generation: float       # from the first token to the last
-
-
-class Finished(NamedTuple):
-    """The answer is complete."""
-    reply: object           # answers.Reply
-    timings: Timings
-
-
-class Failed(NamedTuple):
-    """The request ended with an error: a PydsaError, or Cancelled."""
-    error: Exception
-
-
-class Cancelled(PydsaError):
-    """The request was cancelled, or the engine closed."""
-
-
-class QueueFullError(PydsaError):
-    """So many requests wait already that no more are taken."""
-
-
-@dataclass
-class Request:
-    """What an Engine shall answer.
-
-    ids: the prompt, token ids. listener(event): called on the engine's thread with Started, Progress, Written, and at the end once with
-    Finished or Failed. max_tokens, stop, layout: as for answers.Reader and Session.sample. constraint: restricts the tokens
-    (constraint.Constraint), None: any may come. n_logprobs: how many of the likeliest tokens to tell beside each; None: no probabilities.
-    owner: cached prefixes are shared only among requests of one owner. slot: the number of the conversation to use; None: any. reuse:
-    whether a cached prefix may be used.
-    """
-    ids: list
-    listener: Callable
-    sampling: Sampling | None = None
-    max_tokens: int | None = None
-    stop: list | None = None
-    layout: Layout | None = None
-    constraint: object = None
-    n_logprobs: int | None = None
-    owner: str = ""
-    slot: int | None = None
-    reuse: bool = True
-
-
-class Ticket:
-    """A submitted request; made by Engine.submit()."""
-
-    def __init__(self, request, reader):
-        self.request, self.reader = request, reader
-        self.submitted = time.monotonic()
-        self.cancelled = False
-
-    def cancel(self):
-        """End the request; its listener hears Failed(Cancelled), unless it has ended."""
-        self.cancelled = True
+    def in_common(self, ticket):
+        """How many of a request's tokens are in the context already; 0 if few."""
+        if self.owner != ticket.request.owner or not ticket.request.reuse:
+            return 0
+        n = common_length(np.array(self.session.tokens, np.int32), np.asarray(ticket.request.ids, np.int32))
+        return n if n >= ALIKE * len(ticket.request.ids) else 0
 
 
 class Engine:
     """Runs the requests of many conversations with one model.
 
-    n_parallel: conversations that run at the same time. n_queue: requests that may wait beside them.
+    n_parallel: slots, each a session with a context of its own, whose requests run at the same time. n_queue: requests that may wait beside
+    them. cache_bytes: memory for the caches of conversations, so that those that begin alike are not run again; 0: only what is in a slot
+    is reused. cache_folder: where they go when that memory is full; None: they are forgotten. Raises OutOfMemoryError if the sessions do
+    not fit in memory, and PydsaError for numbers out of range.
     """
 
-    def __init__(self, model, n_parallel=1, n_queue=64):
-        self.model, self.n_parallel, self._n_queue = model, n_parallel, n_queue
-        self._waiting, self._closed = queue.Queue(), False
-        self._session = model.session()
+    def __init__(self, model, n_parallel=1, n_queue=64, cache_bytes=1 << 33, cache_folder=None):
+        counts(min(MOST_PARALLEL, model.n_ubatch), n_parallel=n_parallel)
+        check_memory(n_parallel * model.setup.cache_bytes, f"The caches of {n_parallel} sessions", model.backend)
+        self.model, self.n_parallel, self.stats = model, n_parallel, Stats()
+        self._slots = [_Slot(i, model.session()) for i in range(n_parallel)]
+        self._batch, self._prefixes = Batch(model.runner, model.setup), Prefixes(cache_bytes, cache_folder)
+        self._inbox, self._waiting, self._turn = queue.SimpleQueue(), collections.deque(), 0
+        self._lock, self._n_open, self._most_open = threading.Lock(), 0, n_parallel + n_queue
+        self._accepts, self._closed, self._ended = True, False, False
+        self._idle = threading.Event()
+        self._idle.set()
         self._thread = threading.Thread(target=self._loop, name="pydsa engine", daemon=True)
         self._thread.start()
+
+    # For other threads
 
     def submit(self, request: Request) -> Ticket:
         """Take a request.
 
-        Raises PydsaError if its stop texts or sampling are not valid, ContextFullError if its prompt does not fit, and QueueFullError.
+        Raises PydsaError if its ids, stop texts or sampling are not valid, ContextFullError if its prompt leaves no room for an answer, and
+        QueueFullError if too many wait, or the engine is closing.
         """
+        n_vocab = self.model.config.n_vocab
+        check_ids(request.ids, n_vocab)
+        check_max_tokens(request.max_tokens)
+        Sampler(request.sampling).sampling.check_vocabulary(n_vocab)
+        if request.slot is not None and request.slot not in range(self.n_parallel):
+            raise PydsaError(f"The slot is {request.slot!r}, expected 0 to {self.n_parallel - 1}.")
         if len(request.ids) >= self.model.n_ctx:
-            raise ContextFullError(f"The context holds {self.model.n_ctx} tokens; the prompt has {len(request.ids)}.")
-        if self._waiting.qsize() >= self._n_queue:
-            raise QueueFullError(f"{self._n_queue} requests wait already")
-        ticket = Ticket(request, Reader(self.model.tokenizer, request.stop, request.layout))
-        self._waiting.put(ticket)
+            raise ContextFullError(f"The context holds {self.model.n_ctx} tokens; the prompt has {len(request.ids)}, which leaves no room "
+                                   "for an answer.")
+        ticket = Ticket(request, self.model.tokenizer)
+        with self._lock:
+            if not self._accepts:
+                raise QueueFullError("the engine is closing, and takes no more requests")
+            if self._n_open >= self._most_open:
+                raise QueueFullError(f"{self._n_open} requests run or wait, and no more may")
+            self._n_open += 1
+            self._idle.clear()
+        self._inbox.put(ticket)
         return ticket
 
-    def close(self):
-        """End all requests and the engine's thread."""
+    def slots(self) -> list[SlotState]:
+        """What each slot does at this moment."""
+        return [SlotState(slot.number, slot.state, slot.owner, self.model.n_ctx, slot.session.n_past,
+                          0 if (ticket := slot.ticket) is None else len(ticket.request.ids),
+                          0 if ticket is None else ticket.reader.reply.n_generated) for slot in self._slots]
+
+    def save_slot(self, i, path, owner=""):
+        """Write the conversation of a slot to a file -> its number of tokens.
+
+        Raises PydsaError if the slot is another owner's, or does not exist; SessionFileError as Session.save does.
+        """
+        def save():
+            session = self._slot_of(i, owner).session
+            session.save(path)
+            return session.n_past
+        return self._call(save)
+
+    def restore_slot(self, i, path, owner=""):
+        """Replace the conversation of an idle slot -> its number of tokens.
+
+        Raises PydsaError if the slot is busy or does not exist; SessionFileError and ContextFullError as Session.load does.
+        """
+        def restore():
+            slot = self._idle_slot(i)
+            slot.session.load(path)
+            slot.owner = owner
+            return slot.session.n_past
+        return self._call(restore)
+
+    def erase_slot(self, i, owner=""):
+        """Empty an idle slot -> the number of tokens that it had.
+
+        Raises PydsaError if the slot is busy, another owner's, or does not exist.
+        """
+        def erase():
+            session = self._slot_of(i, owner, idle=True).session
+            n = session.n_past
+            session.truncate(0)
+            return n
+        return self._call(erase)
+
+    def close(self, timeout=0.0):
+        """End the engine: nothing more is taken, and after `timeout` seconds what still runs is cancelled."""
+        with self._lock:
+            self._accepts = False
+        self._idle.wait(timeout)
         self._closed = True
-        self._waiting.put(None)
+        self._inbox.put(None)
         self._thread.join()
 
-    def _loop(self):
-        while (ticket := self._waiting.get()) is not None:
-            try:
-                self._answer(ticket, ticket.request, time.monotonic())
-            except PydsaError as error:
-                ticket.request.listener(Failed(error))
+    def _call(self, function):
+        """Run a function on the engine's thread, between steps -> its result."""
+        future = concurrent.futures.Future()
 
-    def _answer(self, ticket, request, start):
-        session, reader, say = self._session, ticket.reader, request.listener
-        n_reused = session.reuse(request.ids)
-        say(Started(len(request.ids), n_reused, 0))
-        reader.reply.n_prompt = len(request.ids)
-        logits, sampler, first, full = session.prefill(request.ids[n_reused:]), Sampler(request.sampling), None, False
-        while reader.reply.n_generated != request.max_tokens and not reader.stopped:
-            if ticket.cancelled or self._closed:
-                raise Cancelled("the request was cancelled")
-            token = sampler.pick(logits, session.tokens)
-            first = first or time.monotonic()
-            if token in self.model.tokenizer.eog_ids:
-                break
-            say(Written(reader.push(token), None))
-            if session.n_past == self.model.n_ctx:
-                full = True
-                break
-            logits = session.decode(token)
-        pieces = reader.end(full or reader.reply.n_generated == request.max_tokens)
+        def run():
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+        with self._lock:
+            if self._ended:
+                raise Cancelled("the engine is closed")
+            self._inbox.put(run)
+        return future.result()
+
+    # On the engine's thread
+
+    def _loop(self):
+        while not self._closed:
+            self._listen()
+            self._admit()
+            self._run_chunk()
+            self._run_tokens()
+        with self._lock:        # after this nothing comes any more
+            self._ended = True
+        self._inbox.put(None)
+        self._listen()
+        for slot in self._slots:
+            if slot.ticket is not None:
+                self._end(slot, Failed(Cancelled("the engine was closed")))
+        for ticket in self._waiting:
+            self._fail(ticket, Cancelled("the engine was closed"))
+        self._prefixes.close()
+
+    def _listen(self):
+        """Take what came in; without anything to do, wait for it."""
+        busy = self._waiting or any(slot.ticket for slot in self._slots)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                item = self._inbox.get(block=not busy)
+                if callable(item):
+                    item()
+                elif item is not None:
+                    self.stats.n_requests += 1
+                    self._waiting.append(item)
+                busy = True
+
+    def _admit(self):
+        """Give waiting requests to idle slots, and end those that were cancelled."""
+        for ticket in list(self._waiting):
+            idle = [slot for slot in self._slots if slot.ticket is None and ticket.request.slot in (None, slot.number)]
+            if ticket.cancelled:
+                self._waiting.remove(ticket)
+                self._fail(ticket, Cancelled("the request was cancelled"))
+            elif idle:
+                self._waiting.remove(ticket)
+                slot = max(idle, key=lambda slot: (slot.in_common(ticket), -slot.used))
+                with self._failing(slot, ticket):
+                    slot.take(ticket)
+        for slot in self._slots:
+            if slot.ticket is not None and slot.ticket.cancelled:
+                self._end(slot, Failed(Cancelled("the request was cancelled")))
+        stats = self.stats
+        stats.n_waiting, stats.n_busy = len(self._waiting), sum(slot.ticket is not None for slot in self._slots)
+        stats.cache_bytes, stats.cache_file_bytes = self._prefixes.n_bytes, self._prefixes.n_file_bytes
+
+    def _run_chunk(self):
+        """Run a chunk of one prompt; prompts take turns."""
+        prompts = [slot for slot in self._slots if slot.state == "prompt"]
+        if not prompts:
+            return
+        self._turn += 1
+        slot = min(prompts, key=lambda slot: (slot.number - self._turn) % self.n_parallel)
+        self._turn = slot.number
+        alone = sum(slot.ticket is not None for slot in self._slots) == 1
+        with self._failing(slot, slot.ticket):
+            self._take_prefix(slot)
+            session, n = slot.session, len(slot.ids)
+            start, n_past = time.monotonic(), session.n_past
+            logits = session.prefill(slot.ids[n_past:n_past + (self.model.n_ubatch if alone else CHUNK)])
+            self.stats.prompt_seconds += time.monotonic() - start
+            self.stats.n_prompt += session.n_past - n_past
+            self._say(slot.ticket, Progress(session.n_past, n))
+            self._prefixes.add(slot.owner, session)     # others may begin alike, and wait already
+            if session.n_past == n:
+                slot.first = time.monotonic()
+                self._take_token(slot, logits)
+
+    def _take_prefix(self, slot):
+        """Take what is cached of a prompt, before each of its chunks."""
+        request, session, begins = slot.ticket.request, slot.session, slot.begun is None
+        n_before, n_in_slot = (0, session.n_past) if begins else (session.n_past, 0)
+        if begins:
+            slot.begun = time.monotonic()
+            session.reuse(slot.ids) if request.reuse else session.truncate(0)
+        if request.reuse:
+            self._prefixes.extend(slot.owner, session, slot.ids[:-1])
+        slot.n_reused += session.n_past - n_before
+        self.stats.n_reused += session.n_past - n_before
+        if begins:
+            self._say(slot.ticket, Started(len(slot.ids), slot.n_reused, slot.number, self._why(slot, n_in_slot)))
+
+    def _why(self, slot, n_in_slot):
+        """Why no more of a prompt was reused, in words."""
+        n = slot.n_reused
+        if n == len(slot.ids) - 1:
+            return ""
+        if not slot.ticket.request.reuse:
+            return "the request asks for none"
+        if n < n_in_slot:
+            return f"it differs from the conversation of {n_in_slot} tokens in the slot from token {n} on"
+        return "no cached conversation begins like it" if n == 0 else f"no cached conversation goes on like it after token {n}"
+
+    def _run_tokens(self):
+        """Run the last tokens of all answers in one step."""
+        slots = [slot for slot in self._slots if slot.ticket is not None and slot.token is not None]
+        if not slots:
+            return
+        start = time.monotonic()
+        try:
+            results = self._batch.decode([slot.session for slot in slots], [slot.token for slot in slots])
+        except PydsaError as error:
+            results = [error] * len(slots)
+        self.stats.n_steps += 1
+        self.stats.generation_seconds += time.monotonic() - start
+        for slot, result in zip(slots, results):
+            slot.token = None
+            with self._failing(slot, slot.ticket):
+                if isinstance(result, ContextFullError):
+                    self._finish(slot, cut_off=True)
+                elif isinstance(result, PydsaError):
+                    raise result
+                else:
+                    self._take_token(slot, result)
+
+    def _take_token(self, slot, logits):
+        """Sample the next token of an answer, and tell it or end the answer."""
+        request, reader = slot.ticket.request, slot.ticket.reader
+        if request.max_tokens == 0:
+            self._finish(slot, cut_off=True)
+            return
+        token = slot.sampler.pick(logits, slot.session.tokens)
+        if token in self.model.tokenizer.eog_ids:
+            self._finish(slot)
+            return
+        self.stats.n_generated += 1
+        self._say(slot.ticket, Written(reader.push(token), None))
+        if reader.stopped:
+            self._finish(slot)
+        elif reader.reply.n_generated == request.max_tokens:
+            self._finish(slot, cut_off=True)
+        else:
+            slot.token = token
+
+    def _finish(self, slot, cut_off=False):
+        """End an answer, and keep its conversation."""
+        ticket, end = slot.ticket, time.monotonic()
+        pieces = ticket.reader.end(cut_off)
         if pieces:
-            say(Written(pieces, None))
-        end, first = time.monotonic(), first or time.monotonic()
-        say(Finished(reader.reply, Timings(len(request.ids), n_reused, reader.reply.n_generated, start - ticket.submitted, first - start,
-                                           end - first)))
+            self._say(ticket, Written(pieces, None))
+        self.stats.n_finished += 1
+        timings = Timings(len(slot.ids), slot.n_reused, ticket.reader.reply.n_generated, slot.begun - ticket.submitted,
+                          slot.first - slot.begun, end - slot.first)
+        self._end(slot, Finished(ticket.reader.reply, timings))
+        self._prefixes.add(slot.owner, slot.session)
+
+    @contextlib.contextmanager
+    def _failing(self, slot, ticket):
+        """A context whose errors end the request, and only that."""
+        try:
+            yield
+        except PydsaError as error:
+            self._end(slot, Failed(error)) if slot.ticket is ticket else self._fail(ticket, error)
+        except Exception as error:      # a fault of this program must not end the other answers
+            traceback.print_exc()
+            failure = PydsaError(f"an internal error ended the answer ({type(error).__name__}: {error})")
+            self._end(slot, Failed(failure)) if slot.ticket is ticket else self._fail(ticket, failure)
+
+    def _fail(self, ticket, error):
+        if isinstance(error, Cancelled):
+            self.stats.n_cancelled += 1
+        else:
+            self.stats.n_failed += 1
+        self._say(ticket, Failed(error))
+        self._close_ticket()
+
+    def _end(self, slot, event):
+        """Free a slot, and tell the last event of its request."""
+        ticket, slot.ticket, slot.token, slot.constraint = slot.ticket, None, None, None
+        slot.used = time.monotonic()
+        if isinstance(event, Failed):
+            self._fail(ticket, event.error)
+        else:
+            self._say(ticket, event)
+            self._close_ticket()
+
+    def _close_ticket(self):
+        with self._lock:
+            self._n_open -= 1
+            if self._n_open == 0:
+                self._idle.set()
+
+    def _say(self, ticket, event):
+        """Tell an event; a listener that fails has gone away."""
+        try:
+            ticket.request.listener(event)
+        except Exception:
+            traceback.print_exc()
+            ticket.cancelled = True
+
+    def _slot_of(self, i, owner, idle=False):
+        slot = self._idle_slot(i) if idle else self._slot_at(i)
+        if slot.session.n_past and slot.owner != owner:
+            raise PydsaError(f"The conversation in slot {i} is another user's.")
+        return slot
+
+    def _idle_slot(self, i):
+        slot = self._slot_at(i)
+        if slot.ticket is not None:
+            raise PydsaError(f"Slot {i} is busy.")
+        return slot
+
+    def _slot_at(self, i):
+        if i not in range(self.n_parallel):
+            raise PydsaError(f"The slot is {i!r}, expected 0 to {self.n_parallel - 1}.")
+        return self._slots[i]

@@ -241,8 +241,9 @@ class Bound:
     def run(self, ids, n_past, logits, observe=None):
         """Run one step: tokens `ids` at positions n_past, n_past + 1, ...
 
-        n_past: an integer; for a step of several contexts a list, the position of each one's token. The logits of the last tokens are written to `logits`, [n_outputs, n_vocab]. observe(node, arrays) is called after each op with the
-        arrays that it wrote. Raises DamagedWeightsError if a choice of keys or experts met a value that is not finite.
+        n_past: an integer; for a step of several contexts a list, the position of each one's token. The logits of the last tokens are
+        written to `logits`, [n_outputs, n_vocab]. observe(node, arrays) is called after each op with the arrays that it wrote. Raises
+        DamagedWeightsError if a choice of keys or experts met a value that is not finite.
         """
         backend = self.runner.backend
         with one_step():

@@ -48,7 +48,8 @@ class Session:
     tokens: the ids whose keys are in the caches, a list of int. n_past: their number. Methods that append tokens raise PydsaError for ids
     that are not in the vocabulary, and ContextFullError if the tokens do not fit; nothing is run then.
 
-    caches: {CacheRef: VectorCache}. runner runs the steps. setup (model.Setup) has the schedule and the limits. eog_ids are the tokens that end a turn.
+    caches: {CacheRef: VectorCache}. runner runs the steps. setup (model.Setup) has the schedule and the limits. eog_ids are the tokens that
+    end a turn.
     """
 
     def __init__(self, runner, setup, eog_ids):
