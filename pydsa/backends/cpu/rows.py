@@ -8,6 +8,7 @@ from pydsa.backends.cpu import int16, integer_rows
 from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.blocks import BLOCKS
 from pydsa.backends.cpu.jit import IntpFunction, call_block_function, inner, is_listing
+from pydsa.backends.cpu.linear import GEMV_TOKENS
 from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.tasks import by_row, by_second_row, rows_of
 from pydsa.backends.cpu.variants import kernels
@@ -30,6 +31,7 @@ class Weight(NamedTuple):
     unpack: int         # in the form that `matmul` calls
     pack: int
     matmul: int
+    gemv_tokens: int    # the most tokens in a step for which `dot` multiplies; and of a step whose tasks have all tokens
     round_row: int = 0
     order: int = 0
     dot: int = 0
@@ -105,7 +107,7 @@ def weight(tensor):
     if block.type.quantized:
         unpack, gemv = block.unpack, (ROUND_ROW.address, block.order.ctypes.data, block.dot.address)
     w = Weight(tensor.data, block.type.size, block.type.n_bytes, block.mins, block.bits, gemm.packed_bytes, block.dequantize.address,
-               unpack.address, gemm.pack.address, gemm.matmul.address, *gemv)
+               unpack.address, gemm.pack.address, gemm.matmul.address, GEMV_TOKENS, *gemv)
     if len(tensor.shape) > 1:
         return w
     values = np.empty((1, *tensor.shape), np.float32)
