@@ -52,6 +52,7 @@ class CacheRows(NamedTuple):
     pack_latents: int            # for mha.py: packs tiles of latents; attend_head attends to them with keys and values of each head
     attend_head: int
     tile_bytes: int           # bytes of a packed tile
+    alone: int = 0          # whether each token attends as if it were the only one of its step (attention.py)
 
 
 @inner
@@ -93,6 +94,7 @@ def cache_write(cache, x, positions):
     return 0
 
 
+ALL_TOKENS = 2**31 - 1
 SPARE_ROWS = 32         # after the last row: tiles are loaded whole, 64 bytes of each row
 ROUND_ROW = IntpFunction(int16.linear.round_row)
 
@@ -133,6 +135,17 @@ def cache_rows(n_ctx, widths, storage):
     functions = attend, scores.gemm, scores.gemv, mha.pack_latents, mha.attend_head
     return CacheRows(data, dequantize.address, quantize.address, n, *(f.address for f in functions),
                      mha.tile_bytes(widths[0], sum(widths[1:])))
+
+
+def reproducible(rows):
+    """Return weights or cache rows that give a token the same bits in all steps.
+
+    rows: what weight() or cache_rows() made. Quantized weights are multiplied block by block, however many tokens there are. Products with
+    others are sums in one order anyway, as are norms, rotations and the router.
+    """
+    if isinstance(rows, CacheRows):
+        return rows._replace(score_gemv=rows.score_gemm, alone=1)
+    return rows._replace(gemv_tokens=ALL_TOKENS) if isinstance(rows, Weight) and rows.order else rows
 
 
 def cache_bytes(rows):
