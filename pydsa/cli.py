@@ -60,6 +60,9 @@ device_option = click.option("--device", type=click.Choice(["cpu", "cuda", "refe
                              help="cuda: an NVIDIA GPU; reference: plain numpy, slow and exact.")
 attention_option = click.option("--attention", type=click.Choice(["auto", "sparse", "masked", "dense"]), default="auto", show_default=True,
                                 help="auto: dense up to top_k tokens, sparse beyond.")
+reproducible_option = click.option(
+    "--reproducible", is_flag=True,
+    help="Give a token the same logits, bit for bit, whatever steps it runs in: threads, -ub, reused prefixes, other conversations.")
 threads_options = options(
     click.option("-t", "--threads", type=int, help="CPU threads for generation.  [default: physical cores]"),
     click.option("-tb", "--threads-batch", type=int, help="CPU threads for prompts.  [default: as -t]"))
@@ -108,6 +111,7 @@ def longest_context(path, settings):
 @ctx_option
 @model_options
 @attention_option
+@reproducible_option
 @device_option
 @llama_cpp_options
 @click.option("-cnv/-no-cnv", "--conversation/--no-conversation", "conversation", default=None, hidden=True)
@@ -197,6 +201,7 @@ def read_text(file):
 @threads_options
 @model_options
 @device_option
+@reproducible_option
 @click.option("--attention", default="auto", show_default=True, help="One or more of auto, sparse, masked, dense, e.g. sparse,masked.")
 @click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", show_default=True,
               help="Form of the table.")
@@ -250,6 +255,7 @@ def comma_numbers(name, text):
 @ctx_option
 @model_options
 @attention_option
+@reproducible_option
 @device_option
 @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Form of the report.")
 @click.option("--check", is_flag=True, help="Read everything once instead: look for damage, and show the SHA-256 of each file.")

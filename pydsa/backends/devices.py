@@ -132,6 +132,5 @@ def check_reproducible(name, wanted):
         raise PydsaError(f"reproducible is {wanted!r}, expected True or False.")
     if wanted and not DEVICES[name].reproducible:
         able = " or ".join(other for other, device in DEVICES.items() if device.reproducible)
-        raise PydsaError(f"On {name} a token's results depend on the number of tokens in a step: use --device {able} for --reproducible, or "
-                         "leave that out.")
+        raise PydsaError(f"On {name} a token's results depend on those beside it: use --device {able}, or leave out --reproducible.")
     return wanted
