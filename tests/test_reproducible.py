@@ -1,4 +1,6 @@
 """--reproducible: a token's logits are the same, bit for bit, whatever the steps are that run it."""
+import queue
+
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -9,9 +11,12 @@ from pydsa.backends import cpu
 from pydsa.backends.cpu import attention, threads
 from pydsa.batch import Batch
 from pydsa.cli import main
+from pydsa.engine import Engine
 from pydsa.errors import PydsaError, SessionFileError
 from pydsa.model import Setup
 from pydsa.quants import CACHE_TYPES, SUPPORTED, TYPES
+from pydsa.requests import Failed, Finished, Request
+from pydsa.sampling import Sampling
 from pydsa.schedule import VARIANTS
 
 IDS = random_ids(200)
@@ -116,6 +121,24 @@ def test_logits_do_not_depend_on_other_sessions(opened, case):
     assert differ() == []
     if "Q" in case:
         assert differ(reproducible=False)
+
+
+@pytest.mark.parametrize("case", ["deepseek2, Q8_0", "deepseek32, Q4_K_M"])
+def test_answers_of_an_engine(opened, case):
+    """Requests that share steps and prefixes get the answers that each has alone."""
+    ends, model, engine = queue.Queue(), opened(case, n_ubatch=200), Engine(opened(case, n_ubatch=16, threads=2), n_parallel=3)
+    prompts = [IDS[:n] + IDS[5 * i:5 * i + 9] for i, n in enumerate((60, 60, 120, 0, 60, 130, 120, 10))]
+    sampling = [Sampling(temperature=1.5, seed=i) for i in range(len(prompts))]
+    try:
+        for i, ids in enumerate(prompts):
+            engine.submit(Request(ids, lambda event, i=i: isinstance(event, (Finished, Failed)) and ends.put((i, event)), sampling[i],
+                                  max_tokens=15))
+        answers = dict(ends.get(timeout=60) for _ in prompts)
+    finally:
+        engine.close()
+    assert any(answers[i].timings.n_reused for i in answers)
+    for i, ids in enumerate(prompts):
+        assert answers[i].reply.text == "".join(model.generate(ids, max_tokens=15, temperature=1.5, seed=i))
 
 
 # Text
