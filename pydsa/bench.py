@@ -109,7 +109,10 @@ class Bench:
 
 
 def _product_format(model, op, quantized, n_tokens):
-    """The number format that an op multiplies in; if reproducible, that of one token."""
+    """The number format that an op of a step multiplies in.
+
+    A reproducible model's is that of one token.
+    """
     return model.backend.product_format(op, quantized, 1 if model.setup.reproducible else n_tokens)
 
 

@@ -1,4 +1,4 @@
-"""--reproducible: a token's logits are the same, bit for bit, whatever the steps are that run it."""
+"""--reproducible: a token's logits are the same bits in steps of any shape."""
 import queue
 
 import numpy as np
@@ -125,7 +125,7 @@ def test_logits_do_not_depend_on_other_sessions(opened, case):
 
 @pytest.mark.parametrize("case", ["deepseek2, Q8_0", "deepseek32, Q4_K_M"])
 def test_answers_of_an_engine(opened, case):
-    """Requests that share steps and prefixes get the answers that each has alone."""
+    """Requests that share steps and prefixes get the answers of each alone."""
     ends, model, engine = queue.Queue(), opened(case, n_ubatch=200), Engine(opened(case, n_ubatch=16, threads=2), n_parallel=3)
     prompts = [IDS[:n] + IDS[5 * i:5 * i + 9] for i, n in enumerate((60, 60, 120, 0, 60, 130, 120, 10))]
     sampling = [Sampling(temperature=1.5, seed=i) for i in range(len(prompts))]

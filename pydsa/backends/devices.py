@@ -127,7 +127,10 @@ DEVICES = {
 
 
 def check_reproducible(name, wanted):
-    """Return `wanted`, a bool; raise PydsaError if it is none, or true and the device cannot."""
+    """Return `wanted`, whether a model shall be reproducible.
+
+    Raises PydsaError if it is no bool, or if it is true and the device of this name cannot.
+    """
     if not isinstance(wanted, bool):
         raise PydsaError(f"reproducible is {wanted!r}, expected True or False.")
     if wanted and not DEVICES[name].reproducible:

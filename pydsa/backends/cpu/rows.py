@@ -138,10 +138,11 @@ def cache_rows(n_ctx, widths, storage):
 
 
 def reproducible(rows):
-    """Return weights or cache rows that give a token the same bits in all steps.
+    """Return weights or cache rows in reproducible form.
 
-    rows: what weight() or cache_rows() made. Quantized weights are multiplied block by block, however many tokens there are. Products with
-    others are sums in one order anyway, as are norms, rotations and the router.
+    With them an op gives a token the same bits in all steps. rows: what weight() or cache_rows() made. Quantized weights are multiplied
+    block by block, however many tokens there are. Products with others are sums in one order anyway, as are norms, rotations and the
+    router.
     """
     if isinstance(rows, CacheRows):
         return rows._replace(score_gemv=rows.score_gemm, alone=1)
