@@ -10,10 +10,12 @@ from pydsa.server import endpoints
 from pydsa.server.errors import ApiError, as_api_error, error_response
 from pydsa.server.guard import GONE, Guard, Keys, Log
 from pydsa.server.openai_chat import chat_completions
+from pydsa.server.page import page
 from pydsa.server.service import ClientGone
 
 # (method, paths, function of the service and the request)
-ROUTES = [("GET", ("/health", "/v1/health"), endpoints.health),
+ROUTES = [("GET", ("/", "/index.html"), page),
+          ("GET", ("/health", "/v1/health"), endpoints.health),
           ("GET", ("/v1/models", "/models"), endpoints.models),
           ("GET", ("/v1/models/{name:path}", "/models/{name:path}"), endpoints.model),
           ("POST", ("/v1/chat/completions", "/chat/completions"), chat_completions),

@@ -1,4 +1,4 @@
-"""Endpoints that generate nothing: health, models, tokenization, metrics, slots, the page."""
+"""Endpoints that generate nothing: health, models, tokenization, metrics, slots."""
 import asyncio
 import os
 import re
@@ -9,7 +9,6 @@ from pydsa.server.bodies import Fields, expected, read_fields
 from pydsa.server.errors import ApiError
 from pydsa.server.service import owner_of
 
-PAGE = os.path.join(os.path.dirname(__file__), "page.html")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")       # no folders, nothing hidden, no names of streams
 
 
