@@ -10,6 +10,7 @@ from pydsa.server import endpoints
 from pydsa.server.errors import ApiError, as_api_error, error_response
 from pydsa.server.guard import GONE, Guard, Keys, Log
 from pydsa.server.openai_chat import chat_completions
+from pydsa.server.openai_completions import completions
 from pydsa.server.page import page
 from pydsa.server.service import ClientGone
 
@@ -19,6 +20,7 @@ ROUTES = [("GET", ("/", "/index.html"), page),
           ("GET", ("/v1/models", "/models"), endpoints.models),
           ("GET", ("/v1/models/{name:path}", "/models/{name:path}"), endpoints.model),
           ("POST", ("/v1/chat/completions", "/chat/completions"), chat_completions),
+          ("POST", ("/v1/completions", "/completions"), completions),
           ("POST", ("/tokenize",), endpoints.tokenize),
           ("POST", ("/detokenize",), endpoints.detokenize),
           ("GET", ("/metrics",), endpoints.metrics),

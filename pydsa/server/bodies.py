@@ -6,14 +6,19 @@ import asyncio
 import json
 import math
 import re
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from pydsa.server.errors import ApiError
 from pydsa.server.settings import MAX_BODY, MAX_DEPTH
 
 SMALL = 1 << 16         # bytes that are parsed at once; more would keep other clients waiting
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+Item = TypeVar("Item")
+Listed = Annotated[list[Item], FailFast()]      # only the first wrong item is told, and only that takes memory
 
 
 class Fields(BaseModel):

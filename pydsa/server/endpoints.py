@@ -5,7 +5,7 @@ import re
 
 from starlette.responses import JSONResponse, Response
 
-from pydsa.server.bodies import Fields, expected, read_fields
+from pydsa.server.bodies import Fields, Listed, expected, read_fields
 from pydsa.server.errors import ApiError
 from pydsa.server.service import owner_of
 
@@ -69,7 +69,7 @@ def _piece(service, token):
 
 class DetokenizeRequest(Fields):
     """The body of /detokenize."""
-    tokens: list[int]
+    tokens: Listed[int]
 
 
 async def detokenize(service, request):

@@ -15,8 +15,7 @@ COUNTERS = {"prompt_tokens": ("n_prompt", "Tokens of prompts that were run."),
             "answers_finished": ("n_finished", "Answers that are complete."),
             "answers_failed": ("n_failed", "Answers that ended with an error."),
             "answers_cancelled": ("n_cancelled", "Answers whose client went away.")}
-GAUGES = {"requests_processing": ("n_busy", "Slots that run a request."),
-          "requests_deferred": ("n_waiting", "Requests that wait for a slot."),
+GAUGES = {"requests_deferred": ("n_waiting", "Requests that wait for a slot."),
           "cache_bytes": ("cache_bytes", "Bytes of conversations in memory, beside the slots."),
           "cache_file_bytes": ("cache_file_bytes", "Bytes of conversations in files.")}
 
@@ -43,6 +42,8 @@ class Metrics:
         yield GaugeMetricFamily("pydsa:ready", "Whether the model is loaded.", float(engine is not None))
         if engine is not None:
             yield GaugeMetricFamily("pydsa:slots", "Answers that can run at the same time.", engine.n_parallel)
+            n_busy = sum(slot.state != "idle" for slot in engine.slots())
+            yield GaugeMetricFamily("pydsa:requests_processing", "Slots that run a request.", n_busy)
             for name, (field, text) in COUNTERS.items():
                 yield CounterMetricFamily(f"pydsa:{name}", text, getattr(engine.stats, field))
             for name, (field, text) in GAUGES.items():

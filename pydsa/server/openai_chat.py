@@ -2,7 +2,7 @@
 from typing import Any
 
 from pydsa.answers import Layout
-from pydsa.server.bodies import Fields, expected, read_fields
+from pydsa.server.bodies import Fields, Listed, expected, read_fields
 from pydsa.server.errors import ApiError
 from pydsa.server.openai_forms import Frame, Options, respond, token_text
 
@@ -18,11 +18,11 @@ class Thinking(Fields):
 
 class ChatRequest(Options):
     """The body of a request."""
-    messages: list[dict[str, Any]]
+    messages: Listed[dict[str, Any]]
     max_completion_tokens: int | None = expected("an integer from 0 on", ge=0)
     logprobs: bool | None = expected("true or false")
     top_logprobs: int | None = expected("an integer from 0 to 20", ge=0, le=20)
-    tools: list[dict[str, Any]] | None = expected("a list of tools")
+    tools: Listed[dict[str, Any]] = expected("a list of tools")
     tool_choice: str | dict[str, Any] | None = expected("'auto', 'none', 'required', or an object that names a function")
     parallel_tool_calls: bool | None = expected("true or false")
     response_format: dict[str, Any] | None = expected("an object with a type")

@@ -3,6 +3,7 @@ import contextlib
 import json
 import secrets
 import time
+from typing import Any
 
 from starlette.responses import JSONResponse, StreamingResponse
 
@@ -29,7 +30,7 @@ class Options(Fields):
     stream_options: StreamOptions | None = expected('an object like {"include_usage": true}')
     n: int | None = expected(f"an integer from 1 to {MAX_CHOICES}", ge=1, le=MAX_CHOICES)
     seed: int | None = expected("an integer of up to 64 bits", ge=-2**63, lt=2**64)
-    stop: str | list[str] | None = expected(f"a text, or a list of up to {MAX_STOPS} texts")
+    stop: Any = None
     max_tokens: int | None = expected("an integer from 0 on", ge=0)
     temperature: float | None = expected("a number from 0 on")
     top_p: float | None = expected("a number from 0 to 1")
@@ -39,7 +40,7 @@ class Options(Fields):
     presence_penalty: float | None = expected("a number")
     repeat_penalty: float | None = expected("a number above 0")
     repeat_last_n: int | None = expected("an integer from -1 on")
-    logit_bias: dict[str, float | bool] | None = expected("an object of token ids and numbers")
+    logit_bias: dict[str, Any] | None = expected("an object of token ids and numbers")
     user: str | None = expected("a text")
     cache_prompt: bool | None = expected("true or false")
     id_slot: int | None = expected("the number of a slot, or -1")
@@ -78,10 +79,11 @@ class Options(Fields):
         return {int(key): bias for key, bias in self.logit_bias.items()}
 
     def _stops(self):
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stops) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP for text in stops):
-            raise ApiError(400, f"stop has {len(stops)} texts of {min(map(len, stops))} to {max(map(len, stops))} characters, expected up "
-                           f"to {MAX_STOPS} of 1 to {MAX_STOP}.", "stop", "invalid_value")
+        stops = [self.stop] if isinstance(self.stop, str) else [] if self.stop is None else self.stop
+        if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(text, str) and 0 < len(text) <= MAX_STOP
+                                                                            for text in stops):
+            raise ApiError(400, f"stop is {json.dumps(self.stop):.80}, expected a text, or a list of up to {MAX_STOPS} texts, each of 1 to "
+                                f"{MAX_STOP} characters.", "stop", "invalid_value")
         return stops
 
 
