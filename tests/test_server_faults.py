@@ -46,6 +46,7 @@ def chat(**fields):
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 WRONG = [
     (b"", "not JSON"), (b"{", "not JSON"), (b"[1]", "expected an object"), (b"null", "expected an object"), (b'"a"', "expected an object"),
     (b'{"messages": [], "messages": []}', "twice"), (b'{"messages": \xff}', "UTF-8"), (b'{"temperature": NaN}', "NaN"),
@@ -66,7 +67,12 @@ WRONG = [
     (chat(logprobs=1), "logprobs"), (chat(top_logprobs=2), "top_logprobs"), (chat(logprobs=True, top_logprobs=21), "top_logprobs"),
     (chat(tools="f"), "tools"), (chat(tools=[{"type": "function"}]), "tools"), (chat(reasoning_effort="very"), "reasoning_effort"),
     (chat(chat_template_kwargs={"x": 1}), "chat_template_kwargs"), (chat(id_slot=9), "slot"), (chat(user=5), "user is"),
-    (chat(thinking={"type": "maybe"}), "thinking"), (chat(model=5), "model is")]
+    (chat(thinking={"type": "maybe"}), "thinking"), (chat(model=5), "model is"),
+    (chat(response_format="json"), "response_format"), (chat(response_format={"type": "xml"}), "xml"),
+    (chat(response_format={"type": "json_schema"}), "no schema"), (chat(grammar="root ::= [a]", json_schema={}), "expected one of them"),
+    (chat(tool_choice="required"), "no tools"), (chat(tool_choice="maybe"), "tool_choice"),
+    (chat(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "g"}}), "tool_choice"),
+    (chat(tools=[TOOL], tool_choice={"function": 5}), "tool_choice")]
 
 
 @pytest.mark.parametrize("body, words", WRONG)
@@ -103,6 +109,18 @@ def test_prompts_longer_than_the_context(server):
     for path, body in ((CHAT, chat(messages=[{"role": "user", "content": "word " * 5000}])), (TEXT, {"prompt": [5] * 4096})):
         status, answer = post(server, path, body)
         assert status == 400 and answer["error"]["code"] == "context_length_exceeded" and "4096" in answer["error"]["message"]
+
+
+def test_bodies_that_take_far_more_memory_than_their_text(server):
+    status, answer = post(server, CHAT, b"[" + b"[]," * 4_000_000 + b"[]]")
+    assert status == 413 and "values" in answer["error"]["message"]
+
+
+def test_the_room_for_all_bodies_is_bounded(server, monkeypatch):
+    monkeypatch.setattr("pydsa.server.bodies.MAX_BODIES", 100_000)
+    assert post(server, "/tokenize", {"content": "a" * 90_000})[0] == 200
+    status, answer = post(server, "/tokenize", {"content": "a" * 200_000})
+    assert status == 503 and "room" in answer["error"]["message"] and server.service.body_bytes == 0
 
 
 def test_large_bodies(server):
@@ -310,6 +328,13 @@ def test_signals_end_the_command(small_model, tmp_path):
     wait_for(lambda: any("ready" in line for line in log()))
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0 and any("stopping" in line for line in log())
+
+
+def test_without_the_extra_there_is_a_sentence():
+    code = "import sys; sys.modules['uvicorn'] = None; from pydsa.__main__ import main; sys.argv[1:] = ['serve']; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and "uvicorn" in result.stderr and "pip install 'pydsa[serve]'" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("options, words", [

@@ -102,7 +102,8 @@ class Log:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return
-        start, status, scope["pydsa.log"] = time.monotonic(), None, {}
+        start, status = time.monotonic(), None
+        scope["pydsa.log"], scope["pydsa.service"] = {}, self._service
 
         async def watched(message):
             nonlocal status
