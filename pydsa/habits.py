@@ -36,11 +36,15 @@ def options_of_what_is_so(function):
     return click.option(*SO_ANYWAY, "llama_cpp_so", is_flag=True, hidden=True, expose_value=False)(function)
 
 
-def llama_cpp_options(function):
-    """A decorator: a command that also takes the options of INSTEAD."""
+def llama_cpp_options(function, but=()):
+    """A decorator: a command that also takes the options of INSTEAD.
+
+    but: those that the command has itself.
+    """
     for names, sentence in INSTEAD.items():
         for name in names:
-            function = _refused(name, sentence)(function)
+            if name not in but:
+                function = _refused(name, sentence)(function)
     return function
 
 

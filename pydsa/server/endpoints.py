@@ -1,0 +1,135 @@
+"""Endpoints that generate nothing: health, models, tokenization, metrics, slots."""
+import asyncio
+import os
+import re
+
+from starlette.responses import JSONResponse, Response
+
+from pydsa.server.bodies import Fields, Listed, expected, read_fields
+from pydsa.server.errors import ApiError
+from pydsa.server.service import owner_of
+
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")       # no folders, nothing hidden, no names of streams
+
+
+async def health(service, request):
+    """Whether the model is loaded: 200, or 503."""
+    service.ready()
+    return JSONResponse({"status": "ok"})
+
+
+def _model(service):
+    config, setup = service.model.config, service.model.setup
+    return {"id": service.name, "object": "model", "created": service.created, "owned_by": "pydsa",
+            "meta": {"n_ctx": service.model.n_ctx, "n_ctx_train": config.n_ctx_train, "n_vocab": config.n_vocab, "n_embd": config.n_embd,
+                     "n_params": setup.n_params, "size": setup.n_bytes}}
+
+
+async def models(service, request):
+    """The list of the one model."""
+    service.ready()
+    return JSONResponse({"object": "list", "data": [_model(service)]})
+
+
+async def model(service, request):
+    """The model, by its name."""
+    service.ready()
+    name = request.path_params["name"]
+    if name != service.name:
+        raise ApiError(404, f"The model {name!r:.80} does not exist, expected {service.name!r}.", "model", "model_not_found")
+    return JSONResponse(_model(service))
+
+
+class TokenizeRequest(Fields):
+    """The body of /tokenize."""
+    content: str
+    add_special: bool | None = expected("true or false")
+    parse_special: bool | None = expected("true or false")
+    with_pieces: bool | None = expected("true or false")
+
+
+async def tokenize(service, request):
+    """Text -> token ids."""
+    service.ready()
+    body = await read_fields(request, TokenizeRequest)
+    ids = await service.tokenize(body.content, bool(body.add_special) and service.model.tokenizer.add_bos, body.parse_special is not False)
+    if body.with_pieces:
+        return JSONResponse({"tokens": [{"id": i, "piece": _piece(service, i)} for i in ids]})
+    return JSONResponse({"tokens": ids})
+
+
+def _piece(service, token):
+    """The text of a token, or its bytes if they are only part of a character."""
+    data = service.model.tokenizer.token_bytes(token)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return list(data)
+
+
+class DetokenizeRequest(Fields):
+    """The body of /detokenize."""
+    tokens: Listed[int]
+
+
+async def detokenize(service, request):
+    """Token ids -> text."""
+    service.ready()
+    body = await read_fields(request, DetokenizeRequest)
+    return JSONResponse({"content": await asyncio.to_thread(service.model.detokenize, body.tokens)})
+
+
+async def metrics(service, request):
+    """What Prometheus reads."""
+    text, kind = service.metrics.text()
+    return Response(text, headers={"content-type": kind})
+
+
+async def slots(service, request):
+    """What each slot does."""
+    service.ready()
+    return JSONResponse([{"id": slot.id, "n_ctx": slot.n_ctx, "state": slot.state, "is_processing": slot.state != "idle",
+                          "n_past": slot.n_past, "n_prompt": slot.n_prompt, "n_generated": slot.n_generated}
+                         for slot in service.engine.slots()])
+
+
+class SlotRequest(Fields):
+    """The body of /slots/{id}; an action that needs no file has none."""
+    filename: str | None = expected("the name of a file")
+
+
+async def slot(service, request):
+    """Save, restore or erase the conversation of a slot."""
+    service.ready()
+    action, number, owner = request.query_params.get("action", ""), request.path_params["number"], owner_of(request.scope)
+    number = int(number) if number.isascii() and number.isdecimal() and len(number) < 9 else -1
+    if number not in range(service.engine.n_parallel):
+        raise ApiError(404, f"There is no slot {request.path_params['number']!r:.40}, expected 0 to {service.engine.n_parallel - 1}.")
+    if action == "erase":
+        n = await asyncio.to_thread(service.engine.erase_slot, number, owner)
+        return JSONResponse({"id_slot": number, "n_erased": n})
+    if action not in ("save", "restore"):
+        raise ApiError(400, f"The action is {action!r:.40}, expected save, restore or erase.", "action", "invalid_value")
+    name = (await read_fields(request, SlotRequest)).filename
+    path = _slot_path(service, name, owner)
+    if action == "save":
+        n = await asyncio.to_thread(service.engine.save_slot, number, path, owner)
+        return JSONResponse({"id_slot": number, "filename": name, "n_saved": n, "n_written": os.path.getsize(path)})
+    if not os.path.isfile(path):
+        raise ApiError(404, f"There is no saved slot {name!r}.", "filename")
+    n = await asyncio.to_thread(service.engine.restore_slot, number, path, owner)
+    return JSONResponse({"id_slot": number, "filename": name, "n_restored": n, "n_read": os.path.getsize(path)})
+
+
+def _slot_path(service, name, owner):
+    """The path of a saved slot: a plain name, in a folder of its owner's."""
+    folder = service.settings.slot_folder
+    if folder is None:
+        raise ApiError(400, "Slots cannot be saved here: the server was started without --slot-save-path.")
+    if name is None or not FILE_NAME.fullmatch(name):
+        raise ApiError(400, f"filename is {name!r:.80}, expected up to 128 letters, digits, points, - and _, and no point first.",
+                       "filename", "invalid_value")
+    if owner:
+        folder = os.path.join(folder, f"of-{owner[:32]}")
+        os.makedirs(folder, 0o700, exist_ok=True)
+    return os.path.join(folder, name)

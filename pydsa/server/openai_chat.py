@@ -1,0 +1,124 @@
+"""OpenAI's chat completions: /v1/chat/completions."""
+from typing import Any
+
+from pydsa.answers import Layout
+from pydsa.server.bodies import Fields, Listed, expected, read_fields
+from pydsa.server.constrained import constraint_of, tool_choice
+from pydsa.server.errors import ApiError
+from pydsa.server.openai_forms import Frame, Options, respond, token_text
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+NO_THINKING = ("none", "minimal")
+SWITCHES = ("thinking", "enable_thinking")      # what templates call it
+
+
+class Thinking(Fields):
+    """The field thinking, as DeepSeek's and GLM's own servers have it."""
+    type: str | None = expected("'enabled' or 'disabled'", pattern="^(enabled|disabled)$")
+
+
+class ChatRequest(Options):
+    """The body of a request."""
+    messages: Listed[dict[str, Any]]
+    max_completion_tokens: int | None = expected("an integer from 0 on", ge=0)
+    logprobs: bool | None = expected("true or false")
+    top_logprobs: int | None = expected("an integer from 0 to 20", ge=0, le=20)
+    tools: Listed[dict[str, Any]] = expected("a list of tools")
+    tool_choice: str | dict[str, Any] | None = expected("'auto', 'none', 'required', or an object that names a function")
+    parallel_tool_calls: bool | None = expected("true or false")
+    reasoning_effort: str | None = expected(f"one of {', '.join(EFFORTS)}", pattern=f"^({'|'.join(EFFORTS)})$")
+    thinking: Thinking | None = expected('an object like {"type": "enabled"}')
+    chat_template_kwargs: dict[str, Any] | None = expected("an object like {'enable_thinking': true}")
+
+    def wants_thinking(self):
+        """Whether the model shall reason first; None: as the server's settings say."""
+        for name, value in (self.chat_template_kwargs or {}).items():
+            if name not in SWITCHES or not isinstance(value, bool):
+                raise ApiError(400, f"chat_template_kwargs has {name!r:.80}: {value!r:.80}, expected 'thinking' or 'enable_thinking' with "
+                                    "true or false.", "chat_template_kwargs", "invalid_value")
+            return value
+        if self.thinking is not None and self.thinking.type is not None:
+            return self.thinking.type == "enabled"
+        return None if self.reasoning_effort is None else self.reasoning_effort not in NO_THINKING
+
+    def n_logprobs(self):
+        """How many of the likeliest tokens to tell beside each; None: no probabilities."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs is given without logprobs, expected logprobs to be true.", "top_logprobs", "invalid_value")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+async def chat_completions(service, request):
+    """Answer a conversation."""
+    service.ready()
+    body = await read_fields(request, ChatRequest)
+    choice = tool_choice(body.tool_choice, body.tools)
+    tools = None if choice == "none" else body.tools        # a model that sees none calls none
+    prompt = await service.chat_prompt(body.messages, body.wants_thinking(), tools)
+    limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    common = {"ids": prompt.ids, "layout": prompt.layout or Layout(), "n_logprobs": body.n_logprobs(),
+              "constraint": constraint_of(body.wanted(), choice),
+              "max_tokens": service.settings.max_tokens if limit is None else limit}
+    requests = [common | body.engine_fields(service, i) for i in range(body.n or 1)]
+    frame = Frame(service, "chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion")
+    return await respond(request, frame, service.answers(request.scope, requests), body, ChatForm(service, body.logprobs))
+
+
+class ChatForm:
+    """Choices of chat completions, whole and as deltas."""
+
+    def __init__(self, service, logprobs):
+        self._service, self._logprobs, self._n_calls = service, logprobs, {}
+
+    def first(self, i):
+        """What a stream of choice i begins with."""
+        yield self._delta(i, {"role": "assistant", "content": ""})
+
+    def written(self, i, event):
+        """The deltas of a token; they bear no markup."""
+        deltas = [delta for piece in event.pieces for delta in self._deltas(i, piece)]
+        logprobs = self._entries([event.token]) if self._logprobs and event.token is not None else None
+        if logprobs and not deltas:
+            deltas = [{"content": ""}]
+        for delta in deltas:
+            yield self._delta(i, delta, logprobs)
+            logprobs = None
+
+    def finished(self, i, event):
+        """What a stream of choice i ends with."""
+        yield self._delta(i, {}) | {"finish_reason": event.reply.finish_reason}
+
+    def whole(self, i, end, tokens):
+        """The choice of a body."""
+        reply = end.reply
+        message = {"role": "assistant", "content": None if reply.tool_calls and not reply.text else reply.text, "refusal": None}
+        if reply.reasoning:
+            message["reasoning_content"] = reply.reasoning
+        if reply.tool_calls:
+            message["tool_calls"] = reply.tool_calls
+        return {"index": i, "message": message, "logprobs": self._entries(tokens) if self._logprobs else None,
+                "finish_reason": reply.finish_reason}
+
+    def _deltas(self, i, piece):
+        if piece.kind == "answer":
+            yield {"content": str(piece)}
+        elif piece.kind == "reasoning":
+            yield {"reasoning_content": str(piece)}
+        elif piece.kind == "tool_call":
+            number = self._n_calls[i] = self._n_calls.get(i, -1) + 1
+            function = piece.call["function"]
+            yield {"tool_calls": [{"index": number, "id": piece.call["id"], "type": "function",
+                                   "function": {"name": function["name"], "arguments": ""}}]}
+            yield {"tool_calls": [{"index": number, "function": {"arguments": function["arguments"]}}]}
+
+    @staticmethod
+    def _delta(i, delta, logprobs=None):
+        return {"index": i, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+    def _entries(self, tokens):
+        """The log-probabilities of tokens, with those of the likeliest."""
+        def entry(token, logprob):
+            text, data = token_text(self._service, token)
+            return {"token": text, "logprob": logprob, "bytes": data}
+        return {"content": [entry(token.id, token.logprob) | {"top_logprobs": [entry(*one) for one in token.top]} for token in tokens],
+                "refusal": None}
