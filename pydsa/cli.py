@@ -232,6 +232,7 @@ def read_text(file):
 @ctx_option
 @model_options
 @attention_option
+@reproducible_option
 @device_option
 @functools.partial(llama_cpp_options, but=("-np", "--parallel"))
 @options_of_what_is_so
