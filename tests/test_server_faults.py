@@ -315,6 +315,31 @@ def test_signals_end_the_command(small_model, tmp_path):
     assert process.wait(20) == 0 and any("stopping" in line for line in log())
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no signals")
+def test_a_signal_while_the_model_is_loaded(tmp_path):
+    code = "import time; from pydsa.server import running, settings; running.serve(settings.Settings(port=0), lambda: time.sleep(99))"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    process.stderr.readline()
+    time.sleep(0.3)     # until uvicorn has set its handlers
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no signals")
+def test_a_second_signal_ends_at_once(small_model, tmp_path):
+    process, log = started(tmp_path, str(small_model(**TINY)), "--device", "reference", "--kv-type", "f32", "-c", "16384")
+    line = wait_for(lambda: next((line for line in log() if "ready" in line), None))
+    body = json.dumps(ENDLESS).encode()
+    with socket.create_connection(("127.0.0.1", int(line.rpartition(":")[2]))) as connection:
+        connection.sendall(b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % (TEXT.encode(), len(body)) + body)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        wait_for(lambda: any("stopping" in line for line in log()))
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5) == 130
+
+
 def test_without_the_extra_there_is_a_sentence():
     code = "import sys; sys.modules['uvicorn'] = None; from pydsa.__main__ import main; sys.argv[1:] = ['serve']; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

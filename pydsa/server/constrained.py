@@ -45,7 +45,8 @@ class Constrained(Fields):
 def tool_choice(given, tools):
     """What tool_choice asks for.
 
-    "auto", "none", "required", or the name of a function, in a tuple. Raises ApiError for what it is not, and for a function that is not among the tools.
+    "auto", "none", "required", or the name of a function, in a tuple. Raises ApiError for what it is not, and for a function that is not
+    among the tools.
     """
     if given is None:
         return "auto"
