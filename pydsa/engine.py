@@ -375,8 +375,8 @@ class Engine:
             self.stats.n_cancelled += 1
         else:
             self.stats.n_failed += 1
-        self._say(ticket, Failed(error))
         self._close_ticket()
+        self._say(ticket, Failed(error))
 
     def _end(self, slot, event):
         """Free a slot, and tell the last event of its request."""
@@ -385,8 +385,8 @@ class Engine:
         if isinstance(event, Failed):
             self._fail(ticket, event.error)
         else:
+            self._close_ticket()        # first: who hears of the end may ask again, and finds room
             self._say(ticket, event)
-            self._close_ticket()
 
     def _close_ticket(self):
         with self._lock:

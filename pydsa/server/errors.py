@@ -39,8 +39,9 @@ def as_api_error(error):
     if not isinstance(error, PydsaError):
         traceback.print_exception(error)
         return ApiError(500, "The server failed; its log has the reason.")
-    text = str(error)
-    text = text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+    text = str(error) + ("" if str(error).endswith((".", "!", "?")) else ".")
+    if "_" not in text.split()[0]:      # the name of a field stays as it is
+        text = text[:1].upper() + text[1:]
     if isinstance(error, QueueFullError):
         return ApiError(429, text, code="queue_full")
     if isinstance(error, ContextFullError):
