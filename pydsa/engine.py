@@ -23,7 +23,7 @@ from pydsa.options import counts
 from pydsa.plan import check_memory
 from pydsa.prefixes import Prefixes, common_length
 from pydsa.requests import (Cancelled, Failed, Finished, Progress, QueueFullError, Request, SlotState, Started, Stats, Ticket, Timings,
-                            Token, Written)  # noqa: F401
+                            Written)
 from pydsa.sampling import Sampler
 from pydsa.session import check_ids, check_max_tokens
 
@@ -159,7 +159,10 @@ class Engine:
         return self._call(erase)
 
     def close(self, timeout=0.0):
-        """End the engine: nothing more is taken, and after `timeout` seconds what still runs is cancelled."""
+        """End the engine, which takes nothing more from now on.
+
+        What still runs after `timeout` seconds is cancelled.
+        """
         with self._lock:
             self._accepts = False
         self._idle.wait(timeout)

@@ -1,4 +1,4 @@
-"""Prefixes keeps the cache rows of conversations, for those that begin alike.
+"""Prefixes keeps cache rows, for conversations that begin alike.
 
     prefixes.add(owner, session)            # a conversation, as far as it has come
     prefixes.extend(owner, session, ids)    # take the rows of as many of the next ids as are known

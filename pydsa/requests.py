@@ -96,7 +96,7 @@ class Ticket:
         self.submitted, self.cancelled = time.monotonic(), False
 
     def cancel(self):
-        """End the request: its listener hears Failed(Cancelled), unless it has ended."""
+        """End the request: its listener hears Failed(Cancelled)."""
         self.cancelled = True
 
 

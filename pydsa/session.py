@@ -125,16 +125,17 @@ class Session:
                                 "Load the model with a larger n_ctx (-c), or start a new context.")
 
     def cut(self, start, stop):
-        """Copies of the cache rows of tokens start to stop, a list of uint8 [n, row_bytes].
+        """Copies of the cache rows of tokens start to stop.
 
-        A session of the same model can append these tokens with paste().
+        They are a list of uint8 [n, row_bytes], one for each cache. A session of the same model can append these tokens with paste().
         """
         return [np.array(cache.stored(stop, start)) for cache in self.caches.values()]
 
     def paste(self, tokens, rows):
-        """Append tokens whose cache rows are those of another session, which ran the same tokens before them.
+        """Append tokens with the cache rows that another session has for them.
 
-        tokens: a list of ids. rows: as cut() returns them. Raises ContextFullError if they do not fit.
+        Both must have the same tokens before these. tokens: a list of ids. rows: as cut() returns them. Raises ContextFullError if
+        they do not fit.
         """
         self._check_fits(len(tokens))
         self._ahead.forget()

@@ -161,26 +161,27 @@ def test_owners_do_not_share(start, model):
 
 
 def test_a_long_prompt_does_not_hold_up_the_others(start, model, monkeypatch):
-    """Between two tokens of an answer there is one chunk of prompts at most, and prompts take turns."""
+    """Prompts take turns, chunk by chunk."""
     monkeypatch.setattr(module, "CHUNK", 4)
-    engine = start(n_parallel=3, cache_bytes=0)
-    order = []
-    listeners = [ask(engine, IDS[:5], 100).ticket]
-    assert listeners
-    first = Heard()
+    engine, order = start(n_parallel=3, cache_bytes=0), []
 
-    def listen(name, heard):
+    def listen(name, ids, n):
+        heard = Heard()
+
         def hear(event):
-            order.append((name, type(event).__name__))
+            order.append((name, type(event)))
             heard(event)
-        return hear
-    engine.submit(Request(IDS[10:70], listen("long", first), GREEDY, max_tokens=1))
-    second = Heard()
-    engine.submit(Request(IDS[80:130], listen("other", second), GREEDY, max_tokens=1))
-    text_of(first), text_of(second)
-    chunks = [name for name, kind in order if kind == "Progress"]
-    both = chunks[chunks.index("other"):len(chunks) - chunks[::-1].index("other")]
-    assert all(a != b for a, b in zip(both, both[1:])) and len(both) > 10
+        engine.submit(Request(ids, hear, GREEDY, max_tokens=n))
+        return heard
+    answer = listen("answer", IDS[:5], 100)
+    answer.until(Written)
+    heard = [answer, listen("long", IDS[10:70], 1), listen("other", IDS[80:130], 1)]
+    assert all(text_of(h) is not None for h in heard)
+    kinds = [(name, kind) for name, kind in order if kind in (Progress, Written) and name == "answer" or kind is Progress]
+    chunks = [name for name, kind in kinds if kind is Progress and name != "answer"]
+    assert len(chunks) == 15 + 13 and all(a != b for a, b in zip(chunks[2:20], chunks[3:20]))      # prompts take turns
+    first, last = (f(i for i, (name, _) in enumerate(kinds) if name == "long") for f in (min, max))
+    assert all(a[0] == "answer" or b[0] == "answer" for a, b in zip(kinds[first:last], kinds[first + 1:last]))
 
 
 def test_a_cancelled_request_frees_its_slot(start, model):

@@ -1,7 +1,6 @@
 """Cached prefixes: what is shared, moved to files, forgotten, and whose it is."""
 import numpy as np
 import pytest
-from helpers import random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,7 +46,10 @@ def ids(*tokens):
 
 
 def extended(prefixes, owner, tokens, n_past=0):
-    """The number of tokens that a session with the first n_past gains; its rows must be those of the tokens."""
+    """How many tokens a session with the first n_past gains.
+
+    Its rows must be those of the tokens.
+    """
     session, expected = Session(tokens[:n_past]), Session(tokens)
     n = prefixes.extend(owner, session, np.asarray(tokens, np.int32))
     assert session.tokens == list(tokens)[:n_past + n] and np.array_equal(session.rows, expected.rows[:n_past + n])
