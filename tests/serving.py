@@ -48,7 +48,7 @@ def post(server, path, body, **headers):
 
 
 def wait_for(condition, seconds=20):
-    """What a function returns, as soon as that is true; an assertion fails after some seconds."""
+    """What a function returns, as soon as that is true."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, "it did not come"

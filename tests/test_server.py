@@ -124,6 +124,12 @@ def test_developer_parts_and_tools_in_the_prompt(server, model):
     assert body["choices"][0]["message"]["content"] == model.reply(messages, 8, tools=tools, temperature=0.0).text
 
 
+def test_no_tools_are_shown_to_a_model_that_shall_call_none(server, model):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+    body = post(server, CHAT, BODY | {"tools": tools, "tool_choice": "none"})[1]
+    assert body["usage"]["prompt_tokens"] == model.reply(HELLO, 1).n_prompt
+
+
 @pytest.mark.parametrize("field, thinks", [({"reasoning_effort": "high"}, True), ({"reasoning_effort": "none"}, False), ({}, False),
                                            ({"chat_template_kwargs": {"thinking": True}}, True), ({"thinking": {"type": "enabled"}}, True),
                                            ({"chat_template_kwargs": {"enable_thinking": False}}, False)])
@@ -244,15 +250,15 @@ def logged(monkeypatch):
 def test_the_log_tells_of_each_request(server, logged):
     post(server, CHAT, BODY)
     post(server, CHAT, {})
-    wait_for(lambda: len(logged) == 2)
-    assert f"POST {CHAT} 200" in logged[0] and "reused" in logged[0] and "generated 8" in logged[0]
-    assert "400" in logged[1] and "'messages' is missing" in logged[1]
+    lines = wait_for(lambda: lines if len(lines := [line for line in logged if CHAT in line]) == 2 else None)
+    assert f"POST {CHAT} 200" in lines[0] and "reused" in lines[0] and "generated 8" in lines[0]
+    assert "400" in lines[1] and "'messages' is missing" in lines[1]
 
 
 def test_the_log_as_json(server, model, logged):
     with serving(model, json_log=True) as other:
         post(other, CHAT, BODY)
-    entry = json.loads(logged[0])
+    entry = json.loads(logged[-1])
     assert entry["status"] == 200 and entry["n_generated"] == 8 and entry["path"] == CHAT
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from pydsa.server.errors import ApiError
-from pydsa.server.settings import MAX_BODY, MAX_DEPTH
+from pydsa.server.settings import MAX_BODIES, MAX_BODY, MAX_DEPTH, MAX_VALUES
 
 SMALL = 1 << 16         # bytes that are parsed at once; more would keep other clients waiting
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -41,13 +41,19 @@ async def read_bytes(request, most=MAX_BODY):
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > most:
         raise _too_large(most)
-    parts, n = [], 0
-    async for part in request.stream():
-        n += len(part)
-        if n > most:
-            raise _too_large(most)
-        parts.append(part)
-    return b"".join(parts)
+    parts, n, service = [], 0, request.scope["pydsa.service"]
+    try:
+        async for part in request.stream():
+            n += len(part)
+            service.body_bytes += len(part)
+            if n > most:
+                raise _too_large(most)
+            if n > SMALL and service.body_bytes > MAX_BODIES:
+                raise ApiError(503, "Other requests that are coming in take all the room for large bodies; try again soon.")
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        service.body_bytes -= n
 
 
 async def read_json(request):
@@ -81,6 +87,8 @@ def parse_json(data):
         text = data.decode()
     except UnicodeDecodeError as error:
         raise ApiError(400, f"The body is not UTF-8 text (byte {error.start}).") from None
+    if data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_VALUES:
+        raise ApiError(413, f"The body may have more than {MAX_VALUES} values, expected at most so many commas and brackets.")
     try:
         value = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_object, parse_float=_number, parse_constant=_constant)
     except json.JSONDecodeError as error:
@@ -142,6 +150,13 @@ def _kind(value):
     return names.get(type(value), "number")
 
 
+def shown(value):
+    """A value as an error shows it: short, whatever it is."""
+    if isinstance(value, (dict, list)) and len(value) > 20:
+        return f"an {_kind(value)} of {len(value)}"
+    return f"{json.dumps(value if not isinstance(value, str) else value[:80], ensure_ascii=False, default=str):.80}"
+
+
 def _wrong_field(error, value, kind):
     """The ApiError on the first field that is not as expected."""
     name = str(error["loc"][0])
@@ -150,4 +165,4 @@ def _wrong_field(error, value, kind):
     place = value[name] if name in value else error["input"]
     field = kind.model_fields.get(name)
     words = field.description if field is not None and field.description else error["msg"]
-    return ApiError(400, f"{name} is {json.dumps(place, ensure_ascii=False, default=str):.80}, expected {words}.", name, "invalid_type")
+    return ApiError(400, f"{name} is {shown(place)}, expected {words}.", name, "invalid_type")

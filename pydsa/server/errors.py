@@ -44,7 +44,7 @@ def as_api_error(error):
     if isinstance(error, QueueFullError):
         return ApiError(429, text, code="queue_full")
     if isinstance(error, ContextFullError):
-        return ApiError(400, text, "messages", "context_length_exceeded")
+        return ApiError(400, text, code="context_length_exceeded")
     if isinstance(error, Cancelled):
         return ApiError(503, "The answer was ended: the server stops, or the client did not read it.")
     if isinstance(error, (DamagedWeightsError, OutOfMemoryError)):

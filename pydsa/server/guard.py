@@ -6,9 +6,9 @@ The headers Host and Origin tell, so that both are checked before anything else.
 import hmac
 import ipaddress
 import json
+import re
 import sys
 import time
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 
@@ -16,15 +16,14 @@ from pydsa.server.errors import ApiError, error_response
 from pydsa.terminal import visible
 
 OPEN = ("/", "/index.html", "/health", "/v1/health")       # no key is needed: they tell nothing
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/?#@\s]+))(?::[0-9]*)?")
 GONE = 499          # what the log says of a client that went away
 
 
 def host_name(text):
     """The name in a Host header, without port and brackets; "" if none."""
-    try:
-        return (urlsplit(f"//{text}").hostname or "").rstrip(".")
-    except ValueError:
-        return ""
+    match = _HOST.fullmatch(text)
+    return "" if match is None else (match[1] or match[2]).lower().removesuffix(".")
 
 
 def is_loopback(name):
@@ -103,7 +102,8 @@ class Log:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return
-        start, status, scope["pydsa.log"] = time.monotonic(), None, {}
+        start, status = time.monotonic(), None
+        scope["pydsa.log"], scope["pydsa.service"] = {}, self._service
 
         async def watched(message):
             nonlocal status

@@ -3,6 +3,7 @@ from typing import Any
 
 from pydsa.answers import Layout
 from pydsa.server.bodies import Fields, Listed, expected, read_fields
+from pydsa.server.constrained import constraint_of, tool_choice
 from pydsa.server.errors import ApiError
 from pydsa.server.openai_forms import Frame, Options, respond, token_text
 
@@ -25,7 +26,6 @@ class ChatRequest(Options):
     tools: Listed[dict[str, Any]] = expected("a list of tools")
     tool_choice: str | dict[str, Any] | None = expected("'auto', 'none', 'required', or an object that names a function")
     parallel_tool_calls: bool | None = expected("true or false")
-    response_format: dict[str, Any] | None = expected("an object with a type")
     reasoning_effort: str | None = expected(f"one of {', '.join(EFFORTS)}", pattern=f"^({'|'.join(EFFORTS)})$")
     thinking: Thinking | None = expected('an object like {"type": "enabled"}')
     chat_template_kwargs: dict[str, Any] | None = expected("an object like {'enable_thinking': true}")
@@ -52,9 +52,12 @@ async def chat_completions(service, request):
     """Answer a conversation."""
     service.ready()
     body = await read_fields(request, ChatRequest)
-    prompt = await service.chat_prompt(body.messages, body.wants_thinking(), body.tools)
+    choice = tool_choice(body.tool_choice, body.tools)
+    tools = None if choice == "none" else body.tools        # a model that sees none calls none
+    prompt = await service.chat_prompt(body.messages, body.wants_thinking(), tools)
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     common = {"ids": prompt.ids, "layout": prompt.layout or Layout(), "n_logprobs": body.n_logprobs(),
+              "constraint": constraint_of(body.wanted(), choice),
               "max_tokens": service.settings.max_tokens if limit is None else limit}
     requests = [common | body.engine_fields(service, i) for i in range(body.n or 1)]
     frame = Frame(service, "chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion")

@@ -1,9 +1,9 @@
 """OpenAI's older endpoint, which continues a text: /v1/completions."""
 import asyncio
-import json
 from typing import Any
 
-from pydsa.server.bodies import expected, read_fields
+from pydsa.server.bodies import expected, read_fields, shown
+from pydsa.server.constrained import constraint_of
 from pydsa.server.errors import ApiError
 from pydsa.server.openai_forms import Frame, Options, respond, token_text
 from pydsa.server.settings import MAX_CHOICES
@@ -40,7 +40,7 @@ class CompletionRequest(Options):
             return [prompt]
         if _are(str, prompt) or isinstance(prompt, list) and prompt and all(_are(int, item) for item in prompt):
             return prompt
-        raise ApiError(400, f"prompt is {json.dumps(prompt):.80}, expected a text, a list of texts, token ids, or a list of lists of them.",
+        raise ApiError(400, f"prompt is {shown(prompt)}, expected a text, a list of texts, token ids, or a list of lists of them.",
                        "prompt", "invalid_type")
 
 
@@ -56,7 +56,8 @@ async def completions(service, request):
     body.check()
     prompts = [await service.tokenize(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
     limit = MAX_TOKENS if service.settings.max_tokens is None else service.settings.max_tokens
-    common = {"n_logprobs": body.logprobs, "max_tokens": limit if body.max_tokens is None else body.max_tokens}
+    common = {"constraint": constraint_of(body.wanted(), "auto"), "n_logprobs": body.logprobs,
+              "max_tokens": limit if body.max_tokens is None else body.max_tokens}
     requests = [common | {"ids": ids} | body.engine_fields(service, i) for ids in prompts for i in range(body.n or 1)]
     answers = service.answers(request.scope, requests)
     echoes = [await _text(service, prompt) for prompt in body.prompts for _ in range(body.n or 1)] if body.echo else None

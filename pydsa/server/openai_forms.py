@@ -9,7 +9,8 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 from pydsa.errors import PydsaError
 from pydsa.requests import Finished, Progress, Written
-from pydsa.server.bodies import Fields, expected
+from pydsa.server.bodies import Fields, expected, shown
+from pydsa.server.constrained import Constrained
 from pydsa.server.errors import ApiError, as_api_error, error_body
 from pydsa.server.service import unless_gone
 from pydsa.server.settings import MAX_CHOICES
@@ -23,7 +24,7 @@ class StreamOptions(Fields):
     include_usage: bool | None = expected("true or false")
 
 
-class Options(Fields):
+class Options(Constrained):
     """Fields of both endpoints: OpenAI's, and those that llama.cpp's server adds."""
     model: str | None = expected("the name of a model")
     stream: bool | None = expected("true or false")
@@ -82,7 +83,7 @@ class Options(Fields):
         stops = [self.stop] if isinstance(self.stop, str) else [] if self.stop is None else self.stop
         if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(text, str) and 0 < len(text) <= MAX_STOP
                                                                             for text in stops):
-            raise ApiError(400, f"stop is {json.dumps(self.stop):.80}, expected a text, or a list of up to {MAX_STOPS} texts, each of 1 to "
+            raise ApiError(400, f"stop is {shown(self.stop)}, expected a text, or a list of up to {MAX_STOPS} texts, each of 1 to "
                                 f"{MAX_STOP} characters.", "stop", "invalid_value")
         return stops
 

@@ -50,11 +50,8 @@ class Server(uvicorn.Server):
         try:
             self.service.start(load())
             log(f"ready: {self.service.name} at {self.url}")
-        except PydsaError as error:
+        except BaseException as error:      # whoever runs the server raises it
             self.failure, self.should_exit = error, True
-        except BaseException as error:
-            self.failure, self.should_exit = error, True
-            raise
 
     def handle_exit(self, sig, frame):
         """A signal came: end soon, or at once if it is the second."""
@@ -102,10 +99,10 @@ def serve(settings, load):
     loading = threading.Thread(target=server.load, args=(load,), name="pydsa loading", daemon=True)
     loading.start()
     server.run(server.sockets)
-    if isinstance(server.failure, PydsaError):
+    if server.failure is not None:
         raise server.failure
-    if loading.is_alive() or server.failure is not None:    # compiling cannot be interrupted
-        os._exit(0 if server.failure is None else 1)
+    if loading.is_alive():      # compiling cannot be interrupted
+        os._exit(0)
 
 
 @contextlib.contextmanager

@@ -18,11 +18,13 @@ MOST_EVENTS = 4096      # of one answer that its client has not read yet; more, 
 class Service:
     """The model behind the endpoints.
 
-    settings: the Settings. model, engine: None until start() was called. metrics: the Metrics.
+    settings: the Settings. model, engine: None until start() was called. metrics: the Metrics. body_bytes: of the bodies that are coming
+    in.
     """
 
     def __init__(self, settings):
         self.settings, self.model, self.engine = settings, None, None
+        self.body_bytes, self._closing = 0, False
         self.metrics, self.created, self.fingerprint = Metrics(self), int(time.time()), None
 
     def start(self, model):
@@ -38,6 +40,7 @@ class Service:
 
     def close(self, timeout=0.0):
         """Take no more requests, and end those that run after `timeout` seconds."""
+        self._closing = True
         if self.engine is not None:
             self.engine.close(timeout)
 
@@ -49,7 +52,9 @@ class Service:
         return os.path.basename(self.model.metadata.path).removesuffix(".gguf")
 
     def ready(self):
-        """Raise ApiError while the model is being loaded."""
+        """Raise ApiError while the model is being loaded, and at the end."""
+        if self._closing:
+            raise ApiError(503, "The server stops, and takes no more requests.")
         if self.engine is None:
             raise ApiError(503, "The model is being loaded; try again soon.", code="loading")
 

@@ -5,6 +5,8 @@ from pydsa.errors import PydsaError
 from pydsa.sampling import Sampling
 
 MAX_BODY = 32 << 20         # bytes of a request's body
+MAX_BODIES = 256 << 20      # bytes of all bodies that are coming in
+MAX_VALUES = 4_000_000      # commas and brackets of a body, as each value takes far more memory than its text
 MAX_HEAD = 64 << 10         # bytes of a request line with its headers
 MAX_CHOICES = 128           # answers to one request
 MAX_DEPTH = 200             # levels of a body: some schemas are deep, but none by hundreds
