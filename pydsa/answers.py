@@ -39,7 +39,8 @@ class Reply:
 
     text, reasoning: str. tool_calls: a list of {"id", "type": "function", "function": {"name", "arguments": JSON text}}.
     finish_reason: "stop" (the model ended its turn, or a stop text came), "tool_calls" (the same, after calls), "length" (max_tokens, or
-    the context was full), or None until then. n_prompt, n_generated: tokens; n_prompt counts those that were not run again too.
+    the context was full), or None until then. n_prompt, n_generated: tokens; n_prompt counts those that were not run again too. stop: the
+    stop text that ended it, or None.
     """
     text: str = ""
     reasoning: str = ""
@@ -47,6 +48,7 @@ class Reply:
     finish_reason: str | None = None
     n_prompt: int = 0
     n_generated: int = 0
+    stop: str | None = None
 
     @property
     def message(self) -> dict:
@@ -72,12 +74,13 @@ class Layout(NamedTuple):
     """How an answer to a prompt is laid out.
 
     opened: the prompt ends inside of reasoning. thinks: the model may begin with <think>. form: the Form of calls to look for, or None.
-    tools: those that were offered.
+    tools: those that were offered. single_call: the answer ends after its first call.
     """
     opened: bool = False
     thinks: bool = False
     form: Form | None = None
     tools: list | None = None
+    single_call: bool = False
 
     def shown(self, tokenizer):
         """The ids of control tokens that are part of the layout's marks."""
@@ -130,14 +133,14 @@ class Reader:
 
     def __init__(self, tokenizer, stop=None, layout=None):
         layout = layout or Layout()
-        self.reply, self.stopped = Reply(), False
+        self.reply, self.stopped, self._single_call = Reply(), False, layout.single_call
         self._decoder = tokenizer.decoder(layout.shown(tokenizer))
         self._stops, self._splitter = Stops(stop), Splitter(layout)
 
     def push(self, token) -> list[Piece]:
         """Add an id -> the pieces that are certain now.
 
-        `stopped` tells whether a stop text came: the answer then ends.
+        `stopped` tells whether a stop text came, or the only call that may: the answer then ends.
         """
         self.reply.n_generated += 1
         text, self.stopped = self._stops.push(self._decoder.push(token))
@@ -153,13 +156,20 @@ class Reader:
             text, self.stopped = self._stops.push(self._decoder.flush())
             text += "" if self.stopped else self._stops.flush()
         pieces = self._add([*self._splitter.push(text), *self._splitter.flush()])
+        self.reply.stop = self._stops.found
         self.reply.finish_reason = "length" if cut_off and not self.stopped else "tool_calls" if self.reply.tool_calls else "stop"
         return pieces
 
     def _add(self, pieces):
+        """Add pieces to the reply -> those added: none after the only call that may come."""
+        added = []
         for piece in pieces:
+            if self._single_call and self.reply.tool_calls:
+                break
             self.reply.add(piece)
-        return pieces
+            added.append(piece)
+        self.stopped |= self._single_call and bool(self.reply.tool_calls)
+        return added
 
     def read(self, ids: Iterable[int], max_tokens=None, n_prompt=0) -> Stream:
         """The Stream of an answer with these ids.
@@ -198,14 +208,14 @@ def find_held(text, marks):
 class Stops:
     """Cuts a text at the first of some stop texts, whatever its pieces are.
 
-    stop: a str, a list of str, or None. What may be the beginning of a stop text is held back.
+    stop: a str, a list of str, or None. What may be the beginning of a stop text is held back. found: the stop text that came, or None.
     """
 
     def __init__(self, stop=None):
         listed = [stop] if isinstance(stop, str) else [] if stop is None else stop
         if not isinstance(listed, (list, tuple)) or not all(isinstance(text, str) and text for text in listed):
             raise PydsaError(f"stop is {stop!r:.80}, expected a text or a list of texts, none of them empty")
-        self._texts, self._held = list(listed), ""
+        self._texts, self._held, self.found = list(listed), "", None
 
     def push(self, text):
         """Add a piece -> (the text that is certain now, whether a stop came)."""
@@ -214,8 +224,9 @@ class Stops:
         text = self._held + text
         found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self._texts if stop in text]
         if found:       # the first that is complete, so that the result does not depend on the pieces
-            self._held = ""
-            return text[:min(found)[1]], True
+            end, start = min(found)
+            self._held, self.found = "", text[start:end]
+            return text[:start], True
         n = len(text) - find_held(text, self._texts)
         self._held = text[n:]
         return text[:n], False
