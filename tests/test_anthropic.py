@@ -186,12 +186,14 @@ def test_the_beginning_of_the_answer(says):
 
 def test_white_space_alone_is_no_block():
     def kinds(*pieces):
-        message = Message("m", 9)
-        heard = [*message.heard(Started(1, 0, 0)), *message.heard(Written(list(pieces), None)),
-                 *message.heard(Finished(Reply(), Timings(1, 0, 1, 0, 0, 0)))]
-        return [(event["content_block"]["type"], "".join(
-            other["delta"].get("text", "") for other in heard if other["type"] == "content_block_delta" and other["index"] == event["index"]))
-            for event in heard if event["type"] == "content_block_start"]
+        message, blocks = Message("m", 9), []
+        for event in Started(1, 0, 0), Written(list(pieces), None), Finished(Reply(), Timings(1, 0, 1, 0, 0, 0)):
+            for data in message.heard(event):
+                if data["type"] == "content_block_start":
+                    blocks.append((data["content_block"]["type"], ""))
+                elif data["type"] == "content_block_delta":
+                    blocks[-1] = blocks[-1][0], blocks[-1][1] + data["delta"].get("text", "")
+        return blocks
     a_call = Piece("x", "tool_call", {"id": "1", "function": {"name": "f", "arguments": "{}"}})
     assert kinds(Piece("\n"), a_call, Piece("\n"), a_call) == [("tool_use", ""), ("tool_use", "")]
     assert kinds(Piece("\n"), Piece(" a"), Piece(" "), Piece("b")) == [("text", "\n a b")]
