@@ -37,9 +37,11 @@ GLM_TEMPLATE = """[gMASK]<sop>{% if tools %}<|system|>
 
 V31_TEMPLATE = """{% for m in messages %}{% if m.role == 'assistant' %}{% if loop.previtem.role != 'tool' -%}
 <｜Assistant｜></think>{% endif %}{{ m.content }}{% if m.tool_calls %}<｜tool▁calls▁begin｜>{% for c in m.tool_calls -%}
-<｜tool▁call▁begin｜>{{ c.function.name }}<｜tool▁sep｜>{{ c.function.arguments }}<｜tool▁call▁end｜>{% endfor %}<｜tool▁calls▁end｜>{% endif %}<｜end▁of▁sentence｜>{% elif m.role == 'user' %}<｜User｜>{{ m.content -}}
-{% elif m.role == 'tool' -%}
-<｜tool▁output▁begin｜>{{ m.content }}<｜tool▁output▁end｜>{% else %}{{ m.content }}{% endif %}{% endfor -%}
+<｜tool▁call▁begin｜>{{ c.function.name }}<｜tool▁sep｜>{{ c.function.arguments }}<｜tool▁call▁end｜>{% endfor -%}
+<｜tool▁calls▁end｜>{% endif %}<｜end▁of▁sentence｜>
+{%- elif m.role == 'user' %}<｜User｜>{{ m.content }}
+{%- elif m.role == 'tool' %}<｜tool▁output▁begin｜>{{ m.content }}<｜tool▁output▁end｜>
+{%- else %}{{ m.content }}{% endif %}{% endfor -%}
 {% if add_generation_prompt and messages[-1].role != 'tool' %}<｜Assistant｜>{{ '<think>' if thinking else '</think>' }}{% endif %}"""
 
 _KIMI = {f"<|im_{name}|>": CONTROL for name in ("system", "user", "assistant", "middle", "end")}

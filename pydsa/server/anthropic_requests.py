@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ConfigDict, Field
 
 from pydsa.server.bodies import Fields, Listed, expected, shown
-from pydsa.server.errors import ApiError
+from pydsa.server.errors import NO_THREADS, ApiError
 from pydsa.server.openai_forms import MAX_STOP, MAX_STOPS
 
 BILLING = "x-anthropic-billing-header:"     # a line that some agents put into the system text, with another number each time
@@ -48,6 +48,7 @@ class CountRequest(Fields):
     service_tier: Any = None
     speed: Any = None
     user_profile_id: Any = None
+    thread: Any = None
 
     def wants_thinking(self):
         """Whether the model shall reason first; None: as the server's settings say."""
@@ -137,6 +138,9 @@ def conversation(body):
     prefill: the beginning of the answer that the last message gives, or None. Thinking becomes reasoning_content; what the model's format
     keeps of it is chat.py's matter. Thinking that is redacted cannot be read, and is left out. Raises ApiError.
     """
+    if body.thread is not None:
+        sentence = "thread is given, but this server keeps no conversations: send all messages, without thread."
+        raise ApiError(400, sentence, "thread", NO_THREADS)
     if not body.messages:
         raise wrong("messages", "is an empty list, expected at least one message")
     system = _system(body.system)

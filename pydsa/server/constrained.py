@@ -1,4 +1,4 @@
-"""Fields that restrict what the model may write, as the constraint of a request."""
+"""Fields that restrict what the model may write, and their constraint."""
 from typing import Any
 
 from pydsa.server.bodies import Fields, expected, shown
