@@ -1,4 +1,4 @@
-"""A model that writes what a test says, token by token, in the format of a published model.
+"""Models that write what a test says, in formats of published models.
 
     model = scripted("kimi", path)
     model.writes = "Hello"              # or a function of the prompt's text

@@ -160,7 +160,7 @@ def test_one_call_and_its_result(clients, name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_no_calls(clients, name):
-    """Text that looks like a call, a call that is none, a call cut off by max_tokens."""
+    """Text that looks like a call, one that is none, one that is cut off."""
     both, text = clients(name), FORMATS[name][3]
     for written, limit in (LOOKS, 3000), (text[:text.index("Kö")] + " no", 3000), (text, len("I look.") + 20):
         both.model.writes, cut = written, limit < 3000
@@ -175,7 +175,7 @@ def test_no_calls(clients, name):
 
 
 def test_tool_runner(clients):
-    """The loop of the package anthropic calls a Python function and ends with the answer."""
+    """The package anthropic calls a Python function itself."""
     called = []
 
     @anthropic.beta_tool

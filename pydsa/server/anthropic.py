@@ -27,7 +27,8 @@ async def messages(service, request):
     choice, single_call = body.choice()
     constraint = constraint_of(body.wanted(), choice)
     prompt = await _prompt(service, body, choice)
-    layout = prompt.layout._replace(single_call=single_call)
+    # A call that has begun is only sure to become one where a constraint completes it.
+    layout = prompt.layout._replace(single_call=single_call, streams_calls=bool(body.stream) and constraint is not None)
     answers = service.answers(request.scope, [{"ids": prompt.ids, "layout": layout, "stop": stops, "sampling": sampling,
                                                "max_tokens": body.max_tokens, "constraint": constraint}])
     headers = {"request-id": f"req_{secrets.token_hex(12)}"}
@@ -113,7 +114,7 @@ class Message:
 
     def __init__(self, model, max_tokens):
         self._model, self._max_tokens = model, max_tokens
-        self._kind, self._index = None, -1      # of the block that is open
+        self._kind, self._index, self._call = None, -1, None        # of the block that is open; the id of the call in it
         self._blank = ""                        # white space before a text, which may belong to no text
 
     def heard(self, event):
@@ -154,11 +155,19 @@ class Message:
         elif piece.kind == "reasoning":
             yield from self._open("thinking", thinking="", signature="")
             yield self._delta("thinking_delta", str(piece))
-        elif piece.kind == "tool_call":
-            call = piece.call
+        elif piece.kind in ("call_delta", "tool_call"):
+            yield from self._called(piece.call, complete=piece.kind == "tool_call")
+
+    def _called(self, call, complete):
+        """The events of a call, or of a part of it: what was not given of it before."""
+        function, begun = call["function"], self._call == call["id"]
+        if not begun:
             yield from self._close()
-            yield from self._open("tool_use", id=call["id"], name=call["function"]["name"], input={})
-            yield self._delta("input_json_delta", call["function"]["arguments"])
+            yield from self._open("tool_use", id=call["id"], name=function["name"], input={})
+        if not (begun and complete) and function["arguments"]:
+            yield self._delta("input_json_delta", function["arguments"])
+        self._call = call["id"]
+        if complete:
             yield from self._close()
 
     def _open(self, kind, **fields):
@@ -174,7 +183,7 @@ class Message:
         if self._kind == "thinking":
             yield {"type": "content_block_delta", "index": self._index, "delta": {"type": "signature_delta", "signature": SIGNATURE}}
         if self._kind is not None:
-            self._kind = None
+            self._kind = self._call = None
             yield {"type": "content_block_stop", "index": self._index}
 
     def _delta(self, kind, text):
