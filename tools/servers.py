@@ -73,10 +73,14 @@ PEERS = {"llama-server": llama_server_command, "llama-cpp-python": llama_cpp_pyt
 
 
 class Client:
-    """Asks a server that listens at a port of this machine."""
+    """Asks a server that listens at a port of this machine.
+
+    pid: of its process; log(): what that has written; code: with what it ended; all None if it was not started by started().
+    """
 
     def __init__(self, port, load):
-        self.port, self.load, self.pid = port, load, None
+        self.port, self.load = port, load
+        self.pid, self.log, self.code = None, None, None
 
     def get(self, path):
         """The status of a GET; 0 while nobody listens."""
@@ -161,7 +165,7 @@ def started(command, load):
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen([*command, "--port", str(client.port)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-        client.pid = child.pid
+        client.pid, client.log = child.pid, lambda: _text(log)
         try:
             end = time.monotonic() + STARTS
             while not client.ready():
@@ -173,14 +177,17 @@ def started(command, load):
         finally:
             child.terminate()
             try:
-                child.wait(ENDS)
+                client.code = child.wait(ENDS)
             except subprocess.TimeoutExpired:
                 child.kill()
-                child.wait()
+                client.code = child.wait()
+
+
+def _text(log):
+    """All that is in a file, to whose end a process writes."""
+    return os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode(errors="replace")
 
 
 def _last_line(log):
-    log.seek(0)
-    lines = log.read().decode(errors="replace").split("\n")
-    lines = [line.strip() for line in lines if line.strip()]
+    lines = [line.strip() for line in _text(log).split("\n") if line.strip()]
     return f"it wrote: {lines[-1]:.300}" if lines else "it wrote nothing"
