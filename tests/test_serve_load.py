@@ -60,7 +60,7 @@ def run(model_path, *args):
 
 
 def test_the_engine_beside_a_peer(model_path, tmp_path):
-    """Both get the same prompts, no two of which are alike, and the same options; no server is left."""
+    """Both get the same load, of prompts that differ; no server is left."""
     peer = program(tmp_path / "llama-server", STANDING.format(python=sys.executable, notes=str(tmp_path / "notes")))
     done = run(model_path, "--engine", "--streams", "1,2", "--peer", "llama-server", peer, "-o", "json")
     assert done.exit_code == 0, done.output
@@ -140,7 +140,7 @@ def test_the_fastest_round_counts():
 
 
 def test_commands():
-    """Contexts of one size for each conversation, and the same threads; repacking is off unless it is asked for."""
+    """The same threads and contexts; repacking is off unless it is asked for."""
     load = Load("m.gguf", 3, 4, 512)
     assert pydsa_command(load, "--reproducible")[1:] == ["-m", "pydsa", "serve", "m.gguf", "-t", "3", "-tb", "3", "-np", "4", "-c", "512",
                                                          "--reproducible"]

@@ -19,7 +19,7 @@ def model(small_model, load):
 
 @pytest.fixture(scope="module")
 def alone(model):
-    """The requests of a catalogue, and their answers by a server with one slot and no cache."""
+    """Requests, and their answers by a server with one slot and no cache."""
     with serving(model, n_parallel=1, cache_bytes=0, keys=KEYS, timeout=20.0) as server:
         port = address(server)[1]
         names = [name for name, why in available(Worker(Soak(port, 1, [], []))).items() if not why and name != "tools"]     # long prompts
@@ -35,7 +35,7 @@ def server(model, tmp_path_factory):
 
 
 def test_a_short_soak(server, alone):
-    """Clients come and go; whoever stays gets the answer that the request has alone."""
+    """Clients come and go; whoever stays gets the answer given alone."""
     soak = Soak(address(server)[1], 1, *alone)
     soak.run(range(150), 8)
     assert soak.failures == [] and list(at_the_end(soak)) == []

@@ -1,4 +1,4 @@
-"""Thousands of mixed requests against pydsa's server, with clients that go away.
+"""Thousands of mixed requests to pydsa's server, and clients that leave.
 
     python tools/serve_soak.py --requests 10000 --reproducible
     python tools/serve_soak.py model.gguf --requests 2000 --seed 7
@@ -77,7 +77,10 @@ class Worker:
             self._kept.close()
 
     def answer(self, ask, key=asked.KEYS[0], stream=False, keep=False):
-        """The answer to an Ask, as soak_requests reads it; while the queue is full it is asked again."""
+        """The answer to an Ask, as soak_requests reads it.
+
+        While the queue is full it is asked again. Raises Wrong for all but an answer.
+        """
         body = ask.body | ({"stream": True} if stream else {})
         if stream and ask.path != asked.MESSAGES:
             body["stream_options"] = {"include_usage": True}
@@ -100,7 +103,7 @@ class Worker:
             raise Wrong(f"the answer cannot be read ({type(error).__name__}: {error}): {data.decode(errors='replace'):.300}") from None
 
     def leave(self, source, ask, key):
-        """Send a request, or a part of it, read some of its answer or none, and go away."""
+        """Send a request, or a part, read some of its answer or none, and go."""
         body = json.dumps(ask.body | {"stream": source.random() < 0.7, "max_tokens": source.choice((8, 64, 400))}).encode()
         lines = [f"POST {ask.path} HTTP/1.1", f"host: {HOST}", f"authorization: Bearer {key}", f"content-length: {len(body)}",
                  "connection: close", "", ""]
@@ -260,7 +263,7 @@ def available(worker):
 
 
 def answers_alone(port, asks):
-    """The answer to each Ask by a server with one slot, which is emptied before."""
+    """The answer to each Ask by a server with one slot, emptied before each."""
     worker, answers = Worker(Soak(port, 0, [], [])), []
     for ask in asks:
         worker.exchange("POST", "/slots/0?action=erase")
@@ -295,9 +298,9 @@ def at_the_end(soak, seconds=20):
 
 
 def grown(memory, n):
-    """(bytes after the first fifth of n requests, bytes in the last); None if too little is known.
+    """(bytes after the first fifth of n requests, bytes in the last fifth).
 
-    After less than hundreds of requests caches still grow.
+    None if that tells nothing: in hundreds of requests caches still grow.
     """
     if n < ENOUGH:
         return None
@@ -317,7 +320,7 @@ def open_files(pid):
 
 
 def settled(pid, n, seconds=10):
-    """The open files of a process, as soon as they are n or fewer, or after some seconds."""
+    """The open files of a process, once they are n or fewer, or in the end."""
     end = time.monotonic() + seconds
     while (now := open_files(pid)) > n and time.monotonic() < end:
         time.sleep(0.1)
@@ -331,7 +334,7 @@ def curve(memory, n, points=10):
 
 
 def soak_server(server, asks, expected, numbers, seed, workers, tell):
-    """Run the requests of some numbers on a server that has started -> (Soak, problems).
+    """Run the requests of some numbers on a server -> (Soak, problems).
 
     problems: what is wrong beside the failures of the Soak, in words.
     """

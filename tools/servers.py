@@ -1,4 +1,4 @@
-"""Servers as child processes, pydsa's and those of llama.cpp, and streams of text from them.
+"""Servers of pydsa and llama.cpp as child processes, and a client.
 
     with started(pydsa_command(load), load) as server:
         stream = server.ask("Once upon a time", 64)

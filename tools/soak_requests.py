@@ -120,7 +120,7 @@ def can_stream(path):
 
 
 def whole_answer(path, body):
-    """What an answer says, without its ids and times, so that two can be compared."""
+    """What an answer says, without ids and times: two can be compared."""
     if path == MESSAGES:
         names = ("type", "text", "thinking", "name", "input")
         blocks = [{name: block[name] for name in names if name in block} for block in body["content"]]
@@ -139,7 +139,10 @@ def _choice(choice, message):
 
 
 def streamed_answer(path, events):
-    """The same of the events of a stream; raises ValueError for a stream that has an error or no end."""
+    """The same of the events of a stream.
+
+    Raises ValueError for one that has an error or no end.
+    """
     for event in events:
         if "error" in event:
             raise ValueError(f"the stream has an error: {json.dumps(event['error']):.300}")
