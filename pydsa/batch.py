@@ -1,4 +1,4 @@
-"""Batch decodes one token of each of several sessions in one step.
+"""Batch runs tokens of several sessions in one step.
 
 The weights are read once for all tokens; each token attends to the caches of its own session.
 """
@@ -8,7 +8,7 @@ import numpy as np
 
 from pydsa.errors import DamagedWeightsError, PydsaError
 
-KEPT = 32       # bound steps; one is as good for later steps of the same sessions
+KEPT = 32       # bound steps; one is as good for later tokens of the same sessions
 
 
 class Batch:
@@ -16,51 +16,58 @@ class Batch:
 
     def __init__(self, runner, setup):
         self._runner, self._setup = runner, setup
-        self._bound = collections.OrderedDict()     # (variant, sessions) -> Bound, the last used at the end
+        self._bound = collections.OrderedDict()     # (variant, *sessions) -> Bound of a token of each, the last used at the end
 
-    def decode(self, sessions, tokens):
-        """Append a token to each session -> what came of it, for each.
+    def run(self, sessions, ids):
+        """Append tokens to each session -> what came of it, for each.
 
-        That is the logits after it, float32 [n_vocab], or a PydsaError, where the session has stayed as it was. sessions: different ones,
-        at most n_ubatch. tokens: ids of the vocabulary.
+        That is the logits after the last one, float32 [n_vocab], or a PydsaError, where the session has stayed as it was. sessions:
+        different ones. ids: for each a list of ids of the vocabulary, together at most n_ubatch.
         """
-        results = [session.full(1) if session.n_past == self._setup.n_ctx else None for session in sessions]
-        open_ = [i for i, result in enumerate(results) if result is None]
-        for i, answer in zip(open_, self._step([sessions[i] for i in open_], [tokens[i] for i in open_])):
+        results = [session.full(len(mine)) if session.n_past + len(mine) > self._setup.n_ctx else None
+                   for session, mine in zip(sessions, ids)]
+        fit = [i for i, result in enumerate(results) if result is None]
+        for i, answer in zip(fit, self._step([sessions[i] for i in fit], [list(ids[i]) for i in fit])):
             results[i] = answer
         return results
 
-    def _step(self, sessions, tokens):
+    def _step(self, sessions, ids):
         if len(sessions) < 2:
-            return [_alone(session, token) for session, token in zip(sessions, tokens)]
+            return [_alone(session, mine) for session, mine in zip(sessions, ids)]
         logits = np.empty((len(sessions), self._setup.config.n_vocab), np.float32)
+        # The last tokens, whose logits are wanted, come behind all others: as parts of their own, which see what the others write.
+        parts = [(session, mine[:-1], session.n_past) for session, mine in zip(sessions, ids) if len(mine) > 1]
+        parts += [(session, mine[-1:], session.n_past + len(mine) - 1) for session, mine in zip(sessions, ids)]
+        positions = np.concatenate([np.arange(first, first + len(some)) for _, some, first in parts])
         try:
-            self._bind(sessions).run(tokens, [session.n_past for session in sessions], logits)
+            self._bind(parts, len(sessions)).run([token for _, some, _ in parts for token in some], positions, logits)
         except DamagedWeightsError:     # of one of them, perhaps
-            return [_alone(session, token) for session, token in zip(sessions, tokens)]
-        for session, token in zip(sessions, tokens):
-            session.tokens.append(token)
+            return [_alone(session, mine) for session, mine in zip(sessions, ids)]
+        for session, mine in zip(sessions, ids):
+            session.tokens.extend(mine)
         return list(logits)
 
-    def _bind(self, sessions):
-        """The Bound of a step, in the variant that the longest context needs.
+    def _bind(self, parts, n_outputs):
+        """The Bound of a step, in the absorbed form that the longest context needs.
 
-        A token of a context of up to top_k keys chooses all of them there: its sums are those of the variant that it takes alone.
+        A token of a context of up to top_k keys chooses all of them there: its sums are those of the form that it takes alone.
         """
-        variant = self._setup.schedule.variant(max(session.n_past for session in sessions), 1)
-        key = variant, *sessions
-        bound = self._bound.pop(key, None)
+        variant = self._setup.schedule.variant(max(first + len(some) for _, some, first in parts) - 1, 1)
+        repeats = len(parts) == n_outputs
+        key = variant, *(session for session, _, _ in parts)
+        bound = self._bound.pop(key, None) if repeats else None
         if bound is None:
-            bound = self._runner.bind_together(variant, [session.caches for session in sessions], again=True)
-        self._bound[key] = bound
-        if len(self._bound) > KEPT:
-            self._bound.popitem(last=False)
+            bound = self._runner.bind_together(variant, [(session.caches, len(some)) for session, some, _ in parts], n_outputs, repeats)
+        if repeats:
+            self._bound[key] = bound
+            if len(self._bound) > KEPT:
+                self._bound.popitem(last=False)
         return bound
 
 
-def _alone(session, token):
-    """The logits after a token, or a PydsaError."""
+def _alone(session, ids):
+    """The logits after some tokens, or a PydsaError."""
     try:
-        return session.decode(token)
+        return session.prefill(ids)
     except PydsaError as error:
         return error

@@ -28,6 +28,8 @@ from pydsa.sampling import Sampler
 from pydsa.session import check_ids, check_max_tokens
 
 CHUNK = 512         # tokens of a prompt that run together while others wait for theirs
+SHORT = 128         # tokens of the prompts that share a step
+SAME = 16           # tokens at the beginning of two prompts that are not worth waiting for
 ALIKE = 0.1         # the least share of a prompt that a slot must hold to be taken for that
 MOST_PARALLEL = 256
 
@@ -64,6 +66,15 @@ class _Slot:
             return 0
         n = common_length(np.array(self.session.tokens, np.int32), np.asarray(ticket.request.ids, np.int32))
         return n if n >= ALIKE * len(ticket.request.ids) else 0
+
+
+def _join(a, b):
+    """Whether the rest of two prompts may run in one step.
+
+    They must be short. Where they begin alike one waits instead, and takes what the other has run.
+    """
+    rests = [slot.ids[slot.session.n_past:] for slot in (a, b)]
+    return max(map(len, rests)) <= SHORT and (a.owner != b.owner or common_length(*rests) < SAME)
 
 
 class Engine:
@@ -233,30 +244,37 @@ class Engine:
             if slot.ticket is not None and slot.ticket.cancelled:
                 self._end(slot, Failed(Cancelled("the request was cancelled")))
         stats = self.stats
-        stats.n_waiting, stats.n_busy = len(self._waiting), sum(slot.ticket is not None for slot in self._slots)
+        stats.n_waiting, stats.n_busy = len(self._waiting), self._n_busy
         stats.cache_bytes, stats.cache_file_bytes = self._prefixes.n_bytes, self._prefixes.n_file_bytes
 
     def _run_chunk(self):
-        """Run a chunk of one prompt; prompts take turns."""
+        """Run a chunk of one prompt, or several short ones; prompts take turns."""
         prompts = [slot for slot in self._slots if slot.state == "prompt"]
         if not prompts:
             return
-        self._turn += 1
-        slot = min(prompts, key=lambda slot: (slot.number - self._turn) % self.n_parallel)
-        self._turn = slot.number
-        alone = sum(slot.ticket is not None for slot in self._slots) == 1
-        with self._failing(slot, slot.ticket):
-            self._take_prefix(slot)
-            session, n = slot.session, len(slot.ids)
-            start, n_past = time.monotonic(), session.n_past
-            logits = session.prefill(slot.ids[n_past:n_past + (self.model.n_ubatch if alone else CHUNK)])
-            self.stats.prompt_seconds += time.monotonic() - start
-            self.stats.n_prompt += session.n_past - n_past
-            self._say(slot.ticket, Progress(session.n_past, n))
-            self._prefixes.add(slot.owner, session)     # others may begin alike, and wait already
-            if session.n_past == n:
-                slot.first = time.monotonic()
-                self._take_token(slot, logits)
+        prompts.sort(key=lambda slot: (slot.number - self._turn - 1) % self.n_parallel)
+        most = min(CHUNK if self._n_busy > 1 else self.model.n_ubatch, self.model.n_ubatch)
+        chosen = []
+        for slot in prompts:
+            with self._failing(slot, slot.ticket):
+                self._take_prefix(slot)
+                n = len(slot.ids) - slot.session.n_past
+                if not chosen or n + sum(len(ids) for _, ids in chosen) <= most and all(_join(slot, other) for other, _ in chosen):
+                    chosen.append((slot, slot.ids[slot.session.n_past:][:most].tolist()))
+                    self._turn = slot.number
+        start = time.monotonic()
+        results = self._batch.run([slot.session for slot, _ in chosen], [ids for _, ids in chosen])
+        self.stats.prompt_seconds += time.monotonic() - start
+        for (slot, ids), result in zip(chosen, results):
+            with self._failing(slot, slot.ticket):
+                if isinstance(result, PydsaError):
+                    raise result
+                self.stats.n_prompt += len(ids)
+                self._say(slot.ticket, Progress(slot.session.n_past, len(slot.ids)))
+                self._prefixes.add(slot.owner, slot.session)     # others may begin alike, and wait already
+                if slot.session.n_past == len(slot.ids):
+                    slot.first = time.monotonic()
+                    self._take_token(slot, result)
 
     def _take_prefix(self, slot):
         """Take what is cached of a prompt, before each of its chunks."""
@@ -290,7 +308,7 @@ class Engine:
             return
         start = time.monotonic()
         try:
-            results = self._batch.decode([slot.session for slot in slots], [slot.token for slot in slots])
+            results = self._batch.run([slot.session for slot in slots], [[slot.token] for slot in slots])
         except PydsaError as error:
             results = [error] * len(slots)
         self.stats.n_steps += 1
@@ -335,6 +353,10 @@ class Engine:
                           slot.first - slot.begun, end - slot.first)
         self._end(slot, Finished(ticket.reader.reply, timings))
         self._prefixes.add(slot.owner, slot.session)
+
+    @property
+    def _n_busy(self):
+        return sum(slot.ticket is not None for slot in self._slots)
 
     @contextlib.contextmanager
     def _failing(self, slot, ticket):

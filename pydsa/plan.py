@@ -111,11 +111,12 @@ def lay_out(graph, max_tokens, float_size=4, side_by_side=False):
 class Runner:
     """Runs the graphs of one model on one backend.
 
-    It owns the buffer of intermediate values, and the weights in the backend's form.
+    It owns the buffer of intermediate values, and the weights in the backend's form. reproducible: a token's products with them are the
+    same in steps of any shape.
     """
 
-    def __init__(self, backend, layouts, threads, threads_batch):
-        self.backend, self.threads, self.threads_batch = backend, threads, threads_batch
+    def __init__(self, backend, layouts, threads, threads_batch, reproducible=False):
+        self.backend, self.threads, self.threads_batch, self._reproducible = backend, threads, threads_batch, reproducible
         self.layouts = layouts      # variant -> Layout
         self.dtypes = {"float": np.dtype(backend.FLOAT), "int32": np.dtype(np.int32), "int64": np.dtype(np.int64)}
         self._buffer = backend.empty((max(layout.n_bytes for layout in layouts.values()),), np.uint8)
@@ -143,12 +144,13 @@ class Runner:
     def weight(self, tensor):
         """A tensor in the backend's form, made once."""
         if tensor.name not in self._weights:
-            self._weights[tensor.name] = self.backend.weight(tensor.read())
+            self.read(tensor)
         return self._weights[tensor.name]
 
     def read(self, tensor):
         """Make a tensor in the backend's form, again if it was made before."""
-        self._weights[tensor.name] = self.backend.weight(tensor.read())
+        w = self.backend.weight(tensor.read())
+        self._weights[tensor.name] = self.backend.reproducible(w) if self._reproducible else w
 
     def _constant(self, values):
         if id(values) not in self._constants:
@@ -160,43 +162,43 @@ class Runner:
 
         Its calls are [(node, function, args)], where every argument is an array of the backend or a number. again: the step repeats.
         """
-        return self._bind(variant, [caches], n_tokens, n_outputs, again)
+        return self.bind_together(variant, [(caches, n_tokens)], n_outputs, again)
 
-    def bind_together(self, variant, caches, again=False):
-        """The Bound of a step of one token of each of several sessions.
+    def bind_together(self, variant, parts, n_outputs, again=False):
+        """The Bound of a step of tokens of several sessions.
 
-        caches: a list of the sessions' caches, in the order of the tokens. All tokens have logits. Weights are read once for all of them;
-        an op that needs the rows of one context is called for each.
+        parts: pairs of a session's caches and its number of tokens, in the order of the tokens. A session may have several parts. The last
+        n_outputs tokens have logits. Weights are read once for all tokens; an op that needs the rows of one context is called for each
+        part.
         """
-        return self._bind(variant, caches, len(caches), len(caches), again)
-
-    def _bind(self, variant, contexts, n_tokens, n_outputs, again):
-        """The Bound of a step; with several contexts, each has one token."""
-        layout = self.layouts[variant]
+        layout, n_tokens, contexts = self.layouts[variant], 0, []
+        for caches, n in parts:
+            contexts.append((caches, slice(n_tokens, n_tokens + n)))
+            n_tokens += n
         assert n_outputs <= n_tokens <= layout.max_tokens
         roots = {value: self._array(value, offset, n_tokens) for value, offset in layout.offsets.items()}
 
-        def argument(a, row=None):
+        def argument(a, caches, rows=slice(None)):
             if isinstance(a, Value):
                 if a.root not in roots:
                     roots[a.root] = self._output_array(a.root, n_outputs)
                 array = a.array(roots, n_outputs)
-                return array if row is None else array[row:row + 1]
+                return array if rows == slice(None) else array[rows]
             if isinstance(a, Tensor):
                 return self.weight(a)
             if isinstance(a, np.ndarray):
                 return self._constant(a)
-            return contexts[row or 0][a].rows if isinstance(a, CacheRef) else a
+            return caches[a].rows if isinstance(a, CacheRef) else a
 
         graph = layout.graph
         calls, levels = [], []
         for level, node in layout.nodes:
             if not n_outputs and node.for_outputs:
                 continue
-            for row in range(len(contexts)) if len(contexts) > 1 and node.of_one_context else [None]:
-                calls.append((node, getattr(self.backend, node.op), tuple(argument(a, row) for a in node.args)))
+            for context in contexts if len(contexts) > 1 and node.of_one_context else [(contexts[0][0],)]:
+                calls.append((node, getattr(self.backend, node.op), tuple(argument(a, *context) for a in node.args)))
                 levels.append(level)
-        output = argument(graph.output) if n_outputs else None
+        output = argument(graph.output, None) if n_outputs else None
         return Bound(self, roots[graph.ids], roots[graph.positions], calls, levels, output, again)
 
 
@@ -241,8 +243,8 @@ class Bound:
     def run(self, ids, n_past, logits, observe=None):
         """Run one step: tokens `ids` at positions n_past, n_past + 1, ...
 
-        n_past: an integer; for a step of several contexts a list, the position of each one's token. The logits of the last tokens are
-        written to `logits`, [n_outputs, n_vocab]. observe(node, arrays) is called after each op with the arrays that it wrote. Raises
+        n_past: an integer; for a step of several sessions the positions of all tokens. The logits of the last tokens are written to
+        `logits`, [n_outputs, n_vocab]. observe(node, arrays) is called after each op with the arrays that it wrote. Raises
         DamagedWeightsError if a choice of keys or experts met a value that is not finite.
         """
         backend = self.runner.backend

@@ -19,6 +19,10 @@ def sessions_of(model, lengths):
     return sessions
 
 
+def one_each(tokens):
+    return [[token] for token in tokens]
+
+
 def alone(model, lengths, tokens):
     """The logits after each token of each session, [step][session]."""
     return list(zip(*([session.decode(t) for t in mine] for session, mine in zip(sessions_of(model, lengths), tokens))))
@@ -33,7 +37,7 @@ def test_logits_are_those_of_each_session_alone(small_model, load, spec, options
     tokens = [IDS[40 + 5 * i:45 + 5 * i] for i in range(len(LENGTHS))]
     expected, sessions, batch = alone(model, LENGTHS, tokens), sessions_of(model, LENGTHS), Batch(model.runner, model.setup)
     for step, column in enumerate(zip(*tokens)):
-        for got, logits in zip(batch.decode(sessions, column), expected[step]):
+        for got, logits in zip(batch.run(sessions, one_each(column)), expected[step]):
             assert np.array_equal(got, logits)
     assert [session.n_past for session in sessions] == [n + 5 for n in LENGTHS]
     assert sessions[1].tokens == IDS[1:31] + tokens[1]
@@ -47,14 +51,14 @@ def test_many_sessions(small_model, load):
     expected, sessions, batch = alone(model, lengths, tokens), sessions_of(model, lengths), Batch(model.runner, model.setup)
     order = [4, 2, 8, 0, 1, 7, 6, 3, 5]
     for step, column in enumerate(zip(*tokens)):
-        for i, got in zip(order, batch.decode([sessions[i] for i in order], [column[i] for i in order])):
+        for i, got in zip(order, batch.run([sessions[i] for i in order], one_each(column[i] for i in order))):
             np.testing.assert_allclose(got, expected[step][i], rtol=1e-3, atol=1e-4)
 
 
 def test_only_a_full_session_gets_an_error(small_model, load):
     model = load(small_model(), n_ctx=32)
     sessions, batch = sessions_of(model, [32, 5, 6]), Batch(model.runner, model.setup)
-    full, *others = batch.decode(sessions, [1, 2, 3])
+    full, *others = batch.run(sessions, [[1], [2], [3]])
     assert isinstance(full, ContextFullError) and "32 are in use and 1 more do not fit" in str(full)
     assert sessions[0].n_past == 32 and [session.n_past for session in sessions[1:]] == [6, 7]
     expected = [session.decode(token) for session, token in zip(sessions_of(model, [32, 5, 6])[1:], [2, 3])]
@@ -67,11 +71,11 @@ def test_only_the_session_that_met_damage_gets_an_error(small_model, load, monke
     sessions, batch = sessions_of(model, [4, 5]), Batch(model.runner, model.setup)
     expected = sessions_of(model, [4, 5])[1].decode(8)
 
-    def damaged(token):
+    def damaged(ids):
         raise DamagedWeightsError("the weights are damaged")
-    monkeypatch.setattr(sessions[0], "decode", damaged)
-    monkeypatch.setattr(batch, "_bind", lambda chosen: type("Bound", (), {"run": lambda self, *args: damaged(0)})())
-    first, second = batch.decode(sessions, [7, 8])
+    monkeypatch.setattr(sessions[0], "prefill", damaged)
+    monkeypatch.setattr(batch, "_bind", lambda parts, n_outputs: type("Bound", (), {"run": lambda self, *args: damaged(0)})())
+    first, second = batch.run(sessions, [[7], [8]])
     assert isinstance(first, PydsaError) and np.array_equal(second, expected)
     assert [session.n_past for session in sessions] == [4, 6]
 
@@ -80,11 +84,30 @@ def test_bound_steps_are_kept_for_their_sessions_only(small_model, load):
     model = load(small_model())
     batch = Batch(model.runner, model.setup)
     sessions = sessions_of(model, [3, 4])
-    bound = batch._bind(sessions)
-    assert batch._bind(sessions) is bound and batch._bind(sessions[::-1]) is not bound
+
+    def bind(sessions):
+        return batch._bind([(session, [1], session.n_past) for session in sessions], len(sessions))
+    bound = bind(sessions)
+    assert bind(sessions) is bound and bind(sessions[::-1]) is not bound
     for _ in range(KEPT):
-        batch._bind(sessions_of(model, [2, 2]))
-    assert len(batch._bound) == KEPT and batch._bind(sessions) is not bound
+        bind(sessions_of(model, [2, 2]))
+    assert len(batch._bound) == KEPT and bind(sessions) is not bound
+
+
+@pytest.mark.parametrize("spec, options", [({}, {}), ({}, dict(attention="masked")), (dict(arch="deepseek2"), {})])
+def test_prompts_together(small_model, load, spec, options):
+    """Some tokens of several sessions, and one of another, which pass top_k or not."""
+    model = load(small_model(**spec), **options)
+    lengths, tokens = [3, 30, 11, 8], [IDS[40:47], IDS[50:51], IDS[60:75], IDS[80:82]]
+    expected = [session.prefill(mine) for session, mine in zip(sessions_of(model, lengths), tokens)]
+    sessions, batch = sessions_of(model, lengths), Batch(model.runner, model.setup)
+    for got, logits in zip(batch.run(sessions, tokens), expected):
+        np.testing.assert_allclose(got, logits, rtol=1e-3, atol=1e-4)
+    for i, (session, n, mine) in enumerate(zip(sessions, lengths, tokens)):
+        assert session.tokens == IDS[i:i + n] + mine
+        other = model.session()
+        other.prefill(session.tokens)
+        np.testing.assert_allclose(session.decode(5), other.decode(5), rtol=1e-3, atol=1e-4)
 
 
 def test_rows_that_are_cut_and_pasted_are_those_of_the_other_session(small_model, load):

@@ -135,22 +135,22 @@ async def stream_events(path, frame, answers, options, form):
     form: has first(i), written(i, event) and finished(i, event), each a list of choices of chunks. An error that comes after the stream has
     begun is its last event.
     """
-    ends = [None] * answers.n
+    ends, more = [None] * answers.n, {"usage": None} if options.include_usage else {}
     try:
         for i in range(answers.n):
             for choice in form.first(i):
-                yield sse(frame([choice]))
+                yield sse(frame([choice], **more))
         async with contextlib.aclosing(answers.events()) as events:
             async for i, event in events:
                 if isinstance(event, Written):
                     for choice in form.written(i, event):
-                        yield sse(frame([choice]))
+                        yield sse(frame([choice], **more))
                 elif isinstance(event, Finished):
                     ends[i] = event
                     for choice in form.finished(i, event):
-                        yield sse(frame([choice], timings=timings(event)))
+                        yield sse(frame([choice], **more, timings=timings(event)))
                 elif isinstance(event, Progress) and options.return_progress:
-                    yield sse(frame([], prompt_progress={"processed": event.n_done, "total": event.n_prompt}))
+                    yield sse(frame([], **more, prompt_progress={"processed": event.n_done, "total": event.n_prompt}))
                 elif isinstance(event, Progress):       # a comment, so that nobody on the way takes a long prompt for a dead connection
                     yield f": {event.n_done} of {event.n_prompt} tokens of the prompt\n\n"
         if options.include_usage:

@@ -8,11 +8,12 @@ import time
 
 from pydsa.chat import chat_prompt
 from pydsa.engine import Engine
+from pydsa.errors import PydsaError, UnsupportedModelError
 from pydsa.requests import Cancelled, Failed, Finished, Request, Started
 from pydsa.server.errors import ApiError, as_api_error
 from pydsa.server.metrics import Metrics
 
-MOST_EVENTS = 4096      # of one answer that its client has not read yet; more, and the answer ends
+MOST_EVENTS = 4096      # of one request that its client has not read yet; more, and it ends
 
 
 class Service:
@@ -30,9 +31,16 @@ class Service:
     def start(self, model):
         """Begin to answer with a model.
 
-        Raises PydsaError if its sessions do not fit in memory.
+        Raises PydsaError if its sessions do not fit in memory, or the settings do not fit the model.
         """
         settings = self.settings
+        if settings.template is not None:
+            try:
+                chat_prompt(model.tokenizer, [{"role": "user", "content": "?"}], template=settings.template)
+            except UnsupportedModelError:
+                raise
+            except PydsaError:      # it refuses this conversation, and may take others
+                pass
         settings.sampling.check_vocabulary(model.config.n_vocab)
         self.fingerprint = f"pydsa-{model.setup.fingerprint[:12]}"
         engine = Engine(model, settings.n_parallel, settings.n_queue, settings.cache_bytes, settings.slot_folder)
