@@ -92,9 +92,9 @@ class Worker:
             self._soak.count("refused for a full queue, and asked again")
             if not headers.get("retry-after", "").isdecimal():
                 raise Wrong("a 429 has no Retry-After")
-            time.sleep(0.05)
+            time.sleep(0.1)
         if status != 200:
-            raise Wrong(f"status {status}: {data.decode(errors='replace'):.300}")
+            raise Wrong(f"status {status}: {message_of(data):.300}")
         try:
             if stream:
                 return asked.streamed_answer(ask.path, [event for _, event in events([(0, data)])])
@@ -228,6 +228,14 @@ class Soak:
                 self.memory.append((self.n_done, process.memory_info().rss))
 
 
+def message_of(data):
+    """The sentence in the body of an error, or the body as it is."""
+    try:
+        return json.loads(data)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return data.decode(errors="replace")
+
+
 def difference(answer, expected):
     """Where two answers differ, in words."""
     a, b = (json.dumps(value, ensure_ascii=False) for value in (answer, expected))
@@ -245,7 +253,7 @@ def look(worker, source, key):
         allowed, (status, _, data) = {200, 400, 404}, worker.exchange("POST", f"/slots/{source.randrange(2)}?action={path}", body,
                                                                       {"Authorization": f"Bearer {key}"})
     if status not in allowed:
-        raise Wrong(f"{path}: status {status}, {data.decode(errors='replace'):.300}")
+        raise Wrong(f"{path}: status {status}, {message_of(data):.300}")
     return "looked, or changed a slot"
 
 
@@ -339,7 +347,8 @@ def soak_server(server, asks, expected, numbers, seed, workers, tell):
     problems: what is wrong beside the failures of the Soak, in words.
     """
     soak = Soak(server.port, seed, asks, expected, server.pid)
-    soak.run(range(20), workers)        # compiles, and opens what stays open
+    if len(numbers) > 1:
+        soak.run(range(20), workers)        # compiles, and opens what stays open
     soak.counts.clear()
     soak.memory.clear()
     soak.n_done, n_files = 0, settled(server.pid, 0, seconds=2)
