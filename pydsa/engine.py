@@ -217,6 +217,7 @@ class Engine:
 
     def _listen(self):
         """Take what came in; without anything to do, wait for it."""
+        self._count()
         busy = self._waiting or any(slot.ticket for slot in self._slots)
         with contextlib.suppress(queue.Empty):
             while True:
@@ -243,6 +244,10 @@ class Engine:
         for slot in self._slots:
             if slot.ticket is not None and slot.ticket.cancelled:
                 self._end(slot, Failed(Cancelled("the request was cancelled")))
+        self._count()
+
+    def _count(self):
+        """Write down what there is at this moment."""
         stats = self.stats
         stats.n_waiting, stats.n_busy = len(self._waiting), self._n_busy
         stats.cache_bytes, stats.cache_file_bytes = self._prefixes.n_bytes, self._prefixes.n_file_bytes
