@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from serving import TINY, serving
 
 from tools.make_model import ModelSpec, make_model
-from tools.serve_load import Prompts, best, figures, main, ratios
+from tools.serve_load import Prompts, best, figures, main, ratios, the_servers
 from tools.servers import Client, Load, Stream, llama_cpp_python_command, llama_server_command, pydsa_command, read_stream
 
 # A program that stands for llama-server: it notes how it was started and what it was asked, and is ready at the second try.
@@ -82,7 +82,7 @@ def test_the_table(model_path):
     done = run(model_path, "--engine", "--streams", "2,1", "--rounds", "1")
     cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in done.stdout.splitlines()[2:4]]
     assert done.exit_code == 0 and cells == [["engine", "1"], ["engine", "2"]]
-    assert "engine: 2 streams together get " in done.stdout and "1 threads; model.gguf; prompts of 8 tokens, answers of 4" in done.stdout
+    assert "engine: 2 streams together get " in done.stdout and "model.gguf; prompts of 8 tokens, answers of 4, greedy" in done.stdout
 
 
 def test_a_client_of_pydsa(small_model, load):
@@ -137,6 +137,18 @@ def test_the_fastest_round_counts():
                                         "peer: 8 streams together get 1.50 times the t/s of 1.",
                                         "pydsa has 1.25 times the t/s of peer at 1 at once.",
                                         "pydsa has 2.50 times the t/s of peer at 8 at once."]
+
+
+def test_the_servers_that_are_measured(monkeypatch):
+    """pydsa first; the reproducible one and the peers run in the same rounds."""
+    monkeypatch.setattr("tools.serve_load.started", lambda command, load: command)
+    monkeypatch.setattr("tools.serve_load.in_process", lambda load, reproducible=False: reproducible)
+    load, peers = Load("m.gguf", 2, 8, 256), [("llama-server", "a/llama-server"), ("llama-cpp-python", "b/python")]
+    servers = {name: start() for name, start in the_servers(load, peers, False, True).items()}
+    assert list(servers) == ["pydsa", "pydsa, reproducible", "llama-server", "llama-cpp-python"]
+    assert servers["pydsa, reproducible"] == [*servers["pydsa"], "--reproducible"]
+    assert servers["llama-server"][0] == "a/llama-server" and servers["llama-cpp-python"][0] == "b/python"
+    assert {name: start() for name, start in the_servers(load, [], True, True).items()} == {"engine": False, "engine, reproducible": True}
 
 
 def test_commands():

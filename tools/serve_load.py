@@ -219,17 +219,20 @@ def main(model_path, streams, n_prompt, n_gen, rounds, peers, threads, engine, r
             click.echo(f"round {row['round'] + 1}, {row['server']}, {row['streams']} at once: {row['t/s']:.1f} t/s", err=True)
     except (pydsa.PydsaError, RuntimeError) as error:
         fail(str(error))
+    where = conditions(load, n_prompt, n_gen, rounds)
     if output == "json":
-        click.echo(json_text({"model": Path(model_path).name, "threads": load.threads, "n_gen": n_gen, "rounds": rows}, indent=1))
-        return
-    click.echo("\n".join([table(best(rows)), *ratios(best(rows)), conditions(load, n_prompt, n_gen, rounds)]))
+        click.echo(json_text({"conditions": where, "rounds": rows}, indent=1))
+    else:
+        click.echo("\n".join([table(best(rows)), *ratios(best(rows)), where]))
 
 
 def conditions(load, n_prompt, n_gen, rounds):
-    """One line: machine, model, load."""
+    """One line: machine, version, model, load, and what llama.cpp was allowed."""
+    import pydsa
     from tools.llama_cpp_speed import processor
-    return (f"{processor()}; {load.threads} threads; {Path(load.model).name}; prompts of {n_prompt} tokens, answers of {n_gen}, greedy; "
-            f"the fastest of {rounds} rounds; repacked weights of llama.cpp {'on' if load.repack else 'off'}.")
+    return (f"{processor()}; {load.threads} threads; pydsa {pydsa.__version__}; {Path(load.model).name}; prompts of {n_prompt} tokens, "
+            f"answers of {n_gen}, greedy; the fastest of {rounds} rounds; each with the caches that it has by default; llama.cpp with "
+            f"flash attention and {'with' if load.repack else 'without'} repacked weights.")
 
 
 if __name__ == "__main__":
