@@ -335,7 +335,7 @@ def settled(pid, n, seconds=10):
     return now
 
 
-def curve(memory, n, points=10):
+def curve(memory, n, points=20):
     """The memory of a run of n requests, in MiB, at equal distances."""
     sizes = [[size for done, size in memory if i * n <= done * points < (i + 1) * n] for i in range(points)]
     return " ".join(f"{max(part) / 2**20:.0f}" if part else "-" for part in sizes)
