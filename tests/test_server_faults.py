@@ -47,7 +47,6 @@ def chat(**fields):
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 WRONG = [
     (b"", "not JSON"), (b"{", "not JSON"), (b"[1]", "expected an object"), (b"null", "expected an object"), (b'"a"', "expected an object"),
     (b'{"messages": [], "messages": []}', "twice"), (b'{"messages": \xff}', "UTF-8"), (b'{"temperature": NaN}', "NaN"),
@@ -71,9 +70,7 @@ WRONG = [
     (chat(thinking={"type": "maybe"}), "thinking"), (chat(model=5), "model is"),
     (chat(response_format="json"), "response_format"), (chat(response_format={"type": "xml"}), "xml"),
     (chat(response_format={"type": "json_schema"}), "no schema"), (chat(grammar="root ::= [a]", json_schema={}), "expected one of them"),
-    (chat(tool_choice="required"), "no tools"), (chat(tool_choice="maybe"), "tool_choice"),
-    (chat(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "g"}}), "tool_choice"),
-    (chat(tools=[TOOL], tool_choice={"function": 5}), "tool_choice")]
+    (chat(tool_choice=5), "tool_choice is")]
 
 
 @pytest.mark.parametrize("body, words", WRONG)

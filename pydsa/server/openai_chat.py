@@ -1,9 +1,8 @@
 """OpenAI's chat completions: /v1/chat/completions."""
 from typing import Any
 
-from pydsa.answers import Layout
 from pydsa.server.bodies import Fields, Listed, expected, read_fields
-from pydsa.server.constrained import constraint_of, tool_choice
+from pydsa.server.constrained import constraint_of
 from pydsa.server.errors import ApiError
 from pydsa.server.openai_forms import Frame, Options, respond, token_text
 
@@ -52,12 +51,12 @@ async def chat_completions(service, request):
     """Answer a conversation."""
     service.ready()
     body = await read_fields(request, ChatRequest)
-    choice = tool_choice(body.tool_choice, body.tools)
-    tools = None if choice == "none" else body.tools        # a model that sees none calls none
-    prompt = await service.chat_prompt(body.messages, body.wants_thinking(), tools)
+    thinking = service.settings.thinking if (asked := body.wants_thinking()) is None else asked
+    prompt = await service.chat_prompt(body.messages, thinking, body.tools)
+    constraint = await constraint_of(service, body.wanted(), prompt.layout, body.tool_choice, body.parallel_tool_calls is not False,
+                                     thinking)
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    common = {"ids": prompt.ids, "layout": prompt.layout or Layout(), "n_logprobs": body.n_logprobs(),
-              "constraint": constraint_of(body.wanted(), choice),
+    common = {"ids": prompt.ids, "layout": prompt.layout, "n_logprobs": body.n_logprobs(), "constraint": constraint,
               "max_tokens": service.settings.max_tokens if limit is None else limit}
     requests = [common | body.engine_fields(service, i) for i in range(body.n or 1)]
     frame = Frame(service, "chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion")
