@@ -217,6 +217,7 @@ class Engine:
 
     def _listen(self):
         """Take what came in; without anything to do, wait for it."""
+        self._count()
         busy = self._waiting or any(slot.ticket for slot in self._slots)
         with contextlib.suppress(queue.Empty):
             while True:
@@ -243,6 +244,10 @@ class Engine:
         for slot in self._slots:
             if slot.ticket is not None and slot.ticket.cancelled:
                 self._end(slot, Failed(Cancelled("the request was cancelled")))
+        self._count()
+
+    def _count(self):
+        """Write down what there is at this moment."""
         stats = self.stats
         stats.n_waiting, stats.n_busy = len(self._waiting), self._n_busy
         stats.cache_bytes, stats.cache_file_bytes = self._prefixes.n_bytes, self._prefixes.n_file_bytes
@@ -375,8 +380,8 @@ class Engine:
             self.stats.n_cancelled += 1
         else:
             self.stats.n_failed += 1
-        self._say(ticket, Failed(error))
         self._close_ticket()
+        self._say(ticket, Failed(error))
 
     def _end(self, slot, event):
         """Free a slot, and tell the last event of its request."""
@@ -385,8 +390,8 @@ class Engine:
         if isinstance(event, Failed):
             self._fail(ticket, event.error)
         else:
+            self._close_ticket()        # first: who hears of the end may ask again, and finds room
             self._say(ticket, event)
-            self._close_ticket()
 
     def _close_ticket(self):
         with self._lock:

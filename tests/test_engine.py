@@ -101,6 +101,7 @@ def test_answers_at_the_same_time_are_those_of_each_alone(start, model):
     stats = engine.stats
     assert stats.n_finished == stats.n_requests == 9 and stats.n_generated == sum(n for _, _, n in requests)
     assert stats.n_steps < stats.n_generated        # some steps were of several answers
+    assert engine.erase_slot(0) and stats.n_busy == stats.n_waiting == 0        # counted before the call
 
 
 def test_a_conversation_goes_on_in_its_slot(start, model):

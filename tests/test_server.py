@@ -55,7 +55,7 @@ def test_chat_streams(server, model):
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 8
     assert len({chunk["id"] for chunk in chunks}) == 1 and {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
-    assert all("usage" not in chunk for chunk in stream(server, CHAT, BODY))
+    assert all(chunk["usage"] is None for chunk in chunks[:-1]) and all("usage" not in chunk for chunk in stream(server, CHAT, BODY))
 
 
 def test_progress_of_a_prompt(server):
@@ -220,7 +220,7 @@ def test_slots(server):
     ("/slots/1?action=save", {"filename": "../x"}, 400), ("/slots/1?action=save", {"filename": "/etc/x"}, 400),
     ("/slots/1?action=save", {"filename": ".hidden"}, 400), ("/slots/1?action=save", {"filename": "a\x00b"}, 400),
     ("/slots/1?action=save", {}, 400), ("/slots/1?action=save", {"filename": "a/b"}, 400),
-    ("/slots/1?action=save", {"filename": "a\n"}, 400),
+    ("/slots/1?action=save", {"filename": "a\n"}, 400), ("/slots/1?action=save", {"filename": "a.rows"}, 400),
     ("/slots/1?action=restore", {"filename": "absent"}, 404), ("/slots/2?action=erase", {}, 404), ("/slots/1?action=x", {}, 400),
     ("/slots/-1?action=erase", {}, 404), ("/slots/1", {}, 400), ("/slots/%D9%A1?action=erase", {}, 404)])
 def test_slots_that_are_refused(server, path, body, status):
@@ -278,6 +278,14 @@ def test_it_listens_before_the_model_is_loaded(load, small_model):
         assert post(server, CHAT, BODY)[0] == 503 and call(server, "GET", "/metrics")[0] == 200
         server.load(lambda: load(small_model(**TINY), n_ctx=1024, device="reference", threads=None))
         assert call(server, "GET", "/health")[0] == 200 and post(server, CHAT, BODY)[0] == 200
+
+
+@pytest.mark.parametrize("template, fails", [("{% broken", True), ("{{ messages[0].x.y }}", True), ("{{ messages[0].content }}", False),
+                                             ("{{ raise_exception('a system message comes first') }}", False)])
+def test_a_template_is_tried_at_the_start(model, template, fails):
+    with serving(template=template) as server:
+        server.load(lambda: model)
+        assert isinstance(server.failure, pydsa.PydsaError) == fails == (server.service.engine is None)
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server():

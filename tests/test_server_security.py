@@ -62,6 +62,7 @@ def test_saved_slots_belong_to_a_key(server):
     body = BODY | {"id_slot": 1}
     post(server, CHAT, body, **ANN)
     assert post(server, "/slots/1?action=save", {"filename": "a.bin"}, **ANN)[0] == 200
+    assert call(server, "GET", "/slots", **ANN)[2][1]["n_past"] > 20 and call(server, "GET", "/slots", **BOB)[2][1]["n_past"] is None
     for action, body in (("save", {"filename": "b.bin"}), ("erase", None)):
         status, answer = post(server, f"/slots/1?action={action}", body, **BOB)
         assert status == 400 and "another user" in answer["error"]["message"]

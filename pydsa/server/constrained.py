@@ -1,4 +1,4 @@
-"""Fields that restrict what the model may write, as the constraint of a request."""
+"""Fields that restrict what the model may write."""
 from typing import Any
 
 from pydsa.server.bodies import Fields, expected, shown
@@ -43,9 +43,10 @@ class Constrained(Fields):
 
 
 def tool_choice(given, tools):
-    """What tool_choice asks for: "auto", "none", "required", or a function's name in a tuple.
+    """What tool_choice asks for.
 
-    Raises ApiError for what it is not, and for a function that is not among the tools.
+    "auto", "none", "required", or the name of a function, in a tuple. Raises ApiError for what it is not, and for a function that is not
+    among the tools.
     """
     if given is None:
         return "auto"

@@ -9,6 +9,7 @@ from pydsa.server.bodies import Fields, Listed, expected, read_fields
 from pydsa.server.errors import ApiError
 from pydsa.server.service import owner_of
 
+ROWS = ".rows"      # the end of names of files in which the engine keeps conversations
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")       # no folders, nothing hidden, no names of streams
 
 
@@ -86,10 +87,11 @@ async def metrics(service, request):
 
 
 async def slots(service, request):
-    """What each slot does."""
+    """What each slot does; how long another user's conversation is, is null."""
     service.ready()
-    return JSONResponse([{"id": slot.id, "n_ctx": slot.n_ctx, "state": slot.state, "is_processing": slot.state != "idle",
-                          "n_past": slot.n_past, "n_prompt": slot.n_prompt, "n_generated": slot.n_generated}
+    counts, owner = ("n_past", "n_prompt", "n_generated"), owner_of(request.scope)
+    return JSONResponse([{"id": slot.id, "n_ctx": slot.n_ctx, "state": slot.state, "is_processing": slot.state != "idle"}
+                         | {name: getattr(slot, name) if slot.owner == owner else None for name in counts}
                          for slot in service.engine.slots()])
 
 
@@ -126,9 +128,9 @@ def _slot_path(service, name, owner):
     folder = service.settings.slot_folder
     if folder is None:
         raise ApiError(400, "Slots cannot be saved here: the server was started without --slot-save-path.")
-    if name is None or not FILE_NAME.fullmatch(name):
-        raise ApiError(400, f"filename is {name!r:.80}, expected up to 128 letters, digits, points, - and _, and no point first.",
-                       "filename", "invalid_value")
+    if name is None or not FILE_NAME.fullmatch(name) or name.endswith(ROWS):
+        raise ApiError(400, f"filename is {name!r:.80}, expected up to 128 letters, digits, points, - and _, without a point at the "
+                            f"beginning and {ROWS} at the end.", "filename", "invalid_value")
     if owner:
         folder = os.path.join(folder, f"of-{owner[:32]}")
         os.makedirs(folder, 0o700, exist_ok=True)

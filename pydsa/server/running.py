@@ -11,12 +11,14 @@ import threading
 
 import uvicorn
 
+from pydsa.chat import thinking_note
 from pydsa.errors import PydsaError
 from pydsa.server.app import make_app
 from pydsa.server.guard import is_loopback, log
 from pydsa.server.protocol import protocol_class
 from pydsa.server.service import Service
 from pydsa.server.settings import MAX_HEAD
+from pydsa.terminal import visible
 
 MAX_CONNECTIONS = 900       # open files of a process are often limited to 1024
 KEEP_ALIVE = 30             # seconds that a connection may stay idle
@@ -32,6 +34,7 @@ class Server(uvicorn.Server):
     def __init__(self, settings):
         self.service, self.failure, self._settings = Service(settings), None, settings
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)       # its messages have a form of their own
+        logging.getLogger("asyncio").setLevel(logging.ERROR)                # it warns of each client that left
         config = uvicorn.Config(make_app(self.service), http=protocol_class(settings.timeout), ws="none", loop="asyncio", lifespan="off",
                                 log_config=None, access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE, proxy_headers=False,
                                 limit_concurrency=MAX_CONNECTIONS, h11_max_incomplete_event_size=MAX_HEAD,
@@ -48,8 +51,10 @@ class Server(uvicorn.Server):
     def load(self, load):
         """Load the model, load(), and begin to answer; an error ends the server."""
         try:
-            self.service.start(load())
-            log(f"ready: {self.service.name} at {self.url}")
+            model = load()
+            self.service.start(model)
+            note = thinking_note(model.tokenizer, self._settings.thinking, self._settings.template)
+            log(f"ready: {self.service.name} at {self.url}" + (f" ({visible(note)})" if note else ""))
         except BaseException as error:      # whoever runs the server raises it
             self.failure, self.should_exit = error, True
 
@@ -58,10 +63,11 @@ class Server(uvicorn.Server):
         if self.should_exit:
             os._exit(128 + sig)
         self.should_exit = True
-        log(f"stopping; running answers may take {self._settings.timeout:g} s more, a second signal ends them")
 
     async def shutdown(self, sockets=None):
         """Take no more requests, and let what runs finish."""
+        if self.failure is None:
+            log(f"stopping; running answers may take {self._settings.timeout:g} s more, a second signal ends them")
         ending = asyncio.create_task(asyncio.to_thread(self.service.close, self._settings.timeout))
         await super().shutdown(sockets)
         await ending
