@@ -11,8 +11,6 @@ import time
 import pytest
 from serving import TINY, address, call, events, exchange, post, serving, wait_for
 
-from tools.soak_server import Soak
-
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
 ENDLESS = {"prompt": "a", "max_tokens": 16000, "logit_bias": {"1": False}, "cache_prompt": False}       # the end of a turn never comes
@@ -258,14 +256,6 @@ def test_a_fault_of_the_program_is_no_secret_and_no_end(server, monkeypatch, cap
     assert status == 500 and answer["error"]["type"] == "server_error" and "NoneType" not in answer["error"]["message"]
     assert "TypeError" in capfd.readouterr().err
     monkeypatch.undo()
-
-
-def test_mixed_requests_with_clients_that_leave(model):
-    """Each answer is the one it has alone (10,000: tools/soak_server.py)."""
-    with serving(model, n_queue=6, cache_bytes=1 << 20) as server:
-        soak = Soak(server, 150, 20, 8)
-        soak.run()
-        assert not list(soak.faults()) and {"answered", "left", "refused"} <= set(soak.counts)
 
 
 def test_the_end_lets_answers_finish(model):
