@@ -67,7 +67,8 @@ class ChatForm:
     """Choices of chat completions, whole and as deltas."""
 
     def __init__(self, service, logprobs):
-        self._service, self._logprobs, self._n_calls = service, logprobs, {}
+        self._service, self._logprobs = service, logprobs
+        self._calls = {}        # choice -> the number of its last call, and its id while it is written
 
     def first(self, i):
         """What a stream of choice i begins with."""
@@ -103,12 +104,20 @@ class ChatForm:
             yield {"content": str(piece)}
         elif piece.kind == "reasoning":
             yield {"reasoning_content": str(piece)}
-        elif piece.kind == "tool_call":
-            number = self._n_calls[i] = self._n_calls.get(i, -1) + 1
-            function = piece.call["function"]
-            yield {"tool_calls": [{"index": number, "id": piece.call["id"], "type": "function",
+        elif piece.kind in ("call_delta", "tool_call"):
+            yield from self._called(i, piece.call, complete=piece.kind == "tool_call")
+
+    def _called(self, i, call, complete):
+        """The deltas of a call, or of a part of it: what was not given of it before."""
+        number, last = self._calls.get(i, (-1, None))
+        function, begun = call["function"], last == call["id"]
+        if not begun:
+            number += 1
+            yield {"tool_calls": [{"index": number, "id": call["id"], "type": "function",
                                    "function": {"name": function["name"], "arguments": ""}}]}
+        if not (begun and complete) and function["arguments"]:
             yield {"tool_calls": [{"index": number, "function": {"arguments": function["arguments"]}}]}
+        self._calls[i] = number, None if complete else call["id"]
 
     @staticmethod
     def _delta(i, delta, logprobs=None):
