@@ -199,7 +199,7 @@ def test_calls_that_must_come(with_tools, choice):
 
 
 def test_no_call_can_come(with_tools):
-    """With tool_choice "none" what opens a call is banned, however likely it is."""
+    """What opens a call is banned then, however likely it is."""
     bias = {str(i): 4 for i in with_tools.service.model.tokenize("<tool_call>", add_bos=False)}
     for seed in range(3):
         choice = post(with_tools, CHAT, {"messages": HELLO, "tools": [TOOL], "tool_choice": "none", "seed": seed, "max_tokens": 100,
