@@ -207,6 +207,13 @@ def test_no_call_can_come(with_tools):
         assert "<tool_call>" not in choice["message"]["content"] and "tool_calls" not in choice["message"]
 
 
+def test_what_looks_like_a_call_is_text_where_none_may_come(with_tools):
+    written = "<tool_call>f<arg_key>days</arg_key><arg_value>1</arg_value></tool_call>"
+    body = {"messages": HELLO, "tools": [TOOL], "tool_choice": "none", "json_schema": {"enum": [written]}}
+    choice = post(with_tools, CHAT, body)[1]["choices"][0]
+    assert json.loads(choice["message"]["content"]) == written and "tool_calls" not in choice["message"]
+
+
 def test_log_probabilities(server, model):
     """They are those of the model's logits."""
     ids = model.tokenize("Once", parse_special=True)

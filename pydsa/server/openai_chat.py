@@ -55,6 +55,8 @@ async def chat_completions(service, request):
     prompt = await service.chat_prompt(body.messages, thinking, body.tools)
     constraint = await constraint_of(service, body.wanted(), prompt.layout, body.tool_choice, body.parallel_tool_calls is not False,
                                      thinking)
+    if body.tool_choice == "none":      # what looks like a call is text then
+        prompt = prompt._replace(layout=prompt.layout._replace(form=None, tools=None))
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     common = {"ids": prompt.ids, "layout": prompt.layout, "n_logprobs": body.n_logprobs(), "constraint": constraint,
               "max_tokens": service.settings.max_tokens if limit is None else limit}
