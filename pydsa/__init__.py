@@ -13,9 +13,10 @@ from pydsa.errors import (ContextFullError, DamagedWeightsError, GGUFError, OutO
 
 __version__ = "0.1.0"
 DEMO = os.path.join(os.path.dirname(__file__), "demo", "demo.gguf")      # path of the model that comes with the package
-_MODULES = {"load": "model", "Model": "model", "Session": "session", "Sampling": "sampling", "load_tokenizer": "tokenizer"}
-__all__ = ["DEMO", "load", "load_tokenizer", "Model", "Session", "Sampling", "PydsaError", "GGUFError", "UnsupportedModelError",
-           "ContextFullError", "DamagedWeightsError", "OutOfMemoryError", "SessionFileError"]
+_MODULES = {"load": "model", "Model": "model", "Session": "session", "Sampling": "sampling", "load_tokenizer": "tokenizer",
+            "Engine": "engine", "Request": "requests"}
+__all__ = ["DEMO", "load", "load_tokenizer", "Model", "Session", "Sampling", "Engine", "Request", "PydsaError", "GGUFError",
+           "UnsupportedModelError", "ContextFullError", "DamagedWeightsError", "OutOfMemoryError", "SessionFileError"]
 
 
 def __getattr__(name):

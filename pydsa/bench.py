@@ -73,7 +73,8 @@ class Bench:
             "model_type": model.setup.file_type, "model_size": model.setup.n_bytes, "model_n_params": model.setup.n_params,
             "backend": model.setup.device_name, "n_threads": model.threads, "n_threads_batch": model.threads_batch,
             "n_ubatch": model.n_ubatch, "type_k": model.kv_type, "type_index": model.index_type if model.top_k else None,
-            "attention": model.attention, "top_k": model.top_k, "n_prompt": n_prompt, "n_gen": n_gen, "n_depth": n_depth,
+            "attention": model.attention, "reproducible": model.setup.reproducible, "top_k": model.top_k,
+            "n_prompt": n_prompt, "n_gen": n_gen, "n_depth": n_depth,
             "avg_ns": round(statistics.mean(nanoseconds)), "stddev_ns": round(_deviation(nanoseconds)),
             "avg_ts": statistics.mean(speeds), "stddev_ts": _deviation(speeds), "samples_ns": nanoseconds, "samples_ts": speeds}
 
@@ -103,8 +104,16 @@ class Bench:
             for op, (calls, seconds) in sorted(best.items(), key=lambda item: -item[1][1]):
                 yield {"n_tokens": n_tokens, "n_depth": n_depth, "attention": model.attention, "op": op, "calls": calls,
                        "us": seconds * 1e6, "share": seconds / step_seconds,
-                       **(_rates(ceilings, model.backend.product_format(op, op in quantized, n_tokens), costs[op], seconds)
+                       **(_rates(ceilings, _product_format(model, op, op in quantized, n_tokens), costs[op], seconds)
                           if ceilings else NO_RATES)}
+
+
+def _product_format(model, op, quantized, n_tokens):
+    """The number format that an op of a step multiplies in.
+
+    A reproducible model's is that of one token.
+    """
+    return model.backend.product_format(op, quantized, 1 if model.setup.reproducible else n_tokens)
 
 
 @functools.cache
@@ -239,7 +248,8 @@ def _display_row(row):
         threads["threads batch"] = _short(row["n_threads_batch"])
     return {"model": f"{row['model_arch']} {row['model_type']}", "size": size(row["model_size"]),
             "params": count(row["model_n_params"]), "backend": row["backend"], **threads,
-            "kv": row["type_k"], "index": row["type_index"] or "", "attention": row["attention"],
+            "kv": row["type_k"], "index": row["type_index"] or "",
+            "attention": row["attention"] + (", reproducible" if row["reproducible"] else ""),
             "test": test_name(row["n_prompt"], row["n_gen"], row["n_depth"]),
             "t/s": f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}", "MB/token": _short(megabytes), "limit t/s": _short(row["limit_ts"]),
             "share": "-" if share is None else f"{share:.0%}"}

@@ -8,12 +8,14 @@ class VectorCache:
     """A cache of n_ctx rows, each of sum(widths) values.
 
     storage is a key of quants.CACHE_TYPES. Integer types have a scale for each of the widths. `rows` is the argument that the backend's ops
-    take.
+    take. reproducible: a token's results are the same in steps of any shape.
     """
 
-    def __init__(self, backend, n_ctx, widths, storage):
+    def __init__(self, backend, n_ctx, widths, storage, reproducible=False):
         self.n_ctx, self.widths, self.storage, self._backend = n_ctx, widths, storage, backend
         self.rows = backend.cache_rows(n_ctx, widths, storage)
+        if reproducible:
+            self.rows = backend.reproducible(self.rows)
         self._bytes = backend.cache_bytes(self.rows)
 
     @property

@@ -62,6 +62,9 @@ device_option = click.option("--device", type=click.Choice(["cpu", "cuda", "refe
                              help="cuda: an NVIDIA GPU; reference: plain numpy, slow and exact.")
 attention_option = click.option("--attention", type=click.Choice(["auto", "sparse", "masked", "dense"]), default="auto", show_default=True,
                                 help="auto: dense up to top_k tokens, sparse beyond.")
+reproducible_option = click.option(
+    "--reproducible", is_flag=True,
+    help="Give a token the same logits, bit for bit, whatever steps it runs in: threads, -ub, reused prefixes, other conversations.")
 threads_options = options(
     click.option("-t", "--threads", type=int, help="CPU threads for generation.  [default: physical cores]"),
     click.option("-tb", "--threads-batch", type=int, help="CPU threads for prompts.  [default: as -t]"))
@@ -120,6 +123,7 @@ def longest_context(path, settings):
 @ctx_option
 @model_options
 @attention_option
+@reproducible_option
 @device_option
 @llama_cpp_options
 @click.option("-cnv/-no-cnv", "--conversation/--no-conversation", "conversation", default=None, hidden=True)
@@ -228,6 +232,7 @@ def read_text(file):
 @ctx_option
 @model_options
 @attention_option
+@reproducible_option
 @device_option
 @functools.partial(llama_cpp_options, but=("-np", "--parallel"))
 @options_of_what_is_so
@@ -264,6 +269,7 @@ def serve(model, api_key, api_key_file, cache_ram, max_tokens, chat_template_fil
 @threads_options
 @model_options
 @device_option
+@reproducible_option
 @click.option("--attention", default="auto", show_default=True, help="One or more of auto, sparse, masked, dense, e.g. sparse,masked.")
 @click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", show_default=True,
               help="Form of the table.")
@@ -317,6 +323,7 @@ def comma_numbers(name, text):
 @ctx_option
 @model_options
 @attention_option
+@reproducible_option
 @device_option
 @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Form of the report.")
 @click.option("--check", is_flag=True, help="Read everything once instead: look for damage, and show the SHA-256 of each file.")

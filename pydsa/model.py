@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 
 from pydsa.answers import Reader
-from pydsa.backends.devices import DEVICES
+from pydsa.backends.devices import DEVICES, check_reproducible
 from pydsa.cache import VectorCache
 from pydsa.chat import chat_prompt, thinking_note
 from pydsa.check import warn_of_gaps
@@ -59,9 +59,10 @@ class Setup:
     """
 
     def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,
-                 n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None):
+                 n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None, reproducible=False):
         self.device_name = choose("device", device, DEVICES)
         self.device = DEVICES[device]
+        self.reproducible = check_reproducible(device, reproducible)
         self.kv_type = choose_cache_type("kv_type", kv_type)
         self.index_type = choose_cache_type("index_type", index_type or ("f32" if kv_type == "f32" else "i8"))
         self.attention = choose("attention", attention, ATTENTION)
@@ -78,7 +79,7 @@ class Setup:
         self.n_ubatch = min(n_ubatch, self.n_ctx)
         if self.n_ubatch > self.device.max_ubatch:
             raise PydsaError(f"n_ubatch is {self.n_ubatch}, expected at most {self.device.max_ubatch} on {device} (-ub).")
-        self.schedule = Schedule(self.config, self.attention, self.n_ctx, self.n_ubatch)
+        self.schedule = Schedule(self.config, self.attention, self.n_ctx, self.n_ubatch, one_form=self.reproducible)
         self.weights = Weights(self.file)
         self.layouts = {name: self._record(arch, VARIANTS[name]) for name in self.schedule.variants}
         self._refuse_unknown_tensors()
@@ -188,7 +189,8 @@ class Setup:
     def make_caches(self, backend, n_ctx):
         """Empty caches of n_ctx rows: {CacheRef: VectorCache}."""
         with allocating("the caches of a session"):
-            return {ref: VectorCache(backend, n_ctx, widths, self.cache_type(ref)) for ref, widths in self.cache_widths.items()}
+            return {ref: VectorCache(backend, n_ctx, widths, self.cache_type(ref), self.reproducible)
+                    for ref, widths in self.cache_widths.items()}
 
     @property
     def cache_row_bytes(self):
@@ -265,7 +267,7 @@ class Model:
         check_memory(setup.total_bytes, f"The model with a context of {setup.n_ctx} tokens", self.backend)
         warn_of_gaps(setup.file)
         self.tokenizer      # read now, so that load() raises its errors
-        self.runner = Runner(self.backend, setup.layouts, self.threads, self.threads_batch)
+        self.runner = Runner(self.backend, setup.layouts, self.threads, self.threads_batch, setup.reproducible)
         self._chats = collections.deque(maxlen=1)       # the session of the last chat, while no answer is read from it
         steps = [self._read_weights, self._compile]
         for step in steps if self.backend.WEIGHTS_FIRST else reversed(steps):
@@ -408,7 +410,7 @@ class Model:
 
 
 def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=DEFAULT_N_UBATCH,
-         progress=None, index_type=None, override_kv=None, threads_batch=None):
+         progress=None, index_type=None, override_kv=None, threads_batch=None, reproducible=False):
     """Open a GGUF file and make it ready to run -> Model.
 
     path: the file, or its first part if it is split.
@@ -424,11 +426,13 @@ def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention=
     index_type: type of the indexer's cached keys, as for kv_type; None: "i8", which is the fastest, or "f32" if kv_type is "f32".
     override_kv: values that replace those of the file's metadata, {key: int, float, bool or str}.
     threads_batch: CPU threads for steps of several tokens, which are those of prompts; None: as many as `threads`.
+    reproducible: True: a token's logits are the same, bit for bit, whatever the steps are that run it: the number of threads, ubatches,
+        other tokens in a step, prefixes that are used again. This takes longer (docs/running.md); on the CPU only.
 
     Warns (UserWarning) of what is unusual in the file. Raises GGUFError if the file is damaged, UnsupportedModelError if pydsa cannot run
     the model, OutOfMemoryError if memory is short, and PydsaError for options that are not valid.
     """
-    setup = Setup(os.fspath(path), n_ctx, device, kv_type, attention, dsa_top_k, n_ubatch, index_type, override_kv)
+    setup = Setup(os.fspath(path), n_ctx, device, kv_type, attention, dsa_top_k, n_ubatch, index_type, override_kv, reproducible)
     for note in setup.notes:
         warnings.warn(f"{setup.file.metadata.path}: {note}", stacklevel=2)
     return Model(setup, threads, threads_batch, progress)

@@ -111,11 +111,12 @@ def lay_out(graph, max_tokens, float_size=4, side_by_side=False):
 class Runner:
     """Runs the graphs of one model on one backend.
 
-    It owns the buffer of intermediate values, and the weights in the backend's form.
+    It owns the buffer of intermediate values, and the weights in the backend's form. reproducible: a token's products with them are the
+    same in steps of any shape.
     """
 
-    def __init__(self, backend, layouts, threads, threads_batch):
-        self.backend, self.threads, self.threads_batch = backend, threads, threads_batch
+    def __init__(self, backend, layouts, threads, threads_batch, reproducible=False):
+        self.backend, self.threads, self.threads_batch, self._reproducible = backend, threads, threads_batch, reproducible
         self.layouts = layouts      # variant -> Layout
         self.dtypes = {"float": np.dtype(backend.FLOAT), "int32": np.dtype(np.int32), "int64": np.dtype(np.int64)}
         self._buffer = backend.empty((max(layout.n_bytes for layout in layouts.values()),), np.uint8)
@@ -143,12 +144,13 @@ class Runner:
     def weight(self, tensor):
         """A tensor in the backend's form, made once."""
         if tensor.name not in self._weights:
-            self._weights[tensor.name] = self.backend.weight(tensor.read())
+            self.read(tensor)
         return self._weights[tensor.name]
 
     def read(self, tensor):
         """Make a tensor in the backend's form, again if it was made before."""
-        self._weights[tensor.name] = self.backend.weight(tensor.read())
+        w = self.backend.weight(tensor.read())
+        self._weights[tensor.name] = self.backend.reproducible(w) if self._reproducible else w
 
     def _constant(self, values):
         if id(values) not in self._constants:

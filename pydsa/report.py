@@ -40,7 +40,7 @@ def describe(setup):
         "index_type": setup.index_type if setup.config.top_k else None,
         "memory": {"weights_mapped": setup.mapped_bytes, "weights_copied": setup.copied_bytes, "caches": setup.cache_bytes,
                    "scratch": setup.scratch_bytes, "scores": setup.score_bytes, "packed_latents": setup.packed_latent_bytes},
-        "attention": attention_in_words(setup), "plain_form_until": setup.schedule.plain_form_until,
+        "attention": attention_in_words(setup), "reproducible": setup.reproducible, "plain_form_until": setup.schedule.plain_form_until,
         "layers": layers_in_words(setup)}
 
 
@@ -116,6 +116,8 @@ def format_report(report):
               f"  rows of scores  {size(memory['scores']):>12}  (at the end of the context)",
               f"  packed latents  {size(memory['packed_latents']):>12}  (for prompts with keys and values for each head)",
               "", f"attention: {report['attention']}"]
+    if report["reproducible"]:
+        lines.append("  reproducible: a token's logits do not depend on the steps that it runs in")
     if report["plain_form_until"]:
         lines.append(f"  prompts in ubatches of {report['n_ubatch']} have keys and values for each head up to {report['plain_form_until']} "
                      "tokens")

@@ -38,12 +38,13 @@ class Schedule:
 
     They are for contexts of up to n_ctx tokens, and prompts in ubatches of n_ubatch. attention: the value of `--attention`. With "auto",
     steps up to top_k tokens attend to all keys, which is exact, and later steps to the chosen keys. In both cases a step takes the plain
-    form where that is less work.
+    form where that is less work, unless one_form: then a token's sums are those of the absorbed form in each step. They are the same for
+    all keys and for chosen ones that are all.
     """
 
-    def __init__(self, config, attention, n_ctx, n_ubatch):
+    def __init__(self, config, attention, n_ctx, n_ubatch, one_form=False):
         self._config, self._n_ctx, self._n_ubatch = config, n_ctx, n_ubatch
-        self._top_k = config.top_k
+        self._top_k, self._one_form = config.top_k, one_form
         used = [name for name in config.VARIANTS[attention] if self._has_use_of(name, attention)]
         self._beyond = [name for name in used if attention == "auto" and VARIANTS[name].chooses]
         self._up_to_top_k = [name for name in used if name not in self._beyond]
@@ -52,7 +53,7 @@ class Schedule:
     def _has_use_of(self, name, attention):
         """Whether any step takes this variant."""
         if VARIANTS[name].plain:
-            return self._plain_until(name) > (self._top_k if VARIANTS[name].chooses else 0)
+            return not self._one_form and self._plain_until(name) > (self._top_k if VARIANTS[name].chooses else 0)
         return name != "sparse" or attention != "auto" or self._n_ctx > self._top_k
 
     def _plain_until(self, name):

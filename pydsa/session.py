@@ -276,7 +276,7 @@ class Session:
         """The settings that a saved session and this one must have in common."""
         setup = self._setup
         return {"model": setup.fingerprint, "kv_type": setup.kv_type, "index_type": setup.index_type,
-                "attention": setup.attention, "top_k": setup.config.top_k,
+                "attention": setup.attention, "top_k": setup.config.top_k, "reproducible": setup.reproducible,
                 "caches": [[ref.kind, ref.layer, cache.row_bytes] for ref, cache in self.caches.items()]}
 
     def save(self, path):
@@ -348,9 +348,10 @@ class Session:
         except (ValueError, RecursionError):
             fail("the file is incomplete or damaged")
         names = {"model": "model file", "kv_type": "cache type (--kv-type)", "index_type": "--index-type", "attention": "--attention",
-                 "top_k": "--dsa-top-k", "caches": "set of caches"}
+                 "top_k": "--dsa-top-k", "reproducible": "setting of --reproducible", "caches": "set of caches"}
         if not isinstance(fields, dict):
             fail("the file is damaged")
+        fields.setdefault("reproducible", False)        # older files have none
         for key in ("kv_type", "index_type"):
             fields[key] = CACHE_ALIASES.get(str(fields.get(key)), fields.get(key))
         for key, value in self._identity().items():

@@ -30,6 +30,7 @@ class Device(NamedTuple):
     side_by_side: bool = False      # whether ops that do not depend on each other run at the same time
     copies_blocks: bool = False     # whether loading copies every weight, which can take long
     described: bool = False         # whether the backend can describe its device
+    reproducible: bool = False      # whether its ops have a form in which a token's results are the same in steps of any shape
 
     def backend(self):
         """The backend's module, imported on the first call."""
@@ -117,9 +118,22 @@ def _packed_heads(n_tokens, n_head, width):
 
 DEVICES = {
     "cpu": Device("pydsa.backends.cpu", 4, _cpu_weights, packed_latents=_cpu_packed_latents, side_by_side=True,
-                  scored_together=SCORED_BY_THREADS),
+                  scored_together=SCORED_BY_THREADS, reproducible=True),
     # A grid has at most 65,535 blocks in y and in z, which kernels use for tokens.
     "cuda": Device("pydsa.backends.cuda", 4, lambda tensors: (0, _n_bytes(tensors)), 32768, scratch=_cuda_scratch, copies_blocks=True,
                    described=True),
     "reference": Device("pydsa.backends.reference", 8, lambda tensors: (_mapped(tensors), _as_floats(tensors)), scored_together=UNLIMITED),
 }
+
+
+def check_reproducible(name, wanted):
+    """Return `wanted`, whether a model shall be reproducible.
+
+    Raises PydsaError if it is no bool, or if it is true and the device of this name cannot.
+    """
+    if not isinstance(wanted, bool):
+        raise PydsaError(f"reproducible is {wanted!r}, expected True or False.")
+    if wanted and not DEVICES[name].reproducible:
+        able = " or ".join(other for other, device in DEVICES.items() if device.reproducible)
+        raise PydsaError(f"On {name} a token's results depend on those beside it: use --device {able}, or leave out --reproducible.")
+    return wanted

@@ -3,6 +3,9 @@
 The first values of a key row are its value. Here are the ops and the split of their work into tasks; the kernels are in f32/, bf16x2/ and
 int8x2/.
 
+A token's sums depend on the other tokens of its step, in their last bits: on whether keys are divided, and on tiles that tokens share. With
+`latents.alone` they do not: its keys are divided as if it were the only one, and of many tokens each is one task, of all these splits.
+
 `keys` are what tells which keys a token has: int64 [n_tokens], its position, up to which it has all of them; or int32 [n_tokens, k], the
 indices of those that it has, followed by -1.
 """
@@ -72,14 +75,14 @@ def count_splits(keys, n_head):
 
 
 @inner
-def task_size(q, keys, n_splits, n_threads):
+def task_size(q, latents, keys, n_splits, n_threads):
     """Return the tokens of a task and its heads.
 
-    Tokens that have all keys up to their positions share tiles of them.
+    Tokens that have all keys up to their positions share tiles of them, unless they are alone.
     """
     n_tokens, n_head, _ = q.shape
     tokens, heads = 1, n_head
-    if keys.ndim == 1 and n_tokens > FEW_TOKENS and q.strides[0] == n_head * q.strides[1]:
+    if not latents.alone and keys.ndim == 1 and n_tokens > FEW_TOKENS and q.strides[0] == n_head * q.strides[1]:
         tokens = max(1, min(QUERIES // n_head, n_tokens // n_threads))
     n = (n_tokens + tokens - 1) // tokens * n_splits
     while tokens == 1 and heads >= 2 * TASK_HEADS and (n_head + heads - 1) // heads * n < 2 * n_threads:
@@ -92,7 +95,7 @@ def begin_attention(out, q, latents, *others):
     """Count the tasks of attend; others: (..., keys, scale, task)."""
     keys, task = others[-3], others[-1]
     n_splits = count_splits(keys, q.shape[1])
-    tokens, heads = task_size(q, keys, n_splits, task.n_threads)
+    tokens, heads = task_size(q, latents, keys, n_splits, task.n_threads)
     return (q.shape[0] + tokens - 1) // tokens * ((q.shape[1] + heads - 1) // heads) * n_splits
 
 
@@ -106,18 +109,40 @@ def partial_bytes(n_head, n_v):
 
 
 @inner
+def run_job(out, q, latents, mask, keys, scale, t, n_tokens, h, n_head, first, ends, scaled_end, partial, thread):
+    """Attend: n_head heads from h on of n_tokens tokens from t on.
+
+    They have the keys from `first` on, up to those at the address `ends`. partial: where partial results go, or 0.
+    """
+    mask_at = address(mask) + t * mask.strides[0] if mask.size else 0
+    indices_at = address(keys) + t * keys.strides[0] if keys.ndim == 2 else 0
+    call_kernel(latents.attend, AttendJob(
+        thread=thread, out=address(out) + t * out.strides[0] + h * out.strides[1], out_token=out.strides[0], out_head=out.strides[1],
+        q=address(q) + t * q.strides[0] + h * q.strides[1], q_head=q.strides[1],
+        n_tokens=n_tokens, n_head=n_head, width=q.shape[2], n_v=out.shape[2],
+        rows=address(latents.data), row_bytes=latents.data.shape[1], dequantize=latents.dequantize, row_n=latents.n,
+        indices=indices_at, key_start=first, key_ends=ends, scaled_end=scaled_end,
+        mask=mask_at, mask_row=mask.strides[0],
+        scale=bits_of_float(np.float32(scale)), partial=partial))
+
+
+@inner
 def attend_masked(out, q, latents, mask, keys, scale, task):
     """Attend: some heads of some tokens to some keys.
 
     The last tokens, which have the most keys, come first.
     """
-    n_head, n_v = q.shape[1], out.shape[2]
+    n_head = q.shape[1]
     n_splits = count_splits(keys, n_head)
-    tokens, heads = task_size(q, keys, n_splits, task.n_threads)
+    tokens, heads = task_size(q, latents, keys, n_splits, task.n_threads)
     groups = (n_head + heads - 1) // heads
     split, h = task.index % n_splits, task.index // n_splits % groups * heads
     t = ((len(q) + tokens - 1) // tokens - 1 - task.index // (n_splits * groups)) * tokens
-    n_tokens, h_end, first, partial = min(tokens, len(q) - t), min(h + heads, n_head), np.int64(0), np.int64(0)
+    heads = min(heads, n_head - h)
+    if latents.alone and len(q) > FEW_TOKENS:
+        attend_alone(out, q, latents, mask, keys, scale, t, h, heads, task.thread)
+        return
+    n_tokens, first, partial, scaled_end = min(tokens, len(q) - t), np.int64(0), np.int64(0), np.int64(0)
     ends = task_scratch(task.thread, 8 * n_tokens)
     for i in range(n_tokens):
         store(ends, 8 * i, count_keys(keys, t + i))
@@ -125,21 +150,51 @@ def attend_masked(out, q, latents, mask, keys, scale, task):
         n = count_keys(keys, t)
         first = min(n, split * split_size(n, n_head))
         store(ends, 0, min(n, (split + 1) * split_size(n, n_head)))
-        partial = task.scratch + (t * n_splits + split) * partial_bytes(n_head, n_v) + 4 * h * (2 + n_v)
-    scaled_end, indices_at = np.int64(0), np.int64(0)
-    if keys.ndim == 2:
-        indices_at = address(keys) + t * keys.strides[0]
-    elif len(q) > FEW_TOKENS:       # whatever the tokens of this task are
+        partial = task.scratch + (t * n_splits + split) * partial_bytes(n_head, out.shape[2]) + 4 * h * (2 + out.shape[2])
+    elif keys.ndim == 1 and len(q) > FEW_TOKENS:       # whatever the tokens of this task are
         scaled_end = count_keys(keys, len(q) - 1)
-    mask_at = address(mask) + t * mask.strides[0] if mask.size else 0
-    call_kernel(latents.attend, AttendJob(
-        thread=task.thread, out=address(out) + t * out.strides[0] + h * out.strides[1], out_token=out.strides[0], out_head=out.strides[1],
-        q=address(q) + t * q.strides[0] + h * q.strides[1], q_head=q.strides[1],
-        n_tokens=n_tokens, n_head=h_end - h, width=q.shape[2], n_v=n_v,
-        rows=address(latents.data), row_bytes=latents.data.shape[1], dequantize=latents.dequantize, row_n=latents.n,
-        indices=indices_at, key_start=first, key_ends=ends, scaled_end=scaled_end,
-        mask=mask_at, mask_row=mask.strides[0],
-        scale=bits_of_float(np.float32(scale)), partial=partial))
+    run_job(out, q, latents, mask, keys, scale, t, n_tokens, h, heads, first, ends, scaled_end, partial, task.thread)
+
+
+@inner
+def merge_splits(row, n_splits, first, stride):
+    """Merge the partial results of the splits into one softmax.
+
+    A split's sums are rescaled by exp(its row_max - the row_max of all splits).
+    """
+    row_max, row_sum = np.float32(-np.inf), np.float32(0)
+    for i in range(n_splits):
+        row_max = max(row_max, float_at(first + i * stride, 0))
+    for j in range(row.size):
+        row[j] = 0
+    for i in range(n_splits):
+        at = first + i * stride
+        if float_at(at, 0) > -np.inf:
+            weight, values = exp(float_at(at, 0) - row_max), floats_at(at + 8, 1, row.size)[0]
+            row_sum += weight * float_at(at, 4)
+            for j in range(row.size):
+                row[j] += weight * values[j]
+        elif float_at(at, 4) != 0:      # NaN
+            row_sum = float_at(at, 4)
+    factor = np.float32(1) / row_sum if row_sum != 0 else np.float32(0)
+    for j in range(row.size):
+        row[j] *= factor
+
+
+@inner
+def attend_alone(out, q, latents, mask, keys, scale, t, h, n_head, thread):
+    """Attend: some heads of a token, split by split, as in a step of few tokens."""
+    n, n_v = count_keys(keys, t), out.shape[2]
+    size = split_size(n, q.shape[1])
+    n_splits, stride = (n + size - 1) // size, partial_bytes(n_head, n_v)
+    ends = task_scratch(thread, 64 + (n_splits * stride if n_splits > 1 else 0))
+    for i in range(max(1, n_splits)):
+        store(ends, 0, min(n, (i + 1) * size))
+        partial = ends + 64 + i * stride if n_splits > 1 else 0
+        run_job(out, q, latents, mask, keys, scale, t, 1, h, n_head, i * size, ends, 0, partial, thread)
+    if n_splits > 1:
+        for i in range(n_head):
+            merge_splits(contiguous(out[t, h + i]), n_splits, ends + 64 + 4 * i * (2 + n_v), stride)
 
 
 @inner
@@ -172,31 +227,6 @@ def merge(out, q, latents, *others):
     stride = partial_bytes(n_head, n_v)
     for i in range(h, min(h + size, n_head)):
         merge_splits(contiguous(out[t, i]), n_splits, task.scratch + t * n_splits * stride + 4 * i * (2 + n_v), stride)
-
-
-@inner
-def merge_splits(row, n_splits, first, stride):
-    """Merge the partial results of the splits into one softmax.
-
-    A split's sums are rescaled by exp(its row_max - the row_max of all splits).
-    """
-    row_max, row_sum = np.float32(-np.inf), np.float32(0)
-    for i in range(n_splits):
-        row_max = max(row_max, float_at(first + i * stride, 0))
-    for j in range(row.size):
-        row[j] = 0
-    for i in range(n_splits):
-        at = first + i * stride
-        if float_at(at, 0) > -np.inf:
-            weight, values = exp(float_at(at, 0) - row_max), floats_at(at + 8, 1, row.size)[0]
-            row_sum += weight * float_at(at, 4)
-            for j in range(row.size):
-                row[j] += weight * values[j]
-        elif float_at(at, 4) != 0:      # NaN
-            row_sum = float_at(at, 4)
-    factor = np.float32(1) / row_sum if row_sum != 0 else np.float32(0)
-    for j in range(row.size):
-        row[j] *= factor
 
 
 def partials_bytes(out, most_keys):

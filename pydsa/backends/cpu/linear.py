@@ -20,7 +20,7 @@ ROWS_IN_CACHE = SECOND_LEVEL_CACHE // 2 // (4 * 512 + SUPERBLOCK)         # unpa
 MAX_TASK_ROWS = max(MIN_TASK_ROWS, min(256 if amx.HERE else 128, 1 << ROWS_IN_CACHE.bit_length() - 1))
 MIN_TASK_TOKENS = 128           # the fewest tokens of a task of gemm, if there are still more threads: rows are unpacked for each task
 LEAST_TASK_BYTES, ALL_TASK_BYTES = 1 << 18, 1 << 24       # of weights for a few tokens: of the largest tasks, and of those of all threads
-GEMV_TOKENS = 3                 # the most tokens for which blocks are not unpacked
+GEMV_TOKENS = 3                 # the most tokens for which blocks are not unpacked, as a Weight's gemv_tokens
 LONG_ROWS = 4                # the fewest rows of a task for a few tokens: as many are multiplied together without blocks
 GEMV_ROWS = 16               # rows over which these tokens take turns, within a first-level cache; and a cache line of results
 PANEL_TOKENS = 16              # tokens that are packed at a time, a panel
@@ -38,7 +38,7 @@ def put_addresses(at, first, stride, n):
 @inner
 def uses_gemv(w, n_tokens):
     """Whether blocks are multiplied as stored."""
-    return w.dot != 0 and n_tokens <= GEMV_TOKENS
+    return w.dot != 0 and n_tokens <= w.gemv_tokens
 
 
 @inner
@@ -195,7 +195,7 @@ def pack_tokens(w, x, token_stride, head_stride, n_head, n_tokens, n_in, task):
 @inner
 def task_sizes(w, n_head, n_out, row_bytes, n_tokens, n_threads):
     """Return the rows and the tokens of a task of multiply_rows."""
-    if n_tokens <= GEMV_TOKENS:
+    if n_tokens <= w.gemv_tokens:
         return min(n_out, gemv_task_rows(n_head * n_out, row_bytes, n_threads)), n_tokens
     rows = min(n_out, gemm_task_rows(n_out, n_head, n_threads))
     return rows, gemm_task_tokens(n_tokens, (n_out + rows - 1) // rows * n_head, n_threads)

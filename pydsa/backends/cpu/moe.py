@@ -8,7 +8,7 @@ import numpy as np
 
 from pydsa.backends.cpu.arrays import address, align, contiguous, floats_at, ints_at
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.linear import (GEMV_TOKENS, count_panels, count_pieces, gemm_rows, gemm_task_rows, gemv_rows, gemv_task_rows,
+from pydsa.backends.cpu.linear import (count_panels, count_pieces, gemm_rows, gemm_task_rows, gemv_rows, gemv_task_rows,
                                        pack_panel, panel_bytes, put_addresses, round_piece, rounded_bytes, uses_gemv)
 from pydsa.backends.cpu.norm import silu_mul_row
 from pydsa.backends.cpu.op import Stage, op
@@ -192,7 +192,7 @@ def expert_rows(w, groups, i, r, n, n_in, n_tokens, packed, slots, out_at, threa
 @inner
 def task_rows(w, n_out, n_busy, n_tokens, n_threads):
     """Count the rows of a task, the same for all experts."""
-    if n_tokens <= GEMV_TOKENS:
+    if n_tokens <= w.gemv_tokens:
         return min(n_out, gemv_task_rows(n_out * n_busy, w.data.shape[2], n_threads))
     return min(n_out, gemm_task_rows(n_out, n_busy, n_threads))
 
@@ -297,7 +297,7 @@ def moe_linear(out, x, ids, w):
 def down_task_rows(down, ids, n_busy, n_threads):
     """Count the rows of a task, which computes them for all experts."""
     n_out = down.data.shape[1]
-    if len(ids) <= GEMV_TOKENS:
+    if len(ids) <= down.gemv_tokens:
         return gemv_task_rows(n_out, n_busy * down.data.shape[2], n_threads)
     return gemm_task_rows(n_out, 1, n_threads)
 

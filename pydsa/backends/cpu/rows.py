@@ -8,6 +8,7 @@ from pydsa.backends.cpu import int16, integer_rows
 from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.blocks import BLOCKS
 from pydsa.backends.cpu.jit import IntpFunction, call_block_function, inner, is_listing
+from pydsa.backends.cpu.linear import GEMV_TOKENS
 from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.tasks import by_row, by_second_row, rows_of
 from pydsa.backends.cpu.variants import kernels
@@ -30,6 +31,7 @@ class Weight(NamedTuple):
     unpack: int         # in the form that `matmul` calls
     pack: int
     matmul: int
+    gemv_tokens: int    # the most tokens in a step for which `dot` multiplies; and of a step whose tasks have all tokens
     round_row: int = 0
     order: int = 0
     dot: int = 0
@@ -50,6 +52,7 @@ class CacheRows(NamedTuple):
     pack_latents: int            # for mha.py: packs tiles of latents; attend_head attends to them with keys and values of each head
     attend_head: int
     tile_bytes: int           # bytes of a packed tile
+    alone: int = 0          # whether each token attends as if it were the only one of its step (attention.py)
 
 
 @inner
@@ -91,6 +94,7 @@ def cache_write(cache, x, positions):
     return 0
 
 
+ALL_TOKENS = 2**31 - 1
 SPARE_ROWS = 32         # after the last row: tiles are loaded whole, 64 bytes of each row
 ROUND_ROW = IntpFunction(int16.linear.round_row)
 
@@ -105,7 +109,7 @@ def weight(tensor):
     if block.type.quantized:
         unpack, gemv = block.unpack, (ROUND_ROW.address, block.order.ctypes.data, block.dot.address)
     w = Weight(tensor.data, block.type.size, block.type.n_bytes, block.mins, block.bits, gemm.packed_bytes, block.dequantize.address,
-               unpack.address, gemm.pack.address, gemm.matmul.address, *gemv)
+               unpack.address, gemm.pack.address, gemm.matmul.address, GEMV_TOKENS, *gemv)
     if len(tensor.shape) > 1:
         return w
     values = np.empty((1, *tensor.shape), np.float32)
@@ -131,6 +135,18 @@ def cache_rows(n_ctx, widths, storage):
     functions = attend, scores.gemm, scores.gemv, mha.pack_latents, mha.attend_head
     return CacheRows(data, dequantize.address, quantize.address, n, *(f.address for f in functions),
                      mha.tile_bytes(widths[0], sum(widths[1:])))
+
+
+def reproducible(rows):
+    """Return weights or cache rows in reproducible form.
+
+    With them an op gives a token the same bits in all steps. rows: what weight() or cache_rows() made. Quantized weights are multiplied
+    block by block, however many tokens there are. Products with others are sums in one order anyway, as are norms, rotations and the
+    router.
+    """
+    if isinstance(rows, CacheRows):
+        return rows._replace(score_gemv=rows.score_gemm, alone=1)
+    return rows._replace(gemv_tokens=ALL_TOKENS) if isinstance(rows, Weight) and rows.order else rows
 
 
 def cache_bytes(rows):

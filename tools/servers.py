@@ -1,0 +1,193 @@
+"""Servers of pydsa and llama.cpp as child processes, and a client.
+
+    with started(pydsa_command(load), load) as server:
+        stream = server.ask("Once upon a time", 64)
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+HOST = "127.0.0.1"
+STARTS = 300        # seconds in which a server must be ready; the first start of pydsa compiles kernels
+ANSWERS = 600       # seconds in which something must come from a server that was asked
+ENDS = 30           # seconds in which a server must end after SIGTERM
+
+
+class Load(NamedTuple):
+    """What a server shall be ready for."""
+    model: str
+    threads: int
+    n_parallel: int         # conversations at the same time
+    n_ctx: int              # tokens that each of them may have
+    ended: tuple = ()       # ids of the tokens that end an answer, which shall not come
+    repack: bool = False    # whether llama.cpp may repack weights
+
+
+class Stream(NamedTuple):
+    """An answer as it came: seconds of time.perf_counter(), and tokens."""
+    start: float
+    times: list             # when each piece of its text came
+    end: float
+    n_prompt: int | None    # None: the server does not tell
+    n_tokens: int
+
+
+def free_port():
+    """A port of this machine that nobody listens at."""
+    with socket.create_server((HOST, 0)) as one:
+        return one.getsockname()[1]
+
+
+def pydsa_command(load, *more):
+    """How pydsa's server is started, but for its port."""
+    return [sys.executable, "-m", "pydsa", "serve", str(load.model), "-t", str(load.threads), "-tb", str(load.threads),
+            "-np", str(load.n_parallel), "-c", str(load.n_ctx), *more]
+
+
+def llama_server_command(load, path):
+    """How llama.cpp's own server is started; path: the program llama-server."""
+    return [str(path), "-m", str(load.model), "-t", str(load.threads), "-tb", str(load.threads), "-np", str(load.n_parallel),
+            "-c", str(load.n_parallel * load.n_ctx), "-fa", "on", "-ngl", "0", "--no-webui", *([] if load.repack else ["--no-repack"])]
+
+
+def llama_cpp_python_command(load, path):
+    """How llama-cpp-python's server is started; path: the Python that has it.
+
+    It answers one request after the other. By default a second one would end the first.
+    """
+    return [str(path), "-m", "llama_cpp.server", "--model", str(load.model), "--n_threads", str(load.threads),
+            "--n_threads_batch", str(load.threads), "--n_ctx", str(load.n_ctx), "--flash_attn", "true", "--interrupt_requests", "false"]
+
+
+PEERS = {"llama-server": llama_server_command, "llama-cpp-python": llama_cpp_python_command}
+
+
+class Client:
+    """Asks a server that listens at a port of this machine.
+
+    pid: of its process; log(): what that has written; code: with what it ended; all None if it was not started by started().
+    """
+
+    def __init__(self, port, load):
+        self.port, self.load = port, load
+        self.pid, self.log, self.code = None, None, None
+
+    def get(self, path):
+        """The status of a GET; 0 while nobody listens."""
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=ANSWERS)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            response.read()
+            return response.status
+        except (OSError, http.client.HTTPException):
+            return 0
+        finally:
+            connection.close()
+
+    def ready(self):
+        """Whether the model is loaded; not all servers have /health."""
+        status = self.get("/health")
+        return status == 200 or status == 404 and self.get("/v1/models") == 200
+
+    def ask(self, prompt, n):
+        """Continue a text by n tokens -> a Stream.
+
+        Bytes are only noted as they come, and read later, so that this process takes little time from the server. Raises RuntimeError if
+        the answer is an error, or no count of its tokens came.
+        """
+        body = {"prompt": prompt, "max_tokens": n, "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
+                "logit_bias": {str(token): -100 for token in self.load.ended}}
+        connection, parts = http.client.HTTPConnection(HOST, self.port, timeout=ANSWERS), []
+        start = time.perf_counter()
+        try:
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            while data := response.read1(1 << 16):
+                parts.append((time.perf_counter(), data))
+        except (OSError, http.client.HTTPException) as error:
+            raise RuntimeError(f"the server broke off ({type(error).__name__}: {error})") from None
+        finally:
+            connection.close()
+        if response.status != 200:
+            text = b"".join(data for _, data in parts).decode(errors="replace")
+            raise RuntimeError(f"the server answered {response.status}: {text:.300}")
+        return read_stream(start, parts, n)
+
+
+def read_stream(start, parts, n):
+    """The Stream in parts of a response: (seconds, bytes); n: tokens asked for."""
+    times, usage, reason = [], {}, None
+    for when, event in events(parts):
+        if "error" in event:
+            raise RuntimeError(f"the server ended the answer: {json.dumps(event['error']):.300}")
+        usage = event.get("usage") or usage
+        for choice in event.get("choices", []):
+            if choice.get("text"):
+                times.append(when)
+            reason = choice.get("finish_reason") or reason
+    counted = usage.get("completion_tokens", n if reason == "length" else None)
+    if counted is None:
+        raise RuntimeError(f"an answer ended ({reason}) before it had {n} tokens, and the server does not tell how many it had")
+    return Stream(start, times, parts[-1][0] if parts else start, usage.get("prompt_tokens"), counted)
+
+
+def events(parts):
+    """Yield (seconds, value) for each event of a stream of server-sent events."""
+    rest = b""
+    for when, data in parts:
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            text = line.strip()
+            if text.startswith(b"data:") and text != b"data: [DONE]":
+                yield when, json.loads(text[5:])
+
+
+@contextlib.contextmanager
+def started(command, load):
+    """A context with a server's process, and a Client of it.
+
+    It begins when the server is ready. Raises RuntimeError, with the last line that the server wrote, if it ends before, or is not ready in
+    time.
+    """
+    client, environment = Client(free_port(), load), dict(os.environ)
+    if command[0] == sys.executable:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+    with tempfile.TemporaryFile() as log:
+        child = subprocess.Popen([*command, "--port", str(client.port)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        client.pid, client.log = child.pid, lambda: _text(log)
+        try:
+            end = time.monotonic() + STARTS
+            while not client.ready():
+                if child.poll() is not None or time.monotonic() > end:
+                    state = "is not ready" if child.returncode is None else f"ended with {child.returncode}"
+                    raise RuntimeError(f"{Path(command[0]).name} {state}; {_last_line(log)}")
+                time.sleep(0.1)
+            yield client
+        finally:
+            child.terminate()
+            try:
+                client.code = child.wait(ENDS)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                client.code = child.wait()
+
+
+def _text(log):
+    """All that is in a file, to whose end a process writes."""
+    return os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode(errors="replace")
+
+
+def _last_line(log):
+    lines = [line.strip() for line in _text(log).split("\n") if line.strip()]
+    return f"it wrote: {lines[-1]:.300}" if lines else "it wrote nothing"
