@@ -15,7 +15,7 @@ import numpy as np
 
 from pydsa.errors import ContextFullError, PydsaError
 from pydsa.tokenizer import CONTROL, UNKNOWN
-from pydsa.tool_calls import Form
+from pydsa.tool_calls import Form, Writing, as_call, find_held
 
 THINK, END_THINK = "<think>", "</think>"
 
@@ -24,7 +24,8 @@ class Piece(str):
     """A piece of an answer: a str with a kind.
 
     kind: "answer"; "reasoning"; "tool_call", the text of one complete call, with the call in OpenAI's form in `call`; or "markup", the tags
-    around reasoning and blocks of calls.
+    around reasoning and blocks of calls. Where the Layout streams calls: "call_delta", a part of a call, whose `call` has only the
+    arguments that it adds; a "tool_call" with the rest of the text, maybe none, and the complete call follows.
     """
 
     def __new__(cls, text, kind="answer", call=None):
@@ -39,7 +40,8 @@ class Reply:
 
     text, reasoning: str. tool_calls: a list of {"id", "type": "function", "function": {"name", "arguments": JSON text}}.
     finish_reason: "stop" (the model ended its turn, or a stop text came), "tool_calls" (the same, after calls), "length" (max_tokens, or
-    the context was full), or None until then. n_prompt, n_generated: tokens; n_prompt counts those that were not run again too.
+    the context was full), or None until then. n_prompt, n_generated: tokens; n_prompt counts those that were not run again too. stop: the
+    stop text that ended it, or None.
     """
     text: str = ""
     reasoning: str = ""
@@ -47,6 +49,7 @@ class Reply:
     finish_reason: str | None = None
     n_prompt: int = 0
     n_generated: int = 0
+    stop: str | None = None
 
     @property
     def message(self) -> dict:
@@ -72,12 +75,15 @@ class Layout(NamedTuple):
     """How an answer to a prompt is laid out.
 
     opened: the prompt ends inside of reasoning. thinks: the model may begin with <think>. form: the Form of calls to look for, or None.
-    tools: those that were offered.
+    tools: those that were offered. single_call: the answer ends after its first call. streams_calls: calls are given as they are written;
+    this needs a constraint that completes a call once it has begun. One that a limit cuts off is given as far as it came.
     """
     opened: bool = False
     thinks: bool = False
     form: Form | None = None
     tools: list | None = None
+    single_call: bool = False
+    streams_calls: bool = False
 
     def shown(self, tokenizer):
         """The ids of control tokens that are part of the layout's marks."""
@@ -130,14 +136,14 @@ class Reader:
 
     def __init__(self, tokenizer, stop=None, layout=None):
         layout = layout or Layout()
-        self.reply, self.stopped = Reply(), False
+        self.reply, self.stopped, self._single_call = Reply(), False, layout.single_call
         self._decoder = tokenizer.decoder(layout.shown(tokenizer))
         self._stops, self._splitter = Stops(stop), Splitter(layout)
 
     def push(self, token) -> list[Piece]:
         """Add an id -> the pieces that are certain now.
 
-        `stopped` tells whether a stop text came: the answer then ends.
+        `stopped` tells whether a stop text came, or the only call that may: the answer then ends.
         """
         self.reply.n_generated += 1
         text, self.stopped = self._stops.push(self._decoder.push(token))
@@ -153,13 +159,20 @@ class Reader:
             text, self.stopped = self._stops.push(self._decoder.flush())
             text += "" if self.stopped else self._stops.flush()
         pieces = self._add([*self._splitter.push(text), *self._splitter.flush()])
+        self.reply.stop = self._stops.found
         self.reply.finish_reason = "length" if cut_off and not self.stopped else "tool_calls" if self.reply.tool_calls else "stop"
         return pieces
 
     def _add(self, pieces):
+        """Add pieces to the reply -> those added: none after the only call that may come."""
+        added = []
         for piece in pieces:
+            if self._single_call and self.reply.tool_calls:
+                break
             self.reply.add(piece)
-        return pieces
+            added.append(piece)
+        self.stopped |= self._single_call and bool(self.reply.tool_calls)
+        return added
 
     def read(self, ids: Iterable[int], max_tokens=None, n_prompt=0) -> Stream:
         """The Stream of an answer with these ids.
@@ -189,23 +202,17 @@ def _pieces(ids, max_tokens, reader):
         raise full
 
 
-def find_held(text, marks):
-    """The length of the text's longest end that may become one of the marks."""
-    longest = min(len(text), max(map(len, marks), default=1) - 1)
-    return next((n for n in range(longest, 0, -1) if any(mark.startswith(text[-n:]) for mark in marks)), 0)
-
-
 class Stops:
     """Cuts a text at the first of some stop texts, whatever its pieces are.
 
-    stop: a str, a list of str, or None. What may be the beginning of a stop text is held back.
+    stop: a str, a list of str, or None. What may be the beginning of a stop text is held back. found: the stop text that came, or None.
     """
 
     def __init__(self, stop=None):
         listed = [stop] if isinstance(stop, str) else [] if stop is None else stop
         if not isinstance(listed, (list, tuple)) or not all(isinstance(text, str) and text for text in listed):
             raise PydsaError(f"stop is {stop!r:.80}, expected a text or a list of texts, none of them empty")
-        self._texts, self._held = list(listed), ""
+        self._texts, self._held, self.found = list(listed), "", None
 
     def push(self, text):
         """Add a piece -> (the text that is certain now, whether a stop came)."""
@@ -214,8 +221,9 @@ class Stops:
         text = self._held + text
         found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self._texts if stop in text]
         if found:       # the first that is complete, so that the result does not depend on the pieces
-            self._held = ""
-            return text[:min(found)[1]], True
+            end, start = min(found)
+            self._held, self.found = "", text[start:end]
+            return text[:start], True
         n = len(text) - find_held(text, self._texts)
         self._held = text[n:]
         return text[:n], False
@@ -234,10 +242,12 @@ class Splitter:
     """
 
     def __init__(self, layout: Layout):
-        self._form, self._tools = layout.form, layout.tools
+        self._form, self._tools, self._streams = layout.form, layout.tools, layout.streams_calls
         self._state = "reasoning" if layout.opened else "start" if layout.thinks else "text"
         self._pending = self._mark = ""     # text that is not certain yet; the mark of the call that has begun
         self._searched = 0                  # characters of the call in which its end was looked for
+        self._writing = None                # the Writing of a call that is streamed
+        self._read = self._given = 0        # characters of the call that it has, and of its text that pieces have
 
     def push(self, text):
         """Add text -> the list of Pieces that are certain now."""
@@ -245,10 +255,13 @@ class Splitter:
         pieces = []
         while (step := getattr(self, f"_{self._state}")()) is not None:
             pieces += step
-        return [piece for piece in pieces if piece]
+        return [piece for piece in pieces if piece or piece.call]
 
     def flush(self):
         """The pieces of the text that was held back, at the end."""
+        if self._given:     # what is held back may be a part of the call's end
+            last, self._pending = self._end_stream(self._mark + self._pending), ""
+            return [last]
         rest, self._pending, self._mark = self._mark + self._pending, "", ""
         blank = self._state == "section" and not rest.strip()
         kind = "reasoning" if self._state == "reasoning" else "markup" if blank else "answer"
@@ -299,18 +312,43 @@ class Splitter:
 
     def _call(self):
         form = self._form
-        if form.is_none and form.is_none.match(self._pending):      # do not hold prose back until an end that may never come
+        # Prose is not held back until an end that may never come.
+        if form.is_none and not self._given and form.is_none.match(self._pending):
             mark, self._mark, self._state, self._searched = self._mark, "", "text", 0
+            self._writing, self._read = None, 0
             return [Piece(mark)]
         end = self._pending.find(form.ends, max(0, self._searched - len(form.ends)))
         self._searched = 0 if end >= 0 else len(self._pending)
+        deltas = self._stream(len(self._pending) - find_held(self._pending, (form.ends,)) if end < 0 else end, end >= 0)
         if end < 0:
-            return None
+            return deltas or None
         raw = self._mark + self._pending[:end + len(form.ends)]
-        call = form.read(self._pending[:end], self._tools)
-        self._mark = ""
+        if self._given:
+            last = self._end_stream(raw)
+        else:
+            call = form.read(self._pending[:end], self._tools)
+            last = Piece(raw, "answer" if call is None else "tool_call", call)
+        self._mark, self._writing, self._read = "", None, 0
         self._take(end + len(form.ends), "section" if form.opens else "text")
-        return [Piece(raw, "answer" if call is None else "tool_call", call)]
+        return [*deltas, last]
+
+    def _stream(self, n, end=False):
+        """The pieces of the first n characters of a call that is streamed, or none."""
+        if not self._streams or n <= self._read and not end:
+            return []
+        self._writing = writing = self._writing or Writing(self._form, self._tools)
+        added, self._read = writing.push(self._pending[self._read:n], end), n
+        if writing.name is None or writing.broken and not self._given:
+            return []
+        text = self._pending[self._given - len(self._mark):n] if self._given else self._mark + self._pending[:n]
+        self._given = len(self._mark) + n
+        return [Piece(text, "call_delta", as_call(writing.id, writing.name, added))]
+
+    def _end_stream(self, raw):
+        """The last piece of a call that was streamed, whose client has its arguments."""
+        text, writing = raw[self._given:], self._writing
+        self._writing, self._read, self._given = None, 0, 0
+        return Piece(text, "tool_call", as_call(writing.id, writing.name, writing.arguments))
 
     def _until(self, marks, kind, after):
         """Pieces of a kind up to the first mark; after(mark): the next state."""

@@ -71,6 +71,19 @@ def chat_prompt(tokenizer, messages, *, add_generation_prompt=True, thinking=Fal
     return Prompt(tokenizer.encode(text, tokenizer.add_bos, parse_special=True, escape=escape), layout)
 
 
+def begin_answer(tokenizer, prompt, text) -> Prompt:
+    """The Prompt that goes on with the beginning of the answer.
+
+    text: what the answer begins with. Special tokens in it stay plain text. Raises PydsaError if the prompt ends inside of reasoning.
+    """
+    if prompt.layout.opened:
+        raise PydsaError("the beginning of the answer is given, but the model shall think before it answers: expected one of them")
+    special = (*tokenizer.control_texts, *(text for text in tokenizer.user_defined_texts if len(text) > 1))
+    escape = _unused_character(text)
+    ids = tokenizer.encode(Guard(special, escape)(text), parse_special=True, escape=escape)
+    return Prompt(prompt.ids + ids, prompt.layout._replace(thinks=False))
+
+
 def _may_think(tokenizer, template):
     """Whether a model may reason between tags."""
     return THINK in (template or "") or THINK in tokenizer.control_texts + tokenizer.user_defined_texts

@@ -23,8 +23,8 @@ from pydsa.options import counts
 from pydsa.plan import check_memory
 from pydsa.prefixes import Prefixes, common_length
 from pydsa.requests import (Cancelled, Failed, Finished, Progress, QueueFullError, Request, SlotState, Started, Stats, Ticket, Timings,
-                            Written)
-from pydsa.sampling import Sampler
+                            Token, Written)
+from pydsa.sampling import Sampler, log_probabilities
 from pydsa.session import check_ids, check_max_tokens
 
 CHUNK = 512         # tokens of a prompt that run together while others wait for theirs
@@ -334,13 +334,16 @@ class Engine:
         if request.max_tokens == 0:
             self._finish(slot, cut_off=True)
             return
-        token = slot.sampler.pick(logits, slot.session.tokens)
+        state, n = slot.constraint, request.n_logprobs
+        token = slot.sampler.pick(logits, slot.session.tokens, None if state is None else state.allowed())
         if token in self.model.tokenizer.eog_ids:
             self._finish(slot)
             return
+        if state is not None:
+            state.advance(token)
         self.stats.n_generated += 1
-        self._say(slot.ticket, Written(reader.push(token), None))
-        if reader.stopped:
+        self._say(slot.ticket, Written(reader.push(token), None if n is None else Token(token, *log_probabilities(logits, token, n))))
+        if reader.stopped or state is not None and state.finished:
             self._finish(slot)
         elif reader.reply.n_generated == request.max_tokens:
             self._finish(slot, cut_off=True)
@@ -380,8 +383,8 @@ class Engine:
             self.stats.n_cancelled += 1
         else:
             self.stats.n_failed += 1
-        self._say(ticket, Failed(error))
         self._close_ticket()
+        self._say(ticket, Failed(error))
 
     def _end(self, slot, event):
         """Free a slot, and tell the last event of its request."""
@@ -390,8 +393,8 @@ class Engine:
         if isinstance(event, Failed):
             self._fail(ticket, event.error)
         else:
+            self._close_ticket()        # first: who hears of the end may ask again, and finds room
             self._say(ticket, event)
-            self._close_ticket()
 
     def _close_ticket(self):
         with self._lock:

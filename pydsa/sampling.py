@@ -97,22 +97,23 @@ class Sampler:
         self._biased = np.fromiter(biases, np.int64, len(biases))
         self._biases = np.array([-math.inf if bias is False else bias for bias in biases.values()], np.float64)
 
-    def pick(self, logits: np.ndarray, history: Sequence[int] = ()) -> int:
+    def pick(self, logits: np.ndarray, history: Sequence[int] = (), allowed: np.ndarray | None = None) -> int:
         """The next token id, an int.
 
-        logits: floats [n_vocab]. history: the ids of the text so far, with the prompt. Raises PydsaError if the greatest logit is not
-        finite, if all tokens are banned, or if the history or logit_bias has ids that are not in the vocabulary.
+        logits: floats [n_vocab]. history: the ids of the text so far, with the prompt. allowed: the tokens that may be picked, bool
+        [n_vocab], before all else; None: all. Raises PydsaError if the greatest logit is not finite, if all tokens are banned, or if the
+        history or logit_bias has ids that are not in the vocabulary.
         """
         sampling = self.sampling
-        logits = self._penalize(self._bias(np.asarray(logits)), history)
-        best = int(np.argmax(logits))       # of equal logits the lowest index; NaN counts as the greatest
-        self.check(logits[best])
+        logits = self._penalize(self._bias(self._only(np.asarray(logits), allowed)), history)
+        greatest = logits.max()         # NaN, if there is any
+        self.check(greatest)
         if sampling.temperature == 0:
-            return best
-        ids = _top_k(logits, sampling.top_k)
+            return int(np.argmax(logits))       # of equal logits the lowest index
+        ids = top_k(logits, sampling.top_k)
         ids = ids[:_n_top_p(_softmax(logits[ids]), sampling.top_p)]
         if sampling.min_p > 0:
-            ids = ids[logits[ids] >= logits[best] + math.log(sampling.min_p)]
+            ids = ids[logits[ids] >= greatest + math.log(sampling.min_p)]
         cumulated = np.cumsum(_softmax(logits[ids], sampling.temperature))
         drawn = np.searchsorted(cumulated, self._random.random() * cumulated[-1], side="right")
         return int(ids[min(drawn, len(ids) - 1)])
@@ -137,6 +138,18 @@ class Sampler:
         if not 0 < sampling.top_k <= most:
             return None
         return sampling.top_k, sampling.top_p, sampling.min_p, sampling.temperature, self._random.random()
+
+    def _only(self, logits, allowed):
+        """The logits, with -inf for tokens that are not allowed."""
+        if allowed is None:
+            return logits
+        if not allowed.any():
+            raise PydsaError("the constraint allows no token, expected at least one: it cannot be fulfilled")
+        self.check(logits.max())            # damaged logits, before a ban can hide them
+        most = allowed.astype(logits.dtype)      # +inf or -inf for each, which is several times as fast as np.where
+        most -= 0.5
+        most *= math.inf
+        return np.minimum(logits, most, out=most)
 
     def _bias(self, logits):
         """Add the biases to the logits of their tokens."""
@@ -177,16 +190,29 @@ def _is_finite(number):
         return False
 
 
-def _top_k(logits, k):
-    """The indices of the k greatest logits, or of all for k = 0.
+def top_k(logits, k):
+    """The indices of the k greatest logits, or of all for k = 0, int [k].
 
-    Greater logits come first, and of equal ones the lowest index.
+    Greater logits come first, and of equal ones the lowest index. None may be NaN. Those of -inf may be left out.
     """
     if not 0 < k < len(logits):
         return np.argsort(-logits, kind="stable")
-    least = np.partition(logits, len(logits) - k)[len(logits) - k]
-    candidates = np.flatnonzero(logits >= least)        # more than k where several logits equal the least
+    least = _least(logits, k)
+    candidates = np.flatnonzero(logits >= least if least > -math.inf else logits > least)
     return candidates[np.argsort(-logits[candidates], kind="stable")[:k]]
+
+
+def _least(logits, k):
+    """A number that at least k of the logits reach, and hardly more.
+
+    Each column of a table of the logits has a greatest one, and the k-th of these is such a number. It takes one fast pass.
+    """
+    width = max(16 * k, 1024)
+    rows = len(logits) // width
+    if rows < 4:
+        return np.partition(logits, len(logits) - k)[len(logits) - k]
+    greatest = logits[:rows * width].reshape(rows, width).max(axis=0)
+    return np.partition(greatest, width - k)[width - k]
 
 
 def _softmax(logits, temperature=1.0):
@@ -201,3 +227,16 @@ def _n_top_p(probabilities, p):
     if p >= 1:
         return len(probabilities)
     return int(np.searchsorted(np.cumsum(probabilities), p, side="left")) + 1
+
+
+def log_probabilities(logits: np.ndarray, token: int, n: int = 0):
+    """How likely a token was -> (log-probability, [(id, log-probability)]).
+
+    The list has the n likeliest tokens, the likeliest first. They are those of the model's logits, [n_vocab], without what a Sampler does
+    to them; natural logarithms, float, summed in float64. A token that the model never picks has -inf.
+    """
+    wide = logits.astype(np.float64)
+    greatest = wide.max()
+    total = greatest + math.log(np.exp(wide - greatest).sum())
+    likeliest = top_k(logits, min(n, len(logits)))[:n] if n else ()
+    return float(wide[token] - total), [(int(i), float(wide[i] - total)) for i in likeliest]

@@ -47,11 +47,14 @@ def post(server, path, body, **headers):
     return call(server, "POST", path, body, **headers)[::2]
 
 
-def wait_for(condition, seconds=20):
-    """What a function returns, as soon as that is true."""
+def wait_for(condition, seconds=20, what=lambda: ""):
+    """What a function returns, as soon as that is true.
+
+    what: tells more where it never is.
+    """
     end = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < end, "it did not come"
+        assert time.monotonic() < end, f"it did not come {what()}"
         time.sleep(0.01)
     return value
 

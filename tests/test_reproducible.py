@@ -86,6 +86,12 @@ def test_without_it_they_do(opened, case):
     assert {"200 tokens, 1 threads", "64 tokens, 1 threads", "pieces 0"} <= set(ways(opened, case, reproducible=False))
 
 
+@pytest.mark.parametrize("case", ["deepseek2, Q8_0", "deepseek32, masked", "glm-dsa, IQ2_XS"])
+def test_logits_are_those_of_one_token_at_a_time(opened, case):
+    expected = opened(case, n_ubatch=1, reproducible=False).session().logits(IDS)
+    assert np.array_equal(opened(case).session().logits(IDS), expected)
+
+
 @pytest.mark.parametrize("case", ["deepseek32", "deepseek32, Q4_K_M", "glm-dsa"])
 def test_logits_do_not_depend_on_the_length_of_the_context(opened, case):
     """... nor on whether attention is "sparse" from the beginning: all keys are the chosen ones there."""

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pydsa.errors import PydsaError
-from pydsa.sampling import Sampler, Sampling
+from pydsa.sampling import Sampler, Sampling, log_probabilities, top_k
 
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}      # options that leave the distribution unchanged
 N_DRAWS = 4000
@@ -159,6 +159,40 @@ def test_a_bias_outside_of_the_vocabulary():
         Sampler(Sampling(logit_bias={4: 1})).pick(np.zeros(4, np.float32))
 
 
+# Allowed tokens
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_only_allowed_tokens_are_picked(temperature):
+    logits, allowed = logits_of(0.1, 0.5, 0.3, 0.1), np.array([True, False, True, False])
+    sampler = Sampler(Sampling(**OFF | {"temperature": temperature}, logit_bias={1: 9.0}, presence_penalty=1.0, seed=3))
+    assert {sampler.pick(logits, [2], allowed) for _ in range(100)} <= {0, 2}
+    assert Sampler(Sampling(temperature=0)).pick(logits, [], ~allowed) == 1
+    assert_close(np.bincount([sampler.pick(logits, [], allowed) for _ in range(N_DRAWS)], minlength=4) / N_DRAWS,
+                 [0.25, 0, 0.75, 0] if temperature else [0, 0, 1, 0])
+
+
+def test_nothing_is_allowed():
+    with pytest.raises(PydsaError, match="the constraint allows no token, expected at least one"):
+        Sampler().pick(np.zeros(3, np.float32), (), np.zeros(3, bool))
+    with pytest.raises(PydsaError, match="logit_bias bans every token"):
+        Sampler(Sampling(logit_bias={1: False})).pick(np.zeros(3, np.float32), (), np.array([False, True, False]))
+    with pytest.raises(PydsaError, match="the greatest of the logits is nan"):     # a ban does not hide damage
+        Sampler().pick(np.array([1, np.nan], np.float32), (), np.array([True, False]))
+
+
+# Log-probabilities
+
+def test_log_probabilities_are_those_of_the_raw_logits():
+    logits = (logits_of(0.5, 0.125, 0.25, 0.125) + 200).astype(np.float32)
+    logprob, likeliest = log_probabilities(logits, 1, 3)
+    assert logprob == pytest.approx(math.log(0.125), abs=1e-5) and [i for i, _ in likeliest] == [0, 2, 1]
+    assert [p for _, p in likeliest] == pytest.approx(np.log([0.5, 0.25, 0.125]), abs=1e-5)
+    assert log_probabilities(logits, 0) == (pytest.approx(math.log(0.5), abs=1e-5), [])
+    assert len(log_probabilities(logits, 0, 9)[1]) == 4
+    assert sum(math.exp(p) for _, p in log_probabilities(np.random.default_rng(0).normal(size=500).astype(np.float32), 0, 500)[1]) == \
+        pytest.approx(1, abs=1e-14)
+
+
 # Greedy
 
 def test_greedy_takes_the_first_of_the_likeliest():
@@ -181,6 +215,24 @@ def test_nothing_left_to_pick():
 
 
 # Invariants
+
+def plain_top_k(logits, k):
+    """The k greatest by sorting all."""
+    ids = np.argsort(-logits, kind="stable")[:k]
+    return ids[logits[ids] > -math.inf]
+
+
+@pytest.mark.parametrize("n", [9, 1000, 5000, 33_333])
+@pytest.mark.parametrize("k", [1, 7, 40, 900])
+def test_the_fast_top_k_is_the_plain_one(n, k):
+    random = np.random.default_rng(n + k)
+    normal = (random.normal(size=n) * 3).astype(np.float32)
+    few = np.where(random.random(n) < 0.003, normal, -np.inf).astype(np.float32)
+    few[0] = 1
+    for logits in (normal, normal.astype(np.float64), np.round(normal), np.zeros(n, np.float32), np.sort(normal), few):
+        found = top_k(logits, k)
+        assert found[logits[found] > -math.inf].tolist() == plain_top_k(logits, k).tolist()
+
 
 LOGITS = st.lists(st.floats(-30, 30, width=32) | st.just(-math.inf), min_size=1, max_size=40).filter(
     lambda values: max(values) > -math.inf)

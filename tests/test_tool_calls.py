@@ -201,6 +201,100 @@ def test_prose_with_the_mark_of_a_call_is_not_held_back():
     assert "".join(pieces) == text and sum(piece.kind == "tool_call" for piece in pieces) == 2
 
 
+# Calls that are given as they are written
+
+MORE = {     # name -> more that a model may write: an id, a value of another type, no value, an odd end
+    "dsml": WRITTEN["dsml"][2].replace('"days" string="false">[1, 2]', '"days" string="false"> {"a" : 1.50, "b":"\\ud800"}'),
+    "deepseek-v3.1": WRITTEN["deepseek-v3.1"][2].replace("{}", "\n { } "), "kimi": WRITTEN["kimi"][2].replace("{}", " {\n} \n"),
+    "glm-4.7": WRITTEN["glm-4.7"][2].replace("[1, 2]", "one").replace('"x"', "</arg_valu </tool_cal\\ \u2028\x00")}
+STREAMED = [(name, text) for name, (_, _, text) in WRITTEN.items()] + list(MORE.items())
+
+
+def streamed(name, text, cuts=None):
+    """The pieces of a text whose calls are streamed; cuts: where it is cut, None: everywhere."""
+    special, template, _ = WRITTEN[name]
+    splitter = Splitter(Layout(form=find_form(template, special), tools=TOOLS, streams_calls=True))
+    edges = [0, *sorted(range(1, len(text)) if cuts is None else cuts), len(text)]
+    pieces = [piece for start, end in zip(edges, edges[1:]) for piece in splitter.push(text[start:end])] + splitter.flush()
+    assert "".join(pieces) == text
+    return pieces
+
+
+def calls_of(pieces):
+    """(name, arguments) of the streamed calls, each also complete in the end."""
+    calls = {}
+    for piece in pieces:
+        if piece.kind == "call_delta":
+            calls.setdefault(piece.call["id"], []).append(piece.call["function"])
+    whole = [piece.call for piece in pieces if piece.kind == "tool_call"]
+    assert [call["id"] for call in whole] == list(calls)
+    for call in whole:
+        assert {part["name"] for part in calls[call["id"]]} == {call["function"]["name"]}
+        assert "".join(part["arguments"] for part in calls[call["id"]]) == call["function"]["arguments"]
+    return [(call["function"]["name"], call["function"]["arguments"]) for call in whole]
+
+
+@pytest.mark.parametrize("name, text", STREAMED)
+def test_streamed_calls_are_those_that_are_read_whole(name, text):
+    special, template, _ = WRITTEN[name]
+    splitter = Splitter(Layout(form=find_form(template, special), tools=TOOLS))
+    whole = [piece.call["function"] for piece in splitter.push(text) + splitter.flush() if piece.kind == "tool_call"]
+    assert len(whole) == 2
+    for cuts in None, (), range(1, len(text), 7):
+        pieces = streamed(name, text, cuts)
+        assert calls_of(pieces) == [(call["name"], call["arguments"]) for call in whole]
+        assert "".join(piece for piece in pieces if piece.kind == "answer") == "I look."
+
+
+@pytest.mark.parametrize("name, text", STREAMED)
+def test_a_streamed_call_that_is_cut_off_is_a_beginning(name, text):
+    complete = calls_of(streamed(name, text))
+    for n in range(len(text)):
+        calls = calls_of(streamed(name, text[:n]))
+        assert all(call == expected for call, expected in zip(calls[:-1], complete))
+        if calls:
+            assert calls[-1][0] == complete[len(calls) - 1][0] and complete[len(calls) - 1][1].startswith(calls[-1][1])
+
+
+@pytest.mark.parametrize("name", ["dsml", "deepseek-v3.1", "kimi", "glm-4.7"])
+def test_a_text_in_a_call_is_given_as_it_is_written(name):
+    """Agents write whole files so."""
+    value = "line of a file " * 50
+    text = WRITTEN[name][2].replace('Köln </b>\\n\\"x\\"', value).replace('Köln </b>\n"x"', value)
+    parts = [piece.call["function"]["arguments"] for piece in streamed(name, text) if piece.kind == "call_delta"]
+    assert sum(len(part) for part in parts) > len(value) and max(map(len, parts)) < 20
+
+
+@pytest.mark.parametrize("name, body", [
+    ("dsml", '<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="a" string="false">{</｜DSML｜parameter>\n</｜DSML｜invoke>'),
+    ("dsml", '<｜DSML｜invoke name="f">\nfree text\n</｜DSML｜invoke>'),
+    ("kimi", "<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>["), ("glm-4.7", "<tool_call>f<arg_key>a</arg_key></tool_call>")])
+def test_a_streamed_call_that_no_constraint_kept_is_given_as_far_as_it_was_read(name, body):
+    pieces = streamed(name, BEGUN[name] + body)
+    (call,) = calls_of(pieces)
+    assert call[0] == "f" and len(call[1]) < 8
+
+
+def test_what_is_no_call_is_text_where_calls_are_streamed():
+    for name, body in (("dsml", "<｜DSML｜invoke>\n</｜DSML｜invoke>"), ("glm-4.7", "<tool_call>two words<arg_key></tool_call>"),
+                       ("kimi", "<|tool_call_begin|>f<|tool_call_argument_begin|>{}<|tool_call_end|>"),
+                       ("deepseek-v3.1", "<｜tool▁call▁begin｜>{}<｜tool▁call▁end｜>")):
+        pieces = streamed(name, BEGUN[name] + body)
+        assert not calls_of(pieces) and {piece.kind for piece in pieces} <= {"answer", "markup"}
+
+
+def test_only_the_first_call_where_no_more_may_come():
+    special, template, text = WRITTEN["kimi"]
+    tokenizer = small(special, [])
+    for streams in False, True:
+        layout = chat_prompt(tokenizer, [QUESTION], tools=TOOLS, template=template).layout._replace(single_call=True, streams_calls=streams)
+        ids = tokenizer.encode(text, parse_special=True)
+        stream = Reader(tokenizer, None, layout).read(iter(ids))
+        pieces, reply = list(stream), stream.reply
+        assert len(reply.tool_calls) == 1 and reply.finish_reason == "tool_calls" and reply.n_generated < len(ids)
+        assert "".join(pieces) == text[:text.index("<|tool_call_end|>") + len("<|tool_call_end|>")]
+
+
 def test_the_form_is_that_of_the_template_else_of_the_vocabulary():
     marks = [form.mark for form in FORMS]
     assert [find_form(f"x{mark}x", ()).mark for mark in marks] == marks

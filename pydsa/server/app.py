@@ -6,7 +6,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pydsa.server import endpoints
+from pydsa.server import anthropic, endpoints
 from pydsa.server.errors import ApiError, as_api_error, error_response
 from pydsa.server.guard import GONE, Guard, Keys, Log
 from pydsa.server.openai_chat import chat_completions
@@ -21,6 +21,8 @@ ROUTES = [("GET", ("/", "/index.html"), page),
           ("GET", ("/v1/models/{name:path}", "/models/{name:path}"), endpoints.model),
           ("POST", ("/v1/chat/completions", "/chat/completions"), chat_completions),
           ("POST", ("/v1/completions", "/completions"), completions),
+          ("POST", ("/v1/messages",), anthropic.messages),
+          ("POST", ("/v1/messages/count_tokens",), anthropic.count_tokens),
           ("POST", ("/tokenize",), endpoints.tokenize),
           ("POST", ("/detokenize",), endpoints.detokenize),
           ("GET", ("/metrics",), endpoints.metrics),

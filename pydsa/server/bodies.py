@@ -162,6 +162,8 @@ def _wrong_field(error, value, kind):
     name = str(error["loc"][0])
     if error["type"] == "missing":
         return ApiError(400, f"The field {name!r:.80} is missing.", name, "missing_required_parameter")
+    if error["type"] == "extra_forbidden":
+        return ApiError(400, f"The field {name!r:.80} is not one of this API.", name, "unknown_parameter")
     place = value[name] if name in value else error["input"]
     field = kind.model_fields.get(name)
     words = field.description if field is not None and field.description else error["msg"]

@@ -11,6 +11,7 @@ OPENAI = {401: "invalid_request_error", 403: "permission_error", 429: "rate_limi
 ANTHROPIC = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
              429: "rate_limit_error", 500: "api_error", 503: "overloaded_error", 529: "overloaded_error"}
 RETRY_AFTER = 2     # seconds
+NO_THREADS = "thread_unsupported_request"       # tells Anthropic's clients to send whole conversations
 
 
 class ApiError(Exception):
@@ -39,8 +40,9 @@ def as_api_error(error):
     if not isinstance(error, PydsaError):
         traceback.print_exception(error)
         return ApiError(500, "The server failed; its log has the reason.")
-    text = str(error)
-    text = text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+    text = str(error) + ("" if str(error).endswith((".", "!", "?")) else ".")
+    if "_" not in text.split()[0]:      # the name of a field stays as it is
+        text = text[:1].upper() + text[1:]
     if isinstance(error, QueueFullError):
         return ApiError(429, text, code="queue_full")
     if isinstance(error, ContextFullError):
@@ -61,7 +63,8 @@ def error_body(path, error):
     """The body that tells of an ApiError, in the form of the path's API."""
     if for_anthropic(path):
         kind = ANTHROPIC.get(error.status, "invalid_request_error")
-        return {"type": "error", "error": {"type": kind, "message": error.message}}
+        details = {"details": {"error_code": error.code}} if error.code == NO_THREADS else {}
+        return {"type": "error", "error": {"type": kind, "message": error.message, **details}}
     kind = OPENAI.get(error.status, "invalid_request_error")
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 

@@ -136,23 +136,29 @@ async def stream_events(path, frame, answers, options, form):
     begun is its last event.
     """
     ends, more = [None] * answers.n, {"usage": None} if options.include_usage else {}
+
+    def chunks_of(i, event):
+        if isinstance(event, Written):
+            for choice in form.written(i, event):
+                yield sse(frame([choice], **more))
+        elif isinstance(event, Finished):
+            for choice in form.finished(i, event):
+                yield sse(frame([choice], **more, timings=timings(event)))
+        elif isinstance(event, Progress) and options.return_progress:
+            yield sse(frame([], **more, prompt_progress={"processed": event.n_done, "total": event.n_prompt}))
+        elif isinstance(event, Progress):       # a comment, so that nobody on the way takes a long prompt for a dead connection
+            yield f": {event.n_done} of {event.n_prompt} tokens of the prompt\n\n"
     try:
         for i in range(answers.n):
             for choice in form.first(i):
                 yield sse(frame([choice], **more))
-        async with contextlib.aclosing(answers.events()) as events:
-            async for i, event in events:
-                if isinstance(event, Written):
-                    for choice in form.written(i, event):
-                        yield sse(frame([choice], **more))
-                elif isinstance(event, Finished):
-                    ends[i] = event
-                    for choice in form.finished(i, event):
-                        yield sse(frame([choice], **more, timings=timings(event)))
-                elif isinstance(event, Progress) and options.return_progress:
-                    yield sse(frame([], **more, prompt_progress={"processed": event.n_done, "total": event.n_prompt}))
-                elif isinstance(event, Progress):       # a comment, so that nobody on the way takes a long prompt for a dead connection
-                    yield f": {event.n_done} of {event.n_prompt} tokens of the prompt\n\n"
+        async with contextlib.aclosing(answers.batches()) as batches:
+            async for batch in batches:
+                for i, event in batch:
+                    if isinstance(event, Finished):
+                        ends[i] = event
+                if text := "".join(chunk for i, event in batch for chunk in chunks_of(i, event)):
+                    yield text
         if options.include_usage:
             yield sse(frame([], usage=usage(ends, options.n or 1), timings=timings(ends[0])))
     except Exception as error:

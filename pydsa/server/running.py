@@ -63,10 +63,11 @@ class Server(uvicorn.Server):
         if self.should_exit:
             os._exit(128 + sig)
         self.should_exit = True
-        log(f"stopping; running answers may take {self._settings.timeout:g} s more, a second signal ends them")
 
     async def shutdown(self, sockets=None):
         """Take no more requests, and let what runs finish."""
+        if self.failure is None:
+            log(f"stopping; running answers may take {self._settings.timeout:g} s more, a second signal ends them")
         ending = asyncio.create_task(asyncio.to_thread(self.service.close, self._settings.timeout))
         await super().shutdown(sockets)
         await ending

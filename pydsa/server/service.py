@@ -139,18 +139,34 @@ class Answers:
             self.close()
 
     async def events(self):
-        """Yield (i, event) as they come, until all requests have ended.
+        """Yield (i, event) as they come; see batches()."""
+        async with contextlib.aclosing(self.batches()) as batches:
+            async for batch in batches:
+                for event in batch:
+                    yield event
 
-        Raises the ApiError of a request that failed. The other requests are cancelled then, as they are where nobody goes on to read.
+    async def batches(self):
+        """Yield lists of (i, event) as they come, until all requests have ended.
+
+        A list has what came since the last one, so that a client's slowness costs no time of others. Raises the ApiError of a request that
+        failed. The other requests are cancelled then, as they are where nobody goes on to read.
         """
         try:
             while self._n_open:
-                i, event = await self._events.get()
-                self._note(event)
-                if isinstance(event, Failed):
-                    raise as_api_error(event.error)
-                self._n_open -= isinstance(event, Finished)
-                yield i, event
+                batch = [await self._events.get()]
+                while not self._events.empty():
+                    batch.append(self._events.get_nowait())
+                failed = None
+                for n, (_, event) in enumerate(batch):
+                    self._note(event)
+                    self._n_open -= isinstance(event, Finished)
+                    if isinstance(event, Failed):
+                        batch, failed = batch[:n], event.error
+                        break
+                if batch:
+                    yield batch
+                if failed is not None:
+                    raise as_api_error(failed)
         finally:
             self.close()
 
