@@ -330,19 +330,19 @@ class Engine:
 
     def _take_token(self, slot, logits):
         """Sample the next token of an answer, and tell it or end the answer."""
-        request, reader, state = slot.ticket.request, slot.ticket.reader, slot.constraint
+        request, reader = slot.ticket.request, slot.ticket.reader
         if request.max_tokens == 0:
             self._finish(slot, cut_off=True)
             return
+        state, n = slot.constraint, request.n_logprobs
         token = slot.sampler.pick(logits, slot.session.tokens, None if state is None else state.allowed())
-        if state is not None:
-            state.advance(token)
         if token in self.model.tokenizer.eog_ids:
             self._finish(slot)
             return
+        if state is not None:
+            state.advance(token)
         self.stats.n_generated += 1
-        told = None if request.n_logprobs is None else Token(token, *log_probabilities(logits, token, request.n_logprobs))
-        self._say(slot.ticket, Written(reader.push(token), told))
+        self._say(slot.ticket, Written(reader.push(token), None if n is None else Token(token, *log_probabilities(logits, token, n))))
         if reader.stopped or state is not None and state.finished:
             self._finish(slot)
         elif reader.reply.n_generated == request.max_tokens:

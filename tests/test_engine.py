@@ -322,3 +322,50 @@ def test_many_requests_at_random(start, model):
         assert text_of(heard) == expected(model, ids, heard.ticket.request.max_tokens, sampling)
     assert all(isinstance(heard.last(), (Finished, Failed)) for heard in left)
     assert all(slot.state == "idle" for slot in engine.slots()) and engine._n_open == 0
+
+
+class Only:
+    """A constraint to some tokens, one after the other."""
+
+    def __init__(self, tokens):
+        self.tokens, self.n_vocab = tokens, 300
+
+    def start(self):
+        return Only(list(self.tokens))
+
+    @property
+    def finished(self):
+        return not self.tokens
+
+    def allowed(self):
+        mask = np.zeros(self.n_vocab, bool)
+        mask[self.tokens[0]] = True
+        return mask
+
+    def advance(self, token):
+        assert token == self.tokens.pop(0)
+
+
+def test_a_constraint_holds_and_ends_the_answer(start, model):
+    engine, only = start(n_parallel=2), Only([7, 250, 8, 9])
+    heard = [ask(engine, IDS[:20], 50, Sampling(seed=1), constraint=only), ask(engine, IDS[:20], 50),
+             ask(engine, IDS[:9], 3, constraint=only)]
+    replies = [h.last().reply for h in heard]
+    assert [reply.n_generated for reply in replies[::2]] == [4, 3] and len(only.tokens) == 4
+    assert [reply.finish_reason for reply in replies[::2]] == ["stop", "length"]
+    assert replies[1].text == expected(model, IDS[:20], 50)
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_log_probabilities_are_those_of_the_logits(start, model, n):
+    heard = ask(start(), IDS[:20], 4, n_logprobs=n)
+    heard.last()
+    tokens, session, ids = [written.token for written in heard.of(Written) if written.token], model.session(), IDS[:20]
+    assert len(tokens) == 4
+    for token in tokens:
+        logits = session.prefill(ids).astype(np.float64)
+        logprobs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+        assert token.id == logits.argmax() and token.logprob == pytest.approx(logprobs.max())
+        assert [i for i, _ in token.top] == np.argsort(-logits, kind="stable")[:n].tolist()
+        assert [p for _, p in token.top] == pytest.approx(np.sort(logprobs)[::-1][:n])
+        ids = [token.id]

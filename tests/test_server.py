@@ -199,12 +199,19 @@ def test_calls_that_must_come(with_tools, choice):
 
 
 def test_no_call_can_come(with_tools):
-    """With tool_choice "none" what opens a call is banned, however likely it is."""
+    """What opens a call is banned then, however likely it is."""
     bias = {str(i): 4 for i in with_tools.service.model.tokenize("<tool_call>", add_bos=False)}
     for seed in range(3):
         choice = post(with_tools, CHAT, {"messages": HELLO, "tools": [TOOL], "tool_choice": "none", "seed": seed, "max_tokens": 100,
                                          "logit_bias": bias})[1]["choices"][0]
         assert "<tool_call>" not in choice["message"]["content"] and "tool_calls" not in choice["message"]
+
+
+def test_what_looks_like_a_call_is_text_where_none_may_come(with_tools):
+    written = "<tool_call>f<arg_key>days</arg_key><arg_value>1</arg_value></tool_call>"
+    body = {"messages": HELLO, "tools": [TOOL], "tool_choice": "none", "json_schema": {"enum": [written]}}
+    choice = post(with_tools, CHAT, body)[1]["choices"][0]
+    assert json.loads(choice["message"]["content"]) == written and "tool_calls" not in choice["message"]
 
 
 def test_log_probabilities(server, model):

@@ -52,10 +52,11 @@ async def constraint_of(service, wanted, layout=None, choice=None, parallel=True
     form, and whether several may be. thinking: whether the model may reason first. Raises ApiError for what is not served.
     """
     layout = layout or Layout()
+    choice = choice or "auto"
     if wanted is not None and layout.tools and choice != "none":
         raise ApiError(400, f"{wanted[0]} is asked for and tools are given, expected one of them, or tool_choice 'none'.",
                        "response_format", "unsupported_value")
-    return await asyncio.to_thread(_compile, service.model.tokenizer, wanted, layout, choice or "auto", parallel, thinking)
+    return await asyncio.to_thread(_compile, service.model.tokenizer, wanted, layout, choice, parallel, thinking)
 
 
 def _compile(tokenizer, wanted, layout, choice, parallel, thinking):
