@@ -150,7 +150,7 @@ def test_limits_of_tokens(says):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_call_that_is_cut_off(says, name):
-    """A whole message has it as text; in a stream its beginning is given as it is written."""
+    """A whole message has it as text, and a stream has its beginning."""
     text = FORMATS[name][3]
     body = BODY | {"tools": TOOLS, "max_tokens": len(says(name, text[:text.index("Kö") + 1]).service.model.answer_ids(()))}
     whole = post(says(name, text), PATH, body)[1]
@@ -188,7 +188,8 @@ def test_the_beginning_of_the_answer(says):
     whole = post(server, PATH, BODY | {"messages": [*HELLO, {"role": "assistant", "content": "It <think>"}]})[1]
     assert prompts[-1].endswith("Hello<｜Assistant｜></think>It <think>") and whole["content"] == [{"type": "text", "text": " is 2."}]
     thinking = {"thinking": {"type": "enabled", "budget_tokens": 1024}}
-    for content, more in ("It ", {}), ("It", thinking), ([{"type": "tool_use", "id": "a", "name": "f", "input": {}}], {}):
+    schema = {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}
+    for content, more in ("It ", {}), ("It", thinking), ("It", schema), ([{"type": "tool_use", "id": "a", "name": "f", "input": {}}], {}):
         assert post(server, PATH, BODY | more | {"messages": [*HELLO, {"role": "assistant", "content": content}]})[0] == 400
 
 

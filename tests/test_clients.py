@@ -189,7 +189,7 @@ def test_a_call_that_max_tokens_cuts_off(clients, name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_file_comes_as_it_is_written(clients, name):
-    """Arguments of calls are no later than the tokens that they are written in."""
+    """Arguments of calls come with the tokens that they are written in."""
     content = "line of a file " * 20
     both = clients(name, FORMATS[name][3].replace('Köln </b>\\n\\"x\\"', content).replace('Köln </b>\n"x"', content))
     chunks = [chunk.choices[0].delta for chunk in both.chat(tools=FUNCTIONS, stream=True)]

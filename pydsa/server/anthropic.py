@@ -11,7 +11,7 @@ from pydsa.requests import Finished, Progress, Started, Written
 from pydsa.server.anthropic_requests import CountRequest, MessagesRequest, conversation
 from pydsa.server.bodies import read_fields
 from pydsa.server.constrained import constraint_of
-from pydsa.server.errors import as_api_error, error_body
+from pydsa.server.errors import ApiError, as_api_error, error_body
 from pydsa.server.openai_forms import SSE_HEADERS
 from pydsa.server.service import unless_gone
 
@@ -25,10 +25,12 @@ async def messages(service, request):
     body = await read_fields(request, MessagesRequest)
     stops, sampling = body.stops(), service.sampling(temperature=body.temperature, top_p=body.top_p, top_k=body.top_k)
     choice, parallel = body.choice()
-    prompt, thinking = await _prompt(service, body)
-    constraint = await constraint_of(service, body.wanted(), prompt.layout, choice, parallel, thinking)
+    wanted = body.wanted()
+    prompt, thinking = await _prompt(service, body, wanted)
+    constraint = await constraint_of(service, wanted, prompt.layout, choice, parallel, thinking)
+    layout = prompt.layout if choice != "none" else prompt.layout._replace(form=None, tools=None)   # what looks like a call is text then
     # A call that has begun is only sure to become one where a constraint completes it.
-    layout = prompt.layout._replace(single_call=not parallel, streams_calls=bool(body.stream) and constraint is not None)
+    layout = layout._replace(single_call=not parallel, streams_calls=bool(body.stream) and constraint is not None)
     answers = service.answers(request.scope, [{"ids": prompt.ids, "layout": layout, "stop": stops, "sampling": sampling,
                                                "max_tokens": body.max_tokens, "constraint": constraint}])
     headers = {"request-id": f"req_{secrets.token_hex(12)}"}
@@ -46,12 +48,14 @@ async def count_tokens(service, request):
     return JSONResponse({"input_tokens": len(prompt.ids)})
 
 
-async def _prompt(service, body):
+async def _prompt(service, body, wanted=None):
     """The chat.Prompt of a body, and whether the model may think."""
     body.choice()
     given, prefill = await asyncio.to_thread(conversation, body)
     thinking = service.settings.thinking if (asked := body.wants_thinking()) is None else asked
     prompt = await service.chat_prompt(given, thinking, body.functions())
+    if prefill is not None and wanted is not None:
+        raise ApiError(400, "The last message begins the answer, and a format is asked for, expected one of them.", "messages")
     if prefill is not None:
         prompt = await asyncio.to_thread(begin_answer, service.model.tokenizer, prompt, prefill)
     return prompt, thinking

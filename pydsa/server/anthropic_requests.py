@@ -72,9 +72,9 @@ class CountRequest(Fields):
         return "json_schema", form["schema"]
 
     def choice(self):
-        """What tool_choice asks for, in OpenAI's form, and whether several calls may come.
+        """What tool_choice asks for, and whether several calls may come.
 
-        Raises ApiError.
+        The first is in OpenAI's form. Raises ApiError.
         """
         given = self.tool_choice or {"type": "auto"}
         kind, single = given.get("type"), given.get("disable_parallel_tool_use")
