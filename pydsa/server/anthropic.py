@@ -44,13 +44,13 @@ async def count_tokens(service, request):
     """The number of tokens of a conversation's prompt."""
     service.ready()
     body = await read_fields(request, CountRequest)
+    body.choice()       # refused here too, although no token depends on it
     prompt, _ = await _prompt(service, body)
     return JSONResponse({"input_tokens": len(prompt.ids)})
 
 
 async def _prompt(service, body, wanted=None):
     """The chat.Prompt of a body, and whether the model may think."""
-    body.choice()
     given, prefill = await asyncio.to_thread(conversation, body)
     thinking = service.settings.thinking if (asked := body.wants_thinking()) is None else asked
     prompt = await service.chat_prompt(given, thinking, body.functions())
