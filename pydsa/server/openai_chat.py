@@ -34,8 +34,8 @@ class ChatRequest(Options):
         switches = {name: value for name, value in (self.chat_template_kwargs or {}).items() if value is not None}
         if not set(switches) <= set(SWITCHES) or not all(isinstance(value, bool) for value in switches.values()) or (
                 len(set(switches.values())) > 1):
-            raise ApiError(400, f"chat_template_kwargs is {shown(self.chat_template_kwargs)}, expected 'thinking' or 'enable_thinking' with "
-                                "true or false.", "chat_template_kwargs", "invalid_value")
+            raise ApiError(400, f"chat_template_kwargs is {shown(self.chat_template_kwargs)}, expected 'thinking' or 'enable_thinking' "
+                                "with true or false.", "chat_template_kwargs", "invalid_value")
         if switches:
             return next(iter(switches.values()))
         if self.thinking is not None and self.thinking.type is not None:
