@@ -1,7 +1,7 @@
 """OpenAI's chat completions: /v1/chat/completions."""
 from typing import Any
 
-from pydsa.server.bodies import Fields, Listed, expected, read_fields
+from pydsa.server.bodies import Fields, Listed, expected, read_fields, shown
 from pydsa.server.constrained import constraint_of
 from pydsa.server.errors import ApiError
 from pydsa.server.openai_forms import Frame, Options, respond, token_text
@@ -27,15 +27,17 @@ class ChatRequest(Options):
     parallel_tool_calls: bool | None = expected("true or false")
     reasoning_effort: str | None = expected(f"one of {', '.join(EFFORTS)}", pattern=f"^({'|'.join(EFFORTS)})$")
     thinking: Thinking | None = expected('an object like {"type": "enabled"}')
-    chat_template_kwargs: dict[str, Any] | None = expected("an object like {'enable_thinking': true}")
+    chat_template_kwargs: dict[str, Any] | None = expected('an object like {"enable_thinking": true}')
 
     def wants_thinking(self):
         """Whether the model shall reason first; None: as the server's settings say."""
-        for name, value in (self.chat_template_kwargs or {}).items():
-            if name not in SWITCHES or not isinstance(value, bool):
-                raise ApiError(400, f"chat_template_kwargs has {name!r:.80}: {value!r:.80}, expected 'thinking' or 'enable_thinking' with "
-                                    "true or false.", "chat_template_kwargs", "invalid_value")
-            return value
+        switches = {name: value for name, value in (self.chat_template_kwargs or {}).items() if value is not None}
+        if not set(switches) <= set(SWITCHES) or not all(isinstance(value, bool) for value in switches.values()) or (
+                len(set(switches.values())) > 1):
+            raise ApiError(400, f"chat_template_kwargs is {shown(self.chat_template_kwargs)}, expected 'thinking' or 'enable_thinking' "
+                                "with true or false.", "chat_template_kwargs", "invalid_value")
+        if switches:
+            return next(iter(switches.values()))
         if self.thinking is not None and self.thinking.type is not None:
             return self.thinking.type == "enabled"
         return None if self.reasoning_effort is None else self.reasoning_effort not in NO_THINKING
