@@ -62,7 +62,8 @@ for attention in ("sparse", "auto"):
 
 
 # Tests of kernels that multiply int16, by types that have all the ways to do so, and of the others
-PRODUCTS = ["test_words.py", "test_int8_keys.py::test_selection", "test_int8_keys.py::test_a_key_that_is_not_finite_is_never_chosen"]
+PRODUCTS = ["test_words.py", "test_few_tokens.py", "test_int8_keys.py::test_selection",
+            "test_int8_keys.py::test_a_key_that_is_not_finite_is_never_chosen"]
 SOME_TYPES = "Q4_0 or Q4_K or Q6_K or IQ2_XXS or selection or never_chosen"
 OTHERS = ["test_attention.py::test_attention", "test_mha.py::test_mha_sparse_attention[40-300-i16]",
           "test_top_k.py::test_rows_that_are_sampled", "test_quants.py::test_backends_store_the_same_whole_numbers",

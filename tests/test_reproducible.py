@@ -255,7 +255,7 @@ def test_choice_of_keys(index_type, n_kv, k):
 
 @pytest.mark.parametrize("device", ["cuda", "reference"])
 def test_other_devices_refuse_it(small_model, device):
-    with pytest.raises(PydsaError, match=f"^On {device} .* use --device cpu, or leave out --reproducible"):
+    with pytest.raises(PydsaError, match=f"^{device} cannot promise .* use --device cpu, or leave out --reproducible"):
         Setup(small_model(), device=device, reproducible=True)
 
 

@@ -135,5 +135,5 @@ def check_reproducible(name, wanted):
         raise PydsaError(f"reproducible is {wanted!r}, expected True or False.")
     if wanted and not DEVICES[name].reproducible:
         able = " or ".join(other for other, device in DEVICES.items() if device.reproducible)
-        raise PydsaError(f"On {name} a token's results depend on those beside it: use --device {able}, or leave out --reproducible.")
+        raise PydsaError(f"{name} cannot promise a token the same bits in all steps: use --device {able}, or leave out --reproducible.")
     return wanted

@@ -25,11 +25,14 @@ def _load_entries(builder, table, index):
     first, quads = builder.add(builder.ptrtoint(data, INTP), INTP(8)), builder.bitcast(index, ir.VectorType(I64, 8))
     result = ir.Constant(quads.type, ir.Undefined)
     for quad in range(8):
-        # LLVM must not see that these are lanes, or it extracts each by itself
-        lanes = builder.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [builder.extract_element(quads, I32(quad))], False)
-        entry = None
+        lanes, entry = builder.extract_element(quads, I32(quad)), None
+        if not WIDE:
+            lanes = builder.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [lanes], False)
         for i in range(4):
-            lane = builder.zext(builder.trunc(builder.lshr(lanes, I64(16 * i)), I16), INTP)
+            if WIDE:        # LLVM must not see that these are lanes, or it extracts each by itself; this it can share among tokens
+                lane = call_llvm(builder, "llvm.x86.bmi.pext.64", I64, [lanes, I64(0xFFFF << 16 * i)])      # slow where not WIDE
+            else:
+                lane = builder.zext(builder.trunc(builder.lshr(lanes, I64(16 * i)), I16), INTP)
             at = builder.add(builder.add(first, INTP(-2 * i)), builder.shl(lane, INTP(3)))
             loaded = builder.load(pointer(builder, at, I64), align=2)
             entry = loaded if entry is None else builder.or_(entry, loaded)

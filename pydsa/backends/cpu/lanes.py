@@ -43,6 +43,35 @@ def both_halves(typingctx, address, offset):
     return i16x32(types.intp, types.intp), codegen
 
 
+@intrinsic
+def all_quarters(typingctx, address, offset):
+    """Load 16 bytes into each quarter of an i16x32."""
+    def codegen(context, builder, signature, args):
+        v = builder.load(pointer(builder, builder.add(*args), ir.VectorType(I16, 8)), align=1)
+        return builder.shuffle_vector(v, v, constant([*range(8)] * 4))
+    return i16x32(types.intp, types.intp), codegen
+
+
+def _quarters(*which):
+    """Make a function that joins quarters of two vectors, 4 to 7 those of the second."""
+    @intrinsic
+    def quarters(typingctx, a, b):
+        def codegen(context, builder, signature, args):
+            size = a.lanes // 4
+            return builder.shuffle_vector(*args, constant([size * quarter + j for quarter in which for j in range(size)]))
+        return a(a, a), codegen
+    return quarters
+
+
+even_quarters, odd_quarters = _quarters(0, 2, 4, 6), _quarters(1, 3, 5, 7)
+
+
+@intrinsic
+def shift_quarters(typingctx, v):
+    """Shift the int16 of the quarters right by 0, 2, 4 and 6 bits."""
+    return i16x32(i16x32), lambda context, builder, signature, args: builder.lshr(args[0], constant([j // 8 * 2 for j in range(32)], I16))
+
+
 def _piece(n, i):
     """Make a function that extracts the i-th of n equal pieces of a vector."""
     @intrinsic
@@ -110,6 +139,23 @@ def padded_to_16(typingctx, v):
         zeros = ir.Constant(v.ir, [0.0] * v.lanes)
         return builder.shuffle_vector(args[0], zeros, constant([i if i < v.lanes else v.lanes for i in range(16)]))
     return f32x16(v), codegen
+
+
+def times_floats(factors):
+    """Make a function that multiplies floats by constants."""
+    @intrinsic
+    def multiply(typingctx, v):
+        return v(v), lambda context, builder, signature, args: builder.fmul(args[0], constant(factors, F32), flags=FAST)
+    return multiply
+
+
+@intrinsic
+def minus_upper_half(typingctx, a, b):
+    """Subtract the upper half of b from that of a; the lower half of a stays."""
+    def codegen(context, builder, signature, args):
+        n = a.lanes // 2
+        return builder.shuffle_vector(args[0], builder.fsub(*args, flags=FAST), constant([*range(n), *range(3 * n, 4 * n)]))
+    return a(a, a), codegen
 
 
 def split_int8x2(builder, v):

@@ -20,9 +20,11 @@ ROWS_IN_CACHE = SECOND_LEVEL_CACHE // 2 // (4 * 512 + SUPERBLOCK)         # unpa
 MAX_TASK_ROWS = max(MIN_TASK_ROWS, min(256 if amx.HERE else 128, 1 << ROWS_IN_CACHE.bit_length() - 1))
 MIN_TASK_TOKENS = 128           # the fewest tokens of a task of gemm, if there are still more threads: rows are unpacked for each task
 LEAST_TASK_BYTES, ALL_TASK_BYTES = 1 << 18, 1 << 24       # of weights for a few tokens: of the largest tasks, and of those of all threads
-GEMV_TOKENS = 3                 # the most tokens for which blocks are not unpacked, as a Weight's gemv_tokens
-LONG_ROWS = 4                # the fewest rows of a task for a few tokens: as many are multiplied together without blocks
-GEMV_ROWS = 16               # rows over which these tokens take turns, within a first-level cache; and a cache line of results
+GEMV_TOKENS = 16                # the most tokens for which blocks are not unpacked, as a Weight's gemv_tokens
+DOT_TOKENS = 4                  # the most tokens for which `dot` decodes a block once
+LONG_ROWS = 4                   # the fewest rows of a task for a few tokens: as many are multiplied together without blocks
+GEMV_ROWS = 16                  # a cache line of results
+GEMV_BYTES = SECOND_LEVEL_CACHE // 4    # of rows over which more tokens than DOT_TOKENS take turns, and of these tokens
 PANEL_TOKENS = 16              # tokens that are packed at a time, a panel
 PIECE = 8192                    # activations that are rounded at a time, a multiple of 256
 
@@ -82,17 +84,23 @@ def round_piece(w, x, n_in, piece, out):
 
 
 @inner
-def gemv_rows(w, rows, n_rows, n_in, x, n_tokens, out, out_stride):
-    """Compute out[t][r] = row r . rounded token t, for a few tokens.
+def gemv_tokens_together(n_in):
+    """Count the rounded tokens that stay in a second-level cache beside rows, a multiple of 16."""
+    return max(PANEL_TOKENS, GEMV_BYTES // rounded_bytes(n_in) // PANEL_TOKENS * PANEL_TOKENS)
 
-    n_rows rows at an address, each read once from memory.
+
+@inner
+def gemv_rows(w, rows, n_rows, n_in, x_at, n_tokens, out_at):
+    """Compute out_at[t][r] = row r . rounded token x_at[t], for any number of tokens.
+
+    n_rows rows at an address. A few rows at a time are multiplied with some tokens, so that both are read from caches but once.
     """
-    n, row_bytes = n_in // w.block, n_in // w.block * w.block_bytes
-    batch = n_rows if n_tokens == 1 else GEMV_ROWS
-    for r in range(0, n_rows, batch):
-        for t in range(n_tokens):
-            call_intp_function(w.dot, (rows + r * row_bytes, min(batch, n_rows - r), n, x + t * rounded_bytes(n_in),
-                                       out + t * out_stride + 4 * r))
+    n, row_bytes, most = n_in // w.block, n_in // w.block * w.block_bytes, gemv_tokens_together(n_in)
+    batch = n_rows if n_tokens <= DOT_TOKENS else max(1, GEMV_BYTES // (GEMV_ROWS * row_bytes)) * GEMV_ROWS
+    for t in range(0, n_tokens, most):
+        for r in range(0, n_rows, batch):
+            call_intp_function(w.dot, (rows + r * row_bytes, min(batch, n_rows - r), n, x_at + 8 * t, min(most, n_tokens - t),
+                                       out_at + 8 * t, 4 * r))
 
 
 @inner
@@ -196,7 +204,8 @@ def pack_tokens(w, x, token_stride, head_stride, n_head, n_tokens, n_in, task):
 def task_sizes(w, n_head, n_out, row_bytes, n_tokens, n_threads):
     """Return the rows and the tokens of a task of multiply_rows."""
     if n_tokens <= w.gemv_tokens:
-        return min(n_out, gemv_task_rows(n_head * n_out, row_bytes, n_threads)), n_tokens
+        tokens = gemv_tokens_together(row_bytes // w.block_bytes * w.block)
+        return min(n_out, gemv_task_rows(n_head * n_out, row_bytes, n_threads)), min(n_tokens, tokens)
     rows = min(n_out, gemm_task_rows(n_out, n_head, n_threads))
     return rows, gemm_task_tokens(n_tokens, (n_out + rows - 1) // rows * n_head, n_threads)
 
@@ -216,13 +225,14 @@ def multiply_rows(w, n_head, n_out, row_bytes, n_tokens, n_in, out, token_stride
     h, r, first = task.index // groups % n_head, task.index % groups * size, task.index // (groups * n_head) * tokens
     rows, n = address(w.data) + (h * n_out + r) * row_bytes, min(size, n_out - r)
     x = task.scratch + addresses_bytes(n_head * n_tokens) + h * packed_bytes(w, n_tokens, n_in)
-    target = out + h * head_stride + 4 * r
-    if uses_gemv(w, n_tokens):
-        gemv_rows(w, rows, n, n_in, x, n_tokens, target, token_stride)
-        return
     tokens = min(tokens, n_tokens - first)
-    out_at = put_addresses(task_scratch(task.thread, 8 * tokens), target + first * token_stride, token_stride, tokens)
-    gemm_rows(w, rows, n, n_in, x, n_tokens, first, tokens, out_at, task.thread)
+    memory = task_scratch(task.thread, 16 * tokens)
+    out_at = put_addresses(memory, out + h * head_stride + 4 * r + first * token_stride, token_stride, tokens)
+    if uses_gemv(w, n_tokens):
+        x_at = put_addresses(memory + 8 * tokens, x + first * rounded_bytes(n_in), rounded_bytes(n_in), tokens)
+        gemv_rows(w, rows, n, n_in, x_at, tokens, out_at)
+    else:
+        gemm_rows(w, rows, n, n_in, x, n_tokens, first, tokens, out_at, task.thread)
 
 
 @inner

@@ -67,6 +67,16 @@ def pairs_of(block, n_tokens, n_used):
     return range(min(block * size, n_tokens) * n_used, min(block * size + size, n_tokens) * n_used)
 
 
+@inner
+def tokens_each(ids, n_expert):
+    """The number of tokens by which it is decided how experts are multiplied, the same for all.
+
+    Twice as many as they have on average, at most all: products of few tokens by blocks take as long as those of unpacked rows for about
+    eight tokens, and up to linear's limit no token may depend on how many others there are.
+    """
+    return min(len(ids), 2 * (ids.size // n_expert))
+
+
 # Stages of all ops here, whose arguments are (out, x, ids, ..., w, task), with x [n_tokens, n_in] or [n_tokens, n_used, n_in]
 
 @inner
@@ -134,7 +144,7 @@ def n_rows_of(x):
 def begin_packing(out, x, ids, *others):
     """Count the tasks of pack."""
     w, task = others[-2], others[-1]
-    return count_packing(w, groups_of(ids, len(w.data), task.scratch), n_rows_of(x), len(ids), x.shape[-1])
+    return count_packing(w, groups_of(ids, len(w.data), task.scratch), n_rows_of(x), tokens_each(ids, len(w.data)), x.shape[-1])
 
 
 @inner
@@ -142,19 +152,19 @@ def pack(out, x, ids, *others):
     """Round or pack some activations for one weight."""
     w, task = others[-2], others[-1]
     groups = groups_of(ids, len(w.data), task.scratch)
-    pack_some(w, groups, len(ids), x.shape[-1], address(x), x.strides[x.ndim - 2], task.index, groups.end)
+    pack_some(w, groups, tokens_each(ids, len(w.data)), x.shape[-1], address(x), x.strides[x.ndim - 2], task.index, groups.end)
 
 
 @inner
-def count_packing(w, groups, n_rows, n_tokens, n_in):
+def count_packing(w, groups, n_rows, each, n_in):
     """Count the tasks of pack_some: n_rows rows are rounded, or all panels packed."""
-    return n_rows * count_pieces(n_in) if uses_gemv(w, n_tokens) else groups.firsts[groups.busy[0]]
+    return n_rows * count_pieces(n_in) if uses_gemv(w, each) else groups.firsts[groups.busy[0]]
 
 
 @inner
-def pack_some(w, groups, n_tokens, n_in, x, row_stride, index, packed):
+def pack_some(w, groups, each, n_in, x, row_stride, index, packed):
     """Round a piece of a row of x, or pack a panel: tokens of one expert."""
-    if uses_gemv(w, n_tokens):
+    if uses_gemv(w, each):
         row = index // count_pieces(n_in)
         round_piece(w, x + row * row_stride, n_in, index % count_pieces(n_in), packed + row * rounded_bytes(n_in))
         return
@@ -166,33 +176,35 @@ def pack_some(w, groups, n_tokens, n_in, x, row_stride, index, packed):
 
 
 @inner
-def most_packed_bytes(w, n_rows, n_pairs, n_tokens, n_expert, n_in):
+def most_packed_bytes(w, n_rows, n_pairs, each, n_expert, n_in):
     """Count the bytes of n_rows rounded rows, or of all panels, at most."""
-    if uses_gemv(w, n_tokens):
+    if uses_gemv(w, each):
         return n_rows * rounded_bytes(n_in)
     return min(n_pairs, n_pairs // 16 + n_expert) * panel_bytes(w, n_in)
 
 
 @inner
-def expert_rows(w, groups, i, r, n, n_in, n_tokens, packed, slots, out_at, thread):
+def expert_rows(w, groups, i, r, n, n_in, each, packed, slots, x_at, out_at, thread):
     """Compute rows r to r + n of the i-th busy expert times its tokens.
 
-    out_at: where the addresses of the outputs are. packed: rounded rows, of which a pair's is pair // slots, or panels.
+    out_at: where the addresses of the outputs are; x_at: memory for those of rounded rows. packed: rounded rows, of which a pair's is
+    pair // slots, or panels.
     """
     e = groups.busy[1 + i]
     rows = address(w.data) + e * w.data.strides[0] + r * w.data.shape[2]      # gate and up may be halves of one tensor
     first, n_pairs = groups.start[e], groups.start[e + 1] - groups.start[e]
-    if uses_gemv(w, n_tokens):
+    if uses_gemv(w, each):
         for k in range(n_pairs):
-            gemv_rows(w, rows, n, n_in, packed + groups.pairs[first + k] // slots * rounded_bytes(n_in), 1, i64_at(out_at, 8 * k), 0)
+            store(x_at, 8 * k, packed + groups.pairs[first + k] // slots * rounded_bytes(n_in))
+        gemv_rows(w, rows, n, n_in, x_at, n_pairs, out_at)
     else:
         gemm_rows(w, rows, n, n_in, packed + groups.firsts[i] * panel_bytes(w, n_in), n_pairs, 0, n_pairs, out_at, thread)
 
 
 @inner
-def task_rows(w, n_out, n_busy, n_tokens, n_threads):
+def task_rows(w, n_out, n_busy, each, n_threads):
     """Count the rows of a task, the same for all experts."""
-    if n_tokens <= w.gemv_tokens:
+    if each <= w.gemv_tokens:
         return min(n_out, gemv_task_rows(n_out * n_busy, w.data.shape[2], n_threads))
     return min(n_out, gemm_task_rows(n_out, n_busy, n_threads))
 
@@ -209,49 +221,51 @@ def packed_alike(gate, up):
 def packed_for(x, ids, gate, up, scratch):
     """Return the Groups, and where activations are packed for gate and for up."""
     groups, n_tokens, n_in = groups_of(ids, len(gate.data), scratch), x.shape[0], x.shape[1]
+    each = tokens_each(ids, len(gate.data))
     for_up = groups.end
     if not packed_alike(gate, up):
-        for_up += align(most_packed_bytes(gate, n_tokens, ids.size, n_tokens, len(gate.data), n_in))
+        for_up += align(most_packed_bytes(gate, n_tokens, ids.size, each, len(gate.data), n_in))
     return groups, groups.end, for_up
 
 
 @inner
 def begin_packing_for_gate(out, x, ids, gate, up, task):
-    groups, n_tokens, n_in = groups_of(ids, len(gate.data), task.scratch), x.shape[0], x.shape[1]
-    n = count_packing(gate, groups, n_tokens, n_tokens, n_in)
-    return n if packed_alike(gate, up) else n + count_packing(up, groups, n_tokens, n_tokens, n_in)
+    groups, each = groups_of(ids, len(gate.data), task.scratch), tokens_each(ids, len(gate.data))
+    n = count_packing(gate, groups, x.shape[0], each, x.shape[1])
+    return n if packed_alike(gate, up) else n + count_packing(up, groups, x.shape[0], each, x.shape[1])
 
 
 @inner
 def pack_for_gate(out, x, ids, gate, up, task):
     groups, for_gate, for_up = packed_for(x, ids, gate, up, task.scratch)
-    n = count_packing(gate, groups, x.shape[0], x.shape[0], x.shape[1])
+    each = tokens_each(ids, len(gate.data))
+    n = count_packing(gate, groups, x.shape[0], each, x.shape[1])
     w, packed, index = (gate, for_gate, task.index) if task.index < n else (up, for_up, task.index - n)
-    pack_some(w, groups, x.shape[0], x.shape[1], address(x), x.strides[0], index, packed)
+    pack_some(w, groups, each, x.shape[1], address(x), x.strides[0], index, packed)
 
 
 @inner
 def begin_gate_up_rows(out, x, ids, gate, up, task):
     n_busy, n_ff = groups_of(ids, len(gate.data), task.scratch).busy[0], gate.data.shape[1]
-    size = task_rows(gate, n_ff, n_busy, len(x), task.n_threads)
+    size = task_rows(gate, n_ff, n_busy, tokens_each(ids, len(gate.data)), task.n_threads)
     return n_busy * ((n_ff + size - 1) // size)
 
 
 @inner
 def multiply_gate_up(out, x, ids, gate, up, task):
     groups, for_gate, for_up = packed_for(x, ids, gate, up, task.scratch)
-    n_busy, n_ff, n_tokens, n_in, n_used = groups.busy[0], gate.data.shape[1], x.shape[0], x.shape[1], ids.shape[1]
-    size = task_rows(gate, n_ff, n_busy, n_tokens, task.n_threads)
+    n_busy, n_ff, n_in, n_used, each = groups.busy[0], gate.data.shape[1], x.shape[1], ids.shape[1], tokens_each(ids, len(gate.data))
+    size = task_rows(gate, n_ff, n_busy, each, task.n_threads)
     i, r = task.index % n_busy, task.index // n_busy * size
     n, e = min(size, n_ff - r), groups.busy[1 + i]
     first, n_pairs = groups.start[e], groups.start[e + 1] - groups.start[e]
-    out_at = task_scratch(task.thread, align(8 * n_pairs) + 4 * n * n_pairs)
-    ups = out_at + align(8 * n_pairs)
+    out_at = task_scratch(task.thread, 2 * align(8 * n_pairs) + 4 * n * n_pairs)
+    x_at, ups = out_at + align(8 * n_pairs), out_at + 2 * align(8 * n_pairs)
     put_addresses(out_at, ups, 4 * n, n_pairs)
-    expert_rows(up, groups, i, r, n, n_in, n_tokens, for_up, n_used, out_at, task.thread)
+    expert_rows(up, groups, i, r, n, n_in, each, for_up, n_used, x_at, out_at, task.thread)
     for k in range(n_pairs):
         store(out_at, 8 * k, address(out) + groups.pairs[first + k] * out.strides[1] + 4 * r)
-    expert_rows(gate, groups, i, r, n, n_in, n_tokens, for_gate, n_used, out_at, task.thread)
+    expert_rows(gate, groups, i, r, n, n_in, each, for_gate, n_used, x_at, out_at, task.thread)
     for k in range(n_pairs):
         hidden = floats_at(i64_at(out_at, 8 * k), 1, n)[0]
         silu_mul_row(hidden, hidden, floats_at(ups + 4 * n * k, 1, n)[0])
@@ -259,7 +273,8 @@ def multiply_gate_up(out, x, ids, gate, up, task):
 
 @op(*SORT_BY_EXPERT, Stage(begin_packing_for_gate, pack_for_gate, light=True), Stage(begin_gate_up_rows, multiply_gate_up))
 def moe_gate_up(out, x, ids, gate, up):
-    sizes = [align(most_packed_bytes(w, len(x), ids.size, len(x), len(gate.data), x.shape[1])) for w in (gate, up)]
+    each = tokens_each(ids, len(gate.data))
+    sizes = [align(most_packed_bytes(w, len(x), ids.size, each, len(gate.data), x.shape[1])) for w in (gate, up)]
     return groups_bytes(*ids.shape, len(gate.data)) + sum(sizes[:1] if packed_alike(gate, up) else sizes)
 
 
@@ -268,27 +283,28 @@ def moe_gate_up(out, x, ids, gate, up):
 @inner
 def begin_one_rows(out, x, ids, w, task):
     n_busy, n_out = groups_of(ids, len(w.data), task.scratch).busy[0], w.data.shape[1]
-    size = task_rows(w, n_out, n_busy, len(x), task.n_threads)
+    size = task_rows(w, n_out, n_busy, tokens_each(ids, len(w.data)), task.n_threads)
     return n_busy * ((n_out + size - 1) // size)
 
 
 @inner
 def multiply_one(out, x, ids, w, task):
-    groups, n_out, n_tokens = groups_of(ids, len(w.data), task.scratch), w.data.shape[1], len(x)
+    groups, n_out, each = groups_of(ids, len(w.data), task.scratch), w.data.shape[1], tokens_each(ids, len(w.data))
     n_busy = groups.busy[0]
-    size = task_rows(w, n_out, n_busy, n_tokens, task.n_threads)
+    size = task_rows(w, n_out, n_busy, each, task.n_threads)
     i, r = task.index % n_busy, task.index // n_busy * size
     first, last = groups.start[groups.busy[1 + i]], groups.start[groups.busy[1 + i] + 1]
-    out_at = task_scratch(task.thread, 8 * (last - first))
+    out_at = task_scratch(task.thread, 16 * (last - first))
+    x_at = out_at + 8 * (last - first)
     for k in range(last - first):
         store(out_at, 8 * k, address(out) + groups.pairs[first + k] * out.strides[1] + 4 * r)
-    expert_rows(w, groups, i, r, min(size, n_out - r), x.shape[1], n_tokens, groups.end, ids.shape[1], out_at, task.thread)
+    expert_rows(w, groups, i, r, min(size, n_out - r), x.shape[1], each, groups.end, ids.shape[1], x_at, out_at, task.thread)
 
 
 @op(*SORT_BY_EXPERT, Stage(begin_packing, pack, light=True), Stage(begin_one_rows, multiply_one))
 def moe_linear(out, x, ids, w):
     n_expert = len(w.data)
-    return groups_bytes(*ids.shape, n_expert) + most_packed_bytes(w, len(x), ids.size, len(x), n_expert, x.shape[1])
+    return groups_bytes(*ids.shape, n_expert) + most_packed_bytes(w, len(x), ids.size, tokens_each(ids, n_expert), n_expert, x.shape[1])
 
 
 # Down: the weighted sum of the experts' outputs
@@ -297,7 +313,7 @@ def moe_linear(out, x, ids, w):
 def down_task_rows(down, ids, n_busy, n_threads):
     """Count the rows of a task, which computes them for all experts."""
     n_out = down.data.shape[1]
-    if len(ids) <= down.gemv_tokens:
+    if tokens_each(ids, len(down.data)) <= down.gemv_tokens:
         return gemv_task_rows(n_out, n_busy * down.data.shape[2], n_threads)
     return gemm_task_rows(n_out, 1, n_threads)
 
@@ -311,18 +327,19 @@ def begin_down_rows(out, hidden, ids, weights, down, task):
 @inner
 def multiply_down(out, hidden, ids, weights, down, task):
     groups, n_used, n_tokens = groups_of(ids, len(down.data), task.scratch), ids.shape[1], len(ids)
+    each = tokens_each(ids, len(down.data))
     size = down_task_rows(down, ids, groups.busy[0], task.n_threads)
     r = task.index * size
     n = min(size, out.shape[1] - r)
-    out_at = task_scratch(task.thread, align(8 * n_tokens) + 4 * n * n_tokens)
-    part = out_at + align(8 * n_tokens)
+    out_at = task_scratch(task.thread, 2 * align(8 * n_tokens) + 4 * n * n_tokens)
+    x_at, part = out_at + align(8 * n_tokens), out_at + 2 * align(8 * n_tokens)
     put_addresses(out_at, part, 4 * n, n_tokens)
     for t in range(n_tokens):
         target = contiguous(out[t, r:r + n])
         for j in range(n):
             target[j] = 0
     for i in range(groups.busy[0]):
-        expert_rows(down, groups, i, r, n, hidden.shape[2], n_tokens, groups.end, 1, out_at, task.thread)
+        expert_rows(down, groups, i, r, n, hidden.shape[2], each, groups.end, 1, x_at, out_at, task.thread)
         first, last = groups.start[groups.busy[1 + i]], groups.start[groups.busy[1 + i] + 1]
         for k in range(first, last):
             t, slot = groups.pairs[k] // n_used, groups.pairs[k] % n_used
@@ -334,4 +351,5 @@ def multiply_down(out, hidden, ids, weights, down, task):
 @op(*SORT_BY_EXPERT, Stage(begin_packing, pack, light=True), Stage(begin_down_rows, multiply_down))
 def moe_down(out, hidden, ids, weights, down):
     n_expert = len(down.data)
-    return groups_bytes(*ids.shape, n_expert) + most_packed_bytes(down, ids.size, ids.size, len(ids), n_expert, hidden.shape[2])
+    return groups_bytes(*ids.shape, n_expert) + most_packed_bytes(down, ids.size, ids.size, tokens_each(ids, n_expert), n_expert,
+                                                                  hidden.shape[2])

@@ -26,8 +26,9 @@ class BlockKernels(NamedTuple):
     """The kernels of a GGUF type.
 
     dequantize(blocks, n, float32 out), and quantize the other way (or None). Quantized types also have unpack(blocks, n, superblock), at
-    most 256 weights to a superblock; and dot(rows, n_rows, n_blocks, x, float32 out), the products of rows with a row of superblocks whose
-    16-byte pieces are permuted: piece i is stored at position order[i], which may have flags. The int16 of an unpacked superblock have
+    most 256 weights to a superblock; and dot(rows, n_rows, n_blocks, x_at, n_tokens, out_at, offset), the products of rows with tokens.
+    x_at and out_at hold addresses: of rows of superblocks whose 16-byte pieces are permuted, piece i stored at position order[i], which may
+    have flags; and, `offset` bytes before it, of each token's float32 [n_rows]. The int16 of an unpacked superblock have
     `bits` bits: unsigned if the type has mins, else signed.
     """
     type: BlockType

@@ -1,9 +1,9 @@
 """Dot products of blocks with superblocks of activations: shared parts."""
 from pydsa.backends.cpu.blocks.block import SCALES, SUPERBLOCK, inverse
-from pydsa.backends.cpu.jit import inline
+from pydsa.backends.cpu.jit import inline, inner
 from pydsa.backends.cpu.lanes import first_quarter, last_quarter, lower_half, row_sums, second_quarter, spread, third_quarter, upper_half
-from pydsa.backends.cpu.simd import (as_int8, as_int16, dot, dot_add, float_at, join, load_4_floats, load_int16, multiply_add, prefetch,
-                                     signed_high_bytes, stack_memory, store, to_floats)
+from pydsa.backends.cpu.simd import (as_int8, as_int16, dot, dot_add, float_at, i64_at, join, load_4_floats, load_int16, multiply_add,
+                                     prefetch, signed_high_bytes, stack_memory, store, to_floats)
 
 
 AHEAD = 4096    # prefetch distance in bytes, more than the hardware's own prefetch
@@ -17,12 +17,20 @@ def store_sum(sums, v, r, n_rows, out):
     """
     i = r & 15
     store(sums, 64 * i, v)
-    if i == 15:
-        store(out, 4 * (r - 15), row_sums(sums))
-    elif r == n_rows - 1:
-        store(sums, 0, row_sums(sums))
-        for j in range(i + 1):
-            store(out, 4 * (r - i + j), float_at(sums, 4 * j))
+    if i == 15 or r == n_rows - 1:
+        store_sums(sums, i + 1, out + 4 * (r - i))
+
+
+@inner
+def store_sums(sums, n, out):
+    """Store the sums of the lanes of n vectors, at most sixteen. Not inline: a dot has fourteen places that call it."""
+    totals = row_sums(sums)
+    if n == 16:
+        store(out, 0, totals)
+    else:
+        store(sums, 0, totals)
+        for j in range(n):
+            store(out, 4 * j, float_at(sums, 4 * j))
 
 
 @inline
@@ -32,27 +40,110 @@ def single_sum(sums):
 
 
 @inline
-def dot_rows(add, total, init, row_bytes, step, rows, n_rows, n, x, out):
-    """Compute a type's dot: out[r] = row r . x for n_rows rows.
+def dot_rows(add, total, init, block_bytes, step, rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    """Compute a type's dot: out[t][r] = row r . x[t] for n_rows rows of n blocks.
 
-    For each row: sums = init; sums = add(sums, row, i, n, x) for i = 0, step, ... < n; out[r] = total(sums). Two rows are computed at a
-    time, one from each half of all rows: memory is read in two places at once, which is a fifth faster than in one, and activations are
-    loaded once for both.
+    For each row and token: sums = init; sums = add(sums, row, i, n, x[t]) for i = 0, step, ... < n; out[t][r] = total(sums). x_at and
+    out_at hold the addresses of the n_tokens tokens and, less `offset`, of their outputs. Blocks are decoded once for four tokens: the
+    compiler finds that `add` does it alike for each. A token's products are the same, bit for bit, whichever others there are.
+    """
+    for t in range(0, n_tokens, 4):
+        if n_tokens - t == 1:
+            dot_one(add, total, init, block_bytes, step, rows, n_rows, n, i64_at(x_at, 8 * t), i64_at(out_at, 8 * t) + offset)
+        elif n_tokens - t == 2:
+            dot_two(add, total, init, block_bytes, step, rows, n_rows, n, x_at + 8 * t, out_at + 8 * t, offset)
+        else:       # three are four, of which two are the same
+            last = 8 * min(3, n_tokens - t - 1)
+            dot_four(add, total, init, block_bytes, step, rows, n_rows, n, x_at + 8 * t, out_at + 8 * t, last, offset)
+
+
+@inline
+def dot_one(add, total, init, block_bytes, step, rows, n_rows, n, x, out):
+    """Multiply rows with one token.
+
+    Two rows are computed at a time, one from each half of all rows: memory is read in two places at once, which is a fifth faster than in
+    one, and activations are loaded once for both.
     """
     buffer, other_buffer = stack_memory(), stack_memory()
-    half = (n_rows + 1) // 2
-    for line in range(0, min(AHEAD, half * row_bytes), 64):
-        prefetch(rows, line)
-        prefetch(rows + half * row_bytes, line)
+    half, row_bytes = (n_rows + 1) // 2, n * block_bytes
+    fetch_first(rows, half * row_bytes)
+    fetch_first(rows + half * row_bytes, half * row_bytes)
     for r in range(half):
         sums, other_sums = init, init
         row, other_row = rows + r * row_bytes, rows + min(r + half, n_rows - 1) * row_bytes
         for i in range(0, n, step):
+            fetch_ahead(row + i * block_bytes, step * block_bytes)
+            fetch_ahead(other_row + i * block_bytes, step * block_bytes)
             sums = add(sums, row, i, n, x)
             other_sums = add(other_sums, other_row, i, n, x)
         store_sum(buffer, total(sums), r, half, out)
         if r + half < n_rows:
             store_sum(other_buffer, total(other_sums), r, n_rows - half, out + 4 * half)
+
+
+@inline
+def dot_two(add, total, init, block_bytes, step, rows, n_rows, n, x_at, out_at, offset):
+    """Multiply rows with two tokens, two rows at a time as dot_one does."""
+    buffer, other_buffer, buffer_b, other_buffer_b = stack_memory(), stack_memory(), stack_memory(), stack_memory()
+    a, b, out, out_b = i64_at(x_at, 0), i64_at(x_at, 8), i64_at(out_at, 0) + offset, i64_at(out_at, 8) + offset
+    half, row_bytes = (n_rows + 1) // 2, n * block_bytes
+    fetch_first(rows, half * row_bytes)
+    fetch_first(rows + half * row_bytes, half * row_bytes)
+    for r in range(half):
+        sums, other_sums, sums_b, other_sums_b = init, init, init, init
+        row, other_row = rows + r * row_bytes, rows + min(r + half, n_rows - 1) * row_bytes
+        for i in range(0, n, step):
+            fetch_ahead(row + i * block_bytes, step * block_bytes)
+            fetch_ahead(other_row + i * block_bytes, step * block_bytes)
+            sums, sums_b = add(sums, row, i, n, a), add(sums_b, row, i, n, b)
+            other_sums, other_sums_b = add(other_sums, other_row, i, n, a), add(other_sums_b, other_row, i, n, b)
+        store_sum(buffer, total(sums), r, half, out)
+        store_sum(buffer_b, total(sums_b), r, half, out_b)
+        if r + half < n_rows:
+            store_sum(other_buffer, total(other_sums), r, n_rows - half, out + 4 * half)
+            store_sum(other_buffer_b, total(other_sums_b), r, n_rows - half, out_b + 4 * half)
+
+
+@inline
+def dot_four(add, total, init, block_bytes, step, rows, n_rows, n, x_at, out_at, last, offset):
+    """Multiply rows with four tokens, two rows at a time as dot_one does.
+
+    last: where the fourth token is in the tables.
+    """
+    buffer_a, buffer_b, buffer_c, buffer_d = stack_memory(), stack_memory(), stack_memory(), stack_memory()
+    others_a, others_b, others_c, others_d = stack_memory(), stack_memory(), stack_memory(), stack_memory()
+    a, b, c, d = i64_at(x_at, 0), i64_at(x_at, 8), i64_at(x_at, 16), i64_at(x_at, last)
+    half, row_bytes = (n_rows + 1) // 2, n * block_bytes
+    fetch_first(rows, half * row_bytes)
+    fetch_first(rows + half * row_bytes, half * row_bytes)
+    for r in range(half):
+        sums_a, sums_b, sums_c, sums_d, row = init, init, init, init, rows + r * row_bytes
+        other_a, other_b, other_c, other_d, other_row = init, init, init, init, rows + min(r + half, n_rows - 1) * row_bytes
+        for i in range(0, n, step):
+            fetch_ahead(row + i * block_bytes, step * block_bytes)
+            fetch_ahead(other_row + i * block_bytes, step * block_bytes)
+            sums_a, other_a = add(sums_a, row, i, n, a), add(other_a, other_row, i, n, a)
+            sums_b, other_b = add(sums_b, row, i, n, b), add(other_b, other_row, i, n, b)
+            sums_c, other_c = add(sums_c, row, i, n, c), add(other_c, other_row, i, n, c)
+            sums_d, other_d = add(sums_d, row, i, n, d), add(other_d, other_row, i, n, d)
+        out_a, out_b, out_c = i64_at(out_at, 0) + offset, i64_at(out_at, 8) + offset, i64_at(out_at, 16) + offset
+        out_d = i64_at(out_at, last) + offset
+        store_sum(buffer_a, total(sums_a), r, half, out_a)
+        store_sum(buffer_b, total(sums_b), r, half, out_b)
+        store_sum(buffer_c, total(sums_c), r, half, out_c)
+        store_sum(buffer_d, total(sums_d), r, half, out_d)
+        if r + half < n_rows:
+            store_sum(others_a, total(other_a), r, n_rows - half, out_a + 4 * half)
+            store_sum(others_b, total(other_b), r, n_rows - half, out_b + 4 * half)
+            store_sum(others_c, total(other_c), r, n_rows - half, out_c + 4 * half)
+            store_sum(others_d, total(other_d), r, n_rows - half, out_d + 4 * half)
+
+
+@inline
+def fetch_first(rows, n_bytes):
+    """Prefetch what fetch_ahead comes too late for."""
+    for line in range(0, min(AHEAD, n_bytes), 64):
+        prefetch(rows, line)
 
 
 @inline
@@ -73,9 +164,17 @@ def dot_pair(sums, even, odd, x, offset, scales):
 
 @inline
 def fetch_ahead(at, n_bytes):
-    """Prefetch a block of n_bytes, AHEAD bytes further."""
-    for line in range(0, n_bytes, 64):
-        prefetch(at, AHEAD + line)
+    """Prefetch n_bytes, at most 256, AHEAD bytes further; a rest of 8 comes with others.
+
+    It stands beside `add`, not in it: the compiler would not join what tokens have in common.
+    """
+    prefetch(at, AHEAD)
+    if n_bytes > 72:
+        prefetch(at, AHEAD + 64)
+    if n_bytes > 136:
+        prefetch(at, AHEAD + 128)
+    if n_bytes > 200:
+        prefetch(at, AHEAD + 192)
 
 
 @inline
@@ -95,15 +194,6 @@ def four_blocks(row, size, i, n):
     """
     last = n - 1
     return row + size * i, row + size * min(i + 1, last), row + size * min(i + 2, last), row + size * min(i + 3, last)
-
-
-@inline
-def next_blocks(row, size, i, n):
-    """Return four_blocks, and prefetch the blocks AHEAD bytes further."""
-    at = four_blocks(row, size, i, n)
-    prefetch(at[0], AHEAD)
-    prefetch(at[0], AHEAD + 64)
-    return at
 
 
 @inline
@@ -150,14 +240,23 @@ def signed_quad(low, high):
 
 
 @inline
+def dot_128(sums, w, x, offset, scales):
+    """Return sums + scales w . 128 int16 of x.
+
+    w: four vectors, whose lanes of int32 products belong to the same groups; scales: of each lane.
+    """
+    dots = dot_add(dot(w[0], load_int16(x, offset)), w[1], load_int16(x, offset + 64))
+    dots = dot_add(dot_add(dots, w[2], load_int16(x, offset + 128)), w[3], load_int16(x, offset + 192))
+    return multiply_add(sums, to_floats(dots), scales)
+
+
+@inline
 def dot_quad(sums, w, x, offset, scales):
     """Return sums + scales w . 128 int16 of x.
 
     w: four vectors in the order of BY_QUARTERS.
     """
-    dots = dot_add(dot(w[0], load_int16(x, offset)), w[1], load_int16(x, offset + 64))
-    dots = dot_add(dot_add(dots, w[2], load_int16(x, offset + 128)), w[3], load_int16(x, offset + 192))
-    return multiply_add(sums, to_floats(dots), QUARTERS(scales))
+    return dot_128(sums, w, x, offset, QUARTERS(scales))
 
 
 @inline

@@ -12,7 +12,7 @@ import numpy as np
 from numba import carray
 
 from pydsa.backends.cpu.blocks.block import COLUMNS, SCALES, SUPERBLOCK, entry
-from pydsa.backends.cpu.blocks.dots import TWICE, dot_rows, fetch_ahead, single_sum
+from pydsa.backends.cpu.blocks.dots import TWICE, dot_rows, single_sum
 from pydsa.backends.cpu.codes import (bytes_of_even_words, code_values, from_columns, grid_entries, lanes_of, seven_bits, sign_codes,
                                       sign_codes_of_7, where_bit, widen)
 from pydsa.backends.cpu.jit import inline, inner
@@ -298,12 +298,11 @@ store_iq2, store_iq3_xxs, store_iq3_s, store_iq1 = map(storing, (IQ2, IQ3_XXS_VA
 @inline
 def add_iq2_xxs(sums, row, i, n, x):
     at, xi = row + IQ2_XXS * i, x + SUPERBLOCK * i
-    fetch_ahead(at, IQ2_XXS)
     return multiply_add(sums, dot_iq2_values(codes_iq2_xxs(at), xi), TWICE(scales_iq2_xxs(at) * load_8_floats(xi, SCALES)))
 
 
-def dot_iq2_xxs(rows, n_rows, n, x, out):
-    dot_rows(add_iq2_xxs, single_sum, floats(np.float32(0)), IQ2_XXS * n, 1, rows, n_rows, n, x, out)
+def dot_iq2_xxs(rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    dot_rows(add_iq2_xxs, single_sum, floats(np.float32(0)), IQ2_XXS, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_iq2_xxs(source, n, superblock):
@@ -314,13 +313,12 @@ def unpack_iq2_xxs(source, n, superblock):
 @inline
 def add_iq2_xs(sums, row, i, n, x):
     at, xi = row + IQ2_XS * i, x + SUPERBLOCK * i
-    fetch_ahead(at, IQ2_XS)
     scales = to_floats(odd_scales_of_16(at, 66)) * TWICE(load_8_floats(xi, SCALES) * (half_at(at, 0) * EIGHTH))
     return multiply_add(sums, dot_iq2_values(codes_iq2_xs(at), xi), scales)
 
 
-def dot_iq2_xs(rows, n_rows, n, x, out):
-    dot_rows(add_iq2_xs, single_sum, floats(np.float32(0)), IQ2_XS * n, 1, rows, n_rows, n, x, out)
+def dot_iq2_xs(rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    dot_rows(add_iq2_xs, single_sum, floats(np.float32(0)), IQ2_XS, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 NIBBLE_OF_GROUP = lanes_of(8, BY_FOUR, [4 * (g // 2 % 2) for g in range(32)], 15)
@@ -334,13 +332,12 @@ def unpack_iq2_xs(source, n, superblock):
 @inline
 def add_iq2_s(sums, row, i, n, x):
     at, xi = row + IQ2_S * i, x + SUPERBLOCK * i
-    fetch_ahead(at, IQ2_S)
     scales = to_floats(odd_scales_of_16(at, 74)) * TWICE(load_8_floats(xi, SCALES) * (half_at(at, 0) * EIGHTH))
     return multiply_add(sums, dot_iq2_values(codes_iq2_s(at), xi), scales)
 
 
-def dot_iq2_s(rows, n_rows, n, x, out):
-    dot_rows(add_iq2_s, single_sum, floats(np.float32(0)), IQ2_S * n, 1, rows, n_rows, n, x, out)
+def dot_iq2_s(rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    dot_rows(add_iq2_s, single_sum, floats(np.float32(0)), IQ2_S, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_iq2_s(source, n, superblock):
@@ -351,12 +348,11 @@ def unpack_iq2_s(source, n, superblock):
 @inline
 def add_iq3_xxs(sums, row, i, n, x):
     at, xi = row + IQ3_XXS * i, x + SUPERBLOCK * i
-    fetch_ahead(at, IQ3_XXS)
     return multiply_add(sums, dot_iq3_xxs_values(codes_iq3_xxs(at), xi), TWICE(scales_iq3_xxs(at) * load_8_floats(xi, SCALES)))
 
 
-def dot_iq3_xxs(rows, n_rows, n, x, out):
-    dot_rows(add_iq3_xxs, single_sum, floats(np.float32(0)), IQ3_XXS * n, 1, rows, n_rows, n, x, out)
+def dot_iq3_xxs(rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    dot_rows(add_iq3_xxs, single_sum, floats(np.float32(0)), IQ3_XXS, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_iq3_xxs(source, n, superblock):
@@ -367,12 +363,11 @@ def unpack_iq3_xxs(source, n, superblock):
 @inline
 def add_iq3_s(sums, row, i, n, x):
     at, xi = row + IQ3_S * i, x + SUPERBLOCK * i
-    fetch_ahead(at, IQ3_S)
     return multiply_add(sums, dot_iq3_s_values(codes_iq3_s(at), xi), TWICE(scales_iq3_s(at) * load_8_floats(xi, SCALES)))
 
 
-def dot_iq3_s(rows, n_rows, n, x, out):
-    dot_rows(add_iq3_s, single_sum, floats(np.float32(0)), IQ3_S * n, 1, rows, n_rows, n, x, out)
+def dot_iq3_s(rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    dot_rows(add_iq3_s, single_sum, floats(np.float32(0)), IQ3_S, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_iq3_s(source, n, superblock):
@@ -383,12 +378,11 @@ def unpack_iq3_s(source, n, superblock):
 @inline
 def add_iq1_s(sums, row, i, n, x):
     at, xi = row + IQ1_S * i, x + SUPERBLOCK * i
-    fetch_ahead(at, IQ1_S)
     return multiply_add(sums, dot_iq1_values(codes_iq1_s(at), xi), TWICE(scales_iq1_s(at) * load_8_floats(xi, SCALES)))
 
 
-def dot_iq1_s(rows, n_rows, n, x, out):
-    dot_rows(add_iq1_s, single_sum, floats(np.float32(0)), IQ1_S * n, 1, rows, n_rows, n, x, out)
+def dot_iq1_s(rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    dot_rows(add_iq1_s, single_sum, floats(np.float32(0)), IQ1_S, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_iq1_s(source, n, superblock):
@@ -399,13 +393,12 @@ def unpack_iq1_s(source, n, superblock):
 @inline
 def add_iq1_m(sums, row, i, n, x):
     at, xi = row + IQ1_M * i, x + SUPERBLOCK * i
-    fetch_ahead(at, IQ1_M)
     scales = to_floats((SCALES_IQ1_M(at, 48) & 7) * 2 + 1) * TWICE(load_8_floats(xi, SCALES) * (scale_iq1_m(at) * EIGHTH))
     return multiply_add(sums, dot_iq1_values(codes_iq1_m(at), xi), scales)
 
 
-def dot_iq1_m(rows, n_rows, n, x, out):
-    dot_rows(add_iq1_m, single_sum, floats(np.float32(0)), IQ1_M * n, 1, rows, n_rows, n, x, out)
+def dot_iq1_m(rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    dot_rows(add_iq1_m, single_sum, floats(np.float32(0)), IQ1_M, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 SCALE_OF_GROUP = lanes_of(16, [g // 8 for g in range(32)], [3 * (g // 2 % 4) for g in range(32)], 7)

@@ -10,9 +10,10 @@ import numpy as np
 from numba import carray
 
 from pydsa.backends.cpu.blocks.block import MINS_16, SCALES, SUPERBLOCK, entry, inverse
-from pydsa.backends.cpu.blocks.dots import TWICE, dot_pair, dot_rows, fetch_ahead, store_halves
+from pydsa.backends.cpu.blocks.dots import TWICE, dot_128, dot_pair, dot_rows, single_sum, store_halves
 from pydsa.backends.cpu.jit import inline, inner
-from pydsa.backends.cpu.lanes import both_halves, gather_bytes, gather_u32, halves_int16, padded_to_16, spread, spread_int16, upper_half
+from pydsa.backends.cpu.lanes import (all_quarters, both_halves, even_quarters, gather_bytes, gather_u32, halves_int16, minus_upper_half,
+                                      odd_quarters, shift_quarters, spread, spread_int16, times_floats)
 from pydsa.backends.cpu.scalars import half, half_at
 from pydsa.backends.cpu.simd import (eight_floats, floats, load_8_floats, load_16_bytes, load_floats, load_int16, low_int16, multiply_add,
                                      store, to_floats, to_int16, two_halves)
@@ -132,11 +133,10 @@ def scales_and_mins(at):
     return to_floats(LOWER_BITS(at, 0) | UPPER_BITS(at, 0)) * two_halves(at, 0)
 
 
-FIRST, SECOND, THIRD, FOURTH = spread(0, 2), spread(1, 3), spread(4, 6), spread(5, 7)
-# 64 bytes hold, for sub-blocks s and s + 2 in low nibbles: the even elements of both, then the odd ones; s + 1 and s + 3 are in the high
-# ones
-BY_NIBBLES = inverse(*[16 * part + 4 * s + 2 * odd + i for part in (0, 1) for nibble in (0, 1) for odd in (0, 1)
-                       for s in (nibble, nibble + 2) for i in (0, 1)])
+# Sixteen bytes of each two sub-blocks of Q4_K and Q5_K, 2 s in low nibbles and 2 s + 1 in high ones: their even elements, then the odd
+# ones; then the same of the other sixteen bytes. First all low nibbles, then all high ones.
+BY_NIBBLES = inverse(*[8 * pair + 4 * nibble + 2 * odd + i for nibble in (0, 1) for i in (0, 1) for odd in (0, 1) for pair in range(4)])
+LOW, HIGH = spread(0, 2, 4, 6), spread(1, 3, 5, 7)
 
 
 @inline
@@ -150,88 +150,68 @@ def store_pairs(superblock, at, first, second, even, odd):
 
 
 @inline
-def four_bits(at, part):
-    """Unpack 128 elements of Q4_K to four int16 vectors.
-
-    Low nibbles even, odd; high nibbles even, odd.
-    """
-    q = load_int16(at, 16 + 64 * part)
+def four_bits(q):
+    """Split bytes to four int16 vectors: low nibbles even, odd; high nibbles even, odd."""
     return q & 15, (q >> 8) & 15, (q >> 4) & 15, q >> 12
 
 
 @inline
-def add_halves(a, b, first, second, xi, scales):
-    """Add a superblock's products to two sums.
+def add_nibbles(sums, first, second, xi, scales):
+    """Add a superblock's products, less its mins, to the sums of Q4_K or Q5_K.
 
-    first, second: 128 elements each as four int16 vectors; scales: a vector for every two of these.
+    first, second: the first and the last elements of all sub-blocks, 128 each as four int16 vectors; scales: of the weights, and mins.
     """
-    a = dot_pair(a, first[0], first[1], xi, 0, scales[0])
-    b = dot_pair(b, first[2], first[3], xi, 128, scales[1])
-    a = dot_pair(a, second[0], second[1], xi, 256, scales[2])
-    b = dot_pair(b, second[2], second[3], xi, 384, scales[3])
-    return a, b
+    scales = scales * load_floats(xi, SCALES)       # times the activations' scales, and mins times sums of activations
+    sums = dot_128(sums, (first[0], first[1], second[0], second[1]), xi, 0, LOW(scales))
+    sums = dot_128(sums, (first[2], first[3], second[2], second[3]), xi, 256, HIGH(scales))
+    return minus_upper_half(sums, scales)
 
 
 @inline
 def add_q4_k(sums, row, i, n, x):
-    at, xi = row + Q4_K * i, x + SUPERBLOCK * i
-    fetch_ahead(at, Q4_K)
-    scales = scales_and_mins(at) * load_floats(xi, SCALES)       # times the activations' scales, and mins times sums of activations
-    spread_scales = FIRST(scales), SECOND(scales), THIRD(scales), FOURTH(scales)
-    a, b = add_halves(sums[0], sums[1], four_bits(at, 0), four_bits(at, 1), xi, spread_scales)
-    return a, b, sums[2] + scales
+    at = row + Q4_K * i
+    q, other = load_int16(at, 16), load_int16(at, 80)
+    first, second = four_bits(even_quarters(q, other)), four_bits(odd_quarters(q, other))
+    return add_nibbles(sums, first, second, x + SUPERBLOCK * i, scales_and_mins(at))
 
 
-@inline
-def total_with_mins(sums):
-    """Sum up Q4_K or Q5_K: products minus mins."""
-    return sums[0] + sums[1] - padded_to_16(upper_half(sums[2]))
-
-
-def dot_q4_k(rows, n_rows, n, x, out):
-    zero = floats(np.float32(0))
-    dot_rows(add_q4_k, total_with_mins, (zero, zero, zero), Q4_K * n, 1, rows, n_rows, n, x, out)
+def dot_q4_k(rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    dot_rows(add_q4_k, single_sum, floats(np.float32(0)), Q4_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_q4_k(source, n, superblock):
     store(superblock, SCALES, scales_and_mins(source))        # and MINS, which follow SCALES
     for part in range(2):
-        w, v, y, z = four_bits(source, part)
+        w, v, y, z = four_bits(load_int16(source, 16 + 64 * part))
         store_pairs(superblock, 256 * part, 0, 2, w, v)
         store_pairs(superblock, 256 * part, 1, 3, y, z)
 
 
 @inline
-def five_bits(at, part):
-    """Unpack 128 elements of Q5_K to four int16 vectors.
-
-    Low nibbles even, odd; high nibbles even, odd.
-    """
-    q = load_int16(at, 48 + 64 * part)
-    fifth = both_halves(at, 16) >> halves_int16(np.int16(4 * part), np.int16(4 * part + 2))
-    return ((q & 15) | ((fifth << 4) & 16), ((q >> 8) & 15) | ((fifth >> 4) & 16),
-            ((q >> 4) & 15) | ((fifth << 3) & 16), (q >> 12) | ((fifth >> 5) & 16))
+def five_bits(q, fifth):
+    """Do what four_bits does, with the fifth bits: the lowest two of each byte."""
+    w, v, y, z = four_bits(q)
+    return w | ((fifth << 4) & 16), v | ((fifth >> 4) & 16), y | ((fifth << 3) & 16), z | ((fifth >> 5) & 16)
 
 
 @inline
 def add_q5_k(sums, row, i, n, x):
-    at, xi = row + Q5_K * i, x + SUPERBLOCK * i
-    fetch_ahead(at, Q5_K)
-    scales = scales_and_mins(at) * load_floats(xi, SCALES)       # times the activations' scales, and mins times sums of activations
-    spread_scales = FIRST(scales), SECOND(scales), THIRD(scales), FOURTH(scales)
-    a, b = add_halves(sums[0], sums[1], five_bits(at, 0), five_bits(at, 1), xi, spread_scales)
-    return a, b, sums[2] + scales
+    at = row + Q5_K * i
+    q, other = load_int16(at, 48), load_int16(at, 112)
+    first = five_bits(even_quarters(q, other), shift_quarters(all_quarters(at, 16)))
+    second = five_bits(odd_quarters(q, other), shift_quarters(all_quarters(at, 32)))
+    return add_nibbles(sums, first, second, x + SUPERBLOCK * i, scales_and_mins(at))
 
 
-def dot_q5_k(rows, n_rows, n, x, out):
-    zero = floats(np.float32(0))
-    dot_rows(add_q5_k, total_with_mins, (zero, zero, zero), Q5_K * n, 1, rows, n_rows, n, x, out)
+def dot_q5_k(rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    dot_rows(add_q5_k, single_sum, floats(np.float32(0)), Q5_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_q5_k(source, n, superblock):
     store(superblock, SCALES, scales_and_mins(source))        # and MINS, which follow SCALES
     for part in range(2):
-        w, v, y, z = five_bits(source, part)
+        fifth = both_halves(source, 16) >> halves_int16(np.int16(4 * part), np.int16(4 * part + 2))
+        w, v, y, z = five_bits(load_int16(source, 48 + 64 * part), fifth)
         store_pairs(superblock, 256 * part, 0, 2, w, v)
         store_pairs(superblock, 256 * part, 1, 3, y, z)
 
@@ -257,15 +237,23 @@ def unsigned_six_bits(at, part):
 
 
 @inline
+def add_halves(sums, mins, first, second, xi, scales):
+    """Add a superblock's products to two sums; `mins` replaces the third.
+
+    first, second: 128 elements each as four int16 vectors; scales: a vector for every two of these.
+    """
+    a, b = dot_pair(sums[0], first[0], first[1], xi, 0, scales[0]), dot_pair(sums[1], first[2], first[3], xi, 128, scales[1])
+    return dot_pair(a, second[0], second[1], xi, 256, scales[2]), dot_pair(b, second[2], second[3], xi, 384, scales[3]), mins
+
+
+@inline
 def add_q6_k(sums, row, i, n, x):
     at, xi = row + Q6_K * i, x + SUPERBLOCK * i
-    fetch_ahead(at, Q6_K)
     scales = to_floats(load_16_bytes(at, 192)) * half_at(at, 208)
     mins = multiply_add(sums[2], scales, load_floats(xi, MINS_16))
     scales = scales * TWICE(load_8_floats(xi, SCALES))
     spread_scales = Q6_A(scales), Q6_B(scales), Q6_C(scales), Q6_D(scales)
-    a, b = add_halves(sums[0], sums[1], unsigned_six_bits(at, 0), unsigned_six_bits(at, 1), xi, spread_scales)
-    return a, b, mins
+    return add_halves(sums, mins, unsigned_six_bits(at, 0), unsigned_six_bits(at, 1), xi, spread_scales)
 
 
 @inline
@@ -273,9 +261,9 @@ def total_q6_k(sums):
     return sums[0] + sums[1] - sums[2] * np.float32(32)
 
 
-def dot_q6_k(rows, n_rows, n, x, out):
+def dot_q6_k(rows, n_rows, n, x_at, n_tokens, out_at, offset):
     zero = floats(np.float32(0))
-    dot_rows(add_q6_k, total_q6_k, (zero, zero, zero), Q6_K * n, 1, rows, n_rows, n, x, out)
+    dot_rows(add_q6_k, total_q6_k, (zero, zero, zero), Q6_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_q6_k(source, n, superblock):
@@ -292,36 +280,26 @@ def unpack_q6_k(source, n, superblock):
 # Q2_K and Q3_K: 64 bytes hold sub-blocks k and 4 + k in their bits 2k and 2k + 1: the even elements of both, then the odd ones
 BY_PARTS = inverse(*[16 * part + 4 * k + 2 * odd + i for k in range(4) for odd in (0, 1) for part in (0, 1) for i in (0, 1)])
 PART_0, PART_1, PART_2, PART_3 = (spread(2 * k, 2 * k + 1, 8 + 2 * k, 9 + 2 * k) for k in range(4))
+AS_SHIFTED = times_floats([4.0 ** -(k % 8 // 2) for k in range(16)])     # scales of parts that are 1, 4, 16 and 64 times too large
 I16_0, I16_1, I16_2, I16_3 = (spread_int16(2 * k, 2 * k + 1, 8 + 2 * k, 9 + 2 * k) for k in range(4))
 
 
 @inline
-def sum_of_parts(sums):
-    """Sum products with elements that were not shifted down.
-
-    They are 1, 4, 16 and 64 times too large.
-    """
-    return sums[0] + sums[1] * np.float32(1 / 4) + sums[2] * np.float32(1 / 16) + sums[3] * np.float32(1 / 64)
-
-
-@inline
 def add_parts(sums, mins, even, odd, xi, scales):
-    """Add a superblock's products to four sums; `mins` replaces the fifth.
+    """Add a superblock's products to two sums; `mins` replaces the third.
 
-    even, odd: the even and the odd elements of each part as int16 vectors.
+    even, odd: the even and the odd elements of each part as int16 vectors, not shifted down; scales: with AS_SHIFTED.
     """
-    a, b, c, e, _ = sums
-    return (dot_pair(a, even[0], odd[0], xi, 0, PART_0(scales)), dot_pair(b, even[1], odd[1], xi, 128, PART_1(scales)),
-            dot_pair(c, even[2], odd[2], xi, 256, PART_2(scales)), dot_pair(e, even[3], odd[3], xi, 384, PART_3(scales)), mins)
+    a, b = dot_pair(sums[0], even[0], odd[0], xi, 0, PART_0(scales)), dot_pair(sums[1], even[1], odd[1], xi, 128, PART_1(scales))
+    return dot_pair(a, even[2], odd[2], xi, 256, PART_2(scales)), dot_pair(b, even[3], odd[3], xi, 384, PART_3(scales)), mins
 
 
 @inline
 def add_q2_k(sums, row, i, n, x):
     at, xi = row + Q2_K * i, x + SUPERBLOCK * i
-    fetch_ahead(at, Q2_K)
     packed = load_16_bytes(at, 0)
-    mins = multiply_add(sums[4], to_floats(packed >> 4) * half_at(at, 82), load_floats(xi, MINS_16))
-    scales = to_floats(packed & 15) * half_at(at, 80) * TWICE(load_8_floats(xi, SCALES))
+    mins = multiply_add(sums[2], to_floats(packed >> 4) * half_at(at, 82), load_floats(xi, MINS_16))
+    scales = AS_SHIFTED(to_floats(packed & 15) * half_at(at, 80)) * TWICE(load_8_floats(xi, SCALES))
     even = load_int16(at, 16)
     odd = even >> 8
     return add_parts(sums, mins, (even & 3, even & 12, even & 48, even & 192), (odd & 3, odd & 12, odd & 48, odd & 192), xi, scales)
@@ -329,12 +307,12 @@ def add_q2_k(sums, row, i, n, x):
 
 @inline
 def total_q2_k(sums):
-    return sum_of_parts(sums) - sums[4]
+    return sums[0] + sums[1] - sums[2]
 
 
-def dot_q2_k(rows, n_rows, n, x, out):
+def dot_q2_k(rows, n_rows, n, x_at, n_tokens, out_at, offset):
     zero = floats(np.float32(0))
-    dot_rows(add_q2_k, total_q2_k, (zero, zero, zero, zero, zero), Q2_K * n, 1, rows, n_rows, n, x, out)
+    dot_rows(add_q2_k, total_q2_k, (zero, zero, zero), Q2_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_q2_k(source, n, superblock):
@@ -382,22 +360,21 @@ def three_bits(at):
 @inline
 def add_q3_k(sums, row, i, n, x):
     at, xi = row + Q3_K * i, x + SUPERBLOCK * i
-    fetch_ahead(at, Q3_K)
     scales = to_floats(six_bit_scales(at)) * half_at(at, 108)
-    mins = multiply_add(sums[4], scales, load_floats(xi, MINS_16))
-    scales = scales * TWICE(load_8_floats(xi, SCALES))
+    mins = multiply_add(sums[2], scales, load_floats(xi, MINS_16))
+    scales = AS_SHIFTED(scales) * TWICE(load_8_floats(xi, SCALES))
     w, v, y, z = three_bits(at)
     return add_parts(sums, mins, (w & 7, v & 28, w & 112, v & 448), (y & 7, z & 28, y & 112, z & 448), xi, scales)
 
 
 @inline
 def total_q3_k(sums):
-    return sum_of_parts(sums) - sums[4] * np.float32(4)
+    return sums[0] + sums[1] - sums[2] * np.float32(4)
 
 
-def dot_q3_k(rows, n_rows, n, x, out):
+def dot_q3_k(rows, n_rows, n, x_at, n_tokens, out_at, offset):
     zero = floats(np.float32(0))
-    dot_rows(add_q3_k, total_q3_k, (zero, zero, zero, zero, zero), Q3_K * n, 1, rows, n_rows, n, x, out)
+    dot_rows(add_q3_k, total_q3_k, (zero, zero, zero), Q3_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_q3_k(source, n, superblock):

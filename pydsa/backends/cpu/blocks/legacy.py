@@ -6,13 +6,13 @@ import numpy as np
 from numba import carray
 
 from pydsa.backends.cpu.blocks.block import MINS, SCALES, entry, inverse
-from pydsa.backends.cpu.blocks.dots import (AHEAD, BY_QUARTERS, add_quad, dot_pair, dot_rows, four_blocks, join_blocks, next_blocks,
+from pydsa.backends.cpu.blocks.dots import (BY_QUARTERS, add_quad, dot_pair, dot_rows, four_blocks, join_blocks,
                                             nibbles, single_sum, store_halves, store_quad, superblock_at, two_blocks, unsigned_quad)
 from pydsa.backends.cpu.jit import IntpFunction, inline, inner
 from pydsa.backends.cpu.lanes import padded_to_16, spread
 from pydsa.backends.cpu.scalars import half, half_at
 from pydsa.backends.cpu.simd import (as_int16, floats, four_floats, halves, join, load_2_floats, load_4_floats, load_16_bytes, multiply_add,
-                                     prefetch, signed_high_bytes, store, to_floats, u32_at, where_bits)
+                                     signed_high_bytes, store, to_floats, u32_at, where_bits)
 from pydsa.quants import TYPES
 
 
@@ -125,7 +125,7 @@ def add_mins(sums, mins, x, i):
 
 @inline
 def add_q4_0(sums, row, i, n, x):
-    at = next_blocks(row, Q4_0, i, n)
+    at = four_blocks(row, Q4_0, i, n)
     return add_quad(sums[0], quad_4(at, 2), x, i, halves(at)), add_mins(sums[1], halves(at), x, i)
 
 
@@ -134,8 +134,9 @@ def total_q4_0(sums):
     return sums[0] - padded_to_16(sums[1]) * np.float32(8)
 
 
-def dot_q4_0(rows, n_rows, n, x, out):
-    dot_rows(add_q4_0, total_q4_0, (floats(np.float32(0)), four_floats(np.float32(0))), Q4_0 * n, 4, rows, n_rows, n, x, out)
+def dot_q4_0(rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    zeros = floats(np.float32(0)), four_floats(np.float32(0))
+    dot_rows(add_q4_0, total_q4_0, zeros, Q4_0, 4, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_q4_0(source, n, superblock):
@@ -147,7 +148,7 @@ def unpack_q4_0(source, n, superblock):
 
 @inline
 def add_q5_0(sums, row, i, n, x):
-    at = next_blocks(row, Q5_0, i, n)
+    at = four_blocks(row, Q5_0, i, n)
     return add_quad(sums[0], quad_5(at, 6), x, i, halves(at)), add_mins(sums[1], halves(at), x, i)
 
 
@@ -156,8 +157,9 @@ def total_q5_0(sums):
     return sums[0] - padded_to_16(sums[1]) * np.float32(16)
 
 
-def dot_q5_0(rows, n_rows, n, x, out):
-    dot_rows(add_q5_0, total_q5_0, (floats(np.float32(0)), four_floats(np.float32(0))), Q5_0 * n, 4, rows, n_rows, n, x, out)
+def dot_q5_0(rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    zeros = floats(np.float32(0)), four_floats(np.float32(0))
+    dot_rows(add_q5_0, total_q5_0, zeros, Q5_0, 4, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_q5_0(source, n, superblock):
@@ -175,7 +177,7 @@ def offsets(addresses):
 
 @inline
 def add_q4_1(sums, row, i, n, x):
-    at = next_blocks(row, Q4_1, i, n)
+    at = four_blocks(row, Q4_1, i, n)
     return add_quad(sums[0], quad_4(at, 4), x, i, halves(at)), add_mins(sums[1], offsets(at), x, i)
 
 
@@ -185,8 +187,9 @@ def total_with_offsets(sums):
     return sums[0] + padded_to_16(sums[1])
 
 
-def dot_q4_1(rows, n_rows, n, x, out):
-    dot_rows(add_q4_1, total_with_offsets, (floats(np.float32(0)), four_floats(np.float32(0))), Q4_1 * n, 4, rows, n_rows, n, x, out)
+def dot_q4_1(rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    zeros = floats(np.float32(0)), four_floats(np.float32(0))
+    dot_rows(add_q4_1, total_with_offsets, zeros, Q4_1, 4, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_q4_1(source, n, superblock):
@@ -199,12 +202,13 @@ def unpack_q4_1(source, n, superblock):
 
 @inline
 def add_q5_1(sums, row, i, n, x):
-    at = next_blocks(row, Q5_1, i, n)
+    at = four_blocks(row, Q5_1, i, n)
     return add_quad(sums[0], quad_5(at, 8), x, i, halves(at)), add_mins(sums[1], offsets(at), x, i)
 
 
-def dot_q5_1(rows, n_rows, n, x, out):
-    dot_rows(add_q5_1, total_with_offsets, (floats(np.float32(0)), four_floats(np.float32(0))), Q5_1 * n, 4, rows, n_rows, n, x, out)
+def dot_q5_1(rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    zeros = floats(np.float32(0)), four_floats(np.float32(0))
+    dot_rows(add_q5_1, total_with_offsets, zeros, Q5_1, 4, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_q5_1(source, n, superblock):
@@ -233,14 +237,13 @@ def even_and_odd(addresses):
 @inline
 def add_q8_0(sums, row, i, n, x):
     at = two_blocks(row, Q8_0, i, n)
-    prefetch(at[0], AHEAD)
     xi, int16_offset, scale_offset = superblock_at(x, i)
     even, odd = even_and_odd(at)
     return dot_pair(sums, even, odd, xi, int16_offset, TWO(halves(at) * load_2_floats(xi, SCALES + scale_offset)))
 
 
-def dot_q8_0(rows, n_rows, n, x, out):
-    dot_rows(add_q8_0, single_sum, floats(np.float32(0)), Q8_0 * n, 2, rows, n_rows, n, x, out)
+def dot_q8_0(rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    dot_rows(add_q8_0, single_sum, floats(np.float32(0)), Q8_0, 2, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_q8_0(source, n, superblock):

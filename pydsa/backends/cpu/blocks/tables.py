@@ -8,8 +8,8 @@ import numpy as np
 from numba import carray
 
 from pydsa.backends.cpu.blocks.block import NATURAL, SCALES, SUPERBLOCK, entry, inverse
-from pydsa.backends.cpu.blocks.dots import (BY_QUARTERS, add_quad, dot_quad, dot_rows, fetch_ahead, four_blocks, join_blocks,
-                                            next_blocks, nibbles, signed_quad, single_sum, store_quad, superblock_at, two_blocks)
+from pydsa.backends.cpu.blocks.dots import (BY_QUARTERS, add_quad, dot_quad, dot_rows, four_blocks, join_blocks,
+                                            nibbles, signed_quad, single_sum, store_quad, superblock_at, two_blocks)
 from pydsa.backends.cpu.codes import even_elements_first, pairs_of, to_multiples, twin_groups, ue4m3_floats
 from pydsa.backends.cpu.jit import inline
 from pydsa.backends.cpu.lanes import gather_u32, lookup, lower_half, spread, upper_half
@@ -89,12 +89,12 @@ def mxfp4_quad(v):
 
 @inline
 def add_iq4_nl(sums, row, i, n, x):
-    at = next_blocks(row, IQ4_NL, i, n)
+    at = four_blocks(row, IQ4_NL, i, n)
     return add_quad(sums, iq4_quad(join_blocks(at, 2)), x, i, halves(at))
 
 
-def dot_iq4_nl(rows, n_rows, n, x, out):
-    dot_rows(add_iq4_nl, single_sum, floats(np.float32(0)), IQ4_NL * n, 4, rows, n_rows, n, x, out)
+def dot_iq4_nl(rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    dot_rows(add_iq4_nl, single_sum, floats(np.float32(0)), IQ4_NL, 4, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_iq4_nl(source, n, superblock):
@@ -115,23 +115,14 @@ def scales_of_8(at):
 
 @inline
 def add_iq4_xs(sums, row, i, n, x):
-    a, b = sums
     at, xi = row + IQ4_XS * i, x + SUPERBLOCK * i
-    fetch_ahead(at, IQ4_XS)
     scales = scales_of_8(at) * load_8_floats(xi, SCALES)
-    a = dot_quad(a, iq4_quad(load_64_bytes(at, 8)), xi, 0, lower_half(scales))
-    b = dot_quad(b, iq4_quad(load_64_bytes(at, 72)), xi, 256, upper_half(scales))
-    return a, b
+    sums = dot_quad(sums, iq4_quad(load_64_bytes(at, 8)), xi, 0, lower_half(scales))
+    return dot_quad(sums, iq4_quad(load_64_bytes(at, 72)), xi, 256, upper_half(scales))
 
 
-@inline
-def total_iq4_xs(sums):
-    return sums[0] + sums[1]
-
-
-def dot_iq4_xs(rows, n_rows, n, x, out):
-    zero = floats(np.float32(0))
-    dot_rows(add_iq4_xs, total_iq4_xs, (zero, zero), IQ4_XS * n, 1, rows, n_rows, n, x, out)
+def dot_iq4_xs(rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    dot_rows(add_iq4_xs, single_sum, floats(np.float32(0)), IQ4_XS, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_iq4_xs(source, n, superblock):
@@ -149,12 +140,12 @@ def mxfp4_scales(addresses):
 
 @inline
 def add_mxfp4(sums, row, i, n, x):
-    at = next_blocks(row, MXFP4, i, n)
+    at = four_blocks(row, MXFP4, i, n)
     return add_quad(sums, mxfp4_quad(join_blocks(at, 1)), x, i, mxfp4_scales(at))
 
 
-def dot_mxfp4(rows, n_rows, n, x, out):
-    dot_rows(add_mxfp4, single_sum, floats(np.float32(0)), MXFP4 * n, 4, rows, n_rows, n, x, out)
+def dot_mxfp4(rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    dot_rows(add_mxfp4, single_sum, floats(np.float32(0)), MXFP4, 4, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_mxfp4(source, n, superblock):
@@ -184,7 +175,6 @@ def nvfp4_halves(a, b):
 @inline
 def add_nvfp4(sums, row, i, n, x):
     a, b = two_blocks(row, NVFP4, i, n)
-    fetch_ahead(a, 2 * NVFP4)
     xi, at, scale_at = superblock_at(x, 2 * i)
     scales = ue4m3_floats(a, b) * pairs_of(load_4_floats(xi, SCALES + scale_at))
     low, high = nvfp4_halves(a, b)
@@ -193,8 +183,8 @@ def add_nvfp4(sums, row, i, n, x):
     return multiply_add(multiply_add(sums, to_floats(first), FIRST(scales)), to_floats(second), SECOND(scales))
 
 
-def dot_nvfp4(rows, n_rows, n, x, out):
-    dot_rows(add_nvfp4, single_sum, floats(np.float32(0)), NVFP4 * n, 2, rows, n_rows, n, x, out)
+def dot_nvfp4(rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    dot_rows(add_nvfp4, single_sum, floats(np.float32(0)), NVFP4, 2, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_nvfp4(source, n, superblock):

@@ -7,8 +7,8 @@ import numpy as np
 from numba import carray
 
 from pydsa.backends.cpu.blocks.block import COLUMNS, MINS, MINS_16, NATURAL, SCALES, SUPERBLOCK, entry
-from pydsa.backends.cpu.blocks.dots import TWICE, dot_rows, fetch_ahead, single_sum, two_blocks
-from pydsa.backends.cpu.blocks.kquants import BY_PARTS, add_parts, store_pairs, total_q2_k
+from pydsa.backends.cpu.blocks.dots import TWICE, dot_rows, single_sum, two_blocks
+from pydsa.backends.cpu.blocks.kquants import AS_SHIFTED, BY_PARTS, add_parts, store_pairs, total_q2_k
 from pydsa.backends.cpu.codes import even_elements_first, from_columns, lanes_of, times, times_3_high, widen, widen_two
 from pydsa.backends.cpu.jit import inline
 from pydsa.backends.cpu.lanes import padded_to_16, spread
@@ -81,7 +81,6 @@ def add_group(sums, w, xi, j):
 @inline
 def add_tq1_0(sums, row, i, n, x):
     at, xi = row + TQ1_0 * i, x + SUPERBLOCK * i
-    fetch_ahead(at, TQ1_0)
     d, w = half_at(at, 52), digits_tq1_0(at)
     a = add_group(add_group(floats(np.float32(0)), w[0], xi, 0), w[1], xi, 1)
     b = add_group(add_group(floats(np.float32(0)), w[2], xi, 2), w[3], xi, 3)
@@ -89,8 +88,8 @@ def add_tq1_0(sums, row, i, n, x):
     return multiply_add(sums, a + b - padded_to_16(load_8_floats(xi, MINS)), floats(d))
 
 
-def dot_tq1_0(rows, n_rows, n, x, out):
-    dot_rows(add_tq1_0, single_sum, floats(np.float32(0)), TQ1_0 * n, 1, rows, n_rows, n, x, out)
+def dot_tq1_0(rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    dot_rows(add_tq1_0, single_sum, floats(np.float32(0)), TQ1_0, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_tq1_0(source, n, superblock):
@@ -110,17 +109,16 @@ def two_bits(at):
 @inline
 def add_tq2_0(sums, row, i, n, x):
     at, xi = row + TQ2_0 * i, x + SUPERBLOCK * i
-    fetch_ahead(at, TQ2_0)
     d = half_at(at, 64)
-    mins = multiply_add(sums[4], load_floats(xi, MINS_16), floats(d))
+    mins = multiply_add(sums[2], load_floats(xi, MINS_16), floats(d))
     even, odd = two_bits(at)
-    scales = TWICE(load_8_floats(xi, SCALES) * d)
+    scales = AS_SHIFTED(floats(d)) * TWICE(load_8_floats(xi, SCALES))
     return add_parts(sums, mins, (even & 3, even & 12, even & 48, even & 192), (odd & 3, odd & 12, odd & 48, odd & 192), xi, scales)
 
 
-def dot_tq2_0(rows, n_rows, n, x, out):
+def dot_tq2_0(rows, n_rows, n, x_at, n_tokens, out_at, offset):
     zero = floats(np.float32(0))
-    dot_rows(add_tq2_0, total_q2_k, (zero, zero, zero, zero, zero), TQ2_0 * n, 1, rows, n_rows, n, x, out)
+    dot_rows(add_tq2_0, total_q2_k, (zero, zero, zero), TQ2_0, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_tq2_0(source, n, superblock):
@@ -136,7 +134,6 @@ HALVES = spread(0, 1)
 @inline
 def add_q1_0(sums, row, i, n, x):
     xi, (a, b) = x + SUPERBLOCK * (i >> 1), two_blocks(row, Q1_0, i, n)
-    fetch_ahead(a, 2 * Q1_0)
     v = widen_two(a + 2, b + 2)
     dots = dot_add(dot(v & 1, load_int16(xi, 0)), (v >> 1) & 1, load_int16(xi, 64))
     dots = dot_add(dot_add(dots, (v >> 2) & 1, load_int16(xi, 128)), (v >> 3) & 1, load_int16(xi, 192))
@@ -146,8 +143,8 @@ def add_q1_0(sums, row, i, n, x):
     return multiply_add(sums, products, HALVES(halves((a, b))))
 
 
-def dot_q1_0(rows, n_rows, n, x, out):
-    dot_rows(add_q1_0, single_sum, floats(np.float32(0)), Q1_0 * n, 2, rows, n_rows, n, x, out)
+def dot_q1_0(rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    dot_rows(add_q1_0, single_sum, floats(np.float32(0)), Q1_0, 2, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_q1_0(source, n, superblock):
