@@ -185,7 +185,7 @@ def with_tools(model):
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}])
 def test_calls_that_must_come(with_tools, choice):
-    """A random model calls as it must, with arguments by the schema; a stream gives the same call."""
+    """A random model calls as it must; a stream gives the same call."""
     body = {"messages": HELLO, "tools": [TOOL, OTHER], "tool_choice": choice, "seed": 3, "max_tokens": 500, "parallel_tool_calls": False}
     chosen = post(with_tools, CHAT, body)[1]["choices"][0]
     call_of = chosen["message"]["tool_calls"]
