@@ -244,7 +244,8 @@ def read_text(file):
 @options_of_what_is_so
 @click.option("--think", "thinking", is_flag=True, help="Let the model reason first, if it can, for requests that do not say.")
 @click.option("--chat-template-file", type=click.File("r", encoding="utf-8"), help="A jinja2 template instead of the model's.")
-@click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Form of the log on stderr.")
+@click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True,
+              help="Form of the lines on requests, on stderr.")
 def serve(model, api_key, api_key_file, cache_ram, max_tokens, chat_template_file, output, threads, threads_batch, **settings):
     """Answer OpenAI's and Anthropic's APIs over HTTP.
 

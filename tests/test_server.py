@@ -1,6 +1,7 @@
 """pydsa serve: OpenAI's endpoints over HTTP, whole and streaming, and those beside them."""
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,7 +186,7 @@ def with_tools(model):
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}])
 def test_calls_that_must_come(with_tools, choice):
-    """A random model calls as it must, with arguments by the schema; a stream gives the same call."""
+    """A random model calls as it must; a stream gives the same call."""
     body = {"messages": HELLO, "tools": [TOOL, OTHER], "tool_choice": choice, "seed": 3, "max_tokens": 500, "parallel_tool_calls": False}
     chosen = post(with_tools, CHAT, body)[1]["choices"][0]
     call_of = chosen["message"]["tool_calls"]
@@ -314,6 +315,27 @@ def test_slots(server):
     assert call(server, "GET", "/slots")[2][1]["n_past"] == 0
     assert post(server, "/slots/1?action=restore", {"filename": "one.bin"})[1]["n_restored"] == n
     assert post(server, CHAT, body)[1]["choices"] == first["choices"]
+
+
+def test_saved_slots_that_are_damaged(server):
+    """The error tells no more of the file than its name."""
+    folder = Path(server.service.settings.slot_folder)
+    (folder / "torn.bin").write_bytes(b"pydsa")
+    (folder / "dir").mkdir()
+    for action, name, status in (("restore", "torn.bin", 400), ("save", "dir", 500)):
+        met, answer = post(server, f"/slots/1?action={action}", {"filename": name})
+        message = answer["error"]["message"]
+        assert met == status and name in message.lower() and str(folder) not in message
+
+
+def test_a_folder_for_slots_is_made(model, tmp_path):
+    with serving(model, slot_folder=str(tmp_path / "new" / "slots")) as server:
+        post(server, CHAT, BODY | {"id_slot": 0})
+        assert post(server, "/slots/0?action=save", {"filename": "a"})[0] == 200
+    (tmp_path / "file").touch()
+    with serving(slot_folder=str(tmp_path / "file")) as server:
+        server.load(lambda: model)
+        assert "--slot-save-path" in str(server.failure)
 
 
 @pytest.mark.parametrize("path, body, status", [

@@ -5,9 +5,10 @@ import re
 
 from starlette.responses import JSONResponse, Response
 
+from pydsa.errors import SessionFileError
 from pydsa.server.bodies import Fields, Listed, expected, read_fields
-from pydsa.server.errors import ApiError
-from pydsa.server.service import owner_of
+from pydsa.server.errors import ApiError, as_api_error
+from pydsa.server.service import make_folder, owner_of
 
 ROWS = ".rows"      # the end of names of files in which the engine keeps conversations
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")       # no folders, nothing hidden, no names of streams
@@ -114,13 +115,15 @@ async def slot(service, request):
         raise ApiError(400, f"The action is {action!r:.40}, expected save, restore or erase.", "action", "invalid_value")
     name = (await read_fields(request, SlotRequest)).filename
     path = _slot_path(service, name, owner)
-    if action == "save":
-        n = await asyncio.to_thread(service.engine.save_slot, number, path, owner)
-        return JSONResponse({"id_slot": number, "filename": name, "n_saved": n, "n_written": os.path.getsize(path)})
-    if not os.path.isfile(path):
+    if action == "restore" and not os.path.isfile(path):
         raise ApiError(404, f"There is no saved slot {name!r}.", "filename")
-    n = await asyncio.to_thread(service.engine.restore_slot, number, path, owner)
-    return JSONResponse({"id_slot": number, "filename": name, "n_restored": n, "n_read": os.path.getsize(path)})
+    move = service.engine.save_slot if action == "save" else service.engine.restore_slot
+    try:
+        n = await asyncio.to_thread(move, number, path, owner)
+    except SessionFileError as error:       # where the files lie is no client's business
+        raise ApiError(500 if action == "save" else 400, f"{as_api_error(error).message.replace(path, name)}", "filename") from error
+    counts = {"n_saved": n, "n_written": os.path.getsize(path)} if action == "save" else {"n_restored": n, "n_read": os.path.getsize(path)}
+    return JSONResponse({"id_slot": number, "filename": name} | counts)
 
 
 def _slot_path(service, name, owner):
@@ -133,5 +136,5 @@ def _slot_path(service, name, owner):
                             f"beginning and {ROWS} at the end.", "filename", "invalid_value")
     if owner:
         folder = os.path.join(folder, f"of-{owner[:32]}")
-        os.makedirs(folder, 0o700, exist_ok=True)
+        make_folder(folder)
     return os.path.join(folder, name)

@@ -41,6 +41,8 @@ class Service:
                 raise
             except PydsaError:      # it refuses this conversation, and may take others
                 pass
+        if settings.slot_folder is not None:
+            make_folder(settings.slot_folder)
         settings.sampling.check_vocabulary(model.config.n_vocab)
         self.fingerprint = f"pydsa-{model.setup.fingerprint[:12]}"
         engine = Engine(model, settings.n_parallel, settings.n_queue, settings.cache_bytes, settings.slot_folder)
@@ -99,6 +101,15 @@ class Service:
             answers.close()
             raise
         return answers
+
+
+def make_folder(path):
+    """Make a folder for saved slots, unless it is there; raises PydsaError."""
+    try:
+        os.makedirs(path, 0o700, exist_ok=True)
+    except OSError as error:
+        raise PydsaError(f"The folder for saved slots cannot be made ({error.strerror}), expected one that can be written: see "
+                         "--slot-save-path.") from error
 
 
 def owner_of(scope):
