@@ -277,7 +277,7 @@ def test_what_the_constraint_lets_through_parses(name, controls):
 
 @pytest.mark.parametrize("name", ["dsml", "deepseek-v3.1", "kimi", "glm-4.7"])
 def test_long_tokens_do_not_step_over_a_border(name):
-    """Marks come in pieces here, which begin and end where the vocabulary of the demo has it."""
+    """The demo's vocabulary has marks in pieces, some with more in them."""
     tokenizer = load_tokenizer(DEMO)
     layout = Layout(form=case(name)[1].form, tools=OFFERED)
     constraint = compile_constraint(tokenizer, tools(layout, "required", parallel=False), layout)
