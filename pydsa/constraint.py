@@ -156,7 +156,7 @@ class State:
         n = None if free or mask[vocabulary.letters].any() else _more_digits(self._tail)
         if n is not None and (mask & (vocabulary.digits == 0)).any():
             banned += [np.flatnonzero(vocabulary.digits > n), vocabulary.exponents]
-        if free and self._call is not None:
+        if free and self._call is not None and self._phase != "thought":
             banned += self._call.banned(vocabulary)
         return [np.asarray(ids, np.int64) for ids in banned if len(ids)]
 

@@ -186,6 +186,9 @@ def values(schema, root):
         rest = {name: value for name, value in schema.items() if name != "allOf"}
         only = dereferenced(schema["allOf"][0], root)
         return values(rest if only is True else rest | only, root)
+    for key in ("not", "if", "allOf"):
+        if key in schema and schema.get("type") not in ("object", "array", "number", "integer", "boolean", "null"):
+            raise ConstraintError(f"the schema of an argument has {key!r}, expected none where it may be text, as this model writes it")
     listed = schema["enum"] if isinstance(schema.get("enum"), list) else [schema["const"]] if "const" in schema else None
     if listed is not None:
         others = [value for value in listed if not isinstance(value, str)]
@@ -195,7 +198,7 @@ def values(schema, root):
         return [way for one in kind for way in values(schema | {"type": one}, root)]
     if kind == "string":
         return [("text", bare(schema))]
-    plain = kind is None and not schema.keys() & {"properties", "items", "required", "minimum", "maximum", "allOf", "additionalProperties"}
+    plain = kind is None and not schema.keys() & {"properties", "items", "required", "minimum", "maximum", "additionalProperties"}
     return [*([("text", bare(schema))] if plain else []), ("json", _whole(schema, root))]
 
 

@@ -204,7 +204,24 @@ def _read_glm(body, schemas):
 def _schema_of(schema, key):
     """The schema of an argument, which is a text where nothing is said of it."""
     declared = schema.get("properties") if isinstance(schema, dict) else None
-    return declared.get(key, {"type": "string"}) if isinstance(declared, dict) else {"type": "string"}
+    return _resolved(declared.get(key, {"type": "string"}), schema) if isinstance(declared, dict) else {"type": "string"}
+
+
+def _resolved(schema, root, depth=8):
+    """A schema with what its $refs into the root stand for, for its type.
+
+    A $ref that leads nowhere, or is nested too deeply, stays.
+    """
+    ref = schema.get("$ref") if isinstance(schema, dict) else None
+    if not isinstance(schema, dict) or depth == 0:
+        return schema
+    if isinstance(ref, str) and ref.startswith("#/"):
+        target = root
+        for part in ref[2:].split("/"):
+            target = target.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
+        return _resolved(target, root, depth - 1) if isinstance(target, dict) else schema
+    return {key: [_resolved(part, root, depth - 1) for part in value] if key in ("anyOf", "oneOf", "allOf") and isinstance(value, list)
+            else value for key, value in schema.items()}
 
 
 def _pairs(pattern, text):

@@ -1,4 +1,5 @@
 """Constrained answers: whatever a model prefers, what comes out is valid."""
+import concurrent.futures
 import json
 import re
 
@@ -7,13 +8,14 @@ import pytest
 from chat_cases import QUESTION, small
 from test_tool_calls import ENDS, WRITTEN
 
+from pydsa import DEMO
 from pydsa.answers import Layout, Reader
 from pydsa.chat import chat_prompt
-from pydsa.constraint import compile_constraint
+from pydsa.constraint import compile_constraint, constraint_for
 from pydsa.errors import PydsaError
 from pydsa.grammars import ConstraintError, grammar, json_object, json_schema
 from pydsa.sampling import Sampler, Sampling
-from pydsa.tokenizer import CONTROL, USER_DEFINED
+from pydsa.tokenizer import CONTROL, USER_DEFINED, load_tokenizer
 from pydsa.tool_grammars import tools
 
 PLAIN = small({"<eos>": CONTROL, "<ctl>": CONTROL}, ["t r", "tr u", "tru e", "Ċ Ċ", '" }', '1 2', '12 12'])
@@ -40,6 +42,8 @@ def walk(tokenizer, constraint, seed, n=4000, marks=()):
     """
     state, random, ids, text = constraint.start(), np.random.default_rng(seed), [], b""
     likely = np.array([(token in STRUCTURE) * 4 + (token in marks) * 6 + (token == "Ċ") * 2 for token in tokenizer.tokens], np.float32)
+    more = 1.5 * np.log(tokenizer.n_vocab / 270)        # of a large vocabulary structure is a small part
+    likely[likely > 0] += more
     sampler = Sampler(Sampling(temperature=1, top_k=0, top_p=1, min_p=0, seed=seed))
     texts = list(map(tokenizer.token_bytes, range(tokenizer.n_vocab)))
     marks, follows = [mark.encode() for mark in marks], {}
@@ -49,7 +53,7 @@ def walk(tokenizer, constraint, seed, n=4000, marks=()):
         rests = tuple(mark[written:] for mark in marks if text.endswith(mark[:written]) and len(mark) > written)
         if rests not in follows:
             follows[rests] = [i for i, token in enumerate(texts) if any(rest.startswith(token) for rest in rests)]
-        logits[follows[rests]] += min(12, 1 + 4 * written)
+        logits[follows[rests]] += min(12, 1 + 4 * written) + more * (written > 0)
         token = sampler.pick(logits, ids, state.allowed())
         state.advance(token)
         ids.append(token)
@@ -222,6 +226,13 @@ def test_tags_of_reasoning_are_no_part_of_the_answer():
     assert accepts(tokenizer, constraint, 'x</think>{"a</think>": 1}', parse_special=False)[1]       # as characters it is text
 
 
+def test_threads_share_a_constraint():
+    constraint = compile_constraint(PLAIN, json_schema(PARAMETERS))
+    alone = [walk(PLAIN, constraint, seed) for seed in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda seed: walk(PLAIN, constraint, seed), range(8))) == alone
+
+
 # Calls of tools
 
 def case(name, controls=False, **options):
@@ -264,6 +275,18 @@ def test_what_the_constraint_lets_through_parses(name, controls):
         check_calls(reply, 0)
 
 
+@pytest.mark.parametrize("name", ["dsml", "deepseek-v3.1", "kimi", "glm-4.7"])
+def test_long_tokens_do_not_step_over_a_border(name):
+    """The demo's vocabulary has marks in pieces, some with more in them."""
+    tokenizer = load_tokenizer(DEMO)
+    layout = Layout(form=case(name)[1].form, tools=OFFERED)
+    constraint = compile_constraint(tokenizer, tools(layout, "required", parallel=False), layout)
+    for seed in range(2):
+        check_calls(calls_of(tokenizer, layout, walk(tokenizer, constraint, seed, marks=layout.form.marks)))
+    value = text_of(tokenizer, walk(tokenizer, compile_constraint(tokenizer, json_schema(PARAMETERS)), 1))
+    assert is_valid(json.loads(value), PARAMETERS, PARAMETERS)
+
+
 @pytest.mark.parametrize("controls", [False, True])
 @pytest.mark.parametrize("name", WRITTEN)
 def test_what_models_write_is_let_through(name, controls):
@@ -288,3 +311,64 @@ def test_what_models_write_is_let_through(name, controls):
             tokenizer.encode(call[:call.index("eather")], parse_special=True))) == good
     one = compile_constraint(tokenizer, tools(layout, "auto", parallel=False), layout)
     assert not accepts(tokenizer, one, text)[1]
+
+
+@pytest.mark.parametrize("name", ["dsml", "kimi", "glm-4.7"])
+def test_calls_after_reasoning(name):
+    tokenizer, layout = case(name, offered=OFFERED[2:])
+    layout = layout._replace(opened=True)
+    call = WRITTEN[name][2].removeprefix("I look.").lstrip("\n")
+    one, other = call.index("weather"), call.rindex("now")
+    call = call[:one] + call[other:]        # only the call of `now`
+    for choice in "required", "auto":
+        constraint = compile_constraint(tokenizer, tools(layout, choice), layout)
+        assert accepts(tokenizer, constraint, "Hm.</think>" + call)[1] and accepts(tokenizer, constraint, "Hm.</think>\n" + call)[1]
+        forgotten = accepts(tokenizer, constraint, "Hm." + call)        # the end of reasoning, which a block of calls is too
+        assert forgotten[1] is True or not layout.form.opens
+        assert accepts(tokenizer, constraint, "Hm.</think>No.")[1] == (True if choice == "auto" else None)
+
+
+@pytest.mark.parametrize("name", ["dsml", "deepseek-v3.1", "kimi", "glm-4.7"])
+def test_calls_beside_an_answer_by_a_schema(name):
+    tokenizer, layout = case(name, offered=OFFERED[1:])
+    constraint = constraint_for(tokenizer, layout, json_schema={"type": "object"}, tool_choice="auto")
+    met = set()
+    for seed in range(8):
+        begins = set() if seed % 2 else {*layout.form.opens, *layout.form.begins}
+        reply = calls_of(tokenizer, layout, walk(tokenizer, constraint, seed, marks=set(layout.form.marks) - begins))
+        check_calls(reply, 0)
+        met.add(bool(reply.tool_calls))
+        assert reply.tool_calls and not reply.text.strip() or isinstance(json.loads(reply.text), dict)
+    said = '{"a": "' + (layout.form.opens or layout.form.begins)[-1]
+    none = constraint_for(tokenizer, layout, json_schema={"type": "object"}, tool_choice="none")
+    for one in constraint, none:        # a reader would take it for a call
+        assert accepts(tokenizer, one, said)[1] is None and accepts(tokenizer, one, said, parse_special=False)[1] is None
+    assert met == {True, False} and accepts(tokenizer, none, '{"a": "<"}')[1]
+
+
+@pytest.mark.parametrize("parameters, expected", [
+    ("x", "the schema of the parameters of f is of type str"), ({"properties": {"a": {"not": {}}}}, "an argument has 'not'"),
+    ({"properties": {"a": {"type": "object", "not": {}}}}, 'Unimplemented keys: \\["not"\\]'),
+    ({"anyOf": [{}]}, "the parameters of f have 'anyOf'"), ({"type": "array"}, "the parameters of f are no object"),
+    ({"properties": {"a": {"$ref": "#"}}}, "has the \\$ref '#', expected one into"), ({"properties": {"a": 5}}, "a schema is 5"),
+    ({"properties": {"a<": {}}}, "f has the parameter 'a<'"),
+    ({"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"$ref": "#/$defs/b"}}}, "leads to itself"),
+    ({"properties": {"a": {"type": "string", "pattern": "^a|b$"}}}, "with \\^ and \\$ only around all of it"),
+    ({"properties": {"a": {"type": "string", "minLength": -1}}}, "lengths -1 and None"),
+    ({"properties": {"a": {"const": "</arg_value>"}}}, "may only be a text with </arg_value> in it")])
+def test_tools_that_cannot_be_served(parameters, expected):
+    tokenizer, layout = case("glm-4.7", offered=[{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+    with pytest.raises(ConstraintError, match=expected):
+        compile_constraint(tokenizer, tools(layout), layout)
+
+
+@pytest.mark.parametrize("choice, expected", [("any", "is 'any'"), ({"name": "x"}, "names 'x'"), (7, "is 7"), ({}, "is {}")])
+def test_choices_that_cannot_be_served(choice, expected):
+    _, layout = case("kimi")
+    with pytest.raises(ConstraintError, match=f"tool_choice {re.escape(expected)}, expected 'auto', 'none'"):
+        tools(layout, choice)
+    with pytest.raises(ConstraintError, match="2 tools are given, expected .* a name of its own"):
+        tools(layout._replace(tools=OFFERED[:1] * 2))
+    with pytest.raises(ConstraintError, match="a tool has the name 'a b'"):
+        tools(layout._replace(tools=[{"function": {"name": "a b"}}]))
+    assert tools(layout._replace(form=None)) is None
