@@ -48,7 +48,7 @@ class Batch:
         return list(logits)
 
     def _bind(self, parts, n_outputs):
-        """The Bound of a step, in the absorbed form that the longest context needs.
+        """The Bound of a step, in the form that the longest context needs.
 
         A token of a context of up to top_k keys chooses all of them there: its sums are those of the form that it takes alone.
         """

@@ -17,6 +17,7 @@ from pydsa.gguf_file import open_gguf
 from pydsa.habits import llama_cpp_options, logit_biases, model_argument, options_of_what_is_so
 from pydsa.override import parse_overrides
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
+from pydsa.restrictions import read_restrictions, restriction_options
 from pydsa.terminal import json_text, visible
 
 
@@ -90,6 +91,9 @@ def options_with_defaults(decorator, **defaults):
     return decorate
 
 
+RESTRICTIONS = ("json_schema", "json_schema_file", "grammar", "grammar_file", "tools")
+
+
 def load_model(path, threads=None, threads_batch=None, **settings):
     """Load a model, with progress on stderr."""
     click.echo(f"loading {visible(path)}", err=True)
@@ -118,6 +122,7 @@ def longest_context(path, settings):
 @click.option("-n", "--predict", "max_tokens", type=int, default=-1, show_default=True, help="Tokens to generate at most; -1: no limit.")
 @click.option("--stop", "-r", "--reverse-prompt", "stop", multiple=True, metavar="TEXT",
               help="End the answer where it has this text, without it. Can be repeated.")
+@restriction_options
 @sampling_options
 @threads_options
 @ctx_option
@@ -148,6 +153,7 @@ def run(model, prompt, file, max_tokens, stop, conversation, raw, special, syste
     if special and not raw:
         raise click.UsageError("--special is for --raw prompts.")
     Stops(stop)         # raises its error before the model is read
+    restrictions = read_restrictions(raw, **{name: settings.pop(name) for name in RESTRICTIONS})
     sampling = Sampling(**{field.name: settings.pop(field.name) for field in dataclasses.fields(Sampling) if field.name in settings})
     chatting = prompt is None and file is None and sys.stdin.isatty()
     if chatting and raw:
@@ -162,7 +168,7 @@ def run(model, prompt, file, max_tokens, stop, conversation, raw, special, syste
     sampling.check_vocabulary(engine.config.n_vocab)
     from pydsa.chat import Prompt, chat_prompt, thinking_note
     messages = [{"role": "system", "content": system}] if system else []
-    writer = Writer(engine, sampling, None if max_tokens < 0 else max_tokens, stop)
+    writer = Writer(engine, sampling, None if max_tokens < 0 else max_tokens, stop, restrictions)
     note = None if raw else thinking_note(engine.tokenizer, think)
     if note:
         click.echo(visible(note), err=True)
@@ -174,10 +180,10 @@ def run(model, prompt, file, max_tokens, stop, conversation, raw, special, syste
         if not prompt.ids:
             raise Failure("The prompt is empty.")
     else:
-        prompt = chat_prompt(engine.tokenizer, [*messages, {"role": "user", "content": prompt}], thinking=think)
+        prompt = chat_prompt(engine.tokenizer, [*messages, {"role": "user", "content": prompt}], thinking=think, tools=restrictions.tools)
     unread = False
     try:
-        writer.write(prompt)
+        writer.write(prompt, think)
     except OSError:         # stdout's
         unread = True
         raise

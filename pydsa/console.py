@@ -10,7 +10,8 @@ import time
 import click
 
 from pydsa.errors import ContextFullError, PydsaError
-from pydsa.terminal import harmless, visible
+from pydsa.restrictions import Restrictions
+from pydsa.terminal import harmless, json_text, visible
 
 CHAT_HELP = """/help  this list
 /clear  forget the conversation
@@ -67,20 +68,23 @@ class Writer:
     and the figures of the last answer, for the conversation and for summary().
     """
 
-    def __init__(self, model, sampling, max_tokens, stop=None):
+    def __init__(self, model, sampling, max_tokens, stop=None, restrictions=Restrictions()):
         self.model, self.sampling, self.max_tokens, self.stop = model, sampling, max_tokens, stop
+        self.restrictions = restrictions
         self.session, self.reply = model.session(), None
         self.n_prompt = self.n_generated = 0
 
-    def write(self, prompt):
+    def write(self, prompt, thinking=False):
         """Generate the answer to a chat.Prompt, and write it.
 
-        The prefix that the session has already is not run again. `reply` becomes the answers.Reply, as far as it came.
+        The prefix that the session has already is not run again. `reply` becomes the answers.Reply, as far as it came. thinking: whether
+        the model was asked to reason.
         """
         from pydsa.answers import Reader
         reader = Reader(self.model.tokenizer, self.stop, prompt.layout)
         self.reply, self.n_prompt, self.n_generated = reader.reply, 0, 0
         self.prompt_seconds = self.seconds = 0.0
+        constraint = self.restrictions.constraint(self.model.tokenizer, prompt.layout, thinking)
         start, n_reused = time.perf_counter(), self.session.reuse(prompt.ids)
         with progress_bar("reading the prompt") as progress:
             logits = self.session.prefill(prompt.ids[n_reused:], progress)
@@ -92,7 +96,7 @@ class Writer:
                 self.seconds = time.perf_counter() - start - self.prompt_seconds
                 yield token
 
-        tokens = timed(self.session.sample(logits, self.max_tokens, self.sampling))
+        tokens = timed(self.session.sample(logits, self.max_tokens, self.sampling, constraint))
         show(reader.read(tokens, self.max_tokens, len(prompt.ids)))
 
     def summary(self):
@@ -109,10 +113,10 @@ class Writer:
 def show(pieces):
     """Write pieces of an answer as they come.
 
-    The answer goes to stdout, and reasoning to stderr, dimmed on a terminal, with a line break after it. What would control a terminal is
-    shown there.
+    The answer goes to stdout, each call of a tool as a line of JSON, and reasoning to stderr, dimmed on a terminal, with a line break after
+    it. What would control a terminal is shown there.
     """
-    thought, safe = "", {stream: harmless if stream.isatty() else str for stream in (sys.stdout, sys.stderr)}
+    thought, begun, safe = "", False, {stream: harmless if stream.isatty() else str for stream in (sys.stdout, sys.stderr)}
     try:
         for piece in pieces:
             if piece.kind == "reasoning":
@@ -120,9 +124,14 @@ def show(pieces):
                 text = safe[sys.stderr](piece)
                 click.echo(text if "NO_COLOR" in os.environ else click.style(text, dim=True), nl=False, err=True)
             elif piece.kind == "answer":
-                thought = _end_line(thought)
+                thought, begun = _end_line(thought), not piece.endswith("\n")
                 sys.stdout.write(safe[sys.stdout](piece))
                 sys.stdout.flush()
+            elif piece.kind == "tool_call":
+                thought = _end_line(thought)
+                sys.stdout.write("\n" * begun + json_text(piece.call) + "\n")
+                sys.stdout.flush()
+                begun = False
     finally:
         _end_line(thought)
 
@@ -134,13 +143,13 @@ def _end_line(text):
     return ""
 
 
-def read_message(console):
+def read_message(console, prompt="> "):
     """Read a message from the terminal: a line, or several.
 
     Several are lines between two \"\"\", lines with a backslash at their end and the one after them, or lines that were pasted. Raises
     EOFError at the end of input, and what input() raises.
     """
-    lines = [console.input("> ", markup=False), *_pasted()]
+    lines = [console.input(prompt, markup=False), *_pasted()]
     if lines[0].lstrip().startswith('"""'):
         lines[0] = lines[0].lstrip()[3:]
         while not lines[-1].rstrip().endswith('"""'):
@@ -201,6 +210,8 @@ def chat_loop(model, writer, messages, think):
                 console.print(f"{wrong}{CHAT_HELP}", markup=False)
             elif text.strip():
                 messages = answer(model, writer, [*messages, {"role": "user", "content": text}], think)
+                while results := read_results(console, messages):
+                    messages = answer(model, writer, [*messages, *results], think, len(results))
         except EOFError:
             break
         except KeyboardInterrupt:
@@ -210,15 +221,30 @@ def chat_loop(model, writer, messages, think):
     console.print("")
 
 
-def answer(model, writer, messages, think):
-    """Stream the reply to the last message -> the messages that follow.
+def read_results(console, messages):
+    """Read the results of the calls in the last message, a list of messages.
 
-    They include the reply, also if it was stopped. A question that failed is removed.
+    It is empty if there are no calls, or if the user gives no result for one.
+    """
+    results = []
+    for call in messages[-1].get("tool_calls", ()) if messages else ():
+        console.print(f"the result of {visible(call['function']['name'])}, or an empty line to go on without", markup=False)
+        text = read_message(console, "= ")
+        if not text.strip():
+            return []
+        results.append({"role": "tool", "tool_call_id": call["id"], "name": call["function"]["name"], "content": text})
+    return results
+
+
+def answer(model, writer, messages, think, n_new=1):
+    """Stream the reply to the last n_new messages -> the messages that follow.
+
+    They include the reply, also if it was stopped. A question that failed is removed, and so are results of calls.
     """
     from pydsa.chat import chat_prompt
     failed, writer.reply = False, None
     try:
-        writer.write(chat_prompt(model.tokenizer, messages, thinking=think))
+        writer.write(chat_prompt(model.tokenizer, messages, thinking=think, tools=writer.restrictions.tools), think)
     except KeyboardInterrupt:
         click.echo("\n[stopped]", err=True)
     except ContextFullError as error:
@@ -228,7 +254,7 @@ def answer(model, writer, messages, think):
         click.echo(f"\n{visible(str(error))}", err=True)
         failed = True
     if failed or writer.reply is None:
-        return messages[:-1]
+        return messages[:-n_new]
     sys.stdout.write("\n")
     sys.stdout.flush()
     click.echo(writer.summary(), err=True)

@@ -14,11 +14,13 @@ import threading
 
 import numpy as np
 
+from pydsa import grammars
 from pydsa.answers import END_THINK, THINK, Layout
 from pydsa.errors import PydsaError
-from pydsa.grammars import ConstraintError, Rule, escaped, quoted
+from pydsa.grammars import ConstraintError, Rule, escaped, llguidance, quoted
 from pydsa.tool_calls import DSML
-from pydsa.vocabulary import llguidance, vocabulary_of
+from pydsa.tool_grammars import tools
+from pydsa.vocabulary import vocabulary_of
 
 MOST_DIGITS = 40            # in a row, in a number; float64 has 17
 TAIL = 64                   # bytes; no mark is longer
@@ -26,6 +28,25 @@ _NUMBER = re.compile(rb"(?:^|[\s:,\[>])-?([0-9][0-9.]*)([eE][+-]?([0-9]*))?$")
 # What opens the value of an argument, and what ends it, for forms with a text for each; the group tells the kind of the value.
 _VALUES = {DSML: (re.compile(rb'string="(true|false)">'), f"</{DSML}parameter>"),
            "<arg_key>": (re.compile(rb"<arg_key>([^<]*)</arg_key>\s*<arg_value>"), "</arg_value>")}
+
+
+def constraint_for(tokenizer, layout: Layout | None = None, thinking=False, *, json_schema=None, grammar=None, tool_choice=None,
+                   parallel=True) -> "Constraint | None":
+    """The Constraint of an answer by what a caller asks for; None: none.
+
+    layout, thinking: as for compile_constraint. json_schema: a dict, by which the text is valid; grammar: a text, by which it is written.
+    tool_choice, parallel: as for tool_grammars.tools, for the tools of the layout; None: calls are not restricted. With a schema or a
+    grammar, "auto" is a call or such a text. Raises ConstraintError for what cannot be served, and for a schema together with a grammar.
+    """
+    if json_schema is not None and grammar is not None:
+        raise ConstraintError("a JSON schema and a grammar are given, expected one of them")
+    rule = None if json_schema is None else grammars.json_schema(json_schema)
+    rule = rule if grammar is None else grammars.grammar(grammar)
+    if layout is not None and layout.form is not None and rule is not None:
+        rule = rule._replace(form=layout.form)
+    if tool_choice is not None:
+        rule = tools(layout or Layout(), tool_choice, parallel, rule)
+    return None if rule is None else compile_constraint(tokenizer, rule, layout, thinking)
 
 
 def compile_constraint(tokenizer, rule: Rule, layout: Layout | None = None, thinking=False) -> "Constraint":
@@ -180,6 +201,7 @@ class Call:
 
     def __init__(self, rule):
         form = rule.form
+        self._before = [] if rule.free else [mark.encode() for mark in form.opens or form.begins]       # no text before a call has them
         self._begins, self._end = [mark.encode() for mark in form.begins], form.ends.encode()
         self._opener, closer = _VALUES.get(form.mark, (None, None))
         self._closer = closer and closer.encode()
@@ -234,10 +256,10 @@ class Call:
 
     def banned(self, vocabulary):
         """Arrays of ids that must not come where content is free."""
-        if not self._inside:
+        closes = self._inside and self._value == "text"
+        marks = [self._end, *([self._closer] if self._closer and not closes else [])] if self._inside else self._before
+        if not marks:
             return []
-        closes = self._value == "text"
-        marks = [self._end] + ([self._closer] if self._closer and not closes else [])
         banned = [ids for mark in marks for ids in (vocabulary.holding(mark), *(vocabulary.beginning(rest) for rest in self._rests(mark)))]
         rests = self._rests(self._closer) if closes else []
         banned.append([i for i in vocabulary.shown if not any(rest.startswith(vocabulary.texts[i]) for rest in rests)])

@@ -5,6 +5,7 @@
 A Rule is a text in llguidance's variant of Lark; constraint.py runs it. Schemas and grammars come from whoever sends a request: their size
 and depth are limited here, and what the library cannot serve is refused in words.
 """
+import importlib
 import json
 import re
 from typing import NamedTuple
@@ -31,7 +32,8 @@ class Rule(NamedTuple):
 
     text: Lark rules, of which `answer` is all of it, and `open` and `rest` are a block of calls, where there is one. begun: texts that open
     a block, so that calls may also end reasoning. free: text comes first, and the answer may end without calls. own: a grammar in a
-    namespace of its own, which `answer` refers to. texts: {function: {argument: whether its value is bare text}}, for forms that have it.
+    namespace of its own, which `answer` refers to. form: the Form of calls that a reader looks for. texts: {function: {argument: whether
+    its value is bare text}}, for forms that have it.
     """
     text: str
     begun: tuple = ()
@@ -39,6 +41,15 @@ class Rule(NamedTuple):
     own: str | None = None
     form: object = None
     texts: dict | None = None
+
+
+def llguidance(part=""):
+    """The library, or a part of it; else a sentence on how to install it."""
+    try:
+        return importlib.import_module("llguidance" + part)
+    except ImportError as error:
+        raise PydsaError(f"constrained output needs the package llguidance ({error}): install it with pip install 'pydsa[serve]', or ask "
+                         "for no schema and no grammar, and with tools for tool_choice=None") from None
 
 
 def json_object() -> Rule:
@@ -59,13 +70,13 @@ def grammar(text) -> Rule:
 
     It is Lark if it has a rule `start`, or says %llguidance. Raises ConstraintError if it cannot be read.
     """
-    from llguidance.gbnf_to_lark import any_to_lark
     if not isinstance(text, str) or not text.strip():
         raise ConstraintError(f"the grammar is {text!r:.80}, expected a text in GBNF, whose first rule is root ::= ..., or in Lark")
     if len(text) > MAX_GRAMMAR:
         raise ConstraintError(f"the grammar has {len(text)} characters, expected at most {MAX_GRAMMAR}")
+    converter = llguidance(".gbnf_to_lark")
     try:
-        return Rule("answer: @own", own=any_to_lark(text))
+        return Rule("answer: @own", own=converter.any_to_lark(text))
     except Exception as error:      # the converter raises several, of which IndexError and RecursionError are for damaged texts
         reason = str(error).replace("\n", " ") or type(error).__name__
         raise ConstraintError(f"the grammar cannot be read ({reason:.200}), expected GBNF, or Lark") from None

@@ -19,6 +19,7 @@ from pydsa.backends.devices import DEVICES, check_reproducible
 from pydsa.cache import VectorCache
 from pydsa.chat import chat_prompt, thinking_note
 from pydsa.check import warn_of_gaps
+from pydsa.constraint import constraint_for
 from pydsa.cores import MOST_THREADS
 from pydsa.diagnosis import refuse_hidden
 from pydsa.errors import PydsaError, UnsupportedModelError
@@ -337,24 +338,27 @@ class Model:
         """
         return self.session().logits(ids)
 
-    def generate(self, prompt, max_tokens=None, stop=None, **sampling):
+    def generate(self, prompt, max_tokens=None, stop=None, json_schema=None, grammar=None, **sampling):
         """Continue a text, or token ids, in a new context.
 
         Returns an iterator of str pieces, in whole characters, as they are sampled (an answers.Stream). max_tokens: tokens to sample at
         most; None: no limit. stop: a text, or a list of texts, of which the first to come ends the answer, and is no part of it.
+        json_schema: a dict, by which the answer is valid JSON; grammar: a text in GBNF, by which it is written (constraint.constraint_for).
         sampling: fields of Sampling; logit_bias may also have texts as keys, and then holds for each of a text's tokens. Raises PydsaError
         for options or ids that are not valid, and ContextFullError when the context is full.
         """
         sampling, reader = self._sampling(sampling), Reader(self.tokenizer, stop)
         check_max_tokens(max_tokens)
         ids = check_ids(self.tokenize(prompt) if isinstance(prompt, str) else prompt, self.config.n_vocab)
-        return reader.read(self.session().generate(ids, max_tokens, sampling), max_tokens, ids.size)
+        constraint = constraint_for(self.tokenizer, json_schema=json_schema, grammar=grammar)
+        return reader.read(self.session().generate(ids, max_tokens, sampling, None, constraint), max_tokens, ids.size)
 
-    def complete(self, prompt, max_tokens=None, stop=None, **sampling):
+    def complete(self, prompt, max_tokens=None, stop=None, **options):
         """Continue a text, or token ids, as generate() does -> a whole Reply."""
-        return self.generate(prompt, max_tokens, stop, **sampling).finish()
+        return self.generate(prompt, max_tokens, stop, **options).finish()
 
-    def chat(self, messages, max_tokens=None, thinking=False, tools=None, template=None, progress=None, stop=None, **sampling):
+    def chat(self, messages, max_tokens=None, thinking=False, tools=None, template=None, progress=None, stop=None, tool_choice="auto",
+             json_schema=None, grammar=None, **sampling):
         """Answer a conversation, a list of {"role": ..., "content": ...}.
 
         Returns an iterator of str pieces, in whole characters, as they are sampled (an answers.Stream). A piece's `kind` tells the answer
@@ -363,8 +367,9 @@ class Model:
         same time have sessions of their own.
 
         messages, thinking, tools, template: as for chat.encode_chat; warns if the template takes no notice of `thinking`. max_tokens, stop,
-        sampling: as for generate(); stop is looked for in all that the model writes. progress(done, total) is called while the prompt runs,
-        with tokens. Raises the errors of encode_chat and of generate().
+        json_schema, grammar, sampling: as for generate(); stop is looked for in all that the model writes. tool_choice: "auto", "none",
+        "required" or {"name": ...}, by which calls follow the tools' schemas (tool_grammars.tools); None: nothing is restricted.
+        progress(done, total) is called while the prompt runs, with tokens. Raises the errors of encode_chat and of generate().
         """
         sampling = self._sampling(sampling)
         check_max_tokens(max_tokens)
@@ -373,7 +378,9 @@ class Model:
         if note:
             warnings.warn(note, stacklevel=2)
         ids, reader = prompt.ids, Reader(self.tokenizer, stop, prompt.layout)
-        return reader.read(self._answer(ids, max_tokens, sampling, progress), max_tokens, len(ids))
+        constraint = constraint_for(self.tokenizer, prompt.layout, thinking, json_schema=json_schema, grammar=grammar,
+                                    tool_choice=tool_choice)
+        return reader.read(self._answer(ids, max_tokens, sampling, progress, constraint), max_tokens, len(ids))
 
     def reply(self, messages, max_tokens=None, **options):
         """Answer a conversation as chat() does, with its options -> a Reply.
@@ -397,14 +404,14 @@ class Model:
         sampling.check_vocabulary(self.config.n_vocab)      # before a long prompt is read
         return sampling
 
-    def _answer(self, ids, max_tokens, sampling, progress):
+    def _answer(self, ids, max_tokens, sampling, progress, constraint):
         """Yield the ids after a whole context, with the last chat's session."""
         try:
             session = self._chats.pop()
         except IndexError:
             session = self.session()
         try:
-            yield from session.generate(ids[session.reuse(ids):], max_tokens, sampling, progress)
+            yield from session.generate(ids[session.reuse(ids):], max_tokens, sampling, progress, constraint)
         finally:
             self._chats.append(session)
 

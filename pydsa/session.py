@@ -191,41 +191,44 @@ class Session:
                 self._bound[key] = bound
         return bound
 
-    def generate(self, ids, max_tokens=None, sampling=None, progress=None):
+    def generate(self, ids, max_tokens=None, sampling=None, progress=None, constraint=None):
         """Append ids, then yield sampled ids as sample() does.
 
-        max_tokens, sampling: as for sample(). progress: as for prefill().
+        max_tokens, sampling, constraint: as for sample(). progress: as for prefill().
         """
         check_max_tokens(max_tokens)
-        yield from self.sample(self.prefill(ids, progress), max_tokens, sampling)
+        yield from self.sample(self.prefill(ids, progress), max_tokens, sampling, constraint)
 
-    def sample(self, logits, max_tokens=None, sampling=None):
+    def sample(self, logits, max_tokens=None, sampling=None, constraint=None):
         """Yield sampled ids, int, until one ends the turn.
 
         The id that ends the turn is not yielded. Sampling also ends after max_tokens ids, or with ContextFullError. An id is appended to
         the context when the next one is asked for; the last of max_tokens is never appended.
 
         logits: after the last token of the context, [n_vocab]. max_tokens: an integer from 0 on; None: no limit. sampling: a Sampling;
-        None: its defaults. Raises PydsaError for a max_tokens that is not valid, and DamagedWeightsError if logits are not finite.
+        None: its defaults. constraint (constraint.Constraint): the ids follow it, and end where it is complete; None: any may come. Raises
+        PydsaError for a max_tokens that is not valid, and DamagedWeightsError if logits are not finite.
         """
         check_max_tokens(max_tokens)
-        sampler = Sampler(sampling)
+        sampler, state = Sampler(sampling), None if constraint is None else constraint.start()
         n, token = 0, None
-        while n != max_tokens:
-            token = self._pick(logits, sampler) if n == 0 else self._next(token, sampler, n + 1 == max_tokens)
+        while n != max_tokens and not (state and state.finished):
+            token = self._pick(logits, sampler, state) if n == 0 else self._next(token, sampler, state, n + 1 == max_tokens)
             if token in self._eog_ids:
                 return
+            if state:
+                state.advance(token)
             yield token
             n += 1
 
-    def _next(self, token, sampler, last):
+    def _next(self, token, sampler, state, last):
         """Append a token -> the id sampled after it.
 
-        The device samples it where it can (ahead.py).
+        The device samples it where it can (ahead.py); with the state of a constraint the host does.
         """
-        settings = self._ahead.settings(sampler)
+        settings = None if state else self._ahead.settings(sampler)
         if settings is None:
-            return self._pick(self.decode(token), sampler)
+            return self._pick(self.decode(token), sampler, state)
         self._check_fits(1)
         n_past, full = self.n_past, self.n_past + 1 == self._setup.n_ctx
         bound = self._bind(n_past, 1, 1)
@@ -237,13 +240,13 @@ class Session:
             sampler.check(greatest)
         return following_id
 
-    def _pick(self, logits, sampler):
+    def _pick(self, logits, sampler, state=None):
         """Sample from logits, all of which must be finite.
 
         The least is looked at too: -inf would only be a token that never comes.
         """
         with self._explaining():
-            token = sampler.pick(logits, self.tokens)
+            token = sampler.pick(logits, self.tokens, None if state is None else state.allowed())
             if not np.isfinite(least := np.min(logits)):
                 raise DamagedWeightsError(f"the least of the logits is {least}, expected a finite number: the weights are damaged, or a "
                                           "computation overflowed")

@@ -15,12 +15,13 @@ _NL = "NL?"
 _CHOICES = "expected 'auto', 'none', 'required', or a function that is offered"
 
 
-def tools(layout: Layout, choice="auto", parallel=True) -> Rule | None:
+def tools(layout: Layout, choice="auto", parallel=True, said: Rule | None = None) -> Rule | None:
     """The Rule of an answer with tools; None: any text may come.
 
     layout: with the form of the model, and the tools in OpenAI's form. choice: "auto": text, and calls; "none": text; "required": at
-    least one call; {"type": "function", "function": {"name": ...}}, or {"name": ...}: a call of that function. parallel: whether there may
-    be several calls. Raises ConstraintError for a choice, a name or a schema that cannot be served.
+    least one call; {"type": "function", "function": {"name": ...}}, {"name": ...} or (name,): a call of that function. parallel: whether
+    there may be several calls. said: a Rule that texts follow; None: they are free. Raises ConstraintError for a choice, a name or a schema
+    that cannot be served.
     """
     form, offered = layout.form, layout.tools or []
     names = [tool["function"]["name"] for tool in offered]
@@ -29,8 +30,10 @@ def tools(layout: Layout, choice="auto", parallel=True) -> Rule | None:
         if kind not in ("auto", "none"):
             missing = "the model's template shows no form of calls that is known here" if offered else "no tools are given"
             raise ConstraintError(f"tool_choice asks for a call, but {missing}, expected the choice to be left to the model")
-        return None
+        return said
     marks = _shortest(form.opens or form.begins)
+    if kind == "none" and said is not None:
+        return said
     if kind == "none":
         any_mark = "|".join(map(escaped, _shortest((*form.opens, *form.begins))))
         return Rule(f"answer: FREE\nFREE: /(?s:.*)/ & ~/(?s:.*)({any_mark})(?s:.*)/", free=True)
@@ -39,10 +42,12 @@ def tools(layout: Layout, choice="auto", parallel=True) -> Rule | None:
     called = offered if isinstance(kind, str) else [offered[names.index(kind[0])]]
     text, texts = _BODIES[form.mark](form, [_function(tool) for tool in called], parallel)
     opened = "(" + " | ".join(map(quoted, marks)) + ")"
-    free = kind == "auto"
-    answer = "open rest | TEXT" if free else f"(NL NL?)? {opened} rest"
+    free = kind == "auto" and said is None
+    answer, own = "open rest | TEXT" if free else f"(NL NL?)? {opened} rest", None
+    if kind == "auto" and said is not None:
+        answer, own, text = f"{answer} | said", said.own, [*text, said.text.replace("answer:", "said:", 1)]
     lines = [f"answer: {answer}", "TEXT: /(?s:.*)/", r"NL: /\n/", f"open[lazy]: TEXT {opened}", *text]
-    return Rule("\n".join(lines), begun=marks if form.opens else (), free=free, form=form, texts=texts)
+    return Rule("\n".join(lines), begun=marks if form.opens else (), free=free, own=own, form=form, texts=texts)
 
 
 def _kind(choice, names):
@@ -50,7 +55,7 @@ def _kind(choice, names):
     if choice in ("auto", "none", "required"):
         return choice
     function = choice.get("function", choice) if isinstance(choice, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
+    name = function.get("name") if isinstance(function, dict) else choice[0] if isinstance(choice, tuple) and len(choice) == 1 else None
     if name is None:
         raise ConstraintError(f"tool_choice is {choice!r:.80}, {_CHOICES}")
     if name not in names:

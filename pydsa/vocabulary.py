@@ -6,7 +6,6 @@ Control tokens are no text, but for those that a layout shows: a mark of a call 
 """
 import bisect
 import functools
-import importlib
 import re
 import threading
 import weakref
@@ -14,20 +13,12 @@ import weakref
 import numpy as np
 
 from pydsa.errors import PydsaError
+from pydsa.grammars import llguidance
 from pydsa.tokenizer import CONTROL, UNKNOWN, UNUSED
 
 PROBES = "qzQX"         # characters that only free content allows, all of them at once
 _MADE = weakref.WeakKeyDictionary()         # tokenizer -> {shown: Vocabulary}
 _LOCK = threading.Lock()
-
-
-def llguidance():
-    """The library, or a sentence on how to install it."""
-    try:
-        return importlib.import_module("llguidance")
-    except ImportError as error:
-        raise PydsaError(f"constrained output needs the package llguidance ({error}): install it with pip install 'pydsa[serve]', or ask "
-                         "for no schema and no grammar, and with tools for tool_choice=None") from None
 
 
 def vocabulary_of(tokenizer, shown=frozenset()):

@@ -167,7 +167,7 @@ def model(golden, load, monkeypatch):
     """A model that writes what `model.writes` says."""
     model = load(golden("ds32-q8_0")[0])
 
-    def sample(self, logits, max_tokens=None, sampling=None):
+    def sample(self, logits, max_tokens=None, sampling=None, constraint=None):
         ids = model.tokenize(model.writes, parse_special=True)
         yield from ids if max_tokens is None else ids[:max_tokens]
     monkeypatch.setattr(Session, "sample", sample)

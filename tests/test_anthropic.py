@@ -11,6 +11,7 @@ from pydsa.server.anthropic import Message
 from pydsa.server.anthropic_requests import MessagesRequest, conversation
 from pydsa.server.bodies import check_fields
 from pydsa.server.errors import ApiError
+from pydsa.server.openai_chat import ChatForm
 
 PATH = "/v1/messages"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -198,6 +199,23 @@ def test_white_space_alone_is_no_block():
     assert kinds(Piece("\n"), a_call, Piece("\n"), a_call) == [("tool_use", ""), ("tool_use", "")]
     assert kinds(Piece("\n"), Piece(" a"), Piece(" "), Piece("b")) == [("text", "\n a b")]
     assert kinds(Piece("a"), a_call, Piece(" "), Piece("b")) == [("text", "a"), ("tool_use", ""), ("text", " b")]
+
+
+def test_calls_as_they_are_written():
+    """Each API gives the name first, the arguments once, and no call twice."""
+    def part(call_id, arguments, kind="call_delta"):
+        return Piece("x", kind, {"id": call_id, "function": {"name": "f", "arguments": arguments}})
+    pieces = [part("a", ""), part("a", '{"x'), part("a", '": 1}'), part("a", '{"x": 1}', "tool_call"), Piece("\n", "markup"),
+              part("a", "{}"), part("a", "{}", "tool_call"), part("b", "[]", "tool_call")]
+    message = Message("m", 9)
+    heard = [data for event in (Started(1, 0, 0), Written(pieces, None)) for data in message.heard(event)][2:]
+    assert [data["type"].removeprefix("content_block_") for data in heard] == [
+        "start", "delta", "delta", "stop", "start", "delta", "stop", "start", "delta", "stop"]
+    assert "".join(data["delta"]["partial_json"] for data in heard if "delta" in data) == '{"x": 1}{}[]'
+    deltas = [choice["delta"]["tool_calls"][0] for choice in ChatForm(None, False).written(0, Written(pieces, None))]
+    assert [delta["index"] for delta in deltas] == [0, 0, 0, 1, 1, 2, 2]
+    assert [delta["id"] for delta in deltas if "id" in delta] == ["a", "a", "b"]
+    assert "".join(delta["function"]["arguments"] for delta in deltas) == '{"x": 1}{}[]'
 
 
 # Bodies

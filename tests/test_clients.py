@@ -1,4 +1,4 @@
-"""The packages openai and anthropic, as people use them, against a running server."""
+"""The packages openai and anthropic against a running server."""
 import json
 import time
 
@@ -23,7 +23,10 @@ LOOKS = 'I write <tool_call>, "function_calls" and {"name": "now"} in prose.'
 
 @pytest.fixture(scope="module")
 def servers(small_model):
-    """servers(format) -> a Server with a scripted model, made once; all need a key."""
+    """servers(format) -> a Server with a scripted model, made once.
+
+    All need a key.
+    """
     made = {}
 
     def server_of(name):
@@ -61,7 +64,7 @@ class Clients:
 
 @pytest.fixture
 def clients(servers):
-    """clients(format, text) -> Clients of the server whose model writes the text."""
+    """clients(format, text) -> Clients of a server whose model writes it."""
     made = []
 
     def make(name="dsml", text="", key=KEY):
@@ -126,7 +129,7 @@ def test_chat(clients):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_tools(clients, name):
-    """Two calls, after thinking and text; each client gets them whole and as deltas."""
+    """Two calls, after thinking and text, whole and as deltas."""
     both = clients(name, "Hm.</think>" + FORMATS[name][3])
     expected = ("I look.", "Hm.", INPUTS)
     choice = both.chat(tools=FUNCTIONS, reasoning_effort="high").choices[0]

@@ -111,7 +111,7 @@ def thinker(load, model, monkeypatch):
     """A model whose answers begin with reasoning."""
     engine = load(model)
 
-    def sample(self, logits, max_tokens=None, sampling=None):
+    def sample(self, logits, max_tokens=None, sampling=None, constraint=None):
         yield from engine.tokenize("Hm.</think>2")
     monkeypatch.setattr(Session, "sample", sample)
     monkeypatch.setattr(engine.tokenizer, "chat_template", "{% for m in messages %}{{ m.content }};{% endfor %}"

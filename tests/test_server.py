@@ -2,6 +2,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from serving import TINY, call, events, post, serving, wait_for
 
@@ -14,6 +15,9 @@ from pydsa.server.openai_completions import CompletionForm
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {
+    "type": "object", "properties": {"days": {"type": "integer", "maximum": 999}}, "required": ["days"]}}}
+OTHER = {"type": "function", "function": TOOL["function"] | {"name": "g"}}
 BODY = {"messages": HELLO, "temperature": 0, "max_tokens": 8}
 
 
@@ -124,10 +128,106 @@ def test_developer_parts_and_tools_in_the_prompt(server, model):
     assert body["choices"][0]["message"]["content"] == model.reply(messages, 8, tools=tools, temperature=0.0).text
 
 
-def test_no_tools_are_shown_to_a_model_that_shall_call_none(server, model):
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
-    body = post(server, CHAT, BODY | {"tools": tools, "tool_choice": "none"})[1]
-    assert body["usage"]["prompt_tokens"] == model.reply(HELLO, 1).n_prompt
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "minimum": 0}, "b": {"enum": ["x", "y"]}}, "required": ["a", "b"],
+          "additionalProperties": False}
+AS_SCHEMA = {"type": "json_schema", "json_schema": {"name": "ab", "strict": True, "schema": SCHEMA}}
+
+
+@pytest.mark.parametrize("field", [{"response_format": AS_SCHEMA}, {"response_format": {"type": "json_object", "schema": SCHEMA}},
+                                   {"json_schema": SCHEMA}])
+def test_answers_by_a_schema(server, field):
+    """They are valid by construction, whatever is drawn, whole and streaming."""
+    for seed, path in enumerate((CHAT, CHAT, TEXT)):
+        body = field | {"messages": HELLO, "temperature": 1, "seed": seed, "max_tokens": 400, "prompt": "a"}
+        choice = post(server, path, body)[1]["choices"][0]
+        text = choice["message"]["content"] if path == CHAT else choice["text"]
+        value = json.loads(text)
+        assert set(value) == {"a", "b"} and value["a"] >= 0 and value["b"] in ("x", "y") and choice["finish_reason"] == "stop"
+        if path == CHAT:
+            assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in stream(server, path, body)) == text
+
+
+def test_answers_by_a_grammar(server):
+    for path in (CHAT, TEXT):
+        body = {"messages": HELLO, "prompt": "a", "grammar": 'root ::= "yes" | "no"'}
+        choice = post(server, path, body)[1]["choices"][0]
+        assert (choice["message"]["content"] if path == CHAT else choice["text"]) in ("yes", "no")
+
+
+def test_json_after_reasoning(server):
+    """The schema holds for the answer only."""
+    end = server.service.model.tokenize("</think>", add_bos=False, parse_special=True)[0]
+    body = {"messages": HELLO, "response_format": AS_SCHEMA, "reasoning_effort": "high", "max_tokens": 600, "seed": 1,
+            "logit_bias": {str(end): 2}}
+    message = post(server, CHAT, body)[1]["choices"][0]["message"]
+    assert set(json.loads(message["content"])) == {"a", "b"} and message["reasoning_content"]
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "string", "pattern": "(?=a)b"}}}}, "look-a"),
+    ({"grammar": "root ::= ["}, "grammar cannot be read"), ({"json_schema": {"type": "none"}}, "schema"),
+    ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "tools are given"), ({"tool_choice": "required"}, "no tools"),
+    ({"tool_choice": "maybe"}, "tool_choice"), ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "'g'"),
+    ({"tools": [TOOL], "tool_choice": {"function": 5}}, "tool_choice")])
+def test_constraints_that_cannot_be_served(with_tools, fields, words):
+    status, answer = post(with_tools, CHAT, {"messages": HELLO} | fields)
+    assert status == 400 and words in answer["error"]["message"] and answer["error"]["message"].endswith(".")
+
+
+@pytest.fixture(scope="module")
+def with_tools(model):
+    """A server whose template shows calls as GLM's does."""
+    template = ("{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for m in messages %}<｜User｜>{{ m.content }}{% endfor %}"
+                "<｜Assistant｜>{# <tool_call>name<arg_key>k</arg_key><arg_value>v</arg_value></tool_call> #}")
+    with serving(model, template=template) as server:
+        yield server
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}])
+def test_calls_that_must_come(with_tools, choice):
+    """A random model calls as it must, with arguments by the schema; a stream gives the same call."""
+    body = {"messages": HELLO, "tools": [TOOL, OTHER], "tool_choice": choice, "seed": 3, "max_tokens": 500, "parallel_tool_calls": False}
+    chosen = post(with_tools, CHAT, body)[1]["choices"][0]
+    call_of = chosen["message"]["tool_calls"]
+    assert chosen["finish_reason"] == "tool_calls" and len(call_of) == 1 and chosen["message"]["content"] is None
+    function = call_of[0]["function"]
+    assert function["name"] in (("f", "g") if choice == "required" else ("f",))
+    assert isinstance(json.loads(function["arguments"])["days"], int)
+    parts = [part for chunk in stream(with_tools, CHAT, body) for part in chunk["choices"][0]["delta"].get("tool_calls", ())]
+    assert parts[0]["function"]["name"] == function["name"] and {part["index"] for part in parts} == {0}
+    assert "".join(part["function"]["arguments"] for part in parts) == function["arguments"]
+
+
+def test_no_call_can_come(with_tools):
+    """What opens a call is banned then, however likely it is."""
+    bias = {str(i): 4 for i in with_tools.service.model.tokenize("<tool_call>", add_bos=False)}
+    for seed in range(3):
+        choice = post(with_tools, CHAT, {"messages": HELLO, "tools": [TOOL], "tool_choice": "none", "seed": seed, "max_tokens": 100,
+                                         "logit_bias": bias})[1]["choices"][0]
+        assert "<tool_call>" not in choice["message"]["content"] and "tool_calls" not in choice["message"]
+
+
+def test_what_looks_like_a_call_is_text_where_none_may_come(with_tools):
+    written = "<tool_call>f<arg_key>days</arg_key><arg_value>1</arg_value></tool_call>"
+    body = {"messages": HELLO, "tools": [TOOL], "tool_choice": "none", "json_schema": {"enum": [written]}}
+    choice = post(with_tools, CHAT, body)[1]["choices"][0]
+    assert json.loads(choice["message"]["content"]) == written and "tool_calls" not in choice["message"]
+
+
+def test_log_probabilities(server, model):
+    """They are those of the model's logits."""
+    ids = model.tokenize("Once", parse_special=True)
+    choice = post(server, TEXT, {"prompt": ids, "temperature": 0, "max_tokens": 3, "logprobs": 2})[1]["choices"][0]["logprobs"]
+    logits = model.logits(ids)[-1].astype(float)
+    logits -= logits.max() + math.log(np.exp(logits - logits.max()).sum())
+    best = np.argsort(-logits)[:2]
+    assert choice["token_logprobs"][0] == pytest.approx(logits[best[0]]) and len(choice["tokens"]) == 3
+    assert sorted(choice["top_logprobs"][0].values()) == pytest.approx(sorted(logits[best]))
+    body = BODY | {"logprobs": True, "top_logprobs": 3}
+    whole = post(server, CHAT, body)[1]["choices"][0]["logprobs"]["content"]
+    streamed = [entry for chunk in stream(server, CHAT, body) for entry in (chunk["choices"][0]["logprobs"] or {}).get("content", ())]
+    assert streamed == whole and len(whole) == 8 and all(len(entry["top_logprobs"]) == 3 for entry in whole)
+    assert [entry["logprob"] for entry in whole] == [entry["top_logprobs"][0]["logprob"] for entry in whole]
 
 
 @pytest.mark.parametrize("field, thinks", [({"reasoning_effort": "high"}, True), ({"reasoning_effort": "none"}, False), ({}, False),

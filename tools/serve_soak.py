@@ -16,6 +16,7 @@ import json
 import os
 import random
 import re
+import secrets
 import socket
 import statistics
 import struct
@@ -282,6 +283,16 @@ def answers_alone(port, asks):
     return answers
 
 
+def reused(worker, prompt, key):
+    """The share of a prompt's tokens that a user's cache has."""
+    body = json.dumps({"prompt": prompt, "max_tokens": 1})
+    status, _, data = worker.exchange("POST", asked.TEXT, body, {"Authorization": f"Bearer {key}"})
+    if status != 200:
+        raise Wrong(f"at the end, status {status}: {message_of(data):.300}")
+    usage = json.loads(data)["usage"]
+    return usage["prompt_tokens_details"]["cached_tokens"] / usage["prompt_tokens"]
+
+
 def at_the_end(soak, seconds=20):
     """Yield what is wrong with a server that all clients have left, in words."""
     worker, end = Worker(soak), time.monotonic() + seconds
@@ -297,6 +308,11 @@ def at_the_end(soak, seconds=20):
         yield f"slots {busy} are busy, {seconds} s after the last client left"
     if waiting != {"requests_processing": 0, "requests_deferred": 0}:
         yield f"the metrics count {waiting} when nothing runs"
+    prompt = secrets.token_hex(64)      # nothing is cached that begins so
+    mine, others, again = (reused(worker, prompt, key) for key in (*asked.KEYS, asked.KEYS[0]))
+    if others > 0.2 or again < 0.8:
+        yield (f"a new prompt is reused to {mine:.0%}, for another key to {others:.0%}, and asked again to {again:.0%}, expected little, "
+               "little, and most")
     for ask, expected in list(zip(soak.asks, soak.expected))[:5]:
         try:
             if (answer := worker.answer(ask)) != expected:

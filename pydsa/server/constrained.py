@@ -1,10 +1,13 @@
 """Fields that restrict what the model may write."""
+import asyncio
 from typing import Any
 
+from pydsa.answers import Layout
+from pydsa.constraint import compile_constraint
+from pydsa.grammars import ConstraintError, grammar, json_object, json_schema
 from pydsa.server.bodies import Fields, expected, shown
-from pydsa.server.errors import ApiError
-
-CHOICES = ("auto", "none", "required")
+from pydsa.server.errors import ApiError, as_api_error
+from pydsa.tool_grammars import tools
 
 
 class Constrained(Fields):
@@ -42,34 +45,29 @@ class Constrained(Fields):
                        "invalid_value")
 
 
-def tool_choice(given, tools):
-    """What tool_choice asks for.
+async def constraint_of(service, wanted, layout=None, choice=None, parallel=True, thinking=False):
+    """The constraint of a request, or None where anything may come.
 
-    "auto", "none", "required", or the name of a function, in a tuple. Raises ApiError for what it is not, and for a function that is not
-    among the tools.
+    wanted: of Constrained.wanted(). layout: the answers.Layout, with the tools. choice, parallel: which of them must be called, in OpenAI's
+    form, and whether several may be. thinking: whether the model may reason first. Raises ApiError for what is not served.
     """
-    if given is None:
-        return "auto"
-    if given in CHOICES:
-        if given == "required" and not tools:
-            raise ApiError(400, "tool_choice is 'required', but there are no tools.", "tool_choice", "invalid_value")
-        return given
-    function = given.get("function") if isinstance(given, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    names = [tool["function"].get("name") for tool in tools or () if isinstance(tool.get("function"), dict)]
-    if not isinstance(name, str) or name not in names:
-        raise ApiError(400, f"tool_choice is {shown(given)}, expected auto, none, required, or the name of one of the tools as "
-                            '{"type": "function", "function": {"name": ...}}.', "tool_choice", "invalid_value")
-    return (name,)
+    layout = layout or Layout()
+    choice = choice or "auto"
+    if wanted is not None and layout.tools and choice != "none":
+        raise ApiError(400, f"{wanted[0]} is asked for and tools are given, expected one of them, or tool_choice 'none'.",
+                       "response_format", "unsupported_value")
+    return await asyncio.to_thread(_compile, service.model.tokenizer, wanted, layout, choice, parallel, thinking)
 
 
-def constraint_of(wanted, choice):
-    """The constraint of a request, or None; raises ApiError.
-
-    wanted: of Constrained.wanted(). choice: of tool_choice().
-    """
-    if wanted is not None:
-        raise ApiError(400, f"The answer cannot be held to a {wanted[0]} by this server.", "response_format", "unsupported_value")
-    if choice not in ("auto", "none"):
-        raise ApiError(400, "tool_choice cannot demand a call from this server, expected auto or none.", "tool_choice", "unsupported_value")
-    return None
+def _compile(tokenizer, wanted, layout, choice, parallel, thinking):
+    """Compile the constraint, which takes up to seconds."""
+    kind, value = wanted or ("tools", None)
+    try:
+        if kind == "tools":
+            rule = tools(layout, choice, parallel)
+        else:
+            rule = json_object() if kind == "json_object" else json_schema(value) if kind == "json_schema" else grammar(value)
+        return None if rule is None else compile_constraint(tokenizer, rule, layout, thinking)
+    except ConstraintError as error:
+        param = "tools" if kind == "tools" else "grammar" if kind == "grammar" else "response_format"
+        raise ApiError(400, as_api_error(error).message, param, "invalid_value") from None

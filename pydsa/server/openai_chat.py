@@ -1,9 +1,8 @@
 """OpenAI's chat completions: /v1/chat/completions."""
 from typing import Any
 
-from pydsa.answers import Layout
-from pydsa.server.bodies import Fields, Listed, expected, read_fields
-from pydsa.server.constrained import constraint_of, tool_choice
+from pydsa.server.bodies import Fields, Listed, expected, read_fields, shown
+from pydsa.server.constrained import constraint_of
 from pydsa.server.errors import ApiError
 from pydsa.server.openai_forms import Frame, Options, respond, token_text
 
@@ -28,15 +27,17 @@ class ChatRequest(Options):
     parallel_tool_calls: bool | None = expected("true or false")
     reasoning_effort: str | None = expected(f"one of {', '.join(EFFORTS)}", pattern=f"^({'|'.join(EFFORTS)})$")
     thinking: Thinking | None = expected('an object like {"type": "enabled"}')
-    chat_template_kwargs: dict[str, Any] | None = expected("an object like {'enable_thinking': true}")
+    chat_template_kwargs: dict[str, Any] | None = expected('an object like {"enable_thinking": true}')
 
     def wants_thinking(self):
         """Whether the model shall reason first; None: as the server's settings say."""
-        for name, value in (self.chat_template_kwargs or {}).items():
-            if name not in SWITCHES or not isinstance(value, bool):
-                raise ApiError(400, f"chat_template_kwargs has {name!r:.80}: {value!r:.80}, expected 'thinking' or 'enable_thinking' with "
-                                    "true or false.", "chat_template_kwargs", "invalid_value")
-            return value
+        switches = {name: value for name, value in (self.chat_template_kwargs or {}).items() if value is not None}
+        if not set(switches) <= set(SWITCHES) or not all(isinstance(value, bool) for value in switches.values()) or (
+                len(set(switches.values())) > 1):
+            raise ApiError(400, f"chat_template_kwargs is {shown(self.chat_template_kwargs)}, expected 'thinking' or 'enable_thinking' "
+                                "with true or false.", "chat_template_kwargs", "invalid_value")
+        if switches:
+            return next(iter(switches.values()))
         if self.thinking is not None and self.thinking.type is not None:
             return self.thinking.type == "enabled"
         return None if self.reasoning_effort is None else self.reasoning_effort not in NO_THINKING
@@ -52,12 +53,14 @@ async def chat_completions(service, request):
     """Answer a conversation."""
     service.ready()
     body = await read_fields(request, ChatRequest)
-    choice = tool_choice(body.tool_choice, body.tools)
-    tools = None if choice == "none" else body.tools        # a model that sees none calls none
-    prompt = await service.chat_prompt(body.messages, body.wants_thinking(), tools)
+    thinking = service.settings.thinking if (asked := body.wants_thinking()) is None else asked
+    prompt = await service.chat_prompt(body.messages, thinking, body.tools)
+    constraint = await constraint_of(service, body.wanted(), prompt.layout, body.tool_choice, body.parallel_tool_calls is not False,
+                                     thinking)
+    if body.tool_choice == "none":      # what looks like a call is text then
+        prompt = prompt._replace(layout=prompt.layout._replace(form=None, tools=None))
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    common = {"ids": prompt.ids, "layout": prompt.layout or Layout(), "n_logprobs": body.n_logprobs(),
-              "constraint": constraint_of(body.wanted(), choice),
+    common = {"ids": prompt.ids, "layout": prompt.layout, "n_logprobs": body.n_logprobs(), "constraint": constraint,
               "max_tokens": service.settings.max_tokens if limit is None else limit}
     requests = [common | body.engine_fields(service, i) for i in range(body.n or 1)]
     frame = Frame(service, "chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion")
@@ -68,7 +71,8 @@ class ChatForm:
     """Choices of chat completions, whole and as deltas."""
 
     def __init__(self, service, logprobs):
-        self._service, self._logprobs, self._n_calls = service, logprobs, {}
+        self._service, self._logprobs = service, logprobs
+        self._calls = {}        # choice -> the number of its last call, and its id while it is written
 
     def first(self, i):
         """What a stream of choice i begins with."""
@@ -104,12 +108,20 @@ class ChatForm:
             yield {"content": str(piece)}
         elif piece.kind == "reasoning":
             yield {"reasoning_content": str(piece)}
-        elif piece.kind == "tool_call":
-            number = self._n_calls[i] = self._n_calls.get(i, -1) + 1
-            function = piece.call["function"]
-            yield {"tool_calls": [{"index": number, "id": piece.call["id"], "type": "function",
+        elif piece.kind in ("call_delta", "tool_call"):
+            yield from self._called(i, piece.call, complete=piece.kind == "tool_call")
+
+    def _called(self, i, call, complete):
+        """The deltas of a call, or of a part of it: what was not given of it before."""
+        number, last = self._calls.get(i, (-1, None))
+        function, begun = call["function"], last == call["id"]
+        if not begun:
+            number += 1
+            yield {"tool_calls": [{"index": number, "id": call["id"], "type": "function",
                                    "function": {"name": function["name"], "arguments": ""}}]}
+        if not (begun and complete) and function["arguments"]:
             yield {"tool_calls": [{"index": number, "function": {"arguments": function["arguments"]}}]}
+        self._calls[i] = number, None if complete else call["id"]
 
     @staticmethod
     def _delta(i, delta, logprobs=None):

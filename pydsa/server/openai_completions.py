@@ -56,7 +56,7 @@ async def completions(service, request):
     body.check()
     prompts = [await service.tokenize(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
     limit = MAX_TOKENS if service.settings.max_tokens is None else service.settings.max_tokens
-    common = {"constraint": constraint_of(body.wanted(), "auto"), "n_logprobs": body.logprobs,
+    common = {"constraint": await constraint_of(service, body.wanted()), "n_logprobs": body.logprobs,
               "max_tokens": limit if body.max_tokens is None else body.max_tokens}
     requests = [common | {"ids": ids} | body.engine_fields(service, i) for ids in prompts for i in range(body.n or 1)]
     answers = service.answers(request.scope, requests)
