@@ -19,6 +19,49 @@ OK = {"usage": {"prompt_tokens": 40, "completion_tokens": 60, "total_tokens": 10
       "timings": {"predicted_per_second": 123.4}}
 HOLD, BREAK = "hold", "break"       # wait until the client goes or hold is set; end the stream without its end
 
+# What a model may write: code and a table; all of Markdown; and what would run or load something, were it HTML.
+SOURCE = "def f(x):\n\treturn x < 1  # <b>\n"
+CODE = f"Some code:\n\n```python\n{SOURCE}```\n\n| a | b |\n|---|--:|\n| 1 | `2` |\n\n1. one\n   - *two*\n2. **three**\n"
+MARKDOWN = CODE + """
+# Title #
+> quote
+goes on
+
+Text with `code`, ~~old~~ and [a link](https://example.org/a_(b)), <https://example.org>.
+A_b_c *not closed, 2 * 3, **结论：**好 \\*as it is\\*
+
+- loose
+
+  more
+- [x] done
+  ```sh
+  echo 1
+  ```
+***
+5) five
+| a | b |
+| c | d |
+
+~~~
+``` no end
+"""
+EVIL = """<script>hit("script")</script> <img src="//example.com/a.png" onerror='hit("img")'> <b onclick=hit()>bold</b>
+
+[one](javascript:hit) [two](JaVaScRiPt:hit('x')) [three](data:text/html,x) [four](//example.com) ![five](https://example.com/b.png)
+<javascript:hit()> [six](<java\tscript:hit()>) [seven](vbscript:x "title") &lt;script&gt; &#106;avascript:hit()
+
+```"><img src=x onerror=hit()>
+</code></pre><script>hit("code")</script>
+```
+
+| <img src=x onerror=hit()> | [a](javascript:hit()) |
+|---|---|
+| <svg onload=hit()> | **<iframe src=javascript:hit()>** |
+
+# <style>*{display:none}</style>
+- <a href="javascript:hit()">x</a>
+"""
+
 
 def error(status, sentence):
     """An error of OpenAI's API."""

@@ -8,53 +8,14 @@ from pathlib import Path
 
 import pytest
 from browser import PROGRAM, SHIFT, Browser
-from chat_server import BREAK, HOLD, OK, ChatServer
+from chat_server import BREAK, CODE, EVIL, HOLD, MARKDOWN, OK, SOURCE, ChatServer
+from scripted import scripted
+from serving import TINY, address, serving, wait_for
 
 import pydsa
 
 PATH = Path(pydsa.__file__).parent / "server/page.html"
 needs_browser = pytest.mark.skipif(PROGRAM is None, reason="neither chromium nor google-chrome is installed")
-SOURCE = "def f(x):\n\treturn x < 1  # <b>\n"
-CODE = f"Some code:\n\n```python\n{SOURCE}```\n\n| a | b |\n|---|--:|\n| 1 | `2` |\n\n1. one\n   - *two*\n2. **three**\n"
-MARKDOWN = CODE + """
-# Title #
-> quote
-goes on
-
-Text with `code`, ~~old~~ and [a link](https://example.org/a_(b)), <https://example.org>.
-A_b_c *not closed, 2 * 3, **结论：**好 \\*as it is\\*
-
-- loose
-
-  more
-- [x] done
-  ```sh
-  echo 1
-  ```
-***
-5) five
-| a | b |
-| c | d |
-
-~~~
-``` no end
-"""
-EVIL = """<script>hit("script")</script> <img src="//example.com/a.png" onerror='hit("img")'> <b onclick=hit()>bold</b>
-
-[one](javascript:hit) [two](JaVaScRiPt:hit('x')) [three](data:text/html,x) [four](//example.com) ![five](https://example.com/b.png)
-<javascript:hit()> [six](<java\tscript:hit()>) [seven](vbscript:x "title") &lt;script&gt; &#106;avascript:hit()
-
-```"><img src=x onerror=hit()>
-</code></pre><script>hit("code")</script>
-```
-
-| <img src=x onerror=hit()> | [a](javascript:hit()) |
-|---|---|
-| <svg onload=hit()> | **<iframe src=javascript:hit()>** |
-
-# <style>*{display:none}</style>
-- <a href="javascript:hit()">x</a>
-"""
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +80,9 @@ def test_a_message_streams(page, server):
     assert not {"temperature", "seed", "max_tokens", "tools", "chat_template_kwargs"} & set(body)
     assert page.js("document.querySelector('article[aria-busy]')") is None and page.text("#title") == ["Hello"]
     assert page.complaints == [] and all(url.startswith(server.url) for url in page.requests)
+    page.js("[...document.querySelectorAll('article')].forEach((node) => { node.early = true; })")
     say(page, "Again")
+    assert page.js("[...document.querySelectorAll('article')].map((node) => !!node.early)") == [True, True, False, False]
     assert server.bodies[1]["messages"] == [
         {"role": "user", "content": "Hello\nyou"},
         {"role": "assistant", "content": "An answer is here.", "reasoning_content": "Let me *think*."},
@@ -431,3 +394,30 @@ def test_everything_has_a_name(page, server):
     roles = ("button", "textbox", "combobox", "spinbutton", "link", "dialog")
     controls = [node for node in nodes if node.get("role", {}).get("value") in roles]
     assert len(controls) > 20 and all(node["name"]["value"].strip() for node in controls)
+
+
+@needs_browser
+def test_a_real_server(browser, small_model):
+    """Its policy, its key, its streams, a call of a tool, and an answer that is stopped."""
+    model = scripted("glm-4.7", small_model(**TINY))
+    model.writes = "Let me see.</think>Look:<tool_call>weather<arg_key>city</arg_key><arg_value>Oslo</arg_value></tool_call>"
+    with serving(model, keys=("secret",), alias="tiny") as server:
+        page = browser.page("http://%s:%d/" % address(server))
+        page.wait("document.querySelector('#banner').innerText.startsWith('This server asks for an API key.')")
+        parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+        tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+        values = {"key": "secret", "thinking": "on", "tools": json.dumps(tools)}
+        page.js(f"Object.entries({json.dumps(values)}).forEach(([name, text]) => {{ field(name).value = text; takeSetting({{target: "
+                "field(name)}); })")
+        say(page)
+        assert page.text(".assistant > .prose") == ["Look:"] and page.text(".call summary") == ["Calls weather"]
+        assert page.text(".call code") == ['{\n  "city": "Oslo"\n}\n']
+        assert page.js("document.querySelector('.fold .prose').textContent") == "Let me see." and page.text(".note") == []
+        assert "tokens, " in page.text(".figures")[0] and " of 4,096 tokens" in page.text("#context")[0]
+        model.writes, model.seconds = "</think>" + "word " * 2000, 0.02
+        say(page, "Go on", wait=False)
+        page.wait("document.querySelector('article:last-child > .prose')?.innerText.startsWith('word')")
+        page.press("Escape")
+        wait_for(lambda: all(slot.state == "idle" for slot in server.service.engine.slots()))
+        assert page.text("article:last-child .note span") == ["Stopped."] and all("401" in str(text) for text in page.complaints)
+        page.close()
