@@ -164,7 +164,7 @@ class Reader:
         return pieces
 
     def _add(self, pieces):
-        """Add pieces to the reply -> those added: none after the only call that may come."""
+        """Add pieces to the reply -> those added: none after a single call."""
         added = []
         for piece in pieces:
             if self._single_call and self.reply.tool_calls:
@@ -333,7 +333,7 @@ class Splitter:
         return [*deltas, last]
 
     def _stream(self, n, end=False):
-        """The pieces of the first n characters of a call that is streamed, or none."""
+        """The pieces of the first n characters of a streamed call, or none."""
         if not self._streams or n <= self._read and not end:
             return []
         self._writing = writing = self._writing or Writing(self._form, self._tools)
@@ -345,7 +345,7 @@ class Splitter:
         return [Piece(text, "call_delta", as_call(writing.id, writing.name, added))]
 
     def _end_stream(self, raw):
-        """The last piece of a call that was streamed, whose client has its arguments."""
+        """The last piece of a streamed call, whose arguments were given before."""
         text, writing = raw[self._given:], self._writing
         self._writing, self._read, self._given = None, 0, 0
         return Piece(text, "tool_call", as_call(writing.id, writing.name, writing.arguments))

@@ -61,7 +61,7 @@ class Form(NamedTuple):
 
 
 class Writing:
-    """A call while it is written, in a form whose calls are valid by construction.
+    """A call while it is written, valid by construction.
 
     name, id: of the call, None until the name is certain. broken: whether the text is no call in this form; nothing is added then.
     """
@@ -257,7 +257,7 @@ class _Broken(Exception):
 # The steps of Writing: generators that yield parts of the JSON text, and None where they wait for more text.
 
 def _match(writing, pattern):
-    """Wait for a pattern at the beginning -> its match, or None if it never comes."""
+    """Wait for a pattern at the beginning -> its match, or None at the end."""
     while (match := pattern.match(writing.text)) is None:
         if writing.ended:
             return None
@@ -306,7 +306,10 @@ def _flow_string(writing, mark):
 
 
 def _flow_json(writing, mark=None):
-    """Yield JSON text that is there as such, without white space around it; mark: what ends it, None: the end."""
+    """Yield JSON text without white space around it.
+
+    mark: what ends it; None: the end of the call.
+    """
     held, begun = "", False
     for part in _flow(writing, mark) if mark else _flow_all(writing):
         if part is None:

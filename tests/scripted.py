@@ -57,33 +57,32 @@ FORMATS = {
 class ScriptedSession(Session):
     """A session whose logits are those of the next token of the answer.
 
-    The answer begins after the tokens that were appended together last.
+    An answer begins after tokens that do not come one by one. A token that a constraint puts in place of one of the answer counts as that.
     """
 
     def __init__(self, model, *args):
         super().__init__(*args)
-        self._model, self._start, self._answer = model, 0, []
+        self._model, self._start, self._answer, self._expected = model, 0, [], None
+
+    @property
+    def answers(self):
+        """Whether a token that comes next belongs to the answer."""
+        return self.n_past == self._expected
 
     def prefill(self, ids, progress=None, observe=None):
-        """Append the end of a prompt."""
-        self._extend(ids)
-        self._start, self._answer = self.n_past, self._model.answer_ids(self.tokens)
-        return self._logits()
-
-    def decode(self, token_id):
-        """Append a token of an answer."""
-        self._extend([token_id])
-        return self._logits()
-
-    def _extend(self, ids):
+        """Append tokens of a prompt, or of an answer."""
+        ids = [int(token) for token in ids]
         self._check_fits(len(ids))
-        self.tokens.extend(map(int, ids))
+        follows = len(ids) == 1 and self.answers
+        self.tokens.extend(ids)
+        if not follows:
+            self._start, self._answer = self.n_past, self._model.answer_ids(self.tokens)
         time.sleep(self._model.seconds)
-
-    def _logits(self):
         n = self.n_past - self._start
+        token = self._answer[n] if n < len(self._answer) else self._model.end
+        self._expected = self.n_past
         logits = np.full(self._model.config.n_vocab, -100, np.float32)
-        logits[self._answer[n] if n < len(self._answer) else self._model.end] = 100
+        logits[token] = 100
         return logits
 
 
@@ -93,20 +92,24 @@ class _Runner:
     def __init__(self, sessions):
         self._sessions = sessions
 
-    def bind_together(self, variant, caches, again=True):
+    def bind_together(self, variant, parts, n_outputs, again=False):
         """The step of the sessions with these caches."""
-        return _Together([self._sessions[id(one)] for one in caches])
+        return _Together([(self._sessions[id(caches)], n) for caches, n in parts], n_outputs)
 
 
 class _Together:
-    def __init__(self, sessions):
-        self._sessions = sessions
+    def __init__(self, parts, n_outputs):
+        self._parts, self._n_outputs = parts, n_outputs
 
     def run(self, tokens, positions, logits):
-        """Write the logits after a token of each session."""
-        for row, session, token in zip(logits, self._sessions, tokens):
-            row[:] = session.decode(token)
-            session.tokens.pop()        # the batch appends it
+        """Write the logits after the last token of each session."""
+        ids, at = {}, 0
+        for session, n in self._parts:
+            ids.setdefault(session, []).extend(tokens[at:at + n])
+            at += n
+        for row, (session, _) in zip(logits, self._parts[-self._n_outputs:]):
+            row[:] = session.prefill(ids[session])
+            del session.tokens[-len(ids[session]):]        # the batch appends them
 
 
 class Scripted:
@@ -143,6 +146,7 @@ def scripted(name, path, **options):
     model.__class__ = type("ScriptedModel", (Scripted, type(model)), {})
     model._runner, model._sessions = model.runner, {}
     model.runner = _Runner(model._sessions)
-    model.tokenizer = tokenizer = small(special, [])
+    unused = {f"<|unused_{i}|>": CONTROL for i in range(model.config.n_vocab - len(small(special, []).tokens))}
+    model.tokenizer = tokenizer = small(special | unused, [])
     tokenizer.chat_template, tokenizer.eog_ids = template, frozenset(tokenizer.encode(end, parse_special=True))
     return model

@@ -17,7 +17,8 @@ PATH = "/v1/messages"
 HELLO = [{"role": "user", "content": "Hello"}]
 BODY = {"model": "any", "max_tokens": 2000, "messages": HELLO}
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "array", "items": {"type": "integer"}}}}
-TOOLS = [{"name": "weather", "description": "The weather.", "input_schema": SCHEMA}, {"name": "now", "input_schema": {"type": "object"}}]
+TOOLS = [{"name": "weather", "description": "The weather.", "input_schema": SCHEMA},
+         {"name": "now", "input_schema": {"type": "object", "properties": {}}}]
 INPUTS = [{"city": 'Köln </b>\n"x"', "days": [1, 2]}, {}]
 
 
@@ -148,16 +149,22 @@ def test_limits_of_tokens(says):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_call_that_is_cut_off_or_no_call_stays_text(says, name):
+def test_a_call_that_is_cut_off(says, name):
+    """A whole message has it as text, and a stream has its beginning."""
     text = FORMATS[name][3]
-    cut = len("I look.") + 15
-    for written, limit in (text, cut), (text[:60] + "?", 2000):
-        whole = post(says(name, written), PATH, BODY | {"tools": TOOLS, "max_tokens": limit})[1]
-        assert [block["type"] for block in whole["content"]] == ["text"], whole
-        assert whole["content"][0]["text"].startswith("I look.")
-        assert whole["stop_reason"] == ("max_tokens" if limit == cut else "end_turn")
-    whole = post(says(name, text), PATH, BODY)[1]
-    assert all(block["type"] == "text" for block in whole["content"])       # without tools none are looked for
+    body = BODY | {"tools": TOOLS, "max_tokens": len(says(name, text[:text.index("Kö") + 1]).service.model.answer_ids(()))}
+    whole = post(says(name, text), PATH, body)[1]
+    assert [block["type"] for block in whole["content"]] == ["text"], whole
+    assert whole["content"][0]["text"].startswith("I look.") and whole["stop_reason"] == "max_tokens"
+    events = events_of(says(name, text), body)
+    assert "".join(deltas(events, "input_json_delta")).replace(": ", ":") == '{"city":"K'
+    assert events[-2]["delta"]["stop_reason"] == "max_tokens"
+
+
+def test_without_tools_no_calls_are_looked_for(says):
+    for name in FORMATS:
+        whole = post(says(name, FORMATS[name][3]), PATH, BODY)[1]
+        assert all(block["type"] == "text" for block in whole["content"]) and whole["stop_reason"] == "end_turn"
 
 
 def test_one_call_where_no_more_may_come(says):
@@ -181,7 +188,8 @@ def test_the_beginning_of_the_answer(says):
     whole = post(server, PATH, BODY | {"messages": [*HELLO, {"role": "assistant", "content": "It <think>"}]})[1]
     assert prompts[-1].endswith("Hello<｜Assistant｜></think>It <think>") and whole["content"] == [{"type": "text", "text": " is 2."}]
     thinking = {"thinking": {"type": "enabled", "budget_tokens": 1024}}
-    for content, more in ("It ", {}), ("It", thinking), ([{"type": "tool_use", "id": "a", "name": "f", "input": {}}], {}):
+    schema = {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}
+    for content, more in ("It ", {}), ("It", thinking), ("It", schema), ([{"type": "tool_use", "id": "a", "name": "f", "input": {}}], {}):
         assert post(server, PATH, BODY | more | {"messages": [*HELLO, {"role": "assistant", "content": content}]})[0] == 400
 
 

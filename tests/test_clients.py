@@ -1,9 +1,11 @@
 """The packages openai and anthropic against a running server."""
 import json
 import time
+from typing import Literal
 
 import anthropic
 import openai
+import pydantic
 import pytest
 from scripted import FORMATS, ScriptedSession, scripted
 from serving import TINY, serving, wait_for
@@ -18,7 +20,7 @@ FUNCTIONS = [{"type": "function", "function": {"name": "weather", "description":
 TOOLS = [{"name": tool["function"]["name"], "input_schema": tool["function"]["parameters"]} for tool in FUNCTIONS]
 INPUTS = [("weather", {"city": 'Köln </b>\n"x"', "days": [1, 2]}), ("now", {})]
 THINKING = {"type": "enabled", "budget_tokens": 1024}
-LOOKS = 'I write <tool_call>, "function_calls" and {"name": "now"} in prose.'
+LOOKS = 'I write tool_call, "function_calls" and {"name": "now"} in prose.'
 
 
 @pytest.fixture(scope="module")
@@ -162,19 +164,85 @@ def test_one_call_and_its_result(clients, name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_no_calls(clients, name):
-    """Text that looks like a call, one that is none, one that is cut off."""
-    both, text = clients(name), FORMATS[name][3]
-    for written, limit in (LOOKS, 3000), (text[:text.index("Kö")] + " no", 3000), (text, len("I look.") + 20):
-        both.model.writes, cut = written, limit < 3000
-        choice = both.chat(tools=FUNCTIONS, max_tokens=limit).choices[0]
-        assert not choice.message.tool_calls and choice.finish_reason == ("length" if cut else "stop")
-        assert choice.message.content.startswith(written[:7])
-        streamed = read_chat(both.chat(tools=FUNCTIONS, max_tokens=limit, stream=True))
-        assert streamed[:4] == (choice.message.content, "", [], choice.finish_reason)
-        expected = choice.message.content, "", [], "max_tokens" if cut else "end_turn"
-        assert read_message(both.message(tools=TOOLS, max_tokens=limit)) == expected
-        assert read_message(stream_message(both, tools=TOOLS, max_tokens=limit)) == expected
+def test_text_that_looks_like_a_call(clients, name):
+    both = clients(name, LOOKS)
+    assert read_chat(both.chat(tools=FUNCTIONS, stream=True))[:4] == (LOOKS, "", [], "stop")
+    assert read_message(both.message(tools=TOOLS)) == (LOOKS, "", [], "end_turn")
+    assert read_message(stream_message(both, tools=TOOLS)) == (LOOKS, "", [], "end_turn")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_call_that_max_tokens_cuts_off(clients, name):
+    """Streams have its beginning, as calls are given as they are written."""
+    text = FORMATS[name][3]
+    both = clients(name, text[:text.index("Kö") + 1])
+    limit, both.model.writes = len(both.model.answer_ids(())), text
+    choice = both.chat(tools=FUNCTIONS, max_tokens=limit).choices[0]
+    assert not choice.message.tool_calls and choice.finish_reason == "length" and choice.message.content.startswith("I look.")
+    chunks = [chunk.choices[0] for chunk in both.chat(tools=FUNCTIONS, max_tokens=limit, stream=True)]
+    parts = [part.function for chunk in chunks for part in chunk.delta.tool_calls or ()]
+    assert parts[0].name == "weather" and "".join(part.arguments for part in parts).replace(": ", ":") == '{"city":"K'
+    assert chunks[-1].finish_reason == "length"
+    message = stream_message(both, tools=TOOLS, max_tokens=limit)       # the client leaves out a text that has no end
+    assert read_message(message) == ("I look.", "", [("weather", {})], "max_tokens")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_comes_as_it_is_written(clients, name):
+    """Arguments of calls come with the tokens that they are written in."""
+    content = "line of a file " * 20
+    both = clients(name, FORMATS[name][3].replace('Köln </b>\\n\\"x\\"', content).replace('Köln </b>\n"x"', content))
+    chunks = [chunk.choices[0].delta for chunk in both.chat(tools=FUNCTIONS, stream=True)]
+    parts = [part.function.arguments for chunk in chunks for part in chunk.tool_calls or ()]
+    assert max(map(len, parts)) < 20 and sum(map(len, parts)) > len(content)
+    fields = {"model": "any", "max_tokens": 3000, "messages": HELLO, "tools": TOOLS}
+    with both.anthropic.messages.stream(**fields) as stream:
+        parts = [event.partial_json for event in stream if event.type == "input_json"]
+        assert read_message(stream.get_final_message())[2] == [("weather", {"city": content, "days": [1, 2]}), ("now", {})]
+    assert max(map(len, parts)) < 20
+
+
+class Weather(pydantic.BaseModel):
+    """An answer that a schema describes."""
+    model_config = pydantic.ConfigDict(extra="forbid")
+    city: Literal["Köln", "Bonn"]
+    n: Literal[1, 2]
+
+
+@pytest.mark.parametrize("written", ['{"city": "Bonn", "n": 2}', "It is mild in Bonn."])
+def test_a_schema(clients, written):
+    """The answer is of the schema, whatever the model would write."""
+    both = clients("dsml", written)
+    openai_s = both.openai.chat.completions.parse(model="any", messages=HELLO, response_format=Weather, max_tokens=200)
+    anthropic_s = both.anthropic.messages.parse(model="any", messages=HELLO, output_format=Weather, max_tokens=200)
+    for parsed in openai_s.choices[0].message.parsed, anthropic_s.parsed_output:
+        assert isinstance(parsed, Weather) and (written[0] != "{" or parsed == Weather(city="Bonn", n=2))
+    if written[0] == "{":
+        assert both.chat(response_format={"type": "json_object"}).choices[0].message.content == written
+    with pytest.raises(openai.BadRequestError, match="schema"):
+        both.chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no such type"}}})
+    with pytest.raises(anthropic.BadRequestError, match="schema"):
+        both.message(output_config={"format": {"type": "json_schema", "schema": {"type": "no such type"}}})
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_call_that_must_come_or_must_not(clients, name):
+    """The model would write prose, and then calls."""
+    both = clients(name, "I say.")
+    now = {"name": "now", "input_schema": {"type": "object", "properties": {}, "additionalProperties": False}}
+    function = {"type": "function", "function": {"name": "now", "parameters": now["input_schema"]}}
+    single = {"disable_parallel_tool_use": True}
+    for choice in {"type": "any"} | single, {"type": "tool", "name": "now"} | single:
+        assert read_message(both.message(tools=[now], tool_choice=choice))[1:] == ("", [("now", {})], "tool_use")
+    for choice in "required", {"type": "function", "function": {"name": "now"}}:
+        answer = both.chat(tools=[function], tool_choice=choice, parallel_tool_calls=False).choices[0]
+        assert [call.function.name for call in answer.message.tool_calls] == ["now"] and answer.finish_reason == "tool_calls"
+    both.model.writes = FORMATS[name][3]
+    assert read_message(both.message(tools=TOOLS, tool_choice={"type": "none"}))[2:] == ([], "end_turn")
+    assert not both.chat(tools=FUNCTIONS, tool_choice="none").choices[0].message.tool_calls
+    one = both.message(tools=TOOLS, tool_choice={"type": "auto"} | single)
+    assert read_message(one) == ("I look.", "", INPUTS[:1], "tool_use")
+    assert len(both.chat(tools=FUNCTIONS, parallel_tool_calls=False).choices[0].message.tool_calls) == 1
 
 
 def test_tool_runner(clients):
@@ -280,10 +348,13 @@ def test_a_stream_that_is_closed_ends_the_answer(clients, kind):
 
 def test_an_answer_that_fails_in_the_middle_of_a_stream(clients, monkeypatch):
     """It comes to each client as an error, not as a complete answer."""
-    def decode(session, token_id):
-        raise PydsaError("the disk is gone")
-    both = clients("glm-4.7", "abc")
-    monkeypatch.setattr(ScriptedSession, "decode", decode)
+    both, prefill = clients("glm-4.7", "abc"), ScriptedSession.prefill
+
+    def fails_after_the_prompt(session, ids, **options):
+        if len(ids) == 1 and session.answers:
+            raise PydsaError("the disk is gone")
+        return prefill(session, ids, **options)
+    monkeypatch.setattr(ScriptedSession, "prefill", fails_after_the_prompt)
     with pytest.raises(openai.APIError, match="The disk is gone"):
         read_chat(both.chat(stream=True))
     with pytest.raises(anthropic.APIError, match="The disk is gone"):

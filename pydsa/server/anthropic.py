@@ -11,7 +11,7 @@ from pydsa.requests import Finished, Progress, Started, Written
 from pydsa.server.anthropic_requests import CountRequest, MessagesRequest, conversation
 from pydsa.server.bodies import read_fields
 from pydsa.server.constrained import constraint_of
-from pydsa.server.errors import as_api_error, error_body
+from pydsa.server.errors import ApiError, as_api_error, error_body
 from pydsa.server.openai_forms import SSE_HEADERS
 from pydsa.server.service import unless_gone
 
@@ -24,11 +24,13 @@ async def messages(service, request):
     service.ready()
     body = await read_fields(request, MessagesRequest)
     stops, sampling = body.stops(), service.sampling(temperature=body.temperature, top_p=body.top_p, top_k=body.top_k)
-    choice, single_call = body.choice()
-    constraint = constraint_of(body.wanted(), choice)
-    prompt = await _prompt(service, body, choice)
+    choice, parallel = body.choice()
+    wanted = body.wanted()
+    prompt, thinking = await _prompt(service, body, wanted)
+    constraint = await constraint_of(service, wanted, prompt.layout, choice, parallel, thinking)
+    layout = prompt.layout if choice != "none" else prompt.layout._replace(form=None, tools=None)   # what looks like a call is text then
     # A call that has begun is only sure to become one where a constraint completes it.
-    layout = prompt.layout._replace(single_call=single_call, streams_calls=bool(body.stream) and constraint is not None)
+    layout = layout._replace(single_call=not parallel, streams_calls=bool(body.stream) and constraint is not None)
     answers = service.answers(request.scope, [{"ids": prompt.ids, "layout": layout, "stop": stops, "sampling": sampling,
                                                "max_tokens": body.max_tokens, "constraint": constraint}])
     headers = {"request-id": f"req_{secrets.token_hex(12)}"}
@@ -42,16 +44,21 @@ async def count_tokens(service, request):
     """The number of tokens of a conversation's prompt."""
     service.ready()
     body = await read_fields(request, CountRequest)
-    prompt = await _prompt(service, body, body.choice()[0])
+    body.choice()       # refused here too, although no token depends on it
+    prompt, _ = await _prompt(service, body)
     return JSONResponse({"input_tokens": len(prompt.ids)})
 
 
-async def _prompt(service, body, choice):
-    """The chat.Prompt of a body."""
+async def _prompt(service, body, wanted=None):
+    """The chat.Prompt of a body, and whether the model may think."""
     given, prefill = await asyncio.to_thread(conversation, body)
-    tools = None if choice == "none" else body.functions()      # a model that sees none calls none
-    prompt = await service.chat_prompt(given, body.wants_thinking(), tools)
-    return prompt if prefill is None else await asyncio.to_thread(begin_answer, service.model.tokenizer, prompt, prefill)
+    thinking = service.settings.thinking if (asked := body.wants_thinking()) is None else asked
+    prompt = await service.chat_prompt(given, thinking, body.functions())
+    if prefill is not None and wanted is not None:
+        raise ApiError(400, "The last message begins the answer, and a format is asked for, expected one of them.", "messages")
+    if prefill is not None:
+        prompt = await asyncio.to_thread(begin_answer, service.model.tokenizer, prompt, prefill)
+    return prompt, thinking
 
 
 async def _stream(path, answers, message):

@@ -72,9 +72,9 @@ class CountRequest(Fields):
         return "json_schema", form["schema"]
 
     def choice(self):
-        """What tool_choice asks for -> (choice, whether one call ends the answer).
+        """What tool_choice asks for, and whether several calls may come.
 
-        choice: as constrained.tool_choice() has it. Raises ApiError.
+        The first is in OpenAI's form. Raises ApiError.
         """
         given = self.tool_choice or {"type": "auto"}
         kind, single = given.get("type"), given.get("disable_parallel_tool_use")
@@ -85,10 +85,10 @@ class CountRequest(Fields):
         if kind == "tool":
             if given.get("name") not in [tool.get("name") for tool in self.tools]:
                 raise wrong("tool_choice.name", f"is {shown(given.get('name'))}, expected the name of one of the tools")
-            return (given["name"],), bool(single)
+            return {"name": given["name"]}, not single
         if not isinstance(kind, str) or kind not in CHOICES:
             raise wrong("tool_choice", f"is {shown(given)}, expected an object whose type is auto, any, tool or none")
-        return CHOICES[kind], bool(single)
+        return CHOICES[kind], not single
 
     def functions(self):
         """The tools in the form of chat.encode_chat, or None."""

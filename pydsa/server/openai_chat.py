@@ -60,7 +60,9 @@ async def chat_completions(service, request):
     if body.tool_choice == "none":      # what looks like a call is text then
         prompt = prompt._replace(layout=prompt.layout._replace(form=None, tools=None))
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    common = {"ids": prompt.ids, "layout": prompt.layout, "n_logprobs": body.n_logprobs(), "constraint": constraint,
+    # A call that has begun is only sure to become one where a constraint completes it.
+    layout = prompt.layout._replace(streams_calls=bool(body.stream) and constraint is not None)
+    common = {"ids": prompt.ids, "layout": layout, "n_logprobs": body.n_logprobs(), "constraint": constraint,
               "max_tokens": service.settings.max_tokens if limit is None else limit}
     requests = [common | body.engine_fields(service, i) for i in range(body.n or 1)]
     frame = Frame(service, "chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion")
