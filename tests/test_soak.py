@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 from serving import TINY, address, serving, wait_for
 
-from tools.serve_soak import Soak, Worker, Wrong, answers_alone, at_the_end, available, curve, grown, main, too_much
+from tools.serve_soak import Soak, Worker, Wrong, answers_alone, at_the_end, can_call, curve, grown, main, too_much
 from tools.soak_requests import CHAT, KEYS, MESSAGES, TEXT, Ask, Catalogue, streamed_answer, whole_answer, why_not_refused
 
 N_CTX, N_LONG = 2048, 20
@@ -22,8 +22,8 @@ def alone(model):
     """Requests, and their answers by a server with one slot and no cache."""
     with serving(model, n_parallel=1, cache_bytes=0, keys=KEYS, timeout=20.0) as server:
         port = address(server)[1]
-        names = [name for name, why in available(Worker(Soak(port, 1, [], []))).items() if not why and name != "tools"]     # long prompts
-        asks = Catalogue(1, 40, names, N_LONG).asks
+        assert not can_call(Worker(Soak(port, 1, [], [])))      # of a model without a template
+        asks = Catalogue(1, 40, False, N_LONG).asks
         return asks, answers_alone(port, asks)
 
 

@@ -258,17 +258,15 @@ def look(worker, source, key):
     return "looked, or changed a slot"
 
 
-def available(worker):
-    """Names of soak_requests.OPTIONAL -> "" where the server can, or why not."""
-    reasons = {}
-    for name, ask in asked.OPTIONAL.items():
-        try:
-            answer = worker.answer(ask)
-            given = name != "logprobs" or any(choice["logprobs"] for choice in answer["choices"])
-            reasons[name] = "" if given else "they do not come"
-        except Wrong as error:
-            reasons[name] = str(error)
-    return reasons
+def can_call(worker):
+    """Whether the model can be made to call tools; raises Wrong if that is not plain."""
+    try:
+        worker.answer(asked.CALL)
+        return True
+    except Wrong as error:
+        if not str(error).startswith("status 400: tool_choice asks for a call, but the model's template"):
+            raise
+        return False
 
 
 def answers_alone(port, asks):
@@ -409,10 +407,10 @@ def main(model_path, requests, seed, only, catalogue, workers, parallel, ctx_siz
     options += ["--reproducible"] if reproducible else []
     try:
         with started(pydsa_command(load, *options, "--cache-ram", "0"), load) as alone:
-            reasons = available(Worker(Soak(alone.port, seed, [], [])))
-            asks = asked.Catalogue(seed, catalogue, [name for name, why in reasons.items() if not why], ctx_size // 8).asks
+            calls = can_call(Worker(Soak(alone.port, seed, [], [])))
+            asks = asked.Catalogue(seed, catalogue, calls, ctx_size // 8).asks
             expected = answers_alone(alone.port, asks)
-            tell(f"{len(asks)} answers alone; not asked for: {', '.join(f'{name} ({why})' for name, why in reasons.items() if why) or '-'}")
+            tell(f"{len(asks)} answers alone, {'with' if calls else 'without'} calls of tools")
         options += ["--cache-ram", "32", "--queue", str(max(workers - parallel - 1, 0)), "--timeout", "20"]
         numbers = range(requests) if only is None else [only]
         start = time.monotonic()

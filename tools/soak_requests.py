@@ -23,30 +23,22 @@ class Ask(NamedTuple):
         return f"POST {self.path} {json.dumps(self.body):.600}"
 
 
-# Requests that a server may not be able to answer yet: name -> one of them.
-OPTIONAL = {"messages": Ask(MESSAGES, {"model": "m", "max_tokens": 2, "messages": [{"role": "user", "content": "Hello"}]}),
-            "schema": Ask(TEXT, {"prompt": "a", "max_tokens": 40, "response_format": {
-                "type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}}),
-            "grammar": Ask(TEXT, {"prompt": "a", "max_tokens": 8, "grammar": 'root ::= "yes" | "no"'}),
-            "tools": Ask(CHAT, {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 60, "tools": [TOOL],
-                                "tool_choice": "required"}),
-            "logprobs": Ask(TEXT, {"prompt": "a", "max_tokens": 2, "logprobs": 2})}
+# What only models can answer whose template shows a form of calls that is known.
+CALL = Ask(CHAT, {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 60, "tools": [TOOL], "tool_choice": "required"})
 
 
 class Catalogue:
     """Requests that have an answer, made from a seed.
 
-    available: names of OPTIONAL. n_long: words of the longest prompts; from 100 on tools are described too, which some
+    calls: whether the model can be made to call tools. n_long: words of the longest prompts; from 100 on tools are described too, which some
     vocabularies need a thousand tokens for.
     """
 
-    def __init__(self, seed, n, available, n_long):
+    def __init__(self, seed, n, calls, n_long):
         self._random, self._n_long = random.Random(f"catalogue {seed}"), n_long
         self._systems = [self._words(n_long // 3) for _ in range(4)]       # prompts begin alike
-        kinds = [self._completion] * 5 + [self._chat] * 4 + [self._tokens]
-        kinds += [kind for name, kind in (("messages", self._messages), ("messages", self._messages), ("schema", self._schema),
-                                          ("grammar", self._grammar), ("tools", self._tools), ("logprobs", self._logprobs))
-                  if name in available]
+        kinds = [self._completion] * 5 + [self._chat] * 4 + [self._messages] * 2 + [self._tokens, self._schema, self._grammar, self._logprobs]
+        kinds += [self._tools] * calls
         self.asks = [kinds[i % len(kinds)]() for i in range(n)]
 
     def _words(self, n):
@@ -104,11 +96,12 @@ class Catalogue:
                           "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}})
 
     def _grammar(self):
-        return Ask(TEXT, OPTIONAL["grammar"].body | {"prompt": self._text(), "seed": self._random.randrange(1 << 31), "temperature": 1})
+        return Ask(TEXT, {"prompt": self._text(), "max_tokens": 8, "grammar": 'root ::= "yes" | "no"', "temperature": 1,
+                          "seed": self._random.randrange(1 << 31)})
 
     def _tools(self):
-        return Ask(CHAT, OPTIONAL["tools"].body | {"messages": self._conversation(), "temperature": 1,
-                                                   "seed": self._random.randrange(1 << 31)})
+        return Ask(CHAT, CALL.body | {"messages": self._conversation(), "temperature": 1,
+                                    "seed": self._random.randrange(1 << 31)})
 
     def _logprobs(self):
         return Ask(TEXT, {"prompt": self._text(), "max_tokens": 6, "temperature": 0, "logprobs": 3})
