@@ -28,7 +28,10 @@ def weight(kind, n_tokens, *shape):
 
 @pytest.mark.parametrize("kind", SUPPORTED)
 def test_products(kind):
-    """For every remainder of four, up to the limit; and beyond it if there is none."""
+    """For every remainder of four, up to the limit.
+
+    And beyond it, for a weight that has none.
+    """
     x = normal(GEMV_TOKENS + 1, 512)
     alone = np.concatenate([run("linear", (1, 37), weight(kind, 1, 37, 512), x[t:t + 1]) for t in range(len(x))])
     for n in COUNTS:
@@ -51,7 +54,7 @@ def test_heads(kind):
 
 @pytest.mark.parametrize("kinds", EXPERTS, ids=lambda kinds: kinds[0])
 def test_experts(kinds):
-    """Half of the tokens choose the same experts, so that some have one token and some have many."""
+    """Some experts have one token and some have many."""
     *kinds, n_in, n_ff = kinds
     n_most, shapes = GEMV_TOKENS + 1, [(5, n_ff, n_in), (5, n_ff, n_in), (5, n_in, n_ff)]
     x, hidden, weights = normal(n_most, n_in), normal(n_most, 2, n_ff), normal(n_most, 2)

@@ -53,7 +53,10 @@ def all_quarters(typingctx, address, offset):
 
 
 def _quarters(*which):
-    """Make a function that joins quarters of two vectors, 4 to 7 those of the second."""
+    """Make a function that joins quarters of two vectors.
+
+    0 to 3 are those of the first, 4 to 7 those of the second.
+    """
     @intrinsic
     def quarters(typingctx, a, b):
         def codegen(context, builder, signature, args):

@@ -85,7 +85,10 @@ def round_piece(w, x, n_in, piece, out):
 
 @inner
 def gemv_tokens_together(n_in):
-    """Count the rounded tokens that stay in a second-level cache beside rows, a multiple of 16."""
+    """Count the rounded tokens that stay in a cache beside rows.
+
+    A multiple of 16.
+    """
     return max(PANEL_TOKENS, GEMV_BYTES // rounded_bytes(n_in) // PANEL_TOKENS * PANEL_TOKENS)
 
 

@@ -69,10 +69,10 @@ def pairs_of(block, n_tokens, n_used):
 
 @inner
 def tokens_each(ids, n_expert):
-    """The number of tokens by which it is decided how experts are multiplied, the same for all.
+    """The number of tokens that decides how all experts are multiplied.
 
-    Twice as many as they have on average, at most all: products of few tokens by blocks take as long as those of unpacked rows for about
-    eight tokens, and up to linear's limit no token may depend on how many others there are.
+    Twice as many as an expert has on average, at most all. With about eight tokens, products by blocks take as long as those of unpacked
+    rows; and no token may depend on how many others there are, up to gemv_tokens of a step.
     """
     return min(len(ids), 2 * (ids.size // n_expert))
 

@@ -164,9 +164,10 @@ def dot_pair(sums, even, odd, x, offset, scales):
 
 @inline
 def fetch_ahead(at, n_bytes):
-    """Prefetch n_bytes, at most 256, AHEAD bytes further; a rest of 8 comes with others.
+    """Prefetch n_bytes, at most 256, AHEAD bytes further.
 
-    It stands beside `add`, not in it: the compiler would not join what tokens have in common.
+    A rest of eight bytes is left to the next blocks. It stands beside `add`, not in it, where the compiler would not join what tokens have
+    in common.
     """
     prefetch(at, AHEAD)
     if n_bytes > 72:
