@@ -313,6 +313,21 @@ def test_errors_are_sentences(page, server):
 
 
 @needs_browser
+def test_no_connection_and_no_room(page, server):
+    offline = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    page.js("Storage.prototype.setItem = () => { throw new Error('full'); }")
+    page.call("Network.emulateNetworkConditions", offline=True, **offline)
+    say(page)
+    assert page.text(".note.bad span") == ["The server cannot be reached."] and "no room left" in page.text("#toast")[0]
+    page.wait("document.querySelector('#banner').innerText === 'The server cannot be reached; trying again.'")
+    page.call("Network.emulateNetworkConditions", offline=False, **offline)
+    server.says = ["Here", OK]
+    page.wait("document.querySelector('#banner').hidden && !document.querySelector('#send').disabled")
+    page.click(".note button")
+    page.wait("!runs.size && document.querySelector('.assistant > .prose')?.innerText === 'Here'")
+
+
+@needs_browser
 def test_loading_and_keys(browser, server):
     server.loading, server.key = True, "secret"
     page = browser.page(server.url)
