@@ -278,6 +278,8 @@ def answers_alone(port, asks):
             answers.append(worker.answer(ask))
         except Wrong as error:
             raise Wrong(f"alone, {ask}: {error}") from None
+        if ask.body.get("logprobs") and not all(choice["logprobs"] for choice in answers[-1]["choices"]):
+            raise Wrong(f"alone, {ask}: no log-probabilities come")
     return answers
 
 

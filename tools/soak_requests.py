@@ -24,21 +24,21 @@ class Ask(NamedTuple):
 
 
 # What only models can answer whose template shows a form of calls that is known.
-CALL = Ask(CHAT, {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 60, "tools": [TOOL], "tool_choice": "required"})
+CALL = Ask(CHAT, {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 60, "tools": [TOOL], "tool_choice": "required"})
 
 
 class Catalogue:
     """Requests that have an answer, made from a seed.
 
-    calls: whether the model can be made to call tools. n_long: words of the longest prompts; from 100 on tools are described too, which some
-    vocabularies need a thousand tokens for.
+    calls: whether the model can be made to call tools. n_long: words of the longest prompts; from 100 on tools are described too, which
+    takes a thousand tokens of some vocabularies.
     """
 
     def __init__(self, seed, n, calls, n_long):
         self._random, self._n_long = random.Random(f"catalogue {seed}"), n_long
         self._systems = [self._words(n_long // 3) for _ in range(4)]       # prompts begin alike
-        kinds = [self._completion] * 5 + [self._chat] * 4 + [self._messages] * 2 + [self._tokens, self._schema, self._grammar, self._logprobs]
-        kinds += [self._tools] * calls
+        kinds = [self._completion] * 5 + [self._chat] * 4 + [self._messages] * 2 + [self._tools] * calls
+        kinds += [self._tokens, self._schema, self._grammar, self._logprobs]
         self.asks = [kinds[i % len(kinds)]() for i in range(n)]
 
     def _words(self, n):
@@ -101,7 +101,7 @@ class Catalogue:
 
     def _tools(self):
         return Ask(CHAT, CALL.body | {"messages": self._conversation(), "temperature": 1,
-                                    "seed": self._random.randrange(1 << 31)})
+                                      "seed": self._random.randrange(1 << 31)})
 
     def _logprobs(self):
         return Ask(TEXT, {"prompt": self._text(), "max_tokens": 6, "temperature": 0, "logprobs": 3})
