@@ -413,7 +413,7 @@ def test_everything_has_a_name(page, server):
 
 @needs_browser
 def test_a_real_server(browser, small_model):
-    """Its policy, its key, its streams, a call of a tool, and an answer that is stopped."""
+    """A key, a stream with a call of a tool, and an answer that is stopped."""
     model = scripted("glm-4.7", small_model(**TINY))
     model.writes = "Let me see.</think>Look:<tool_call>weather<arg_key>city</arg_key><arg_value>Oslo</arg_value></tool_call>"
     with serving(model, keys=("secret",), alias="tiny") as server:
