@@ -259,7 +259,10 @@ def look(worker, source, key):
 
 
 def can_call(worker):
-    """Whether the model can be made to call tools; raises Wrong if that is not plain."""
+    """Whether the model can be made to call tools.
+
+    Raises Wrong for all answers but a call, and the refusal for want of a form of calls.
+    """
     try:
         worker.answer(asked.CALL)
         return True
