@@ -96,7 +96,7 @@ def test_bound_steps_are_kept_for_their_sessions_only(small_model, load):
 
 @pytest.mark.parametrize("spec, options", [({}, {}), ({}, dict(attention="masked")), (dict(arch="deepseek2"), {})])
 def test_prompts_together(small_model, load, spec, options):
-    """Some tokens of several sessions, and one of another, which pass top_k or not."""
+    """Some tokens of several sessions, one of another; some pass top_k."""
     model = load(small_model(**spec), **options)
     lengths, tokens = [3, 30, 11, 8], [IDS[40:47], IDS[50:51], IDS[60:75], IDS[80:82]]
     expected = [session.prefill(mine) for session, mine in zip(sessions_of(model, lengths), tokens)]
