@@ -22,8 +22,8 @@ from pydsa.errors import ContextFullError, PydsaError
 from pydsa.options import counts
 from pydsa.plan import check_memory
 from pydsa.prefixes import Prefixes, common_length
-from pydsa.requests import (Cancelled, Failed, Finished, Progress, QueueFullError, Request, SlotState, Started, Stats, Ticket, Timings,
-                            Token, Written)
+from pydsa.requests import (Cancelled, Failed, Finished, InternalError, Progress, QueueFullError, Request, SlotState, Started, Stats,
+                            Ticket, Timings, Token, Written)
 from pydsa.sampling import Sampler, log_probabilities
 from pydsa.session import check_ids, check_max_tokens
 
@@ -75,6 +75,12 @@ def _join(a, b):
     """
     rests = [slot.ids[slot.session.n_past:] for slot in (a, b)]
     return max(map(len, rests)) <= SHORT and (a.owner != b.owner or common_length(*rests) < SAME)
+
+
+def _internal(error):
+    """The InternalError for a fault of this program, which is also printed."""
+    traceback.print_exception(error)
+    return InternalError(f"an internal error ended the answer ({type(error).__name__}: {error})")
 
 
 class Engine:
@@ -268,7 +274,7 @@ class Engine:
                     chosen.append((slot, slot.ids[slot.session.n_past:][:most].tolist()))
                     self._turn = slot.number
         start = time.monotonic()
-        results = self._batch.run([slot.session for slot, _ in chosen], [ids for _, ids in chosen])
+        results = self._step([slot for slot, _ in chosen], [ids for _, ids in chosen])
         self.stats.prompt_seconds += time.monotonic() - start
         for (slot, ids), result in zip(chosen, results):
             with self._failing(slot, slot.ticket):
@@ -280,6 +286,15 @@ class Engine:
                 if slot.session.n_past == len(slot.ids):
                     slot.first = time.monotonic()
                     self._take_token(slot, result)
+
+    def _step(self, slots, ids):
+        """Append tokens to the slots' sessions -> what Batch.run() returns."""
+        try:
+            return self._batch.run([slot.session for slot in slots], ids)
+        except PydsaError as error:
+            return [error] * len(slots)
+        except Exception as error:
+            return [_internal(error)] * len(slots)
 
     def _take_prefix(self, slot):
         """Take what is cached of a prompt, before each of its chunks."""
@@ -312,10 +327,7 @@ class Engine:
         if not slots:
             return
         start = time.monotonic()
-        try:
-            results = self._batch.run([slot.session for slot in slots], [[slot.token] for slot in slots])
-        except PydsaError as error:
-            results = [error] * len(slots)
+        results = self._step(slots, [[slot.token] for slot in slots])
         self.stats.n_steps += 1
         self.stats.generation_seconds += time.monotonic() - start
         for slot, result in zip(slots, results):
@@ -335,7 +347,7 @@ class Engine:
             self._finish(slot, cut_off=True)
             return
         state, n = slot.constraint, request.n_logprobs
-        token = slot.sampler.pick(logits, slot.session.tokens, None if state is None else state.allowed())
+        token = slot.session.pick(logits, slot.sampler, state)
         if token in self.model.tokenizer.eog_ids:
             self._finish(slot)
             return
@@ -374,16 +386,17 @@ class Engine:
         except PydsaError as error:
             self._end(slot, Failed(error)) if slot.ticket is ticket else self._fail(ticket, error)
         except Exception as error:      # a fault of this program must not end the other answers
-            traceback.print_exc()
-            failure = PydsaError(f"an internal error ended the answer ({type(error).__name__}: {error})")
+            failure = _internal(error)
             self._end(slot, Failed(failure)) if slot.ticket is ticket else self._fail(ticket, failure)
 
     def _fail(self, ticket, error):
+        if ticket.ended:
+            return
         if isinstance(error, Cancelled):
             self.stats.n_cancelled += 1
         else:
             self.stats.n_failed += 1
-        self._close_ticket()
+        self._close_ticket(ticket)
         self._say(ticket, Failed(error))
 
     def _end(self, slot, event):
@@ -393,10 +406,11 @@ class Engine:
         if isinstance(event, Failed):
             self._fail(ticket, event.error)
         else:
-            self._close_ticket()        # first: who hears of the end may ask again, and finds room
+            self._close_ticket(ticket)      # first: who hears of the end may ask again, and finds room
             self._say(ticket, event)
 
-    def _close_ticket(self):
+    def _close_ticket(self, ticket):
+        ticket.ended = True
         with self._lock:
             self._n_open -= 1
             if self._n_open == 0:

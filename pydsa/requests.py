@@ -61,6 +61,10 @@ class Cancelled(PydsaError):
     """The request was cancelled, or the engine closed."""
 
 
+class InternalError(PydsaError):
+    """A fault of this program ended the answer."""
+
+
 class QueueFullError(PydsaError):
     """So many requests wait already that no more are taken."""
 
@@ -93,7 +97,7 @@ class Ticket:
 
     def __init__(self, request, tokenizer):
         self.request, self.reader = request, Reader(tokenizer, request.stop, request.layout)
-        self.submitted, self.cancelled = time.monotonic(), False
+        self.submitted, self.cancelled, self.ended = time.monotonic(), False, False
 
     def cancel(self):
         """End the request: its listener hears Failed(Cancelled)."""

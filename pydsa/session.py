@@ -213,7 +213,7 @@ class Session:
         sampler, state = Sampler(sampling), None if constraint is None else constraint.start()
         n, token = 0, None
         while n != max_tokens and not (state and state.finished):
-            token = self._pick(logits, sampler, state) if n == 0 else self._next(token, sampler, state, n + 1 == max_tokens)
+            token = self.pick(logits, sampler, state) if n == 0 else self._next(token, sampler, state, n + 1 == max_tokens)
             if token in self._eog_ids:
                 return
             if state:
@@ -228,7 +228,7 @@ class Session:
         """
         settings = None if state else self._ahead.settings(sampler)
         if settings is None:
-            return self._pick(self.decode(token), sampler, state)
+            return self.pick(self.decode(token), sampler, state)
         self._check_fits(1)
         n_past, full = self.n_past, self.n_past + 1 == self._setup.n_ctx
         bound = self._bind(n_past, 1, 1)
@@ -240,7 +240,7 @@ class Session:
             sampler.check(greatest)
         return following_id
 
-    def _pick(self, logits, sampler, state=None):
+    def pick(self, logits, sampler, state=None):
         """Sample from logits, all of which must be finite.
 
         The least is looked at too: -inf would only be a token that never comes.

@@ -9,7 +9,7 @@ from helpers import random_ids
 from pydsa import ContextFullError, PydsaError, Sampling
 from pydsa import engine as module
 from pydsa.engine import Engine
-from pydsa.requests import Cancelled, Failed, Finished, Progress, QueueFullError, Request, Started, Written
+from pydsa.requests import Cancelled, Failed, Finished, InternalError, Progress, QueueFullError, Request, Started, Written
 
 IDS = random_ids(400, n_vocab=290)
 GREEDY = Sampling(temperature=0)
@@ -240,6 +240,32 @@ def test_a_fault_ends_only_its_request(start, model, capfd):
     assert "gone" in capfd.readouterr().err
     engine.close()
     assert engine.stats.n_requests == engine.stats.n_finished + engine.stats.n_failed + engine.stats.n_cancelled == 3
+
+
+@pytest.mark.parametrize("fault", [ValueError("broken"), PydsaError("refused")])
+def test_a_fault_of_a_step_ends_its_requests(start, model, monkeypatch, fault):
+    """... and no others, and not the engine."""
+    engine, running = start(n_parallel=2), []
+
+    def fail(sessions, ids):
+        running.append(len(sessions))
+        monkeypatch.undo()
+        raise fault
+    monkeypatch.setattr(engine._batch, "run", fail)
+    failed = ask(engine, IDS[:9]).last()
+    assert running == [1] and isinstance(failed.error, PydsaError)
+    assert isinstance(failed.error, InternalError) == isinstance(fault, ValueError) and str(fault) in str(failed.error)
+    assert text_of(ask(engine, IDS[:9])) == expected(model, IDS[:9]) and engine.stats.n_failed == 1
+
+
+def test_a_fault_at_the_end_of_an_answer_counts_once(start, model, monkeypatch):
+    """Its client has heard of the end already."""
+    engine = start()
+    monkeypatch.setattr(engine._prefixes, "add", lambda owner, session: 1 / 0 if session.n_past > 12 else None)
+    heard = ask(engine, IDS[:9])
+    assert isinstance(heard.last(), Finished)
+    engine.erase_slot(0)
+    assert engine._n_open == 0 and engine.stats.n_finished == 1 and engine.stats.n_failed == 0 and heard.events[-1] == heard.of(Finished)[0]
 
 
 def test_stop_texts_and_no_tokens(start, model):

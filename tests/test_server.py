@@ -164,10 +164,24 @@ def test_json_after_reasoning(server):
     assert set(json.loads(message["content"])) == {"a", "b"} and message["reasoning_content"]
 
 
+def test_a_schema_beside_tools(with_tools):
+    """An answer is a call, or follows the schema."""
+    kinds = set()
+    for seed in range(12):
+        body = {"messages": HELLO, "tools": [TOOL], "response_format": AS_SCHEMA, "temperature": 1, "seed": seed, "max_tokens": 600}
+        message = post(with_tools, CHAT, body)[1]["choices"][0]["message"]
+        kinds.add("calls" if message.get("tool_calls") else "text")
+        if message.get("tool_calls"):
+            assert {call["function"]["name"] for call in message["tool_calls"]} == {TOOL["function"]["name"]}
+        else:
+            assert set(json.loads(message["content"])) == {"a", "b"}
+    assert kinds == {"calls", "text"}
+
+
 @pytest.mark.parametrize("fields, words", [
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "string", "pattern": "(?=a)b"}}}}, "look-a"),
     ({"grammar": "root ::= ["}, "grammar cannot be read"), ({"json_schema": {"type": "none"}}, "schema"),
-    ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "tools are given"), ({"tool_choice": "required"}, "no tools"),
+    ({"tool_choice": "required"}, "no tools"),
     ({"tool_choice": "maybe"}, "tool_choice"), ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "'g'"),
     ({"tools": [TOOL], "tool_choice": {"function": 5}}, "tool_choice")])
 def test_constraints_that_cannot_be_served(with_tools, fields, words):

@@ -51,23 +51,23 @@ async def constraint_of(service, wanted, layout=None, choice=None, parallel=True
     wanted: of Constrained.wanted(). layout: the answers.Layout, with the tools. choice, parallel: which of them must be called, in OpenAI's
     form, and whether several may be. thinking: whether the model may reason first. Raises ApiError for what is not served.
     """
-    layout = layout or Layout()
-    choice = choice or "auto"
-    if wanted is not None and layout.tools and choice != "none":
-        raise ApiError(400, f"{wanted[0]} is asked for and tools are given, expected one of them, or tool_choice 'none'.",
-                       "response_format", "unsupported_value")
-    return await asyncio.to_thread(_compile, service.model.tokenizer, wanted, layout, choice, parallel, thinking)
+    return await asyncio.to_thread(_compile, service.model.tokenizer, wanted, layout or Layout(), choice or "auto", parallel, thinking)
 
 
 def _compile(tokenizer, wanted, layout, choice, parallel, thinking):
-    """Compile the constraint, which takes up to seconds."""
-    kind, value = wanted or ("tools", None)
+    """Compile the constraint, which takes up to seconds.
+
+    With tools beside what is wanted, the answer is either.
+    """
+    param, (kind, value) = "response_format", wanted or (None, None)
     try:
-        if kind == "tools":
-            rule = tools(layout, choice, parallel)
-        else:
-            rule = json_object() if kind == "json_object" else json_schema(value) if kind == "json_schema" else grammar(value)
+        said = None if kind is None else json_object() if kind == "json_object" else json_schema(value) if kind == "json_schema" else (
+            grammar(value))
+        if said is not None and layout.form is not None:
+            said = said._replace(form=layout.form)
+        if said is None or layout.tools:
+            param = "tools"
+        rule = tools(layout, choice, parallel, said)
         return None if rule is None else compile_constraint(tokenizer, rule, layout, thinking)
     except ConstraintError as error:
-        param = "tools" if kind == "tools" else "grammar" if kind == "grammar" else "response_format"
-        raise ApiError(400, as_api_error(error).message, param, "invalid_value") from None
+        raise ApiError(400, as_api_error(error).message, "grammar" if kind == "grammar" else param, "invalid_value") from None

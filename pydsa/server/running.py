@@ -4,6 +4,7 @@
 """
 import asyncio
 import contextlib
+import ctypes
 import logging
 import os
 import socket
@@ -22,6 +23,7 @@ from pydsa.terminal import visible
 
 MAX_CONNECTIONS = 900       # open files of a process are often limited to 1024
 KEEP_ALIVE = 30             # seconds that a connection may stay idle
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8      # of glibc's malloc.h
 AFTER = 5                   # seconds for the last responses, once all answers have ended
 
 
@@ -93,11 +95,24 @@ def open_sockets(host, port):
         raise PydsaError(f"The server cannot listen on {host}, port {port} ({reason}); choose others with --host and --port.") from error
 
 
+def _steady_memory():
+    """Let glibc give back what requests have used.
+
+    By itself it keeps an arena for each thread, and raises the size from which memory is given back at once: a server of many requests of
+    different sizes would grow for hours. Other C libraries are left as they are.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 1 << 18), (M_TRIM_THRESHOLD, 1 << 18)):
+            mallopt(parameter, value)
+
+
 def serve(settings, load):
     """Serve the model that load() returns until a signal comes.
 
     Raises PydsaError if it cannot be loaded, or the port is taken.
     """
+    _steady_memory()
     server = Server(settings)
     log(f"listening at {server.url}")
     if not is_loopback(settings.host) and not settings.keys:
