@@ -25,6 +25,8 @@ from pydsa.vocabulary import vocabulary_of
 MOST_DIGITS = 40            # in a row, in a number; float64 has 17
 TAIL = 64                   # bytes; no mark is longer
 _NUMBER = re.compile(rb"(?:^|[\s:,\[>])-?([0-9][0-9.]*)([eE][+-]?([0-9]*))?$")
+# Of the library's reasons: where in the text that was made here, and that text, which no user has seen.
+_PLACE, _SOURCE = re.compile(r"^at \d+\(\d+\): (?:failed to compile JSON schema: )?"), re.compile(r"\n *1 \| ")
 # What opens the value of an argument, and what ends it, for forms with a text for each; the group tells the kind of the value.
 _VALUES = {DSML: (re.compile(rb'string="(true|false)">'), f"</{DSML}parameter>"),
            "<arg_key>": (re.compile(rb"<arg_key>([^<]*)</arg_key>\s*<arg_value>"), "</arg_value>")}
@@ -109,6 +111,7 @@ def _reason(matcher):
     reason = matcher.get_error().split("\n<state>")[0].strip()
     if reason.startswith("NoExtension"):
         return "nothing can fulfil it"
+    reason = _PLACE.sub("", _SOURCE.split(reason)[0])
     return " ".join(reason.split())[:300] or "its reason is not known"
 
 

@@ -75,7 +75,8 @@ class Prefixes:
         if at == len(tokens):
             return
         n_bytes = (len(tokens) - at) * sum(cache.row_bytes for cache in session.caches.values())
-        if not self._make_room(n_bytes) or path and node not in self._in_memory and node not in self._in_files:
+        fits = self._make_room(n_bytes)
+        if not (fits or self._goes_to_a_file(n_bytes)) or path and node not in self._in_memory and node not in self._in_files:
             return
         node = node or self._roots.setdefault(owner, _Node(None, tokens[:0], []))
         new = _Node(node, tokens[at:], session.cut(at, len(tokens)))
@@ -83,6 +84,8 @@ class Prefixes:
         self.n_bytes += new.n_bytes
         self._in_memory[new] = None
         self._use(self._path(owner, tokens))
+        if not fits:
+            self._make_room(0)
 
     def extend(self, owner, session, ids):
         """Append to a session the ids whose rows are known -> their number.
@@ -145,6 +148,11 @@ class Prefixes:
             if not self._write(node):
                 self._forget(node)
         return not short()
+
+    def _goes_to_a_file(self, n_bytes):
+        """Whether rows of more than max_bytes can be put in a file."""
+        return (self._folder is not None and self._max_bytes < n_bytes <= self._max_file_bytes
+                and n_bytes <= (1 - SPARE) * limits.available().n_bytes)
 
     def _write(self, node):
         """Move a node's rows to a file -> whether that was done."""

@@ -263,6 +263,9 @@ RESULT = {"type": "tool_result", "tool_use_id": "a", "content": "r"}
 @pytest.mark.parametrize("fields, words", [
     ({"messages": []}, "messages is an empty list"), ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
     ({"messages": [{"role": "user"}]}, "messages.0.content"), ({"messages": [{"role": "user", "content": ["x"]}]}, "messages.0.content.0"),
+    ({"messages": [{"role": "user", "content": []}]}, "messages.0.content is an empty list"),
+    ({"messages": [*HELLO, {"role": "assistant", "content": []}, *HELLO]}, "messages.1.content is an empty list"),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, "messages have only the beginning of the answer"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, 'is of type "image", expected text'),
     ({"messages": [{"role": "user", "content": [{"type": "document", "source": {}}]}]}, 'is of type "document", expected text'),

@@ -118,6 +118,25 @@ def test_what_does_not_fit_goes_to_files_and_comes_back(tmp_path):
     assert not list(tmp_path.iterdir()) and prefixes.n_bytes == prefixes.n_file_bytes == 0
 
 
+def test_what_is_larger_than_the_memory_goes_to_a_file(tmp_path):
+    long = list(range(30))
+    prefixes = Prefixes(80, tmp_path)                                  # ten tokens
+    prefixes.add("a", Session(long))
+    assert (prefixes.n_bytes, prefixes.n_file_bytes) == (0, 240)
+    for _ in range(2):
+        assert extended(prefixes, "a", long) == 30 and prefixes.n_bytes == 0
+    prefixes.add("a", Session(long[:5] + [99] * 20))
+    assert extended(prefixes, "a", long) == 30 and extended(prefixes, "a", long[:5] + [99] * 20) == 25
+    assert prefixes.n_bytes <= 80 and prefixes.n_bytes + prefixes.n_file_bytes == 8 * 50
+    alone = Prefixes(80)
+    alone.add("a", Session(long))
+    small = Prefixes(80, tmp_path, max_file_bytes=239)
+    small.add("a", Session(long))
+    assert alone.match("a", ids(*long)) == small.match("a", ids(*long)) == 0
+    prefixes.close()
+    assert not list(tmp_path.iterdir())
+
+
 def test_files_have_a_limit_too(tmp_path):
     prefixes = Prefixes(8 * 10, tmp_path, max_file_bytes=8 * 10)
     for first in range(9):

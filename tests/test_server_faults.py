@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 from serving import TINY, address, call, events, exchange, post, serving, wait_for
@@ -80,6 +81,21 @@ def test_wrong_bodies(server, body, words):
     error = answer["error"]
     assert status == 400 and error["type"] == "invalid_request_error" and set(error) == {"message", "type", "param", "code"}
     assert words in error["message"] and error["message"].endswith(".") and len(error["message"]) < 400
+
+
+def kinds_of(kind):
+    return [kind, *(one for child in kind.__subclasses__() for one in kinds_of(child))]
+
+
+def test_every_field_says_what_it_should_be():
+    """Without a description the sentence on a wrong field is pydantic's: "expected Input should be a valid list"."""
+    import pydsa.server.app     # noqa: F401, all endpoints
+    from pydsa.server.bodies import Fields
+    from pydsa.server.openai_chat import ChatRequest
+    kinds = kinds_of(Fields)
+    assert ChatRequest in kinds
+    assert not [f"{kind.__name__}.{name}" for kind in kinds for name, field in kind.model_fields.items()
+                if field.annotation is not Any and not field.description]
 
 
 @pytest.mark.parametrize("fields", [
@@ -230,8 +246,14 @@ def test_a_full_queue(server):
     for connection in connections:
         connection.close()
     wait_for(lambda: idle(server))
-    assert post(server, TEXT, {"prompt": "a", "n": 4})[0] == 429        # more than may ever run or wait: all or none
-    wait_for(lambda: idle(server))
+
+
+def test_more_answers_than_can_ever_wait(server):
+    """Not 429, after which clients would try again and again."""
+    for path, body, n in ((TEXT, {"prompt": "a", "n": 4}, 4), (TEXT, {"prompt": ["a"] * 5}, 5), (CHAT, chat(n=128), 128)):
+        status, answer = post(server, path, body)
+        assert status == 400 and answer["error"]["param"] == "n"
+        assert f"asks for {n} answers, expected at most 3" in answer["error"]["message"]
 
 
 def test_without_a_queue_one_client_is_never_refused(model):

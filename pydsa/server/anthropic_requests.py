@@ -29,8 +29,8 @@ class CountRequest(Fields):
     Those that only tell Anthropic's servers what to keep, to charge or to route are taken and change nothing.
     """
     model_config = ConfigDict(extra="forbid")
-    model: str
-    messages: Listed[dict[str, Any]]
+    model: str = Field(description="the name of a model")
+    messages: Listed[dict[str, Any]] = Field(description="a list of messages with role and content")
     system: str | list[Any] | None = expected("a text, or a list of blocks of text")
     tools: Listed[dict[str, Any]] = expected("a list of tools")
     tool_choice: dict[str, Any] | None = expected('an object like {"type": "auto"}')
@@ -147,6 +147,8 @@ def conversation(body):
     result, calls = [{"role": "system", "content": system}] if system else [], []
     turns = _turns(body.messages)
     prefill = _prefill(turns.pop()[1]) if turns[-1][0] == "assistant" else None
+    if not turns:
+        raise wrong("messages", "have only the beginning of the answer, expected a message of the user before it")
     for role, blocks in turns:
         if role == "system":
             result.append({"role": role, "content": _joined(blocks)})
@@ -180,7 +182,10 @@ def _turns(messages):
         role = message.get("role")
         if role not in ("user", "assistant", "system"):
             raise wrong(f"messages.{i}.role", f"is {shown(role)}, expected user, assistant or system")
-        parts.append((role, _blocks(f"messages.{i}.content", message.get("content"))))
+        blocks = _blocks(f"messages.{i}.content", message.get("content"))
+        if not blocks and (role != "assistant" or i < len(messages) - 1):
+            raise wrong(f"messages.{i}.content", "is an empty list, expected a block: only the beginning of the answer may be empty")
+        parts.append((role, blocks))
     return [(role, [block for _, blocks in group for block in blocks]) for role, group in groupby(parts, lambda part: part[0])]
 
 

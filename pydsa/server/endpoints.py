@@ -3,6 +3,7 @@ import asyncio
 import os
 import re
 
+from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from pydsa.errors import SessionFileError
@@ -44,7 +45,7 @@ async def model(service, request):
 
 class TokenizeRequest(Fields):
     """The body of /tokenize."""
-    content: str
+    content: str = Field(description="a text")
     add_special: bool | None = expected("true or false")
     parse_special: bool | None = expected("true or false")
     with_pieces: bool | None = expected("true or false")
@@ -71,7 +72,7 @@ def _piece(service, token):
 
 class DetokenizeRequest(Fields):
     """The body of /detokenize."""
-    tokens: Listed[int]
+    tokens: Listed[int] = Field(description="a list of token ids")
 
 
 async def detokenize(service, request):
@@ -131,7 +132,9 @@ def _slot_path(service, name, owner):
     folder = service.settings.slot_folder
     if folder is None:
         raise ApiError(400, "Slots cannot be saved here: the server was started without --slot-save-path.")
-    if name is None or not FILE_NAME.fullmatch(name) or name.endswith(ROWS):
+    if name is None:
+        raise ApiError(400, "The field 'filename' is missing.", "filename", "missing_required_parameter")
+    if not FILE_NAME.fullmatch(name) or name.endswith(ROWS):
         raise ApiError(400, f"filename is {name!r:.80}, expected up to 128 letters, digits, points, - and _, without a point at the "
                             f"beginning and {ROWS} at the end.", "filename", "invalid_value")
     if owner:

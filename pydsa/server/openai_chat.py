@@ -1,6 +1,8 @@
 """OpenAI's chat completions: /v1/chat/completions."""
 from typing import Any
 
+from pydantic import Field
+
 from pydsa.server.bodies import Fields, Listed, expected, read_fields, shown
 from pydsa.server.constrained import constraint_of
 from pydsa.server.errors import ApiError
@@ -18,7 +20,7 @@ class Thinking(Fields):
 
 class ChatRequest(Options):
     """The body of a request."""
-    messages: Listed[dict[str, Any]]
+    messages: Listed[dict[str, Any]] = Field(description="a list of messages, objects with role and content")
     max_completion_tokens: int | None = expected("an integer from 0 on", ge=0)
     logprobs: bool | None = expected("true or false")
     top_logprobs: int | None = expected("an integer from 0 to 20", ge=0, le=20)

@@ -90,9 +90,14 @@ class Service:
     def answers(self, scope, requests):
         """Submit requests of the engine -> their Answers.
 
-        requests: dicts of fields of Request, without its listener and owner. All are taken or none. Raises the errors of Engine.submit.
+        requests: dicts of fields of Request, without its listener and owner. All are taken or none. Raises the errors of Engine.submit, and
+        ApiError for more than can ever wait.
         """
         self.ready()
+        room = self.settings.n_parallel + self.settings.n_queue
+        if len(requests) > room:    # with 429 it would try again for ever
+            raise ApiError(400, f"The request asks for {len(requests)} answers, expected at most {room}, as many as may run or wait: ask "
+                                "for fewer, or start the server with a larger --queue.", "n", "invalid_value")
         answers = Answers(self, scope, len(requests))
         try:
             for i, fields in enumerate(requests):
