@@ -61,8 +61,11 @@ class Prefixes:
 
     def add(self, owner, session):
         """Keep the rows of a session's tokens, if they fit."""
-        if self._max_bytes <= 0 or not session.tokens:
-            return
+        if self._max_bytes > 0 and session.tokens:
+            self._insert(owner, session)
+            self._make_room(0)      # for what is larger than the memory, or came back from a file to be divided
+
+    def _insert(self, owner, session):
         tokens, at = np.array(session.tokens, np.int32), 0
         node, path = self._roots.get(owner), self._path(owner, tokens)
         self._use(path)
@@ -84,8 +87,6 @@ class Prefixes:
         self.n_bytes += new.n_bytes
         self._in_memory[new] = None
         self._use(self._path(owner, tokens))
-        if not fits:
-            self._make_room(0)
 
     def extend(self, owner, session, ids):
         """Append to a session the ids whose rows are known -> their number.
@@ -160,6 +161,8 @@ class Prefixes:
             return False
         while self.n_file_bytes + node.n_bytes > self._max_file_bytes:
             self._forget(next(iter(self._in_files)))
+        if node not in self._in_memory:     # it was below what was forgotten
+            return True
         path = Path(self._folder, f"pydsa-{os.getpid()}-{next(self._numbers)}.rows")
         try:
             with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o600), "wb") as file:

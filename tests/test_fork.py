@@ -173,7 +173,7 @@ ENDS = {        # last() prints a line
 def test_a_program_ends(small_model, case):
     """... at once, with nothing on stderr, although threads sleep or run."""
     printed, seconds = run(small_model(), *ENDS[case])
-    assert printed == "\n" and seconds < 2
+    assert printed == "\n" and seconds < 10      # not the minute after which it would be killed
 
 
 def test_a_program_ends_by_an_exception(small_model):
