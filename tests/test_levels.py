@@ -33,8 +33,8 @@ if "amx-int8" not in HERE:
 if amx.possible():
     POSSIBLE.append(EMULATED)
 LANES = {level: lanes for level, (_, _, lanes) in LEVELS.items()} | {EMULATED: 16}
-# Levels of one register width differ in the product of int16 only: a whole model and all kernels run at one of them. All types run at the
-# first of these, a type of each kind at the others, and some types at the rest: kernels for a few tokens take seconds a type to compile.
+# Levels of one register width differ in the product of int16 only: a whole model, all kernels and a type of each kind run at one of them,
+# and some types at the others. Kernels take seconds a type to compile.
 WHOLE = [level for at, level in enumerate(POSSIBLE) if LANES[level] not in [LANES[other] for other in POSSIBLE[at + 1:]]]
 
 
@@ -91,8 +91,7 @@ def runs(golden, tmp_path_factory):
     futures = {(level, "golden"): pool.submit(run, level, folder, "-c", PROGRAM, *files, str(LANES[level])) for level in WHOLE}
     for level in POSSIBLE:
         tests = [f"tests/{name}" for name in PRODUCTS]
-        tests += [f"tests/{name}" for name in OTHERS] if level in WHOLE else []
-        tests += ["-k", A_TYPE_OF_EACH_KIND if level in WHOLE else SOME_TYPES] if level not in WHOLE[:1] else []
+        tests += [*[f"tests/{name}" for name in OTHERS], "-k", A_TYPE_OF_EACH_KIND] if level in WHOLE else ["-k", SOME_TYPES]
         futures[level, "kernels"] = pool.submit(run, level, folder, "-m", "pytest", "-q", "-x", *tests)
     yield futures
     pool.shutdown(cancel_futures=True)

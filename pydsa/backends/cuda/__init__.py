@@ -141,5 +141,9 @@ class Recording(host.Calls):
 
 
 def recorded(calls, levels, again):
-    """A Recording of the calls of a step that repeats, or else Calls."""
-    return Recording(calls) if again else host.Calls(calls)
+    """A Recording of a step of one token that repeats, or else Calls.
+
+    The rules of fusion take a call of one row for the whole op: a step of several sessions has such calls, one for each.
+    """
+    one_token = calls[0][2][0].shape[0] == 1        # what the first op writes has all rows
+    return Recording(calls) if again and one_token else host.Calls(calls)
