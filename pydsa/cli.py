@@ -94,6 +94,11 @@ def options_with_defaults(decorator, **defaults):
 RESTRICTIONS = ("json_schema", "json_schema_file", "grammar", "grammar_file", "tools")
 
 
+def take_fields(kind, settings):
+    """Take the options out of settings that are fields of a dataclass."""
+    return {field.name: settings.pop(field.name) for field in dataclasses.fields(kind) if field.name in settings}
+
+
 def load_model(path, threads=None, threads_batch=None, **settings):
     """Load a model, with progress on stderr."""
     click.echo(f"loading {visible(path)}", err=True)
@@ -154,7 +159,7 @@ def run(model, prompt, file, max_tokens, stop, conversation, raw, special, syste
         raise click.UsageError("--special is for --raw prompts.")
     Stops(stop)         # raises its error before the model is read
     restrictions = read_restrictions(raw, **{name: settings.pop(name) for name in RESTRICTIONS})
-    sampling = Sampling(**{field.name: settings.pop(field.name) for field in dataclasses.fields(Sampling) if field.name in settings})
+    sampling = Sampling(**take_fields(Sampling, settings))
     chatting = prompt is None and file is None and sys.stdin.isatty()
     if chatting and raw:
         raise click.UsageError("--raw continues a text: give it with -p, -f or a pipe.")
@@ -258,9 +263,8 @@ def serve(model, api_key, api_key_file, cache_ram, max_tokens, chat_template_fil
         from pydsa.server.settings import Settings, read_keys
     except ModuleNotFoundError as error:
         raise Failure(f"The server needs {error.name}, which is not installed: pip install 'pydsa[serve]'.") from error
-    settings["sampling"] = Sampling(**{field.name: settings.pop(field.name) for field in dataclasses.fields(Sampling)
-                                       if field.name in settings})
-    ours = Settings(**{field.name: settings.pop(field.name) for field in dataclasses.fields(Settings) if field.name in settings},
+    settings["sampling"] = Sampling(**take_fields(Sampling, settings))
+    ours = Settings(**take_fields(Settings, settings),
                     keys=read_keys(api_key, api_key_file), cache_bytes=cache_ram << 20, max_tokens=None if max_tokens < 0 else max_tokens,
                     template=chat_template_file and chat_template_file.read(), json_log=output == "json")
     running.serve(ours, functools.partial(load_model, model, threads, threads_batch, **settings))

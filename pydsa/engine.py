@@ -52,7 +52,7 @@ class _Slot:
     def take(self, ticket):
         """Take a request; its prompt begins to run later."""
         request = ticket.request
-        self.ticket, self.ids, self.sampler = ticket, np.asarray(request.ids, np.int32), Sampler(request.sampling)
+        self.ticket, self.ids, self.sampler = ticket, ticket.ids, Sampler(request.sampling)
         self.constraint = None if request.constraint is None else request.constraint.start()
         self.n_reused, self.begun, self.first, self.token = 0, None, None, None
         if self.owner != request.owner:
@@ -64,8 +64,8 @@ class _Slot:
         """How many of a request's tokens are in the context already; 0 if few."""
         if self.owner != ticket.request.owner or not ticket.request.reuse:
             return 0
-        n = common_length(np.array(self.session.tokens, np.int32), np.asarray(ticket.request.ids, np.int32))
-        return n if n >= ALIKE * len(ticket.request.ids) else 0
+        n = common_length(np.array(self.session.tokens, np.int32), ticket.ids)
+        return n if n >= ALIKE * len(ticket.ids) else 0
 
 
 def _join(a, b):
@@ -115,7 +115,7 @@ class Engine:
         QueueFullError if too many wait, or the engine is closing.
         """
         n_vocab = self.model.config.n_vocab
-        check_ids(request.ids, n_vocab)
+        ids = check_ids(request.ids, n_vocab)
         check_max_tokens(request.max_tokens)
         Sampler(request.sampling).sampling.check_vocabulary(n_vocab)
         if request.slot is not None and request.slot not in range(self.n_parallel):
@@ -123,7 +123,7 @@ class Engine:
         if len(request.ids) >= self.model.n_ctx:
             raise ContextFullError(f"The context holds {self.model.n_ctx} tokens; the prompt has {len(request.ids)}, which leaves no room "
                                    "for an answer.")
-        ticket = Ticket(request, self.model.tokenizer)
+        ticket = Ticket(request, ids, self.model.tokenizer)
         with self._lock:
             if not self._accepts:
                 raise QueueFullError("the engine is closing, and takes no more requests")

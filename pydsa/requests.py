@@ -93,10 +93,13 @@ class Request:
 
 
 class Ticket:
-    """A submitted request; made by Engine.submit()."""
+    """A submitted request; made by Engine.submit().
 
-    def __init__(self, request, tokenizer):
-        self.request, self.reader = request, Reader(tokenizer, request.stop, request.layout)
+    ids: those of its prompt, checked, int32 [n].
+    """
+
+    def __init__(self, request, ids, tokenizer):
+        self.request, self.ids, self.reader = request, ids, Reader(tokenizer, request.stop, request.layout)
         self.submitted, self.cancelled, self.ended = time.monotonic(), False, False
 
     def cancel(self):

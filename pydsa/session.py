@@ -15,6 +15,7 @@ from pydsa.diagnosis import explained
 from pydsa.errors import ContextFullError, DamagedWeightsError, PydsaError, SessionFileError
 from pydsa.limits import allocating
 from pydsa.plan import check_memory
+from pydsa.prefixes import common_length
 from pydsa.quants import CACHE_ALIASES
 from pydsa.sampling import Sampler
 
@@ -112,7 +113,7 @@ class Session:
         again.
         """
         ids = check_ids(ids, self._setup.config.n_vocab)
-        self.truncate(len(os.path.commonprefix([self.tokens, ids[:-1].tolist()])))
+        self.truncate(common_length(np.array(self.tokens, np.int32), ids[:-1]))
         return self.n_past
 
     def _check_fits(self, n):

@@ -74,7 +74,7 @@ def text_of(heard):
 
 def expected(model, ids, n=8, sampling=GREEDY):
     """What a session alone answers."""
-    reader = module.Ticket(Request(ids, None), model.tokenizer).reader
+    reader = module.Ticket(Request(ids, None), ids, model.tokenizer).reader
     for token in model.session().generate(ids, n, sampling):
         reader.push(token)
     reader.end()

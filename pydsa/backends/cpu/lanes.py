@@ -34,22 +34,18 @@ def _spreader(lanes):
 spread, spread_int16 = _spreader(16), _spreader(32)
 
 
-@intrinsic
-def both_halves(typingctx, address, offset):
-    """Load 32 bytes into both halves of an i16x32."""
-    def codegen(context, builder, signature, args):
-        v = builder.load(pointer(builder, builder.add(*args), ir.VectorType(I16, 16)), align=1)
-        return builder.shuffle_vector(v, v, constant([*range(16)] * 2))
-    return i16x32(types.intp, types.intp), codegen
+def _repeater(n):
+    """Make a function that loads n int16 into each part of an i16x32."""
+    @intrinsic
+    def repeat(typingctx, address, offset):
+        def codegen(context, builder, signature, args):
+            v = builder.load(pointer(builder, builder.add(*args), ir.VectorType(I16, n)), align=1)
+            return builder.shuffle_vector(v, v, constant([*range(n)] * (32 // n)))
+        return i16x32(types.intp, types.intp), codegen
+    return repeat
 
 
-@intrinsic
-def all_quarters(typingctx, address, offset):
-    """Load 16 bytes into each quarter of an i16x32."""
-    def codegen(context, builder, signature, args):
-        v = builder.load(pointer(builder, builder.add(*args), ir.VectorType(I16, 8)), align=1)
-        return builder.shuffle_vector(v, v, constant([*range(8)] * 4))
-    return i16x32(types.intp, types.intp), codegen
+both_halves, all_quarters = _repeater(16), _repeater(8)     # load 32 bytes, 16 bytes
 
 
 def _quarters(*which):
