@@ -6,6 +6,7 @@ import numpy as np
 from pydsa.check import faults
 from pydsa.errors import DamagedWeightsError, GGUFError
 from pydsa.gguf_file import Tensor
+from pydsa.hooks import Observer
 
 MASKS = ("indexer_scores", "scatter_mask")      # ops that write -inf for keys that a token does not see
 LOOKED_AT = 1 << 30         # bytes of the largest tensor that is read on suspicion, because it is in the layer
@@ -45,7 +46,7 @@ def _first_node(bound, ids, n_past):
             met.append(node)
     logits = None if bound.output is None else np.empty(bound.output.shape, np.float32)
     with contextlib.suppress(DamagedWeightsError):
-        bound.run(ids, n_past, logits, observe)
+        bound.run(ids, n_past, logits, (Observer(observe),))
     return met[0] if met else None
 
 

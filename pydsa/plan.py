@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import threading
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from pydsa import limits
 from pydsa.errors import LESS, DamagedWeightsError, OutOfMemoryError, PydsaError
 from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef, Value, levels
+from pydsa.hooks import Stops
 
 ALIGN = 64      # bytes: a cache line, and the widest vector register
 
@@ -157,14 +157,15 @@ class Runner:
             self._constants[id(values)] = values, self.backend.upload(values)       # kept alive, so that no other array gets its id
         return self._constants[id(values)][1]
 
-    def bind(self, variant, caches, n_tokens, n_outputs, again=False):
+    def bind(self, variant, caches, n_tokens, n_outputs, again=False, late=()):
         """The Bound of a step of n_tokens tokens, n_outputs of them with logits.
 
-        Its calls are [(node, function, args)], where every argument is an array of the backend or a number. again: the step repeats.
+        Its calls are [(node, function, args)], where every argument is an array of the backend or a number. again: the step repeats. late:
+        hooks (hooks.Hook) that read values at the end of the step.
         """
-        return self.bind_together(variant, [(caches, n_tokens)], n_outputs, again)
+        return self.bind_together(variant, [(caches, n_tokens)], n_outputs, again, late)
 
-    def bind_together(self, variant, parts, n_outputs, again=False):
+    def bind_together(self, variant, parts, n_outputs, again=False, late=()):
         """The Bound of a step of tokens of several sessions.
 
         parts: pairs of a session's caches and its number of tokens, in the order of the tokens. A session may have several parts. The last
@@ -177,6 +178,9 @@ class Runner:
             n_tokens += n
         assert n_outputs <= n_tokens <= layout.max_tokens
         roots = {value: self._array(value, offset, n_tokens) for value, offset in layout.offsets.items()}
+        for value in (a.root for _, node in layout.nodes if any(hook.wants(node) for hook in late) for a in node.args[:node.n_out]):
+            if value.rows == "tokens":
+                roots[value] = self.backend.empty((n_tokens, *value.tail), self.dtypes[value.dtype])
 
         def argument(a, caches, rows=slice(None)):
             if isinstance(a, Value):
@@ -199,20 +203,7 @@ class Runner:
                 calls.append((node, getattr(self.backend, node.op), tuple(argument(a, *context) for a in node.args)))
                 levels.append(level)
         output = argument(graph.output, None) if n_outputs else None
-        return Bound(self, roots[graph.ids], roots[graph.positions], calls, levels, output, again)
-
-
-class Written(Sequence):
-    """The arrays that a node wrote, fetched as numpy arrays on access."""
-
-    def __init__(self, backend, arrays):
-        self._backend, self._arrays = backend, arrays
-
-    def __len__(self):
-        return len(self._arrays)
-
-    def __getitem__(self, i):
-        return self._backend.fetch(self._arrays[i])
+        return Bound(self, roots[graph.ids], roots[graph.positions], calls, levels, output, again, tuple(late))
 
 
 @dataclasses.dataclass
@@ -228,7 +219,9 @@ class Bound:
     levels: list                # a number for each call; those of equal numbers may run at the same time
     output: object              # the array of logits, or None
     again: bool                 # whether the step repeats
+    late: tuple                 # hooks whose values are kept until the end of the step
     _recording: object = None
+    _stops: object = None       # hooks.Stops of the late hooks
 
     @property
     def recording(self):
@@ -240,18 +233,18 @@ class Bound:
             self._recording = self.runner.backend.recorded(self.calls, self.levels, self.again)
         return self._recording
 
-    def run(self, ids, n_past, logits, observe=None):
+    def run(self, ids, n_past, logits, hooks=()):
         """Run one step: tokens `ids` at positions n_past, n_past + 1, ...
 
         n_past: an integer; for a step of several sessions the positions of all tokens. The logits of the last tokens are written to
-        `logits`, [n_outputs, n_vocab]. observe(node, arrays) is called after each op with the arrays that it wrote. Raises
-        DamagedWeightsError if a choice of keys or experts met a value that is not finite.
+        `logits`, [n_outputs, n_vocab]. hooks: a tuple of hooks.Hook. Raises DamagedWeightsError if a choice of keys or experts met a value
+        that is not finite.
         """
         backend = self.runner.backend
         with one_step():
             backend.nan_met()       # of ops that ran by themselves
             self.put(ids, n_past)
-            self.start(observe)
+            self.start(hooks, n_past + np.arange(len(ids)) if np.ndim(n_past) == 0 else np.asarray(n_past))
             if self.output is not None:
                 logits[:] = backend.fetch(self.output)
             if backend.nan_met():
@@ -272,13 +265,18 @@ class Bound:
         positions = np.arange(n_past, n_past + len(ids)) if np.ndim(n_past) == 0 else np.asarray(n_past)
         self.runner.backend.store(self.positions, positions)
 
-    def start(self, observe=None):
-        """Launch all calls of a step; its inputs are written."""
-        if observe is None:
+    def start(self, hooks=(), positions=None):
+        """Launch all calls of a step; its inputs are written.
+
+        positions: those of its tokens, int64 [n_tokens], for the hooks.
+        """
+        if not hooks:
             self.recording.run()
             return
-
-        def after(i):
-            node, _, args = self.calls[i]
-            observe(node, Written(self.runner.backend, args[:node.n_out]))
-        self.recording.run(after)
+        stops = self._stops
+        if stops is None or stops.hooks != hooks:
+            stops = Stops(self.runner.backend, self.calls, hooks, self.late)
+            self._stops = stops if hooks == self.late else None     # an observer is not kept alive
+        stops.begin(positions)
+        self.recording.run(stops.before, stops.after)
+        stops.end()

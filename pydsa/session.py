@@ -13,6 +13,7 @@ import numpy as np
 from pydsa.ahead import Ahead
 from pydsa.diagnosis import explained
 from pydsa.errors import ContextFullError, DamagedWeightsError, PydsaError, SessionFileError
+from pydsa.hooks import Hook, Observer
 from pydsa.limits import allocating
 from pydsa.plan import check_memory
 from pydsa.prefixes import common_length
@@ -43,6 +44,23 @@ def check_ids(ids, n_vocab):
     return ids.astype(np.int32)
 
 
+class _Layers(Hook):
+    """Report progress after each layer of a step.
+
+    One step can take minutes, if the weights are read from a slow disk. report(layers) gets the number of layers that are done.
+    """
+
+    def __init__(self, report):
+        self._report, self._done = report, 0
+
+    def wants(self, node):
+        return node.name.startswith("l_out-")
+
+    def after(self, call):
+        self._done += 1
+        self._report(self._done)
+
+
 class Session:
     """One conversation, made by Model.session().
 
@@ -58,7 +76,7 @@ class Session:
         self._runner, self._setup, self._eog_ids = runner, setup, eog_ids
         self.tokens = []
         self.caches = setup.make_caches(runner.backend, setup.n_ctx)
-        self._bound = {}
+        self._bound, self._hooks = {}, ()
         self._ahead = Ahead(runner)
 
     def __repr__(self):
@@ -97,11 +115,12 @@ class Session:
             check_memory((ids.size + setup.n_ubatch) * n_vocab * 4, f"The logits of {ids.size} tokens")
         with allocating("the logits"):
             logits = np.empty((ids.size if every_row else 1, n_vocab), np.float32)
+        hooks = self._hooks if observe is None else (*self._hooks, Observer(observe))
         for start in range(0, ids.size, setup.n_ubatch):
             ubatch = ids[start:start + setup.n_ubatch]
             last = start + ubatch.size == ids.size
             rows = logits[start:start + ubatch.size] if every_row else logits[:int(last)]
-            self._step(ubatch, rows, observe if progress is None else self._report(progress, start, ubatch.size, ids.size, observe))
+            self._step(ubatch, rows, hooks if progress is None else (self._reporting(progress, start, ubatch.size, ids.size), *hooks))
         if progress is not None:
             progress(ids.size, ids.size)
         return logits
@@ -144,27 +163,30 @@ class Session:
             cache.restore(stored, self.n_past)
         self.tokens.extend(tokens)
 
-    def _report(self, progress, start, n_tokens, total, observe):
-        """An observer that reports progress after each layer.
+    @property
+    def hooks(self):
+        """The hooks.Hook objects that are called in the session's steps, a tuple.
 
-        One ubatch can take minutes, if the weights are read from a slow disk.
+        They are called in this order. Steps of engine.Engine and Batch, which run several sessions together, refuse sessions with hooks.
         """
+        return self._hooks
+
+    @hooks.setter
+    def hooks(self, hooks):
+        self._hooks = tuple(hooks)
+        self._bound = {key: bound for key, bound in self._bound.items() if not bound.late}
+        self._ahead.forget()
+
+    def _reporting(self, progress, start, n_tokens, total):
+        """A hook that reports the progress of a ubatch after each layer."""
         progress(start, total)
-        n_layer, layers = self._setup.config.n_layer, 0
+        n_layer = self._setup.config.n_layer
+        return _Layers(lambda layers: progress(start + n_tokens * layers / n_layer, total))
 
-        def watch(node, arrays):
-            nonlocal layers
-            if node.name.startswith("l_out-"):
-                layers += 1
-                progress(start + n_tokens * layers / n_layer, total)
-            if observe is not None:
-                observe(node, arrays)
-        return watch
-
-    def _step(self, ubatch, logits, observe):
+    def _step(self, ubatch, logits, hooks):
         bound = self._bind(self.n_past, ubatch.size, len(logits))
         try:
-            bound.run(ubatch, self.n_past, logits, observe)
+            bound.run(ubatch, self.n_past, logits, hooks)
         except DamagedWeightsError as error:
             raise explained(error, bound, ubatch, self.n_past, self._setup.weights.used) from error
         self.tokens.extend(ubatch.tolist())
@@ -187,7 +209,8 @@ class Session:
         key = self._setup.schedule.variant(n_past, n_tokens), n_tokens, n_outputs
         bound = self._bound.get(key)
         if bound is None:
-            bound = self._runner.bind(key[0], self.caches, *key[1:], again=n_tokens == 1)
+            late = tuple(hook for hook in self._hooks if hook.late) if n_tokens == 1 else ()
+            bound = self._runner.bind(key[0], self.caches, *key[1:], again=n_tokens == 1, late=late)
             if n_tokens in (1, self._setup.n_ubatch) and n_outputs <= 1:
                 self._bound[key] = bound
         return bound
@@ -225,9 +248,9 @@ class Session:
     def _next(self, token, sampler, state, last):
         """Append a token -> the id sampled after it.
 
-        The device samples it where it can (ahead.py); with the state of a constraint the host does.
+        The device samples it where it can (ahead.py); with hooks, or the state of a constraint, the host does.
         """
-        settings = None if state else self._ahead.settings(sampler)
+        settings = None if state or self._hooks else self._ahead.settings(sampler)
         if settings is None:
             return self.pick(self.decode(token), sampler, state)
         self._check_fits(1)

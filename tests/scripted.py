@@ -92,7 +92,7 @@ class _Runner:
     def __init__(self, sessions):
         self._sessions = sessions
 
-    def bind_together(self, variant, parts, n_outputs, again=False):
+    def bind_together(self, variant, parts, n_outputs, again=False, late=()):
         """The step of the sessions with these caches."""
         return _Together([(self._sessions[id(caches)], n) for caches, n in parts], n_outputs)
 

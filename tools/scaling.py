@@ -120,6 +120,7 @@ def measure(model, caches, n_past, n_tokens, threads, repetitions, bandwidths):
     from pydsa.bench import random_ids, test_name
     from pydsa.cores import physical_cores
     from pydsa.costs import StepSize, node_cost
+    from pydsa.hooks import Observer
     from pydsa.plan import one_step
     from tools.step_times import Parts
 
@@ -131,7 +132,7 @@ def measure(model, caches, n_past, n_tokens, threads, repetitions, bandwidths):
         if node.op == "moe_route":
             experts[node.args[0]] = np.unique(arrays[0]).size
 
-    bound.run(ids[n_past:], n_past, np.empty((1, model.config.n_vocab), np.float32), observe)
+    bound.run(ids[n_past:], n_past, np.empty((1, model.config.n_vocab), np.float32), (Observer(observe),))
     step = StepSize(n_tokens, n_past, model.setup.cache_row_bytes, experts)
     parts = Parts(bound, [node_cost(node, step).n_bytes for node, _, _ in bound.calls])
     with one_step():

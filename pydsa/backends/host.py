@@ -50,12 +50,15 @@ class Calls:
     def __init__(self, calls):
         self._calls = calls     # [(node, op, args)]
 
-    def run(self, after=None):
-        """Make all calls; after(i) is called after the i-th."""
+    def run(self, before=None, after=None):
+        """Make all calls; before, after: {i: function}, called at the i-th."""
+        before, after = before or {}, after or {}
         for i, (_, op, args) in enumerate(self._calls):
+            if i in before:
+                before[i]()
             op(*args)
-            if after is not None:
-                after(i)
+            if i in after:
+                after[i]()
 
 
 def recorded(calls, levels, again):

@@ -208,21 +208,31 @@ class Recording:
     """
 
     def __init__(self, calls, levels, again):
-        self._groups, self._whole = grouped(calls, levels), again
-        self._step = Step(self._groups)
+        groups = grouped(calls, levels)
+        self._step, self._whole = Step(groups), again
+        self._group_of = [i for i, group in enumerate(groups) for _ in group]
 
-    def run(self, after=None):
-        """Run the step; after(i) is called after the group of the i-th call."""
-        if self._whole and after is None:
-            self._step.run()
-            return
+    def run(self, before=None, after=None):
+        """Run the step; before, after: {i: function} of the i-th call.
+
+        They are called before and after its group.
+        """
+        stops = [(self._group_of[i] + 1, 0, i, function) for i, function in (after or {}).items()]
+        stops += [(self._group_of[i], 1, i, function) for i, function in (before or {}).items()]
         done = 0
-        for i, group in enumerate(self._groups):
+        for end, _, _, function in sorted(stops, key=lambda stop: stop[:3]):
+            self._run(done, end)
+            done = end
+            function()
+        self._run(done, len(self._step))
+
+    def _run(self, first, last):
+        """Run the groups from the first up to, not including, the last."""
+        if self._whole and first < last:
+            self._step.run(first, last)
+            return
+        for i in range(first, last):
             self._step.run(i, i + 1)
-            for _ in group:
-                if after is not None:
-                    after(done)
-                done += 1
 
 
 def recorded(calls, levels, again):

@@ -122,10 +122,10 @@ class Recording(host.Calls):
         self._launches = fewer_launches([(op, args, node.n_out) for node, op, args in calls])
         self._warm, self._step = False, None
 
-    def run(self, after=None):
-        """Do all calls once more; with after(), one by one."""
-        if after is not None:
-            super().run(after)
+    def run(self, before=None, after=None):
+        """Do all calls once more: one by one, if functions come in between."""
+        if before or after:
+            super().run(before, after)
             return
         if SIMULATED or not self._warm:         # the first time scratch memory grows, which cannot be recorded
             self._launch()
