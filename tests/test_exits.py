@@ -134,8 +134,8 @@ def signalled(code, number, seconds=20):
     return process.returncode, stderr.decode()
 
 
-SLEEP = "import time; from pydsa import cli, __main__\ndef sleep(**_):\n    print(flush=True)\n    {}\ncli.info.callback = sleep\n" \
-        "__main__.sys.argv[1:] = ['info', 'x']\n__main__.main()"
+SLEEP = "import time; from pydsa import cli, __main__\ndef sleep(**_):\n    print(flush=True)\n    {}\n" \
+        "cli.main.commands['info'].callback = sleep\n__main__.sys.argv[1:] = ['info', 'x']\n__main__.main()"
 
 
 @posix

@@ -1,4 +1,4 @@
-"""Hooks see and change what a step computes; those that only look leave it as it is."""
+"""Hooks see and change what a step computes; looking changes nothing."""
 import numpy as np
 import pytest
 from helpers import random_ids

@@ -195,7 +195,7 @@ def main(context, model_path, threads, threads_batch, speed, **options):
 def compare_speeds(model_path, threads, n_prompt, n_gen, n_depth, repetitions, repack):
     import pydsa
     from pydsa.bench import Bench, markdown
-    from pydsa.cli import comma_numbers
+    from pydsa.cli.shared import comma_numbers
     from tools.llama_cpp_speed import compare_speed, conditions
 
     lists = {"--n-prompt": n_prompt, "--n-gen": n_gen, "--n-depth": n_depth}

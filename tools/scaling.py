@@ -220,7 +220,7 @@ def wanted_steps(n_prompt, generation, depths):
 def main(model_path, n_prompt, generation, n_depth, threads, at, bandwidth, repetitions, most, output):
     import pydsa
     from pydsa.bench import markdown
-    from pydsa.cli import comma_numbers
+    from pydsa.cli.shared import comma_numbers
     from pydsa.terminal import json_text
 
     lists = {"--n-prompt": n_prompt, "--n-depth": n_depth, "--threads": threads, "--at": at}

@@ -201,7 +201,7 @@ def the_servers(load, peers, engine, reproducible):
 @click.option("-o", "--output", type=click.Choice(["md", "json"]), default="md", help="a table, or all rounds as JSON  [md]")
 def main(model_path, streams, n_prompt, n_gen, rounds, peers, threads, engine, reproducible, repack, output):
     import pydsa
-    from pydsa.cli import comma_numbers
+    from pydsa.cli.shared import comma_numbers
     from pydsa.cores import physical_cores
     from pydsa.terminal import json_text
 

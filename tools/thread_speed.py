@@ -76,7 +76,7 @@ def fail(message):
 def main(model_path, threads, n_prompt, n_gen, n_depth, repetitions, json_path):
     import pydsa
     from pydsa.bench import Bench, format_rows
-    from pydsa.cli import comma_numbers
+    from pydsa.cli.shared import comma_numbers
     from pydsa.cores import physical_cores
     from tools.llama_cpp_speed import processor
 

@@ -1,0 +1,29 @@
+"""The command line, which parses options and prints: a file for each command.
+
+Only generated text, tables and reports go to stdout.
+"""
+import click
+
+from pydsa import __version__
+from pydsa.cli import bench, info, run, serve, trace
+from pydsa.exits import Commands
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__)
+def main():
+    """Run models with DeepSeek Sparse Attention from GGUF files.
+
+    \b
+    pydsa run                                     chat with the demo model
+    pydsa run model.gguf                          chat
+    pydsa run model.gguf -p "Why is the sky blue?"
+    pydsa run model.gguf -f notes.txt --raw -n 64   continue a text
+    pydsa serve model.gguf                        an HTTP server, and a page to chat on
+    pydsa bench model.gguf -d 0,4096              speed, also deep in a context
+    pydsa info model.gguf                         what the file is and needs
+    """
+
+
+for command in (run.run, serve.serve, bench.bench, info.info, trace.trace):
+    main.add_command(command)

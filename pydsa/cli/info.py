@@ -1,0 +1,41 @@
+"""pydsa info: what a file holds and needs."""
+import os
+
+import click
+
+from pydsa.check import check_files, format_check
+from pydsa.cli.shared import attention_option, ctx_option, device_option, model_options, reproducible_option
+from pydsa.console import progress_bar
+from pydsa.gguf_file import open_gguf
+from pydsa.habits import llama_cpp_options, model_argument
+from pydsa.terminal import json_text, visible
+
+
+@click.command()
+@model_argument()
+@llama_cpp_options
+@ctx_option
+@model_options
+@attention_option
+@reproducible_option
+@device_option
+@click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Form of the report.")
+@click.option("--check", is_flag=True, help="Read everything once instead: look for damage, and show the SHA-256 of each file.")
+@click.pass_context
+def info(ctx, model, output, check, **settings):
+    """Show what a file holds, what it needs, and how each layer will run.
+
+    No weights are read, but with --check: it names the tensors with NaN, infinities or stretches of zeros, and ends with exit code 1 if
+    there are any.
+    """
+    if check:
+        with progress_bar("reading") as progress:
+            report = check_files(open_gguf(os.path.expanduser(model)), progress)
+        click.echo(json_text(report) if output == "json" else "\n".join(map(visible, format_check(report))))
+        ctx.exit(0 if report["sound"] else 1)
+    from pydsa.model import Setup
+    from pydsa.report import describe, format_report
+    if settings["n_ctx"] == 0:
+        settings["n_ctx"] = Setup(model, **settings | {"n_ctx": None}).config.n_ctx_train
+    report = describe(Setup(model, **settings))
+    click.echo(json_text(report) if output == "json" else format_report(report), nl=output == "json")

@@ -1,0 +1,92 @@
+"""pydsa run: generate text, or chat."""
+import sys
+
+import click
+
+from pydsa import DEMO
+from pydsa.cli.shared import attention_option, ctx_option, device_option, load_model, model_options, read_text, reproducible_option
+from pydsa.cli.shared import sampling_options, take_fields, threads_options
+from pydsa.console import Writer, chat_loop
+from pydsa.exits import Failure
+from pydsa.habits import llama_cpp_options, model_argument, options_of_what_is_so
+from pydsa.restrictions import read_restrictions, restriction_options
+from pydsa.terminal import visible
+
+RESTRICTIONS = ("json_schema", "json_schema_file", "grammar", "grammar_file", "tools")
+
+
+@click.command()
+@model_argument(DEMO)
+@click.option("-p", "--prompt", help="The prompt.")
+@click.option("-f", "--file", type=click.File("r", encoding="utf-8"), help="Read the prompt from a file; - is stdin.")
+@click.option("-n", "--predict", "max_tokens", type=int, default=-1, show_default=True, help="Tokens to generate at most; -1: no limit.")
+@click.option("--stop", "-r", "--reverse-prompt", "stop", multiple=True, metavar="TEXT",
+              help="End the answer where it has this text, without it. Can be repeated.")
+@restriction_options
+@sampling_options
+@threads_options
+@ctx_option
+@model_options
+@attention_option
+@reproducible_option
+@device_option
+@llama_cpp_options
+@click.option("-cnv/-no-cnv", "--conversation/--no-conversation", "conversation", default=None, hidden=True)
+@options_of_what_is_so
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat format.")
+@click.option("--special", is_flag=True, help="Encode the texts of control tokens in a --raw prompt as these tokens.")
+@click.option("--system", "-sys", "--system-prompt", "system", help="A system message for the chat format.")
+@click.option("--think", is_flag=True, help="Let the model reason before it answers, if it can.")
+def run(model, prompt, file, max_tokens, stop, conversation, raw, special, system, think, threads, threads_batch, **settings):
+    """Generate text, or chat.
+
+    Without MODEL it runs the demo model, which finds codes in notes. With -p, -f or piped input, only the answer goes to stdout. On a
+    terminal without them it starts a chat. Reasoning goes to stderr.
+    """
+    from pydsa.answers import Stops
+    from pydsa.sampling import Sampling
+    if prompt is not None and file is not None:
+        raise click.UsageError("Give the prompt with -p or with -f, not both.")
+    raw = raw or conversation is False
+    if raw and (system or think):
+        raise click.UsageError("--system and --think belong to the chat format, which --raw leaves out.")
+    if special and not raw:
+        raise click.UsageError("--special is for --raw prompts.")
+    Stops(stop)         # raises its error before the model is read
+    restrictions = read_restrictions(raw, **{name: settings.pop(name) for name in RESTRICTIONS})
+    sampling = Sampling(**take_fields(Sampling, settings))
+    chatting = prompt is None and file is None and sys.stdin.isatty()
+    if chatting and raw:
+        raise click.UsageError("--raw continues a text: give it with -p, -f or a pipe.")
+    if conversation and (raw or not chatting):
+        raise click.UsageError("-cnv chats on a terminal: leave out -p, -f, --raw and pipes, or leave out -cnv.")
+    if not chatting and prompt is None:
+        prompt = read_text(file or sys.stdin)
+    if prompt is not None and not prompt and not raw:
+        raise Failure("The prompt is empty.")
+    engine = load_model(model, threads, threads_batch, **settings)
+    sampling.check_vocabulary(engine.config.n_vocab)
+    from pydsa.chat import Prompt, chat_prompt, thinking_note
+    messages = [{"role": "system", "content": system}] if system else []
+    writer = Writer(engine, sampling, None if max_tokens < 0 else max_tokens, stop, restrictions)
+    note = None if raw else thinking_note(engine.tokenizer, think)
+    if note:
+        click.echo(visible(note), err=True)
+    if chatting:
+        chat_loop(engine, writer, messages, think)
+        return
+    if raw:
+        prompt = Prompt(engine.tokenize(prompt, parse_special=special))
+        if not prompt.ids:
+            raise Failure("The prompt is empty.")
+    else:
+        prompt = chat_prompt(engine.tokenizer, [*messages, {"role": "user", "content": prompt}], thinking=think, tools=restrictions.tools)
+    unread = False
+    try:
+        writer.write(prompt, think)
+    except OSError:         # stdout's
+        unread = True
+        raise
+    finally:
+        if writer.n_prompt and not unread:
+            click.echo(f"\n{writer.summary()}", err=True)

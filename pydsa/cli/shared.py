@@ -1,0 +1,119 @@
+"""What the commands share: groups of options, loading a model, reading a text."""
+import dataclasses
+
+import click
+
+from pydsa.console import progress_bar
+from pydsa.exits import Failure
+from pydsa.habits import logit_biases
+from pydsa.override import parse_overrides
+from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
+from pydsa.terminal import visible
+
+
+def options(*decorators):
+    """One decorator for several options, in the order given."""
+    def apply(function):
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+    return apply
+
+
+cache_types = click.Choice([*CACHE_TYPES, *CACHE_ALIASES])
+ctx_option = click.option("-c", "--ctx-size", "n_ctx", type=int,
+                          help="Tokens of context; 0: the model's limit, or what fits in memory.  [default: 8192, or the model's limit]")
+model_options = options(
+    click.option("-ub", "--ubatch-size", "n_ubatch", type=int, default=2048, show_default=True,
+                 help="Prompt tokens that run together. More tokens read the weights less often, and use more memory."),
+    click.option("--kv-type", type=cache_types, default="i16", show_default=True,
+                 help="Type of the cached latents; i16 and i8 (alias q8_0): integers, two scales a row."),
+    click.option("--index-type", type=cache_types,
+                 help="Type of the indexer's cached keys.  [default: i8; f32 if --kv-type is]"),
+    click.option("--dsa-top-k", type=int, help="Number of keys that a token attends to.  [default: the model's]"),
+    click.option("--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", callback=lambda ctx, option, texts: parse_overrides(texts),
+                 help="Replace or add a value of the file's metadata; TYPE: int, float, bool, str. Repeat it, or put commas between."))
+device_option = click.option("--device", type=click.Choice(["cpu", "cuda", "reference"]), default="cpu", show_default=True,
+                             help="cuda: an NVIDIA GPU; reference: plain numpy, slow and exact.")
+attention_option = click.option("--attention", type=click.Choice(["auto", "sparse", "masked", "dense"]), default="auto", show_default=True,
+                                help="auto: dense up to top_k tokens, sparse beyond.")
+reproducible_option = click.option(
+    "--reproducible", is_flag=True,
+    help="Give a token the same logits, bit for bit, whatever steps it runs in: threads, -ub, reused prefixes, other conversations.")
+threads_options = options(
+    click.option("-t", "--threads", type=int, help="CPU threads for generation.  [default: physical cores]"),
+    click.option("-tb", "--threads-batch", type=int, help="CPU threads for prompts.  [default: as -t]"))
+sampling_options = options(
+    click.option("--temp", "temperature", type=float, default=0.8, show_default=True, help="Temperature; 0: greedy."),
+    click.option("--top-k", type=int, default=40, show_default=True, help="Sample from the K likeliest tokens; 0: all."),
+    click.option("--top-p", type=float, default=0.95, show_default=True, help="Sample from the likeliest tokens that sum to P."),
+    click.option("--min-p", type=float, default=0.05, show_default=True, help="Drop tokens less likely than P times the likeliest."),
+    click.option("--repeat-penalty", type=float, default=1.0, show_default=True, help="Penalty for tokens among the last 64; 1: none."),
+    click.option("--logit-bias", metavar="ID(+|-)BIAS", multiple=True, callback=logit_biases,
+                 help="Add to the logit of a token, like 15043+1; 15043-inf: never pick it. Can be repeated."),
+    click.option("-s", "--seed", type=int, callback=lambda context, parameter, seed: None if seed == -1 else seed,
+                 help="Seed of the random numbers; -1: a new one.  [default: -1]"))
+
+
+def options_with_defaults(decorator, **defaults):
+    """A decorator of options, some of which have other defaults."""
+    def decorate(function):
+        function = decorator(function)
+        for option in function.__click_params__:
+            option.default = defaults.get(option.name, option.default)
+        return function
+    return decorate
+
+
+def take_fields(kind, settings):
+    """Take the options out of settings that are fields of a dataclass."""
+    return {field.name: settings.pop(field.name) for field in dataclasses.fields(kind) if field.name in settings}
+
+
+def load_model(path, threads=None, threads_batch=None, **settings):
+    """Load a model, with progress on stderr."""
+    click.echo(f"loading {visible(path)}", err=True)
+    if settings.get("n_ctx") == 0:
+        settings["n_ctx"] = longest_context(path, settings)
+    with progress_bar("compiling kernels") as progress:
+        from pydsa.model import load
+        model = load(path, threads=threads, threads_batch=threads_batch, progress=progress, **settings)
+    if model.n_ctx > model.config.n_ctx_train:
+        click.echo(f"the context of {model.n_ctx} tokens is longer than the model's own, {model.config.n_ctx_train}", err=True)
+    return model
+
+
+def longest_context(path, settings):
+    """The tokens of -c 0, with a sentence on stderr if memory is short."""
+    from pydsa.fit import longest_context
+    n_ctx, whole = longest_context(path, **{key: value for key, value in settings.items() if key != "n_ctx"})
+    click.echo(f"a context of {n_ctx} tokens, " + ("the model's own" if whole else "as many as the memory holds"), err=True)
+    return n_ctx
+
+
+def read_text(file):
+    """The text of a file or pipe.
+
+    Left out are a byte order mark, with which programs of Windows begin a file, and the newline at the end.
+    """
+    from pydsa.tokenizer import MAX_TEXT
+    try:
+        text = file.read(MAX_TEXT + 1)      # not all of a file without end, such as /dev/zero
+    except UnicodeDecodeError as error:
+        raise Failure(f"The prompt is not UTF-8 text (byte {error.start}).") from error
+    except OSError as error:
+        raise Failure(f"The prompt cannot be read from {file.name} ({error.strerror or error}); give it with -p.") from error
+    if len(text) > MAX_TEXT:
+        raise Failure(f"The prompt has more than {MAX_TEXT} characters, expected at most so many.")
+    return text.removeprefix("\ufeff").removesuffix("\n")
+
+
+def comma_numbers(name, text):
+    """The integers of an option, with commas between them, as a list."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.UsageError(f"{name} is {text!r}, expected integers with commas between them.") from None
+    if min(numbers) < 0:
+        raise click.UsageError(f"{name} has the number {min(numbers)}, expected numbers from 0 on.")
+    return numbers

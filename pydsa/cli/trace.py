@@ -1,0 +1,29 @@
+"""pydsa trace: compare every intermediate value with the reference."""
+import click
+
+from pydsa.cli.shared import attention_option, ctx_option, load_model, model_options, threads_options
+from pydsa.habits import llama_cpp_options, model_argument
+
+
+@click.command()
+@model_argument()
+@llama_cpp_options
+@click.option("-p", "--prompt", required=True, help="The text to run.")
+@click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", show_default=True,
+              help="Form of the table.")
+@threads_options
+@ctx_option
+@model_options
+@attention_option
+def trace(model, prompt, output, threads, threads_batch, **settings):
+    """Compare every intermediate value with the numpy reference.
+
+    There is a row for each op, in the order they run. The last column is the normalised squared error, sum (a - b)^2 / sum b^2; for indices
+    it is the share that differs.
+    """
+    from pydsa.bench import format_rows
+    from pydsa.report import compare_nodes
+    engine = load_model(model, threads, threads_batch, **settings)
+    reference = load_model(model, device="reference", **settings | {"n_ctx": engine.n_ctx})
+    rows = compare_nodes(engine, reference, engine.tokenize(prompt))
+    click.echo(format_rows(rows, output), nl=False)
