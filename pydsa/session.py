@@ -15,6 +15,7 @@ from pydsa.diagnosis import explained
 from pydsa.errors import ContextFullError, DamagedWeightsError, PydsaError, SessionFileError
 from pydsa.hooks import Hook, Observer
 from pydsa.limits import allocating
+from pydsa.options import choose
 from pydsa.plan import check_memory
 from pydsa.prefixes import common_length
 from pydsa.quants import CACHE_ALIASES
@@ -76,7 +77,7 @@ class Session:
         self._runner, self._setup, self._eog_ids = runner, setup, eog_ids
         self.tokens = []
         self.caches = setup.make_caches(runner.backend, setup.n_ctx)
-        self._bound, self._hooks = {}, ()
+        self._bound, self._hooks, self._variant = {}, (), None
         self._ahead = Ahead(runner)
 
     def __repr__(self):
@@ -177,6 +178,20 @@ class Session:
         self._bound = {key: bound for key, bound in self._bound.items() if not bound.late}
         self._ahead.forget()
 
+    @property
+    def variant(self):
+        """The name of the variant that all steps take (schedule.VARIANTS).
+
+        It is one of the model's, setup.schedule.variants; None: that of the schedule. Steps of several sessions together refuse those
+        with one.
+        """
+        return self._variant
+
+    @variant.setter
+    def variant(self, name):
+        self._variant = name if name is None else choose("variant", name, self._setup.schedule.variants)
+        self._ahead.forget()
+
     def _reporting(self, progress, start, n_tokens, total):
         """A hook that reports the progress of a ubatch after each layer."""
         progress(start, total)
@@ -206,7 +221,7 @@ class Session:
 
     def _bind(self, n_past, n_tokens, n_outputs):
         """The Bound of a step; those of repeated steps are kept."""
-        key = self._setup.schedule.variant(n_past, n_tokens), n_tokens, n_outputs
+        key = self._variant or self._setup.schedule.variant(n_past, n_tokens), n_tokens, n_outputs
         bound = self._bound.get(key)
         if bound is None:
             late = tuple(hook for hook in self._hooks if hook.late) if n_tokens == 1 else ()

@@ -91,20 +91,21 @@ def longest_context(path, settings):
     return n_ctx
 
 
-def read_text(file):
+def read_text(file, what="prompt", instead="; give it with -p"):
     """The text of a file or pipe.
 
-    Left out are a byte order mark, with which programs of Windows begin a file, and the newline at the end.
+    Left out are a byte order mark, with which programs of Windows begin a file, and the newline at the end. what, instead: the words of
+    errors for what is read, and for what to do where it cannot be.
     """
     from pydsa.tokenizer import MAX_TEXT
     try:
         text = file.read(MAX_TEXT + 1)      # not all of a file without end, such as /dev/zero
     except UnicodeDecodeError as error:
-        raise Failure(f"The prompt is not UTF-8 text (byte {error.start}).") from error
+        raise Failure(f"The {what} is not UTF-8 text (byte {error.start}).") from error
     except OSError as error:
-        raise Failure(f"The prompt cannot be read from {file.name} ({error.strerror or error}); give it with -p.") from error
+        raise Failure(f"The {what} cannot be read from {file.name} ({error.strerror or error}){instead}.") from error
     if len(text) > MAX_TEXT:
-        raise Failure(f"The prompt has more than {MAX_TEXT} characters, expected at most so many.")
+        raise Failure(f"The {what} has more than {MAX_TEXT} characters, expected at most so many.")
     return text.removeprefix("\ufeff").removesuffix("\n")
 
 
