@@ -1,5 +1,6 @@
 """pydsa imatrix: which inputs of a model's matrices are large, for quantizers."""
 import contextlib
+import os
 import time
 
 import click
@@ -12,6 +13,11 @@ from pydsa.habits import llama_cpp_options, model_argument
 from pydsa.terminal import visible
 
 
+def _paths(values):
+    """The paths that are given in one value or several, with commas between."""
+    return [path for value in values for path in ([value] if os.path.exists(value) else value.split(","))]
+
+
 @click.command()
 @model_argument("")
 @llama_cpp_options
@@ -19,8 +25,8 @@ from pydsa.terminal import visible
 @click.option("-o", "--output-file", "--output", "output", type=click.Path(), default="imatrix.gguf", show_default=True,
               help="The file to write.")
 @click.option("--output-format", "form", type=click.Choice(["gguf", "dat"]), help="dat: llama.cpp's older form.  [default: gguf]")
-@click.option("--in-file", "in_files", type=click.Path(), multiple=True,
-              help="An imatrix to add to that of the text, in either form. Can be repeated; without a text only these are added.")
+@click.option("--in-file", "in_files", multiple=True, metavar="FILES", callback=lambda context, option, given: _paths(given),
+              help="Imatrix files, with commas between, to add to that of the text; without a text only these are added up.")
 @click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(1), default=512, show_default=True, help="Tokens of a chunk.")
 @click.option("--chunks", type=int, default=-1, show_default=True, help="Chunks to run at most; -1: all.")
 @click.option("--chunk", "--from-chunk", "first", type=click.IntRange(0), default=0, show_default=True, help="Chunks to leave out first.")

@@ -130,7 +130,7 @@ def check_target(path, inputs=()):
             if path.exists() and os.path.exists(other) and os.path.samefile(path, other):
                 raise ImatrixError(f"{path}: the imatrix would replace {other}, which is read: give it another name.")
         open(partial, "wb").close()
-        partial.unlink()
+        partial.unlink(missing_ok=True)
     except (OSError, ValueError) as error:      # ValueError: a zero byte in the path
         raise ImatrixError(f"{path}: the imatrix cannot be written ({getattr(error, 'strerror', error)}).") from error
 
