@@ -98,7 +98,22 @@ def test_progress_comes_beside_hooks(small_model, load):
 
 def test_batches_refuse_hooks(small_model, load):
     model = load(small_model(n_layer=2), attention="sparse")
-    sessions = [model.session(), model.session()]
+    sessions, other = [model.session(), model.session()], model.session()
     sessions[1].hooks = Choices(False),
-    with pytest.raises(PydsaError, match="with hooks"):
-        Batch(model.runner, model.setup).run(sessions, [[1], [2]])
+    other.variant = "sparse"
+    for together in (sessions, [sessions[0], other]):
+        with pytest.raises(PydsaError, match="with hooks or a variant of its own"):
+            Batch(model.runner, model.setup).run(together, [[1], [2]])
+
+
+def test_a_session_with_a_variant_of_its_own(small_model, load):
+    model, seen = load(small_model(n_layer=2)), Seen()
+    session = model.session()
+    session.hooks, session.variant = (seen,), "sparse"
+    session.prefill(IDS[:5])        # fewer tokens than top_k, of which the schedule lets no indexer choose
+    assert [keys[-1].tolist() for keys in seen.keys] == [[0, 1, 2, 3, 4] + [-1] * 7] * 2
+    session.variant = None
+    session.prefill(IDS[5:7])
+    assert session.variant is None and len(seen.keys) == 2
+    with pytest.raises(PydsaError, match="variant is 'mask', expected one of "):
+        session.variant = "mask"

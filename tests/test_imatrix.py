@@ -123,8 +123,8 @@ def test_files_with_attn_kv_b_have_its_inputs(small_model, load, tmp_path):
     assert met.sums.keys() == plain.sums.keys() - halves | {f"blk.{layer}.attn_kv_b.weight" for layer in (0, 1)}
     assert agree(met, plain, plain.sums.keys() - halves)
     for start in (0, 48):
-        model.session().prefill([model.tokenizer.bos_id, *IDS[start + 1:start + 48]], observe=lambda node, arrays: latents.append(arrays[0].copy())
-                                if (node.op, node.name) == ("rms_norm", "kv_cmpr_pe-1") else None)
+        model.session().prefill([model.tokenizer.bos_id, *IDS[start + 1:start + 48]], observe=lambda node, arrays: latents.append(
+            arrays[0].copy()) if (node.op, node.name) == ("rms_norm", "kv_cmpr_pe-1") else None)
     assert np.allclose(met.sums["blk.1.attn_kv_b.weight"], (np.concatenate(latents) ** 2).sum(0), rtol=1e-4)
     assert met.for_model(model.setup.file.tensors)["blk.1.attn_kv_b.weight"].shape == (1, 56)
 
