@@ -316,6 +316,16 @@ def test_the_command_goes_on_where_it_was(tmp_path):
     assert (tmp_path / "part.gguf.at_3").read_bytes() == (tmp_path / "part.gguf").read_bytes()
 
 
+def test_an_interrupt_leaves_what_is_complete(tmp_path, monkeypatch):
+    def interrupted(model, ids, **options):
+        yield imatrix.read(THEIRS)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(imatrix.running, "collect", interrupted)
+    result = run("-f", NOTES, "-c", 96, "--from-chunk", 4, "-o", tmp_path / "a.gguf")
+    assert (result.exit_code, result.stdout) == (130, "") and (tmp_path / "a.gguf").read_bytes() == THEIRS.read_bytes()
+    assert f"has 1 chunks of the text; to go on: --in-file {tmp_path / 'a.gguf'} --from-chunk 5" in result.stderr
+
+
 def test_the_command_adds_files_and_shows_them(tmp_path):
     result = run("--in-file", f"{THEIRS},{THEIRS}", "-c", 96, "-o", tmp_path / "sum.dat", "--output-format", "dat")
     assert result.exit_code == 0 and "6 chunks of 96 tokens" in result.stderr

@@ -1,7 +1,6 @@
 """pydsa imatrix: which inputs of a model's matrices are large, for quantizers."""
 import contextlib
 import os
-import time
 
 import click
 
@@ -107,7 +106,7 @@ def _show_statistics(file, in_files, n_ctx, table):
 def _collect(engine, ids, output, before, **options):
     """Run the text, with progress on stderr -> the Imatrix of all of it."""
     from pydsa.imatrix import collect_to_file
-    start, done = time.monotonic(), 0
+    done = 0
     try:
         with progress_bar("running") as progress:
             with contextlib.closing(collect_to_file(engine, ids, output, before=before, progress=progress, **options)) as run:
@@ -115,7 +114,7 @@ def _collect(engine, ids, output, before, **options):
                     done += 1
     except KeyboardInterrupt:
         if done:
-            click.echo(f"\n{visible(output)} has {done} chunks in {time.monotonic() - start:.0f} s; to go on, take --in-file "
-                       f"{visible(output)} --from-chunk {options['first'] + done}", err=True)
+            click.echo(f"\n{visible(output)} has {done} chunks of the text; to go on: --in-file {visible(output)} "
+                       f"--from-chunk {options['first'] + done}", err=True)
         raise
     return found if before is None else before.merged(found)
