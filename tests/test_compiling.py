@@ -300,7 +300,10 @@ def test_kernels_of_others_are_not_kept():
 
 
 def test_all_kernels_of_a_model_are_kept(small_model, load):
-    """One that takes a function as an argument has its address in it, and would be compiled at every start."""
+    """One that takes a function as an argument would not be.
+
+    It has the function's address in it, and is compiled at every start.
+    """
     from pydsa.backends.cpu.op import _signature
     model = load(small_model(), attention="sparse")
     entries = {op.entry(_signature(args)) for op, args in model._all_calls()}

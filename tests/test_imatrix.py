@@ -98,7 +98,10 @@ def test_statistics_are_those_of_llama_cpp():
 @pytest.mark.filterwarnings("ignore:.* are not used", "ignore:.* split in two on load")
 @pytest.mark.parametrize("arch, device", [("deepseek32", "cpu"), ("deepseek2", "reference")])
 def test_factors_and_fused_experts_change_nothing(small_model, load, tmp_path, arch, device):
-    """Factors are powers of two; gate and up are one matrix in the file, and two products, with factors of their own."""
+    """Factors are powers of two.
+
+    With them gate and up, one matrix in the file, are two products.
+    """
     path, options = small_model(arch=arch, n_layer=2), dict(device=device, n_ctx=48, attention="sparse" if arch == "deepseek32" else "auto")
     plain = collected(load(path, **options))
     fused = rewrite(path, tmp_path / "fused.gguf", tensors=fused_experts(path))
@@ -114,7 +117,7 @@ def test_factors_and_fused_experts_change_nothing(small_model, load, tmp_path, a
 
 @pytest.mark.filterwarnings("ignore:.* split in two on load")
 def test_files_with_attn_kv_b_have_its_inputs(small_model, load, tmp_path):
-    """They are the latents; its halves, which pydsa makes, are not in the file."""
+    """They are the latents. Its halves, which pydsa makes, are not in the file."""
     path, latents = small_model(arch="deepseek2", n_layer=2), []
     old = rewrite(path, tmp_path / "old.gguf", **old_keys("deepseek2"), tensors=whole_kv_b(path))
     plain, model = collected(load(path, n_ctx=48)), load(old, n_ctx=48)

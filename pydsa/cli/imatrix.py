@@ -58,17 +58,17 @@ def imatrix(model, file, output, form, in_files, n_ctx, chunks, first, every, co
     text = None if file is None else read_text(file, "text", "")
     if text == "":
         raise Failure(f"The text is empty, expected one chunk of {n_ctx} tokens at least (-c).")
-    path = model or (DEMO if text is not None else None)
-    check_target(output, [] if path is None else [path, *([] if file is None else [file.name])])
-    if form is None and not output.endswith(".gguf"):
-        click.echo(f"{visible(output)} will be a GGUF file; --output-format dat writes the older form", err=True)
-    found, tensors, settings = read_all(in_files, n_ctx), None, settings | {"n_ctx": n_ctx}
+    path, settings = model or (DEMO if text is not None else None), settings | {"n_ctx": n_ctx}
+    inputs, tensors, found = [] if file is None else [file.name], None, read_all(in_files, n_ctx)
     if path is not None:
         from pydsa.model import Setup
         setup = Setup(path, **settings)
-        tensors = {tensor.name: tensor for tensor in setup.trunk}
+        inputs, tensors = [*inputs, *setup.file.paths], {tensor.name: tensor for tensor in setup.trunk}
         if found is not None:
-            found.for_model(tensors, path)      # refuses what is of another model, before that is run
+            found.check_model(tensors, path)
+    check_target(output, inputs)
+    if form is None and not output.endswith(".gguf"):
+        click.echo(f"{visible(output)} will be a GGUF file; --output-format dat writes the older form", err=True)
     if text is None:
         save(found, output, form or "gguf")
     else:

@@ -63,22 +63,24 @@ class Imatrix:
         """The mean squares for a model's matrices.
 
         tensors: {name: gguf_file.Tensor}, of an open file. Returns {name: float32 [n_mat, n_in]} for those with data: n_mat is the product
-        of a tensor's leading dimensions, 1 for a matrix. Raises ImatrixError if a tensor has another number of columns or matrices, or if
-        none is the model's. what: the model's name in errors.
+        of a tensor's leading dimensions, 1 for a matrix. Raises ImatrixError as check_model() does. what: the model's name in errors.
         """
-        fitted = {}
-        for name, tensor in tensors.items():
-            source = self.source(name)
-            if source is None:
-                continue
-            n_mat, n_in = math.prod(tensor.shape[:-2]), tensor.shape[-1]
+        return {name: self.mean(source).reshape(-1, tensors[name].shape[-1]) for name, source in self.check_model(tensors, what).items()}
+
+    def check_model(self, tensors, what="the model"):
+        """Raise ImatrixError if this is the imatrix of another model.
+
+        A tensor has another number of columns or matrices there, or none is the model's. Returns {name: the entry with its data}.
+        """
+        sources = {name: source for name in tensors if (source := self.source(name)) is not None}
+        if not sources:
+            raise ImatrixError(f"The imatrix has no tensor of {what}: it is that of another model.")
+        for name, source in sources.items():
+            n_mat, n_in = math.prod(tensors[name].shape[:-2]), tensors[name].shape[-1]
             if self.sums[source].size != n_mat * n_in or n_mat % self.counts[source].size:
                 raise ImatrixError(f"The imatrix has {self.sums[source].size} sums and {self.counts[source].size} counts of "
                                    f"{quote(source)}, expected those of {n_mat} x {n_in} columns in {what}: it is that of another model.")
-            fitted[name] = self.mean(source).reshape(n_mat, n_in)
-        if not fitted:
-            raise ImatrixError(f"The imatrix has no tensor of {what}: it is that of another model.")
-        return fitted
+        return sources
 
     def source(self, name):
         """The entry with the inputs of a tensor; None without one.
