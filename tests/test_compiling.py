@@ -299,18 +299,6 @@ def test_kernels_of_others_are_not_kept():
     assert not isinstance(jit.kernel(names)._cache, jit.KernelCache)
 
 
-def test_all_kernels_of_a_model_are_kept(small_model, load):
-    """One that takes a function as an argument would not be.
-
-    It has the function's address in it, and is compiled at every start.
-    """
-    from pydsa.backends.cpu.op import _signature
-    model = load(small_model(), attention="sparse")
-    entries = {op.entry(_signature(args)) for op, args in model._all_calls()}
-    made_anew = [entry.function.__name__ for entry in entries if kernel_cache.read(entry.cache.path(entry.signature)) is None]
-    assert len(entries) > 10 and not made_anew
-
-
 def test_parts_of_kernels_are_python_functions():
     """... where Python calls them: there is no machine code of their own."""
     from pydsa.backends.cpu.jit import inner

@@ -125,22 +125,22 @@ def select_token(out, t, row, thread):
 
 
 @inner
-def score_first(q, w, keys, positions, scale, task):
+def score_and(finish, out, q, w, keys, positions, scale, task):
     """Run a task of the first stage.
 
-    Returns the first token of those of which the task has all scores, their number, and where the rows of scores are.
+    finish(out, t, row, thread) is called for each token of which the task has all scores.
     """
     if len(q) <= FEW_TOKENS:
         score_keys(q, w, keys, positions, scale, task)
-        return 0, 0, task.scratch
-    return score_tokens(q, w, keys, positions, scale, task)
+        return
+    first, n_tokens, rows = score_tokens(q, w, keys, positions, scale, task)
+    for t in range(first, first + n_tokens):
+        finish(out, t, row_of(rows, t - first, positions[first + n_tokens - 1] + 1, positions[t] + 1), task.thread)
 
 
 @inner
 def scores_first(out, q, w, keys, positions, scale, task):
-    first, n_tokens, rows = score_first(q, w, keys, positions, scale, task)
-    for t in range(first, first + n_tokens):
-        store_scores(out, t, row_of(rows, t - first, positions[first + n_tokens - 1] + 1, positions[t] + 1), task.thread)
+    score_and(store_scores, out, q, w, keys, positions, scale, task)
 
 
 @inner
@@ -156,9 +156,7 @@ def indexer_scores(out, q, w, keys, positions, scale):
 
 @inner
 def select_first(out, q, w, keys, positions, scale, task):
-    first, n_tokens, rows = score_first(q, w, keys, positions, scale, task)
-    for t in range(first, first + n_tokens):
-        select_token(out, t, row_of(rows, t - first, positions[first + n_tokens - 1] + 1, positions[t] + 1), task.thread)
+    score_and(select_token, out, q, w, keys, positions, scale, task)
 
 
 @inner
