@@ -74,7 +74,7 @@ class Session:
 
     def __init__(self, runner, setup, tokenizer):
         check_memory(setup.cache_bytes, "the caches of a new session", runner.backend)
-        self._runner, self._setup, self.tokenizer = runner, setup, tokenizer
+        self._runner, self._setup, self.tokenizer, self._eog_ids = runner, setup, tokenizer, tokenizer.eog_ids
         self.tokens = []
         self.caches = setup.make_caches(runner.backend, setup.n_ctx)
         self._bound, self._hooks = {}, ()
@@ -247,7 +247,7 @@ class Session:
         n, token = 0, None
         while n != max_tokens and not (state and state.finished):
             token = self.pick(logits, sampler, state) if n == 0 else self._next(token, sampler, state, n + 1 == max_tokens)
-            if token in self.tokenizer.eog_ids:
+            if token in self._eog_ids:
                 return
             if state:
                 state.advance(token)
@@ -267,7 +267,7 @@ class Session:
         bound = self._bind(n_past, 1, 1)
         following = bound if full else self._bind(n_past + 1, 1, 1)
         following_id, greatest = self._ahead.next(settings, token, n_past, bound, following,
-                                                  ends=lambda following_id: last or full or following_id in self.tokenizer.eog_ids)
+                                                  ends=lambda following_id: last or full or following_id in self._eog_ids)
         self.tokens.append(token)
         with self._explaining():
             sampler.check(greatest)
