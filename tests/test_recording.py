@@ -17,7 +17,10 @@ OPS = {"indexer_select": (0,), "top_k": (0,), "moe_route": (0, 1)}
 
 
 class Choices(Hook):
-    """What the steps choose, in a plain way: {(op, layer, argument): [(position, row)]}."""
+    """What the steps choose, in a plain way.
+
+    seen: {(op, layer, argument): [(position, row)]}.
+    """
 
     def __init__(self):
         self.seen = {}
