@@ -79,7 +79,7 @@ def test_a_recording_has_what_was_chosen(small_model, load, device, attention, a
 
 
 def test_dense_steps_have_all_keys(small_model, load):
-    """With attention auto up to top_k tokens, and with prompts in the plain form beyond them."""
+    """Up to top_k tokens; then comes a prompt in the plain form."""
     model = load(small_model(n_layer=2), n_ubatch=64)
     session, seen, plain = model.session(), Choices(), load(small_model(n_layer=2), n_ubatch=64).session()
     session.hooks = seen,

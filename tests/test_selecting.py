@@ -33,7 +33,7 @@ def test_the_indexers_own_choice_gives_the_same_bits(small_model, load, attentio
 
 
 def test_golden_models_keep_their_logits(golden, load):
-    """With the indexer's choice as a function, in steps of one size; and prompts in the plain form."""
+    """With the indexer's choice as a function."""
     path, arrays = golden("glm-q8_0")
     model = load(path, attention="auto", n_ctx=256)
     session, plain = model.session(), model.session()
@@ -112,7 +112,8 @@ def test_a_choice_shows_scores_and_attention(small_model, load):
     (3, "returned int of another shape than expected: a row of keys for each of 2 tokens"), ([[1]], "a row of keys for each of 2 tokens"),
     ([[1], [[2]]], "of another shape"), ([[1.0], [2]], "returned float64, expected integers or a mask"),
     ([[0, 6], [1]], "chose key 6 for the token at position 5, expected 0 to 5"), ([[0], [-2]], "chose key -2"),
-    ([[0, 1, 2, 3], [1]], "chose 4 keys for the token at position 5, but only 3 fit"), ([[True] * 3, [1]], "a mask of 3 keys, expected 7"), (None, "returned NoneType"), ([["a"], [1]], "expected integers")])
+    ([[0, 1, 2, 3], [1]], "chose 4 keys for the token at position 5, but only 3 fit"),
+    ([[True] * 3, [1]], "a mask of 3 keys, expected 7"), (None, "returned NoneType"), ([["a"], [1]], "expected integers")])
 def test_what_a_function_returns_is_checked(value, message):
     def mine(choice):
         return value
@@ -139,7 +140,7 @@ def test_errors_leave_the_session_as_it_was(small_model, load):
 
 
 def test_caches_of_different_selections_are_not_mixed_unseen(small_model, load, tmp_path):
-    """Prefixes that another function ran are run again; sessions with a function are not saved."""
+    """Prefixes that another function ran are run again, and not saved."""
     model, window = load(small_model(n_layer=2), attention="sparse", n_ubatch=16), selections.sliding_window(3)
     session, fresh = model.session(), model.session()
     run(session)
