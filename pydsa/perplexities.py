@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from pydsa.bench import markdown
+from pydsa.selecting import name_of
 
 PERCENTILES = (99.9, 99, 95, 90, 75, 50, 25, 10, 5, 1, 0.1)
 AGAINST = ("base_ppl", "base_ppl_error", "correlation", "ln_ratio", "ln_ratio_error", "ratio", "ratio_error", "difference",
@@ -22,17 +23,20 @@ class Perplexity:
     nothing. The arrays below have a row for each complete chunk and a column for each prediction that is scored, n_ctx - 1 - first.
     """
 
-    def __init__(self, setup, chunks, first, stride, base):
+    def __init__(self, session, chunks, first, stride, base):
+        setup = session.setup
         chooses = setup.config.top_k is not None and setup.attention != "dense"
         self.settings = {"model": str(setup.file.metadata.path), "device": setup.device_name, "attention": setup.attention,
                          "top_k": setup.config.top_k if chooses else None, "kv_type": setup.kv_type,
-                         "index_type": setup.index_type if chooses else None}
+                         "index_type": setup.index_type if chooses else None,
+                         "select": None if session.select is None else name_of(session.select)}
         self.chunks, self.first, self.stride, self.base = chunks, first, stride, base
         self._columns = []
 
     def __repr__(self):
         figures = f"{self.ppl:.4f} ± {self.ppl_error or 0:.4f}" if self.n_tokens else "nothing yet"
-        return f"<pydsa.Perplexity {figures}, {self.n_tokens} tokens of {len(self.chunks)} chunks, attention {self.settings['attention']}>"
+        return f"<pydsa.Perplexity {figures}, {self.n_tokens} tokens of {len(self.chunks)} chunks, attention "\
+               f"{self.settings['select'] or self.settings['attention']}>"
 
     def add(self, *arrays):
         """Append a complete chunk.
@@ -94,8 +98,13 @@ class Perplexity:
 
     @property
     def n_chosen(self):
-        """How many predictions were made by tokens that had more keys than top_k."""
+        """How many predictions tokens made that had more keys than top_k.
+
+        With a session's `select` all tokens have a choice.
+        """
         top_k = self.settings["top_k"]
+        if self.settings["select"] is not None:
+            return self.n_tokens
         return 0 if top_k is None else self.n_chunks * max(0, self.n_ctx - 1 - max(self.first, top_k))
 
     @property
@@ -178,14 +187,15 @@ def table(rows):
     compared = [row for row in rows if row["base"] is not None]
     if not compared:
         return text
-    keys = ("attention", "top_k", "kv_type", "index_type")
-    names = [", ".join(str(row[key]) for key in keys if row[key] is not None) for row in compared]
+    keys = ("top_k", "kv_type", "index_type")
+    names = [", ".join([row["select"] or row["attention"], *(str(row[key]) for key in keys if row[key] is not None)])
+             for row in compared]
     lines = [{"": label} | {f"{name}{' ' * i}": show(row) for i, (name, row) in enumerate(zip(names, compared))} for label, show in _LINES]
     return f"{text}\nAgainst {compared[0]['base']}:\n\n{markdown(lines)}"
 
 
 def _short(row):
-    cells = {"attention": row["attention"], "top_k": "-" if row["top_k"] is None else str(row["top_k"]), "kv": row["kv_type"],
+    cells = {"attention": row["select"] or row["attention"], "top_k": "-" if row["top_k"] is None else str(row["top_k"]), "kv": row["kv_type"],
              "index": row["index_type"] or "-", "tokens": str(row["n_tokens"]),
              "with a choice": f"{row['n_chosen'] / row['n_tokens']:.0%}", "PPL": with_error(row, "ppl", ".4f")}
     if row["base"] is None:

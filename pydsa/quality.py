@@ -27,8 +27,9 @@ ROWS_BYTES = 256 << 20      # bytes of logits that one step gives at most
 def perplexity(model, text, n_ctx=None, n_chunks=None, stride=None, base=None, progress=None):
     """The Perplexity of a text, or one for each of several models.
 
-    model: a Model; a Session, which keeps its hooks and loses its tokens; or a list of them, of models with one vocabulary. With a list the
-    others are compared with the first, or all with `base`, and the result is a list. text: a str, or token ids; None: the tokens of `base`.
+    model: a Model; a Session, which keeps its `hooks` and `select` and loses its tokens; or a list of them, of models with one vocabulary.
+    With a list the others are compared with the first, or all with `base`, and the result is a list. text: a str, or token ids; None: the
+    tokens of `base`.
 
     The text is cut into chunks of n_ctx tokens (512), of which each is run in an empty context. The first token is replaced by BOS where
     the model's prompts begin with BOS, and the predictions of the second half are scored. n_chunks: how many; None: all. stride: windows
@@ -79,7 +80,7 @@ class Measurement:
                                  f"n_ctx={self.n_ctx} (-c).")
         kept = len(self._sessions) > 1 or base is not None
         check_memory(self._rows_of_a_step * self.n_vocab * 4 * (3 + kept), f"The logits of {self._rows_of_a_step} tokens")
-        self.results = [Perplexity(session.setup, self.chunks, self.first, stride, self._base_of(i))
+        self.results = [Perplexity(session, self.chunks, self.first, stride, self._base_of(i))
                         for i, session in enumerate(self._sessions)]
 
     def _length(self, n_ctx, stride):
@@ -122,7 +123,8 @@ class Measurement:
     def note(self):
         """A sentence on choices of keys that no token makes, or None."""
         most = self.n_ctx - 1       # keys of the last token that is run
-        idle = sorted({result.settings["top_k"] for result in self.results if (result.settings["top_k"] or 0) >= most})
+        idle = sorted({result.settings["top_k"] for result in self.results
+                       if result.settings["select"] is None and (result.settings["top_k"] or 0) >= most})
         if not idle:
             return None
         return (f"In chunks of {self.n_ctx} tokens none has more keys than the top_k of {' or '.join(map(str, idle))}: it attends to all "

@@ -9,10 +9,11 @@ from click.testing import CliRunner
 from helpers import random_ids
 
 import pydsa
-from pydsa import PydsaError, quality
+from pydsa import PydsaError, quality, selections
 from pydsa.cli import main
 from pydsa.distributions import LikeliestRows, Rows, Threads
 from pydsa.hooks import Hook
+from pydsa.perplexities import table
 
 DATA = Path(__file__).parent / "data" / "perplexity"
 LLAMA_CPP = json.loads((DATA / "llama_cpp.json").read_text())
@@ -25,6 +26,7 @@ class Scripted:
 
     The vocabulary has three tokens, of which 0 is BOS. ran: the tokens of each chunk as they were run.
     """
+    select = None
 
     def __init__(self, n_ubatch=100, add_bos=True, shift=0.0, top_k=4):
         config = types.SimpleNamespace(n_vocab=3, top_k=top_k)
@@ -184,6 +186,19 @@ def test_the_choice_of_keys_is_worth_something(load):
     dense, sparse, few = pydsa.perplexity(models, TEXT, n_ctx=1024, n_chunks=1)
     assert abs(sparse.row()["ln_ratio"]) < 0.02 and sparse.kl.mean() < 0.01 and sparse.same_top.mean() > 0.95
     assert few.ppl > 1.2 * dense.ppl and few.kl.mean() > 0.1 and dense.n_chosen == 0 < few.n_chosen == sparse.n_chosen
+
+
+def test_a_selection_counts(load):
+    """A window, the indexer's keys by way of a function, and random ones."""
+    model = load(pydsa.DEMO, n_ctx=512)
+    ways = (selections.indexer, selections.sliding_window(128), selections.random())
+    sessions = [model.session() for _ in ways]
+    for session, way in zip(sessions, ways):
+        session.select = way
+    plain, same, window, chance = pydsa.perplexity([model, *sessions], TEXT, n_chunks=1)
+    assert same.kl.mean() < 1e-4 < 0.01 < window.kl.mean() < chance.kl.mean() and plain.ppl < window.ppl < chance.ppl
+    assert window.row()["select"] == "sliding_window(128)" and plain.row()["select"] is None
+    assert "| sliding_window(128) |" in table([result.row() for result in (plain, window)])
 
 
 def test_hooks_of_a_session_count(small_model, load):
