@@ -195,8 +195,8 @@ def table(rows):
 
 
 def _short(row):
-    cells = {"attention": row["select"] or row["attention"], "top_k": "-" if row["top_k"] is None else str(row["top_k"]), "kv": row["kv_type"],
-             "index": row["index_type"] or "-", "tokens": str(row["n_tokens"]),
+    cells = {"attention": row["select"] or row["attention"], "top_k": "-" if row["top_k"] is None else str(row["top_k"]),
+             "kv": row["kv_type"], "index": row["index_type"] or "-", "tokens": str(row["n_tokens"]),
              "with a choice": f"{row['n_chosen'] / row['n_tokens']:.0%}", "PPL": with_error(row, "ppl", ".4f")}
     if row["base"] is None:
         return cells | dict.fromkeys(("ln(PPL/base)", "KL", "same top", "RMS Δp"), "-")

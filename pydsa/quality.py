@@ -24,7 +24,7 @@ DEFAULT_N_CTX = 512
 ROWS_BYTES = 256 << 20      # bytes of logits that one step gives at most
 
 
-def perplexity(model, text, n_ctx=None, n_chunks=None, stride=None, base=None, progress=None):
+def perplexity(model, text, n_ctx=None, n_chunks=None, stride=None, base=None, progress=None, save=None, n_top=None):
     """The Perplexity of a text, or one for each of several models.
 
     model: a Model; a Session, which keeps its `hooks` and `select` and loses its tokens; or a list of them, of models with one vocabulary.
@@ -34,17 +34,18 @@ def perplexity(model, text, n_ctx=None, n_chunks=None, stride=None, base=None, p
     The text is cut into chunks of n_ctx tokens (512), of which each is run in an empty context. The first token is replaced by BOS where
     the model's prompts begin with BOS, and the predictions of the second half are scored. n_chunks: how many; None: all. stride: windows
     that begin every so many tokens instead, of which the last `stride` predictions are scored, without BOS. base: the path of a file of
-    log-probabilities (logits_file.py), whose n_ctx holds. progress(done, results) is called after each chunk.
+    log-probabilities (logits_file.py), whose n_ctx holds. progress(done, results) is called after each chunk. save: the path of such a file
+    to write, of the first model's: in llama.cpp's form, or with n_top the n_top likeliest tokens in pydsa's own.
 
-    Raises PydsaError for a text that is too short, or options that are not valid, LogitsFileError for a base that does not fit, and the
-    errors of Session.logits().
+    Raises PydsaError for a text that is too short, or options that are not valid, LogitsFileError for a base that does not fit or a file
+    that cannot be written, and the errors of Session.logits().
     """
     models = list(model) if isinstance(model, (list, tuple)) else [model]
     with contextlib.ExitStack() as stack:
         if base is not None:
             base = stack.enter_context(open_logits(base))
         measurement = Measurement(models, text, n_ctx, n_chunks, stride, base)
-        for done in stack.enter_context(contextlib.closing(measurement.run())):
+        for done in stack.enter_context(contextlib.closing(measurement.run(save, n_top))):
             if progress is not None:
                 progress(done, measurement.results)
     return measurement.results if isinstance(model, (list, tuple)) else measurement.results[0]
@@ -54,11 +55,15 @@ class Measurement:
     """A run over the chunks of a text, under one or several settings.
 
     models, text, n_ctx, n_chunks, stride: as for perplexity(); base: an open reader, or None. chunks: int32 [n_chunks, n_ctx]. results: a
-    list of Perplexity, which have the chunks that are complete.
+    list of Perplexity, which have the chunks that are complete. kept: the number of chunks in the file that run() wrote.
     """
 
     def __init__(self, models, text, n_ctx=None, n_chunks=None, stride=None, base=None):
+        for model in models:
+            if not hasattr(model, "setup"):
+                raise PydsaError(f"The model is {model!r:.80}, expected a Model, a Session, or a list of them.")
         self._sessions = [model.session() if isinstance(model, Model) else model for model in models]
+        self.kept = 0
         if not self._sessions or len(set(map(id, self._sessions))) < len(self._sessions):
             raise PydsaError("There must be one or several models to measure, and a session only once.")
         setup = self._sessions[0].setup
@@ -138,14 +143,13 @@ class Measurement:
     def _n_ubatch(self):
         return min(session.setup.n_ubatch for session in self._sessions)
 
-    def run(self, writer=None):
+    def run(self, save=None, n_top=None):
         """Run the chunks, and yield the number of those that are complete.
 
-        writer: takes the first model's log-probabilities (writer_for), and is closed at the end, also where the run ends early.
+        save, n_top: as for perplexity(). The file is complete, as far as it can be, when the run ends, also where that is early.
         """
         with contextlib.ExitStack() as stack:
-            if writer is not None:
-                stack.callback(writer.close)
+            writer = None if save is None else stack.enter_context(self._writing(save, n_top))
             threads = stack.enter_context(Threads())
             for i in range(len(self.chunks)):
                 columns = self._run_chunk(i, threads, writer)
@@ -155,6 +159,20 @@ class Measurement:
                     if writer is not None:
                         writer.end_chunk()
                 yield i + 1
+
+    @contextlib.contextmanager
+    def _writing(self, path, n_top):
+        """A context with a writer of the first model's log-probabilities."""
+        first, (n_top,) = self.results[0], counts(2**31 - 1, n_top=n_top)
+        if first.stride is not None:
+            raise PydsaError("With a stride no log-probabilities are saved: files of them are of chunks.")
+        writer = LlamaCppWriter(path, self.chunks, self.n_vocab) if n_top is None else OwnWriter(
+            path, self.chunks, self.n_vocab, n_top, first.settings)
+        try:
+            yield writer
+        finally:
+            writer.close()
+            self.kept = writer.kept
 
     def _run_chunk(self, i, threads, writer):
         """Run a chunk -> for each session a list of tuples of arrays.
@@ -190,20 +208,6 @@ class Measurement:
             stop = min(start + self._n_ubatch, max(start, self.first) + self._rows_of_a_step, n)
             yield start, stop
             start = stop
-
-
-def writer_for(measurement, path, n_top=None):
-    """A writer of the log-probabilities of a Measurement's first model.
-
-    n_top: the likeliest tokens alone, so many, in pydsa's own form; None: all, in llama.cpp's. Raises LogitsFileError if the file cannot be
-    written.
-    """
-    result = measurement.results[0]
-    if result.stride is not None:
-        raise PydsaError("With a stride no log-probabilities are saved: files of them are of chunks.")
-    if n_top is None:
-        return LlamaCppWriter(path, measurement.chunks, measurement.n_vocab)
-    return OwnWriter(path, measurement.chunks, measurement.n_vocab, n_top, result.settings)
 
 
 def cut(ids, n_ctx, stride=None):

@@ -8,7 +8,7 @@ import pytest
 import pydsa
 from pydsa import LogitsFileError
 from pydsa.logits_file import OWN, LlamaCppWriter, open_logits, scored
-from pydsa.quality import Measurement, writer_for
+from pydsa.quality import Measurement
 
 DATA = Path(__file__).parent / "data" / "perplexity"
 LLAMA_CPP = json.loads((DATA / "llama_cpp.json").read_text())
@@ -25,7 +25,7 @@ def model(golden, load):
 def write(model, path, n_top=None, stop_after=2):
     """Two chunks' log-probabilities in a file -> the Measurement."""
     measurement = Measurement([model], TEXT, 128, 2)
-    run = measurement.run(writer_for(measurement, path, n_top))
+    run = measurement.run(path, n_top)
     for done in run:
         if done == stop_after:
             break
@@ -181,3 +181,6 @@ def test_files_that_cannot_be_written(model, tmp_path, monkeypatch):
     with pytest.raises(LogitsFileError, match="of the disk are free"):
         write(model, tmp_path / "base")
     assert scored(128) == 63 and not list(tmp_path.iterdir())
+    for options, message in ((dict(stride=5), "With a stride"), (dict(n_top=0), "n_top is 0")):
+        with pytest.raises(pydsa.PydsaError, match=message):
+            pydsa.perplexity(model, TEXT, 128, 2, save=tmp_path / "base", **options)

@@ -241,7 +241,8 @@ def test_what_is_refused_of_models():
     wider, session = Scripted(), Scripted()
     wider.setup.config.n_vocab = 4
     for models, text, message in (([], IDS, "one or several"), ([session, session], IDS, "only once"),
-                                  ([session, wider], IDS, "one vocabulary"), (session, None, "no text")):
+                                  ([session, wider], IDS, "one vocabulary"), (session, None, "no text"),
+                                  ("model.gguf", IDS, "expected a Model")):
         with pytest.raises(PydsaError, match=message):
             pydsa.perplexity(models, text)
 
@@ -274,6 +275,7 @@ def test_command(load, tmp_path):
     (("-f", pydsa.DEMO), "The text is not UTF-8"), (("-f", NOTES, "-b", 512), "use -ub"),
     (("-f", NOTES, "--ppl-stride", 9, "--save-all-logits", "x"), "has no"), (("-f", NOTES, "--ppl-stride", 600), "fewer than the 512"),
     (("-f", NOTES, "--kl-divergence-base", "/no/such/folder/x"), "cannot be written"),
+    (("-f", NOTES, "--kl-divergence-base", NOTES), "is there already: add --kl-divergence"),
     (("--kl-divergence", "--kl-divergence-base", "/no/such/file"), "cannot be read")])
 def test_command_refuses(args, message):
     result = command(*args, input="")

@@ -1,6 +1,7 @@
 """pydsa perplexity: how well a model predicts a text, under several settings."""
 import contextlib
 import itertools
+import os
 import time
 
 import click
@@ -12,6 +13,7 @@ from pydsa.exits import Failure
 from pydsa.habits import llama_cpp_options, model_argument
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
 from pydsa.signals import STOPPED
+from pydsa.terminal import visible
 
 
 @click.command()
@@ -49,19 +51,21 @@ def perplexity(model, file, n_ctx, chunks, stride, base, top_logits, kl_divergen
     if text == "":
         raise Failure("The text is empty, expected one of at least two chunks (-c).")
     from pydsa.logits_file import open_logits
-    from pydsa.quality import DEFAULT_N_CTX, Measurement, writer_for
+    from pydsa.quality import DEFAULT_N_CTX, Measurement
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(open_logits(base)) if kl_divergence else None
         length = n_ctx or (DEFAULT_N_CTX if reader is None else reader.n_ctx)
         engines = [load_model(model, n_ctx=length, **one) for one in _combinations(settings)]
         measurement = Measurement(engines, text, n_ctx, None if chunks < 0 else chunks, stride or None, reader)
         if reader is not None and reader.incomplete_of:
-            click.echo(f"{base} has {reader.n_chunks} of its {reader.incomplete_of} chunks: the run that wrote it ended early.", err=True)
-        writer = writer_for(measurement, base, top_logits) if base is not None and reader is None else None
-        stopped = _run(measurement, writer)
+            click.echo(f"{visible(base)} has {reader.n_chunks} of its {reader.incomplete_of} chunks: the run that wrote it ended early.",
+                       err=True)
+        save = base if reader is None else None
+        stopped = _run(measurement, save, top_logits)
     _show(measurement.results, output)
-    if writer is not None:
-        click.echo(f"wrote {base}" if writer.kept else f"{base} is not written: llama.cpp's form needs all chunks.", err=True)
+    if save is not None:
+        name = visible(save)
+        click.echo(f"wrote {name}" if measurement.kept else f"{name} is not written: llama.cpp's form needs all chunks.", err=True)
     if stopped:
         click.echo(f"[stopped after {measurement.results[0].n_chunks} of {len(measurement.chunks)} chunks]", err=True)
         raise click.exceptions.Exit(STOPPED)
@@ -77,6 +81,9 @@ def _check_options(file, n_ctx, chunks, stride, base, top_logits, kl_divergence)
         raise click.UsageError(f"--chunks is {chunks}, expected a number from 1 on, or -1 for all.")
     if kl_divergence and base is None:
         raise click.UsageError("--kl-divergence compares with a file: name it with --kl-divergence-base.")
+    if base is not None and not kl_divergence and os.path.exists(base):
+        raise click.UsageError(f"{visible(base)} is there already: add --kl-divergence to compare with it, or remove it to write it "
+                               "anew.")
     if top_logits is not None and (base is None or kl_divergence):
         raise click.UsageError("--top-logits is for a file that is written: name it with --kl-divergence-base, without --kl-divergence.")
     if stride and base is not None:
@@ -102,7 +109,7 @@ def _combinations(settings):
     return [row | settings for row in rows.values()]
 
 
-def _run(measurement, writer):
+def _run(measurement, save, n_top):
     """Run all chunks -> whether Ctrl-C ended the run.
 
     The estimates go to stderr. Before the first chunk is complete, Ctrl-C is an error as elsewhere.
@@ -112,7 +119,7 @@ def _run(measurement, writer):
     if measurement.note is not None:
         click.echo(measurement.note, err=True)
     try:
-        with contextlib.closing(measurement.run(writer)) as run:
+        with contextlib.closing(measurement.run(save, n_top)) as run:
             for done in run:
                 seconds = (time.monotonic() - start) * n_chunks
                 if done == 1 and seconds > 60:
@@ -131,6 +138,5 @@ def _show(results, output):
     """Print the table in the form that is asked for."""
     from pydsa.bench import format_rows
     from pydsa.perplexities import table
-    from pydsa.terminal import visible
     rows = [result.row() for result in results]
     click.echo(visible(table(rows), keep="\n") if output == "md" else format_rows(rows, output), nl=False)
