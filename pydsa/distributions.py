@@ -100,7 +100,6 @@ class Rows:
         from these, both float64 [n], and whether the likeliest tokens are the same, bool [n].
         """
         kl = np.empty(len(self.logits))
-
         shifts = (self.tops + self.log_sums - (rows.tops + rows.log_sums)).astype(np.float32)     # small where the rows are alike
 
         def diverge(part):

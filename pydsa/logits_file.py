@@ -30,10 +30,10 @@ def open_logits(path):
 
     Returns a LlamaCppReader or an OwnReader, both contexts. Raises LogitsFileError if it cannot be read, is no such file, or is damaged.
     """
-    with _readable(path):
+    with _system_errors(path):
         file = open(path, "rb")
     try:
-        with _readable(path):
+        with _system_errors(path):
             start = file.read(len(OWN))
             file.seek(0)
         for magic, reader in ((LLAMA_CPP, LlamaCppReader), (OWN, OwnReader)):
@@ -47,7 +47,7 @@ def open_logits(path):
 
 
 @contextlib.contextmanager
-def _readable(path, what="read"):
+def _system_errors(path, what="read"):
     """A context in which an error of the system is a LogitsFileError."""
     try:
         yield
@@ -63,11 +63,9 @@ class _Reader:
 
     def __init__(self, path, file):
         self.path, self._file = path, file
-        with _readable(path):
+        with _system_errors(path):
             self._size = os.fstat(file.fileno()).st_size
         self._read_header()
-        if not 2 < self.n_ctx <= MAX_CONTEXT or not 0 < self.n_vocab < 2**31:
-            self._fail("the file is damaged")
 
     def __enter__(self):
         return self
@@ -81,7 +79,7 @@ class _Reader:
     def _array(self, offset, dtype, *shape):
         """An array of the file, at a byte offset."""
         n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-        with _readable(self.path):
+        with _system_errors(self.path):
             self._file.seek(offset)
             data = self._file.read(n_bytes)
         if len(data) != n_bytes:
@@ -149,7 +147,7 @@ class OwnReader(_Reader):
         except (ValueError, KeyError, TypeError, RecursionError):
             self._fail("the file is damaged")
         if any(type(n) is not int for n in (self.n_ctx, self.n_vocab, self.n_top)) or not (
-                3 <= self.n_ctx <= MAX_CONTEXT and 1 <= self.n_top <= self.n_vocab):
+                3 <= self.n_ctx <= MAX_CONTEXT and 1 <= self.n_top <= self.n_vocab < 2**31):
             self._fail("the file is damaged")
         self._start, self._row = len(OWN) + 8 + length, 4 + 8 * self.n_top
         self._record = 4 * self.n_ctx + scored(self.n_ctx) * self._row
@@ -178,12 +176,12 @@ class _Writer:
         """Begin a file for chunks of tokens, int32 [n_chunks, n_ctx]."""
         self.path, self._partial = Path(path), Path(f"{path}.part")
         self._chunks, self._n_vocab, self._n_complete, self.kept = chunks, n_vocab, 0, 0
-        with _readable(path, "written"):
+        with _system_errors(path, "written"):
             wanted, free = len(chunks) * self._chunk_bytes(), shutil.disk_usage(self._partial.parent).free
         if wanted > free:
             raise LogitsFileError(f"{path}: the log-probabilities take {wanted / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of the disk "
                                   "are free; take fewer --chunks, or --top-logits.")
-        with _readable(path, "written"):
+        with _system_errors(path, "written"):
             self._file = open(self._partial, "wb")
             self._file.write(self._header())
 
@@ -192,12 +190,12 @@ class _Writer:
 
         rows: distributions.Rows. ids: the tokens that came.
         """
-        with _readable(self.path, "written"):
+        with _system_errors(self.path, "written"):
             self._add(rows, ids, start)
 
     def end_chunk(self):
         """All predictions of a chunk have been added."""
-        with _readable(self.path, "written"):
+        with _system_errors(self.path, "written"):
             self._end_chunk()
         self._n_complete += 1
 
@@ -210,10 +208,10 @@ class _Writer:
         `kept` becomes the number of chunks in it.
         """
         try:
-            with _readable(self.path, "written"), self._file:
+            with _system_errors(self.path, "written"), self._file:
                 self.kept = self._keep()
             if self.kept:
-                with _readable(self.path, "written"):
+                with _system_errors(self.path, "written"):
                     os.replace(self._partial, self.path)
         finally:
             with contextlib.suppress(OSError):      # it is still there if it is not to be kept, or something failed

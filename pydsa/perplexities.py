@@ -3,6 +3,7 @@
 All logarithms are natural. An error is the standard error of a mean, as if the tokens were independent, as llama.cpp's is.
 """
 import math
+import os
 
 import numpy as np
 
@@ -183,7 +184,8 @@ def table(rows):
 
     The second has a column for each row that is compared with a base; it is left out where none is.
     """
-    text = markdown([_short(row) for row in rows])
+    several = len({row["model"] for row in rows}) > 1
+    text = markdown([({"model": os.path.basename(row["model"])} if several else {}) | _short(row) for row in rows])
     compared = [row for row in rows if row["base"] is not None]
     if not compared:
         return text

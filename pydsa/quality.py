@@ -7,6 +7,7 @@ The chunks, their second halves and the error are those of llama.cpp's llama-per
 part of a chunk is compared with the first's before the next is run, so that no logits are kept.
 """
 import contextlib
+import os
 
 import numpy as np
 
@@ -167,7 +168,7 @@ class Measurement:
         if first.stride is not None:
             raise PydsaError("With a stride no log-probabilities are saved: files of them are of chunks.")
         writer = LlamaCppWriter(path, self.chunks, self.n_vocab) if n_top is None else OwnWriter(
-            path, self.chunks, self.n_vocab, n_top, first.settings)
+            path, self.chunks, self.n_vocab, n_top, first.settings | {"model": os.path.basename(first.settings["model"])})
         try:
             yield writer
         finally:

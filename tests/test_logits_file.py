@@ -38,8 +38,8 @@ def test_what_llama_cpp_printed(golden, load):
     result = pydsa.perplexity(load(golden("ds32-f32")[0], dsa_top_k=32), TEXT, base=BASE)
     row, printed = result.row(), LLAMA_CPP["divergence"]
     for name, value in printed.items():
-        rounding = 6e-5 if name == "correlation" else 6e-6 if name.startswith(("dp", "same")) else 2e-5
-        assert row[name] == pytest.approx(value, rel=2e-6, abs=rounding), name
+        rounding = 6e-5 if name == "correlation" else 1e-5 if name.startswith(("dp", "same")) else 1e-4
+        assert row[name] == pytest.approx(value, rel=1e-5, abs=rounding), name
     assert len(printed) > 40 and result.kl.shape == (2, 63)
 
 
@@ -97,7 +97,7 @@ def test_likeliest_tokens_bound_the_divergence(golden, load, model, tmp_path):
         kl = pydsa.perplexity(other, TEXT, base=tmp_path / "base").kl
         assert (kl <= whole.kl + 1e-5).all() and before < kl.mean()
         before = kl.mean()
-    assert kl == pytest.approx(whole.kl, abs=1e-5)
+    assert kl == pytest.approx(whole.kl, abs=5e-5)
 
 
 @pytest.mark.parametrize("n_top, kept", [(None, 0), (5, 1)])

@@ -109,7 +109,7 @@ def softmax(logits):
 def test_settings_are_compared_with_the_first():
     sessions = [Scripted(), Scripted(shift=0.5), Scripted(4)]
     base, other, same = pydsa.perplexity(sessions, IDS, n_ctx=10)
-    assert base.kl is None and base.row()["kl"] is None
+    assert base.kl is None and base.row()["kl"] is None and list(base.row()) == list(other.row())
     for i in range(4):
         run = [0, *IDS[10 * i + 1:10 * i + 10]]
         p, q = (softmax([session.after(run[:j + 1]) for j in range(5, 9)]) for session in sessions[:2])
@@ -157,7 +157,7 @@ def test_damaged_logits_are_refused():
 
 @pytest.mark.parametrize("case", LLAMA_CPP["perplexity"], ids=lambda case: f"{case['model']}-{case['n_ctx']}")
 def test_llama_cpps_perplexity(golden, load, case):
-    """Within its printed error, and with F32 weights to six digits.
+    """Within its printed error, and with F32 weights to five digits.
 
     With other weights llama.cpp rounds activations to 8 bits.
     """
@@ -168,7 +168,7 @@ def test_llama_cpps_perplexity(golden, load, case):
     assert abs(result.ppl - case["ppl"]) < case["error"] and result.ppl_error == pytest.approx(case["error"], rel=0.15)
     assert len(estimates) == len(case["estimates"]) and result.n_chosen == result.n_tokens * (case["model"] != "ds2-q4_0")
     if case["model"] == "ds32-f32":
-        assert estimates == pytest.approx(case["estimates"], rel=1e-6) and result.ppl_error == pytest.approx(case["error"], rel=1e-6)
+        assert estimates == pytest.approx(case["estimates"], rel=1e-5) and result.ppl_error == pytest.approx(case["error"], rel=1e-5)
     if case["model"] == "demo":
         assert estimates == pytest.approx(case["estimates"], rel=0.015)
 
