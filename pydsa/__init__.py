@@ -8,19 +8,21 @@ Importing pydsa is fast: numba is imported with the first model.
 import importlib
 import os
 
-from pydsa.errors import (ContextFullError, DamagedWeightsError, GGUFError, ImatrixError, OutOfMemoryError, PydsaError,  # noqa: F401
-                          SessionFileError, UnsupportedModelError)
+from pydsa.errors import (ContextFullError, DamagedWeightsError, GGUFError, ImatrixError, LogitsFileError, OutOfMemoryError,  # noqa: F401
+                          PydsaError, RecordingFileError, SessionFileError, UnsupportedModelError)
 
 __version__ = "0.1.0"
 DEMO = os.path.join(os.path.dirname(__file__), "demo", "demo.gguf")      # path of the model that comes with the package
 _MODULES = {"load": "model", "Model": "model", "Session": "session", "Sampling": "sampling", "load_tokenizer": "tokenizer",
-            "Engine": "engine", "Request": "requests"}
-__all__ = ["DEMO", "load", "load_tokenizer", "Model", "Session", "Sampling", "Engine", "Request", "PydsaError", "GGUFError",
-           "UnsupportedModelError", "ContextFullError", "DamagedWeightsError", "OutOfMemoryError", "SessionFileError",
-           "ImatrixError"]
+            "Engine": "engine", "Request": "requests", "Recording": "recording", "perplexity": "quality"}
+__all__ = ["DEMO", "load", "load_tokenizer", "Model", "Session", "Sampling", "Engine", "Request", "Recording", "perplexity", "PydsaError",
+           "GGUFError", "UnsupportedModelError", "ContextFullError", "DamagedWeightsError", "OutOfMemoryError", "RecordingFileError",
+           "SessionFileError", "LogitsFileError", "ImatrixError"]
 
 
 def __getattr__(name):
+    if name == "selections":
+        return importlib.import_module("pydsa.selections")
     if name not in _MODULES:
         raise AttributeError(f"module 'pydsa' has no attribute {name!r}")
     return getattr(importlib.import_module(f"pydsa.{_MODULES[name]}"), name)

@@ -24,7 +24,7 @@ class Batch:
         That is the logits after the last one, float32 [n_vocab], or a PydsaError, where the session has stayed as it was. sessions:
         different ones. ids: for each a list of ids of the vocabulary, together at most n_ubatch.
         """
-        if any(session.hooks or session.variant for session in sessions):
+        if any(session.has_hooks or session.variant for session in sessions):
             raise PydsaError("A session with hooks or a variant of its own cannot run together with others: give its tokens to its own "
                              "prefill() or decode().")
         results = [session.full(len(mine)) if session.n_past + len(mine) > self._setup.n_ctx else None
@@ -47,7 +47,7 @@ class Batch:
         except DamagedWeightsError:     # of one of them, perhaps
             return [_alone(session, mine) for session, mine in zip(sessions, ids)]
         for session, mine in zip(sessions, ids):
-            session.tokens.extend(mine)
+            session.append(mine)
         return list(logits)
 
     def _bind(self, parts, n_outputs):

@@ -5,6 +5,12 @@ A session calls those in its `hooks`. Between the ops that no hook asks for, a s
 from collections.abc import Sequence
 
 
+def layer_of(node):
+    """The layer of a graph.Node, which its name ends with; None without one."""
+    number = node.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else None
+
+
 class Call:
     """A call of an op in a step, as a hook sees it.
 
@@ -44,6 +50,12 @@ class Hook:
 
     def after(self, call):
         """Called after an op; the values that it wrote are there."""
+
+    def completed(self, ids, positions):
+        """Called when the tokens of a step are in the context.
+
+        ids: int32 [n_tokens]. positions: int64 [n_tokens].
+        """
 
 
 class Observer(Hook):

@@ -314,7 +314,7 @@ class Model:
 
         Raises OutOfMemoryError if its caches do not fit in memory.
         """
-        return Session(self.runner, self.setup, self.tokenizer.eog_ids)
+        return Session(self.runner, self.setup, self.tokenizer)
 
     def tokenize(self, text, add_bos=None, parse_special=False):
         """Text -> token ids, a list of int.

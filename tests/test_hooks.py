@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from helpers import random_ids
 
-from pydsa import PydsaError
+from pydsa import PydsaError, selections
 from pydsa.batch import Batch
 from pydsa.hooks import Hook
 
@@ -117,3 +117,11 @@ def test_a_session_with_a_variant_of_its_own(small_model, load):
     assert session.variant is None and len(seen.keys) == 2
     with pytest.raises(PydsaError, match="variant is 'mask', expected one of "):
         session.variant = "mask"
+    session.variant = "dense+keys"
+    with pytest.raises(PydsaError, match="variant is 'dense.keys', which takes no list of keys"):
+        session.select = selections.sliding_window(3)
+    session.variant, session.select = "sparse", selections.sliding_window(3)
+    with pytest.raises(PydsaError, match="takes no list of keys"):
+        session.variant = "dense+keys"
+    session.prefill(IDS[7:9])
+    assert session.variant == "sparse" and seen.keys[-1][-1].tolist() == [6, 7, 8] + [-1] * 9

@@ -23,16 +23,19 @@ def options(*decorators):
 cache_types = click.Choice([*CACHE_TYPES, *CACHE_ALIASES])
 ctx_option = click.option("-c", "--ctx-size", "n_ctx", type=int,
                           help="Tokens of context; 0: the model's limit, or what fits in memory.  [default: 8192, or the model's limit]")
+ubatch_option = click.option("-ub", "--ubatch-size", "n_ubatch", type=int, default=2048, show_default=True,
+                             help="Prompt tokens that run together. More tokens read the weights less often, and use more memory.")
+override_option = click.option(
+    "--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", callback=lambda ctx, option, texts: parse_overrides(texts),
+    help="Replace or add a value of the file's metadata; TYPE: int, float, bool, str. Repeat it, or put commas between.")
 model_options = options(
-    click.option("-ub", "--ubatch-size", "n_ubatch", type=int, default=2048, show_default=True,
-                 help="Prompt tokens that run together. More tokens read the weights less often, and use more memory."),
+    ubatch_option,
     click.option("--kv-type", type=cache_types, default="i16", show_default=True,
                  help="Type of the cached latents; i16 and i8 (alias q8_0): integers, two scales a row."),
     click.option("--index-type", type=cache_types,
                  help="Type of the indexer's cached keys.  [default: i8; f32 if --kv-type is]"),
     click.option("--dsa-top-k", type=int, help="Number of keys that a token attends to.  [default: the model's]"),
-    click.option("--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", callback=lambda ctx, option, texts: parse_overrides(texts),
-                 help="Replace or add a value of the file's metadata; TYPE: int, float, bool, str. Repeat it, or put commas between."))
+    override_option)
 device_option = click.option("--device", type=click.Choice(["cpu", "cuda", "reference"]), default="cpu", show_default=True,
                              help="cuda: an NVIDIA GPU; reference: plain numpy, slow and exact.")
 attention_option = click.option("--attention", type=click.Choice(["auto", "sparse", "masked", "dense"]), default="auto", show_default=True,
