@@ -17,6 +17,7 @@ from test_stored_forms import old_keys
 import pydsa
 from pydsa import DamagedWeightsError, GGUFError, ImatrixError, PydsaError, imatrix
 from pydsa.cli import main
+from pydsa.distributions import Threads
 from pydsa.gguf_file import open_gguf
 from pydsa.imatrix import Imatrix
 
@@ -48,7 +49,10 @@ def test_sums_are_those_of_llama_cpp(golden, load):
     path, _ = golden("ds32-f32")
     model, expected = load(path, n_ctx=96, attention="sparse"), imatrix.read(THEIRS)
     ids = model.tokenize(Path(NOTES).read_text().removesuffix("\n"))
-    met = collected(model, ids, most=3, process_output=True, dataset=NOTES)
+    with Threads(1) as threads:
+        scores = imatrix.Scores(threads)
+        met = collected(model, ids, n_chunks=3, process_output=True, dataset=NOTES, score=scores)
+        assert re.fullmatch(r"perplexity 32090[78]\.\d+ ± 11816[56]\.\d+", str(scores))      # llama.cpp's: 320907.4387 +/- 118165.52907
     assert met.sums.keys() == expected.sums.keys() and agree(met, expected)
     assert (met.chunks, met.chunk_size, met.datasets) == (expected.chunks, expected.chunk_size, expected.datasets) == (3, 96, [NOTES])
     assert met.counts["blk.1.ffn_up_exps.weight"].size == 4 and "output.weight" in met.sums
@@ -163,6 +167,9 @@ def test_what_no_chunk_has(small_model, load):
         imatrix.collect(model, IDS[:47])
     with pytest.raises(PydsaError, match="has 96 tokens, expected at least 144 for one chunk of 48 after the first 2"):
         imatrix.collect(model, IDS, first=2)
+    for wrong in (dict(chunk_size=0), dict(first=-1), dict(n_chunks=True)):
+        with pytest.raises(PydsaError, match=f"{next(iter(wrong))} is .*, expected an integer from 1"):
+            imatrix.collect(model, IDS, **wrong)
     with pytest.raises(PydsaError, match="A chunk has 49 tokens, expected at most 48"):
         imatrix.collect(model, IDS, chunk_size=49)
 
@@ -182,7 +189,7 @@ def test_parts_add_up(small_model, load):
     model = load(small_model(n_layer=2), n_ctx=32, attention="sparse")
     whole = collected(model, dataset="a")
     assert whole.chunks == 3
-    parts = [collected(model, first=first, most=most, dataset=name) for first, most, name in ((0, 1, "a"), (1, 5, "b"))]
+    parts = [collected(model, first=first, n_chunks=most, dataset=name) for first, most, name in ((0, 1, "a"), (1, 5, "b"))]
     both = parts[0].merged(parts[1])
     assert agree(both, whole, bound=1e-12) and both.datasets == ["a", "b"] and both.chunks == 3
     ubatches = load(small_model(n_layer=2), n_ctx=32, n_ubatch=20, attention="sparse")
@@ -212,7 +219,7 @@ def test_the_file_has_the_chunks_that_are_complete(small_model, load, tmp_path, 
         if end == "raise" and done > 80:     # in the middle of the third chunk
             raise Stopped
 
-    before = collected(model, most=1)
+    before = collected(model, n_chunks=1)
     run = imatrix.collect_to_file(model, IDS, path, every=10, before=before, progress=progress)
     with pytest.raises(Stopped) if end == "raise" else contextlib.nullcontext(), contextlib.closing(run):
         for i, _ in enumerate(run):
@@ -220,7 +227,7 @@ def test_the_file_has_the_chunks_that_are_complete(small_model, load, tmp_path, 
             if end == "close" and i == 1:
                 break
     assert os.listdir(tmp_path) == ["part.gguf"] and imatrix.read(path).chunks == 3
-    assert agree(imatrix.read(path), before.merged(collected(model, most=2)), bound=1e-6)
+    assert agree(imatrix.read(path), before.merged(collected(model, n_chunks=2)), bound=1e-6)
 
 
 # Files of others
@@ -311,16 +318,18 @@ def test_the_command_goes_on_where_it_was(tmp_path):
     options = "-f", NOTES, "-c", "128", "--table", "json"
     whole = run(*options, "--chunks", 3, "-o", tmp_path / "whole.gguf")
     assert whole.exit_code == 0 and {row["tokens"] for row in json.loads(whole.stdout)} == {3 * 128 * 2}
-    first = run(*options, "--chunks", 1, "-o", tmp_path / "part.gguf")
+    first = run(*options, "--chunks", 1, "-o", tmp_path / "part.gguf", "--no-ppl")
+    assert "perplexity" not in first.stderr
     rest = run(*options, "--chunks", 2, "--from-chunk", 1, "--in-file", tmp_path / "part.gguf", "-o", tmp_path / "part.gguf",
                "--save-frequency", 2)
-    assert first.exit_code == 0 and rest.stdout == whole.stdout and f"wrote {tmp_path / 'part.gguf'}: 60 tensors, 3 chunks" in rest.stderr
+    assert first.exit_code == 0 and rest.stdout == whole.stdout and re.search(r"perplexity \d+\.\d{4} ± ", whole.stderr)
+    assert f"wrote {tmp_path / 'part.gguf'}: 60 tensors, 3 chunks" in rest.stderr
     assert agree(imatrix.read(tmp_path / "part.gguf"), imatrix.read(tmp_path / "whole.gguf"), bound=1e-6)
     assert (tmp_path / "part.gguf.at_3").read_bytes() == (tmp_path / "part.gguf").read_bytes()
 
 
 def test_an_interrupt_leaves_what_is_complete(tmp_path, monkeypatch):
-    def interrupted(model, ids, **options):
+    def interrupted(model, ids, score, **options):
         yield imatrix.read(THEIRS)
         raise KeyboardInterrupt
     monkeypatch.setattr(imatrix.running, "collect", interrupted)

@@ -35,14 +35,14 @@ def _paths(values):
               help="Keep a copy, FILE.at_CHUNKS, after each N chunks; 0: none.")
 @click.option("--process-output", is_flag=True, help="Also collect for the output matrix.")
 @click.option("--parse-special", is_flag=True, help="Encode the texts of control tokens as these tokens.")
-@click.option("--no-ppl", is_flag=True, hidden=True, expose_value=False)
+@click.option("--ppl/--no-ppl", "ppl", default=True, help="Also measure the perplexity of the text.  [default: --ppl]")
 @click.option("--show-statistics", is_flag=True, help="Show figures of the tensors of the one --in-file instead, and of layers.")
 @click.option("--table", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", show_default=True, help="Form of the table.")
 @threads_options
 @model_options
 @device_option
-def imatrix(model, file, output, form, in_files, n_ctx, chunks, first, every, copy_every, process_output, parse_special, show_statistics,
-            table, threads, threads_batch, **settings):
+def imatrix(model, file, output, form, in_files, n_ctx, chunks, first, every, copy_every, process_output, parse_special, ppl,
+            show_statistics, table, threads, threads_batch, **settings):
     """Write an importance matrix from a text, as llama-imatrix does.
 
     The table shows how many tokens reached each layer's experts, and which matrices have no data. Without MODEL the demo model runs the
@@ -74,8 +74,8 @@ def imatrix(model, file, output, form, in_files, n_ctx, chunks, first, every, co
     else:
         attention = "dense" if setup.config.top_k is None else "sparse"
         engine = load_model(path, threads, threads_batch, attention=attention, **settings)
-        found = _collect(engine, engine.tokenize(text, parse_special=parse_special), output, found, form=form or "gguf", every=every,
-                         copy_every=copy_every, first=first, most=None if chunks < 0 else chunks, process_output=process_output,
+        found = _collect(engine, engine.tokenize(text, parse_special=parse_special), output, found, ppl, form=form or "gguf", every=every,
+                         copy_every=copy_every, first=first, n_chunks=None if chunks < 0 else chunks, process_output=process_output,
                          dataset=file.name)
     rows = coverage(found, tensors)
     click.echo(f"wrote {visible(output)}: {len(found.sums)} tensors, {found.chunks} chunks of {n_ctx} tokens", err=True)
@@ -103,13 +103,17 @@ def _show_statistics(file, in_files, n_ctx, table):
         _print(layer_statistics(found), table)
 
 
-def _collect(engine, ids, output, before, **options):
+def _collect(engine, ids, output, before, ppl, **options):
     """Run the text, with progress on stderr -> the Imatrix of all of it."""
-    from pydsa.imatrix import collect_to_file
+    from pydsa.distributions import Threads
+    from pydsa.imatrix import Scores, collect_to_file
     done = 0
     try:
-        with progress_bar("running") as progress:
-            with contextlib.closing(collect_to_file(engine, ids, output, before=before, progress=progress, **options)) as run:
+        with progress_bar("running") as progress, Threads() as threads:
+            scores = Scores(threads)
+            run = collect_to_file(engine, ids, output, before=before, score=scores if ppl else None,
+                                  progress=lambda done, total: progress(done, total, str(scores)), **options)
+            with contextlib.closing(run):
                 for found in run:
                     done += 1
     except KeyboardInterrupt:
@@ -117,4 +121,6 @@ def _collect(engine, ids, output, before, **options):
             click.echo(f"\n{visible(output)} has {done} chunks of the text; to go on: --in-file {visible(output)} "
                        f"--from-chunk {options['first'] + done}", err=True)
         raise
+    if str(scores):
+        click.echo(scores, err=True)
     return found if before is None else before.merged(found)

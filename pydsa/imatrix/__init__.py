@@ -11,5 +11,5 @@ A quantizer rounds the weights that meet large inputs with more care. The files 
 from pydsa.imatrix.collecting import Collector, collect  # noqa: F401
 from pydsa.imatrix.files import CHUNK, check_target, read, save  # noqa: F401
 from pydsa.imatrix.matrix import Imatrix  # noqa: F401
-from pydsa.imatrix.running import collect_to_file, read_all  # noqa: F401
+from pydsa.imatrix.running import Scores, collect_to_file, read_all  # noqa: F401
 from pydsa.imatrix.tables import coverage, layer_statistics, statistics  # noqa: F401

@@ -10,6 +10,7 @@ from pydsa.errors import DamagedWeightsError, PydsaError
 from pydsa.graph import CacheRef
 from pydsa.hooks import Hook
 from pydsa.imatrix.matrix import Imatrix
+from pydsa.options import counts
 from pydsa.schedule import VARIANTS
 from pydsa.session import check_ids
 from pydsa.signals import interrupts_held
@@ -69,12 +70,12 @@ class Collector(Hook):
                 raise DamagedWeightsError(f"{self._path}: what {self._plan[op, name][i].names[0]!r} is multiplied with is not finite: the "
                                           "weights are damaged, or a computation overflowed.")
         with interrupts_held():
-            for key, (sums, counts) in self._new.items():
+            for key, (sums, n_rows) in self._new.items():
                 if key in self._sums:
                     self._sums[key] += sums
-                    self._counts[key] += counts
+                    self._counts[key] += n_rows
                 else:
-                    self._sums[key], self._counts[key] = sums, counts
+                    self._sums[key], self._counts[key] = sums, n_rows
             self._new = {}
 
     def imatrix(self, dataset, chunk_size):
@@ -154,10 +155,10 @@ def absorbed_variant(model):
                      "expected attention='sparse'.")
 
 
-def chunks_of(ids, chunk_size, first=0, most=None):
+def chunks_of(ids, chunk_size, first=0, n_chunks=None):
     """Divide token ids into chunks, int32 [n, chunk_size], as llama.cpp does.
 
-    first: chunks that are left out; most: the number of chunks at most, None for all. What remains at the end is left out. Raises
+    first: chunks that are left out; n_chunks: how many at most, None for all. What remains at the end is left out. Raises
     PydsaError if there is no whole chunk.
     """
     n = ids.size // chunk_size - first
@@ -165,36 +166,44 @@ def chunks_of(ids, chunk_size, first=0, most=None):
         raise PydsaError(f"The text has {ids.size} tokens, expected at least {(first + 1) * chunk_size} for "
                          + (f"one chunk of {chunk_size} after the first {first}" if first else f"one chunk of {chunk_size}")
                          + ": give a longer text, or a smaller chunk (-c).")
-    n = n if most is None else min(n, most)
+    n = n if n_chunks is None else min(n, n_chunks)
     return ids[first * chunk_size:(first + n) * chunk_size].reshape(n, chunk_size).copy()
 
 
-def collect(model, ids, chunk_size=None, first=0, most=None, process_output=False, dataset="", progress=None):
+def collect(model, ids, chunk_size=None, first=0, n_chunks=None, process_output=False, dataset="", progress=None, score=None):
     """Run a text in chunks -> an iterator of the Imatrix after each.
 
     Each chunk is a context of its own, which begins with BOS if the file wants it. The arrays of an Imatrix go on growing: the last one is
     that of the text, and is at every time that of the chunks which are complete.
 
-    ids: token ids of the text. chunk_size: tokens of a chunk; None: the model's n_ctx. first, most: as for chunks_of(). process_output: the
-    output matrix counts too, which takes the logits of each token. dataset: a name for the text. progress(done, total): called after each
-    layer, with tokens. Raises PydsaError for a model loaded without its indexer, for ids that are not valid, and where no chunk is whole.
+    ids: token ids of the text. chunk_size: tokens of a chunk; None: the model's n_ctx. first, n_chunks: as for chunks_of().
+    process_output: the output matrix counts too, which takes the logits of each token. dataset: a name for the text. progress(done, total):
+    called after each layer, with tokens. score(ids, logits): called for each chunk with the tokens of its second half, int32 [n], and the
+    logits of which each came, float32 [n, n_vocab]. Raises PydsaError for a model loaded without its indexer, for values that are not
+    valid, and where no chunk is whole.
     """
+    chunk_size, n_chunks, skipped = counts(2**31 - 1, chunk_size=chunk_size, n_chunks=n_chunks, first=first or None)
     chunk_size, variant = chunk_size or model.n_ctx, absorbed_variant(model)
     if chunk_size > model.n_ctx:
         raise PydsaError(f"A chunk has {chunk_size} tokens, expected at most {model.n_ctx}, the model's n_ctx (-c).")
-    chunks = chunks_of(check_ids(ids, model.config.n_vocab), chunk_size, first, most)
+    chunks = chunks_of(check_ids(ids, model.config.n_vocab), chunk_size, skipped or 0, n_chunks)
     if model.tokenizer.add_bos:
         chunks[:, 0] = model.tokenizer.bos_id
-    return _collect(model, variant, chunks, process_output, dataset, progress)
+    return _collect(model, variant, chunks, process_output, dataset, progress, score)
 
 
-def _collect(model, variant, chunks, process_output, dataset, progress):
+def _collect(model, variant, chunks, process_output, dataset, progress, score):
+    first = chunks.shape[1] // 2        # the first token whose successor is scored, as in llama.cpp
+    n_scored = 0 if score is None else chunks.shape[1] - 1 - first
+    n_logits = chunks.shape[1] if process_output else n_scored + 1
     collector, session = Collector(model, variant, process_output), model.session()
     session.hooks, session.variant = (collector,), variant
     dataset = dataset.encode(errors="replace").decode()     # a name of a file may have bytes that are no text
     for i, chunk in enumerate(chunks):
         session.truncate(0)
         report = None if progress is None else lambda done, total: progress(i * total + done, len(chunks) * total)
-        (session.logits if process_output else session.prefill)(chunk, report)
+        logits = session.logits(chunk, report, last=n_logits)
         collector.commit()
+        if n_scored:
+            score(chunk[-n_scored:], logits[-1 - n_scored:-1])
         yield collector.imatrix(dataset, chunks.shape[1])
