@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 
 from pydsa.answers import Reader
-from pydsa.backends.devices import DEVICES, check_reproducible
+from pydsa.backends.devices import DEVICES, check_reproducible, check_residence
 from pydsa.cache import VectorCache
 from pydsa.chat import chat_prompt, thinking_note
 from pydsa.check import warn_of_gaps
@@ -34,6 +34,7 @@ from pydsa.options import choose, counts
 from pydsa.override import check_all_read, override
 from pydsa.plan import Runner, check_memory, lay_out
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES, cache_row_bytes
+from pydsa.residence import copied, lock
 from pydsa.sampling import Sampling
 from pydsa.schedule import VARIANTS, Schedule
 from pydsa.session import Session, check_ids, check_max_tokens
@@ -60,10 +61,11 @@ class Setup:
     """
 
     def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,
-                 n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None, reproducible=False):
+                 n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None, reproducible=False, mmap=True, mlock=False):
         self.device_name = choose("device", device, DEVICES)
         self.device = DEVICES[device]
         self.reproducible = check_reproducible(device, reproducible)
+        self.mmap, self.mlock = check_residence(device, mmap, mlock)
         self.kv_type = choose_cache_type("kv_type", kv_type)
         self.index_type = choose_cache_type("index_type", index_type or ("f32" if kv_type == "f32" else "i8"))
         self.attention = choose("attention", attention, ATTENTION)
@@ -232,15 +234,16 @@ class Setup:
     @property
     def mapped_bytes(self):
         """Bytes of the weights that are read from the mapped file."""
-        return self.device.weights(self.weights.used.values())[0]
+        return self.device.weights(self.weights.used.values())[0] if self.mmap else 0
 
     @property
     def copied_bytes(self):
         """Bytes of the weights that the backend copies.
 
-        The CPU copies vectors, a GPU all blocks, and the reference everything, as float32.
+        The CPU copies vectors, a GPU all blocks, and the reference everything, as float32. Without mmap matrices are copied too.
         """
-        return self.device.weights(self.weights.used.values())[1]
+        mapped, copies = self.device.weights(self.weights.used.values())
+        return copies if self.mmap else mapped + copies
 
     @property
     def total_bytes(self):
@@ -276,13 +279,16 @@ class Model:
 
     def _read_weights(self, progress):
         """Give all weights to the backend; copies to a GPU report progress."""
-        tensors = list(self.setup.weights.used.values())
+        setup = self.setup
+        tensors = list(setup.weights.used.values())
         for i, tensor in enumerate(tensors):
-            if progress is not None and self.setup.device.copies_blocks:
+            if progress is not None and (setup.device.copies_blocks or not setup.mmap):
                 progress(i, len(tensors), tensor.name)
-            if self.setup.device.copies_blocks:
+            if setup.device.copies_blocks:
                 refuse_hidden(tensor, self.metadata.path)
-            self.runner.read(tensor)
+            self.runner.read(tensor if setup.mmap else copied(tensor))
+        if setup.mlock:
+            lock([self.runner.weight(tensor).data for tensor in tensors if len(tensor.shape) > 1])
 
     def _compile(self, progress):
         """Compile every kernel that a step can need."""
@@ -417,7 +423,7 @@ class Model:
 
 
 def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=DEFAULT_N_UBATCH,
-         progress=None, index_type=None, override_kv=None, threads_batch=None, reproducible=False):
+         progress=None, index_type=None, override_kv=None, threads_batch=None, reproducible=False, mmap=True, mlock=False):
     """Open a GGUF file and make it ready to run -> Model.
 
     path: the file, or its first part if it is split.
@@ -429,17 +435,20 @@ def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention=
     attention: "auto" (exact dense attention while the context is no longer than top_k, sparse beyond), "sparse", "masked", "dense".
     dsa_top_k: keys that a token attends to; None: the file's number.
     n_ubatch: tokens of a prompt that run together (2048); fewer take less memory.
-    progress(done, total, name): called while kernels are compiled, and while weights are copied to a GPU.
+    progress(done, total, name): called while kernels are compiled, and while weights are copied.
     index_type: type of the indexer's cached keys, as for kv_type; None: "i8", which is the fastest, or "f32" if kv_type is "f32".
     override_kv: values that replace those of the file's metadata, {key: int, float, bool or str}.
     threads_batch: CPU threads for steps of several tokens, which are those of prompts; None: as many as `threads`.
     reproducible: True: a token's logits are the same, bit for bit, whatever the steps are that run it: the number of threads, ubatches,
         other tokens in a step, prefixes that are used again. This takes longer (docs/running.md); on the CPU only.
+    mmap: False: read the weights into memory of the process, instead of mapping the file; it must hold them all. mlock: True: keep the
+        weights in memory, so that the system does not drop those that were not used for long. Both as in llama.cpp, on the CPU only.
 
     Warns (UserWarning) of what is unusual in the file. Raises GGUFError if the file is damaged, UnsupportedModelError if pydsa cannot run
     the model, OutOfMemoryError if memory is short, and PydsaError for options that are not valid.
     """
-    setup = Setup(os.fspath(path), n_ctx, device, kv_type, attention, dsa_top_k, n_ubatch, index_type, override_kv, reproducible)
+    setup = Setup(os.fspath(path), n_ctx, device, kv_type, attention, dsa_top_k, n_ubatch, index_type, override_kv, reproducible,
+                  mmap, mlock)
     for note in setup.notes:
         warnings.warn(f"{setup.file.metadata.path}: {note}", stacklevel=2)
     return Model(setup, threads, threads_batch, progress)

@@ -23,7 +23,7 @@ LAYERS = ("__main__", "cli", "exits", "server", "console habits", "restrictions"
           "bench report plot fit imatrix", "__init__", "engine", "model", "selections", "session", "recorder selecting", "recording",
           "recording_file", "diagnosis", "ahead", "models", "plan schedule", "costs", "hooks", "dense", "graph", "backends")
 LEAVES = "gguf_file override tokenizer chat messages answers tool_calls template sampling cache compiling kernel_cache quants errors " \
-         "terminal signals limits check cores control_groups options batch prefixes requests " \
+         "terminal signals limits check cores control_groups options batch prefixes requests residence " \
          "constraint grammars tool_grammars vocabulary packed session_file distributions logits_file"
 RANK = {name: rank for rank, names in enumerate([*LAYERS, LEAVES]) for name in names.split()}
 COMPILING = ("pydsa.backends.cpu", "pydsa.backends.cuda")     # may import numba

@@ -7,8 +7,8 @@ import time
 import click
 
 from pydsa import DEMO
-from pydsa.cli.shared import comma_numbers, device_option, load_model, override_option, read_text, reproducible_option, threads_options
-from pydsa.cli.shared import ubatch_option
+from pydsa.cli.shared import comma_numbers, device_option, load_model, override_option, read_text, reproducible_option
+from pydsa.cli.shared import residence_options, threads_options, ubatch_option
 from pydsa.exits import Failure
 from pydsa.habits import llama_cpp_options, model_argument
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
@@ -33,6 +33,7 @@ from pydsa.terminal import visible
 @click.option("--index-type", help="One or more types of the indexer's cached keys.  [default: i8; f32 if --kv-type is]")
 @threads_options
 @ubatch_option
+@residence_options
 @override_option
 @device_option
 @reproducible_option

@@ -28,6 +28,10 @@ ubatch_option = click.option("-ub", "--ubatch-size", "n_ubatch", type=int, defau
 override_option = click.option(
     "--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", callback=lambda ctx, option, texts: parse_overrides(texts),
     help="Replace or add a value of the file's metadata; TYPE: int, float, bool, str. Repeat it, or put commas between.")
+residence_options = options(
+    click.option("--mmap/--no-mmap", default=True, show_default=True,
+                 help="Map the file; or read the weights into memory, which must hold them all."),
+    click.option("--mlock", is_flag=True, help="Keep the weights in memory: the system drops none that were not used for long."))
 model_options = options(
     ubatch_option,
     click.option("--kv-type", type=cache_types, default="i16", show_default=True,
@@ -35,6 +39,7 @@ model_options = options(
     click.option("--index-type", type=cache_types,
                  help="Type of the indexer's cached keys.  [default: i8; f32 if --kv-type is]"),
     click.option("--dsa-top-k", type=int, help="Number of keys that a token attends to.  [default: the model's]"),
+    residence_options,
     override_option)
 device_option = click.option("--device", type=click.Choice(["cpu", "cuda", "reference"]), default="cpu", show_default=True,
                              help="cuda: an NVIDIA GPU; reference: plain numpy, slow and exact.")
