@@ -7,7 +7,6 @@
 The numbers are those of figures.py; page.py makes the page, pictures.py the pictures.
 """
 import html
-import os
 
 import numpy as np
 
@@ -36,7 +35,7 @@ class Look:
             raise PydsaError("The recording has no tokens, expected one of a prompt or an answer.")
         unknown = sorted(set(layers or ()) - set(recording.layers))
         if unknown:
-            raise PydsaError(f"There is no layer {unknown[0]}, expected {recording.layers[0]} to {recording.layers[-1]} (--layers).")
+            raise PydsaError(f"There is no layer {unknown[0]}, expected one of {', '.join(map(str, recording.layers))} (--layers).")
         self.recording, self.n_prompt, self.note = recording, n_prompt, note
         self.ids = _ids(recording, ids)
         if n_prompt is not None and not 0 < n_prompt <= len(self.ids):
@@ -84,6 +83,21 @@ class Look:
         """The page in a frame of its own, which may run its scripts only."""
         page = html.escape(self.html(INLINE), quote=True)
         return f'<iframe sandbox="allow-scripts" srcdoc="{page}" style="width: 100%; height: 860px; border: 0"></iframe>'
+
+
+def look_at_recording(recording, tokenizer, n_answer=None, layers=None):
+    """The Look of a recording alone, of which the last n_answer tokens are the answer.
+
+    Where the recording ends with the step that wrote the last token, this token is not in it. n_answer: None: there is no answer. Raises
+    PydsaError for a tokenizer that is not of the recorded model, and as Look() does.
+    """
+    n_vocab, n = recording.facts.n_vocab, int(np.max(recording.positions, initial=-1)) + 1
+    if tokenizer.n_vocab != n_vocab:
+        raise PydsaError(f"The recording is of {recording.facts.name}, with {n_vocab} tokens in its vocabulary, but this model has "
+                         f"{tokenizer.n_vocab}; expected the same model.")
+    if n_answer is not None and n_answer >= n:
+        raise PydsaError(f"The answer cannot have {n_answer} of the recording's {n} tokens, expected fewer (--answer).")
+    return Look(recording, tokenizer, None, None if n_answer is None else n - n_answer, layers)
 
 
 def _ids(recording, ids):

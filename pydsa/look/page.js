@@ -73,6 +73,7 @@ async function decode() {
   for (const [first, last] of D.choices.positions) for (let p = first; p <= last; p++) rowOf.set(p, row++);
 }
 
+const far = Math.max(0, (D.n_prompt ?? N) - 40);       // the end of the tokens that are not new
 const layersShown = () => state.layer === NONE ? D.chosen_layers.map((_, i) => i) : [state.layer];
 const within = (spans, p) => spans.some(([first, last]) => first <= p && p <= last);
 
@@ -276,7 +277,9 @@ function drawHeat() {
     const found = tallies[state.group][state.measure].layers, bins = found.length / L, rows = Math.max(1, looked.rows) * D.bin;
     for (let l = 0; l < L; l++) for (let b = 0; b < bins; b++) if (found[l * bins + b]) put(l, b * D.bin, found[l * bins + b] / rows);
   }
-  heat.show(cells, L, heatColumns, cells.reduce((a, b) => Math.max(a, b), 0), [`position 0; ${layerName(D.chosen_layers[0])} on top`, D.n_prompt === null ? "" : `answer from ${D.n_prompt}`, `${N - 1}`]);
+  const old = looked.chosen ? cells : cells.filter((_, i) => firstOf(i % heatColumns) < far);
+  const top = old.reduce((a, b) => Math.max(a, b), 0) || cells.reduce((a, b) => Math.max(a, b), 0);
+  heat.show(cells, L, heatColumns, top, [`position 0; ${layerName(D.chosen_layers[0])} on top`, D.n_prompt === null ? "" : `answer from ${D.n_prompt}`, `${N - 1}`]);
 }
 
 async function startMaps() {
@@ -386,10 +389,12 @@ function update() {
 function render() {
   const found = state.focus === null ? ofGroup() : ofToken(state.focus);
   looked = found.why ? { values: new Float32Array(N), chosen: null, rows: 1, why: found.why } : found;
-  most = looked.values.reduce((a, b) => Math.max(a, b), 0);
+  const greatest = looked.values.reduce((a, b) => Math.max(a, b), 0);
+  // The newest tokens are always looked at: among all of a group's, the others decide what is dark.
+  most = state.focus === null && looked.values.subarray(0, far).reduce((a, b) => Math.max(a, b), 0) || greatest;
   for (const part of visible) if (part.tokens) paint(part);
   for (const node of $("answer").children) mark(node, node.token, state.focus !== null);
-  $("ticks").replaceChildren(...[0, .25, 1].map((part) => element("span", percent(most * part))));
+  $("ticks").replaceChildren(...[0, .25, 1].map((part) => element("span", (part === 1 && most < greatest ? "≥ " : "") + percent(most * part))));
   $("unit").textContent = state.measure === "weights" ? "share of attention" : "chosen by";
   drawReadout();
   drawStrip();
@@ -459,7 +464,7 @@ async function start() {
   drawTable();
   render();
   watchText();
-  const best = places(40).find(([i]) => i < (D.n_prompt ?? N) - 40);      // the newest tokens are always looked at
+  const best = places(40).find(([i]) => i < far);
   if (best) goTo(best[0], false);
   listen();
   document.body.dataset.ready = "";

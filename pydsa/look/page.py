@@ -56,16 +56,16 @@ def _parts():
 
 def page_data(look, entries=ENTRIES):
     """What page.js shows, as a dict for JSON."""
-    figures, facts = look.figures, look.recording.facts
+    figures = look.figures
     choices, left_out = _choices(figures, entries)
     bins = _bins(figures)
-    shared = facts.indexed_layers if figures.chosen_layers else None
+    shared = look.recording.indexed_layers or {}
     return {
         "title": "What the answer looked at" if look.n_prompt is not None else "What the tokens looked at",
         "about": about(look), "notes": [*_notes(look), *left_out, *_notes_of_bins(bins), *([look.note] if look.note else [])],
         "texts": look.texts, "control": np.flatnonzero(look.control).tolist(), "n_prompt": look.n_prompt,
         "layers": figures.layers, "chosen_layers": figures.chosen_layers, "weighed": figures.weighed,
-        "shared": {str(layer): other for layer, other in enumerate(shared or ()) if other != layer},
+        "shared": {str(layer): shared[layer] for layer in figures.chosen_layers if shared[layer] != layer},
         "groups": [_group(figures, group, bins) for group in figures.groups], "bin": bins,
         "choices": choices, "all_keys": pack.spans(figures.all_keys), "overlap": _overlap(figures), "table": _table(figures),
         "experts": _experts(figures),
@@ -108,8 +108,8 @@ def _choices(figures, entries):
     if not layers or not len(figures.made):
         return None, []
     most = max(1, entries // (len(layers) * k))
-    answer, before = (group.rows for group in figures.groups)
-    rows = np.sort(np.concatenate([answer, before[::-1]])[:most])
+    answer = figures.groups[0].rows
+    rows = np.sort(np.concatenate([answer, np.setdiff1d(figures.made, answer)[::-1]])[:most])
     steps, levels = np.empty((len(rows), len(layers), k), np.uint32), np.empty((len(rows), len(layers), k), np.uint8)
     for i, layer in enumerate(layers):
         chosen = recording.selection[layer][rows]
@@ -118,7 +118,7 @@ def _choices(figures, entries):
             levels[:, i] = pack.share_levels(shares(recording.scores[layer][rows], chosen))
     stored = {"positions": pack.spans(figures.positions[rows]), "k": k, "planes": pack.planes(steps),
               "shares": pack.block(levels) if figures.weighed else None}
-    left = len(answer) + len(before) - len(rows)
+    left = len(figures.made) - len(rows)
     return stored, [f"Of {left:,} tokens the page has no choices of their own, as they would take too much room: the pointer shows "
                     "nothing for them. They count in all sums."] if left else []
 
