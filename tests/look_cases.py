@@ -34,13 +34,11 @@ def recording(tokens, selection, scores=None, experts=None, mass=None, first=0, 
 
 
 def random_recording(n, k, layers, n_vocab, seed=0, scored=True):
-    """Tokens that each chose k keys at random, -1 where there are fewer."""
-    random = np.random.default_rng(seed)
-    selection, scores = {}, {}
+    """Tokens that each chose k keys beside each other, somewhere; -1 where there are fewer."""
+    random, positions, selection, scores = np.random.default_rng(seed), np.arange(n), {}, {}
     for layer in layers:
-        rows = np.full((n, k), -1, np.int32)
-        for position in range(n):
-            keys = np.sort(random.choice(position + 1, min(k, position + 1), replace=False))
-            rows[position, :keys.size] = keys
-        selection[layer], scores[layer] = rows, random.normal(size=(n, k)).astype(np.float32)
+        first = random.integers(0, np.maximum(positions - k + 1, 0) + 1)
+        keys = first[:, None] + np.arange(k)
+        selection[layer] = np.where(keys <= positions[:, None], keys, -1).astype(np.int32)
+        scores[layer] = random.normal(size=(n, k)).astype(np.float32)
     return recording(random.integers(0, n_vocab, n).tolist(), selection, scores if scored else None)

@@ -12,6 +12,9 @@ COLUMNS = ("overlap_prompt", "overlap_answer", "keys_answer", "mass_prompt", "ma
            *(f"union_{block}" for block in numbers.BLOCKS))
 
 
+NEW = 40        # tokens before the answer, which are always looked at
+
+
 class Group(NamedTuple):
     """Tokens that looked at others, together.
 
@@ -41,7 +44,7 @@ class Figures:
         union_N: how many keys N neighbouring tokens chose together, in multiples of what one of them chose
         mass_prompt, mass_answer: the share of dense attention that the chosen keys hold
         experts_prompt, experts_answer: numbers.effective(), how many are in effective use
-    What was not recorded is None.
+    What was not recorded is None. far: the number of tokens, from the first, that are not among the newest before the answer.
     """
 
     def __init__(self, recording, n_tokens, n_prompt=None, layers=None, recall=None):
@@ -59,6 +62,8 @@ class Figures:
         answer = (positions >= start) & (positions < end)
         self.groups = [Group(name, rows[which], rows[which & ~every], {}, {}, {}) for name, which in
                        (("the last token" if n_prompt is None else "the answer", answer), ("the tokens before", positions < start))]
+        end = n_tokens if n_prompt is None else n_prompt
+        self.far = end - min(NEW, end // 8)
         self.overlaps, self.layer_rows = {}, []
         for layer in self.layers:
             row = dict.fromkeys(("layer", *COLUMNS)) | {"layer": layer, "recall": (recall or {}).get(layer)}
@@ -68,17 +73,17 @@ class Figures:
         """Count a layer's choices -> its numbers."""
         if layer not in self.chosen_layers:
             return {}
-        recording, n = self.recording, self.n_tokens
+        recording = self.recording
         chosen, scores = recording.selection[layer], recording.scores[layer] if self.weighed else None
         for group in self.groups:
-            group.times[layer], group.weights[layer] = numbers.tally(chosen, scores, group.rows, n)
-        overlaps = self.overlaps[layer] = numbers.overlaps(chosen, self.made, self.positions, n)
+            group.times[layer], group.weights[layer] = numbers.tally(chosen, scores, group.rows, self.n_tokens)
+        overlaps = self.overlaps[layer] = numbers.overlaps(chosen, self.made, self.positions)
         mass = np.asarray(recording.mass[layer]) if recording.mass and layer in recording.mass else np.full(len(self.positions), np.nan)
         row = {"keys_answer": int((self.groups[0].times[layer] > 0).sum())}
         for name, group in zip(("answer", "prompt"), self.groups):
             row[f"overlap_{name}"] = _mean(overlaps[np.isin(self.made, group.rows)])
             row[f"mass_{name}"] = _mean(mass[group.rows])
-        return row | {f"union_{block}": value for block, value in numbers.unions(chosen, self.made, self.positions, n).items()}
+        return row | {f"union_{block}": value for block, value in numbers.unions(chosen, self.made, self.positions).items()}
 
     def _experts(self, layer):
         """Count the use of a layer's experts -> its numbers."""

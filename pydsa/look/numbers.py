@@ -4,7 +4,8 @@ A row of a recording is a token that ran. Choices are int32 [n_rows, k], positio
 """
 import numpy as np
 
-AT_ONCE = 1 << 24       # elements of a block of rows
+AT_ONCE = 1 << 22       # elements of a block of rows
+UNITED = 1 << 14        # rows that are united, at most
 BLOCKS = (2, 4, 8, 16, 32, 64)      # neighbouring tokens whose choices are united
 
 
@@ -36,48 +37,46 @@ def tally(chosen, scores, rows, n):
     return times, weights
 
 
-def overlaps(chosen, rows, positions, n):
+def overlaps(chosen, rows, positions):
     """The share of each row's keys that the token before it chose too.
 
     rows: those that made a choice, ascending; positions: of all rows. Returns float64 [len(rows)], NaN where the token before made none.
     """
-    result, step = np.full(len(rows), np.nan), max(1, AT_ONCE // n)
+    result, step = np.full(len(rows), np.nan), max(1, AT_ONCE // (2 * chosen.shape[1]))
     for start in range(1, len(rows), step):
         part = rows[start - 1:start + step]
-        bits = marks(chosen[part], n)
-        both, own = (bits[1:] & bits[:-1]).sum(axis=1), bits[1:].sum(axis=1)
+        keys = chosen[part]
+        own = (keys[1:] >= 0).sum(axis=1)
+        both = own + (keys[:-1] >= 0).sum(axis=1) - _distinct(np.concatenate([keys[:-1], keys[1:]], axis=1))
         next_to = (np.diff(positions[part]) == 1) & (own > 0)
         result[start:start + step] = np.where(next_to, both / np.maximum(own, 1), np.nan)
     return result
 
 
-def marks(chosen, n):
-    """Choices as a table: bool [n_rows, n], where a row chose a position."""
-    table = np.zeros((len(chosen), n + 1), bool)
-    np.put_along_axis(table, chosen.astype(np.int64), True, axis=1)     # -1 selects the last column
-    return table[:, :n]
+def _distinct(keys):
+    """How many different keys each row has, int64 [n_rows]; -1 is none."""
+    keys = np.sort(keys, axis=1)
+    return (keys[:, 0] >= 0) + ((np.diff(keys, axis=1) > 0) & (keys[:, 1:] >= 0)).sum(axis=1)
 
 
-def unions(chosen, rows, positions, n):
+def unions(chosen, rows, positions):
     """How many keys blocks of neighbouring tokens chose -> {block: float}.
 
-    In multiples of what one of them chose: 1 if all chose the same. rows, positions: as for overlaps(). A block without an example is
-    not there.
+    In multiples of what one of them chose: 1 if all chose the same. rows, positions: as for overlaps(). The mean of all blocks, or of as
+    many, evenly taken, as have UNITED rows; sizes without an example are not there.
     """
-    found = {block: [] for block in BLOCKS}
-    if not len(rows):
-        return {}
-    starts = np.flatnonzero(np.diff(positions[rows], prepend=-2) != 1)
-    for start, end in zip(starts, [*starts[1:], len(rows)]):
-        for first in range(start, end, BLOCKS[-1]):
-            bits = marks(chosen[rows[first:min(first + BLOCKS[-1], end)]], n)
-            own = bits.sum(axis=1)
-            for block in BLOCKS:
-                bits = bits[:len(bits) // 2 * 2]
-                bits = bits[::2] | bits[1::2]
-                one = own[:len(bits) * block].reshape(-1, block).mean(axis=1)
-                found[block] += (bits.sum(axis=1) / np.maximum(one, 1)).tolist()
-    return {block: float(np.mean(values)) for block, values in found.items() if values}
+    found = {}
+    for block in BLOCKS:
+        starts = np.arange(0, len(rows) - block + 1, block)
+        starts = starts[positions[rows[starts + block - 1]] - positions[rows[starts]] == block - 1]
+        starts = starts[::-(-len(starts) * block // UNITED) or 1]
+        step, values = max(1, AT_ONCE // (block * chosen.shape[1])), []
+        for first in range(0, len(starts), step):
+            keys = chosen[rows[starts[first:first + step, None] + np.arange(block)]].reshape(-1, block * chosen.shape[1])
+            values += (_distinct(keys) * block / np.maximum((keys >= 0).sum(axis=1), 1)).tolist()
+        if values:
+            found[block] = float(np.mean(values))
+    return found
 
 
 def expert_counts(experts, rows, n_expert):

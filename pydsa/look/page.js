@@ -39,20 +39,22 @@ function mixColours() {
     const t = i / 255, k = Math.max(1, stops.findIndex(([at]) => at >= t)), [a, b] = [stops[k - 1], stops[k]], part = (t - a[0]) / (b[0] - a[0]);
     return [1, 2, 3].map((c) => Math.round(a[c] + part * (b[c] - a[c])));
   });
-  letters = dark.matches ? "#17120a" : "#fff";
+  letters = colours.map((rgb) => luminance(rgb) > .179 ? "#000" : "#fff");      // where both have the same contrast, 4.6
   const context = $("ramp").getContext("2d");
   for (let x = 0; x < 144; x++) {
     context.fillStyle = css(colours[Math.round(255 * x / 143)]);
     context.fillRect(x, 0, 1, 12);
   }
 }
+const luminance = (rgb) => rgb.map((c) => c / 255).map((c) => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+  .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
 const css = (rgb) => `rgb(${rgb.join()})`;
 const step = (v, most) => most > 0 ? Math.min(255, Math.ceil(255 * Math.sqrt(v / most))) : 0;      // small values can be seen
 
 function shade(node, v, most) {
   const i = step(v, most);
   node.style.backgroundColor = i ? css(colours[i]) : "";
-  node.style.color = i > (dark.matches ? 145 : 180) ? letters : "";
+  node.style.color = i ? letters[i] : "";
 }
 
 // ---- What was looked at ----
@@ -73,7 +75,7 @@ async function decode() {
   for (const [first, last] of D.choices.positions) for (let p = first; p <= last; p++) rowOf.set(p, row++);
 }
 
-const far = Math.max(0, (D.n_prompt ?? N) - 40);       // the end of the tokens that are not new
+const far = D.far;         // the end of the tokens that are not new
 const layersShown = () => state.layer === NONE ? D.chosen_layers.map((_, i) => i) : [state.layer];
 const within = (spans, p) => spans.some(([first, last]) => first <= p && p <= last);
 

@@ -63,7 +63,7 @@ def page_data(look, entries=ENTRIES):
     return {
         "title": "What the answer looked at" if look.n_prompt is not None else "What the tokens looked at",
         "about": about(look), "notes": [*_notes(look), *left_out, *_notes_of_bins(bins), *([look.note] if look.note else [])],
-        "texts": look.texts, "control": np.flatnonzero(look.control).tolist(), "n_prompt": look.n_prompt,
+        "texts": look.texts, "control": np.flatnonzero(look.control).tolist(), "n_prompt": look.n_prompt, "far": figures.far,
         "layers": figures.layers, "chosen_layers": figures.chosen_layers, "weighed": figures.weighed,
         "shared": {str(layer): shared[layer] for layer in figures.chosen_layers if shared[layer] != layer},
         "groups": [_group(figures, group, bins) for group in figures.groups], "bin": bins,

@@ -15,7 +15,7 @@ from pydsa.look.numbers import BLOCKS
 STOPS = ((0, "#ffffff"), (.12, "#fff3d0"), (.4, "#ffc752"), (.66, "#ec7a12"), (.86, "#b2380a"), (1, "#641404"))     # as in page.js
 INK, MUTED, ACCENT = "#1d2025", "#5a5e66", "#0b5e8a"
 SIZE, ADVANCE, LINE = 9, 0.602, 1.75     # points; a letter's width and a line's height, in SIZE
-COLUMNS, AROUND, ENDING = 104, 70, 40   # letters of a line; tokens before and after a place; tokens before the answer
+COLUMNS, AROUND = 104, 70       # letters of a line; tokens before and after a place
 NAMES = ("text", "layers", "changes", "mass", "experts")
 PLAIN = {0xFF5C: "|", 0x2581: "_"}      # of control tokens' texts, which few fonts have
 
@@ -98,7 +98,7 @@ def draw_text(look):
             _write(axes, look, x, y, token, text, values)
     if layers:
         room = (0.55 / (width + 0.5), 0.45 / (height + below), (width - 0.5) / (width + 0.5), (below - 0.6) / (height + below))
-        _heat(figure.add_axes(room), look, ranges[1].start if len(ranges) > 1 else len(look.ids))
+        _heat(figure.add_axes(room), look)
     return figure
 
 
@@ -108,7 +108,9 @@ def excerpt(look, values):
     They are around what was looked at most, apart from the end, which is always looked at; and the end, with the answer.
     """
     n, end = len(look.ids), len(look.ids) if look.n_prompt is None else look.n_prompt
-    ending = range(_line_start(look, max(0, end - ENDING), 3 * ENDING), min(n, end + 2 * AROUND))
+    if n <= 4 * AROUND:
+        return [range(n)]
+    ending = range(_line_start(look, look.figures.far, 2 * AROUND), min(n, end + 2 * AROUND))
     if ending.start == 0 or not values[:ending.start].any():
         return [ending]
     best = int(np.argmax(values[:ending.start]))
@@ -224,16 +226,16 @@ def _rows_of_layers(axes, layers):
     axes.set_ylabel("layer", size=8)
 
 
-def _heat(axes, look, far):
+def _heat(axes, look):
     """Draw layers and positions; of neighbours the most looked at counts.
 
-    far: the number of tokens, from the first, whose greatest value has the darkest colour.
+    The newest tokens before the answer, and the answer, do not decide what is dark.
     """
     figures, n = look.figures, len(look.ids)
     columns = min(n, 700)
     starts = np.arange(columns) * n // columns
     values = np.stack([np.maximum.reduceat(figures.looked_at(layer=layer), starts) for layer in figures.chosen_layers])
-    most = values[:, starts < far].max(initial=0) or values.max(initial=0)
+    most = values[:, starts < figures.far].max(initial=0) or values.max(initial=0)
     _image(axes, values, (0, n, len(values), 0), "share" if figures.weighed else "chosen by", vmin=0, vmax=most or 1)
     _rows_of_layers(axes, figures.chosen_layers)
     axes.set_xlabel("position in the text", size=8)
@@ -243,7 +245,7 @@ def draw_layers(look):
     """A Figure of layers and positions: what the answer looked at."""
     figure = figure_class()(figsize=(11, 1.6 + 0.16 * max(6, len(look.figures.chosen_layers))), layout="constrained")
     axes = figure.subplots()
-    _heat(axes, look, len(look.ids) if look.n_prompt is None else max(1, look.n_prompt - ENDING))
+    _heat(axes, look)
     axes.set_title(f"What {look.figures.groups[0].name} looked at", size=10)
     return figure
 
