@@ -38,7 +38,7 @@ def noted():
 def opened(browser, path, look, **sizes):
     look.save(path)
     page = browser.page(path.as_uri(), **sizes)
-    page.wait("document.body.dataset.ready !== undefined")
+    page.wait("document.body.dataset.ready !== undefined && (choices || !D.choices)")
     return page
 
 

@@ -119,3 +119,12 @@ def test_a_recording_in_a_file(demo, tmp_path):
         assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.stderr
     assert "--answer is for --recording" in run("--answer", 3).stderr
     assert run("--recording", tmp_path / "no.npz", "-o", path).exit_code == 2
+
+
+def test_the_example_in_the_docs_runs(demo, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    text = (Path(pydsa.__file__).parent / "docs/looking.md").read_text(encoding="utf-8")
+    names = {"model": demo}
+    exec(next(part.split("```")[0] for part in text.split("```python\n")[1:] if "model.look" in part).replace("=64", "=2"), names)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["look.html", "text.png"] and names["look"].answer
