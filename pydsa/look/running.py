@@ -2,7 +2,7 @@
 from pydsa.answers import Reader
 from pydsa.chat import Prompt, chat_prompt
 from pydsa.errors import ContextFullError, PydsaError
-from pydsa.look import Look
+from pydsa.look import Look, check_layers
 from pydsa.options import counts
 from pydsa.sampling import Sampling
 from pydsa.session import check_ids, check_max_tokens
@@ -79,6 +79,7 @@ def look_at(model, prompt, max_tokens, sampling, stop=None, layers=None, mass=Fa
     other parameters, and the errors raised, are those of look().
     """
     check_max_tokens(max_tokens)
+    check_layers(layers, range(model.config.n_layer))
     window, = counts(2**31 - 1, window=window)
     chooses, session, written, note = chooses_keys(model), model.session(), [], None
     reader, n = Reader(model.tokenizer, stop, prompt.layout), len(prompt.ids)
