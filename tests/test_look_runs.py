@@ -73,6 +73,8 @@ def test_models_of_experts_alone(small_model, load):
     seen = load(small_model(arch="deepseek2"), attention="dense").look(random_ids(20), max_tokens=2)
     data = page.page_data(seen)
     assert data["choices"] is None and data["experts"]["groups"][0]["tokens"] == 2
+    with pytest.raises(PydsaError, match="no mass to measure"):
+        load(small_model(arch="deepseek2"), attention="dense").look(random_ids(5), mass=True)
     with pytest.raises(PydsaError, match="nothing to look at"):
         load(small_model(arch="deepseek2", n_layer_dense=2, n_layer=2, n_expert=0), attention="dense").look(random_ids(5))
 

@@ -30,7 +30,7 @@ NOTES = Path(DEMO).with_name("notes.txt")
 @click.option("--layers", help="Numbers of the layers to show, with commas between them.  [default: all]")
 @click.option("--mass", is_flag=True, help="Also measure the share of dense attention that the chosen keys hold, which takes longer.")
 @click.option("--window", type=click.IntRange(1),
-              help="Record so many tokens of the prompt, the last ones.  [default: as many as take a minute or two and 1 GB]")
+              help="Record so many tokens of the prompt, the last ones.  [default: as many as take a few minutes and 1 GB]")
 @click.option("--recording", type=click.Path(), help="Look at a saved recording of the model, without running it.")
 @click.option("--answer", "n_answer", type=click.IntRange(1), help="With --recording: how many of its last tokens are the answer.")
 @click.option("--stop", "-r", "--reverse-prompt", "stop", multiple=True, metavar="TEXT",

@@ -10,7 +10,7 @@ from pydsa.session import check_ids, check_max_tokens
 
 MAX_TOKENS = 64
 FULL = "The answer ends where the context was full (-c)."
-PRODUCTS = 1 << 42      # of index queries and keys that scores of a prompt are computed from again: a minute or two
+PRODUCTS = 1 << 42      # of index queries and keys that scores of a prompt are computed from again: a few minutes of one core
 CHOSEN = 1 << 28        # keys that a prompt's tokens choose, which take about a gigabyte
 
 
@@ -22,7 +22,7 @@ def look(model, prompt, max_tokens=MAX_TOKENS, raw=False, system=None, thinking=
     Model.chat(); or token ids, an integer list. max_tokens: tokens of the answer at most; 0: the prompt alone is looked at. thinking: let
     the model reason first, if it can. stop: as for Model.generate(). layers: the numbers of those to show; None: all. mass: also measure
     the share of dense attention that the chosen keys hold, which takes longer. window: how many of the prompt's tokens are recorded, the
-    last ones; None: as many as take a minute or two and a gigabyte. select: a choice of keys in place of the indexers', as Session.select.
+    last ones; None: as many as take a few minutes and a gigabyte. select: a choice of keys in place of the indexers', as Session.select.
     progress(done, total): called while the prompt runs, with tokens. sampling: fields of Sampling, as for Model.generate(); the temperature
     is 0, unless it is given.
 
@@ -83,6 +83,8 @@ def look_at(model, prompt, max_tokens, sampling, stop=None, layers=None, mass=Fa
     window, = counts(2**31 - 1, window=window)
     selection, session, written, note = chooses_keys(model), model.session(), [], None
     session.select = select
+    if mass and not selection:
+        raise PydsaError("There is no mass to measure, as no keys are chosen: leave it out (--mass).")
     reader, n = Reader(model.tokenizer, stop, prompt.layout), len(prompt.ids)
     if n > model.n_ctx:
         raise session.full(n)
