@@ -16,7 +16,7 @@ import numpy as np
 
 from pydsa.answers import Reader
 from pydsa.backends.devices import DEVICES, check_reproducible, check_residence
-from pydsa.cache import VectorCache
+from pydsa.cache import VectorCache, choose_cache_type
 from pydsa.chat import chat_prompt, thinking_note
 from pydsa.check import warn_of_gaps
 from pydsa.constraint import constraint_for
@@ -33,9 +33,10 @@ from pydsa.models.weights import Weights
 from pydsa.options import choose, counts
 from pydsa.override import check_all_read, override
 from pydsa.plan import Runner, check_memory, lay_out
-from pydsa.quants import CACHE_ALIASES, CACHE_TYPES, cache_row_bytes
+from pydsa.quants import cache_row_bytes
+from pydsa.recorder import record
 from pydsa.residence import copied, lock
-from pydsa.sampling import Sampling
+from pydsa.sampling import sampling_of
 from pydsa.schedule import VARIANTS, Schedule
 from pydsa.session import Session, check_ids, check_max_tokens
 from pydsa.signals import interrupts_held
@@ -45,11 +46,6 @@ ATTENTION = ("auto", "sparse", "masked", "dense")
 DEFAULT_N_CTX, DEFAULT_N_UBATCH = 8192, 2048
 BESIDE_HALVES, OF_INDEXERS = (".attn_kv_b.weight",), tuple(f".indexer.{part}" for part in INDEXER)      # ends of names
 COMPANION, OF_ACTIVATIONS = re.compile(r"(\.weight)?\.(input_)?scale$"), ".input_scale"       # beside a matrix
-
-
-def choose_cache_type(what, value):
-    """The cache type with this name or alias."""
-    return choose(what, CACHE_ALIASES.get(value, value), CACHE_TYPES)
 
 
 class Setup:
@@ -344,6 +340,13 @@ class Model:
         """
         return self.session().logits(ids)
 
+    def record(self, prompt, **options):
+        """Run a prompt, and an answer to it, in a new context -> a Recording.
+
+        The options, and the errors raised, are those of recorder.record().
+        """
+        return record(self, prompt, **options)
+
     def generate(self, prompt, max_tokens=None, stop=None, json_schema=None, grammar=None, **sampling):
         """Continue a text, or token ids, in a new context.
 
@@ -353,7 +356,7 @@ class Model:
         sampling: fields of Sampling; logit_bias may also have texts as keys, and then holds for each of a text's tokens. Raises PydsaError
         for options or ids that are not valid, and ContextFullError when the context is full.
         """
-        sampling, reader = self._sampling(sampling), Reader(self.tokenizer, stop)
+        sampling, reader = sampling_of(self.tokenizer, sampling), Reader(self.tokenizer, stop)
         check_max_tokens(max_tokens)
         ids = check_ids(self.tokenize(prompt) if isinstance(prompt, str) else prompt, self.config.n_vocab)
         constraint = constraint_for(self.tokenizer, json_schema=json_schema, grammar=grammar)
@@ -377,7 +380,7 @@ class Model:
         "required" or {"name": ...}, by which calls follow the tools' schemas (tool_grammars.tools); None: nothing is restricted.
         progress(done, total) is called while the prompt runs, with tokens. Raises the errors of encode_chat and of generate().
         """
-        sampling = self._sampling(sampling)
+        sampling = sampling_of(self.tokenizer, sampling)
         check_max_tokens(max_tokens)
         prompt = chat_prompt(self.tokenizer, messages, thinking=thinking, tools=tools, template=template)
         note = thinking_note(self.tokenizer, thinking, template)
@@ -395,20 +398,14 @@ class Model:
         """
         return self.chat(messages, max_tokens, **options).finish()
 
-    def _sampling(self, options):
-        """The Sampling with these options, where logit_bias may have texts."""
-        bias = options.get("logit_bias")
-        if isinstance(bias, collections.abc.Mapping):
-            ids = {}
-            for token, value in bias.items():
-                tokens = self.tokenize(token, add_bos=False, parse_special=True) if isinstance(token, str) else [token]
-                if not tokens:
-                    raise PydsaError("logit_bias has an empty text, expected texts of tokens, or token ids.")
-                ids |= dict.fromkeys(tokens, value)
-            options = options | {"logit_bias": ids}
-        sampling = Sampling(**options)
-        sampling.check_vocabulary(self.config.n_vocab)      # before a long prompt is read
-        return sampling
+    def look(self, prompt, **options):
+        """Answer a prompt, and show what the answer attended to -> a look.Look.
+
+        In a notebook it is a page; .save(path) and .png(path) write files. The options, and the errors raised, are those of
+        look.running.look().
+        """
+        from pydsa.look.running import look
+        return look(self, prompt, **options)
 
     def _answer(self, ids, max_tokens, sampling, progress, constraint):
         """Yield the ids after a whole context, with the last chat's session."""

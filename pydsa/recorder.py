@@ -1,10 +1,12 @@
 """The hook that records what a session's tokens choose (recording.py)."""
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
 from pydsa import packed
+from pydsa.chat import chat_prompt
 from pydsa.dense import attention_of, index_of
 from pydsa.errors import PydsaError
 from pydsa.hooks import Hook, layer_of
@@ -28,11 +30,34 @@ def facts_of(setup, fields):
                  c.name, c.architecture, setup.attention, setup.kv_type, setup.index_type, setup.device_name)
 
 
+def record(model, prompt, max_tokens=0, select=None, sampling=None, **options):
+    """Run a prompt in a new context, and an answer to it -> the Recording.
+
+    prompt: a text, token ids, or the messages of a conversation. max_tokens: tokens of the answer at most; the last one is not run, and not
+    recorded. select: as Session.select. sampling: a Sampling. options: those of Session.record(). Raises the errors of these.
+    """
+    if isinstance(prompt, str):
+        prompt = model.tokenize(prompt)
+    elif any(isinstance(message, Mapping) for message in prompt):
+        prompt = chat_prompt(model.tokenizer, prompt).ids
+    session = model.session()
+    session.select = select
+    with session.record(**options) as recording:
+        for _ in session.generate(prompt, max_tokens, sampling):
+            pass
+    return recording
+
+
+def chooses(setup):
+    """Whether keys are chosen, so that there is a selection to record."""
+    return setup.config.top_k is not None and setup.attention != "dense"
+
+
 def _check_choice(setup):
     """Raise PydsaError if no keys are chosen."""
     if setup.config.top_k is None:
         raise PydsaError(f"{setup.config.architecture} has no indexer that chooses keys; record(selection=False) records its experts.")
-    if setup.attention == "dense":
+    if not chooses(setup):
         raise PydsaError("With attention='dense' no keys are chosen: load the model with 'auto' or 'sparse', or record(selection=False).")
 
 
@@ -44,15 +69,17 @@ class Recorder(Hook):
 
     def __init__(self, setup, caches, selection=True, routing=True, scores=False, mass=False, path=None, limit=LIMIT):
         counts(1 << 62, limit=limit)
+        routing = routing and bool(facts_of(setup, ()).expert_layers)
         wanted = {"selection": selection, "routing": routing, "scores": scores, "mass": mass}
         if not any(wanted.values()):
-            raise PydsaError("Nothing is to be recorded, expected selection, routing, scores or mass.")
+            raise PydsaError("Nothing is to be recorded, expected selection, scores or mass, or routing of a model with experts.")
         if scores and not selection:
             raise PydsaError("The scores are those of the selection: record(selection=True, scores=True).")
         if selection or mass:
             _check_choice(setup)
         self.late = not (scores or mass)        # which are computed from values that later ops write over
         self._caches, self._scores, self._mass = caches, scores, mass
+        self._layers = {}       # of the names of nodes
         self._index, self._chosen = None, {}        # in a step: a function that makes the Index; what each indexer chose, for the mass
         self._facts = facts = facts_of(setup, [name for name in FIELDS if wanted.get(name)])
         self._choosing, self._routed = facts.choosing_layers if selection or mass else (), facts.expert_layers if routing else ()
@@ -64,7 +91,7 @@ class Recorder(Hook):
         self._chunks, self._n_bytes = [], 0             # positions and `kept` of all chunks
         self.recording = Recording(facts)
         self.recording._settle = self._flush
-        self._writer = None if path is None else Writer(path, facts)
+        self._path, self._writer = path, None
 
     def _arrays(self, n):
         """Empty arrays for n tokens."""
@@ -90,14 +117,19 @@ class Recorder(Hook):
         return layer_of(node) in self._choosing and node.op in ("indexer_select", "top_k")
 
     def after(self, call):
-        layer, op = layer_of(call.node), call.node.op
+        op, name = call.node.op, call.node.name
         if call.positions is not self._positions:       # a new step
             self._parts, self._positions, self._chose = {}, call.positions, False
+        if name not in self._layers:
+            self._layers[name] = layer_of(call.node)
+        layer = self._layers[name]
         if op == "moe_route":
-            for i, name in enumerate(ROUTING):
-                self._take(name, self._routed.index(layer), call.read(i))
+            i = layer - self._routed[0]
+            self._take("experts", i, call.read(0))
+            self._take("expert_weights", i, call.read(1))
         elif op == "indexer_select":        # its choice may be replaced before it is used
-            self._index = index_of(call, self._caches) if self._scores else None
+            if self._scores:
+                self._index = index_of(call, self._caches)
         elif op == "top_k":
             chosen, scores = call.read(0), call.read(1)
             self._choose(layer, chosen, lambda: np.where(chosen >= 0, np.take_along_axis(scores, np.maximum(chosen, 0), axis=1), np.nan))
@@ -105,8 +137,8 @@ class Recorder(Hook):
             if ATTENTION[op] is not None and layer in self._choosing:
                 chosen = call.read(ATTENTION[op])
                 self._choose(layer, chosen, lambda: self._index().scores_of(chosen))
-            owner = self._facts.indexed_layers[layer]
             if self._mass and self._chose:
+                owner = self._facts.indexed_layers[layer]
                 self._take("mass", layer, np.clip(attention_of(call, self._caches).mass(self._chosen[owner]), 0, 1))
 
     def _choose(self, layer, chosen, scores):
@@ -127,6 +159,9 @@ class Recorder(Hook):
     def _take(self, name, i, rows):
         """Copy the rows of a step in a layer, the i-th that has such rows."""
         n = len(self._positions)
+        if n == 1:          # fits always; without slices it takes a third less time
+            self._pending[name][i, self._n] = rows[0]
+            return
         if self._fits(n):
             self._pending[name][i, self._n:self._n + n] = rows
             return
@@ -142,12 +177,13 @@ class Recorder(Hook):
 
     def completed(self, ids, positions):
         n = len(ids)
-        seen = self._positions is not None and np.array_equal(self._positions, positions)      # else of a step that was not completed
-        rows = {"positions": positions, "tokens": ids, "all_keys": np.full(n, not (seen and self._chose)), "kept": np.ones(n, np.bool_)}
+        seen = self._positions is not None and len(self._positions) == n and self._positions[0] == positions[0]     # else of another step
+        rows = {"positions": positions, "tokens": ids, "all_keys": not (seen and self._chose), "kept": True}
         if self._mass and not (seen and self._chose):
+            self._positions, self._parts = positions, self._parts if seen else {}
             for layer in range(self._facts.n_layer):
-                self._positions = positions
                 self._take("mass", layer, np.ones(n))
+            seen = True
         if self._fits(n):
             for name, values in rows.items():
                 self._pending[name][self._n:self._n + n] = values
@@ -156,9 +192,11 @@ class Recorder(Hook):
                 self._flush()
         else:
             self._flush()
-            for part, start in enumerate(range(0, n, CHUNK)):
-                chunk = {name: values[start:start + CHUNK].astype(self._pending[name].dtype) for name, values in rows.items()}
-                self._add(chunk | self._packed(self._parts.get(part, {}) if seen else {}, len(chunk["kept"])))
+            with interrupts_held():
+                for part, start in enumerate(range(0, n, CHUNK)):
+                    chunk = {name: np.broadcast_to(values, n)[start:start + CHUNK].astype(self._pending[name].dtype)
+                             for name, values in rows.items()}
+                    self._add(chunk | self._packed(self._parts.get(part, {}) if seen else {}, len(chunk["kept"])))
         self._parts, self._positions = {}, None
 
     def _packed(self, part, n):
@@ -179,9 +217,12 @@ class Recorder(Hook):
 
     def _flush(self):
         """Put the pending rows into a chunk."""
-        n, self._n = self._n, 0
-        if n == 0:
-            return
+        if self._n:
+            with interrupts_held():     # so that no row is lost or comes twice
+                n, self._n = self._n, 0
+                self._add(self._pending_chunk(n))
+
+    def _pending_chunk(self, n):
         part, chunk = {}, {}
         for name, rows in self._pending.items():
             if rows.ndim == 1:
@@ -193,14 +234,14 @@ class Recorder(Hook):
             if self._scores:
                 part["scores"][i] = _flat(part["scores"][i], rows)
             part["selection"][i] = packed.pack(rows, int(rows.max(initial=-1)) + 1)
-        self._add(chunk | self._packed(part, n))
+        return chunk | self._packed(part, n)
 
     def _add(self, chunk):
         """Append a chunk; the oldest leave where there is no room for them."""
+        if self._writer is not None:
+            self._writer.add(chunk)
         self._chunks.append({name: chunk[name] for name in ("positions", "kept")})
         if self._writer is not None:
-            with interrupts_held():     # half an array would damage the file
-                self._writer.add(chunk)
             return
         chunks = self.recording._chunks
         chunks.append(chunk)
@@ -213,9 +254,12 @@ class Recorder(Hook):
 
     def cut(self, n):
         """Only the first n tokens of the context remain."""
-        self._flush()
+        self._n = int(np.searchsorted(self._pending["positions"][:self._n], n))
         for chunk in self._chunks:
             chunk["kept"] &= chunk["positions"] < n
+        while self._writer is None and self._chunks and not self._chunks[-1]["kept"].any():
+            self._n_bytes -= _bytes_of(self.recording._chunks.pop())
+            del self._chunks[-1]
 
     @contextlib.contextmanager
     def running(self):
@@ -223,21 +267,24 @@ class Recorder(Hook):
 
         A file is complete at its end, whatever ends it.
         """
-        if self._writer is None:
+        if self._path is None:
             yield self.recording
             return
         self.recording._settle = self._refuse
-        with self._writer as writer:
+        with Writer(self._path, self._facts) as self._writer:
             try:
                 yield self.recording
             finally:
-                with interrupts_held():
-                    self._flush()
-                    writer.close(np.concatenate([np.empty(0, np.bool_), *(chunk["kept"] for chunk in self._chunks)]))
-                    self.recording._adopt(Reader(writer.path))
+                if not self._writer.failed:
+                    with interrupts_held():
+                        self._flush()
+                        self._writer.close(np.concatenate([np.empty(0, np.bool_), *(chunk["kept"] for chunk in self._chunks)]))
+                        self.recording._adopt(Reader(self._path))
 
     def _refuse(self):
-        raise PydsaError(f"The recording is still being written to {self._writer.path}: its arrays can be read after the `with` block.")
+        if self._writer.failed:
+            raise PydsaError(f"The recording could not be written to {self._path}: there is nothing to read.")
+        raise PydsaError(f"The recording is still being written to {self._path}: its arrays can be read after the `with` block.")
 
 
 def _flat(scores, chosen):

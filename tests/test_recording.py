@@ -5,12 +5,16 @@ import zipfile
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from helpers import random_ids
 
 import pydsa
 from pydsa import packed
+from pydsa.chat import chat_prompt
+from pydsa.cli import main
 from pydsa.errors import PydsaError, RecordingFileError
 from pydsa.hooks import Hook, layer_of
+from tools import record_cost as tool
 
 IDS = random_ids(60)       # top_k is 12
 OPS = {"indexer_select": (0,), "top_k": (0,), "moe_route": (0, 1)}
@@ -124,12 +128,17 @@ def test_the_oldest_tokens_leave_where_memory_is_limited(small_model, load):
             session.prefill(IDS[:16])
             assert recording.n_bytes <= 10_000
     n = recording.n_left
+    with session.record(limit=20_000) as again:     # what the session forgot takes no room
+        for _ in range(20):
+            session.truncate(20)
+            session.prefill(IDS[:32])
+    assert again.n_left == 0 and again.positions.tolist() == list(range(20, 52))
     assert 0 < n < 200 and recording.n == 256 - n and recording.positions[0] == n
     assert np.array_equal(recording.selection[1], whole.selection[1][n:]) and recording.tokens.tolist() == whole.tokens[n:].tolist()
 
 
 def test_only_complete_steps_count(small_model, load):
-    """A prompt that ends in the middle, then another in its place that makes no choice."""
+    """A prompt that ends in the middle; then one that makes no choice."""
     class Stop(Hook):
         def wants(self, node):
             return node.name == "l_out-1"
@@ -148,7 +157,7 @@ def test_only_complete_steps_count(small_model, load):
 
 
 def test_files(small_model, load, tmp_path):
-    """What is saved is read back; straight to a file, it is complete after any exception."""
+    """What is saved is read back; a file is complete after an exception."""
     session = load(small_model(n_layer=2), attention="sparse", n_ubatch=16).session()
     with pytest.raises(KeyboardInterrupt):
         with session.record(scores=True, mass=True) as recording, session.record(scores=True, mass=True, path=tmp_path / "b.npz") as direct:
@@ -168,6 +177,21 @@ def test_files(small_model, load, tmp_path):
         recording.save(tmp_path / "missing" / "a.npz")
     with pytest.raises(RecordingFileError, match="cannot be read"):
         pydsa.Recording.open(tmp_path / "none.npz")
+
+
+def test_a_full_disk(small_model, load, tmp_path, monkeypatch):
+    session = load(small_model(n_layer=2), attention="sparse", n_ubatch=16).session()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(RecordingFileError, match="cannot be written .No space left on device"):
+        with session.record(path=tmp_path / "a.npz") as recording:
+            session.prefill(IDS)
+            monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
+    monkeypatch.undo()
+    with pytest.raises(PydsaError, match="could not be written"):
+        recording.n
+    assert not list(tmp_path.iterdir()) and "not complete" in repr(recording) and not session.has_hooks
 
 
 def rewritten(source, target, change):
@@ -272,6 +296,13 @@ def test_what_cannot_be_recorded_is_one_clear_sentence(small_model, load, tmp_pa
             session.record(**options)
     with pytest.raises(PydsaError, match="With attention='dense' no keys are chosen"):
         load(small_model(n_layer=2), attention="dense").session().record()
+    without = load(small_model(n_layer=2, n_layer_dense=2), attention="sparse").session()
+    with without.record() as recording:
+        without.prefill(IDS[:20])
+    recording.save(tmp_path / "a.npz")
+    assert recording.experts is None and same(pydsa.Recording.open(tmp_path / "a.npz"), recording)
+    with pytest.raises(PydsaError, match="routing of a model with experts"):
+        without.record(selection=False)
 
 
 @pytest.mark.parametrize("n, k, n_keys", [(5, 7, 3), (3, 4, 64), (1, 300, 1000), (0, 4, 9), (9, 1, 100_000)])
@@ -287,3 +318,36 @@ def test_packed_choices(n, k, n_keys):
         for wrong in ((maps, bits[:-1], k), (maps, np.append(bits, bits[-1]), k), (maps, bits, 0)):
             with pytest.raises(ValueError):
                 packed.unpack(*wrong)
+
+
+def test_a_model_records_a_prompt_and_its_answer(small_model, load):
+    model = load(small_model(n_layer=2), attention="sparse", n_ubatch=16)
+    recording, session = model.record(IDS[:20], max_tokens=4, sampling=pydsa.Sampling(temperature=0)), model.session()
+    answer = list(session.generate(IDS[:20], 4, pydsa.Sampling(temperature=0)))
+    assert recording.tokens.tolist() == session.tokens == [*IDS[:20], *answer[:3]]      # the last token is not run
+    assert model.record("ab", routing=False).tokens.tolist() == model.tokenize("ab")
+    messages = [{"role": "user", "content": "ab"}]
+    assert model.record(messages).tokens.tolist() == chat_prompt(model.tokenizer, messages).ids
+    window = model.record(IDS[:20], select=pydsa.selections.sliding_window(2))
+    assert window.selection[0][9].tolist() == [8, 9] + [-1] * 10
+
+
+def test_the_command_line_records(golden, tmp_path):
+    path, file = golden("ds32-q8_0")[0], tmp_path / "a.npz"
+    result = CliRunner().invoke(main, ["run", str(path), "-t", "1", "-c", "200", "-p", "Hello", "-n", "5", "--record", str(file)])
+    recording = pydsa.Recording.open(file)
+    assert result.exit_code == 0 and recording.n > 10 and f"recorded {recording.n} tokens in" in result.stderr
+    result = CliRunner().invoke(main, ["run", str(path), "-t", "1", "-p", "Hello", "--record", str(tmp_path / "none" / "a.npz")])
+    assert result.exit_code == 2 and not result.stdout and "the recording cannot be written" in result.stderr
+    result = CliRunner().invoke(main, ["run", str(golden("ds2-q4_0")[0]), "-t", "1", "-p", "a", "-n", "2", "--record", str(file)])
+    assert result.exit_code == 0 and pydsa.Recording.open(file).selection is None
+
+
+def test_the_tool_measures_the_cost(small_model):
+    options = ["-d", "0,20", "-p", "16", "-n", "3", "-r", "2", "-t", "1", "-o", "json"]
+    done = CliRunner().invoke(tool.main, [str(small_model(n_layer=2)), *options])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)
+    assert [(row["test"], row["depth"]) for row in rows] == [("pp16", 0), ("tg3", 0), ("pp16", 20), ("tg3", 20)]
+    assert all(row["off t/s"] > 0 and row["memory: bytes a token"] > 20 and row["file: bytes a token"] > 20 for row in rows)
+    assert CliRunner().invoke(tool.main, [str(small_model(n_layer=2)), "-d", "a"]).exit_code == 2

@@ -5,7 +5,7 @@ Only generated text, tables and reports go to stdout.
 import click
 
 from pydsa import __version__
-from pydsa.cli import bench, imatrix, info, perplexity, run, serve, trace
+from pydsa.cli import bench, imatrix, info, look, perplexity, run, serve, trace
 from pydsa.exits import Commands
 
 
@@ -21,11 +21,12 @@ def main():
     pydsa run model.gguf -f notes.txt --raw -n 64   continue a text
     pydsa serve model.gguf                        an HTTP server, and a page to chat on
     pydsa bench model.gguf -d 0,4096              speed, also deep in a context
+    pydsa look model.gguf -f notes.txt            a page of what the answer attended to
     pydsa perplexity model.gguf -f text.txt       quality, also of other settings beside it
     pydsa info model.gguf                         what the file is and needs
     pydsa imatrix model.gguf -f text.txt          which inputs matter, for quantizers
     """
 
 
-for command in (run.run, serve.serve, bench.bench, info.info, trace.trace, perplexity.perplexity, imatrix.imatrix):
+for command in (run.run, serve.serve, bench.bench, look.look, info.info, trace.trace, perplexity.perplexity, imatrix.imatrix):
     main.add_command(command)
