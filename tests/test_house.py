@@ -23,7 +23,7 @@ LAYERS = ("__main__", "cli", "exits", "server", "console habits", "restrictions"
           "session", "diagnosis", "ahead", "models", "plan schedule", "costs", "hooks", "graph", "backends")
 LEAVES = "gguf_file override tokenizer chat messages answers tool_calls template sampling cache compiling kernel_cache quants errors " \
          "terminal signals limits check cores control_groups options batch prefixes requests " \
-         "constraint grammars tool_grammars vocabulary"
+         "constraint grammars tool_grammars vocabulary op_plot"
 RANK = {name: rank for rank, names in enumerate([*LAYERS, LEAVES]) for name in names.split()}
 COMPILING = ("pydsa.backends.cpu", "pydsa.backends.cuda")     # may import numba
 
