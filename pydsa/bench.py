@@ -15,8 +15,8 @@ from pydsa.costs import StepSize, node_cost, step_cost, total
 from pydsa.errors import PydsaError
 from pydsa.gguf_file import Tensor
 from pydsa.quants import TYPES
-from pydsa.report import count, size
 from pydsa.terminal import json_text, visible
+from pydsa.words import count, size
 
 SEED = 1        # of the random tokens that the tests run
 NO_LIMITS = dict.fromkeys(("bytes_per_token", "bandwidth_gbs", "limit_ts", "share_of_limit"))

@@ -7,7 +7,7 @@ import os
 
 from pydsa.errors import PydsaError
 from pydsa.op_plot import OpPanels
-from pydsa.report import count, threads
+from pydsa.words import count, threads
 
 FORMATS = ("png", "svg", "pdf")     # file formats, by the extension of the name
 GREY, MARKERS = "0.85", "osD^v"

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pydsa.ahead import Ahead
+from pydsa.cards import shown
 from pydsa.diagnosis import explained
 from pydsa.errors import ContextFullError, DamagedWeightsError, PydsaError, SessionFileError
 from pydsa.hooks import Hook, Observer
@@ -19,6 +20,7 @@ from pydsa.plan import check_memory
 from pydsa.prefixes import common_length
 from pydsa.quants import CACHE_ALIASES
 from pydsa.sampling import Sampler
+from pydsa.words import card_of_a_session
 
 MAGIC = b"pydsa session 1\n"
 MAX_HEADER = 1 << 28    # bytes; the ids of a million tokens take seven million bytes
@@ -61,6 +63,7 @@ class _Layers(Hook):
         self._report(self._done)
 
 
+@shown(lambda session: card_of_a_session(session, session._setup))
 class Session:
     """One conversation, made by Model.session().
 
@@ -78,9 +81,6 @@ class Session:
         self.caches = setup.make_caches(runner.backend, setup.n_ctx)
         self._bound, self._hooks = {}, ()
         self._ahead = Ahead(runner)
-
-    def __repr__(self):
-        return f"<pydsa.Session: {self.n_past} of {self._setup.n_ctx} tokens>"
 
     @property
     def n_past(self):
