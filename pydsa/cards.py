@@ -69,10 +69,11 @@ def card_of_a_reply(reply):
     line = [shortened(reply.text)] if reply.text or not reply.tool_calls else []
     line += [f"{len(reply.reasoning)} characters of reasoning"] if reply.reasoning else []
     line += [f"calls {', '.join(call['function']['name'] for call in reply.tool_calls)}"] if reply.tool_calls else []
-    line += [_tokens(reply.n_generated), f"finish_reason={reply.finish_reason!r}"]
+    line += [tokens_in_words(reply.n_generated), f"finish_reason={reply.finish_reason!r}"]
     speed = f", {(reply.n_generated - 1) / reply.seconds:.1f} t/s from then on" if reply.seconds else ""
     waited = "" if reply.prompt_seconds is None else f", the first after {reply.prompt_seconds:.2f} s"
-    rows = [("prompt", _tokens(reply.n_prompt)), ("generated", _tokens(reply.n_generated) + waited + speed), ("ended", ended)]
+    generated = tokens_in_words(reply.n_generated) + waited + speed
+    rows = [("prompt", tokens_in_words(reply.n_prompt)), ("generated", generated), ("ended", ended)]
     texts = [("reasoning", reply.reasoning, False)] * bool(reply.reasoning) + [("text", reply.text, True)] * bool(reply.text)
     texts += [(f"call of {call['function']['name']}", call["function"]["arguments"], True) for call in reply.tool_calls]
     return Card("Reply", line, rows, texts)
@@ -87,5 +88,6 @@ def card_of_a_stream(stream):
     return card._replace(kind="Stream")
 
 
-def _tokens(n):
+def tokens_in_words(n):
+    """A number of tokens: "1 token", "7 tokens"."""
     return f"{n} token{'s' * (n != 1)}"

@@ -1,5 +1,5 @@
 """What a model is and how it runs, in words: for reports, titles, and the cards that notebooks show."""
-from pydsa.cards import Card, shortened
+from pydsa.cards import Card, shortened, tokens_in_words
 from pydsa.models.blocks import block_of, spans
 
 LAST = 48       # tokens of a session whose text is shown
@@ -100,3 +100,30 @@ def card_of_a_session(session, setup):
     text = setup.tokenizer.decode(session.tokens[-LAST:])
     label = "text" if n <= LAST else f"the last {LAST} tokens"
     return Card("Session", [*line, shortened(text, end=True, more=n > LAST)], rows, [(label, text, True)])
+
+
+def card_of_a_recording(recording):
+    """The Card of a recording.Recording: of what it is, and what is in it."""
+    facts, positions = recording.facts, recording.positions
+    tokens = tokens_in_words(recording.n) + (f", from position {positions[0]} to {positions[-1]}" if positions.size else "")
+    left = f", {recording.n_left} older ones left" if recording.n_left else ""
+    rows = [("model", f"{facts.name}, {facts.architecture}, attention {facts.attention} on {facts.device}"), ("tokens", tokens + left)]
+    if facts.top_k is not None and "selection" in facts.fields:
+        dense = int(recording.all_keys.sum())
+        rows.append(("selection", f"{facts.top_k} keys a token at most, {_layers(facts.choosing_layers)}"
+                     + (f"; {tokens_in_words(dense)} attended to all keys" if dense else "")))
+    if "scores" in facts.fields:
+        rows.append(("scores", "of the chosen keys"))
+    if "mass" in facts.fields and recording.n:
+        means = [float(recording.mass[layer].mean()) for layer in recording.mass]
+        rows.append(("mass", f"the chosen keys hold {min(means):.1%} to {max(means):.1%} of dense attention, by layer"))
+    if "routing" in facts.fields:
+        rows.append(("routing", f"{facts.n_expert_used} of {facts.n_expert} experts, {_layers(facts.expert_layers)}"
+                     if facts.expert_layers else "no layer has experts"))
+    rows.append(("size", size(recording.n_bytes)))
+    return Card("Recording", [tokens_in_words(recording.n) + left, ", ".join(facts.fields), size(recording.n_bytes)], rows)
+
+
+def _layers(layers):
+    """Ascending numbers of layers: "layers 0-2, 5"."""
+    return f"layer{'s' * (len(layers) != 1)} {spans([il in layers for il in range(layers[-1] + 1)])[True]}"

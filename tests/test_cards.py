@@ -92,6 +92,20 @@ def test_a_session(model):
     assert session.n_past == 60
 
 
+def test_a_recording(model):
+    session = model.session()
+    with session.record() as recording:
+        assert repr(recording).startswith("<pydsa.Recording: 0 tokens, selection, routing, ")
+        session.prefill(np.arange(70))
+    shown = cells(recording)
+    assert shown["tokens"] == "70 tokens, from position 0 to 69" and shown["size"] in repr(recording)
+    assert shown["model"] == f"{model.config.name}, deepseek32, attention auto on reference"
+    assert shown["selection"] == "64 keys a token at most, layers 0-2" and shown["routing"] == "2 of 4 experts, layers 1-2"
+    with session.record(selection=False) as recording:
+        session.decode(5)
+    assert cells(recording)["tokens"] == "1 token, from position 70 to 70" and "selection" not in cells(recording)
+
+
 def test_a_reply():
     call = {"id": "1", "type": "function", "function": {"name": "<b>f</b>", "arguments": '{"a": "<script>"}'}}
     whole = Reply("a <b>&amp;\u202e\x1b[2J", "because", [call], "tool_calls", 7, 11, None, 0.5, 2.0)
