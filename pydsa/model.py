@@ -16,7 +16,7 @@ import numpy as np
 
 from pydsa.answers import Reader
 from pydsa.backends.devices import DEVICES, check_reproducible
-from pydsa.cache import VectorCache
+from pydsa.cache import VectorCache, choose_cache_type
 from pydsa.cards import shown
 from pydsa.chat import chat_prompt, thinking_note
 from pydsa.check import warn_of_gaps
@@ -34,7 +34,7 @@ from pydsa.models.weights import Weights
 from pydsa.options import choose, counts
 from pydsa.override import check_all_read, override
 from pydsa.plan import Runner, check_memory, lay_out
-from pydsa.quants import CACHE_ALIASES, CACHE_TYPES, cache_row_bytes
+from pydsa.quants import cache_row_bytes
 from pydsa.sampling import Sampling
 from pydsa.schedule import VARIANTS, Schedule
 from pydsa.session import Session, check_ids, check_max_tokens
@@ -46,11 +46,6 @@ ATTENTION = ("auto", "sparse", "masked", "dense")
 DEFAULT_N_CTX, DEFAULT_N_UBATCH = 8192, 2048
 BESIDE_HALVES, OF_INDEXERS = (".attn_kv_b.weight",), tuple(f".indexer.{part}" for part in INDEXER)      # ends of names
 COMPANION, OF_ACTIVATIONS = re.compile(r"(\.weight)?\.(input_)?scale$"), ".input_scale"       # beside a matrix
-
-
-def choose_cache_type(what, value):
-    """The cache type with this name or alias."""
-    return choose(what, CACHE_ALIASES.get(value, value), CACHE_TYPES)
 
 
 @shown(card_of_a_setup)
@@ -389,6 +384,15 @@ class Model:
         A Reply has text, reasoning, tool_calls, finish_reason, n_prompt, n_generated, and the message to put back (answers.Reply).
         """
         return self.chat(messages, max_tokens, **options).finish()
+
+    def look(self, prompt, **options):
+        """Answer a prompt, and show what the answer attended to -> a look.Look.
+
+        In a notebook it is a page; .save(path) and .png(path) write files. The options, and the errors raised, are those of
+        look.running.look().
+        """
+        from pydsa.look.running import look
+        return look(self, prompt, **options)
 
     def _sampling(self, options):
         """The Sampling with these options, where logit_bias may have texts."""

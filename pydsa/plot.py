@@ -5,6 +5,7 @@ Prompts are drawn beside generation, which also has the limit that the memory's 
 import functools
 import os
 
+from pydsa.drawing import figure_class as _figure_class
 from pydsa.errors import PydsaError
 from pydsa.op_plot import OpPanels
 from pydsa.words import count, threads
@@ -113,15 +114,6 @@ def _labelled(depths):
         if depth - kept[-1] >= room and depths[-1] - depth >= room:
             kept.append(depth)
     return kept + depths[1:][-1:]
-
-
-def _figure_class():
-    """matplotlib's Figure, without pyplot: no windows, no global state."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise PydsaError("To draw, pydsa needs matplotlib: pip install 'pydsa[plot]', then run this again.") from None
-    return Figure
 
 
 def _cannot_write(path, error):

@@ -1,0 +1,85 @@
+"""Run a model on a prompt, record what it does, and look at it."""
+from pydsa.answers import Reader
+from pydsa.chat import Prompt, chat_prompt
+from pydsa.errors import ContextFullError, PydsaError
+from pydsa.look import Look
+from pydsa.sampling import Sampling
+from pydsa.session import check_ids, check_max_tokens
+
+MAX_TOKENS = 64
+FULL = "The answer ends where the context was full (-c)."
+
+
+def look(model, prompt, max_tokens=MAX_TOKENS, raw=False, system=None, thinking=False, stop=None, layers=None, mass=False, progress=None,
+         **sampling):
+    """Answer a prompt in a new session that is recorded -> a Look.
+
+    prompt: a text, which becomes a user's message after the message `system`, or is continued as it is if raw; messages, as for
+    Model.chat(); or token ids, an integer list. max_tokens: tokens of the answer at most; 0: the prompt alone is looked at. thinking: let
+    the model reason first, if it can. stop: as for Model.generate(). layers: the numbers of those to show; None: all. mass: also measure
+    the share of dense attention that the chosen keys hold, which takes as long as dense attention does. progress(done, total): called
+    while the prompt runs, with tokens. sampling: fields of Sampling; the temperature is 0, unless it is given.
+
+    Raises PydsaError for options that are not valid and for a model without anything to look at, and ContextFullError if the prompt does
+    not fit.
+    """
+    sampling = Sampling(**{"temperature": 0} | sampling)
+    sampling.check_vocabulary(model.config.n_vocab)
+    return look_at(model, prompt_of(model, prompt, raw, False, system, thinking), max_tokens, sampling, stop, layers, mass, None, progress)
+
+
+def prompt_of(model, text, raw=False, special=False, system=None, thinking=False):
+    """The chat.Prompt of a text, a list of messages, or token ids.
+
+    special: encode the texts of control tokens in a raw text as these tokens. The other parameters are those of look(). Raises PydsaError
+    for a prompt that is empty.
+    """
+    if isinstance(text, str) and raw:
+        text = model.tokenize(text, parse_special=special)
+    elif isinstance(text, str):
+        text = [{"role": "user", "content": text}] if text else ()
+    if not len(text):
+        raise PydsaError("The prompt is empty.")
+    if isinstance(text[0], dict):
+        first = [{"role": "system", "content": system}] if system else []
+        return chat_prompt(model.tokenizer, [*first, *text], thinking=thinking)
+    return Prompt(check_ids(text, model.config.n_vocab).tolist())
+
+
+def check_something_to_see(model):
+    """Raise PydsaError for a model without a choice of keys and of experts.
+
+    Returns whether it chooses keys.
+    """
+    chooses = model.config.top_k is not None and model.attention != "dense"
+    if not chooses and not model.config.n_expert:
+        raise PydsaError(f"{model.config.architecture} has nothing to look at here, neither a choice of keys nor experts; expected a model "
+                         "with an indexer, and --attention auto or sparse.")
+    return chooses
+
+
+def look_at(model, prompt, max_tokens, sampling, stop=None, layers=None, mass=False, show=None, progress=None):
+    """Answer a chat.Prompt -> a Look.
+
+    sampling: a Sampling. show(pieces): gets the iterator of the answer's pieces (answers.Stream), and reads it; None: nobody does. The other
+    parameters, and the errors raised, are those of look().
+    """
+    check_max_tokens(max_tokens)
+    chooses, session, written, note = check_something_to_see(model), model.session(), [], None
+    reader = Reader(model.tokenizer, stop, prompt.layout)
+
+    def kept(tokens):
+        for token in tokens:
+            written.append(token)
+            yield token
+    fields = {"selection": chooses, "scores": chooses, "mass": chooses and mass, "routing": bool(model.config.n_expert)}
+    with session.record(**fields) as recording:
+        logits = session.prefill(prompt.ids, progress)
+        pieces = reader.read(kept(session.sample(logits, max_tokens, sampling)), max_tokens, len(prompt.ids))
+        try:
+            (list if show is None else show)(pieces)
+        except ContextFullError:
+            if not written:
+                raise
+            note = FULL
+    return Look(recording, model.tokenizer, [*prompt.ids, *written], len(prompt.ids) if written else None, layers, note=note)
