@@ -1,4 +1,4 @@
-"""Attention to all keys and index scores, as recordings and selections use them, against the reference's ops."""
+"""Attention to all keys and index scores, against the reference's ops."""
 import numpy as np
 import pytest
 from helpers import nmse, normal, random_ids
@@ -22,7 +22,10 @@ def cache(kv_type, *widths):
 
 @pytest.mark.parametrize("kv_type", CACHE_TYPES)
 def test_weights_give_the_outputs_of_attention(monkeypatch, kv_type):
-    """The sums of values are those of the op; there are more values than keys, so that no other weights have the same."""
+    """The sums of values are those of the op.
+
+    There are more values than keys, so that no other weights have the same.
+    """
     monkeypatch.setattr(dense, "AT_ONCE", 200)      # a few tokens at a time
     latents, q = cache(kv_type, 24, 8), normal(7, 3, 32).astype(np.float64)
     keys, out = dense.stored_values(latents, 20, np.float64), np.empty((7, 3, 24))
@@ -71,7 +74,7 @@ def seen(load, path, **options):
 
 
 def test_both_forms_and_backends_agree(small_model, load):
-    """The float64 reference in MLA's absorbed form against its plain form, and against the CPU with caches of two types."""
+    """The reference in MLA's absorbed form, in its plain form, and the CPU."""
     options = {"attention": "auto", "n_ctx": 64}
     exact = seen(load, small_model(n_layer=2), device="reference", n_ubatch=16, **options)
     plain = seen(load, small_model(n_layer=2), device="reference", n_ubatch=60, **options)

@@ -17,7 +17,10 @@ OPS = {"indexer_select": (0,), "top_k": (0,), "moe_route": (0, 1)}
 
 
 class Choices(Hook):
-    """What the steps choose, in a plain way: {(op, layer, argument): [(position, row)]}."""
+    """What the steps choose, in a plain way.
+
+    seen: {(op, layer, argument): [(position, row)]}.
+    """
 
     def __init__(self):
         self.seen = {}
@@ -76,7 +79,7 @@ def test_a_recording_has_what_was_chosen(small_model, load, device, attention, a
 
 
 def test_dense_steps_have_all_keys(small_model, load):
-    """With attention auto up to top_k tokens, and with prompts in the plain form beyond them."""
+    """Up to top_k tokens; then comes a prompt in the plain form."""
     model = load(small_model(n_layer=2), n_ubatch=64)
     session, seen, plain = model.session(), Choices(), load(small_model(n_layer=2), n_ubatch=64).session()
     session.hooks = seen,
