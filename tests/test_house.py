@@ -20,7 +20,7 @@ SLOW = ("numba", "llvmlite", "tokenizers", "jinja2", "rich", "matplotlib", "star
 
 # Each may import itself, those after it, and the leaves; a leaf only other leaves.
 LAYERS = ("__main__", "cli", "exits", "server", "console habits", "restrictions", "bench report plot fit", "__init__", "engine", "model",
-          "selections", "look", "session", "recorder selecting", "recording", "recording_file", "diagnosis", "ahead", "words", "models",
+          "look", "selections", "session", "recorder selecting", "recording", "recording_file", "diagnosis", "ahead", "words", "models",
           "plan schedule", "costs", "hooks", "dense", "graph", "backends")
 LEAVES = "gguf_file override tokenizer chat messages answers tool_calls template sampling cache compiling kernel_cache quants errors " \
          "terminal signals limits check cores control_groups options batch prefixes requests " \
