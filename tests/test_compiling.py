@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from pydsa import compiling, kernel_cache
+from pydsa.backends.cpu import op
 from pydsa.compiling import Job, compile_jobs
 from pydsa.cores import physical_cores
 from pydsa.kernel_cache import KernelsNotKept
@@ -388,3 +389,12 @@ def test_no_temporary_folder_either(tmp_path, monkeypatch, unwarned):
         path = kernel_cache.cache_folder("x", []) / "kernel"
         assert kernel_cache.kept(path, lambda: b"code") == b"code" and kernel_cache.read(path) is None
     assert len(met) == 1
+
+
+@pytest.mark.parametrize("attention", ["sparse", "masked"])
+def test_all_that_a_model_needs_is_kept(small_model, load, attention, monkeypatch):
+    """Code with an address of this process in it would be compiled at every start."""
+    model, seen = load(small_model(n_layer=2), attention=attention), []
+    monkeypatch.setattr(op, "compile_all", lambda wanted, progress=None: seen.extend(wanted))
+    model.backend.compile_calls(model._all_calls)
+    assert len(seen) > 20 and [w.name for w in seen if not w.holds()] == []
