@@ -14,8 +14,8 @@ from pydsa.errors import (ContextFullError, DamagedWeightsError, GGUFError, OutO
 __version__ = "0.1.0"
 DEMO = os.path.join(os.path.dirname(__file__), "demo", "demo.gguf")      # path of the model that comes with the package
 _MODULES = {"load": "model", "Model": "model", "Session": "session", "Sampling": "sampling", "load_tokenizer": "tokenizer",
-            "Engine": "engine", "Request": "requests", "Recording": "recording"}
-__all__ = ["DEMO", "load", "load_tokenizer", "Model", "Session", "Sampling", "Engine", "Request", "Recording", "PydsaError",
+            "Engine": "engine", "Request": "requests", "Recording": "recording", "Look": "look"}
+__all__ = ["DEMO", "load", "load_tokenizer", "Model", "Session", "Sampling", "Engine", "Request", "Recording", "Look", "PydsaError",
            "GGUFError", "UnsupportedModelError", "ContextFullError", "DamagedWeightsError", "OutOfMemoryError", "RecordingFileError",
            "SessionFileError"]
 

@@ -1,4 +1,4 @@
-"""Recordings written by hand, and a vocabulary for them, for the tests of pydsa.look."""
+"""Recordings written by hand, and a vocabulary, for tests of pydsa.look."""
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +7,10 @@ from pydsa.tokenizer import CONTROL, NORMAL
 
 
 class Words:
-    """A tokenizer whose tokens are given as bytes; those that begin with <| are control tokens."""
+    """A tokenizer whose tokens are given as bytes.
+
+    Those that begin with <| are control tokens.
+    """
 
     def __init__(self, *tokens):
         self.data = [token.encode() if isinstance(token, str) else token for token in tokens]
@@ -34,7 +37,10 @@ def recording(tokens, selection, scores=None, experts=None, mass=None, first=0, 
 
 
 def random_recording(n, k, layers, n_vocab, seed=0, scored=True):
-    """Tokens that each chose k keys beside each other, somewhere; -1 where there are fewer."""
+    """Tokens that each chose k keys beside each other, somewhere.
+
+    There is -1 where there are fewer.
+    """
     random, positions, selection, scores = np.random.default_rng(seed), np.arange(n), {}, {}
     for layer in layers:
         first = random.integers(0, np.maximum(positions - k + 1, 0) + 1)

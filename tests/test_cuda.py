@@ -142,16 +142,16 @@ assert np.array_equal(recording.selection[0], seen["indexer_select", 0]) and rec
 assert np.array_equal(recording.experts[0], seen["moe_route", 0])
 difference = np.abs(recording.expert_weights[0] - seen["moe_route", 1]).max()
 assert difference < 1e-6 and len(np.unique(recording.expert_weights[0])) > 4, difference
-session.truncate(0)
+session.truncate(3)
 session.select = pydsa.selections.sliding_window(2)
 with session.record(scores=True, mass=True) as recording:
-    windowed = steps(session)
-assert recording.selection[0].tolist() == [[0, -1, -1]] + [[i - 1, i, -1] for i in range(1, 7)]
-assert (recording.mass[0][2:] < 1).all() and np.isfinite(recording.scores[0][1:, :2]).all()
-assert np.abs(windowed[-1] - logits[-1]).max() > 1e-3
-session.truncate(0)
-session.select = pydsa.selections.indexer
-assert ((steps(session) - logits) ** 2).sum() < 1e-10 * (logits ** 2).sum()
+    changed = session.decode(ids[3])
+assert recording.selection[0].tolist() == [[2, 3, -1]] and recording.positions.tolist() == [3]
+assert 0 < recording.mass[0][0] < 1 and np.isfinite(recording.scores[0][0, :2]).all()
+assert ((changed - logits[0]) ** 2).sum() > 1e-5 * (logits[0] ** 2).sum()
+session.select = None
+session.truncate(3)
+assert ((session.decode(ids[3]) - logits[0]) ** 2).sum() < 1e-6 * (logits[0] ** 2).sum()
 """
 
 

@@ -4,19 +4,15 @@ import hashlib
 import html
 import json
 import re
-import sys
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from look_cases import Words, random_recording, recording
 
-import pydsa
 from pydsa import PydsaError
-from pydsa.cli import main
 from pydsa.look import Look, files, look_at_recording, numbers, page
 from pydsa.look.texts import PART, token_texts
 
@@ -26,7 +22,7 @@ SCORES = np.array([[0, np.nan], [0, 0], [0, np.log(3)], [0, 0], [np.log(9), 0], 
 
 
 def small(**changes):
-    """Six tokens, of which the last two are the answer, and a third that was not run."""
+    """Six tokens, the last two of an answer with one more that did not run."""
     fields = {"tokens": [0, 1, 2, 3, 0, 1], "selection": {0: CHOSEN, 2: CHOSEN[:, ::-1] * 0 + [0, 1]}, "scores": {0: SCORES, 2: SCORES * 0},
               "experts": {0: np.array([[0, 1]] * 3 + [[1, 2]] * 3), 2: np.array([[3, 0]] * 6)}}
     return recording(**fields | changes)
@@ -151,7 +147,8 @@ def test_what_is_missing_is_said():
 
 def test_layers_can_be_picked():
     data = page.page_data(Look(small(shared={2: 0}), WORDS, layers=[2]))
-    assert data["layers"] == data["chosen_layers"] == [2] and data["shared"] == {"2": 0} and [row["layer"] for row in data["table"]["rows"]] == [2]
+    assert data["layers"] == data["chosen_layers"] == [2] and data["shared"] == {"2": 0}
+    assert [row["layer"] for row in data["table"]["rows"]] == [2]
 
 
 @pytest.mark.parametrize("make, message", [

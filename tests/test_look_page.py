@@ -21,7 +21,10 @@ def browser():
 
 
 def noted():
-    """In layer 0 the answer looks at 3, 4 and 5 in turn; in layer 7, which shares its choices from 3, always at 9."""
+    """A Look whose answer looks at tokens 3, 4 and 5 in turn.
+
+    That is in layer 0; in layer 3, and in 7, which shares its choices, it is always 9.
+    """
     rows = {0: np.tile(np.int32([0, 1]), (N - 1, 1)), 3: np.tile(np.int32([8, 9]), (N - 1, 1))}
     rows[0][44:] = [[2, 3], [2, 4], [2, 5]]
     scores = {layer: np.tile(np.float32([0, np.log(3)]), (N - 1, 1)) for layer in rows}
@@ -35,7 +38,7 @@ def noted():
 def opened(browser, path, look, **sizes):
     look.save(path)
     page = browser.page(path.as_uri(), **sizes)
-    page.wait("document.body.dataset.ready !== undefined")
+    page.wait("document.body.dataset.ready !== undefined && (choices || !D.choices)")
     return page
 
 
@@ -49,8 +52,9 @@ def shared_page(browser, tmp_path_factory):
 
 @pytest.fixture
 def page(shared_page):
-    shared_page.js("Object.assign(state, {group: 0, layer: NONE, measure: 'weights', before: 1, focus: null, pinned: null}); $('layer').value = -1; "
-                   "$('pointer').value = 1; $('measure').value = 'weights'; $('group').value = 0; document.activeElement.blur(); render()")
+    shared_page.js("Object.assign(state, {group: 0, layer: NONE, measure: 'weights', before: 1, focus: null, pinned: null}); "
+                   "$('layer').value = -1; $('pointer').value = 1; $('measure').value = 'weights'; $('group').value = 0; "
+                   "document.activeElement.blur(); render()")
     return shared_page
 
 
@@ -203,5 +207,6 @@ def test_a_long_text_opens_soon(browser, tmp_path):
 def test_routing_alone_has_a_page(browser, tmp_path):
     seen = Look(recording([0, 1, 2], None, None, {1: np.array([[0, 1], [2, 3], [0, 3]])}), WORDS, n_prompt=2)
     page = opened(browser, tmp_path / "look.html", seen)
-    assert page.complaints == [] and page.js("$('experts').hidden") is False and page.js("$('heat').hidden") and page.js("$('controls').hidden")
+    assert page.complaints == [] and not page.js("$('experts').hidden")
+    assert page.js("$('heat').hidden") and page.js("$('controls').hidden")
     page.close()

@@ -27,6 +27,8 @@ NOTES = Path(DEMO).with_name("notes.txt")
 @click.option("--open", "opened", is_flag=True, help="Show the page in the browser.")
 @click.option("--layers", help="Numbers of the layers to show, with commas between them.  [default: all]")
 @click.option("--mass", is_flag=True, help="Also measure the share of dense attention that the chosen keys hold, which takes longer.")
+@click.option("--window", type=click.IntRange(1),
+              help="Record so many tokens of the prompt, the last ones.  [default: as many as take a minute or two and 1 GB]")
 @click.option("--recording", type=click.Path(), help="Look at a saved recording of the model, without running it.")
 @click.option("--answer", "n_answer", type=click.IntRange(1), help="With --recording: how many of its last tokens are the answer.")
 @click.option("--stop", "-r", "--reverse-prompt", "stop", multiple=True, metavar="TEXT",
@@ -75,7 +77,12 @@ def look(model, prompt, file, output, folder, opened, layers, recording, n_answe
         click.echo("there is no browser to open the page with", err=True)
 
 
-def _answered(path, prompt, file, layers, max_tokens, stop, raw, special, system, think, mass, threads, threads_batch, **settings):
+def stdin_is_a_terminal():
+    """Whether no text is piped in."""
+    return sys.stdin.isatty()
+
+
+def _answered(path, prompt, file, layers, max_tokens, stop, raw, special, system, think, mass, window, threads, threads_batch, **settings):
     """Run the model -> the Look."""
     from pydsa.answers import Stops
     from pydsa.look.running import look_at, prompt_of
@@ -84,10 +91,11 @@ def _answered(path, prompt, file, layers, max_tokens, stop, raw, special, system
         raise click.UsageError("--system and --think belong to the chat format, which --raw leaves out.")
     if special and not raw:
         raise click.UsageError("--special is for --raw prompts.")
-    if prompt is None and file is None and path == DEMO and sys.stdin.isatty():
-        prompt = NOTES.read_text(encoding="utf-8").removesuffix("\n")
-    elif prompt is None and file is None and sys.stdin.isatty():
-        raise click.UsageError("There is no text to look at: give it with -p, -f or a pipe.")
+    if prompt is None and file is None and stdin_is_a_terminal():
+        if path == DEMO:
+            prompt = NOTES.read_text(encoding="utf-8").removesuffix("\n")
+        else:
+            raise click.UsageError("There is no text to look at: give it with -p, -f or a pipe.")
     elif prompt is None:
         prompt = read_text(file or sys.stdin)
     if not prompt:
@@ -98,7 +106,7 @@ def _answered(path, prompt, file, layers, max_tokens, stop, raw, special, system
     sampling.check_vocabulary(engine.config.n_vocab)
     prompt = prompt_of(engine, prompt, raw, special, system, think)
     with progress_bar("reading the prompt") as progress:
-        seen = look_at(engine, prompt, None if max_tokens < 0 else max_tokens, sampling, stop, layers, mass, show, progress)
+        seen = look_at(engine, prompt, None if max_tokens < 0 else max_tokens, sampling, stop, layers, mass, window, show, progress)
     click.echo("", err=True)
     return seen
 

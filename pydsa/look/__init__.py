@@ -86,10 +86,10 @@ class Look:
 
 
 def look_at_recording(recording, tokenizer, n_answer=None, layers=None):
-    """The Look of a recording alone, of which the last n_answer tokens are the answer.
+    """The Look of a recording alone.
 
-    Where the recording ends with the step that wrote the last token, this token is not in it. n_answer: None: there is no answer. Raises
-    PydsaError for a tokenizer that is not of the recorded model, and as Look() does.
+    n_answer: how many of its last tokens are the answer; None: there is none. The token that the last step wrote is not in a recording.
+    Raises PydsaError for a tokenizer that is not of the recorded model, and as Look() does.
     """
     n_vocab, n = recording.facts.n_vocab, int(np.max(recording.positions, initial=-1)) + 1
     if tokenizer.n_vocab != n_vocab:

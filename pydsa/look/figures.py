@@ -1,4 +1,6 @@
-"""What a page and its pictures show of a recording: sums over groups of tokens, and a row of numbers for each layer.
+"""What a page and its pictures show of a recording, as numbers.
+
+They are sums over groups of tokens, and a row of numbers for each layer.
 
 The answer's tokens are one group: those whose steps wrote the answer, from the last one of the prompt on. The tokens before are another.
 """
@@ -33,12 +35,12 @@ class Group(NamedTuple):
 class Figures:
     """The numbers of a recording.
 
-    recording: a recording.Recording. n_tokens: those of the text. n_prompt: the tokens before the answer; None: there is no answer, and the
+    recording: a recording.Recording. n_tokens: those of the text. n_prompt: the tokens before the answer; None: there is none, and the
     last token that was recorded stands in its place. layers: the numbers of the layers to show; None: all. recall: {layer: share}, where
     it was measured.
 
     groups: two Groups. made: the rows of the recording that made a choice, as they had more than top_k keys; all_keys: the positions of
-    the others. overlaps: {layer: numbers.overlaps() of made}. layer_rows: a dict of numbers for each layer, with the keys "layer" and COLUMNS:
+    the others. overlaps: {layer: numbers.overlaps() of made}. layer_rows: a dict for each layer, with the keys "layer" and COLUMNS:
         overlap_prompt, overlap_answer: the share of a token's keys that the token before it chose too, the mean of a group
         keys_answer: how many keys the answer chose, all its tokens together
         union_N: how many keys N neighbouring tokens chose together, in multiples of what one of them chose

@@ -39,7 +39,8 @@ function mixColours() {
     const t = i / 255, k = Math.max(1, stops.findIndex(([at]) => at >= t)), [a, b] = [stops[k - 1], stops[k]], part = (t - a[0]) / (b[0] - a[0]);
     return [1, 2, 3].map((c) => Math.round(a[c] + part * (b[c] - a[c])));
   });
-  letters = colours.map((rgb) => luminance(rgb) > .179 ? "#000" : "#fff");      // where both have the same contrast, 4.6
+  // The page's own ink where its contrast is 4.5 or more, else black or white, of which one always has that.
+  letters = colours.map(luminance).map((light) => (dark.matches ? light < .13 : light > .24) ? "" : light > .179 ? "#000" : "#fff");
   const context = $("ramp").getContext("2d");
   for (let x = 0; x < 144; x++) {
     context.fillStyle = css(colours[Math.round(255 * x / 143)]);
@@ -69,10 +70,14 @@ async function decode() {
     }
     return found;
   }));
-  if (!D.choices) return;
+}
+
+async function decodeChoices() {
   choices = { steps: await integers(D.choices.planes), shares: D.choices.shares ? await bytes(D.choices.shares) : null };
   let row = 0;
   for (const [first, last] of D.choices.positions) for (let p = first; p <= last; p++) rowOf.set(p, row++);
+  document.body.dataset.choices = "";
+  update();
 }
 
 const far = D.far;         // the end of the tokens that are not new
@@ -107,6 +112,7 @@ function ofToken(token) {
   const position = token - state.before, shown = layersShown();
   if (position < 0) return { why: "No step wrote the first token." };
   if (within(D.all_keys, position)) return { why: `It looked at ${position ? `all ${words(position + 1, "token")} up to itself` : "itself alone"}: no choice was made.` };
+  if (D.choices && !choices) return { why: "Its choices are being read." };
   if (!rowOf.has(position)) return { why: "Its choices are not in this page." };
   const values = new Float32Array(N), chosen = new Uint8Array(N);
   eachChoice(position, shown, (l, p, share) => {
@@ -200,6 +206,7 @@ function measureText() {
 function drawStrip() {
   const canvas = $("map"), height = canvas.clientHeight, width = canvas.clientWidth;
   if (!height) return;
+  if (tops.at(-1) !== pane.scrollHeight) measureText();
   Object.assign(canvas, { width, height });
   const rows = new Float32Array(height), scale = height / pane.scrollHeight;
   parts.forEach((part, c) => {
@@ -346,7 +353,7 @@ function places(count) {
     found.push([i, around(i)]);
     free.fill(0, Math.max(0, i - 2 * near), i + 2 * near + 1);
   }
-  return found;
+  return found.sort((a, b) => b[1] - a[1]);
 }
 
 function drawTop() {
@@ -470,6 +477,7 @@ async function start() {
   if (best) goTo(best[0], false);
   listen();
   document.body.dataset.ready = "";
+  if (D.choices) await decodeChoices();
 }
 
 start().catch((error) => { $("failed").textContent = error.message; $("failed").hidden = false; throw error; });

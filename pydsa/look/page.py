@@ -100,9 +100,9 @@ def _group(figures, group, bins):
 
 
 def _choices(figures, entries):
-    """The choices of the answer, and of the newest tokens before it, and a note.
+    """The choices of single tokens, and a note where some are left out.
 
-    They are as many as there is room for in so many entries.
+    They are those of the answer and of the newest tokens before it, as many as there is room for in so many entries.
     """
     layers, recording, k = figures.chosen_layers, figures.recording, figures.recording.top_k
     if not layers or not len(figures.made):
@@ -164,11 +164,11 @@ def _notes(look):
     if recording.selection is None:
         yield "Choices were not recorded: there is nothing to shade."
     elif not len(figures.made):
-        yield (f"No choice was made: the {n:,} tokens are not more than the {recording.top_k:,} that a token may attend to, so each attended "
-               "to all before it. A longer text shows choices; so does a smaller --dsa-top-k, with which the model is not what it was.")
+        yield (f"No choice was made: no token that was recorded had more than the {recording.top_k:,} keys that it may attend to, so each "
+               "attended to all. A longer text shows choices; so does a smaller --dsa-top-k, with which the model is not what it was.")
     elif len(figures.all_keys):
-        yield (f"{len(figures.all_keys):,} tokens attended to all tokens up to themselves, which is no choice; they do not count in what was "
-               "looked at.")
+        yield (f"{len(figures.all_keys):,} tokens attended to all tokens up to themselves, which is no choice; they do not count in what "
+               "was looked at.")
     missing = n - len(figures.positions) - (figures.n_prompt is not None and n - 1 not in figures.positions)
     if missing > 0:
         yield f"{missing:,} tokens were not recorded, or had to leave, as the memory of a recording is limited; they count nowhere."

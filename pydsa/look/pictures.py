@@ -71,10 +71,10 @@ def _any_letters():
 
 
 def draw_text(look):
-    """A Figure of the text where the answer looked at it most, shaded, and the answer.
+    """A Figure of the text where the answer looked at it most, and the answer.
 
-    The end of the prompt, of which the newest tokens are always looked at, has no shade, unless there is nothing else. Below are the layers
-    and positions.
+    Tokens are shaded. The end of the prompt, of which the newest tokens are always looked at, has no shade, unless there is nothing else.
+    Below are the layers and positions.
     """
     figures, values = look.figures, look.figures.looked_at()
     ranges = excerpt(look, values)
@@ -91,7 +91,8 @@ def draw_text(look):
     axes.text(0, 0.7 - top, f"What {who} looked at", size=13, weight="bold", color=INK, va="center")
     how = "the share of attention" if figures.weighed else "how often it was chosen"
     end = f", but for the last {len(look.ids) - ranges[1].start} tokens" if len(ranges) > 1 else ""
-    axes.text(0, 1.75 - top, f"{look.recording.facts.name}, {len(look.ids):,} tokens, shaded by {how}{end}; the answer is underlined", size=8.5,
+    underlined = "" if look.n_prompt is None else "; the answer is underlined"
+    axes.text(0, 1.75 - top, f"{look.recording.facts.name}, {len(look.ids):,} tokens, shaded by {how}{end}{underlined}", size=8.5,
               color=MUTED, va="center", parse_math=False)
     for y, line in enumerate(lines):
         for x, token, text in line:
@@ -119,13 +120,16 @@ def excerpt(look, values):
 
 
 def _line_start(look, token, far=AROUND):
-    """The first token of the line that a token is in, or itself if that is far."""
+    """The first token of a token's line, or itself if that is far."""
     starts = (i for i in range(token, max(-1, token - far), -1) if i == 0 or look.texts[i - 1].endswith("\n"))
     return next(starts, token)
 
 
 def _lines(look, ranges):
-    """Lines of [(column, token, text)] of at most COLUMNS letters, broken between words."""
+    """Lines of [(column, token, text)], broken between words.
+
+    They have at most COLUMNS letters.
+    """
     lines, before = [], 0
     for part in ranges:
         if part.start > before:
@@ -251,7 +255,7 @@ def draw_layers(look):
 
 
 def draw_changes(look):
-    """A Figure of the overlap of neighbouring tokens' choices, and of their unions."""
+    """A Figure of overlaps and unions of neighbouring tokens' choices."""
     figures = look.figures
     figure = figure_class()(figsize=(12, 1.6 + 0.16 * max(12, len(figures.chosen_layers))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
@@ -271,7 +275,8 @@ def draw_changes(look):
     rows = [row for row in figures.layer_rows if row[f"union_{BLOCKS[0]}"] is not None]
     for i, row in enumerate(rows):
         blocks = [block for block in BLOCKS if row[f"union_{block}"] is not None]
-        right.plot([1, *blocks], [1, *(row[f"union_{block}"] for block in blocks)], color=_colours()(0.35 + 0.6 * i / max(1, len(rows) - 1)),
+        colour = _colours()(0.35 + 0.6 * i / max(1, len(rows) - 1))
+        right.plot([1, *blocks], [1, *(row[f"union_{block}"] for block in blocks)], color=colour,
                    marker="o", markersize=3, label=f"layer {row['layer']}" if len(rows) < 9 or i in (0, len(rows) - 1) else None)
     right.set_title("Keys that neighbouring tokens choose together", size=10)
     right.set_xlabel("tokens", size=8)

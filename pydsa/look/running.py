@@ -3,29 +3,34 @@ from pydsa.answers import Reader
 from pydsa.chat import Prompt, chat_prompt
 from pydsa.errors import ContextFullError, PydsaError
 from pydsa.look import Look
+from pydsa.options import counts
 from pydsa.sampling import Sampling
 from pydsa.session import check_ids, check_max_tokens
 
 MAX_TOKENS = 64
 FULL = "The answer ends where the context was full (-c)."
+PRODUCTS = 1 << 42      # of index queries and keys that scores of a prompt are computed from again: a minute or two
+CHOSEN = 1 << 28        # keys that a prompt's tokens choose, which take about a gigabyte
 
 
-def look(model, prompt, max_tokens=MAX_TOKENS, raw=False, system=None, thinking=False, stop=None, layers=None, mass=False, progress=None,
-         **sampling):
+def look(model, prompt, max_tokens=MAX_TOKENS, raw=False, system=None, thinking=False, stop=None, layers=None, mass=False, window=None,
+         progress=None, **sampling):
     """Answer a prompt in a new session that is recorded -> a Look.
 
     prompt: a text, which becomes a user's message after the message `system`, or is continued as it is if raw; messages, as for
     Model.chat(); or token ids, an integer list. max_tokens: tokens of the answer at most; 0: the prompt alone is looked at. thinking: let
     the model reason first, if it can. stop: as for Model.generate(). layers: the numbers of those to show; None: all. mass: also measure
-    the share of dense attention that the chosen keys hold, which takes as long as dense attention does. progress(done, total): called
-    while the prompt runs, with tokens. sampling: fields of Sampling; the temperature is 0, unless it is given.
+    the share of dense attention that the chosen keys hold, which takes longer. window: how many of the prompt's tokens are recorded, the
+    last ones; None: as many as take a minute or two and a gigabyte. progress(done, total): called while the prompt runs, with tokens.
+    sampling: fields of Sampling; the temperature is 0, unless it is given.
 
     Raises PydsaError for options that are not valid and for a model without anything to look at, and ContextFullError if the prompt does
     not fit.
     """
     sampling = Sampling(**{"temperature": 0} | sampling)
     sampling.check_vocabulary(model.config.n_vocab)
-    return look_at(model, prompt_of(model, prompt, raw, False, system, thinking), max_tokens, sampling, stop, layers, mass, None, progress)
+    return look_at(model, prompt_of(model, prompt, raw, False, system, thinking), max_tokens, sampling, stop, layers, mass, window,
+                   progress=progress)
 
 
 def prompt_of(model, text, raw=False, special=False, system=None, thinking=False):
@@ -58,28 +63,46 @@ def check_something_to_see(model):
     return chooses
 
 
-def look_at(model, prompt, max_tokens, sampling, stop=None, layers=None, mass=False, show=None, progress=None):
+def default_window(config, n):
+    """How many of a prompt's n tokens are recorded, if nothing else is said."""
+    if config.top_k is None:
+        return n
+    layers = len(set(config.indexed_layers))
+    products = n * layers * config.indexer_n_head * config.indexer_head_size
+    return min(n, max(64, min(PRODUCTS // products, CHOSEN // (layers * config.top_k))))
+
+
+def look_at(model, prompt, max_tokens, sampling, stop=None, layers=None, mass=False, window=None, show=None, progress=None):
     """Answer a chat.Prompt -> a Look.
 
-    sampling: a Sampling. show(pieces): gets the iterator of the answer's pieces (answers.Stream), and reads it; None: nobody does. The other
-    parameters, and the errors raised, are those of look().
+    sampling: a Sampling. show(pieces): gets the iterator of the answer's pieces (answers.Stream), and reads it; None: nobody does. The
+    other parameters, and the errors raised, are those of look().
     """
     check_max_tokens(max_tokens)
+    window, = counts(2**31 - 1, window=window)
     chooses, session, written, note = check_something_to_see(model), model.session(), [], None
-    reader = Reader(model.tokenizer, stop, prompt.layout)
+    reader, n = Reader(model.tokenizer, stop, prompt.layout), len(prompt.ids)
+    if n > model.n_ctx:
+        raise session.full(n)
+    start = max(0, n - (window or default_window(model.config, n)))
+
+    def told(first):
+        return None if progress is None else lambda done, total: progress(first + done, n)
 
     def kept(tokens):
         for token in tokens:
             written.append(token)
             yield token
     fields = {"selection": chooses, "scores": chooses, "mass": chooses and mass, "routing": bool(model.config.n_expert)}
+    if start:
+        session.prefill(prompt.ids[:start], told(0))
     with session.record(**fields) as recording:
-        logits = session.prefill(prompt.ids, progress)
-        pieces = reader.read(kept(session.sample(logits, max_tokens, sampling)), max_tokens, len(prompt.ids))
+        logits = session.prefill(prompt.ids[start:], told(start))
+        pieces = reader.read(kept(session.sample(logits, max_tokens, sampling)), max_tokens, n)
         try:
             (list if show is None else show)(pieces)
         except ContextFullError:
             if not written:
                 raise
             note = FULL
-    return Look(recording, model.tokenizer, [*prompt.ids, *written], len(prompt.ids) if written else None, layers, note=note)
+    return Look(recording, model.tokenizer, [*prompt.ids, *written], n if written else None, layers, note=note)

@@ -1,4 +1,4 @@
-"""Tokens as text that a page or a picture can show, one piece for each token.
+"""Tokens as text that a page or a picture can show, a piece for each.
 
 A character whose bytes are spread over several tokens is shown where its first byte is; the others have PART. What would turn the direction
 of text, or cannot be seen, is written out.
