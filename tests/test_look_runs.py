@@ -1,4 +1,5 @@
 """Looks of models that run: in Python, on the command line, and of recordings in files."""
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -97,15 +98,23 @@ def test_the_command_line(demo, tmp_path):
     assert result.exit_code == 2 and "must end in .html" in result.stderr and "loading" not in result.stderr
 
 
+def test_without_matplotlib_the_page_is_written(demo, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("-p", "Hello", "-n", 1, "-t", 1, "-o", tmp_path / "out.html", "--png", tmp_path / "new")
+    assert result.exit_code == 2 and "pip install 'pydsa[plot]', then run this again. The page is written all the same." in result.stderr
+    assert (tmp_path / "out.html").exists() and not list((tmp_path / "new").iterdir())
+
+
 def test_without_a_prompt_it_looks_at_the_notes(demo, tmp_path, monkeypatch):
     opened = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pydsa.cli.look.stdin_is_a_terminal", lambda: True)
     monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or True)
     result = run("-t", 1, "--window", 30, "--open")
     assert result.stdout == "The code of the autumn kettle is 5920." and opened == [(tmp_path / "look.html").as_uri()]
-    result = run("model.gguf")
-    assert result.exit_code == 2 and "no text to look at" in result.stderr
+    for args in (), ("-p", ""):
+        result = run("model.gguf", *args)
+        assert result.exit_code == 2 and "no text to look at" in result.stderr
+    assert "no text to look at" in run("-p", "").stderr
 
 
 def test_a_recording_in_a_file(demo, tmp_path):

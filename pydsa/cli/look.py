@@ -1,4 +1,5 @@
 """pydsa look: a page and pictures of what an answer attended to."""
+import contextlib
 import sys
 import webbrowser
 from pathlib import Path
@@ -9,6 +10,7 @@ from pydsa import DEMO
 from pydsa.cli.shared import attention_option, comma_numbers, ctx_option, device_option, load_model, model_options, options_with_defaults
 from pydsa.cli.shared import read_text, reproducible_option, sampling_options, take_fields, threads_options
 from pydsa.console import progress_bar, show
+from pydsa.errors import PydsaError
 from pydsa.exits import Failure
 from pydsa.habits import llama_cpp_options, model_argument, options_of_what_is_so
 from pydsa.terminal import visible
@@ -61,54 +63,76 @@ def look(model, prompt, file, output, folder, opened, layers, recording, n_answe
     if prompt is not None and file is not None:
         raise click.UsageError("Give the prompt with -p or with -f, not both.")
     layers = None if layers is None else comma_numbers("--layers", layers)
-    files.check(output)
-    if folder is not None:
-        from pydsa.look.pictures import check_folder
-        check_folder(folder)
+    files.check(output, ".html")
+    draws = folder is not None and _can_draw(folder)
     if recording is not None:
         seen = _recorded(model, recording, n_answer, layers)
     else:
         seen = _answered(model, prompt, file, layers, **settings)
     seen.save(output)
     click.echo(f"{visible(output)}: {seen.figures.n_tokens} tokens, {Path(output).stat().st_size / 2**20:.1f} MiB", err=True)
-    for path in [] if folder is None else seen.pngs(folder):
+    for path in seen.pngs(folder) if draws else ():
         click.echo(visible(path), err=True)
     if opened and not webbrowser.open(Path(output).resolve().as_uri()):
         click.echo("there is no browser to open the page with", err=True)
+    if folder is not None and not draws:
+        raise click.exceptions.Exit(Failure.exit_code)
 
 
-def stdin_is_a_terminal():
-    """Whether no text is piped in."""
-    return sys.stdin.isatty()
+def _can_draw(folder):
+    """Whether pictures can be drawn into a folder; why not goes to stderr."""
+    from pydsa.drawing import figure_class
+    from pydsa.look.pictures import check_folder
+    check_folder(folder)
+    try:
+        figure_class()
+    except PydsaError as error:
+        click.echo(f"{error} The page is written all the same.", err=True)
+        return False
+    return True
 
 
 def _answered(path, prompt, file, layers, max_tokens, stop, raw, special, system, think, mass, window, threads, threads_batch, **settings):
     """Run the model -> the Look."""
     from pydsa.answers import Stops
+    from pydsa.chat import thinking_note
     from pydsa.look.running import look_at, prompt_of
     from pydsa.sampling import Sampling
     if raw and (system or think):
         raise click.UsageError("--system and --think belong to the chat format, which --raw leaves out.")
     if special and not raw:
         raise click.UsageError("--special is for --raw prompts.")
-    if prompt is None and file is None and stdin_is_a_terminal():
-        if path == DEMO:
-            prompt = NOTES.read_text(encoding="utf-8").removesuffix("\n")
-        else:
-            raise click.UsageError("There is no text to look at: give it with -p, -f or a pipe.")
-    elif prompt is None:
-        prompt = read_text(file or sys.stdin)
-    if not prompt:
-        raise Failure("The prompt is empty.")
     Stops(stop)         # raises its error before the model is read
     sampling = Sampling(**take_fields(Sampling, settings))
+    text = _text(path, prompt, file)
     engine = load_model(path, threads, threads_batch, **settings)
     sampling.check_vocabulary(engine.config.n_vocab)
-    prompt = prompt_of(engine, prompt, raw, special, system, think)
-    with progress_bar("reading the prompt") as progress:
-        seen = look_at(engine, prompt, None if max_tokens < 0 else max_tokens, sampling, stop, layers, mass, window, show, progress)
+    note = None if raw else thinking_note(engine.tokenizer, think)
+    if note:
+        click.echo(visible(note), err=True)
+    with contextlib.ExitStack() as bar:
+        progress = bar.enter_context(progress_bar("reading the prompt"))
+
+        def answer(pieces):
+            bar.close()
+            show(pieces)
+        seen = look_at(engine, prompt_of(engine, text, raw, special, system, think), None if max_tokens < 0 else max_tokens, sampling, stop,
+                       layers, mass, window, answer, progress)
     click.echo("", err=True)
     return seen
+
+
+def _text(path, prompt, file):
+    """The text to look at: of -p, of -f, of a pipe, or the demo's notes."""
+    if prompt is None and (file is not None or not sys.stdin.isatty()):
+        prompt = read_text(file or sys.stdin)
+        if not prompt and file is None and path == DEMO:
+            prompt = None
+    if prompt is None and path == DEMO:
+        return NOTES.read_text(encoding="utf-8").removesuffix("\n")
+    if not prompt:
+        raise Failure("There is no text to look at: give it with -p, -f or a pipe.")
+    return prompt
 
 
 def _recorded(path, recording, n_answer, layers):

@@ -60,7 +60,7 @@ class Look:
 
         Raises PydsaError if it cannot be written, or would replace a file of another kind.
         """
-        replace(path, self.html().encode(errors="replace"))
+        replace(path, ".html", self.html().encode(errors="replace"))
 
     def png(self, path):
         """Draw the most looked-at parts of the text, as a PNG file.

@@ -12,8 +12,6 @@ from pydsa.look import numbers
 
 COLUMNS = ("overlap_prompt", "overlap_answer", "keys_answer", "mass_prompt", "mass_answer", "recall", "experts_prompt", "experts_answer",
            *(f"union_{block}" for block in numbers.BLOCKS))
-
-
 NEW = 40        # tokens before the answer, which are always looked at
 
 
@@ -60,7 +58,7 @@ class Figures:
         self.layers = [layer for layer in recording.layers if layers is None or layer in layers]
         self.chosen_layers = [layer for layer in self.layers if chooses and layer in recording.selection]
         self.expert_layers = [layer for layer in self.layers if recording.experts and layer in recording.experts]
-        start, end = (positions[-1:].sum(), n_tokens) if n_prompt is None else (n_prompt - 1, n_tokens - 1)
+        start, end = (positions[-1], n_tokens) if n_prompt is None else (n_prompt - 1, n_tokens - 1)
         answer = (positions >= start) & (positions < end)
         self.groups = [Group(name, rows[which], rows[which & ~every], {}, {}, {}) for name, which in
                        (("the last token" if n_prompt is None else "the answer", answer), ("the tokens before", positions < start))]

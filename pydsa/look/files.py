@@ -7,11 +7,14 @@ from pydsa.errors import PydsaError
 MARKS = {".html": b"<!-- pydsa look:", ".png": b"pydsa look"}       # near the beginning of each file
 
 
-def check(path):
-    """Raise PydsaError if replace() would fail, before a long run."""
-    path, ending = os.fspath(path), os.path.splitext(path)[1].lower()
-    if ending not in MARKS:
-        raise PydsaError(f"{path}: the name must end in {' or '.join(MARKS)}.")
+def check(path, ending):
+    """Raise PydsaError if replace() would fail, before a long run.
+
+    ending: a key of MARKS, with which the name must end.
+    """
+    path = os.fspath(path)
+    if os.path.splitext(path)[1].lower() != ending:
+        raise PydsaError(f"{path}: the name must end in {ending}.")
     try:
         with open(path, "rb") as file:
             mine = MARKS[ending] in file.read(4096)
@@ -28,10 +31,13 @@ def check(path):
         raise _cannot_write(path, error) from error
 
 
-def replace(path, data):
-    """Write bytes to a file, which has the old ones until it is complete."""
+def replace(path, ending, data):
+    """Write bytes to a file, which has the old ones until it is complete.
+
+    path, ending: as for check().
+    """
     path = os.fspath(path)
-    check(path)
+    check(path, ending)
     try:
         with _part(path) as (name, file):
             file.write(data)

@@ -37,7 +37,7 @@ def make_page(look, entries=ENTRIES):
     """The page of a Look, a str."""
     page, script, style = _parts()
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (script, style)]
-    policy = (f"default-src 'none'; script-src 'sha256-{hashes[0]}'; style-src 'sha256-{hashes[1]}'; base-uri 'none'; form-action 'none'")
+    policy = f"default-src 'none'; script-src 'sha256-{hashes[0]}'; style-src 'sha256-{hashes[1]}'; base-uri 'none'; form-action 'none'"
     data = page_data(look, entries)
     values = {"policy": policy, "title": html.escape(data["title"]), "data": pack.json_for_html(data), "script": script[1:-1]}
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], page)
@@ -64,7 +64,7 @@ def page_data(look, entries=ENTRIES):
         "title": "What the answer looked at" if look.n_prompt is not None else "What the tokens looked at",
         "about": about(look), "notes": [*_notes(look), *left_out, *_notes_of_bins(bins), *([look.note] if look.note else [])],
         "texts": look.texts, "control": np.flatnonzero(look.control).tolist(), "n_prompt": look.n_prompt, "far": figures.far,
-        "layers": figures.layers, "chosen_layers": figures.chosen_layers, "weighed": figures.weighed,
+        "chosen_layers": figures.chosen_layers, "weighed": figures.weighed,
         "shared": {str(layer): shared[layer] for layer in figures.chosen_layers if shared[layer] != layer},
         "groups": [_group(figures, group, bins) for group in figures.groups], "bin": bins,
         "choices": choices, "all_keys": pack.spans(figures.all_keys), "overlap": _overlap(figures), "table": _table(figures),

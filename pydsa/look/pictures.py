@@ -21,14 +21,13 @@ PLAIN = {0xFF5C: "|", 0x2581: "_"}      # of control tokens' texts, which few fo
 
 
 def check_folder(folder, names=NAMES):
-    """Raise PydsaError if save_all() would fail, before a long run."""
-    figure_class()
+    """Raise PydsaError if a picture cannot be written, before a long run."""
     try:
         os.makedirs(folder, exist_ok=True)
     except (OSError, ValueError) as error:
         raise PydsaError(f"{folder}: the folder cannot be made ({getattr(error, 'strerror', None) or error}).") from error
     for name in names:
-        check(os.path.join(folder, f"{name}.png"))
+        check(os.path.join(folder, f"{name}.png"), ".png")
 
 
 def save_all(look, folder):
@@ -50,8 +49,6 @@ def save_all(look, folder):
 
 def save(figure, path):
     """Write a figure to a PNG file, as files.replace() does."""
-    if os.path.splitext(os.fspath(path))[1].lower() != ".png":
-        raise PydsaError(f"{path}: the name of a picture must end in .png.")
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
     drawn, file, info = io.BytesIO(), io.BytesIO(), PngInfo()
@@ -59,7 +56,7 @@ def save(figure, path):
         figure.savefig(drawn, format="png", dpi=110)
     info.add_text("Software", "pydsa look")
     Image.open(drawn).convert("RGB").quantize(192).save(file, format="png", optimize=True, pnginfo=info)
-    replace(path, file.getvalue())
+    replace(path, ".png", file.getvalue())
 
 
 @contextlib.contextmanager

@@ -51,10 +51,10 @@ def prompt_of(model, text, raw=False, special=False, system=None, thinking=False
     return Prompt(check_ids(text, model.config.n_vocab).tolist())
 
 
-def check_something_to_see(model):
-    """Raise PydsaError for a model without a choice of keys and of experts.
+def chooses_keys(model):
+    """Whether a model chooses keys.
 
-    Returns whether it chooses keys.
+    Raises PydsaError for one that chooses neither keys nor experts.
     """
     chooses = model.config.top_k is not None and model.attention != "dense"
     if not chooses and not model.config.n_expert:
@@ -80,7 +80,7 @@ def look_at(model, prompt, max_tokens, sampling, stop=None, layers=None, mass=Fa
     """
     check_max_tokens(max_tokens)
     window, = counts(2**31 - 1, window=window)
-    chooses, session, written, note = check_something_to_see(model), model.session(), [], None
+    chooses, session, written, note = chooses_keys(model), model.session(), [], None
     reader, n = Reader(model.tokenizer, stop, prompt.layout), len(prompt.ids)
     if n > model.n_ctx:
         raise session.full(n)
