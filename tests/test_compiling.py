@@ -393,7 +393,7 @@ def test_no_temporary_folder_either(tmp_path, monkeypatch, unwarned):
 
 @pytest.mark.parametrize("attention", ["sparse", "masked"])
 def test_all_that_a_model_needs_is_kept(small_model, load, attention, monkeypatch):
-    """Code with an address of this process in it would be compiled at every start."""
+    """Code with an address of this process in it would not be."""
     model, seen = load(small_model(n_layer=2), attention=attention), []
     monkeypatch.setattr(op, "compile_all", lambda wanted, progress=None: seen.extend(wanted))
     model.backend.compile_calls(model._all_calls)
