@@ -16,14 +16,14 @@ def notebook():
 
 
 def same(text, other):
-    """Whether texts have the same words, and numbers that differ by less than a tenth."""
+    """Whether texts have the same words, and numbers within a tenth."""
     text, other = (MACHINES.sub("", t) for t in (text, other))
     numbers = zip(NUMBER.findall(text), NUMBER.findall(other))
     return NUMBER.split(text) == NUMBER.split(other) and all(float(a) == pytest.approx(float(b), rel=0.1) for a, b in numbers)
 
 
 def texts(outputs):
-    """The texts of a cell's outputs, and which kinds of pictures there are: [(kind, text)]."""
+    """The texts of a cell's outputs, and its pictures: (kind, text)."""
     for output in outputs:
         data = {"text/plain": output["text"]} if output["output_type"] == "stream" else output["data"]
         yield from ((kind, "" if kind == "image/png" else "".join(text)) for kind, text in sorted(data.items()))
