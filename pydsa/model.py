@@ -35,7 +35,8 @@ from pydsa.options import choose, counts
 from pydsa.override import check_all_read, override
 from pydsa.plan import Runner, check_memory, lay_out
 from pydsa.quants import cache_row_bytes
-from pydsa.sampling import Sampling
+from pydsa.recorder import record
+from pydsa.sampling import sampling_of
 from pydsa.schedule import VARIANTS, Schedule
 from pydsa.session import Session, check_ids, check_max_tokens
 from pydsa.signals import interrupts_held
@@ -334,6 +335,13 @@ class Model:
         """
         return self.session().logits(ids)
 
+    def record(self, prompt, **options):
+        """Run a prompt, and an answer to it, in a new context -> a Recording.
+
+        The options, and the errors raised, are those of recorder.record().
+        """
+        return record(self, prompt, **options)
+
     def generate(self, prompt, max_tokens=None, stop=None, json_schema=None, grammar=None, **sampling):
         """Continue a text, or token ids, in a new context.
 
@@ -343,7 +351,7 @@ class Model:
         sampling: fields of Sampling; logit_bias may also have texts as keys, and then holds for each of a text's tokens. Raises PydsaError
         for options or ids that are not valid, and ContextFullError when the context is full.
         """
-        sampling, reader = self._sampling(sampling), Reader(self.tokenizer, stop)
+        sampling, reader = sampling_of(self.tokenizer, sampling), Reader(self.tokenizer, stop)
         check_max_tokens(max_tokens)
         ids = check_ids(self.tokenize(prompt) if isinstance(prompt, str) else prompt, self.config.n_vocab)
         constraint = constraint_for(self.tokenizer, json_schema=json_schema, grammar=grammar)
@@ -367,7 +375,7 @@ class Model:
         "required" or {"name": ...}, by which calls follow the tools' schemas (tool_grammars.tools); None: nothing is restricted.
         progress(done, total) is called while the prompt runs, with tokens. Raises the errors of encode_chat and of generate().
         """
-        sampling = self._sampling(sampling)
+        sampling = sampling_of(self.tokenizer, sampling)
         check_max_tokens(max_tokens)
         prompt = chat_prompt(self.tokenizer, messages, thinking=thinking, tools=tools, template=template)
         note = thinking_note(self.tokenizer, thinking, template)
@@ -393,21 +401,6 @@ class Model:
         """
         from pydsa.look.running import look
         return look(self, prompt, **options)
-
-    def _sampling(self, options):
-        """The Sampling with these options, where logit_bias may have texts."""
-        bias = options.get("logit_bias")
-        if isinstance(bias, collections.abc.Mapping):
-            ids = {}
-            for token, value in bias.items():
-                tokens = self.tokenize(token, add_bos=False, parse_special=True) if isinstance(token, str) else [token]
-                if not tokens:
-                    raise PydsaError("logit_bias has an empty text, expected texts of tokens, or token ids.")
-                ids |= dict.fromkeys(tokens, value)
-            options = options | {"logit_bias": ids}
-        sampling = Sampling(**options)
-        sampling.check_vocabulary(self.config.n_vocab)      # before a long prompt is read
-        return sampling
 
     def _answer(self, ids, max_tokens, sampling, progress, constraint):
         """Yield the ids after a whole context, with the last chat's session."""

@@ -101,6 +101,26 @@ class Sampling:
             raise PydsaError(" ".join([f"{name} is {value!r:.80}, expected {kind}", *bounds]))
 
 
+def sampling_of(tokenizer, options):
+    """The Sampling with these options, a dict of its fields.
+
+    logit_bias may have texts as keys, and then holds for each of a text's tokens; the texts of control tokens are these tokens. Raises
+    PydsaError for options that are not valid, and for ids that are not in the vocabulary.
+    """
+    bias = options.get("logit_bias")
+    if isinstance(bias, Mapping):
+        ids = {}
+        for token, value in bias.items():
+            tokens = tokenizer.encode(token, parse_special=True) if isinstance(token, str) else [token]
+            if not tokens:
+                raise PydsaError("logit_bias has an empty text, expected texts of tokens, or token ids.")
+            ids |= dict.fromkeys(tokens, value)
+        options = options | {"logit_bias": ids}
+    sampling = Sampling(**options)
+    sampling.check_vocabulary(tokenizer.n_vocab)        # before a long prompt is read
+    return sampling
+
+
 class Sampler:
     """Picks tokens with the options of a Sampling; None: its defaults.
 

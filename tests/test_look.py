@@ -152,7 +152,8 @@ def test_layers_can_be_picked():
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: Look(small(), WORDS, layers=[1]), "There is no layer 1, expected one of 0, 2"),
+    (lambda: Look(small(), WORDS, layers=[1]), "There is no layer 1, expected of 0 to 2"),
+    (lambda: Look(small(), WORDS, layers=[]), "There is no layer to show"),
     (lambda: Look(small(), WORDS, n_prompt=0), "n_prompt is 0, expected 1 to 6"),
     (lambda: Look(small(), WORDS, ids=[0, 1, 2, 3, 0, 2]), "of other tokens than the text"),
     (lambda: Look(small(), WORDS, ids=[0, 1]), "of other tokens than the text"),
@@ -189,6 +190,7 @@ def test_no_text_becomes_html():
     seen = Look(small(name=EVIL), Words(EVIL, "{{script}}", " is", " 59", "20"), n_prompt=4, note=EVIL)
     plain, found = Elements(look().html()), Elements(seen.html())
     assert [name for name, _ in found.found] == [name for name, _ in plain.found] and len(found.scripts) == 2
+    assert not set("<>&\u2028\u2029") & set(found.scripts[0])
     data = json.loads(found.scripts[0])
     assert data["texts"][0] == EVIL.replace("\u2028", "<U+2028>") and data["texts"][1] == "{{script}}" and data["notes"][-1] == EVIL
     assert found.scripts[1] == plain.scripts[1]

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from helpers import random_ids
 
 import pydsa
-from pydsa import PydsaError
+from pydsa import PydsaError, selections
 from pydsa.cli import main
 from pydsa.look import page
 from pydsa.look.running import default_window
@@ -48,6 +48,8 @@ def test_options_of_a_run(demo):
     assert all(0 < row["mass_answer"] <= 1 for row in short.figures.layer_rows)
     alone = demo.look(NOTES[:1000], max_tokens=0, raw=True, window=20)
     assert alone.n_prompt is None and alone.figures.groups[0].rows.tolist() == [19] and alone.html()
+    alone = demo.look(NOTES[:1000], max_tokens=1, raw=True, window=20, select=selections.sliding_window(128))
+    assert np.flatnonzero(alone.figures.looked_at()).tolist() == list(range(alone.n_prompt - 128, alone.n_prompt))
     stopped = demo.look("Hello", stop="llo")
     assert stopped.answer.startswith("He") and len(stopped.ids) < stopped.n_prompt + 8
 

@@ -117,7 +117,7 @@ def _answered(path, prompt, file, layers, max_tokens, stop, raw, special, system
             bar.close()
             show(pieces)
         seen = look_at(engine, prompt_of(engine, text, raw, special, system, think), None if max_tokens < 0 else max_tokens, sampling, stop,
-                       layers, mass, window, answer, progress)
+                       layers, mass, window, None, answer, progress)
     click.echo("", err=True)
     return seen
 

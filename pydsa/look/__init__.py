@@ -33,9 +33,7 @@ class Look:
     def __init__(self, recording, tokenizer, ids=None, n_prompt=None, layers=None, recall=None, note=None):
         if not len(recording.positions):
             raise PydsaError("The recording has no tokens, expected one of a prompt or an answer.")
-        unknown = sorted(set(layers or ()) - set(recording.layers))
-        if unknown:
-            raise PydsaError(f"There is no layer {unknown[0]}, expected one of {', '.join(map(str, recording.layers))} (--layers).")
+        check_layers(layers, recording.layers)
         self.recording, self.n_prompt, self.note = recording, n_prompt, note
         self.ids = _ids(recording, ids)
         if n_prompt is not None and not 0 < n_prompt <= len(self.ids):
@@ -83,6 +81,16 @@ class Look:
         """The page in a frame of its own, which may run its scripts only."""
         page = html.escape(self.html(INLINE), quote=True)
         return f'<iframe sandbox="allow-scripts" srcdoc="{page}" style="width: 100%; height: 860px; border: 0"></iframe>'
+
+
+def check_layers(layers, known):
+    """Raise PydsaError for numbers of layers that are not known ones.
+
+    layers: a list of int, or None.
+    """
+    unknown = [layer for layer in layers or () if layer not in known]
+    if unknown or layers is not None and not len(layers):
+        raise PydsaError(f"There is no layer {unknown[0] if unknown else 'to show'}, expected of {known[0]} to {known[-1]} (--layers).")
 
 
 def look_at_recording(recording, tokenizer, n_answer=None, layers=None):

@@ -2,9 +2,10 @@
 from pydsa.answers import Reader
 from pydsa.chat import Prompt, chat_prompt
 from pydsa.errors import ContextFullError, PydsaError
-from pydsa.look import Look
+from pydsa.look import Look, check_layers
 from pydsa.options import counts
-from pydsa.sampling import Sampling
+from pydsa.recorder import chooses
+from pydsa.sampling import sampling_of
 from pydsa.session import check_ids, check_max_tokens
 
 MAX_TOKENS = 64
@@ -14,22 +15,22 @@ CHOSEN = 1 << 28        # keys that a prompt's tokens choose, which take about a
 
 
 def look(model, prompt, max_tokens=MAX_TOKENS, raw=False, system=None, thinking=False, stop=None, layers=None, mass=False, window=None,
-         progress=None, **sampling):
+         select=None, progress=None, **sampling):
     """Answer a prompt in a new session that is recorded -> a Look.
 
     prompt: a text, which becomes a user's message after the message `system`, or is continued as it is if raw; messages, as for
     Model.chat(); or token ids, an integer list. max_tokens: tokens of the answer at most; 0: the prompt alone is looked at. thinking: let
     the model reason first, if it can. stop: as for Model.generate(). layers: the numbers of those to show; None: all. mass: also measure
     the share of dense attention that the chosen keys hold, which takes longer. window: how many of the prompt's tokens are recorded, the
-    last ones; None: as many as take a minute or two and a gigabyte. progress(done, total): called while the prompt runs, with tokens.
-    sampling: fields of Sampling; the temperature is 0, unless it is given.
+    last ones; None: as many as take a minute or two and a gigabyte. select: a choice of keys in place of the indexers', as Session.select.
+    progress(done, total): called while the prompt runs, with tokens. sampling: fields of Sampling, as for Model.generate(); the temperature
+    is 0, unless it is given.
 
     Raises PydsaError for options that are not valid and for a model without anything to look at, and ContextFullError if the prompt does
     not fit.
     """
-    sampling = Sampling(**{"temperature": 0} | sampling)
-    sampling.check_vocabulary(model.config.n_vocab)
-    return look_at(model, prompt_of(model, prompt, raw, False, system, thinking), max_tokens, sampling, stop, layers, mass, window,
+    sampling = sampling_of(model.tokenizer, {"temperature": 0} | sampling)
+    return look_at(model, prompt_of(model, prompt, raw, False, system, thinking), max_tokens, sampling, stop, layers, mass, window, select,
                    progress=progress)
 
 
@@ -56,11 +57,10 @@ def chooses_keys(model):
 
     Raises PydsaError for one that chooses neither keys nor experts.
     """
-    chooses = model.config.top_k is not None and model.attention != "dense"
-    if not chooses and not model.config.n_expert:
+    if not chooses(model.setup) and not model.config.n_expert:
         raise PydsaError(f"{model.config.architecture} has nothing to look at here, neither a choice of keys nor experts; expected a model "
                          "with an indexer, and --attention auto or sparse.")
-    return chooses
+    return chooses(model.setup)
 
 
 def default_window(config, n):
@@ -72,15 +72,17 @@ def default_window(config, n):
     return min(n, max(64, min(PRODUCTS // products, CHOSEN // (layers * config.top_k))))
 
 
-def look_at(model, prompt, max_tokens, sampling, stop=None, layers=None, mass=False, window=None, show=None, progress=None):
+def look_at(model, prompt, max_tokens, sampling, stop=None, layers=None, mass=False, window=None, select=None, show=None, progress=None):
     """Answer a chat.Prompt -> a Look.
 
     sampling: a Sampling. show(pieces): gets the iterator of the answer's pieces (answers.Stream), and reads it; None: nobody does. The
     other parameters, and the errors raised, are those of look().
     """
     check_max_tokens(max_tokens)
+    check_layers(layers, range(model.config.n_layer))
     window, = counts(2**31 - 1, window=window)
-    chooses, session, written, note = chooses_keys(model), model.session(), [], None
+    selection, session, written, note = chooses_keys(model), model.session(), [], None
+    session.select = select
     reader, n = Reader(model.tokenizer, stop, prompt.layout), len(prompt.ids)
     if n > model.n_ctx:
         raise session.full(n)
@@ -93,7 +95,7 @@ def look_at(model, prompt, max_tokens, sampling, stop=None, layers=None, mass=Fa
         for token in tokens:
             written.append(token)
             yield token
-    fields = {"selection": chooses, "scores": chooses, "mass": chooses and mass, "routing": bool(model.config.n_expert)}
+    fields = {"selection": selection, "scores": selection, "mass": selection and mass, "routing": bool(model.config.n_expert)}
     if start:
         session.prefill(prompt.ids[:start], told(0))
     with session.record(**fields) as recording:
