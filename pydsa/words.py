@@ -1,5 +1,6 @@
 """What a model is and how it runs, in words: for reports, titles, and the cards that notebooks show."""
 from pydsa.cards import Card, shortened, tokens_in_words
+from pydsa.errors import PydsaError
 from pydsa.models.blocks import block_of, spans
 
 LAST = 48       # tokens of a session whose text is shown
@@ -103,11 +104,23 @@ def card_of_a_session(session, setup):
 
 
 def card_of_a_recording(recording):
-    """The Card of a recording.Recording: of what it is, and what is in it."""
-    facts, positions = recording.facts, recording.positions
+    """The Card of a recording.Recording: of what it is, and what is in it.
+
+    Of one that is still written to a file, or damaged, that alone.
+    """
+    facts = recording.facts
+    model = "model", f"{facts.name}, {facts.architecture}, attention {facts.attention} on {facts.device}"
+    try:
+        return _of_a_recording(recording, facts, model)
+    except PydsaError as error:
+        return Card("Recording", [str(error)], [model, ("state", str(error))])
+
+
+def _of_a_recording(recording, facts, model):
+    positions = recording.positions
     tokens = tokens_in_words(recording.n) + (f", from position {positions[0]} to {positions[-1]}" if positions.size else "")
     left = f", {recording.n_left} older ones left" if recording.n_left else ""
-    rows = [("model", f"{facts.name}, {facts.architecture}, attention {facts.attention} on {facts.device}"), ("tokens", tokens + left)]
+    rows = [model, ("tokens", tokens + left)]
     if facts.top_k is not None and "selection" in facts.fields:
         dense = int(recording.all_keys.sum())
         rows.append(("selection", f"{facts.top_k} keys a token at most, {_layers(facts.choosing_layers)}"

@@ -1,4 +1,5 @@
 """What notebooks and interpreters show: one line, or escaped HTML; showing changes nothing."""
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -92,8 +93,10 @@ def test_a_session(model):
     assert session.n_past == 60
 
 
-def test_a_recording(model):
+def test_a_recording(model, tmp_path):
     session = model.session()
+    with session.record(path=tmp_path / "recording") as recording:
+        assert "still being written" in repr(recording) and cells(recording)["state"] in repr(recording)
     with session.record() as recording:
         assert repr(recording).startswith("<pydsa.Recording: 0 tokens, selection, routing, ")
         session.prefill(np.arange(70))
@@ -101,9 +104,10 @@ def test_a_recording(model):
     assert shown["tokens"] == "70 tokens, from position 0 to 69" and shown["size"] in repr(recording)
     assert shown["model"] == f"{model.config.name}, deepseek32, attention auto on reference"
     assert shown["selection"] == "64 keys a token at most, layers 0-2" and shown["routing"] == "2 of 4 experts, layers 1-2"
-    with session.record(selection=False) as recording:
+    with session.record(selection=False, mass=True) as recording:
         session.decode(5)
     assert cells(recording)["tokens"] == "1 token, from position 70 to 70" and "selection" not in cells(recording)
+    assert re.fullmatch(r"the chosen keys hold [\d.]+% to [\d.]+% of dense attention, by layer", cells(recording)["mass"])
 
 
 def test_a_reply():
