@@ -113,7 +113,7 @@ def card_of_a_recording(recording):
     try:
         return _of_a_recording(recording, facts, model)
     except PydsaError as error:
-        return Card("Recording", [str(error)], [model, ("state", str(error))])
+        return Card("Recording", [f"not complete: {error}"], [model, ("state", str(error))])
 
 
 def _of_a_recording(recording, facts, model):
