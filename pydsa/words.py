@@ -90,17 +90,17 @@ def _of_a_file(kind, setup):
 def card_of_a_session(session, setup):
     """The Card of a session.Session: how full it is, and its last words."""
     n, held = session.n_past, session.n_past * sum(setup.cache_row_bytes.values())
-    hooks = ", ".join(type(hook).__name__ for hook in session.hooks)
-    line = [f"{n} of {setup.n_ctx} tokens"] + ([f"hooks: {hooks}"] if session.hooks else [])
     rows = [("context", f"{n} of {setup.n_ctx} tokens"),
             ("caches", f"{size(held)} of {size(setup.cache_bytes)} used ({caches_in_words(setup)})")]
-    if session.hooks:
-        rows.append(("hooks", hooks))
+    changed = [("hooks", ", ".join(type(hook).__name__ for hook in session.hooks))] if session.hooks else []
+    if session.select is not None:
+        changed.append(("select", getattr(session.select, "__name__", type(session.select).__name__)))
+    line = [f"{n} of {setup.n_ctx} tokens", *(f"{name}: {value}" for name, value in changed)]
     if not n:
-        return Card("Session", line, rows)
+        return Card("Session", line, rows + changed)
     text = setup.tokenizer.decode(session.tokens[-LAST:])
     label = "text" if n <= LAST else f"the last {LAST} tokens"
-    return Card("Session", [*line, shortened(text, end=True, more=n > LAST)], rows, [(label, text, True)])
+    return Card("Session", [*line, shortened(text, end=True, more=n > LAST)], rows + changed, [(label, text, True)])
 
 
 def card_of_a_recording(recording):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_house import ROOT
 
-from pydsa import Sampling
+from pydsa import Sampling, selections
 from pydsa.answers import Reader, Reply
 from pydsa.cards import shown
 from pydsa.hooks import Hook
@@ -91,6 +91,8 @@ def test_a_session(model):
     assert shown["context"] == "60 of 256 tokens" and shown["hooks"] == "Hook"
     assert shown["the last 48 tokens"] == harmless(text)
     assert session.n_past == 60
+    session.select = selections.sliding_window(5)
+    assert "select: sliding_window(5), …" in repr(session) and cells(session)["select"] == "sliding_window(5)"
 
 
 def test_a_recording(model, tmp_path):
