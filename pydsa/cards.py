@@ -63,7 +63,7 @@ def shortened(text, most=60, end=False, more=False):
 def card_of_a_reply(reply):
     """The Card of an answers.Reply: its texts apart, and how it ended."""
     ended = {None: "not ended yet", "length": "cut off: max_tokens, or the context is full", "stop": "the model ended its turn",
-             "tool_calls": "the model called tools"}[reply.finish_reason]
+             "tool_calls": "the model called tools"}.get(reply.finish_reason, str(reply.finish_reason))
     if reply.stop is not None:
         ended = f"the stop text {shortened(reply.stop)} came"
     line = [shortened(reply.text)] if reply.text or not reply.tool_calls else []

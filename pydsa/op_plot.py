@@ -13,7 +13,6 @@ COLOURS = {         # shades of blue: products; violet: experts; red: attention;
     "silu_mul": "#dfc27d", "add": "#bf812d", "scale": "#e7cb94", "get_rows": "#393b79",
     OTHER: "0.8"}
 LEAST, MOST = 0.02, 13      # ops with less of every step than LEAST are drawn together, and so are those beyond MOST
-
 FEW = 3                     # steps for which there is always room: one bar alone is not as wide as the panel
 
 
@@ -78,7 +77,7 @@ class OpPanels:
         steps, names = self.steps(key), [WHOLE, *self.names]
         table = [[self.share_of_ceiling(ops, op) for _, ops in steps] for op in names]
         numbers = [[float("nan") if share is None else share for share in row] for row in table]
-        axes.imshow(numbers, cmap="Blues", vmin=0, vmax=1.2, aspect="auto", origin="lower")     # 1.2: dark text is read on all of it
+        axes.imshow(numbers, cmap="Blues", vmin=0, vmax=1.2, aspect="auto", origin="lower")     # the darkest is for what passes 1
         for y, row in enumerate(table):
             for x, share in enumerate(row):
                 axes.text(x, y, "" if share is None else f"{share:.0%}", ha="center", va="center", fontsize="x-small",

@@ -3,11 +3,11 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
-from test_house import ROOT
 
 from pydsa import Sampling, selections
 from pydsa.answers import Reader, Reply
@@ -16,6 +16,8 @@ from pydsa.hooks import Hook
 from pydsa.model import Setup
 from pydsa.terminal import harmless
 from pydsa.words import card_of_a_model
+
+ROOT = Path(__file__).parents[1]
 
 
 class Page(HTMLParser):
