@@ -28,6 +28,8 @@ def noted():
     rows = {0: np.tile(np.int32([0, 1]), (N - 1, 1)), 3: np.tile(np.int32([8, 9]), (N - 1, 1))}
     rows[0][44:] = [[2, 3], [2, 4], [2, 5]]
     scores = {layer: np.tile(np.float32([0, np.log(3)]), (N - 1, 1)) for layer in rows}
+    for values in scores.values():
+        values[20] = np.nan         # were not recorded
     all_keys = np.arange(N - 1) < 10
     tokens = [0, *(1 + i % 7 for i in range(N - 1))]
     experts = {3: np.array([[i % 2, 2] for i in range(N - 1)])}
@@ -110,6 +112,8 @@ def test_the_pointer_shows_what_a_token_looked_at(page):
     page.js("goTo(4, false)")
     page.point("nodeOf(4)")
     assert looked(page) == {} and "all 5 tokens up to itself: no choice was made" in page.text("#readout")[0]
+    page.js("focusOn(20)")
+    assert looked(page) == {} and "4 tokens looked at" in page.text("#readout")[0]
     page.point("$('title')")
     assert looked(page) == ALL
 

@@ -138,7 +138,7 @@ def test_the_oldest_tokens_leave_where_memory_is_limited(small_model, load):
 
 
 def test_only_complete_steps_count(small_model, load):
-    """A prompt that ends in the middle, then another in its place that makes no choice."""
+    """A prompt that ends in the middle; then one that makes no choice."""
     class Stop(Hook):
         def wants(self, node):
             return node.name == "l_out-1"
@@ -157,7 +157,7 @@ def test_only_complete_steps_count(small_model, load):
 
 
 def test_files(small_model, load, tmp_path):
-    """What is saved is read back; straight to a file, it is complete after any exception."""
+    """What is saved is read back; a file is complete after an exception."""
     session = load(small_model(n_layer=2), attention="sparse", n_ubatch=16).session()
     with pytest.raises(KeyboardInterrupt):
         with session.record(scores=True, mass=True) as recording, session.record(scores=True, mass=True, path=tmp_path / "b.npz") as direct:

@@ -103,7 +103,7 @@ function eachChoice(position, shown, use) {
     const start = (row * L + l) * k;
     let at = -1, total = 0, end = start;
     for (; end < start + k && choices.steps[end]; end++) total += choices.shares ? choices.shares[end] ** 2 : 1;
-    for (let i = start; i < end; i++) use(l, at += choices.steps[i], choices.shares ? choices.shares[i] ** 2 / total : 1 / (end - start));
+    for (let i = start; i < end; i++) use(l, at += choices.steps[i], choices.shares ? choices.shares[i] ** 2 / (total || 1) : 1 / (end - start));
   }
 }
 

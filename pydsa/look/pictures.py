@@ -295,6 +295,7 @@ def draw_mass(look):
         values = [np.nan if row[key] is None else row[key] for row in rows]
         axes.plot([row["layer"] for row in rows], values, "o-", markersize=4, color=colour, label=label)
     axes.set(ylim=(0, 1.02), xlabel="layer", ylabel="share")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title("Share of dense attention that the chosen keys hold", size=10)
     axes.grid(color="0.85")
     axes.legend(frameon=False)
