@@ -17,6 +17,7 @@ import numpy as np
 from pydsa.answers import Reader
 from pydsa.backends.devices import DEVICES, check_reproducible, check_residence
 from pydsa.cache import VectorCache, choose_cache_type
+from pydsa.cards import shown
 from pydsa.chat import chat_prompt, thinking_note
 from pydsa.check import warn_of_gaps
 from pydsa.constraint import constraint_for
@@ -41,6 +42,7 @@ from pydsa.schedule import VARIANTS, Schedule
 from pydsa.session import Session, check_ids, check_max_tokens
 from pydsa.signals import interrupts_held
 from pydsa.tokenizer import Tokenizer
+from pydsa.words import card_of_a_model, card_of_a_setup
 
 ATTENTION = ("auto", "sparse", "masked", "dense")
 DEFAULT_N_CTX, DEFAULT_N_UBATCH = 8192, 2048
@@ -48,6 +50,7 @@ BESIDE_HALVES, OF_INDEXERS = (".attn_kv_b.weight",), tuple(f".indexer.{part}" fo
 COMPANION, OF_ACTIVATIONS = re.compile(r"(\.weight)?\.(input_)?scale$"), ".input_scale"       # beside a matrix
 
 
+@shown(card_of_a_setup)
 class Setup:
     """What running a file needs.
 
@@ -105,6 +108,11 @@ class Setup:
         graph = Graph(self.n_ctx)
         arch.build(graph, self.config, self.weights, variant)
         return lay_out(graph, self.n_ubatch, self.device.float_size, self.device.side_by_side)
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The Tokenizer of the file."""
+        return Tokenizer.from_metadata(self.file.metadata, self.config.n_vocab)
 
     @property
     def _nodes(self):
@@ -247,12 +255,14 @@ class Setup:
         return self.cache_bytes + self.scratch_bytes + self.score_bytes + self.packed_latent_bytes + self.copied_bytes
 
 
+@shown(card_of_a_model)
 class Model:
     """A model ready to run, made by load().
 
-    config: the file's hyperparameters. metadata: its key-value pairs. setup: the Setup. n_ctx: tokens of a session's context. n_ubatch:
-    tokens of a prompt that run together. kv_type, index_type: cache types. attention: as given to load(). top_k: keys that a token attends
-    to, None without an indexer. threads, threads_batch: the threads of steps of one token and of several, None if the backend chooses.
+    config: the file's hyperparameters. metadata: its key-value pairs. tokenizer: the Tokenizer. setup: the Setup. n_ctx: tokens of a
+    session's context. n_ubatch: tokens of a prompt that run together. kv_type, index_type: cache types. attention: as given to load().
+    top_k: keys that a token attends to, None without an indexer. threads, threads_batch: the threads of steps of one token and of several,
+    None if the backend chooses.
     """
 
     def __init__(self, setup, threads=None, threads_batch=None, progress=None):
@@ -266,7 +276,7 @@ class Model:
         self.threads_batch = self.threads if several is None else self.backend.check_threads(several)
         check_memory(setup.total_bytes, f"The model with a context of {setup.n_ctx} tokens", self.backend)
         warn_of_gaps(setup.file)
-        self.tokenizer      # read now, so that load() raises its errors
+        self.tokenizer = setup.tokenizer        # read now, so that load() raises its errors
         self.runner = Runner(self.backend, setup.layouts, self.threads, self.threads_batch, setup.reproducible)
         self._chats = collections.deque(maxlen=1)       # the session of the last chat, while no answer is read from it
         steps = [self._read_weights, self._compile]
@@ -301,15 +311,6 @@ class Model:
             for n in {2} if VARIANTS[name].plain else {1, min(2, self.n_ubatch)}:
                 calls += [(function, args) for _, function, args in self.runner.bind(name, caches, n, n).calls]
         return calls
-
-    @functools.cached_property
-    def tokenizer(self):
-        """The Tokenizer of the file."""
-        return Tokenizer.from_metadata(self.metadata, self.config.n_vocab)
-
-    def __repr__(self):
-        return (f"<pydsa.Model {self.config.name!r}: {self.config.architecture} {self.setup.file_type}, "
-                f"n_ctx={self.n_ctx}, on {self.setup.device_name}>")
 
     def session(self):
         """A new, empty Session.

@@ -4,6 +4,7 @@
 
 The steps, their order and their formulas are those of llama.cpp: biases, penalties, top_k, top_p, min_p, temperature, a draw.
 """
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Sequence
 import numpy as np
 
 from pydsa.errors import DamagedWeightsError, PydsaError
+
+SHOWN = 8       # biases that are shown one by one
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,20 @@ class Sampling:
     presence_penalty: float = 0.0       # subtract this once from a recent token
     seed: int | None = None             # the same seed gives the same draws; None: a new seed every time
     logit_bias: Mapping | None = None   # token id -> what is added to its logit; -inf or False: the token is never picked
+
+    def __repr__(self):
+        """The options that decide, and others where they are not the default.
+
+        Of a long logit_bias there is only the length.
+        """
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        told = ("temperature",) if self.temperature == 0 else ("temperature", "top_k", "top_p", "min_p")
+        parts = [f"{f.name}={fields[f.name]!r}" for f in dataclasses.fields(self)
+                 if f.name != "logit_bias" and (f.name in told or fields[f.name] != f.default)]
+        if self.logit_bias is not None:
+            n = len(self.logit_bias)
+            parts.append(f"logit_bias={self.logit_bias!r}" if n <= SHOWN else f"logit_bias=<{n} tokens>")
+        return f"Sampling({', '.join(parts)})"
 
     def __post_init__(self):
         self._require("temperature", 0)

@@ -8,6 +8,7 @@ import numpy as np
 
 from pydsa import session_file
 from pydsa.ahead import Ahead
+from pydsa.cards import shown
 from pydsa.diagnosis import explained
 from pydsa.errors import ContextFullError, DamagedWeightsError, PydsaError, SessionFileError
 from pydsa.hooks import Hook, Observer
@@ -19,6 +20,7 @@ from pydsa.recorder import LIMIT, Recorder
 from pydsa.sampling import Sampler
 from pydsa.schedule import VARIANTS
 from pydsa.selecting import Selector, check_select
+from pydsa.words import card_of_a_session
 
 
 def check_max_tokens(n):
@@ -58,6 +60,7 @@ class _Layers(Hook):
         self._report(self._done)
 
 
+@shown(lambda session: card_of_a_session(session, session._setup))
 class Session:
     """One conversation, made by Model.session().
 
@@ -76,9 +79,6 @@ class Session:
         self._bound, self._hooks, self._recorders, self._all_hooks, self._variant = {}, (), (), (), None
         self._selector, self._selected = None, []       # [(first token, the `select` that ran it and those after it)]
         self._ahead = Ahead(runner)
-
-    def __repr__(self):
-        return f"<pydsa.Session: {self.n_past} of {self._setup.n_ctx} tokens>"
 
     @property
     def n_past(self):

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from helpers import write_files
 
 import pydsa
-from pydsa import PydsaError, bench, control_groups, report
+from pydsa import PydsaError, bench, control_groups, words
 from pydsa.backends.cpu import threads
 from pydsa.cli import main
 from pydsa.cores import MOST_THREADS, physical_cores, second_level_cache
@@ -320,7 +320,7 @@ def test_the_table_has_both_only_where_they_differ(small_model, asked):
     assert (cells["threads"], cells["threads batch"]) == ("3", "7")
     for args in ["-t", 3], ["-t", 3, "-tb", 3], ["--device", "reference"]:
         assert "threads |" in (table := run(*common, *args).stdout) and "threads batch" not in table and "None" not in table
-    assert [report.threads(*n) for n in ((1, 1), (2, 2), (1, 8))] == ["1 thread", "2 threads", "1 thread (8 for prompts)"]
+    assert [words.threads(*n) for n in ((1, 1), (2, 2), (1, 8))] == ["1 thread", "2 threads", "1 thread (8 for prompts)"]
 
 
 def test_prompts_on_two_threads_and_generation_on_one(small_model):
