@@ -5,7 +5,7 @@ Only generated text, tables and reports go to stdout.
 import click
 
 from pydsa import __version__
-from pydsa.cli import bench, info, run, serve, trace
+from pydsa.cli import bench, faithful, info, run, serve, trace
 from pydsa.exits import Commands
 
 
@@ -22,8 +22,9 @@ def main():
     pydsa serve model.gguf                        an HTTP server, and a page to chat on
     pydsa bench model.gguf -d 0,4096              speed, also deep in a context
     pydsa info model.gguf                         what the file is and needs
+    pydsa faithful model.gguf -f notes.txt        whether sparse attention is right
     """
 
 
-for command in (run.run, serve.serve, bench.bench, info.info, trace.trace):
+for command in (run.run, serve.serve, bench.bench, info.info, trace.trace, faithful.faithful):
     main.add_command(command)
