@@ -33,5 +33,9 @@ class SessionFileError(PydsaError):
     """A session file is damaged, or belongs to another model or cache type."""
 
 
+class RecordingFileError(PydsaError):
+    """A recording's file is damaged, or cannot be read or written."""
+
+
 class OutOfMemoryError(PydsaError):
     """The request needs more memory than the machine has available."""

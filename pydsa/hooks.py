@@ -45,6 +45,12 @@ class Hook:
     def after(self, call):
         """Called after an op; the values that it wrote are there."""
 
+    def completed(self, ids, positions):
+        """Called when the tokens of a step are in the context.
+
+        ids: int32 [n_tokens]. positions: int64 [n_tokens].
+        """
+
 
 class Observer(Hook):
     """Call observe(node, arrays) after each op, with the arrays that it wrote."""

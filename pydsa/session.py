@@ -18,6 +18,7 @@ from pydsa.limits import allocating
 from pydsa.plan import check_memory
 from pydsa.prefixes import common_length
 from pydsa.quants import CACHE_ALIASES
+from pydsa.recorder import LIMIT, Recorder
 from pydsa.sampling import Sampler
 
 MAGIC = b"pydsa session 1\n"
@@ -76,7 +77,7 @@ class Session:
         self._runner, self._setup, self._eog_ids = runner, setup, eog_ids
         self.tokens = []
         self.caches = setup.make_caches(runner.backend, setup.n_ctx)
-        self._bound, self._hooks = {}, ()
+        self._bound, self._hooks, self._recorders, self._all_hooks = {}, (), (), ()
         self._ahead = Ahead(runner)
 
     def __repr__(self):
@@ -115,7 +116,7 @@ class Session:
             check_memory((ids.size + setup.n_ubatch) * n_vocab * 4, f"The logits of {ids.size} tokens")
         with allocating("the logits"):
             logits = np.empty((ids.size if every_row else 1, n_vocab), np.float32)
-        hooks = self._hooks if observe is None else (*self._hooks, Observer(observe))
+        hooks = self._all_hooks if observe is None else (*self._all_hooks, Observer(observe))
         for start in range(0, ids.size, setup.n_ubatch):
             ubatch = ids[start:start + setup.n_ubatch]
             last = start + ubatch.size == ids.size
@@ -174,8 +175,41 @@ class Session:
     @hooks.setter
     def hooks(self, hooks):
         self._hooks = tuple(hooks)
+        self._change_hooks()
+
+    @property
+    def has_hooks(self):
+        """Whether something is called in the session's steps."""
+        return bool(self._all_hooks)
+
+    def _change_hooks(self):
+        self._all_hooks = *self._hooks, *self._recorders
         self._bound = {key: bound for key, bound in self._bound.items() if not bound.late}
         self._ahead.forget()
+
+    def record(self, selection=True, routing=True, path=None, limit=LIMIT):
+        """A context in which the session's steps are recorded.
+
+            with session.record() as recording: session.prefill(ids)
+
+        Recorded are for each token and layer: with selection the keys that it attends to; with routing its experts and their weights. The
+        Recording takes up to `limit` bytes of memory, about: then the oldest tokens leave it. With a path everything goes to this file
+        instead, which is complete after the context, and the Recording can be read then. It holds the tokens of the context: those that the
+        session forgets (truncate(), reuse(), load()) leave it. Raises PydsaError for a selection where no keys are chosen, and
+        RecordingFileError if the file cannot be written.
+        """
+        return self._recording(Recorder(self._setup, selection, routing, path, limit))
+
+    @contextlib.contextmanager
+    def _recording(self, recorder):
+        with recorder.running() as recording:
+            self._recorders = *self._recorders, recorder
+            self._change_hooks()
+            try:
+                yield recording
+            finally:
+                self._recorders = tuple(other for other in self._recorders if other is not recorder)
+                self._change_hooks()
 
     def _reporting(self, progress, start, n_tokens, total):
         """A hook that reports the progress of a ubatch after each layer."""
@@ -189,7 +223,10 @@ class Session:
             bound.run(ubatch, self.n_past, logits, hooks)
         except DamagedWeightsError as error:
             raise explained(error, bound, ubatch, self.n_past, self._setup.weights.used) from error
+        positions = np.arange(self.n_past, self.n_past + ubatch.size)
         self.tokens.extend(ubatch.tolist())
+        for hook in hooks:
+            hook.completed(ubatch, positions)
 
     def timed(self, ids):
         """Append at most n_ubatch tokens -> the time of each op.
@@ -209,7 +246,7 @@ class Session:
         key = self._setup.schedule.variant(n_past, n_tokens), n_tokens, n_outputs
         bound = self._bound.get(key)
         if bound is None:
-            late = tuple(hook for hook in self._hooks if hook.late) if n_tokens == 1 else ()
+            late = tuple(hook for hook in self._all_hooks if hook.late) if n_tokens == 1 else ()
             bound = self._runner.bind(key[0], self.caches, *key[1:], again=n_tokens == 1, late=late)
             if n_tokens in (1, self._setup.n_ubatch) and n_outputs <= 1:
                 self._bound[key] = bound
@@ -250,7 +287,7 @@ class Session:
 
         The device samples it where it can (ahead.py); with hooks, or the state of a constraint, the host does.
         """
-        settings = None if state or self._hooks else self._ahead.settings(sampler)
+        settings = None if state or self._all_hooks else self._ahead.settings(sampler)
         if settings is None:
             return self.pick(self.decode(token), sampler, state)
         self._check_fits(1)
@@ -298,6 +335,12 @@ class Session:
         if not isinstance(n, (int, np.integer)) or not 0 <= n <= self.n_past:
             raise PydsaError(f"The session has {self.n_past} tokens; it cannot be truncated to {n!r}.")
         del self.tokens[n:]
+        self._forget(n)
+
+    def _forget(self, n):
+        """Tell the recorders that only the first n tokens remain."""
+        for recorder in self._recorders:
+            recorder.cut(n)
 
     def _identity(self):
         """The settings that a saved session and this one must have in common."""
@@ -347,6 +390,7 @@ class Session:
                 tokens = self._check(path, file, os.fstat(file.fileno()).st_size)
                 self._ahead.forget()
                 self.tokens = []        # if the read fails, no mixture of two sessions remains
+                self._forget(0)
                 for cache in self.caches.values():
                     rows = cache.stored(len(tokens))
                     if file.readinto(rows.reshape(-1)) != rows.size:

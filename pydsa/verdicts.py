@@ -182,9 +182,9 @@ def _dense(depths, top_k, trained):
     far = [row for row in depths if row["from"] >= top_k]
     worst = max(far, key=lambda row: row["kl"])
     cost = max((row["loss"] - row["loss_other"] for row in far if row["loss"] is not None), default=0.0)
-    measured = (f"beyond top_k the likeliest token is that of dense attention at {percent(min(row['same_top'] for row in far))} or "
-                f"more, KL is {worst['kl']:.2g} or less (greatest from {worst['from']} to {worst['to']}), and the loss grows by {cost:.2g} nats or "
-                "less")
+    same = percent(min(row["same_top"] for row in far))
+    measured = (f"beyond top_k the likeliest token is that of dense attention at {same} or more, KL is {worst['kl']:.2g} or less (greatest from "
+                f"{worst['from']} to {worst['to']}), and the loss grows by {cost:.2g} nats or less")
     if not trained:
         measured += ". The model's loss is that of a guess: with random weights this tells nothing"
     return Finding("sparse and dense", "right" if worst["kl"] <= KL and cost <= LOSS and trained else "unclear", measured,

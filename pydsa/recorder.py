@@ -1,0 +1,202 @@
+"""The hook that records what a session's tokens choose (recording.py)."""
+import contextlib
+import dataclasses
+
+import numpy as np
+
+from pydsa import packed
+from pydsa.errors import PydsaError
+from pydsa.hooks import Hook
+from pydsa.options import counts
+from pydsa.recording import Recording
+from pydsa.recording_file import CHUNK, FIELDS, OF_TOKENS, Facts, Reader, Writer
+from pydsa.signals import interrupts_held
+
+PENDING = 1 << 24       # bytes of choices that are not packed yet, about
+LIMIT = 1 << 30         # bytes of a recording in memory, if nothing else is said
+CHOSEN_KEYS = {"sparse_attention": 3, "mha_sparse_attention": 3, "top_k": 0}    # op -> its argument with the keys that are attended to
+ROUTING = ("experts", "expert_weights")
+
+
+def layer_of(node):
+    """The layer of a graph.Node, which its name ends with; None without one."""
+    number = node.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else None
+
+
+def facts_of(setup, fields):
+    """The Facts of recordings of a model.Setup."""
+    c = setup.config
+    experts = tuple(range(c.n_layer_dense_lead, c.n_layer)) if c.n_expert else ()
+    top_k = None if c.top_k is None else min(c.top_k, setup.n_ctx)
+    return Facts(tuple(fields), c.n_layer, top_k, c.indexed_layers, experts, c.n_expert, c.n_expert_used, c.n_vocab, setup.fingerprint,
+                 c.name, c.architecture, setup.attention, setup.kv_type, setup.index_type, setup.device_name)
+
+
+def _check_choice(setup):
+    """Raise PydsaError if no keys are chosen."""
+    if setup.config.top_k is None:
+        raise PydsaError(f"{setup.config.architecture} has no indexer that chooses keys; record(selection=False) records its experts.")
+    if setup.attention == "dense":
+        raise PydsaError("With attention='dense' no keys are chosen: load the model with 'auto' or 'sparse', or record(selection=False).")
+
+
+class Recorder(Hook):
+    """Fills a Recording while a session runs steps.
+
+    What a step wrote counts when the step is complete. Rows of few tokens are collected before they are packed.
+    """
+
+    def __init__(self, setup, selection=True, routing=True, path=None, limit=LIMIT):
+        counts(1 << 62, limit=limit)
+        wanted = {"selection": selection, "routing": routing}
+        if not any(wanted.values()):
+            raise PydsaError("Nothing is to be recorded, expected selection, routing, scores or mass.")
+        if selection:
+            _check_choice(setup)
+        self.late = True
+        self._facts = facts = facts_of(setup, [name for name in FIELDS if wanted.get(name)])
+        self._choosing, self._routed = facts.choosing_layers if selection else (), facts.expert_layers if routing else ()
+        self._limit = limit
+        self._room = min(CHUNK, max(1, PENDING // (4 * max(1, len(self._choosing) * (facts.top_k or 0)))))
+        self._pending, self._n = self._arrays(self._room), 0    # rows that come one by one, and how many there are
+        self._parts, self._positions = {}, None         # arrays of a step of many tokens; the positions of a step that makes a choice
+        self._chunks, self._n_bytes = [], 0             # positions and `kept` of all chunks
+        self.recording = Recording(facts)
+        self.recording._settle = self._flush
+        self._writer = None if path is None else Writer(path, facts)
+
+    def _arrays(self, n):
+        """Empty arrays for n tokens."""
+        f, kinds = self._facts, OF_TOKENS | {"kept": np.bool_}
+        arrays = {name: np.empty(n, dtype) for name, dtype in kinds.items()}
+        if self._choosing:
+            arrays["selection"] = np.empty((len(self._choosing), n, f.top_k), np.int32)
+        if "routing" in f.fields:
+            arrays["experts"] = np.empty((len(self._routed), n, f.n_expert_used), np.uint16)
+            arrays["expert_weights"] = np.empty((len(self._routed), n, f.n_expert_used), np.float32)
+        return arrays
+
+    def wants(self, node):
+        if node.op == "moe_route":
+            return bool(self._routed)
+        # The result of indexer_select is wanted, so that it lasts until the end of a step.
+        return layer_of(node) in self._choosing and node.op in ("indexer_select", *CHOSEN_KEYS)
+
+    def after(self, call):
+        layer, op = layer_of(call.node), call.node.op
+        if op == "moe_route":
+            for i, name in enumerate(ROUTING):
+                self._take(name, self._routed.index(layer), call.read(i), call.positions)
+        elif op in CHOSEN_KEYS:
+            self._take("selection", self._choosing.index(layer), call.read(CHOSEN_KEYS[op]), call.positions)
+
+    def _take(self, name, i, rows, positions):
+        """Copy the rows of a step in a layer, the i-th that has such rows."""
+        if positions is not self._positions:    # a new step
+            self._parts, self._positions = {}, positions
+            self._chose = False
+        self._chose = self._chose or name == "selection"
+        n = len(positions)
+        if n <= self._room - self._n:
+            self._pending[name][i, self._n:self._n + n] = rows
+            return
+        for part, start in enumerate(range(0, n, CHUNK)):
+            some = rows[start:start + CHUNK]
+            some = packed.pack(some, int(some.max(initial=-1)) + 1) if name == "selection" else some.astype(self._pending[name].dtype)
+            self._parts.setdefault(part, {}).setdefault(name, {})[i] = some
+
+    def completed(self, ids, positions):
+        n = len(ids)
+        seen = self._positions is not None and np.array_equal(self._positions, positions)      # else of a step that was not completed
+        rows = {"positions": positions, "tokens": ids, "all_keys": np.full(n, not (seen and self._chose)), "kept": np.ones(n, np.bool_)}
+        if n <= self._room - self._n:
+            for name, values in rows.items():
+                self._pending[name][self._n:self._n + n] = values
+            self._n += n
+            if self._n == self._room:
+                self._flush()
+        else:
+            self._flush()
+            for part, start in enumerate(range(0, n, CHUNK)):
+                chunk = {name: values[start:start + CHUNK].astype(self._pending[name].dtype) for name, values in rows.items()}
+                self._add(chunk | self._packed(self._parts.get(part, {}) if seen else {}, len(chunk["kept"])))
+        self._parts, self._positions = {}, None
+
+    def _packed(self, part, n):
+        """The arrays of a chunk of n tokens.
+
+        part: {name: {i: rows of the i-th layer}}, without a selection where no choice was made.
+        """
+        found = {name: np.stack([rows[i] for i in range(len(rows))]) for name, rows in part.items() if name != "selection"}
+        if self._choosing:
+            empty = packed.pack(np.full((n, 1), -1), 0)
+            layers = [part.get("selection", {}).get(i, empty) for i in range(len(self._choosing))]
+            width = max(maps.shape[1] for maps, _ in layers)
+            found["selection_map"] = np.stack([np.pad(maps, ((0, 0), (0, width - maps.shape[1]))) for maps, _ in layers])
+            found["selection_bits"] = np.concatenate([bits for _, bits in layers])
+        return found
+
+    def _flush(self):
+        """Put the pending rows into a chunk."""
+        n, self._n = self._n, 0
+        if n == 0:
+            return
+        part, chunk = {}, {}
+        for name, rows in self._pending.items():
+            if rows.ndim == 1:
+                chunk[name] = rows[:n].copy()
+            elif len(rows):
+                part[name] = dict(enumerate(rows[:, :n].copy()))
+        for i, rows in part.get("selection", {}).items():
+            rows[chunk["all_keys"]] = -1
+            part["selection"][i] = packed.pack(rows, int(rows.max(initial=-1)) + 1)
+        self._add(chunk | self._packed(part, n))
+
+    def _add(self, chunk):
+        """Append a chunk; the oldest leave where there is no room for them."""
+        self._chunks.append({name: chunk[name] for name in ("positions", "kept")})
+        if self._writer is not None:
+            with interrupts_held():     # half an array would damage the file
+                self._writer.add(chunk)
+            return
+        chunks = self.recording._chunks
+        chunks.append(chunk)
+        self._n_bytes += _bytes_of(chunk)
+        while len(chunks) > 1 and self._n_bytes > self._limit:
+            self._n_bytes -= _bytes_of(chunks[0])
+            left = int(np.count_nonzero(chunks.popleft()["kept"]))
+            del self._chunks[0]
+            self.recording.facts = dataclasses.replace(self.recording.facts, n_left=self.recording.n_left + left)
+
+    def cut(self, n):
+        """Only the first n tokens of the context remain."""
+        self._flush()
+        for chunk in self._chunks:
+            chunk["kept"] &= chunk["positions"] < n
+
+    @contextlib.contextmanager
+    def running(self):
+        """A context in which the session's steps are recorded.
+
+        A file is complete at its end, whatever ends it.
+        """
+        if self._writer is None:
+            yield self.recording
+            return
+        self.recording._settle = self._refuse
+        with self._writer as writer:
+            try:
+                yield self.recording
+            finally:
+                with interrupts_held():
+                    self._flush()
+                    writer.close(np.concatenate([np.empty(0, np.bool_), *(chunk["kept"] for chunk in self._chunks)]))
+                    self.recording._adopt(Reader(writer.path))
+
+    def _refuse(self):
+        raise PydsaError(f"The recording is still being written to {self._writer.path}: its arrays can be read after the `with` block.")
+
+
+def _bytes_of(chunk):
+    return sum(array.nbytes for array in chunk.values())
