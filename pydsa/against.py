@@ -4,14 +4,19 @@ A file has a choice of keys, or logits, of some tokens (docs/faithful.md). A Rec
 """
 import re
 import zipfile
+import zlib
 
 import numpy as np
 
 from pydsa.choices import masks
 from pydsa.errors import PydsaError
 from pydsa.hooks import Hook
+from pydsa.limits import allocating
+from pydsa.recording import Recording
 
+LAST = 2**62        # orders -1 behind all positions
 SELECTION = re.compile(r"selection[._-]?(\d+)")
+OTHERS = "positions", "tokens", "logits"
 FORMS = ("an .npz file with selection.LAYER [n, k] or logits [n, n_vocab], and positions [n] unless these begin at 0; an .npy file of "
          "logits; or a recording")
 
@@ -35,15 +40,17 @@ class Against:
         return np.where(self.positions[at] == positions, at, -1)
 
     def choice(self, layer, positions):
-        """The choice [n, k] of a layer at some positions.
+        """The choice int64 [n, k] of a layer at some positions.
 
-        None if the layer, or one of the tokens, is not in the file.
+        Rows are in order, whatever they were in the file. None if the layer, or one of the tokens, is not in the file.
         """
         rows = self.rows(positions)
         if layer not in self.layers or (rows < 0).any():
             return None
         if layer not in self._kept:
-            self._kept[layer] = np.asarray(self._select(layer)).astype(np.int64)
+            rows = np.asarray(self._select(layer)).astype(np.int64)
+            rows = np.sort(np.where(rows < 0, LAST, rows), axis=1)
+            self._kept[layer] = np.where(rows == LAST, -1, rows)
         return self._kept[layer][rows]
 
     def check(self, ids, config):
@@ -70,28 +77,40 @@ def read(path):
     Raises PydsaError if it is none of the forms that docs/faithful.md describes.
     """
     try:
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        with allocating("the file of another implementation"):
+            loaded = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = getattr(error, "strerror", None) or "it is neither .npz nor .npy"
         raise PydsaError(f"{path}: the file cannot be read ({reason}); expected {FORMS}.") from error
     if isinstance(loaded, np.ndarray):
-        return _of_arrays(path, {"logits": loaded})
+        return _of_arrays(path, {"logits": loaded}, ())
     with loaded:
+        if "recording" in loaded.files:
+            return _of_recording(path, Recording.open(path))
         try:
-            return _of_arrays(path, {name: loaded[name] for name in loaded.files})
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            with allocating("the file of another implementation"):
+                arrays = {name: loaded[name] for name in loaded.files if name in OTHERS or SELECTION.fullmatch(name)}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise PydsaError(f"{path}: the file is damaged; expected {FORMS}.") from error
+        return _of_arrays(path, arrays, loaded.files)
 
 
-def _of_arrays(path, arrays):
-    """The Against of arrays by name, which are checked."""
+def _of_recording(path, recording):
+    """The Against of a Recording."""
+    if recording.selection is None or recording.n == 0:
+        raise PydsaError(f"{path}: this recording has no choice of keys; record with selection=True.")
+    return Against(path, recording.positions, recording.tokens, recording.layers, recording.selection.__getitem__)
+
+
+def _of_arrays(path, arrays, names):
+    """The Against of arrays by name, which are checked; names: all in the file."""
     def fail(text):
         raise PydsaError(f"{path}: {text}; expected {FORMS}.")
 
     chosen = {int(match[1]): arrays[name] for name in arrays if (match := SELECTION.fullmatch(name))}
     logits, tokens = arrays.get("logits"), arrays.get("tokens")
     if not chosen and logits is None:
-        fail(f"there is neither a selection nor logits, only {', '.join(sorted(arrays)) or 'nothing'}")
+        fail(f"there is neither a selection nor logits, only {', '.join(sorted(names)) or 'nothing'}")
     n = len(next(iter([*chosen.values(), *([] if logits is None else [logits])])))
     positions = np.asarray(arrays.get("positions", np.arange(n)))
     if positions.ndim != 1 or positions.dtype.kind not in "iu" or len(positions) != n or n == 0:

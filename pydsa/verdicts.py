@@ -183,8 +183,8 @@ def _dense(depths, top_k, trained):
     worst = max(far, key=lambda row: row["kl"])
     cost = max((row["loss"] - row["loss_other"] for row in far if row["loss"] is not None), default=0.0)
     same = percent(min(row["same_top"] for row in far))
-    measured = (f"beyond top_k the likeliest token is that of dense attention at {same} or more, KL is {worst['kl']:.2g} or less (greatest from "
-                f"{worst['from']} to {worst['to']}), and the loss grows by {cost:.2g} nats or less")
+    measured = (f"beyond top_k the likeliest token is that of dense attention at {same} or more, KL is {worst['kl']:.2g} or less (greatest "
+                f"from {worst['from']} to {worst['to']}), and the loss grows by {cost:.2g} nats or less")
     if not trained:
         measured += ". The model's loss is that of a guess: with random weights this tells nothing"
     return Finding("sparse and dense", "right" if worst["kl"] <= KL and cost <= LOSS and trained else "unclear", measured,

@@ -1,12 +1,19 @@
 """pydsa faithful: right models pass, and each wrong implementation is caught and named."""
+import json
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from helpers import random_ids
 
 import pydsa
-from pydsa import faithful
+from pydsa import definition, faithful
 from pydsa.backends import reference
+from pydsa.cli import main
 from pydsa.models import deepseek2, deepseek32, glm_dsa
+from pydsa.verdicts import in_words, percent
 
 IDS = random_ids(90)        # top_k is 12
 RIGHT = {name: getattr(reference, name) for name in ("rope", "cache_write", "indexer_scores", "top_k", "sparse_attention", "hadamard")}
@@ -92,28 +99,122 @@ def rotation_of(names):
     return rotate
 
 
+def before(out, q, latents, indices, scale):
+    RIGHT["sparse_attention"](out, q, latents, np.where(indices > 0, indices - 1, indices), scale)
+
+
 def patches():
-    """Wrong implementations: what is replaced, which findings tell, and which sentence names the fault."""
-    selection = ["selection"]
-    yield "other pairs", (deepseek32, "INDEXER_NEOX", False), selection, "RoPE rotates neighbours, expected halves"
-    yield "no rope", (deepseek32, "rotate", lambda g, c, x, table, neox: g.hadamard(x)), selection, "RoPE is left out"
-    yield "queries later", (reference, "rope", turned_queries), selection, "positions of queries are one too great"
-    yield "no relu", (reference, "indexer_scores", scores_without("relu")), selection, "ReLU is left out"
-    yield "no weights", (reference, "indexer_scores", scores_without("weights")), selection, "weights of heads are left out"
-    yield "queries rotated", (deepseek32, "rotate", rotation_of("indexer_q")), selection, "only queries have the Hadamard rotation"
-    yield "keys rotated", (deepseek32, "rotate", rotation_of("indexer_k")), selection, "only keys have the Hadamard rotation"
-    yield "lowest", (reference, "top_k", lowest), selection, "the keys with the lowest scores"
-    yield "newest", (reference, "top_k", choosing(newest)), selection, "the newest keys are chosen"
-    yield "earlier", (reference, "top_k", choosing(earlier)), selection, "positions are one too small"
-    yield "one less", (reference, "top_k", one_less), ["form"], ""
-    yield "unsorted", (reference, "top_k", choosing(unsorted)), ["form"], ""
-    yield "softmax scale", (deepseek32.Config, "kq_scale", property(lambda c: 1.5 / np.sqrt(c.n_nope + c.n_rot))), ["attention"], ""
-    yield "pairs of attention", (deepseek2, "NEOX", True), ["attention"], ""
+    """Wrong implementations: what is replaced, the findings that tell, and the sentence that names the fault."""
+    one_rotated = "only one of queries and keys has the Hadamard rotation"
+    yield "other pairs", (deepseek32, "INDEXER_NEOX", False), "selection", "RoPE rotates neighbours, expected halves"
+    yield "no RoPE", (deepseek32, "rotate", lambda g, c, x, table, neox: g.hadamard(x)), "selection", "RoPE is left out"
+    yield "queries later", (reference, "rope", turned_queries), "selection", "the positions of queries are one too great"
+    yield "no ReLU", (reference, "indexer_scores", scores_without("relu")), "selection", "ReLU is left out"
+    yield "no weights", (reference, "indexer_scores", scores_without("weights")), "selection", "the weights of heads are left out"
+    yield "only queries rotated", (deepseek32, "rotate", rotation_of("indexer_q")), "selection", one_rotated
+    yield "only keys rotated", (deepseek32, "rotate", rotation_of("indexer_k")), "selection", one_rotated
+    yield "lowest scores", (reference, "top_k", lowest), "selection", "the keys with the lowest scores are chosen"
+    yield "newest keys", (reference, "top_k", choosing(newest)), "selection", "the newest keys are chosen"
+    yield "earlier keys", (reference, "top_k", choosing(earlier)), "selection", "positions are one too small"
+    yield "one less", (reference, "top_k", one_less), "form", ""
+    yield "not sorted", (reference, "top_k", choosing(unsorted)), "form", ""
+    yield "earlier keys are read", (reference, "sparse_attention", before), "attention", ""
+    yield "softmax scale", (deepseek32.Config, "kq_scale", property(lambda c: 1.5 / np.sqrt(c.n_nope + c.n_rot))), "attention", ""
+    yield "pairs of attention", (deepseek2, "NEOX", True), "attention", ""
 
 
-@pytest.mark.parametrize("name, patch, wrong, sentence", patches(), ids=lambda value: value if isinstance(value, str) else "")
-def test_a_wrong_implementation_is_caught_and_named(small_model, monkeypatch, name, patch, wrong, sentence):
+@pytest.mark.parametrize("patch, wrong, sentence", [pytest.param(*rest, id=name) for name, *rest in patches()])
+def test_a_wrong_implementation_is_caught_and_named(small_model, monkeypatch, patch, wrong, sentence):
     monkeypatch.setattr(*patch)
-    found = report(small_model(n_layer=2))
-    assert set(wrong) <= set(found.wrong) <= {*wrong, "selection", "form"}
+    found = report(small_model(n_layer=1))
+    assert wrong in found.wrong and set(found.wrong) <= {wrong, "selection"}
     assert sentence in finding(found, "selection").measured
+
+
+def test_keys_with_one_scale_are_caught(small_model, monkeypatch):
+    monkeypatch.setattr(reference, "cache_write", one_scale)
+    found = report(small_model(n_layer=1), index_type="i8")
+    assert found.wrong == ["selection"] and "the scales of cached keys are left out" in finding(found, "selection").measured
+    # the definition rounds keys as it should
+    assert found.layers[0]["recall_of_cached_keys"] > 0.97
+
+
+SHARING = dict(arch="glm-dsa", n_layer=3, indexer_types="FSF", indexer_shared_tensors=True)
+
+
+def test_shared_layers_that_run_their_own_indexer_are_caught(small_model, monkeypatch):
+    right = report(small_model(**SHARING))
+    assert right.faithful and "layer 1 should use the choice of an earlier layer, and do" in finding(right, "shared layers").measured
+    monkeypatch.setattr(glm_dsa, "indexer_full", lambda metadata, base: (True,) * base["n_layer"])
+    wrong = report(small_model(**SHARING))
+    assert set(wrong.wrong) == {"selection", "shared layers"}
+    assert "layer 1 attended to other keys, at 32 tokens" in finding(wrong, "shared layers").measured
+    monkeypatch.setattr(glm_dsa, "INDEXER_NEOX", True)
+    assert "RoPE rotates halves, expected neighbours" in finding(report(small_model(**SHARING)), "selection").measured
+
+
+def test_random_weights_are_told(small_model):
+    found = report(small_model(n_layer=2))
+    assert found.faithful and found.layers[1]["keys"] == 12 * found.looked_at - 12 * 12
+    unclear = {finding.name for finding in found.findings if finding.verdict == "unclear"}
+    assert unclear == {"mass", "sparse and dense"} and "weights may be random" in finding(found, "mass").measured
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The report on the demo model's notes, by the command line, and a recording of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ours.npz"
+        result = CliRunner().invoke(main, ["faithful", "-l", "400", "--samples", "64", "-t", "1", "-o", "json", "--save", str(path)])
+        assert result.exit_code == 0, result.output
+        yield json.loads(result.stdout), path
+
+
+def test_the_demo_is_faithful(demo):
+    found, path = demo
+    assert found["faithful"] and all(finding["verdict"] in ("right", "note") for finding in found["findings"])
+    assert [run["run"] for run in found["runs"]] == ["float32 caches", "reference"] and found["runs"][1]["tokens"] == 384
+    for row in found["layers"]:
+        assert row["recall"] > 0.999 and row["wrong_keys"] == 0 and row["malformed"] == 0
+        assert row["recall_of_cached_keys"] > 0.99 and row["mass_of_newest"] < row["mass"] < row["mass_of_best"] <= 1
+        assert 1 <= row["together"] < 4 and row["attention_error"] < 1e-7
+    assert [row["from"] for row in found["depths"]] == [0, 128, 256] and found["depths"][0]["kl"] == 0
+    recording = pydsa.Recording.open(path)
+    assert recording.n == 400 and recording.selection[3].shape == (400, 128) and recording.experts[3].shape == (400, 2)
+
+
+def test_a_wrong_definition_would_be_seen_too(monkeypatch):
+    """Where engine and definition are wrong alike, the mass that a trained model's keys hold tells."""
+    monkeypatch.setattr(deepseek32, "INDEXER_NEOX", False)
+    monkeypatch.setitem(definition.INDEXER_PAIRS, "deepseek32", definition.NEIGHBOURS)
+    model = pydsa.load(pydsa.DEMO, device="reference", n_ctx=200, kv_type="f32", dsa_top_k=48)
+    found = faithful.check(model, faithful.text_ids(pydsa.DEMO, length=200), samples=64)
+    assert found.wrong == ["mass"] and "The model was trained, as its loss shows" in finding(found, "mass").measured
+
+
+def test_words(small_model):
+    found = report(small_model(n_layer=2))
+    text = in_words(found)
+    assert "| layer |" in text and "0 to 11 |" in text and text.endswith("unclear: mass, sparse and dense.\n")
+    assert all(part in text for finding in found.findings for part in (finding.verdict.upper(), finding.name))
+    assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["top_k"] == 12
+
+
+def test_percent():
+    shares = {0: "0.0 %", 0.5: "50.0 %", 0.994: "99.40 %", 0.99997: "99.9970 %", 1: "100.0 %", 0.001: "0.10 %", 1e-5: "0.0010 %"}
+    assert {share: percent(share) for share in shares} == shares
+
+
+@pytest.mark.parametrize("args, message", [
+    (["-p", "short"], "and with a top_k of 128 a choice is made from 129 on: give a text of at least 160 tokens, or a smaller --dsa-top-k"),
+    (["-p", "x", "-f", __file__], "not both"), (["-p", ""], "at least"), (["--against", __file__], "neither .npz nor .npy")])
+def test_mistakes(args, message):
+    result = CliRunner().invoke(main, ["faithful", "-t", "1", *args])
+    assert result.exit_code == 2 and message in result.stderr and result.stdout == ""
+
+
+def test_models_without_an_indexer_and_without_both_forms(small_model, load):
+    for options, message in (dict(arch="deepseek2"), "has no indexer, so there is no sparse attention to check"), ({}, "expected 'auto'"):
+        model = load(small_model(**options), device="reference", **{} if options else {"attention": "sparse"})
+        with pytest.raises(pydsa.PydsaError, match=message):
+            faithful.check(model, IDS)
