@@ -165,7 +165,7 @@ def demo():
     """The report on the demo model's notes, by the command line, and a recording of it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ours.npz"
-        result = CliRunner().invoke(main, ["faithful", "-l", "400", "--samples", "64", "-t", "1", "-o", "json", "--save", str(path)])
+        result = CliRunner().invoke(main, ["faithful", "-l", "300", "--samples", "48", "-t", "1", "-o", "json", "--save", str(path)])
         assert result.exit_code == 0, result.output
         yield json.loads(result.stdout), path
 
@@ -173,22 +173,22 @@ def demo():
 def test_the_demo_is_faithful(demo):
     found, path = demo
     assert found["faithful"] and all(finding["verdict"] in ("right", "note") for finding in found["findings"])
-    assert [run["run"] for run in found["runs"]] == ["float32 caches", "reference"] and found["runs"][1]["tokens"] == 384
+    assert [run["run"] for run in found["runs"]] == ["float32 caches", "reference"] and found["runs"][1]["tokens"] == 300
     for row in found["layers"]:
         assert row["recall"] > 0.999 and row["wrong_keys"] == 0 and row["malformed"] == 0
         assert row["recall_of_cached_keys"] > 0.99 and row["mass_of_newest"] < row["mass"] < row["mass_of_best"] <= 1
         assert 1 <= row["together"] < 4 and row["attention_error"] < 1e-7
-    assert [row["from"] for row in found["depths"]] == [0, 128, 256] and found["depths"][0]["kl"] == 0
+    assert [row["from"] for row in found["depths"]] == [0, 128] and found["depths"][0]["kl"] == 0
     recording = pydsa.Recording.open(path)
-    assert recording.n == 400 and recording.selection[3].shape == (400, 128) and recording.experts[3].shape == (400, 2)
+    assert recording.n == 300 and recording.selection[3].shape == (300, 128) and recording.experts[3].shape == (300, 2)
 
 
 def test_a_wrong_definition_would_be_seen_too(monkeypatch):
     """Where engine and definition are wrong alike, the mass that a trained model's keys hold tells."""
     monkeypatch.setattr(deepseek32, "INDEXER_NEOX", False)
     monkeypatch.setitem(definition.INDEXER_PAIRS, "deepseek32", definition.NEIGHBOURS)
-    model = pydsa.load(pydsa.DEMO, device="reference", n_ctx=200, kv_type="f32", dsa_top_k=48)
-    found = faithful.check(model, faithful.text_ids(pydsa.DEMO, length=200), samples=64)
+    model = pydsa.load(pydsa.DEMO, device="reference", n_ctx=160, kv_type="f32", dsa_top_k=32)
+    found = faithful.check(model, faithful.text_ids(pydsa.DEMO, length=160), samples=48)
     assert found.wrong == ["mass"] and "The model was trained, as its loss shows" in finding(found, "mass").measured
 
 
