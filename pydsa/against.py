@@ -40,18 +40,19 @@ class Against:
         return np.where(self.positions[at] == positions, at, -1)
 
     def choice(self, layer, positions):
-        """The choice int64 [n, k] of a layer at some positions.
+        """The choices of a layer at those of some positions that the file has.
 
-        Rows are in order, whatever they were in the file. None if the layer, or one of the tokens, is not in the file.
+        Returns a mask [n] of these positions, and int64 [m, k]; None if the file has no choice of the layer. Rows are in order, whatever
+        they were in the file.
         """
-        rows = self.rows(positions)
-        if layer not in self.layers or (rows < 0).any():
+        if layer not in self.layers:
             return None
         if layer not in self._kept:
-            rows = np.asarray(self._select(layer)).astype(np.int64)
-            rows = np.sort(np.where(rows < 0, LAST, rows), axis=1)
-            self._kept[layer] = np.where(rows == LAST, -1, rows)
-        return self._kept[layer][rows]
+            stored = np.asarray(self._select(layer)).astype(np.int64)
+            stored = np.sort(np.where(stored < 0, LAST, stored), axis=1)
+            self._kept[layer] = np.where(stored == LAST, -1, stored)
+        rows = self.rows(positions)
+        return rows >= 0, self._kept[layer][rows[rows >= 0]]
 
     def check(self, ids, config):
         """Raise PydsaError if the file cannot belong to these tokens and model."""
@@ -140,15 +141,14 @@ class Versus(Hook):
         return node.op in ("sparse_attention", "mha_sparse_attention")
 
     def after(self, call):
-        layer, rows = int(call.node.name.rpartition("-")[2]), self._against.rows(call.positions)
-        here = rows >= 0
-        ours = call.read(3)[here]
-        # tokens that have no more keys than top_k choose all
-        many = call.positions[here] >= ours.shape[1]
-        theirs = self._against.choice(layer, call.positions[here][many]) if many.any() else None
-        if theirs is None:
+        layer, ours = int(call.node.name.rpartition("-")[2]), call.read(3)
+        many = call.positions >= ours.shape[1]      # the others read all keys
+        ours, positions = ours[many], call.positions[many]
+        found = self._against.choice(layer, positions)
+        if found is None or not found[0].any():
             return
-        ours, positions = ours[many], call.positions[here][many]
+        there, theirs = found
+        ours, positions = ours[there], positions[there]
         n_keys = int(positions[-1]) + 1
         mine, other = masks(ours, n_keys), masks(theirs, n_keys)
         both, keys = self.shares.get(layer, (0, 0))

@@ -51,7 +51,8 @@ class Tally:
 
         scores: [n, S]. right: the masks [n, S] of what should be chosen.
         """
-        found, any_far = masks(choice, scores.shape[1]), self.add_form(choice, positions, top_k) > 0
+        any_far = self.add_form(choice, positions, top_k) > 0
+        found = masks(choice, scores.shape[1])
         for i, position in enumerate(positions):
             self.tokens += 1
             self.keys += int(right[i].sum())

@@ -18,6 +18,7 @@ from pydsa.errors import PydsaError
 from pydsa.hooks import Hook
 from pydsa.measures import SPARSE, Probe
 from pydsa.plan import check_memory
+from pydsa.schedule import VARIANTS
 from pydsa.session import Session, check_ids
 from pydsa.verdicts import findings
 
@@ -120,7 +121,7 @@ def text_ids(path, text=None, against=None, length=None):
 def reference_tokens(model, n_tokens):
     """How many of n_tokens the reference may run too, without a long wait.
 
-    None, for a large model: it takes 8 bytes for a weight, and seconds for a token.
+    None, for a large model: the reference keeps weights as float32, and reads all of them slowly.
     """
     n_weights = sum(math.prod(tensor.shape) for tensor in model.setup.file.tensors.values())
     if model.top_k is None or n_weights > SMALL or model.top_k > 1024:
@@ -133,16 +134,22 @@ def check(model, text, samples=256, against=None, reference=None, save=None, pro
 
     model: a Model with attention="auto". text: a str, or token ids. samples: tokens at which layers are compared with the definition.
     against: an against.Against, of another implementation. reference: a Model of the same file on the reference device, which runs as many
-    tokens as its context holds; None: it is left out. save: a path for a Recording of the choices and experts. progress(done, total) is
-    called with numbers of tokens. Returns a Report. Raises PydsaError if the model has no indexer, or the text is too short for a choice.
+    tokens as its context holds; None: it is left out. save: a path for a Recording of the choices and experts.
+    progress(done, total[, name]) is called with numbers of kernels that are compiled, and then of tokens.
+
+    Returns a Report. Raises PydsaError if the model has no indexer, if the text is too short for a choice, or if `against` or `reference`
+    belong to another model or text; OutOfMemoryError if what the layers leave does not fit in memory.
     """
     ids = check_ids(model.tokenize(text) if isinstance(text, str) else text, model.config.n_vocab)
     _check_possible(model, ids, samples)
+    if reference is not None and (reference.metadata.path, reference.top_k) != (model.metadata.path, model.top_k):
+        raise PydsaError(f"The reference is {reference.metadata.path} with a top_k of {reference.top_k}, expected {model.metadata.path} "
+                         f"with {model.top_k}.")
     if against is not None:
         against.check(ids, model.config)
     positions = places(ids.size, model.top_k, samples)
     check_memory(Probe.bytes_for(model.config, ids.size), f"What {ids.size} tokens leave in each layer, to compare it with the definition")
-    runs = _Runs(model, ids, positions, against, reference)
+    runs = _Runs(model, ids, positions, against, reference, progress)
     if save is None:
         runs.all(progress)
     else:
@@ -170,17 +177,28 @@ def _check_possible(model, ids, samples):
         raise PydsaError(f"The text has {ids.size} tokens, and the context holds {model.n_ctx} (-c).")
 
 
-def _session_with(model, **changes):
-    """A session of a model, in which some attributes of its Setup are others."""
+def _session_with(model, progress=None, **changes):
+    """A session of a model, in which some attributes of its Setup are others.
+
+    It has the weights of the model. progress(done, total, name) is called before kernels are compiled for it.
+    """
     setup = copy.copy(model.setup)
     vars(setup).update(changes)
+
+    def bind():
+        caches, calls = setup.make_caches(model.backend, 1), []
+        for name in setup.schedule.variants:
+            for n in {2} if VARIANTS[name].plain else {1, min(2, setup.n_ubatch)}:
+                calls += [call[1:] for call in model.runner.bind(name, caches, n, n).calls]
+        return calls
+    model.backend.compile_calls(bind, progress)
     return Session(model.runner, setup, model.tokenizer.eog_ids)
 
 
 class _Runs:
     """The runs of one text side by side, and what they differ in."""
 
-    def __init__(self, model, ids, positions, against, reference):
+    def __init__(self, model, ids, positions, against, reference, progress):
         self._model, self._ids, self._positions = model, ids, positions
         others = {} if against is None else {"against": against.choice}
         self.probe = Probe(model, positions, ids.size, others)
@@ -188,10 +206,10 @@ class _Runs:
         self._against, self._versus = against, None if against is None else Versus(against)
         self._logits = LogitsAgainst(against) if against is not None and against.logits is not None else None
         self.session.hooks = (self.probe, *([] if against is None else [self._versus]))
-        self._dense = _session_with(model, schedule=model.setup.schedule.all_keys())
+        self._dense = _session_with(model, progress, schedule=model.setup.schedule.all_keys())
         self._others = {}       # name -> (Session, tokens that it runs)
         if (model.kv_type, model.index_type) != ("f32", "f32"):
-            self._others["float32 caches"] = _session_with(model, kv_type="f32", index_type="f32"), ids.size
+            self._others["float32 caches"] = _session_with(model, progress, kv_type="f32", index_type="f32"), ids.size
         if reference is not None:
             self._others["reference"] = reference.session(), min(ids.size, reference.n_ctx)
         self._seen = {name: _Choices(positions) for name in self._others}

@@ -35,8 +35,8 @@ class Layer:
 class Probe(Hook):
     """Measure the layers of a session at some positions.
 
-    model: a Model. positions: int64, those to look at. n_tokens: how many the session will have. others: {name: function(layer, positions)
-    -> choice [n, k]} of choices from elsewhere, None where there is none. later: whether tokens wait until look() is called, which takes
+    model: a Model. positions: int64, those to look at. n_tokens: how many the session will have. others: {name: function(layer, positions)}
+    of choices from elsewhere, as against.Against.choice() returns them. later: whether tokens wait until look() is called, which takes
     less time for steps of one token. layers: [Layer]. choices: {layer: {position: row}}, int32 [k].
     """
 
@@ -84,14 +84,21 @@ class Probe(Hook):
             if call.node.op in (*SPARSE, *DENSE):
                 self._choice = call.read(3)[here].copy() if call.node.op in SPARSE else None
             if name in PRODUCTS:
-                self._keep(name, call.read(0)[here])
+                self._keep(name, call.read(0)[here], call.node.op == "scale")
 
-    def _keep(self, name, values):
-        """Keep a copy of a product; its factor comes later, of a part too."""
-        if name in self._now and self._now[name].shape != values.shape and values.ndim == 3 and self._now[name].ndim == 3:
-            self._now[name][..., :values.shape[-1]] = values
-        else:
+    def _keep(self, name, values, scaled):
+        """Keep a copy of a product.
+
+        A matrix may have a factor, which multiplies the product later. That of keys' heads multiplies the first values of queries.
+        """
+        if not scaled:
             self._now[name] = np.array(values)
+        elif name != "kqv_out":     # a factor of values' heads is not in the definition's matrix
+            kept = self._now[name]
+            if kept.size == values.size:
+                kept[...] = values.reshape(kept.shape)
+            else:
+                kept.reshape(len(kept), self._config.n_head, -1)[..., :values.shape[-1]] = values
 
     def _tensor(self, il, name, *shape):
         return weight(self._model.setup.weights.layer(il)(name, *shape).read())
@@ -157,29 +164,28 @@ class Probe(Hook):
         many = positions >= k
         if layer.chooser != il:
             layer.other_than_shared += int((choice != shared).any(axis=1).sum())
-        claims = {"": (layer.own, choice)}
+        claims = {"": (layer.own, np.ones(len(positions), bool), choice)}
         for name, choice_of in self._others.items():
-            theirs = choice_of(il, positions)
-            if theirs is not None:
-                claims[name] = layer.others.setdefault(name, Tally()), theirs
-        for name, (tally, choice) in claims.items():
-            few = ~many     # rows with all keys: only their form counts
-            far = tally.add(choice[many], positions[many], scores[many], right[many], k)
-            far = bool(tally.add_form(choice[few], positions[few], k)) or far
+            found = choice_of(il, positions)
+            if found is not None and found[0].any():
+                claims[name] = layer.others.setdefault(name, Tally()), *found
+        for name, (tally, there, choice) in claims.items():
+            few = ~many & there     # rows with all keys: only their form counts
+            far = bool(tally.add_form(choice[few[there]], positions[few], k))
+            at, choice = many & there, choice[many[there]]
+            far = tally.add(choice, positions[at], scores[at], right[at], k) or far
             if far and il <= self._suspects.get(name, il):
                 self._suspects[name] = il
-                if layer.chooser == il:
-                    self._explain(tally, choice[many], positions[many], scores[many], right[many], many)
+                if layer.chooser == il and at.any():
+                    self._explain(tally, choice, positions[at], scores[at], right[at], at)
 
-    def _explain(self, tally, choice, positions, scores, right, many):
+    def _explain(self, tally, choice, positions, scores, right, at):
         """Count how much a wrong choice is like that of known faults."""
-        if not len(choice):
-            return
         for sentence, masks_of in simple_faults(scores, right, positions).items():
             tally.liken(sentence, choice, masks_of)
         rule = self._rule
         for sentence, wrong in faults(rule).items():
-            tally.liken(sentence, choice, self._scored(self._model.index_type if not wrong.scaled else "f32", wrong)[1][many])
+            tally.liken(sentence, choice, self._scored(self._model.index_type if not wrong.scaled else "f32", wrong)[1][at])
 
     @property
     def _rule(self):

@@ -14,6 +14,8 @@ from pydsa.backends import reference
 from pydsa.cli import main
 from pydsa.models import deepseek2, deepseek32, glm_dsa
 from pydsa.verdicts import in_words, percent
+from tests.rewritten import rewrite
+from tests.test_stored_forms import with_factors
 
 IDS = random_ids(90)        # top_k is 12
 RIGHT = {name: getattr(reference, name) for name in ("rope", "cache_write", "indexer_scores", "top_k", "sparse_attention", "hadamard")}
@@ -153,6 +155,25 @@ def test_shared_layers_that_run_their_own_indexer_are_caught(small_model, monkey
     assert "RoPE rotates halves, expected neighbours" in finding(report(small_model(**SHARING)), "selection").measured
 
 
+@pytest.mark.filterwarnings("ignore:.* are not used")
+def test_factors_of_matrices_make_no_difference(small_model, tmp_path):
+    path = small_model(n_layer=1)
+    found = report(rewrite(path, tmp_path / "scaled.gguf", tensors=with_factors((".scale", ".weight.scale"))))
+    assert found.faithful and found.layers[0]["attention_error"] < 1e-12 and found.layers[0]["mass"] == report(path).layers[0]["mass"]
+
+
+@pytest.mark.parametrize("name, owners", [("ds32-q4_k_m", [0, 1, 2]), ("glm-q8_0", [0, 2])])
+def test_golden_models(golden, name, owners):
+    """On caches of integers, whose keys choose 99 % of what float32 keys choose."""
+    path, arrays = golden(name)
+    model = pydsa.load(path, device="reference", n_ctx=192, n_ubatch=100)
+    found = faithful.check(model, arrays["tokens"], samples=96)
+    assert found.faithful and [row["layer"] for row in found.layers if row["layer"] == row["chooser"]] == owners
+    assert min(found.layers[il]["recall_of_cached_keys"] for il in owners) > 0.99
+    whole, = found.runs
+    assert whole["run"] == "float32 caches" and np.mean(whole["recall"]) > 0.95 and found.top_k == 64
+
+
 def test_random_weights_are_told(small_model):
     found = report(small_model(n_layer=2))
     assert found.faithful and found.layers[1]["keys"] == 12 * found.looked_at - 12 * 12
@@ -211,6 +232,12 @@ def test_percent():
 def test_mistakes(args, message):
     result = CliRunner().invoke(main, ["faithful", "-t", "1", *args])
     assert result.exit_code == 2 and message in result.stderr and result.stdout == ""
+
+
+def test_the_reference_must_be_the_same_model(small_model, load):
+    model = load(small_model(n_layer=2), device="reference")
+    with pytest.raises(pydsa.PydsaError, match="The reference is .* with a top_k of 8, expected .* with 12"):
+        faithful.check(model, IDS, reference=load(small_model(n_layer=2), device="reference", dsa_top_k=8))
 
 
 def test_models_without_an_indexer_and_without_both_forms(small_model, load):

@@ -4,6 +4,7 @@ import click
 from pydsa import DEMO
 from pydsa.cli.shared import device_option, load_model, model_options, options_with_defaults, read_text, threads_options
 from pydsa.console import progress_bar
+from pydsa.exits import Failure
 from pydsa.habits import llama_cpp_options, model_argument
 from pydsa.terminal import json_text, visible
 
@@ -42,6 +43,8 @@ def faithful(ctx, model, prompt, file, length, samples, n_reference, against, sa
     theirs = None if against is None else read(against)
     text = prompt if file is None else read_text(file)
     ids = text_ids(model, text, theirs, length)
+    if not ids:
+        raise Failure("The text is empty.")
     engine = load_model(model, threads, threads_batch, n_ctx=len(ids), **settings)
     n_reference = reference_tokens(engine, len(ids)) if n_reference is None else min(n_reference, len(ids))
     exact = None
