@@ -13,7 +13,7 @@ import numpy as np
 
 from pydsa import DEMO, load_tokenizer
 from pydsa.against import LogitsAgainst, Versus
-from pydsa.choices import TOGETHER, masks
+from pydsa.choices import TOGETHER, Tally, masks
 from pydsa.errors import PydsaError
 from pydsa.hooks import Hook
 from pydsa.measures import SPARSE, Probe
@@ -296,11 +296,11 @@ class _Runs:
                  "logits": None}
         for il in sorted(self._versus.shares):
             both, keys = self._versus.shares[il]
-            tally = self.probe.layers[il].others.get("against")
+            tally = self.probe.layers[il].others.get("against", Tally())
             found["layers"].append({
-                "layer": il, "recall": both / keys, "first_other": self._versus.differs.get(il), "wrong_keys": tally.far if tally else None,
-                "malformed": tally.malformed if tally else None, "first_wrong": tally.first if tally else None,
-                "looked_at": tally.tokens if tally else 0, "like": tally.likeness() if tally else None})
+                "layer": il, "recall": both / keys, "first_other": self._versus.differs.get(il), "looked_at": tally.tokens,
+                "wrong_keys": tally.far, "worst": tally.worst, "malformed": tally.malformed, "first_wrong": tally.first,
+                "like": tally.likeness()})
         if self._logits is not None and self._logits.n:
             found["logits"] = self._logits.figures(self._model.top_k)
         return found

@@ -117,10 +117,12 @@ class Probe(Hook):
         layer, n_keys, k = self.layers[il], int(positions[-1]) + 1, self._config.top_k
         if choice is None:
             found = np.arange(n_keys) <= positions[:, None]
+            seen = found.any(axis=1)
         else:
             if layer.chooser == il:
                 self._here[il] = *self._score(il, positions, n_keys, now), choice
             found = masks(choice, n_keys)
+            seen = (choice >= 0).any(axis=1) & (choice <= positions[:, None]).all(axis=1)
             self._count(il, positions, choice, *self._here[layer.chooser])
             self.choices[il].update(zip(positions.tolist(), choice))
             many = positions >= k
@@ -128,7 +130,7 @@ class Probe(Hook):
                 block = np.flatnonzero(many)[first:first + TOGETHER]
                 if positions[block[-1]] - positions[block[0]] == TOGETHER - 1:
                     layer.unions.append(found[block].any(axis=0).sum() / k)
-        self._attend(il, positions, found, now)
+        self._attend(il, positions, found, seen, now)
 
     def _score(self, il, positions, n_keys, now):
         """The scores of rounded keys, and what should be chosen.
@@ -191,8 +193,11 @@ class Probe(Hook):
     def _rule(self):
         return Indexer(self._config, None).rule
 
-    def _attend(self, il, positions, found, now):
-        """Measure the mass of dense attention, and the error of the outputs."""
+    def _attend(self, il, positions, found, seen, now):
+        """Measure the mass of dense attention, and the error of the outputs.
+
+        found: the keys that are read, masks [n, S]. seen: whether these are keys that a token may see, [n]; else nothing is to compare.
+        """
         c, layer, n_keys = self._config, self.layers[il], found.shape[1]
         k_b, v_b = key_and_value_heads(self._model.setup.weights.layer(il), c.n_head, c.kv_lora, c.n_nope, c.n_v)
         attention, rows = Attention(c, weight(k_b.read()), weight(v_b.read())), self._latents[il][:n_keys].astype(np.float64)
@@ -200,7 +205,7 @@ class Probe(Hook):
         outputs = now["kqv_out"].reshape(len(positions), c.n_head, c.n_v)
         for i, shares in attention.shares(queries, rows, positions):
             keys, n = np.flatnonzero(found[i]), int(positions[i]) + 1
-            if keys.size:
+            if seen[i]:
                 expected = attention.outputs(shares[:, keys], rows[keys])
                 layer.error += float(((outputs[i] - expected) ** 2).sum())
                 layer.size += float((expected ** 2).sum())

@@ -18,6 +18,7 @@ GAIN = 0.4              # of the way from the newest keys' mass to the best keys
 POOR = 0.003            # a layer that holds so much less than the newest keys found nothing
 ROOM = 0.01             # mass that the best keys must hold beyond the newest, else there is nothing to find
 SAME = 0.98, 0.9        # the share of the same keys in other runs: in layer 0, in all
+COARSE = 0.15           # standard deviations by which index keys of 8 bits may move scores: integers by 0.03, floats by more
 LOGITS = 2e-2           # the error of logits that comes from rounding, as a median
 LOSS, KL = 0.1, 0.1     # nats that sparse attention may cost a trained model
 
@@ -42,7 +43,7 @@ def findings(fields, config, loss):
     layers = fields["layers"]
     trained = loss < TRAINED * math.log(config.n_vocab)
     found = [_selection(layers, fields["looked_at"]), _form(layers), _shared(layers), _cached(layers, fields["index_type"]), _ties(layers),
-             _attention(layers), _mass(layers, trained), _together(layers), *(_run(run) for run in fields["runs"]),
+             _attention(layers), _mass(layers, trained), _together(layers), *(_run(run, trained) for run in fields["runs"]),
              _dense(fields["depths"], fields["top_k"], trained), *_against(fields["against"])]
     return [finding for finding in found if finding is not None]
 
@@ -124,12 +125,15 @@ def _ties(layers):
 
 def _attention(layers):
     errors = {row["layer"]: row["attention_error"] for row in layers if row["attention_error"] is not None}
+    expected = f"at most {ERROR:.0e}"
+    deviation = ("a fault of the softmax scale, of RoPE, of the matrices of heads, or of the cached latents; or other keys are read than were "
+                 "chosen")
+    if not errors:
+        return Finding("attention", "unclear", "no token has a choice of keys that it may see", expected, deviation)
     worst = max(errors, key=errors.get)
     return Finding("attention", "right" if errors[worst] <= ERROR else "wrong",
                    "what attention makes of the keys that were chosen has a normalised squared error of "
-                   f"{errors[worst]:.1e} in layer {worst}, the worst", f"at most {ERROR:.0e}",
-                   "a fault of the softmax scale, of RoPE, of the matrices of heads, or of the cached latents; or other keys are read than "
-                   "were chosen")
+                   f"{errors[worst]:.1e} in layer {worst}, the worst", expected, deviation)
 
 
 def _mass(layers, trained):
@@ -164,7 +168,7 @@ def _together(layers):
                    "much more than 4 is near to what random choices have")
 
 
-def _run(run):
+def _run(run, trained):
     """A run of the whole text of its own, in which deviations add up."""
     recalls = [recall for recall in run["recall"] if np.isfinite(recall)]
     name, expected = f"whole run, {run['run']}", f"at least {percent(SAME[0])} in layer 0, and {percent(SAME[1])} in all"
@@ -175,6 +179,8 @@ def _run(run):
     measured = (f"{percent(mean)} of the keys are the same in a run of its own, {percent(recalls[0])} in layer 0, with {run['tokens']} "
                 f"tokens; the likeliest token is the same at {percent(run['same_top'])}, KL is {run['kl']:.1e}")
     good = recalls[0] >= SAME[0] and mean >= SAME[1]
+    if not (good or trained):
+        measured += ". The model's loss is that of a guess: with random weights rounding grows from layer to layer"
     return Finding(name, "right" if good else "wrong" if recalls[0] < SAME[1] else "unclear", measured, expected, deviation)
 
 
@@ -219,19 +225,22 @@ def _their_choice(found):
     if first is None:
         return finding("right", "")
     measured += f"; the first other key is in layer {first['layer']} at position {first['first_other']}"
-    off = next((row for row in rows if row["wrong_keys"] or row["malformed"]), None)
+    off = next((row for row in rows if row["malformed"] or row["wrong_keys"] and row["worst"] > COARSE), None)
     if not any(row["looked_at"] for row in rows):
         return finding("unclear", "; layers were looked at for none of its tokens, so rounding and faults cannot be told apart")
     if off is None:
-        return finding("right", "; all differences are ties, or within rounding of the last chosen key")
-    place = f"; layer {off['layer']}, with {percent(off['recall'])} of our keys, is the first that rounding does not explain"
+        worst, exact = max(row["worst"] for row in rows), not any(row["wrong_keys"] for row in rows)
+        return finding("right", "; all differences are ties, or within rounding of the last chosen key" if exact else
+                       f"; the scores of other keys are within {worst:.2g} standard deviations of the last chosen one's, as where index "
+                       "keys are rounded to 8 bits")
+    place = f"; layer {off['layer']}, with {percent(off['recall'])} of our keys, is the first that has more than rounding there explains"
     if off["first_wrong"] is not None:
         place += f", from position {off['first_wrong']} on at the latest"
     if off["malformed"]:
         place += f"; {off['malformed']} of its choices have another number of keys, later ones, or keys out of order"
     small = off["layer"] > rows[0]["layer"] and not off["like"] and not off["malformed"] and off["recall"] >= SAME[1]
     if small:
-        return finding("unclear", place + "; so few may come from rounding in earlier layers")
+        return finding("unclear", place + "; so few come from rounding in earlier layers as well")
     return finding("wrong", place + _resembles(off["like"]))
 
 
@@ -272,9 +281,15 @@ def in_words(report):
     for finding in report.findings:
         lines = [f"{finding.verdict.upper()}  {finding.name}: {finding.measured}.", f"Expected: {finding.expected}.",
                  f"A deviation usually means: {finding.deviation}."]
-        parts.append("\n".join(textwrap.fill(line, 120, initial_indent="    " if i else "", subsequent_indent="    ",
-                                             break_long_words=False, break_on_hyphens=False) for i, line in enumerate(lines)))
+        parts.append("\n".join(_wrapped(line, "    " if i else "") for i, line in enumerate(lines)))
     return "\n\n".join([*parts, _verdict(report)]) + "\n"
+
+
+def _wrapped(text, indent):
+    """A text in lines of 120; none begins with a percent sign."""
+    lines = textwrap.fill(text.replace(" %", "\0%"), 120, initial_indent=indent, subsequent_indent="    ", break_long_words=False,
+                          break_on_hyphens=False)
+    return lines.replace("\0%", " %")
 
 
 def _table(rows):

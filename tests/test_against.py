@@ -8,7 +8,7 @@ from pydsa import against, faithful
 from pydsa.backends import reference
 
 IDS = random_ids(90)        # top_k is 12
-RIGHT_SCORES = reference.indexer_scores
+RIGHT_SCORES, RIGHT_WRITE = reference.indexer_scores, reference.cache_write
 
 
 def load(path):
@@ -52,6 +52,20 @@ def test_a_recording_and_positions_in_the_middle(run, tmp_path):
     assert compare(run, tmp_path / "theirs.npz") == ("right", f"{tmp_path / 'theirs.npz'} has 100.0 % of our keys in layers 0 to 1")
     verdict, text = compare(run, tmp_path / "part.npz", positions=np.arange(40, 80), **{"selection.1": run[2][1][40:80]})
     assert verdict == "right" and "100.0 % of our keys in layer 1" in text
+
+
+def test_coarse_index_keys_are_no_fault(run, small_model, tmp_path, monkeypatch):
+    """Keys that are off by a hundredth, as those of 8 bits are."""
+    def write(cache, x, positions):
+        index_keys = x.shape[1] == 32
+        RIGHT_WRITE(cache, x * (1 + 0.01 * np.random.default_rng(0).standard_normal(x.shape)) if index_keys else x, positions)
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "cache_write", write)
+        session = load(small_model(n_layer=2)).session()
+        with session.record(routing=False) as recording:
+            session.prefill(IDS)
+    verdict, text = compare(run, tmp_path / "theirs.npz", **selections({0: recording.selection[0]}))
+    assert verdict == "right" and "as where index keys are rounded to 8 bits" in text
 
 
 def without_relu(out, q, w, keys, positions, scale):

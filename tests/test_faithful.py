@@ -46,10 +46,12 @@ def scores_without(part):
         if part == "weights":
             w = np.ones_like(w)
         RIGHT["indexer_scores"](out, q, w, keys, positions, scale)
+        n_kv = positions[-1] + 1
         if part == "relu":
-            n_kv = positions[-1] + 1
             dots = scale * np.einsum("th,thd,sd->ts", w, q, reference._floats(keys[:n_kv]))
             out[:, :n_kv] = np.where(out[:, :n_kv] > -np.inf, dots, -np.inf)
+        if part == "mask":
+            RIGHT["indexer_scores"](out, q, w, keys, np.full(len(q), n_kv - 1), scale)
     return indexer_scores
 
 
@@ -105,11 +107,23 @@ def before(out, q, latents, indices, scale):
     RIGHT["sparse_attention"](out, q, latents, np.where(indices > 0, indices - 1, indices), scale)
 
 
+def rotated_end(g, c, x, table, neox):
+    size = x.tail[-1]
+    g.rope(x.slice(size - c.n_rot, size), table, neox)
+    return g.hadamard(x)
+
+
+def not_normed(out, x, w, b, eps):
+    out[:] = x
+
+
 def patches():
     """Wrong implementations: what is replaced, the findings that tell, and the sentence that names the fault."""
     one_rotated = "only one of queries and keys has the Hadamard rotation"
     yield "other pairs", (deepseek32, "INDEXER_NEOX", False), "selection", "RoPE rotates neighbours, expected halves"
     yield "no RoPE", (deepseek32, "rotate", lambda g, c, x, table, neox: g.hadamard(x)), "selection", "RoPE is left out"
+    yield "RoPE at the end", (deepseek32, "rotate", rotated_end), "selection", "RoPE is on the last values of a head"
+    yield "no norm", (reference, "layer_norm", not_normed), "selection", "the layer norm of keys is left out"
     yield "queries later", (reference, "rope", turned_queries), "selection", "the positions of queries are one too great"
     yield "no ReLU", (reference, "indexer_scores", scores_without("relu")), "selection", "ReLU is left out"
     yield "no weights", (reference, "indexer_scores", scores_without("weights")), "selection", "the weights of heads are left out"
@@ -119,6 +133,7 @@ def patches():
     yield "newest keys", (reference, "top_k", choosing(newest)), "selection", "the newest keys are chosen"
     yield "earlier keys", (reference, "top_k", choosing(earlier)), "selection", "positions are one too small"
     yield "one less", (reference, "top_k", one_less), "form", ""
+    yield "later keys", (reference, "indexer_scores", scores_without("mask")), "form", ""
     yield "not sorted", (reference, "top_k", choosing(unsorted)), "form", ""
     yield "earlier keys are read", (reference, "sparse_attention", before), "attention", ""
     yield "softmax scale", (deepseek32.Config, "kq_scale", property(lambda c: 1.5 / np.sqrt(c.n_nope + c.n_rot))), "attention", ""
@@ -245,3 +260,11 @@ def test_models_without_an_indexer_and_without_both_forms(small_model, load):
         model = load(small_model(**options), device="reference", **{} if options else {"attention": "sparse"})
         with pytest.raises(pydsa.PydsaError, match=message):
             faithful.check(model, IDS)
+
+
+def test_the_example_in_the_docs_runs(capsys):
+    page = Path(faithful.__file__).with_name("docs") / "faithful.md"
+    example = page.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    exec(example.replace("threads=1", "device='reference'"), {})
+    text = capsys.readouterr().out
+    assert text.startswith("True [0.9") and "0 of 16384 chosen keys differ" in text
