@@ -21,6 +21,8 @@ __all__ = ["DEMO", "load", "load_tokenizer", "Model", "Session", "Sampling", "En
 
 
 def __getattr__(name):
+    if name == "selections":
+        return importlib.import_module("pydsa.selections")
     if name not in _MODULES:
         raise AttributeError(f"module 'pydsa' has no attribute {name!r}")
     return getattr(importlib.import_module(f"pydsa.{_MODULES[name]}"), name)

@@ -46,7 +46,7 @@ class Batch:
         except DamagedWeightsError:     # of one of them, perhaps
             return [_alone(session, mine) for session, mine in zip(sessions, ids)]
         for session, mine in zip(sessions, ids):
-            session.tokens.extend(mine)
+            session.append(mine)
         return list(logits)
 
     def _bind(self, parts, n_outputs):

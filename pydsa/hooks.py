@@ -5,6 +5,12 @@ A session calls those in its `hooks`. Between the ops that no hook asks for, a s
 from collections.abc import Sequence
 
 
+def layer_of(node):
+    """The layer of a graph.Node, which its name ends with; None without one."""
+    number = node.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else None
+
+
 class Call:
     """A call of an op in a step, as a hook sees it.
 

@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 
 from pydsa import packed
+from pydsa.dense import attention_of, index_of
 from pydsa.errors import PydsaError
-from pydsa.hooks import Hook
+from pydsa.hooks import Hook, layer_of
 from pydsa.options import counts
 from pydsa.recording import Recording
 from pydsa.recording_file import CHUNK, FIELDS, OF_TOKENS, Facts, Reader, Writer
@@ -14,14 +15,8 @@ from pydsa.signals import interrupts_held
 
 PENDING = 1 << 24       # bytes of choices that are not packed yet, about
 LIMIT = 1 << 30         # bytes of a recording in memory, if nothing else is said
-CHOSEN_KEYS = {"sparse_attention": 3, "mha_sparse_attention": 3, "top_k": 0}    # op -> its argument with the keys that are attended to
+ATTENTION = {"sparse_attention": 3, "mha_sparse_attention": 3, "masked_attention": None}     # op -> its argument with the chosen keys
 ROUTING = ("experts", "expert_weights")
-
-
-def layer_of(node):
-    """The layer of a graph.Node, which its name ends with; None without one."""
-    number = node.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else None
 
 
 def facts_of(setup, fields):
@@ -47,16 +42,21 @@ class Recorder(Hook):
     What a step wrote counts when the step is complete. Rows of few tokens are collected before they are packed.
     """
 
-    def __init__(self, setup, selection=True, routing=True, path=None, limit=LIMIT):
+    def __init__(self, setup, caches, selection=True, routing=True, scores=False, mass=False, path=None, limit=LIMIT):
         counts(1 << 62, limit=limit)
-        wanted = {"selection": selection, "routing": routing}
+        wanted = {"selection": selection, "routing": routing, "scores": scores, "mass": mass}
         if not any(wanted.values()):
             raise PydsaError("Nothing is to be recorded, expected selection, routing, scores or mass.")
-        if selection:
+        if scores and not selection:
+            raise PydsaError("The scores are those of the selection: record(selection=True, scores=True).")
+        if selection or mass:
             _check_choice(setup)
-        self.late = True
+        self.late = not (scores or mass)        # which are computed from values that later ops write over
+        self._caches, self._scores, self._mass = caches, scores, mass
+        self._index, self._chosen = None, {}        # in a step: a function that makes the Index; what each indexer chose, for the mass
         self._facts = facts = facts_of(setup, [name for name in FIELDS if wanted.get(name)])
-        self._choosing, self._routed = facts.choosing_layers if selection else (), facts.expert_layers if routing else ()
+        self._choosing, self._routed = facts.choosing_layers if selection or mass else (), facts.expert_layers if routing else ()
+        self._selection = selection
         self._limit = limit
         self._room = min(CHUNK, max(1, PENDING // (4 * max(1, len(self._choosing) * (facts.top_k or 0)))))
         self._pending, self._n = self._arrays(self._room), 0    # rows that come one by one, and how many there are
@@ -70,8 +70,12 @@ class Recorder(Hook):
         """Empty arrays for n tokens."""
         f, kinds = self._facts, OF_TOKENS | {"kept": np.bool_}
         arrays = {name: np.empty(n, dtype) for name, dtype in kinds.items()}
-        if self._choosing:
+        if self._selection:
             arrays["selection"] = np.empty((len(self._choosing), n, f.top_k), np.int32)
+        if self._scores:
+            arrays["scores"] = np.empty((len(self._choosing), n, f.top_k), np.float32)
+        if self._mass:
+            arrays["mass"] = np.empty((f.n_layer, n), np.float32)
         if "routing" in f.fields:
             arrays["experts"] = np.empty((len(self._routed), n, f.n_expert_used), np.uint16)
             arrays["expert_weights"] = np.empty((len(self._routed), n, f.n_expert_used), np.float32)
@@ -80,37 +84,71 @@ class Recorder(Hook):
     def wants(self, node):
         if node.op == "moe_route":
             return bool(self._routed)
+        if node.op in ATTENTION:
+            return layer_of(node) in self._choosing or self._mass
         # The result of indexer_select is wanted, so that it lasts until the end of a step.
-        return layer_of(node) in self._choosing and node.op in ("indexer_select", *CHOSEN_KEYS)
+        return layer_of(node) in self._choosing and node.op in ("indexer_select", "top_k")
 
     def after(self, call):
         layer, op = layer_of(call.node), call.node.op
+        if call.positions is not self._positions:       # a new step
+            self._parts, self._positions, self._chose = {}, call.positions, False
         if op == "moe_route":
             for i, name in enumerate(ROUTING):
-                self._take(name, self._routed.index(layer), call.read(i), call.positions)
-        elif op in CHOSEN_KEYS:
-            self._take("selection", self._choosing.index(layer), call.read(CHOSEN_KEYS[op]), call.positions)
+                self._take(name, self._routed.index(layer), call.read(i))
+        elif op == "indexer_select":        # its choice may be replaced before it is used
+            self._index = index_of(call, self._caches) if self._scores else None
+        elif op == "top_k":
+            chosen, scores = call.read(0), call.read(1)
+            self._choose(layer, chosen, lambda: np.where(chosen >= 0, np.take_along_axis(scores, np.maximum(chosen, 0), axis=1), np.nan))
+        else:
+            if ATTENTION[op] is not None and layer in self._choosing:
+                chosen = call.read(ATTENTION[op])
+                self._choose(layer, chosen, lambda: self._index().scores_of(chosen))
+            owner = self._facts.indexed_layers[layer]
+            if self._mass and self._chose:
+                self._take("mass", layer, np.clip(attention_of(call, self._caches).mass(self._chosen[owner]), 0, 1))
 
-    def _take(self, name, i, rows, positions):
+    def _choose(self, layer, chosen, scores):
+        """Take a layer's choice, int32 [n, k], and what scores() returns."""
+        self._chose, i = True, self._choosing.index(layer)
+        if self._mass:
+            self._chosen[layer] = chosen.copy()
+        if self._selection:
+            self._take("selection", i, chosen)
+        if self._scores:
+            scores = scores()
+            self._take("scores", i, scores if self._fits(len(chosen)) else (scores, chosen))
+
+    def _fits(self, n):
+        """Whether n tokens more fit into the pending chunk."""
+        return n <= self._room - self._n
+
+    def _take(self, name, i, rows):
         """Copy the rows of a step in a layer, the i-th that has such rows."""
-        if positions is not self._positions:    # a new step
-            self._parts, self._positions = {}, positions
-            self._chose = False
-        self._chose = self._chose or name == "selection"
-        n = len(positions)
-        if n <= self._room - self._n:
+        n = len(self._positions)
+        if self._fits(n):
             self._pending[name][i, self._n:self._n + n] = rows
             return
         for part, start in enumerate(range(0, n, CHUNK)):
-            some = rows[start:start + CHUNK]
-            some = packed.pack(some, int(some.max(initial=-1)) + 1) if name == "selection" else some.astype(self._pending[name].dtype)
-            self._parts.setdefault(part, {}).setdefault(name, {})[i] = some
+            some = slice(start, start + CHUNK)
+            if name == "selection":
+                packed_rows = packed.pack(rows[some], int(rows[some].max(initial=-1)) + 1)
+            elif name == "scores":
+                packed_rows = _flat(rows[0][some], rows[1][some])
+            else:
+                packed_rows = rows[some].astype(self._pending[name].dtype)
+            self._parts.setdefault(part, {}).setdefault(name, {})[i] = packed_rows
 
     def completed(self, ids, positions):
         n = len(ids)
         seen = self._positions is not None and np.array_equal(self._positions, positions)      # else of a step that was not completed
         rows = {"positions": positions, "tokens": ids, "all_keys": np.full(n, not (seen and self._chose)), "kept": np.ones(n, np.bool_)}
-        if n <= self._room - self._n:
+        if self._mass and not (seen and self._chose):
+            for layer in range(self._facts.n_layer):
+                self._positions = positions
+                self._take("mass", layer, np.ones(n))
+        if self._fits(n):
             for name, values in rows.items():
                 self._pending[name][self._n:self._n + n] = values
             self._n += n
@@ -128,8 +166,10 @@ class Recorder(Hook):
 
         part: {name: {i: rows of the i-th layer}}, without a selection where no choice was made.
         """
-        found = {name: np.stack([rows[i] for i in range(len(rows))]) for name, rows in part.items() if name != "selection"}
-        if self._choosing:
+        found = {name: np.stack([rows[i] for i in range(len(rows))]) for name, rows in part.items() if name not in ("selection", "scores")}
+        if self._scores:
+            found["scores"] = np.concatenate([np.empty(0, np.float32), *(rows for _, rows in sorted(part.get("scores", {}).items()))])
+        if self._selection:
             empty = packed.pack(np.full((n, 1), -1), 0)
             layers = [part.get("selection", {}).get(i, empty) for i in range(len(self._choosing))]
             width = max(maps.shape[1] for maps, _ in layers)
@@ -150,6 +190,8 @@ class Recorder(Hook):
                 part[name] = dict(enumerate(rows[:, :n].copy()))
         for i, rows in part.get("selection", {}).items():
             rows[chunk["all_keys"]] = -1
+            if self._scores:
+                part["scores"][i] = _flat(part["scores"][i], rows)
             part["selection"][i] = packed.pack(rows, int(rows.max(initial=-1)) + 1)
         self._add(chunk | self._packed(part, n))
 
@@ -196,6 +238,11 @@ class Recorder(Hook):
 
     def _refuse(self):
         raise PydsaError(f"The recording is still being written to {self._writer.path}: its arrays can be read after the `with` block.")
+
+
+def _flat(scores, chosen):
+    """The scores of the chosen keys of all tokens in one row, float32."""
+    return scores[chosen >= 0].astype(np.float32)
 
 
 def _bytes_of(chunk):

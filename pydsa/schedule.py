@@ -75,10 +75,25 @@ class Schedule:
         """
         return max((self._plain_until(name) for name in self.variants if VARIANTS[name].plain), default=0)
 
-    def variant(self, n_past, n_tokens):
-        """The name of the variant for a step of n_tokens after n_past others."""
-        names = self._beyond if self._beyond and n_past + n_tokens > self._top_k else self._up_to_top_k
-        if len(names) > 1 and plain_form_pays(self._config, n_past, n_tokens, self._top_k if names is self._beyond else None):
+    @property
+    def selects(self):
+        """Whether there are variants whose layers take a list of keys.
+
+        Others can be made of that list (selecting.py).
+        """
+        return any(VARIANTS[name].indexer == "indices" for name in self.variants)
+
+    def variant(self, n_past, n_tokens, selects=False):
+        """The name of the variant for a step of n_tokens after n_past others.
+
+        selects: whether it must be one that takes a list of keys.
+        """
+        if selects:
+            names = [name for name in self.variants if VARIANTS[name].indexer == "indices"]
+        else:
+            names = self._beyond if self._beyond and n_past + n_tokens > self._top_k else self._up_to_top_k
+        chosen = VARIANTS[names[-1]].chooses
+        if len(names) > 1 and plain_form_pays(self._config, n_past, n_tokens, self._top_k if chosen else None):
             return names[0]
         return names[-1]
 

@@ -3,13 +3,10 @@
 Many sessions can use the weights and the buffer of one model.
 """
 import contextlib
-import hashlib
-import json
-import os
-from pathlib import Path
 
 import numpy as np
 
+from pydsa import session_file
 from pydsa.ahead import Ahead
 from pydsa.diagnosis import explained
 from pydsa.errors import ContextFullError, DamagedWeightsError, PydsaError, SessionFileError
@@ -17,12 +14,9 @@ from pydsa.hooks import Hook, Observer
 from pydsa.limits import allocating
 from pydsa.plan import check_memory
 from pydsa.prefixes import common_length
-from pydsa.quants import CACHE_ALIASES
 from pydsa.recorder import LIMIT, Recorder
 from pydsa.sampling import Sampler
-
-MAGIC = b"pydsa session 1\n"
-MAX_HEADER = 1 << 28    # bytes; the ids of a million tokens take seven million bytes
+from pydsa.selecting import Selector, check_select
 
 
 def check_max_tokens(n):
@@ -78,6 +72,7 @@ class Session:
         self.tokens = []
         self.caches = setup.make_caches(runner.backend, setup.n_ctx)
         self._bound, self._hooks, self._recorders, self._all_hooks = {}, (), (), ()
+        self._selector, self._selected = None, []       # [(first token, the `select` that ran it and those after it)]
         self._ahead = Ahead(runner)
 
     def __repr__(self):
@@ -130,10 +125,11 @@ class Session:
         """Keep the longest common prefix with ids -> its number of tokens.
 
         At least one token of ids is left to run. After prefill(ids[session.reuse(ids):]) the context is ids, and the prefix was not run
-        again.
+        again. Tokens for which another `select` chose keys are not kept.
         """
         ids = check_ids(ids, self._setup.config.n_vocab)
-        self.truncate(common_length(np.array(self.tokens, np.int32), ids[:-1]))
+        n = common_length(np.array(self.tokens, np.int32), ids[:-1])
+        self.truncate(min([n, *(start for start, select in self._selected if select is not self.select)]))
         return self.n_past
 
     def _check_fits(self, n):
@@ -162,7 +158,7 @@ class Session:
         self._ahead.forget()
         for cache, stored in zip(self.caches.values(), rows):
             cache.restore(stored, self.n_past)
-        self.tokens.extend(tokens)
+        self.append(tokens)
 
     @property
     def hooks(self):
@@ -178,27 +174,52 @@ class Session:
         self._change_hooks()
 
     @property
+    def select(self):
+        """A function that chooses keys in place of the indexers, or None.
+
+        It gets a selecting.Choice, for each layer with an indexer in each step, and returns the keys of each token: integers [n, m], -1 for
+        none, in any order; a mask, bool [n, n_keys]; or a list of lists. pydsa.selections has some. While it is set, all steps take the
+        sparse form. Tokens that ran before keep their cache rows; reuse() takes only those that ran with the same function. Setting it
+        raises PydsaError where no list of keys is used; steps raise it for keys that cannot be.
+        """
+        return None if self._selector is None else self._selector.select
+
+    @select.setter
+    def select(self, select):
+        check_select(select, self._setup)
+        self._selector = None if select is None else Selector(select, self.caches, set(self._setup.config.indexed_layers))
+        self._change_hooks()
+
+    def append(self, tokens):
+        """Note tokens, a list of int, whose cache rows have been written."""
+        if not self._selected or self._selected[-1][1] is not self.select:
+            self._selected.append((self.n_past, self.select))
+        self.tokens.extend(tokens)
+
+    @property
     def has_hooks(self):
         """Whether something is called in the session's steps."""
         return bool(self._all_hooks)
 
     def _change_hooks(self):
-        self._all_hooks = *self._hooks, *self._recorders
+        self._all_hooks = *(() if self._selector is None else (self._selector,)), *self._hooks, *self._recorders
         self._bound = {key: bound for key, bound in self._bound.items() if not bound.late}
         self._ahead.forget()
 
-    def record(self, selection=True, routing=True, path=None, limit=LIMIT):
+    def record(self, selection=True, routing=True, scores=False, mass=False, path=None, limit=LIMIT):
         """A context in which the session's steps are recorded.
 
             with session.record() as recording: session.prefill(ids)
 
-        Recorded are for each token and layer: with selection the keys that it attends to; with routing its experts and their weights. The
-        Recording takes up to `limit` bytes of memory, about: then the oldest tokens leave it. With a path everything goes to this file
-        instead, which is complete after the context, and the Recording can be read then. It holds the tokens of the context: those that the
-        session forgets (truncate(), reuse(), load()) leave it. Raises PydsaError for a selection where no keys are chosen, and
-        RecordingFileError if the file cannot be written.
+        Recorded are for each token and layer: with selection the keys that it attends to; with routing its experts and their weights; with
+        scores also the indexer's scores of the selection; with mass the share of dense attention that the keys hold. Scores and mass are
+        computed again by numpy from what is stored, which takes much longer than the step. The Recording takes up to `limit` bytes of
+        memory, about: then the oldest tokens leave it. With a path everything goes to this file instead, which is complete after the
+        context, and the Recording can be read then. It holds the tokens of the context: those that the session forgets (truncate(),
+        reuse(), load()) leave it. Raises PydsaError for a selection where no keys are chosen, and RecordingFileError if the file cannot be
+        written.
         """
-        return self._recording(Recorder(self._setup, selection, routing, path, limit))
+        return self._recording(Recorder(self._setup, self.caches, selection, routing, scores, mass, path, limit))
 
     @contextlib.contextmanager
     def _recording(self, recorder):
@@ -224,7 +245,7 @@ class Session:
         except DamagedWeightsError as error:
             raise explained(error, bound, ubatch, self.n_past, self._setup.weights.used) from error
         positions = np.arange(self.n_past, self.n_past + ubatch.size)
-        self.tokens.extend(ubatch.tolist())
+        self.append(ubatch.tolist())
         for hook in hooks:
             hook.completed(ubatch, positions)
 
@@ -237,13 +258,15 @@ class Session:
         if ids.size > self._setup.n_ubatch:
             raise PydsaError(f"There are {ids.size} tokens to time in one step, expected at most {self._setup.n_ubatch} (n_ubatch).")
         self._check_fits(ids.size)
+        if self._selector is not None:
+            raise PydsaError("A step with session.select cannot be timed: its time would be that of the function.")
         times = self._bind(self.n_past, ids.size, 1).timed(ids, self.n_past)
-        self.tokens.extend(ids.tolist())
+        self.append(ids.tolist())
         return times
 
     def _bind(self, n_past, n_tokens, n_outputs):
         """The Bound of a step; those of repeated steps are kept."""
-        key = self._setup.schedule.variant(n_past, n_tokens), n_tokens, n_outputs
+        key = self._setup.schedule.variant(n_past, n_tokens, self._selector is not None), n_tokens, n_outputs
         bound = self._bound.get(key)
         if bound is None:
             late = tuple(hook for hook in self._all_hooks if hook.late) if n_tokens == 1 else ()
@@ -296,7 +319,7 @@ class Session:
         following = bound if full else self._bind(n_past + 1, 1, 1)
         following_id, greatest = self._ahead.next(settings, token, n_past, bound, following,
                                                   ends=lambda following_id: last or full or following_id in self._eog_ids)
-        self.tokens.append(token)
+        self.append([token])
         with self._explaining():
             sampler.check(greatest)
         return following_id
@@ -339,6 +362,7 @@ class Session:
 
     def _forget(self, n):
         """Tell the recorders that only the first n tokens remain."""
+        self._selected = [(start, select) for start, select in self._selected if start < n]
         for recorder in self._recorders:
             recorder.cut(n)
 
@@ -352,31 +376,14 @@ class Session:
     def save(self, path):
         """Write tokens and caches to a file.
 
-        The file replaces an older one only when it is complete. Raises SessionFileError if it cannot be written.
+        The file replaces an older one only when it is complete. Raises SessionFileError if it cannot be written, or if `select` chose keys
+        for a token: caches depend on that, and a file cannot hold a function.
         """
-        header = json.dumps(self._identity() | {"tokens": self.tokens}).encode()
-        path = Path(path)
-        partial = path.with_name(path.name + ".part")
-        try:
-            try:
-                self._write(partial, header)
-                os.replace(partial, path)
-            except BaseException:
-                with contextlib.suppress(OSError, ValueError):
-                    partial.unlink(missing_ok=True)
-                raise
-        except (OSError, ValueError) as error:      # ValueError: a zero byte in the path
-            raise SessionFileError(f"{path}: the session cannot be written ({getattr(error, 'strerror', error)}).") from error
-
-    def _write(self, path, header):
-        with open(path, "wb") as file:
-            file.write(MAGIC + len(header).to_bytes(8, "little") + header)
-            digest = hashlib.sha256(header)
-            for cache in self.caches.values():
-                rows = np.ascontiguousarray(cache.stored(self.n_past))
-                digest.update(rows)
-                file.write(rows)
-            file.write(digest.digest())
+        for start, select in self._selected:
+            if select is not None:
+                raise SessionFileError(f"{path}: session.select chose the keys from token {start} on, which a session's file cannot tell; "
+                                       "save a session without it.")
+        session_file.write(path, self._identity(), self.tokens, self.caches)
 
     def load(self, path):
         """Replace the context by that of a saved session.
@@ -385,63 +392,11 @@ class Session:
         ContextFullError if its tokens do not fit; the session then stays as it is. The file is read twice, once to check it: if the second
         read fails, the session is left empty.
         """
-        try:
-            with open(path, "rb") as file:
-                tokens = self._check(path, file, os.fstat(file.fileno()).st_size)
-                self._ahead.forget()
-                self.tokens = []        # if the read fails, no mixture of two sessions remains
-                self._forget(0)
-                for cache in self.caches.values():
-                    rows = cache.stored(len(tokens))
-                    if file.readinto(rows.reshape(-1)) != rows.size:
-                        raise SessionFileError(f"{path}: the file became shorter while it was read; the session is empty now.")
-                    cache.restore(rows)
-        except (OSError, ValueError) as error:
-            raise SessionFileError(f"{path}: the session cannot be read ({getattr(error, 'strerror', error)}).") from error
+        setup = self._setup
+        with session_file.checked(path, self._identity(), self.caches, setup.config.n_vocab, setup.n_ctx) as (tokens, read):
+            self._ahead.forget()
+            self.tokens = []        # if the read fails, no mixture of two sessions remains
+            self._forget(0)
+            read()
         self.tokens = tokens
-
-    def _check(self, path, file, size):
-        """Check an open session file -> its tokens.
-
-        The file's position is then where its caches begin.
-        """
-        def fail(text):
-            raise SessionFileError(f"{path}: {text}.")
-
-        if file.read(len(MAGIC)) != MAGIC:
-            fail("this is not a session saved by this version of pydsa")
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(MAX_HEADER, size):
-            fail("the file is incomplete or damaged")
-        header = file.read(length)
-        try:
-            fields = json.loads(header)
-        except (ValueError, RecursionError):
-            fail("the file is incomplete or damaged")
-        names = {"model": "model file", "kv_type": "cache type (--kv-type)", "index_type": "--index-type", "attention": "--attention",
-                 "top_k": "--dsa-top-k", "reproducible": "setting of --reproducible", "caches": "set of caches"}
-        if not isinstance(fields, dict):
-            fail("the file is damaged")
-        fields.setdefault("reproducible", False)        # older files have none
-        for key in ("kv_type", "index_type"):
-            fields[key] = CACHE_ALIASES.get(str(fields.get(key)), fields.get(key))
-        for key, value in self._identity().items():
-            if fields.get(key) != value:
-                fail(f"the session was saved with another {names[key]}")
-        tokens = fields.get("tokens")
-        if not isinstance(tokens, list) or not all(type(t) is int and 0 <= t < self._setup.config.n_vocab for t in tokens):
-            fail("the file is damaged")
-        if len(tokens) > self._setup.n_ctx:
-            raise ContextFullError(f"{path}: the session has {len(tokens)} tokens; this context holds {self._setup.n_ctx} (-c).")
-        if size != file.tell() + sum(len(tokens) * cache.row_bytes for cache in self.caches.values()) + 32:
-            fail("the file is incomplete or damaged")
-        start, digest = file.tell(), hashlib.sha256(header)
-        while file.tell() < size - 32:
-            data = file.read(min(1 << 24, size - 32 - file.tell()))
-            if not data:
-                fail("the file became shorter while it was read")
-            digest.update(data)
-        if file.read(32) != digest.digest():
-            fail("the file is damaged")
-        file.seek(start)
-        return tokens
+        self._selected = [(0, None)]

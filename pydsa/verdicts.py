@@ -126,8 +126,8 @@ def _ties(layers):
 def _attention(layers):
     errors = {row["layer"]: row["attention_error"] for row in layers if row["attention_error"] is not None}
     expected = f"at most {ERROR:.0e}"
-    deviation = ("a fault of the softmax scale, of RoPE, of the matrices of heads, or of the cached latents; or other keys are read than were "
-                 "chosen")
+    deviation = ("a fault of the softmax scale, of RoPE, of the matrices of heads, or of the cached latents; or other keys are read than "
+                 "were chosen")
     if not errors:
         return Finding("attention", "unclear", "no token has a choice of keys that it may see", expected, deviation)
     worst = max(errors, key=errors.get)

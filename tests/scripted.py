@@ -74,7 +74,7 @@ class ScriptedSession(Session):
         ids = [int(token) for token in ids]
         self._check_fits(len(ids))
         follows = len(ids) == 1 and self.answers
-        self.tokens.extend(ids)
+        self.append(ids)
         if not follows:
             self._start, self._answer = self.n_past, self._model.answer_ids(self.tokens)
         time.sleep(self._model.seconds)

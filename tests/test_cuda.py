@@ -114,6 +114,52 @@ def test_models(small_model, tmp_path, attention, kv_type, spec):
     assert errors.size >= 2 and errors.max() < (1e-9 if spec["type"] == "F32" else 1e-6)
 
 
+RECORDED = """
+import sys
+import numpy as np
+from tests.ptx.driver import install
+driver = install()
+import pydsa
+ids = np.random.default_rng(0).integers(0, 300, 8).tolist()
+model = pydsa.load(sys.argv[1], device="cuda", attention="sparse", kv_type="f32", n_ctx=12, n_ubatch=4)
+
+
+def steps(session, observe=None):
+    return np.stack([session.prefill(ids[:4], observe=observe), *(session.prefill([token], observe=observe) for token in ids[4:7])])
+
+
+session, other, seen = model.session(), model.session(), {}
+with session.record() as recording:
+    logits = steps(session)
+# a prompt kernel by kernel; a token by fused kernels, the next one recorded as a graph and replayed, the last one replayed
+assert [driver.counts[name] for name in ("cuGraphInstantiate", "cuGraphLaunch")] == [1, 2]
+def observe(node, arrays):
+    if node.op in ("indexer_select", "moe_route"):
+        for i, rows in enumerate(arrays):
+            seen.setdefault((node.op, i), []).extend(rows.copy())
+steps(other, observe)       # kernel by kernel
+assert np.array_equal(recording.selection[0], seen["indexer_select", 0]) and recording.selection[0][-1, -1] == 6
+assert np.array_equal(recording.experts[0], seen["moe_route", 0])
+difference = np.abs(recording.expert_weights[0] - seen["moe_route", 1]).max()
+assert difference < 1e-6 and len(np.unique(recording.expert_weights[0])) > 4, difference
+session.truncate(3)
+session.select = pydsa.selections.sliding_window(2)
+with session.record(scores=True, mass=True) as recording:
+    changed = session.decode(ids[3])
+assert recording.selection[0].tolist() == [[2, 3, -1]] and recording.positions.tolist() == [3]
+assert 0 < recording.mass[0][0] < 1 and np.isfinite(recording.scores[0][0, :2]).all()
+assert ((changed - logits[0]) ** 2).sum() > 1e-5 * (logits[0] ** 2).sum()
+session.select = None
+session.truncate(3)
+assert ((session.decode(ids[3]) - logits[0]) ** 2).sum() < 1e-6 * (logits[0] ** 2).sum()
+"""
+
+
+def test_steps_are_recorded_and_changed(small_model):
+    """What fused and recorded steps choose is seen; a function's choice counts."""
+    run_python("-c", RECORDED, str(small_model(**TINY | {"type": "Q8_0", "n_layer": 1, "n_layer_dense": 0})), device="ptx")
+
+
 def test_ubatches_must_fit_into_a_grid(small_model):
     with pytest.raises(PydsaError, match="n_ubatch is 40000, expected at most 32768 on cuda"):
         Setup(small_model(), device="cuda", n_ctx=50_000, n_ubatch=40_000)

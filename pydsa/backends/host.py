@@ -35,6 +35,22 @@ def store(array, values):
     array[...] = values
 
 
+def cache_values(rows, dtype=np.float64):
+    """The values of cache rows of any storage, floats [n, width].
+
+    The rows are as reference.cache_rows() makes them. A bf16 row is uint16, the upper half of a float32.
+    """
+    if rows.dtype.names:
+        def integers(i):
+            high = rows[f"high{i}"][:, 0].astype(dtype)
+            return 256 * high + rows[f"low{i}"][:, 0] if f"low{i}" in rows.dtype.names else high
+        scales = rows["d"][:, 0].astype(dtype)
+        return np.concatenate([integers(i) * scales[:, i:i + 1] for i in range(scales.shape[1])], axis=1)
+    if rows.dtype == np.uint16:
+        rows = (rows.astype(np.uint32) << 16).view(np.float32)
+    return rows.astype(dtype)
+
+
 def timed(calls):
     """Run calls, pairs (op, args) -> the seconds of each."""
     times = [time.perf_counter()]

@@ -6,6 +6,7 @@ are dequantized arrays. Cache rows have the same storage type as on every backen
 """
 import numpy as np
 
+from pydsa.backends.host import cache_values as _floats
 from pydsa.backends.host import empty, fetch, free_bytes, recorded, store, timed, upload  # noqa: F401
 
 FLOAT = np.float64
@@ -83,18 +84,6 @@ def nan_met():
 
 def measure_ceilings(n_threads):
     """None: numpy's speed is not a limit of the machine."""
-
-
-def _floats(rows):      # cache rows of any storage -> float64
-    if rows.dtype.names:
-        def integers(i):
-            high = rows[f"high{i}"][:, 0].astype(FLOAT)
-            return 256 * high + rows[f"low{i}"][:, 0] if f"low{i}" in rows.dtype.names else high
-        scales = rows["d"][:, 0].astype(FLOAT)
-        return np.concatenate([integers(i) * scales[:, i:i + 1] for i in range(scales.shape[1])], axis=1)
-    if rows.dtype == np.uint16:
-        rows = (rows.astype(np.uint32) << 16).view(np.float32)
-    return rows.astype(FLOAT)
 
 
 def get_rows(out, w, ids):      # [T, n], [n_rows, n], [T]
