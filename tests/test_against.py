@@ -17,7 +17,7 @@ def load(path):
 
 @pytest.fixture(scope="module")
 def run(small_model):
-    """A model, its logits, and the choices of its two layers, int32 [90, 12] each."""
+    """A model, its logits, and the choices of its layers, int32 [90, 12]."""
     model = load(small_model(n_layer=2))
     session = model.session()
     with session.record(routing=False) as recording:

@@ -33,7 +33,7 @@ def finding(found, name):
 
 
 def turned_queries(out, x, table, neox):
-    """RoPE that turns the indexer's queries, of eight heads, as if they were one token later."""
+    """RoPE, but of the indexer's eight heads as if queries came later."""
     if x.shape[1] == 8:
         step = 10000.0 ** (-np.arange(0, x.shape[2], 2) / x.shape[2])
         angles = np.arctan2(table[:, 1], table[:, 0]) + step
@@ -179,7 +179,7 @@ def test_factors_of_matrices_make_no_difference(small_model, tmp_path):
 
 @pytest.mark.parametrize("name, owners", [("ds32-q4_k_m", [0, 1, 2]), ("glm-q8_0", [0, 2])])
 def test_golden_models(golden, name, owners):
-    """On caches of integers, whose keys choose 99 % of what float32 keys choose."""
+    """Keys of int8 choose 99 % of what float32 keys choose."""
     path, arrays = golden(name)
     model = pydsa.load(path, device="reference", n_ctx=192, n_ubatch=100)
     found = faithful.check(model, arrays["tokens"], samples=96)
@@ -198,7 +198,7 @@ def test_random_weights_are_told(small_model):
 
 @pytest.fixture(scope="module")
 def demo():
-    """The report on the demo model's notes, by the command line, and a recording of it."""
+    """The report on the demo, by the command line, and a recording."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ours.npz"
         result = CliRunner().invoke(main, ["faithful", "-l", "300", "--samples", "48", "-t", "1", "-o", "json", "--save", str(path)])
@@ -220,7 +220,7 @@ def test_the_demo_is_faithful(demo):
 
 
 def test_a_wrong_definition_would_be_seen_too(monkeypatch):
-    """Where engine and definition are wrong alike, the mass that a trained model's keys hold tells."""
+    """Where the engine is wrong alike, mass tells, in a trained model."""
     monkeypatch.setattr(deepseek32, "INDEXER_NEOX", False)
     monkeypatch.setitem(definition.INDEXER_PAIRS, "deepseek32", definition.NEIGHBOURS)
     model = pydsa.load(pydsa.DEMO, device="reference", n_ctx=160, kv_type="f32", dsa_top_k=32)
