@@ -2,6 +2,16 @@
 
 All rows of a cache have one width and one type. Latents and index keys are two kinds of caches.
 """
+from pydsa.options import choose
+from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
+
+
+def choose_cache_type(what, value):
+    """The cache type with this name or alias.
+
+    Raises PydsaError for another name; `what` is the option that it belongs to.
+    """
+    return choose(what, CACHE_ALIASES.get(value, value), CACHE_TYPES)
 
 
 class VectorCache:

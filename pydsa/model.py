@@ -16,7 +16,7 @@ import numpy as np
 
 from pydsa.answers import Reader
 from pydsa.backends.devices import DEVICES, check_reproducible
-from pydsa.cache import VectorCache
+from pydsa.cache import VectorCache, choose_cache_type
 from pydsa.chat import chat_prompt, thinking_note
 from pydsa.check import warn_of_gaps
 from pydsa.constraint import constraint_for
@@ -33,7 +33,8 @@ from pydsa.models.weights import Weights
 from pydsa.options import choose, counts
 from pydsa.override import check_all_read, override
 from pydsa.plan import Runner, check_memory, lay_out
-from pydsa.quants import CACHE_ALIASES, CACHE_TYPES, cache_row_bytes
+from pydsa.quants import cache_row_bytes
+from pydsa.recorder import record
 from pydsa.sampling import Sampling
 from pydsa.schedule import VARIANTS, Schedule
 from pydsa.session import Session, check_ids, check_max_tokens
@@ -44,11 +45,6 @@ ATTENTION = ("auto", "sparse", "masked", "dense")
 DEFAULT_N_CTX, DEFAULT_N_UBATCH = 8192, 2048
 BESIDE_HALVES, OF_INDEXERS = (".attn_kv_b.weight",), tuple(f".indexer.{part}" for part in INDEXER)      # ends of names
 COMPANION, OF_ACTIVATIONS = re.compile(r"(\.weight)?\.(input_)?scale$"), ".input_scale"       # beside a matrix
-
-
-def choose_cache_type(what, value):
-    """The cache type with this name or alias."""
-    return choose(what, CACHE_ALIASES.get(value, value), CACHE_TYPES)
 
 
 class Setup:
@@ -337,6 +333,13 @@ class Model:
         Raises PydsaError, ContextFullError and OutOfMemoryError as Session.logits does.
         """
         return self.session().logits(ids)
+
+    def record(self, prompt, **options):
+        """Run a prompt, and an answer to it, in a new context -> a Recording.
+
+        The options, and the errors raised, are those of recorder.record().
+        """
+        return record(self, prompt, **options)
 
     def generate(self, prompt, max_tokens=None, stop=None, json_schema=None, grammar=None, **sampling):
         """Continue a text, or token ids, in a new context.

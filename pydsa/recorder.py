@@ -1,10 +1,12 @@
 """The hook that records what a session's tokens choose (recording.py)."""
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
 from pydsa import packed
+from pydsa.chat import chat_prompt
 from pydsa.dense import attention_of, index_of
 from pydsa.errors import PydsaError
 from pydsa.hooks import Hook, layer_of
@@ -28,11 +30,34 @@ def facts_of(setup, fields):
                  c.name, c.architecture, setup.attention, setup.kv_type, setup.index_type, setup.device_name)
 
 
+def record(model, prompt, max_tokens=0, select=None, sampling=None, **options):
+    """Run a prompt in a new context, and an answer to it -> the Recording.
+
+    prompt: a text, token ids, or the messages of a conversation. max_tokens: tokens of the answer at most; the last one is not run, and not
+    recorded. select: as Session.select. sampling: a Sampling. options: those of Session.record(). Raises the errors of these.
+    """
+    if isinstance(prompt, str):
+        prompt = model.tokenize(prompt)
+    elif any(isinstance(message, Mapping) for message in prompt):
+        prompt = chat_prompt(model.tokenizer, prompt).ids
+    session = model.session()
+    session.select = select
+    with session.record(**options) as recording:
+        for _ in session.generate(prompt, max_tokens, sampling):
+            pass
+    return recording
+
+
+def chooses(setup):
+    """Whether keys are chosen, so that there is a selection to record."""
+    return setup.config.top_k is not None and setup.attention != "dense"
+
+
 def _check_choice(setup):
     """Raise PydsaError if no keys are chosen."""
     if setup.config.top_k is None:
         raise PydsaError(f"{setup.config.architecture} has no indexer that chooses keys; record(selection=False) records its experts.")
-    if setup.attention == "dense":
+    if not chooses(setup):
         raise PydsaError("With attention='dense' no keys are chosen: load the model with 'auto' or 'sparse', or record(selection=False).")
 
 
@@ -53,6 +78,7 @@ class Recorder(Hook):
             _check_choice(setup)
         self.late = not (scores or mass)        # which are computed from values that later ops write over
         self._caches, self._scores, self._mass = caches, scores, mass
+        self._layers = {}       # of the names of nodes
         self._index, self._chosen = None, {}        # in a step: a function that makes the Index; what each indexer chose, for the mass
         self._facts = facts = facts_of(setup, [name for name in FIELDS if wanted.get(name)])
         self._choosing, self._routed = facts.choosing_layers if selection or mass else (), facts.expert_layers if routing else ()
@@ -90,14 +116,19 @@ class Recorder(Hook):
         return layer_of(node) in self._choosing and node.op in ("indexer_select", "top_k")
 
     def after(self, call):
-        layer, op = layer_of(call.node), call.node.op
+        op, name = call.node.op, call.node.name
         if call.positions is not self._positions:       # a new step
             self._parts, self._positions, self._chose = {}, call.positions, False
+        if name not in self._layers:
+            self._layers[name] = layer_of(call.node)
+        layer = self._layers[name]
         if op == "moe_route":
-            for i, name in enumerate(ROUTING):
-                self._take(name, self._routed.index(layer), call.read(i))
+            i = layer - self._routed[0]
+            self._take("experts", i, call.read(0))
+            self._take("expert_weights", i, call.read(1))
         elif op == "indexer_select":        # its choice may be replaced before it is used
-            self._index = index_of(call, self._caches) if self._scores else None
+            if self._scores:
+                self._index = index_of(call, self._caches)
         elif op == "top_k":
             chosen, scores = call.read(0), call.read(1)
             self._choose(layer, chosen, lambda: np.where(chosen >= 0, np.take_along_axis(scores, np.maximum(chosen, 0), axis=1), np.nan))
@@ -105,8 +136,8 @@ class Recorder(Hook):
             if ATTENTION[op] is not None and layer in self._choosing:
                 chosen = call.read(ATTENTION[op])
                 self._choose(layer, chosen, lambda: self._index().scores_of(chosen))
-            owner = self._facts.indexed_layers[layer]
             if self._mass and self._chose:
+                owner = self._facts.indexed_layers[layer]
                 self._take("mass", layer, np.clip(attention_of(call, self._caches).mass(self._chosen[owner]), 0, 1))
 
     def _choose(self, layer, chosen, scores):
@@ -127,6 +158,9 @@ class Recorder(Hook):
     def _take(self, name, i, rows):
         """Copy the rows of a step in a layer, the i-th that has such rows."""
         n = len(self._positions)
+        if n == 1:          # fits always; without slices it takes a third less time
+            self._pending[name][i, self._n] = rows[0]
+            return
         if self._fits(n):
             self._pending[name][i, self._n:self._n + n] = rows
             return
@@ -142,8 +176,8 @@ class Recorder(Hook):
 
     def completed(self, ids, positions):
         n = len(ids)
-        seen = self._positions is not None and np.array_equal(self._positions, positions)      # else of a step that was not completed
-        rows = {"positions": positions, "tokens": ids, "all_keys": np.full(n, not (seen and self._chose)), "kept": np.ones(n, np.bool_)}
+        seen = self._positions is not None and len(self._positions) == n and self._positions[0] == positions[0]     # else of another step
+        rows = {"positions": positions, "tokens": ids, "all_keys": not (seen and self._chose), "kept": True}
         if self._mass and not (seen and self._chose):
             for layer in range(self._facts.n_layer):
                 self._positions = positions
@@ -157,7 +191,8 @@ class Recorder(Hook):
         else:
             self._flush()
             for part, start in enumerate(range(0, n, CHUNK)):
-                chunk = {name: values[start:start + CHUNK].astype(self._pending[name].dtype) for name, values in rows.items()}
+                chunk = {name: np.broadcast_to(values, n)[start:start + CHUNK].astype(self._pending[name].dtype)
+                         for name, values in rows.items()}
                 self._add(chunk | self._packed(self._parts.get(part, {}) if seen else {}, len(chunk["kept"])))
         self._parts, self._positions = {}, None
 

@@ -5,12 +5,16 @@ import zipfile
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from helpers import random_ids
 
 import pydsa
 from pydsa import packed
+from pydsa.chat import chat_prompt
+from pydsa.cli import main
 from pydsa.errors import PydsaError, RecordingFileError
 from pydsa.hooks import Hook, layer_of
+from tools import record_cost as tool
 
 IDS = random_ids(60)       # top_k is 12
 OPS = {"indexer_select": (0,), "top_k": (0,), "moe_route": (0, 1)}
@@ -287,3 +291,36 @@ def test_packed_choices(n, k, n_keys):
         for wrong in ((maps, bits[:-1], k), (maps, np.append(bits, bits[-1]), k), (maps, bits, 0)):
             with pytest.raises(ValueError):
                 packed.unpack(*wrong)
+
+
+def test_a_model_records_a_prompt_and_its_answer(small_model, load):
+    model = load(small_model(n_layer=2), attention="sparse", n_ubatch=16)
+    recording, session = model.record(IDS[:20], max_tokens=4, sampling=pydsa.Sampling(temperature=0)), model.session()
+    answer = list(session.generate(IDS[:20], 4, pydsa.Sampling(temperature=0)))
+    assert recording.tokens.tolist() == session.tokens == [*IDS[:20], *answer[:3]]      # the last token is not run
+    assert model.record("ab", routing=False).tokens.tolist() == model.tokenize("ab")
+    messages = [{"role": "user", "content": "ab"}]
+    assert model.record(messages).tokens.tolist() == chat_prompt(model.tokenizer, messages).ids
+    window = model.record(IDS[:20], select=pydsa.selections.sliding_window(2))
+    assert window.selection[0][9].tolist() == [8, 9] + [-1] * 10
+
+
+def test_the_command_line_records(golden, tmp_path):
+    path, file = golden("ds32-q8_0")[0], tmp_path / "a.npz"
+    result = CliRunner().invoke(main, ["run", str(path), "-t", "1", "-c", "200", "-p", "Hello", "-n", "5", "--record", str(file)])
+    recording = pydsa.Recording.open(file)
+    assert result.exit_code == 0 and recording.n > 10 and f"recorded {recording.n} tokens in" in result.stderr
+    result = CliRunner().invoke(main, ["run", str(path), "-t", "1", "-p", "Hello", "--record", str(tmp_path / "none" / "a.npz")])
+    assert result.exit_code == 2 and not result.stdout and "the recording cannot be written" in result.stderr
+    result = CliRunner().invoke(main, ["run", str(golden("ds2-q4_0")[0]), "-t", "1", "-p", "a", "-n", "2", "--record", str(file)])
+    assert result.exit_code == 0 and pydsa.Recording.open(file).selection is None
+
+
+def test_the_tool_measures_the_cost(small_model):
+    options = ["-d", "0,20", "-p", "16", "-n", "3", "-r", "2", "-t", "1", "-o", "json"]
+    done = CliRunner().invoke(tool.main, [str(small_model(n_layer=2)), *options])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)
+    assert [(row["test"], row["depth"]) for row in rows] == [("pp16", 0), ("tg3", 0), ("pp16", 20), ("tg3", 20)]
+    assert all(row["off t/s"] > 0 and row["memory: bytes a token"] > 20 and row["file: bytes a token"] > 20 for row in rows)
+    assert CliRunner().invoke(tool.main, [str(small_model(n_layer=2)), "-d", "a"]).exit_code == 2

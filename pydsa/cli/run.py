@@ -1,4 +1,5 @@
 """pydsa run: generate text, or chat."""
+import contextlib
 import sys
 
 import click
@@ -13,6 +14,21 @@ from pydsa.restrictions import read_restrictions, restriction_options
 from pydsa.terminal import visible
 
 RESTRICTIONS = ("json_schema", "json_schema_file", "grammar", "grammar_file", "tools")
+
+
+@contextlib.contextmanager
+def recorded(model, session, path):
+    """A context in which a session's steps are recorded in a file.
+
+    path: None to record nothing.
+    """
+    if path is None:
+        yield
+        return
+    from pydsa.recorder import chooses
+    with session.record(selection=chooses(model.setup), path=path) as recording:
+        yield
+    click.echo(f"recorded {recording.n} tokens in {visible(path)}", err=True)
 
 
 @click.command()
@@ -37,7 +53,9 @@ RESTRICTIONS = ("json_schema", "json_schema_file", "grammar", "grammar_file", "t
 @click.option("--special", is_flag=True, help="Encode the texts of control tokens in a --raw prompt as these tokens.")
 @click.option("--system", "-sys", "--system-prompt", "system", help="A system message for the chat format.")
 @click.option("--think", is_flag=True, help="Let the model reason before it answers, if it can.")
-def run(model, prompt, file, max_tokens, stop, conversation, raw, special, system, think, threads, threads_batch, **settings):
+@click.option("--record", metavar="FILE", help="Write the keys that each token chose, and its experts, to a file (.npz).")
+def run(model, prompt, file, max_tokens, stop, conversation, raw, special, system, think, record, threads, threads_batch,
+        **settings):
     """Generate text, or chat.
 
     Without MODEL it runs the demo model, which finds codes in notes. With -p, -f or piped input, only the answer goes to stdout. On a
@@ -72,21 +90,23 @@ def run(model, prompt, file, max_tokens, stop, conversation, raw, special, syste
     note = None if raw else thinking_note(engine.tokenizer, think)
     if note:
         click.echo(visible(note), err=True)
-    if chatting:
-        chat_loop(engine, writer, messages, think)
-        return
-    if raw:
-        prompt = Prompt(engine.tokenize(prompt, parse_special=special))
-        if not prompt.ids:
-            raise Failure("The prompt is empty.")
-    else:
-        prompt = chat_prompt(engine.tokenizer, [*messages, {"role": "user", "content": prompt}], thinking=think, tools=restrictions.tools)
-    unread = False
-    try:
-        writer.write(prompt, think)
-    except OSError:         # stdout's
-        unread = True
-        raise
-    finally:
-        if writer.n_prompt and not unread:
-            click.echo(f"\n{writer.summary()}", err=True)
+    with recorded(engine, writer.session, record):
+        if chatting:
+            chat_loop(engine, writer, messages, think)
+            return
+        if raw:
+            prompt = Prompt(engine.tokenize(prompt, parse_special=special))
+            if not prompt.ids:
+                raise Failure("The prompt is empty.")
+        else:
+            messages = [*messages, {"role": "user", "content": prompt}]
+            prompt = chat_prompt(engine.tokenizer, messages, thinking=think, tools=restrictions.tools)
+        unread = False
+        try:
+            writer.write(prompt, think)
+        except OSError:         # stdout's
+            unread = True
+            raise
+        finally:
+            if writer.n_prompt and not unread:
+                click.echo(f"\n{writer.summary()}", err=True)
