@@ -27,6 +27,11 @@ class Rule(NamedTuple):
     scaled: bool = True             # whether an integer key's scale counts
 
 
+def rule_of(config):
+    """The Rule of the indexers of a model with this Config."""
+    return Rule(INDEXER_PAIRS[config.architecture])
+
+
 def faults(rule):
     """Sentences on wrong indexers, each with its Rule."""
     other = NEIGHBOURS if rule.pairs == HALVES else HALVES
@@ -129,7 +134,7 @@ class Indexer:
     def __init__(self, config, norm):
         self._config, self._norm = config, norm
         self._rotation = hadamard(config.indexer_head_size)
-        self.rule = Rule(INDEXER_PAIRS[config.architecture])
+        self._rule = rule_of(config)
 
     def _placed(self, x, positions, rule):
         """Values of heads [n, ..., D] with RoPE."""
@@ -144,7 +149,7 @@ class Indexer:
 
         They are rotated, and rounded as a cache of this type does.
         """
-        rule, x = rule or self.rule, raw.astype(np.float64)
+        rule, x = rule or self._rule, raw.astype(np.float64)
         if rule.norm:
             x = x - x.mean(axis=1, keepdims=True)
             x = x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + KEY_NORM_EPS) * self._norm[0] + self._norm[1]
@@ -157,7 +162,7 @@ class Indexer:
 
         raw: the products [n, H, D] of the queries. weights: [n, H].
         """
-        rule = rule or self.rule
+        rule = rule or self._rule
         q, n_keys = self._placed(raw, positions + rule.shift, rule), len(keys)
         q = q @ self._rotation if rule.rotated[0] else q
         weights = weights.astype(np.float64) if rule.weights else np.ones(weights.shape)

@@ -7,7 +7,7 @@ import numpy as np
 
 from pydsa.backends.reference import weight
 from pydsa.choices import TOGETHER, Tally, masks, simple_faults, ties
-from pydsa.definition import Attention, Indexer, best, choosers, faults, latents
+from pydsa.definition import Attention, Indexer, best, choosers, faults, latents, rule_of
 from pydsa.hooks import Hook
 from pydsa.models.stored import key_and_value_heads
 
@@ -120,7 +120,8 @@ class Probe(Hook):
             seen = found.any(axis=1)
         else:
             if layer.chooser == il:
-                self._here[il] = *self._score(il, positions, n_keys, now), choice
+                scored = self._scored(il, positions, n_keys, now)
+                self._here[il] = *self._score(layer, positions, scored), scored, choice
             found = masks(choice, n_keys)
             seen = (choice >= 0).any(axis=1) & (choice <= positions[:, None]).all(axis=1)
             self._count(il, positions, choice, *self._here[layer.chooser])
@@ -132,12 +133,12 @@ class Probe(Hook):
                     layer.unions.append(found[block].any(axis=0).sum() / k)
         self._attend(il, positions, found, seen, now)
 
-    def _score(self, il, positions, n_keys, now):
-        """The scores of rounded keys, and what should be chosen.
+    def _scored(self, il, positions, n_keys, now):
+        """A function of a cache type, and a Rule, for a layer's tokens.
 
-        Returns arrays [n, n_keys]. It also counts ties, and the keys that rounding loses.
+        It returns the scores of their keys, and what should be chosen: arrays [n, n_keys].
         """
-        c, layer, heads = self._config, self.layers[il], self._config.indexer_n_head
+        c, heads = self._config, self._config.indexer_n_head
         norm = [self._tensor(il, f"indexer.k_norm.{part}", c.indexer_head_size) for part in ("weight", "bias")]
         indexer = Indexer(c, norm)
         q, weights = now["indexer_q"].reshape(len(positions), heads, -1), now["indexer_weights"]
@@ -146,7 +147,14 @@ class Probe(Hook):
         def scored(kind, rule=None):
             scores = indexer.scores(q, weights, indexer.keys(raw, kind, rule), positions, rule)
             return scores, np.array([best(row, c.top_k) for row in scores])
+        return scored
 
+    def _score(self, layer, positions, scored):
+        """The scores of rounded keys, and what should be chosen.
+
+        Returns arrays [n, n_keys]. It also counts ties, and the keys that rounding loses.
+        """
+        c, n_keys = self._config, int(positions[-1]) + 1
         (exact_scores, exact), (scores, right) = scored("f32"), scored(self._model.index_type)
         many = positions >= c.top_k
         rows = np.where(right, np.arange(n_keys), n_keys)
@@ -157,10 +165,9 @@ class Probe(Hook):
             layer.tied.append(equal)
             layer.decided.append(decided)
             layer.near.append(near)
-        self._scored = scored
         return scores, right
 
-    def _count(self, il, positions, choice, scores, right, shared):
+    def _count(self, il, positions, choice, scores, right, scored, shared):
         """Compare the session's choice, and those from elsewhere."""
         layer, k = self.layers[il], self._config.top_k
         many = positions >= k
@@ -179,19 +186,17 @@ class Probe(Hook):
             if far and il <= self._suspects.get(name, il):
                 self._suspects[name] = il
                 if layer.chooser == il and at.any():
-                    self._explain(tally, choice, positions[at], scores[at], right[at], at)
+                    self._explain(tally, choice, positions[at], scores[at], right[at], lambda *how: scored(*how)[1][at])
 
-    def _explain(self, tally, choice, positions, scores, right, at):
-        """Count how much a wrong choice is like that of known faults."""
+    def _explain(self, tally, choice, positions, scores, right, chosen):
+        """Count how much a wrong choice is like that of known faults.
+
+        chosen(cache type, Rule): what would be chosen so, masks [n, S].
+        """
         for sentence, masks_of in simple_faults(scores, right, positions).items():
             tally.liken(sentence, choice, masks_of)
-        rule = self._rule
-        for sentence, wrong in faults(rule).items():
-            tally.liken(sentence, choice, self._scored(self._model.index_type if not wrong.scaled else "f32", wrong)[1][at])
-
-    @property
-    def _rule(self):
-        return Indexer(self._config, None).rule
+        for sentence, wrong in faults(rule_of(self._config)).items():
+            tally.liken(sentence, choice, chosen("f32" if wrong.scaled else self._model.index_type, wrong))
 
     def _attend(self, il, positions, found, seen, now):
         """Measure the mass of dense attention, and the error of the outputs.

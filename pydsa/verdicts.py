@@ -148,7 +148,7 @@ def _mass(layers, trained):
     if not poor and (best - baseline).max() <= ROOM:
         return Finding("mass", "unclear", f"{measured}: the newest keys hold nearly as much as the best, so this text cannot tell",
                        expected, deviation)
-    gain = float((chosen - baseline).sum() / (best - baseline).sum())
+    gain = float((chosen - baseline).sum() / max((best - baseline).sum(), 1e-12))
     measured += f": {gain:.0%} of the way from the newest to the best"
     if poor:
         measured += f", and less than the newest in {named(poor)}"
