@@ -141,10 +141,8 @@ def check(model, text, samples=256, against=None, reference=None, save=None, pro
     belong to another model or text; OutOfMemoryError if what the layers leave does not fit in memory.
     """
     ids = check_ids(model.tokenize(text) if isinstance(text, str) else text, model.config.n_vocab)
-    _check_possible(model, ids, samples)
-    if reference is not None and (reference.metadata.path, reference.top_k) != (model.metadata.path, model.top_k):
-        raise PydsaError(f"The reference is {reference.metadata.path} with a top_k of {reference.top_k}, expected {model.metadata.path} "
-                         f"with {model.top_k}.")
+    check_possible(model.setup, ids.size)
+    _check_arguments(model, ids, samples, reference)
     if against is not None:
         against.check(ids, model.config)
     positions = places(ids.size, model.top_k, samples)
@@ -161,20 +159,30 @@ def check(model, text, samples=256, against=None, reference=None, save=None, pro
     return Report(**fields, findings=findings(fields, model.config, runs.loss))
 
 
-def _check_possible(model, ids, samples):
-    path, config = model.metadata.path, model.config
+def check_possible(setup, n_tokens):
+    """Raise PydsaError if a text of n_tokens cannot tell, with this model.Setup.
+
+    That is known before any weights are read.
+    """
+    config = setup.config
     if config.top_k is None:
-        raise PydsaError(f"{path}: {config.architecture} has no indexer, so there is no sparse attention to check.")
-    if model.attention != "auto":
-        raise PydsaError(f"The model was loaded with attention {model.attention!r}, expected 'auto', which has both forms to compare.")
+        raise PydsaError(f"{setup.file.metadata.path}: {config.architecture} has no indexer, so there is no sparse attention to check.")
+    if setup.attention != "auto":
+        raise PydsaError(f"The model was loaded with attention {setup.attention!r}, expected 'auto', which has both forms to compare.")
     least = config.top_k + 2 * TOGETHER
-    if ids.size < least:
-        raise PydsaError(f"The text has {ids.size} tokens, and with a top_k of {config.top_k} a choice is made from {config.top_k + 1} on: "
+    if n_tokens < least:
+        raise PydsaError(f"The text has {n_tokens} tokens, and with a top_k of {config.top_k} a choice is made from {config.top_k + 1} on: "
                          f"give a text of at least {least} tokens, or a smaller --dsa-top-k.")
+
+
+def _check_arguments(model, ids, samples, reference):
     if not isinstance(samples, int) or samples < 2 * TOGETHER:
         raise PydsaError(f"samples is {samples!r}, expected at least {2 * TOGETHER}.")
     if ids.size > model.n_ctx:
-        raise PydsaError(f"The text has {ids.size} tokens, and the context holds {model.n_ctx} (-c).")
+        raise PydsaError(f"The text has {ids.size} tokens, and the context holds {model.n_ctx}; load the model with a larger n_ctx.")
+    if reference is not None and (reference.metadata.path, reference.top_k) != (model.metadata.path, model.top_k):
+        raise PydsaError(f"The reference is {reference.metadata.path} with a top_k of {reference.top_k}, expected {model.metadata.path} "
+                         f"with {model.top_k}.")
 
 
 def _session_with(model, progress=None, **changes):
@@ -211,7 +219,7 @@ class _Runs:
         if (model.kv_type, model.index_type) != ("f32", "f32"):
             self._others["float32 caches"] = _session_with(model, progress, kv_type="f32", index_type="f32"), ids.size
         if reference is not None:
-            self._others["reference"] = reference.session(), min(ids.size, reference.n_ctx)
+            self._others["the reference"] = reference.session(), min(ids.size, reference.n_ctx)
         self._seen = {name: _Choices(positions) for name in self._others}
         for name, (session, _) in self._others.items():
             session.hooks = (self._seen[name],)

@@ -209,7 +209,7 @@ def demo():
 def test_the_demo_is_faithful(demo):
     found, path = demo
     assert found["faithful"] and all(finding["verdict"] in ("right", "note") for finding in found["findings"])
-    assert [run["run"] for run in found["runs"]] == ["float32 caches", "reference"] and found["runs"][1]["tokens"] == 300
+    assert [run["run"] for run in found["runs"]] == ["float32 caches", "the reference"] and found["runs"][1]["tokens"] == 300
     for row in found["layers"]:
         assert row["recall"] > 0.999 and row["wrong_keys"] == 0 and row["malformed"] == 0
         assert row["recall_of_cached_keys"] > 0.99 and row["mass_of_newest"] < row["mass"] < row["mass_of_best"] <= 1

@@ -36,7 +36,8 @@ def faithful(ctx, model, prompt, file, length, samples, n_reference, against, sa
     the reference, and the report says in words what deviates and what that usually means. Ends with exit code 1 if something is wrong.
     """
     from pydsa.against import read
-    from pydsa.faithful import check, reference_tokens, text_ids
+    from pydsa.faithful import check, check_possible, reference_tokens, text_ids
+    from pydsa.model import Setup
     from pydsa.verdicts import in_words
     if prompt is not None and file is not None:
         raise click.UsageError("Give the text with -p or with -f, not both.")
@@ -45,6 +46,7 @@ def faithful(ctx, model, prompt, file, length, samples, n_reference, against, sa
     ids = text_ids(model, text, theirs, length)
     if not ids:
         raise Failure("The text is empty.")
+    check_possible(Setup(model, len(ids), **settings), len(ids))
     engine = load_model(model, threads, threads_batch, n_ctx=len(ids), **settings)
     n_reference = reference_tokens(engine, len(ids)) if n_reference is None else min(n_reference, len(ids))
     exact = None
