@@ -19,7 +19,8 @@ POOR = 0.003            # a layer that holds so much less than the newest keys f
 ROOM = 0.01             # mass that the best keys must hold beyond the newest, else there is nothing to find
 SAME = 0.98, 0.9        # the share of the same keys in other runs: in layer 0, in all
 COARSE = 0.15           # standard deviations by which index keys of 8 bits may move scores: integers by 0.03, floats by more
-LOGITS = 2e-2           # the error of logits that comes from rounding, as a median
+LOGITS = 0.1            # the error of logits that comes from rounding, as a median, in models with random weights
+JUMP = 30               # times the error up to top_k: more comes from the choice of keys
 LOSS, KL = 0.1, 0.1     # nats that sparse attention may cost a trained model
 
 
@@ -248,19 +249,19 @@ def _their_logits(logits):
     same, error = logits["same_top"], logits["error"]
     measured = (f"the likeliest token is the same at {percent(same)} of {logits['tokens']} tokens; the median of the normalised squared "
                 f"error is {error:.1e}")
-    expected = f"an error up to {LOGITS:g}, where activations are rounded to 8 bits, and far less where they are not"
+    expected = f"an error up to {LOGITS:g} where activations are rounded to 8 bits, far less where they are not, and no jump at top_k"
     deviation = "another forward pass: the first op that differs tells which (pydsa trace, llama.cpp's names)"
-    moved, shares = "; each row is that of the token one ", logits["same_top_shifted"]
-    by = max(shares, key=shares.get)
-    dense, sparse = logits["error_up_to_top_k"], logits["error_beyond"]
-    wrong = not error <= LOGITS
+    shares, (dense, sparse) = logits["same_top_shifted"], (logits["error_up_to_top_k"], logits["error_beyond"])
+    by, verdict = max(shares, key=shares.get), "right" if error <= LOGITS else "wrong"      # NaN is wrong
     if shares[by] > same + 0.2:
-        measured += f"{moved}{'earlier' if by > 0 else 'later'}, with the same likeliest token at {percent(shares[by])}"
-        wrong = True
-    elif dense is not None and sparse is not None and dense <= LOGITS < sparse:
-        measured += f": {dense:.1e} up to top_k tokens, where all keys are read, {sparse:.1e} beyond. So the choice of keys differs"
-        wrong = True
-    return Finding("against, logits", "wrong" if wrong else "right", measured, expected, deviation)
+        verdict = "wrong"
+        measured += f"; each row is that of the token one {'earlier' if by > 0 else 'later'}, with the same likeliest token at " \
+                    f"{percent(shares[by])}"
+    elif dense is not None and sparse is not None and dense <= LOGITS and sparse > max(JUMP * dense, 1e-8):
+        verdict = "wrong" if sparse > LOGITS else "unclear"
+        measured += f": {dense:.1e} up to top_k tokens, where all keys are read, {sparse:.1e} beyond. So the choice of keys differs" \
+                    + (", by a fault or by the rounding of index keys; compare selections to see which" if sparse <= LOGITS else "")
+    return Finding("against, logits", verdict, measured, expected, deviation)
 
 
 def in_words(report):

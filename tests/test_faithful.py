@@ -10,6 +10,7 @@ from helpers import random_ids
 
 import pydsa
 from pydsa import definition, faithful
+from pydsa.against import read
 from pydsa.backends import reference
 from pydsa.cli import main
 from pydsa.models import deepseek2, deepseek32, glm_dsa
@@ -178,15 +179,17 @@ def test_factors_of_matrices_make_no_difference(small_model, tmp_path):
 
 
 @pytest.mark.parametrize("name, owners", [("ds32-q4_k_m", [0, 1, 2]), ("glm-q8_0", [0, 2])])
-def test_golden_models(golden, name, owners):
-    """Keys of int8 choose 99 % of what float32 keys choose."""
+def test_golden_models(golden, tmp_path, name, owners):
+    """Keys of int8 choose 99 % of what others do; llama.cpp is right."""
     path, arrays = golden(name)
     model = pydsa.load(path, device="reference", n_ctx=192, n_ubatch=100)
-    found = faithful.check(model, arrays["tokens"], samples=96)
+    np.savez(tmp_path / "theirs.npz", tokens=arrays["tokens"], logits=arrays["llama_cpp"])
+    found = faithful.check(model, arrays["tokens"], samples=96, against=read(tmp_path / "theirs.npz"))
     assert found.faithful and [row["layer"] for row in found.layers if row["layer"] == row["chooser"]] == owners
     assert min(found.layers[il]["recall_of_cached_keys"] for il in owners) > 0.99
     whole, = found.runs
     assert whole["run"] == "float32 caches" and np.mean(whole["recall"]) > 0.95 and found.top_k == 64
+    assert found.findings[-1].verdict == "right" and "of 192 tokens" in found.findings[-1].measured
 
 
 def test_random_weights_are_told(small_model):
