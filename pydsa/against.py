@@ -15,7 +15,7 @@ from pydsa.limits import allocating
 from pydsa.recording import Recording
 
 LAST = 2**62        # orders -1 behind all positions
-SELECTION = re.compile(r"selection[._-]?(\d+)")
+SELECTION = re.compile(r"selection\.(0|[1-9]\d{0,5})")
 OTHERS = "positions", "tokens", "logits"
 FORMS = ("an .npz file with selection.LAYER [n, k] or logits [n, n_vocab], and positions [n] unless these begin at 0; an .npy file of "
          "logits; or a recording")
@@ -112,11 +112,13 @@ def _of_arrays(path, arrays, names):
     logits, tokens = arrays.get("logits"), arrays.get("tokens")
     if not chosen and logits is None:
         fail(f"there is neither a selection nor logits, only {', '.join(sorted(names)) or 'nothing'}")
-    n = len(next(iter([*chosen.values(), *([] if logits is None else [logits])])))
-    positions = np.asarray(arrays.get("positions", np.arange(n)))
+    n = next(iter([*chosen.values(), *([] if logits is None else [logits])])).shape[:1]
+    n = n[0] if n else 0
+    positions = arrays.get("positions", np.arange(n))
     if positions.ndim != 1 or positions.dtype.kind not in "iu" or len(positions) != n or n == 0:
         fail(f"positions is {positions.dtype} {list(positions.shape)}, with {n} tokens")
-    if positions.min() < 0 or (np.diff(positions.astype(np.int64)) <= 0).any():
+    positions = positions.astype(np.int64)
+    if positions[0] < 0 or (np.diff(positions) <= 0).any():
         fail("positions do not ascend from 0 on")
     for layer, array in chosen.items():
         if array.ndim != 2 or array.dtype.kind not in "iu" or len(array) != n:
@@ -125,7 +127,7 @@ def _of_arrays(path, arrays, names):
         fail(f"tokens is {tokens.dtype} {list(tokens.shape)}, with {n} tokens")
     if logits is not None and (logits.ndim != 2 or logits.dtype.kind != "f" or len(logits) != n):
         fail(f"logits is {logits.dtype} {list(logits.shape)}, with {n} tokens")
-    return Against(path, positions.astype(np.int64), tokens, sorted(chosen), chosen.__getitem__, logits)
+    return Against(path, positions, tokens, sorted(chosen), chosen.__getitem__, logits)
 
 
 class Versus(Hook):
@@ -175,8 +177,8 @@ class LogitsAgainst:
         for row, ours, position in zip(rows[rows >= 0], logits[rows >= 0], positions[rows >= 0]):
             theirs = np.asarray(self._against.logits[row], np.float64)
             mine = ours.astype(np.float64) - ours.mean(dtype=np.float64)
-            centred = theirs - theirs.mean()
-            with np.errstate(invalid="ignore"):
+            with np.errstate(invalid="ignore"):     # theirs may not be finite
+                centred = theirs - theirs.mean()
                 self.errors[int(position)] = float(((centred - mine) ** 2).sum() / (mine ** 2).sum())
             for by in self.agree:
                 other = row + by

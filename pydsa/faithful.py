@@ -119,9 +119,9 @@ def text_ids(path, text=None, against=None, length=None):
 
 
 def reference_tokens(model, n_tokens):
-    """How many of n_tokens the reference may run too, without a long wait.
+    """How many of n_tokens the reference can run without a long wait.
 
-    None, for a large model: the reference keeps weights as float32, and reads all of them slowly.
+    None of them for a large model, as the reference keeps weights as float32, and takes long. It is no error to run more.
     """
     n_weights = sum(math.prod(tensor.shape) for tensor in model.setup.file.tensors.values())
     if model.top_k is None or n_weights > SMALL or model.top_k > 1024:

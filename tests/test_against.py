@@ -114,6 +114,8 @@ def test_logits(run, tmp_path):
     dense = pydsa.load(model.metadata.path, device="reference", n_ctx=128, kv_type="f32", attention="dense").logits(IDS)
     verdict, text = compare(run, tmp_path / "dense.npz", logits=dense)
     assert verdict == "wrong" and text.endswith("So the choice of keys differs")
+    verdict, text = compare(run, tmp_path / "nan.npz", logits=np.full_like(logits, np.nan))
+    assert verdict == "wrong" and "error is nan" in text
     slightly = logits + np.where(np.arange(90)[:, None] < 12, 0, 0.01) * logits.std() * np.sin(np.arange(300))
     verdict, text = compare(run, tmp_path / "slightly.npz", logits=slightly)
     assert verdict == "unclear" and "by a fault or by the rounding of index keys" in text
@@ -125,7 +127,8 @@ def test_logits(run, tmp_path):
     ({"selection.0": np.zeros((3, 4), int), "positions": np.arange(2)}, r"positions is int64 \[2\], with 3 tokens"),
     ({"selection.0": np.zeros((3, 4), int), "positions": np.array([2, 1, 0])}, "do not ascend"),
     ({"selection.0": np.zeros((3, 4), int), "tokens": np.zeros((3, 1), int)}, "tokens is"),
-    ({"logits": np.zeros((3, 4), int)}, "logits is int64"),
+    ({"logits": np.zeros((3, 4), int)}, "logits is int64"), ({"logits": np.float32(3)}, r"positions is int64 \[0\], with 0 tokens"),
+    ({"selection.0": np.zeros((0, 4), int)}, "with 0 tokens"), ({"selection_0": np.zeros((3, 4), int)}, "only selection_0"),
     ({"selection.0": np.array([None])}, "is damaged")])
 def test_files_that_are_no_choice(tmp_path, arrays, message):
     np.savez(tmp_path / "theirs.npz", **arrays)
