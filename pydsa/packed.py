@@ -47,7 +47,7 @@ def unpack(maps, bits, k):
             raise ValueError("bits are missing")
         packed[there] = bits[at:at + n]
         at += n
-        token, key = np.nonzero(np.unpackbits(packed, axis=1, bitorder="little"))
+        token, key = np.divmod(np.flatnonzero(np.unpackbits(packed, bitorder="little").view(np.bool_)), max(1, 8 * packed.shape[1]))
         counts = np.bincount(token, minlength=len(there))
         if counts.max(initial=0) > k:
             raise ValueError("a row has too many keys")

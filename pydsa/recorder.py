@@ -69,9 +69,10 @@ class Recorder(Hook):
 
     def __init__(self, setup, caches, selection=True, routing=True, scores=False, mass=False, path=None, limit=LIMIT):
         counts(1 << 62, limit=limit)
+        routing = routing and bool(facts_of(setup, ()).expert_layers)
         wanted = {"selection": selection, "routing": routing, "scores": scores, "mass": mass}
         if not any(wanted.values()):
-            raise PydsaError("Nothing is to be recorded, expected selection, routing, scores or mass.")
+            raise PydsaError("Nothing is to be recorded, expected selection, scores or mass, or routing of a model with experts.")
         if scores and not selection:
             raise PydsaError("The scores are those of the selection: record(selection=True, scores=True).")
         if selection or mass:
@@ -90,7 +91,7 @@ class Recorder(Hook):
         self._chunks, self._n_bytes = [], 0             # positions and `kept` of all chunks
         self.recording = Recording(facts)
         self.recording._settle = self._flush
-        self._writer = None if path is None else Writer(path, facts)
+        self._path, self._writer = path, None
 
     def _arrays(self, n):
         """Empty arrays for n tokens."""
@@ -179,9 +180,10 @@ class Recorder(Hook):
         seen = self._positions is not None and len(self._positions) == n and self._positions[0] == positions[0]     # else of another step
         rows = {"positions": positions, "tokens": ids, "all_keys": not (seen and self._chose), "kept": True}
         if self._mass and not (seen and self._chose):
+            self._positions, self._parts = positions, self._parts if seen else {}
             for layer in range(self._facts.n_layer):
-                self._positions = positions
                 self._take("mass", layer, np.ones(n))
+            seen = True
         if self._fits(n):
             for name, values in rows.items():
                 self._pending[name][self._n:self._n + n] = values
@@ -190,10 +192,11 @@ class Recorder(Hook):
                 self._flush()
         else:
             self._flush()
-            for part, start in enumerate(range(0, n, CHUNK)):
-                chunk = {name: np.broadcast_to(values, n)[start:start + CHUNK].astype(self._pending[name].dtype)
-                         for name, values in rows.items()}
-                self._add(chunk | self._packed(self._parts.get(part, {}) if seen else {}, len(chunk["kept"])))
+            with interrupts_held():
+                for part, start in enumerate(range(0, n, CHUNK)):
+                    chunk = {name: np.broadcast_to(values, n)[start:start + CHUNK].astype(self._pending[name].dtype)
+                             for name, values in rows.items()}
+                    self._add(chunk | self._packed(self._parts.get(part, {}) if seen else {}, len(chunk["kept"])))
         self._parts, self._positions = {}, None
 
     def _packed(self, part, n):
@@ -214,9 +217,12 @@ class Recorder(Hook):
 
     def _flush(self):
         """Put the pending rows into a chunk."""
-        n, self._n = self._n, 0
-        if n == 0:
-            return
+        if self._n:
+            with interrupts_held():     # so that no row is lost or comes twice
+                n, self._n = self._n, 0
+                self._add(self._pending_chunk(n))
+
+    def _pending_chunk(self, n):
         part, chunk = {}, {}
         for name, rows in self._pending.items():
             if rows.ndim == 1:
@@ -228,14 +234,14 @@ class Recorder(Hook):
             if self._scores:
                 part["scores"][i] = _flat(part["scores"][i], rows)
             part["selection"][i] = packed.pack(rows, int(rows.max(initial=-1)) + 1)
-        self._add(chunk | self._packed(part, n))
+        return chunk | self._packed(part, n)
 
     def _add(self, chunk):
         """Append a chunk; the oldest leave where there is no room for them."""
+        if self._writer is not None:
+            self._writer.add(chunk)
         self._chunks.append({name: chunk[name] for name in ("positions", "kept")})
         if self._writer is not None:
-            with interrupts_held():     # half an array would damage the file
-                self._writer.add(chunk)
             return
         chunks = self.recording._chunks
         chunks.append(chunk)
@@ -248,9 +254,12 @@ class Recorder(Hook):
 
     def cut(self, n):
         """Only the first n tokens of the context remain."""
-        self._flush()
+        self._n = int(np.searchsorted(self._pending["positions"][:self._n], n))
         for chunk in self._chunks:
             chunk["kept"] &= chunk["positions"] < n
+        while self._writer is None and self._chunks and not self._chunks[-1]["kept"].any():
+            self._n_bytes -= _bytes_of(self.recording._chunks.pop())
+            del self._chunks[-1]
 
     @contextlib.contextmanager
     def running(self):
@@ -258,21 +267,24 @@ class Recorder(Hook):
 
         A file is complete at its end, whatever ends it.
         """
-        if self._writer is None:
+        if self._path is None:
             yield self.recording
             return
         self.recording._settle = self._refuse
-        with self._writer as writer:
+        with Writer(self._path, self._facts) as self._writer:
             try:
                 yield self.recording
             finally:
-                with interrupts_held():
-                    self._flush()
-                    writer.close(np.concatenate([np.empty(0, np.bool_), *(chunk["kept"] for chunk in self._chunks)]))
-                    self.recording._adopt(Reader(writer.path))
+                if not self._writer.failed:
+                    with interrupts_held():
+                        self._flush()
+                        self._writer.close(np.concatenate([np.empty(0, np.bool_), *(chunk["kept"] for chunk in self._chunks)]))
+                        self.recording._adopt(Reader(self._path))
 
     def _refuse(self):
-        raise PydsaError(f"The recording is still being written to {self._writer.path}: its arrays can be read after the `with` block.")
+        if self._writer.failed:
+            raise PydsaError(f"The recording could not be written to {self._path}: there is nothing to read.")
+        raise PydsaError(f"The recording is still being written to {self._path}: its arrays can be read after the `with` block.")
 
 
 def _flat(scores, chosen):

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from pydsa import packed
-from pydsa.errors import RecordingFileError
+from pydsa.errors import PydsaError, RecordingFileError
 from pydsa.limits import allocating
 from pydsa.plan import check_memory
 from pydsa.recording_file import Reader, Writer
@@ -70,7 +70,11 @@ class Recording:
         return self.n
 
     def __repr__(self):
-        return f"<pydsa.Recording: {self.n} tokens, {', '.join(self.facts.fields)}>"
+        try:
+            size = f"{self.n} tokens"
+        except PydsaError:
+            size = "not complete"
+        return f"<pydsa.Recording: {size}, {', '.join(self.facts.fields)}>"
 
     @property
     def n(self):

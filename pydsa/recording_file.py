@@ -94,7 +94,7 @@ class Writer:
     """
 
     def __init__(self, path, facts):
-        self.path, self._n, self._zip = Path(path), 0, None
+        self.path, self._n, self._zip, self.failed = Path(path), 0, None, False
         self._partial = self.path.with_name(self.path.name + ".part")
         with self._writing():
             self._file = open(self._partial, "wb")
@@ -122,6 +122,7 @@ class Writer:
         try:
             yield
         except (OSError, ValueError) as error:      # ValueError: a zero byte in the path
+            self.failed = True
             if self._zip is not None:
                 self._abandon()
             reason = getattr(error, "strerror", None) or error

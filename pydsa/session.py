@@ -201,9 +201,14 @@ class Session:
         """Whether something is called in the session's steps."""
         return bool(self._all_hooks)
 
+    @property
+    def _late(self):
+        """The hooks that need not be called before the end of a step."""
+        return tuple(hook for hook in self._all_hooks if hook.late)
+
     def _change_hooks(self):
         self._all_hooks = *(() if self._selector is None else (self._selector,)), *self._hooks, *self._recorders
-        self._bound = {key: bound for key, bound in self._bound.items() if not bound.late}
+        self._bound = {key: bound for key, bound in self._bound.items() if bound.late in ((), self._late)}
         self._ahead.forget()
 
     def record(self, selection=True, routing=True, scores=False, mass=False, path=None, limit=LIMIT):
@@ -266,11 +271,11 @@ class Session:
 
     def _bind(self, n_past, n_tokens, n_outputs):
         """The Bound of a step; those of repeated steps are kept."""
-        key = self._setup.schedule.variant(n_past, n_tokens, self._selector is not None), n_tokens, n_outputs
+        variant, late = self._setup.schedule.variant(n_past, n_tokens, self._selector is not None), self._late if n_tokens == 1 else ()
+        key = variant, n_tokens, n_outputs, late
         bound = self._bound.get(key)
         if bound is None:
-            late = tuple(hook for hook in self._all_hooks if hook.late) if n_tokens == 1 else ()
-            bound = self._runner.bind(key[0], self.caches, *key[1:], again=n_tokens == 1, late=late)
+            bound = self._runner.bind(variant, self.caches, n_tokens, n_outputs, again=n_tokens == 1, late=late)
             if n_tokens in (1, self._setup.n_ubatch) and n_outputs <= 1:
                 self._bound[key] = bound
         return bound

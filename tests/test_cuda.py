@@ -156,7 +156,7 @@ assert ((session.decode(ids[3]) - logits[0]) ** 2).sum() < 1e-6 * (logits[0] ** 
 
 
 def test_steps_are_recorded_and_changed(small_model):
-    """What fused and recorded steps choose is seen; a function's choice counts."""
+    """What fused and replayed steps choose is seen, and can be replaced."""
     run_python("-c", RECORDED, str(small_model(**TINY | {"type": "Q8_0", "n_layer": 1, "n_layer_dense": 0})), device="ptx")
 
 

@@ -89,6 +89,29 @@ def test_a_choice_can_be_replaced(small_model, load):
     assert ((changed - reference) ** 2).sum() < 1e-6 * (reference ** 2).sum()
 
 
+class Order(Hook):
+    """Note when after() comes."""
+
+    def __init__(self, name, notes, late):
+        self._name, self._notes, self.late = name, notes, late
+
+    def wants(self, node):
+        return node.name == self._name
+
+    def after(self, call):
+        self._notes.append(self._name)
+
+
+def test_late_hooks_wait_in_sessions_that_have_run(small_model, load):
+    """The step of one token that ran without them does not serve again."""
+    session, notes = load(small_model(n_layer=2), attention="sparse").session(), []
+    session.prefill(IDS[:20])
+    session.decode(IDS[20])
+    session.hooks = Order("indexer_top_k-0", notes, True), Order("result_output", notes, False)
+    session.decode(IDS[21])
+    assert notes == ["result_output", "indexer_top_k-0"]
+
+
 def test_progress_comes_beside_hooks(small_model, load):
     session, hook, done = load(small_model(n_layer=2), attention="sparse").session(), Choices(True), []
     session.hooks = hook,

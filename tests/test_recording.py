@@ -128,12 +128,17 @@ def test_the_oldest_tokens_leave_where_memory_is_limited(small_model, load):
             session.prefill(IDS[:16])
             assert recording.n_bytes <= 10_000
     n = recording.n_left
+    with session.record(limit=20_000) as again:     # what the session forgot takes no room
+        for _ in range(20):
+            session.truncate(20)
+            session.prefill(IDS[:32])
+    assert again.n_left == 0 and again.positions.tolist() == list(range(20, 52))
     assert 0 < n < 200 and recording.n == 256 - n and recording.positions[0] == n
     assert np.array_equal(recording.selection[1], whole.selection[1][n:]) and recording.tokens.tolist() == whole.tokens[n:].tolist()
 
 
 def test_only_complete_steps_count(small_model, load):
-    """A prompt that ends in the middle, then another in its place that makes no choice."""
+    """A prompt that ends in the middle; then one that makes no choice."""
     class Stop(Hook):
         def wants(self, node):
             return node.name == "l_out-1"
@@ -152,7 +157,7 @@ def test_only_complete_steps_count(small_model, load):
 
 
 def test_files(small_model, load, tmp_path):
-    """What is saved is read back; straight to a file, it is complete after any exception."""
+    """What is saved is read back; a file is complete after an exception."""
     session = load(small_model(n_layer=2), attention="sparse", n_ubatch=16).session()
     with pytest.raises(KeyboardInterrupt):
         with session.record(scores=True, mass=True) as recording, session.record(scores=True, mass=True, path=tmp_path / "b.npz") as direct:
@@ -172,6 +177,21 @@ def test_files(small_model, load, tmp_path):
         recording.save(tmp_path / "missing" / "a.npz")
     with pytest.raises(RecordingFileError, match="cannot be read"):
         pydsa.Recording.open(tmp_path / "none.npz")
+
+
+def test_a_full_disk(small_model, load, tmp_path, monkeypatch):
+    session = load(small_model(n_layer=2), attention="sparse", n_ubatch=16).session()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(RecordingFileError, match="cannot be written .No space left on device"):
+        with session.record(path=tmp_path / "a.npz") as recording:
+            session.prefill(IDS)
+            monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
+    monkeypatch.undo()
+    with pytest.raises(PydsaError, match="could not be written"):
+        recording.n
+    assert not list(tmp_path.iterdir()) and "not complete" in repr(recording) and not session.has_hooks
 
 
 def rewritten(source, target, change):
@@ -276,6 +296,13 @@ def test_what_cannot_be_recorded_is_one_clear_sentence(small_model, load, tmp_pa
             session.record(**options)
     with pytest.raises(PydsaError, match="With attention='dense' no keys are chosen"):
         load(small_model(n_layer=2), attention="dense").session().record()
+    without = load(small_model(n_layer=2, n_layer_dense=2), attention="sparse").session()
+    with without.record() as recording:
+        without.prefill(IDS[:20])
+    recording.save(tmp_path / "a.npz")
+    assert recording.experts is None and same(pydsa.Recording.open(tmp_path / "a.npz"), recording)
+    with pytest.raises(PydsaError, match="routing of a model with experts"):
+        without.record(selection=False)
 
 
 @pytest.mark.parametrize("n, k, n_keys", [(5, 7, 3), (3, 4, 64), (1, 300, 1000), (0, 4, 9), (9, 1, 100_000)])

@@ -32,13 +32,17 @@ def timed(run):
 def own_time():
     """A context that counts the processor time of recording: a list of seconds."""
     from pydsa.recorder import Recorder
-    seconds, before = [], {name: getattr(Recorder, name) for name in ("after", "completed")}
+    seconds, before = [], {name: getattr(Recorder, name) for name in ("after", "completed", "_flush")}
+    depth = 0
 
     def counting(function):
         def count(*args):
-            start = time.thread_time()
+            nonlocal depth
+            depth, start = depth + 1, time.thread_time()
             function(*args)
-            seconds.append(time.thread_time() - start)
+            depth -= 1
+            if depth == 0:      # not called by another one of them
+                seconds.append(time.thread_time() - start)
         return count
     try:
         for name, function in before.items():
