@@ -160,9 +160,9 @@ def check(model, text, samples=256, against=None, reference=None, save=None, pro
 
 
 def check_possible(setup, n_tokens):
-    """Raise PydsaError if a text of n_tokens cannot tell, with this model.Setup.
+    """Raise PydsaError if a text of so many tokens cannot tell anything.
 
-    That is known before any weights are read.
+    setup: a model.Setup. It is known before any weights are read.
     """
     config = setup.config
     if config.top_k is None:
