@@ -19,7 +19,7 @@ from pydsa.hooks import Hook
 from pydsa.measures import SPARSE, Probe
 from pydsa.plan import check_memory
 from pydsa.schedule import VARIANTS
-from pydsa.session import Session, check_ids
+from pydsa.session import check_ids
 from pydsa.verdicts import findings
 
 AT_ONCE = 512           # tokens of a step, whose logits of two runs are kept
@@ -190,8 +190,9 @@ def _session_with(model, progress=None, **changes):
 
     It has the weights of the model. progress(done, total, name) is called before kernels are compiled for it.
     """
-    setup = copy.copy(model.setup)
+    other, setup = copy.copy(model), copy.copy(model.setup)
     vars(setup).update(changes)
+    other.setup = setup
 
     def bind():
         caches, calls = setup.make_caches(model.backend, 1), []
@@ -200,7 +201,7 @@ def _session_with(model, progress=None, **changes):
                 calls += [call[1:] for call in model.runner.bind(name, caches, n, n).calls]
         return calls
     model.backend.compile_calls(bind, progress)
-    return Session(model.runner, setup, model.tokenizer.eog_ids)
+    return other.session()
 
 
 class _Runs:
