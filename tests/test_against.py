@@ -4,7 +4,8 @@ import pytest
 from helpers import random_ids
 
 import pydsa
-from pydsa import against, faithful
+from pydsa import faithful
+from pydsa.faithful import against
 from pydsa.backends import reference
 
 IDS = random_ids(90)        # top_k is 12

@@ -13,7 +13,7 @@ from pydsa import Sampling, selections
 from pydsa.answers import Reader, Reply
 from pydsa.cards import shown
 from pydsa.hooks import Hook
-from pydsa.model import Setup
+from pydsa.setup import Setup
 from pydsa.terminal import harmless
 from pydsa.words import card_of_a_model
 
@@ -170,6 +170,6 @@ def test_names_of_files_do_no_harm(small_model):
 
 
 def test_showing_needs_no_other_packages():
-    code = ("import sys; from pydsa.model import Setup; import pydsa; s = Setup(pydsa.DEMO); s._repr_html_(); repr(s); "
+    code = ("import sys; from pydsa.setup import Setup; import pydsa; s = Setup(pydsa.DEMO); s._repr_html_(); repr(s); "
             "print([m for m in ('rich', 'IPython', 'numba', 'matplotlib') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"

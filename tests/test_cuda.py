@@ -16,7 +16,7 @@ from rewritten import each, fused_experts, rewrite, whole_kv_b, with_factors
 
 import pydsa
 from pydsa.errors import PydsaError
-from pydsa.model import Setup
+from pydsa.setup import Setup
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")

@@ -9,12 +9,12 @@ from click.testing import CliRunner
 from helpers import random_ids
 
 import pydsa
-from pydsa import definition, faithful
-from pydsa.against import read
+from pydsa import faithful
+from pydsa.faithful import definition, read
 from pydsa.backends import reference
 from pydsa.cli import main
 from pydsa.models import deepseek2, deepseek32, glm_dsa
-from pydsa.verdicts import in_words, percent
+from pydsa.faithful.verdicts import in_words, percent
 from tests.rewritten import rewrite
 from tests.test_stored_forms import with_factors
 
@@ -266,7 +266,7 @@ def test_models_without_an_indexer_and_without_both_forms(small_model, load):
 
 
 def test_the_example_in_the_docs_runs(capsys):
-    page = Path(faithful.__file__).with_name("docs") / "faithful.md"
+    page = Path(pydsa.__file__).with_name("docs") / "faithful.md"
     example = page.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     exec(example.replace("threads=1", "device='reference'"), {})
     text = capsys.readouterr().out

@@ -17,7 +17,7 @@ from test_stored_forms import old_keys
 import pydsa
 from pydsa import DamagedWeightsError, GGUFError, ImatrixError, PydsaError, imatrix
 from pydsa.cli import main
-from pydsa.distributions import Threads
+from pydsa.quality.distributions import Threads
 from pydsa.gguf_file import open_gguf
 from pydsa.imatrix import Imatrix
 

@@ -32,7 +32,7 @@ def bench(model, n_prompt, n_gen, n_depth, repetitions, threads, threads_batch, 
     all of the memory's bandwidth.
     """
     from pydsa.bench import Bench, about, format_rows
-    from pydsa.model import ATTENTION
+    from pydsa.setup import ATTENTION
     from pydsa.options import choose
     from pydsa.plot import check_plot, save_plot
     if plot is not None:

@@ -35,10 +35,9 @@ def faithful(ctx, model, prompt, file, length, samples, n_reference, against, sa
     A text runs with the keys that the indexer chooses. Each layer is compared with the published definition, with dense attention and with
     the reference, and the report says in words what deviates and what that usually means. Ends with exit code 1 if something is wrong.
     """
-    from pydsa.against import read
-    from pydsa.faithful import check, check_possible, reference_tokens, text_ids
-    from pydsa.model import Setup
-    from pydsa.verdicts import in_words
+    from pydsa.faithful import check, check_possible, read, reference_tokens, text_ids
+    from pydsa.setup import Setup
+    from pydsa.faithful.verdicts import in_words
     if prompt is not None and file is not None:
         raise click.UsageError("Give the text with -p or with -f, not both.")
     theirs = None if against is None else read(against)

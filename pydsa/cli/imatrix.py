@@ -61,7 +61,7 @@ def imatrix(model, file, output, form, in_files, n_ctx, chunks, first, every, co
     path, settings = model or (DEMO if text is not None else None), settings | {"n_ctx": n_ctx}
     inputs, tensors, found = [] if file is None else [file.name], None, read_all(in_files, n_ctx)
     if path is not None:
-        from pydsa.model import Setup
+        from pydsa.setup import Setup
         setup = Setup(path, **settings)
         inputs, tensors = [*inputs, *setup.file.paths], {tensor.name: tensor for tensor in setup.trunk}
         if found is not None:
@@ -105,7 +105,7 @@ def _show_statistics(file, in_files, n_ctx, table):
 
 def _collect(engine, ids, output, before, ppl, **options):
     """Run the text, with progress on stderr -> the Imatrix of all of it."""
-    from pydsa.distributions import Threads
+    from pydsa.quality.distributions import Threads
     from pydsa.imatrix import Scores, collect_to_file
     done = 0
     try:

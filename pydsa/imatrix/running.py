@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 
-from pydsa.distributions import Rows
+from pydsa.quality.distributions import Rows
 from pydsa.errors import ImatrixError
 from pydsa.imatrix.collecting import collect
 from pydsa.imatrix.files import read, save

@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 
-from pydsa.choices import masks
+from pydsa.faithful.choices import masks
 from pydsa.errors import PydsaError
 from pydsa.hooks import Hook
 from pydsa.limits import allocating

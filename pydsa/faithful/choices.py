@@ -4,7 +4,7 @@ A choice is int32 [n, k], a row for each token: ascending positions of keys, and
 """
 import numpy as np
 
-from pydsa.definition import best
+from pydsa.faithful.definition import best
 
 # Scores are sums of products whose factors are rounded, to 15 bits at worst. A key within this distance of the last chosen one's score, in
 # standard deviations of the token's scores, may or may not be chosen.

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from pydsa import DEMO, load_tokenizer
-from pydsa.against import LogitsAgainst, Versus
-from pydsa.choices import TOGETHER, Tally, masks
+from pydsa.faithful.against import LogitsAgainst, Versus
+from pydsa.faithful.choices import TOGETHER, Tally, masks
 from pydsa.errors import PydsaError
 from pydsa.hooks import Hook
-from pydsa.measures import SPARSE, Probe
+from pydsa.faithful.measures import SPARSE, Probe
 from pydsa.plan import check_memory
 from pydsa.schedule import VARIANTS
 from pydsa.session import check_ids
-from pydsa.verdicts import findings
+from pydsa.faithful.verdicts import findings
 
 AT_ONCE = 512           # tokens of a step, whose logits of two runs are kept
 DECODED = TOGETHER      # tokens at the end that run one by one, as in generation
