@@ -4,7 +4,8 @@ import pytest
 from helpers import normal, rng, tensor
 
 from pydsa.backends import cpu
-from pydsa.backends.cpu.linear import DOT_TOKENS, GEMV_TOKENS, gemv_tokens_together
+from pydsa.backends.cpu.blocks.dots import DOT_TOKENS
+from pydsa.backends.cpu.linear import GEMV_TOKENS, gemv_tokens_together
 from pydsa.quants import SUPPORTED
 
 pytestmark = pytest.mark.usefixtures("one_thread")

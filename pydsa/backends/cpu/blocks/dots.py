@@ -2,11 +2,13 @@
 from pydsa.backends.cpu.blocks.block import SCALES, SUPERBLOCK, inverse
 from pydsa.backends.cpu.jit import inline, inner
 from pydsa.backends.cpu.lanes import first_quarter, last_quarter, lower_half, row_sums, second_quarter, spread, third_quarter, upper_half
-from pydsa.backends.cpu.simd import (as_int8, as_int16, dot, dot_add, float_at, i64_at, join, load_4_floats, load_int16, multiply_add,
-                                     prefetch, signed_high_bytes, stack_memory, store, to_floats)
+from pydsa.backends.cpu.simd import (LANES, as_int8, as_int16, dot, dot_add, float_at, i64_at, join, load_4_floats, load_int16,
+                                     multiply_add, prefetch, signed_high_bytes, stack_memory, store, to_floats)
 
 
 AHEAD = 4096    # prefetch distance in bytes, more than the hardware's own prefetch
+# The most tokens for which blocks are decoded once: their sums have registers. Six tokens are faster as four and two, seven as eight.
+DOT_TOKENS, MOST_BY_FOUR = (8, 6) if LANES == 16 else (4, 4)
 
 
 @inline
@@ -44,17 +46,24 @@ def dot_rows(add, total, init, block_bytes, step, rows, n_rows, n, x_at, n_token
     """Compute a type's dot: out[t][r] = row r . x[t] for n_rows rows of n blocks.
 
     For each row and token: sums = init; sums = add(sums, row, i, n, x[t]) for i = 0, step, ... < n; out[t][r] = total(sums). x_at and
-    out_at hold the addresses of the n_tokens tokens and, less `offset`, of their outputs. Blocks are decoded once for four tokens: the
-    compiler finds that `add` does it alike for each. A token's products are the same, bit for bit, whichever others there are.
+    out_at hold the addresses of the n_tokens tokens and, less `offset`, of their outputs. Blocks are decoded once for up to DOT_TOKENS
+    tokens: the compiler finds that `add` does it alike for each. A token's products are the same, bit for bit, whichever others there are.
     """
-    for t in range(0, n_tokens, 4):
-        if n_tokens - t == 1:
-            dot_one(add, total, init, block_bytes, step, rows, n_rows, n, i64_at(x_at, 8 * t), i64_at(out_at, 8 * t) + offset)
-        elif n_tokens - t == 2:
-            dot_two(add, total, init, block_bytes, step, rows, n_rows, n, x_at + 8 * t, out_at + 8 * t, offset)
-        else:       # three are four, of which two are the same
-            last = 8 * min(3, n_tokens - t - 1)
-            dot_four(add, total, init, block_bytes, step, rows, n_rows, n, x_at + 8 * t, out_at + 8 * t, last, offset)
+    t = 0
+    while t < n_tokens:
+        x, out, left = x_at + 8 * t, out_at + 8 * t, n_tokens - t
+        if left == 1:
+            dot_one(add, total, init, block_bytes, step, rows, n_rows, n, i64_at(x, 0), i64_at(out, 0) + offset)
+            t += 1
+        elif left == 2:
+            dot_two(add, total, init, block_bytes, step, rows, n_rows, n, x, out, offset)
+            t += 2
+        elif left <= MOST_BY_FOUR:      # three are four, of which two are the same
+            dot_four(add, total, init, block_bytes, step, rows, n_rows, n, x, out, 8 * min(3, left - 1), offset)
+            t += 4
+        else:
+            dot_most(add, total, init, block_bytes, step, rows, n_rows, n, x, out, 8 * min(DOT_TOKENS, left) - 8, offset)
+            t += DOT_TOKENS
 
 
 @inline
@@ -137,6 +146,40 @@ def dot_four(add, total, init, block_bytes, step, rows, n_rows, n, x_at, out_at,
             store_sum(others_b, total(other_b), r, n_rows - half, out_b + 4 * half)
             store_sum(others_c, total(other_c), r, n_rows - half, out_c + 4 * half)
             store_sum(others_d, total(other_d), r, n_rows - half, out_d + 4 * half)
+
+
+@inline
+def dot_eight(add, total, init, block_bytes, step, rows, n_rows, n, x_at, out_at, last, offset):
+    """Multiply rows with eight tokens, row by row: registers hold the sums and the weights of one.
+
+    last: where the eighth token is in the tables.
+    """
+    buffer_a, buffer_b, buffer_c, buffer_d = stack_memory(), stack_memory(), stack_memory(), stack_memory()
+    buffer_e, buffer_f, buffer_g, buffer_h = stack_memory(), stack_memory(), stack_memory(), stack_memory()
+    a, b, c, d = i64_at(x_at, 0), i64_at(x_at, 8), i64_at(x_at, 16), i64_at(x_at, 24)
+    e, f, g, h = i64_at(x_at, 32), i64_at(x_at, 40), i64_at(x_at, 48), i64_at(x_at, last)
+    row_bytes = n * block_bytes
+    fetch_first(rows, n_rows * row_bytes)
+    for r in range(n_rows):
+        sums_a, sums_b, sums_c, sums_d, row = init, init, init, init, rows + r * row_bytes
+        sums_e, sums_f, sums_g, sums_h = init, init, init, init
+        for i in range(0, n, step):
+            fetch_ahead(row + i * block_bytes, step * block_bytes)
+            sums_a, sums_b = add(sums_a, row, i, n, a), add(sums_b, row, i, n, b)
+            sums_c, sums_d = add(sums_c, row, i, n, c), add(sums_d, row, i, n, d)
+            sums_e, sums_f = add(sums_e, row, i, n, e), add(sums_f, row, i, n, f)
+            sums_g, sums_h = add(sums_g, row, i, n, g), add(sums_h, row, i, n, h)
+        store_sum(buffer_a, total(sums_a), r, n_rows, i64_at(out_at, 0) + offset)
+        store_sum(buffer_b, total(sums_b), r, n_rows, i64_at(out_at, 8) + offset)
+        store_sum(buffer_c, total(sums_c), r, n_rows, i64_at(out_at, 16) + offset)
+        store_sum(buffer_d, total(sums_d), r, n_rows, i64_at(out_at, 24) + offset)
+        store_sum(buffer_e, total(sums_e), r, n_rows, i64_at(out_at, 32) + offset)
+        store_sum(buffer_f, total(sums_f), r, n_rows, i64_at(out_at, 40) + offset)
+        store_sum(buffer_g, total(sums_g), r, n_rows, i64_at(out_at, 48) + offset)
+        store_sum(buffer_h, total(sums_h), r, n_rows, i64_at(out_at, last) + offset)
+
+
+dot_most = dot_eight if DOT_TOKENS == 8 else dot_four
 
 
 @inline
