@@ -94,12 +94,12 @@ def gemv_tokens_together(n_in):
 
 
 @inner
-def dot_tokens(n_in):
-    """Count the tokens for which blocks are decoded once: up to DOT_TOKENS.
+def dot_tokens(w, n_in):
+    """Count the tokens for which blocks are decoded once, at most.
 
     Four of long rows: two rows at a time share their activations, which more tokens would have to fetch from a second-level cache.
     """
-    return DOT_TOKENS if DOT_TOKENS * rounded_bytes(n_in) <= DOT_BYTES else min(4, DOT_TOKENS)
+    return DOT_TOKENS if w.block > 32 and DOT_TOKENS * rounded_bytes(n_in) <= DOT_BYTES else 4
 
 
 @inner
@@ -109,7 +109,7 @@ def gemv_rows(w, rows, n_rows, n_in, x_at, n_tokens, out_at):
     n_rows rows at an address. A few rows at a time are multiplied with some tokens, so that both are read from caches but once.
     """
     n, row_bytes, most = n_in // w.block, n_in // w.block * w.block_bytes, gemv_tokens_together(n_in)
-    together = dot_tokens(n_in)
+    together = dot_tokens(w, n_in)
     batch = n_rows if n_tokens <= together else max(1, GEMV_BYTES // (GEMV_ROWS * row_bytes)) * GEMV_ROWS
     for first in range(0, n_tokens, most):
         for r in range(0, n_rows, batch):

@@ -7,8 +7,6 @@ from pydsa.backends.cpu.simd import (LANES, as_int8, as_int16, dot, dot_add, flo
 
 
 AHEAD = 4096    # prefetch distance in bytes, more than the hardware's own prefetch
-# The most tokens for which blocks are decoded once: their sums have registers. Six tokens are faster as four and two, seven as eight.
-DOT_TOKENS, MOST_BY_FOUR = (8, 6) if LANES == 16 else (4, 4)
 
 
 @inline
@@ -46,24 +44,36 @@ def dot_rows(add, total, init, block_bytes, step, rows, n_rows, n, x_at, n_token
     """Compute a type's dot: out[t][r] = row r . x[t] for n_rows rows of n blocks.
 
     For each row and token: sums = init; sums = add(sums, row, i, n, x[t]) for i = 0, step, ... < n; out[t][r] = total(sums). x_at and
-    out_at hold the addresses of the n_tokens tokens and, less `offset`, of their outputs. Blocks are decoded once for up to DOT_TOKENS
-    tokens: the compiler finds that `add` does it alike for each. A token's products are the same, bit for bit, whichever others there are.
+    out_at hold the addresses of the n_tokens tokens and, less `offset`, of their outputs. Blocks are decoded once for four tokens: the
+    compiler finds that `add` does it alike for each. A token's products are the same, bit for bit, whichever others there are.
+    """
+    for t in range(0, n_tokens, 4):
+        if n_tokens - t == 1:
+            dot_one(add, total, init, block_bytes, step, rows, n_rows, n, i64_at(x_at, 8 * t), i64_at(out_at, 8 * t) + offset)
+        elif n_tokens - t == 2:
+            dot_two(add, total, init, block_bytes, step, rows, n_rows, n, x_at + 8 * t, out_at + 8 * t, offset)
+        else:       # three are four, of which two are the same
+            last = 8 * min(3, n_tokens - t - 1)
+            dot_four(add, total, init, block_bytes, step, rows, n_rows, n, x_at + 8 * t, out_at + 8 * t, last, offset)
+
+
+@inline
+def dot_rows_by_eight(add, total, init, block_bytes, step, rows, n_rows, n, x_at, n_tokens, out_at, offset):
+    """Do what dot_rows does, and decode blocks once for eight tokens.
+
+    Seven are eight, six are faster as four and two.
     """
     t = 0
-    while t < n_tokens:
-        x, out, left = x_at + 8 * t, out_at + 8 * t, n_tokens - t
-        if left == 1:
-            dot_one(add, total, init, block_bytes, step, rows, n_rows, n, i64_at(x, 0), i64_at(out, 0) + offset)
-            t += 1
-        elif left == 2:
-            dot_two(add, total, init, block_bytes, step, rows, n_rows, n, x, out, offset)
-            t += 2
-        elif left <= MOST_BY_FOUR:      # three are four, of which two are the same
-            dot_four(add, total, init, block_bytes, step, rows, n_rows, n, x, out, 8 * min(3, left - 1), offset)
-            t += 4
-        else:
-            dot_most(add, total, init, block_bytes, step, rows, n_rows, n, x, out, 8 * min(DOT_TOKENS, left) - 8, offset)
-            t += DOT_TOKENS
+    while n_tokens - t > 6:
+        last = 8 * min(7, n_tokens - t - 1)
+        dot_eight(add, total, init, block_bytes, step, rows, n_rows, n, x_at + 8 * t, out_at + 8 * t, last, offset)
+        t += 8
+    dot_rows(add, total, init, block_bytes, step, rows, n_rows, n, x_at + 8 * t, n_tokens - t, out_at + 8 * t, offset)
+
+
+# With 32 registers eight tokens are faster for all types but those with blocks of 32
+DOT_TOKENS = 8 if LANES == 16 else 4        # the most tokens for which larger blocks are decoded once
+dot_large = dot_rows_by_eight if DOT_TOKENS == 8 else dot_rows
 
 
 @inline
@@ -177,9 +187,6 @@ def dot_eight(add, total, init, block_bytes, step, rows, n_rows, n, x_at, out_at
         store_sum(buffer_f, total(sums_f), r, n_rows, i64_at(out_at, 40) + offset)
         store_sum(buffer_g, total(sums_g), r, n_rows, i64_at(out_at, 48) + offset)
         store_sum(buffer_h, total(sums_h), r, n_rows, i64_at(out_at, last) + offset)
-
-
-dot_most = dot_eight if DOT_TOKENS == 8 else dot_four
 
 
 @inline
