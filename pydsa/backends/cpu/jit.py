@@ -37,7 +37,7 @@ from pydsa.signals import interrupts_held
 
 HERE = Path(__file__).parent
 FIRST_LEVEL_CACHE, SECOND_LEVEL_CACHE = cache_of_core(1), cache_of_core(2)      # bytes for a core, by which kernels size their work
-llvm.initialize_native_asmparser()      # for the one instruction that is given as text (simd.py)
+llvm.initialize_native_asmparser()      # for instructions that are given as text (simd.py, lanes.py, codes.py)
 
 
 def cpu_features():
