@@ -143,10 +143,13 @@ class Sampler:
         """
         sampling = self.sampling
         logits = self._penalize(self._bias(self._only(np.asarray(logits), allowed)), history)
-        greatest = logits.max()         # NaN, if there is any
+        likeliest = int(logits.argmax())        # of equal logits the lowest index; of a NaN, if there is any
+        greatest = logits[likeliest]
+        if greatest == -math.inf and self._biased.size:     # the logits themselves were checked
+            raise PydsaError("logit_bias bans every token that the model can pick, expected one to be left")
         self.check(greatest)
         if sampling.temperature == 0:
-            return int(np.argmax(logits))       # of equal logits the lowest index
+            return likeliest
         ids = top_k(logits, sampling.top_k)
         ids = ids[:_n_top_p(_softmax(logits[ids]), sampling.top_p)]
         if sampling.min_p > 0:
@@ -196,8 +199,6 @@ class Sampler:
         self.check(logits.max())            # damaged logits, before a ban can hide them
         logits = logits.astype(np.float64)
         logits[self._biased] += self._biases
-        if logits.max() == -math.inf:
-            raise PydsaError("logit_bias bans every token that the model can pick, expected one to be left")
         return logits
 
     def _penalize(self, logits, history):
@@ -253,9 +254,11 @@ def _least(logits, k):
 
 
 def _softmax(logits, temperature=1.0):
-    """The softmax exp((l - max l) / t) / sum, float64 [n], for l[0] = max l."""
-    with np.errstate(over="ignore"):        # a temperature near 0 can scale to -inf
-        weights = np.exp((logits.astype(np.float64) - logits[0]) / temperature)
+    """The softmax exp((l - max l) / t) / sum, float64 [n], for l[0] = max l.
+
+    Temperatures below 1e-200 are the same as that: the quotients stay finite, and floats that differ do so by more.
+    """
+    weights = np.exp((logits.astype(np.float64) - logits[0]) / max(temperature, 1e-200))
     return weights / weights.sum()
 
 
