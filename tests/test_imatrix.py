@@ -254,6 +254,38 @@ def test_damaged_files(tmp_path, tensors, message):
         imatrix.read(gguf_of(tmp_path, tensors))
 
 
+def test_what_a_file_cannot_hold(tmp_path):
+    for total, count, message in ((1.0, 2**52, "chunks of 512 tokens, expected at most"), (1e39, 512, "not finite in float32")):
+        for form in ("gguf", "dat"):
+            with pytest.raises(ImatrixError, match=message):
+                imatrix.save(Imatrix({"a": np.array([total])}, {"a": np.array([count])}), tmp_path / "made", form)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("part", ["in_sum2", "counts"])
+def test_signalling_nan(tmp_path, part):
+    """It is no number, as NaN of the other kind, and no reason for a warning."""
+    nan = np.array([0x7f800001], np.uint32).view(np.float32)
+    with pytest.raises(ImatrixError, match="not finite numbers|counts that are not"):
+        imatrix.read(gguf_of(tmp_path, {"a.in_sum2": [1], "a.counts": [1]} | {f"a.{part}": nan}))
+
+
+def test_only_files_are_replaced(tmp_path):
+    """Not a pipe or a device; and the file that a link leads to."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    found = Imatrix({"a": np.ones(2)}, {"a": np.array([512])})
+    for path, message in ((tmp_path / "pipe", "no regular file"), (os.devnull, "no regular file"), ("", "is empty"), (".", "a directory")):
+        for write in (imatrix.check_target, lambda path: imatrix.save(found, path)):
+            with pytest.raises(ImatrixError, match=message):
+                write(path)
+    for _ in range(2):
+        imatrix.save(found, tmp_path / "link")
+    assert sorted(os.listdir(tmp_path)) == ["file", "link", "pipe"] and (tmp_path / "link").is_symlink() and (tmp_path / "pipe").is_fifo()
+    assert imatrix.read(tmp_path / "file").chunks == 1
+
+
 def test_files_that_are_something_else(tmp_path):
     (tmp_path / "empty").touch()
     (tmp_path / "text").write_text("no imatrix, but a text which is long enough")

@@ -1,5 +1,6 @@
 """Files of log-probabilities: llama.cpp's, read and written, pydsa's own, and damaged ones."""
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,8 @@ def test_files_of_something_else(model, load, tmp_path):
 def test_files_that_cannot_be_written(model, tmp_path, monkeypatch):
     with pytest.raises(LogitsFileError, match="cannot be written"):
         write(model, tmp_path / "missing" / "base")
+    with pytest.raises(LogitsFileError, match="this is no regular file"):
+        write(model, os.devnull)
     monkeypatch.setattr("pydsa.quality.logits_file.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(LogitsFileError, match="of the disk are free"):
         write(model, tmp_path / "base")

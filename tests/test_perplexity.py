@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from helpers import random_ids
 
 import pydsa
-from pydsa import PydsaError, quality, selections
+from pydsa import PydsaError, selections
 from pydsa.cli import main
 from pydsa.quality.distributions import LikeliestRows, Rows, Threads
 from pydsa.hooks import Hook
@@ -93,7 +93,7 @@ def test_windows_by_the_formula():
 
 def test_steps_have_few_rows_of_logits(monkeypatch):
     """However long a chunk is: here two rows of three values."""
-    monkeypatch.setattr(quality, "ROWS_BYTES", 24)
+    monkeypatch.setattr("pydsa.quality.measurement.ROWS_BYTES", 24)
     session = Scripted()
     result = pydsa.perplexity(session, IDS, n_ctx=20)
     assert session.steps == [12, 2, 2, 2, 1] * 2
@@ -258,6 +258,7 @@ def test_command(load, tmp_path):
     assert [(row["attention"], row["top_k"], row["n_chosen"]) for row in rows] == [
         ("dense", None, 0), ("sparse", 128, 510), ("sparse", 600, 0)]
     assert rows[2]["kl"] < 1e-4 < 1e-3 < rows[1]["kl"] and rows[0]["ppl"] == pytest.approx(rows[2]["ppl"], rel=1e-3)
+    assert len(json.loads(command(*options[:4], "-c", 64, "--kv-type", "i8,q8_0", "-o", "json").stdout)) == 1     # the same type
     assert "[2]" in result.stderr and "none has more keys than the top_k of 600" in result.stderr
     whole = pydsa.perplexity(load(pydsa.DEMO, n_ctx=512), TEXT, n_chunks=2)
     base = tmp_path / "base"

@@ -98,7 +98,8 @@ def _combinations(settings):
 
     def several(name, choices):
         text = settings.pop(name)
-        return [None] if text is None else [choose(name, part.strip(), choices) for part in text.split(",")]
+        chosen = [None] if text is None else [choose(name, part.strip(), choices) for part in text.split(",")]
+        return [CACHE_ALIASES.get(part, part) for part in chosen]
     caches = (*CACHE_TYPES, *CACHE_ALIASES)
     top_k = settings.pop("dsa_top_k")
     lists = (several("attention", ATTENTION), [None] if top_k is None else comma_numbers("--dsa-top-k", top_k),

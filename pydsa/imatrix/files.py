@@ -18,6 +18,7 @@ from pydsa.imatrix.matrix import Imatrix
 SUMS, COUNTS = ".in_sum2", ".counts"
 FORMS = ("gguf", "dat")
 CHUNK = 512         # tokens of a chunk where a file does not say
+MOST_CHUNKS = 2**31 - 2     # a .dat has one more where the last is begun, in an int32
 
 
 def read(path, chunk_size=CHUNK):
@@ -54,13 +55,19 @@ def _from_gguf(file: GGUFFile):
     for name in sums:
         if {sums[name].type, counts[name].type} != {"F32"}:
             raise ImatrixError(f"{metadata.path}: {quote(name)} has {sums[name].type} and {counts[name].type} values, expected F32.")
-        found.sums[name] = sums[name].data.reshape(-1).view("<f4").astype(np.float64)
-        n = counts[name].data.reshape(-1).view("<f4")
+        found.sums[name] = _float64(sums[name].data)
+        n = _float64(counts[name].data)
         if not (n >= 0).all() or not (n < 2**53).all():
             raise ImatrixError(f"{metadata.path}: {quote(name)} has counts that are not numbers from 0 on: the file is damaged.")
         found.counts[name] = np.rint(n).astype(np.int64)
         _check(metadata.path, name, found.sums[name], found.counts[name])
     return found
+
+
+def _float64(data):
+    """The float32 numbers that bytes are, as float64."""
+    with np.errstate(invalid="ignore"):     # a signalling NaN
+        return data.reshape(-1).view("<f4").astype(np.float64)
 
 
 def _check(path, name, sums, counts):
@@ -105,7 +112,7 @@ class _Legacy:
             name = self._text(f"the name of entry {i}", 1)
             calls = self._number(f"the number of chunks of {quote(name)}", 1)
             n = self._number(f"the number of values of {quote(name)}", 1)
-            values = self._take(4 * n, f"the values of {quote(name)}").copy().view("<f4").astype(np.float64)
+            values = _float64(self._take(4 * n, f"the values of {quote(name)}").copy())
             if name in found.sums:
                 raise ImatrixError(f"{self._path}: {quote(name)} is there twice, expected it once.")
             found.sums[name], found.counts[name] = values * chunk_size, np.array([calls * chunk_size])
@@ -121,11 +128,8 @@ def check_target(path, inputs=()):
 
     inputs: paths that it must not replace.
     """
-    path = Path(os.path.expanduser(path))
-    partial = path.with_name(path.name + ".part")
     try:
-        if path.is_dir():
-            raise ImatrixError(f"{path}: this is a directory, expected the name of a file for the imatrix.")
+        path, partial = _target(path)
         for other in inputs:
             if path.exists() and os.path.exists(other) and os.path.samefile(path, other):
                 raise ImatrixError(f"{path}: the imatrix would replace {other}, which is read: give it another name.")
@@ -133,6 +137,23 @@ def check_target(path, inputs=()):
         partial.unlink(missing_ok=True)
     except (OSError, ValueError) as error:      # ValueError: a zero byte in the path
         raise ImatrixError(f"{path}: the imatrix cannot be written ({getattr(error, 'strerror', error)}).") from error
+
+
+def _target(path):
+    """The file that a path leads to, and its name until it is complete.
+
+    Raises ImatrixError if something else is there, such as a pipe, which a file would replace.
+    """
+    if not os.fspath(path):
+        raise ImatrixError("The name of the imatrix is empty, expected that of a file.")
+    path = Path(os.path.expanduser(path))
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise ImatrixError(f"{path}: this is a directory, expected the name of a file for the imatrix.")
+    if path.exists() and not path.is_file():
+        raise ImatrixError(f"{path}: this is no regular file, expected the name of a file for the imatrix.")
+    return path, path.with_name(path.name + ".part")
 
 
 def save(imatrix, path, form="gguf"):
@@ -143,12 +164,18 @@ def save(imatrix, path, form="gguf"):
     """
     if form not in FORMS:
         raise ImatrixError(f"The form of the imatrix is {form!r}, expected one of {', '.join(FORMS)}.")
-    path = Path(os.path.expanduser(path))
-    partial = path.with_name(path.name + ".part")
+    if imatrix.chunks > MOST_CHUNKS:
+        raise ImatrixError(f"The imatrix has {imatrix.chunks} chunks of {imatrix.chunk_size} tokens, expected at most "
+                           f"{MOST_CHUNKS}, the most that a file can say.")
     try:
+        path, partial = _target(path)
         try:
-            {"gguf": _write_gguf, "dat": _write_legacy}[form](imatrix, partial)
+            with np.errstate(over="raise"):
+                {"gguf": _write_gguf, "dat": _write_legacy}[form](imatrix, partial)
             os.replace(partial, path)
+        except FloatingPointError:
+            partial.unlink(missing_ok=True)
+            raise ImatrixError(f"{path}: the imatrix has sums that are not finite in float32, the numbers of its file.") from None
         except BaseException:
             with contextlib.suppress(OSError, ValueError):
                 partial.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ import numpy as np
 
 from pydsa.quality.distributions import LikeliestRows, SteppedRows
 from pydsa.errors import LogitsFileError
+from pydsa.words import size
 
 LLAMA_CPP, OWN = b"_logits_", b"pydsa log-probabilities 1\n"
 MAX_HEADER = 1 << 16        # bytes
@@ -177,10 +178,12 @@ class _Writer:
         self.path, self._partial = Path(path), Path(f"{path}.part")
         self._chunks, self._n_vocab, self._n_complete, self.kept = chunks, n_vocab, 0, 0
         with _system_errors(path, "written"):
+            if self.path.exists() and not self.path.is_file():
+                raise LogitsFileError(f"{path}: this is no regular file, expected the name of a file for the log-probabilities.")
             wanted, free = len(chunks) * self._chunk_bytes(), shutil.disk_usage(self._partial.parent).free
         if wanted > free:
-            raise LogitsFileError(f"{path}: the log-probabilities take {wanted / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of the disk "
-                                  "are free; take fewer --chunks, or --top-logits.")
+            raise LogitsFileError(f"{path}: the log-probabilities take {size(wanted)}, but {size(free)} of the disk are free; take fewer "
+                                  "--chunks, or --top-logits.")
         with _system_errors(path, "written"):
             self._file = open(self._partial, "wb")
             self._file.write(self._header())
