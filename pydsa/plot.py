@@ -94,7 +94,8 @@ def _speeds(rows, axes, name, key):
             axes.vlines(depths, [row["avg_ts"] - row["stddev_ts"] for row in line],
                         [row["avg_ts"] + row["stddev_ts"] for row in line], color=colours[mode], linewidth=1)
             if all(row["limit_ts"] is not None for row in line):
-                limits += axes.plot(depths, [row["limit_ts"] for row in line], color=colours[mode], linestyle="--", linewidth=1)
+                limits += axes.plot(depths, [row["limit_ts"] for row in line], color=colours[mode], linestyle="--", linewidth=1,
+                                    marker="_" if len(line) == 1 else None, markersize=24)      # a line of one depth has no length
     tokens = f" of {lengths[0]} tokens" if len(lengths) == 1 else ""
     axes.set(title=f"{name}{tokens}", xlabel="depth (tokens already in the context)", ylabel="speed (tokens per second)")
     axes.set_xticks(_labelled(sorted({row["n_depth"] for row in rows})))

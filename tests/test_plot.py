@@ -58,6 +58,8 @@ def test_lines_hold_the_numbers_of_the_rows():
     assert colours[0] == colours[1] != colours[2] == colours[3]
     assert [text.get_text() for text in prompt.get_legend().get_texts()] == ["sparse", "masked"]
     assert [text.get_text() for text in generation.get_legend().get_texts()][2:] == ["limit of the memory's bandwidth"]
+    [alone] = plot.draw(ROWS[0], [row("auto", 0, 8, 0, 5.0, 9.0)]).axes
+    assert [line.get_marker() for line in generation.lines[1::2]] == ["None", "None"] and alone.lines[1].get_marker() == "_"
     for axes in (prompt, generation):
         assert axes.get_ylim()[0] == 0 and "tokens" in axes.get_xlabel() and "tokens per second" in axes.get_ylabel()
 
