@@ -33,6 +33,10 @@ class SessionFileError(PydsaError):
     """A session file is damaged, or belongs to another model or cache type."""
 
 
+class LogitsFileError(PydsaError):
+    """A file of log-probabilities is damaged, or of another model or text."""
+
+
 class RecordingFileError(PydsaError):
     """A recording's file is damaged, or cannot be read or written."""
 

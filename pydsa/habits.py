@@ -5,7 +5,6 @@ Those that mean something here work; the others end with one sentence that says 
 import click
 
 ONE_DEVICE = "a model runs on one device as a whole; leave it out, or use --device for a GPU."
-MAPPED = "weights are read from the mapped file, and the system keeps them in memory while there is room; leave it out."
 INSTEAD = {
     ("-ngl", "--gpu-layers", "--n-gpu-layers"): ONE_DEVICE,
     ("-ot", "--override-tensor", "-cmoe", "--cpu-moe", "-ncmoe", "--n-cpu-moe", "-sm", "--split-mode", "-ts", "--tensor-split",
@@ -13,7 +12,7 @@ INSTEAD = {
     ("-nkvo", "--no-kv-offload", "-kvo", "--kv-offload"): ONE_DEVICE,
     ("-dev",): "use --device.",
     ("-fa", "--flash-attn"): "attention never holds its whole matrix, so there is nothing to turn on; leave it out.",
-    ("--mlock", "--mmap", "--no-mmap", "-mmp"): MAPPED,
+    ("-mmp",): "use --no-mmap, to read the weights into memory.",
     ("-b", "--batch-size"): "use -ub, the tokens of a prompt that run together.",
     ("-ctk", "--cache-type-k", "-ctv", "--cache-type-v"): "use --kv-type, the type of the latents that keys and values are made of.",
     ("-hf", "-hfr", "--hf-repo", "-mu", "--model-url"): "download the file, and name it.",

@@ -4,7 +4,6 @@ A Setup says what running the file needs: configuration, schedule, graphs and me
 backend.
 """
 import collections
-import collections.abc
 import functools
 import hashlib
 import math
@@ -15,7 +14,7 @@ import warnings
 import numpy as np
 
 from pydsa.answers import Reader
-from pydsa.backends.devices import DEVICES, check_reproducible
+from pydsa.backends.devices import DEVICES, check_reproducible, check_residence
 from pydsa.cache import VectorCache, choose_cache_type
 from pydsa.chat import chat_prompt, thinking_note
 from pydsa.check import warn_of_gaps
@@ -35,7 +34,8 @@ from pydsa.override import check_all_read, override
 from pydsa.plan import Runner, check_memory, lay_out
 from pydsa.quants import cache_row_bytes
 from pydsa.recorder import record
-from pydsa.sampling import Sampling
+from pydsa.residence import copied, lock
+from pydsa.sampling import sampling_of
 from pydsa.schedule import VARIANTS, Schedule
 from pydsa.session import Session, check_ids, check_max_tokens
 from pydsa.signals import interrupts_held
@@ -56,10 +56,11 @@ class Setup:
     """
 
     def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,
-                 n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None, reproducible=False):
+                 n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None, reproducible=False, mmap=True, mlock=False):
         self.device_name = choose("device", device, DEVICES)
         self.device = DEVICES[device]
         self.reproducible = check_reproducible(device, reproducible)
+        self.mmap, self.mlock = check_residence(device, mmap, mlock)
         self.kv_type = choose_cache_type("kv_type", kv_type)
         self.index_type = choose_cache_type("index_type", index_type or ("f32" if kv_type == "f32" else "i8"))
         self.attention = choose("attention", attention, ATTENTION)
@@ -228,15 +229,16 @@ class Setup:
     @property
     def mapped_bytes(self):
         """Bytes of the weights that are read from the mapped file."""
-        return self.device.weights(self.weights.used.values())[0]
+        return self.device.weights(self.weights.used.values())[0] if self.mmap else 0
 
     @property
     def copied_bytes(self):
         """Bytes of the weights that the backend copies.
 
-        The CPU copies vectors, a GPU all blocks, and the reference everything, as float32.
+        The CPU copies vectors, a GPU all blocks, and the reference everything, as float32. Without mmap matrices are copied too.
         """
-        return self.device.weights(self.weights.used.values())[1]
+        mapped, copies = self.device.weights(self.weights.used.values())
+        return copies if self.mmap else mapped + copies
 
     @property
     def total_bytes(self):
@@ -272,13 +274,16 @@ class Model:
 
     def _read_weights(self, progress):
         """Give all weights to the backend; copies to a GPU report progress."""
-        tensors = list(self.setup.weights.used.values())
+        setup = self.setup
+        tensors = list(setup.weights.used.values())
         for i, tensor in enumerate(tensors):
-            if progress is not None and self.setup.device.copies_blocks:
+            if progress is not None and (setup.device.copies_blocks or not setup.mmap):
                 progress(i, len(tensors), tensor.name)
-            if self.setup.device.copies_blocks:
+            if setup.device.copies_blocks:
                 refuse_hidden(tensor, self.metadata.path)
-            self.runner.read(tensor)
+            self.runner.read(tensor if setup.mmap else copied(tensor))
+        if setup.mlock:
+            lock([self.runner.weight(tensor).data for tensor in tensors if len(tensor.shape) > 1])
 
     def _compile(self, progress):
         """Compile every kernel that a step can need."""
@@ -310,7 +315,7 @@ class Model:
 
         Raises OutOfMemoryError if its caches do not fit in memory.
         """
-        return Session(self.runner, self.setup, self.tokenizer.eog_ids)
+        return Session(self.runner, self.setup, self.tokenizer)
 
     def tokenize(self, text, add_bos=None, parse_special=False):
         """Text -> token ids, a list of int.
@@ -350,7 +355,7 @@ class Model:
         sampling: fields of Sampling; logit_bias may also have texts as keys, and then holds for each of a text's tokens. Raises PydsaError
         for options or ids that are not valid, and ContextFullError when the context is full.
         """
-        sampling, reader = self._sampling(sampling), Reader(self.tokenizer, stop)
+        sampling, reader = sampling_of(sampling, self.tokenizer, self.config.n_vocab), Reader(self.tokenizer, stop)
         check_max_tokens(max_tokens)
         ids = check_ids(self.tokenize(prompt) if isinstance(prompt, str) else prompt, self.config.n_vocab)
         constraint = constraint_for(self.tokenizer, json_schema=json_schema, grammar=grammar)
@@ -374,7 +379,7 @@ class Model:
         "required" or {"name": ...}, by which calls follow the tools' schemas (tool_grammars.tools); None: nothing is restricted.
         progress(done, total) is called while the prompt runs, with tokens. Raises the errors of encode_chat and of generate().
         """
-        sampling = self._sampling(sampling)
+        sampling = sampling_of(sampling, self.tokenizer, self.config.n_vocab)
         check_max_tokens(max_tokens)
         prompt = chat_prompt(self.tokenizer, messages, thinking=thinking, tools=tools, template=template)
         note = thinking_note(self.tokenizer, thinking, template)
@@ -392,21 +397,6 @@ class Model:
         """
         return self.chat(messages, max_tokens, **options).finish()
 
-    def _sampling(self, options):
-        """The Sampling with these options, where logit_bias may have texts."""
-        bias = options.get("logit_bias")
-        if isinstance(bias, collections.abc.Mapping):
-            ids = {}
-            for token, value in bias.items():
-                tokens = self.tokenize(token, add_bos=False, parse_special=True) if isinstance(token, str) else [token]
-                if not tokens:
-                    raise PydsaError("logit_bias has an empty text, expected texts of tokens, or token ids.")
-                ids |= dict.fromkeys(tokens, value)
-            options = options | {"logit_bias": ids}
-        sampling = Sampling(**options)
-        sampling.check_vocabulary(self.config.n_vocab)      # before a long prompt is read
-        return sampling
-
     def _answer(self, ids, max_tokens, sampling, progress, constraint):
         """Yield the ids after a whole context, with the last chat's session."""
         try:
@@ -420,7 +410,7 @@ class Model:
 
 
 def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=DEFAULT_N_UBATCH,
-         progress=None, index_type=None, override_kv=None, threads_batch=None, reproducible=False):
+         progress=None, index_type=None, override_kv=None, threads_batch=None, reproducible=False, mmap=True, mlock=False):
     """Open a GGUF file and make it ready to run -> Model.
 
     path: the file, or its first part if it is split.
@@ -432,17 +422,20 @@ def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention=
     attention: "auto" (exact dense attention while the context is no longer than top_k, sparse beyond), "sparse", "masked", "dense".
     dsa_top_k: keys that a token attends to; None: the file's number.
     n_ubatch: tokens of a prompt that run together (2048); fewer take less memory.
-    progress(done, total, name): called while kernels are compiled, and while weights are copied to a GPU.
+    progress(done, total, name): called while kernels are compiled, and while weights are copied.
     index_type: type of the indexer's cached keys, as for kv_type; None: "i8", which is the fastest, or "f32" if kv_type is "f32".
     override_kv: values that replace those of the file's metadata, {key: int, float, bool or str}.
     threads_batch: CPU threads for steps of several tokens, which are those of prompts; None: as many as `threads`.
     reproducible: True: a token's logits are the same, bit for bit, whatever the steps are that run it: the number of threads, ubatches,
         other tokens in a step, prefixes that are used again. This takes longer (docs/running.md); on the CPU only.
+    mmap: False: read the weights into memory of the process, instead of mapping the file; it must hold them all. mlock: True: keep the
+        weights in memory, so that the system does not drop those that were not used for long. Both as in llama.cpp, on the CPU only.
 
     Warns (UserWarning) of what is unusual in the file. Raises GGUFError if the file is damaged, UnsupportedModelError if pydsa cannot run
     the model, OutOfMemoryError if memory is short, and PydsaError for options that are not valid.
     """
-    setup = Setup(os.fspath(path), n_ctx, device, kv_type, attention, dsa_top_k, n_ubatch, index_type, override_kv, reproducible)
+    setup = Setup(os.fspath(path), n_ctx, device, kv_type, attention, dsa_top_k, n_ubatch, index_type, override_kv, reproducible,
+                  mmap, mlock)
     for note in setup.notes:
         warnings.warn(f"{setup.file.metadata.path}: {note}", stacklevel=2)
     return Model(setup, threads, threads_batch, progress)

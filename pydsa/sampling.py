@@ -84,6 +84,25 @@ class Sampling:
             raise PydsaError(" ".join([f"{name} is {value!r:.80}, expected {kind}", *bounds]))
 
 
+def sampling_of(options, tokenizer, n_vocab):
+    """The Sampling with these options, where logit_bias may have texts.
+
+    A text stands for each of its tokens. Raises PydsaError for options that are not valid, and ids that are not in the vocabulary.
+    """
+    bias = options.get("logit_bias")
+    if isinstance(bias, Mapping):
+        ids = {}
+        for token, value in bias.items():
+            tokens = tokenizer.encode(token, False, True) if isinstance(token, str) else [token]
+            if not tokens:
+                raise PydsaError("logit_bias has an empty text, expected texts of tokens, or token ids.")
+            ids |= dict.fromkeys(tokens, value)
+        options = options | {"logit_bias": ids}
+    sampling = Sampling(**options)
+    sampling.check_vocabulary(n_vocab)      # before a long prompt is read
+    return sampling
+
+
 class Sampler:
     """Picks tokens with the options of a Sampling; None: its defaults.
 

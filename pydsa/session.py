@@ -12,6 +12,7 @@ from pydsa.diagnosis import explained
 from pydsa.errors import ContextFullError, DamagedWeightsError, PydsaError, SessionFileError
 from pydsa.hooks import Hook, Observer
 from pydsa.limits import allocating
+from pydsa.options import counts
 from pydsa.plan import check_memory
 from pydsa.prefixes import common_length
 from pydsa.recorder import LIMIT, Recorder
@@ -62,13 +63,13 @@ class Session:
     tokens: the ids whose keys are in the caches, a list of int. n_past: their number. Methods that append tokens raise PydsaError for ids
     that are not in the vocabulary, and ContextFullError if the tokens do not fit; nothing is run then.
 
-    caches: {CacheRef: VectorCache}. runner runs the steps. setup (model.Setup) has the schedule and the limits. eog_ids are the tokens that
-    end a turn.
+    caches: {CacheRef: VectorCache}. runner runs the steps. setup (model.Setup) has the schedule and the limits. tokenizer: the model's;
+    it knows the tokens that end a turn.
     """
 
-    def __init__(self, runner, setup, eog_ids):
+    def __init__(self, runner, setup, tokenizer):
         check_memory(setup.cache_bytes, "the caches of a new session", runner.backend)
-        self._runner, self._setup, self._eog_ids = runner, setup, eog_ids
+        self._runner, self._setup, self.tokenizer, self._eog_ids = runner, setup, tokenizer, tokenizer.eog_ids
         self.tokens = []
         self.caches = setup.make_caches(runner.backend, setup.n_ctx)
         self._bound, self._hooks, self._recorders, self._all_hooks = {}, (), (), ()
@@ -83,39 +84,47 @@ class Session:
         """The number of tokens in the context."""
         return len(self.tokens)
 
+    @property
+    def setup(self):
+        """The model.Setup of the session's model."""
+        return self._setup
+
     def prefill(self, ids, progress=None, observe=None):
         """Append tokens -> the logits after the last one, float32 [n_vocab].
 
         They run in ubatches of n_ubatch. progress(done, total) is called after each layer, with numbers of tokens; observe(node, arrays)
         after each op, with the arrays that it wrote. If the call is interrupted, the ubatches that are complete stay in the context.
         """
-        return self._append(ids, False, progress, observe)[0]
+        return self._append(ids, 1, progress, observe)[0]
 
     def decode(self, token_id):
         """Append one token -> the logits after it, float32 [n_vocab]."""
         return self.prefill([token_id])
 
-    def logits(self, ids, progress=None):
+    def logits(self, ids, progress=None, last=None):
         """Append tokens -> the logits after each, float32 [len(ids), n_vocab].
 
-        Raises OutOfMemoryError if the logits do not fit in memory.
+        last: the number of tokens, at the end, after which logits are wanted, 1 to len(ids); None: all. Raises OutOfMemoryError if the
+        logits do not fit in memory.
         """
-        return self._append(ids, True, progress)
+        ids = check_ids(ids, self._setup.config.n_vocab)
+        last, = counts(ids.size, last=last)
+        return self._append(ids, last or ids.size, progress)
 
-    def _append(self, ids, every_row, progress=None, observe=None):
-        """Run ids in ubatches -> logits [n, n_vocab] of every row or of the last."""
+    def _append(self, ids, n_last, progress=None, observe=None):
+        """Run ids in ubatches -> logits [n_last, n_vocab] of the last rows."""
         setup = self._setup
         ids, n_vocab = check_ids(ids, setup.config.n_vocab), setup.config.n_vocab
         self._check_fits(ids.size)
-        if every_row:
-            check_memory((ids.size + setup.n_ubatch) * n_vocab * 4, f"The logits of {ids.size} tokens")
+        if n_last > 1:
+            check_memory((n_last + min(n_last, setup.n_ubatch)) * n_vocab * 4, f"The logits of {n_last} tokens")
         with allocating("the logits"):
-            logits = np.empty((ids.size if every_row else 1, n_vocab), np.float32)
+            logits = np.empty((n_last, n_vocab), np.float32)
         hooks = self._all_hooks if observe is None else (*self._all_hooks, Observer(observe))
         for start in range(0, ids.size, setup.n_ubatch):
             ubatch = ids[start:start + setup.n_ubatch]
-            last = start + ubatch.size == ids.size
-            rows = logits[start:start + ubatch.size] if every_row else logits[:int(last)]
+            before = ids.size - n_last      # tokens without logits
+            rows = logits[max(0, start - before):max(0, start + ubatch.size - before)]
             self._step(ubatch, rows, hooks if progress is None else (self._reporting(progress, start, ubatch.size, ids.size), *hooks))
         if progress is not None:
             progress(ids.size, ids.size)

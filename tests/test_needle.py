@@ -65,13 +65,6 @@ def test_table(small_model):
     assert [row["mass"] is None for row in rows] == [False, False, True, True, False, False]
 
 
-def test_perplexity(small_model):
-    path = small_model(n_vocab=512, n_ctx=512)
-    result = CliRunner().invoke(needle.main, [str(path), "-l", "256", "--perplexity", "-o", "json", "-t", "1"])
-    rows = json.loads(result.stdout)
-    assert [row["attention"] for row in rows] == ["sparse", "dense"] and all(row["perplexity"] > 50 for row in rows)
-
-
 @pytest.mark.parametrize("args,message", [
     (["-a", "best"], "sparse, dense, random"), (["-p", "120"], "within 0 and 100"), (["-l", "20"], "at least 256"),
     (["-l", "many"], "not a list of whole numbers")])

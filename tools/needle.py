@@ -2,7 +2,6 @@
 
     python tools/needle.py                                       # the demo model
     python tools/needle.py model.gguf -l 2048,4096 -n 32 -a sparse,dense -o json
-    python tools/needle.py --perplexity                          # of held-out documentation, sparse beside dense
 
 The model attends to the indexer's keys, to all keys, or to random ones. A document is prose from Python's documentation topics with a line
 like "The code of the amber lantern is 4812." now and then. The model is asked for the codes at the places of the table, each in a
@@ -167,24 +166,6 @@ def recall(model, mode, n_tokens, places, n_documents, seed, max_tokens, every, 
     return right / n_documents, float(np.mean(shares)) if shares else None
 
 
-def perplexity(model, length):
-    """(perplexity, tokens) of the held-out topics.
-
-    They are run in fresh contexts of `length` tokens.
-    """
-    from pydoc_data.topics import topics
-
-    _, prose = notes.split_topics(notes.paragraphs(topics))
-    ids, losses = model.tokenizer.encode("\n\n".join(prose)), []
-    for start in range(0, len(ids) - length + 1, length - 1):
-        context = [model.tokenizer.bos_id, *ids[start:start + length - 1]]
-        logits = model.logits(context[:-1]).astype(np.float64)
-        top = logits.max(axis=1)
-        losses.append(np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top - logits[np.arange(len(logits)), context[1:]])
-    losses = np.concatenate(losses)
-    return float(np.exp(losses.mean())), losses.size
-
-
 def numbers(context, parameter, value):
     try:
         return [int(part) for part in value.split(",")]
@@ -207,11 +188,10 @@ def fail(message):
 @click.option("--max-tokens", type=click.IntRange(1), default=24, help="tokens of an answer at most  [24]")
 @click.option("--dsa-top-k", type=click.IntRange(1), help="keys that each token attends to  [the model's]")
 @click.option("--kv-type", type=click.Choice(list(CACHE_TYPES)), default="i16", help="type of the cached latents  [i16]")
-@click.option("--perplexity", "only_perplexity", is_flag=True, help="instead: perplexity of held-out prose, at each length")
 @click.option("--seed", type=click.IntRange(0), default=0, help="of the documents  [0]")
 @click.option("-t", "--threads", type=click.IntRange(1), help="threads to use")
 @click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", help="form of the table  [md]")
-def main(model_path, lengths, places, documents, attention, every, max_tokens, dsa_top_k, kv_type, only_perplexity, seed, threads, output):
+def main(model_path, lengths, places, documents, attention, every, max_tokens, dsa_top_k, kv_type, seed, threads, output):
     import pydsa
     from pydsa.bench import format_rows, markdown
 
@@ -224,18 +204,12 @@ def main(model_path, lengths, places, documents, attention, every, max_tokens, d
         fail("--lengths must be at least 256 tokens: the question and the answer need some of them.")
     try:
         for mode in modes:
-            if only_perplexity and mode == "random":
-                continue
             model = pydsa.load(model_path or pydsa.DEMO, n_ctx=max(lengths), threads=threads, kv_type=kv_type, dsa_top_k=dsa_top_k,
                                attention="dense" if mode == "dense" else "sparse")
             for n_tokens in lengths:
-                row = {"attention": mode, "tokens": n_tokens}
-                if only_perplexity:
-                    row["perplexity"], row["of tokens"] = perplexity(model, n_tokens)
-                else:
-                    shares, mass = recall(model, mode, n_tokens, places, documents, seed, max_tokens, every, mode != "dense")
-                    row |= {f"at {place} %": float(share) for place, share in zip(places, shares)}
-                    row |= {"recall": float(shares.mean()), "questions": len(places) * documents, "mass": mass}
+                shares, mass = recall(model, mode, n_tokens, places, documents, seed, max_tokens, every, mode != "dense")
+                row = {"attention": mode, "tokens": n_tokens, **{f"at {place} %": float(share) for place, share in zip(places, shares)},
+                       "recall": float(shares.mean()), "questions": len(places) * documents, "mass": mass}
                 table.append(row)
                 click.echo(format_rows([row], output) if output == "jsonl" else f"{mode}, {n_tokens} tokens", nl=output != "jsonl",
                            err=output != "jsonl")

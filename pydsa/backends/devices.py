@@ -30,6 +30,7 @@ class Device(NamedTuple):
     side_by_side: bool = False      # whether ops that do not depend on each other run at the same time
     copies_blocks: bool = False     # whether loading copies every weight, which can take long
     described: bool = False         # whether the backend can describe its device
+    maps: bool = False              # whether the ops read weights where the file is mapped
     reproducible: bool = False      # whether its ops have a form in which a token's results are the same in steps of any shape
 
     def backend(self):
@@ -118,7 +119,7 @@ def _packed_heads(n_tokens, n_head, width):
 
 DEVICES = {
     "cpu": Device("pydsa.backends.cpu", 4, _cpu_weights, packed_latents=_cpu_packed_latents, side_by_side=True,
-                  scored_together=SCORED_BY_THREADS, reproducible=True),
+                  scored_together=SCORED_BY_THREADS, maps=True, reproducible=True),
     # A grid has at most 65,535 blocks in y and in z, which kernels use for tokens.
     "cuda": Device("pydsa.backends.cuda", 4, lambda tensors: (0, _n_bytes(tensors)), 32768, scratch=_cuda_scratch, copies_blocks=True,
                    described=True),
@@ -137,3 +138,16 @@ def check_reproducible(name, wanted):
         able = " or ".join(other for other, device in DEVICES.items() if device.reproducible)
         raise PydsaError(f"{name} cannot promise a token the same bits in all steps: use --device {able}, or leave out --reproducible.")
     return wanted
+
+
+def check_residence(name, mmap, mlock):
+    """Return whether weights are mapped, and whether they are locked.
+
+    Raises PydsaError if one of them is no bool, or if the device of this name has its own copies of them.
+    """
+    for what, value in (("mmap", mmap), ("mlock", mlock)):
+        if not isinstance(value, bool):
+            raise PydsaError(f"{what} is {value!r}, expected True or False.")
+    if (mlock or not mmap) and not DEVICES[name].maps:
+        raise PydsaError(f"{name} has its own copy of the weights: leave out {'--mlock' if mlock else '--no-mmap'}.")
+    return mmap, mlock

@@ -5,7 +5,7 @@ Only generated text, tables and reports go to stdout.
 import click
 
 from pydsa import __version__
-from pydsa.cli import bench, info, run, serve, trace
+from pydsa.cli import bench, info, perplexity, run, serve, trace
 from pydsa.exits import Commands
 
 
@@ -21,9 +21,10 @@ def main():
     pydsa run model.gguf -f notes.txt --raw -n 64   continue a text
     pydsa serve model.gguf                        an HTTP server, and a page to chat on
     pydsa bench model.gguf -d 0,4096              speed, also deep in a context
+    pydsa perplexity model.gguf -f text.txt       quality, also of other settings beside it
     pydsa info model.gguf                         what the file is and needs
     """
 
 
-for command in (run.run, serve.serve, bench.bench, info.info, trace.trace):
+for command in (run.run, serve.serve, bench.bench, info.info, trace.trace, perplexity.perplexity):
     main.add_command(command)

@@ -23,16 +23,24 @@ def options(*decorators):
 cache_types = click.Choice([*CACHE_TYPES, *CACHE_ALIASES])
 ctx_option = click.option("-c", "--ctx-size", "n_ctx", type=int,
                           help="Tokens of context; 0: the model's limit, or what fits in memory.  [default: 8192, or the model's limit]")
+ubatch_option = click.option("-ub", "--ubatch-size", "n_ubatch", type=int, default=2048, show_default=True,
+                             help="Prompt tokens that run together. More tokens read the weights less often, and use more memory.")
+override_option = click.option(
+    "--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", callback=lambda ctx, option, texts: parse_overrides(texts),
+    help="Replace or add a value of the file's metadata; TYPE: int, float, bool, str. Repeat it, or put commas between.")
+residence_options = options(
+    click.option("--mmap/--no-mmap", default=True, show_default=True,
+                 help="Map the file; or read the weights into memory, which must hold them all."),
+    click.option("--mlock", is_flag=True, help="Keep the weights in memory: the system drops none that were not used for long."))
 model_options = options(
-    click.option("-ub", "--ubatch-size", "n_ubatch", type=int, default=2048, show_default=True,
-                 help="Prompt tokens that run together. More tokens read the weights less often, and use more memory."),
+    ubatch_option,
     click.option("--kv-type", type=cache_types, default="i16", show_default=True,
                  help="Type of the cached latents; i16 and i8 (alias q8_0): integers, two scales a row."),
     click.option("--index-type", type=cache_types,
                  help="Type of the indexer's cached keys.  [default: i8; f32 if --kv-type is]"),
     click.option("--dsa-top-k", type=int, help="Number of keys that a token attends to.  [default: the model's]"),
-    click.option("--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", callback=lambda ctx, option, texts: parse_overrides(texts),
-                 help="Replace or add a value of the file's metadata; TYPE: int, float, bool, str. Repeat it, or put commas between."))
+    residence_options,
+    override_option)
 device_option = click.option("--device", type=click.Choice(["cpu", "cuda", "reference"]), default="cpu", show_default=True,
                              help="cuda: an NVIDIA GPU; reference: plain numpy, slow and exact.")
 attention_option = click.option("--attention", type=click.Choice(["auto", "sparse", "masked", "dense"]), default="auto", show_default=True,
@@ -91,20 +99,21 @@ def longest_context(path, settings):
     return n_ctx
 
 
-def read_text(file):
+def read_text(file, what="prompt", instead="; give it with -p"):
     """The text of a file or pipe.
 
-    Left out are a byte order mark, with which programs of Windows begin a file, and the newline at the end.
+    Left out are a byte order mark, with which programs of Windows begin a file, and the newline at the end. what, instead: the words of
+    errors for what is read, and for what to do where it cannot be.
     """
     from pydsa.tokenizer import MAX_TEXT
     try:
         text = file.read(MAX_TEXT + 1)      # not all of a file without end, such as /dev/zero
     except UnicodeDecodeError as error:
-        raise Failure(f"The prompt is not UTF-8 text (byte {error.start}).") from error
+        raise Failure(f"The {what} is not UTF-8 text (byte {error.start}).") from error
     except OSError as error:
-        raise Failure(f"The prompt cannot be read from {file.name} ({error.strerror or error}); give it with -p.") from error
+        raise Failure(f"The {what} cannot be read from {file.name} ({error.strerror or error}){instead}.") from error
     if len(text) > MAX_TEXT:
-        raise Failure(f"The prompt has more than {MAX_TEXT} characters, expected at most so many.")
+        raise Failure(f"The {what} has more than {MAX_TEXT} characters, expected at most so many.")
     return text.removeprefix("\ufeff").removesuffix("\n")
 
 

@@ -5,8 +5,6 @@ stage are written for arrays and numbers, as those of numpy would be. They are c
 function that reads the arguments from a record.
 """
 import functools
-import itertools
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +12,7 @@ from numba import types
 
 from pydsa.backends.cpu import threads
 from pydsa.backends.cpu.arrays import align
-from pydsa.backends.cpu.jit import ByAddress, Wanted, code_size, compile_all, inner, listing, wanted_function
+from pydsa.backends.cpu.jit import ByAddress, Wanted, code_size, inner
 from pydsa.backends.cpu.records import kind_of, reader, words_of
 
 
@@ -104,7 +102,7 @@ def _parts(stages):
     return call
 
 
-def _signature(args):
+def signature_of(args):
     return tuple(kind_of(a) for a in args)
 
 
@@ -131,7 +129,7 @@ class Step:
             self._scratch_bytes.append(scratch_bytes)
             listed = [[] for _ in range(max(len(op.stages) for op, _ in group))]
             for (op, args), (offset, is_packed) in zip(group, offsets):
-                address = op.entry(_signature(args)).address
+                address = op.entry(signature_of(args)).address
                 for i in range(is_packed, len(op.stages)):
                     listed[i - len(op.stages)].append((address, 2 * i, len(records), offset, 0, op.stages[i].light))
                 records += [word for a in args for word in words_of(a)]
@@ -179,75 +177,3 @@ def _share_scratch(group):
         elif not offsets[-1][1]:
             n_bytes += align(op.scratch(*args))
     return offsets, n_bytes
-
-
-def compile_calls(bind, progress=None):
-    """Compile the ops of bind()'s calls, and what they call by address.
-
-    bind() makes pairs of an op and its arguments; what it makes of weights and caches has no addresses yet. progress(done, total, name) is
-    called before each.
-    """
-    with listing() as functions:
-        calls = bind()
-    entries = dict.fromkeys(op.entry(_signature(args)) for op, args in calls)
-    compile_all([*threads.wanted(), *map(wanted_function, dict.fromkeys(functions)), *(entry.wanted for entry in entries)], progress)
-
-
-def grouped(calls, levels):
-    """The groups of a step: lists of pairs (op, args) of equal levels.
-
-    calls: [(node, op, args)].
-    """
-    return [[(op, args) for _, (_, op, args) in group] for _, group in itertools.groupby(zip(levels, calls), lambda x: x[0])]
-
-
-class Recording:
-    """The calls of a step, [(node, op, args)], in groups.
-
-    A step that repeats runs as a whole; others run group by group, so that Ctrl-C is heard in between.
-    """
-
-    def __init__(self, calls, levels, again):
-        groups = grouped(calls, levels)
-        self._step, self._whole = Step(groups), again
-        self._group_of = [i for i, group in enumerate(groups) for _ in group]
-
-    def run(self, before=None, after=None):
-        """Run the step; before, after: {i: function} of the i-th call.
-
-        They are called before and after its group.
-        """
-        stops = [(self._group_of[i] + 1, 0, i, function) for i, function in (after or {}).items()]
-        stops += [(self._group_of[i], 1, i, function) for i, function in (before or {}).items()]
-        done = 0
-        for end, _, _, function in sorted(stops, key=lambda stop: stop[:3]):
-            self._run(done, end)
-            done = end
-            function()
-        self._run(done, len(self._step))
-
-    def _run(self, first, last):
-        """Run the groups from the first up to, not including, the last."""
-        if self._whole and first < last:
-            self._step.run(first, last)
-            return
-        for i in range(first, last):
-            self._step.run(i, i + 1)
-
-
-def recorded(calls, levels, again):
-    """The Recording of a step's calls.
-
-    levels: a number for each call; neighbours of equal numbers do not depend on each other.
-    """
-    return Recording(calls, levels, again)
-
-
-def timed(calls):
-    """Run calls, pairs (op, args), one by one -> the seconds of each."""
-    step, times = Step([[call] for call in calls]), []
-    for i in range(len(step)):
-        start = time.perf_counter()
-        step.run(i, i + 1)
-        times.append(time.perf_counter() - start)
-    return times

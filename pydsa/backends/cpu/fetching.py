@@ -1,0 +1,113 @@
+"""Ask the system for the weights of the chosen experts, all at once.
+
+A page that is touched before it is in memory is read together with its neighbours, while a thread waits: reads of the drive come one after
+the other, and about half of what they bring belongs to experts that were not chosen. madvise(MADV_WILLNEED) asks for the ranges that are
+needed and no others, and the drive works on all of them at a time.
+
+A step asks only if the process has read from a drive since the last step began. For a file in memory that costs a look at a word.
+"""
+import mmap
+
+import numpy as np
+from numba import types
+
+from pydsa.backends.cpu.arrays import ints_at
+from pydsa.backends.cpu.jit import inner
+from pydsa.backends.cpu.op import Stage, op
+from pydsa.backends.cpu.scratch import task_scratch
+
+try:
+    import resource
+except ImportError:     # Windows, where nothing is asked for
+    resource = None
+
+CAN_ASK = resource is not None and hasattr(mmap, "MADV_WILLNEED")
+USERS = "moe_gate_up", "moe_linear", "moe_down"     # ops with experts' weights, and their ids as the third argument
+ENOUGH = 2          # choices for each expert that there is, from which on nearly all are used
+MOST = 1 << 30      # bytes that a layer asks for: what comes first must not have left memory when it is used
+PAGE, WILLNEED = mmap.PAGESIZE, getattr(mmap, "MADV_WILLNEED", 0)
+
+_allowed = CAN_ASK                  # whether steps ask at all
+_wanted = np.zeros(1, np.int64)     # whether the present step asks
+_blocks_read = 0                    # by this process, when the last step began
+
+
+def allow(asks):
+    """Let steps ask, or not, to compare the two."""
+    global _allowed
+    _allowed = asks and CAN_ASK
+
+
+def begin_step():
+    """Decide whether the step that begins asks for its weights -> whether it does."""
+    global _blocks_read
+    blocks = resource.getrusage(resource.RUSAGE_SELF).ru_inblock if _allowed else _blocks_read
+    _wanted[0], _blocks_read = blocks != _blocks_read, blocks
+    return bool(_wanted[0])
+
+
+_madvise = types.ExternalFunction("madvise", types.int32(types.int64, types.int64, types.int32))
+
+
+@inner
+def begin_asking(ids, wanted, parts, task):
+    """One task, or none.
+
+    Where nearly all experts are chosen, they are read ahead (reading_ahead.py), in large pages, which are faster to use later.
+    """
+    return wanted[0] if ids.size < ENOUGH * parts[0, 3] else 0
+
+
+@inner
+def ask(ids, wanted, parts, task):
+    """Ask for the chosen experts, in the order of the file.
+
+    Where the system refuses, they are read when they are touched.
+    """
+    n_expert, total = parts[0, 3], 0
+    chosen = ints_at(task_scratch(task.thread, 8 * n_expert), n_expert)
+    for e in range(n_expert):
+        chosen[e] = 0
+    for t in range(ids.shape[0]):
+        for i in range(ids.shape[1]):
+            chosen[ids[t, i]] = 1
+    for k in range(len(parts)):
+        for e in range(n_expert):
+            if chosen[e] and total < MOST:
+                at = parts[k, 0] + e * parts[k, 1]
+                first = at // PAGE * PAGE
+                _madvise(first, at + parts[k, 2] - first, np.int32(WILLNEED))
+                total += parts[k, 2]
+
+
+@op(Stage(begin_asking, ask))
+def ask_for_experts(ids, wanted, parts):
+    """Ask for the experts ids [n_tokens, n_used] if wanted[0] is 1.
+
+    parts: int64 [n, 4], for each matrix its address, the bytes from one expert to the next, the bytes of one, and the number of experts.
+    """
+    return 0
+
+
+def with_requests(groups):
+    """Put a group that asks for the experts behind each that chooses them.
+
+    groups: lists of pairs (op, args) that run one after the other. Where the system cannot be asked, they stay as they are.
+    """
+    if not CAN_ASK:
+        yield from groups
+        return
+    calls = [call for group in groups for call in group]
+    for group in groups:
+        yield group
+        for chooser, args in group:
+            if chooser.__name__ == "moe_route":
+                parts = [part for user, others in calls if user.__name__ in USERS and others[2] is args[0] for part in _parts(others)]
+                yield [(ask_for_experts, (args[0], _wanted, np.array(sorted(parts), np.int64)))]
+
+
+def _parts(args):
+    """The rows of `parts` for an op's weights."""
+    for w in args[3:]:
+        if isinstance(w, tuple) and w.data.ndim == 3:
+            yield w.data.ctypes.data, w.data.strides[0], w.data.shape[1] * w.data.shape[2], len(w.data)

@@ -1,0 +1,92 @@
+"""Read the weights of a prompt's step before its ops need them.
+
+The step of a long prompt uses nearly all weights, in the order of its ops. A thread of its own touches them in that order, some memory
+ahead of the ops: the drive reads while the cores compute, and no core waits at each page.
+"""
+import ctypes
+import mmap
+import os
+import threading
+
+from pydsa import limits
+from pydsa.backends.cpu.fetching import CAN_ASK, ENOUGH
+
+PIECE = 16 << 20        # bytes that are read between two looks at how far the ops are
+MOST = 4 << 30          # bytes to be ahead of the ops, at most; and at most a quarter of the memory that is free
+POPULATE_READ = 22      # madvise: read pages and map them, as if they were touched; from Linux 5.14 on
+
+
+class ReadAhead:
+    """Reads what the groups of a step need.
+
+    groups: lists of pairs (op, args). Use it as a context; at(i) says that the i-th group is about to run.
+    """
+
+    def __init__(self, groups):
+        self._pieces = [(i, *piece) for i, group in enumerate(groups) for piece in sorted(set(_pieces(group)))]
+        self._group, self._ended, self._most, self._thread = 0, False, 0, None
+        self._condition = threading.Condition()
+
+    def __enter__(self):
+        self._group, self._ended, self._most = 0, False, min(MOST, limits.available()[0] // 4)
+        self._thread = threading.Thread(target=self._read, name="pydsa-read-ahead", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._tell(ended=True)
+        self._thread.join()
+
+    def at(self, group):
+        """The ops of this group are about to run, and those before it have."""
+        self._tell(group=group)
+
+    def _tell(self, group=0, ended=False):
+        with self._condition:
+            self._group, self._ended = max(self._group, group), ended
+            self._condition.notify()
+
+    def _read(self):
+        library, ahead, waiting = ctypes.CDLL(None), 0, []
+        for group, address, n in self._pieces:
+            with self._condition:
+                while not self._ended and group > self._group and ahead + n > self._most:
+                    self._condition.wait()
+                    ahead -= sum(size for at, size in waiting if at < self._group)
+                    waiting = [(at, size) for at, size in waiting if at >= self._group]
+                if self._ended:
+                    return
+            if group >= self._group:
+                ask(library, address, n)
+                waiting.append((group, n))
+                ahead += n
+
+
+def ask(library, address, n):
+    """Read n bytes at an address, or have them read."""
+    first = address // mmap.PAGESIZE * mmap.PAGESIZE
+    arguments = ctypes.c_void_p(first), ctypes.c_size_t(address + n - first)
+    if library.madvise(*arguments, POPULATE_READ):
+        library.madvise(*arguments, mmap.MADV_WILLNEED)
+
+
+def _pieces(group):
+    """(address, bytes) of the weights that a group reads."""
+    for _, args in group:
+        for w in args:
+            if isinstance(w, tuple) and hasattr(w, "block") and w.data.ndim > 1:
+                yield from _parts(w.data)
+
+
+def _parts(data):
+    """The pieces of a matrix, or of each expert's matrix where they do not lie side by side."""
+    blocks = [data] if data.flags.c_contiguous else list(data)
+    for block in blocks:
+        start = block.ctypes.data
+        yield from ((start + at, min(PIECE, block.nbytes - at)) for at in range(0, block.nbytes, PIECE))
+
+
+def uses_nearly_all(groups):
+    """Whether a step's tokens use nearly all experts, and there is a way to read them ahead."""
+    routes = [args for group in groups for op, args in group if op.__name__ == "moe_route"]
+    return CAN_ASK and os.name == "posix" and all(ids.size >= ENOUGH * logits.shape[1] for ids, _, logits, *_ in routes)
