@@ -8,16 +8,16 @@ Importing pydsa is fast: numba is imported with the first model.
 import importlib
 import os
 
-from pydsa.errors import (ContextFullError, DamagedWeightsError, GGUFError, LogitsFileError, OutOfMemoryError, PydsaError,  # noqa: F401
-                          RecordingFileError, SessionFileError, UnsupportedModelError)
+from pydsa.errors import (ContextFullError, DamagedWeightsError, GGUFError, ImatrixError, LogitsFileError, OutOfMemoryError,  # noqa: F401
+                          PydsaError, RecordingFileError, SessionFileError, UnsupportedModelError)
 
 __version__ = "0.1.0"
 DEMO = os.path.join(os.path.dirname(__file__), "demo", "demo.gguf")      # path of the model that comes with the package
 _MODULES = {"load": "model", "Model": "model", "Session": "session", "Sampling": "sampling", "load_tokenizer": "tokenizer",
-            "Engine": "engine", "Request": "requests", "Recording": "recording", "perplexity": "quality"}
-__all__ = ["DEMO", "load", "load_tokenizer", "Model", "Session", "Sampling", "Engine", "Request", "Recording", "perplexity", "PydsaError",
-           "GGUFError", "UnsupportedModelError", "ContextFullError", "DamagedWeightsError", "OutOfMemoryError", "RecordingFileError",
-           "SessionFileError", "LogitsFileError"]
+            "Engine": "engine", "Request": "requests", "Recording": "recording", "Look": "look", "perplexity": "quality"}
+__all__ = ["DEMO", "load", "load_tokenizer", "Model", "Session", "Sampling", "Engine", "Request", "Recording", "Look", "perplexity",
+           "PydsaError", "GGUFError", "UnsupportedModelError", "ContextFullError", "DamagedWeightsError", "OutOfMemoryError",
+           "RecordingFileError", "SessionFileError", "LogitsFileError", "ImatrixError"]
 
 
 def __getattr__(name):

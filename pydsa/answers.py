@@ -7,12 +7,14 @@
 The pieces joined are what the model wrote. Nothing is stripped: a reply that is put back into the conversation gives the same tokens, and a
 session does not run them again.
 """
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
+from pydsa.cards import card_of_a_reply, card_of_a_stream, shown
 from pydsa.errors import ContextFullError, PydsaError
 from pydsa.tokenizer import CONTROL, UNKNOWN
 from pydsa.tool_calls import Form, Writing, as_call, find_held
@@ -34,6 +36,7 @@ class Piece(str):
         return piece
 
 
+@shown(card_of_a_reply)
 @dataclass
 class Reply:
     """A whole answer.
@@ -41,7 +44,8 @@ class Reply:
     text, reasoning: str. tool_calls: a list of {"id", "type": "function", "function": {"name", "arguments": JSON text}}.
     finish_reason: "stop" (the model ended its turn, or a stop text came), "tool_calls" (the same, after calls), "length" (max_tokens, or
     the context was full), or None until then. n_prompt, n_generated: tokens; n_prompt counts those that were not run again too. stop: the
-    stop text that ended it, or None.
+    stop text that ended it, or None. prompt_seconds, seconds: the time that was waited for the first token, and for all that came after it;
+    None where the tokens were not waited for one by one, as in an Engine.
     """
     text: str = ""
     reasoning: str = ""
@@ -50,6 +54,8 @@ class Reply:
     n_prompt: int = 0
     n_generated: int = 0
     stop: str | None = None
+    prompt_seconds: float | None = field(default=None, compare=False)
+    seconds: float | None = field(default=None, compare=False)
 
     @property
     def message(self) -> dict:
@@ -92,6 +98,7 @@ class Layout(NamedTuple):
         return frozenset(i for i in control if len(tokenizer.tokens[i]) > 1 and any(tokenizer.tokens[i] in mark for mark in marks))
 
 
+@shown(card_of_a_stream)
 class Stream:
     """The pieces of an answer, an iterator of Piece; made by Reader.read().
 
@@ -191,7 +198,7 @@ def _pieces(ids, max_tokens, reader):
     """
     full = None
     try:
-        for token in ids:
+        for token in _timed(ids, reader.reply):
             yield from reader.push(token)
             if reader.stopped:
                 break
@@ -200,6 +207,22 @@ def _pieces(ids, max_tokens, reader):
     yield from reader.end(full is not None or reader.reply.n_generated == max_tokens)
     if full:
         raise full
+
+
+def _timed(ids, reply):
+    """Yield ids, and add the time that each is waited for to the reply.
+
+    What is done with an id until the next one is asked for does not count.
+    """
+    start = time.perf_counter()
+    for token in ids:
+        waited = time.perf_counter() - start
+        if reply.prompt_seconds is None:
+            reply.prompt_seconds, reply.seconds = waited, 0.0
+        else:
+            reply.seconds += waited
+        yield token
+        start = time.perf_counter()
 
 
 class Stops:

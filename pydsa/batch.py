@@ -24,8 +24,9 @@ class Batch:
         That is the logits after the last one, float32 [n_vocab], or a PydsaError, where the session has stayed as it was. sessions:
         different ones. ids: for each a list of ids of the vocabulary, together at most n_ubatch.
         """
-        if any(session.has_hooks for session in sessions):
-            raise PydsaError("A session with hooks cannot run together with others: give its tokens to its own prefill() or decode().")
+        if any(session.has_hooks or session.variant for session in sessions):
+            raise PydsaError("A session with hooks or a variant of its own cannot run together with others: give its tokens to its own "
+                             "prefill() or decode().")
         results = [session.full(len(mine)) if session.n_past + len(mine) > self._setup.n_ctx else None
                    for session, mine in zip(sessions, ids)]
         fit = [i for i, result in enumerate(results) if result is None]

@@ -15,8 +15,8 @@ from pydsa.costs import StepSize, node_cost, step_cost, total
 from pydsa.errors import PydsaError
 from pydsa.gguf_file import Tensor
 from pydsa.quants import TYPES
-from pydsa.report import count, size
 from pydsa.terminal import json_text, visible
+from pydsa.words import count, size
 
 SEED = 1        # of the random tokens that the tests run
 NO_LIMITS = dict.fromkeys(("bytes_per_token", "bandwidth_gbs", "limit_ts", "share_of_limit"))
@@ -41,18 +41,18 @@ class Bench:
         """The context, in tokens, that the longest test needs."""
         return max(p + n + d for p, n, d in self.tests)
 
-    def run(self, model, progress=None):
+    def run(self, model, progress=None, ops=None):
         """Yield one row, a dict, for each test.
 
         avg_ts and stddev_ts are tokens per second over the repetitions; one run before them is not counted. Rows of generation also have
         bytes_per_token; bandwidth_gbs, the bandwidth of the memory in 1e9 bytes per second; limit_ts, the tokens per second that use all
         of this bandwidth; and share_of_limit, avg_ts / limit_ts, which can exceed 1 if the model fits in the device's caches. These four
-        are None for prompts and on the reference. progress(done, total, test) is called before each run.
+        are None for prompts and on the reference. progress(done, total, test) is called before each run. ops: a list, to which the rows of
+        ops() are added: a step of each test is then timed op by op, in the context that the test had.
         """
         n_runs = len(self.tests) * (self.repetitions + 1)
-        session, done = model.session(), 0
+        session, done, ids = model.session(), 0, random_ids(model, self.n_ctx)
         for n_prompt, n_gen, n_depth in self.tests:
-            ids = random_ids(model, self.n_ctx)
             ceilings = _ceilings(model.backend, model.runner.threads_for(1)) if n_gen else None
             seconds = []
             reach_depth(session, ids, n_depth)
@@ -63,17 +63,15 @@ class Bench:
                 session.truncate(n_depth)
                 seconds.append(time_test(session, ids[n_depth:], n_prompt, n_gen))
             row = self._row(model, n_prompt, n_gen, n_depth, seconds[1:])
+            if ops is not None:
+                session.truncate(n_depth)
+                ops.extend(self._op_rows(model, session, ids, n_prompt, n_gen))
             yield row | (_limits(model, ceilings, n_gen, n_depth, row["avg_ts"]) if ceilings else NO_LIMITS)
 
     def _row(self, model, n_prompt, n_gen, n_depth, seconds):
         speeds = [(n_prompt + n_gen) / s for s in seconds]
         nanoseconds = [round(s * 1e9) for s in seconds]
-        return {
-            "model_filename": model.metadata.path, "model_name": model.config.name, "model_arch": model.config.architecture,
-            "model_type": model.setup.file_type, "model_size": model.setup.n_bytes, "model_n_params": model.setup.n_params,
-            "backend": model.setup.device_name, "n_threads": model.threads, "n_threads_batch": model.threads_batch,
-            "n_ubatch": model.n_ubatch, "type_k": model.kv_type, "type_index": model.index_type if model.top_k else None,
-            "attention": model.attention, "reproducible": model.setup.reproducible, "top_k": model.top_k,
+        return about(model) | {
             "n_prompt": n_prompt, "n_gen": n_gen, "n_depth": n_depth,
             "avg_ns": round(statistics.mean(nanoseconds)), "stddev_ns": round(_deviation(nanoseconds)),
             "avg_ts": statistics.mean(speeds), "stddev_ts": _deviation(speeds), "samples_ns": nanoseconds, "samples_ts": speeds}
@@ -81,31 +79,44 @@ class Bench:
     def ops(self, model, progress=None):
         """Yield one row, a dict, for each op of one step of each test.
 
-        A row has the op's calls, microseconds (the best of the repetitions) and share of the step. It also has the least that the op reads
-        and computes (costs.py) and the rates: gbs, 1e9 bytes per second, and gops, 1e9 operations per second. share_of_ceiling is the time
-        that bandwidth_gbs and peak_gops allow for that, over the measured time. It can exceed 1 where the bytes are intermediate values,
-        which may be in the device's caches. All of this is None on the reference. The ops of one token are those of the graph; a GPU runs
-        them in fewer launches when it generates.
+        The step is one ubatch of a prompt, or one token. A row has the op's calls, microseconds (the best of the repetitions) and share of
+        the step. It also has the least that the op reads and computes (costs.py) and the rates: gbs, 1e9 bytes per second, and gops, 1e9
+        operations per second. share_of_ceiling is the time that bandwidth_gbs and peak_gops allow for that, over the measured time. It can
+        exceed 1 where the bytes are intermediate values, which may be in the device's caches. All of this is None on the reference. The ops
+        of one token are those of the graph; a GPU runs them in fewer launches when it generates.
         """
+        session, ids = model.session(), random_ids(model, self.n_ctx)
         for n_prompt, n_gen, n_depth in self.tests:
-            session, ids = model.session(), random_ids(model, self.n_ctx)
             reach_depth(session, ids, n_depth)
-            n_tokens = min(n_prompt, model.n_ubatch) or 1
-            ceilings = _ceilings(model.backend, model.runner.threads_for(n_tokens))
-            step_ids = ids[n_depth:n_depth + n_tokens]
-            (costs, quantized), best = _op_costs(model, session, step_ids), {}     # this run is not timed
-            for i in range(self.repetitions):
-                if progress is not None:
-                    progress(i, self.repetitions, test_name(n_prompt, n_gen, n_depth))
-                session.truncate(n_depth)
-                for op, (calls, seconds) in _time_ops(session, step_ids).items():
-                    best[op] = calls, min(seconds, best.get(op, (0, seconds))[1])
-            step_seconds = sum(seconds for _, seconds in best.values())
-            for op, (calls, seconds) in sorted(best.items(), key=lambda item: -item[1][1]):
-                yield {"n_tokens": n_tokens, "n_depth": n_depth, "attention": model.attention, "op": op, "calls": calls,
-                       "us": seconds * 1e6, "share": seconds / step_seconds,
-                       **(_rates(ceilings, _product_format(model, op, op in quantized, n_tokens), costs[op], seconds)
-                          if ceilings else NO_RATES)}
+            yield from self._op_rows(model, session, ids, n_prompt, n_gen, progress)
+
+    def _op_rows(self, model, session, ids, n_prompt, n_gen, progress=None):
+        """The rows of ops() for one test, in a session that is at its depth."""
+        n_depth, n_tokens = session.n_past, min(n_prompt, model.n_ubatch) or 1
+        ceilings = _ceilings(model.backend, model.runner.threads_for(n_tokens))
+        step_ids = ids[n_depth:n_depth + n_tokens]
+        (costs, quantized), best = _op_costs(model, session, step_ids), {}     # this run is not timed
+        for i in range(self.repetitions):
+            if progress is not None:
+                progress(i, self.repetitions, test_name(n_prompt, n_gen, n_depth))
+            session.truncate(n_depth)
+            for op, (calls, seconds) in _time_ops(session, step_ids).items():
+                best[op] = calls, min(seconds, best.get(op, (0, seconds))[1])
+        step_seconds = sum(seconds for _, seconds in best.values())
+        for op, (calls, seconds) in sorted(best.items(), key=lambda item: -item[1][1]):
+            yield {"n_prompt": n_prompt, "n_gen": n_gen, "n_depth": n_depth, "n_tokens": n_tokens, "attention": model.attention,
+                   "op": op, "calls": calls, "us": seconds * 1e6, "share": seconds / step_seconds,
+                   **(_rates(ceilings, _product_format(model, op, op in quantized, n_tokens), costs[op], seconds)
+                      if ceilings else NO_RATES)}
+
+
+def about(model):
+    """The columns of a row that tell what a model is and how it is run."""
+    return {"model_filename": model.metadata.path, "model_name": model.config.name, "model_arch": model.config.architecture,
+            "model_type": model.setup.file_type, "model_size": model.setup.n_bytes, "model_n_params": model.setup.n_params,
+            "backend": model.setup.device_name, "n_threads": model.threads, "n_threads_batch": model.threads_batch,
+            "n_ubatch": model.n_ubatch, "type_k": model.kv_type, "type_index": model.index_type if model.top_k else None,
+            "attention": model.attention, "reproducible": model.setup.reproducible, "top_k": model.top_k}
 
 
 def _product_format(model, op, quantized, n_tokens):
@@ -237,9 +248,10 @@ def _display_row(row):
     A timing has the columns of llama-bench and the limit, an op its rates; any other row keeps its columns.
     """
     if "share_of_ceiling" in row:
-        labels = {"gbs": "GB/s", "gops": "GOP/s", "share_of_ceiling": "of ceiling"}
-        hidden = ("bytes", "operations", "bandwidth_gbs", "peak_gops")
-        return {labels.get(key, key): _short(value) for key, value in row.items() if key not in hidden}
+        labels = {"n_tokens": "tokens", "gbs": "GB/s", "gops": "GOP/s", "share_of_ceiling": "of ceiling"}
+        hidden = ("n_prompt", "n_gen", "n_depth", "bytes", "operations", "bandwidth_gbs", "peak_gops")
+        test = {"test": test_name(row["n_prompt"], row["n_gen"], row["n_depth"])}
+        return test | {labels.get(key, key): _short(value) for key, value in row.items() if key not in hidden}
     if "avg_ts" not in row:
         return {key: _short(value) for key, value in row.items()}
     megabytes = row["bytes_per_token"] and row["bytes_per_token"] / 1e6

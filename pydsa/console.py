@@ -101,7 +101,7 @@ class Writer:
 
     def summary(self):
         """One line: speeds, time to the first token, the attention in use."""
-        from pydsa.report import attention_in_words
+        from pydsa.words import attention_in_words
 
         def speed(n, seconds):
             return f"{n / seconds:.1f} t/s" if n > 0 and seconds > 0 else "- t/s"

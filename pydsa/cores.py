@@ -92,19 +92,21 @@ def _quotas(root, controller="cpu"):
                 yield -(-quota // period)
 
 
-def second_level_cache(root="/"):
-    """Bytes of the second-level cache that a core has for itself.
+USUAL_CACHES = {1: 32 << 10, 2: 1 << 20}       # bytes by level, where the system does not say so
 
-    Where the system does not say so, 1 MiB. Of a cache that cores share each has its part; hardware threads count as one. root: where the
-    files of Linux begin, for tests.
+
+def cache_of_core(level, root="/"):
+    """Bytes that a core has for itself of the data cache of a level, 1 or 2.
+
+    Of a cache that cores share each has its part; hardware threads count as one. root: where the files of Linux begin, for tests.
     """
     folder = Path(root) / "sys/devices/system/cpu/cpu0"
     for index in sorted(folder.glob("cache/index*")):
         with contextlib.suppress(ValueError, IndexError, KeyError):
-            level, kind, size, sharing = (control_groups.lines(index / name)[0].strip()
+            found, kind, size, sharing = (control_groups.lines(index / name)[0].strip()
                                           for name in ("level", "type", "size", "shared_cpu_list"))
-            if level == "2" and kind != "Instruction":
+            if found == str(level) and kind != "Instruction":
                 n_bytes = int(size[:-1]) * {"K": 1 << 10, "M": 1 << 20}[size[-1]]
                 cpus = {cpu for part in sharing.split(",") for first, last in [_span(part)] for cpu in range(first, last + 1)}
                 return n_bytes // max(1, _cores(Path(root), cpus))
-    return 1 << 20
+    return USUAL_CACHES[level]

@@ -29,6 +29,10 @@ class DamagedWeightsError(PydsaError):
     """A result is not finite: the weights are damaged, or it overflowed."""
 
 
+class ImatrixError(PydsaError):
+    """An imatrix file is damaged, or that of another model."""
+
+
 class SessionFileError(PydsaError):
     """A session file is damaged, or belongs to another model or cache type."""
 

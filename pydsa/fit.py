@@ -1,6 +1,6 @@
 """The longest context of a model that fits in memory, for `-c 0`."""
 from pydsa.errors import OutOfMemoryError
-from pydsa.model import Setup
+from pydsa.setup import Setup
 from pydsa.plan import check_memory
 
 STEP = 256          # tokens; contexts shorter than the model's own are multiples of it

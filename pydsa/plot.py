@@ -1,11 +1,14 @@
-"""Plot the results of `pydsa bench`: speed against depth.
+"""Plot the results of `pydsa bench`: speed against depth, and what each op takes.
 
 Prompts are drawn beside generation, which also has the limit that the memory's bandwidth sets.
 """
+import functools
 import os
 
+from pydsa.drawing import figure_class as _figure_class
 from pydsa.errors import PydsaError
-from pydsa.report import count, threads
+from pydsa.op_plot import OpPanels
+from pydsa.words import count, threads
 
 FORMATS = ("png", "svg", "pdf")     # file formats, by the extension of the name
 GREY, MARKERS = "0.85", "osD^v"
@@ -31,42 +34,56 @@ def check_plot(path):
         raise _cannot_write(path, error) from error
 
 
-def save_plot(rows, path):
-    """Draw the rows of Bench.run into a file; its extension is the format."""
+def save_plot(path, about, rows, ops=()):
+    """Draw the rows of Bench.run and of Bench.ops into a file.
+
+    The parameters are those of draw(); the extension of the path is the format.
+    """
     try:
-        draw(rows).savefig(path, dpi=150)
+        draw(about, rows, ops).savefig(path, dpi=150)
     except OSError as error:
         raise _cannot_write(path, error) from error
 
 
-def draw(rows):
-    """A matplotlib Figure of the rows of Bench.run.
+def draw(about, rows, ops=()):
+    """A matplotlib Figure of the rows of Bench.run and of Bench.ops.
 
-    It has a panel for prompts and one for generation, each with a line for each --attention mode.
+    It has a column for prompts and one for generation: speeds with a line for each --attention mode; under them a bar for each step of the
+    ops, and a table of their shares of the ceiling where it is known. about: the dict of bench.about(), for the title.
     """
-    kinds = [(name, key) for name, key in (("prompt", "n_prompt"), ("generation", "n_gen")) if any(row[key] for row in rows)]
-    figure = _figure_class()(figsize=(5.2 * len(kinds) + 0.6, 4.6), layout="constrained")
-    figure.suptitle(title(rows[0]), parse_math=False)
-    colours = {mode: f"C{i}" for i, mode in enumerate(dict.fromkeys(row["attention"] for row in rows))}
-    for axes, (name, key) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        _panel(axes, name, key, [row for row in rows if row[key]], colours)
+    kinds = [(name, key) for name, key in (("prompt", "n_prompt"), ("generation", "n_gen")) if any(row[key] for row in [*rows, *ops])]
+    parts = OpPanels(ops)
+    panels = [(4.2, functools.partial(_speeds, rows))] * bool(rows) + [(3.6, parts.bars)] * bool(ops)
+    panels += [(0.9 + 0.2 * len(parts.names), parts.ceilings)] * parts.has_ceilings
+    width = max([5.2, *(0.5 * len(parts.steps(key)) for _, key in kinds)]) * len(kinds) + 0.6 + 1.6 * bool(ops)
+    heights = [height for height, _ in panels]
+    figure = _figure_class()(figsize=(width, sum(heights) + 0.4), layout="constrained")
+    figure.suptitle(title(about), parse_math=False)
+    grid = figure.subplots(len(panels), len(kinds), squeeze=False, height_ratios=heights)
+    for (_, panel), line in zip(panels, grid):
+        for axes, (name, key) in zip(line, kinds):
+            panel(axes, name, key)
+    if ops:
+        parts.legend(grid[1 if rows else 0][-1])
     return figure
 
 
 def title(row):
-    """The title: what was timed, and on how many threads."""
+    """The title: what was timed, and on how many threads, from bench.about()."""
     indexer = "" if row["top_k"] is None else f", {row['type_index']} index keys, top_k {row['top_k']}"
     place = threads(row["n_threads"], row["n_threads_batch"]) if row["n_threads"] else row["backend"]
     return (f"{row['model_name']}: {row['model_arch']} {row['model_type']}, {count(row['model_n_params'])} parameters\n"
             f"{place}, {row['type_k']} latents{indexer}")
 
 
-def _panel(axes, name, key, rows, colours):
+def _speeds(rows, axes, name, key):
     """Draw one line for each --attention mode and number of tokens.
 
     The limit is dashed, in the same colour.
     """
     from matplotlib.lines import Line2D
+    colours = {mode: f"C{i}" for i, mode in enumerate(dict.fromkeys(row["attention"] for row in rows))}
+    rows = [row for row in rows if row[key]]
     lengths, handles, limits = sorted({row[key] for row in rows}), [], []
     for mode in colours:
         for i, length in enumerate(lengths):
@@ -97,15 +114,6 @@ def _labelled(depths):
         if depth - kept[-1] >= room and depths[-1] - depth >= room:
             kept.append(depth)
     return kept + depths[1:][-1:]
-
-
-def _figure_class():
-    """matplotlib's Figure, without pyplot: no windows, no global state."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise PydsaError("To draw, pydsa needs matplotlib: pip install 'pydsa[plot]', then run this again.") from None
-    return Figure
 
 
 def _cannot_write(path, error):

@@ -13,12 +13,15 @@ from collections.abc import Mapping
 import numpy as np
 
 from pydsa import packed
-from pydsa.errors import PydsaError, RecordingFileError
+from pydsa.cards import shown
+from pydsa.errors import RecordingFileError
 from pydsa.limits import allocating
 from pydsa.plan import check_memory
 from pydsa.recording_file import CHUNK, Reader, Writer
+from pydsa.words import card_of_a_recording
 
 
+@shown(card_of_a_recording)
 class Recording:
     """Which keys the tokens of a session attended to, and which experts ran.
 
@@ -68,13 +71,6 @@ class Recording:
 
     def __len__(self):
         return self.n
-
-    def __repr__(self):
-        try:
-            size = f"{self.n} tokens"
-        except PydsaError:
-            size = "not complete"
-        return f"<pydsa.Recording: {size}, {', '.join(self.facts.fields)}>"
 
     @property
     def n(self):

@@ -11,6 +11,7 @@ from pydsa.chat import USER
 from pydsa.models.blocks import block_of, spans
 from pydsa.terminal import visible
 from pydsa.tokenizer import MODEL, PRE_TOKENIZERS
+from pydsa.words import attention_in_words, count, layers_in_words, size
 
 HIDDEN = {"rope", "n_ff", "n_ff_exp", "indexer_full"}       # fields of a Config that are reported elsewhere or not at all
 
@@ -57,35 +58,6 @@ def chat_format(metadata):
     return "built-in DeepSeek V3.2" if has_v32_tokens else "none: prompts need --raw"
 
 
-def attention_in_words(setup):
-    """The attention that the steps of a model use, in words."""
-    if setup.config.top_k is None:
-        there = any(block_of(name) >= 0 and ".indexer." in name for name in setup.file.tensors)
-        return f"dense (the {f'architecture {setup.config.architecture}' if there else 'model'} has no indexer)"
-    if setup.attention == "dense":
-        return "dense (asked for; the model was trained to attend to the keys its indexer chooses)"
-    if setup.attention != "auto":
-        return f"{setup.attention}, {setup.config.top_k} keys"
-    beyond = f", sparse with {setup.config.top_k} keys beyond" if "sparse" in setup.schedule.variants else ""
-    return f"dense up to {setup.config.top_k} tokens, where it is exact{beyond}"
-
-
-def layers_in_words(setup):
-    """{description of a layer: the layers it holds for, "0-2, 5"}."""
-    config = setup.config
-    indexed = config.indexed_layers
-
-    def describe_layer(il):
-        ffn = "dense ffn" if il < config.n_layer_dense_lead else f"{config.n_expert_used} of {config.n_expert} experts"
-        if indexed is None or setup.attention == "dense":
-            return f"dense attention, {ffn}"
-        indexer = "own indexer" if indexed[il] == il else "the choice of the last layer with an indexer"
-        kind = setup.attention if setup.attention != "auto" else "dense, then sparse" if "sparse" in setup.schedule.variants else "dense"
-        return f"{kind} attention, {indexer}, {ffn}"
-
-    return spans([describe_layer(il) for il in range(config.n_layer)])
-
-
 def format_report(report):
     """The report of describe() as text."""
     config, memory = report["config"], report["memory"]
@@ -123,24 +95,6 @@ def format_report(report):
                      "tokens")
     lines += [f"  layers {which}: {kind}" for kind, which in report["layers"].items()]
     return "".join(f"{visible(line)}\n" for line in lines)
-
-
-def size(n):
-    """A number of bytes as readable text."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n >= factor:
-            return f"{n / factor:.1f} {unit}"
-    return f"{n} B"
-
-
-def threads(n, n_batch):
-    """Numbers of threads in words; that of prompts only where it differs."""
-    return f"{n} thread{'s' * (n != 1)}" + (f" ({n_batch} for prompts)" if n_batch != n else "")
-
-
-def count(n):
-    """A number of parameters as readable text."""
-    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
 
 
 def compare_nodes(model, reference, ids):

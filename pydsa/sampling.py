@@ -4,6 +4,7 @@
 
 The steps, their order and their formulas are those of llama.cpp: biases, penalties, top_k, top_p, min_p, temperature, a draw.
 """
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Sequence
 import numpy as np
 
 from pydsa.errors import DamagedWeightsError, PydsaError
+
+SHOWN = 8       # biases that are shown one by one
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,20 @@ class Sampling:
     presence_penalty: float = 0.0       # subtract this once from a recent token
     seed: int | None = None             # the same seed gives the same draws; None: a new seed every time
     logit_bias: Mapping | None = None   # token id -> what is added to its logit; -inf or False: the token is never picked
+
+    def __repr__(self):
+        """The options that decide, and others where they are not the default.
+
+        Of a long logit_bias there is only the length.
+        """
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        told = ("temperature",) if self.temperature == 0 else ("temperature", "top_k", "top_p", "min_p")
+        parts = [f"{f.name}={fields[f.name]!r}" for f in dataclasses.fields(self)
+                 if f.name != "logit_bias" and (f.name in told or fields[f.name] != f.default)]
+        if self.logit_bias is not None:
+            n = len(self.logit_bias)
+            parts.append(f"logit_bias={self.logit_bias!r}" if n <= SHOWN else f"logit_bias=<{n} tokens>")
+        return f"Sampling({', '.join(parts)})"
 
     def __post_init__(self):
         self._require("temperature", 0)
@@ -84,22 +101,23 @@ class Sampling:
             raise PydsaError(" ".join([f"{name} is {value!r:.80}, expected {kind}", *bounds]))
 
 
-def sampling_of(options, tokenizer, n_vocab):
-    """The Sampling with these options, where logit_bias may have texts.
+def sampling_of(tokenizer, options):
+    """The Sampling with these options, a dict of its fields.
 
-    A text stands for each of its tokens. Raises PydsaError for options that are not valid, and ids that are not in the vocabulary.
+    logit_bias may have texts as keys, and then holds for each of a text's tokens; the texts of control tokens are these tokens. Raises
+    PydsaError for options that are not valid, and for ids that are not in the vocabulary.
     """
     bias = options.get("logit_bias")
     if isinstance(bias, Mapping):
         ids = {}
         for token, value in bias.items():
-            tokens = tokenizer.encode(token, False, True) if isinstance(token, str) else [token]
+            tokens = tokenizer.encode(token, parse_special=True) if isinstance(token, str) else [token]
             if not tokens:
                 raise PydsaError("logit_bias has an empty text, expected texts of tokens, or token ids.")
             ids |= dict.fromkeys(tokens, value)
         options = options | {"logit_bias": ids}
     sampling = Sampling(**options)
-    sampling.check_vocabulary(n_vocab)      # before a long prompt is read
+    sampling.check_vocabulary(tokenizer.n_vocab)        # before a long prompt is read
     return sampling
 
 
@@ -125,10 +143,13 @@ class Sampler:
         """
         sampling = self.sampling
         logits = self._penalize(self._bias(self._only(np.asarray(logits), allowed)), history)
-        greatest = logits.max()         # NaN, if there is any
+        likeliest = int(logits.argmax())        # of equal logits the lowest index; of a NaN, if there is any
+        greatest = logits[likeliest]
+        if greatest == -math.inf and self._biased.size:     # the logits themselves were checked
+            raise PydsaError("logit_bias bans every token that the model can pick, expected one to be left")
         self.check(greatest)
         if sampling.temperature == 0:
-            return int(np.argmax(logits))       # of equal logits the lowest index
+            return likeliest
         ids = top_k(logits, sampling.top_k)
         ids = ids[:_n_top_p(_softmax(logits[ids]), sampling.top_p)]
         if sampling.min_p > 0:
@@ -178,8 +199,6 @@ class Sampler:
         self.check(logits.max())            # damaged logits, before a ban can hide them
         logits = logits.astype(np.float64)
         logits[self._biased] += self._biases
-        if logits.max() == -math.inf:
-            raise PydsaError("logit_bias bans every token that the model can pick, expected one to be left")
         return logits
 
     def _penalize(self, logits, history):
@@ -235,9 +254,11 @@ def _least(logits, k):
 
 
 def _softmax(logits, temperature=1.0):
-    """The softmax exp((l - max l) / t) / sum, float64 [n], for l[0] = max l."""
-    with np.errstate(over="ignore"):        # a temperature near 0 can scale to -inf
-        weights = np.exp((logits.astype(np.float64) - logits[0]) / temperature)
+    """The softmax exp((l - max l) / t) / sum, float64 [n], for l[0] = max l.
+
+    Temperatures below 1e-200 are the same as that: the quotients stay finite, and floats that differ do so by more.
+    """
+    weights = np.exp((logits.astype(np.float64) - logits[0]) / max(temperature, 1e-200))
     return weights / weights.sum()
 
 

@@ -3,6 +3,7 @@
 It also decides when MLA's plain form, with keys and values for each head, takes less work than the absorbed form.
 """
 import bisect
+import copy
 import functools
 from typing import NamedTuple
 
@@ -95,6 +96,15 @@ class Schedule:
         if len(names) > 1 and plain_form_pays(self._config, n_past, n_tokens, self._top_k if chosen else None):
             return names[0]
         return names[-1]
+
+    def all_keys(self):
+        """A Schedule whose steps attend to all keys, however many there are.
+
+        With `--attention auto`, which has variants for both.
+        """
+        other = copy.copy(self)
+        other._beyond = []
+        return other
 
 
 def plain_form_pays(c, n_past, n_tokens, most=None):

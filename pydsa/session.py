@@ -8,16 +8,19 @@ import numpy as np
 
 from pydsa import session_file
 from pydsa.ahead import Ahead
+from pydsa.cards import shown
 from pydsa.diagnosis import explained
 from pydsa.errors import ContextFullError, DamagedWeightsError, PydsaError, SessionFileError
 from pydsa.hooks import Hook, Observer
 from pydsa.limits import allocating
-from pydsa.options import counts
+from pydsa.options import choose, counts
 from pydsa.plan import check_memory
 from pydsa.prefixes import common_length
 from pydsa.recorder import LIMIT, Recorder
 from pydsa.sampling import Sampler
+from pydsa.schedule import VARIANTS
 from pydsa.selecting import Selector, check_select
+from pydsa.words import card_of_a_session
 
 
 def check_max_tokens(n):
@@ -57,6 +60,7 @@ class _Layers(Hook):
         self._report(self._done)
 
 
+@shown(lambda session: card_of_a_session(session, session._setup))
 class Session:
     """One conversation, made by Model.session().
 
@@ -72,12 +76,9 @@ class Session:
         self._runner, self._setup, self.tokenizer, self._eog_ids = runner, setup, tokenizer, tokenizer.eog_ids
         self.tokens = []
         self.caches = setup.make_caches(runner.backend, setup.n_ctx)
-        self._bound, self._hooks, self._recorders, self._all_hooks = {}, (), (), ()
+        self._bound, self._hooks, self._recorders, self._all_hooks, self._variant = {}, (), (), (), None
         self._selector, self._selected = None, []       # [(first token, the `select` that ran it and those after it)]
         self._ahead = Ahead(runner)
-
-    def __repr__(self):
-        return f"<pydsa.Session: {self.n_past} of {self._setup.n_ctx} tokens>"
 
     @property
     def n_past(self):
@@ -196,6 +197,7 @@ class Session:
     @select.setter
     def select(self, select):
         check_select(select, self._setup)
+        self._check_takes_keys(self._variant, select)
         self._selector = None if select is None else Selector(select, self.caches, set(self._setup.config.indexed_layers))
         self._change_hooks()
 
@@ -219,6 +221,28 @@ class Session:
         self._all_hooks = *(() if self._selector is None else (self._selector,)), *self._hooks, *self._recorders
         self._bound = {key: bound for key, bound in self._bound.items() if bound.late in ((), self._late)}
         self._ahead.forget()
+
+    @property
+    def variant(self):
+        """The name of the variant that all steps take (schedule.VARIANTS).
+
+        It is one of the model's, setup.schedule.variants, for as long as `select` is set one that takes a list of keys; None: that of the
+        schedule. Steps of several sessions together refuse those with one.
+        """
+        return self._variant
+
+    @variant.setter
+    def variant(self, name):
+        if name is not None:
+            self._check_takes_keys(choose("variant", name, self._setup.schedule.variants), self.select)
+        self._variant = name
+        self._ahead.forget()
+
+    @staticmethod
+    def _check_takes_keys(variant, select):
+        if variant is not None and select is not None and VARIANTS[variant].indexer != "indices":
+            raise PydsaError(f"The session's variant is {variant!r}, which takes no list of keys: set session.select to None, or "
+                             "session.variant.")
 
     def record(self, selection=True, routing=True, scores=False, mass=False, path=None, limit=LIMIT):
         """A context in which the session's steps are recorded.
@@ -280,7 +304,8 @@ class Session:
 
     def _bind(self, n_past, n_tokens, n_outputs):
         """The Bound of a step; those of repeated steps are kept."""
-        variant, late = self._setup.schedule.variant(n_past, n_tokens, self._selector is not None), self._late if n_tokens == 1 else ()
+        variant = self._variant or self._setup.schedule.variant(n_past, n_tokens, self._selector is not None)
+        late = self._late if n_tokens == 1 else ()
         key = variant, n_tokens, n_outputs, late
         bound = self._bound.get(key)
         if bound is None:

@@ -25,7 +25,7 @@ OPTIONS = ("--headless=new", "--no-sandbox", "--remote-debugging-pipe", "--disab
            "--window-size=1200,800", "--force-color-profile=srgb", "about:blank")
 # The browser reads commands from file 3 and writes to file 4.
 START = "import os, sys; r, w = map(int, sys.argv[1:3]); os.dup2(r, 3); os.dup2(w, 4); os.execv(sys.argv[3], sys.argv[3:])"
-KEYS = {"Enter": 13, "Escape": 27, "Tab": 9}
+KEYS = {"Enter": 13, "Escape": 27, "Tab": 9, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 SHIFT = 8
 
 
@@ -184,6 +184,12 @@ class Page:
         text = {"text": "\r"} if key == "Enter" else {}
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=KEYS[key], modifiers=modifiers, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=KEYS[key], modifiers=modifiers)
+
+    def point(self, expression):
+        """Move the pointer to the middle of the element that an expression gives."""
+        place = self.js(f"(box => ({{x: box.x + box.width / 2, y: box.y + box.height / 2}}))(({expression}).getBoundingClientRect())")
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", **place)
+        return place
 
     def screenshot(self, path):
         """Write what is seen to a PNG file."""

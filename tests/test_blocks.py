@@ -13,7 +13,7 @@ from rewritten import INT, TEXT, T, rewrite
 
 import pydsa
 from pydsa import GGUFError, PydsaError, UnsupportedModelError
-from pydsa.model import Setup
+from pydsa.setup import Setup
 from pydsa.override import parse_overrides
 from pydsa.report import describe, format_report
 

@@ -133,7 +133,7 @@ def test_bench_ops(model):
         assert row["gops"] == pytest.approx(row["operations"] / seconds / 1e9)
         assert row["share_of_ceiling"] == pytest.approx(max(row["gbs"] / row["bandwidth_gbs"], row["gops"] / row["peak_gops"]))
     table = pydsa("bench", model, "-t", 1, "-p", 0, "-n", 1, "-r", 1, "--ops").stdout
-    assert re.match(r"\| n_tokens \| .* us \| +share \| +GB/s \| GOP/s \| of ceiling \|\n", table)
+    assert re.match(r"\| test +\| tokens \| .* us \| +share \| +GB/s \| GOP/s \| of ceiling \|\n", table)
 
 
 def test_the_reference_has_no_limits(model):

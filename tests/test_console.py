@@ -15,7 +15,7 @@ from pydsa.cli import main
 from pydsa.console import Writer, answer, read_message, show
 from pydsa.errors import OutOfMemoryError, PydsaError
 from pydsa.habits import INSTEAD, SO_ANYWAY
-from pydsa.model import Setup
+from pydsa.setup import Setup
 from pydsa.session import Session
 
 

@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from helpers import write_files
 
 import pydsa
-from pydsa import PydsaError, bench, control_groups, report
+from pydsa import PydsaError, bench, control_groups, words
 from pydsa.backends.cpu import threads
 from pydsa.cli import main
-from pydsa.cores import MOST_THREADS, physical_cores, second_level_cache
+from pydsa.cores import MOST_THREADS, cache_of_core, physical_cores
 
 V1_LIST, V2_LIST = "thread_siblings_list", "core_cpus_list"
 
@@ -51,11 +51,12 @@ def test_second_level_cache(tmp_path, size, sharing, n_bytes):
     files = {f"index{i}/{name}": text + "\n" for i, texts in kinds.items()
              for name, text in zip(("level", "type", "size", "shared_cpu_list"), texts)}
     write_files(tmp_path / "sys/devices/system/cpu/cpu0/cache", files)
-    assert second_level_cache(tmp_path) == n_bytes
+    assert cache_of_core(2, tmp_path) == n_bytes
+    assert cache_of_core(1, tmp_path) == 48 << 10
 
 
-def test_an_unknown_cache_has_1_mib(tmp_path):
-    assert second_level_cache(tmp_path) == 1 << 20
+def test_unknown_caches_have_the_usual_sizes(tmp_path):
+    assert [cache_of_core(level, tmp_path) for level in (1, 2)] == [32 << 10, 1 << 20]
 
 
 # Cores
@@ -320,7 +321,7 @@ def test_the_table_has_both_only_where_they_differ(small_model, asked):
     assert (cells["threads"], cells["threads batch"]) == ("3", "7")
     for args in ["-t", 3], ["-t", 3, "-tb", 3], ["--device", "reference"]:
         assert "threads |" in (table := run(*common, *args).stdout) and "threads batch" not in table and "None" not in table
-    assert [report.threads(*n) for n in ((1, 1), (2, 2), (1, 8))] == ["1 thread", "2 threads", "1 thread (8 for prompts)"]
+    assert [words.threads(*n) for n in ((1, 1), (2, 2), (1, 8))] == ["1 thread", "2 threads", "1 thread (8 for prompts)"]
 
 
 def test_prompts_on_two_threads_and_generation_on_one(small_model):

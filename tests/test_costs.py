@@ -13,7 +13,7 @@ from pydsa.backends.cpu import ceilings as measured
 from pydsa.bench import _op_costs, bytes_per_token
 from pydsa.costs import StepSize, node_cost, step_cost
 from pydsa.graph import Graph
-from pydsa.model import Setup
+from pydsa.setup import Setup
 
 OPS = sorted(name for name in vars(Graph) if not name.startswith("_") and name not in ("value", "last_rows"))
 

@@ -16,7 +16,7 @@ from helpers import nmse, random_ids
 import pydsa.model
 from pydsa.chat import encode_chat
 from pydsa.gguf_file import GGUFFile, Metadata, Tensor
-from pydsa.model import Setup
+from pydsa.setup import Setup
 from pydsa.models.yarn import rope_from_metadata
 from pydsa.quants import TYPES
 from pydsa.report import describe, format_report

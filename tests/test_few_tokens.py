@@ -4,7 +4,9 @@ import pytest
 from helpers import normal, rng, tensor
 
 from pydsa.backends import cpu
-from pydsa.backends.cpu.linear import DOT_TOKENS, GEMV_TOKENS, gemv_tokens_together
+from pydsa.backends.cpu.blocks.dots import DOT_TOKENS
+from pydsa.backends.cpu.jit import FIRST_LEVEL_CACHE
+from pydsa.backends.cpu.linear import GEMV_TOKENS, dot_tokens, gemv_tokens_together
 from pydsa.quants import SUPPORTED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,6 +44,14 @@ def test_tokens_that_do_not_fit_into_a_cache():
     n = 2 * gemv_tokens_together(512) + 21
     x, w = normal(n, 512), weight("Q4_K", n, 37, 512)
     assert np.array_equal(run("linear", (n, 37), w, x)[-5:], run("linear", (5, 37), w, x[-5:]))
+
+
+def test_long_rows():
+    """Whose activations, of eight tokens, do not fit into a first-level cache."""
+    n_in = FIRST_LEVEL_CACHE // 8 // 256 * 256
+    x, w = normal(8, n_in), weight("Q4_K", 8, 5, n_in)
+    assert dot_tokens(w, 256) == DOT_TOKENS and dot_tokens(w, n_in) == 4
+    assert np.array_equal(run("linear", (8, 5), w, x)[-1:], run("linear", (1, 5), w, x[-1:]))
 
 
 @pytest.mark.parametrize("kind", ["Q5_0", "Q4_K", "F16"])

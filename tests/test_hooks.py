@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from helpers import random_ids
 
-from pydsa import PydsaError
+from pydsa import PydsaError, selections
 from pydsa.batch import Batch
 from pydsa.hooks import Hook
 
@@ -121,7 +121,30 @@ def test_progress_comes_beside_hooks(small_model, load):
 
 def test_batches_refuse_hooks(small_model, load):
     model = load(small_model(n_layer=2), attention="sparse")
-    sessions = [model.session(), model.session()]
+    sessions, other = [model.session(), model.session()], model.session()
     sessions[1].hooks = Choices(False),
-    with pytest.raises(PydsaError, match="with hooks"):
-        Batch(model.runner, model.setup).run(sessions, [[1], [2]])
+    other.variant = "sparse"
+    for together in (sessions, [sessions[0], other]):
+        with pytest.raises(PydsaError, match="with hooks or a variant of its own"):
+            Batch(model.runner, model.setup).run(together, [[1], [2]])
+
+
+def test_a_session_with_a_variant_of_its_own(small_model, load):
+    model, seen = load(small_model(n_layer=2)), Seen()
+    session = model.session()
+    session.hooks, session.variant = (seen,), "sparse"
+    session.prefill(IDS[:5])        # fewer tokens than top_k, of which the schedule lets no indexer choose
+    assert [keys[-1].tolist() for keys in seen.keys] == [[0, 1, 2, 3, 4] + [-1] * 7] * 2
+    session.variant = None
+    session.prefill(IDS[5:7])
+    assert session.variant is None and len(seen.keys) == 2
+    with pytest.raises(PydsaError, match="variant is 'mask', expected one of "):
+        session.variant = "mask"
+    session.variant = "dense+keys"
+    with pytest.raises(PydsaError, match="variant is 'dense.keys', which takes no list of keys"):
+        session.select = selections.sliding_window(3)
+    session.variant, session.select = "sparse", selections.sliding_window(3)
+    with pytest.raises(PydsaError, match="takes no list of keys"):
+        session.variant = "dense+keys"
+    session.prefill(IDS[7:9])
+    assert session.variant == "sparse" and seen.keys[-1][-1].tolist() == [6, 7, 8] + [-1] * 9

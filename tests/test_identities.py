@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import greedy, nmse, random_ids
 
-from pydsa.model import Setup
+from pydsa.setup import Setup
 from pydsa.quants import SUPPORTED
 from tools.make_model import FILE_TYPES
 

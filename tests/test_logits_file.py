@@ -7,7 +7,7 @@ import pytest
 
 import pydsa
 from pydsa import LogitsFileError
-from pydsa.logits_file import OWN, LlamaCppWriter, open_logits, scored
+from pydsa.quality.logits_file import OWN, LlamaCppWriter, open_logits, scored
 from pydsa.quality import Measurement
 
 DATA = Path(__file__).parent / "data" / "perplexity"
@@ -60,7 +60,7 @@ def test_what_is_written_is_what_llama_cpp_writes(model, tmp_path):
 @pytest.mark.parametrize("n_vocab", [5, 6])
 def test_odd_vocabularies(tmp_path, n_vocab):
     """Rows have a multiple of four bytes. A token 16 below the likeliest is at step 0, and equal logits have no steps."""
-    from pydsa.distributions import Rows, Threads
+    from pydsa.quality.distributions import Rows, Threads
     logits = np.array([[0, -3, -40, -16, -1, 2][:n_vocab], [7] * n_vocab], np.float32)
     with Threads(1) as threads:
         rows, came = Rows(logits, threads), np.array([1, 2])
@@ -177,7 +177,7 @@ def test_files_of_something_else(model, load, tmp_path):
 def test_files_that_cannot_be_written(model, tmp_path, monkeypatch):
     with pytest.raises(LogitsFileError, match="cannot be written"):
         write(model, tmp_path / "missing" / "base")
-    monkeypatch.setattr("pydsa.logits_file.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("pydsa.quality.logits_file.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(LogitsFileError, match="of the disk are free"):
         write(model, tmp_path / "base")
     assert scored(128) == 63 and not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ import pydsa
 from pydsa import OutOfMemoryError, limits
 from pydsa.backends.cpu.records import kind_of
 from pydsa.graph import Value
-from pydsa.model import Setup
+from pydsa.setup import Setup
 from pydsa.plan import ALIGN, lay_out
 
 MODELS = [dict(arch="deepseek2"), dict(), dict(arch="glm-dsa", n_layer=4, indexer_types="FSFS")]
@@ -147,7 +147,7 @@ def test_values_with_places_of_their_own_give_the_same(small_model, load, monkey
         assert all(np.prod(value.tail) <= 512 for value in shared.offsets)
         return shared._replace(offsets={value: i * step for i, value in enumerate(shared.offsets)}, n_bytes=step * len(shared.offsets))
 
-    monkeypatch.setattr("pydsa.model.lay_out", unshared)
+    monkeypatch.setattr("pydsa.setup.lay_out", unshared)
     model = pydsa.load(small_model(), n_ctx=256, n_ubatch=16, kv_type="f32", threads=1)
     np.testing.assert_array_equal(model.logits(IDS), expected)
 
@@ -205,7 +205,7 @@ def test_decoding_holds_on_to_nothing(small_model, load):
 
 WITHOUT_NUMBA = {
     "import": "import pydsa; dir(pydsa); pydsa.PydsaError",
-    "Setup": "from pydsa.model import Setup; p = Setup(sys.argv[1]); p.scratch_bytes, p.mapped_bytes, p.copied_bytes",
+    "Setup": "from pydsa.setup import Setup; p = Setup(sys.argv[1]); p.scratch_bytes, p.mapped_bytes, p.copied_bytes",
     "tokenizer": "import pydsa; pydsa.load_tokenizer(sys.argv[1]).encode('some text')",
     "info": "from pydsa.cli import main; main(['info', sys.argv[1]], standalone_mode=False)",
     "help": "from pydsa.cli import main; main(['--help'], standalone_mode=False)",

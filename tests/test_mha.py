@@ -10,7 +10,7 @@ from helpers import (DEVICE, Rows, choose, close, compare, kernels, last_positio
 from pydsa.backends import reference
 from pydsa.backends.cpu import amx
 from pydsa.schedule import MHA_TOKENS, plain_form_pays, plain_form_until
-from pydsa.model import Setup
+from pydsa.setup import Setup
 from pydsa.quants import CACHE_TYPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import pydsa.model
 from pydsa import GGUFError, PydsaError, UnsupportedModelError
 from pydsa.gguf_file import Metadata, Tensor, open_gguf
-from pydsa.model import Setup
+from pydsa.setup import Setup
 from pydsa.models.yarn import rope_from_metadata
 from tools.make_model import ModelSpec, model_keys
 

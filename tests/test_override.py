@@ -10,7 +10,7 @@ import pydsa
 from pydsa import PydsaError
 from pydsa.cli import main
 from pydsa.gguf_file import Metadata
-from pydsa.model import Setup
+from pydsa.setup import Setup
 from pydsa.override import override, parse_overrides
 
 IDS = random_ids(40)

@@ -11,9 +11,9 @@ from helpers import random_ids
 import pydsa
 from pydsa import PydsaError, quality, selections
 from pydsa.cli import main
-from pydsa.distributions import LikeliestRows, Rows, Threads
+from pydsa.quality.distributions import LikeliestRows, Rows, Threads
 from pydsa.hooks import Hook
-from pydsa.perplexities import table
+from pydsa.quality.perplexities import table
 
 DATA = Path(__file__).parent / "data" / "perplexity"
 LLAMA_CPP = json.loads((DATA / "llama_cpp.json").read_text())

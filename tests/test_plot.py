@@ -1,6 +1,6 @@
-"""The plot of a bench: its lines, and what is refused beforehand.
+"""The plot of a bench: its lines and bars, and what is refused beforehand.
 
-Its lines show the numbers of the rows. What cannot be drawn is refused before anything is timed.
+They show the numbers of the rows. What cannot be drawn is refused before anything is timed.
 """
 import subprocess
 import sys
@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pydsa import PydsaError, plot
+from pydsa import PydsaError, costs, op_plot, plot
+from pydsa.bench import Bench, about
 from pydsa.cli import main
+from pydsa.graph import Graph
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,6 +30,18 @@ ROWS = [row("sparse", 512, 0, 4096, 591.0), row("sparse", 0, 32, 4096, 108.0, 25
         row("masked", 512, 0, 4096, 400.0), row("masked", 0, 32, 4096, 60.0, 200.0)]
 
 
+def op_rows(attention, n_prompt, n_gen, n_depth, **ops):
+    """Rows of Bench.ops of one step. ops: name=(microseconds, share of the ceiling)."""
+    step = sum(us for us, _ in ops.values())
+    return [{"attention": attention, "n_prompt": n_prompt, "n_gen": n_gen, "n_depth": n_depth, "op": op, "us": us, "share": us / step,
+             "share_of_ceiling": ceiling} for op, (us, ceiling) in ops.items()]
+
+
+OPS = (op_rows("sparse", 512, 0, 0, linear=(600, 0.5), sparse_attention=(300, 0.2), add=(90, 1.2), scale=(10, 0.9))
+       + op_rows("sparse", 0, 32, 0, linear=(1500, 0.8), sparse_attention=(470, 0.4), add=(30, 0.1))
+       + op_rows("masked", 512, 0, 0, linear=(600, 0.5), masked_attention=(400, 0.3)))
+
+
 def drawn(axes):
     """The lines of a panel as [(x, y, dashed)]."""
     return [(list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle() == "--") for line in axes.lines]
@@ -35,7 +49,7 @@ def drawn(axes):
 
 def test_lines_hold_the_numbers_of_the_rows():
     pytest.importorskip("matplotlib")
-    prompt, generation = plot.draw(ROWS).axes
+    prompt, generation = plot.draw(ROWS[0], ROWS).axes
     depths = [0, 4096]
     assert drawn(prompt) == [(depths, [1339, 591], False), (depths, [1300, 400], False)]
     assert drawn(generation) == [(depths, [190, 108], False), (depths, [317, 259], True),
@@ -50,7 +64,7 @@ def test_lines_hold_the_numbers_of_the_rows():
 
 def test_the_title_names_model_and_threads():
     pytest.importorskip("matplotlib")
-    text = plot.draw(ROWS).get_suptitle()
+    text = plot.draw(ROWS[0], ROWS).get_suptitle()
     assert text == "a $model$: deepseek32 Q4_K, 500.00 M parameters\n2 threads, f16 latents, i8 index keys, top_k 64"
     assert "1 thread," in plot.title(ROWS[0] | {"n_threads": 1, "n_threads_batch": 1})
     assert "\n1 thread (2 for prompts)," in plot.title(ROWS[0] | {"n_threads": 1})
@@ -60,11 +74,11 @@ def test_the_title_names_model_and_threads():
 
 def test_panels_and_lines_are_those_of_the_tests():
     pytest.importorskip("matplotlib")
-    [only] = plot.draw([r for r in ROWS if r["n_gen"]]).axes
+    [only] = plot.draw(ROWS[0], [r for r in ROWS if r["n_gen"]]).axes
     assert only.get_title() == "generation of 32 tokens"
-    [lengths] = plot.draw([row("auto", 8, 0, 0, 5.0), row("auto", 16, 0, 0, 6.0)]).axes
+    [lengths] = plot.draw(ROWS[0], [row("auto", 8, 0, 0, 5.0), row("auto", 16, 0, 0, 6.0)]).axes
     assert [line.get_label() for line in lengths.lines] == ["auto, 8 tokens", "auto, 16 tokens"]
-    [reference] = plot.draw([row("auto", 0, 8, 0, 5.0)]).axes       # the reference has no known limit
+    [reference] = plot.draw(ROWS[0], [row("auto", 0, 8, 0, 5.0)]).axes       # the reference has no known limit
     assert drawn(reference) == [([0], [5.0], False)]
 
 
@@ -80,7 +94,7 @@ def test_the_ending_decides_the_format(tmp_path, ending, start):
     path = tmp_path / f"speed.{ending}"
     plot.check_plot(str(path))
     assert not path.exists()
-    plot.save_plot(ROWS, str(path))
+    plot.save_plot(str(path), ROWS[0], ROWS)
     assert path.read_bytes().startswith(start)
     plot.check_plot(str(path))      # an existing file stays until it is replaced
     assert path.read_bytes().startswith(start)
@@ -88,7 +102,7 @@ def test_the_ending_decides_the_format(tmp_path, ending, start):
 
 def test_drawing_leaves_others_alone(tmp_path):
     pytest.importorskip("matplotlib")
-    program = ("import sys; from tests.test_plot import ROWS, plot; plot.save_plot(ROWS, sys.argv[1]); "
+    program = ("import sys; from tests.test_plot import OPS, ROWS, plot; plot.save_plot(sys.argv[1], ROWS[0], ROWS, OPS); "
                "assert 'matplotlib.pyplot' not in sys.modules")
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "speed.png")], check=True, cwd=ROOT)
 
@@ -114,8 +128,61 @@ def test_places_without_room_for_a_file_are_refused(tmp_path):
         plot.check_plot("a\0b.png")
 
 
-def test_ops_are_not_drawn():
-    assert "--ops" in refused("--plot", "speed.png", "--ops")
+def bars(axes):
+    """The bars of a panel: {op: [(bottom, height)]}, in percent, for each step."""
+    return {bar.get_label(): [(round(float(part.get_y()), 6), round(float(part.get_height()), 6)) for part in bar]
+            for bar in axes.containers}
+
+
+def cells(axes):
+    """The table of a panel: {op: texts of the steps}."""
+    names, n = [label.get_text() for label in axes.get_yticklabels()], len(axes.get_xticks())
+    texts = [text.get_text() for text in axes.texts]
+    return {name: texts[i * n:i * n + n] for i, name in enumerate(names)}
+
+
+def labels(axes):
+    return [label.get_text() for label in axes.get_xticklabels()]
+
+
+def test_bars_and_tables_hold_the_numbers_of_the_ops():
+    pytest.importorskip("matplotlib")
+    prompt, generation, prompt_table, table = plot.draw(ROWS[0], [], OPS).axes
+    assert bars(prompt) == {"linear": [(0, 60), (0, 60)], "sparse_attention": [(60, 30), (60, 0)], "masked_attention":
+                            [(90, 0), (60, 40)], "add": [(90, 9), (100, 0)], "other": [(99, 1), (100, 0)]}
+    assert bars(generation)["sparse_attention"] == [(75, 23.5)]
+    assert [text.get_text() for text in prompt.texts] == ["1 ms", "1 ms"] and generation.texts[0].get_text() == "2 ms"
+    assert cells(prompt_table) == {"the step": ["48%", "42%"], "linear": ["50%", "50%"], "sparse_attention": ["20%", ""],
+                                   "masked_attention": ["", "30%"], "add": ["120%", ""], "other": ["90%", ""]}
+    assert cells(table)["the step"] == ["70%"] and cells(table)["other"] == [""]
+    assert labels(prompt) == labels(prompt_table) == ["sparse\nd0", "masked\nd0"] and labels(table) == ["d0"]
+    assert prompt.get_xlim() == prompt_table.get_xlim()         # a step's cells are under its bar
+    assert [text.get_text() for text in generation.get_legend().get_texts()] == list(reversed(bars(prompt)))
+
+
+def test_ops_are_below_the_speeds():
+    pytest.importorskip("matplotlib")
+    titles = [axes.get_title() or axes.get_title("left") for axes in plot.draw(ROWS[0], ROWS, OPS).axes]
+    assert titles == ["prompt of 512 tokens", "generation of 32 tokens", "prompt: where a step's time goes",
+                      "generation: where a step's time goes", "prompt: share of the ceiling", "generation: share of the ceiling"]
+    unknown = [row | {"share_of_ceiling": None} for row in OPS]         # on the reference
+    assert len(plot.draw(ROWS[0], ROWS, unknown).axes) == 4
+
+
+def test_small_ops_are_one_and_colours_stay():
+    pytest.importorskip("matplotlib")
+    names = [name for name in op_plot.COLOURS if name != "other"]
+    many = op_rows("auto", 0, 1, 0, **{name: (100 - i, 0.5) for i, name in enumerate(names)})
+    panels = op_plot.OpPanels(many)
+    assert panels.names == [*names[:op_plot.MOST], "other"]
+    assert panels.share(panels.steps("n_gen")[0][1], "other") == pytest.approx(sum(row["share"] for row in many[op_plot.MOST:]))
+    assert len(set(op_plot.COLOURS.values())) == len(op_plot.COLOURS)
+    ops = {name for name in vars(Graph) if not name.startswith("_") and hasattr(costs, name)}
+    assert ops == set(names), "a new op needs a colour"
+
+
+def test_durations_are_readable():
+    assert [op_plot.duration(us) for us in (0.4, 812.3, 3412, 1.234e6)] == ["0 µs", "812 µs", "3.41 ms", "1.23 s"]
 
 
 def test_missing_package(tmp_path, monkeypatch):
@@ -134,7 +201,27 @@ def test_bench_draws_what_it_prints(golden, tmp_path):
     assert path.read_bytes().startswith(b"<?xml")
 
 
+def test_bench_times_ops_where_it_was(golden, load):
+    """The steps of the picture are those of the table, in the same session."""
+    model, ops = load(golden("ds32-q8_0")[0], kv_type="i16"), []
+    rows = list(Bench([8], [2], [0, 70], 1).run(model, ops=ops))
+    assert len(rows) == 4 and rows[0].keys() == {*about(model), *rows[0]}
+    steps = {(row["n_prompt"], row["n_gen"], row["n_depth"], row["n_tokens"]) for row in ops}
+    assert steps == {(8, 0, 0, 8), (0, 2, 0, 1), (8, 0, 70, 8), (0, 2, 70, 1)}
+    deep = {row["op"] for row in ops if row["n_depth"] == 70}
+    assert "sparse_attention" in deep and "sparse_attention" not in {row["op"] for row in ops if row["n_depth"] == 0}
+    assert sum(row["share"] for row in ops) == pytest.approx(4)
+
+
+def test_ops_alone_can_be_drawn(golden, tmp_path):
+    pytest.importorskip("matplotlib")
+    args = ["bench", str(golden("ds32-q8_0")[0]), "-t", "1", "-p", "8", "-n", "1", "-r", "1", "--ops", "--plot", str(tmp_path / "ops.svg")]
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 0 and "of ceiling" in result.stdout
+    assert "where a step" in (tmp_path / "ops.svg").read_text() and "tokens per second" not in (tmp_path / "ops.svg").read_text()
+
+
 def test_a_file_that_vanishes_meanwhile_is_an_error(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(PydsaError, match="the picture cannot be written"):
-        plot.save_plot(ROWS, str(tmp_path / "gone" / "speed.png"))
+        plot.save_plot(str(tmp_path / "gone" / "speed.png"), ROWS[0], ROWS)

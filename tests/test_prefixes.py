@@ -106,6 +106,17 @@ def test_when_the_machine_has_no_memory_left_nothing_is_added(monkeypatch):
     assert prefixes.match("a", ids(4, 5, 6)) == 0
 
 
+def test_the_free_memory_is_asked_for_once(monkeypatch):
+    """It takes a quarter of a millisecond, while all answers wait."""
+    asked = []
+    monkeypatch.setattr(module.limits, "available", lambda: asked.append(1) or module.limits.Memory(1 << 40, "memory"))
+    prefixes = Prefixes(1 << 20)
+    prefixes.add("", Session(range(9)))
+    assert len(asked) == 1
+    prefixes.add("", Session(range(9)))     # nothing is new
+    assert len(asked) == 1
+
+
 def test_what_does_not_fit_goes_to_files_and_comes_back(tmp_path):
     prefixes = Prefixes(8 * 10, tmp_path)
     for first in range(5):

@@ -13,7 +13,7 @@ from pydsa.batch import Batch
 from pydsa.cli import main
 from pydsa.engine import Engine
 from pydsa.errors import PydsaError, SessionFileError
-from pydsa.model import Setup
+from pydsa.setup import Setup
 from pydsa.quants import CACHE_TYPES, TYPES
 from pydsa.requests import Failed, Finished, Request
 from pydsa.sampling import Sampling

@@ -17,6 +17,7 @@ import pydsa
 from pydsa import PydsaError
 from pydsa.backends.cpu import fetching, reading_ahead
 from pydsa.residence import copied, lock
+from pydsa.setup import Setup
 
 IDS = random_ids(40)
 asking = pytest.mark.skipif(not fetching.CAN_ASK, reason="the system cannot be asked")
@@ -117,7 +118,7 @@ def test_copying_tells_how_far_it_is(small_model):
 
 
 def test_a_copy_does_not_need_the_file(tmp_path, small_model):
-    tensor = next(iter(pydsa.model.Setup(small_model()).weights.used.values()))
+    tensor = next(iter(Setup(small_model()).weights.used.values()))
     copy = copied(tensor)
     assert np.array_equal(copy.data, tensor.data) and not np.shares_memory(copy.data, tensor.data) and copy.data.ctypes.data % 64 == 0
 

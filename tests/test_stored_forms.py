@@ -11,7 +11,7 @@ from rewritten import INT, fused_experts, rewrite, whole_kv_b, with_factors
 from pydsa import GGUFError, UnsupportedModelError
 from pydsa.backends import reference
 from pydsa.gguf_file import open_gguf
-from pydsa.model import Setup
+from pydsa.setup import Setup
 from tools.make_model import FILE_TYPES
 
 IDS = random_ids(40)

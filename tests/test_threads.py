@@ -11,7 +11,7 @@ from helpers import random_ids
 
 import pydsa
 from pydsa.backends.cpu import attention, team, threads
-from pydsa.model import Setup
+from pydsa.setup import Setup
 from pydsa.schedule import VARIANTS
 
 THREADS = (2, 3, 5, 8)      # compared with 1; they may be more than there are cores

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pydsa
 from pydsa.bench import random_ids, reach_depth, test_name, time_test
-from pydsa.report import size, threads
+from pydsa.words import size, threads
 
 
 class LlamaSession:

@@ -17,7 +17,8 @@ DOCS = ROOT / "pydsa/docs"
 COMMANDS = ["", *sorted(main.commands)]
 LINES = {"setup.cfg": "Metadata, dependencies, pytest and linter", "pyproject.toml": "The build system, for pip",
          ".ci/run": "What CI runs: the commands of the README, then the linter",
-         "pydsa/docs": "These pages", "pydsa/docs/journal": "What was tried for speed, predicted and measured",
+         "pydsa/docs": "These pages", "pydsa/docs/tour.ipynb": "A notebook: load, ask, compare, look, change the choice",
+         "pydsa/docs/journal": "What was tried for speed, predicted and measured",
          "pydsa/demo": "The demo model, its figures, and notes to ask it about",
          "tests/data": "Golden logits and tokenizations from outside"}
 

@@ -5,7 +5,7 @@ Only generated text, tables and reports go to stdout.
 import click
 
 from pydsa import __version__
-from pydsa.cli import bench, info, perplexity, run, serve, trace
+from pydsa.cli import bench, faithful, imatrix, info, look, perplexity, run, serve, trace
 from pydsa.exits import Commands
 
 
@@ -21,10 +21,14 @@ def main():
     pydsa run model.gguf -f notes.txt --raw -n 64   continue a text
     pydsa serve model.gguf                        an HTTP server, and a page to chat on
     pydsa bench model.gguf -d 0,4096              speed, also deep in a context
+    pydsa look model.gguf -f notes.txt            a page of what the answer attended to
     pydsa perplexity model.gguf -f text.txt       quality, also of other settings beside it
     pydsa info model.gguf                         what the file is and needs
+    pydsa faithful model.gguf -f notes.txt        whether sparse attention is right
+    pydsa imatrix model.gguf -f text.txt          which inputs matter, for quantizers
     """
 
 
-for command in (run.run, serve.serve, bench.bench, info.info, trace.trace, perplexity.perplexity):
+for command in (run.run, serve.serve, bench.bench, look.look, info.info, trace.trace, perplexity.perplexity, faithful.faithful,
+                imatrix.imatrix):
     main.add_command(command)

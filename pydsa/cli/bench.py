@@ -21,7 +21,9 @@ from pydsa.habits import llama_cpp_options, model_argument
 @click.option("--attention", default="auto", show_default=True, help="One or more of auto, sparse, masked, dense, e.g. sparse,masked.")
 @click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", show_default=True,
               help="Form of the table.")
-@click.option("--plot", type=click.Path(), help="Also draw speed against depth into this file: .png, .svg or .pdf. Needs matplotlib.")
+@click.option("--plot", type=click.Path(),
+              help="Also draw speed against depth, and the share and the ceiling of each op, into this file: .png, .svg or .pdf. "
+                   "With --ops: the ops alone. Needs matplotlib.")
 @click.option("--ops", is_flag=True, help="Show instead the time of each op of one step, and the limit of the machine.")
 def bench(model, n_prompt, n_gen, n_depth, repetitions, threads, threads_batch, output, ops, plot, attention, **settings):
     """Time prompts (pp) and generation (tg), as llama-bench does.
@@ -29,26 +31,25 @@ def bench(model, n_prompt, n_gen, n_depth, repetitions, threads, threads_batch, 
     Without MODEL it times the demo model. For generation it also shows the bytes that a token must read, and the speed at which this uses
     all of the memory's bandwidth.
     """
-    from pydsa.bench import Bench, format_rows
-    from pydsa.model import ATTENTION
+    from pydsa.bench import Bench, about, format_rows
+    from pydsa.setup import ATTENTION
     from pydsa.options import choose
     from pydsa.plot import check_plot, save_plot
-    if plot is not None and ops:
-        raise click.UsageError("--plot draws the speed at each depth, which --ops does not time.")
     if plot is not None:
         check_plot(plot)
     tests = Bench(comma_numbers("-p", n_prompt), comma_numbers("-n", n_gen), comma_numbers("-d", n_depth), repetitions)
     modes = [choose("attention", mode.strip(), ATTENTION) for mode in attention.split(",")]      # all, before the first is timed
-    rows = []
+    rows, op_rows = [], None if plot is None else []
     for mode in modes:
         engine = load_model(model, threads, threads_batch, n_ctx=tests.n_ctx, attention=mode, **settings)
         with progress_bar("timing") as progress:
-            for row in tests.ops(engine, progress) if ops else tests.run(engine, progress):
+            for row in tests.ops(engine, progress) if ops else tests.run(engine, progress, op_rows):
                 rows.append(row)
                 if output == "jsonl":
                     click.echo(format_rows([row], output), nl=False)
     if output != "jsonl":
         click.echo(format_rows(rows, output), nl=False)
     if plot is not None:
-        save_plot(rows, plot)
+        speeds, parts = ([], rows) if ops else (rows, op_rows)
+        save_plot(plot, about(engine), speeds, parts)
         click.echo(f"wrote {plot}", err=True)

@@ -33,7 +33,7 @@ def info(ctx, model, output, check, **settings):
             report = check_files(open_gguf(os.path.expanduser(model)), progress)
         click.echo(json_text(report) if output == "json" else "\n".join(map(visible, format_check(report))))
         ctx.exit(0 if report["sound"] else 1)
-    from pydsa.model import Setup
+    from pydsa.setup import Setup
     from pydsa.report import describe, format_report
     if settings["n_ctx"] == 0:
         settings["n_ctx"] = Setup(model, **settings | {"n_ctx": None}).config.n_ctx_train

@@ -51,7 +51,7 @@ def perplexity(model, file, n_ctx, chunks, stride, base, top_logits, kl_divergen
     text = None if file is None else read_text(file, "text", "")
     if text == "":
         raise Failure("The text is empty, expected one of at least two chunks (-c).")
-    from pydsa.logits_file import open_logits
+    from pydsa.quality.logits_file import open_logits
     from pydsa.quality import DEFAULT_N_CTX, Measurement
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(open_logits(base)) if kl_divergence else None
@@ -93,7 +93,7 @@ def _check_options(file, n_ctx, chunks, stride, base, top_logits, kl_divergence)
 
 def _combinations(settings):
     """The options of each row, all different: {name: value} as load_model takes them."""
-    from pydsa.model import ATTENTION
+    from pydsa.setup import ATTENTION
     from pydsa.options import choose
 
     def several(name, choices):
@@ -138,6 +138,6 @@ def _run(measurement, save, n_top):
 def _show(results, output):
     """Print the table in the form that is asked for."""
     from pydsa.bench import format_rows
-    from pydsa.perplexities import table
+    from pydsa.quality.perplexities import table
     rows = [result.row() for result in results]
     click.echo(visible(table(rows), keep="\n") if output == "md" else format_rows(rows, output), nl=False)

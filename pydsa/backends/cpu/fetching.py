@@ -39,7 +39,7 @@ def allow(asks):
 
 
 def begin_step():
-    """Decide whether the step that begins asks for its weights -> whether it does."""
+    """Decide whether the step that begins asks for weights -> the answer."""
     global _blocks_read
     blocks = resource.getrusage(resource.RUSAGE_SELF).ru_inblock if _allowed else _blocks_read
     _wanted[0], _blocks_read = blocks != _blocks_read, blocks

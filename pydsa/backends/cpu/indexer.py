@@ -7,7 +7,7 @@ import numpy as np
 
 from pydsa.backends.cpu.arrays import address, contiguous, floats_at
 from pydsa.backends.cpu.f32.indexer import TILE
-from pydsa.backends.cpu.jit import inner
+from pydsa.backends.cpu.jit import inline, inner
 from pydsa.backends.cpu.jobs import ScoreJob, call_kernel
 from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.scalars import bits_of_float
@@ -124,11 +124,12 @@ def select_token(out, t, row, thread):
     select(out[t], row, thread)
 
 
-@inner
+@inline
 def score_and(finish, out, q, w, keys, positions, scale, task):
     """Run a task of the first stage.
 
-    finish(out, t, row, thread) is called for each token of which the task has all scores.
+    finish(out, t, row, thread) is called for each token of which the task has all scores. As an argument of a function that is not inlined
+    it would be an address of this process, with which a kernel is not kept.
     """
     if len(q) <= FEW_TOKENS:
         score_keys(q, w, keys, positions, scale, task)

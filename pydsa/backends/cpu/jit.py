@@ -31,13 +31,13 @@ from numba.extending import intrinsic
 
 from pydsa import kernel_cache, quants
 from pydsa.compiling import Job, collecting_paused, compile_jobs, counted
-from pydsa.cores import physical_cores, second_level_cache
+from pydsa.cores import cache_of_core, physical_cores
 from pydsa.signals import interrupts_held
 
 
 HERE = Path(__file__).parent
-SECOND_LEVEL_CACHE = second_level_cache()       # bytes for a core, by which kernels size their work
-llvm.initialize_native_asmparser()      # for the one instruction that is given as text (simd.py)
+FIRST_LEVEL_CACHE, SECOND_LEVEL_CACHE = cache_of_core(1), cache_of_core(2)      # bytes for a core, by which kernels size their work
+llvm.initialize_native_asmparser()      # for instructions that are given as text (simd.py, lanes.py, codes.py)
 
 
 def cpu_features():
@@ -67,7 +67,7 @@ def _amx_allowed():
 def _cache_folder():
     sources = [*HERE.rglob("*.py"), Path(quants.__file__)]
     versions = (f"{importlib.metadata.version('numba')} {importlib.metadata.version('llvmlite')} {sys.implementation.cache_tag} "
-                f"{platform.system()} {SECOND_LEVEL_CACHE} ")
+                f"{platform.system()} {FIRST_LEVEL_CACHE} {SECOND_LEVEL_CACHE} ")
     return kernel_cache.cache_folder(versions + " ".join(sorted(cpu_features())), sources)
 
 

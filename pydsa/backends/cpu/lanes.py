@@ -153,6 +153,9 @@ def minus_upper_half(typingctx, a, b):
     """Subtract the upper half of b from that of a; the lower half of a stays."""
     def codegen(context, builder, signature, args):
         n = a.lanes // 2
+        if a.lanes == 16 and "avx512f" in FEATURES:     # as text, or LLVM would merge by a permute, of which there are fewer a cycle
+            kind = ir.FunctionType(a.ir, [a.ir, a.ir, I16])
+            return builder.asm(kind, "vsubps $2, $0, $0 {$3}", "=v,0,v,^Yk", [*args, I16(0xFF00)], False)
         return builder.shuffle_vector(args[0], builder.fsub(*args, flags=FAST), constant([*range(n), *range(3 * n, 4 * n)]))
     return a(a, a), codegen
 

@@ -7,7 +7,8 @@ rows with them. They are those of f32/linear.py, of int16/linear.py, or with AMX
 from pydsa.backends.cpu import amx
 from pydsa.backends.cpu.arrays import address, align
 from pydsa.backends.cpu.blocks.block import SUPERBLOCK
-from pydsa.backends.cpu.jit import SECOND_LEVEL_CACHE, call_intp_function, inner
+from pydsa.backends.cpu.blocks.dots import DOT_TOKENS
+from pydsa.backends.cpu.jit import FIRST_LEVEL_CACHE, SECOND_LEVEL_CACHE, call_intp_function, inner
 from pydsa.backends.cpu.jobs import MatmulJob, call_kernel
 from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.scratch import task_scratch
@@ -21,10 +22,10 @@ MAX_TASK_ROWS = max(MIN_TASK_ROWS, min(256 if amx.HERE else 128, 1 << ROWS_IN_CA
 MIN_TASK_TOKENS = 128           # the fewest tokens of a task of gemm, if there are still more threads: rows are unpacked for each task
 LEAST_TASK_BYTES, ALL_TASK_BYTES = 1 << 18, 1 << 24       # of weights for a few tokens: of the largest tasks, and of those of all threads
 GEMV_TOKENS = 16                # the most tokens for which blocks are not unpacked, as a Weight's gemv_tokens
-DOT_TOKENS = 4                  # the most tokens for which `dot` decodes a block once
 LONG_ROWS = 4                   # the fewest rows of a task for a few tokens: as many are multiplied together without blocks
 GEMV_ROWS = 16                  # a cache line of results
 GEMV_BYTES = SECOND_LEVEL_CACHE // 4    # of rows over which more tokens than DOT_TOKENS take turns, and of these tokens
+DOT_BYTES = FIRST_LEVEL_CACHE * 3 // 4  # of the tokens that pass over a row together, if there are more than four
 PANEL_TOKENS = 16              # tokens that are packed at a time, a panel
 PIECE = 8192                    # activations that are rounded at a time, a multiple of 256
 
@@ -93,17 +94,28 @@ def gemv_tokens_together(n_in):
 
 
 @inner
+def dot_tokens(w, n_in):
+    """Count the tokens for which blocks are decoded once, at most.
+
+    Four of long rows: two rows at a time share their activations, which more tokens would have to fetch from a second-level cache.
+    """
+    return DOT_TOKENS if w.block > 32 and DOT_TOKENS * rounded_bytes(n_in) <= DOT_BYTES else 4
+
+
+@inner
 def gemv_rows(w, rows, n_rows, n_in, x_at, n_tokens, out_at):
     """Compute out_at[t][r] = row r . rounded token x_at[t], for any number of tokens.
 
     n_rows rows at an address. A few rows at a time are multiplied with some tokens, so that both are read from caches but once.
     """
     n, row_bytes, most = n_in // w.block, n_in // w.block * w.block_bytes, gemv_tokens_together(n_in)
-    batch = n_rows if n_tokens <= DOT_TOKENS else max(1, GEMV_BYTES // (GEMV_ROWS * row_bytes)) * GEMV_ROWS
-    for t in range(0, n_tokens, most):
+    together = dot_tokens(w, n_in)
+    batch = n_rows if n_tokens <= together else max(1, GEMV_BYTES // (GEMV_ROWS * row_bytes)) * GEMV_ROWS
+    for first in range(0, n_tokens, most):
         for r in range(0, n_rows, batch):
-            call_intp_function(w.dot, (rows + r * row_bytes, min(batch, n_rows - r), n, x_at + 8 * t, min(most, n_tokens - t),
-                                       out_at + 8 * t, 4 * r))
+            for t in range(first, min(first + most, n_tokens), together):
+                call_intp_function(w.dot, (rows + r * row_bytes, min(batch, n_rows - r), n, x_at + 8 * t, min(together, n_tokens - t),
+                                           out_at + 8 * t, 4 * r))
 
 
 @inner

@@ -79,7 +79,7 @@ def _pieces(group):
 
 
 def _parts(data):
-    """The pieces of a matrix, or of each expert's matrix where they do not lie side by side."""
+    """The pieces of a matrix; where experts do not lie side by side, of each."""
     blocks = [data] if data.flags.c_contiguous else list(data)
     for block in blocks:
         start = block.ctypes.data
@@ -87,6 +87,6 @@ def _parts(data):
 
 
 def uses_nearly_all(groups):
-    """Whether a step's tokens use nearly all experts, and there is a way to read them ahead."""
+    """Whether a step uses nearly all experts, and they can be read ahead."""
     routes = [args for group in groups for op, args in group if op.__name__ == "moe_route"]
     return CAN_ASK and os.name == "posix" and all(ids.size >= ENOUGH * logits.shape[1] for ids, _, logits, *_ in routes)

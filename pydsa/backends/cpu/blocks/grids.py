@@ -12,7 +12,7 @@ import numpy as np
 from numba import carray
 
 from pydsa.backends.cpu.blocks.block import COLUMNS, SCALES, SUPERBLOCK, entry
-from pydsa.backends.cpu.blocks.dots import TWICE, dot_rows, single_sum
+from pydsa.backends.cpu.blocks.dots import TWICE, dot_large, single_sum
 from pydsa.backends.cpu.codes import (bytes_of_even_words, code_values, from_columns, grid_entries, lanes_of, seven_bits, sign_codes,
                                       sign_codes_of_7, where_bit, widen)
 from pydsa.backends.cpu.jit import inline, inner
@@ -302,7 +302,7 @@ def add_iq2_xxs(sums, row, i, n, x):
 
 
 def dot_iq2_xxs(rows, n_rows, n, x_at, n_tokens, out_at, offset):
-    dot_rows(add_iq2_xxs, single_sum, floats(np.float32(0)), IQ2_XXS, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_iq2_xxs, single_sum, floats(np.float32(0)), IQ2_XXS, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_iq2_xxs(source, n, superblock):
@@ -318,7 +318,7 @@ def add_iq2_xs(sums, row, i, n, x):
 
 
 def dot_iq2_xs(rows, n_rows, n, x_at, n_tokens, out_at, offset):
-    dot_rows(add_iq2_xs, single_sum, floats(np.float32(0)), IQ2_XS, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_iq2_xs, single_sum, floats(np.float32(0)), IQ2_XS, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 NIBBLE_OF_GROUP = lanes_of(8, BY_FOUR, [4 * (g // 2 % 2) for g in range(32)], 15)
@@ -337,7 +337,7 @@ def add_iq2_s(sums, row, i, n, x):
 
 
 def dot_iq2_s(rows, n_rows, n, x_at, n_tokens, out_at, offset):
-    dot_rows(add_iq2_s, single_sum, floats(np.float32(0)), IQ2_S, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_iq2_s, single_sum, floats(np.float32(0)), IQ2_S, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_iq2_s(source, n, superblock):
@@ -352,7 +352,7 @@ def add_iq3_xxs(sums, row, i, n, x):
 
 
 def dot_iq3_xxs(rows, n_rows, n, x_at, n_tokens, out_at, offset):
-    dot_rows(add_iq3_xxs, single_sum, floats(np.float32(0)), IQ3_XXS, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_iq3_xxs, single_sum, floats(np.float32(0)), IQ3_XXS, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_iq3_xxs(source, n, superblock):
@@ -367,7 +367,7 @@ def add_iq3_s(sums, row, i, n, x):
 
 
 def dot_iq3_s(rows, n_rows, n, x_at, n_tokens, out_at, offset):
-    dot_rows(add_iq3_s, single_sum, floats(np.float32(0)), IQ3_S, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_iq3_s, single_sum, floats(np.float32(0)), IQ3_S, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_iq3_s(source, n, superblock):
@@ -382,7 +382,7 @@ def add_iq1_s(sums, row, i, n, x):
 
 
 def dot_iq1_s(rows, n_rows, n, x_at, n_tokens, out_at, offset):
-    dot_rows(add_iq1_s, single_sum, floats(np.float32(0)), IQ1_S, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_iq1_s, single_sum, floats(np.float32(0)), IQ1_S, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_iq1_s(source, n, superblock):
@@ -398,7 +398,7 @@ def add_iq1_m(sums, row, i, n, x):
 
 
 def dot_iq1_m(rows, n_rows, n, x_at, n_tokens, out_at, offset):
-    dot_rows(add_iq1_m, single_sum, floats(np.float32(0)), IQ1_M, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_iq1_m, single_sum, floats(np.float32(0)), IQ1_M, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 SCALE_OF_GROUP = lanes_of(16, [g // 8 for g in range(32)], [3 * (g // 2 % 4) for g in range(32)], 7)

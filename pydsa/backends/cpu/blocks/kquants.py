@@ -10,7 +10,7 @@ import numpy as np
 from numba import carray
 
 from pydsa.backends.cpu.blocks.block import MINS_16, SCALES, SUPERBLOCK, entry, inverse
-from pydsa.backends.cpu.blocks.dots import TWICE, dot_128, dot_pair, dot_rows, single_sum, store_halves
+from pydsa.backends.cpu.blocks.dots import TWICE, dot_128, dot_large, dot_pair, single_sum, store_halves
 from pydsa.backends.cpu.jit import inline, inner
 from pydsa.backends.cpu.lanes import (all_quarters, both_halves, even_quarters, gather_bytes, gather_u32, halves_int16, minus_upper_half,
                                       odd_quarters, shift_quarters, spread, spread_int16, times_floats)
@@ -176,7 +176,7 @@ def add_q4_k(sums, row, i, n, x):
 
 
 def dot_q4_k(rows, n_rows, n, x_at, n_tokens, out_at, offset):
-    dot_rows(add_q4_k, single_sum, floats(np.float32(0)), Q4_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_q4_k, single_sum, floats(np.float32(0)), Q4_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_q4_k(source, n, superblock):
@@ -204,7 +204,7 @@ def add_q5_k(sums, row, i, n, x):
 
 
 def dot_q5_k(rows, n_rows, n, x_at, n_tokens, out_at, offset):
-    dot_rows(add_q5_k, single_sum, floats(np.float32(0)), Q5_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_q5_k, single_sum, floats(np.float32(0)), Q5_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_q5_k(source, n, superblock):
@@ -263,7 +263,7 @@ def total_q6_k(sums):
 
 def dot_q6_k(rows, n_rows, n, x_at, n_tokens, out_at, offset):
     zero = floats(np.float32(0))
-    dot_rows(add_q6_k, total_q6_k, (zero, zero, zero), Q6_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_q6_k, total_q6_k, (zero, zero, zero), Q6_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_q6_k(source, n, superblock):
@@ -312,7 +312,7 @@ def total_q2_k(sums):
 
 def dot_q2_k(rows, n_rows, n, x_at, n_tokens, out_at, offset):
     zero = floats(np.float32(0))
-    dot_rows(add_q2_k, total_q2_k, (zero, zero, zero), Q2_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_q2_k, total_q2_k, (zero, zero, zero), Q2_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_q2_k(source, n, superblock):
@@ -374,7 +374,7 @@ def total_q3_k(sums):
 
 def dot_q3_k(rows, n_rows, n, x_at, n_tokens, out_at, offset):
     zero = floats(np.float32(0))
-    dot_rows(add_q3_k, total_q3_k, (zero, zero, zero), Q3_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_q3_k, total_q3_k, (zero, zero, zero), Q3_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_q3_k(source, n, superblock):

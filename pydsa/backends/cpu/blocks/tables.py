@@ -8,7 +8,7 @@ import numpy as np
 from numba import carray
 
 from pydsa.backends.cpu.blocks.block import NATURAL, SCALES, SUPERBLOCK, entry, inverse
-from pydsa.backends.cpu.blocks.dots import (BY_QUARTERS, add_quad, dot_quad, dot_rows, four_blocks, join_blocks,
+from pydsa.backends.cpu.blocks.dots import (BY_QUARTERS, add_quad, dot_large, dot_quad, dot_rows, four_blocks, join_blocks,
                                             nibbles, signed_quad, single_sum, store_quad, superblock_at, two_blocks)
 from pydsa.backends.cpu.codes import even_elements_first, pairs_of, to_multiples, twin_groups, ue4m3_floats
 from pydsa.backends.cpu.jit import inline
@@ -122,7 +122,7 @@ def add_iq4_xs(sums, row, i, n, x):
 
 
 def dot_iq4_xs(rows, n_rows, n, x_at, n_tokens, out_at, offset):
-    dot_rows(add_iq4_xs, single_sum, floats(np.float32(0)), IQ4_XS, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_iq4_xs, single_sum, floats(np.float32(0)), IQ4_XS, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_iq4_xs(source, n, superblock):
@@ -184,7 +184,7 @@ def add_nvfp4(sums, row, i, n, x):
 
 
 def dot_nvfp4(rows, n_rows, n, x_at, n_tokens, out_at, offset):
-    dot_rows(add_nvfp4, single_sum, floats(np.float32(0)), NVFP4, 2, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_nvfp4, single_sum, floats(np.float32(0)), NVFP4, 2, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_nvfp4(source, n, superblock):

@@ -7,7 +7,7 @@ import numpy as np
 from numba import carray
 
 from pydsa.backends.cpu.blocks.block import COLUMNS, MINS, MINS_16, NATURAL, SCALES, SUPERBLOCK, entry
-from pydsa.backends.cpu.blocks.dots import TWICE, dot_rows, single_sum, two_blocks
+from pydsa.backends.cpu.blocks.dots import TWICE, dot_large, single_sum, two_blocks
 from pydsa.backends.cpu.blocks.kquants import AS_SHIFTED, BY_PARTS, add_parts, store_pairs, total_q2_k
 from pydsa.backends.cpu.codes import even_elements_first, from_columns, lanes_of, times, times_3_high, widen, widen_two
 from pydsa.backends.cpu.jit import inline
@@ -89,7 +89,7 @@ def add_tq1_0(sums, row, i, n, x):
 
 
 def dot_tq1_0(rows, n_rows, n, x_at, n_tokens, out_at, offset):
-    dot_rows(add_tq1_0, single_sum, floats(np.float32(0)), TQ1_0, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_tq1_0, single_sum, floats(np.float32(0)), TQ1_0, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_tq1_0(source, n, superblock):
@@ -118,7 +118,7 @@ def add_tq2_0(sums, row, i, n, x):
 
 def dot_tq2_0(rows, n_rows, n, x_at, n_tokens, out_at, offset):
     zero = floats(np.float32(0))
-    dot_rows(add_tq2_0, total_q2_k, (zero, zero, zero), TQ2_0, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_tq2_0, total_q2_k, (zero, zero, zero), TQ2_0, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_tq2_0(source, n, superblock):
@@ -144,7 +144,7 @@ def add_q1_0(sums, row, i, n, x):
 
 
 def dot_q1_0(rows, n_rows, n, x_at, n_tokens, out_at, offset):
-    dot_rows(add_q1_0, single_sum, floats(np.float32(0)), Q1_0, 2, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_q1_0, single_sum, floats(np.float32(0)), Q1_0, 2, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_q1_0(source, n, superblock):

@@ -148,7 +148,7 @@ def _make_matmul_add(rows, columns):
     return matmul_add
 
 
-_matmul_add_block, _matmul_add_row = _make_matmul_add(GEMM_ROWS, GEMM_COLUMNS), _make_matmul_add(1, GEMM_COLUMNS)
+_matmul_add_block, _matmul_add_pair, _matmul_add_row = (_make_matmul_add(rows, GEMM_COLUMNS) for rows in (GEMM_ROWS, 2, 1))
 COLUMNS = 16 * GEMM_COLUMNS
 
 
@@ -163,6 +163,8 @@ def matmul_add(c, c_stride, n_rows, n_columns, a, a_stride, b, b_stride, n):
         while n_rows - i >= GEMM_ROWS:
             _matmul_add_block(c + i * c_stride + 4 * j, c_stride, a + i * a_stride, a_stride, b + 4 * j, b_stride, n)
             i += GEMM_ROWS
-        while i < n_rows:
+        while n_rows - i >= 2:      # a single row waits for its own sums
+            _matmul_add_pair(c + i * c_stride + 4 * j, c_stride, a + i * a_stride, a_stride, b + 4 * j, b_stride, n)
+            i += 2
+        if i < n_rows:
             _matmul_add_row(c + i * c_stride + 4 * j, c_stride, a + i * a_stride, a_stride, b + 4 * j, b_stride, n)
-            i += 1

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pydsa.distributions import LikeliestRows, SteppedRows
+from pydsa.quality.distributions import LikeliestRows, SteppedRows
 from pydsa.errors import LogitsFileError
 
 LLAMA_CPP, OWN = b"_logits_", b"pydsa log-probabilities 1\n"

@@ -11,12 +11,12 @@ import os
 
 import numpy as np
 
-from pydsa.distributions import Rows, Threads
+from pydsa.quality.distributions import Rows, Threads
 from pydsa.errors import LogitsFileError, PydsaError
-from pydsa.logits_file import LlamaCppWriter, OwnWriter, open_logits
+from pydsa.quality.logits_file import LlamaCppWriter, OwnWriter, open_logits
 from pydsa.model import Model
 from pydsa.options import counts
-from pydsa.perplexities import Perplexity
+from pydsa.quality.perplexities import Perplexity
 from pydsa.plan import check_memory
 from pydsa.session import check_ids
 from pydsa.signals import interrupts_held

@@ -1,0 +1,239 @@
+"""A Setup says what running a GGUF file needs: configuration, schedule, graphs and memory."""
+import collections
+import collections.abc
+import functools
+import hashlib
+import math
+import os
+import re
+
+import numpy as np
+
+from pydsa.backends.devices import DEVICES, check_reproducible, check_residence
+from pydsa.cache import VectorCache, choose_cache_type
+from pydsa.cards import shown
+from pydsa.errors import PydsaError, UnsupportedModelError
+from pydsa.gguf_file import open_gguf
+from pydsa.graph import CacheRef, Graph
+from pydsa.limits import allocating
+from pydsa.models import architecture
+from pydsa.models.blocks import INDEXER, block_of, indexer_advice, settle_blocks
+from pydsa.models.stored import made_bytes
+from pydsa.models.weights import Weights
+from pydsa.options import choose, counts
+from pydsa.override import check_all_read, override
+from pydsa.plan import lay_out
+from pydsa.quants import cache_row_bytes
+from pydsa.schedule import VARIANTS, Schedule
+from pydsa.tokenizer import Tokenizer
+from pydsa.words import card_of_a_setup
+
+ATTENTION = ("auto", "sparse", "masked", "dense")
+DEFAULT_N_CTX, DEFAULT_N_UBATCH = 8192, 2048
+BESIDE_HALVES, OF_INDEXERS = (".attn_kv_b.weight",), tuple(f".indexer.{part}" for part in INDEXER)      # ends of names
+COMPANION, OF_ACTIVATIONS = re.compile(r"(\.weight)?\.(input_)?scale$"), ".input_scale"       # beside a matrix
+
+
+@shown(card_of_a_setup)
+class Setup:
+    """What running a file needs.
+
+    It has the configuration (config), the schedule of variants, a layout of each variant's graph, and the memory in bytes. No weights are
+    read and nothing is compiled. `pydsa info` shows it. notes: sentences on what is unusual in the file. The parameters, and the errors
+    raised, are those of load().
+    """
+
+    def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,
+                 n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None, reproducible=False, mmap=True, mlock=False):
+        self.device_name = choose("device", device, DEVICES)
+        self.device = DEVICES[device]
+        self.reproducible = check_reproducible(device, reproducible)
+        self.mmap, self.mlock = check_residence(device, mmap, mlock)
+        self.kv_type = choose_cache_type("kv_type", kv_type)
+        self.index_type = choose_cache_type("index_type", index_type or ("f32" if kv_type == "f32" else "i8"))
+        self.attention = choose("attention", attention, ATTENTION)
+        n_ctx, n_ubatch, dsa_top_k = counts(2**31 - 1, n_ctx=n_ctx, n_ubatch=n_ubatch, dsa_top_k=dsa_top_k)
+        file = open_gguf(os.path.expanduser(path))
+        metadata = override(file.metadata, override_kv or {})
+        self.overrides = {key: (value, file.metadata.get(key)) for key, value in (override_kv or {}).items()}      # and the file's own
+        arch = architecture(metadata)
+        metadata, self.notes = settle_blocks(metadata, file.tensors)
+        self.file = file._replace(metadata=metadata)
+        self.config = self._read_config(arch, dsa_top_k)
+        check_all_read(metadata, override_kv or {}, file.metadata)
+        self.n_ctx = n_ctx or min(DEFAULT_N_CTX, self.config.n_ctx_train)
+        self.n_ubatch = min(n_ubatch, self.n_ctx)
+        if self.n_ubatch > self.device.max_ubatch:
+            raise PydsaError(f"n_ubatch is {self.n_ubatch}, expected at most {self.device.max_ubatch} on {device} (-ub).")
+        self.schedule = Schedule(self.config, self.attention, self.n_ctx, self.n_ubatch, one_form=self.reproducible)
+        self.weights = Weights(self.file)
+        self.layouts = {name: self._record(arch, VARIANTS[name]) for name in self.schedule.variants}
+        self._refuse_unknown_tensors()
+        self.notes += self._notes()
+        used = {a for node in self._nodes for a in node.args if isinstance(a, CacheRef)}
+        self.cache_widths = {ref: widths for ref, widths in self.config.cache_widths.items() if ref in used}
+
+    def _read_config(self, arch, dsa_top_k):
+        """The architecture's Config, with the user's top_k."""
+        metadata, table = self.file.metadata, self.file.tensors.get("token_embd.weight")
+        if table is None or len(table.shape) != 2:
+            raise UnsupportedModelError(f"{metadata.path}: there is no matrix 'token_embd.weight': this is a vocabulary, not a model.")
+        config = arch.Config.from_metadata(metadata, table.shape[0])
+        if self.attention not in config.VARIANTS:
+            raise UnsupportedModelError(f"{metadata.path}: {config.architecture} has no indexer to choose keys for --attention "
+                                        f"{self.attention}; use auto or dense." + (f" But {self._advice}." if self._advice else ""))
+        if dsa_top_k is None:
+            return config
+        if config.top_k is None:
+            raise UnsupportedModelError(f"{metadata.path}: {config.architecture} has no indexer; leave out --dsa-top-k.")
+        return config.with_top_k(dsa_top_k)
+
+    def _record(self, arch, variant):
+        graph = Graph(self.n_ctx)
+        arch.build(graph, self.config, self.weights, variant)
+        return lay_out(graph, self.n_ubatch, self.device.float_size, self.device.side_by_side)
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The Tokenizer of the file."""
+        return Tokenizer.from_metadata(self.file.metadata, self.config.n_vocab)
+
+    @property
+    def _nodes(self):
+        return [node for layout in self.layouts.values() for node in layout.graph.nodes]
+
+    @functools.cached_property
+    def trunk(self):
+        """The tensors of the model, without its MTP blocks."""
+        return [tensor for name, tensor in self.file.tensors.items() if block_of(name) < self.config.n_layer]
+
+    def _refuse_unknown_tensors(self):
+        """Refuse tensors that no variant uses.
+
+        Everything that the model was trained with must be used. Only an indexer that was not asked for, an attn_kv_b beside its two
+        halves, and scales for activations of four bits may be left out.
+        """
+        left_out = BESIDE_HALVES if self.config.top_k is None and not self._advice else BESIDE_HALVES + OF_INDEXERS
+        for tensor in self.trunk:
+            matrix = COMPANION.sub(".weight", tensor.name)
+            idle = matrix.endswith(left_out) or tensor.name.endswith(OF_ACTIVATIONS) and matrix in self.file.tensors
+            if tensor.name not in self.weights.read and not idle:
+                raise UnsupportedModelError(f"{self.file.metadata.path}: pydsa does not know what tensor {tensor.name!r} does in "
+                                            f"{self.config.architecture}, and would leave it out.")
+
+    def _notes(self):
+        """Sentences on how the tensors of the file are used."""
+        made = [tensor for tensor in self.weights.used.values() if tensor.make is not None]
+        if made:
+            types = " and ".join(f"{part} in {', '.join(sorted({t.type for t in made if t.name.endswith(end)}))}" for part, end in
+                                 (("keys", "attn_k_b.weight"), ("values", "attn_v_b.weight")))
+            yield (f"attn_kv_b is split in two on load, {types}, which takes {made_bytes(made) / 2**20:.1f} MiB beside the mapped file; a "
+                   "current conversion of the model has both halves.")
+        if self._advice:
+            yield self._advice + "."
+        n = sum(tensor.name.endswith(OF_ACTIVATIONS) for tensor in self.trunk)
+        if n:
+            yield f"{n} tensors *{OF_ACTIVATIONS} are not used: they are for activations of four bits, and pydsa's have more."
+
+    @property
+    def _advice(self):
+        """How to run the file's indexer, where the architecture has none."""
+        return indexer_advice(self.file.metadata, self.file.tensors)
+
+    @property
+    def n_params(self):
+        """The number of parameters of the model."""
+        return sum(math.prod(tensor.shape) for tensor in self.trunk)
+
+    @property
+    def n_bytes(self):
+        """Bytes of the model's tensors as stored in the file."""
+        return sum(tensor.data.nbytes for tensor in self.trunk)
+
+    @property
+    def file_type(self):
+        """The tensor type with the most bytes in the model, such as "Q4_K"."""
+        sizes = collections.Counter()
+        for tensor in self.trunk:
+            sizes[tensor.type] += tensor.data.nbytes
+        return max(sizes, key=sizes.get)
+
+    @functools.cached_property
+    def fingerprint(self):
+        """A hash that identifies the model.
+
+        It covers the architecture's keys, all tensors' names, types and shapes, and the first and last 64 bytes of every tensor.
+        """
+        digest, metadata = hashlib.sha256(), self.file.metadata
+        for key in sorted(metadata):
+            if key.startswith(f"{self.config.architecture}."):
+                digest.update(f"{key} {np.asarray(metadata[key]).tolist()}".encode())
+        for tensor in self.file.tensors.values():
+            data = tensor.data.reshape(-1)
+            digest.update(f"{tensor.name} {tensor.type} {tensor.shape}".encode() + data[:64].tobytes() + data[-64:].tobytes())
+        return digest.hexdigest()
+
+    def cache_type(self, ref):
+        """The type of a cache's rows, a key of quants.CACHE_TYPES."""
+        return {"latents": self.kv_type, "index_keys": self.index_type}[ref.kind]
+
+    def make_caches(self, backend, n_ctx):
+        """Empty caches of n_ctx rows: {CacheRef: VectorCache}."""
+        with allocating("the caches of a session"):
+            return {ref: VectorCache(backend, n_ctx, widths, self.cache_type(ref), self.reproducible)
+                    for ref, widths in self.cache_widths.items()}
+
+    @property
+    def cache_row_bytes(self):
+        """Bytes of one token's row in each cache: {CacheRef: bytes}."""
+        return {ref: cache_row_bytes(self.cache_type(ref), widths) for ref, widths in self.cache_widths.items()}
+
+    @property
+    def cache_bytes(self):
+        """Bytes of one session's caches with a full context."""
+        return self.n_ctx * sum(self.cache_row_bytes.values())
+
+    @property
+    def scratch_bytes(self):
+        """Bytes of the intermediate values of one ubatch, and a row of logits."""
+        values = max(layout.n_bytes for layout in self.layouts.values())
+        output = (self.config.n_vocab + self.config.n_embd) * self.device.float_size
+        return values + output + self.device.scratch(self._nodes, self.n_ubatch)
+
+    @property
+    def score_bytes(self):
+        """Bytes of the indexer's score rows with a full context.
+
+        top-k takes 16 bytes more for each key and thread, which are not counted. Score rows and packed_latent_bytes are the only scratch
+        memory that grows with the context.
+        """
+        if not any(node.op == "indexer_select" for node in self._nodes):
+            return 0
+        return min(self.device.scored_together, self.n_ubatch) * self.device.float_size * self.n_ctx
+
+    @property
+    def packed_latent_bytes(self):
+        """Bytes of the packed latents, at most.
+
+        Prompts in MLA's plain form pack them.
+        """
+        return self.device.packed_latents(self.config, self.schedule.plain_form_until)
+
+    @property
+    def mapped_bytes(self):
+        """Bytes of the weights that are read from the mapped file."""
+        return self.device.weights(self.weights.used.values())[0] if self.mmap else 0
+
+    @property
+    def copied_bytes(self):
+        """Bytes of the weights that the backend copies.
+
+        The CPU copies vectors, a GPU all blocks, and the reference everything, as float32. Without mmap matrices are copied too.
+        """
+        mapped, copies = self.device.weights(self.weights.used.values())
+        return copies if self.mmap else mapped + copies
+
+    @property
+    def total_bytes(self):
+        """Bytes of a model with one session, without the mapped file."""
+        return self.cache_bytes + self.scratch_bytes + self.score_bytes + self.packed_latent_bytes + self.copied_bytes

@@ -1,0 +1,142 @@
+"""What a model is and how it runs, in words: for reports, titles, and the cards that notebooks show."""
+from pydsa.cards import Card, shortened, tokens_in_words
+from pydsa.errors import PydsaError
+from pydsa.models.blocks import block_of, spans
+
+LAST = 48       # tokens of a session whose text is shown
+
+
+def attention_in_words(setup):
+    """The attention that the steps of a model use, in words."""
+    if setup.config.top_k is None:
+        there = any(block_of(name) >= 0 and ".indexer." in name for name in setup.file.tensors)
+        return f"dense (the {f'architecture {setup.config.architecture}' if there else 'model'} has no indexer)"
+    if setup.attention == "dense":
+        return "dense (asked for; the model was trained to attend to the keys its indexer chooses)"
+    if setup.attention != "auto":
+        return f"{setup.attention}, {setup.config.top_k} keys"
+    beyond = f", sparse with {setup.config.top_k} keys beyond" if "sparse" in setup.schedule.variants else ""
+    return f"dense up to {setup.config.top_k} tokens, where it is exact{beyond}"
+
+
+def layers_in_words(setup):
+    """{description of a layer: the layers it holds for, "0-2, 5"}."""
+    config = setup.config
+    indexed = config.indexed_layers
+
+    def describe_layer(il):
+        ffn = "dense ffn" if il < config.n_layer_dense_lead else f"{config.n_expert_used} of {config.n_expert} experts"
+        if indexed is None or setup.attention == "dense":
+            return f"dense attention, {ffn}"
+        indexer = "own indexer" if indexed[il] == il else "the choice of the last layer with an indexer"
+        kind = setup.attention if setup.attention != "auto" else "dense, then sparse" if "sparse" in setup.schedule.variants else "dense"
+        return f"{kind} attention, {indexer}, {ffn}"
+
+    return spans([describe_layer(il) for il in range(config.n_layer)])
+
+
+def size(n):
+    """A number of bytes as readable text."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n >= factor:
+            return f"{n / factor:.1f} {unit}"
+    return f"{n} B"
+
+
+def threads(n, n_batch):
+    """Numbers of threads in words; that of prompts only where it differs."""
+    return f"{n} thread{'s' * (n != 1)}" + (f" ({n_batch} for prompts)" if n_batch != n else "")
+
+
+def count(n):
+    """A number of parameters as readable text."""
+    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
+
+
+def caches_in_words(setup):
+    """The types of a model's caches."""
+    return f"latents {setup.kv_type}" + (f", index keys {setup.index_type}" if setup.config.top_k else "")
+
+
+def card_of_a_setup(setup):
+    """The Card of a model.Setup: the file, the attention and the memory."""
+    card = _of_a_file("Setup", setup)
+    memory = [("weights in the mapped file", setup.mapped_bytes), ("weights copied", setup.copied_bytes),
+              ("caches of a session", setup.cache_bytes), ("values of a step", setup.scratch_bytes + setup.score_bytes
+                                                           + setup.packed_latent_bytes)]
+    notes = [("note", note) for note in setup.notes]
+    return card._replace(rows=card.rows + [(label, size(n)) for label, n in memory] + notes)
+
+
+def card_of_a_model(model):
+    """The Card of a model.Model: what it is, and how it is run."""
+    setup = model.setup
+    card = _of_a_file("Model", setup)
+    place = setup.device_name if model.threads is None else f"{setup.device_name}, {threads(model.threads, model.threads_batch)}"
+    rows = [*card.rows, ("caches", f"{caches_in_words(setup)}: {size(setup.cache_bytes)} a session"), ("device", place)]
+    return card._replace(line=[*card.line, f"on {place}"], rows=rows)
+
+
+def _of_a_file(kind, setup):
+    config = setup.config
+    experts = f", {config.n_expert_used} of {config.n_expert} experts" if config.n_expert else ""
+    what = f"{config.architecture} {setup.file_type}"
+    rows = [("name", config.name), ("file", str(setup.file.metadata.path)), ("architecture", f"{what}, {size(setup.n_bytes)}"),
+            ("parameters", count(setup.n_params)), ("layers", f"{config.n_layer}{experts}"), ("attention", attention_in_words(setup)),
+            ("context", f"{setup.n_ctx} tokens, prompts in ubatches of {setup.n_ubatch}")]
+    return Card(kind, [shortened(config.name), what, f"{count(setup.n_params)} parameters", f"n_ctx={setup.n_ctx}"], rows)
+
+
+def card_of_a_session(session, setup):
+    """The Card of a session.Session: how full it is, and its last words."""
+    n, held = session.n_past, session.n_past * sum(setup.cache_row_bytes.values())
+    rows = [("context", f"{n} of {setup.n_ctx} tokens"),
+            ("caches", f"{size(held)} of {size(setup.cache_bytes)} used ({caches_in_words(setup)})")]
+    changed = [("hooks", ", ".join(type(hook).__name__ for hook in session.hooks))] if session.hooks else []
+    if session.select is not None:
+        changed.append(("select", getattr(session.select, "__name__", type(session.select).__name__)))
+    line = [f"{n} of {setup.n_ctx} tokens", *(f"{name}: {value}" for name, value in changed)]
+    if not n:
+        return Card("Session", line, rows + changed)
+    text = setup.tokenizer.decode(session.tokens[-LAST:])
+    label = "text" if n <= LAST else f"the last {LAST} tokens"
+    return Card("Session", [*line, shortened(text, end=True, more=n > LAST)], rows + changed, [(label, text, True)])
+
+
+def card_of_a_recording(recording):
+    """The Card of a recording.Recording: of what it is, and what is in it.
+
+    Of one that is still written to a file, or damaged, that alone.
+    """
+    facts = recording.facts
+    model = "model", f"{facts.name}, {facts.architecture}, attention {facts.attention} on {facts.device}"
+    try:
+        return _of_a_recording(recording, facts, model)
+    except PydsaError as error:
+        return Card("Recording", [f"not complete: {error}"], [model, ("state", str(error))])
+
+
+def _of_a_recording(recording, facts, model):
+    positions = recording.positions
+    tokens = tokens_in_words(recording.n) + (f", from position {positions[0]} to {positions[-1]}" if positions.size else "")
+    left = f", {recording.n_left} older ones left" if recording.n_left else ""
+    rows = [model, ("tokens", tokens + left)]
+    if facts.top_k is not None and "selection" in facts.fields:
+        dense = int(recording.all_keys.sum())
+        rows.append(("selection", f"{facts.top_k} keys a token at most, {_layers(facts.choosing_layers)}"
+                     + (f"; {tokens_in_words(dense)} attended to all keys" if dense else "")))
+    if "scores" in facts.fields:
+        rows.append(("scores", "of the chosen keys"))
+    if "mass" in facts.fields and recording.n:
+        means = [float(recording.mass[layer].mean()) for layer in recording.mass]
+        rows.append(("mass", f"the chosen keys hold {min(means):.1%} to {max(means):.1%} of dense attention, by layer"))
+    if "routing" in facts.fields:
+        rows.append(("routing", f"{facts.n_expert_used} of {facts.n_expert} experts, {_layers(facts.expert_layers)}"
+                     if facts.expert_layers else "no layer has experts"))
+    rows.append(("size", size(recording.n_bytes)))
+    return Card("Recording", [tokens_in_words(recording.n) + left, ", ".join(facts.fields), size(recording.n_bytes)], rows)
+
+
+def _layers(layers):
+    """Ascending numbers of layers: "layers 0-2, 5"."""
+    return f"layer{'s' * (len(layers) != 1)} {spans([il in layers for il in range(layers[-1] + 1)])[True]}"
