@@ -17,7 +17,7 @@ from pydsa.cards import shown
 from pydsa.errors import RecordingFileError
 from pydsa.limits import allocating
 from pydsa.plan import check_memory
-from pydsa.recording_file import Reader, Writer
+from pydsa.recording_file import CHUNK, Reader, Writer
 from pydsa.words import card_of_a_recording
 
 
@@ -190,7 +190,7 @@ class Recording:
 
     def _rows(self, dtype, fill, what):
         """An array [n, top_k], filled by fill(chunk) -> rows of all its tokens."""
-        check_memory(4 * self.n * self.top_k, what)
+        check_memory(4 * self.top_k * (self.n + 4 * CHUNK), what)       # and what is made for a chunk
         with allocating(what):
             found, at = np.empty((self.n, self.top_k), dtype), 0
         for chunk in self.chunks:

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -22,10 +23,10 @@ VERSION = 1
 CHUNK = 256     # tokens of a chunk, at most
 LEVEL = 1       # of the compression: what is packed already gains little from more
 FIELDS = ("selection", "scores", "mass", "routing")
-MOST_LAYERS, MOST_KEYS = 1024, 2**31 - 1
+MOST_LAYERS, MOST_TOP_K, MOST_KEYS = 1024, 1 << 24, 2**31 - 1
 MAX_HEADER = 1 << 20    # bytes
 OF_TOKENS = {"positions": np.dtype(np.int64), "tokens": np.dtype(np.int32), "all_keys": np.dtype(np.bool_)}
-BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError, KeyError, RecursionError)
+BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, TypeError, LookupError, OverflowError, RuntimeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +78,20 @@ def _facts(fields):
     n_layer, top_k, indexed, experts = (fields[key] for key in ("n_layer", "top_k", "indexed_layers", "expert_layers"))
     valid = (_numbers([n_layer], 1, MOST_LAYERS) and all(isinstance(fields[key], str) for key in texts)
              and _numbers([fields["n_vocab"]], 1, MOST_KEYS) and _numbers([fields["n_left"]], 0, 2**62)
-             and isinstance(fields["fields"], list) and all(name in FIELDS for name in fields["fields"])
-             and (top_k is None and indexed is None or _numbers([top_k], 1, MOST_KEYS) and _numbers(indexed, 0, n_layer - 1)
+             and fields["fields"] in [[name for name in FIELDS if name in some] for some in _subsets(top_k is not None, experts)]
+             and (top_k is None and indexed is None or _numbers([top_k], 1, MOST_TOP_K) and _numbers(indexed, 0, n_layer - 1)
                   and len(indexed) == n_layer and all(owner <= i and indexed[owner] == owner for i, owner in enumerate(indexed)))
              and _numbers(experts, 0, n_layer - 1) and experts == sorted(set(experts))
              and _numbers([fields["n_expert"]], 0, 65536) and _numbers([fields["n_expert_used"]], 0, fields["n_expert"]))
     if not valid:
         raise ValueError("its header is not valid")
     return Facts(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+
+
+def _subsets(chooses, experts):
+    """What can be recorded together, of a model that chooses keys or not."""
+    choices = ((), ("selection",), ("mass",), ("selection", "mass"), ("selection", "scores"), ("selection", "scores", "mass"))
+    return [(*some, *routing) for some in (choices if chooses else choices[:1]) for routing in ((), ("routing",))[:2 if experts else 1]]
 
 
 class Writer:
@@ -201,6 +208,8 @@ class Reader:
         info = self._entries.get(f"{name}.npy")
         if info is None:
             raise ValueError(f"the array {name} is missing")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"the array {name} is compressed in another way than expected")
         with self._zip.open(info) as file:
             if np.lib.format.read_magic(file) != (1, 0):
                 raise EOFError
@@ -229,7 +238,10 @@ class Reader:
             if name == "scores":
                 return array(np.float32, int(np.unpackbits(chunk["selection_bits"]).sum(dtype=np.int64)))
             if name == "mass":
-                return array(np.float32, f.n_layer, n)
+                mass = array(np.float32, f.n_layer, n)
+                if not ((0 <= mass) & (mass <= 1)).all():
+                    raise ValueError("it has a mass that is not from 0 to 1")
+                return mass
             found = array(np.uint16 if name == "experts" else np.float32, len(f.expert_layers), n, f.n_expert_used)
             if name == "experts" and found.size and found.max() >= f.n_expert:
                 raise ValueError(f"it has an expert {found.max()}, but there are {f.n_expert}")

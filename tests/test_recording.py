@@ -226,7 +226,10 @@ def with_array(name, values):
 @pytest.mark.parametrize("change, message", [
     (with_header(version=2), "its version is 2, expected 1"), (with_header(top_k=0), "header is not valid"),
     (with_header(n_layer=10**9), "header is not valid"), (with_header(indexed_layers=[1, 1]), "header is not valid"),
-    (with_header(fields=["selection", "routing", "mass"]), "does not have the arrays"), (with_header(more=1), "fields of this version"),
+    (with_header(fields=["selection", "mass", "routing"]), "does not have the arrays"),
+    (with_header(fields=["scores"]), "header is not valid"), (with_header(top_k=None, indexed_layers=None), "header is not valid"),
+    (with_header(top_k=10**9), "header is not valid"), (with_header(fields=7), "header is not valid"),
+    (with_header(more=1), "fields of this version"),
     (with_header(n_vocab=3), "not in the vocabulary"), (with_header(n_expert=1, n_expert_used=1), "another shape"),
     (lambda name, data: None if name == "0/tokens.npy" else data, "0/tokens is missing"),
     (lambda name, data: None if name == "kept.npy" else data, "kept is missing"),
