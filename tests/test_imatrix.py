@@ -320,7 +320,7 @@ def test_an_imatrix_of_another_model(small_model):
     with pytest.raises(ImatrixError, match=r"has no tensor of the model"):
         Imatrix({"a": np.ones(2)}, {"a": np.array([1])}).for_model(tensors)
     name = "blk.1.ffn_up_exps.weight"
-    for n, counts in ((72, [1]), (576, [1] * 9)):
+    for n, counts in ((72, [1]), (576, [1] * 9), (576, [1] * 4)):
         with pytest.raises(ImatrixError, match=rf"of '{name}', expected those of 8 x 72 columns in m.gguf: it is that of another"):
             Imatrix({name: np.ones(n)}, {name: np.array(counts)}).for_model(tensors, "m.gguf")
 

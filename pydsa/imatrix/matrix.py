@@ -77,7 +77,7 @@ class Imatrix:
             raise ImatrixError(f"The imatrix has no tensor of {what}: it is that of another model.")
         for name, source in sources.items():
             n_mat, n_in = math.prod(tensors[name].shape[:-2]), tensors[name].shape[-1]
-            if self.sums[source].size != n_mat * n_in or n_mat % self.counts[source].size:
+            if self.sums[source].size != n_mat * n_in or self.counts[source].size not in (1, n_mat):
                 raise ImatrixError(f"The imatrix has {self.sums[source].size} sums and {self.counts[source].size} counts of "
                                    f"{quote(source)}, expected those of {n_mat} x {n_in} columns in {what}: it is that of another model.")
         return sources
