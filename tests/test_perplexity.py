@@ -155,6 +155,17 @@ def test_damaged_logits_are_refused():
                 Rows(np.array([[0, 1, 2], [0, value, 1]], np.float32), threads)
 
 
+@pytest.mark.parametrize("factor, great", [(20, False), (100, True)])
+def test_perplexities_greater_than_all_floats(monkeypatch, factor, great):
+    """Or whose squares are: 1e189 is a float."""
+    after = Scripted.after
+    monkeypatch.setattr(Scripted, "after", lambda self, tokens: [factor * x for x in after(self, tokens)])
+    result, other = pydsa.perplexity([Scripted(), Scripted(shift=1.0)], IDS, n_ctx=20)
+    assert np.isinf(result.ppl) == great and 400 < result.nll < 4000
+    row = other.row()
+    assert np.isfinite([row["ln_ratio"], row["kl"], row["dp_rms"]]).all() and ("| inf ± inf |" in table([result.row(), row])) == great
+
+
 @pytest.mark.parametrize("case", LLAMA_CPP["perplexity"], ids=lambda case: f"{case['model']}-{case['n_ctx']}")
 def test_llama_cpps_perplexity(golden, load, case):
     """Within its printed error, and with F32 weights to five digits.

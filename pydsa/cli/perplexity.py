@@ -1,6 +1,7 @@
 """pydsa perplexity: how well a model predicts a text, under several settings."""
 import contextlib
 import itertools
+import math
 import os
 import time
 
@@ -141,4 +142,7 @@ def _show(results, output):
     from pydsa.bench import format_rows
     from pydsa.quality.perplexities import table
     rows = [result.row() for result in results]
+    if output != "md":      # JSON has no infinity
+        rows = [{name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+                for row in rows]
     click.echo(visible(table(rows), keep="\n") if output == "md" else format_rows(rows, output), nl=False)

@@ -5,6 +5,7 @@ import os
 import numpy as np
 
 from pydsa.quality.distributions import Rows
+from pydsa.quality.perplexities import exponential
 from pydsa.errors import ImatrixError
 from pydsa.imatrix.collecting import collect
 from pydsa.imatrix.files import read, save
@@ -41,7 +42,7 @@ class Scores:
     def __call__(self, ids, logits):
         self._log_probs.append(Rows(logits, self._threads).of(ids.astype(np.int64)))
         values = np.concatenate(self._log_probs)
-        ppl = math.exp(-values.mean())
+        ppl = exponential(-values.mean())
         error = f" ± {ppl * values.std() / math.sqrt(values.size - 1):.4f}" if values.size > 1 else ""
         self._text = f"perplexity {ppl:.4f}{error}"
 

@@ -4,12 +4,14 @@ All logarithms are natural. An error is the standard error of a mean, as if the 
 """
 import math
 import os
+import sys
 
 import numpy as np
 
 from pydsa.bench import markdown
 from pydsa.selecting import name_of
 
+MOST_LOG = math.log(sys.float_info.max)
 PERCENTILES = (99.9, 99, 95, 90, 75, 50, 25, 10, 5, 1, 0.1)
 AGAINST = ("base_ppl", "base_ppl_error", "correlation", "ln_ratio", "ln_ratio_error", "ratio", "ratio_error", "difference",
            "difference_error", "kl", "kl_error", "kl_max", *(f"kl_{p:g}%" for p in PERCENTILES), "kl_min", "dp", "dp_error", "dp_max",
@@ -121,7 +123,7 @@ class Perplexity:
     @property
     def ppl(self):
         """The perplexity, exp(nll)."""
-        return math.exp(self.nll)
+        return exponential(self.nll)
 
     @property
     def ppl_error(self):
@@ -139,9 +141,10 @@ class Perplexity:
         """The columns of AGAINST, by llama.cpp's formulas."""
         mine, other = -self.log_probs, -self.base_log_probs
         difference, difference_error = mean_error(mine - other)
-        base_ppl = math.exp(other.mean())
-        ratio = math.exp(difference)
+        base_ppl = exponential(other.mean())
+        ratio = exponential(difference)
         errors = mean_error(mine)[1], mean_error(other)[1]
+        spreads = _times(errors[0], self.ppl), _times(errors[1], base_ppl)
         covariance = None if self.n_tokens < 2 else float(np.cov(mine.ravel(), other.ravel(), ddof=0)[0, 1]) / (self.n_tokens - 1)
         dp = np.exp(-mine) - np.exp(-other)
         square, square_error = mean_error(dp ** 2)
@@ -152,11 +155,16 @@ class Perplexity:
                   "ln_ratio": difference, "ln_ratio_error": difference_error,
                   "ratio": ratio, "ratio_error": _times(difference_error, ratio),
                   "difference": self.ppl - base_ppl, "difference_error": None if covariance is None else _root(
-                      (errors[0] * self.ppl) ** 2 + (errors[1] * base_ppl) ** 2 - 2 * self.ppl * base_ppl * covariance),
+                      spreads[0] * spreads[0] + spreads[1] * spreads[1] - 2 * self.ppl * base_ppl * covariance),
                   **_spread("kl", self.kl), **_spread("dp", dp), "dp_rms": rms,
                   "dp_rms_error": 0.5 / rms * square_error if rms and square_error is not None else None,
                   "same_top": top, "same_top_error": None if self.n_tokens < 2 else math.sqrt(top * (1 - top) / (self.n_tokens - 1))}
         return {name: values[name] for name in AGAINST}
+
+
+def exponential(x):
+    """e to the power of x as a float; infinity for what is greater than all."""
+    return math.exp(x) if x < MOST_LOG else math.inf
 
 
 def mean_error(values):
