@@ -280,9 +280,13 @@ def test_only_files_are_replaced(tmp_path):
         for write in (imatrix.check_target, lambda path: imatrix.save(found, path)):
             with pytest.raises(ImatrixError, match=message):
                 write(path)
+    (tmp_path / "file.part").write_text("another's")
     for _ in range(2):
+        imatrix.check_target(tmp_path / "file")
         imatrix.save(found, tmp_path / "link")
-    assert sorted(os.listdir(tmp_path)) == ["file", "link", "pipe"] and (tmp_path / "link").is_symlink() and (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "file.part").read_text() == "another's"
+    assert sorted(os.listdir(tmp_path)) == ["file", "file.part", "link", "pipe"]
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "pipe").is_fifo()
     assert imatrix.read(tmp_path / "file").chunks == 1
 
 

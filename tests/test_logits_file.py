@@ -78,6 +78,7 @@ def test_odd_vocabularies(tmp_path, n_vocab):
 def test_own_form(model, tmp_path):
     """The tokens that came are exact, as is a comparison with the same model."""
     sizes = []
+    (tmp_path / "5.part").write_text("another's")
     for n_top in (5, 512, 9999):        # the vocabulary has 512 tokens
         path = tmp_path / f"{n_top}"
         result = write(model, path, n_top).results[0]
@@ -85,6 +86,7 @@ def test_own_form(model, tmp_path):
         assert np.array_equal(again.base_log_probs, result.log_probs.astype(np.float32)) and again.same_top.all()
         assert np.array_equal(again.log_probs, result.log_probs) and abs(again.kl).max() < 1e-6
         sizes.append(path.stat().st_size)
+    assert (tmp_path / "5.part").read_text() == "another's"
     header = sizes[0] - 2 * (4 * 128 + 63 * (4 + 8 * 5))
     assert len(OWN) + 8 < header < 400 and sizes[1] == sizes[2] == header + 2 + 2 * (4 * 128 + 63 * (4 + 8 * 512))
 

@@ -153,7 +153,7 @@ def _target(path):
         raise ImatrixError(f"{path}: this is a directory, expected the name of a file for the imatrix.")
     if path.exists() and not path.is_file():
         raise ImatrixError(f"{path}: this is no regular file, expected the name of a file for the imatrix.")
-    return path, path.with_name(path.name + ".part")
+    return path, path.with_name(f"{path.name}.{os.getpid()}.part")      # another run may write to the same path
 
 
 def save(imatrix, path, form="gguf"):

@@ -175,7 +175,7 @@ class _Writer:
 
     def __init__(self, path, chunks, n_vocab):
         """Begin a file for chunks of tokens, int32 [n_chunks, n_ctx]."""
-        self.path, self._partial = Path(path), Path(f"{path}.part")
+        self.path, self._partial = Path(path), Path(f"{path}.{os.getpid()}.part")       # another run may write to the same path
         self._chunks, self._n_vocab, self._n_complete, self.kept = chunks, n_vocab, 0, 0
         with _system_errors(path, "written"):
             if self.path.exists() and not self.path.is_file():
