@@ -121,7 +121,7 @@ class Scripted:
 
     def session(self):
         """A new session."""
-        session = ScriptedSession(self, self._runner, self.setup, self.tokenizer.eog_ids)
+        session = ScriptedSession(self, self._runner, self.setup, self.tokenizer)
         self._sessions[id(session.caches)] = session
         return session
 

@@ -13,7 +13,7 @@ import pytest
 from chat_cases import QUESTION, SYSTEM, TOOL, small
 from helpers import nmse, random_ids
 
-import pydsa.model
+import pydsa
 from pydsa.chat import encode_chat
 from pydsa.gguf_file import GGUFFile, Metadata, Tensor
 from pydsa.setup import Setup
@@ -79,7 +79,7 @@ def full_size(family, monkeypatch):
         data = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (*shape[:-1], row), (0,) * len(shape))
         tensors[name] = Tensor(name, kind, shape, data)
     file = GGUFFile(metadata, tensors, ["model.gguf"], sum(tensor.data.nbytes for tensor in tensors.values()), 3, [list(tensors)])
-    monkeypatch.setattr(pydsa.model, "open_gguf", lambda path: file)
+    monkeypatch.setattr("pydsa.setup.open_gguf", lambda path: file)
     return lambda **options: Setup("model.gguf", **options)
 
 

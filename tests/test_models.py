@@ -8,7 +8,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import pydsa.model
 from pydsa import GGUFError, PydsaError, UnsupportedModelError
 from pydsa.gguf_file import Metadata, Tensor, open_gguf
 from pydsa.setup import Setup
@@ -41,7 +40,7 @@ def planned(small_model, monkeypatch):
                 there[name] = old._replace(type=edit)
             elif edit is not DROP:
                 there[name] = old._replace(shape=edit)
-        monkeypatch.setattr(pydsa.model, "open_gguf", lambda path: file._replace(metadata=metadata, tensors=there))
+        monkeypatch.setattr("pydsa.setup.open_gguf", lambda path: file._replace(metadata=metadata, tensors=there))
         return Setup("model.gguf", **options)
     return plan
 

@@ -80,7 +80,14 @@ def ask(ids, wanted, parts, task):
                 total += parts[k, 2]
 
 
-@op(Stage(begin_asking, ask))
+@inner
+def nothing(ids, wanted, parts, task):
+    """Begin a stage without tasks, or run one."""
+    return 0
+
+
+# The last stages of a group's ops share an interval: with as many stages as moe_gate_up it asks in the interval of that one's first.
+@op(Stage(begin_asking, ask), *[Stage(nothing, nothing, light=True)] * 3)
 def ask_for_experts(ids, wanted, parts):
     """Ask for the experts ids [n_tokens, n_used] if wanted[0] is 1.
 
@@ -90,20 +97,20 @@ def ask_for_experts(ids, wanted, parts):
 
 
 def with_requests(groups):
-    """Put a group that asks for the experts behind each that chooses them.
+    """Put a call that asks for the experts into the group behind their choice.
 
     groups: lists of pairs (op, args) that run one after the other. Where the system cannot be asked, they stay as they are.
     """
-    if not CAN_ASK:
-        yield from groups
-        return
-    calls = [call for group in groups for call in group]
+    calls, requests = [call for group in groups for call in group], []
     for group in groups:
-        yield group
-        for chooser, args in group:
+        yield group + requests
+        requests = []
+        for chooser, args in group if CAN_ASK else ():
             if chooser.__name__ == "moe_route":
                 parts = [part for user, others in calls if user.__name__ in USERS and others[2] is args[0] for part in _parts(others)]
-                yield [(ask_for_experts, (args[0], _wanted, np.array(sorted(parts), np.int64)))]
+                requests.append((ask_for_experts, (args[0], _wanted, np.array(sorted(parts), np.int64))))
+    if requests:
+        yield requests
 
 
 def _parts(args):
