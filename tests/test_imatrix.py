@@ -19,7 +19,7 @@ from pydsa import DamagedWeightsError, GGUFError, ImatrixError, PydsaError, imat
 from pydsa.cli import main
 from pydsa.quality.distributions import Threads
 from pydsa.gguf_file import open_gguf
-from pydsa.imatrix import Imatrix
+from pydsa.imatrix import Imatrix, files
 
 THEIRS = Path(__file__).parent / "data/imatrix/ds32-f32.gguf"
 NOTES = "pydsa/demo/notes.txt"
@@ -360,3 +360,11 @@ def test_mistakes(tmp_path, args, message):
     result = run(*([] if "-o" in args else ["-o", tmp_path / "a.gguf"]), *args)
     assert result.exit_code == 2 and result.stdout == "" and not os.listdir(tmp_path)
     assert re.search(message, result.stderr)
+
+
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for write in (lambda path: files.check_target(path), lambda path: files.save(Imatrix({}, {}), path)):
+        with pytest.raises(ImatrixError, match="no regular file"):
+            write(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1

@@ -1,6 +1,8 @@
 """Recordings: what was chosen, in memory with a limit and in files."""
 import io
 import json
+import os
+import shutil
 import zipfile
 
 import numpy as np
@@ -192,6 +194,32 @@ def test_a_full_disk(small_model, load, tmp_path, monkeypatch):
     with pytest.raises(PydsaError, match="could not be written"):
         recording.n
     assert not list(tmp_path.iterdir()) and "not complete" in repr(recording) and not session.has_hooks
+
+
+def test_files_of_others_are_not_replaced(small_model, load, tmp_path):
+    model = load(small_model(n_layer=2), attention="sparse")
+    notes, pipe = tmp_path / "notes.npz", tmp_path / "pipe.npz"
+    notes.write_text("what was noted")
+    os.mkfifo(pipe)
+    recording = model.record(IDS[:3])
+    for path, message in ((notes, "not a recording and would be lost"), (pipe, "no regular file"), (tmp_path, "Is a directory"),
+                          ("", "Is a directory")):
+        with pytest.raises(RecordingFileError, match=message):
+            recording.save(path)
+        with pytest.raises(RecordingFileError, match=message):
+            model.record(IDS[:3], path=path)
+    assert notes.read_text() == "what was noted" and pipe.is_fifo() and len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "empty.npz").touch()
+    recording.save(tmp_path / "empty.npz")
+    model.record(IDS[:4], path=tmp_path / "empty.npz")
+    assert pydsa.Recording.open(tmp_path / "empty.npz").n == 4
+
+
+def test_the_model_is_not_replaced_by_its_recording(small_model, tmp_path):
+    path = shutil.copy(small_model(n_layer=2), tmp_path / "model.gguf")
+    size = path.stat().st_size
+    done = CliRunner().invoke(main, ["run", str(path), "--raw", "-p", "a", "-n", "1", "--record", str(path)])
+    assert done.exit_code and "is not a recording" in str(done.exception) + done.output and path.stat().st_size == size
 
 
 def rewritten(source, target, change):

@@ -14,6 +14,7 @@ import numpy as np
 from pydsa.errors import ImatrixError
 from pydsa.gguf_file import GGUFFile, open_gguf, quote
 from pydsa.imatrix.matrix import Imatrix
+from pydsa.targets import check_replaceable
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 FORMS = ("gguf", "dat")
@@ -129,6 +130,7 @@ def check_target(path, inputs=()):
         for other in inputs:
             if path.exists() and os.path.exists(other) and os.path.samefile(path, other):
                 raise ImatrixError(f"{path}: the imatrix would replace {other}, which is read: give it another name.")
+        check_replaceable(path)
         open(partial, "wb").close()
         partial.unlink(missing_ok=True)
     except (OSError, ValueError) as error:      # ValueError: a zero byte in the path
@@ -146,6 +148,7 @@ def save(imatrix, path, form="gguf"):
     path = Path(os.path.expanduser(path))
     partial = path.with_name(path.name + ".part")
     try:
+        check_replaceable(path)
         try:
             {"gguf": _write_gguf, "dat": _write_legacy}[form](imatrix, partial)
             os.replace(partial, path)
