@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from pydsa import compiling, kernel_cache
-from pydsa.backends.cpu import recorded
+from pydsa.backends.cpu import steps
 from pydsa.compiling import Job, compile_jobs
 from pydsa.cores import physical_cores
 from pydsa.kernel_cache import KernelsNotKept
@@ -239,7 +239,7 @@ from pydsa import compiling
 from pydsa.backends.cpu import jit
 from pydsa.backends.cpu.integer_rows import FUNCTIONS
 from pydsa.backends.cpu.norm import add, silu_mul
-from pydsa.backends.cpu.recorded import compile_calls
+from pydsa.backends.cpu.steps import compile_calls
 if "serial" in sys.argv or jit.numba.config.NUMBA_NUM_THREADS == 1:
     compiling._start = None
 x, out = np.arange(6, dtype=np.float32).reshape(2, 3), np.empty((2, 3), np.float32)
@@ -395,6 +395,6 @@ def test_no_temporary_folder_either(tmp_path, monkeypatch, unwarned):
 def test_all_that_a_model_needs_is_kept(small_model, load, attention, monkeypatch):
     """Code with an address of this process in it would not be."""
     model, seen = load(small_model(n_layer=2), attention=attention), []
-    monkeypatch.setattr(recorded, "compile_all", lambda wanted, progress=None: seen.extend(wanted))
+    monkeypatch.setattr(steps, "compile_all", lambda wanted, progress=None: seen.extend(wanted))
     model.backend.compile_calls(model._all_calls)
     assert len(seen) > 20 and [w.name for w in seen if not w.holds()] == []
