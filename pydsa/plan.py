@@ -40,7 +40,7 @@ def one_step():
     """
     global _running_thread
     if _running_thread == threading.get_ident():
-        raise PydsaError("A model cannot be run from inside the observe or progress function of a step that is not finished.")
+        raise PydsaError("A model cannot be run from inside a function that a step calls (observe, progress, select, a hook).")
     with _lock:
         _running_thread = threading.get_ident()
         try:

@@ -1,4 +1,4 @@
-"""The file of a recording: a zip of numpy arrays (.npz), as docs/looking.md describes it.
+"""The file of a recording: a zip of numpy arrays (.npz), as docs/recordings.md describes it.
 
 A file may come from anywhere: nothing in it is believed before it is checked.
 """
@@ -18,6 +18,7 @@ import numpy as np
 from pydsa import packed
 from pydsa.errors import RecordingFileError
 from pydsa.limits import allocating
+from pydsa.targets import check_replaceable
 
 VERSION = 1
 CHUNK = 256     # tokens of a chunk, at most
@@ -25,6 +26,7 @@ LEVEL = 1       # of the compression: what is packed already gains little from m
 FIELDS = ("selection", "scores", "mass", "routing")
 MOST_LAYERS, MOST_TOP_K, MOST_KEYS = 1024, 1 << 24, 2**31 - 1
 MAX_HEADER = 1 << 20    # bytes
+MARK = b"recording.npy"     # the name of the first array, near the beginning of each file
 OF_TOKENS = {"positions": np.dtype(np.int64), "tokens": np.dtype(np.int32), "all_keys": np.dtype(np.bool_)}
 BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, TypeError, LookupError, OverflowError, RuntimeError)
 
@@ -97,17 +99,30 @@ def _subsets(chooses, experts):
 class Writer:
     """Writes a recording as its chunks come; it is complete when it is closed.
 
-    Until then it is beside `path`, with the ending .part. Raises RecordingFileError if it cannot be written.
+    Until then it is beside `path`, with the ending .part. Raises RecordingFileError if it cannot be written, or would replace a file that
+    is not a recording.
     """
 
     def __init__(self, path, facts):
         self.path, self._n, self._zip, self.failed = Path(path), 0, None, False
-        self._partial = self.path.with_name(self.path.name + ".part")
         with self._writing():
+            check_replaceable(self.path)
+            self._check_own()
+            self._partial = self.path.with_name(self.path.name + ".part")
             self._file = open(self._partial, "wb")
             self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_DEFLATED, allowZip64=True, compresslevel=LEVEL)
         header = json.dumps({"version": VERSION} | dataclasses.asdict(facts)).encode()
         self._write("recording", np.frombuffer(header, np.uint8))
+
+    def _check_own(self):
+        """Raise RecordingFileError if a file is there that is no recording."""
+        try:
+            with open(self.path, "rb") as file:
+                start = file.read(64)
+        except FileNotFoundError:
+            return
+        if start and MARK not in start:
+            raise RecordingFileError(f"{self.path}: this file is not a recording and would be lost, expected another name.")
 
     def __enter__(self):
         return self

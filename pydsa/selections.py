@@ -4,6 +4,8 @@
 
 A way is a function of a selecting.Choice that returns the keys of each token.
 """
+import numbers
+
 import numpy as np
 
 from pydsa.errors import PydsaError
@@ -44,7 +46,13 @@ def sliding_window(n, sinks=0):
 
 
 def random(seed=0):
-    """Any top_k keys; the same ones whenever a token is run."""
+    """Any top_k keys; the same ones whenever a token is run.
+
+    Raises PydsaError for a seed that is not an integer from 0 on.
+    """
+    if not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise PydsaError(f"The seed is {seed!r}, expected an integer from 0 on.")
+
     def choose(choice):
         return [np.random.default_rng([seed, choice.layer, position]).permutation(position + 1)[:choice.top_k]
                 for position in choice.positions.tolist()]
@@ -70,7 +78,7 @@ def union(first, second, share=0.5):
     `first` may choose this share of them, at least one, and `second` the rest. Raises PydsaError for a share that is not above 0 and below
     1.
     """
-    if not 0 < share < 1:
+    if not (isinstance(share, numbers.Real) and 0 < share < 1):
         raise PydsaError(f"The share of the first way is {share!r}, expected a number above 0 and below 1.")
 
     def choose(choice):

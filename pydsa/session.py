@@ -180,7 +180,11 @@ class Session:
 
     @hooks.setter
     def hooks(self, hooks):
-        self._hooks = tuple(hooks)
+        hooks = tuple(hooks)
+        for hook in hooks:
+            if not isinstance(hook, Hook):
+                raise PydsaError(f"session.hooks has {hook!r}, expected objects of hooks.Hook.")
+        self._hooks = hooks
         self._change_hooks()
 
     @property

@@ -9,6 +9,7 @@ import numpy as np
 
 from pydsa.errors import ContextFullError, SessionFileError
 from pydsa.quants import CACHE_ALIASES
+from pydsa.targets import check_replaceable
 
 MAGIC = b"pydsa session 1\n"
 MAX_HEADER = 1 << 28    # bytes; the ids of a million tokens take seven million bytes
@@ -22,8 +23,9 @@ def write(path, identity, tokens, caches):
     """
     header = json.dumps(identity | {"tokens": tokens}).encode()
     path = Path(path)
-    partial = path.with_name(path.name + ".part")
     try:
+        check_replaceable(path)
+        partial = path.with_name(path.name + ".part")
         try:
             _write(partial, header, (np.ascontiguousarray(cache.stored(len(tokens))) for cache in caches.values()))
             os.replace(partial, path)

@@ -231,6 +231,23 @@ def test_a_wrong_definition_would_be_seen_too(monkeypatch):
     assert found.wrong == ["mass"] and "The model was trained, as its loss shows" in finding(found, "mass").measured
 
 
+def test_logits_of_another_output_are_seen(monkeypatch):
+    """The keys are the same, as the fault comes after all choices."""
+    right = reference.linear
+
+    def linear(out, w, x):
+        right(out, w, x)
+        if out.shape[-1] == model.config.n_vocab:
+            out *= -1
+    model = pydsa.load(pydsa.DEMO, n_ctx=160, dsa_top_k=32)
+    other = pydsa.load(pydsa.DEMO, n_ctx=160, dsa_top_k=32, device="reference")
+    monkeypatch.setattr(reference, "linear", linear)
+    found = faithful.check(model, faithful.text_ids(pydsa.DEMO, length=160), samples=48, reference=other)
+    assert found.wrong == ["whole run, the reference"]
+    monkeypatch.undo()
+    assert faithful.check(model, faithful.text_ids(pydsa.DEMO, length=160), samples=48, reference=other).faithful
+
+
 def test_words(small_model):
     found = report(small_model(n_layer=2))
     text = in_words(found)

@@ -119,6 +119,14 @@ def test_progress_comes_beside_hooks(small_model, load):
     assert done == [(0, 20), (10, 20), (20, 20), (20, 20)] and hook.seen
 
 
+def test_what_is_no_hook_is_refused(small_model, load):
+    session = load(small_model(n_layer=2)).session()
+    for wrong in (3, Recent):
+        with pytest.raises(PydsaError, match="session.hooks has .*, expected objects of hooks.Hook"):
+            session.hooks = [wrong]
+    assert session.hooks == () and session.decode(1).size
+
+
 def test_batches_refuse_hooks(small_model, load):
     model = load(small_model(n_layer=2), attention="sparse")
     sessions, other = [model.session(), model.session()], model.session()

@@ -19,7 +19,7 @@ from pydsa import DamagedWeightsError, GGUFError, ImatrixError, PydsaError, imat
 from pydsa.cli import main
 from pydsa.quality.distributions import Threads
 from pydsa.gguf_file import open_gguf
-from pydsa.imatrix import Imatrix
+from pydsa.imatrix import Imatrix, files
 
 THEIRS = Path(__file__).parent / "data/imatrix/ds32-f32.gguf"
 NOTES = "pydsa/demo/notes.txt"
@@ -388,7 +388,7 @@ def test_the_command_adds_files_and_shows_them(tmp_path):
     ([], "There is nothing to do: give a text with -f, or files to add up with --in-file"),
     (["-f", NOTES, "-c", "9999"], "text has 3011 tokens, expected at least 9999"), (["-f", NOTES, "--chunks", "0"], "--chunks is 0"),
     (["-f", NOTES, "-o", pydsa.DEMO], "would replace .*, which is read"), (["-f", NOTES, "-o", NOTES], "would replace .*notes.txt"),
-    (["-f", NOTES, "-o", "tests"], "this is a directory"), (["-f", NOTES, "-o", "none/a.gguf"], "cannot be written .No such file"),
+    (["-f", NOTES, "-o", "tests"], "cannot be written .Is a directory"), (["-f", NOTES, "-o", "none/a.gguf"], "cannot be written .No such file"),
     (["-f", NOTES, "--in-file", str(THEIRS)], "it is that of another model"), (["--show-statistics"], "for one imatrix"),
     ([pydsa.DEMO, "--in-file", str(THEIRS)], "it is that of another model"), (["--in-file", "none"], "none: the imatrix cannot be read"),
     (["-f", os.devnull], "The text is empty")])
@@ -396,3 +396,11 @@ def test_mistakes(tmp_path, args, message):
     result = run(*([] if "-o" in args else ["-o", tmp_path / "a.gguf"]), *args)
     assert result.exit_code == 2 and result.stdout == "" and not os.listdir(tmp_path)
     assert re.search(message, result.stderr)
+
+
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for write in (lambda path: files.check_target(path), lambda path: files.save(Imatrix({}, {}), path)):
+        with pytest.raises(ImatrixError, match="no regular file"):
+            write(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1

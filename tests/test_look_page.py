@@ -139,6 +139,7 @@ def test_the_keyboard_moves_through_text_and_maps(page):
     page.js("document.querySelector('#answer button').focus()")
     assert looked(page) == OF_3
     page.js("document.querySelector('#heat canvas').focus()")
+    assert looked(page) == ALL      # drawn before the keys come
     for key in ("ArrowDown", *["ArrowRight"] * 9):
         page.press(key)
     assert page.text("#heat .under")[0].startswith("layer 3, position 9: 75 % — “")

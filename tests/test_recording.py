@@ -1,6 +1,8 @@
 """Recordings: what was chosen, in memory with a limit and in files."""
 import io
 import json
+import os
+import shutil
 import zipfile
 
 import numpy as np
@@ -192,6 +194,58 @@ def test_a_full_disk(small_model, load, tmp_path, monkeypatch):
     with pytest.raises(PydsaError, match="could not be written"):
         recording.n
     assert not list(tmp_path.iterdir()) and "not complete" in repr(recording) and not session.has_hooks
+
+
+def test_an_interrupted_choice_is_not_that_of_the_next_step(small_model, load):
+    """A dense step calls nothing of a recorder that wants no experts."""
+    session, stops = load(small_model(n_layer=2), attention="auto").session(), [KeyboardInterrupt]
+    session.prefill(IDS[:30])
+
+    def interrupt(node, arrays):
+        if node.name == "l_out-1" and stops:
+            raise stops.pop()
+    with session.record(routing=False) as recording:
+        with pytest.raises(KeyboardInterrupt):
+            session.prefill(IDS[30:35], observe=interrupt)
+        session.truncate(0)
+        session.prefill(IDS[:5])
+    assert recording.all_keys.all() and recording.selection[1][4, :6].tolist() == [0, 1, 2, 3, 4, -1]
+
+
+def test_tokens_that_were_forgotten_do_not_count_as_left(small_model, load):
+    session = load(small_model(n_layer=2), attention="sparse").session()
+    with session.record(limit=1) as recording:
+        session.prefill(IDS[:60])
+        assert recording.n == 60        # a chunk, of which ten are forgotten
+        session.truncate(50)
+        session.prefill(IDS[:40])
+        assert recording.n == 40 and recording.n_left == 50
+
+
+def test_files_of_others_are_not_replaced(small_model, load, tmp_path):
+    model = load(small_model(n_layer=2), attention="sparse")
+    notes, pipe = tmp_path / "notes.npz", tmp_path / "pipe.npz"
+    notes.write_text("what was noted")
+    os.mkfifo(pipe)
+    recording = model.record(IDS[:3])
+    for path, message in ((notes, "not a recording and would be lost"), (pipe, "no regular file"), (tmp_path, "Is a directory"),
+                          ("", "Is a directory")):
+        with pytest.raises(RecordingFileError, match=message):
+            recording.save(path)
+        with pytest.raises(RecordingFileError, match=message):
+            model.record(IDS[:3], path=path)
+    assert notes.read_text() == "what was noted" and pipe.is_fifo() and len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "empty.npz").touch()
+    recording.save(tmp_path / "empty.npz")
+    model.record(IDS[:4], path=tmp_path / "empty.npz")
+    assert pydsa.Recording.open(tmp_path / "empty.npz").n == 4
+
+
+def test_the_model_is_not_replaced_by_its_recording(small_model, tmp_path):
+    path = shutil.copy(small_model(n_layer=2), tmp_path / "model.gguf")
+    size = path.stat().st_size
+    done = CliRunner().invoke(main, ["run", str(path), "--raw", "-p", "a", "-n", "1", "--record", str(path)])
+    assert done.exit_code and "is not a recording" in str(done.exception) + done.output and path.stat().st_size == size
 
 
 def rewritten(source, target, change):

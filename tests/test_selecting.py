@@ -179,6 +179,7 @@ def test_where_nothing_can_be_selected(small_model, load):
         model.session().select = None
     with pytest.raises(PydsaError, match="session.select is 3, expected a function"):
         load(small_model(n_layer=2), attention="sparse").session().select = 3
-    for make in (lambda: selections.union(selections.indexer, selections.indexer, 1), lambda: selections.sliding_window(0)):
-        with pytest.raises(PydsaError, match="share of the first|n is 0"):
+    for make in (lambda: selections.union(selections.indexer, selections.indexer, 1), lambda: selections.sliding_window(0),
+                 lambda: selections.union(selections.indexer, selections.indexer, "half"), lambda: selections.random(-1)):
+        with pytest.raises(PydsaError, match="share of the first|n is 0|seed is -1"):
             make()

@@ -110,14 +110,15 @@ def test_saving_replaces_only_when_complete(session, tmp_path, monkeypatch):
     assert path.read_bytes() != before and os.listdir(tmp_path) == ["talk"]
 
 
-@pytest.mark.parametrize("place", ["missing/talk", "file/talk", "taken", "n" * 300, "n" * 253, "folder", "zero\0byte"])
+@pytest.mark.parametrize("place", ["missing/talk", "file/talk", "taken", "n" * 300, "n" * 253, "folder", "zero\0byte", "pipe", ""])
 def test_places_that_cannot_be_written(session, tmp_path, place):
     (tmp_path / "file").write_bytes(b"")
     for folder in ("taken.part", "folder"):
         (tmp_path / folder).mkdir()
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SessionFileError, match="cannot be written"):
-        session.save(tmp_path / place)
-    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "taken.part"]
+        session.save(tmp_path / place if place else "")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "pipe", "taken.part"] and (tmp_path / "pipe").is_fifo()
 
 
 # Damaged files, and files of other models
@@ -372,7 +373,7 @@ def test_running_inside_a_step_is_refused(model, session, same):
     def run(node, arrays):
         inner.decode(1)
 
-    with pytest.raises(PydsaError, match="inside the observe or progress"):
+    with pytest.raises(PydsaError, match="inside a function that a step calls"):
         session.prefill(IDS[20:], observe=run)
     assert session.tokens == IDS[:20]
     np.testing.assert_array_equal(session.prefill(IDS[20:]), model.logits(IDS)[-1])

@@ -20,7 +20,7 @@ from pydsa.faithful.measures import SPARSE, Probe
 from pydsa.plan import check_memory
 from pydsa.schedule import VARIANTS
 from pydsa.session import check_ids
-from pydsa.faithful.verdicts import findings
+from pydsa.faithful.verdicts import REFERENCE, findings
 
 AT_ONCE = 512           # tokens of a step, whose logits of two runs are kept
 DECODED = TOGETHER      # tokens at the end that run one by one, as in generation
@@ -220,7 +220,7 @@ class _Runs:
         if (model.kv_type, model.index_type) != ("f32", "f32"):
             self._others["float32 caches"] = _session_with(model, progress, kv_type="f32", index_type="f32"), ids.size
         if reference is not None:
-            self._others["the reference"] = reference.session(), min(ids.size, reference.n_ctx)
+            self._others[REFERENCE] = reference.session(), min(ids.size, reference.n_ctx)
         self._seen = {name: _Choices(positions) for name in self._others}
         for name, (session, _) in self._others.items():
             session.hooks = (self._seen[name],)

@@ -14,6 +14,7 @@ import numpy as np
 from pydsa.errors import ImatrixError
 from pydsa.gguf_file import GGUFFile, open_gguf, quote
 from pydsa.imatrix.matrix import Imatrix
+from pydsa.targets import check_replaceable
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 FORMS = ("gguf", "dat")
@@ -142,17 +143,14 @@ def check_target(path, inputs=()):
 def _target(path):
     """The file that a path leads to, and its name until it is complete.
 
-    Raises ImatrixError if something else is there, such as a pipe, which a file would replace.
+    Raises ImatrixError for an empty path, and OSError if something else is there, such as a pipe, which a file would replace.
     """
     if not os.fspath(path):
         raise ImatrixError("The name of the imatrix is empty, expected that of a file.")
     path = Path(os.path.expanduser(path))
     if path.is_symlink():
         path = Path(os.path.realpath(path))
-    if path.is_dir():
-        raise ImatrixError(f"{path}: this is a directory, expected the name of a file for the imatrix.")
-    if path.exists() and not path.is_file():
-        raise ImatrixError(f"{path}: this is no regular file, expected the name of a file for the imatrix.")
+    check_replaceable(path)
     return path, path.with_name(f"{path.name}.{os.getpid()}.part")      # another run may write to the same path
 
 
