@@ -388,7 +388,8 @@ def test_the_command_adds_files_and_shows_them(tmp_path):
     ([], "There is nothing to do: give a text with -f, or files to add up with --in-file"),
     (["-f", NOTES, "-c", "9999"], "text has 3011 tokens, expected at least 9999"), (["-f", NOTES, "--chunks", "0"], "--chunks is 0"),
     (["-f", NOTES, "-o", pydsa.DEMO], "would replace .*, which is read"), (["-f", NOTES, "-o", NOTES], "would replace .*notes.txt"),
-    (["-f", NOTES, "-o", "tests"], "cannot be written .Is a directory"), (["-f", NOTES, "-o", "none/a.gguf"], "cannot be written .No such file"),
+    (["-f", NOTES, "-o", "tests"], "cannot be written .Is a directory"),
+    (["-f", NOTES, "-o", "none/a.gguf"], "cannot be written .No such file"),
     (["-f", NOTES, "--in-file", str(THEIRS)], "it is that of another model"), (["--show-statistics"], "for one imatrix"),
     ([pydsa.DEMO, "--in-file", str(THEIRS)], "it is that of another model"), (["--in-file", "none"], "none: the imatrix cannot be read"),
     (["-f", os.devnull], "The text is empty")])
