@@ -11,10 +11,8 @@ import mmap
 import numpy as np
 from numba import types
 
-from pydsa.backends.cpu.arrays import ints_at
 from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.op import Stage, op
-from pydsa.backends.cpu.scratch import task_scratch
 
 try:
     import resource
@@ -24,7 +22,7 @@ except ImportError:     # Windows, where nothing is asked for
 CAN_ASK = resource is not None and hasattr(mmap, "MADV_WILLNEED")
 USERS = "moe_gate_up", "moe_linear", "moe_down"     # ops with experts' weights, and their ids as the third argument
 ENOUGH = 2          # choices for each expert that there is, from which on nearly all are used
-MOST = 1 << 30      # bytes that a layer asks for: what comes first must not have left memory when it is used
+MOST = 4 << 30      # bytes that a layer asks for, about: what comes first must not have left memory when it is used
 PAGE, WILLNEED = mmap.PAGESIZE, getattr(mmap, "MADV_WILLNEED", 0)
 
 _allowed = CAN_ASK                  # whether steps ask at all
@@ -51,33 +49,32 @@ _madvise = types.ExternalFunction("madvise", types.int32(types.int64, types.int6
 
 @inner
 def begin_asking(ids, wanted, parts, task):
-    """One task, or none.
+    """A task for each expert's part of each matrix, or none.
 
     Where nearly all experts are chosen, they are read ahead (reading_ahead.py), in large pages, which are faster to use later.
     """
-    return wanted[0] if ids.size < ENOUGH * parts[0, 3] else 0
+    return len(parts) * parts[0, 3] if wanted[0] and ids.size < ENOUGH * parts[0, 3] else 0
 
 
 @inner
 def ask(ids, wanted, parts, task):
-    """Ask for the chosen experts, in the order of the file.
+    """Ask for an expert's part of a matrix, if it is chosen.
 
-    Where the system refuses, they are read when they are touched.
+    Tasks are in the order of the file. Where the system refuses, the part is read when it is touched.
     """
     n_expert, total = parts[0, 3], 0
-    chosen = ints_at(task_scratch(task.thread, 8 * n_expert), n_expert)
-    for e in range(n_expert):
-        chosen[e] = 0
+    k, e = task.index // n_expert, task.index % n_expert
+    for i in range(len(parts)):
+        total += ids.size * parts[i, 2]
+    if e * total >= n_expert * MOST:
+        return
     for t in range(ids.shape[0]):
         for i in range(ids.shape[1]):
-            chosen[ids[t, i]] = 1
-    for k in range(len(parts)):
-        for e in range(n_expert):
-            if chosen[e] and total < MOST:
+            if ids[t, i] == e:
                 at = parts[k, 0] + e * parts[k, 1]
                 first = at // PAGE * PAGE
                 _madvise(first, at + parts[k, 2] - first, np.int32(WILLNEED))
-                total += parts[k, 2]
+                return
 
 
 @inner

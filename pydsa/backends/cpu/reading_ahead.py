@@ -23,7 +23,7 @@ class ReadAhead:
     """
 
     def __init__(self, groups):
-        self._pieces = [(i, *piece) for i, group in enumerate(groups) for piece in sorted(set(_pieces(group)))]
+        self._groups = groups
         self._group, self._ended, self._most, self._thread = 0, False, 0, None
         self._condition = threading.Condition()
 
@@ -48,7 +48,8 @@ class ReadAhead:
 
     def _read(self):
         library, ahead, waiting = ctypes.CDLL(None), 0, []
-        for group, address, n in self._pieces:
+        pieces = ((i, *piece) for i, group in enumerate(self._groups) for piece in sorted(set(_pieces(group))))
+        for group, address, n in pieces:
             with self._condition:
                 while not self._ended and group > self._group and ahead + n > self._most:
                     self._condition.wait()
