@@ -1,4 +1,5 @@
 """Looks of models that run: in Python, on the command line, and of recordings in files."""
+import re
 import sys
 from pathlib import Path
 
@@ -93,9 +94,10 @@ def test_the_command_line(demo, tmp_path):
     pytest.importorskip("matplotlib")
     path, notes = tmp_path / "out.html", tmp_path / "notes.txt"
     notes.write_text(NOTES[-900:], encoding="utf-8")
-    result = run("-f", notes, "-n", 2, "-t", 1, "-o", path, "--png", tmp_path / "pictures", "--layers", "1,2", "--mass")
+    result = run("-f", notes, "-n", 2, "-t", 1, "-o", path, "--png", tmp_path / "pictures", "--layers", "1,2", "--mass", "--recall")
     assert result.exit_code == 0 and len(result.stdout) > 2 and f"{path}: " in result.stderr
-    assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>\n<!-- pydsa look:")
+    page = path.read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>\n<!-- pydsa look:") and len(re.findall(r'"recall":(0\.9\d+|1\.0)[,}]', page)) == 2
     assert sorted(file.name for file in (tmp_path / "pictures").iterdir()) == [
         "changes.png", "experts.png", "layers.png", "mass.png", "text.png"]
     result = run("-p", "Hello", "-n", 1, "-t", 1, "-o", notes)

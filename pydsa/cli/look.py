@@ -29,6 +29,8 @@ NOTES = Path(DEMO).with_name("notes.txt")
 @click.option("--open", "opened", is_flag=True, help="Show the page in the browser.")
 @click.option("--layers", help="Numbers of the layers to show, with commas between them.  [default: all]")
 @click.option("--mass", is_flag=True, help="Also measure the share of dense attention that the chosen keys hold, which takes longer.")
+@click.option("--recall", is_flag=True, help="Also measure how many of the keys chosen from float32 index keys the cached ones find, which "
+                                             "runs the text once more.")
 @click.option("--window", type=click.IntRange(1),
               help="Record so many tokens of the prompt, the last ones.  [default: as many as take a few minutes and 1 GB]")
 @click.option("--recording", type=click.Path(), help="Look at a saved recording of the model, without running it.")
@@ -92,7 +94,8 @@ def _can_draw(folder):
     return True
 
 
-def _answered(path, prompt, file, layers, max_tokens, stop, raw, special, system, think, mass, window, threads, threads_batch, **settings):
+def _answered(path, prompt, file, layers, max_tokens, stop, raw, special, system, think, mass, recall, window, threads,
+              threads_batch, **settings):
     """Run the model -> the Look."""
     from pydsa.answers import Stops
     from pydsa.chat import thinking_note
@@ -119,7 +122,24 @@ def _answered(path, prompt, file, layers, max_tokens, stop, raw, special, system
         seen = look_at(engine, prompt_of(engine, text, raw, special, system, think), None if max_tokens < 0 else max_tokens, sampling, stop,
                        layers, mass, window, None, answer, progress)
     click.echo("", err=True)
+    if recall:
+        _measure_recall(engine, seen)
     return seen
+
+
+def _measure_recall(engine, seen):
+    """Put the recall of the cached index keys into a Look.
+
+    Where it cannot be measured, a sentence says so, and the page is written without it.
+    """
+    from pydsa.faithful import check
+    try:
+        with progress_bar("measuring recall") as progress:
+            report = check(engine, seen.ids[:engine.n_ctx], progress=progress)
+    except PydsaError as error:
+        click.echo(f"{visible(str(error))} The page is written without recall.", err=True)
+        return
+    seen.figures.add_recall({row["layer"]: row["recall_of_cached_keys"] for row in report.layers})
 
 
 def _text(path, prompt, file):

@@ -66,8 +66,13 @@ class Figures:
         self.far = end - min(NEW, end // 8)
         self.overlaps, self.layer_rows = {}, []
         for layer in self.layers:
-            row = dict.fromkeys(("layer", *COLUMNS)) | {"layer": layer, "recall": (recall or {}).get(layer)}
-            self.layer_rows.append(row | self._choices(layer) | self._experts(layer))
+            self.layer_rows.append(dict.fromkeys(("layer", *COLUMNS)) | {"layer": layer} | self._choices(layer) | self._experts(layer))
+        self.add_recall(recall or {})
+
+    def add_recall(self, recall):
+        """Put in what was measured: {layer: share}."""
+        for row in self.layer_rows:
+            row["recall"] = recall.get(row["layer"])
 
     def _choices(self, layer):
         """Count a layer's choices -> its numbers."""
