@@ -133,6 +133,7 @@ def test_a_recording_in_a_file(demo, tmp_path):
         result = run("--recording", file, "-o", path, *args)
         assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.stderr
     assert "--answer is for --recording" in run("--answer", 3).stderr
+    assert "are measured while a text runs" in run("--recording", "a.npz", "--recall").stderr
     assert run("--recording", tmp_path / "no.npz", "-o", path).exit_code == 2
 
 

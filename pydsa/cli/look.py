@@ -60,6 +60,8 @@ def look(model, prompt, file, output, folder, opened, layers, recording, n_answe
     from pydsa.look import files
     if recording is not None and (prompt is not None or file is not None):
         raise click.UsageError("--recording is a run that was: leave out -p and -f, or leave out --recording.")
+    if recording is not None and (settings["mass"] or settings["recall"]):
+        raise click.UsageError("--mass and --recall are measured while a text runs: leave out --recording, or record with mass.")
     if n_answer is not None and recording is None:
         raise click.UsageError("--answer is for --recording.")
     if prompt is not None and file is not None:
