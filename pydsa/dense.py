@@ -24,10 +24,21 @@ def stored_values(cache, n, dtype=np.float32):
     return cache_values(rows.view(reference.cache_rows(0, cache.widths, cache.storage).dtype), dtype)
 
 
-def _blocks(n, at_once):
-    """Slices of n tokens, of which so many fit."""
-    step = max(1, AT_ONCE // max(1, at_once))
-    return [slice(start, start + step) for start in range(0, n, step)]
+def _products(queries, keys):
+    """Products of some tokens after the other: pairs (slice, [., heads, n_keys]).
+
+    queries: [n, heads, width]. keys: [n_keys, width].
+    """
+    n, heads, width = queries.shape
+    step = max(1, AT_ONCE // max(1, heads * len(keys)))
+    for start in range(0, n, step):
+        block = slice(start, start + step)
+        yield block, (queries[block].reshape(-1, width) @ keys.T).reshape(-1, heads, len(keys))
+
+
+def _later(positions, n_keys):
+    """Whether a key comes after a token, bool [n, n_keys]."""
+    return np.arange(n_keys) > positions[:, None]
 
 
 class Attention(NamedTuple):
@@ -42,11 +53,9 @@ class Attention(NamedTuple):
 
     def _blocks(self):
         """Weights of some tokens after the other: pairs (slice, [., n_keys])."""
-        (n, heads, width), n_keys = self.queries.shape, len(self.keys)
-        for block in _blocks(n, heads * n_keys):
-            logits = (self.queries[block].reshape(-1, width) @ self.keys.T).reshape(-1, heads, n_keys)
+        for block, logits in _products(self.queries, self.keys):
             logits *= self.queries.dtype.type(self.scale)
-            later = np.arange(n_keys) > self.positions[block, None]
+            later = _later(self.positions[block], len(self.keys))
             logits[np.broadcast_to(later[:, None], logits.shape)] = -np.inf
             logits -= logits.max(axis=-1, keepdims=True)
             np.exp(logits, out=logits)
@@ -86,12 +95,10 @@ class Index(NamedTuple):
 
     def _blocks(self):
         """Scores of some tokens after the other: pairs (slice, [., n_keys])."""
-        (n, heads, width), n_keys = self.queries.shape, len(self.keys)
-        for block in _blocks(n, heads * n_keys):
-            dots = (self.queries[block].reshape(-1, width) @ self.keys.T).reshape(-1, heads, n_keys)
+        for block, dots in _products(self.queries, self.keys):
             np.maximum(dots, 0, out=dots)
             scores = np.matmul(self.weights[block, None], dots)[:, 0] * self.queries.dtype.type(self.scale)
-            scores[np.arange(n_keys) > self.positions[block, None]] = -np.inf
+            scores[_later(self.positions[block], len(self.keys))] = -np.inf
             yield block, scores
 
     def scores(self):

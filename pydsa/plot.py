@@ -5,7 +5,7 @@ Prompts are drawn beside generation, which also has the limit that the memory's 
 import functools
 import os
 
-from pydsa.drawing import figure_class as _figure_class
+from pydsa.drawing import figure_class
 from pydsa.errors import PydsaError
 from pydsa.op_plot import OpPanels
 from pydsa.words import count, threads
@@ -23,7 +23,7 @@ def check_plot(path):
     ending = os.path.splitext(path)[1][1:].lower()
     if ending not in FORMATS:
         raise PydsaError(f"{path}: the name of a picture must end in {', '.join('.' + name for name in FORMATS)}.")
-    _figure_class()
+    figure_class()
     existed = os.path.lexists(path)
     try:
         with open(path, "ab"):
@@ -57,7 +57,7 @@ def draw(about, rows, ops=()):
     panels += [(0.9 + 0.2 * len(parts.names), parts.ceilings)] * parts.has_ceilings
     width = max([5.2, *(0.5 * len(parts.steps(key)) for _, key in kinds)]) * len(kinds) + 0.6 + 1.6 * bool(ops)
     heights = [height for height, _ in panels]
-    figure = _figure_class()(figsize=(width, sum(heights) + 0.4), layout="constrained")
+    figure = figure_class()(figsize=(width, sum(heights) + 0.4), layout="constrained")
     figure.suptitle(title(about), parse_math=False)
     grid = figure.subplots(len(panels), len(kinds), squeeze=False, height_ratios=heights)
     for (_, panel), line in zip(panels, grid):

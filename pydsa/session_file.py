@@ -9,7 +9,7 @@ import numpy as np
 
 from pydsa.errors import ContextFullError, SessionFileError
 from pydsa.quants import CACHE_ALIASES
-from pydsa.targets import check_replaceable
+from pydsa.targets import check_replaceable, replacing
 
 MAGIC = b"pydsa session 1\n"
 MAX_HEADER = 1 << 28    # bytes; the ids of a million tokens take seven million bytes
@@ -26,13 +26,8 @@ def write(path, identity, tokens, caches):
     try:
         check_replaceable(path)
         partial = path.with_name(path.name + ".part")
-        try:
+        with replacing(path, partial):
             _write(partial, header, (np.ascontiguousarray(cache.stored(len(tokens))) for cache in caches.values()))
-            os.replace(partial, path)
-        except BaseException:
-            with contextlib.suppress(OSError, ValueError):
-                partial.unlink(missing_ok=True)
-            raise
     except (OSError, ValueError) as error:      # ValueError: a zero byte in the path
         raise SessionFileError(f"{path}: the session cannot be written ({getattr(error, 'strerror', error)}).") from error
 

@@ -1,4 +1,8 @@
-"""What may be at a path where a file is to be written: a device, a pipe or a directory must not be replaced by one."""
+"""Files that replace older ones when they are complete.
+
+A device, a pipe or a directory must not be replaced by a file.
+"""
+import contextlib
 import errno
 import os
 import stat
@@ -14,3 +18,18 @@ def check_replaceable(path):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "this is no regular file, and would be replaced by one")
+
+
+@contextlib.contextmanager
+def replacing(path, partial):
+    """A context that writes the file `partial`, which then replaces path.
+
+    If the context ends with an exception, the file is removed. partial: a Path.
+    """
+    try:
+        yield
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError, ValueError):
+            partial.unlink(missing_ok=True)
+        raise

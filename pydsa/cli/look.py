@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from pydsa import DEMO
-from pydsa.cli.shared import attention_option, comma_numbers, ctx_option, device_option, load_model, model_options, options_with_defaults
-from pydsa.cli.shared import read_text, reproducible_option, sampling_options, take_fields, threads_options
+from pydsa.cli.shared import chat_options, check_chat_options, comma_numbers, engine_options, load_model, options_with_defaults
+from pydsa.cli.shared import read_text, sampling_options, take_fields
 from pydsa.console import progress_bar, show
 from pydsa.errors import PydsaError
 from pydsa.exits import Failure
@@ -38,18 +38,10 @@ NOTES = Path(DEMO).with_name("notes.txt")
 @click.option("--stop", "-r", "--reverse-prompt", "stop", multiple=True, metavar="TEXT",
               help="End the answer where it has this text, without it. Can be repeated.")
 @options_with_defaults(sampling_options, temperature=0.0)
-@threads_options
-@ctx_option
-@model_options
-@attention_option
-@reproducible_option
-@device_option
+@engine_options
 @llama_cpp_options
 @options_of_what_is_so
-@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat format.")
-@click.option("--special", is_flag=True, help="Encode the texts of control tokens in a --raw prompt as these tokens.")
-@click.option("--system", "-sys", "--system-prompt", "system", help="A system message for the chat format.")
-@click.option("--think", is_flag=True, help="Let the model reason before it answers, if it can.")
+@chat_options
 def look(model, prompt, file, output, folder, opened, layers, recording, n_answer, **settings):
     """Show what an answer attended to, as a page.
 
@@ -103,10 +95,7 @@ def _answered(path, prompt, file, layers, max_tokens, stop, raw, special, system
     from pydsa.chat import thinking_note
     from pydsa.look.running import look_at, prompt_of
     from pydsa.sampling import Sampling
-    if raw and (system or think):
-        raise click.UsageError("--system and --think belong to the chat format, which --raw leaves out.")
-    if special and not raw:
-        raise click.UsageError("--special is for --raw prompts.")
+    check_chat_options(raw, special, system, think)
     Stops(stop)         # raises its error before the model is read
     sampling = Sampling(**take_fields(Sampling, settings))
     text = _text(path, prompt, file)

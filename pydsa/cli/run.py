@@ -5,8 +5,7 @@ import sys
 import click
 
 from pydsa import DEMO
-from pydsa.cli.shared import attention_option, ctx_option, device_option, load_model, model_options, read_text, reproducible_option
-from pydsa.cli.shared import sampling_options, take_fields, threads_options
+from pydsa.cli.shared import chat_options, check_chat_options, engine_options, load_model, read_text, sampling_options, take_fields
 from pydsa.console import Writer, chat_loop
 from pydsa.exits import Failure
 from pydsa.habits import llama_cpp_options, model_argument, options_of_what_is_so
@@ -40,19 +39,11 @@ def recorded(model, session, path):
               help="End the answer where it has this text, without it. Can be repeated.")
 @restriction_options
 @sampling_options
-@threads_options
-@ctx_option
-@model_options
-@attention_option
-@reproducible_option
-@device_option
+@engine_options
 @llama_cpp_options
 @click.option("-cnv/-no-cnv", "--conversation/--no-conversation", "conversation", default=None, hidden=True)
 @options_of_what_is_so
-@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat format.")
-@click.option("--special", is_flag=True, help="Encode the texts of control tokens in a --raw prompt as these tokens.")
-@click.option("--system", "-sys", "--system-prompt", "system", help="A system message for the chat format.")
-@click.option("--think", is_flag=True, help="Let the model reason before it answers, if it can.")
+@chat_options
 @click.option("--record", metavar="FILE", help="Write the keys that each token chose, and its experts, to a file (.npz).")
 def run(model, prompt, file, max_tokens, stop, conversation, raw, special, system, think, record, threads, threads_batch,
         **settings):
@@ -66,10 +57,7 @@ def run(model, prompt, file, max_tokens, stop, conversation, raw, special, syste
     if prompt is not None and file is not None:
         raise click.UsageError("Give the prompt with -p or with -f, not both.")
     raw = raw or conversation is False
-    if raw and (system or think):
-        raise click.UsageError("--system and --think belong to the chat format, which --raw leaves out.")
-    if special and not raw:
-        raise click.UsageError("--special is for --raw prompts.")
+    check_chat_options(raw, special, system, think)
     Stops(stop)         # raises its error before the model is read
     restrictions = read_restrictions(raw, **{name: settings.pop(name) for name in RESTRICTIONS})
     sampling = Sampling(**take_fields(Sampling, settings))

@@ -4,8 +4,7 @@ import functools
 import click
 
 from pydsa import DEMO
-from pydsa.cli.shared import attention_option, ctx_option, device_option, load_model, model_options, options_with_defaults
-from pydsa.cli.shared import reproducible_option, sampling_options, take_fields, threads_options
+from pydsa.cli.shared import engine_options, load_model, options_with_defaults, sampling_options, take_fields
 from pydsa.exits import Failure
 from pydsa.habits import llama_cpp_options, model_argument, options_of_what_is_so
 
@@ -35,12 +34,7 @@ from pydsa.habits import llama_cpp_options, model_argument, options_of_what_is_s
 @click.option("-n", "--predict", "max_tokens", type=int, default=-1, show_default=True,
               help="Tokens to generate at most, for requests that do not say; -1: no limit.")
 @options_with_defaults(sampling_options, temperature=1.0, top_p=1.0)
-@threads_options
-@ctx_option
-@model_options
-@attention_option
-@reproducible_option
-@device_option
+@engine_options
 @functools.partial(llama_cpp_options, but=("-np", "--parallel"))
 @options_of_what_is_so
 @click.option("--think", "thinking", is_flag=True, help="Let the model reason first, if it can, for requests that do not say.")

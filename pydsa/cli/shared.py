@@ -51,6 +51,12 @@ reproducible_option = click.option(
 threads_options = options(
     click.option("-t", "--threads", type=int, help="CPU threads for generation.  [default: physical cores]"),
     click.option("-tb", "--threads-batch", type=int, help="CPU threads for prompts.  [default: as -t]"))
+chat_options = options(
+    click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat format."),
+    click.option("--special", is_flag=True, help="Encode the texts of control tokens in a --raw prompt as these tokens."),
+    click.option("--system", "-sys", "--system-prompt", "system", help="A system message for the chat format."),
+    click.option("--think", is_flag=True, help="Let the model reason before it answers, if it can."))
+engine_options = options(threads_options, ctx_option, model_options, attention_option, reproducible_option, device_option)
 sampling_options = options(
     click.option("--temp", "temperature", type=float, default=0.8, show_default=True, help="Temperature; 0: greedy."),
     click.option("--top-k", type=int, default=40, show_default=True, help="Sample from the K likeliest tokens; 0: all."),
@@ -61,6 +67,14 @@ sampling_options = options(
                  help="Add to the logit of a token, like 15043+1; 15043-inf: never pick it. Can be repeated."),
     click.option("-s", "--seed", type=int, callback=lambda context, parameter, seed: None if seed == -1 else seed,
                  help="Seed of the random numbers; -1: a new one.  [default: -1]"))
+
+
+def check_chat_options(raw, special, system, think):
+    """Raise UsageError where the options of chat_options exclude each other."""
+    if raw and (system or think):
+        raise click.UsageError("--system and --think belong to the chat format, which --raw leaves out.")
+    if special and not raw:
+        raise click.UsageError("--special is for --raw prompts.")
 
 
 def options_with_defaults(decorator, **defaults):

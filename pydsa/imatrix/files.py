@@ -4,7 +4,6 @@ GGUF: two F32 tensors for each tensor NAME of the model, NAME.in_sum2 and NAME.c
 and imatrix.chunk_size. A .dat has int32 and float32 numbers only: its values are means times a number of chunks, and experts have no
 counts.
 """
-import contextlib
 import os
 import stat
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from pydsa.errors import ImatrixError
 from pydsa.gguf_file import GGUFFile, open_gguf, quote
 from pydsa.imatrix.matrix import Imatrix
-from pydsa.targets import check_replaceable
+from pydsa.targets import check_replaceable, replacing
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 FORMS = ("gguf", "dat")
@@ -167,17 +166,10 @@ def save(imatrix, path, form="gguf"):
                            f"{MOST_CHUNKS}, the most that a file can say.")
     try:
         path, partial = _target(path)
-        try:
-            with np.errstate(over="raise"):
-                {"gguf": _write_gguf, "dat": _write_legacy}[form](imatrix, partial)
-            os.replace(partial, path)
-        except FloatingPointError:
-            partial.unlink(missing_ok=True)
-            raise ImatrixError(f"{path}: the imatrix has sums that are not finite in float32, the numbers of its file.") from None
-        except BaseException:
-            with contextlib.suppress(OSError, ValueError):
-                partial.unlink(missing_ok=True)
-            raise
+        with replacing(path, partial), np.errstate(over="raise"):
+            {"gguf": _write_gguf, "dat": _write_legacy}[form](imatrix, partial)
+    except FloatingPointError:
+        raise ImatrixError(f"{path}: the imatrix has sums that are not finite in float32, the numbers of its file.") from None
     except (OSError, ValueError) as error:      # ValueError: a zero byte in the path
         raise ImatrixError(f"{path}: the imatrix cannot be written ({getattr(error, 'strerror', error)}).") from error
 

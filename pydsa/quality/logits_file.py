@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pydsa.quality.distributions import LikeliestRows, SteppedRows
 from pydsa.errors import LogitsFileError
+from pydsa.quality.distributions import LikeliestRows, SteppedRows
+from pydsa.targets import check_replaceable
 from pydsa.words import size
 
 LLAMA_CPP, OWN = b"_logits_", b"pydsa log-probabilities 1\n"
@@ -178,8 +179,7 @@ class _Writer:
         self.path, self._partial = Path(path), Path(f"{path}.{os.getpid()}.part")       # another run may write to the same path
         self._chunks, self._n_vocab, self._n_complete, self.kept = chunks, n_vocab, 0, 0
         with _system_errors(path, "written"):
-            if self.path.exists() and not self.path.is_file():
-                raise LogitsFileError(f"{path}: this is no regular file, expected the name of a file for the log-probabilities.")
+            check_replaceable(self.path)
             wanted, free = len(chunks) * self._chunk_bytes(), shutil.disk_usage(self._partial.parent).free
         if wanted > free:
             raise LogitsFileError(f"{path}: the log-probabilities take {size(wanted)}, but {size(free)} of the disk are free; take fewer "

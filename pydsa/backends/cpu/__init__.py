@@ -8,11 +8,11 @@ from pydsa.backends.cpu.linear import head_linear, linear  # noqa: F401
 from pydsa.backends.cpu.mha import mha_attention, mha_sparse_attention  # noqa: F401
 from pydsa.backends.cpu.moe import moe_down, moe_gate_up, moe_linear  # noqa: F401
 from pydsa.backends.cpu.norm import add, expert_scale, layer_norm, rms_norm, scale, silu_mul  # noqa: F401
-from pydsa.backends.cpu.steps import compile_calls, recorded, timed  # noqa: F401
 from pydsa.backends.cpu.rope import hadamard, rope, rope_table  # noqa: F401
 from pydsa.backends.cpu.route import moe_route  # noqa: F401
 from pydsa.backends.cpu.rows import cache_bytes, cache_rows, cache_write, get_rows, reproducible, weight  # noqa: F401
 from pydsa.backends.cpu.scratch import nan_met  # noqa: F401
+from pydsa.backends.cpu.steps import compile_calls, recorded, timed  # noqa: F401
 from pydsa.backends.cpu.threads import check_threads, set_threads  # noqa: F401
 from pydsa.backends.cpu.top_k import top_k  # noqa: F401
 from pydsa.backends.cpu.variants import VARIANTS  # noqa: F401
