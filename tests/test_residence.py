@@ -16,6 +16,7 @@ from helpers import random_ids
 import pydsa
 from pydsa import PydsaError
 from pydsa.backends.cpu import fetching, reading_ahead
+from pydsa.backends.devices import DEVICES
 from pydsa.residence import copied, lock
 from pydsa.setup import Setup
 
@@ -108,7 +109,7 @@ def test_weights_in_memory_give_the_same_logits(small_model, load, spec):
     model = load(small_model(**spec), mmap=False)
     assert np.array_equal(logits(model), logits(load(small_model(**spec))))
     setup = model.setup
-    assert setup.mapped_bytes == 0 and setup.copied_bytes == sum(setup.device.weights(setup.weights.used.values()))
+    assert setup.mapped_bytes == 0 and setup.copied_bytes == sum(DEVICES["cpu"].weights(setup.weights.used.values()))
 
 
 def test_copying_tells_how_far_it_is(small_model):
@@ -130,7 +131,8 @@ def test_weights_are_locked(small_model):
             "model = pydsa.load(sys.argv[1], mlock=True)\n"
             "print(1024 * locked() >= model.setup.mapped_bytes)\n"
             "resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, 4096))\n"
-            "try:\n    pydsa.residence.lock([model.runner.weight(t).data for t in model.setup.weights.used.values() if len(t.shape) > 1])\n"
+            "on, tensors = model.runner.on['cpu'], model.setup.weights.used.values()\n"
+            "try:\n    pydsa.residence.lock([on.weight(t).data for t in tensors if len(t.shape) > 1])\n"
             "except pydsa.PydsaError as error:\n    print(error)\n")
     result = subprocess.run([sys.executable, "-c", code, small_model()], capture_output=True, text=True, check=True)
     first, *rest = result.stdout.splitlines()

@@ -94,20 +94,32 @@ def ask_for_experts(ids, wanted, parts):
 
 
 def with_requests(groups):
-    """Put a call that asks for the experts into the group behind their choice.
+    """Put calls that ask for experts behind those that choose them.
 
-    groups: lists of pairs (op, args) that run one after the other. Where the system cannot be asked, they stay as they are.
+    groups: lists of pairs (op, args) that run one after the other. Experts that were chosen elsewhere are asked for in a group of its own,
+    before the first that uses them. Where the system cannot be asked, the groups stay as they are.
     """
-    calls, requests = [call for group in groups for call in group], []
+    requests = {id(ids): (ask_for_experts, (ids, _wanted, np.array(sorted(parts), np.int64)))
+                for ids, parts in expert_parts(groups) if parts} if CAN_ASK else {}
+    behind = []
     for group in groups:
-        yield group + requests
-        requests = []
-        for chooser, args in group if CAN_ASK else ():
-            if chooser.__name__ == "moe_route":
-                parts = [part for user, others in calls if user.__name__ in USERS and others[2] is args[0] for part in _parts(others)]
-                requests.append((ask_for_experts, (args[0], _wanted, np.array(sorted(parts), np.int64))))
-    if requests:
-        yield requests
+        chosen = [args[0] for op, args in group if op.__name__ == "moe_route"]
+        used = [args[2] for op, args in group if op.__name__ in USERS]
+        late = [requests.pop(id(ids)) for ids in used if id(ids) in requests]
+        if late:
+            yield late
+        yield group + behind
+        behind = [requests.pop(id(ids)) for ids in chosen if id(ids) in requests]
+    if behind:
+        yield behind
+
+
+def expert_parts(groups):
+    """(chosen experts' ids, rows of `parts`) for each choice of experts."""
+    found = {}
+    for args in (args for group in groups for op, args in group if op.__name__ in USERS):
+        found.setdefault(id(args[2]), (args[2], []))[1].extend(_parts(args))
+    return list(found.values())
 
 
 def _parts(args):

@@ -9,7 +9,7 @@ import os
 import threading
 
 from pydsa import limits
-from pydsa.backends.cpu.fetching import CAN_ASK, ENOUGH
+from pydsa.backends.cpu.fetching import CAN_ASK, ENOUGH, expert_parts
 
 PIECE = 16 << 20        # bytes that are read between two looks at how far the ops are
 MOST = 4 << 30          # bytes to be ahead of the ops, at most; and at most a quarter of the memory that is free
@@ -89,5 +89,5 @@ def _parts(data):
 
 def uses_nearly_all(groups):
     """Whether a step uses nearly all experts, and they can be read ahead."""
-    routes = [args for group in groups for op, args in group if op.__name__ == "moe_route"]
-    return CAN_ASK and os.name == "posix" and all(ids.size >= ENOUGH * logits.shape[1] for ids, _, logits, *_ in routes)
+    chosen = [(ids, parts) for ids, parts in expert_parts(groups) if parts]
+    return CAN_ASK and os.name == "posix" and all(ids.size >= ENOUGH * parts[0][3] for ids, parts in chosen)
