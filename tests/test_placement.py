@@ -48,7 +48,7 @@ def cut_of(path, **options):
 
 
 def test_the_shared_expert_runs_while_the_others_do(small_model):
-    """What the CPU waits for comes first; then, before the CPU begins, the rest."""
+    """What the CPU waits for comes first, then the rest, then the CPU."""
     _, segments = cut_of(small_model(), device="reference", cpu_moe=True)
     devices = [device for device, _ in segments]
     i = devices.index("cpu")

@@ -1,4 +1,5 @@
 """Copies of values from the memory of one backend to that of another."""
+import numpy as np
 
 
 def transfer(source, x, target, y):
@@ -20,7 +21,8 @@ class Copy:
 
     def finish(self):
         """Let the target see the values in what it does from now on."""
-        self._y[...] = self._x
+        with np.errstate(invalid="ignore", over="ignore"):      # parts that nothing wrote yet have any bits
+            self._y[...] = self._x
 
     def settle(self):
         """Let the source overwrite its array in what it does from now on."""
