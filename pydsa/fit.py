@@ -124,7 +124,8 @@ def balanced(sizes, rooms):
     sizes: bytes of each layer; rooms: of each device -> how full the fullest is, and the number of layers of each (None if there is no
     room at all).
     """
-    rooms = [max(0, min(room, sum(sizes) * len(rooms))) for room in rooms]      # one that is not known counts as large
+    known = max([room for room in rooms if room < float("inf")], default=0)
+    rooms = [max(0, min(room, max(known, sum(sizes)))) for room in rooms]       # one that is not known is as large as the others
     if not max(rooms):
         return float("inf"), None
     low, high = 0.0, max(1.0, sum(sizes) / max(rooms) * (1 + 1e-9))     # at `high` one device holds all that is left for it
@@ -202,7 +203,7 @@ class Search:
         at = self._first(options, 0)
         if at < len(options) and not self._fits(options[at]):
             self._learn(options[at])
-            at = self._first(options, at + 1)       # with these figures many need not be tried
+            at = min(self._first(options, at + 1), len(options) - 1)        # these figures may be too high: it is a place to begin
         while at < len(options) and not self._fits(options[at]):
             self._learn(options[at])
             at += 1

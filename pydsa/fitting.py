@@ -19,6 +19,7 @@ from pydsa.words import options_in_words, placement_in_words, size
 MARGIN = 1 << 30        # bytes that an automatic plan leaves free on each GPU
 MOST_SESSIONS = 1024
 DEVICE = "PYDSA_DEVICE"     # the environment variable with the devices that "auto" stands for
+NO_LAYERS = "n_gpu_layers 0"        # a reason for which no GPU is used that needs no word
 LEAST = 4096        # tokens of a context for which layers are left on the CPU rather than a shorter one taken
 STEP = 256          # tokens; contexts shorter than the model's own are multiples of it
 ON_THE_HOST = dict(devices=(HOST,), tensor_split=None, n_gpu_layers=None, cpu_moe=False, n_cpu_moe=0)     # of a Placing
@@ -80,15 +81,17 @@ class Fitting:
         settings, for_the_cpu = self._settings, self._for_the_cpu()
         if for_the_cpu or not self._gpus:
             ignored = [name for name in ("n_gpu_layers", "tensor_split") if settings.get(name) is not None]
-            if for_the_cpu and self._gpus:
+            if for_the_cpu == NO_LAYERS:
+                pass
+            elif for_the_cpu and self._gpus:
                 warnings.warn(f"{for_the_cpu}: all runs on the CPU, and no GPU is used unless --device names one.", stacklevel=4)
             elif ignored:
                 warnings.warn(f"There is no GPU to use: {' and '.join(ignored)} without effect.", stacklevel=4)
             self._settings = settings | dict.fromkeys(ignored)
             return HOST
         split = settings.get("tensor_split")
-        n = len(self._gpus) if split is None else len(split.split(",")) if isinstance(split, str) else len(split)
-        return list(self._gpus)[:n]
+        split = split.split(",") if isinstance(split, str) else split
+        return list(self._gpus)[:len(split) if isinstance(split, (list, tuple)) and split else None]
 
     def _for_the_cpu(self):
         """The option for which an automatic plan takes no GPU, or None."""
@@ -99,7 +102,7 @@ class Fitting:
         if not placed and (settings.get("mlock") or not settings.get("mmap", True)):
             return "mlock" if settings.get("mlock") else "no-mmap"
         n = settings.get("n_gpu_layers")
-        return "n_gpu_layers 0" if n == 0 and not isinstance(n, bool) else None
+        return NO_LAYERS if n == 0 and not isinstance(n, bool) else None
 
     def _setup(self, **settings):
         return Setup(self._path, device=self._device, **self._settings | settings)

@@ -15,6 +15,7 @@ from pydsa.graph import CacheRef
 from pydsa.hooks import layer_of
 
 EXPERTS = r"\.ffn_(up|down|gate|gate_up)_exps"      # names of the routed experts' weights: what --cpu-moe sends to the CPU
+FIRST = r"^blk\.(0"          # how patterns for the first layers begin
 MOST_LAYERS = 1024
 RULES = re.compile(r"(.+?)=\s*([A-Za-z]+[0-9]*)\s*(?:,|$)")     # of one text: commas may also be inside of a regular expression
 ALL = "all"         # as a number of layers
@@ -71,9 +72,14 @@ class Placement:
     def check_rules(self, names):
         """Raise PydsaError for a rule that matches none of the names of weights."""
         for pattern, device in self.rules:
-            if not any(map(pattern.search, names)):
-                raise PydsaError(f"No weight of the model has a name that matches {pattern.pattern!r} (to be on {device}): "
-                                 "`pydsa info` tells the layers, names are like blk.3.ffn_up_exps.weight.")
+            if any(map(pattern.search, names)):
+                continue
+            if pattern.pattern == EXPERTS:
+                raise PydsaError("The model has no routed experts: leave out --cpu-moe.")
+            if pattern.pattern.endswith(EXPERTS) and pattern.pattern.startswith(FIRST):
+                raise PydsaError("n_cpu_moe covers only layers without routed experts: give a larger number, or --cpu-moe for all.")
+            raise PydsaError(f"No weight of the model has a name that matches {pattern.pattern!r} (to be on {device}): "
+                             "`pydsa info` tells the layers, names are like blk.3.ffn_up_exps.weight.")
 
 
 def is_of_experts(name):
@@ -125,7 +131,7 @@ class Placing:
         if self.cpu_moe:
             rules.append((re.compile(EXPERTS), HOST))
         elif self.n_cpu_moe:
-            rules.append((re.compile(rf"^blk\.({'|'.join(map(str, range(self.n_cpu_moe)))}){EXPERTS}"), HOST))
+            rules.append((re.compile(rf"{FIRST}{''.join(f'|{il}' for il in range(1, self.n_cpu_moe))}){EXPERTS}"), HOST))
         return Placement(layers, rules)
 
 

@@ -188,7 +188,7 @@ def _device_name(given, name):
     return kind + (str(int(index)) if index.strip("0") else "")
 
 
-_EXPECTED = f"one of {', '.join(map(repr, DEVICES))}, or 'cuda1' for the second GPU, or several with commas between"
+_EXPECTED = f"one of {', '.join(map(repr, DEVICES))}, or 'cuda1' for the second GPU, or several with commas between, or {AUTO!r}"
 
 
 def check_reproducible(names, wanted):
