@@ -34,7 +34,10 @@ def no_devices_of_the_environment(monkeypatch):
 
 @pytest.fixture
 def plan(small_model):
-    """plan(1 << 20, ..., **options) -> the Setup for GPUs with so much beside what is reserved and left free."""
+    """plan(1 << 20, ..., **options) -> the Setup for GPUs with such rooms.
+
+    A room is bytes beside what is reserved and left free.
+    """
     def make(*rooms, **options):
         gpus = simulated_gpus([RESERVED + MARGIN + room for room in rooms])
         return fitted(small_model(**SPEC), gpus=gpus, **dict(n_ctx=512, n_ubatch=64) | options)
@@ -266,7 +269,7 @@ def test_the_simulator_is_used_where_it_is_asked_for(monkeypatch):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """The reference as a device with memory of its own, of which stand_in(room) is free."""
+    """stand_in(room): the reference as a GPU of so many bytes."""
     monkeypatch.setitem(DEVICES, "reference", DEVICES["reference"]._replace(reserved=1 << 20))
     return lambda room: {"reference": Usable(0, "a stand-in", room, room)}
 
