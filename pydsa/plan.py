@@ -78,13 +78,14 @@ def check_fits(wanted, backends, what):
 class OnDevice:
     """What a Runner has on one device.
 
-    That is the buffer of intermediate values, and weights and constants in the backend's form.
+    That is the buffer of intermediate values, and weights and constants in the backend's form. empty(shape, dtype) makes the buffer: the
+    host's lies in pinned memory where GPUs copy from and to it.
     """
 
-    def __init__(self, backend, n_bytes, reproducible):
+    def __init__(self, backend, n_bytes, reproducible, empty):
         self.backend, self._reproducible = backend, reproducible
         self.dtypes = {"float": np.dtype(backend.FLOAT), "int32": np.dtype(np.int32), "int64": np.dtype(np.int64)}
-        self._buffer = backend.empty((n_bytes,), np.uint8)
+        self._buffer = empty((n_bytes,), np.uint8)
         self.weights, self._constants = {}, {}
         self.outputs = {}       # name -> an array of one row, for all steps but those of Session.logits()
 
@@ -133,8 +134,12 @@ class Runner:
     def __init__(self, backends, layouts, threads, threads_batch, reproducible=False):
         self.threads, self.threads_batch = threads, threads_batch
         self.layouts = layouts      # variant -> Layout
-        self.on = {name: OnDevice(backend, max(layout.ends.get(name, 0) for layout in layouts.values()), reproducible)
-                   for name, backend in backends.items()}
+        pinned = next((backend.host_empty for backend in backends.values() if hasattr(backend, "host_empty")), None)
+        self.on = {}            # name of a device -> OnDevice
+        for name, backend in backends.items():
+            empty = pinned if pinned and backend.free_bytes() is None else backend.empty
+            n_bytes = max(layout.ends.get(name, 0) for layout in layouts.values())
+            self.on[name] = OnDevice(backend, n_bytes, reproducible, empty)
         self.steps = 0          # the number of steps started
 
     @property
