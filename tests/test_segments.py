@@ -79,7 +79,7 @@ def test_late_devices_notice_what_is_too_early(small_model, load, monkeypatch, m
     """The test above can fail: without waiting for copies, logits are wrong."""
     path, wrong = small_model(), 0
     expected = load(path, n_ctx=48).logits(IDS)
-    for seed in range(4):
+    for seed in range(8):
         with monkeypatch.context() as patch:
             at_random(patch, seed, ("reference", *late.NAMES))      # compiled code would follow wild indices
             patch.setattr(late.Transfer, missing, lambda transfer: None)
