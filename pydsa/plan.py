@@ -15,7 +15,7 @@ from pydsa.errors import LESS, DamagedWeightsError, OutOfMemoryError, PydsaError
 from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef, Value
 from pydsa.hooks import Stops
-from pydsa.segments import Chain, Part, Segment, crossings
+from pydsa.segments import Chain, Part, Segment, crossings, in_turn, settled_before
 
 # One step at a time: kernels share the machine's threads, and the sessions of a model share its buffer.
 _lock, _running_thread = threading.Lock(), None
@@ -234,8 +234,10 @@ class _Arrays:
 
 def _parts(segments, ends, arrays, inputs, n_outputs):
     """The segments.Part of each segment. ends: of their calls."""
-    parts = [Part(arrays[segment.device].backend, first, last, [], []) for segment, first, last in zip(segments, [0, *ends], ends)]
-    for value, source, target, only_outputs in crossings(segments, inputs) if len(segments) > 1 else ():
+    parts = [Part(arrays[segment.device].backend, first, last, [], [], []) for segment, first, last in zip(segments, [0, *ends], ends)]
+    crossing_values = crossings(segments, inputs) if len(segments) > 1 else []
+    settled = settled_before(segments, crossing_values)
+    for (value, source, target, only_outputs), before in zip(crossing_values, settled):
         pairs = []
         for i in (source, target):
             there = arrays[segments[i].device]
@@ -244,6 +246,8 @@ def _parts(segments, ends, arrays, inputs, n_outputs):
         crossing = transfer(*pairs)
         parts[source].departures.append(crossing)
         parts[target].arrivals.append(crossing)
+        if before is not None:
+            parts[before].settled.append(crossing)
     return parts
 
 
@@ -316,15 +320,10 @@ class Bound:
 
         The transfers between devices are not in the times.
         """
-        seconds = []
+        seconds, calls = [], [[call[1:] for call in self.calls[part.first:part.last]] for part in self.parts]
         with one_step():
             self.put(ids, n_past)
-            for part in self.parts:
-                for crossing in part.arrivals:
-                    crossing.finish()
-                seconds += part.backend.timed([call[1:] for call in self.calls[part.first:part.last]])
-                for crossing in part.departures:
-                    crossing.start()
+            in_turn(self.parts, lambda i: seconds.extend(self.parts[i].backend.timed(calls[i])))
         return list(zip([node for node, _, _ in self.calls], seconds))
 
     def put(self, ids, n_past):
