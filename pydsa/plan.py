@@ -15,7 +15,7 @@ from pydsa.errors import LESS, DamagedWeightsError, OutOfMemoryError, PydsaError
 from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef, Value
 from pydsa.hooks import Stops
-from pydsa.segments import Chain, Part, Segment, crossings
+from pydsa.segments import Chain, Part, Segment, crossings, in_turn, settled_before
 
 # One step at a time: kernels share the machine's threads, and the sessions of a model share its buffer.
 _lock, _running_thread = threading.Lock(), None
@@ -78,13 +78,14 @@ def check_fits(wanted, backends, what):
 class OnDevice:
     """What a Runner has on one device.
 
-    That is the buffer of intermediate values, and weights and constants in the backend's form.
+    That is the buffer of intermediate values, and weights and constants in the backend's form. empty(shape, dtype) makes the buffer: the
+    host's lies in pinned memory where GPUs copy from and to it.
     """
 
-    def __init__(self, backend, n_bytes, reproducible):
+    def __init__(self, backend, n_bytes, reproducible, empty):
         self.backend, self._reproducible = backend, reproducible
         self.dtypes = {"float": np.dtype(backend.FLOAT), "int32": np.dtype(np.int32), "int64": np.dtype(np.int64)}
-        self._buffer = backend.empty((n_bytes,), np.uint8)
+        self._buffer = empty((n_bytes,), np.uint8)
         self.weights, self._constants = {}, {}
         self.outputs = {}       # name -> an array of one row, for all steps but those of Session.logits()
 
@@ -133,8 +134,12 @@ class Runner:
     def __init__(self, backends, layouts, threads, threads_batch, reproducible=False):
         self.threads, self.threads_batch = threads, threads_batch
         self.layouts = layouts      # variant -> Layout
-        self.on = {name: OnDevice(backend, max(layout.ends.get(name, 0) for layout in layouts.values()), reproducible)
-                   for name, backend in backends.items()}
+        pinned = next((backend.host_empty for backend in backends.values() if hasattr(backend, "host_empty")), None)
+        self.on = {}            # name of a device -> OnDevice
+        for name, backend in backends.items():
+            empty = pinned if pinned and backend.free_bytes() is None else backend.empty
+            n_bytes = max(layout.ends.get(name, 0) for layout in layouts.values())
+            self.on[name] = OnDevice(backend, n_bytes, reproducible, empty)
         self.steps = 0          # the number of steps started
 
     @property
@@ -229,8 +234,10 @@ class _Arrays:
 
 def _parts(segments, ends, arrays, inputs, n_outputs):
     """The segments.Part of each segment. ends: of their calls."""
-    parts = [Part(arrays[segment.device].backend, first, last, [], []) for segment, first, last in zip(segments, [0, *ends], ends)]
-    for value, source, target, only_outputs in crossings(segments, inputs) if len(segments) > 1 else ():
+    parts = [Part(arrays[segment.device].backend, first, last, [], [], []) for segment, first, last in zip(segments, [0, *ends], ends)]
+    crossing_values = crossings(segments, inputs) if len(segments) > 1 else []
+    settled = settled_before(segments, crossing_values)
+    for (value, source, target, only_outputs), before in zip(crossing_values, settled):
         pairs = []
         for i in (source, target):
             there = arrays[segments[i].device]
@@ -239,6 +246,8 @@ def _parts(segments, ends, arrays, inputs, n_outputs):
         crossing = transfer(*pairs)
         parts[source].departures.append(crossing)
         parts[target].arrivals.append(crossing)
+        if before is not None:
+            parts[before].settled.append(crossing)
     return parts
 
 
@@ -311,15 +320,10 @@ class Bound:
 
         The transfers between devices are not in the times.
         """
-        seconds = []
+        seconds, calls = [], [[call[1:] for call in self.calls[part.first:part.last]] for part in self.parts]
         with one_step():
             self.put(ids, n_past)
-            for part in self.parts:
-                for crossing in part.arrivals:
-                    crossing.finish()
-                seconds += part.backend.timed([call[1:] for call in self.calls[part.first:part.last]])
-                for crossing in part.departures:
-                    crossing.start()
+            in_turn(self.parts, lambda i: seconds.extend(self.parts[i].backend.timed(calls[i])))
         return list(zip([node for node, _, _ in self.calls], seconds))
 
     def put(self, ids, n_past):
