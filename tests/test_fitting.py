@@ -209,7 +209,7 @@ def test_bad_options_are_one_sentence(plan, options, words):
 
 
 def test_a_model_without_experts(small_model):
-    """--cpu-moe has nothing to move there; a plan that needs it leaves layers on the CPU."""
+    """--cpu-moe moves nothing there; plans leave layers on the CPU."""
     path = small_model(arch="deepseek2", n_expert=0, n_expert_used=0, n_expert_shared=0, n_layer=3, n_layer_dense=3)
     with pytest.raises(PydsaError, match="The model has no routed experts: leave out --cpu-moe"):
         fitted(path, device="cpu", cpu_moe=True)
