@@ -122,7 +122,8 @@ class Fitting:
         with_gpus = [name for name in setup.placement.devices if device_of(name).reserved]
         if not with_gpus and len(setup.placement.devices) == 1:
             return setup
-        fit = self._fit(setup, self._margin if self.automatic else 0)
+        # For named devices the figures after their drivers have started decide (Model); what cannot fit is told before.
+        fit = self._fit(setup, self._margin if self.automatic else None if self._given is None else 0)
         if self.automatic and with_gpus:
             setup = self._searched(fit, setup)
         else:
