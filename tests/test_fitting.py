@@ -281,7 +281,9 @@ def test_planned_models_give_the_logits_of_one_device(small_model, load, stand_i
     for room in range(0, 9 << 20, 3 << 18):
         setup = fitted(path, gpus=stand_in(room), fit_margin=0, n_ctx=64, n_ubatch=16, kv_type="f32")
         if setup.plan.options not in seen:
-            seen[setup.plan.options] = nmse(ready(setup, threads=1).logits(ids), expected).max()
+            model = ready(setup, threads=1)
+            seen[setup.plan.options] = nmse(model.logits(ids), expected).max()
+            assert len(setup.plan.where) == 1 or all(f">{what}<" in model._repr_html_() for what in setup.plan.where.values())
     assert len(seen) >= 4 and max(seen.values()) < 1e-6
 
 

@@ -45,6 +45,7 @@ device_option = click.option(
     "--device", "-dev", default="auto", show_default=True, metavar="DEVICE[,...]",
     help="cpu; cuda: an NVIDIA GPU; cuda0,cuda1: several; reference: plain numpy, slow and exact; auto: a plan of what fits on the GPUs, "
          "or what PYDSA_DEVICE says.")
+PLACEMENT = ("device", "n_gpu_layers", "cpu_moe", "n_cpu_moe", "override_tensor", "tensor_split", "fit_margin")    # those of:
 placement_options = options(
     device_option,
     click.option("-ngl", "--gpu-layers", "--n-gpu-layers", "n_gpu_layers", metavar="N", callback=gpu_layers,

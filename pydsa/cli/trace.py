@@ -1,7 +1,7 @@
 """pydsa trace: compare every intermediate value with the reference."""
 import click
 
-from pydsa.cli.shared import attention_option, ctx_option, load_model, model_options, placement_options, threads_options
+from pydsa.cli.shared import PLACEMENT, attention_option, ctx_option, load_model, model_options, placement_options, threads_options
 from pydsa.habits import llama_cpp_options, model_argument
 
 
@@ -25,6 +25,7 @@ def trace(model, prompt, output, threads, threads_batch, **settings):
     from pydsa.bench import format_rows
     from pydsa.report import compare_nodes
     engine = load_model(model, threads, threads_batch, **settings)
-    reference = load_model(model, device="reference", **settings | {"n_ctx": engine.n_ctx})
+    same = {name: value for name, value in settings.items() if name not in PLACEMENT}
+    reference = load_model(model, device="reference", **same | {"n_ctx": engine.n_ctx})
     rows = compare_nodes(engine, reference, engine.tokenize(prompt))
     click.echo(format_rows(rows, output), nl=False)
