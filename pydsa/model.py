@@ -14,6 +14,7 @@ from pydsa.check import warn_of_gaps
 from pydsa.constraint import constraint_for
 from pydsa.cores import MOST_THREADS
 from pydsa.diagnosis import refuse_hidden
+from pydsa.numa import memory_placed, use_numa
 from pydsa.options import counts
 from pydsa.plan import Runner, check_memory
 from pydsa.recorder import record
@@ -43,10 +44,13 @@ class Model:
         one, several = counts(MOST_THREADS, threads=threads, threads_batch=threads_batch)
         with interrupts_held():
             self.backend = setup.device.backend()
+        if setup.device.places:
+            use_numa(setup.numa)
         self.threads = self.backend.check_threads(one)
         self.threads_batch = self.threads if several is None else self.backend.check_threads(several)
         check_memory(setup.total_bytes, f"The model with a context of {setup.n_ctx} tokens", self.backend)
-        warn_of_gaps(setup.file)
+        with memory_placed():       # each page of the file that it looks at brings its neighbours
+            warn_of_gaps(setup.file)
         self.tokenizer = setup.tokenizer        # read now, so that load() raises its errors
         self.runner = Runner(self.backend, setup.layouts, self.threads, self.threads_batch, setup.reproducible)
         self._chats = collections.deque(maxlen=1)       # the session of the last chat, while no answer is read from it
@@ -54,6 +58,7 @@ class Model:
         for step in steps if self.backend.WEIGHTS_FIRST else reversed(steps):
             step(progress)
 
+    @memory_placed()
     def _read_weights(self, progress):
         """Give all weights to the backend; copies to a GPU report progress."""
         setup = self.setup
@@ -192,7 +197,8 @@ class Model:
 
 
 def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=DEFAULT_N_UBATCH,
-         progress=None, index_type=None, override_kv=None, threads_batch=None, reproducible=False, mmap=True, mlock=False):
+         progress=None, index_type=None, override_kv=None, threads_batch=None, reproducible=False, mmap=True, mlock=False,
+         numa=None):
     """Open a GGUF file and make it ready to run -> Model.
 
     path: the file, or its first part if it is split.
@@ -212,12 +218,14 @@ def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention=
         other tokens in a step, prefixes that are used again. This takes longer (docs/running.md); on the CPU only.
     mmap: False: read the weights into memory of the process, instead of mapping the file; it must hold them all. mlock: True: keep the
         weights in memory, so that the system does not drop those that were not used for long. Both as in llama.cpp, on the CPU only.
+    numa: where there are several nodes, for all models of the process: "distribute" (threads and memory on all of them), "isolate" (on the
+        one where the program runs) or "numactl" (threads on the CPUs that numactl gave), as in llama.cpp; None: as the system likes.
 
-    Warns (UserWarning) of what is unusual in the file. Raises GGUFError if the file is damaged, UnsupportedModelError if pydsa cannot run
-    the model, OutOfMemoryError if memory is short, and PydsaError for options that are not valid.
+    Warns (UserWarning) of what is unusual in the file, and of what the system refuses. Raises GGUFError if the file is damaged,
+    UnsupportedModelError if pydsa cannot run the model, OutOfMemoryError if memory is short, and PydsaError for options that are not valid.
     """
     setup = Setup(os.fspath(path), n_ctx, device, kv_type, attention, dsa_top_k, n_ubatch, index_type, override_kv, reproducible,
-                  mmap, mlock)
+                  mmap, mlock, numa)
     for note in setup.notes:
         warnings.warn(f"{setup.file.metadata.path}: {note}", stacklevel=2)
     return Model(setup, threads, threads_batch, progress)

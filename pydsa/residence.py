@@ -7,6 +7,7 @@ import numpy as np
 
 from pydsa.errors import PydsaError
 from pydsa.limits import allocating
+from pydsa.numa import place_memory
 
 LIMIT = "raise the limit of locked memory (ulimit -l), or leave out --mlock"
 
@@ -20,7 +21,7 @@ def copied(tensor):
         return tensor
     data = tensor.data
     with allocating(f"tensor {tensor.name}"):
-        memory = np.empty(data.nbytes + 2 * mmap.PAGESIZE, np.uint8)
+        memory = place_memory(np.empty(data.nbytes + 2 * mmap.PAGESIZE, np.uint8))
     start = -memory.ctypes.data % mmap.PAGESIZE
     copy = memory[start:start + data.nbytes].reshape(data.shape)
     copy[...] = data

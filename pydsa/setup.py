@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 
-from pydsa.backends.devices import DEVICES, check_reproducible, check_residence
+from pydsa.backends.devices import DEVICES, check_numa, check_reproducible, check_residence
 from pydsa.cache import VectorCache, choose_cache_type
 from pydsa.cards import shown
 from pydsa.errors import PydsaError, UnsupportedModelError
@@ -20,6 +20,7 @@ from pydsa.models import architecture
 from pydsa.models.blocks import INDEXER, block_of, indexer_advice, settle_blocks
 from pydsa.models.stored import made_bytes
 from pydsa.models.weights import Weights
+from pydsa.numa import memory_placed
 from pydsa.options import choose, counts
 from pydsa.override import check_all_read, override
 from pydsa.plan import lay_out
@@ -44,11 +45,13 @@ class Setup:
     """
 
     def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,
-                 n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None, reproducible=False, mmap=True, mlock=False):
+                 n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None, reproducible=False, mmap=True, mlock=False,
+                 numa=None):
         self.device_name = choose("device", device, DEVICES)
         self.device = DEVICES[device]
         self.reproducible = check_reproducible(device, reproducible)
         self.mmap, self.mlock = check_residence(device, mmap, mlock)
+        self.numa = check_numa(device, numa)
         self.kv_type = choose_cache_type("kv_type", kv_type)
         self.index_type = choose_cache_type("index_type", index_type or ("f32" if kv_type == "f32" else "i8"))
         self.attention = choose("attention", attention, ATTENTION)
@@ -159,6 +162,7 @@ class Setup:
         return max(sizes, key=sizes.get)
 
     @functools.cached_property
+    @memory_placed()
     def fingerprint(self):
         """A hash that identifies the model.
 

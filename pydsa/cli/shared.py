@@ -50,7 +50,10 @@ reproducible_option = click.option(
     help="Give a token the same logits, bit for bit, whatever steps it runs in: threads, -ub, reused prefixes, other conversations.")
 threads_options = options(
     click.option("-t", "--threads", type=int, help="CPU threads for generation.  [default: physical cores]"),
-    click.option("-tb", "--threads-batch", type=int, help="CPU threads for prompts.  [default: as -t]"))
+    click.option("-tb", "--threads-batch", type=int, help="CPU threads for prompts.  [default: as -t]"),
+    click.option("--numa", type=click.Choice(["distribute", "isolate", "numactl"]),
+                 help="On a machine with several nodes, threads and memory: spread over all; of the one where this starts; threads on the "
+                      "CPUs that numactl gave."))
 chat_options = options(
     click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat format."),
     click.option("--special", is_flag=True, help="Encode the texts of control tokens in a --raw prompt as these tokens."),

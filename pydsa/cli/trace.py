@@ -24,6 +24,7 @@ def trace(model, prompt, output, threads, threads_batch, **settings):
     from pydsa.bench import format_rows
     from pydsa.report import compare_nodes
     engine = load_model(model, threads, threads_batch, **settings)
-    reference = load_model(model, device="reference", **settings | {"n_ctx": engine.n_ctx})
+    ours = {"n_ctx": engine.n_ctx, "mmap": True, "mlock": False, "numa": None}      # what is not for the reference is left out
+    reference = load_model(model, device="reference", **settings | ours)
     rows = compare_nodes(engine, reference, engine.tokenize(prompt))
     click.echo(format_rows(rows, output), nl=False)
