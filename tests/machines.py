@@ -4,7 +4,10 @@ import sys
 
 from helpers import write_files
 
+from pydsa.nodes import read_nodes
+
 CPUS = sorted(os.sched_getaffinity(0))[:2] if sys.platform == "linux" else []       # of this machine
+MEMORY = tuple(node.number for node in read_nodes() if node.number < 2 and node.memory and node.allowed)       # those of its first nodes
 
 
 def write_machine(root, nodes, siblings=None, mems=None):
