@@ -18,7 +18,7 @@ DEFAULT, PREFERRED, INTERLEAVE = 0, 1, 3        # modes: by the next wider scope
 MOVE = 2                                        # mbind: pages that are there already move
 MOST_NODES = 1024                               # that Linux can be built for
 WORD = 8 * ctypes.sizeof(ctypes.c_ulong)
-X86, OTHERS = (237, 238, 239), (235, 237, 236)  # numbers of mbind, set_mempolicy and get_mempolicy
+X86, OTHERS = (237, 238, 239, 279), (235, 237, 236, 239)        # numbers of mbind, set_mempolicy, get_mempolicy and move_pages
 NUMBERS = {"x86_64": X86, "aarch64": OTHERS, "riscv64": OTHERS}.get(platform.machine()) if sys.platform == "linux" and WORD == 64 else None
 
 
@@ -52,6 +52,16 @@ def set_for(array, policy):
     n_bytes = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
     if n_bytes > 0:
         _call(0, ctypes.c_void_p(start), ctypes.c_ulong(n_bytes), ctypes.c_int(policy.mode), *_set_of(policy.nodes), ctypes.c_uint(MOVE))
+
+
+def nodes_at(addresses):
+    """The nodes of the pages at some addresses; negative where there is none.
+
+    Only pages that this process has touched are known.
+    """
+    pages, nodes = (ctypes.c_void_p * len(addresses))(*addresses), (ctypes.c_int * len(addresses))()
+    _call(3, ctypes.c_int(0), ctypes.c_ulong(len(addresses)), pages, None, nodes, ctypes.c_int(0))
+    return list(nodes)
 
 
 @contextlib.contextmanager

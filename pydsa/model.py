@@ -18,7 +18,7 @@ from pydsa.numa import memory_placed, use_numa
 from pydsa.options import counts
 from pydsa.plan import Runner, check_memory
 from pydsa.recorder import record
-from pydsa.residence import copied, lock
+from pydsa.residence import copied, lock, warn_of_nodes
 from pydsa.sampling import sampling_of
 from pydsa.schedule import VARIANTS
 from pydsa.session import Session, check_ids, check_max_tokens
@@ -51,6 +51,7 @@ class Model:
         check_memory(setup.total_bytes, f"The model with a context of {setup.n_ctx} tokens", self.backend)
         with memory_placed():       # each page of the file that it looks at brings its neighbours
             warn_of_gaps(setup.file)
+            warn_of_nodes(setup.weights.used.values() if setup.mmap else ())
         self.tokenizer = setup.tokenizer        # read now, so that load() raises its errors
         self.runner = Runner(self.backend, setup.layouts, self.threads, self.threads_batch, setup.reproducible)
         self._chats = collections.deque(maxlen=1)       # the session of the last chat, while no answer is read from it

@@ -177,6 +177,11 @@ def place_memory(array):
     return array
 
 
+def planned_memory():
+    """The Policy of memory, None without one, and the value of --numa."""
+    return (None, None) if _plan is None else (_plan.policy, _plan.word)
+
+
 def place_thread(thread, cpus):
     """Keep a thread, by its number (0: the calling one), on some CPUs.
 

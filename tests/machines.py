@@ -2,8 +2,11 @@
 import os
 import sys
 
+import pytest
 from helpers import write_files
 
+from pydsa import mempolicy
+from pydsa.mempolicy import DEFAULT, Policy
 from pydsa.nodes import read_nodes
 
 CPUS = sorted(os.sched_getaffinity(0))[:2] if sys.platform == "linux" else []       # of this machine
@@ -34,3 +37,25 @@ def big(root, **options):
 def made_of_one(root):
     """Two nodes of one core, which are two CPUs of this machine."""
     return write_machine(root, {i: (str(cpu), 8) for i, cpu in enumerate(CPUS)}, {cpu: str(cpu) for cpu in CPUS})
+
+
+two_cpus = pytest.mark.skipif(len(CPUS) < 2, reason="takes two CPUs of Linux")
+
+
+def can_choose_memory():
+    try:
+        with mempolicy.applied(Policy(DEFAULT)):
+            return True
+    except OSError:
+        return False
+
+
+placing = pytest.mark.skipif(not can_choose_memory(), reason="the system does not let processes choose the nodes of memory")
+
+
+def policy_at(array):
+    """What /proc says of the policy of the memory around an array's middle."""
+    middle = array.ctypes.data + array.nbytes // 2
+    with open("/proc/self/numa_maps") as file:
+        ranges = [(int(line.split()[0], 16), line.split()[1]) for line in file]
+    return max(pair for pair in ranges if pair[0] <= middle)[1]

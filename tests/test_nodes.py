@@ -1,12 +1,16 @@
-"""Nodes of machines of several kinds, and plans for threads and memory."""
+"""Nodes of machines of several kinds, plans for them, policies of memory."""
+import mmap
+import platform
 import random
 import sys
 
+import numpy as np
 import pytest
 from helpers import write_files
-from machines import big, write_machine
+from machines import big, placing, policy_at, write_machine
 
-from pydsa import numa
+from pydsa import mempolicy, numa, residence
+from pydsa.gguf_file import Tensor
 from pydsa.mempolicy import INTERLEAVE, PREFERRED, Policy
 from pydsa.nodes import Node, in_ranges, of_this_thread, read_nodes
 from pydsa.numa import Plan, plan_for, shares
@@ -120,3 +124,52 @@ def test_threads_are_spread_evenly(seed):
         assert max(count / size for count, size in zip(counts, sizes)) <= max(1, n / sum(sizes) + 1)
     same = shares(n, [4] * 3)
     assert sorted(same, reverse=True) == sorted([[i * 3 // n for i in range(n)].count(node) for node in range(3)], reverse=True)
+
+
+# Policies of memory
+
+@placing
+def test_a_policy_of_a_thread_is_undone():
+    before = mempolicy.of_thread()
+    with mempolicy.applied(Policy(PREFERRED, (0,))):
+        assert mempolicy.of_thread() == Policy(PREFERRED, (0,))
+        with pytest.raises(ZeroDivisionError), mempolicy.applied(Policy(INTERLEAVE, (0,))):
+            assert mempolicy.of_thread() == Policy(INTERLEAVE, (0,)) and 1 // 0
+        assert mempolicy.of_thread() == Policy(PREFERRED, (0,))
+    assert mempolicy.of_thread() == before
+    with pytest.raises(OSError), mempolicy.applied(Policy(INTERLEAVE, (1000,))):        # there is no such node
+        pass
+    assert mempolicy.of_thread() == before
+
+
+@placing
+def test_arrays_are_placed(monkeypatch):
+    array = np.zeros(8 << 20, np.uint8)
+    array[:4 << 20] = 1
+    assert numa.place_memory(array) is array and policy_at(array) == "default"      # there is no plan
+    monkeypatch.setattr(numa, "_plan", Plan("distribute", (), Policy(INTERLEAVE, (0,))))
+    assert policy_at(numa.place_memory(array)) == "interleave:0" and array.sum() == 4 << 20
+    for small_one in np.zeros(numa.LEAST - 1, np.uint8), np.zeros(0, np.uint8):
+        numa.place_memory(small_one)
+
+
+def test_numbers_of_system_calls():
+    """... of asm/unistd_64.h and asm-generic/unistd.h."""
+    assert mempolicy.X86 == (237, 238, 239, 279) and mempolicy.OTHERS == (235, 237, 236, 239)
+    known = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64", "riscv64") and sys.maxsize > 2**32
+    assert (mempolicy.NUMBERS is not None) == known
+
+
+@placing
+def test_where_pages_are(tmp_path):
+    """... of a file in memory, once they have been touched."""
+    path = tmp_path / "data"
+    path.write_bytes(bytes(1 << 22))
+    with open(path, "rb") as file:
+        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    small_one, weight = Tensor("v", "F32", (2,), data[:8]), Tensor("w", "F32", ((1 << 20) - 2,), data[8:])
+    assert mempolicy.nodes_at([data.ctypes.data])[0] < 0
+    found = residence._in_memory([small_one, weight, weight._replace(make=len)])
+    assert len(set(found)) == residence.SAMPLES and min(mempolicy.nodes_at(found)) >= 0
+    assert data.ctypes.data <= min(found) < data.ctypes.data + (1 << 16) and max(found) < data.ctypes.data + (1 << 22)
+    assert residence._in_memory([]) == residence._in_memory([weight._replace(make=len)]) == []

@@ -5,7 +5,7 @@ Models run on two nodes of one core each, made of two CPUs of this machine.
 import collections
 import json
 import os
-import platform
+import re
 import signal
 import subprocess
 import sys
@@ -16,71 +16,18 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers import random_ids
-from machines import CPUS, MEMORY, made_of_one, write_machine
+from machines import CPUS, MEMORY, made_of_one, placing, policy_at, two_cpus, write_machine
 
 import pydsa
 import pydsa.model
 from pydsa import PydsaError, mempolicy, numa
 from pydsa.backends.cpu import reading_ahead, threads
 from pydsa.cli import main
-from pydsa.mempolicy import DEFAULT, INTERLEAVE, PREFERRED, Policy
+from pydsa.mempolicy import INTERLEAVE, Policy
 from pydsa.nodes import in_ranges
-from pydsa.numa import Plan
 
-two_cpus = pytest.mark.skipif(len(CPUS) < 2, reason="takes two CPUs of Linux")
-
-
-def can_choose_memory():
-    try:
-        with mempolicy.applied(Policy(DEFAULT)):
-            return True
-    except OSError:
-        return False
-
-
-placing = pytest.mark.skipif(not can_choose_memory(), reason="the system does not let processes choose the nodes of memory")
-
-
-# Policies of memory
-
-@placing
-def test_a_policy_of_a_thread_is_undone():
-    before = mempolicy.of_thread()
-    with mempolicy.applied(Policy(PREFERRED, (0,))):
-        assert mempolicy.of_thread() == Policy(PREFERRED, (0,))
-        with pytest.raises(ZeroDivisionError), mempolicy.applied(Policy(INTERLEAVE, (0,))):
-            assert mempolicy.of_thread() == Policy(INTERLEAVE, (0,)) and 1 // 0
-        assert mempolicy.of_thread() == Policy(PREFERRED, (0,))
-    assert mempolicy.of_thread() == before
-    with pytest.raises(OSError), mempolicy.applied(Policy(INTERLEAVE, (1000,))):        # there is no such node
-        pass
-    assert mempolicy.of_thread() == before
-
-
-def policy_at(array):
-    """What /proc says of the policy of the memory around an array's middle."""
-    middle = array.ctypes.data + array.nbytes // 2
-    with open("/proc/self/numa_maps") as file:
-        ranges = [(int(line.split()[0], 16), line.split()[1]) for line in file]
-    return max(pair for pair in ranges if pair[0] <= middle)[1]
-
-
-@placing
-def test_arrays_are_placed(monkeypatch):
-    array = np.zeros(8 << 20, np.uint8)
-    array[:4 << 20] = 1
-    assert numa.place_memory(array) is array and policy_at(array) == "default"      # there is no plan
-    monkeypatch.setattr(numa, "_plan", Plan("distribute", (), Policy(INTERLEAVE, (0,))))
-    assert policy_at(numa.place_memory(array)) == "interleave:0" and array.sum() == 4 << 20
-    for small_one in np.zeros(numa.LEAST - 1, np.uint8), np.zeros(0, np.uint8):
-        numa.place_memory(small_one)
-
-
-def test_numbers_of_system_calls():
-    """... of asm/unistd_64.h and asm-generic/unistd.h."""
-    assert mempolicy.X86 == (237, 238, 239) and mempolicy.OTHERS == (235, 237, 236)
-    known = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64", "riscv64") and sys.maxsize > 2**32
-    assert (mempolicy.NUMBERS is not None) == known
+# What models are made of here lies on one node, and was read before
+pytestmark = pytest.mark.filterwarnings("ignore:[0-9]+% of the weights that are in memory already")
 
 
 # What the system refuses
@@ -242,6 +189,21 @@ def test_what_reads_weights_has_a_policy(two_nodes, small_model, monkeypatch, mm
         pass
     assert {name for name, _ in met} == {"warn_of_gaps", "_pieces"} | ({"copied"} if not mmap else set())
     assert {policy for _, policy in met} == {Policy(INTERLEAVE, MEMORY)} and mempolicy.of_thread() == before
+
+
+@two_cpus
+@placing
+@pytest.mark.parametrize("word, on_nodes, share", [
+    ("distribute", [1] * 60 + [0] * 4, "94% .* node 1"), ("distribute", [0] * 40 + [1] * 24, None),
+    ("distribute", [0] * 15 + [-2] * 49, None), ("isolate", [0] * 40 + [1] * 24, None),
+    ("isolate", [0] * 9 + [1] * 11 + [-14] * 44, "55% .* node 1"), ("numactl", [1] * 64, None)])
+def test_weights_that_lie_elsewhere_already(two_nodes, small_model, monkeypatch, word, on_nodes, share):
+    monkeypatch.setattr(mempolicy, "nodes_at", lambda addresses: on_nodes if addresses else [])
+    with warnings.catch_warnings(record=True) as met:
+        warnings.simplefilter("always")
+        pydsa.load(small_model(), n_ctx=64, kv_type="f32", numa=word)
+        pydsa.load(small_model(), n_ctx=64, kv_type="f32", numa=word, mmap=False)
+    assert len(met) == (share is not None) and all(re.search(f"^{share}.*without --numa {word}: drop", str(each.message)) for each in met)
 
 
 @two_cpus
