@@ -208,12 +208,17 @@ def test_weights_that_lie_elsewhere_already(two_nodes, small_model, monkeypatch,
 
 @two_cpus
 @placing
-def test_isolated_threads_and_memory(two_nodes, small_model):
+def test_isolated_threads_and_memory(two_nodes, small_model, monkeypatch):
+    monkeypatch.setattr(threads, "_scratch", (np.empty(0, np.uint8), 0))
     model = pydsa.load(small_model(n_ff=5000), n_ctx=8192, kv_type="f32", mmap=False, numa="isolate")
     assert (model.threads, model.threads_batch) == (1, 1)       # the cores of a node
     copies = [w.data for w in model.runner._weights.values() if hasattr(w, "data") and w.data.nbytes > numa.LEAST + 8192]
     caches = [cache._bytes for cache in model.setup.make_caches(model.backend, 8192).values() if cache.nbytes > numa.LEAST]
-    assert copies and caches and {policy_at(array) for array in copies + caches} == {"prefer:0"}
+    buffers = [model.runner._buffer]
+    model.session().prefill(np.arange(600) % 300)
+    buffers.append(threads._scratch[0])
+    assert copies and caches and min(buffer.nbytes for buffer in buffers) > numa.LEAST
+    assert {policy_at(array) for array in copies + caches + buffers} == {"prefer:0"}
 
 
 PROCESSES = """
