@@ -7,6 +7,7 @@ import dataclasses
 
 import numpy as np
 
+from pydsa.backends.devices import device_of
 from pydsa.chat import USER
 from pydsa.models.blocks import block_of, spans
 from pydsa.numa import describe_numa
@@ -37,7 +38,8 @@ def describe(setup):
         "tensor_types": {name: {"tensors": count, "bytes": size} for name, (count, size) in sorted(types.items())},
         "n_tensors_unused": len(setup.file.tensors) - len(setup.weights.read),
         "n_mtp_blocks": len({block_of(name) for name in setup.file.tensors} - set(range(-1, config.n_layer))),
-        "device": setup.device_name, "gpu": setup.device.describe(), "numa": describe_numa() if setup.device.places else None,
+        "device": setup.device_name, "gpu": next(filter(None, (device_of(name).describe() for name in setup.placement.devices)), None),
+        "numa": describe_numa() if any(device_of(name).places for name in setup.placement.devices) else None,
         "n_ctx": setup.n_ctx, "n_ubatch": setup.n_ubatch, "kv_type": setup.kv_type,
         "index_type": setup.index_type if setup.config.top_k else None,
         "memory": {"weights_mapped": setup.mapped_bytes, "weights_copied": setup.copied_bytes, "caches": setup.cache_bytes,

@@ -81,7 +81,7 @@ def load():
 
     def cached(path, **options):
         options = {"threads": 1, "n_ctx": 256, "kv_type": "f32"} | options
-        key = (str(path), *sorted(options.items()))
+        key = (str(path), *sorted((name, str(value)) for name, value in options.items()))
         if key not in models:
             models[key] = pydsa.load(path, **options)
         return models[key]

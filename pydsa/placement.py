@@ -1,0 +1,137 @@
+"""Placement: on which device each node of a graph, each weight and each cache is.
+
+A layer has a home, where its caches are and its nodes run; rules on the names of weights send the nodes of these weights elsewhere. The
+graph and the kernels do not know about it: segments.py cuts the graph where the device changes.
+"""
+import bisect
+import re
+
+from pydsa.backends.devices import HOST, check_devices
+from pydsa.errors import PydsaError
+from pydsa.gguf_file import Tensor
+from pydsa.graph import CacheRef
+from pydsa.hooks import layer_of
+from pydsa.options import counts
+
+EXPERTS = r"\.ffn_(up|down|gate|gate_up)_exps"      # names of the routed experts' weights: what --cpu-moe sends to the CPU
+MOST_LAYERS = 1024
+FOLLOWING = ("silu_mul", "scale", "expert_scale", "rope", "hadamard")      # ops that run where their input was made
+
+
+class Placement:
+    """The device of each node, weight and cache of a model.
+
+    layers: the name of each layer's device (devices.DEVICES). The embedding is beside the first layer, the output beside the last. rules:
+    pairs of a compiled regular expression and the name of a device, for weights whose name it matches, anywhere; the first one counts.
+    """
+
+    def __init__(self, layers, rules=()):
+        self.layers, self.rules = tuple(layers), tuple(rules)
+
+    @property
+    def devices(self):
+        """The names of all devices, in the order of the layers."""
+        return tuple(dict.fromkeys((*self.layers, *(device for _, device in self.rules))))
+
+    def of_cache(self, ref):
+        """The device of a cache (CacheRef): that of its layer."""
+        return self.layers[ref.layer]
+
+    def of_nodes(self, nodes):
+        """The device of each of a graph's nodes, a list of names.
+
+        A node with a cache runs beside it. One with a weight goes where a rule sends the weight, else to the layer's home.
+        """
+        found, written = [], {}     # root Value -> the device that wrote it last
+        for node in nodes:
+            device = self._of_node(node, written)
+            written.update((node.args[i].root, device) for i in node.writes if not isinstance(node.args[i], CacheRef))
+            found.append(device)
+        return found
+
+    def _of_node(self, node, written):
+        if node.of_one_context:
+            return next(self.of_cache(a) for a in node.args if isinstance(a, CacheRef))
+        layer = layer_of(node) if node.name else next((layer_of(a) for a in node.args[:1] if a.name), None)
+        home = self.layers[layer if layer is not None else -1 if node.for_outputs else 0]
+        if node.op in FOLLOWING:
+            return written.get(node.args[node.n_out].root, home)
+        tensor = next((a for a in node.args if isinstance(a, Tensor)), None)
+        return home if tensor is None else self._by_rule(tensor.name) or home
+
+    def _by_rule(self, name):
+        return next((device for pattern, device in self.rules if pattern.search(name)), None)
+
+    def check_rules(self, names):
+        """Raise PydsaError for a rule that matches none of the names of weights."""
+        for pattern, device in self.rules:
+            if not any(map(pattern.search, names)):
+                raise PydsaError(f"No weight of the model has a name that matches {pattern.pattern!r} (to be on {device}): "
+                                 "`pydsa info` tells the layers, names are like blk.3.ffn_up_exps.weight.")
+
+
+class Placing:
+    """What is asked for: place(n_layer) makes the Placement of a model.
+
+    devices: names. tensor_split: the proportion of the layers that each device gets, in ranges; None: equal ones. cpu_moe: whether the
+    routed experts of all layers are on the CPU; n_cpu_moe: those of so many layers, from the first on. override_tensor: pairs of a regular
+    expression and a device, or texts "REGEX=DEVICE"; they come before these. All as in llama.cpp. Raises PydsaError for what cannot be.
+    """
+
+    def __init__(self, devices, tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=()):
+        self.devices, self._shares = devices, _shares(devices, tensor_split)
+        self._n_cpu_moe = counts(MOST_LAYERS, n_cpu_moe=n_cpu_moe or None)[0] or 0
+        if not isinstance(cpu_moe, bool):
+            raise PydsaError(f"cpu_moe is {cpu_moe!r}, expected True or False.")
+        self._cpu_moe, self._rules = cpu_moe, _rules(override_tensor)
+
+    def place(self, n_layer):
+        """The Placement of a model of n_layer layers."""
+        if self._n_cpu_moe > n_layer:
+            raise PydsaError(f"n_cpu_moe is {self._n_cpu_moe}, expected at most the {n_layer} layers of the model.")
+        layers = [self.devices[bisect.bisect(self._shares, (il + 0.5) / n_layer)] for il in range(n_layer)]
+        rules = list(self._rules)
+        if self._cpu_moe:
+            rules.append((re.compile(EXPERTS), HOST))
+        elif self._n_cpu_moe:
+            rules.append((re.compile(rf"^blk\.({'|'.join(map(str, range(self._n_cpu_moe)))}){EXPERTS}"), HOST))
+        return Placement(layers, rules)
+
+
+def _shares(devices, tensor_split):
+    """The part of the layers up to the end of each device but the last."""
+    split = [1] * len(devices) if tensor_split is None else tensor_split
+    if isinstance(split, str):
+        split = split.split(",")
+    try:
+        split = [float(n) for n in split]
+    except (TypeError, ValueError):
+        split = [-1]
+    if not all(0 <= n < float("inf") for n in split) or not sum(split):
+        raise PydsaError(f"tensor_split is {tensor_split!r}, expected numbers from 0 on, not all 0, one for each device.")
+    if len(split) != len(devices):
+        raise PydsaError(f"tensor_split has {len(split)} numbers, expected {len(devices)}, one for each of {', '.join(devices)}.")
+    return [sum(split[:i + 1]) / sum(split) for i in range(len(split) - 1)]
+
+
+def _rules(given):
+    """Pairs of a compiled regular expression and the name of a device."""
+    if isinstance(given, str):
+        given = [given]
+    found = []
+    for rule in given or ():
+        pattern, device = rule.rpartition("=")[::2] if isinstance(rule, str) else rule
+        if not pattern or not isinstance(pattern, str):
+            raise PydsaError(f"override_tensor has {rule!r}, expected REGEX=DEVICE, such as exps=cpu.")
+        names = check_devices(device)
+        if len(names) > 1:
+            raise PydsaError(f"override_tensor has {rule!r}, expected one device.")
+        found.append((_compiled(pattern), names[0]))
+    return found
+
+
+def _compiled(pattern):
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
+        raise PydsaError(f"{pattern!r} is no regular expression ({error}); names of weights are like blk.3.ffn_up_exps.weight.") from None
