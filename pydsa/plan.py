@@ -78,13 +78,14 @@ def check_fits(wanted, backends, what):
 class OnDevice:
     """What a Runner has on one device.
 
-    That is the buffer of intermediate values, and weights and constants in the backend's form.
+    That is the buffer of intermediate values, and weights and constants in the backend's form. empty(shape, dtype) makes the arrays of
+    values.
     """
 
-    def __init__(self, backend, n_bytes, reproducible):
-        self.backend, self._reproducible = backend, reproducible
+    def __init__(self, backend, n_bytes, reproducible, empty):
+        self.backend, self._reproducible, self._empty = backend, reproducible, empty
         self.dtypes = {"float": np.dtype(backend.FLOAT), "int32": np.dtype(np.int32), "int64": np.dtype(np.int64)}
-        self._buffer = backend.empty((n_bytes,), np.uint8)
+        self._buffer = empty((n_bytes,), np.uint8)
         self.weights, self._constants = {}, {}
         self.outputs = {}       # name -> an array of one row, for all steps but those of Session.logits()
 
@@ -96,7 +97,7 @@ class OnDevice:
 
     def new_array(self, value, n_rows):
         """An array of a value with memory of its own."""
-        return self.backend.empty((n_rows, *value.tail), self.dtypes[value.dtype])
+        return self._empty((n_rows, *value.tail), self.dtypes[value.dtype])
 
     def output_array(self, value, n_outputs):
         """An array for output rows, which lie outside of the buffer."""
@@ -133,7 +134,10 @@ class Runner:
     def __init__(self, backends, layouts, threads, threads_batch, reproducible=False):
         self.threads, self.threads_batch = threads, threads_batch
         self.layouts = layouts      # variant -> Layout
-        self.on = {name: OnDevice(backend, max(layout.ends.get(name, 0) for layout in layouts.values()), reproducible)
+        # beside a GPU the host's values are in pinned memory, which the GPU copies from and to without waiting
+        pinned = next((backend.host_empty for backend in backends.values() if hasattr(backend, "host_empty")), None)
+        self.on = {name: OnDevice(backend, max(layout.ends.get(name, 0) for layout in layouts.values()), reproducible,
+                                  backend.empty if hasattr(backend, "host_empty") else pinned or backend.empty)
                    for name, backend in backends.items()}
         self.steps = 0          # the number of steps started
 
