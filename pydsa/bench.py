@@ -294,6 +294,7 @@ def _display_row(row):
         return {key: _short(value) for key, value in row.items()}
     # of several devices in the order of "backend"
     n_bytes = row["bytes_per_token"] and row.get("device_bytes", {"": row["bytes_per_token"]}).values()
+    megabytes = " + ".join(_short(n / 1e6) for n in n_bytes) if n_bytes else "-"
     share, threads = row["share_of_limit"], {"threads": _short(row["n_threads"])}
     if row["n_threads_batch"] != row["n_threads"]:      # the same in all rows of a table
         threads["threads batch"] = _short(row["n_threads_batch"])
@@ -302,7 +303,7 @@ def _display_row(row):
             "kv": row["type_k"], "index": row["type_index"] or "",
             "attention": row["attention"] + (", reproducible" if row["reproducible"] else ""),
             "test": test_name(row["n_prompt"], row["n_gen"], row["n_depth"]),
-            "t/s": f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}", "MB/token": " + ".join(_short(n / 1e6) for n in n_bytes) if n_bytes else "-", "limit t/s": _short(row["limit_ts"]),
+            "t/s": f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}", "MB/token": megabytes, "limit t/s": _short(row["limit_ts"]),
             "share": "-" if share is None else f"{share:.0%}"}
 
 

@@ -36,7 +36,7 @@ class OpPanels:
     def steps(self, key):
         """The steps of prompts or of generation, [(step, {key of a row: row})].
 
-        key: "n_prompt" or "n_gen". A step is (attention, n_prompt, n_gen, n_depth). A row's key is its op and, if there are several, device.
+        key: "n_prompt" or "n_gen". A step is (attention, n_prompt, n_gen, n_depth). A row's key is its op, with the device of several.
         """
         return [(step, ops) for step, ops in self._steps.items() if step[1 if key == "n_prompt" else 2]]
 

@@ -78,8 +78,8 @@ def check_fits(wanted, backends, what):
 class OnDevice:
     """What a Runner has on one device.
 
-    That is the buffer of intermediate values, and weights and constants in the backend's form. empty(shape, dtype) makes the arrays of
-    values.
+    That is the buffer of intermediate values, and weights and constants in the backend's form. empty(shape, dtype) makes arrays of values:
+    the host's lie in pinned memory where GPUs copy from and to it.
     """
 
     def __init__(self, backend, n_bytes, reproducible, empty):
@@ -134,11 +134,12 @@ class Runner:
     def __init__(self, backends, layouts, threads, threads_batch, reproducible=False):
         self.threads, self.threads_batch = threads, threads_batch
         self.layouts = layouts      # variant -> Layout
-        # beside a GPU the host's values are in pinned memory, which the GPU copies from and to without waiting
         pinned = next((backend.host_empty for backend in backends.values() if hasattr(backend, "host_empty")), None)
-        self.on = {name: OnDevice(backend, max(layout.ends.get(name, 0) for layout in layouts.values()), reproducible,
-                                  backend.empty if hasattr(backend, "host_empty") else pinned or backend.empty)
-                   for name, backend in backends.items()}
+        self.on = {}            # name of a device -> OnDevice
+        for name, backend in backends.items():
+            empty = pinned if pinned and backend.free_bytes() is None else backend.empty
+            n_bytes = max(layout.ends.get(name, 0) for layout in layouts.values())
+            self.on[name] = OnDevice(backend, n_bytes, reproducible, empty)
         self.steps = 0          # the number of steps started
 
     @property

@@ -1,4 +1,4 @@
-"""Models over the CPU and GPUs that tests/ptx emulates: logits, and the order of launches, copies and waits in a step of one token."""
+"""Models over the CPU and GPUs that tests/ptx emulates: logits, and the order of launches, copies and waits."""
 import importlib.util
 import os
 import subprocess
@@ -47,7 +47,6 @@ def run(code, *args, **env):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-
 def test_experts_on_the_cpu_and_layers_on_two_gpus(small_model):
     """Logits are those of one GPU, and launches come before waits.
 
@@ -72,7 +71,7 @@ for late, options, log in (("0", dict(device="cuda", cpu_moe=True), [*experts, *
 
 
 def test_batches_and_sessions(small_model, tmp_path):
-    """Segments may begin with an op of one context, or one that writes a cache."""
+    """Segments may begin with an op of one context, or with cache_write."""
     run("""
 from pydsa.batch import Batch
 model = loaded(device="cuda,cuda1", attention="sparse", override_tensor=["0.attn_k_b=cpu", "1.attn_kv_a=cpu"])
