@@ -1,6 +1,7 @@
 """A Setup says what running a GGUF file needs: configuration, schedule, graphs and memory."""
 import collections
 import collections.abc
+import copy
 import functools
 import hashlib
 import math
@@ -14,7 +15,7 @@ from pydsa.cache import VectorCache, choose_cache_type
 from pydsa.cards import shown
 from pydsa.errors import PydsaError, UnsupportedModelError
 from pydsa.gguf_file import open_gguf
-from pydsa.graph import CacheRef, Graph
+from pydsa.graph import CacheRef, Graph, waits
 from pydsa.layout import lay_out
 from pydsa.limits import allocating
 from pydsa.memory import Memory, memory_of
@@ -48,8 +49,8 @@ class Setup:
 
     def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,
                  n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None, reproducible=False, mmap=True, mlock=False,
-                 tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=()):
-        placing = Placing(check_devices(device), tensor_split, cpu_moe, n_cpu_moe, override_tensor)
+                 tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), n_gpu_layers=None):
+        placing = Placing(check_devices(device), tensor_split, n_gpu_layers, cpu_moe, n_cpu_moe, override_tensor)
         self.kv_type = choose_cache_type("kv_type", kv_type)
         self.index_type = choose_cache_type("index_type", index_type or ("f32" if kv_type == "f32" else "i8"))
         self.attention = choose("attention", attention, ATTENTION)
@@ -64,11 +65,11 @@ class Setup:
         check_all_read(metadata, override_kv or {}, file.metadata)
         self.n_ctx = n_ctx or min(DEFAULT_N_CTX, self.config.n_ctx_train)
         self.n_ubatch = min(n_ubatch, self.n_ctx)
-        self.placement = placing.place(self.config.n_layer)
-        self._check_devices(reproducible, mmap, mlock)
+        self._wanted, self.plan = (reproducible, mmap, mlock), None
+        self._place(placing)
         self.schedule = Schedule(self.config, self.attention, self.n_ctx, self.n_ubatch, one_form=self.reproducible)
         self.weights = Weights(self.file)
-        self.layouts = {name: self._record(arch, VARIANTS[name]) for name in self.schedule.variants}
+        self.graphs = {name: self._record(arch, VARIANTS[name]) for name in self.schedule.variants}
         self._refuse_unknown_tensors()
         self.placement.check_rules(self.weights.used)
         self.notes += self._notes()
@@ -93,11 +94,39 @@ class Setup:
     def _record(self, arch, variant):
         graph = Graph(self.n_ctx)
         arch.build(graph, self.config, self.weights, variant)
-        segments = cut(graph.nodes, self.placement.of_nodes(graph.nodes), [name for name, device in self._devices if device.side_by_side])
+        return graph
+
+    @functools.cached_property
+    def _waits(self):
+        """For each variant, what the nodes of its graph wait for."""
+        return {name: waits(graph.nodes) for name, graph in self.graphs.items()}
+
+    @functools.cached_property
+    def layouts(self):
+        """The Layout of each variant, {name: layout.Layout}."""
+        return {name: self._lay_out(graph, self._waits[name]) for name, graph in self.graphs.items()}
+
+    def _lay_out(self, graph, before):
+        side_by_side = [name for name, device in self._devices if device.side_by_side]
+        segments = cut(graph.nodes, self.placement.of_nodes(graph.nodes), side_by_side, before)
         return lay_out(graph, segments, self.n_ubatch, max(device.float_size for _, device in self._devices))
 
-    def _check_devices(self, reproducible, mmap, mlock):
-        """Check what the devices must be able to do."""
+    def placed(self, placing):
+        """This Setup with another placement, that of a placement.Placing.
+
+        The graphs are not recorded again.
+        """
+        self._waits         # once for all
+        other = copy.copy(self)
+        for name in ("layouts", "memory", "_whole"):
+            other.__dict__.pop(name, None)
+        other._place(placing)
+        return other
+
+    def _place(self, placing):
+        """Take a Placing, and check what its devices must be able to do."""
+        self.placing, self.placement = placing, placing.place(self.config.n_layer)
+        reproducible, mmap, mlock = self._wanted
         self.reproducible = check_reproducible(self.placement.devices, reproducible)
         self.mmap, self.mlock = check_residence(self.placement.devices, mmap, mlock)
         for name, device in self._devices:
@@ -120,7 +149,7 @@ class Setup:
 
     @property
     def _nodes(self):
-        return [node for layout in self.layouts.values() for node in layout.graph.nodes]
+        return [node for graph in self.graphs.values() for node in graph.nodes]
 
     @functools.cached_property
     def trunk(self):
