@@ -10,6 +10,7 @@ import signal
 import late
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from helpers import greedy, nmse, random_ids
 from test_damage import damaged  # noqa: F401
 from test_golden import EXACT, MODELS, errors
@@ -17,6 +18,7 @@ from test_golden import EXACT, MODELS, errors
 import pydsa
 from pydsa import DamagedWeightsError, selections
 from pydsa.batch import Batch
+from pydsa.cli import main
 from pydsa.engine import Engine
 from pydsa.hooks import Hook
 from pydsa.requests import Finished, Request
@@ -269,3 +271,19 @@ def test_where_weights_are(small_model, alone, options):
     experts = sum(tensor.data.nbytes for name, tensor in model.setup.file.tensors.items() if "_exps" in name)
     assert (memory["cpu"].mapped, memory["cpu"].copied) == ((0, experts) if not model.setup.mmap else (experts, 0))
     assert nmse(model.logits(IDS), alone.logits(IDS)).max() < CLOSE
+
+
+@pytest.mark.parametrize("args, words", [
+    (["trace", "-p", "The key", "-c", "64"], "| result_output "), (["trace", "-p", "a", "-c", "64", "--mlock"], "| result_output "),
+    (["faithful", "-l", "100", "--samples", "32"], "Faithful"),
+    (["bench", "-p", "8", "-n", "0", "-r", "1", "--ops"], "| moe_down "), (["imatrix", "-c", "64", "--chunks", "1", "-o"], "ffn_down_exps"),
+    (["perplexity", "-c", "128", "--chunks", "1"], "| auto ")], ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_commands(golden, tmp_path, args, words):
+    """Commands take the options of placement."""
+    text = tmp_path / "text"
+    text.write_text("The notes of the seventh week tell of a kettle and of two keys. " * 12)
+    files = ["-f", str(text)] if args[0] in ("faithful", "imatrix", "perplexity") else []
+    args = [*args, str(tmp_path / "imatrix.gguf")] if args[-1] == "-o" else args
+    command = [args[0], str(golden("ds32-q8_0")[0]), *args[1:], *files, "-t", "1", "--device", "reference", "--cpu-moe"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0 and words in done.output, done.output
