@@ -26,9 +26,9 @@ SCALES, MINIMA, SCALE_CODES, MINIMUM_CODES, CODES, MEMORY = 0, 64, 128, 192, 256
 
 @inner
 def fit_minima(x, w, n, top, memory):
-    """The best scale and minimum of each group of n weights, a minimum as what is subtracted.
+    """The best scale and minimum of each group of n weights.
 
-    Returns the greatest scale, the greatest minimum.
+    A minimum is what is subtracted. Returns the greatest scale, the greatest minimum.
     """
     most_scale = most_minimum = ZERO
     for i in range(256 // n):
@@ -48,7 +48,7 @@ NEAR_SCALES, NEAR_MINIMA = lanes([0] * 6 + [-1] * 5 + [1] * 5), lanes([0, *range
 
 @inner
 def choose_codes(x, w, n, top, d, dmin, most, memory):
-    """For each group the codes of scale and minimum with the least error, and the codes of its weights."""
+    """For each group the codes of its scale, its minimum and its weights."""
     by_scale, by_minimum = inverse(d), inverse(dmin)
     for i in range(256 // n):
         at = x + 4 * n * i
@@ -184,9 +184,9 @@ def signed_peak(memory, n):
 
 @inner
 def choose_scales(x, w, low, high, steps, width, most, memory):
-    """Fit sixteen groups of sixteen weights without minima; returns the bits of d.
+    """Fit sixteen groups of sixteen weights without minima.
 
-    low, high: the codes; most: the integers of scales are from -most to most - 1.
+    Returns the bits of d. low, high: the codes; most: the integers of scales are from -most to most - 1.
     """
     for i in range(16):
         at, v = x + 64 * i, w + 64 * i

@@ -52,9 +52,9 @@ def fit_scale(x, w, n, inverses, low, high):
 
 @inner
 def fit_scale_and_minimum(x, w, n, inverses, minimum, high, most):
-    """The best scale and minimum of x ~ scale * code + minimum, codes from 0 to high.
+    """The best scale and minimum of x ~ scale * code + minimum.
 
-    inverses: candidates of 1 / scale, which count from `minimum`. most: the minimum is 0 where it would be more. Returns scale, minimum.
+    Codes go from 0 to high. inverses: candidates of 1 / scale, which count from `minimum`. most: the minimum is 0 where it would be more. Returns scale, minimum.
     """
     zero = floats(np.float32(0))
     q1, q2, xq, w1, x1 = zero, zero, zero, np.float32(0), np.float32(0)
@@ -80,7 +80,10 @@ COARSE, FINE = lanes(np.linspace(-0.9, 1.8, 16)), lanes(np.linspace(-0.45, 0.45,
 
 @inner
 def fit_line(x, w, n, low, high, top, most):
-    """The best scale and minimum of n weights from low to high, by two rounds of fit_scale_and_minimum()."""
+    """The best scale and minimum of n weights from low to high.
+
+    There are two rounds of fit_scale_and_minimum().
+    """
     scale, minimum, one, step = (high - low) / top, low, floats(np.float32(1)), np.float32(1) / top
     if scale < TINY:
         return np.float32(0), minimum
@@ -133,7 +136,10 @@ def scale_by_peak(x, w, n, steps, low, high):
 
 @inner
 def refined_scale(x, w, n, scale, width, low, high):
-    """fit_scale() with candidates around a scale, from 1 - width to 1 + width of it."""
+    """fit_scale() with candidates around a scale.
+
+    They go from 1 - width to 1 + width of it.
+    """
     if abs(scale) < TINY:
         return scale
     return fit_scale(x, w, n, (NEAR() * width + floats(np.float32(1))) * (np.float32(1) / scale), low, high)
@@ -146,7 +152,10 @@ def column_weights(importance, k):
 
 
 def level_table():
-    """A tuple of one array: for each of 512 bins of -128 to 128 the nearest IQ4 level, then its code."""
+    """Make the table for looked_up(), the only item of a tuple.
+
+    It has the nearest IQ4 level of each of 512 bins of -128 to 128, then the codes of these.
+    """
     levels = np.float32(IQ4_LEVELS)
     codes = np.searchsorted((levels[1:] + levels[:-1]) / 2, np.arange(BINS) / 2 - 128, side="right")
     return np.concatenate([levels[codes], np.float32(codes)]),
