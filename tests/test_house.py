@@ -24,7 +24,7 @@ LAYERS = ("__main__", "cli", "exits", "server", "console habits", "restrictions"
           "ahead", "setup", "words", "models", "plan schedule", "costs", "hooks", "dense", "graph", "backends")
 LEAVES = "gguf_file override tokenizer chat messages answers tool_calls template sampling cache compiling kernel_cache quants errors " \
          "terminal signals limits check cores control_groups options batch prefixes requests residence op_plot cards drawing " \
-         "constraint grammars tool_grammars vocabulary packed session_file targets"
+         "constraint grammars tool_grammars vocabulary packed session_file targets gguf_layout gguf_writer"
 RANK = {name: rank for rank, names in enumerate([*LAYERS, LEAVES]) for name in names.split()}
 COMPILING = ("pydsa.backends.cpu", "pydsa.backends.cuda", "pydsa.quantize")     # may import numba
 
