@@ -47,16 +47,10 @@ def _pool():
     return ThreadPoolExecutor(_threads or physical_cores())
 
 
-def in_chunks(n, weights_of_one, do):
-    """Call do(start, stop) for chunks of n rows, in threads."""
-    n_threads = _threads or physical_cores()
-    step = max(1, min(CHUNK // weights_of_one, -(-n // n_threads)))
-    if n <= step or n_threads == 1:
-        for start in range(0, n, step):
-            do(start, min(start + step, n))
-        return
-    for job in [_pool().submit(do, start, min(start + step, n)) for start in range(0, n, step)]:
-        job.result()
+def begin_chunks(n, weights_of_one, do):
+    """Begin do(start, stop) for chunks of n rows, in threads -> futures."""
+    step = max(1, min(CHUNK // weights_of_one, -(-n // (_threads or physical_cores()))))
+    return [_pool().submit(do, start, min(start + step, n)) for start in range(0, n, step)]
 
 
 def _normalised(importance):
@@ -92,7 +86,8 @@ class Quantizer:
         if k % self.type.size:
             raise PydsaError(f"{self.name} has blocks of {self.type.size} weights, which rows of {k} do not fill.")
         importance, blocks = self.checked_importance(importance, k), np.empty((n, self.row_bytes(k)), np.uint8)
-        in_chunks(n, k, lambda start, stop: self.fill(x[start:stop], importance, blocks[start:stop]))
+        for job in begin_chunks(n, k, lambda start, stop: self.fill(x[start:stop], importance, blocks[start:stop])):
+            job.result()
         return blocks
 
     def checked_importance(self, importance, k):

@@ -66,36 +66,46 @@ class Requantized:
     def pieces(self):
         """Yield the blocks, uint8 [rows, bytes of a row], in order.
 
-        Raises PydsaError for weights that are not finite.
+        While the caller writes some, the next are made. Raises PydsaError for weights that are not finite.
         """
+        waiting = None
+        try:
+            for begun in self._begin():
+                if waiting is not None:
+                    yield self._finish(*waiting)
+                waiting = begun
+            yield self._finish(*waiting)
+        except PydsaError as error:
+            raise PydsaError(f"The tensor {quote(self.tensor.name)} cannot be stored as {self.kind}: {error}") from None
+
+    def _begin(self):
+        """Yield pieces that are begun, the arguments of _finish()."""
         n_mat = 1 if self._importance is None else len(self._importance)
         n_rows, step = len(self._rows) // n_mat, max(1, PIECE // self._k)
         for i in range(n_mat):
             given = None if self._importance is None else self._importance[i]
-            try:
-                importance = self.quantizer.checked_importance(given, self._k)
-                share = 1 if given is None else given.mean(dtype=np.float64)        # checked importance has a mean of 1
-                for start in range(i * n_rows, (i + 1) * n_rows, step):
-                    yield self._piece(start, min(start + step, (i + 1) * n_rows), importance, share)
-            except PydsaError as error:
-                raise PydsaError(f"The tensor {quote(self.tensor.name)} cannot be stored as {self.kind}: {error}") from None
+            importance = self.quantizer.checked_importance(given, self._k)
+            share = 1 if given is None else given.mean(dtype=np.float64)        # checked importance has a mean of 1
+            for start in range(i * n_rows, (i + 1) * n_rows, step):
+                some = self._rows[start:min(start + step, (i + 1) * n_rows)]
+                blocks = np.empty((len(some), self.quantizer.row_bytes(self._k)), np.uint8)
+                do = functools.partial(self._chunk, some, importance, blocks)
+                yield blocks, rows.begin_chunks(len(some), self._k, do), share
 
-    def _piece(self, first, end, importance, share):
-        blocks = np.empty((end - first, self.quantizer.row_bytes(self._k)), np.uint8)
-        sums = []
+    def _chunk(self, source, importance, blocks, start, stop):
+        """Quantize rows from start to stop; returns the sums of their errors."""
+        x, y = (np.empty((stop - start, self._k), np.float32) for _ in range(2))
+        source, target, sums = source[start:stop], blocks[start:stop], np.zeros(4)
+        _dequantize(self.tensor.type)(source.ctypes.data, x.size // self._source.size, x.ctypes.data)
+        self.quantizer.fill(x, importance, target)
+        _dequantize(self.kind)(target.ctypes.data, x.size // self.quantizer.type.size, y.ctypes.data)
+        add_errors(x, y, importance, sums)
+        return sums
 
-        def do(start, stop):
-            x, y = (np.empty((stop - start, self._k), np.float32) for _ in range(2))
-            source, target, n = self._rows[first + start:first + stop], blocks[start:stop], x.size
-            _dequantize(self.tensor.type)(source.ctypes.data, n // self._source.size, x.ctypes.data)
-            self.quantizer.fill(x, importance, target)
-            _dequantize(self.kind)(target.ctypes.data, n // self.quantizer.type.size, y.ctypes.data)
-            found = np.zeros(4)
-            add_errors(x, y, importance, found)
-            sums.append((start, found))
-        rows.in_chunks(end - first, self._k, do)
-        for _, found in sorted(sums, key=lambda pair: pair[0]):      # in an order that threads do not change
-            self._sums += found * (1, 1, share, share)
+    def _finish(self, blocks, jobs, share):
+        """The blocks of a piece, when they are made."""
+        for job in jobs:        # in an order that threads do not change
+            self._sums += job.result() * (1, 1, share, share)
         return blocks
 
     @property
