@@ -8,8 +8,8 @@ Importing pydsa is fast: numba is imported with the first model.
 import importlib
 import os
 
-from pydsa.errors import (ContextFullError, DamagedWeightsError, GGUFError, ImatrixError, LogitsFileError, OutOfMemoryError,  # noqa: F401
-                          PydsaError, RecordingFileError, SessionFileError, UnsupportedModelError)
+from pydsa.errors import (CheckpointError, ContextFullError, DamagedWeightsError, GGUFError, ImatrixError, LogitsFileError,  # noqa: F401
+                          OutOfMemoryError, PydsaError, RecordingFileError, SessionFileError, TargetError, UnsupportedModelError)
 
 __version__ = "0.1.0"
 DEMO = os.path.join(os.path.dirname(__file__), "demo", "demo.gguf")      # path of the model that comes with the package
@@ -17,7 +17,7 @@ _MODULES = {"load": "model", "Model": "model", "Session": "session", "Sampling":
             "Engine": "engine", "Request": "requests", "Recording": "recording", "Look": "look", "perplexity": "quality"}
 __all__ = ["DEMO", "load", "load_tokenizer", "Model", "Session", "Sampling", "Engine", "Request", "Recording", "Look", "perplexity",
            "PydsaError", "GGUFError", "UnsupportedModelError", "ContextFullError", "DamagedWeightsError", "OutOfMemoryError",
-           "RecordingFileError", "SessionFileError", "LogitsFileError", "ImatrixError"]
+           "RecordingFileError", "SessionFileError", "LogitsFileError", "ImatrixError", "CheckpointError", "TargetError"]
 
 
 def __getattr__(name):

@@ -17,6 +17,7 @@ from pydsa.errors import PydsaError
 from pydsa.quants import TYPES
 
 CHUNK = 1 << 16     # weights that a thread takes at a time, at least
+LEAST_IMPORTANCE = 1e-6     # of a column, where their mean is 1
 NO_IMPORTANCE = np.empty(0, np.float32)
 _threads = None
 
@@ -45,6 +46,17 @@ def in_chunks(n, weights_of_one, do):
         job.result()
 
 
+def _normalised(importance):
+    """Importance with a mean of 1; none where it is all zeros.
+
+    Columns that no input met keep a little, so that a group of such columns is not given up.
+    """
+    mean = importance.mean(dtype=np.float64) if importance.size else 0
+    if not mean:
+        return NO_IMPORTANCE
+    return np.maximum(importance / mean, LEAST_IMPORTANCE).astype(np.float32)
+
+
 class Quantizer:
     """The function that quantizes rows to one type (see quantizer())."""
 
@@ -71,6 +83,7 @@ class Quantizer:
             raise PydsaError(f"The importance has the shape {importance.shape}, expected ({k},), a number for each column.")
         if not np.isfinite(importance).all() or (importance < 0).any():
             raise PydsaError("The importance has numbers that are not finite, or below 0, expected mean squares.")
+        importance = _normalised(importance)
         blocks, tables, done = np.empty((n, self.row_bytes(k)), np.uint8), self._tables(), []
 
         def do(start, stop):
@@ -80,6 +93,8 @@ class Quantizer:
         in_chunks(n, k, do)
         if not all(done):
             raise PydsaError("The weights have numbers that are not finite (NaN or infinity), which cannot be quantized.")
+        if self.name == "F16" and (blocks.view(np.uint16) & 0x7FFF == 0x7C00).any():
+            raise PydsaError("The weights have numbers above 65504, which F16 does not hold; BF16 does.")
         return blocks
 
     def wanted(self):

@@ -1,12 +1,12 @@
 """Vectors of sixteen floats in kernels of quantizers: what pydsa.backends.cpu.simd has no need of."""
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.simd import F32, I8, I16, I32, broadcast, call_llvm, constant, f32x16, pointer
-
-MAGIC = 12582912.0      # 1.5 * 2^23, where floats are integers
+from pydsa.backends.cpu.jit import inline
+from pydsa.backends.cpu.simd import F32, I8, I16, I32, INTP, broadcast, call_llvm, constant, f32x16, pointer
 
 
 def _binary(emit):
@@ -24,27 +24,15 @@ greatest = _binary(lambda builder, a, b: builder.select(builder.fcmp_ordered(">"
 quotient = _binary(lambda builder, a, b: builder.fdiv(a, b))
 
 
-@intrinsic
-def rint(typingctx, v):
-    """Round floats below 2^22 to integers, halves to even."""
-    def codegen(context, builder, signature, args):
-        magic = constant([MAGIC] * 16, F32)
-        return builder.fsub(builder.fadd(args[0], magic), magic)
-    return f32x16(f32x16), codegen
+def _rounding(name):
+    @intrinsic
+    def rounded(typingctx, v):
+        return f32x16(f32x16), lambda context, builder, signature, args: call_llvm(builder, f"llvm.{name}.v16f32", f32x16.ir, [args[0]])
+    return rounded
 
 
-@intrinsic
-def round_away(typingctx, v):
-    """Round floats to integers, halves away from zero."""
-    return f32x16(f32x16), lambda context, builder, signature, args: call_llvm(builder, "llvm.round.v16f32", f32x16.ir, [args[0]])
-
-
-@intrinsic
-def truncate(typingctx, v):
-    """Cut off what floats below 2^31 have behind the point."""
-    def codegen(context, builder, signature, args):
-        return builder.sitofp(builder.fptosi(args[0], ir.VectorType(I32, 16)), f32x16.ir)
-    return f32x16(f32x16), codegen
+# Whole floats: halves to even, halves away from zero, and what stands before the point
+rint, round_away, truncate = _rounding("nearbyint"), _rounding("round"), _rounding("trunc")
 
 
 @intrinsic
@@ -93,11 +81,46 @@ def looked_up(typingctx, address, v):
     """Load the float32 at each of sixteen whole indices of a table."""
     def codegen(context, builder, signature, args):
         kind = ir.VectorType(F32.as_pointer(), 16)
-        base = pointer(builder, args[0], F32)
-        places = builder.gep(base, [builder.fptosi(args[1], ir.VectorType(I32, 16))])
+        wide = ir.VectorType(INTP, 16)
+        offsets = builder.shl(builder.zext(builder.fptosi(args[1], ir.VectorType(I32, 16)), wide), constant([2] * 16, INTP))
+        places = builder.inttoptr(builder.add(offsets, broadcast(builder, args[0], 16)), kind)
         name = "llvm.masked.gather.v16f32.v16p0"
         mask = ir.Constant(ir.VectorType(ir.IntType(1), 16), [1] * 16)
         function = ir.FunctionType(f32x16.ir, [kind, I32, mask.type, f32x16.ir])
         called = cgutils.get_or_insert_function(builder.module, function, name)
         return builder.call(called, [places, I32(4), mask, ir.Constant(f32x16.ir, ir.Undefined)])
     return f32x16(types.intp, f32x16), codegen
+
+
+@intrinsic
+def lane(typingctx, v, i):
+    """Take the float in lane i, modulo 16."""
+    def codegen(context, builder, signature, args):
+        i = builder.and_(builder.trunc(args[1], I32), I32(15))
+        return builder.extract_element(args[0], i)
+    return types.float32(f32x16, types.intp), codegen
+
+
+@intrinsic
+def first_lane(typingctx, mask):
+    """The number of the lowest bit that is set, 16 if none is."""
+    def codegen(context, builder, signature, args):
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(I16, [I16, ir.IntType(1)]), "llvm.cttz.i16")
+        return builder.zext(builder.call(function, [args[0], ir.IntType(1)(0)]), INTP)
+    return types.intp(types.uint16), codegen
+
+
+@inline
+def best(v):
+    """The number of the lane with the greatest float, 16 for NaN."""
+    return first_lane(lanes_from(v, largest(v)))
+
+
+def lanes(values):
+    """A function that makes a vector of sixteen constants."""
+    values = [float(np.float32(value)) for value in values]
+
+    @intrinsic
+    def make(typingctx):
+        return f32x16(), lambda context, builder, signature, args: constant(values, F32)
+    return make

@@ -65,7 +65,7 @@ def _amx_allowed():
 
 
 def _cache_folder(*others):
-    """The folder of kernels that are made of the backend's sources, and of others."""
+    """The folder of kernels of the backend's sources, and of others."""
     sources = [*HERE.rglob("*.py"), Path(quants.__file__), *others]
     versions = (f"{importlib.metadata.version('numba')} {importlib.metadata.version('llvmlite')} {sys.implementation.cache_tag} "
                 f"{platform.system()} {FIRST_LEVEL_CACHE} {SECOND_LEVEL_CACHE} ")
