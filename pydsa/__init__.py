@@ -14,10 +14,12 @@ from pydsa.errors import (CheckpointError, ContextFullError, DamagedWeightsError
 __version__ = "0.1.0"
 DEMO = os.path.join(os.path.dirname(__file__), "demo", "demo.gguf")      # path of the model that comes with the package
 _MODULES = {"load": "model", "Model": "model", "Session": "session", "Sampling": "sampling", "load_tokenizer": "tokenizer",
-            "Engine": "engine", "Request": "requests", "Recording": "recording", "Look": "look", "perplexity": "quality"}
+            "Engine": "engine", "Request": "requests", "Recording": "recording", "Look": "look", "perplexity": "quality",
+            "convert": "conversion"}
 _CALLED = ("selections", "quantize")        # modules; pydsa.quantize is also called as a function
 __all__ = ["DEMO", "load", "load_tokenizer", "Model", "Session", "Sampling", "Engine", "Request", "Recording", "Look", "perplexity",
-           "quantize", "PydsaError", "GGUFError", "UnsupportedModelError", "ContextFullError", "DamagedWeightsError", "OutOfMemoryError",
+           "convert", "quantize", "PydsaError", "GGUFError", "UnsupportedModelError", "ContextFullError", "DamagedWeightsError",
+           "OutOfMemoryError",
            "RecordingFileError", "SessionFileError", "LogitsFileError", "ImatrixError", "CheckpointError", "TargetError"]
 
 

@@ -19,7 +19,7 @@ FILES = sorted((ROOT / "pydsa").rglob("*.py"))
 SLOW = ("numba", "llvmlite", "tokenizers", "jinja2", "rich", "matplotlib", "starlette", "uvicorn", "pydantic", "llguidance")
 
 # Each may import itself, those after it, and the leaves; a leaf only other leaves.
-LAYERS = ("__main__", "cli", "exits", "server", "console habits", "restrictions", "faithful imatrix quantize", "quality",
+LAYERS = ("__main__", "cli", "exits", "server", "console habits", "restrictions", "conversion", "faithful imatrix quantize", "quality",
           "bench report plot fit", "__init__", "engine", "model", "look", "selections", "session", "recorder selecting", "recording",
           "recording_file", "diagnosis", "ahead", "setup", "words", "models", "plan schedule", "costs", "hooks", "dense", "graph",
           "backends")
