@@ -86,6 +86,9 @@ class Quantizer:
         if k % self.type.size:
             raise PydsaError(f"{self.name} has blocks of {self.type.size} weights, which rows of {k} do not fill.")
         importance, blocks = self.checked_importance(importance, k), np.empty((n, self.row_bytes(k)), np.uint8)
+        if (_threads or physical_cores()) == 1:
+            self.fill(x, importance, blocks)
+            return blocks
         for job in begin_chunks(n, k, lambda start, stop: self.fill(x[start:stop], importance, blocks[start:stop])):
             job.result()
         return blocks
