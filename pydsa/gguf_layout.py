@@ -1,6 +1,7 @@
 """What is where in a GGUF file that is to be written.
 
-It is known before the weights are: the header, the tensors' places and the parts of a split output follow from the metadata and from the tensors' names, types and shapes.
+It is known before the weights are: the header, the tensors' places and the parts of a split output follow from the metadata, and
+from the names, types and shapes of tensors.
 """
 import hashlib
 import math
