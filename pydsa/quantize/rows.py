@@ -4,6 +4,7 @@ A kernel is `kernel(x, importance, blocks, *tables)`: float32 [n, k]; float32 [k
 a row], which it fills. It releases the GIL, so that chunks of rows run in threads. `quantizer(...)` makes the function that
 `pydsa.quantize.TYPES` holds of it.
 """
+import contextlib
 import functools
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,21 +30,27 @@ def set_threads(n):
     _pool.cache_clear()
 
 
+@contextlib.contextmanager
+def threads(n):
+    """A context that quantizes with n threads; None: as many as without it."""
+    before = _threads
+    if n is not None:
+        set_threads(n)
+    try:
+        yield
+    finally:
+        set_threads(before)
+
+
 @functools.cache
 def _pool():
     return ThreadPoolExecutor(_threads or physical_cores())
 
 
-def in_chunks(n, weights_of_one, do):
-    """Call do(start, stop) for chunks of n rows, in threads."""
-    n_threads = _threads or physical_cores()
-    step = max(1, min(CHUNK // weights_of_one, -(-n // n_threads)))
-    if n <= step or n_threads == 1:
-        for start in range(0, n, step):
-            do(start, min(start + step, n))
-        return
-    for job in [_pool().submit(do, start, min(start + step, n)) for start in range(0, n, step)]:
-        job.result()
+def begin_chunks(n, weights_of_one, do):
+    """Begin do(start, stop) for chunks of n rows, in threads -> futures."""
+    step = max(1, min(CHUNK // weights_of_one, -(-n // (_threads or physical_cores()))))
+    return [_pool().submit(do, start, min(start + step, n)) for start in range(0, n, step)]
 
 
 def _normalised(importance):
@@ -78,24 +85,30 @@ class Quantizer:
         n, k = x.shape
         if k % self.type.size:
             raise PydsaError(f"{self.name} has blocks of {self.type.size} weights, which rows of {k} do not fill.")
+        importance, blocks = self.checked_importance(importance, k), np.empty((n, self.row_bytes(k)), np.uint8)
+        for job in begin_chunks(n, k, lambda start, stop: self.fill(x[start:stop], importance, blocks[start:stop])):
+            job.result()
+        return blocks
+
+    def checked_importance(self, importance, k):
+        """Importance of k columns, or None, as fill() takes it."""
         importance = NO_IMPORTANCE if importance is None else np.require(importance, np.float32, "CW")
         if importance.shape not in ((0,), (k,)):
             raise PydsaError(f"The importance has the shape {importance.shape}, expected ({k},), a number for each column.")
         if not np.isfinite(importance).all() or (importance < 0).any():
             raise PydsaError("The importance has numbers that are not finite, or below 0, expected mean squares.")
-        importance = _normalised(importance)
-        blocks, tables, done = np.empty((n, self.row_bytes(k)), np.uint8), self._tables(), []
+        return _normalised(importance)
 
-        def do(start, stop):
-            done.append(np.isfinite(x[start:stop]).all())
-            if done[-1]:
-                self.kernel(x[start:stop], importance, blocks[start:stop], *tables)
-        in_chunks(n, k, do)
-        if not all(done):
-            raise PydsaError("The weights have numbers that are not finite (NaN or infinity), which cannot be quantized.")
+    def fill(self, x, importance, blocks):
+        """Quantize rows in this thread, into blocks that are there.
+
+        x and blocks are C-contiguous and writable. Raises PydsaError for numbers that are not finite.
+        """
+        if not np.isfinite(x).all():
+            raise PydsaError("The weights have numbers that are not finite (NaN or infinity).")
+        self.kernel(x, importance, blocks, *self._tables())
         if self.name == "F16" and (blocks.view(np.uint16) & 0x7FFF == 0x7C00).any():
             raise PydsaError("The weights have numbers above 65504, which F16 does not hold; BF16 does.")
-        return blocks
 
     def wanted(self):
         """What jit.compile_all() needs to compile the kernel."""

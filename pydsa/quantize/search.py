@@ -54,7 +54,8 @@ def fit_scale(x, w, n, inverses, low, high):
 def fit_scale_and_minimum(x, w, n, inverses, minimum, high, most):
     """The best scale and minimum of x ~ scale * code + minimum.
 
-    Codes go from 0 to high. inverses: candidates of 1 / scale, which count from `minimum`. most: the minimum is 0 where it would be more. Returns scale, minimum.
+    Codes go from 0 to high. inverses: candidates of 1 / scale, which count from `minimum`. most: the minimum is 0 where it would be more.
+    Returns scale, minimum.
     """
     zero = floats(np.float32(0))
     q1, q2, xq, w1, x1 = zero, zero, zero, np.float32(0), np.float32(0)
