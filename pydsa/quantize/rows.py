@@ -6,6 +6,7 @@ a row], which it fills. It releases the GIL, so that chunks of rows run in threa
 """
 import contextlib
 import functools
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
@@ -45,6 +46,10 @@ def threads(n):
 @functools.cache
 def _pool():
     return ThreadPoolExecutor(_threads or physical_cores())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)       # a child has none of its parent's threads
 
 
 def begin_chunks(n, weights_of_one, do):
