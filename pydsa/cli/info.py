@@ -30,8 +30,10 @@ def info(ctx, model, output, check, gpu_memory, bandwidth, **settings):
     """Show what a file holds, what it needs, and how each layer will run.
 
     No weights are read, but with --check: it names the tensors with NaN, infinities or stretches of zeros, and ends with exit code 1 if
-    there are any.
+    there are any. Of a folder of Hugging Face it shows what `pydsa convert` would give, and what each type would take.
     """
+    if os.path.isdir(os.path.expanduser(model)):
+        return _show_folder(os.path.expanduser(model), output, check, settings)
     if check:
         with progress_bar("reading") as progress:
             report = check_files(open_gguf(os.path.expanduser(model)), progress)
@@ -68,3 +70,19 @@ def _bandwidths(text):
     if len(found) != 2 or not all(0 < one < float("inf") for one in found):
         raise click.UsageError(f"--bandwidth is {text!r}, expected two numbers of GB/s, like 100,1000.")
     return tuple(one * 1e9 for one in found)
+
+
+def _show_folder(folder, output, check, settings):
+    """Show what converting a folder would give."""
+    if check:
+        raise click.UsageError("--check reads a GGUF file, not a folder; `pydsa convert --dry-run` checks one.")
+    from pydsa.conversion import Conversion, format_memory, format_plan
+    conversion = Conversion(folder)
+    n_ctx = conversion.config.n_ctx_train if settings["n_ctx"] == 0 else settings["n_ctx"]
+    memory = conversion.memory(n_ctx, settings["kv_type"], settings["index_type"])
+    plan = conversion.describe(conversion.layout("model.gguf", "BF16"), "BF16")
+    del plan["parts"]
+    if output == "json":
+        click.echo(json_text(plan | {"memory": memory}))
+    else:
+        click.echo("\n".join(map(visible, [*format_plan(plan), *format_memory(memory)])))
