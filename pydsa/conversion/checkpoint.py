@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pydsa import __version__
 from pydsa.conversion.fields import Fields, decode, kind_of, parse, read_json
 from pydsa.errors import CheckpointError
 from pydsa.gguf_file import quote
@@ -139,8 +140,8 @@ class Checkpoint:
         return weight_map
 
     def source(self):
-        """A text that changes whenever the weights do: an output's source."""
-        files = []
+        """A text that changes whenever the weights do, or pydsa's version."""
+        files = [__version__]
         for path in self.paths:
             status = path.stat()
             files.append((path.name, status.st_size, status.st_mtime_ns))
