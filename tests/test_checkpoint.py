@@ -14,6 +14,7 @@ from pydsa.cli import main
 from pydsa.conversion import Conversion
 from pydsa.conversion.checkpoint import Checkpoint, read_header
 from pydsa.errors import CheckpointError, PydsaError, UnsupportedModelError
+from pydsa.tokenizer import PRE_TOKENIZERS
 
 ONE = {"a": ("F32", np.arange(6, dtype="<f4").reshape(2, 3)), "b": ("U8", np.arange(5, dtype="u1"))}
 SCALE = "model.layers.0.mlp.up_proj.weight_scale_inv"
@@ -156,6 +157,16 @@ def test_a_pre_tokenizer_that_is_unknown(tmp_path):
     assert "\\\\p{N}{1,3}" in text
     (folder / "tokenizer.json").write_text(text.replace("\\\\p{N}{1,3}", "\\\\p{N}{1,4}"))
     refused(folder, "splits texts as none", UnsupportedModelError)
+
+
+def test_a_pre_tokenizer_with_the_same_ids(tmp_path, monkeypatch):
+    """It will do where the vocabulary is large, with a word."""
+    folder = copy("v32", tmp_path / "in")
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace("\\\\p{N}{1,3}", "\\\\p{N}{1,4}"))
+    monkeypatch.setattr("pydsa.conversion.tokenizer.LARGE", 100)
+    conversion = Conversion(folder)
+    assert "the same ids" in " ".join(conversion.notes) and conversion.keys["tokenizer.ggml.pre"] in PRE_TOKENIZERS
 
 
 def entry(dtype="F32", shape=(2, 3), offsets=(0, 24), **more):

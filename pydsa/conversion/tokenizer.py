@@ -16,6 +16,7 @@ JSON, TIKTOKEN, CONFIG = "tokenizer.json", "tiktoken.model", "tokenizer_config.j
 KIMI = "kimi-k2"            # the pre-tokenizer of the models with tiktoken.model
 BOS_V32 = "<｜begin▁of▁sentence｜>"
 GLM_SPECIAL = {"bos": "[gMASK]", "eot": "<|user|>", "unknown": "<|endoftext|>", "eom": "<|observation|>"}
+LARGE = 10000               # tokens from which on ids tell pre-tokenizers apart
 LONGEST_TIKTOKEN = 128      # bytes of a token; Kimi's longest has as many spaces
 # Where the pre-tokenizers of these models differ: numbers, marks after letters, Chinese, contractions, runs of spaces, line ends, signs.
 PROBES = (
@@ -39,7 +40,7 @@ def tokenizer_keys(checkpoint, shape, notes):
     path = folder / CONFIG
     config = Fields(read_json(path, "the configuration of a tokenizer") if path.exists() else {}, path)
     if (folder / JSON).exists():
-        vocabulary = _read_json_tokenizer(folder / JSON)
+        vocabulary = _read_json_tokenizer(folder / JSON, notes)
     elif (folder / TIKTOKEN).exists():
         vocabulary = _read_tiktoken(folder / TIKTOKEN, config, shape.n_vocab)
     else:
@@ -71,8 +72,8 @@ class Vocabulary:
         self.ids, self.added, self.merges, self.pre, self.adds_bos = ids, added, merges, pre, adds_bos
 
 
-def _read_json_tokenizer(path):
-    """The Vocabulary of a tokenizer.json."""
+def _read_json_tokenizer(path, notes):
+    """The Vocabulary of a tokenizer.json; notes: a list that grows."""
     text = read_text(path, "a tokenizer")
     fields = Fields(read_json(path, "a tokenizer"), path)
     model = fields.fields("model")
@@ -87,7 +88,7 @@ def _read_json_tokenizer(path):
     for token in tokens if isinstance(tokens, list) else ():
         token = Fields(token if isinstance(token, dict) else {}, path, "added_tokens: ")
         added[token.integer("id")] = token.string("content"), token.boolean("special", default=False)
-    return Vocabulary(vocab, added, _merges(model), _recognise(path, text, model), _template_adds_bos(fields))
+    return Vocabulary(vocab, added, _merges(model), _recognise(path, text, model, notes), _template_adds_bos(fields))
 
 
 def _merges(model):
@@ -104,19 +105,35 @@ def _is_pair(merge):
     return isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) and " " not in part for part in merge)
 
 
-def _recognise(path, text, model):
-    """The name of the pre-tokenizer of pydsa that splits texts as the file's."""
+def _recognise(path, text, model, notes):
+    """The name of the pre-tokenizer of pydsa that splits texts as the file's.
+
+    One that splits some of them otherwise will do where a large vocabulary gives the same ids, as no token spans the difference.
+    """
     import tokenizers
     try:
-        given = tokenizers.Tokenizer.from_str(text).pre_tokenizer
-        found = [[piece for piece, _ in given.pre_tokenize_str(probe)] for probe in PROBES] if given is not None else None
+        theirs = tokenizers.Tokenizer.from_str(text)
     except Exception as error:      # the library raises no narrower class
         raise CheckpointError(f"{path}: the tokenizers library cannot read it ({str(error)[:200]}).") from None
+
+    def pieces():
+        return [[piece for piece, _ in theirs.pre_tokenizer.pre_tokenize_str(probe)] for probe in PROBES]
+
+    def ids():
+        return [theirs.encode(probe, add_special_tokens=False).ids for probe in PROBES]
+
     ignore_merges = model.boolean("ignore_merges", default=False)
-    for name, (regexes, whole_first) in PRE_TOKENIZERS.items():
-        if found is not None and whole_first == ignore_merges and found == [
-                [piece for piece, _ in pre_tokenizer(regexes).pre_tokenize_str(probe)] for probe in PROBES]:
-            return name
+    candidates = {name: regexes for name, (regexes, whole_first) in PRE_TOKENIZERS.items() if whole_first == ignore_merges}
+    for measure in ((pieces,) if theirs.get_vocab_size() < LARGE else (pieces, ids)) if theirs.pre_tokenizer is not None else ():
+        given, found = theirs.pre_tokenizer, measure()
+        for name, regexes in candidates.items():
+            theirs.pre_tokenizer = pre_tokenizer(regexes)
+            if measure() == found:
+                if measure is ids:
+                    notes.append(f"The tokenizer splits texts otherwise than {name}, which gives the same ids for {len(PROBES)} probing "
+                                 "texts, and is taken for it.")
+                return name
+        theirs.pre_tokenizer = given
     raise UnsupportedModelError(f"{path}: the tokenizer splits texts as none of pydsa's pre-tokenizers does, expected one of "
                                 f"{', '.join(PRE_TOKENIZERS)}.")
 
