@@ -1,5 +1,6 @@
 """Folders that are damaged, incomplete or contradictory: one sentence each, and nothing is left behind."""
 import json
+import os
 import struct
 
 import numpy as np
@@ -226,6 +227,34 @@ def test_damaged_headers_never_end_in_something_else(at, byte, cut, tmp_path_fac
         assert "\n" not in str(error)
     else:
         assert sum(t.read().nbytes for t in tensors) == 29
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_json_with_other_values_never_ends_in_something_else(data, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "mutated"
+    copy(data.draw(st.sampled_from(["v32", "glm"])), folder)
+    path = folder / data.draw(st.sampled_from(["config.json", "tokenizer_config.json", "tokenizer.json"]))
+    values = json.loads(path.read_text())
+    places = [(values, key) for key in values] + [(part, key) for part in values.values() if isinstance(part, dict) for key in part]
+    part, key = data.draw(st.sampled_from(places))
+    part[key] = data.draw(st.sampled_from([[], {}, "x", "", -1, 0, 1e308, 10**40, True, [[]], {"a": []}, [1, 2], ["a"], float("nan"),
+                                           "\ud800"]))
+    path.write_text(json.dumps(values))
+    try:
+        conversion = Conversion(folder)
+        conversion.layout("m.gguf", "Q8_0")
+    except PydsaError as error:
+        assert "\n" not in str(error)
+
+
+def test_a_pipe_in_place_of_a_file(tmp_path):
+    for name in "model.safetensors", "config.json", "tokenizer.json":
+        folder = copy("v32", tmp_path / name)
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(CheckpointError, match="not a regular file"):
+            Conversion(folder)
 
 
 def test_on_the_command_line(tmp_path):

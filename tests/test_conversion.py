@@ -335,7 +335,8 @@ def test_on_the_command_line(tmp_path):
     result = run("info", str(DATA / "glm"))
     assert result.exit_code == 0 and "GlmMoeDsaForCausalLM -> glm-dsa" in result.stdout and "memory by type" in result.stdout
     assert json.loads(run("info", str(DATA / "glm"), "-o", "json", "-c", "64").stdout)["memory"]["n_ctx"] == 64
-    assert run("info", str(DATA / "glm"), "--check").exit_code == 2
+    for idle in (["--check"], ["--dsa-top-k", "5"], ["--attention", "dense"]):
+        assert "takes -c, --kv-type, --index-type and -o only" in run("info", str(DATA / "glm"), *idle).stderr
     assert run("info", str(tmp_path)).exit_code == 2
     assert "pydsa convert makes one" in run("run", str(DATA / "glm"), "-p", "x").stderr
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import stat
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -205,7 +206,10 @@ def _check_places(path, found, start, size):
 def _read_entries(path):
     """(where the tensors begin, the header as a dict, bytes of the file)."""
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):    # before open(), which never returns for a pipe
+            raise CheckpointError(f"{path}: this is not a regular file, expected a safetensors file.")
+        size = status.st_size
         with open(path, "rb") as file:
             head = file.read(len(LFS))
             if head == LFS:

@@ -101,7 +101,7 @@ def _name_of(checkpoint):
     folder = checkpoint.folder.absolute()
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         return folder.parent.parent.name.split("--")[-1]
-    return os.path.basename(folder) or checkpoint.config.values.get("model_type") or "model"
+    return os.fsencode(folder.name).decode(errors="replace") or "model"
 
 
 def format_plan(plan):
