@@ -12,12 +12,14 @@ import json
 import math
 import os
 import re
+import stat
 import struct
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from pydsa import __version__
 from pydsa.conversion.fields import Fields, decode, kind_of, parse, read_json
 from pydsa.errors import CheckpointError
 from pydsa.gguf_file import quote
@@ -139,8 +141,8 @@ class Checkpoint:
         return weight_map
 
     def source(self):
-        """A text that changes whenever the weights do: an output's source."""
-        files = []
+        """A text that changes whenever the weights do, or pydsa's version."""
+        files = [__version__]
         for path in self.paths:
             status = path.stat()
             files.append((path.name, status.st_size, status.st_mtime_ns))
@@ -204,7 +206,10 @@ def _check_places(path, found, start, size):
 def _read_entries(path):
     """(where the tensors begin, the header as a dict, bytes of the file)."""
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):    # before open(), which never returns for a pipe
+            raise CheckpointError(f"{path}: this is not a regular file, expected a safetensors file.")
+        size = status.st_size
         with open(path, "rb") as file:
             head = file.read(len(LFS))
             if head == LFS:

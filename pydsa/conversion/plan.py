@@ -10,9 +10,9 @@ from pydsa.conversion.checkpoint import Checkpoint
 from pydsa.conversion.metadata import model_keys, read_shape
 from pydsa.conversion.names import outputs_of
 from pydsa.conversion.tokenizer import tokenizer_keys
-from pydsa.conversion.types import FILE_TYPES, NAMES, QUANTIZATION_VERSION, check_type, type_of
+from pydsa.conversion.types import NAMES, check_importance, check_type, type_keys, types_of
 from pydsa.gguf_file import Metadata
-from pydsa.gguf_layout import Layout, TensorInfo
+from pydsa.gguf_layout import Layout
 from pydsa.models import architecture
 from pydsa.options import counts
 from pydsa.quants import cache_row_bytes
@@ -25,7 +25,8 @@ DEFAULT_N_CTX = 8192
 class Conversion:
     """A folder of Hugging Face that can be converted.
 
-    checkpoint, shape, outputs: see the modules of those names. keys: {key: value}, the metadata but for the type's. config: the Config
+    checkpoint, shape, outputs: see the modules of those names. keys: {key: value}, the metadata but for the type's, and metadata, the same
+    as a GGUF file has them. config: the Config
     that a model of the output will have. notes: sentences on what is unusual. Headers, the configuration and the tokenizer are read and
     checked, weights are not. Raises CheckpointError, UnsupportedModelError or GGUFError.
     """
@@ -43,9 +44,9 @@ class Conversion:
         self.keys = {"general.architecture": arch, "general.type": "model", "general.name": _name_of(self.checkpoint), **keys}
         self.keys |= {f"tokenizer.{key}": value for key, value in tokenizer_keys(self.checkpoint, self.shape, self.notes).items()}
         self.keys["tokenizer.ggml.token_type"] = np.array(self.keys["tokenizer.ggml.token_type"], np.int32)
-        metadata = Metadata(self.keys, str(self.checkpoint.folder))
-        self.config = architecture(metadata).Config.from_metadata(metadata, self.shape.n_vocab)
-        Tokenizer.from_metadata(metadata, self.shape.n_vocab)       # refuses a vocabulary that cannot be used
+        self.metadata = Metadata(self.keys, str(self.checkpoint.folder))
+        self.config = architecture(self.metadata).Config.from_metadata(self.metadata, self.shape.n_vocab)
+        Tokenizer.from_metadata(self.metadata, self.shape.n_vocab)      # refuses a vocabulary that cannot be used
 
     @property
     def n_params(self):
@@ -54,13 +55,16 @@ class Conversion:
 
     def infos(self, kind):
         """The TensorInfo of all outputs for a type of types.NAMES."""
-        return [TensorInfo(output.name, type_of(output, kind), output.shape) for output in self.outputs]
+        return types_of(self.outputs, self.metadata, kind)
 
     def layout(self, out, kind, split_max_bytes=None, split_max_tensors=None):
-        """The Layout of the GGUF file, or files."""
-        kind = check_type(kind)
-        keys = self.keys | {"general.file_type": FILE_TYPES[kind], "general.quantization_version": QUANTIZATION_VERSION}
-        return Layout(out, keys, self.infos(kind), split_max_bytes, split_max_tensors)
+        """The Layout of the GGUF file, or files.
+
+        Raises UnsupportedModelError for a type that needs an imatrix.
+        """
+        infos = self.infos(check_type(kind))
+        check_importance(infos, check_type(kind))
+        return Layout(out, self.keys | type_keys(check_type(kind)), infos, split_max_bytes, split_max_tensors)
 
     def describe(self, layout, kind):
         """What a conversion gives, a dict of JSON types; sizes are bytes."""
@@ -97,7 +101,7 @@ def _name_of(checkpoint):
     folder = checkpoint.folder.absolute()
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         return folder.parent.parent.name.split("--")[-1]
-    return os.path.basename(folder) or checkpoint.config.values.get("model_type") or "model"
+    return os.fsencode(folder.name).decode(errors="replace") or "model"
 
 
 def format_plan(plan):

@@ -39,7 +39,7 @@ CODES = {"F8_E4M3": _e4m3(), "F8_E8M0": _e8m0()}
 def to_float32(data, dtype):
     """An array of checkpoint.DTYPES[dtype] -> float32 of the same shape."""
     if dtype in CODES:
-        return CODES[dtype][data]
+        return np.take(CODES[dtype], data)
     if dtype == "F8_E5M2":
         return (data.astype("<u2") << 8).view("<f2").astype(np.float32)
     if dtype == "BF16":
