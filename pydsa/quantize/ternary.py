@@ -9,7 +9,7 @@ import numpy as np
 from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.jit import inline, inner, kernel
 from pydsa.backends.cpu.scalars import half
-from pydsa.backends.cpu.simd import float_at, floats, load_floats, max_abs_lanes, multiply_add, reduce_max_abs, store
+from pydsa.backends.cpu.simd import floats, load_floats, max_abs_lanes, multiply_add, reduce_max_abs, store
 from pydsa.quantize.legacy import inverse, mxfp4_codes, mxfp4_error, nearest_half, scale_half
 from pydsa.quantize.rows import quantizer
 from pydsa.quantize.search import column_weights
@@ -33,7 +33,7 @@ def peak_of(x, n):
 
 @inner
 def sums_above(x, w, n, factor, threshold):
-    """The sums of w |x| factor and of w, where |x| factor is above a threshold.
+    """Add w |x| factor, and w, where |x| factor is above a threshold.
 
     x and w are addresses of n vectors of sixteen floats.
     """
@@ -168,7 +168,7 @@ def quantize_nvfp4(x, importance, blocks, scales):
         store(to, i % 4, np.uint8(scale))
         store(address(codes), 0, mxfp4_codes(load_floats(at, 0) * (ONE / scales[scale])))
         for j in range(8):
-            store(to, 4 + 8 * (i % 4) + j, np.uint8(float_at(address(codes), 4 * j) + np.float32(16) * float_at(address(codes), 4 * j + 32)))
+            store(to, 4 + 8 * (i % 4) + j, np.uint8(codes[j] + np.float32(16) * codes[j + 8]))
 
 
 def nvfp4_scales():
