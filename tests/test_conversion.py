@@ -67,7 +67,7 @@ def test_rope_of_halves(tmp_path, load):
 @pytest.mark.parametrize("name, stored", [("v32", False), ("glm", True)])
 def test_rope_of_the_indexer(name, stored, tmp_path, load):
     """Indexers that rotate other pairs have their rows reordered."""
-    n_rot, size = 8, 16
+    n_rot, size = 8, 64
     order = np.r_[np.arange(n_rot).reshape(2, -1).T.reshape(-1), n_rot:size]       # halves -> neighbours
     order = order if name == "v32" else np.argsort(order)
 
@@ -297,7 +297,7 @@ def test_weights_that_are_no_numbers_leave_nothing(bad, match, tmp_path):
 def test_memory_by_type():
     conversion = Conversion(DATA / "v32")
     memory = conversion.memory(100, kv_type="f32")
-    assert memory["caches"] == 100 * 3 * 4 * (40 + 16) and list(memory["weights"]) == list(TYPES)
+    assert memory["caches"] == 100 * 3 * 4 * (40 + 64) and list(memory["weights"]) == list(TYPES)
     assert memory["weights"]["F32"] == 4 * conversion.n_params > 1.9 * memory["weights"]["BF16"]
     with pytest.raises(PydsaError, match="expected an integer from 1"):
         conversion.memory(-1)

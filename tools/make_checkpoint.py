@@ -1,4 +1,4 @@
-"""Make tiny random models with transformers, and what it computes with them.
+"""Make tiny random models with transformers, and what it computes of them.
 
     pip install torch transformers tiktoken compressed-tensors      # in an environment of its own: pydsa needs none of them
     python tools/make_checkpoint.py tests/data/checkpoints
@@ -25,8 +25,9 @@ SIZES = dict(vocab_size=N_VOCAB, hidden_size=64, intermediate_size=96, moe_inter
              num_key_value_heads=4, n_shared_experts=1, n_routed_experts=8, num_experts_per_tok=2, kv_lora_rank=32, q_lora_rank=48,
              qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=24, first_k_dense_replace=1, max_position_embeddings=4096,
              routed_scaling_factor=2.5, bos_token_id=0, eos_token_id=1)
-# With fewer heads some scores are exactly 0, no head being above 0, and equal scores may be chosen in any order.
-INDEXER = dict(index_topk=8, index_head_dim=16, index_n_heads=16)
+# With fewer heads many scores are exactly 0, no head being above 0, and equal scores may be chosen in any order. llama.cpp's indexers have
+# heads of 64 values or more.
+INDEXER = dict(index_topk=8, index_head_dim=64, index_n_heads=8)
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 1024, "beta_fast": 32,
         "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
 PLAIN = {"rope_type": "default", "rope_theta": 1000000.0}
