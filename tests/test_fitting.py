@@ -231,6 +231,13 @@ def test_sizes_that_are_none(text):
         size_in_bytes("gpu_memory", text)
 
 
+def test_gpus_are_looked_for_only_where_it_matters(small_model, monkeypatch):
+    monkeypatch.setattr(fitting, "usable_gpus", lambda asked_for: 1 / 0)
+    assert fitted(small_model(**SPEC), n_ctx=64, device=HOST, n_gpu_layers=0).placement.devices == (HOST,)
+    monkeypatch.setenv("PYDSA_DEVICE", "reference")
+    assert fitted(small_model(**SPEC), n_ctx=64).placement.devices == ("reference",)
+
+
 def test_without_a_gpu_all_is_on_the_cpu(small_model, monkeypatch):
     monkeypatch.setattr(fitting, "usable_gpus", lambda asked_for: {})
     setup = fitted(small_model(**SPEC), n_ctx=64)
