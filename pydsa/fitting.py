@@ -202,8 +202,9 @@ class Fitting:
         own = self._setup()
         longest, placing = own.config.n_ctx_train, own.placing
         gpus = [name for name in own.placement.devices if device_of(name).reserved]
-        margin = self._margin if self.automatic and gpus else 0
-        if margin:
+        fills = bool(self.automatic and gpus)
+        margin = self._margin if fills else 0
+        if fills:
             moe = {} if placing.cpu_moe or placing.n_cpu_moe else dict(cpu_moe=any(map(is_of_experts, own.weights.used)))
             placing = placing.changed(**moe)
             fit = self._fit(self._setup(n_ctx=longest), margin)
@@ -218,9 +219,9 @@ class Fitting:
             return {share.device: share.total for share in fit.shares(self._setup(n_ctx=n_ctx).placed(placing))}
 
         def fits(taken):
-            return not fit.lacking({name: n if margin and device_of(name).reserved else n * (1 + SPARE) for name, n in taken.items()})
+            return not fit.lacking({name: n if fills and device_of(name).reserved else n * (1 + SPARE) for name, n in taken.items()})
         n_ctx = _longest(n_bytes, fits, max(own.n_ubatch, own.config.top_k or 0), longest)
-        if (n_ctx or 0) < min(LEAST, longest) and margin and placing.n_gpu_layers is None:
+        if (n_ctx or 0) < min(LEAST, longest) and fills and placing.n_gpu_layers is None:
             self._device, self._settings = HOST, self._settings | {"tensor_split": None}
             return self.longest_context()
         if n_ctx is None:
