@@ -15,7 +15,7 @@ from helpers import dequantize, nmse
 import pydsa
 from pydsa.cli import main
 from pydsa.conversion import TYPES, Conversion
-from pydsa.conversion.checkpoint import read_header
+from pydsa.conversion.checkpoint import ReadError, Stored, read_header
 from pydsa.conversion.fields import Fields
 from pydsa.conversion.scales import to_float32, weights
 from pydsa.conversion.types import check_importance
@@ -355,6 +355,23 @@ def test_ctrl_c_on_the_command_line(tmp_path, monkeypatch):
     monkeypatch.undo()
     result = CliRunner().invoke(main, args)
     assert result.exit_code == 0 and "were there from an interrupted run" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_a_drive_that_fails_for_a_while(tmp_path, monkeypatch):
+    """What is written is kept, as the same command may succeed."""
+    read, left = Stored.read, [60]
+
+    def fail(stored, first=0, last=None):
+        left[0] -= 1
+        if not left[0]:
+            raise ReadError(f"{stored.path}: the file cannot be read (Input/output error).")
+        return read(stored, first, last)
+    monkeypatch.setattr(Stored, "read", fail)
+    result = CliRunner().invoke(main, ["convert", str(DATA / "v32"), str(tmp_path / "m.gguf"), "--type", "BF16"])
+    assert result.exit_code == 2 and "the same command goes on" in result.stderr and "Input/output error" in result.stderr
+    monkeypatch.undo()
+    assert pydsa.convert(DATA / "v32", tmp_path / "m.gguf", "BF16")["resumed"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
