@@ -64,6 +64,7 @@ def test_importance_lowers_the_weighted_error(models, tmp_path):
     imatrix.save(imatrix.Imatrix(sums, counts, ["a text"]), path)
     with_it = pydsa.quantize(models["Q8_0"], tmp_path / "with.gguf", "Q4_K_S", imatrix=path)
     without = pydsa.quantize(models["Q8_0"], tmp_path / "without.gguf", "Q4_K_S")
+    assert with_it.without_data == ["token_embd.weight"] and not without.without_data
     a, b = open_gguf(tmp_path / "with.gguf"), open_gguf(tmp_path / "without.gguf")
     n = 0
     for row in with_it.rows:

@@ -100,3 +100,20 @@ def test_what_is_refused():
         TYPES["Q4_K"](x, -np.ones(256))
     with pytest.raises(PydsaError, match="F16"):
         TYPES["F16"](x * 1e5)
+
+
+# The greatest error at the edges
+EDGES = {"Q2_K": 0.4, "Q3_K": 0.3, "Q4_K": 0.1, "Q5_K": 0.06, "Q6_K": 0.04, "IQ4_NL": 0.2, "IQ4_XS": 0.2, "Q4_0": 0.2, "Q4_1": 0.1,
+         "Q5_0": 0.1, "Q5_1": 0.05, "MXFP4": 1.01, "Q8_0": 0.02}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_rows_of_one_value_one_outlier_or_one_sign(name):
+    """Zeros stay zeros, and one value stays; errors are bounded."""
+    rng = np.random.default_rng(1)
+    x = np.stack([np.zeros(256), np.full(256, 3.0), np.full(256, -3.0), np.where(np.arange(256) == 77, 5.0, 0.0),
+                  rng.uniform(1, 2, 256), rng.uniform(-2, -1, 256)]).astype(np.float32)
+    y = values_of(TYPES[name](x), name)
+    assert not y[0].any()
+    assert np.abs(x[1:3] - y[1:3]).max() < 0.002
+    assert np.abs(x - y).max() < EDGES[name]

@@ -39,12 +39,14 @@ def error(rows, blocks, name, importance=None):
 
 def llama_cpp(library):
     """A function (name, rows, importance or None) -> blocks, of a library."""
-    quantize_chunk = ctypes.CDLL(library).ggml_quantize_chunk
+    library = ctypes.CDLL(library)
+    quantize_chunk = library.ggml_quantize_chunk
     quantize_chunk.restype = ctypes.c_size_t
     quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + [ctypes.c_int64] * 3 + [ctypes.c_void_p]
 
     def quantize(name, rows, importance=None):
         kind = gguf.GGMLQuantizationType[name]
+        library.ggml_quantize_init(int(kind))
         block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
         blocks = np.empty((len(rows), rows.shape[1] // block * n_bytes), np.uint8)
         given = None if importance is None else importance.ctypes.data

@@ -59,6 +59,9 @@ def quantize(model, output, kind, form, override_kv, split_max_size, force, **op
     click.echo(format_rows([_cells(row, options["imatrix"]) for row in report.rows], form), nl=False)
     for line in summary(report):
         click.echo(line, err=True)
+    if report.without_data:
+        click.echo(f"the imatrix has no data of {len(report.without_data)} of the quantized tensors, {report.without_data[0]} the first",
+                   err=True)
     if report.wanting:
         click.echo(f"an imatrix is needed: {len(report.wanting)} tensors would be of no use without one, {report.wanting[0]} the first",
                    err=True)

@@ -12,7 +12,7 @@ from pydsa.quantize.grid_search import INFINITE
 from pydsa.quantize.grid_work import (EVEN_SIGNS, FIRST, FIT, FIT_SQUARES, GAIN, ONE, PEAK, SCALE, SQUARES, ZERO, even_signs, fit,
                                       fit_rounded, load, search, spread_inverses)
 
-LARGEST_HALF, SMALLEST_NORMAL_HALF = np.float32(65504), np.float32(2.0 ** -14)
+LARGEST_HALF = np.float32(65504)
 
 
 @inner
@@ -45,11 +45,11 @@ def find_peaks(grid, work):
 
 
 @inner
-def find_scales(grid, work):
-    """Find the scale that suits each sub-block alone."""
-    subs, levels, even = work.subs, grid.levels, grid.signs == EVEN_SIGNS
+def guess_scales(grid, work):
+    """Find scales that suit each sub-block alone, by rounding: FIRST."""
+    subs, levels = work.subs, grid.levels
     find_peaks(grid, work)
-    if even:
+    if grid.signs == EVEN_SIGNS:
         spread_inverses(subs[PEAK], levels[levels.size - 1], work)
         even_signs(grid, work)
     start_choice(subs)
@@ -59,22 +59,13 @@ def find_scales(grid, work):
         keep_better(subs)
     for j in range(subs.shape[1]):
         subs[FIRST, j] = subs[SCALE, j]
-    if even:
-        spread_inverses(subs[FIRST], ONE, work)
-        even_signs(grid, work)
     start_choice(subs)
-    for factor in grid.refinements:
-        spread_inverses(subs[FIRST], factor, work)
-        search(grid, work)
-        fit(grid, work)
-        keep_better(subs)
 
 
 @inner
 def nearest_k(scale, unit, high):
     """The k up to high with which unit (2 k + 1) is nearest to a scale."""
-    k = np.int64((scale / unit) * np.float32(0.5))      # 2 k + 1 is the odd number below the scale over the unit, or next to it
-    return min(k, high)
+    return np.int64(min(scale / unit * np.float32(0.5), np.float32(high)))      # rounded down, as 2 k + 1 is halfway from 2 k to 2 k + 2
 
 
 @inner
@@ -86,8 +77,7 @@ def choose_d(grid, work, peak):
     subs, high, top, best, least = work.subs, (1 << grid.bits) - 1, ZERO, np.uint16(0), INFINITE
     for j in range(subs.shape[1]):
         top = max(top, subs[SCALE, j])
-    subnormal = top * peak < SMALLEST_NORMAL_HALF * grid.unit * np.float32(2 * high + 1)
-    for k in range(high, -1 if subnormal else high // 2, -1):      # a small d has few bits: a larger one and a lower k can come nearer
+    for k in range(high, -1, -1):      # of the largest scale: weights of a file may come from blocks without a high k, and a tiny d has few bits
         bits = to_half(min(top * peak / (grid.unit * np.float32(2 * k + 1)), LARGEST_HALF))
         unit, error = half(bits) * grid.unit / peak, ZERO
         if unit > ZERO:
@@ -118,21 +108,27 @@ def keep_cheaper(grid, work, step):
 
 
 @inner
-def choose_entries(grid, work, unit):
-    """Choose k and entries of each sub-block, for scales unit (2 k + 1)."""
+def choose_k(grid, work, unit):
+    """Choose the nearest k for the scales in work."""
     subs, k, high = work.subs, work.k, (1 << grid.bits) - 1
     for j in range(k.size):
         k[j], subs[GAIN, j] = nearest_k(subs[SCALE, j], unit, high), INFINITE
-    for step in grid.steps:
-        for j in range(k.size):
-            subs[SCALE, j] = unit * np.float32(2 * min(max(k[j] + step, 0), high) + 1)
-        spread_inverses(subs[SCALE], ONE, work)
-        if step == 0 and grid.signs == EVEN_SIGNS:
-            even_signs(grid, work)
-        search(grid, work)
-        keep_cheaper(grid, work, step)
+
+
+@inner
+def step_scales(grid, work, unit, step):
+    """Set the scales to those of k + step."""
+    subs, k, high = work.subs, work.k, (1 << grid.bits) - 1
     for j in range(k.size):
-        k[j] = work.kept_k[j]
+        subs[SCALE, j] = unit * np.float32(2 * min(max(k[j] + step, 0), high) + 1)
+    spread_inverses(subs[SCALE], ONE, work)
+
+
+@inner
+def take_kept(work):
+    """Bring back the k and entries that were kept."""
+    for j in range(work.k.size):
+        work.k[j] = work.kept_k[j]
     for g in range(work.offset.size):
         work.codes[g], work.offset[0, g] = work.kept_codes[g], work.kept_offset[0, g]
 
@@ -141,7 +137,6 @@ def choose_entries(grid, work, unit):
 def fit_d(grid, work, bits, peak):
     """Fit d to the k and entries that were chosen, by least squares."""
     subs, k, products, squares = work.subs, work.k, ZERO, ZERO
-    fit(grid, work)
     for j in range(k.size):
         factor = grid.unit * np.float32(2 * k[j] + 1)
         products, squares = products + subs[FIT, j] * factor, squares + subs[FIT_SQUARES, j] * factor * factor
@@ -149,23 +144,48 @@ def fit_d(grid, work, bits, peak):
 
 
 @inner
-def choose(source, importance, grid, work):
-    """Quantize 256 weights: to k, codes, offset and signs of work, and d.
-
-    source, importance: addresses, the second 0 where there is none. Returns d, float16 bits.
-    """
-    peak, bits = load(source, importance, grid, work), np.uint16(0)
-    if peak > ZERO:
-        find_scales(grid, work)
-        bits = choose_d(grid, work, peak)
-    unit = half(bits) * grid.unit / peak
-    if unit > ZERO:
-        choose_entries(grid, work, unit)
-        return fit_d(grid, work, bits, peak)
+def choose_nothing(grid, work):
+    """Put zeros to work, for a d of 0."""
     for j in range(work.k.size):
         work.k[j] = 0
     for g in range(work.offset.size):
         work.codes[g], work.offset[0, g] = grid.lows[0] >> 7 | grid.highs[0], grid.offsets[0]
     for eight in range(32):
         work.signs[eight] = work.changed[eight] = 0
-    return np.uint16(0)
+
+
+@inner
+def choose(source, importance, grid, work):
+    """Quantize 256 weights: to k, codes, offset and signs of work, and d.
+
+    source, importance: addresses, the second 0 where there is none. Returns d, float16 bits. There is one loop for what is tried with
+    entries, as their search takes long to compile: refinements of the scales, then steps of k, then a fit.
+    """
+    peak, bits, unit, n, n_steps = load(source, importance, grid, work), np.uint16(0), ZERO, grid.refinements.size, grid.steps.size
+    if peak > ZERO:
+        guess_scales(grid, work)
+    for i in range(n + n_steps + 1):
+        if i == n and peak > ZERO:
+            bits = choose_d(grid, work, peak)
+            unit = half(bits) * grid.unit / peak
+            choose_k(grid, work, unit)
+        if peak == ZERO or i >= n and unit == ZERO:
+            choose_nothing(grid, work)
+            return np.uint16(0)
+        if i < n:
+            spread_inverses(work.subs[FIRST], grid.refinements[i], work)
+        elif i < n + n_steps:
+            step_scales(grid, work, unit, grid.steps[i - n])
+        else:
+            take_kept(work)
+        if (i == 0 or i == n) and grid.signs == EVEN_SIGNS:
+            even_signs(grid, work)
+        if i < n + n_steps:
+            search(grid, work)
+        if n <= i < n + n_steps:
+            keep_cheaper(grid, work, grid.steps[i - n])
+        else:
+            fit(grid, work)
+            if i < n:
+                keep_better(work.subs)
+    return fit_d(grid, work, bits, peak)

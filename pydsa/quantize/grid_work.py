@@ -10,7 +10,7 @@ from pydsa.quantize.grid_search import BYTES, ROW, TAG, cheapest_signs, entry_su
 
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 LEAST = np.float32(1e-30)       # superblocks of smaller magnitudes are zeros in each of these types
-FLOOR = np.float32(1e-6)        # of weights
+GREATEST = np.float32(1e37)     # inverse scale, that 0 times it is 0
 NO_SIGNS, EVEN_SIGNS, ANY_SIGNS = range(3)
 ROWS = 220      # of memory for costs of halves: levels and pairs (up to 40), then 81 for each half
 
@@ -90,16 +90,12 @@ def greatest_magnitude(x):
 def load(source, importance, grid, work):
     """Bring 256 weights to work, over their greatest magnitude; return that.
 
-    source, importance: addresses, the second 0 where all weights matter alike. Weights of errors are the importance over its greatest, and
-    a little, so that columns which no input reaches get what is nearest. Where all are zeros, or too small, returns 0.
+    source, importance: addresses, the second 0 where all weights matter alike. Where all are zeros, or too small, returns 0.
     """
-    peak, top = greatest_magnitude(source), ONE
+    peak = greatest_magnitude(source)
     if peak < LEAST:
         return ZERO
-    if importance != 0:
-        top = greatest_magnitude(importance)
-    plain = importance == 0 or top < LEAST
-    inverse, factor, shift, signed = ONE / peak, ONE if plain else ONE / top, 3 if grid.group == 8 else 2, grid.signs != NO_SIGNS
+    inverse, shift, signed = ONE / peak, 3 if grid.group == 8 else 2, grid.signs != NO_SIGNS
     x, w, signs, changed = work.x, work.w, work.signs, work.changed
     for eight in range(32):
         bits = 0
@@ -110,7 +106,7 @@ def load(source, importance, grid, work):
                 bits |= np.int64(value < ZERO) << i
                 value = abs(value)
             x[row, lane] = value
-            w[row, lane] = ONE if plain else float_at(importance, (eight << 5) + 4 * i) * factor + FLOOR
+            w[row, lane] = float_at(importance, (eight << 5) + 4 * i) if importance != 0 else ONE
         signs[eight], changed[eight] = bits, 0
     return peak
 
@@ -150,7 +146,7 @@ def spread_inverses(scales, factor, work):
     """Set the inverse scale of each group: factor over its sub-block's scale."""
     inverse, g, per_sub = work.inverse, 0, work.inverse.size // scales.size
     for j in range(scales.size):
-        value = factor / scales[j] if scales[j] > LEAST else ZERO
+        value = min(factor / scales[j], GREATEST) if scales[j] > ZERO else ZERO
         for _ in range(per_sub):
             inverse[0, g] = value
             g += 1
@@ -164,8 +160,8 @@ def search(grid, work):
     levels, offsets, starts, lows, highs = grid.levels, grid.offsets, grid.starts, grid.lows, grid.highs
     for at in range(0, stride, ROW):
         for v in range(offsets.size):
-            half_costs(x + at, w + at, stride, inverse + at, levels, offsets[v], n, work.tables, low, TAG)
-            half_costs(x + at + n * stride, w + at + n * stride, stride, inverse + at, levels, offsets[v], n, work.tables, high, 0)
+            for out, skip, mask in ((low, at, TAG), (high, at + n * stride, 0)):
+                half_costs(x + skip, w + skip, stride, inverse + at, levels, offsets[v], n, work.tables, out, mask)
             nearest_entries(low, high, starts, lows, highs, costs + v * stride + at, codes + v * stride + at)
     choose_offsets(grid, work)
 

@@ -6,6 +6,7 @@ a row], which it fills. It releases the GIL, so that chunks of rows run in threa
 """
 import contextlib
 import functools
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
@@ -47,6 +48,10 @@ def _pool():
     return ThreadPoolExecutor(_threads or physical_cores())
 
 
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)       # a child has none of its parent's threads
+
+
 def begin_chunks(n, weights_of_one, do):
     """Begin do(start, stop) for chunks of n rows, in threads -> futures."""
     step = max(1, min(CHUNK // weights_of_one, -(-n // (_threads or physical_cores()))))
@@ -86,6 +91,9 @@ class Quantizer:
         if k % self.type.size:
             raise PydsaError(f"{self.name} has blocks of {self.type.size} weights, which rows of {k} do not fill.")
         importance, blocks = self.checked_importance(importance, k), np.empty((n, self.row_bytes(k)), np.uint8)
+        if (_threads or physical_cores()) == 1:
+            self.fill(x, importance, blocks)
+            return blocks
         for job in begin_chunks(n, k, lambda start, stop: self.fill(x[start:stop], importance, blocks[start:stop])):
             job.result()
         return blocks

@@ -40,12 +40,14 @@ class Report:
     """A quantized file: a Row for each tensor, in the order of the file.
 
     paths: the files that were written, or would be. wanting: tensors whose type needs an imatrix that is not there (only in a dry run).
-    resumed: bytes that an interrupted run had written. restarted: why these are of no use, a sentence, or None.
+    without_data: tensors that change their type and have no data in the imatrix that is given. resumed: bytes that an interrupted run had
+    written. restarted: why these are of no use, a sentence, or None.
     """
     type: str
     rows: list = field(default_factory=list)
     paths: list = field(default_factory=list)
     wanting: list = field(default_factory=list)
+    without_data: list = field(default_factory=list)
     resumed: int = 0
     restarted: str | None = None
 
@@ -137,6 +139,8 @@ class _Job:
                                  "already, and lose more than from an unquantized file or from Q8_0: get one of these, or give "
                                  "--allow-requantize.")
         have = self._importance or {}
+        if self._imatrix is not None:
+            self.report.without_data = [row.tensor for row in changed if row.tensor not in have]
         self.report.wanting = [
             row.tensor for row in changed if row.tensor not in have and wants_importance(row.tensor, row.type, self.kind)]
         if self.report.wanting and not dry_run:

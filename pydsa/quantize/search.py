@@ -11,7 +11,7 @@ from pydsa.quantize.vectors import best, greatest, lane, lanes, least, looked_up
 from pydsa.quants import IQ4_LEVELS
 
 BINS = 512      # of a table of levels: bin i holds what is from i / 2 - 128 on; all thresholds between levels are multiples of 1/2
-TINY = np.float32(1e-30)
+TINY, EPSILON = np.float32(1e-30), np.float32(1e-5)
 NEAR = lanes(np.linspace(-1, 1, 16))        # candidates around one that is known, in units of half the range
 NUMBERS = lanes(range(16))
 
@@ -68,8 +68,12 @@ def fit_scale_and_minimum(x, w, n, inverses, minimum, high, most):
         xq = multiply_add(xq, weighted, floats(value))
         w1 += weight
         x1 += weight * value
-    determinant = greatest(q2 * w1 - q1 * q1, TINY)
+    product = q2 * w1
+    determinant = product - q1 * q1
+    one_code = greatest(product * EPSILON, TINY)        # all codes are the same where the determinant is below this
     scales, minima = quotient(xq * w1 - q1 * x1, determinant), quotient(q2 * x1 - q1 * xq, determinant)
+    scales = where_greater(determinant, one_code, scales, zero)
+    minima = where_greater(determinant, one_code, minima, floats(x1 / w1))
     alone = quotient(xq, greatest(q2, TINY))
     scales, minima = where_greater(minima, floats(most), alone, scales), where_greater(minima, floats(most), zero, minima)
     i = best(scales * xq + minima * x1)
