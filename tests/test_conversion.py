@@ -261,6 +261,19 @@ def test_scales_of_channels_and_tensors(tmp_path):
     assert (tensor(file, "blk.0.ffn_gate.weight") == 3).all() and any("scales of activations" in note for note in report["notes"])
 
 
+def test_exponents_as_scales(tmp_path):
+    """MXFP8: a byte is the exponent of a power of two, 32 columns share it."""
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def change(tensors):
+        tensors[name] = "F8_E4M3", np.full((96, 64), 0x38, "u1")       # 1.0
+        tensors[name + "_scale"] = "U8", (120 + np.arange(192) % 9).reshape(96, 2).astype("u1")
+    groups = {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"strategy": "group", "group_size": 32}}}}
+    pydsa.convert(copy("v32", tmp_path / "in", change, quantization_config=groups), tmp_path / "m.gguf", "F32")
+    assert np.array_equal(tensor(open_gguf(tmp_path / "m.gguf"), "blk.0.ffn_up.weight"),
+                          (2.0 ** (np.arange(192) % 9 - 7)).reshape(96, 2).repeat(32, axis=1))
+
+
 def test_pieces_are_put_together(tmp_path, converted, monkeypatch):
     """Pieces of a few rows give the same bytes."""
     monkeypatch.setattr("pydsa.conversion.names.PIECE", 500)
