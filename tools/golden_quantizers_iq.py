@@ -1,4 +1,4 @@
-"""The errors of llama.cpp's i-quants, ternary, one bit and NVFP4, for tests.
+"""Errors of llama.cpp's i-quants, ternary, one bit and NVFP4, for tests.
 
     python tools/golden_quantizers_iq.py LIBGGML_BASE_SO tests/data/quantizers.npz tests/data/quantizers_iq.npz
 
