@@ -8,7 +8,7 @@ from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.simd import float_at, load_floats, max_abs_lanes, reduce_max_abs
 from pydsa.quantize.grid_search import BYTES, ROW, TAG, cheapest_signs, entry_sums, half_costs, nearest_entries, rounded_sums
 
-ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
+ZERO, ONE = np.float32(0), np.float32(1)
 LEAST = np.float32(1e-30)       # superblocks of smaller magnitudes are zeros in each of these types
 GREATEST = np.float32(1e37)     # inverse scale, that 0 times it is 0
 NO_SIGNS, EVEN_SIGNS, ANY_SIGNS = range(3)
