@@ -30,8 +30,8 @@ class Grid(NamedTuple):
     lows: np.ndarray
     highs: np.ndarray
     entries: np.ndarray     # int64 [128 * 128]: the entry of a code
-    factors: np.ndarray     # float32: inverse scales to try, over that of the greatest magnitude; first without the grid,
-    refinements: np.ndarray     # float32: then with it
+    factors: np.ndarray     # float32: inverse scales to try without the grid, times the greatest magnitude of a sub-block
+    refinements: np.ndarray     # float32: those to try with it, over the best before
     steps: np.ndarray       # int64: what is added to the nearest k, 0 first
 
 
