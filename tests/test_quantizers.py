@@ -121,7 +121,7 @@ def test_rows_of_one_value_one_outlier_or_one_sign(name):
 
 
 def test_kernels_are_kept_apart_from_those_of_the_engine():
-    """So that a second start compiles nothing, and a change of a quantizer nothing else."""
+    """A second start compiles nothing, an edit in a quantizer little."""
     quantizer = TYPES["Q8_0"]
     quantizer(np.zeros((1, 32), np.float32))
     assert quantizer.wanted().holds()
