@@ -104,6 +104,8 @@ def put(name, dtype, data):
     (put("model.layers.0.mlp.up_proj.weight", "F8_E4M3", np.ones((96, 64), "u1")), {}, "without scales"),
     (lambda t: (put(SCALE, "F32", np.ones((9, 9), "<f4"))(t), put(SCALE.removesuffix("_scale_inv"), "F8_E4M3", np.ones((96, 64), "u1"))(t)),
      {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, r"expected \[1, 1\] for blocks of 128 x 128"),
+    (lambda t: (put(SCALE, "F32", np.ones((2, 3), "<f4"))(t), put(SCALE.removesuffix("_scale_inv"), "F8_E4M3", np.ones((96, 64), "u1"))(t)),
+     {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]}}, r"expected \[3, 2\] for blocks of 32 x 32"),
     (put(SCALE, "F32", np.ones((1, 1), "<f4")), {}, "of BF16"),
     (put("model.layers.0.mlp.up_proj.weight_packed", "U8", np.ones((96, 32), "u1")), {}, "expected one of them|does not know")])
 def test_tensors_that_do_not_fit(change, fields, match, tmp_path):
