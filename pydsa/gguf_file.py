@@ -230,7 +230,8 @@ def map_file(path: Path, role: str) -> mmap.mmap:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):     # checked before open(), which never returns for a pipe
             kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise GGUFError(f"{path}: this is {kind}, expected {role}")
+            hint = ": pydsa convert makes one of a folder of Hugging Face" if (path / "config.json").is_file() else ""
+            raise GGUFError(f"{path}: this is {kind}, expected {role}{hint}")
         if status.st_size == 0:
             raise GGUFError(f"{path}: the file is empty, expected {role}")
         with open(path, "rb") as file:

@@ -1,5 +1,6 @@
 """Folders that are damaged, incomplete or contradictory: one sentence each, and nothing is left behind."""
 import json
+import os
 import struct
 
 import numpy as np
@@ -14,6 +15,7 @@ from pydsa.cli import main
 from pydsa.conversion import Conversion
 from pydsa.conversion.checkpoint import Checkpoint, read_header
 from pydsa.errors import CheckpointError, PydsaError, UnsupportedModelError
+from pydsa.tokenizer import PRE_TOKENIZERS
 
 ONE = {"a": ("F32", np.arange(6, dtype="<f4").reshape(2, 3)), "b": ("U8", np.arange(5, dtype="u1"))}
 SCALE = "model.layers.0.mlp.up_proj.weight_scale_inv"
@@ -102,6 +104,8 @@ def put(name, dtype, data):
     (put("model.layers.0.mlp.up_proj.weight", "F8_E4M3", np.ones((96, 64), "u1")), {}, "without scales"),
     (lambda t: (put(SCALE, "F32", np.ones((9, 9), "<f4"))(t), put(SCALE.removesuffix("_scale_inv"), "F8_E4M3", np.ones((96, 64), "u1"))(t)),
      {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, r"expected \[1, 1\] for blocks of 128 x 128"),
+    (lambda t: (put(SCALE, "F32", np.ones((2, 3), "<f4"))(t), put(SCALE.removesuffix("_scale_inv"), "F8_E4M3", np.ones((96, 64), "u1"))(t)),
+     {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]}}, r"expected \[3, 2\] for blocks of 32 x 32"),
     (put(SCALE, "F32", np.ones((1, 1), "<f4")), {}, "of BF16"),
     (put("model.layers.0.mlp.up_proj.weight_packed", "U8", np.ones((96, 32), "u1")), {}, "expected one of them|does not know")])
 def test_tensors_that_do_not_fit(change, fields, match, tmp_path):
@@ -156,6 +160,16 @@ def test_a_pre_tokenizer_that_is_unknown(tmp_path):
     assert "\\\\p{N}{1,3}" in text
     (folder / "tokenizer.json").write_text(text.replace("\\\\p{N}{1,3}", "\\\\p{N}{1,4}"))
     refused(folder, "splits texts as none", UnsupportedModelError)
+
+
+def test_a_pre_tokenizer_with_the_same_ids(tmp_path, monkeypatch):
+    """It will do where the vocabulary is large, with a word."""
+    folder = copy("v32", tmp_path / "in")
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace("\\\\p{N}{1,3}", "\\\\p{N}{1,4}"))
+    monkeypatch.setattr("pydsa.conversion.tokenizer.LARGE", 100)
+    conversion = Conversion(folder)
+    assert "the same ids" in " ".join(conversion.notes) and conversion.keys["tokenizer.ggml.pre"] in PRE_TOKENIZERS
 
 
 def entry(dtype="F32", shape=(2, 3), offsets=(0, 24), **more):
@@ -215,6 +229,34 @@ def test_damaged_headers_never_end_in_something_else(at, byte, cut, tmp_path_fac
         assert "\n" not in str(error)
     else:
         assert sum(t.read().nbytes for t in tensors) == 29
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_json_with_other_values_never_ends_in_something_else(data, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "mutated"
+    copy(data.draw(st.sampled_from(["v32", "glm"])), folder)
+    path = folder / data.draw(st.sampled_from(["config.json", "tokenizer_config.json", "tokenizer.json"]))
+    values = json.loads(path.read_text())
+    places = [(values, key) for key in values] + [(part, key) for part in values.values() if isinstance(part, dict) for key in part]
+    part, key = data.draw(st.sampled_from(places))
+    part[key] = data.draw(st.sampled_from([[], {}, "x", "", -1, 0, 1e308, 10**40, True, [[]], {"a": []}, [1, 2], ["a"], float("nan"),
+                                           "\ud800"]))
+    path.write_text(json.dumps(values))
+    try:
+        conversion = Conversion(folder)
+        conversion.layout("m.gguf", "Q8_0")
+    except PydsaError as error:
+        assert "\n" not in str(error)
+
+
+def test_a_pipe_in_place_of_a_file(tmp_path):
+    for name in "model.safetensors", "config.json", "tokenizer.json":
+        folder = copy("v32", tmp_path / name)
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(CheckpointError, match="not a regular file"):
+            Conversion(folder)
 
 
 def test_on_the_command_line(tmp_path):

@@ -15,11 +15,13 @@ from helpers import dequantize, nmse
 import pydsa
 from pydsa.cli import main
 from pydsa.conversion import TYPES, Conversion
-from pydsa.conversion.checkpoint import read_header
+from pydsa.conversion.checkpoint import ReadError, Stored, read_header
 from pydsa.conversion.fields import Fields
 from pydsa.conversion.scales import to_float32, weights
+from pydsa.conversion.types import check_importance
 from pydsa.errors import CheckpointError, PydsaError, TargetError, UnsupportedModelError
 from pydsa.gguf_file import open_gguf
+from pydsa.gguf_writer import GGUFWriter, TensorInfo
 from pydsa.tokenizer import CONTROL, UNUSED, USER_DEFINED, load_tokenizer
 
 NAMES = ("v32", "glm", "v3", "v2")
@@ -130,6 +132,21 @@ def test_metadata(converted):
     assert {key: v32[f"deepseek32.{key}"] for key in expected} == expected
     assert glm["glm-dsa.attention.indexer.types"].tolist() == [True, True, False] and glm["general.architecture"] == "glm-dsa"
     assert v32["general.name"] == "v32" and v32["general.quantization_version"] == 2
+
+
+def test_mixes(tmp_path, converted):
+    """Matrices have the types of pydsa quantize; indexers keep Q8_0."""
+    pydsa.convert(DATA / "v32", tmp_path / "m.gguf", "q4_0")
+    pydsa.quantize(converted("v32")[0], tmp_path / "q.gguf", "Q4_0")
+    file, other = open_gguf(tmp_path / "m.gguf"), open_gguf(tmp_path / "q.gguf")
+    types = {name: t.type for name, t in file.tensors.items()}
+    assert types["blk.1.ffn_up_exps.weight"] == "Q4_0" and types["blk.1.indexer.attn_q_b.weight"] == "F16"      # rows of 48
+    assert types["blk.1.indexer.attn_k.weight"] == "Q8_0" and types["blk.1.indexer.proj.weight"] == "F32"
+    assert {name: (t.type, t.data.tobytes()) for name, t in file.tensors.items()} == {
+        name: (t.type, t.data.tobytes()) for name, t in other.tensors.items()}
+    assert file.metadata["general.file_type"] == other.metadata["general.file_type"] == 2
+    with pytest.raises(UnsupportedModelError, match="IQ2_XXS needs an importance matrix.*pydsa quantize"):
+        check_importance([TensorInfo("blk.1.ffn_up_exps.weight", "IQ2_XXS", (8, 32, 256))], "IQ2_XXS")
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
@@ -244,6 +261,19 @@ def test_scales_of_channels_and_tensors(tmp_path):
     assert (tensor(file, "blk.0.ffn_gate.weight") == 3).all() and any("scales of activations" in note for note in report["notes"])
 
 
+def test_exponents_as_scales(tmp_path):
+    """MXFP8: a byte is the exponent of a power of two, 32 columns share it."""
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def change(tensors):
+        tensors[name] = "F8_E4M3", np.full((96, 64), 0x38, "u1")       # 1.0
+        tensors[name + "_scale"] = "U8", (120 + np.arange(192) % 9).reshape(96, 2).astype("u1")
+    groups = {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"strategy": "group", "group_size": 32}}}}
+    pydsa.convert(copy("v32", tmp_path / "in", change, quantization_config=groups), tmp_path / "m.gguf", "F32")
+    assert np.array_equal(tensor(open_gguf(tmp_path / "m.gguf"), "blk.0.ffn_up.weight"),
+                          (2.0 ** (np.arange(192) % 9 - 7)).reshape(96, 2).repeat(32, axis=1))
+
+
 def test_pieces_are_put_together(tmp_path, converted, monkeypatch):
     """Pieces of a few rows give the same bytes."""
     monkeypatch.setattr("pydsa.conversion.names.PIECE", 500)
@@ -318,8 +348,44 @@ def test_on_the_command_line(tmp_path):
     result = run("info", str(DATA / "glm"))
     assert result.exit_code == 0 and "GlmMoeDsaForCausalLM -> glm-dsa" in result.stdout and "memory by type" in result.stdout
     assert json.loads(run("info", str(DATA / "glm"), "-o", "json", "-c", "64").stdout)["memory"]["n_ctx"] == 64
-    assert run("info", str(DATA / "glm"), "--check").exit_code == 2
+    for idle in (["--check"], ["--dsa-top-k", "5"], ["--attention", "dense"]):
+        assert "takes -c, --kv-type, --index-type and -o only" in run("info", str(DATA / "glm"), *idle).stderr
     assert run("info", str(tmp_path)).exit_code == 2
+    assert "pydsa convert makes one" in run("run", str(DATA / "glm"), "-p", "x").stderr
+
+
+def test_ctrl_c_on_the_command_line(tmp_path, monkeypatch):
+    write = GGUFWriter.write
+
+    def stop(writer, info, chunks):
+        if info.name.startswith("blk.1"):
+            raise KeyboardInterrupt
+        write(writer, info, chunks)
+    monkeypatch.setattr(GGUFWriter, "write", stop)
+    args = ["convert", str(DATA / "v32"), str(tmp_path / "m.gguf"), "--type", "F32"]
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 130 and "the same command goes on" in result.stderr
+    monkeypatch.undo()
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 0 and "were there from an interrupted run" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_a_drive_that_fails_for_a_while(tmp_path, monkeypatch):
+    """What is written is kept, as the same command may succeed."""
+    read, left = Stored.read, [60]
+
+    def fail(stored, first=0, last=None):
+        left[0] -= 1
+        if not left[0]:
+            raise ReadError(f"{stored.path}: the file cannot be read (Input/output error).")
+        return read(stored, first, last)
+    monkeypatch.setattr(Stored, "read", fail)
+    result = CliRunner().invoke(main, ["convert", str(DATA / "v32"), str(tmp_path / "m.gguf"), "--type", "BF16"])
+    assert result.exit_code == 2 and "the same command goes on" in result.stderr and "Input/output error" in result.stderr
+    monkeypatch.undo()
+    assert pydsa.convert(DATA / "v32", tmp_path / "m.gguf", "BF16")["resumed"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
 def test_models_that_gguf_cannot_say(tmp_path):

@@ -9,7 +9,7 @@ from pydsa.terminal import json_text, visible
 @click.argument("folder", type=click.Path())
 @click.argument("out", type=click.Path())
 @click.option("--type", "--outtype", "kind", default="Q8_0", show_default=True, metavar="TYPE",
-              help="Type of the matrices: F32, F16, BF16, Q8_0; norms, the router and biases stay in F32.")
+              help="F32, F16, BF16, Q8_0, or a mix of pydsa quantize that needs no imatrix, such as Q4_K_M.")
 @click.option("--split-max-size", metavar="SIZE", help="Write parts of at most so many bytes of tensors, such as 40G (K, M, G, T).")
 @click.option("--split-max-tensors", type=click.IntRange(1), metavar="N", help="Write parts of at most N tensors.")
 @click.option("--dry-run", is_flag=True, help="Check everything but the weights, show the sizes, and write nothing.")
@@ -22,6 +22,7 @@ def convert(folder, out, kind, split_max_size, split_max_tensors, dry_run, force
     its name when it is complete; after an interruption the same command goes on where it stopped.
     """
     from pydsa.conversion import Conversion, format_plan, run
+    from pydsa.conversion.checkpoint import ReadError
     from pydsa.conversion.types import check_type
     from pydsa.gguf_writer import parse_size
     kind, size = check_type(kind), parse_size(split_max_size) if split_max_size is not None else None
@@ -29,9 +30,14 @@ def convert(folder, out, kind, split_max_size, split_max_tensors, dry_run, force
     layout = conversion.layout(out, kind, size, split_max_tensors)
     if output == "text":
         click.echo("\n".join(map(visible, format_plan(conversion.describe(layout, kind)))))
-    with progress_bar("converting") as progress:
-        report = run(conversion, layout, kind, force, dry_run,
-                     lambda done, total, name: progress(done / 1e6, total / 1e6, f"MB {name}"))
+    try:
+        with progress_bar("converting") as progress:
+            report = run(conversion, layout, kind, force, dry_run,
+                         lambda done, total, name: progress(done / 1e6, round(total / 1e6), f"MB {name}"))
+    except (KeyboardInterrupt, ReadError):
+        if layout.journal.exists():
+            click.echo(f"\nwhat is written is kept beside {visible(out)}; the same command goes on with it", err=True)
+        raise
     if output == "json":
         click.echo(json_text(report))
         return

@@ -2,6 +2,7 @@
 import os
 
 import click
+from click.core import ParameterSource
 
 from pydsa.check import check_files, format_check
 from pydsa.cli.shared import attention_option, ctx_option, device_option, model_options, reproducible_option
@@ -29,7 +30,8 @@ def info(ctx, model, output, check, **settings):
     there are any. Of a folder of Hugging Face it shows what `pydsa convert` would give, and what each type would take.
     """
     if os.path.isdir(os.path.expanduser(model)):
-        return _show_folder(os.path.expanduser(model), output, check, settings)
+        given = [name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        return _show_folder(os.path.expanduser(model), output, given, settings)
     if check:
         with progress_bar("reading") as progress:
             report = check_files(open_gguf(os.path.expanduser(model)), progress)
@@ -43,10 +45,15 @@ def info(ctx, model, output, check, **settings):
     click.echo(json_text(report) if output == "json" else format_report(report), nl=output == "json")
 
 
-def _show_folder(folder, output, check, settings):
-    """Show what converting a folder would give."""
-    if check:
-        raise click.UsageError("--check reads a GGUF file, not a folder; `pydsa convert --dry-run` checks one.")
+def _show_folder(folder, output, given, settings):
+    """Show what converting a folder would give.
+
+    given: the names of the options on the command line.
+    """
+    idle = sorted(set(given) - {"model", "output", "n_ctx", "kv_type", "index_type"})
+    if idle:
+        raise click.UsageError(f"{folder} is a folder of Hugging Face, of which `info` takes -c, --kv-type, --index-type and -o only, not "
+                               f"--{idle[0].replace('_', '-')}.")
     from pydsa.conversion import Conversion, format_memory, format_plan
     conversion = Conversion(folder)
     n_ctx = conversion.config.n_ctx_train if settings["n_ctx"] == 0 else settings["n_ctx"]

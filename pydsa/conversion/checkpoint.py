@@ -12,12 +12,14 @@ import json
 import math
 import os
 import re
+import stat
 import struct
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from pydsa import __version__
 from pydsa.conversion.fields import Fields, decode, kind_of, parse, read_json
 from pydsa.errors import CheckpointError
 from pydsa.gguf_file import quote
@@ -30,6 +32,11 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1", "F8_E8M0": "u1", "I64": "<i8",
           "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "u1"}
 LFS = b"version https://git-lfs"
+
+
+class ReadError(CheckpointError):
+    """A file cannot be read just now: what was made of others is kept."""
+    keeps_output = True
 
 
 class Stored(NamedTuple):
@@ -53,7 +60,7 @@ class Stored(NamedTuple):
     def read(self, first=0, last=None):
         """The rows from first to last, a new array of DTYPES.
 
-        Raises CheckpointError if the file has become shorter or cannot be read.
+        Raises CheckpointError if the file has become shorter, ReadError if it cannot be read.
         """
         shape = self.shape if not self.shape or last is None and first == 0 else (
             (self.shape[0] if last is None else last) - first, *self.shape[1:])
@@ -63,7 +70,7 @@ class Stored(NamedTuple):
                 file.seek(self.start + first * self.row * dtype.itemsize)
                 data = np.fromfile(file, dtype, n)
         except OSError as error:
-            raise CheckpointError(f"{self.path}: the file cannot be read ({error.strerror}).") from error
+            raise ReadError(f"{self.path}: the file cannot be read ({error.strerror}).") from error
         if data.size != n:
             raise CheckpointError(f"{self.path}: the file ends inside of {quote(self.name)}: it has changed since it was opened.")
         return data.reshape(shape)
@@ -139,8 +146,8 @@ class Checkpoint:
         return weight_map
 
     def source(self):
-        """A text that changes whenever the weights do: an output's source."""
-        files = []
+        """A text that changes whenever the weights do, or pydsa's version."""
+        files = [__version__]
         for path in self.paths:
             status = path.stat()
             files.append((path.name, status.st_size, status.st_mtime_ns))
@@ -204,7 +211,10 @@ def _check_places(path, found, start, size):
 def _read_entries(path):
     """(where the tensors begin, the header as a dict, bytes of the file)."""
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):    # before open(), which never returns for a pipe
+            raise CheckpointError(f"{path}: this is not a regular file, expected a safetensors file.")
+        size = status.st_size
         with open(path, "rb") as file:
             head = file.read(len(LFS))
             if head == LFS:

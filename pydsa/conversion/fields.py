@@ -56,8 +56,10 @@ def parse(text, path, what):
 
     try:
         values = json.loads(text, object_pairs_hook=unique)
+        json.dumps(values, ensure_ascii=False).encode()     # a lone surrogate would be met when it is written
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {what} is not JSON ({error}).") from None
+        reason = "a lone surrogate" if isinstance(error, UnicodeEncodeError) else error
+        raise CheckpointError(f"{path}: {what} is not JSON ({reason}).") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: {what} is {kind_of(values)}, expected a JSON object.")
     return values

@@ -10,9 +10,9 @@ from pydsa.conversion.checkpoint import Checkpoint
 from pydsa.conversion.metadata import model_keys, read_shape
 from pydsa.conversion.names import outputs_of
 from pydsa.conversion.tokenizer import tokenizer_keys
-from pydsa.conversion.types import FILE_TYPES, NAMES, QUANTIZATION_VERSION, check_type, type_of
+from pydsa.conversion.types import NAMES, check_importance, check_type, type_keys, types_of, wanting_importance
 from pydsa.gguf_file import Metadata
-from pydsa.gguf_layout import Layout, TensorInfo
+from pydsa.gguf_layout import Layout
 from pydsa.models import architecture
 from pydsa.options import counts
 from pydsa.quants import cache_row_bytes
@@ -25,7 +25,8 @@ DEFAULT_N_CTX = 8192
 class Conversion:
     """A folder of Hugging Face that can be converted.
 
-    checkpoint, shape, outputs: see the modules of those names. keys: {key: value}, the metadata but for the type's. config: the Config
+    checkpoint, shape, outputs: see the modules of those names. keys: {key: value}, the metadata but for the type's, and metadata, the same
+    as a GGUF file has them. config: the Config
     that a model of the output will have. notes: sentences on what is unusual. Headers, the configuration and the tokenizer are read and
     checked, weights are not. Raises CheckpointError, UnsupportedModelError or GGUFError.
     """
@@ -43,9 +44,9 @@ class Conversion:
         self.keys = {"general.architecture": arch, "general.type": "model", "general.name": _name_of(self.checkpoint), **keys}
         self.keys |= {f"tokenizer.{key}": value for key, value in tokenizer_keys(self.checkpoint, self.shape, self.notes).items()}
         self.keys["tokenizer.ggml.token_type"] = np.array(self.keys["tokenizer.ggml.token_type"], np.int32)
-        metadata = Metadata(self.keys, str(self.checkpoint.folder))
-        self.config = architecture(metadata).Config.from_metadata(metadata, self.shape.n_vocab)
-        Tokenizer.from_metadata(metadata, self.shape.n_vocab)       # refuses a vocabulary that cannot be used
+        self.metadata = Metadata(self.keys, str(self.checkpoint.folder))
+        self.config = architecture(self.metadata).Config.from_metadata(self.metadata, self.shape.n_vocab)
+        Tokenizer.from_metadata(self.metadata, self.shape.n_vocab)      # refuses a vocabulary that cannot be used
 
     @property
     def n_params(self):
@@ -54,13 +55,16 @@ class Conversion:
 
     def infos(self, kind):
         """The TensorInfo of all outputs for a type of types.NAMES."""
-        return [TensorInfo(output.name, type_of(output, kind), output.shape) for output in self.outputs]
+        return types_of(self.outputs, self.metadata, kind)
 
     def layout(self, out, kind, split_max_bytes=None, split_max_tensors=None):
-        """The Layout of the GGUF file, or files."""
-        kind = check_type(kind)
-        keys = self.keys | {"general.file_type": FILE_TYPES[kind], "general.quantization_version": QUANTIZATION_VERSION}
-        return Layout(out, keys, self.infos(kind), split_max_bytes, split_max_tensors)
+        """The Layout of the GGUF file, or files.
+
+        Raises UnsupportedModelError for a type that needs an imatrix.
+        """
+        infos = self.infos(check_type(kind))
+        check_importance(infos, check_type(kind))
+        return Layout(out, self.keys | type_keys(check_type(kind)), infos, split_max_bytes, split_max_tensors)
 
     def describe(self, layout, kind):
         """What a conversion gives, a dict of JSON types; sizes are bytes."""
@@ -80,16 +84,18 @@ class Conversion:
     def memory(self, n_ctx=None, kv_type="i16", index_type=None):
         """What running each type takes, a dict of JSON types in bytes.
 
-        weights: without MTP blocks, which are not run. caches: of one conversation of n_ctx tokens.
+        weights: without MTP blocks, which are not run. caches: of one conversation of n_ctx tokens. needing_imatrix: types that `pydsa
+        quantize` makes of another with an importance matrix.
         """
         n_ctx, = counts(2**31 - 1, n_ctx=n_ctx or min(DEFAULT_N_CTX, self.config.n_ctx_train))
         kv_type = choose_cache_type("kv_type", kv_type)
         index_type = choose_cache_type("index_type", index_type or ("f32" if kv_type == "f32" else "i8"))
         kinds = {"latents": kv_type, "index_keys": index_type}
         row = sum(cache_row_bytes(kinds[ref.kind], widths) for ref, widths in self.config.cache_widths.items())
-        end = f"blk.{self.shape.n_layer}."
+        end, infos = f"blk.{self.shape.n_layer}.", {kind: self.infos(kind) for kind in NAMES}
         return {"n_ctx": n_ctx, "kv_type": kv_type, "index_type": index_type if self.config.top_k else None, "caches": n_ctx * row,
-                "weights": {kind: sum(info.n_bytes for info in self.infos(kind) if not info.name.startswith(end)) for kind in NAMES}}
+                "weights": {kind: sum(info.n_bytes for info in infos[kind] if not info.name.startswith(end)) for kind in NAMES},
+                "needing_imatrix": [kind for kind in NAMES if wanting_importance(infos[kind], kind)]}
 
 
 def _name_of(checkpoint):
@@ -97,7 +103,7 @@ def _name_of(checkpoint):
     folder = checkpoint.folder.absolute()
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         return folder.parent.parent.name.split("--")[-1]
-    return os.path.basename(folder) or checkpoint.config.values.get("model_type") or "model"
+    return os.fsencode(folder.name).decode(errors="replace") or "model"
 
 
 def format_plan(plan):
@@ -115,4 +121,7 @@ def format_memory(memory):
     """The dict of Conversion.memory() as lines of text."""
     caches = f"latents {memory['kv_type']}" + (f", index keys {memory['index_type']}" if memory["index_type"] else "")
     lines = [f"memory by type: weights, and with caches of {size(memory['caches'])} for {memory['n_ctx']} tokens ({caches})"]
-    return lines + [f"  {kind:7} {size(n):>12} {size(n + memory['caches']):>12}" for kind, n in memory["weights"].items()]
+    for kind, n in memory["weights"].items():
+        note = "  (of another type, by pydsa quantize with an importance matrix)" if kind in memory["needing_imatrix"] else ""
+        lines.append(f"  {kind:9} {size(n):>12} {size(n + memory['caches']):>12}{note}")
+    return lines

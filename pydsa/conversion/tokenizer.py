@@ -16,6 +16,8 @@ JSON, TIKTOKEN, CONFIG = "tokenizer.json", "tiktoken.model", "tokenizer_config.j
 KIMI = "kimi-k2"            # the pre-tokenizer of the models with tiktoken.model
 BOS_V32 = "<｜begin▁of▁sentence｜>"
 GLM_SPECIAL = {"bos": "[gMASK]", "eot": "<|user|>", "unknown": "<|endoftext|>", "eom": "<|observation|>"}
+LARGE = 10000               # tokens from which on ids tell pre-tokenizers apart
+NO_NORMALIZER = (None, {"type": "Sequence", "normalizers": []})
 LONGEST_TIKTOKEN = 128      # bytes of a token; Kimi's longest has as many spaces
 # Where the pre-tokenizers of these models differ: numbers, marks after letters, Chinese, contractions, runs of spaces, line ends, signs.
 PROBES = (
@@ -39,7 +41,7 @@ def tokenizer_keys(checkpoint, shape, notes):
     path = folder / CONFIG
     config = Fields(read_json(path, "the configuration of a tokenizer") if path.exists() else {}, path)
     if (folder / JSON).exists():
-        vocabulary = _read_json_tokenizer(folder / JSON)
+        vocabulary = _read_json_tokenizer(folder / JSON, notes)
     elif (folder / TIKTOKEN).exists():
         vocabulary = _read_tiktoken(folder / TIKTOKEN, config, shape.n_vocab)
     else:
@@ -71,23 +73,25 @@ class Vocabulary:
         self.ids, self.added, self.merges, self.pre, self.adds_bos = ids, added, merges, pre, adds_bos
 
 
-def _read_json_tokenizer(path):
-    """The Vocabulary of a tokenizer.json."""
-    text = read_text(path, "a tokenizer")
+def _read_json_tokenizer(path, notes):
+    """The Vocabulary of a tokenizer.json; notes: a list that grows."""
     fields = Fields(read_json(path, "a tokenizer"), path)
     model = fields.fields("model")
-    if model.string("type", default="BPE") != "BPE" or model.boolean("byte_fallback", default=False) or "normalizer" in fields and (
-            fields.values["normalizer"] not in ({"type": "Sequence", "normalizers": []},)):
+    other = [key for key in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.values.get(key)]
+    if model.string("type", default="BPE") != "BPE" or other or fields.values.get("normalizer") not in NO_NORMALIZER:
         raise UnsupportedModelError(f"{path}: this tokenizer is not byte-level BPE without a normalizer, which all DSA models have.")
     vocab = model.fields("vocab").values
     if not vocab or not all(type(i) is int and 0 <= i < 2**31 for i in vocab.values()) or len(set(vocab.values())) != len(vocab):
         raise CheckpointError(f"{path}: model.vocab is {kind_of(vocab)}, expected a different id from 0 on for each token.")
     added = {}
     tokens = fields.values.get("added_tokens") or []
-    for token in tokens if isinstance(tokens, list) else ():
+    if not isinstance(tokens, list):
+        fields.fail("added_tokens", "an array of tokens")
+    for token in tokens:
         token = Fields(token if isinstance(token, dict) else {}, path, "added_tokens: ")
         added[token.integer("id")] = token.string("content"), token.boolean("special", default=False)
-    return Vocabulary(vocab, added, _merges(model), _recognise(path, text, model), _template_adds_bos(fields))
+    merges = _merges(model)
+    return Vocabulary(vocab, added, merges, _recognise(path, fields.values.get("pre_tokenizer"), model, notes), _template_adds_bos(fields))
 
 
 def _merges(model):
@@ -104,19 +108,37 @@ def _is_pair(merge):
     return isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) and " " not in part for part in merge)
 
 
-def _recognise(path, text, model):
-    """The name of the pre-tokenizer of pydsa that splits texts as the file's."""
+def _recognise(path, given_splits, model, notes):
+    """The name of the pre-tokenizer of pydsa that splits texts as the file's.
+
+    One that splits some of them otherwise will do where a large vocabulary gives the same ids, as no token spans the difference.
+    """
     import tokenizers
+    # Only what is needed and was checked reaches the library, which ends the process for some other values.
+    parts = {key: model.values[key] for key in ("vocab", "merges")} | {"type": "BPE", "ignore_merges": model.values.get("ignore_merges")}
     try:
-        given = tokenizers.Tokenizer.from_str(text).pre_tokenizer
-        found = [[piece for piece, _ in given.pre_tokenize_str(probe)] for probe in PROBES] if given is not None else None
+        theirs = tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0", "pre_tokenizer": given_splits, "model": parts}))
     except Exception as error:      # the library raises no narrower class
         raise CheckpointError(f"{path}: the tokenizers library cannot read it ({str(error)[:200]}).") from None
+
+    def pieces():
+        return [[piece for piece, _ in theirs.pre_tokenizer.pre_tokenize_str(probe)] for probe in PROBES]
+
+    def ids():
+        return [theirs.encode(probe, add_special_tokens=False).ids for probe in PROBES]
+
     ignore_merges = model.boolean("ignore_merges", default=False)
-    for name, (regexes, whole_first) in PRE_TOKENIZERS.items():
-        if found is not None and whole_first == ignore_merges and found == [
-                [piece for piece, _ in pre_tokenizer(regexes).pre_tokenize_str(probe)] for probe in PROBES]:
-            return name
+    candidates = {name: regexes for name, (regexes, whole_first) in PRE_TOKENIZERS.items() if whole_first == ignore_merges}
+    for measure in ((pieces,) if theirs.get_vocab_size() < LARGE else (pieces, ids)) if theirs.pre_tokenizer is not None else ():
+        given, found = theirs.pre_tokenizer, measure()
+        for name, regexes in candidates.items():
+            theirs.pre_tokenizer = pre_tokenizer(regexes)
+            if measure() == found:
+                if measure is ids:
+                    notes.append(f"The tokenizer splits texts otherwise than {name}, which gives the same ids for {len(PROBES)} probing "
+                                 "texts, and is taken for it.")
+                return name
+        theirs.pre_tokenizer = given
     raise UnsupportedModelError(f"{path}: the tokenizer splits texts as none of pydsa's pre-tokenizers does, expected one of "
                                 f"{', '.join(PRE_TOKENIZERS)}.")
 
@@ -124,8 +146,8 @@ def _recognise(path, text, model):
 def _template_adds_bos(fields):
     """Whether a TemplateProcessing in the file begins with a token."""
     post = fields.values.get("post_processor")
-    parts = [post, *(post.get("processors") or ())] if isinstance(post, dict) else []
-    for part in parts:
+    inner = post.get("processors") if isinstance(post, dict) else None
+    for part in [post, *(inner if isinstance(inner, list) else ())]:
         if isinstance(part, dict) and part.get("type") == "TemplateProcessing" and isinstance(part.get("single"), list):
             return bool(part["single"]) and isinstance(part["single"][0], dict) and "SpecialToken" in part["single"][0]
     return None
@@ -207,7 +229,7 @@ def _special_ids(config, model_config, vocabulary, ids):
     for key, name in ("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad"):
         value = config.values.get(f"{name}_token")
         text = value.get("content") if isinstance(value, dict) else value
-        if text is not None and text not in ids:
+        if text is not None and (not isinstance(text, str) or text not in ids):
             raise CheckpointError(f"{config.path}: {name}_token is {kind_of(value)}, expected one of the tokens.")
         token_id = model_config.values.get(f"{name}_token_id")
         token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
@@ -249,8 +271,7 @@ def _chat_template(folder, config):
     if template is None and path.exists():
         template = read_json(path, "a chat template").get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        template = next((entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"), None)
     if template is not None and not isinstance(template, str):
         raise CheckpointError(f"{config.path}: chat_template is {kind_of(json.loads(json.dumps(template)))}, expected a text.")
     return template
