@@ -24,7 +24,7 @@ class Ahead:
 
         None if the device cannot; the logits must then be fetched.
         """
-        return sampler.settings(self._runner.backend.PICKS)
+        return sampler.settings(self._runner.picks)
 
     def next(self, settings, token, n_past, bound, following, ends):
         """Append a token at position n_past -> the next id and the greatest logit.

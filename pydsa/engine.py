@@ -20,7 +20,7 @@ import numpy as np
 from pydsa.batch import Batch
 from pydsa.errors import ContextFullError, PydsaError
 from pydsa.options import counts
-from pydsa.plan import check_memory
+from pydsa.plan import check_fits
 from pydsa.prefixes import Prefixes, common_length
 from pydsa.requests import (Cancelled, Failed, Finished, InternalError, Progress, QueueFullError, Request, SlotState, Started, Stats,
                             Ticket, Timings, Token, Written)
@@ -94,7 +94,8 @@ class Engine:
 
     def __init__(self, model, n_parallel=1, n_queue=64, cache_bytes=1 << 33, cache_folder=None):
         counts(min(MOST_PARALLEL, model.n_ubatch), n_parallel=n_parallel)
-        check_memory(n_parallel * model.setup.cache_bytes, f"The caches of {n_parallel} sessions", model.backend)
+        check_fits({name: n_parallel * memory.caches for name, memory in model.setup.memory.items()}, model.runner.backends,
+                   f"The caches of {n_parallel} sessions")
         self.model, self.n_parallel, self.stats = model, n_parallel, Stats()
         self._slots = [_Slot(i, model.session()) for i in range(n_parallel)]
         self._batch, self._prefixes = Batch(model.runner, model.setup), Prefixes(cache_bytes, cache_folder)

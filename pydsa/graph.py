@@ -199,24 +199,34 @@ class _OneRow(dict):
         return self[value]
 
 
-def levels(nodes):
-    """How many others each node must wait for, one after the other.
+def waits(nodes):
+    """For each node, the indices of the earlier ones that it waits for.
 
-    Nodes of equal levels do not depend on each other: they could run at the same time.
+    It reads what they write, or writes what they read or write.
     """
-    accesses, found = {}, []        # root Value or CacheRef -> [(level, view, whether it is written)]
+    accesses, found = {}, []        # root Value or CacheRef -> [(index, view, whether it is written)]
     roots = _OneRow()
-    for node in nodes:
-        level, mine = 0, []
+    for index, node in enumerate(nodes):
+        before, mine = set(), []
         for i, a in enumerate(node.args):
             if isinstance(a, (Value, CacheRef)):
                 key, view = (a.root, a.array(roots, 1)) if isinstance(a, Value) else (a, None)
                 writes = i in node.writes
                 mine.append((key, view, writes))
-                for before, other, written in accesses.get(key, ()):
-                    if before >= level and (writes or written) and (view is None or np.shares_memory(view, other)):
-                        level = before + 1
+                before.update(earlier for earlier, other, written in accesses.get(key, ())
+                              if (writes or written) and (view is None or np.shares_memory(view, other)))
         for key, view, writes in mine:
-            accesses.setdefault(key, []).append((level, view, writes))
-        found.append(level)
+            accesses.setdefault(key, []).append((index, view, writes))
+        found.append(sorted(before))
+    return found
+
+
+def levels_of(before):
+    """How many others each node must wait for, one after the other.
+
+    before: what waits() returns. Nodes of equal levels do not depend on each other: they could run at the same time.
+    """
+    found = []
+    for others in before:
+        found.append(max((found[j] + 1 for j in others), default=0))
     return found

@@ -87,16 +87,17 @@ class Written(Sequence):
 class Stops:
     """Where a step stops for hooks, and what they do at its end.
 
-    before, after: {i: function} of the i-th call. calls: those of a plan.Bound. late: hooks whose values have memory of their own.
+    before, after: {i: function} of the i-th call. backends, calls: those of a plan.Bound, one for each call. late: hooks whose values have
+    memory of their own.
     """
 
-    def __init__(self, backend, calls, hooks, late):
+    def __init__(self, backends, calls, hooks, late):
         self.hooks, self._positions = hooks, None
         self.before, self.after, self._end, self._calls = {}, {}, [], []
         for i, (node, _, args) in enumerate(calls):
             wanting = [hook for hook in hooks if hook.wants(node)]
             if wanting:
-                call = Call(backend, node, args)
+                call = Call(backends[i], node, args)
                 self._calls.append(call)
                 self._add(self.before, i, call, [hook.before for hook in wanting if type(hook).before is not Hook.before])
                 at_once = [hook.after for hook in wanting if hook not in late and type(hook).after is not Hook.after]

@@ -8,20 +8,24 @@ import os
 import warnings
 
 from pydsa.answers import Reader
+from pydsa.backends.devices import backend_of, device_of
 from pydsa.cards import shown
 from pydsa.chat import chat_prompt, thinking_note
 from pydsa.check import warn_of_gaps
 from pydsa.constraint import constraint_for
 from pydsa.cores import MOST_THREADS
 from pydsa.diagnosis import refuse_hidden
+from pydsa.fitting import MARGIN, fitted
+from pydsa.memory import tensors_on
+from pydsa.numa import memory_placed, use_numa
 from pydsa.options import counts
-from pydsa.plan import Runner, check_memory
+from pydsa.plan import Runner, check_fits
 from pydsa.recorder import record
-from pydsa.residence import copied, lock
+from pydsa.residence import copied, lock, warn_of_nodes
 from pydsa.sampling import sampling_of
 from pydsa.schedule import VARIANTS
 from pydsa.session import Session, check_ids, check_max_tokens
-from pydsa.setup import DEFAULT_N_UBATCH, Setup
+from pydsa.setup import DEFAULT_N_UBATCH
 from pydsa.signals import interrupts_held
 from pydsa.words import card_of_a_model
 
@@ -42,46 +46,45 @@ class Model:
         self.attention, self.top_k = setup.attention, setup.config.top_k
         one, several = counts(MOST_THREADS, threads=threads, threads_batch=threads_batch)
         with interrupts_held():
-            self.backend = setup.device.backend()
-        self.threads = self.backend.check_threads(one)
-        self.threads_batch = self.threads if several is None else self.backend.check_threads(several)
-        check_memory(setup.total_bytes, f"The model with a context of {setup.n_ctx} tokens", self.backend)
-        warn_of_gaps(setup.file)
+            backends = {name: backend_of(name) for name in setup.placement.devices}
+        self.backend = next(iter(backends.values()))
+        if any(device_of(name).places for name in backends):
+            use_numa(setup.numa)
+        self.threads = _threads(backends, one)
+        self.threads_batch = self.threads if several is None else _threads(backends, several)
+        check_fits({name: memory.total for name, memory in setup.memory.items()}, backends,
+                   f"The model with a context of {setup.n_ctx} tokens")
         self.tokenizer = setup.tokenizer        # read now, so that load() raises its errors
-        self.runner = Runner(self.backend, setup.layouts, self.threads, self.threads_batch, setup.reproducible)
+        with memory_placed():       # a page of the file that is looked at brings its neighbours; pinned memory is there at once
+            warn_of_gaps(setup.file)
+            warn_of_nodes(_mapped(setup))
+            self.runner = Runner(backends, setup.layouts, self.threads, self.threads_batch, setup.reproducible)
         self._chats = collections.deque(maxlen=1)       # the session of the last chat, while no answer is read from it
-        steps = [self._read_weights, self._compile]
-        for step in steps if self.backend.WEIGHTS_FIRST else reversed(steps):
-            step(progress)
+        early = [on for on in self.runner.on.items() if on[1].backend.WEIGHTS_FIRST]
+        late = [on for on in self.runner.on.items() if not on[1].backend.WEIGHTS_FIRST]
+        self._read_weights(early, progress)
+        self._compile(late, progress)
+        self._read_weights(late, progress)
+        self._compile(early, progress)
 
-    def _read_weights(self, progress):
-        """Give all weights to the backend; copies to a GPU report progress."""
+    @memory_placed()
+    def _read_weights(self, devices, progress):
+        """Give their weights to backends; copies to a GPU report progress."""
         setup = self.setup
-        tensors = list(setup.weights.used.values())
-        for i, tensor in enumerate(tensors):
-            if progress is not None and (setup.device.copies_blocks or not setup.mmap):
-                progress(i, len(tensors), tensor.name)
-            if setup.device.copies_blocks:
-                refuse_hidden(tensor, self.metadata.path)
-            self.runner.read(tensor if setup.mmap else copied(tensor))
-        if setup.mlock:
-            lock([self.runner.weight(tensor).data for tensor in tensors if len(tensor.shape) > 1])
+        for name, on in devices:
+            device, tensors = device_of(name), list(tensors_on(setup, name).values())
+            for i, tensor in enumerate(tensors):
+                if progress is not None and (device.copies_blocks or not setup.mmap):
+                    progress(i, len(tensors), tensor.name)
+                if device.copies_blocks:
+                    refuse_hidden(tensor, self.metadata.path)
+                on.read(copied(tensor) if device.maps and not setup.mmap else tensor)
+            if setup.mlock and device.maps:
+                lock([on.weight(tensor).data for tensor in tensors if len(tensor.shape) > 1])
 
-    def _compile(self, progress):
-        """Compile every kernel that a step can need."""
-        self.backend.compile_calls(self._all_calls, progress)
-
-    def _all_calls(self):
-        """The calls of steps that together need every kernel.
-
-        Steps of one row and of two are bound, as views of one row are contiguous where views of several are not. Steps of one token never
-        take the plain form of attention.
-        """
-        caches, calls = self.setup.make_caches(self.backend, 1), []
-        for name in self.setup.schedule.variants:
-            for n in {2} if VARIANTS[name].plain else {1, min(2, self.n_ubatch)}:
-                calls += [(function, args) for _, function, args in self.runner.bind(name, caches, n, n).calls]
-        return calls
+    def _compile(self, devices, progress):
+        for _, on in devices:
+            compile_for(self.runner, self.setup, on.backend, progress)
 
     def session(self):
         """A new, empty Session.
@@ -191,13 +194,42 @@ class Model:
             self._chats.append(session)
 
 
-def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=DEFAULT_N_UBATCH,
-         progress=None, index_type=None, override_kv=None, threads_batch=None, reproducible=False, mmap=True, mlock=False):
+def compile_for(runner, setup, backend, progress=None):
+    """Compile every kernel of a backend that the steps of a setup can need.
+
+    Steps of one row and of two are bound, as views of one row are contiguous where views of several are not. Steps of one token never take
+    the plain form of attention. progress(done, total, name) is called before each kernel.
+    """
+    def bind():
+        caches, calls = setup.make_caches(runner, 1), []
+        for name in setup.schedule.variants:
+            for n in {2} if VARIANTS[name].plain else {1, min(2, setup.n_ubatch)}:
+                calls += runner.bind(name, caches, n, n).calls_of(backend)
+        return calls
+    backend.compile_calls(bind, progress)
+
+
+def _mapped(setup):
+    """The weights that ops read where the file is mapped, a list."""
+    names = [name for name in setup.placement.devices if setup.mmap and device_of(name).maps]
+    return [tensor for name in names for tensor in tensors_on(setup, name).values()]
+
+
+def _threads(backends, n):
+    """The threads that the backends take for n; None if all choose their own."""
+    return next((found for found in [backend.check_threads(n) for backend in backends.values()] if found is not None), None)
+
+
+def load(path, n_ctx=None, device="auto", threads=None, kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=DEFAULT_N_UBATCH,
+         progress=None, index_type=None, override_kv=None, threads_batch=None, reproducible=False, mmap=True, mlock=False,
+         tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), n_gpu_layers=None, fit_margin=MARGIN, n_sessions=1, numa=None):
     """Open a GGUF file and make it ready to run -> Model.
 
     path: the file, or its first part if it is split.
     n_ctx: tokens that the context can hold; None: 8192, or the model's own limit if that is less.
-    device: "cpu", "cuda" (an NVIDIA GPU; needs the extra `cuda`), or "reference" for plain numpy.
+    device: "cpu"; "cuda" (an NVIDIA GPU; needs the extra `cuda`), "cuda1" for the second one, "cuda0,cuda1" for several; "reference" for
+        plain numpy; "auto": what fits on the GPUs that can be used, and the rest on the CPU (docs/placement.md), or what the environment
+        variable PYDSA_DEVICE says. The plan is `model.setup.plan`, a fitting.Plan, None where all is on one device without choice.
     threads: CPU threads for steps of one token, which generate; None: one for each physical core that this process may use.
     kv_type: type of the cached latents: "f32", "f16", "bf16", "i16" (int16, with a scale for each of a row's two parts) or "i8" (int8,
         with the same scales; alias "q8_0").
@@ -212,12 +244,26 @@ def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention=
         other tokens in a step, prefixes that are used again. This takes longer (docs/running.md); on the CPU only.
     mmap: False: read the weights into memory of the process, instead of mapping the file; it must hold them all. mlock: True: keep the
         weights in memory, so that the system does not drop those that were not used for long. Both as in llama.cpp, on the CPU only.
+    n_gpu_layers, tensor_split, cpu_moe, n_cpu_moe, override_tensor: where layers and weights are, as in llama.cpp (placement.Placing): the
+        layers at the end that are on the GPUs, None: what fits; the proportion of the layers on each, "3,1"; whether the routed experts of
+        all layers stay on the CPU, or those of the first n_cpu_moe layers; texts "REGEX=DEVICE" for weights whose names match.
+    fit_margin: bytes that "auto" leaves free on each GPU, or a text such as "512MiB". n_sessions: conversations for whose caches it keeps
+        room.
+    numa: where there are several nodes, for all models of the process: "distribute" (threads and memory on all of them), "isolate" (on the
+        one where the program runs) or "numactl" (threads on the CPUs that numactl gave), as in llama.cpp; None: as the system likes.
 
-    Warns (UserWarning) of what is unusual in the file. Raises GGUFError if the file is damaged, UnsupportedModelError if pydsa cannot run
-    the model, OutOfMemoryError if memory is short, and PydsaError for options that are not valid.
+    Warns (UserWarning) of what is unusual in the file, and of what the system refuses. Raises GGUFError if the file is damaged,
+    UnsupportedModelError if pydsa cannot run the model, OutOfMemoryError if memory is short, and PydsaError for options that are not valid.
     """
-    setup = Setup(os.fspath(path), n_ctx, device, kv_type, attention, dsa_top_k, n_ubatch, index_type, override_kv, reproducible,
-                  mmap, mlock)
+    setup = fitted(os.fspath(path), device=device, fit_margin=fit_margin, n_sessions=n_sessions, n_ctx=n_ctx, kv_type=kv_type,
+                   attention=attention, dsa_top_k=dsa_top_k, n_ubatch=n_ubatch, index_type=index_type, override_kv=override_kv,
+                   reproducible=reproducible, mmap=mmap, mlock=mlock, tensor_split=tensor_split, cpu_moe=cpu_moe, n_cpu_moe=n_cpu_moe,
+                   override_tensor=override_tensor, n_gpu_layers=n_gpu_layers, numa=numa)
+    return ready(setup, threads, threads_batch, progress)
+
+
+def ready(setup, threads=None, threads_batch=None, progress=None):
+    """The Model of a Setup, with the warnings and errors of load()."""
     for note in setup.notes:
-        warnings.warn(f"{setup.file.metadata.path}: {note}", stacklevel=2)
+        warnings.warn(f"{setup.file.metadata.path}: {note}", stacklevel=3)
     return Model(setup, threads, threads_batch, progress)

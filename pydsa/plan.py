@@ -1,22 +1,21 @@
-"""Lay out a recorded graph in memory, bind it and run it.
+"""Bind a laid out graph to arrays of its devices, and run it.
 
-Values share a buffer by liveness, and arguments are bound once: a step is then only a list of calls.
+Arguments are bound once: a step is then only a list of calls, in segments if there are several devices.
 """
 import contextlib
 import dataclasses
 import os
 import threading
-from typing import NamedTuple
 
 import numpy as np
 
 from pydsa import limits
+from pydsa.backends.transfers import transfer
 from pydsa.errors import LESS, DamagedWeightsError, OutOfMemoryError, PydsaError
 from pydsa.gguf_file import Tensor
-from pydsa.graph import CacheRef, Value, levels
+from pydsa.graph import CacheRef, Value
 from pydsa.hooks import Stops
-
-ALIGN = 64      # bytes: a cache line, and the widest vector register
+from pydsa.segments import Chain, Part, Segment, crossings, in_turn, settled_before
 
 # One step at a time: kernels share the machine's threads, and the sessions of a model share its buffer.
 _lock, _running_thread = threading.Lock(), None
@@ -61,101 +60,109 @@ def check_memory(wanted, what, backend=None):
         raise OutOfMemoryError(f"{what} would take {wanted / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of {source}; {LESS}.")
 
 
-class Layout(NamedTuple):
-    """The place of each value of a graph in the buffer.
+def check_fits(wanted, backends, what):
+    """check_memory for several devices.
 
-    Offsets and sizes are bytes, for a step of up to max_tokens tokens.
+    wanted: {name of a device: bytes}. backends: {name: backend}. Devices in the host's memory share it.
     """
-    graph: object
-    nodes: list         # (level, Node) in the order they run; those of equal levels may run at the same time
-    max_tokens: int
-    float_size: int
-    offsets: dict       # root Value -> offset
-    n_bytes: int
+    on_host = 0
+    for name, n_bytes in wanted.items():
+        if backends[name].free_bytes() is None:
+            on_host += n_bytes
+        else:
+            check_memory(n_bytes, what if len(wanted) == 1 else f"{what} on {name}", backends[name])
+    if on_host:
+        check_memory(on_host, what)
 
 
-def _row_bytes(value, float_size):
-    return int(np.prod(value.tail, dtype=np.int64)) * {"float": float_size, "int32": 4, "int64": 8}[value.dtype]
+class OnDevice:
+    """What a Runner has on one device.
 
-
-def lay_out(graph, max_tokens, float_size=4, side_by_side=False):
-    """The Layout of a graph for steps of up to max_tokens tokens.
-
-    Values that are not live at the same time share memory: first fit, in the order of their first use. side_by_side: nodes that do not
-    depend on each other run at the same time, and are put together.
-    """
-    order = levels(graph.nodes) if side_by_side else range(len(graph.nodes))
-    nodes = sorted(zip(order, graph.nodes), key=lambda pair: pair[0])
-    inputs = (graph.ids, graph.positions)
-    born, dies = dict.fromkeys(inputs, 0), dict.fromkeys(inputs, len(nodes))
-    for level, node in nodes:
-        for value in (a.root for a in node.args if isinstance(a, Value)):
-            if value.rows == "tokens":
-                born.setdefault(value, level)
-                dies[value] = max(level, dies.get(value, 0))
-    offsets, live, total = {}, [], 0        # live: (offset, end, dies)
-    for value in sorted(born, key=born.get):
-        live = [space for space in live if space[2] >= born[value]]
-        size = -(-max_tokens * _row_bytes(value, float_size) // ALIGN) * ALIGN
-        offset = 0
-        for start, end, _ in sorted(live):
-            if start - offset >= size:
-                break
-            offset = max(offset, end)
-        offsets[value] = offset
-        live.append((offset, offset + size, dies[value]))
-        total = max(total, offset + size)
-    return Layout(graph, nodes, max_tokens, float_size, offsets, total)
-
-
-class Runner:
-    """Runs the graphs of one model on one backend.
-
-    It owns the buffer of intermediate values, and the weights in the backend's form. reproducible: a token's products with them are the
-    same in steps of any shape.
+    That is the buffer of intermediate values, and weights and constants in the backend's form. empty(shape, dtype) makes arrays of values:
+    the host's lie in pinned memory where GPUs copy from and to it.
     """
 
-    def __init__(self, backend, layouts, threads, threads_batch, reproducible=False):
-        self.backend, self.threads, self.threads_batch, self._reproducible = backend, threads, threads_batch, reproducible
-        self.layouts = layouts      # variant -> Layout
+    def __init__(self, backend, n_bytes, reproducible, empty):
+        self.backend, self._reproducible, self._empty = backend, reproducible, empty
         self.dtypes = {"float": np.dtype(backend.FLOAT), "int32": np.dtype(np.int32), "int64": np.dtype(np.int64)}
-        self._buffer = backend.empty((max(layout.n_bytes for layout in layouts.values()),), np.uint8)
-        self._weights, self._constants = {}, {}
-        self.steps = 0          # the number of steps started
-        self._outputs = {}      # name -> an array of one row, for all steps but those of Session.logits()
+        self._buffer = empty((n_bytes,), np.uint8)
+        self.weights, self._constants = {}, {}
+        self.outputs = {}       # name -> an array of one row, for all steps but those of Session.logits()
 
-    def threads_for(self, n_tokens):
-        """The number of threads of a step of n_tokens tokens."""
-        return self.threads if n_tokens == 1 else self.threads_batch
-
-    def _array(self, value, offset, n_rows):
+    def array(self, value, offset, n_rows):
+        """The array of a value in the buffer."""
         dtype = self.dtypes[value.dtype]
         count = n_rows * int(np.prod(value.tail, dtype=np.int64))
         return self._buffer[offset:offset + count * dtype.itemsize].view(dtype).reshape(n_rows, *value.tail)
 
-    def _output_array(self, value, n_outputs):
+    def new_array(self, value, n_rows):
+        """An array of a value with memory of its own."""
+        return self._empty((n_rows, *value.tail), self.dtypes[value.dtype])
+
+    def output_array(self, value, n_outputs):
         """An array for output rows, which lie outside of the buffer."""
         if n_outputs > 1:
-            return self.backend.empty((n_outputs, *value.tail), self.dtypes[value.dtype])
-        if value.name not in self._outputs:
-            self._outputs[value.name] = self.backend.empty((1, *value.tail), self.dtypes[value.dtype])
-        return self._outputs[value.name]
+            return self.new_array(value, n_outputs)
+        if value.name not in self.outputs:
+            self.outputs[value.name] = self.new_array(value, 1)
+        return self.outputs[value.name]
 
     def weight(self, tensor):
         """A tensor in the backend's form, made once."""
-        if tensor.name not in self._weights:
+        if tensor.name not in self.weights:
             self.read(tensor)
-        return self._weights[tensor.name]
+        return self.weights[tensor.name]
 
     def read(self, tensor):
         """Make a tensor in the backend's form, again if it was made before."""
         w = self.backend.weight(tensor.read())
-        self._weights[tensor.name] = self.backend.reproducible(w) if self._reproducible else w
+        self.weights[tensor.name] = self.backend.reproducible(w) if self._reproducible else w
 
-    def _constant(self, values):
+    def constant(self, values):
+        """A numpy array of the graph as an array of the backend, made once."""
         if id(values) not in self._constants:
             self._constants[id(values)] = values, self.backend.upload(values)       # kept alive, so that no other array gets its id
         return self._constants[id(values)][1]
+
+
+class Runner:
+    """Runs the graphs of one model on the backends of its devices.
+
+    backends: {name of a device: backend}. reproducible: a token's products with the weights are the same in steps of any shape.
+    """
+
+    def __init__(self, backends, layouts, threads, threads_batch, reproducible=False):
+        self.threads, self.threads_batch = threads, threads_batch
+        self.layouts = layouts      # variant -> Layout
+        pinned = next((backend.host_empty for backend in backends.values() if hasattr(backend, "host_empty")), None)
+        self.on = {}            # name of a device -> OnDevice
+        for name, backend in backends.items():
+            empty = pinned if pinned and backend.free_bytes() is None else backend.empty
+            n_bytes = max(layout.ends.get(name, 0) for layout in layouts.values())
+            self.on[name] = OnDevice(backend, n_bytes, reproducible, empty)
+        self.steps = 0          # the number of steps started
+
+    @property
+    def backends(self):
+        """The backends of all devices, {name: backend}."""
+        return {name: on.backend for name, on in self.on.items()}
+
+    @property
+    def backend(self):
+        """The backend of the first device."""
+        return next(iter(self.on.values())).backend
+
+    @property
+    def picks(self):
+        """The most tokens that the device can sample from; 0: the host samples.
+
+        With several devices it does: the next step would keep it from handing out the token.
+        """
+        return self.backend.PICKS if len(self.on) == 1 else 0
+
+    def threads_for(self, n_tokens):
+        """The number of threads of a step of n_tokens tokens."""
+        return self.threads if n_tokens == 1 else self.threads_batch
 
     def bind(self, variant, caches, n_tokens, n_outputs, again=False, late=()):
         """The Bound of a step of n_tokens tokens, n_outputs of them with logits.
@@ -177,33 +184,71 @@ class Runner:
             contexts.append((caches, slice(n_tokens, n_tokens + n)))
             n_tokens += n
         assert n_outputs <= n_tokens <= layout.max_tokens
-        roots = {value: self._array(value, offset, n_tokens) for value, offset in layout.offsets.items()}
-        for value in (a.root for _, node in layout.nodes if any(hook.wants(node) for hook in late) for a in node.args[:node.n_out]):
-            if value.rows == "tokens":
-                roots[value] = self.backend.empty((n_tokens, *value.tail), self.dtypes[value.dtype])
+        graph, calls, times, ends = layout.graph, [], [], []
+        segments = [Segment(device, [(time, node) for time, node in nodes if n_outputs or not node.for_outputs])
+                    for device, nodes in layout.segments]
+        segments = [segment for segment in segments if segment.nodes]
+        kept = {a.root for _, nodes in segments for _, node in nodes if any(hook.wants(node) for hook in late)
+                for a in node.args[:node.n_out] if a.root.rows == "tokens"}
+        arrays = {name: _Arrays(self.on[name], layout, n_tokens, n_outputs, kept) for name, _ in segments}
+        for device, nodes in segments:
+            backend, bound = self.on[device].backend, arrays[device]
+            for time, node in nodes:
+                for context in contexts if len(contexts) > 1 and node.of_one_context else [(contexts[0][0],)]:
+                    calls.append((node, getattr(backend, node.op), tuple(bound.argument(a, *context) for a in node.args)))
+                    times.append(time)
+            ends.append(len(calls))
+        parts = _parts(segments, ends, arrays, (graph.ids, graph.positions), n_outputs)
+        inputs = [(on.backend, *(on.roots.get(value) for value in (graph.ids, graph.positions))) for on in arrays.values()]
+        output = arrays[layout.output_device] if n_outputs else None
+        return Bound(self, inputs, calls, times, parts, output and output.argument(graph.output), output and output.backend, again,
+                     tuple(late))
 
-        def argument(a, caches, rows=slice(None)):
-            if isinstance(a, Value):
-                if a.root not in roots:
-                    roots[a.root] = self._output_array(a.root, n_outputs)
-                array = a.array(roots, n_outputs)
-                return array if rows == slice(None) else array[rows]
-            if isinstance(a, Tensor):
-                return self.weight(a)
-            if isinstance(a, np.ndarray):
-                return self._constant(a)
-            return caches[a].rows if isinstance(a, CacheRef) else a
 
-        graph = layout.graph
-        calls, levels = [], []
-        for level, node in layout.nodes:
-            if not n_outputs and node.for_outputs:
-                continue
-            for context in contexts if len(contexts) > 1 and node.of_one_context else [(contexts[0][0],)]:
-                calls.append((node, getattr(self.backend, node.op), tuple(argument(a, *context) for a in node.args)))
-                levels.append(level)
-        output = argument(graph.output, None) if n_outputs else None
-        return Bound(self, roots[graph.ids], roots[graph.positions], calls, levels, output, again, tuple(late))
+class _Arrays:
+    """The arrays of a step on one device, by the arguments of its nodes."""
+
+    def __init__(self, on, layout, n_tokens, n_outputs, kept):
+        self.backend, self.roots = on.backend, {}       # root Value -> array
+        self._on, self._offsets, self._n_tokens, self._n_outputs, self._kept = on, layout.offsets, n_tokens, n_outputs, kept
+
+    def _root(self, value):
+        if value.rows == "outputs":
+            return self._on.output_array(value, self._n_outputs)
+        return self._on.new_array(value, self._n_tokens) if value in self._kept else self._on.array(
+            value, self._offsets[value], self._n_tokens)
+
+    def argument(self, a, caches=None, rows=slice(None)):
+        """What an op takes for an argument of its node."""
+        if isinstance(a, Value):
+            if a.root not in self.roots:
+                self.roots[a.root] = self._root(a.root)
+            array = a.array(self.roots, self._n_outputs)
+            return array if rows == slice(None) else array[rows]
+        if isinstance(a, Tensor):
+            return self._on.weight(a)
+        if isinstance(a, np.ndarray):
+            return self._on.constant(a)
+        return caches[a].rows if isinstance(a, CacheRef) else a
+
+
+def _parts(segments, ends, arrays, inputs, n_outputs):
+    """The segments.Part of each segment. ends: of their calls."""
+    parts = [Part(arrays[segment.device].backend, first, last, [], [], []) for segment, first, last in zip(segments, [0, *ends], ends)]
+    crossing_values = crossings(segments, inputs) if len(segments) > 1 else []
+    settled = settled_before(segments, crossing_values)
+    for (value, source, target, only_outputs), before in zip(crossing_values, settled):
+        pairs = []
+        for i in (source, target):
+            there = arrays[segments[i].device]
+            array = there.argument(value)
+            pairs += there.backend, array[len(array) - n_outputs:] if only_outputs else array
+        crossing = transfer(*pairs)
+        parts[source].departures.append(crossing)
+        parts[target].arrivals.append(crossing)
+        if before is not None:
+            parts[before].settled.append(crossing)
+    return parts
 
 
 @dataclasses.dataclass
@@ -213,24 +258,37 @@ class Bound:
     It holds for one session and one number of tokens.
     """
     runner: object
-    ids: object
-    positions: object
+    inputs: list                # for each device (backend, ids, positions): arrays, or None where nothing reads them
     calls: list
     levels: list                # a number for each call; those of equal numbers may run at the same time
+    parts: list                 # of segments.Part: where the device changes
     output: object              # the array of logits, or None
+    output_backend: object      # the backend that has it
     again: bool                 # whether the step repeats
     late: tuple                 # hooks whose values are kept until the end of the step
     _recording: object = None
     _stops: object = None       # hooks.Stops of the late hooks
 
     @property
+    def ids(self):
+        """The array of the token ids on the first device."""
+        return self.inputs[0][1]
+
+    @property
+    def positions(self):
+        """The array of the positions on the first device."""
+        return self.inputs[0][2]
+
+    @property
     def recording(self):
-        """The calls as the backend runs them best, made once.
+        """The calls as the backends run them best, made once.
 
         functools.cached_property has a lock for all objects, which a process that is forked meanwhile would find taken for ever.
         """
         if self._recording is None:
-            self._recording = self.runner.backend.recorded(self.calls, self.levels, self.again)
+            recordings = [part.backend.recorded(self.calls[part.first:part.last], self.levels[part.first:part.last], self.again)
+                          for part in self.parts]
+            self._recording = recordings[0] if len(recordings) == 1 else Chain(self.parts, recordings)
         return self._recording
 
     def run(self, ids, n_past, logits, hooks=()):
@@ -240,30 +298,43 @@ class Bound:
         `logits`, [n_outputs, n_vocab]. hooks: a tuple of hooks.Hook. Raises DamagedWeightsError if a choice of keys or experts met a value
         that is not finite.
         """
-        backend = self.runner.backend
         with one_step():
-            backend.nan_met()       # of ops that ran by themselves
+            self._nan_met()       # of ops that ran by themselves
             self.put(ids, n_past)
             self.start(hooks, n_past + np.arange(len(ids)) if np.ndim(n_past) == 0 else np.asarray(n_past))
             if self.output is not None:
-                logits[:] = backend.fetch(self.output)
-            if backend.nan_met():
+                logits[:] = self.output_backend.fetch(self.output)
+            if self._nan_met():
                 raise DamagedWeightsError("the scores of keys or experts are not finite: the weights are damaged, or a computation "
                                           "overflowed")
 
+    def calls_of(self, backend):
+        """The calls of a backend, pairs of an op and its arguments."""
+        return [call[1:] for part in self.parts if part.backend is backend for call in self.calls[part.first:part.last]]
+
+    def _nan_met(self):
+        return any([backend.nan_met() for backend, _, _ in self.inputs])
+
     def timed(self, ids, n_past):
-        """Run one step, without its logits -> [(node, seconds)]."""
+        """Run one step, without its logits -> [(node, seconds)].
+
+        The transfers between devices are not in the times.
+        """
+        seconds, calls = [], [[call[1:] for call in self.calls[part.first:part.last]] for part in self.parts]
         with one_step():
             self.put(ids, n_past)
-            return list(zip([node for node, _, _ in self.calls], self.runner.backend.timed([call[1:] for call in self.calls])))
+            in_turn(self.parts, lambda i: seconds.extend(self.parts[i].backend.timed(calls[i])))
+        return list(zip([node for node, _, _ in self.calls], seconds))
 
     def put(self, ids, n_past):
         """Write the inputs of a step: ids and positions."""
-        self.runner.backend.set_threads(self.runner.threads_for(len(ids)))
-        self.runner.steps += 1
-        self.runner.backend.store(self.ids, ids)
         positions = np.arange(n_past, n_past + len(ids)) if np.ndim(n_past) == 0 else np.asarray(n_past)
-        self.runner.backend.store(self.positions, positions)
+        self.runner.steps += 1
+        for backend, *arrays in self.inputs:
+            backend.set_threads(self.runner.threads_for(len(ids)))
+            for array, values in zip(arrays, (ids, positions)):
+                if array is not None:
+                    backend.store(array, values)
 
     def start(self, hooks=(), positions=None):
         """Launch all calls of a step; its inputs are written.
@@ -275,7 +346,8 @@ class Bound:
             return
         stops = self._stops
         if stops is None or stops.hooks != hooks:
-            stops = Stops(self.runner.backend, self.calls, hooks, self.late)
+            backends = [part.backend for part in self.parts for _ in range(part.first, part.last)]
+            stops = Stops(backends, self.calls, hooks, self.late)
             self._stops = stops if hooks == self.late else None     # an observer is not kept alive
         stops.begin(positions)
         self.recording.run(stops.before, stops.after)

@@ -7,17 +7,24 @@ import dataclasses
 
 import numpy as np
 
+from pydsa.backends.devices import device_of
 from pydsa.chat import USER
+from pydsa.costs import StepSize, step_cost
 from pydsa.models.blocks import block_of, spans
+from pydsa.numa import describe_numa
 from pydsa.terminal import visible
 from pydsa.tokenizer import MODEL, PRE_TOKENIZERS
-from pydsa.words import attention_in_words, count, layers_in_words, size
+from pydsa.words import attention_in_words, count, layers_in_words, plan_in_words, size
 
+USUAL = 100e9, 1000e9       # bytes per second: two channels or more of a CPU's memory, and a GPU's
 HIDDEN = {"rope", "n_ff", "n_ff_exp", "indexer_full"}       # fields of a Config that are reported elsewhere or not at all
 
 
-def describe(setup):
-    """A Setup as a dict of JSON types; sizes are bytes."""
+def describe(setup, bandwidths=None):
+    """A Setup as a dict of JSON types; sizes are bytes.
+
+    bandwidths: bytes per second that the CPU and a GPU read of their memory, for the plan of a fitted Setup; None: usual ones.
+    """
     config, metadata = setup.config, setup.file.metadata
     model, pre = (metadata.string(f"tokenizer.ggml.{key}", default=None) for key in ("model", "pre"))
     types = {}
@@ -36,13 +43,58 @@ def describe(setup):
         "tensor_types": {name: {"tensors": count, "bytes": size} for name, (count, size) in sorted(types.items())},
         "n_tensors_unused": len(setup.file.tensors) - len(setup.weights.read),
         "n_mtp_blocks": len({block_of(name) for name in setup.file.tensors} - set(range(-1, config.n_layer))),
-        "device": setup.device_name, "gpu": setup.device.describe(),
+        "device": setup.device_name, "gpu": _gpu(setup), "plan": None if setup.plan is None else _plan(setup, bandwidths),
+        "numa": describe_numa() if any(device_of(name).places for name in setup.placement.devices) else None,
         "n_ctx": setup.n_ctx, "n_ubatch": setup.n_ubatch, "kv_type": setup.kv_type,
         "index_type": setup.index_type if setup.config.top_k else None,
         "memory": {"weights_mapped": setup.mapped_bytes, "weights_copied": setup.copied_bytes, "caches": setup.cache_bytes,
                    "scratch": setup.scratch_bytes, "scores": setup.score_bytes, "packed_latents": setup.packed_latent_bytes},
         "attention": attention_in_words(setup), "reproducible": setup.reproducible, "plain_form_until": setup.schedule.plain_form_until,
         "layers": layers_in_words(setup)}
+
+
+def _gpu(setup):
+    """A description of the GPU, or None; a plan has its own."""
+    if setup.plan is not None and setup.plan.automatic:
+        return None
+    return next(filter(None, (device_of(name).describe() for name in setup.placement.devices)), None)
+
+
+def _plan(setup, bandwidths):
+    """The plan of a fitted Setup, with what bounds the speed of generation.
+
+    That is what a token at the end of the context reads on each device, as if these did not work at the same time.
+    """
+    n_bytes, rates = token_bytes(setup), {}
+    for share in setup.plan.shares:
+        on_gpu = device_of(share.device).reserved > 0
+        rates[share.device] = (bandwidths or USUAL)[on_gpu]
+    devices = [share._asdict() | {"token_bytes": n_bytes.get(share.device, 0), "bandwidth": rates[share.device]}
+               for share in setup.plan.shares]
+    seconds = sum(device["token_bytes"] / device["bandwidth"] for device in devices)
+    return {"options": setup.plan.options, "where": setup.plan.where, "devices": devices, "notes": list(setup.plan.notes),
+            "bandwidth_assumed": bandwidths is None, "bound_ts": 1 / seconds, "lines": plan_in_words(setup.plan)}
+
+
+def token_bytes(setup):
+    """Bytes that one token at the end of the context reads, {device: bytes}."""
+    size = StepSize(1, setup.n_ctx - 1, setup.cache_row_bytes)
+    found = {}
+    for device, nodes in setup.layouts[setup.schedule.variant(setup.n_ctx - 1, 1)].segments:
+        cost = step_cost([node for _, node in nodes], size)
+        found[device] = found.get(device, 0) + cost.weights + cost.cache
+    return found
+
+
+def _format_plan(plan):
+    """The lines of a plan, and of the bound of generation's speed."""
+    if plan is None:
+        return []
+    reads = ", ".join(f"{size(device['token_bytes'])} on {device['device']} at {device['bandwidth'] / 1e9:g} GB/s"
+                      for device in plan["devices"] if device["token_bytes"])
+    assumed = " (assumed: --bandwidth gives others)" if plan["bandwidth_assumed"] else ""
+    return ["", "plan", *(f"  {line}" for line in plan["lines"]),
+            f"  a token at the end of the context reads {reads}{assumed}: at most {plan['bound_ts']:.3g} tokens a second"]
 
 
 def plain(value):
@@ -82,6 +134,8 @@ def format_report(report):
     if report["n_tensors_unused"]:
         lines.append(f"  {report['n_tensors_unused']} of the tensors are not used")
     lines += ["", f"GPU: {report['gpu']}"] if report["gpu"] else []
+    lines += ["", *numa_in_words(report["numa"])] if report["numa"] else []
+    lines += _format_plan(report["plan"])
     lines += ["", f"memory on {report['device']}, {report['n_ctx']} tokens of context, ubatches of {report['n_ubatch']}",
               f"  weights mapped  {size(memory['weights_mapped']):>12}", f"  weights copied  {size(memory['weights_copied']):>12}",
               f"  caches          {size(memory['caches']):>12}  ({caches})", f"  scratch         {size(memory['scratch']):>12}",
@@ -95,6 +149,18 @@ def format_report(report):
                      "tokens")
     lines += [f"  layers {which}: {kind}" for kind, which in report["layers"].items()]
     return "".join(f"{visible(line)}\n" for line in lines)
+
+
+def numa_in_words(numa):
+    """What numa.describe_numa() says, as lines."""
+    if not numa["options"]:
+        return ["NUMA: there is one node for threads, so --numa changes nothing"]
+    lines = ["NUMA: nodes of this machine, and what --numa does"]
+    for node in numa["nodes"]:
+        cpus = f"{node['cores']} core{'s' * (node['cores'] > 1)} (CPUs {node['cpus']})" if node["cpus"] else "no CPUs for this process"
+        memory = "no memory" if not node["memory"] else size(node["memory"]) + ("" if node["memory_allowed"] else ", not for this process")
+        lines.append(f"  {'node ' + str(node['node']):12} {cpus}; {memory}")
+    return lines + [f"  {word:12} {sentence}" for word, sentence in numa["options"].items()]
 
 
 def compare_nodes(model, reference, ids):

@@ -14,7 +14,7 @@ from pydsa.errors import ContextFullError, DamagedWeightsError, PydsaError, Sess
 from pydsa.hooks import Hook, Observer
 from pydsa.limits import allocating
 from pydsa.options import choose, counts
-from pydsa.plan import check_memory
+from pydsa.plan import check_fits, check_memory
 from pydsa.prefixes import common_length
 from pydsa.recorder import LIMIT, Recorder
 from pydsa.sampling import Sampler
@@ -72,10 +72,10 @@ class Session:
     """
 
     def __init__(self, runner, setup, tokenizer):
-        check_memory(setup.cache_bytes, "the caches of a new session", runner.backend)
+        check_fits({name: memory.caches for name, memory in setup.memory.items()}, runner.backends, "the caches of a new session")
         self._runner, self._setup, self.tokenizer, self._eog_ids = runner, setup, tokenizer, tokenizer.eog_ids
         self.tokens = []
-        self.caches = setup.make_caches(runner.backend, setup.n_ctx)
+        self.caches = setup.make_caches(runner, setup.n_ctx)
         self._bound, self._hooks, self._recorders, self._all_hooks, self._variant = {}, (), (), (), None
         self._selector, self._selected = None, []       # [(first token, the `select` that ran it and those after it)]
         self._ahead = Ahead(runner)

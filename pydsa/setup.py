@@ -1,6 +1,7 @@
 """A Setup says what running a GGUF file needs: configuration, schedule, graphs and memory."""
 import collections
 import collections.abc
+import copy
 import functools
 import hashlib
 import math
@@ -9,22 +10,26 @@ import re
 
 import numpy as np
 
-from pydsa.backends.devices import DEVICES, check_reproducible, check_residence
+from pydsa.backends.devices import check_devices, check_numa, check_reproducible, check_residence, device_of
 from pydsa.cache import VectorCache, choose_cache_type
 from pydsa.cards import shown
 from pydsa.errors import PydsaError, UnsupportedModelError
 from pydsa.gguf_file import open_gguf
-from pydsa.graph import CacheRef, Graph
+from pydsa.graph import CacheRef, Graph, waits
+from pydsa.layout import lay_out
 from pydsa.limits import allocating
+from pydsa.memory import Memory, memory_of
 from pydsa.models import architecture
 from pydsa.models.blocks import INDEXER, block_of, indexer_advice, settle_blocks
 from pydsa.models.stored import made_bytes
 from pydsa.models.weights import Weights
+from pydsa.numa import memory_placed
 from pydsa.options import choose, counts
 from pydsa.override import check_all_read, override
-from pydsa.plan import lay_out
+from pydsa.placement import Placing
 from pydsa.quants import cache_row_bytes
 from pydsa.schedule import VARIANTS, Schedule
+from pydsa.segments import cut
 from pydsa.tokenizer import Tokenizer
 from pydsa.words import card_of_a_setup
 
@@ -44,11 +49,10 @@ class Setup:
     """
 
     def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,
-                 n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None, reproducible=False, mmap=True, mlock=False):
-        self.device_name = choose("device", device, DEVICES)
-        self.device = DEVICES[device]
-        self.reproducible = check_reproducible(device, reproducible)
-        self.mmap, self.mlock = check_residence(device, mmap, mlock)
+                 n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None, reproducible=False, mmap=True, mlock=False,
+                 tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), n_gpu_layers=None,
+                 numa=None):
+        placing = Placing(check_devices(device), tensor_split, n_gpu_layers, cpu_moe, n_cpu_moe, override_tensor)
         self.kv_type = choose_cache_type("kv_type", kv_type)
         self.index_type = choose_cache_type("index_type", index_type or ("f32" if kv_type == "f32" else "i8"))
         self.attention = choose("attention", attention, ATTENTION)
@@ -63,12 +67,13 @@ class Setup:
         check_all_read(metadata, override_kv or {}, file.metadata)
         self.n_ctx = n_ctx or min(DEFAULT_N_CTX, self.config.n_ctx_train)
         self.n_ubatch = min(n_ubatch, self.n_ctx)
-        if self.n_ubatch > self.device.max_ubatch:
-            raise PydsaError(f"n_ubatch is {self.n_ubatch}, expected at most {self.device.max_ubatch} on {device} (-ub).")
+        self._wanted, self.plan = (reproducible, mmap, mlock, numa), None
+        self._place(placing)
         self.schedule = Schedule(self.config, self.attention, self.n_ctx, self.n_ubatch, one_form=self.reproducible)
         self.weights = Weights(self.file)
-        self.layouts = {name: self._record(arch, VARIANTS[name]) for name in self.schedule.variants}
+        self.graphs = {name: self._record(arch, VARIANTS[name]) for name in self.schedule.variants}
         self._refuse_unknown_tensors()
+        self.placement.check_rules(self.weights.used)
         self.notes += self._notes()
         used = {a for node in self._nodes for a in node.args if isinstance(a, CacheRef)}
         self.cache_widths = {ref: widths for ref, widths in self.config.cache_widths.items() if ref in used}
@@ -91,7 +96,54 @@ class Setup:
     def _record(self, arch, variant):
         graph = Graph(self.n_ctx)
         arch.build(graph, self.config, self.weights, variant)
-        return lay_out(graph, self.n_ubatch, self.device.float_size, self.device.side_by_side)
+        return graph
+
+    @functools.cached_property
+    def _waits(self):
+        """For each variant, what the nodes of its graph wait for."""
+        return {name: waits(graph.nodes) for name, graph in self.graphs.items()}
+
+    @functools.cached_property
+    def layouts(self):
+        """The Layout of each variant, {name: layout.Layout}."""
+        return {name: self._lay_out(graph, self._waits[name]) for name, graph in self.graphs.items()}
+
+    def _lay_out(self, graph, before):
+        side_by_side = [name for name, device in self._devices if device.side_by_side]
+        segments = cut(graph.nodes, self.placement.of_nodes(graph.nodes), side_by_side, before)
+        return lay_out(graph, segments, self.n_ubatch, max(device.float_size for _, device in self._devices))
+
+    def placed(self, placing):
+        """This Setup with another placement, that of a placement.Placing.
+
+        The graphs are not recorded again.
+        """
+        self._waits         # once for all
+        other = copy.copy(self)
+        for name in ("layouts", "memory", "_whole"):
+            other.__dict__.pop(name, None)
+        other._place(placing)
+        return other
+
+    def _place(self, placing):
+        """Take a Placing, and check what its devices must be able to do."""
+        self.placing, self.placement = placing, placing.place(self.config.n_layer)
+        reproducible, mmap, mlock, numa = self._wanted
+        self.reproducible = check_reproducible(self.placement.devices, reproducible)
+        self.mmap, self.mlock = check_residence(self.placement.devices, mmap, mlock)
+        self.numa = check_numa(self.placement.devices, numa)
+        for name, device in self._devices:
+            if self.n_ubatch > device.max_ubatch:
+                raise PydsaError(f"n_ubatch is {self.n_ubatch}, expected at most {device.max_ubatch} on {name} (-ub).")
+
+    @property
+    def _devices(self):
+        return [(name, device_of(name)) for name in self.placement.devices]
+
+    @property
+    def device_name(self):
+        """The names of the devices, with + between several."""
+        return "+".join(self.placement.devices)
 
     @functools.cached_property
     def tokenizer(self):
@@ -100,7 +152,7 @@ class Setup:
 
     @property
     def _nodes(self):
-        return [node for layout in self.layouts.values() for node in layout.graph.nodes]
+        return [node for graph in self.graphs.values() for node in graph.nodes]
 
     @functools.cached_property
     def trunk(self):
@@ -159,6 +211,7 @@ class Setup:
         return max(sizes, key=sizes.get)
 
     @functools.cached_property
+    @memory_placed()
     def fingerprint(self):
         """A hash that identifies the model.
 
@@ -177,63 +230,60 @@ class Setup:
         """The type of a cache's rows, a key of quants.CACHE_TYPES."""
         return {"latents": self.kv_type, "index_keys": self.index_type}[ref.kind]
 
-    def make_caches(self, backend, n_ctx):
-        """Empty caches of n_ctx rows: {CacheRef: VectorCache}."""
+    def make_caches(self, runner, n_ctx):
+        """Empty caches of n_ctx rows, each on its device: {CacheRef: VectorCache}.
+
+        runner: the plan.Runner that will use them.
+        """
         with allocating("the caches of a session"):
-            return {ref: VectorCache(backend, n_ctx, widths, self.cache_type(ref), self.reproducible)
-                    for ref, widths in self.cache_widths.items()}
+            return {ref: VectorCache(runner.backends[self.placement.of_cache(ref)], n_ctx, widths, self.cache_type(ref),
+                                     self.reproducible) for ref, widths in self.cache_widths.items()}
 
     @property
     def cache_row_bytes(self):
         """Bytes of one token's row in each cache: {CacheRef: bytes}."""
         return {ref: cache_row_bytes(self.cache_type(ref), widths) for ref, widths in self.cache_widths.items()}
 
+    @functools.cached_property
+    def memory(self):
+        """The memory on each device, {name: memory.Memory}."""
+        return memory_of(self)
+
+    @functools.cached_property
+    def _whole(self):
+        return functools.reduce(Memory.__add__, self.memory.values())
+
     @property
     def cache_bytes(self):
         """Bytes of one session's caches with a full context."""
-        return self.n_ctx * sum(self.cache_row_bytes.values())
+        return self._whole.caches
 
     @property
     def scratch_bytes(self):
-        """Bytes of the intermediate values of one ubatch, and a row of logits."""
-        values = max(layout.n_bytes for layout in self.layouts.values())
-        output = (self.config.n_vocab + self.config.n_embd) * self.device.float_size
-        return values + output + self.device.scratch(self._nodes, self.n_ubatch)
+        """Bytes of the intermediate values of one ubatch, and of scratch memory."""
+        return self._whole.values + self._whole.scratch
 
     @property
     def score_bytes(self):
-        """Bytes of the indexer's score rows with a full context.
-
-        top-k takes 16 bytes more for each key and thread, which are not counted. Score rows and packed_latent_bytes are the only scratch
-        memory that grows with the context.
-        """
-        if not any(node.op == "indexer_select" for node in self._nodes):
-            return 0
-        return min(self.device.scored_together, self.n_ubatch) * self.device.float_size * self.n_ctx
+        """Bytes of the indexer's score rows with a full context."""
+        return self._whole.scores
 
     @property
     def packed_latent_bytes(self):
-        """Bytes of the packed latents, at most.
-
-        Prompts in MLA's plain form pack them.
-        """
-        return self.device.packed_latents(self.config, self.schedule.plain_form_until)
+        """Bytes of the packed latents, at most."""
+        return self._whole.packed_latents
 
     @property
     def mapped_bytes(self):
         """Bytes of the weights that are read from the mapped file."""
-        return self.device.weights(self.weights.used.values())[0] if self.mmap else 0
+        return self._whole.mapped
 
     @property
     def copied_bytes(self):
-        """Bytes of the weights that the backend copies.
-
-        The CPU copies vectors, a GPU all blocks, and the reference everything, as float32. Without mmap matrices are copied too.
-        """
-        mapped, copies = self.device.weights(self.weights.used.values())
-        return copies if self.mmap else mapped + copies
+        """Bytes of the weights that the backends copy."""
+        return self._whole.copied
 
     @property
     def total_bytes(self):
         """Bytes of a model with one session, without the mapped file."""
-        return self.cache_bytes + self.scratch_bytes + self.score_bytes + self.packed_latent_bytes + self.copied_bytes
+        return self._whole.total

@@ -15,6 +15,8 @@ if os.environ.get("PYDSA_TEST_AMX") == "emulated":
     from tests.amx import install
     install()
 
+os.environ.setdefault("PYDSA_DEVICE", "cpu")        # also beside a GPU tests run on what they name, else on the CPU
+
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 SLOW = ("test_levels.py", "test_cuda.py")       # files that take minutes
@@ -81,7 +83,7 @@ def load():
 
     def cached(path, **options):
         options = {"threads": 1, "n_ctx": 256, "kv_type": "f32"} | options
-        key = (str(path), *sorted(options.items()))
+        key = (str(path), *sorted((name, str(value)) for name, value in options.items()))
         if key not in models:
             models[key] = pydsa.load(path, **options)
         return models[key]

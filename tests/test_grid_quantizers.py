@@ -7,8 +7,8 @@ import pytest
 from pydsa.errors import PydsaError
 from pydsa.quantize import TYPES, rows
 from pydsa.quants import TYPES as BLOCKS
+from tools.golden_quantizers import error, values_of
 from tools.golden_quantizers_iq import TYPES as NAMES
-from tools.golden_quantizers_iq import error, values_of
 
 DATA = Path(__file__).parent / "data"
 GOLDEN, GIVEN = np.load(DATA / "quantizers_iq.npz"), np.load(DATA / "quantizers.npz")

@@ -20,12 +20,12 @@ SLOW = ("numba", "llvmlite", "tokenizers", "jinja2", "rich", "matplotlib", "star
 
 # Each may import itself, those after it, and the leaves; a leaf only other leaves.
 LAYERS = ("__main__", "cli", "exits", "server", "console habits", "restrictions", "conversion", "faithful imatrix quantize", "quality",
-          "bench report plot fit", "__init__", "engine", "model", "look", "selections", "session", "recorder selecting", "recording",
-          "recording_file", "diagnosis", "ahead", "setup", "words", "models", "plan schedule", "costs", "hooks", "dense", "graph",
-          "backends")
+          "bench report plot", "__init__", "engine", "model", "look", "selections", "session", "recorder selecting", "recording",
+          "recording_file", "diagnosis", "ahead", "fitting", "setup", "words", "models", "plan memory schedule fit", "layout placement",
+          "segments", "costs", "hooks", "dense", "graph", "backends")
 LEAVES = "gguf_file override tokenizer chat messages answers tool_calls template sampling cache compiling kernel_cache quants errors " \
          "terminal signals limits check cores control_groups options batch prefixes requests residence op_plot cards drawing " \
-         "constraint grammars tool_grammars vocabulary packed session_file targets gguf_layout gguf_writer"
+         "constraint grammars tool_grammars vocabulary packed session_file targets numa nodes mempolicy gguf_layout gguf_writer"
 RANK = {name: rank for rank, names in enumerate([*LAYERS, LEAVES]) for name in names.split()}
 COMPILING = ("pydsa.backends.cpu", "pydsa.backends.cuda", "pydsa.quantize")     # may import numba
 

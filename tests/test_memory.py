@@ -17,7 +17,7 @@ from pydsa import OutOfMemoryError, limits
 from pydsa.backends.cpu.records import kind_of
 from pydsa.graph import Value
 from pydsa.setup import Setup
-from pydsa.plan import ALIGN, lay_out
+from pydsa.layout import ALIGN, lay_out
 
 MODELS = [dict(arch="deepseek2"), dict(), dict(arch="glm-dsa", n_layer=4, indexer_types="FSFS")]
 PATHS = [(spec, attention) for spec in MODELS for attention in ("auto", "dense", "sparse", "masked")
@@ -82,10 +82,10 @@ def test_planned_bytes_are_those_allocated(small_model, load, spec, device, kv_t
     model = load(small_model(**spec), device=device, kv_type=kv_type, n_ubatch=16)
     assert model.setup.cache_bytes == sum(cache.nbytes for cache in model.session().caches.values())
     model.session().prefill(IDS)
-    outputs = sum(array[0].nbytes for array in model.runner._outputs.values())
+    outputs = sum(array[0].nbytes for array in model.runner.on[device].outputs.values())
     assert model.setup.scratch_bytes == max(p.n_bytes for p in model.setup.layouts.values()) + outputs
-    assert model.setup.copied_bytes == sum(w.nbytes for w in model.runner._weights.values() if isinstance(w, np.ndarray))
-    assert model.setup.mapped_bytes == sum(model.setup.file.tensors[name].data.nbytes for name in model.runner._weights)
+    assert model.setup.copied_bytes == sum(w.nbytes for w in model.runner.on[device].weights.values() if isinstance(w, np.ndarray))
+    assert model.setup.mapped_bytes == sum(model.setup.file.tensors[name].data.nbytes for name in model.runner.on[device].weights)
 
 
 @pytest.mark.parametrize("spec", MODELS)
@@ -141,11 +141,12 @@ def test_values_with_places_of_their_own_give_the_same(small_model, load, monkey
     """
     expected = load(small_model(), n_ubatch=16).logits(IDS)
 
-    def unshared(graph, *args):
-        shared, max_tokens = lay_out(graph, *args), args[0]
+    def unshared(graph, segments, max_tokens, *args):
+        shared = lay_out(graph, segments, max_tokens, *args)
         step = -(-max_tokens * 512 * 8 // ALIGN) * ALIGN
         assert all(np.prod(value.tail) <= 512 for value in shared.offsets)
-        return shared._replace(offsets={value: i * step for i, value in enumerate(shared.offsets)}, n_bytes=step * len(shared.offsets))
+        return shared._replace(offsets={value: i * step for i, value in enumerate(shared.offsets)},
+                               ends={"cpu": step * len(shared.offsets)})
 
     monkeypatch.setattr("pydsa.setup.lay_out", unshared)
     model = pydsa.load(small_model(), n_ctx=256, n_ubatch=16, kv_type="f32", threads=1)
@@ -160,7 +161,7 @@ def test_matrices_stay_in_the_file(small_model, load, spec):
     for name, tensor in model.setup.weights.used.items():
         assert not tensor.data.flags.writeable
         if len(tensor.shape) > 1:
-            weight = model.runner._weights[name].data
+            weight = model.runner.on["cpu"].weights[name].data
             assert weight.ctypes.data == tensor.data.ctypes.data and weight.shape == tensor.data.shape and not weight.flags.writeable
             n_matrices += 1
     assert n_matrices > 30
@@ -181,7 +182,7 @@ def test_an_op_is_compiled_once(small_model, load):
         model = load(small_model(**spec), attention=attention, n_ubatch=64)
         for path in model.setup.schedule.variants:
             for n_tokens, n_outputs in ((1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (3, 2), (48, 0), (64, 1), (64, 64)):
-                caches = model.setup.make_caches(model.backend, 100 + n_tokens)
+                caches = model.setup.make_caches(model.runner, 100 + n_tokens)
                 for node, _, args in model.runner.bind(path, caches, n_tokens, n_outputs).calls:
                     signatures.setdefault(node.op, set()).add(tuple(kind_of(a) for a in args))
     assert len(signatures) > 20 and not {op: met for op, met in signatures.items() if len(met) > 1}

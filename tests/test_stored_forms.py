@@ -118,7 +118,7 @@ def test_memory_of_a_split_kv_b_is_counted(small_model, load):
     path = small_model(arch="deepseek2", type="Q4_0", legacy_kv_b=True, **WIDE)
     with pytest.warns(UserWarning, match="split in two"):
         model = load(path)
-    setup, weights = model.setup, model.runner._weights
+    setup, weights = model.setup, model.runner.on["cpu"].weights
     made = {name: tensor for name, tensor in setup.weights.used.items() if tensor.make is not None}
     assert len(made) == 4 and all(tensor.data.strides == (0, 0, 0) for tensor in made.values())
     sizes = {name: weights[name].data.nbytes for name in made}

@@ -21,7 +21,7 @@ from pydsa.backends.cpu import team, threads
 from pydsa.backends.cpu.jit import KernelCache, inner
 from pydsa.backends.cpu.op import Stage, Step, op
 from pydsa.backends.cpu.records import words_of
-from pydsa.graph import CacheRef, Node, Value, levels
+from pydsa.graph import CacheRef, Node, Value, levels_of, waits
 
 MODELS = {
     "deepseek2": dict(arch="deepseek2"), "deepseek2 lite": dict(arch="deepseek2", n_lora_q=0, n_expert_groups=0, n_expert_shared=2),
@@ -304,7 +304,7 @@ def test_calls_of_a_level_leave_each_other_alone(small_model, load, name, attent
     model = load(small_model(**MODELS[name]), attention=attention, n_ubatch=64)
     for variant in model.setup.schedule.variants:
         for n_tokens, n_outputs in ((1, 1), (17, 0), (64, 2)):
-            bound = model.runner.bind(variant, model.setup.make_caches(model.backend, 200), n_tokens, n_outputs)
+            bound = model.runner.bind(variant, model.setup.make_caches(model.runner, 200), n_tokens, n_outputs)
             assert bound.levels == sorted(bound.levels) and len(set(bound.levels)) < 0.9 * len(bound.calls)
             for _, group in itertools.groupby(zip(bound.levels, bound.calls), lambda pair: pair[0]):
                 for (_, one), (_, other) in itertools.combinations(group, 2):
@@ -350,7 +350,7 @@ def test_levels_of_random_nodes(seed):
     expected = []
     for j in range(len(nodes)):
         expected.append(max((expected[i] + 1 for i in range(j) if is_at_odds(used[i], used[j])), default=0))
-    assert levels(nodes) == expected and 3 < max(expected) < 39
+    assert levels_of(waits(nodes)) == expected and 3 < max(expected) < 39
 
 
 # What ops of a group share in scratch memory
@@ -398,7 +398,7 @@ def test_packed_activations_are_shared_where_they_are_the_same(case, n_tokens):
 def test_matrices_of_one_activation_share_its_packed_form(small_model, load, name, attention):
     model, n_shared = load(small_model(**MODELS[name]), attention=attention, n_ubatch=64), []
     for variant in model.setup.schedule.variants:
-        bound = model.runner.bind(variant, model.setup.make_caches(model.backend, 200), 17, 1)
+        bound = model.runner.bind(variant, model.setup.make_caches(model.runner, 200), 17, 1)
         for _, group in itertools.groupby(zip(bound.levels, bound.calls), lambda pair: pair[0]):
             calls = [call[1:] for _, call in group]
             n_shared.append(sum(again for _, again in ops._share_scratch(calls)[0]))

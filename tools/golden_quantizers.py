@@ -31,10 +31,22 @@ def statistics():
     return {name: rows.astype(np.float32) for name, rows in found.items()}
 
 
+def values_of(blocks, name):
+    """The weights of blocks: float32 [n, k].
+
+    gguf-py's, but for Q1_0, which it does not read: d in float16, then a bit for each of 128 weights, that are d or -d.
+    """
+    if name != "Q1_0":
+        return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name])
+    parts = np.ascontiguousarray(blocks).reshape(-1, 18)
+    d = parts[:, :2].copy().view("<f2").astype(np.float32)
+    return np.where(np.unpackbits(parts[:, 2:], axis=1, bitorder="little"), d, -d).reshape(len(blocks), -1)
+
+
 def error(rows, blocks, name, importance=None):
     """The root of the sum of squared errors, weighted by importance."""
-    values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name]).astype(np.float64)
-    return np.sqrt((np.square(values - rows) * (1 if importance is None else importance)).sum())
+    off = values_of(blocks, name).astype(np.float64) - rows
+    return np.sqrt((np.square(off) * (1 if importance is None else importance)).sum())
 
 
 def llama_cpp(library):

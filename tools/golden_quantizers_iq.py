@@ -9,33 +9,14 @@ import sys
 from pathlib import Path
 
 import click
-import gguf
 import numpy as np
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.golden_quantizers import llama_cpp  # noqa: E402
+from tools.golden_quantizers import error, llama_cpp  # noqa: E402
 
 TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0", "Q1_0", "NVFP4")
 NEED_IMPORTANCE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS")
-
-
-def values_of(blocks, name):
-    """The weights of blocks: float32 [n, k].
-
-    gguf-py's, but for Q1_0, which it does not read: d in float16, then a bit for each of 128 weights, that are d or -d.
-    """
-    if name != "Q1_0":
-        return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name])
-    parts = np.ascontiguousarray(blocks).reshape(-1, 18)
-    d = parts[:, :2].copy().view("<f2").astype(np.float32)
-    return np.where(np.unpackbits(parts[:, 2:], axis=1, bitorder="little"), d, -d).reshape(len(blocks), -1)
-
-
-def error(rows, blocks, name, importance=None):
-    """The root of the sum of squared errors, weighted by importance."""
-    off = values_of(blocks, name).astype(np.float64) - rows
-    return np.sqrt((np.square(off) * (1 if importance is None else importance)).sum())
 
 
 @click.command(help=__doc__.split("\n")[0])

@@ -4,14 +4,19 @@ All figures come from shapes, so that no backend is imported for them.
 """
 import importlib
 import math
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 from pydsa.errors import PydsaError
+from pydsa.numa import WORDS
+from pydsa.options import choose
 
 SCORED_TOGETHER = 32        # tokens whose rows of index scores are in memory at a time (cuda/indexer.py)
 SCORED_BY_THREADS = 128     # the same of several threads (cpu/indexer.py)
 UNLIMITED = 2**31 - 1
+AUTO = "auto"               # in place of devices: those that a plan chooses (fitting.py)
+HOST = "cpu"                # the device that reads weights where the file is mapped: experts that fit nowhere else are there
 
 
 class Device(NamedTuple):
@@ -31,6 +36,9 @@ class Device(NamedTuple):
     copies_blocks: bool = False     # whether loading copies every weight, which can take long
     described: bool = False         # whether the backend can describe its device
     maps: bool = False              # whether the ops read weights where the file is mapped
+    places: bool = False            # whether its threads and their memory can be placed on nodes of the machine (numa.py)
+    numbered: bool = False          # whether a machine can have several, whose numbers follow the name
+    reserved: int = 0               # bytes of memory of its own that its driver takes, and kernels' code; 0: it has the host's memory
     reproducible: bool = False      # whether its ops have a form in which a token's results are the same in steps of any shape
 
     def backend(self):
@@ -119,35 +127,107 @@ def _packed_heads(n_tokens, n_head, width):
 
 DEVICES = {
     "cpu": Device("pydsa.backends.cpu", 4, _cpu_weights, packed_latents=_cpu_packed_latents, side_by_side=True,
-                  scored_together=SCORED_BY_THREADS, maps=True, reproducible=True),
+                  scored_together=SCORED_BY_THREADS, maps=True, places=True, reproducible=True),
     # A grid has at most 65,535 blocks in y and in z, which kernels use for tokens.
     "cuda": Device("pydsa.backends.cuda", 4, lambda tensors: (0, _n_bytes(tensors)), 32768, scratch=_cuda_scratch, copies_blocks=True,
-                   described=True),
+                   described=True, numbered=True, reserved=640 << 20),     # 420 to 560 MiB are a context's on such GPUs
     "reference": Device("pydsa.backends.reference", 8, lambda tensors: (_mapped(tensors), _as_floats(tensors)), scored_together=UNLIMITED),
 }
 
 
-def check_reproducible(name, wanted):
+def device_of(name):
+    """The Device of a name such as "cpu", "cuda" or "cuda1"."""
+    return DEVICES[name.rstrip("0123456789")]
+
+
+def backend_of(name):
+    """The backend of a device, imported on the first call."""
+    backend, index = device_of(name).backend(), name.lstrip("abcdefghijklmnopqrstuvwxyz")
+    return backend.on(int(index)) if index else backend
+
+
+def usable_gpus(asked_for=True):
+    """The GPUs that a model could run on: {name of a device: gpus.Usable}.
+
+    {} where there is none; nothing is raised. asked_for: False: none of Numba's simulator, unless PYDSA_SIMULATED_GPUS asks for them.
+    """
+    from pydsa.backends import gpus
+    if gpus.SIMULATED and not asked_for and "PYDSA_SIMULATED_GPUS" not in os.environ:
+        return {}
+    return {_numbered(gpu.index): gpu for gpu in gpus.usable_gpus()}
+
+
+def simulated_gpus(sizes):
+    """GPUs of given sizes in bytes, as usable_gpus() has those of a machine."""
+    from pydsa.backends.gpus import Usable
+    return {_numbered(i): Usable(i, "a GPU as given", size, size) for i, size in enumerate(sizes)}
+
+
+def _numbered(index):
+    kind = next(name for name, device in DEVICES.items() if device.numbered)
+    return kind + (str(index) if index else "")
+
+
+def check_devices(device):
+    """The names of the devices in a text, with commas between, or in a list.
+
+    A GPU has its number behind the name, cuda1; the first is cuda. Raises PydsaError for what is none, or is named twice.
+    """
+    names = device.split(",") if isinstance(device, str) else device
+    if not isinstance(names, (list, tuple)) or not names:
+        raise PydsaError(f"device is {device!r}, expected {_EXPECTED}.")
+    found = [_device_name(device, name) for name in names]
+    if len(set(found)) < len(found):
+        raise PydsaError(f"device is {device!r}, expected different devices.")
+    return tuple(found)
+
+
+def _device_name(given, name):
+    plain = name.strip().lower() if isinstance(name, str) else ""
+    index = plain.lstrip("abcdefghijklmnopqrstuvwxyz")
+    kind = plain.removesuffix(index)
+    if kind not in DEVICES or index and not (DEVICES[kind].numbered and index.isascii() and index.isdigit() and len(index) < 4):
+        raise PydsaError(f"device is {given!r}, expected {_EXPECTED}.")
+    return kind + (str(int(index)) if index.strip("0") else "")
+
+
+_EXPECTED = f"one of {', '.join(map(repr, DEVICES))}, or 'cuda1' for the second GPU, or several with commas between, or {AUTO!r}"
+
+
+def check_reproducible(names, wanted):
     """Return `wanted`, whether a model shall be reproducible.
 
-    Raises PydsaError if it is no bool, or if it is true and the device of this name cannot.
+    Raises PydsaError if it is no bool, or if it is true and one of the devices of these names cannot.
     """
     if not isinstance(wanted, bool):
         raise PydsaError(f"reproducible is {wanted!r}, expected True or False.")
-    if wanted and not DEVICES[name].reproducible:
-        able = " or ".join(other for other, device in DEVICES.items() if device.reproducible)
-        raise PydsaError(f"{name} cannot promise a token the same bits in all steps: use --device {able}, or leave out --reproducible.")
+    for name in names:
+        if wanted and not device_of(name).reproducible:
+            able = " or ".join(other for other, device in DEVICES.items() if device.reproducible)
+            raise PydsaError(f"{name} cannot promise a token the same bits in all steps: use --device {able}, or leave out "
+                             "--reproducible.")
     return wanted
 
 
-def check_residence(name, mmap, mlock):
+def check_residence(names, mmap, mlock):
     """Return whether weights are mapped, and whether they are locked.
 
-    Raises PydsaError if one of them is no bool, or if the device of this name has its own copies of them.
+    Raises PydsaError if one of them is no bool, or if each of the devices of these names has its own copies of them.
     """
     for what, value in (("mmap", mmap), ("mlock", mlock)):
         if not isinstance(value, bool):
             raise PydsaError(f"{what} is {value!r}, expected True or False.")
-    if (mlock or not mmap) and not DEVICES[name].maps:
-        raise PydsaError(f"{name} has its own copy of the weights: leave out {'--mlock' if mlock else '--no-mmap'}.")
+    if (mlock or not mmap) and not any(device_of(name).maps for name in names):
+        raise PydsaError(f"{names[0]} has its own copy of the weights: leave out {'--mlock' if mlock else '--no-mmap'}.")
     return mmap, mlock
+
+
+def check_numa(names, word):
+    """Return `word`, how threads and memory are placed on nodes, or None.
+
+    Raises PydsaError if it is unknown, or if none of the devices of these names has threads and memory that can be placed.
+    """
+    if word is not None and not any(device_of(name).places for name in names):
+        able = " or ".join(other for other, device in DEVICES.items() if device.places)
+        raise PydsaError(f"--numa is for the threads and the memory of {able}, and {names[0]} has its own: leave it out.")
+    return None if word is None else choose("numa", word, WORDS)

@@ -5,7 +5,7 @@ import click
 
 from pydsa.console import progress_bar
 from pydsa.exits import Failure
-from pydsa.habits import logit_biases
+from pydsa.habits import gpu_layers, logit_biases
 from pydsa.override import parse_overrides
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
 from pydsa.terminal import visible
@@ -41,8 +41,22 @@ model_options = options(
     click.option("--dsa-top-k", type=int, help="Number of keys that a token attends to.  [default: the model's]"),
     residence_options,
     override_option)
-device_option = click.option("--device", type=click.Choice(["cpu", "cuda", "reference"]), default="cpu", show_default=True,
-                             help="cuda: an NVIDIA GPU; reference: plain numpy, slow and exact.")
+device_option = click.option(
+    "--device", "-dev", default="auto", show_default=True, metavar="DEVICE[,...]",
+    help="cpu; cuda: an NVIDIA GPU; cuda0,cuda1: several; reference: plain numpy, slow and exact; auto: a plan of what fits on the GPUs, "
+         "or what PYDSA_DEVICE says.")
+placement_options = options(
+    device_option,
+    click.option("-ngl", "--gpu-layers", "--n-gpu-layers", "n_gpu_layers", metavar="N", callback=gpu_layers,
+                 help="Layers on the GPUs, the last ones of the model; all; auto: what fits.  [default: auto]"),
+    click.option("-cmoe", "--cpu-moe", is_flag=True, help="Leave the routed experts of all layers on the CPU."),
+    click.option("-ncmoe", "--n-cpu-moe", type=int, default=0, metavar="N",
+                 help="Leave those of the first N layers there.  [default: what does not fit]"),
+    click.option("-ot", "--override-tensor", multiple=True, metavar="REGEX=DEVICE",
+                 help="Put weights whose names match on a device, like ffn_down_exps=cpu. Repeat it, or put commas between."),
+    click.option("-ts", "--tensor-split", metavar="N,...",
+                 help="Proportion of the layers on each GPU, like 3,1.  [default: by what is free]"),
+    click.option("--fit-margin", default="1GiB", show_default=True, metavar="SIZE", help="What a plan leaves free on each GPU."))
 attention_option = click.option("--attention", type=click.Choice(["auto", "sparse", "masked", "dense"]), default="auto", show_default=True,
                                 help="auto: dense up to top_k tokens, sparse beyond.")
 reproducible_option = click.option(
@@ -50,13 +64,16 @@ reproducible_option = click.option(
     help="Give a token the same logits, bit for bit, whatever steps it runs in: threads, -ub, reused prefixes, other conversations.")
 threads_options = options(
     click.option("-t", "--threads", type=int, help="CPU threads for generation.  [default: physical cores]"),
-    click.option("-tb", "--threads-batch", type=int, help="CPU threads for prompts.  [default: as -t]"))
+    click.option("-tb", "--threads-batch", type=int, help="CPU threads for prompts.  [default: as -t]"),
+    click.option("--numa", type=click.Choice(["distribute", "isolate", "numactl"]),
+                 help="Where a machine has several nodes: threads and memory on all of them, or on the one where this starts; or threads "
+                      "on the CPUs that numactl gave."))
 chat_options = options(
     click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat format."),
     click.option("--special", is_flag=True, help="Encode the texts of control tokens in a --raw prompt as these tokens."),
     click.option("--system", "-sys", "--system-prompt", "system", help="A system message for the chat format."),
     click.option("--think", is_flag=True, help="Let the model reason before it answers, if it can."))
-engine_options = options(threads_options, ctx_option, model_options, attention_option, reproducible_option, device_option)
+engine_options = options(threads_options, ctx_option, model_options, attention_option, reproducible_option, placement_options)
 sampling_options = options(
     click.option("--temp", "temperature", type=float, default=0.8, show_default=True, help="Temperature; 0: greedy."),
     click.option("--top-k", type=int, default=40, show_default=True, help="Sample from the K likeliest tokens; 0: all."),
@@ -93,13 +110,18 @@ def take_fields(kind, settings):
 
 
 def load_model(path, threads=None, threads_batch=None, **settings):
-    """Load a model, with progress on stderr."""
+    """Load a model, with its plan and progress on stderr."""
     click.echo(f"loading {visible(path)}", err=True)
     if settings.get("n_ctx") == 0:
         settings["n_ctx"] = longest_context(path, settings)
+    from pydsa.fitting import fitted
+    setup = fitted(path, **settings)
+    if setup.plan is not None:
+        from pydsa.words import plan_in_words
+        click.echo("\n".join(map(visible, plan_in_words(setup.plan))), err=True)
     with progress_bar("compiling kernels") as progress:
-        from pydsa.model import load
-        model = load(path, threads=threads, threads_batch=threads_batch, progress=progress, **settings)
+        from pydsa.model import ready
+        model = ready(setup, threads, threads_batch, progress)
     if model.n_ctx > model.config.n_ctx_train:
         click.echo(f"the context of {model.n_ctx} tokens is longer than the model's own, {model.config.n_ctx_train}", err=True)
     return model
@@ -107,7 +129,7 @@ def load_model(path, threads=None, threads_batch=None, **settings):
 
 def longest_context(path, settings):
     """The tokens of -c 0, with a sentence on stderr if memory is short."""
-    from pydsa.fit import longest_context
+    from pydsa.fitting import longest_context
     n_ctx, whole = longest_context(path, **{key: value for key, value in settings.items() if key != "n_ctx"})
     click.echo(f"a context of {n_ctx} tokens, " + ("the model's own" if whole else "as many as the memory holds"), err=True)
     return n_ctx

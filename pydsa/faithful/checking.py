@@ -17,8 +17,8 @@ from pydsa.faithful.choices import TOGETHER, Tally, masks
 from pydsa.errors import PydsaError
 from pydsa.hooks import Hook
 from pydsa.faithful.measures import SPARSE, Probe
+from pydsa.model import compile_for
 from pydsa.plan import check_memory
-from pydsa.schedule import VARIANTS
 from pydsa.session import check_ids
 from pydsa.faithful.verdicts import REFERENCE, findings
 
@@ -194,13 +194,8 @@ def _session_with(model, progress=None, **changes):
     vars(setup).update(changes)
     other.setup = setup
 
-    def bind():
-        caches, calls = setup.make_caches(model.backend, 1), []
-        for name in setup.schedule.variants:
-            for n in {2} if VARIANTS[name].plain else {1, min(2, setup.n_ubatch)}:
-                calls += [call[1:] for call in model.runner.bind(name, caches, n, n).calls]
-        return calls
-    model.backend.compile_calls(bind, progress)
+    for backend in model.runner.backends.values():
+        compile_for(model.runner, setup, backend, progress)
     return other.session()
 
 

@@ -77,7 +77,7 @@ def choose_d(grid, work, peak):
     subs, high, top, best, least = work.subs, (1 << grid.bits) - 1, ZERO, np.uint16(0), INFINITE
     for j in range(subs.shape[1]):
         top = max(top, subs[SCALE, j])
-    for k in range(high, -1, -1):      # of the largest scale: weights of a file may come from blocks without a high k, and a tiny d has few bits
+    for k in range(high, -1, -1):       # that of the largest scale; a low one suits a tiny d, which has few bits, and blocks without high k
         bits = to_half(min(top * peak / (grid.unit * np.float32(2 * k + 1)), LARGEST_HALF))
         unit, error = half(bits) * grid.unit / peak, ZERO
         if unit > ZERO:

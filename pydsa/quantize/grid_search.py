@@ -1,17 +1,17 @@
-"""The nearest entries of a grid under weights, for thirty-two groups at a time.
+"""The nearest entries of a grid under weights, for 32 groups at a time.
 
 An entry has two halves. The cost of a half, the weighted squares of what four numbers (of IQ3 two) differ from their levels, is looked up:
 there are at most 81 halves of three levels, 64 of eight. So an exhaustive search costs a load and a comparison for each entry and sixteen
 groups, whose costs lie in the lanes of vectors (pydsa.backends.cpu.simd).
 """
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.jit import inline, inner
-from pydsa.backends.cpu.simd import _loader, broadcast, call_llvm, constant, f32x16, floats, i32x16, load_floats, multiply_add, store, to_floats
-from pydsa.quantize.vectors import greatest, least
+from pydsa.backends.cpu.simd import (_loader, broadcast, constant, f32x16, floats, i32x16, load_floats, multiply_add, store,
+                                     to_floats)
+from pydsa.quantize.vectors import greatest, least, rint
 
 BYTES, ROW = 64, 128    # of a vector, and of the costs of a half: 32 groups at a time
 TAG = 127               # bits of a cost in whose place its half's code is: one part in 65536
@@ -59,12 +59,6 @@ def magnitudes(typingctx, v):
     def codegen(context, builder, signature, args):
         return builder.bitcast(builder.and_(builder.bitcast(args[0], i32x16.ir), constant([0x7FFFFFFF] * 16)), f32x16.ir)
     return f32x16(f32x16), codegen
-
-
-@intrinsic
-def rounded(typingctx, v):
-    """Round sixteen floats to whole numbers, halves to even."""
-    return f32x16(f32x16), lambda context, builder, signature, args: call_llvm(builder, "llvm.rint.v16f32", f32x16.ir, args)
 
 
 @inline
@@ -145,7 +139,7 @@ def nearest_level(y, levels, offset):
     """Return the level, plus an offset, nearest to each of sixteen numbers."""
     step, last = levels[1] - levels[0], np.float32(levels.size - 1)
     c = multiply_add(floats(-(levels[0] + offset) / step), y, floats(np.float32(1) / step))
-    return level_of(greatest(rounded(least(c, last)), np.float32(0)), levels) + floats(offset)
+    return level_of(greatest(rint(least(c, last)), np.float32(0)), levels) + floats(offset)
 
 
 @inner

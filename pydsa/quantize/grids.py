@@ -37,7 +37,8 @@ SHAPES = {
 # Inverse scales tried by rounding, and then with entries, as Grid.factors and .refinements have them; and steps of k. Of a grid of 2048
 # with two offsets each search takes twice as long, and more of them lowered the error by less than half a percent.
 SEARCHES = {False: (np.geomspace(0.7, 2.2, 12), (1, 0.9, 1.1), (0, 1, -1)), True: (np.geomspace(0.8, 4, 14), (1,), (0,))}
-NEED_IMPORTANCE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS")      # llama.cpp refuses them without
+
+NEED_IMPORTANCE = ("IQ1_S", "IQ2_XXS", "IQ2_XS")        # of no use without; llama.cpp's library ends the process then
 
 
 @kernel

@@ -9,7 +9,7 @@ import numpy as np
 from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.jit import inline, inner, kernel
 from pydsa.backends.cpu.scalars import half
-from pydsa.backends.cpu.simd import float_at, floats, load_floats, max_abs_lanes, multiply_add, reduce_max_abs, store
+from pydsa.backends.cpu.simd import floats, load_floats, max_abs_lanes, multiply_add, reduce_max_abs, store
 from pydsa.quantize.legacy import inverse, mxfp4_codes, mxfp4_error, nearest_half, scale_half
 from pydsa.quantize.rows import quantizer
 from pydsa.quantize.search import column_weights
@@ -31,35 +31,56 @@ def peak_of(x, n):
     return reduce_max_abs(top, top)
 
 
-@inner
-def sums_above(x, w, n, factor, threshold):
-    """The sums of w |x| factor and of w, where |x| factor is above a threshold.
+@inline
+def magnitudes(x, i, factor):
+    """Load |x| factor of vector i; the factor is positive."""
+    v = load_floats(x, VECTOR * i) * factor
+    return greatest(v, v * -ONE)
 
-    x and w are addresses of n vectors of sixteen floats.
+
+@inline
+def add_above(sums, magnitude, weight, threshold):
+    """Add w |x| and w, where |x| is above a threshold, to a pair of sums."""
+    weight = where_greater(magnitude, threshold, weight, floats(ZERO))
+    return multiply_add(sums[0], magnitude, weight), sums[1] + weight
+
+
+@inline
+def better(sums, gain, d):
+    """The gain and d of sums, or those before if they gain more.
+
+    A gain is by how much the sum of squared errors is less than with d = 0.
     """
-    products, weights, zero, least = floats(ZERO), floats(ZERO), floats(ZERO), floats(threshold)
-    for i in range(n):
-        value, weight = load_floats(x, VECTOR * i) * factor, load_floats(w, VECTOR * i)
-        magnitude = greatest(value, value * -ONE)
-        weight = where_greater(magnitude, least, weight, zero)
-        products, weights = multiply_add(products, magnitude, weight), weights + weight
-    return total(products), total(weights)
+    products, weights = total(sums[0]), total(sums[1])
+    if products * products > gain * weights:
+        return products * products / weights, products / weights
+    return gain, d
 
 
 @inner
 def fit_ternary(x, w, n):
-    """The d with which -d, 0 and d come nearest to n vectors of weights."""
-    peak, d, gain = peak_of(x, n), ZERO, ZERO
+    """The d with which -d, 0 and d come nearest to n vectors of weights.
+
+    x and w are addresses of n vectors of sixteen floats.
+    """
+    peak, d, gain, zeros = peak_of(x, n), ZERO, ZERO, (floats(ZERO), floats(ZERO))
     factor, threshold = inverse(peak), START
-    for _ in range(TRIED):
-        products, weights = sums_above(x, w, n, factor, threshold)
-        if products * products > gain * weights:
-            gain, d = products * products / weights, products / weights
-        threshold *= RATIO
+    for _ in range(TRIED // 4):
+        sums_a, sums_b, sums_c, sums_d = zeros, zeros, zeros, zeros
+        a, b, c = floats(threshold), floats(threshold * RATIO), floats(threshold * (RATIO * RATIO))
+        last = floats(threshold * (RATIO * RATIO * RATIO))
+        for i in range(n):
+            magnitude, weight = magnitudes(x, i, factor), load_floats(w, VECTOR * i)
+            sums_a, sums_b = add_above(sums_a, magnitude, weight, a), add_above(sums_b, magnitude, weight, b)
+            sums_c, sums_d = add_above(sums_c, magnitude, weight, c), add_above(sums_d, magnitude, weight, last)
+        for sums in (sums_a, sums_b, sums_c, sums_d):
+            gain, d = better(sums, gain, d)
+        threshold *= RATIO * RATIO * RATIO * RATIO
     for _ in range(PASSES):
-        products, weights = sums_above(x, w, n, factor, START * d)
-        if products * products > gain * weights:
-            gain, d = products * products / weights, products / weights
+        sums, half_d = zeros, floats(START * d)
+        for i in range(n):
+            sums = add_above(sums, magnitudes(x, i, factor), load_floats(w, VECTOR * i), half_d)
+        gain, d = better(sums, gain, d)
     return d * peak
 
 
@@ -123,9 +144,11 @@ def quantize_q1_0(x, importance, blocks):
     weights = column_weights(importance, k)
     for i in range(x.size // 128):
         at, to, w = source + 512 * i, target + 18 * i, address(weights) + 4 * (128 * i % k)
-        peak = peak_of(at, 8)
-        products, counted = sums_above(at, w, 8, inverse(peak), -ONE)
-        store(to, 0, nearest_half(products / counted * peak))
+        peak, sums = peak_of(at, 8), (floats(ZERO), floats(ZERO))
+        factor = inverse(peak)
+        for j in range(8):
+            sums = add_above(sums, magnitudes(at, j, factor), load_floats(w, VECTOR * j), floats(-ONE))
+        store(to, 0, nearest_half(total(sums[0]) / total(sums[1]) * peak))
         for j in range(8):
             store(to, 2 + 2 * j, lanes_from(load_floats(at, VECTOR * j), ZERO))
 
@@ -168,7 +191,7 @@ def quantize_nvfp4(x, importance, blocks, scales):
         store(to, i % 4, np.uint8(scale))
         store(address(codes), 0, mxfp4_codes(load_floats(at, 0) * (ONE / scales[scale])))
         for j in range(8):
-            store(to, 4 + 8 * (i % 4) + j, np.uint8(float_at(address(codes), 4 * j) + np.float32(16) * float_at(address(codes), 4 * j + 32)))
+            store(to, 4 + 8 * (i % 4) + j, np.uint8(codes[j] + np.float32(16) * codes[j + 8]))
 
 
 def nvfp4_scales():

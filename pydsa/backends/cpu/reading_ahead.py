@@ -9,9 +9,9 @@ import os
 import threading
 
 from pydsa import limits
-from pydsa.backends.cpu.fetching import CAN_ASK, ENOUGH
+from pydsa.backends.cpu.fetching import CAN_ASK, ENOUGH, expert_parts, pieces_of
+from pydsa.numa import memory_placed
 
-PIECE = 16 << 20        # bytes that are read between two looks at how far the ops are
 MOST = 4 << 30          # bytes to be ahead of the ops, at most; and at most a quarter of the memory that is free
 POPULATE_READ = 22      # madvise: read pages and map them, as if they were touched; from Linux 5.14 on
 
@@ -29,7 +29,7 @@ class ReadAhead:
 
     def __enter__(self):
         self._group, self._ended, self._most = 0, False, min(MOST, limits.available()[0] // 4)
-        self._thread = threading.Thread(target=self._read, name="pydsa-read-ahead", daemon=True)
+        self._thread = threading.Thread(target=self._read_placed, name="pydsa-read-ahead", daemon=True)
         self._thread.start()
         return self
 
@@ -46,9 +46,14 @@ class ReadAhead:
             self._group, self._ended = max(self._group, group), ended
             self._condition.notify()
 
+    def _read_placed(self):
+        with memory_placed():
+            self._read()
+
     def _read(self):
         library, ahead, waiting = ctypes.CDLL(None), 0, []
-        pieces = ((i, *piece) for i, group in enumerate(self._groups) for piece in sorted(set(_pieces(group))))
+        pieces = ((i, *piece) for i, group in enumerate(self._groups)
+                  for piece in sorted({piece for _, args in group for piece in pieces_of(args)}))
         for group, address, n in pieces:
             with self._condition:
                 while not self._ended and group > self._group and ahead + n > self._most:
@@ -71,23 +76,7 @@ def ask(library, address, n):
         library.madvise(*arguments, mmap.MADV_WILLNEED)
 
 
-def _pieces(group):
-    """(address, bytes) of the weights that a group reads."""
-    for _, args in group:
-        for w in args:
-            if isinstance(w, tuple) and hasattr(w, "block") and w.data.ndim > 1:
-                yield from _parts(w.data)
-
-
-def _parts(data):
-    """The pieces of a matrix; where experts do not lie side by side, of each."""
-    blocks = [data] if data.flags.c_contiguous else list(data)
-    for block in blocks:
-        start = block.ctypes.data
-        yield from ((start + at, min(PIECE, block.nbytes - at)) for at in range(0, block.nbytes, PIECE))
-
-
 def uses_nearly_all(groups):
     """Whether a step uses nearly all experts, and they can be read ahead."""
-    routes = [args for group in groups for op, args in group if op.__name__ == "moe_route"]
-    return CAN_ASK and os.name == "posix" and all(ids.size >= ENOUGH * logits.shape[1] for ids, _, logits, *_ in routes)
+    chosen = [(ids, parts) for ids, parts in expert_parts(groups) if parts]
+    return CAN_ASK and os.name == "posix" and all(ids.size >= ENOUGH * parts[0][3] for ids, parts in chosen)

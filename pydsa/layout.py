@@ -1,0 +1,76 @@
+"""The place of each value of a graph in memory: values that are not live at the same time share it."""
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from pydsa.graph import Value
+
+ALIGN = 64      # bytes: a cache line, and the widest vector register
+
+
+class Layout(NamedTuple):
+    """The place of each value of a graph in the buffer.
+
+    Offsets and sizes are bytes, for a step of up to max_tokens tokens. They are the same on all devices, each of which has a buffer.
+    """
+    graph: object
+    segments: list      # of segments.Segment
+    max_tokens: int
+    float_size: int
+    offsets: dict       # root Value -> offset
+    ends: dict          # device -> bytes of its buffer
+
+    @property
+    def output_device(self):
+        """The device that computes the logits."""
+        return next(device for device, nodes in reversed(self.segments) for _, node in nodes if node.args[0] is self.graph.output.root)
+
+    @property
+    def nodes(self):
+        """(time, Node) of all segments."""
+        return [pair for segment in self.segments for pair in segment.nodes]
+
+    @property
+    def n_bytes(self):
+        """Bytes of all devices' buffers."""
+        return sum(self.ends.values())
+
+
+def _row_bytes(value, float_size):
+    return int(np.prod(value.tail, dtype=np.int64)) * {"float": float_size, "int32": 4, "int64": 8}[value.dtype]
+
+
+def _values(node):
+    """The root Values of a node that lie in the buffer."""
+    return [a.root for a in node.args if isinstance(a, Value) and a.root.rows == "tokens"]
+
+
+def lay_out(graph, segments, max_tokens, float_size=4):
+    """The Layout of a graph, cut into segments, for steps of up to max_tokens.
+
+    Values that are not live at the same time share memory: first fit, in the order of their first use. float_size: bytes, of the device
+    with the widest ones.
+    """
+    inputs, last = (graph.ids, graph.positions), segments[-1].nodes[-1][0]
+    born, dies = dict.fromkeys(inputs, 0), dict.fromkeys(inputs, last + 1)
+    for time, node in itertools.chain.from_iterable(segment.nodes for segment in segments):
+        for value in _values(node):
+            born.setdefault(value, time)
+            dies[value] = max(time, dies.get(value, 0))
+    offsets, live, sizes = {}, [], {}        # live: (offset, end, dies)
+    for value in sorted(born, key=born.get):
+        live = [space for space in live if space[2] >= born[value]]
+        size = sizes[value] = -(-max_tokens * _row_bytes(value, float_size) // ALIGN) * ALIGN
+        offset = 0
+        for start, end, _ in sorted(live):
+            if start - offset >= size:
+                break
+            offset = max(offset, end)
+        offsets[value] = offset
+        live.append((offset, offset + size, dies[value]))
+    ends = {}
+    for device, nodes in segments:
+        for value in (*inputs, *(value for _, node in nodes for value in _values(node))):
+            ends[device] = max(ends.get(device, 0), offsets[value] + sizes[value])
+    return Layout(graph, segments, max_tokens, float_size, offsets, ends)
