@@ -309,6 +309,9 @@ def test_refused_before_anything_is_written(tmp_path):
     with pytest.raises(TargetError, match="--force"):
         pydsa.convert(DATA / "v32", out, "F32")
     assert out.read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 1
+    for name in "config.json", "model-00001-of-00005.safetensors":
+        with pytest.raises(TargetError, match="which is read"):
+            pydsa.convert(DATA / "v32", DATA / "v32" / name, "F32", overwrite=True)
     pydsa.convert(DATA / "v32", out, "F32", overwrite=True)
     assert out.stat().st_size == report["n_bytes"]
 

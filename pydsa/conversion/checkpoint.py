@@ -145,6 +145,11 @@ class Checkpoint:
                                       "this folder.")
         return weight_map
 
+    @property
+    def inputs(self):
+        """Paths of what an output may not replace: all files but GGUF ones."""
+        return [path for path in self.folder.iterdir() if path.suffix != ".gguf"]
+
     def source(self):
         """A text that changes whenever the weights do, or pydsa's version."""
         files = [__version__]
