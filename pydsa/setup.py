@@ -45,7 +45,7 @@ class Setup:
 
     It has the configuration (config), the schedule of variants, a layout of each variant's graph, and the memory in bytes. No weights are
     read and nothing is compiled. `pydsa info` shows it. notes: sentences on what is unusual in the file. The parameters, and the errors
-    raised, are those of load().
+    raised, are those of load(), but for what a plan chooses (fitting.py).
     """
 
     def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,

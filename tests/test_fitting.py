@@ -80,7 +80,7 @@ def test_a_byte_decides(plan):
 
 
 def test_what_is_said_is_what_is_done(plan):
-    """The options of a plan give its placement, and the shares are those of the Setup."""
+    """Its options give its placement; its figures are those of the Setup."""
     for room in 0, 1 << 21, 3 << 21, GIB:
         setup = plan(room)
         words = setup.plan.options.split()
@@ -134,7 +134,7 @@ def test_rules_of_the_user_are_obeyed(plan):
     assert setup.placement.of_weight("blk.2.ffn_up_exps.weight", 2) == "cuda"
     assert setup.placement.of_weight("blk.2.ffn_down_exps.weight", 2) == HOST and fits(setup)
     assert setup.plan.options.count("-ot ") == 2
-    assert plan(1 << 21, n_gpu_layers=3).placement.layers.count("cuda") == 3
+    assert plan(3 << 20, n_gpu_layers=3).placement.layers.count("cuda") == 3
     assert plan(GIB, n_gpu_layers=99).placement.layers.count("cuda") == 5
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -166,6 +166,8 @@ def test_the_longest_context_beside_all_layers(small_model):
     small = simulated_gpus([RESERVED + MARGIN + (4 << 20)])
     assert longest_context(path, gpus=small, n_ubatch=64) == (65536, True)      # some layers stay on the CPU
     assert longest_context(path, gpus=simulated_gpus([2 * GIB]), n_ubatch=64) == (65536, True)
+    filled = [gpu._replace(free=gpu.free - MARGIN) for gpu in gpus.values()]
+    assert longest_context(path, gpus=dict(zip(gpus, filled)), n_ubatch=64, fit_margin=0) == (n_ctx, False)
 
 
 def test_what_does_not_fit_is_told_with_what_would(plan, small_model):
@@ -213,8 +215,8 @@ def test_a_model_without_experts(small_model):
     path = small_model(arch="deepseek2", n_expert=0, n_expert_used=0, n_expert_shared=0, n_layer=3, n_layer_dense=3)
     with pytest.raises(PydsaError, match="The model has no routed experts: leave out --cpu-moe"):
         fitted(path, device="cpu", cpu_moe=True)
-    gpus = simulated_gpus([RESERVED + MARGIN + (1 << 19)])
-    options = fitted(path, gpus=gpus, n_ctx=64, n_ubatch=16).plan.options
+    whole = fitted(path, gpus=simulated_gpus([2 * GIB]), n_ctx=64, n_ubatch=16).plan.shares[0].total
+    options = fitted(path, gpus=simulated_gpus([whole + MARGIN - 1]), n_ctx=64, n_ubatch=16).plan.options
     assert options.startswith("--device cuda -ngl ") and "moe" not in options
 
 
@@ -229,6 +231,13 @@ def test_sizes(text, n):
 def test_sizes_that_are_none(text):
     with pytest.raises(PydsaError, match="expected a size such as"):
         size_in_bytes("gpu_memory", text)
+
+
+def test_gpus_are_looked_for_only_where_it_matters(small_model, monkeypatch):
+    monkeypatch.setattr(fitting, "usable_gpus", lambda asked_for: 1 / 0)
+    assert fitted(small_model(**SPEC), n_ctx=64, device=HOST, n_gpu_layers=0).placement.devices == (HOST,)
+    monkeypatch.setenv("PYDSA_DEVICE", "reference")
+    assert fitted(small_model(**SPEC), n_ctx=64).placement.devices == ("reference",)
 
 
 def test_without_a_gpu_all_is_on_the_cpu(small_model, monkeypatch):
@@ -281,7 +290,9 @@ def test_planned_models_give_the_logits_of_one_device(small_model, load, stand_i
     for room in range(0, 9 << 20, 3 << 18):
         setup = fitted(path, gpus=stand_in(room), fit_margin=0, n_ctx=64, n_ubatch=16, kv_type="f32")
         if setup.plan.options not in seen:
-            seen[setup.plan.options] = nmse(ready(setup, threads=1).logits(ids), expected).max()
+            model = ready(setup, threads=1)
+            seen[setup.plan.options] = nmse(model.logits(ids), expected).max()
+            assert len(setup.plan.where) == 1 or all(f">{what}<" in model._repr_html_() for what in setup.plan.where.values())
     assert len(seen) >= 4 and max(seen.values()) < 1e-6
 
 
