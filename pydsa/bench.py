@@ -3,6 +3,7 @@
 The tests have the names and columns of llama-bench. A step can also be timed op by op. Each figure is shown beside the machine's limit:
 its memory bandwidth and peak rate, measured with as many threads as the step uses.
 """
+import collections
 import csv
 import functools
 import io
@@ -20,6 +21,7 @@ from pydsa.words import count, size
 
 SEED = 1        # of the random tokens that the tests run
 NO_LIMITS = dict.fromkeys(("bytes_per_token", "bandwidth_gbs", "limit_ts", "share_of_limit"))
+NO_BUS = dict.fromkeys(("streamed_bytes", "bus_gbs"))
 NO_RATES = dict.fromkeys(("bytes", "operations", "gbs", "gops", "bandwidth_gbs", "peak_gops", "share_of_ceiling"))
 
 
@@ -47,7 +49,9 @@ class Bench:
         avg_ts and stddev_ts are tokens per second over the repetitions; one run before them is not counted. Rows of generation also have
         bytes_per_token; bandwidth_gbs, the bandwidth of the memory in 1e9 bytes per second; limit_ts, the tokens per second that use all
         of this bandwidth; and share_of_limit, avg_ts / limit_ts, which can exceed 1 if the model fits in the device's caches. These four
-        are None for prompts and on the reference. progress(done, total, test) is called before each run. ops: a list, to which the rows of
+        are None for prompts and on the reference. But for prompts whose experts are copied to GPUs, streamed_bytes are the bytes of these
+        copies, bus_gbs the rate of copies from pinned memory, and limit_ts and share_of_limit those of the bus. progress(done, total, test)
+        is called before each run. ops: a list, to which the rows of
         ops() are added: a step of each test is then timed op by op, in the context that the test had.
         """
         n_runs = len(self.tests) * (self.repetitions + 1)
@@ -66,7 +70,8 @@ class Bench:
             if ops is not None:
                 session.truncate(n_depth)
                 ops.extend(self._op_rows(model, session, ids, n_prompt, n_gen))
-            yield row | (_limits(model, ceilings, n_gen, n_depth, row["avg_ts"]) if ceilings else NO_LIMITS)
+            yield row | (_limits(model, ceilings, n_gen, n_depth, row["avg_ts"]) if ceilings else NO_LIMITS) | (
+                _bus_limits(model, n_prompt, row["avg_ts"]) if n_prompt else NO_BUS)
 
     def _row(self, model, n_prompt, n_gen, n_depth, seconds):
         speeds = [(n_prompt + n_gen) / s for s in seconds]
@@ -141,6 +146,30 @@ def _limits(model, ceilings, n_gen, n_depth, speed):
     n_bytes = round(statistics.mean(bytes_per_token(model, n_depth + i) for i in range(n_gen)))
     limit = ceilings.bandwidth / n_bytes
     return {"bytes_per_token": n_bytes, "bandwidth_gbs": ceilings.bandwidth / 1e9, "limit_ts": limit, "share_of_limit": speed / limit}
+
+
+def _bus_limits(model, n_prompt, speed):
+    """The columns of a prompt of n_prompt tokens that is run at `speed`.
+
+    limit_ts: the tokens a second if the copies of experts, one after the other, took all of the time.
+    """
+    streaming, n_bytes = model.setup.streaming, collections.Counter()
+    for start in range(0, n_prompt, model.n_ubatch):
+        n_bytes.update(streaming.n_bytes(min(model.n_ubatch, n_prompt - start)))
+    rates = {name: _bus(model.runner.backends[name]) for name, n in n_bytes.items() if n}
+    if not rates or not all(rates.values()):
+        return NO_BUS
+    total_bytes = sum(n_bytes.values())
+    seconds = sum(n_bytes[name] / rate for name, rate in rates.items())
+    return {"streamed_bytes": total_bytes, "bus_gbs": total_bytes / seconds / 1e9, "limit_ts": n_prompt / seconds,
+            "share_of_limit": speed * seconds / n_prompt}
+
+
+@functools.cache
+def _bus(backend):
+    """Bytes a second from pinned memory to a device; None if not measured."""
+    rates = backend.measure_bus()
+    return rates and rates.pinned
 
 
 def bytes_per_token(model, n_past):

@@ -14,6 +14,15 @@ def longest_context(path, **settings):
     The memory of each device must hold it with a tenth to spare. all: whether the model's own fits. settings: those of model.Setup, without
     n_ctx. Raises the errors of Setup, and OutOfMemoryError if not even 256 tokens fit.
     """
+    try:
+        return _longest_context(path, settings)
+    except OutOfMemoryError:
+        if not Setup(path, **settings).streaming.slots or settings.get("stream_from"):
+            raise
+        return _longest_context(path, settings | {"stream_from": 0})        # without slots, as the model will be loaded then
+
+
+def _longest_context(path, settings):
     def n_bytes(n_ctx):
         return {name: memory.total for name, memory in Setup(path, n_ctx, **settings).memory.items()}
 

@@ -15,6 +15,7 @@ from pydsa.check import warn_of_gaps
 from pydsa.constraint import constraint_for
 from pydsa.cores import MOST_THREADS
 from pydsa.diagnosis import refuse_hidden
+from pydsa.errors import OutOfMemoryError
 from pydsa.memory import tensors_on
 from pydsa.options import counts
 from pydsa.plan import Runner, check_fits
@@ -25,6 +26,7 @@ from pydsa.schedule import VARIANTS
 from pydsa.session import Session, check_ids, check_max_tokens
 from pydsa.setup import DEFAULT_N_UBATCH, Setup
 from pydsa.signals import interrupts_held
+from pydsa.streaming import measure, pays_from
 from pydsa.words import card_of_a_model
 
 
@@ -48,11 +50,11 @@ class Model:
         self.backend = next(iter(backends.values()))
         self.threads = _threads(backends, one)
         self.threads_batch = self.threads if several is None else _threads(backends, several)
-        check_fits({name: memory.total for name, memory in setup.memory.items()}, backends,
-                   f"The model with a context of {setup.n_ctx} tokens")
+        self._check_fits(backends)
         warn_of_gaps(setup.file)
         self.tokenizer = setup.tokenizer        # read now, so that load() raises its errors
-        self.runner = Runner(backends, setup.layouts, self.threads, self.threads_batch, setup.reproducible)
+        self.runner = Runner(backends, setup.layouts, self.threads, self.threads_batch, setup.reproducible,
+                             setup.streaming)
         self._chats = collections.deque(maxlen=1)       # the session of the last chat, while no answer is read from it
         early = [on for on in self.runner.on.items() if on[1].backend.WEIGHTS_FIRST]
         late = [on for on in self.runner.on.items() if not on[1].backend.WEIGHTS_FIRST]
@@ -60,6 +62,28 @@ class Model:
         self._compile(late, progress)
         self._read_weights(late, progress)
         self._compile(early, progress)
+
+    def _check_fits(self, backends):
+        """Check that the model fits, and settle whether experts are streamed.
+
+        Where it was not said from how many tokens on, they are not if their slots do not fit, or if the CPU takes less time.
+        """
+        def check():
+            check_fits({name: memory.total for name, memory in setup.memory.items()}, backends,
+                       f"The model with a context of {setup.n_ctx} tokens")
+
+        setup, note = self.setup, None
+        if setup.streaming.stream_from is None:
+            try:
+                check()
+            except OutOfMemoryError:
+                note = setup.without_slots()
+            else:
+                rates = measure(setup.streaming, backends, self.threads_batch)
+                setup.stream(pays_from(setup.streaming.arrivals, rates, setup.n_ubatch) if rates else 0)
+        check()
+        if note:
+            warnings.warn(f"{self.metadata.path}: {note}", stacklevel=4)
 
     def _read_weights(self, devices, progress):
         """Give their weights to backends; copies to a GPU report progress."""
@@ -191,13 +215,16 @@ def compile_for(runner, setup, backend, progress=None):
     """Compile every kernel of a backend that the steps of a setup can need.
 
     Steps of one row and of two are bound, as views of one row are contiguous where views of several are not. Steps of one token never take
-    the plain form of attention. progress(done, total, name) is called before each kernel.
+    the plain form of attention, and those whose weights are copied for them have many. progress(done, total, name) is called before each
+    kernel.
     """
     def bind():
         caches, calls = setup.make_caches(runner, 1), []
         for name in setup.schedule.variants:
             for n in {2} if VARIANTS[name].plain else {1, min(2, setup.n_ubatch)}:
-                calls += runner.bind(name, caches, n, n).calls_of(backend)
+                calls += runner.bind(name, caches, n, n, streams=False).calls_of(backend)
+            if name in setup.streaming.layouts:
+                calls += runner.bind(name, caches, min(2, setup.n_ubatch), 1, streams=True).calls_of(backend)
         return calls
     backend.compile_calls(bind, progress)
 
@@ -209,7 +236,7 @@ def _threads(backends, n):
 
 def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=DEFAULT_N_UBATCH,
          progress=None, index_type=None, override_kv=None, threads_batch=None, reproducible=False, mmap=True, mlock=False,
-         tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=()):
+         tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), stream_from=None):
     """Open a GGUF file and make it ready to run -> Model.
 
     path: the file, or its first part if it is split.
@@ -229,12 +256,14 @@ def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention=
         other tokens in a step, prefixes that are used again. This takes longer (docs/running.md); on the CPU only.
     mmap: False: read the weights into memory of the process, instead of mapping the file; it must hold them all. mlock: True: keep the
         weights in memory, so that the system does not drop those that were not used for long. Both as in llama.cpp, on the CPU only.
+    stream_from: tokens of a step from which on experts that lie on the CPU are copied to the GPU for it and multiplied there; 0: never;
+        None: from where on that takes less time, by rates that are measured on load.
 
     Warns (UserWarning) of what is unusual in the file. Raises GGUFError if the file is damaged, UnsupportedModelError if pydsa cannot run
     the model, OutOfMemoryError if memory is short, and PydsaError for options that are not valid.
     """
     setup = Setup(os.fspath(path), n_ctx, device, kv_type, attention, dsa_top_k, n_ubatch, index_type, override_kv, reproducible,
-                  mmap, mlock, tensor_split, cpu_moe, n_cpu_moe, override_tensor)
+                  mmap, mlock, tensor_split, cpu_moe, n_cpu_moe, override_tensor, stream_from)
     for note in setup.notes:
         warnings.warn(f"{setup.file.metadata.path}: {note}", stacklevel=2)
     return Model(setup, threads, threads_batch, progress)

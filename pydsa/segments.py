@@ -2,6 +2,7 @@
 
 A segment is launched when what it needs has arrived. Those of a GPU run by themselves: the CPU works on its own segment meanwhile.
 """
+import contextlib
 from typing import NamedTuple
 
 from pydsa.graph import Value, levels_of, waits
@@ -13,26 +14,28 @@ class Segment(NamedTuple):
     nodes: list         # (time, Node) in the order they run; those of equal times may run at the same time
 
 
-def cut(nodes, devices, side_by_side=()):
+def cut(nodes, devices, side_by_side=(), streamed=()):
     """The Segments of a graph, in the order that they are launched.
 
     devices: the name of each node's device. side_by_side: the names of the devices that run nodes of equal times at the same time; others
-    run one after the other, in the order of the graph. Times ascend from segment to segment.
+    run one after the other, in the order of the graph. Times ascend from segment to segment. streamed: for each node whether its weights
+    are copied to the device for the step; such nodes have segments of their own, which wait for the weights.
 
-    A node's wave is the number of changes of the device on the way to it: a segment has the nodes of a device and a wave. First come those
+    A node's wave is the number of changes of the place on the way to it: a segment has the nodes of a place and a wave. First come those
     that others wait for: the rest, such as the shared expert, runs while another device works on what was handed over.
     """
     before, order = waits(nodes), {name: i for i, name in enumerate(dict.fromkeys(devices))}
+    places = list(zip(devices, [alone and i + 1 for i, alone in enumerate(streamed or [False] * len(nodes))]))
     wave, urgent = [0] * len(nodes), [False] * len(nodes)
     for i, others in enumerate(before):
-        wave[i] = max((wave[j] + (devices[j] != devices[i]) for j in others), default=0)
+        wave[i] = max((wave[j] + (places[j] != places[i]) for j in others), default=0)
     for i in reversed(range(len(nodes))):
         for j in before[i]:
-            urgent[j] |= devices[j] != devices[i] or wave[j] == wave[i] and urgent[i]
+            urgent[j] |= places[j] != places[i] or wave[j] == wave[i] and urgent[i]
     groups = {}
     for i in range(len(nodes)):
         # the devices that work while others are waited for come first, and those that hold up the caller last
-        key = wave[i], devices[i] in side_by_side, order[devices[i]], not urgent[i]
+        key = wave[i], devices[i] in side_by_side, order[devices[i]], places[i][1], not urgent[i]
         groups.setdefault(key, []).append(i)
     level, time, segments = levels_of(before), -1, []
     for key in sorted(groups):
@@ -87,23 +90,50 @@ def crossings(segments, inputs):
 class Part(NamedTuple):
     """A segment of a bound step: calls first to last, and its transfers.
 
-    Those that depart start behind the segment; those that arrive are finished before it (backends/transfers.py).
+    Those that depart start behind the segment; those that arrive are finished before it (backends/transfers.py). weights: the
+    streaming.Delivery of each weight that is copied to the device for the segment.
     """
     backend: object
     first: int
     last: int
     arrivals: list
     departures: list
+    weights: list
+
+
+@contextlib.contextmanager
+def delivering(parts):
+    """A context in which the weights that parts wait for are on their way.
+
+    Where the step breaks off, those that did not come yet are given up.
+    """
+    deliveries = [delivery for part in parts for delivery in part.weights]
+    try:
+        for delivery in deliveries:
+            if delivery.first:
+                delivery.start()
+        yield
+    except BaseException:
+        for delivery in deliveries:
+            delivery.abandon()
+        raise
 
 
 class Chain:
     """The recordings of a step's segments, one after the other."""
 
     def __init__(self, parts, recordings):
-        self._parts = list(zip(parts, recordings))
+        self._parts, self._streams = list(zip(parts, recordings)), [part for part in parts if part.weights]
 
     def run(self, before=None, after=None):
         """Run the step; before, after: {i: function} of the i-th call."""
+        if self._streams:
+            with delivering(self._streams):
+                self._run(before, after)
+        else:
+            self._run(before, after)
+
+    def _run(self, before, after):
         unsettled = {}      # backend -> the transfers from it that may still read its memory
         for part, recording in self._parts:
             for transfer in unsettled.pop(part.backend, ()):
@@ -111,8 +141,12 @@ class Chain:
             for transfer in part.arrivals:
                 transfer.finish()
                 unsettled.setdefault(transfer.source, []).append(transfer)
+            for delivery in part.weights:
+                delivery.finish()
             recording.run(*({i - part.first: function for i, function in (stops or {}).items() if part.first <= i < part.last}
                             for stops in (before, after)))
+            for delivery in part.weights:
+                delivery.settle()
             for transfer in part.departures:
                 transfer.start()
         for transfers in unsettled.values():

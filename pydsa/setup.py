@@ -28,6 +28,7 @@ from pydsa.placement import Placing
 from pydsa.quants import cache_row_bytes
 from pydsa.schedule import VARIANTS, Schedule
 from pydsa.segments import cut
+from pydsa.streaming import NEVER, Streaming, check_stream_from, slots_of
 from pydsa.tokenizer import Tokenizer
 from pydsa.words import card_of_a_setup
 
@@ -48,7 +49,7 @@ class Setup:
 
     def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,
                  n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None, reproducible=False, mmap=True, mlock=False,
-                 tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=()):
+                 tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), stream_from=None):
         placing = Placing(check_devices(device), tensor_split, cpu_moe, n_cpu_moe, override_tensor)
         self.kv_type = choose_cache_type("kv_type", kv_type)
         self.index_type = choose_cache_type("index_type", index_type or ("f32" if kv_type == "f32" else "i8"))
@@ -69,6 +70,7 @@ class Setup:
         self.schedule = Schedule(self.config, self.attention, self.n_ctx, self.n_ubatch, one_form=self.reproducible)
         self.weights = Weights(self.file)
         self.layouts = {name: self._record(arch, VARIANTS[name]) for name in self.schedule.variants}
+        self.streaming = self._stream(check_stream_from(stream_from))
         self._refuse_unknown_tensors()
         self.placement.check_rules(self.weights.used)
         self.notes += self._notes()
@@ -93,8 +95,35 @@ class Setup:
     def _record(self, arch, variant):
         graph = Graph(self.n_ctx)
         arch.build(graph, self.config, self.weights, variant)
-        segments = cut(graph.nodes, self.placement.of_nodes(graph.nodes), [name for name, device in self._devices if device.side_by_side])
-        return lay_out(graph, segments, self.n_ubatch, max(device.float_size for _, device in self._devices))
+        return self._lay_out(graph)
+
+    def _lay_out(self, graph, streaming=False):
+        nodes, side_by_side = graph.nodes, [name for name, device in self._devices if device.side_by_side]
+        weights = [self.placement.streamed(node) if streaming else () for node in nodes]
+        segments = cut(nodes, self.placement.of_nodes(nodes, streaming), side_by_side, list(map(bool, weights)))
+        layout = lay_out(graph, segments, self.n_ubatch, max(device.float_size for _, device in self._devices))
+        return layout._replace(streamed=frozenset(w.name for some in weights for w in some))
+
+    def _stream(self, stream_from):
+        """The streaming.Streaming of the model: what was asked for, or NEVER.
+
+        Where it is not said from how many tokens on, and a device has no bus to be measured, it is never.
+        """
+        if stream_from == 0 or (stream_from or 0) > self.n_ubatch or not any(map(self.placement.streamed, self._nodes)):
+            return NEVER
+        layouts = {name: self._lay_out(layout.graph, streaming=True) for name, layout in self.layouts.items()}
+        slots = slots_of(layouts.values())
+        return NEVER if stream_from is None and not all(device_of(name).bus for name in slots) else Streaming(layouts, slots, stream_from)
+
+    def stream(self, n_tokens):
+        """Settle from how many tokens of a step on experts are streamed.
+
+        0, or more than a ubatch has: never, and their slots are not in `memory` any more.
+        """
+        takes = self.streaming.layouts and 0 < n_tokens <= self.n_ubatch
+        self.streaming = self.streaming._replace(stream_from=n_tokens) if takes else NEVER
+        for name in {"memory", "_whole"} & vars(self).keys():
+            delattr(self, name)
 
     def _check_devices(self, reproducible, mmap, mlock):
         """Check what the devices must be able to do."""
@@ -103,6 +132,14 @@ class Setup:
         for name, device in self._devices:
             if self.n_ubatch > device.max_ubatch:
                 raise PydsaError(f"n_ubatch is {self.n_ubatch}, expected at most {device.max_ubatch} on {name} (-ub).")
+
+    def without_slots(self):
+        """Let no experts be streamed, as their slots do not fit -> a sentence."""
+        n_bytes = sum(memory.slots for memory in self.memory.values())
+        self.stream(0)
+        self.notes.append(f"experts are not copied to the GPU for prompts: that takes slots of {n_bytes / 2**30:.1f} GiB, which do not fit "
+                          "beside the model.")
+        return self.notes[-1]
 
     @property
     def _devices(self):
@@ -229,6 +266,11 @@ class Setup:
     def scratch_bytes(self):
         """Bytes of the intermediate values of one ubatch, and of scratch memory."""
         return self._whole.values + self._whole.scratch
+
+    @property
+    def slot_bytes(self):
+        """Bytes of the slots for experts that are copied to a GPU for a step."""
+        return self._whole.slots
 
     @property
     def score_bytes(self):

@@ -41,8 +41,15 @@ model_options = options(
     click.option("--dsa-top-k", type=int, help="Number of keys that a token attends to.  [default: the model's]"),
     residence_options,
     override_option)
-device_option = click.option("--device", type=click.Choice(["cpu", "cuda", "reference"]), default="cpu", show_default=True,
-                             help="cuda: an NVIDIA GPU; reference: plain numpy, slow and exact.")
+stream_options = options(
+    click.option("--stream-from", type=int, metavar="TOKENS",
+                 help="Copy experts that are on the CPU to the GPU for steps of so many tokens or more, and multiply there; 0: never.  "
+                      "[default: from where on that takes less time]"),
+    click.option("--no-op-offload", "stream_from", flag_value=0, type=int, help="As --stream-from 0."))
+device_option = options(
+    click.option("--device", type=click.Choice(["cpu", "cuda", "reference"]), default="cpu", show_default=True,
+                 help="cuda: an NVIDIA GPU; reference: plain numpy, slow and exact."),
+    stream_options)
 attention_option = click.option("--attention", type=click.Choice(["auto", "sparse", "masked", "dense"]), default="auto", show_default=True,
                                 help="auto: dense up to top_k tokens, sparse beyond.")
 reproducible_option = click.option(
