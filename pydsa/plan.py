@@ -16,7 +16,7 @@ from pydsa.errors import LESS, DamagedWeightsError, OutOfMemoryError, PydsaError
 from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef, Value
 from pydsa.hooks import Stops
-from pydsa.segments import Chain, Part, Segment, crossings, delivering
+from pydsa.segments import Chain, Part, Segment, crossings, in_turn, settled_before
 from pydsa.streaming import NEVER, deliveries, role
 
 # One step at a time: kernels share the machine's threads, and the sessions of a model share its buffer.
@@ -80,14 +80,14 @@ def check_fits(wanted, backends, what):
 class OnDevice:
     """What a Runner has on one device.
 
-    That is the buffer of intermediate values, and weights and constants in the backend's form. slots: {role: bytes} of the weights that are
-    copied there for a step.
+    That is the buffer of intermediate values, and weights and constants in the backend's form. empty(shape, dtype) makes the buffer: the
+    host's lies in pinned memory where GPUs copy from and to it. slots: {role: bytes} of the weights that are copied there for a step.
     """
 
-    def __init__(self, backend, n_bytes, reproducible, slots):
+    def __init__(self, backend, n_bytes, reproducible, empty, slots):
         self.backend, self._reproducible = backend, reproducible
         self.dtypes = {"float": np.dtype(backend.FLOAT), "int32": np.dtype(np.int32), "int64": np.dtype(np.int64)}
-        self._buffer = backend.empty((n_bytes,), np.uint8)
+        self._buffer = empty((n_bytes,), np.uint8)
         self.weights, self._constants = {}, {}
         self.tensors = {}       # name -> the Tensor that a weight was made of: its bytes in the mapped file, or in memory of the process
         self.slots = {name: backend.Slot(n) for name, n in slots.items()}
@@ -147,8 +147,12 @@ class Runner:
         self.threads, self.threads_batch = threads, threads_batch
         self.layouts, self.streaming = layouts, streaming       # variant -> Layout
         every = [*layouts.values(), *streaming.layouts.values()]
-        self.on = {name: OnDevice(backend, max(layout.ends.get(name, 0) for layout in every), reproducible,
-                                  streaming.slots.get(name, {})) for name, backend in backends.items()}
+        pinned = next((backend.host_empty for backend in backends.values() if hasattr(backend, "host_empty")), None)
+        self.on = {}            # name of a device -> OnDevice
+        for name, backend in backends.items():
+            empty = pinned if pinned and backend.free_bytes() is None else backend.empty
+            n_bytes = max(layout.ends.get(name, 0) for layout in every)
+            self.on[name] = OnDevice(backend, n_bytes, reproducible, empty, streaming.slots.get(name, {}))
         self.steps = 0          # the number of steps started
 
     @property
@@ -260,8 +264,11 @@ class _Arrays:
 
 def _parts(segments, ends, arrays, inputs, n_outputs):
     """The segments.Part of each segment. ends: of their calls."""
-    parts = [Part(arrays[segment.device].backend, first, last, [], [], []) for segment, first, last in zip(segments, [0, *ends], ends)]
-    for value, source, target, only_outputs in crossings(segments, inputs) if len(segments) > 1 else ():
+    parts = [Part(arrays[segment.device].backend, first, last, [], [], [], [])
+             for segment, first, last in zip(segments, [0, *ends], ends)]
+    crossing_values = crossings(segments, inputs) if len(segments) > 1 else []
+    settled = settled_before(segments, crossing_values)
+    for (value, source, target, only_outputs), before in zip(crossing_values, settled):
         pairs = []
         for i in (source, target):
             there = arrays[segments[i].device]
@@ -270,6 +277,8 @@ def _parts(segments, ends, arrays, inputs, n_outputs):
         crossing = transfer(*pairs)
         parts[source].departures.append(crossing)
         parts[target].arrivals.append(crossing)
+        if before is not None:
+            parts[before].settled.append(crossing)
     return parts
 
 
@@ -342,18 +351,10 @@ class Bound:
 
         The transfers between devices, and copies of weights, are not in the times.
         """
-        seconds = []
+        seconds, calls = [], [[call[1:] for call in self.calls[part.first:part.last]] for part in self.parts]
         with one_step():
             self.put(ids, n_past)
-            with delivering(self.parts):
-                for part in self.parts:
-                    for arriving in (*part.arrivals, *part.weights):
-                        arriving.finish()
-                    seconds += part.backend.timed([call[1:] for call in self.calls[part.first:part.last]])
-                    for delivery in part.weights:
-                        delivery.settle()
-                    for crossing in part.departures:
-                        crossing.start()
+            in_turn(self.parts, lambda i: seconds.extend(self.parts[i].backend.timed(calls[i])))
         return list(zip([node for node, _, _ in self.calls], seconds))
 
     def put(self, ids, n_past):

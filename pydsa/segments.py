@@ -2,7 +2,8 @@
 
 A segment is launched when what it needs has arrived. Those of a GPU run by themselves: the CPU works on its own segment meanwhile.
 """
-import contextlib
+import bisect
+import itertools
 from typing import NamedTuple
 
 from pydsa.graph import Value, levels_of, waits
@@ -87,68 +88,91 @@ def crossings(segments, inputs):
     return found
 
 
+def settled_before(segments, found):
+    """For each Crossing, the first segment that may overwrite what it reads.
+
+    That is one of its source's device, or one from which something comes to that device; None: there is none. What its target sends back
+    comes behind the copy anyway.
+    """
+    sent = [set() for _ in segments]        # the devices that get something from a segment
+    for crossing in found:
+        sent[crossing.source].add(segments[crossing.target].device)
+    settled = []
+    for crossing in found:
+        source, target = segments[crossing.source].device, segments[crossing.target].device
+        settled.append(next((i for i in range(crossing.target + 1, len(segments)) if segments[i].device == source
+                             or source in sent[i] and segments[i].device != target), None))
+    return settled
+
+
 class Part(NamedTuple):
     """A segment of a bound step: calls first to last, and its transfers.
 
-    Those that depart start behind the segment; those that arrive are finished before it (backends/transfers.py). weights: the
-    streaming.Delivery of each weight that is copied to the device for the segment.
+    Those that depart start behind the segment; those that arrive are finished before it (backends/transfers.py). What was read by those of
+    `settled`, which went to earlier segments, may be overwritten from the segment on. weights: the streaming.Delivery of each weight that
+    is copied to the device for the segment.
     """
     backend: object
     first: int
     last: int
     arrivals: list
     departures: list
+    settled: list
     weights: list
 
 
-@contextlib.contextmanager
-def delivering(parts):
-    """A context in which the weights that parts wait for are on their way.
-
-    Where the step breaks off, those that did not come yet are given up.
-    """
-    deliveries = [delivery for part in parts for delivery in part.weights]
+def in_turn(parts, run):
+    """Call run(i), which runs the i-th Part, for each, when it may start."""
+    weights = [delivery for part in parts for delivery in part.weights]
     try:
-        for delivery in deliveries:
+        for delivery in weights:
             if delivery.first:
                 delivery.start()
-        yield
-    except BaseException:
-        for delivery in deliveries:
+        for i, part in enumerate(parts):
+            for transfer in part.settled:
+                transfer.settle()
+            for transfer in part.arrivals:
+                transfer.finish()
+            for delivery in part.weights:
+                delivery.finish()
+            run(i)
+            for delivery in part.weights:
+                delivery.settle()
+            for transfer in part.departures:
+                transfer.start()
+    except BaseException:       # a copy that is still under way would write to memory that the next step uses
+        for delivery in weights:
             delivery.abandon()
+        for transfer in _all_of(parts):
+            transfer.finish()
         raise
+    finally:
+        for transfer in _all_of(parts):
+            transfer.settle()
+
+
+def _all_of(parts):
+    return itertools.chain.from_iterable(part.departures for part in parts)
 
 
 class Chain:
     """The recordings of a step's segments, one after the other."""
 
     def __init__(self, parts, recordings):
-        self._parts, self._streams = list(zip(parts, recordings)), [part for part in parts if part.weights]
+        self._parts, self._recordings, self._firsts = parts, recordings, [part.first for part in parts]
 
     def run(self, before=None, after=None):
         """Run the step; before, after: {i: function} of the i-th call."""
-        if self._streams:
-            with delivering(self._streams):
-                self._run(before, after)
-        else:
-            self._run(before, after)
+        if not before and not after:
+            in_turn(self._parts, lambda i: self._recordings[i].run())
+            return
+        stops = list(zip(self._by_part(before or {}), self._by_part(after or {})))
+        in_turn(self._parts, lambda i: self._recordings[i].run(*stops[i]))
 
-    def _run(self, before, after):
-        unsettled = {}      # backend -> the transfers from it that may still read its memory
-        for part, recording in self._parts:
-            for transfer in unsettled.pop(part.backend, ()):
-                transfer.settle()
-            for transfer in part.arrivals:
-                transfer.finish()
-                unsettled.setdefault(transfer.source, []).append(transfer)
-            for delivery in part.weights:
-                delivery.finish()
-            recording.run(*({i - part.first: function for i, function in (stops or {}).items() if part.first <= i < part.last}
-                            for stops in (before, after)))
-            for delivery in part.weights:
-                delivery.settle()
-            for transfer in part.departures:
-                transfer.start()
-        for transfers in unsettled.values():
-            for transfer in transfers:
-                transfer.settle()
+    def _by_part(self, stops):
+        """For each part, the functions at its calls, which it counts from 0."""
+        found = [{} for _ in self._parts]
+        for i, function in stops.items():
+            part = bisect.bisect(self._firsts, i) - 1
+            found[part][i - self._firsts[part]] = function
+        return found

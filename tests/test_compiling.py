@@ -317,7 +317,8 @@ def test_cuda_kernels(tmp_path):
 from types import SimpleNamespace
 from pydsa.backends.cuda import launch
 from pydsa.backends.cuda.norm import add_rows, layer_norm_rows, rms_norm_rows, silu_mul_rows
-launch.gpu = SimpleNamespace(capability=(9, 0), load=lambda cubin, name: loaded.append(name))
+here = SimpleNamespace(index=0, capability=(9, 0), load=lambda cubin, name: loaded.append(name))
+launch.current = lambda: here
 launch.Kernel._compiled = launch.Kernel._assembled = None       # not in this process
 loaded = []
 launch.compile_all([add_rows, layer_norm_rows, rms_norm_rows, silu_mul_rows])

@@ -24,7 +24,7 @@ from numba import cuda as numba_cuda
 from tests.ptx.driver import install
 driver = install(1 << 22)
 from pydsa.backends import cuda
-from pydsa.backends.cuda.array import gpu
+from pydsa.backends.cuda.current import gpu
 from pydsa.backends.cuda.launch import kernel
 from pydsa.cli import main
 from pydsa.errors import OutOfMemoryError, PydsaError

@@ -75,13 +75,59 @@ def test_chosen_experts_are_read_and_no_others(tmp_path):
         pytest.skip("the file system keeps its files in memory")
     ids = np.array([[3, 30], [7, 3]], np.int32)
     part = [data.ctypes.data, pages * mmap.PAGESIZE, pages * mmap.PAGESIZE, n_expert]
-    fetching.ask_for_experts(ids, np.zeros(1, np.int64), np.array([part]))
+    fetching.ask_for_experts(ids, np.array([0, 1]), np.array([part]))
     assert not resident(data).any()
-    fetching.ask_for_experts(ids, np.ones(1, np.int64), np.array([part]))
+    fetching.ask_for_experts(ids, np.array([1, 0]), np.array([part]))
     deadline = time.monotonic() + 10
     while not (found := resident(data).reshape(n_expert, pages))[[3, 7, 30]].all() and time.monotonic() < deadline:
         time.sleep(0.01)        # the drive works on it
     assert found[[3, 7, 30]].all() and not np.delete(found, [3, 7, 30], axis=0).any()
+
+
+@asking
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="files cannot be evicted")
+def test_other_weights_are_asked_for_where_they_are_missing(tmp_path, monkeypatch):
+    """As after a start: not for each token of a file whose experts alone do not fit."""
+    path, size = tmp_path / "weights", 64 * mmap.PAGESIZE
+    path.write_bytes(os.urandom(size))
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        data = np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), np.uint8)
+        sample = [data.ctypes.data + i * mmap.PAGESIZE for i in (3, 9, 30, 63)]
+        for evicted, expected in ((False, 0), (True, 1)):
+            if evicted:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                if resident(data).any():
+                    pytest.skip("the file system keeps its files in memory")
+            monkeypatch.setattr(fetching, "_blocks_read", -1)
+            assert fetching.begin_step(sample) and fetching._wanted.tolist() == [1, expected]
+    fetching.ask_for_weights(np.array([1, 0]), np.array([[data.ctypes.data, 8 * mmap.PAGESIZE]]))
+    assert not resident(data).any()
+    fetching.ask_for_weights(np.array([1, 1]), np.array([[data.ctypes.data, 8 * mmap.PAGESIZE]]))
+    deadline = time.monotonic() + 10
+    while not resident(data)[:8].all() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert resident(data)[:8].all() and not resident(data)[8:].any()
+    monkeypatch.setattr(fetching, "_allowed", False)
+    assert not fetching.begin_step(sample) and not fetching._wanted.any()
+
+
+@asking
+def test_all_weights_but_the_experts_are_asked_for_a_choice_ahead(small_model, load):
+    model = load(small_model())
+    bound = model.runner.bind("sparse", model.session().caches, 1, 1)
+    groups = [[call[1:]] for call in bound.calls]
+    asked, needed, ahead = [], [], set()
+    for group in fetching.with_requests(groups):
+        for op, args in group:
+            if op is fetching.ask_for_weights:
+                ahead |= set(map(tuple, args[1].tolist()))
+                asked.append(len(args[1]))
+            elif op is not fetching.ask_for_experts and op.__name__ not in (*fetching.USERS, "get_rows"):
+                pieces = set(fetching.pieces_of(args))
+                assert pieces <= ahead
+                needed += pieces
+    assert len(asked) == 1 + sum(op.__name__ == "moe_route" for _, op, _ in bound.calls) and set(needed) == ahead != set()
 
 
 def test_where_nearly_all_experts_are_chosen_nothing_is_asked(monkeypatch):
@@ -173,7 +219,7 @@ class Matrix(NamedTuple):
 
 def test_reading_ahead_keeps_its_distance(monkeypatch):
     asked, progress = [], threading.Event()
-    monkeypatch.setattr(reading_ahead, "PIECE", 100)
+    monkeypatch.setattr(fetching, "PIECE", 100)
     monkeypatch.setattr(reading_ahead, "MOST", 430)
 
     def ask(library, address, n):

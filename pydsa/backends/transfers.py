@@ -1,28 +1,44 @@
-"""Copies of values from the memory of one backend to that of another."""
+"""Copies of arrays from one backend to another, in a step.
+
+A transfer is made once for a bound step, and used each time that the step runs:
+
+    start()     the copy is enqueued behind what the source has been given so far; nothing waits for it
+    finish()    what the target is given from now on sees the values: the host waits, a GPU's later work does
+    settle()    after it the source may overwrite x: a host waits until a GPU has read it; at once where that is done
+
+y belongs to the transfer from start() on, and x until settle(). A GPU that is the source needs no settle(): its later work comes after the
+copy. Nothing is allocated while a step runs.
+"""
 import numpy as np
 
 
-def transfer(source, x, target, y):
-    """A Copy of array x of one backend to array y of another."""
-    return Copy(source, x, target, y)
+def transfer(source_backend, x, target_backend, y):
+    """The transfer of the contiguous array x of a backend to y of another.
 
-
-class Copy:
-    """A copy between two arrays of one shape, made again and again.
-
-    source, target: the backends of the two.
+    Both have the same shape. Their dtypes are the same, or float32 and float64, of which values are converted. Where a GPU takes part, the
+    host's array should be one of host_empty(), as copies from other memory take one more on the host. Returns an object with start(),
+    finish() and settle(). Raises OutOfMemoryError if a buffer for the conversion is refused.
     """
+    here, there = isinstance(x, np.ndarray), isinstance(y, np.ndarray)
+    if here and there:
+        return HostTransfer(x, y)
+    return (target_backend if here else source_backend).transfer(x, y)
 
-    def __init__(self, source, x, target, y):
-        self.source, self.target, self._x, self._y = source, target, x, y
+
+class HostTransfer:
+    """A transfer between two arrays of the host."""
+
+    def __init__(self, x, y):
+        assert x.shape == y.shape, (x.shape, y.shape)
+        self._x, self._y = x, y
 
     def start(self):
-        """Begin to copy what the source has made by now."""
+        """Nothing: both are the host's."""
 
     def finish(self):
-        """Let the target see the values in what it does from now on."""
+        """Copy x to y."""
         with np.errstate(invalid="ignore", over="ignore"):      # parts that nothing wrote yet have any bits
-            self._y[...] = self._x
+            np.copyto(self._y, self._x, casting="same_kind")
 
     def settle(self):
-        """Let the source overwrite its array in what it does from now on."""
+        """Nothing: finish() has copied."""

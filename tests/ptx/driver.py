@@ -1,41 +1,83 @@
 """Emulated NVIDIA driver for pydsa.backends.cuda.
 
-Device memory is an Arena. Kernels are passed as PTX and executed by machine.py. Call install() before the backend is used; it then calls a
-Driver instead of cuda.bindings.driver. The Driver returns the driver's status codes and rejects what is not allowed during stream capture.
+The memory of each device is an Arena. Kernels are passed as PTX and executed by machine.py. Call install() before the backend is used; it
+then calls a Driver instead of cuda.bindings.driver. The Driver returns the driver's status codes and rejects what is not allowed during
+stream capture, or with another device's context. With `streams.late` work is done as late as allowed (streams.py).
 """
 import ctypes
 import struct
+import threading
 import time
+from types import SimpleNamespace
 
+import numpy as np
 from cuda.bindings.driver import CUdevice_attribute, CUevent_record_flags, CUresult
 
 from tests.ptx.machine import Kernel
 from tests.ptx.memory import Arena
 from tests.ptx.program import parse
+from tests.ptx.streams import Event, Point, Streams
 
 CAPABILITY = 8, 0
 SIZE = 1 << 28
 DONE = CUresult.CUDA_SUCCESS
+INVALID, UNSUPPORTED = CUresult.CUDA_ERROR_INVALID_VALUE, CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+HANDLE, CONTEXT = CUresult.CUDA_ERROR_INVALID_HANDLE, CUresult.CUDA_ERROR_INVALID_CONTEXT
 LETTERS = {"u8": "B", "u32": "I", "u64": "Q", "f32": "f", "f64": "d"}     # PTX type of a parameter -> letter of the module struct
+PAGE = 4096
+WITHOUT_CONTEXT = ("cuInit", "cuDriverGetVersion", "cuDevice", "cuCtx", "cuEventElapsedTime", "cuGraphInstantiate", "cuGraphDestroy",
+                   "cuGraphExecDestroy", "cuEventDestroy")       # beginnings of the names of functions that need no current context
 
 
 class Driver:
     """The functions of cuda.bindings.driver that the backend calls.
 
-    fail: name of a function -> the error that it returns.
+    n: the number of devices. fail: name of a function -> the error that it returns.
     """
 
-    def __init__(self, size=SIZE):
-        self.arena, self.fail, self.version, self.capability = Arena(size), {}, 13000, CAPABILITY
-        self.recording = None       # launches of the graph that is being captured
+    def __init__(self, size=SIZE, n=1):
+        self.arenas, self.fail, self.version, self.capability = [Arena(size) for _ in range(n)], {}, 13000, CAPABILITY
+        self.capabilities = {}      # device -> its capability, where it is another one
+        self.streams = Streams()
+        self.capturing = {}         # thread -> the stream that it captures
         self.counts = {}            # how often each function was called
+        self.pinned = {}            # address -> number of bytes that copies may access at any time
+        self.retained = [0] * n     # how often the context of each device was retained
+        self._hosts, self._here, self._lock = {}, threading.local(), threading.RLock()
 
     def __getattribute__(self, name):
         function = object.__getattribute__(self, name)
         if not name.startswith("cu"):
             return function
-        self.counts[name] = self.counts.get(name, 0) + 1
-        return (lambda *args: (self.fail[name],)) if name in self.fail else function
+
+        def call(*args):
+            with self._lock:
+                self.counts[name] = self.counts.get(name, 0) + 1
+                if name in self.fail:
+                    return self.fail[name],
+                if not name.startswith(WITHOUT_CONTEXT) and self.device is None:
+                    return CONTEXT,
+                return function(*args)
+        return call
+
+    @property
+    def device(self):
+        """The device whose context is current in this thread, or None."""
+        return getattr(self._here, "device", None)
+
+    @property
+    def arena(self):
+        """The memory of the current device, or of the first."""
+        return self.arenas[self.device or 0]
+
+    @property
+    def recording(self):
+        """What a thread captures just now, or None."""
+        return next((stream.recording for stream in self.capturing.values()), None)
+
+    @property
+    def _captures(self):
+        return threading.get_ident() in self.capturing
 
     def cuInit(self, flags):
         return DONE,
@@ -43,89 +85,178 @@ class Driver:
     def cuDriverGetVersion(self):
         return DONE, self.version
 
+    def cuDeviceGetCount(self):
+        return DONE, len(self.arenas)
+
     def cuDeviceGet(self, i):
-        return DONE, i
+        return (DONE, i) if i < len(self.arenas) else (CUresult.CUDA_ERROR_INVALID_DEVICE, None)
 
     def cuDeviceGetName(self, n, device):
         return DONE, b"PTX in numpy (tests/ptx)".ljust(n, b"\0")
 
+    def cuDeviceGetUuid(self, device):
+        return DONE, SimpleNamespace(bytes=bytes([device] * 16))
+
+    def cuDeviceTotalMem(self, device):
+        return DONE, self.arenas[device].size
+
     def cuDeviceGetAttribute(self, kind, device):
-        return DONE, self.capability[kind != CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR]
+        capability = self.capabilities.get(device, self.capability)
+        return DONE, capability[kind != CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR]
 
     def cuDevicePrimaryCtxRetain(self, device):
-        return DONE, "context"
+        self.retained[device] += 1
+        return DONE, ("context", device)
 
-    def cuCtxSetCurrent(self, context):
+    def cuDevicePrimaryCtxRelease(self, device):
+        self.retained[device] -= 1
         return DONE,
 
+    def cuCtxSetCurrent(self, context):
+        self._here.device = context[1]
+        return DONE,
+
+    def cuCtxPushCurrent(self, context):
+        self._here.before, self._here.device = self.device, context[1]
+        return DONE,
+
+    def cuCtxPopCurrent(self):
+        device, self._here.device = self.device, self._here.before
+        return DONE, ("context", device)
+
     def cuStreamCreate(self, flags):
-        return DONE, "stream"
+        return DONE, self.streams.new(self.device)
 
     def cuMemGetInfo(self):
         return DONE, self.arena.size, self.arena.size
 
     def cuMemAlloc(self, n_bytes):
-        if self.recording is not None:
-            return CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, 0
+        if self._captures:
+            return UNSUPPORTED, 0
         try:
             return DONE, self.arena.base + self.arena.allocate(n_bytes)
         except MemoryError:
             return CUresult.CUDA_ERROR_OUT_OF_MEMORY, 0
 
     def cuMemFree(self, address):
-        if self.recording is not None:
-            return CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
+        if self._captures:
+            return UNSUPPORTED,
+        self.streams.finish_all()
         self.arena.free(address - self.arena.base)
         return DONE,
 
-    def _place(self, address, n_bytes):
-        """The slice of the arena with these bytes.
+    def cuMemHostAlloc(self, n_bytes, flags):
+        if self._captures:
+            return UNSUPPORTED, 0
+        memory = np.full(n_bytes + PAGE, 0xAB, np.uint8)
+        address = -(-memory.ctypes.data // PAGE) * PAGE
+        self._hosts[address], self.pinned[address] = memory, n_bytes
+        return DONE, address
 
-        None if not all of them are allocated, or during stream capture.
+    def cuMemFreeHost(self, address):
+        self.streams.finish_all()
+        del self._hosts[address], self.pinned[address]
+        return DONE,
+
+    def cuMemHostRegister(self, address, n_bytes, flags):
+        if address in self.pinned:
+            return CUresult.CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED,
+        self.pinned[address] = n_bytes
+        return DONE,
+
+    def cuMemHostUnregister(self, address):
+        self.streams.finish_all()
+        there = self.pinned.pop(address, None) is not None
+        return (DONE if there else CUresult.CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED),
+
+    def _is_pinned(self, address, n_bytes):
+        return any(start <= address and address + n_bytes <= start + n for start, n in self.pinned.items())
+
+    def _place(self, address, n_bytes, device=None):
+        """The slice of a device's arena with these bytes.
+
+        None if not all of them are allocated.
         """
-        place = slice(address - self.arena.base, address - self.arena.base + n_bytes)
-        valid = self.recording is None and 0 <= place.start and place.stop <= self.arena.size and self.arena.allowed[place].all()
-        return place if valid else None
+        arena = self.arena if device is None else self.arenas[device]
+        place = slice(address - arena.base, address - arena.base + n_bytes)
+        return place if 0 <= place.start and place.stop <= arena.size and arena.allowed[place].all() else None
+
+    def _enqueue(self, stream, place, work):
+        """Enqueue work on memory of the current device, if it is allowed."""
+        if place is None or stream.device != self.device or stream.recording is not None:
+            return INVALID,
+        self.streams.push(stream, work)
+        return DONE,
 
     def cuMemcpyHtoDAsync(self, target, source, n_bytes, stream):
-        place = self._place(target, n_bytes)
-        if stream != "stream" or place is None:
-            return CUresult.CUDA_ERROR_INVALID_VALUE,
-        ctypes.memmove(target, source, n_bytes)
-        self.arena.initialized[place] = True
-        return DONE,
+        place, arena = self._place(target, n_bytes), self.arena
+        staged = None if self._is_pinned(source, n_bytes) else ctypes.string_at(source, n_bytes)
+
+        def copy():
+            ctypes.memmove(target, source if staged is None else staged, n_bytes)
+            arena.initialized[place] = True
+        return self._enqueue(stream, place, copy)
 
     def cuMemcpyDtoHAsync(self, target, source, n_bytes, stream):
-        if stream != "stream" or self._place(source, n_bytes) is None:
-            return CUresult.CUDA_ERROR_INVALID_VALUE,
-        ctypes.memmove(target, source, n_bytes)
-        return DONE,
+        result = self._enqueue(stream, self._place(source, n_bytes), lambda: ctypes.memmove(target, source, n_bytes))
+        if result == (DONE,) and not self._is_pinned(target, n_bytes):
+            self.streams.finish(stream)
+        return result
+
+    def cuMemcpyDtoDAsync(self, target, source, n_bytes, stream):
+        return self._copy_across(target, self.device, source, self.device, n_bytes, stream)
+
+    def cuMemcpyPeerAsync(self, target, there, source, here, n_bytes, stream):
+        return self._copy_across(target, there[1], source, here[1], n_bytes, stream)
+
+    def _copy_across(self, target, there, source, here, n_bytes, stream):
+        place, place_there = self._place(source, n_bytes, here), self._place(target, n_bytes, there)
+        if place_there is None:
+            return INVALID,
+
+        def copy():
+            ctypes.memmove(target, source, n_bytes)
+            self.arenas[there].initialized[place_there] = self.arenas[here].initialized[place]
+        return self._enqueue(stream, place, copy)
 
     def cuMemsetD8Async(self, address, value, n_bytes, stream):
-        place = self._place(address, n_bytes)
-        if stream != "stream" or place is None:
-            return CUresult.CUDA_ERROR_INVALID_VALUE,
-        self.arena.data[place], self.arena.initialized[place] = value, True
-        return DONE,
+        place, arena = self._place(address, n_bytes), self.arena
+
+        def work():
+            arena.data[place], arena.initialized[place] = value, True
+        return self._enqueue(stream, place, work)
 
     def cuStreamSynchronize(self, stream):
-        return DONE if self.recording is None else CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
+        if stream.recording is not None:
+            return UNSUPPORTED,
+        self.streams.finish(stream)
+        return DONE,
+
+    def cuStreamWaitEvent(self, stream, event, flags):
+        if stream.device != self.device or stream.recording is not None:
+            return HANDLE,
+        if event.point is not None:
+            self.streams.push(stream, event.point)
+        return DONE,
 
     def cuModuleLoadData(self, image):
-        return DONE, Kernel(parse(image.decode()), self.arena)
+        kernel = Kernel(parse(image.decode()), self.arena)
+        return DONE, kernel
 
     def cuModuleGetFunction(self, module, name):
         return (DONE, module) if name.decode() == module.program.name else (CUresult.CUDA_ERROR_NOT_FOUND, None)
 
     def cuLaunchKernel(self, kernel, x, y, z, n_threads, one, other, n_shared, stream, pointers, packed):
         if not (0 < x < 1 << 31 and 0 < y < 1 << 16 and 0 < z < 1 << 16 and 0 < n_threads <= 1024):
-            return CUresult.CUDA_ERROR_INVALID_VALUE,
-        assert (one, other, n_shared, stream, pointers) == (1, 1, 0, "stream", 0)
+            return INVALID,
+        if stream.device != self.device or kernel.arena is not self.arena:
+            return HANDLE,
+        assert (one, other, n_shared, pointers) == (1, 1, 0, 0)
         step = kernel, (x, y, z), n_threads, self._values(kernel, packed)
-        if self.recording is None:
-            kernel.launch(*step[1:])
+        if stream.recording is None:
+            self.streams.push(stream, lambda: kernel.launch(*step[1:]))
         else:
-            self.recording.append(step)
+            stream.recording.append(step)
         return DONE,
 
     def _values(self, kernel, packed):
@@ -137,25 +268,38 @@ class Driver:
         return struct.unpack(kinds, ctypes.string_at(start, n_bytes))
 
     def cuStreamBeginCapture(self, stream, mode):
-        assert self.recording is None
-        self.recording = []
+        assert stream.recording is None and not self._captures
+        stream.recording, self.capturing[threading.get_ident()] = [], stream
         return DONE,
 
     def cuStreamEndCapture(self, stream):
-        graph, self.recording = self.recording, None
+        graph, stream.recording = stream.recording, None
+        del self.capturing[threading.get_ident()]
         return DONE, graph
 
     def cuEventCreate(self, flags):
-        return DONE, [None]
+        return DONE, Event(self.device)
+
+    def cuEventRecord(self, event, stream):
+        if event.device != stream.device or stream.recording is not None:
+            return HANDLE,
+        self.streams.push(stream, lambda: None)
+        event.point = Point(stream)
+        return DONE,
 
     def cuEventRecordWithFlags(self, event, stream, flags):
-        if self.recording is None or flags != CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL:
-            return CUresult.CUDA_ERROR_INVALID_VALUE,
-        self.recording.append((event,))
+        if stream.recording is None or flags != CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL:
+            return INVALID,
+        stream.recording.append((event,))
+        return DONE,
+
+    def cuEventSynchronize(self, event):
+        if event.point is not None:
+            self.streams.finish(event.point.stream, event.point.n)
         return DONE,
 
     def cuEventElapsedTime(self, first, last):
-        return DONE, 1000 * (last[0] - first[0])
+        return DONE, 1000 * (last.time - first.time)
 
     def cuEventDestroy(self, event):
         return DONE,
@@ -167,22 +311,28 @@ class Driver:
         return DONE,
 
     def cuGraphLaunch(self, graph, stream):
-        for what, *step in graph:
-            if step:
-                what.launch(*step)
-            else:
-                what[0] = time.perf_counter()       # an event
+        if stream.device != self.device:
+            return HANDLE,
+
+        def launch():
+            for what, *step in graph:
+                if step:
+                    what.launch(*step)
+                else:
+                    what.time = time.perf_counter()     # an event
+        self.streams.push(stream, launch)
         return DONE,
 
     def cuGraphExecDestroy(self, graph):
+        self.streams.finish_all()
         graph.clear()
         return DONE,
 
 
-def install(size=SIZE):
-    """Run the CUDA backend on the emulator. Returns its Driver."""
-    from pydsa.backends.cuda.array import gpu
+def install(size=SIZE, n=1):
+    """Run the CUDA backend on the emulator, with n devices. Returns its Driver."""
+    from pydsa.backends import gpus
     from pydsa.backends.cuda.launch import Kernel
-    gpu.api = Driver(size)
+    gpus.api = Driver(size, n)
     Kernel.cubin = lambda kernel, capability: kernel.ptx(capability).encode()       # the real driver accepts PTX too
-    return gpu.api
+    return gpus.api

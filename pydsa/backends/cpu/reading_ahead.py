@@ -9,9 +9,8 @@ import os
 import threading
 
 from pydsa import limits
-from pydsa.backends.cpu.fetching import CAN_ASK, ENOUGH, expert_parts
+from pydsa.backends.cpu.fetching import CAN_ASK, ENOUGH, expert_parts, pieces_of
 
-PIECE = 16 << 20        # bytes that are read between two looks at how far the ops are
 MOST = 4 << 30          # bytes to be ahead of the ops, at most; and at most a quarter of the memory that is free
 POPULATE_READ = 22      # madvise: read pages and map them, as if they were touched; from Linux 5.14 on
 
@@ -48,7 +47,8 @@ class ReadAhead:
 
     def _read(self):
         library, ahead, waiting = ctypes.CDLL(None), 0, []
-        pieces = ((i, *piece) for i, group in enumerate(self._groups) for piece in sorted(set(_pieces(group))))
+        pieces = ((i, *piece) for i, group in enumerate(self._groups)
+                  for piece in sorted({piece for _, args in group for piece in pieces_of(args)}))
         for group, address, n in pieces:
             with self._condition:
                 while not self._ended and group > self._group and ahead + n > self._most:
@@ -69,22 +69,6 @@ def ask(library, address, n):
     arguments = ctypes.c_void_p(first), ctypes.c_size_t(address + n - first)
     if library.madvise(*arguments, POPULATE_READ):
         library.madvise(*arguments, mmap.MADV_WILLNEED)
-
-
-def _pieces(group):
-    """(address, bytes) of the weights that a group reads."""
-    for _, args in group:
-        for w in args:
-            if isinstance(w, tuple) and hasattr(w, "block") and w.data.ndim > 1:
-                yield from _parts(w.data)
-
-
-def _parts(data):
-    """The pieces of a matrix; where experts do not lie side by side, of each."""
-    blocks = [data] if data.flags.c_contiguous else list(data)
-    for block in blocks:
-        start = block.ctypes.data
-        yield from ((start + at, min(PIECE, block.nbytes - at)) for at in range(0, block.nbytes, PIECE))
 
 
 def uses_nearly_all(groups):

@@ -4,7 +4,7 @@ import itertools
 import time
 
 from pydsa.backends.cpu import threads
-from pydsa.backends.cpu.fetching import ask_for_experts, begin_step, with_requests
+from pydsa.backends.cpu.fetching import ASKING, begin_step, sample_of, with_requests
 from pydsa.backends.cpu.jit import compile_all, listing, wanted_function
 from pydsa.backends.cpu.op import Step, signature_of
 from pydsa.backends.cpu.reading_ahead import ReadAhead, uses_nearly_all
@@ -37,17 +37,19 @@ class Recording:
     """
 
     def __init__(self, calls, levels, again):
-        groups = list(with_requests(grouped(calls, levels)))
+        groups = grouped(calls, levels)
+        self._sample = sample_of(groups)
+        groups = list(with_requests(groups))
         self._step, self._whole = Step(groups), again
         self._ahead = ReadAhead(groups) if uses_nearly_all(groups) and not again else None
-        self._group_of = [i for i, group in enumerate(groups) for op, _ in group if op is not ask_for_experts]
+        self._group_of = [i for i, group in enumerate(groups) for op, _ in group if op not in ASKING]
 
     def run(self, before=None, after=None):
         """Run the step; before, after: {i: function} of the i-th call.
 
         They are called before and after its group.
         """
-        with self._ahead if begin_step() and self._ahead else contextlib.nullcontext():
+        with self._ahead if begin_step(self._sample) and self._ahead else contextlib.nullcontext():
             self._run_to_stops(before, after)
 
     def _run_to_stops(self, before, after):

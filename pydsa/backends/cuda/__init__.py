@@ -1,19 +1,21 @@
 """The CUDA backend: the ops of reference.py as Numba kernels, on float32 values and GGUF blocks in the GPU's memory.
 
+on(i) is the backend on GPU i, with all names of this module. The module itself is the backend on the thread's current GPU, which is GPU 0.
 With NUMBA_ENABLE_CUDASIM=1 the kernels run in Numba's simulator, as Python functions: for tests, without a GPU.
 """
 import functools
 
 import numpy as np
 
-from pydsa.backends import host
-from pydsa.backends.cuda.array import DeviceArray, empty, gpu, upload  # noqa: F401
+from pydsa.backends import gpus, host
+from pydsa.backends.cuda.array import DeviceArray, empty, upload  # noqa: F401
 from pydsa.backends.cuda.attention import dense_attention, masked_attention, sparse_attention  # noqa: F401
 from pydsa.backends.cuda.ceilings import measure_ceilings, product_format  # noqa: F401
+from pydsa.backends.cuda.current import current, gpu, gpu_at, selected
 from pydsa.backends.cuda.device import SIMULATED
 from pydsa.backends.cuda.fuse import fewer_launches
 from pydsa.backends.cuda.indexer import indexer_scores, indexer_select, scatter_mask  # noqa: F401
-from pydsa.backends.cuda.launch import Kernel, compile_all
+from pydsa.backends.cuda.launch import compile_all, listing
 from pydsa.backends.cuda.linear import head_linear, linear  # noqa: F401
 from pydsa.backends.cuda.mha import mha_attention, mha_sparse_attention  # noqa: F401
 from pydsa.backends.cuda.moe import moe_down, moe_gate_up, moe_linear, moe_route  # noqa: F401
@@ -22,19 +24,22 @@ from pydsa.backends.cuda.rope import hadamard, rope, rope_table  # noqa: F401
 from pydsa.backends.cuda.rows import CacheRows, Weight, cache_bytes, cache_rows, cache_write, get_rows, weight  # noqa: F401
 from pydsa.backends.cuda.sampling import PICKS, pick  # noqa: F401
 from pydsa.backends.cuda.top_k import top_k  # noqa: F401
+from pydsa.backends.cuda.transfers import transfer  # noqa: F401
 from pydsa.backends.cuda.variants import VARIANTS  # noqa: F401
+from pydsa.backends.gpus import OLDEST, n_gpus  # noqa: F401
 from pydsa.errors import PydsaError
 
 FLOAT = np.float32
 WEIGHTS_FIRST = True        # before kernels are compiled, whose list is that of the calls with them
-OLDEST = 8, 0       # compute capability: of A100 and of GeForce 30, the first with the tensor instructions that f16x2 uses
 
 
 def check_device():
     """A clear error where there is no GPU that can run the kernels."""
+    gpu.check()
     if not SIMULATED and gpu.capability < OLDEST:
         major, minor = gpu.capability
-        raise PydsaError(f"--device cuda: this GPU, {gpu.name}, has compute capability {major}.{minor}; pydsa needs "
+        which = "this GPU" if gpus.n_gpus() == 1 else f"GPU {gpu.index}"
+        raise PydsaError(f"--device cuda: {which}, {gpu.name}, has compute capability {major}.{minor}; pydsa needs "
                          f"{OLDEST[0]}.{OLDEST[1]} or later (A100, GeForce 30 and newer).")
 
 
@@ -43,7 +48,8 @@ def describe_device():
     check_device()
     free, total = gpu.memory()
     kind = "" if SIMULATED else "compute capability {}.{}, ".format(*gpu.capability)
-    return f"{gpu.name}, {kind}{free / 2**30:.1f} GiB of memory free of {total / 2**30:.1f}"
+    which = "" if gpus.n_gpus() == 1 else f"GPU {gpu.index}: "
+    return f"{which}{gpu.name}, {kind}{free / 2**30:.1f} GiB of memory free of {total / 2**30:.1f}"
 
 
 def free_bytes():
@@ -54,6 +60,14 @@ def free_bytes():
 def nan_met():
     """False: weights whose NaN a choice could hide are looked at when they are copied (model.py)."""
     return False
+
+
+def host_empty(shape, dtype):
+    """A numpy array without values, from and to which GPUs copy fast.
+
+    It is in pinned memory, aligned to 64 bytes at least. Raises OutOfMemoryError where that is refused.
+    """
+    return gpu.host_empty(shape, dtype)
 
 
 def fetch(array):
@@ -90,7 +104,7 @@ def compile_calls(bind, progress=None):
     wanted, calls = {}, bind()
     for op, args in calls:
         wanted.setdefault((op, tuple(map(kind, args))), args)
-    Kernel.listed = {}
+    listing.kernels = {}
     try:
         for (op, _), args in wanted.items():
             op(*args)
@@ -99,9 +113,9 @@ def compile_calls(bind, progress=None):
             if launch.func not in ops:      # not an op left as it is
                 launch()
         pick(empty((1,), np.int32), empty((1,), np.int64), 0, empty((1, 1), np.float32), 1, 1.0, 0.0, 1.0, 0.0)
-        listed = list(Kernel.listed.values())
+        listed = list(listing.kernels.values())
     finally:
-        Kernel.listed = None
+        listing.kernels = None
     compile_all(listed, progress)
 
 
@@ -114,7 +128,26 @@ def set_threads(n):
     """Nothing to set."""
 
 
-class Recording(host.Calls):
+class Calls(host.Calls):
+    """The calls of a step, made one by one.
+
+    They run on the GPU that was current when this object was made.
+    """
+
+    def __init__(self, calls):
+        super().__init__(calls)
+        self._gpu = current()
+
+    def run(self, before=None, after=None):
+        """Make all calls: see host.Calls."""
+        with selected(self._gpu):
+            self._run(before, after)
+
+    def _run(self, before, after):
+        super().run(before, after)
+
+
+class Recording(Calls):
     """One token's step as a CUDA graph: run() launches kernel by kernel at first, then records that, then launches all at once."""
 
     def __init__(self, calls):
@@ -122,18 +155,18 @@ class Recording(host.Calls):
         self._launches = fewer_launches([(op, args, node.n_out) for node, op, args in calls])
         self._warm, self._step = False, None
 
-    def run(self, before=None, after=None):
+    def _run(self, before, after):
         """Do all calls once more: one by one, if functions come in between."""
         if before or after:
-            super().run(before, after)
+            super()._run(before, after)
             return
         if SIMULATED or not self._warm:         # the first time scratch memory grows, which cannot be recorded
             self._launch()
             self._warm = True
             return
         if self._step is None:
-            self._step = gpu.record(self._launch)
-        gpu.replay(self._step)
+            self._step = self._gpu.record(self._launch)
+        self._gpu.replay(self._step)
 
     def _launch(self):
         for launch in self._launches:
@@ -146,4 +179,59 @@ def recorded(calls, levels, again):
     The rules of fusion take a call of one row for the whole op: a step of several sessions has such calls, one for each.
     """
     one_token = calls[0][2][0].shape[0] == 1        # what the first op writes has all rows
-    return Recording(calls) if again and one_token else host.Calls(calls)
+    return Recording(calls) if again and one_token else Calls(calls)
+
+
+# What works on the current GPU, beside the ops
+OF_THE_GPU = ("check_device", "check_threads", "compile_calls", "describe_device", "free_bytes", "host_empty", "empty", "upload", "weight",
+              "cache_rows", "timed", "recorded", "pick", "measure_ceilings")
+
+
+class Backend:
+    """The backend on one GPU: it has all names of this module.
+
+    Functions that make arrays, run steps, compile or measure do so on this GPU, whichever the thread's current one is. Ops are those of the
+    module: they run where their arrays are in the steps of recorded() and timed(), and by themselves in `with backend.selected():`.
+    """
+
+    def __init__(self, index):
+        self.index = index
+        self.gpu = gpu_at(index)
+
+    def __repr__(self):
+        return f"pydsa.backends.cuda.on({self.index})"
+
+    def __getattr__(self, name):
+        if name not in globals():
+            raise AttributeError(f"{__name__} has no {name}")
+        value = globals()[name]
+        if name in OF_THE_GPU:
+            value = self._here(value)
+        setattr(self, name, value)      # this is not asked again
+        return value
+
+    def _here(self, function):
+        @functools.wraps(function)
+        def here(*args, **options):
+            with selected(self.gpu):
+                return function(*args, **options)
+        return here
+
+    def selected(self):
+        """A context in which this GPU is the thread's current one."""
+        return selected(self.gpu)
+
+
+_backends = {}
+
+
+def on(index):
+    """The backend on GPU `index` of CUDA_VISIBLE_DEVICES: a Backend, always the same one.
+
+    Whether there is such a GPU is found out when it is used, which raises a PydsaError if not. Raises PydsaError for what is no index.
+    """
+    if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+        raise PydsaError(f"The GPU is {index!r}, expected its number: 0, 1, ...")
+    if index not in _backends:
+        _backends.setdefault(index, Backend(index))
+    return _backends[index]

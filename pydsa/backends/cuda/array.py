@@ -7,27 +7,23 @@ import functools
 
 import numpy as np
 
+from pydsa.backends.cuda.current import current, kept_per_gpu
 from pydsa.backends.cuda.device import SIMULATED
 
 
 if SIMULATED:
     from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 
-    from pydsa.backends.cuda.simulated import SimulatedGpu as Gpu
-else:
-    from pydsa.backends.cuda.driver import Gpu
-
-gpu = Gpu()
-
 
 class DeviceArray:
-    """A view of memory on the device.
+    """A view of memory on a GPU, its `gpu`.
 
     It has shape, strides, dtype, size, len(), slices, reshape and view as a numpy array has them.
     """
 
     def __init__(self, memory, places):
         self._memory, self._places = memory, places     # the allocation, kept alive; the numpy array that the host never reads
+        self.gpu = memory.gpu
         self.shape, self.strides, self.dtype, self.size, self.nbytes = (
             places.shape, places.strides, places.dtype, places.size, places.nbytes)
 
@@ -85,18 +81,18 @@ class DeviceArray:
         """Copy the values to the host, as a numpy array."""
         low, high = self.span
         span = np.empty(high - low, np.uint8)
-        gpu.copy_out(span, low)
+        self.gpu.copy_out(span, low)
         return np.ndarray(self.shape, self.dtype, span, 0, self.strides)
 
     def set(self, values):
         """Copy values from the host. The array must be contiguous."""
         values, (low, high) = np.ascontiguousarray(values, self.dtype), self.span
         assert high - low == values.nbytes
-        gpu.copy_in(low, values)
+        self.gpu.copy_in(low, values)
 
     def clear(self):
         """Set a contiguous array to zero."""
-        gpu.clear(self.span[0], self.nbytes)
+        self.gpu.clear(self.span[0], self.nbytes)
 
 
 class _Places:
@@ -107,9 +103,9 @@ class _Places:
 
 
 def empty(shape, dtype):
-    """An uninitialized array on the device."""
+    """An uninitialized array on the thread's current GPU."""
     n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    memory = gpu.allocate(max(1, n_bytes))
+    memory = current().allocate(max(1, n_bytes))
     places = np.asarray(_Places(memory.address, n_bytes))
     return DeviceArray(memory, places.view(dtype).reshape(shape))
 
@@ -131,7 +127,7 @@ def upload(values):
 
 
 class Scratch:
-    """Named scratch buffers that ops share.
+    """Named scratch buffers of one GPU, that ops share.
 
     Ops run one after the other, so they can share a buffer. Nothing is freed: recorded steps still use it.
     """
@@ -156,4 +152,11 @@ class Scratch:
         return view
 
 
-scratch = Scratch()
+@kept_per_gpu()
+def _scratch():
+    return Scratch()
+
+
+def scratch(name, shape, dtype):
+    """An uninitialized array of a named buffer of the current GPU: see Scratch."""
+    return _scratch()(name, shape, dtype)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.array import empty, gpu, zeros
+from pydsa.backends.cuda.array import empty, zeros
+from pydsa.backends.cuda.current import gpu
 from pydsa.backends.cuda.device import SIMULATED, device, dp4a, mma_f16
 from pydsa.backends.cuda.launch import kernel
 

@@ -5,20 +5,19 @@ thread per CUDA thread, one block after the other. Warp-level primitives then ex
 """
 import collections
 import importlib.util
-import os
 import sys
 import threading
 import time
 
 import numpy as np
 
+from pydsa.backends.gpus import SIMULATED
 from pydsa.errors import PydsaError
 
 
 if importlib.util.find_spec("numba_cuda") is None:
     raise PydsaError("--device cuda needs the package numba-cuda, which is not installed: pip install 'pydsa[cuda]'.")
 
-SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
 WARP = 4 if SIMULATED else 32       # lanes of a warp-level reduction; fewer in the simulator, which is slow
 MMA_WARP = 32                       # lanes that hold the fragments of an mma instruction, in the simulator too
 

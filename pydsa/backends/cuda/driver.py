@@ -1,18 +1,18 @@
 """The CUDA driver API of one GPU: memory, copies, launches, CUDA graphs.
 
-It goes through cuda.bindings. Only Numba's compiler is used, not its runtime. All work goes to one stream, in the order of the calls,
-whichever host thread makes them.
+It goes through cuda.bindings. Only Numba's compiler is used, not its runtime. All work of a GPU goes to one stream, in the order of the
+calls, whichever host thread makes them.
 """
 import ctypes
 import functools
-import os
 import struct
 import threading
 import weakref
 
-from cuda import bindings
+import numpy as np
 from cuda.bindings import driver
 
+from pydsa.backends import gpus
 from pydsa.errors import LESS, OutOfMemoryError, PydsaError
 
 
@@ -20,11 +20,30 @@ PACKED, PACKED_SIZE, END = 1, 2, 0      # tags in cuLaunchKernel's last argument
 
 
 class Memory:
-    """A device allocation, freed when nothing refers to this object."""
+    """An allocation of a GPU, freed when nothing refers to this object."""
 
     def __init__(self, gpu, address):
-        self.address = address
-        weakref.finalize(self, gpu.free, address).atexit = False      # at exit the driver frees everything
+        self.gpu, self.address = gpu, address
+        gpu.frees(self, "cuMemFree", address)
+
+
+class Pinned:
+    """Memory of the host that GPUs copy from and to at full speed.
+
+    It has numpy's array interface, as uint8, and is freed when nothing refers to this object.
+    """
+
+    def __init__(self, gpu, address, n_bytes):
+        self.__array_interface__ = {"data": (address, False), "shape": (n_bytes,), "typestr": "|u1", "version": 3}
+        gpu.frees(self, "cuMemFreeHost", address)
+
+
+class Event:
+    """A point in a GPU's stream, that the host or another stream waits for."""
+
+    def __init__(self, gpu, handle):
+        self.handle = handle
+        gpu.frees(self, "cuEventDestroy", handle)
 
 
 class Parameters:
@@ -49,64 +68,66 @@ class GraphExec:
 
     def __init__(self, gpu, graph):
         self.graph = graph
-        weakref.finalize(self, gpu.forget, graph).atexit = False
+        gpu.frees(self, "cuGraphExecDestroy", graph)
+
+
+class _Thread(threading.local):
+    """What a thread is at: the GPUs that it has locked, and whose context is current."""
+
+    def __init__(self):
+        self.locked, self.current = [], None
+
+
+_thread = _Thread()
 
 
 class Gpu:
-    """The first GPU in CUDA_VISIBLE_DEVICES, opened on first use.
+    """A GPU of CUDA_VISIBLE_DEVICES, opened on first use.
 
-    Raises OutOfMemoryError if the driver is out of memory, and PydsaError for any other error of the driver.
+    Raises OutOfMemoryError if the driver is out of memory, and PydsaError for any other error of the driver. `title` is how messages call
+    it: "The GPU", or with its number where there are several.
     """
 
-    def __init__(self):
-        self.api = driver
+    def __init__(self, index=0):
+        self.index, self.title = index, "The GPU"
         self._lock = threading.RLock()         # one thread's work must not be captured in another's step
-        self._thread = threading.local()        # .context: whether the context is current in this thread
-        self._recording, self._to_free = False, []
-        self._process = None        # the id of the process that has the context; a fork of it has none
+        self._recording, self._garbage = False, []      # garbage: (driver function, handle) of what nothing refers to any more
 
     def _do(self, name, *args):
         """Call a driver function and check its status.
 
         Returns what follows the status: a value, a list of several, or None.
         """
-        status, *results = getattr(self.api, name)(*args)
+        status, *results = getattr(gpus.driver(), name)(*args)
         if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            raise OutOfMemoryError(f"The GPU has no memory left ({name}); {LESS}.")
+            raise OutOfMemoryError(f"{self.title} has no memory left ({name}); {LESS}.")
         if status:
-            raise PydsaError(f"The CUDA driver answers {status.name} to {name}.")
+            where = "" if self.title == "The GPU" else f" on {self.title}"
+            raise PydsaError(f"The CUDA driver answers {status.name} to {name}{where}.")
         return results if len(results) > 1 else results[0] if results else None
 
     @functools.cached_property
     def _device(self):
-        try:
-            self._do("cuInit", 0)
-            device = self._do("cuDeviceGet", 0)
-        except Exception as error:      # without a driver cuda.bindings raises its own exceptions
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise PydsaError(f"--device cuda finds no NVIDIA driver or no GPU ({first}); `nvidia-smi` must list one.") from error
-        made_for, version = int(bindings.__version__.split(".")[0]), self._do("cuDriverGetVersion")
-        if version // 1000 < made_for:
-            raise PydsaError(f"--device cuda: the NVIDIA driver knows CUDA {version // 1000}.{version % 1000 // 10}, but the installed "
-                             f"packages make kernels for CUDA {made_for}; pydsa needs a newer driver, or `pip install "
-                             f"'numba-cuda[cu{version // 1000}]'`.")
-        return device
+        if gpus.check_index(self.index) > 1:
+            self.title = f"GPU {self.index}"
+        return self._do("cuDeviceGet", self.index)
+
+    def check(self):
+        """Raise PydsaError if there is no GPU of this index, or no driver."""
+        self._device
 
     @functools.cached_property
     def capability(self):
         """The compute capability, (9, 0) for example."""
-        kinds = driver.CUdevice_attribute
-        return tuple(self._do("cuDeviceGetAttribute", kind, self._device) for kind in
-                     (kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR))
+        return gpus.capability(self._device)
 
     @functools.cached_property
     def name(self):
         """The name of the GPU."""
-        return self._do("cuDeviceGetName", 100, self._device).split(b"\0")[0].decode()
+        return gpus.device_name(self._device)
 
     @functools.cached_property
     def _context(self):
-        self._process = os.getpid()
         return self._do("cuDevicePrimaryCtxRetain", self._device)
 
     @functools.cached_property
@@ -115,23 +136,56 @@ class Gpu:
 
     def __enter__(self):
         """Lock the GPU for this thread and make its context current."""
-        if self._forked():
-            raise PydsaError("This process was forked from one that had loaded a model on the GPU already, and cannot use it: load the "
-                             "model after the fork, or start the process anew (multiprocessing's \"spawn\").")
+        gpus.check_process()
         self._lock.acquire()
+        _thread.locked.append(self)     # first, as a finalizer may lock another GPU at any time, and then returns to the last of the list
         try:
-            if not getattr(self._thread, "context", False):
-                self._do("cuCtxSetCurrent", self._context)
-                self._thread.context = True
+            self._make_current()
         except BaseException:
+            _thread.locked.pop()
             self._lock.release()
             raise
 
-    def _forked(self):
-        return self._process not in (None, os.getpid())
+    def _make_current(self):
+        if _thread.current is not self:
+            self._do("cuCtxSetCurrent", self._context)
+            _thread.current = self
 
     def __exit__(self, *error):
-        self._lock.release()
+        _thread.locked.pop()
+        try:
+            if _thread.locked:
+                _thread.locked[-1]._make_current()
+        finally:
+            self._lock.release()
+        if self._garbage and not any(error):
+            self._free()
+
+    def frees(self, owner, function, handle):
+        """Let a driver function free a handle when its owner is gone.
+
+        At exit the driver frees everything. In a fork it is not there.
+        """
+        weakref.finalize(owner, self._throw_away, function, handle).atexit = False
+
+    def _throw_away(self, function, handle):
+        if not gpus.forked():
+            self._garbage.append((function, handle))
+            self._free()
+
+    def _free(self):
+        """Free what is thrown away, except while a step is being recorded.
+
+        Finalizers come here at any time, in any thread, and must not wait for one that waits for a lock of this thread. Whoever has the
+        lock frees the rest when it leaves.
+        """
+        while self._garbage and not self._recording and self._lock.acquire(blocking=False):
+            try:
+                with self:
+                    while self._garbage and not self._recording:
+                        self._do(*self._garbage.pop())
+            finally:
+                self._lock.release()
 
     def memory(self):
         """Free and total bytes of memory."""
@@ -144,19 +198,22 @@ class Gpu:
             try:
                 return Memory(self, int(self._do("cuMemAlloc", n_bytes)))
             except OutOfMemoryError as error:
-                raise OutOfMemoryError(f"The GPU has no room for {n_bytes / 2**20:.0f} MiB more; {LESS}.") from error
+                raise OutOfMemoryError(f"{self.title} has no room for {n_bytes / 2**20:.0f} MiB more; {LESS}.") from error
 
-    def free(self, address):
-        """Free memory. Deferred while a step is being recorded; in a fork it is not there."""
-        if self._forked():
-            return
+    def host_empty(self, shape, dtype):
+        """A numpy array without values in pinned memory, aligned to pages.
+
+        Raises OutOfMemoryError if the system or the driver refuses it.
+        """
+        n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         with self:
-            self._to_free.append(address)
-            self._free_deferred()
-
-    def _free_deferred(self):
-        while self._to_free and not self._recording:
-            self._do("cuMemFree", self._to_free.pop())
+            try:
+                address = int(self._do("cuMemHostAlloc", max(1, n_bytes), driver.CU_MEMHOSTALLOC_PORTABLE))
+            except OutOfMemoryError as error:
+                raise OutOfMemoryError(f"The system refuses {n_bytes / 2**20:.0f} MiB of pinned memory, which the GPU copies from; "
+                                       f"{LESS}.") from error
+            memory = Pinned(self, address, n_bytes)
+        return np.asarray(memory).view(dtype).reshape(shape)
 
     def copy_in(self, address, values):
         """Copy a contiguous numpy array to the GPU."""
@@ -202,7 +259,6 @@ class Gpu:
             finally:
                 self._recording = False
                 graph = self._do("cuStreamEndCapture", self._stream)
-            self._free_deferred()
             step = GraphExec(self, self._do("cuGraphInstantiate", graph, 0))
             self._do("cuGraphDestroy", graph)
             return step
@@ -232,9 +288,45 @@ class Gpu:
         with self:
             self._do("cuGraphLaunch", step.graph, self._stream)
 
-    def forget(self, graph):
-        """Destroy a GraphExec's graph."""
-        if self._forked():
-            return
+    def event(self):
+        """A new Event, that nothing has reached yet; it has no time."""
         with self:
-            self._do("cuGraphExecDestroy", graph)
+            return Event(self, self._do("cuEventCreate", driver.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+
+    def mark(self, event):
+        """Let an event be the point after all that the GPU has been given."""
+        with self:
+            self._do("cuEventRecord", event.handle, self._stream)
+
+    def wait(self, event):
+        """Wait on the host until an event is reached. Later work may still run."""
+        with self:
+            self._do("cuEventSynchronize", event.handle)
+
+    def follow(self, event):
+        """Let what the GPU is given from now on wait for an event, of any GPU."""
+        with self:
+            self._do("cuStreamWaitEvent", self._stream, event.handle, 0)
+
+    def send(self, address, source, n_bytes, event):
+        """Copy from pinned memory to the GPU, without waiting; mark an event."""
+        with self:
+            self._do("cuMemcpyHtoDAsync", address, source, n_bytes, self._stream)
+            self._do("cuEventRecord", event.handle, self._stream)
+
+    def receive(self, target, address, n_bytes, event):
+        """Copy from the GPU to pinned memory, without waiting; mark an event."""
+        with self:
+            self._do("cuMemcpyDtoHAsync", target, address, n_bytes, self._stream)
+            self._do("cuEventRecord", event.handle, self._stream)
+
+    def copy_across(self, target, address, source, n_bytes):
+        """Copy bytes to an address of a GPU, this or another one.
+
+        It is in the order of this GPU's work. No access of one to the other's memory is needed.
+        """
+        with self:
+            if target is self:
+                self._do("cuMemcpyDtoDAsync", address, source, n_bytes, self._stream)
+            else:
+                self._do("cuMemcpyPeerAsync", address, target._context, source, self._context, n_bytes, self._stream)

@@ -5,13 +5,15 @@ import importlib
 import importlib.metadata
 import pickle
 import re
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import numba
 from numba import cuda
 
-from pydsa.backends.cuda.array import DeviceArray, gpu
+from pydsa.backends.cuda.array import DeviceArray
+from pydsa.backends.cuda.current import current
 from pydsa.backends.cuda.device import SIMULATED
 from pydsa.compiling import Job, collecting_paused, compile_jobs, counted
 from pydsa.cores import physical_cores
@@ -41,16 +43,22 @@ def _folder():
     return cache_folder(" ".join(versions), [PACKAGE / "quants.py", *PACKAGE.glob("backends/cuda/**/*.py")])
 
 
+class _Listing(threading.local):
+    kernels = None      # a dict {name: Kernel}, to which this thread's calls of kernels add, and launch nothing; or None
+
+
+listing = _Listing()
+
+
 class Kernel:
     """A CUDA kernel with one signature, that of arrays of any strides: kernel(grid, *args) launches blocks of `threads` threads.
 
     bounds: threads of a block, and how many blocks must fit into a processor at a time, which limits their registers.
     """
 
-    listed = None       # for all kernels: a dict {name: Kernel}, to which calls add and launch nothing; or None
-
     def __init__(self, function, signature, threads, blocks):
         self.function, self.signature, self.threads, self.bounds = function, signature, threads, (threads, blocks)
+        self._loaded = {}       # index of a GPU -> the kernel as its driver knows it, and its parameters
         functools.update_wrapper(self, function)
         assert function.__name__ not in KERNELS, function.__name__
         KERNELS[function.__name__] = self
@@ -94,46 +102,50 @@ class Kernel:
             nvjitlink.destroy(link)
         return bytes(code)
 
-    @functools.cached_property
-    def _loaded(self):
-        """The kernel as the driver knows it, and its parameters."""
+    def _load(self, here):
         kinds = "".join(_kinds(*found) for found in re.findall(r"(\w\d)(\[.*?\])?", self.signature))
-        return gpu.load(self.cubin(gpu.capability), self.__name__), Parameters(kinds)
+        self._loaded[here.index] = here.load(self.cubin(here.capability), self.__name__), Parameters(kinds)
 
     @functools.cached_property
     def _simulated(self):
         return cuda.jit(self.function)
 
     def __call__(self, grid, *args):
-        if Kernel.listed is not None:
-            Kernel.listed[self.__name__] = self
-        elif SIMULATED:
-            self._simulated[grid, self.threads](*(a.simulated if isinstance(a, DeviceArray) else a for a in args))
-        else:
-            function, parameters = self._loaded
-            values = []
-            for a in args:
-                if isinstance(a, DeviceArray):
-                    values += a.parameters
+        here, values = current(), []
+        for a in args:
+            if isinstance(a, DeviceArray):
+                assert a.gpu is here, f"{self.__name__} runs on GPU {here.index}, an array is on GPU {a.gpu.index}"
+                if SIMULATED:
+                    values.append(a.simulated)
                 else:
-                    values.append(a)
+                    values += a.parameters
+            else:
+                values.append(a)
+        if listing.kernels is not None:
+            listing.kernels[self.__name__] = self
+        elif SIMULATED:
+            self._simulated[grid, self.threads](*values)
+        else:
+            if here.index not in self._loaded:
+                self._load(here)
+            function, parameters = self._loaded[here.index]
             grid = grid if isinstance(grid, tuple) else (grid,)
-            gpu.launch(function, grid + (1,) * (3 - len(grid)), self.threads, parameters, values)
+            here.launch(function, grid + (1,) * (3 - len(grid)), self.threads, parameters, values)
 
     def load(self):
-        """Give the driver its machine code before the first launch."""
-        if not SIMULATED:
-            self._loaded
+        """Give the current GPU its machine code before the first launch."""
+        if not SIMULATED and current().index not in self._loaded:
+            self._load(current())
 
 
 def compile_all(kernels, progress=None):
-    """Make the machine code of kernels and give it to the driver.
+    """Make the machine code of kernels and give it to the current GPU.
 
     What is not kept yet is made in several processes. progress(done, total, name) is called before each.
     """
-    missing = [] if SIMULATED else [k for k in kernels if k.is_missing(gpu.capability)]
+    missing = [] if SIMULATED else [k for k in kernels if k.is_missing(current().capability)]
     jobs = [Job(k.__name__, len(k.function.__code__.co_code), __name__, "make",
-                pickle.dumps((k.function.__module__, k.__name__, gpu.capability))) for k in missing]
+                pickle.dumps((k.function.__module__, k.__name__, current().capability))) for k in missing]
     n_here = len(kernels) - len(missing)
     report = counted(progress, len(kernels), n_here)
 

@@ -1,10 +1,10 @@
 """Matrix products with GGUF weights: one matrix for all tokens, or one per head."""
-import functools
 from typing import NamedTuple
 
 import numpy as np
 
 from pydsa.backends.cuda.array import upload
+from pydsa.backends.cuda.current import kept_per_gpu
 from pydsa.backends.cuda.f16x2.linear import TOKENS
 from pydsa.backends.cuda.variants import kernels
 
@@ -31,7 +31,7 @@ def multiply(out, w, x, tiles):
     matmul(out.rows, w, pack(x.rows), tiles)
 
 
-@functools.cache
+@kept_per_gpu()
 def arange(n):
     """0, 1, ..., n - 1 on the device."""
     return upload(np.arange(n, dtype=np.int32))
@@ -45,12 +45,12 @@ def head_tiles(n_tokens, n_head):
     return _kept_tiles(n_head) if n_tokens == 1 else _tiles(n_tokens, n_head)
 
 
-@functools.cache
+@kept_per_gpu()
 def _kept_tiles(n_head):    # never evicted: recorded one-token steps refer to them
     return _tiles.__wrapped__(1, n_head)
 
 
-@functools.lru_cache(maxsize=16)
+@kept_per_gpu(maxsize=16)
 def _tiles(n_tokens, n_head):
     starts = range(0, n_tokens, TOKENS)
     tiles = [(h, h * n_tokens + t, h * n_tokens + min(t + TOKENS, n_tokens)) for h in range(n_head) for t in starts]

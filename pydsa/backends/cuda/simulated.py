@@ -5,9 +5,12 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
+from pydsa.backends import gpus, host
+
 
 class Memory(NamedTuple):
-    """An allocation: its address and its bytes."""
+    """An allocation: its GPU, its address and its bytes."""
+    gpu: object
     address: int
     bytes: np.ndarray
 
@@ -15,10 +18,22 @@ class Memory(NamedTuple):
 class SimulatedGpu:
     """The memory and copies of driver.Gpu, on the host.
 
-    The simulator itself launches kernels. Nothing is recorded.
+    The simulator itself launches kernels. Nothing is recorded, and all is done when a call returns: there are no streams and no events.
     """
 
-    name = "Numba's CUDA simulator"
+    name = gpus.SIMULATOR
+
+    def __init__(self, index=0):
+        self.index = index
+
+    @property
+    def title(self):
+        """How messages call it: "The GPU", or with its number where there are several."""
+        return gpus.title(self.index)
+
+    def check(self):
+        """Raise PydsaError if there is no GPU of this index."""
+        gpus.check_index(self.index)
 
     def memory(self):
         """Free and total bytes of memory."""
@@ -27,8 +42,27 @@ class SimulatedGpu:
 
     def allocate(self, n_bytes):
         """Allocate n_bytes, at least one."""
+        self.check()
         data = np.empty(n_bytes, np.uint8)
-        return Memory(data.ctypes.data, data)
+        return Memory(self, data.ctypes.data, data)
+
+    def host_empty(self, shape, dtype):
+        """An array without values in the host's memory, numpy's."""
+        return host.empty(shape, dtype)
+
+    def event(self):
+        """None, in place of an event: see mark()."""
+
+    def mark(self, event):
+        """Do nothing, as wait() and follow(): all is done when a call returns."""
+
+    wait = follow = mark
+
+    def send(self, address, source, n_bytes, event):
+        """Copy from the host to an address."""
+        ctypes.memmove(address, source, n_bytes)
+
+    receive = send
 
     def copy_in(self, address, values):
         """Copy a contiguous numpy array to an address."""
@@ -37,6 +71,10 @@ class SimulatedGpu:
     def copy_out(self, values, address):
         """Copy from an address into a contiguous numpy array."""
         ctypes.memmove(values.ctypes.data, address, values.nbytes)
+
+    def copy_across(self, target, address, source, n_bytes):
+        """Copy bytes to an address of a GPU, this or another one."""
+        ctypes.memmove(address, source, n_bytes)
 
     def clear(self, address, n_bytes):
         """Set bytes to zero."""

@@ -1,0 +1,131 @@
+"""Copies between a GPU and the host, or another GPU.
+
+The host waits for them only where it reads or overwrites what is copied.
+"""
+import numpy as np
+
+from pydsa.backends.cuda.array import DeviceArray
+from pydsa.backends.cuda.device import SIMULATED
+
+
+def transfer(x, y):
+    """The transfer of x to y, of which one is a GPU's: see backends/transfers.py."""
+    if not isinstance(x, DeviceArray):
+        return FromHost(x, y)
+    if not isinstance(y, DeviceArray):
+        return ToHost(x, y)
+    return Across(x, y)
+
+
+def in_pinned_memory(array):
+    """Whether a GPU can copy from and to a numpy array while the host goes on."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    if SIMULATED:
+        return False
+    from pydsa.backends.cuda.driver import Pinned
+    return isinstance(array, Pinned)
+
+
+def _address(array):
+    """The address of the first byte of a contiguous array of a GPU."""
+    assert array.span[1] - array.span[0] == array.nbytes, "a transfer needs contiguous arrays"
+    return array.span[0]
+
+
+class _WithHost:
+    """A transfer between an array of a GPU and one of the host.
+
+    Where the host's is of another dtype, or in pageable memory, from which copies are slow and synchronous, they go through a buffer of the
+    transfer's own.
+    """
+
+    def __init__(self, array, there):
+        assert array.flags.c_contiguous and array.shape == there.shape, (array.shape, there.shape)
+        self._gpu, self._address, self._n_bytes, self._array = there.gpu, _address(there), there.nbytes, array
+        direct = SIMULATED or in_pinned_memory(array)
+        self._near = array if direct and array.dtype == there.dtype else self._gpu.host_empty(array.shape, there.dtype)
+        self._there, self._pending = there, False       # pending: whether a copy may be under way
+        self._near_address, self._event = self._near.ctypes.data, self._gpu.event()
+
+    def _wait(self):
+        if self._pending:
+            self._gpu.wait(self._event)
+            self._pending = False
+
+
+class FromHost(_WithHost):
+    """A transfer of an array of the host to a GPU."""
+
+    def __init__(self, x, y):
+        super().__init__(x, y)
+
+    def start(self):
+        """Copy behind what the GPU has been given so far."""
+        if self._near is not self._array:
+            self._wait()
+            np.copyto(self._near, self._array, casting="same_kind")
+        if self._n_bytes:
+            self._gpu.send(self._address, self._near_address, self._n_bytes, self._event)
+            self._pending = True
+
+    def finish(self):
+        """Nothing: what the GPU is given from now on comes after the copy."""
+
+    def settle(self):
+        """Wait until the host may overwrite x."""
+        if self._near is self._array:
+            self._wait()
+
+
+class ToHost(_WithHost):
+    """A transfer of an array of a GPU to the host."""
+
+    def __init__(self, x, y):
+        super().__init__(y, x)
+
+    def start(self):
+        """Copy behind what the GPU has been given so far."""
+        if self._n_bytes:
+            self._gpu.receive(self._near_address, self._address, self._n_bytes, self._event)
+            self._pending = True
+
+    def finish(self):
+        """Wait until y has the values. The GPU may be at later work by then."""
+        self._wait()
+        if self._near is not self._array:
+            np.copyto(self._array, self._near, casting="same_kind")
+
+    def settle(self):
+        """Nothing: what the GPU is given after start() comes after the copy."""
+
+
+class Across:
+    """A transfer between two GPUs, or on one.
+
+    The copy is in the order of the source's work. It waits for what the target was given before, which may still use the place of y.
+    """
+
+    def __init__(self, x, y):
+        assert x.dtype == y.dtype and x.shape == y.shape, (x.dtype, x.shape, y.dtype, y.shape)
+        self._source, self._target, self._arrays = x.gpu, y.gpu, (x, y)
+        self._copy = y.gpu, _address(y), _address(x), x.nbytes
+        self._free, self._done = (y.gpu.event(), x.gpu.event()) if x.gpu is not y.gpu else (None, None)
+
+    def start(self):
+        """Copy behind what both GPUs have been given so far."""
+        if self._done is not None:
+            self._target.mark(self._free)
+            self._source.follow(self._free)
+        if self._copy[-1]:
+            self._source.copy_across(*self._copy)
+        if self._done is not None:
+            self._source.mark(self._done)
+
+    def finish(self):
+        """Let what the target is given from now on wait for the copy."""
+        if self._done is not None:
+            self._target.follow(self._done)
+
+    def settle(self):
+        """Nothing: what the source is given after start() comes after the copy."""
