@@ -4,13 +4,12 @@ Those that mean something here work; the others end with one sentence that says 
 """
 import click
 
-ONE_DEVICE = "a model runs on one device as a whole; leave it out, or use --device for a GPU."
 INSTEAD = {
-    ("-ngl", "--gpu-layers", "--n-gpu-layers"): ONE_DEVICE,
-    ("-ot", "--override-tensor", "-cmoe", "--cpu-moe", "-ncmoe", "--n-cpu-moe", "-sm", "--split-mode", "-ts", "--tensor-split",
-     "-mg", "--main-gpu"): ONE_DEVICE,
-    ("-nkvo", "--no-kv-offload", "-kvo", "--kv-offload"): ONE_DEVICE,
-    ("-dev",): "use --device.",
+    ("-sm", "--split-mode"): "layers are split over GPUs, by -ts or by what is free on each; leave it out.",
+    ("-mg", "--main-gpu"): "no GPU has more to do than its layers; name those to use with --device, or leave it out.",
+    ("-nkvo", "--no-kv-offload", "-kvo", "--kv-offload"): "caches are where their layers are; -ngl leaves layers on the CPU.",
+    ("-fitt", "--fit-target"): "use --fit-margin, what a plan leaves free on each GPU, such as 1GiB.",
+    ("-fitc", "--fit-ctx"): "-c is the context that a plan keeps to; -c 0 takes the longest that fits.",
     ("-fa", "--flash-attn"): "attention never holds its whole matrix, so there is nothing to turn on; leave it out.",
     ("-mmp",): "use --no-mmap, to read the weights into memory.",
     ("-b", "--batch-size"): "use -ub, the tokens of a prompt that run together.",
@@ -22,7 +21,7 @@ INSTEAD = {
     ("-sysf", "--system-prompt-file"): "give the text with --system.",
     ("-sp",): "use --special.",
     ("-np", "--parallel", "-ns", "--sequences"): "a command runs one conversation; leave it out.",
-    ("-fit", "--fit"): "-c 0 takes the longest context that fits in memory.",
+    ("-fit", "--fit"): "--device auto, the default, fits the model to the memory; -c 0 takes the longest context.",
     ("-md", "--model-draft"): "there is no speculative decoding; leave it out.",
 }
 
@@ -82,6 +81,16 @@ def model_argument(default=None):
         return click.option("-m", "--model", "named_model", type=click.Path(), hidden=True, expose_value=False, is_eager=True,
                             callback=keep)(function)
     return decorate
+
+
+def gpu_layers(context, parameter, given):
+    """The value of -ngl: a number, "all", or None for "auto" and -1."""
+    text = (given or "auto").strip().lower()
+    if text in ("auto", "-1", "all"):
+        return "all" if text == "all" else None
+    if not (text.isascii() and text.isdigit()):
+        raise click.UsageError(f"-ngl is {given!r}, expected a number of layers, all or auto.")
+    return int(text) if len(text) < 4 else "all"
 
 
 def logit_biases(context, parameter, given):

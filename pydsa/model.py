@@ -16,6 +16,7 @@ from pydsa.constraint import constraint_for
 from pydsa.cores import MOST_THREADS
 from pydsa.diagnosis import refuse_hidden
 from pydsa.errors import OutOfMemoryError
+from pydsa.fitting import MARGIN, fitted
 from pydsa.memory import tensors_on
 from pydsa.options import counts
 from pydsa.plan import Runner, check_fits
@@ -24,9 +25,9 @@ from pydsa.residence import copied, lock
 from pydsa.sampling import sampling_of
 from pydsa.schedule import VARIANTS
 from pydsa.session import Session, check_ids, check_max_tokens
-from pydsa.setup import DEFAULT_N_UBATCH, Setup
+from pydsa.setup import DEFAULT_N_UBATCH
 from pydsa.signals import interrupts_held
-from pydsa.streaming import measure, pays_from
+from pydsa.streaming import measure, no_room_for_slots, pays_from
 from pydsa.words import card_of_a_model
 
 
@@ -51,6 +52,7 @@ class Model:
         self.threads = _threads(backends, one)
         self.threads_batch = self.threads if several is None else _threads(backends, several)
         self._check_fits(backends)
+        setup = self.setup
         warn_of_gaps(setup.file)
         self.tokenizer = setup.tokenizer        # read now, so that load() raises its errors
         self.runner = Runner(backends, setup.layouts, self.threads, self.threads_batch, setup.reproducible,
@@ -68,22 +70,23 @@ class Model:
 
         Where it was not said from how many tokens on, they are not if their slots do not fit, or if the CPU takes less time.
         """
-        def check():
+        def check(setup):
             check_fits({name: memory.total for name, memory in setup.memory.items()}, backends,
                        f"The model with a context of {setup.n_ctx} tokens")
 
-        setup, note = self.setup, None
-        if setup.streaming.stream_from is None:
-            try:
-                check()
-            except OutOfMemoryError:
-                note = setup.without_slots()
-            else:
-                rates = measure(setup.streaming, backends, self.threads_batch)
-                setup.stream(pays_from(setup.streaming.arrivals, rates, setup.n_ubatch) if rates else 0)
-        check()
-        if note:
-            warnings.warn(f"{self.metadata.path}: {note}", stacklevel=4)
+        setup = self.setup
+        if setup.streaming.stream_from is not None:
+            check(setup)
+            return
+        try:
+            check(setup)
+        except OutOfMemoryError:
+            self.setup = setup.streamed_from(0)
+            check(self.setup)
+            warnings.warn(f"{self.metadata.path}: {no_room_for_slots(setup.slot_bytes)}", stacklevel=5)
+        else:
+            rates = measure(setup.streaming, backends, self.threads_batch)
+            self.setup = setup.streamed_from(pays_from(setup.streaming.arrivals, rates, setup.n_ubatch) if rates else 0)
 
     def _read_weights(self, devices, progress):
         """Give their weights to backends; copies to a GPU report progress."""
@@ -234,14 +237,17 @@ def _threads(backends, n):
     return next((found for found in [backend.check_threads(n) for backend in backends.values()] if found is not None), None)
 
 
-def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=DEFAULT_N_UBATCH,
+def load(path, n_ctx=None, device="auto", threads=None, kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=DEFAULT_N_UBATCH,
          progress=None, index_type=None, override_kv=None, threads_batch=None, reproducible=False, mmap=True, mlock=False,
-         tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), stream_from=None):
+         tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), n_gpu_layers=None, fit_margin=MARGIN, n_sessions=1,
+         stream_from=None):
     """Open a GGUF file and make it ready to run -> Model.
 
     path: the file, or its first part if it is split.
     n_ctx: tokens that the context can hold; None: 8192, or the model's own limit if that is less.
-    device: "cpu", "cuda" (an NVIDIA GPU; needs the extra `cuda`), or "reference" for plain numpy.
+    device: "cpu"; "cuda" (an NVIDIA GPU; needs the extra `cuda`), "cuda1" for the second one, "cuda0,cuda1" for several; "reference" for
+        plain numpy; "auto": what fits on the GPUs that can be used, and the rest on the CPU (docs/placement.md), or what the environment
+        variable PYDSA_DEVICE says. The plan is `model.setup.plan`, a fitting.Plan, None where all is on one device without choice.
     threads: CPU threads for steps of one token, which generate; None: one for each physical core that this process may use.
     kv_type: type of the cached latents: "f32", "f16", "bf16", "i16" (int16, with a scale for each of a row's two parts) or "i8" (int8,
         with the same scales; alias "q8_0").
@@ -256,14 +262,26 @@ def load(path, n_ctx=None, device="cpu", threads=None, kv_type="i16", attention=
         other tokens in a step, prefixes that are used again. This takes longer (docs/running.md); on the CPU only.
     mmap: False: read the weights into memory of the process, instead of mapping the file; it must hold them all. mlock: True: keep the
         weights in memory, so that the system does not drop those that were not used for long. Both as in llama.cpp, on the CPU only.
+    n_gpu_layers, tensor_split, cpu_moe, n_cpu_moe, override_tensor: where layers and weights are, as in llama.cpp (placement.Placing): the
+        layers at the end that are on the GPUs, None: what fits; the proportion of the layers on each, "3,1"; whether the routed experts of
+        all layers stay on the CPU, or those of the first n_cpu_moe layers; texts "REGEX=DEVICE" for weights whose names match.
+    fit_margin: bytes that "auto" leaves free on each GPU, or a text such as "512MiB". n_sessions: conversations for whose caches it keeps
+        room.
     stream_from: tokens of a step from which on experts that lie on the CPU are copied to the GPU for it and multiplied there; 0: never;
-        None: from where on that takes less time, by rates that are measured on load.
+        None: from where on that takes less time, by rates that are measured on load (docs/streaming.md).
 
     Warns (UserWarning) of what is unusual in the file. Raises GGUFError if the file is damaged, UnsupportedModelError if pydsa cannot run
     the model, OutOfMemoryError if memory is short, and PydsaError for options that are not valid.
     """
-    setup = Setup(os.fspath(path), n_ctx, device, kv_type, attention, dsa_top_k, n_ubatch, index_type, override_kv, reproducible,
-                  mmap, mlock, tensor_split, cpu_moe, n_cpu_moe, override_tensor, stream_from)
+    setup = fitted(os.fspath(path), device=device, fit_margin=fit_margin, n_sessions=n_sessions, n_ctx=n_ctx, kv_type=kv_type,
+                   attention=attention, dsa_top_k=dsa_top_k, n_ubatch=n_ubatch, index_type=index_type, override_kv=override_kv,
+                   reproducible=reproducible, mmap=mmap, mlock=mlock, tensor_split=tensor_split, cpu_moe=cpu_moe, n_cpu_moe=n_cpu_moe,
+                   override_tensor=override_tensor, n_gpu_layers=n_gpu_layers, stream_from=stream_from)
+    return ready(setup, threads, threads_batch, progress)
+
+
+def ready(setup, threads=None, threads_batch=None, progress=None):
+    """The Model of a Setup, with the warnings and errors of load()."""
     for note in setup.notes:
-        warnings.warn(f"{setup.file.metadata.path}: {note}", stacklevel=2)
+        warnings.warn(f"{setup.file.metadata.path}: {note}", stacklevel=3)
     return Model(setup, threads, threads_batch, progress)

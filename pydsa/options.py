@@ -1,4 +1,6 @@
 """The values of options, checked: one of several, or a number in a range."""
+import re
+
 import numpy as np
 
 from pydsa.errors import PydsaError
@@ -21,3 +23,16 @@ def counts(most, **options):
         if value is not None and not (integer and 1 <= value <= most):
             raise PydsaError(f"{what} is {value!r}, expected an integer from 1 to {most}.")
     return [value if value is None else int(value) for value in options.values()]
+
+
+def size_in_bytes(what, value):
+    """Bytes of an integer, or of a text such as "24GiB", "512 MiB", "1.5G".
+
+    K, M, G and T are powers of 1024, with or without "iB"; with "B" alone they are powers of 1000. Raises PydsaError for what is no size.
+    """
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 0:
+        return int(value)
+    form = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt]?)(ib|b)?)\s*", value.lower()) if isinstance(value, str) else None
+    if form is None or len(form[1]) > 20:
+        raise PydsaError(f"{what} is {value!r}, expected a size such as 24GiB or 512MiB.")
+    return int(float(form[1]) * (1000 if form[3] == "b" else 1024) ** " kmgt".index(form[2] or " "))

@@ -6,16 +6,19 @@ graph and the kernels do not know about it: segments.py cuts the graph where the
 import bisect
 import re
 
+import numpy as np
+
 from pydsa.backends.devices import HOST, check_devices, device_of
 from pydsa.errors import PydsaError
 from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef
 from pydsa.hooks import layer_of
-from pydsa.options import counts
 
 EXPERTS = r"\.ffn_(up|down|gate|gate_up)_exps"      # names of the routed experts' weights: what --cpu-moe sends to the CPU
-_EXPERTS = re.compile(EXPERTS)
+FIRST = r"^blk\.(0"          # how patterns for the first layers begin
 MOST_LAYERS = 1024
+RULES = re.compile(r"(.+?)=\s*([A-Za-z]+[0-9]*)\s*(?:,|$)")     # of one text: commas may also be inside of a regular expression
+ALL = "all"         # as a number of layers
 FOLLOWING = ("silu_mul", "scale", "expert_scale", "rope", "hadamard")      # ops that run where their input was made
 
 
@@ -62,8 +65,7 @@ class Placement:
 
     def _home(self, node):
         """The device of a node's layer."""
-        layer = layer_of(node) if node.name else next((layer_of(a) for a in node.args[:1] if a.name), None)
-        return self.layers[layer if layer is not None else -1 if node.for_outputs else 0]
+        return self.layers[home_layer(node)]
 
     def streamed(self, node):
         """The weights of a node that its layer's device can take for a step.
@@ -72,54 +74,94 @@ class Placement:
         empty tuple: none.
         """
         tensors = tuple(a for a in node.args if isinstance(a, Tensor) and len(a.shape) == 3)
-        if not tensors or not _EXPERTS.search(tensors[0].name) or self._by_rule(tensors[0].name) != HOST:
+        if not tensors or not is_of_experts(tensors[0].name) or self._by_rule(tensors[0].name) != HOST:
             return ()
         return tensors if device_of(self._home(node)).streams else ()
 
     def _by_rule(self, name):
         return next((device for pattern, device in self.rules if pattern.search(name)), None)
 
+    def of_weight(self, name, layer):
+        """The device of a weight whose nodes belong to a layer."""
+        return self._by_rule(name) or self.layers[layer]
+
     def check_rules(self, names):
         """Raise PydsaError for a rule that matches none of the names of weights."""
         for pattern, device in self.rules:
-            if not any(map(pattern.search, names)):
-                raise PydsaError(f"No weight of the model has a name that matches {pattern.pattern!r} (to be on {device}): "
-                                 "`pydsa info` tells the layers, names are like blk.3.ffn_up_exps.weight.")
+            if any(map(pattern.search, names)):
+                continue
+            if pattern.pattern == EXPERTS:
+                raise PydsaError("The model has no routed experts: leave out --cpu-moe.")
+            if pattern.pattern.endswith(EXPERTS) and pattern.pattern.startswith(FIRST):
+                raise PydsaError("n_cpu_moe covers only layers without routed experts: give a larger number, or --cpu-moe for all.")
+            raise PydsaError(f"No weight of the model has a name that matches {pattern.pattern!r} (to be on {device}): "
+                             "`pydsa info` tells the layers, names are like blk.3.ffn_up_exps.weight.")
+
+
+def is_of_experts(name):
+    """Whether a weight of this name is of routed experts."""
+    return re.search(EXPERTS, name) is not None
+
+
+def home_layer(node):
+    """The index of the layer beside which a node runs; -1: the last."""
+    layer = layer_of(node) if node.name else next((layer_of(a) for a in node.args[:1] if a.name), None)
+    return layer if layer is not None else -1 if node.for_outputs else 0
 
 
 class Placing:
     """What is asked for: place(n_layer) makes the Placement of a model.
 
-    devices: names. tensor_split: the proportion of the layers that each device gets, in ranges; None: equal ones. cpu_moe: whether the
-    routed experts of all layers are on the CPU; n_cpu_moe: those of so many layers, from the first on. override_tensor: pairs of a regular
-    expression and a device, or texts "REGEX=DEVICE"; they come before these. All as in llama.cpp. Raises PydsaError for what cannot be.
+    devices: names. tensor_split: the proportion of the layers that each device gets, in ranges; None: equal ones. n_gpu_layers: the number
+    of layers, at the end, that are on these devices, while the others are on the CPU; None or "all": all. cpu_moe: whether the routed
+    experts of all layers are on the CPU; n_cpu_moe: those of so many layers, from the first on. override_tensor: pairs of a regular
+    expression and a device, or texts "REGEX=DEVICE" with commas between several; they come before these. All as in llama.cpp. Raises
+    PydsaError for what cannot be.
     """
 
-    def __init__(self, devices, tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=()):
-        self.devices, self._shares = devices, _shares(devices, tensor_split)
-        self._n_cpu_moe = counts(MOST_LAYERS, n_cpu_moe=n_cpu_moe or None)[0] or 0
+    def __init__(self, devices, tensor_split=None, n_gpu_layers=None, cpu_moe=False, n_cpu_moe=0, override_tensor=()):
+        self.devices, self.tensor_split = tuple(devices), _shares(devices, tensor_split)
+        self.n_gpu_layers = n_gpu_layers if n_gpu_layers in (None, ALL) else _from_0("n_gpu_layers", n_gpu_layers)
+        if self.n_gpu_layers not in (None, ALL) and HOST in devices:
+            raise PydsaError(f"n_gpu_layers is {n_gpu_layers!r}, but {HOST} is among the devices: name only GPUs, or leave out -ngl.")
+        self.n_cpu_moe = _from_0("n_cpu_moe", 0 if n_cpu_moe is None else n_cpu_moe)
         if not isinstance(cpu_moe, bool):
             raise PydsaError(f"cpu_moe is {cpu_moe!r}, expected True or False.")
-        self._cpu_moe, self._rules = cpu_moe, _rules(override_tensor)
+        self.cpu_moe, self.rules = cpu_moe, _rules(override_tensor)
+
+    def changed(self, **options):
+        """A Placing with other values of some options."""
+        mine = dict(devices=self.devices, tensor_split=self.tensor_split, n_gpu_layers=self.n_gpu_layers, cpu_moe=self.cpu_moe,
+                    n_cpu_moe=self.n_cpu_moe, override_tensor=self.rules)
+        return Placing(**mine | options)
 
     def place(self, n_layer):
         """The Placement of a model of n_layer layers."""
-        if self._n_cpu_moe > n_layer:
-            raise PydsaError(f"n_cpu_moe is {self._n_cpu_moe}, expected at most the {n_layer} layers of the model.")
-        layers = [self.devices[bisect.bisect(self._shares, (il + 0.5) / n_layer)] for il in range(n_layer)]
-        rules = list(self._rules)
-        if self._cpu_moe:
+        if self.n_cpu_moe > n_layer:
+            raise PydsaError(f"n_cpu_moe is {self.n_cpu_moe}, expected at most the {n_layer} layers of the model.")
+        n = n_layer if self.n_gpu_layers in (None, ALL) else min(self.n_gpu_layers, n_layer)
+        shares = self.tensor_split or [1.0] * len(self.devices)
+        ends = [sum(shares[:i + 1]) / sum(shares) for i in range(len(shares) - 1)]
+        layers = [HOST] * (n_layer - n) + [self.devices[bisect.bisect(ends, (i + 0.5) / n)] for i in range(n)]
+        rules = list(self.rules)
+        if self.cpu_moe:
             rules.append((re.compile(EXPERTS), HOST))
-        elif self._n_cpu_moe:
-            rules.append((re.compile(rf"^blk\.({'|'.join(map(str, range(self._n_cpu_moe)))}){EXPERTS}"), HOST))
+        elif self.n_cpu_moe:
+            rules.append((re.compile(rf"{FIRST}{''.join(f'|{il}' for il in range(1, self.n_cpu_moe))}){EXPERTS}"), HOST))
         return Placement(layers, rules)
 
 
+def _from_0(what, n):
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 0 <= n <= MOST_LAYERS:
+        raise PydsaError(f"{what} is {n!r}, expected an integer from 0 to {MOST_LAYERS}.")
+    return int(n)
+
+
 def _shares(devices, tensor_split):
-    """The part of the layers up to the end of each device but the last."""
-    split = [1] * len(devices) if tensor_split is None else tensor_split
-    if isinstance(split, str):
-        split = split.split(",")
+    """The numbers of a split, one for each device; None without one."""
+    if tensor_split is None:
+        return None
+    split = tensor_split.split(",") if isinstance(tensor_split, str) else tensor_split
     try:
         split = [float(n) for n in split]
     except (TypeError, ValueError):
@@ -128,7 +170,7 @@ def _shares(devices, tensor_split):
         raise PydsaError(f"tensor_split is {tensor_split!r}, expected numbers from 0 on, not all 0, one for each device.")
     if len(split) != len(devices):
         raise PydsaError(f"tensor_split has {len(split)} numbers, expected {len(devices)}, one for each of {', '.join(devices)}.")
-    return [sum(split[:i + 1]) / sum(split) for i in range(len(split) - 1)]
+    return split
 
 
 def _rules(given):
@@ -136,15 +178,23 @@ def _rules(given):
     if isinstance(given, str):
         given = [given]
     found = []
-    for rule in given or ():
+    for rule in _apart(given or ()):
         pattern, device = rule.rpartition("=")[::2] if isinstance(rule, str) else rule
-        if not pattern or not isinstance(pattern, str):
+        if not pattern or not isinstance(pattern, (str, re.Pattern)):
             raise PydsaError(f"override_tensor has {rule!r}, expected REGEX=DEVICE, such as exps=cpu.")
         names = check_devices(device)
         if len(names) > 1:
             raise PydsaError(f"override_tensor has {rule!r}, expected one device.")
         found.append((_compiled(pattern), names[0]))
     return found
+
+
+def _apart(given):
+    """The rules one by one: a text may have several."""
+    for rule in given:
+        several = RULES.findall(rule) if isinstance(rule, str) else []
+        whole = len(several) > 1 and len(RULES.sub("", rule)) == 0
+        yield from several if whole else [rule]
 
 
 def _compiled(pattern):

@@ -9,18 +9,24 @@ import numpy as np
 
 from pydsa.backends.devices import HOST, backend_of, device_of
 from pydsa.chat import USER
+from pydsa.costs import StepSize, step_cost
 from pydsa.errors import PydsaError
 from pydsa.models.blocks import block_of, spans
 from pydsa.streaming import ASSUMED, ASSUMED_BUS, measure, pays_from
 from pydsa.terminal import visible
 from pydsa.tokenizer import MODEL, PRE_TOKENIZERS
-from pydsa.words import attention_in_words, count, layers_in_words, size
+from pydsa.words import attention_in_words, count, layers_in_words, plan_in_words, size
 
+USUAL = 100e9, 1000e9       # bytes per second: two channels or more of a CPU's memory, and a GPU's
 HIDDEN = {"rope", "n_ff", "n_ff_exp", "indexer_full"}       # fields of a Config that are reported elsewhere or not at all
 
 
-def describe(setup):
-    """A Setup as a dict of JSON types; sizes are bytes."""
+def describe(setup, bandwidths=None, here=True):
+    """A Setup as a dict of JSON types; sizes are bytes.
+
+    bandwidths: bytes per second that the CPU and a GPU read of their memory, for the plan of a fitted Setup; None: usual ones. here:
+    whether its GPUs are this machine's, whose rates are measured where experts are streamed.
+    """
     config, metadata = setup.config, setup.file.metadata
     model, pre = (metadata.string(f"tokenizer.ggml.{key}", default=None) for key in ("model", "pre"))
     types = {}
@@ -39,22 +45,23 @@ def describe(setup):
         "tensor_types": {name: {"tensors": count, "bytes": size} for name, (count, size) in sorted(types.items())},
         "n_tensors_unused": len(setup.file.tensors) - len(setup.weights.read),
         "n_mtp_blocks": len({block_of(name) for name in setup.file.tensors} - set(range(-1, config.n_layer))),
-        "device": setup.device_name, "gpu": next(filter(None, (device_of(name).describe() for name in setup.placement.devices)), None),
+        "device": setup.device_name, "gpu": _gpu(setup), "plan": None if setup.plan is None else _plan(setup, bandwidths),
         "n_ctx": setup.n_ctx, "n_ubatch": setup.n_ubatch, "kv_type": setup.kv_type,
         "index_type": setup.index_type if setup.config.top_k else None,
         "memory": {"weights_mapped": setup.mapped_bytes, "weights_copied": setup.copied_bytes, "caches": setup.cache_bytes,
                    "scratch": setup.scratch_bytes, "scores": setup.score_bytes, "packed_latents": setup.packed_latent_bytes,
                    "slots": setup.slot_bytes},
-        "streaming": describe_streaming(setup),
+        "streaming": describe_streaming(setup, here),
         "attention": attention_in_words(setup), "reproducible": setup.reproducible, "plain_form_until": setup.schedule.plain_form_until,
         "layers": layers_in_words(setup)}
 
 
-def describe_streaming(setup):
+def describe_streaming(setup, here=True):
     """How experts are copied to GPUs for prompts, as a dict; None if never.
 
     stream_from: the tokens of a step from which on they are; 0: never. The rates that decide about it, in 1e9 bytes and operations a
-    second, are those of this machine, where its GPUs can be used, or assumed ones; None where the number was given.
+    second, are those of this machine, where its GPUs can be used, or assumed ones; None where the number was given. here: whether the GPUs
+    are this machine's.
     """
     streaming = setup.streaming
     if not streaming.slots:
@@ -66,7 +73,7 @@ def describe_streaming(setup):
               "peak_gops": None}
     if streaming.stream_from is not None:
         return report
-    rates = _measured_rates(streaming)
+    rates = _measured_rates(streaming) if here else None
     source, rates = ("measured", rates) if rates else ("assumed", ASSUMED._replace(bus=dict.fromkeys(streaming.slots, ASSUMED_BUS)))
     return report | {"stream_from": pays_from(streaming.arrivals, rates, setup.n_ubatch), "rates": source,
                      "bus_gbs": {name: rate / 1e9 for name, rate in rates.bus.items()}, "bandwidth_gbs": rates.bandwidth / 1e9,
@@ -93,6 +100,50 @@ def _streaming_in_words(report, n_ubatch):
         bus = " and ".join(f"{rate:.0f} GB/s to {name}" for name, rate in report["bus_gbs"].items())
         yield (f"  {report['rates']}: {bus}; {HOST} reads {report['bandwidth_gbs']:.0f} GB/s and does {report['peak_gops']:.0f} GOP/s of "
                "products")
+
+
+def _gpu(setup):
+    """A description of the GPU, or None; a plan has its own."""
+    if setup.plan is not None and setup.plan.automatic:
+        return None
+    return next(filter(None, (device_of(name).describe() for name in setup.placement.devices)), None)
+
+
+def _plan(setup, bandwidths):
+    """The plan of a fitted Setup, with what bounds the speed of generation.
+
+    That is what a token at the end of the context reads on each device, as if these did not work at the same time.
+    """
+    n_bytes, rates = token_bytes(setup), {}
+    for share in setup.plan.shares:
+        on_gpu = device_of(share.device).reserved > 0
+        rates[share.device] = (bandwidths or USUAL)[on_gpu]
+    devices = [share._asdict() | {"token_bytes": n_bytes.get(share.device, 0), "bandwidth": rates[share.device]}
+               for share in setup.plan.shares]
+    seconds = sum(device["token_bytes"] / device["bandwidth"] for device in devices)
+    return {"options": setup.plan.options, "where": setup.plan.where, "devices": devices, "notes": list(setup.plan.notes),
+            "bandwidth_assumed": bandwidths is None, "bound_ts": 1 / seconds, "lines": plan_in_words(setup.plan)}
+
+
+def token_bytes(setup):
+    """Bytes that one token at the end of the context reads, {device: bytes}."""
+    size = StepSize(1, setup.n_ctx - 1, setup.cache_row_bytes)
+    found = {}
+    for device, nodes in setup.layouts[setup.schedule.variant(setup.n_ctx - 1, 1)].segments:
+        cost = step_cost([node for _, node in nodes], size)
+        found[device] = found.get(device, 0) + cost.weights + cost.cache
+    return found
+
+
+def _format_plan(plan):
+    """The lines of a plan, and of the bound of generation's speed."""
+    if plan is None:
+        return []
+    reads = ", ".join(f"{size(device['token_bytes'])} on {device['device']} at {device['bandwidth'] / 1e9:g} GB/s"
+                      for device in plan["devices"] if device["token_bytes"])
+    assumed = " (assumed: --bandwidth gives others)" if plan["bandwidth_assumed"] else ""
+    return ["", "plan", *(f"  {line}" for line in plan["lines"]),
+            f"  a token at the end of the context reads {reads}{assumed}: at most {plan['bound_ts']:.3g} tokens a second"]
 
 
 def plain(value):
@@ -132,6 +183,7 @@ def format_report(report):
     if report["n_tensors_unused"]:
         lines.append(f"  {report['n_tensors_unused']} of the tensors are not used")
     lines += ["", f"GPU: {report['gpu']}"] if report["gpu"] else []
+    lines += _format_plan(report["plan"])
     lines += ["", f"memory on {report['device']}, {report['n_ctx']} tokens of context, ubatches of {report['n_ubatch']}",
               f"  weights mapped  {size(memory['weights_mapped']):>12}", f"  weights copied  {size(memory['weights_copied']):>12}",
               f"  caches          {size(memory['caches']):>12}  ({caches})", f"  scratch         {size(memory['scratch']):>12}",

@@ -15,17 +15,18 @@ class Segment(NamedTuple):
     nodes: list         # (time, Node) in the order they run; those of equal times may run at the same time
 
 
-def cut(nodes, devices, side_by_side=(), streamed=()):
+def cut(nodes, devices, side_by_side=(), before=None, streamed=()):
     """The Segments of a graph, in the order that they are launched.
 
-    devices: the name of each node's device. side_by_side: the names of the devices that run nodes of equal times at the same time; others
-    run one after the other, in the order of the graph. Times ascend from segment to segment. streamed: for each node whether its weights
-    are copied to the device for the step; such nodes have segments of their own, which wait for the weights.
+    before: waits(nodes), where it is known. devices: the name of each node's device. side_by_side: the names of the devices that run nodes
+    of equal times at the same time; others run one after the other, in the order of the graph. Times ascend from segment to segment.
+    streamed: for each node whether its weights are copied to the device for the step; such nodes have segments of their own, which wait for
+    the weights.
 
     A node's wave is the number of changes of the place on the way to it: a segment has the nodes of a place and a wave. First come those
     that others wait for: the rest, such as the shared expert, runs while another device works on what was handed over.
     """
-    before, order = waits(nodes), {name: i for i, name in enumerate(dict.fromkeys(devices))}
+    before, order = before or waits(nodes), {name: i for i, name in enumerate(dict.fromkeys(devices))}
     places = list(zip(devices, [alone and i + 1 for i, alone in enumerate(streamed or [False] * len(nodes))]))
     wave, urgent = [0] * len(nodes), [False] * len(nodes)
     for i, others in enumerate(before):

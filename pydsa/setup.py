@@ -1,6 +1,7 @@
 """A Setup says what running a GGUF file needs: configuration, schedule, graphs and memory."""
 import collections
 import collections.abc
+import copy
 import functools
 import hashlib
 import math
@@ -14,7 +15,7 @@ from pydsa.cache import VectorCache, choose_cache_type
 from pydsa.cards import shown
 from pydsa.errors import PydsaError, UnsupportedModelError
 from pydsa.gguf_file import open_gguf
-from pydsa.graph import CacheRef, Graph
+from pydsa.graph import CacheRef, Graph, waits
 from pydsa.layout import lay_out
 from pydsa.limits import allocating
 from pydsa.memory import Memory, memory_of
@@ -49,8 +50,9 @@ class Setup:
 
     def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,
                  n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None, reproducible=False, mmap=True, mlock=False,
-                 tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), stream_from=None):
-        placing = Placing(check_devices(device), tensor_split, cpu_moe, n_cpu_moe, override_tensor)
+                 tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), n_gpu_layers=None, stream_from=None):
+        self.stream_from = check_stream_from(stream_from)
+        placing = Placing(check_devices(device), tensor_split, n_gpu_layers, cpu_moe, n_cpu_moe, override_tensor)
         self.kv_type = choose_cache_type("kv_type", kv_type)
         self.index_type = choose_cache_type("index_type", index_type or ("f32" if kv_type == "f32" else "i8"))
         self.attention = choose("attention", attention, ATTENTION)
@@ -65,12 +67,11 @@ class Setup:
         check_all_read(metadata, override_kv or {}, file.metadata)
         self.n_ctx = n_ctx or min(DEFAULT_N_CTX, self.config.n_ctx_train)
         self.n_ubatch = min(n_ubatch, self.n_ctx)
-        self.placement = placing.place(self.config.n_layer)
-        self._check_devices(reproducible, mmap, mlock)
+        self._wanted, self.plan = (reproducible, mmap, mlock), None
+        self._place(placing)
         self.schedule = Schedule(self.config, self.attention, self.n_ctx, self.n_ubatch, one_form=self.reproducible)
         self.weights = Weights(self.file)
-        self.layouts = {name: self._record(arch, VARIANTS[name]) for name in self.schedule.variants}
-        self.streaming = self._stream(check_stream_from(stream_from))
+        self.graphs = {name: self._record(arch, VARIANTS[name]) for name in self.schedule.variants}
         self._refuse_unknown_tensors()
         self.placement.check_rules(self.weights.used)
         self.notes += self._notes()
@@ -95,51 +96,76 @@ class Setup:
     def _record(self, arch, variant):
         graph = Graph(self.n_ctx)
         arch.build(graph, self.config, self.weights, variant)
-        return self._lay_out(graph)
+        return graph
 
-    def _lay_out(self, graph, streaming=False):
+    @functools.cached_property
+    def _waits(self):
+        """For each variant, what the nodes of its graph wait for."""
+        return {name: waits(graph.nodes) for name, graph in self.graphs.items()}
+
+    @functools.cached_property
+    def layouts(self):
+        """The Layout of each variant, {name: layout.Layout}."""
+        return {name: self._lay_out(graph, self._waits[name]) for name, graph in self.graphs.items()}
+
+    @functools.cached_property
+    def streaming(self):
+        """How experts that a rule keeps on the CPU run in steps of many tokens.
+
+        A streaming.Streaming: what was asked for, or NEVER. Where it was not said from how many tokens on, and a device has no bus to be
+        measured, it is never.
+        """
+        n = self.stream_from
+        if n == 0 or (n or 0) > self.n_ubatch or not any(map(self.placement.streamed, self._nodes)):
+            return NEVER
+        layouts = {name: self._lay_out(graph, self._waits[name], streaming=True) for name, graph in self.graphs.items()}
+        slots = slots_of(layouts.values())
+        return NEVER if n is None and not all(device_of(name).bus for name in slots) else Streaming(layouts, slots, n)
+
+    def _lay_out(self, graph, before, streaming=False):
         nodes, side_by_side = graph.nodes, [name for name, device in self._devices if device.side_by_side]
         weights = [self.placement.streamed(node) if streaming else () for node in nodes]
-        segments = cut(nodes, self.placement.of_nodes(nodes, streaming), side_by_side, list(map(bool, weights)))
+        segments = cut(nodes, self.placement.of_nodes(nodes, streaming), side_by_side, before, list(map(bool, weights)))
         layout = lay_out(graph, segments, self.n_ubatch, max(device.float_size for _, device in self._devices))
         return layout._replace(streamed=frozenset(w.name for some in weights for w in some))
 
-    def _stream(self, stream_from):
-        """The streaming.Streaming of the model: what was asked for, or NEVER.
+    def streamed_from(self, n_tokens):
+        """This Setup with experts streamed for steps of n_tokens tokens or more.
 
-        Where it is not said from how many tokens on, and a device has no bus to be measured, it is never.
+        0, or more than a ubatch has: never, and `memory` has no slots for them. None: as it pays.
         """
-        if stream_from == 0 or (stream_from or 0) > self.n_ubatch or not any(map(self.placement.streamed, self._nodes)):
-            return NEVER
-        layouts = {name: self._lay_out(layout.graph, streaming=True) for name, layout in self.layouts.items()}
-        slots = slots_of(layouts.values())
-        return NEVER if stream_from is None and not all(device_of(name).bus for name in slots) else Streaming(layouts, slots, stream_from)
+        other = self._copy("streaming", "memory", "_whole")
+        other.stream_from = n_tokens
+        if self.streaming.layouts and 0 < (n_tokens or 0) <= self.n_ubatch:        # they are as before
+            other.streaming = self.streaming._replace(stream_from=n_tokens)
+        return other
 
-    def stream(self, n_tokens):
-        """Settle from how many tokens of a step on experts are streamed.
+    def placed(self, placing):
+        """This Setup with another placement, that of a placement.Placing.
 
-        0, or more than a ubatch has: never, and their slots are not in `memory` any more.
+        The graphs are not recorded again.
         """
-        takes = self.streaming.layouts and 0 < n_tokens <= self.n_ubatch
-        self.streaming = self.streaming._replace(stream_from=n_tokens) if takes else NEVER
-        for name in {"memory", "_whole"} & vars(self).keys():
-            delattr(self, name)
+        self._waits         # once for all
+        other = self._copy("layouts", "streaming", "memory", "_whole")
+        other._place(placing)
+        return other
 
-    def _check_devices(self, reproducible, mmap, mlock):
-        """Check what the devices must be able to do."""
+    def _copy(self, *but):
+        """A copy without some of the properties that were computed."""
+        other = copy.copy(self)
+        for name in but:
+            other.__dict__.pop(name, None)
+        return other
+
+    def _place(self, placing):
+        """Take a Placing, and check what its devices must be able to do."""
+        self.placing, self.placement = placing, placing.place(self.config.n_layer)
+        reproducible, mmap, mlock = self._wanted
         self.reproducible = check_reproducible(self.placement.devices, reproducible)
         self.mmap, self.mlock = check_residence(self.placement.devices, mmap, mlock)
         for name, device in self._devices:
             if self.n_ubatch > device.max_ubatch:
                 raise PydsaError(f"n_ubatch is {self.n_ubatch}, expected at most {device.max_ubatch} on {name} (-ub).")
-
-    def without_slots(self):
-        """Let no experts be streamed, as their slots do not fit -> a sentence."""
-        n_bytes = sum(memory.slots for memory in self.memory.values())
-        self.stream(0)
-        self.notes.append(f"experts are not copied to the GPU for prompts: that takes slots of {n_bytes / 2**30:.1f} GiB, which do not fit "
-                          "beside the model.")
-        return self.notes[-1]
 
     @property
     def _devices(self):
@@ -157,7 +183,7 @@ class Setup:
 
     @property
     def _nodes(self):
-        return [node for layout in self.layouts.values() for node in layout.graph.nodes]
+        return [node for graph in self.graphs.values() for node in graph.nodes]
 
     @functools.cached_property
     def trunk(self):

@@ -122,6 +122,12 @@ def check_stream_from(n):
     return n
 
 
+def no_room_for_slots(n_bytes):
+    """A sentence: no experts are streamed, as slots of n_bytes do not fit."""
+    return (f"The experts of the CPU are not copied to the GPU for prompts: the slots for that, {n_bytes / 2**30:.1f} GiB, do not fit "
+            "there beside the rest.")
+
+
 class Rates(NamedTuple):
     """What a machine does in a second, as far as it decides about copies.
 

@@ -1,7 +1,10 @@
 """What a model is and how it runs, in words: for reports, titles, and the cards that notebooks show."""
+import shlex
+
 from pydsa.cards import Card, shortened, tokens_in_words
 from pydsa.errors import PydsaError
 from pydsa.models.blocks import block_of, spans
+from pydsa.placement import is_of_experts
 
 LAST = 48       # tokens of a session whose text is shown
 
@@ -51,6 +54,56 @@ def threads(n, n_batch):
 def count(n):
     """A number of parameters as readable text."""
     return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
+
+
+def options_in_words(placing):
+    """A placement.Placing as options of the command line."""
+    parts = [f"--device {','.join(placing.devices)}"]
+    if placing.n_gpu_layers is not None:
+        parts.append(f"-ngl {placing.n_gpu_layers}")
+    if placing.tensor_split is not None and len(placing.devices) > 1:
+        parts.append("-ts " + ",".join(f"{n:g}" for n in placing.tensor_split))
+    if placing.cpu_moe:
+        parts.append("--cpu-moe")
+    elif placing.n_cpu_moe:
+        parts.append(f"--n-cpu-moe {placing.n_cpu_moe}")
+    return " ".join(parts + [f"-ot {shlex.quote(f'{pattern.pattern}={device}')}" for pattern, device in placing.rules])
+
+
+def placement_in_words(setup):
+    """What each device of a model has: {device: "layers 0-60"}."""
+    placement, n_layer, parts = setup.placement, setup.config.n_layer, {}
+    for device, which in spans(placement.layers).items():
+        parts.setdefault(device, []).append(f"layer{'s' * (not which.isdigit())} {which}")
+    moved = {}      # device -> layers whose experts are there by a rule, and the number of other weights
+    for name in setup.weights.used:
+        layer = block_of(name)
+        home = placement.layers[layer] if layer >= 0 else None
+        device = placement.of_weight(name, layer)
+        if device != home and (home is not None or device not in (placement.layers[0], placement.layers[-1])):
+            experts, others = moved.setdefault(device, (set(), []))
+            (experts.add if is_of_experts(name) else others.append)(layer)
+    for device, (experts, others) in moved.items():
+        if experts:
+            which = spans([layer in experts for layer in range(n_layer)])[True]
+            parts.setdefault(device, []).append(f"experts of layer{'s' * (not which.isdigit())} {which}")
+        if others:
+            parts.setdefault(device, []).append(f"{len(others)} other weights")
+    return {device: ", ".join(found) for device, found in parts.items()}
+
+
+def plan_in_words(plan):
+    """A fitting.Plan as lines: one for each device, and what it is in options."""
+    rows = [("device", "", "weights", "caches", "scratch", "free")]
+    for share in plan.shares:
+        mapped = " mapped" if share.mapped else ""
+        rows.append((share.device, share.title, size(share.weights + share.mapped) + mapped, size(share.caches),
+                     size(share.scratch + share.reserved), "?" if share.free is None else size(max(0, share.free))))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join([*(cell.ljust(n) for cell, n in zip(row[:2], widths)), *(cell.rjust(n) for cell, n in zip(row[2:], widths[2:]))])
+             for row in rows]
+    where = "; ".join(f"{device}: {what}" for device, what in plan.where.items())
+    return [*lines, f"as {plan.options} ({where})", *plan.notes]
 
 
 def caches_in_words(setup):

@@ -15,6 +15,8 @@ if os.environ.get("PYDSA_TEST_AMX") == "emulated":
     from tests.amx import install
     install()
 
+os.environ.setdefault("PYDSA_DEVICE", "cpu")        # also beside a GPU tests run on what they name, else on the CPU
+
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 SLOW = ("test_levels.py", "test_cuda.py")       # files that take minutes

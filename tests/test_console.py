@@ -9,11 +9,12 @@ import pytest
 from click.testing import CliRunner
 from test_cli import Terminal, pydsa, run
 
-from pydsa import console, fit
+from pydsa import console, limits
 from pydsa.answers import Piece
 from pydsa.cli import main
 from pydsa.console import Writer, answer, read_message, show
 from pydsa.errors import OutOfMemoryError, PydsaError
+from pydsa.fitting import longest_context
 from pydsa.habits import INSTEAD, SO_ANYWAY
 from pydsa.setup import Setup
 from pydsa.session import Session
@@ -190,7 +191,7 @@ def test_a_prompt_without_end():
 
 def test_help_is_free_of_them():
     text = CliRunner().invoke(main, ["run", "--help"]).output
-    assert "-ngl" not in text and "--jinja" not in text and "-cnv" not in text
+    assert "-mg" not in text and "--jinja" not in text and "-cnv" not in text
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.98, 1.2])
@@ -198,14 +199,11 @@ def test_a_context_as_long_as_memory_allows(share, model, monkeypatch):
     own = Setup(model, 4096).total_bytes
     free = own * share
 
-    def check(wanted, what, backend=None):
-        if wanted > free:
-            raise OutOfMemoryError(what)
-    monkeypatch.setattr(fit, "check_memory", check)
+    monkeypatch.setattr(limits, "available", lambda: limits.Memory(int(free), "memory are free"))
     if share < 0.1:
-        with pytest.raises(OutOfMemoryError):
-            fit.longest_context(model)
+        with pytest.raises(OutOfMemoryError, match="a context of 256 tokens would take"):
+            longest_context(model)
         return
-    n_ctx, whole = fit.longest_context(model)
+    n_ctx, whole = longest_context(model)
     assert whole == (share > 1.1) == (n_ctx == 4096)
     assert whole or n_ctx % 256 == 0 and Setup(model, n_ctx).total_bytes * 1.1 <= free < Setup(model, n_ctx + 512).total_bytes * 1.1

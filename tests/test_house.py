@@ -19,10 +19,10 @@ FILES = sorted((ROOT / "pydsa").rglob("*.py"))
 SLOW = ("numba", "llvmlite", "tokenizers", "jinja2", "rich", "matplotlib", "starlette", "uvicorn", "pydantic", "llguidance")
 
 # Each may import itself, those after it, and the leaves; a leaf only other leaves.
-LAYERS = ("__main__", "cli", "exits", "server", "console habits", "restrictions", "faithful imatrix", "quality", "bench report plot fit",
+LAYERS = ("__main__", "cli", "exits", "server", "console habits", "restrictions", "faithful imatrix", "quality", "bench report plot",
           "__init__", "engine", "model", "look", "selections", "session", "recorder selecting", "recording", "recording_file", "diagnosis",
-          "ahead", "setup", "words", "models", "plan memory schedule", "streaming", "layout placement", "segments", "costs", "hooks",
-          "dense", "graph", "backends")
+          "ahead", "fitting", "setup", "words", "models", "plan memory schedule fit", "streaming", "layout placement", "segments", "costs",
+          "hooks", "dense", "graph", "backends")
 LEAVES = "gguf_file override tokenizer chat messages answers tool_calls template sampling cache compiling kernel_cache quants errors " \
          "terminal signals limits check cores control_groups options batch prefixes requests residence op_plot cards drawing " \
          "constraint grammars tool_grammars vocabulary packed session_file targets"

@@ -14,11 +14,12 @@ from rewritten import fused_experts, rewrite, with_factors
 import pydsa
 from pydsa import plan
 from pydsa.backends import devices, host, reference
+from pydsa.backends.devices import simulated_gpus
 from pydsa.batch import Batch
 from pydsa.bench import Bench
 from pydsa.cli import main
 from pydsa.errors import OutOfMemoryError, PydsaError
-from pydsa.fit import longest_context
+from pydsa.fitting import MARGIN, fitted, longest_context
 from pydsa.limits import Memory
 from pydsa.report import describe, format_report
 from pydsa.segments import cut
@@ -344,9 +345,9 @@ def test_slots_that_do_not_fit(small_model, with_a_bus, monkeypatch):
         if streams:
             assert pydsa.load(path, threads=1, **PLACEMENT).setup.streaming.stream_from
             continue
-        with pytest.warns(UserWarning, match="takes slots of 0.0 GiB, which do not fit beside the model") as warned:
+        with pytest.warns(UserWarning, match="the slots for that, 0.0 GiB, do not fit there") as warned:
             model = pydsa.load(path, threads=1, **PLACEMENT)
-        assert model.setup.streaming == NEVER and model.setup.notes[-1] in str(warned[0].message) and warned[0].filename == __file__
+        assert model.setup.streaming == NEVER and warned[0].filename == __file__
         with pytest.raises(OutOfMemoryError, match="would take"):
             pydsa.load(path, threads=1, stream_from=FROM, **PLACEMENT)
     settings = {key: value for key, value in PLACEMENT.items() if key != "n_ctx"}
@@ -396,3 +397,55 @@ def test_bench_shows_the_bound_of_the_bus(small_model, with_a_bus):
     assert rows[0]["limit_ts"] == pytest.approx(N / (n_bytes / 2e9))
     assert rows[0]["share_of_limit"] == pytest.approx(rows[0]["avg_ts"] / rows[0]["limit_ts"])
     assert rows[1]["limit_ts"] is None and len({tuple(row) for row in rows}) == 1
+
+
+# Plans
+
+def rooms(n_bytes):
+    """GPUs with n_bytes beside what is reserved and left free."""
+    return simulated_gpus([devices.DEVICES["cuda"].reserved + MARGIN + n_bytes])
+
+
+def test_plans_have_room_for_slots(small_model):
+    """Slots come before experts, and after layers; more memory never puts less on the GPU."""
+    path, options = small_model(n_layer=5, n_ff_exp=144, n_ctx=1024), dict(n_ctx=512, n_ubatch=64)
+    whole = fitted(path, gpus=rooms(1 << 30), **options)
+    assert whole.slot_bytes == 0 and not whole.plan.notes
+    slots = fitted(path, gpus=rooms(1 << 30), cpu_moe=True, **options)
+    plain = fitted(path, gpus=rooms(1 << 30), cpu_moe=True, stream_from=0, **options)
+    assert 0 < slots.slot_bytes == slots.memory["cuda"].slots < slots.plan.shares[0].scratch and "slots of" in slots.plan.notes[-1]
+    assert plain.slot_bytes == 0 and not plain.plan.notes
+
+    def needed(setup):
+        return setup.plan.shares[0].total - devices.DEVICES["cuda"].reserved
+    before = -1
+    at = sorted({needed(whole), needed(slots), needed(plain), *range(0, needed(whole), needed(whole) // 8)})
+    for n in [n + d for n in at for d in (-1, 0)]:
+        setup = fitted(path, gpus=rooms(max(0, n)), **options)
+        on_gpu = sum(share.weights for share in setup.plan.shares if share.device == "cuda") if setup.plan else 0
+        assert on_gpu >= before, (n, setup.plan)
+        before = on_gpu
+        if needed(plain) <= n < needed(slots):
+            assert setup.placing.cpu_moe and setup.stream_from == 0 and "do not fit there" in setup.plan.notes[-1]
+            assert set(setup.placement.layers) == {"cuda"}
+        if needed(slots) <= n < needed(whole):
+            assert setup.slot_bytes and set(setup.placement.layers) == {"cuda"}
+
+
+def test_slots_on_devices_that_are_named(small_model):
+    """Without room for them a model is placed without, unless they are asked for."""
+    path, options = small_model(n_layer=5, n_ff_exp=144, n_ctx=1024), dict(n_ctx=512, n_ubatch=64, device="cuda", cpu_moe=True)
+    taken = fitted(path, gpus=rooms(1 << 30), **options).plan.shares[0].total
+    for n, streams in ((taken, True), (taken - 1, False)):
+        setup = fitted(path, gpus=simulated_gpus([n]), **options)
+        assert bool(setup.slot_bytes) == streams == ("do not fit" not in setup.plan.notes[-1])
+    with pytest.raises(OutOfMemoryError, match="too few"):
+        fitted(path, gpus=simulated_gpus([taken - 1]), stream_from=FROM, **options)
+
+
+def test_the_longest_context_without_slots(small_model):
+    """Where they leave less than a useful one, they are left out."""
+    path = small_model(n_layer=5, n_ff_exp=144, n_ctx=65536)
+    lengths = [longest_context(path, gpus=rooms(n), n_ubatch=64)[0] for n in (4 << 20, 6 << 20, 8 << 20, 24 << 20)]
+    plain = [longest_context(path, gpus=rooms(n), n_ubatch=64, stream_from=0)[0] for n in (4 << 20, 6 << 20, 8 << 20, 24 << 20)]
+    assert lengths[-1] < plain[-1] and all(n >= min(4096, other) for n, other in zip(lengths, plain))

@@ -4,6 +4,7 @@ All figures come from shapes, so that no backend is imported for them.
 """
 import importlib
 import math
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from pydsa.errors import PydsaError
 SCORED_TOGETHER = 32        # tokens whose rows of index scores are in memory at a time (cuda/indexer.py)
 SCORED_BY_THREADS = 128     # the same of several threads (cpu/indexer.py)
 UNLIMITED = 2**31 - 1
+AUTO = "auto"               # in place of devices: those that a plan chooses (fitting.py)
 HOST = "cpu"                # the device that reads weights where the file is mapped: experts that fit nowhere else are there
 
 
@@ -33,6 +35,7 @@ class Device(NamedTuple):
     described: bool = False         # whether the backend can describe its device
     maps: bool = False              # whether the ops read weights where the file is mapped
     numbered: bool = False          # whether a machine can have several, whose numbers follow the name
+    reserved: int = 0               # bytes of memory of its own that its driver takes, and kernels' code; 0: it has the host's memory
     reproducible: bool = False      # whether its ops have a form in which a token's results are the same in steps of any shape
     streams: bool = False           # whether steps of many tokens can take weights that are copied there for them (its backend's Slot)
     bus: bool = False               # whether these copies go over a bus, whose rate says from how many tokens on they pay
@@ -126,7 +129,8 @@ DEVICES = {
                   scored_together=SCORED_BY_THREADS, maps=True, reproducible=True),
     # A grid has at most 65,535 blocks in y and in z, which kernels use for tokens.
     "cuda": Device("pydsa.backends.cuda", 4, lambda tensors: (0, _n_bytes(tensors)), 32768, scratch=_cuda_scratch, copies_blocks=True,
-                   described=True, numbered=True, streams=True, bus=True),
+                   described=True, numbered=True, reserved=640 << 20,       # 420 to 560 MiB are a context's on such GPUs
+                   streams=True, bus=True),
     "reference": Device("pydsa.backends.reference", 8, lambda tensors: (_mapped(tensors), _as_floats(tensors)), scored_together=UNLIMITED,
                         streams=True),
 }
@@ -141,6 +145,28 @@ def backend_of(name):
     """The backend of a device, imported on the first call."""
     backend, index = device_of(name).backend(), name.lstrip("abcdefghijklmnopqrstuvwxyz")
     return backend.on(int(index)) if index else backend
+
+
+def usable_gpus(asked_for=True):
+    """The GPUs that a model could run on: {name of a device: gpus.Usable}.
+
+    {} where there is none; nothing is raised. asked_for: False: none of Numba's simulator, unless PYDSA_SIMULATED_GPUS asks for them.
+    """
+    from pydsa.backends import gpus
+    if gpus.SIMULATED and not asked_for and "PYDSA_SIMULATED_GPUS" not in os.environ:
+        return {}
+    return {_numbered(gpu.index): gpu for gpu in gpus.usable_gpus()}
+
+
+def simulated_gpus(sizes):
+    """GPUs of given sizes in bytes, as usable_gpus() has those of a machine."""
+    from pydsa.backends.gpus import Usable
+    return {_numbered(i): Usable(i, "a GPU as given", size, size) for i, size in enumerate(sizes)}
+
+
+def _numbered(index):
+    kind = next(name for name, device in DEVICES.items() if device.numbered)
+    return kind + (str(index) if index else "")
 
 
 def check_devices(device):
@@ -166,7 +192,7 @@ def _device_name(given, name):
     return kind + (str(int(index)) if index.strip("0") else "")
 
 
-_EXPECTED = f"one of {', '.join(map(repr, DEVICES))}, or 'cuda1' for the second GPU, or several with commas between"
+_EXPECTED = f"one of {', '.join(map(repr, DEVICES))}, or 'cuda1' for the second GPU, or several with commas between, or {AUTO!r}"
 
 
 def check_reproducible(names, wanted):

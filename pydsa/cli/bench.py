@@ -2,7 +2,7 @@
 import click
 
 from pydsa import DEMO
-from pydsa.cli.shared import comma_numbers, device_option, load_model, model_options, reproducible_option, threads_options
+from pydsa.cli.shared import comma_numbers, load_model, model_options, placement_options, reproducible_option, threads_options
 from pydsa.console import progress_bar
 from pydsa.habits import llama_cpp_options, model_argument
 
@@ -16,7 +16,7 @@ from pydsa.habits import llama_cpp_options, model_argument
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=3, show_default=True, help="Number of times that each test runs.")
 @threads_options
 @model_options
-@device_option
+@placement_options
 @reproducible_option
 @click.option("--attention", default="auto", show_default=True, help="One or more of auto, sparse, masked, dense, e.g. sparse,masked.")
 @click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", show_default=True,
@@ -41,6 +41,7 @@ def bench(model, n_prompt, n_gen, n_depth, repetitions, threads, threads_batch, 
     modes = [choose("attention", mode.strip(), ATTENTION) for mode in attention.split(",")]      # all, before the first is timed
     rows, op_rows = [], None if plot is None else []
     for mode in modes:
+        engine = None       # the memory of the one before
         engine = load_model(model, threads, threads_batch, n_ctx=tests.n_ctx, attention=mode, **settings)
         with progress_bar("timing") as progress:
             for row in tests.ops(engine, progress) if ops else tests.run(engine, progress, op_rows):

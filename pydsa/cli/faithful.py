@@ -2,7 +2,7 @@
 import click
 
 from pydsa import DEMO
-from pydsa.cli.shared import device_option, load_model, model_options, options_with_defaults, read_text, threads_options
+from pydsa.cli.shared import load_model, model_options, options_with_defaults, placement_options, read_text, threads_options
 from pydsa.console import progress_bar
 from pydsa.exits import Failure
 from pydsa.habits import llama_cpp_options, model_argument
@@ -26,7 +26,7 @@ from pydsa.terminal import json_text, visible
 @click.option("-o", "--output", type=click.Choice(["md", "json"]), default="md", show_default=True, help="Form of the report.")
 @threads_options
 @options_with_defaults(model_options, n_ubatch=512)
-@device_option
+@placement_options
 @llama_cpp_options
 @click.pass_context
 def faithful(ctx, model, prompt, file, length, samples, n_reference, against, save, output, threads, threads_batch, **settings):
@@ -36,7 +36,7 @@ def faithful(ctx, model, prompt, file, length, samples, n_reference, against, sa
     the reference, and the report says in words what deviates and what that usually means. Ends with exit code 1 if something is wrong.
     """
     from pydsa.faithful import check, check_possible, read, reference_tokens, text_ids
-    from pydsa.setup import Setup
+    from pydsa.fitting import fitted
     from pydsa.faithful.verdicts import in_words
     if prompt is not None and file is not None:
         raise click.UsageError("Give the text with -p or with -f, not both.")
@@ -45,7 +45,7 @@ def faithful(ctx, model, prompt, file, length, samples, n_reference, against, sa
     ids = text_ids(model, text, theirs, length)
     if not ids:
         raise Failure("The text is empty.")
-    check_possible(Setup(model, len(ids), **settings), len(ids))
+    check_possible(fitted(model, n_ctx=len(ids), **settings), len(ids))
     engine = load_model(model, threads, threads_batch, n_ctx=len(ids), **settings)
     n_reference = reference_tokens(engine, len(ids)) if n_reference is None else min(n_reference, len(ids))
     exact = None

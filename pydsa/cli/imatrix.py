@@ -5,7 +5,7 @@ import os
 import click
 
 from pydsa import DEMO
-from pydsa.cli.shared import device_option, load_model, model_options, read_text, threads_options
+from pydsa.cli.shared import load_model, model_options, placement_options, read_text, threads_options
 from pydsa.console import progress_bar
 from pydsa.exits import Failure
 from pydsa.habits import llama_cpp_options, model_argument
@@ -40,7 +40,7 @@ def _paths(values):
 @click.option("--table", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", show_default=True, help="Form of the table.")
 @threads_options
 @model_options
-@device_option
+@placement_options
 def imatrix(model, file, output, form, in_files, n_ctx, chunks, first, every, copy_every, process_output, parse_special, ppl,
             show_statistics, table, threads, threads_batch, **settings):
     """Write an importance matrix from a text, as llama-imatrix does.
@@ -61,8 +61,8 @@ def imatrix(model, file, output, form, in_files, n_ctx, chunks, first, every, co
     path, settings = model or (DEMO if text is not None else None), settings | {"n_ctx": n_ctx}
     inputs, tensors, found = [] if file is None else [file.name], None, read_all(in_files, n_ctx)
     if path is not None:
-        from pydsa.setup import Setup
-        setup = Setup(path, **settings)
+        from pydsa.fitting import fitted
+        setup = fitted(path, **settings)
         inputs, tensors = [*inputs, *setup.file.paths], {tensor.name: tensor for tensor in setup.trunk}
         if found is not None:
             found.check_model(tensors, path)

@@ -4,7 +4,7 @@ import os
 import click
 
 from pydsa.check import check_files, format_check
-from pydsa.cli.shared import attention_option, ctx_option, device_option, model_options, reproducible_option
+from pydsa.cli.shared import attention_option, ctx_option, model_options, placement_options, reproducible_option
 from pydsa.console import progress_bar
 from pydsa.gguf_file import open_gguf
 from pydsa.habits import llama_cpp_options, model_argument
@@ -18,11 +18,15 @@ from pydsa.terminal import json_text, visible
 @model_options
 @attention_option
 @reproducible_option
-@device_option
+@placement_options
+@click.option("--gpu-memory", multiple=True, metavar="SIZE[,...]",
+              help="Show the plan for GPUs of these sizes instead of this machine's, like 24GiB or 24GiB,48GiB.")
+@click.option("--bandwidth", metavar="CPU,GPU",
+              help="What the CPU and a GPU read of their memory, in GB/s, for the speed that a plan allows.  [default: 100,1000]")
 @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Form of the report.")
 @click.option("--check", is_flag=True, help="Read everything once instead: look for damage, and show the SHA-256 of each file.")
 @click.pass_context
-def info(ctx, model, output, check, **settings):
+def info(ctx, model, output, check, gpu_memory, bandwidth, **settings):
     """Show what a file holds, what it needs, and how each layer will run.
 
     No weights are read, but with --check: it names the tensors with NaN, infinities or stretches of zeros, and ends with exit code 1 if
@@ -33,9 +37,34 @@ def info(ctx, model, output, check, **settings):
             report = check_files(open_gguf(os.path.expanduser(model)), progress)
         click.echo(json_text(report) if output == "json" else "\n".join(map(visible, format_check(report))))
         ctx.exit(0 if report["sound"] else 1)
-    from pydsa.setup import Setup
+    from pydsa.fitting import fitted, longest_context
     from pydsa.report import describe, format_report
+    bandwidths, gpus = _bandwidths(bandwidth), _gpus(gpu_memory)
     if settings["n_ctx"] == 0:
-        settings["n_ctx"] = Setup(model, **settings | {"n_ctx": None}).config.n_ctx_train
-    report = describe(Setup(model, **settings))
+        rest = {name: value for name, value in settings.items() if name != "n_ctx"}
+        settings["n_ctx"] = longest_context(model, gpus=gpus, **rest)[0] if gpus else fitted(model, **rest).config.n_ctx_train
+    setup = fitted(model, gpus=gpus, **settings)
+    if gpus and setup.plan is None:
+        raise click.UsageError("--gpu-memory is for plans with GPUs: leave it out, or what keeps all on the CPU.")
+    report = describe(setup, bandwidths, here=not gpus)
     click.echo(json_text(report) if output == "json" else format_report(report), nl=output == "json")
+
+
+def _gpus(texts):
+    """GPUs of the sizes in --gpu-memory, by name; None without any."""
+    from pydsa.backends.devices import simulated_gpus
+    from pydsa.options import size_in_bytes
+    return simulated_gpus([size_in_bytes("gpu_memory", part) for text in texts for part in text.split(",")]) if texts else None
+
+
+def _bandwidths(text):
+    """Bytes per second of the CPU and of a GPU; None if not given."""
+    if text is None:
+        return None
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if len(found) != 2 or not all(0 < one < float("inf") for one in found):
+        raise click.UsageError(f"--bandwidth is {text!r}, expected two numbers of GB/s, like 100,1000.")
+    return tuple(one * 1e9 for one in found)

@@ -8,7 +8,7 @@ import time
 import click
 
 from pydsa import DEMO
-from pydsa.cli.shared import comma_numbers, device_option, load_model, override_option, read_text, reproducible_option
+from pydsa.cli.shared import comma_numbers, load_model, override_option, placement_options, read_text, reproducible_option
 from pydsa.cli.shared import residence_options, threads_options, ubatch_option
 from pydsa.exits import Failure
 from pydsa.habits import llama_cpp_options, model_argument
@@ -36,7 +36,7 @@ from pydsa.terminal import visible
 @ubatch_option
 @residence_options
 @override_option
-@device_option
+@placement_options
 @reproducible_option
 @click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", show_default=True,
               help="Form of the table.")
@@ -57,7 +57,8 @@ def perplexity(model, file, n_ctx, chunks, stride, base, top_logits, kl_divergen
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(open_logits(base)) if kl_divergence else None
         length = n_ctx or (DEFAULT_N_CTX if reader is None else reader.n_ctx)
-        engines = [load_model(model, n_ctx=length, **one) for one in _combinations(settings)]
+        rows = _combinations(settings)
+        engines = [load_model(model, n_ctx=length, n_models=len(rows) - i, **one) for i, one in enumerate(rows)]
         measurement = Measurement(engines, text, n_ctx, None if chunks < 0 else chunks, stride or None, reader)
         if reader is not None and reader.incomplete_of:
             click.echo(f"{visible(base)} has {reader.n_chunks} of its {reader.incomplete_of} chunks: the run that wrote it ended early.",

@@ -57,4 +57,4 @@ def serve(model, api_key, api_key_file, cache_ram, max_tokens, chat_template_fil
     ours = Settings(**take_fields(Settings, settings),
                     keys=read_keys(api_key, api_key_file), cache_bytes=cache_ram << 20, max_tokens=None if max_tokens < 0 else max_tokens,
                     template=chat_template_file and chat_template_file.read(), json_log=output == "json")
-    running.serve(ours, functools.partial(load_model, model, threads, threads_batch, **settings))
+    running.serve(ours, functools.partial(load_model, model, threads, threads_batch, n_sessions=ours.n_parallel, **settings))

@@ -5,7 +5,7 @@ import click
 
 from pydsa.console import progress_bar
 from pydsa.exits import Failure
-from pydsa.habits import logit_biases
+from pydsa.habits import gpu_layers, logit_biases
 from pydsa.override import parse_overrides
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
 from pydsa.terminal import visible
@@ -46,9 +46,22 @@ stream_options = options(
                  help="Copy experts that are on the CPU to the GPU for steps of so many tokens or more, and multiply there; 0: never.  "
                       "[default: from where on that takes less time]"),
     click.option("--no-op-offload", "stream_from", flag_value=0, type=int, help="As --stream-from 0."))
-device_option = options(
-    click.option("--device", type=click.Choice(["cpu", "cuda", "reference"]), default="cpu", show_default=True,
-                 help="cuda: an NVIDIA GPU; reference: plain numpy, slow and exact."),
+device_option = click.option(
+    "--device", "-dev", default="auto", show_default=True, metavar="DEVICE[,...]",
+    help="cpu; cuda: an NVIDIA GPU; cuda0,cuda1: several; reference: plain numpy, slow and exact; auto: a plan of what fits on the GPUs, "
+         "or what PYDSA_DEVICE says.")
+placement_options = options(
+    device_option,
+    click.option("-ngl", "--gpu-layers", "--n-gpu-layers", "n_gpu_layers", metavar="N", callback=gpu_layers,
+                 help="Layers on the GPUs, the last ones of the model; all; auto: what fits.  [default: auto]"),
+    click.option("-cmoe", "--cpu-moe", is_flag=True, help="Leave the routed experts of all layers on the CPU."),
+    click.option("-ncmoe", "--n-cpu-moe", type=int, default=0, metavar="N",
+                 help="Leave those of the first N layers there.  [default: what does not fit]"),
+    click.option("-ot", "--override-tensor", multiple=True, metavar="REGEX=DEVICE",
+                 help="Put weights whose names match on a device, like ffn_down_exps=cpu. Repeat it, or put commas between."),
+    click.option("-ts", "--tensor-split", metavar="N,...",
+                 help="Proportion of the layers on each GPU, like 3,1.  [default: by what is free]"),
+    click.option("--fit-margin", default="1GiB", show_default=True, metavar="SIZE", help="What a plan leaves free on each GPU."),
     stream_options)
 attention_option = click.option("--attention", type=click.Choice(["auto", "sparse", "masked", "dense"]), default="auto", show_default=True,
                                 help="auto: dense up to top_k tokens, sparse beyond.")
@@ -63,7 +76,7 @@ chat_options = options(
     click.option("--special", is_flag=True, help="Encode the texts of control tokens in a --raw prompt as these tokens."),
     click.option("--system", "-sys", "--system-prompt", "system", help="A system message for the chat format."),
     click.option("--think", is_flag=True, help="Let the model reason before it answers, if it can."))
-engine_options = options(threads_options, ctx_option, model_options, attention_option, reproducible_option, device_option)
+engine_options = options(threads_options, ctx_option, model_options, attention_option, reproducible_option, placement_options)
 sampling_options = options(
     click.option("--temp", "temperature", type=float, default=0.8, show_default=True, help="Temperature; 0: greedy."),
     click.option("--top-k", type=int, default=40, show_default=True, help="Sample from the K likeliest tokens; 0: all."),
@@ -100,13 +113,18 @@ def take_fields(kind, settings):
 
 
 def load_model(path, threads=None, threads_batch=None, **settings):
-    """Load a model, with progress on stderr."""
+    """Load a model, with its plan and progress on stderr."""
     click.echo(f"loading {visible(path)}", err=True)
     if settings.get("n_ctx") == 0:
         settings["n_ctx"] = longest_context(path, settings)
+    from pydsa.fitting import fitted
+    setup = fitted(path, **settings)
+    if setup.plan is not None:
+        from pydsa.words import plan_in_words
+        click.echo("\n".join(map(visible, plan_in_words(setup.plan))), err=True)
     with progress_bar("compiling kernels") as progress:
-        from pydsa.model import load
-        model = load(path, threads=threads, threads_batch=threads_batch, progress=progress, **settings)
+        from pydsa.model import ready
+        model = ready(setup, threads, threads_batch, progress)
     if model.n_ctx > model.config.n_ctx_train:
         click.echo(f"the context of {model.n_ctx} tokens is longer than the model's own, {model.config.n_ctx_train}", err=True)
     return model
@@ -114,7 +132,7 @@ def load_model(path, threads=None, threads_batch=None, **settings):
 
 def longest_context(path, settings):
     """The tokens of -c 0, with a sentence on stderr if memory is short."""
-    from pydsa.fit import longest_context
+    from pydsa.fitting import longest_context
     n_ctx, whole = longest_context(path, **{key: value for key, value in settings.items() if key != "n_ctx"})
     click.echo(f"a context of {n_ctx} tokens, " + ("the model's own" if whole else "as many as the memory holds"), err=True)
     return n_ctx

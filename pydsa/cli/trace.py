@@ -1,7 +1,7 @@
 """pydsa trace: compare every intermediate value with the reference."""
 import click
 
-from pydsa.cli.shared import attention_option, ctx_option, load_model, model_options, threads_options
+from pydsa.cli.shared import attention_option, ctx_option, load_model, model_options, placement_options, threads_options
 from pydsa.habits import llama_cpp_options, model_argument
 
 
@@ -15,6 +15,7 @@ from pydsa.habits import llama_cpp_options, model_argument
 @ctx_option
 @model_options
 @attention_option
+@placement_options
 def trace(model, prompt, output, threads, threads_batch, **settings):
     """Compare every intermediate value with the numpy reference.
 
