@@ -12,7 +12,7 @@ from helpers import nmse, random_ids
 from rewritten import fused_experts, rewrite, with_factors
 
 import pydsa
-from pydsa import plan
+from pydsa import plan, streaming
 from pydsa.backends import devices, host, reference
 from pydsa.backends.devices import simulated_gpus
 from pydsa.batch import Batch
@@ -30,6 +30,11 @@ N = 53      # tokens: three ubatches of 16, and one of 5, which is shorter than 
 FROM = 8
 PLACEMENT = dict(device="reference", cpu_moe=True, n_ctx=100, n_ubatch=16)
 IDS = random_ids(N)
+
+
+@pytest.fixture(autouse=True)
+def few_experts_are_worth_it(monkeypatch):
+    monkeypatch.setattr(streaming, "WORTH", 0)
 
 
 @pytest.fixture
@@ -171,6 +176,15 @@ def test_nothing_is_streamed(small_model, options):
     """
     setup = Setup(small_model(), **PLACEMENT | options)
     assert setup.streaming == NEVER and setup.slot_bytes == 0
+
+
+def test_few_experts_are_not_worth_it(small_model, monkeypatch):
+    """Unless they are asked for."""
+    few = dict(PLACEMENT, device="cuda")
+    n_bytes = sum(tensor.data.nbytes for _, _, tensor in Setup(small_model(), **few).streaming.arrivals)
+    for worth, slots in ((n_bytes, True), (n_bytes + 1, False)):
+        monkeypatch.setattr(streaming, "WORTH", worth)
+        assert bool(Setup(small_model(), **few).slot_bytes) == slots and Setup(small_model(), stream_from=4, **few).slot_bytes
 
 
 @pytest.mark.parametrize("value", [-1, True, 3.0, "8"])
@@ -318,7 +332,7 @@ def with_a_bus(monkeypatch):
     """with_a_bus(rate): the reference as a device behind a bus of so many bytes a second, and the CPU of known rates."""
     def make(rate):
         monkeypatch.setitem(devices.DEVICES, "reference", devices.DEVICES["reference"]._replace(bus=True))
-        monkeypatch.setattr(reference, "measure_bus", lambda: rate and Bus(rate))
+        monkeypatch.setattr(reference, "measure_bus", lambda n_bytes: rate and Bus(rate))
         cpu = devices.backend_of("cpu")
         monkeypatch.setattr(cpu, "measure_ceilings", lambda threads: type(
             "Ceilings", (), {"bandwidth": 1e15, "peaks": dict.fromkeys(("f32", "int16", "int8x2", "bf16x2"), 1e9)}))
