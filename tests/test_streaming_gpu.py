@@ -1,6 +1,6 @@
-"""Experts that are copied to GPUs for prompts, in the slots of the CUDA backend.
+"""Experts that are copied to GPUs for prompts.
 
-The PTX machine stands in for two GPUs, whose streams do their work as late as they may.
+The slots are those of the CUDA backend. The PTX machine stands in for two GPUs, whose streams do their work as late as they may.
 """
 import importlib.util
 
@@ -53,5 +53,5 @@ assert nmse(session.logits(ids)) < 1e-6
 
 
 def test_streaming_to_one_gpu_and_to_two(small_model):
-    """Logits are the CPU's, each matrix is copied once, also after an interrupt."""
+    """Logits are the CPU's, also after an interrupt; a matrix is copied once."""
     run(CODE, str(small_model(**TINY | {"type": "Q4_0", "n_layer_dense": 0})))

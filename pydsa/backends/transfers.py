@@ -17,12 +17,12 @@ def transfer(source_backend, x, target_backend, y):
 
     Both have the same shape. Their dtypes are the same, or float32 and float64, of which values are converted. Where a GPU takes part, the
     host's array should be one of host_empty(), as copies from other memory take one more on the host. Returns an object with start(),
-    finish() and settle(), and the two backends as `source` and `target`. Raises OutOfMemoryError if a buffer for the conversion is refused.
+    finish() and settle(). Raises OutOfMemoryError if a buffer for the conversion is refused.
     """
     here, there = isinstance(x, np.ndarray), isinstance(y, np.ndarray)
-    found = HostTransfer(x, y) if here and there else (target_backend if here else source_backend).transfer(x, y)
-    found.source, found.target = source_backend, target_backend
-    return found
+    if here and there:
+        return HostTransfer(x, y)
+    return (target_backend if here else source_backend).transfer(x, y)
 
 
 class HostTransfer:
