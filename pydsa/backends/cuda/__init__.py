@@ -132,7 +132,8 @@ def compile_calls(bind, progress=None):
 def reserve(calls):
     """Let scratch memory grow to what calls take.
 
-    calls: pairs of an op and its arguments; nothing is computed. Buffers that are outgrown later stay, as recorded steps use them: steps of more and more tokens would leave one each.
+    calls: pairs of an op and its arguments; nothing is computed. Buffers that are outgrown later stay, as recorded steps use them: steps of
+    more and more tokens would leave one each.
     """
     listing.kernels = {}
     try:
