@@ -50,14 +50,17 @@ class Bench:
         bytes_per_token; bandwidth_gbs, the bandwidth of the memory in 1e9 bytes per second; limit_ts, the tokens per second that use all
         of this bandwidth; and share_of_limit, avg_ts / limit_ts, which can exceed 1 if the model fits in the device's caches. These four
         are None for prompts and on the reference. But for prompts whose experts are copied to GPUs, streamed_bytes are the bytes of these
-        copies, bus_gbs the rate of copies from pinned memory, and limit_ts and share_of_limit those of the bus. progress(done, total, test)
-        is called before each run. ops: a list, to which the rows of
+        copies, bus_gbs the rate of copies from pinned memory, and limit_ts and share_of_limit those of the bus.
+
+        A model on several devices has two columns more, dicts by the name of the device: device_bytes, the bytes per token on each, and
+        device_bandwidth_gbs. Its limit is that of devices that work one after the other, and bandwidth_gbs their mean. progress(done,
+        total, test) is called before each run. ops: a list, to which the rows of
         ops() are added: a step of each test is then timed op by op, in the context that the test had.
         """
         n_runs = len(self.tests) * (self.repetitions + 1)
         session, done, ids = model.session(), 0, random_ids(model, self.n_ctx)
         for n_prompt, n_gen, n_depth in self.tests:
-            ceilings = _ceilings(model.backend, model.runner.threads_for(1)) if n_gen else None
+            ceilings = _ceilings_of(model, 1) if n_gen else None
             seconds = []
             reach_depth(session, ids, n_depth)
             for i in range(self.repetitions + 1):
@@ -70,7 +73,7 @@ class Bench:
             if ops is not None:
                 session.truncate(n_depth)
                 ops.extend(self._op_rows(model, session, ids, n_prompt, n_gen))
-            yield row | (_limits(model, ceilings, n_gen, n_depth, row["avg_ts"]) if ceilings else NO_LIMITS) | (
+            yield row | _limits(model, ceilings, n_gen, n_depth, row["avg_ts"]) | (
                 _bus_limits(model, n_prompt, row["avg_ts"]) if n_prompt else NO_BUS)
 
     def _row(self, model, n_prompt, n_gen, n_depth, seconds):
@@ -88,7 +91,8 @@ class Bench:
         the step. It also has the least that the op reads and computes (costs.py) and the rates: gbs, 1e9 bytes per second, and gops, 1e9
         operations per second. share_of_ceiling is the time that bandwidth_gbs and peak_gops allow for that, over the measured time. It can
         exceed 1 where the bytes are intermediate values, which may be in the device's caches. All of this is None on the reference. The ops
-        of one token are those of the graph; a GPU runs them in fewer launches when it generates.
+        of one token are those of the graph; a GPU runs them in fewer launches when it generates. Of a model on several devices there is a
+        row for each device that an op runs on, `device`, and the limits are those of that one.
         """
         session, ids = model.session(), random_ids(model, self.n_ctx)
         for n_prompt, n_gen, n_depth in self.tests:
@@ -98,21 +102,22 @@ class Bench:
     def _op_rows(self, model, session, ids, n_prompt, n_gen, progress=None):
         """The rows of ops() for one test, in a session that is at its depth."""
         n_depth, n_tokens = session.n_past, min(n_prompt, model.n_ubatch) or 1
-        ceilings = _ceilings(model.backend, model.runner.threads_for(n_tokens))
+        ceilings, several = _ceilings_of(model, n_tokens), len(model.runner.on) > 1
         step_ids = ids[n_depth:n_depth + n_tokens]
         (costs, quantized), best = _op_costs(model, session, step_ids), {}     # this run is not timed
         for i in range(self.repetitions):
             if progress is not None:
                 progress(i, self.repetitions, test_name(n_prompt, n_gen, n_depth))
             session.truncate(n_depth)
-            for op, (calls, seconds) in _time_ops(session, step_ids).items():
-                best[op] = calls, min(seconds, best.get(op, (0, seconds))[1])
+            for key, (calls, seconds) in _time_ops(model, session, step_ids).items():
+                best[key] = calls, min(seconds, best.get(key, (0, seconds))[1])
         step_seconds = sum(seconds for _, seconds in best.values())
-        for op, (calls, seconds) in sorted(best.items(), key=lambda item: -item[1][1]):
+        for (op, device), (calls, seconds) in sorted(best.items(), key=lambda item: -item[1][1]):
+            key, of_device = (op, device), {"device": device} if several else {}
             yield {"n_prompt": n_prompt, "n_gen": n_gen, "n_depth": n_depth, "n_tokens": n_tokens, "attention": model.attention,
-                   "op": op, "calls": calls, "us": seconds * 1e6, "share": seconds / step_seconds,
-                   **(_rates(ceilings, _product_format(model, op, op in quantized, n_tokens), costs[op], seconds)
-                      if ceilings else NO_RATES)}
+                   "op": op, **of_device, "calls": calls, "us": seconds * 1e6, "share": seconds / step_seconds,
+                   **(_rates(ceilings[device], _product_format(model, device, op, key in quantized, n_tokens), costs[key], seconds)
+                      if ceilings[device] else NO_RATES)}
 
 
 def about(model):
@@ -120,16 +125,22 @@ def about(model):
     return {"model_filename": model.metadata.path, "model_name": model.config.name, "model_arch": model.config.architecture,
             "model_type": model.setup.file_type, "model_size": model.setup.n_bytes, "model_n_params": model.setup.n_params,
             "backend": model.setup.device_name, "n_threads": model.threads, "n_threads_batch": model.threads_batch,
+            "numa": model.setup.numa,
             "n_ubatch": model.n_ubatch, "type_k": model.kv_type, "type_index": model.index_type if model.top_k else None,
             "attention": model.attention, "reproducible": model.setup.reproducible, "top_k": model.top_k}
 
 
-def _product_format(model, op, quantized, n_tokens):
-    """The number format that an op of a step multiplies in.
+def _product_format(model, device, op, quantized, n_tokens):
+    """The number format that an op of a step multiplies in on a device.
 
     A reproducible model's is that of one token.
     """
-    return model.backend.product_format(op, quantized, 1 if model.setup.reproducible else n_tokens)
+    return model.runner.backends[device].product_format(op, quantized, 1 if model.setup.reproducible else n_tokens)
+
+
+def _ceilings_of(model, n_tokens):
+    """{device: its ceilings} for steps of n_tokens; None for the reference's."""
+    return {device: _ceilings(backend, model.runner.threads_for(n_tokens)) for device, backend in model.runner.backends.items()}
 
 
 @functools.cache
@@ -142,10 +153,22 @@ def _ceilings(backend, threads):
 
 
 def _limits(model, ceilings, n_gen, n_depth, speed):
-    """The columns of NO_LIMITS for n_gen tokens at `speed` tokens per second."""
-    n_bytes = round(statistics.mean(bytes_per_token(model, n_depth + i) for i in range(n_gen)))
-    limit = ceilings.bandwidth / n_bytes
-    return {"bytes_per_token": n_bytes, "bandwidth_gbs": ceilings.bandwidth / 1e9, "limit_ts": limit, "share_of_limit": speed / limit}
+    """The columns of NO_LIMITS, and those of several devices.
+
+    ceilings: {device: its ceilings}, or None for a prompt. n_gen: the tokens that are generated, at `speed` tokens per second.
+    """
+    several = {"device_bytes": None, "device_bandwidth_gbs": None} if len(model.setup.placement.devices) > 1 else {}
+    if ceilings is None or not all(ceilings.values()):
+        return NO_LIMITS | several
+    steps = [bytes_on_devices(model, n_depth + i) for i in range(n_gen)]
+    n_bytes = {device: round(statistics.mean(step[device] for step in steps)) for device in ceilings}
+    bandwidths = {device: found.bandwidth for device, found in ceilings.items()}
+    whole = sum(n_bytes.values())
+    limit = 1 / sum(n / bandwidths[device] for device, n in n_bytes.items())
+    bandwidth = limit * whole if several else bandwidths[model.setup.device_name]
+    if several:
+        several = {"device_bytes": n_bytes, "device_bandwidth_gbs": {device: rate / 1e9 for device, rate in bandwidths.items()}}
+    return {"bytes_per_token": whole, "bandwidth_gbs": bandwidth / 1e9, "limit_ts": limit, "share_of_limit": speed / limit} | several
 
 
 def _bus_limits(model, n_prompt, speed):
@@ -174,10 +197,19 @@ def _bus(backend):
 
 def bytes_per_token(model, n_past):
     """Bytes of weights and caches that decoding one token at n_past reads."""
+    return sum(bytes_on_devices(model, n_past).values())
+
+
+def bytes_on_devices(model, n_past):
+    """{device: bytes} of what decoding one token at n_past reads there."""
     setup = model.setup
-    nodes = setup.layouts[setup.schedule.variant(n_past, 1)].graph.nodes
-    cost = step_cost(nodes, StepSize(1, n_past, setup.cache_row_bytes))
-    return cost.weights + cost.cache
+    found = dict.fromkeys(setup.placement.devices, 0)
+    layout = setup.layouts[setup.schedule.variant(n_past, 1)]
+    for name in found:
+        nodes = [node for device, nodes in layout.segments if device == name for _, node in nodes]
+        cost = step_cost(nodes, StepSize(1, n_past, setup.cache_row_bytes))
+        found[name] = cost.weights + cost.cache
+    return found
 
 
 def _rates(ceilings, kind, cost, seconds):
@@ -219,8 +251,15 @@ def time_test(session, ids, n_prompt, n_gen):
     return time.perf_counter() - start
 
 
+def _devices_of_nodes(model, n_tokens):
+    """{id of a node: the name of its device}, in steps of n_tokens tokens."""
+    streaming = model.runner.streaming
+    layouts = streaming.layouts if streaming.takes(n_tokens) else model.runner.layouts
+    return {id(node): segment.device for layout in layouts.values() for segment in layout.segments for _, node in segment.nodes}
+
+
 def _op_costs(model, session, ids):
-    """{op: Cost} of one step, and the set of ops with quantized weights.
+    """{(op, device): Cost} of one step, and those with quantized weights.
 
     The step is run, to count the experts that its tokens choose.
     """
@@ -233,19 +272,22 @@ def _op_costs(model, session, ids):
 
     step = StepSize(len(ids), session.n_past, model.setup.cache_row_bytes, experts)
     session.prefill(ids, observe=observe)
-    costs = {}
+    costs, quantized, devices = {}, set(), _devices_of_nodes(model, len(ids))
     for node in nodes:
-        costs.setdefault(node.op, []).append(node_cost(node, step))
-    quantized = {node.op for node in nodes if any(isinstance(a, Tensor) and TYPES[a.type].quantized for a in node.args)}
-    return {op: total(parts) for op, parts in costs.items()}, quantized
+        key = node.op, devices[id(node)]
+        costs.setdefault(key, []).append(node_cost(node, step))
+        if any(isinstance(a, Tensor) and TYPES[a.type].quantized for a in node.args):
+            quantized.add(key)
+    return {key: total(parts) for key, parts in costs.items()}, quantized
 
 
-def _time_ops(session, ids):
-    """{op: (calls, seconds)} of one step."""
-    times = {}
+def _time_ops(model, session, ids):
+    """{(op, device): (calls, seconds)} of one step."""
+    times, devices = {}, _devices_of_nodes(model, len(ids))
     for node, seconds in session.timed(ids):
-        calls, before = times.get(node.op, (0, 0.0))
-        times[node.op] = calls + 1, before + seconds
+        key = node.op, devices[id(node)]
+        calls, before = times.get(key, (0, 0.0))
+        times[key] = calls + 1, before + seconds
     return times
 
 
@@ -283,16 +325,20 @@ def _display_row(row):
         return test | {labels.get(key, key): _short(value) for key, value in row.items() if key not in hidden}
     if "avg_ts" not in row:
         return {key: _short(value) for key, value in row.items()}
-    megabytes = row["bytes_per_token"] and row["bytes_per_token"] / 1e6
+    # of several devices in the order of "backend"
+    n_bytes = row["bytes_per_token"] and row.get("device_bytes", {"": row["bytes_per_token"]}).values()
+    megabytes = " + ".join(_short(n / 1e6) for n in n_bytes) if n_bytes else "-"
     share, threads = row["share_of_limit"], {"threads": _short(row["n_threads"])}
     if row["n_threads_batch"] != row["n_threads"]:      # the same in all rows of a table
         threads["threads batch"] = _short(row["n_threads_batch"])
+    if row.get("numa"):
+        threads["numa"] = row["numa"]
     return {"model": f"{row['model_arch']} {row['model_type']}", "size": size(row["model_size"]),
             "params": count(row["model_n_params"]), "backend": row["backend"], **threads,
             "kv": row["type_k"], "index": row["type_index"] or "",
             "attention": row["attention"] + (", reproducible" if row["reproducible"] else ""),
             "test": test_name(row["n_prompt"], row["n_gen"], row["n_depth"]),
-            "t/s": f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}", "MB/token": _short(megabytes), "limit t/s": _short(row["limit_ts"]),
+            "t/s": f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}", "MB/token": megabytes, "limit t/s": _short(row["limit_ts"]),
             "share": "-" if share is None else f"{share:.0%}"}
 
 

@@ -3,6 +3,7 @@
 fitted(path, device="auto") chooses the placement; for devices that are named it checks whether they have room. Nothing is loaded, and no
 GPU is touched. longest_context() is for `-c 0`.
 """
+import functools
 import os
 import warnings
 from typing import NamedTuple
@@ -74,9 +75,13 @@ class Fitting:
         if _is_auto(device):
             device = gpus is None and os.environ.get(DEVICE, "").strip() or AUTO
         self.automatic = _is_auto(device)
-        self._gpus = usable_gpus(asked_for=not self.automatic) if gpus is None else gpus
         self._left_out = 0      # bytes of slots for experts that did not fit
         self._device = self._all_gpus() if self.automatic else device
+
+    @functools.cached_property
+    def _gpus(self):
+        """The GPUs that there are; they are looked for only where it matters."""
+        return usable_gpus(asked_for=not self.automatic) if self._given is None else self._given
 
     def _all_gpus(self):
         """The devices of an automatic plan to begin with."""

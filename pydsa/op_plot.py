@@ -26,22 +26,23 @@ class OpPanels:
         self._steps = {}
         for row in rows:
             step = row["attention"], row["n_prompt"], row["n_gen"], row["n_depth"]
-            self._steps.setdefault(step, {})[row["op"]] = row
-        shares = {op: [ops[op]["share"] if op in ops else 0 for ops in self._steps.values()] for op in {row["op"] for row in rows}}
+            self._steps.setdefault(step, {})[row["op"], row.get("device")] = row
+        shares = {op: [sum(row["share"] for (other, _), row in ops.items() if other == op) for ops in self._steps.values()]
+                  for op in {row["op"] for row in rows}}
         large = sorted((op for op in shares if max(shares[op]) >= LEAST), key=lambda op: (-sum(shares[op]), op))[:MOST]
         self.names = large + [OTHER] * (len(large) < len(shares))
         self.has_ceilings = any(row["share_of_ceiling"] is not None for row in rows)
 
     def steps(self, key):
-        """The steps of prompts or of generation, [(step, {op: row})].
+        """The steps of prompts or of generation, [(step, {key of a row: row})].
 
-        key: "n_prompt" or "n_gen". A step is (attention, n_prompt, n_gen, n_depth).
+        key: "n_prompt" or "n_gen". A step is (attention, n_prompt, n_gen, n_depth). A row's key is its op, with the device of several.
         """
         return [(step, ops) for step, ops in self._steps.items() if step[1 if key == "n_prompt" else 2]]
 
     def rows(self, ops, name):
         """The rows of a step that are drawn under a name of `names`."""
-        return [row for op, row in ops.items() if op == name or name == WHOLE or name == OTHER and op not in self.names]
+        return [row for (op, _), row in ops.items() if op == name or name == WHOLE or name == OTHER and op not in self.names]
 
     def share(self, ops, name):
         """The share that a name has of a step's time, 0 to 1."""

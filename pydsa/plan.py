@@ -80,12 +80,12 @@ def check_fits(wanted, backends, what):
 class OnDevice:
     """What a Runner has on one device.
 
-    That is the buffer of intermediate values, and weights and constants in the backend's form. empty(shape, dtype) makes the buffer: the
-    host's lies in pinned memory where GPUs copy from and to it. slots: {role: bytes} of the weights that are copied there for a step.
+    That is the buffer of intermediate values, and weights and constants in the backend's form. empty(shape, dtype) makes arrays of values:
+    the host's lie in pinned memory where GPUs copy from and to it. slots: {role: bytes} of the weights that are copied there for a step.
     """
 
     def __init__(self, backend, n_bytes, reproducible, empty, slots):
-        self.backend, self._reproducible = backend, reproducible
+        self.backend, self._reproducible, self._empty = backend, reproducible, empty
         self.dtypes = {"float": np.dtype(backend.FLOAT), "int32": np.dtype(np.int32), "int64": np.dtype(np.int64)}
         self._buffer = empty((n_bytes,), np.uint8)
         self.weights, self._constants = {}, {}
@@ -101,7 +101,7 @@ class OnDevice:
 
     def new_array(self, value, n_rows):
         """An array of a value with memory of its own."""
-        return self.backend.empty((n_rows, *value.tail), self.dtypes[value.dtype])
+        return self._empty((n_rows, *value.tail), self.dtypes[value.dtype])
 
     def output_array(self, value, n_outputs):
         """An array for output rows, which lie outside of the buffer."""

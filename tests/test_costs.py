@@ -7,10 +7,11 @@ import psutil
 import pytest
 from helpers import random_ids
 
-from pydsa import costs
+from pydsa import bench, costs
 from pydsa.backends import cpu, reference
 from pydsa.backends.cpu import ceilings as measured
-from pydsa.bench import _op_costs, bytes_per_token
+from pydsa.bench import Bench, _op_costs, bytes_per_token, format_rows
+from pydsa.op_plot import OpPanels
 from pydsa.costs import StepSize, node_cost, step_cost
 from pydsa.graph import Graph
 from pydsa.setup import Setup
@@ -104,9 +105,9 @@ def test_experts_are_counted_from_the_ids(small_model, load):
     for n, distinct in ((60, 8), (1, 2)):
         found, quantized = _op_costs(model, session, np.array(random_ids(n)))
         assert not quantized        # the model is F32
-        assert found["moe_gate_up"].weights == 2 * 2 * distinct * expert
-        assert found["moe_down"].weights == 2 * distinct * expert
-        assert found["moe_down"].operations == 2 * n * 2 * 2 * 72 * 36
+        assert found["moe_gate_up", "cpu"].weights == 2 * 2 * distinct * expert
+        assert found["moe_down", "cpu"].weights == 2 * distinct * expert
+        assert found["moe_down", "cpu"].operations == 2 * n * 2 * 2 * 72 * 36
 
 
 def test_a_step_is_the_sum_of_its_nodes(small_model):
@@ -133,6 +134,36 @@ def test_ceilings_take_half_of_a_small_memory(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 24))
     monkeypatch.setattr(measured, "_best_seconds", lambda function, *args: seen.append(args) or 1.0)
     assert cpu.measure_ceilings(1).bandwidth == seen[0][1].nbytes == 1 << 23
+
+
+def test_the_limit_of_several_devices(small_model, load, monkeypatch):
+    """It is the sum of their times; an op has a row for each device.
+
+    The rates of each row are of the device that runs it.
+    """
+    model = load(small_model(), kv_type="f16", device="reference", cpu_moe=True, override_tensor=["ffn_gate_inp=cpu"])
+    unknown = list(Bench([4], [2], [0], 1).run(model))
+    assert [[row[key] for key in ("limit_ts", "device_bytes", "device_bandwidth_gbs")] for row in unknown] == [[None] * 3] * 2
+    rates = {"cpu": 2e9, "reference": 5e9}
+    monkeypatch.setattr(reference, "product_format", cpu.product_format, raising=False)
+    monkeypatch.setattr(bench, "_ceilings", lambda backend, threads: measured.Ceilings(
+        rates[backend.__name__.rpartition(".")[2]], dict.fromkeys(measured.PEAKS, 1e12)))
+    ops = []
+    row = list(Bench([], [1], [50], 1).run(model, ops=ops))[0]
+    on_cpu = 4 * 2 * (2 * EXPERT + ROUTER - 8)      # the vector of 8 is of moe_route, which follows no weight's rule
+    assert row["backend"] == "reference+cpu" and row["device_bytes"]["cpu"] == on_cpu
+    assert sum(row["device_bytes"].values()) == row["bytes_per_token"] == bytes_per_token(model, 50)
+    seconds = on_cpu / 2e9 + row["device_bytes"]["reference"] / 5e9
+    assert row["limit_ts"] == pytest.approx(1 / seconds) and row["share_of_limit"] == pytest.approx(row["avg_ts"] * seconds)
+    assert row["bandwidth_gbs"] == pytest.approx(row["bytes_per_token"] / seconds / 1e9)
+    linear = {found["device"]: found for found in ops if found["op"] == "linear"}
+    assert linear["cpu"]["bytes"] == 4 * 2 * 72 * 8 and linear.keys() == rates.keys()
+    assert all(found["bandwidth_gbs"] == rates[found["device"]] / 1e9 for found in ops) and len(ops) == len({*map(str, ops)})
+    assert sum(found["share"] for found in ops) == pytest.approx(1)
+    panels = OpPanels(ops)
+    assert panels.share(panels.steps("n_gen")[0][1], "linear") == pytest.approx(sum(found["share"] for found in linear.values()))
+    first, second = (f"{row['device_bytes'][name] / 1e6:.3g}" for name in ("reference", "cpu"))
+    assert f"| {first} + {second} |" in format_rows([row], "md") and "device" in format_rows(ops, "md")
 
 
 @pytest.mark.parametrize("n_threads", [1, 3])

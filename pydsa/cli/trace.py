@@ -4,6 +4,8 @@ import click
 from pydsa.cli.shared import attention_option, ctx_option, load_model, model_options, placement_options, threads_options
 from pydsa.habits import llama_cpp_options, model_argument
 
+SAME = ("n_ubatch", "kv_type", "index_type", "dsa_top_k", "override_kv", "attention")       # not where the model is, nor its weights
+
 
 @click.command()
 @model_argument()
@@ -25,6 +27,7 @@ def trace(model, prompt, output, threads, threads_batch, **settings):
     from pydsa.bench import format_rows
     from pydsa.report import compare_nodes
     engine = load_model(model, threads, threads_batch, **settings)
-    reference = load_model(model, device="reference", **settings | {"n_ctx": engine.n_ctx})
+    same = {key: settings[key] for key in SAME}
+    reference = load_model(model, device="reference", n_ctx=engine.n_ctx, **same)
     rows = compare_nodes(engine, reference, engine.tokenize(prompt))
     click.echo(format_rows(rows, output), nl=False)

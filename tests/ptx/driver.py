@@ -41,6 +41,7 @@ class Driver:
         self.streams = Streams()
         self.capturing = {}         # thread -> the stream that it captures
         self.counts = {}            # how often each function was called
+        self.log = []               # (function, device), in the order of the calls
         self.pinned = {}            # address -> number of bytes that copies may access at any time
         self.retained = [0] * n     # how often the context of each device was retained
         self._hosts, self._here, self._lock = {}, threading.local(), threading.RLock()
@@ -53,6 +54,7 @@ class Driver:
         def call(*args):
             with self._lock:
                 self.counts[name] = self.counts.get(name, 0) + 1
+                self.log.append((name, self.device))
                 if name in self.fail:
                     return self.fail[name],
                 if not name.startswith(WITHOUT_CONTEXT) and self.device is None:

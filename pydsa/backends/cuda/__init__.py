@@ -202,8 +202,13 @@ def recorded(calls, levels, again):
 
     The rules of fusion take a call of one row for the whole op: a step of several sessions has such calls, one for each.
     """
-    one_token = calls[0][2][0].shape[0] == 1        # what the first op writes has all rows
-    return Recording(calls) if again and one_token else Calls(calls)
+    return Recording(calls) if again and _of_one_token(calls) else Calls(calls)
+
+
+def _of_one_token(calls):
+    """Whether each call is the whole of its op, for one row."""
+    nodes = {id(node) for node, _, _ in calls}      # an op of several contexts is called for each
+    return len(nodes) == len(calls) and all(args[op is cache_write].shape[0] == 1 for _, op, args in calls)
 
 
 # What works on the current GPU, beside the ops

@@ -1,0 +1,93 @@
+"""Models over the CPU and GPUs that tests/ptx emulates: logits, and the order of launches, copies and waits."""
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import TINY
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
+
+SETUP = """
+import sys
+import numpy as np
+from tests.ptx.driver import install
+driver = install(1 << 22, 2)
+import pydsa
+from pydsa.backends import cuda
+path, ids = sys.argv[1], [5, 6, 7, 8, 9, 10, 11, 12]
+
+def loaded(**options):
+    return pydsa.load(path, n_ctx=16, n_ubatch=8, threads=1, kv_type="f32", **options)
+
+def nmse(met, expected):
+    met, expected = np.asarray(met, np.float64), np.asarray(expected, np.float64)
+    return (((met - expected) ** 2).sum(-1) / (expected ** 2).sum(-1)).max()
+
+def steps(model):
+    session = model.session()
+    found = [session.prefill(ids[:3]), *map(session.decode, ids[3:5])]     # the third token's launches are recorded
+    driver.log.clear()
+    return [*found, session.decode(ids[-1])], session
+
+def step_log():
+    words = {"cuGraphLaunch": "launch", "cuLaunchKernel": "kernel", "cuMemcpyDtoHAsync": "to host", "cuMemcpyHtoDAsync": "from host",
+             "cuMemcpyPeerAsync": "across", "cuEventSynchronize": "wait", "cuStreamSynchronize": "whole stream"}
+    found = [words[name] for name, _ in driver.log if name in words]
+    return found[found.index("launch"):]        # ids and positions were written before
+"""
+
+
+def run(code, *args, **env):
+    done = subprocess.run([sys.executable, "-c", SETUP + code, *args], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"NUMBA_ENABLE_CUDASIM": "0", "PYTHONPATH": str(ROOT)} | env)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_experts_on_the_cpu_and_layers_on_two_gpus(small_model):
+    """Logits are those of one GPU, and launches come before waits.
+
+    Each segment is one launch, and the shared expert's comes before the CPU waits for what the others need. The stream is waited for as a
+    whole only to fetch the logits. A GPU may be as late as the driver allows.
+    """
+    run("""
+alone, _ = steps(loaded(device="cuda", attention="sparse"))
+experts = ["launch", "to host", "to host", "to host", "launch", "wait", "wait", "wait", "from host", "launch", "wait"]
+logits = ["to host", "whole stream"]
+for late, options, log in (("0", dict(device="cuda", cpu_moe=True), [*experts, *logits]),
+                           ("01", dict(device="cuda,cuda1", cpu_moe=True), ["launch", "across", "across", *experts, *logits]),
+                           ("0", dict(device="cuda,cuda1"), ["launch", "across", "across", "launch", *logits])):
+    driver.streams.late = lambda stream: str(stream.device) in late
+    model = loaded(attention="sparse", **options)
+    found, session = steps(model)
+    assert np.array_equal(found, alone) if "cpu" not in model.setup.device_name else nmse(found, alone) < 1e-6, options
+    assert step_log() == log, step_log()
+    caches = {ref.layer: cache._bytes.gpu.index for ref, cache in session.caches.items() if ref.kind == "latents"}
+    assert caches == {0: 0, 1: options["device"].count(",")}
+""", str(small_model(**TINY | {"type": "Q8_0"})))
+
+
+def test_batches_and_sessions(small_model, tmp_path):
+    """Segments may begin with an op of one context, or with cache_write."""
+    run("""
+from pydsa.batch import Batch
+model = loaded(device="cuda,cuda1", attention="sparse", override_tensor=["0.attn_k_b=cpu", "1.attn_kv_a=cpu"])
+results, caches = [], [(model.session().caches, 1), (model.session().caches, 1)]
+one, two = model.runner.bind_together("sparse", caches[:1], 1, again=True), model.runner.bind_together("sparse", caches, 2, again=True)
+assert {one.calls[part.first][0].op for part in one.parts} >= {"cache_write", "sparse_attention"}
+kinds = [{type(recorded) for recorded in bound.recording._recordings if isinstance(recorded, cuda.Calls)} for bound in (one, two)]
+assert kinds == [{cuda.Recording}, {cuda.Calls}]        # kernels are fused for one token alone
+for model in (model, loaded(device="cuda", attention="sparse")):
+    sessions, batch = [model.session(), model.session()], Batch(model.runner, model.setup)
+    first = [session.prefill(some) for session, some in zip(sessions, (ids[:2], ids[2:4]))]
+    results.append([first, batch.run(sessions, [[20], [21]])])
+    if model.setup.placement.rules:
+        sessions[0].save(sys.argv[2])
+    else:
+        sessions[0].load(sys.argv[2])
+    results[-1].append(batch.run(sessions, [[22], [23]]))
+assert nmse(*results) < 1e-6
+""", str(small_model(**TINY | {"type": "Q8_0"})), str(tmp_path / "session"))
