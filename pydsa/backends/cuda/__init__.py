@@ -130,9 +130,10 @@ def compile_calls(bind, progress=None):
 
 
 def reserve(calls):
-    """Let scratch memory grow to what calls take, pairs of an op and its arguments: nothing is computed.
+    """Let scratch memory grow to what calls take.
 
-    Buffers that are outgrown later stay, as recorded steps use them: steps of more and more tokens would leave one each.
+    calls: pairs of an op and its arguments; nothing is computed. Buffers that are outgrown later stay, as recorded steps use them: steps of
+    more and more tokens would leave one each.
     """
     listing.kernels = {}
     try:

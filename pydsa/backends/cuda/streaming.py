@@ -99,11 +99,11 @@ class Filling:
 
     def run(self, engine):
         """Copy the tensor: in the engine's thread."""
-        slot, data = self._slot, np.ascontiguousarray(self._tensor.read().data)
+        slot, data = self._slot, self._tensor.read().data
         address, stream = self.weight.data.span[0], engine.stream
         stream.follow(slot._free)
-        for start, stop in _ranges(data, self._experts):
-            engine.copy(address + start, data.reshape(-1)[start:stop])
+        for first, last in _ranges(data, self._experts):
+            engine.copy(address + first * (data.nbytes // len(data)), data[first:last].reshape(-1))
         stream.clear(address + data.nbytes, PADDING)
         stream.mark(slot._arrived)
 
@@ -114,16 +114,20 @@ class Filling:
 
 
 def _ranges(data, experts):
-    """The bytes (start, stop) of matrices, those side by side together."""
-    if experts is None:
-        return [(0, data.nbytes)]
-    ranges, size = [], data.nbytes // len(data)
-    for i in sorted(set(map(int, experts))):
+    """The matrices (first, last) that are copied, those side by side together.
+
+    Where something lies between them, as where an expert's gate and up are one tensor of the file, each is copied by itself.
+    """
+    whole = data.flags.c_contiguous
+    if experts is None and whole:
+        return [(0, len(data))]
+    ranges = []
+    for i in range(len(data)) if experts is None else sorted(set(map(int, experts))):
         assert 0 <= i < len(data), (i, len(data))
-        if ranges and ranges[-1][1] == i * size:
-            ranges[-1][1] += size
+        if whole and ranges and ranges[-1][1] == i:
+            ranges[-1][1] += 1
         else:
-            ranges.append([i * size, (i + 1) * size])
+            ranges.append([i, i + 1])
     return ranges
 
 
