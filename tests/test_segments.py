@@ -35,7 +35,7 @@ class Random(Placement):
     def devices(self):
         return tuple(dict.fromkeys((*self.layers, *self.names)))
 
-    def of_nodes(self, nodes):
+    def of_nodes(self, nodes, streaming=False):
         often = self.random.random()        # how often the device changes
         found, last = [], self.random.choice(self.names)
         for node in nodes:

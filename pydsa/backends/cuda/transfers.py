@@ -7,6 +7,9 @@ import numpy as np
 from pydsa.backends.cuda.array import DeviceArray
 from pydsa.backends.cuda.device import SIMULATED
 
+if not SIMULATED:
+    from pydsa.backends.cuda.driver import Pinned, Registered
+
 
 def transfer(x, y):
     """The transfer of x to y, of which one is a GPU's: see backends/transfers.py."""
@@ -17,14 +20,18 @@ def transfer(x, y):
     return Across(x, y)
 
 
-def in_pinned_memory(array):
-    """Whether a GPU can copy from and to a numpy array while the host goes on."""
-    while isinstance(array, np.ndarray):
-        array = array.base
+def is_pinned(array):
+    """Whether a GPU can copy from a contiguous array while the host goes on.
+
+    It lies in memory of host_empty(), or in a registered array.
+    """
     if SIMULATED:
         return False
-    from pydsa.backends.cuda.driver import Pinned
-    return isinstance(array, Pinned)
+    owner, start = array, array.ctypes.data
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    return isinstance(owner, Pinned) or any(
+        first <= start and start + array.nbytes <= first + n for first, n in list(Registered.ranges.items()))
 
 
 def _address(array):
@@ -43,7 +50,7 @@ class _WithHost:
     def __init__(self, array, there):
         assert array.flags.c_contiguous and array.shape == there.shape, (array.shape, there.shape)
         self._gpu, self._address, self._n_bytes, self._array = there.gpu, _address(there), there.nbytes, array
-        direct = SIMULATED or in_pinned_memory(array)
+        direct = SIMULATED or is_pinned(array)
         self._near = array if direct and array.dtype == there.dtype else self._gpu.host_empty(array.shape, there.dtype)
         self._there, self._pending = there, False       # pending: whether a copy may be under way
         self._near_address, self._event = self._near.ctypes.data, self._gpu.event()
