@@ -44,7 +44,8 @@ class Share(NamedTuple):
 class Fit:
     """What a placement of a Setup takes, beside the room that there is.
 
-    rooms: {name of a device: Room}. margin: bytes to leave free on each GPU. n_sessions: conversations with caches of their own.
+    rooms: {name of a device: Room}. margin: bytes to leave free on each GPU beside what is reserved; None: neither is left. n_sessions:
+    conversations with caches of their own.
     """
 
     def __init__(self, setup, rooms, margin=0, n_sessions=1):
@@ -65,7 +66,7 @@ class Fit:
         Devices without memory of their own share the host's, and come last.
         """
         free = {name: room.free for name, room in self.rooms.items() if room.free is not None}
-        own = {name: n + self.margin - free[name] for name, n in taken.items() if device_of(name).reserved and name in free}
+        own = {name: n + self._spare(name) - free[name] for name, n in taken.items() if device_of(name).reserved and name in free}
         on_host = sum(n for name, n in taken.items() if not device_of(name).reserved)
         return {name: n for name, n in (own | ({HOST: on_host - free[HOST]} if HOST in free else {})).items() if n > 0}
 
@@ -92,10 +93,13 @@ class Fit:
                 sizes[ref.layer] += n_bytes * setup.n_ctx * self.n_sessions
         return sizes, fixed
 
+    def _spare(self, name):
+        return -device_of(name).reserved if self.margin is None else self.margin
+
     def room(self, name, beside):
         """Bytes for weights and caches on a GPU, with `beside` for the rest."""
         free = self.rooms[name].free if name in self.rooms else None
-        return float("inf") if free is None else free - self.margin - device_of(name).reserved - beside.get(name, 0)
+        return float("inf") if free is None else free - self._spare(name) - device_of(name).reserved - beside.get(name, 0)
 
     def filled(self, placing, beside):
         """How full the fullest GPU is, and how the layers are split.

@@ -124,7 +124,8 @@ class Fitting:
         with_gpus = [name for name in setup.placement.devices if device_of(name).reserved]
         if not with_gpus and len(setup.placement.devices) == 1:
             return setup
-        fit = self._fit(setup, self._margin if self.automatic else 0)
+        # For named devices the figures after their drivers have started decide (Model); what cannot fit is told before.
+        fit = self._fit(setup, self._margin if self.automatic else None if self._given is None else 0)
         if self.automatic and with_gpus:
             setup = self._searched(fit, setup)
         else:
@@ -280,7 +281,7 @@ def _longest(n_bytes, fits, bend, longest):
 
 
 def n_on_gpus(setup):
-    """The number of layers that are at home on devices with memory of their own."""
+    """The number of layers at home on devices with memory of their own."""
     return sum(bool(device_of(name).reserved) for name in setup.placement.layers)
 
 

@@ -105,6 +105,8 @@ class Model:
     def _compile(self, devices, progress):
         for _, on in devices:
             compile_for(self.runner, self.setup, on.backend, progress)
+            if hasattr(on.backend, "reserve"):
+                reserve_for(self.runner, self.setup, on.backend)
 
     def session(self):
         """A new, empty Session.
@@ -230,6 +232,16 @@ def compile_for(runner, setup, backend, progress=None):
                 calls += runner.bind(name, caches, min(2, setup.n_ubatch), 1, streams=True).calls_of(backend)
         return calls
     backend.compile_calls(bind, progress)
+
+
+def reserve_for(runner, setup, backend):
+    """Let a backend take the scratch memory of the largest step, once for all.
+
+    Its caches are full contexts: scores have a place for each key.
+    """
+    caches = setup.make_caches(runner, setup.n_ctx)
+    for name in setup.schedule.variants:
+        backend.reserve(runner.bind(name, caches, setup.n_ubatch, 1).calls_of(backend))
 
 
 def _threads(backends, n):

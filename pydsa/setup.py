@@ -29,7 +29,7 @@ from pydsa.placement import Placing
 from pydsa.quants import cache_row_bytes
 from pydsa.schedule import VARIANTS, Schedule
 from pydsa.segments import cut
-from pydsa.streaming import NEVER, Streaming, check_stream_from, slots_of
+from pydsa.streaming import NEVER, Streaming, check_stream_from, slots_of, worth_measuring
 from pydsa.tokenizer import Tokenizer
 from pydsa.words import card_of_a_setup
 
@@ -112,11 +112,11 @@ class Setup:
     def streaming(self):
         """How experts that a rule keeps on the CPU run in steps of many tokens.
 
-        A streaming.Streaming: what was asked for, or NEVER. Where it was not said from how many tokens on, and a device has no bus to be
-        measured, it is never.
+        A streaming.Streaming: what was asked for, or NEVER. Where it was not said from how many tokens on, it is never if a device has no
+        bus to be measured, or if there are few experts.
         """
-        n = self.stream_from
-        if n == 0 or (n or 0) > self.n_ubatch or not any(map(self.placement.streamed, self._nodes)):
+        n, weights = self.stream_from, {w.name: w for node in self._nodes for w in self.placement.streamed(node)}
+        if not weights or n == 0 or (n or 0) > self.n_ubatch or n is None and not worth_measuring(weights.values()):
             return NEVER
         layouts = {name: self._lay_out(graph, self._waits[name], streaming=True) for name, graph in self.graphs.items()}
         slots = slots_of(layouts.values())

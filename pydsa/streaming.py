@@ -13,6 +13,7 @@ from pydsa.costs import StepSize, node_cost
 from pydsa.errors import PydsaError
 from pydsa.quants import TYPES
 
+WORTH = 64 << 20    # bytes of experts from which on it is worth a second to measure whether copies pay: fewer are no large part of a step
 MANY = 512          # tokens of a step whose products have the form of many
 REACHED = 0.5       # of the peak rate of products: what products of experts reach, with few tokens an expert
 
@@ -142,12 +143,18 @@ class Rates(NamedTuple):
 ASSUMED = Rates({}, 106e9, 3e12)
 
 
+def worth_measuring(weights):
+    """Whether weights are so large that it is measured if copies pay."""
+    return sum(w.data.nbytes for w in weights) >= WORTH
+
+
 def measure(streaming, backends, threads):
     """The Rates of this machine; None where a bus cannot be measured.
 
     backends: {name of a device: backend}. threads: those of steps of many tokens. It takes a second, for the host's cores.
     """
-    bus, host = {name: backends[name].measure_bus() for name in streaming.slots}, backends[HOST]
+    host = backends[HOST]
+    bus = {name: backends[name].measure_bus(max(slots.values())) for name, slots in streaming.slots.items()}      # so much is free
     if not all(bus.values()):       # of a simulated GPU
         return None
     node, tensor = streaming.arrivals[0][1:]

@@ -59,7 +59,7 @@ def run(code, **env):
     ("driver.fail['cuModuleLoadData'] = CUresult.CUDA_ERROR_INVALID_IMAGE", "answers CUDA_ERROR_INVALID_IMAGE to cuModuleLoadData"),
     ("driver.fail['cuLaunchKernel'] = CUresult.CUDA_ERROR_OUT_OF_MEMORY", "The GPU has no memory left (cuLaunchKernel)"),
     ("driver.fail['cuStreamSynchronize'] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS", "answers CUDA_ERROR_ILLEGAL_ADDRESS to cuStream"),
-    ("driver.arena.size >>= 8", "are free; ask for a smaller context"),
+    ("driver.arena.size >>= 8", "too few; --device cpu needs no GPU, or ask for a smaller context"),
 ])
 def test_what_fails_is_one_sentence(small_model, change, message):
     """An error of the driver becomes one sentence and exit code 2."""
@@ -207,3 +207,30 @@ def test_kernels_are_kept(tmp_path):
 
     names = run_kept()
     assert names == ["add_rows.sm_90.cubin", "add_rows.sm_90.ptx"] == run_kept("again")
+
+
+@pytest.mark.parametrize("kv_type", ["i16", "f32"])
+def test_scratch_memory_is_taken_once_and_as_counted(small_model, kv_type):
+    """Steps of any number of tokens find their scratch memory there: a plan does not run out of memory later."""
+    out, _ = run(f"""
+from pydsa.backends.cuda import array
+from pydsa.memory import tensors_on
+from pydsa.model import reserve_for
+from pydsa.plan import Runner
+from pydsa.setup import Setup
+setup = Setup({str(small_model(type="Q8_0", n_layer=2))!r}, n_ctx=200, n_ubatch=64, device="cuda", kv_type={kv_type!r})
+runner, scratch = Runner({{"cuda": cuda}}, setup.layouts, None, None), array._scratch()
+for tensor in tensors_on(setup, "cuda").values():
+    runner.on["cuda"].read(tensor)
+reserve_for(runner, setup, cuda)
+
+def held():
+    return sum(memory.nbytes for memory in [*scratch._memory.values(), *scratch._outgrown] if memory is not None)
+first, caches, memory = held(), setup.make_caches(runner, 200), setup.memory["cuda"]
+for n in (*range(1, 34), 50, 63, 64):
+    for variant in setup.schedule.variants:
+        cuda.reserve(runner.bind(variant, caches, n, n).calls_of(cuda))
+print(first, held(), memory.scratch + memory.scores)
+""")
+    first, last, counted = map(int, out.split())
+    assert 0 < first <= last <= min(counted, 1.05 * first)

@@ -80,7 +80,7 @@ def test_a_byte_decides(plan):
 
 
 def test_what_is_said_is_what_is_done(plan):
-    """The options of a plan give its placement, and the shares are those of the Setup."""
+    """Its options give its placement; its figures are those of the Setup."""
     for room in 0, 1 << 21, 3 << 21, GIB:
         setup = plan(room)
         words = setup.plan.options.split()
@@ -134,7 +134,7 @@ def test_rules_of_the_user_are_obeyed(plan):
     assert setup.placement.of_weight("blk.2.ffn_up_exps.weight", 2) == "cuda"
     assert setup.placement.of_weight("blk.2.ffn_down_exps.weight", 2) == HOST and fits(setup)
     assert setup.plan.options.count("-ot ") == 2
-    assert plan(1 << 21, n_gpu_layers=3).placement.layers.count("cuda") == 3
+    assert plan(3 << 20, n_gpu_layers=3).placement.layers.count("cuda") == 3
     assert plan(GIB, n_gpu_layers=99).placement.layers.count("cuda") == 5
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -213,8 +213,8 @@ def test_a_model_without_experts(small_model):
     path = small_model(arch="deepseek2", n_expert=0, n_expert_used=0, n_expert_shared=0, n_layer=3, n_layer_dense=3)
     with pytest.raises(PydsaError, match="The model has no routed experts: leave out --cpu-moe"):
         fitted(path, device="cpu", cpu_moe=True)
-    gpus = simulated_gpus([RESERVED + MARGIN + (1 << 19)])
-    options = fitted(path, gpus=gpus, n_ctx=64, n_ubatch=16).plan.options
+    whole = fitted(path, gpus=simulated_gpus([2 * GIB]), n_ctx=64, n_ubatch=16).plan.shares[0].total
+    options = fitted(path, gpus=simulated_gpus([whole + MARGIN - 1]), n_ctx=64, n_ubatch=16).plan.options
     assert options.startswith("--device cuda -ngl ") and "moe" not in options
 
 

@@ -12,6 +12,7 @@ from pydsa.errors import PydsaError
 
 SCORED_TOGETHER = 32        # tokens whose rows of index scores are in memory at a time (cuda/indexer.py)
 SCORED_BY_THREADS = 128     # the same of several threads (cpu/indexer.py)
+BLOCKS = 264                # into which a GPU's attention to one token or few is divided (cuda/launch.py)
 UNLIMITED = 2**31 - 1
 AUTO = "auto"               # in place of devices: those that a plan chooses (fitting.py)
 HOST = "cpu"                # the device that reads weights where the file is mapped: experts that fit nowhere else are there
@@ -89,7 +90,7 @@ def _cpu_packed_latents(config, n_kv):
 
 def _cuda_scratch(nodes, n_tokens):
     """Bytes of packed activations, of experts' parts and of queries."""
-    packed = hidden = parts = queries = absorbed = heads = 0
+    packed = hidden = parts = queries = absorbed = heads = splits = 0
     rows = set()        # of one token's activations: (number, width)
     for node in nodes:
         if node.op in ("linear", "head_linear"):
@@ -104,16 +105,24 @@ def _cuda_scratch(nodes, n_tokens):
             n_head, kv_lora, n_nope = node.args[-4].shape
             width = kv_lora + node.args[1].tail[1] - n_nope
             absorbed, heads = max(absorbed, n_tokens * n_head * (kv_lora + width)), max(heads, _packed_heads(n_tokens, n_head, width))
-            packed = max(packed, n_tokens * n_head * max(kv_lora, n_nope))
+            packed, splits = max(packed, n_tokens * n_head * max(kv_lora, n_nope)), max(splits, _splits(n_head, kv_lora))
         elif node.op in ("dense_attention", "masked_attention", "sparse_attention"):
-            heads = max(heads, _packed_heads(n_tokens, *node.args[1].tail))
+            heads, splits = max(heads, _packed_heads(n_tokens, *node.args[1].tail)), max(splits, _splits(*node.args[0].tail))
         elif node.op in ("indexer_scores", "indexer_select"):
             queries = max(queries, n_tokens * math.prod(node.args[1].tail))
     packed = max(packed, hidden)
     # One token's activations take two bytes a value, in tiles of 1,024, with scales and sums. The values are at a few places of the layout.
     one_token = 4 * sum(n * (-(-width // 1024) * 2048 + width * 3 // 8) for n, width in rows)
     # Packed activations are two float16 a value, with one sum for sixteen values.
-    return 4 * packed + packed // 4 + 4 * (hidden + parts + absorbed) + 2 * queries + heads + one_token
+    return 4 * packed + packed // 4 + 4 * (hidden + parts + absorbed) + 2 * queries + heads + one_token + splits
+
+
+def _splits(n_head, n_v):
+    """Bytes of the parts of attention sums, where keys are divided.
+
+    There are as many parts as make BLOCKS blocks of at most 64 heads and 512 values.
+    """
+    return 4 * BLOCKS * min(n_head, 64) * (min(n_v, 512) + 2)
 
 
 def _packed_heads(n_tokens, n_head, width):

@@ -129,6 +129,20 @@ def compile_calls(bind, progress=None):
     compile_all(listed, progress)
 
 
+def reserve(calls):
+    """Let scratch memory grow to what calls take.
+
+    calls: pairs of an op and its arguments; nothing is computed. Buffers that are outgrown later stay, as recorded steps use them: steps of
+    more and more tokens would leave one each.
+    """
+    listing.kernels = {}
+    try:
+        for op, args in calls:
+            op(*args)
+    finally:
+        listing.kernels = None
+
+
 def check_threads(n):
     """The GPU has its own: None, whatever is asked for; a clear error where there is no GPU to use."""
     check_device()
@@ -198,8 +212,8 @@ def _of_one_token(calls):
 
 
 # What works on the current GPU, beside the ops
-OF_THE_GPU = ("check_device", "check_threads", "compile_calls", "describe_device", "free_bytes", "host_empty", "register", "empty",
-              "upload", "weight", "cache_rows", "timed", "recorded", "pick", "measure_ceilings", "measure_bus", "Slot")
+OF_THE_GPU = ("check_device", "check_threads", "compile_calls", "reserve", "describe_device", "free_bytes", "host_empty", "register",
+              "empty", "upload", "weight", "cache_rows", "timed", "recorded", "pick", "measure_ceilings", "measure_bus", "Slot")
 
 
 class Backend:
