@@ -8,25 +8,28 @@ Importing pydsa is fast: numba is imported with the first model.
 import importlib
 import os
 
-from pydsa.errors import (ContextFullError, DamagedWeightsError, GGUFError, ImatrixError, LogitsFileError, OutOfMemoryError,  # noqa: F401
-                          PydsaError, RecordingFileError, SessionFileError, UnsupportedModelError)
+from pydsa.errors import (CheckpointError, ContextFullError, DamagedWeightsError, GGUFError, ImatrixError, LogitsFileError,  # noqa: F401
+                          OutOfMemoryError, PydsaError, RecordingFileError, SessionFileError, TargetError, UnsupportedModelError)
 
 __version__ = "0.1.0"
 DEMO = os.path.join(os.path.dirname(__file__), "demo", "demo.gguf")      # path of the model that comes with the package
 _MODULES = {"load": "model", "Model": "model", "Session": "session", "Sampling": "sampling", "load_tokenizer": "tokenizer",
-            "Engine": "engine", "Request": "requests", "Recording": "recording", "Look": "look", "perplexity": "quality"}
+            "Engine": "engine", "Request": "requests", "Recording": "recording", "Look": "look", "perplexity": "quality",
+            "convert": "conversion"}
+_CALLED = ("selections", "quantize")        # modules; pydsa.quantize is also called as a function
 __all__ = ["DEMO", "load", "load_tokenizer", "Model", "Session", "Sampling", "Engine", "Request", "Recording", "Look", "perplexity",
-           "PydsaError", "GGUFError", "UnsupportedModelError", "ContextFullError", "DamagedWeightsError", "OutOfMemoryError",
-           "RecordingFileError", "SessionFileError", "LogitsFileError", "ImatrixError"]
+           "convert", "quantize", "PydsaError", "GGUFError", "UnsupportedModelError", "ContextFullError", "DamagedWeightsError",
+           "OutOfMemoryError",
+           "RecordingFileError", "SessionFileError", "LogitsFileError", "ImatrixError", "CheckpointError", "TargetError"]
 
 
 def __getattr__(name):
-    if name == "selections":
-        return importlib.import_module("pydsa.selections")
+    if name in _CALLED:
+        return importlib.import_module(f"pydsa.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module 'pydsa' has no attribute {name!r}")
     return getattr(importlib.import_module(f"pydsa.{_MODULES[name]}"), name)
 
 
 def __dir__():
-    return sorted(set(globals()) | set(_MODULES) | {"selections"})
+    return sorted(set(globals()) | set(_MODULES) | set(_CALLED))

@@ -21,12 +21,15 @@ def physical_cores(root="/", allowed=None):
     process may use, None for its affinity mask; both for tests. What cannot be read limits nothing; there is no exception.
     """
     root = Path(root)
-    allowed = _affinity() if allowed is None else allowed
+    allowed = affinity() if allowed is None else allowed
     return max(1, min([_cores(root, allowed) if allowed else _of_machine() or 1, *_quotas(root)]))
 
 
-def _affinity():
-    """The CPUs of the affinity mask; None where the system has no masks."""
+def affinity():
+    """The CPUs of the calling thread's affinity mask.
+
+    None where the system has no masks.
+    """
     try:
         return os.sched_getaffinity(0)
     except (AttributeError, OSError):       # macOS, Windows
@@ -44,19 +47,34 @@ def _of_machine():
     return min((n for n in (physical, os.cpu_count()) if n), default=None)
 
 
+def cores_of(cpus, root="/"):
+    """The cores to which CPUs belong, a list of sets of those CPUs.
+
+    They are in the order of their first CPUs. One whose core is not known is a core by itself. root: where the files of Linux begin.
+    """
+    return [siblings or {cpu} for cpu, siblings in _groups(Path(root), cpus)]
+
+
+def _groups(root, cpus):
+    """Yield (cpu, siblings) for the first CPU of each core.
+
+    If its core is unknown, siblings is an empty set.
+    """
+    seen = set()
+    for cpu in sorted(cpus):
+        if cpu not in seen:
+            siblings = _siblings(root, cpu, cpus)
+            seen |= siblings
+            yield cpu, siblings
+
+
 def _cores(root, allowed):
-    """The cores to which the allowed CPUs belong.
+    """The number of cores to which the allowed CPUs belong.
 
     A CPU whose core is not known counts as one, up to the number of cores that the machine has.
     """
-    n, seen, known = 0, set(), True
-    for cpu in sorted(allowed):
-        if cpu not in seen:
-            siblings = _siblings(root, cpu, allowed)
-            known = known and bool(siblings)
-            seen |= siblings
-            n += 1
-    return n if known else min(n, _of_machine() or n)
+    groups = [siblings for _, siblings in _groups(root, allowed)]
+    return len(groups) if all(groups) else min(len(groups), _of_machine() or len(groups))
 
 
 def _siblings(root, cpu, allowed):
@@ -66,11 +84,20 @@ def _siblings(root, cpu, allowed):
     """
     folder = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
     for name in ("core_cpus_list", "thread_siblings_list"):         # the second is its older name
-        with contextlib.suppress(ValueError):
-            spans = [_span(part) for text in control_groups.lines(folder / name) for part in text.split(",")]
-            siblings = {other for other in allowed if any(first <= other <= last for first, last in spans)}
-            if cpu in siblings:
-                return siblings
+        siblings = in_list(control_groups.lines(folder / name), allowed)
+        if cpu in siblings:
+            return siblings
+    return set()
+
+
+def in_list(lines, numbers):
+    """Those of some numbers that are in a list of Linux, "0-3,8".
+
+    lines: its text. If it is malformed: an empty set.
+    """
+    with contextlib.suppress(ValueError):
+        spans = [_span(part) for text in lines for part in text.split(",")]
+        return {n for n in numbers if any(first <= n <= last for first, last in spans)}
     return set()
 
 

@@ -33,6 +33,14 @@ class ImatrixError(PydsaError):
     """An imatrix file is damaged, or that of another model."""
 
 
+class CheckpointError(PydsaError):
+    """A folder with a checkpoint is damaged, incomplete or contradictory."""
+
+
+class TargetError(PydsaError):
+    """A model file cannot be written, or would replace another."""
+
+
 class SessionFileError(PydsaError):
     """A session file is damaged, or belongs to another model or cache type."""
 

@@ -3,6 +3,7 @@
 fitted(path, device="auto") chooses the placement; for devices that are named it checks whether they have room. Nothing is loaded, and no
 GPU is touched. longest_context() is for `-c 0`.
 """
+import functools
 import os
 import warnings
 from typing import NamedTuple
@@ -74,9 +75,13 @@ class Fitting:
         if _is_auto(device):
             device = gpus is None and os.environ.get(DEVICE, "").strip() or AUTO
         self.automatic = _is_auto(device)
-        self._gpus = usable_gpus(asked_for=not self.automatic) if gpus is None else gpus
         self._left_out = 0      # bytes of slots for experts that did not fit
         self._device = self._all_gpus() if self.automatic else device
+
+    @functools.cached_property
+    def _gpus(self):
+        """The GPUs that there are; they are looked for only where it matters."""
+        return usable_gpus(asked_for=not self.automatic) if self._given is None else self._given
 
     def _all_gpus(self):
         """The devices of an automatic plan to begin with."""
@@ -223,8 +228,9 @@ class Fitting:
         own = self._setup()
         longest, placing = own.config.n_ctx_train, own.placing
         gpus = [name for name in own.placement.devices if device_of(name).reserved]
-        margin = self._margin if self.automatic and gpus else 0
-        if margin:
+        fills = bool(self.automatic and gpus)
+        margin = self._margin if fills else 0
+        if fills:
             moe = {} if placing.cpu_moe or placing.n_cpu_moe else dict(cpu_moe=any(map(is_of_experts, own.weights.used)))
             placing = placing.changed(**moe)
             fit = self._fit(self._setup(n_ctx=longest), margin)
@@ -239,12 +245,12 @@ class Fitting:
             return {share.device: share.total for share in fit.shares(self._setup(n_ctx=n_ctx).placed(placing))}
 
         def fits(taken):
-            return not fit.lacking({name: n if margin and device_of(name).reserved else n * (1 + SPARE) for name, n in taken.items()})
+            return not fit.lacking({name: n if fills and device_of(name).reserved else n * (1 + SPARE) for name, n in taken.items()})
         n_ctx = _longest(n_bytes, fits, max(own.n_ubatch, own.config.top_k or 0), longest)
         if (n_ctx or 0) < min(LEAST, longest) and own.stream_from is None and self._setup(n_ctx=STEP).placed(placing).slot_bytes:
             self._settings = self._settings | {"stream_from": 0}
             return self.longest_context()
-        if (n_ctx or 0) < min(LEAST, longest) and margin and placing.n_gpu_layers is None:
+        if (n_ctx or 0) < min(LEAST, longest) and fills and placing.n_gpu_layers is None:
             self._device, self._settings = HOST, self._settings | {"tensor_split": None}
             return self.longest_context()
         if n_ctx is None:

@@ -207,7 +207,7 @@ def _check_split(parts: list[GGUFFile]) -> None:
 
 def _open_part(path: Path, role: str) -> GGUFFile:
     """Map and read one file; `role` is what error messages call it."""
-    reader = Reader(path, _map_file(path, role))
+    reader = Reader(path, map_file(path, role))
     start = reader.take(4, "the magic")
     magic = reader.data[start:reader.pos]
     if magic != b"GGUF":
@@ -224,12 +224,14 @@ def _open_part(path: Path, role: str) -> GGUFFile:
     return GGUFFile(metadata, tensors, [path], len(reader.data), version, [list(tensors)])
 
 
-def _map_file(path: Path, role: str) -> mmap.mmap:
+def map_file(path: Path, role: str) -> mmap.mmap:
+    """Map a file; `role` is what messages call it. Raises GGUFError."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):     # checked before open(), which never returns for a pipe
             kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise GGUFError(f"{path}: this is {kind}, expected {role}")
+            hint = ": pydsa convert makes one of a folder of Hugging Face" if (path / "config.json").is_file() else ""
+            raise GGUFError(f"{path}: this is {kind}, expected {role}{hint}")
         if status.st_size == 0:
             raise GGUFError(f"{path}: the file is empty, expected {role}")
         with open(path, "rb") as file:

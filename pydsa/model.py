@@ -18,10 +18,11 @@ from pydsa.diagnosis import refuse_hidden
 from pydsa.errors import OutOfMemoryError
 from pydsa.fitting import MARGIN, fitted
 from pydsa.memory import tensors_on
+from pydsa.numa import memory_placed, use_numa
 from pydsa.options import counts
 from pydsa.plan import Runner, check_fits
 from pydsa.recorder import record
-from pydsa.residence import copied, lock
+from pydsa.residence import copied, lock, warn_of_nodes
 from pydsa.sampling import sampling_of
 from pydsa.schedule import VARIANTS
 from pydsa.session import Session, check_ids, check_max_tokens
@@ -49,14 +50,17 @@ class Model:
         with interrupts_held():
             backends = {name: backend_of(name) for name in setup.placement.devices}
         self.backend = next(iter(backends.values()))
+        if any(device_of(name).places for name in backends):
+            use_numa(setup.numa)
         self.threads = _threads(backends, one)
         self.threads_batch = self.threads if several is None else _threads(backends, several)
         self._check_fits(backends)
         setup = self.setup
-        warn_of_gaps(setup.file)
         self.tokenizer = setup.tokenizer        # read now, so that load() raises its errors
-        self.runner = Runner(backends, setup.layouts, self.threads, self.threads_batch, setup.reproducible,
-                             setup.streaming)
+        with memory_placed():       # a page of the file that is looked at brings its neighbours; pinned memory is there at once
+            warn_of_gaps(setup.file)
+            warn_of_nodes(_mapped(setup))
+            self.runner = Runner(backends, setup.layouts, self.threads, self.threads_batch, setup.reproducible, setup.streaming)
         self._chats = collections.deque(maxlen=1)       # the session of the last chat, while no answer is read from it
         early = [on for on in self.runner.on.items() if on[1].backend.WEIGHTS_FIRST]
         late = [on for on in self.runner.on.items() if not on[1].backend.WEIGHTS_FIRST]
@@ -88,6 +92,7 @@ class Model:
             rates = measure(setup.streaming, backends, self.threads_batch)
             self.setup = setup.streamed_from(pays_from(setup.streaming.arrivals, rates, setup.n_ubatch) if rates else 0)
 
+    @memory_placed()
     def _read_weights(self, devices, progress):
         """Give their weights to backends; copies to a GPU report progress."""
         setup = self.setup
@@ -244,6 +249,12 @@ def reserve_for(runner, setup, backend):
         backend.reserve(runner.bind(name, caches, setup.n_ubatch, 1).calls_of(backend))
 
 
+def _mapped(setup):
+    """The weights that ops read where the file is mapped, a list."""
+    names = [name for name in setup.placement.devices if setup.mmap and device_of(name).maps]
+    return [tensor for name in names for tensor in tensors_on(setup, name).values()]
+
+
 def _threads(backends, n):
     """The threads that the backends take for n; None if all choose their own."""
     return next((found for found in [backend.check_threads(n) for backend in backends.values()] if found is not None), None)
@@ -251,7 +262,7 @@ def _threads(backends, n):
 
 def load(path, n_ctx=None, device="auto", threads=None, kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=DEFAULT_N_UBATCH,
          progress=None, index_type=None, override_kv=None, threads_batch=None, reproducible=False, mmap=True, mlock=False,
-         tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), n_gpu_layers=None, fit_margin=MARGIN, n_sessions=1,
+         tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), n_gpu_layers=None, fit_margin=MARGIN, n_sessions=1, numa=None,
          stream_from=None):
     """Open a GGUF file and make it ready to run -> Model.
 
@@ -281,14 +292,16 @@ def load(path, n_ctx=None, device="auto", threads=None, kv_type="i16", attention
         room.
     stream_from: tokens of a step from which on experts that lie on the CPU are copied to the GPU for it and multiplied there; 0: never;
         None: from where on that takes less time, by rates that are measured on load (docs/streaming.md).
+    numa: where there are several nodes, for all models of the process: "distribute" (threads and memory on all of them), "isolate" (on the
+        one where the program runs) or "numactl" (threads on the CPUs that numactl gave), as in llama.cpp; None: as the system likes.
 
-    Warns (UserWarning) of what is unusual in the file. Raises GGUFError if the file is damaged, UnsupportedModelError if pydsa cannot run
-    the model, OutOfMemoryError if memory is short, and PydsaError for options that are not valid.
+    Warns (UserWarning) of what is unusual in the file, and of what the system refuses. Raises GGUFError if the file is damaged,
+    UnsupportedModelError if pydsa cannot run the model, OutOfMemoryError if memory is short, and PydsaError for options that are not valid.
     """
     setup = fitted(os.fspath(path), device=device, fit_margin=fit_margin, n_sessions=n_sessions, n_ctx=n_ctx, kv_type=kv_type,
                    attention=attention, dsa_top_k=dsa_top_k, n_ubatch=n_ubatch, index_type=index_type, override_kv=override_kv,
                    reproducible=reproducible, mmap=mmap, mlock=mlock, tensor_split=tensor_split, cpu_moe=cpu_moe, n_cpu_moe=n_cpu_moe,
-                   override_tensor=override_tensor, n_gpu_layers=n_gpu_layers, stream_from=stream_from)
+                   override_tensor=override_tensor, n_gpu_layers=n_gpu_layers, numa=numa, stream_from=stream_from)
     return ready(setup, threads, threads_batch, progress)
 
 

@@ -122,7 +122,7 @@ class Placing:
     def __init__(self, devices, tensor_split=None, n_gpu_layers=None, cpu_moe=False, n_cpu_moe=0, override_tensor=()):
         self.devices, self.tensor_split = tuple(devices), _shares(devices, tensor_split)
         self.n_gpu_layers = n_gpu_layers if n_gpu_layers in (None, ALL) else _from_0("n_gpu_layers", n_gpu_layers)
-        if self.n_gpu_layers not in (None, ALL) and HOST in devices:
+        if self.n_gpu_layers not in (None, ALL, 0) and HOST in devices:
             raise PydsaError(f"n_gpu_layers is {n_gpu_layers!r}, but {HOST} is among the devices: name only GPUs, or leave out -ngl.")
         self.n_cpu_moe = _from_0("n_cpu_moe", 0 if n_cpu_moe is None else n_cpu_moe)
         if not isinstance(cpu_moe, bool):

@@ -89,7 +89,7 @@ class OnDevice:
         self.dtypes = {"float": np.dtype(backend.FLOAT), "int32": np.dtype(np.int32), "int64": np.dtype(np.int64)}
         self._buffer = empty((n_bytes,), np.uint8)
         self.weights, self._constants = {}, {}
-        self.tensors = {}       # name -> the Tensor that a weight was made of: its bytes in the mapped file, or in memory of the process
+        self.tensors = {}       # name -> the Tensor of a weight: its bytes in the mapped file, or copied from there to the process's memory
         self.slots = {name: backend.Slot(n) for name, n in slots.items()}
         self.outputs = {}       # name -> an array of one row, for all steps but those of Session.logits()
 
@@ -119,9 +119,9 @@ class OnDevice:
 
     def read(self, tensor):
         """Make a tensor in the backend's form, again if it was made before."""
-        tensor = tensor.read()
-        w = self.backend.weight(tensor)
-        self.tensors[tensor.name] = tensor
+        if tensor.make is None:         # bytes that are made on load are not kept beside the weight
+            self.tensors[tensor.name] = tensor
+        w = self.backend.weight(tensor.read())
         self.weights[tensor.name] = self.backend.reproducible(w) if self._reproducible else w
 
     def source(self, tensor):

@@ -12,6 +12,7 @@ from pydsa.chat import USER
 from pydsa.costs import StepSize, step_cost
 from pydsa.errors import PydsaError
 from pydsa.models.blocks import block_of, spans
+from pydsa.numa import describe_numa
 from pydsa.streaming import ASSUMED, ASSUMED_BUS, measure, pays_from
 from pydsa.terminal import visible
 from pydsa.tokenizer import MODEL, PRE_TOKENIZERS
@@ -46,6 +47,7 @@ def describe(setup, bandwidths=None, here=True):
         "n_tensors_unused": len(setup.file.tensors) - len(setup.weights.read),
         "n_mtp_blocks": len({block_of(name) for name in setup.file.tensors} - set(range(-1, config.n_layer))),
         "device": setup.device_name, "gpu": _gpu(setup), "plan": None if setup.plan is None else _plan(setup, bandwidths),
+        "numa": describe_numa() if any(device_of(name).places for name in setup.placement.devices) else None,
         "n_ctx": setup.n_ctx, "n_ubatch": setup.n_ubatch, "kv_type": setup.kv_type,
         "index_type": setup.index_type if setup.config.top_k else None,
         "memory": {"weights_mapped": setup.mapped_bytes, "weights_copied": setup.copied_bytes, "caches": setup.cache_bytes,
@@ -183,6 +185,7 @@ def format_report(report):
     if report["n_tensors_unused"]:
         lines.append(f"  {report['n_tensors_unused']} of the tensors are not used")
     lines += ["", f"GPU: {report['gpu']}"] if report["gpu"] else []
+    lines += ["", *numa_in_words(report["numa"])] if report["numa"] else []
     lines += _format_plan(report["plan"])
     lines += ["", f"memory on {report['device']}, {report['n_ctx']} tokens of context, ubatches of {report['n_ubatch']}",
               f"  weights mapped  {size(memory['weights_mapped']):>12}", f"  weights copied  {size(memory['weights_copied']):>12}",
@@ -200,6 +203,18 @@ def format_report(report):
     if report["streaming"]:
         lines += ["", *_streaming_in_words(report["streaming"], report["n_ubatch"])]
     return "".join(f"{visible(line)}\n" for line in lines)
+
+
+def numa_in_words(numa):
+    """What numa.describe_numa() says, as lines."""
+    if not numa["options"]:
+        return ["NUMA: there is one node for threads, so --numa changes nothing"]
+    lines = ["NUMA: nodes of this machine, and what --numa does"]
+    for node in numa["nodes"]:
+        cpus = f"{node['cores']} core{'s' * (node['cores'] > 1)} (CPUs {node['cpus']})" if node["cpus"] else "no CPUs for this process"
+        memory = "no memory" if not node["memory"] else size(node["memory"]) + ("" if node["memory_allowed"] else ", not for this process")
+        lines.append(f"  {'node ' + str(node['node']):12} {cpus}; {memory}")
+    return lines + [f"  {word:12} {sentence}" for word, sentence in numa["options"].items()]
 
 
 def compare_nodes(model, reference, ids):

@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from pydsa.backends.devices import check_devices, check_reproducible, check_residence, device_of
+from pydsa.backends.devices import check_devices, check_numa, check_reproducible, check_residence, device_of
 from pydsa.cache import VectorCache, choose_cache_type
 from pydsa.cards import shown
 from pydsa.errors import PydsaError, UnsupportedModelError
@@ -23,6 +23,7 @@ from pydsa.models import architecture
 from pydsa.models.blocks import INDEXER, block_of, indexer_advice, settle_blocks
 from pydsa.models.stored import made_bytes
 from pydsa.models.weights import Weights
+from pydsa.numa import memory_placed
 from pydsa.options import choose, counts
 from pydsa.override import check_all_read, override
 from pydsa.placement import Placing
@@ -45,12 +46,12 @@ class Setup:
 
     It has the configuration (config), the schedule of variants, a layout of each variant's graph, and the memory in bytes. No weights are
     read and nothing is compiled. `pydsa info` shows it. notes: sentences on what is unusual in the file. The parameters, and the errors
-    raised, are those of load().
+    raised, are those of load(), but for what a plan chooses (fitting.py).
     """
 
     def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,
                  n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None, reproducible=False, mmap=True, mlock=False,
-                 tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), n_gpu_layers=None, stream_from=None):
+                 tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), n_gpu_layers=None, numa=None, stream_from=None):
         self.stream_from = check_stream_from(stream_from)
         placing = Placing(check_devices(device), tensor_split, n_gpu_layers, cpu_moe, n_cpu_moe, override_tensor)
         self.kv_type = choose_cache_type("kv_type", kv_type)
@@ -67,7 +68,7 @@ class Setup:
         check_all_read(metadata, override_kv or {}, file.metadata)
         self.n_ctx = n_ctx or min(DEFAULT_N_CTX, self.config.n_ctx_train)
         self.n_ubatch = min(n_ubatch, self.n_ctx)
-        self._wanted, self.plan = (reproducible, mmap, mlock), None
+        self._wanted, self.plan = (reproducible, mmap, mlock, numa), None
         self._place(placing)
         self.schedule = Schedule(self.config, self.attention, self.n_ctx, self.n_ubatch, one_form=self.reproducible)
         self.weights = Weights(self.file)
@@ -160,9 +161,10 @@ class Setup:
     def _place(self, placing):
         """Take a Placing, and check what its devices must be able to do."""
         self.placing, self.placement = placing, placing.place(self.config.n_layer)
-        reproducible, mmap, mlock = self._wanted
+        reproducible, mmap, mlock, numa = self._wanted
         self.reproducible = check_reproducible(self.placement.devices, reproducible)
         self.mmap, self.mlock = check_residence(self.placement.devices, mmap, mlock)
+        self.numa = check_numa(self.placement.devices, numa)
         for name, device in self._devices:
             if self.n_ubatch > device.max_ubatch:
                 raise PydsaError(f"n_ubatch is {self.n_ubatch}, expected at most {device.max_ubatch} on {name} (-ub).")
@@ -242,6 +244,7 @@ class Setup:
         return max(sizes, key=sizes.get)
 
     @functools.cached_property
+    @memory_placed()
     def fingerprint(self):
         """A hash that identifies the model.
 

@@ -18,10 +18,6 @@ MANY = 512          # tokens of a step whose products have the form of many
 REACHED = 0.5       # of the peak rate of products: what products of experts reach, with few tokens an expert
 
 
-# of a machine that is not at hand. Measured beside an H200: sixteen cores of a server, with PCIe 5
-ASSUMED_BUS = 55e9
-
-
 def role(name):
     """What a weight is in its layer: its name without "blk.N."."""
     return name.split(".", 2)[2]
@@ -140,7 +136,8 @@ class Rates(NamedTuple):
     peak: float
 
 
-ASSUMED = Rates({}, 106e9, 3e12)
+# of a machine that is not at hand: bytes and bandwidth were measured beside an H200, with PCIe 5 and sixteen cores
+ASSUMED_BUS, ASSUMED = 55e9, Rates({}, 106e9, 3e12)
 
 
 def worth_measuring(weights):

@@ -93,7 +93,7 @@ _FILL_TEXTS = (
 _END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
 
-def _byte_alphabet():
+def byte_alphabet():
     """GPT-2's printable characters for the 256 bytes, in their order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (byte for byte in range(256) if byte not in printable)
@@ -101,7 +101,7 @@ def _byte_alphabet():
     return [chr(codes[byte]) for byte in range(256)]
 
 
-_ALPHABET = _byte_alphabet()
+_ALPHABET = byte_alphabet()
 _BYTE_OF = {character: byte for byte, character in enumerate(_ALPHABET)}
 
 
@@ -384,14 +384,21 @@ def _as_in_unicode_15(regex):
 def _bpe(tokens, ids, token_type, merges, regexes, ignore_merges):
     """The `tokenizers.Tokenizer` for plain text."""
     import tokenizers
-    from tokenizers import models, pre_tokenizers
+    from tokenizers import models
 
     # With ignore_merges, a piece that spells a control token would become that token; plain text never may.
     control = {tokens[token_id] for token_id in np.flatnonzero(np.isin(token_type, (UNKNOWN, CONTROL)))}
     control.difference_update(*((left, right, left + right) for left, right in merges))
     vocab = {text: token_id for text, token_id in ids.items() if text not in control}
     bpe = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))
+    bpe.pre_tokenizer = pre_tokenizer(regexes)
+    return bpe
+
+
+def pre_tokenizer(regexes):
+    """What splits plain text for regexes of PRE_TOKENIZERS, of `tokenizers`."""
+    import tokenizers
+    from tokenizers import pre_tokenizers
     splits = [pre_tokenizers.Split(tokenizers.Regex(_as_in_unicode_15(regex)), "isolated") for regex in regexes]
     to_alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_alphabet])
-    return bpe
+    return pre_tokenizers.Sequence([*splits, to_alphabet])

@@ -126,7 +126,10 @@ def card_of_a_model(model):
     setup = model.setup
     card = _of_a_file("Model", setup)
     place = setup.device_name if model.threads is None else f"{setup.device_name}, {threads(model.threads, model.threads_batch)}"
+    place += f", --numa {setup.numa}" if setup.numa else ""
     rows = [*card.rows, ("caches", f"{caches_in_words(setup)}: {size(setup.cache_bytes)} a session"), ("device", place)]
+    if len(setup.placement.devices) > 1:
+        rows += [(f"on {device}", what) for device, what in placement_in_words(setup).items()]
     return card._replace(line=[*card.line, f"on {place}"], rows=rows)
 
 

@@ -213,7 +213,7 @@ def test_files_that_are_not_text(tmp_path):
 # Threads
 
 def test_the_default_number_of_threads(monkeypatch):
-    monkeypatch.setattr(threads, "physical_cores", lambda: 6)
+    monkeypatch.setattr(threads, "physical_cores", lambda allowed: 6)
     monkeypatch.setattr(threads.numba.config, "NUMBA_NUM_THREADS", 16)
     assert threads.check_threads(None) == threads.default_threads() == 6
     monkeypatch.setattr(threads.numba.config, "NUMBA_NUM_THREADS", 2)       # as the environment's
@@ -261,7 +261,7 @@ def test_steps_of_one_token_and_of_several(small_model, asked):
 @pytest.mark.parametrize("given, used", [((5, None), (5, 5)), ((None, 5), (1, 5)), ((None, None), (1, 1))])
 def test_prompts_have_as_many_threads_as_generation(small_model, asked, monkeypatch, given, used):
     """... unless another number is given."""
-    monkeypatch.setattr(threads, "physical_cores", lambda: 1)
+    monkeypatch.setattr(threads, "physical_cores", lambda allowed: 1)
     model = pydsa.load(small_model(), n_ctx=64, kv_type="f32", threads=given[0], threads_batch=given[1])
     assert (model.threads, model.threads_batch) == used
 

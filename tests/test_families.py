@@ -6,6 +6,7 @@ hand: its figures come to the published parameters, and to the 11.4 GB of a publ
 import dataclasses
 import functools
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,17 @@ from helpers import nmse, random_ids
 
 import pydsa
 from pydsa.chat import encode_chat
+from pydsa.backends.devices import simulated_gpus
+from pydsa.fitting import fitted
 from pydsa.gguf_file import GGUFFile, Metadata, Tensor
 from pydsa.setup import Setup
 from pydsa.models.yarn import rope_from_metadata
 from pydsa.quants import TYPES
-from pydsa.report import describe, format_report
+from pydsa.report import describe, format_report, token_bytes
 from pydsa.tokenizer import CONTROL, PRE_TOKENIZERS
 from tools.make_model import ModelSpec, make_model, model_keys, tensor_shapes, tensor_type
 
-DATA, IDS = Path(__file__).parent / "data", random_ids(40)
+DATA, ROOT, IDS = Path(__file__).parent / "data", Path(__file__).parent.parent, random_ids(40)
 YARN = dict(rope_scaling="yarn", rope_factor=40.0, n_ctx_orig=4096, yarn_log_multiplier=0.1)
 V3 = dict(arch="deepseek2", n_layer=61, n_layer_dense=3, n_embd=7168, n_head=128, n_lora_q=1536, n_lora_kv=512, n_nope=128, n_rot=64,
           n_v=128, n_ff=18432, n_expert=256, n_expert_used=8, n_expert_shared=1, n_ff_exp=2048, n_expert_groups=8, n_group_used=4,
@@ -106,6 +109,24 @@ def test_info_of_full_size(family, full_size):
     assert f"{spec.n_expert_used} of {spec.n_expert} experts" in text and "Q4_K " in text and "Q6_K " in text
     assert ("MTP block(s)" in text) == bool(spec.nextn)
     assert ("dense up to 2048 tokens" if family in INDEXED else "dense (the model has no indexer)") in text
+
+
+@pytest.mark.parametrize("family", ["DeepSeek-V3.2"])
+def test_plans_in_the_docs(full_size):
+    """The table of docs/placement.md is what plans for such GPUs say."""
+    assert full_size is not None        # which stands in for the file
+    rows = re.findall(r"^\| (?:(\d) x )?(\d+) GiB \| `(.*)` \| (\S+) GiB \| (\S+), (\S+) GiB \| (\S+) \| (\S+) \|$",
+                      (ROOT / "pydsa/docs/placement.md").read_text(), re.MULTILINE)
+    assert len(rows) == 5
+    for n, size, options, weights, *figures in rows[::2]:
+        gpus = simulated_gpus([int(size) << 30] * int(n or 1))
+        setup = fitted("model.gguf", gpus=gpus)
+        assert setup.plan.options == f"--device {','.join(gpus)} {options}"
+        on_gpus = sum(share.weights for share in setup.plan.shares if share.device in gpus) / 2**30
+        read = {name: n_bytes / 2**30 for name, n_bytes in token_bytes(setup).items()}
+        bounds = [describe(setup, (rate, 1000e9))["plan"]["bound_ts"] for rate in (100e9, 300e9)]
+        found = [on_gpus, read["cpu"], sum(read.values()) - read["cpu"], *bounds]
+        assert [f"{x:.1f}" for x in found] == [weights, *figures]
 
 
 @pytest.mark.parametrize("key, value", [("model", "llama"), ("pre", "kanana2"), ("pre", None)])

@@ -166,6 +166,8 @@ def test_the_longest_context_beside_all_layers(small_model):
     small = simulated_gpus([RESERVED + MARGIN + (4 << 20)])
     assert longest_context(path, gpus=small, n_ubatch=64, stream_from=0) == (65536, True)      # some layers stay on the CPU
     assert longest_context(path, gpus=simulated_gpus([2 * GIB]), n_ubatch=64, stream_from=0) == (65536, True)
+    filled = [gpu._replace(free=gpu.free - MARGIN) for gpu in gpus.values()]
+    assert longest_context(path, gpus=dict(zip(gpus, filled)), n_ubatch=64, fit_margin=0, stream_from=0) == (n_ctx, False)
 
 
 def test_what_does_not_fit_is_told_with_what_would(plan, small_model):
@@ -231,6 +233,13 @@ def test_sizes_that_are_none(text):
         size_in_bytes("gpu_memory", text)
 
 
+def test_gpus_are_looked_for_only_where_it_matters(small_model, monkeypatch):
+    monkeypatch.setattr(fitting, "usable_gpus", lambda asked_for: 1 / 0)
+    assert fitted(small_model(**SPEC), n_ctx=64, device=HOST, n_gpu_layers=0).placement.devices == (HOST,)
+    monkeypatch.setenv("PYDSA_DEVICE", "reference")
+    assert fitted(small_model(**SPEC), n_ctx=64).placement.devices == ("reference",)
+
+
 def test_without_a_gpu_all_is_on_the_cpu(small_model, monkeypatch):
     monkeypatch.setattr(fitting, "usable_gpus", lambda asked_for: {})
     setup = fitted(small_model(**SPEC), n_ctx=64)
@@ -281,7 +290,9 @@ def test_planned_models_give_the_logits_of_one_device(small_model, load, stand_i
     for room in range(0, 9 << 20, 3 << 18):
         setup = fitted(path, gpus=stand_in(room), fit_margin=0, n_ctx=64, n_ubatch=16, kv_type="f32")
         if setup.plan.options not in seen:
-            seen[setup.plan.options] = nmse(ready(setup, threads=1).logits(ids), expected).max()
+            model = ready(setup, threads=1)
+            seen[setup.plan.options] = nmse(model.logits(ids), expected).max()
+            assert len(setup.plan.where) == 1 or all(f">{what}<" in model._repr_html_() for what in setup.plan.where.values())
     assert len(seen) >= 4 and max(seen.values()) < 1e-6
 
 

@@ -13,11 +13,8 @@ from click.testing import CliRunner
 from gguf.quants import dequantize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pydsa.quants import TYPES
-from tools import iquants
 from tools.make_model import FIRST_TOKENS, LAST_TOKENS, MIN_VOCAB, ModelSpec, main, make_model, n_bytes, tensor_shapes, train_tokenizer
 from tools.mixes import FILE_TYPES, MIXES, STOCK, tensor_type
-from tools.quantizers import QUANTIZERS, quantize
 
 TINY = dict(n_embd=256, n_head=2, n_lora_q=256, n_lora_kv=256, n_ff=256, n_expert=4, n_ff_exp=256, n_vocab=300,
             indexer_n_head=4)
@@ -283,59 +280,6 @@ def test_q4_k_m_mix():
     assert tensor_type(eight, "blk.0.attn_output.weight", (256, 256)).name == "Q5_K"
     odd = ModelSpec(type="Q8_0")
     assert tensor_type(odd, "blk.0.attn_output.weight", (256, 40)).name == "F16"
-
-
-@pytest.mark.parametrize("kind", QUANTIZERS)
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
-def test_quantizers(kind, scale):
-    if kind == "NVFP4":
-        scale = max(scale, 0.05)        # the least of its scales is 2^-9
-    x = np.float32(scale) * np.random.default_rng(0).standard_normal((33, 512), dtype=np.float32)
-    stored = quantize(x, gguf.GGMLQuantizationType[kind])
-    assert stored.dtype == np.uint8
-    y = numbers(stored, kind)
-    assert rmse(x, y) < BOUNDS[kind]
-    assert np.abs(x - y).max() < 8 * BOUNDS[kind] * scale
-
-
-@pytest.mark.parametrize("kind", iquants.QUANTIZERS)
-def test_numbers_on_the_grid_are_exact(kind):
-    """Random blocks are read, and written back with the same numbers."""
-    rng = np.random.default_rng(3)
-    blocks = np.frombuffer(rng.bytes(300 * TYPES[kind].n_bytes), TYPES[kind].dtype).copy()
-    if kind == "IQ1_M":
-        blocks["scales"] = blocks["scales"] & 0xfff | np.uint16([0, 0, 0, 0x2000])      # the upper bits are d, 2^-7
-    elif kind == "NVFP4":       # 6 is in each group; a reader cannot know the scale of others
-        blocks["scales"], blocks["qs"][:, ::8] = rng.integers(8, 100, (300, 4)), 0x27
-    else:
-        blocks["d"] = rng.uniform(0.5, 2, 300).astype(np.float16).view(np.uint16)
-    if kind == "TQ2_0":         # three of four codes
-        blocks["qs"] = (rng.integers(0, 3, (300, 64, 4)) << [0, 2, 4, 6]).sum(axis=2)
-    x = numbers(blocks.view(np.uint8).reshape(300, -1), kind)
-    assert np.array_equal(numbers(quantize(x, gguf.GGMLQuantizationType[kind]), kind), x)
-
-
-# The greatest error at the edges. In IQ1 to IQ3, and in Q1_0, there are no zeros unless the whole block is zero.
-EDGES = {"Q2_K": 0.4, "Q3_K": 0.3, "Q4_K": 0.1, "Q5_K": 0.06, "Q6_K": 0.04, "IQ4_NL": 0.2, "IQ4_XS": 0.2, "NVFP4": 0.35, "TQ1_0": 0.52,
-         "TQ2_0": 0.52, "IQ3_S": 0.9, "IQ3_XXS": 0.95, "IQ2_S": 1.7, "IQ2_XS": 1.7, "IQ2_XXS": 2.5, "IQ1_M": 0.9, "IQ1_S": 1.3, "Q1_0": 5}
-
-
-@pytest.mark.parametrize("kind", QUANTIZERS)
-def test_quantizers_at_the_edges(kind):
-    """Zeros stay zeros, and one value stays; errors are bounded.
-
-    Rows of one value, one outlier or one sign are tried.
-    """
-    rng = np.random.default_rng(1)
-    x = np.stack([np.zeros(256), np.full(256, 3.0), np.full(256, -3.0), np.where(np.arange(256) == 77, 5.0, 0.0),
-                  rng.uniform(1, 2, 256), rng.uniform(-2, -1, 256)]).astype(np.float32)
-    y = numbers(quantize(x, gguf.GGMLQuantizationType[kind]), kind)
-    assert not y[0].any()
-    assert np.abs(x[1:3] - y[1:3]).max() < 0.002
-    assert np.abs(x - y).max() < EDGES[kind]
-    block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
-    with pytest.raises(ValueError, match=f"multiple of {block}"):
-        quantize(x[:, :block // 2], gguf.GGMLQuantizationType[kind])
 
 
 def test_same_options_same_bytes(tmp_path):

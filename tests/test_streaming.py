@@ -281,3 +281,13 @@ def test_timed_steps_copy_too(small_model, load, log):
     times = session.timed(IDS[:16])
     assert sum(what == "fill" for what, _ in log) == 6 and {"moe_gate_up", "moe_down"} <= {node.op for node, _ in times}
     np.testing.assert_allclose(session.prefill(IDS[16:]), model.logits(IDS)[-1], rtol=1e-6)
+
+
+def test_copies_come_from_memory_of_the_process(small_model, load, monkeypatch):
+    """Without mmap: not from the file."""
+    model, filled, fill = load(small_model(), stream_from=FROM, mmap=False, **PLACEMENT), [], host.Slot.fill
+    monkeypatch.setattr(host.Slot, "fill", lambda self, tensor: filled.append(tensor) or fill(self, tensor))
+    model.session().prefill(IDS[:16])
+    mapped = model.setup.weights.used
+    assert len(filled) == 6 and not any(np.shares_memory(tensor.data, mapped[tensor.name].data) for tensor in filled)
+    assert all(np.shares_memory(tensor.data, model.runner.on["cpu"].weights[tensor.name].data) for tensor in filled)

@@ -55,3 +55,23 @@ assert nmse(session.logits(ids)) < 1e-6
 def test_streaming_to_one_gpu_and_to_two(small_model):
     """Logits are the CPU's, also after an interrupt; a matrix is copied once."""
     run(CODE, str(small_model(**TINY | {"type": "Q4_0", "n_layer_dense": 0})))
+
+
+def test_matrices_that_do_not_lie_side_by_side():
+    """An expert's gate and up in one tensor: no copy of all of them is made."""
+    run("""
+from pydsa.backends.cuda import streaming
+from pydsa.gguf_file import Tensor
+both = np.random.default_rng(0).integers(0, 256, (5, 8, 36), np.uint8)
+for data in (both[:, :4], both[:, 4:], both):
+    tensor, copied, copy = Tensor("w", "Q4_0", (5, data.shape[1], 64), data), [], streaming.Engine.copy
+    streaming.Engine.copy = lambda self, address, source: (copied.append(np.shares_memory(source, both)), copy(self, address, source))
+    slot = cuda.Slot(data.nbytes)
+    for experts in (None, [3, 4, 0]):
+        w = slot.fill(tensor, experts).ready()
+        there = w.data.get()[:data.nbytes].reshape(data.shape)
+        assert np.array_equal(there if experts is None else there[experts], data if experts is None else data[experts])
+        slot.release()
+    streaming.Engine.copy = copy
+    assert copied == [True] * (1 + 2 if data is both else 5 + 3), copied
+""")

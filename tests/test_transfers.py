@@ -213,7 +213,9 @@ streaming.CHUNK, streaming.PIECE = 64, 16
 slot = cuda.on(1).Slot(1 << 12)
 values = np.arange(1024, dtype=np.float32).reshape(8, -1)
 good = Tensor("good", "F32", values.shape, values.view(np.uint8))
-driver.fail["cuMemcpyHtoDAsync"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+driver.fail["cuCtxSetCurrent"] = CUresult.CUDA_ERROR_INVALID_CONTEXT
+assert "to cuCtxSetCurrent" in refused(PydsaError, slot.fill(good).ready)      # in the thread that copies
+driver.fail = {"cuMemcpyHtoDAsync": CUresult.CUDA_ERROR_ILLEGAL_ADDRESS}
 told = refused(PydsaError, slot.fill(good).ready)
 assert told == "The CUDA driver answers CUDA_ERROR_ILLEGAL_ADDRESS to cuMemcpyHtoDAsync on GPU 1."
 driver.fail.clear()
@@ -222,6 +224,8 @@ try:
     slot.fill(damaged).ready()
 except ZeroDivisionError:
     assert np.array_equal(slot.fill(good).ready().data.get()[:-16].view(np.float32), values.ravel())
+else:
+    raise SystemExit("the error was lost")
 for misused, why in ((lambda: slot.fill(good), "before release"), (lambda: cuda.on(1).Slot(100).fill(good), "4096")):
     try:
         misused()

@@ -114,7 +114,7 @@ def main(model_path, n_prompt, n_gen, threads, output):
     import pydsa
     from pydsa.bench import format_rows
     try:
-        model = pydsa.load(model_path, n_ctx=n_prompt + n_gen + 1, threads=threads)
+        model = pydsa.load(model_path, device="cpu", n_ctx=n_prompt + n_gen + 1, threads=threads)
     except PydsaError as error:
         click.echo(str(error), err=True)
         sys.exit(2)

@@ -200,7 +200,7 @@ def compare_speeds(model_path, threads, n_prompt, n_gen, n_depth, repetitions, r
 
     lists = {"--n-prompt": n_prompt, "--n-gen": n_gen, "--n-depth": n_depth}
     bench = Bench(*(comma_numbers(name, text) for name, text in lists.items()), repetitions)
-    model = pydsa.load(model_path, n_ctx=bench.n_ctx, n_ubatch=UBATCH, **threads)
+    model = pydsa.load(model_path, device="cpu", n_ctx=bench.n_ctx, n_ubatch=UBATCH, **threads)
     peer = LlamaCpp(model_path, -(-bench.n_ctx // 256) * 256, model.threads, model.threads_batch, fast=True, repack=repack)
     rows = list(compare_speed(model, peer, bench))
     click.echo(f"{markdown(rows)}\n{conditions(model, repack)}")
@@ -217,7 +217,7 @@ def compare_logits(model_path, threads, prompt, file, length, n_predict):
     if len(ids) < 2:
         fail("The text gives fewer than two tokens: nothing to compare.")
     n_ctx = -(-(len(ids) + n_predict) // 256) * 256
-    model = pydsa.load(model_path, n_ctx=n_ctx, kv_type="f32", **threads)
+    model = pydsa.load(model_path, device="cpu", n_ctx=n_ctx, kv_type="f32", **threads)
     peer = LlamaCpp(model_path, n_ctx, model.threads, model.threads_batch)
     ours, our_picked = run_pydsa(model, ids, n_predict)
     theirs, their_picked = peer.run(ids, n_predict)

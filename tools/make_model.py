@@ -6,8 +6,8 @@
     python tools/make_model.py --arch glm-dsa --n-layer 6 --indexer-types FFFSSS --no-indexer-shared-tensors glm.gguf
 
 Any size, three architectures, all common types, the mixes of types of real files (mixes.py), and a working tokenizer. From Python:
-`make_model("small.gguf", ModelSpec(arch="deepseek2", type="Q4_0"))`. The same options give the same bytes with the same Python, numpy and
-tokenizers. Models that differ only in `type` or `mix` hold the same weights, rounded.
+`make_model("small.gguf", ModelSpec(arch="deepseek2", type="Q4_0"))`. The same options give the same bytes with the same Python, numpy,
+tokenizers and kind of CPU. Models that differ only in `type` or `mix` hold the same weights, rounded.
 """
 
 import json
@@ -24,8 +24,8 @@ import numpy as np
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pydsa.quantize import TYPES  # noqa: E402
 from tools.mixes import FILE_TYPES, MIXES, file_type, tensor_type  # noqa: E402
-from tools.quantizers import quantize  # noqa: E402
 
 ARCHITECTURES = ("deepseek32", "glm-dsa", "deepseek2")
 GATING = {"absent": 0, "softmax": 1, "sigmoid": 2, "softmax_weight": 3}
@@ -199,6 +199,11 @@ def tensor_shapes(spec):
                       "nextn.hnorm.weight": (spec.n_embd,), "nextn.shared_head_norm.weight": (spec.n_embd,)}
         shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
     return shapes
+
+
+def quantize(x, kind):
+    """Float32 rows x [n, n_in] in the GGML type `kind`: uint8 [n, row bytes]."""
+    return TYPES[kind.name](x)
 
 
 def n_bytes(shape, kind):

@@ -159,7 +159,7 @@ def measure_steps(path, steps, threads, repetitions, gigabytes):
     import pydsa
 
     steps = sorted(steps)
-    model = pydsa.load(path, n_ctx=max(map(sum, steps)), n_ubatch=max(512, *(n for _, n in steps)))
+    model = pydsa.load(path, device="cpu", n_ctx=max(map(sum, steps)), n_ubatch=max(512, *(n for _, n in steps)))
     measure_ceilings = model.backend.measure_ceilings
     one, here = (measure_ceilings(n).bandwidth for n in (1, model.threads))
     bandwidths = Bandwidths(one, 1e9 * gigabytes if gigabytes else max(one, here), max(one, here))

@@ -83,7 +83,7 @@ def in_process(load, reproducible=False):
     from pydsa.engine import Engine
 
     options = {"reproducible": True} if reproducible else {}
-    model = pydsa.load(load.model, n_ctx=load.n_ctx, threads=load.threads, threads_batch=load.threads, **options)
+    model = pydsa.load(load.model, device="cpu", n_ctx=load.n_ctx, threads=load.threads, threads_batch=load.threads, **options)
     engine = Engine(model, load.n_parallel)
     try:
         yield InProcess(engine, load)

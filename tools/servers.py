@@ -50,7 +50,7 @@ def free_port():
 
 def pydsa_command(load, *more):
     """How pydsa's server is started, but for its port."""
-    return [sys.executable, "-m", "pydsa", "serve", str(load.model), "-t", str(load.threads), "-tb", str(load.threads),
+    return [sys.executable, "-m", "pydsa", "serve", str(load.model), "--device", "cpu", "-t", str(load.threads), "-tb", str(load.threads),
             "-np", str(load.n_parallel), "-c", str(load.n_ctx), *more]
 
 

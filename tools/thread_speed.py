@@ -88,7 +88,7 @@ def main(model_path, threads, n_prompt, n_gen, n_depth, repetitions, json_path):
     rows = []
     try:
         bench = Bench(n_prompt, n_gen, n_depth, repetitions)
-        model = pydsa.load(model_path, n_ctx=bench.n_ctx, n_ubatch=UBATCH)
+        model = pydsa.load(model_path, device="cpu", n_ctx=bench.n_ctx, n_ubatch=UBATCH)
         peer, missing = opened_peer(model_path, bench.n_ctx)
         for row in measure(model, peer, bench, threads):
             rows.append(row)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pydsa.errors import PydsaError
+from pydsa.numa import WORDS
+from pydsa.options import choose
 
 SCORED_TOGETHER = 32        # tokens whose rows of index scores are in memory at a time (cuda/indexer.py)
 SCORED_BY_THREADS = 128     # the same of several threads (cpu/indexer.py)
@@ -35,6 +37,7 @@ class Device(NamedTuple):
     copies_blocks: bool = False     # whether loading copies every weight, which can take long
     described: bool = False         # whether the backend can describe its device
     maps: bool = False              # whether the ops read weights where the file is mapped
+    places: bool = False            # whether its threads and their memory can be placed on nodes of the machine (numa.py)
     numbered: bool = False          # whether a machine can have several, whose numbers follow the name
     reserved: int = 0               # bytes of memory of its own that its driver takes, and kernels' code; 0: it has the host's memory
     reproducible: bool = False      # whether its ops have a form in which a token's results are the same in steps of any shape
@@ -135,7 +138,7 @@ def _packed_heads(n_tokens, n_head, width):
 
 DEVICES = {
     "cpu": Device("pydsa.backends.cpu", 4, _cpu_weights, packed_latents=_cpu_packed_latents, side_by_side=True,
-                  scored_together=SCORED_BY_THREADS, maps=True, reproducible=True),
+                  scored_together=SCORED_BY_THREADS, maps=True, places=True, reproducible=True),
     # A grid has at most 65,535 blocks in y and in z, which kernels use for tokens.
     "cuda": Device("pydsa.backends.cuda", 4, lambda tensors: (0, _n_bytes(tensors)), 32768, scratch=_cuda_scratch, copies_blocks=True,
                    described=True, numbered=True, reserved=640 << 20,       # 420 to 560 MiB are a context's on such GPUs
@@ -230,3 +233,14 @@ def check_residence(names, mmap, mlock):
     if (mlock or not mmap) and not any(device_of(name).maps for name in names):
         raise PydsaError(f"{names[0]} has its own copy of the weights: leave out {'--mlock' if mlock else '--no-mmap'}.")
     return mmap, mlock
+
+
+def check_numa(names, word):
+    """Return `word`, how threads and memory are placed on nodes, or None.
+
+    Raises PydsaError if it is unknown, or if none of the devices of these names has threads and memory that can be placed.
+    """
+    if word is not None and not any(device_of(name).places for name in names):
+        able = " or ".join(other for other, device in DEVICES.items() if device.places)
+        raise PydsaError(f"--numa is for the threads and the memory of {able}, and {names[0]} has its own: leave it out.")
+    return None if word is None else choose("numa", word, WORDS)

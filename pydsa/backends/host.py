@@ -8,6 +8,7 @@ import time
 import numpy as np
 
 from pydsa.limits import allocating
+from pydsa.numa import place_memory
 
 
 def empty(shape, dtype):
@@ -16,7 +17,7 @@ def empty(shape, dtype):
     The system provides its pages as they are written. Raises OutOfMemoryError where it refuses them at once.
     """
     with allocating("intermediate values"):
-        memory = np.empty(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize + 64, np.uint8)
+        memory = place_memory(np.empty(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize + 64, np.uint8))
     start = -memory.ctypes.data % 64
     return memory[start:memory.size - 64 + start].view(dtype).reshape(shape)
 

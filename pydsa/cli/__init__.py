@@ -5,7 +5,7 @@ Only generated text, tables and reports go to stdout.
 import click
 
 from pydsa import __version__
-from pydsa.cli import bench, faithful, imatrix, info, look, perplexity, run, serve, trace
+from pydsa.cli import bench, convert, faithful, imatrix, info, look, perplexity, quantize, run, serve, trace
 from pydsa.exits import Commands
 
 
@@ -26,9 +26,11 @@ def main():
     pydsa info model.gguf                         what the file is and needs
     pydsa faithful model.gguf -f notes.txt        whether sparse attention is right
     pydsa imatrix model.gguf -f text.txt          which inputs matter, for quantizers
+    pydsa convert FOLDER model.gguf               a model of Hugging Face as a GGUF file
+    pydsa quantize model.gguf small.gguf Q4_K_M   a smaller file
     """
 
 
 for command in (run.run, serve.serve, bench.bench, look.look, info.info, trace.trace, perplexity.perplexity, faithful.faithful,
-                imatrix.imatrix):
+                imatrix.imatrix, convert.convert, quantize.quantize):
     main.add_command(command)

@@ -2,6 +2,7 @@
 import os
 
 import click
+from click.core import ParameterSource
 
 from pydsa.check import check_files, format_check
 from pydsa.cli.shared import attention_option, ctx_option, model_options, placement_options, reproducible_option
@@ -30,8 +31,11 @@ def info(ctx, model, output, check, gpu_memory, bandwidth, **settings):
     """Show what a file holds, what it needs, and how each layer will run.
 
     No weights are read, but with --check: it names the tensors with NaN, infinities or stretches of zeros, and ends with exit code 1 if
-    there are any.
+    there are any. Of a folder of Hugging Face it shows what `pydsa convert` would give, and what each type would take.
     """
+    if os.path.isdir(os.path.expanduser(model)):
+        given = [name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        return _show_folder(os.path.expanduser(model), output, given, settings)
     if check:
         with progress_bar("reading") as progress:
             report = check_files(open_gguf(os.path.expanduser(model)), progress)
@@ -68,3 +72,24 @@ def _bandwidths(text):
     if len(found) != 2 or not all(0 < one < float("inf") for one in found):
         raise click.UsageError(f"--bandwidth is {text!r}, expected two numbers of GB/s, like 100,1000.")
     return tuple(one * 1e9 for one in found)
+
+
+def _show_folder(folder, output, given, settings):
+    """Show what converting a folder would give.
+
+    given: the names of the options on the command line.
+    """
+    idle = sorted(set(given) - {"model", "output", "n_ctx", "kv_type", "index_type"})
+    if idle:
+        raise click.UsageError(f"{folder} is a folder of Hugging Face, of which `info` takes -c, --kv-type, --index-type and -o only, not "
+                               f"--{idle[0].replace('_', '-')}.")
+    from pydsa.conversion import Conversion, format_memory, format_plan
+    conversion = Conversion(folder)
+    n_ctx = conversion.config.n_ctx_train if settings["n_ctx"] == 0 else settings["n_ctx"]
+    memory = conversion.memory(n_ctx, settings["kv_type"], settings["index_type"])
+    plan = conversion.describe(conversion.layout("model.gguf", "BF16"), "BF16")
+    del plan["parts"]
+    if output == "json":
+        click.echo(json_text(plan | {"memory": memory}))
+    else:
+        click.echo("\n".join(map(visible, [*format_plan(plan), *format_memory(memory)])))

@@ -70,7 +70,10 @@ reproducible_option = click.option(
     help="Give a token the same logits, bit for bit, whatever steps it runs in: threads, -ub, reused prefixes, other conversations.")
 threads_options = options(
     click.option("-t", "--threads", type=int, help="CPU threads for generation.  [default: physical cores]"),
-    click.option("-tb", "--threads-batch", type=int, help="CPU threads for prompts.  [default: as -t]"))
+    click.option("-tb", "--threads-batch", type=int, help="CPU threads for prompts.  [default: as -t]"),
+    click.option("--numa", type=click.Choice(["distribute", "isolate", "numactl"]),
+                 help="Where a machine has several nodes: threads and memory on all of them, or on the one where this starts; or threads "
+                      "on the CPUs that numactl gave."))
 chat_options = options(
     click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat format."),
     click.option("--special", is_flag=True, help="Encode the texts of control tokens in a --raw prompt as these tokens."),

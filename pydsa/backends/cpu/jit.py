@@ -64,14 +64,30 @@ def _amx_allowed():
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
-def _cache_folder():
-    sources = [*HERE.rglob("*.py"), Path(quants.__file__)]
+def _cache_folder(*others):
+    """The folder of kernels of the backend's sources, and of others."""
+    sources = [*HERE.rglob("*.py"), Path(quants.__file__), *others]
     versions = (f"{importlib.metadata.version('numba')} {importlib.metadata.version('llvmlite')} {sys.implementation.cache_tag} "
                 f"{platform.system()} {FIRST_LEVEL_CACHE} {SECOND_LEVEL_CACHE} ")
     return kernel_cache.cache_folder(versions + " ".join(sorted(cpu_features())), sources)
 
 
 FOLDER = _cache_folder()
+
+
+def folder_of(package):
+    """The cache folder of kernels of a package: the backend's, or its own.
+
+    Kernels outside the backend are made of its sources too, but an edit in them leaves the backend's as they are.
+    """
+    return FOLDER if package.startswith(__package__) else _folder_beside(package)
+
+
+@functools.cache
+def _folder_beside(package):
+    """The cache folder of a package outside the backend."""
+    return _cache_folder(*(source for folder in sys.modules[package].__path__ for source in Path(folder).glob("*.py")))
+
 
 # Sums may be reordered and contracted, but infinities and NaN keep their meaning: attention masks are made of -inf.
 FASTMATH = {"nsz", "contract", "afn", "reassoc"}
@@ -93,7 +109,8 @@ class KernelCache(NullCache):
         """The file for a signature."""
         code, magic = self.function.__code__, registry.cpu_target.target_context.codegen().magic_tuple()
         what = self.function.__module__, self.function.__qualname__, code.co_firstlineno, code.co_code, str(signature), magic
-        return FOLDER / f"{self.function.__name__}-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.kernel"
+        folder = folder_of(self.function.__module__.rpartition(".")[0])
+        return folder / f"{self.function.__name__}-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.kernel"
 
     def holds(self, signature):
         """Whether there is code for a signature."""

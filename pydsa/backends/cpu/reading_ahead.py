@@ -10,6 +10,7 @@ import threading
 
 from pydsa import limits
 from pydsa.backends.cpu.fetching import CAN_ASK, ENOUGH, expert_parts, pieces_of
+from pydsa.numa import memory_placed
 
 MOST = 4 << 30          # bytes to be ahead of the ops, at most; and at most a quarter of the memory that is free
 POPULATE_READ = 22      # madvise: read pages and map them, as if they were touched; from Linux 5.14 on
@@ -28,7 +29,7 @@ class ReadAhead:
 
     def __enter__(self):
         self._group, self._ended, self._most = 0, False, min(MOST, limits.available()[0] // 4)
-        self._thread = threading.Thread(target=self._read, name="pydsa-read-ahead", daemon=True)
+        self._thread = threading.Thread(target=self._read_placed, name="pydsa-read-ahead", daemon=True)
         self._thread.start()
         return self
 
@@ -44,6 +45,10 @@ class ReadAhead:
         with self._condition:
             self._group, self._ended = max(self._group, group), ended
             self._condition.notify()
+
+    def _read_placed(self):
+        with memory_placed():
+            self._read()
 
     def _read(self):
         library, ahead, waiting = ctypes.CDLL(None), 0, []

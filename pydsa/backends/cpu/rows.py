@@ -12,6 +12,7 @@ from pydsa.backends.cpu.linear import GEMV_TOKENS
 from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.tasks import by_row, by_second_row, rows_of
 from pydsa.backends.cpu.variants import kernels
+from pydsa.numa import place_memory
 
 
 class Weight(NamedTuple):
@@ -131,7 +132,8 @@ def cache_rows(n_ctx, widths, storage):
         n, dequantize, quantize = sum(widths), block.dequantize, block.quantize
     row_bytes = quants.cache_row_bytes(storage, widths)
     attend, mha, scores = kernels("attention", storage), kernels("mha", storage), kernels("indexer", storage)
-    data = np.zeros((n_ctx + SPARE_ROWS) * row_bytes + 64, np.uint8)[:n_ctx * row_bytes].reshape(n_ctx, row_bytes)
+    memory = place_memory(np.zeros((n_ctx + SPARE_ROWS) * row_bytes + 64, np.uint8))
+    data = memory[:n_ctx * row_bytes].reshape(n_ctx, row_bytes)
     functions = attend, scores.gemm, scores.gemv, mha.pack_latents, mha.attend_head
     return CacheRows(data, dequantize.address, quantize.address, n, *(f.address for f in functions),
                      mha.tile_bytes(widths[0], sum(widths[1:])))

@@ -16,9 +16,10 @@ from pydsa.backends.cpu import team
 from pydsa.backends.cpu.arrays import LINE, align
 from pydsa.backends.cpu.jit import wanted_kernel
 from pydsa.backends.cpu.scratch import forget_buffers
-from pydsa.cores import MOST_THREADS, physical_cores
+from pydsa.cores import MOST_THREADS, affinity, physical_cores
 from pydsa.errors import PydsaError
 from pydsa.limits import allocating
+from pydsa.numa import memory_placed, place_memory, place_thread, planned_cpus, settled_plan, visiting
 from pydsa.signals import interrupts_held
 
 LAST_STEP = 10      # seconds that the end of the program waits for a step
@@ -26,8 +27,11 @@ SPIN = 2e-5         # seconds that a thread looks for work before it sleeps: to 
 
 
 def default_threads():
-    """One thread for each physical core; fewer if NUMBA_NUM_THREADS says so."""
-    return min(physical_cores(), numba.config.NUMBA_NUM_THREADS)
+    """One thread for each physical core; fewer if NUMBA_NUM_THREADS says so.
+
+    With --numa isolate only the cores of one node count.
+    """
+    return min(physical_cores(allowed=planned_cpus()), numba.config.NUMBA_NUM_THREADS)
 
 
 def check_threads(n):
@@ -43,10 +47,15 @@ def check_threads(n):
 
 
 class _Team:
-    """n threads, the one that calls run() among them."""
+    """n threads, the one that calls run() among them.
+
+    With a numa.Plan each has its place; the one that calls run() has it while a step runs.
+    """
 
     def __init__(self, n):
         self.n, self.threads = n, []
+        self._plan = settled_plan()
+        self._places = self._plan and self._plan.places(n, affinity() or self._plan.cpus)
         memory = np.zeros(team.STATE_BYTES + 128, np.uint8)
         self._state = memory[-memory.ctypes.data % 128:][:team.STATE_BYTES].view(np.int64)
         self.at = self._state.ctypes.data
@@ -63,18 +72,28 @@ class _Team:
             team.stay.compile((types.int64, types.int64))
             with interrupts_held():     # no thread is started without being known
                 for i in range(len(self.threads) + 1, self.n):
-                    thread = threading.Thread(target=team.stay, args=(self.at, i), name=f"pydsa-{i}", daemon=True)
+                    thread = threading.Thread(target=self._stay, args=(i,), name=f"pydsa-{i}", daemon=True)
                     try:
                         thread.start()
                     except RuntimeError as error:
                         raise PydsaError(f"The system refuses thread {i + 1} of {self.n} ({error}): use fewer (-t), or raise the limit of "
                                          "processes (ulimit -u).") from error
                     self.threads.append(thread)
+                    if self._places:
+                        place_thread(thread.native_id, self._places[i])
+
+    def _stay(self, i):
+        with memory_placed():
+            team.stay(self.at, i)
 
     def run(self, intervals, n):
         self.start()
         self._state[team.SCRATCH // 8] = _scratch[1]
-        team.run_step(self.at, intervals, n)
+        if self._plan is None:
+            team.run_step(self.at, intervals, n)
+            return
+        with interrupts_held(), visiting(self._places and self._places[0]):     # the thread is free again, whatever happens
+            team.run_step(self.at, intervals, n)
 
     def close(self):
         """End the threads: they would wait in memory that the interpreter frees."""
@@ -112,7 +131,7 @@ def run(intervals, n, scratch_bytes):
     with _lock:
         if _scratch[0].size < scratch_bytes + LINE:
             with allocating("intermediate values"):
-                memory = np.empty(scratch_bytes + scratch_bytes // 4 + LINE, np.uint8)
+                memory = place_memory(np.empty(scratch_bytes + scratch_bytes // 4 + LINE, np.uint8))
             _scratch = memory, align(memory.ctypes.data)
         n_threads = 1 if _ended else _n
         if n_threads not in _teams:

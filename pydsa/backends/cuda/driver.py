@@ -212,8 +212,8 @@ class Gpu:
     def settle_in(self):
         """Make the context current for good in this thread, which locks nothing."""
         gpus.check_process()
-        _thread.locked.append(self)
         self._make_current()
+        _thread.locked.append(self)     # where a finalizer returns to, that locks another GPU
 
     def copy_stream(self):
         """A new CopyStream."""

@@ -25,6 +25,7 @@ from pydsa.backends.cuda.rows import PADDING, Weight
 from pydsa.backends.cuda.transfers import is_pinned
 from pydsa.cores import physical_cores
 from pydsa.errors import PydsaError
+from pydsa.gguf_file import Tensor
 
 CHUNK = 1 << 25         # bytes of a pinned buffer
 PIECE = 1 << 20         # bytes that a thread copies at a time, at least; fewer are not worth a thread
@@ -98,11 +99,11 @@ class Filling:
 
     def run(self, engine):
         """Copy the tensor: in the engine's thread."""
-        slot, data = self._slot, np.ascontiguousarray(self._tensor.read().data)
+        slot, data = self._slot, self._tensor.read().data
         address, stream = self.weight.data.span[0], engine.stream
         stream.follow(slot._free)
-        for start, stop in _ranges(data, self._experts):
-            engine.copy(address + start, data.reshape(-1)[start:stop])
+        for first, last in _ranges(data, self._experts):
+            engine.copy(address + first * (data.nbytes // len(data)), data[first:last].reshape(-1))
         stream.clear(address + data.nbytes, PADDING)
         stream.mark(slot._arrived)
 
@@ -113,16 +114,20 @@ class Filling:
 
 
 def _ranges(data, experts):
-    """The bytes (start, stop) of matrices, those side by side together."""
-    if experts is None:
-        return [(0, data.nbytes)]
-    ranges, size = [], data.nbytes // len(data)
-    for i in sorted(set(map(int, experts))):
+    """The matrices (first, last) that are copied, those side by side together.
+
+    Where something lies between them, as where an expert's gate and up are one tensor of the file, each is copied by itself.
+    """
+    whole = data.flags.c_contiguous
+    if experts is None and whole:
+        return [(0, len(data))]
+    ranges = []
+    for i in range(len(data)) if experts is None else sorted(set(map(int, experts))):
         assert 0 <= i < len(data), (i, len(data))
-        if ranges and ranges[-1][1] == i * size:
-            ranges[-1][1] += size
+        if whole and ranges and ranges[-1][1] == i:
+            ranges[-1][1] += 1
         else:
-            ranges.append([i * size, (i + 1) * size])
+            ranges.append([i, i + 1])
     return ranges
 
 
@@ -149,10 +154,13 @@ class Engine:
         self._requests.put(filling)
 
     def _work(self):
-        self._gpu.settle_in()
+        at_home = False
         while True:
             filling = self._requests.get()
             try:
+                if not at_home:
+                    self._gpu.settle_in()
+                    at_home = True
                 filling.run(self)
             except BaseException as error:      # of any kind: it belongs to the one who waits for the copy
                 filling.done(error)
@@ -181,12 +189,15 @@ class Engine:
         if len(pieces) == 1:
             np.copyto(target, source)
         else:
+            copies = []
             try:
-                copies = [self._copiers.submit(np.copyto, target[piece], source[piece]) for piece in pieces]
+                for piece in pieces:
+                    copies.append(self._copiers.submit(np.copyto, target[piece], source[piece]))
             except RuntimeError as error:
                 raise PydsaError(REFUSED.format(error)) from error
-            for copy in copies:
-                copy.result()
+            finally:
+                for copy in copies:
+                    copy.result()
 
 
 @kept_per_gpu()
@@ -200,37 +211,22 @@ def measure_bus(n_bytes=1 << 26):
     None in the simulator, which has no bus.
     """
     gpu = current()
-    slot = Slot(n_bytes)
-    if gpu.has_bus:
-        pageable, pinned = np.ones((1, n_bytes), np.uint8), slot._engine.buffer
-        seconds = _best_seconds(lambda: _send_all(gpu, slot, pinned, n_bytes)), _best_seconds(lambda: _fill_all(gpu, slot, pageable))
-        return Bus(*(n_bytes / s for s in seconds))
-    return None
+    if not gpu.has_bus:
+        return None
+    slot, tensor = Slot(n_bytes), Tensor("bytes", "I8", (1, n_bytes), np.ones((1, n_bytes), np.uint8))
+    seconds = _best_seconds(lambda: _send_all(gpu, slot, n_bytes)), _best_seconds(lambda: _fill_all(gpu, slot, tensor))
+    return Bus(*(n_bytes / s for s in seconds))
 
 
-class _Bytes(NamedTuple):
-    """A tensor of one row of bytes."""
-    data: np.ndarray
-    name: str = "bytes"
-    type: str = "I8"
-
-    @property
-    def shape(self):
-        return self.data.shape
-
-    def read(self):
-        return self
-
-
-def _send_all(gpu, slot, pinned, n_bytes):
-    event = gpu.event()
+def _send_all(gpu, slot, n_bytes):
+    event, pinned = gpu.event(), slot._engine.buffer        # whatever it holds
     for start in range(0, n_bytes, pinned.nbytes):
         gpu.send(slot._memory.span[0] + start, pinned.ctypes.data, min(pinned.nbytes, n_bytes - start), event)
     gpu.wait(event)
 
 
-def _fill_all(gpu, slot, pageable):
-    slot.fill(_Bytes(pageable)).ready()
+def _fill_all(gpu, slot, tensor):
+    slot.fill(tensor).ready()
     slot.release()
     gpu.synchronize()
 

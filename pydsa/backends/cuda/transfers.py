@@ -6,6 +6,7 @@ import numpy as np
 
 from pydsa.backends.cuda.array import DeviceArray
 from pydsa.backends.cuda.device import SIMULATED
+from pydsa.backends.transfers import convert
 
 if not SIMULATED:
     from pydsa.backends.cuda.driver import Pinned, Registered
@@ -71,7 +72,7 @@ class FromHost(_WithHost):
         """Copy behind what the GPU has been given so far."""
         if self._near is not self._array:
             self._wait()
-            np.copyto(self._near, self._array, casting="same_kind")
+            convert(self._near, self._array)
         if self._n_bytes:
             self._gpu.send(self._address, self._near_address, self._n_bytes, self._event)
             self._pending = True
@@ -101,7 +102,7 @@ class ToHost(_WithHost):
         """Wait until y has the values. The GPU may be at later work by then."""
         self._wait()
         if self._near is not self._array:
-            np.copyto(self._array, self._near, casting="same_kind")
+            convert(self._array, self._near)
 
     def settle(self):
         """Nothing: what the GPU is given after start() comes after the copy."""
