@@ -9,7 +9,7 @@ import warnings
 from typing import NamedTuple
 
 from pydsa import limits
-from pydsa.backends.devices import AUTO, HOST, backend_of, device_of, usable_gpus
+from pydsa.backends.devices import AUTO, HOST, backend_of, check_numa, device_of, usable_gpus
 from pydsa.errors import LESS, OutOfMemoryError
 from pydsa.fit import Fit, Room, Search
 from pydsa.options import counts, size_in_bytes
@@ -75,7 +75,12 @@ class Fitting:
         if _is_auto(device):
             device = gpus is None and os.environ.get(DEVICE, "").strip() or AUTO
         self.automatic = _is_auto(device)
+<<<<<<< HEAD
         self._left_out = 0      # bytes of slots for experts that did not fit
+=======
+        self._numa = check_numa((HOST,), settings.pop("numa", None)) if self.automatic else None       # for what is left on the host
+        self._gpus = usable_gpus(asked_for=not self.automatic) if gpus is None else gpus
+>>>>>>> numa
         self._device = self._all_gpus() if self.automatic else device
 
     @functools.cached_property
@@ -125,6 +130,14 @@ class Fitting:
 
     def setup(self):
         """The placed Setup, with its plan."""
+        setup = self._placed()
+        if self._numa and any(device_of(name).places for name in setup.placement.devices):
+            setup.numa = self._numa
+        elif self._numa:
+            warnings.warn(f"--numa {self._numa} is without effect: all runs on {setup.device_name}.", stacklevel=3)
+        return setup
+
+    def _placed(self):
         setup = self._setup()
         with_gpus = [name for name in setup.placement.devices if device_of(name).reserved]
         if not with_gpus and len(setup.placement.devices) == 1:

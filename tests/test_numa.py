@@ -23,8 +23,9 @@ import pydsa
 import pydsa.model
 from pydsa import PydsaError, mempolicy, numa
 from pydsa.backends.cpu import reading_ahead, threads
-from pydsa.backends.devices import check_numa
+from pydsa.backends.devices import DEVICES, check_numa, simulated_gpus
 from pydsa.cli import main
+from pydsa.fitting import MARGIN, fitted
 from pydsa.mempolicy import INTERLEAVE, Policy
 from pydsa.nodes import in_ranges
 
@@ -355,6 +356,20 @@ def test_a_model_on_several_devices():
     assert check_numa(("reference", "cpu"), "isolate") == check_numa(("cpu",), "isolate") == "isolate"
     with pytest.raises(PydsaError, match="cuda has its own"):
         check_numa(("cuda", "cuda1"), "isolate")
+
+
+@pytest.mark.parametrize("room, where, sentence", [(1 << 30, ("cuda",), "--numa isolate is without effect: all runs on cuda"),
+                                                   (700000, ("cpu", "cuda"), None), (None, ("cpu",), None)])
+def test_plans_place_what_is_left_on_the_host(small_model, room, where, sentence):
+    """... and search for it as without the option."""
+    gpus = {} if room is None else simulated_gpus([DEVICES["cuda"].reserved + MARGIN + room])
+    with warnings.catch_warnings(record=True) as met:
+        warnings.simplefilter("always")
+        setup = fitted(small_model(), gpus=gpus, n_ctx=64, n_ubatch=8, numa="isolate")
+    assert setup.placement.devices == where and setup.numa == ("isolate" if "cpu" in where else None)
+    assert [sentence in str(each.message) for each in met] == [True] * (sentence is not None)
+    with pytest.raises(PydsaError, match="numa is 'mirror', expected one of"):
+        fitted(small_model(), gpus=gpus, n_ctx=64, numa="mirror")
 
 
 @two_cpus
