@@ -3,6 +3,7 @@
 The tests have the names and columns of llama-bench. A step can also be timed op by op. Each figure is shown beside the machine's limit:
 its memory bandwidth and peak rate, measured with as many threads as the step uses.
 """
+import collections
 import csv
 import functools
 import io
@@ -20,6 +21,7 @@ from pydsa.words import count, size
 
 SEED = 1        # of the random tokens that the tests run
 NO_LIMITS = dict.fromkeys(("bytes_per_token", "bandwidth_gbs", "limit_ts", "share_of_limit"))
+NO_BUS = dict.fromkeys(("streamed_bytes", "bus_gbs"))
 NO_RATES = dict.fromkeys(("bytes", "operations", "gbs", "gops", "bandwidth_gbs", "peak_gops", "share_of_ceiling"))
 
 
@@ -47,10 +49,13 @@ class Bench:
         avg_ts and stddev_ts are tokens per second over the repetitions; one run before them is not counted. Rows of generation also have
         bytes_per_token; bandwidth_gbs, the bandwidth of the memory in 1e9 bytes per second; limit_ts, the tokens per second that use all
         of this bandwidth; and share_of_limit, avg_ts / limit_ts, which can exceed 1 if the model fits in the device's caches. These four
-        are None for prompts and on the reference. A model on several devices has two columns more, dicts by the name of the device:
-        device_bytes, the bytes per token on each, and device_bandwidth_gbs; its limit is that of devices that work one after the other, and
-        bandwidth_gbs their mean. progress(done, total, test) is called before each run. ops: a list, to which the rows of
-        ops() are added: a step of each test is then timed op by op, in the context that the test had.
+        are None for prompts and on the reference. But for prompts whose experts are copied to GPUs, streamed_bytes are the bytes of these
+        copies, bus_gbs the rate of copies from pinned memory, and limit_ts and share_of_limit those of the bus.
+
+        A model on several devices has two columns more, dicts by the name of the device: device_bytes, the bytes per token on each, and
+        device_bandwidth_gbs. Its limit is that of devices that work one after the other, and bandwidth_gbs their mean. progress(done,
+        total, test) is called before each run. ops: a list, to which the rows of ops() are added: a step of each test is then timed op by
+        op, in the context that the test had.
         """
         n_runs = len(self.tests) * (self.repetitions + 1)
         session, done, ids = model.session(), 0, random_ids(model, self.n_ctx)
@@ -68,7 +73,8 @@ class Bench:
             if ops is not None:
                 session.truncate(n_depth)
                 ops.extend(self._op_rows(model, session, ids, n_prompt, n_gen))
-            yield row | _limits(model, ceilings, n_gen, n_depth, row["avg_ts"])
+            yield row | _limits(model, ceilings, n_gen, n_depth, row["avg_ts"]) | (
+                _bus_limits(model, n_prompt, row["avg_ts"]) if n_prompt else NO_BUS)
 
     def _row(self, model, n_prompt, n_gen, n_depth, seconds):
         speeds = [(n_prompt + n_gen) / s for s in seconds]
@@ -119,7 +125,6 @@ def about(model):
     return {"model_filename": model.metadata.path, "model_name": model.config.name, "model_arch": model.config.architecture,
             "model_type": model.setup.file_type, "model_size": model.setup.n_bytes, "model_n_params": model.setup.n_params,
             "backend": model.setup.device_name, "n_threads": model.threads, "n_threads_batch": model.threads_batch,
-            "numa": model.setup.numa,
             "n_ubatch": model.n_ubatch, "type_k": model.kv_type, "type_index": model.index_type if model.top_k else None,
             "attention": model.attention, "reproducible": model.setup.reproducible, "top_k": model.top_k}
 
@@ -163,6 +168,30 @@ def _limits(model, ceilings, n_gen, n_depth, speed):
     if several:
         several = {"device_bytes": n_bytes, "device_bandwidth_gbs": {device: rate / 1e9 for device, rate in bandwidths.items()}}
     return {"bytes_per_token": whole, "bandwidth_gbs": bandwidth / 1e9, "limit_ts": limit, "share_of_limit": speed / limit} | several
+
+
+def _bus_limits(model, n_prompt, speed):
+    """The columns of a prompt of n_prompt tokens that is run at `speed`.
+
+    limit_ts: the tokens a second if the copies of experts, one after the other, took all of the time.
+    """
+    streaming, n_bytes = model.setup.streaming, collections.Counter()
+    for start in range(0, n_prompt, model.n_ubatch):
+        n_bytes.update(streaming.n_bytes(min(model.n_ubatch, n_prompt - start)))
+    rates = {name: _bus(model.runner.backends[name]) for name, n in n_bytes.items() if n}
+    if not rates or not all(rates.values()):
+        return NO_BUS
+    total_bytes = sum(n_bytes.values())
+    seconds = sum(n_bytes[name] / rate for name, rate in rates.items())
+    return {"streamed_bytes": total_bytes, "bus_gbs": total_bytes / seconds / 1e9, "limit_ts": n_prompt / seconds,
+            "share_of_limit": speed * seconds / n_prompt}
+
+
+@functools.cache
+def _bus(backend):
+    """Bytes a second from pinned memory to a device; None if not measured."""
+    rates = backend.measure_bus()
+    return rates and rates.pinned
 
 
 def bytes_per_token(model, n_past):
@@ -221,9 +250,11 @@ def time_test(session, ids, n_prompt, n_gen):
     return time.perf_counter() - start
 
 
-def _devices_of_nodes(model):
-    """{id of a node: the name of its device}, for the nodes of all variants."""
-    return {id(node): segment.device for layout in model.setup.layouts.values() for segment in layout.segments for _, node in segment.nodes}
+def _devices_of_nodes(model, n_tokens):
+    """{id of a node: the name of its device}, in steps of n_tokens tokens."""
+    streaming = model.runner.streaming
+    layouts = streaming.layouts if streaming.takes(n_tokens) else model.runner.layouts
+    return {id(node): segment.device for layout in layouts.values() for segment in layout.segments for _, node in segment.nodes}
 
 
 def _op_costs(model, session, ids):
@@ -240,7 +271,7 @@ def _op_costs(model, session, ids):
 
     step = StepSize(len(ids), session.n_past, model.setup.cache_row_bytes, experts)
     session.prefill(ids, observe=observe)
-    costs, quantized, devices = {}, set(), _devices_of_nodes(model)
+    costs, quantized, devices = {}, set(), _devices_of_nodes(model, len(ids))
     for node in nodes:
         key = node.op, devices[id(node)]
         costs.setdefault(key, []).append(node_cost(node, step))
@@ -251,7 +282,7 @@ def _op_costs(model, session, ids):
 
 def _time_ops(model, session, ids):
     """{(op, device): (calls, seconds)} of one step."""
-    times, devices = {}, _devices_of_nodes(model)
+    times, devices = {}, _devices_of_nodes(model, len(ids))
     for node, seconds in session.timed(ids):
         key = node.op, devices[id(node)]
         calls, before = times.get(key, (0, 0.0))
@@ -299,8 +330,6 @@ def _display_row(row):
     share, threads = row["share_of_limit"], {"threads": _short(row["n_threads"])}
     if row["n_threads_batch"] != row["n_threads"]:      # the same in all rows of a table
         threads["threads batch"] = _short(row["n_threads_batch"])
-    if row.get("numa"):
-        threads["numa"] = row["numa"]
     return {"model": f"{row['model_arch']} {row['model_type']}", "size": size(row["model_size"]),
             "params": count(row["model_n_params"]), "backend": row["backend"], **threads,
             "kv": row["type_k"], "index": row["type_index"] or "",

@@ -9,12 +9,13 @@ import warnings
 from typing import NamedTuple
 
 from pydsa import limits
-from pydsa.backends.devices import AUTO, HOST, backend_of, device_of, usable_gpus
+from pydsa.backends.devices import AUTO, HOST, backend_of, check_numa, device_of, usable_gpus
 from pydsa.errors import LESS, OutOfMemoryError
 from pydsa.fit import Fit, Room, Search
 from pydsa.options import counts, size_in_bytes
 from pydsa.placement import is_of_experts
 from pydsa.setup import Setup
+from pydsa.streaming import no_room_for_slots
 from pydsa.words import options_in_words, placement_in_words, size
 
 MARGIN = 1 << 30        # bytes that an automatic plan leaves free on each GPU
@@ -74,6 +75,8 @@ class Fitting:
         if _is_auto(device):
             device = gpus is None and os.environ.get(DEVICE, "").strip() or AUTO
         self.automatic = _is_auto(device)
+        self._left_out = 0      # bytes of slots for experts that did not fit
+        self._numa = check_numa((HOST,), settings.pop("numa", None)) if self.automatic else None       # for what is left on the host
         self._device = self._all_gpus() if self.automatic else device
 
     @functools.cached_property
@@ -123,6 +126,14 @@ class Fitting:
 
     def setup(self):
         """The placed Setup, with its plan."""
+        setup = self._placed()
+        if self._numa and any(device_of(name).places for name in setup.placement.devices):
+            setup.numa = self._numa
+        elif self._numa:
+            warnings.warn(f"--numa {self._numa} is without effect: all runs on {setup.device_name}.", stacklevel=3)
+        return setup
+
+    def _placed(self):
         setup = self._setup()
         with_gpus = [name for name in setup.placement.devices if device_of(name).reserved]
         if not with_gpus and len(setup.placement.devices) == 1:
@@ -134,18 +145,34 @@ class Fitting:
         else:
             setup = self._checked(fit, setup)
         shares = fit.shares(setup)
-        setup.plan = Plan(shares, options_in_words(setup.placing), placement_in_words(setup), self.automatic, tuple(self._notes(shares)))
+        setup.plan = Plan(shares, options_in_words(setup.placing), placement_in_words(setup), self.automatic,
+                          tuple(self._notes(setup, shares)))
         return setup
 
     def _searched(self, fit, setup):
         """The Setup with the placement of an automatic plan."""
         found = Search(fit, setup.placing).run()
+        if setup.stream_from is None and (found is None or found.slot_bytes and n_on_gpus(found) < len(found.placement.layers)):
+            found = self._without_slots(setup, found)
         if found is None and setup.placing.n_gpu_layers is None:
             found = setup.placed(setup.placing.changed(**ON_THE_HOST))
         if found is None or fit.missing(found):
             last = found or Search(fit, setup.placing).least()
             raise self._too_large(fit, last)
         return found
+
+    def _without_slots(self, setup, found):
+        """What is found without slots for experts, if it has more on the GPUs.
+
+        Layers that leave the GPUs for the slots' sake cost more than what the slots bring. But some experts on the GPUs bring less: all are
+        on the CPU, so that more memory never puts less there.
+        """
+        moe = {} if setup.placing.cpu_moe or setup.placing.n_cpu_moe else dict(cpu_moe=any(map(is_of_experts, setup.weights.used)))
+        other = Search(self._fit(setup.streamed_from(0), self._margin), setup.placing.changed(**moe)).run()
+        if other is None or found is not None and n_on_gpus(other) <= n_on_gpus(found):
+            return found
+        self._left_out = other.streamed_from(None).slot_bytes
+        return other
 
     def _checked(self, fit, setup):
         """The Setup on devices that were named; they must have room.
@@ -159,6 +186,9 @@ class Fitting:
             if split is not None:
                 setup = setup.placed(placing.changed(tensor_split=split))
         if any(device_of(name).reserved for name in fit.missing(setup)):
+            if setup.stream_from is None and setup.slot_bytes:
+                self._left_out = setup.slot_bytes
+                return self._checked(fit, setup.streamed_from(0))
             raise self._too_large(fit, setup)
         return setup
 
@@ -189,13 +219,18 @@ class Fitting:
                 return f"{options_in_words(found.placing)} fits"
         return f"--device {HOST} needs no GPU, or {LESS}"
 
-    def _notes(self, shares):
+    def _notes(self, setup, shares):
         """Sentences on what the plan means."""
         n_mapped = sum(share.mapped for share in shares)
         free = limits.available().n_bytes if self._given is None else None
         if free is not None and n_mapped > free:
             yield (f"{size(n_mapped)} of weights are read where the file is mapped, more than the {size(free)} of memory that are free: "
                    "what is not in memory comes from the drive.")
+        if setup.slot_bytes:
+            yield (f"Prompts copy the experts of the CPU to the GPU where that takes less time, through slots of {size(setup.slot_bytes)} "
+                   "there (--stream-from 0: never).")
+        elif self._left_out:
+            yield no_room_for_slots(self._left_out)
 
     def longest_context(self):
         """See the function longest_context()."""
@@ -221,6 +256,9 @@ class Fitting:
         def fits(taken):
             return not fit.lacking({name: n if fills and device_of(name).reserved else n * (1 + SPARE) for name, n in taken.items()})
         n_ctx = _longest(n_bytes, fits, max(own.n_ubatch, own.config.top_k or 0), longest)
+        if (n_ctx or 0) < min(LEAST, longest) and own.stream_from is None and self._setup(n_ctx=STEP).placed(placing).slot_bytes:
+            self._settings = self._settings | {"stream_from": 0}
+            return self.longest_context()
         if (n_ctx or 0) < min(LEAST, longest) and fills and placing.n_gpu_layers is None:
             self._device, self._settings = HOST, self._settings | {"tensor_split": None}
             return self.longest_context()
@@ -255,6 +293,11 @@ def _longest(n_bytes, fits, bend, longest):
     while first > 0 and not fits(n_bytes(low + first * STEP)):
         first = first * 15 // 16        # no line goes through all contexts' bytes
     return low + first * STEP
+
+
+def n_on_gpus(setup):
+    """The number of layers at home on devices with memory of their own."""
+    return sum(bool(device_of(name).reserved) for name in setup.placement.layers)
 
 
 def _is_auto(device):

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pydsa.gguf_file import Tensor
 from pydsa.graph import Value
 
 ALIGN = 64      # bytes: a cache line, and the widest vector register
@@ -20,6 +21,7 @@ class Layout(NamedTuple):
     float_size: int
     offsets: dict       # root Value -> offset
     ends: dict          # device -> bytes of its buffer
+    streamed: frozenset = frozenset()       # names of weights that are copied to the device of their node for the step
 
     @property
     def output_device(self):
@@ -30,6 +32,15 @@ class Layout(NamedTuple):
     def nodes(self):
         """(time, Node) of all segments."""
         return [pair for segment in self.segments for pair in segment.nodes]
+
+    @property
+    def arrivals(self):
+        """(device, Node, Tensor) of each weight that is copied for a step.
+
+        They are in the order of their use.
+        """
+        return [(device, node, a) for device, nodes in self.segments for _, node in nodes
+                for a in node.args if isinstance(a, Tensor) and a.name in self.streamed]
 
     @property
     def n_bytes(self):

@@ -10,15 +10,16 @@ class Memory(NamedTuple):
 
     mapped: weights that are read from the mapped file, which are not in `total`. copied: weights that the backend copies: the CPU copies
     vectors, a GPU all blocks, the reference everything, as float32; without mmap matrices are copied too. values: intermediate values of a
-    ubatch, and a row of logits. scratch: that of the kernels. scores: the indexer's score rows; top-k takes 16 bytes more for each key and
-    thread, which are not counted. packed_latents: those that prompts in MLA's plain form pack, at most. Only caches, scores and
-    packed_latents grow with the context.
+    ubatch, and a row of logits. scratch: that of the kernels. slots: for weights that are copied to the device for a step (streaming.py).
+    scores: the indexer's score rows; top-k takes 16 bytes more for each key and thread, which are not counted. packed_latents: those that
+    prompts in MLA's plain form pack, at most. Only caches, scores and packed_latents grow with the context.
     """
     mapped: int = 0
     copied: int = 0
     caches: int = 0
     values: int = 0
     scratch: int = 0
+    slots: int = 0
     scores: int = 0
     packed_latents: int = 0
 
@@ -37,12 +38,17 @@ def memory_of(setup):
 
 
 def tensors_on(setup, name):
-    """The weights that nodes on a device use: {name: Tensor}."""
-    return {a.name: a for node in _nodes_on(setup, name) for a in node.args if isinstance(a, Tensor)}
+    """The weights that are always on a device: {name: Tensor}."""
+    return {a.name: a for layout in _layouts(setup) for segment in layout.segments if segment.device == name
+            for _, node in segment.nodes for a in node.args if isinstance(a, Tensor) and a.name not in layout.streamed}
+
+
+def _layouts(setup):
+    return [*setup.layouts.values(), *setup.streaming.layouts.values()]
 
 
 def _nodes_on(setup, name):
-    return [node for layout in setup.layouts.values() for segment in layout.segments if segment.device == name for _, node in segment.nodes]
+    return [node for layout in _layouts(setup) for segment in layout.segments if segment.device == name for _, node in segment.nodes]
 
 
 def _on_device(setup, name):
@@ -54,6 +60,7 @@ def _on_device(setup, name):
     scored = min(device.scored_together, setup.n_ubatch) * device.float_size * setup.n_ctx
     return Memory(
         mapped if setup.mmap else 0, copied if setup.mmap else mapped + copied, setup.n_ctx * caches,
-        max(layout.ends.get(name, 0) for layout in setup.layouts.values()) + device.float_size * sum(outputs.values()),
-        device.scratch(nodes, setup.n_ubatch), scored if "indexer_select" in ops else 0,
+        max(layout.ends.get(name, 0) for layout in _layouts(setup)) + device.float_size * sum(outputs.values()),
+        device.scratch(nodes, setup.n_ubatch), sum(setup.streaming.slots.get(name, {}).values()),
+        scored if "indexer_select" in ops else 0,
         device.packed_latents(setup.config, setup.schedule.plain_form_until) if ops & {"mha_attention", "mha_sparse_attention"} else 0)

@@ -15,6 +15,7 @@ from pydsa.check import warn_of_gaps
 from pydsa.constraint import constraint_for
 from pydsa.cores import MOST_THREADS
 from pydsa.diagnosis import refuse_hidden
+from pydsa.errors import OutOfMemoryError
 from pydsa.fitting import MARGIN, fitted
 from pydsa.memory import tensors_on
 from pydsa.numa import memory_placed, use_numa
@@ -27,6 +28,7 @@ from pydsa.schedule import VARIANTS
 from pydsa.session import Session, check_ids, check_max_tokens
 from pydsa.setup import DEFAULT_N_UBATCH
 from pydsa.signals import interrupts_held
+from pydsa.streaming import measure, no_room_for_slots, pays_from
 from pydsa.words import card_of_a_model
 
 
@@ -52,13 +54,13 @@ class Model:
             use_numa(setup.numa)
         self.threads = _threads(backends, one)
         self.threads_batch = self.threads if several is None else _threads(backends, several)
-        check_fits({name: memory.total for name, memory in setup.memory.items()}, backends,
-                   f"The model with a context of {setup.n_ctx} tokens")
+        self._check_fits(backends)
+        setup = self.setup
         self.tokenizer = setup.tokenizer        # read now, so that load() raises its errors
         with memory_placed():       # a page of the file that is looked at brings its neighbours; pinned memory is there at once
             warn_of_gaps(setup.file)
             warn_of_nodes(_mapped(setup))
-            self.runner = Runner(backends, setup.layouts, self.threads, self.threads_batch, setup.reproducible)
+            self.runner = Runner(backends, setup.layouts, self.threads, self.threads_batch, setup.reproducible, setup.streaming)
         self._chats = collections.deque(maxlen=1)       # the session of the last chat, while no answer is read from it
         early = [on for on in self.runner.on.items() if on[1].backend.WEIGHTS_FIRST]
         late = [on for on in self.runner.on.items() if not on[1].backend.WEIGHTS_FIRST]
@@ -66,6 +68,29 @@ class Model:
         self._compile(late, progress)
         self._read_weights(late, progress)
         self._compile(early, progress)
+
+    def _check_fits(self, backends):
+        """Check that the model fits, and settle whether experts are streamed.
+
+        Where it was not said from how many tokens on, they are not if their slots do not fit, or if the CPU takes less time.
+        """
+        def check(setup):
+            check_fits({name: memory.total for name, memory in setup.memory.items()}, backends,
+                       f"The model with a context of {setup.n_ctx} tokens")
+
+        setup = self.setup
+        if setup.streaming.stream_from is not None:
+            check(setup)
+            return
+        try:
+            check(setup)
+        except OutOfMemoryError:
+            self.setup = setup.streamed_from(0)
+            check(self.setup)
+            warnings.warn(f"{self.metadata.path}: {no_room_for_slots(setup.slot_bytes)}", stacklevel=5)
+        else:
+            rates = measure(setup.streaming, backends, self.threads_batch)
+            self.setup = setup.streamed_from(pays_from(setup.streaming.arrivals, rates, setup.n_ubatch) if rates else 0)
 
     @memory_placed()
     def _read_weights(self, devices, progress):
@@ -200,13 +225,16 @@ def compile_for(runner, setup, backend, progress=None):
     """Compile every kernel of a backend that the steps of a setup can need.
 
     Steps of one row and of two are bound, as views of one row are contiguous where views of several are not. Steps of one token never take
-    the plain form of attention. progress(done, total, name) is called before each kernel.
+    the plain form of attention, and those whose weights are copied for them have many. progress(done, total, name) is called before each
+    kernel.
     """
     def bind():
         caches, calls = setup.make_caches(runner, 1), []
         for name in setup.schedule.variants:
             for n in {2} if VARIANTS[name].plain else {1, min(2, setup.n_ubatch)}:
-                calls += runner.bind(name, caches, n, n).calls_of(backend)
+                calls += runner.bind(name, caches, n, n, streams=False).calls_of(backend)
+            if name in setup.streaming.layouts:
+                calls += runner.bind(name, caches, min(2, setup.n_ubatch), 1, streams=True).calls_of(backend)
         return calls
     backend.compile_calls(bind, progress)
 
@@ -234,7 +262,8 @@ def _threads(backends, n):
 
 def load(path, n_ctx=None, device="auto", threads=None, kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=DEFAULT_N_UBATCH,
          progress=None, index_type=None, override_kv=None, threads_batch=None, reproducible=False, mmap=True, mlock=False,
-         tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), n_gpu_layers=None, fit_margin=MARGIN, n_sessions=1, numa=None):
+         tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), n_gpu_layers=None, fit_margin=MARGIN, n_sessions=1, numa=None,
+         stream_from=None):
     """Open a GGUF file and make it ready to run -> Model.
 
     path: the file, or its first part if it is split.
@@ -261,6 +290,8 @@ def load(path, n_ctx=None, device="auto", threads=None, kv_type="i16", attention
         all layers stay on the CPU, or those of the first n_cpu_moe layers; texts "REGEX=DEVICE" for weights whose names match.
     fit_margin: bytes that "auto" leaves free on each GPU, or a text such as "512MiB". n_sessions: conversations for whose caches it keeps
         room.
+    stream_from: tokens of a step from which on experts that lie on the CPU are copied to the GPU for it and multiplied there; 0: never;
+        None: from where on that takes less time, by rates that are measured on load (docs/streaming.md).
     numa: where there are several nodes, for all models of the process: "distribute" (threads and memory on all of them), "isolate" (on the
         one where the program runs) or "numactl" (threads on the CPUs that numactl gave), as in llama.cpp; None: as the system likes.
 
@@ -270,7 +301,7 @@ def load(path, n_ctx=None, device="auto", threads=None, kv_type="i16", attention
     setup = fitted(os.fspath(path), device=device, fit_margin=fit_margin, n_sessions=n_sessions, n_ctx=n_ctx, kv_type=kv_type,
                    attention=attention, dsa_top_k=dsa_top_k, n_ubatch=n_ubatch, index_type=index_type, override_kv=override_kv,
                    reproducible=reproducible, mmap=mmap, mlock=mlock, tensor_split=tensor_split, cpu_moe=cpu_moe, n_cpu_moe=n_cpu_moe,
-                   override_tensor=override_tensor, n_gpu_layers=n_gpu_layers, numa=numa)
+                   override_tensor=override_tensor, n_gpu_layers=n_gpu_layers, numa=numa, stream_from=stream_from)
     return ready(setup, threads, threads_batch, progress)
 
 

@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-from pydsa.backends.devices import HOST, check_devices
+from pydsa.backends.devices import HOST, check_devices, device_of
 from pydsa.errors import PydsaError
 from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef
@@ -41,14 +41,15 @@ class Placement:
         """The device of a cache (CacheRef): that of its layer."""
         return self.layers[ref.layer]
 
-    def of_nodes(self, nodes):
+    def of_nodes(self, nodes, streaming=False):
         """The device of each of a graph's nodes, a list of names.
 
-        A node with a cache runs beside it. One with a weight goes where a rule sends the weight, else to the layer's home.
+        A node with a cache runs beside it. One with a weight goes where a rule sends the weight, else to the layer's home. streaming: those
+        whose weights are streamed() run at home too.
         """
         found, written = [], {}     # root Value -> the device that wrote it last
         for node in nodes:
-            device = self._of_node(node, written)
+            device = self._home(node) if streaming and self.streamed(node) else self._of_node(node, written)
             written.update((node.args[i].root, device) for i in node.writes if not isinstance(node.args[i], CacheRef))
             found.append(device)
         return found
@@ -56,11 +57,26 @@ class Placement:
     def _of_node(self, node, written):
         if node.of_one_context:
             return next(self.of_cache(a) for a in node.args if isinstance(a, CacheRef))
-        home = self.layers[home_layer(node)]
+        home = self._home(node)
         if node.op in FOLLOWING:
             return written.get(node.args[node.n_out].root, home)
         tensor = next((a for a in node.args if isinstance(a, Tensor)), None)
         return home if tensor is None else self._by_rule(tensor.name) or home
+
+    def _home(self, node):
+        """The device of a node's layer."""
+        return self.layers[home_layer(node)]
+
+    def streamed(self, node):
+        """The weights of a node that its layer's device can take for a step.
+
+        They are experts' matrices that a rule keeps in the mapped file, while the layer's device can take them (devices.Device.streams). An
+        empty tuple: none.
+        """
+        tensors = tuple(a for a in node.args if isinstance(a, Tensor) and len(a.shape) == 3)
+        if not tensors or not is_of_experts(tensors[0].name) or self._by_rule(tensors[0].name) != HOST:
+            return ()
+        return tensors if device_of(self._home(node)).streams else ()
 
     def _by_rule(self, name):
         return next((device for pattern, device in self.rules if pattern.search(name)), None)

@@ -10,12 +10,14 @@ import threading
 import numpy as np
 
 from pydsa import limits
+from pydsa.backends.devices import HOST
 from pydsa.backends.transfers import transfer
 from pydsa.errors import LESS, DamagedWeightsError, OutOfMemoryError, PydsaError
 from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef, Value
 from pydsa.hooks import Stops
 from pydsa.segments import Chain, Part, Segment, crossings, in_turn, settled_before
+from pydsa.streaming import NEVER, deliveries, role
 
 # One step at a time: kernels share the machine's threads, and the sessions of a model share its buffer.
 _lock, _running_thread = threading.Lock(), None
@@ -79,14 +81,16 @@ class OnDevice:
     """What a Runner has on one device.
 
     That is the buffer of intermediate values, and weights and constants in the backend's form. empty(shape, dtype) makes arrays of values:
-    the host's lie in pinned memory where GPUs copy from and to it.
+    the host's lie in pinned memory where GPUs copy from and to it. slots: {role: bytes} of the weights that are copied there for a step.
     """
 
-    def __init__(self, backend, n_bytes, reproducible, empty):
+    def __init__(self, backend, n_bytes, reproducible, empty, slots):
         self.backend, self._reproducible, self._empty = backend, reproducible, empty
         self.dtypes = {"float": np.dtype(backend.FLOAT), "int32": np.dtype(np.int32), "int64": np.dtype(np.int64)}
         self._buffer = empty((n_bytes,), np.uint8)
         self.weights, self._constants = {}, {}
+        self.tensors = {}       # name -> the Tensor of a weight: its bytes in the mapped file, or copied from there to the process's memory
+        self.slots = {name: backend.Slot(n) for name, n in slots.items()}
         self.outputs = {}       # name -> an array of one row, for all steps but those of Session.logits()
 
     def array(self, value, offset, n_rows):
@@ -115,8 +119,15 @@ class OnDevice:
 
     def read(self, tensor):
         """Make a tensor in the backend's form, again if it was made before."""
+        if tensor.make is None:         # bytes that are made on load are not kept beside the weight
+            self.tensors[tensor.name] = tensor
         w = self.backend.weight(tensor.read())
         self.weights[tensor.name] = self.backend.reproducible(w) if self._reproducible else w
+
+    def source(self, tensor):
+        """A tensor with the bytes that its weight here is made of."""
+        self.weight(tensor)
+        return self.tensors[tensor.name]
 
     def constant(self, values):
         """A numpy array of the graph as an array of the backend, made once."""
@@ -128,18 +139,20 @@ class OnDevice:
 class Runner:
     """Runs the graphs of one model on the backends of its devices.
 
-    backends: {name of a device: backend}. reproducible: a token's products with the weights are the same in steps of any shape.
+    backends: {name of a device: backend}. reproducible: a token's products with the weights are the same in steps of any shape. streaming:
+    the streaming.Streaming of steps of many tokens.
     """
 
-    def __init__(self, backends, layouts, threads, threads_batch, reproducible=False):
+    def __init__(self, backends, layouts, threads, threads_batch, reproducible=False, streaming=NEVER):
         self.threads, self.threads_batch = threads, threads_batch
-        self.layouts = layouts      # variant -> Layout
+        self.layouts, self.streaming = layouts, streaming       # variant -> Layout
+        every = [*layouts.values(), *streaming.layouts.values()]
         pinned = next((backend.host_empty for backend in backends.values() if hasattr(backend, "host_empty")), None)
         self.on = {}            # name of a device -> OnDevice
         for name, backend in backends.items():
             empty = pinned if pinned and backend.free_bytes() is None else backend.empty
-            n_bytes = max(layout.ends.get(name, 0) for layout in layouts.values())
-            self.on[name] = OnDevice(backend, n_bytes, reproducible, empty)
+            n_bytes = max(layout.ends.get(name, 0) for layout in every)
+            self.on[name] = OnDevice(backend, n_bytes, reproducible, empty, streaming.slots.get(name, {}))
         self.steps = 0          # the number of steps started
 
     @property
@@ -164,25 +177,26 @@ class Runner:
         """The number of threads of a step of n_tokens tokens."""
         return self.threads if n_tokens == 1 else self.threads_batch
 
-    def bind(self, variant, caches, n_tokens, n_outputs, again=False, late=()):
+    def bind(self, variant, caches, n_tokens, n_outputs, again=False, late=(), streams=None):
         """The Bound of a step of n_tokens tokens, n_outputs of them with logits.
 
         Its calls are [(node, function, args)], where every argument is an array of the backend or a number. again: the step repeats. late:
-        hooks (hooks.Hook) that read values at the end of the step.
+        hooks (hooks.Hook) that read values at the end of the step. streams: whether weights are copied for the step; None: as it pays.
         """
-        return self.bind_together(variant, [(caches, n_tokens)], n_outputs, again, late)
+        return self.bind_together(variant, [(caches, n_tokens)], n_outputs, again, late, streams)
 
-    def bind_together(self, variant, parts, n_outputs, again=False, late=()):
+    def bind_together(self, variant, parts, n_outputs, again=False, late=(), streams=None):
         """The Bound of a step of tokens of several sessions.
 
         parts: pairs of a session's caches and its number of tokens, in the order of the tokens. A session may have several parts. The last
         n_outputs tokens have logits. Weights are read once for all tokens; an op that needs the rows of one context is called for each
         part.
         """
-        layout, n_tokens, contexts = self.layouts[variant], 0, []
+        n_tokens, contexts = 0, []
         for caches, n in parts:
             contexts.append((caches, slice(n_tokens, n_tokens + n)))
             n_tokens += n
+        layout = self._layout(variant, n_tokens, streams)
         assert n_outputs <= n_tokens <= layout.max_tokens
         graph, calls, times, ends = layout.graph, [], [], []
         segments = [Segment(device, [(time, node) for time, node in nodes if n_outputs or not node.for_outputs])
@@ -199,10 +213,25 @@ class Runner:
                     times.append(time)
             ends.append(len(calls))
         parts = _parts(segments, ends, arrays, (graph.ids, graph.positions), n_outputs)
+        self._add_weights(parts, segments, layout)
         inputs = [(on.backend, *(on.roots.get(value) for value in (graph.ids, graph.positions))) for on in arrays.values()]
         output = arrays[layout.output_device] if n_outputs else None
         return Bound(self, inputs, calls, times, parts, output and output.argument(graph.output), output and output.backend, again,
                      tuple(late))
+
+    def _layout(self, variant, n_tokens, streams=None):
+        if streams is None:
+            streams = self.streaming.takes(n_tokens)
+        return self.streaming.layouts[variant] if streams else self.layouts[variant]
+
+    def _add_weights(self, parts, segments, layout):
+        """Give parts the deliveries of the weights that are copied for them."""
+        needs = []      # (part, slot, tensor as it is in the host's memory), in the order of use
+        for part, segment in zip(parts, segments):
+            streamed = {a.name: a for _, node in segment.nodes for a in node.args if isinstance(a, Tensor) and a.name in layout.streamed}
+            needs += [(part, self.on[segment.device].slots[role(name)], self.on[HOST].source(tensor)) for name, tensor in streamed.items()]
+        for (part, *_), delivery in zip(needs, deliveries([need[1:] for need in needs])):
+            part.weights.append(delivery)
 
 
 class _Arrays:
@@ -210,6 +239,7 @@ class _Arrays:
 
     def __init__(self, on, layout, n_tokens, n_outputs, kept):
         self.backend, self.roots = on.backend, {}       # root Value -> array
+        self._streamed = layout.streamed
         self._on, self._offsets, self._n_tokens, self._n_outputs, self._kept = on, layout.offsets, n_tokens, n_outputs, kept
 
     def _root(self, value):
@@ -226,7 +256,7 @@ class _Arrays:
             array = a.array(self.roots, self._n_outputs)
             return array if rows == slice(None) else array[rows]
         if isinstance(a, Tensor):
-            return self._on.weight(a)
+            return self._on.slots[role(a.name)].weight(a) if a.name in self._streamed else self._on.weight(a)
         if isinstance(a, np.ndarray):
             return self._on.constant(a)
         return caches[a].rows if isinstance(a, CacheRef) else a
@@ -234,7 +264,8 @@ class _Arrays:
 
 def _parts(segments, ends, arrays, inputs, n_outputs):
     """The segments.Part of each segment. ends: of their calls."""
-    parts = [Part(arrays[segment.device].backend, first, last, [], [], []) for segment, first, last in zip(segments, [0, *ends], ends)]
+    parts = [Part(arrays[segment.device].backend, first, last, [], [], [], [])
+             for segment, first, last in zip(segments, [0, *ends], ends)]
     crossing_values = crossings(segments, inputs) if len(segments) > 1 else []
     settled = settled_before(segments, crossing_values)
     for (value, source, target, only_outputs), before in zip(crossing_values, settled):
@@ -318,7 +349,7 @@ class Bound:
     def timed(self, ids, n_past):
         """Run one step, without its logits -> [(node, seconds)].
 
-        The transfers between devices are not in the times.
+        The transfers between devices, and copies of weights, are not in the times.
         """
         seconds, calls = [], [[call[1:] for call in self.calls[part.first:part.last]] for part in self.parts]
         with one_step():

@@ -7,11 +7,13 @@ import dataclasses
 
 import numpy as np
 
-from pydsa.backends.devices import device_of
+from pydsa.backends.devices import HOST, backend_of, device_of
 from pydsa.chat import USER
 from pydsa.costs import StepSize, step_cost
+from pydsa.errors import PydsaError
 from pydsa.models.blocks import block_of, spans
 from pydsa.numa import describe_numa
+from pydsa.streaming import ASSUMED, ASSUMED_BUS, measure, pays_from
 from pydsa.terminal import visible
 from pydsa.tokenizer import MODEL, PRE_TOKENIZERS
 from pydsa.words import attention_in_words, count, layers_in_words, plan_in_words, size
@@ -20,10 +22,11 @@ USUAL = 100e9, 1000e9       # bytes per second: two channels or more of a CPU's 
 HIDDEN = {"rope", "n_ff", "n_ff_exp", "indexer_full"}       # fields of a Config that are reported elsewhere or not at all
 
 
-def describe(setup, bandwidths=None):
+def describe(setup, bandwidths=None, here=True):
     """A Setup as a dict of JSON types; sizes are bytes.
 
-    bandwidths: bytes per second that the CPU and a GPU read of their memory, for the plan of a fitted Setup; None: usual ones.
+    bandwidths: bytes per second that the CPU and a GPU read of their memory, for the plan of a fitted Setup; None: usual ones. here:
+    whether its GPUs are this machine's, whose rates are measured where experts are streamed.
     """
     config, metadata = setup.config, setup.file.metadata
     model, pre = (metadata.string(f"tokenizer.ggml.{key}", default=None) for key in ("model", "pre"))
@@ -48,9 +51,57 @@ def describe(setup, bandwidths=None):
         "n_ctx": setup.n_ctx, "n_ubatch": setup.n_ubatch, "kv_type": setup.kv_type,
         "index_type": setup.index_type if setup.config.top_k else None,
         "memory": {"weights_mapped": setup.mapped_bytes, "weights_copied": setup.copied_bytes, "caches": setup.cache_bytes,
-                   "scratch": setup.scratch_bytes, "scores": setup.score_bytes, "packed_latents": setup.packed_latent_bytes},
+                   "scratch": setup.scratch_bytes, "scores": setup.score_bytes, "packed_latents": setup.packed_latent_bytes,
+                   "slots": setup.slot_bytes},
+        "streaming": describe_streaming(setup, here),
         "attention": attention_in_words(setup), "reproducible": setup.reproducible, "plain_form_until": setup.schedule.plain_form_until,
         "layers": layers_in_words(setup)}
+
+
+def describe_streaming(setup, here=True):
+    """How experts are copied to GPUs for prompts, as a dict; None if never.
+
+    stream_from: the tokens of a step from which on they are; 0: never. The rates that decide about it, in 1e9 bytes and operations a
+    second, are those of this machine, where its GPUs can be used, or assumed ones; None where the number was given. here: whether the GPUs
+    are this machine's.
+    """
+    streaming = setup.streaming
+    if not streaming.slots:
+        return None
+    n_bytes = collections.Counter()
+    for device, _, tensor in streaming.arrivals:
+        n_bytes[device] += tensor.data.nbytes
+    report = {"stream_from": streaming.stream_from, "rates": None, "bytes": dict(n_bytes), "bus_gbs": None, "bandwidth_gbs": None,
+              "peak_gops": None}
+    if streaming.stream_from is not None:
+        return report
+    rates = _measured_rates(streaming) if here else None
+    source, rates = ("measured", rates) if rates else ("assumed", ASSUMED._replace(bus=dict.fromkeys(streaming.slots, ASSUMED_BUS)))
+    return report | {"stream_from": pays_from(streaming.arrivals, rates, setup.n_ubatch), "rates": source,
+                     "bus_gbs": {name: rate / 1e9 for name, rate in rates.bus.items()}, "bandwidth_gbs": rates.bandwidth / 1e9,
+                     "peak_gops": rates.peak / 1e9}
+
+
+def _measured_rates(streaming):
+    """The streaming.Rates of this machine; None where its GPUs cannot be used."""
+    try:
+        backends = {name: backend_of(name) for name in (HOST, *streaming.slots)}
+        return measure(streaming, backends, backends[HOST].check_threads(None))
+    except PydsaError:
+        return None
+
+
+def _streaming_in_words(report, n_ubatch):
+    """Two lines on describe_streaming()'s report."""
+    where = " and ".join(f"{size(n)} to {name}" for name, n in report["bytes"].items())
+    n = report["stream_from"]
+    yield f"experts on {HOST}: " + (
+        f"copied for ubatches of {n} tokens or more, {where}, and multiplied there" if n else
+        f"never copied to the GPU, as {HOST} takes less time for ubatches of {n_ubatch}")
+    if report["rates"]:
+        bus = " and ".join(f"{rate:.0f} GB/s to {name}" for name, rate in report["bus_gbs"].items())
+        yield (f"  {report['rates']}: {bus}; {HOST} reads {report['bandwidth_gbs']:.0f} GB/s and does {report['peak_gops']:.0f} GOP/s of "
+               "products")
 
 
 def _gpu(setup):
@@ -141,13 +192,16 @@ def format_report(report):
               f"  caches          {size(memory['caches']):>12}  ({caches})", f"  scratch         {size(memory['scratch']):>12}",
               f"  rows of scores  {size(memory['scores']):>12}  (at the end of the context)",
               f"  packed latents  {size(memory['packed_latents']):>12}  (for prompts with keys and values for each head)",
-              "", f"attention: {report['attention']}"]
+              *([f"  slots           {size(memory['slots']):>12}  (for experts that are copied to the GPU for a step)"] if memory["slots"]
+                else []), "", f"attention: {report['attention']}"]
     if report["reproducible"]:
         lines.append("  reproducible: a token's logits do not depend on the steps that it runs in")
     if report["plain_form_until"]:
         lines.append(f"  prompts in ubatches of {report['n_ubatch']} have keys and values for each head up to {report['plain_form_until']} "
                      "tokens")
     lines += [f"  layers {which}: {kind}" for kind, which in report["layers"].items()]
+    if report["streaming"]:
+        lines += ["", *_streaming_in_words(report["streaming"], report["n_ubatch"])]
     return "".join(f"{visible(line)}\n" for line in lines)
 
 

@@ -15,26 +15,29 @@ class Segment(NamedTuple):
     nodes: list         # (time, Node) in the order they run; those of equal times may run at the same time
 
 
-def cut(nodes, devices, side_by_side=(), before=None):
+def cut(nodes, devices, side_by_side=(), before=None, streamed=()):
     """The Segments of a graph, in the order that they are launched.
 
     before: waits(nodes), where it is known. devices: the name of each node's device. side_by_side: the names of the devices that run nodes
     of equal times at the same time; others run one after the other, in the order of the graph. Times ascend from segment to segment.
+    streamed: for each node whether its weights are copied to the device for the step; such nodes have segments of their own, which wait for
+    the weights.
 
-    A node's wave is the number of changes of the device on the way to it: a segment has the nodes of a device and a wave. First come those
+    A node's wave is the number of changes of the place on the way to it: a segment has the nodes of a place and a wave. First come those
     that others wait for: the rest, such as the shared expert, runs while another device works on what was handed over.
     """
     before, order = before or waits(nodes), {name: i for i, name in enumerate(dict.fromkeys(devices))}
+    places = list(zip(devices, [alone and i + 1 for i, alone in enumerate(streamed or [False] * len(nodes))]))
     wave, urgent = [0] * len(nodes), [False] * len(nodes)
     for i, others in enumerate(before):
-        wave[i] = max((wave[j] + (devices[j] != devices[i]) for j in others), default=0)
+        wave[i] = max((wave[j] + (places[j] != places[i]) for j in others), default=0)
     for i in reversed(range(len(nodes))):
         for j in before[i]:
-            urgent[j] |= devices[j] != devices[i] or wave[j] == wave[i] and urgent[i]
+            urgent[j] |= places[j] != places[i] or wave[j] == wave[i] and urgent[i]
     groups = {}
     for i in range(len(nodes)):
         # the devices that work while others are waited for come first, and those that hold up the caller last
-        key = wave[i], devices[i] in side_by_side, order[devices[i]], not urgent[i]
+        key = wave[i], devices[i] in side_by_side, order[devices[i]], places[i][1], not urgent[i]
         groups.setdefault(key, []).append(i)
     level, time, segments = levels_of(before), -1, []
     for key in sorted(groups):
@@ -107,7 +110,8 @@ class Part(NamedTuple):
     """A segment of a bound step: calls first to last, and its transfers.
 
     Those that depart start behind the segment; those that arrive are finished before it (backends/transfers.py). What was read by those of
-    `settled`, which went to earlier segments, may be overwritten from the segment on.
+    `settled`, which went to earlier segments, may be overwritten from the segment on. weights: the streaming.Delivery of each weight that
+    is copied to the device for the segment.
     """
     backend: object
     first: int
@@ -115,20 +119,31 @@ class Part(NamedTuple):
     arrivals: list
     departures: list
     settled: list
+    weights: list
 
 
 def in_turn(parts, run):
     """Call run(i), which runs the i-th Part, for each, when it may start."""
+    weights = [delivery for part in parts for delivery in part.weights]
     try:
+        for delivery in weights:
+            if delivery.first:
+                delivery.start()
         for i, part in enumerate(parts):
             for transfer in part.settled:
                 transfer.settle()
             for transfer in part.arrivals:
                 transfer.finish()
+            for delivery in part.weights:
+                delivery.finish()
             run(i)
+            for delivery in part.weights:
+                delivery.settle()
             for transfer in part.departures:
                 transfer.start()
     except BaseException:       # a copy that is still under way would write to memory that the next step uses
+        for delivery in weights:
+            delivery.abandon()
         for transfer in _all_of(parts):
             transfer.finish()
         raise

@@ -30,6 +30,7 @@ from pydsa.placement import Placing
 from pydsa.quants import cache_row_bytes
 from pydsa.schedule import VARIANTS, Schedule
 from pydsa.segments import cut
+from pydsa.streaming import NEVER, Streaming, check_stream_from, slots_of, worth_measuring
 from pydsa.tokenizer import Tokenizer
 from pydsa.words import card_of_a_setup
 
@@ -50,8 +51,8 @@ class Setup:
 
     def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,
                  n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None, reproducible=False, mmap=True, mlock=False,
-                 tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), n_gpu_layers=None,
-                 numa=None):
+                 tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), n_gpu_layers=None, numa=None, stream_from=None):
+        self.stream_from = check_stream_from(stream_from)
         placing = Placing(check_devices(device), tensor_split, n_gpu_layers, cpu_moe, n_cpu_moe, override_tensor)
         self.kv_type = choose_cache_type("kv_type", kv_type)
         self.index_type = choose_cache_type("index_type", index_type or ("f32" if kv_type == "f32" else "i8"))
@@ -108,10 +109,37 @@ class Setup:
         """The Layout of each variant, {name: layout.Layout}."""
         return {name: self._lay_out(graph, self._waits[name]) for name, graph in self.graphs.items()}
 
-    def _lay_out(self, graph, before):
-        side_by_side = [name for name, device in self._devices if device.side_by_side]
-        segments = cut(graph.nodes, self.placement.of_nodes(graph.nodes), side_by_side, before)
-        return lay_out(graph, segments, self.n_ubatch, max(device.float_size for _, device in self._devices))
+    @functools.cached_property
+    def streaming(self):
+        """How experts that a rule keeps on the CPU run in steps of many tokens.
+
+        A streaming.Streaming: what was asked for, or NEVER. Where it was not said from how many tokens on, it is never if a device has no
+        bus to be measured, or if there are few experts.
+        """
+        n, weights = self.stream_from, {w.name: w for node in self._nodes for w in self.placement.streamed(node)}
+        if not weights or n == 0 or (n or 0) > self.n_ubatch or n is None and not worth_measuring(weights.values()):
+            return NEVER
+        layouts = {name: self._lay_out(graph, self._waits[name], streaming=True) for name, graph in self.graphs.items()}
+        slots = slots_of(layouts.values())
+        return NEVER if n is None and not all(device_of(name).bus for name in slots) else Streaming(layouts, slots, n)
+
+    def _lay_out(self, graph, before, streaming=False):
+        nodes, side_by_side = graph.nodes, [name for name, device in self._devices if device.side_by_side]
+        weights = [self.placement.streamed(node) if streaming else () for node in nodes]
+        segments = cut(nodes, self.placement.of_nodes(nodes, streaming), side_by_side, before, list(map(bool, weights)))
+        layout = lay_out(graph, segments, self.n_ubatch, max(device.float_size for _, device in self._devices))
+        return layout._replace(streamed=frozenset(w.name for some in weights for w in some))
+
+    def streamed_from(self, n_tokens):
+        """This Setup with experts streamed for steps of n_tokens tokens or more.
+
+        0, or more than a ubatch has: never, and `memory` has no slots for them. None: as it pays.
+        """
+        other = self._copy("streaming", "memory", "_whole")
+        other.stream_from = n_tokens
+        if self.streaming.layouts and 0 < (n_tokens or 0) <= self.n_ubatch:        # they are as before
+            other.streaming = self.streaming._replace(stream_from=n_tokens)
+        return other
 
     def placed(self, placing):
         """This Setup with another placement, that of a placement.Placing.
@@ -119,10 +147,15 @@ class Setup:
         The graphs are not recorded again.
         """
         self._waits         # once for all
-        other = copy.copy(self)
-        for name in ("layouts", "memory", "_whole"):
-            other.__dict__.pop(name, None)
+        other = self._copy("layouts", "streaming", "memory", "_whole")
         other._place(placing)
+        return other
+
+    def _copy(self, *but):
+        """A copy without some of the properties that were computed."""
+        other = copy.copy(self)
+        for name in but:
+            other.__dict__.pop(name, None)
         return other
 
     def _place(self, placing):
@@ -262,6 +295,11 @@ class Setup:
     def scratch_bytes(self):
         """Bytes of the intermediate values of one ubatch, and of scratch memory."""
         return self._whole.values + self._whole.scratch
+
+    @property
+    def slot_bytes(self):
+        """Bytes of the slots for experts that are copied to a GPU for a step."""
+        return self._whole.slots
 
     @property
     def score_bytes(self):

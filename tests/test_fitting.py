@@ -36,11 +36,11 @@ def no_devices_of_the_environment(monkeypatch):
 def plan(small_model):
     """plan(1 << 20, ..., **options) -> the Setup for GPUs with such rooms.
 
-    A room is bytes beside what is reserved and left free.
+    A room is bytes beside what is reserved and left free. There are no slots for experts, unless stream_from says so.
     """
     def make(*rooms, **options):
         gpus = simulated_gpus([RESERVED + MARGIN + room for room in rooms])
-        return fitted(small_model(**SPEC), gpus=gpus, **dict(n_ctx=512, n_ubatch=64) | options)
+        return fitted(small_model(**SPEC), gpus=gpus, **dict(n_ctx=512, n_ubatch=64, stream_from=0) | options)
     return make
 
 
@@ -157,17 +157,17 @@ def test_models_that_share_a_gpu(plan):
 def test_the_longest_context_beside_all_layers(small_model):
     path = small_model(**SPEC | dict(n_ctx=65536))
     gpus = simulated_gpus([RESERVED + MARGIN + (24 << 20)])
-    n_ctx, whole = longest_context(path, gpus=gpus, n_ubatch=64)
+    n_ctx, whole = longest_context(path, gpus=gpus, n_ubatch=64, stream_from=0)
     assert not whole and n_ctx % 256 == 0 and n_ctx >= fitting.LEAST
-    setup = fitted(path, gpus=gpus, n_ctx=n_ctx, n_ubatch=64)
+    setup = fitted(path, gpus=gpus, n_ctx=n_ctx, n_ubatch=64, stream_from=0)
     assert set(setup.placement.layers) == {"cuda"} and fits(setup)
-    assert HOST in fitted(path, gpus=gpus, n_ctx=n_ctx + 512, n_ubatch=64).placement.layers
+    assert HOST in fitted(path, gpus=gpus, n_ctx=n_ctx + 512, n_ubatch=64, stream_from=0).placement.layers
     assert longest_context(path, gpus=gpus, n_ubatch=64, n_sessions=2)[0] < 0.6 * n_ctx
     small = simulated_gpus([RESERVED + MARGIN + (4 << 20)])
-    assert longest_context(path, gpus=small, n_ubatch=64) == (65536, True)      # some layers stay on the CPU
-    assert longest_context(path, gpus=simulated_gpus([2 * GIB]), n_ubatch=64) == (65536, True)
+    assert longest_context(path, gpus=small, n_ubatch=64, stream_from=0) == (65536, True)      # some layers stay on the CPU
+    assert longest_context(path, gpus=simulated_gpus([2 * GIB]), n_ubatch=64, stream_from=0) == (65536, True)
     filled = [gpu._replace(free=gpu.free - MARGIN) for gpu in gpus.values()]
-    assert longest_context(path, gpus=dict(zip(gpus, filled)), n_ubatch=64, fit_margin=0) == (n_ctx, False)
+    assert longest_context(path, gpus=dict(zip(gpus, filled)), n_ubatch=64, fit_margin=0, stream_from=0) == (n_ctx, False)
 
 
 def test_what_does_not_fit_is_told_with_what_would(plan, small_model):

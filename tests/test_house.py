@@ -21,8 +21,8 @@ SLOW = ("numba", "llvmlite", "tokenizers", "jinja2", "rich", "matplotlib", "star
 # Each may import itself, those after it, and the leaves; a leaf only other leaves.
 LAYERS = ("__main__", "cli", "exits", "server", "console habits", "restrictions", "conversion", "faithful imatrix quantize", "quality",
           "bench report plot", "__init__", "engine", "model", "look", "selections", "session", "recorder selecting", "recording",
-          "recording_file", "diagnosis", "ahead", "fitting", "setup", "words", "models", "plan memory schedule fit", "layout placement",
-          "segments", "costs", "hooks", "dense", "graph", "backends")
+          "recording_file", "diagnosis", "ahead", "fitting", "setup", "words", "models", "plan memory schedule fit", "streaming",
+          "layout placement", "segments", "costs", "hooks", "dense", "graph", "backends")
 LEAVES = "gguf_file override tokenizer chat messages answers tool_calls template sampling cache compiling kernel_cache quants errors " \
          "terminal signals limits check cores control_groups options batch prefixes requests residence op_plot cards drawing " \
          "constraint grammars tool_grammars vocabulary packed session_file targets numa nodes mempolicy gguf_layout gguf_writer"
@@ -30,7 +30,7 @@ RANK = {name: rank for rank, names in enumerate([*LAYERS, LEAVES]) for name in n
 COMPILING = ("pydsa.backends.cpu", "pydsa.backends.cuda", "pydsa.quantize")     # may import numba
 
 NOT_OPS = {"weight", "cache_rows", "cache_bytes", "empty", "upload", "fetch", "store", "timed", "recorded", "free_bytes", "nan_met",
-           "compile_calls", "check_threads", "set_threads", "measure_ceilings"}
+           "compile_calls", "check_threads", "set_threads", "measure_ceilings", "measure_bus"}
 FUNCTIONS = {name for name, f in vars(reference).items() if inspect.isfunction(f) and not name.startswith("_")}
 
 
@@ -92,7 +92,7 @@ def test_only_the_cuda_backend_imports_numba_cuda(name):
 
 
 @pytest.mark.parametrize("name", ["pydsa", "pydsa.quants", "pydsa.model", "pydsa.cli", "pydsa.plot", "pydsa.imatrix", "pydsa.quantize",
-                                  "pydsa.backends.reference"])
+                                  "pydsa.conversion", "pydsa.backends.reference", "pydsa.backends.gpus", "pydsa.backends.transfers"])
 def test_importing_is_cheap(name):
     code = f"import sys, {name}; print([m for m in {SLOW} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -41,6 +41,8 @@ class Device(NamedTuple):
     numbered: bool = False          # whether a machine can have several, whose numbers follow the name
     reserved: int = 0               # bytes of memory of its own that its driver takes, and kernels' code; 0: it has the host's memory
     reproducible: bool = False      # whether its ops have a form in which a token's results are the same in steps of any shape
+    streams: bool = False           # whether steps of many tokens can take weights that are copied there for them (its backend's Slot)
+    bus: bool = False               # whether these copies go over a bus, whose rate says from how many tokens on they pay
 
     def backend(self):
         """The backend's module, imported on the first call."""
@@ -139,8 +141,10 @@ DEVICES = {
                   scored_together=SCORED_BY_THREADS, maps=True, places=True, reproducible=True),
     # A grid has at most 65,535 blocks in y and in z, which kernels use for tokens.
     "cuda": Device("pydsa.backends.cuda", 4, lambda tensors: (0, _n_bytes(tensors)), 32768, scratch=_cuda_scratch, copies_blocks=True,
-                   described=True, numbered=True, reserved=640 << 20),     # 420 to 560 MiB are a context's on such GPUs
-    "reference": Device("pydsa.backends.reference", 8, lambda tensors: (_mapped(tensors), _as_floats(tensors)), scored_together=UNLIMITED),
+                   described=True, numbered=True, reserved=640 << 20,       # 420 to 560 MiB are a context's on such GPUs
+                   streams=True, bus=True),
+    "reference": Device("pydsa.backends.reference", 8, lambda tensors: (_mapped(tensors), _as_floats(tensors)), scored_together=UNLIMITED,
+                        streams=True),
 }
 
 

@@ -189,5 +189,7 @@ def _free_by_nvml(identity):
             if not nvml.nvmlDeviceGetHandleByUUID(f"{kind}-{identity}".encode(), ctypes.byref(handle)):
                 return None if nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(sizes)) else sizes[1]
         return None
+    except AttributeError:      # an old NVML without one of the functions
+        return None
     finally:
         nvml.nvmlShutdown()

@@ -2,6 +2,7 @@
 
 They are plain numpy arrays.
 """
+import threading
 import time
 
 import numpy as np
@@ -52,6 +53,57 @@ def cache_values(rows, dtype=np.float64):
     return rows.astype(dtype)
 
 
+class Slot:
+    """Memory that holds one weight at a time, in the backend's form.
+
+    n_bytes: of the largest. make(tensor) -> the array of a weight. fill() begins to copy one, and returns an object whose ready() waits for
+    it; what runs from then on uses it until release(). A step that breaks off releases too; a fill that nobody waited for is forgotten.
+    """
+
+    def __init__(self, n_bytes, make):
+        self._memory, self._make, self._filling, self._in_use = empty((n_bytes,), np.uint8), make, None, False
+
+    def weight(self, tensor):
+        """The array that holds a tensor while the slot does, float32."""
+        return self._memory[:4 * int(np.prod(tensor.shape, dtype=np.int64))].view(np.float32).reshape(tensor.shape)
+
+    def fill(self, tensor):
+        """Begin to copy a tensor to the slot -> an object with ready()."""
+        if self._in_use:
+            raise RuntimeError(f"{tensor.name} is copied to a slot whose weight is in use")
+        self._filling = Filling(self, tensor, self._filling)
+        return self._filling
+
+    def release(self):
+        """Let the next fill() overwrite the weight."""
+        self._in_use = False
+
+
+class Filling:
+    """A copy of a tensor to a Slot, by a thread of its own."""
+
+    def __init__(self, slot, tensor, before):
+        self._slot, self._tensor, self._before, self._error = slot, tensor, before, None
+        self._thread = threading.Thread(target=self._run, name="pydsa-fill", daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        try:
+            if self._before is not None:
+                self._before._thread.join()
+                self._before = None
+            self._slot.weight(self._tensor)[...] = self._slot._make(self._tensor)
+        except Exception as error:
+            self._error = error
+
+    def ready(self):
+        """Wait for the weight. Raises what went wrong meanwhile."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        self._slot._in_use = True
+
+
 def timed(calls):
     """Run calls, pairs (op, args) -> the seconds of each."""
     times = [time.perf_counter()]
@@ -81,6 +133,10 @@ class Calls:
 def recorded(calls, levels, again):
     """The Calls of a step, whether it repeats or not."""
     return Calls(calls)
+
+
+def measure_bus(n_bytes=1 << 26):
+    """None: there is no bus to the machine's own memory."""
 
 
 def free_bytes():

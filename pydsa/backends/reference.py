@@ -6,8 +6,9 @@ are dequantized arrays. Cache rows have the same storage type as on every backen
 """
 import numpy as np
 
+from pydsa.backends import host
 from pydsa.backends.host import cache_values as _floats
-from pydsa.backends.host import empty, fetch, free_bytes, recorded, store, timed, upload  # noqa: F401
+from pydsa.backends.host import empty, fetch, free_bytes, measure_bus, recorded, store, timed, upload  # noqa: F401
 
 FLOAT = np.float64
 PICKS = 0       # the most tokens that the device can sample from; 0: the host samples
@@ -32,6 +33,13 @@ def _dequantize_q1_0(data):
     blocks = data.reshape(-1, 18)
     d = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
     return np.where(np.unpackbits(blocks[:, 2:], axis=1, bitorder="little"), d, -d).reshape(*data.shape[:-1], -1)
+
+
+class Slot(host.Slot):
+    """Memory that holds one weight at a time, float32."""
+
+    def __init__(self, n_bytes):
+        super().__init__(n_bytes, weight)
 
 
 def cache_rows(n_ctx, widths, storage):

@@ -25,6 +25,12 @@ def transfer(source_backend, x, target_backend, y):
     return (target_backend if here else source_backend).transfer(x, y)
 
 
+def convert(y, x):
+    """Copy values of one array of the host to another, of any float type."""
+    with np.errstate(invalid="ignore", over="ignore"):      # parts that nothing wrote yet have any bits
+        np.copyto(y, x, casting="same_kind")
+
+
 class HostTransfer:
     """A transfer between two arrays of the host."""
 
@@ -37,8 +43,7 @@ class HostTransfer:
 
     def finish(self):
         """Copy x to y."""
-        with np.errstate(invalid="ignore", over="ignore"):      # parts that nothing wrote yet have any bits
-            np.copyto(self._y, self._x, casting="same_kind")
+        convert(self._y, self._x)
 
     def settle(self):
         """Nothing: finish() has copied."""

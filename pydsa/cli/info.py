@@ -50,7 +50,7 @@ def info(ctx, model, output, check, gpu_memory, bandwidth, **settings):
     setup = fitted(model, gpus=gpus, **settings)
     if gpus and setup.plan is None:
         raise click.UsageError("--gpu-memory is for plans with GPUs: leave it out, or what keeps all on the CPU.")
-    report = describe(setup, bandwidths)
+    report = describe(setup, bandwidths, here=not gpus)
     click.echo(json_text(report) if output == "json" else format_report(report), nl=output == "json")
 
 

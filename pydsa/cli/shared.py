@@ -41,6 +41,11 @@ model_options = options(
     click.option("--dsa-top-k", type=int, help="Number of keys that a token attends to.  [default: the model's]"),
     residence_options,
     override_option)
+stream_options = options(
+    click.option("--stream-from", type=int, metavar="TOKENS",
+                 help="Copy experts that are on the CPU to the GPU for steps of so many tokens or more, and multiply there; 0: never.  "
+                      "[default: from where on that takes less time]"),
+    click.option("--no-op-offload", "stream_from", flag_value=0, type=int, help="As --stream-from 0."))
 device_option = click.option(
     "--device", "-dev", default="auto", show_default=True, metavar="DEVICE[,...]",
     help="cpu; cuda: an NVIDIA GPU; cuda0,cuda1: several; reference: plain numpy, slow and exact; auto: a plan of what fits on the GPUs, "
@@ -56,7 +61,8 @@ placement_options = options(
                  help="Put weights whose names match on a device, like ffn_down_exps=cpu. Repeat it, or put commas between."),
     click.option("-ts", "--tensor-split", metavar="N,...",
                  help="Proportion of the layers on each GPU, like 3,1.  [default: by what is free]"),
-    click.option("--fit-margin", default="1GiB", show_default=True, metavar="SIZE", help="What a plan leaves free on each GPU."))
+    click.option("--fit-margin", default="1GiB", show_default=True, metavar="SIZE", help="What a plan leaves free on each GPU."),
+    stream_options)
 attention_option = click.option("--attention", type=click.Choice(["auto", "sparse", "masked", "dense"]), default="auto", show_default=True,
                                 help="auto: dense up to top_k tokens, sparse beyond.")
 reproducible_option = click.option(

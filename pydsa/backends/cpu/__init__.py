@@ -16,7 +16,7 @@ from pydsa.backends.cpu.steps import compile_calls, recorded, timed  # noqa: F40
 from pydsa.backends.cpu.threads import check_threads, set_threads  # noqa: F401
 from pydsa.backends.cpu.top_k import top_k  # noqa: F401
 from pydsa.backends.cpu.variants import VARIANTS  # noqa: F401
-from pydsa.backends.host import empty, fetch, free_bytes, store, upload  # noqa: F401
+from pydsa.backends.host import empty, fetch, free_bytes, measure_bus, store, upload  # noqa: F401
 
 
 FLOAT = np.float32

@@ -23,6 +23,7 @@ from pydsa.backends.cuda.norm import add, expert_scale, layer_norm, rms_norm, sc
 from pydsa.backends.cuda.rope import hadamard, rope, rope_table  # noqa: F401
 from pydsa.backends.cuda.rows import CacheRows, Weight, cache_bytes, cache_rows, cache_write, get_rows, weight  # noqa: F401
 from pydsa.backends.cuda.sampling import PICKS, pick  # noqa: F401
+from pydsa.backends.cuda.streaming import Slot, measure_bus  # noqa: F401
 from pydsa.backends.cuda.top_k import top_k  # noqa: F401
 from pydsa.backends.cuda.transfers import transfer  # noqa: F401
 from pydsa.backends.cuda.variants import VARIANTS  # noqa: F401
@@ -68,6 +69,15 @@ def host_empty(shape, dtype):
     It is in pinned memory, aligned to 64 bytes at least. Raises OutOfMemoryError where that is refused.
     """
     return gpu.host_empty(shape, dtype)
+
+
+def register(array):
+    """Let GPUs copy from a contiguous numpy array at full speed.
+
+    It must lie in memory of the process, not of a mapped file, and share no page with another registered array. This holds as long as the
+    object that is returned. Raises OutOfMemoryError where the system refuses it.
+    """
+    return gpu.register(array)
 
 
 def fetch(array):
@@ -120,10 +130,10 @@ def compile_calls(bind, progress=None):
 
 
 def reserve(calls):
-    """Let scratch memory grow to what calls take; nothing is computed.
+    """Let scratch memory grow to what calls take.
 
-    calls: pairs of an op and its arguments. Buffers that are outgrown later stay, as recorded steps use them: steps of more and more tokens
-    would leave one each.
+    calls: pairs of an op and its arguments; nothing is computed. Buffers that are outgrown later stay, as recorded steps use them: steps of
+    more and more tokens would leave one each.
     """
     listing.kernels = {}
     try:
@@ -202,8 +212,8 @@ def _of_one_token(calls):
 
 
 # What works on the current GPU, beside the ops
-OF_THE_GPU = ("check_device", "check_threads", "compile_calls", "reserve", "describe_device", "free_bytes", "host_empty", "empty", "upload",
-              "weight", "cache_rows", "timed", "recorded", "pick", "measure_ceilings")
+OF_THE_GPU = ("check_device", "check_threads", "compile_calls", "reserve", "describe_device", "free_bytes", "host_empty", "register",
+              "empty", "upload", "weight", "cache_rows", "timed", "recorded", "pick", "measure_ceilings", "measure_bus", "Slot")
 
 
 class Backend:
@@ -230,7 +240,7 @@ class Backend:
         return value
 
     def _here(self, function):
-        @functools.wraps(function)
+        @functools.wraps(function, updated=())
         def here(*args, **options):
             with selected(self.gpu):
                 return function(*args, **options)

@@ -38,6 +38,21 @@ class Pinned:
         gpu.frees(self, "cuMemFreeHost", address)
 
 
+class Registered:
+    """Memory of the host from which GPUs copy at full speed.
+
+    This holds as long as the object lives.
+    """
+
+    ranges = {}         # of all that there are: address -> number of bytes
+
+    def __init__(self, gpu, array):
+        address = array.ctypes.data
+        self.ranges[address] = array.nbytes
+        weakref.finalize(self, self.ranges.pop, address).atexit = False
+        gpu.frees(self, "cuMemHostUnregister", address, array)
+
+
 class Event:
     """A point in a GPU's stream, that the host or another stream waits for."""
 
@@ -61,6 +76,37 @@ class Parameters:
     def fill(self, values):
         """Write the values of all parameters."""
         self._packed.pack_into(self._bytes, 0, *values)
+
+
+class CopyStream:
+    """A second stream of a GPU, for copies while kernels run.
+
+    One thread uses it, that has called settle_in().
+    """
+
+    def __init__(self, gpu):
+        with gpu:
+            self._do, self._stream = gpu._do, gpu._do("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+
+    def send(self, address, source, n_bytes):
+        """Copy from pinned memory to the GPU, without waiting."""
+        self._do("cuMemcpyHtoDAsync", address, source, n_bytes, self._stream)
+
+    def clear(self, address, n_bytes):
+        """Set bytes to zero."""
+        self._do("cuMemsetD8Async", address, 0, n_bytes, self._stream)
+
+    def mark(self, event):
+        """Let an event be the point after all that the stream has been given."""
+        self._do("cuEventRecord", event.handle, self._stream)
+
+    def follow(self, event):
+        """Let what the stream is given from now on wait for an event."""
+        self._do("cuStreamWaitEvent", self._stream, event.handle, 0)
+
+    def wait(self, event):
+        """Wait on the host until an event is reached."""
+        self._do("cuEventSynchronize", event.handle)
 
 
 class GraphExec:
@@ -88,10 +134,12 @@ class Gpu:
     it: "The GPU", or with its number where there are several.
     """
 
+    has_bus = True      # whether copies to it can be measured
+
     def __init__(self, index=0):
         self.index, self.title = index, "The GPU"
         self._lock = threading.RLock()         # one thread's work must not be captured in another's step
-        self._recording, self._garbage = False, []      # garbage: (driver function, handle) of what nothing refers to any more
+        self._recording, self._garbage = False, []      # garbage: (driver function, handle, memory) of what nothing refers to
 
     def _do(self, name, *args):
         """Call a driver function and check its status.
@@ -161,16 +209,26 @@ class Gpu:
         if self._garbage and not any(error):
             self._free()
 
-    def frees(self, owner, function, handle):
+    def settle_in(self):
+        """Make the context current for good in this thread, which locks nothing."""
+        gpus.check_process()
+        self._make_current()
+        _thread.locked.append(self)     # where a finalizer returns to, that locks another GPU
+
+    def copy_stream(self):
+        """A new CopyStream."""
+        return CopyStream(self)
+
+    def frees(self, owner, function, handle, memory=None):
         """Let a driver function free a handle when its owner is gone.
 
-        At exit the driver frees everything. In a fork it is not there.
+        memory: what must live until then. At exit the driver frees everything. In a fork it is not there.
         """
-        weakref.finalize(owner, self._throw_away, function, handle).atexit = False
+        weakref.finalize(owner, self._throw_away, function, handle, memory).atexit = False
 
-    def _throw_away(self, function, handle):
+    def _throw_away(self, function, handle, memory):
         if not gpus.forked():
-            self._garbage.append((function, handle))
+            self._garbage.append((function, handle, memory))
             self._free()
 
     def _free(self):
@@ -183,7 +241,8 @@ class Gpu:
             try:
                 with self:
                     while self._garbage and not self._recording:
-                        self._do(*self._garbage.pop())
+                        function, handle, memory = self._garbage.pop()
+                        self._do(function, handle)
             finally:
                 self._lock.release()
 
@@ -214,6 +273,20 @@ class Gpu:
                                        f"{LESS}.") from error
             memory = Pinned(self, address, n_bytes)
         return np.asarray(memory).view(dtype).reshape(shape)
+
+    def register(self, array):
+        """Let GPUs copy from a contiguous array of the host at full speed.
+
+        It holds as long as the object that is returned. The array must be in memory of the process, and share no page with another
+        registered one. Raises OutOfMemoryError if the system refuses it.
+        """
+        with self:
+            try:
+                self._do("cuMemHostRegister", array.ctypes.data, array.nbytes, driver.CU_MEMHOSTREGISTER_PORTABLE)
+            except OutOfMemoryError as error:
+                raise OutOfMemoryError(f"The system refuses to pin {array.nbytes / 2**20:.0f} MiB of weights in memory, from where the "
+                                       f"GPU copies them; leave out --no-mmap.") from error
+            return Registered(self, array)
 
     def copy_in(self, address, values):
         """Copy a contiguous numpy array to the GPU."""

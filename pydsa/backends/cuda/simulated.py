@@ -22,6 +22,7 @@ class SimulatedGpu:
     """
 
     name = gpus.SIMULATOR
+    has_bus = False
 
     def __init__(self, index=0):
         self.index = index
@@ -45,6 +46,17 @@ class SimulatedGpu:
         self.check()
         data = np.empty(n_bytes, np.uint8)
         return Memory(self, data.ctypes.data, data)
+
+    def settle_in(self):
+        """Do nothing: threads have no context."""
+
+    def copy_stream(self):
+        """A stand-in for driver.CopyStream."""
+        return SimulatedStream()
+
+    def register(self, array):
+        """Nothing to do: the array itself, in place of driver.Registered."""
+        return array
 
     def host_empty(self, shape, dtype):
         """An array without values in the host's memory, numpy's."""
@@ -82,3 +94,20 @@ class SimulatedGpu:
 
     def synchronize(self):
         """Do nothing: a launch returns when its kernel is done."""
+
+
+class SimulatedStream:
+    """Copies of driver.CopyStream, done at once."""
+
+    def send(self, address, source, n_bytes):
+        """Copy from the host to an address."""
+        ctypes.memmove(address, source, n_bytes)
+
+    def clear(self, address, n_bytes):
+        """Set bytes to zero."""
+        ctypes.memset(address, 0, n_bytes)
+
+    def mark(self, event):
+        """Do nothing, as follow() and wait(): all is done when a call returns."""
+
+    follow = wait = mark

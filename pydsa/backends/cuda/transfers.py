@@ -6,6 +6,10 @@ import numpy as np
 
 from pydsa.backends.cuda.array import DeviceArray
 from pydsa.backends.cuda.device import SIMULATED
+from pydsa.backends.transfers import convert
+
+if not SIMULATED:
+    from pydsa.backends.cuda.driver import Pinned, Registered
 
 
 def transfer(x, y):
@@ -17,14 +21,18 @@ def transfer(x, y):
     return Across(x, y)
 
 
-def in_pinned_memory(array):
-    """Whether a GPU can copy from and to a numpy array while the host goes on."""
-    while isinstance(array, np.ndarray):
-        array = array.base
+def is_pinned(array):
+    """Whether a GPU can copy from a contiguous array while the host goes on.
+
+    It lies in memory of host_empty(), or in a registered array.
+    """
     if SIMULATED:
         return False
-    from pydsa.backends.cuda.driver import Pinned
-    return isinstance(array, Pinned)
+    owner, start = array, array.ctypes.data
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    return isinstance(owner, Pinned) or any(
+        first <= start and start + array.nbytes <= first + n for first, n in list(Registered.ranges.items()))
 
 
 def _address(array):
@@ -43,7 +51,7 @@ class _WithHost:
     def __init__(self, array, there):
         assert array.flags.c_contiguous and array.shape == there.shape, (array.shape, there.shape)
         self._gpu, self._address, self._n_bytes, self._array = there.gpu, _address(there), there.nbytes, array
-        direct = SIMULATED or in_pinned_memory(array)
+        direct = SIMULATED or is_pinned(array)
         self._near = array if direct and array.dtype == there.dtype else self._gpu.host_empty(array.shape, there.dtype)
         self._there, self._pending = there, False       # pending: whether a copy may be under way
         self._near_address, self._event = self._near.ctypes.data, self._gpu.event()
@@ -64,7 +72,7 @@ class FromHost(_WithHost):
         """Copy behind what the GPU has been given so far."""
         if self._near is not self._array:
             self._wait()
-            np.copyto(self._near, self._array, casting="same_kind")
+            convert(self._near, self._array)
         if self._n_bytes:
             self._gpu.send(self._address, self._near_address, self._n_bytes, self._event)
             self._pending = True
@@ -94,7 +102,7 @@ class ToHost(_WithHost):
         """Wait until y has the values. The GPU may be at later work by then."""
         self._wait()
         if self._near is not self._array:
-            np.copyto(self._array, self._near, casting="same_kind")
+            convert(self._array, self._near)
 
     def settle(self):
         """Nothing: what the GPU is given after start() comes after the copy."""

@@ -1,0 +1,45 @@
+"""Code that runs with two emulated GPUs, in a process of its own.
+
+The emulated driver replaces that of the GPUs (tests/ptx); with SIMULATED as environment it is Numba's simulator.
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SETUP = """
+import gc
+import itertools
+import sys
+import numpy as np
+from pydsa.backends import gpus
+simulated = gpus.SIMULATED
+if not simulated:
+    from cuda.bindings.driver import CUresult
+    from tests.ptx.driver import install
+    driver = install(1 << 22, 2)
+from pydsa.backends import cuda, host, transfers
+from pydsa.errors import OutOfMemoryError, PydsaError
+
+def refused(kind, work):
+    try:
+        work()
+    except PydsaError as error:
+        assert type(error) is kind, error
+        return str(error)
+    raise AssertionError("nothing was refused")
+
+def empty_arena(i):
+    return not driver.arenas[i].allowed.any()
+"""
+
+
+def run(code, *args, **env):
+    done = subprocess.run([sys.executable, "-c", SETUP + code, *args], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"NUMBA_ENABLE_CUDASIM": "0", "PYTHONPATH": str(ROOT)} | env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+SIMULATED = {"NUMBA_ENABLE_CUDASIM": "1", "PYDSA_SIMULATED_GPUS": "2"}
