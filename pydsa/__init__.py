@@ -15,16 +15,15 @@ __version__ = "0.1.0"
 DEMO = os.path.join(os.path.dirname(__file__), "demo", "demo.gguf")      # path of the model that comes with the package
 _MODULES = {"load": "model", "Model": "model", "Session": "session", "Sampling": "sampling", "load_tokenizer": "tokenizer",
             "Engine": "engine", "Request": "requests", "Recording": "recording", "Look": "look", "perplexity": "quality",
-            "convert": "conversion"}
-_CALLED = ("selections", "quantize")        # modules; pydsa.quantize is also called as a function
+            "convert": "conversion", "quantize": "quantization"}
 __all__ = ["DEMO", "load", "load_tokenizer", "Model", "Session", "Sampling", "Engine", "Request", "Recording", "Look", "perplexity",
            "convert", "quantize", "PydsaError", "GGUFError", "UnsupportedModelError", "ContextFullError", "DamagedWeightsError",
-           "OutOfMemoryError",
-           "RecordingFileError", "SessionFileError", "LogitsFileError", "ImatrixError", "CheckpointError", "TargetError"]
+           "OutOfMemoryError", "RecordingFileError", "SessionFileError", "LogitsFileError", "ImatrixError", "CheckpointError",
+           "TargetError"]
 
 
 def __getattr__(name):
-    if name in _CALLED:
+    if name == "selections":
         return importlib.import_module(f"pydsa.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module 'pydsa' has no attribute {name!r}")
@@ -32,4 +31,4 @@ def __getattr__(name):
 
 
 def __dir__():
-    return sorted(set(globals()) | set(_MODULES) | set(_CALLED))
+    return sorted(set(globals()) | set(_MODULES) | {"selections"})

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pydsa.errors import PydsaError
-from pydsa.quantize import TYPES, rows
+from pydsa.quantization import TYPES, rows
 from pydsa.quants import TYPES as BLOCKS
 from tools.golden_quantizers import error, values_of
 from tools.golden_quantizers_iq import TYPES as NAMES

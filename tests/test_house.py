@@ -19,7 +19,7 @@ FILES = sorted((ROOT / "pydsa").rglob("*.py"))
 SLOW = ("numba", "llvmlite", "tokenizers", "jinja2", "rich", "matplotlib", "starlette", "uvicorn", "pydantic", "llguidance")
 
 # Each may import itself, those after it, and the leaves; a leaf only other leaves.
-LAYERS = ("__main__", "cli", "exits", "server", "console habits", "restrictions", "conversion", "faithful imatrix quantize", "quality",
+LAYERS = ("__main__", "cli", "exits", "server", "console habits", "restrictions", "conversion", "faithful imatrix quantization", "quality",
           "bench report plot", "__init__", "engine", "model", "look", "selections", "session", "recorder selecting", "recording",
           "recording_file", "diagnosis", "ahead", "fitting", "setup", "words", "models", "plan memory schedule fit", "streaming",
           "layout placement", "segments", "costs", "hooks", "dense", "graph", "backends")
@@ -27,7 +27,7 @@ LEAVES = "gguf_file override tokenizer chat messages answers tool_calls template
          "terminal signals limits check cores control_groups options batch prefixes requests residence op_plot cards drawing " \
          "constraint grammars tool_grammars vocabulary packed session_file targets numa nodes mempolicy gguf_layout gguf_writer"
 RANK = {name: rank for rank, names in enumerate([*LAYERS, LEAVES]) for name in names.split()}
-COMPILING = ("pydsa.backends.cpu", "pydsa.backends.cuda", "pydsa.quantize")     # may import numba
+COMPILING = ("pydsa.backends.cpu", "pydsa.backends.cuda", "pydsa.quantization")     # may import numba
 
 NOT_OPS = {"weight", "cache_rows", "cache_bytes", "empty", "upload", "fetch", "store", "timed", "recorded", "free_bytes", "nan_met",
            "compile_calls", "check_threads", "set_threads", "measure_ceilings", "measure_bus"}
@@ -91,7 +91,7 @@ def test_only_the_cuda_backend_imports_numba_cuda(name):
     assert not found or name.startswith("pydsa.backends.cuda")
 
 
-@pytest.mark.parametrize("name", ["pydsa", "pydsa.quants", "pydsa.model", "pydsa.cli", "pydsa.plot", "pydsa.imatrix", "pydsa.quantize",
+@pytest.mark.parametrize("name", ["pydsa", "pydsa.quants", "pydsa.model", "pydsa.cli", "pydsa.plot", "pydsa.imatrix", "pydsa.quantization",
                                   "pydsa.conversion", "pydsa.backends.reference", "pydsa.backends.gpus", "pydsa.backends.transfers"])
 def test_importing_is_cheap(name):
     code = f"import sys, {name}; print([m for m in {SLOW} if m in sys.modules])"

@@ -12,7 +12,7 @@ from pydsa.cli import main
 from pydsa.errors import PydsaError
 from pydsa.gguf_file import open_gguf
 from pydsa.gguf_layout import packed_metadata
-from pydsa.quantize import tensors as tensors_module
+from pydsa.quantization import tensors as tensors_module
 from tools.make_model import ModelSpec, make_model
 
 TINY = dict(n_embd=256, n_layer=2, n_head=2, n_expert=2, n_expert_used=1, n_ff=256, n_ff_exp=256, n_lora_q=64, n_expert_groups=1,

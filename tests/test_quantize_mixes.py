@@ -8,8 +8,8 @@ import pytest
 
 from pydsa.errors import PydsaError
 from pydsa.gguf_file import Metadata, Tensor
-from pydsa.quantize.choice import Choice, checked_patterns, choose, file_type
-from pydsa.quantize.mixes import MIXES
+from pydsa.quantization.choice import Choice, checked_patterns, choose, file_type
+from pydsa.quantization.mixes import MIXES
 from tools.golden_mixes import MODELS
 from tools.make_model import ModelSpec, model_keys, tensor_shapes, tensor_type
 

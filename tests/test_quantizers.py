@@ -8,7 +8,7 @@ import pytest
 
 from pydsa.backends.cpu import jit
 from pydsa.errors import PydsaError
-from pydsa.quantize import TYPES, rows
+from pydsa.quantization import TYPES, rows
 from tools.golden_quantizers import error
 
 GOLDEN = np.load(Path(__file__).parent / "data/quantizers.npz")

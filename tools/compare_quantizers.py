@@ -11,7 +11,7 @@ import time
 import click
 import numpy as np
 
-from pydsa.quantize import TYPES, rows
+from pydsa.quantization import TYPES, rows
 from tools.golden_quantizers import error, llama_cpp
 
 SHAPE, REPETITIONS = (64, 4096), 7

@@ -16,7 +16,7 @@ import numpy as np
 
 from pydsa.gguf_file import open_gguf
 from pydsa.imatrix import Imatrix, save
-from pydsa.quantize.mixes import MIXES
+from pydsa.quantization.mixes import MIXES
 from tools.make_model import ModelSpec, make_model
 
 SMALL = dict(n_embd=256, n_ff_exp=256, n_ff=256, n_vocab=512)

@@ -24,7 +24,7 @@ import numpy as np
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from pydsa.quantize import TYPES  # noqa: E402
+from pydsa.quantization import TYPES  # noqa: E402
 from tools.mixes import FILE_TYPES, MIXES, file_type, tensor_type  # noqa: E402
 
 ARCHITECTURES = ("deepseek32", "glm-dsa", "deepseek2")

@@ -5,7 +5,7 @@ that writes such files, or were read from a published file, and inferred where t
 
 Where the rules come from:
 
-    llama.cpp   pydsa.quantize.mixes, with an importance matrix. indexer.proj stays F32 without `quantize_indexer_proj`; llama-quantize
+    llama.cpp   pydsa.quantization.mixes, with an importance matrix. indexer.proj stays F32 without `quantize_indexer_proj`; llama-quantize
                 gives it the mix's type.
     catalog     the types of all 1,809 tensors of unsloth's GLM-5.2 UD-IQ2_XXS, read from its header by MahdiHedhli/PulsarMLX
                 (docs/research/glm52/raw/f016-c01-catalog-0001.json at c32fedb).
@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import gguf
 
-from pydsa.quantize import mixes
-from pydsa.quantize.mixes import Facts, fitting, rule_type
+from pydsa.quantization import mixes
+from pydsa.quantization.mixes import Facts, fitting, rule_type
 
 # A type for all matrices has the number of the mix with most of it.
 FILE_TYPES = {name: mix.file_type for name, mix in mixes.MIXES.items() if name == mix.rest or name == "Q4_K_M"} | {

@@ -50,7 +50,7 @@ def quantize(model, output, kind, form, override_kv, split_max_size, force, **op
     new values, normalised (NMSE), and with --imatrix also weighted by it. Of a split model, name the first part.
     """
     from pydsa.bench import format_rows
-    from pydsa.quantize import quantize, summary
+    from pydsa.quantization import quantize, summary
     with progress_bar("quantizing") as show:        # one bar, as older versions of rich show no second one
         report = quantize(model, output, kind, override_kv=override_kv, split_max_bytes=split_max_size, overwrite=force,
                           progress=lambda done, total, name: show(done / 1e6, round(total / 1e6), f"MB, {name}"),

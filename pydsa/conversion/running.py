@@ -96,7 +96,7 @@ def encoder(kind):
     """A function (float32 [n, k], Output) -> the blocks of a GGML type."""
     if kind in ENCODERS:
         return ENCODERS[kind]
-    from pydsa.quantize import TYPES
+    from pydsa.quantization import TYPES
     return lambda values, output: TYPES[kind](values)
 
 

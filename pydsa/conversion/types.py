@@ -8,8 +8,8 @@ import re
 from pydsa.errors import PydsaError, UnsupportedModelError
 from pydsa.gguf_file import quote
 from pydsa.gguf_layout import TensorInfo
-from pydsa.quantize.choice import Choice, choose, wants_importance
-from pydsa.quantize.mixes import ALIASES, MIXES
+from pydsa.quantization.choice import Choice, choose, wants_importance
+from pydsa.quantization.mixes import ALIASES, MIXES
 
 NAMES = ("F32", "BF16", "F16", "Q8_0", *(name for name in MIXES if name not in ("F32", "BF16", "F16", "Q8_0")))
 ALWAYS_F32 = re.compile(r"_norm\.weight|ffn_gate_inp\.weight|indexer\.proj\.weight")

@@ -7,7 +7,7 @@ import numpy as np
 
 from pydsa.backends.cpu.jit import inline, inner
 from pydsa.backends.cpu.simd import float_at, floats, multiply_add
-from pydsa.quantize.vectors import best, greatest, lane, lanes, least, looked_up, quotient, rint, where_greater
+from pydsa.quantization.vectors import best, greatest, lane, lanes, least, looked_up, quotient, rint, where_greater
 from pydsa.quants import IQ4_LEVELS
 
 BINS = 512      # of a table of levels: bin i holds what is from i / 2 - 128 on; all thresholds between levels are multiples of 1/2

@@ -8,9 +8,9 @@ import numpy as np
 
 from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.scalars import half, to_half
-from pydsa.quantize.grid_search import INFINITE
-from pydsa.quantize.grid_work import (EVEN_SIGNS, FIRST, FIT, FIT_SQUARES, GAIN, ONE, PEAK, SCALE, SQUARES, ZERO, even_signs, fit,
-                                      fit_rounded, load, search, spread_inverses)
+from pydsa.quantization.grid_search import INFINITE
+from pydsa.quantization.grid_work import (EVEN_SIGNS, FIRST, FIT, FIT_SQUARES, GAIN, ONE, PEAK, SCALE, SQUARES, ZERO, even_signs, fit,
+                                          fit_rounded, load, search, spread_inverses)
 
 LARGEST_HALF = np.float32(65504)
 

@@ -2,7 +2,7 @@
 
 A kernel is `kernel(x, importance, blocks, *tables)`: float32 [n, k]; float32 [k], or [0] where all inputs matter alike; uint8 [n, bytes of
 a row], which it fills. It releases the GIL, so that chunks of rows run in threads. `quantizer(...)` makes the function that
-`pydsa.quantize.TYPES` holds of it.
+`pydsa.quantization.TYPES` holds of it.
 """
 import contextlib
 import functools

@@ -9,11 +9,11 @@ from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.jit import inline, inner, kernel
 from pydsa.backends.cpu.scalars import half
 from pydsa.backends.cpu.simd import float_at, floats, load_floats, multiply_add, store, u8_at
-from pydsa.quantize.legacy import inverse, scale_half, store_nibbles
-from pydsa.quantize.rows import quantizer
-from pydsa.quantize.search import (NUMBERS, TINY, clamped, column_weights, errors_of_levels, errors_of_minima, errors_of_scales, extremes,
-                                   fit_level_scale, fit_line, level_codes, level_table, refined_scale, scale_by_peak)
-from pydsa.quantize.vectors import best, greatest, lane, lanes, least, store_bytes, truncate, where_greater
+from pydsa.quantization.legacy import inverse, scale_half, store_nibbles
+from pydsa.quantization.rows import quantizer
+from pydsa.quantization.search import (NUMBERS, TINY, clamped, column_weights, errors_of_levels, errors_of_minima, errors_of_scales,
+                                       extremes, fit_level_scale, fit_line, level_codes, level_table, refined_scale, scale_by_peak)
+from pydsa.quantization.vectors import best, greatest, lane, lanes, least, store_bytes, truncate, where_greater
 from pydsa.quants import TYPES
 
 ZERO, ONE, FOUR, SIXTEEN = np.float32([0, 1, 4, 16])

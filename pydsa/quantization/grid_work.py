@@ -6,7 +6,7 @@ import numpy as np
 from pydsa.backends.cpu.arrays import address, align, floats_at, ints_at, uints_at
 from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.simd import float_at, load_floats, max_abs_lanes, reduce_max_abs
-from pydsa.quantize.grid_search import BYTES, ROW, TAG, cheapest_signs, entry_sums, half_costs, nearest_entries, rounded_sums
+from pydsa.quantization.grid_search import BYTES, ROW, TAG, cheapest_signs, entry_sums, half_costs, nearest_entries, rounded_sums
 
 ZERO, ONE = np.float32(0), np.float32(1)
 LEAST = np.float32(1e-30)       # superblocks of smaller magnitudes are zeros in each of these types

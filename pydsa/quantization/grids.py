@@ -20,11 +20,11 @@ import numpy as np
 
 from pydsa.backends.cpu.arrays import address, align
 from pydsa.backends.cpu.jit import kernel
-from pydsa.quantize.grid_blocks import NAMES, store_block
-from pydsa.quantize.grid_scales import choose
-from pydsa.quantize.grid_search import ROW
-from pydsa.quantize.grid_work import ANY_SIGNS, EVEN_SIGNS, NO_SIGNS, Grid, work_at, work_bytes
-from pydsa.quantize.rows import quantizer
+from pydsa.quantization.grid_blocks import NAMES, store_block
+from pydsa.quantization.grid_scales import choose
+from pydsa.quantization.grid_search import ROW
+from pydsa.quantization.grid_work import ANY_SIGNS, EVEN_SIGNS, NO_SIGNS, Grid, work_at, work_bytes
+from pydsa.quantization.rows import quantizer
 from pydsa.quants import grid
 
 EIGHTH = np.float32(1 / 8)

@@ -1,4 +1,4 @@
 """Every type that weights can be quantized to, and its Quantizer."""
-from pydsa.quantize import grids, kquants, legacy, ternary
+from pydsa.quantization import grids, kquants, legacy, ternary
 
 TYPES = {**legacy.QUANTIZERS, **kquants.QUANTIZERS, **grids.QUANTIZERS, **ternary.QUANTIZERS}

@@ -6,7 +6,7 @@ import numpy as np
 
 from pydsa.errors import PydsaError
 from pydsa.gguf_file import GGML_TYPES, quote
-from pydsa.quantize.mixes import ALIASES, MIXES, WANT_IMPORTANCE, Facts, fitting, may_be_quantized, places, rule_type
+from pydsa.quantization.mixes import ALIASES, MIXES, WANT_IMPORTANCE, Facts, fitting, may_be_quantized, places, rule_type
 from pydsa.quants import TYPES
 
 COPY = "COPY"       # in place of a type: all tensors as they are

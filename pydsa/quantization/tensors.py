@@ -12,9 +12,9 @@ from pydsa.backends.cpu import jit
 from pydsa.backends.cpu.blocks import BLOCKS
 from pydsa.errors import PydsaError
 from pydsa.gguf_file import quote
-from pydsa.quantize import rows
-from pydsa.quantize.errors import add_errors, signature
-from pydsa.quantize.table import TYPES as QUANTIZERS
+from pydsa.quantization import rows
+from pydsa.quantization.errors import add_errors, signature
+from pydsa.quantization.table import TYPES as QUANTIZERS
 
 PIECE = 1 << 25     # weights of a tensor that are quantized before they are written
 

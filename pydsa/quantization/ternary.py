@@ -10,10 +10,10 @@ from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.jit import inline, inner, kernel
 from pydsa.backends.cpu.scalars import half
 from pydsa.backends.cpu.simd import floats, load_floats, max_abs_lanes, multiply_add, reduce_max_abs, store
-from pydsa.quantize.legacy import inverse, mxfp4_codes, mxfp4_error, nearest_half, scale_half
-from pydsa.quantize.rows import quantizer
-from pydsa.quantize.search import column_weights
-from pydsa.quantize.vectors import greatest, lanes_from, store_bytes, total, truncate, where_greater
+from pydsa.quantization.legacy import inverse, mxfp4_codes, mxfp4_error, nearest_half, scale_half
+from pydsa.quantization.rows import quantizer
+from pydsa.quantization.search import column_weights
+from pydsa.quantization.vectors import greatest, lanes_from, store_bytes, total, truncate, where_greater
 
 ZERO, ONE = np.float32(0), np.float32(1)
 VECTOR = 64             # bytes of sixteen floats

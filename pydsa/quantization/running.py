@@ -11,8 +11,8 @@ from pydsa.gguf_file import I64, SCALARS, open_gguf, quote
 from pydsa.gguf_layout import Packed
 from pydsa.gguf_writer import GGUFWriter, Layout, TensorInfo, pack, packed_metadata
 from pydsa.override import ARCHITECTURE, override
-from pydsa.quantize.choice import BITS, COPY, Choice, checked_patterns, choose, file_type, tensor_type, wants_importance
-from pydsa.quantize.mixes import MIXES
+from pydsa.quantization.choice import BITS, COPY, Choice, checked_patterns, choose, file_type, tensor_type, wants_importance
+from pydsa.quantization.mixes import MIXES
 from pydsa.quants import TYPES
 
 PIECE = 1 << 26     # bytes of a tensor that is copied
@@ -170,8 +170,8 @@ class _Job:
             for info in list(writer.remaining):
                 writer.write(info, self._copied(info.name))
             return
-        from pydsa.quantize import rows as threading
-        from pydsa.quantize.tensors import Requantized, compile_for
+        from pydsa.quantization import rows as threading
+        from pydsa.quantization.tensors import Requantized, compile_for
         compile_for(pairs, compiling)
         with threading.threads(threads):
             for info in list(writer.remaining):

@@ -5,11 +5,11 @@ from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.jit import inline, inner, kernel
 from pydsa.backends.cpu.scalars import bits_of_float, float_from_bits, half, to_half
 from pydsa.backends.cpu.simd import floats, load_floats, multiply_add, reduce_max_abs, store
-from pydsa.quantize.rows import quantizer
-from pydsa.quantize.search import (TINY, clamped, column_weights, extremes, fit_level_scale, fit_line, level_codes, level_table,
-                                   refined_scale, scale_by_peak)
-from pydsa.quantize.vectors import (greatest, lanes, lanes_from, largest, least, rint, round_away, smallest, store_bytes, total,
-                                    where_greater)
+from pydsa.quantization.rows import quantizer
+from pydsa.quantization.search import (TINY, clamped, column_weights, extremes, fit_level_scale, fit_line, level_codes, level_table,
+                                       refined_scale, scale_by_peak)
+from pydsa.quantization.vectors import (greatest, lanes, lanes_from, largest, least, rint, round_away, smallest, store_bytes, total,
+                                        where_greater)
 
 LARGEST_HALF = np.float32(65504)
 

@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 from pydsa.backends.cpu.jit import inline, inner
 from pydsa.backends.cpu.simd import (_loader, broadcast, constant, f32x16, floats, i32x16, load_floats, multiply_add, store,
                                      to_floats)
-from pydsa.quantize.vectors import greatest, least, rint
+from pydsa.quantization.vectors import greatest, least, rint
 
 BYTES, ROW = 64, 128    # of a vector, and of the costs of a half: 32 groups at a time
 TAG = 127               # bits of a cost in whose place its half's code is: one part in 65536
