@@ -54,8 +54,8 @@ class Bench:
 
         A model on several devices has two columns more, dicts by the name of the device: device_bytes, the bytes per token on each, and
         device_bandwidth_gbs. Its limit is that of devices that work one after the other, and bandwidth_gbs their mean. progress(done,
-        total, test) is called before each run. ops: a list, to which the rows of
-        ops() are added: a step of each test is then timed op by op, in the context that the test had.
+        total, test) is called before each run. ops: a list, to which the rows of ops() are added: a step of each test is then timed op by
+        op, in the context that the test had.
         """
         n_runs = len(self.tests) * (self.repetitions + 1)
         session, done, ids = model.session(), 0, random_ids(model, self.n_ctx)
@@ -125,7 +125,6 @@ def about(model):
     return {"model_filename": model.metadata.path, "model_name": model.config.name, "model_arch": model.config.architecture,
             "model_type": model.setup.file_type, "model_size": model.setup.n_bytes, "model_n_params": model.setup.n_params,
             "backend": model.setup.device_name, "n_threads": model.threads, "n_threads_batch": model.threads_batch,
-            "numa": model.setup.numa,
             "n_ubatch": model.n_ubatch, "type_k": model.kv_type, "type_index": model.index_type if model.top_k else None,
             "attention": model.attention, "reproducible": model.setup.reproducible, "top_k": model.top_k}
 
@@ -331,8 +330,6 @@ def _display_row(row):
     share, threads = row["share_of_limit"], {"threads": _short(row["n_threads"])}
     if row["n_threads_batch"] != row["n_threads"]:      # the same in all rows of a table
         threads["threads batch"] = _short(row["n_threads_batch"])
-    if row.get("numa"):
-        threads["numa"] = row["numa"]
     return {"model": f"{row['model_arch']} {row['model_type']}", "size": size(row["model_size"]),
             "params": count(row["model_n_params"]), "backend": row["backend"], **threads,
             "kv": row["type_k"], "index": row["type_index"] or "",

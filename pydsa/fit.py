@@ -204,10 +204,10 @@ class Search:
     def run(self):
         """The placed Setup, or None if nothing fits on the GPUs."""
         options = self.candidates()
-        at = self._first(options, 0)
-        if at < len(options) and not self._fits(options[at]):
+        at = min(self._first(options, 0), len(options) - 1)
+        if not self._fits(options[at]):
             self._learn(options[at])
-            at = min(self._first(options, at + 1), len(options) - 1)        # these figures may be too high: it is a place to begin
+            at = min(self._first(options, at + 1), len(options) - 1)        # the figures may be too high: it is a place to begin
         while at < len(options) and not self._fits(options[at]):
             self._learn(options[at])
             at += 1

@@ -9,7 +9,7 @@ import warnings
 from typing import NamedTuple
 
 from pydsa import limits
-from pydsa.backends.devices import AUTO, HOST, backend_of, device_of, usable_gpus
+from pydsa.backends.devices import AUTO, HOST, backend_of, check_numa, device_of, usable_gpus
 from pydsa.errors import LESS, OutOfMemoryError
 from pydsa.fit import Fit, Room, Search
 from pydsa.options import counts, size_in_bytes
@@ -76,6 +76,7 @@ class Fitting:
             device = gpus is None and os.environ.get(DEVICE, "").strip() or AUTO
         self.automatic = _is_auto(device)
         self._left_out = 0      # bytes of slots for experts that did not fit
+        self._numa = check_numa((HOST,), settings.pop("numa", None)) if self.automatic else None       # for what is left on the host
         self._device = self._all_gpus() if self.automatic else device
 
     @functools.cached_property
@@ -125,6 +126,14 @@ class Fitting:
 
     def setup(self):
         """The placed Setup, with its plan."""
+        setup = self._placed()
+        if self._numa and any(device_of(name).places for name in setup.placement.devices):
+            setup.numa = self._numa
+        elif self._numa:
+            warnings.warn(f"--numa {self._numa} is without effect: all runs on {setup.device_name}.", stacklevel=3)
+        return setup
+
+    def _placed(self):
         setup = self._setup()
         with_gpus = [name for name in setup.placement.devices if device_of(name).reserved]
         if not with_gpus and len(setup.placement.devices) == 1:
@@ -228,8 +237,9 @@ class Fitting:
         own = self._setup()
         longest, placing = own.config.n_ctx_train, own.placing
         gpus = [name for name in own.placement.devices if device_of(name).reserved]
-        margin = self._margin if self.automatic and gpus else 0
-        if margin:
+        fills = bool(self.automatic and gpus)
+        margin = self._margin if fills else 0
+        if fills:
             moe = {} if placing.cpu_moe or placing.n_cpu_moe else dict(cpu_moe=any(map(is_of_experts, own.weights.used)))
             placing = placing.changed(**moe)
             fit = self._fit(self._setup(n_ctx=longest), margin)
@@ -244,12 +254,12 @@ class Fitting:
             return {share.device: share.total for share in fit.shares(self._setup(n_ctx=n_ctx).placed(placing))}
 
         def fits(taken):
-            return not fit.lacking({name: n if margin and device_of(name).reserved else n * (1 + SPARE) for name, n in taken.items()})
+            return not fit.lacking({name: n if fills and device_of(name).reserved else n * (1 + SPARE) for name, n in taken.items()})
         n_ctx = _longest(n_bytes, fits, max(own.n_ubatch, own.config.top_k or 0), longest)
         if (n_ctx or 0) < min(LEAST, longest) and own.stream_from is None and self._setup(n_ctx=STEP).placed(placing).slot_bytes:
             self._settings = self._settings | {"stream_from": 0}
             return self.longest_context()
-        if (n_ctx or 0) < min(LEAST, longest) and margin and placing.n_gpu_layers is None:
+        if (n_ctx or 0) < min(LEAST, longest) and fills and placing.n_gpu_layers is None:
             self._device, self._settings = HOST, self._settings | {"tensor_split": None}
             return self.longest_context()
         if n_ctx is None:

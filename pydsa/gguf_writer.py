@@ -32,8 +32,8 @@ class GGUFWriter:
     remaining: list of the TensorInfo that are still to be written. resumed: bytes of tensors that an earlier run has written.
     restarted: why what an earlier run has written is of no use, a sentence, or None.
 
-    At the end the files get their names. What an exception leaves: nothing after a PydsaError, as the same run would meet it again; the
-    partial files and the journal after anything else, such as Ctrl-C, or a disk that is full.
+    At the end the files get their names. What an exception leaves: nothing after a PydsaError, as the same run would meet it again, unless
+    its class has keeps_output; the partial files and the journal after anything else, such as Ctrl-C, or a disk that is full.
     """
 
     def __init__(self, layout, source="", overwrite=False, inputs=(), progress=lambda done, total, name: None):
@@ -68,7 +68,8 @@ class GGUFWriter:
             raise error from failure
         finally:
             self._journal.close()
-            if complete and not self._keep or isinstance(error, PydsaError) and not self._keep:
+            refused = isinstance(error, PydsaError) and not getattr(error, "keeps_output", False)
+            if not self._keep and (complete or refused):
                 _remove([*(part.partial for part in self.layout.parts), self.layout.journal])
         if kind is None and not complete:
             raise ValueError(f"{self.remaining[0].name} is not written")

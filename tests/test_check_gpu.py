@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from pydsa.cli import main as pydsa_cli
-from tools import check_gpu
+from tools import check_gpu, check_placement
 from tools.check_gpu import STAGES, Stage, main, run_stage
 
 SAY, FAIL, SLEEP = ((sys.executable, "-c", code) for code in ("print('{out}')", "raise SystemExit(3)", "import time; time.sleep(60)"))
@@ -55,6 +55,25 @@ def test_stages_ask_for_what_there_is():
             command = importlib.import_module(path.removesuffix(".py").replace("/", ".")).main
             ended = [CliRunner().invoke(command, [*args, *more, "--help"]).exit_code for more in ([], ["--no-such-option"])]
             assert ended == [0, 2]
+
+
+def test_placements_are_compared_and_timed(small_model, tmp_path, monkeypatch):
+    """A model that is there is taken; other logits than alone are an error."""
+    args = [str(small_model()), "--device", "reference", "-p", "4", "-n", "1", "-r", "1"]
+    done = CliRunner().invoke(check_placement.main, args)
+    assert done.exit_code == 0 and done.output.count("tg1: no limit is known") == 2, done.output
+    assert "--cpu-moe on reference+cpu: logits within" in done.output and "--n-cpu-moe 2 on reference+cpu" in done.output
+    monkeypatch.setattr(check_placement, "NMSE", -1)
+    monkeypatch.setattr(check_placement, "placements", lambda model: {"--cpu-moe": dict(cpu_moe=True), "again": dict(cpu_moe=True)})
+    done = CliRunner().invoke(check_placement.main, args)
+    assert done.exit_code == 1 and done.output.count("| pp4 ") == 1 and done.output.endswith("more than -1e+00: --cpu-moe, again\n")
+    made = []
+    monkeypatch.setattr(check_placement, "make_model", lambda path, spec: made.append((path, spec)))
+    check_placement.made(tmp_path / "none.gguf", "v3.2-layers")
+    check_placement.made(small_model(), "v3.2-layers")
+    assert [(path, spec.type, spec.n_embd) for path, spec in made] == [(tmp_path / "none.gguf", "Q4_K_M", 7168)]
+    rows = [{"n_prompt": p, "n_gen": 4 - p, "n_depth": 0, "share_of_limit": share} for p, share in ((4, 0.7), (0, 0.8))]
+    assert list(check_placement.goals(rows)) == ["pp4: 0.70 of the limit, at least 0.7", "tg4: 0.80 of the limit, below 0.85"]
 
 
 def test_speed_by_threads_is_measured_on_models_that_were_made():

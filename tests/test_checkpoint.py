@@ -104,6 +104,8 @@ def put(name, dtype, data):
     (put("model.layers.0.mlp.up_proj.weight", "F8_E4M3", np.ones((96, 64), "u1")), {}, "without scales"),
     (lambda t: (put(SCALE, "F32", np.ones((9, 9), "<f4"))(t), put(SCALE.removesuffix("_scale_inv"), "F8_E4M3", np.ones((96, 64), "u1"))(t)),
      {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, r"expected \[1, 1\] for blocks of 128 x 128"),
+    (lambda t: (put(SCALE, "F32", np.ones((2, 3), "<f4"))(t), put(SCALE.removesuffix("_scale_inv"), "F8_E4M3", np.ones((96, 64), "u1"))(t)),
+     {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]}}, r"expected \[3, 2\] for blocks of 32 x 32"),
     (put(SCALE, "F32", np.ones((1, 1), "<f4")), {}, "of BF16"),
     (put("model.layers.0.mlp.up_proj.weight_packed", "U8", np.ones((96, 32), "u1")), {}, "expected one of them|does not know")])
 def test_tensors_that_do_not_fit(change, fields, match, tmp_path):
@@ -116,7 +118,10 @@ def test_tensors_that_do_not_fit(change, fields, match, tmp_path):
     ({"num_hidden_layers": True}, "num_hidden_layers is"), ({"num_hidden_layers": -1}, "from 1 to 512"),
     ({"num_hidden_layers": 10**30}, "from 1 to 512"), ({"vocab_size": 319}, r"config.json expects \[319, 64\]"),
     ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"), ({"rope_parameters": []}, "expected an object"), ({"index_topk": None}, "index_topk"),
-    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.factor is missing"), ({"n_group": 3}, "cannot be divided"),
+    ({"routed_scaling_factor": None}, "routed_scaling_factor is missing"), ({"n_group": None}, "n_group is missing"),
+    ({"rope_parameters": {"rope_type": "default"}}, "rope_theta is missing"), ({"rms_norm_eps": None}, "rms_norm_eps is missing"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters.factor is missing"),
+    ({"n_group": 3}, "cannot be divided"),
     ({"num_experts_per_tok": 9}, "expected an integer from 1 to 8"), ({"quantization_config": "fp8"}, "expected an object"),
     ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 1]}}, "expected two numbers"),
     ({"mlp_layer_types": ["sparse", "dense", "sparse"]}, "dense ones and then sparse ones"), ({"num_key_value_heads": 1}, "as many as"),

@@ -15,7 +15,7 @@ from helpers import dequantize, nmse
 import pydsa
 from pydsa.cli import main
 from pydsa.conversion import TYPES, Conversion
-from pydsa.conversion.checkpoint import read_header
+from pydsa.conversion.checkpoint import ReadError, Stored, read_header
 from pydsa.conversion.fields import Fields
 from pydsa.conversion.scales import to_float32, weights
 from pydsa.conversion.types import check_importance
@@ -261,6 +261,19 @@ def test_scales_of_channels_and_tensors(tmp_path):
     assert (tensor(file, "blk.0.ffn_gate.weight") == 3).all() and any("scales of activations" in note for note in report["notes"])
 
 
+def test_exponents_as_scales(tmp_path):
+    """MXFP8: a byte is the exponent of a power of two, 32 columns share it."""
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def change(tensors):
+        tensors[name] = "F8_E4M3", np.full((96, 64), 0x38, "u1")       # 1.0
+        tensors[name + "_scale"] = "U8", (120 + np.arange(192) % 9).reshape(96, 2).astype("u1")
+    groups = {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"strategy": "group", "group_size": 32}}}}
+    pydsa.convert(copy("v32", tmp_path / "in", change, quantization_config=groups), tmp_path / "m.gguf", "F32")
+    assert np.array_equal(tensor(open_gguf(tmp_path / "m.gguf"), "blk.0.ffn_up.weight"),
+                          (2.0 ** (np.arange(192) % 9 - 7)).reshape(96, 2).repeat(32, axis=1))
+
+
 def test_pieces_are_put_together(tmp_path, converted, monkeypatch):
     """Pieces of a few rows give the same bytes."""
     monkeypatch.setattr("pydsa.conversion.names.PIECE", 500)
@@ -296,6 +309,9 @@ def test_refused_before_anything_is_written(tmp_path):
     with pytest.raises(TargetError, match="--force"):
         pydsa.convert(DATA / "v32", out, "F32")
     assert out.read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 1
+    for name in "config.json", "model-00001-of-00005.safetensors":
+        with pytest.raises(TargetError, match="which is read"):
+            pydsa.convert(DATA / "v32", DATA / "v32" / name, "F32", overwrite=True)
     pydsa.convert(DATA / "v32", out, "F32", overwrite=True)
     assert out.stat().st_size == report["n_bytes"]
 
@@ -355,6 +371,23 @@ def test_ctrl_c_on_the_command_line(tmp_path, monkeypatch):
     monkeypatch.undo()
     result = CliRunner().invoke(main, args)
     assert result.exit_code == 0 and "were there from an interrupted run" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_a_drive_that_fails_for_a_while(tmp_path, monkeypatch):
+    """What is written is kept, as the same command may succeed."""
+    read, left = Stored.read, [60]
+
+    def fail(stored, first=0, last=None):
+        left[0] -= 1
+        if not left[0]:
+            raise ReadError(f"{stored.path}: the file cannot be read (Input/output error).")
+        return read(stored, first, last)
+    monkeypatch.setattr(Stored, "read", fail)
+    result = CliRunner().invoke(main, ["convert", str(DATA / "v32"), str(tmp_path / "m.gguf"), "--type", "BF16"])
+    assert result.exit_code == 2 and "the same command goes on" in result.stderr and "Input/output error" in result.stderr
+    monkeypatch.undo()
+    assert pydsa.convert(DATA / "v32", tmp_path / "m.gguf", "BF16")["resumed"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 

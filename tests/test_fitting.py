@@ -166,6 +166,8 @@ def test_the_longest_context_beside_all_layers(small_model):
     small = simulated_gpus([RESERVED + MARGIN + (4 << 20)])
     assert longest_context(path, gpus=small, n_ubatch=64, stream_from=0) == (65536, True)      # some layers stay on the CPU
     assert longest_context(path, gpus=simulated_gpus([2 * GIB]), n_ubatch=64, stream_from=0) == (65536, True)
+    filled = [gpu._replace(free=gpu.free - MARGIN) for gpu in gpus.values()]
+    assert longest_context(path, gpus=dict(zip(gpus, filled)), n_ubatch=64, fit_margin=0, stream_from=0) == (n_ctx, False)
 
 
 def test_what_does_not_fit_is_told_with_what_would(plan, small_model):

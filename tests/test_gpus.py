@@ -79,18 +79,16 @@ assert [found.index for found in gpus.usable_gpus()] == [0]
 
 MODEL = """
 import pydsa
-from pydsa.backends.devices import Device
 path, ids = sys.argv[1], [5, 6, 7, 8, 9, 10]
-def logits(backend):
-    Device.backend = lambda device: backend
-    session = pydsa.load(path, device="cuda", attention="sparse", n_ctx=16, n_ubatch=8).session()
+def logits(device):
+    session = pydsa.load(path, device=device, attention="sparse", n_ctx=16, n_ubatch=8).session()
     found = [session.prefill(ids[:4]), *map(session.decode, ids[4:])]
     sampled = session.generate([12], max_tokens=2, sampling=pydsa.Sampling(seed=1))       # by the GPU
     return [*found, np.array([*sampled])]
-first = logits(cuda.on(0))
+first = logits("cuda")
 assert empty_arena(1) and not empty_arena(0)
 driver.arenas[0].allocate = None       # nothing may be allocated there from now on
-assert all(np.array_equal(a, b) for a, b in zip(first, logits(cuda.on(1)), strict=True))
+assert all(np.array_equal(a, b) for a, b in zip(first, logits("cuda1"), strict=True))
 graphs = [driver.counts[name] for name in ("cuGraphInstantiate", "cuGraphLaunch")]
 assert graphs[0] > 1 and graphs[1] > 4, graphs
 """
@@ -163,7 +161,8 @@ class Nvml:
         sizes._obj[:] = 0, 12345, 0
         return 0
 
-name, size = "PTX in numpy (tests/ptx)", 1 << 22
+from tests.ptx.driver import OF_A_CONTEXT
+name, size = "PTX in numpy (tests/ptx)", (1 << 22) + OF_A_CONTEXT
 found = gpus.library
 gpus.library = lambda name: Nvml() if name == gpus.LIBRARIES[1] else found(name)
 assert gpus.usable_gpus() == [(i, name, size, 12345) for i in range(2)] and "cuDevicePrimaryCtxRetain" not in driver.counts

@@ -92,7 +92,7 @@ def test_only_the_cuda_backend_imports_numba_cuda(name):
 
 
 @pytest.mark.parametrize("name", ["pydsa", "pydsa.quants", "pydsa.model", "pydsa.cli", "pydsa.plot", "pydsa.imatrix", "pydsa.quantize",
-                                  "pydsa.backends.reference", "pydsa.backends.gpus", "pydsa.backends.transfers"])
+                                  "pydsa.conversion", "pydsa.backends.reference", "pydsa.backends.gpus", "pydsa.backends.transfers"])
 def test_importing_is_cheap(name):
     code = f"import sys, {name}; print([m for m in {SLOW} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

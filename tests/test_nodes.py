@@ -144,7 +144,8 @@ def test_a_policy_of_a_thread_is_undone():
 
 @placing
 def test_arrays_are_placed(monkeypatch):
-    array = np.zeros(8 << 20, np.uint8)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    array = np.frombuffer(mmap.mmap(-1, 8 << 20, flags=private), np.uint8)      # memory that nobody had before, whose policy would stay
     array[:4 << 20] = 1
     assert numa.place_memory(array) is array and policy_at(array) == "default"      # there is no plan
     monkeypatch.setattr(numa, "_plan", Plan("distribute", (), Policy(INTERLEAVE, (0,))))

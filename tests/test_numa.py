@@ -23,8 +23,9 @@ import pydsa
 import pydsa.model
 from pydsa import PydsaError, mempolicy, numa
 from pydsa.backends.cpu import reading_ahead, threads
-from pydsa.backends.devices import check_numa
+from pydsa.backends.devices import DEVICES, check_numa, simulated_gpus
 from pydsa.cli import main
+from pydsa.fitting import MARGIN, fitted
 from pydsa.mempolicy import INTERLEAVE, Policy
 from pydsa.nodes import in_ranges
 
@@ -331,8 +332,8 @@ def test_every_command_that_runs_a_model_has_the_option():
     with click.Context(main) as context:
         commands = [main.get_command(context, name) for name in main.list_commands(context)]
     options = {command.name: {param.name for param in command.params} for command in commands}
-    assert {name for name, names in options.items() if "threads" in names} == {name for name, names in options.items() if "numa" in names}
-    assert sum("numa" in names for names in options.values()) > 6
+    running, able = ({name for name, names in options.items() if what in names} for what in ("threads_batch", "numa"))
+    assert running == able and len(able) > 6
 
 
 @pytest.mark.parametrize("args, message", [
@@ -355,6 +356,20 @@ def test_a_model_on_several_devices():
     assert check_numa(("reference", "cpu"), "isolate") == check_numa(("cpu",), "isolate") == "isolate"
     with pytest.raises(PydsaError, match="cuda has its own"):
         check_numa(("cuda", "cuda1"), "isolate")
+
+
+@pytest.mark.parametrize("room, where, sentence", [(1 << 30, ("cuda",), "--numa isolate is without effect: all runs on cuda"),
+                                                   (700000, ("cpu", "cuda"), None), (None, ("cpu",), None)])
+def test_plans_place_what_is_left_on_the_host(small_model, room, where, sentence):
+    """... and search for it as without the option."""
+    gpus = {} if room is None else simulated_gpus([DEVICES["cuda"].reserved + MARGIN + room])
+    with warnings.catch_warnings(record=True) as met:
+        warnings.simplefilter("always")
+        setup = fitted(small_model(), gpus=gpus, n_ctx=64, n_ubatch=8, numa="isolate")
+    assert setup.placement.devices == where and setup.numa == ("isolate" if "cpu" in where else None)
+    assert [sentence in str(each.message) for each in met] == [True] * (sentence is not None)
+    with pytest.raises(PydsaError, match="numa is 'mirror', expected one of"):
+        fitted(small_model(), gpus=gpus, n_ctx=64, numa="mirror")
 
 
 @two_cpus

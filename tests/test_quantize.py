@@ -11,6 +11,7 @@ from pydsa import imatrix
 from pydsa.cli import main
 from pydsa.errors import PydsaError
 from pydsa.gguf_file import open_gguf
+from pydsa.gguf_layout import packed_metadata
 from pydsa.quantize import tensors as tensors_module
 from tools.make_model import ModelSpec, make_model
 
@@ -160,6 +161,24 @@ def test_pieces_and_threads_do_not_change_a_file(models, tmp_path, monkeypatch):
     reports.append(pydsa.quantize(models["BF16"], paths[1], "Q5_K_M", threads=3))
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert [row.nmse for row in reports[0].rows] == pytest.approx([row.nmse for row in reports[1].rows], rel=1e-6)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(override_kv={"deepseek32.block_count": 2**40}), "cannot hold"), (dict(threads=0), "threads is 0"),
+    (dict(override_kv={"split.no": 1}), "cannot be overridden"), (dict(tensor_types={"(": "Q8_0"}), "no regular expression"),
+])
+def test_refusals_in_python(models, tmp_path, options, message):
+    with pytest.raises(PydsaError, match=message):
+        pydsa.quantize(models["BF16"], tmp_path / "out.gguf", "Q8_0", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_overrides_keep_the_types_of_numbers(models, tmp_path):
+    values = {"deepseek32.context_length": 64, "deepseek32.rope.freq_base": 5000.0, "a.number": -1, "general.file_type": 1}
+    pydsa.quantize(models["BF16"], tmp_path / "out.gguf", "COPY", override_kv=values)
+    old, new = (packed_metadata(path) for path in (models["BF16"], tmp_path / "out.gguf"))
+    assert {key: open_gguf(tmp_path / "out.gguf").metadata[key] for key in values} == values
+    assert all(new[key].type_id == value.type_id for key, value in old.items())
 
 
 def test_types_that_cannot_be_made_are_named(models, tmp_path, monkeypatch):

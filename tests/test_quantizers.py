@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import pytest
 
+from pydsa.backends.cpu import jit
 from pydsa.errors import PydsaError
 from pydsa.quantize import TYPES, rows
 from tools.golden_quantizers import error
@@ -117,3 +118,12 @@ def test_rows_of_one_value_one_outlier_or_one_sign(name):
     assert not y[0].any()
     assert np.abs(x[1:3] - y[1:3]).max() < 0.002
     assert np.abs(x - y).max() < EDGES[name]
+
+
+def test_kernels_are_kept_apart_from_those_of_the_engine():
+    """A second start compiles nothing, an edit in a quantizer little."""
+    quantizer = TYPES["Q8_0"]
+    quantizer(np.zeros((1, 32), np.float32))
+    assert quantizer.wanted().holds()
+    path = quantizer.kernel._cache.path(tuple(quantizer.kernel.signatures[0]))
+    assert path.exists() and path.parent != jit.FOLDER and path.parent.parent == jit.FOLDER.parent

@@ -74,6 +74,7 @@ def test_any_placement_gives_the_logits_of_one_device(small_model, load, monkeyp
     assert nmse(list(found.values()), expected[list(found)]).max() < CLOSE
 
 
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 @pytest.mark.parametrize("missing", ["finish", "settle"])
 def test_late_devices_notice_what_is_too_early(small_model, load, monkeypatch, missing):
     """The test above can fail: without waiting for copies, logits are wrong."""

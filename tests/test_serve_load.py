@@ -154,8 +154,8 @@ def test_the_servers_that_are_measured(monkeypatch):
 def test_commands():
     """The same threads and contexts; repacking is off unless it is asked for."""
     load = Load("m.gguf", 3, 4, 512)
-    assert pydsa_command(load, "--reproducible")[1:] == ["-m", "pydsa", "serve", "m.gguf", "-t", "3", "-tb", "3", "-np", "4", "-c", "512",
-                                                         "--reproducible"]
+    assert pydsa_command(load, "--reproducible")[1:] == ["-m", "pydsa", "serve", "m.gguf", "--device", "cpu", "-t", "3", "-tb", "3",
+                                                         "-np", "4", "-c", "512", "--reproducible"]
     assert "-c 2048" in " ".join(llama_server_command(load, "x")) and "--no-repack" in llama_server_command(load, "x")
     assert "--no-repack" not in llama_server_command(load._replace(repack=True), "x")
     assert llama_cpp_python_command(load, "py")[:5] == ["py", "-m", "llama_cpp.server", "--model", "m.gguf"]

@@ -55,6 +55,8 @@ STAGES = [
     bench("ops-of-a-token", "Q4_K_M", 0.3, "--ops", "-p", "0", "-n", "16", "-d", "4096"),
     bench("ops-of-a-prompt", "Q4_K_M", 0.3, "--ops", "-p", "2048", "-n", "0", "-ub", "2048"),
     bench("depths", "Q4_K_M", 0.4, "-p", "2048", "-n", "64", "-ub", "2048", "-d", "0,4096,131072", "-r", "2"),
+    # three loads, of which the first has all weights on the GPU
+    Stage("placement", (*PYTHON, "tools/check_placement.py", "{out}/" + MODEL.format("Q4_K_M"), "-p", "2048,4096", "-n", "32"), 0.4),
     make("Q8_0"),
     bench("q8_0", "Q8_0", 0.3, "-p", "2048", "-n", "64", "-ub", "2048", "-d", "0,4096"),
     Stage("make-0.5b", (*PYTHON, "tools/make_model.py", "--preset", "0.5b", "--type", "Q4_K_M", "{out}/0.5b.gguf"), 0.1),

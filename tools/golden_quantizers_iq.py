@@ -1,9 +1,10 @@
-"""The errors of llama.cpp's i-quants, ternary, one bit and NVFP4, for tests.
+"""The errors of llama.cpp's i-quants, TQ1_0, TQ2_0, Q1_0 and NVFP4.
 
     python tools/golden_quantizers_iq.py LIBGGML_BASE_SO tests/data/quantizers.npz tests/data/quantizers_iq.npz
 
-The rows and their importance are those of tools/golden_quantizers.py. For each type and statistic of rows: the root of the summed squared
-errors, without and with importance (then weighted by it). Types that llama.cpp refuses without importance get ones for none.
+They are for tests. The rows and their importance are those of tools/golden_quantizers.py. For each type and statistic of rows: the root
+of the summed squared errors, without and with importance (then weighted by it). Without means ones for the types that need importance:
+llama.cpp refuses most of them then.
 """
 import sys
 from pathlib import Path

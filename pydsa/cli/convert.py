@@ -22,6 +22,7 @@ def convert(folder, out, kind, split_max_size, split_max_tensors, dry_run, force
     its name when it is complete; after an interruption the same command goes on where it stopped.
     """
     from pydsa.conversion import Conversion, format_plan, run
+    from pydsa.conversion.checkpoint import ReadError
     from pydsa.conversion.types import check_type
     from pydsa.gguf_writer import parse_size
     kind, size = check_type(kind), parse_size(split_max_size) if split_max_size is not None else None
@@ -32,8 +33,8 @@ def convert(folder, out, kind, split_max_size, split_max_tensors, dry_run, force
     try:
         with progress_bar("converting") as progress:
             report = run(conversion, layout, kind, force, dry_run,
-                         lambda done, total, name: progress(done / 1e6, total / 1e6, f"MB {name}"))
-    except KeyboardInterrupt:
+                         lambda done, total, name: progress(done / 1e6, round(total / 1e6), f"MB {name}"))
+    except (KeyboardInterrupt, ReadError):
         if layout.journal.exists():
             click.echo(f"\nwhat is written is kept beside {visible(out)}; the same command goes on with it", err=True)
         raise

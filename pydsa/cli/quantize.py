@@ -51,9 +51,10 @@ def quantize(model, output, kind, form, override_kv, split_max_size, force, **op
     """
     from pydsa.bench import format_rows
     from pydsa.quantize import quantize, summary
-    with progress_bar("compiling kernels") as compiling, progress_bar("quantizing, MB") as progress:
+    with progress_bar("quantizing") as show:        # one bar, as older versions of rich show no second one
         report = quantize(model, output, kind, override_kv=override_kv, split_max_bytes=split_max_size, overwrite=force,
-                          progress=lambda done, total, name: progress(done / 1e6, round(total / 1e6), name), compiling=compiling, **options)
+                          progress=lambda done, total, name: show(done / 1e6, round(total / 1e6), f"MB, {name}"),
+                          compiling=lambda done, total, name: show(done, total, f"kernels compiled, {name}"), **options)
     if report.restarted:
         click.echo(report.restarted, err=True)
     click.echo(format_rows([_cells(row, options["imatrix"]) for row in report.rows], form), nl=False)

@@ -34,6 +34,11 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u
 LFS = b"version https://git-lfs"
 
 
+class ReadError(CheckpointError):
+    """A file cannot be read just now: what was made of others is kept."""
+    keeps_output = True
+
+
 class Stored(NamedTuple):
     """A tensor of a checkpoint: where its bytes are."""
     name: str
@@ -55,7 +60,7 @@ class Stored(NamedTuple):
     def read(self, first=0, last=None):
         """The rows from first to last, a new array of DTYPES.
 
-        Raises CheckpointError if the file has become shorter or cannot be read.
+        Raises CheckpointError if the file has become shorter, ReadError if it cannot be read.
         """
         shape = self.shape if not self.shape or last is None and first == 0 else (
             (self.shape[0] if last is None else last) - first, *self.shape[1:])
@@ -65,7 +70,7 @@ class Stored(NamedTuple):
                 file.seek(self.start + first * self.row * dtype.itemsize)
                 data = np.fromfile(file, dtype, n)
         except OSError as error:
-            raise CheckpointError(f"{self.path}: the file cannot be read ({error.strerror}).") from error
+            raise ReadError(f"{self.path}: the file cannot be read ({error.strerror}).") from error
         if data.size != n:
             raise CheckpointError(f"{self.path}: the file ends inside of {quote(self.name)}: it has changed since it was opened.")
         return data.reshape(shape)
@@ -139,6 +144,11 @@ class Checkpoint:
                 raise CheckpointError(f"{path}: the file of {quote(name)} is {kind_of(file)}, expected the name of a safetensors file in "
                                       "this folder.")
         return weight_map
+
+    @property
+    def inputs(self):
+        """Paths of what an output may not replace: all files but GGUF ones."""
+        return [path for path in self.folder.iterdir() if path.suffix != ".gguf"]
 
     def source(self):
         """A text that changes whenever the weights do, or pydsa's version."""

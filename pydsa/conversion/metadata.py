@@ -1,9 +1,10 @@
 """The metadata of a model: config.json of Hugging Face -> keys of GGUF.
 
     shape = read_shape(config)              # a Shape: what the tensors must look like
-    model_keys(config, shape)               # {key: value}, all but those of the tokenizer
+    model_keys(config, shape, notes)        # {key: value}, all but those of the tokenizer
 
-What a GGUF file cannot say, or its readers would take for something else, is refused here.
+What a GGUF file cannot say, or its readers would take for something else, is refused here. So is a field that is missing where the classes
+of transformers have different defaults.
 """
 from dataclasses import dataclass
 
@@ -129,7 +130,7 @@ def model_keys(config, shape, notes):
         "vocab_size": s.n_vocab, "context_length": config.integer("max_position_embeddings", 1), "embedding_length": s.n_embd,
         "block_count": s.n_layer + s.n_nextn, "feed_forward_length": s.n_ff, "leading_dense_block_count": s.n_lead,
         "attention.head_count": s.n_head, "attention.head_count_kv": 1,
-        "attention.layer_norm_rms_epsilon": config.number("rms_norm_eps", 0, 1, default=1e-6),
+        "attention.layer_norm_rms_epsilon": config.number("rms_norm_eps", 0, 1),
         "attention.kv_lora_rank": s.kv_lora, "attention.key_length": s.kv_lora + s.n_rot, "attention.value_length": s.kv_lora,
         "attention.key_length_mla": s.n_nope + s.n_rot, "attention.value_length_mla": s.n_v, "rope.dimension_count": s.n_rot}
     if s.n_nextn:
@@ -156,13 +157,14 @@ def _expert_keys(config, s, notes):
     method = config.string("topk_method", default="greedy" if v2 else "noaux_tc", among=("greedy", "group_limited_greedy", "noaux_tc"))
     norm = config.boolean("norm_topk_prob", default=not v2)
     keys |= {"expert_count": s.n_expert, "expert_used_count": config.integer("num_experts_per_tok", 1, s.n_expert),
-             "expert_gating_func": GATING[scoring], "expert_weights_scale": config.number("routed_scaling_factor", 0, 1e6, default=1.0)}
+             "expert_gating_func": GATING[scoring],
+             "expert_weights_scale": config.number("routed_scaling_factor", 0, 1e6, **({"default": 1.0} if v2 else {}))}
     if norm and v2:
         raise UnsupportedModelError(f"{config.path}: norm_topk_prob is true, expected false: programs differ in what V2 then does.")
     if norm:
         keys["expert_weights_norm"] = True
-    groups, used = config.integer("n_group", 1, 1024, default=1), config.integer("topk_group", 1, 1024, default=1)
     if method != "greedy":
+        groups, used = config.integer("n_group", 1, 1024), config.integer("topk_group", 1, 1024)
         keys |= {"expert_group_count": groups, "expert_group_used_count": used}
         if method == "group_limited_greedy" and groups > used:
             notes.append("The model chooses groups of experts by their best expert (topk_method group_limited_greedy); GGUF has no key for "
@@ -173,7 +175,7 @@ def _expert_keys(config, s, notes):
 def _rope_keys(config, s):
     """The keys of rope.*; refused is what readers would scale otherwise."""
     rope = config.fields("rope_parameters", default=None) or config.fields("rope_scaling", default=Fields({}, config.path, "rope_scaling."))
-    base = rope.number("rope_theta", 1.001, 1e15, default=config.number("rope_theta", 1.001, 1e15, default=10000.0))
+    base = (rope if "rope_theta" in rope else config).number("rope_theta", 1.001, 1e15)
     keys = {"rope.freq_base": base}
     kind = rope.string("rope_type", default=rope.string("type", default="default"))
     if kind in ("default", "none"):

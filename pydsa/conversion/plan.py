@@ -10,7 +10,7 @@ from pydsa.conversion.checkpoint import Checkpoint
 from pydsa.conversion.metadata import model_keys, read_shape
 from pydsa.conversion.names import outputs_of
 from pydsa.conversion.tokenizer import tokenizer_keys
-from pydsa.conversion.types import NAMES, check_importance, check_type, type_keys, types_of
+from pydsa.conversion.types import NAMES, check_importance, check_type, type_keys, types_of, wanting_importance
 from pydsa.gguf_file import Metadata
 from pydsa.gguf_layout import Layout
 from pydsa.models import architecture
@@ -84,16 +84,18 @@ class Conversion:
     def memory(self, n_ctx=None, kv_type="i16", index_type=None):
         """What running each type takes, a dict of JSON types in bytes.
 
-        weights: without MTP blocks, which are not run. caches: of one conversation of n_ctx tokens.
+        weights: without MTP blocks, which are not run. caches: of one conversation of n_ctx tokens. needing_imatrix: types that `pydsa
+        quantize` makes of another with an importance matrix.
         """
         n_ctx, = counts(2**31 - 1, n_ctx=n_ctx or min(DEFAULT_N_CTX, self.config.n_ctx_train))
         kv_type = choose_cache_type("kv_type", kv_type)
         index_type = choose_cache_type("index_type", index_type or ("f32" if kv_type == "f32" else "i8"))
         kinds = {"latents": kv_type, "index_keys": index_type}
         row = sum(cache_row_bytes(kinds[ref.kind], widths) for ref, widths in self.config.cache_widths.items())
-        end = f"blk.{self.shape.n_layer}."
+        end, infos = f"blk.{self.shape.n_layer}.", {kind: self.infos(kind) for kind in NAMES}
         return {"n_ctx": n_ctx, "kv_type": kv_type, "index_type": index_type if self.config.top_k else None, "caches": n_ctx * row,
-                "weights": {kind: sum(info.n_bytes for info in self.infos(kind) if not info.name.startswith(end)) for kind in NAMES}}
+                "weights": {kind: sum(info.n_bytes for info in infos[kind] if not info.name.startswith(end)) for kind in NAMES},
+                "needing_imatrix": [kind for kind in NAMES if wanting_importance(infos[kind], kind)]}
 
 
 def _name_of(checkpoint):
@@ -119,4 +121,7 @@ def format_memory(memory):
     """The dict of Conversion.memory() as lines of text."""
     caches = f"latents {memory['kv_type']}" + (f", index keys {memory['index_type']}" if memory["index_type"] else "")
     lines = [f"memory by type: weights, and with caches of {size(memory['caches'])} for {memory['n_ctx']} tokens ({caches})"]
-    return lines + [f"  {kind:7} {size(n):>12} {size(n + memory['caches']):>12}" for kind, n in memory["weights"].items()]
+    for kind, n in memory["weights"].items():
+        note = "  (of another type, by pydsa quantize with an importance matrix)" if kind in memory["needing_imatrix"] else ""
+        lines.append(f"  {kind:9} {size(n):>12} {size(n + memory['caches']):>12}{note}")
+    return lines

@@ -37,7 +37,7 @@ def convert(folder, out, type="Q8_0", *, split_max_bytes=None, split_max_tensors
 
 def run(conversion, layout, kind, overwrite=False, dry_run=False, progress=None):
     """Write what a Conversion makes, by its layout -> the dict of convert()."""
-    report, inputs = conversion.describe(layout, kind), conversion.checkpoint.paths
+    report, inputs = conversion.describe(layout, kind), conversion.checkpoint.inputs
     report |= {"resumed": 0, "dry_run": bool(dry_run)}
     layout.check(overwrite, inputs)
     if dry_run:

@@ -87,7 +87,8 @@ class Scaled(Weight):
         self._block, n, k = block, *stored.shape[-2:]
         wanted = (*stored.shape[:-2], -(-n // block[0]), -(-k // block[1]))
         self._scale = scale._replace(shape=wanted)
-        if self._scale.n_bytes != scale.n_bytes:
+        forms = {wanted, wanted[:-1] if wanted[-1] == 1 else wanted, *([(), (1,)] if wanted == (1, 1) else [])}
+        if scale.shape not in forms:
             raise CheckpointError(f"{scale.path}: {quote(scale.name)} has the shape {list(scale.shape)}, expected {list(wanted)} for "
                                   f"blocks of {block[0]} x {block[1]} in {list(stored.shape)}.")
 
@@ -115,16 +116,14 @@ class FourBit(Weight):
 
     def __init__(self, name, stored, scale, factor, divide):
         shape = (*stored.shape[:-1], 2 * stored.shape[-1])
-        self._group = MXFP4_GROUP if scale.dtype in ("U8", "F8_E8M0") else NVFP4_GROUP
+        self._group = MXFP4_GROUP if scale.dtype == "F8_E8M0" else NVFP4_GROUP
         super().__init__(name, stored, shape, [scale] if factor is None else [scale, factor])
         wanted = (*shape[:-1], shape[-1] // self._group)
         if scale.shape != wanted or shape[-1] % self._group or (factor is None) != (self._group == MXFP4_GROUP):
             raise CheckpointError(f"{scale.path}: {quote(scale.name)} of {scale.dtype} has the shape {list(scale.shape)}, expected "
                                   f"{list(wanted)}, a scale for each {self._group} weights"
                                   + ("." if self._group == MXFP4_GROUP else ", and a factor of the whole tensor beside it."))
-        self._scale = scale._replace(dtype="F8_E8M0") if scale.dtype == "U8" else scale
-        self.scales = (self._scale, *self.scales[1:])
-        self._factor, self._divide = factor, divide
+        self._scale, self._factor, self._divide = scale, factor, divide
 
     def read(self, first=0, last=None):
         """Rows as a new float32 array."""
@@ -234,6 +233,8 @@ class _Reader:
         for part in filter(None, (scale, parts["_scale_2"], parts["_global_scale"])):
             if part.dtype not in (*FLOATS, "U8", *CODES):
                 raise CheckpointError(f"{part.path}: {quote(part.name)} is of {part.dtype}, expected scales of a float type.")
+        if scale is not None and scale.dtype == "U8":       # MXFP4 and MXFP8: exponents
+            scale = scale._replace(dtype="F8_E8M0")
         if stored.dtype == "U8" and scale is not None and given <= {"_scale", "_scale_2", "_global_scale"}:
             factor = parts["_scale_2"] or parts["_global_scale"]
             if factor is None or np.prod(factor.shape, dtype=int) == 1:

@@ -44,9 +44,14 @@ def types_of(outputs, metadata, name):
             for info in stored.values()]
 
 
+def wanting_importance(infos, name):
+    """The tensors of a conversion to `name` that need an imatrix."""
+    return [info for info in infos if wants_importance(info.name, info.type, name)]
+
+
 def check_importance(infos, name):
     """Refuse types that need an imatrix, which only quantize takes."""
-    wanting = [info for info in infos if wants_importance(info.name, info.type, name)]
+    wanting = wanting_importance(infos, name)
     if wanting:
         raise UnsupportedModelError(f"{name} needs an importance matrix, for {quote(wanting[0].name)} and {len(wanting) - 1} more tensors: "
                                     "convert to BF16 or Q8_0 first, then use pydsa quantize with --imatrix.")

@@ -50,7 +50,7 @@ def tensor_type(text, option):
 def checked_patterns(pairs):
     """Pairs (regular expression, type) as Choice has them.
 
-    Patterns are matched against names in lower case, as llama-quantize does. Raises PydsaError for what is no pattern or no type.
+    Raises PydsaError for what is no pattern or no type.
     """
     found = []
     for pattern, kind in pairs:
@@ -64,11 +64,17 @@ def checked_patterns(pairs):
 def facts(metadata, tensors, imatrix):
     """What the rules of mixes ask about an open file."""
     architecture = metadata.string("general.architecture", default="")
-    keys = metadata.integers if isinstance(metadata.get(f"{architecture}.attention.head_count_kv"), np.ndarray) else metadata.integer
-    heads = metadata.integer(f"{architecture}.attention.head_count", 1, default=1)
-    kv_heads = int(np.max(keys(f"{architecture}.attention.head_count_kv", default=heads))) or heads
+    heads = _of_first_layer(metadata, f"{architecture}.attention.head_count", 1)
+    kv_heads = _of_first_layer(metadata, f"{architecture}.attention.head_count_kv", heads)
     return Facts(metadata.integer(f"{architecture}.block_count", default=0), metadata.integer(f"{architecture}.expert_count", default=0),
-                 heads // kv_heads, imatrix, "output.weight" not in tensors)
+                 heads // kv_heads if kv_heads else 0, imatrix, "output.weight" not in tensors)
+
+
+def _of_first_layer(metadata, key, default):
+    """An integer, or the first one of an array of a number a layer."""
+    if isinstance(metadata.get(key), np.ndarray):
+        return int(metadata.integers(key)[:1].sum())
+    return metadata.integer(key, default=default)
 
 
 def choose(metadata, tensors, name, choice, imatrix):

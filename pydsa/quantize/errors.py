@@ -12,18 +12,20 @@ def add_errors(x, y, importance, sums):
     They are the squares of the errors and of x, and both times the importance, float32 [k] or [0].
     """
     for i in range(x.shape[0]):
-        plain = norm = weighted = weighted_norm = np.float32(0)
+        plain = norm = weighted = weighted_norm = 0.0
         for j in range(x.shape[1]):
-            rest = y[i, j] - x[i, j]
+            value = np.float64(x[i, j])     # its square may be too large for float32
+            rest = np.float64(y[i, j]) - value
             plain += rest * rest
-            norm += x[i, j] * x[i, j]
+            norm += value * value
         sums[0] += plain
         sums[1] += norm
         if importance.size:
             for j in range(x.shape[1]):
-                rest = y[i, j] - x[i, j]
+                value = np.float64(x[i, j])
+                rest = np.float64(y[i, j]) - value
                 weighted += importance[j] * rest * rest
-                weighted_norm += importance[j] * x[i, j] * x[i, j]
+                weighted_norm += importance[j] * value * value
             sums[2] += weighted
             sums[3] += weighted_norm
 

@@ -8,7 +8,7 @@ from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.simd import float_at, load_floats, max_abs_lanes, reduce_max_abs
 from pydsa.quantize.grid_search import BYTES, ROW, TAG, cheapest_signs, entry_sums, half_costs, nearest_entries, rounded_sums
 
-ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
+ZERO, ONE = np.float32(0), np.float32(1)
 LEAST = np.float32(1e-30)       # superblocks of smaller magnitudes are zeros in each of these types
 GREATEST = np.float32(1e37)     # inverse scale, that 0 times it is 0
 NO_SIGNS, EVEN_SIGNS, ANY_SIGNS = range(3)
@@ -30,8 +30,8 @@ class Grid(NamedTuple):
     lows: np.ndarray
     highs: np.ndarray
     entries: np.ndarray     # int64 [128 * 128]: the entry of a code
-    factors: np.ndarray     # float32: inverse scales to try, over that of the greatest magnitude; first without the grid,
-    refinements: np.ndarray     # float32: then with it
+    factors: np.ndarray     # float32: inverse scales to try without the grid, times the greatest magnitude of a sub-block
+    refinements: np.ndarray     # float32: those to try with it, over the best before
     steps: np.ndarray       # int64: what is added to the nearest k, 0 first
 
 

@@ -34,8 +34,8 @@ SHAPES = {
     "IQ2_XS": (16, 16, 4, EVEN_SIGNS, 1 / 8), "IQ2_S": (16, 16, 4, ANY_SIGNS, 1 / 8), "IQ3_XXS": (32, 32, 4, EVEN_SIGNS, 1 / 4),
     "IQ3_S": (32, 32, 4, ANY_SIGNS, 1),
 }
-# Inverse scales tried by rounding, and then with entries, as Grid.factors and .refinements have them; and steps of k. Of a grid of 2048
-# with two offsets each search takes twice as long, and more of them lowered the error by less than half a percent.
+# Of Grid: factors over the top level, refinements, steps of k; for grids with signs, and for those of IQ1. Of a grid of 2048 with two
+# offsets each search takes twice as long, and more of them lowered the error by less than half a percent.
 SEARCHES = {False: (np.geomspace(0.7, 2.2, 12), (1, 0.9, 1.1), (0, 1, -1)), True: (np.geomspace(0.8, 4, 14), (1,), (0,))}
 
 NEED_IMPORTANCE = ("IQ1_S", "IQ2_XXS", "IQ2_XS")        # of no use without; llama.cpp's library ends the process then
@@ -44,9 +44,9 @@ NEED_IMPORTANCE = ("IQ1_S", "IQ2_XXS", "IQ2_XS")        # of no use without; lla
 @kernel
 def quantize_to_grid(x, importance, blocks, grid):
     """Quantize rows to blocks of the type of a Grid (see rows.py)."""
-    memory = np.empty(work_bytes(), np.uint8)
-    work, size = work_at(grid, align(address(memory))), blocks.shape[1] // (x.shape[1] // 256)
+    memory, size = np.empty(work_bytes(), np.uint8), blocks.shape[1] // (x.shape[1] // 256)
     for row in range(x.shape[0]):
+        work = work_at(grid, align(address(memory)))        # in the loop: numba frees an array after its last use
         for i in range(x.shape[1] // 256):
             weights = address(importance) + 1024 * i if importance.size else 0
             d = choose(address(x[row]) + 1024 * i, weights, grid, work)

@@ -2,11 +2,13 @@
 import hashlib
 import math
 import os
+import struct
 from collections import Counter
 from dataclasses import dataclass, field
 
 from pydsa.errors import PydsaError
 from pydsa.gguf_file import I64, SCALARS, open_gguf, quote
+from pydsa.gguf_layout import Packed
 from pydsa.gguf_writer import GGUFWriter, Layout, TensorInfo, pack, packed_metadata
 from pydsa.override import ARCHITECTURE, override
 from pydsa.quantize.choice import BITS, COPY, Choice, checked_patterns, choose, file_type, tensor_type, wants_importance
@@ -15,7 +17,7 @@ from pydsa.quants import TYPES
 
 PIECE = 1 << 26     # bytes of a tensor that is copied
 MOST_TEXT = 127     # bytes of a text that llama-quantize stores in the metadata
-EXACT_ENOUGH = ("F32", "F16", "BF16", "F64", "Q8_0")       # may be quantized without being asked: Q8_0's NMSE is a hundredth of Q4_K's
+EXACT_ENOUGH = ("F32", "F16", "BF16", "Q8_0")       # may be quantized without being asked: Q8_0's NMSE is a hundredth of Q4_K's
 
 
 @dataclass
@@ -82,6 +84,8 @@ def quantize(path_in, path_out, type, *, imatrix=None, tensor_types=(), keep_ind
     The output gets its name when it is complete. An interrupted run goes on where it was. Memory: some hundred MB, whatever the size.
     Raises PydsaError, and leaves nothing behind then.
     """
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise PydsaError(f"threads is {threads!r}, expected a number from 1 on, or None for all cores.")
     pairs = tuple(tensor_types.items() if isinstance(tensor_types, dict) else tensor_types)
     choice = Choice(checked_patterns(pairs), keep_indexer, leave_output_tensor,
                     output_tensor_type and tensor_type(output_tensor_type, "--output-tensor-type"),
@@ -117,8 +121,6 @@ class _Job:
         new = self._overridden.get(ARCHITECTURE)
         if new != old:
             pairs = {new + key.removeprefix(old) if key.startswith(f"{old}.") else key: value for key, value in pairs.items()}
-        for key, value in self._overrides.items():
-            pairs[key] = pack(value, _number_type(pairs.get(key), value))
         if self.kind != COPY:
             pairs["general.quantization_version"], pairs["general.file_type"] = 2, MIXES[self.kind].file_type
         if self._imatrix is not None:
@@ -127,6 +129,8 @@ class _Job:
                 pairs["quantize.imatrix.dataset"] = _short(self._imatrix.datasets[0])
             pairs["quantize.imatrix.entries_count"] = len(self._imatrix.sums)
             pairs["quantize.imatrix.chunks_count"] = self._imatrix.chunks
+        for key, value in self._overrides.items():
+            pairs[key] = _packed(key, value, pairs.get(key))
         return pairs
 
     def check(self, allow_requantize, dry_run):
@@ -193,14 +197,18 @@ def _row(tensor, kind):
     return Row(tensor.name, tensor.shape, tensor.type, kind, tensor.data.size, n_bytes, error)
 
 
-def _number_type(stored, value):
-    """The type id that a value gets in place of a stored one, None by default.
+def _packed(key, value, stored):
+    """A value of the metadata as Packed, in place of a stored one or None.
 
-    stored: a Packed or None. A number keeps the type of the one that it replaces, as far as it fits.
+    A number has the type of the one that it replaces. Raises PydsaError if it is too large for that.
     """
-    if stored is None or isinstance(value, (bool, str)) or stored.type_id not in SCALARS:
-        return I64 if type(value) is int and not 0 <= value < 2**32 else None
-    return stored.type_id
+    kind = I64 if type(value) is int and not 0 <= value < 2**32 else None
+    if isinstance(stored, Packed) and stored.type_id in SCALARS and type(value) in (int, float):
+        kind = stored.type_id
+    try:
+        return pack(value, kind)
+    except (struct.error, OverflowError):
+        raise PydsaError(f"The override of {quote(key)} is {value}, which the type of this number in the file cannot hold.") from None
 
 
 def _short(text):

@@ -25,6 +25,7 @@ INVALID, UNSUPPORTED = CUresult.CUDA_ERROR_INVALID_VALUE, CUresult.CUDA_ERROR_ST
 HANDLE, CONTEXT = CUresult.CUDA_ERROR_INVALID_HANDLE, CUresult.CUDA_ERROR_INVALID_CONTEXT
 LETTERS = {"u8": "B", "u32": "I", "u64": "Q", "f32": "f", "f64": "d"}     # PTX type of a parameter -> letter of the module struct
 PAGE = 4096
+OF_A_CONTEXT = 640 << 20        # bytes that a plan leaves for a GPU's context, and that are not there to allocate
 WITHOUT_CONTEXT = ("cuInit", "cuDriverGetVersion", "cuDevice", "cuCtx", "cuEventElapsedTime", "cuGraphInstantiate", "cuGraphDestroy",
                    "cuGraphExecDestroy", "cuEventDestroy")       # beginnings of the names of functions that need no current context
 
@@ -100,7 +101,7 @@ class Driver:
         return DONE, SimpleNamespace(bytes=bytes([device] * 16))
 
     def cuDeviceTotalMem(self, device):
-        return DONE, self.arenas[device].size
+        return DONE, self.arenas[device].size + OF_A_CONTEXT
 
     def cuDeviceGetAttribute(self, kind, device):
         capability = self.capabilities.get(device, self.capability)
@@ -130,7 +131,8 @@ class Driver:
         return DONE, self.streams.new(self.device)
 
     def cuMemGetInfo(self):
-        return DONE, self.arena.size, self.arena.size
+        n_bytes = self.arena.size + OF_A_CONTEXT
+        return DONE, n_bytes, n_bytes
 
     def cuMemAlloc(self, n_bytes):
         if self._captures:

@@ -142,7 +142,7 @@ def with_requests(groups):
     """Put calls that ask for weights behind those that choose experts.
 
     groups: lists of pairs (op, args) that run one after the other. They ask for the chosen experts, and for what is needed up to the next
-    choice; a group in front asks for what is needed up to the first one. Experts that were chosen elsewhere are asked for in a group of
+    choice; the first group also asks for what is needed up to the first one. Experts that were chosen elsewhere are asked for in a group of
     its own, before the first that uses them. Where the system cannot be asked, the groups stay as they are.
     """
     if not CAN_ASK:
@@ -151,22 +151,19 @@ def with_requests(groups):
     requests = {id(ids): (ask_for_experts, (ids, _wanted, np.array(sorted(parts), np.int64)))
                 for ids, parts in expert_parts(groups) if parts}
     stretches = _stretches(groups)
-    behind = _requests_of(stretches.pop(0))
-    if behind:
-        yield behind
-        behind = []
+    beside = _requests_of(stretches.pop(0))
     for group in groups:
         used = [args[2] for op, args in group if op.__name__ in USERS]
         late = [requests.pop(id(ids)) for ids in used if id(ids) in requests]
         if late:
             yield late
-        yield group + behind
-        behind = []
+        yield group + beside
+        beside = []
         for ids in (args[0] for op, args in group if op.__name__ == "moe_route"):
-            behind += [requests.pop(id(ids))] if id(ids) in requests else []
-            behind += _requests_of(stretches.pop(0))
-    if behind:
-        yield behind
+            beside += [requests.pop(id(ids))] if id(ids) in requests else []
+            beside += _requests_of(stretches.pop(0))
+    if beside:
+        yield beside
 
 
 def _requests_of(pieces):

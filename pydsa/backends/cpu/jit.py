@@ -75,14 +75,17 @@ def _cache_folder(*others):
 FOLDER = _cache_folder()
 
 
-@functools.cache
 def folder_of(package):
     """The cache folder of kernels of a package: the backend's, or its own.
 
     Kernels outside the backend are made of its sources too, but an edit in them leaves the backend's as they are.
     """
-    if package.startswith(__package__):
-        return FOLDER
+    return FOLDER if package.startswith(__package__) else _folder_beside(package)
+
+
+@functools.cache
+def _folder_beside(package):
+    """The cache folder of a package outside the backend."""
     return _cache_folder(*(source for folder in sys.modules[package].__path__ for source in Path(folder).glob("*.py")))
 
 
