@@ -54,7 +54,10 @@ class Fit:
 
     def shares(self, setup):
         """The Share of each device of a placed Setup."""
-        return tuple(share_of(name, memory, self.rooms.get(name), self.n_sessions) for name, memory in setup.memory.items())
+        found = [share_of(name, memory, self.rooms.get(name), self.n_sessions) for name, memory in setup.memory.items()]
+        on_host = sum(share.total for share in found if not device_of(share.device).reserved)
+        return tuple(share if share.free is None or device_of(share.device).reserved else
+                     share._replace(free=share.free + share.total - on_host) for share in found)
 
     def missing(self, setup):
         """{device: bytes that it lacks} of a placed Setup; {} if it fits."""

@@ -88,7 +88,7 @@ def placement_in_words(setup):
             which = spans([layer in experts for layer in range(n_layer)])[True]
             parts.setdefault(device, []).append(f"experts of layer{'s' * (not which.isdigit())} {which}")
         if others:
-            parts.setdefault(device, []).append(f"{len(others)} other weights")
+            parts.setdefault(device, []).append(f"{len(others)} other weight{'s' * (len(others) != 1)}")
     return {device: ", ".join(found) for device, found in parts.items()}
 
 
