@@ -28,7 +28,7 @@ from pydsa.schedule import VARIANTS
 from pydsa.session import Session, check_ids, check_max_tokens
 from pydsa.setup import DEFAULT_N_UBATCH
 from pydsa.signals import interrupts_held
-from pydsa.streaming import measure, no_room_for_slots, pays_from
+from pydsa.streaming import bytes_for_slots, measure, no_room_for_slots, pays_from
 from pydsa.words import card_of_a_model
 
 
@@ -87,7 +87,7 @@ class Model:
         except OutOfMemoryError:
             self.setup = setup.streamed_from(0)
             check(self.setup)
-            warnings.warn(f"{self.metadata.path}: {no_room_for_slots(setup.slot_bytes)}", stacklevel=5)
+            warnings.warn(f"{self.metadata.path}: {no_room_for_slots(bytes_for_slots(setup, self.setup))}", stacklevel=5)
         else:
             rates = measure(setup.streaming, backends, self.threads_batch)
             self.setup = setup.streamed_from(pays_from(setup.streaming.arrivals, rates, setup.n_ubatch) if rates else 0)

@@ -8,6 +8,8 @@ next layer's follows as soon as the slot is free. So the copies never wait, and 
 import bisect
 from typing import NamedTuple
 
+import numpy as np
+
 from pydsa.backends.devices import HOST, device_of
 from pydsa.costs import StepSize, node_cost
 from pydsa.errors import PydsaError
@@ -114,15 +116,23 @@ def check_stream_from(n):
 
     Raises PydsaError if it is neither an integer from 0 on nor None.
     """
-    if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 0):
+    if n is not None and (not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 0):
         raise PydsaError(f"stream_from is {n!r}, expected tokens of a step, an integer from 0 (never) on, or None.")
-    return n
+    return n if n is None else int(n)
+
+
+def bytes_for_slots(streamed, other):
+    """Bytes of slots, and of the values of what multiplies with them.
+
+    streamed, other: Setups of one placement, with slots and without.
+    """
+    return sum(streamed.memory[name].total - other.memory[name].total for name in streamed.streaming.slots)
 
 
 def no_room_for_slots(n_bytes):
-    """A sentence: no experts are streamed, as slots of n_bytes do not fit."""
-    return (f"The experts of the CPU are not copied to the GPU for prompts: the slots for that, {n_bytes / 2**30:.1f} GiB, do not fit "
-            "there beside the rest.")
+    """A sentence: no experts are streamed, as n_bytes for it do not fit."""
+    return (f"The experts of the CPU are not copied to the GPU for prompts: slots and values for that, {n_bytes / 2**30:.1f} GiB, do not "
+            "fit there beside the rest.")
 
 
 class Rates(NamedTuple):

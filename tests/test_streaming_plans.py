@@ -14,7 +14,7 @@ from pydsa.fitting import MARGIN, fitted, longest_context
 from pydsa.limits import Memory
 from pydsa.report import describe, format_report
 from pydsa.setup import Setup
-from pydsa.streaming import ASSUMED, NEVER, pays_from
+from pydsa.streaming import ASSUMED, NEVER, bytes_for_slots, pays_from
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def test_slots_that_do_not_fit(small_model, with_a_bus, monkeypatch):
         if streams:
             assert pydsa.load(path, threads=1, **PLACEMENT).setup.streaming.stream_from
             continue
-        with pytest.warns(UserWarning, match="the slots for that, 0.0 GiB, do not fit there") as warned:
+        with pytest.warns(UserWarning, match="slots and values for that, 0.0 GiB, do not fit there") as warned:
             model = pydsa.load(path, threads=1, **PLACEMENT)
         assert model.setup.streaming == NEVER and warned[0].filename == __file__
         with pytest.raises(OutOfMemoryError, match="would take"):
@@ -188,6 +188,9 @@ def test_slots_on_devices_that_are_named(small_model):
     for n, streams in ((taken, True), (taken - 1, False)):
         setup = fitted(path, gpus=simulated_gpus([n]), **options)
         assert bool(setup.slot_bytes) == streams == ("do not fit" not in setup.plan.notes[-1])
+        assert streams or bytes_for_slots(setup.streamed_from(None), setup) == taken - setup.plan.shares[0].total > 0
+    note = fitted(path, gpus=rooms(1 << 30), stream_from=FROM, **options).plan.notes[-1]
+    assert f"to the GPU from {FROM} tokens on, through slots of" in note
     with pytest.raises(OutOfMemoryError, match="too few"):
         fitted(path, gpus=simulated_gpus([taken - 1]), stream_from=FROM, **options)
 
