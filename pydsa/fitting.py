@@ -9,13 +9,13 @@ import warnings
 from typing import NamedTuple
 
 from pydsa import limits
-from pydsa.backends.devices import AUTO, HOST, backend_of, check_numa, device_of, usable_gpus
+from pydsa.backends.devices import AUTO, HOST, backend_of, check_devices, check_numa, device_of, usable_gpus
 from pydsa.errors import LESS, OutOfMemoryError
 from pydsa.fit import Fit, Room, Search
 from pydsa.options import counts, size_in_bytes
-from pydsa.placement import is_of_experts
+from pydsa.placement import check_layers, check_split, is_of_experts
 from pydsa.setup import Setup
-from pydsa.streaming import no_room_for_slots
+from pydsa.streaming import bytes_for_slots, no_room_for_slots
 from pydsa.words import options_in_words, placement_in_words, size
 
 MARGIN = 1 << 30        # bytes that an automatic plan leaves free on each GPU
@@ -73,7 +73,7 @@ class Fitting:
         self._margin = size_in_bytes("fit_margin", fit_margin)
         self._n_sessions, self._n_models = counts(MOST_SESSIONS, n_sessions=n_sessions, n_models=n_models)
         if _is_auto(device):
-            device = gpus is None and os.environ.get(DEVICE, "").strip() or AUTO
+            device = AUTO if gpus is not None else _by_the_environment()
         self.automatic = _is_auto(device)
         self._left_out = 0      # bytes of slots for experts that did not fit
         self._numa = check_numa((HOST,), settings.pop("numa", None)) if self.automatic else None       # for what is left on the host
@@ -88,6 +88,7 @@ class Fitting:
         """The devices of an automatic plan to begin with."""
         settings, for_the_cpu = self._settings, self._for_the_cpu()
         if for_the_cpu or not self._gpus:
+            check_layers(settings.get("n_gpu_layers")), check_split(settings.get("tensor_split"))
             ignored = [name for name in ("n_gpu_layers", "tensor_split") if settings.get(name) is not None]
             if for_the_cpu == NO_LAYERS:
                 pass
@@ -171,7 +172,7 @@ class Fitting:
         other = Search(self._fit(setup.streamed_from(0), self._margin), setup.placing.changed(**moe)).run()
         if other is None or found is not None and n_on_gpus(other) <= n_on_gpus(found):
             return found
-        self._left_out = other.streamed_from(None).slot_bytes
+        self._left_out = bytes_for_slots(other.streamed_from(None), other)
         return other
 
     def _checked(self, fit, setup):
@@ -187,8 +188,9 @@ class Fitting:
                 setup = setup.placed(placing.changed(tensor_split=split))
         if any(device_of(name).reserved for name in fit.missing(setup)):
             if setup.stream_from is None and setup.slot_bytes:
-                self._left_out = setup.slot_bytes
-                return self._checked(fit, setup.streamed_from(0))
+                without = setup.streamed_from(0)
+                self._left_out = bytes_for_slots(setup, without)
+                return self._checked(fit, without)
             raise self._too_large(fit, setup)
         return setup
 
@@ -204,7 +206,7 @@ class Fitting:
                                     f"few; {LESS}.")
         share = next(share for share in fit.shares(setup) if share.device == name)
         free = size(fit.rooms[name].free)
-        margin = f", of which {size(fit.margin)} are left free (--fit-margin)" if fit.margin else ""
+        margin = f" and {size(fit.margin)} shall stay so (--fit-margin)" if fit.margin else ""
         return OutOfMemoryError(f"{what} would take {size(share.total)} on {name}, but {free} are free there{margin}, "
                                 f"{size(n_bytes)} too few; {self._advice(setup)}.")
 
@@ -227,8 +229,10 @@ class Fitting:
             yield (f"{size(n_mapped)} of weights are read where the file is mapped, more than the {size(free)} of memory that are free: "
                    "what is not in memory comes from the drive.")
         if setup.slot_bytes:
-            yield (f"Prompts copy the experts of the CPU to the GPU where that takes less time, through slots of {size(setup.slot_bytes)} "
-                   "there (--stream-from 0: never).")
+            n = setup.stream_from
+            when = "where that takes less time" if n is None else f"from {n} token{'s' * (n != 1)} on"
+            yield (f"Prompts copy the experts of the CPU to the GPU {when}, through slots of {size(setup.slot_bytes)} there "
+                   "(--stream-from 0: never).")
         elif self._left_out:
             yield no_room_for_slots(self._left_out)
 
@@ -298,6 +302,12 @@ def _longest(n_bytes, fits, bend, longest):
 def n_on_gpus(setup):
     """The number of layers at home on devices with memory of their own."""
     return sum(bool(device_of(name).reserved) for name in setup.placement.layers)
+
+
+def _by_the_environment():
+    """What "auto" stands for: the devices of PYDSA_DEVICE, or itself."""
+    device = os.environ.get(DEVICE, "").strip() or AUTO
+    return device if _is_auto(device) else check_devices(device, DEVICE)
 
 
 def _is_auto(device):

@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-from pydsa.backends.devices import HOST, check_devices, device_of
+from pydsa.backends.devices import HOST, check_device, device_of
 from pydsa.errors import PydsaError
 from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef
@@ -114,14 +114,14 @@ class Placing:
 
     devices: names. tensor_split: the proportion of the layers that each device gets, in ranges; None: equal ones. n_gpu_layers: the number
     of layers, at the end, that are on these devices, while the others are on the CPU; None or "all": all. cpu_moe: whether the routed
-    experts of all layers are on the CPU; n_cpu_moe: those of so many layers, from the first on. override_tensor: pairs of a regular
-    expression and a device, or texts "REGEX=DEVICE" with commas between several; they come before these. All as in llama.cpp. Raises
-    PydsaError for what cannot be.
+    experts of all layers are on the CPU; n_cpu_moe: those of so many layers, from the first on, or of all there are. override_tensor: pairs
+    of a regular expression and a device, or texts "REGEX=DEVICE" with commas between several; they come before these. All as in llama.cpp.
+    Raises PydsaError for what cannot be.
     """
 
     def __init__(self, devices, tensor_split=None, n_gpu_layers=None, cpu_moe=False, n_cpu_moe=0, override_tensor=()):
         self.devices, self.tensor_split = tuple(devices), _shares(devices, tensor_split)
-        self.n_gpu_layers = n_gpu_layers if n_gpu_layers in (None, ALL) else _from_0("n_gpu_layers", n_gpu_layers)
+        self.n_gpu_layers = check_layers(n_gpu_layers)
         if self.n_gpu_layers not in (None, ALL, 0) and HOST in devices:
             raise PydsaError(f"n_gpu_layers is {n_gpu_layers!r}, but {HOST} is among the devices: name only GPUs, or leave out -ngl.")
         self.n_cpu_moe = _from_0("n_cpu_moe", 0 if n_cpu_moe is None else n_cpu_moe)
@@ -137,8 +137,6 @@ class Placing:
 
     def place(self, n_layer):
         """The Placement of a model of n_layer layers."""
-        if self.n_cpu_moe > n_layer:
-            raise PydsaError(f"n_cpu_moe is {self.n_cpu_moe}, expected at most the {n_layer} layers of the model.")
         n = n_layer if self.n_gpu_layers in (None, ALL) else min(self.n_gpu_layers, n_layer)
         shares = self.tensor_split or [1.0] * len(self.devices)
         ends = [sum(shares[:i + 1]) / sum(shares) for i in range(len(shares) - 1)]
@@ -147,18 +145,32 @@ class Placing:
         if self.cpu_moe:
             rules.append((re.compile(EXPERTS), HOST))
         elif self.n_cpu_moe:
-            rules.append((re.compile(rf"{FIRST}{''.join(f'|{il}' for il in range(1, self.n_cpu_moe))}){EXPERTS}"), HOST))
+            rules.append((re.compile(rf"{FIRST}{''.join(f'|{il}' for il in range(1, min(self.n_cpu_moe, n_layer)))}){EXPERTS}"), HOST))
         return Placement(layers, rules)
 
 
-def _from_0(what, n):
+def check_layers(n_gpu_layers):
+    """The number of layers on GPUs, ALL, or None for what fits."""
+    return n_gpu_layers if n_gpu_layers is None or isinstance(n_gpu_layers, str) and n_gpu_layers == ALL else (
+        _from_0("n_gpu_layers", n_gpu_layers, f", {ALL!r} or None"))
+
+
+def _from_0(what, n, others=""):
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 0 <= n <= MOST_LAYERS:
-        raise PydsaError(f"{what} is {n!r}, expected an integer from 0 to {MOST_LAYERS}.")
+        raise PydsaError(f"{what} is {n!r}, expected an integer from 0 to {MOST_LAYERS}{others}.")
     return int(n)
 
 
 def _shares(devices, tensor_split):
     """The numbers of a split, one for each device; None without one."""
+    split = check_split(tensor_split)
+    if split is not None and len(split) != len(devices):
+        raise PydsaError(f"tensor_split has {len(split)} numbers, expected {len(devices)}, one for each of {', '.join(devices)}.")
+    return split
+
+
+def check_split(tensor_split):
+    """The numbers of a split, given as a list or a text; None without one."""
     if tensor_split is None:
         return None
     split = tensor_split.split(",") if isinstance(tensor_split, str) else tensor_split
@@ -168,8 +180,6 @@ def _shares(devices, tensor_split):
         split = [-1]
     if not all(0 <= n < float("inf") for n in split) or not sum(split):
         raise PydsaError(f"tensor_split is {tensor_split!r}, expected numbers from 0 on, not all 0, one for each device.")
-    if len(split) != len(devices):
-        raise PydsaError(f"tensor_split has {len(split)} numbers, expected {len(devices)}, one for each of {', '.join(devices)}.")
     return split
 
 
@@ -177,16 +187,19 @@ def _rules(given):
     """Pairs of a compiled regular expression and the name of a device."""
     if isinstance(given, str):
         given = [given]
+    if not isinstance(given, (list, tuple, type(None))):
+        raise PydsaError(f"override_tensor is {given!r}, expected a list of texts REGEX=DEVICE, such as exps=cpu.")
     found = []
     for rule in _apart(given or ()):
-        pattern, device = rule.rpartition("=")[::2] if isinstance(rule, str) else rule
+        pattern, device = rule.rpartition("=")[::2] if isinstance(rule, str) else rule if _is_pair(rule) else (None, None)
         if not pattern or not isinstance(pattern, (str, re.Pattern)):
             raise PydsaError(f"override_tensor has {rule!r}, expected REGEX=DEVICE, such as exps=cpu.")
-        names = check_devices(device)
-        if len(names) > 1:
-            raise PydsaError(f"override_tensor has {rule!r}, expected one device.")
-        found.append((_compiled(pattern), names[0]))
+        found.append((_compiled(pattern), check_device("override_tensor", device)))
     return found
+
+
+def _is_pair(rule):
+    return isinstance(rule, (list, tuple)) and len(rule) == 2
 
 
 def _apart(given):

@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_told_with_what_would(plan, small_model):
     told = re.fullmatch(r"The model with a context of 512 tokens would take \S+ MiB on cuda, but \S+ MiB are free there, \S+ MiB too few; "
                         r"(--device .*) fits\.", str(error.value)) or re.search("(needs no GPU)", str(error.value))
     assert told
-    with pytest.raises(OutOfMemoryError, match=r"are free there, of which 1.0 GiB are left free \(--fit-margin\), .* too few; "
+    with pytest.raises(OutOfMemoryError, match=r"are free there and 1.0 GiB shall stay so \(--fit-margin\), .* too few; "
                                                r"--device cuda --cpu-moe fits\.$"):
         plan(room, n_cpu_moe=2, n_gpu_layers="all")
     with pytest.raises(OutOfMemoryError, match="would take .* on cuda1, but 0 B are free there"):
@@ -202,7 +202,8 @@ def test_memory_of_the_host_is_counted(small_model, monkeypatch):
     (dict(device="cpu", n_gpu_layers=2), "cpu is among the devices"), (dict(tensor_split="1,1,1"), "tensor_split has 3 numbers"),
     (dict(tensor_split="x"), "tensor_split is 'x'"), (dict(tensor_split=3), "tensor_split is 3"),
     (dict(device="auto,cpu"), "device is 'auto,cpu'"), (dict(device="gpu"), "or 'auto'"), (dict(device=None), "device is None"),
-    (dict(override_tensor=["exps=auto"]), "device is 'auto'"), (dict(override_tensor=["zz=cpu,exps=cpu"]), "matches 'zz'"),
+    (dict(override_tensor=["exps=auto"]), "'auto', expected one of 'cpu', 'cuda', 'reference', or 'cuda1' for the second GPU."),
+    (dict(override_tensor=["zz=cpu,exps=cpu"]), "matches 'zz'"),
     (dict(n_cpu_moe=1), "n_cpu_moe covers only layers without routed experts")])
 def test_bad_options_are_one_sentence(plan, options, words):
     with pytest.raises(PydsaError, match=re.escape(words)) as error:
@@ -246,6 +247,9 @@ def test_without_a_gpu_all_is_on_the_cpu(small_model, monkeypatch):
     assert setup.placement.devices == (HOST,) and setup.plan is None
     with pytest.warns(UserWarning, match="There is no GPU to use: n_gpu_layers and tensor_split without effect"):
         fitted(small_model(**SPEC), n_ctx=64, n_gpu_layers=99, tensor_split="3,1")
+    for options in dict(tensor_split="a,b"), dict(n_gpu_layers="3"), dict(n_gpu_layers=-1):     # what is wrong with a GPU is wrong without
+        with pytest.raises(PydsaError, match=f"{[*options][0]} is .*, expected"):
+            fitted(small_model(**SPEC), n_ctx=64, **options)
 
 
 @pytest.mark.parametrize("options", [dict(reproducible=True), dict(mmap=False), dict(mlock=True)])
@@ -265,7 +269,7 @@ def test_the_environment_says_what_auto_is(small_model, monkeypatch):
     assert fitted(small_model(**SPEC), n_ctx=64, device=HOST).placement.devices == (HOST,)
     assert Fitting(small_model(**SPEC), gpus=simulated_gpus([GIB])).automatic
     monkeypatch.setenv("PYDSA_DEVICE", "tpu")
-    with pytest.raises(PydsaError, match="device is 'tpu'"):
+    with pytest.raises(PydsaError, match="PYDSA_DEVICE is 'tpu', expected one of"):
         fitted(small_model(**SPEC), n_ctx=64)
 
 
@@ -317,6 +321,8 @@ def test_info_shows_the_plan_of_gpus_that_are_not_there(small_model):
 @pytest.mark.parametrize("args, words", [
     (["--gpu-memory", "2 apples"], "gpu_memory is '2 apples'"), (["--gpu-memory", "2GiB", "--device", "cpu"], "--gpu-memory is for plans"),
     (["--gpu-memory", "2GiB", "--bandwidth", "1"], "--bandwidth is '1'"), (["--bandwidth", "0,nan"], "--bandwidth is '0,nan'"),
+    (["--gpu-memory", "24"], "--gpu-memory has 24, which is 24 bytes: give a unit"), (["--bandwidth", "1,2"], "--bandwidth is for plans"),
+    (["--gpu-memory", "2GiB", "--device", "cuda1"], "--gpu-memory has sizes for cuda, but not for cuda1"),
     (["--gpu-memory", "2GiB", "-ngl", "x"], "-ngl is 'x'"), (["--device", "tpu"], "device is 'tpu'"),
     (["--gpu-memory", "640MiB", "--device", "cuda"], "too few; "), (["-ot", "x"], "override_tensor has 'x'"),
     (["--gpu-memory", "2GiB", "-ts", "1,2"], "tensor_split has 2 numbers"), (["-mg", "0"], "-mg is an option of llama.cpp")])

@@ -9,10 +9,13 @@ import pytest
 from helpers import nmse, random_ids
 
 from pydsa.errors import PydsaError
+from pydsa.fitting import fitted
 from pydsa.graph import Graph, waits
+from pydsa.limits import Memory
 from pydsa.placement import Placement
 from pydsa.segments import crossings, cut
 from pydsa.setup import Setup
+from pydsa.words import placement_in_words
 
 N = 60
 PLACEMENTS = {
@@ -103,14 +106,18 @@ def test_a_value_written_on_two_devices_is_whole_on_both():
     (dict(device=3), "device is 3"), (dict(device=[]), "device is []"),
     (dict(override_tensor=["exps"]), "override_tensor has 'exps', expected REGEX=DEVICE"),
     (dict(override_tensor=["(=reference"]), "'(' is no regular expression"),
-    (dict(override_tensor=["exps=gpu"]), "device is 'gpu'"), (dict(override_tensor=["exps=cpu,reference"]), "expected one device"),
+    (dict(override_tensor=["exps=gpu"]), "the device of override_tensor is 'gpu', expected one of"),
+    (dict(override_tensor=["exps=cpu,reference"]), "the device of override_tensor is 'cpu,reference', expected one of"),
+    (dict(override_tensor=3), "override_tensor is 3, expected a list"), (dict(override_tensor=[3]), "override_tensor has 3, expected"),
+    (dict(override_tensor=[("exps",)]), "override_tensor has ('exps',), expected"), (dict(override_tensor={"a": "cpu"}), "expected a list"),
+    (dict(override_tensor=[("a", "cpu", "cpu")]), "override_tensor has ("),
     (dict(override_tensor=["no_such=reference"]), "No weight of the model has a name that matches 'no_such'"),
     (dict(tensor_split="1"), None), (dict(tensor_split="1,1"), "tensor_split has 2 numbers, expected 1"),
     (dict(device="cpu,reference", tensor_split="0,0"), "not all 0"),
     (dict(device="cpu,reference", tensor_split="a,1"), "tensor_split is 'a,1'"),
     (dict(device="cpu,reference", tensor_split=[-1, 1]), "tensor_split is"),
     (dict(device="cpu,reference", tensor_split="nan,1"), "tensor_"),
-    (dict(n_cpu_moe=4), "n_cpu_moe is 4, expected at most the 3 layers"), (dict(n_cpu_moe=-1), "n_cpu_moe is -1"),
+    (dict(n_cpu_moe=999), None), (dict(n_cpu_moe=-1), "n_cpu_moe is -1"),
     (dict(n_cpu_moe=True), "n_cpu_moe is True"), (dict(cpu_moe="yes"), "cpu_moe is 'yes'"),
     (dict(device="reference", cpu_moe=True, reproducible=True), "reference cannot promise"),
     (dict(device="reference", mlock=True), "reference has its own copy"), (dict(device="reference", cpu_moe=True, mlock=True), None)])
@@ -120,6 +127,25 @@ def test_bad_options_are_one_sentence(small_model, options, words):
         return
     with pytest.raises(PydsaError, match=re.escape(words)):
         Setup(small_model(n_layer=3), **options)
+
+
+def test_more_layers_than_there_are(small_model):
+    """As with -ngl 999, all are meant."""
+    path, options = small_model(n_layer=3), dict(device="reference")
+    many, every = (Setup(path, n_cpu_moe=999, **options), Setup(path, cpu_moe=True, **options))
+    assert many.memory == every.memory and set(many.memory) == {"reference", "cpu"}
+
+
+def test_devices_in_one_memory_have_one_free(small_model, monkeypatch):
+    """Each of them would tell too much, were only its own part taken off."""
+    monkeypatch.setattr("pydsa.limits.available", lambda: Memory(1 << 40, "memory are free"))
+    shares = fitted(small_model(n_layer=3), device="cpu,reference").plan.shares
+    assert len(shares) == 2 and {share.free for share in shares} == {(1 << 40) - sum(share.total for share in shares)}
+
+
+def test_one_weight_elsewhere(small_model):
+    words = placement_in_words(Setup(small_model(n_layer=3), override_tensor="blk.1.attn_norm=reference"))
+    assert words["reference"] == "1 other weight"
 
 
 def test_the_first_rule_counts():

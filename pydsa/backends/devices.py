@@ -181,30 +181,37 @@ def _numbered(index):
     return kind + (str(index) if index else "")
 
 
-def check_devices(device):
+def check_devices(device, what="device"):
     """The names of the devices in a text, with commas between, or in a list.
 
-    A GPU has its number behind the name, cuda1; the first is cuda. Raises PydsaError for what is none, or is named twice.
+    A GPU has its number behind the name, cuda1; the first is cuda. Raises PydsaError for what is none, or is named twice. what: where the
+    names come from, for errors.
     """
     names = device.split(",") if isinstance(device, str) else device
     if not isinstance(names, (list, tuple)) or not names:
-        raise PydsaError(f"device is {device!r}, expected {_EXPECTED}.")
-    found = [_device_name(device, name) for name in names]
+        raise PydsaError(f"{what} is {device!r}, expected {EXPECTED}.")
+    found = [_device_name(what, device, name, EXPECTED) for name in names]
     if len(set(found)) < len(found):
-        raise PydsaError(f"device is {device!r}, expected different devices.")
+        raise PydsaError(f"{what} is {device!r}, expected different devices.")
     return tuple(found)
 
 
-def _device_name(given, name):
+def check_device(what, name):
+    """The name of the one device that `what`, in words, may name."""
+    return _device_name(f"the device of {what}", name, name, ONE)
+
+
+def _device_name(what, given, name, expected):
     plain = name.strip().lower() if isinstance(name, str) else ""
     index = plain.lstrip("abcdefghijklmnopqrstuvwxyz")
     kind = plain.removesuffix(index)
     if kind not in DEVICES or index and not (DEVICES[kind].numbered and index.isascii() and index.isdigit() and len(index) < 4):
-        raise PydsaError(f"device is {given!r}, expected {_EXPECTED}.")
+        raise PydsaError(f"{what} is {given!r}, expected {expected}.")
     return kind + (str(int(index)) if index.strip("0") else "")
 
 
-_EXPECTED = f"one of {', '.join(map(repr, DEVICES))}, or 'cuda1' for the second GPU, or several with commas between, or {AUTO!r}"
+ONE = f"one of {', '.join(map(repr, DEVICES))}, or 'cuda1' for the second GPU"
+EXPECTED = f"{ONE}, or several with commas between, or {AUTO!r}"
 
 
 def check_reproducible(names, wanted):

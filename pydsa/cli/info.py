@@ -11,6 +11,8 @@ from pydsa.gguf_file import open_gguf
 from pydsa.habits import llama_cpp_options, model_argument
 from pydsa.terminal import json_text, visible
 
+LEAST_GPU = 1 << 20     # bytes: a smaller one lacks its unit
+
 
 @click.command()
 @model_argument()
@@ -48,8 +50,10 @@ def info(ctx, model, output, check, gpu_memory, bandwidth, **settings):
         rest = {name: value for name, value in settings.items() if name != "n_ctx"}
         settings["n_ctx"] = longest_context(model, gpus=gpus, **rest)[0] if gpus else fitted(model, **rest).config.n_ctx_train
     setup = fitted(model, gpus=gpus, **settings)
-    if gpus and setup.plan is None:
-        raise click.UsageError("--gpu-memory is for plans with GPUs: leave it out, or what keeps all on the CPU.")
+    if gpus:
+        _check_gpus(setup, gpus)
+    if bandwidths and setup.plan is None:
+        raise click.UsageError("--bandwidth is for plans of several devices or GPUs: give --gpu-memory, or leave it out.")
     report = describe(setup, bandwidths, here=not gpus)
     click.echo(json_text(report) if output == "json" else format_report(report), nl=output == "json")
 
@@ -58,7 +62,21 @@ def _gpus(texts):
     """GPUs of the sizes in --gpu-memory, by name; None without any."""
     from pydsa.backends.devices import simulated_gpus
     from pydsa.options import size_in_bytes
-    return simulated_gpus([size_in_bytes("gpu_memory", part) for text in texts for part in text.split(",")]) if texts else None
+    sizes = {part: size_in_bytes("gpu_memory", part) for part in ",".join(texts).split(",")} if texts else {}
+    without_unit = next((part for part, n in sizes.items() if n < LEAST_GPU), None)
+    if without_unit is not None:
+        raise click.UsageError(f"--gpu-memory has {without_unit}, which is {sizes[without_unit]} bytes: give a unit, as in 24GiB.")
+    return simulated_gpus([sizes[part] for part in ",".join(texts).split(",")]) if texts else None
+
+
+def _check_gpus(setup, gpus):
+    """Raise UsageError if a plan has no GPU, or one that was not given."""
+    if setup.plan is None:
+        raise click.UsageError("--gpu-memory is for plans with GPUs: leave it out, or what keeps all on the CPU.")
+    from pydsa.backends.devices import device_of
+    unknown = [name for name in setup.placement.devices if device_of(name).reserved and name not in gpus]
+    if unknown:
+        raise click.UsageError(f"--gpu-memory has sizes for {', '.join(gpus)}, but not for {', '.join(unknown)}: give one for each GPU.")
 
 
 def _bandwidths(text):
