@@ -146,8 +146,8 @@ class Fitting:
         else:
             setup = self._checked(fit, setup)
         shares = fit.shares(setup)
-        setup.plan = Plan(shares, options_in_words(setup.placing), placement_in_words(setup), self.automatic,
-                          tuple(self._notes(setup, shares)))
+        options = options_in_words(setup.placing) + (" --stream-from 0" if self.automatic and self._left_out else "")
+        setup.plan = Plan(shares, options, placement_in_words(setup), self.automatic, tuple(self._notes(setup, shares)))
         return setup
 
     def _searched(self, fit, setup):
@@ -157,9 +157,11 @@ class Fitting:
             found = self._without_slots(setup, found)
         if found is None and setup.placing.n_gpu_layers is None:
             found = setup.placed(setup.placing.changed(**ON_THE_HOST))
-        if found is None or fit.missing(found):
-            last = found or Search(fit, setup.placing).least()
-            raise self._too_large(fit, last)
+        if found is None:
+            setup = setup.streamed_from(0) if setup.stream_from is None else setup      # without slots, which need not fit
+            raise self._too_large(fit, Search(self._fit(setup, self._margin), setup.placing).least())
+        if fit.missing(found):
+            raise self._too_large(fit, found)
         return found
 
     def _without_slots(self, setup, found):

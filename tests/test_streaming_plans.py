@@ -1,4 +1,6 @@
 """From how many tokens on experts are copied to a device: rates, memory, plans, and what info and bench tell."""
+import re
+
 import pytest
 from click.testing import CliRunner
 from test_streaming import FROM, N, PLACEMENT
@@ -15,6 +17,7 @@ from pydsa.limits import Memory
 from pydsa.report import describe, format_report
 from pydsa.setup import Setup
 from pydsa.streaming import ASSUMED, NEVER, bytes_for_slots, pays_from
+from pydsa.words import size
 
 
 @pytest.fixture(autouse=True)
@@ -179,6 +182,25 @@ def test_plans_have_room_for_slots(small_model):
             assert set(setup.placement.layers) == {"cuda"}
         if needed(slots) <= n < needed(whole):
             assert setup.slot_bytes and set(setup.placement.layers) == {"cuda"}
+
+
+def test_what_does_not_fit_is_told_without_slots(small_model):
+    """They need not fit: neither what is missing counts them, nor what would fit instead."""
+    path, options = small_model(n_layer=5, n_ff_exp=144, n_ctx=1024), dict(n_ctx=512, n_ubatch=64)
+    least = fitted(path, gpus=rooms(1 << 30), cpu_moe=True, stream_from=0, **options).plan.shares[0].total
+    with pytest.raises(OutOfMemoryError, match=rf"would take {re.escape(size(least))} on cuda, .* -ngl [1-4] --cpu-moe fits\.$"):
+        fitted(path, gpus=rooms(least - devices.DEVICES["cuda"].reserved - 1), n_gpu_layers="all", **options)
+
+
+def test_the_options_of_a_plan_without_slots_give_it_again(small_model):
+    """Devices that are named keep no margin, and would have slots there."""
+    path, options = small_model(n_layer=5, n_ff_exp=144, n_ctx=1024), dict(n_ctx=512, n_ubatch=64)
+    least = fitted(path, gpus=rooms(1 << 30), cpu_moe=True, stream_from=0, **options).plan.shares[0].total
+    gpus = rooms(least - devices.DEVICES["cuda"].reserved)
+    found = fitted(path, gpus=gpus, cpu_moe=True, **options)
+    assert found.plan.options == "--device cuda --cpu-moe --stream-from 0" and found.slot_bytes == 0
+    assert fitted(path, gpus=gpus, device="cuda", cpu_moe=True, **options).slot_bytes
+    assert fitted(path, gpus=gpus, device="cuda", cpu_moe=True, stream_from=0, **options).plan.shares == found.plan.shares
 
 
 def test_slots_on_devices_that_are_named(small_model):
