@@ -52,7 +52,8 @@ def lock(arrays):
             for locked in ranges[:i]:
                 library.munlock(ctypes.c_void_p(locked[0]), ctypes.c_size_t(locked[1]))
             total = sum(n for _, n in ranges)
-            raise PydsaError(f"The system does not lock {total / 2**30:.1f} GiB of weights in memory ({reason}): {LIMIT}.")
+            amount = f"{total / 2**30:.1f} GiB" if total >= 1 << 30 else f"{total / 2**20:.1f} MiB"
+            raise PydsaError(f"The system does not lock {amount} of weights in memory ({reason}): {LIMIT}.")
 
 
 def _pages(array):

@@ -96,8 +96,9 @@ def plan_in_words(plan):
     """A fitting.Plan as lines: one for each device, and what it is in options."""
     rows = [("device", "", "weights", "caches", "scratch", "free")]
     for share in plan.shares:
-        mapped = " mapped" if share.mapped else ""
-        rows.append((share.device, share.title, size(share.weights + share.mapped) + mapped, size(share.caches),
+        few = share.weights < share.mapped / 100        # vectors
+        parts = ([f"{size(share.mapped)} mapped"] if share.mapped else []) + ([] if few else [size(share.weights)])
+        rows.append((share.device, share.title, " + ".join(parts), size(share.caches),
                      size(share.scratch + share.reserved), "?" if share.free is None else size(max(0, share.free))))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join([*(cell.ljust(n) for cell, n in zip(row[:2], widths)), *(cell.rjust(n) for cell, n in zip(row[2:], widths[2:]))])
