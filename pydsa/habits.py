@@ -6,6 +6,7 @@ import click
 
 INSTEAD = {
     ("-sm", "--split-mode"): "layers are split over GPUs, by -ts or by what is free on each; leave it out.",
+    ("--list-devices",): "`pydsa info MODEL` shows the devices that would be used, with their memory.",
     ("-mg", "--main-gpu"): "no GPU has more to do than its layers; name those to use with --device, or leave it out.",
     ("-nkvo", "--no-kv-offload", "-kvo", "--kv-offload"): "caches are where their layers are; -ngl leaves layers on the CPU.",
     ("-fitt", "--fit-target"): "use --fit-margin, what a plan leaves free on each GPU, such as 1GiB.",
@@ -91,6 +92,12 @@ def gpu_layers(context, parameter, given):
     if not (text.isascii() and text.isdigit()):
         raise click.UsageError(f"-ngl is {given!r}, expected a number of layers, all or auto.")
     return int(text) if len(text) < 4 else "all"
+
+
+def devices(context, parameter, given):
+    """The value of --device, in which llama.cpp's "none" is the CPU alone."""
+    from pydsa.backends.devices import HOST
+    return HOST if given.strip().lower() == "none" else given
 
 
 def logit_biases(context, parameter, given):

@@ -16,7 +16,7 @@ from pydsa.hooks import layer_of
 
 EXPERTS = r"\.ffn_(up|down|gate|gate_up)_exps"      # names of the routed experts' weights: what --cpu-moe sends to the CPU
 FIRST = r"^blk\.(0"          # how patterns for the first layers begin
-MOST_LAYERS = 1024
+MOST_LAYERS = 2**31 - 1     # as a number: more than there are are all
 RULES = re.compile(r"(.+?)=\s*([A-Za-z]+[0-9]*)\s*(?:,|$)")     # of one text: commas may also be inside of a regular expression
 ALL = "all"         # as a number of layers
 FOLLOWING = ("silu_mul", "scale", "expert_scale", "rope", "hadamard")      # ops that run where their input was made

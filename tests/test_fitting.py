@@ -316,6 +316,7 @@ def test_info_shows_the_plan_of_gpus_that_are_not_there(small_model):
     assert report["bound_ts"] == pytest.approx(1 / sum(d["token_bytes"] / d["bandwidth"] for d in report["devices"]))
     assert report["options"] == "--device cuda --cpu-moe" and report["where"]["cpu"] == "experts of layers 1-4"
     assert "layers" in pydsa("info", path, "-c", "0", "--gpu-memory", "2GiB").stdout
+    assert "memory on cpu," in pydsa("info", path, "-dev", "none").stdout
 
 
 @pytest.mark.parametrize("args, words", [

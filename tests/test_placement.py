@@ -15,7 +15,7 @@ from pydsa.limits import Memory
 from pydsa.placement import Placement
 from pydsa.segments import crossings, cut
 from pydsa.setup import Setup
-from pydsa.words import placement_in_words
+from pydsa.words import placement_in_words, plan_in_words, size
 
 N = 60
 PLACEMENTS = {
@@ -134,6 +134,7 @@ def test_more_layers_than_there_are(small_model):
     path, options = small_model(n_layer=3), dict(device="reference")
     many, every = (Setup(path, n_cpu_moe=999, **options), Setup(path, cpu_moe=True, **options))
     assert many.memory == every.memory and set(many.memory) == {"reference", "cpu"}
+    assert Setup(path, n_cpu_moe=10**6, n_gpu_layers=10**6, **options).memory == every.memory
 
 
 def test_devices_in_one_memory_have_one_free(small_model, monkeypatch):
@@ -141,6 +142,14 @@ def test_devices_in_one_memory_have_one_free(small_model, monkeypatch):
     monkeypatch.setattr("pydsa.limits.available", lambda: Memory(1 << 40, "memory are free"))
     shares = fitted(small_model(n_layer=3), device="cpu,reference").plan.shares
     assert len(shares) == 2 and {share.free for share in shares} == {(1 << 40) - sum(share.total for share in shares)}
+
+
+def test_what_is_mapped_and_what_is_copied(small_model):
+    """The reference maps the file too, and has it all as floats."""
+    plan = fitted(small_model(n_layer=3), device="cpu,reference").plan
+    lines, reference = plan_in_words(plan), plan.shares[1]
+    assert " mapped  " in lines[1] and "+" not in lines[1]
+    assert f" {size(reference.mapped)} mapped + {size(reference.weights)}  " in lines[2]
 
 
 def test_one_weight_elsewhere(small_model):

@@ -5,7 +5,7 @@ import click
 
 from pydsa.console import progress_bar
 from pydsa.exits import Failure
-from pydsa.habits import gpu_layers, logit_biases
+from pydsa.habits import devices, gpu_layers, logit_biases
 from pydsa.override import parse_overrides
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
 from pydsa.terminal import visible
@@ -47,7 +47,7 @@ stream_options = options(
                       "[default: from where on that takes less time]"),
     click.option("--no-op-offload", "stream_from", flag_value=0, type=int, help="As --stream-from 0."))
 device_option = click.option(
-    "--device", "-dev", default="auto", show_default=True, metavar="DEVICE[,...]",
+    "--device", "-dev", default="auto", show_default=True, metavar="DEVICE[,...]", callback=devices,
     help="cpu; cuda: an NVIDIA GPU; cuda0,cuda1: several; reference: plain numpy, slow and exact; auto: a plan of what fits on the GPUs, "
          "or what PYDSA_DEVICE says.")
 placement_options = options(
