@@ -86,9 +86,11 @@ class Fitting:
 
     def _all_gpus(self):
         """The devices of an automatic plan to begin with."""
-        settings, for_the_cpu = self._settings, self._for_the_cpu()
+        settings = self._settings
+        split, n_layers = check_split(settings.get("tensor_split")), check_layers(settings.get("n_gpu_layers"))
+        self._settings = settings = settings | dict(tensor_split=split, n_gpu_layers=n_layers)
+        for_the_cpu = self._for_the_cpu()
         if for_the_cpu or not self._gpus:
-            check_layers(settings.get("n_gpu_layers")), check_split(settings.get("tensor_split"))
             ignored = [name for name in ("n_gpu_layers", "tensor_split") if settings.get(name) is not None]
             if for_the_cpu == NO_LAYERS:
                 pass
@@ -98,9 +100,7 @@ class Fitting:
                 warnings.warn(f"There is no GPU to use: {' and '.join(ignored)} without effect.", stacklevel=4)
             self._settings = settings | dict.fromkeys(ignored)
             return HOST
-        split = settings.get("tensor_split")
-        split = split.split(",") if isinstance(split, str) else split
-        return list(self._gpus)[:len(split) if isinstance(split, (list, tuple)) and split else None]
+        return list(self._gpus)[:split and len(split)]
 
     def _for_the_cpu(self):
         """The option for which an automatic plan takes no GPU, or None."""

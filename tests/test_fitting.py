@@ -247,6 +247,8 @@ def test_without_a_gpu_all_is_on_the_cpu(small_model, monkeypatch):
     assert setup.placement.devices == (HOST,) and setup.plan is None
     with pytest.warns(UserWarning, match="There is no GPU to use: n_gpu_layers and tensor_split without effect"):
         fitted(small_model(**SPEC), n_ctx=64, n_gpu_layers=99, tensor_split="3,1")
+    with pytest.warns(UserWarning, match="There is no GPU to use: tensor_split without effect"):
+        fitted(small_model(**SPEC), n_ctx=64, tensor_split=np.array([3.0, 1.0]))
     for options in dict(tensor_split="a,b"), dict(n_gpu_layers="3"), dict(n_gpu_layers=-1):     # what is wrong with a GPU is wrong without
         with pytest.raises(PydsaError, match=f"{[*options][0]} is .*, expected"):
             fitted(small_model(**SPEC), n_ctx=64, **options)
