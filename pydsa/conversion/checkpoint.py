@@ -147,8 +147,8 @@ class Checkpoint:
 
     @property
     def inputs(self):
-        """Paths of what an output may not replace: all files but GGUF ones."""
-        return [path for path in self.folder.iterdir() if path.suffix != ".gguf"]
+        """Paths of what an output may not replace: all files but outputs."""
+        return [path for path in self.folder.iterdir() if path.suffix not in (".gguf", ".partial", ".journal")]
 
     def source(self):
         """A text that changes whenever the weights do, or pydsa's version."""
