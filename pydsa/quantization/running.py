@@ -86,8 +86,7 @@ def quantize(path_in, path_out, type, *, imatrix=None, tensor_types=(), keep_ind
     """
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise PydsaError(f"threads is {threads!r}, expected a number from 1 on, or None for all cores.")
-    pairs = tuple(tensor_types.items() if isinstance(tensor_types, dict) else tensor_types)
-    choice = Choice(checked_patterns(pairs), keep_indexer, leave_output_tensor,
+    choice = Choice(checked_patterns(tensor_types), keep_indexer, leave_output_tensor,
                     output_tensor_type and tensor_type(output_tensor_type, "--output-tensor-type"),
                     token_embedding_type and tensor_type(token_embedding_type, "--token-embedding-type"), pure)
     job = _Job(path_in, file_type(type), choice, imatrix, override_kv or {})
@@ -96,7 +95,7 @@ def quantize(path_in, path_out, type, *, imatrix=None, tensor_types=(), keep_ind
     job.check(allow_requantize, dry_run)
     if dry_run:
         return job.report
-    with GGUFWriter(layout, job.source(), overwrite, job.file.paths, progress) as writer:
+    with GGUFWriter(layout, job.source(), overwrite, job.inputs, progress) as writer:
         job.write(writer, threads, compiling)
     return job.report
 
@@ -114,6 +113,11 @@ class _Job:
             self._importance = self._imatrix.for_model(self.file.tensors, str(path))
         types = choose(self._overridden, self.file.tensors, kind, choice, imatrix is not None)
         self.report = Report(kind, [_row(tensor, types[tensor.name]) for tensor in self.file.tensors.values()])
+
+    @property
+    def inputs(self):
+        """Paths of the files that are read."""
+        return [*self.file.paths, *([] if self._imatrix_path is None else [self._imatrix_path])]
 
     def metadata(self):
         """The metadata of the output, {key: value or Packed}."""
