@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pydsa import words
 from pydsa.errors import PydsaError, TargetError
 from pydsa.gguf_file import (ARRAY, BOOL, GGML_TYPES, I64, MAX_HEADER, MAX_NAME, SCALARS, SPLIT_NAME, STRING, U32, U64, Reader, map_file,
                              quote)
@@ -185,7 +184,9 @@ class Layout:
         except OSError as error:
             raise TargetError(f"{self.path}: the file cannot be written ({error.strerror or error}).") from error
         if needed > free:
-            raise TargetError(f"{self.path}: {words.size(needed)} are to be written, but {words.size(free)} are free: {SPACE}.")
+            factor, unit = (10**9, "GB") if needed >= 10**9 else (10**6, "MB")
+            raise TargetError(f"{self.path}: {needed / factor:.1f} {unit} are to be written, but {free / factor:.1f} {unit} are free: "
+                              f"{SPACE}.")
 
     def fingerprint(self, source):
         """What a journal must begin with for its tensors to be those."""

@@ -134,7 +134,7 @@ def test_what_cannot_be_written_is_refused_before(tmp_path, monkeypatch):
             Layout(name and tmp_path / name, METADATA, TENSORS).check()
     layout = Layout(path, METADATA, TENSORS)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
-    with pytest.raises(TargetError, match="KiB are to be written, but 1000 B are free"):
+    with pytest.raises(TargetError, match="MB are to be written, but 0.0 MB are free"):
         GGUFWriter(layout)
     monkeypatch.undo()
     path.write_bytes(b"mine")

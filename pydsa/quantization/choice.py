@@ -31,7 +31,7 @@ class Choice:
 
 
 def file_type(text):
-    """The name of a mix, or COPY; "q4_k" and llama-quantize's "15" -> "Q4_K_M"."""
+    """The name of a mix, or COPY; "q4_k" and "15" -> "Q4_K_M"."""
     name = text.upper() if isinstance(text, str) else str(text)
     name = {str(mix.file_type): known for known, mix in MIXES.items()}.get(name, ALIASES.get(name, name))
     if name != COPY and name not in MIXES:
