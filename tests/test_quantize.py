@@ -106,6 +106,8 @@ def test_command_line(models, tmp_path):
     (["Q4_0", "--tensor-type", "ffn_down"], "expected REGEX=TYPE"), (["Q4_0", "--tensor-type", "xyz=Q8_0"], "in no name of a tensor"),
     (["Q4_0", "--output-tensor-type", "Q9"], "--output-tensor-type has the type 'Q9'"), (["Q4_0", "--imatrix", "none"], "cannot be read"),
     (["Q4_0", "--split-max-size", "x"], "The size is 'x'"), (["Q4_0", "--override-kv", "a"], "expected KEY=TYPE:VALUE"),
+    (["COPY", "--pure"], "COPY leaves all tensors as they are, but --pure is given"),
+    (["COPY", "--tensor-type", "ffn=Q8_0"], "but --tensor-type is given"), (["COPY", "--imatrix", "none"], "but --imatrix is given"),
 ])
 def test_refusals_of_options(models, tmp_path, options, message):
     result = run(models["BF16"], tmp_path / "out.gguf", *options, code=2)
@@ -185,7 +187,7 @@ def test_inputs_are_not_replaced(models, tmp_path):
 def test_numbers_of_types(models, tmp_path):
     """llama-quantize takes the numbers of file types too."""
     assert pydsa.quantize(models["BF16"], tmp_path / "out.gguf", "15", dry_run=True).type == "Q4_K_M"
-    assert pydsa.quantize(models["BF16"], tmp_path / "out.gguf", 0, dry_run=True).type == "F32"
+    assert pydsa.quantize(models["BF16"], tmp_path / "out.gguf", "0", dry_run=True).type == "F32"
 
 
 def test_pieces_and_threads_do_not_change_a_file(models, tmp_path, monkeypatch):

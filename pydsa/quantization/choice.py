@@ -32,7 +32,7 @@ class Choice:
 
 def file_type(text):
     """The name of a mix, or COPY; "q4_k" and "15" -> "Q4_K_M"."""
-    name = text.upper() if isinstance(text, str) else str(text)
+    name = text.upper() if isinstance(text, str) else None
     name = {str(mix.file_type): known for known, mix in MIXES.items()}.get(name, ALIASES.get(name, name))
     if name != COPY and name not in MIXES:
         raise PydsaError(f"The type is {quote(str(text))}, expected one of {', '.join(MIXES)} or {COPY}.")

@@ -89,7 +89,10 @@ def quantize(path_in, path_out, type, *, imatrix=None, tensor_types=(), keep_ind
     choice = Choice(checked_patterns(tensor_types), keep_indexer, leave_output_tensor,
                     output_tensor_type and tensor_type(output_tensor_type, "--output-tensor-type"),
                     token_embedding_type and tensor_type(token_embedding_type, "--token-embedding-type"), pure)
-    job = _Job(path_in, file_type(type), choice, imatrix, override_kv or {})
+    kind = file_type(type)
+    if kind == COPY:
+        _check_copy(choice, imatrix)
+    job = _Job(path_in, kind, choice, imatrix, override_kv or {})
     layout = Layout(path_out, job.metadata(), [TensorInfo(row.tensor, row.type, row.shape) for row in job.report.rows], split_max_bytes)
     job.report.paths = [part.path for part in layout.parts]
     job.check(allow_requantize, dry_run)
@@ -98,6 +101,15 @@ def quantize(path_in, path_out, type, *, imatrix=None, tensor_types=(), keep_ind
     with GGUFWriter(layout, job.source(), overwrite, job.inputs, progress) as writer:
         job.write(writer, threads, compiling)
     return job.report
+
+
+def _check_copy(choice, imatrix):
+    """Raise PydsaError for options that would do nothing."""
+    options = {"--tensor-type": choice.tensor_types, "--output-tensor-type": choice.output, "--token-embedding-type": choice.embedding,
+               "--pure": choice.pure, "--imatrix": imatrix is not None}
+    idle = next((option for option, given in options.items() if given), None)
+    if idle:
+        raise PydsaError(f"COPY leaves all tensors as they are, but {idle} is given: leave one of them out.")
 
 
 class _Job:
