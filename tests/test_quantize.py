@@ -91,6 +91,9 @@ def test_command_line(models, tmp_path):
     assert all(row["nmse"] >= 0 for row in rows) and open_gguf(out).metadata["general.name"] == "small"
     assert "BF16 -> IQ4_XS" in done.stderr and "bits a weight" in done.stderr
     assert run(models["BF16"], out, "Q8_0", code=2).output.count("\n") < 5
+    dry = run(models["BF16"], out, "Q8_0", "--dry-run")
+    assert "would be refused" in dry.stderr and "--force" in dry.stderr and "would write" not in dry.stderr and "Q8_0" in dry.stdout
+    assert "would write" in run(models["BF16"], out, "Q8_0", "--dry-run", "--force").stderr
     table = run(models["BF16"], out, "Q8_0", "--force", "--split-max-size", "200K").stdout
     assert "| blk.1.ffn_up_exps.weight" in table
     parts = sorted(path.name for path in tmp_path.glob("out-*"))

@@ -74,6 +74,9 @@ def quantize(model, output, kind, form, override_kv, split_max_size, force, **op
     if report.wanting:
         click.echo(f"an imatrix is needed: {len(report.wanting)} tensors would be of no use without one, {report.wanting[0]} the first",
                    err=True)
+    if report.refused:
+        click.echo(f"would be refused: {visible(report.refused)}", err=True)
+        return
     verb = "would write" if options["dry_run"] else "wrote"
     click.echo(f"{verb} {visible(', '.join(map(str, report.paths)))}", err=True)
 

@@ -6,7 +6,7 @@ import struct
 from collections import Counter
 from dataclasses import dataclass, field
 
-from pydsa.errors import PydsaError
+from pydsa.errors import PydsaError, TargetError
 from pydsa.gguf_file import I64, SCALARS, open_gguf, quote
 from pydsa.gguf_layout import Packed
 from pydsa.gguf_writer import GGUFWriter, Layout, TensorInfo, pack, packed_metadata
@@ -43,7 +43,8 @@ class Report:
 
     paths: the files that were written, or would be. wanting: tensors whose type needs an imatrix that is not there (only in a dry run).
     without_data: tensors that change their type and have no data in the imatrix that is given. resumed: bytes that an interrupted run had
-    written. restarted: why these are of no use, a sentence, or None.
+    written. restarted: why these are of no use, a sentence, or None. refused: why the files could not be written, a sentence, or None (only
+    in a dry run).
     """
     type: str
     rows: list = field(default_factory=list)
@@ -52,6 +53,7 @@ class Report:
     without_data: list = field(default_factory=list)
     resumed: int = 0
     restarted: str | None = None
+    refused: str | None = None
 
     @property
     def bytes_in(self):
@@ -97,6 +99,10 @@ def quantize(path_in, path_out, type, *, imatrix=None, tensor_types=(), keep_ind
     job.report.paths = [part.path for part in layout.parts]
     job.check(allow_requantize, dry_run)
     if dry_run:
+        try:
+            layout.check(overwrite, job.inputs)
+        except TargetError as error:
+            job.report.refused = str(error)
         return job.report
     with GGUFWriter(layout, job.source(), overwrite, job.inputs, progress) as writer:
         job.write(writer, threads, compiling)
