@@ -15,6 +15,7 @@ import numpy as np
 from pydsa.errors import PydsaError, TargetError
 from pydsa.gguf_file import (ARRAY, BOOL, GGML_TYPES, I64, MAX_HEADER, MAX_NAME, SCALARS, SPLIT_NAME, STRING, U32, U64, Reader, map_file,
                              quote)
+from pydsa.options import counts
 from pydsa.targets import check_replaceable
 
 VERSION = 3
@@ -120,7 +121,8 @@ class Layout:
     metadata: {key: a value, or Packed}; a key general.alignment is obeyed. tensors: of TensorInfo, in the order of the file.
     split_max_bytes: how many bytes of tensors a part may have; a larger tensor has a part of its own. split_max_tensors: how many tensors.
 
-    parts: list of Part. n_bytes: of all parts. Raises TargetError for a name that readers would take for a part's.
+    parts: list of Part. n_bytes: of all parts. Raises TargetError for a name that readers would take for a part's, PydsaError for limits
+    that are no integers from 1 on.
     """
 
     def __init__(self, path, metadata, tensors, split_max_bytes=None, split_max_tensors=None):
@@ -131,7 +133,8 @@ class Layout:
         self.tensors, self.metadata = list(tensors), {key: pack(value) for key, value in metadata.items()}
         self.alignment = SCALARS[U32][0].unpack(self.metadata["general.alignment"].data)[0] if "general.alignment" in metadata else 32
         _check_tensors(self.tensors)
-        groups = _groups(self.tensors, split_max_bytes, split_max_tensors)
+        limits = counts(2**63, split_max_bytes=split_max_bytes, split_max_tensors=split_max_tensors)
+        groups = _groups(self.tensors, *limits)
         if len(groups) > MAX_PARTS:
             raise TargetError(f"{path}: there would be {len(groups)} parts, expected at most {MAX_PARTS}: give a larger size of parts.")
         self.parts = [self._part(i, group, len(groups)) for i, group in enumerate(groups)]
@@ -157,21 +160,20 @@ class Layout:
     @property
     def journal(self):
         """The path of the journal of an interrupted run."""
-        return self.path.with_name(self.path.name + ".journal")
+        return journal_of(self.path)
 
     def check(self, overwrite=False, inputs=()):
         """Raise TargetError if the files cannot be written.
 
-        overwrite: whether they may replace others. inputs: paths of files that are read, and may not be replaced.
+        overwrite: whether they may replace others. inputs: paths of files that are read, and may not be replaced, nor serve as the
+        partial files or the journal.
         """
+        for path in (*(part.path for part in self.parts), *(part.partial for part in self.parts), self.journal):
+            _check_target(path, inputs)
         try:
-            for part in self.parts:
-                check_replaceable(part.path)
-                if part.path.exists():
-                    if any(os.path.exists(other) and os.path.samefile(part.path, other) for other in inputs):
-                        raise TargetError(f"{part.path}: the output would replace this file, which is read: give it another name.")
-                    if not overwrite:
-                        raise TargetError(f"{part.path}: there is such a file already: give another name, or --force to replace it.")
+            existing = next((part.path for part in self.parts if part.path.exists()), None)
+            if existing is not None and not overwrite:
+                raise TargetError(f"{existing}: there is such a file already: give another name, or --force to replace it.")
             folder = self.path.parent
             if not folder.is_dir():
                 raise TargetError(f"{folder}: there is no such folder, expected one for {self.path.name}.")
@@ -179,10 +181,12 @@ class Layout:
                 raise TargetError(f"{folder}: this folder cannot be written to, expected one for {self.path.name}.")
             there = sum(part.partial.stat().st_size for part in self.parts if part.partial.exists())
             needed, free = max(0, self.n_bytes - there), shutil.disk_usage(folder).free
-        except (OSError, ValueError) as error:      # ValueError: a zero byte in the path
-            raise TargetError(f"{self.path}: the file cannot be written ({getattr(error, 'strerror', None) or error}).") from error
+        except OSError as error:
+            raise TargetError(f"{self.path}: the file cannot be written ({error.strerror or error}).") from error
         if needed > free:
-            raise TargetError(f"{self.path}: {needed / 1e9:.1f} GB are to be written, but {free / 1e9:.1f} GB are free: {SPACE}.")
+            factor, unit = (10**9, "GB") if needed >= 10**9 else (10**6, "MB")
+            raise TargetError(f"{self.path}: {needed / factor:.1f} {unit} are to be written, but {free / factor:.1f} {unit} are free: "
+                              f"{SPACE}.")
 
     def fingerprint(self, source):
         """What a journal must begin with for its tensors to be those."""
@@ -190,6 +194,12 @@ class Layout:
         for part in self.parts:
             digest.update(part.header)
         return digest.hexdigest()
+
+
+def journal_of(path):
+    """The path of the journal of an interrupted run that writes a file."""
+    path = _followed(path)
+    return path.with_name(path.name + ".journal")
 
 
 def _followed(path):
@@ -200,6 +210,16 @@ def _followed(path):
     try:
         return Path(os.path.realpath(path)) if path.is_symlink() else path
     except (OSError, ValueError) as error:
+        raise TargetError(f"{path}: the file cannot be written ({getattr(error, 'strerror', None) or error}).") from error
+
+
+def _check_target(path, inputs):
+    """Raise TargetError for what is at a path and may not be replaced."""
+    try:
+        check_replaceable(path)
+        if path.exists() and any(os.path.exists(other) and os.path.samefile(path, other) for other in inputs):
+            raise TargetError(f"{path}: the output would replace this file, which is read: give it another name.")
+    except (OSError, ValueError) as error:      # ValueError: a zero byte in the path
         raise TargetError(f"{path}: the file cannot be written ({getattr(error, 'strerror', None) or error}).") from error
 
 

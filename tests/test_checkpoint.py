@@ -65,6 +65,7 @@ def test_a_missing_shard(tmp_path):
                          if m["lm_head.weight"] != "model-00005-of-00005.safetensors" else "model-00001-of-00005.safetensors"}),
      "the index and the files are not of one model"),
     (lambda m: m.update({"lm_head.weight": "../model.safetensors"}), "expected the name of a safetensors file in this folder"),
+    (lambda m: m.clear(), "weight_map is empty"),
     (lambda m: m.update({"lm_head.weight": 3}), "expected the name of a safetensors file"),
     (lambda m: m.update({"lm_head.weight": "pytorch_model.bin"}), "expected the name of a safetensors file")])
 def test_an_index_that_contradicts_the_files(change, match, tmp_path):
@@ -251,6 +252,15 @@ def test_json_with_other_values_never_ends_in_something_else(data, tmp_path_fact
         conversion.layout("m.gguf", "Q8_0")
     except PydsaError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"])
+def test_a_link_that_leads_nowhere(name, tmp_path):
+    """As an incomplete download to a cache of the hub leaves it."""
+    folder = copy("v32", tmp_path / "in")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("nothing")
+    refused(folder, f"{name}: there is no such file", CheckpointError)
 
 
 def test_a_pipe_in_place_of_a_file(tmp_path):

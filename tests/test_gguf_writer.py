@@ -133,8 +133,8 @@ def test_what_cannot_be_written_is_refused_before(tmp_path, monkeypatch):
         with pytest.raises(TargetError, match=match):
             Layout(name and tmp_path / name, METADATA, TENSORS).check()
     layout = Layout(path, METADATA, TENSORS)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": layout.n_bytes - 1}))
-    with pytest.raises(TargetError, match="are free"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    with pytest.raises(TargetError, match="MB are to be written, but 0.0 MB are free"):
         GGUFWriter(layout)
     monkeypatch.undo()
     path.write_bytes(b"mine")
@@ -144,6 +144,15 @@ def test_what_cannot_be_written_is_refused_before(tmp_path, monkeypatch):
     with pytest.raises(TargetError, match="which is read"):
         layout.check(overwrite=True, inputs=[path])
     assert names(tmp_path) == ["m.gguf"] and path.read_bytes() == b"mine"
+    for other in layout.parts[0].partial, layout.journal:
+        path.rename(other)
+        with pytest.raises(TargetError, match=f"{other.name}: the output would replace this file, which is read"):
+            GGUFWriter(layout, inputs=[other])
+        assert names(tmp_path) == [other.name] and other.read_bytes() == b"mine"
+        other.rename(path)
+    layout.journal.mkdir()
+    with pytest.raises(TargetError, match="m.gguf.journal: the file cannot be written .Is a directory"):
+        GGUFWriter(layout, overwrite=True)
 
 
 def test_two_runs_at_a_time_are_refused(tmp_path):

@@ -91,6 +91,9 @@ def test_command_line(models, tmp_path):
     assert all(row["nmse"] >= 0 for row in rows) and open_gguf(out).metadata["general.name"] == "small"
     assert "BF16 -> IQ4_XS" in done.stderr and "bits a weight" in done.stderr
     assert run(models["BF16"], out, "Q8_0", code=2).output.count("\n") < 5
+    dry = run(models["BF16"], out, "Q8_0", "--dry-run")
+    assert "would be refused" in dry.stderr and "--force" in dry.stderr and "would write" not in dry.stderr and "Q8_0" in dry.stdout
+    assert "would write" in run(models["BF16"], out, "Q8_0", "--dry-run", "--force").stderr
     table = run(models["BF16"], out, "Q8_0", "--force", "--split-max-size", "200K").stdout
     assert "| blk.1.ffn_up_exps.weight" in table
     parts = sorted(path.name for path in tmp_path.glob("out-*"))
@@ -106,6 +109,8 @@ def test_command_line(models, tmp_path):
     (["Q4_0", "--tensor-type", "ffn_down"], "expected REGEX=TYPE"), (["Q4_0", "--tensor-type", "xyz=Q8_0"], "in no name of a tensor"),
     (["Q4_0", "--output-tensor-type", "Q9"], "--output-tensor-type has the type 'Q9'"), (["Q4_0", "--imatrix", "none"], "cannot be read"),
     (["Q4_0", "--split-max-size", "x"], "The size is 'x'"), (["Q4_0", "--override-kv", "a"], "expected KEY=TYPE:VALUE"),
+    (["COPY", "--pure"], "COPY leaves all tensors as they are, but --pure is given"),
+    (["COPY", "--tensor-type", "ffn=Q8_0"], "but --tensor-type is given"), (["COPY", "--imatrix", "none"], "but --imatrix is given"),
 ])
 def test_refusals_of_options(models, tmp_path, options, message):
     result = run(models["BF16"], tmp_path / "out.gguf", *options, code=2)
@@ -154,6 +159,40 @@ def test_an_interrupted_run_goes_on(models, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"out.gguf", "whole.gguf"}
 
 
+def test_an_interrupted_run_says_how_to_go_on(models, tmp_path, monkeypatch):
+    out, pieces, n = tmp_path / "out.gguf", tensors_module.Requantized.pieces, []
+
+    def interrupted(self):
+        n.append(self.tensor.name)
+        if len(n) == 9:
+            raise KeyboardInterrupt
+        return pieces(self)
+    monkeypatch.setattr(tensors_module.Requantized, "pieces", interrupted)
+    assert "the same command goes on with it" in run(models["BF16"], out, "Q4_1", code=130).stderr
+    assert "were there from an interrupted run" in run(models["BF16"], out, "Q4_1").stderr
+
+
+def test_inputs_are_not_replaced(models, tmp_path):
+    """The names of partial files and of the journal may be those of inputs."""
+    for name in "out.gguf.partial", "out.gguf.journal":
+        source = tmp_path / name
+        source.write_bytes(models["Q8_0"].read_bytes())
+        assert "which is read" in run(source, tmp_path / "out.gguf", "Q4_0", code=2).output.replace("\n", " ")
+        assert source.read_bytes() == models["Q8_0"].read_bytes()
+        source.unlink()
+    matrix = tmp_path / "imatrix.gguf"
+    imatrix.save(imatrix.Imatrix({"output.weight": np.ones((1, 256))}, {"output.weight": np.array([512])}, ("text",), 512), matrix)
+    before = matrix.read_bytes()
+    said = run(models["BF16"], matrix, "Q4_0", "--imatrix", matrix, "--force", code=2).output.replace("\n", " ")
+    assert "which is read" in said and matrix.read_bytes() == before
+
+
+def test_numbers_of_types(models, tmp_path):
+    """llama-quantize takes the numbers of file types too."""
+    assert pydsa.quantize(models["BF16"], tmp_path / "out.gguf", "15", dry_run=True).type == "Q4_K_M"
+    assert pydsa.quantize(models["BF16"], tmp_path / "out.gguf", "0", dry_run=True).type == "F32"
+
+
 def test_pieces_and_threads_do_not_change_a_file(models, tmp_path, monkeypatch):
     paths = [tmp_path / name for name in ("a.gguf", "b.gguf")]
     reports = [pydsa.quantize(models["BF16"], paths[0], "Q5_K_M", threads=1)]
@@ -166,6 +205,8 @@ def test_pieces_and_threads_do_not_change_a_file(models, tmp_path, monkeypatch):
 @pytest.mark.parametrize("options, message", [
     (dict(override_kv={"deepseek32.block_count": 2**40}), "cannot hold"), (dict(threads=0), "threads is 0"),
     (dict(override_kv={"split.no": 1}), "cannot be overridden"), (dict(tensor_types={"(": "Q8_0"}), "no regular expression"),
+    (dict(tensor_types=["ffn=Q4_K"]), "expected a dict, or pairs"), (dict(tensor_types="ffn"), "expected a dict, or pairs"),
+    (dict(split_max_bytes="2G"), "split_max_bytes is '2G', expected an integer"), (dict(split_max_bytes=-5), "split_max_bytes is -5"),
 ])
 def test_refusals_in_python(models, tmp_path, options, message):
     with pytest.raises(PydsaError, match=message):

@@ -1,6 +1,7 @@
 """pydsa convert: a model of Hugging Face as a GGUF file."""
 import click
 
+from pydsa.cli.shared import kept
 from pydsa.console import progress_bar
 from pydsa.terminal import json_text, visible
 
@@ -36,7 +37,7 @@ def convert(folder, out, kind, split_max_size, split_max_tensors, dry_run, force
                          lambda done, total, name: progress(done / 1e6, round(total / 1e6), f"MB {name}"))
     except (KeyboardInterrupt, ReadError):
         if layout.journal.exists():
-            click.echo(f"\nwhat is written is kept beside {visible(out)}; the same command goes on with it", err=True)
+            click.echo(f"\n{kept(out)}", err=True)
         raise
     if output == "json":
         click.echo(json_text(report))

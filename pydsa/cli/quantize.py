@@ -1,7 +1,7 @@
 """pydsa quantize: the tensors of a GGUF file in smaller types."""
 import click
 
-from pydsa.cli.shared import override_option
+from pydsa.cli.shared import kept, override_option
 from pydsa.console import progress_bar
 from pydsa.terminal import visible
 
@@ -51,12 +51,20 @@ def quantize(model, output, kind, form, override_kv, split_max_size, force, **op
     """
     from pydsa.bench import format_rows
     from pydsa.quantization import quantize, summary
-    with progress_bar("quantizing") as show:        # one bar, as older versions of rich show no second one
-        report = quantize(model, output, kind, override_kv=override_kv, split_max_bytes=split_max_size, overwrite=force,
-                          progress=lambda done, total, name: show(done / 1e6, round(total / 1e6), f"MB, {name}"),
-                          compiling=lambda done, total, name: show(done, total, f"kernels compiled, {name}"), **options)
+    from pydsa.gguf_layout import journal_of
+    try:
+        with progress_bar("quantizing") as show:        # one bar, as older versions of rich show no second one
+            report = quantize(model, output, kind, override_kv=override_kv, split_max_bytes=split_max_size, overwrite=force,
+                              progress=lambda done, total, name: show(done / 1e6, round(total / 1e6), f"MB, {name}"),
+                              compiling=lambda done, total, name: show(done, total, f"kernels compiled, {name}"), **options)
+    except KeyboardInterrupt:
+        if not options["dry_run"] and journal_of(output).exists():
+            click.echo(f"\n{kept(output)}", err=True)
+        raise
     if report.restarted:
         click.echo(report.restarted, err=True)
+    if report.resumed:
+        click.echo(f"{report.resumed / 1e6:.1f} MB were there from an interrupted run", err=True)
     click.echo(format_rows([_cells(row, options["imatrix"]) for row in report.rows], form), nl=False)
     for line in summary(report):
         click.echo(line, err=True)
@@ -66,6 +74,9 @@ def quantize(model, output, kind, form, override_kv, split_max_size, force, **op
     if report.wanting:
         click.echo(f"an imatrix is needed: {len(report.wanting)} tensors would be of no use without one, {report.wanting[0]} the first",
                    err=True)
+    if report.refused:
+        click.echo(f"would be refused: {visible(report.refused)}", err=True)
+        return
     verb = "would write" if options["dry_run"] else "wrote"
     click.echo(f"{verb} {visible(', '.join(map(str, report.paths)))}", err=True)
 

@@ -168,3 +168,8 @@ def comma_numbers(name, text):
     if min(numbers) < 0:
         raise click.UsageError(f"{name} has the number {min(numbers)}, expected numbers from 0 on.")
     return numbers
+
+
+def kept(out):
+    """What is said of an interrupted run that writes a GGUF file."""
+    return f"what is written is kept beside {visible(str(out))}; the same command goes on with it"

@@ -139,6 +139,8 @@ class Checkpoint:
     def _read_index(self):
         path = self.folder / INDEX
         weight_map = Fields(read_json(path, "the index of the files"), path).fields("weight_map").values
+        if not weight_map:
+            raise CheckpointError(f"{path}: weight_map is empty, expected the file of each tensor.")
         for name, file in weight_map.items():
             if not isinstance(file, str) or not file.endswith(".safetensors") or file != os.path.basename(file) or "\\" in file:
                 raise CheckpointError(f"{path}: the file of {quote(name)} is {kind_of(file)}, expected the name of a safetensors file in "
@@ -147,8 +149,8 @@ class Checkpoint:
 
     @property
     def inputs(self):
-        """Paths of what an output may not replace: all files but GGUF ones."""
-        return [path for path in self.folder.iterdir() if path.suffix != ".gguf"]
+        """Paths of what an output may not replace: all files but outputs."""
+        return [path for path in self.folder.iterdir() if path.suffix not in (".gguf", ".partial", ".journal")]
 
     def source(self):
         """A text that changes whenever the weights do, or pydsa's version."""

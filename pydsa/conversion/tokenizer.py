@@ -1,11 +1,13 @@
 """The tokenizer of a folder: tokenizer.json or tiktoken.model -> keys of GGUF.
 
 No code of the folder is run. The pre-tokenizer is recognised by what it does: it must split probing texts as one of pydsa's does, which is
-more than a hash of some ids says, as that changes with every vocabulary.
+more than a hash of some ids says, as that changes with every vocabulary. A link that leads nowhere, as an incomplete download leaves it, is
+an error, and not a file that the model does not have.
 """
 import base64
 import binascii
 import json
+import os
 
 from pydsa.conversion.fields import MAX_JSON, Fields, decode, kind_of, read_bytes, read_json, read_text
 from pydsa.errors import CheckpointError, UnsupportedModelError
@@ -39,10 +41,10 @@ def tokenizer_keys(checkpoint, shape, notes):
     """
     folder = checkpoint.folder
     path = folder / CONFIG
-    config = Fields(read_json(path, "the configuration of a tokenizer") if path.exists() else {}, path)
-    if (folder / JSON).exists():
+    config = Fields(read_json(path, "the configuration of a tokenizer") if os.path.lexists(path) else {}, path)
+    if os.path.lexists(folder / JSON):
         vocabulary = _read_json_tokenizer(folder / JSON, notes)
-    elif (folder / TIKTOKEN).exists():
+    elif os.path.lexists(folder / TIKTOKEN):
         vocabulary = _read_tiktoken(folder / TIKTOKEN, config, shape.n_vocab)
     else:
         raise CheckpointError(f"{folder}: there is neither {JSON} nor {TIKTOKEN}, expected the tokenizer of the model.")
@@ -264,11 +266,11 @@ def _chat_template(folder, config):
     It is in a file of its own, or in the configuration, as a text or as several with names, of which the default one is taken.
     """
     path = folder / "chat_template.jinja"
-    if path.exists():
+    if os.path.lexists(path):
         return read_text(path, "a chat template")
     template = config.values.get("chat_template")
     path = folder / "chat_template.json"
-    if template is None and path.exists():
+    if template is None and os.path.lexists(path):
         template = read_json(path, "a chat template").get("chat_template")
     if isinstance(template, list):
         template = next((entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"), None)

@@ -31,9 +31,9 @@ class Choice:
 
 
 def file_type(text):
-    """The name of a mix, or COPY; "q4_k" -> "Q4_K_M"."""
-    name = text.upper() if isinstance(text, str) else str(text)
-    name = ALIASES.get(name, name)
+    """The name of a mix, or COPY; "q4_k" and "15" -> "Q4_K_M"."""
+    name = text.upper() if isinstance(text, str) else None
+    name = {str(mix.file_type): known for known, mix in MIXES.items()}.get(name, ALIASES.get(name, name))
     if name != COPY and name not in MIXES:
         raise PydsaError(f"The type is {quote(str(text))}, expected one of {', '.join(MIXES)} or {COPY}.")
     return name
@@ -47,11 +47,14 @@ def tensor_type(text, option):
     return name
 
 
-def checked_patterns(pairs):
-    """Pairs (regular expression, type) as Choice has them.
+def checked_patterns(tensor_types):
+    """Pairs (regular expression, type), or a dict, as Choice has them.
 
-    Raises PydsaError for what is no pattern or no type.
+    Raises PydsaError for what is no pair, no pattern or no type.
     """
+    pairs = list(tensor_types.items()) if isinstance(tensor_types, dict) else tensor_types
+    if not isinstance(pairs, (list, tuple)) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise PydsaError(f"tensor_types is {quote(repr(tensor_types))}, expected a dict, or pairs of a regular expression and a type.")
     found = []
     for pattern, kind in pairs:
         try:

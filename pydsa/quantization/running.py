@@ -6,7 +6,7 @@ import struct
 from collections import Counter
 from dataclasses import dataclass, field
 
-from pydsa.errors import PydsaError
+from pydsa.errors import PydsaError, TargetError
 from pydsa.gguf_file import I64, SCALARS, open_gguf, quote
 from pydsa.gguf_layout import Packed
 from pydsa.gguf_writer import GGUFWriter, Layout, TensorInfo, pack, packed_metadata
@@ -43,7 +43,8 @@ class Report:
 
     paths: the files that were written, or would be. wanting: tensors whose type needs an imatrix that is not there (only in a dry run).
     without_data: tensors that change their type and have no data in the imatrix that is given. resumed: bytes that an interrupted run had
-    written. restarted: why these are of no use, a sentence, or None.
+    written. restarted: why these are of no use, a sentence, or None. refused: why the files could not be written, a sentence, or None (only
+    in a dry run).
     """
     type: str
     rows: list = field(default_factory=list)
@@ -52,6 +53,7 @@ class Report:
     without_data: list = field(default_factory=list)
     resumed: int = 0
     restarted: str | None = None
+    refused: str | None = None
 
     @property
     def bytes_in(self):
@@ -86,19 +88,34 @@ def quantize(path_in, path_out, type, *, imatrix=None, tensor_types=(), keep_ind
     """
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise PydsaError(f"threads is {threads!r}, expected a number from 1 on, or None for all cores.")
-    pairs = tuple(tensor_types.items() if isinstance(tensor_types, dict) else tensor_types)
-    choice = Choice(checked_patterns(pairs), keep_indexer, leave_output_tensor,
+    choice = Choice(checked_patterns(tensor_types), keep_indexer, leave_output_tensor,
                     output_tensor_type and tensor_type(output_tensor_type, "--output-tensor-type"),
                     token_embedding_type and tensor_type(token_embedding_type, "--token-embedding-type"), pure)
-    job = _Job(path_in, file_type(type), choice, imatrix, override_kv or {})
+    kind = file_type(type)
+    if kind == COPY:
+        _check_copy(choice, imatrix)
+    job = _Job(path_in, kind, choice, imatrix, override_kv or {})
     layout = Layout(path_out, job.metadata(), [TensorInfo(row.tensor, row.type, row.shape) for row in job.report.rows], split_max_bytes)
     job.report.paths = [part.path for part in layout.parts]
     job.check(allow_requantize, dry_run)
     if dry_run:
+        try:
+            layout.check(overwrite, job.inputs)
+        except TargetError as error:
+            job.report.refused = str(error)
         return job.report
-    with GGUFWriter(layout, job.source(), overwrite, job.file.paths, progress) as writer:
+    with GGUFWriter(layout, job.source(), overwrite, job.inputs, progress) as writer:
         job.write(writer, threads, compiling)
     return job.report
+
+
+def _check_copy(choice, imatrix):
+    """Raise PydsaError for options that would do nothing."""
+    options = {"--tensor-type": choice.tensor_types, "--output-tensor-type": choice.output, "--token-embedding-type": choice.embedding,
+               "--pure": choice.pure, "--imatrix": imatrix is not None}
+    idle = next((option for option, given in options.items() if given), None)
+    if idle:
+        raise PydsaError(f"COPY leaves all tensors as they are, but {idle} is given: leave one of them out.")
 
 
 class _Job:
@@ -114,6 +131,11 @@ class _Job:
             self._importance = self._imatrix.for_model(self.file.tensors, str(path))
         types = choose(self._overridden, self.file.tensors, kind, choice, imatrix is not None)
         self.report = Report(kind, [_row(tensor, types[tensor.name]) for tensor in self.file.tensors.values()])
+
+    @property
+    def inputs(self):
+        """Paths of the files that are read."""
+        return [*self.file.paths, *([] if self._imatrix_path is None else [self._imatrix_path])]
 
     def metadata(self):
         """The metadata of the output, {key: value or Packed}."""
