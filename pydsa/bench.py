@@ -126,7 +126,7 @@ def about(model):
             "model_type": model.setup.file_type, "model_size": model.setup.n_bytes, "model_n_params": model.setup.n_params,
             "backend": model.setup.device_name, "n_threads": model.threads, "n_threads_batch": model.threads_batch,
             "n_ubatch": model.n_ubatch, "type_k": model.kv_type, "type_index": model.index_type if model.top_k else None,
-            "attention": model.attention, "reproducible": model.setup.reproducible, "top_k": model.top_k}
+            "attention": model.attention, "reproducible": model.setup.reproducible, "top_k": model.top_k, "numa": model.setup.numa}
 
 
 def _product_format(model, device, op, quantized, n_tokens):
@@ -330,6 +330,8 @@ def _display_row(row):
     share, threads = row["share_of_limit"], {"threads": _short(row["n_threads"])}
     if row["n_threads_batch"] != row["n_threads"]:      # the same in all rows of a table
         threads["threads batch"] = _short(row["n_threads_batch"])
+    if row.get("numa"):
+        threads["numa"] = row["numa"]
     return {"model": f"{row['model_arch']} {row['model_type']}", "size": size(row["model_size"]),
             "params": count(row["model_n_params"]), "backend": row["backend"], **threads,
             "kv": row["type_k"], "index": row["type_index"] or "",

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import pydsa
-from tools.make_model import ModelSpec, make_model
-
-if os.environ.get("PYDSA_TEST_AMX") == "emulated":
+if os.environ.get("PYDSA_TEST_AMX") == "emulated":     # before the CPU backend is imported
     from tests.amx import install
     install()
+
+import pydsa  # noqa: E402
+from tools.make_model import ModelSpec, make_model  # noqa: E402
 
 os.environ.setdefault("PYDSA_DEVICE", "cpu")        # also beside a GPU tests run on what they name, else on the CPU
 

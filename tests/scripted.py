@@ -89,8 +89,8 @@ class ScriptedSession(Session):
 class _Runner:
     """What a Batch runs several sessions with."""
 
-    def __init__(self, sessions):
-        self._sessions = sessions
+    def __init__(self, sessions, backends):
+        self._sessions, self.backends = sessions, backends
 
     def bind_together(self, variant, parts, n_outputs, again=False, late=()):
         """The step of the sessions with these caches."""
@@ -145,7 +145,7 @@ def scripted(name, path, **options):
     model = pydsa.load(path, **{"n_ctx": 4096, "device": "reference"} | options)
     model.__class__ = type("ScriptedModel", (Scripted, type(model)), {})
     model._runner, model._sessions = model.runner, {}
-    model.runner = _Runner(model._sessions)
+    model.runner = _Runner(model._sessions, model.runner.backends)
     unused = {f"<|unused_{i}|>": CONTROL for i in range(model.config.n_vocab - len(small(special, []).tokens))}
     model.tokenizer = tokenizer = small(special | unused, [])
     tokenizer.chat_template, tokenizer.eog_ids = template, frozenset(tokenizer.encode(end, parse_special=True))

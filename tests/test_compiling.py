@@ -25,6 +25,7 @@ from pydsa.backends.cpu import steps
 from pydsa.compiling import Job, compile_jobs
 from pydsa.cores import physical_cores
 from pydsa.kernel_cache import KernelsNotKept
+from pydsa.model import compile_for
 from pydsa.signals import interrupts_held
 
 ROOT = Path(__file__).parent.parent
@@ -397,5 +398,5 @@ def test_all_that_a_model_needs_is_kept(small_model, load, attention, monkeypatc
     """Code with an address of this process in it would not be."""
     model, seen = load(small_model(n_layer=2), attention=attention), []
     monkeypatch.setattr(steps, "compile_all", lambda wanted, progress=None: seen.extend(wanted))
-    model.backend.compile_calls(model._all_calls)
+    compile_for(model.runner, model.setup, model.backend)
     assert len(seen) > 20 and [w.name for w in seen if not w.holds()] == []

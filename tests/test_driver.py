@@ -21,8 +21,8 @@ import sys
 import numpy as np
 from cuda.bindings.driver import CUresult
 from numba import cuda as numba_cuda
-from tests.ptx.driver import install
-driver = install(1 << 22)
+import tests.ptx.driver as ptx
+driver = ptx.install(1 << 22)
 from pydsa.backends import cuda
 from pydsa.backends.cuda.current import gpu
 from pydsa.backends.cuda.launch import kernel
@@ -59,7 +59,7 @@ def run(code, **env):
     ("driver.fail['cuModuleLoadData'] = CUresult.CUDA_ERROR_INVALID_IMAGE", "answers CUDA_ERROR_INVALID_IMAGE to cuModuleLoadData"),
     ("driver.fail['cuLaunchKernel'] = CUresult.CUDA_ERROR_OUT_OF_MEMORY", "The GPU has no memory left (cuLaunchKernel)"),
     ("driver.fail['cuStreamSynchronize'] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS", "answers CUDA_ERROR_ILLEGAL_ADDRESS to cuStream"),
-    ("driver.arena.size >>= 8", "too few; --device cpu needs no GPU, or ask for a smaller context"),
+    ("driver.arena.size >>= 8\nptx.OF_A_CONTEXT = 0", "too few; --device cpu needs no GPU, or ask for a smaller context"),
 ])
 def test_what_fails_is_one_sentence(small_model, change, message):
     """An error of the driver becomes one sentence and exit code 2."""
@@ -156,7 +156,7 @@ def test_ops_are_timed(small_model, attention):
     """
     run(f"""
 import pydsa
-driver = install(1 << 26)
+driver = ptx.install(1 << 26)
 model = pydsa.load({str(small_model(**TINY | {"type": "Q4_0"}))!r}, device="cuda", attention={attention!r}, n_ctx=16, n_ubatch=8)
 session, other = model.session(), model.session()
 for ids in ([5, 6, 7, 8, 9, 10, 11, 12], [13]):

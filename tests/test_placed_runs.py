@@ -220,8 +220,11 @@ def test_damage_is_found(damaged, monkeypatch, name):  # noqa: F811
 
 
 @pytest.mark.parametrize("at", ["ffn_moe_out-1", "q-1"])
-def test_interrupted_steps(three, alone, at):
+def test_interrupted_steps(three, alone, at, request):
     """After Ctrl-C in a step the session goes on; no copy is left under way."""
+    theirs = signal.signal(signal.SIGINT, signal.default_int_handler)       # which a shell lets programs in its background ignore
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, theirs))
+
     def interrupt(node, arrays):
         if node.name == at:
             signal.raise_signal(signal.SIGINT)

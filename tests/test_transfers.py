@@ -208,6 +208,7 @@ import os
 import signal
 import threading
 from pydsa.backends.cuda import streaming
+signal.signal(signal.SIGINT, signal.default_int_handler)        # which a shell lets programs in its background ignore
 from pydsa.gguf_file import Tensor
 streaming.CHUNK, streaming.PIECE = 64, 16
 slot = cuda.on(1).Slot(1 << 12)

@@ -80,7 +80,8 @@ def folder_of(package):
 
     Kernels outside the backend are made of its sources too, but an edit in them leaves the backend's as they are.
     """
-    return FOLDER if package.startswith(__package__) else _folder_beside(package)
+    ours = package.split(".")[0] == __package__.split(".")[0]       # of others nothing is kept
+    return _folder_beside(package) if ours and not package.startswith(__package__) else FOLDER
 
 
 @functools.cache
