@@ -28,11 +28,15 @@ def counts(most, **options):
 def size_in_bytes(what, value):
     """Bytes of an integer, or of a text such as "24GiB", "512 MiB", "1.5G".
 
-    K, M, G and T are powers of 1024, with or without "iB"; with "B" alone they are powers of 1000. Raises PydsaError for what is no size.
+    K, M, G and T are powers of 1024, with or without "iB"; with "B" alone they are powers of 1000. Raises PydsaError for what is no size,
+    and for a text without a unit that would be less than 1 MiB.
     """
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 0:
         return int(value)
     form = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt]?)(ib|b)?)\s*", value.lower()) if isinstance(value, str) else None
     if form is None or len(form[1]) > 20:
         raise PydsaError(f"{what} is {value!r}, expected a size such as 24GiB or 512MiB.")
-    return int(float(form[1]) * (1000 if form[3] == "b" else 1024) ** " kmgt".index(form[2] or " "))
+    n_bytes = int(float(form[1]) * (1000 if form[3] == "b" else 1024) ** " kmgt".index(form[2] or " "))
+    if not form[2] and not form[3] and 0 < n_bytes < 1 << 20:
+        raise PydsaError(f"{what} is {value!r}, which is {n_bytes} bytes: give a unit, as in 24GiB.")
+    return n_bytes

@@ -196,6 +196,7 @@ def test_memory_of_the_host_is_counted(small_model, monkeypatch):
 
 @pytest.mark.parametrize("options, words", [
     (dict(fit_margin="1 parsec"), "fit_margin is '1 parsec', expected a size such as 24GiB"), (dict(fit_margin=-1), "fit_margin is -1"),
+    (dict(fit_margin="1024"), "fit_margin is '1024', which is 1024 bytes: give a unit"),
     (dict(fit_margin=True), "fit_margin is True"), (dict(fit_margin=None), "fit_margin is None"),
     (dict(n_gpu_layers=-2), "n_gpu_layers is -2, expected an integer from 0"), (dict(n_gpu_layers="some"), "n_gpu_layers is 'some'"),
     (dict(n_gpu_layers=True), "n_gpu_layers is True"), (dict(n_sessions=0), "n_sessions is 0"),
@@ -222,7 +223,7 @@ def test_a_model_without_experts(small_model):
 
 
 @pytest.mark.parametrize("text, n", [
-    ("24GiB", 24 << 30), ("1.5g", 3 << 29), ("512 MiB", 512 << 20), ("7", 7), ("7B", 7), ("2GB", 2 * 10**9),
+    ("24GiB", 24 << 30), ("1.5g", 3 << 29), ("512 MiB", 512 << 20), ("1048576", 1 << 20), ("7B", 7), ("2GB", 2 * 10**9),
     (12, 12), ("0", 0), ("1TiB", 1 << 40)])
 def test_sizes(text, n):
     assert size_in_bytes("x", text) == n
@@ -324,7 +325,7 @@ def test_info_shows_the_plan_of_gpus_that_are_not_there(small_model):
 @pytest.mark.parametrize("args, words", [
     (["--gpu-memory", "2 apples"], "gpu_memory is '2 apples'"), (["--gpu-memory", "2GiB", "--device", "cpu"], "--gpu-memory is for plans"),
     (["--gpu-memory", "2GiB", "--bandwidth", "1"], "--bandwidth is '1'"), (["--bandwidth", "0,nan"], "--bandwidth is '0,nan'"),
-    (["--gpu-memory", "24"], "--gpu-memory has 24, which is 24 bytes: give a unit"), (["--bandwidth", "1,2"], "--bandwidth is for plans"),
+    (["--gpu-memory", "24"], "which is 24 bytes: give a unit"), (["--bandwidth", "1,2"], "--bandwidth is for plans"),
     (["--gpu-memory", "2GiB", "--device", "cuda1"], "--gpu-memory has sizes for cuda, but not for cuda1"),
     (["--gpu-memory", "2GiB", "-ngl", "x"], "-ngl is 'x'"), (["--device", "tpu"], "device is 'tpu'"),
     (["--gpu-memory", "640MiB", "--device", "cuda"], "too few; "), (["-ot", "x"], "override_tensor has 'x'"),
