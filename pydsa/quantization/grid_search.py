@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 from pydsa.backends.cpu.jit import inline, inner
 from pydsa.backends.cpu.simd import (_loader, broadcast, constant, f32x16, floats, i32x16, load_floats, multiply_add, store,
                                      to_floats)
-from pydsa.quantization.vectors import greatest, least, rint
+from pydsa.quantization.vectors import greatest, least, rint, where_greater
 
 BYTES, ROW = 64, 128    # of a vector, and of the costs of a half: 32 groups at a time
 TAG = 127               # bits of a cost in whose place its half's code is: one part in 65536
@@ -43,14 +43,6 @@ def ints(typingctx, value):
 def lesser(typingctx, a, b):
     """Return the lesser of two integers in each lane."""
     return i32x16(i32x16, i32x16), lambda context, builder, signature, args: builder.select(builder.icmp_signed("<", *args), *args)
-
-
-@intrinsic
-def where_less(typingctx, a, b, x, y):
-    """Return x in lanes where a < b, y elsewhere."""
-    def codegen(context, builder, signature, args):
-        return builder.select(builder.fcmp_ordered("<", args[0], args[1]), args[2], args[3])
-    return x(f32x16, f32x16, x, x), codegen
 
 
 @intrinsic
@@ -114,9 +106,9 @@ def nearest_entries(low, high, starts, lows, highs, costs, codes):
             best_a, best_b = lesser(best_a, load_ints(at, 0)), lesser(best_b, load_ints(at, BYTES))
         at, row = high + highs[h], ints(np.int32(highs[h]))
         cost_a, cost_b = as_floats(best_a) + load_floats(at, 0), as_floats(best_b) + load_floats(at, BYTES)
-        first_a, second_a = where_less(cost_a, least_a, best_a, first_a), where_less(cost_a, least_a, row, second_a)
-        first_b, second_b = where_less(cost_b, least_b, best_b, first_b), where_less(cost_b, least_b, row, second_b)
-        least_a, least_b = where_less(cost_a, least_a, cost_a, least_a), where_less(cost_b, least_b, cost_b, least_b)
+        first_a, second_a = where_greater(least_a, cost_a, best_a, first_a), where_greater(least_a, cost_a, row, second_a)
+        first_b, second_b = where_greater(least_b, cost_b, best_b, first_b), where_greater(least_b, cost_b, row, second_b)
+        least_a, least_b = where_greater(least_a, cost_a, cost_a, least_a), where_greater(least_b, cost_b, cost_b, least_b)
     store(costs, 0, least_a)
     store(costs, BYTES, least_b)
     store(codes, 0, (first_a & TAG) | second_a)
@@ -131,7 +123,7 @@ def level_of(c, levels):
     """
     last = np.float32(levels.size - 1)
     even = multiply_add(floats(levels[0]), c, floats(levels[1] - levels[0]))
-    return where_less(c, floats(last - np.float32(0.5)), even, floats(levels[levels.size - 1]))
+    return where_greater(floats(last - np.float32(0.5)), c, even, floats(levels[levels.size - 1]))
 
 
 @inline
@@ -195,6 +187,6 @@ def cheapest_signs(x, w, stride, n, inverse, levels, costs, which):
         y = v * factor
         kept, changed = y - nearest_level(y, levels, np.float32(0)), y + floats(levels[0])
         cost = load_floats(w + i * stride, 0) * (changed * changed - kept * kept)
-        index, best = where_less(cost, best, ints(np.int32(i)), index), where_less(cost, best, cost, best)
+        index, best = where_greater(best, cost, ints(np.int32(i)), index), where_greater(best, cost, cost, best)
     store(costs, 0, best)
     store(which, 0, index)

@@ -127,16 +127,25 @@ def store_pairs(target, memory):
             store_bytes(target, 32 * part + j, q)
 
 
+@inner
+def begin_block(x, w, high, to, memory):
+    """Choose codes from 0 to high for 256 weights, and store the scales.
+
+    So a block of Q4_K and of Q5_K begins.
+    """
+    d, dmin = choose_minima(x, w, 32, high, np.float32(63), memory)
+    store(to, 0, d)
+    store(to, 2, dmin)
+    store_scales_and_minima(to + 4, memory)
+
+
 @kernel
 def quantize_q4_k(x, importance, blocks):
     source, target, k, scratch = address(x), address(blocks), x.shape[1], np.empty(MEMORY, np.uint8)
     weights = column_weights(importance, k)
     for i in range(x.size // 256):
         memory, to = address(scratch), target + Q4_K * i
-        d, dmin = choose_minima(source + 1024 * i, address(weights) + 4 * (256 * i % k), 32, np.float32(15), np.float32(63), memory)
-        store(to, 0, d)
-        store(to, 2, dmin)
-        store_scales_and_minima(to + 4, memory)
+        begin_block(source + 1024 * i, address(weights) + 4 * (256 * i % k), np.float32(15), to, memory)
         for j in range(0, 128, 16):
             at = j // 32 * 64 + j % 32
             store_nibbles(to + 16 + j, codes_at(memory, at), codes_at(memory, at + 32))
@@ -148,10 +157,7 @@ def quantize_q5_k(x, importance, blocks):
     weights = column_weights(importance, k)
     for i in range(x.size // 256):
         memory, to = address(scratch), target + Q5_K * i
-        d, dmin = choose_minima(source + 1024 * i, address(weights) + 4 * (256 * i % k), 32, np.float32(31), np.float32(63), memory)
-        store(to, 0, d)
-        store(to, 2, dmin)
-        store_scales_and_minima(to + 4, memory)
+        begin_block(source + 1024 * i, address(weights) + 4 * (256 * i % k), np.float32(31), to, memory)
         for j in range(0, 32, 16):
             fifth = floats(ZERO)
             for b in range(8):

@@ -32,6 +32,17 @@ def extremes(x, n):
     return low, high
 
 
+@inline
+def best_scale(xq, qq):
+    """Of sixteen scales x.q / q.q, the one that explains most of x.
+
+    xq, qq: weighted sums for each candidate of codes q. Returns 0 if none explains anything.
+    """
+    qq = greatest(qq, TINY)
+    scales = quotient(xq, qq)
+    return lane(scales, best(scales * xq))
+
+
 @inner
 def fit_scale(x, w, n, inverses, low, high):
     """The best scale of x ~ scale * code, codes from low to high.
@@ -45,9 +56,7 @@ def fit_scale(x, w, n, inverses, low, high):
         weighted = q * weight
         xq = multiply_add(xq, weighted, floats(value))
         qq = multiply_add(qq, weighted, q)
-    qq = greatest(qq, TINY)
-    scales = quotient(xq, qq)
-    return lane(scales, best(scales * xq))
+    return best_scale(xq, qq)
 
 
 @inner
@@ -188,9 +197,7 @@ def fit_level_scale(x, w, n, inverses, table):
         weighted = q * weight
         xq = multiply_add(xq, weighted, floats(value))
         qq = multiply_add(qq, weighted, q)
-    qq = greatest(qq, TINY)
-    scales = quotient(xq, qq)
-    return lane(scales, best(scales * xq))
+    return best_scale(xq, qq)
 
 
 @inner

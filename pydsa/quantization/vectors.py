@@ -37,10 +37,10 @@ rint, round_away, truncate = _rounding("nearbyint"), _rounding("round"), _roundi
 
 @intrinsic
 def where_greater(typingctx, a, b, x, y):
-    """Take x in the lanes where a > b, else y."""
+    """Take x in the lanes where a > b, else y: floats, or integers."""
     def codegen(context, builder, signature, args):
         return builder.select(builder.fcmp_ordered(">", args[0], args[1]), args[2], args[3])
-    return f32x16(f32x16, f32x16, f32x16, f32x16), codegen
+    return x(f32x16, f32x16, x, x), codegen
 
 
 @intrinsic

@@ -183,9 +183,12 @@ def _stretches(groups):
 
 
 def sample_of(groups, n=16):
-    """Addresses of n pages of the weights that all tokens need, or fewer."""
-    pieces = [piece for stretch in _stretches(groups) for piece in stretch]
-    return [pieces[i * len(pieces) // n][0] // PAGE * PAGE for i in range(min(n, len(pieces)))] if CAN_ASK else []
+    """Addresses of n pages of the weights that all tokens need, or fewer.
+
+    groups: as with_requests() makes them.
+    """
+    pieces = [piece for group in groups for op, args in group if op is ask_for_weights for piece in args[1].tolist()]
+    return [pieces[i * len(pieces) // n][0] // PAGE * PAGE for i in range(min(n, len(pieces)))]
 
 
 def pieces_of(args):

@@ -37,9 +37,8 @@ class Recording:
     """
 
     def __init__(self, calls, levels, again):
-        groups = grouped(calls, levels)
+        groups = list(with_requests(grouped(calls, levels)))
         self._sample = sample_of(groups)
-        groups = list(with_requests(groups))
         self._step, self._whole = Step(groups), again
         self._ahead = ReadAhead(groups) if uses_nearly_all(groups) and not again else None
         self._group_of = [i for i, group in enumerate(groups) for op, _ in group if op not in ASKING]
