@@ -109,9 +109,9 @@ class Framed:
         raise SessionFileError(f"{self.path}: {text}.")
 
     def check(self, n_bytes):
-        """Check that there are n_bytes of rows and the right digest -> it, hexadecimal.
+        """Check the number of bytes of rows, and the digest.
 
-        The file's position is then at the first row.
+        Returns the digest, hexadecimal. The file's position is then at the first row.
         """
         if self.size != self.start + n_bytes + 32:
             self.fail(INCOMPLETE)

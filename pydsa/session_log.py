@@ -1,4 +1,4 @@
-"""The log of a stage's rows, to which those of new tokens are appended while a conversation goes on.
+"""The log of a stage's rows, to which those of new tokens are appended.
 
     log = SessionLog(path, identity, caches)    # a new one, or what is there: log.tokens
     log.append(start, ids)                      # the rows of tokens start, start + 1, ... are in the caches
