@@ -160,7 +160,7 @@ def open_parts(path: str | os.PathLike, absent=()) -> dict[int, GGUFFile]:
     if name and int(name[2]) != 1:
         first_path = path.with_name(f"{name[1]}-00001-of-{name[3]}.gguf")
         raise GGUFError(f"{path}: this is not the first part of a split model, open {first_path} instead")
-    first = _open_part(path, "a GGUF file")
+    first = open_part(path, "a GGUF file")
     index = first.metadata.integer("split.no", default=0)
     if index:
         raise GGUFError(f"{path}: split.no is {index}, expected 0: open the first part of this split model instead")
@@ -171,7 +171,7 @@ def open_parts(path: str | os.PathLike, absent=()) -> dict[int, GGUFFile]:
         raise GGUFError(f"{path}: this is one of {count} part(s) by its split.count, but one of {named} by its name: "
                         "give all parts the names they had, NAME-00001-of-000NN.gguf")
     paths = {number: path.with_name(f"{name[1]}-{number:05d}-of-{name[3]}.gguf") for number in range(2, count + 1)}
-    return {1: first} | {number: _open_part(part, f"part {number} of the {count} of {path.name}") for number, part in paths.items()
+    return {1: first} | {number: open_part(part, f"part {number} of the {count} of {path.name}") for number, part in paths.items()
                          if number not in absent or os.path.exists(part)}
 
 
@@ -214,7 +214,7 @@ def _check_split(parts: list[GGUFFile]) -> None:
                         "split.tensors.count: the parts are not those of one model, get them again")
 
 
-def _open_part(path: Path, role: str) -> GGUFFile:
+def open_part(path: Path, role: str) -> GGUFFile:
     """Map and read one file; `role` is what error messages call it."""
     reader = Reader(path, map_file(path, role))
     start = reader.take(4, "the magic")

@@ -20,7 +20,7 @@ SLOW = ("numba", "llvmlite", "tokenizers", "jinja2", "rich", "matplotlib", "star
 
 # Each may import itself, those after it, and the leaves; a leaf only other leaves.
 LAYERS = ("__main__", "cli", "exits", "server", "console habits", "restrictions", "conversion", "faithful imatrix quantization", "quality",
-          "bench report plot", "__init__", "engine loading", "stages", "model", "look", "selections", "session", "stepping",
+          "bench report parts_report plot", "__init__", "engine loading", "stages", "model", "look", "selections", "session", "stepping",
           "recorder selecting", "recording", "recording_file", "diagnosis", "fitting", "setup", "words", "models",
           "plan memory schedule fit", "ahead", "streaming",
           "layout placement", "segments", "costs", "hooks", "dense", "graph", "backends")
