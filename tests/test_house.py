@@ -20,7 +20,7 @@ SLOW = ("numba", "llvmlite", "tokenizers", "jinja2", "rich", "matplotlib", "star
 
 # Each may import itself, those after it, and the leaves; a leaf only other leaves.
 LAYERS = ("__main__", "cli", "exits", "server", "console habits", "restrictions", "conversion", "faithful imatrix quantization", "quality",
-          "bench report plot", "__init__", "engine", "model", "look", "selections", "session", "recorder selecting", "recording",
+          "bench report plot", "__init__", "engine", "stages", "model", "look", "selections", "session", "recorder selecting", "recording",
           "recording_file", "diagnosis", "ahead", "fitting", "setup", "words", "models", "plan memory schedule fit", "streaming",
           "layout placement", "segments", "costs", "hooks", "dense", "graph", "backends")
 LEAVES = "gguf_file override tokenizer chat messages answers tool_calls template sampling cache compiling kernel_cache quants errors " \

@@ -1,0 +1,1 @@
+"""A model in stages: ranges of layers, each in a process of its own."""
