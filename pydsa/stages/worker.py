@@ -14,6 +14,7 @@ import numpy as np
 from pydsa.errors import OutOfMemoryError, PydsaError, StageError
 from pydsa.graph import CacheRef
 from pydsa.sampling import Picked, Sampler
+from pydsa.stages import keeping
 from pydsa.stages.channel import ChannelError, Door, Outbox, connect
 from pydsa.stages.wire import (DISCARD, MOST_PAYLOAD, Beat, Close, Credit, Drop, FrameError, Message, Result, Step, decode, encode)
 
@@ -273,6 +274,8 @@ class Worker:
             stage.check_room(_number(content, "n"), str(content.get("what")))
         elif do in ("stored", "restore"):
             return {}, self._rows(content, payload)
+        elif do == "part":
+            return keeping.answered(stage, _number(content, "session"), content)
         else:
             raise FrameError(f"a stage is asked to {do!r:.40}, which it cannot do")
         return {}, b""
