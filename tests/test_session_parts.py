@@ -12,7 +12,7 @@ from pydsa.session_parts import HEAD, PART, Keeper, opened, saved_bytes, write_p
 from pydsa.stages.pipeline import Pipeline
 
 IDS = random_ids(40)
-GLM = dict(arch="glm-dsa", n_layer=4, indexer_types="FSFS")
+GLM = dict(arch="glm-dsa", n_layer=4, indexer_types="FSFF")
 ONE, TWO, OTHERS, FOUR = [(0, 4)], [(0, 2), (2, 4)], [(0, 3), (3, 4)], [(0, 1), (1, 2), (2, 3), (3, 4)]
 
 
