@@ -3,9 +3,9 @@
     python tools/stage_speed.py model.gguf --stages 2 -t 1
     python tools/stage_speed.py model.gguf --stages 2,3 --streams 1,4,8 -p 4096 -r 3 -o json
 
-Each is a process of its own, by turns; of several rounds the fastest counts. Streams are conversations of an Engine, which generate greedily
-at the same time; their t/s are those of all tokens after each one's first. Prompts are one session's. A model in one process runs prompts in
-ubatches of as many tokens as one in stages.
+Each is a process of its own, by turns; of several rounds the fastest counts. Streams are conversations of an Engine, which generate
+greedily at the same time; their t/s are those of all tokens after each one's first. Prompts are one session's. A model in one process runs
+prompts in ubatches of as many tokens as one in stages.
 """
 
 import json
@@ -105,7 +105,8 @@ def main(path, stages, threads, streams, n_prompt, n_gen, wire, rounds, output, 
         print(json.dumps(rows, indent=1))
         return
     from pydsa.bench import markdown
-    print(markdown([{key: f"{value:.2f}" if isinstance(value, float) else str(value) for key, value in row.items()} for row in rows]), end="")
+    texts = [{key: f"{value:.2f}" if isinstance(value, float) else str(value) for key, value in row.items()} for row in rows]
+    print(markdown(texts), end="")
 
 
 if __name__ == "__main__":
