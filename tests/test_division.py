@@ -95,7 +95,7 @@ def test_the_division_is_the_best_of_all(small_model, seed):
         if all(share.free >= 0 for share in shares):
             fitting[ranges] = max(share.seconds for share in shares), sum(share.seconds for share in shares)
     if not fitting:
-        with pytest.raises(OutOfMemoryError, match=rf"in {n} stages?, and the nodes? ha(s|ve) .* at best layers \S+ lack"):
+        with pytest.raises(OutOfMemoryError, match=rf"in {n} stages?, and the nodes? ha(s|ve) .* at best layers? \S+ would need"):
             divide(setup, nodes, 2)
     else:
         found = fitting[divide(setup, nodes, 2)]
@@ -109,7 +109,7 @@ def test_memory_and_the_file(setup):
     parts, n = Parts(setup), setup.config.n_layer
     whole = parts.share(Layers(0, n), Node("", 1))
     small = [Node(f"node {i}", 1e9, (whole.total + parts.scratch) // 2 - whole.weights // 4) for i in (1, 2)]
-    with pytest.raises(OutOfMemoryError, match="lack .* on node [12]; take more or larger nodes"):
+    with pytest.raises(OutOfMemoryError, match="would need .* more on node [12]; take more or larger nodes"):
         divide(setup, small)
     assert len(divide(setup, small, mapped=False)) == 2
     with pytest.raises(OutOfMemoryError):
@@ -127,5 +127,5 @@ def test_stages_that_are_asked_for(setup):
                           (parse("0-2,4-6"), "begins with layer 3")):
         with pytest.raises(PydsaError, match=error):
             divided(stages, setup, nodes)
-    with pytest.raises(PydsaError, match="There are 8 stages, but the model has 7 layers at which one can begin"):
+    with pytest.raises(PydsaError, match="There are 8 stages, expected at most 7: so many layers of the model"):
         divide(setup, nodes * 4)

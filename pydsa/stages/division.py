@@ -30,6 +30,11 @@ class Layers(NamedTuple):
     def __str__(self):
         return f"{self.first}-{self.stop - 1}" if self.stop - self.first > 1 else str(self.first)
 
+    @property
+    def words(self):
+        """The layers in words: "layers 0-20"."""
+        return f"layer{'s' * (self.stop - self.first > 1)} {self}"
+
 
 class Node(NamedTuple):
     """A machine for one stage.
@@ -153,6 +158,21 @@ def divide(setup, nodes, n_sessions=1, n_past=None, mapped=True):
     return Parts(setup, n_sessions, n_past, mapped).divide(nodes)
 
 
+def fewest(setup, node, n_sessions=None):
+    """The least number of stages that fit nodes that are all like one.
+
+    n_sessions: as for divide(); None: one more than stages. Raises OutOfMemoryError if even a stage for each border is too large.
+    """
+    most = len(borders(setup.config))
+    for n in range(1, most + 1):
+        try:
+            divide(setup, [node] * n, n_sessions or n + 1)
+            return n
+        except OutOfMemoryError:
+            if n == most:
+                raise
+
+
 class Parts:
     """What ranges of a model's layers take and read.
 
@@ -196,8 +216,8 @@ class Parts:
     def divide(self, nodes):
         """The function divide(), on Nodes."""
         if len(nodes) > len(self.borders):
-            raise PydsaError(f"There are {len(nodes)} stages, but the model has {len(self.borders)} layers at which one can begin: expected "
-                             "at most so many.")
+            raise PydsaError(f"There are {len(nodes)} stages, expected at most {len(self.borders)}: so many layers of the model can "
+                             "begin one.")
         taken, token = self._between(memory=True), self._between(memory=False)
         lacks = [_lacking(taken, node.memory) for node in nodes]
         seconds = [np.where(lack > 0, np.inf, token / node.bandwidth) for lack, node in zip(lacks, nodes)]
@@ -240,8 +260,8 @@ class Parts:
             f", and the node{'s have' if several else ' has'} {size(sum(node.memory for node in nodes))}")
         return OutOfMemoryError(
             f"The model with a context of {self.setup.n_ctx} tokens{of_sessions} takes {size(taken)} in {len(nodes)} "
-            f"stage{'s' * several}{there}: at best layers {ranges[i]} lack {size(int(lacking[i]))} on {nodes[i].name}; take more or "
-            f"larger nodes, or {LESS}.")
+            f"stage{'s' * several}{there}: at best {ranges[i].words} would need {size(int(lacking[i]))} more on {nodes[i].name}; take "
+            f"more or larger nodes, or {LESS}.")
 
 
 def token_bytes(setup, n_past):
