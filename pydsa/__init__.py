@@ -9,17 +9,18 @@ import importlib
 import os
 
 from pydsa.errors import (CheckpointError, ContextFullError, DamagedWeightsError, GGUFError, ImatrixError, LogitsFileError,  # noqa: F401
-                          OutOfMemoryError, PydsaError, RecordingFileError, SessionFileError, TargetError, UnsupportedModelError)
+                          OutOfMemoryError, PydsaError, RecordingFileError, SessionFileError, StageError, TargetError,
+                          UnsupportedModelError)
 
 __version__ = "0.1.0"
 DEMO = os.path.join(os.path.dirname(__file__), "demo", "demo.gguf")      # path of the model that comes with the package
-_MODULES = {"load": "model", "Model": "model", "Session": "session", "Sampling": "sampling", "load_tokenizer": "tokenizer",
+_MODULES = {"load": "loading", "Model": "model", "Session": "session", "Sampling": "sampling", "load_tokenizer": "tokenizer",
             "Engine": "engine", "Request": "requests", "Recording": "recording", "Look": "look", "perplexity": "quality",
             "convert": "conversion", "quantize": "quantization"}
 __all__ = ["DEMO", "load", "load_tokenizer", "Model", "Session", "Sampling", "Engine", "Request", "Recording", "Look", "perplexity",
            "convert", "quantize", "PydsaError", "GGUFError", "UnsupportedModelError", "ContextFullError", "DamagedWeightsError",
            "OutOfMemoryError", "RecordingFileError", "SessionFileError", "LogitsFileError", "ImatrixError", "CheckpointError",
-           "TargetError"]
+           "StageError", "TargetError"]
 
 
 def __getattr__(name):

@@ -21,34 +21,39 @@ class Batch:
     def run(self, sessions, ids):
         """Append tokens to each session -> what came of it, for each.
 
-        That is the logits after the last one, float32 [n_vocab], or a PydsaError, where the session has stayed as it was. sessions:
-        different ones. ids: for each a list of ids of the vocabulary, together at most n_ubatch.
+        begin() and its finish().
+        """
+        return self.begin(sessions, ids).finish()
+
+    def begin(self, sessions, ids, samplers=None, wanted=True):
+        """Begin the step that appends tokens to each session.
+
+        Returns an object whose finish() gives for each what came of it: the logits after the last token, float32 [n_vocab], or a
+        PydsaError, where the session has stayed as it was. sessions: different ones. ids: for each a list of ids of the vocabulary,
+        together at most n_ubatch. samplers: for each a Sampler or None; where the runner samples, a sampling.Picked comes in place of the
+        logits. wanted: whether anything is, where there is one session.
         """
         if any(session.has_hooks or session.variant for session in sessions):
             raise PydsaError("A session with hooks or a variant of its own cannot run together with others: give its tokens to its own "
                              "prefill() or decode().")
-        results = [session.full(len(mine)) if session.n_past + len(mine) > self._setup.n_ctx else None
+        results = [session.full(len(mine)) if session.n_begun + len(mine) > self._setup.n_ctx else None
                    for session, mine in zip(sessions, ids)]
         fit = [i for i, result in enumerate(results) if result is None]
-        for i, answer in zip(fit, self._step([sessions[i] for i in fit], [list(ids[i]) for i in fit])):
-            results[i] = answer
-        return results
+        sessions, ids = [sessions[i] for i in fit], [list(ids[i]) for i in fit]
+        samplers = [samplers[i] for i in fit] if samplers and self._runner.samples else [None] * len(fit)
+        if len(sessions) == 1:
+            return _Results(results, fit, _Single(sessions[0], ids[0], samplers[0], wanted))
+        return _Results(results, fit, _Joint(self, sessions, ids, samplers) if sessions else None)
 
-    def _step(self, sessions, ids):
-        if len(sessions) < 2:
-            return [_alone(session, mine) for session, mine in zip(sessions, ids)]
+    def step(self, sessions, ids, samplers):
+        """Begin a step of several sessions -> (the step of the runner, logits)."""
         logits = np.empty((len(sessions), self._setup.config.n_vocab), np.float32)
         # The last tokens, whose logits are wanted, come behind all others: as parts of their own, which see what the others write.
         parts = [(session, mine[:-1], session.n_past) for session, mine in zip(sessions, ids) if len(mine) > 1]
         parts += [(session, mine[-1:], session.n_past + len(mine) - 1) for session, mine in zip(sessions, ids)]
         positions = np.concatenate([np.arange(first, first + len(some)) for _, some, first in parts])
-        try:
-            self._bind(parts, len(sessions)).run([token for _, some, _ in parts for token in some], positions, logits)
-        except DamagedWeightsError:     # of one of them, perhaps
-            return [_alone(session, mine) for session, mine in zip(sessions, ids)]
-        for session, mine in zip(sessions, ids):
-            session.append(mine)
-        return list(logits)
+        tokens = [token for _, some, _ in parts for token in some]
+        return self._bind(parts, len(sessions)).begin(tokens, positions, logits, (), samplers), logits
 
     def _bind(self, parts, n_outputs):
         """The Bound of a step, in the form that the longest context needs.
@@ -68,9 +73,56 @@ class Batch:
         return bound
 
 
-def _alone(session, ids):
-    """The logits after some tokens, or a PydsaError."""
-    try:
-        return session.prefill(ids)
-    except PydsaError as error:
-        return error
+class _Results:
+    """What begin() returns: the results of the sessions whose tokens fit."""
+
+    def __init__(self, results, fit, step):
+        self._results, self._fit, self._step = results, fit, step
+
+    def finish(self):
+        """Wait for the step -> the results of all sessions."""
+        for i, answer in zip(self._fit, self._step.finish() if self._step else ()):
+            self._results[i] = answer
+        return self._results
+
+
+class _Single:
+    """A step of one session."""
+
+    def __init__(self, session, ids, sampler, wanted):
+        self._error = self._step = None
+        try:
+            self._step = session.begin(ids, sampler, wanted)
+        except PydsaError as error:
+            self._error = error
+
+    def finish(self):
+        try:
+            return [self._error if self._step is None else self._step.finish()]
+        except PydsaError as error:
+            return [error]
+
+
+class _Joint:
+    """A step of several sessions, whose tokens are appended at its end."""
+
+    def __init__(self, batch, sessions, ids, samplers):
+        self._sessions, self._ids = sessions, ids
+        try:
+            self._step, self._logits = batch.step(sessions, ids, samplers)
+        except DamagedWeightsError:     # of one of them, perhaps
+            self._step = None
+
+    def finish(self):
+        try:
+            if self._step is None:
+                return self._each_alone()
+            picked = self._step.finish() or [None] * len(self._sessions)
+        except DamagedWeightsError:
+            return self._each_alone()
+        for session, mine in zip(self._sessions, self._ids):
+            session.append(mine)
+        return [logits if one is None else one for one, logits in zip(picked, self._logits)]
+
+    def _each_alone(self):
+        return [_Single(session, mine, None, True).finish()[0] for session, mine in zip(self._sessions, self._ids)]

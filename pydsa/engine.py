@@ -25,7 +25,7 @@ from pydsa.prefixes import Prefixes, common_length
 from pydsa.requests import (Cancelled, Failed, Finished, InternalError, Progress, QueueFullError, Request, SlotState, Started, Stats,
                             Ticket, Timings, Token, Written)
 from pydsa.sampling import Sampler, log_probabilities
-from pydsa.session import check_ids, check_max_tokens
+from pydsa.stepping import check_ids, check_max_tokens
 
 CHUNK = 512         # tokens of a prompt that run together while others wait for theirs
 SHORT = 128         # tokens of the prompts that share a step

@@ -53,5 +53,9 @@ class RecordingFileError(PydsaError):
     """A recording's file is damaged, or cannot be read or written."""
 
 
+class StageError(PydsaError):
+    """A stage of a model, a process of its own, has failed."""
+
+
 class OutOfMemoryError(PydsaError):
     """The request needs more memory than the machine has available."""

@@ -78,22 +78,22 @@ class Fit:
 
         Bytes of each layer on its home, if that has memory of its own, and {device: bytes}.
         """
-        setup, placement = self.setup, placing.place(self.setup.config.n_layer)
+        setup, placement = self.setup, placing.place(self.setup.layers)
         sizes, fixed, seen = [0] * len(placement.layers), {}, set()
         for tensor, layer, pinned in self.uses:
-            home = placement.layers[layer]
+            home = placement.home(layer)
             name = home if pinned else placement.of_weight(tensor.name, layer)
             if not device_of(name).reserved or (name, tensor.name) in seen:
                 continue
             seen.add((name, tensor.name))
             n_bytes = device_of(name).weights([tensor])[1]
             if name == home:
-                sizes[layer] += n_bytes
+                sizes[layer - setup.layers.start] += n_bytes
             else:
                 fixed[name] = fixed.get(name, 0) + n_bytes
         for ref, n_bytes in setup.cache_row_bytes.items():
-            if device_of(placement.layers[ref.layer]).reserved:
-                sizes[ref.layer] += n_bytes * setup.n_ctx * self.n_sessions
+            if device_of(placement.of_cache(ref)).reserved:
+                sizes[ref.layer - setup.layers.start] += n_bytes * setup.n_ctx * self.n_sessions
         return sizes, fixed
 
     def _spare(self, name):
@@ -111,7 +111,7 @@ class Fit:
         beside: {device: bytes of values, scratch and so on}.
         """
         sizes, fixed = self.layer_bytes(placing)
-        layers, gpus = placing.place(len(sizes)).layers, placing.devices
+        layers, gpus = placing.place(self.setup.layers).layers, placing.devices
         rooms = {name: self.room(name, beside) - fixed.get(name, 0) for name in gpus}
         if len(gpus) > 1 and placing.tensor_split is None and HOST not in gpus:
             return balanced([n for n, name in zip(sizes, layers) if name in gpus], list(rooms.values()))
@@ -160,8 +160,14 @@ def _uses(setup):
         for node in graph.nodes:
             for a in node.args:
                 if isinstance(a, Tensor):
-                    found[a.name, home_layer(node) % setup.config.n_layer, node.of_one_context] = a
+                    found[a.name, _layer(setup, node), node.of_one_context] = a
     return [(tensor, layer, pinned) for (_, layer, pinned), tensor in found.items()]
+
+
+def _layer(setup, node):
+    """The layer beside which a node runs, one of the setup's."""
+    layer = home_layer(node)
+    return setup.layers[-1] if layer < 0 else max(layer, setup.layers.start)
 
 
 def share_of(name, memory, room, n_sessions=1):
@@ -179,8 +185,8 @@ class Search:
     """
 
     def __init__(self, fit, placing):
-        self._fit, self._placing, self._n_layer = fit, placing, fit.setup.config.n_layer
-        self._with_experts = sorted({layer for tensor, layer, _ in fit.uses if is_of_experts(tensor.name)})
+        self._fit, self._placing, self._n_layer = fit, placing, len(fit.setup.layers)
+        self._with_experts = sorted({layer - fit.setup.layers.start for tensor, layer, _ in fit.uses if is_of_experts(tensor.name)})
         self._beside, self._setups = {}, {}     # bytes on each GPU beside weights and caches, as far as known; placed Setups
 
     def candidates(self):

@@ -1,7 +1,7 @@
 """Graph records what a model computes, once.
 
 It has one method for each op of backends/reference.py. plan.py assigns memory to a graph's values and runs it. A graph holds nothing that
-changes from token to token: ids and positions are inputs, and the session provides the caches.
+changes from token to token: ids, or hidden rows, and positions are inputs, and the session provides the caches.
 """
 from typing import NamedTuple
 
@@ -78,9 +78,9 @@ class Graph:
     def __init__(self, n_ctx):
         self.n_ctx = n_ctx
         self.nodes = []
-        self.ids = Value("inp_tokens", (), "int32")
+        self.input = Value("inp_tokens", (), "int32")        # the ids, or what hidden() made of it
         self.positions = Value("inp_pos", (), "int64")
-        self.output = None      # set by the model: the logits
+        self.output = None      # set by the model: the logits, or the rows that the next stage takes
 
     def _node(self, op, out, *args):
         self.nodes.append(Node(op, out.name, (out, *args)))
@@ -100,8 +100,13 @@ class Graph:
         """
         return Value(x.name, x.tail, x.dtype, "outputs", x, lambda a, n: a[len(a) - n:])
 
+    def hidden(self, name, width):
+        """The rows that the stage before gives, in place of ids, as a value."""
+        self.input = self.value(name, width)
+        return self.input
+
     def get_rows(self, name, w):
-        return self._node("get_rows", self.value(name, w.shape[1]), w, self.ids)
+        return self._node("get_rows", self.value(name, w.shape[1]), w, self.input)
 
     def rms_norm(self, name, x, w, eps, into=None):
         return self._node("rms_norm", into or self.value(name, *x.tail, like=x), x, w, eps)

@@ -63,7 +63,7 @@ def lay_out(graph, segments, max_tokens, float_size=4):
     Values that are not live at the same time share memory: first fit, in the order of their first use. float_size: bytes, of the device
     with the widest ones.
     """
-    inputs, last = (graph.ids, graph.positions), segments[-1].nodes[-1][0]
+    inputs, last = (graph.input, graph.positions), segments[-1].nodes[-1][0]
     born, dies = dict.fromkeys(inputs, 0), dict.fromkeys(inputs, last + 1)
     for time, node in itertools.chain.from_iterable(segment.nodes for segment in segments):
         for value in _values(node):

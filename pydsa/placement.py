@@ -15,7 +15,7 @@ from pydsa.graph import CacheRef
 from pydsa.hooks import layer_of
 
 EXPERTS = r"\.ffn_(up|down|gate|gate_up)_exps"      # names of the routed experts' weights: what --cpu-moe sends to the CPU
-FIRST = r"^blk\.(0"          # how patterns for the first layers begin
+FIRST = r"^blk\.("           # how patterns for the first layers begin
 MOST_LAYERS = 2**31 - 1     # as a number: more than there are are all
 RULES = re.compile(r"(.+?)=\s*([A-Za-z]+[0-9]*)\s*(?:,|$)")     # of one text: commas may also be inside of a regular expression
 ALL = "all"         # as a number of layers
@@ -25,12 +25,17 @@ FOLLOWING = ("silu_mul", "scale", "expert_scale", "rope", "hadamard")      # ops
 class Placement:
     """The device of each node, weight and cache of a model.
 
-    layers: the name of each layer's device (devices.DEVICES). The embedding is beside the first layer, the output beside the last. rules:
-    pairs of a compiled regular expression and the name of a device, for weights whose name it matches, anywhere; the first one counts.
+    layers: the name of each layer's device (devices.DEVICES), from layer `first` on, that of a stage. The embedding is beside the first
+    layer, the output beside the last. rules: pairs of a compiled regular expression and the name of a device, for weights whose name it
+    matches, anywhere; the first one counts.
     """
 
-    def __init__(self, layers, rules=()):
-        self.layers, self.rules = tuple(layers), tuple(rules)
+    def __init__(self, layers, rules=(), first=0):
+        self.layers, self.rules, self.first = tuple(layers), tuple(rules), first
+
+    def home(self, layer):
+        """The device of a layer; 0 is also the first of all, and -1 the last."""
+        return self.layers[layer if layer < 0 else max(0, layer - self.first)]
 
     @property
     def devices(self):
@@ -39,7 +44,7 @@ class Placement:
 
     def of_cache(self, ref):
         """The device of a cache (CacheRef): that of its layer."""
-        return self.layers[ref.layer]
+        return self.home(ref.layer)
 
     def of_nodes(self, nodes, streaming=False):
         """The device of each of a graph's nodes, a list of names.
@@ -65,7 +70,7 @@ class Placement:
 
     def _home(self, node):
         """The device of a node's layer."""
-        return self.layers[home_layer(node)]
+        return self.home(home_layer(node))
 
     def streamed(self, node):
         """The weights of a node that its layer's device can take for a step.
@@ -83,7 +88,7 @@ class Placement:
 
     def of_weight(self, name, layer):
         """The device of a weight whose nodes belong to a layer."""
-        return self._by_rule(name) or self.layers[layer]
+        return self._by_rule(name) or self.home(layer)
 
     def check_rules(self, names):
         """Raise PydsaError for a rule that matches none of the names of weights."""
@@ -110,7 +115,7 @@ def home_layer(node):
 
 
 class Placing:
-    """What is asked for: place(n_layer) makes the Placement of a model.
+    """What is asked for: place(layers) makes the Placement of a model.
 
     devices: names. tensor_split: the proportion of the layers that each device gets, in ranges; None: equal ones. n_gpu_layers: the number
     of layers, at the end, that are on these devices, while the others are on the CPU; None or "all": all. cpu_moe: whether the routed
@@ -135,18 +140,22 @@ class Placing:
                     n_cpu_moe=self.n_cpu_moe, override_tensor=self.rules)
         return Placing(**mine | options)
 
-    def place(self, n_layer):
-        """The Placement of a model of n_layer layers."""
+    def place(self, layers):
+        """The Placement of a range of layers: those of a model, or of a stage.
+
+        Numbers of layers count from the ends of the range.
+        """
+        n_layer = len(layers)
         n = n_layer if self.n_gpu_layers in (None, ALL) else min(self.n_gpu_layers, n_layer)
         shares = self.tensor_split or [1.0] * len(self.devices)
         ends = [sum(shares[:i + 1]) / sum(shares) for i in range(len(shares) - 1)]
-        layers = [HOST] * (n_layer - n) + [self.devices[bisect.bisect(ends, (i + 0.5) / n)] for i in range(n)]
+        homes = [HOST] * (n_layer - n) + [self.devices[bisect.bisect(ends, (i + 0.5) / n)] for i in range(n)]
         rules = list(self.rules)
         if self.cpu_moe:
             rules.append((re.compile(EXPERTS), HOST))
         elif self.n_cpu_moe:
-            rules.append((re.compile(rf"{FIRST}{''.join(f'|{il}' for il in range(1, min(self.n_cpu_moe, n_layer)))}){EXPERTS}"), HOST))
-        return Placement(layers, rules)
+            rules.append((re.compile(rf"{FIRST}{'|'.join(map(str, layers[:self.n_cpu_moe]))}){EXPERTS}"), HOST))
+        return Placement(homes, rules, layers.start)
 
 
 def check_layers(n_gpu_layers):

@@ -2,52 +2,22 @@
 
 Arguments are bound once: a step is then only a list of calls, in segments if there are several devices.
 """
-import contextlib
 import dataclasses
-import os
-import threading
 
 import numpy as np
 
 from pydsa import limits
+from pydsa.ahead import Ahead
 from pydsa.backends.devices import HOST
 from pydsa.backends.transfers import transfer
-from pydsa.errors import LESS, DamagedWeightsError, OutOfMemoryError, PydsaError
+from pydsa.cache import VectorCache
+from pydsa.errors import LESS, DamagedWeightsError, OutOfMemoryError
 from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef, Value
 from pydsa.hooks import Stops
 from pydsa.segments import Chain, Part, Segment, crossings, in_turn, settled_before
 from pydsa.streaming import NEVER, deliveries, role
-
-# One step at a time: kernels share the machine's threads, and the sessions of a model share its buffer.
-_lock, _running_thread = threading.Lock(), None
-
-
-def _after_fork():
-    """A child has none of the threads that may have held the lock."""
-    global _lock, _running_thread
-    _lock, _running_thread = threading.Lock(), None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-@contextlib.contextmanager
-def one_step():
-    """A context in which a step runs; steps of other threads wait.
-
-    This holds for all models. Raises PydsaError inside of a step of the same thread.
-    """
-    global _running_thread
-    if _running_thread == threading.get_ident():
-        raise PydsaError("A model cannot be run from inside a function that a step calls (observe, progress, select, a hook).")
-    with _lock:
-        _running_thread = threading.get_ident()
-        try:
-            yield
-        finally:
-            _running_thread = None
+from pydsa.turns import one_step
 
 
 def check_memory(wanted, what, backend=None):
@@ -139,9 +109,13 @@ class OnDevice:
 class Runner:
     """Runs the graphs of one model on the backends of its devices.
 
+    Sessions, batches and the engine use it, or in its place a stages.pipeline.Pipeline, which has the same methods. depth: the steps that
+    may be under way at once. samples: whether steps of a Batch sample too. observes: whether hooks can look into steps.
+
     backends: {name of a device: backend}. reproducible: a token's products with the weights are the same in steps of any shape. streaming:
     the streaming.Streaming of steps of many tokens.
     """
+    depth, samples, observes = 1, False, True
 
     def __init__(self, backends, layouts, threads, threads_batch, reproducible=False, streaming=NEVER):
         self.threads, self.threads_batch = threads, threads_batch
@@ -172,6 +146,20 @@ class Runner:
         With several devices it does: the next step would keep it from handing out the token.
         """
         return self.backend.PICKS if len(self.on) == 1 else 0
+
+    def ahead(self):
+        """What runs the steps that generate, ahead of their requests."""
+        return Ahead(self)
+
+    def make_caches(self, setup, n_ctx):
+        """Empty caches of n_ctx rows, each on its device: {CacheRef: VectorCache}."""
+        with limits.allocating("the caches of a session"):
+            return {ref: VectorCache(self.on[setup.placement.of_cache(ref)].backend, n_ctx, widths, setup.cache_type(ref),
+                                     setup.reproducible) for ref, widths in setup.cache_widths.items()}
+
+    def check_room(self, setup, n, what):
+        """Raise OutOfMemoryError if the caches of n sessions do not fit."""
+        check_fits({name: n * memory.caches for name, memory in setup.memory.items()}, self.backends, what)
 
     def threads_for(self, n_tokens):
         """The number of threads of a step of n_tokens tokens."""
@@ -212,9 +200,9 @@ class Runner:
                     calls.append((node, getattr(backend, node.op), tuple(bound.argument(a, *context) for a in node.args)))
                     times.append(time)
             ends.append(len(calls))
-        parts = _parts(segments, ends, arrays, (graph.ids, graph.positions), n_outputs)
+        parts = _parts(segments, ends, arrays, (graph.input, graph.positions), n_outputs)
         self._add_weights(parts, segments, layout)
-        inputs = [(on.backend, *(on.roots.get(value) for value in (graph.ids, graph.positions))) for on in arrays.values()]
+        inputs = [(on.backend, *(on.roots.get(value) for value in (graph.input, graph.positions))) for on in arrays.values()]
         output = arrays[layout.output_device] if n_outputs else None
         return Bound(self, inputs, calls, times, parts, output and output.argument(graph.output), output and output.backend, again,
                      tuple(late))
@@ -282,6 +270,22 @@ def _parts(segments, ends, arrays, inputs, n_outputs):
     return parts
 
 
+class Done:
+    """A step that has run: what begin() returns.
+
+    A Pipeline's has the same methods, and waits in them.
+    """
+
+    def finish(self):
+        """Wait for the end of the step; its logits are where they belong.
+
+        Returns None. With samplers a Pipeline returns for each output a sampling.Picked, or None where the logits were wanted.
+        """
+
+    def drop(self):
+        """Wait for the end of a step that is not wanted any more."""
+
+
 @dataclasses.dataclass
 class Bound:
     """A graph bound to arrays of a backend.
@@ -289,7 +293,7 @@ class Bound:
     It holds for one session and one number of tokens.
     """
     runner: object
-    inputs: list                # for each device (backend, ids, positions): arrays, or None where nothing reads them
+    inputs: list                # for each device (backend, ids or hidden rows, positions): arrays, or None where nothing reads them
     calls: list
     levels: list                # a number for each call; those of equal numbers may run at the same time
     parts: list                 # of segments.Part: where the device changes
@@ -302,7 +306,7 @@ class Bound:
 
     @property
     def ids(self):
-        """The array of the token ids on the first device."""
+        """The array of the token ids, or hidden rows, on the first device."""
         return self.inputs[0][1]
 
     @property
@@ -325,7 +329,8 @@ class Bound:
     def run(self, ids, n_past, logits, hooks=()):
         """Run one step: tokens `ids` at positions n_past, n_past + 1, ...
 
-        n_past: an integer; for a step of several sessions the positions of all tokens. The logits of the last tokens are written to
+        ids: those of the tokens; in a stage after the first their hidden rows, [n_tokens, n_embd]. n_past: an integer; for a step of
+        several sessions the positions of all tokens. The logits of the last tokens are written to
         `logits`, [n_outputs, n_vocab]. hooks: a tuple of hooks.Hook. Raises DamagedWeightsError if a choice of keys or experts met a value
         that is not finite.
         """
@@ -338,6 +343,11 @@ class Bound:
             if self._nan_met():
                 raise DamagedWeightsError("the scores of keys or experts are not finite: the weights are damaged, or a computation "
                                           "overflowed")
+
+    def begin(self, ids, n_past, logits, hooks=(), samplers=None):
+        """Run one step as run() does -> a Done; a Pipeline's steps go on."""
+        self.run(ids, n_past, logits, hooks)
+        return Done()
 
     def calls_of(self, backend):
         """The calls of a backend, pairs of an op and its arguments."""
@@ -358,7 +368,7 @@ class Bound:
         return list(zip([node for node, _, _ in self.calls], seconds))
 
     def put(self, ids, n_past):
-        """Write the inputs of a step: ids and positions."""
+        """Write the inputs of a step: ids, or hidden rows, and positions."""
         positions = np.arange(n_past, n_past + len(ids)) if np.ndim(n_past) == 0 else np.asarray(n_past)
         self.runner.steps += 1
         for backend, *arrays in self.inputs:

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Sequence
+from typing import NamedTuple, Sequence
 
 import numpy as np
 
@@ -121,6 +121,13 @@ def sampling_of(tokenizer, options):
     return sampling
 
 
+class Picked(NamedTuple):
+    """A token that was sampled where the logits are, and the bounds of these."""
+    token: int
+    greatest: float
+    least: float
+
+
 class Sampler:
     """Picks tokens with the options of a Sampling; None: its defaults.
 
@@ -157,6 +164,31 @@ class Sampler:
         cumulated = np.cumsum(_softmax(logits[ids], sampling.temperature))
         drawn = np.searchsorted(cumulated, self._random.random() * cumulated[-1], side="right")
         return int(ids[min(drawn, len(ids) - 1)])
+
+    def state(self):
+        """What restored() makes an equal Sampler of, as JSON can hold it."""
+        fields = dataclasses.asdict(self.sampling) | {"logit_bias": [[int(token), float(-math.inf if bias is False else bias)]
+                                                      for token, bias in (self.sampling.logit_bias or {}).items()]}
+        return {"sampling": {key: value.item() if isinstance(value, np.generic) else value for key, value in fields.items()},
+                "random": self._random.bit_generator.state}
+
+    @classmethod
+    def restored(cls, state):
+        """The Sampler of a state().
+
+        Raises PydsaError for one that cannot be.
+        """
+        try:
+            sampler = cls(Sampling(**state["sampling"] | {"logit_bias": dict(state["sampling"]["logit_bias"]) or None}))
+            sampler._random.bit_generator.state = state["random"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise PydsaError(f"the state of a sampler is damaged ({error!r})") from error
+        return sampler
+
+    def follow(self):
+        """Draw as pick() does where another Sampler of the same state picks."""
+        if self.sampling.temperature != 0:
+            self._random.random()
 
     def check(self, greatest):
         """Raise DamagedWeightsError if the greatest logit is not finite."""

@@ -2,62 +2,26 @@
 
 Many sessions can use the weights and the buffer of one model.
 """
+import collections
 import contextlib
 
 import numpy as np
 
 from pydsa import session_file
-from pydsa.ahead import Ahead
 from pydsa.cards import shown
 from pydsa.diagnosis import explained
 from pydsa.errors import ContextFullError, DamagedWeightsError, PydsaError, SessionFileError
 from pydsa.hooks import Hook, Observer
 from pydsa.limits import allocating
 from pydsa.options import choose, counts
-from pydsa.plan import check_fits, check_memory
+from pydsa.plan import check_memory
 from pydsa.prefixes import common_length
 from pydsa.recorder import LIMIT, Recorder
-from pydsa.sampling import Sampler
+from pydsa.sampling import Picked, Sampler
 from pydsa.schedule import VARIANTS
 from pydsa.selecting import Selector, check_select
+from pydsa.stepping import Layers, Step, check_ids, check_max_tokens, in_ubatches
 from pydsa.words import card_of_a_session
-
-
-def check_max_tokens(n):
-    """Raise PydsaError if n is not a limit of tokens: an integer or None."""
-    if n is not None and (not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 0):
-        raise PydsaError(f"max_tokens is {n!r}, expected an integer from 0 on, or None.")
-
-
-def check_ids(ids, n_vocab):
-    """Check token ids -> an int32 array [n], n > 0, all in the vocabulary."""
-    try:
-        ids = np.asarray(ids)
-    except ValueError:      # lists of different lengths
-        ids = np.empty(0)
-    if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-        raise PydsaError("The token ids must be a list of at least one integer.")
-    if ids.min() < 0 or ids.max() >= n_vocab:
-        bad = ids[(ids < 0) | (ids >= n_vocab)][0]
-        raise PydsaError(f"The token id is {bad}, expected 0 to {n_vocab - 1}.")
-    return ids.astype(np.int32)
-
-
-class _Layers(Hook):
-    """Report progress after each layer of a step.
-
-    One step can take minutes, if the weights are read from a slow disk. report(layers) gets the number of layers that are done.
-    """
-
-    def __init__(self, report):
-        self._report, self._done = report, 0
-
-    def wants(self, node):
-        return node.name.startswith("l_out-")
-
-    def after(self, call):
-        self._done += 1
-        self._report(self._done)
 
 
 @shown(lambda session: card_of_a_session(session, session._setup))
@@ -72,13 +36,14 @@ class Session:
     """
 
     def __init__(self, runner, setup, tokenizer):
-        check_fits({name: memory.caches for name, memory in setup.memory.items()}, runner.backends, "the caches of a new session")
+        runner.check_room(setup, 1, "the caches of a new session")
         self._runner, self._setup, self.tokenizer, self._eog_ids = runner, setup, tokenizer, tokenizer.eog_ids
         self.tokens = []
-        self.caches = setup.make_caches(runner, setup.n_ctx)
+        self.caches = runner.make_caches(setup, setup.n_ctx)
         self._bound, self._hooks, self._recorders, self._all_hooks, self._variant = {}, (), (), (), None
         self._selector, self._selected = None, []       # [(first token, the `select` that ran it and those after it)]
-        self._ahead = Ahead(runner)
+        self._ahead = runner.ahead()
+        self._under_way = collections.deque()       # Steps, in the order they were begun
 
     @property
     def n_past(self):
@@ -121,15 +86,35 @@ class Session:
             check_memory((n_last + min(n_last, setup.n_ubatch)) * n_vocab * 4, f"The logits of {n_last} tokens")
         with allocating("the logits"):
             logits = np.empty((n_last, n_vocab), np.float32)
-        hooks = self._all_hooks if observe is None else (*self._all_hooks, Observer(observe))
-        for start in range(0, ids.size, setup.n_ubatch):
-            ubatch = ids[start:start + setup.n_ubatch]
-            before = ids.size - n_last      # tokens without logits
+        hooks = self._all_hooks if observe is None else (*self._all_hooks, self._checked_hook(Observer(observe)))
+        before, observes = ids.size - n_last, self._runner.observes     # tokens without logits
+
+        def begin(start, ubatch):
             rows = logits[max(0, start - before):max(0, start + ubatch.size - before)]
-            self._step(ubatch, rows, hooks if progress is None else (self._reporting(progress, start, ubatch.size, ids.size), *hooks))
+            layers = () if progress is None or not observes else (self._reporting(progress, start, ubatch.size, ids.size),)
+            return self._begin(ubatch, rows, (*layers, *hooks))
+
+        in_ubatches(ids, setup.n_ubatch, self._runner.depth, begin, None if progress is None or observes else
+                    lambda n: progress(n, ids.size))
         if progress is not None:
             progress(ids.size, ids.size)
         return logits
+
+    def begin(self, ids, sampler=None, wanted=True):
+        """Begin the step that appends some tokens -> a Step.
+
+        ids: a list of at most n_ubatch ids of the vocabulary. Steps are finished in the order they were begun. wanted: whether anything is
+        wanted after the last token: a token, where the runner samples for `sampler`, or the logits. Raises ContextFullError if the tokens
+        do not fit.
+        """
+        self._check_fits(len(ids), self.n_begun)
+        logits = np.empty((1 if wanted else 0, self._setup.config.n_vocab), np.float32)
+        return self._begin(np.asarray(ids, np.int32), logits, self._all_hooks, [sampler] if sampler and wanted else None)
+
+    @property
+    def n_begun(self):
+        """The number of tokens in the context, with those of the steps under way."""
+        return self.n_past + sum(step.ids.size for step in self._under_way)
 
     def reuse(self, ids):
         """Keep the longest common prefix with ids -> its number of tokens.
@@ -142,8 +127,8 @@ class Session:
         self.truncate(min([n, *(start for start, select in self._selected if select is not self.select)]))
         return self.n_past
 
-    def _check_fits(self, n):
-        if self.n_past + n > self._setup.n_ctx:
+    def _check_fits(self, n, n_past=None):
+        if (self.n_past if n_past is None else n_past) + n > self._setup.n_ctx:
             raise self.full(n)
 
     def full(self, n):
@@ -184,6 +169,7 @@ class Session:
         for hook in hooks:
             if not isinstance(hook, Hook):
                 raise PydsaError(f"session.hooks has {hook!r}, expected objects of hooks.Hook.")
+            self._checked_hook(hook)
         self._hooks = hooks
         self._change_hooks()
 
@@ -201,6 +187,7 @@ class Session:
     @select.setter
     def select(self, select):
         check_select(select, self._setup)
+        self._checked_hook(select)
         self._check_takes_keys(self._variant, select)
         self._selector = None if select is None else Selector(select, self.caches, set(self._setup.config.indexed_layers))
         self._change_hooks()
@@ -261,6 +248,7 @@ class Session:
         reuse(), load()) leave it. Raises PydsaError for a selection where no keys are chosen, and RecordingFileError if the file cannot be
         written.
         """
+        self._checked_hook(path)
         return self._recording(Recorder(self._setup, self.caches, selection, routing, scores, mass, path, limit))
 
     @contextlib.contextmanager
@@ -278,18 +266,36 @@ class Session:
         """A hook that reports the progress of a ubatch after each layer."""
         progress(start, total)
         n_layer = self._setup.config.n_layer
-        return _Layers(lambda layers: progress(start + n_tokens * layers / n_layer, total))
+        return Layers(lambda layers: progress(start + n_tokens * layers / n_layer, total))
 
-    def _step(self, ubatch, logits, hooks):
-        bound = self._bind(self.n_past, ubatch.size, len(logits))
+    def _begin(self, ubatch, logits, hooks, samplers=None):
+        n_past = self.n_begun
+        bound = self._bind(n_past, ubatch.size, len(logits))
+        self._ahead.forget()
+        with self._explaining(lambda: (bound, ubatch, n_past)):
+            step = Step(self, ubatch, n_past, bound, hooks, logits, bound.begin(ubatch, n_past, logits, hooks, samplers))
+        self._under_way.append(step)
+        return step
+
+    @contextlib.contextmanager
+    def _explaining(self, step):
+        """A context whose DamagedWeightsError says where it comes from.
+
+        step() -> (bound, ids, n_past), the step that is run again for this. Stages have looked for it themselves.
+        """
         try:
-            bound.run(ubatch, self.n_past, logits, hooks)
+            yield
         except DamagedWeightsError as error:
-            raise explained(error, bound, ubatch, self.n_past, self._setup.weights.used) from error
-        positions = np.arange(self.n_past, self.n_past + ubatch.size)
-        self.append(ubatch.tolist())
-        for hook in hooks:
-            hook.completed(ubatch, positions)
+            if not self._runner.observes:
+                raise
+            raise explained(error, *step(), self._setup.weights.used) from error
+
+    def _checked_hook(self, hook):
+        """The hook; raises PydsaError where steps run in other processes."""
+        if hook is None or self._runner.observes:
+            return hook
+        raise PydsaError("The model runs in stages, in other processes, where hooks, recordings and functions that choose keys cannot look "
+                         "into its steps: load it without stages.")
 
     def timed(self, ids):
         """Append at most n_ubatch tokens -> the time of each op.
@@ -300,6 +306,7 @@ class Session:
         if ids.size > self._setup.n_ubatch:
             raise PydsaError(f"There are {ids.size} tokens to time in one step, expected at most {self._setup.n_ubatch} (n_ubatch).")
         self._check_fits(ids.size)
+        self._checked_hook("timed")
         if self._selector is not None:
             raise PydsaError("A step with session.select cannot be timed: its time would be that of the function.")
         times = self._bind(self.n_past, ids.size, 1).timed(ids, self.n_past)
@@ -363,35 +370,33 @@ class Session:
         following_id, greatest = self._ahead.next(settings, token, n_past, bound, following,
                                                   ends=lambda following_id: last or full or following_id in self._eog_ids)
         self.append([token])
-        with self._explaining():
+        with self._explaining_last():
             sampler.check(greatest)
         return following_id
 
     def pick(self, logits, sampler, state=None):
         """Sample from logits, all of which must be finite.
 
-        The least is looked at too: -inf would only be a token that never comes.
+        logits: [n_vocab], or a Picked of this sampler. The least is looked at too: -inf would only be a token that never comes.
         """
-        with self._explaining():
-            token = sampler.pick(logits, self.tokens, None if state is None else state.allowed())
-            if not np.isfinite(least := np.min(logits)):
+        with self._explaining_last():
+            if isinstance(logits, Picked):
+                token, least = logits.token, logits.least
+                sampler.check(logits.greatest)
+            else:
+                token = sampler.pick(logits, self.tokens, None if state is None else state.allowed())
+                least = np.min(logits)
+            if not np.isfinite(least):
                 raise DamagedWeightsError(f"the least of the logits is {least}, expected a finite number: the weights are damaged, or a "
                                           "computation overflowed")
             return token
 
-    @contextlib.contextmanager
-    def _explaining(self):
-        """A context whose DamagedWeightsError says where it comes from.
-
-        The last token is run again for this.
-        """
-        try:
-            yield
-        except DamagedWeightsError as error:
-            if not self.tokens:     # the logits are not of this session
-                raise
-            n_past = self.n_past - 1
-            raise explained(error, self._bind(n_past, 1, 1), self.tokens[-1:], n_past, self._setup.weights.used) from error
+    def _explaining_last(self):
+        """_explaining() for the logits after the last token."""
+        if not self.tokens:     # the logits are not of this session
+            return contextlib.nullcontext()
+        n_past = self.n_past - 1
+        return self._explaining(lambda: (self._bind(n_past, 1, 1), self.tokens[-1:], n_past))
 
     def truncate(self, n):
         """Keep only the first n tokens.

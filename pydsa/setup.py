@@ -11,16 +11,15 @@ import re
 import numpy as np
 
 from pydsa.backends.devices import check_devices, check_numa, check_reproducible, check_residence, device_of
-from pydsa.cache import VectorCache, choose_cache_type
+from pydsa.cache import choose_cache_type
 from pydsa.cards import shown
 from pydsa.errors import PydsaError, UnsupportedModelError
 from pydsa.gguf_file import open_gguf
 from pydsa.graph import CacheRef, Graph, waits
 from pydsa.layout import lay_out
-from pydsa.limits import allocating
 from pydsa.memory import Memory, memory_of
 from pydsa.models import architecture
-from pydsa.models.blocks import INDEXER, block_of, indexer_advice, settle_blocks
+from pydsa.models.blocks import INDEXER, block_of, check_stage, indexer_advice, settle_blocks
 from pydsa.models.stored import made_bytes
 from pydsa.models.weights import Weights
 from pydsa.numa import memory_placed
@@ -46,12 +45,13 @@ class Setup:
 
     It has the configuration (config), the schedule of variants, a layout of each variant's graph, and the memory in bytes. No weights are
     read and nothing is compiled. `pydsa info` shows it. notes: sentences on what is unusual in the file. The parameters, and the errors
-    raised, are those of load(), but for what a plan chooses (fitting.py).
+    raised, are those of load(), but for what a plan chooses (fitting.py), and `layers`: those of a stage, (first, stop); None: all.
     """
 
     def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,
                  n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None, reproducible=False, mmap=True, mlock=False,
-                 tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), n_gpu_layers=None, numa=None, stream_from=None):
+                 tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), n_gpu_layers=None, numa=None, stream_from=None,
+                 layers=None):
         self.stream_from = check_stream_from(stream_from)
         placing = Placing(check_devices(device), tensor_split, n_gpu_layers, cpu_moe, n_cpu_moe, override_tensor)
         self.kv_type = choose_cache_type("kv_type", kv_type)
@@ -66,6 +66,7 @@ class Setup:
         self.file = file._replace(metadata=metadata)
         self.config = self._read_config(arch, dsa_top_k)
         check_all_read(metadata, override_kv or {}, file.metadata)
+        self.layers = check_stage(self.config, layers)
         self.n_ctx = n_ctx or min(DEFAULT_N_CTX, self.config.n_ctx_train)
         self.n_ubatch = min(n_ubatch, self.n_ctx)
         self._wanted, self.plan = (reproducible, mmap, mlock, numa), None
@@ -74,7 +75,8 @@ class Setup:
         self.weights = Weights(self.file)
         self.graphs = {name: self._record(arch, VARIANTS[name]) for name in self.schedule.variants}
         self._refuse_unknown_tensors()
-        self.placement.check_rules(self.weights.used)
+        if self.is_whole:
+            self.placement.check_rules(self.weights.used)
         self.notes += self._notes()
         used = {a for node in self._nodes for a in node.args if isinstance(a, CacheRef)}
         self.cache_widths = {ref: widths for ref, widths in self.config.cache_widths.items() if ref in used}
@@ -96,7 +98,7 @@ class Setup:
 
     def _record(self, arch, variant):
         graph = Graph(self.n_ctx)
-        arch.build(graph, self.config, self.weights, variant)
+        arch.build(graph, self.config, self.weights, variant, self.layers)
         return graph
 
     @functools.cached_property
@@ -160,7 +162,7 @@ class Setup:
 
     def _place(self, placing):
         """Take a Placing, and check what its devices must be able to do."""
-        self.placing, self.placement = placing, placing.place(self.config.n_layer)
+        self.placing, self.placement = placing, placing.place(self.layers)
         reproducible, mmap, mlock, numa = self._wanted
         self.reproducible = check_reproducible(self.placement.devices, reproducible)
         self.mmap, self.mlock = check_residence(self.placement.devices, mmap, mlock)
@@ -189,8 +191,19 @@ class Setup:
 
     @functools.cached_property
     def trunk(self):
-        """The tensors of the model, without its MTP blocks."""
-        return [tensor for name, tensor in self.file.tensors.items() if block_of(name) < self.config.n_layer]
+        """The tensors of the model, without its MTP blocks; a stage's are its own."""
+        return [tensor for name, tensor in self.file.tensors.items()
+                if block_of(name) in self.layers or block_of(name) < 0 and (self.is_whole or name in self.weights.read)]
+
+    @property
+    def is_whole(self):
+        """Whether this is the whole model, and no stage of it."""
+        return len(self.layers) == self.config.n_layer
+
+    @property
+    def ends(self):
+        """Whether a stage has the first layer, and whether it has the last."""
+        return self.layers.start == 0, self.layers.stop == self.config.n_layer
 
     def _refuse_unknown_tensors(self):
         """Refuse tensors that no variant uses.
@@ -262,15 +275,6 @@ class Setup:
     def cache_type(self, ref):
         """The type of a cache's rows, a key of quants.CACHE_TYPES."""
         return {"latents": self.kv_type, "index_keys": self.index_type}[ref.kind]
-
-    def make_caches(self, runner, n_ctx):
-        """Empty caches of n_ctx rows, each on its device: {CacheRef: VectorCache}.
-
-        runner: the plan.Runner that will use them.
-        """
-        with allocating("the caches of a session"):
-            return {ref: VectorCache(runner.backends[self.placement.of_cache(ref)], n_ctx, widths, self.cache_type(ref),
-                                     self.reproducible) for ref, widths in self.cache_widths.items()}
 
     @property
     def cache_row_bytes(self):

@@ -72,20 +72,23 @@ def options_in_words(placing):
 
 def placement_in_words(setup):
     """What each device of a model has: {device: "layers 0-60"}."""
-    placement, n_layer, parts = setup.placement, setup.config.n_layer, {}
-    for device, which in spans(placement.layers).items():
+    placement, layers, parts = setup.placement, setup.layers, {}
+    homes = spans([None] * layers.start + list(placement.layers))
+    for device, which in homes.items():
+        if device is None:
+            continue
         parts.setdefault(device, []).append(f"layer{'s' * (not which.isdigit())} {which}")
     moved = {}      # device -> layers whose experts are there by a rule, and the number of other weights
     for name in setup.weights.used:
         layer = block_of(name)
-        home = placement.layers[layer] if layer >= 0 else None
+        home = placement.home(layer) if layer >= 0 else None
         device = placement.of_weight(name, layer)
         if device != home and (home is not None or device not in (placement.layers[0], placement.layers[-1])):
             experts, others = moved.setdefault(device, (set(), []))
             (experts.add if is_of_experts(name) else others.append)(layer)
     for device, (experts, others) in moved.items():
         if experts:
-            which = spans([layer in experts for layer in range(n_layer)])[True]
+            which = spans([layer in experts for layer in range(layers.stop)])[True]
             parts.setdefault(device, []).append(f"experts of layer{'s' * (not which.isdigit())} {which}")
         if others:
             parts.setdefault(device, []).append(f"{len(others)} other weight{'s' * (len(others) != 1)}")

@@ -6,12 +6,14 @@
 An Engine or a server runs it as any other model: only its logits are made up. Nothing is computed, and nothing compiled.
 """
 import time
+import types
 
 import numpy as np
 from chat_cases import small
 from test_tool_calls import ENDS, GLM, GLM_PAIRS, KIMI, V3, V32, WRITTEN
 
 import pydsa
+from pydsa.plan import Done
 from pydsa.session import Session
 from pydsa.tokenizer import CONTROL
 
@@ -69,6 +71,10 @@ class ScriptedSession(Session):
         """Whether a token that comes next belongs to the answer."""
         return self.n_past == self._expected
 
+    def begin(self, ids, sampler=None, wanted=True):
+        """Begin a step, which runs when it is finished."""
+        return types.SimpleNamespace(finish=lambda: self.prefill(ids))
+
     def prefill(self, ids, progress=None, observe=None):
         """Append tokens of a prompt, or of an answer."""
         ids = [int(token) for token in ids]
@@ -88,9 +94,13 @@ class ScriptedSession(Session):
 
 class _Runner:
     """What a Batch runs several sessions with."""
+    depth, samples, observes = 1, False, True
 
     def __init__(self, sessions, backends):
         self._sessions, self.backends = sessions, backends
+
+    def check_room(self, setup, n, what):
+        """There is room."""
 
     def bind_together(self, variant, parts, n_outputs, again=False, late=()):
         """The step of the sessions with these caches."""
@@ -101,7 +111,7 @@ class _Together:
     def __init__(self, parts, n_outputs):
         self._parts, self._n_outputs = parts, n_outputs
 
-    def run(self, tokens, positions, logits):
+    def begin(self, tokens, positions, logits, hooks=(), samplers=None):
         """Write the logits after the last token of each session."""
         ids, at = {}, 0
         for session, n in self._parts:
@@ -110,6 +120,7 @@ class _Together:
         for row, (session, _) in zip(logits, self._parts[-self._n_outputs:]):
             row[:] = session.prefill(ids[session])
             del session.tokens[-len(ids[session]):]        # the batch appends them
+        return Done()
 
 
 class Scripted:

@@ -73,8 +73,8 @@ def test_only_the_session_that_met_damage_gets_an_error(small_model, load, monke
 
     def damaged(ids):
         raise DamagedWeightsError("the weights are damaged")
-    monkeypatch.setattr(sessions[0], "prefill", damaged)
-    monkeypatch.setattr(batch, "_bind", lambda parts, n_outputs: type("Bound", (), {"run": lambda self, *args: damaged(0)})())
+    monkeypatch.setattr(sessions[0], "begin", lambda ids, *args: damaged(ids))
+    monkeypatch.setattr(batch, "_bind", lambda parts, n_outputs: type("Bound", (), {"begin": lambda self, *args: damaged(0)})())
     first, second = batch.run(sessions, [[7], [8]])
     assert isinstance(first, PydsaError) and np.array_equal(second, expected)
     assert [session.n_past for session in sessions] == [4, 6]

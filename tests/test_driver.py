@@ -226,7 +226,7 @@ reserve_for(runner, setup, cuda)
 
 def held():
     return sum(memory.nbytes for memory in [*scratch._memory.values(), *scratch._outgrown] if memory is not None)
-first, caches, memory = held(), setup.make_caches(runner, 200), setup.memory["cuda"]
+first, caches, memory = held(), runner.make_caches(setup, 200), setup.memory["cuda"]
 for n in (*range(1, 34), 50, 63, 64):
     for variant in setup.schedule.variants:
         cuda.reserve(runner.bind(variant, caches, n, n).calls_of(cuda))

@@ -18,7 +18,7 @@ from pydsa.backends.gpus import Usable
 from pydsa.errors import OutOfMemoryError, PydsaError
 from pydsa.fitting import MARGIN, Fitting, fitted, longest_context
 from pydsa.fit import balanced
-from pydsa.model import ready
+from pydsa.loading import ready
 from pydsa.options import size_in_bytes
 from pydsa.words import plan_in_words
 

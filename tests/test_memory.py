@@ -182,7 +182,7 @@ def test_an_op_is_compiled_once(small_model, load):
         model = load(small_model(**spec), attention=attention, n_ubatch=64)
         for path in model.setup.schedule.variants:
             for n_tokens, n_outputs in ((1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (3, 2), (48, 0), (64, 1), (64, 64)):
-                caches = model.setup.make_caches(model.runner, 100 + n_tokens)
+                caches = model.runner.make_caches(model.setup, 100 + n_tokens)
                 for node, _, args in model.runner.bind(path, caches, n_tokens, n_outputs).calls:
                     signatures.setdefault(node.op, set()).add(tuple(kind_of(a) for a in args))
     assert len(signatures) > 20 and not {op: met for op, met in signatures.items() if len(met) > 1}

@@ -220,7 +220,7 @@ def test_isolated_threads_and_memory(two_nodes, small_model, monkeypatch):
     model = pydsa.load(small_model(n_ff=5000), n_ctx=8192, kv_type="f32", mmap=False, numa="isolate")
     assert (model.threads, model.threads_batch) == (1, 1)       # the cores of a node
     copies = [w.data for w in model.runner.on["cpu"].weights.values() if hasattr(w, "data") and w.data.nbytes > numa.LEAST + 8192]
-    caches = [cache._bytes for cache in model.setup.make_caches(model.runner, 8192).values() if cache.nbytes > numa.LEAST]
+    caches = [cache._bytes for cache in model.runner.make_caches(model.setup, 8192).values() if cache.nbytes > numa.LEAST]
     buffers = [model.runner.on["cpu"]._buffer]
     model.session().prefill(np.arange(600) % 300)
     buffers.append(threads._scratch[0])

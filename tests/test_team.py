@@ -304,7 +304,7 @@ def test_calls_of_a_level_leave_each_other_alone(small_model, load, name, attent
     model = load(small_model(**MODELS[name]), attention=attention, n_ubatch=64)
     for variant in model.setup.schedule.variants:
         for n_tokens, n_outputs in ((1, 1), (17, 0), (64, 2)):
-            bound = model.runner.bind(variant, model.setup.make_caches(model.runner, 200), n_tokens, n_outputs)
+            bound = model.runner.bind(variant, model.runner.make_caches(model.setup, 200), n_tokens, n_outputs)
             assert bound.levels == sorted(bound.levels) and len(set(bound.levels)) < 0.9 * len(bound.calls)
             for _, group in itertools.groupby(zip(bound.levels, bound.calls), lambda pair: pair[0]):
                 for (_, one), (_, other) in itertools.combinations(group, 2):
@@ -398,7 +398,7 @@ def test_packed_activations_are_shared_where_they_are_the_same(case, n_tokens):
 def test_matrices_of_one_activation_share_its_packed_form(small_model, load, name, attention):
     model, n_shared = load(small_model(**MODELS[name]), attention=attention, n_ubatch=64), []
     for variant in model.setup.schedule.variants:
-        bound = model.runner.bind(variant, model.setup.make_caches(model.runner, 200), 17, 1)
+        bound = model.runner.bind(variant, model.runner.make_caches(model.setup, 200), 17, 1)
         for _, group in itertools.groupby(zip(bound.levels, bound.calls), lambda pair: pair[0]):
             calls = [call[1:] for _, call in group]
             n_shared.append(sum(again for _, again in ops._share_scratch(calls)[0]))

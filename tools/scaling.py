@@ -163,7 +163,7 @@ def measure_steps(path, steps, threads, repetitions, gigabytes):
     measure_ceilings = model.backend.measure_ceilings
     one, here = (measure_ceilings(n).bandwidth for n in (1, model.threads))
     bandwidths = Bandwidths(one, 1e9 * gigabytes if gigabytes else max(one, here), max(one, here))
-    caches, n_past = model.setup.make_caches(model.runner, model.setup.n_ctx), 0
+    caches, n_past = model.runner.make_caches(model.setup, model.setup.n_ctx), 0
     for depth, n_tokens in steps:
         reach(model, caches, n_past, depth)
         n_past = depth

@@ -303,8 +303,12 @@ def simulated(setup, stages, numbers, bandwidth, gops, *network):
 
 def shown(row):
     """A row as strings."""
-    return {key: f"{value:+.1%}" if key.endswith("off") else f"{value:.1%}" if key == "busiest stage" else
-            str(value) if isinstance(value, (int, str)) else f"{value:.0f}" if value >= 1000 else f"{value:.4g}" for key, value in row.items()}
+    def text(key, value):
+        if isinstance(value, (int, str)):
+            return str(value)
+        return f"{value:+.1%}" if key.endswith("off") else f"{value:.1%}" if key == "busiest stage" else (
+            f"{value:.0f}" if value >= 1000 else f"{value:.4g}")
+    return {key: text(key, value) for key, value in row.items()}
 
 
 @click.command()

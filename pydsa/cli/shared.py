@@ -126,7 +126,7 @@ def load_model(path, threads=None, threads_batch=None, **settings):
         from pydsa.words import plan_in_words
         click.echo("\n".join(map(visible, plan_in_words(setup.plan))), err=True)
     with progress_bar("compiling kernels") as progress:
-        from pydsa.model import ready
+        from pydsa.loading import ready
         model = ready(setup, threads, threads_batch, progress)
     if model.n_ctx > model.config.n_ctx_train:
         click.echo(f"the context of {model.n_ctx} tokens is longer than the model's own, {model.config.n_ctx_train}", err=True)

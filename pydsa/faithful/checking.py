@@ -19,7 +19,7 @@ from pydsa.hooks import Hook
 from pydsa.faithful.measures import SPARSE, Probe
 from pydsa.model import compile_for
 from pydsa.plan import check_memory
-from pydsa.session import check_ids
+from pydsa.stepping import check_ids
 from pydsa.faithful.verdicts import REFERENCE, findings
 
 AT_ONCE = 512           # tokens of a step, whose logits of two runs are kept

@@ -12,7 +12,7 @@ from pydsa.hooks import Hook
 from pydsa.imatrix.matrix import Imatrix
 from pydsa.options import counts
 from pydsa.schedule import VARIANTS
-from pydsa.session import check_ids
+from pydsa.stepping import check_ids
 from pydsa.signals import interrupts_held
 
 # op -> the places of its input, of the experts' ids if it has any, and of its matrices

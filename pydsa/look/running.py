@@ -6,7 +6,7 @@ from pydsa.look import Look, check_layers
 from pydsa.options import counts
 from pydsa.recorder import chooses
 from pydsa.sampling import sampling_of
-from pydsa.session import check_ids, check_max_tokens
+from pydsa.stepping import check_ids, check_max_tokens
 
 MAX_TOKENS = 64
 FULL = "The answer ends where the context was full (-c)."

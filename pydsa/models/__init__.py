@@ -1,6 +1,6 @@
 """The supported architectures, one file each, found by GGUF name.
 
-A file has a Config and build(graph, config, weights, variant).
+A file has a Config and build(graph, config, weights, variant, layers), which records a range of layers: all, or those of a stage.
 """
 import importlib
 

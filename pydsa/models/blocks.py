@@ -5,7 +5,7 @@ An MTP block, for speculative decoding, is known by its nextn tensors. It comes 
 import itertools
 import re
 
-from pydsa.errors import GGUFError, UnsupportedModelError
+from pydsa.errors import GGUFError, PydsaError, UnsupportedModelError
 from pydsa.gguf_file import Metadata
 
 BLOCK = re.compile(r"blk\.([0-9]{1,9})\.(.+)")
@@ -95,3 +95,27 @@ def spans(names):
         result.setdefault(name, []).append(str(first) if first == last else f"{first}-{last}")
         first = last + 1
     return {name: ", ".join(parts) for name, parts in result.items()}
+
+
+def begins_a_stage(config, layer):
+    """Whether a stage may begin with a layer.
+
+    A layer that shares the choice of an earlier one needs it: only hidden rows pass from stage to stage.
+    """
+    return config.indexed_layers is None or config.indexed_layers[layer] == layer
+
+
+def check_stage(config, layers):
+    """The range of the layers (first, stop) of a stage; None: all of the model.
+
+    Raises PydsaError for layers that the model has not, and for a first one that shares the choice of keys of another.
+    """
+    if layers is None:
+        return range(config.n_layer)
+    first, stop = layers
+    if not 0 <= first < stop <= config.n_layer:
+        raise PydsaError(f"A stage has the layers {first} to {stop - 1}, expected some of 0 to {config.n_layer - 1}.")
+    if not begins_a_stage(config, first):
+        raise PydsaError(f"A stage begins with layer {first}, which takes the choice of keys of layer {config.indexed_layers[first]}: "
+                         "let it begin with a layer that has an indexer.")
+    return range(first, stop)

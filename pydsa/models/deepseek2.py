@@ -209,19 +209,24 @@ def per_layer(metadata, key, n_layer, low, high):
     return tuple(values.tolist())
 
 
-def build(graph, config, weights, variant):
-    """Record the forward pass in the form of a schedule.Variant."""
-    decoder(graph, config, weights, variant, lambda il, h, qr, table: None)
+def build(graph, config, weights, variant, layers):
+    """Record the forward pass of layers in the form of a schedule.Variant."""
+    decoder(graph, config, weights, variant, layers, lambda il, h, qr, table: None)
 
 
-def decoder(g, c, weights, variant, select):
-    """Record a whole model.
+def decoder(g, c, weights, variant, layers, select):
+    """Record a whole model, or the layers of a stage, a range.
+
+    Its ends are hidden rows where it does not begin with the first layer, or end with the last.
 
     select(il, h, qr, table) records the choice of a layer's keys. It returns their indices, a mask made of them, or None for all keys.
     """
-    x = scaled(g, g.get_rows("inp_embd", weights("token_embd.weight", c.n_vocab, c.n_embd)), weights, "token_embd")
+    if layers.start == 0:
+        x = scaled(g, g.get_rows("inp_embd", weights("token_embd.weight", c.n_vocab, c.n_embd)), weights, "token_embd")
+    else:
+        x = g.hidden("inp_hidden", c.n_embd)
     table = g.rope_table("rope_table", c.rope.freqs, c.rope.magnitude)
-    for il in range(c.n_layer):
+    for il in layers:
         w = weights.layer(il)
         h = g.rms_norm(f"attn_norm-{il}", x, w("attn_norm.weight", c.n_embd), c.rms_eps)
         x = g.add(f"ffn_inp-{il}", latent_attention(g, c, w, il, h, table, variant, select), x)
@@ -231,6 +236,9 @@ def decoder(g, c, weights, variant, select):
         else:
             out = experts(g, c, w, il, h)
         x = g.add(f"l_out-{il}", out, x)
+    if layers.stop < c.n_layer:
+        g.output = x
+        return
     x = g.rms_norm("result_norm", g.last_rows(x), weights("output_norm.weight", c.n_embd), c.rms_eps)
     head = "output" if weights.has("output.weight") else "token_embd"
     g.output = linear(g, weights, "result_output", head, x, c.n_vocab, c.n_embd)

@@ -71,13 +71,13 @@ def read_indexer(metadata, base):
                 indexer_top_k=integer("attention.indexer.top_k", 1, 2**31 - 1))
 
 
-def build(graph, config, weights, variant):
-    """Record the forward pass in the form of a schedule.Variant."""
-    build_with_indexer(graph, config, weights, variant, INDEXER_NEOX)
+def build(graph, config, weights, variant, layers):
+    """Record the forward pass of layers in the form of a schedule.Variant."""
+    build_with_indexer(graph, config, weights, variant, layers, INDEXER_NEOX)
 
 
-def build_with_indexer(g, c, weights, variant, neox):
-    """Record a whole model with its indexers.
+def build_with_indexer(g, c, weights, variant, layers, neox):
+    """Record a whole model with its indexers, or the layers of a stage.
 
     A layer without an indexer uses the choice of the last layer that has one.
     """
@@ -95,7 +95,7 @@ def build_with_indexer(g, c, weights, variant, neox):
                 choice = choose_keys(g, c, w, il, h, qr, table, neox, variant)
         return choice
 
-    deepseek2.decoder(g, c, weights, variant, select)
+    deepseek2.decoder(g, c, weights, variant, layers, select)
 
 
 def rotate(g, c, x, table, neox):

@@ -44,6 +44,6 @@ def indexer_full(metadata, base):
     return tuple(bool(t) for t in types[:n_layer])
 
 
-def build(graph, config, weights, variant):
-    """Record the forward pass in the form of a schedule.Variant."""
-    deepseek32.build_with_indexer(graph, config, weights, variant, INDEXER_NEOX)
+def build(graph, config, weights, variant, layers):
+    """Record the forward pass of layers in the form of a schedule.Variant."""
+    deepseek32.build_with_indexer(graph, config, weights, variant, layers, INDEXER_NEOX)

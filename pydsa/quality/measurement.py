@@ -18,7 +18,7 @@ from pydsa.model import Model
 from pydsa.options import counts
 from pydsa.quality.perplexities import Perplexity
 from pydsa.plan import check_memory
-from pydsa.session import check_ids
+from pydsa.stepping import check_ids
 from pydsa.signals import interrupts_held
 
 DEFAULT_N_CTX = 512

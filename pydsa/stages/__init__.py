@@ -1,1 +1,1 @@
-"""A model in stages: ranges of layers, each in a process of its own."""
+"""A model in stages: ranges of its layers in processes of their own, on one machine or several."""

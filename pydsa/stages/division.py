@@ -12,6 +12,7 @@ from pydsa.backends.devices import device_of
 from pydsa.costs import StepSize, step_cost
 from pydsa.errors import LESS, OutOfMemoryError, PydsaError
 from pydsa.gguf_file import Tensor
+from pydsa.models.blocks import begins_a_stage
 from pydsa.placement import home_layer
 from pydsa.streaming import ASSUMED, REACHED
 from pydsa.words import size
@@ -106,8 +107,7 @@ def borders(config):
 
     A layer that uses another layer's choice of keys stays behind it.
     """
-    indexed = config.indexed_layers
-    return [il for il in range(config.n_layer) if indexed is None or indexed[il] == il]
+    return [il for il in range(config.n_layer) if begins_a_stage(config, il)]
 
 
 def check(ranges, config):
