@@ -12,7 +12,6 @@ from pydsa.backends.devices import device_of
 from pydsa.costs import StepSize, step_cost
 from pydsa.errors import LESS, OutOfMemoryError, PydsaError
 from pydsa.gguf_file import Tensor
-from pydsa.models.blocks import begins_a_stage
 from pydsa.placement import home_layer
 from pydsa.streaming import ASSUMED, REACHED
 from pydsa.words import size
@@ -105,9 +104,10 @@ def parse(stages):
 def borders(config):
     """The layers at which a stage may begin, 0 among them.
 
-    A layer that uses another layer's choice of keys stays behind it.
+    They are those of begins_a_stage(), at once.
     """
-    return [il for il in range(config.n_layer) if begins_a_stage(config, il)]
+    indexed = config.indexed_layers
+    return [il for il in range(config.n_layer) if indexed is None or indexed[il] == il]
 
 
 def check(ranges, config):
@@ -202,16 +202,18 @@ class Parts:
         for ref, n_bytes in setup.cache_row_bytes.items():
             self._caches[ref.layer] += n_bytes * setup.n_ctx * n_sessions
         self._token = token_bytes(setup, setup.n_ctx - 1 if n_past is None else n_past)
-        # those of the whole model: a stage has no more
         self.scratch = sum(memory.total - memory.copied - memory.caches for memory in setup.memory.values()) + sum(
-            device_of(name).reserved for name in setup.placement.devices)
+            device_of(name).reserved for name in setup.placement.devices)       # of the whole model
+        # Beside that, a stage has the hidden rows of a ubatch that come in, and those that go out.
+        self.passing = 2 * setup.n_ubatch * setup.config.n_embd * max(device_of(name).float_size for name in setup.placement.devices)
 
     def share(self, layers, node):
         """The Share of a range of layers on a Node."""
         first, stop = layers
         twice = sum((len(mine) - 1) * n for some, n, _ in self._several if (mine := [il for il in some if first <= il < stop]))
-        return Share(Layers(first, stop), node, sum(self._weights[first:stop]) - twice, sum(self._caches[first:stop]), self.scratch,
-                     sum(self._token[first:stop]))
+        passing = self.passing if stop - first < self.setup.config.n_layer else 0
+        return Share(Layers(first, stop), node, sum(self._weights[first:stop]) - twice, sum(self._caches[first:stop]),
+                     self.scratch + passing, sum(self._token[first:stop]))
 
     def divide(self, nodes):
         """The function divide(), on Nodes."""
@@ -239,7 +241,10 @@ class Parts:
         ends = np.array([*self.borders, self.setup.config.n_layer])
         each = np.subtract(np.add(self._weights, self._caches), self._mapped) if memory else np.array(self._token)
         below = np.concatenate([[0.0], np.cumsum(each, dtype=np.float64)])[ends]
-        found = below[None, :] - below[:, None] + (self.scratch if memory else 0)
+        found = below[None, :] - below[:, None]
+        if memory:
+            found += self.scratch + self.passing
+            found[0, -1] -= self.passing
         for layers, n_bytes, in_file in self._several if memory else ():
             there = np.searchsorted(sorted(layers), ends)
             found -= np.maximum(there[None, :] - there[:, None] - 1, 0) * (n_bytes - in_file)

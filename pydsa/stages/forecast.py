@@ -10,6 +10,8 @@ import numpy as np
 
 from pydsa.backends.devices import device_of
 from pydsa.costs import StepSize, node_cost
+from pydsa.gguf_file import Tensor
+from pydsa.graph import CacheRef
 from pydsa.options import choose
 from pydsa.placement import home_layer
 from pydsa.stages.division import Parts
@@ -86,6 +88,8 @@ class Times:
         """
         setup, rows, found = self._setup, self._setup.cache_row_bytes, []
         for node in setup.graphs[setup.schedule.variant(n_past, n_tokens)].nodes:
+            if not any(isinstance(a, (Tensor, CacheRef)) for a in node.args):
+                continue
             experts = {node.args[2]: _chosen(setup.config, choosing)} if node.op in OF_EXPERTS else {}
             cost = node_cost(node, StepSize(n_tokens, n_past, rows, experts))
             found.append((cost.weights, cost.cache, cost.operations, home_layer(node) % setup.config.n_layer))
