@@ -15,6 +15,7 @@ from pydsa.constraint import constraint_for
 from pydsa.cores import MOST_THREADS
 from pydsa.diagnosis import refuse_hidden
 from pydsa.errors import OutOfMemoryError
+from pydsa.gguf_parts import check_here
 from pydsa.memory import tensors_on
 from pydsa.numa import memory_placed, use_numa
 from pydsa.options import counts
@@ -50,6 +51,7 @@ class Model:
             use_numa(setup.numa)
         self.threads = _threads(backends, one)
         self.threads_batch = self.threads if several is None else _threads(backends, several)
+        check_here(setup.file, setup.weights.used)
         self._check_fits(backends)
         setup = self.setup
         self.tokenizer = setup.tokenizer        # read now, so that load() raises its errors
