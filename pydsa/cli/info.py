@@ -5,6 +5,7 @@ import click
 from click.core import ParameterSource
 
 from pydsa.check import check_files, format_check
+from pydsa.cli.nodes import GIVEN_WITH, check_given, forecast_of, node_options
 from pydsa.cli.shared import attention_option, ctx_option, model_options, placement_options, reproducible_option
 from pydsa.console import progress_bar
 from pydsa.gguf_file import open_gguf
@@ -25,20 +26,27 @@ LEAST_GPU = 1 << 20     # bytes: a smaller one lacks its unit
 @click.option("--gpu-memory", multiple=True, metavar="SIZE[,...]",
               help="Show the plan for GPUs of these sizes instead of this machine's, like 24GiB or 24GiB,48GiB.")
 @click.option("--bandwidth", metavar="CPU,GPU",
-              help="What the CPU and a GPU read of their memory, in GB/s, for the speed that a plan allows.  [default: 100,1000]")
+              help="What the CPU and a GPU read of their memory, in GB/s, for the speed that a plan allows; with --stages: what nodes "
+                   "read, a number or one for each.  [default: 100,1000]")
+@node_options
 @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Form of the report.")
 @click.option("--check", is_flag=True, help="Read everything once instead: look for damage, and show the SHA-256 of each file.")
 @click.pass_context
-def info(ctx, model, output, check, gpu_memory, bandwidth, **settings):
+def info(ctx, model, output, check, gpu_memory, bandwidth, stages, **settings):
     """Show what a file holds, what it needs, and how each layer will run.
 
     No weights are read, but with --check: it names the tensors with NaN, infinities or stretches of zeros, and ends with exit code 1 if
     there are any. Of a folder of Hugging Face it shows what `pydsa convert` would give, and what each type would take; of one with
-    some parts of a split model, which are missing, and which layers a stage can run with the others.
+    some parts of a split model, which are missing, and which layers a stage can run with the others. With --stages it shows what the
+    model takes and gives on several nodes, which need not be there.
     """
+    given = [name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if os.path.isdir(os.path.expanduser(model)):
-        given = [name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
         return _show_folder(os.path.expanduser(model), output, given, settings)
+    check_given(given, stages)
+    of_nodes = {name: settings.pop(name) for name in GIVEN_WITH}
+    if stages is not None:
+        return _show_stages(*forecast_of(model, stages, bandwidth, settings, **of_nodes), output)
     if check:
         with progress_bar("reading") as progress:
             report = check_files(open_gguf(os.path.expanduser(model)), progress)
@@ -56,6 +64,13 @@ def info(ctx, model, output, check, gpu_memory, bandwidth, **settings):
     if bandwidths and setup.plan is None:
         raise click.UsageError("--bandwidth is for plans of several devices or GPUs: give --gpu-memory, or leave it out.")
     report = describe(setup, bandwidths, here=not gpus)
+    click.echo(json_text(report) if output == "json" else format_report(report), nl=output == "json")
+
+
+def _show_stages(setup, forecast, output):
+    """Show a Setup, and the forecast of it in stages."""
+    from pydsa.report import describe, format_report
+    report = describe(setup, forecast=forecast)
     click.echo(json_text(report) if output == "json" else format_report(report), nl=output == "json")
 
 

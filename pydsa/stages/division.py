@@ -30,6 +30,11 @@ class Layers(NamedTuple):
     def __str__(self):
         return f"{self.first}-{self.stop - 1}" if self.stop - self.first > 1 else str(self.first)
 
+    @property
+    def words(self):
+        """The layers in words: "layers 0-20"."""
+        return f"layer{'s' * (self.stop - self.first > 1)} {self}"
+
 
 class Node(NamedTuple):
     """A machine for one stage.
@@ -99,7 +104,7 @@ def parse(stages):
 def borders(config):
     """The layers at which a stage may begin, 0 among them.
 
-    A layer that uses another layer's choice of keys stays behind it.
+    They are those of begins_a_stage(), at once.
     """
     indexed = config.indexed_layers
     return [il for il in range(config.n_layer) if indexed is None or indexed[il] == il]
@@ -153,6 +158,21 @@ def divide(setup, nodes, n_sessions=1, n_past=None, mapped=True):
     return Parts(setup, n_sessions, n_past, mapped).divide(nodes)
 
 
+def fewest(setup, node, n_sessions=None):
+    """The least number of stages that fit nodes that are all like one.
+
+    n_sessions: as for divide(); None: one more than stages. Raises OutOfMemoryError if even a stage for each border is too large.
+    """
+    most = len(borders(setup.config))
+    for n in range(1, most + 1):
+        try:
+            divide(setup, [node] * n, n_sessions or n + 1)
+            return n
+        except OutOfMemoryError:
+            if n == most:
+                raise
+
+
 class Parts:
     """What ranges of a model's layers take and read.
 
@@ -182,22 +202,24 @@ class Parts:
         for ref, n_bytes in setup.cache_row_bytes.items():
             self._caches[ref.layer] += n_bytes * setup.n_ctx * n_sessions
         self._token = token_bytes(setup, setup.n_ctx - 1 if n_past is None else n_past)
-        # those of the whole model: a stage has no more
         self.scratch = sum(memory.total - memory.copied - memory.caches for memory in setup.memory.values()) + sum(
-            device_of(name).reserved for name in setup.placement.devices)
+            device_of(name).reserved for name in setup.placement.devices)       # of the whole model
+        # Beside that, a stage has the hidden rows of a ubatch that come in, and those that go out.
+        self.passing = 2 * setup.n_ubatch * setup.config.n_embd * max(device_of(name).float_size for name in setup.placement.devices)
 
     def share(self, layers, node):
         """The Share of a range of layers on a Node."""
         first, stop = layers
         twice = sum((len(mine) - 1) * n for some, n, _ in self._several if (mine := [il for il in some if first <= il < stop]))
-        return Share(Layers(first, stop), node, sum(self._weights[first:stop]) - twice, sum(self._caches[first:stop]), self.scratch,
-                     sum(self._token[first:stop]))
+        passing = self.passing if stop - first < self.setup.config.n_layer else 0
+        return Share(Layers(first, stop), node, sum(self._weights[first:stop]) - twice, sum(self._caches[first:stop]),
+                     self.scratch + passing, sum(self._token[first:stop]))
 
     def divide(self, nodes):
         """The function divide(), on Nodes."""
         if len(nodes) > len(self.borders):
-            raise PydsaError(f"There are {len(nodes)} stages, but the model has {len(self.borders)} layers at which one can begin: expected "
-                             "at most so many.")
+            raise PydsaError(f"There are {len(nodes)} stages, expected at most {len(self.borders)}: so many layers of the model can "
+                             "begin one.")
         taken, token = self._between(memory=True), self._between(memory=False)
         lacks = [_lacking(taken, node.memory) for node in nodes]
         seconds = [np.where(lack > 0, np.inf, token / node.bandwidth) for lack, node in zip(lacks, nodes)]
@@ -219,7 +241,10 @@ class Parts:
         ends = np.array([*self.borders, self.setup.config.n_layer])
         each = np.subtract(np.add(self._weights, self._caches), self._mapped) if memory else np.array(self._token)
         below = np.concatenate([[0.0], np.cumsum(each, dtype=np.float64)])[ends]
-        found = below[None, :] - below[:, None] + (self.scratch if memory else 0)
+        found = below[None, :] - below[:, None]
+        if memory:
+            found += self.scratch + self.passing
+            found[0, -1] -= self.passing
         for layers, n_bytes, in_file in self._several if memory else ():
             there = np.searchsorted(sorted(layers), ends)
             found -= np.maximum(there[None, :] - there[:, None] - 1, 0) * (n_bytes - in_file)
@@ -240,8 +265,8 @@ class Parts:
             f", and the node{'s have' if several else ' has'} {size(sum(node.memory for node in nodes))}")
         return OutOfMemoryError(
             f"The model with a context of {self.setup.n_ctx} tokens{of_sessions} takes {size(taken)} in {len(nodes)} "
-            f"stage{'s' * several}{there}: at best layers {ranges[i]} lack {size(int(lacking[i]))} on {nodes[i].name}; take more or "
-            f"larger nodes, or {LESS}.")
+            f"stage{'s' * several}{there}: at best {ranges[i].words} would need {size(int(lacking[i]))} more on {nodes[i].name}; take "
+            f"more or larger nodes, or {LESS}.")
 
 
 def token_bytes(setup, n_past):

@@ -21,6 +21,7 @@ from pydsa.stages.wire import (DISCARD, MOST_PAYLOAD, Beat, Close, Credit, Drop,
 BEAT = 1.0              # seconds between heartbeats
 ORPHANED = 30.0         # seconds without a driver after which a worker ends
 CONNECTING = 10.0       # seconds in which the next stage must answer
+AGAIN = 0.05            # seconds after which it is tried again
 HANDSHAKES = 5.0        # seconds beside these
 CONTROL, STEPS = "control", "steps"     # what a connection is for: the driver's talk with each stage, and what goes from stage to stage
 
@@ -82,7 +83,7 @@ class Worker:
     def _connect(self, address, key, epoch, connected):
         what = f"the {'first' if self._stage.last else 'next'} stage"
         try:
-            channel = connect(address, key, CONNECTING)
+            channel = self._reached(address, key, epoch)
             channel.send(*encode(Message("hello", epoch, 0, {"for": STEPS})))
         except ChannelError as error:
             self._reachable = f"cannot reach {what}: {error}"
@@ -94,6 +95,17 @@ class Worker:
                 else:
                     channel.close()
         connected.set()
+
+    def _reached(self, address, key, epoch):
+        """The Channel to another stage; one that has not joined yet knows an older key."""
+        until = time.monotonic() + CONNECTING
+        while True:
+            try:
+                return connect(address, key, CONNECTING)
+            except ChannelError:
+                if epoch != self._epoch or time.monotonic() > until:
+                    raise
+                time.sleep(AGAIN)
 
     def _serve(self, channel):
         """Receive all that comes over a connection, until it ends."""
