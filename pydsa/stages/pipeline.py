@@ -17,7 +17,7 @@ from pydsa.signals import interrupts_held
 from pydsa.stages.faults import AT_ONCE, Trouble, Watch, start_all
 from pydsa.stages.journal import Journal, Ran
 from pydsa.stages.keeping import save, saved
-from pydsa.stages.links import Links, Lost, raised
+from pydsa.stages.links import EFFECT, SEEN, Links, Lost, raised
 from pydsa.stages.under_way import AWAKE, Conversation, Pending, Ring, Samplers, follow_of, wait
 from pydsa.stages.wire import DISCARD, MOST_PAYLOAD, WIRES, Close, Credit, FrameError, Limits, Message, Result
 
@@ -137,6 +137,7 @@ class Pipeline:
 
         parts: pairs of a session's caches and its number of tokens. again, streams: of no account here.
         """
+        assert n_outputs <= sum(n for _, n in parts) <= self.setup.n_ubatch
         return Bound(self, variant, [(caches.conversation, n) for caches, n in parts], n_outputs, late)
 
     # Steps
@@ -286,7 +287,7 @@ class Pipeline:
 
     def _failed(self, i, message):
         if message.number == 0:
-            self.watch.report(i, str(message.content.get("text")), direct=False)
+            self.watch.report(i, str(message.content.get("text")), SEEN if message.content.get("seen") else EFFECT)
             return
         with self.changed:
             pending = self.under_way.get(message.number)
