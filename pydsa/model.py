@@ -38,7 +38,7 @@ class Model:
     config: the file's hyperparameters. metadata: its key-value pairs. tokenizer: the Tokenizer. setup: the Setup. n_ctx: tokens of a
     session's context. n_ubatch: tokens of a prompt that run together. kv_type, index_type: cache types. attention: as given to load().
     top_k: keys that a token attends to, None without an indexer. threads, threads_batch: the threads of steps of one token and of several,
-    None if the backend chooses.
+    None if the backend chooses. stages: (first layer, one after the last) of each stage, None where all is in this process.
     """
 
     def __init__(self, setup, threads=None, threads_batch=None, progress=None):
@@ -70,7 +70,7 @@ class Model:
         """Take what a Setup says, and what a model has wherever it runs."""
         self.setup, self.config, self.metadata = setup, setup.config, setup.file.metadata
         self.n_ctx, self.n_ubatch, self.kv_type, self.index_type = setup.n_ctx, setup.n_ubatch, setup.kv_type, setup.index_type
-        self.attention, self.top_k = setup.attention, setup.config.top_k
+        self.attention, self.top_k, self.stages = setup.attention, setup.config.top_k, None
         self._chats = collections.deque(maxlen=1)       # the session of the last chat, while no answer is read from it
 
     def _check_fits(self, backends):

@@ -76,7 +76,7 @@ class Launcher:
         self.stages = wanted if isinstance(wanted, tuple) else (None,) * n
         self._parts, self._files = None, {}     # what gguf_parts.merged() and described() tell; {id of a node: the latter}
         self._processes, self._found, self._addresses = [None] * n, [None] * n, [None] * n
-        self._lock, self._started, self.closed = threading.Lock(), set(), False
+        self._lock, self._closing, self._started, self.closed = threading.Lock(), threading.Lock(), set(), False
         self.pipeline = None
         cluster.launchers.add(self)
 
@@ -299,27 +299,29 @@ class Launcher:
 
     def close(self):
         """Free all stages: their processes wait for another model."""
-        if not self.closed:
-            self.closed = True
-            self._end(self._cluster.give_back)
+        with self._closing:
+            if not self.closed:
+                self.closed = True
+                self._end(self._cluster.give_back)
 
     def end(self):
         """End the pipeline too, if there is one: its cluster is being closed."""
         if self.pipeline is not None and not self.closed:
             self.pipeline.close()
-        self.closed = True
+        if self._closing.acquire(timeout=STARTING):     # a thread may be about to
+            self.closed = True
+            self._closing.release()
 
     def abandon(self):
         """End all stages at once, whatever they do."""
         self.closed = True
-        self._end(lambda process: process.end())
+        self._end(lambda processes: [process.end() for process in processes])
 
     def _end(self, end):
         with self._lock:
             processes, self._processes = self._processes, [None] * len(self._processes)
         if not self._cluster.closed:
-            for process in filter(None, processes):
-                end(process)
+            end(list(filter(None, processes)))
 
 
 class StagedModel(Model):
@@ -348,10 +350,13 @@ class StagedModel(Model):
             launcher.load(progress)
             self.threads, self.threads_batch = launcher.threads
             self.runner = Pipeline(launcher, self.setup, asked.wire, resume, *launcher.threads)
-        except BaseException:
+        except Exception:       # the processes are well
+            launcher.close()
+            raise
+        except BaseException:       # nobody waits for them
             launcher.abandon()
             raise
-        launcher.pipeline = self.runner
+        launcher.pipeline, self.stages = self.runner, launcher.stages
         weakref.finalize(self, self.runner.close).atexit = False      # then the cluster is closed, in an order of its own
 
     def _take_whole(self, asked, absent=None):
