@@ -16,7 +16,7 @@ from pydsa.options import choose
 from pydsa.signals import interrupts_held
 from pydsa.stages.faults import AT_ONCE, Trouble, Watch, start_all
 from pydsa.stages.journal import Journal, Ran
-from pydsa.stages.keeping import save, saved
+from pydsa.stages.keeping import cut, save, saved
 from pydsa.stages.links import EFFECT, SEEN, Links, Lost, raised
 from pydsa.stages.under_way import AWAKE, Conversation, Pending, Ring, Samplers, follow_of, wait
 from pydsa.stages.wire import DISCARD, MOST_PAYLOAD, WIRES, Close, Credit, FrameError, Limits, Message, Result
@@ -113,16 +113,7 @@ class Pipeline:
     def _cache(self, conversation, ref):
         return Cache(self, conversation, self._stage_of[ref], ref, self.setup.n_ctx, self.setup.cache_row_bytes[ref])
 
-    def save(self, path, identity, tokens, caches):
-        """Write a session of these tokens and caches, each stage its part."""
-        save(self, path, identity, tokens, caches)
-
-    def saved(self, path, identity, caches, n_vocab, n_ctx):
-        """A context with the tokens of a saved session, and a function read().
-
-        As Runner.saved().
-        """
-        return saved(self, path, identity, caches, n_vocab, n_ctx)
+    cut, save, saved = cut, save, saved
 
     def ahead(self):
         """What runs the steps of a session that generate."""
@@ -308,6 +299,10 @@ class Pipeline:
         """Ask all stages at once -> their answers."""
         return self._asked(lambda: [self.links.ask(i, content) for i in range(len(self.launcher.stages))])
 
+    def ask_each(self, requests):
+        """Ask for all of [(stage, content)] at once -> the answers."""
+        return self._asked(lambda: [self.links.ask(i, content) for i, content in requests])
+
     def _asked(self, begin):
         while True:
             with self.sending:
@@ -381,7 +376,8 @@ class Cache:
         n = max(1, PIECE // self.row_bytes)
         return [(first, min(first + n, stop)) for first in range(start, stop, n)]
 
-    def _request(self, do, start, stop):
+    def request(self, do, start, stop):
+        """A request for rows: `do` is "stored" or "restore"."""
         return {"do": do, "session": self._conversation.number, "kind": self.ref.kind, "layer": self.ref.layer, "start": start,
                 "stop": stop}
 
@@ -393,7 +389,7 @@ class Cache:
         self._pipeline.drain(self._conversation)
         rows = np.empty((stop - start, self.row_bytes), np.uint8)
         for first, last in self.pieces(start, stop):
-            _, payload = self._pipeline.ask(self.stage, self._request("stored", first, last))
+            _, payload = self._pipeline.ask(self.stage, self.request("stored", first, last))
             if len(payload) != (last - first) * self.row_bytes:
                 raise StageError(f"{self._pipeline.links.name(self.stage)} gives {len(payload)} bytes of cache rows, expected "
                                  f"{(last - first) * self.row_bytes}.")
@@ -412,7 +408,7 @@ class Cache:
     def write(self, rows, start, ask):
         """Send rows to the stage, with ask(stage, content, payload)."""
         for first, last in self.pieces(start, start + len(rows)):
-            ask(self.stage, self._request("restore", first, last), np.ascontiguousarray(rows[first - start:last - start], np.uint8))
+            ask(self.stage, self.request("restore", first, last), np.ascontiguousarray(rows[first - start:last - start], np.uint8))
 
 
 class Bound:
