@@ -7,6 +7,7 @@
 import collections
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ END = 64            # bytes at each end of a tensor that are told: those of Setu
 WHOLE = 4096        # bytes of a tensor that is told as a whole: factors of products are read where a graph is recorded
 MOST_PARTS = 99999
 SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count", "general.alignment")
+BLOCK = re.compile(r"blk\.([0-9]{1,9})\.")
 BLOCK_BYTES = {kind.name: (kind.block, kind.n_bytes) for kind in GGML_TYPES.values()}
 
 
@@ -135,6 +137,26 @@ def _compare(number, name, part, other, expected):
     if part != expected:        # the order of tensors, the keys or the length of the part
         raise GGUFError(f"The files differ: part {number} of the model is another on {name} ({part['n_bytes']} bytes) than on {other} "
                         f"({expected['n_bytes']} bytes): put the same files on all nodes.")
+
+
+def is_complete(node):
+    """Whether a machine has all parts, by what described() returned there."""
+    return len(node["parts"]) == node["count"]
+
+
+def layers_here(node, parts, n_layer):
+    """The layers all of whose tensors a machine has, a set.
+
+    The embedding counts to the first layer, the output to the last. node: what described() returned there. parts: what merged() returned.
+    """
+    names = [tensor[0] for part in parts.values() for tensor in part["tensors"]]
+    embedding = {0} if "output.weight" in names else {0, n_layer - 1}       # else it is the output too
+    lacking = set()
+    for number, part in parts.items():
+        for name, *_ in part["tensors"] if number not in node["parts"] else ():
+            block = BLOCK.match(name)
+            lacking |= {int(block[1])} if block else embedding if name.startswith("token_embd.") else {n_layer - 1}
+    return set(range(n_layer)) - lacking
 
 
 def absent_parts(path, parts):

@@ -173,7 +173,8 @@ def opened(path, identity, caches, keepers, n_vocab, n_ctx):
     """A context with the tokens of a saved session, and a function read().
 
     path: a session's file, or a head. caches: {CacheRef: cache} of the whole session, and keepers of all stages, which have them; read()
-    overwrites their rows. Everything is checked before. Raises the errors of session_file.checked().
+    overwrites their rows, and tells of a head where each cache's are: {ref: (keeper, path of the head, entry of the part)}, else None.
+    Everything is checked before. Raises the errors of session_file.checked().
     """
     magic = _magic(path)
     if magic.startswith(PART):
@@ -197,6 +198,7 @@ def opened(path, identity, caches, keepers, n_vocab, n_ctx):
                 for start, stop in chunks(len(tokens), row_bytes):
                     rows, = _all(path, [(reader, "read", where, part, ref, start, stop)])
                     _all(path, [(target, "restore", ref, start, rows)])
+        return {tuple(ref): (reader, where, part) for reader, part, _, refs in moves for ref in refs}
     yield tokens, read
 
 

@@ -136,7 +136,7 @@ def test_other_software_is_named(golden, monkeypatch, name):
 
 
 def test_another_file_is_named(golden, monkeypatch):
-    monkeypatch.setattr(running.Asked, "whole", lambda asked, whole=running.Asked.whole: changed(whole(asked)))
+    monkeypatch.setattr(running.Asked, "whole", lambda asked, absent, whole=running.Asked.whole: changed(whole(asked)))
 
     def changed(setup):
         setup.fingerprint = "another"

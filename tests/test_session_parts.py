@@ -4,12 +4,15 @@ import os
 
 import pytest
 from helpers import random_ids
+from stage_processes import OPTIONS, Launcher
 
 from pydsa import ContextFullError, SessionFileError
+from pydsa.session import Session
 from pydsa.session_parts import HEAD, PART, Keeper, opened, saved_bytes, write_parts
+from pydsa.stages.pipeline import Pipeline
 
 IDS = random_ids(40)
-GLM = dict(arch="glm-dsa", n_layer=4, indexer_types="FSFS")
+GLM = dict(arch="glm-dsa", n_layer=4, indexer_types="FSFF")
 ONE, TWO, OTHERS, FOUR = [(0, 4)], [(0, 2), (2, 4)], [(0, 3), (3, 4)], [(0, 1), (1, 2), (2, 3), (3, 4)]
 
 
@@ -325,3 +328,60 @@ def test_only_parts_are_removed(talk, tmp_path):
     forge(tmp_path / "talk", lambda fields: fields["parts"].append({"file": mine.name}))
     talk.save(tmp_path / "talk")
     assert mine.read_text() == "mine" and len(os.listdir(tmp_path)) == 4
+
+
+# With a Pipeline, whose stages are in threads of this process
+
+@pytest.fixture
+def piped(small_model):
+    """piped(stages, ...) -> a new session of a model in these stages."""
+    made = []
+
+    def make(stages, path=small_model(**GLM), **options):
+        launcher = Launcher(path, stages)
+        made.append(Pipeline(launcher, launcher.setup, **options))
+        return Session(made[-1], made[-1].setup, made[-1].setup.tokenizer)
+    yield make
+    for pipeline in made:
+        pipeline.close()
+
+
+def test_a_pipeline_saves_and_loads(piped, small_model, load, tmp_path):
+    first = piped(TWO)
+    first.prefill(IDS[:20])
+    first.save(tmp_path / "talk")
+    assert sorted(name.split(".")[1] if "." in name else name for name in os.listdir(tmp_path)) == ["layers-0-1", "layers-2-3", "talk"]
+    one = load(small_model(**GLM), kv_type="i16", **OPTIONS).session()
+    for other in (piped(TWO), piped(ONE), one):
+        other.prefill(IDS[30:33])
+        other.load(tmp_path / "talk")
+        assert state(other) == state(first)
+        assert other.decode(7).tobytes() == first.decode(7).tobytes()
+        first.truncate(20)
+    one.save(tmp_path / "talk")
+    first.truncate(3)
+    first.load(tmp_path / "talk")
+    assert state(first) == state(one) and os.listdir(tmp_path) == ["talk"]
+
+
+def test_a_pipeline_refuses_damaged_parts(piped, tmp_path):
+    first = piped(TWO)
+    first.prefill(IDS[:20])
+    first.save(tmp_path / "talk")
+    flip(part_of(tmp_path, "2-3"), -40)
+    before = state(first)
+    with pytest.raises(SessionFileError, match=r"talk: Stage 2 of 2 \(layers 2-3, node .*\): talk.layers-2-3.*: the file is damaged"):
+        first.load(tmp_path / "talk")
+    assert state(first) == before
+
+
+def test_a_stage_that_is_started_again_reads_the_saved_parts(piped, tmp_path):
+    first, other = piped(TWO), piped(OTHERS, resume=True)
+    first.prefill(IDS[:20])
+    first.save(tmp_path / "talk")
+    other.load(tmp_path / "talk")
+    assert other.decode(7).tobytes() == first.decode(7).tobytes()
+    launcher = other._runner.launcher
+    launcher.kill(0)
+    assert other.decode(8).tobytes() == first.decode(8).tobytes()
+    assert launcher.n_starts == [2, 1] and state(other) == state(first)
