@@ -31,7 +31,7 @@ class Asked:
     """What is asked for: options of load(), checked as far as they can be.
 
     stages: as for division.parse(), None: auto; ray: a cluster's address, None: a Ray of this program's own. wire: one of wire.WIRES.
-    settings: those of fitting.fitted(). Raises PydsaError for what is not valid.
+    settings: those of fitting.fitted(); an n_ctx of 0 is the model's own. Raises PydsaError for what is not valid.
     """
 
     def __init__(self, path, stages, ray, wire, threads, threads_batch, settings):
@@ -43,14 +43,21 @@ class Asked:
                              "of stages on this machine.")
         n_ubatch, = counts(2**31 - 1, n_ubatch=settings.get("n_ubatch", MOST_TOKENS))
         self.settings = settings | {"n_ubatch": min(n_ubatch or MOST_TOKENS, MOST_TOKENS)}
+        self.own_context = self.settings.get("n_ctx") == 0
 
     def whole(self, absent=None):
         """The Setup of the whole model, for the driver.
 
         It has no weights, and so no device but one whose numbers are those of the stages. absent: as for Setup.
         """
-        settings = {"absent": absent} | {name: value for name, value in self.settings.items() if name not in (*OF_FITTING, *OF_PLACES)}
-        return Setup(self.path, device=HOST if self.may_use_gpus else self.settings["device"], **settings)
+        if self.own_context:
+            self.settings["n_ctx"] = self._whole(absent, n_ctx=1).config.n_ctx_train
+        return self._whole(absent)
+
+    def _whole(self, absent, **others):
+        settings = {name: value for name, value in self.settings.items() if name not in (*OF_FITTING, *OF_PLACES)}
+        device = HOST if self.may_use_gpus else self.settings["device"]
+        return Setup(self.path, **settings | {"absent": absent, "device": device} | others)
 
     @property
     def may_use_gpus(self):
@@ -136,7 +143,7 @@ class Launcher:
         The lines say where each stage is, and what it takes there. Raises OutOfMemoryError if the model does not fit, PydsaError if it
         cannot be divided so.
         """
-        if self.stages[0] is None and self._parts is not None:
+        if self._parts is not None:
             self._order_nodes()
         asked, shared = self._asked, collections.Counter(node.id for node in self._nodes)
         n_sessions = asked.settings.get("n_sessions", 1)
