@@ -4,7 +4,6 @@ It stands where plan.Runner stands for a model in one process: sessions, batches
 stages at once, and run in each in the order in which they were begun.
 """
 import itertools
-import os
 import threading
 import time
 import weakref
@@ -18,6 +17,7 @@ from pydsa.stages.faults import AT_ONCE, Watch, start_all
 from pydsa.stages.journal import Journal, Ran
 from pydsa.stages.keeping import cut, save, saved
 from pydsa.stages.links import EFFECT, SEEN, Links, Lost, Trouble, raised
+from pydsa.stages.saves import Saves
 from pydsa.stages.under_way import AWAKE, Conversation, Pending, Ring, Samplers, follow_of, wait
 from pydsa.stages.wire import DISCARD, MOST_PAYLOAD, WIRES, Close, Credit, FrameError, Limits, Message, Result
 
@@ -30,8 +30,8 @@ class Pipeline:
 
     launcher: starts them; what it has is in docs/stages.md. setup: the Setup of the whole model. wire: how hidden rows pass, one of
     wire.WIRES. resume: True, or a folder: a stage that fails is started again, and all goes on; rows that were restored are kept in memory,
-    or in the folder. threads, threads_batch: as in Runner, for what tells of them. Raises StageError, or a stage's own error, if the stages
-    cannot be started.
+    or in the folder, where stages also save all rows (saves.py). threads, threads_batch: as in Runner, for what tells of them. Raises
+    StageError, or a stage's own error, if the stages cannot be started.
 
     depth: the steps that may be under way at once. steps: the number of steps begun.
     """
@@ -42,7 +42,6 @@ class Pipeline:
         self.threads, self.threads_batch, self.backends, self.on, self.steps = threads, threads_batch, {}, {}, 0
         self.depth = len(launcher.stages) + 1
         self.samplers = Samplers(setup.tokenizer.eog_ids)
-        self.journal = Journal(None if resume is True else os.fspath(resume)) if resume else None
         self.sending = threading.RLock()            # held while a frame is sent, and while stages are started again
         self.changed = threading.Condition()        # of what follows
         self.under_way = {}         # number -> Pending
@@ -54,6 +53,8 @@ class Pipeline:
         self._closing, self._closed = threading.Lock(), False
         self._stage_of = {ref: next(i for i, part in enumerate(launcher.stages) if part[0] <= ref.layer < part[1])
                           for ref in setup.cache_widths}
+        self.saves = Saves(self, resume if resume is not True and resume else None)
+        self.journal = Journal(self.saves.folder) if resume else None
         self.watch = Watch(self)
         self.links = Links(launcher, Limits.of(setup), self.wire, self._take, self.watch.report)
         try:
@@ -67,6 +68,7 @@ class Pipeline:
             self.close()
             raise
         self.watch.start()
+        self.saves.start()
 
     def close(self):
         """End the pipeline and its stages; steps under way fail."""
@@ -82,6 +84,7 @@ class Pipeline:
                 for conversation in pending.conversations:
                     conversation.steps.clear()
             self.changed.notify_all()
+        self.saves.stop()
         self.links.close()
         self.watch.stop()
         with self._closing:         # who closes it again waits until it is closed
