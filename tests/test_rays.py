@@ -46,7 +46,7 @@ def pids(model):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_stages_give_the_same_bits(golden, load, name):
-    """The same processes run one model after another, in two stages and in three."""
+    """In two stages and in three; the same processes run one after another."""
     path, arrays = golden(name)
     whole = load(path, **OPTIONS)
     tokens = arrays["tokens"]
