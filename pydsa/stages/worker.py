@@ -29,11 +29,12 @@ class Worker:
     """Runs a stage.Stage for a driver.
 
     limits: wire.Limits of the whole model. host: the address at which it listens. wire: how it sends hidden rows, one of wire.WIRES. The
-    key of all connections comes with join(). Raises StageError if it cannot listen there.
+    key of all connections comes with join(). orphaned: whether it ends where it has had no driver for long; not where others see to that.
+    Raises StageError if it cannot listen there.
     """
 
-    def __init__(self, stage, limits, host="127.0.0.1", wire="f32"):
-        self._stage, self._limits, self._wire = stage, limits, wire
+    def __init__(self, stage, limits, host="127.0.0.1", wire="f32", orphaned=True):
+        self._stage, self._limits, self._wire, self._orphaned = stage, limits, wire, orphaned
         self._door = Door((host, 0), self._serve)
         self.address = self._door.address       # (host, port), for the driver and the stage before this one
         self._inbox, self._lock = queue.SimpleQueue(), threading.Lock()
@@ -164,7 +165,7 @@ class Worker:
     def _beat(self):
         while not self._ended.wait(BEAT):
             doing, left = self._doing, self._left
-            if left is not None and time.monotonic() - left > ORPHANED:
+            if self._orphaned and left is not None and time.monotonic() - left > ORPHANED:
                 self.close()
             number, since = doing or (0, time.monotonic())
             cpu = time.process_time() - time.thread_time()      # without this thread's own
