@@ -133,7 +133,7 @@ def test_a_stage_is_started_again(golden, load):
 def test_other_software_is_named(golden, monkeypatch, name):
     mine = identity() | {name: "9.9"}
     monkeypatch.setattr(cluster, "identity", lambda: mine)
-    with pytest.raises(StageError, match=rf"stage 1 of 2 .*: {name} \S+, not 9\.9; install the same versions"):
+    with pytest.raises(StageError, match=rf"Stage 1 of 2 .*: {name} \S+, not 9\.9; install the same versions"):
         in_stages(golden("ds32-f32")[0], 2)
 
 
@@ -143,19 +143,19 @@ def test_another_file_is_named(golden, monkeypatch):
     def changed(setup):
         setup.fingerprint = "another"
         return setup
-    with pytest.raises(StageError, match="stage 1 of 2 .* has another file at .*ds32-f32.gguf"):
+    with pytest.raises(StageError, match="Stage 1 of 2 .* has another file at .*ds32-f32.gguf"):
         in_stages(golden("ds32-f32")[0], 2)
 
 
 def test_a_file_that_a_node_lacks_is_named(golden, monkeypatch, tmp_path):
     monkeypatch.setattr(running.Launcher, "_begin_to_open", lambda launcher, i: launcher._processes[i].begin(
         "open", str(tmp_path / "none.gguf"), {}, tuple(launcher.stages[i])))
-    with pytest.raises(pydsa.GGUFError, match="stage 1 of 2 .*none.gguf"):
+    with pytest.raises(pydsa.GGUFError, match="Stage 1 of 2 .*none.gguf"):
         in_stages(golden("ds32-f32")[0], 2)
 
 
 def test_a_stage_that_cannot_hold_its_part_says_so(golden):
-    with pytest.raises(OutOfMemoryError, match="stage 1 of 2 .* would take"):
+    with pytest.raises(OutOfMemoryError, match="Stage 1 of 2 .* would take"):
         in_stages(golden("ds32-f32")[0], "0-0,1-2", n_ctx=2**31 - 1)
 
 
