@@ -13,9 +13,11 @@ import pytest
 
 import pydsa
 from pydsa.errors import OutOfMemoryError, StageError
-from pydsa.stages import cluster, running
-from pydsa.stages.actors import COMPARED, identity
+from pydsa.setup import Setup
+from pydsa.stages import cluster, running, worker
+from pydsa.stages.actors import COMPARED, StageActor, identity
 from pydsa.stages.division import borders
+from pydsa.stages.wire import Limits
 
 MODELS = ("ds32-f32", "ds32-q8_0", "ds32-q4_k_m", "glm-q8_0", "ds2-q4_0")
 OPTIONS = dict(threads=1, n_ctx=256, n_ubatch=64, kv_type="f32", device="cpu")
@@ -46,7 +48,7 @@ def pids(model):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_stages_give_the_same_bits(golden, load, name):
-    """The same processes run one model after another, in two stages and in three."""
+    """In two stages and in three; the same processes run one after another."""
     path, arrays = golden(name)
     whole = load(path, **OPTIONS)
     tokens = arrays["tokens"]
@@ -131,7 +133,7 @@ def test_a_stage_is_started_again(golden, load):
 def test_other_software_is_named(golden, monkeypatch, name):
     mine = identity() | {name: "9.9"}
     monkeypatch.setattr(cluster, "identity", lambda: mine)
-    with pytest.raises(StageError, match=rf"stage 1 of 2 .*: {name} \S+, not 9\.9; install the same versions"):
+    with pytest.raises(StageError, match=rf"Stage 1 of 2 .*: {name} \S+, not 9\.9; install the same versions"):
         in_stages(golden("ds32-f32")[0], 2)
 
 
@@ -141,19 +143,19 @@ def test_another_file_is_named(golden, monkeypatch):
     def changed(setup):
         setup.fingerprint = "another"
         return setup
-    with pytest.raises(StageError, match="stage 1 of 2 .* has another file at .*ds32-f32.gguf"):
+    with pytest.raises(StageError, match="Stage 1 of 2 .* has another file at .*ds32-f32.gguf"):
         in_stages(golden("ds32-f32")[0], 2)
 
 
 def test_a_file_that_a_node_lacks_is_named(golden, monkeypatch, tmp_path):
     monkeypatch.setattr(running.Launcher, "_begin_to_open", lambda launcher, i: launcher._processes[i].begin(
         "open", str(tmp_path / "none.gguf"), {}, tuple(launcher.stages[i])))
-    with pytest.raises(pydsa.GGUFError, match="stage 1 of 2 .*none.gguf"):
+    with pytest.raises(pydsa.GGUFError, match="Stage 1 of 2 .*none.gguf"):
         in_stages(golden("ds32-f32")[0], 2)
 
 
 def test_a_stage_that_cannot_hold_its_part_says_so(golden):
-    with pytest.raises(OutOfMemoryError, match="stage 1 of 2 .* would take"):
+    with pytest.raises(OutOfMemoryError, match="Stage 1 of 2 .* would take"):
         in_stages(golden("ds32-f32")[0], "0-0,1-2", n_ctx=2**31 - 1)
 
 
@@ -168,3 +170,17 @@ def test_nothing_is_left_of_a_program_that_is_killed():
     program.kill()
     program.communicate()
     wait_until(lambda: not any(map(running_still, there)) and not os.path.exists(folder))
+
+
+def test_a_stage_waits_while_others_are_loaded(golden, monkeypatch):
+    """That may take many minutes, in which it has no driver."""
+    monkeypatch.setattr(worker, "ORPHANED", 0.01)
+    monkeypatch.setattr(worker, "BEAT", 0.01)
+    path, _ = golden("ds32-f32")
+    actor, limits = StageActor(), Limits.of(Setup(path, n_ctx=64))
+    assert actor.open(str(path), dict(n_ctx=64, kv_type="f32", device="cpu"), (0, 1))["value"] == Setup(path).fingerprint
+    host, port = actor.load(1, None, "f32", "127.0.0.1", limits)["value"]
+    there = actor._worker
+    assert not there.wait(0.3) and host == "127.0.0.1" and port > 0
+    actor.leave()
+    assert there.wait(IN_TIME)

@@ -50,6 +50,11 @@ class Process:
         self.actor = ray.remote(StageActor).options(max_concurrency=CALLS, **self._on).remote()
         self._described = self.actor.describe.remote()
 
+    @property
+    def name(self):
+        """How a sentence begins that names it."""
+        return self.what[:1].upper() + self.what[1:]
+
     def description(self):
         """What StageActor.describe() tells, once it has started."""
         found = self.result(self._described, STARTING)
@@ -70,14 +75,14 @@ class Process:
         try:
             return self._ray.get(reference, timeout=timeout)
         except failed.GetTimeoutError as error:
-            raise StageError(f"{self.what} does not answer within {timeout} s.") from error
+            raise StageError(f"{self.name} does not answer within {timeout} s.") from error
         except failed.RayError as error:
             if "No module named 'pydsa" in str(error):
-                raise StageError(f"{self.what} has no pydsa, or one without stages: install the same version there, in the Python that "
+                raise StageError(f"{self.name} has no pydsa, or one without stages: install the same version there, in the Python that "
                                  "runs Ray.") from error
             if isinstance(error, failed.RayTaskError):
-                raise StageError(f"{self.what} failed: {type(error.cause).__name__}: {first_line(error.cause)}.") from error
-            raise StageError(f"{self.what} has ended, or its node is gone.") from error
+                raise StageError(f"{self.name} failed: {type(error.cause).__name__}: {first_line(error.cause)}.") from error
+            raise StageError(f"{self.name} has ended, or its node is gone.") from error
 
     def patiently(self, reference):
         """What a call returns that can take long; a process that hangs does not."""
@@ -91,7 +96,7 @@ class Process:
             warnings.warn(f"{self.what}: {text}", stacklevel=3)
         if "error" in answer:
             kind = getattr(errors, answer["error"], PydsaError)
-            raise kind(f"{self.what}: {answer['text']}")
+            raise kind(f"{self.name}: {answer['text']}")
         return answer["value"]
 
     def alive(self):
@@ -231,7 +236,8 @@ def _named(address):
 
 
 def _connected():
-    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    ray = sys.modules.get("ray")        # perhaps an import that was interrupted
+    return hasattr(ray, "is_initialized") and ray.is_initialized()
 
 
 def connect(ray, address):
@@ -252,6 +258,9 @@ def connect(ray, address):
     try:
         with handlers_kept():
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+    except ConnectionError as error:
+        raise StageError(f"The Ray at {address} does not answer ({first_line(error)}); start one with `ray start`, or give its address "
+                         "(host:port).") from error
     except Exception as error:
         raise StageError(f"The Ray at {address} cannot be used from here ({first_line(error)}); this machine must be one of its "
                          f"nodes (`ray start --address={address}`).") from error
@@ -266,4 +275,4 @@ def compare(process, found):
     differing = [name for name in COMPARED if theirs.get(name) != mine[name]]
     if differing:
         listed = ", ".join(f"{name} {theirs.get(name)}, not {mine[name]}" for name in differing)
-        raise StageError(f"{process.what} runs other software than this process: {listed}; install the same versions on all nodes.")
+        raise StageError(f"{process.name} runs other software than this process: {listed}; install the same versions on all nodes.")

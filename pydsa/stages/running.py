@@ -200,7 +200,7 @@ class Launcher:
     def _check_file(self, i, begun):
         process = self._processes[i]
         if process.value(process.patiently(begun)) != self.setup.fingerprint:
-            raise StageError(f"{process.what} has another file at {self._asked.path}: its metadata, its tensors or what they begin and end "
+            raise StageError(f"{process.name} has another file at {self._asked.path}: its metadata, its tensors or what they begin and end "
                              "with differ from this machine's; copy the same file to all nodes.")
 
     def load(self, progress=None):
