@@ -98,7 +98,7 @@ SAMPLINGS = {"greedy": Sampling(temperature=0), "drawn": Sampling(temperature=1.
 @pytest.mark.parametrize("name", SAMPLINGS)
 @pytest.mark.parametrize("pause", [0, 0.005])
 def test_answers_are_those_of_one_process(piped, whole, name, pause):
-    """Whether the caller asks before or after the step that runs ahead has ended."""
+    """The caller asks before or after the step that runs ahead has ended."""
     mine, theirs = session(piped()), whole.session()
     expected = list(theirs.generate(PROMPT, 12, SAMPLINGS[name]))
     met = []
@@ -110,7 +110,7 @@ def test_answers_are_those_of_one_process(piped, whole, name, pause):
 
 
 def test_the_last_stage_starts_the_next_step(piped, slow, monkeypatch):
-    """The driver sends few steps of an answer by itself; at most one runs ahead of what was asked for."""
+    """The driver sends few steps of an answer by itself. At most one runs ahead of what was asked for."""
     pipeline, made, enter = piped(), [], Pipeline._enter
     monkeypatch.setattr(Pipeline, "_enter", lambda self, pending: (made.append(pending), enter(self, pending)))
     mine = session(pipeline)
@@ -163,7 +163,7 @@ def test_bfloat16_rows_are_near(piped, whole):
 
 
 def test_batches_of_sessions(piped, whole):
-    """Prompts of different lengths, then tokens that are sampled at the last stage, but for one."""
+    """Prompts of different lengths, then tokens. The last stage samples them, but for one."""
     pipeline = piped()
     prompts = [PROMPT[:3], PROMPT[3:4], PROMPT[4:8]]
     mine, theirs = [session(pipeline) for _ in prompts], [whole.session() for _ in prompts]
@@ -181,7 +181,7 @@ def test_batches_of_sessions(piped, whole):
 
 
 def test_many_sessions_at_once(piped, whole):
-    """Threads with conversations of their own, more than the pipeline takes at once."""
+    """Threads with conversations, more than the pipeline takes at once."""
     pipeline, met = piped(), {}
     prompts = [random_ids(5 + i, i) for i in range(12)]
 
