@@ -180,6 +180,22 @@ def test_batches_of_sessions(piped, whole):
         ids = [[token] for token in met]
 
 
+def test_a_sampler_that_drew_in_vain(piped, whole):
+    """Steps that nobody finishes, or that are dropped: the next draws are those that come next."""
+    pipeline = piped()
+    mine, theirs = session(pipeline), whole.session()
+    sampler, other = [Sampler(Sampling(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=3)) for _ in "ab"]
+    mine.prefill(PROMPT[:4]), theirs.prefill(PROMPT[:4])
+    met, expected = [], []
+    for token in range(4):
+        bound = mine._bind(mine.n_past, 1, 1)
+        bound.begin([9], mine.n_past, None, samplers=[sampler])
+        bound.begin([8], mine.n_past, None, samplers=[sampler], follow=bound.variant).drop()
+        met.append(mine.begin([token], sampler).finish().token)
+        expected.append(other.pick(theirs.prefill([token])))
+    assert met == expected and len(set(met)) > 1
+
+
 def test_many_sessions_at_once(piped, whole):
     """Threads with conversations, more than the pipeline takes at once."""
     pipeline, met = piped(), {}

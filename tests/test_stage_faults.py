@@ -169,7 +169,7 @@ def test_a_stage_that_works_long_does_not_hang(piped, sick, monkeypatch):
 
     def read():
         for n in range(16):
-            monkeypatch.setattr(workers, "_page_faults", lambda: n)
+            monkeypatch.setattr(workers, "_page_faults", lambda: 64 * n)
             time.sleep(0.05)
     for sick[:] in ([compute], [read]):
         mine.prefill(PROMPT[:8])
