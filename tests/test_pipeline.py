@@ -17,6 +17,7 @@ from pydsa.sampling import Picked, Sampler, Sampling
 from pydsa.session import Session
 from pydsa.stages.pipeline import Pipeline
 from pydsa.stages.stage import Stage
+from pydsa.stages.wire import Part, Step, encode
 
 DIVISIONS = [[(0, 3)], [(0, 1), (1, 3)], [(0, 1), (1, 2), (2, 3)]]
 PROMPT = random_ids(30)
@@ -154,6 +155,43 @@ def test_what_ran_ahead_in_vain_does_no_harm(piped, whole):
         for x, y in zip(a, b) if a is not None else ():
             np.testing.assert_array_equal(x, y)
     assert mine.tokens == theirs.tokens
+
+
+def test_a_started_step_that_comes_late(piped, whole, monkeypatch):
+    """The first stage gets it after the driver has the token: another step in its place waits for it."""
+    pipeline, theirs = piped(), whole.session()
+    mine = session(pipeline)
+    late, send = pipeline.launcher.workers[2]._onward, pipeline.launcher.workers[2]._onward.send
+    monkeypatch.setattr(late, "send", lambda *frame: threading.Timer(0.1, send, frame).start())
+    for one in (mine, theirs):
+        answer = one.generate(PROMPT[:5], 9, Sampling(temperature=0))
+        next(answer), next(answer)
+        one.prefill([7, 8, 9])
+    for mine_rows, their_rows in zip(mine.cut(0, mine.n_past), theirs.cut(0, theirs.n_past)):
+        np.testing.assert_array_equal(mine_rows, their_rows)
+
+
+def test_rows_are_not_restored_under_a_step(piped, whole, slow):
+    """A step that is under way would overwrite them, in stages that it has not reached."""
+    pipeline, theirs = piped(), whole.session()
+    mine = session(pipeline)
+    mine.prefill(PROMPT[:4]), theirs.prefill(PROMPT[:6])
+    rows = theirs.cut(4, 6)
+    slow.gate.clear()
+    mine._bind(4, 2, 0).begin([9, 9], 4, np.empty((0, 300), np.float32))
+    threading.Timer(0.1, slow.gate.set).start()
+    mine.paste(PROMPT[4:6], rows)
+    np.testing.assert_array_equal(mine.decode(3), theirs.decode(3))
+
+
+def test_frames_of_another_time_are_ignored(piped, whole):
+    """Such as those of before a restart, which come late."""
+    pipeline = piped()
+    mine = session(pipeline)
+    mine.prefill(PROMPT[:6])
+    step = Step(pipeline.links.epoch - 1, 10**6, mine._bind(0, 6, 0).variant, [Part(mine.caches.number, 0, 6)], [], np.zeros(6, np.int32))
+    pipeline.links._steps.send(*encode(step))
+    np.testing.assert_array_equal(mine.prefill(PROMPT[6:9]), whole.session().prefill(PROMPT[:9]))
 
 
 def test_bfloat16_rows_are_near(piped, whole):
