@@ -165,6 +165,10 @@ class Runner:
         """The number of threads of a step of n_tokens tokens."""
         return self.threads if n_tokens == 1 else self.threads_batch
 
+    def cut(self, caches, start, stop):
+        """Copies of the rows start to stop of each cache, a list."""
+        return [np.array(cache.stored(stop, start)) for cache in caches.values()]
+
     def save(self, path, identity, tokens, caches):
         """Write a session of these tokens and caches (session_parts.py)."""
         session_parts.write_whole(path, identity, tokens, caches)

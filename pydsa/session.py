@@ -140,7 +140,7 @@ class Session:
 
         They are a list of uint8 [n, row_bytes], one for each cache. A session of the same model can append these tokens with paste().
         """
-        return [np.array(cache.stored(stop, start)) for cache in self.caches.values()]
+        return self._runner.cut(self.caches, start, stop)
 
     def paste(self, tokens, rows):
         """Append tokens with the cache rows that another session has for them.

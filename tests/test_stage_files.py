@@ -75,8 +75,9 @@ class Cluster:
     def take(self, node, what):
         return Process(node, what, self._root)
 
-    def give_back(self, process):
-        process.end()
+    def give_back(self, processes):
+        for process in processes:
+            process.end()
 
 
 @pytest.fixture(scope="module")

@@ -73,6 +73,17 @@ def _keepers(pipeline, caches):
     return [StageKeeper(caches, i, layers, pipeline.ask) for i, layers in enumerate(pipeline.launcher.stages)]
 
 
+def cut(pipeline, caches, start, stop):
+    """Copies of the rows start to stop of each cache, a list; all are asked for at once."""
+    pipeline.drain(caches.conversation)
+    pieces = [(cache, *piece) for cache in caches.values() for piece in cache.pieces(start, stop)]
+    answers = pipeline.ask_each([(cache.stage, cache.request("stored", first, last)) for cache, first, last in pieces])
+    rows = {cache.ref: np.empty((stop - start, cache.row_bytes), np.uint8) for cache in caches.values()}
+    for (cache, first, last), (_, payload) in zip(pieces, answers):
+        rows[cache.ref][first - start:last - start] = np.frombuffer(payload, np.uint8).reshape(last - first, -1)
+    return list(rows.values())
+
+
 def save(pipeline, path, identity, tokens, caches):
     """Write a session: a head here, and a part on each stage's machine."""
     write_parts(path, identity, tokens, _keepers(pipeline, caches))

@@ -16,6 +16,7 @@ from pydsa.graph import CacheRef
 from pydsa.sampling import Picked, Sampler
 from pydsa.stages import keeping
 from pydsa.stages.channel import ChannelError, Door, Outbox, connect
+from pydsa.stages.saves import Logs
 from pydsa.stages.wire import (DISCARD, MOST_PAYLOAD, Beat, Close, Credit, Drop, FrameError, Message, Result, Step, decode, encode)
 
 BEAT = 1.0              # seconds between heartbeats
@@ -40,6 +41,7 @@ class Worker:
         self._inbox, self._lock = queue.SimpleQueue(), threading.Lock()
         self._epoch, self._connected, self._unreachable = 0, threading.Event(), None
         self._onward = self._control = None     # Outbox of the next stage, or of the first; Outbox of the driver
+        self._logs = Logs(stage)
         self._samplers, self._credits = {}, {}  # number -> (Sampler, ids that end an answer); step -> Follow
         self._doing, self._ended = None, threading.Event()      # (number of a step or request, when it began)
         self._left = time.monotonic()           # when there was no driver any more; None: there is one
@@ -189,7 +191,7 @@ class Worker:
         if isinstance(frame, Step):
             self._step(frame)
         elif isinstance(frame, Close):
-            self._stage.close(frame.number)
+            self._close(frame.number)
             self._forward(frame)
         elif isinstance(frame, Drop):
             self._samplers.pop(frame.number, None)
@@ -204,6 +206,10 @@ class Worker:
     def _open(self, number):
         if number not in self._stage.sessions:      # it may have been opened before an answer was lost
             self._stage.open(number)
+
+    def _close(self, number):
+        self._stage.close(number)
+        self._logs.close(number)
 
     def _forward(self, frame):
         """Send a frame on to the next stage; behind the last one is the driver."""
@@ -262,7 +268,7 @@ class Worker:
     def _keep(self, sessions):
         """Close all sessions but these, and open those that are not there."""
         for number in set(self._stage.sessions) - sessions:
-            self._stage.close(number)
+            self._close(number)
         for number in sorted(sessions):
             self._open(number)
 
@@ -277,6 +283,12 @@ class Worker:
             stage.check_room(_number(content, "n"), str(content.get("what")))
         elif do in ("stored", "restore"):
             return {}, self._rows(content, payload)
+        elif do == "log":
+            self._logs.append(_number(content, "session"), content)
+        elif do == "logged":
+            return {"n": self._logs.restore(_number(content, "session"), content)}, b""
+        elif do == "unlog":
+            self._logs.close_all()
         elif do == "part":
             return keeping.answered(stage, _number(content, "session"), content)
         else:
