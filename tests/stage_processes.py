@@ -21,7 +21,10 @@ OPTIONS = dict(device="reference", n_ctx=64, n_ubatch=8)
 
 
 class Launcher:
-    """Starts workers in threads of this process, for ranges of layers (first, stop). broken: stages that cannot be started again."""
+    """Starts workers in threads of this process.
+
+    stages: ranges of layers (first, stop). broken: stages that cannot be started again.
+    """
 
     def __init__(self, path, stages, wire="f32", broken=(), **options):
         self.path, self.stages, self.wire, self.options = path, stages, wire, OPTIONS | options
@@ -71,7 +74,7 @@ class Launcher:
 
 
 class Process:
-    """A stage in a process of its own, with the methods of a worker that a launcher uses."""
+    """A stage in a process, with the methods of a worker for launchers."""
 
     def __init__(self, path, options, layers, wire, beat):
         command = [sys.executable, __file__, str(path), json.dumps(options), *map(str, layers), wire, str(beat)]

@@ -11,7 +11,7 @@ KEYS, LATENTS = CacheRef("index_keys", 0), CacheRef("latents", 1)
 
 
 def ran(*parts, n_outputs=1, variant="dense", ids=None):
-    """A step of parts (session, n_past, n_tokens), whose ids are positions unless they are given."""
+    """A step of parts (session, n_past, n_tokens). ids: None: the positions."""
     positions = np.concatenate([np.arange(n_past, n_past + n) for _, n_past, n in parts]).astype(np.int32)
     return Ran(variant, [Part(*part) for part in parts], positions if ids is None else np.array(ids, np.int32), n_outputs)
 

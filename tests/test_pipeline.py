@@ -17,6 +17,7 @@ from pydsa.sampling import Picked, Sampler, Sampling
 from pydsa.session import Session
 from pydsa.stages.pipeline import Pipeline
 from pydsa.stages.stage import Stage
+from pydsa.stages.wire import Part, Step, encode
 
 DIVISIONS = [[(0, 3)], [(0, 1), (1, 3)], [(0, 1), (1, 2), (2, 3)]]
 PROMPT = random_ids(30)
@@ -98,7 +99,7 @@ SAMPLINGS = {"greedy": Sampling(temperature=0), "drawn": Sampling(temperature=1.
 @pytest.mark.parametrize("name", SAMPLINGS)
 @pytest.mark.parametrize("pause", [0, 0.005])
 def test_answers_are_those_of_one_process(piped, whole, name, pause):
-    """Whether the caller asks before or after the step that runs ahead has ended."""
+    """The caller asks before or after the step that runs ahead has ended."""
     mine, theirs = session(piped()), whole.session()
     expected = list(theirs.generate(PROMPT, 12, SAMPLINGS[name]))
     met = []
@@ -110,7 +111,7 @@ def test_answers_are_those_of_one_process(piped, whole, name, pause):
 
 
 def test_the_last_stage_starts_the_next_step(piped, slow, monkeypatch):
-    """The driver sends few steps of an answer by itself; at most one runs ahead of what was asked for."""
+    """The driver sends few steps of an answer by itself. At most one runs ahead of what was asked for."""
     pipeline, made, enter = piped(), [], Pipeline._enter
     monkeypatch.setattr(Pipeline, "_enter", lambda self, pending: (made.append(pending), enter(self, pending)))
     mine = session(pipeline)
@@ -156,6 +157,43 @@ def test_what_ran_ahead_in_vain_does_no_harm(piped, whole):
     assert mine.tokens == theirs.tokens
 
 
+def test_a_started_step_that_comes_late(piped, whole, monkeypatch):
+    """The first stage gets it after the driver has the token: another step in its place waits for it."""
+    pipeline, theirs = piped(), whole.session()
+    mine = session(pipeline)
+    late, send = pipeline.launcher.workers[2]._onward, pipeline.launcher.workers[2]._onward.send
+    monkeypatch.setattr(late, "send", lambda *frame: threading.Timer(0.1, send, frame).start())
+    for one in (mine, theirs):
+        answer = one.generate(PROMPT[:5], 9, Sampling(temperature=0))
+        next(answer), next(answer)
+        one.prefill([7, 8, 9])
+    for mine_rows, their_rows in zip(mine.cut(0, mine.n_past), theirs.cut(0, theirs.n_past)):
+        np.testing.assert_array_equal(mine_rows, their_rows)
+
+
+def test_rows_are_not_restored_under_a_step(piped, whole, slow):
+    """A step that is under way would overwrite them, in stages that it has not reached."""
+    pipeline, theirs = piped(), whole.session()
+    mine = session(pipeline)
+    mine.prefill(PROMPT[:4]), theirs.prefill(PROMPT[:6])
+    rows = theirs.cut(4, 6)
+    slow.gate.clear()
+    mine._bind(4, 2, 0).begin([9, 9], 4, np.empty((0, 300), np.float32))
+    threading.Timer(0.1, slow.gate.set).start()
+    mine.paste(PROMPT[4:6], rows)
+    np.testing.assert_array_equal(mine.decode(3), theirs.decode(3))
+
+
+def test_frames_of_another_time_are_ignored(piped, whole):
+    """Such as those of before a restart, which come late."""
+    pipeline = piped()
+    mine = session(pipeline)
+    mine.prefill(PROMPT[:6])
+    step = Step(pipeline.links.epoch - 1, 10**6, mine._bind(0, 6, 0).variant, [Part(mine.caches.number, 0, 6)], [], np.zeros(6, np.int32))
+    pipeline.links._steps.send(*encode(step))
+    np.testing.assert_array_equal(mine.prefill(PROMPT[6:9]), whole.session().prefill(PROMPT[:9]))
+
+
 def test_bfloat16_rows_are_near(piped, whole):
     mine, theirs = session(piped(wire="bf16")).logits(PROMPT), whole.session().logits(PROMPT)
     errors = nmse(mine, theirs)
@@ -163,7 +201,7 @@ def test_bfloat16_rows_are_near(piped, whole):
 
 
 def test_batches_of_sessions(piped, whole):
-    """Prompts of different lengths, then tokens that are sampled at the last stage, but for one."""
+    """Prompts of different lengths, then tokens. The last stage samples them, but for one."""
     pipeline = piped()
     prompts = [PROMPT[:3], PROMPT[3:4], PROMPT[4:8]]
     mine, theirs = [session(pipeline) for _ in prompts], [whole.session() for _ in prompts]
@@ -180,8 +218,24 @@ def test_batches_of_sessions(piped, whole):
         ids = [[token] for token in met]
 
 
+def test_a_sampler_that_drew_in_vain(piped, whole):
+    """Steps that nobody finishes, or that are dropped: the next draws are those that come next."""
+    pipeline = piped()
+    mine, theirs = session(pipeline), whole.session()
+    sampler, other = [Sampler(Sampling(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=3)) for _ in "ab"]
+    mine.prefill(PROMPT[:4]), theirs.prefill(PROMPT[:4])
+    met, expected = [], []
+    for token in range(4):
+        bound = mine._bind(mine.n_past, 1, 1)
+        bound.begin([9], mine.n_past, None, samplers=[sampler])
+        bound.begin([8], mine.n_past, None, samplers=[sampler], follow=bound.variant).drop()
+        met.append(mine.begin([token], sampler).finish().token)
+        expected.append(other.pick(theirs.prefill([token])))
+    assert met == expected and len(set(met)) > 1
+
+
 def test_many_sessions_at_once(piped, whole):
-    """Threads with conversations of their own, more than the pipeline takes at once."""
+    """Threads with conversations, more than the pipeline takes at once."""
     pipeline, met = piped(), {}
     prompts = [random_ids(5 + i, i) for i in range(12)]
 

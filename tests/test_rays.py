@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -25,8 +26,14 @@ IN_TIME = 10        # seconds in which an error must name the stage
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ray_ended():
-    """After this module no Ray is left in the process."""
+def ray():
+    """A Ray for this module.
+
+    It was started on a thread that has ended, as in a server: the system ends processes with the thread that started them, if told so.
+    """
+    thread = threading.Thread(target=cluster.cluster)
+    thread.start()
+    thread.join()
     yield
     gc.collect()
     cluster.close()

@@ -37,7 +37,7 @@ def whole(path):
 
 @pytest.fixture
 def piped(path, monkeypatch):
-    """piped(launcher class, resume, ...) -> a Pipeline; it is ended with the test."""
+    """piped(launcher class, ...) -> a Pipeline, which ends with the test."""
     made = []
     monkeypatch.setattr(workers, "BEAT", 0.1)
     monkeypatch.setattr(faults, "WITNESSES", 0.2)
@@ -121,7 +121,10 @@ def test_a_stage_that_stands_still(piped, monkeypatch):
 
 
 class Sick(Stage):
-    """A stage that calls a function of `ill`, which it takes from there, before a step; if it is neither the first nor the last."""
+    """A stage that calls functions of `ill` before steps, each once.
+
+    It does if it is neither the first nor the last.
+    """
     ill = []
 
     def run(self, *args):
@@ -166,7 +169,7 @@ def test_a_stage_that_works_long_does_not_hang(piped, sick, monkeypatch):
 
     def read():
         for n in range(16):
-            monkeypatch.setattr(workers, "_page_faults", lambda: n)
+            monkeypatch.setattr(workers, "_page_faults", lambda: 64 * n)
             time.sleep(0.05)
     for sick[:] in ([compute], [read]):
         mine.prefill(PROMPT[:8])
@@ -196,7 +199,7 @@ NONSENSE = {"a frame of no kind": struct.pack("<Q", 16) + b"\xff" * 16, "a hosti
 @pytest.mark.parametrize("name", NONSENSE)
 @pytest.mark.parametrize("to", ["next", "driver"])
 def test_nonsense_on_the_wire(piped, whole, sick, name, to, resume):
-    """Stage 2 sends it to stage 3, or to the driver; nobody crashes or waits for ever."""
+    """Stage 2 sends it to stage 3, or to the driver. Nobody crashes or waits for ever."""
     pipeline = piped(resume=resume)
     mine = session(pipeline)
 
@@ -224,7 +227,7 @@ def test_nonsense_from_the_driver_is_told(piped):
 
 
 def test_what_was_restored_is_resumed(piped, whole, tmp_path):
-    """Rows that came from elsewhere, a save, conversations that were cut, and those that are over."""
+    """Rows from elsewhere, a save, conversations that were cut, or are over."""
     pipeline = piped(resume=tmp_path)
     mine, theirs = session(pipeline), whole.session()
     donor = whole.session()
@@ -299,7 +302,7 @@ def test_a_stage_that_fails_again_and_again(piped, monkeypatch):
 
 
 def test_a_start_that_fails(path, monkeypatch):
-    """The stage's own error, and the others are ended; also where one cannot be reached."""
+    """The stage's own error, and the others are ended."""
     launcher = Launcher(path, STAGES)
     monkeypatch.setattr(launcher, "made", lambda i: Launcher.made(launcher, i) if i != 1 else 1 / 0)
     with pytest.raises(ZeroDivisionError):

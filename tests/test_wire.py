@@ -59,7 +59,7 @@ def test_a_frame_that_is_cut_or_too_long_is_refused(name):
 
 
 def test_random_damage_is_refused_or_harmless():
-    """Whatever bytes come, there is a frame within the limits, or a FrameError; and hardly any memory is taken."""
+    """There is a frame within the limits, or a FrameError. Hardly any memory is taken."""
     random = rng(5)
     tracemalloc.start()
     refused = 0

@@ -47,7 +47,10 @@ def answer(address, width):
 
 
 def timed(there_and_back, seconds, cpu):
-    """(seconds of one way, CPU seconds of one way); cpu() -> those of all processes so far."""
+    """(seconds of one way, CPU seconds of one way).
+
+    cpu() -> the CPU seconds of all processes so far.
+    """
     for _ in range(WARM_UP):
         there_and_back()
     times, before, end = [], cpu(), time.perf_counter() + seconds
@@ -86,7 +89,10 @@ def by_channel(rows, seconds):
 
 
 def by_ray(rows, seconds):
-    """Rows as arguments and results of an actor's method, and as references of objects -> two results, by name."""
+    """Rows by Ray -> two results, by name.
+
+    They are arguments and results of an actor's method, or references of objects.
+    """
     import psutil
     import ray
     ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=STORE, log_to_driver=False,

@@ -103,12 +103,16 @@ class Watch:
 
     def _run(self):
         pipeline = self._pipeline
-        while not self._stopped.is_set():
-            trouble = self._next(LOOKS) or pipeline.links.unwell()
-            if trouble is None:
-                pipeline.tidy()
-            elif not self._stopped.is_set():
-                self._deal(*self._best(trouble))
+        try:
+            while not self._stopped.is_set():
+                trouble = self._next(LOOKS) or pipeline.links.unwell()
+                if trouble is None:
+                    pipeline.tidy()
+                elif not self._stopped.is_set():
+                    self._deal(*self._best(trouble))
+        except Exception as error:      # without a watch, calls could wait for ever
+            traceback.print_exception(error)
+            pipeline.end(StageError(f"The watch over the stages met an internal error ({error!r}); they were ended."))
 
     def _deal(self, i, text):
         """End the pipeline, or start a stage again."""
@@ -152,7 +156,7 @@ class Watch:
         pipeline.close_left()
         pipeline.links.connect(self.wait)
         pipeline.links.ask_all({"do": "keep", "sessions": sorted(pipeline.conversations)}, self.wait)
-        pipeline.samplers.forget(None)
+        pipeline.samplers.forget()
         self._replay()
         for pending in pipeline.drop_unwanted():
             pipeline.send(pending)

@@ -12,6 +12,7 @@ from pydsa.stages.worker import CONTROL, STEPS
 
 SILENT = 5.0        # seconds without a heartbeat after which a stage is lost
 STUCK = 8.0         # seconds in a step in which a stage neither computes nor reads
+READS = 64          # page faults (worker.py) between two heartbeats, from which on it reads
 COMPUTES = 0.005    # CPU seconds between two heartbeats, from which on it computes
 LATE = 2.0          # seconds by which a look at the heartbeats may be late: beyond, this process itself stood still
 CAUSE, SEEN, BROKEN, EFFECT = range(4)      # ranks of reports: how far they are from what has failed
@@ -206,7 +207,7 @@ class Links:
         now = time.monotonic()
         _, before, advanced = self._heard[i]
         same = before is not None and beat.busy and before.busy and beat.number == before.number
-        if not same or beat.cpu - before.cpu > COMPUTES or beat.faults != before.faults:
+        if not same or beat.cpu - before.cpu > COMPUTES or beat.faults - before.faults >= READS:
             advanced = now
         self._heard[i] = [now, beat, advanced]
 

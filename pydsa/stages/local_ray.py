@@ -29,8 +29,8 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",                     # by default workers give way to all other processes
     "RAY_memory_monitor_refresh_ms": "0",           # it would kill stages for pages that the system can drop
     "RAY_enable_metrics_collection": "false"}
-# The same for any Ray that this process uses: its messages on ends of processes would go to stdout, among answers.
-QUIET = {"RAY_DEDUP_LOGS_SKIP_REGEX": "^", "RAY_SCHEDULER_EVENTS": "0"}
+# The same for any Ray that this process uses: its messages would go to stdout, among answers, and SIGTERM would be told with a stack.
+QUIET = {"RAY_DEDUP_LOGS_SKIP_REGEX": "^", "RAY_SCHEDULER_EVENTS": "0", "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1"}
 # Kills what has files open in the folder, and removes it. Most of Ray's processes end with the program; one that is stopped does not.
 SWEEP = r"""
 import os, shutil, signal, sys, time
@@ -82,11 +82,34 @@ class LocalRay:
         self._folder = tempfile.mkdtemp(prefix="pydsa-ray-", dir=parent)
         self._sweeper = subprocess.Popen([sys.executable, "-I", "-S", "-c", SWEEP, self._folder], stdin=subprocess.PIPE,
                                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        self._closed = threading.Event()
         try:
-            self._start()
+            self._on_a_lasting_thread(self._start)
         except BaseException:
             self.close()
             raise
+
+    def _on_a_lasting_thread(self, work):
+        """Call work() on the main thread, or one that lasts until close().
+
+        The system ends Ray's processes with the thread that has started them.
+        """
+        if threading.current_thread() is threading.main_thread():
+            work()
+            return
+        done, failed = threading.Event(), []
+
+        def run():
+            try:
+                work()
+            except BaseException as error:      # the caller raises it
+                failed.append(error)
+            done.set()
+            self._closed.wait()
+        threading.Thread(target=run, name="pydsa starts Ray", daemon=True).start()
+        done.wait()
+        if failed:
+            raise failed[0]
 
     def _start(self):
         with environment(ENVIRONMENT):
@@ -109,6 +132,7 @@ class LocalRay:
         with contextlib.suppress(Exception):        # whatever it says: the sweeper ends its processes
             if ray is not None:
                 ray.shutdown()
+        self._closed.set()
         with contextlib.suppress(OSError):
             self._sweeper.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -151,7 +151,7 @@ class Pipeline:
         with self.changed:
             while self.error is None and len(self.under_way) >= AT_ONCE * self.depth:
                 self.changed.wait(AWAKE)
-        with self.sending, interrupts_held():
+        with self.sending, interrupts_held():       # an interrupt after this leaves a step that ends by itself
             follow = follow_of(next(self._numbers), follow)
             pending = Pending(self, next(self._numbers), variant, parts, ids, n_outputs, logits, samplers, follow)
             self._register(pending)
@@ -244,7 +244,6 @@ class Pipeline:
             if started.wanted and started.ids[0] == token and there == n_past and started.samplers[0] is sampler:
                 started.asked = True
                 return True
-        started.give_up()
         return False
 
     def give_credit(self, pending, variant):
@@ -270,6 +269,7 @@ class Pipeline:
             pending = self.under_way.get(result.number)
             if pending is None:
                 return
+            pending.check(result)
             if result.followed:
                 self._follow(pending, result)
             if self.journal is not None and not pending.discards:

@@ -64,43 +64,36 @@ class Pending:
         try:
             wait(self.done)
         except BaseException:
-            self.give_up()
+            self.wanted = False
             raise
         if self.error is not None:
             raise self.error
         for sampler, picked in zip(self.samplers, self.picked):
             if picked is not None:
-                self._pipeline.samplers.follow(sampler)
+                self._pipeline.samplers.follow(sampler, self.followed is None)
         return self.picked if any(self.samplers) else None
 
     def drop(self):
         """Wait for the end of a step that is not wanted any more."""
-        self.give_up()
+        self.wanted = False
         wait(self.done)
 
-    def give_up(self):
-        """Nobody wants what comes of it; it may end later."""
-        self.wanted = False
-        self._pipeline.samplers.forget(self.samplers)
+    def check(self, result):
+        """Raise FrameError if a wire.Result is not one of this step."""
+        without = 0 if self.discards else sum(one is None for one in result.picked)
+        if len(result.picked) != self.n_outputs or len(result.logits) != without:
+            raise FrameError(f"a result has {len(result.picked)} outputs and {len(result.logits)} rows of logits, expected "
+                             f"{self.n_outputs} and {without}")
 
     def settle(self, result):
-        """Take a wire.Result: logits into their rows, and who was picked."""
+        """Take a wire.Result: logits into their rows, and what was picked."""
+        if self.logits is None and len(result.logits):
+            self.logits = np.empty((self.n_outputs, result.logits.shape[1]), np.float32)
         rows = iter(result.logits)
-        if self.discards:
-            self.picked = [None] * self.n_outputs
-        else:
-            without = sum(one is None for one in result.picked)
-            if len(result.picked) != self.n_outputs or without != len(result.logits):
-                raise FrameError(f"a result has {len(result.picked)} outputs and {len(result.logits)} rows of logits, expected "
-                                 f"{self.n_outputs} and {without}")
-            if self.logits is None and without:
-                self.logits = np.empty((self.n_outputs, result.logits.shape[1]), np.float32)
-            for i, one in enumerate(result.picked):
-                if one is None:
-                    self.logits[i] = next(rows)
-            self.picked = result.picked
-        if not self.wanted:
-            self._pipeline.samplers.forget(self.samplers)
+        for i, one in enumerate(result.picked):
+            if one is None and not self.discards:
+                self.logits[i] = next(rows)
+        self.picked = result.picked
         self.done.set()
 
     def fail(self, error):
@@ -112,12 +105,13 @@ class Pending:
 class Samplers:
     """The driver's Samplers that the last stage has as well.
 
-    Both draw the same numbers: the driver's follow()s each pick. Where one has not, the stage's is replaced before its next step.
+    Both draw the same numbers: the driver's follow()s each pick. While a step is under way the stage's state is not known; only where it is
+    known again, and the same, it is not sent before the next step.
     """
 
     def __init__(self, ends):
         self._ends = sorted(int(token) for token in ends)       # ids after which the last stage starts no step
-        self._known, self._lock, self._n = weakref.WeakKeyDictionary(), threading.Lock(), HOST
+        self._known, self._lock, self._n = weakref.WeakKeyDictionary(), threading.Lock(), HOST     # Sampler -> [number, state or None]
         self._dropped = []
 
     def prepare(self, samplers):
@@ -140,25 +134,26 @@ class Samplers:
                     weakref.finalize(sampler, self._dropped.append, self._n).atexit = False
                 state = sampler.state()
                 if known[1] != state["random"]:
-                    known[1] = state["random"]
                     frames.append(Message("sampler", 0, known[0], {"state": state, "ends": self._ends}))
+                known[1] = None
                 numbers.append(known[0])
         return numbers, frames
 
-    def follow(self, sampler):
-        """A token was picked with it at the last stage."""
-        sampler.follow()
-        with self._lock:
-            known = self._known.get(sampler)
-            if known is not None and known[1] is not None:
-                known[1] = sampler.state()["random"]
+    def follow(self, sampler, rests):
+        """A token was picked with it at the last stage.
 
-    def forget(self, samplers):
-        """The stage's state is not known any more; None: that of any."""
+        rests: whether no other is: the step after it was not started.
+        """
+        sampler.follow()
+        if rests:
+            with self._lock:
+                self._known[sampler][1] = sampler.state()["random"]
+
+    def forget(self):
+        """The states that the stage has are not known any more."""
         with self._lock:
-            for known in list(self._known.values()) if samplers is None else [self._known.get(s) for s in samplers if s is not None]:
-                if known is not None:
-                    known[1] = None
+            for known in self._known.values():
+                known[1] = None
 
 
 class Ring:
@@ -173,9 +168,7 @@ class Ring:
 
     def forget(self):
         """Forget the started step: the next step is another one."""
-        started, self._started = self._started, None
-        if started is not None:
-            started.give_up()
+        self._started = None
 
     def settings(self, sampler):
         """The sampler, if the last stage can pick with it; else None."""
@@ -197,7 +190,7 @@ class Ring:
         else:
             pending = bound.begin([token], n_past, None, samplers=[sampler], follow=following.variant if goes_on else None)
         picked, = pending.finish()
-        if picked is None:      # the pick has failed there: it tells of it here
+        if picked is None:      # the pick has failed there, and tells of it here; or the stage was started again, and has no such sampler
             greatest = float(np.max(pending.logits[0]))
             return (sampler.pick(pending.logits[0]) if math.isfinite(greatest) else 0), greatest
         self._started = pending.followed
