@@ -4,7 +4,8 @@
     engine.submit(Request(ids, listener=print))
     engine.close()
 
-One thread runs all steps: by turns a chunk of one prompt, and a token of all answers. Others submit requests and hear of events through
+One thread begins and finishes all steps: by turns a chunk of one prompt, and a token of all answers. Where the runner lets several be under
+way, answers are in groups whose steps follow each other. Other threads submit requests and hear of events through
 each request's listener, which is called on the engine's thread and must return at once.
 """
 import collections
@@ -15,66 +16,18 @@ import threading
 import time
 import traceback
 
-import numpy as np
-
 from pydsa.batch import Batch
 from pydsa.errors import ContextFullError, PydsaError
 from pydsa.options import counts
-from pydsa.plan import check_fits
-from pydsa.prefixes import Prefixes, common_length
+from pydsa.prefixes import Prefixes
 from pydsa.requests import (Cancelled, Failed, Finished, InternalError, Progress, QueueFullError, Request, SlotState, Started, Stats,
                             Ticket, Timings, Token, Written)
 from pydsa.sampling import Sampler, log_probabilities
+from pydsa.slots import NotBegun, Slot, UnderWay, may_join
 from pydsa.stepping import check_ids, check_max_tokens
 
 CHUNK = 512         # tokens of a prompt that run together while others wait for theirs
-SHORT = 128         # tokens of the prompts that share a step
-SAME = 16           # tokens at the beginning of two prompts that are not worth waiting for
-ALIKE = 0.1         # the least share of a prompt that a slot must hold to be taken for that
 MOST_PARALLEL = 256
-
-
-class _Slot:
-    """A session, and the request that it runs, if any."""
-
-    def __init__(self, number, session):
-        self.number, self.session = number, session
-        self.ticket, self.owner, self.used = None, "", 0.0
-        self.ids, self.sampler, self.constraint, self.token = None, None, None, None
-        self.n_reused, self.begun, self.first = 0, None, None      # when the prompt began to run, and when the first token came
-
-    @property
-    def state(self):
-        if self.ticket is None:
-            return "idle"
-        return "prompt" if self.begun is None or self.session.n_past < len(self.ids) else "generation"
-
-    def take(self, ticket):
-        """Take a request; its prompt begins to run later."""
-        request = ticket.request
-        self.ticket, self.ids, self.sampler = ticket, ticket.ids, Sampler(request.sampling)
-        self.constraint = None if request.constraint is None else request.constraint.start()
-        self.n_reused, self.begun, self.first, self.token = 0, None, None, None
-        if self.owner != request.owner:
-            self.session.truncate(0)
-            self.owner = request.owner
-        ticket.reader.reply.n_prompt = len(self.ids)
-
-    def in_common(self, ticket):
-        """How many of a request's tokens are in the context already; 0 if few."""
-        if self.owner != ticket.request.owner or not ticket.request.reuse:
-            return 0
-        n = common_length(np.array(self.session.tokens, np.int32), ticket.ids)
-        return n if n >= ALIKE * len(ticket.ids) else 0
-
-
-def _join(a, b):
-    """Whether the rest of two prompts may run in one step.
-
-    They must be short. Where they begin alike one waits instead, and takes what the other has run.
-    """
-    rests = [slot.ids[slot.session.n_past:] for slot in (a, b)]
-    return max(map(len, rests)) <= SHORT and (a.owner != b.owner or common_length(*rests) < SAME)
 
 
 def _internal(error):
@@ -94,12 +47,12 @@ class Engine:
 
     def __init__(self, model, n_parallel=1, n_queue=64, cache_bytes=1 << 33, cache_folder=None):
         counts(min(MOST_PARALLEL, model.n_ubatch), n_parallel=n_parallel)
-        check_fits({name: n_parallel * memory.caches for name, memory in model.setup.memory.items()}, model.runner.backends,
-                   f"The caches of {n_parallel} sessions")
+        model.runner.check_room(model.setup, n_parallel, f"The caches of {n_parallel} sessions")
         self.model, self.n_parallel, self.stats = model, n_parallel, Stats()
-        self._slots = [_Slot(i, model.session()) for i in range(n_parallel)]
+        self._slots = [Slot(i, model.session()) for i in range(n_parallel)]
         self._batch, self._prefixes = Batch(model.runner, model.setup), Prefixes(cache_bytes, cache_folder)
         self._inbox, self._waiting, self._turn = queue.SimpleQueue(), collections.deque(), 0
+        self._under_way, self._depth, self._last = collections.deque(), model.runner.depth, 0.0     # and when the last step was finished
         self._lock, self._n_open, self._most_open = threading.Lock(), 0, n_parallel + n_queue
         self._accepts, self._closed, self._ended = True, False, False
         self._idle = threading.Event()
@@ -209,8 +162,11 @@ class Engine:
         while not self._closed:
             self._listen()
             self._admit()
-            self._run_chunk()
-            self._run_tokens()
+            begun = [self._begin_chunk(), self._begin_tokens()]
+            if not any(begun) and self._under_way:
+                self._finish_first()
+        while self._under_way:
+            self._finish_first()
         with self._lock:        # after this nothing comes any more
             self._ended = True
         self._inbox.put(None)
@@ -225,7 +181,7 @@ class Engine:
     def _listen(self):
         """Take what came in; without anything to do, wait for it."""
         self._count()
-        busy = self._waiting or any(slot.ticket for slot in self._slots)
+        busy = self._waiting or self._under_way or any(slot.ticket for slot in self._slots)
         with contextlib.suppress(queue.Empty):
             while True:
                 item = self._inbox.get(block=not busy)
@@ -239,7 +195,7 @@ class Engine:
     def _admit(self):
         """Give waiting requests to idle slots, and end those that were cancelled."""
         for ticket in list(self._waiting):
-            idle = [slot for slot in self._slots if slot.ticket is None and ticket.request.slot in (None, slot.number)]
+            idle = [slot for slot in self._slots if slot.is_free and ticket.request.slot in (None, slot.number)]
             if ticket.cancelled:
                 self._waiting.remove(ticket)
                 self._fail(ticket, Cancelled("the request was cancelled"))
@@ -259,43 +215,84 @@ class Engine:
         stats.n_waiting, stats.n_busy = len(self._waiting), self._n_busy
         stats.cache_bytes, stats.cache_file_bytes = self._prefixes.n_bytes, self._prefixes.n_file_bytes
 
-    def _run_chunk(self):
-        """Run a chunk of one prompt, or several short ones; prompts take turns."""
-        prompts = [slot for slot in self._slots if slot.state == "prompt"]
+    def _begin_chunk(self):
+        """Begin a chunk of one prompt, or several short ones; they take turns.
+
+        Returns whether there was any.
+        """
+        prompts = [slot for slot in self._slots if slot.n_left]
         if not prompts:
-            return
+            return False
         prompts.sort(key=lambda slot: (slot.number - self._turn - 1) % self.n_parallel)
         most = min(CHUNK if self._n_busy > 1 else self.model.n_ubatch, self.model.n_ubatch)
         chosen = []
         for slot in prompts:
             with self._failing(slot, slot.ticket):
-                self._take_prefix(slot)
-                n = len(slot.ids) - slot.session.n_past
-                if not chosen or n + sum(len(ids) for _, ids in chosen) <= most and all(_join(slot, other) for other, _ in chosen):
-                    chosen.append((slot, slot.ids[slot.session.n_past:][:most].tolist()))
+                if not slot.n_under_way:
+                    self._take_prefix(slot)
+                ids = slot.ids[slot.n_begun:][:most]
+                alone = slot.n_under_way or any(other.n_under_way for other, _ in chosen)
+                if not chosen or not alone and slot.n_left + sum(len(ids) for _, ids in chosen) <= most and all(
+                        may_join(slot, other) for other, _ in chosen):
+                    chosen.append((slot, ids.tolist()))
                     self._turn = slot.number
-        start = time.monotonic()
-        results = self._step([slot for slot, _ in chosen], [ids for _, ids in chosen])
-        self.stats.prompt_seconds += time.monotonic() - start
-        for (slot, ids), result in zip(chosen, results):
-            with self._failing(slot, slot.ticket):
-                if isinstance(result, PydsaError):
-                    raise result
-                self.stats.n_prompt += len(ids)
-                self._say(slot.ticket, Progress(slot.session.n_past, len(slot.ids)))
-                self._prefixes.add(slot.owner, slot.session)     # others may begin alike, and wait already
-                if slot.session.n_past == len(slot.ids):
-                    slot.first = time.monotonic()
-                    self._take_token(slot, result)
+        if chosen:
+            self._begin(True, [slot for slot, _ in chosen], [ids for _, ids in chosen])
+        return True
 
-    def _step(self, slots, ids):
-        """Append tokens to the slots' sessions -> what Batch.run() returns."""
+    def _begin(self, is_prompt, slots, ids):
+        """Begin a step, and finish the first ones where too many are under way."""
+        ends = [not is_prompt or slot.n_left == len(mine) for slot, mine in zip(slots, ids)]
+        samplers = [slot.remote_sampler if end else None for slot, end in zip(slots, ends)]
+        start = time.monotonic()
         try:
-            return self._batch.run([slot.session for slot in slots], ids)
+            step = self._batch.begin([slot.session for slot in slots], ids, samplers, any(ends))
         except PydsaError as error:
-            return [error] * len(slots)
+            step = NotBegun([error] * len(slots))
         except Exception as error:
-            return [_internal(error)] * len(slots)
+            step = NotBegun([_internal(error)] * len(slots))
+        for slot, mine in zip(slots, ids):
+            slot.n_under_way, slot.n_begun = slot.n_under_way + 1, slot.n_begun + len(mine)
+        self._under_way.append(UnderWay(is_prompt, slots, [slot.ticket for slot in slots], ids, step, start))
+        while len(self._under_way) >= self._depth:
+            self._finish_first()
+
+    def _finish_first(self):
+        """Finish the step that began first, and tell what came of it."""
+        of = self._under_way.popleft()
+        try:
+            results = of.step.finish()
+        except PydsaError as error:
+            results = [error] * len(of.slots)
+        except Exception as error:
+            results = [_internal(error)] * len(of.slots)
+        begun, self._last = max(of.begun, self._last), time.monotonic()
+        if of.is_prompt:
+            self.stats.prompt_seconds += self._last - begun
+        else:
+            self.stats.n_steps += 1
+            self.stats.generation_seconds += self._last - begun
+        for slot, ticket, ids, result in zip(of.slots, of.tickets, of.ids, results):
+            slot.n_under_way -= 1
+            if slot.ticket is ticket:
+                with self._failing(slot, ticket):
+                    self._take_result(slot, of.is_prompt, len(ids), result)
+
+    def _take_result(self, slot, is_prompt, n, result):
+        """Go on with a request after a step of n of its tokens."""
+        if not is_prompt and isinstance(result, ContextFullError):
+            self._finish(slot, cut_off=True)
+            return
+        if isinstance(result, PydsaError):
+            raise result
+        if is_prompt:
+            self.stats.n_prompt += n
+            self._say(slot.ticket, Progress(slot.session.n_past, len(slot.ids)))
+            self._prefixes.add(slot.owner, slot.session)     # others may begin alike, and wait already
+            if slot.session.n_past < len(slot.ids):
+                return
+            slot.first = time.monotonic()
+        self._take_token(slot, result)
 
     def _take_prefix(self, slot):
         """Take what is cached of a prompt, before each of its chunks."""
@@ -306,6 +303,7 @@ class Engine:
             session.reuse(slot.ids) if request.reuse else session.truncate(0)
         if request.reuse:
             self._prefixes.extend(slot.owner, session, slot.ids[:-1])
+        slot.n_begun = session.n_past
         slot.n_reused += session.n_past - n_before
         self.stats.n_reused += session.n_past - n_before
         if begins:
@@ -322,24 +320,22 @@ class Engine:
             return f"it differs from the conversation of {n_in_slot} tokens in the slot from token {n} on"
         return "no cached conversation begins like it" if n == 0 else f"no cached conversation goes on like it after token {n}"
 
-    def _run_tokens(self):
-        """Run the last tokens of all answers in one step."""
-        slots = [slot for slot in self._slots if slot.ticket is not None and slot.token is not None]
-        if not slots:
-            return
-        start = time.monotonic()
-        results = self._step(slots, [[slot.token] for slot in slots])
-        self.stats.n_steps += 1
-        self.stats.generation_seconds += time.monotonic() - start
-        for slot, result in zip(slots, results):
+    def _begin_tokens(self):
+        """Begin the step of the last tokens of all answers, or of a group.
+
+        There are as many groups as steps can be under way while the results of another are handled. Returns whether there was any.
+        """
+        ready, under_way = [slot for slot in self._slots if slot.token is not None], [of for of in self._under_way if not of.is_prompt]
+        n_groups = max(1, self._depth - 1)
+        if not ready or len(under_way) >= n_groups:
+            return False
+        size = -(-(len(ready) + sum(len(of.slots) for of in under_way)) // n_groups)
+        chosen = sorted(sorted(ready, key=lambda slot: slot.turn)[:size], key=lambda slot: slot.number)
+        ids = [[slot.token] for slot in chosen]
+        for slot in chosen:
             slot.token = None
-            with self._failing(slot, slot.ticket):
-                if isinstance(result, ContextFullError):
-                    self._finish(slot, cut_off=True)
-                elif isinstance(result, PydsaError):
-                    raise result
-                else:
-                    self._take_token(slot, result)
+        self._begin(False, chosen, ids)
+        return True
 
     def _take_token(self, slot, logits):
         """Sample the next token of an answer, and tell it or end the answer."""
@@ -361,7 +357,7 @@ class Engine:
         elif reader.reply.n_generated == request.max_tokens:
             self._finish(slot, cut_off=True)
         else:
-            slot.token = token
+            slot.token, slot.turn = token, self.stats.n_generated
 
     def _finish(self, slot, cut_off=False):
         """End an answer, and keep its conversation."""
@@ -433,7 +429,7 @@ class Engine:
 
     def _idle_slot(self, i):
         slot = self._slot_at(i)
-        if slot.ticket is not None:
+        if not slot.is_free:
             raise PydsaError(f"Slot {i} is busy.")
         return slot
 

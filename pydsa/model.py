@@ -41,9 +41,7 @@ class Model:
     """
 
     def __init__(self, setup, threads=None, threads_batch=None, progress=None):
-        self.setup, self.config, self.metadata = setup, setup.config, setup.file.metadata
-        self.n_ctx, self.n_ubatch, self.kv_type, self.index_type = setup.n_ctx, setup.n_ubatch, setup.kv_type, setup.index_type
-        self.attention, self.top_k = setup.attention, setup.config.top_k
+        self._take(setup)
         one, several = counts(MOST_THREADS, threads=threads, threads_batch=threads_batch)
         with interrupts_held():
             backends = {name: backend_of(name) for name in setup.placement.devices}
@@ -59,13 +57,19 @@ class Model:
             warn_of_gaps(setup.file)
             warn_of_nodes(_mapped(setup))
             self.runner = Runner(backends, setup.layouts, self.threads, self.threads_batch, setup.reproducible, setup.streaming)
-        self._chats = collections.deque(maxlen=1)       # the session of the last chat, while no answer is read from it
         early = [on for on in self.runner.on.items() if on[1].backend.WEIGHTS_FIRST]
         late = [on for on in self.runner.on.items() if not on[1].backend.WEIGHTS_FIRST]
         self._read_weights(early, progress)
         self._compile(late, progress)
         self._read_weights(late, progress)
         self._compile(early, progress)
+
+    def _take(self, setup):
+        """Take what a Setup says, and what a model has wherever it runs."""
+        self.setup, self.config, self.metadata = setup, setup.config, setup.file.metadata
+        self.n_ctx, self.n_ubatch, self.kv_type, self.index_type = setup.n_ctx, setup.n_ubatch, setup.kv_type, setup.index_type
+        self.attention, self.top_k = setup.attention, setup.config.top_k
+        self._chats = collections.deque(maxlen=1)       # the session of the last chat, while no answer is read from it
 
     def _check_fits(self, backends):
         """Check that the model fits, and settle whether experts are streamed.

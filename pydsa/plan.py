@@ -283,7 +283,7 @@ class Done:
         """
 
     def drop(self):
-        """Wait for the end of a step that is not wanted any more."""
+        """Wait for the end of a step that is not wanted any more, or failed."""
 
 
 @dataclasses.dataclass

@@ -248,7 +248,7 @@ class Session:
         reuse(), load()) leave it. Raises PydsaError for a selection where no keys are chosen, and RecordingFileError if the file cannot be
         written.
         """
-        self._checked_hook(path)
+        self._checked_hook("record")
         return self._recording(Recorder(self._setup, self.caches, selection, routing, scores, mass, path, limit))
 
     @contextlib.contextmanager

@@ -62,10 +62,12 @@ class Step:
         session = self._session
         try:
             if session.n_past != self._n_past:
-                self._pending.drop()
                 raise PydsaError("A step before this one failed; its tokens are not in the context.")
             with session._explaining(lambda: (self._bound, self.ids, self._n_past)):
                 picked = self._pending.finish()
+        except BaseException:       # an interruption too: nothing of it must be under way when others begin
+            self._pending.drop()
+            raise
         finally:
             session._under_way.remove(self)
         session.append(self.ids.tolist())
@@ -90,8 +92,7 @@ def in_ubatches(ids, n_ubatch, depth, begin, done=None):
     begun = collections.deque()
 
     def finish():
-        begun[0].finish()
-        begun.popleft()
+        begun.popleft().finish()
         if done is not None and begun:
             done(start_of_next - sum(step.ids.size for step in begun))
 

@@ -247,11 +247,11 @@ def test_a_fault_of_a_step_ends_its_requests(start, model, monkeypatch, fault):
     """... and no others, and not the engine."""
     engine, running = start(n_parallel=2), []
 
-    def fail(sessions, ids):
+    def fail(sessions, *args):
         running.append(len(sessions))
         monkeypatch.undo()
         raise fault
-    monkeypatch.setattr(engine._batch, "run", fail)
+    monkeypatch.setattr(engine._batch, "begin", fail)
     failed = ask(engine, IDS[:9]).last()
     assert running == [1] and isinstance(failed.error, PydsaError)
     assert isinstance(failed.error, InternalError) == isinstance(fault, ValueError) and str(fault) in str(failed.error)

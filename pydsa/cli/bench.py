@@ -2,7 +2,8 @@
 import click
 
 from pydsa import DEMO
-from pydsa.cli.shared import comma_numbers, load_model, model_options, placement_options, reproducible_option, threads_options
+from pydsa.cli.shared import (comma_numbers, load_model, model_options, placement_options, reproducible_option, stage_options,
+                              threads_options)
 from pydsa.console import progress_bar
 from pydsa.habits import llama_cpp_options, model_argument
 
@@ -17,6 +18,7 @@ from pydsa.habits import llama_cpp_options, model_argument
 @threads_options
 @model_options
 @placement_options
+@stage_options
 @reproducible_option
 @click.option("--attention", default="auto", show_default=True, help="One or more of auto, sparse, masked, dense, e.g. sparse,masked.")
 @click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", show_default=True,

@@ -35,6 +35,10 @@ class Stage:
         runner.check_room(setup, 1, "the caches of a new session")
         self._caches[number] = runner.make_caches(setup, setup.n_ctx)
 
+    def check_room(self, n, what):
+        """Raise OutOfMemoryError if the caches of n more sessions do not fit."""
+        self.model.runner.check_room(self.setup, n, what)
+
     def close(self, number):
         """Free the caches of a session, if there are any."""
         self._caches.pop(number, None)

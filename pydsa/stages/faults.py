@@ -1,0 +1,193 @@
+"""Watch: what happens when a stage dies, falls silent or hangs.
+
+Without `resume` all that is under way fails with an error that names the stage, and the others are ended. With it the stage is started
+again, gets the caches that it had, and the steps under way are sent again: who waits for them sees nothing of it.
+"""
+import collections
+import queue
+import threading
+import time
+import traceback
+
+from pydsa.errors import PydsaError, StageError
+from pydsa.stages.journal import Ran
+from pydsa.stages.links import Lost
+
+LOOKS = 0.25        # seconds between two looks at the heartbeats
+WITNESSES = 0.5     # seconds in which other reports may tell more exactly which stage has failed
+TRIES = 3           # restarts after each other without a step between them
+AT_ONCE = 2         # times the depth of the pipeline: the steps under way of all sessions together
+
+
+class Trouble(Exception):
+    """A stage has failed. Arguments: its index, and what was met."""
+
+
+def start_all(launcher, which=None):
+    """Start stages, all at once; which: their indices, None: all.
+
+    Raises the error of the first that cannot be started, when all have ended their start.
+    """
+    found = {}
+
+    def start(i):
+        try:
+            launcher.start(i)
+        except BaseException as error:
+            found[i] = error
+    threads = [threading.Thread(target=start, args=(i,), name=f"pydsa starts stage {i}", daemon=True)
+               for i in (range(len(launcher.stages)) if which is None else which)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(1.0)        # so that Ctrl-C ends it on any system
+    if found:
+        raise found[min(found)]
+
+
+class Watch:
+    """Looks at the stages of a pipeline, and does what is to be done."""
+
+    def __init__(self, pipeline):
+        self._pipeline, self._reports, self._stopped = pipeline, queue.SimpleQueue(), threading.Event()
+        self._restarts, self._finished = 0, 0       # restarts since a step was finished, and how many were then
+
+    def start(self):
+        """Begin to look."""
+        threading.Thread(target=self._run, name="pydsa watches stages", daemon=True).start()
+
+    def stop(self):
+        """Look no more."""
+        self._stopped.set()
+
+    def report(self, i, text, direct=True):
+        """Say that something is wrong with stage i.
+
+        direct: whether its own connection with the driver tells so, and not another stage.
+        """
+        self._reports.put((i, text, direct))
+
+    def wait(self, event):
+        """Wait for an answer of a stage while the pipeline is set up.
+
+        Raises Trouble if a stage fails meanwhile.
+        """
+        while not event.wait(LOOKS):
+            self._raise_trouble()
+
+    def _raise_trouble(self):
+        if self._pipeline.error is not None:
+            raise StageError(str(self._pipeline.error))
+        trouble = self._reported() or self._pipeline.links.unwell()
+        if trouble:
+            raise Trouble(*trouble)
+
+    def _reported(self, seconds=0.0):
+        """The report that tells most, of those that come within some seconds: (stage, text); None."""
+        reports, until = [], time.monotonic() + seconds
+        while True:
+            try:
+                reports.append(self._reports.get(timeout=max(until - time.monotonic(), 0.001)))
+            except queue.Empty:
+                break
+            if reports[-1][2]:
+                break
+        return min(reports, key=lambda report: not report[2])[:2] if reports else None
+
+    def trouble(self, error):
+        """The StageError of a Trouble, or of a Lost, which leaves a report."""
+        return self.failure(*(error.args if isinstance(error, Trouble) else self._reported(WITNESSES) or (0, "it does not answer")))
+
+    def failure(self, i, text):
+        """The StageError of a stage that has failed."""
+        return StageError(f"{self._pipeline.links.name(i)} has failed: {text}.")
+
+    def _run(self):
+        pipeline = self._pipeline
+        while not self._stopped.is_set():
+            trouble = self._reported(LOOKS) or pipeline.links.unwell()
+            if trouble is None:
+                pipeline.tidy()
+            elif not self._stopped.is_set():
+                self._deal(*trouble)
+
+    def _deal(self, i, text):
+        """End the pipeline, or start a stage again."""
+        pipeline = self._pipeline
+        i, text = self._told_better(i, text)
+        pipeline.links.close()          # wakes who sends
+        if pipeline.journal is None:
+            pipeline.end(StageError(f"{self.failure(i, text)} The other stages were ended. With --resume it is started again by itself."))
+            return
+        with pipeline.sending:
+            while pipeline.error is None:
+                try:
+                    self._restart(i, text)
+                    return
+                except Trouble as trouble:
+                    i, text = trouble.args
+                except Lost:
+                    i, text = self._reported(WITNESSES) or (i, "it does not answer")
+                except PydsaError as error:
+                    pipeline.end(StageError(f"{self.failure(i, text)} It could not be started again: {error} The other stages "
+                                            "were ended."))
+                except Exception as error:
+                    traceback.print_exception(error)
+                    pipeline.end(StageError(f"{self.failure(i, text)} Starting it again met an internal error ({error!r}). The other "
+                                            "stages were ended."))
+
+    def _told_better(self, i, text):
+        """What others tell at the same time, if that is more exact."""
+        return self._reported(WITNESSES) or (i, text) if "its connection" not in text else (i, text)
+
+    def _restart(self, i, text):
+        """Start a stage again, and let all go on."""
+        pipeline, launcher = self._pipeline, self._pipeline.launcher
+        self._restarts = self._restarts + 1 if pipeline.n_finished == self._finished else 1
+        self._finished = pipeline.n_finished
+        if self._restarts > TRIES:
+            raise StageError(f"it was started {TRIES} times, and failed again before a step was done.")
+        pipeline.links.close()
+        gone = [i, *(j for j in range(len(launcher.stages)) if j != i and not launcher.alive(j))]
+        for j in gone:
+            launcher.kill(j)
+        start_all(launcher, gone)
+        while self._reported():         # of what has ended
+            pass
+        pipeline.drop_unwanted()
+        pipeline.close_left()
+        pipeline.links.connect(self.wait)
+        pipeline.links.ask_all({"do": "keep", "sessions": sorted(pipeline.conversations)}, self.wait)
+        pipeline.samplers.forget(None)
+        self._replay()
+        for pending in pipeline.drop_unwanted():
+            pipeline.send(pending)
+
+    def _replay(self):
+        """Make the caches of all sessions as they were."""
+        pipeline, begun = self._pipeline, collections.deque()
+
+        def ask(i, content, payload):
+            return pipeline.links.answered(pipeline.links.ask(i, content, payload), self.wait)
+
+        def finish(n):
+            """Wait until at most n steps are under way."""
+            while len(begun) > n:
+                pending = begun.popleft()
+                self.wait(pending.done)
+                if pending.error is not None:
+                    raise pending.error
+        try:
+            for made in pipeline.journal.replay(set(pipeline.conversations)):
+                if isinstance(made, Ran):
+                    finish(AT_ONCE * pipeline.depth)
+                    begun.append(pipeline.replay(made))
+                else:
+                    finish(0)
+                    pipeline.write(*made, ask)
+            finish(0)
+        finally:
+            with pipeline.changed:
+                for pending in begun:
+                    pipeline.remove(pending)

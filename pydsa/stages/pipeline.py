@@ -1,0 +1,428 @@
+"""Pipeline: the driver's side of a model in stages.
+
+It stands where plan.Runner stands for a model in one process: sessions, batches and the engine use either. Steps are under way in all
+stages at once, and run in each in the order in which they were begun.
+"""
+import itertools
+import os
+import threading
+import time
+import weakref
+
+import numpy as np
+
+from pydsa.errors import PydsaError, StageError
+from pydsa.options import choose
+from pydsa.signals import interrupts_held
+from pydsa.stages.faults import AT_ONCE, Trouble, Watch, start_all
+from pydsa.stages.journal import Journal, Ran
+from pydsa.stages.links import Links, Lost, raised
+from pydsa.stages.under_way import AWAKE, Conversation, Pending, Ring, Samplers, follow_of, wait
+from pydsa.stages.wire import DISCARD, MOST_PAYLOAD, WIRES, Close, Credit, FrameError, Limits, Message, Result
+
+AGAIN = 0.1         # seconds after which a request is made again whose stage is gone
+PIECE = MOST_PAYLOAD // 2       # bytes of cache rows in a request
+
+
+class Pipeline:
+    """Runs the steps of a model in stages, which are other processes.
+
+    launcher: starts them; what it has is in docs/stages.md. setup: the Setup of the whole model. wire: how hidden rows pass, one of
+    wire.WIRES. resume: True, or a folder: a stage that fails is started again, and all goes on; rows that were restored are kept in memory,
+    or in the folder. threads, threads_batch: as in Runner, for what tells of them. Raises StageError, or a stage's own error, if the stages
+    cannot be started.
+
+    depth: the steps that may be under way at once. steps: the number of steps begun.
+    """
+    samples, observes = True, False
+
+    def __init__(self, launcher, setup, wire="f32", resume=None, threads=None, threads_batch=None):
+        self.launcher, self.setup, self.wire = launcher, setup, choose("wire", wire, WIRES)
+        self.threads, self.threads_batch, self.backends, self.on, self.steps = threads, threads_batch, {}, {}, 0
+        self.depth = len(launcher.stages) + 1
+        self.samplers = Samplers(setup.tokenizer.eog_ids)
+        self.journal = Journal(None if resume is True else os.fspath(resume)) if resume else None
+        self.sending = threading.RLock()            # held while a frame is sent, and while stages are started again
+        self.changed = threading.Condition()        # of what follows
+        self.under_way = {}         # number -> Pending
+        self.n_finished = 0         # steps, without those that a fault has had run again
+        self.error = None           # the StageError that has ended it
+        self._numbers, self._sessions = itertools.count(1), itertools.count(1)
+        self.conversations = {}     # number -> Conversation
+        self._left = []             # conversations whose caches are gone
+        self._stage_of = {ref: next(i for i, part in enumerate(launcher.stages) if part[0] <= ref.layer < part[1])
+                          for ref in setup.cache_widths}
+        self.watch = Watch(self)
+        self.links = Links(launcher, Limits.of(setup), self.wire, self._take, self.watch.report)
+        try:
+            start_all(launcher)
+            self.links.connect(self.watch.wait)
+        except (Trouble, Lost) as trouble:
+            error = self.watch.trouble(trouble)
+            self.close()
+            raise error from None
+        except BaseException:
+            self.close()
+            raise
+        self.watch.start()
+
+    def close(self):
+        """End the pipeline and its stages; steps under way fail."""
+        self.end(StageError("The model's stages were ended."))
+
+    def end(self, error):
+        """End with an error, which all that is under way and comes later gets."""
+        with self.changed:
+            self.error = self.error or error
+            ended, self.under_way = self.under_way, {}
+            for pending in ended.values():
+                pending.fail(StageError(str(self.error)))
+                for conversation in pending.conversations:
+                    conversation.steps.clear()
+            self.changed.notify_all()
+        self.links.close()
+        self.watch.stop()
+        self.launcher.close()
+
+    # What sessions, batches and the engine use
+
+    def threads_for(self, n_tokens):
+        """The number of threads of a step of n_tokens tokens."""
+        return self.threads if n_tokens == 1 else self.threads_batch
+
+    def check_room(self, setup, n, what):
+        """Raise OutOfMemoryError if the caches of n sessions do not fit."""
+        self.ask_all({"do": "room", "n": n, "what": what})
+
+    def make_caches(self, setup, n_ctx):
+        """Empty caches of a new session on all stages: {CacheRef: cache}.
+
+        They are as long as the setup's n_ctx. Raises OutOfMemoryError if they do not fit.
+        """
+        conversation = Conversation(next(self._sessions))
+        with self.changed:
+            self.conversations[conversation.number] = conversation
+        caches = Caches(self, conversation)
+        weakref.finalize(caches, self._left.append, conversation).atexit = False     # what happens at any moment: no lock is taken
+        self.ask_all({"do": "open", "session": conversation.number})
+        for ref in setup.cache_widths:
+            caches[ref] = self._cache(conversation, ref)
+        return caches
+
+    def _cache(self, conversation, ref):
+        return Cache(self, conversation, self._stage_of[ref], ref, self.setup.n_ctx, self.setup.cache_row_bytes[ref])
+
+    def ahead(self):
+        """What runs the steps of a session that generate."""
+        return Ring(self)
+
+    def bind(self, variant, caches, n_tokens, n_outputs, again=False, late=(), streams=None):
+        """The Bound of a step of n_tokens tokens, n_outputs of them with logits."""
+        return self.bind_together(variant, [(caches, n_tokens)], n_outputs, again, late, streams)
+
+    def bind_together(self, variant, parts, n_outputs, again=False, late=(), streams=None):
+        """The Bound of a step of tokens of several sessions, as in Runner.
+
+        parts: pairs of a session's caches and its number of tokens. again, streams: of no account here.
+        """
+        return Bound(self, variant, [(caches.conversation, n) for caches, n in parts], n_outputs, late)
+
+    # Steps
+
+    def begin(self, variant, parts, ids, n_outputs, logits, samplers, follow=None):
+        """Send a step -> its Pending.
+
+        parts: tuples of a Conversation, n_past and n_tokens. samplers: for each output a Sampler or None. follow: the variant of the step
+        that the last stage may start by itself; None: none. Raises StageError if the pipeline has ended.
+        """
+        for conversation in {conversation for conversation, _, _ in parts}:
+            self.drain(conversation, ring_only=True)
+        with self.changed:
+            while self.error is None and len(self.under_way) >= AT_ONCE * self.depth:
+                self.changed.wait(AWAKE)
+        with self.sending, interrupts_held():
+            follow = follow_of(next(self._numbers), follow)
+            pending = Pending(self, next(self._numbers), variant, parts, ids, n_outputs, logits, samplers, follow)
+            self._register(pending)
+            self.close_left()
+            self.send(pending)
+        return pending
+
+    def send(self, pending):
+        """Send a registered step to the first stage, its samplers before it."""
+        numbers, frames = self.samplers.prepare(pending.samplers)
+        for frame in [*frames, pending.frame(numbers)]:
+            self.links.send(frame)
+
+    def replay(self, ran):
+        """Run a journal.Ran again -> its Pending.
+
+        Nothing is wanted of its outputs.
+        """
+        parts = [(self.conversations[session], n_past, n) for session, n_past, n in ran.parts]
+        pending = Pending(self, next(self._numbers), ran.variant, parts, ran.ids, ran.n_outputs, None, [None] * ran.n_outputs,
+                          discards=True)
+        self._register(pending)
+        self.links.send(pending.frame([DISCARD] * ran.n_outputs))
+        return pending
+
+    def write(self, session, ref, start, rows, ask):
+        """Restore what Journal.replay() gives of rows.
+
+        ask(stage, content, payload) asks a stage.
+        """
+        conversation = self.conversations[session]
+        if ref is not None:
+            self._cache(conversation, ref).write(rows, start, ask)
+            return
+        for cache in (self._cache(conversation, ref) for ref in self._stage_of):
+            for first, last in cache.pieces(0, start):
+                cache.write(rows(cache.ref, first, last), first, ask)
+
+    def drop_unwanted(self):
+        """Drop steps under way that nobody waits for -> the others, in order."""
+        with self.changed:
+            for pending in list(self.under_way.values()):
+                if not (pending.wanted and pending.asked):
+                    pending.wanted = False
+                    pending.fail(StageError("A step was not wanted any more."))
+                    self.remove(pending)
+            return [self.under_way[number] for number in sorted(self.under_way)]
+
+    def _register(self, pending):
+        with self.changed:
+            self._raise_error()
+            self.steps += 1
+            self._enter(pending)
+
+    def _raise_error(self):
+        if self.error is not None:
+            raise StageError(str(self.error))
+
+    def _enter(self, pending):
+        self.under_way[pending.number] = pending
+        for conversation in pending.conversations:
+            conversation.steps[pending.number] = pending
+
+    def remove(self, pending):
+        """Take a step from those under way; `changed` is held."""
+        self.under_way.pop(pending.number, None)
+        for conversation in pending.conversations:
+            conversation.steps.pop(pending.number, None)
+        self.changed.notify_all()
+
+    def drain(self, conversation, ring_only=False):
+        """Wait until no step of a session is under way.
+
+        ring_only: only for those that the last stage starts, or may start: they come to the first stage by another way than what is sent
+        next, and could be there later.
+        """
+        with self.changed:
+            while any(pending.ring or pending.follow or not ring_only for pending in conversation.steps.values()):
+                self.changed.wait(AWAKE)
+
+    def takes_over(self, started, token, n_past, sampler):
+        """Whether a step that the last stage has started is the one of a token."""
+        (_, there, _), = started.parts
+        with self.changed:
+            if started.wanted and started.ids[0] == token and there == n_past and started.samplers[0] is sampler:
+                started.asked = True
+                return True
+        started.give_up()
+        return False
+
+    def give_credit(self, pending, variant):
+        """Let the last stage start one more step, after one that is under way."""
+        with self.changed:
+            if pending.done.is_set():
+                return
+            pending.follow = follow_of(next(self._numbers), variant)
+        self.links.tell(len(self.launcher.stages) - 1, Credit(0, pending.number, pending.follow))
+
+    # What stages send, on a thread of theirs
+
+    def _take(self, i, frame):
+        if isinstance(frame, Result) and i == len(self.launcher.stages) - 1:
+            self._finished(frame)
+        elif isinstance(frame, Message) and frame.kind == "failed":
+            self._failed(i, frame)
+        else:
+            raise FrameError(f"a {getattr(frame, 'kind', type(frame).__name__)!r}, which is not for the driver")
+
+    def _finished(self, result):
+        with self.changed:
+            pending = self.under_way.get(result.number)
+            if pending is None:
+                return
+            if result.followed:
+                self._follow(pending, result)
+            if self.journal is not None and not pending.discards:
+                self.journal.add(Ran(pending.variant, pending.wire_parts, pending.ids, pending.n_outputs))
+                self.n_finished += 1
+            pending.settle(result)
+            self.remove(pending)
+
+    def _follow(self, pending, result):
+        """Enter the step that the last stage has started after another."""
+        if pending.follow is None or result.picked[:1] in ([], [None]):
+            raise FrameError("it has started a step that it may not start")
+        (conversation, n_past, n_tokens), = pending.parts
+        pending.followed = Pending(self, pending.follow.number, pending.follow.variant, [(conversation, n_past + n_tokens, 1)],
+                                   [result.picked[0].token], 1, None, pending.samplers, ring=True)
+        self.steps += 1
+        self._enter(pending.followed)
+
+    def _failed(self, i, message):
+        if message.number == 0:
+            self.watch.report(i, str(message.content.get("text")), direct=False)
+            return
+        with self.changed:
+            pending = self.under_way.get(message.number)
+            if pending is not None:
+                pending.fail(raised(message.content, self.links.name(i)))
+                self.remove(pending)
+
+    # Requests
+
+    def ask(self, i, content, payload=b""):
+        """Ask stage i for something -> (dict, payload).
+
+        Raises the error that it tells of, and StageError if it has failed. With `resume` it is asked again where it was started again.
+        """
+        return self._asked(lambda: [self.links.ask(i, content, payload)])[0]
+
+    def ask_all(self, content):
+        """Ask all stages at once -> their answers."""
+        return self._asked(lambda: [self.links.ask(i, content) for i in range(len(self.launcher.stages))])
+
+    def _asked(self, begin):
+        while True:
+            with self.sending:
+                self._raise_error()
+                waiters = begin()
+            try:
+                return [self.links.answered(waiter, wait) for waiter in waiters]
+            except Lost:
+                time.sleep(AGAIN)
+
+    def close_left(self):
+        """Close the sessions whose caches are gone.
+
+        `sending` is held.
+        """
+        with self.changed:
+            over = [conversation for conversation in list(self._left) if not conversation.steps]
+            for conversation in over:
+                self._left.remove(conversation)
+                self.conversations.pop(conversation.number, None)
+                if self.journal is not None:
+                    self.journal.closed(conversation.number)
+        for conversation in over:
+            self.links.send(Close(0, conversation.number))
+
+    def tidy(self):
+        """Close what is left, if nothing else is being sent."""
+        if self._left and self.sending.acquire(blocking=False):
+            try:
+                self.close_left()
+            finally:
+                self.sending.release()
+
+
+class Caches(dict):
+    """The caches of a session on all stages: {CacheRef: Cache}.
+
+    number: the session's, on all stages. They are released there when this is not used any more.
+    """
+
+    def __init__(self, pipeline, conversation):
+        super().__init__()
+        self._pipeline, self.conversation, self.number = pipeline, conversation, conversation.number
+
+    def saved(self, n, source):
+        """Say that all n tokens of the session are in a save.
+
+        A stage that is started again takes its rows from there: source(ref, start, stop) gives those of a cache, uint8 [stop - start,
+        row_bytes], as long as the session lives.
+        """
+        pipeline = self._pipeline
+        if pipeline.journal is not None:
+            with pipeline.changed:
+                pipeline.journal.saved(self.number, n, source)
+
+
+class Cache:
+    """A cache of a session, on one of the stages."""
+
+    def __init__(self, pipeline, conversation, stage, ref, n_ctx, row_bytes):
+        self._pipeline, self._conversation, self.stage, self.ref = pipeline, conversation, stage, ref
+        self.n_ctx, self.row_bytes = n_ctx, row_bytes
+
+    @property
+    def nbytes(self):
+        """Bytes of all n_ctx rows."""
+        return self.n_ctx * self.row_bytes
+
+    def pieces(self, start, stop):
+        """Ranges of rows that fit a request: pairs of a first and a last."""
+        n = max(1, PIECE // self.row_bytes)
+        return [(first, min(first + n, stop)) for first in range(start, stop, n)]
+
+    def _request(self, do, start, stop):
+        return {"do": do, "session": self._conversation.number, "kind": self.ref.kind, "layer": self.ref.layer, "start": start,
+                "stop": stop}
+
+    def stored(self, stop, start=0):
+        """The rows from start up to stop as bytes, uint8 [n, row_bytes].
+
+        Steps of the session that are under way end first.
+        """
+        self._pipeline.drain(self._conversation)
+        rows = np.empty((stop - start, self.row_bytes), np.uint8)
+        for first, last in self.pieces(start, stop):
+            _, payload = self._pipeline.ask(self.stage, self._request("stored", first, last))
+            if len(payload) != (last - first) * self.row_bytes:
+                raise StageError(f"{self._pipeline.links.name(self.stage)} gives {len(payload)} bytes of cache rows, expected "
+                                 f"{(last - first) * self.row_bytes}.")
+            rows[first - start:last - start] = np.frombuffer(payload, np.uint8).reshape(-1, self.row_bytes)
+        return rows
+
+    def restore(self, rows, start=0):
+        """Overwrite the rows from start on with rows as stored() returns them."""
+        pipeline = self._pipeline
+        pipeline.drain(self._conversation)
+        if pipeline.journal is not None and len(rows):      # first: a stage may be started again between two pieces
+            with pipeline.changed:
+                pipeline.journal.restored(self._conversation.number, self.ref, start, rows)
+        self.write(rows, start, pipeline.ask)
+
+    def write(self, rows, start, ask):
+        """Send rows to the stage, with ask(stage, content, payload)."""
+        for first, last in self.pieces(start, start + len(rows)):
+            ask(self.stage, self._request("restore", first, last), np.ascontiguousarray(rows[first - start:last - start], np.uint8))
+
+
+class Bound:
+    """A step of some numbers of tokens of some sessions, as plan.Bound."""
+
+    def __init__(self, pipeline, variant, parts, n_outputs, late=()):
+        self.runner, self.variant, self.parts, self.n_outputs, self._late = pipeline, variant, parts, n_outputs, late
+
+    def begin(self, ids, n_past, logits, hooks=(), samplers=None, follow=None):
+        """Send the step -> its Pending.
+
+        ids, n_past, logits: as for plan.Bound.run. samplers: for each output a Sampler or None; None: logits are wanted for all. follow:
+        the variant of the step that the last stage may start after it. Raises PydsaError if there are hooks: they cannot look into it.
+        """
+        if hooks or self._late:
+            raise PydsaError("A step of a model in stages runs in other processes, where hooks cannot look into it: load the model without "
+                             "stages.")
+        n, parts = 0, []
+        for conversation, n_tokens in self.parts:
+            parts.append((conversation, int(n_past if np.ndim(n_past) == 0 else n_past[n]), n_tokens))
+            n += n_tokens
+        return self.runner.begin(self.variant, parts, ids, self.n_outputs, logits, samplers or [None] * self.n_outputs, follow)
+
+    def run(self, ids, n_past, logits, hooks=()):
+        """Run the step to its end: begin() and finish()."""
+        self.begin(ids, n_past, logits, hooks).finish()

@@ -1,0 +1,210 @@
+"""Steps under way in a pipeline, and the samplers that stages have for them.
+
+With the ring: steps that the last stage starts by itself.
+"""
+import math
+import threading
+import weakref
+
+import numpy as np
+
+from pydsa.errors import StageError
+from pydsa.stages.wire import HOST, Drop, Follow, Message, Part, Step
+
+AWAKE = 1.0         # seconds after which a wait looks whether it was interrupted, where the system does not tell
+
+
+def wait(event):
+    """Wait for a threading.Event, so that Ctrl-C ends it on any system."""
+    while not event.wait(AWAKE):
+        pass
+
+
+class Conversation:
+    """What the driver keeps of a session: its number on the stages, and its steps that are under way, by number."""
+
+    def __init__(self, number):
+        self.number, self.steps = number, {}
+
+
+class Pending:
+    """A step that was begun, and its end.
+
+    parts: tuples of a Conversation, n_past and n_tokens. samplers: for each output a Sampler or None. logits: float32 [n_outputs,
+    n_vocab], or None where no caller has an array. follow: a wire.Follow where the last stage may start the next step. ring: whether it
+    has started this one. discards: whether nothing is wanted of its outputs.
+    """
+
+    def __init__(self, pipeline, number, variant, parts, ids, n_outputs, logits, samplers, follow=None, ring=False, discards=False):
+        self.number, self.variant, self.parts, self.ids, self.n_outputs = number, variant, parts, np.asarray(ids, np.int32), n_outputs
+        self.logits, self.samplers, self.follow, self.ring, self.discards = logits, samplers, follow, ring, discards
+        self.wanted, self.asked = True, not ring        # asked: whether a caller waits, or will
+        self.followed, self.error, self.picked = None, None, None       # followed: the Pending of the step that came next
+        self.done, self._pipeline = threading.Event(), pipeline
+
+    @property
+    def conversations(self):
+        """Those of its parts, each once."""
+        return list(dict.fromkeys(conversation for conversation, _, _ in self.parts))
+
+    @property
+    def wire_parts(self):
+        """Its parts, of wire.Part."""
+        return [Part(conversation.number, n_past, n) for conversation, n_past, n in self.parts]
+
+    def frame(self, samplers):
+        """The wire.Step; samplers: their numbers."""
+        return Step(0, self.number, self.variant, self.wire_parts, samplers, self.ids, None, self.follow)
+
+    def finish(self):
+        """Wait for the end of the step -> for each output a Picked or None.
+
+        None: its logits are in their row. Without samplers: None, and all logits are. Raises the PydsaError that a stage has met, and
+        StageError if a stage has failed.
+        """
+        try:
+            wait(self.done)
+        except BaseException:
+            self.give_up()
+            raise
+        if self.error is not None:
+            raise self.error
+        for sampler, picked in zip(self.samplers, self.picked):
+            if picked is not None:
+                self._pipeline.samplers.follow(sampler)
+        return self.picked if any(self.samplers) else None
+
+    def drop(self):
+        """Wait for the end of a step that is not wanted any more."""
+        self.give_up()
+        wait(self.done)
+
+    def give_up(self):
+        """Nobody wants what comes of it; it may end later."""
+        self.wanted = False
+        self._pipeline.samplers.forget(self.samplers)
+
+    def settle(self, result):
+        """Take a wire.Result: logits into their rows, and who was picked."""
+        rows = iter(result.logits)
+        if self.discards:
+            self.picked = [None] * self.n_outputs
+        else:
+            without = sum(one is None for one in result.picked)
+            if len(result.picked) != self.n_outputs or without != len(result.logits):
+                raise StageError(f"a result has {len(result.picked)} outputs and {len(result.logits)} rows of logits, expected "
+                                 f"{self.n_outputs} and {without}")
+            if self.logits is None and without:
+                self.logits = np.empty((self.n_outputs, result.logits.shape[1]), np.float32)
+            for i, one in enumerate(result.picked):
+                if one is None:
+                    self.logits[i] = next(rows)
+            self.picked = result.picked
+        if not self.wanted:
+            self._pipeline.samplers.forget(self.samplers)
+        self.done.set()
+
+    def fail(self, error):
+        """End with an error."""
+        self.error = error
+        self.done.set()
+
+
+class Samplers:
+    """The driver's Samplers that the last stage has as well.
+
+    Both draw the same numbers: the driver's follow()s each pick. Where one has not, the stage's is replaced before its next step.
+    """
+
+    def __init__(self, ends):
+        self._ends = sorted(int(token) for token in ends)       # ids after which the last stage starts no step
+        self._known, self._lock, self._n = weakref.WeakKeyDictionary(), threading.Lock(), HOST
+        self._dropped = []
+
+    def prepare(self, samplers):
+        """For each Sampler or None its number -> (numbers, frames to send first).
+
+        Samplers whose picks depend on the text so far have none, as its first tokens may be unknown here: the logits come to the driver.
+        """
+        numbers, frames = [], []
+        with self._lock:
+            frames += [Drop(0, number) for number in self._dropped]
+            self._dropped.clear()
+            for sampler in samplers:
+                if sampler is None or sampler.sampling.penalizes:
+                    numbers.append(HOST)
+                    continue
+                known = self._known.get(sampler)
+                if known is None:
+                    self._n += 1
+                    known = self._known[sampler] = [self._n, None]
+                    weakref.finalize(sampler, self._dropped.append, self._n).atexit = False
+                state = sampler.state()
+                if known[1] != state["random"]:
+                    known[1] = state["random"]
+                    frames.append(Message("sampler", 0, known[0], {"state": state, "ends": self._ends}))
+                numbers.append(known[0])
+        return numbers, frames
+
+    def follow(self, sampler):
+        """A token was picked with it at the last stage."""
+        sampler.follow()
+        with self._lock:
+            known = self._known.get(sampler)
+            if known is not None and known[1] is not None:
+                known[1] = sampler.state()["random"]
+
+    def forget(self, samplers):
+        """The stage's state is not known any more; None: that of any."""
+        with self._lock:
+            for known in list(self._known.values()) if samplers is None else [self._known.get(s) for s in samplers if s is not None]:
+                if known is not None:
+                    known[1] = None
+
+
+class Ring:
+    """What a Session has as `_ahead` where its model runs in stages.
+
+    The last stage samples and starts the next step, while the token is on its way to the caller. At most one step runs that nobody has
+    asked for; it does no harm, as cache rows from n_past on are overwritten.
+    """
+
+    def __init__(self, pipeline):
+        self._pipeline, self._started = pipeline, None      # the Pending of the step that the last stage has started
+
+    def forget(self):
+        """Forget the started step: the next step is another one."""
+        started, self._started = self._started, None
+        if started is not None:
+            started.give_up()
+
+    def settings(self, sampler):
+        """The sampler, if the last stage can pick with it; else None."""
+        return None if sampler.sampling.penalizes else sampler
+
+    def next(self, sampler, token, n_past, bound, following, ends):
+        """Append a token at position n_past -> the next id and the greatest logit.
+
+        bound, following: the Bounds of the step of this token and of the one after it. ends(id): whether nothing comes after an id; None
+        stands for any that ends no answer.
+        """
+        pipeline, started = self._pipeline, self._started
+        self._started = None
+        goes_on = not ends(None)
+        if started is not None and pipeline.takes_over(started, token, n_past, sampler):
+            pending = started
+            if goes_on:
+                pipeline.give_credit(pending, following.variant)
+        else:
+            pending = bound.begin([token], n_past, None, samplers=[sampler], follow=following.variant if goes_on else None)
+        picked, = pending.finish()
+        if picked is None:      # the pick has failed there: it tells of it here
+            greatest = float(np.max(pending.logits[0]))
+            return (sampler.pick(pending.logits[0]) if math.isfinite(greatest) else 0), greatest
+        self._started = pending.followed
+        return picked.token, picked.greatest
+
+
+def follow_of(number, variant):
+    """The wire.Follow of the step that may come next; None for no variant."""
+    return None if variant is None else Follow(number, variant)
