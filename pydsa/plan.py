@@ -116,6 +116,7 @@ class Runner:
     the streaming.Streaming of steps of many tokens.
     """
     depth, samples, observes = 1, False, True
+    stages = None       # a stages.pipeline.Pipeline has the layers of each
 
     def __init__(self, backends, layouts, threads, threads_batch, reproducible=False, streaming=NEVER):
         self.threads, self.threads_batch = threads, threads_batch

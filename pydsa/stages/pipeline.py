@@ -14,6 +14,7 @@ import numpy as np
 from pydsa.errors import PydsaError, StageError
 from pydsa.options import choose
 from pydsa.signals import interrupts_held
+from pydsa.stages.division import Layers
 from pydsa.stages.faults import AT_ONCE, Trouble, Watch, start_all
 from pydsa.stages.journal import Journal, Ran
 from pydsa.stages.links import Links, Lost, raised
@@ -65,6 +66,11 @@ class Pipeline:
             self.close()
             raise
         self.watch.start()
+
+    @property
+    def stages(self):
+        """The layers of each stage, a tuple of division.Layers."""
+        return tuple(Layers(*layers) for layers in self.launcher.stages)
 
     def close(self):
         """End the pipeline and its stages; steps under way fail."""
