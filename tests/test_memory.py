@@ -121,7 +121,7 @@ def test_values_alive_together_do_not_overlap(small_model, spec, attention, devi
         for level, node in planned.nodes:
             for value in {a.root for a in node.args if isinstance(a, Value) and a.rows == "tokens"}:
                 alive.setdefault(value, []).append(level)
-        alive |= {graph.ids: [0, len(graph.nodes)], graph.positions: [0, len(graph.nodes)]}
+        alive |= {graph.input: [0, len(graph.nodes)], graph.positions: [0, len(graph.nodes)]}
         assert alive.keys() == planned.offsets.keys()
         sizes = {"float": planned.float_size, "int32": 4, "int64": 8}
         spans = [(nodes[0], nodes[-1], planned.offsets[value], value.name, 17 * int(np.prod(value.tail)) * sizes[value.dtype])

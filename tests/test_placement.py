@@ -77,7 +77,7 @@ def test_every_node_comes_behind_what_it_waits_for(small_model, options):
 def test_only_what_is_needed_crosses(small_model, options):
     """Nothing crosses twice, or to where it is; at the end only some rows."""
     layout, _ = cut_of(small_model(), **options)
-    found = crossings(layout.segments, (layout.graph.ids, layout.graph.positions))
+    found = crossings(layout.segments, (layout.graph.input, layout.graph.positions))
     assert found and all(layout.segments[c.source].device != layout.segments[c.target].device and c.source < c.target for c in found)
     places = [(c.value, layout.segments[c.target].device, c.source, c.only_outputs) for c in found]
     assert len(set(places)) == len(places)

@@ -146,8 +146,8 @@ def connect(address, key, timeout=10.0):
 class Door:
     """Listens for connections, and serves those that have the key.
 
-    serve(channel) is called for each, on a thread of its own. address: where it listens, (host, port); port 0 is any that is free. Nothing is accepted before
-    open(key). Raises ChannelError if it cannot listen.
+    serve(channel) is called for each, on a thread of its own. address: where it listens, (host, port); port 0 is any that is free.
+    Nothing is accepted before open(key). Raises ChannelError if it cannot listen.
     """
 
     def __init__(self, address, serve):

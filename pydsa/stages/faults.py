@@ -11,7 +11,7 @@ import traceback
 
 from pydsa.errors import PydsaError, StageError
 from pydsa.stages.journal import Ran
-from pydsa.stages.links import Lost
+from pydsa.stages.links import GONE, Lost
 
 LOOKS = 0.25        # seconds between two looks at the heartbeats
 WITNESSES = 0.5     # seconds in which other reports may tell more exactly which stage has failed
@@ -139,7 +139,7 @@ class Watch:
 
     def _told_better(self, i, text):
         """What others tell at the same time, if that is more exact."""
-        return self._reported(WITNESSES) or (i, text) if "its connection" not in text else (i, text)
+        return self._reported(WITNESSES) or (i, text) if text != GONE else (i, text)
 
     def _restart(self, i, text):
         """Start a stage again, and let all go on."""

@@ -14,6 +14,7 @@ SILENT = 5.0        # seconds without a heartbeat after which a stage is lost
 STUCK = 8.0         # seconds in a step in which a stage neither computes nor reads
 COMPUTES = 0.005    # CPU seconds between two heartbeats, from which on it computes
 LATE = 2.0          # seconds by which a look at the heartbeats may be late: beyond, this process itself stood still
+GONE = "its connection has ended: its process has died, or its node is not reached any more"
 
 
 class Lost(Exception):
@@ -151,7 +152,7 @@ class Links:
             waiter.done.set()
 
     def _receive(self, i, channel, epoch):
-        text = "its connection has ended"
+        text = GONE
         try:
             while epoch == self.epoch and (data := channel.receive(self._limits.most_result)) is not None:
                 frame = decode(data, self._limits)

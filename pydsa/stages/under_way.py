@@ -8,8 +8,7 @@ import weakref
 
 import numpy as np
 
-from pydsa.errors import StageError
-from pydsa.stages.wire import HOST, Drop, Follow, Message, Part, Step
+from pydsa.stages.wire import HOST, Drop, Follow, FrameError, Message, Part, Step
 
 AWAKE = 1.0         # seconds after which a wait looks whether it was interrupted, where the system does not tell
 
@@ -92,7 +91,7 @@ class Pending:
         else:
             without = sum(one is None for one in result.picked)
             if len(result.picked) != self.n_outputs or without != len(result.logits):
-                raise StageError(f"a result has {len(result.picked)} outputs and {len(result.logits)} rows of logits, expected "
+                raise FrameError(f"a result has {len(result.picked)} outputs and {len(result.logits)} rows of logits, expected "
                                  f"{self.n_outputs} and {without}")
             if self.logits is None and without:
                 self.logits = np.empty((self.n_outputs, result.logits.shape[1]), np.float32)

@@ -11,7 +11,7 @@ import traceback
 
 import numpy as np
 
-from pydsa.errors import OutOfMemoryError, PydsaError
+from pydsa.errors import OutOfMemoryError, PydsaError, StageError
 from pydsa.graph import CacheRef
 from pydsa.sampling import Picked, Sampler
 from pydsa.stages.channel import ChannelError, Door, Outbox, connect
@@ -155,7 +155,7 @@ class Worker:
     def _tell_trouble(self, epoch, text):
         """Tell the driver of what is wrong with the pipeline, and no step's fault."""
         if not self._ended.is_set():
-            self._tell(Message("failed", epoch, 0, {"kind": "StageError", "text": text}))
+            self._tell(Message("failed", epoch, 0, {"kind": StageError.__name__, "text": text}))
 
     def _beat(self):
         while not self._ended.wait(BEAT):
@@ -321,6 +321,8 @@ def _checked(number, what, most=2**31 - 1):
 
 def _told(error):
     """An exception as the driver can raise it: its class and text."""
+    if isinstance(error, StageError):       # of a class that only these modules know
+        return {"kind": StageError.__name__, "text": str(error)}
     if isinstance(error, PydsaError):
         return {"kind": type(error).__name__, "text": str(error)}
     if isinstance(error, MemoryError):
