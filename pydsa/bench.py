@@ -155,7 +155,8 @@ def _ceilings(backend, threads):
 def _limits(model, ceilings, n_gen, n_depth, speed):
     """The columns of NO_LIMITS, and those of several devices.
 
-    ceilings: {device: its ceilings}, {} for stages in other processes, or None for a prompt. n_gen: the tokens that are generated, at `speed` tokens per second.
+    ceilings: {device: its ceilings}, {} for stages in other processes, or None for a prompt. n_gen: the tokens that are generated, at
+    `speed` tokens per second.
     """
     several = {"device_bytes": None, "device_bandwidth_gbs": None} if len(model.setup.placement.devices) > 1 else {}
     if not ceilings or not all(ceilings.values()):

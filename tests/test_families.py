@@ -152,7 +152,7 @@ def test_stages_in_the_docs(family, full_size):
         setup, columns = setups(kind), []
         for bandwidth, rate in ((100e9, 1500e9), (300e9, 4500e9)):
             nodes = [Node(f"node {i + 1}", bandwidth, rate=rate) for i in range(int(n))]
-            found = forecast(setup, divide(setup, nodes, len(nodes) + 1), nodes, Link(1.25e9, 100e-6))
+            found = forecast(setup, divide(setup, nodes, len(nodes)), nodes, Link(1.25e9, 100e-6))
             columns.append([f"{found['one']['ts']:.2g}", f"{found['many']['ts']:.2g}", f"{found['prompt']['ts']:.0f}"])
         assert (found["options"], figures.split(" | ")) == (f"--stages {layers}", [", ".join(pair) for pair in zip(*columns)])
         assert f"{max(sum(stage[key] for key in ('weights', 'caches', 'scratch')) for stage in found['stages']) / 2**30:.0f}" == largest

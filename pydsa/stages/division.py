@@ -161,12 +161,12 @@ def divide(setup, nodes, n_sessions=1, n_past=None, mapped=True):
 def fewest(setup, node, n_sessions=None):
     """The least number of stages that fit nodes that are all like one.
 
-    n_sessions: as for divide(); None: one more than stages. Raises OutOfMemoryError if even a stage for each border is too large.
+    n_sessions: as for divide(); None: as many as stages. Raises OutOfMemoryError if even a stage for each border is too large.
     """
     most = len(borders(setup.config))
     for n in range(1, most + 1):
         try:
-            divide(setup, [node] * n, n_sessions or n + 1)
+            divide(setup, [node] * n, n_sessions or n)
             return n
         except OutOfMemoryError:
             if n == most:
