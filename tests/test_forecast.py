@@ -13,7 +13,8 @@ from pydsa.options import bytes_per_second
 from pydsa.sampling import Picked
 from pydsa.setup import Setup
 from pydsa.stages.division import Layers, Node
-from pydsa.stages.forecast import Link, Times, Wire, chunks, forecast, in_turn, in_words, one_stream, prompt_seconds, wire_of
+from pydsa.stages.forecast import CHUNK, Link, Times, Wire, chunks, forecast, in_turn, in_words, one_stream, prompt_seconds, wire_of
+from pydsa.stages.running import MOST_TOKENS
 from pydsa.stages.wire import Part, Result, Step, encode
 
 LINK = Link(1e9, 100e-6)
@@ -92,6 +93,8 @@ def test_forecast(setup):
     assert (many["steps"], many["ts"]) == (2, pytest.approx(7 / 2 / many["step_seconds"]))       # 4 and 3 conversations
     alone = forecast(setup, (Layers(0, 2), Layers(2, 4)), nodes, LINK, n_streams=1)
     assert alone["many"]["ts"] == pytest.approx(alone["one"]["ts"]) and not any("conversations" in line for line in in_words(alone))
+    short = forecast(setup, (Layers(0, 2), Layers(2, 4)), [nodes[0]._replace(memory=(40 << 20) - first["free"] - 1024)] * 2, LINK, "bf16")
+    assert short["stages"][0]["free"] == -1024 and "lacks 1.0 KiB" in "".join(in_words(short))      # of layers that were asked for
     whole = forecast(setup, (Layers(0, 4),), nodes[:1], LINK)
     assert whole["wire"]["token_bytes"] == whole["one"]["wire_seconds"] == 0
     assert not any("wire" in line or "under way" in line for line in in_words(whole))
@@ -115,10 +118,11 @@ def info(*args):
 
 
 def test_info():
+    assert "products at 1000 to 4000 GOP/s a node" in info("--stages", "2", "--gops", "4000,1000").output
     text = info("--stages", "2", "--bandwidth", "50,200").output
     lines = text[text.index("\nstages\n"):].split("\n\n")[0].splitlines()[2:]
     assert [line.split()[:5] for line in lines[1:3]] == [["node", "1", "50", "GB/s", "0"], ["node", "2", "200", "GB/s", "1-3"]]
-    assert lines[3] == "  as --stages 0,1-3" and "1.1 KiB a token from stage to stage (f32 rows), 72 B to the first, 60 B back" in lines[4]
+    assert CHUNK == MOST_TOKENS and lines[3] == "  as --stages 0,1-3" and "1.1 KiB a token from stage to stage (f32 rows), 72 B to the first, 60 B back" in lines[4]
     assert lines[5].endswith("1.25 GB/s and 100 us (assumed: --link and --latency give others)")
     assert "one conversation: at most" in lines[6] and "assumed" not in lines[6] and lines[7].startswith("  2 conversations, 2 steps")
     assert "a prompt of 4096 tokens in chunks of 512" in lines[8] and lines[8].endswith("(assumed: --gops gives others)")

@@ -1,12 +1,17 @@
 """tools/simulate_stages.py: the formula where nothing is left to chance, and the tables it prints."""
+import copy
 import json
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from stage_processes import OPTIONS, Launcher
 
+import pydsa
 from pydsa import DEMO
+from pydsa.bench import Bench, format_rows
 from pydsa.stages.forecast import Groups, Link, Wire, chunks, depth_of, prompt_seconds
+from pydsa.stages.pipeline import Pipeline
 from tools.simulate_stages import Simulation, compared, generate_many, generate_one, main, read_prompt, speed, step_seconds
 
 
@@ -110,9 +115,27 @@ def test_stage_speed_beside_a_prediction(tmp_path):
     assert 0.5 < slowest < 0.65 and one["predicted, t/s"] < 100 and 800 < prompt["predicted, t/s"] < 1000
 
 
+def test_rows_that_bench_writes(small_model, tmp_path):
+    """Of a model in one process and in stages, whose memory has no limits to show: it may be elsewhere."""
+    path, tests = small_model(n_layer=3), Bench([16], [4], [8], 1)
+    whole, launcher = pydsa.load(path, **OPTIONS), Launcher(path, [(0, 1), (1, 3)])
+    pipeline, staged = Pipeline(launcher, launcher.setup), copy.copy(whole)
+    try:
+        staged.runner = pipeline
+        rows = [*tests.run(whole), *tests.run(staged)]
+    finally:
+        pipeline.close()
+    assert [row["stages"] for row in rows] == [None, None, "0,1-2", "0,1-2"] and rows[3]["limit_ts"] is None
+    table = format_rows(rows[2:], "md").splitlines()
+    assert "stages" in table[0] and table[3].split("|")[5].strip() == "0,1-2" and "stages" not in format_rows(rows[:2], "md")
+    (tmp_path / "rows.json").write_text(format_rows(rows, "json"))
+    found = json.loads(CliRunner().invoke(main, [str(path), "-c", "64", "--measured", str(tmp_path / "rows.json"), "-o", "json"]).output)
+    assert [(row["test"], row["measured, t/s"]) for row in found] == [("pp16 @ d8", rows[2]["avg_ts"]), ("tg4 @ d8", rows[3]["avg_ts"])]
+
+
 @pytest.mark.parametrize("rows, error", [
     ([1], "has no rows of"), ([{"stages": 1, "test": "x", "t/s": 1.0}], "has no rows of"),
-    ([{"stages": "x", "avg_ts": 1}], "has no rows of"),
+    ([{"stages": "x", "avg_ts": 1}], "has no rows of"), ([bench_row(stages="auto")], "has no rows of"),
     ([bench_row()], "--measured has no test that ran both"), ([bench_row(stages="0-3")], "--measured has no test that ran both")])
 def test_measurements_that_are_none(tmp_path, rows, error):
     path = tmp_path / "rows.json"

@@ -32,7 +32,7 @@ from pydsa.errors import PydsaError  # noqa: E402
 from pydsa.options import bytes_per_second  # noqa: E402
 from pydsa.setup import Setup  # noqa: E402
 from pydsa.stages import forecast as formula  # noqa: E402
-from pydsa.stages.division import Node, borders, divided, parse  # noqa: E402
+from pydsa.stages.division import AUTO, Node, borders, divided, parse  # noqa: E402
 from pydsa.stages.forecast import Groups, Link, Times, chunks, depth_of, wire_of  # noqa: E402
 
 DRIVER = -1
@@ -214,6 +214,8 @@ class Measurement(NamedTuple):
         Raises KeyError, TypeError or ValueError for what is none.
         """
         stages = None if row.get("stages") in (None, 1) else parse(row["stages"])
+        if stages == AUTO:
+            raise ValueError("it does not tell the stages")
         if "avg_ts" in row:
             return cls(stages, *(int(row[key]) for key in ("n_prompt", "n_gen", "n_depth")), 1, int(row["n_ubatch"]), True,
                        float(row["avg_ts"]))

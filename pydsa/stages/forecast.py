@@ -60,8 +60,8 @@ def wire_of(setup, wire="f32"):
 class Times:
     """The seconds of steps in each stage of a model.
 
-    ranges: its Layers; nodes: their division.Nodes. A node reads all bytes, or does all products, of an op after the other's, whichever
-    takes longer; a step of one token reads only. Experts are taken to be chosen evenly.
+    ranges: its Layers; nodes: their division.Nodes. An op takes the time to read its bytes, or to do its products, whichever is longer; in a
+    step of one token, to read. Experts are taken to be chosen evenly.
     """
 
     def __init__(self, setup, ranges, nodes):
@@ -219,8 +219,9 @@ def in_words(found):
     if many["streams"] > 1:
         under_way = f", {many['steps']} steps under way" if wires else ""
         yield f"{many['streams']} conversations{under_way}: at most {many['ts']:.3g} tokens a second in all"
+    rates = " to ".join(f"{rate / 1e9:g}" for rate in sorted({pick(stage["rate"] for stage in found["stages"]) for pick in (min, max)}))
     yield (f"a prompt of {prompt['tokens']} tokens in chunks of {prompt['chunk']}: at most {prompt['ts']:.3g} tokens a second, the first "
-           f"after {prompt['seconds']:.3g} s; products at {found['stages'][0]['rate'] / 1e9:g} GOP/s a node" + _assumed(found, "gops"))
+           f"after {prompt['seconds']:.3g} s; products at {rates} GOP/s a node" + _assumed(found, "gops"))
 
 
 def _assumed(found, *options):
@@ -234,9 +235,10 @@ def _table(stages):
     rows = [("node", "", "layers", "weights", "caches", "scratch", "free", "a token reads", "in")]
     for stage in stages:
         free = stage["free"]
+        left = "?" if free is None else size(free) if free >= 0 else f"lacks {size(-free)}"
         of_memory = "" if stage["memory"] is None else f"{size(stage['memory'])}, "
         rows.append((stage["node"], f"{of_memory}{stage['bandwidth'] / 1e9:g} GB/s", stage["layers"],
-                     *(size(stage[key]) for key in ("weights", "caches", "scratch")), "?" if free is None else size(max(0, free)),
+                     *(size(stage[key]) for key in ("weights", "caches", "scratch")), left,
                      size(stage["token_bytes"]), f"{1e3 * stage['token_seconds']:.3g} ms"))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ("  ".join([*(cell.ljust(n) for cell, n in zip(row[:2], widths)), *(cell.rjust(n) for cell, n in zip(row[2:], widths[2:]))])
