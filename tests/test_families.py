@@ -88,7 +88,10 @@ def full_size_file(family, kind):
 
 @pytest.fixture
 def full_size(family, monkeypatch):
-    """full_size(**options) -> the Setup of a published model in Q4_K_M, or in another type."""
+    """full_size(**options) -> the Setup of a published model.
+
+    It is in Q4_K_M, or in another type.
+    """
     files = functools.cache(functools.partial(full_size_file, family))
 
     def setup(kind="Q4_K_M", **options):
@@ -143,7 +146,7 @@ def test_plans_in_the_docs(full_size):
 
 @pytest.mark.parametrize("family", ["DeepSeek-V3.2", "GLM-5"])
 def test_stages_in_the_docs(family, full_size):
-    """The table of docs/stages.md is what `pydsa info --stages` says of such nodes."""
+    """A table of docs/stages.md is what `pydsa info --stages` says."""
     rows = re.findall(rf"^\| {family.removeprefix('DeepSeek-')} (\S+) \| (\d+) \| (\S+) \| (\S+) GiB \| (.*) \|$",
                       (ROOT / "pydsa/docs/stages.md").read_text(), re.MULTILINE)
     assert len(rows) == 6
@@ -176,7 +179,10 @@ def test_what_the_docs_say_of_the_network(full_size):
 
 @pytest.mark.parametrize("family", ["DeepSeek-V3.2"])
 def test_losses_in_the_docs(full_size):
-    """A row of the other table of docs/stages.md is what a simulation finds, within two percent."""
+    """Another table of docs/stages.md is what simulations find.
+
+    Within two percent, for one of its rows.
+    """
     row = re.search(r"^\| 8 \| (\d+), (\d+)% \| (\d+), (\d+)% \| (\d+)% \| (\d+)% \|$", (ROOT / "pydsa/docs/stages.md").read_text(),
                     re.MULTILINE)
     setup, link = full_size("Q8_0", n_ubatch=CHUNK), Link(1.25e9, 100e-6)

@@ -81,7 +81,10 @@ def bench_row(**changes):
 
 
 def against(tmp_path, *files, rest=("--link", "5GB/s", "--latency", "50")):
-    """The rows of --measured for lists of rows; files in turns of JSON and of JSON lines."""
+    """The rows of --measured for lists of rows, a file for each.
+
+    Files are in turns of JSON and of JSON lines.
+    """
     args = []
     for i, rows in enumerate(files):
         path = tmp_path / f"{i}.json"
@@ -103,7 +106,10 @@ def test_bench_beside_a_prediction(tmp_path):
 
 
 def test_stage_speed_beside_a_prediction(tmp_path):
-    """Four conversations over two stages are two steps of two, whose time lies between those of one and four in one process."""
+    """Four conversations over two stages are two steps of two.
+
+    Their time lies between those of one conversation and of four in one process.
+    """
     row = {"threads": 1, "ratio": 1.0}
     rows = [row | {"stages": n, "test": test, "t/s": rate} for n, test, rate in (
         (1, "tg64, 1 stream", 100.0), (1, "tg64, 4 streams", 200.0), (2, "tg64, 1 stream", 95.0), (2, "tg64, 4 streams", 250.0),
@@ -116,7 +122,10 @@ def test_stage_speed_beside_a_prediction(tmp_path):
 
 
 def test_rows_that_bench_writes(small_model, tmp_path):
-    """Of a model in one process and in stages, whose memory has no limits to show: it may be elsewhere."""
+    """Of a model in one process, and in stages.
+
+    The memory of these has no limits to show: it may be elsewhere.
+    """
     path, tests = small_model(n_layer=3), Bench([16], [4], [8], 1)
     whole, launcher = pydsa.load(path, **OPTIONS), Launcher(path, [(0, 1), (1, 3)])
     pipeline, staged = Pipeline(launcher, launcher.setup), copy.copy(whole)

@@ -1,4 +1,7 @@
-"""Options of `pydsa info` for a model in stages on nodes that need not be there."""
+"""Options of `pydsa info` for nodes of a model in stages.
+
+They need not be there.
+"""
 import click
 
 from pydsa.cli.shared import options

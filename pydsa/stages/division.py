@@ -111,7 +111,7 @@ def borders(config):
 
 
 def check(ranges, config):
-    """Raise PydsaError if ranges, a tuple of Layers, cannot be stages of a model.
+    """Raise PydsaError if a tuple of Layers cannot be the stages of a model.
 
     They have all of its layers once, in order, and begin at borders().
     """
