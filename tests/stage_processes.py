@@ -65,9 +65,9 @@ class Launcher:
 
     def close(self):
         """End all."""
-        self.closed = True
         for i in list(self.workers):
             self.kill(i)
+        self.closed = True
 
 
 class Process:

@@ -10,6 +10,7 @@ from stage_processes import OPTIONS, Launcher
 import pydsa
 from pydsa import DEMO
 from pydsa.bench import Bench, format_rows
+from pydsa.stages.division import parse
 from pydsa.stages.forecast import Groups, Link, Wire, chunks, depth_of, prompt_seconds
 from pydsa.stages.pipeline import Pipeline
 from tools.simulate_stages import Simulation, compared, generate_many, generate_one, main, read_prompt, speed, step_seconds
@@ -130,7 +131,7 @@ def test_rows_that_bench_writes(small_model, tmp_path):
     whole, launcher = pydsa.load(path, **OPTIONS), Launcher(path, [(0, 1), (1, 3)])
     pipeline, staged = Pipeline(launcher, launcher.setup), copy.copy(whole)
     try:
-        staged.runner = pipeline
+        staged.runner, staged.stages = pipeline, parse("0,1-2")
         rows = [*tests.run(whole), *tests.run(staged)]
     finally:
         pipeline.close()

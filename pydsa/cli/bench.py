@@ -37,6 +37,8 @@ def bench(model, n_prompt, n_gen, n_depth, repetitions, threads, threads_batch, 
     from pydsa.setup import ATTENTION
     from pydsa.options import choose
     from pydsa.plot import check_plot, save_plot
+    if (ops or plot is not None) and (settings["stages"] or settings["ray"]):
+        raise click.UsageError(f"{'--ops' if ops else '--plot'} times the ops of a step in this process: leave out --stages and --ray.")
     if plot is not None:
         check_plot(plot)
     tests = Bench(comma_numbers("-p", n_prompt), comma_numbers("-n", n_gen), comma_numbers("-d", n_depth), repetitions)

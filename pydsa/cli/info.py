@@ -36,8 +36,9 @@ def info(ctx, model, output, check, gpu_memory, bandwidth, stages, **settings):
     """Show what a file holds, what it needs, and how each layer will run.
 
     No weights are read, but with --check: it names the tensors with NaN, infinities or stretches of zeros, and ends with exit code 1 if
-    there are any. Of a folder of Hugging Face it shows what `pydsa convert` would give, and what each type would take. With --stages it
-    shows what the model takes and gives on several nodes, which need not be there.
+    there are any. Of a folder of Hugging Face it shows what `pydsa convert` would give, and what each type would take; of one with
+    some parts of a split model, which are missing, and which layers a stage can run with the others. With --stages it shows what the
+    model takes and gives on several nodes, which need not be there.
     """
     given = [name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if os.path.isdir(os.path.expanduser(model)):
@@ -108,14 +109,18 @@ def _bandwidths(text):
 
 
 def _show_folder(folder, output, given, settings):
-    """Show what converting a folder would give.
+    """Show what converting a folder would give, or which parts it has.
 
     given: the names of the options on the command line.
     """
-    idle = sorted(set(given) - {"model", "output", "n_ctx", "kv_type", "index_type"})
-    if idle:
-        raise click.UsageError(f"{folder} is a folder of Hugging Face, of which `info` takes -c, --kv-type, --index-type and -o only, not "
-                               f"--{idle[0].replace('_', '-')}.")
+    from pydsa.parts_report import describe_parts, find_parts, format_parts
+    if not os.path.exists(os.path.join(folder, "config.json")) and find_parts(folder):
+        _refuse_options(f"{folder} is a folder with parts of a model, of which `info` takes -o only", given, {"model", "output"})
+        reports = describe_parts(folder)
+        click.echo(json_text(reports) if output == "json" else format_parts(reports), nl=output == "json")
+        return
+    _refuse_options(f"{folder} is a folder of Hugging Face, of which `info` takes -c, --kv-type, --index-type and -o only", given,
+                    {"model", "output", "n_ctx", "kv_type", "index_type"})
     from pydsa.conversion import Conversion, format_memory, format_plan
     conversion = Conversion(folder)
     n_ctx = conversion.config.n_ctx_train if settings["n_ctx"] == 0 else settings["n_ctx"]
@@ -126,3 +131,10 @@ def _show_folder(folder, output, given, settings):
         click.echo(json_text(plan | {"memory": memory}))
     else:
         click.echo("\n".join(map(visible, [*format_plan(plan), *format_memory(memory)])))
+
+
+def _refuse_options(why, given, taken):
+    """Raise UsageError for an option that was given, but is not taken."""
+    idle = sorted(set(given) - taken)
+    if idle:
+        raise click.UsageError(f"{why}, not --{idle[0].replace('_', '-')}.")

@@ -99,6 +99,13 @@ class StageActor:
         """
         return answered(lambda: _measured(gpus, share))
 
+    def look(self, path):
+        """What this node has of a file -> an Answer of gguf_parts.described()."""
+        def work():
+            from pydsa.gguf_parts import described
+            return described(path)
+        return answered(work)
+
     def open(self, path, settings, layers):
         """Open a file -> an Answer of (fingerprint, text of a plan or None).
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 import weakref
 from typing import NamedTuple
@@ -165,18 +166,21 @@ class Cluster:
                 found.what = what
         return found if found is not None and found.alive() else Process(self, node, what)
 
-    def give_back(self, process):
-        """Let a process free its part of a model and wait for another one.
+    def give_back(self, processes):
+        """Let processes free their parts of a model and wait for another one.
 
-        One that does not do that at once is ended.
+        Those that do not do that at once are ended.
         """
-        try:
-            process.result(process.begin("leave"), QUICK)
-        except StageError:
-            process.end()
-        else:
-            with self._lock:
-                self._idle.append(process)
+        begun = [(process, process.begin("leave")) for process in processes]
+        until = time.monotonic() + QUICK
+        for process, leaving in begun:
+            try:
+                process.result(leaving, max(0, until - time.monotonic()))
+            except StageError:
+                process.end()
+            else:
+                with self._lock:
+                    self._idle.append(process)
 
     def close(self):
         """End the processes, and Ray if it is the program's own."""
@@ -213,6 +217,13 @@ def cluster(address=None):
         if _current is None or _current.closed or not _current.ray.is_initialized():
             _current = Cluster(address)
         return _current
+
+
+def close():
+    """End what cluster() has started, or leave it."""
+    with _lock:
+        if _current is not None:
+            _current.close()
 
 
 def _named(address):

@@ -12,6 +12,7 @@ from pydsa.backends.devices import device_of
 from pydsa.costs import StepSize, step_cost
 from pydsa.errors import LESS, OutOfMemoryError, PydsaError
 from pydsa.gguf_file import Tensor
+from pydsa.models.blocks import spans
 from pydsa.placement import home_layer
 from pydsa.streaming import ASSUMED, REACHED
 from pydsa.words import size
@@ -40,12 +41,18 @@ class Node(NamedTuple):
     """A machine for one stage.
 
     bandwidth: bytes a second that its device reads of its memory. memory: bytes that are free there; None: not known, and not checked.
-    rate: operations of products that it does in a second in steps of many tokens; a multiply-add is two.
+    rate: operations of products that it does in a second in steps of many tokens; a multiply-add is two. layers: those whose tensors are in
+    the parts of the file that it has; None: all.
     """
     name: str
     bandwidth: float
     memory: int | None = None
     rate: float = REACHED * ASSUMED.peak
+    layers: frozenset | None = None
+
+    def lacks(self, layers):
+        """Whether it has not the tensors of all layers of a range."""
+        return self.layers is not None and not self.layers.issuperset(range(*layers))
 
 
 class Share(NamedTuple):
@@ -222,13 +229,22 @@ class Parts:
             raise PydsaError(f"There are {len(nodes)} stages, expected at most {len(self.borders)}: so many layers of the model can "
                              "begin one.")
         taken, token = self._between(memory=True), self._between(memory=False)
-        lacks = [_lacking(taken, node.memory) for node in nodes]
+        lacks = [np.where(self._elsewhere(node), np.inf, _lacking(taken, node.memory)) for node in nodes]
         seconds = [np.where(lack > 0, np.inf, token / node.bandwidth) for lack, node in zip(lacks, nodes)]
         found, slowest = _best(seconds, np.maximum)
+        if found is None and _best(lacks, np.maximum)[0] is None:
+            raise nowhere(nodes)
         if found is None:
             raise self._too_large(nodes, lacks)
         even = [np.where(some <= slowest, some * (1 + EVEN * some / max(slowest, 1e-300)), np.inf) for some in seconds]
         return self._layers(_best(even, np.add)[0])
+
+    def _elsewhere(self, node):
+        """Whether a node lacks tensors of the layers between borders, bool [n, n]."""
+        ends = np.array([*self.borders, self.setup.config.n_layer])
+        absent = [node.lacks((il, il + 1)) for il in range(self.setup.config.n_layer)]
+        below = np.concatenate([[0], np.cumsum(absent)])[ends]
+        return below[None, :] > below[:, None]
 
     def _layers(self, found):
         ends = [*self.borders, self.setup.config.n_layer]
@@ -280,6 +296,16 @@ def token_bytes(setup, n_past):
         layers[home_layer(node) % len(layers)].append(node)
     costs = [step_cost(nodes, step) for nodes in layers]
     return [cost.weights + cost.cache for cost in costs]
+
+
+def nowhere(nodes):
+    """The PydsaError of nodes whose parts of the file allow no division."""
+    def layers(node):
+        return spans(["x" if il in node.layers else "" for il in range(MOST)]).get("x", "none")
+
+    there = "; ".join(f"{node.name}: {'all' if node.layers is None else layers(node)}" for node in nodes)
+    return PydsaError(f"The nodes, in this order, have not the parts of the file for a division: layers on {there}. Copy the parts that "
+                      "lack.")
 
 
 def _lacking(taken, memory):

@@ -11,7 +11,7 @@ import traceback
 
 from pydsa.errors import PydsaError, StageError
 from pydsa.stages.journal import Ran
-from pydsa.stages.links import GONE, Lost
+from pydsa.stages.links import CAUSE, Lost
 
 LOOKS = 0.25        # seconds between two looks at the heartbeats
 WITNESSES = 0.5     # seconds in which other reports may tell more exactly which stage has failed
@@ -61,12 +61,12 @@ class Watch:
         """Look no more."""
         self._stopped.set()
 
-    def report(self, i, text, direct=True):
+    def report(self, i, text, rank):
         """Say that something is wrong with stage i.
 
-        direct: whether its own connection with the driver tells so, and not another stage.
+        rank: how far that is from the cause, one of links.CAUSE to EFFECT. Of several reports the one of the least rank counts.
         """
-        self._reports.put((i, text, direct))
+        self._reports.put((rank, i, text))
 
     def wait(self, event):
         """Wait for an answer of a stage while the pipeline is set up.
@@ -79,25 +79,27 @@ class Watch:
     def _raise_trouble(self):
         if self._pipeline.error is not None:
             raise StageError(str(self._pipeline.error))
-        trouble = self._reported() or self._pipeline.links.unwell()
+        trouble = self._next(0.001) or self._pipeline.links.unwell()
         if trouble:
-            raise Trouble(*trouble)
+            raise Trouble(*self._best(trouble))
 
-    def _reported(self, seconds=0.0):
-        """The report that tells most, of those that come within some seconds: (stage, text); None."""
-        reports, until = [], time.monotonic() + seconds
-        while True:
-            try:
-                reports.append(self._reports.get(timeout=max(until - time.monotonic(), 0.001)))
-            except queue.Empty:
-                break
-            if reports[-1][2]:
-                break
-        return min(reports, key=lambda report: not report[2])[:2] if reports else None
+    def _next(self, seconds):
+        """The next report within some seconds: (rank, stage, text); None."""
+        try:
+            return self._reports.get(timeout=max(seconds, 0.001))
+        except queue.Empty:
+            return None
+
+    def _best(self, report=None):
+        """The report that is next to the cause, of one and those that come soon: (stage, text)."""
+        reports, until = [report] if report else [], time.monotonic() + WITNESSES
+        while not (reports and reports[-1][0] == CAUSE) and (report := self._next(until - time.monotonic())):
+            reports.append(report)
+        return min(reports, key=lambda report: report[0])[1:] if reports else (0, "it does not answer")
 
     def trouble(self, error):
         """The StageError of a Trouble, or of a Lost, which leaves a report."""
-        return self.failure(*(error.args if isinstance(error, Trouble) else self._reported(WITNESSES) or (0, "it does not answer")))
+        return self.failure(*(error.args if isinstance(error, Trouble) else self._best()))
 
     def failure(self, i, text):
         """The StageError of a stage that has failed."""
@@ -106,16 +108,15 @@ class Watch:
     def _run(self):
         pipeline = self._pipeline
         while not self._stopped.is_set():
-            trouble = self._reported(LOOKS) or pipeline.links.unwell()
+            trouble = self._next(LOOKS) or pipeline.links.unwell()
             if trouble is None:
                 pipeline.tidy()
             elif not self._stopped.is_set():
-                self._deal(*trouble)
+                self._deal(*self._best(trouble))
 
     def _deal(self, i, text):
         """End the pipeline, or start a stage again."""
         pipeline = self._pipeline
-        i, text = self._told_better(i, text)
         pipeline.links.close()          # wakes who sends
         if pipeline.journal is None:
             pipeline.end(StageError(f"{self.failure(i, text)} The other stages were ended. With --resume it is started again by itself."))
@@ -128,7 +129,7 @@ class Watch:
                 except Trouble as trouble:
                     i, text = trouble.args
                 except Lost:
-                    i, text = self._reported(WITNESSES) or (i, "it does not answer")
+                    i, text = self._best()
                 except PydsaError as error:
                     pipeline.end(StageError(f"{self.failure(i, text)} It could not be started again: {error} The other stages "
                                             "were ended."))
@@ -136,10 +137,6 @@ class Watch:
                     traceback.print_exception(error)
                     pipeline.end(StageError(f"{self.failure(i, text)} Starting it again met an internal error ({error!r}). The other "
                                             "stages were ended."))
-
-    def _told_better(self, i, text):
-        """What others tell at the same time, if that is more exact."""
-        return self._reported(WITNESSES) or (i, text) if text != GONE else (i, text)
 
     def _restart(self, i, text):
         """Start a stage again, and let all go on."""
@@ -153,7 +150,7 @@ class Watch:
         for j in gone:
             launcher.kill(j)
         start_all(launcher, gone)
-        while self._reported():         # of what has ended
+        while self._next(0.001):        # of what has ended
             pass
         pipeline.drop_unwanted()
         pipeline.close_left()

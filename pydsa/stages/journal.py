@@ -144,7 +144,7 @@ class Journal:
     def saved(self, session, n, source):
         """A session has n tokens, and all are saved.
 
-        source(ref, start, stop) gives the rows of a cache, uint8 [stop - start, row_bytes], for as long as the session lives.
+        source(ref, start, stop, ask) gives the rows of a cache, uint8 [stop - start, row_bytes], for as long as the session lives.
         """
         self.closed(session)
         if n:

@@ -14,6 +14,7 @@ SILENT = 5.0        # seconds without a heartbeat after which a stage is lost
 STUCK = 8.0         # seconds in a step in which a stage neither computes nor reads
 COMPUTES = 0.005    # CPU seconds between two heartbeats, from which on it computes
 LATE = 2.0          # seconds by which a look at the heartbeats may be late: beyond, this process itself stood still
+CAUSE, SEEN, BROKEN, EFFECT = range(4)      # ranks of reports: how far they are from what has failed
 GONE = "its connection has ended: its process has died, or its node is not reached any more"
 
 
@@ -48,13 +49,14 @@ def raised(content, name):
 class Links:
     """Connections to all stages of a launcher.
 
-    take(i, frame) is called for what stage i sends, on a thread of that stage; fault(i, text) when its connection ends, or sends what no
-    stage may. limits: wire.Limits. wire: one of wire.WIRES.
+    take(i, frame) is called for what stage i sends, on a thread of that stage; fault(i, text, rank) when its connection ends, or brings
+    what no stage may send. limits: wire.Limits. wire: one of wire.WIRES.
     """
 
     def __init__(self, launcher, limits, wire, take, fault):
         self._launcher, self._limits, self._wire, self._take, self._fault = launcher, limits, wire, take, fault
         self.epoch, self._controls, self._steps = 0, [], None
+        self._key = os.urandom(KEY_BYTES)       # always the same: a stage that has joined anew connects to one that has not yet
         self._lock, self._waiting, self._numbers = threading.Lock(), {}, itertools.count(1)
         self._heard, self._looked = {}, time.monotonic()        # stage -> [when, Beat, when it last advanced]
 
@@ -64,15 +66,16 @@ class Links:
         wait(event) waits for an answer, and may raise. Raises StageError, which names the stage, if one cannot be reached.
         """
         self.close()
-        launcher, key, n = self._launcher, os.urandom(KEY_BYTES), len(self._launcher.stages)
+        launcher, key, n = self._launcher, self._key, len(self._launcher.stages)
         self.epoch += 1
         addresses = [launcher.address(i) for i in range(n)]
         for i in range(n):
             launcher.join(i, *((addresses[i + 1], None) if i + 1 < n else (None, addresses[0])), key, self.epoch)
+        self._heard = {}
         for i in range(n):
+            self._heard[i] = [time.monotonic(), None, time.monotonic()]
             self._controls.append(self._opened(i, addresses[i], key, CONTROL))
         self._steps = self._opened(0, addresses[0], key, STEPS)
-        self._heard = {i: [time.monotonic(), None, time.monotonic()] for i in range(n)}
         self.ask_all({"do": "ready"}, wait)
 
     def _opened(self, i, address, key, purpose):
@@ -84,7 +87,7 @@ class Links:
             raise StageError(f"{self.name(i)} cannot be reached: {error}.") from error
         if purpose == CONTROL:
             threading.Thread(target=self._receive, args=(i, channel, epoch), name=f"pydsa from stage {i}", daemon=True).start()
-        return Outbox(channel, lambda error: self._ended(i, epoch, str(error)), at_once=False)
+        return Outbox(channel, lambda error: self._ended(i, epoch, str(error), BROKEN), at_once=False)
 
     def name(self, i):
         """The name of a stage, as a sentence begins with it."""
@@ -170,12 +173,12 @@ class Links:
             text = f"it has sent what cannot be read: {error}"
         finally:
             channel.close()
-            self._ended(i, epoch, text)
+            self._ended(i, epoch, text, CAUSE)
 
-    def _ended(self, i, epoch, text):
+    def _ended(self, i, epoch, text, rank):
         if epoch == self.epoch:
             self._lose(i)
-            self._fault(i, text)
+            self._fault(i, text, rank)
 
     def _answer(self, i, frame):
         with self._lock:
@@ -195,14 +198,14 @@ class Links:
         self._heard[i] = [now, beat, advanced]
 
     def unwell(self):
-        """A stage that is silent or stuck -> (its index, what was met); None."""
+        """A stage that is silent or stuck -> a report (CAUSE, its index, text); None."""
         now, self._looked, looked = time.monotonic(), time.monotonic(), self._looked
         if now - looked > LATE:         # this process was stopped: nobody could hear anything
             self._heard = {i: [now, beat, now] for i, (_, beat, _) in self._heard.items()}
             return None
         for i, (heard, beat, advanced) in list(self._heard.items()):
             if now - heard > SILENT:
-                return i, f"no sign of life has come from it for {SILENT:.0f} seconds"
+                return CAUSE, i, f"no sign of life has come from it for {SILENT:.0f} seconds"
             if beat is not None and beat.busy and now - advanced > STUCK:
-                return i, f"it hangs in a step: for {STUCK:.0f} seconds it has neither computed nor read anything"
+                return CAUSE, i, f"it hangs in a step: for {STUCK:.0f} seconds it has neither computed nor read anything"
         return None

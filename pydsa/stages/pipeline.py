@@ -14,10 +14,10 @@ import numpy as np
 from pydsa.errors import PydsaError, StageError
 from pydsa.options import choose
 from pydsa.signals import interrupts_held
-from pydsa.stages.division import Layers
 from pydsa.stages.faults import AT_ONCE, Trouble, Watch, start_all
 from pydsa.stages.journal import Journal, Ran
-from pydsa.stages.links import Links, Lost, raised
+from pydsa.stages.keeping import save, saved
+from pydsa.stages.links import EFFECT, SEEN, Links, Lost, raised
 from pydsa.stages.under_way import AWAKE, Conversation, Pending, Ring, Samplers, follow_of, wait
 from pydsa.stages.wire import DISCARD, MOST_PAYLOAD, WIRES, Close, Credit, FrameError, Limits, Message, Result
 
@@ -67,11 +67,6 @@ class Pipeline:
             raise
         self.watch.start()
 
-    @property
-    def stages(self):
-        """The layers of each stage, a tuple of division.Layers."""
-        return tuple(Layers(*layers) for layers in self.launcher.stages)
-
     def close(self):
         """End the pipeline and its stages; steps under way fail."""
         self.end(StageError("The model's stages were ended."))
@@ -118,6 +113,17 @@ class Pipeline:
     def _cache(self, conversation, ref):
         return Cache(self, conversation, self._stage_of[ref], ref, self.setup.n_ctx, self.setup.cache_row_bytes[ref])
 
+    def save(self, path, identity, tokens, caches):
+        """Write a session of these tokens and caches, each stage its part."""
+        save(self, path, identity, tokens, caches)
+
+    def saved(self, path, identity, caches, n_vocab, n_ctx):
+        """A context with the tokens of a saved session, and a function read().
+
+        As Runner.saved().
+        """
+        return saved(self, path, identity, caches, n_vocab, n_ctx)
+
     def ahead(self):
         """What runs the steps of a session that generate."""
         return Ring(self)
@@ -131,6 +137,7 @@ class Pipeline:
 
         parts: pairs of a session's caches and its number of tokens. again, streams: of no account here.
         """
+        assert n_outputs <= sum(n for _, n in parts) <= self.setup.n_ubatch
         return Bound(self, variant, [(caches.conversation, n) for caches, n in parts], n_outputs, late)
 
     # Steps
@@ -183,7 +190,7 @@ class Pipeline:
             return
         for cache in (self._cache(conversation, ref) for ref in self._stage_of):
             for first, last in cache.pieces(0, start):
-                cache.write(rows(cache.ref, first, last), first, ask)
+                cache.write(rows(cache.ref, first, last, ask), first, ask)
 
     def drop_unwanted(self):
         """Drop steps under way that nobody waits for -> the others, in order."""
@@ -280,7 +287,7 @@ class Pipeline:
 
     def _failed(self, i, message):
         if message.number == 0:
-            self.watch.report(i, str(message.content.get("text")), direct=False)
+            self.watch.report(i, str(message.content.get("text")), SEEN if message.content.get("seen") else EFFECT)
             return
         with self.changed:
             pending = self.under_way.get(message.number)
@@ -348,8 +355,8 @@ class Caches(dict):
     def saved(self, n, source):
         """Say that all n tokens of the session are in a save.
 
-        A stage that is started again takes its rows from there: source(ref, start, stop) gives those of a cache, uint8 [stop - start,
-        row_bytes], as long as the session lives.
+        A stage that is started again takes its rows from there: source(ref, start, stop, ask) gives those of a cache, uint8 [stop - start,
+        row_bytes], as long as the session lives. ask(stage, content, payload) asks a stage meanwhile.
         """
         pipeline = self._pipeline
         if pipeline.journal is not None:

@@ -11,11 +11,12 @@ import weakref
 from pydsa.backends.devices import AUTO as ANY_DEVICE
 from pydsa.backends.devices import HOST, check_devices, device_of
 from pydsa.errors import OutOfMemoryError, StageError
+from pydsa.gguf_parts import described, is_complete, layers_here, merged
 from pydsa.model import Model
 from pydsa.options import choose, counts
 from pydsa.setup import Setup
 from pydsa.stages.cluster import STARTING, cluster, compare
-from pydsa.stages.division import AUTO, Node, Parts, check, divide, parse
+from pydsa.stages.division import AUTO, Node, Parts, check, divide, nowhere, parse
 from pydsa.stages.pipeline import Pipeline
 from pydsa.stages.wire import WIRES, Limits
 from pydsa.words import size
@@ -30,7 +31,7 @@ class Asked:
     """What is asked for: options of load(), checked as far as they can be.
 
     stages: as for division.parse(), None: auto; ray: a cluster's address, None: a Ray of this program's own. wire: one of wire.WIRES.
-    settings: those of fitting.fitted(). Raises PydsaError for what is not valid.
+    settings: those of fitting.fitted(); an n_ctx of 0 is the model's own. Raises PydsaError for what is not valid.
     """
 
     def __init__(self, path, stages, ray, wire, threads, threads_batch, settings):
@@ -42,14 +43,21 @@ class Asked:
                              "of stages on this machine.")
         n_ubatch, = counts(2**31 - 1, n_ubatch=settings.get("n_ubatch", MOST_TOKENS))
         self.settings = settings | {"n_ubatch": min(n_ubatch or MOST_TOKENS, MOST_TOKENS)}
+        self.own_context = self.settings.get("n_ctx") == 0
 
-    def whole(self):
+    def whole(self, absent=None):
         """The Setup of the whole model, for the driver.
 
-        It has no weights, and so no device but one whose numbers are those of the stages.
+        It has no weights, and so no device but one whose numbers are those of the stages. absent: as for Setup.
         """
+        if self.own_context:
+            self.settings["n_ctx"] = self._whole(absent, n_ctx=1).config.n_ctx_train
+        return self._whole(absent)
+
+    def _whole(self, absent, **others):
         settings = {name: value for name, value in self.settings.items() if name not in (*OF_FITTING, *OF_PLACES)}
-        return Setup(self.path, device=HOST if self.may_use_gpus else self.settings["device"], **settings)
+        device = HOST if self.may_use_gpus else self.settings["device"]
+        return Setup(self.path, **settings | {"absent": absent, "device": device} | others)
 
     @property
     def may_use_gpus(self):
@@ -63,20 +71,19 @@ class Asked:
 class Launcher:
     """Starts the stages of a model as Ray actors, and ends them.
 
-    cluster: a cluster.Cluster. asked: an Asked. setup: of the whole model. stages: the Layers of each stage, once divide() has chosen them.
-    names: how errors name the stages.
+    cluster: a cluster.Cluster. asked: an Asked. setup: of the whole model, which divide() needs. stages: the Layers of each stage, once
+    divide() has chosen them. names: how errors name the stages.
     """
 
-    def __init__(self, cluster, asked, setup):
-        self._cluster, self._asked, self.setup = cluster, asked, setup
+    def __init__(self, cluster, asked):
+        self._cluster, self._asked, self.setup = cluster, asked, None
         nodes, wanted = cluster.nodes(), asked.stages
         n = len(nodes) if wanted == AUTO else wanted if isinstance(wanted, int) else len(wanted)
         self._nodes = [nodes[i * min(n, len(nodes)) // n] for i in range(n)]     # neighbours share a node where there are too few
         self.stages = wanted if isinstance(wanted, tuple) else (None,) * n
-        if isinstance(wanted, tuple):
-            check(wanted, setup.config)
+        self._parts, self._files = None, {}     # what gguf_parts.merged() and described() tell; {id of a node: the latter}
         self._processes, self._found, self._addresses = [None] * n, [None] * n, [None] * n
-        self._lock, self._started, self.closed = threading.Lock(), set(), False
+        self._lock, self._closing, self._started, self.closed = threading.Lock(), threading.Lock(), set(), False
         self.pipeline = None
         cluster.launchers.add(self)
 
@@ -103,16 +110,46 @@ class Launcher:
         self._found[i] = self._processes[i].description()
         compare(self._processes[i], self._found[i])
 
+    def compare_files(self, here):
+        """Compare what the nodes have of the file -> what they have together.
+
+        here: what gguf_parts.described() tells of this machine. None: each node has all of it. Raises GGUFError for files that differ, and
+        for parts that are on no node.
+        """
+        self._files = {node.id: here for node in self._nodes if node.here}
+        begun = {node.id: (i, self._processes[i].begin("look", self._asked.path)) for i, node in enumerate(self._nodes) if not node.here}
+        for id, (i, reference) in begun.items():
+            self._files[id] = self._processes[i].value(self._processes[i].patiently(reference))
+        names = {node.id: f"node {node.name}" for node in self._nodes}
+        parts = merged({"this machine": here} | {names[id]: found for id, found in self._files.items() if found is not here})
+        self._parts = None if is_complete(here) and all(map(is_complete, self._files.values())) else parts
+        return self._parts
+
+    def _layers_of(self, node):
+        """The layers whose tensors are on a node; None: all."""
+        if self._parts is None:
+            return None
+        return frozenset(layers_here(self._files[node.id], self._parts, self.setup.config.n_layer))
+
+    def _order_nodes(self):
+        """Put the nodes in the order of the layers that they have."""
+        order = sorted(range(len(self._nodes)), key=lambda i: sorted(self._layers_of(self._nodes[i])))
+        for each in (self._nodes, self._processes, self._found):
+            each[:] = [each[i] for i in order]
+
     def divide(self):
         """Choose the layers of the stages, if they are not asked for -> lines.
 
         The lines say where each stage is, and what it takes there. Raises OutOfMemoryError if the model does not fit, PydsaError if it
         cannot be divided so.
         """
+        if self._parts is not None:
+            self._order_nodes()
         asked, shared = self._asked, collections.Counter(node.id for node in self._nodes)
         n_sessions = asked.settings.get("n_sessions", 1)
         measured = self._measured(shared)
-        nodes = [Node(node.name, measured[node.id][0], measured[node.id][1] // shared[node.id]) for node in self._nodes]
+        nodes = [Node(node.name, measured[node.id][0], measured[node.id][1] // shared[node.id], layers=self._layers_of(node))
+                 for node in self._nodes]
         note = []
         if self.stages[0] is None:
             try:
@@ -123,6 +160,8 @@ class Launcher:
                 except OutOfMemoryError:
                     raise error from None
                 note = [f"not all weights fit in memory, and are read from the drive: {error}"]
+        elif any(node.lacks(layers) for node, layers in zip(nodes, self.stages)):
+            raise nowhere(nodes)
         parts = Parts(self.setup, n_sessions)
         return [self._words(i, parts.share(layers, nodes[i])) for i, layers in enumerate(self.stages)] + note
 
@@ -156,7 +195,7 @@ class Launcher:
     def _begin_to_open(self, i):
         process, asked = self._processes[i], self._asked
         process.what = self._name(i)
-        return process.begin("open", asked.path, asked.settings, tuple(self.stages[i]))
+        return process.begin("open", asked.path, asked.settings | {"absent": self._parts}, tuple(self.stages[i]))
 
     def _check_file(self, i, begun):
         process = self._processes[i]
@@ -267,27 +306,29 @@ class Launcher:
 
     def close(self):
         """Free all stages: their processes wait for another model."""
-        if not self.closed:
-            self.closed = True
-            self._end(self._cluster.give_back)
+        with self._closing:
+            if not self.closed:
+                self.closed = True
+                self._end(self._cluster.give_back)
 
     def end(self):
         """End the pipeline too, if there is one: its cluster is being closed."""
         if self.pipeline is not None and not self.closed:
             self.pipeline.close()
-        self.closed = True
+        if self._closing.acquire(timeout=STARTING):     # a thread may be about to
+            self.closed = True
+            self._closing.release()
 
     def abandon(self):
         """End all stages at once, whatever they do."""
         self.closed = True
-        self._end(lambda process: process.end())
+        self._end(lambda processes: [process.end() for process in processes])
 
     def _end(self, end):
         with self._lock:
             processes, self._processes = self._processes, [None] * len(self._processes)
         if not self._cluster.closed:
-            for process in filter(None, processes):
-                end(process)
+            end(list(filter(None, processes)))
 
 
 class StagedModel(Model):
@@ -299,13 +340,16 @@ class StagedModel(Model):
     """
 
     def __init__(self, asked, resume=None, say=None, progress=None):
-        self._take(asked.whole())
-        self.tokenizer = self.setup.tokenizer
-        for note in self.setup.notes:
-            warnings.warn(f"{self.metadata.path}: {note}", stacklevel=4)
-        launcher = Launcher(cluster(asked.ray), asked, self.setup)
+        here = described(asked.path)
+        if is_complete(here):
+            self._take_whole(asked)         # what is wrong is met before anything is started
+        launcher = Launcher(cluster(asked.ray), asked)
         try:
             launcher.begin()
+            parts = launcher.compare_files(here)
+            if not is_complete(here):
+                self._take_whole(asked, parts)
+            launcher.setup = self.setup
             self.plan = launcher.divide()
             if say is not None:
                 say(self.plan)
@@ -313,11 +357,23 @@ class StagedModel(Model):
             launcher.load(progress)
             self.threads, self.threads_batch = launcher.threads
             self.runner = Pipeline(launcher, self.setup, asked.wire, resume, *launcher.threads)
-        except BaseException:
+        except Exception:       # the processes are well
+            launcher.close()
+            raise
+        except BaseException:       # nobody waits for them
             launcher.abandon()
             raise
-        launcher.pipeline = self.runner
+        launcher.pipeline, self.stages = self.runner, launcher.stages
         weakref.finalize(self, self.runner.close).atexit = False      # then the cluster is closed, in an order of its own
+
+    def _take_whole(self, asked, absent=None):
+        """Take the Setup of the whole model, and check what is asked for."""
+        self._take(asked.whole(absent))
+        self.tokenizer = self.setup.tokenizer
+        for note in self.setup.notes:
+            warnings.warn(f"{self.metadata.path}: {note}", stacklevel=5)
+        if isinstance(asked.stages, tuple):
+            check(asked.stages, self.config)
 
     def session(self):
         """A new, empty Session.

@@ -14,12 +14,14 @@ import numpy as np
 from pydsa.errors import OutOfMemoryError, PydsaError, StageError
 from pydsa.graph import CacheRef
 from pydsa.sampling import Picked, Sampler
+from pydsa.stages import keeping
 from pydsa.stages.channel import ChannelError, Door, Outbox, connect
 from pydsa.stages.wire import (DISCARD, MOST_PAYLOAD, Beat, Close, Credit, Drop, FrameError, Message, Result, Step, decode, encode)
 
 BEAT = 1.0              # seconds between heartbeats
 ORPHANED = 30.0         # seconds without a driver after which a worker ends
 CONNECTING = 10.0       # seconds in which the next stage must answer
+AGAIN = 0.05            # seconds after which it is tried again
 HANDSHAKES = 5.0        # seconds beside these
 CONTROL, STEPS = "control", "steps"     # what a connection is for: the driver's talk with each stage, and what goes from stage to stage
 
@@ -81,7 +83,7 @@ class Worker:
     def _connect(self, address, key, epoch, connected):
         what = f"the {'first' if self._stage.last else 'next'} stage"
         try:
-            channel = connect(address, key, CONNECTING)
+            channel = self._reached(address, key, epoch)
             channel.send(*encode(Message("hello", epoch, 0, {"for": STEPS})))
         except ChannelError as error:
             self._reachable = f"cannot reach {what}: {error}"
@@ -89,10 +91,21 @@ class Worker:
             with self._lock:
                 self._reachable = None
                 if epoch == self._epoch:
-                    self._onward = Outbox(channel, lambda error: self._tell_trouble(epoch, f"cannot send to {what}: {error}"))
+                    self._onward = Outbox(channel, lambda error: self._tell_trouble(epoch, f"it cannot send to {what}: {error}"))
                 else:
                     channel.close()
         connected.set()
+
+    def _reached(self, address, key, epoch):
+        """The Channel to another stage; one that has not joined yet knows an older key."""
+        until = time.monotonic() + CONNECTING
+        while True:
+            try:
+                return connect(address, key, CONNECTING)
+            except ChannelError:
+                if epoch != self._epoch or time.monotonic() > until:
+                    raise
+                time.sleep(AGAIN)
 
     def _serve(self, channel):
         """Receive all that comes over a connection, until it ends."""
@@ -109,7 +122,7 @@ class Worker:
         except (FrameError, ChannelError) as error:
             if purpose is not None:
                 source = "the driver" if purpose == CONTROL else "the stage before"
-                self._tell_trouble(epoch, f"it received what it cannot read from {source}: {error}")
+                self._tell_trouble(epoch, f"it received what it cannot read from {source}: {error}", seen=True)
         finally:
             channel.close()
             if purpose == CONTROL:
@@ -152,10 +165,13 @@ class Worker:
         if control is not None and frame.epoch == self._epoch:
             control.send(*encode(frame))
 
-    def _tell_trouble(self, epoch, text):
-        """Tell the driver of what is wrong with the pipeline, and no step's fault."""
+    def _tell_trouble(self, epoch, text, seen=False):
+        """Tell the driver of what is wrong with the pipeline, and no step's fault.
+
+        seen: whether this stage has seen what is wrong, and not only what comes of it.
+        """
         if not self._ended.is_set():
-            self._tell(Message("failed", epoch, 0, {"kind": StageError.__name__, "text": text}))
+            self._tell(Message("failed", epoch, 0, {"kind": StageError.__name__, "text": text, "seen": seen}))
 
     def _beat(self):
         while not self._ended.wait(BEAT):
@@ -210,7 +226,7 @@ class Worker:
         if onward is not None:
             onward.send(*encode(frame, self._wire))
         else:
-            self._tell_trouble(frame.epoch, f"has no connection to the {'first' if self._stage.last else 'next'} stage")
+            self._tell_trouble(frame.epoch, f"it has no connection to the {'first' if self._stage.last else 'next'} stage")
 
     def _step(self, step):
         stage = self._stage
@@ -273,6 +289,8 @@ class Worker:
             stage.check_room(_number(content, "n"), str(content.get("what")))
         elif do in ("stored", "restore"):
             return {}, self._rows(content, payload)
+        elif do == "part":
+            return keeping.answered(stage, _number(content, "session"), content)
         else:
             raise FrameError(f"a stage is asked to {do!r:.40}, which it cannot do")
         return {}, b""
