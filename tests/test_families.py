@@ -95,9 +95,9 @@ def full_size(family, monkeypatch):
     files = functools.cache(functools.partial(full_size_file, family))
 
     def setup(kind="Q4_K_M", **options):
-        monkeypatch.setattr("pydsa.setup.open_gguf", lambda path: files(kind))
+        monkeypatch.setattr("pydsa.setup.open_gguf", lambda path, absent: files(kind))
         return Setup("model.gguf", **options)
-    monkeypatch.setattr("pydsa.setup.open_gguf", lambda path: files("Q4_K_M"))
+    monkeypatch.setattr("pydsa.setup.open_gguf", lambda path, absent: files("Q4_K_M"))
     return setup
 
 
