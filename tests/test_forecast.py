@@ -134,11 +134,13 @@ def test_info():
     assert json.loads(info("-o", "json").output)["stages"] is None
 
 
-@pytest.mark.parametrize("sizes, layers", [("1GiB", ["0-3"]), ("45MiB", ["0-1", "2-3"]), ("26MiB,1GiB", ["0", "1-3"])])
-def test_auto(sizes, layers):
+@pytest.mark.parametrize("option, values, layers", [("--node-memory", "1GiB", ["0-3"]), ("--node-memory", "45MiB", ["0-1", "2-3"]),
+                                                    ("--node-memory", "26MiB,1GiB", ["0", "1-3"]), ("--bandwidth", "300,1", ["0-2", "3"])])
+def test_auto(option, values, layers):
     """As many nodes of one size as are needed, or those that are given."""
-    report = json.loads(info("--stages", "auto", "--node-memory", sizes, "--streams", "2", "-o", "json").output)["stages"]
-    assert [stage["layers"] for stage in report["stages"]] == layers and all(stage["free"] >= 0 for stage in report["stages"])
+    report = json.loads(info("--stages", "auto", option, values, "--streams", "2", "-o", "json").output)["stages"]
+    assert [stage["layers"] for stage in report["stages"]] == layers
+    assert all(stage["memory"] is None or stage["free"] >= 0 for stage in report["stages"])
 
 
 @pytest.mark.parametrize("args, error", [

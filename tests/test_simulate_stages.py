@@ -74,6 +74,7 @@ def test_tables():
     assert [line.split("|")[1].strip() for line in lines] == ["stages", "-" * 8, "2", "4"]     # the model has four layers
     rows = json.loads(run("--stages", "0-2,3", "--streams", "9", "-o", "json"))
     assert rows[0]["under way"] == 2 and abs(rows[0]["many: off"]) < 1e-6
+    assert "--nodes is 5,64, expected numbers from 1 to 4" in CliRunner().invoke(main, [str(DEMO), "--nodes", "5,64"]).output
     assert "--stages is auto, expected ranges" in CliRunner().invoke(main, [str(DEMO), "--stages", "auto"]).output
 
 
@@ -101,9 +102,9 @@ def test_bench_beside_a_prediction(tmp_path):
               bench_row(n_gen=8, stages="0-1,2-3")]
     token, prompt = against(tmp_path, one, staged)
     assert (token["test"], prompt["test"], token["layers"], token["streams"]) == ("tg16", "pp2048", "0-1,2-3", 1)
-    assert token["predicted, t/s"] == pytest.approx(1 / (0.01 + 3 * 50e-6), rel=1e-3) and token["of one process"] == 0.9
+    assert token["predicted, t/s"] == pytest.approx(1 / (0.01 + 3 * 50e-6), rel=1e-3) and token["measured of one"] == 0.9
     assert token["measured: off"] == pytest.approx(90 / token["predicted, t/s"] - 1)
-    assert 1400 < prompt["predicted, t/s"] < 1600 and prompt["of one process"] == 1.5      # four chunks: at most 8 / 5 of one
+    assert 1400 < prompt["predicted, t/s"] < 1600 and prompt["measured of one"] == 1.5      # four chunks: at most 8 / 5 of one
 
 
 def test_stage_speed_beside_a_prediction(tmp_path):
@@ -117,9 +118,15 @@ def test_stage_speed_beside_a_prediction(tmp_path):
         (1, "pp4096", 500.0), (2, "pp4096", 800.0))]
     one, four, prompt = against(tmp_path, rows)
     assert step_seconds({1: 100.0, 4: 200.0}, 2) == pytest.approx(0.01 + 0.01 / 3) and step_seconds({1: 100.0}, 3) == 0.03
-    assert (four["streams"], four["of one process"]) == (4, 1.25)
+    assert (four["streams"], four["measured of one"]) == (4, 1.25)
     slowest = 2 / four["predicted, t/s"] / step_seconds({1: 100.0, 4: 200.0}, 2)
     assert 0.5 < slowest < 0.65 and one["predicted, t/s"] < 100 and 800 < prompt["predicted, t/s"] < 1000
+
+
+def test_nodes_like_the_measured_machine(tmp_path):
+    two, four = against(tmp_path, [bench_row()], rest=("--nodes", "2,4,8", "--latency", "1000", "--link", "1GB/s"))
+    assert [len(row["layers"].split(",")) for row in (two, four)] == [2, 4] and "measured, t/s" not in two
+    assert two["predicted, t/s"] == pytest.approx(1 / 0.013, rel=0.01) and four["of one process"] == pytest.approx(0.01 / 0.015, rel=0.01)
 
 
 def test_rows_that_bench_writes(small_model, tmp_path):
@@ -146,7 +153,7 @@ def test_rows_that_bench_writes(small_model, tmp_path):
 @pytest.mark.parametrize("rows, error", [
     ([1], "has no rows of"), ([{"stages": 1, "test": "x", "t/s": 1.0}], "has no rows of"),
     ([{"stages": "x", "avg_ts": 1}], "has no rows of"), ([bench_row(stages="auto")], "has no rows of"),
-    ([bench_row()], "--measured has no test that ran both"), ([bench_row(stages="0-3")], "--measured has no test that ran both")])
+    ([bench_row(n_gen=8), bench_row(stages="0-3")], "--measured has no test in stages"), ([], "--measured has no test in stages")])
 def test_measurements_that_are_none(tmp_path, rows, error):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))

@@ -11,7 +11,8 @@ vary.
 
 --measured takes rows of `pydsa bench -o json` or of tools/stage_speed.py: those of one process give the times of steps, which are shared
 out to the stages by their bytes and products; what is predicted from them stands beside the rows of the model in stages. Stages of one
-machine are slower than predicted where they lack its memory's bandwidth, or its cores.
+machine are slower than predicted where they lack its memory's bandwidth, or its cores. Without rows of a model in stages the prediction is
+for --nodes like the measured machine.
 """
 import heapq
 import itertools
@@ -196,7 +197,8 @@ def compared(times, n_past, link, wire, n_streams, n_prompt, n_tokens, chance):
 class Measurement(NamedTuple):
     """A row of a benchmark: tokens a second of a prompt, or of generation.
 
-    stages: None for one process, or a value of division.parse(). logits: whether these came back, rather than sampled ids.
+    stages: None for one process, or a value of division.parse(). logits: whether these came back, rather than sampled ids. ts: None where
+    it was not measured.
     """
     stages: object
     n_prompt: int
@@ -205,7 +207,7 @@ class Measurement(NamedTuple):
     n_streams: int
     n_ubatch: int
     logits: bool
-    ts: float
+    ts: float | None
 
     @classmethod
     def of(cls, row):
@@ -273,30 +275,34 @@ def predicted(setup, row, whole, link, wire, n_tokens, chance):
         logits = 4 * setup.config.n_vocab if row.logits else 0
         found = groups.streams / groups.steps * speed(generate_many(simulation, wire, seconds, groups, n_tokens, logits))
     one = whole.get(row.n_streams)
-    return {"test": test_name(row.n_prompt, row.n_gen, row.n_depth), "streams": row.n_streams, "layers": ",".join(map(str, ranges)),
-            "one process, t/s": one, "measured, t/s": row.ts, "of one process": one and row.ts / one, "predicted, t/s": found,
-            "measured: off": row.ts / found - 1}
+    shown = {"test": test_name(row.n_prompt, row.n_gen, row.n_depth), "streams": row.n_streams, "layers": ",".join(map(str, ranges)),
+             "one process, t/s": one, "predicted, t/s": found, "of one process": one and found / one}
+    return shown if row.ts is None else shown | {"measured, t/s": row.ts, "measured of one": one and row.ts / one,
+                                                 "measured: off": row.ts / found - 1}
 
 
-def against_measurements(setup, rows, *network):
+def against_measurements(setup, rows, numbers, *network):
     """A row for each Measurement in stages that one of one process is beside.
 
-    network: the arguments of predicted() after the rows. Raises UsageError if there is none.
+    Where there is none in stages at all: for each number of stages. network: the arguments of predicted() after the rows. Raises UsageError
+    if there is none of one process.
     """
+    if all(row.stages is None for row in rows):
+        rows = rows + [row._replace(stages=n, ts=None) for n in numbers for row in rows]
     whole = {}
     for row in rows:
         if row.stages is None:
             whole.setdefault(row.test, {})[row.n_streams] = row.ts
     found = [predicted(setup, row, whole[row.test], *network) for row in rows if row.stages is not None and 1 in whole.get(row.test, ())]
     if not found:
-        raise click.UsageError("--measured has no test that ran both in one process and in stages: give rows of both.")
+        raise click.UsageError("--measured has no test in stages that also ran in one process: give rows of both, or of one process.")
     return found
 
 
 def simulated(setup, stages, numbers, bandwidth, gops, *network):
     """A row for each number of nodes, or for the stages that are given."""
-    most, found = len(borders(setup.config)), []
-    for n in [len(stages)] if stages else [n for n in numbers if n <= most]:
+    found = []
+    for n in [len(stages)] if stages else numbers:
         nodes = [Node(f"node {i + 1}", bandwidth * 1e9, rate=gops * 1e9) for i in range(n)]
         times = Times(setup, divided(stages or n, setup, nodes), nodes)
         found.append(compared(times, setup.n_ctx - 1, *network))
@@ -315,7 +321,7 @@ def shown(row):
 
 @click.command()
 @click.argument("model")
-@click.option("--nodes", default="2,3,4,8,16,32,64", show_default=True, help="Numbers of nodes, all alike.")
+@click.option("--nodes", default="2,3,4,8,16,32,64", show_default=True, help="Numbers of nodes, all alike; as far as the layers reach.")
 @click.option("--stages", help="Layers of each stage instead, like 0-20,21-40,41-60.")
 @click.option("--measured", multiple=True, type=click.Path(exists=True, dir_okay=False),
               help="Rows of `pydsa bench -o json` or `tools/stage_speed.py -o json`; can be repeated.")
@@ -339,14 +345,18 @@ def main(model, nodes, stages, measured, bandwidth, gops, link, latency, jitter,
     """Simulate a model in stages, beside the formula and measurements."""
     setup = Setup(model, n_ctx=n_ctx, kv_type=kv_type, n_ubatch=formula.CHUNK)
     network = Link(bytes_per_second("link", link), latency / 1e6), wire_of(setup, wire)
+    most = len(borders(setup.config))
+    numbers = [n for n in comma_numbers("--nodes", nodes) if 0 < n <= most]
+    if not numbers:
+        raise click.UsageError(f"--nodes is {nodes}, expected numbers from 1 to {most}: so many layers of the model can begin a stage.")
     chance = {"jitter": jitter / 1e6, "spread": spread, "seed": seed}
     if measured:
-        rows = against_measurements(setup, read_measurements(measured), *network, tokens, chance)
+        rows = against_measurements(setup, read_measurements(measured), numbers, *network, tokens, chance)
     else:
         ranges = None if stages is None else parse(stages)
         if isinstance(ranges, (int, str)):
             raise click.UsageError(f"--stages is {stages}, expected ranges of layers; --nodes takes numbers.")
-        rows = simulated(setup, ranges, comma_numbers("--nodes", nodes), bandwidth, gops, *network, streams, min(prompt, setup.n_ctx),
+        rows = simulated(setup, ranges, numbers, bandwidth, gops, *network, streams, min(prompt, setup.n_ctx),
                          tokens, chance)
     click.echo(json.dumps(rows, indent=1) if output == "json" else markdown([shown(row) for row in rows]), nl=output == "json")
 
