@@ -13,9 +13,11 @@ import pytest
 
 import pydsa
 from pydsa.errors import OutOfMemoryError, StageError
-from pydsa.stages import cluster, running
-from pydsa.stages.actors import COMPARED, identity
+from pydsa.setup import Setup
+from pydsa.stages import cluster, running, worker
+from pydsa.stages.actors import COMPARED, StageActor, identity
 from pydsa.stages.division import borders
+from pydsa.stages.wire import Limits
 
 MODELS = ("ds32-f32", "ds32-q8_0", "ds32-q4_k_m", "glm-q8_0", "ds2-q4_0")
 OPTIONS = dict(threads=1, n_ctx=256, n_ubatch=64, kv_type="f32", device="cpu")
@@ -46,7 +48,7 @@ def pids(model):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_stages_give_the_same_bits(golden, load, name):
-    """The same processes run one model after another, in two stages and in three."""
+    """In two stages and in three; the same processes run one after another."""
     path, arrays = golden(name)
     whole = load(path, **OPTIONS)
     tokens = arrays["tokens"]
@@ -168,3 +170,17 @@ def test_nothing_is_left_of_a_program_that_is_killed():
     program.kill()
     program.communicate()
     wait_until(lambda: not any(map(running_still, there)) and not os.path.exists(folder))
+
+
+def test_a_stage_waits_while_others_are_loaded(golden, monkeypatch):
+    """That may take many minutes, in which it has no driver."""
+    monkeypatch.setattr(worker, "ORPHANED", 0.01)
+    monkeypatch.setattr(worker, "BEAT", 0.01)
+    path, _ = golden("ds32-f32")
+    actor, limits = StageActor(), Limits.of(Setup(path, n_ctx=64))
+    assert actor.open(str(path), dict(n_ctx=64, kv_type="f32", device="cpu"), (0, 1))["value"] == Setup(path).fingerprint
+    host, port = actor.load(1, None, "f32", "127.0.0.1", limits)["value"]
+    there = actor._worker
+    assert not there.wait(0.3) and host == "127.0.0.1" and port > 0
+    actor.leave()
+    assert there.wait(IN_TIME)

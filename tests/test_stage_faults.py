@@ -14,7 +14,7 @@ from pydsa.batch import Batch
 from pydsa.errors import StageError
 from pydsa.sampling import Sampling
 from pydsa.session import Session
-from pydsa.stages import links
+from pydsa.stages import faults, links
 from pydsa.stages import worker as workers
 from pydsa.stages.pipeline import Pipeline
 from pydsa.stages.stage import Stage
@@ -40,6 +40,7 @@ def piped(path, monkeypatch):
     """piped(launcher class, resume, ...) -> a Pipeline; it is ended with the test."""
     made = []
     monkeypatch.setattr(workers, "BEAT", 0.1)
+    monkeypatch.setattr(faults, "WITNESSES", 0.2)
 
     def make(launcher=Launcher, resume=None, stages=STAGES, **options):
         launcher = launcher(path, stages, **options)
@@ -65,6 +66,14 @@ def answered(one, n, after=0, act=lambda: None):
     return met
 
 
+def wait_for_end(pipeline, seconds=5):
+    """Wait until the other stages are ended, which comes after the error."""
+    end = time.monotonic() + seconds
+    while not pipeline.launcher.closed:
+        assert time.monotonic() < end, "the other stages are not ended"
+        time.sleep(0.01)
+
+
 def expected(whole, n):
     """These tokens, and the logits after two more."""
     one = whole.session()
@@ -85,8 +94,7 @@ def test_a_stage_that_is_killed(piped):
     assert time.monotonic() - start[0] < 3
     with pytest.raises(StageError, match=SECOND):
         mine.decode(1)
-    while not pipeline.launcher.closed:
-        time.sleep(0.01)
+    wait_for_end(pipeline)
     assert not any(pipeline.launcher.alive(i) for i in range(2))
 
 
@@ -172,6 +180,8 @@ def test_a_driver_that_stood_still_blames_nobody(piped, monkeypatch):
     real = pipeline.links.unwell
     monkeypatch.setattr(pipeline.links, "unwell", lambda: None)     # the watch does not come to look
     pipeline.links._heard = {i: [when - 60, beat, advanced - 60] for i, (when, beat, advanced) in pipeline.links._heard.items()}
+    for box in pipeline.links._controls:
+        box.channel.heard -= 60
     pipeline.links._looked -= 60
     assert real() is None
     monkeypatch.setattr(pipeline.links, "unwell", real)
@@ -193,9 +203,9 @@ def test_nonsense_on_the_wire(piped, whole, sick, name, to, resume):
     def talk():
         worker = pipeline.launcher.workers[1]
         box = worker._onward if to == "next" else worker._control
-        box._channel._socket.sendall(NONSENSE[name])
+        box.channel._socket.sendall(NONSENSE[name])
         if name == "a cut frame":
-            box._channel.close()
+            box.channel.close()
     sick.append(talk)
     if resume:
         assert answered(mine, 5) == expected(whole, 5)[0]
@@ -206,7 +216,7 @@ def test_nonsense_on_the_wire(piped, whole, sick, name, to, resume):
 
 def test_nonsense_from_the_driver_is_told(piped):
     pipeline = piped()
-    pipeline.links._steps._channel._socket.sendall(NONSENSE["a frame of no kind"])
+    pipeline.links._steps.channel._socket.sendall(NONSENSE["a frame of no kind"])
     with pytest.raises(StageError, match="^Stage 1 of 3 .*received what it cannot read from the stage before: a frame"):
         for _ in range(100):
             session(pipeline).prefill(PROMPT)
@@ -270,7 +280,7 @@ def test_a_stage_that_cannot_be_started_again(piped):
     pipeline.launcher.kill(1)
     with pytest.raises(StageError, match=SECOND + ".*could not be started again: stage 2 of 3 .*: the file is not there any more.* ended"):
         mine.prefill(PROMPT)
-    assert pipeline.launcher.closed
+    wait_for_end(pipeline)
 
 
 def test_a_stage_that_fails_again_and_again(piped, monkeypatch):
@@ -297,7 +307,7 @@ def test_a_start_that_fails(path, monkeypatch):
     assert launcher.closed
     launcher = Launcher(path, STAGES)
     monkeypatch.setattr(launcher, "address", lambda i: ("127.0.0.1", 1) if i == 2 else launcher.workers[i].address)
-    with pytest.raises(StageError, match="^Stage 3 of 3 .* cannot be reached: nothing answers at 127.0.0.1:1"):
+    with pytest.raises(StageError, match="^Stage 3 of 3 .* has failed: it cannot be reached: nothing answers at 127.0.0.1:1"):
         Pipeline(launcher, launcher.setup)
     assert launcher.closed
 
@@ -305,7 +315,7 @@ def test_a_start_that_fails(path, monkeypatch):
 def test_a_stage_that_cannot_reach_the_next(path, monkeypatch):
     launcher, join = Launcher(path, STAGES), Launcher.join
     monkeypatch.setattr(launcher, "join", lambda i, after, *others: join(launcher, i, ("127.0.0.1", 1) if i == 1 else after, *others))
-    with pytest.raises(StageError, match="^Stage 2 of 3 .*: cannot reach the next stage: nothing answers at 127.0.0.1:1"):
+    with pytest.raises(StageError, match="^Stage 2 of 3 .*: it cannot reach the next stage: nothing answers at 127.0.0.1:1"):
         Pipeline(launcher, launcher.setup)
 
 

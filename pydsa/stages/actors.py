@@ -132,7 +132,7 @@ class StageActor:
             from pydsa.stages.wire import Limits
             from pydsa.stages.worker import Worker
             stage = Stage(self._setup, threads, threads_batch, self._note)
-            self._worker = Worker(stage, Limits(*limits), host, wire)
+            self._worker = Worker(stage, Limits(*limits), host, wire, orphaned=False)       # Ray ends what has no driver any more
             return tuple(self._worker.address)
         return answered(work)
 

@@ -11,6 +11,8 @@ import threading
 import time
 from multiprocessing.connection import answer_challenge, deliver_challenge
 
+import numpy as np
+
 from pydsa.errors import StageError
 
 KEY_BYTES = 32
@@ -33,6 +35,7 @@ class Channel:
 
     def __init__(self, connection):
         self._socket, self._lock = connection, threading.Lock()
+        self.heard = time.monotonic()       # when anything came
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -69,7 +72,7 @@ class Channel:
         return self._take(n)
 
     def _take(self, n, may_end=False):
-        data = memoryview(bytearray(n))
+        data = memoryview(np.empty(n, np.uint8))        # not written before it is received
         at = 0
         while at < n:
             try:
@@ -83,6 +86,7 @@ class Channel:
                     return None
                 raise ChannelError("the connection ended inside a frame")
             at += taken
+            self.heard = time.monotonic()
         return data
 
     def close(self):
@@ -202,7 +206,7 @@ class Outbox:
     """
 
     def __init__(self, channel, failed, at_once=True):
-        self._channel, self._failed, self._small = channel, failed, SMALL if at_once else 0
+        self.channel, self._failed, self._small = channel, failed, SMALL if at_once else 0
         self._frames, self._waiting, self._lock = queue.SimpleQueue(), 0, threading.Lock()
         threading.Thread(target=self._run, name="pydsa outbox", daemon=True).start()
 
@@ -214,14 +218,14 @@ class Outbox:
                 self._frames.put((head, rows))
                 return
             try:
-                self._channel.send(head, rows)
+                self.channel.send(head, rows)
             except ChannelError as error:
                 self._fail(error)
 
     def _run(self):
         while (frame := self._frames.get()) is not None:
             try:
-                self._channel.send(*frame)
+                self.channel.send(*frame)
             except ChannelError as error:
                 self._fail(error)
             with self._lock:
@@ -233,5 +237,5 @@ class Outbox:
 
     def close(self):
         """End the thread and the connection; what waits is not sent."""
-        self._channel.close()
+        self.channel.close()
         self._frames.put(None)

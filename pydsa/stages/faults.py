@@ -11,16 +11,12 @@ import traceback
 
 from pydsa.errors import PydsaError, StageError
 from pydsa.stages.journal import Ran
-from pydsa.stages.links import CAUSE, Lost
+from pydsa.stages.links import CAUSE, Lost, Trouble
 
 LOOKS = 0.25        # seconds between two looks at the heartbeats
 WITNESSES = 0.5     # seconds in which other reports may tell more exactly which stage has failed
 TRIES = 3           # restarts after each other without a step between them
 AT_ONCE = 2         # times the depth of the pipeline: the steps under way of all sessions together
-
-
-class Trouble(Exception):
-    """A stage has failed. Arguments: its index, and what was met."""
 
 
 def start_all(launcher, which=None):

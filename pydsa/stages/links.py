@@ -18,6 +18,10 @@ CAUSE, SEEN, BROKEN, EFFECT = range(4)      # ranks of reports: how far they are
 GONE = "its connection has ended: its process has died, or its node is not reached any more"
 
 
+class Trouble(Exception):
+    """A stage has failed. Arguments: its index, and what was met."""
+
+
 class Lost(Exception):
     """A request's stage is gone before it has answered."""
 
@@ -63,20 +67,29 @@ class Links:
     def connect(self, wait):
         """Join the stages anew, and connect to them; all have answered then.
 
-        wait(event) waits for an answer, and may raise. Raises StageError, which names the stage, if one cannot be reached.
+        wait(event) waits for an answer, and may raise. Raises Trouble if a stage cannot be reached.
         """
         self.close()
         launcher, key, n = self._launcher, self._key, len(self._launcher.stages)
         self.epoch += 1
-        addresses = [launcher.address(i) for i in range(n)]
+        addresses = [self._of(i, launcher.address) for i in range(n)]
         for i in range(n):
-            launcher.join(i, *((addresses[i + 1], None) if i + 1 < n else (None, addresses[0])), key, self.epoch)
+            self._of(i, launcher.join, *((addresses[i + 1], None) if i + 1 < n else (None, addresses[0])), key, self.epoch)
         self._heard = {}
         for i in range(n):
             self._heard[i] = [time.monotonic(), None, time.monotonic()]
             self._controls.append(self._opened(i, addresses[i], key, CONTROL))
         self._steps = self._opened(0, addresses[0], key, STEPS)
-        self.ask_all({"do": "ready"}, wait)
+        for i, (answer, _) in enumerate(self.ask_all({"do": "ready"}, wait)):
+            if "trouble" in answer:
+                raise Trouble(i, answer["trouble"])
+
+    def _of(self, i, function, *args):
+        """What the launcher tells of stage i, or does with it."""
+        try:
+            return function(i, *args)
+        except PydsaError as error:
+            raise Trouble(i, f"it does not join the others: {error}") from error
 
     def _opened(self, i, address, key, purpose):
         epoch = self.epoch
@@ -84,7 +97,7 @@ class Links:
             channel = connect(address, key)
             channel.send(*encode(Message("hello", epoch, 0, {"for": purpose})))
         except ChannelError as error:
-            raise StageError(f"{self.name(i)} cannot be reached: {error}.") from error
+            raise Trouble(i, f"it cannot be reached: {error}") from error
         if purpose == CONTROL:
             threading.Thread(target=self._receive, args=(i, channel, epoch), name=f"pydsa from stage {i}", daemon=True).start()
         return Outbox(channel, lambda error: self._ended(i, epoch, str(error), BROKEN), at_once=False)
@@ -198,13 +211,17 @@ class Links:
         self._heard[i] = [now, beat, advanced]
 
     def unwell(self):
-        """A stage that is silent or stuck -> a report (CAUSE, its index, text); None."""
+        """A report of a stage that is silent or stuck.
+
+        It is (CAUSE, the stage's index, text); None: there is none.
+        """
         now, self._looked, looked = time.monotonic(), time.monotonic(), self._looked
         if now - looked > LATE:         # this process was stopped: nobody could hear anything
             self._heard = {i: [now, beat, now] for i, (_, beat, _) in self._heard.items()}
             return None
+        channels = [box.channel for box in self._controls]
         for i, (heard, beat, advanced) in list(self._heard.items()):
-            if now - heard > SILENT:
+            if now - max(heard, channels[i].heard if i < len(channels) else 0.0) > SILENT:      # a long result holds heartbeats up
                 return CAUSE, i, f"no sign of life has come from it for {SILENT:.0f} seconds"
             if beat is not None and beat.busy and now - advanced > STUCK:
                 return CAUSE, i, f"it hangs in a step: for {STUCK:.0f} seconds it has neither computed nor read anything"

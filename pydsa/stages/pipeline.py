@@ -14,10 +14,10 @@ import numpy as np
 from pydsa.errors import PydsaError, StageError
 from pydsa.options import choose
 from pydsa.signals import interrupts_held
-from pydsa.stages.faults import AT_ONCE, Trouble, Watch, start_all
+from pydsa.stages.faults import AT_ONCE, Watch, start_all
 from pydsa.stages.journal import Journal, Ran
 from pydsa.stages.keeping import save, saved
-from pydsa.stages.links import EFFECT, SEEN, Links, Lost, raised
+from pydsa.stages.links import EFFECT, SEEN, Links, Lost, Trouble, raised
 from pydsa.stages.under_way import AWAKE, Conversation, Pending, Ring, Samplers, follow_of, wait
 from pydsa.stages.wire import DISCARD, MOST_PAYLOAD, WIRES, Close, Credit, FrameError, Limits, Message, Result
 
@@ -51,6 +51,7 @@ class Pipeline:
         self._numbers, self._sessions = itertools.count(1), itertools.count(1)
         self.conversations = {}     # number -> Conversation
         self._left = []             # conversations whose caches are gone
+        self._closing, self._closed = threading.Lock(), False
         self._stage_of = {ref: next(i for i, part in enumerate(launcher.stages) if part[0] <= ref.layer < part[1])
                           for ref in setup.cache_widths}
         self.watch = Watch(self)
@@ -83,7 +84,10 @@ class Pipeline:
             self.changed.notify_all()
         self.links.close()
         self.watch.stop()
-        self.launcher.close()
+        with self._closing:         # who closes it again waits until it is closed
+            if not self._closed:
+                self._closed = True
+                self.launcher.close()
 
     # What sessions, batches and the engine use
 
@@ -157,8 +161,13 @@ class Pipeline:
             follow = follow_of(next(self._numbers), follow)
             pending = Pending(self, next(self._numbers), variant, parts, ids, n_outputs, logits, samplers, follow)
             self._register(pending)
-            self.close_left()
-            self.send(pending)
+            try:
+                self.close_left()
+                self.send(pending)
+            except BaseException:       # it will never end
+                with self.changed:
+                    self.remove(pending)
+                raise
         return pending
 
     def send(self, pending):

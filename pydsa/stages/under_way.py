@@ -1,4 +1,4 @@
-"""Steps under way in a pipeline, and the samplers that stages have for them.
+"""Steps under way in a pipeline, and samplers that stages have for them.
 
 With the ring: steps that the last stage starts by itself.
 """

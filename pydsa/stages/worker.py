@@ -21,7 +21,6 @@ from pydsa.stages.wire import (DISCARD, MOST_PAYLOAD, Beat, Close, Credit, Drop,
 BEAT = 1.0              # seconds between heartbeats
 ORPHANED = 30.0         # seconds without a driver after which a worker ends
 CONNECTING = 10.0       # seconds in which the next stage must answer
-AGAIN = 0.05            # seconds after which it is tried again
 HANDSHAKES = 5.0        # seconds beside these
 CONTROL, STEPS = "control", "steps"     # what a connection is for: the driver's talk with each stage, and what goes from stage to stage
 
@@ -30,15 +29,16 @@ class Worker:
     """Runs a stage.Stage for a driver.
 
     limits: wire.Limits of the whole model. host: the address at which it listens. wire: how it sends hidden rows, one of wire.WIRES. The
-    key of all connections comes with join(). Raises StageError if it cannot listen there.
+    key of all connections comes with join(). orphaned: whether it ends where it has had no driver for long; not where others see to that.
+    Raises StageError if it cannot listen there.
     """
 
-    def __init__(self, stage, limits, host="127.0.0.1", wire="f32"):
-        self._stage, self._limits, self._wire = stage, limits, wire
+    def __init__(self, stage, limits, host="127.0.0.1", wire="f32", orphaned=True):
+        self._stage, self._limits, self._wire, self._orphaned = stage, limits, wire, orphaned
         self._door = Door((host, 0), self._serve)
         self.address = self._door.address       # (host, port), for the driver and the stage before this one
         self._inbox, self._lock = queue.SimpleQueue(), threading.Lock()
-        self._epoch, self._connected, self._reachable = 0, threading.Event(), None
+        self._epoch, self._connected, self._unreachable = 0, threading.Event(), None
         self._onward = self._control = None     # Outbox of the next stage, or of the first; Outbox of the driver
         self._samplers, self._credits = {}, {}  # number -> (Sampler, ids that end an answer); step -> Follow
         self._doing, self._ended = None, threading.Event()      # (number of a step or request, when it began)
@@ -83,29 +83,18 @@ class Worker:
     def _connect(self, address, key, epoch, connected):
         what = f"the {'first' if self._stage.last else 'next'} stage"
         try:
-            channel = self._reached(address, key, epoch)
+            channel = connect(address, key, CONNECTING)
             channel.send(*encode(Message("hello", epoch, 0, {"for": STEPS})))
         except ChannelError as error:
-            self._reachable = f"cannot reach {what}: {error}"
+            self._unreachable = f"it cannot reach {what}: {error}"
         else:
             with self._lock:
-                self._reachable = None
+                self._unreachable = None
                 if epoch == self._epoch:
                     self._onward = Outbox(channel, lambda error: self._tell_trouble(epoch, f"it cannot send to {what}: {error}"))
                 else:
                     channel.close()
         connected.set()
-
-    def _reached(self, address, key, epoch):
-        """The Channel to another stage; one that has not joined yet knows an older key."""
-        until = time.monotonic() + CONNECTING
-        while True:
-            try:
-                return connect(address, key, CONNECTING)
-            except ChannelError:
-                if epoch != self._epoch or time.monotonic() > until:
-                    raise
-                time.sleep(AGAIN)
 
     def _serve(self, channel):
         """Receive all that comes over a connection, until it ends."""
@@ -176,7 +165,7 @@ class Worker:
     def _beat(self):
         while not self._ended.wait(BEAT):
             doing, left = self._doing, self._left
-            if left is not None and time.monotonic() - left > ORPHANED:
+            if self._orphaned and left is not None and time.monotonic() - left > ORPHANED:
                 self.close()
             number, since = doing or (0, time.monotonic())
             cpu = time.process_time() - time.thread_time()      # without this thread's own
@@ -192,8 +181,8 @@ class Worker:
             self._doing = frame.number, time.monotonic()
             try:
                 self._run(frame)
-            except Exception as error:
-                self._tell(Message("failed", frame.epoch, frame.number, _told(error)))
+            except Exception as error:      # what is no step concerns all: number 0
+                self._tell(Message("failed", frame.epoch, frame.number if isinstance(frame, Step) else 0, _told(error)))
             self._doing = None
 
     def _run(self, frame):
@@ -267,9 +256,8 @@ class Worker:
     def _ready(self, content, payload):
         """Whether the next stage has answered."""
         self._connected.wait(CONNECTING + HANDSHAKES)
-        if self._reachable or not self._connected.is_set():
-            raise ChannelError(self._reachable or "has not reached the next stage")
-        return {}, b""
+        unreachable = self._unreachable if self._connected.is_set() else "it has not reached the next stage in time"
+        return {"trouble": unreachable} if unreachable else {}, b""
 
     def _keep(self, sessions):
         """Close all sessions but these, and open those that are not there."""
