@@ -197,7 +197,7 @@ def test_a_started_step_that_comes_late(piped, whole, monkeypatch):
 
 
 def test_rows_are_not_restored_under_a_step(piped, whole, slow):
-    """A step that is under way would overwrite them, in stages that it has not reached."""
+    """A step under way would overwrite them, in stages it has not reached."""
     pipeline, theirs = piped(), whole.session()
     mine = session(pipeline)
     mine.prefill(PROMPT[:4]), theirs.prefill(PROMPT[:6])
