@@ -5,13 +5,10 @@ The tests run in processes of their own, as the machine replaces the GPU.
 import importlib.util
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+import forked
 import pytest
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
 
 SETUP = """
@@ -33,9 +30,7 @@ def refused(function, grid, *args):
 
 
 def run(code):
-    done = subprocess.run([sys.executable, "-c", SETUP + code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return forked.run(SETUP + code)[0]
 
 
 def test_tiles_are_products_of_matrices():
