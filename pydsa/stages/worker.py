@@ -18,7 +18,8 @@ from pydsa.stages.channel import ChannelError, Door, Outbox, connect
 from pydsa.stages.wire import (DISCARD, MOST_PAYLOAD, Beat, Close, Credit, Drop, FrameError, Message, Result, Step, decode, encode)
 
 BEAT = 1.0              # seconds between heartbeats
-ORPHANED = 30.0         # seconds without a driver after which a worker ends
+ORPHANED = 3600.0       # seconds without a driver after which a worker ends: while another stage is started again there is none
+MOST_CREDITS = 1024     # that are kept: those that came too late are never used
 CONNECTING = 10.0       # seconds in which the next stage must answer
 HANDSHAKES = 5.0        # seconds beside these
 CONTROL, STEPS = "control", "steps"     # what a connection is for: the driver's talk with each stage, and what goes from stage to stage
@@ -40,7 +41,7 @@ class Worker:
         self._onward = self._control = None     # Outbox of the next stage, or of the first; Outbox of the driver
         self._samplers, self._credits = {}, {}  # number -> (Sampler, ids that end an answer); step -> Follow
         self._doing, self._ended = None, threading.Event()      # (number of a step or request, when it began)
-        self._left = time.monotonic()           # when there was no driver any more; None: there is one
+        self._left = None       # when there was no driver any more; None: there is one, or there was none yet
         for run in (self._work, self._beat):
             threading.Thread(target=run, name=f"pydsa stage {run.__name__}", daemon=True).start()
 
@@ -137,7 +138,9 @@ class Worker:
             return
         if isinstance(frame, Credit):
             with self._lock:
-                self._credits = {frame.number: frame.follow}        # an older one came too late
+                self._credits[frame.number] = frame.follow
+                if len(self._credits) > MOST_CREDITS:
+                    del self._credits[next(iter(self._credits))]
         elif isinstance(frame, (Step, Close, Drop)) or isinstance(frame, Message) and frame.kind in ("sampler", "ask"):
             if isinstance(frame, Message) and frame.content.get("do") == "ready":
                 threading.Thread(target=self._answer, args=(frame, self._ready), daemon=True).start()
