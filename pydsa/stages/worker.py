@@ -234,12 +234,13 @@ class Worker:
         """Sample, start the next step if that may be, and tell the driver."""
         n_vocab = self._limits.n_vocab
         logits = np.empty((0, n_vocab), np.float32) if not step.samplers else np.asarray(logits, np.float32)
-        picked = [_picked(*self._samplers.get(number, (None, ()))[:1], row) for number, row in zip(step.samplers, logits)]
+        samplers = [self._samplers.get(number, (None, ())) for number in step.samplers]
+        picked = [_picked(sampler, row) for (sampler, _), row in zip(samplers, logits)]
         wanted = [i for i, number in enumerate(step.samplers) if number != DISCARD and picked[i] is None]
         with self._lock:
             follow = self._credits.pop(step.number, None) or step.follow
         followed = follow is not None and len(picked) == len(step.parts) == 1 and picked[0] is not None and \
-            picked[0].token not in self._samplers[step.samplers[0]][1]
+            picked[0].token not in samplers[0][1]
         if followed:
             session, n_past, n_tokens = step.parts[0]
             self._send_on(Step(step.epoch, follow.number, follow.variant, [(session, n_past + n_tokens, 1)], step.samplers,
