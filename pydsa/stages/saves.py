@@ -22,7 +22,7 @@ EVERY = 2.0         # seconds between two saves, at least
 class Saves:
     """Saves the conversations of a Pipeline on the stages' machines.
 
-    folder: where; it is made where it is not there. None: nothing is saved. Where a save fails, a UserWarning says so, once for each reason.
+    folder: where; it is made where it is not there. None: nothing is saved. A UserWarning tells of a save that fails, once for each reason.
     Raises PydsaError if this machine cannot write to the folder.
     """
 
