@@ -126,7 +126,8 @@ def about(model):
             "model_type": model.setup.file_type, "model_size": model.setup.n_bytes, "model_n_params": model.setup.n_params,
             "backend": model.setup.device_name, "n_threads": model.threads, "n_threads_batch": model.threads_batch,
             "n_ubatch": model.n_ubatch, "type_k": model.kv_type, "type_index": model.index_type if model.top_k else None,
-            "attention": model.attention, "reproducible": model.setup.reproducible, "top_k": model.top_k, "numa": model.setup.numa}
+            "attention": model.attention, "reproducible": model.setup.reproducible, "top_k": model.top_k, "numa": model.setup.numa,
+            "stages": None if model.stages is None else ",".join(map(str, model.stages))}
 
 
 def _product_format(model, device, op, quantized, n_tokens):
@@ -157,7 +158,7 @@ def _limits(model, ceilings, n_gen, n_depth, speed):
     ceilings: {device: its ceilings}, or None for a prompt. n_gen: the tokens that are generated, at `speed` tokens per second.
     """
     several = {"device_bytes": None, "device_bandwidth_gbs": None} if len(model.setup.placement.devices) > 1 else {}
-    if ceilings is None or not all(ceilings.values()):
+    if not ceilings or not all(ceilings.values()):      # none in this process, of a model in stages
         return NO_LIMITS | several
     steps = [bytes_on_devices(model, n_depth + i) for i in range(n_gen)]
     n_bytes = {device: round(statistics.mean(step[device] for step in steps)) for device in ceilings}
@@ -333,7 +334,8 @@ def _display_row(row):
     if row.get("numa"):
         threads["numa"] = row["numa"]
     return {"model": f"{row['model_arch']} {row['model_type']}", "size": size(row["model_size"]),
-            "params": count(row["model_n_params"]), "backend": row["backend"], **threads,
+            "params": count(row["model_n_params"]), "backend": row["backend"],
+            **({"stages": row["stages"]} if row.get("stages") else {}), **threads,
             "kv": row["type_k"], "index": row["type_index"] or "",
             "attention": row["attention"] + (", reproducible" if row["reproducible"] else ""),
             "test": test_name(row["n_prompt"], row["n_gen"], row["n_depth"]),

@@ -108,9 +108,9 @@ def faults(tensor):
 
 
 def places(file):
-    """[(path, [(offset in bytes, Tensor)])] of the parts of a GGUFFile."""
+    """[(path, [(offset in bytes, Tensor)])] of the parts that are here."""
     return [(path, [(tensor.data.ctypes.data - tensor.data.base.ctypes.data, tensor) for tensor in map(file.tensors.get, names)])
-            for path, names in zip(file.paths, file.part_names)]
+            for path, names in zip(file.paths, file.part_names) if path not in file.absent]
 
 
 def _pieces(size, tensors):

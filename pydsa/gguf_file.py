@@ -136,34 +136,43 @@ class GGUFFile(NamedTuple):
     n_bytes: int                    # of all parts together
     version: int
     part_names: list[list[str]]     # the names of the tensors of each part, in file order
+    absent: frozenset = frozenset()     # paths of the parts that are on other machines (gguf_parts.py)
 
 
-def open_gguf(path: str | os.PathLike) -> GGUFFile:
+def open_gguf(path: str | os.PathLike, absent: dict[int, GGUFFile] | None = None) -> GGUFFile:
     """Map the GGUF at `path`, with all parts of a split one.
 
-    `path` must be the first part. The other parts must be beside it, with the same NAME in NAME-00001-of-000NN.gguf.
-    Raises GGUFError if the file cannot be read, is damaged or is not the first part.
+    `path` must be the first part. The other parts must be beside it, with the same NAME in NAME-00001-of-000NN.gguf. absent: what stands
+    for parts that are not there, by number (gguf_parts.absent_parts). Raises GGUFError if the file cannot be read, is damaged or is not the
+    first part.
+    """
+    parts = open_parts(path, absent or ())
+    return _join([parts[number] if number in parts else absent[number] for number in sorted({*parts, *(absent or ())})])
+
+
+def open_parts(path: str | os.PathLike, absent=()) -> dict[int, GGUFFile]:
+    """Map each part of the GGUF at `path` -> {number from 1 on: the part}.
+
+    absent: numbers of parts that may be missing, and are left out then. Raises GGUFError as open_gguf() does.
     """
     path = Path(path)
     name = SPLIT_NAME.fullmatch(path.name)
     if name and int(name[2]) != 1:
         first_path = path.with_name(f"{name[1]}-00001-of-{name[3]}.gguf")
         raise GGUFError(f"{path}: this is not the first part of a split model, open {first_path} instead")
-    first = _open_part(path, "a GGUF file")
+    first = open_part(path, "a GGUF file")
     index = first.metadata.integer("split.no", default=0)
     if index:
         raise GGUFError(f"{path}: split.no is {index}, expected 0: open the first part of this split model instead")
     count, named = first.metadata.integer("split.count", 0, default=1), int(name[3]) if name else 1
     if count == 0:      # llama-gguf-split has merged the parts; the other split keys are as they were in the first
-        return _join([first])
+        return {1: first}
     if count != named:
         raise GGUFError(f"{path}: this is one of {count} part(s) by its split.count, but one of {named} by its name: "
                         "give all parts the names they had, NAME-00001-of-000NN.gguf")
-    parts = [first]
-    for number in range(2, count + 1):
-        part_path = path.with_name(f"{name[1]}-{number:05d}-of-{name[3]}.gguf")
-        parts.append(_open_part(part_path, f"part {number} of the {count} of {path.name}"))
-    return _join(parts)
+    paths = {number: path.with_name(f"{name[1]}-{number:05d}-of-{name[3]}.gguf") for number in range(2, count + 1)}
+    return {1: first} | {number: open_part(part, f"part {number} of the {count} of {path.name}") for number, part in paths.items()
+                         if number not in absent or os.path.exists(part)}
 
 
 def _join(parts: list[GGUFFile]) -> GGUFFile:
@@ -182,7 +191,7 @@ def _join(parts: list[GGUFFile]) -> GGUFFile:
         tensors.update(part.tensors)
     paths = [part.paths[0] for part in parts]
     return GGUFFile(first.metadata, tensors, paths, sum(part.n_bytes for part in parts), first.version,
-                    [list(part.tensors) for part in parts])
+                    [list(part.tensors) for part in parts], frozenset().union(*(part.absent for part in parts)))
 
 
 def _check_split(parts: list[GGUFFile]) -> None:
@@ -205,7 +214,7 @@ def _check_split(parts: list[GGUFFile]) -> None:
                         "split.tensors.count: the parts are not those of one model, get them again")
 
 
-def _open_part(path: Path, role: str) -> GGUFFile:
+def open_part(path: Path, role: str) -> GGUFFile:
     """Map and read one file; `role` is what error messages call it."""
     reader = Reader(path, map_file(path, role))
     start = reader.take(4, "the magic")

@@ -2,6 +2,7 @@
 import os
 import warnings
 
+from pydsa.errors import PydsaError
 from pydsa.fitting import MARGIN, fitted
 from pydsa.model import Model
 from pydsa.setup import DEFAULT_N_UBATCH
@@ -10,7 +11,7 @@ from pydsa.setup import DEFAULT_N_UBATCH
 def load(path, n_ctx=None, device="auto", threads=None, kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=DEFAULT_N_UBATCH,
          progress=None, index_type=None, override_kv=None, threads_batch=None, reproducible=False, mmap=True, mlock=False,
          tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), n_gpu_layers=None, fit_margin=MARGIN, n_sessions=1, numa=None,
-         stream_from=None):
+         stream_from=None, stages=None, ray=None, wire="f32", resume=None):
     """Open a GGUF file and make it ready to run -> Model.
 
     path: the file, or its first part if it is split.
@@ -42,14 +43,42 @@ def load(path, n_ctx=None, device="auto", threads=None, kv_type="i16", attention
     numa: where there are several nodes, for all models of the process: "distribute" (threads and memory on all of them), "isolate" (on the
         one where the program runs) or "numactl" (threads on the CPUs that numactl gave), as in llama.cpp; None: as the system likes.
 
+    stages, ray: run the layers in stages, in other processes that Ray starts (docs/stages.md; needs the extra `ray`). stages: a number of
+        processes on this machine; with ray, the address of a cluster ("10.0.0.1:6379", or "auto" for the one on this machine), also ranges
+        of layers for its nodes, "0-20,21-40", or "auto", which divides by bytes and bandwidth. Options on devices hold on each node.
+    wire: how hidden rows pass between stages: "f32", exactly, or "bf16", half the bytes. resume: True, or a folder for what that takes:
+        a stage that fails is started again, and its conversations go on.
+
     Warns (UserWarning) of what is unusual in the file, and of what the system refuses. Raises GGUFError if the file is damaged,
     UnsupportedModelError if pydsa cannot run the model, OutOfMemoryError if memory is short, and PydsaError for options that are not valid.
     """
-    setup = fitted(os.fspath(path), device=device, fit_margin=fit_margin, n_sessions=n_sessions, n_ctx=n_ctx, kv_type=kv_type,
-                   attention=attention, dsa_top_k=dsa_top_k, n_ubatch=n_ubatch, index_type=index_type, override_kv=override_kv,
-                   reproducible=reproducible, mmap=mmap, mlock=mlock, tensor_split=tensor_split, cpu_moe=cpu_moe, n_cpu_moe=n_cpu_moe,
-                   override_tensor=override_tensor, n_gpu_layers=n_gpu_layers, numa=numa, stream_from=stream_from)
-    return ready(setup, threads, threads_batch, progress)
+    settings = dict(device=device, fit_margin=fit_margin, n_sessions=n_sessions, n_ctx=n_ctx, kv_type=kv_type,
+                    attention=attention, dsa_top_k=dsa_top_k, n_ubatch=n_ubatch, index_type=index_type, override_kv=override_kv,
+                    reproducible=reproducible, mmap=mmap, mlock=mlock, tensor_split=tensor_split, cpu_moe=cpu_moe, n_cpu_moe=n_cpu_moe,
+                    override_tensor=override_tensor, n_gpu_layers=n_gpu_layers, numa=numa, stream_from=stream_from)
+    if in_stages(stages, ray, wire, resume):
+        return staged(os.fspath(path), stages, ray, wire, resume, threads, threads_batch, progress, **settings)
+    return ready(fitted(os.fspath(path), **settings), threads, threads_batch, progress)
+
+
+def in_stages(stages=None, ray=None, wire="f32", resume=None):
+    """Whether options ask for a model in stages.
+
+    Raises PydsaError for those that mean nothing without.
+    """
+    asked = stages is not None or ray is not None
+    if not asked and (wire != "f32" or resume is not None):
+        raise PydsaError(f"{'resume' if wire == 'f32' else 'wire'} is for a model in stages, of which there are none: give stages, or ray.")
+    return asked
+
+
+def staged(path, stages=None, ray=None, wire="f32", resume=None, threads=None, threads_batch=None, progress=None, say=None, **settings):
+    """The Model of a file in stages, as load() gives it.
+
+    say(lines) is called with the plan, before anything is loaded. settings: those of fitting.fitted(); an n_ctx of 0 is the model's own.
+    """
+    from pydsa.stages.running import Asked, StagedModel
+    return StagedModel(Asked(path, stages, ray, wire, threads, threads_batch, settings), resume, say, progress)
 
 
 def ready(setup, threads=None, threads_batch=None, progress=None):

@@ -15,6 +15,7 @@ from pydsa.constraint import constraint_for
 from pydsa.cores import MOST_THREADS
 from pydsa.diagnosis import refuse_hidden
 from pydsa.errors import OutOfMemoryError
+from pydsa.gguf_parts import check_here
 from pydsa.memory import tensors_on
 from pydsa.numa import memory_placed, use_numa
 from pydsa.options import counts
@@ -37,13 +38,11 @@ class Model:
     config: the file's hyperparameters. metadata: its key-value pairs. tokenizer: the Tokenizer. setup: the Setup. n_ctx: tokens of a
     session's context. n_ubatch: tokens of a prompt that run together. kv_type, index_type: cache types. attention: as given to load().
     top_k: keys that a token attends to, None without an indexer. threads, threads_batch: the threads of steps of one token and of several,
-    None if the backend chooses.
+    None if the backend chooses. stages: (first layer, one after the last) of each stage, None where all is in this process.
     """
 
     def __init__(self, setup, threads=None, threads_batch=None, progress=None):
-        self.setup, self.config, self.metadata = setup, setup.config, setup.file.metadata
-        self.n_ctx, self.n_ubatch, self.kv_type, self.index_type = setup.n_ctx, setup.n_ubatch, setup.kv_type, setup.index_type
-        self.attention, self.top_k = setup.attention, setup.config.top_k
+        self._take(setup)
         one, several = counts(MOST_THREADS, threads=threads, threads_batch=threads_batch)
         with interrupts_held():
             backends = {name: backend_of(name) for name in setup.placement.devices}
@@ -52,6 +51,7 @@ class Model:
             use_numa(setup.numa)
         self.threads = _threads(backends, one)
         self.threads_batch = self.threads if several is None else _threads(backends, several)
+        check_here(setup.file, setup.weights.used)
         self._check_fits(backends)
         setup = self.setup
         self.tokenizer = setup.tokenizer        # read now, so that load() raises its errors
@@ -59,13 +59,19 @@ class Model:
             warn_of_gaps(setup.file)
             warn_of_nodes(_mapped(setup))
             self.runner = Runner(backends, setup.layouts, self.threads, self.threads_batch, setup.reproducible, setup.streaming)
-        self._chats = collections.deque(maxlen=1)       # the session of the last chat, while no answer is read from it
         early = [on for on in self.runner.on.items() if on[1].backend.WEIGHTS_FIRST]
         late = [on for on in self.runner.on.items() if not on[1].backend.WEIGHTS_FIRST]
         self._read_weights(early, progress)
         self._compile(late, progress)
         self._read_weights(late, progress)
         self._compile(early, progress)
+
+    def _take(self, setup):
+        """Take what a Setup says, and what a model has wherever it runs."""
+        self.setup, self.config, self.metadata = setup, setup.config, setup.file.metadata
+        self.n_ctx, self.n_ubatch, self.kv_type, self.index_type = setup.n_ctx, setup.n_ubatch, setup.kv_type, setup.index_type
+        self.attention, self.top_k, self.stages = setup.attention, setup.config.top_k, None
+        self._chats = collections.deque(maxlen=1)       # the session of the last chat, while no answer is read from it
 
     def _check_fits(self, backends):
         """Check that the model fits, and settle whether experts are streamed.

@@ -40,3 +40,14 @@ def size_in_bytes(what, value):
     if not form[2] and not form[3] and 0 < n_bytes < 1 << 20:
         raise PydsaError(f"{what} is {value!r}, which is {n_bytes} bytes: give a unit, as in 24GiB.")
     return n_bytes
+
+
+def bytes_per_second(what, value):
+    """Bytes a second of a text such as "10 Gbit/s" or "1.25 GB/s".
+
+    K, M, G and T are powers of 1000. Raises PydsaError for what is no such rate, and for "Gb/s", which means either.
+    """
+    form = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKMGT])(bit/s|B/s)\s*", value) if isinstance(value, str) else None
+    if form is None or len(form[1]) > 20 or float(form[1]) == 0:
+        raise PydsaError(f"{what} is {value!r}, expected bits or bytes a second such as 10Gbit/s or 1.25GB/s.")
+    return float(form[1]) * 1000 ** " KMGT".index(form[2].upper()) / (8 if form[3] == "bit/s" else 1)

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from pydsa import limits
+from pydsa import limits, session_parts
 from pydsa.ahead import Ahead
 from pydsa.backends.devices import HOST
 from pydsa.backends.transfers import transfer
@@ -164,6 +164,21 @@ class Runner:
     def threads_for(self, n_tokens):
         """The number of threads of a step of n_tokens tokens."""
         return self.threads if n_tokens == 1 else self.threads_batch
+
+    def cut(self, caches, start, stop):
+        """Copies of the rows start to stop of each cache, a list."""
+        return [np.array(cache.stored(stop, start)) for cache in caches.values()]
+
+    def save(self, path, identity, tokens, caches):
+        """Write a session of these tokens and caches (session_parts.py)."""
+        session_parts.write_whole(path, identity, tokens, caches)
+
+    def saved(self, path, identity, caches, n_vocab, n_ctx):
+        """A context with the tokens of a saved session, and a function read().
+
+        That overwrites the caches with its rows (session_parts.opened).
+        """
+        return session_parts.opened(path, identity, caches, [session_parts.Keeper(caches)], n_vocab, n_ctx)
 
     def bind(self, variant, caches, n_tokens, n_outputs, again=False, late=(), streams=None):
         """The Bound of a step of n_tokens tokens, n_outputs of them with logits.

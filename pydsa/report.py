@@ -13,6 +13,7 @@ from pydsa.costs import StepSize, step_cost
 from pydsa.errors import PydsaError
 from pydsa.models.blocks import block_of, spans
 from pydsa.numa import describe_numa
+from pydsa.stages.forecast import in_words
 from pydsa.streaming import ASSUMED, ASSUMED_BUS, measure, pays_from
 from pydsa.terminal import visible
 from pydsa.tokenizer import MODEL, PRE_TOKENIZERS
@@ -22,11 +23,12 @@ USUAL = 100e9, 1000e9       # bytes per second: two channels or more of a CPU's 
 HIDDEN = {"rope", "n_ff", "n_ff_exp", "indexer_full"}       # fields of a Config that are reported elsewhere or not at all
 
 
-def describe(setup, bandwidths=None, here=True):
+def describe(setup, bandwidths=None, here=True, forecast=None):
     """A Setup as a dict of JSON types; sizes are bytes.
 
     bandwidths: bytes per second that the CPU and a GPU read of their memory, for the plan of a fitted Setup; None: usual ones. here:
-    whether its GPUs are this machine's, whose rates are measured where experts are streamed.
+    whether its GPUs are this machine's, whose rates are measured where experts are streamed. forecast: that of the model in stages, if it
+    is asked for (stages/forecast.py).
     """
     config, metadata = setup.config, setup.file.metadata
     model, pre = (metadata.string(f"tokenizer.ggml.{key}", default=None) for key in ("model", "pre"))
@@ -53,7 +55,7 @@ def describe(setup, bandwidths=None, here=True):
         "memory": {"weights_mapped": setup.mapped_bytes, "weights_copied": setup.copied_bytes, "caches": setup.cache_bytes,
                    "scratch": setup.scratch_bytes, "scores": setup.score_bytes, "packed_latents": setup.packed_latent_bytes,
                    "slots": setup.slot_bytes},
-        "streaming": describe_streaming(setup, here),
+        "streaming": describe_streaming(setup, here), "stages": forecast,
         "attention": attention_in_words(setup), "reproducible": setup.reproducible, "plain_form_until": setup.schedule.plain_form_until,
         "layers": layers_in_words(setup)}
 
@@ -187,6 +189,7 @@ def format_report(report):
     lines += ["", f"GPU: {report['gpu']}"] if report["gpu"] else []
     lines += ["", *numa_in_words(report["numa"])] if report["numa"] else []
     lines += _format_plan(report["plan"])
+    lines += ["", "stages", *(f"  {line}" for line in in_words(report["stages"]))] if report["stages"] else []
     lines += ["", f"memory on {report['device']}, {report['n_ctx']} tokens of context, ubatches of {report['n_ubatch']}",
               f"  weights mapped  {size(memory['weights_mapped']):>12}", f"  weights copied  {size(memory['weights_copied']):>12}",
               f"  caches          {size(memory['caches']):>12}  ({caches})", f"  scratch         {size(memory['scratch']):>12}",

@@ -7,7 +7,6 @@ import contextlib
 
 import numpy as np
 
-from pydsa import session_file
 from pydsa.cards import shown
 from pydsa.diagnosis import explained
 from pydsa.errors import ContextFullError, DamagedWeightsError, PydsaError, SessionFileError
@@ -141,7 +140,7 @@ class Session:
 
         They are a list of uint8 [n, row_bytes], one for each cache. A session of the same model can append these tokens with paste().
         """
-        return [np.array(cache.stored(stop, start)) for cache in self.caches.values()]
+        return self._runner.cut(self.caches, start, stop)
 
     def paste(self, tokens, rows):
         """Append tokens with the cache rows that another session has for them.
@@ -422,7 +421,7 @@ class Session:
                 "caches": [[ref.kind, ref.layer, cache.row_bytes] for ref, cache in self.caches.items()]}
 
     def save(self, path):
-        """Write tokens and caches to a file.
+        """Write tokens and caches to a file, or to one for each stage.
 
         The file replaces an older one only when it is complete. Raises SessionFileError if it cannot be written, or if `select` chose keys
         for a token: caches depend on that, and a file cannot hold a function.
@@ -431,7 +430,7 @@ class Session:
             if select is not None:
                 raise SessionFileError(f"{path}: session.select chose the keys from token {start} on, which a session's file cannot tell; "
                                        "save a session without it.")
-        session_file.write(path, self._identity(), self.tokens, self.caches)
+        self._runner.save(path, self._identity(), self.tokens, self.caches)
 
     def load(self, path):
         """Replace the context by that of a saved session.
@@ -441,7 +440,7 @@ class Session:
         read fails, the session is left empty.
         """
         setup = self._setup
-        with session_file.checked(path, self._identity(), self.caches, setup.config.n_vocab, setup.n_ctx) as (tokens, read):
+        with self._runner.saved(path, self._identity(), self.caches, setup.config.n_vocab, setup.n_ctx) as (tokens, read):
             self._ahead.forget()
             self.tokens = []        # if the read fails, no mixture of two sessions remains
             self._forget(0)

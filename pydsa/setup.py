@@ -15,6 +15,7 @@ from pydsa.cache import choose_cache_type
 from pydsa.cards import shown
 from pydsa.errors import PydsaError, UnsupportedModelError
 from pydsa.gguf_file import open_gguf
+from pydsa.gguf_parts import absent_parts, ends_of
 from pydsa.graph import CacheRef, Graph, waits
 from pydsa.layout import lay_out
 from pydsa.memory import Memory, memory_of
@@ -45,20 +46,21 @@ class Setup:
 
     It has the configuration (config), the schedule of variants, a layout of each variant's graph, and the memory in bytes. No weights are
     read and nothing is compiled. `pydsa info` shows it. notes: sentences on what is unusual in the file. The parameters, and the errors
-    raised, are those of load(), but for what a plan chooses (fitting.py), and `layers`: those of a stage, (first, stop); None: all.
+    raised, are those of load(), but for what a plan chooses (fitting.py), `layers`: those of a stage, (first, stop), None: all; and
+    `absent`: what parts of the file hold that may be missing here, as gguf_parts.merged() returns it.
     """
 
     def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,
                  n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None, reproducible=False, mmap=True, mlock=False,
                  tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), n_gpu_layers=None, numa=None, stream_from=None,
-                 layers=None):
+                 layers=None, absent=None):
         self.stream_from = check_stream_from(stream_from)
         placing = Placing(check_devices(device), tensor_split, n_gpu_layers, cpu_moe, n_cpu_moe, override_tensor)
         self.kv_type = choose_cache_type("kv_type", kv_type)
         self.index_type = choose_cache_type("index_type", index_type or ("f32" if kv_type == "f32" else "i8"))
         self.attention = choose("attention", attention, ATTENTION)
         n_ctx, n_ubatch, dsa_top_k = counts(2**31 - 1, n_ctx=n_ctx, n_ubatch=n_ubatch, dsa_top_k=dsa_top_k)
-        file = open_gguf(os.path.expanduser(path))
+        file = open_gguf(os.path.expanduser(path), absent_parts(path, absent or {}))
         metadata = override(file.metadata, override_kv or {})
         self.overrides = {key: (value, file.metadata.get(key)) for key, value in (override_kv or {}).items()}      # and the file's own
         arch = architecture(metadata)
@@ -268,8 +270,7 @@ class Setup:
             if key.startswith(f"{self.config.architecture}."):
                 digest.update(f"{key} {np.asarray(metadata[key]).tolist()}".encode())
         for tensor in self.file.tensors.values():
-            data = tensor.data.reshape(-1)
-            digest.update(f"{tensor.name} {tensor.type} {tensor.shape}".encode() + data[:64].tobytes() + data[-64:].tobytes())
+            digest.update(f"{tensor.name} {tensor.type} {tensor.shape}".encode() + ends_of(tensor))
         return digest.hexdigest()
 
     def cache_type(self, ref):

@@ -23,8 +23,11 @@ from pydsa.setup import Setup
 from pydsa.models.yarn import rope_from_metadata
 from pydsa.quants import TYPES
 from pydsa.report import describe, format_report, token_bytes
+from pydsa.stages.division import Node, divide
+from pydsa.stages.forecast import CHUNK, Link, forecast, wire_of
 from pydsa.tokenizer import CONTROL, PRE_TOKENIZERS
 from tools.make_model import ModelSpec, make_model, model_keys, tensor_shapes, tensor_type
+from tools.simulate_stages import simulated
 
 DATA, ROOT, IDS = Path(__file__).parent / "data", Path(__file__).parent.parent, random_ids(40)
 YARN = dict(rope_scaling="yarn", rope_factor=40.0, n_ctx_orig=4096, yarn_log_multiplier=0.1)
@@ -65,13 +68,12 @@ def family(request):
     return request.param
 
 
-@pytest.fixture
-def full_size(family, monkeypatch):
-    """full_size(**options) -> the Setup of a published model in Q4_K_M.
+def full_size_file(family, kind):
+    """A published model's file, of which it has none of the gigabytes.
 
-    It has none of the gigabytes: all bytes of a tensor are one byte.
+    All bytes of a tensor are one byte. kind: its type, as make_model's.
     """
-    spec = ModelSpec(**FAMILIES[family][0], type="Q4_K_M")
+    spec = ModelSpec(**FAMILIES[family][0], type=kind)
     metadata = Metadata({"general.architecture": spec.arch, "general.name": family, "tokenizer.ggml.model": "gpt2",
                          "tokenizer.ggml.pre": spec.pre, **{f"{spec.arch}.{key}": value for key, value in model_keys(spec).items()
                                                             if value is not None}}, "model.gguf")
@@ -81,9 +83,19 @@ def full_size(family, monkeypatch):
         row = shape[-1] // TYPES[kind].size * TYPES[kind].dtype.itemsize
         data = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (*shape[:-1], row), (0,) * len(shape))
         tensors[name] = Tensor(name, kind, shape, data)
-    file = GGUFFile(metadata, tensors, ["model.gguf"], sum(tensor.data.nbytes for tensor in tensors.values()), 3, [list(tensors)])
-    monkeypatch.setattr("pydsa.setup.open_gguf", lambda path: file)
-    return lambda **options: Setup("model.gguf", **options)
+    return GGUFFile(metadata, tensors, ["model.gguf"], sum(tensor.data.nbytes for tensor in tensors.values()), 3, [list(tensors)])
+
+
+@pytest.fixture
+def full_size(family, monkeypatch):
+    """full_size(**options) -> the Setup of a published model in Q4_K_M, or in another type."""
+    files = functools.cache(functools.partial(full_size_file, family))
+
+    def setup(kind="Q4_K_M", **options):
+        monkeypatch.setattr("pydsa.setup.open_gguf", lambda path: files(kind))
+        return Setup("model.gguf", **options)
+    monkeypatch.setattr("pydsa.setup.open_gguf", lambda path: files("Q4_K_M"))
+    return setup
 
 
 def test_full_size(family, full_size):
@@ -127,6 +139,35 @@ def test_plans_in_the_docs(full_size):
         bounds = [describe(setup, (rate, 1000e9))["plan"]["bound_ts"] for rate in (100e9, 300e9)]
         found = [on_gpus, read["cpu"], sum(read.values()) - read["cpu"], *bounds]
         assert [f"{x:.1f}" for x in found] == [weights, *figures]
+
+
+@pytest.mark.parametrize("family", ["DeepSeek-V3.2", "GLM-5"])
+def test_stages_in_the_docs(family, full_size):
+    """The table of docs/stages.md is what `pydsa info --stages` says of such nodes."""
+    rows = re.findall(rf"^\| {family.removeprefix('DeepSeek-')} (\S+) \| (\d+) \| (\S+) \| (\S+) GiB \| (.*) \|$",
+                      (ROOT / "pydsa/docs/stages.md").read_text(), re.MULTILINE)
+    assert len(rows) == 6
+    setups = functools.cache(lambda kind: full_size(kind, n_ubatch=CHUNK))
+    for kind, n, layers, largest, figures in rows[::2]:
+        setup, columns = setups(kind), []
+        for bandwidth, rate in ((100e9, 1500e9), (300e9, 4500e9)):
+            nodes = [Node(f"node {i + 1}", bandwidth, rate=rate) for i in range(int(n))]
+            found = forecast(setup, divide(setup, nodes, len(nodes) + 1), nodes, Link(1.25e9, 100e-6))
+            columns.append([f"{found['one']['ts']:.2g}", f"{found['many']['ts']:.2g}", f"{found['prompt']['ts']:.0f}"])
+        assert (found["options"], figures.split(" | ")) == (f"--stages {layers}", [", ".join(pair) for pair in zip(*columns)])
+        assert f"{max(sum(stage[key] for key in ('weights', 'caches', 'scratch')) for stage in found['stages']) / 2**30:.0f}" == largest
+
+
+@pytest.mark.parametrize("family", ["DeepSeek-V3.2"])
+def test_losses_in_the_docs(full_size):
+    """A row of the other table of docs/stages.md is what a simulation finds, within two percent."""
+    row = re.search(r"^\| 8 \| (\d+), (\d+)% \| (\d+), (\d+)% \| (\d+)% \| (\d+)% \|$", (ROOT / "pydsa/docs/stages.md").read_text(),
+                    re.MULTILINE)
+    setup, link = full_size("Q8_0", n_ubatch=CHUNK), Link(1.25e9, 100e-6)
+    found = [simulated(setup, None, [8], 300, 4500, link, wire_of(setup), None, 512, 150, {chance: value})[0]
+             for chance, value in (("jitter", 500e-6), ("jitter", 5e-3), ("spread", 0.1), ("spread", 0.3))]
+    lost = [-100 * one[key] for one, keys in zip(found, (("one: off", "many: off"),) * 2 + (("many: off",),) * 2) for key in keys]
+    assert [int(figure) for figure in row.groups()] == pytest.approx(lost, abs=2)
 
 
 @pytest.mark.parametrize("key, value", [("model", "llama"), ("pre", "kanana2"), ("pre", None)])

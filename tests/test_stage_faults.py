@@ -245,7 +245,7 @@ def test_what_was_restored_is_resumed(piped, whole, tmp_path):
     saved = dict(zip(mine.caches, mine.cut(0, mine.n_past)))
     pipeline.launcher.kill(1)
     np.testing.assert_array_equal(mine.decode(5), theirs.decode(5))
-    mine.caches.saved(14, lambda ref, start, stop: saved[ref][start:stop])
+    mine.caches.saved(14, lambda ref, start, stop, ask: saved[ref][start:stop])
     mine.truncate(14)
     theirs.truncate(14)
     pipeline.launcher.kill(2)

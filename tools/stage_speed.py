@@ -1,4 +1,6 @@
-"""The speed of a model in stages on this machine, beside that of one process with the threads of one stage.
+"""The speed of a model in stages, beside that of one process.
+
+The one process has the threads of one stage.
 
     python tools/stage_speed.py model.gguf --stages 2 -t 1
     python tools/stage_speed.py model.gguf --stages 2,3 --streams 1,4,8 -p 4096 -r 3 -o json

@@ -2,7 +2,8 @@
 import click
 
 from pydsa import DEMO
-from pydsa.cli.shared import comma_numbers, load_model, model_options, placement_options, reproducible_option, threads_options
+from pydsa.cli.shared import (comma_numbers, load_model, model_options, placement_options, reproducible_option, stage_options,
+                              threads_options)
 from pydsa.console import progress_bar
 from pydsa.habits import llama_cpp_options, model_argument
 
@@ -17,6 +18,7 @@ from pydsa.habits import llama_cpp_options, model_argument
 @threads_options
 @model_options
 @placement_options
+@stage_options
 @reproducible_option
 @click.option("--attention", default="auto", show_default=True, help="One or more of auto, sparse, masked, dense, e.g. sparse,masked.")
 @click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", show_default=True,
@@ -35,6 +37,8 @@ def bench(model, n_prompt, n_gen, n_depth, repetitions, threads, threads_batch, 
     from pydsa.setup import ATTENTION
     from pydsa.options import choose
     from pydsa.plot import check_plot, save_plot
+    if (ops or plot is not None) and (settings["stages"] or settings["ray"]):
+        raise click.UsageError(f"{'--ops' if ops else '--plot'} times the ops of a step in this process: leave out --stages and --ray.")
     if plot is not None:
         check_plot(plot)
     tests = Bench(comma_numbers("-p", n_prompt), comma_numbers("-n", n_gen), comma_numbers("-d", n_depth), repetitions)

@@ -5,6 +5,7 @@ import click
 from click.core import ParameterSource
 
 from pydsa.check import check_files, format_check
+from pydsa.cli.nodes import GIVEN_WITH, check_given, forecast_of, node_options
 from pydsa.cli.shared import attention_option, ctx_option, model_options, placement_options, reproducible_option
 from pydsa.console import progress_bar
 from pydsa.gguf_file import open_gguf
@@ -25,19 +26,27 @@ LEAST_GPU = 1 << 20     # bytes: a smaller one lacks its unit
 @click.option("--gpu-memory", multiple=True, metavar="SIZE[,...]",
               help="Show the plan for GPUs of these sizes instead of this machine's, like 24GiB or 24GiB,48GiB.")
 @click.option("--bandwidth", metavar="CPU,GPU",
-              help="What the CPU and a GPU read of their memory, in GB/s, for the speed that a plan allows.  [default: 100,1000]")
+              help="What the CPU and a GPU read of their memory, in GB/s, for the speed that a plan allows; with --stages: what nodes "
+                   "read, a number or one for each.  [default: 100,1000]")
+@node_options
 @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Form of the report.")
 @click.option("--check", is_flag=True, help="Read everything once instead: look for damage, and show the SHA-256 of each file.")
 @click.pass_context
-def info(ctx, model, output, check, gpu_memory, bandwidth, **settings):
+def info(ctx, model, output, check, gpu_memory, bandwidth, stages, **settings):
     """Show what a file holds, what it needs, and how each layer will run.
 
     No weights are read, but with --check: it names the tensors with NaN, infinities or stretches of zeros, and ends with exit code 1 if
-    there are any. Of a folder of Hugging Face it shows what `pydsa convert` would give, and what each type would take.
+    there are any. Of a folder of Hugging Face it shows what `pydsa convert` would give, and what each type would take; of one with
+    some parts of a split model, which are missing, and which layers a stage can run with the others. With --stages it shows what the
+    model takes and gives on several nodes, which need not be there.
     """
+    given = [name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if os.path.isdir(os.path.expanduser(model)):
-        given = [name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
         return _show_folder(os.path.expanduser(model), output, given, settings)
+    check_given(given, stages)
+    of_nodes = {name: settings.pop(name) for name in GIVEN_WITH}
+    if stages is not None:
+        return _show_stages(*forecast_of(model, stages, bandwidth, settings, **of_nodes), output)
     if check:
         with progress_bar("reading") as progress:
             report = check_files(open_gguf(os.path.expanduser(model)), progress)
@@ -55,6 +64,13 @@ def info(ctx, model, output, check, gpu_memory, bandwidth, **settings):
     if bandwidths and setup.plan is None:
         raise click.UsageError("--bandwidth is for plans of several devices or GPUs: give --gpu-memory, or leave it out.")
     report = describe(setup, bandwidths, here=not gpus)
+    click.echo(json_text(report) if output == "json" else format_report(report), nl=output == "json")
+
+
+def _show_stages(setup, forecast, output):
+    """Show a Setup, and the forecast of it in stages."""
+    from pydsa.report import describe, format_report
+    report = describe(setup, forecast=forecast)
     click.echo(json_text(report) if output == "json" else format_report(report), nl=output == "json")
 
 
@@ -93,14 +109,18 @@ def _bandwidths(text):
 
 
 def _show_folder(folder, output, given, settings):
-    """Show what converting a folder would give.
+    """Show what converting a folder would give, or which parts it has.
 
     given: the names of the options on the command line.
     """
-    idle = sorted(set(given) - {"model", "output", "n_ctx", "kv_type", "index_type"})
-    if idle:
-        raise click.UsageError(f"{folder} is a folder of Hugging Face, of which `info` takes -c, --kv-type, --index-type and -o only, not "
-                               f"--{idle[0].replace('_', '-')}.")
+    from pydsa.parts_report import describe_parts, find_parts, format_parts
+    if not os.path.exists(os.path.join(folder, "config.json")) and find_parts(folder):
+        _refuse_options(f"{folder} is a folder with parts of a model, of which `info` takes -o only", given, {"model", "output"})
+        reports = describe_parts(folder)
+        click.echo(json_text(reports) if output == "json" else format_parts(reports), nl=output == "json")
+        return
+    _refuse_options(f"{folder} is a folder of Hugging Face, of which `info` takes -c, --kv-type, --index-type and -o only", given,
+                    {"model", "output", "n_ctx", "kv_type", "index_type"})
     from pydsa.conversion import Conversion, format_memory, format_plan
     conversion = Conversion(folder)
     n_ctx = conversion.config.n_ctx_train if settings["n_ctx"] == 0 else settings["n_ctx"]
@@ -111,3 +131,10 @@ def _show_folder(folder, output, given, settings):
         click.echo(json_text(plan | {"memory": memory}))
     else:
         click.echo("\n".join(map(visible, [*format_plan(plan), *format_memory(memory)])))
+
+
+def _refuse_options(why, given, taken):
+    """Raise UsageError for an option that was given, but is not taken."""
+    idle = sorted(set(given) - taken)
+    if idle:
+        raise click.UsageError(f"{why}, not --{idle[0].replace('_', '-')}.")

@@ -5,7 +5,8 @@ import sys
 import click
 
 from pydsa import DEMO
-from pydsa.cli.shared import chat_options, check_chat_options, engine_options, load_model, read_text, sampling_options, take_fields
+from pydsa.cli.shared import (chat_options, check_chat_options, engine_options, load_model, read_text, sampling_options, stage_options,
+                              take_fields)
 from pydsa.console import Writer, chat_loop
 from pydsa.exits import Failure
 from pydsa.habits import llama_cpp_options, model_argument, options_of_what_is_so
@@ -40,6 +41,7 @@ def recorded(model, session, path):
 @restriction_options
 @sampling_options
 @engine_options
+@stage_options
 @llama_cpp_options
 @click.option("-cnv/-no-cnv", "--conversation/--no-conversation", "conversation", default=None, hidden=True)
 @options_of_what_is_so

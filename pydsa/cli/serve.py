@@ -4,7 +4,7 @@ import functools
 import click
 
 from pydsa import DEMO
-from pydsa.cli.shared import engine_options, load_model, options_with_defaults, sampling_options, take_fields
+from pydsa.cli.shared import engine_options, load_model, options_with_defaults, sampling_options, stage_options, take_fields
 from pydsa.exits import Failure
 from pydsa.habits import llama_cpp_options, model_argument, options_of_what_is_so
 
@@ -35,6 +35,7 @@ from pydsa.habits import llama_cpp_options, model_argument, options_of_what_is_s
               help="Tokens to generate at most, for requests that do not say; -1: no limit.")
 @options_with_defaults(sampling_options, temperature=1.0, top_p=1.0)
 @engine_options
+@stage_options
 @functools.partial(llama_cpp_options, but=("-np", "--parallel"))
 @options_of_what_is_so
 @click.option("--think", "thinking", is_flag=True, help="Let the model reason first, if it can, for requests that do not say.")

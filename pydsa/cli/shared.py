@@ -1,5 +1,6 @@
 """What the commands share: groups of options, loading a model, reading a text."""
 import dataclasses
+import os
 
 import click
 
@@ -63,6 +64,16 @@ placement_options = options(
                  help="Proportion of the layers on each GPU, like 3,1.  [default: by what is free]"),
     click.option("--fit-margin", default="1GiB", show_default=True, metavar="SIZE", help="What a plan leaves free on each GPU."),
     stream_options)
+stage_options = options(
+    click.option("--stages", metavar="N|RANGES|auto",
+                 help="Run the layers in stages, in so many processes of this machine. With --ray also 0-20,21-40: the layers of nodes; "
+                      "auto: divided by bytes and bandwidth. Needs pip install 'pydsa[ray]'."),
+    click.option("--ray", metavar="ADDRESS",
+                 help="Put the stages on the nodes of this Ray cluster, like 10.0.0.1:6379; auto: the one that runs on this machine."),
+    click.option("--wire", type=click.Choice(["f32", "bf16"]), default="f32", show_default=True,
+                 help="How hidden rows pass from stage to stage; bf16: half the bytes, rounded."),
+    click.option("--resume", is_flag=False, flag_value="", metavar="[FOLDER]",
+                 help="Start a stage again that fails, and go on. What that takes is kept in memory, or in FOLDER."))
 attention_option = click.option("--attention", type=click.Choice(["auto", "sparse", "masked", "dense"]), default="auto", show_default=True,
                                 help="auto: dense up to top_k tokens, sparse beyond.")
 reproducible_option = click.option(
@@ -80,6 +91,7 @@ chat_options = options(
     click.option("--system", "-sys", "--system-prompt", "system", help="A system message for the chat format."),
     click.option("--think", is_flag=True, help="Let the model reason before it answers, if it can."))
 engine_options = options(threads_options, ctx_option, model_options, attention_option, reproducible_option, placement_options)
+OF_STAGES = ("stages", "ray", "wire", "resume")     # the names of stage_options
 sampling_options = options(
     click.option("--temp", "temperature", type=float, default=0.8, show_default=True, help="Temperature; 0: greedy."),
     click.option("--top-k", type=int, default=40, show_default=True, help="Sample from the K likeliest tokens; 0: all."),
@@ -118,6 +130,12 @@ def take_fields(kind, settings):
 def load_model(path, threads=None, threads_batch=None, **settings):
     """Load a model, with its plan and progress on stderr."""
     click.echo(f"loading {visible(path)}", err=True)
+    of_stages = {name: settings.pop(name) for name in OF_STAGES if name in settings}
+    if of_stages:
+        of_stages["resume"] = _resumes(of_stages["resume"])
+        from pydsa.loading import in_stages
+        if in_stages(**of_stages):
+            return _load_stages(path, threads, threads_batch, of_stages | settings)
     if settings.get("n_ctx") == 0:
         settings["n_ctx"] = longest_context(path, settings)
     from pydsa.fitting import fitted
@@ -128,6 +146,26 @@ def load_model(path, threads=None, threads_batch=None, **settings):
     with progress_bar("compiling kernels") as progress:
         from pydsa.loading import ready
         model = ready(setup, threads, threads_batch, progress)
+    return _noted(model)
+
+
+def _resumes(folder):
+    """--resume as load() has it: None, True without a folder, or its path."""
+    if folder and os.path.exists(folder) and not os.path.isdir(folder):
+        raise click.UsageError(f"--resume is {folder!r}, which is a file, expected a folder; without one, put --resume behind MODEL.")
+    return True if folder == "" else folder
+
+
+def _load_stages(path, threads, threads_batch, settings):
+    """Load a model in stages, with its plan and progress on stderr."""
+    from pydsa.loading import staged
+    with progress_bar("loading stages") as progress:
+        return _noted(staged(path, threads=threads, threads_batch=threads_batch, progress=progress, **settings,
+                             say=lambda lines: click.echo("\n".join(map(visible, lines)), err=True)))
+
+
+def _noted(model):
+    """A model, with a sentence on stderr about what is unusual in its options."""
     if model.n_ctx > model.config.n_ctx_train:
         click.echo(f"the context of {model.n_ctx} tokens is longer than the model's own, {model.config.n_ctx_train}", err=True)
     return model

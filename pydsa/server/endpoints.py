@@ -10,7 +10,9 @@ from pydsa.errors import SessionFileError
 from pydsa.server.bodies import Fields, Listed, expected, read_fields
 from pydsa.server.errors import ApiError, as_api_error
 from pydsa.server.service import make_folder, owner_of
+from pydsa.session_parts import is_part_name, saved_bytes
 
+PARTIAL = ".part"   # the end of names of files that are being written
 ROWS = ".rows"      # the end of names of files in which the engine keeps conversations
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")       # no folders, nothing hidden, no names of streams
 
@@ -123,7 +125,7 @@ async def slot(service, request):
         n = await asyncio.to_thread(move, number, path, owner)
     except SessionFileError as error:       # where the files lie is no client's business
         raise ApiError(500 if action == "save" else 400, f"{as_api_error(error).message.replace(path, name)}", "filename") from error
-    counts = {"n_saved": n, "n_written": os.path.getsize(path)} if action == "save" else {"n_restored": n, "n_read": os.path.getsize(path)}
+    counts = {"n_saved": n, "n_written": saved_bytes(path)} if action == "save" else {"n_restored": n, "n_read": saved_bytes(path)}
     return JSONResponse({"id_slot": number, "filename": name} | counts)
 
 
@@ -134,9 +136,9 @@ def _slot_path(service, name, owner):
         raise ApiError(400, "Slots cannot be saved here: the server was started without --slot-save-path.")
     if name is None:
         raise ApiError(400, "The field 'filename' is missing.", "filename", "missing_required_parameter")
-    if not FILE_NAME.fullmatch(name) or name.endswith(ROWS):
+    if not FILE_NAME.fullmatch(name) or name.endswith((ROWS, PARTIAL)) or is_part_name(name):
         raise ApiError(400, f"filename is {name!r:.80}, expected up to 128 letters, digits, points, - and _, without a point at the "
-                            f"beginning and {ROWS} at the end.", "filename", "invalid_value")
+                            f"beginning, {ROWS} or {PARTIAL} at the end, and the form of a stage's part.", "filename", "invalid_value")
     if owner:
         folder = os.path.join(folder, f"of-{owner[:32]}")
         make_folder(folder)

@@ -179,8 +179,9 @@ class Watch:
                 self.wait(pending.done)
                 if pending.error is not None:
                     raise pending.error
+        saved = pipeline.saves.restore(ask)
         try:
-            for made in pipeline.journal.replay(set(pipeline.conversations)):
+            for made in pipeline.journal.replay(set(pipeline.conversations), saved):
                 if isinstance(made, Ran):
                     finish(AT_ONCE * pipeline.depth)
                     begun.append(pipeline.replay(made))

@@ -4,7 +4,6 @@ It stands where plan.Runner stands for a model in one process: sessions, batches
 stages at once, and run in each in the order in which they were begun.
 """
 import itertools
-import os
 import threading
 import time
 import weakref
@@ -16,7 +15,9 @@ from pydsa.options import choose
 from pydsa.signals import interrupts_held
 from pydsa.stages.faults import AT_ONCE, Watch, start_all
 from pydsa.stages.journal import Journal, Ran
+from pydsa.stages.keeping import cut, save, saved
 from pydsa.stages.links import EFFECT, SEEN, Links, Lost, Trouble, raised
+from pydsa.stages.saves import Saves
 from pydsa.stages.under_way import AWAKE, Conversation, Pending, Ring, Samplers, follow_of, wait
 from pydsa.stages.wire import DISCARD, MOST_PAYLOAD, WIRES, Close, Credit, FrameError, Limits, Message, Result
 
@@ -29,8 +30,8 @@ class Pipeline:
 
     launcher: starts them; what it has is in docs/stages.md. setup: the Setup of the whole model. wire: how hidden rows pass, one of
     wire.WIRES. resume: True, or a folder: a stage that fails is started again, and all goes on; rows that were restored are kept in memory,
-    or in the folder. threads, threads_batch: as in Runner, for what tells of them. Raises StageError, or a stage's own error, if the stages
-    cannot be started.
+    or in the folder, where stages also save all rows (saves.py). threads, threads_batch: as in Runner, for what tells of them. Raises
+    StageError, or a stage's own error, if the stages cannot be started.
 
     depth: the steps that may be under way at once. steps: the number of steps begun.
     """
@@ -41,7 +42,6 @@ class Pipeline:
         self.threads, self.threads_batch, self.backends, self.on, self.steps = threads, threads_batch, {}, {}, 0
         self.depth = len(launcher.stages) + 1
         self.samplers = Samplers(setup.tokenizer.eog_ids)
-        self.journal = Journal(None if resume is True else os.fspath(resume)) if resume else None
         self.sending = threading.RLock()            # held while a frame is sent, and while stages are started again
         self.changed = threading.Condition()        # of what follows
         self.under_way = {}         # number -> Pending
@@ -53,6 +53,8 @@ class Pipeline:
         self._closing, self._closed = threading.Lock(), False
         self._stage_of = {ref: next(i for i, part in enumerate(launcher.stages) if part[0] <= ref.layer < part[1])
                           for ref in setup.cache_widths}
+        self.saves = Saves(self, resume if resume is not True and resume else None)
+        self.journal = Journal(self.saves.folder) if resume else None
         self.watch = Watch(self)
         self.links = Links(launcher, Limits.of(setup), self.wire, self._take, self.watch.report)
         try:
@@ -66,6 +68,7 @@ class Pipeline:
             self.close()
             raise
         self.watch.start()
+        self.saves.start()
 
     def close(self):
         """End the pipeline and its stages; steps under way fail."""
@@ -81,6 +84,7 @@ class Pipeline:
                 for conversation in pending.conversations:
                     conversation.steps.clear()
             self.changed.notify_all()
+        self.saves.stop()
         self.links.close()
         self.watch.stop()
         with self._closing:         # who closes it again waits until it is closed
@@ -115,6 +119,8 @@ class Pipeline:
 
     def _cache(self, conversation, ref):
         return Cache(self, conversation, self._stage_of[ref], ref, self.setup.n_ctx, self.setup.cache_row_bytes[ref])
+
+    cut, save, saved = cut, save, saved
 
     def ahead(self):
         """What runs the steps of a session that generate."""
@@ -187,7 +193,7 @@ class Pipeline:
             return
         for cache in (self._cache(conversation, ref) for ref in self._stage_of):
             for first, last in cache.pieces(0, start):
-                cache.write(rows(cache.ref, first, last), first, ask)
+                cache.write(rows(cache.ref, first, last, ask), first, ask)
 
     def drop_unwanted(self):
         """Drop steps under way that nobody waits for -> the others, in order."""
@@ -305,6 +311,10 @@ class Pipeline:
         """Ask all stages at once -> their answers."""
         return self._asked(lambda: [self.links.ask(i, content) for i in range(len(self.launcher.stages))])
 
+    def ask_each(self, requests):
+        """Ask for all of [(stage, content)] at once -> the answers."""
+        return self._asked(lambda: [self.links.ask(i, content) for i, content in requests])
+
     def _asked(self, begin):
         while True:
             with self.sending:
@@ -352,8 +362,8 @@ class Caches(dict):
     def saved(self, n, source):
         """Say that all n tokens of the session are in a save.
 
-        A stage that is started again takes its rows from there: source(ref, start, stop) gives those of a cache, uint8 [stop - start,
-        row_bytes], as long as the session lives.
+        A stage that is started again takes its rows from there: source(ref, start, stop, ask) gives those of a cache, uint8 [stop - start,
+        row_bytes], as long as the session lives. ask(stage, content, payload) asks a stage meanwhile.
         """
         pipeline = self._pipeline
         if pipeline.journal is not None:
@@ -378,7 +388,8 @@ class Cache:
         n = max(1, PIECE // self.row_bytes)
         return [(first, min(first + n, stop)) for first in range(start, stop, n)]
 
-    def _request(self, do, start, stop):
+    def request(self, do, start, stop):
+        """A request for rows: `do` is "stored" or "restore"."""
         return {"do": do, "session": self._conversation.number, "kind": self.ref.kind, "layer": self.ref.layer, "start": start,
                 "stop": stop}
 
@@ -390,7 +401,7 @@ class Cache:
         self._pipeline.drain(self._conversation)
         rows = np.empty((stop - start, self.row_bytes), np.uint8)
         for first, last in self.pieces(start, stop):
-            _, payload = self._pipeline.ask(self.stage, self._request("stored", first, last))
+            _, payload = self._pipeline.ask(self.stage, self.request("stored", first, last))
             if len(payload) != (last - first) * self.row_bytes:
                 raise StageError(f"{self._pipeline.links.name(self.stage)} gives {len(payload)} bytes of cache rows, expected "
                                  f"{(last - first) * self.row_bytes}.")
@@ -409,7 +420,7 @@ class Cache:
     def write(self, rows, start, ask):
         """Send rows to the stage, with ask(stage, content, payload)."""
         for first, last in self.pieces(start, start + len(rows)):
-            ask(self.stage, self._request("restore", first, last), np.ascontiguousarray(rows[first - start:last - start], np.uint8))
+            ask(self.stage, self.request("restore", first, last), np.ascontiguousarray(rows[first - start:last - start], np.uint8))
 
 
 class Bound:

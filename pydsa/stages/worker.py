@@ -14,7 +14,9 @@ import numpy as np
 from pydsa.errors import OutOfMemoryError, PydsaError, StageError
 from pydsa.graph import CacheRef
 from pydsa.sampling import Picked, Sampler
+from pydsa.stages import keeping
 from pydsa.stages.channel import ChannelError, Door, Outbox, connect
+from pydsa.stages.saves import Logs
 from pydsa.stages.wire import (DISCARD, MOST_PAYLOAD, Beat, Close, Credit, Drop, FrameError, Message, Result, Step, decode, encode)
 
 BEAT = 1.0              # seconds between heartbeats
@@ -29,16 +31,18 @@ class Worker:
     """Runs a stage.Stage for a driver.
 
     limits: wire.Limits of the whole model. host: the address at which it listens. wire: how it sends hidden rows, one of wire.WIRES. The
-    key of all connections comes with join(). Raises StageError if it cannot listen there.
+    key of all connections comes with join(). orphaned: whether it ends where it has had no driver for long; not where others see to that.
+    Raises StageError if it cannot listen there.
     """
 
-    def __init__(self, stage, limits, host="127.0.0.1", wire="f32"):
-        self._stage, self._limits, self._wire = stage, limits, wire
+    def __init__(self, stage, limits, host="127.0.0.1", wire="f32", orphaned=True):
+        self._stage, self._limits, self._wire, self._orphaned = stage, limits, wire, orphaned
         self._door = Door((host, 0), self._serve)
         self.address = self._door.address       # (host, port), for the driver and the stage before this one
         self._inbox, self._lock = queue.SimpleQueue(), threading.Lock()
         self._epoch, self._connected, self._unreachable = 0, threading.Event(), None
         self._onward = self._control = None     # Outbox of the next stage, or of the first; Outbox of the driver
+        self._logs = Logs(stage)
         self._samplers, self._credits = {}, {}  # number -> (Sampler, ids that end an answer); step -> Follow
         self._doing, self._ended = None, threading.Event()      # (number of a step or request, when it began)
         self._left = None       # when there was no driver any more; None: there is one, or there was none yet
@@ -166,7 +170,7 @@ class Worker:
     def _beat(self):
         while not self._ended.wait(BEAT):
             doing, left = self._doing, self._left
-            if left is not None and time.monotonic() - left > ORPHANED:
+            if self._orphaned and left is not None and time.monotonic() - left > ORPHANED:
                 self.close()
             number, since = doing or (0, time.monotonic())
             cpu = time.process_time() - time.thread_time()      # without this thread's own
@@ -190,7 +194,7 @@ class Worker:
         if isinstance(frame, Step):
             self._step(frame)
         elif isinstance(frame, Close):
-            self._stage.close(frame.number)
+            self._close(frame.number)
             self._forward(frame)
         elif isinstance(frame, Drop):
             self._samplers.pop(frame.number, None)
@@ -205,6 +209,10 @@ class Worker:
     def _open(self, number):
         if number not in self._stage.sessions:      # it may have been opened before an answer was lost
             self._stage.open(number)
+
+    def _close(self, number):
+        self._stage.close(number)
+        self._logs.close(number)
 
     def _forward(self, frame):
         """Send a frame on to the next stage; behind the last one is the driver."""
@@ -264,7 +272,7 @@ class Worker:
     def _keep(self, sessions):
         """Close all sessions but these, and open those that are not there."""
         for number in set(self._stage.sessions) - sessions:
-            self._stage.close(number)
+            self._close(number)
         for number in sorted(sessions):
             self._open(number)
 
@@ -279,6 +287,14 @@ class Worker:
             stage.check_room(_number(content, "n"), str(content.get("what")))
         elif do in ("stored", "restore"):
             return {}, self._rows(content, payload)
+        elif do == "log":
+            self._logs.append(_number(content, "session"), content)
+        elif do == "logged":
+            return {"n": self._logs.restore(_number(content, "session"), content)}, b""
+        elif do == "unlog":
+            self._logs.close_all()
+        elif do == "part":
+            return keeping.answered(stage, _number(content, "session"), content)
         else:
             raise FrameError(f"a stage is asked to {do!r:.40}, which it cannot do")
         return {}, b""

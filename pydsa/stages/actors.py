@@ -1,0 +1,182 @@
+"""What a Ray actor does for a stage: tell what it is, open its part, load it.
+
+Ray's processes import only this module until a file is opened. Methods that can meet a user's mistake return an Answer, a dict: nothing of
+pydsa's classes is pickled, so that a node with another version can tell that it has one.
+"""
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+from pydsa.errors import PydsaError
+
+COMPARED = ("pydsa", "sources", "Python", "numba", "llvmlite", "numpy")        # of identity(): what must be the same on all nodes
+READ = 1 << 29      # bytes that are read to measure the memory's bandwidth: beyond most caches
+PASSES = 5          # the shortest counts
+
+
+def identity():
+    """What this process runs, {name: text}: versions, and a hash of pydsa's sources."""
+    root, digest = Path(__file__).parent.parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    found = {"pydsa": sys.modules["pydsa"].__version__, "sources": digest.hexdigest()[:12], "Python": platform.python_version()}
+    for name in COMPARED[len(found):]:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def read_bandwidth(n_threads, n_bytes=READ):
+    """Bytes a second that threads read of this machine's memory, about.
+
+    It takes a second or less, and at most a quarter of the free memory.
+    """
+    import numpy as np
+    from pydsa import limits
+    n = max(n_threads, min(n_bytes, limits.available().n_bytes // 4) // 8)
+    parts = np.array_split(np.ones(n, np.uint64), n_threads)
+    best = float("inf")
+    for _ in range(PASSES):
+        threads = [threading.Thread(target=np.bitwise_or.reduce, args=(part,)) for part in parts]
+        start = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        best = min(best, time.perf_counter() - start)
+    return 8 * n / best
+
+
+def answered(work):
+    """An Answer of work(): {"value"} or {"error", "text"}, and {"warnings"}.
+
+    error: the name of a PydsaError's class. Other exceptions are faults of pydsa, and raised.
+    """
+    with warnings.catch_warnings(record=True) as met:
+        warnings.simplefilter("always")
+        try:
+            answer = {"value": work()}
+        except PydsaError as error:
+            answer = {"error": type(error).__name__, "text": str(error)}
+        except MemoryError:
+            answer = {"error": "OutOfMemoryError", "text": "the system refuses the memory (ulimit -v, or vm.overcommit_memory)"}
+    return answer | {"warnings": [str(warning.message) for warning in met if issubclass(warning.category, UserWarning)]}
+
+
+class StageActor:
+    """The process of one stage, or of one after another.
+
+    Its methods may run at the same time, each in a thread.
+    """
+
+    def __init__(self):
+        self._setup = self._worker = None
+        self._progress = 0, 0, ""
+
+    def describe(self):
+        """What runs here, {"pid", "identity", "cores", "free"}.
+
+        cores: physical ones that this process may use. free: bytes of memory, and in words what limits them.
+        """
+        from pydsa import limits
+        from pydsa.cores import physical_cores
+        return {"pid": os.getpid(), "identity": identity(), "cores": physical_cores(), "free": tuple(limits.available())}
+
+    def measure(self, gpus, share):
+        """Measure the node -> an Answer of (bytes a second, bytes free).
+
+        They are those of the memory, and of the GPUs if these may be used: of `share` bytes of weights, what fits is read there.
+        """
+        return answered(lambda: _measured(gpus, share))
+
+    def look(self, path):
+        """What this node has of a file -> an Answer of gguf_parts.described()."""
+        def work():
+            from pydsa.gguf_parts import described
+            return described(path)
+        return answered(work)
+
+    def open(self, path, settings, layers):
+        """Open a file -> an Answer of (fingerprint, text of a plan or None).
+
+        settings: those of fitting.fitted(). layers: (first, stop). Nothing is read of the weights but what the fingerprint has of them.
+        """
+        self.leave()
+
+        def work():
+            from pydsa.backends.devices import backend_of
+            from pydsa.fitting import fitted
+            self._setup = setup = fitted(path, **settings, layers=tuple(layers))
+            for name in setup.placement.devices:        # here, as stages are opened at the same time, and loaded in turn
+                backend_of(name)
+            return setup.fingerprint
+        return answered(work)
+
+    def load(self, threads, threads_batch, wire, host, limits):
+        """Load the part that was opened -> an Answer of (host, port).
+
+        There the stage listens, once it has joined. limits: the fields of wire.Limits.
+        """
+        def work():
+            from pydsa.stages.stage import Stage
+            from pydsa.stages.wire import Limits
+            from pydsa.stages.worker import Worker
+            stage = Stage(self._setup, threads, threads_batch, self._note)
+            self._worker = Worker(stage, Limits(*limits), host, wire, orphaned=False)       # Ray ends what has no driver any more
+            return tuple(self._worker.address)
+        return answered(work)
+
+    def _note(self, done, total, name):
+        self._progress = done, total, name
+
+    def progress(self):
+        """How far load() is: (done, total, name of what is done)."""
+        return self._progress
+
+    def join(self, next_address, first_address, key, epoch):
+        """Take a place in the pipeline, as worker.Worker.join says."""
+        return answered(lambda: self._worker.join(next_address, first_address, key, epoch))
+
+    def leave(self):
+        """Give the part back, for another file."""
+        worker, self._worker, self._setup = self._worker, None, None
+        self._progress = 0, 0, ""
+        if worker is not None:
+            worker.close()
+
+
+def _measured(gpus, share):
+    """StageActor.measure()."""
+    from pydsa import limits
+    from pydsa.backends.devices import backend_of, usable_gpus
+    from pydsa.cores import physical_cores
+    rate, free = read_bandwidth(physical_cores()), limits.available().n_bytes
+    found = usable_gpus(asked_for=False) if gpus else {}
+    if not found:
+        return rate, free
+    there = sum(gpu.free for gpu in found.values())
+    rates = []
+    for name in found:
+        with contextlib.suppress(PydsaError):
+            rates.append(backend_of(name).measure_ceilings(1).bandwidth)
+    on_gpus = min(there, share) if rates else 0
+    return share / (on_gpus / min(rates, default=rate) + (share - on_gpus) / rate), free + there
+
+
+def kill(pid):
+    """End a process of this node at once.
+
+    One that is stopped takes no request of Ray's.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

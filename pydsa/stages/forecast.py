@@ -1,0 +1,228 @@
+"""What a model in stages needs and gives on nodes that need not be there.
+
+That is bytes on each node and on the wire, and the tokens a second that bandwidths allow: reads over bandwidth, and steps that wait for
+rows. tools/simulate_stages.py compares it with a simulation.
+"""
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from pydsa.backends.devices import device_of
+from pydsa.costs import StepSize, node_cost
+from pydsa.gguf_file import Tensor
+from pydsa.graph import CacheRef
+from pydsa.options import choose
+from pydsa.placement import home_layer
+from pydsa.stages.division import Parts
+from pydsa.words import size
+
+CHUNK = 512         # tokens of a prompt that run together at most, so that several parts of it are under way
+PROMPT = 4096       # tokens of the prompt whose time is told
+OF_EXPERTS = ("moe_gate_up", "moe_linear", "moe_down")      # ops with experts' matrices, and with ids as their third argument
+WIRES = ("f32", "bf16")     # types of hidden rows between stages; f32: the backend's own float
+STEP, PART, OUTPUT, ID = 52, 12, 4, 4       # bytes of a step's frame: at its begin, for each conversation, output and token
+RESULT, PICKED = 40, 20     # of a result's frame, and of each sampled id with its logits' extremes
+
+
+class Link(NamedTuple):
+    """The network between nodes.
+
+    bandwidth: bytes a second, from each node and to each node. latency: seconds until what was sent is used, beside the bytes' own time.
+    """
+    bandwidth: float
+    latency: float
+
+    def seconds(self, n_bytes):
+        """The time from sending to use."""
+        return self.latency + n_bytes / self.bandwidth
+
+
+class Wire(NamedTuple):
+    """Bytes that pass between stages. row: of one token's hidden values."""
+    row: int
+
+    def step(self, n_tokens, n_parts=1, n_outputs=1, first=False):
+        """Bytes of a step's frame; to the first stage ids go alone."""
+        return STEP + PART * n_parts + OUTPUT * n_outputs + n_tokens * (ID if first else ID + self.row)
+
+    def result(self, n_outputs=1):
+        """Bytes of a result with sampled ids."""
+        return RESULT + PICKED * n_outputs
+
+
+def wire_of(setup, wire="f32"):
+    """The Wire of a model with hidden rows of a type of WIRES."""
+    own = device_of(setup.placement.devices[0]).float_size
+    return Wire(setup.config.n_embd * (2 if choose("wire", wire, WIRES) == "bf16" else own))
+
+
+class Times:
+    """The seconds of steps in each stage of a model.
+
+    ranges: its Layers; nodes: their division.Nodes. A node reads all bytes, or does all products, of an op after the other's, whichever
+    takes longer; a step of one token reads only. Experts are taken to be chosen evenly.
+    """
+
+    def __init__(self, setup, ranges, nodes):
+        self._setup, self._ranges, self._nodes = setup, ranges, nodes
+
+    def generation(self, n_past, n_streams=1):
+        """Seconds of each stage for a token of each of n_streams conversations."""
+        weights, cache, operations, layers = self._ops(1, n_past, n_streams)
+        return self._seconds(weights + n_streams * cache, n_streams * operations if n_streams > 1 else 0 * operations, layers)
+
+    def prompt(self, n_tokens, n_past):
+        """Seconds of each stage for n_tokens tokens of one prompt."""
+        weights, cache, operations, layers = self._ops(n_tokens, n_past, n_tokens)
+        return self._seconds(weights + cache, operations if n_tokens > 1 else 0 * operations, layers)
+
+    def _seconds(self, n_bytes, operations, layers):
+        return [float(np.maximum(n_bytes[mine] / node.bandwidth, operations[mine] / node.rate).sum())
+                for (first, stop), node in zip(self._ranges, self._nodes) for mine in [(first <= layers) & (layers < stop)]]
+
+    def _ops(self, n_tokens, n_past, choosing):
+        """Bytes of weights and caches, operations and layer of each op, arrays.
+
+        choosing: the number of tokens that choose experts, whose weights are read once for all of them.
+        """
+        setup, rows, found = self._setup, self._setup.cache_row_bytes, []
+        for node in setup.graphs[setup.schedule.variant(n_past, n_tokens)].nodes:
+            if not any(isinstance(a, (Tensor, CacheRef)) for a in node.args):
+                continue
+            experts = {node.args[2]: _chosen(setup.config, choosing)} if node.op in OF_EXPERTS else {}
+            cost = node_cost(node, StepSize(n_tokens, n_past, rows, experts))
+            found.append((cost.weights, cost.cache, cost.operations, home_layer(node) % setup.config.n_layer))
+        return np.array(found, np.float64).T
+
+
+def _chosen(config, n_tokens):
+    """The number of experts that n_tokens tokens choose, on average."""
+    return config.n_expert * (1 - (1 - config.n_expert_used / config.n_expert) ** n_tokens)
+
+
+def depth_of(n_stages):
+    """The number of steps that may be under way at once."""
+    return n_stages + 1 if n_stages > 1 else 1
+
+
+def chunks(n_tokens, n_past=0, most=CHUNK):
+    """The steps of a prompt: pairs of tokens, and those before them."""
+    return [(min(most, n_tokens - start), n_past + start) for start in range(0, n_tokens, most)]
+
+
+def one_stream(seconds, link, wire):
+    """Seconds from token to token of one conversation.
+
+    seconds: of each stage. The last stage starts the next step itself: only the id goes back to the first.
+    """
+    n = len(seconds)
+    return sum(seconds) + ((n - 1) * link.seconds(wire.step(1)) + link.seconds(wire.step(1, first=True)) if n > 1 else 0)
+
+
+def in_turn(seconds, link, wire, n_steps, n_each=1):
+    """Seconds between results of n_steps steps that are under way at once.
+
+    Each is of n_each conversations, whose next tokens the driver sends when it has the last ones. Whichever is longest: the slowest stage,
+    the rows on the wire, or the way of a step around, by the number of steps.
+    """
+    n = len(seconds)
+    if n == 1:
+        return seconds[0]
+    frame = wire.step(n_each, n_each, n_each)
+    way = sum(seconds) + (n - 1) * link.seconds(frame) + link.seconds(wire.result(n_each)) + link.seconds(
+        wire.step(n_each, n_each, n_each, first=True))
+    return max(*seconds, frame / link.bandwidth, way / n_steps)
+
+
+def prompt_seconds(times, link, wire, steps, depth):
+    """Seconds until the driver has the first token after a prompt.
+
+    times(n_tokens, n_past): the seconds of each stage for a step. steps: those of chunks(). depth: how many may be under way at once; the
+    next is sent when the result of the one that many before is there. A node sends one chunk's rows after the other's.
+    """
+    results, free, sent = [], None, None
+    for i, (n, n_past) in enumerate(steps):
+        seconds = times(n, n_past)
+        stages = len(seconds)
+        free, sent = free or [0.0] * stages, sent or [0.0] * stages
+        here = (results[i - depth] if i >= depth else 0.0) + (link.seconds(wire.step(n, first=True)) if stages > 1 else 0)
+        for stage in range(stages):
+            free[stage] = max(here, free[stage]) + seconds[stage]
+            rows = wire.step(n) if stage < stages - 1 else wire.result()
+            if stages > 1:
+                sent[stage] = max(sent[stage], free[stage]) + rows / link.bandwidth
+            here = sent[stage] + link.latency if stages > 1 else free[stage]
+        results.append(here)
+    return results[-1]
+
+
+def forecast(setup, ranges, nodes, link, wire="f32", n_streams=None, assumed=()):
+    """What a model in stages takes and gives, as a dict of JSON types.
+
+    ranges: division.Layers of each stage; nodes: the division.Node of each. wire: a type of WIRES. n_streams: conversations with caches of
+    their own; None: one more than stages, which fill them. assumed: names of options that were not given. Sizes are bytes, times seconds;
+    generation is at the end of the context.
+    """
+    n, depth = len(ranges), depth_of(len(ranges))
+    n_streams, rows, times = n_streams or n + 1, wire_of(setup, wire), Times(setup, ranges, nodes)
+    parts, n_past, n_prompt = Parts(setup, n_streams), setup.n_ctx - 1, min(PROMPT, setup.n_ctx)
+    shares = [parts.share(*pair) for pair in zip(ranges, nodes)]
+    one, reads = one_stream([share.seconds for share in shares], link, rows), sum(share.seconds for share in shares)
+    in_a_step = math.ceil(n_streams / depth)
+    n_steps = math.ceil(n_streams / in_a_step)
+    each = [share.seconds for share in shares] if in_a_step == 1 else times.generation(n_past, in_a_step)
+    between = one if n_streams == 1 else in_turn(each, link, rows, n_steps, in_a_step)
+    first = prompt_seconds(times.prompt, link, rows, chunks(n_prompt), depth)
+    return {
+        "options": f"--stages {','.join(map(str, ranges))}",
+        "stages": [{"layers": str(share.layers), "node": share.node.name, "memory": share.node.memory, "bandwidth": share.node.bandwidth,
+                    "rate": share.node.rate, "weights": share.weights, "caches": share.caches, "scratch": share.scratch,
+                    "free": share.free, "token_bytes": share.token, "token_seconds": share.seconds} for share in shares],
+        "wire": {"type": wire, "row_bytes": rows.row, "token_bytes": rows.step(1) if n > 1 else 0,
+                 "id_bytes": rows.step(1, first=True) if n > 1 else 0, "result_bytes": rows.result() if n > 1 else 0,
+                 "logits_bytes": 4 * setup.config.n_vocab if n > 1 else 0, "bandwidth": link.bandwidth, "latency": link.latency},
+        "one": {"ts": 1 / one, "seconds": one, "wire_seconds": one - reads},
+        "many": {"streams": n_streams, "steps": n_steps, "ts": n_streams / n_steps / between, "step_seconds": between},
+        "prompt": {"tokens": n_prompt, "chunk": min(CHUNK, n_prompt), "seconds": first, "ts": n_prompt / first}, "assumed": list(assumed)}
+
+
+def in_words(found):
+    """The lines of a forecast()."""
+    yield from _table(found["stages"])
+    yield f"as {found['options']}"
+    wire, one, many, prompt = (found[key] for key in ("wire", "one", "many", "prompt"))
+    wires = len(found["stages"]) > 1
+    if wires:
+        yield (f"on the wire: {size(wire['token_bytes'])} a token from stage to stage ({wire['type']} rows), {wire['id_bytes']} B to the "
+               f"first, {wire['result_bytes']} B back ({size(wire['logits_bytes'])} more where logits are asked for)")
+        yield f"the link: {wire['bandwidth'] / 1e9:g} GB/s and {1e6 * wire['latency']:g} us" + _assumed(found, "link", "latency")
+    ways = [f"{1e3 * (one['seconds'] - one['wire_seconds']):.3g} ms of reads",
+            *([f"{1e3 * one['wire_seconds']:.3g} ms on the wire"] * wires)]
+    yield (f"one conversation: at most {one['ts']:.3g} tokens a second at the end of the context, {' and '.join(ways)} for each"
+           + _assumed(found, "bandwidth"))
+    if many["streams"] > 1:
+        under_way = f", {many['steps']} steps under way" if wires else ""
+        yield f"{many['streams']} conversations{under_way}: at most {many['ts']:.3g} tokens a second in all"
+    yield (f"a prompt of {prompt['tokens']} tokens in chunks of {prompt['chunk']}: at most {prompt['ts']:.3g} tokens a second, the first "
+           f"after {prompt['seconds']:.3g} s; products at {found['stages'][0]['rate'] / 1e9:g} GOP/s a node" + _assumed(found, "gops"))
+
+
+def _assumed(found, *options):
+    """A remark on values that were not given."""
+    names = [f"--{option}" for option in options if option in found["assumed"]]
+    return f" (assumed: {' and '.join(names)} give{'s' * (len(names) == 1)} others)" if names else ""
+
+
+def _table(stages):
+    """The lines of a table of a forecast's stages."""
+    rows = [("node", "", "layers", "weights", "caches", "scratch", "free", "a token reads", "in")]
+    for stage in stages:
+        free = stage["free"]
+        of_memory = "" if stage["memory"] is None else f"{size(stage['memory'])}, "
+        rows.append((stage["node"], f"{of_memory}{stage['bandwidth'] / 1e9:g} GB/s", stage["layers"],
+                     *(size(stage[key]) for key in ("weights", "caches", "scratch")), "?" if free is None else size(max(0, free)),
+                     size(stage["token_bytes"]), f"{1e3 * stage['token_seconds']:.3g} ms"))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ("  ".join([*(cell.ljust(n) for cell, n in zip(row[:2], widths)), *(cell.rjust(n) for cell, n in zip(row[2:], widths[2:]))])
+            for row in rows)

@@ -1,0 +1,50 @@
+"""Options of models in stages that are refused before Ray is started."""
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+import pydsa
+from pydsa.cli import main
+from pydsa.errors import PydsaError, StageError
+from pydsa.stages.cluster import Cluster
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch):
+    """Nothing is started."""
+    def refuse(self, address=None):
+        raise AssertionError("Ray is started")
+    monkeypatch.setattr(Cluster, "__init__", refuse)
+
+
+@pytest.mark.parametrize("options, said", [
+    (dict(stages="auto"), "divides a model over the nodes of a cluster: give its address"),
+    (dict(stages=0), "stages is '?0'?, expected 1 to"), (dict(stages="0-1,3-3"), "stages has 3.* after 0-1, expected"),
+    (dict(stages=2, wire="f16"), "wire is 'f16', expected"), (dict(wire="bf16"), "wire is for a model in stages"),
+    (dict(resume=True), "resume is for a model in stages"), (dict(stages=2, n_ubatch=-1), "n_ubatch is -1")])
+def test_what_means_nothing_is_refused(options, said):
+    with pytest.raises(PydsaError, match=said):
+        pydsa.load(pydsa.DEMO, **options)
+
+
+def said_of(*arguments):
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    return result.output
+
+
+def test_the_command_line(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert f"--resume is '{file}', which is a file" in said_of("run", "--stages", "2", "-p", "a", "--resume", str(file))
+    assert "resume is for a model in stages" in said_of("run", "-p", "a", "--resume")
+    assert "--ops times the ops of a step in this process" in said_of("bench", "--stages", "2", "--ops")
+    assert "--plot times the ops of a step in this process" in said_of("bench", "--ray", "auto", "--plot", str(tmp_path / "a.png"))
+
+
+def test_without_ray_there_is_one_sentence(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(StageError, match=r"^A model in stages needs Ray, which is not installed: pip install 'pydsa\[ray\]'\.$"):
+        pydsa.load(pydsa.DEMO, stages=2)
