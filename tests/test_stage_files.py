@@ -31,6 +31,10 @@ class Process:
     def __init__(self, node, what, root):
         self.node, self.what, self._root, self.actor = node, what, root, StageActor()
 
+    @property
+    def name(self):
+        return self.what
+
     def begin(self, method, *args):
         if method in ("look", "open"):
             args = str(self._root / self.node.name / os.path.basename(args[0])), *args[1:]
