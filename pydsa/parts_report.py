@@ -107,7 +107,7 @@ def format_parts(reports):
         lines += [""] * bool(lines) + [f"{report['model']}: {count - len(missing)} of {count} parts are in this folder" + (
             f"; missing: {_ranges(missing)}" if missing else "")]
         for part in report["parts"]:
-            layers = f"layers {_ranges(part['layers'])}" if part["layers"] else ""
+            layers = _in_words(part["layers"]) if part["layers"] else ""
             lines.append(f"  part {part['part']:<5} {size(part['bytes']):>10}  {', '.join(filter(None, [layers, *part['others']]))}")
         if not missing:
             lines.append(f"  all of the model is here: pydsa info {report['parts'][0]['file']}")
@@ -117,13 +117,19 @@ def format_parts(reports):
         ends = [f"the {what} {'is' if report[key] else 'is not'} here" for key, what in (("embedding", "embedding"), ("output", "output"))]
         lines.append(f"  {', '.join(ends)} (the first stage needs the embedding, the last the output)")
         if report["first"] != report["layers"]:
-            first = _ranges(report["first"]) or "that are not here"
-            lines.append(f"  a stage may begin with layers {first}: the others share the choice of an earlier one")
+            first = _in_words(report["first"]) if report["first"] else "none of them"
+            lines.append(f"  a stage may begin with {first}: the others share the choice of an earlier one")
         if report["open"]:
-            lines.append(f"  layers {_ranges(report['open'])}: a part that is not here may have more of their tensors")
+            more = len(report["open"]) > 1
+            lines.append(f"  {_in_words(report['open'])}: a part that is not here may have more of {'their' if more else 'its'} tensors")
         if 1 in missing:
             lines.append("  the first part is not here: it has the metadata, and each node needs it")
     return "".join(f"{visible(line)}\n" for line in lines)
+
+
+def _in_words(layers):
+    """[1, 2, 3, 5] -> "layers 1-3, 5"."""
+    return f"layer{'s' * (len(layers) > 1)} {_ranges(layers)}"
 
 
 def _ranges(numbers):

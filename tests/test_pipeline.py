@@ -56,16 +56,22 @@ def session(pipeline):
 
 
 class Slow(Stage):
-    """A stage whose steps wait. error: what those of the last one raise."""
-    error, seconds = None, 0.0
+    """A stage whose steps wait.
+
+    error: what those of the last one raise. most: stages that were at work at the same time.
+    """
+    error, seconds, busy, most = None, 0.0, set(), 0
     gate = threading.Event()
 
     def run(self, *args):
         """Run a step."""
         if self.error and self.last:
             raise self.error
+        self.busy.add(self)
+        Slow.most = max(self.most, len(self.busy))
         self.gate.wait(5)
         time.sleep(self.seconds)
+        self.busy.discard(self)
         return super().run(*args)
 
 
@@ -75,6 +81,7 @@ def slow(monkeypatch):
     monkeypatch.setattr("stage_processes.Stage", Slow)
     monkeypatch.setattr(Slow, "gate", threading.Event())
     monkeypatch.setattr(Slow, "seconds", 0.0)
+    monkeypatch.setattr(Slow, "most", 0)
     Slow.gate.set()
     return Slow
 
@@ -126,6 +133,24 @@ def test_the_last_stage_starts_the_next_step(piped, slow, monkeypatch):
     assert not made[-1].follow and not pipeline.under_way       # nothing was begun after the last token
 
 
+def test_all_stages_are_busy(piped, slow):
+    """With chunks of one prompt, and with tokens of several conversations.
+
+    One conversation's tokens come one after the other.
+    """
+    pipeline = piped()
+    slow.seconds = 0.02
+    session(pipeline).prefill(random_ids(60))
+    assert slow.most == 3
+    mine = [session(pipeline) for _ in range(6)]
+    slow.most = 0
+    next(mine[0].generate([1], 2, Sampling(temperature=0)))
+    assert slow.most == 1
+    for step in [one.begin([1]) for one in mine]:
+        step.finish()
+    assert slow.most == 3
+
+
 def test_a_token_that_ends_the_answer_starts_nothing(piped, whole):
     tokens = list(whole.session().generate(PROMPT[:5], 6, Sampling(temperature=0)))
     end = tokens[3]
@@ -172,7 +197,7 @@ def test_a_started_step_that_comes_late(piped, whole, monkeypatch):
 
 
 def test_rows_are_not_restored_under_a_step(piped, whole, slow):
-    """A step that is under way would overwrite them, in stages that it has not reached."""
+    """A step under way would overwrite them, in stages it has not reached."""
     pipeline, theirs = piped(), whole.session()
     mine = session(pipeline)
     mine.prefill(PROMPT[:4]), theirs.prefill(PROMPT[:6])

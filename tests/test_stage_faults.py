@@ -19,6 +19,7 @@ from pydsa.stages import worker as workers
 from pydsa.stages.pipeline import Pipeline
 from pydsa.stages.stage import Stage
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*It is started again")
 STAGES, TWO = [(0, 1), (1, 2), (2, 3)], [(0, 1), (1, 3)]
 PROMPT = random_ids(30)
 DRAWN = Sampling(temperature=1.0, seed=4)
@@ -103,7 +104,8 @@ def test_a_stage_that_is_killed_and_resumed(piped, whole):
     tokens, logits = expected(whole, 12)
     pipeline = piped(Processes, resume=True, stages=TWO)
     mine = session(pipeline)
-    assert answered(mine, 12, 5, lambda: pipeline.launcher.signal(1, signal.SIGKILL)) == tokens
+    with pytest.warns(UserWarning, match=SECOND + r"its connection .* It is started again \(restart 1\)"):
+        assert answered(mine, 12, 5, lambda: pipeline.launcher.signal(1, signal.SIGKILL)) == tokens
     pipeline.launcher.signal(0, signal.SIGKILL)
     np.testing.assert_array_equal(mine.prefill([1, 2]), logits)
     assert pipeline.launcher.n_starts == [2, 2] and pipeline.error is None

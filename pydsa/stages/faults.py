@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 import traceback
+import warnings
 
 from pydsa.errors import PydsaError, StageError
 from pydsa.stages.journal import Ran
@@ -47,7 +48,7 @@ class Watch:
 
     def __init__(self, pipeline):
         self._pipeline, self._reports, self._stopped = pipeline, queue.SimpleQueue(), threading.Event()
-        self._restarts, self._finished = 0, 0       # restarts since a step was finished, and how many were then
+        self._restarts, self._finished, self._n = 0, 0, 0       # restarts since a step was finished, how many were then; all restarts
 
     def start(self):
         """Begin to look."""
@@ -146,6 +147,9 @@ class Watch:
         if self._restarts > TRIES:
             raise StageError(f"it was started {TRIES} times, and failed again before a step was done.")
         pipeline.links.close()
+        self._n += 1
+        warnings.warn(f"{self.failure(i, text)} It is started again (restart {self._n}), which takes as long as loading it; then all goes "
+                      "on.", stacklevel=2)
         gone = [i, *(j for j in range(len(launcher.stages)) if j != i and not launcher.alive(j))]
         for j in gone:
             launcher.kill(j)
