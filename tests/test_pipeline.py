@@ -133,6 +133,22 @@ def test_the_last_stage_starts_the_next_step(piped, slow, monkeypatch):
     assert not made[-1].follow and not pipeline.under_way       # nothing was begun after the last token
 
 
+def test_the_next_steps_of_many_sessions_are_started(piped, slow, monkeypatch):
+    """Each has its own permission."""
+    pipeline, made, enter = piped(), [], Pipeline._enter
+    monkeypatch.setattr(Pipeline, "_enter", lambda self, pending: (made.append(pending.ring), enter(self, pending)))
+    answers = [session(pipeline).generate(PROMPT[:3], 12, Sampling(temperature=0)) for _ in range(3)]
+    for answer in answers:
+        next(answer), next(answer)
+    slow.seconds = 0.003
+    threads = [threading.Thread(target=list, args=(answer,)) for answer in answers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 3 * 12 and sum(made) >= 20
+
+
 def test_all_stages_are_busy(piped, slow):
     """With chunks of one prompt, and with tokens of several conversations.
 

@@ -328,6 +328,10 @@ def test_a_worker_without_a_driver_ends(path, monkeypatch):
     monkeypatch.setattr(workers, "BEAT", 0.02)
     monkeypatch.setattr(workers, "ORPHANED", 0.2)
     launcher = Launcher(path, STAGES)
+    launcher.start(0)
+    time.sleep(0.3)
+    assert launcher.alive(0)        # it has had none: others are still loaded
+    launcher.kill(0)
     pipeline = Pipeline(launcher, launcher.setup)
     time.sleep(0.3)
     assert all(launcher.alive(i) for i in range(3))

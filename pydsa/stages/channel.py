@@ -142,9 +142,9 @@ def connect(address, key, timeout=10.0):
     try:
         connection = socket.create_connection(tuple(address), timeout)
         connection.settimeout(None)
+        return _authenticated(connection, key, accepting=False)
     except OSError as error:
         raise ChannelError(f"nothing answers at {address[0]}:{address[1]} ({error.strerror or error})") from error
-    return _authenticated(connection, key, accepting=False)
 
 
 class Door:

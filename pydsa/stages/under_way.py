@@ -121,8 +121,8 @@ class Samplers:
         """
         numbers, frames = [], []
         with self._lock:
-            frames += [Drop(0, number) for number in self._dropped]
-            self._dropped.clear()
+            while self._dropped:        # others may come meanwhile
+                frames.append(Drop(0, self._dropped.pop()))
             for sampler in samplers:
                 if sampler is None or sampler.sampling.penalizes:
                     numbers.append(HOST)

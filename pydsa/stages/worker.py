@@ -20,7 +20,8 @@ from pydsa.stages.saves import Logs
 from pydsa.stages.wire import (DISCARD, MOST_PAYLOAD, Beat, Close, Credit, Drop, FrameError, Message, Result, Step, decode, encode)
 
 BEAT = 1.0              # seconds between heartbeats
-ORPHANED = 30.0         # seconds without a driver after which a worker ends
+ORPHANED = 3600.0       # seconds without a driver after which a worker ends: while another stage is started again there is none
+MOST_CREDITS = 1024     # that are kept: those that came too late are never used
 CONNECTING = 10.0       # seconds in which the next stage must answer
 HANDSHAKES = 5.0        # seconds beside these
 CONTROL, STEPS = "control", "steps"     # what a connection is for: the driver's talk with each stage, and what goes from stage to stage
@@ -44,7 +45,7 @@ class Worker:
         self._logs = Logs(stage)
         self._samplers, self._credits = {}, {}  # number -> (Sampler, ids that end an answer); step -> Follow
         self._doing, self._ended = None, threading.Event()      # (number of a step or request, when it began)
-        self._left = time.monotonic()           # when there was no driver any more; None: there is one
+        self._left = None       # when there was no driver any more; None: there is one, or there was none yet
         for run in (self._work, self._beat):
             threading.Thread(target=run, name=f"pydsa stage {run.__name__}", daemon=True).start()
 
@@ -141,7 +142,9 @@ class Worker:
             return
         if isinstance(frame, Credit):
             with self._lock:
-                self._credits = {frame.number: frame.follow}        # an older one came too late
+                self._credits[frame.number] = frame.follow
+                if len(self._credits) > MOST_CREDITS:
+                    del self._credits[next(iter(self._credits))]
         elif isinstance(frame, (Step, Close, Drop)) or isinstance(frame, Message) and frame.kind in ("sampler", "ask"):
             if isinstance(frame, Message) and frame.content.get("do") == "ready":
                 threading.Thread(target=self._answer, args=(frame, self._ready), daemon=True).start()
@@ -239,12 +242,13 @@ class Worker:
         """Sample, start the next step if that may be, and tell the driver."""
         n_vocab = self._limits.n_vocab
         logits = np.empty((0, n_vocab), np.float32) if not step.samplers else np.asarray(logits, np.float32)
-        picked = [_picked(*self._samplers.get(number, (None, ()))[:1], row) for number, row in zip(step.samplers, logits)]
+        samplers = [self._samplers.get(number, (None, ())) for number in step.samplers]
+        picked = [_picked(sampler, row) for (sampler, _), row in zip(samplers, logits)]
         wanted = [i for i, number in enumerate(step.samplers) if number != DISCARD and picked[i] is None]
         with self._lock:
             follow = self._credits.pop(step.number, None) or step.follow
         followed = follow is not None and len(picked) == len(step.parts) == 1 and picked[0] is not None and \
-            picked[0].token not in self._samplers[step.samplers[0]][1]
+            picked[0].token not in samplers[0][1]
         if followed:
             session, n_past, n_tokens = step.parts[0]
             self._send_on(Step(step.epoch, follow.number, follow.variant, [(session, n_past + n_tokens, 1)], step.samplers,
