@@ -421,7 +421,7 @@ class Session:
                 "caches": [[ref.kind, ref.layer, cache.row_bytes] for ref, cache in self.caches.items()]}
 
     def save(self, path):
-        """Write tokens and caches to a file.
+        """Write tokens and caches to a file, or to one for each stage.
 
         The file replaces an older one only when it is complete. Raises SessionFileError if it cannot be written, or if `select` chose keys
         for a token: caches depend on that, and a file cannot hold a function.

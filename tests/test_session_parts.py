@@ -375,6 +375,7 @@ def test_a_pipeline_refuses_damaged_parts(piped, tmp_path):
     assert state(first) == before
 
 
+@pytest.mark.filterwarnings("ignore:.*It is started again")
 def test_a_stage_that_is_started_again_reads_the_saved_parts(piped, tmp_path):
     first, other = piped(TWO), piped(OTHERS, resume=True)
     first.prefill(IDS[:20])

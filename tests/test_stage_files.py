@@ -109,7 +109,7 @@ def staged(tmp_path, split, monkeypatch):
 
 
 def parts_with(split, *begins):
-    """The numbers of the parts with tensors whose names begin so, and the first."""
+    """The numbers of the first part, and of those with tensors that begin so."""
     names = open_gguf(split).part_names
     return sorted({1, *(i + 1 for i, part in enumerate(names) if any(name.startswith(begins) for name in part))})
 

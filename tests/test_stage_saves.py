@@ -20,6 +20,7 @@ from pydsa.stages import worker as workers
 from pydsa.stages.pipeline import Pipeline
 from pydsa.stages.saves import Logs
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*It is started again")
 STAGES = [(0, 1), (1, 3)]
 PROMPT = random_ids(30)
 
@@ -118,7 +119,10 @@ def test_saves_come_by_themselves(piped, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_whatever_conversations_do(piped, whole, seed):
-    """Prompts, tokens, forgotten tokens, rows of other sessions, steps together, saves and ends of stages, by chance."""
+    """All that there is, by chance, with saves and ends of stages between.
+
+    Prompts, tokens, forgotten tokens, rows of other sessions, steps together.
+    """
     chance, pipeline = random.Random(seed), piped()
     pairs = [(session(pipeline), whole.session()) for _ in range(3)]
     batches = Batch(pipeline, pipeline.setup), Batch(whole.runner, whole.setup)
