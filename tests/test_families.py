@@ -23,8 +23,8 @@ from pydsa.setup import Setup
 from pydsa.models.yarn import rope_from_metadata
 from pydsa.quants import TYPES
 from pydsa.report import describe, format_report, token_bytes
-from pydsa.stages.division import Node, divide
-from pydsa.stages.forecast import CHUNK, Link, forecast, wire_of
+from pydsa.stages.division import Node, Parts, divide
+from pydsa.stages.forecast import CHUNK, Link, forecast, one_stream, wire_of
 from pydsa.tokenizer import CONTROL, PRE_TOKENIZERS
 from tools.make_model import ModelSpec, make_model, model_keys, tensor_shapes, tensor_type
 from tools.simulate_stages import simulated
@@ -88,13 +88,16 @@ def full_size_file(family, kind):
 
 @pytest.fixture
 def full_size(family, monkeypatch):
-    """full_size(**options) -> the Setup of a published model in Q4_K_M, or in another type."""
+    """full_size(**options) -> the Setup of a published model.
+
+    It is in Q4_K_M, or in another type.
+    """
     files = functools.cache(functools.partial(full_size_file, family))
 
     def setup(kind="Q4_K_M", **options):
-        monkeypatch.setattr("pydsa.setup.open_gguf", lambda path: files(kind))
+        monkeypatch.setattr("pydsa.setup.open_gguf", lambda path, absent: files(kind))
         return Setup("model.gguf", **options)
-    monkeypatch.setattr("pydsa.setup.open_gguf", lambda path: files("Q4_K_M"))
+    monkeypatch.setattr("pydsa.setup.open_gguf", lambda path, absent: files("Q4_K_M"))
     return setup
 
 
@@ -143,7 +146,7 @@ def test_plans_in_the_docs(full_size):
 
 @pytest.mark.parametrize("family", ["DeepSeek-V3.2", "GLM-5"])
 def test_stages_in_the_docs(family, full_size):
-    """The table of docs/stages.md is what `pydsa info --stages` says of such nodes."""
+    """A table of docs/stages.md is what `pydsa info --stages` says."""
     rows = re.findall(rf"^\| {family.removeprefix('DeepSeek-')} (\S+) \| (\d+) \| (\S+) \| (\S+) GiB \| (.*) \|$",
                       (ROOT / "pydsa/docs/stages.md").read_text(), re.MULTILINE)
     assert len(rows) == 6
@@ -152,15 +155,34 @@ def test_stages_in_the_docs(family, full_size):
         setup, columns = setups(kind), []
         for bandwidth, rate in ((100e9, 1500e9), (300e9, 4500e9)):
             nodes = [Node(f"node {i + 1}", bandwidth, rate=rate) for i in range(int(n))]
-            found = forecast(setup, divide(setup, nodes, len(nodes) + 1), nodes, Link(1.25e9, 100e-6))
+            found = forecast(setup, divide(setup, nodes, len(nodes)), nodes, Link(1.25e9, 100e-6))
             columns.append([f"{found['one']['ts']:.2g}", f"{found['many']['ts']:.2g}", f"{found['prompt']['ts']:.0f}"])
         assert (found["options"], figures.split(" | ")) == (f"--stages {layers}", [", ".join(pair) for pair in zip(*columns)])
         assert f"{max(sum(stage[key] for key in ('weights', 'caches', 'scratch')) for stage in found['stages']) / 2**30:.0f}" == largest
 
 
 @pytest.mark.parametrize("family", ["DeepSeek-V3.2"])
+def test_what_the_docs_say_of_the_network(full_size):
+    text, setup, link = (ROOT / "pydsa/docs/stages.md").read_text(), full_size("Q8_0", n_ubatch=CHUNK), Link(125e6, 300e-6)
+    text, wire, lost = " ".join(text.split()), wire_of(setup), []
+    for n, rate in ((3, 100e9), (8, 300e9)):
+        nodes, parts = [Node("", rate)] * n, Parts(setup)
+        seconds = [parts.share(layers, nodes[0]).seconds for layers in divide(setup, nodes)]
+        one = one_stream(seconds, link, wire)
+        lost.append((f"{1e3 * (one - sum(seconds)):.1f} ms of", f"{1e3 * one:.0f}"))
+    assert f"three nodes of 100 GB/s lose {lost[0][0]} a token's {lost[0][1]}." in text
+    assert f"eight of 300 GB/s lose {' '.join(lost[1])}." in text
+    assert f"V3.2 sends {wire.step(1) / 2**10:.1f} KiB a token and hop" in text
+    assert f"A chunk of 512 tokens is {wire.step(512) / 2**20:.0f} MiB, {1e3 * link.seconds(wire.step(512)):.0f} ms" in text
+    assert f"{full_size(n_ctx=163840).cache_bytes / 2**30:.1f} GiB over all nodes for each conversation of V3.2 with its 163,840" in text
+
+
+@pytest.mark.parametrize("family", ["DeepSeek-V3.2"])
 def test_losses_in_the_docs(full_size):
-    """A row of the other table of docs/stages.md is what a simulation finds, within two percent."""
+    """Another table of docs/stages.md is what simulations find.
+
+    Within two percent, for one of its rows.
+    """
     row = re.search(r"^\| 8 \| (\d+), (\d+)% \| (\d+), (\d+)% \| (\d+)% \| (\d+)% \|$", (ROOT / "pydsa/docs/stages.md").read_text(),
                     re.MULTILINE)
     setup, link = full_size("Q8_0", n_ubatch=CHUNK), Link(1.25e9, 100e-6)

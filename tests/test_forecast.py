@@ -3,15 +3,19 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from pydsa import DEMO, PydsaError
 from pydsa.cli import main
 from pydsa.options import bytes_per_second
+from pydsa.sampling import Picked
 from pydsa.setup import Setup
 from pydsa.stages.division import Layers, Node
-from pydsa.stages.forecast import Link, Times, Wire, chunks, forecast, in_turn, in_words, one_stream, prompt_seconds, wire_of
+from pydsa.stages.forecast import CHUNK, Link, Times, Wire, chunks, forecast, in_turn, in_words, one_stream, prompt_seconds, wire_of
+from pydsa.stages.running import MOST_TOKENS
+from pydsa.stages.wire import Part, Result, Step, encode
 
 LINK = Link(1e9, 100e-6)
 
@@ -37,6 +41,17 @@ def test_many_steps_are_bound_by_the_slowest_stage_or_the_wire_or_their_number()
     assert in_turn(fast, LINK, wire, 3) == pytest.approx(way / 3)
     slow = Link(1e6, 0.0)
     assert in_turn(fast, slow, wire, 300) == pytest.approx(wire.step(1) / 1e6)
+
+
+def test_bytes_are_those_of_the_wire():
+    """Frames as they are sent, behind their length in eight bytes."""
+    def sent(frame, wire="f32"):
+        return 8 + sum(len(memoryview(part).cast("B")) for part in encode(frame, wire) if len(part))
+    parts, ids = [Part(1, 50, 3), Part(2, 0, 4)], np.arange(7, dtype=np.int32)
+    step = Step(1, 2, "sparse", parts, [5, 6], ids, np.ones((7, 32), np.float32))
+    assert (sent(step), sent(step, "bf16")) == (Wire(128).step(7, 2, 2), Wire(64).step(7, 2, 2))
+    assert sent(step._replace(rows=None)) == Wire(128).step(7, 2, 2, first=True)
+    assert sent(Result(1, 2, False, [Picked(1, 2.0, 3.0)] * 5, np.zeros((0, 300), np.float32))) == Wire(128).result(5)
 
 
 def test_chunks_of_a_prompt_follow_each_other():
@@ -67,17 +82,19 @@ def test_forecast(setup):
     assert first["free"] == (40 << 20) - first["weights"] - first["caches"] - first["scratch"] and second["free"] is None
     assert (first["layers"], second["layers"], found["options"]) == ("0-1", "2-3", "--stages 0-1,2-3")
     seconds = [first["token_bytes"] / 100e9, second["token_bytes"] / 50e9]
-    assert [first["token_seconds"], second["token_seconds"]] == seconds and first["caches"] + second["caches"] == 3 * setup.cache_bytes
+    assert [first["token_seconds"], second["token_seconds"]] == seconds and first["caches"] + second["caches"] == 2 * setup.cache_bytes
     wire = wire_of(setup, "bf16")
     assert wire.row == 512 and wire_of(setup).row == 1024 and wire_of(Setup(DEMO, device="reference")).row == 2048
     assert found["wire"]["token_bytes"] == 584 and found["wire"]["logits_bytes"] == 4 * 3072
     assert 1 / found["one"]["ts"] == found["one"]["seconds"] == one_stream(seconds, LINK, wire)
-    assert found["many"] == {"streams": 3, "steps": 3, "ts": pytest.approx(1 / in_turn(seconds, LINK, wire, 3)),
-                             "step_seconds": in_turn(seconds, LINK, wire, 3)}
-    many = forecast(setup, (Layers(0, 2), Layers(2, 4)), nodes, LINK, n_streams=8)["many"]
-    assert (many["steps"], many["ts"]) == (3, pytest.approx(8 / 3 / many["step_seconds"]))       # 3, 3 and 2 conversations
+    assert found["many"] == {"streams": 2, "steps": 2, "ts": pytest.approx(1 / in_turn(seconds, LINK, wire, 2)),
+                             "step_seconds": in_turn(seconds, LINK, wire, 2)}
+    many = forecast(setup, (Layers(0, 2), Layers(2, 4)), nodes, LINK, n_streams=7)["many"]
+    assert (many["steps"], many["ts"]) == (2, pytest.approx(7 / 2 / many["step_seconds"]))       # 4 and 3 conversations
     alone = forecast(setup, (Layers(0, 2), Layers(2, 4)), nodes, LINK, n_streams=1)
     assert alone["many"]["ts"] == pytest.approx(alone["one"]["ts"]) and not any("conversations" in line for line in in_words(alone))
+    short = forecast(setup, (Layers(0, 2), Layers(2, 4)), [nodes[0]._replace(memory=(40 << 20) - first["free"] - 1024)] * 2, LINK, "bf16")
+    assert short["stages"][0]["free"] == -1024 and "lacks 1.0 KiB" in "".join(in_words(short))      # of layers that were asked for
     whole = forecast(setup, (Layers(0, 4),), nodes[:1], LINK)
     assert whole["wire"]["token_bytes"] == whole["one"]["wire_seconds"] == 0
     assert not any("wire" in line or "under way" in line for line in in_words(whole))
@@ -101,12 +118,14 @@ def info(*args):
 
 
 def test_info():
+    assert "products at 1000 to 4000 GOP/s a node" in info("--stages", "2", "--gops", "4000,1000").output
     text = info("--stages", "2", "--bandwidth", "50,200").output
     lines = text[text.index("\nstages\n"):].split("\n\n")[0].splitlines()[2:]
     assert [line.split()[:5] for line in lines[1:3]] == [["node", "1", "50", "GB/s", "0"], ["node", "2", "200", "GB/s", "1-3"]]
-    assert lines[3] == "  as --stages 0,1-3" and "1.1 KiB a token from stage to stage (f32 rows), 72 B to the first, 60 B back" in lines[4]
+    assert CHUNK == MOST_TOKENS and lines[3] == "  as --stages 0,1-3"
+    assert "1.1 KiB a token from stage to stage (f32 rows), 72 B to the first, 60 B back" in lines[4]
     assert lines[5].endswith("1.25 GB/s and 100 us (assumed: --link and --latency give others)")
-    assert "one conversation: at most" in lines[6] and "assumed" not in lines[6] and lines[7].startswith("  3 conversations, 3 steps")
+    assert "one conversation: at most" in lines[6] and "assumed" not in lines[6] and lines[7].startswith("  2 conversations, 2 steps")
     assert "a prompt of 4096 tokens in chunks of 512" in lines[8] and lines[8].endswith("(assumed: --gops gives others)")
     options = "--link", "1Gbit/s", "--latency", "5", "--streams", "1"
     report = json.loads(info("--stages", "0-1,2-3", "-o", "json", "-c", "0", *options).output)
@@ -115,11 +134,13 @@ def test_info():
     assert json.loads(info("-o", "json").output)["stages"] is None
 
 
-@pytest.mark.parametrize("sizes, layers", [("1GiB", ["0-3"]), ("45MiB", ["0-1", "2-3"]), ("26MiB,1GiB", ["0", "1-3"])])
-def test_auto(sizes, layers):
+@pytest.mark.parametrize("option, values, layers", [("--node-memory", "1GiB", ["0-3"]), ("--node-memory", "45MiB", ["0-1", "2-3"]),
+                                                    ("--node-memory", "26MiB,1GiB", ["0", "1-3"]), ("--bandwidth", "300,1", ["0-2", "3"])])
+def test_auto(option, values, layers):
     """As many nodes of one size as are needed, or those that are given."""
-    report = json.loads(info("--stages", "auto", "--node-memory", sizes, "--streams", "2", "-o", "json").output)["stages"]
-    assert [stage["layers"] for stage in report["stages"]] == layers and all(stage["free"] >= 0 for stage in report["stages"])
+    report = json.loads(info("--stages", "auto", option, values, "--streams", "2", "-o", "json").output)["stages"]
+    assert [stage["layers"] for stage in report["stages"]] == layers
+    assert all(stage["memory"] is None or stage["free"] >= 0 for stage in report["stages"])
 
 
 @pytest.mark.parametrize("args, error", [

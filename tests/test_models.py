@@ -40,7 +40,7 @@ def planned(small_model, monkeypatch):
                 there[name] = old._replace(type=edit)
             elif edit is not DROP:
                 there[name] = old._replace(shape=edit)
-        monkeypatch.setattr("pydsa.setup.open_gguf", lambda path: file._replace(metadata=metadata, tensors=there))
+        monkeypatch.setattr("pydsa.setup.open_gguf", lambda path, absent: file._replace(metadata=metadata, tensors=there))
         return Setup("model.gguf", **options)
     return plan
 

@@ -31,6 +31,10 @@ class Process:
     def __init__(self, node, what, root):
         self.node, self.what, self.name, self._root, self.actor = node, what, what, root, StageActor()
 
+    @property
+    def name(self):
+        return self.what
+
     def begin(self, method, *args):
         if method in ("look", "open"):
             args = str(self._root / self.node.name / os.path.basename(args[0])), *args[1:]
@@ -181,7 +185,7 @@ def test_whole_files_need_nothing_of_each_other(staged, expected):
 
 
 def test_a_file_that_changes_after_it_was_compared(staged, halves, monkeypatch):
-    monkeypatch.setattr(StageActor, "open", lambda actor, *args: {"value": "another", "warnings": []})
+    monkeypatch.setattr(StageActor, "open", lambda actor, *args: {"value": ("another", []), "warnings": []})
     with pytest.raises(StageError, match="has another file at"):
         staged(dict(zip("ab", halves)))
 

@@ -4,27 +4,37 @@
     python tools/simulate_stages.py model.gguf --measured one.json --measured two.json --latency 50 --link 5GB/s
 
 Steps pass through the stages event by event: each stage runs one at a time, in the order of arrival, and sends its rows to the next, one
-after the other. One conversation generates in a ring: the last stage starts its next token. Several, and the chunks of a prompt, are sent
-by the driver, at most one more than stages at a time. Beside each figure is that of the formula of `pydsa info --stages`, which knows
-nothing of chance: --jitter makes each way over the network longer by so much on average, --spread lets the times of stages vary.
+after the other. One conversation generates in a ring: the last stage starts its next token. Several are sent by the driver, as many steps
+as stages at a time, and the chunks of a prompt, one more than stages. Beside each figure is that of the formula of `pydsa info --stages`,
+which knows nothing of chance: --jitter makes each way over the network longer by so much on average, --spread lets the times of stages
+vary.
 
---measured takes rows of `pydsa bench -o json`: those of one process give the times of steps, which are shared out to the stages by their
-bytes and products; what is predicted from them stands beside the rows of the model in stages. Stages that share one machine's memory are
-slower than predicted where the bandwidth of memory, not cores, is what they lack.
+--measured takes rows of `pydsa bench -o json` or of tools/stage_speed.py: those of one process give the times of steps, which are shared
+out to the stages by their bytes and products; what is predicted from them stands beside the rows of the model in stages. Stages of one
+machine are slower than predicted where they lack its memory's bandwidth, or its cores. Without rows of a model in stages the prediction is
+for --nodes like the measured machine.
 """
 import heapq
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import numpy as np
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pydsa.bench import markdown, test_name  # noqa: E402
+from pydsa.cli.shared import comma_numbers  # noqa: E402
+from pydsa.errors import PydsaError  # noqa: E402
+from pydsa.options import bytes_per_second  # noqa: E402
+from pydsa.setup import Setup  # noqa: E402
 from pydsa.stages import forecast as formula  # noqa: E402
-from pydsa.stages.forecast import Link, Times, chunks, depth_of, wire_of  # noqa: E402
+from pydsa.stages.division import AUTO, Node, borders, divided, parse  # noqa: E402
+from pydsa.stages.forecast import Groups, Link, Times, chunks, depth_of, wire_of  # noqa: E402
 
 DRIVER = -1
 LEFT_OUT = 0.25     # of the tokens of a simulation, at its begin, while the stages fill
@@ -102,25 +112,25 @@ def generate_one(simulation, wire, seconds, n_tokens):
     return np.array([found])
 
 
-def generate_many(simulation, wire, seconds, n_steps, n_each, n_tokens):
-    """Several conversations, n_each in a step: when the driver has each token.
+def generate_many(simulation, wire, seconds, groups, n_tokens, logits=0):
+    """Several conversations: when the driver has the tokens of each step.
 
-    An array [n_steps, n_tokens]: a row for each step that is under way.
+    groups: a forecast.Groups. logits: bytes of these that come back too. An array [steps under way, n_tokens].
     """
-    last, found = simulation.n_stages - 1, [[] for _ in range(n_steps)]
-    frame, ids = wire.step(n_each, n_each, n_each), wire.step(n_each, n_each, n_each, first=True)
+    n, last, found = groups.each, simulation.n_stages - 1, [[] for _ in range(groups.steps)]
+    frame, ids = wire.step(n, n, n), wire.step(n, n, n, first=True)
 
     def start(i):
         simulation.send(DRIVER, 0, ids, simulation.step, seconds, frame, picked, i)
 
     def picked(i):
-        simulation.send(last, DRIVER, wire.result(n_each), told, i)
+        simulation.send(last, DRIVER, wire.result(n) + logits, told, i)
 
     def told(i):
         found[i].append(simulation.now)
         if len(found[i]) < n_tokens:
             start(i)
-    for i in range(n_steps):
+    for i in range(groups.steps):
         start(i)
     simulation.run()
     return np.array(found)
@@ -159,30 +169,6 @@ def speed(times):
     return float(((times.shape[1] - 1) / (times[:, -1] - times[:, 0])).sum())
 
 
-class Groups:
-    """How conversations share the steps that are under way."""
-
-    def __init__(self, n_streams, n_stages):
-        self.n_streams = n_streams
-        self.n_each = -(-n_streams // depth_of(n_stages))       # conversations in a step
-        self.n_steps = -(-n_streams // self.n_each)
-
-    def simulated(self, simulation, wire, seconds, n_tokens):
-        """When each step is over, an array as of generate_many()."""
-        if self.n_streams == 1:
-            return generate_one(simulation, wire, seconds, n_tokens)
-        return generate_many(simulation, wire, seconds, self.n_steps, self.n_each, n_tokens)
-
-    def by_formula(self, link, wire, seconds):
-        """Seconds between the ends of steps."""
-        return formula.one_stream(seconds, link, wire) if self.n_streams == 1 else formula.in_turn(
-            seconds, link, wire, self.n_steps, self.n_each)
-
-    def tokens_a_second(self, steps_a_second):
-        """The tokens of all conversations; the last step may have fewer than others."""
-        return steps_a_second * self.n_streams / self.n_steps
-
-
 def compared(times, n_past, link, wire, n_streams, n_prompt, n_tokens, chance):
     """The row of a table: a model in stages, simulated and by the formula.
 
@@ -190,111 +176,133 @@ def compared(times, n_past, link, wire, n_streams, n_prompt, n_tokens, chance):
     """
     one = times.generation(n_past)
     n = len(one)
-    groups, steps = Groups(n_streams or n + 1, n), chunks(n_prompt)
-    alone, seconds = Groups(1, n), times.generation(n_past, groups.n_each)
-    single = alone.simulated(Simulation(n, link, **chance), wire, one, n_tokens)
+    groups, steps = Groups.of(n_streams or n, n), chunks(n_prompt)
+    seconds = times.generation(n_past, groups.each)
+    single = generate_one(Simulation(n, link, **chance), wire, one, n_tokens)
     simulation = Simulation(n, link, **chance)
-    many = groups.simulated(simulation, wire, seconds, n_tokens)
+    many = generate_many(simulation, wire, seconds, groups, n_tokens)
     gaps = np.diff(many, axis=1)[:, int(n_tokens * LEFT_OUT):]
     first = read_prompt(Simulation(n, link, **chance), wire, times.prompt, steps, depth_of(n))
-    found = {"one": (speed(single), 1 / alone.by_formula(link, wire, one)),
-             "many": [groups.tokens_a_second(x) for x in (speed(many), 1 / groups.by_formula(link, wire, seconds))],
+    found = {"one": (speed(single), 1 / formula.one_stream(one, link, wire)),
+             "many": [groups.streams / groups.steps * rate
+                      for rate in (speed(many), 1 / formula.in_turn(seconds, link, wire, groups.steps, groups.each))],
              "prompt": (n_prompt / first, n_prompt / formula.prompt_seconds(times.prompt, link, wire, steps, depth_of(n)))}
-    row = {"stages": n, "streams": groups.n_streams, "under way": groups.n_steps}
+    row = {"stages": n, "streams": groups.streams, "under way": groups.steps}
     for name, (simulated, by_formula) in found.items():
         row |= {f"{name}, t/s": simulated, f"{name}: formula": by_formula, f"{name}: off": simulated / by_formula - 1}
     return row | {"a token of many, ms": 1e3 * gaps.mean(), "95% within, ms": 1e3 * float(np.quantile(gaps, 0.95)), "first token, s": first,
                   "busiest stage": max(simulation.worked) / simulation.now}
 
 
-class Shared:
-    """Times of stages from those of a whole model: each has its part.
+class Measurement(NamedTuple):
+    """A row of a benchmark: tokens a second of a prompt, or of generation.
 
-    times: the forecast.Times of its stages, whose proportions count. whole: seconds of one step of generation. factor: what a prompt
-    took, by the time that `times` has for it.
+    stages: None for one process, or a value of division.parse(). logits: whether these came back, rather than sampled ids. ts: None where
+    it was not measured.
     """
+    stages: object
+    n_prompt: int
+    n_gen: int
+    n_depth: int
+    n_streams: int
+    n_ubatch: int
+    logits: bool
+    ts: float | None
 
-    def __init__(self, times, whole=None, factor=None):
-        self._times, self._whole, self._factor = times, whole, factor
+    @classmethod
+    def of(cls, row):
+        """That of a row of `pydsa bench`, or of tools/stage_speed.py.
 
-    def generation(self, n_past):
-        """Seconds of each stage for a token."""
-        parts = self._times.generation(n_past)
-        return [self._whole * part / sum(parts) for part in parts]
+        Raises KeyError, TypeError or ValueError for what is none.
+        """
+        stages = None if row.get("stages") in (None, 1) else parse(row["stages"])
+        if stages == AUTO:
+            raise ValueError("it does not tell the stages")
+        if "avg_ts" in row:
+            return cls(stages, *(int(row[key]) for key in ("n_prompt", "n_gen", "n_depth")), 1, int(row["n_ubatch"]), True,
+                       float(row["avg_ts"]))
+        kind, n, streams = re.fullmatch(r"(pp|tg)(\d+)(?:, (\d+) streams?)?", row["test"]).groups()
+        n_prompt, n_gen = (int(n), 0) if kind == "pp" else (0, int(n))
+        return cls(stages, n_prompt, n_gen, 0, int(streams or 1), formula.CHUNK, False, float(row["t/s"]))
 
-    def prompt(self, n_tokens, n_past):
-        """Seconds of each stage for tokens of a prompt."""
-        return [self._factor * part for part in self._times.prompt(n_tokens, n_past)]
-
-
-def ranges_of(row):
-    """What a row of bench has as stages: None, or a value of division.parse()."""
-    from pydsa.stages.division import parse
-    stages = None if row.get("stages") is None else parse(row["stages"])
-    return None if stages == 1 else stages
-
-
-def test_of(row):
-    """What a row of bench has timed."""
-    return tuple(row[key] for key in ("n_prompt", "n_gen", "n_depth"))
-
-
-def predicted(setup, row, whole, link, wire, n_tokens, chance):
-    """What the table shows of a row of bench, of a model in stages.
-
-    whole: the row of the same test in one process.
-    """
-    from pydsa.stages.division import Node, divided
-    stages, n_streams = ranges_of(row), row.get("n_streams") or 1
-    nodes = [Node(f"process {i + 1}", 1e11) for i in range(stages if isinstance(stages, int) else len(stages))]
-    times, n_past = Times(setup, divided(stages, setup, nodes), nodes), row["n_depth"] + row["n_gen"] // 2
-    n, seconds = len(nodes), (row["n_prompt"] + row["n_gen"]) / whole["avg_ts"]
-    if row["n_prompt"]:
-        steps = chunks(row["n_prompt"], row["n_depth"], row["n_ubatch"])
-        shared = Shared(times, factor=seconds / sum(sum(times.prompt(*step)) for step in steps))
-        found = row["n_prompt"] / read_prompt(Simulation(n, link, **chance), wire, shared.prompt, steps, depth_of(n))
-        by_formula = row["n_prompt"] / formula.prompt_seconds(shared.prompt, link, wire, steps, depth_of(n))
-    else:
-        groups = Groups(n_streams, n)
-        each = Shared(times, whole=groups.n_each * seconds / row["n_gen"]).generation(n_past)     # as if a step read all for each token
-        found = groups.tokens_a_second(speed(groups.simulated(Simulation(n, link, **chance), wire, each, n_tokens)))
-        by_formula = groups.tokens_a_second(1 / groups.by_formula(link, wire, each))
-    from pydsa.bench import test_name
-    return {"test": test_name(*test_of(row)), "stages": n, "streams": n_streams, "one process, t/s": whole["avg_ts"],
-            "measured, t/s": row["avg_ts"], "of one": row["avg_ts"] / whole["avg_ts"], "simulated, t/s": found,
-            "formula, t/s": by_formula, "measured: off": row["avg_ts"] / found - 1}
+    @property
+    def test(self):
+        """What is measured, but for the number of conversations."""
+        return self.n_prompt, self.n_gen, self.n_depth, self.logits
 
 
-def against_measurements(setup, rows, *network):
-    """A row for each of bench's that a row of one process stands beside.
-
-    network: the arguments of predicted() after the rows. Raises UsageError if there is none.
-    """
-    whole = {test_of(row): row for row in rows if ranges_of(row) is None and (row.get("n_streams") or 1) == 1}
-    found = [predicted(setup, row, whole[test_of(row)], *network) for row in rows if ranges_of(row) is not None and test_of(row) in whole]
-    if not found:
-        raise click.UsageError("--measured has no test that ran both in one process and in stages: give rows of both.")
-    return found
-
-
-def read_rows(paths):
-    """The rows of files of `pydsa bench -o json` or jsonl."""
-    rows = []
+def read_measurements(paths):
+    """The Measurements of files with JSON, or with JSON in each line."""
+    found = []
     for path in paths:
         text = Path(path).read_text()
         try:
-            rows += json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
-            assert all(isinstance(row, dict) and {"n_prompt", "n_gen", "n_depth", "avg_ts", "n_ubatch"} <= row.keys() for row in rows)
-        except (ValueError, AssertionError):
-            raise click.UsageError(f"{path} has no rows of `pydsa bench -o json`.") from None
-    return rows
+            rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
+            found += [Measurement.of(row) for row in rows]
+        except (ValueError, KeyError, TypeError, AttributeError, PydsaError):
+            raise click.UsageError(f"{path} has no rows of `pydsa bench -o json` or of `tools/stage_speed.py -o json`.") from None
+    return found
+
+
+def step_seconds(whole, n_each):
+    """Seconds of a step of n_each conversations in one process.
+
+    whole: {conversations that generated at the same time: tokens a second}. In between it is interpolated; beyond, a token takes as long.
+    """
+    most = max(whole)
+    if n_each >= most:
+        return n_each / whole[most]
+    numbers = sorted(whole)
+    return float(np.interp(n_each, numbers, [n / whole[n] for n in numbers]))
+
+
+def predicted(setup, row, whole, link, wire, n_tokens, chance):
+    """What the table shows of a Measurement of a model in stages.
+
+    whole: those of the same test in one process, as step_seconds() takes them. A stage has its part of each time there.
+    """
+    nodes = [Node(f"process {i + 1}", 1e11) for i in range(row.stages if isinstance(row.stages, int) else len(row.stages))]
+    ranges, n = divided(row.stages, setup, nodes), len(nodes)
+    times, simulation = Times(setup, ranges, nodes), Simulation(n, link, **chance)
+    if row.n_prompt:
+        steps = chunks(row.n_prompt, row.n_depth, row.n_ubatch)
+        factor = row.n_prompt / whole[1] / sum(sum(times.prompt(*step)) for step in steps)
+        found = row.n_prompt / read_prompt(simulation, wire, lambda *step: [factor * part for part in times.prompt(*step)], steps,
+                                           depth_of(n))
+    else:
+        groups, parts = Groups.of(row.n_streams, n), times.generation(row.n_depth + row.n_gen // 2)
+        seconds = [step_seconds(whole, groups.each) * part / sum(parts) for part in parts]
+        logits = 4 * setup.config.n_vocab if row.logits else 0
+        found = groups.streams / groups.steps * speed(generate_many(simulation, wire, seconds, groups, n_tokens, logits))
+    one = whole.get(row.n_streams)
+    shown = {"test": test_name(row.n_prompt, row.n_gen, row.n_depth), "streams": row.n_streams, "layers": ",".join(map(str, ranges)),
+             "one process, t/s": one, "predicted, t/s": found, "of one process": one and found / one}
+    return shown if row.ts is None else shown | {"measured, t/s": row.ts, "measured of one": one and row.ts / one,
+                                                 "measured: off": row.ts / found - 1}
+
+
+def against_measurements(setup, rows, numbers, *network):
+    """A row for each Measurement in stages that one of one process is beside.
+
+    Where there is none in stages at all: for each number of stages. network: the arguments of predicted() after the rows. Raises UsageError
+    if there is none of one process.
+    """
+    if all(row.stages is None for row in rows):
+        rows = rows + [row._replace(stages=n, ts=None) for n in numbers for row in rows]
+    whole = {}
+    for row in rows:
+        if row.stages is None:
+            whole.setdefault(row.test, {})[row.n_streams] = row.ts
+    found = [predicted(setup, row, whole[row.test], *network) for row in rows if row.stages is not None and 1 in whole.get(row.test, ())]
+    if not found:
+        raise click.UsageError("--measured has no test in stages that also ran in one process: give rows of both, or of one process.")
+    return found
 
 
 def simulated(setup, stages, numbers, bandwidth, gops, *network):
     """A row for each number of nodes, or for the stages that are given."""
-    from pydsa.stages.division import Node, borders, divided
-    most, found = len(borders(setup.config)), []
-    for n in [len(stages)] if stages else [n for n in numbers if n <= most]:
+    found = []
+    for n in [len(stages)] if stages else numbers:
         nodes = [Node(f"node {i + 1}", bandwidth * 1e9, rate=gops * 1e9) for i in range(n)]
         times = Times(setup, divided(stages or n, setup, nodes), nodes)
         found.append(compared(times, setup.n_ctx - 1, *network))
@@ -304,8 +312,8 @@ def simulated(setup, stages, numbers, bandwidth, gops, *network):
 def shown(row):
     """A row as strings."""
     def text(key, value):
-        if isinstance(value, (int, str)):
-            return str(value)
+        if value is None or isinstance(value, (int, str)):
+            return "-" if value is None else str(value)
         return f"{value:+.1%}" if key.endswith("off") else f"{value:.1%}" if key == "busiest stage" else (
             f"{value:.0f}" if value >= 1000 else f"{value:.4g}")
     return {key: text(key, value) for key, value in row.items()}
@@ -313,10 +321,10 @@ def shown(row):
 
 @click.command()
 @click.argument("model")
-@click.option("--nodes", default="2,3,4,8,16,32,64", show_default=True, help="Numbers of nodes, all alike.")
+@click.option("--nodes", default="2,3,4,8,16,32,64", show_default=True, help="Numbers of nodes, all alike; as far as the layers reach.")
 @click.option("--stages", help="Layers of each stage instead, like 0-20,21-40,41-60.")
 @click.option("--measured", multiple=True, type=click.Path(exists=True, dir_okay=False),
-              help="Rows of `pydsa bench -o json`; can be repeated.")
+              help="Rows of `pydsa bench -o json` or `tools/stage_speed.py -o json`; can be repeated.")
 @click.option("--bandwidth", type=float, default=100.0, show_default=True, help="What a node reads of its memory, GB/s.")
 @click.option("--gops", type=float, default=1500.0, show_default=True, help="Products that a node does, GOP/s.")
 @click.option("--link", default="10Gbit/s", show_default=True, help="What a node sends, in Gbit/s or GB/s.")
@@ -324,7 +332,7 @@ def shown(row):
 @click.option("--jitter", type=float, default=0.0, show_default=True, help="Microseconds more, on average.")
 @click.option("--spread", type=click.FloatRange(0, 2), default=0.0, show_default=True,
               help="Standard deviation of a stage's times, as a share of them.")
-@click.option("--streams", type=click.IntRange(1, 1024), help="Conversations at a time.  [default: one more than stages]")
+@click.option("--streams", type=click.IntRange(1, 1024), help="Conversations at a time.  [default: as many as stages]")
 @click.option("--prompt", type=click.IntRange(1), default=4096, show_default=True, help="Tokens of a prompt.")
 @click.option("--tokens", type=click.IntRange(8), default=400, show_default=True, help="Tokens that each conversation generates.")
 @click.option("--wire", type=click.Choice(formula.WIRES), default="f32", show_default=True, help="Type of hidden rows between stages.")
@@ -335,27 +343,25 @@ def shown(row):
 def main(model, nodes, stages, measured, bandwidth, gops, link, latency, jitter, spread, streams, prompt, tokens, wire, n_ctx, kv_type,
          seed, output):
     """Simulate a model in stages, beside the formula and measurements."""
-    from pydsa.bench import markdown
-    from pydsa.cli.shared import comma_numbers
-    from pydsa.options import bytes_per_second
-    from pydsa.setup import Setup
-    from pydsa.stages.division import parse
     setup = Setup(model, n_ctx=n_ctx, kv_type=kv_type, n_ubatch=formula.CHUNK)
     network = Link(bytes_per_second("link", link), latency / 1e6), wire_of(setup, wire)
+    most = len(borders(setup.config))
+    numbers = [n for n in comma_numbers("--nodes", nodes) if 0 < n <= most]
+    if not numbers:
+        raise click.UsageError(f"--nodes is {nodes}, expected numbers from 1 to {most}: so many layers of the model can begin a stage.")
     chance = {"jitter": jitter / 1e6, "spread": spread, "seed": seed}
     if measured:
-        rows = against_measurements(setup, read_rows(measured), *network, tokens, chance)
+        rows = against_measurements(setup, read_measurements(measured), numbers, *network, tokens, chance)
     else:
         ranges = None if stages is None else parse(stages)
         if isinstance(ranges, (int, str)):
             raise click.UsageError(f"--stages is {stages}, expected ranges of layers; --nodes takes numbers.")
-        rows = simulated(setup, ranges, comma_numbers("--nodes", nodes), bandwidth, gops, *network, streams, min(prompt, setup.n_ctx),
+        rows = simulated(setup, ranges, numbers, bandwidth, gops, *network, streams, min(prompt, setup.n_ctx),
                          tokens, chance)
     click.echo(json.dumps(rows, indent=1) if output == "json" else markdown([shown(row) for row in rows]), nl=output == "json")
 
 
 if __name__ == "__main__":
-    from pydsa.errors import PydsaError
     try:
         main()
     except PydsaError as error:

@@ -1,4 +1,7 @@
-"""Options of `pydsa info` for a model in stages on nodes that need not be there."""
+"""Options of `pydsa info` for nodes of a model in stages.
+
+They need not be there.
+"""
 import click
 
 from pydsa.cli.shared import options
@@ -18,7 +21,7 @@ node_options = options(
     click.option("--latency", type=float, metavar="US", help=f"Microseconds from sending to use.  [default: {LATENCY:g}]"),
     click.option("--wire", type=click.Choice(["f32", "bf16"]), default="f32", show_default=True, help="Type of what stages send."),
     click.option("--streams", type=click.IntRange(1, 1024), metavar="N",
-                 help="Conversations with caches of their own.  [default: one more than stages]"),
+                 help="Conversations with caches of their own.  [default: as many as stages]"),
     click.option("--gops", metavar="GOP/s[,...]",
                  help=f"Products that a node does, for prompts; a multiply-add is two.  [default: {GOPS:g}]"))
 
@@ -57,7 +60,7 @@ def forecast_of(model, stages, bandwidth, settings, node_memory, link, latency, 
         settings["n_ctx"] = Setup(model, **settings | {"n_ctx": None}).config.n_ctx_train
     setup = Setup(model, **settings)
     nodes = _nodes(setup, stages, *kinds, streams)
-    ranges = divided(stages, setup, nodes, n_sessions=streams or len(nodes) + 1)
+    ranges = divided(stages, setup, nodes, n_sessions=streams or len(nodes))
     assumed = [name for name, value in (("link", link), ("latency", latency), ("bandwidth", bandwidth), ("gops", gops)) if value is None]
     return setup, forecast(setup, ranges, nodes, network, wire, streams, assumed)
 

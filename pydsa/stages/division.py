@@ -118,7 +118,7 @@ def borders(config):
 
 
 def check(ranges, config):
-    """Raise PydsaError if ranges, a tuple of Layers, cannot be stages of a model.
+    """Raise PydsaError if a tuple of Layers cannot be the stages of a model.
 
     They have all of its layers once, in order, and begin at borders().
     """
@@ -168,12 +168,12 @@ def divide(setup, nodes, n_sessions=1, n_past=None, mapped=True):
 def fewest(setup, node, n_sessions=None):
     """The least number of stages that fit nodes that are all like one.
 
-    n_sessions: as for divide(); None: one more than stages. Raises OutOfMemoryError if even a stage for each border is too large.
+    n_sessions: as for divide(); None: as many as stages. Raises OutOfMemoryError if even a stage for each border is too large.
     """
     most = len(borders(setup.config))
     for n in range(1, most + 1):
         try:
-            divide(setup, [node] * n, n_sessions or n + 1)
+            divide(setup, [node] * n, n_sessions or n)
             return n
         except OutOfMemoryError:
             if n == most:
@@ -197,12 +197,13 @@ class Parts:
                     if isinstance(a, Tensor):
                         users[a.name].add(home_layer(node) % n_layer)
                         tensors[a.name] = a
-        self._weights, self._mapped, self._several = [0] * n_layer, [0] * n_layer, []
+        self._weights, self._on_drive = [0] * n_layer, [0] * n_layer       # and those of them that need not be in memory
+        self._several = []      # weights that several layers use: layers, bytes, bytes that need not be in memory
         for name, layers in users.items():
             in_file, copied = device_of(setup.placement.of_weight(name, min(layers))).weights([tensors[name]])
             for il in layers:
                 self._weights[il] += in_file + copied
-                self._mapped[il] += 0 if mapped else in_file
+                self._on_drive[il] += 0 if mapped else in_file
             if len(layers) > 1:
                 self._several.append((layers, in_file + copied, 0 if mapped else in_file))
         self._caches = [0] * n_layer
@@ -255,7 +256,7 @@ class Parts:
         memory: those that must be in memory; else those that a token reads. Infinite where the second border is not above the first.
         """
         ends = np.array([*self.borders, self.setup.config.n_layer])
-        each = np.subtract(np.add(self._weights, self._caches), self._mapped) if memory else np.array(self._token)
+        each = np.subtract(np.add(self._weights, self._caches), self._on_drive) if memory else np.array(self._token)
         below = np.concatenate([[0.0], np.cumsum(each, dtype=np.float64)])[ends]
         found = below[None, :] - below[:, None]
         if memory:

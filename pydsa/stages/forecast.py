@@ -15,13 +15,13 @@ from pydsa.graph import CacheRef
 from pydsa.options import choose
 from pydsa.placement import home_layer
 from pydsa.stages.division import Parts
+from pydsa.stages.wire import WIRES
 from pydsa.words import size
 
 CHUNK = 512         # tokens of a prompt that run together at most, so that several parts of it are under way
 PROMPT = 4096       # tokens of the prompt whose time is told
 OF_EXPERTS = ("moe_gate_up", "moe_linear", "moe_down")      # ops with experts' matrices, and with ids as their third argument
-WIRES = ("f32", "bf16")     # types of hidden rows between stages; f32: the backend's own float
-STEP, PART, OUTPUT, ID = 52, 12, 4, 4       # bytes of a step's frame: at its begin, for each conversation, output and token
+STEP, PART, OUTPUT, ID = 52, 12, 4, 4       # bytes of a step's frame (wire.py): at its begin, for each conversation, output and token
 RESULT, PICKED = 40, 20     # of a result's frame, and of each sampled id with its logits' extremes
 
 
@@ -60,8 +60,8 @@ def wire_of(setup, wire="f32"):
 class Times:
     """The seconds of steps in each stage of a model.
 
-    ranges: its Layers; nodes: their division.Nodes. A node reads all bytes, or does all products, of an op after the other's, whichever
-    takes longer; a step of one token reads only. Experts are taken to be chosen evenly.
+    ranges: its Layers; nodes: their division.Nodes. An op takes the time to read its bytes, or to do its products, whichever is longer; in
+    a step of one token, to read. Experts are taken to be chosen evenly.
     """
 
     def __init__(self, setup, ranges, nodes):
@@ -102,8 +102,24 @@ def _chosen(config, n_tokens):
 
 
 def depth_of(n_stages):
-    """The number of steps that may be under way at once."""
+    """The number of chunks of a prompt that are under way at once."""
     return n_stages + 1 if n_stages > 1 else 1
+
+
+class Groups(NamedTuple):
+    """How conversations that generate at the same time share steps.
+
+    There are as many steps under way as stages. streams: conversations; each: those of a step; steps: under way.
+    """
+    streams: int
+    each: int
+    steps: int
+
+    @classmethod
+    def of(cls, n_streams, n_stages):
+        """Those of a number of conversations, over stages."""
+        each = math.ceil(n_streams / n_stages)
+        return cls(n_streams, each, math.ceil(n_streams / each))
 
 
 def chunks(n_tokens, n_past=0, most=CHUNK):
@@ -161,19 +177,17 @@ def forecast(setup, ranges, nodes, link, wire="f32", n_streams=None, assumed=())
     """What a model in stages takes and gives, as a dict of JSON types.
 
     ranges: division.Layers of each stage; nodes: the division.Node of each. wire: a type of WIRES. n_streams: conversations with caches of
-    their own; None: one more than stages, which fill them. assumed: names of options that were not given. Sizes are bytes, times seconds;
+    their own; None: as many as stages, which fill them. assumed: names of options that were not given. Sizes are bytes, times seconds;
     generation is at the end of the context.
     """
-    n, depth = len(ranges), depth_of(len(ranges))
-    n_streams, rows, times = n_streams or n + 1, wire_of(setup, wire), Times(setup, ranges, nodes)
-    parts, n_past, n_prompt = Parts(setup, n_streams), setup.n_ctx - 1, min(PROMPT, setup.n_ctx)
+    n, rows, times = len(ranges), wire_of(setup, wire), Times(setup, ranges, nodes)
+    groups = Groups.of(n_streams or n, n)
+    parts, n_past, n_prompt = Parts(setup, groups.streams), setup.n_ctx - 1, min(PROMPT, setup.n_ctx)
     shares = [parts.share(*pair) for pair in zip(ranges, nodes)]
     one, reads = one_stream([share.seconds for share in shares], link, rows), sum(share.seconds for share in shares)
-    in_a_step = math.ceil(n_streams / depth)
-    n_steps = math.ceil(n_streams / in_a_step)
-    each = [share.seconds for share in shares] if in_a_step == 1 else times.generation(n_past, in_a_step)
-    between = one if n_streams == 1 else in_turn(each, link, rows, n_steps, in_a_step)
-    first = prompt_seconds(times.prompt, link, rows, chunks(n_prompt), depth)
+    each = [share.seconds for share in shares] if groups.each == 1 else times.generation(n_past, groups.each)
+    between = one if groups.streams == 1 else in_turn(each, link, rows, groups.steps, groups.each)
+    first = prompt_seconds(times.prompt, link, rows, chunks(n_prompt), depth_of(n))
     return {
         "options": f"--stages {','.join(map(str, ranges))}",
         "stages": [{"layers": str(share.layers), "node": share.node.name, "memory": share.node.memory, "bandwidth": share.node.bandwidth,
@@ -183,7 +197,8 @@ def forecast(setup, ranges, nodes, link, wire="f32", n_streams=None, assumed=())
                  "id_bytes": rows.step(1, first=True) if n > 1 else 0, "result_bytes": rows.result() if n > 1 else 0,
                  "logits_bytes": 4 * setup.config.n_vocab if n > 1 else 0, "bandwidth": link.bandwidth, "latency": link.latency},
         "one": {"ts": 1 / one, "seconds": one, "wire_seconds": one - reads},
-        "many": {"streams": n_streams, "steps": n_steps, "ts": n_streams / n_steps / between, "step_seconds": between},
+        "many": {"streams": groups.streams, "steps": groups.steps, "ts": groups.streams / groups.steps / between,
+                 "step_seconds": between},
         "prompt": {"tokens": n_prompt, "chunk": min(CHUNK, n_prompt), "seconds": first, "ts": n_prompt / first}, "assumed": list(assumed)}
 
 
@@ -204,8 +219,9 @@ def in_words(found):
     if many["streams"] > 1:
         under_way = f", {many['steps']} steps under way" if wires else ""
         yield f"{many['streams']} conversations{under_way}: at most {many['ts']:.3g} tokens a second in all"
+    rates = " to ".join(f"{rate / 1e9:g}" for rate in sorted({pick(stage["rate"] for stage in found["stages"]) for pick in (min, max)}))
     yield (f"a prompt of {prompt['tokens']} tokens in chunks of {prompt['chunk']}: at most {prompt['ts']:.3g} tokens a second, the first "
-           f"after {prompt['seconds']:.3g} s; products at {found['stages'][0]['rate'] / 1e9:g} GOP/s a node" + _assumed(found, "gops"))
+           f"after {prompt['seconds']:.3g} s; products at {rates} GOP/s a node" + _assumed(found, "gops"))
 
 
 def _assumed(found, *options):
@@ -219,9 +235,10 @@ def _table(stages):
     rows = [("node", "", "layers", "weights", "caches", "scratch", "free", "a token reads", "in")]
     for stage in stages:
         free = stage["free"]
+        left = "?" if free is None else size(free) if free >= 0 else f"lacks {size(-free)}"
         of_memory = "" if stage["memory"] is None else f"{size(stage['memory'])}, "
         rows.append((stage["node"], f"{of_memory}{stage['bandwidth'] / 1e9:g} GB/s", stage["layers"],
-                     *(size(stage[key]) for key in ("weights", "caches", "scratch")), "?" if free is None else size(max(0, free)),
+                     *(size(stage[key]) for key in ("weights", "caches", "scratch")), left,
                      size(stage["token_bytes"]), f"{1e3 * stage['token_seconds']:.3g} ms"))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ("  ".join([*(cell.ljust(n) for cell, n in zip(row[:2], widths)), *(cell.rjust(n) for cell, n in zip(row[2:], widths[2:]))])
