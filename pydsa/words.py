@@ -131,6 +131,7 @@ def card_of_a_model(model):
     card = _of_a_file("Model", setup)
     place = setup.device_name if model.threads is None else f"{setup.device_name}, {threads(model.threads, model.threads_batch)}"
     place += f", --numa {setup.numa}" if setup.numa else ""
+    place = place if model.stages is None else f"{len(model.stages)} stages of layers {','.join(map(str, model.stages))}"
     rows = [*card.rows, ("caches", f"{caches_in_words(setup)}: {size(setup.cache_bytes)} a session"), ("device", place)]
     if len(setup.placement.devices) > 1:
         rows += [(f"on {device}", what) for device, what in placement_in_words(setup).items()]

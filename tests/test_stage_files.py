@@ -29,7 +29,11 @@ class Process:
     """A StageActor in this process, on a node whose files are in a folder."""
 
     def __init__(self, node, what, root):
-        self.node, self.what, self.name, self._root, self.actor = node, what, what, root, StageActor()
+        self.node, self.what, self._root, self.actor = node, what, root, StageActor()
+
+    @property
+    def name(self):
+        return self.what
 
     def begin(self, method, *args):
         if method in ("look", "open"):
@@ -181,7 +185,7 @@ def test_whole_files_need_nothing_of_each_other(staged, expected):
 
 
 def test_a_file_that_changes_after_it_was_compared(staged, halves, monkeypatch):
-    monkeypatch.setattr(StageActor, "open", lambda actor, *args: {"value": "another", "warnings": []})
+    monkeypatch.setattr(StageActor, "open", lambda actor, *args: {"value": ("another", []), "warnings": []})
     with pytest.raises(StageError, match="has another file at"):
         staged(dict(zip("ab", halves)))
 

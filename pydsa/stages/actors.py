@@ -4,6 +4,8 @@ Ray's processes import only this module until a file is opened. Methods that can
 pydsa's classes is pickled, so that a node with another version can tell that it has one.
 """
 import contextlib
+import functools
+import gc
 import hashlib
 import importlib.metadata
 import os
@@ -15,13 +17,14 @@ import time
 import warnings
 from pathlib import Path
 
-from pydsa.errors import PydsaError
+from pydsa.errors import PydsaError, StageError
 
 COMPARED = ("pydsa", "sources", "Python", "numba", "llvmlite", "numpy")        # of identity(): what must be the same on all nodes
 READ = 1 << 29      # bytes that are read to measure the memory's bandwidth: beyond most caches
 PASSES = 5          # the shortest counts
 
 
+@functools.cache
 def identity():
     """What this process runs, {name: text}: versions, and a hash of pydsa's sources."""
     root, digest = Path(__file__).parent.parent, hashlib.sha256()
@@ -43,18 +46,22 @@ def read_bandwidth(n_threads, n_bytes=READ):
     """
     import numpy as np
     from pydsa import limits
-    n = max(n_threads, min(n_bytes, limits.available().n_bytes // 4) // 8)
-    parts = np.array_split(np.ones(n, np.uint64), n_threads)
-    best = float("inf")
-    for _ in range(PASSES):
-        threads = [threading.Thread(target=np.bitwise_or.reduce, args=(part,)) for part in parts]
+    n = max(1, min(n_bytes, limits.available().n_bytes // 4) // (8 * n_threads))
+    parts = [None] * n_threads
+
+    def make(i):        # pages are on the node of the machine where they are first written
+        parts[i] = np.ones(n, np.uint64)
+
+    def seconds(work):
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(n_threads)]
         start = time.perf_counter()
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        best = min(best, time.perf_counter() - start)
-    return 8 * n / best
+        return time.perf_counter() - start
+    seconds(make)
+    return 8 * n * n_threads / min(seconds(lambda i: np.bitwise_or.reduce(parts[i])) for _ in range(PASSES))
 
 
 def answered(work):
@@ -107,19 +114,21 @@ class StageActor:
         return answered(work)
 
     def open(self, path, settings, layers):
-        """Open a file -> an Answer of (fingerprint, text of a plan or None).
+        """Open a file -> an Answer of (fingerprint, lines of a plan).
 
-        settings: those of fitting.fitted(). layers: (first, stop). Nothing is read of the weights but what the fingerprint has of them.
+        The plan is that of the devices of this node, where there is a choice. settings: those of fitting.fitted(). layers: (first, stop).
+        Nothing is read of the weights but what the fingerprint has of them.
         """
         self.leave()
 
         def work():
             from pydsa.backends.devices import backend_of
             from pydsa.fitting import fitted
+            from pydsa.words import plan_in_words
             self._setup = setup = fitted(path, **settings, layers=tuple(layers))
             for name in setup.placement.devices:        # here, as stages are opened at the same time, and loaded in turn
                 backend_of(name)
-            return setup.fingerprint
+            return setup.fingerprint, plan_in_words(setup.plan) if setup.plan is not None else []
         return answered(work)
 
     def load(self, threads, threads_batch, wire, host, limits):
@@ -131,9 +140,14 @@ class StageActor:
             from pydsa.stages.stage import Stage
             from pydsa.stages.wire import Limits
             from pydsa.stages.worker import Worker
-            stage = Stage(self._setup, threads, threads_batch, self._note)
-            self._worker = Worker(stage, Limits(*limits), host, wire, orphaned=False)       # Ray ends what has no driver any more
-            return tuple(self._worker.address)
+            setup = self._setup
+            stage = Stage(setup, threads, threads_batch, self._note)
+            worker = Worker(stage, Limits(*limits), host, wire, orphaned=False)     # Ray ends what has no driver any more
+            if self._setup is not setup:
+                worker.close()
+                raise StageError("it was given back while it was loaded.")
+            self._worker = worker
+            return tuple(worker.address)
         return answered(work)
 
     def _note(self, done, total, name):
@@ -153,6 +167,7 @@ class StageActor:
         self._progress = 0, 0, ""
         if worker is not None:
             worker.close()
+        gc.collect()        # the weights that were copied, and caches
 
 
 def _measured(gpus, share):
@@ -168,7 +183,8 @@ def _measured(gpus, share):
     rates = []
     for name in found:
         with contextlib.suppress(PydsaError):
-            rates.append(backend_of(name).measure_ceilings(1).bandwidth)
+            ceilings = backend_of(name).measure_ceilings(1)
+            rates += [ceilings.bandwidth] if ceilings else []
     on_gpus = min(there, share) if rates else 0
     return share / (on_gpus / min(rates, default=rate) + (share - on_gpus) / rate), free + there
 

@@ -5,6 +5,7 @@ A process uses one Ray: the first model in stages brings it up, later ones find 
 import atexit
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -49,6 +50,10 @@ class Process:
         self._on = dict(num_cpus=0, scheduling_strategy=strategy)
         self.actor = ray.remote(StageActor).options(max_concurrency=CALLS, **self._on).remote()
         self._described = self.actor.describe.remote()
+
+    def used_for(self, what):
+        """Describe itself anew, for another stage."""
+        self.what, self._described = what, self.actor.describe.remote()
 
     @property
     def name(self):
@@ -159,8 +164,7 @@ class Cluster:
         here = self.ray.get_runtime_context().get_node_id()
         named = [RayNode(host if hosts.count(host) == 1 else f"{host}:{node['NodeManagerPort']}", node["NodeID"], host,
                          node["NodeID"] == here) for node, host in zip(found, hosts)]
-        return sorted(named, key=lambda node: (not node.here, [int(part) if part.isdigit() else part for part in node.name.split(".")]
-                                               if node.name.replace(".", "").isdigit() else [node.name]))
+        return sorted(named, key=lambda node: (not node.here, _by_numbers(node.name)))
 
     def take(self, node, what):
         """A Process on a node: one that is not in use, or a new one."""
@@ -168,8 +172,10 @@ class Cluster:
             found = next((process for process in self._idle if process.node.id == node.id), None)
             if found is not None:
                 self._idle.remove(found)
-                found.what = what
-        return found if found is not None and found.alive() else Process(self, node, what)
+        if found is None or not found.alive():
+            return Process(self, node, what)
+        found.used_for(what)
+        return found
 
     def give_back(self, processes):
         """Let processes free their parts of a model and wait for another one.
@@ -229,6 +235,11 @@ def close():
     with _lock:
         if _current is not None:
             _current.close()
+
+
+def _by_numbers(name):
+    """A key by which 10.0.0.9 comes before 10.0.0.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.findall(r"[0-9]+|[^0-9]+", name)]
 
 
 def _named(address):

@@ -93,7 +93,7 @@ class Launcher:
         return [self._name(i) for i in range(len(self.stages))]
 
     def _name(self, i):
-        layers = f"layers {self.stages[i]}, " if self.stages[i] is not None else ""
+        layers = f"{self.stages[i].words}, " if self.stages[i] is not None else ""
         return f"stage {i + 1} of {len(self.stages)} ({layers}node {self._nodes[i].name})"
 
     def begin(self):
@@ -184,13 +184,13 @@ class Launcher:
         return {id: self._processes[i].value(self._processes[i].patiently(begun[id])) for id, i in first.items()}
 
     def open(self):
-        """Open the file on all nodes, and compare its fingerprint.
+        """Open the file on all nodes, compare its fingerprint -> lines.
 
-        Raises StageError if a node has another file, and the errors of a file that cannot be opened, each with the stage's name.
+        The lines are the plans of nodes on which there are several devices. Raises StageError if a node has another file, and the errors of
+        a file that cannot be opened, each with the stage's name.
         """
         begun = [self._begin_to_open(i) for i in range(len(self.stages))]
-        for i, one in enumerate(begun):
-            self._check_file(i, one)
+        return [f"{self._name(i)}: {line}" for i, one in enumerate(begun) for line in self._check_file(i, one)]
 
     def _begin_to_open(self, i):
         process, asked = self._processes[i], self._asked
@@ -199,19 +199,21 @@ class Launcher:
 
     def _check_file(self, i, begun):
         process = self._processes[i]
-        if process.value(process.patiently(begun)) != self.setup.fingerprint:
+        fingerprint, lines = process.value(process.patiently(begun))
+        if fingerprint != self.setup.fingerprint:
             raise StageError(f"{process.name} has another file at {self._asked.path}: its metadata, its tensors or what they begin and end "
                              "with differ from this machine's; copy the same file to all nodes.")
+        return lines
 
     def load(self, progress=None):
         """Load all stages: those of one node in turn, nodes at the same time.
 
-        progress(done, total, name) is called now and then, with sums over the stages.
+        progress(done, total, name) is called now and then; its name begins with the stage.
         """
         waiting = collections.defaultdict(list)
         for i, node in enumerate(self._nodes):
             waiting[node.id].append(i)
-        under_way, done = {}, [(0, 0)] * len(self.stages)
+        under_way = {}
         while waiting or under_way:
             for id in [id for id in waiting if id not in under_way]:
                 i = waiting[id].pop(0)
@@ -220,17 +222,17 @@ class Launcher:
                     del waiting[id]
             finished, _ = self._cluster.ray.wait([begun for _, begun in under_way.values()], timeout=POLL)
             for id, (i, begun) in list(under_way.items()):
-                done[i] = self._done(i, progress)
+                self._report(i, progress)
                 if begun in finished:
                     self._addresses[i] = self._loaded(i, begun)
                     del under_way[id]
 
-    def _done(self, i, progress):
+    def _report(self, i, progress):
+        """Report how far a stage is; a process that hangs is an error."""
         process = self._processes[i]
-        found = process.result(process.begin("progress"), STARTING)
-        if progress is not None and found[1]:
-            progress(*found[:2], f"stage {i + 1}: {found[2]}")
-        return found[:2]
+        done, total, name = process.result(process.begin("progress"), STARTING)
+        if progress is not None and total:
+            progress(done, total, f"stage {i + 1}: {name}")
 
     def _begin_to_load(self, i):
         return self._processes[i].begin("load", self._threads(i), self._asked.threads_batch, self._asked.wire, self._nodes[i].host,
@@ -266,6 +268,14 @@ class Launcher:
             self._started.add(i)
         if first:
             return
+        try:
+            self._start(i)
+        except StageError:
+            if self._is_there(self._nodes[i]):
+                raise
+            self._start(i)      # Ray has noticed meanwhile that the node has left
+
+    def _start(self, i):
         self.kill(i)
         self._nodes[i] = self._home(i)
         self._processes[i] = self._cluster.take(self._nodes[i], self._name(i))
@@ -273,13 +283,15 @@ class Launcher:
         self._check_file(i, self._begin_to_open(i))
         self._addresses[i] = self._loaded(i, self._begin_to_load(i))
 
+    def _is_there(self, node):
+        return node.id in [other.id for other in self._cluster.nodes()]
+
     def _home(self, i):
-        nodes = {node.id: node for node in self._cluster.nodes()}
-        mine = self._nodes[i]
-        if mine.id in nodes:
-            return mine
+        """The node of a stage, or one that has none if it has left."""
+        if self._is_there(self._nodes[i]):
+            return self._nodes[i]
         used = {node.id for node in self._nodes}
-        spare = next((node for node in nodes.values() if node.id not in used), None)
+        spare = next((node for node in self._cluster.nodes() if node.id not in used), None)
         if spare is None:
             raise StageError(f"{self._name(i)} cannot be started again: its node has left the cluster, and there is no other that has no "
                              "stage.")
@@ -353,7 +365,9 @@ class StagedModel(Model):
             self.plan = launcher.divide()
             if say is not None:
                 say(self.plan)
-            launcher.open()
+            placed = launcher.open()
+            if say is not None and placed:
+                say(placed)
             launcher.load(progress)
             self.threads, self.threads_batch = launcher.threads
             self.runner = Pipeline(launcher, self.setup, asked.wire, resume, *launcher.threads)
