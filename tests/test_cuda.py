@@ -3,6 +3,7 @@
 Without a GPU every kernel is compiled. Ops and whole models run as PTX (tests/ptx), which finds races and accesses out of bounds, and some
 ops in Numba's simulator, where kernels can be debugged as Python.
 """
+import functools
 import importlib.util
 import os
 import subprocess
@@ -24,12 +25,15 @@ OPS = ["test_ops.py", "test_whole_tiles.py", "test_attention.py", "test_mha.py",
 # tests of the CPU backend or of the host, left out here
 OF_CPU = ("threads or exp_of or half or block_sizes or sampled or golden or ubatches or vectors_are_unpacked or any_ or counted or "
           "2_gib or prompts_take or left_out or packed_latent")
-# What the simulator runs, at a hundredth of the speed: ops, with a type or two, and all types of blocks
+# What the simulator runs, at a hundredth of the speed: ops, with a type or two and the smallest shapes, and all types of blocks. All that
+# is left out of it runs as PTX.
 SIMULATED = ["test_ops.py", "test_attention.py", "test_mha.py", "test_quants.py::test_dequantize"]
-SLOW_SIMULATED = ("(linear and not Q8_0 and not F32) or 2-13 or logits or no_future or mha_sparse_attention or "
-                  "test_experts")
+SLOW_SIMULATED = ("(linear and not Q8_0 and not F32) or (head_linear and Q8_0) or Q8_0-96 or 2-13 or logits or no_future or "
+                  "mha_sparse_attention or test_mha_attention or test_experts or (select and not 2-1) or "
+                  "(scores and (1-13 or 3-17) and not f32)")
 
 
+@functools.cache
 def gpu_is_there():
     code = "from numba import cuda; raise SystemExit(0 if cuda.is_available() else 1)"
     return importlib.util.find_spec("numba_cuda") is not None and subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -4,15 +4,11 @@ Steps that are launched before they are asked for change nothing. The tests run 
 their own.
 """
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import forked
 import pytest
 from helpers import TINY
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
 
 SETUP = """
@@ -129,9 +125,7 @@ assert model.runner.steps == steps + 1 + expected.index(expected[4])
 
 
 def run(code, *args, simulated=False):
-    env = os.environ | {"NUMBA_ENABLE_CUDASIM": "1" if simulated else "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", SETUP + code, *args], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    forked.run(SETUP + code, *args, NUMBA_ENABLE_CUDASIM="1" if simulated else "0")
 
 
 @pytest.mark.parametrize("simulated", [False, True])

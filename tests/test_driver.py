@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from helpers import TINY
 
@@ -44,10 +45,8 @@ def command(*args):
 """
 
 
-def run(code, **env):
-    done = subprocess.run([sys.executable, "-c", SETUP + code], cwd=ROOT, capture_output=True, text=True, env=os.environ | env)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
+def run(code):
+    return forked.run(SETUP + code)
 
 
 @pytest.mark.parametrize("change, message", [

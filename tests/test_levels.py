@@ -33,8 +33,8 @@ if "amx-int8" not in HERE:
 if amx.possible():
     POSSIBLE.append(EMULATED)
 LANES = {level: lanes for level, (_, _, lanes) in LEVELS.items()} | {EMULATED: 16}
-# Levels of one register width differ in the product of int16 only: a whole model, all kernels and a type of each kind run at one of them,
-# and some types at the others. Kernels take seconds a type to compile.
+# Levels of one register width differ in the product of int16 only: a whole model, all kernels and types of each kind run at one of them,
+# and two types at the others. Kernels take seconds a type to compile.
 WHOLE = [level for at, level in enumerate(POSSIBLE) if LANES[level] not in [LANES[other] for other in POSSIBLE[at + 1:]]]
 
 
@@ -47,67 +47,76 @@ PROGRAM = """
 import os
 import sys
 import numpy as np
-if "PYDSA_TEST_AMX" in os.environ:
+import pytest
+if os.environ.pop("PYDSA_TEST_AMX", None):
     from tests.amx import install
     install()
 import pydsa
 from pydsa.backends.cpu import simd
-gguf, npz, lanes = sys.argv[1:]
+lanes, gguf, *tests = sys.argv[1:]
 assert simd.LANES == int(lanes), simd.LANES
-arrays = np.load(npz)
-for attention in ("sparse", "auto"):
-    logits = pydsa.load(gguf, attention=attention, kv_type="f32", n_ctx=256).logits(arrays["tokens"]).astype(np.float64)
-    print(np.median(((logits - arrays["exact"]) ** 2).sum(-1) / (arrays["exact"] ** 2).sum(-1)))
+if gguf:
+    arrays = np.load(gguf.replace(".gguf", ".npz"))
+    for attention in ("sparse", "auto"):
+        logits = pydsa.load(gguf, attention=attention, kv_type="f32", n_ctx=256).logits(arrays["tokens"]).astype(np.float64)
+        print("error", np.median(((logits - arrays["exact"]) ** 2).sum(-1) / (arrays["exact"] ** 2).sum(-1)), flush=True)
+raise SystemExit(pytest.main(["-q", "-x", *tests]))
 """
 
 
-# Tests of kernels that multiply int16, by types that have all the ways to do so, and of the others
-PRODUCTS = ["test_words.py", "test_few_tokens.py", "test_int8_keys.py::test_selection",
+# Tests of kernels that multiply int16, and of the others
+PRODUCTS = ["test_words.py", "test_few_tokens.py::test_products", "test_int8_keys.py::test_selection",
             "test_int8_keys.py::test_a_key_that_is_not_finite_is_never_chosen"]
-SOME_TYPES = "Q4_0 or Q4_K or Q6_K or IQ2_XXS or selection or never_chosen"
-A_TYPE_OF_EACH_KIND = f"{SOME_TYPES} or Q8_0 or Q3_K or IQ3_S or IQ1_M or IQ4_NL or TQ1_0 or attention or sampled or whole or choice"
-OTHERS = ["test_attention.py::test_attention", "test_mha.py::test_mha_sparse_attention[40-300-i16]",
+OF_PRODUCTS = "Q4_K or Q6_K or selection or never_chosen"       # of any type they are made of the same two instructions
+OF_TILES = f"{OF_PRODUCTS} or Q4_0 or IQ2_XXS or attention or choice"       # tiles get blocks as this CPU's own level unpacks them
+OF_WIDTH = f"{OF_TILES} or Q8_0 or Q3_K or IQ3_S or IQ1_M or IQ4_NL or TQ1_0 or sampled or whole"     # types of each kind
+OTHERS = ["test_few_tokens.py::test_heads", "test_few_tokens.py::test_experts",
+          "test_attention.py::test_attention", "test_mha.py::test_mha_sparse_attention[40-300-i16]",
           "test_top_k.py::test_rows_that_are_sampled", "test_quants.py::test_backends_store_the_same_whole_numbers",
           *[f"test_reproducible.py::test_{name}" for name in ("attention[16-90-f16]", "attention[16-90-i16]", "choice_of_keys[60-70-f16]")]]
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the levels are those of x86")
 
 
-def run(level, folder, *args):
-    """A process of Python with a CPU of this level."""
+def run(level, folder, gguf, tests):
+    """A process of Python with a CPU of this level, which compiles by itself.
+
+    So parts of several kernels are compiled once.
+    """
     if level == EMULATED:
         env = {"NUMBA_CPU_FEATURES": amx.cpu_features(), "PYDSA_TEST_AMX": "emulated", "PYDSA_CACHE_DIR": str(folder)}
     else:
         env = dict(zip(("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"), LEVELS[level]))
-    return subprocess.run([sys.executable, *args], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | env, capture_output=True,
-                          text=True)
+    return subprocess.run([sys.executable, "-c", PROGRAM, str(LANES[level]), gguf, *tests], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "NUMBA_NUM_THREADS": "1"} | env)
 
 
 @pytest.fixture(scope="module")
 def runs(golden, tmp_path_factory):
-    """(level, "golden" or "kernels") -> a future of its process. Two run at a time, as most of what they do is to compile."""
+    """Level -> a future of its process: a model's logits, then tests of kernels.
+
+    Two run at a time, as most of what they do is to compile.
+    """
     path, _ = golden("ds32-q4_k_m")
-    pool, folder = ThreadPoolExecutor(2), tmp_path_factory.mktemp("kernels")
-    files = str(path), str(path.with_suffix(".npz"))
-    futures = {(level, "golden"): pool.submit(run, level, folder, "-c", PROGRAM, *files, str(LANES[level])) for level in WHOLE}
-    for level in POSSIBLE:
+    pool, folder, futures = ThreadPoolExecutor(2), tmp_path_factory.mktemp("kernels"), {}
+    for level in sorted(POSSIBLE, key=lambda level: level not in WHOLE):        # the longer ones first
         tests = [f"tests/{name}" for name in PRODUCTS]
-        tests += [*[f"tests/{name}" for name in OTHERS], "-k", A_TYPE_OF_EACH_KIND] if level in WHOLE else ["-k", SOME_TYPES]
-        futures[level, "kernels"] = pool.submit(run, level, folder, "-m", "pytest", "-q", "-x", *tests)
+        others = [f"tests/{name}" for name in OTHERS]
+        tests += [*others, "-k", OF_TILES if level == EMULATED else OF_WIDTH] if level in WHOLE else ["-k", OF_PRODUCTS]
+        futures[level] = pool.submit(run, level, folder, str(path) if level in WHOLE else "", tests)
     yield futures
     pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("level", marked(WHOLE))
 def test_golden_logits_at_level(level, runs):
-    result = runs[level, "golden"].result()
-    assert result.returncode == 0, result.stderr
-    errors = np.array(result.stdout.split(), float)
-    assert errors.size == 2 and errors.max() < 1e-6
+    result = runs[level].result()
+    errors = np.array([line.split()[1] for line in result.stdout.splitlines() if line.startswith("error ")], float)
+    assert errors.size == 2 and errors.max() < 1e-6, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("level", marked(POSSIBLE))
 def test_kernels_at_level(level, runs):
     """By tests of their own: products, attention over every cache, scores of int8 keys, top-k of long rows."""
-    result = runs[level, "kernels"].result()
-    assert result.returncode == 0, result.stdout
+    result = runs[level].result()
+    assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout and "failed" not in result.stdout

@@ -1,14 +1,10 @@
 """Models over the CPU and GPUs that tests/ptx emulates: logits, and the order of launches, copies and waits."""
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import forked
 import pytest
 from helpers import TINY
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
 
 SETUP = """
@@ -41,10 +37,8 @@ def step_log():
 """
 
 
-def run(code, *args, **env):
-    done = subprocess.run([sys.executable, "-c", SETUP + code, *args], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"NUMBA_ENABLE_CUDASIM": "0", "PYTHONPATH": str(ROOT)} | env)
-    assert done.returncode == 0, done.stdout + done.stderr
+def run(code, *args):
+    forked.run(SETUP + code, *args)
 
 
 def test_experts_on_the_cpu_and_layers_on_two_gpus(small_model):

@@ -3,13 +3,12 @@
 The tests run in processes of their own, as the machine replaces the GPU.
 """
 import importlib.util
-import subprocess
-import sys
-from pathlib import Path
+import json
+import re
 
+import forked
 import pytest
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
 
 SETUP = """
@@ -31,8 +30,7 @@ def refused(function, grid, *args):
 
 
 def run(code):
-    done = subprocess.run([sys.executable, "-c", SETUP + code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    return forked.run(SETUP + code)[0]
 
 
 def test_tiles_are_products_of_matrices():
@@ -86,49 +84,60 @@ assert (prefixes.get().reshape(2, 32) == dots.reshape(2, 32).cumsum(1)).all()
 """)
 
 
-@pytest.mark.parametrize("body, message", [
-    ("out[i] = x[i + 1]", "accesses global memory"),
-    ("out[i + 1] = 0", "accesses global memory"),
-    ("out[i] = unwritten[i]", "reads global memory at .* never written"),
-    ("out[i] = load_four_u32(words, i)[0]", "which is not aligned"),
-    ("out[0] = i", "writes global memory .* no barrier between"),
-    ("s[i] = i; out[i] = s[63 - i]", "reads shared memory .* that another thread has written"),
-    ("s[i] = i; cuda.syncwarp(); out[i] = s[63 - i]", "reads shared memory .* that another thread has written"),
-    ("s[i] = i; cuda.syncthreads(); out[i] = s[63 - i]; s[i] = 0", "writes shared memory .* that another thread has accessed"),
-    ("out[i] = s[i]", "reads shared memory at .* never written"),
-    ("if i % 2:\n        out[i] = warp_sum(np.float32(i))", "needs all lanes of a warp"),
-    ("if i < 32:\n        cuda.syncthreads()\n    else:\n        cuda.syncthreads()\n        out[i] = 0", "wait at different barriers"),
-])
-def test_what_is_undefined_is_refused(body, message):
-    run(f"""
-import re
-@kernel("f4[:], f4[:], f4[:], u4[::1]", 64)
-def broken(out, x, unwritten, words):
-    i, s = cuda.threadIdx.x, cuda.shared.array(64, np.float32)
-    {body}
-
-x = np.arange(64, dtype=np.float32)
-message = refused(broken, 1, upload(x), upload(x), empty((64,), np.float32), upload(np.zeros(256, np.uint32)))
-assert message and re.search({message!r}, message), message
-""")
-
-
-@pytest.mark.parametrize("body", [
+BROKEN = {
+    "out[i] = x[i + 1]": "accesses global memory",
+    "out[i + 1] = 0": "accesses global memory",
+    "out[i] = unwritten[i]": "reads global memory at .* never written",
+    "out[i] = load_four_u32(words, i)[0]": "which is not aligned",
+    "out[0] = i": "writes global memory .* no barrier between",
+    "s[i] = i; out[i] = s[63 - i]": "reads shared memory .* that another thread has written",
+    "s[i] = i; cuda.syncwarp(); out[i] = s[63 - i]": "reads shared memory .* that another thread has written",
+    "s[i] = i; cuda.syncthreads(); out[i] = s[63 - i]; s[i] = 0": "writes shared memory .* that another thread has accessed",
+    "out[i] = s[i]": "reads shared memory at .* never written",
+    "if i % 2:\n        out[i] = warp_sum(np.float32(i))": "needs all lanes of a warp",
+    "if i < 32:\n        cuda.syncthreads()\n    else:\n        cuda.syncthreads()\n        out[i] = 0": "wait at different barriers",
+}
+SOUND = [
     "out[i] = x[i]",
     "s[i] = i; cuda.syncthreads(); out[i] = s[63 - i]; cuda.syncthreads(); s[i] = 0",
     "s[i] = i; cuda.syncwarp(); out[i] = s[i ^ 1]",
     "s[0] = 5; cuda.syncthreads(); out[i] = s[0]",
-])
-def test_what_is_in_order_is_not(body):
-    run(f"""
-@kernel("f4[:], f4[:]", 64)
-def sound(out, x):
+]
+KERNEL = """
+def body_{number}(out, x, unwritten, words):
     i, s = cuda.threadIdx.x, cuda.shared.array(64, np.float32)
     {body}
+"""
 
-x = upload(np.arange(64, dtype=np.float32))
-assert refused(sound, 1, upload(np.zeros(64, np.float32)), x) is None
-""")
+
+@pytest.fixture(scope="module")
+def messages():
+    """Body of a kernel -> the message with which it is refused, or None.
+
+    All run in one process, as most of what one does is to import.
+    """
+    bodies = [*BROKEN, *SOUND]
+    sources = [KERNEL.format(number=i, body=body) for i, body in enumerate(bodies)]
+    return dict(zip(bodies, json.loads(run(f"""
+import json
+met = []
+for i, source in enumerate({sources!r}):
+    exec(source)
+    x = np.arange(64, dtype=np.float32)
+    function = kernel("f4[:], f4[:], f4[:], u4[::1]", 64)(globals()[f"body_{{i}}"])
+    met.append(refused(function, 1, upload(x), upload(x), empty((64,), np.float32), upload(np.zeros(256, np.uint32))))
+print(json.dumps(met))
+""")), strict=True))
+
+
+@pytest.mark.parametrize("body", BROKEN)
+def test_what_is_undefined_is_refused(messages, body):
+    assert messages[body] and re.search(BROKEN[body], messages[body]), messages[body]
+
+
+@pytest.mark.parametrize("body", SOUND)
+def test_what_is_in_order_is_not(messages, body):
+    assert messages[body] is None
 
 
 def test_blocks_are_not_ordered():

@@ -2,10 +2,9 @@
 
 The emulated driver replaces that of the GPUs (tests/ptx); with SIMULATED as environment it is Numba's simulator.
 """
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+import forked
 
 ROOT = Path(__file__).parent.parent
 SETUP = """
@@ -36,10 +35,7 @@ def empty_arena(i):
 
 
 def run(code, *args, **env):
-    done = subprocess.run([sys.executable, "-c", SETUP + code, *args], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"NUMBA_ENABLE_CUDASIM": "0", "PYTHONPATH": str(ROOT)} | env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return forked.run(SETUP + code, *args, **env)[0]
 
 
 SIMULATED = {"NUMBA_ENABLE_CUDASIM": "1", "PYDSA_SIMULATED_GPUS": "2"}
