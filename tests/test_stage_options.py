@@ -7,7 +7,8 @@ from click.testing import CliRunner
 import pydsa
 from pydsa.cli import main
 from pydsa.errors import PydsaError, StageError
-from pydsa.stages.cluster import Cluster
+from pydsa.stages.actors import read_bandwidth
+from pydsa.stages.cluster import Cluster, _by_numbers
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +42,16 @@ def test_the_command_line(tmp_path):
     assert "resume is for a model in stages" in said_of("run", "-p", "a", "--resume")
     assert "--ops times the ops of a step in this process" in said_of("bench", "--stages", "2", "--ops")
     assert "--plot times the ops of a step in this process" in said_of("bench", "--ray", "auto", "--plot", str(tmp_path / "a.png"))
+
+
+def test_nodes_are_in_the_order_of_their_numbers():
+    names = ["fd00::9", "fd00::10", "10.0.0.2", "10.0.0.2:41000", "10.0.0.10", "10.0.1.1"]
+    assert sorted(reversed(names), key=_by_numbers) == names
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_bandwidth_is_that_of_a_memory(n_threads):
+    assert 1e8 < read_bandwidth(n_threads, 1 << 24) < 1e13
 
 
 def test_without_ray_there_is_one_sentence(monkeypatch):
