@@ -121,11 +121,15 @@ class Kernel:
             nvjitlink.destroy(link)
         return bytes(code)
 
+    def entry(self, code):
+        """The name that the kernel has in its machine code: by way of LTO-IR, Numba's."""
+        found = re.search(rb"\.text\.([\w$]+)\0", code) if self.lto else None       # the name of a section
+        return found[1].decode() if found else self.__name__
+
     def _load(self, here):
         kinds = "".join(_kinds(*found) for found in re.findall(r"(\w\d)(\[.*?\])?", self.signature))
         code = self.cubin(here.capability)
-        name = re.search(rb"\.text\.([\w$]+)\0", code) if self.lto else None      # a section of the machine code
-        function = here.load(code, name[1].decode() if name else self.__name__)
+        function = here.load(code, self.entry(code))
         if self.shared:
             here.allow_shared(function, self.shared)
         self._loaded[here.index] = function, Parameters(kinds)
