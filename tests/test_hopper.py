@@ -33,6 +33,10 @@ x = normal(3, 256)
 x[1, 7], x[2] = np.inf, 0
 found, _ = error("linear", (3, 5), tensor("Q4_K", 5, 256), x)
 assert np.isnan(found[1]).all() and (found[2] == 0).all() and np.isfinite(found[0]).all()
+from tools import time_products
+for shape in ("40x256", "3*40x256"):
+    times = list(time_products.time_shape(shape, 20))
+    assert [row[0] for row in times] == ["mma.sync", "wgmma"] and max(row[3] for row in times) < time_products.WORST, times
 """
 
 

@@ -21,7 +21,7 @@ from pydsa.backends.cuda.launch import blocks_for, kernel
 
 
 CAPABILITY = 9, 0
-ROWS, THREADS, STAGES = 128, 256, 4
+ROWS, THREADS, STAGES = 128, 256, 4         # STAGES: a power of two
 PART = TOKENS * PART_BYTES                      # bytes of a stage's high float16, which its low ones follow
 STAGE = 2 * PART
 AT = STAGES * STAGE                             # where, behind the stages, each token's row is; then its scale
@@ -49,7 +49,7 @@ def copy_stage(shared, packed, stage, last, row_bytes, rows, thread):
     """Begin to copy a stage of all tokens, if there is one, pieces swizzled."""
     if stage < last:
         token, piece = thread >> 3, thread & 7
-        slot = stage % STAGES * STAGE + 128 * token + 16 * (piece ^ token & 7)
+        slot = (stage & STAGES - 1) * STAGE + 128 * token + 16 * (piece ^ token & 7)
         for i in range(PIECES):
             at = np.int64(rows[AT // 4 + token + 32 * i]) * row_bytes + STAGE_BYTES * stage + 16 * piece
             copy_sixteen_async(shared, slot + 128 * 32 * i, packed, at)
@@ -67,7 +67,7 @@ def next_stage(shared, packed, stage, last, row_bytes, rows, thread):
     fence_async()
     cuda.syncthreads()
     copy_stage(shared, packed, stage + STAGES - 1, last, row_bytes, rows, thread)
-    return np.uint64(U(shared_address(shared, stage % STAGES * STAGE)) >> U(4)) | DESCRIPTOR
+    return np.uint64(U(shared_address(shared, (stage & STAGES - 1) * STAGE)) >> U(4)) | DESCRIPTOR
 
 
 @device
