@@ -1,9 +1,9 @@
 """Products for prompts in wgmma, for GPUs of capability 9.0: nothing of a weight is lost.
 
-An activation is two float16, 22 bits together (panels.py). A weight of Q4_K is a whole number, q times its sub-block's scale, at most 945,
-which float16 holds; the sums of a block of 256 are multiplied by its d in float32. Offsets meet sums of 32 activations, as products of
-pairs of float16. Weights are the rows of wgmma (A) and stay in registers, where lanes make them of the file's bytes. Activations are its
-columns (B): rows of a tile's tokens are gathered into shared memory by copies, STAGES - 1 of 64 numbers each under way.
+An activation is two float16, 22 bits together (panels.py). A weight of Q4_K or Q5_K is a whole number, q times its sub-block's scale, at
+most 1,953, which float16 holds; the sums of a block of 256 are multiplied by its d in float32. Offsets meet sums of 32 activations, as
+products of pairs of float16. Weights are the rows of wgmma (A) and stay in registers, where lanes make them of the file's bytes.
+Activations are its columns (B): rows of a tile's tokens are gathered into shared memory by copies, STAGES - 1 of 64 numbers each under way.
 
 A block multiplies ROWS rows of weights with at most TOKENS tokens; a warp has 16 rows, a lane two of them, g and g + 8.
 """
@@ -18,6 +18,7 @@ from pydsa.backends.cuda.hopper import fence_async, make_wgmma, make_wgmma_wait,
 from pydsa.backends.cuda.instructions import (commit_copies, copies_left, copy_sixteen_async, instruction, read_sixteen,
                                               stream_eight)
 from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.quants import TYPES
 
 
 CAPABILITY = 9, 0
@@ -29,11 +30,11 @@ SHARED = AT + 8 * TOKENS
 PIECES = TOKENS * 8 // THREADS                  # of 16 bytes that a thread copies in each part of a stage
 SUMS, WORDS = TOKENS // 2, 16                   # of a lane: sums, and words of A for 64 columns
 LOW_PART = np.uint64(PART >> 4)                 # what its descriptor adds to that of the high part
-Q4_K_BYTES = 144
+RAW = 16                                        # words of a lane that are not unpacked yet, of two rows, as below
 U = np.uint32
 ZERO = np.float32(0)
 DESCRIPTOR = np.uint64(1 << 62 | 64 << 32 | 1 << 16)        # swizzle of 128 bytes; eight tokens are 1,024 bytes
-LOW, HIGH, HALF_1024 = U(0x000F000F), U(0x00F000F0), U(0x64006400)      # 1024 + n, as float16, is 0x6400 | n
+LOW, HIGH, ONE, HALF_1024 = U(0x000F000F), U(0x00F000F0), U(0x00010001), U(0x64006400)     # 1024 + n, as float16, is 0x6400 | n
 SIXTEENTH, MINUS_64 = U(0x2C002C00), U(0xD400D400)
 
 add_pairs, add_sums, wait_sums = make_wgmma(TOKENS, 4, 2), make_wgmma(TOKENS, 4), make_wgmma_wait(TOKENS, WORDS)
@@ -77,12 +78,13 @@ def twice(n):
     return U(bits | bits << 16)
 
 
-def _make_q4_k(j):
+def _make_put(j, fifth):
     """put(words, raw): the weights of the j-th 64 of a block, as words of A.
 
-    raw: for each of two rows four words of the block's beginning, then two of the weights.
+    raw: for each of two rows eight words: four of the block's beginning, two of the weights' lower four bits, two of their fifth bits (if
+    `fifth`), of which each byte has bits 2 j and 2 j + 1.
     """
-    shift = U(16 * (j & 1))
+    shift, bit, bit_1 = U(16 * (j & 1)), U(2 * j), U(2 * j + 1)
 
     @device
     def scales(first, third):
@@ -92,40 +94,45 @@ def _make_q4_k(j):
                 twice(third >> shift + U(8) & U(15) | (first >> shift + U(14) & U(3)) << U(4)))
 
     @device
-    def low(w, scale):
-        return multiply_halves(subtract_halves(w & LOW | HALF_1024, HALF_1024), scale)
+    def low(w, h, scale):
+        whole = w & LOW | (h >> bit & ONE) << U(4) if fifth else w & LOW
+        return multiply_halves(subtract_halves(whole | HALF_1024, HALF_1024), scale)
 
     @device
-    def high(w, scale):
-        return multiply_halves(fma_halves(w & HIGH | HALF_1024, SIXTEENTH, MINUS_64), scale)
+    def high(w, h, scale):
+        whole = w & HIGH | (h >> bit_1 & ONE) << U(8) if fifth else w & HIGH     # sixteen times the weights
+        return multiply_halves(fma_halves(whole | HALF_1024, SIXTEENTH, MINUS_64), scale)
 
     @device
     def put(words, raw):
         for r in range(2):
-            scale, scale_1 = scales(raw[6 * r + 1], raw[6 * r + 3])
-            w, v = raw[6 * r + 4], raw[6 * r + 5]
+            scale, scale_1 = scales(raw[8 * r + 1], raw[8 * r + 3])
+            w, v, h, k = raw[8 * r + 4], raw[8 * r + 5], raw[8 * r + 6], raw[8 * r + 7]
             words[r], words[2 + r], words[4 + r], words[6 + r] = (
-                low(w, scale), low(w >> U(8), scale), low(v, scale), low(v >> U(8), scale))
+                low(w, h, scale), low(w >> U(8), h >> U(8), scale), low(v, k, scale), low(v >> U(8), k >> U(8), scale))
             words[8 + r], words[10 + r], words[12 + r], words[14 + r] = (
-                high(w, scale_1), high(w >> U(8), scale_1), high(v, scale_1), high(v >> U(8), scale_1))
+                high(w, h, scale_1), high(w >> U(8), h >> U(8), scale_1), high(v, k, scale_1), high(v >> U(8), k >> U(8), scale_1))
     return put
 
 
-put_0, put_1, put_2, put_3 = (_make_q4_k(j) for j in range(4))
+def _make_loads(fifth):
+    first = 48 if fifth else 16         # where the lower four bits begin in a block
 
+    @device
+    def load_block(raw, w, at, at_8, c):
+        """The beginnings of a block in both rows of a lane, and a lane's fifth bits."""
+        raw[0], raw[1], raw[2], raw[3] = read_sixteen(w, at)
+        raw[8], raw[9], raw[10], raw[11] = read_sixteen(w, at_8)
+        if fifth:
+            raw[6], raw[7] = stream_eight(w, at + 16 + 8 * c)
+            raw[14], raw[15] = stream_eight(w, at_8 + 16 + 8 * c)
 
-@device
-def load_block(raw, w, at, at_8):
-    """The beginnings of a block in both rows of a lane."""
-    raw[0], raw[1], raw[2], raw[3] = read_sixteen(w, at)
-    raw[6], raw[7], raw[8], raw[9] = read_sixteen(w, at_8)
-
-
-@device
-def load_weights(raw, w, at, at_8, j, c):
-    """A lane's bytes of the j-th 64 weights of a block, in both its rows."""
-    raw[4], raw[5] = stream_eight(w, at + 16 + 32 * j + 8 * c)
-    raw[10], raw[11] = stream_eight(w, at_8 + 16 + 32 * j + 8 * c)
+    @device
+    def load_weights(raw, w, at, at_8, j, c):
+        """A lane's bytes of the j-th 64 weights of a block, in both its rows."""
+        raw[4], raw[5] = stream_eight(w, at + first + 32 * j + 8 * c)
+        raw[12], raw[13] = stream_eight(w, at_8 + first + 32 * j + 8 * c)
+    return load_block, load_weights
 
 
 @device
@@ -143,7 +150,7 @@ def put_offsets(words, at, row, head, c):
 
 
 @device
-def add_offsets(sums, words, w, at, at_8, n_blocks, c, shared, packed, last, row_bytes, rows, thread):
+def add_offsets(sums, words, w, at, at_8, block_bytes, n_blocks, c, shared, packed, last, row_bytes, rows, thread):
     """sums += the products of all offsets and sums of activations.
 
     There is a stage for each four blocks. Beyond the last block the sums of activations are zero.
@@ -152,43 +159,47 @@ def add_offsets(sums, words, w, at, at_8, n_blocks, c, shared, packed, last, row
         there = next_stage(shared, packed, stage, last, row_bytes, rows, thread)
         for part in range(2):
             for i in range(2):
-                of = Q4_K_BYTES * np.int64(min(4 * stage + 2 * part + i, n_blocks - 1))
+                of = block_bytes * np.int64(min(4 * stage + 2 * part + i, n_blocks - 1))
                 put_offsets(words, 8 * i, 0, read_sixteen(w, at + of), c)
                 put_offsets(words, 8 * i, 1, read_sixteen(w, at_8 + of), c)
             add_sums(sums, words, there + np.uint64(part) * LOW_PART)
             wait_sums(sums, words)
 
 
-@device
-def multiply_block(sums, words, others, raw, w, at, at_8, more, c, shared, packed, stage, last, row_bytes, rows, thread):
-    """sums = the products of a block's whole numbers -> d of both rows.
+def _make_multiply(puts, load_block, load_weights):
+    put_0, put_1, put_2, put_3 = puts
 
-    The block has four stages. words: those of its first 64 weights; then those of the next block's, `more` bytes further. raw: the bytes
-    after those.
-    """
-    there = next_stage(shared, packed, stage, last, row_bytes, rows, thread)
-    new_pairs(sums, words, there, there + LOW_PART)
-    put_1(others, raw)
-    load_weights(raw, w, at, at_8, 2, c)
-    wait_sums(sums, words)
-    there = next_stage(shared, packed, stage + 1, last, row_bytes, rows, thread)
-    add_pairs(sums, others, there, there + LOW_PART)
-    put_2(words, raw)
-    load_weights(raw, w, at, at_8, 3, c)
-    wait_sums(sums, others)
-    there = next_stage(shared, packed, stage + 2, last, row_bytes, rows, thread)
-    add_pairs(sums, words, there, there + LOW_PART)
-    put_3(others, raw)
-    d, d_8 = of_half(raw[0]), of_half(raw[6])
-    load_block(raw, w, at + more, at_8 + more)
-    load_weights(raw, w, at + more, at_8 + more, 0, c)
-    wait_sums(sums, words)
-    there = next_stage(shared, packed, stage + 3, last, row_bytes, rows, thread)
-    add_pairs(sums, others, there, there + LOW_PART)
-    put_0(words, raw)
-    load_weights(raw, w, at + more, at_8 + more, 1, c)
-    wait_sums(sums, others)
-    return d, d_8
+    @device
+    def multiply_block(sums, words, others, raw, w, at, at_8, more, c, shared, packed, stage, last, row_bytes, rows, thread):
+        """sums = the products of a block's whole numbers -> d of both rows.
+
+        The block has four stages. words: those of its first 64 weights; then those of the next block's, `more` bytes further. raw: the
+        bytes after those.
+        """
+        there = next_stage(shared, packed, stage, last, row_bytes, rows, thread)
+        new_pairs(sums, words, there, there + LOW_PART)
+        put_1(others, raw)
+        load_weights(raw, w, at, at_8, 2, c)
+        wait_sums(sums, words)
+        there = next_stage(shared, packed, stage + 1, last, row_bytes, rows, thread)
+        add_pairs(sums, others, there, there + LOW_PART)
+        put_2(words, raw)
+        load_weights(raw, w, at, at_8, 3, c)
+        wait_sums(sums, others)
+        there = next_stage(shared, packed, stage + 2, last, row_bytes, rows, thread)
+        add_pairs(sums, words, there, there + LOW_PART)
+        put_3(others, raw)
+        d, d_8 = of_half(raw[0]), of_half(raw[8])
+        load_block(raw, w, at + more, at_8 + more, c)
+        load_weights(raw, w, at + more, at_8 + more, 0, c)
+        wait_sums(sums, words)
+        there = next_stage(shared, packed, stage + 3, last, row_bytes, rows, thread)
+        add_pairs(sums, others, there, there + LOW_PART)
+        put_0(words, raw)
+        load_weights(raw, w, at + more, at_8 + more, 1, c)
+        wait_sums(sums, others)
+        return d, d_8
+    return multiply_block
 
 
 @device
@@ -205,52 +216,59 @@ def store_sums(out, sums, order, first, n_tokens, scales, row, c):
                     out[target, row + 8] = sums[4 * i + 2 + e] * scale
 
 
-@kernel("f4[:,:], u1[::1], i8, i4[:], i4[:], i4[:], i4[:], i4, u1[::1], f4[:], i4", THREADS, shared=SHARED, specific=CAPABILITY)
-def wgmma_q4_k(out, w, w_bytes, tile_matrix, tile_first, tile_end, order, x_div, packed, x_scales, n_blocks):
-    """out[i] = a matrix of Q4_K times row i // x_div of x.
-
-    i is in order[first:end], where first and end are those of a tile. See above.
-    """
-    thread, chosen = cuda.threadIdx.x, tile_matrix[cuda.blockIdx.y]
-    if chosen < 0:
-        return
-    first, n_tokens = tile_first[cuda.blockIdx.y], tile_end[cuda.blockIdx.y] - tile_first[cuda.blockIdx.y]
-    shared, rows = cuda.shared.array(0, np.uint8, 1024), cuda.shared.array(0, np.int32, 1024)
-    scales = cuda.shared.array(0, np.float32, 1024)
-    if thread < TOKENS:
-        source = order[first + min(thread, n_tokens - 1)] // x_div
-        rows[AT // 4 + thread], scales[AT // 4 + TOKENS + thread] = source, x_scales[source]
-    cuda.syncthreads()
-    before = (n_blocks + 3) // 4
-    last, row_bytes = before + 4 * n_blocks, STAGE_BYTES * (before + 4 * n_blocks)
-    for stage in range(STAGES - 1):
-        copy_stage(shared, packed, stage, last, row_bytes, rows, thread)
-    sums, block_sums = cuda.local.array(SUMS, np.float32), cuda.local.array(SUMS, np.float32)
-    words, others, raw = cuda.local.array(WORDS, np.uint32), cuda.local.array(WORDS, np.uint32), cuda.local.array(12, np.uint32)
-    for i in range(SUMS):
-        sums[i] = ZERO
-    g, c, most = thread >> 2 & 7, thread & 3, out.shape[1] - 1
-    row = cuda.blockIdx.x * ROWS + 16 * (thread >> 5) + g
-    at = (chosen * np.int64(out.shape[1]) + min(row, most)) * w_bytes
-    at_8 = (chosen * np.int64(out.shape[1]) + min(row + 8, most)) * w_bytes
-    add_offsets(sums, words, w, at, at_8, n_blocks, U(c), shared, packed, last, row_bytes, rows, thread)
-    load_block(raw, w, at, at_8)
-    load_weights(raw, w, at, at_8, 0, c)
-    put_0(words, raw)
-    load_weights(raw, w, at, at_8, 1, c)
-    for block in range(n_blocks):
-        more = np.int64(Q4_K_BYTES if block + 1 < n_blocks else 0)
-        d, d_8 = multiply_block(block_sums, words, others, raw, w, at, at_8, more, c, shared, packed, before + 4 * block, last, row_bytes,
-                                rows, thread)
-        at += more
-        at_8 += more
-        for i in range(0, SUMS, 4):
-            sums[i], sums[i + 1] = fma(d, block_sums[i], sums[i]), fma(d, block_sums[i + 1], sums[i + 1])
-            sums[i + 2], sums[i + 3] = fma(d_8, block_sums[i + 2], sums[i + 2]), fma(d_8, block_sums[i + 3], sums[i + 3])
-    store_sums(out, sums, order, first, n_tokens, scales, row, c)
+SIGNATURE = "f4[:,:], u1[::1], i8, i4[:], i4[:], i4[:], i4[:], i4, u1[::1], f4[:], i4"
 
 
-GEMM = {"Q4_K": wgmma_q4_k}
+def _make_gemm(name, fifth=False):
+    block_bytes, puts, loads = TYPES[name].n_bytes, [_make_put(j, fifth) for j in range(4)], _make_loads(fifth)
+    (load_block, load_weights), put, multiply_block = loads, puts[0], _make_multiply(puts, *loads)
+
+    def gemm(out, w, w_bytes, tile_matrix, tile_first, tile_end, order, x_div, packed, x_scales, n_blocks):
+        """out[i] = a matrix times row i // x_div of x.
+
+        i is in order[first:end], where first and end are those of a tile. See above.
+        """
+        thread, chosen = cuda.threadIdx.x, tile_matrix[cuda.blockIdx.y]
+        if chosen < 0:
+            return
+        first, n_tokens = tile_first[cuda.blockIdx.y], tile_end[cuda.blockIdx.y] - tile_first[cuda.blockIdx.y]
+        shared, rows = cuda.shared.array(0, np.uint8, 1024), cuda.shared.array(0, np.int32, 1024)
+        scales = cuda.shared.array(0, np.float32, 1024)
+        if thread < TOKENS:
+            source = order[first + min(thread, n_tokens - 1)] // x_div
+            rows[AT // 4 + thread], scales[AT // 4 + TOKENS + thread] = source, x_scales[source]
+        cuda.syncthreads()
+        before = (n_blocks + 3) // 4
+        last, row_bytes = before + 4 * n_blocks, STAGE_BYTES * (before + 4 * n_blocks)
+        for stage in range(STAGES - 1):
+            copy_stage(shared, packed, stage, last, row_bytes, rows, thread)
+        sums, block_sums = cuda.local.array(SUMS, np.float32), cuda.local.array(SUMS, np.float32)
+        words, others, raw = cuda.local.array(WORDS, np.uint32), cuda.local.array(WORDS, np.uint32), cuda.local.array(RAW, np.uint32)
+        for i in range(SUMS):
+            sums[i] = ZERO
+        g, c, most = thread >> 2 & 7, thread & 3, out.shape[1] - 1
+        row = cuda.blockIdx.x * ROWS + 16 * (thread >> 5) + g
+        at = (chosen * np.int64(out.shape[1]) + min(row, most)) * w_bytes
+        at_8 = (chosen * np.int64(out.shape[1]) + min(row + 8, most)) * w_bytes
+        add_offsets(sums, words, w, at, at_8, block_bytes, n_blocks, U(c), shared, packed, last, row_bytes, rows, thread)
+        load_block(raw, w, at, at_8, c)
+        load_weights(raw, w, at, at_8, 0, c)
+        put(words, raw)
+        load_weights(raw, w, at, at_8, 1, c)
+        for block in range(n_blocks):
+            more = np.int64(block_bytes if block + 1 < n_blocks else 0)
+            d, d_8 = multiply_block(block_sums, words, others, raw, w, at, at_8, more, c, shared, packed, before + 4 * block, last,
+                                    row_bytes, rows, thread)
+            at += more
+            at_8 += more
+            for i in range(0, SUMS, 4):
+                sums[i], sums[i + 1] = fma(d, block_sums[i], sums[i]), fma(d, block_sums[i + 1], sums[i + 1])
+                sums[i + 2], sums[i + 3] = fma(d_8, block_sums[i + 2], sums[i + 2]), fma(d_8, block_sums[i + 3], sums[i + 3])
+        store_sums(out, sums, order, first, n_tokens, scales, row, c)
+    return kernel(SIGNATURE, THREADS, f"wgmma_{name.lower()}", shared=SHARED, specific=CAPABILITY)(gemm)
+
+
+GEMM = {"Q4_K": _make_gemm("Q4_K"), "Q5_K": _make_gemm("Q5_K", fifth=True)}
 
 
 def takes(w):
