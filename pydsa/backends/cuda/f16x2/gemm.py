@@ -120,7 +120,7 @@ def _make_loads(fifth):
 
     @device
     def load_block(raw, w, at, at_8, c):
-        """The beginnings of a block in both rows of a lane, and a lane's fifth bits."""
+        """The beginnings of a block in both rows of a lane, and its fifth bits."""
         raw[0], raw[1], raw[2], raw[3] = read_sixteen(w, at)
         raw[8], raw[9], raw[10], raw[11] = read_sixteen(w, at_8)
         if fifth:
