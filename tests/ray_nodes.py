@@ -4,6 +4,7 @@ It writes "ADDRESS" to stdout, ends the second node when it reads a line, and al
 """
 import os
 import sys
+import tempfile
 
 from ray.cluster_utils import Cluster
 
@@ -15,14 +16,15 @@ def main():
     options = dict(num_cpus=1, num_gpus=0, object_store_memory=OBJECT_STORE)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)       # what Ray writes is no answer
-    cluster = Cluster(initialize_head=True, head_node_args=options | {"include_dashboard": False})
-    second = cluster.add_node(**options)
-    print(cluster.address, file=answers, flush=True)
-    if sys.stdin.readline():
-        cluster.remove_node(second, allow_graceful=False)
-        print("removed", file=answers, flush=True)
-        sys.stdin.read()
-    cluster.shutdown()
+    with tempfile.TemporaryDirectory(prefix="pydsa-ray-", ignore_cleanup_errors=True) as folder:
+        cluster = Cluster(initialize_head=True, head_node_args=options | {"include_dashboard": False, "temp_dir": folder})
+        second = cluster.add_node(**options)
+        print(cluster.address, file=answers, flush=True)
+        if sys.stdin.readline():
+            cluster.remove_node(second, allow_graceful=False)
+            print("removed", file=answers, flush=True)
+            sys.stdin.read()
+        cluster.shutdown()
 
 
 if __name__ == "__main__":
