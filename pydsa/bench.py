@@ -48,7 +48,7 @@ class Bench:
     def run(self, model, progress=None, ops=None):
         """Yield one row, a dict, for each test.
 
-        Generation is timed as generate() runs it: a GPU samples, and no logits come to the host. On the CPU the tokens are given.
+        Generation is timed as generate() runs it: a GPU or the last stage samples, and no logits come to the host. On the CPU the tokens are given.
 
         avg_ts and stddev_ts are tokens per second over the repetitions; one run before them is not counted. Rows of generation also have
         bytes_per_token; bandwidth_gbs, the bandwidth of the memory in 1e9 bytes per second; limit_ts, the tokens per second that use all
@@ -65,6 +65,7 @@ class Bench:
         session, done, ids = model.session(), 0, random_ids(model, self.n_ctx)
         for n_prompt, n_gen, n_depth in self.tests:
             ceilings = _ceilings_of(model, 1) if n_gen else None
+            sampled = n_gen > 0 and (model.runner.samples or model.runner.picks > 0)
             seconds = []
             reach_depth(session, ids, n_depth)
             for i in range(self.repetitions + 1):
@@ -72,7 +73,7 @@ class Bench:
                     progress(done, n_runs, test_name(n_prompt, n_gen, n_depth))
                 done += 1
                 session.truncate(n_depth)
-                seconds.append(time_test(session, ids[n_depth:], n_prompt, n_gen, n_gen > 0 and model.runner.picks > 0))
+                seconds.append(time_test(session, ids[n_depth:], n_prompt, n_gen, sampled))
             row = self._row(model, n_prompt, n_gen, n_depth, seconds[1:])
             if ops is not None:
                 session.truncate(n_depth)
