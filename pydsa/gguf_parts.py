@@ -183,12 +183,10 @@ def _tensor(place, why, name, kind, shape, ends):
     if not block or not shape or min(shape) < 1 or shape[-1] % block:
         raise GGUFError(f"{place}: tensor {quote(name)} is told to be {kind} {shape}, which no file has.")
     form = np.broadcast_to(np.zeros(1, np.uint8), (*shape[:-1], shape[-1] // block * block_bytes))
-    if form.nbytes > WHOLE:
-        return Tensor(name, kind, tuple(shape), Ends(form, why, bytes.fromhex(ends)))
-    data = np.frombuffer(bytes.fromhex(ends), np.uint8)
-    if data.nbytes != form.nbytes:
-        raise GGUFError(f"{place}: tensor {quote(name)} is told with {data.nbytes} bytes, expected {form.nbytes}.")
-    return Tensor(name, kind, tuple(shape), data.reshape(form.shape))
+    data, expected = np.frombuffer(bytes.fromhex(ends), np.uint8), form.nbytes if form.nbytes <= WHOLE else 2 * END
+    if data.nbytes != expected:
+        raise GGUFError(f"{place}: tensor {quote(name)} is told with {data.nbytes} bytes, expected {expected}.")
+    return Tensor(name, kind, tuple(shape), Ends(form, why, data.tobytes()) if form.nbytes > WHOLE else data.reshape(form.shape))
 
 
 class Ends(AbsentData):
@@ -221,6 +219,6 @@ def check_here(file, tensors):
     needed = collections.Counter(places[source] for tensor in tensors.values() if (source := tensor.made_of or tensor.name) in places)
     if needed:
         path, n = next(iter(needed.items()))
-        more = f", and {len(needed) - 1} more part{'s' * (len(needed) > 2)}" if len(needed) > 1 else ""
-        raise GGUFError(f"{path}: this part{more} is not on this machine, but has {n} tensors of the layers that it shall run: copy "
-                        f"{'them' if more else 'it'} here, or give these layers to another stage.")
+        more = f", and so it is with {len(needed) - 1} more" if len(needed) > 1 else ""
+        raise GGUFError(f"{path}: this part is not on this machine, but has {n} tensors of the layers that shall run here{more}: copy what "
+                        "lacks, or give these layers to another stage.")

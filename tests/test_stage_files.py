@@ -29,7 +29,7 @@ class Process:
     """A StageActor in this process, on a node whose files are in a folder."""
 
     def __init__(self, node, what, root):
-        self.node, self.what, self.name, self._root, self.actor = node, what, what, root, StageActor()
+        self.node, self.what, self._root, self.actor = node, what, root, StageActor()
 
     @property
     def name(self):

@@ -111,6 +111,17 @@ def dot_int8(x, y, total):
     return products.sum(-1, dtype=np.int32) + total
 
 
+def dot_uint8(x, y, total):
+    """dp4a of uint8 and int8."""
+    x, y = np.ascontiguousarray(x).view("u1").reshape(-1, 4), np.ascontiguousarray(y).view("i1").reshape(-1, 4)
+    return (x.astype(np.int32) * y.astype(np.int32)).sum(-1, dtype=np.int32) + total
+
+
+def funnel_right(low, high, n):
+    """shf.r.wrap: 32 bits of 64, from bit n % 32 on."""
+    return ((low.astype("u8") | high.astype("u8") << np.uint64(32)) >> (n & np.uint32(31)).astype("u8")).astype("u4")
+
+
 def dot_uint16(x, y, total):
     """dp2a.lo of unsigned integers: two uint16 with the lower two bytes of y."""
     mask = np.uint32(0xFFFF), np.uint32(0xFF)
@@ -148,9 +159,9 @@ def mma_float16(a, b, c):
     return (product.reshape(n, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(n, 32, 4) + c).astype("f4")
 
 
-def sub_f16x2(x, y):
-    """sub.f16x2: subtraction of float16 pairs."""
-    return (np.ascontiguousarray(x).view("f2") - np.ascontiguousarray(y).view("f2")).view("u4")
+def of_pairs(function):
+    """The function of float16 pairs, in uint32, of one of float64, rounded."""
+    return lambda *xs: function(*(np.ascontiguousarray(x).view("f2").astype("f8") for x in xs)).astype("f2").view("u4")
 
 
 def fma(x, y, z):
@@ -208,8 +219,11 @@ PLAIN = {
     "abs": np.abs, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "div.rn": np.divide,
     "add.rn": np.add, "mul.rn": np.multiply, "fma.rn": fma, "fma.rm": fma_down, "sqrt.rn": np.sqrt, "rcp.rn": np.reciprocal,
     "ex2.approx.ftz": power_of_two, "clz": leading_zeros, "prmt": byte_permute, "bfi": bit_insert, "selp": select, "shl": shift(True),
-    "shr": shift(False),
+    "shr": shift(False), "shf.r.wrap": funnel_right,
 }
+PAIRS = {name: of_pairs(function) for name, function in (      # of float16 pairs, f16x2
+    ("add", np.add), ("add.rn", np.add), ("sub", np.subtract), ("sub.rn", np.subtract), ("mul", np.multiply), ("mul.rn", np.multiply),
+    ("fma.rn", lambda x, y, z: x * y + z))}
 WIDE = {"mul.wide": np.multiply, "mad.wide": lambda x, y, z: x * y + z}
 # operand types that differ from the opcode's
 OPERANDS = {"selp": (None, None, "pred"), "shl": (None, "u32"), "shr": (None, "u32"), "bfi": (None, None, "u32", "u32")}

@@ -1,0 +1,145 @@
+"""Instructions that Numba lacks: with the PTX machine, and in the simulator."""
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
+
+PTX = """
+from tests.ptx.driver import install
+install()
+"""
+WIDE = """
+import numpy as np
+from numba import cuda
+from pydsa.backends.cuda import empty, upload
+from pydsa.backends.cuda.instructions import (all_copies, commit_copies, copy_eight_async, copy_four_async, copy_sixteen_async,
+                                              copy_some_async, dp4a_unsigned, funnel_right, let_later_begin, load_eight, load_matrices,
+                                              load_matrices_transposed, read_sixteen, store_eight, store_sixteen, stream_four,
+                                              stream_sixteen, wait_for_earlier)
+from pydsa.backends.cuda.launch import kernel
+
+@kernel("u1[::1], u1[::1], u1[::1]", 32)
+def wide(out, sums, x):
+    i, s = cuda.threadIdx.x, cuda.shared.array(2048, np.uint8, 16)
+    copy_sixteen_async(s, 16 * i, x, 16 * i)
+    copy_some_async(s, 16 * i + 512, x, 16 * i, np.uint32(i & 15))
+    copy_eight_async(s, 8 * i + 1024, x, 8 * i)
+    copy_four_async(s, 4 * i + 1280, x, 4 * i)
+    commit_copies()
+    a, b, c, d = stream_sixteen(x, 16 * i)
+    e, _, _, _ = read_sixteen(x, 16 * i)
+    all_copies()
+    cuda.syncthreads()
+    total, first = np.int32(0), 31 - i
+    for j in range(16):
+        total += np.int32(s[np.uint32(16 * first + j)]) + 3 * np.int32(s[np.uint32(512 + 16 * first + j)])
+        if j < 8:
+            total += 5 * np.int32(s[np.uint32(1024 + 8 * first + j)])
+        if j < 4:
+            total += 7 * np.int32(s[np.uint32(1280 + 4 * first + j)])
+    wait_for_earlier()
+    let_later_begin()
+    f, g = load_eight(x, 8 * i)
+    store_sixteen(out, 16 * i, funnel_right(b, c, np.uint32(40)), np.uint32(dp4a_unsigned(c, d, np.int32(3))), stream_four(x, 4 * i), e)
+    store_eight(sums, 8 * i, np.uint32(total), f)
+
+@kernel("u1[::1], u1[::1]", 32, shared=512)
+def matrices(out, x):
+    i, s = cuda.threadIdx.x, cuda.shared.array(0, np.uint8)
+    copy_sixteen_async(s, 16 * i, x, 16 * i)
+    commit_copies()
+    all_copies()
+    cuda.syncthreads()
+    a, b, c, d = load_matrices(s, 16 * i)
+    store_sixteen(out, 32 * i, a, b, c, d)
+    a, b, c, d = load_matrices_transposed(s, 16 * i)
+    store_sixteen(out, 32 * i + 16, a, b, c, d)
+
+x = np.arange(256, dtype=np.uint16)
+out = empty((32, 2, 4, 2), np.uint16)
+matrices(1, out.view(np.uint8).flat, upload(x.view(np.uint8)))
+got, x = out.get(), x.reshape(4, 8, 8)
+for lane in range(32):
+    row, at = lane // 4, 2 * (lane % 4)
+    assert (got[lane, 0] == x[:, row, at:at + 2]).all() and (got[lane, 1] == x[:, at:at + 2, row]).all()
+
+x = np.random.default_rng(0).integers(0, 256, (32, 16), np.uint8)
+out, sums = empty((32, 16), np.uint8), empty((32, 8), np.uint8)
+wide(1, out.flat, sums.flat, upload(x).flat)
+words, flat, n = x.view(np.uint32), x.reshape(-1).astype(int), np.arange(32)[:, None]
+parts = np.where(np.arange(16) < (n & 15), x, 0).astype(int)
+total = x.sum(1, dtype=int) + 3 * parts.sum(1) + 5 * flat[:256].reshape(32, 8).sum(1) + 7 * flat[:128].reshape(32, 4).sum(1)
+got = out.get().view(np.uint32)
+assert (got[:, 0] == (words[:, 1] >> 8 | words[:, 2] << 24)).all()
+assert (got[:, 1].view(np.int32) == (x[:, 8:12].astype(int) * x[:, 12:].view(np.int8)).sum(1) + 3).all()
+assert (got[:, 2] == words.ravel()[:32]).all() and (got[:, 3] == words[:, 0]).all()
+got = sums.get().view(np.uint32)
+assert (got[:, 0] == total[::-1]).all() and (got[:, 1] == words.ravel()[:64:2]).all()
+"""
+
+
+READS = """
+from pydsa.backends.cuda import ceilings
+words = np.random.default_rng(0).integers(0, 1 << 32, (2, 8, 2 * 512, 4), np.uint32)
+out = empty((2 * 512,), np.uint32)
+ceilings.read_pieces(2, out, upload(words.view(np.uint8)).flat, 2)
+assert (out.get() == np.bitwise_xor.reduce(words, (0, 1, 3))).all()
+ceilings.READ_BLOCKS = 1
+assert 0 < ceilings._bandwidth(1) < np.inf
+"""
+LACKS = """
+import pytest
+from pydsa.backends.cuda.instructions import instruction
+from pydsa.errors import PydsaError
+with pytest.raises(PydsaError, match="cannot execute wgmma.fence"):
+    instruction("wgmma.fence.sync.aligned;")()
+"""
+ROUTES = """
+import re
+from numba import cuda
+from pydsa.backends.cuda.instructions import instruction
+from pydsa.backends.cuda.launch import kernel
+registers = instruction("setmaxnreg.inc.sync.aligned.u32 240;", fixed=True)
+
+@kernel("f4[::1]", 128, specific=(9, 0), lto=True)
+def by_lto(out):
+    registers()
+    out[cuda.threadIdx.x] = 0
+
+@kernel("f4[::1]", 128, specific=(9, 0))
+def by_ptx(out):
+    out[cuda.threadIdx.x] = 0
+
+assert re.search(r"^[.]target sm_90a$", by_ptx.ptx((9, 0)), re.M)
+assert by_ptx.cubin((9, 0))[:4] == by_lto.cubin((9, 0))[:4] == b"\\x7fELF"
+assert by_ptx.entry(by_ptx.cubin((9, 0))) == "by_ptx" and re.match("_Z.*by_lto", by_lto.entry(by_lto.cubin((9, 0))))
+"""
+
+
+def run(code, **environment):
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_wide_loads_and_copies():
+    """Loads, stores and copies of all widths move what they should.
+
+    The kernel that measures bandwidth reads all bytes once.
+    """
+    run(PTX + WIDE + READS)
+
+
+def test_the_simulator():
+    """It does the same, and says what it lacks."""
+    run(WIDE + LACKS, NUMBA_ENABLE_CUDASIM="1")
+
+
+def test_kernels_by_way_of_ptx_and_of_lto():
+    """Machine code for sm_90a is made both ways; setmaxnreg needs LTO-IR."""
+    run(ROUTES)
