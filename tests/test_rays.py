@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 import pydsa
+from pydsa.bench import Bench, format_rows
 from pydsa.errors import OutOfMemoryError, StageError
 from pydsa.setup import Setup
 from pydsa.stages import cluster, running, worker
@@ -80,6 +81,13 @@ def test_processes_are_used_again(golden):
     del session
     gc.collect()
     assert len(there) < 3 or {*pids(in_stages(golden("ds2-q4_0")[0], 3))} <= there
+
+
+def test_bench_tells_the_stages(golden):
+    model = in_stages(golden("ds32-f32")[0], "0-0,1-2")
+    rows = list(Bench([16], [2], [0], 1).run(model))
+    assert len(rows) == 2 and {(row["stages"], row["limit_ts"]) for row in rows} == {("0,1-2", None)}
+    assert "| stages |" in format_rows(rows, "md") and "0,1-2" in repr(model)
 
 
 def test_all_ports_are_on_loopback(golden):
