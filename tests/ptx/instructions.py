@@ -111,6 +111,17 @@ def dot_int8(x, y, total):
     return products.sum(-1, dtype=np.int32) + total
 
 
+def dot_uint8(x, y, total):
+    """dp4a of uint8 and int8."""
+    x, y = np.ascontiguousarray(x).view("u1").reshape(-1, 4), np.ascontiguousarray(y).view("i1").reshape(-1, 4)
+    return (x.astype(np.int32) * y.astype(np.int32)).sum(-1, dtype=np.int32) + total
+
+
+def funnel_right(low, high, n):
+    """shf.r.wrap: 32 bits of 64, from bit n % 32 on."""
+    return ((low.astype("u8") | high.astype("u8") << np.uint64(32)) >> (n & np.uint32(31)).astype("u8")).astype("u4")
+
+
 def dot_uint16(x, y, total):
     """dp2a.lo of unsigned integers: two uint16 with the lower two bytes of y."""
     mask = np.uint32(0xFFFF), np.uint32(0xFF)
@@ -208,7 +219,7 @@ PLAIN = {
     "abs": np.abs, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "div.rn": np.divide,
     "add.rn": np.add, "mul.rn": np.multiply, "fma.rn": fma, "fma.rm": fma_down, "sqrt.rn": np.sqrt, "rcp.rn": np.reciprocal,
     "ex2.approx.ftz": power_of_two, "clz": leading_zeros, "prmt": byte_permute, "bfi": bit_insert, "selp": select, "shl": shift(True),
-    "shr": shift(False),
+    "shr": shift(False), "shf.r.wrap": funnel_right,
 }
 WIDE = {"mul.wide": np.multiply, "mad.wide": lambda x, y, z: x * y + z}
 # operand types that differ from the opcode's

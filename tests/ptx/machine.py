@@ -10,8 +10,8 @@ import struct
 
 import numpy as np
 
-from tests.ptx.instructions import (OPERANDS, PLAIN, WIDE, compare, convert, dot_int8, dot_uint16, dtype_of, mma_float16, mma_int8,
-                                    sub_f16x2)
+from tests.ptx.instructions import (OPERANDS, PLAIN, WIDE, compare, convert, dot_int8, dot_uint8, dot_uint16, dtype_of, mma_float16,
+                                    mma_int8, sub_f16x2)
 from tests.ptx.memory import WARP, Access, Fault, Memory
 
 THREADS = 1 << 14       # the most threads that are executed at a time, in whole blocks
@@ -81,6 +81,10 @@ class Kernel:
                 return self._plain(lambda x: x, operands, [kind])
             if op[0] in ("ld", "st", "atom"):
                 return self._memory(op, operands)
+            if op[:3] in (("cp", "async", "cg"), ("cp", "async", "ca")):
+                return self._copy(operands)
+            if op[0] == "griddepcontrol" or op[:2] == ("cp", "async"):
+                return lambda batch, on: None
             if op[0] == "shfl":
                 return self._shuffle(op[2], operands)
             if op[0] == "mma":
@@ -89,6 +93,8 @@ class Kernel:
                 return self._plain(sub_f16x2, operands, ["u32", "u32"])
             if op == ("dp2a", "lo", "u32", "u32"):
                 return self._plain(dot_uint16, operands, ["u32"] * 3)
+            if op == ("dp4a", "u32", "s32"):
+                return self._plain(dot_uint8, operands, ["u32", "u32", "s32"])
             if op[0] == "dp4a":
                 return self._plain(dot_int8, operands, ["u32", "u32", "s32"])
             if name in WIDE:
@@ -148,6 +154,23 @@ class Kernel:
 
             def step(batch, on):
                 target(batch, on, batch.memory(space).add(where(batch, on), batch.window(space, on), source(batch, on), batch.access(on)))
+        return step
+
+    def _copy(self, operands):
+        """cp.async: for now the copy is done at once."""
+        to, source = self._source(operands[0].strip("[]"), "u32"), self._source(operands[1].strip("[]"), "u64")
+        n, n_from = int(operands[2]), self._source(operands[3] if len(operands) > 3 else operands[2], "u32")
+
+        def step(batch, on):
+            access, window = batch.access(on), batch.window("shared", on)
+            values, given = np.zeros((batch.count(on), n), np.uint8), n_from(batch, on)
+            at, places = source(batch, on).astype(np.int64), to(batch, on).astype(np.int64)
+            for i in range(n):
+                used = np.flatnonzero(given > i)
+                part = access._replace(threads=access.threads[used], barriers=access.barriers[used],
+                                       warp_barriers=access.warp_barriers[used])
+                values[used, i] = batch.memory("global").load(at[used] + i, 0, "u1", 1, part)[:, 0]
+            batch.memory("shared").store(places, window, values, access)
         return step
 
     def _shuffle(self, how, operands):

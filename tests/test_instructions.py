@@ -1,0 +1,87 @@
+"""Instructions of pydsa.backends.cuda.instructions: with the PTX machine, and in Numba's simulator."""
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
+
+PTX = """
+from tests.ptx.driver import install
+install()
+"""
+WIDE = """
+import numpy as np
+from numba import cuda
+from pydsa.backends.cuda import empty, upload
+from pydsa.backends.cuda.instructions import (all_copies, commit_copies, copy_eight_async, copy_four_async, copy_sixteen_async,
+                                              copy_some_async, dp4a_unsigned, funnel_right, let_later_begin, load_eight, read_sixteen,
+                                              store_eight, store_sixteen, stream_four, stream_sixteen, wait_for_earlier)
+from pydsa.backends.cuda.launch import kernel
+
+@kernel("u1[::1], u1[::1], u1[::1]", 32)
+def wide(out, sums, x):
+    i, s = cuda.threadIdx.x, cuda.shared.array(2048, np.uint8, 16)
+    copy_sixteen_async(s, 16 * i, x, 16 * i)
+    copy_some_async(s, 16 * i + 512, x, 16 * i, np.uint32(i & 15))
+    copy_eight_async(s, 8 * i + 1024, x, 8 * i)
+    copy_four_async(s, 4 * i + 1280, x, 4 * i)
+    commit_copies()
+    a, b, c, d = stream_sixteen(x, 16 * i)
+    e, _, _, _ = read_sixteen(x, 16 * i)
+    all_copies()
+    cuda.syncthreads()
+    total, first = np.int32(0), 31 - i
+    for j in range(16):
+        total += np.int32(s[np.uint32(16 * first + j)]) + 3 * np.int32(s[np.uint32(512 + 16 * first + j)])
+        if j < 8:
+            total += 5 * np.int32(s[np.uint32(1024 + 8 * first + j)])
+        if j < 4:
+            total += 7 * np.int32(s[np.uint32(1280 + 4 * first + j)])
+    wait_for_earlier()
+    let_later_begin()
+    f, g = load_eight(x, 8 * i)
+    store_sixteen(out, 16 * i, funnel_right(b, c, np.uint32(40)), np.uint32(dp4a_unsigned(c, d, np.int32(3))), stream_four(x, 4 * i), e)
+    store_eight(sums, 8 * i, np.uint32(total), f)
+
+x = np.random.default_rng(0).integers(0, 256, (32, 16), np.uint8)
+out, sums = empty((32, 16), np.uint8), empty((32, 8), np.uint8)
+wide(1, out.flat, sums.flat, upload(x).flat)
+words, flat, n = x.view(np.uint32), x.reshape(-1).astype(int), np.arange(32)[:, None]
+parts = np.where(np.arange(16) < (n & 15), x, 0).astype(int)
+total = x.sum(1, dtype=int) + 3 * parts.sum(1) + 5 * flat[:256].reshape(32, 8).sum(1) + 7 * flat[:128].reshape(32, 4).sum(1)
+got = out.get().view(np.uint32)
+assert (got[:, 0] == (words[:, 1] >> 8 | words[:, 2] << 24)).all()
+assert (got[:, 1].view(np.int32) == (x[:, 8:12].astype(int) * x[:, 12:].view(np.int8)).sum(1) + 3).all()
+assert (got[:, 2] == words.ravel()[:32]).all() and (got[:, 3] == words[:, 0]).all()
+got = sums.get().view(np.uint32)
+assert (got[:, 0] == total[::-1]).all() and (got[:, 1] == words.ravel()[:64:2]).all()
+"""
+
+
+def run(code, **environment):
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("simulated", [False, True])
+def test_wide_loads_and_copies(simulated):
+    """Loads, stores and copies of all widths move what they should."""
+    if simulated:
+        run(WIDE, NUMBA_ENABLE_CUDASIM="1")
+    else:
+        run(PTX + WIDE)
+
+
+def test_the_simulator_says_what_it_lacks():
+    run("""
+import pytest
+from pydsa.backends.cuda.instructions import instruction
+from pydsa.errors import PydsaError
+with pytest.raises(PydsaError, match="cannot execute wgmma.fence"):
+    instruction("wgmma.fence.sync.aligned;")()
+""", NUMBA_ENABLE_CUDASIM="1")
