@@ -74,6 +74,7 @@ import numpy as np
 from tests.ptx.driver import install
 driver = install()
 import pydsa
+from pydsa.backends.cuda.launch import KERNELS
 path, attention, kv_type = sys.argv[1:]
 ids = np.random.default_rng(0).integers(0, 300, 9).tolist()
 settings = dict(attention=attention, kv_type=kv_type, n_ctx=12, n_ubatch=4)
@@ -85,6 +86,7 @@ with np.errstate(all="ignore"):
     logits = [session.prefill(ids[:6]), *map(session.decode, ids[6:])]
     session.save(path + ".session")
     other.load(path + ".session")
+assert bool(KERNELS["attend_one_i16"]._loaded) == (kv_type == "i16" and model.setup.config.kv_lora == 512)
 # the first token: kernel by kernel; the second: recorded and replayed; the third: replayed
 assert [driver.counts[name] for name in ("cuGraphInstantiate", "cuGraphLaunch")] == [1, 2]
 other.truncate(8)
@@ -104,7 +106,8 @@ if "n.gguf" in path:        # every input of a matrix, of which some are parts o
 
 
 @pytest.mark.parametrize("attention, kv_type, spec", [
-    ("sparse", "f32", {"type": "F32"}), ("masked", "f32", {"type": "Q8_0", "arch": "glm-dsa"}), ("auto", "i16", {"type": "Q8_0"}),
+    ("sparse", "f32", {"type": "F32"}), ("masked", "f32", {"type": "Q8_0", "arch": "glm-dsa"}),
+    ("auto", "i16", {"type": "Q8_0", "n_lora_kv": 512, "n_rot": 64, "indexer_head_size": 64}),      # rows as DeepSeek's models have them
     ("sparse", "i16", {"type": "IQ2_XXS", "n_embd": 256, "n_ff": 256, "n_ff_exp": 256})])     # a type with a grid
 def test_models(small_model, tmp_path, attention, kv_type, spec):
     """A prompt in ubatches, then a token, against the reference.

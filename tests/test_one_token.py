@@ -4,13 +4,13 @@ Float64 is the measure. The kernels run as PTX, in the simulator where it knows 
 """
 import numpy as np
 import pytest
-from helpers import DEVICE, IN_SIMULATOR, integers, nmse, normal, rng
+from helpers import DEVICE, IN_SIMULATOR, Rows, compare, integers, kernels, nmse, normal, rng, run
 
 if DEVICE != "cuda":
     pytest.skip("these are kernels of GPUs", allow_module_level=True)
 
-from pydsa.backends import cuda  # noqa: E402
-from pydsa.backends.cuda import top_k_one  # noqa: E402
+from pydsa.backends import cuda, gpus, reference  # noqa: E402
+from pydsa.backends.cuda import attend_one, attention, modes, top_k_one  # noqa: E402
 from pydsa.backends.cuda.fused_kernels import MOST, add_norm, norm_is_wide  # noqa: E402
 from pydsa.backends.cuda.int8x2.linear import scratch_for  # noqa: E402
 
@@ -26,23 +26,27 @@ def unpacked(made, n):
 WIDTHS = [32, 64] if IN_SIMULATOR else [32, 1056, 4128, 7168, 8192]
 
 
-@pytest.mark.parametrize("n_added", [0, 1, 2])
+@pytest.mark.parametrize("n_added", [0, 1, 2, -1, -2])
 @pytest.mark.parametrize("n", WIDTHS)
 def test_norm_with_sums_and_rounding(n, n_added):
-    """Widths of a part of a block, of a block and a bit, and of two."""
+    """Widths of a part of a block, of a block and a bit, and of two.
+
+    Where n_added is negative sums and norm are put where a summand was, as in a step.
+    """
     x, y, z, w = normal(1, n), normal(2, n)[:1], normal(3, n)[:1], normal(n)
-    added, total = [x], x.astype(np.float64)
-    for other in (y, z)[:n_added]:
+    added, total, in_place = [cuda.upload(x)], x.astype(np.float64), n_added < 0
+    for other in (y, z)[:abs(n_added)]:
         total = total + other
-        added += [other, np.full_like(x, np.nan)]
-    added, out = [cuda.upload(a) for a in added], cuda.upload(np.full_like(x, np.nan))
+        added.append(cuda.upload(other))
+        added.append(added[len(added) // 3] if in_place else cuda.upload(np.full_like(x, np.nan)))
+    out = added[-2] if in_place else cuda.upload(np.full_like(x, np.nan))
     made = scratch_for(out)
     assert norm_is_wide(added, out, cuda.upload(w))
     add_norm(added, out, cuda.upload(w), np.float32(1e-6), made)
     expected = total / np.sqrt((total ** 2).mean() + 1e-6) * w
     met = out.get()
     assert nmse(met, expected) < 1e-13
-    assert all(nmse(a.get(), sum(map(np.float64, (x, y, z)[:i + 2]))) < 1e-14 for i, a in enumerate(added[2::2]))
+    assert in_place or all(nmse(a.get(), sum(map(np.float64, (x, y, z)[:i + 2]))) < 1e-14 for i, a in enumerate(added[2::2]))
     rounded, sums = unpacked(made, n)
     assert nmse(rounded, met) < 3e-9 and np.allclose(sums, rounded.reshape(1, -1, 16).sum(-1), rtol=1e-5, atol=1e-5)
 
@@ -51,10 +55,9 @@ def test_norms_that_are_not_wide():
     """Rows that are too long or not aligned to 16 bytes are left to the ops."""
     def is_wide(x):
         return norm_is_wide([x], x, cuda.empty((x.shape[1],), np.float32))
-    rows = cuda.empty((2, MOST + 64), np.float32)
-    assert is_wide(rows[:, :MOST]) and not is_wide(rows) and not is_wide(rows[:, 1:33]) and is_wide(rows[:, 4:36])
-    uneven = cuda.empty((2, 33), np.float32)
-    assert not is_wide(uneven[:, :32]) and is_wide(uneven[:1, :32])
+    row = cuda.empty((1, MOST + 64), np.float32)
+    assert is_wide(row[:, :MOST]) and not is_wide(row) and not is_wide(row[:, 1:33]) and is_wide(row[:, 4:36])
+    assert not is_wide(cuda.empty((2, 32), np.float32))
 
 
 def best_of(row, k):
@@ -117,3 +120,84 @@ def test_rows_that_one_block_cannot_choose_from():
     assert takes(G, 8) and not takes(G, 8, 2) and not takes(8 * top_k_one.MOST, 2 * top_k_one.MOST)
     assert not takes(4 * top_k_one.MOST, top_k_one.MOST // 2)
     assert not top_k_one.takes(cuda.empty((1, G + 1), np.float32)[:, 1:], 8)
+
+
+def chosen_rows(n_kv, n, valid):
+    """n chosen rows of n_kv: `valid` that are some, then others that are none."""
+    indices = np.full((1, n), -1, np.int32)
+    indices[0, :valid] = np.sort(rng(n_kv).choice(n_kv, valid, replace=False))
+    return indices
+
+
+of_gpus = pytest.mark.skipif(IN_SIMULATOR, reason="the simulator has not these instructions")
+
+
+def run_one(monkeypatch, keys, op, *args):
+    """compare() with blocks of so many rows, as other GPUs may have them."""
+    monkeypatch.setattr(attend_one, "rows_of_a_block", lambda storage: keys)
+    monkeypatch.setattr(gpus.driver(), "capability", (9, 0), raising=False)
+    return compare(op, *args)
+
+
+def uneven_rows(n, size):
+    """n rows of different sizes, whose second parts are larger."""
+    values = normal(n, 576) * np.exp2(integers(-size, size, n, 1))
+    values[:, 512:] *= 3
+    return values
+
+
+@of_gpus
+@pytest.mark.parametrize("storage, keys", attend_one.ATTEND)
+def test_attention_to_chosen_rows(monkeypatch, storage, keys):
+    """Whole and partial tiles of heads and rows, and no rows at all."""
+    rows = Rows(uneven_rows(120, 1), storage, 512)
+    for n_head, n, valid in ((33, 100, 97), (16, 5, 1), (3, 70, 0)):
+        q = normal(1, n_head, 576) * np.float32(2)
+        out = run_one(monkeypatch, keys, "sparse_attention", (1, n_head, 512), q, rows, chosen_rows(120, n, valid), 0.05)
+        assert valid or not out.any()
+
+
+@of_gpus
+def test_many_parts_are_joined_and_rounded(monkeypatch):
+    """More splits than are loaded at once, some empty, and sharp weights.
+
+    The result is rounded for the product that takes it.
+    """
+    monkeypatch.setattr(attend_one, "rows_of_a_block", lambda storage: 32)
+    rows, n_head, n = Rows(uneven_rows(100, 1), "i8", 512), 3, 32 * attend_one.AT_ONCE + 40
+    q, indices = normal(1, n_head, 576) * np.float32(20), np.full((1, n), -1, np.int32)
+    indices[0, 64:n - 7:3] = np.sort(rng(4).integers(0, 100, len(indices[0, 64:n - 7:3])))
+    cache = cuda.cache_rows(100, (512, 64), "i8")
+    cuda.cache_write(cache, cuda.upload(rows.values), cuda.upload(np.arange(100)))
+    out = cuda.upload(np.full((1, n_head, 512), np.nan, np.float32))
+    made = scratch_for(out.rows)
+    attention.attend(out, cuda.upload(q), cache, modes.SPARSE, n, 0.05, indices=cuda.upload(indices), made=made)
+    some = indices[:, indices[0] >= 0]      # the reference ends at the first that is none
+    expected = run(reference, "sparse_attention", [(1, n_head, 512)], q, rows, some, 0.05)
+    assert nmse(out.get(), expected).max() < 1e-7
+    assert nmse(unpacked(made, 512)[0], out.get()[0]).max() < 3e-9
+
+
+@of_gpus
+@pytest.mark.parametrize("storage, keys", [("i16", 64), ("f16", 32)])
+def test_nan_stays_where_it_is_chosen(monkeypatch, storage, keys):
+    """A row of NaN spoils what chose it, a query of NaN its own head only."""
+    monkeypatch.setattr(attend_one, "rows_of_a_block", lambda storage: keys)
+    values, q, indices = normal(80, 576), normal(1, 4, 576), np.arange(10, 80, dtype=np.int32)[None]
+    values[5], q[0, 2, 560] = np.nan, np.nan
+    rows = Rows(values, storage, 512)
+    out = run(kernels, "sparse_attention", [(1, 4, 512)], q, rows, indices, 0.05)
+    assert np.isfinite(out[0, [0, 1, 3]]).all() and np.isnan(out[0, 2]).all()
+    indices[0, 40] = 5
+    assert np.isnan(run(kernels, "sparse_attention", [(1, 4, 512)], q, rows, indices, 0.05)).all()
+
+
+def test_rows_that_other_kernels_attend_to(monkeypatch):
+    """Other widths, caches, modes and numbers of tokens."""
+    monkeypatch.setattr(attend_one, "rows_of_a_block", lambda storage: 0 if storage == "f32" else 64)
+
+    def takes(widths=(512, 64), storage="i16", mode=modes.SPARSE, n_tokens=1, n_keys=100):
+        q, out = cuda.empty((n_tokens, 2, sum(widths)), np.float32), cuda.empty((n_tokens, 2, widths[0]), np.float32)
+        return attend_one.takes(out, q, cuda.cache_rows(4, widths, storage), mode, n_keys)
+    assert takes() and not takes((256, 64)) and not takes((512, 32)) and not takes(storage="f32") and not takes(mode=modes.MASKED)
+    assert not takes(n_tokens=2) and not takes(n_keys=64 * attend_one.MOST_SPLITS + 1)

@@ -6,6 +6,7 @@ compute (flash decoding). A second kernel joins the splits.
 import numpy as np
 from numba import cuda
 
+from pydsa.backends.cuda import attend_one
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.device import SIMULATED, device, exp
 from pydsa.backends.cuda.int8x2.linear import pack_four, pack_into
@@ -79,6 +80,9 @@ def attend(out, q, latents, mode, n_keys, scale, positions=None, indices=None, m
 
     positions, indices and mask are None where the mode does not use them. made: for one token, the Int8x2 that receives out, packed.
     """
+    if attend_one.takes(out, q, latents, mode, n_keys):
+        attend_one.attend(out, q, latents, indices, scale, made)
+        return
     n_tokens, n_head, n_v = out.shape
     others = [scratch("nothing", (1,) * n, dtype) if a is None else a
               for a, n, dtype in ((positions, 1, np.int64), (indices, 2, np.int32), (mask, 2, np.float32))]

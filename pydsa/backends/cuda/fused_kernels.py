@@ -9,6 +9,7 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.device import SIMULATED, WARP, device, load_four_f32, store_four_f32, sync, warp_sum
+from pydsa.backends.cuda.instructions import wait_for_earlier
 from pydsa.backends.cuda.int8x2.indexer import pack_query
 from pydsa.backends.cuda.int8x2.linear import pack_four
 from pydsa.backends.cuda.launch import blocks_for, kernel
@@ -25,19 +26,22 @@ ZERO = np.float32(0)
 
 
 @device
-def load_eight(row, i, j):
-    """Four values of a row from i on, and four from j on."""
-    a, b, c, d = load_four_f32(row, i)
-    e, f, g, h = load_four_f32(row, j)
+def load_eight(row, i, there, j, far):
+    """Four values of a row from i on if `there`, and four from j on if `far`.
+
+    Zeros stand for those that are not loaded: another thread may write them meanwhile.
+    """
+    a, b, c, d = load_four_f32(row, i) if there else (ZERO, ZERO, ZERO, ZERO)
+    e, f, g, h = load_four_f32(row, j) if far else (ZERO, ZERO, ZERO, ZERO)
     return a, b, c, d, e, f, g, h
 
 
 @device
-def store_eight(row, i, stored, j, j_stored, values):
-    """Store four values from i on if `stored`, and four from j on if `j_stored`."""
-    if stored:
+def store_eight(row, i, there, j, far, values):
+    """Store four values from i on if `there`, and four from j on if `far`."""
+    if there:
         store_four_f32(row, i, values[0], values[1], values[2], values[3])
-    if j_stored:
+    if far:
         store_four_f32(row, j, values[4], values[5], values[6], values[7])
 
 
@@ -66,36 +70,35 @@ def sum_of_warps(x, parts, thread):
     return warp_sum(parts[lane] if lane < WIDE // WARP else ZERO)
 
 
-@kernel("f4[:,:], f4[:,:], f4[:,:], f4[:,:], f4[:,:], f4[:,:], i4, f4[:], f4, u4[:,:], f4[:,:], f4[:,:]", WIDE)
-def add_norm_rows(out, second, first, x, y, z, n_added, w, eps, packed, scales, sums):
+@kernel("f4[::1], f4[::1], f4[::1], f4[::1], f4[::1], f4[::1], i4, f4[::1], f4, u4[:,::1], f4[:,::1], f4[:,::1]", WIDE, dependent=True)
+def add_norm_row(out, second, first, x, y, z, n_added, w, eps, packed, scales, sums):
     """out = rms_norm(x + y + z) and its Int8x2; n_added of the adds are done.
 
-    first = x + y and second = first + z are stored too. One row per block. A thread has its values in registers: all loads are under way
-    at once, and each value is read once.
+    first = x + y and second = first + z are stored too. One block for the row. A thread has its values in registers: all loads are under
+    way at once, and each value is read once.
     """
-    t, thread, parts, n_fours = cuda.blockIdx.x, cuda.threadIdx.x & WIDE - 1, cuda.shared.array(32, np.float32), x.shape[1] >> 2
-    valid, far = thread < n_fours, thread + WIDE < n_fours
-    i, j = 4 * min(thread, n_fours - 1), 4 * min(thread + WIDE, n_fours - 1)
-    factors, values = load_eight(w, i, j), load_eight(x[t], i, j)
+    thread, parts, n_fours = cuda.threadIdx.x & WIDE - 1, cuda.shared.array(32, np.float32), x.shape[0] >> 2
+    i, there, j, far = 4 * thread, thread < n_fours, 4 * (thread + WIDE), thread + WIDE < n_fours
+    factors = load_eight(w, i, there, j, far)
+    wait_for_earlier()
+    values = load_eight(x, i, there, j, far)
     if n_added == 1:
-        values = plus(values, load_eight(y[t], i, j))
-        store_eight(first[t], i, valid, j, far, values)
+        values = plus(values, load_eight(y, i, there, j, far))
+        store_eight(first, i, there, j, far, values)
     if n_added == 2:
-        added, last = load_eight(y[t], i, j), load_eight(z[t], i, j)
+        added, last = load_eight(y, i, there, j, far), load_eight(z, i, there, j, far)
         values = plus(values, added)
-        store_eight(first[t], i, valid, j, far, values)
+        store_eight(first, i, there, j, far, values)
         values = plus(values, last)
-        store_eight(second[t], i, valid, j, far, values)
-    total = squares(values[0], values[1], values[2], values[3]) if valid else ZERO
-    if far:
-        total += squares(values[4], values[5], values[6], values[7])
-    f = np.float32(1) / np.float32(math.sqrt(sum_of_warps(total, parts, thread) / np.float32(x.shape[1]) + eps))
+        store_eight(second, i, there, j, far, values)
+    total = squares(values[0], values[1], values[2], values[3]) + squares(values[4], values[5], values[6], values[7])
+    f = np.float32(1) / np.float32(math.sqrt(sum_of_warps(total, parts, thread) / np.float32(x.shape[0]) + eps))
     v = (values[0] * f * factors[0], values[1] * f * factors[1], values[2] * f * factors[2], values[3] * f * factors[3],
          values[4] * f * factors[4], values[5] * f * factors[5], values[6] * f * factors[6], values[7] * f * factors[7])
-    store_eight(out[t], i, valid, j, far, v)
-    pack_four(packed, scales, sums, t, thread, valid, v[0], v[1], v[2], v[3])
+    store_eight(out, i, there, j, far, v)
+    pack_four(packed, scales, sums, 0, thread, there, v[0], v[1], v[2], v[3])
     if n_fours > WIDE:      # the same in all threads
-        pack_four(packed, scales, sums, t, thread + WIDE, far, v[4], v[5], v[6], v[7])
+        pack_four(packed, scales, sums, 0, thread + WIDE, far, v[4], v[5], v[6], v[7])
 
 
 @kernel("f4[:,:], f4[:,:], f4[:,:], u4[:,:], f4[:,:], f4[:,:]", THREADS)
@@ -184,12 +187,11 @@ def pack_and_rotate(x, out, rotated, table, neox, packed, scales, sums):
 
 
 def norm_is_wide(added, out, w):
-    """Whether add_norm takes these rows: short enough, and aligned to 16 bytes.
+    """Whether add_norm takes these rows: one, short enough, aligned to 16 bytes.
 
-    They are float32, contiguous along a row, of a multiple of 32 values.
+    They are float32 of a multiple of 32 values.
     """
-    steps = [a.strides[0] for a in (*added, out) if len(a) > 1]
-    return out.shape[1] <= MOST and all(n % 16 == 0 for n in (w.span[0], *(a.span[0] for a in (*added, out)), *steps))
+    return len(out) == 1 and out.shape[1] <= MOST and all(a.span[0] % 16 == 0 for a in (*added, out, w))
 
 
 def add_norm(added, out, w, eps, made):
@@ -197,8 +199,8 @@ def add_norm(added, out, w, eps, made):
 
     added: [x], [x, y, x + y] or [x, y, x + y, z, x + y + z]; the last one is normed. norm_is_wide() must hold for them.
     """
-    x, y, first, z, second = added + [added[0]] * (5 - len(added))
-    add_norm_rows(out.shape[0], out, second, first, x, y, z, (len(added) - 1) // 2, w, eps, *made)
+    x, y, first, z, second = [a[0] for a in added] + [added[0][0]] * (5 - len(added))
+    add_norm_row(1, out[0], second, first, x, y, z, (len(added) - 1) // 2, w, eps, *made)
 
 
 def silu_mul_pack(out, gate, up, made):
