@@ -19,8 +19,9 @@ import numpy as np
 from numba import cuda
 from pydsa.backends.cuda import empty, upload
 from pydsa.backends.cuda.instructions import (all_copies, commit_copies, copy_eight_async, copy_four_async, copy_sixteen_async,
-                                              copy_some_async, dp4a_unsigned, funnel_right, let_later_begin, load_eight, read_sixteen,
-                                              store_eight, store_sixteen, stream_four, stream_sixteen, wait_for_earlier)
+                                              copy_some_async, dp4a_unsigned, funnel_right, let_later_begin, load_eight, load_matrices,
+                                              load_matrices_transposed, read_sixteen, store_eight, store_sixteen, stream_four,
+                                              stream_sixteen, wait_for_earlier)
 from pydsa.backends.cuda.launch import kernel
 
 @kernel("u1[::1], u1[::1], u1[::1]", 32)
@@ -47,6 +48,26 @@ def wide(out, sums, x):
     f, g = load_eight(x, 8 * i)
     store_sixteen(out, 16 * i, funnel_right(b, c, np.uint32(40)), np.uint32(dp4a_unsigned(c, d, np.int32(3))), stream_four(x, 4 * i), e)
     store_eight(sums, 8 * i, np.uint32(total), f)
+
+@kernel("u1[::1], u1[::1]", 32, shared=512)
+def matrices(out, x):
+    i, s = cuda.threadIdx.x, cuda.shared.array(0, np.uint8)
+    copy_sixteen_async(s, 16 * i, x, 16 * i)
+    commit_copies()
+    all_copies()
+    cuda.syncthreads()
+    a, b, c, d = load_matrices(s, 16 * i)
+    store_sixteen(out, 32 * i, a, b, c, d)
+    a, b, c, d = load_matrices_transposed(s, 16 * i)
+    store_sixteen(out, 32 * i + 16, a, b, c, d)
+
+x = np.arange(256, dtype=np.uint16)
+out = empty((32, 2, 4, 2), np.uint16)
+matrices(1, out.view(np.uint8).flat, upload(x.view(np.uint8)))
+got, x = out.get(), x.reshape(4, 8, 8)
+for lane in range(32):
+    row, at = lane // 4, 2 * (lane % 4)
+    assert (got[lane, 0] == x[:, row, at:at + 2]).all() and (got[lane, 1] == x[:, at:at + 2, row]).all()
 
 x = np.random.default_rng(0).integers(0, 256, (32, 16), np.uint8)
 out, sums = empty((32, 16), np.uint8), empty((32, 8), np.uint8)
@@ -80,12 +101,12 @@ from pydsa.backends.cuda.instructions import instruction
 from pydsa.backends.cuda.launch import kernel
 registers = instruction("setmaxnreg.inc.sync.aligned.u32 240;", fixed=True)
 
-@kernel("f4[::1]", 128, specific=True, lto=True)
+@kernel("f4[::1]", 128, specific=(9, 0), lto=True)
 def by_lto(out):
     registers()
     out[cuda.threadIdx.x] = 0
 
-@kernel("f4[::1]", 128, specific=True)
+@kernel("f4[::1]", 128, specific=(9, 0))
 def by_ptx(out):
     out[cuda.threadIdx.x] = 0
 
