@@ -14,10 +14,11 @@ import click
 import numpy as np
 
 from pydsa.backends import cuda
-from pydsa.backends.cuda import attend_one, attention, modes, top_k_one
+from pydsa.backends.cuda import attend_one, attention, modes
 from pydsa.backends.cuda.current import gpu
 from pydsa.backends.cuda.fused_kernels import add_norm
 from pydsa.backends.cuda.int8x2.linear import pack_into, scratch_for
+from pydsa.backends.cuda.variants import VARIANTS
 
 TOP_K = importlib.import_module("pydsa.backends.cuda.top_k")        # the package has a function of this name
 STORAGES = tuple(dict.fromkeys(storage for storage, _ in attend_one.ATTEND))     # that have kernels for one token
@@ -36,25 +37,26 @@ def microseconds(work, repeats):
 
 
 class WithoutOne:
-    """A context in which a module's kernels for one token take nothing."""
+    """A context in which an op has only the last of its variants."""
 
-    def __init__(self, module):
-        self._module = module
+    def __init__(self, op):
+        self._op = op
 
     def __enter__(self):
-        self._takes, self._module.takes = self._module.takes, lambda *args: False
+        self._variants = VARIANTS[self._op]
+        VARIANTS[self._op] = dict(list(self._variants.items())[-1:])
 
     def __exit__(self, *error):
-        self._module.takes = self._takes
+        VARIANTS[self._op] = self._variants
 
 
-def both_ways(name, module, work, out, repeats):
-    """Print the times of work() with and without a module's kernels.
+def both_ways(name, op, work, out, repeats):
+    """Print the times of work() with an op's first variant and its last.
 
     Returns the NMSE between what it writes to `out`.
     """
     new, found = microseconds(work, repeats), out.get().astype(np.float64)
-    with WithoutOne(module):
+    with WithoutOne(op):
         old, expected = microseconds(work, repeats), out.get().astype(np.float64)
     error = float(((found - expected) ** 2).sum() / (expected ** 2).sum())
     click.echo(f"{name:48} {new:8.2f} us, before {old:8.2f}, NMSE {error:.1e}")
@@ -72,7 +74,7 @@ def attentions(storages, rows, heads, chosen, repeats):
             n = min(rows - start, len(values))
             cuda.cache_write(cache, values[:n], cuda.upload(np.arange(start, start + n)))
         work = functools.partial(attention.attend, out, q, cache, modes.SPARSE, chosen, 0.05, indices=indices, made=made)
-        yield both_ways(f"attention, {chosen} of {rows} rows of {storage}, {heads} heads", attend_one, work, out, repeats)
+        yield both_ways(f"attention, {chosen} of {rows} rows of {storage}, {heads} heads", "attention of one", work, out, repeats)
 
 
 def choices(length, chosen, repeats):
@@ -81,7 +83,7 @@ def choices(length, chosen, repeats):
     for n in (length // 32, length // 4, length):
         positions = cuda.upload(np.array([n - 1]))
         work = functools.partial(TOP_K.choose, out, scores, positions)
-        yield both_ways(f"top {chosen} of {n} of {length} scores", top_k_one, work, out, repeats)
+        yield both_ways(f"top {chosen} of {n} of {length} scores", "top_k of one", work, out, repeats)
 
 
 def norms(width, repeats):

@@ -1,7 +1,8 @@
 """Exact top-k by radix select on the bits of the floats.
 
 Of equal scores the lowest index is chosen first. A long row is split: several blocks each find the top-k of one part, then one block finds
-the top-k of those. The candidates are in ascending order of their index, so that ties still go to the lowest index.
+the top-k of those. The candidates are in ascending order of their index, so that ties still go to the lowest index. A single row that fits
+is left to top_k_one.py.
 """
 import math
 
@@ -10,10 +11,10 @@ from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.block_sums import block_prefix
-from pydsa.backends.cuda import top_k_one
 from pydsa.backends.cuda.device import SIMULATED, WARP, device, load_four_u32, sync
 from pydsa.backends.cuda.launch import BLOCKS, kernel
 from pydsa.backends.cuda.top_k_one import ALL, EQUAL, LOWEST, NAN, NON_NEGATIVE, NONE, ordered
+from pydsa.backends.cuda.variants import kernels
 
 
 THREADS = 8 if SIMULATED else 512
@@ -176,8 +177,9 @@ def choose(out, scores, positions=None, start=0):
     With positions, only of scores up to positions[start + t].
     """
     n_rows, n, k = scores.shape[0], scores.shape[1], out.shape[1]
-    if top_k_one.takes(scores, k):
-        top_k_one.choose_one(out, scores, positions, start)
+    of_one = kernels("top_k of one", scores, k)
+    if of_one:
+        of_one(out, scores, positions, start)
         return
     n_parts, causal = max(1, min(BLOCKS // n_rows, round(math.sqrt(n / k)))), positions is not None
     if not causal:
