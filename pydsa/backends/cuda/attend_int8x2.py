@@ -8,9 +8,9 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.block_sums import abs_bits
+from pydsa.backends.cuda.chosen_rows import HEADS, ROTATED, SIGNATURE, SLICES, VALUE, WIDTH, Shape, make_ask
 from pydsa.backends.cuda.device import (SIMULATED, bits_float, device, load_four_f32, mma_s8, nearest, pack_int8x2, permuted,
                                         store_four_f32)
-from pydsa.backends.cuda.chosen_rows import HEADS, ROTATED, SIGNATURE, SLICES, VALUE, WIDTH, Shape, make_ask
 from pydsa.backends.cuda.instructions import all_copies
 from pydsa.backends.cuda.launch import kernel
 from pydsa.backends.cuda.shared_memory import (copy_eight, folds, load_float, load_floats, load_fragments, load_transposed, nearest_integer,
@@ -20,6 +20,17 @@ from pydsa.quants import INT8X2_MAX
 
 U = np.uint32
 ZERO, MINUS_INFINITY, INFINITY, LARGEST = np.float32(0), np.float32(-np.inf), np.float32(np.inf), np.float32(INT8X2_MAX)
+
+
+class PlanesShape(Shape):
+    """The shape of blocks whose rows have one byte or two for a number.
+
+    Those bytes lie in as many planes, the high ones first.
+    """
+
+    def __init__(self, planes, keys):
+        super().__init__(keys, planes * WIDTH + 8, 2 * WIDTH + 8, keys)
+        self.planes = planes
 
 
 def _make_round_queries(shape):
@@ -225,9 +236,7 @@ def _make_add_values(shape):
 
 
 def _make(storage, keys):
-    planes = 2 if storage == "i16" else 1
-    shape = Shape(keys, planes * WIDTH + 8, 2 * WIDTH + 8, keys)
-    shape.planes = planes
+    shape = PlanesShape(2 if storage == "i16" else 1, keys)
     ask, round_queries, scores = make_ask(shape, copy_eight, 8), _make_round_queries(shape), _make_scores(shape)
     softmax, add_values, lanes, warps = _make_softmax(shape), _make_add_values(shape), keys // 4, keys // 4
 

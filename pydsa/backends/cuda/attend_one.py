@@ -25,7 +25,7 @@ LOADED = 4 * AT_ONCE
 MOST_SPLITS = 512
 LOG2_E = np.float32(1.4426950408889634)
 # capability -> KB of shared memory that a block can have; others have SMALL
-SHARED, SMALL = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}, 99
+SHARED, SMALL = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}, 99
 ZERO, MINUS_INFINITY = np.float32(0), np.float32(-np.inf)
 
 
@@ -103,10 +103,10 @@ def rows_of_a_block(storage):
 
 def takes(out, q, latents, mode, n_keys):
     """Whether attend() has kernels for these arguments: see attention.attend."""
-    n = rows_of_a_block(latents.storage)
-    return bool(n) and mode == SPARSE and len(out) == 1 and n_keys <= n * MOST_SPLITS and (
-        out.shape[2], latents.first, latents.second) == (VALUE, VALUE, ROTATED) and all(
-        a.span[1] - a.span[0] == a.nbytes and a.span[0] % 16 == 0 for a in (out, q))
+    widths = out.shape[2], latents.first, latents.second
+    return (mode == SPARSE and len(out) == 1 and widths == (VALUE, VALUE, ROTATED)
+            and n_keys <= rows_of_a_block(latents.storage) * MOST_SPLITS
+            and all(a.span[1] - a.span[0] == a.nbytes and a.span[0] % 16 == 0 for a in (out, q)))
 
 
 def attend(out, q, latents, indices, scale, made=None):
