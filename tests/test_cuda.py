@@ -21,13 +21,14 @@ from pydsa.setup import Setup
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
-OPS = ["test_ops.py", "test_whole_tiles.py", "test_attention.py", "test_mha.py", "test_top_k.py", "test_int8_keys.py", "test_quants.py"]
+OPS = ["test_ops.py", "test_whole_tiles.py", "test_attention.py", "test_mha.py", "test_top_k.py", "test_int8_keys.py", "test_quants.py",
+       "test_one_token.py"]
 # tests of the CPU backend or of the host, left out here
 OF_CPU = ("threads or exp_of or half or block_sizes or sampled or golden or ubatches or vectors_are_unpacked or any_ or counted or "
           "2_gib or prompts_take or left_out or packed_latent")
 # What the simulator runs, at a hundredth of the speed: ops, with a type or two and the smallest shapes, and all types of blocks. All that
 # is left out of it runs as PTX.
-SIMULATED = ["test_ops.py", "test_attention.py", "test_mha.py", "test_quants.py::test_dequantize"]
+SIMULATED = ["test_ops.py", "test_attention.py", "test_mha.py", "test_quants.py::test_dequantize", "test_one_token.py"]
 SLOW_SIMULATED = ("(linear and not Q8_0 and not F32) or (head_linear and Q8_0) or Q8_0-96 or 2-13 or logits or no_future or "
                   "mha_sparse_attention or test_mha_attention or test_experts or (select and not 2-1) or "
                   "(scores and (1-13 or 3-17) and not f32)")
@@ -77,6 +78,7 @@ import numpy as np
 from tests.ptx.driver import install
 driver = install()
 import pydsa
+from pydsa.backends.cuda.launch import KERNELS
 path, attention, kv_type = sys.argv[1:]
 ids = np.random.default_rng(0).integers(0, 300, 9).tolist()
 settings = dict(attention=attention, kv_type=kv_type, n_ctx=12, n_ubatch=4)
@@ -88,6 +90,7 @@ with np.errstate(all="ignore"):
     logits = [session.prefill(ids[:6]), *map(session.decode, ids[6:])]
     session.save(path + ".session")
     other.load(path + ".session")
+assert bool(KERNELS["attend_one_i16"]._loaded) == (kv_type == "i16" and model.setup.config.kv_lora == 512)
 # the first token: kernel by kernel; the second: recorded and replayed; the third: replayed
 assert [driver.counts[name] for name in ("cuGraphInstantiate", "cuGraphLaunch")] == [1, 2]
 other.truncate(8)
@@ -107,7 +110,8 @@ if "n.gguf" in path:        # every input of a matrix, of which some are parts o
 
 
 @pytest.mark.parametrize("attention, kv_type, spec", [
-    ("sparse", "f32", {"type": "F32"}), ("masked", "f32", {"type": "Q8_0", "arch": "glm-dsa"}), ("auto", "i16", {"type": "Q8_0"}),
+    ("sparse", "f32", {"type": "F32"}), ("masked", "f32", {"type": "Q8_0", "arch": "glm-dsa"}),
+    ("auto", "i16", {"type": "Q8_0", "n_lora_kv": 512, "n_rot": 64, "indexer_head_size": 64}),      # rows as DeepSeek's models have them
     ("sparse", "i16", {"type": "IQ2_XXS", "n_embd": 256, "n_ff": 256, "n_ff_exp": 256})])     # a type with a grid
 def test_models(small_model, tmp_path, attention, kv_type, spec):
     """A prompt in ubatches, then a token, against the reference.

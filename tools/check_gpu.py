@@ -50,6 +50,7 @@ STAGES = [
     Stage("info", (*PYDSA, "info", "pydsa/demo/demo.gguf", "--device", "cuda"), 0.1),
     Stage("ops", (*PYTHON, "-m", "pytest", "-m", "gpu", "-k", "ops", "tests/test_cuda.py"), 0.4),
     Stage("models", (*PYTHON, "-m", "pytest", "-m", "gpu", "-k", "not ops", "tests/test_cuda.py"), 0.4),
+    Stage("one-token", (*PYTHON, "tools/one_token.py"), 0.1),
     Stage("demo", (*PYDSA, "run", "-f", "pydsa/demo/notes.txt", "--temp", "0", "--device", "cuda"), 0.15),
     Stage("products", (*PYTHON, "tools/time_products.py"), 0.15),       # older kernels of prompts beside newer ones
     make("Q4_K_M"),

@@ -111,6 +111,8 @@ def _cuda_scratch(nodes, n_tokens):
             packed, splits = max(packed, n_tokens * n_head * max(kv_lora, n_nope)), max(splits, _splits(n_head, kv_lora))
         elif node.op in ("dense_attention", "masked_attention", "sparse_attention"):
             heads, splits = max(heads, _packed_heads(n_tokens, *node.args[1].tail)), max(splits, _splits(*node.args[0].tail))
+            if node.op == "sparse_attention":
+                splits = max(splits, _parts_of_one_token(*node.args[0].tail, *node.args[3].tail))
         elif node.op in ("indexer_scores", "indexer_select"):
             queries = max(queries, n_tokens * math.prod(node.args[1].tail))
     packed = max(packed, hidden)
@@ -126,6 +128,14 @@ def _splits(n_head, n_v):
     There are as many parts as make BLOCKS blocks of at most 64 heads and 512 values.
     """
     return 4 * BLOCKS * min(n_head, 64) * (min(n_v, 512) + 2)
+
+
+def _parts_of_one_token(n_head, n_v, n_keys):
+    """Bytes of the parts of one token's attention to chosen keys.
+
+    A part has 32 keys at least.
+    """
+    return 4 * -(-n_keys // 32) * n_head * (n_v + 2)
 
 
 def _packed_heads(n_tokens, n_head, width):

@@ -159,6 +159,27 @@ def mma_float16(a, b, c):
     return (product.reshape(n, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(n, 32, 4) + c).astype("f4")
 
 
+def mma_bfloat16(a, b, c):
+    """mma.m16n8k16 of bfloat16, on fragments as those of float16."""
+    n = len(a)
+    a, b = ((np.ascontiguousarray(x).view("u2").astype("u4") << np.uint32(16)).view("f4") for x in (a, b))
+    rows = a.reshape(n, 8, 4, 2, 2, 2).transpose(0, 4, 1, 3, 2, 5).reshape(n, 16, 16)
+    columns = b.reshape(n, 8, 4, 2, 2).transpose(0, 1, 3, 2, 4).reshape(n, 8, 16)
+    product = np.matmul(rows.astype("f8"), columns.astype("f8").transpose(0, 2, 1))
+    return (product.reshape(n, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(n, 32, 4) + c).astype("f4")
+
+
+def pack_bf16x2(upper, lower):
+    """cvt.rn.bf16x2.f32: two bfloat16 in a word, each rounded to nearest even.
+
+    NaN becomes 0x7FFF.
+    """
+    def bits(x):
+        word = x.view("u4").astype("u8")
+        return np.where(np.isnan(x), 0x7FFF, (word + 0x7FFF + (word >> 16 & 1)) >> 16).astype("u4")
+    return bits(upper) << np.uint32(16) | bits(lower)
+
+
 def of_pairs(function):
     """The function of float16 pairs, in uint32, of one of float64, rounded."""
     return lambda *xs: function(*(np.ascontiguousarray(x).view("f2").astype("f8") for x in xs)).astype("f2").view("u4")

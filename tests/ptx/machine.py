@@ -11,14 +11,15 @@ import numpy as np
 from tests.ptx.asynchronous import step_of
 from tests.ptx.batch import Batch, KernelError, Launch
 from tests.ptx.instructions import (OPERANDS, PAIRS, PLAIN, WIDE, compare, convert, dot_int8, dot_uint8, dot_uint16, dtype_of,
-                                    mma_float16, mma_int8)
+                                    mma_bfloat16, mma_float16, mma_int8, pack_bf16x2)
 from tests.ptx.memory import WARP, Fault
 
 MOST_SHARED = 48 << 10
 THREADS = 1 << 14       # the most threads that are executed at a time, in whole blocks
 # mma.sync modifiers -> its function, the type of its accumulators
 TILES = {("aligned", "m16n8k32", "row", "col", "s32", "s8", "s8", "s32"): (mma_int8, "s32"),
-         ("aligned", "m16n8k16", "row", "col", "f32", "f16", "f16", "f32"): (mma_float16, "f32")}
+         ("aligned", "m16n8k16", "row", "col", "f32", "f16", "f16", "f32"): (mma_float16, "f32"),
+         ("aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"): (mma_bfloat16, "f32")}
 
 
 def _unknown(batch, on):
@@ -88,6 +89,8 @@ class Kernel:
                 return self._move(kind, operands)
             if op[0] == "mov" or op[0] == "cvta":
                 return self._plain(lambda x: x.copy(), operands, [kind])
+            if op == ("cvt", "rn", "bf16x2", "f32"):
+                return self._plain(pack_bf16x2, operands, ["f32", "f32"])
             if op[0] == "cvt":
                 return self._plain(convert(op[1:]), operands, [kind])
             if op[0] == "setp":

@@ -10,7 +10,7 @@ import numpy as np
 from pydsa.backends.cuda import attention, indexer, int8x2, linear, modes, moe, norm, rope, rows
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.blocks import GROUPED
-from pydsa.backends.cuda.fused_kernels import add_norm, pack_and_rope, rotate_and_pack_queries, silu_mul_pack, store
+from pydsa.backends.cuda.fused_kernels import add_norm, norm_is_wide, pack_and_rope, rotate_and_pack_queries, silu_mul_pack, store
 from pydsa.backends.cuda.int8x2.linear import gemv, pack_into, scratch_for
 
 
@@ -83,7 +83,10 @@ def sums_and_norm(launches, ops, args):
     read, written = [*added[:2], *added[3:4]], added[2::2]
     if not same(normed, added[-1]) or any(overlap(a, b) and not same(a, b) for a in written for b in read):
         return 0
-    launches.add(add_norm, [a.rows for a in added], out.rows, w, eps, written=[out, *written], packs=out.rows)
+    added, normed = [a.rows for a in added], out.rows
+    if not norm_is_wide(added, normed, w):
+        return 0
+    launches.add(add_norm, added, normed, w, eps, written=[out, *written], packs=normed)
     return n + 1
 
 

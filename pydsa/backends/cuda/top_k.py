@@ -1,7 +1,8 @@
 """Exact top-k by radix select on the bits of the floats.
 
 Of equal scores the lowest index is chosen first. A long row is split: several blocks each find the top-k of one part, then one block finds
-the top-k of those. The candidates are in ascending order of their index, so that ties still go to the lowest index.
+the top-k of those. The candidates are in ascending order of their index, so that ties still go to the lowest index. A single row that fits
+is left to top_k_one.py.
 """
 import math
 
@@ -10,8 +11,10 @@ from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.block_sums import block_prefix
-from pydsa.backends.cuda.device import SIMULATED, WARP, device, float_bits, load_four_u32, sync
+from pydsa.backends.cuda.device import SIMULATED, WARP, device, load_four_u32, sync
 from pydsa.backends.cuda.launch import BLOCKS, kernel
+from pydsa.backends.cuda.top_k_one import ALL, EQUAL, LOWEST, NAN, NON_NEGATIVE, NONE, ordered
+from pydsa.backends.cuda.variants import kernels
 
 
 THREADS = 8 if SIMULATED else 512
@@ -23,18 +26,7 @@ PITCH = BINS + 8                        # from one copy to the next, in other ba
 COUNTS = COPIES * PITCH
 ROUNDS = -(-COUNTS // THREADS)
 PER_THREAD = 4 if SIMULATED else 8      # scores that a thread loads at once
-PER_BLOCK, EQUAL = PER_THREAD * THREADS, 1 << 16    # scores that a block loads at once; the unit of the upper of two packed counters
-LOWEST, NAN = np.uint32(0x007FFFFF), np.float32(np.nan)     # ordered(-inf)
-NON_NEGATIVE = 0x7FFFFFFF               # & NON_NEGATIVE tells the compiler that an index is non-negative
-ALL, SIGN, NONE = np.uint32(0xFFFFFFFF), np.uint32(0x80000000), np.uint32(0)
-
-
-@device
-def ordered(x):
-    """A uint32 that sorts as the float does. -0 equals 0; NaN is below -inf."""
-    bits = float_bits(x + np.float32(0))        # -0 becomes 0
-    key = np.uint32(bits ^ (ALL if bits > NON_NEGATIVE else SIGN))
-    return key if x == x else NONE
+PER_BLOCK = PER_THREAD * THREADS        # scores that a block loads at once
 
 
 @device
@@ -185,6 +177,10 @@ def choose(out, scores, positions=None, start=0):
     With positions, only of scores up to positions[start + t].
     """
     n_rows, n, k = scores.shape[0], scores.shape[1], out.shape[1]
+    of_one = kernels("top_k of one", scores, k)
+    if of_one:
+        of_one(out, scores, positions, start)
+        return
     n_parts, causal = max(1, min(BLOCKS // n_rows, round(math.sqrt(n / k)))), positions is not None
     if not causal:
         positions = scratch("nothing", (1,), np.int64)

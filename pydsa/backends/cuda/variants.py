@@ -2,7 +2,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pydsa.backends.cuda import f16x2, f32, int8x2
+from pydsa.backends.cuda import attend_one, f16x2, f32, int8x2, top_k_one
 
 
 class Linear(NamedTuple):
@@ -54,6 +54,14 @@ VARIANTS = {
         "int8x2": Variant(int8x2.attention.takes,
                           Attention(int8x2.attention.attend, int8x2.attention.HEADS, int8x2.attention.COLUMNS, int8x2.attention.SIDE)),
         "f32": Variant(anything, Attention(f32.attention.attend, f32.attention.HEADS, f32.attention.COLUMNS, f32.attention.KEYS)),
+    },
+    "attention of one": {       # takes(out, queries, CacheRows, mode, number of keys): one token's
+        "chosen rows": Variant(attend_one.takes, attend_one.attend),
+        "tiles": Variant(anything, None),       # as "attention"
+    },
+    "top_k of one": {   # takes(scores, k): of one row
+        "registers": Variant(top_k_one.takes, top_k_one.choose_one),
+        "memory": Variant(anything, None),      # as of several rows: top_k.py
     },
     "indexer": {        # takes(CacheRows)
         "int8x2": Variant(int8x2.indexer.takes, Indexer(int8x2.indexer.pack, int8x2.indexer.score)),

@@ -1,0 +1,227 @@
+"""One token's attention to chosen rows of float16 or bfloat16.
+
+chosen_rows.py tells what a block does, here with tensor cores. Rows are multiplied as they are. Queries and softmax weights are two
+numbers of the rows' type, the second one what the first leaves: 22 bits of float16, 16 of bfloat16. A query of float16 is multiplied by a
+power of two, so that neither part is too large or too small.
+"""
+import numpy as np
+from numba import cuda
+
+from pydsa.backends.cuda.block_sums import abs_bits
+from pydsa.backends.cuda.chosen_rows import HEADS, SIGNATURE, SLICES, VALUE, WIDTH, Shape, make_ask
+from pydsa.backends.cuda.device import SIMULATED, bits_float, device, float_bits, load_four_f32, mma_f16, of_half, to_half
+from pydsa.backends.cuda.instructions import all_copies, instruction, store_eight
+from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.shared_memory import (copy_sixteen, folds, load_float, load_four_floats, load_fragments, load_transposed,
+                                               power_of_two, shared_address, store_float, store_floats, store_words)
+
+U, ZERO, MINUS_INFINITY = np.uint32, np.float32(0), np.float32(-np.inf)
+GREATEST = np.float32(1 << 14)      # of a weight, so that what the first part leaves is no subnormal float16
+mma_bf16 = instruction("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+                       "ffff", "rrrrrrffff")
+pack_bf16 = instruction("cvt.rn.bf16x2.f32 $0, $1, $2;", "r", "ff")     # pack_bf16(upper, lower)
+
+
+@device
+def pairs_of_f16(a, b, c, d):
+    """Four numbers as words of two: two words of first parts, two of what they leave."""
+    p, q, r, s = to_half(a), to_half(b), to_half(c), to_half(d)
+    e, f, g, h = to_half(a - of_half(p)), to_half(b - of_half(q)), to_half(c - of_half(r)), to_half(d - of_half(s))
+    return U(p | q << 16), U(r | s << 16), U(e | f << 16), U(g | h << 16)
+
+
+@device
+def left_of_bf16(word, a, b):
+    """What two bfloat16 leave of the numbers that they were made of."""
+    return pack_bf16(b - bits_float(U(word & 0xFFFF0000)), a - bits_float(U(word << 16)))
+
+
+@device
+def pairs_of_bf16(a, b, c, d):
+    """Four numbers as words of two: two words of first parts, two of what they leave."""
+    first, second = pack_bf16(b, a), pack_bf16(d, c)
+    return first, second, left_of_bf16(first, a, b), left_of_bf16(second, c, d)
+
+
+@device
+def power_for_half(x):
+    """The power of two that brings |x| to 2^13 or more, and its inverse.
+
+    The product is below 2^14. For an infinite x or NaN, and below 2^-113, it is another one.
+    """
+    exponent = min(max(np.int32(float_bits(x) >> 23 & 255), 14), 253)
+    return bits_float(U((267 - exponent) << 23)), bits_float(U((exponent - 13) << 23))
+
+
+@device
+def as_it_is(x):
+    """1 and 1, in place of a power of two: bfloat16 has all exponents of float32."""
+    return np.float32(1), np.float32(1)
+
+
+# storage -> four numbers as pairs; a query's power of two and its inverse; mma.m16n8k16
+TYPES = {"f16": (pairs_of_f16, power_for_half, mma_f16), "bf16": (pairs_of_bf16, as_it_is, mma_bf16)}
+
+
+def _make_two(storage):
+    mma = TYPES[storage][2]
+
+    @device
+    def two(sums, at, a, a_low, b0, b1):
+        """sums [at:at + 4] += both parts of 16 rows of A times 8 columns of B."""
+        i, j, k, m = at, at + 1, at + 2, at + 3
+        sums[i], sums[j], sums[k], sums[m] = mma(a[0], a[1], a[2], a[3], b0, b1, sums[i], sums[j], sums[k], sums[m])
+        sums[i], sums[j], sums[k], sums[m] = mma(a_low[0], a_low[1], a_low[2], a_low[3], b0, b1, sums[i], sums[j], sums[k], sums[m])
+    return two
+
+
+def _make_round_queries(storage, shape):
+    lanes = shape.threads // HEADS          # that share a head
+    n_fours, greatest, at_queries, q_pitch = WIDTH // 4 // lanes, folds(lanes)[0], shape.queries, shape.q_pitch
+    held, (pairs, power, _) = 4 * n_fours, TYPES[storage]
+
+    @device
+    def round_queries(base, q, head, n_head, thread):
+        """Put the queries of HEADS heads into shared memory, in two parts.
+
+        The inverse of their power of two is beside them.
+        """
+        values, bits = cuda.local.array(held, np.float32), np.int32(0)
+        h, lane = thread // U(lanes), thread % U(lanes)
+        at = min(np.int64(head) + np.int64(h), np.int64(n_head - 1)) * WIDTH + 4 * np.int64(lane)
+        for i in range(n_fours):
+            values[4 * i], values[4 * i + 1], values[4 * i + 2], values[4 * i + 3] = load_four_f32(q, at + 4 * lanes * i)
+        for i in range(held):
+            bits = max(bits, abs_bits(values[i]))
+        f, inverse = power(bits_float(U(greatest(bits))))
+        to = base + U(at_queries) + h * U(q_pitch) + U(8) * lane
+        for i in range(n_fours):
+            a, b, c, d = pairs(values[4 * i] * f, values[4 * i + 1] * f, values[4 * i + 2] * f, values[4 * i + 3] * f)
+            store_words(to + U(8 * lanes * i), a, b)
+            store_words(to + U(8 * lanes * i + 2 * WIDTH), c, d)
+        if lane == U(0):
+            store_float(base + U(at_queries + 4 * WIDTH) + h * U(q_pitch), inverse)
+    return round_queries
+
+
+def _make_scores(storage, shape):
+    pitch, q_pitch, score_pitch, at_queries, at_scores = shape.pitch, shape.q_pitch, shape.score_pitch, shape.queries, shape.scores
+    columns, two = shape.keys // 32, _make_two(storage)
+
+    @device
+    def scores(base, warp, lane):
+        """Products of queries and rows, in SLICES sums.
+
+        A warp has 16 heads and 32 keys.
+        """
+        sums, a, a_low = cuda.local.array(16, np.float32), cuda.local.array(4, np.uint32), cuda.local.array(4, np.uint32)
+        column, head, part = U(32) * (warp % U(columns)), U(16) * (warp // U(columns) % U(2)), warp // U(2 * columns)
+        g, c, begin = lane >> U(2), lane & U(3), U(2 * WIDTH // SLICES) * part
+        of_heads = base + U(at_queries) + (head + (lane & U(15))) * U(q_pitch) + (lane >> U(4)) * U(16) + begin
+        of_keys = base + (column + (lane & U(7)) + (lane >> U(4)) * U(8)) * U(pitch) + (lane >> U(3) & U(1)) * U(16) + begin
+        for i in range(16):
+            sums[i] = ZERO
+        for step in range(WIDTH // 16 // SLICES):
+            a[0], a[1], a[2], a[3] = load_fragments(of_heads + U(32) * U(step))
+            a_low[0], a_low[1], a_low[2], a_low[3] = load_fragments(of_heads + U(2 * WIDTH) + U(32) * U(step))
+            for pair in range(2):
+                b0, b1, b2, b3 = load_fragments(of_keys + U(16 * pitch * pair) + U(32) * U(step))
+                two(sums, 8 * pair, a, a_low, b0, b1)
+                two(sums, 8 * pair + 4, a, a_low, b2, b3)
+        to = base + U(at_scores) + (part * U(HEADS) + head + g) * U(score_pitch) + (column + U(2) * c) * U(4)
+        for i in range(4):
+            store_floats(to + U(32 * i), sums[4 * i], sums[4 * i + 1])
+            store_floats(to + U(32 * i + 8 * score_pitch), sums[4 * i + 2], sums[4 * i + 3])
+    return scores
+
+
+def _make_softmax(storage, shape):
+    q_pitch, score_pitch, weight_pitch = shape.q_pitch, shape.score_pitch, shape.weight_pitch
+    at_queries, at_scores, at_weights, at_bias = shape.queries, shape.scores, shape.weights, shape.bias
+    lanes, pairs = shape.keys // 4, TYPES[storage][0]
+    greatest, total = folds(lanes)
+
+    @device
+    def softmax(base, scale, stats, at_stats, stored, thread):
+        """Scores become weights, four of a head in each of keys / 4 threads.
+
+        stats: the greatest score and the sum of all weights, if `stored`.
+        """
+        head, i = thread // U(lanes), thread % U(lanes)
+        s0, s1, s2, s3 = ZERO, ZERO, ZERO, ZERO
+        for part in range(SLICES):
+            a, b, c, d = load_four_floats(base + U(at_scores) + (U(HEADS * part) + head) * U(score_pitch) + U(16) * i)
+            s0, s1, s2, s3 = s0 + a, s1 + b, s2 + c, s3 + d
+        a, b, c, d = load_four_floats(base + U(at_bias) + U(16) * i)
+        f = scale * load_float(base + U(at_queries + 4 * WIDTH) + head * U(q_pitch))
+        s0, s1, s2, s3 = s0 * f + a, s1 * f + b, s2 * f + c, s3 * f + d
+        top = greatest(max(max(s0, s1), max(s2, s3)))
+        least = top if top > MINUS_INFINITY else ZERO
+        s0, s1, s2, s3 = power_of_two(s0 - least), power_of_two(s1 - least), power_of_two(s2 - least), power_of_two(s3 - least)
+        weight = total((s0 + s1) + (s2 + s3))
+        a, b, c, d = pairs(s0 * GREATEST, s1 * GREATEST, s2 * GREATEST, s3 * GREATEST)
+        at = base + U(at_weights) + head * U(weight_pitch) + U(8) * i
+        store_words(at, a, b)
+        store_words(at + U(HEADS * weight_pitch), c, d)
+        if i == U(0) and stored:
+            stats[at_stats], stats[at_stats + 1] = top, weight
+    return softmax
+
+
+def _make_add_values(storage, shape):
+    pitch, weight_pitch, steps, at_weights = shape.pitch, shape.weight_pitch, shape.keys // 16, shape.weights
+    two = _make_two(storage)
+
+    @device
+    def add_values(base, sums, first_row, n_rows, column, lane):
+        """Weights times 32 columns of the values, by one warp, to rows of sums."""
+        acc, a, a_low = cuda.local.array(32, np.float32), cuda.local.array(4, np.uint32), cuda.local.array(4, np.uint32)
+        for i in range(32):
+            acc[i] = ZERO
+        of_weights = base + U(at_weights) + (lane & U(15)) * U(weight_pitch) + (lane >> U(4)) * U(16)
+        of_values = base + (lane & U(15)) * U(pitch) + U(2) * column + (lane >> U(4)) * U(16)
+        for step in range(steps):
+            for group in range(2):
+                b0, b1, b2, b3 = load_transposed(of_values + U(16 * pitch * step + 32 * group))
+                for m in range(2):
+                    at, i = of_weights + U(16 * weight_pitch * m + 32 * step), 16 * m + 8 * group
+                    a[0], a[1], a[2], a[3] = load_fragments(at)
+                    a_low[0], a_low[1], a_low[2], a_low[3] = load_fragments(at + U(HEADS * weight_pitch))
+                    two(acc, i, a, a_low, b0, b1)
+                    two(acc, i + 4, a, a_low, b2, b3)
+        for quarter in range(4):
+            h = U(8 * quarter) + (lane >> U(2))
+            at = (first_row + h) * VALUE + column + 2 * (lane & U(3))
+            if h < n_rows:
+                for eight in range(4):
+                    i = quarter // 2 * 16 + 4 * eight + quarter % 2 * 2
+                    store_eight(sums, 4 * np.int64(at + 8 * eight), float_bits(acc[i] / GREATEST), float_bits(acc[i + 1] / GREATEST))
+    return add_values
+
+
+def _make(storage, keys):
+    shape = Shape(keys, 2 * WIDTH, 4 * WIDTH + 8, 2 * keys)
+    ask, round_queries, scores = make_ask(shape, copy_sixteen, 16), _make_round_queries(storage, shape), _make_scores(storage, shape)
+    softmax, add_values, lanes, warps = _make_softmax(storage, shape), _make_add_values(storage, shape), keys // 4, keys // 4
+
+    def attend(sums, stats, q, data, row_bytes, indices, n_head, scale):
+        """Sums of values and statistics of a block's chosen rows: see chosen_rows.py."""
+        thread, split, head = U(cuda.threadIdx.x), cuda.blockIdx.x, HEADS * cuda.blockIdx.y
+        base = shared_address(cuda.shared.array(0, np.uint32))
+        ask(base, data, row_bytes, indices, split, thread)
+        round_queries(base, q, head, n_head, thread)
+        all_copies()
+        cuda.syncthreads()
+        scores(base, thread >> U(5), thread & U(31))
+        cuda.syncthreads()
+        row, n_rows = np.int64(split) * n_head + head, n_head - head
+        h = np.int64(thread // U(lanes))
+        softmax(base, scale, stats, 2 * (row + h), h < n_rows, thread)
+        cuda.syncthreads()
+        for column in range(thread >> U(5), VALUE // 32, warps):
+            add_values(base, sums, row, n_rows, U(32) * U(column), thread & U(31))
+    name = f"attend_one_{storage}{'' if keys == 64 else '_narrow'}"
+    return kernel(SIGNATURE, shape.threads, name, shared=shape.size)(attend)
+
+
+ATTEND = {} if SIMULATED else {(storage, keys): _make(storage, keys) for storage in TYPES for keys in (64, 32)}

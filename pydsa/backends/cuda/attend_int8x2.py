@@ -1,0 +1,263 @@
+"""One token's attention to chosen rows of int8 and int16.
+
+chosen_rows.py tells what a block does, here with tensor cores of int8. Queries, rows and softmax weights are pairs of int8, 256 high + low
+(int8 rows have one). Of the four products of pairs the three largest are computed, as by int8x2/attention.py. Each part of a row and of a
+query has a scale.
+"""
+import numpy as np
+from numba import cuda
+
+from pydsa.backends.cuda.block_sums import abs_bits
+from pydsa.backends.cuda.chosen_rows import HEADS, ROTATED, SIGNATURE, SLICES, VALUE, WIDTH, Shape, make_ask
+from pydsa.backends.cuda.device import (SIMULATED, bits_float, device, load_four_f32, mma_s8, nearest, pack_int8x2, permuted,
+                                        store_four_f32)
+from pydsa.backends.cuda.instructions import all_copies
+from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.shared_memory import (copy_eight, folds, load_float, load_floats, load_fragments, load_transposed, nearest_integer,
+                                               power_of_two, shared_address, store_float, store_floats, store_word)
+from pydsa.quants import INT8X2_MAX
+
+
+U = np.uint32
+ZERO, MINUS_INFINITY, INFINITY, LARGEST = np.float32(0), np.float32(-np.inf), np.float32(np.inf), np.float32(INT8X2_MAX)
+
+
+class PlanesShape(Shape):
+    """The shape of blocks whose rows have one byte or two for a number.
+
+    Those bytes lie in as many planes, the high ones first.
+    """
+
+    def __init__(self, planes, keys):
+        super().__init__(keys, planes * WIDTH + 8, 2 * WIDTH + 8, keys)
+        self.planes = planes
+
+
+def _make_round_queries(shape):
+    lanes = shape.threads // HEADS          # that share a head
+    firsts, n_fours, greatest, at_queries = VALUE // 4 // lanes, WIDTH // 4 // lanes, folds(lanes)[0], shape.queries
+    held, q_pitch = 4 * n_fours, shape.q_pitch
+
+    @device
+    def factor_of(values, first, end):
+        """What a part of the queries is multiplied by, and its scale."""
+        bits = np.int32(0)
+        for i in range(first, end):
+            bits = max(bits, abs_bits(values[i]))
+        largest = bits_float(U(greatest(bits)))
+        finite = largest < INFINITY
+        return LARGEST / largest if finite and largest > np.float32(1e-30) else ZERO, largest / LARGEST if finite else np.float32(np.nan)
+
+    @device
+    def round_queries(base, q, head, n_head, thread):
+        """Round the queries of HEADS heads to pairs of int8 in shared memory."""
+        values = cuda.local.array(held, np.float32)
+        h, lane = thread // U(lanes), thread % U(lanes)
+        at = min(np.int64(head) + np.int64(h), np.int64(n_head - 1)) * WIDTH + 4 * np.int64(lane)
+        for i in range(n_fours):
+            values[4 * i], values[4 * i + 1], values[4 * i + 2], values[4 * i + 3] = load_four_f32(q, at + 4 * lanes * i)
+        factor, scale = factor_of(values, 0, 4 * firsts)
+        factor_1, scale_1 = factor_of(values, 4 * firsts, held)
+        to = base + U(at_queries) + h * U(q_pitch) + U(4) * lane
+        for i in range(n_fours):
+            f = factor if i < firsts else factor_1
+            high, low = pack_int8x2(nearest(values[4 * i], f), nearest(values[4 * i + 1], f), nearest(values[4 * i + 2], f),
+                                    nearest(values[4 * i + 3], f))
+            store_word(to + U(4 * lanes * i), high)
+            store_word(to + U(4 * lanes * i + WIDTH), low)
+        if lane == U(0):
+            store_floats(base + U(at_queries + 2 * WIDTH) + h * U(q_pitch), scale, scale_1)
+    return round_queries
+
+
+def _make_three(planes):
+    @device
+    def three(high, mixed, at, a, a_low, b0, b1, low0, low1):
+        """high, mixed [at:at + 4] += the products of pairs: 16 rows of A, 8 columns of B."""
+        i, j, k, m = at, at + 1, at + 2, at + 3
+        high[i], high[j], high[k], high[m] = mma_s8(a[0], a[1], a[2], a[3], b0, b1, high[i], high[j], high[k], high[m])
+        mixed[i], mixed[j], mixed[k], mixed[m] = mma_s8(a_low[0], a_low[1], a_low[2], a_low[3], b0, b1, mixed[i], mixed[j], mixed[k],
+                                                        mixed[m])
+        if planes == 2:
+            mixed[i], mixed[j], mixed[k], mixed[m] = mma_s8(a[0], a[1], a[2], a[3], low0, low1, mixed[i], mixed[j], mixed[k], mixed[m])
+    return three
+
+
+@device
+def whole(high, mixed):
+    """256 high + mixed, as float32."""
+    return np.float32(np.int32((high << 8) + mixed))
+
+
+def _make_scores(shape):
+    planes, pitch, score_pitch, at_queries, at_scores = shape.planes, shape.pitch, shape.score_pitch, shape.queries, shape.scores
+    columns, three, unit, q_pitch = shape.keys // 32, _make_three(planes), np.float32(256 ** (planes - 1)), shape.q_pitch
+
+    @device
+    def add_step(high, mixed, a, a_low, of_heads, of_keys, step):
+        """Multiply 32 numbers of 16 heads with those of 32 keys."""
+        a[0], a[1], a[2], a[3] = load_fragments(of_heads + U(32) * step)
+        a_low[0], a_low[1], a_low[2], a_low[3] = load_fragments(of_heads + U(WIDTH) + U(32) * step)
+        for pair in range(2):
+            at = of_keys + U(16 * pitch * pair) + U(32) * step
+            b0, b1, b2, b3 = load_fragments(at)
+            l0, l1, l2, l3 = load_fragments(at + U(WIDTH)) if planes == 2 else (U(0), U(0), U(0), U(0))
+            three(high, mixed, 8 * pair, a, a_low, b0, b1, l0, l1)
+            three(high, mixed, 8 * pair + 4, a, a_low, b2, b3, l2, l3)
+
+    @device
+    def scores(base, warp, lane):
+        """Products of queries and rows, in SLICES sums.
+
+        A warp has 16 heads and 32 keys.
+        """
+        high, mixed, sums = cuda.local.array(16, np.int32), cuda.local.array(16, np.int32), cuda.local.array(16, np.float32)
+        a, a_low = cuda.local.array(4, np.uint32), cuda.local.array(4, np.uint32)
+        column, head, part = U(32) * (warp % U(columns)), U(16) * (warp // U(columns) % U(2)), warp // U(2 * columns)
+        g, c = lane >> U(2), lane & U(3)
+        of_heads = base + U(at_queries) + (head + (lane & U(15))) * U(q_pitch) + (lane >> U(4)) * U(16)
+        of_keys = base + (column + (lane & U(7)) + (lane >> U(4)) * U(8)) * U(pitch) + (lane >> U(3) & U(1)) * U(16)
+        scale, scale_1 = load_floats(base + U(at_queries + 2 * WIDTH) + (head + g) * U(q_pitch))
+        scale_8, scale_9 = load_floats(base + U(at_queries + 2 * WIDTH) + (head + g + U(8)) * U(q_pitch))
+        of_scale = base + (column + U(2) * c) * U(pitch) + U(planes * WIDTH)
+        for i in range(16):
+            high[i], mixed[i] = np.int32(0), np.int32(0)
+        for step in range(VALUE // 32 // SLICES):
+            add_step(high, mixed, a, a_low, of_heads, of_keys, U(VALUE // 32 // SLICES) * part + U(step))
+        for i in range(16):
+            key_scale = load_float(of_scale + U((i // 4 * 8 + i % 2) * pitch)) * unit
+            sums[i] = whole(high[i], mixed[i]) * (key_scale * (scale if i % 4 < 2 else scale_8))
+        if part < U(ROTATED // 32):
+            for i in range(16):
+                high[i], mixed[i] = np.int32(0), np.int32(0)
+            add_step(high, mixed, a, a_low, of_heads, of_keys, U(VALUE // 32) + part)
+            for i in range(16):
+                key_scale = load_float(of_scale + U((i // 4 * 8 + i % 2) * pitch + 4)) * unit
+                sums[i] += whole(high[i], mixed[i]) * (key_scale * (scale_1 if i % 4 < 2 else scale_9))
+        to = base + U(at_scores) + (part * U(HEADS) + head + g) * U(score_pitch) + (column + U(2) * c) * U(4)
+        for i in range(4):
+            store_floats(to + U(32 * i), sums[4 * i], sums[4 * i + 1])
+            store_floats(to + U(32 * i + 8 * score_pitch), sums[4 * i + 2], sums[4 * i + 3])
+    return scores
+
+
+def _make_softmax(shape):
+    planes, pitch, score_pitch, weight_pitch, keys = shape.planes, shape.pitch, shape.score_pitch, shape.weight_pitch, shape.keys
+    at_scores, at_weights, at_bias, at_factors = shape.scores, shape.weights, shape.bias, shape.factors
+    lanes, unit = keys // 4, np.float32(256 ** (planes - 1))
+    greatest, total = folds(lanes)
+
+    @device
+    def usable(x):
+        """The scale of a row, or 0 where it is no number above 0."""
+        return x if ZERO < x < INFINITY else ZERO
+
+    @device
+    def softmax(base, scale, stats, at_stats, stored, thread):
+        """Scores become weights, four of a head in each of keys / 4 threads.
+
+        Weights are multiplied by the scale of the row's value, relative to the largest one, and rounded to pairs of int8. stats: the
+        greatest score and the sum of all weights, if `stored`. A thread's keys are 2 c, 2 c + 1, 2 c + 8 and 2 c + 9 of sixteen, as
+        transposed fragments of values have them.
+        """
+        head, i = thread // U(lanes), thread % U(lanes)
+        key = U(16) * (i >> U(2)) + U(2) * (i & U(3))
+        s0, s1, s2, s3 = ZERO, ZERO, ZERO, ZERO
+        for part in range(SLICES):
+            at = base + U(at_scores) + (U(HEADS * part) + head) * U(score_pitch) + U(4) * key
+            a, b = load_floats(at)
+            c, d = load_floats(at + U(32))
+            s0, s1, s2, s3 = s0 + a, s1 + b, s2 + c, s3 + d
+        a, b = load_floats(base + U(at_bias) + U(4) * key)
+        c, d = load_floats(base + U(at_bias) + U(4) * key + U(32))
+        s0, s1, s2, s3 = s0 * scale + a, s1 * scale + b, s2 * scale + c, s3 * scale + d
+        top = greatest(max(max(s0, s1), max(s2, s3)))
+        least = top if top > MINUS_INFINITY else ZERO
+        s0, s1, s2, s3 = power_of_two(s0 - least), power_of_two(s1 - least), power_of_two(s2 - least), power_of_two(s3 - least)
+        weight = total((s0 + s1) + (s2 + s3))
+        at = base + key * U(pitch) + U(planes * WIDTH)
+        a, b = usable(load_float(at)), usable(load_float(at + U(pitch)))
+        c, d = usable(load_float(at + U(8 * pitch))), usable(load_float(at + U(9 * pitch)))
+        most = max(greatest(max(max(a, b), max(c, d))), np.float32(1e-30))
+        share = LARGEST / most
+        high, low = pack_int8x2(nearest_integer(s0 * (a * share)), nearest_integer(s1 * (b * share)), nearest_integer(s2 * (c * share)),
+                                nearest_integer(s3 * (d * share)))
+        at = base + U(at_weights) + head * U(weight_pitch) + U(4) * i
+        store_word(at, high)
+        store_word(at + U(HEADS * weight_pitch), low)
+        if i == U(0):
+            store_float(base + U(at_factors) + U(4) * head, most / LARGEST * unit)
+            if stored:
+                stats[at_stats], stats[at_stats + 1] = top, weight
+    return softmax
+
+
+def _make_add_values(shape):
+    planes, pitch, weight_pitch, steps = shape.planes, shape.pitch, shape.weight_pitch, shape.keys // 32
+    at_weights, at_factors, three = shape.weights, shape.factors, _make_three(shape.planes)
+
+    @device
+    def values_of(b, at):
+        """Fragments of 16 columns of 32 values: of the even columns, then of the odd ones."""
+        r0, r1, r2, r3 = load_transposed(at)
+        b[0], b[1] = permuted(r0, r1, U(0x6420)), permuted(r2, r3, U(0x6420))
+        b[2], b[3] = permuted(r0, r1, U(0x7531)), permuted(r2, r3, U(0x7531))
+
+    @device
+    def add_values(base, sums, first_row, n_rows, column, lane):
+        """Weights times 32 columns of the values, by one warp, to rows of sums."""
+        high, mixed = cuda.local.array(32, np.int32), cuda.local.array(32, np.int32)
+        a, a_low, b = cuda.local.array(4, np.uint32), cuda.local.array(4, np.uint32), cuda.local.array(4, np.uint32)
+        b_low = cuda.local.array(4, np.uint32)
+        for i in range(32):
+            high[i], mixed[i] = np.int32(0), np.int32(0)
+        of_weights = base + U(at_weights) + (lane & U(15)) * U(weight_pitch) + (lane >> U(4)) * U(16)
+        of_values = base + lane * U(pitch) + column
+        for step in range(steps):
+            for group in range(2):
+                values_of(b, of_values + U(32 * pitch * step + 16 * group))
+                if planes == 2:
+                    values_of(b_low, of_values + U(32 * pitch * step + 16 * group + WIDTH))
+                for m in range(2):
+                    at, i = of_weights + U(16 * weight_pitch * m + 32 * step), 16 * m + 8 * group
+                    a[0], a[1], a[2], a[3] = load_fragments(at)
+                    a_low[0], a_low[1], a_low[2], a_low[3] = load_fragments(at + U(HEADS * weight_pitch))
+                    three(high, mixed, i, a, a_low, b[0], b[1], b_low[0], b_low[1])
+                    three(high, mixed, i + 4, a, a_low, b[2], b[3], b_low[2], b_low[3])
+        for quarter in range(4):
+            h = U(8 * quarter) + (lane >> U(2))
+            f, at = load_float(base + U(at_factors) + U(4) * h), (first_row + h) * VALUE + column + 4 * (lane & U(3))
+            if h < n_rows:
+                for group in range(2):
+                    i = quarter // 2 * 16 + 8 * group + quarter % 2 * 2
+                    store_four_f32(sums, np.int64(at + 16 * group), whole(high[i], mixed[i]) * f, whole(high[i + 4], mixed[i + 4]) * f,
+                                   whole(high[i + 1], mixed[i + 1]) * f, whole(high[i + 5], mixed[i + 5]) * f)
+    return add_values
+
+
+def _make(storage, keys):
+    shape = PlanesShape(2 if storage == "i16" else 1, keys)
+    ask, round_queries, scores = make_ask(shape, copy_eight, 8), _make_round_queries(shape), _make_scores(shape)
+    softmax, add_values, lanes, warps = _make_softmax(shape), _make_add_values(shape), keys // 4, keys // 4
+
+    def attend(sums, stats, q, data, row_bytes, indices, n_head, scale):
+        """Sums of values and statistics of a block's chosen rows: see chosen_rows.py."""
+        thread, split, head = U(cuda.threadIdx.x), cuda.blockIdx.x, HEADS * cuda.blockIdx.y
+        base = shared_address(cuda.shared.array(0, np.uint32))
+        ask(base, data, row_bytes, indices, split, thread)
+        round_queries(base, q, head, n_head, thread)
+        all_copies()
+        cuda.syncthreads()
+        scores(base, thread >> U(5), thread & U(31))
+        cuda.syncthreads()
+        row, n_rows = np.int64(split) * n_head + head, n_head - head
+        h = np.int64(thread // U(lanes))
+        softmax(base, scale, stats, 2 * (row + h), h < n_rows, thread)
+        cuda.syncthreads()
+        for column in range(thread >> U(5), VALUE // 32, warps):
+            add_values(base, sums, row, n_rows, U(32) * U(column), thread & U(31))
+    name = f"attend_one_{storage}{'' if keys == 64 else '_narrow'}"
+    return kernel(SIGNATURE, shape.threads, name, shared=shape.size)(attend)
+
+
+ATTEND = {} if SIMULATED else {(storage, keys): _make(storage, keys) for storage in ("i16", "i8") for keys in (64, 32)}

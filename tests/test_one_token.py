@@ -1,0 +1,236 @@
+"""What a GPU does for one token: norms with sums and rounding, top-k of one row, attention over chosen rows.
+
+Float64 is the measure. The kernels run as PTX, in the simulator where it knows their instructions, and on a GPU.
+"""
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from helpers import DEVICE, IN_SIMULATOR, SIMULATED, Rows, compare, integers, kernels, nmse, normal, rng, run
+
+if DEVICE != "cuda":
+    pytest.skip("these are kernels of GPUs", allow_module_level=True)
+
+from pydsa.backends import cuda, gpus, reference  # noqa: E402
+from pydsa.backends.cuda import attend_one, attention, modes, top_k_one  # noqa: E402
+from pydsa.backends.cuda.current import current  # noqa: E402
+from pydsa.backends.cuda.fused_kernels import MOST, add_norm, norm_is_wide  # noqa: E402
+from pydsa.backends.cuda.int8x2.linear import scratch_for  # noqa: E402
+from pydsa.backends.cuda.launch import KERNELS  # noqa: E402
+from tools import one_token  # noqa: E402
+from tools.cuda_ptx import assemble, find  # noqa: E402
+
+
+def unpacked(made, n):
+    """The float64 values that an Int8x2 stands for, [rows, n], and its sums."""
+    words, scales = made.packed.get(), made.scales.get().astype(np.float64)
+    quads = words.view(np.int8).reshape(len(words), -1, 2, 2, 32, 16)      # tile, half, high or low, group, value
+    whole = (256 * quads[:, :, :, 0].astype(int) + quads[:, :, :, 1]).transpose(0, 1, 3, 2, 4).reshape(len(words), -1)[:, :n]
+    return whole * np.repeat(scales, 32, 1), made.sums.get()
+
+
+WIDTHS = [32, 64] if IN_SIMULATOR else [32, 1056, 4128, 7168, 8192]
+
+
+@pytest.mark.parametrize("n_added", [0, 1, 2, -1, -2])
+@pytest.mark.parametrize("n", WIDTHS)
+def test_norm_with_sums_and_rounding(n, n_added):
+    """Widths of a part of a block, of a block and a bit, and of two.
+
+    Where n_added is negative sums and norm are put where a summand was, as in a step.
+    """
+    x, y, z, w = normal(1, n), normal(2, n)[:1], normal(3, n)[:1], normal(n)
+    added, total, in_place = [cuda.upload(x)], x.astype(np.float64), n_added < 0
+    for other in (y, z)[:abs(n_added)]:
+        total = total + other
+        added.append(cuda.upload(other))
+        added.append(added[len(added) // 3] if in_place else cuda.upload(np.full_like(x, np.nan)))
+    out = added[-2] if in_place else cuda.upload(np.full_like(x, np.nan))
+    made = scratch_for(out)
+    assert norm_is_wide(added, out, cuda.upload(w))
+    add_norm(added, out, cuda.upload(w), np.float32(1e-6), made)
+    expected = total / np.sqrt((total ** 2).mean() + 1e-6) * w
+    met = out.get()
+    assert nmse(met, expected) < 1e-13
+    assert in_place or all(nmse(a.get(), sum(map(np.float64, (x, y, z)[:i + 2]))) < 1e-14 for i, a in enumerate(added[2::2]))
+    rounded, sums = unpacked(made, n)
+    assert nmse(rounded, met) < 3e-9 and np.allclose(sums, rounded.reshape(1, -1, 16).sum(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_norms_that_are_not_wide():
+    """Rows that are too long or not aligned to 16 bytes are left to the ops."""
+    def is_wide(x):
+        return norm_is_wide([x], x, cuda.empty((x.shape[1],), np.float32))
+    row = cuda.empty((1, MOST + 64), np.float32)
+    assert is_wide(row[:, :MOST]) and not is_wide(row) and not is_wide(row[:, 1:33]) and is_wide(row[:, 4:36])
+    assert not is_wide(cuda.empty((2, 32), np.float32))
+
+
+def best_of(row, k):
+    """The places of the k largest numbers of a row, ascending, then -1.
+
+    Of equals the first are chosen.
+    """
+    numbers = np.flatnonzero(row > -np.inf)
+    chosen = np.sort(numbers[np.argsort(-row[numbers], kind="stable")][:k])
+    return np.pad(chosen, (0, k - chosen.size), constant_values=-1)
+
+
+def a_row(n, kind):
+    """Scores: normal, of few values, near each other, few, or together.
+
+    "few" are few numbers among -inf and NaN; "together" has the largest at one place.
+    """
+    x = {"normal": normal, "ties": lambda n: integers(-2, 2, n), "near": lambda n: np.float32(1) + np.float32(1e-6) * normal(n)}
+    row = x.get(kind, normal)(n)
+    if kind == "few":
+        row[rng(n).random(n) < 0.97] = -np.inf
+        row[::7] = np.nan
+    if kind == "together":
+        row[n // 3:n // 3 + 80] += 100
+    return row
+
+
+G = top_k_one.GROUP
+ROWS = [(1, 3), (G, 9), (G + 1, 5)] if IN_SIMULATOR else [
+    (3, 8), (G + 1, 2048), (2 * G, 2048), (2 * G + 2, 64), (70_003, 300), (163_840, 2048)]
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "near", "few", "together"])
+@pytest.mark.parametrize("n, k", ROWS)
+def test_top_k_of_one_row(n, k, kind):
+    """Rows of one part and of several, whose lengths are multiples of little."""
+    if n > 100_000 and kind not in ("ties", "normal"):
+        pytest.skip("shorter rows show it")
+    row = a_row(n, kind)
+    scores, out = cuda.upload(row[None]), cuda.upload(np.full((1, k), 77, np.int32))
+    assert top_k_one.takes(scores, k)
+    top_k_one.choose_one(out, scores)
+    assert np.array_equal(out.get()[0], best_of(row, k))
+
+
+@pytest.mark.parametrize("end", [1, 2, G // 2, 2 * G, 2 * G + 1, 4 * G, 5 * G])
+def test_top_k_of_a_row_that_ends_early(end):
+    """What lies behind the position is not looked at, in one part or several."""
+    n, k = 5 * G + 1, 7 if IN_SIMULATOR else 1000
+    row = a_row(n, "normal")
+    row[end:] = 1000
+    out, positions = cuda.upload(np.full((3, k), 77, np.int32)), cuda.upload(np.array([5, 0, end - 1]))
+    top_k_one.choose_one(out, cuda.upload(row[None]), positions, 2)
+    met = out.get()
+    assert (met[:2] == 77).all() and np.array_equal(met[2], best_of(row[:end], k))
+
+
+def test_rows_that_one_block_cannot_choose_from():
+    """Several rows, and those whose parts are too long or choose too much."""
+    def takes(n, k, rows=1):
+        return top_k_one.takes(cuda.empty((rows, n), np.float32), k)
+    assert takes(G, 8) and not takes(G, 8, 2) and not takes(8 * top_k_one.MOST, 2 * top_k_one.MOST)
+    assert not takes(4 * top_k_one.MOST, top_k_one.MOST // 2)
+    assert not top_k_one.takes(cuda.empty((1, G + 1), np.float32)[:, 1:], 8)
+
+
+def chosen_rows(n_kv, n, valid):
+    """n chosen rows of n_kv: `valid` that are some, then others that are none."""
+    indices = np.full((1, n), -1, np.int32)
+    indices[0, :valid] = np.sort(rng(n_kv).choice(n_kv, valid, replace=False))
+    return indices
+
+
+of_gpus = pytest.mark.skipif(IN_SIMULATOR, reason="the simulator has not these instructions")
+
+
+def use_blocks(monkeypatch, storage, keys):
+    """Let blocks have so many rows; the test is skipped on a GPU that cannot.
+
+    The emulated one can.
+    """
+    if not SIMULATED and keys > attend_one.rows_of_a_block(storage):
+        pytest.skip("blocks of this GPU have less shared memory")
+    assert current().capability >= (8, 0)       # the backend has asked for it, and keeps it
+    monkeypatch.setattr(attend_one, "rows_of_a_block", lambda storage: keys)
+    monkeypatch.setattr(gpus.driver(), "capability", (9, 0), raising=False)
+
+
+def uneven_rows(n, size):
+    """n rows of different sizes, whose second parts are larger."""
+    values = normal(n, 576) * np.exp2(integers(-size, size, n, 1))
+    values[:, 512:] *= 3
+    return values
+
+
+@of_gpus
+@pytest.mark.parametrize("storage, keys", attend_one.ATTEND)
+def test_attention_to_chosen_rows(monkeypatch, storage, keys):
+    """Whole and partial tiles of heads and rows, and no rows at all."""
+    use_blocks(monkeypatch, storage, keys)
+    rows = Rows(uneven_rows(120, 1), storage, 512)
+    for n_head, n, valid in ((33, 100, 97), (3, 70, 0)):
+        q = normal(1, n_head, 576) * np.float32(2)
+        out = compare("sparse_attention", (1, n_head, 512), q, rows, chosen_rows(120, n, valid), 0.05)
+        assert valid or not out.any()
+
+
+@of_gpus
+def test_many_parts_are_joined_and_rounded(monkeypatch):
+    """More splits than are loaded at once, some empty, and sharp weights.
+
+    The result is rounded for the product that takes it.
+    """
+    use_blocks(monkeypatch, "i8", 32)
+    rows, n_head, n = Rows(uneven_rows(100, 1), "i8", 512), 3, 32 * attend_one.AT_ONCE + 40
+    q, indices = normal(1, n_head, 576) * np.float32(20), np.full((1, n), -1, np.int32)
+    indices[0, 64:n - 7:3] = np.sort(rng(4).integers(0, 100, len(indices[0, 64:n - 7:3])))
+    cache = cuda.cache_rows(100, (512, 64), "i8")
+    cuda.cache_write(cache, cuda.upload(rows.values), cuda.upload(np.arange(100)))
+    out = cuda.upload(np.full((1, n_head, 512), np.nan, np.float32))
+    made = scratch_for(out.rows)
+    attention.attend(out, cuda.upload(q), cache, modes.SPARSE, n, 0.05, indices=cuda.upload(indices), made=made)
+    some = indices[:, indices[0] >= 0]      # the reference ends at the first that is none
+    expected = run(reference, "sparse_attention", [(1, n_head, 512)], q, rows, some, 0.05)
+    assert nmse(out.get(), expected).max() < 1e-7
+    assert nmse(unpacked(made, 512)[0], out.get()[0]).max() < 3e-9
+
+
+@of_gpus
+@pytest.mark.parametrize("storage, keys", [("i16", 64), ("f16", 32)])
+def test_nan_stays_where_it_is_chosen(monkeypatch, storage, keys):
+    """A row of NaN spoils what chose it, a query of NaN its own head only."""
+    use_blocks(monkeypatch, storage, keys)
+    values, q, indices = normal(80, 576), normal(1, 4, 576), np.arange(10, 80, dtype=np.int32)[None]
+    values[5], q[0, 2, 560] = np.nan, np.nan
+    rows = Rows(values, storage, 512)
+    out = run(kernels, "sparse_attention", [(1, 4, 512)], q, rows, indices, 0.05)
+    assert np.isfinite(out[0, [0, 1, 3]]).all() and np.isnan(out[0, 2]).all()
+    indices[0, 40] = 5
+    assert np.isnan(run(kernels, "sparse_attention", [(1, 4, 512)], q, rows, indices, 0.05)).all()
+
+
+@of_gpus
+def test_both_ways_are_timed():
+    """tools/one_token.py at small shapes: each line tells of two ways, whose results agree."""
+    sizes = dict(storage="i16", rows=90, heads=2, chosen=40, scores=640, width=64, repeats=2)
+    done = CliRunner().invoke(one_token.main, [part for name, n in sizes.items() for part in (f"--{name}", str(n))])
+    assert done.exit_code == 0, done.output
+    assert done.output.count("NMSE") == len(done.output.splitlines()) == 5
+
+
+@of_gpus
+@pytest.mark.skipif(not find("ptxas"), reason="ptxas is not installed")
+def test_kernels_keep_their_numbers_in_registers_of_newer_gpus():
+    names = [name for name in KERNELS if name.startswith(("attend_one", "join_rows", "add_norm_row"))] + ["choose_of_row"]
+    assert len(names) == 11
+    for name in names:
+        for capability in ((9, "0a"), (12, 0)):
+            use = assemble(find("ptxas"), KERNELS[name].ptx((8, 0)), capability)
+            assert use["spills"] == use["stack"] == 0, (name, capability)
+
+
+def test_rows_that_other_kernels_attend_to(monkeypatch):
+    """Other widths, caches, modes and numbers of tokens."""
+    monkeypatch.setattr(attend_one, "rows_of_a_block", lambda storage: 0 if storage == "f32" else 64)
+
+    def takes(widths=(512, 64), storage="i16", mode=modes.SPARSE, n_tokens=1, n_keys=100):
+        q, out = cuda.empty((n_tokens, 2, sum(widths)), np.float32), cuda.empty((n_tokens, 2, widths[0]), np.float32)
+        return attend_one.takes(out, q, cuda.cache_rows(4, widths, storage), mode, n_keys)
+    assert takes() and not takes((256, 64)) and not takes((512, 32)) and not takes(storage="f32") and not takes(mode=modes.MASKED)
+    assert not takes(n_tokens=2) and not takes(n_keys=64 * attend_one.MOST_SPLITS + 1)
