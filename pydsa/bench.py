@@ -7,6 +7,7 @@ import collections
 import csv
 import functools
 import io
+import itertools
 import statistics
 import time
 
@@ -16,6 +17,7 @@ from pydsa.costs import StepSize, node_cost, step_cost, total
 from pydsa.errors import PydsaError
 from pydsa.gguf_file import Tensor
 from pydsa.quants import TYPES
+from pydsa.sampling import Sampling
 from pydsa.terminal import json_text, visible
 from pydsa.words import count, size
 
@@ -46,6 +48,8 @@ class Bench:
     def run(self, model, progress=None, ops=None):
         """Yield one row, a dict, for each test.
 
+        Generation is timed as generate() runs it: a GPU samples, and no logits come to the host. On the CPU the tokens are given.
+
         avg_ts and stddev_ts are tokens per second over the repetitions; one run before them is not counted. Rows of generation also have
         bytes_per_token; bandwidth_gbs, the bandwidth of the memory in 1e9 bytes per second; limit_ts, the tokens per second that use all
         of this bandwidth; and share_of_limit, avg_ts / limit_ts, which can exceed 1 if the model fits in the device's caches. These four
@@ -68,7 +72,7 @@ class Bench:
                     progress(done, n_runs, test_name(n_prompt, n_gen, n_depth))
                 done += 1
                 session.truncate(n_depth)
-                seconds.append(time_test(session, ids[n_depth:], n_prompt, n_gen))
+                seconds.append(time_test(session, ids[n_depth:], n_prompt, n_gen, n_gen > 0 and model.runner.picks > 0))
             row = self._row(model, n_prompt, n_gen, n_depth, seconds[1:])
             if ops is not None:
                 session.truncate(n_depth)
@@ -240,14 +244,31 @@ def reach_depth(session, ids, n_depth):
         session.prefill(ids[session.n_past:n_depth])
 
 
-def time_test(session, ids, n_prompt, n_gen):
-    """Seconds for a prompt of n_prompt tokens, then n_gen single tokens."""
+def time_test(session, ids, n_prompt, n_gen, sampled=False):
+    """Seconds for a prompt of n_prompt tokens, then n_gen single tokens.
+
+    sampled: whether the device samples single tokens, as it does for generate(): it then takes its own, and hands out no logits.
+    """
     start = time.perf_counter()
     if n_prompt:
         session.prefill(ids[:n_prompt])
-    for token in ids[n_prompt:n_prompt + n_gen]:
-        session.decode(token)
+    if sampled:
+        _generate(session, ids[n_prompt:], n_gen)
+    else:
+        for token in ids[n_prompt:n_prompt + n_gen]:
+            session.decode(token)
     return time.perf_counter() - start
+
+
+def _generate(session, ids, n):
+    """Append n tokens: the first of ids, then the likeliest. After one that ends a turn, the next of ids."""
+    end = session.n_past + n
+    for first in itertools.cycle(ids):
+        if session.n_past == end:
+            return
+        logits = np.zeros(session.setup.config.n_vocab, np.float32)
+        logits[first] = 1       # sample() begins with this token
+        collections.deque(session.sample(logits, end - session.n_past + 1, Sampling(temperature=0.0)), maxlen=0)
 
 
 def _devices_of_nodes(model, n_tokens):

@@ -126,6 +126,7 @@ import numpy as np
 from tests.ptx.driver import install
 driver = install()
 import pydsa
+import pydsa.bench
 ids = np.random.default_rng(0).integers(0, 300, 8).tolist()
 model = pydsa.load(sys.argv[1], device="cuda", attention="sparse", kv_type="f32", n_ctx=12, n_ubatch=4)
 
@@ -158,6 +159,12 @@ assert ((changed - logits[0]) ** 2).sum() > 1e-5 * (logits[0] ** 2).sum()
 session.select = None
 session.truncate(3)
 assert ((session.decode(ids[3]) - logits[0]) ** 2).sum() < 1e-6 * (logits[0] ** 2).sum()
+best = session.decode(ids[4]).argmax()
+session.truncate(4)
+session.decode = None      # bench takes what the device samples, with no logits on the host
+launched = driver.counts["cuGraphLaunch"]
+assert pydsa.bench.time_test(session, ids[4:], 0, 3, True) > 0 and session.tokens == ids[:5] + [best, *session.tokens[6:]]
+assert session.n_past == 7 and driver.counts["cuGraphLaunch"] - launched == 3
 """
 
 

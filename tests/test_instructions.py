@@ -1,4 +1,4 @@
-"""Instructions of pydsa.backends.cuda.instructions: with the PTX machine, and in Numba's simulator."""
+"""Instructions that Numba lacks: with the PTX machine, and in the simulator."""
 import importlib.util
 import os
 import subprocess
@@ -63,6 +63,38 @@ assert (got[:, 0] == total[::-1]).all() and (got[:, 1] == words.ravel()[:64:2]).
 """
 
 
+READS = """
+import numpy as np
+from pydsa.backends.cuda import ceilings, empty, upload
+words = np.random.default_rng(0).integers(0, 1 << 32, (2, 8, 2 * 512, 4), np.uint32)
+out = empty((2 * 512,), np.uint32)
+ceilings.read_pieces(2, out, upload(words.view(np.uint8)).flat, 2)
+assert (out.get() == np.bitwise_xor.reduce(words, (0, 1, 3))).all()
+ceilings.READ_BLOCKS = 1
+assert 0 < ceilings._bandwidth(1) < np.inf
+"""
+ROUTES = """
+import re
+from numba import cuda
+from pydsa.backends.cuda.instructions import instruction
+from pydsa.backends.cuda.launch import kernel
+registers = instruction("setmaxnreg.inc.sync.aligned.u32 240;", fixed=True)
+
+@kernel("f4[::1]", 128, specific=True, lto=True)
+def by_lto(out):
+    registers()
+    out[cuda.threadIdx.x] = 0
+
+@kernel("f4[::1]", 128, specific=True)
+def by_ptx(out):
+    out[cuda.threadIdx.x] = 0
+
+assert re.search(r"^[.]target sm_90a$", by_ptx.ptx((9, 0)), re.M)
+assert by_ptx.cubin((9, 0))[:4] == by_lto.cubin((9, 0))[:4] == b"\\x7fELF"
+assert by_ptx.entry(by_ptx.cubin((9, 0))) == "by_ptx" and re.match("_Z.*by_lto", by_lto.entry(by_lto.cubin((9, 0))))
+"""
+
+
 def run(code, **environment):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -85,3 +117,12 @@ from pydsa.errors import PydsaError
 with pytest.raises(PydsaError, match="cannot execute wgmma.fence"):
     instruction("wgmma.fence.sync.aligned;")()
 """, NUMBA_ENABLE_CUDASIM="1")
+
+
+def test_bandwidth_is_that_of_reads_of_all_bytes():
+    run(PTX + READS)
+
+
+def test_kernels_by_way_of_ptx_and_of_lto():
+    """Machine code for sm_90a is made both ways; setmaxnreg needs LTO-IR."""
+    run(ROUTES)

@@ -11,7 +11,7 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
-from cuda.bindings.driver import CUdevice_attribute, CUevent_record_flags, CUresult
+from cuda.bindings.driver import CUdevice_attribute, CUevent_record_flags, CUfunction_attribute, CUlaunchAttributeID, CUresult
 
 from tests.ptx.machine import Kernel
 from tests.ptx.memory import Arena
@@ -25,6 +25,8 @@ INVALID, UNSUPPORTED = CUresult.CUDA_ERROR_INVALID_VALUE, CUresult.CUDA_ERROR_ST
 HANDLE, CONTEXT = CUresult.CUDA_ERROR_INVALID_HANDLE, CUresult.CUDA_ERROR_INVALID_CONTEXT
 LETTERS = {"u8": "B", "u32": "I", "u64": "Q", "f32": "f", "f64": "d"}     # PTX type of a parameter -> letter of the module struct
 PAGE = 4096
+SHARED_OF_BLOCK = {(8, 0): 163 << 10, (9, 0): 227 << 10}        # the most bytes of shared memory that a kernel may ask for, by capability
+SMALL_SHARED_OF_BLOCK = 99 << 10                                # and of others
 OF_A_CONTEXT = 640 << 20        # bytes that a plan leaves for a GPU's context, and that are not there to allocate
 WITHOUT_CONTEXT = ("cuInit", "cuDriverGetVersion", "cuDevice", "cuCtx", "cuEventElapsedTime", "cuGraphInstantiate", "cuGraphDestroy",
                    "cuGraphExecDestroy", "cuEventDestroy")       # beginnings of the names of functions that need no current context
@@ -251,16 +253,48 @@ class Driver:
         return (DONE, module) if name.decode() == module.program.name else (CUresult.CUDA_ERROR_NOT_FOUND, None)
 
     def cuLaunchKernel(self, kernel, x, y, z, n_threads, one, other, n_shared, stream, pointers, packed):
+        assert (one, other, pointers) == (1, 1, 0)
+        return self._launch(stream, kernel, (x, y, z), n_threads, self._values(kernel, packed), n_shared, False)
+
+    def cuLaunchKernelEx(self, config, kernel, pointers, packed):
+        stream = next((stream for stream in self.streams.all if int(stream) == int(config.hStream)), None)
+        if stream is None or self.arena_capability(kernel.arena) < (9, 0):
+            return HANDLE if stream is None else CUresult.CUDA_ERROR_NOT_SUPPORTED,
+        attributes = {attribute.id: attribute.value for attribute in config.attrs}
+        assert set(attributes) <= {CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION} and pointers == 0
+        grid = config.gridDimX, config.gridDimY, config.gridDimZ
+        assert (config.blockDimY, config.blockDimZ, len(config.attrs)) == (1, 1, config.numAttrs)
+        dependent = any(value.programmaticStreamSerializationAllowed for value in attributes.values())
+        return self._launch(stream, kernel, grid, config.blockDimX, self._values(kernel, packed), config.sharedMemBytes, dependent)
+
+    def arena_capability(self, arena):
+        """The capability of the device that has a memory."""
+        return self.capabilities.get(self.arenas.index(arena), self.capability)
+
+    def _launch(self, stream, kernel, grid, n_threads, values, n_shared, dependent):
+        x, y, z = grid
         if not (0 < x < 1 << 31 and 0 < y < 1 << 16 and 0 < z < 1 << 16 and 0 < n_threads <= 1024):
             return INVALID,
         if stream.device != self.device or kernel.arena is not self.arena:
             return HANDLE,
-        assert (one, other, n_shared, pointers) == (1, 1, 0, 0)
-        step = kernel, (x, y, z), n_threads, self._values(kernel, packed)
+        if kernel.sizes["shared"] + n_shared > kernel.most_shared:
+            return INVALID,
+        step = kernel, grid, n_threads, values, n_shared
         if stream.recording is None:
-            self.streams.push(stream, lambda: kernel.launch(*step[1:]))
+            dependent = dependent and stream.ends_with_kernel
+            self.streams.push(stream, lambda: kernel.launch(*step[1:], dependent))
+            stream.ends_with_kernel = True
         else:
-            stream.recording.append(step)
+            dependent = dependent and bool(stream.recording) and len(stream.recording[-1]) > 1
+            stream.recording.append((*step, dependent))
+        return DONE,
+
+    def cuFuncSetAttribute(self, kernel, attribute, value):
+        assert attribute == CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        most = SHARED_OF_BLOCK.get(self.arena_capability(kernel.arena), SMALL_SHARED_OF_BLOCK)
+        if kernel.sizes["shared"] + value > most:
+            return INVALID,
+        kernel.most_shared = kernel.sizes["shared"] + value
         return DONE,
 
     def _values(self, kernel, packed):

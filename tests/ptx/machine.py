@@ -1,28 +1,24 @@
 """PTX interpreter: it executes a kernel for many threads at once, in numpy.
 
-It stops where the behaviour of a GPU would be undefined. All threads at the same instruction execute it together. The lowest program
-counter goes first, so that diverged warps reconverge. Warp-synchronous instructions (shfl.sync, mma.sync) need all lanes. A barrier
-releases a block's threads when all have arrived.
+It stops where the behaviour of a GPU would be undefined. batch.py says in which order threads are executed, asynchronous.py what goes on
+meanwhile.
 """
-import collections
 import re
 import struct
 
 import numpy as np
 
+from tests.ptx.asynchronous import step_of
+from tests.ptx.batch import Batch, KernelError, Launch
 from tests.ptx.instructions import (OPERANDS, PLAIN, WIDE, compare, convert, dot_int8, dot_uint8, dot_uint16, dtype_of, mma_float16,
                                     mma_int8, sub_f16x2)
-from tests.ptx.memory import WARP, Access, Fault, Memory
+from tests.ptx.memory import WARP, Fault
 
+MOST_SHARED = 48 << 10
 THREADS = 1 << 14       # the most threads that are executed at a time, in whole blocks
 # mma.sync modifiers -> its function, the type of its accumulators
 TILES = {("aligned", "m16n8k32", "row", "col", "s32", "s8", "s8", "s32"): (mma_int8, "s32"),
          ("aligned", "m16n8k16", "row", "col", "f32", "f16", "f16", "f32"): (mma_float16, "f32")}
-COLUMN = {"x": 0, "y": 1, "z": 2}
-
-
-class KernelError(Exception):
-    """A kernel does something that is undefined on a GPU; what, and where."""
 
 
 def _unknown(batch, on):
@@ -37,7 +33,14 @@ class Kernel:
 
     def __init__(self, program, arena):
         self.program, self.arena, self.place_of, self.sizes = program, arena, {}, {"shared": 0, "local": 0}
+        used = {instruction.opcode[0] for instruction in program.code}
+        self.has_products, self.has_mbarriers = "wgmma" in used, "mbarrier" in used
+        self.has_copies = self.has_mbarriers or self.has_products or "cp" in used
+        self.has_clocks = self.has_mbarriers or any(i.opcode[:2] == ("bar", "sync") and len(i.operands) > 1 for i in program.code)
+        dynamic = {name: v for name, v in program.variables.items() if v.space == "shared" and not v.size}
         for name, v in program.variables.items():
+            if name in dynamic:
+                continue
             if v.space in self.sizes:
                 start = -(-self.sizes[v.space] // v.align) * v.align
                 self.place_of[name], self.sizes[v.space] = start, start + v.size
@@ -46,20 +49,27 @@ class Kernel:
                 arena.data[start:start + v.size] = np.frombuffer(v.values.ljust(v.size, b"\0"), np.uint8)
                 arena.initialized[start:start + v.size] = True
                 self.place_of[name] = arena.base + start
+        self.most_shared = max(MOST_SHARED, self.sizes["shared"])       # bytes of a block, unless the driver is told otherwise
+        align = max((v.align for v in dynamic.values()), default=1)
+        self.sizes["shared"] = -(-self.sizes["shared"] // align) * align if dynamic else self.sizes["shared"]
+        self.place_of.update(dict.fromkeys(dynamic, self.sizes["shared"]))      # all dynamic arrays begin behind the others
         self.steps = [self._step(instruction) for instruction in program.code]
 
-    def launch(self, grid, n_threads, values):
+    def launch(self, grid, n_threads, values, n_shared=0, dependent=False):
         """Execute the kernel on a grid (x, y, z) of blocks of n_threads.
 
-        values: the parameters in order, values or bits.
+        values: the parameters in order, values or bits. n_shared: bytes of dynamic shared memory. dependent: it may have begun before the
+        launch before it has ended.
         """
         if n_threads % WARP:
             raise KernelError(f"blocks of {n_threads} threads are not whole warps")
-        parameters, began = dict(zip(self.program.parameters, values, strict=True)), self.arena.clock
+        self.arena.clock += 1       # later than all that an earlier launch did, one that failed too
+        launch = Launch(grid, n_threads, dict(zip(self.program.parameters, values, strict=True)), n_shared, self.arena.clock,
+                        self.arena.last if dependent else self.arena.clock)
         n_blocks = int(np.prod(grid))
         for first in range(0, n_blocks, max(1, THREADS // n_threads)):
-            blocks = np.arange(first, min(n_blocks, first + max(1, THREADS // n_threads)))
-            Batch(self, grid, n_threads, blocks, parameters, began).run()
+            Batch(self, launch, np.arange(first, min(n_blocks, first + max(1, THREADS // n_threads)))).run()
+        self.arena.last = launch.since if launch.hasty else launch.began
 
     def _step(self, instruction):
         op, kind = instruction.opcode, instruction.opcode[-1]
@@ -71,6 +81,11 @@ class Kernel:
         try:
             if op[0] == "mov" and "{" in operands[0] + operands[1]:
                 return self._regroup(kind, operands)
+            found = step_of(self, op, operands)
+            if found is not None:
+                return found
+            if op[0] == "mov" and self.has_products and operands[1].startswith("%"):
+                return self._move(kind, operands)
             if op[0] == "mov" or op[0] == "cvta":
                 return self._plain(lambda x: x.copy(), operands, [kind])
             if op[0] == "cvt":
@@ -81,10 +96,6 @@ class Kernel:
                 return self._plain(lambda x: x, operands, [kind])
             if op[0] in ("ld", "st", "atom"):
                 return self._memory(op, operands)
-            if op[:3] in (("cp", "async", "cg"), ("cp", "async", "ca")):
-                return self._copy(operands)
-            if op[0] == "griddepcontrol" or op[:2] == ("cp", "async"):
-                return lambda batch, on: None
             if op[0] == "shfl":
                 return self._shuffle(op[2], operands)
             if op[0] == "mma":
@@ -113,6 +124,15 @@ class Kernel:
             target(batch, on, function(*(source(batch, on) for source in sources)))
         return step
 
+    def _move(self, kind, operands):
+        """mov in a kernel with products: a register that one has under way gets another name."""
+        target, source = self._target(operands[0], True), self._source(operands[1], kind, True)
+
+        def step(batch, on):
+            batch.flight.move(*operands, on)
+            target(batch, on, source(batch, on).copy())
+        return step
+
     def _regroup(self, kind, operands):
         """mov that packs several registers into one, or unpacks one."""
         names = [[name.strip() for name in o.strip("{}").split(",")] for o in operands]
@@ -138,8 +158,10 @@ class Kernel:
         if op[0] == "ld":
             targets = [self._target(name) for name in names]
 
+            constant = op[1:3] == ("global", "nc")
+
             def step(batch, on):
-                values = batch.memory(space).load(where(batch, on), batch.window(space, on), kind, elements, batch.access(on))
+                values = batch.memory(space).load(where(batch, on), batch.window(space, on), kind, elements, batch.access(on), constant)
                 for i, target in enumerate(targets):
                     target(batch, on, np.ascontiguousarray(values[:, i]))
         elif op[0] == "st":
@@ -154,23 +176,6 @@ class Kernel:
 
             def step(batch, on):
                 target(batch, on, batch.memory(space).add(where(batch, on), batch.window(space, on), source(batch, on), batch.access(on)))
-        return step
-
-    def _copy(self, operands):
-        """cp.async: for now the copy is done at once."""
-        to, source = self._source(operands[0].strip("[]"), "u32"), self._source(operands[1].strip("[]"), "u64")
-        n, n_from = int(operands[2]), self._source(operands[3] if len(operands) > 3 else operands[2], "u32")
-
-        def step(batch, on):
-            access, window = batch.access(on), batch.window("shared", on)
-            values, given = np.zeros((batch.count(on), n), np.uint8), n_from(batch, on)
-            at, places = source(batch, on).astype(np.int64), to(batch, on).astype(np.int64)
-            for i in range(n):
-                used = np.flatnonzero(given > i)
-                part = access._replace(threads=access.threads[used], barriers=access.barriers[used],
-                                       warp_barriers=access.warp_barriers[used])
-                values[used, i] = batch.memory("global").load(at[used] + i, 0, "u1", 1, part)[:, 0]
-            batch.memory("shared").store(places, window, values, access)
         return step
 
     def _shuffle(self, how, operands):
@@ -202,11 +207,16 @@ class Kernel:
                 target(batch, on, sums[..., i].ravel())
         return step
 
-    def _target(self, name):
-        """A function that writes values to a register of some threads."""
-        dtype = self._dtype(name)
+    def _target(self, name, of_product=False):
+        """A function that writes values to a register of some threads.
+
+        of_product: for an instruction that may have registers which are under way.
+        """
+        dtype, checked = self._dtype(name), self.has_products and not of_product
 
         def write(batch, on, values):
+            if checked:
+                batch.flight.note_write(name, on)
             values = values.astype(dtype, copy=False) if (values.dtype.kind == "f") == (dtype.kind == "f") else values.view(dtype)
             if on is None:
                 batch.registers[name] = values
@@ -219,18 +229,23 @@ class Kernel:
     def _dtype(self, register):
         return np.dtype(self.program.registers[re.match(r"%[a-z]+", register)[0]])
 
-    def _source(self, text, kind):
-        """A function that reads an operand's values [n] for some threads."""
-        dtype = dtype_of(kind)
+    def _source(self, text, kind, of_product=False):
+        """A function that reads an operand's values [n] for some threads.
+
+        of_product: for an instruction that may have registers which are under way.
+        """
+        dtype, checked = dtype_of(kind), self.has_products and not of_product
         if text.startswith("[") and text[1:-1] in self.program.parameters:
             text = text[1:-1]
             stored = dtype_of(self.program.parameters[text])
             return lambda batch, on: np.full(batch.count(on), np.array(batch.parameters[text], stored).view(dtype))
-        found = re.fullmatch(r"%(tid|ntid|ctaid|nctaid|laneid)(?:\.([xyz]))?", text)
+        found = re.fullmatch(r"%(tid|ntid|ctaid|nctaid|laneid|dynamic_smem_size)(?:\.([xyz]))?", text)
         if found:
             return lambda batch, on: batch.special(found[1], found[2], on).astype(dtype)
         if text.startswith("%"):
             def read(batch, on):
+                if checked:
+                    batch.flight.check_read(text, on)
                 if text not in batch.registers:
                     raise Fault(None, f"reads {text}, which has no value")
                 values = batch.registers[text] if on is None else batch.registers[text][on]
@@ -248,139 +263,3 @@ class Kernel:
             n = int(text, 0) & (1 << 8 * dtype.itemsize) - 1
             value = np.frombuffer(struct.pack("<Q", n), np.uint64).astype(f"u{dtype.itemsize}").view(dtype)[0]
         return lambda batch, on: np.full(batch.count(on), value)
-
-
-class Batch:
-    """Blocks of a launch that are executed together."""
-
-    def __init__(self, kernel, grid, n_threads, blocks, parameters, began):
-        self.kernel, self.grid, self.parameters, self.began = kernel, grid, parameters, began
-        self.per_block, self.blocks, self.n = n_threads, blocks, len(blocks) * n_threads
-        self.block = np.repeat(np.arange(len(blocks)), n_threads)       # of each thread, in the batch
-        self.thread = np.tile(np.arange(n_threads), len(blocks))        # in its block
-        self.global_block = blocks[self.block]
-        self.global_thread = (self.global_block * n_threads + self.thread).astype(np.int32)
-        self.registers, self.arena = {}, kernel.arena
-        self.barriers, self.warp_barriers = np.zeros((2, self.n), np.int64)     # time of each thread's last one
-        self.shared = Memory("shared", kernel.sizes["shared"], len(blocks))
-
-    def count(self, on):
-        return self.n if on is None else len(on)
-
-    def special(self, name, axis, on):
-        """The values of a special register for some threads."""
-        if name == "laneid":
-            values = self.thread % WARP
-        elif name in ("ntid", "nctaid"):
-            values = np.full(self.n, ((self.per_block, 1, 1) if name == "ntid" else self.grid)[COLUMN[axis]])
-        elif name == "tid":
-            values = self.thread if axis == "x" else np.zeros(self.n, np.int64)
-        else:
-            x, y = self.global_block % self.grid[0], self.global_block // self.grid[0]
-            values = (x, y % self.grid[1], y // self.grid[1])[COLUMN[axis]]
-        return values if on is None else values[on]
-
-    def memory(self, space):
-        if space == "local":
-            raise Fault(None, "uses local memory, which tests/ptx has not")
-        return self.arena if space == "global" else self.shared
-
-    def window(self, space, on):
-        if space == "global":
-            return 0
-        return self.block if on is None else self.block[on]
-
-    def access(self, on):
-        of = slice(None) if on is None else on
-        return Access(self.global_thread[of], self.per_block, self.barriers[of], self.warp_barriers[of], self.began, self.arena.clock)
-
-    def pass_warp_barrier(self, on):
-        self.whole_warps(on)
-        self.warp_barriers[slice(None) if on is None else on] = self.arena.clock
-
-    def whole_warps(self, on):
-        """The lanes [warps, 32] of threads. Fault unless they are whole warps."""
-        threads = np.arange(self.n) if on is None else on
-        if threads.size % WARP or (threads[::WARP] % WARP).any() or (np.diff(threads.reshape(-1, WARP), axis=1) != 1).any():
-            raise Fault(None, "needs all lanes of a warp, of which some are elsewhere")
-        return np.broadcast_to(np.arange(WARP), (threads.size // WARP, WARP))
-
-    def run(self):
-        """Execute until all threads have returned."""
-        waiting = collections.defaultdict(list)         # program counter -> threads
-        waiting[0].append(np.arange(self.n))
-        at_barrier, alive = [], np.bincount(self.block, minlength=len(self.blocks))
-        with np.errstate(all="ignore"):
-            while waiting or at_barrier:
-                if not waiting:
-                    self._pass_barrier(at_barrier, alive, waiting)
-                at = min(waiting)
-                groups = waiting.pop(at)
-                threads = groups[0] if len(groups) == 1 else np.sort(np.concatenate(groups))
-                while not waiting or at < min(waiting):
-                    at, threads = self._execute(at, threads, waiting, at_barrier, alive)
-                    if threads is None:
-                        break
-                else:
-                    waiting[at].append(threads)
-
-    def _execute(self, at, threads, waiting, at_barrier, alive):
-        """Execute one instruction for the threads at it.
-
-        Returns the next program counter and its threads, or None for these if they have returned or wait at a barrier.
-        """
-        instruction, step = self.kernel.program.code[at], self.kernel.steps[at]
-        self.arena.clock += 1
-        taken = threads
-        if instruction.predicate:
-            flag = self.registers[instruction.predicate.lstrip("!")][threads] != instruction.predicate.startswith("!")
-            taken = threads[flag]
-        if step is not None:
-            if len(taken):
-                self._step(instruction, step, taken)
-        elif instruction.opcode[0] == "bra":
-            target = self.kernel.program.labels[instruction.operands[0]]
-            if len(taken) == len(threads):
-                return target, threads
-            if len(taken):
-                waiting[target].append(taken)
-                threads = threads[~flag]
-        elif instruction.opcode[0] == "ret":
-            alive -= np.bincount(self.block[taken], minlength=len(self.blocks))
-            return at, None
-        elif instruction.opcode[0] == "bar":
-            at_barrier.append((at, taken))
-            return at, None
-        else:
-            raise KernelError(f"line {instruction.line}: calls a function, which tests/ptx cannot")
-        return at + 1, threads
-
-    def _step(self, instruction, step, threads):
-        """Execute an instruction. A Fault becomes a KernelError.
-
-        Its message names the line, the instruction and the thread.
-        """
-        try:
-            step(self, None if len(threads) == self.n else threads)
-        except Fault as fault:
-            i, what = fault.args
-            who = "" if i is None else f"thread {self.thread[threads[i]]} of block {self.global_block[threads[i]]} "
-            raise KernelError(f"line {instruction.line}, {'.'.join(instruction.opcode)} {', '.join(instruction.operands)}: "
-                              f"{who}{what}") from fault
-
-    def _pass_barrier(self, at_barrier, alive, waiting):
-        """Release the threads at barriers. All that still run are at one.
-
-        The threads of a block must be at the same barrier.
-        """
-        where = np.full(len(self.blocks), -1)
-        for at, threads in at_barrier:
-            blocks = np.unique(self.block[threads])
-            if ((where[blocks] >= 0) & (where[blocks] != at)).any():
-                raise KernelError(f"line {self.kernel.program.code[at].line}: threads of a block wait at different barriers")
-            where[blocks] = at
-            waiting[at + 1].append(threads)
-        arrived = sum(np.bincount(self.block[threads], minlength=len(self.blocks)) for _, threads in at_barrier)
-        assert (arrived == alive).all()
-        self.barriers[(arrived > 0)[self.block]] = self.arena.clock
-        at_barrier.clear()

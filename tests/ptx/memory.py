@@ -17,28 +17,49 @@ class Fault(Exception):
 
 WARP = 32
 ATOMIC = -1         # in place of a thread: several threads, by atomics
+ARRIVING, BARRIER = 1, 2        # states of bytes of shared memory: a copy under way will write them, they are of an mbarrier
+
+
+def engine(i):
+    """In place of a thread: the copies that arrive at a block's i-th mbarrier."""
+    return -2 - i
 
 
 class Access(NamedTuple):
     """Who accesses memory, and which earlier accesses are ordered before it.
 
-    Ordered are accesses before the launch, or before the last barrier of the thread's own block or warp.
+    Ordered are accesses before the launch, or before the last barrier of the thread's own block or warp, or what an mbarrier has told of.
     """
     threads: np.ndarray     # indices in the whole grid
     per_block: int          # threads of a block, whole warps
     barriers: np.ndarray    # time of the last block barrier of each thread
     warp_barriers: np.ndarray       # and of the last warp barrier
     began: int              # time of the launch
+    since: int              # since when this kernel could run, with those launched before
+    early: np.ndarray       # the same for each thread, up to griddepcontrol.wait; then time of the launch
     now: int
+    seen: np.ndarray = None         # times [threads, threads of a block and engines]: see copies.py
+    rows: np.ndarray = None         # places of the threads in it
+
+    def of(self, which):
+        """The same for some threads, or for threads several times: indices."""
+        return self._replace(threads=self.threads[which], barriers=self.barriers[which], warp_barriers=self.warp_barriers[which],
+                             early=self.early[which], rows=None if self.rows is None else self.rows[which])
 
     def unordered(self, thread, time):
         """Mask of earlier accesses by other threads that no barrier orders."""
         late = (time >= self.began) & (thread != self.threads)
         if late.any():
-            same_block = (thread == ATOMIC) | (thread // self.per_block == self.threads // self.per_block)
-            late &= ~same_block | (time > self.barriers)
-            late &= (thread // WARP != self.threads // WARP) | (time > self.warp_barriers)
-        return late
+            same_block = (thread < 0) | (thread // self.per_block == self.threads // self.per_block)
+            late &= ~same_block | (time > self._ordered_up_to(thread))
+        return late | (time >= self.early) & (time < self.began)
+
+    def _ordered_up_to(self, thread):
+        """Until when accesses by other threads of the block are ordered before."""
+        if self.seen is None:
+            return np.where(thread // WARP == self.threads // WARP, np.maximum(self.warp_barriers, self.barriers), self.barriers)
+        column = np.where(thread < ATOMIC, self.per_block - 2 - thread, thread % self.per_block)
+        return np.where(thread == ATOMIC, self.barriers, self.seen[self.rows, column])
 
 
 def first(where):
@@ -49,7 +70,7 @@ def first(where):
 class History:
     """Which thread wrote and read each byte last, and when.
 
-    An access to several bytes is noted at its first byte.
+    An access to several elements is noted at the first byte of each.
     """
 
     def __init__(self, size):
@@ -67,6 +88,13 @@ class History:
         self.other[at[other]], self.read_by_other[at[other]] = access.threads[other], access.now
         return bad
 
+    def clear_to_write(self, at, access):
+        """The first write that would race with an earlier access, or None."""
+        return first(access.unordered(self.writer[at], self.written[at]) | self._still_read(at, access))
+
+    def _still_read(self, at, access):
+        return access.unordered(self.reader[at], self.read[at]) | access.unordered(self.other[at], self.read_by_other[at])
+
     def writing(self, at, access, values):
         """Record a write of values [n, k], or an atomic add if None.
 
@@ -75,7 +103,7 @@ class History:
         late = access.unordered(self.writer[at], self.written[at])
         if values is None:
             late &= self.writer[at] != ATOMIC
-        late |= access.unordered(self.reader[at], self.read[at]) | access.unordered(self.other[at], self.read_by_other[at])
+        late |= self._still_read(at, access)
         self.writer[at], self.written[at] = ATOMIC if values is None else access.threads, access.now
         if values is not None and (self.writer[at] != access.threads).any():
             order = np.argsort(at, kind="stable")
@@ -95,6 +123,13 @@ class Memory:
         self.data = np.zeros(n_windows * size, np.uint8) if data is None else data
         self.pitch, self.initialized, self.history = size, np.zeros(self.data.size, bool), History(self.data.size)
         self.allowed = None         # mask of allocated bytes; None: all
+        self.state = self.readers = self.by_threads = None      # of each byte, where there are copies: watch()
+
+    def watch(self):
+        """Begin to know what copies and products under way do with each byte."""
+        self.state = np.zeros(self.data.size, np.int8)          # 0, ARRIVING or BARRIER
+        self.readers = np.zeros(self.data.size, np.int16)       # products under way that read it
+        self.by_threads = np.zeros(self.data.size, bool)        # written by threads, with no fence.proxy.async since
 
     def _places(self, address, window, n_bytes, n_elements):
         """Offsets in `data` of accesses. Fault if out of bounds or misaligned.
@@ -109,19 +144,47 @@ class Memory:
         self._refuse(first(at % size != 0), at, f"accesses {size} bytes of {{}}, which is not aligned to them")
         return at + window * self.pitch
 
-    def load(self, address, window, dtype, n_elements, access):
-        """Load elements [n, n_elements] at the addresses of n threads."""
+    def refuse_busy(self, at, n_bytes, writes):
+        """Fault if what is under way has to do with n_bytes at offsets in `data`."""
+        if self.state is not None:
+            every = at[:, None] + np.arange(n_bytes)
+            self._refuse(first((self.state[every] == ARRIVING).any(1)), at, "accesses {}, which a copy under way will write")
+            self._refuse(first((self.state[every] == BARRIER).any(1)), at, "accesses {}, where an mbarrier is")
+            if writes:
+                self._refuse(first((self.readers[every] > 0).any(1)), at, "writes {}, which a product under way reads")
+
+    def _note(self, at, n_bytes, access):
+        """Note who writes each byte, where copies have to know."""
+        if self.state is not None:
+            every = at[:, None] + np.arange(n_bytes)
+            self.by_threads[every], self.history.writer[every], self.history.written[every] = True, access.threads[:, None], access.now
+
+    def load(self, address, window, dtype, n_elements, access, constant=False):
+        """Load elements [n, n_elements] at the addresses of n threads.
+
+        constant: as ld.global.nc does, of what nothing writes while the kernel runs.
+        """
         n_bytes = np.dtype(dtype).itemsize
         at = self._places(address, window, n_bytes, n_elements)
+        self.refuse_busy(at, n_bytes * n_elements, False)
         self._refuse(first(~self.initialized[at]), at, "reads {} that was never written")
-        self._refuse(self.history.reading(at, access), at, "reads {} that another thread has written, with no barrier between")
+        if constant:
+            self._refuse(first(self.history.written[at] >= access.since), at,
+                         "reads {} as a constant, but it was written since the kernel could begin")
+        for i in range(n_elements):
+            self._refuse(self.history.reading(at + i * n_bytes, access), at,
+                         "reads {} that another thread has written, with no barrier between")
         return self.data.view(dtype)[(at // n_bytes)[:, None] + np.arange(n_elements)]
 
     def store(self, address, window, values, access):
         """Store values [n, n_elements] at the addresses of n threads."""
         n_bytes, n_elements = values.dtype.itemsize, values.shape[1]
         at = self._places(address, window, n_bytes, n_elements)
-        self._refuse(self.history.writing(at, access, values), at, "writes {} that another thread has accessed, with no barrier between")
+        self.refuse_busy(at, n_bytes * n_elements, True)
+        for i in range(n_elements):
+            self._refuse(self.history.writing(at + i * n_bytes, access, values[:, i:i + 1]), at,
+                         "writes {} that another thread has accessed, with no barrier between")
+        self._note(at, n_bytes * n_elements, access)
         self.data.view(values.dtype)[(at // n_bytes)[:, None] + np.arange(n_elements)] = values
         for i in range(n_bytes * n_elements):
             self.initialized[at + i] = True
@@ -130,6 +193,7 @@ class Memory:
         """Atomic add of integers, one thread after the other. Returns the old values."""
         at = self._places(address, window, values.dtype.itemsize, 1)
         self._refuse(first(~self.initialized[at]), at, "adds to {} that was never written")
+        self.refuse_busy(at, values.dtype.itemsize, True)
         self._refuse(self.history.writing(at, access, None), at, "adds to {} that another thread has accessed, with no barrier between")
         cells, found = self.data.view(values.dtype), np.empty_like(values)
         for i, (cell, value) in enumerate(zip(at // values.dtype.itemsize, values)):
@@ -153,6 +217,7 @@ class Arena(Memory):
         data = data[-data.ctypes.data % GUARD:][:size]
         super().__init__("global", size, base=data.ctypes.data, data=data)
         self.allowed, self.clock, self._taken = np.zeros(size, bool), 1, [(0, 0)]
+        self.last = 1       # since when work is not ordered before a dependent launch that comes next
 
     def allocate(self, n_bytes):
         """Allocate n bytes. Returns their offset."""

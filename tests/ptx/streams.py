@@ -14,8 +14,13 @@ class Stream:
 
     def __init__(self, device, number):
         self.device, self.number, self.recording = device, number, None
+        self.ends_with_kernel = False           # the last piece of work: then a dependent launch need not wait for all of it
         self.n_pushed = self.n_done = 0
         self.queue = collections.deque()        # functions; and Points of other streams, to be waited for
+
+    def __int__(self):
+        """The handle, where a number is needed: in the record of a launch's attributes."""
+        return id(self)
 
 
 class Point:
@@ -55,6 +60,7 @@ class Streams:
         """Enqueue a function, or a Point to wait for."""
         stream.queue.append(work)
         stream.n_pushed += 1
+        stream.ends_with_kernel = False
         self._go_on()
 
     def finish(self, stream, n=None):

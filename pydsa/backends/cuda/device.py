@@ -32,15 +32,16 @@ if SIMULATED:
         """Thread-safe cuda.shared.array of the simulator. Ignores alignment."""
         caller, dtype = sys._getframe(1), dtype if isinstance(dtype, type) else numpy_support.as_dtype(dtype)
         with _lock:
-            return self._allocations.setdefault((caller.f_code.co_filename, caller.f_lineno), np.empty(shape, dtype))
+            return (self._dynshared.view(dtype) if shape == 0 else
+                    self._allocations.setdefault((caller.f_code.co_filename, caller.f_lineno), np.empty(shape, dtype)))
 
     kernelapi.FakeCUDAShared.array = _shared_array
 
     _values = np.zeros(1024, np.float32)
-    _counts = np.zeros(1024, np.int64)
+    counts_of_lanes = np.zeros(1024, np.int64)
     _operands = np.zeros((1024, 6), np.uint32)
     _halves = np.zeros((1024, 6, 2), np.float32)
-    _thread = threading.current_thread
+    this_thread = threading.current_thread
 
     def device(function):
         """Mark a function that kernels call."""
@@ -114,11 +115,11 @@ if SIMULATED:
 
         In the simulator only kernels may call cuda.syncthreads; device functions call this.
         """
-        _thread().syncthreads()
+        this_thread().syncthreads()
 
     def warp_sync():
         """Warp barrier: orders the memory accesses of a warp's lanes, as cuda.syncwarp does."""
-        _wait(WARP)
+        wait_for_lanes(WARP)
 
     def dp4a(a, b, c):
         """c plus the dot product of four int8 pairs."""
@@ -126,27 +127,27 @@ if SIMULATED:
 
     _arrivals = collections.defaultdict(lambda: [0, 0])    # (group size, group of the block) -> lanes that arrived, rounds completed
 
-    def _wait(n):
+    def wait_for_lanes(n):
         """Barrier of a group of n adjacent lanes."""
         with _lock:     # two threads that arrive first at the same time must find the same list
-            arrivals = _arrivals[n, _thread().threadIdx.x // n]
+            arrivals = _arrivals[n, this_thread().threadIdx.x // n]
             rounds = arrivals[1]
             arrivals[0] += 1
             if arrivals[0] == n:
                 arrivals[:] = 0, rounds + 1
         while arrivals[1] == rounds:
-            if _thread().abort:
+            if this_thread().abort:
                 raise RuntimeError("another thread of the block has failed")
             time.sleep(0)
 
     def _combine(x, combine, n=WARP, values=_values):
         """Combine x over n adjacent lanes; every lane gets the result."""
-        i = _thread().threadIdx.x
+        i = this_thread().threadIdx.x
         values[i] = x
-        _wait(n)
+        wait_for_lanes(n)
         first = i // n * n
         result = combine(values[first:first + n])
-        _wait(n)
+        wait_for_lanes(n)
         return result
 
     def warp_sum(x):
@@ -161,7 +162,7 @@ if SIMULATED:
 
     def max_of_eight(x):
         """Maximum of int32 over eight adjacent lanes, in each of them."""
-        return _combine(x, lambda values: values.max(), 8, _counts)
+        return _combine(x, lambda values: values.max(), 8, counts_of_lanes)
 
     def warp_max(x):
         """Warp-level maximum of float32, in every lane."""
@@ -169,15 +170,15 @@ if SIMULATED:
 
     def warp_max_int(x):
         """Warp-level maximum of int32, in every lane."""
-        return _combine(x, lambda values: values.max(), WARP, _counts)
+        return _combine(x, lambda values: values.max(), WARP, counts_of_lanes)
 
     def warp_prefix(x, lane):
         """Warp-level inclusive prefix sum of int32."""
-        i = _thread().threadIdx.x
-        _counts[i] = x
-        _wait(WARP)
-        total = int(_counts[i - lane:i + 1].sum())
-        _wait(WARP)
+        i = this_thread().threadIdx.x
+        counts_of_lanes[i] = x
+        wait_for_lanes(WARP)
+        total = int(counts_of_lanes[i - lane:i + 1].sum())
+        wait_for_lanes(WARP)
         return total
 
     def load_four_f32(array, i):
@@ -197,12 +198,12 @@ if SIMULATED:
 
         a [16, 32] and b [32, 8] are int8, c [16, 8] is int32. Each of 32 lanes holds the fragments that the instruction defines.
         """
-        i = _thread().threadIdx.x
+        i = this_thread().threadIdx.x
         _operands[i] = a0, a1, a2, a3, b0, b1
-        _wait(MMA_WARP)
+        wait_for_lanes(MMA_WARP)
         first = i // MMA_WARP * MMA_WARP
         lanes = _operands[first:first + MMA_WARP].copy()
-        _wait(MMA_WARP)
+        wait_for_lanes(MMA_WARP)
         row, column = i % MMA_WARP // 4, i % 4 * 2
 
         def product(upper, column):
@@ -216,12 +217,12 @@ if SIMULATED:
 
         a [16, 16] and b [16, 8] are float16, c [16, 8] is float32. Each of 32 lanes holds the fragments that the instruction defines.
         """
-        i = _thread().threadIdx.x
+        i = this_thread().threadIdx.x
         _halves[i] = np.array([a0, a1, a2, a3, b0, b1], np.uint32).view(np.float16).reshape(6, 2)
-        _wait(MMA_WARP)
+        wait_for_lanes(MMA_WARP)
         first = i // MMA_WARP * MMA_WARP
         lanes = _halves[first:first + MMA_WARP].reshape(8, 4, 6, 2).copy()
-        _wait(MMA_WARP)
+        wait_for_lanes(MMA_WARP)
         rows, columns = lanes[i % MMA_WARP // 4], lanes[i % 4 * 2:i % 4 * 2 + 2]
 
         def product(upper, column):

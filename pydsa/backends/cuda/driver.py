@@ -16,6 +16,7 @@ from pydsa.backends import gpus
 from pydsa.errors import LESS, OutOfMemoryError, PydsaError
 
 
+DEPENDENT_SINCE = 9, 0      # the first capability with launches that depend on others in part
 PACKED, PACKED_SIZE, END = 1, 2, 0      # tags in cuLaunchKernel's last argument, `extra` (CU_LAUNCH_PARAM_*)
 
 
@@ -316,11 +317,34 @@ class Gpu:
             module = self._do("cuModuleLoadData", image)
             return self._do("cuModuleGetFunction", module, name.encode())
 
-    def launch(self, function, grid, n_threads, parameters, values):
-        """Launch a kernel on a grid (x, y, z) of blocks of n_threads threads."""
+    def allow_shared(self, function, n_bytes):
+        """Let launches of a kernel have so many bytes of dynamic shared memory."""
+        with self:
+            self._do("cuFuncSetAttribute", function, driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, n_bytes)
+
+    def launch(self, function, grid, n_threads, parameters, values, n_shared=0, dependent=False):
+        """Launch a kernel on a grid (x, y, z) of blocks of n_threads threads.
+
+        n_shared: bytes of dynamic shared memory. dependent: it may begin before the launch before it has ended, and waits for that itself;
+        GPUs before capability 9.0 cannot do that.
+        """
         with self:
             parameters.fill(values)
-            self._do("cuLaunchKernel", function, *grid, n_threads, 1, 1, 0, self._stream, 0, parameters.address)
+            if dependent and self.capability >= DEPENDENT_SINCE:
+                config = self._dependent(grid, n_threads, n_shared)
+                self._do("cuLaunchKernelEx", config, function, 0, parameters.address)
+            else:
+                self._do("cuLaunchKernel", function, *grid, n_threads, 1, 1, n_shared, self._stream, 0, parameters.address)
+
+    def _dependent(self, grid, n_threads, n_shared):
+        """How a dependent kernel is launched: a record of the driver."""
+        config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ, config.sharedMemBytes = n_threads, 1, 1, n_shared
+        config.hStream, config.attrs, config.numAttrs = int(self._stream), [attribute], 1
+        return config
 
     def record(self, work):
         """Capture the launches of work() as a GraphExec, without running them."""

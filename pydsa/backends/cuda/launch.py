@@ -25,7 +25,7 @@ if not SIMULATED:
     from cuda.bindings import nvjitlink
     from numba.cuda import dispatcher
 
-    from pydsa.backends.cuda.driver import Parameters
+    from pydsa.backends.cuda.driver import DEPENDENT_SINCE, Parameters
 
 BLOCKS = 4 if SIMULATED else 264        # that are wanted where work is divided freely, two for each of an H100's processors
 KERNELS = {}        # name -> Kernel: all that there are, for the tests that compile them without a GPU
@@ -53,11 +53,13 @@ listing = _Listing()
 class Kernel:
     """A CUDA kernel with one signature, that of arrays of any strides: kernel(grid, *args) launches blocks of `threads` threads.
 
-    bounds: threads of a block, and how many blocks must fit into a processor at a time, which limits their registers.
+    bounds: threads of a block, and how many blocks must fit into a processor at a time, which limits their registers. shared, dependent,
+    specific and lto: see kernel().
     """
 
-    def __init__(self, function, signature, threads, blocks):
+    def __init__(self, function, signature, threads, blocks=1, shared=0, dependent=False, specific=False, lto=False):
         self.function, self.signature, self.threads, self.bounds = function, signature, threads, (threads, blocks)
+        self.shared, self.dependent, self.specific, self.lto = shared, dependent, specific, lto
         self._loaded = {}       # index of a GPU -> the kernel as its driver knows it, and its parameters
         functools.update_wrapper(self, function)
         assert function.__name__ not in KERNELS, function.__name__
@@ -86,15 +88,32 @@ class Kernel:
         """Whether its machine code is to be made yet, and to be kept."""
         return self._ours and read(self._path("cubin", capability)) is None
 
+    def _architecture(self, capability):
+        """What compilers call the GPU: sm_90, or sm_90a with what only this one has."""
+        return f"sm_{capability[0]}{capability[1]}{'a' if self.specific else ''}"
+
     def _compiled(self, capability):
         with _device_functions_for(capability):
             text, _ = cuda.compile_ptx(self.function, f"void({self.signature})", cc=capability, launch_bounds=self.bounds)
-        return text.replace(re.search(r"\.entry (\w+)", text)[1], self.__name__)
+        text = text.replace(re.search(r"\.entry (\w+)", text)[1], self.__name__)
+        if capability < DEPENDENT_SINCE:        # NVVM does not look into assembly; there, nothing is launched as dependent
+            text = re.sub(r"griddepcontrol\.\w+;", "", text)
+        return re.sub(r"(\.target \w+)", rf"\1{'a' if self.specific else ''}", text, count=1)
+
+    def _intermediate(self, capability):
+        """Its LTO-IR, in which it has a name of Numba's."""
+        with _device_functions_for(capability):
+            code, _ = cuda.compile(self.function, f"void({self.signature})", device=False, abi="numba", cc=capability, output="ltoir",
+                                   launch_bounds=self.bounds)
+        return code
 
     def _assembled(self, capability):
-        link, text = nvjitlink.create(1, [f"-arch=sm_{capability[0]}{capability[1]}"]), self.ptx(capability).encode()
+        options = [f"-arch={self._architecture(capability)}", *(["-lto"] if self.lto else [])]
+        kind, code = ((nvjitlink.InputType.LTOIR, self._intermediate(capability)) if self.lto else
+                      (nvjitlink.InputType.PTX, self.ptx(capability).encode()))
+        link = nvjitlink.create(len(options), options)
         try:
-            nvjitlink.add_data(link, nvjitlink.InputType.PTX, text, len(text), self.__name__)
+            nvjitlink.add_data(link, kind, code, len(code), self.__name__)
             nvjitlink.complete(link)
             code = bytearray(nvjitlink.get_linked_cubin_size(link))
             nvjitlink.get_linked_cubin(link, code)
@@ -102,9 +121,18 @@ class Kernel:
             nvjitlink.destroy(link)
         return bytes(code)
 
+    def entry(self, code):
+        """The name that the kernel has in its machine code: by way of LTO-IR, Numba's."""
+        found = re.search(rb"\.text\.([\w$]+)\0", code) if self.lto else None       # the name of a section
+        return found[1].decode() if found else self.__name__
+
     def _load(self, here):
         kinds = "".join(_kinds(*found) for found in re.findall(r"(\w\d)(\[.*?\])?", self.signature))
-        self._loaded[here.index] = here.load(self.cubin(here.capability), self.__name__), Parameters(kinds)
+        code = self.cubin(here.capability)
+        function = here.load(code, self.entry(code))
+        if self.shared:
+            here.allow_shared(function, self.shared)
+        self._loaded[here.index] = function, Parameters(kinds)
 
     @functools.cached_property
     def _simulated(self):
@@ -124,13 +152,13 @@ class Kernel:
         if listing.kernels is not None:
             listing.kernels[self.__name__] = self
         elif SIMULATED:
-            self._simulated[grid, self.threads](*values)
+            self._simulated[grid, self.threads, 0, self.shared](*values)
         else:
             if here.index not in self._loaded:
                 self._load(here)
             function, parameters = self._loaded[here.index]
             grid = grid if isinstance(grid, tuple) else (grid,)
-            here.launch(function, grid + (1,) * (3 - len(grid)), self.threads, parameters, values)
+            here.launch(function, grid + (1,) * (3 - len(grid)), self.threads, parameters, values, self.shared, self.dependent)
 
     def load(self):
         """Give the current GPU its machine code before the first launch."""
@@ -180,14 +208,17 @@ def _device_functions_for(capability):
         dispatcher.get_current_device = theirs
 
 
-def kernel(signature, threads, name=None, blocks=1):
+def kernel(signature, threads, name=None, blocks=1, **others):
     """Make a Kernel of a function: the types of its parameters as numba writes them, threads a block; a name, if several are made of one.
 
-    blocks: that must fit into a processor at a time.
+    blocks: that must fit into a processor at a time. Others: shared, bytes of dynamic shared memory, cuda.shared.array(0, ...) in the
+    kernel; dependent, it may begin before the launch before it has ended, and calls wait_for_earlier() (instructions.py); specific, it is
+    compiled for what only GPUs of that very capability have, as wgmma; lto, it is compiled by way of LTO-IR, which heeds its changes of
+    the number of registers.
     """
     def make(function):
         function.__name__ = function.__qualname__ = name or function.__name__
-        return Kernel(function, signature, threads, blocks)
+        return Kernel(function, signature, threads, blocks, **others)
     return make
 
 

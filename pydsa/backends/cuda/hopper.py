@@ -1,0 +1,120 @@
+"""Instructions of GPUs of capability 9.0: bulk copies, mbarriers, and wgmma.
+
+The simulator has none of them. Addresses are as in instructions.py. A compiler does not see a mistake here: tests/ptx finds reads before a
+wait, missing fences and phases that nobody ends.
+
+An mbarrier has 8 bytes of shared memory. Its phase ends when as many threads have arrived as it was initialized for, and all bytes have
+come that were expected. wait_phase(bars, at, parity) waits for the end of the phase of that parity, the first one's is 0.
+
+wgmma multiplies A [64, 16 steps], float16 in registers or shared memory of a warpgroup (four warps), with B [16 steps, n], which lies in
+shared memory by columns, in images of 64 numbers (128 bytes) a column: 16-byte piece i of column r is at i ^ (r % 8). An image begins at a
+multiple of 1,024. A lane has of A what mma.m16n8k16 gives it for its warp's 16 rows, and of the sums [64, n] the pairs 2 c, 2 c + 1 of each
+eight columns, of row g, then of row g + 8, where g = lane // 4 and c = lane % 4.
+"""
+from pydsa.backends.cuda.device import SIMULATED
+from pydsa.backends.cuda.instructions import instruction
+
+# init_mbarrier(bars, at, n_arrivals); then fence_mbarriers() by that thread, and a barrier.
+init_mbarrier = instruction("mbarrier.init.shared::cta.b64 [$0], $1;", "", "sr", fixed=True)
+fence_mbarriers = instruction("fence.mbarrier_init.release.cluster;", fixed=True)
+arrive = instruction("mbarrier.arrive.shared::cta.b64 _, [$0];", "", "s", fixed=True)
+# expect_bytes(bars, at, n): arrive, and let the phase wait for n bytes of bulk copies.
+expect_bytes = instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "", "sr", fixed=True)
+wait_phase = instruction("""{
+.reg .pred %done;
+again:
+mbarrier.try_wait.parity.shared::cta.b64 %done, [$0], $1;
+@!%done bra again;
+}""", "", "sr", fixed=True)
+# copy_bulk(target, to, source, at, n, bars, bar): n bytes, a multiple of 16, by one thread; to shared memory.
+copy_bulk = instruction("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];", "", "sgrs", fixed=True)
+# What this thread wrote to shared memory, or knows to be written, is there for bulk copies and wgmma.
+fence_async = instruction("fence.proxy.async.shared::cta;", fixed=True)
+
+
+if SIMULATED:
+    shared_address = instruction("the address in shared memory")
+
+    def make_wgmma(n, steps, parts=1, anew=False):
+        """A function that raises PydsaError in the simulator."""
+        return instruction("wgmma.mma_async")
+
+    def make_wgmma_wait(n, n_words):
+        """A function that raises PydsaError in the simulator."""
+        return instruction("wgmma.wait_group")
+
+else:
+    from llvmlite import ir
+    from numba.core import types
+    from numba.cuda.extending import intrinsic
+
+    from pydsa.backends.cuda.instructions import F32, I32, address
+
+    @intrinsic
+    def shared_address(typingctx, array, at):
+        """The address of a byte of an array in shared memory, uint32."""
+        def codegen(context, builder, signature, args):
+            return address(context, builder, signature.args[0], *args, "s")
+        return types.uint32(array, types.int64), codegen
+
+    def _elements(context, builder, signature, args, i, n):
+        """Places of the first n elements of a local array, the i-th argument."""
+        data = context.make_array(signature.args[i])(context, builder, args[i]).data
+        return [builder.gep(data, [I32(j)]) for j in range(n)]
+
+    def _through(context, builder, signature, args, text, n_sums, n_words, others=()):
+        """Assembly whose results are the sums, in a local array.
+
+        The sums are operands too, and words of A, in another one, and others.
+        """
+        places = _elements(context, builder, signature, args, 0, n_sums)
+        words = [builder.load(p) for p in _elements(context, builder, signature, args, 1, n_words)] if n_words else []
+        values = [builder.load(p) for p in places] + words + list(others)
+        function = ir.FunctionType(ir.LiteralStructType([F32] * n_sums), [v.type for v in values])
+        constraints = ["=f"] * n_sums + [str(i) for i in range(n_sums)] + ["r"] * n_words + ["l"] * len(others) + ["~{memory}"]
+        made = builder.call(ir.InlineAsm(function, text, ",".join(constraints), side_effect=True), values)
+        for i, place in enumerate(places):
+            builder.store(builder.extract_value(made, i), place)
+        return context.get_dummy_value()
+
+    def make_wgmma(n, steps, parts=1, anew=False):
+        """multiply(sums, words, descriptors...): start sums [n / 2] += A B, of float16, and close the group.
+
+        words [4 steps]: A, four for each of `steps` times 16 columns. parts: B is the sum of so many, each with a descriptor (uint64) of
+        its first 16 numbers. anew: sums = A B. Up to the wait for the group neither sums nor words may be used.
+        """
+        n_sums, n_words = n // 2, 4 * steps
+        sums, first = ",".join(f"${i}" for i in range(n_sums)), 2 * n_sums
+        lines = ["{", ".reg .b64 %there;", "wgmma.fence.sync.aligned;"]
+        for step in range(steps):
+            words = ",".join(f"${first + 4 * step + i}" for i in range(4))
+            for part in range(parts):
+                lines += [f"add.s64 %there, ${first + n_words + part}, {2 * step};",
+                          f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.f16.f16 {{{sums}}}, {{{words}}}, %there, "
+                          f"{int(not anew or step + part > 0)}, 1, 1, 0;"]
+        text = "\n".join([*lines, "wgmma.commit_group.sync.aligned;", "}"])
+
+        def start(context, builder, signature, args):
+            return _through(context, builder, signature, args, text, n_sums, n_words, args[2:])
+        if parts == 1:
+            @intrinsic
+            def multiply(typingctx, sums, words, descriptor):
+                return types.void(sums, words, types.uint64), start
+        else:
+            @intrinsic
+            def multiply(typingctx, sums, words, descriptor, second):
+                return types.void(sums, words, types.uint64, types.uint64), start
+        return multiply
+
+    def make_wgmma_wait(n, n_words):
+        """wait(sums, words): until all products are done.
+
+        sums [n / 2] and words [n_words] go through, so that the compiler moves no use of them before it.
+        """
+        def codegen(context, builder, signature, args):
+            return _through(context, builder, signature, args, "wgmma.wait_group.sync.aligned 0;", n // 2, n_words)
+
+        @intrinsic
+        def wait(typingctx, sums, words):
+            return types.void(sums, words), codegen
+        return wait
