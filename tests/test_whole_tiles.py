@@ -24,7 +24,10 @@ def test_linear(kind):
 
 @pytest.mark.parametrize("kind, n_in", [("Q6_K", 1280), ("Q8_0", 1312), ("Q4_K", 2304), ("Q8_0", 4128), ("IQ2_XXS", 1280), ("Q4_1", 2144)])
 def test_one_token(kind, n_in, monkeypatch):
-    """Rows of several steps, the last one partial, that warps share; and few blocks, each of which walks through many rows."""
+    """Rows of several steps, the last one partial.
+
+    First warps share rows, then there are few blocks, each of which walks through many rows.
+    """
     for n_out, most_blocks in ((9, None), (70, 2)):
         if most_blocks and DEVICE == "cuda":
             monkeypatch.setattr("pydsa.backends.cuda.int8x2.gemv.MOST_BLOCKS", most_blocks)

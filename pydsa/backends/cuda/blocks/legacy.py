@@ -72,7 +72,7 @@ def group_q8_0(data, row, g):
 
 @device
 def fifths(bits, i):
-    """Four times four fifth bits from bit 4 i on, each in bit 4 of its own byte."""
+    """fifth_bits of sixteen weights from bit 4 i on."""
     return fifth_bits(bits, i), fifth_bits(bits, i + 1), fifth_bits(bits, i + 2), fifth_bits(bits, i + 3)
 
 

@@ -1,4 +1,4 @@
-"""GEMV of quantized weights with one token's activations, in rows of lanes.
+"""GEMV of quantized weights with the activations of one token.
 
 Half a warp has a row of weights. Each of its lanes takes 64 of each 1,024, so that the scales of a block are decoded once for them, and has
 two rows at a time, which share what it reads of the activations. These come from the first-level cache: all warps of a processor read the
@@ -272,7 +272,7 @@ def _make_direct(name):
 
 
 def copies_of(n, stride):
-    """copy_row(target, to, source, at, n_bytes), an instruction of many copies.
+    """An instruction of many copies: copy_row(target, to, source, at, n_bytes).
 
     It begins to copy 16 bytes every `stride` bytes, at most n times, and as long as n_bytes is greater than the distance from the first.
     It is one, as each would find out the address of shared memory anew.

@@ -1,4 +1,4 @@
-"""The activations of one token, rounded for products with quantized weights (gemv.py).
+"""The activations of one token, rounded for products (gemv.py).
 
 Activations are quantized to int16 with a scale per 32 values, stored as int8 pairs: x = scale (256 high + low), both bytes signed, the
 largest magnitude 32,512. Weights and activations are multiplied as int8 by dp4a. Sums over 32 values are exact; only scales and sums of
