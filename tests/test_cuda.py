@@ -57,6 +57,23 @@ def test_kernels_compile(capsys):
     assert table.count("gemm_q4_k") == table.count("gemv_q8_0") == 2
 
 
+PRODUCTS = """
+from tests.ptx.driver import install
+install()
+import sys
+sys.path.insert(0, "tools")
+import gpu_products
+gpu_products.main(["--small", "--type", "Q4_K", "--type", "BF16"])
+"""
+
+
+def test_products_are_checked():
+    """tools/gpu_products.py times and checks a token's products."""
+    lines = run_python("-c", PRODUCTS, device="ptx").splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["Q4_K"] * 3 + ["BF16"] * 3
+    assert all(float(line.split()[-1]) < (2e-9 if line.startswith("Q4_K") else 1e-12) for line in lines)
+
+
 def test_ops():
     """The tests of ops on the CUDA backend, with fewer and smaller shapes.
 

@@ -5,7 +5,7 @@ two rows at a time, which share what it reads of the activations. These come fro
 same. Rows of at most 512 weights are joined: half a warp takes as many as fit into its lanes.
 
 Weights of types whose blocks are multiples of 16 bytes go to registers, 16 bytes a load. All others go through shared memory: each warp has
-a ring of two stages there. Asynchronous copies fill one of them while the other one is multiplied, also from one row to the next.
+a ring of stages there. Asynchronous copies fill the others while one is multiplied, also from one row to the next.
 """
 import numpy as np
 from numba import cuda
@@ -28,12 +28,11 @@ STEP = LANES * CHUNK                    # weights of a row that are multiplied a
 ROWS = 2 * HALVES                       # of a warp
 NOTHING = -1 << 20                      # bytes that are left where there is nothing to copy
 PARTS = WARPS * ROWS                    # sums of a block
-STAGES = 2                              # of a warp's ring
+AHEAD = 512 if SIMULATED else 4096      # bytes of weights that are on their way to a warp, at least
 MOST_BLOCKS = 2 * BLOCKS                # that walk through rows: four for each of an H100's processors
 LOW_BYTES = 4 * LOW                     # from the high bytes of a quad to its low ones
 ZERO = np.float32(0)
 SIGNATURE = "f4[:,:], u1[::1], f4[:,:], u1[::1], i8, i4[:], i4, i4, i4, u4[::1], f4[:,:], f4[:,:]"
-wait_for_stage = copies_left(STAGES - 1)
 # a number that is not computed anew in every round of a loop, to save a register
 kept = instruction("mov.b32 $0, $1;", "i", "i", lambda x: x, True)
 
@@ -326,7 +325,8 @@ def _make_staged(name):
     pitch = (step_bytes + 15 + 15) // 16 * 16
     ask, aim = _make_ring(step_bytes, pitch)
     stage_bytes = ROWS * pitch
-    ring_bytes, staged_bytes = STAGES * stage_bytes, WARPS * STAGES * stage_bytes
+    stages = max(2, blocks_for(AHEAD, stage_bytes) + 1)
+    ring_bytes, staged_bytes, wait_for_stage = stages * stage_bytes, WARPS * stages * stage_bytes, copies_left(stages - 1)
 
     def gemv_staged(out, w, other_out, other_w, row_bytes, ids, x_div, shift, split, packed, scales, sums):
         """out[y] = matrix ids[y] times row y // x_div of the activations.
@@ -352,7 +352,7 @@ def _make_staged(name):
             r0, _, own0 = row_of(2 * tile, half, own, joined, n_out, row_bytes)
             r1, _, own1 = row_of(2 * tile + 1, half, own, joined, n_out, row_bytes)
             r0, r1, own0, own1 = kept(np.int32(r0 + base)), kept(np.int32(r1 + base)), kept(own0), kept(np.int32(own1 + HALVES * pitch))
-            for step in range(part if first >= begin else np.int32(n_steps - STAGES * splits), n_steps, splits):
+            for step in range(part if first >= begin else np.int32(n_steps - stages * splits), n_steps, splits):
                 c, at = np.int32(step * LANES + piece), np.int32(step * step_bytes)
                 wait_for_stage()
                 warp_sync()
