@@ -87,7 +87,7 @@ def ring(out, x, n):
     out[i] = total
 
 
-@kernel("f4[:,::1], u4[:,::1], u4[:,::1]", 128, shared=IMAGE, specific=True)
+@kernel("f4[:,::1], u4[:,::1], u4[:,::1]", 128, shared=IMAGE, specific=(9, 0))
 def product(out, a, b):
     """The sum of two products of a warpgroup.
 

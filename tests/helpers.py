@@ -1,8 +1,8 @@
 """Helpers of several test files: backend under test, inputs, comparison.
 
 `kernels` is the backend under test: the CPU's, or the GPU's with PYDSA_TEST_DEVICE=cuda. With NUMBA_ENABLE_CUDASIM=1 too, Numba's simulator
-runs the GPU's kernels. With PYDSA_TEST_DEVICE=ptx they are compiled for a GPU and tests/ptx executes them. Both are slow: where SIMULATED
-is true, tests take fewer and smaller shapes.
+runs the GPU's kernels. With PYDSA_TEST_DEVICE=ptx they are compiled for a GPU, of PYDSA_TEST_CAPABILITY, and tests/ptx executes them. Both
+are slow: where SIMULATED is true, tests take fewer and smaller shapes.
 """
 import importlib
 import math
@@ -23,7 +23,7 @@ IN_SIMULATOR = DEVICE == "cuda" and os.environ.get("NUMBA_ENABLE_CUDASIM") == "1
 SIMULATED = IN_SIMULATOR or DEVICE == "ptx"
 if DEVICE == "ptx":
     from tests.ptx.driver import install
-    install()
+    install().capability = tuple(map(int, os.environ.get("PYDSA_TEST_CAPABILITY", "8.0").split(".")))
     DEVICE = "cuda"
 
 

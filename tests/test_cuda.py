@@ -54,7 +54,7 @@ def test_kernels_compile(capsys):
     table = run_python("tools/cuda_ptx.py", "--cc", "80", "--assemble", "90")
     with capsys.disabled():
         print(f"\n{table}")
-    assert table.count("gemm_q4_k") == table.count("gemv_q8_0") == 2
+    assert table.count("gemm_q4_k") == table.count("gemv_q8_0") == 2 and table.count("wgmma_q4_k") == table.count("wgmma_q5_k") == 1
 
 
 PRODUCTS = """

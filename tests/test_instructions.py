@@ -80,12 +80,12 @@ from pydsa.backends.cuda.instructions import instruction
 from pydsa.backends.cuda.launch import kernel
 registers = instruction("setmaxnreg.inc.sync.aligned.u32 240;", fixed=True)
 
-@kernel("f4[::1]", 128, specific=True, lto=True)
+@kernel("f4[::1]", 128, specific=(9, 0), lto=True)
 def by_lto(out):
     registers()
     out[cuda.threadIdx.x] = 0
 
-@kernel("f4[::1]", 128, specific=True)
+@kernel("f4[::1]", 128, specific=(9, 0))
 def by_ptx(out):
     out[cuda.threadIdx.x] = 0
 

@@ -9,7 +9,8 @@ local memory that should be in registers. A kernel of which two blocks must fit 
 do not change.
 
 --assemble assembles the PTX of --cc for a newer GPU too, which takes a fifth of the time of another --cc. NVVM makes the same PTX for both,
-but for the target and names.
+but for the target and names. Kernels that are for one capability only are compiled for that one, and left out elsewhere; dependent launches
+have instructions of their own from 9.0 on, so that such kernels are compiled again.
 
 --loops shows the machine instructions of each loop of a kernel, of which a multiprocessor issues four in a cycle. It needs nvdisasm (`pip
 install nvidia-cuda-nvdisasm`). Without ptxas (it comes with the CUDA toolkit, or `pip install nvidia-cuda-nvcc`) kernels are only compiled
@@ -60,8 +61,10 @@ def assembled(ptxas, ptx, capability, folder):
     """Assemble a kernel in a folder: the cubin's path, and ptxas's report."""
     path = Path(folder) / "kernel.ptx"
     path.write_text(ptx)
-    done = subprocess.run([ptxas, f"-arch=sm_{capability[0]}{capability[1]}", "-v", str(path), "-o", str(path.with_suffix(".cubin"))],
-                          capture_output=True, text=True)
+    own = re.search(r"^\.target (sm_\d+a)", ptx, re.M)      # for one GPU's own instructions
+    architecture = own[1] if own else f"sm_{capability[0]}{capability[1]}"
+    done = subprocess.run([ptxas, f"-arch={architecture}", "-v", str(path), "-o", str(path.with_suffix(".cubin"))], capture_output=True,
+                          text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     return path.with_suffix(".cubin"), done.stderr
@@ -81,9 +84,10 @@ def show_loops(kernel, capability):
 
 
 def assemble(ptxas, ptx, capability):
-    """{"registers", "spills", "stack", "shared"} of a kernel's PTX.
+    """What a kernel's PTX uses, a dict.
 
-    All but the registers are in bytes.
+    It has registers, spills, stack, shared and serialized. All but the registers are in bytes; serialized tells whether ptxas lets
+    products of wgmma wait for each other.
     """
     with tempfile.TemporaryDirectory() as folder:
         _, said = assembled(ptxas, ptx, capability, folder)
@@ -91,7 +95,7 @@ def assemble(ptxas, ptx, capability):
     def number(pattern):
         return max(map(int, re.findall(pattern, said)), default=0)
     return {"registers": number(r"Used (\d+) registers"), "spills": number(r"(\d+) bytes spill stores"),
-            "stack": number(r"(\d+) bytes stack frame"), "shared": number(r"(\d+) bytes smem")}
+            "stack": number(r"(\d+) bytes stack frame"), "shared": number(r"(\d+) bytes smem"), "serialized": "serialized" in said}
 
 
 def report(capability, target):
@@ -103,14 +107,16 @@ def report(capability, target):
     print(f"sm_{target[0]}{target[1]}")
     print(f"{'kernel':24} registers  spills   stack  shared" if ptxas else "ptxas was not found: kernels are compiled to PTX only")
     for name, kernel in KERNELS.items():
-        ptx = kernel.ptx(capability)
+        if kernel.specific not in (None, target):
+            continue
+        ptx = kernel.ptx(target if kernel.specific or kernel.dependent else capability)
         if not ptxas:
             print(name)
             continue
         use = assemble(ptxas, ptx, target)
         print(f"{name:24} {use['registers']:9} {use['spills']:7} {use['stack']:7} {use['shared']:7}")
         allowed = MAX_SPILLS if kernel.bounds[1] > 1 else 0
-        if use["spills"] > allowed or use["stack"] > allowed and name not in LOCAL:
+        if use["spills"] > allowed or use["stack"] > allowed and name not in LOCAL or use["serialized"]:
             bad.append(name)
     return bad
 
@@ -130,7 +136,7 @@ def main():
     targets = [capability] + ([divmod(options.assemble, 10)] if options.assemble else [])
     bad = [name for target in targets for name in report(capability, target)]
     if bad:
-        sys.exit(f"spills or arrays in local memory: {', '.join(bad)}")
+        sys.exit(f"spills, arrays in local memory, or serialized products: {', '.join(bad)}")
 
 
 if __name__ == "__main__":

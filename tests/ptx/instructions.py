@@ -159,9 +159,9 @@ def mma_float16(a, b, c):
     return (product.reshape(n, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(n, 32, 4) + c).astype("f4")
 
 
-def sub_f16x2(x, y):
-    """sub.f16x2: subtraction of float16 pairs."""
-    return (np.ascontiguousarray(x).view("f2") - np.ascontiguousarray(y).view("f2")).view("u4")
+def of_pairs(function):
+    """The function of float16 pairs, in uint32, of one of float64, rounded."""
+    return lambda *xs: function(*(np.ascontiguousarray(x).view("f2").astype("f8") for x in xs)).astype("f2").view("u4")
 
 
 def fma(x, y, z):
@@ -221,6 +221,9 @@ PLAIN = {
     "ex2.approx.ftz": power_of_two, "clz": leading_zeros, "prmt": byte_permute, "bfi": bit_insert, "selp": select, "shl": shift(True),
     "shr": shift(False), "shf.r.wrap": funnel_right,
 }
+PAIRS = {name: of_pairs(function) for name, function in (      # of float16 pairs, f16x2
+    ("add", np.add), ("add.rn", np.add), ("sub", np.subtract), ("sub.rn", np.subtract), ("mul", np.multiply), ("mul.rn", np.multiply),
+    ("fma.rn", lambda x, y, z: x * y + z))}
 WIDE = {"mul.wide": np.multiply, "mad.wide": lambda x, y, z: x * y + z}
 # operand types that differ from the opcode's
 OPERANDS = {"selp": (None, None, "pred"), "shl": (None, "u32"), "shr": (None, "u32"), "bfi": (None, None, "u32", "u32")}

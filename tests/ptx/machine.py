@@ -10,8 +10,8 @@ import numpy as np
 
 from tests.ptx.asynchronous import step_of
 from tests.ptx.batch import Batch, KernelError, Launch
-from tests.ptx.instructions import (OPERANDS, PLAIN, WIDE, compare, convert, dot_int8, dot_uint8, dot_uint16, dtype_of, mma_float16,
-                                    mma_int8, sub_f16x2)
+from tests.ptx.instructions import (OPERANDS, PAIRS, PLAIN, WIDE, compare, convert, dot_int8, dot_uint8, dot_uint16, dtype_of,
+                                    mma_float16, mma_int8)
 from tests.ptx.memory import WARP, Fault
 
 MOST_SHARED = 48 << 10
@@ -100,8 +100,8 @@ class Kernel:
                 return self._shuffle(op[2], operands)
             if op[0] == "mma":
                 return self._tiles(op, operands)
-            if op == ("sub", "f16x2"):
-                return self._plain(sub_f16x2, operands, ["u32", "u32"])
+            if kind == "f16x2":
+                return self._plain(PAIRS[name], operands, ["u32"] * (len(operands) - 1))
             if op == ("dp2a", "lo", "u32", "u32"):
                 return self._plain(dot_uint16, operands, ["u32"] * 3)
             if op == ("dp4a", "u32", "s32"):

@@ -57,7 +57,7 @@ class Kernel:
     specific and lto: see kernel().
     """
 
-    def __init__(self, function, signature, threads, blocks=1, shared=0, dependent=False, specific=False, lto=False):
+    def __init__(self, function, signature, threads, blocks=1, shared=0, dependent=False, specific=None, lto=False):
         self.function, self.signature, self.threads, self.bounds = function, signature, threads, (threads, blocks)
         self.shared, self.dependent, self.specific, self.lto = shared, dependent, specific, lto
         self._loaded = {}       # index of a GPU -> the kernel as its driver knows it, and its parameters
@@ -212,9 +212,9 @@ def kernel(signature, threads, name=None, blocks=1, **others):
     """Make a Kernel of a function: the types of its parameters as numba writes them, threads a block; a name, if several are made of one.
 
     blocks: that must fit into a processor at a time. Others: shared, bytes of dynamic shared memory, cuda.shared.array(0, ...) in the
-    kernel; dependent, it may begin before the launch before it has ended, and calls wait_for_earlier() (instructions.py); specific, it is
-    compiled for what only GPUs of that very capability have, as wgmma; lto, it is compiled by way of LTO-IR, which heeds its changes of
-    the number of registers.
+    kernel; dependent, it may begin before the launch before it has ended, and calls wait_for_earlier() (instructions.py); specific, the
+    only capability that it is for, (9, 0) for wgmma; lto, it is compiled by way of LTO-IR, which heeds its changes of the number of
+    registers.
     """
     def make(function):
         function.__name__ = function.__qualname__ = name or function.__name__
