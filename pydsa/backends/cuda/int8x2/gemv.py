@@ -29,6 +29,7 @@ ROWS = 2 * HALVES                       # of a warp
 NOTHING = -1 << 20                      # bytes that are left where there is nothing to copy
 PARTS = WARPS * ROWS                    # sums of a block
 AHEAD = 512 if SIMULATED else 4096      # bytes of weights that are on their way to a warp, at least
+BANKS_APART = {"Q6_K": 96}              # bytes, of 128, that the halves' rows lie apart, if not 64: so that they meet in few banks
 MOST_BLOCKS = 2 * BLOCKS                # that walk through rows: four for each of an H100's processors
 LOW_BYTES = 4 * LOW                     # from the high bytes of a quad to its low ones
 ZERO = np.float32(0)
@@ -98,7 +99,8 @@ def float_at(array, at):
 def _make_activations(name):
     """The function that loads what a lane multiplies 64 weights with.
 
-    These are high quads, low quads, scales and sums of four sixteens. x_at, f_at: the bytes of packed and scales at which they begin.
+    These are high quads, low quads, scales and sums of four sixteens. x_at, f_at: the bytes of packed and scales at which they begin. half:
+    which half of four groups it is, where the type is strided. second: see blocks/__init__.py.
     """
     entry, whole = GROUPED[name], TYPES[name].size > 32         # rows are multiples of 64 numbers
     needs_sums = entry.offsets or entry.lane.bias > 0
@@ -290,7 +292,7 @@ def copies_of(n, stride):
 def _make_ring(step_bytes, pitch):
     """The functions that fill a warp's ring, see gemv_staged.
 
-    Rows lie `pitch` bytes apart there.
+    pitch: bytes between rows there, at least those of a step and 15 before it.
     """
     copy_row = copies_of(blocks_for(pitch, 16 * LANES), 16 * LANES)
 
@@ -324,7 +326,8 @@ def _make_staged(name):
     step_bytes, prepare = STEP // size * TYPES[name].n_bytes, entry.prepare
     pitch = (step_bytes + 15 + 15) // 16 * 16
     ask, aim = _make_ring(step_bytes, pitch)
-    stage_bytes = ROWS * pitch
+    apart = 2 * pitch + (BANKS_APART.get(name, 64) - 2 * pitch) % 128       # from one half's rows to the other's
+    stage_bytes = HALVES * apart
     stages = max(2, blocks_for(AHEAD, stage_bytes) + 1)
     ring_bytes, staged_bytes, wait_for_stage = stages * stage_bytes, WARPS * stages * stage_bytes, copies_left(stages - 1)
 
@@ -342,7 +345,7 @@ def _make_staged(name):
         staged = cuda.shared.array(staged_bytes, np.uint8, 16)
         base, (x_row_at, f_row_at) = ids[y] * np.int64(n_out) * row_bytes, begins(y // x_div, n_groups)
         splits, per_block, jump = np.int32(1 << split), np.int32(WARPS >> split), kept(np.int32(step_bytes << split))
-        ring = kept(np.int32(warp * ring_bytes + half * pitch))
+        ring = kept(np.int32(warp * ring_bytes + half * apart))
         n_tiles, last_stage = np.int32((n_out - 1 >> joined) // ROWS + 1), kept(np.int32(ring + ring_bytes - stage_bytes))
         begin, stride = np.int32(cuda.blockIdx.x * per_block), np.int32(cuda.gridDim.x * per_block)
         asked, asked_step, to = np.int32(begin + group), part, ring
@@ -351,7 +354,7 @@ def _make_staged(name):
             tile, s0, s1 = np.int32(first + group), ZERO, ZERO
             r0, _, own0 = row_of(2 * tile, half, own, joined, n_out, row_bytes)
             r1, _, own1 = row_of(2 * tile + 1, half, own, joined, n_out, row_bytes)
-            r0, r1, own0, own1 = kept(np.int32(r0 + base)), kept(np.int32(r1 + base)), kept(own0), kept(np.int32(own1 + HALVES * pitch))
+            r0, r1, own0, own1 = kept(np.int32(r0 + base)), kept(np.int32(r1 + base)), kept(own0), kept(np.int32(own1 + pitch))
             for step in range(part if first >= begin else np.int32(n_steps - stages * splits), n_steps, splits):
                 c, at = np.int32(step * LANES + piece), np.int32(step * step_bytes)
                 wait_for_stage()
@@ -364,7 +367,7 @@ def _make_staged(name):
                     s1 += dot(staged, np.int32(to + (np.int32(r1 + at) & 15) + own1), np.int64(piece), second, x)
                 warp_sync()
                 ask(staged, to, w, p0, n0, sub)
-                ask(staged, to + HALVES * pitch, w, p1, n1, sub)
+                ask(staged, to + pitch, w, p1, n1, sub)
                 commit_copies()
                 to = np.int32(to + stage_bytes) if to < last_stage else ring
                 asked_step, p0, p1, n0, n1 = np.int32(asked_step + splits), p0 + jump, p1 + jump, np.int32(n0 - jump), np.int32(n1 - jump)
