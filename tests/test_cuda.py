@@ -57,6 +57,28 @@ def test_kernels_compile(capsys):
     assert table.count("gemm_q4_k") == table.count("gemv_q8_0") == 2 and table.count("wgmma_q4_k") == table.count("wgmma_q5_k") == 1
 
 
+ASSEMBLED = """
+import sys
+sys.path.insert(0, "tools")
+from cuda_ptx import assemble, find
+from pydsa.backends.cuda.launch import KERNELS
+for name in ("gemv_q4_k", "gemv_q6_k", "gemv_q8_0"):
+    for capability in ((8, 0), (9, 0), (12, 0)) if find("ptxas") else ():
+        use = assemble(find("ptxas"), KERNELS[name].ptx((8, 0)), capability)
+        print(name, use["spills"], use["stack"], use["registers"], use["shared"])
+"""
+
+
+def test_products_of_a_token_spill_nothing():
+    """Four blocks of 128 threads fit into a multiprocessor, old or new."""
+    lines = [line.split() for line in run_python("-c", ASSEMBLED).splitlines()]
+    if not lines:
+        pytest.skip("ptxas is not installed")
+    assert len(lines) == 9
+    for _, spills, stack, registers, shared in lines:
+        assert int(spills) == int(stack) == 0 and int(registers) <= 128 and int(shared) <= 48 << 10
+
+
 PRODUCTS = """
 from tests.ptx.driver import install
 install()
