@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -73,3 +74,77 @@ def test_what_is_left_out_is_found(name):
 
 def test_all_changes_are_expected():
     assert list(found()) == list(EXPECTED)
+
+
+IMAGES = 16384      # bytes of shared memory: A [64 rows of 128 bytes], then B
+PRODUCT = """
+.shared .align 1024 .b8 images[{size}];
+.visible .entry product(
+.param .u64 out,
+.param .u64 given
+)
+{{
+.reg .b32 %r<40>;
+.reg .f32 %f<40>;
+.reg .b64 %rd<9>;
+ld.param.u64 %rd1, [out];
+ld.param.u64 %rd2, [given];
+mov.u32 %r1, %tid.x;
+mul.wide.u32 %rd3, %r1, 4;
+add.u64 %rd2, %rd2, %rd3;
+shl.b32 %r2, %r1, 2;
+{copies}
+fence.proxy.async.shared::cta;
+bar.sync 0;
+wgmma.fence.sync.aligned;
+mov.u64 %rd4, {a};
+mov.u64 %rd5, {b};
+wgmma.mma_async.sync.aligned.{shape} {{{sums}}}, %rd4, %rd5, 0{tail};
+wgmma.commit_group.sync.aligned;
+wgmma.wait_group.sync.aligned 0;
+mul.wide.u32 %rd6, %r1, 32;
+add.u64 %rd1, %rd1, %rd6;
+{stores}
+ret;
+}}
+"""
+
+
+def swizzled(rows):
+    """Rows [n, 128 bytes] as they lie in shared memory: 16-byte piece i of row r is at i ^ (r % 8)."""
+    pieces = rows.reshape(len(rows), 8, 16)
+    return np.concatenate([pieces[r, np.arange(8) ^ r % 8].ravel() for r in range(len(rows))])
+
+
+@pytest.mark.parametrize("element, by_columns", [("s8", False), ("f16", False), ("f16", True)])
+def test_products_of_shared_memory(element, by_columns):
+    """wgmma of both matrices in shared memory, with B by rows and by columns."""
+    from tests.ptx.machine import Kernel
+    from tests.ptx.memory import Arena
+    from tests.ptx.program import parse
+    k, sums_of = (32, "s32") if element == "s8" else (16, "f32")
+    dtype, name = (np.int8, "%r") if element == "s8" else (np.float16, "%f")
+    a, b = (np.random.default_rng(0).integers(-9, 10, (n, k)).astype(dtype) for n in (64, 16))
+    image = np.zeros(IMAGES, np.uint8)
+    rows = np.zeros((64, 128), np.uint8)
+    rows[:, :32] = a.view(np.uint8)
+    image[:8192] = swizzled(rows)
+    rows = np.zeros((16, 128), np.uint8)
+    rows[:, :32] = np.ascontiguousarray(b.T).view(np.uint8) if by_columns else b.view(np.uint8)
+    image[8192:8192 + 2048] = swizzled(rows)
+    high = 1 << 62 | 64 << 32 | 1 << 16         # swizzle of 128 bytes; eight rows are 1,024 bytes
+    registers = [f"{name}{10 + i}" for i in range(8)]
+    text = PRODUCT.format(
+        size=IMAGES, a=high, b=high | 8192 >> 4, shape=f"m64n16k{k}.{sums_of}.{element}.{element}", sums=", ".join(registers),
+        tail="" if element == "s8" else f", 1, 1, 0, {int(by_columns)}",
+        copies="\n".join(f"ld.global.u32 %r3, [%rd2+{i}];\nst.shared.u32 [%r2+{i}], %r3;" for i in range(0, IMAGES, 512)),
+        stores="\n".join(f"st.global.{sums_of} [%rd1+{4 * i}], {register};" for i, register in enumerate(registers)))
+    arena = Arena(1 << 16)
+    given, out = arena.allocate(IMAGES), arena.allocate(128 * 32)
+    arena.data[given:given + IMAGES], arena.initialized[given:given + IMAGES] = image, True
+    Kernel(parse(text), arena).launch((1, 1, 1), 128, (arena.base + out, arena.base + given))
+    found = arena.data[out:out + 128 * 32].view("i4" if element == "s8" else "f4").reshape(128, 8)
+    expected = a.astype(int) @ b.astype(int).T
+    for lane in range(128):
+        for i in range(8):
+            assert found[lane, i] == expected[16 * (lane // 32) + lane % 32 // 4 + 8 * (i >> 1 & 1), 8 * (i // 4) + 2 * (lane % 4) + i % 2]

@@ -4,6 +4,7 @@
 
 NVVM's output is executed as the PTX ISA specifies, inline assembly included, with the grid and blocks of a GPU. The emulator makes checks
 that a GPU does not. It stops with the line of the PTX at accesses that are out of bounds, misaligned or of uninitialized memory, at races,
-and at barriers and warp-synchronous instructions that some threads do not reach. It implements only the instructions that these kernels
-use. driver.py emulates the driver, so that all of the backend's Python code runs as it does on a GPU.
+at barriers and warp-synchronous instructions that some threads do not reach, and where a wait, a fence or a barrier is missing for copies
+and products that go on meanwhile. It implements only the instructions that these kernels use. driver.py emulates the driver, so that all of
+the backend's Python code runs as it does on a GPU.
 """

@@ -29,7 +29,7 @@ def step_of(kernel, op, operands):
         return lambda batch, on: batch.let_later_begin(on)
     if op[0] == "ldmatrix":
         return _matrices(kernel, op, operands)
-    return nothing if op[0] == "setmaxnreg" else None
+    return nothing if op[0] in ("setmaxnreg", "prefetch") else None
 
 
 def _sources(kernel, operands, kinds):

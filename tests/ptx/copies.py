@@ -105,7 +105,6 @@ class Copies:
         limit = np.full(self.batch.n, -1)
         some = slice(None) if on is None else on
         limit[some] = ALL if left is None else self.closed[some] - left
-
         for piece in self.pieces:
             self._arrive(piece, piece.open & (piece.group < limit[piece.threads]), None)
         self.pieces = [piece for piece in self.pieces if piece.open.any()]

@@ -35,7 +35,7 @@ class Kernel:
         self.program, self.arena, self.place_of, self.sizes = program, arena, {}, {"shared": 0, "local": 0}
         used = {instruction.opcode[0] for instruction in program.code}
         self.has_products, self.has_mbarriers = "wgmma" in used, "mbarrier" in used
-        self.has_copies = self.has_mbarriers or self.has_products or "cp" in used
+        self.has_copies = self.has_mbarriers or self.has_products or bool(used & {"cp", "fence"})
         self.has_clocks = self.has_mbarriers or any(i.opcode[:2] == ("bar", "sync") and len(i.operands) > 1 for i in program.code)
         dynamic = {name: v for name, v in program.variables.items() if v.space == "shared" and not v.size}
         for name, v in program.variables.items():

@@ -167,11 +167,11 @@ class Memory:
         n_bytes = np.dtype(dtype).itemsize
         at = self._places(address, window, n_bytes, n_elements)
         self.refuse_busy(at, n_bytes * n_elements, False)
-        self._refuse(first(~self.initialized[at]), at, "reads {} that was never written")
         if constant:
             self._refuse(first(self.history.written[at] >= access.since), at,
                          "reads {} as a constant, but it was written since the kernel could begin")
         for i in range(n_elements):
+            self._refuse(first(~self.initialized[at + i * n_bytes]), at, "reads {} that was never written")
             self._refuse(self.history.reading(at + i * n_bytes, access), at,
                          "reads {} that another thread has written, with no barrier between")
         return self.data.view(dtype)[(at // n_bytes)[:, None] + np.arange(n_elements)]
@@ -194,6 +194,8 @@ class Memory:
         at = self._places(address, window, values.dtype.itemsize, 1)
         self._refuse(first(~self.initialized[at]), at, "adds to {} that was never written")
         self.refuse_busy(at, values.dtype.itemsize, True)
+        if self.state is not None:
+            self.by_threads[at[:, None] + np.arange(values.dtype.itemsize)] = True
         self._refuse(self.history.writing(at, access, None), at, "adds to {} that another thread has accessed, with no barrier between")
         cells, found = self.data.view(values.dtype), np.empty_like(values)
         for i, (cell, value) in enumerate(zip(at // values.dtype.itemsize, values)):

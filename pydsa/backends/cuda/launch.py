@@ -60,6 +60,7 @@ class Kernel:
     def __init__(self, function, signature, threads, blocks=1, shared=0, dependent=False, specific=None, lto=False):
         self.function, self.signature, self.threads, self.bounds = function, signature, threads, (threads, blocks)
         self.shared, self.dependent, self.specific, self.lto = shared, dependent, specific, lto
+        assert specific or not lto, "instructions of other GPUs are taken out of PTX"
         self._loaded = {}       # index of a GPU -> the kernel as its driver knows it, and its parameters
         functools.update_wrapper(self, function)
         assert function.__name__ not in KERNELS, function.__name__
