@@ -93,7 +93,7 @@ def test_products_are_checked():
     """tools/gpu_products.py times and checks a token's products."""
     lines = run_python("-c", PRODUCTS, device="ptx").splitlines()[1:]
     assert [line.split()[0] for line in lines] == ["Q4_K"] * 3 + ["BF16"] * 3
-    assert all(float(line.split()[-1]) < (2e-9 if line.startswith("Q4_K") else 1e-12) for line in lines)
+    assert all(float(line.split()[-1]) < (5e-9 if line.startswith("Q4_K") else 1e-12) for line in lines)
 
 
 def test_ops():

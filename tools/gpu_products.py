@@ -49,8 +49,11 @@ def random_tensor(kind, shape, rng):
         rows = rows.view(np.uint8)
     else:
         blocks = np.frombuffer(rng.bytes(RANDOM_ROWS * n_in // TYPES[kind].size * dtype.itemsize), dtype).copy()
-        for field in {"d", "dmin", "m"} & set(dtype.names):
+        for field in sorted({"d", "dmin", "m"} & set(dtype.names)):
             blocks[field] = (rng.random(len(blocks)) / 25).astype(np.float16).view(blocks[field].dtype)
+        if kind == "IQ1_M":     # four bits of the scale above each of four others
+            scales = (rng.random(len(blocks)) / 25).astype(np.float16)
+            blocks["scales"] = blocks["scales"] & 0x0FFF | (scales.view(np.uint16)[:, None] >> np.uint16([0, 4, 8, 12]) & 15) << 12
         if "e" in dtype.names:
             blocks["e"] = rng.integers(120, 124, len(blocks))
         rows = blocks.view(np.uint8).reshape(RANDOM_ROWS, -1)
@@ -88,16 +91,16 @@ def measure(product, kind, rng, launches=LAUNCHES, cold=COLD):
               help="types of weights  [Q4_K, Q6_K, Q8_0, Q5_K, Q4_0, BF16]")
 @click.option("--small", is_flag=True, help="small matrices, to try the tool")
 def main(kinds, small):
-    rng, worst = np.random.default_rng(0), 0
+    rng, errors = np.random.default_rng(0), []
     click.echo(f"{'':28} {'us':>8} {'GB/s':>8} {'NMSE':>9}")
     for kind in kinds:
         for product in SMALL if small else PRODUCTS:
             if product.n_in % TYPES[kind].size == 0:
                 seconds, rate, error = measure(product, kind, rng, *((2, 1) if small else ()))
-                worst = max(worst, error)
+                errors.append(error)
                 click.echo(f"{kind:8} {product.name:19} {seconds * 1e6:8.1f} {rate / 1e9:8.0f} {error:9.1e}")
-    if not worst < 1e-7:
-        raise SystemExit(f"the NMSE is up to {worst:.1e}, expected less than 1e-7: a kernel computes something else")
+    if not all(error < 1e-7 for error in errors):       # NaN, too
+        raise SystemExit(f"the NMSE is up to {np.max(errors):.1e}, expected less than 1e-7: a kernel computes something else")
 
 
 if __name__ == "__main__":
