@@ -62,6 +62,45 @@ def test_kernels_compile(capsys):
     assert table.count("gemm_q4_k") == table.count("gemv_q8_0") == 2 and table.count("wgmma_q4_k") == table.count("wgmma_q5_k") == 1
 
 
+ASSEMBLED = """
+import sys
+sys.path.insert(0, "tools")
+from cuda_ptx import assemble, find
+from pydsa.backends.cuda.launch import KERNELS
+for name in ("gemv_q4_k", "gemv_q6_k", "gemv_q8_0"):
+    for capability in ((8, 0), (9, 0), (12, 0)) if find("ptxas") else ():
+        use = assemble(find("ptxas"), KERNELS[name].ptx((8, 0)), capability)
+        print(name, use["spills"], use["stack"], use["registers"], use["shared"])
+"""
+
+
+def test_products_of_a_token_spill_nothing():
+    """Four blocks of 128 threads fit into a multiprocessor, old or new."""
+    lines = [line.split() for line in run_python("-c", ASSEMBLED).splitlines()]
+    if not lines:
+        pytest.skip("ptxas is not installed")
+    assert len(lines) == 9
+    for _, spills, stack, registers, shared in lines:
+        assert int(spills) == int(stack) == 0 and int(registers) <= 128 and int(shared) <= 48 << 10
+
+
+PRODUCTS = """
+from tests.ptx.driver import install
+install()
+import sys
+sys.path.insert(0, "tools")
+import gpu_products
+gpu_products.main(["--small", "--type", "Q4_K", "--type", "BF16"])
+"""
+
+
+def test_products_are_checked():
+    """tools/gpu_products.py times and checks a token's products."""
+    lines = run_python("-c", PRODUCTS, device="ptx").splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["Q4_K"] * 3 + ["BF16"] * 3
+    assert all(float(line.split()[-1]) < (5e-9 if line.startswith("Q4_K") else 1e-12) for line in lines)
+
+
 def test_ops():
     """The tests of ops on the CUDA backend, with fewer and smaller shapes.
 

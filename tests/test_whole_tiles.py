@@ -4,8 +4,9 @@ The sizes reach a bit into the next tiles. The simulator would take hours for th
 """
 import numpy as np
 import pytest
-from helpers import IN_SIMULATOR, Rows, compare, integers, last_positions, normal, rng, tensor
+from helpers import DEVICE, IN_SIMULATOR, Rows, close, compare, integers, kernels, last_positions, normal, rng, run, tensor
 
+from pydsa.backends import reference
 from pydsa.quants import SUPPORTED, TYPES
 
 pytestmark = [pytest.mark.skipif(IN_SIMULATOR, reason="too much for the simulator"), pytest.mark.usefixtures("one_thread")]
@@ -22,9 +23,33 @@ def test_linear(kind):
         compare("linear", (n_tokens, 150), w, normal(n_tokens, w.shape[1]))
 
 
-def test_one_token_whose_rows_are_divided_among_warps():
-    compare("linear", (1, 9), tensor("Q6_K", 9, 1280), normal(1, 1280))
-    compare("linear", (1, 9), tensor("Q8_0", 9, 1312), normal(1, 1312))
+@pytest.mark.parametrize("kind, n_in", [("Q6_K", 1280), ("Q8_0", 1312), ("Q4_K", 2304), ("Q8_0", 4128), ("IQ2_XXS", 1280), ("Q4_1", 2144),
+                                        ("F32", 1164), ("BF16", 2056)])
+def test_one_token(kind, n_in, monkeypatch):
+    """Rows of several steps, the last one partial.
+
+    First warps share rows, then there are few blocks, each of which walks through many rows.
+    """
+    for n_out, most_blocks in ((9, None), (70, 2)):
+        if most_blocks and DEVICE == "cuda":
+            monkeypatch.setattr("pydsa.backends.cuda.int8x2.gemv.MOST_BLOCKS", most_blocks)
+        w, x = tensor(kind, n_out, n_in), normal(1, n_in)
+        found, expected = run(kernels, "linear", [(1, n_out)], w, x), run(reference, "linear", [(1, n_out)], w, x)
+        assert close(found, expected, 1e-12 if kind in ("F32", "F16", "BF16") else 2e-8)
+
+
+@pytest.mark.parametrize("kind, n_in, n_out", [("Q8_0", 128, 70), ("Q8_0", 96, 17), ("Q4_K", 512, 33), ("Q5_K", 256, 35), ("F16", 72, 35),
+                                               ("F32", 20, 9)])
+def test_heads_of_one_token(kind, n_in, n_out):
+    """Short rows, of which lanes of a warp have several."""
+    compare("head_linear", (1, 3, n_out), tensor(kind, 3, n_out, n_in), normal(1, 3, n_in))
+
+
+def test_experts_of_one_token():
+    ids, weights = np.array([[4, 1, 3]], np.int32), normal(1, 3)
+    gate, up, down = tensor("Q4_K", 5, 37, 1280), tensor("Q4_K", 5, 37, 1280), tensor("Q6_K", 5, 18, 1536)
+    compare("moe_gate_up", (1, 3, 37), normal(1, 1280), ids, gate, up)
+    compare("moe_down", (1, 18), normal(1, 3, 1536), ids, weights, down)
 
 
 def test_experts_of_many_tokens():

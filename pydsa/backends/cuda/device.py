@@ -65,10 +65,6 @@ if SIMULATED:
         chosen = [both >> 8 * (nibble & 7) & 255 for nibble in nibbles]
         return sum(((byte >> 7) * 255 if nibble > 7 else byte) << 8 * i for i, (byte, nibble) in enumerate(zip(chosen, nibbles)))
 
-    def copy_sixteen(target, to, source, at):
-        """Copy 16 bytes of uint8. Both offsets are multiples of 16."""
-        target[to:to + 16] = source[at:at + 16]
-
     def four_u32_at(data, at):
         """Load 16 bytes as four uint32. `at` is a multiple of 16."""
         return u32_at(data, at), u32_at(data, at + 4), u32_at(data, at + 8), u32_at(data, at + 12)
@@ -159,6 +155,10 @@ if SIMULATED:
         return _combine(x, lambda values: values.sum(dtype=np.float32))
 
     sum_of_four = warp_sum      # over four adjacent lanes
+
+    def sum_of_lanes(x, n):
+        """Sum of float32 over n adjacent lanes, in each; n = 1, 2, 4, 8, 16."""
+        return _combine(x, lambda values: values.sum(dtype=np.float32), n)
 
     def max_of_eight(x):
         """Maximum of int32 over eight adjacent lanes, in each of them."""
@@ -273,15 +273,6 @@ else:
             return types.UniTuple(types.uint32, 4)(data, types.int64), codegen
         return load
 
-    @intrinsic
-    def copy_sixteen(typingctx, target, to, source, at):
-        def codegen(context, builder, signature, args):
-            places = [builder.bitcast(builder.gep(builder.bitcast(context.make_array(signature.args[i])(context, builder, args[i]).data,
-                                                                  I8.as_pointer()), [args[i + 1]]), ir.VectorType(I32, 4).as_pointer())
-                      for i in (0, 2)]
-            builder.store(builder.load(places[1], align=16), places[0], align=16)
-        return types.void(target, types.int64, source, types.int64), codegen
-
     FOUR_F32, FOUR_U32 = ir.VectorType(ir.FloatType(), 4), ir.VectorType(I32, 4)
 
     def _place_of_four(context, builder, array_type, array, i, four=FOUR_F32):
@@ -393,6 +384,13 @@ else:
     def sum_of_four(x):
         for step in (2, 1):
             x += cuda.shfl_xor_sync(WHOLE_WARP, x, step)
+        return x
+
+    @device
+    def sum_of_lanes(x, n):
+        for step in (8, 4, 2, 1):
+            if step < n:
+                x += cuda.shfl_xor_sync(WHOLE_WARP, x, step)
         return x
 
     @device

@@ -11,7 +11,8 @@ from pydsa.backends.cuda import attention, indexer, int8x2, linear, modes, moe, 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.blocks import GROUPED
 from pydsa.backends.cuda.fused_kernels import add_norm, norm_is_wide, pack_and_rope, rotate_and_pack_queries, silu_mul_pack, store
-from pydsa.backends.cuda.int8x2.linear import gemv, pack_into, scratch_for
+from pydsa.backends.cuda.int8x2.gemv import gemv
+from pydsa.backends.cuda.int8x2.linear import pack_into, scratch_for
 
 
 def fewer_launches(calls):

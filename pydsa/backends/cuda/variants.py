@@ -46,7 +46,7 @@ def anything(*_):
 VARIANTS = {
     "linear": {         # takes(Weight, whether there is a single token)
         "f32": Variant(f32.linear.takes, Linear(f32.linear.pack, f32.linear.matmul)),
-        "int8x2": Variant(lambda w, single: single, Linear(int8x2.linear.pack, int8x2.linear.matmul)),
+        "int8x2": Variant(lambda w, single: single, Linear(int8x2.linear.pack, int8x2.gemv.matmul)),
         "f16x2 in wgmma": Variant(lambda w, single: f16x2.gemm.takes(w), Linear(f16x2.gemm.pack, f16x2.gemm.matmul)),
         "f16x2": Variant(anything, Linear(f16x2.linear.pack, f16x2.linear.matmul)),
     },

@@ -10,20 +10,55 @@ from pydsa.quants import TYPES
 
 NIBBLES, TWO_BITS, ONE_BIT = 0x0F0F0F0F, 0x03030303, 0x01010101
 ZERO = np.float32(0)
+NO_OFFSETS = (ZERO, ZERO, ZERO, ZERO)
 SIGN_OF_EACH = np.uint32(0xBA98)        # the prmt selector that makes each byte its sign: 0 or 255
 
 
+class Lane(NamedTuple):
+    """How a lane unpacks 64 weights of a row, see __init__.py."""
+    weights: object     # weights(data, row, c, second)
+    strided: bool       # whether the four sixteens are 32 weights apart, not adjacent
+    bias: int           # what is still to be subtracted of each integer
+    direct: bool        # whether weights() wants data in global memory, where row is a multiple of 16
+
+
 class Grouped(NamedTuple):
-    """How a quantized type is unpacked in groups of 32."""
+    """How a quantized type is unpacked."""
     group: object       # group(data, row, g), see __init__.py
     halves: bool        # whether the halves of a group have different scales
     offsets: bool       # whether there are offsets
-    prepare: object     # prepare(thread, n_threads), which all threads of a block call before group()
+    prepare: object     # prepare(thread, n_threads), which all threads of a block call before group() and weights()
+    lane: Lane          # for one token's products
 
 
-def entry(name, group, prepare=nothing):
-    """The Grouped of a GGUF type."""
-    return Grouped(group, TYPES[name].group < 32, TYPES[name].mins, prepare)
+def entry(name, group, prepare=nothing, lane=None):
+    """The Grouped of a GGUF type. Without a Lane of its own a lane takes two groups."""
+    return Grouped(group, TYPES[name].group < 32, TYPES[name].mins, prepare, lane or Lane(_two_groups(group), False, 0, False))
+
+
+def _two_groups(group):
+    @device
+    def weights(data, row, c, second):
+        """Groups 2 c and 2 c + second of a row, as a Lane has them."""
+        a, b, c0, e, f, h, i, j, d, d1, m, m1 = group(data, row, 2 * c)
+        k, n, o, p, q, r, s, t, d2, d3, m2, m3 = group(data, row, 2 * c + second)
+        return (a, b, c0, e), (f, h, i, j), (k, n, o, p), (q, r, s, t), (d, d1, d2, d3), (m, m1, m2, m3)
+    return weights
+
+
+@device
+def four_of(words, shift, mask):
+    """Bits of each byte of four uint32, from bit `shift` on."""
+    a, b, c, e = words
+    return a >> shift & mask, b >> shift & mask, c >> shift & mask, e >> shift & mask
+
+
+@device
+def both(words, others):
+    """The bits of two times four uint32."""
+    a, b, c, e = words
+    f, h, i, j = others
+    return a | f, b | h, c | i, e | j
 
 
 @device
@@ -61,6 +96,17 @@ def any_four_u32(data, at):
     first, pick = at & ~3, selector(at)
     a, b, c, d, e = (u32_at(data, first), u32_at(data, first + 4), u32_at(data, first + 8), u32_at(data, first + 12),
                      u32_at(data, at + 15 & ~3))
+    return permuted(a, b, pick), permuted(b, c, pick), permuted(c, d, pick), permuted(d, e, pick)
+
+
+@device
+def four_shifted(data, whole, pick):
+    """any_four_u32 with its selector, from the multiple of 4 before it on.
+
+    Four bytes after the last one are loaded too.
+    """
+    a, b, c, d, e = (u32_at(data, whole), u32_at(data, whole + 4), u32_at(data, whole + 8), u32_at(data, whole + 12),
+                     u32_at(data, whole + 16))
     return permuted(a, b, pick), permuted(b, c, pick), permuted(c, d, pick), permuted(d, e, pick)
 
 

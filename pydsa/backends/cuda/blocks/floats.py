@@ -1,7 +1,7 @@
-"""F32, F16, BF16: loads of one value and of four values."""
+"""F32, F16, BF16: loads of one value, and products of 16 bytes."""
 import numpy as np
 
-from pydsa.backends.cuda.device import bits_float, byte_at, device, four_u32_at, half_at, of_half, u32_at
+from pydsa.backends.cuda.device import bits_float, byte_at, device, half_at, of_half, u32_at
 
 
 @device
@@ -27,32 +27,34 @@ FLOATS = {"F32": value_f32, "F16": value_f16, "BF16": value_bf16}
 
 
 @device
-def four_f32(data, row, i):
-    """Values i to i + 3 of an F32 row."""
-    a, b, c, d = four_u32_at(data, row + 4 * i)
-    return bits_float(a), bits_float(b), bits_float(c), bits_float(d)
-
-
-@device
-def four_f16(data, row, i):
-    """Values i to i + 3 of an F16 row."""
-    a, b = u32_at(data, row + 2 * i), u32_at(data, row + 2 * i + 4)
-    return of_half(np.uint32(a & 0xFFFF)), of_half(np.uint32(a >> 16)), of_half(np.uint32(b & 0xFFFF)), of_half(np.uint32(b >> 16))
-
-
-@device
 def two_bf16(pair):
     """The two bfloat16 of a uint32, as float32."""
     return bits_float(np.uint32(pair << 16 & 0xFFFF0000)), bits_float(np.uint32(pair & 0xFFFF0000))
 
 
 @device
-def four_bf16(data, row, i):
-    """Values i to i + 3 of a BF16 row."""
-    a, b = two_bf16(u32_at(data, row + 2 * i))
-    c, d = two_bf16(u32_at(data, row + 2 * i + 4))
-    return a, b, c, d
+def two_f16(pair):
+    """The two float16 of a uint32, as float32."""
+    return of_half(np.uint32(pair & 0xFFFF)), of_half(np.uint32(pair >> 16))
 
 
-# type -> four(data, row, i): values i to i + 3 of a row whose length is a multiple of four
-FOURS = {"F32": four_f32, "F16": four_f16, "BF16": four_bf16}
+@device
+def unit_f32(words, x):
+    """Four float32, as four uint32, times four values."""
+    return ((bits_float(words[0]) * x[0] + bits_float(words[1]) * x[1]) + (bits_float(words[2]) * x[2] + bits_float(words[3]) * x[3]))
+
+
+def _make_unit(two):
+    @device
+    def unit(words, x):
+        """Eight numbers of 16 bits, as four uint32, times eight values."""
+        a, b = two(words[0])
+        c, d = two(words[1])
+        e, f = two(words[2])
+        g, h = two(words[3])
+        return ((a * x[0] + b * x[1]) + (c * x[2] + d * x[3])) + ((e * x[4] + f * x[5]) + (g * x[6] + h * x[7]))
+    return unit
+
+
+# type -> the sum of products of 16 bytes of weights with a tuple of values
+UNITS = {"F32": unit_f32, "F16": _make_unit(two_f16), "BF16": _make_unit(two_bf16)}

@@ -1,8 +1,10 @@
 """Q2_K to Q6_K: superblocks of 256 weights, eight groups each."""
 import numpy as np
 
-from pydsa.backends.cuda.blocks.block import NIBBLES, ONE_BIT, TWO_BITS, ZERO, any_eight_u32, entry, sub4
+from pydsa.backends.cuda.blocks.block import (NIBBLES, NO_OFFSETS, ONE_BIT, TWO_BITS, ZERO, Lane, any_eight_u32, both, entry,
+                                              four_of, four_shifted, selector, sub4)
 from pydsa.backends.cuda.device import byte_at, device, four_u32_at, half_at, of_half, u32_at
+from pydsa.backends.cuda.instructions import read_sixteen, stream_sixteen
 from pydsa.quants import TYPES
 
 
@@ -62,8 +64,7 @@ def group_q5_k(data, row, g):
 @device
 def signed_byte(data, at):
     """The int8 at an offset, as float32."""
-    value = byte_at(data, at)
-    return np.float32(np.int32(value - ((value & 128) << 1)))
+    return np.float32(np.int32(np.int32(byte_at(data, at) ^ 128) - 128))
 
 
 @device
@@ -128,6 +129,109 @@ def group_q3_k(data, row, g):
             d * six_bit_scale(data, at + 96, 2 * s), d * six_bit_scale(data, at + 96, 2 * s + 1), ZERO, ZERO)
 
 
-GROUPED = {"Q2_K": entry("Q2_K", group_q2_k), "Q3_K": entry("Q3_K", group_q3_k),
-           "Q4_K": entry("Q4_K", group_q4_k), "Q5_K": entry("Q5_K", group_q5_k),
-           "Q6_K": entry("Q6_K", group_q6_k)}
+@device
+def pair_of_scales(d_dmin, first, second, third, j):
+    """Scales and offsets of sub-blocks 2 j and 2 j + 1 of Q4_K or Q5_K.
+
+    Four uint32 are those with which the block begins.
+    """
+    shift = 16 * (j & 1)
+    a, b, c = first >> shift, second >> shift, third >> shift
+    scales, mins = a & 0x3F3F, b & 0x3F3F
+    if j >= 2:
+        scales, mins = c & 0x0F0F | a >> 2 & 0x3030, c >> 4 & 0x0F0F | b >> 2 & 0x3030
+    d, dmin = of_half(np.uint32(d_dmin & 0xFFFF)), of_half(np.uint32(d_dmin >> 16))
+    d, d1 = d * np.float32(np.int32(scales & 63)), d * np.float32(np.int32(scales >> 8))
+    m, m1 = dmin * np.float32(np.int32(mins & 63)), dmin * np.float32(np.int32(mins >> 8))
+    return (d, d, d1, d1), (m, m, m1, m1)
+
+
+@device
+def weights_q4_k(data, row, c, second):
+    """Two sub-blocks of Q4_K, the low and the high nibbles of 32 bytes."""
+    at, j = row + Q4_K * (c >> 2), c & 3
+    d_dmin, s0, s1, s2 = read_sixteen(data, at)
+    q = stream_sixteen(data, at + 16 + 32 * j)
+    r = stream_sixteen(data, at + 32 + 32 * j)
+    scales, offsets = pair_of_scales(d_dmin, s0, s1, s2, j)
+    return (four_of(q, 0, NIBBLES), four_of(r, 0, NIBBLES), four_of(q, 4, NIBBLES), four_of(r, 4, NIBBLES), scales, offsets)
+
+
+@device
+def fifths(high, s):
+    """The fifth bits of 16 weights of sub-block s of Q5_K, as bits 4."""
+    a, b, c, e = high
+    return (a >> s & ONE_BIT) << 4, (b >> s & ONE_BIT) << 4, (c >> s & ONE_BIT) << 4, (e >> s & ONE_BIT) << 4
+
+
+@device
+def weights_q5_k(data, row, c, second):
+    """Two sub-blocks of Q5_K, as those of Q4_K, each weight with a fifth bit."""
+    at, j = row + Q5_K * (c >> 2), c & 3
+    d_dmin, s0, s1, s2 = read_sixteen(data, at)
+    q, h = stream_sixteen(data, at + 48 + 32 * j), read_sixteen(data, at + 16)
+    r, i = stream_sixteen(data, at + 64 + 32 * j), read_sixteen(data, at + 32)
+    scales, offsets = pair_of_scales(d_dmin, s0, s1, s2, j)
+    return (both(four_of(q, 0, NIBBLES), fifths(h, 2 * j)), both(four_of(r, 0, NIBBLES), fifths(i, 2 * j)),
+            both(four_of(q, 4, NIBBLES), fifths(h, 2 * j + 1)), both(four_of(r, 4, NIBBLES), fifths(i, 2 * j + 1)), scales, offsets)
+
+
+@device
+def high_bits(words, shift, mask):
+    """Masked bits of four uint32, shifted left, or right if shift is negative."""
+    a, b, c, e = words
+    if shift < 0:
+        return a >> -shift & mask, b >> -shift & mask, c >> -shift & mask, e >> -shift & mask
+    return a << shift & mask, b << shift & mask, c << shift & mask, e << shift & mask
+
+
+@device
+def weights_q6_k(data, row, c, second):
+    """Half of four groups of Q6_K, in three times sixteen bytes."""
+    at, part, i = row + Q6_K * (c >> 2), c >> 1 & 1, c & 1
+    pick, q = selector(at), (at & ~3) + 16 * i
+    a, b = four_shifted(data, q + 64 * part, pick), four_shifted(data, q + 64 * part + 32, pick)
+    h = four_shifted(data, q + 32 * part + 128, pick)
+    s, d = at + 192 + 8 * part + i, half_at(data, at + 208)
+    return (both(four_of(a, 0, NIBBLES), high_bits(h, 4, 0x30303030)), both(four_of(b, 0, NIBBLES), high_bits(h, 2, 0x30303030)),
+            both(four_of(a, 4, NIBBLES), high_bits(h, 0, 0x30303030)), both(four_of(b, 4, NIBBLES), high_bits(h, -2, 0x30303030)),
+            (d * signed_byte(data, s), d * signed_byte(data, s + 2), d * signed_byte(data, s + 4), d * signed_byte(data, s + 6)),
+            NO_OFFSETS)
+
+
+@device
+def weights_q2_k(data, row, c, second):
+    """Half of four groups of Q2_K, in the same sixteen bytes."""
+    at, part, i = row + Q2_K * (c >> 2), c >> 1 & 1, c & 1
+    q, s = at + 16 + 32 * part + 16 * i, at + 8 * part + i
+    words = u32_at(data, q), u32_at(data, q + 4), u32_at(data, q + 8), u32_at(data, q + 12)
+    d, dmin = half_at(data, at + 80), half_at(data, at + 82)
+    a, b, e, f = byte_at(data, s), byte_at(data, s + 2), byte_at(data, s + 4), byte_at(data, s + 6)
+    return (four_of(words, 0, TWO_BITS), four_of(words, 2, TWO_BITS), four_of(words, 4, TWO_BITS), four_of(words, 6, TWO_BITS),
+            (d * np.float32(a & 15), d * np.float32(b & 15), d * np.float32(e & 15), d * np.float32(f & 15)),
+            (dmin * np.float32(a >> 4), dmin * np.float32(b >> 4), dmin * np.float32(e >> 4), dmin * np.float32(f >> 4)))
+
+
+@device
+def weights_q3_k(data, row, c, second):
+    """Half of four groups of Q3_K, in sixteen bytes, and their third bits."""
+    at, part, i = row + Q3_K * (c >> 2), c >> 1 & 1, c & 1
+    pick, q = selector(at), (at & ~3) + 16 * i
+    words = four_shifted(data, q + 32 * part + 32, pick)
+    h0, h1, h2, h3 = four_shifted(data, q, pick)
+    n = 4 * part
+    high = h0 >> n, h1 >> n, h2 >> n, h3 >> n
+    d, j = half_at(data, at + 108), 8 * part + i
+    return (both(four_of(words, 0, TWO_BITS), high_bits(high, 2, 0x04040404)),
+            both(four_of(words, 2, TWO_BITS), high_bits(high, 1, 0x04040404)),
+            both(four_of(words, 4, TWO_BITS), high_bits(high, 0, 0x04040404)),
+            both(four_of(words, 6, TWO_BITS), high_bits(high, -1, 0x04040404)),
+            (d * six_bit_scale(data, at + 96, j), d * six_bit_scale(data, at + 96, j + 2), d * six_bit_scale(data, at + 96, j + 4),
+             d * six_bit_scale(data, at + 96, j + 6)), NO_OFFSETS)
+
+
+GROUPED = {"Q2_K": entry("Q2_K", group_q2_k, lane=Lane(weights_q2_k, True, 0, False)),
+           "Q3_K": entry("Q3_K", group_q3_k, lane=Lane(weights_q3_k, True, 4, False)),
+           "Q4_K": entry("Q4_K", group_q4_k, lane=Lane(weights_q4_k, False, 0, True)),
+           "Q5_K": entry("Q5_K", group_q5_k, lane=Lane(weights_q5_k, False, 0, True)),
+           "Q6_K": entry("Q6_K", group_q6_k, lane=Lane(weights_q6_k, True, 32, False))}

@@ -1,8 +1,8 @@
 """TQ1_0, TQ2_0, Q1_0: weights of -1, 0 or 1, or of -1 or 1, times a scale."""
 import numpy as np
 
-from pydsa.backends.cuda.blocks.block import (ONE_BIT, TWO_BITS, ZERO, any_eight_u32, any_four_u32, any_u32, entry, sign_of_four,
-                                              signs_in_bytes, sub4)
+from pydsa.backends.cuda.blocks.block import (NO_OFFSETS, ONE_BIT, TWO_BITS, ZERO, Lane, any_eight_u32, any_four_u32, any_u32, entry,
+                                              four_of, sign_of_four, signs_in_bytes, sub4)
 from pydsa.backends.cuda.device import device, half_at, permuted
 from pydsa.quants import TYPES
 
@@ -79,6 +79,15 @@ def group_tq2_0(data, row, g):
 
 
 @device
+def weights_tq2_0(data, row, c, second):
+    """Half of four groups of TQ2_0, in the same sixteen bytes."""
+    at = row + TQ2_0 * (c >> 2)
+    words, d = any_four_u32(data, at + 32 * (c >> 1 & 1) + 16 * (c & 1)), half_at(data, at + 64)
+    return (four_of(words, 0, TWO_BITS), four_of(words, 2, TWO_BITS), four_of(words, 4, TWO_BITS), four_of(words, 6, TWO_BITS),
+            (d, d, d, d), NO_OFFSETS)
+
+
+@device
 def one_or_minus_one(signs, bit):
     """Bytes of 1 where this bit of a byte is set, else -1."""
     return sign_of_four(signs, bit) ^ 0xFFFFFFFF | ONE_BIT
@@ -94,4 +103,5 @@ def group_q1_0(data, row, g):
             d, d, ZERO, ZERO)
 
 
-GROUPED = {"TQ1_0": entry("TQ1_0", group_tq1_0), "TQ2_0": entry("TQ2_0", group_tq2_0), "Q1_0": entry("Q1_0", group_q1_0)}
+GROUPED = {"TQ1_0": entry("TQ1_0", group_tq1_0), "TQ2_0": entry("TQ2_0", group_tq2_0, lane=Lane(weights_tq2_0, True, 1, False)),
+           "Q1_0": entry("Q1_0", group_q1_0)}

@@ -3,13 +3,20 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.block_sums import block_sum
-from pydsa.backends.cuda.blocks.floats import FLOATS, FOURS
-from pydsa.backends.cuda.device import SIMULATED, WARP, warp_sum
+from pydsa.backends.cuda.blocks.floats import FLOATS, UNITS
+from pydsa.backends.cuda.device import SIMULATED, WARP, device, sum_of_lanes, warp_sum
+from pydsa.backends.cuda.instructions import stream_sixteen
 from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.quants import TYPES
 
 
 WARPS = 4                                   # of a gemm block
-GEMV_THREADS = 8 if SIMULATED else 256      # of a gemv block, which has one row of weights
+GEMV_THREADS = 8 if SIMULATED else 256      # of a gemv block, all for the same rows of weights where these are long
+LOG_THREADS = GEMV_THREADS.bit_length() - 1
+GEMV_LANES = 4 if SIMULATED else 16         # threads that share short rows, at most
+GEMV_ROWS = 2                               # rows that a thread multiplies with the same activations
+GEMV_PARTS = 32                             # float32 for the sums of warps
+ZERO = np.float32(0)
 GEMM_TOKENS = 4                             # tokens that a warp multiplies with a row of weights at a time
 
 
@@ -50,20 +57,49 @@ def _make_gemm(name):
     return kernel(signature, WARPS * WARP, f"f32_gemm_{name.lower()}")(gemm)
 
 
-def _make_gemv(name):
-    four = FOURS[name]
+@device
+def four_of_row(x, row, i):
+    """Four values of a row from i on. Unsigned indices never count from the end."""
+    return x[row, i], x[row, np.uint32(i + 1)], x[row, np.uint32(i + 2)], x[row, np.uint32(i + 3)]
 
-    def gemv(out, w, row_bytes, ids, x_div, x):
-        """out[y] = matrix ids[y] times row y // x_div of x. One value per block."""
-        thread, row, y, n = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y, x.shape[1]
-        parts, at, total = cuda.shared.array(32, np.float32), (ids[y] * np.int64(out.shape[1]) + row) * row_bytes, np.float32(0)
-        for i in range(4 * thread, n, 4 * GEMV_THREADS):
-            a, b, c, e = four(w, at, i)
-            total += (a * x[y // x_div, i] + b * x[y // x_div, i + 1]) + (c * x[y // x_div, i + 2] + e * x[y // x_div, i + 3])
-        total = block_sum(total, parts, thread, GEMV_THREADS)
-        if thread == 0:
-            out[y, row] = total
-    return kernel("f4[:,:], u1[::1], i8, i4[:], i4, f4[:,:]", GEMV_THREADS, f"gemv_{name.lower()}")(gemv)
+
+@device
+def eight_of_row(x, row, i):
+    """four_of_row of eight values."""
+    a, b, c, d = four_of_row(x, row, i)
+    e, f, g, h = four_of_row(x, row, np.uint32(i + 4))
+    return a, b, c, d, e, f, g, h
+
+
+def _make_gemv(name):
+    unit, n = UNITS[name], 16 // TYPES[name].n_bytes
+    values_of = eight_of_row if n == 8 else four_of_row
+
+    def gemv(out, w, row_bytes, ids, x_div, shift, x):
+        """out[y] = matrix ids[y] times row y // x_div of x.
+
+        2^shift threads have GEMV_ROWS rows of weights, of which each takes 16 bytes at a time.
+        """
+        thread, y, n_out = cuda.threadIdx.x & GEMV_THREADS - 1, cuda.blockIdx.y, out.shape[1]
+        row = ((cuda.blockIdx.x << LOG_THREADS - shift) + (thread >> shift)) * GEMV_ROWS
+        x_row, base = np.uint32(y // x_div), ids[y] * np.int64(n_out)
+        r0, r1, s0, s1 = (base + min(row, n_out - 1)) * row_bytes, (base + min(row + 1, n_out - 1)) * row_bytes, ZERO, ZERO
+        parts = cuda.shared.array(GEMV_PARTS, np.float32)
+        for u in range(np.int32(thread & (1 << shift) - 1), np.int32(row_bytes >> 4), np.int32(1 << shift)):
+            values = values_of(x, x_row, np.uint32(n * u))
+            a, b = stream_sixteen(w, r0 + 16 * u), stream_sixteen(w, r1 + 16 * u)
+            s0 += unit(a, values)
+            s1 += unit(b, values)
+        if shift < LOG_THREADS:
+            s0, s1 = sum_of_lanes(s0, 1 << shift), sum_of_lanes(s1, 1 << shift)
+        else:
+            s0, s1 = block_sum(s0, parts, thread, GEMV_THREADS), block_sum(s1, parts, thread, GEMV_THREADS)
+        if thread & (1 << shift) - 1 == 0:
+            if row < n_out:
+                out[y, row] = s0
+            if row + 1 < n_out:
+                out[y, row + 1] = s1
+    return kernel("f4[:,:], u1[::1], i8, i4[:], i4, i4, f4[:,:]", GEMV_THREADS, f"gemv_{name.lower()}")(gemv)
 
 
 GEMM = {name: _make_gemm(name) for name in FLOATS}
@@ -85,7 +121,10 @@ def pack(x):
 
 def matmul(out, w, x, tiles):
     """out[i] = a matrix of w times row i // x_div of x, for all tiles."""
-    if tiles.single and x.shape[1] % 4 == 0:
-        GEMV[w.type]((out.shape[1], tiles.matrix.size), out, w.data, w.row_bytes, tiles.matrix, tiles.x_div, x)
+    if tiles.single and w.row_bytes % 16 == 0:
+        n_units = w.row_bytes // 16
+        shift = (min(GEMV_LANES, n_units) - 1).bit_length() if n_units <= 4 * GEMV_LANES else LOG_THREADS
+        n_blocks = blocks_for(out.shape[1], GEMV_ROWS << LOG_THREADS - shift)
+        GEMV[w.type]((n_blocks, tiles.matrix.size), out, w.data, w.row_bytes, tiles.matrix, tiles.x_div, shift, x)
     else:
         GEMM[w.type]((blocks_for(out.shape[1], WARPS), tiles.matrix.size), out, w.data, w.row_bytes, *tiles[:-1], x)

@@ -2,4 +2,4 @@
 
 They compute one token's products, and attention and indexer over integer caches.
 """
-from pydsa.backends.cuda.int8x2 import attention, indexer, linear  # noqa: F401
+from pydsa.backends.cuda.int8x2 import attention, gemv, indexer, linear  # noqa: F401
