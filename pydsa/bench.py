@@ -48,7 +48,8 @@ class Bench:
     def run(self, model, progress=None, ops=None):
         """Yield one row, a dict, for each test.
 
-        Generation is timed as generate() runs it: a GPU or the last stage samples, and no logits come to the host. On the CPU the tokens are given.
+        Generation is timed as generate() runs it: a GPU or the last stage samples, and no logits come to the host. On the CPU the tokens
+        are given.
 
         avg_ts and stddev_ts are tokens per second over the repetitions; one run before them is not counted. Rows of generation also have
         bytes_per_token; bandwidth_gbs, the bandwidth of the memory in 1e9 bytes per second; limit_ts, the tokens per second that use all
