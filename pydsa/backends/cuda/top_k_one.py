@@ -57,13 +57,13 @@ def load_keys(keys, values, row, first, n, thread):
     at a multiple of 16 bytes. All loads are issued before any is used.
     """
     at = (first + 4 * thread) & NON_NEGATIVE
-    left, there = np.int32(n - 4 * thread), np.int32(row.shape[0] - at)     # from this thread's first score on
+    left = np.int32(n - 4 * thread)     # from this thread's first score on
     for r in range(ROUNDS):
         i, j = r * GROUP, 4 * r
         values[j], values[j + 1], values[j + 2], values[j + 3] = NAN, NAN, NAN, NAN
-        if i < left and i + 4 <= there:
+        if i + 4 <= left:
             values[j], values[j + 1], values[j + 2], values[j + 3] = load_four_f32(row, at + i)
-        elif i < left:      # the last scores of a row whose length is no multiple of 4
+        elif i < left:      # the last scores: what follows may not be written yet, or not be there
             values[j] = row[at + i]
             if i + 1 < left:
                 values[j + 1] = row[at + i + 1]
