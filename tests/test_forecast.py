@@ -13,8 +13,7 @@ from pydsa.options import bytes_per_second
 from pydsa.sampling import Picked
 from pydsa.setup import Setup
 from pydsa.stages.division import Layers, Node
-from pydsa.stages.forecast import CHUNK, Link, Times, Wire, chunks, forecast, in_turn, in_words, one_stream, prompt_seconds, wire_of
-from pydsa.stages.running import MOST_TOKENS
+from pydsa.stages.forecast import Link, Times, Wire, chunks, forecast, in_turn, in_words, one_stream, prompt_seconds, wire_of
 from pydsa.stages.wire import Part, Result, Step, encode
 
 LINK = Link(1e9, 100e-6)
@@ -122,7 +121,7 @@ def test_info():
     text = info("--stages", "2", "--bandwidth", "50,200").output
     lines = text[text.index("\nstages\n"):].split("\n\n")[0].splitlines()[2:]
     assert [line.split()[:5] for line in lines[1:3]] == [["node", "1", "50", "GB/s", "0"], ["node", "2", "200", "GB/s", "1-3"]]
-    assert CHUNK == MOST_TOKENS and lines[3] == "  as --stages 0,1-3"
+    assert lines[3] == "  as --stages 0,1-3"
     assert "1.1 KiB a token from stage to stage (f32 rows), 72 B to the first, 60 B back" in lines[4]
     assert lines[5].endswith("1.25 GB/s and 100 us (assumed: --link and --latency give others)")
     assert "one conversation: at most" in lines[6] and "assumed" not in lines[6] and lines[7].startswith("  2 conversations, 2 steps")

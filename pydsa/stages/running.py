@@ -17,11 +17,11 @@ from pydsa.options import choose, counts
 from pydsa.setup import Setup
 from pydsa.stages.cluster import STARTING, cluster, compare
 from pydsa.stages.division import AUTO, Node, Parts, check, divide, nowhere, parse
+from pydsa.stages.forecast import CHUNK
 from pydsa.stages.pipeline import Pipeline
 from pydsa.stages.wire import WIRES, Limits
 from pydsa.words import size
 
-MOST_TOKENS = 512       # of a step: several of one prompt fill the pipeline
 POLL = 0.2              # seconds between two looks at the progress of loading
 OF_FITTING = ("device", "fit_margin", "n_sessions")     # options that hold on each node, and not for the whole model
 OF_PLACES = ("tensor_split", "cpu_moe", "n_cpu_moe", "override_tensor", "n_gpu_layers", "stream_from", "numa", "mlock")
@@ -41,8 +41,8 @@ class Asked:
         if ray is None and self.stages == AUTO:
             raise StageError("stages is 'auto', which divides a model over the nodes of a cluster: give its address (--ray), or a number "
                              "of stages on this machine.")
-        n_ubatch, = counts(2**31 - 1, n_ubatch=settings.get("n_ubatch", MOST_TOKENS))
-        self.settings = settings | {"n_ubatch": min(n_ubatch or MOST_TOKENS, MOST_TOKENS)}
+        n_ubatch, = counts(2**31 - 1, n_ubatch=settings.get("n_ubatch", CHUNK))
+        self.settings = settings | {"n_ubatch": min(n_ubatch or CHUNK, CHUNK)}
         self.own_context = self.settings.get("n_ctx") == 0
 
     def whole(self, absent=None):
