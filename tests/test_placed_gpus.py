@@ -84,3 +84,24 @@ for model in (model, loaded(device="cuda", attention="sparse")):
     results[-1].append(batch.run(sessions, [[22], [23]]))
 assert nmse(*results) < 1e-6
 """, str(small_model(**TINY | {"type": "Q8_0"})), str(tmp_path / "session"))
+
+
+def test_stages(small_model):
+    """Stages on a GPU each give what one gives; steps of one token are recorded."""
+    run("""
+from pydsa.fitting import fitted
+from pydsa.stages.stage import Stage
+alone, _ = steps(loaded(device="cuda", attention="sparse"))
+options = dict(n_ctx=16, n_ubatch=8, kv_type="f32", attention="sparse")
+stages = [Stage(fitted(path, device=device, layers=layers, **options)) for device, layers in (("cuda", (0, 1)), ("cuda1", (1, 2)))]
+for stage in stages:
+    stage.open(1)
+found, n_past = [], 0
+for n in (3, 1, 1, 1):
+    rows, positions = np.array(ids[n_past:n_past + n] if n_past < 5 else ids[-1:], np.int32), np.arange(n_past, n_past + n)
+    for stage in stages:
+        rows = stage.run([(1, n)], "sparse", rows, positions, 1)
+    found, n_past = found + [rows[0]], n_past + n
+assert np.array_equal(found, alone)
+assert all(type(recorded) is cuda.Recording for stage in stages for recorded in [next(iter(stage._bound.values())).recording])
+""", str(small_model(**TINY | {"type": "Q8_0"})))
