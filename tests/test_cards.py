@@ -56,6 +56,7 @@ class SimpleModel(NamedTuple):
     setup: Setup
     threads: int
     threads_batch: int
+    stages: object = None
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from pydsa.costs import StepSize, node_cost, step_cost
 from pydsa.graph import Graph
 from pydsa.setup import Setup
 
-OPS = sorted(name for name in vars(Graph) if not name.startswith("_") and name not in ("value", "last_rows"))
+OPS = sorted(name for name in vars(Graph) if not name.startswith("_") and name not in ("value", "last_rows", "hidden"))
 
 # Numbers of float32 weights of conftest.SMALL. It has 3 layers: 1 dense, 2 with 8 experts (2 used) and a shared one.
 ATTENTION = 72 * 40 + 40 + 72 * 68 + 56 + 40 * 3 * 32 + 3 * 56 * 20 + 3 * 28 * 56 + 3 * 28 * 72 + 2 * 72

@@ -14,7 +14,7 @@ from pydsa.backends import cuda, gpus, reference  # noqa: E402
 from pydsa.backends.cuda import attend_one, attention, modes, top_k_one  # noqa: E402
 from pydsa.backends.cuda.current import current  # noqa: E402
 from pydsa.backends.cuda.fused_kernels import MOST, add_norm, norm_is_wide  # noqa: E402
-from pydsa.backends.cuda.int8x2.linear import scratch_for  # noqa: E402
+from pydsa.backends.cuda.int8x2.linear import LOW, place_of_quad, scratch_for  # noqa: E402
 from pydsa.backends.cuda.launch import KERNELS  # noqa: E402
 from tools import one_token  # noqa: E402
 from tools.cuda_ptx import assemble, find  # noqa: E402
@@ -23,9 +23,10 @@ from tools.cuda_ptx import assemble, find  # noqa: E402
 def unpacked(made, n):
     """The float64 values that an Int8x2 stands for, [rows, n], and its sums."""
     words, scales = made.packed.get(), made.scales.get().astype(np.float64)
-    quads = words.view(np.int8).reshape(len(words), -1, 2, 2, 32, 16)      # tile, half, high or low, group, value
-    whole = (256 * quads[:, :, :, 0].astype(int) + quads[:, :, :, 1]).transpose(0, 1, 3, 2, 4).reshape(len(words), -1)[:, :n]
-    return whole * np.repeat(scales, 32, 1), made.sums.get()
+    place = getattr(place_of_quad, "py_func", place_of_quad)        # in the simulator it is a function itself
+    places = [place(q) + word for q in range(n // 16) for word in range(4)]
+    high, low = (np.ascontiguousarray(words[:, np.array(places) + part], np.uint32).view(np.int8).astype(int) for part in (0, LOW))
+    return (256 * high + low) * np.repeat(scales, 32, 1), made.sums.get() * np.repeat(scales, 2, 1)
 
 
 WIDTHS = [32, 64] if IN_SIMULATOR else [32, 1056, 4128, 7168, 8192]

@@ -46,7 +46,7 @@ class Random(Placement):
 
 def at_random(monkeypatch, seed, names=("cpu", *late.NAMES)):
     queues = late.install(monkeypatch, seed)
-    monkeypatch.setattr(setup.Placing, "place", lambda placing, n_layer: Random(names, n_layer, seed))
+    monkeypatch.setattr(setup.Placing, "place", lambda placing, layers: Random(names, len(layers), seed))
     return queues
 
 
