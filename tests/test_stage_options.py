@@ -40,6 +40,7 @@ def test_the_command_line(tmp_path):
     assert f"--resume is '{file}', which is a file" in said_of("run", "--stages", "2", "-p", "a", "--resume", str(file))
     assert "resume is for a model in stages" in said_of("run", "-p", "a", "--resume")
     assert "--ops times the ops of a step in this process" in said_of("bench", "--stages", "2", "--ops")
+    assert "--record looks into the steps of this process" in said_of("run", "--stages", "2", "-p", "a", "--record", "a.npz")
     assert "--plot times the ops of a step in this process" in said_of("bench", "--ray", "auto", "--plot", str(tmp_path / "a.png"))
 
 

@@ -93,7 +93,7 @@ class Launcher:
         return [self._name(i) for i in range(len(self.stages))]
 
     def _name(self, i):
-        layers = f"layers {self.stages[i]}, " if self.stages[i] is not None else ""
+        layers = f"{self.stages[i].words}, " if self.stages[i] is not None else ""
         return f"stage {i + 1} of {len(self.stages)} ({layers}node {self._nodes[i].name})"
 
     def begin(self):
@@ -212,18 +212,23 @@ class Launcher:
         for i, node in enumerate(self._nodes):
             waiting[node.id].append(i)
         under_way, done = {}, [(0, 0)] * len(self.stages)
-        while waiting or under_way:
-            for id in [id for id in waiting if id not in under_way]:
-                i = waiting[id].pop(0)
-                under_way[id] = i, self._begin_to_load(i)
-                if not waiting[id]:
-                    del waiting[id]
-            finished, _ = self._cluster.ray.wait([begun for _, begun in under_way.values()], timeout=POLL)
-            for id, (i, begun) in list(under_way.items()):
-                done[i] = self._done(i, progress)
-                if begun in finished:
-                    self._addresses[i] = self._loaded(i, begun)
-                    del under_way[id]
+        try:
+            while waiting or under_way:
+                for id in [id for id in waiting if id not in under_way]:
+                    i = waiting[id].pop(0)
+                    under_way[id] = i, self._begin_to_load(i)
+                    if not waiting[id]:
+                        del waiting[id]
+                finished, _ = self._cluster.ray.wait([begun for _, begun in under_way.values()], timeout=POLL)
+                for id, (i, begun) in list(under_way.items()):
+                    done[i] = self._done(i, progress)
+                    if begun in finished:
+                        del under_way[id]
+                        self._addresses[i] = self._loaded(i, begun)
+        except Exception:
+            for i, _ in under_way.values():     # they would go on, and keep what they load
+                self.kill(i)
+            raise
 
     def _done(self, i, progress):
         process = self._processes[i]
