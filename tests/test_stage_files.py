@@ -105,7 +105,7 @@ def staged(tmp_path, split, monkeypatch):
 
 
 def parts_with(split, *begins):
-    """The numbers of the parts with tensors whose names begin so, and the first."""
+    """Numbers of the parts with tensors whose names begin so, and the first."""
     names = open_gguf(split).part_names
     return sorted({1, *(i + 1 for i, part in enumerate(names) if any(name.startswith(begins) for name in part))})
 

@@ -118,7 +118,10 @@ def test_saves_come_by_themselves(piped, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_whatever_conversations_do(piped, whole, seed):
-    """Prompts, tokens, forgotten tokens, rows of other sessions, steps together, saves and ends of stages, by chance."""
+    """They do by chance what there is.
+
+    Prompts, tokens, forgotten tokens, rows of other sessions, steps together, saves and ends of stages.
+    """
     chance, pipeline = random.Random(seed), piped()
     pairs = [(session(pipeline), whole.session()) for _ in range(3)]
     batches = Batch(pipeline, pipeline.setup), Batch(whole.runner, whole.setup)

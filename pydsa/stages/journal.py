@@ -223,7 +223,10 @@ class Journal:
         return {session: min(ends[session], self._low.get(session, ends[session])) for session in sessions if session in ends}
 
     def _ids(self, session, start):
-        """The ids of a session's tokens from start on; -1 where rows were restored."""
+        """The ids of a session's tokens from start on.
+
+        They are -1 where rows were restored.
+        """
         found = []
         for first, stop, number in self._live[session]:
             entry = self._entries[number]

@@ -74,7 +74,10 @@ def _keepers(pipeline, caches):
 
 
 def cut(pipeline, caches, start, stop):
-    """Copies of the rows start to stop of each cache, a list; all are asked for at once."""
+    """Copies of the rows start to stop of each cache, a list.
+
+    All are asked for at once.
+    """
     pipeline.drain(caches.conversation)
     pieces = [(cache, *piece) for cache in caches.values() for piece in cache.pieces(start, stop)]
     answers = pipeline.ask_each([(cache.stage, cache.request("stored", first, last)) for cache, first, last in pieces])

@@ -20,7 +20,7 @@ EVERY = 2.0         # seconds between two saves, at least
 
 
 class Saves:
-    """Saves the conversations of a Pipeline in a folder of each stage's machine.
+    """Saves the conversations of a Pipeline, on each stage's machine.
 
     folder: None: nothing is saved. It is made where it is not there. Where a save fails, a UserWarning says so, once for each reason.
     Raises PydsaError if this machine cannot write to the folder.
@@ -123,7 +123,10 @@ class Logs:
         return self._logs[number]
 
     def append(self, number, content):
-        """Append the rows of a session's new tokens; one that has ended needs none."""
+        """Append the rows of a session's new tokens.
+
+        One that has ended needs none.
+        """
         start, ids = content.get("start"), content.get("ids")
         if not isinstance(start, int) or start < 0 or not isinstance(ids, list) or not all(type(id) is int for id in ids):
             raise FrameError("a stage is asked to save tokens that are none")
@@ -131,7 +134,10 @@ class Logs:
             self._log(number, content).append(start, ids)
 
     def restore(self, number, content):
-        """Overwrite the caches of a session by what is saved -> the number of tokens."""
+        """Overwrite the caches of a session by what is saved.
+
+        Returns the number of tokens.
+        """
         log = self._log(number, content)
         log.restore()
         return len(log.tokens)
