@@ -10,6 +10,7 @@ import weakref
 
 from pydsa.backends.devices import AUTO as ANY_DEVICE
 from pydsa.backends.devices import HOST, check_devices, device_of
+from pydsa.cores import MOST_THREADS
 from pydsa.errors import OutOfMemoryError, StageError
 from pydsa.gguf_parts import described, is_complete, layers_here, merged
 from pydsa.model import Model
@@ -18,6 +19,7 @@ from pydsa.setup import Setup
 from pydsa.stages.cluster import STARTING, cluster, compare
 from pydsa.stages.division import AUTO, Node, Parts, check, divide, nowhere, parse
 from pydsa.stages.pipeline import Pipeline
+from pydsa.stages.saves import made
 from pydsa.stages.wire import WIRES, Limits
 from pydsa.words import size
 
@@ -37,7 +39,7 @@ class Asked:
     def __init__(self, path, stages, ray, wire, threads, threads_batch, settings):
         self.path, self.ray, self.wire = os.path.abspath(os.path.expanduser(path)), ray, choose("wire", wire, WIRES)
         self.stages = AUTO if stages is None else parse(stages)
-        self.threads, self.threads_batch = threads, threads_batch
+        self.threads, self.threads_batch = counts(MOST_THREADS, threads=threads, threads_batch=threads_batch)
         if ray is None and self.stages == AUTO:
             raise StageError("stages is 'auto', which divides a model over the nodes of a cluster: give its address (--ray), or a number "
                              "of stages on this machine.")
@@ -345,6 +347,8 @@ class StagedModel(Model):
     """
 
     def __init__(self, asked, resume=None, say=None, progress=None):
+        if resume and resume is not True:
+            made(resume)
         here = described(asked.path)
         if is_complete(here):
             self._take_whole(asked)         # what is wrong is met before anything is started
