@@ -203,8 +203,9 @@ class Cluster:
             with contextlib.suppress(Exception):
                 self.ray.shutdown()
         else:
-            for process in self._idle:
-                process.end()
+            for process in self._idle:      # by Ray, which complains of processes that are killed
+                with contextlib.suppress(Exception):
+                    self.ray.kill(process.actor)
 
 
 _lock, _current = threading.Lock(), None
