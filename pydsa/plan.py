@@ -110,12 +110,13 @@ class Runner:
     """Runs the graphs of one model on the backends of its devices.
 
     Sessions, batches and the engine use it, or in its place a stages.pipeline.Pipeline, which has the same methods. depth: the steps that
-    may be under way at once. samples: whether steps of a Batch sample too. observes: whether hooks can look into steps.
+    may be under way at once. samples: whether steps of a Batch sample too. observes: whether hooks can look into steps. error:
+    the StageError that has ended it; None: none.
 
     backends: {name of a device: backend}. reproducible: a token's products with the weights are the same in steps of any shape. streaming:
     the streaming.Streaming of steps of many tokens.
     """
-    depth, samples, observes = 1, False, True
+    depth, samples, observes, error = 1, False, True, None
 
     def __init__(self, backends, layouts, threads, threads_batch, reproducible=False, streaming=NEVER):
         self.threads, self.threads_batch = threads, threads_batch

@@ -23,7 +23,8 @@ def no_ray(monkeypatch):
     (dict(stages="auto"), "divides a model over the nodes of a cluster: give its address"),
     (dict(stages=0), "stages is '?0'?, expected 1 to"), (dict(stages="0-1,3-3"), "stages has 3.* after 0-1, expected"),
     (dict(stages=2, wire="f16"), "wire is 'f16', expected"), (dict(wire="bf16"), "wire is for a model in stages"),
-    (dict(resume=True), "resume is for a model in stages"), (dict(stages=2, n_ubatch=-1), "n_ubatch is -1")])
+    (dict(resume=True), "resume is for a model in stages"), (dict(stages=2, n_ubatch=-1), "n_ubatch is -1"),
+    (dict(stages=2, threads=0), "threads is 0"), (dict(stages=2, resume="/proc/none"), "resume is '/proc/none', a folder that cannot")])
 def test_what_means_nothing_is_refused(options, said):
     with pytest.raises(PydsaError, match=said):
         pydsa.load(pydsa.DEMO, **options)
@@ -41,6 +42,7 @@ def test_the_command_line(tmp_path):
     assert f"--resume is '{file}', which is a file" in said_of("run", "--stages", "2", "-p", "a", "--resume", str(file))
     assert "resume is for a model in stages" in said_of("run", "-p", "a", "--resume")
     assert "--ops times the ops of a step in this process" in said_of("bench", "--stages", "2", "--ops")
+    assert "--record looks into the steps of this process" in said_of("run", "--stages", "2", "-p", "a", "--record", "a.npz")
     assert "--plot times the ops of a step in this process" in said_of("bench", "--ray", "auto", "--plot", str(tmp_path / "a.png"))
 
 

@@ -84,3 +84,11 @@ def test_prefixes_come_from_memory_and_from_files(staged, expected, tmp_path, ca
         assert any(name.endswith(".rows") for name in os.listdir(tmp_path)) == (cache_bytes < 1 << 20)
         text, n_cached = answer(server)
         assert text == expected and n_cached > 20
+
+
+def test_a_stage_that_fails_is_a_fault_of_the_server(staged):
+    with serving(staged, cache_bytes=0) as server:
+        answer(server)
+        staged.runner.launcher.kill(1)
+        for status, body in (post(server, "/v1/completions", BODY), call(server, "GET", "/health")[::2]):
+            assert status == 500 and "Stage 2 of 2" in str(body) and "server_error" in str(body)

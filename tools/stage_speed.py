@@ -77,6 +77,14 @@ def measured(path, stages, threads, streams, n_prompt, n_gen, options):
     return found
 
 
+def _numbers(option, text):
+    from pydsa.cli.shared import comma_numbers
+    numbers = comma_numbers(option, text)
+    if 0 in numbers:
+        raise click.UsageError(f"{option} is {text!r}, expected numbers from 1 on.")
+    return numbers
+
+
 @click.command()
 @click.argument("path")
 @click.option("--stages", default="2", show_default=True, help="Numbers of stages, with commas between.")
@@ -90,14 +98,14 @@ def measured(path, stages, threads, streams, n_prompt, n_gen, options):
 @click.option("--child", hidden=True)
 def main(path, stages, threads, streams, n_prompt, n_gen, wire, rounds, output, child):
     """Compare a model in stages with one process."""
-    streams = [int(n) for n in streams.split(",")]
+    stages, streams = _numbers("--stages", stages), _numbers("--streams", streams)
     if child is not None:
         n = int(child)
         print(json.dumps(measured(path, n, threads, streams, n_prompt, n_gen, {} if n == 1 else {"wire": wire})))
         return
     fastest = {}
     for _ in range(rounds):
-        for n in [1, *(int(n) for n in stages.split(","))]:
+        for n in [1, *stages]:
             done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--child", str(n)], stdout=subprocess.PIPE, check=True)
             for name, rate in json.loads(done.stdout.splitlines()[-1]).items():
                 fastest[n, name] = max(rate, fastest.get((n, name), 0))

@@ -66,6 +66,8 @@ def run(model, prompt, file, max_tokens, stop, conversation, raw, special, syste
     chatting = prompt is None and file is None and sys.stdin.isatty()
     if chatting and raw:
         raise click.UsageError("--raw continues a text: give it with -p, -f or a pipe.")
+    if record is not None and (settings["stages"] or settings["ray"]):
+        raise click.UsageError("--record looks into the steps of this process: leave out --stages and --ray.")
     if conversation and (raw or not chatting):
         raise click.UsageError("-cnv chats on a terminal: leave out -p, -f, --raw and pipes, or leave out -cnv.")
     if not chatting and prompt is None:

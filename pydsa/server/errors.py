@@ -3,7 +3,7 @@ import traceback
 
 from starlette.responses import JSONResponse
 
-from pydsa.errors import ContextFullError, DamagedWeightsError, OutOfMemoryError, PydsaError
+from pydsa.errors import ContextFullError, DamagedWeightsError, OutOfMemoryError, PydsaError, StageError
 from pydsa.requests import Cancelled, InternalError, QueueFullError
 
 # OpenAI's and Anthropic's types by status.
@@ -49,7 +49,7 @@ def as_api_error(error):
         return ApiError(400, text, code="context_length_exceeded")
     if isinstance(error, Cancelled):
         return ApiError(503, "The answer was ended: the server stops, or the client did not read it.")
-    if isinstance(error, (DamagedWeightsError, OutOfMemoryError, InternalError)):
+    if isinstance(error, (DamagedWeightsError, OutOfMemoryError, StageError, InternalError)):
         return ApiError(500, text)
     return ApiError(400, text)
 

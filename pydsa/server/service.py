@@ -62,11 +62,16 @@ class Service:
         return os.path.basename(self.model.metadata.path).removesuffix(".gguf")
 
     def ready(self):
-        """Raise ApiError while the model is being loaded, and at the end."""
+        """Raise ApiError if no request can be answered.
+
+        The model is being loaded, one of its stages has failed for good, or the server stops.
+        """
         if self._closing:
             raise ApiError(503, "The server stops, and takes no more requests.")
         if self.engine is None:
             raise ApiError(503, "The model is being loaded; try again soon.", code="loading")
+        if self.model.runner.error is not None:
+            raise as_api_error(self.model.runner.error)
 
     async def chat_prompt(self, messages, thinking=None, tools=None):
         """The chat.Prompt of a conversation, made on another thread.

@@ -18,12 +18,13 @@ from typing import NamedTuple
 from pydsa import errors
 from pydsa.errors import PydsaError, StageError
 from pydsa.stages.actors import COMPARED, StageActor, identity, kill
-from pydsa.stages.local_ray import LocalRay, handlers_kept, first_line, import_ray
+from pydsa.stages.local_ray import LocalRay, environment, first_line, handlers_kept, import_ray
 
 STARTING = 60       # seconds in which the process of a stage must answer
 REACHED = 5         # seconds in which a cluster's address must
 QUICK = 5           # seconds for what takes no time
 CALLS = 4           # of a StageActor that may run at the same time
+ATTEMPTS = "RAY_gcs_server_port_wait_time_s"    # how often Ray tries to connect; by default 20 times, of which each may take 45 s
 
 
 class RayNode(NamedTuple):
@@ -207,8 +208,9 @@ class Cluster:
             with contextlib.suppress(Exception):
                 self.ray.shutdown()
         else:
-            for process in self._idle:
-                process.end()
+            for process in self._idle:      # by Ray, which complains of processes that are killed
+                with contextlib.suppress(Exception):
+                    self.ray.kill(process.actor)
 
 
 _lock, _current = threading.Lock(), None
@@ -256,23 +258,27 @@ def connect(ray, address):
 
     Raises StageError if nothing answers at its address, or if it cannot be used from here.
     """
-    if not isinstance(address, str) or "://" in address:
+    found = re.fullmatch(r"([^/]+):([0-9]{1,9})", address) if isinstance(address, str) else None
+    if address != "auto" and not found:
         raise StageError(f"ray is {address!r}, expected a cluster's address, such as 10.0.0.1:6379, or 'auto' for the one on this machine.")
-    if address != "auto":
-        host, _, port = address.rpartition(":")
+    if found:
         try:
-            socket.create_connection((host.strip("[]"), int(port)), REACHED).close()
+            socket.create_connection((found[1].strip("[]"), int(found[2])), REACHED).close()
         except (OSError, ValueError, OverflowError) as error:
             why = getattr(error, "strerror", None) or error
             raise StageError(f"No Ray answers at {address} ({why}); start one there with `ray start --head`, and give its address "
                              "(host:port).") from error
     try:
-        with handlers_kept():
+        with handlers_kept(), environment({ATTEMPTS: os.environ.get(ATTEMPTS, "1")}):
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
-    except ConnectionError as error:
-        raise StageError(f"The Ray at {address} does not answer ({first_line(error)}); start one with `ray start`, or give its address "
-                         "(host:port).") from error
     except Exception as error:
+        if "Token" in f"{error} {error.__cause__}":
+            raise StageError(f"The Ray at {address} has tokens, and this program has not the right one: set RAY_AUTH_MODE=token, with the "
+                             "same ~/.ray/auth_token as on the cluster's nodes.") from error
+        if isinstance(error, ConnectionError):
+            local = "; Ray takes a loopback address for this machine's own" if re.match(r"127\.|localhost:|\[?::1\]?:", address) else ""
+            raise StageError(f"The Ray at {address} does not answer ({first_line(error)}){local}; start one with `ray start`, or give its "
+                             "address (host:port).") from error
         raise StageError(f"The Ray at {address} cannot be used from here ({first_line(error)}); this machine must be one of its "
                          f"nodes (`ray start --address={address}`).") from error
 

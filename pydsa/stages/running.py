@@ -10,6 +10,7 @@ import weakref
 
 from pydsa.backends.devices import AUTO as ANY_DEVICE
 from pydsa.backends.devices import HOST, check_devices, device_of
+from pydsa.cores import MOST_THREADS
 from pydsa.errors import OutOfMemoryError, StageError
 from pydsa.gguf_parts import described, is_complete, layers_here, merged
 from pydsa.model import Model
@@ -19,6 +20,7 @@ from pydsa.stages.cluster import STARTING, cluster, compare
 from pydsa.stages.division import AUTO, Node, Parts, check, divide, nowhere, parse
 from pydsa.stages.forecast import CHUNK
 from pydsa.stages.pipeline import Pipeline
+from pydsa.stages.saves import made
 from pydsa.stages.wire import WIRES, Limits
 from pydsa.words import size
 
@@ -37,7 +39,7 @@ class Asked:
     def __init__(self, path, stages, ray, wire, threads, threads_batch, settings):
         self.path, self.ray, self.wire = os.path.abspath(os.path.expanduser(path)), ray, choose("wire", wire, WIRES)
         self.stages = AUTO if stages is None else parse(stages)
-        self.threads, self.threads_batch = threads, threads_batch
+        self.threads, self.threads_batch = counts(MOST_THREADS, threads=threads, threads_batch=threads_batch)
         if ray is None and self.stages == AUTO:
             raise StageError("stages is 'auto', which divides a model over the nodes of a cluster: give its address (--ray), or a number "
                              "of stages on this machine.")
@@ -214,18 +216,23 @@ class Launcher:
         for i, node in enumerate(self._nodes):
             waiting[node.id].append(i)
         under_way = {}
-        while waiting or under_way:
-            for id in [id for id in waiting if id not in under_way]:
-                i = waiting[id].pop(0)
-                under_way[id] = i, self._begin_to_load(i)
-                if not waiting[id]:
-                    del waiting[id]
-            finished, _ = self._cluster.ray.wait([begun for _, begun in under_way.values()], timeout=POLL)
-            for id, (i, begun) in list(under_way.items()):
-                self._report(i, progress)
-                if begun in finished:
-                    self._addresses[i] = self._loaded(i, begun)
-                    del under_way[id]
+        try:
+            while waiting or under_way:
+                for id in [id for id in waiting if id not in under_way]:
+                    i = waiting[id].pop(0)
+                    under_way[id] = i, self._begin_to_load(i)
+                    if not waiting[id]:
+                        del waiting[id]
+                finished, _ = self._cluster.ray.wait([begun for _, begun in under_way.values()], timeout=POLL)
+                for id, (i, begun) in list(under_way.items()):
+                    self._report(i, progress)
+                    if begun in finished:
+                        del under_way[id]
+                        self._addresses[i] = self._loaded(i, begun)
+        except Exception:
+            for i, _ in under_way.values():     # they would go on, and keep what they load
+                self.kill(i)
+            raise
 
     def _report(self, i, progress):
         """Report how far a stage is; a process that hangs is an error."""
@@ -352,6 +359,8 @@ class StagedModel(Model):
     """
 
     def __init__(self, asked, resume=None, say=None, progress=None):
+        if resume and resume is not True:
+            made(resume)
         here = described(asked.path)
         if is_complete(here):
             self._take_whole(asked)         # what is wrong is met before anything is started

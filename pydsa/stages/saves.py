@@ -29,9 +29,8 @@ class Saves:
     def __init__(self, pipeline, folder):
         self._pipeline, self._told, self._stopped, self.folder, self._where = pipeline, set(), threading.Event(), None, None
         if folder is not None:
-            self.folder = os.path.abspath(os.path.expanduser(folder))
+            self.folder = made(folder)
             self._where = {"folder": self.folder, "run": secrets.token_hex(8)}
-            _check_folder(folder, self.folder)
 
     def start(self):
         """Begin to save."""
@@ -95,14 +94,19 @@ class Saves:
             warnings.warn(text, stacklevel=3)
 
 
-def _check_folder(name, folder):
-    """Make a folder, and raise PydsaError if nothing can be written there."""
+def made(name):
+    """Make the folder of `resume` -> its absolute path.
+
+    Raises PydsaError if nothing can be written there.
+    """
+    folder = os.path.abspath(os.path.expanduser(name))
     try:
         os.makedirs(folder, 0o700, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise PydsaError(f"resume is {os.fspath(name)!r}, a folder that cannot be written to ({reason}): name another one.") from error
+    return folder
 
 
 class Logs:
