@@ -87,7 +87,7 @@ assert nmse(*results) < 1e-6
 
 
 def test_stages(small_model):
-    """Stages on a GPU each give what one gives; steps of one token are recorded."""
+    """Stages on a GPU each give what one gives; one token is recorded."""
     run("""
 from pydsa.fitting import fitted
 from pydsa.stages.stage import Stage

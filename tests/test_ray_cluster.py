@@ -79,7 +79,7 @@ def test_stages_that_are_being_loaded_end_with_one_that_fails(monkeypatch):
     """They would go on, and keep what they load."""
     def loaded(launcher, i, begun):
         raise OutOfMemoryError("too large")
-    for name, value in dict(_begin_to_load=lambda launcher, i: i, _done=lambda *args: (0, 0), _loaded=loaded).items():
+    for name, value in dict(_begin_to_load=lambda launcher, i: i, _report=lambda *args: None, _loaded=loaded).items():
         monkeypatch.setattr(Launcher, name, value)
     ended, nodes = [], [cluster.RayNode(name, name, name, True) for name in "ab"]
     ray = SimpleNamespace(wait=lambda begun, timeout: (begun[:1], begun[1:]))
