@@ -170,7 +170,12 @@ class Sampler:
         fields = dataclasses.asdict(self.sampling) | {"logit_bias": [[int(token), float(-math.inf if bias is False else bias)]
                                                       for token, bias in (self.sampling.logit_bias or {}).items()]}
         return {"sampling": {key: value.item() if isinstance(value, np.generic) else value for key, value in fields.items()},
-                "random": self._random.bit_generator.state}
+                "random": self.random}
+
+    @property
+    def random(self):
+        """The state of the random number generator, a part of state()."""
+        return self._random.bit_generator.state
 
     @classmethod
     def restored(cls, state):

@@ -132,9 +132,8 @@ class Samplers:
                     self._n += 1
                     known = self._known[sampler] = [self._n, None]
                     weakref.finalize(sampler, self._dropped.append, self._n).atexit = False
-                state = sampler.state()
-                if known[1] != state["random"]:
-                    frames.append(Message("sampler", 0, known[0], {"state": state, "ends": self._ends}))
+                if known[1] != sampler.random:
+                    frames.append(Message("sampler", 0, known[0], {"state": sampler.state(), "ends": self._ends}))
                 known[1] = None
                 numbers.append(known[0])
         return numbers, frames
@@ -147,7 +146,7 @@ class Samplers:
         sampler.follow()
         if rests:
             with self._lock:
-                self._known[sampler][1] = sampler.state()["random"]
+                self._known[sampler][1] = sampler.random
 
     def forget(self):
         """The states that the stage has are not known any more."""
