@@ -17,6 +17,8 @@ def main():
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)       # what Ray writes is no answer
     with tempfile.TemporaryDirectory(prefix="pydsa-ray-", ignore_cleanup_errors=True) as folder:
+        os.environ["RAY_TMPDIR"] = folder       # where the address of the last cluster is noted, in a folder that must be there
+        os.mkdir(os.path.join(folder, "ray"))
         cluster = Cluster(initialize_head=True, head_node_args=options | {"include_dashboard": False, "temp_dir": folder})
         second = cluster.add_node(**options)
         print(cluster.address, file=answers, flush=True)

@@ -94,7 +94,7 @@ class ScriptedSession(Session):
 
 class _Runner:
     """What a Batch runs several sessions with."""
-    depth, samples, observes = 1, False, True
+    depth, samples, observes, error = 1, False, True, None
 
     def __init__(self, sessions, backends):
         self._sessions, self.backends = sessions, backends
