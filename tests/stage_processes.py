@@ -12,12 +12,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from pydsa.errors import StageError  # noqa: E402
+from pydsa.session import Session  # noqa: E402
 from pydsa.setup import Setup  # noqa: E402
 from pydsa.stages import worker as workers  # noqa: E402
 from pydsa.stages.stage import Stage  # noqa: E402
 from pydsa.stages.wire import Limits  # noqa: E402
 
 OPTIONS = dict(device="reference", n_ctx=64, n_ubatch=8)
+
+
+def session(pipeline):
+    """A new session on a pipeline."""
+    return Session(pipeline, pipeline.setup, pipeline.setup.tokenizer)
 
 
 class Launcher:

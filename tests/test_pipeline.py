@@ -8,13 +8,12 @@ import time
 import numpy as np
 import pytest
 from helpers import nmse, random_ids
-from stage_processes import OPTIONS, Launcher
+from stage_processes import OPTIONS, Launcher, session
 
 import pydsa
 from pydsa.batch import Batch
 from pydsa.errors import ContextFullError, OutOfMemoryError, PydsaError, StageError
 from pydsa.sampling import Picked, Sampler, Sampling
-from pydsa.session import Session
 from pydsa.stages.pipeline import Pipeline
 from pydsa.stages.stage import Stage
 from pydsa.stages.wire import Part, Step, encode
@@ -48,11 +47,6 @@ def piped(path):
     yield make
     for pipeline in made:
         pipeline.close()
-
-
-def session(pipeline):
-    """A new session on a pipeline."""
-    return Session(pipeline, pipeline.setup, pipeline.setup.tokenizer)
 
 
 class Slow(Stage):

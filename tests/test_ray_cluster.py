@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ from pydsa.errors import OutOfMemoryError, StageError
 from pydsa.stages import cluster
 from pydsa.stages.local_ray import ENVIRONMENT, environment
 from pydsa.stages.running import Launcher
-from tests.test_rays import IN_TIME, OPTIONS, idle, running_still, wait_until
+from tests.test_rays import OPTIONS, fails_in_time, idle, running_still, wait_until
 
 NODE = r"node 127\.0\.0\.1:\d+"
 
@@ -47,12 +46,7 @@ def test_a_model_is_divided_over_the_nodes_until_one_leaves(golden, load, nodes)
     session.prefill([1, 2, 3])
     print(file=program.stdin, flush=True)
     assert program.stdout.readline() == "removed\n"
-    start = time.monotonic()
-    with pytest.raises(StageError, match=rf"(?i)stage \d of 2 \(layers? \S+, {NODE}\) has failed"):
-        while time.monotonic() < start + 2 * IN_TIME:
-            session.decode(4)
-            session.truncate(3)
-    assert time.monotonic() - start < IN_TIME
+    fails_in_time(session, rf"(?i)stage \d of 2 \(layers? \S+, {NODE}\) has failed")
     wait_until(lambda: len([pid for pid in processes if running_still(pid)]) == 1 == len(idle()))       # the other node's is free
 
 

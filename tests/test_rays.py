@@ -100,6 +100,16 @@ def test_all_ports_are_on_loopback(golden):
     assert all((getattr(ip, "ipv4_mapped", None) or ip).is_loopback for ip in ips)
 
 
+def fails_in_time(session, words):
+    """The steps of a session of three tokens end with the error of a stage."""
+    start = time.monotonic()
+    with pytest.raises(StageError, match=words):
+        while time.monotonic() < start + 2 * IN_TIME:
+            session.decode(4)
+            session.truncate(3)
+    assert time.monotonic() - start < IN_TIME
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_stage_that_ends_or_hangs_is_named(golden, number):
     path, arrays = golden("ds32-f32")
@@ -107,12 +117,7 @@ def test_a_stage_that_ends_or_hangs_is_named(golden, number):
     session, (first, second) = model.session(), pids(model)
     session.prefill([1, 2, 3])
     os.kill(second, number)
-    start = time.monotonic()
-    with pytest.raises(StageError, match=r"(?i)stage 2 of 2 \(layers? \d+(-\d+)?, node 127\.0\.0\.1\)"):
-        while time.monotonic() < start + 2 * IN_TIME:
-            session.decode(4)
-            session.truncate(3)
-    assert time.monotonic() - start < IN_TIME
+    fails_in_time(session, r"(?i)stage 2 of 2 \(layers? \d+(-\d+)?, node 127\.0\.0\.1\)")
     wait_until(lambda: not running_still(second))
     with pytest.raises(StageError):
         session.decode(4)

@@ -7,13 +7,12 @@ import time
 import numpy as np
 import pytest
 from helpers import random_ids
-from stage_processes import OPTIONS, Launcher, Processes
+from stage_processes import OPTIONS, Launcher, Processes, session
 
 import pydsa
 from pydsa.batch import Batch
 from pydsa.errors import StageError
 from pydsa.sampling import Sampling
-from pydsa.session import Session
 from pydsa.stages import faults, links
 from pydsa.stages import worker as workers
 from pydsa.stages.pipeline import Pipeline
@@ -50,11 +49,6 @@ def piped(path, monkeypatch):
     yield make
     for pipeline in made:
         pipeline.close()
-
-
-def session(pipeline):
-    """A new session on a pipeline."""
-    return Session(pipeline, pipeline.setup, pipeline.setup.tokenizer)
 
 
 def answered(one, n, after=0, act=lambda: None):

@@ -8,12 +8,11 @@ import warnings
 
 import pytest
 from helpers import random_ids
-from stage_processes import OPTIONS, Launcher, Processes
+from stage_processes import OPTIONS, Launcher, Processes, session
 
 import pydsa
 from pydsa import PydsaError, SessionFileError
 from pydsa.batch import Batch
-from pydsa.session import Session
 from pydsa.session_log import SessionLog
 from pydsa.stages import saves
 from pydsa.stages import worker as workers
@@ -58,10 +57,6 @@ def piped(path, monkeypatch, tmp_path):
     yield make
     for pipeline in made:
         pipeline.close()
-
-
-def session(pipeline):
-    return Session(pipeline, pipeline.setup, pipeline.setup.tokenizer)
 
 
 def logits(one, ids):

@@ -8,13 +8,11 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.block_sums import abs_bits
-from pydsa.backends.cuda.chosen_rows import HEADS, ROTATED, SIGNATURE, SLICES, VALUE, WIDTH, Shape, make_ask
+from pydsa.backends.cuda.chosen_rows import HEADS, ROTATED, SLICES, VALUE, WIDTH, Shape, make_attend
 from pydsa.backends.cuda.device import (SIMULATED, bits_float, device, load_four_f32, mma_s8, nearest, pack_int8x2, permuted,
                                         store_four_f32)
-from pydsa.backends.cuda.instructions import all_copies
-from pydsa.backends.cuda.launch import kernel
 from pydsa.backends.cuda.shared_memory import (copy_eight, folds, load_float, load_floats, load_fragments, load_transposed, nearest_integer,
-                                               power_of_two, shared_address, store_float, store_floats, store_word)
+                                               power_of_two, store_float, store_floats, store_word)
 from pydsa.quants import INT8X2_MAX
 
 
@@ -237,27 +235,8 @@ def _make_add_values(shape):
 
 def _make(storage, keys):
     shape = PlanesShape(2 if storage == "i16" else 1, keys)
-    ask, round_queries, scores = make_ask(shape, copy_eight, 8), _make_round_queries(shape), _make_scores(shape)
-    softmax, add_values, lanes, warps = _make_softmax(shape), _make_add_values(shape), keys // 4, keys // 4
-
-    def attend(sums, stats, q, data, row_bytes, indices, n_head, scale):
-        """Sums of values and statistics of a block's chosen rows: see chosen_rows.py."""
-        thread, split, head = U(cuda.threadIdx.x), cuda.blockIdx.x, HEADS * cuda.blockIdx.y
-        base = shared_address(cuda.shared.array(0, np.uint32))
-        ask(base, data, row_bytes, indices, split, thread)
-        round_queries(base, q, head, n_head, thread)
-        all_copies()
-        cuda.syncthreads()
-        scores(base, thread >> U(5), thread & U(31))
-        cuda.syncthreads()
-        row, n_rows = np.int64(split) * n_head + head, n_head - head
-        h = np.int64(thread // U(lanes))
-        softmax(base, scale, stats, 2 * (row + h), h < n_rows, thread)
-        cuda.syncthreads()
-        for column in range(thread >> U(5), VALUE // 32, warps):
-            add_values(base, sums, row, n_rows, U(32) * U(column), thread & U(31))
-    name = f"attend_one_{storage}{'' if keys == 64 else '_narrow'}"
-    return kernel(SIGNATURE, shape.threads, name, shared=shape.size)(attend)
+    return make_attend(storage, shape, copy_eight, 8, _make_round_queries(shape), _make_scores(shape), _make_softmax(shape),
+                       _make_add_values(shape))
 
 
 ATTEND = {} if SIMULATED else {(storage, keys): _make(storage, keys) for storage in ("i16", "i8") for keys in (64, 32)}

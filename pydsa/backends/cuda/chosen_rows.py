@@ -1,4 +1,4 @@
-"""What the kernels of one token's attention to chosen rows share: their parameters, and how a block begins.
+"""What the kernels of one token's attention to chosen rows share: their parameters, and what a block does.
 
 A block has some chosen rows and HEADS heads. It asks for all its rows at once, rounds its queries meanwhile, and uses the rows twice from
 shared memory: as keys, and as values. So it waits for memory twice: for the numbers of its rows, then for the rows.
@@ -10,10 +10,12 @@ Parameters of the kernels, all arrays flat: sums [splits, n_head, VALUE], of val
 row_bytes; indices, the chosen rows, negative where there is none; n_head; scale, times log2(e).
 """
 import numpy as np
+from numba import cuda
 
 from pydsa.backends.cuda.device import device
-from pydsa.backends.cuda.instructions import commit_copies
-from pydsa.backends.cuda.shared_memory import store_float
+from pydsa.backends.cuda.instructions import all_copies, commit_copies
+from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.shared_memory import shared_address, store_float
 
 HEADS = 32                      # of a block
 VALUE, ROTATED = 512, 64        # numbers of a row's two parts
@@ -62,3 +64,27 @@ def make_ask(shape, copy, unit):
         if part == 0:
             store_float(base + U(bias) + U(4) * row, ZERO if key >= 0 else MINUS_INFINITY)
     return ask
+
+
+def make_attend(storage, shape, copy, unit, round_queries, scores, softmax, add_values):
+    """The kernel of a cache's storage: its steps, on the rows of a Shape."""
+    ask, lanes, warps = make_ask(shape, copy, unit), shape.keys // 4, shape.keys // 4
+
+    def attend(sums, stats, q, data, row_bytes, indices, n_head, scale):
+        """Sums of values and statistics of a block's chosen rows: see chosen_rows.py."""
+        thread, split, head = U(cuda.threadIdx.x), cuda.blockIdx.x, HEADS * cuda.blockIdx.y
+        base = shared_address(cuda.shared.array(0, np.uint32))
+        ask(base, data, row_bytes, indices, split, thread)
+        round_queries(base, q, head, n_head, thread)
+        all_copies()
+        cuda.syncthreads()
+        scores(base, thread >> U(5), thread & U(31))
+        cuda.syncthreads()
+        row, n_rows = np.int64(split) * n_head + head, n_head - head
+        h = np.int64(thread // U(lanes))
+        softmax(base, scale, stats, 2 * (row + h), h < n_rows, thread)
+        cuda.syncthreads()
+        for column in range(thread >> U(5), VALUE // 32, warps):
+            add_values(base, sums, row, n_rows, U(32) * U(column), thread & U(31))
+    name = f"attend_one_{storage}{'' if shape.keys == 64 else '_narrow'}"
+    return kernel(SIGNATURE, shape.threads, name, shared=shape.size)(attend)
