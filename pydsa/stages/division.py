@@ -14,6 +14,7 @@ from pydsa.errors import LESS, OutOfMemoryError, PydsaError
 from pydsa.gguf_file import Tensor
 from pydsa.models.blocks import spans
 from pydsa.placement import home_layer
+from pydsa.stages.times import of_a_chunk
 from pydsa.streaming import ASSUMED, REACHED
 from pydsa.words import size
 
@@ -21,6 +22,7 @@ AUTO = "auto"
 EXPECTED = f"a number of stages such as 2, {AUTO!r}, or ranges of layers such as '0-20,21-40,41-60'"
 MOST = 1024         # stages; files have no more layers
 EVEN = 1e-6         # weight of an even division, among those of equal time
+WHOLE = 2.0**40     # what makes whole numbers of costs
 
 
 class Layers(NamedTuple):
@@ -157,9 +159,10 @@ def divided(stages, setup, nodes, **options):
 def divide(setup, nodes, n_sessions=1, n_past=None, mapped=True):
     """The division of a model over nodes whose slowest stage takes least time.
 
-    The time is that in which a node reads what a token needs after n_past others; None: at the end of the context. Of such divisions it is
-    one in which a token takes least time in all, and then an even one. nodes: one for each stage, in this order. Each stage fits its node's
-    memory, with the caches of n_sessions conversations. mapped: whether weights that lie in the mapped file must fit too; else they may be
+    There are two times: that in which a node reads what a token needs after n_past others (None: at the end of the context), and that of a
+    chunk of a prompt, with its products. Each is compared with the least that any division has; the sum of both is the least. Of such
+    divisions it is one in which they take least time in all, and then an even one. nodes: one for each stage, in this order. Each stage
+    fits its node's memory, with the caches of n_sessions conversations. mapped: whether weights that lie in the mapped file must fit too; else they may be
     read from the drive. Returns a tuple of Layers. Raises OutOfMemoryError if nothing fits, PydsaError if there are too few layers.
     """
     return Parts(setup, n_sessions, n_past, mapped).divide(nodes)
@@ -210,6 +213,7 @@ class Parts:
         for ref, n_bytes in setup.cache_row_bytes.items():
             self._caches[ref.layer] += n_bytes * setup.n_ctx * n_sessions
         self._token = token_bytes(setup, setup.n_ctx - 1 if n_past is None else n_past)
+        self._ops = of_a_chunk(setup)
         self.scratch = sum(memory.total - memory.copied - memory.caches for memory in setup.memory.values()) + sum(
             device_of(name).reserved for name in setup.placement.devices)       # of the whole model
         # Beside that, a stage has the hidden rows of a ubatch that come in, and those that go out.
@@ -228,16 +232,19 @@ class Parts:
         if len(nodes) > len(self.borders):
             raise PydsaError(f"There are {len(nodes)} stages, expected at most {len(self.borders)}: so many layers of the model can "
                              "begin one.")
-        taken, token = self._between(memory=True), self._between(memory=False)
+        taken = self._in_memory()
         lacks = [np.where(self._elsewhere(node), np.inf, _lacking(taken, node.memory)) for node in nodes]
-        seconds = [np.where(lack > 0, np.inf, token / node.bandwidth) for lack, node in zip(lacks, nodes)]
-        found, slowest = _best(seconds, np.maximum)
-        if found is None and _best(lacks, np.maximum)[0] is None:
+        if not np.isfinite(_best(lacks, np.maximum)[1]):
             raise nowhere(nodes)
-        if found is None:
+        tokens = [np.where(lack > 0, np.inf, self._between(self._token) / node.bandwidth) for lack, node in zip(lacks, nodes)]
+        if not np.isfinite(_best(tokens, np.maximum)[1]):
             raise self._too_large(nodes, lacks)
-        even = [np.where(some <= slowest, some * (1 + EVEN * some / max(slowest, 1e-300)), np.inf) for some in seconds]
-        return self._layers(_best(even, np.add)[0])
+        chunks = [np.where(lack > 0, np.inf, self._between(self._chunk(node))) for lack, node in zip(lacks, nodes)]
+        return self._layers(_best(_least_of_both(tokens, chunks), np.add)[0])
+
+    def _chunk(self, node):
+        """Seconds of each layer for a chunk of a prompt, [n_layer]."""
+        return np.bincount(self._ops.layers.astype(np.intp), self._ops.seconds(node), self.setup.config.n_layer)
 
     def _elsewhere(self, node):
         """Whether a node lacks tensors of the layers between borders, bool [n, n]."""
@@ -250,22 +257,24 @@ class Parts:
         ends = [*self.borders, self.setup.config.n_layer]
         return tuple(Layers(ends[a], ends[b]) for a, b in zip(found, found[1:]))
 
-    def _between(self, memory):
-        """Bytes of the layers between any two borders, float64 [n, n].
+    def _between(self, each):
+        """The sums of layers between any two borders, float64 [n, n].
 
-        memory: those that must be in memory; else those that a token reads. Infinite where the second border is not above the first.
+        each: of the layers, [n_layer]. Infinite where the second border is not above the first.
         """
         ends = np.array([*self.borders, self.setup.config.n_layer])
-        each = np.subtract(np.add(self._weights, self._caches), self._on_drive) if memory else np.array(self._token)
         below = np.concatenate([[0.0], np.cumsum(each, dtype=np.float64)])[ends]
-        found = below[None, :] - below[:, None]
-        if memory:
-            found += self.scratch + self.passing
-            found[0, -1] -= self.passing
-        for layers, n_bytes, in_file in self._several if memory else ():
+        return np.where(np.arange(len(ends))[:, None] < np.arange(len(ends)), below[None, :] - below[:, None], np.inf)
+
+    def _in_memory(self):
+        """Bytes of the layers between any two borders, [n, n] as _between()."""
+        ends = np.array([*self.borders, self.setup.config.n_layer])
+        found = self._between(np.subtract(np.add(self._weights, self._caches), self._on_drive)) + self.scratch + self.passing
+        found[0, -1] -= self.passing
+        for layers, n_bytes, in_file in self._several:
             there = np.searchsorted(sorted(layers), ends)
             found -= np.maximum(there[None, :] - there[:, None] - 1, 0) * (n_bytes - in_file)
-        return np.where(np.arange(len(ends))[:, None] < np.arange(len(ends)), found, np.inf)
+        return found
 
     def _too_large(self, nodes, lacks):
         """The OutOfMemoryError where no division fits.
@@ -312,6 +321,27 @@ def _lacking(taken, memory):
     """Bytes that lack in a memory for those that are taken, an array."""
     with np.errstate(invalid="ignore"):
         return np.where(np.isfinite(taken), 0.0 if memory is None else np.maximum(taken - memory, 0.0), np.inf)
+
+
+def _least_of_both(tokens, chunks):
+    """What the divisions cost whose slowest stages have the least sum.
+
+    tokens, chunks: seconds of each stage, [n, n]. The sum is that of the slowest stage's times, each in units of the least that can be.
+    Returns costs of stages [n, n] for _best, infinite where a stage would be slower.
+    """
+    least, (_, least_chunk) = _best(tokens, np.maximum)[1] or 1.0, _best(chunks, np.maximum)
+    least_chunk = least_chunk or 1.0
+    limits = np.unique(np.concatenate([some[np.isfinite(some)] for some in tokens]))
+    best = np.inf, 0.0, 0.0
+    for limit in limits[limits >= least * (1 - EVEN)]:
+        if limit / least + 1 >= best[0]:
+            break
+        slowest = _best([np.where(some <= limit, chunk, np.inf) for some, chunk in zip(tokens, chunks)], np.maximum)[1]
+        best = min(best, (limit / least + slowest / least_chunk, limit, slowest))
+    _, limit, slowest = best
+    both = [np.where((some <= limit) & (chunk <= slowest * (1 + EVEN)), some / least + chunk / least_chunk, np.inf)
+            for some, chunk in zip(tokens, chunks)]
+    return [np.rint(WHOLE * some * (1 + EVEN * some)) for some in both]       # sums are exact, so that the first of equal ones is found
 
 
 def _best(costs, together):

@@ -6,21 +6,13 @@ rows. tools/simulate_stages.py compares it with a simulation.
 import math
 from typing import NamedTuple
 
-import numpy as np
-
 from pydsa.backends.devices import device_of
-from pydsa.costs import StepSize, node_cost
-from pydsa.gguf_file import Tensor
-from pydsa.graph import CacheRef
 from pydsa.options import choose
-from pydsa.placement import home_layer
 from pydsa.stages.division import Parts
+from pydsa.stages.times import CHUNK, PROMPT, Ops
 from pydsa.stages.wire import WIRES
 from pydsa.words import size
 
-CHUNK = 512         # tokens of a prompt that run together at most, so that several parts of it are under way
-PROMPT = 4096       # tokens of the prompt whose time is told
-OF_EXPERTS = ("moe_gate_up", "moe_linear", "moe_down")      # ops with experts' matrices, and with ids as their third argument
 STEP, PART, OUTPUT, ID = 52, 12, 4, 4       # bytes of a step's frame (wire.py): at its begin, for each conversation, output and token
 RESULT, PICKED = 40, 20     # of a result's frame, and of each sampled id with its logits' extremes
 
@@ -69,36 +61,15 @@ class Times:
 
     def generation(self, n_past, n_streams=1):
         """Seconds of each stage for a token of each of n_streams conversations."""
-        weights, cache, operations, layers = self._ops(1, n_past, n_streams)
-        return self._seconds(weights + n_streams * cache, n_streams * operations if n_streams > 1 else 0 * operations, layers)
+        return self._seconds(Ops(self._setup, 1, n_past, n_streams), n_streams > 1, n_streams)
 
     def prompt(self, n_tokens, n_past):
         """Seconds of each stage for n_tokens tokens of one prompt."""
-        weights, cache, operations, layers = self._ops(n_tokens, n_past, n_tokens)
-        return self._seconds(weights + cache, operations if n_tokens > 1 else 0 * operations, layers)
+        return self._seconds(Ops(self._setup, n_tokens, n_past, n_tokens), n_tokens > 1)
 
-    def _seconds(self, n_bytes, operations, layers):
-        return [float(np.maximum(n_bytes[mine] / node.bandwidth, operations[mine] / node.rate).sum())
-                for (first, stop), node in zip(self._ranges, self._nodes) for mine in [(first <= layers) & (layers < stop)]]
-
-    def _ops(self, n_tokens, n_past, choosing):
-        """Bytes of weights and caches, operations and layer of each op, arrays.
-
-        choosing: the number of tokens that choose experts, whose weights are read once for all of them.
-        """
-        setup, rows, found = self._setup, self._setup.cache_row_bytes, []
-        for node in setup.graphs[setup.schedule.variant(n_past, n_tokens)].nodes:
-            if not any(isinstance(a, (Tensor, CacheRef)) for a in node.args):
-                continue
-            experts = {node.args[2]: _chosen(setup.config, choosing)} if node.op in OF_EXPERTS else {}
-            cost = node_cost(node, StepSize(n_tokens, n_past, rows, experts))
-            found.append((cost.weights, cost.cache, cost.operations, home_layer(node) % setup.config.n_layer))
-        return np.array(found, np.float64).T
-
-
-def _chosen(config, n_tokens):
-    """The number of experts that n_tokens tokens choose, on average."""
-    return config.n_expert * (1 - (1 - config.n_expert_used / config.n_expert) ** n_tokens)
+    def _seconds(self, ops, *args):
+        return [float(ops.seconds(node, *args)[(first <= ops.layers) & (ops.layers < stop)].sum())
+                for (first, stop), node in zip(self._ranges, self._nodes)]
 
 
 def depth_of(n_stages):

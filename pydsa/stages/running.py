@@ -18,7 +18,7 @@ from pydsa.options import choose, counts
 from pydsa.setup import Setup
 from pydsa.stages.cluster import STARTING, cluster, compare
 from pydsa.stages.division import AUTO, Node, Parts, check, divide, nowhere, parse
-from pydsa.stages.forecast import CHUNK
+from pydsa.stages.times import CHUNK
 from pydsa.stages.pipeline import Pipeline
 from pydsa.stages.saves import made
 from pydsa.stages.wire import WIRES, Limits
