@@ -25,13 +25,14 @@ class Batch:
         """
         return self.begin(sessions, ids).finish()
 
-    def begin(self, sessions, ids, samplers=None, wanted=True):
+    def begin(self, sessions, ids, samplers=None, wanted=True, goes_on=False):
         """Begin the step that appends tokens to each session.
 
         Returns an object whose finish() gives for each what came of it: the logits after the last token, float32 [n_vocab], or a
         PydsaError, where the session has stayed as it was. sessions: different ones. ids: for each a list of ids of the vocabulary,
         together at most n_ubatch. samplers: for each a Sampler or None; where the runner samples, a sampling.Picked comes in place of the
-        logits. wanted: whether anything is, where there is one session.
+        logits. wanted: whether anything is, where there is one session. goes_on: whether a step of the tokens that are picked comes next,
+        which a runner that samples may begin by itself.
         """
         if any(session.has_hooks or session.variant for session in sessions):
             raise PydsaError("A session with hooks or a variant of its own cannot run together with others: give its tokens to its own "
@@ -41,11 +42,13 @@ class Batch:
         fit = [i for i, result in enumerate(results) if result is None]
         sessions, ids = [sessions[i] for i in fit], [list(ids[i]) for i in fit]
         samplers = [samplers[i] for i in fit] if samplers and self._runner.samples else [None] * len(fit)
-        if len(sessions) == 1:
+        goes_on = goes_on and all(samplers) and all(len(mine) == 1 for mine in ids) and all(
+            session.n_begun + 2 <= self._setup.n_ctx for session in sessions)
+        if len(sessions) == 1 and not goes_on:
             return _Results(results, fit, _Single(sessions[0], ids[0], samplers[0], wanted))
-        return _Results(results, fit, _Joint(self, sessions, ids, samplers) if sessions else None)
+        return _Results(results, fit, _Joint(self, sessions, ids, samplers, goes_on) if sessions else None)
 
-    def step(self, sessions, ids, samplers):
+    def step(self, sessions, ids, samplers, goes_on):
         """Begin a step of several sessions -> (the step of the runner, logits)."""
         logits = np.empty((len(sessions), self._setup.config.n_vocab), np.float32)
         # The last tokens, whose logits are wanted, come behind all others: as parts of their own, which see what the others write.
@@ -53,14 +56,18 @@ class Batch:
         parts += [(session, mine[-1:], session.n_past + len(mine) - 1) for session, mine in zip(sessions, ids)]
         positions = np.concatenate([np.arange(first, first + len(some)) for _, some, first in parts])
         tokens = [token for _, some, _ in parts for token in some]
-        return self._bind(parts, len(sessions)).begin(tokens, positions, logits, (), samplers), logits
+        follow = {"follow": self._variant(positions.max() + 1)} if goes_on else {}
+        return self._bind(parts, len(sessions)).begin(tokens, positions, logits, (), samplers, **follow), logits
+
+    def _variant(self, n_past):
+        return self._setup.schedule.variant(int(n_past), 1)
 
     def _bind(self, parts, n_outputs):
         """The Bound of a step, in the form that the longest context needs.
 
         A token of a context of up to top_k keys chooses all of them there: its sums are those of the form that it takes alone.
         """
-        variant = self._setup.schedule.variant(max(first + len(some) for _, some, first in parts) - 1, 1)
+        variant = self._variant(max(first + len(some) for _, some, first in parts) - 1)
         repeats = len(parts) == n_outputs
         key = variant, *(session for session, _, _ in parts)
         bound = self._bound.pop(key, None) if repeats else None
@@ -106,10 +113,10 @@ class _Single:
 class _Joint:
     """A step of several sessions, whose tokens are appended at its end."""
 
-    def __init__(self, batch, sessions, ids, samplers):
+    def __init__(self, batch, sessions, ids, samplers, goes_on):
         self._sessions, self._ids = sessions, ids
         try:
-            self._step, self._logits = batch.step(sessions, ids, samplers)
+            self._step, self._logits = batch.step(sessions, ids, samplers, goes_on)
         except DamagedWeightsError:     # of one of them, perhaps
             self._step = None
 

@@ -246,7 +246,8 @@ class Engine:
         samplers = [slot.remote_sampler if end else None for slot, end in zip(slots, ends)]
         start = time.monotonic()
         try:
-            step = self._batch.begin([slot.session for slot in slots], ids, samplers, any(ends))
+            step = self._batch.begin([slot.session for slot in slots], ids, samplers, any(ends),
+                                     not is_prompt and all(slot.goes_on for slot in slots))
         except PydsaError as error:
             step = NotBegun([error] * len(slots))
         except Exception as error:

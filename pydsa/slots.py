@@ -43,6 +43,12 @@ class Slot:
         return 0 if self.ticket is None else max(0, len(self.ids) - self.n_begun)
 
     @property
+    def goes_on(self):
+        """Whether, as far as is known, the next token is not its answer's last."""
+        most = self.ticket.request.max_tokens
+        return most is None or self.ticket.reader.reply.n_generated + 1 < most
+
+    @property
     def remote_sampler(self):
         """The sampler for a runner that samples; None: logits are wanted."""
         return self.sampler if self.constraint is None and self.ticket.request.n_logprobs is None else None

@@ -89,7 +89,7 @@ class Late:
         step.pipeline = self
         return step
 
-    def begin(self, ids, n_past, logits, hooks=(), samplers=None):
+    def begin(self, ids, n_past, logits, hooks=(), samplers=None, follow=None):
         """Begin a step."""
         assert not hooks
         variant, parts, n_outputs = self.binding

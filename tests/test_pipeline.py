@@ -1,6 +1,8 @@
 """Models in stages, in threads of this process: the results of one process, the ring, many sessions, and what interrupts them."""
+import copy
 import gc
 import os
+import queue
 import signal
 import threading
 import time
@@ -12,7 +14,9 @@ from stage_processes import OPTIONS, Launcher, session
 
 import pydsa
 from pydsa.batch import Batch
+from pydsa.engine import Engine
 from pydsa.errors import ContextFullError, OutOfMemoryError, PydsaError, StageError
+from pydsa.requests import Failed, Finished, Request
 from pydsa.sampling import Picked, Sampler, Sampling
 from pydsa.stages.pipeline import Pipeline
 from pydsa.stages.stage import Stage
@@ -251,6 +255,37 @@ def test_batches_of_sessions(piped, whole):
         met = [one.pick(*args) for one, *args in zip(mine, met, samplers)]
         assert met == [one.pick(*args) for one, *args in zip(theirs, other.run(theirs, ids), others)]
         ids = [[token] for token in met]
+
+
+def engine_answers(model, requests):
+    """What an Engine with four slots answers to requests at once."""
+    engine, heard = Engine(model, 4), queue.Queue()
+    try:
+        for i, request in enumerate(requests):
+            engine.submit(Request(listener=lambda event, i=i: heard.put((i, event)) if isinstance(event, (Finished, Failed)) else None,
+                                  **request))
+        return {i: (event.reply.text, event.reply.n_generated) for i, event in (heard.get(timeout=60) for _ in requests)}
+    finally:
+        engine.close()
+
+
+def test_the_next_steps_of_groups_are_started(piped, whole, monkeypatch):
+    """Most steps of an engine's answers are the last stage's.
+
+    They have many lengths; a text ends one, one has a penalty.
+    """
+    pipeline, made, enter = piped(DIVISIONS[1]), [], Pipeline._enter
+    monkeypatch.setattr(Pipeline, "_enter", lambda self, pending: (made.append((pending.ring, len(pending.parts))), enter(self, pending)))
+    staged = copy.copy(whole)
+    staged.runner = pipeline
+    requests = [dict(ids=PROMPT[i:i + n], max_tokens=9 + 5 * (i % 3), sampling=Sampling(
+        seed=i, temperature=i % 2, repeat_penalty=1.5 if i == 4 else 1.0)) for i, n in enumerate([20, 3, 12, 5, 9, 13, 2])]
+    text = whole.complete(PROMPT[2:14], 19, temperature=0).text
+    requests[2]["stop"] = (text[len(text) // 2:][:2],)
+    expected = engine_answers(whole, requests)
+    assert expected[2][1] < 19 and engine_answers(staged, requests) == expected
+    steps = [(ring, n) for ring, n in made if n > 1]
+    assert sum(ring for ring, _ in steps) > len(steps) / 2 and not pipeline.under_way
 
 
 def test_a_sampler_that_drew_in_vain(piped, whole):

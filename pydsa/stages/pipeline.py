@@ -13,16 +13,16 @@ import numpy as np
 from pydsa.errors import PydsaError, StageError
 from pydsa.options import choose
 from pydsa.signals import interrupts_held
+from pydsa.stages.caches import Cache, Caches
 from pydsa.stages.faults import AT_ONCE, Watch, start_all
 from pydsa.stages.journal import Journal, Ran
 from pydsa.stages.keeping import cut, save, saved
 from pydsa.stages.links import EFFECT, SEEN, Links, Lost, Trouble, raised
 from pydsa.stages.saves import Saves
 from pydsa.stages.under_way import AWAKE, Conversation, Pending, Ring, Samplers, follow_of, wait
-from pydsa.stages.wire import DISCARD, MOST_PAYLOAD, WIRES, Close, Credit, FrameError, Limits, Message, Result
+from pydsa.stages.wire import DISCARD, WIRES, Close, Credit, FrameError, Limits, Message, Result, after
 
 AGAIN = 0.1         # seconds after which a request is made again whose stage is gone
-PIECE = MOST_PAYLOAD // 2       # bytes of cache rows in a request
 
 
 class Pipeline:
@@ -144,8 +144,14 @@ class Pipeline:
         """Send a step -> its Pending.
 
         parts: tuples of a Conversation, n_past and n_tokens. samplers: for each output a Sampler or None. follow: the variant of the step
-        that the last stage may start by itself; None: none. Raises StageError if the pipeline has ended.
+        that the last stage may start by itself; None: none. It is not sent if the last stage has started it. Raises StageError if the
+        pipeline has ended.
         """
+        started = self._started(variant, parts, ids, logits, samplers)
+        if started is not None:
+            if follow is not None:
+                self._give_credit(started, follow)
+            return started
         for conversation in {conversation for conversation, _, _ in parts}:
             self.drain(conversation, ring_only=True)
         with self.changed:
@@ -237,16 +243,21 @@ class Pipeline:
             while any(pending.ring or pending.follow or not ring_only for pending in conversation.steps.values()):
                 self.changed.wait(AWAKE)
 
-    def takes_over(self, started, token, n_past, sampler):
-        """Whether a step that the last stage has started is the one of a token."""
-        (_, there, _), = started.parts
-        with self.changed:
-            if started.wanted and started.ids[0] == token and there == n_past and started.samplers[0] is sampler:
-                started.asked = True
-                return True
-        return False
+    def _started(self, variant, parts, ids, logits, samplers):
+        """The Pending of a step that the last stage has started; None if not.
 
-    def give_credit(self, pending, variant):
+        From now on it is asked for. Another step of its sessions makes it void: it has seen other rows then.
+        """
+        with self.changed:
+            started = parts[0][0].started
+            for conversation, _, _ in parts:
+                conversation.started = None
+            if started is None or not started.wanted or not started.is_that(variant, parts, ids, samplers):
+                return None
+            started.ask(logits)
+            return started
+
+    def _give_credit(self, pending, variant):
         """Let the last stage start one more step, after one that is under way."""
         with self.changed:
             if pending.done.is_set():
@@ -280,13 +291,14 @@ class Pipeline:
 
     def _follow(self, pending, result):
         """Enter the step that the last stage has started after another."""
-        if pending.follow is None or result.picked[:1] in ([], [None]):
+        if pending.follow is None or len(result.picked) != len(pending.parts) or None in result.picked:
             raise FrameError("it has started a step that it may not start")
-        (conversation, n_past, n_tokens), = pending.parts
-        pending.followed = Pending(self, pending.follow.number, pending.follow.variant, [(conversation, n_past + n_tokens, 1)],
-                                   [result.picked[0].token], 1, None, pending.samplers, ring=True)
+        pending.followed = Pending(self, pending.follow.number, pending.follow.variant, after(pending.parts),
+                                   [one.token for one in result.picked], len(result.picked), None, pending.samplers, ring=True)
         self.steps += 1
         self._enter(pending.followed)
+        for conversation in pending.conversations:
+            conversation.started = pending.followed
 
     def _failed(self, i, message):
         if message.number == 0:
@@ -347,80 +359,6 @@ class Pipeline:
                 self.close_left()
             finally:
                 self.sending.release()
-
-
-class Caches(dict):
-    """The caches of a session on all stages: {CacheRef: Cache}.
-
-    number: the session's, on all stages. They are released there when this is not used any more.
-    """
-
-    def __init__(self, pipeline, conversation):
-        super().__init__()
-        self._pipeline, self.conversation, self.number = pipeline, conversation, conversation.number
-
-    def saved(self, n, source):
-        """Say that all n tokens of the session are in a save.
-
-        A stage that is started again takes its rows from there: source(ref, start, stop, ask) gives those of a cache, uint8 [stop - start,
-        row_bytes], as long as the session lives. ask(stage, content, payload) asks a stage meanwhile.
-        """
-        pipeline = self._pipeline
-        if pipeline.journal is not None:
-            with pipeline.changed:
-                pipeline.journal.saved(self.number, n, source)
-
-
-class Cache:
-    """A cache of a session, on one of the stages."""
-
-    def __init__(self, pipeline, conversation, stage, ref, n_ctx, row_bytes):
-        self._pipeline, self._conversation, self.stage, self.ref = pipeline, conversation, stage, ref
-        self.n_ctx, self.row_bytes = n_ctx, row_bytes
-
-    @property
-    def nbytes(self):
-        """Bytes of all n_ctx rows."""
-        return self.n_ctx * self.row_bytes
-
-    def pieces(self, start, stop):
-        """Ranges of rows that fit a request: pairs of a first and a last."""
-        n = max(1, PIECE // self.row_bytes)
-        return [(first, min(first + n, stop)) for first in range(start, stop, n)]
-
-    def request(self, do, start, stop):
-        """A request for rows: `do` is "stored" or "restore"."""
-        return {"do": do, "session": self._conversation.number, "kind": self.ref.kind, "layer": self.ref.layer, "start": start,
-                "stop": stop}
-
-    def stored(self, stop, start=0):
-        """The rows from start up to stop as bytes, uint8 [n, row_bytes].
-
-        Steps of the session that are under way end first.
-        """
-        self._pipeline.drain(self._conversation)
-        rows = np.empty((stop - start, self.row_bytes), np.uint8)
-        for first, last in self.pieces(start, stop):
-            _, payload = self._pipeline.ask(self.stage, self.request("stored", first, last))
-            if len(payload) != (last - first) * self.row_bytes:
-                raise StageError(f"{self._pipeline.links.name(self.stage)} gives {len(payload)} bytes of cache rows, expected "
-                                 f"{(last - first) * self.row_bytes}.")
-            rows[first - start:last - start] = np.frombuffer(payload, np.uint8).reshape(-1, self.row_bytes)
-        return rows
-
-    def restore(self, rows, start=0):
-        """Overwrite the rows from start on with rows as stored() returns them."""
-        pipeline = self._pipeline
-        pipeline.drain(self._conversation)
-        if pipeline.journal is not None and len(rows):      # first: a stage may be started again between two pieces
-            with pipeline.changed:
-                pipeline.journal.restored(self._conversation.number, self.ref, start, rows)
-        self.write(rows, start, pipeline.ask)
-
-    def write(self, rows, start, ask):
-        """Send rows to the stage, with ask(stage, content, payload)."""
-        for first, last in self.pieces(start, start + len(rows)):
-            ask(self.stage, self.request("restore", first, last), np.ascontiguousarray(rows[first - start:last - start], np.uint8))
 
 
 class Bound:

@@ -20,10 +20,14 @@ def wait(event):
 
 
 class Conversation:
-    """What the driver keeps of a session: its number on the stages, and its steps that are under way, by number."""
+    """What the driver keeps of a session.
+
+    number: that on the stages. steps: those under way, by number. started: the Pending that the last stage has begun by itself, and that
+    may be asked for; None: there is none.
+    """
 
     def __init__(self, number):
-        self.number, self.steps = number, {}
+        self.number, self.steps, self.started = number, {}, None
 
 
 class Pending:
@@ -72,6 +76,22 @@ class Pending:
             if picked is not None:
                 self._pipeline.samplers.follow(sampler, self.followed is None)
         return self.picked if any(self.samplers) else None
+
+    def is_that(self, variant, parts, ids, samplers):
+        """Whether it is a step with these arguments of Pipeline.begin()."""
+        return variant == self.variant and parts == self.parts and np.array_equal(ids, self.ids) and len(samplers) == len(
+            self.samplers) and all(mine is other for mine, other in zip(samplers, self.samplers))
+
+    def ask(self, logits):
+        """Want a step that the last stage has started; `changed` is held.
+
+        logits: as above.
+        """
+        self.asked = True
+        if self.logits is None:
+            self.logits = logits
+        elif logits is not None:        # it has ended, and could not pick
+            logits[:] = self.logits
 
     def drop(self):
         """Wait for the end of a step that is not wanted any more."""
@@ -163,11 +183,10 @@ class Ring:
     """
 
     def __init__(self, pipeline):
-        self._pipeline, self._started = pipeline, None      # the Pending of the step that the last stage has started
+        self._pipeline = pipeline
 
     def forget(self):
-        """Forget the started step: the next step is another one."""
-        self._started = None
+        """Nothing: another step of the session makes what was started void."""
 
     def settings(self, sampler):
         """The sampler, if the last stage can pick with it; else None."""
@@ -179,20 +198,11 @@ class Ring:
         bound, following: the Bounds of the step of this token and of the one after it. ends(id): whether nothing comes after an id; None
         stands for any that ends no answer.
         """
-        pipeline, started = self._pipeline, self._started
-        self._started = None
-        goes_on = not ends(None)
-        if started is not None and pipeline.takes_over(started, token, n_past, sampler):
-            pending = started
-            if goes_on:
-                pipeline.give_credit(pending, following.variant)
-        else:
-            pending = bound.begin([token], n_past, None, samplers=[sampler], follow=following.variant if goes_on else None)
+        pending = bound.begin([token], n_past, None, samplers=[sampler], follow=None if ends(None) else following.variant)
         picked, = pending.finish()
         if picked is None:      # the pick has failed there, and tells of it here; or the stage was started again, and has no such sampler
             greatest = float(np.max(pending.logits[0]))
             return (sampler.pick(pending.logits[0]) if math.isfinite(greatest) else 0), greatest
-        self._started = pending.followed
         return picked.token, picked.greatest
 
 

@@ -69,6 +69,14 @@ class Part(NamedTuple):
     n_tokens: int
 
 
+def after(parts):
+    """The parts of the step that comes next: a token of each session.
+
+    parts: tuples of a session, n_past and n_tokens, of one output each.
+    """
+    return [(session, n_past + n_tokens, 1) for session, n_past, n_tokens in parts]
+
+
 class Follow(NamedTuple):
     """The step that the last stage may start by itself."""
     number: int

@@ -17,7 +17,8 @@ from pydsa.sampling import Picked, Sampler
 from pydsa.stages import keeping
 from pydsa.stages.channel import ChannelError, Door, Outbox, connect
 from pydsa.stages.saves import Logs
-from pydsa.stages.wire import (DISCARD, MOST_PAYLOAD, Beat, Close, Credit, Drop, FrameError, Message, Result, Step, decode, encode)
+from pydsa.stages.wire import (DISCARD, MOST_PAYLOAD, Beat, Close, Credit, Drop, FrameError, Message, Result, Step, after, decode,
+                               encode)
 
 BEAT = 1.0              # seconds between heartbeats
 ORPHANED = 3600.0       # seconds without a driver after which a worker ends: while another stage is started again there is none
@@ -247,12 +248,11 @@ class Worker:
         wanted = [i for i, number in enumerate(step.samplers) if number != DISCARD and picked[i] is None]
         with self._lock:
             follow = self._credits.pop(step.number, None) or step.follow
-        followed = follow is not None and len(picked) == len(step.parts) == 1 and picked[0] is not None and \
-            picked[0].token not in samplers[0][1]
+        followed = follow is not None and len(picked) == len(step.parts) and all(
+            one is not None and one.token not in ends for one, (_, ends) in zip(picked, samplers))
         if followed:
-            session, n_past, n_tokens = step.parts[0]
-            self._send_on(Step(step.epoch, follow.number, follow.variant, [(session, n_past + n_tokens, 1)], step.samplers,
-                               np.array([picked[0].token], np.int32)))
+            self._send_on(Step(step.epoch, follow.number, follow.variant, after(step.parts), step.samplers,
+                               np.array([one.token for one in picked], np.int32)))
         self._tell(Result(step.epoch, step.number, followed, picked, logits[wanted]))
 
     def _answer(self, frame, answer):
