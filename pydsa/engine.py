@@ -5,8 +5,8 @@
     engine.close()
 
 One thread begins and finishes all steps: by turns a chunk of one prompt, and a token of all answers. Where the runner lets several be under
-way, answers are in groups whose steps follow each other. Other threads submit requests and hear of events through
-each request's listener, which is called on the engine's thread and must return at once.
+way, answers are in groups whose steps follow each other. Other threads submit requests and hear of events through each request's listener,
+which is called on the engine's thread and must return at once.
 """
 import collections
 import concurrent.futures
@@ -30,8 +30,13 @@ CHUNK = 512         # tokens of a prompt that run together while others wait for
 MOST_PARALLEL = 256
 
 
-def _internal(error):
-    """The InternalError for a fault of this program, which is also printed."""
+def _told(error):
+    """An exception as a request hears of it, always a PydsaError.
+
+    A fault of this program is also printed.
+    """
+    if isinstance(error, PydsaError):
+        return error
     traceback.print_exception(error)
     return InternalError(f"an internal error ended the answer ({type(error).__name__}: {error})")
 
@@ -53,6 +58,7 @@ class Engine:
         self._batch, self._prefixes = Batch(model.runner, model.setup), Prefixes(cache_bytes, cache_folder)
         self._inbox, self._waiting, self._turn = queue.SimpleQueue(), collections.deque(), 0
         self._under_way, self._depth, self._last = collections.deque(), model.runner.depth, 0.0     # and when the last step was finished
+        self._unsaid = []       # tickets and events
         self._lock, self._n_open, self._most_open = threading.Lock(), 0, n_parallel + n_queue
         self._accepts, self._closed, self._ended = True, False, False
         self._idle = threading.Event()
@@ -176,11 +182,13 @@ class Engine:
                 self._end(slot, Failed(Cancelled("the engine was closed")))
         for ticket in self._waiting:
             self._fail(ticket, Cancelled("the engine was closed"))
+        self._tell()
         self._prefixes.close()
 
     def _listen(self):
         """Take what came in; without anything to do, wait for it."""
         self._count()
+        self._tell()
         busy = self._waiting or self._under_way or any(slot.ticket for slot in self._slots)
         with contextlib.suppress(queue.Empty):
             while True:
@@ -244,14 +252,13 @@ class Engine:
         """Begin a step, and finish the first ones where too many are under way."""
         ends = [not is_prompt or slot.n_left == len(mine) for slot, mine in zip(slots, ids)]
         samplers = [slot.remote_sampler if end else None for slot, end in zip(slots, ends)]
+        self._tell()
         start = time.monotonic()
         try:
             step = self._batch.begin([slot.session for slot in slots], ids, samplers, any(ends),
                                      not is_prompt and all(slot.goes_on for slot in slots))
-        except PydsaError as error:
-            step = NotBegun([error] * len(slots))
         except Exception as error:
-            step = NotBegun([_internal(error)] * len(slots))
+            step = NotBegun([_told(error)] * len(slots))
         for slot, mine in zip(slots, ids):
             slot.n_under_way, slot.n_begun = slot.n_under_way + 1, slot.n_begun + len(mine)
         self._under_way.append(UnderWay(is_prompt, slots, [slot.ticket for slot in slots], ids, step, start))
@@ -261,12 +268,11 @@ class Engine:
     def _finish_first(self):
         """Finish the step that began first, and tell what came of it."""
         of = self._under_way.popleft()
+        self._tell()
         try:
             results = of.step.finish()
-        except PydsaError as error:
-            results = [error] * len(of.slots)
         except Exception as error:
-            results = [_internal(error)] * len(of.slots)
+            results = [_told(error)] * len(of.slots)
         begun, self._last = max(of.begun, self._last), time.monotonic()
         if of.is_prompt:
             self.stats.prompt_seconds += self._last - begun
@@ -381,11 +387,8 @@ class Engine:
         """A context whose errors end the request, and only that."""
         try:
             yield
-        except PydsaError as error:
-            self._end(slot, Failed(error)) if slot.ticket is ticket else self._fail(ticket, error)
         except Exception as error:      # a fault of this program must not end the other answers
-            failure = _internal(error)
-            self._end(slot, Failed(failure)) if slot.ticket is ticket else self._fail(ticket, failure)
+            self._end(slot, Failed(_told(error))) if slot.ticket is ticket else self._fail(ticket, _told(error))
 
     def _fail(self, ticket, error):
         if ticket.ended:
@@ -415,12 +418,18 @@ class Engine:
                 self._idle.set()
 
     def _say(self, ticket, event):
-        """Tell an event; a listener that fails has gone away."""
-        try:
-            ticket.request.listener(event)
-        except Exception:
-            traceback.print_exc()
-            ticket.cancelled = True
+        """Let an event be told, before anything else is waited for."""
+        self._unsaid.append((ticket, event))
+
+    def _tell(self):
+        """Tell all events at once; a listener that fails has gone away."""
+        events, self._unsaid = self._unsaid, []
+        for ticket, event in events:
+            try:
+                ticket.request.listener(event)
+            except Exception:
+                traceback.print_exc()
+                ticket.cancelled = True
 
     def _slot_of(self, i, owner, idle=False):
         slot = self._idle_slot(i) if idle else self._slot_at(i)

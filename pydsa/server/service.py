@@ -12,6 +12,7 @@ from pydsa.errors import PydsaError, UnsupportedModelError
 from pydsa.requests import Cancelled, Failed, Finished, Request, Started
 from pydsa.server.errors import ApiError, as_api_error
 from pydsa.server.metrics import Metrics
+from pydsa.server.post import Post
 
 MOST_EVENTS = 4096      # of one request that its client has not read yet; more, and it ends
 
@@ -24,7 +25,7 @@ class Service:
     """
 
     def __init__(self, settings):
-        self.settings, self.model, self.engine = settings, None, None
+        self.settings, self.model, self.engine, self.post = settings, None, None, Post()
         self.body_bytes, self._closing = 0, False
         self.metrics, self.created, self.fingerprint = Metrics(self), int(time.time()), None
 
@@ -53,6 +54,7 @@ class Service:
         self._closing = True
         if self.engine is not None:
             self.engine.close(timeout)
+        self.post.close()
 
     @property
     def name(self):
@@ -147,10 +149,7 @@ class Answers:
 
     def listener(self, i):
         """The listener of request i, which the engine's thread calls."""
-        def hear(event):
-            with contextlib.suppress(RuntimeError):     # the server has ended
-                self._loop.call_soon_threadsafe(self._put, i, event)
-        return hear
+        return lambda event: self._service.post.send(self._loop, self._put, i, event)
 
     def _put(self, i, event):
         last = isinstance(event, (Finished, Failed))

@@ -162,8 +162,9 @@ def divide(setup, nodes, n_sessions=1, n_past=None, mapped=True):
     There are two times: that in which a node reads what a token needs after n_past others (None: at the end of the context), and that of a
     chunk of a prompt, with its products. Each is compared with the least that any division has; the sum of both is the least. Of such
     divisions it is one in which they take least time in all, and then an even one. nodes: one for each stage, in this order. Each stage
-    fits its node's memory, with the caches of n_sessions conversations. mapped: whether weights that lie in the mapped file must fit too;
-    else they may be read from the drive. Returns a tuple of Layers. Raises OutOfMemoryError if nothing fits, PydsaError if there are too few layers.
+    fits its node's memory, with the caches of n_sessions conversations. mapped: whether weights that lie in the mapped file must fit
+    too; else they may be read from the drive. Returns a tuple of Layers. Raises OutOfMemoryError if nothing fits, PydsaError if there are
+    too few layers.
     """
     return Parts(setup, n_sessions, n_past, mapped).divide(nodes)
 
