@@ -18,10 +18,11 @@ from pydsa.options import choose, counts
 from pydsa.setup import Setup
 from pydsa.stages.cluster import STARTING, cluster, compare
 from pydsa.stages.division import AUTO, Node, Parts, check, divide, nowhere, parse
-from pydsa.stages.times import CHUNK
 from pydsa.stages.pipeline import Pipeline
 from pydsa.stages.saves import made
+from pydsa.stages.times import CHUNK
 from pydsa.stages.wire import WIRES, Limits
+from pydsa.streaming import ASSUMED
 from pydsa.words import size
 
 POLL = 0.2              # seconds between two looks at the progress of loading
@@ -180,7 +181,7 @@ class Launcher:
         """
         first = {node.id: i for i, node in reversed(list(enumerate(self._nodes)))}
         if self._cluster.local:
-            return {id: (1e9, self._found[i]["free"][0]) for id, i in first.items()}
+            return {id: (ASSUMED.bandwidth, self._found[i]["free"][0]) for id, i in first.items()}
         begun = {id: self._processes[i].begin("measure", self._asked.may_use_gpus, self.setup.n_bytes // len(self.stages))
                  for id, i in first.items()}
         return {id: self._processes[i].value(self._processes[i].patiently(begun[id])) for id, i in first.items()}
