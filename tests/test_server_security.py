@@ -6,8 +6,9 @@ import re
 import pytest
 from serving import TINY, address, call, post, serving
 
-from pydsa.errors import PydsaError
+from pydsa.errors import OutOfMemoryError, PydsaError, StageError
 from pydsa.server import guard, page
+from pydsa.server.errors import as_api_error
 from pydsa.server.running import serve
 from pydsa.server.settings import Settings, read_keys
 
@@ -147,3 +148,11 @@ def test_a_warning_where_anybody_can_ask(monkeypatch, capfd):
     with pytest.raises(PydsaError, match="no model"):
         serve(Settings(host="0.0.0.0", port=0), load)
     assert "warning: anybody" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("error, said", [
+    (StageError("Stage 2 of 3 (layers 1-2, node 10.0.0.2) has failed: nothing answers at 10.0.0.2:41000"), "the server's log has the reason"),
+    (OutOfMemoryError("Stage 1 of 2 (layer 0, node fd00::2): the caches are too large"), "Stage 1 of 2 (layer 0): the caches are too large.")])
+def test_addresses_of_nodes_are_no_clients_business(error, said):
+    met = as_api_error(error)
+    assert met.status == 500 and said in met.message and "node" not in met.message and "10.0" not in met.message

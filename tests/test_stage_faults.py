@@ -98,7 +98,7 @@ def test_a_stage_that_is_killed_and_resumed(piped, whole):
     tokens, logits = expected(whole, 12)
     pipeline = piped(Processes, resume=True, stages=TWO)
     mine = session(pipeline)
-    with pytest.warns(UserWarning, match=SECOND + r"its connection .* It is started again \(restart 1\)"):
+    with pytest.warns(UserWarning, match=SECOND + r"its connection .* It is started again \(restart 1 of this model\)"):
         assert answered(mine, 12, 5, lambda: pipeline.launcher.signal(1, signal.SIGKILL)) == tokens
     pipeline.launcher.signal(0, signal.SIGKILL)
     np.testing.assert_array_equal(mine.prefill([1, 2]), logits)

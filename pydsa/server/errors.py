@@ -1,4 +1,5 @@
 """Errors as the APIs write them: a status, and a body with one sentence."""
+import re
 import traceback
 
 from starlette.responses import JSONResponse
@@ -30,6 +31,9 @@ class ApiError(Exception):
         return {"retry-after": str(RETRY_AFTER)} if self.status in (429, 503) else {}
 
 
+NODE = re.compile(r"(\(layers? [^(),]*), node [^()]*\)")        # in the names of stages: addresses are no client's business
+
+
 def as_api_error(error):
     """The ApiError that tells of an exception.
 
@@ -40,7 +44,8 @@ def as_api_error(error):
     if not isinstance(error, PydsaError):
         traceback.print_exception(error)
         return ApiError(500, "The server failed; its log has the reason.")
-    text = str(error) + ("" if str(error).endswith((".", "!", "?")) else ".")
+    text = NODE.sub(r"\1)", str(error))
+    text += "" if text.endswith((".", "!", "?")) else "."
     if "_" not in text.split()[0]:      # the name of a field stays as it is
         text = text[:1].upper() + text[1:]
     if isinstance(error, QueueFullError):
@@ -49,7 +54,9 @@ def as_api_error(error):
         return ApiError(400, text, code="context_length_exceeded")
     if isinstance(error, Cancelled):
         return ApiError(503, "The answer was ended: the server stops, or the client did not read it.")
-    if isinstance(error, (DamagedWeightsError, OutOfMemoryError, StageError, InternalError)):
+    if isinstance(error, StageError):       # its text has addresses of nodes
+        return ApiError(500, "A part of the model has failed, on this machine or another one; the server's log has the reason.")
+    if isinstance(error, (DamagedWeightsError, OutOfMemoryError, InternalError)):
         return ApiError(500, text)
     return ApiError(400, text)
 

@@ -119,6 +119,13 @@ def borders(config):
     return [il for il in range(config.n_layer) if indexed is None or indexed[il] == il]
 
 
+def check_number(n, config):
+    """Raise PydsaError if a model has too few layers for n stages."""
+    most = len(borders(config))
+    if n > most:
+        raise PydsaError(f"There are {n} stages, expected at most {most}: so many layers of the model can begin one.")
+
+
 def check(ranges, config):
     """Raise PydsaError if a tuple of Layers cannot be the stages of a model.
 
@@ -230,9 +237,7 @@ class Parts:
 
     def divide(self, nodes):
         """The function divide(), on Nodes."""
-        if len(nodes) > len(self.borders):
-            raise PydsaError(f"There are {len(nodes)} stages, expected at most {len(self.borders)}: so many layers of the model can "
-                             "begin one.")
+        check_number(len(nodes), self.setup.config)
         taken = self._in_memory()
         lacks = [np.where(self._elsewhere(node), np.inf, _lacking(taken, node.memory)) for node in nodes]
         if not np.isfinite(_best(lacks, np.maximum)[1]):

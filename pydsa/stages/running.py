@@ -17,7 +17,7 @@ from pydsa.model import Model
 from pydsa.options import choose, counts
 from pydsa.setup import Setup
 from pydsa.stages.cluster import STARTING, cluster, compare
-from pydsa.stages.division import AUTO, Node, Parts, check, divide, nowhere, parse
+from pydsa.stages.division import AUTO, Node, Parts, check, check_number, divide, nowhere, parse
 from pydsa.stages.pipeline import Pipeline
 from pydsa.stages.saves import made
 from pydsa.stages.times import CHUNK
@@ -398,6 +398,8 @@ class StagedModel(Model):
             warnings.warn(f"{self.metadata.path}: {note}", stacklevel=5)
         if isinstance(asked.stages, tuple):
             check(asked.stages, self.config)
+        elif asked.stages != AUTO:
+            check_number(asked.stages, self.config)
 
     def session(self):
         """A new, empty Session.
