@@ -151,8 +151,8 @@ def test_a_warning_where_anybody_can_ask(monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("error, said", [
-    (StageError("Stage 2 of 3 (layers 1-2, node 10.0.0.2) has failed: nothing answers at 10.0.0.2:41000"), "the server's log has the reason"),
-    (OutOfMemoryError("Stage 1 of 2 (layer 0, node fd00::2): the caches are too large"), "Stage 1 of 2 (layer 0): the caches are too large.")])
+    (StageError("Stage 2 of 3 (layers 1-2, node 10.0.0.2) has failed: nothing answers at 10.0.0.2:41000"), "the server's log has it"),
+    (OutOfMemoryError("Stage 1 of 2 (layer 0, node fd00::2): the caches are large"), "Stage 1 of 2 (layer 0): the caches are large.")])
 def test_addresses_of_nodes_are_no_clients_business(error, said):
     met = as_api_error(error)
     assert met.status == 500 and said in met.message and "node" not in met.message and "10.0" not in met.message

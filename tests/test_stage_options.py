@@ -24,7 +24,8 @@ def no_ray(monkeypatch):
     (dict(stages=0), "stages is '?0'?, expected 1 to"), (dict(stages="0-1,3-3"), "stages has 3.* after 0-1, expected"),
     (dict(stages=2, wire="f16"), "wire is 'f16', expected"), (dict(wire="bf16"), "wire is for a model in stages"),
     (dict(resume=True), "resume is for a model in stages"), (dict(stages=2, n_ubatch=-1), "n_ubatch is -1"),
-    (dict(stages=900), "There are 900 stages, expected at most"), (dict(stages=2, threads=0), "threads is 0"), (dict(stages=2, resume="/proc/none"), "resume is '/proc/none', a folder that cannot")])
+    (dict(stages=900), "There are 900 stages, expected at most"),
+    (dict(stages=2, threads=0), "threads is 0"), (dict(stages=2, resume="/proc/none"), "resume is '/proc/none', a folder that cannot")])
 def test_what_means_nothing_is_refused(options, said):
     with pytest.raises(PydsaError, match=said):
         pydsa.load(pydsa.DEMO, **options)

@@ -55,7 +55,7 @@ def as_api_error(error):
     if isinstance(error, Cancelled):
         return ApiError(503, "The answer was ended: the server stops, or the client did not read it.")
     if isinstance(error, StageError):       # its text has addresses of nodes
-        return ApiError(500, "A part of the model has failed, on this machine or another one; the server's log has the reason.")
+        return ApiError(500, "A part of the model has failed, on this machine or another one; the server's log has it.")
     if isinstance(error, (DamagedWeightsError, OutOfMemoryError, InternalError)):
         return ApiError(500, text)
     return ApiError(400, text)

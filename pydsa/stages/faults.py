@@ -148,8 +148,8 @@ class Watch:
             raise StageError(f"it was started {TRIES} times, and failed again before a step was done.")
         pipeline.links.close()
         self._n += 1
-        warnings.warn(f"{self.failure(i, text)} It is started again (restart {self._n} of this model), which takes as long as loading it; then all goes "
-                      "on.", stacklevel=2)
+        warnings.warn(f"{self.failure(i, text)} It is started again (restart {self._n} of this model), which takes as long as loading it; "
+                      "then all goes on.", stacklevel=2)
         gone = [i, *(j for j in range(len(launcher.stages)) if j != i and not launcher.alive(j))]
         for j in gone:
             launcher.kill(j)
