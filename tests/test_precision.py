@@ -1,13 +1,18 @@
 """The precision of prompts' products: how it reaches the table of variants, and variants that are switched off."""
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from click.testing import CliRunner
 
+import pydsa
 from pydsa.backends.devices import backend_of
+from pydsa.cli import main
 from pydsa.errors import PydsaError
 from pydsa.options import EXACT, FLOAT16, PRECISIONS
 from pydsa.setup import Setup
@@ -83,3 +88,31 @@ def test_precisions_that_there_are_not_are_refused(small_model):
     assert Setup(small_model()).precision == "float16" and Setup(small_model(), precision="exact").precision == "exact"
     with pytest.raises(PydsaError, match="^precision is 'float32', expected one of float16, exact.$"):
         Setup(small_model(), precision="float32")
+    with pytest.raises(PydsaError, match="^precision is 'float32', expected one of float16, exact.$"):      # and Ray is not started
+        pydsa.load(small_model(), stages=2, precision="float32")
+
+
+def test_commands_take_it_and_say_it(small_model):
+    path = str(small_model())
+    for command, found in ((["info", path], lambda text: json.loads(text)["precision"]),
+                           (["bench", path, "-p", "8", "-n", "2", "-r", "1", "-t", "1"], lambda text: json.loads(text)[0]["precision"])):
+        for options, expected in ((["--precision", "exact"], "exact"), ([], "float16")):
+            done = CliRunner().invoke(main, [*command, "--device", "cpu", "-o", "json", *options])
+            assert done.exit_code == 0 and found(done.stdout) == expected, done.output
+    commands = [name for name, command in main.commands.items() if any(option.name == "device" for option in command.params)]
+    takes = [name for name in commands if any(option.name == "precision" for option in main.commands[name].params)]
+    assert takes == commands and {"run", "serve", "bench", "perplexity", "info", "trace", "look", "imatrix", "faithful"} <= set(takes)
+    assert "exact: where a GPU multiplies" in CliRunner().invoke(main, ["info", path, "--precision", "exact"]).stdout
+    assert "| cpu, exact |" in CliRunner().invoke(main, ["bench", path, "-p", "0", "-n", "2", "-r", "1", "--precision", "exact",
+                                                         "--device", "cpu"]).stdout
+
+
+def test_a_session_of_one_precision_is_loaded_in_the_other(small_model, tmp_path):
+    """What is in the caches has the same form; the CPU computes the same bits."""
+    models = [pydsa.load(small_model(), device="cpu", n_ctx=32, precision=precision) for precision in PRECISIONS]
+    sessions = [model.session() for model in models]
+    logits = sessions[0].prefill([1, 2, 3, 4, 5])
+    sessions[0].save(tmp_path / "session")
+    sessions[1].load(tmp_path / "session")
+    assert sessions[1].tokens == [1, 2, 3, 4, 5] and np.array_equal(sessions[0].decode(6), sessions[1].decode(6))
+    assert np.array_equal(models[1].session().prefill([1, 2, 3, 4, 5]), logits)
