@@ -54,12 +54,14 @@ def run_python(*args, device="cuda", simulated=False):
 def test_kernels_compile(capsys):
     """No kernel spills registers or keeps sums in local memory.
 
-    This is checked where ptxas is installed. Registers and memory of the kernels are printed.
+    This is checked where ptxas is installed. Registers and memory of the kernels are printed. Of the kernels with one float16 an
+    activation, of which there are 78, those of two types are compiled: others differ in what a lane does to its words.
     """
-    table = run_python("tools/cuda_ptx.py", "--cc", "80", "--assemble", "90")
+    table = run_python("tools/cuda_ptx.py", "--cc", "80", "--assemble", "90", "--without", r"f16_\d+_(?!q4_k|q8_0).*")
     with capsys.disabled():
         print(f"\n{table}")
     assert table.count("gemm_q4_k") == table.count("gemv_q8_0") == 2 and table.count("wgmma_q4_k") == table.count("wgmma_q5_k") == 1
+    assert sum(line.startswith("f16_") for line in table.splitlines()) == 6
 
 
 ASSEMBLED = """
