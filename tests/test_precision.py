@@ -61,6 +61,42 @@ def test_steps_choose_kernels_in_the_precision_of_their_backend(table):
     assert backend_of("cuda1", EXACT) is backend_of("cuda1", EXACT) is not backend_of("cuda1", FLOAT16)
 
 
+PRODUCTS = """
+import numpy as np
+from tests.helpers import kernels, normal, reference, rng, run, tensor
+from pydsa.backends.cuda.launch import KERNELS
+
+def error(op, shape, *args):
+    found, expected = run(kernels, op, [shape], *args), run(reference, op, [shape], *args)
+    return found, ((found - expected) ** 2).sum() / (expected ** 2).sum()
+
+def check(*args):
+    nmse = error(*args)[1]
+    assert 2e-8 < nmse < 2e-7, (args[0], args[1], nmse)
+
+check("linear", (150, 37), tensor("Q4_K", 37, 768), normal(150, 768))       # tails of tokens, of rows; sums for offsets
+check("linear", (3, 140), tensor("Q6_K", 140, 256), normal(3, 256))         # two scales a group
+check("head_linear", (5, 3, 19), tensor("BF16", 3, 19, 96), normal(5, 3, 96))
+ids = np.zeros((40, 2), np.int32)           # most use one expert, one is used by nobody
+ids[:, 1] = 1 + 2 * rng(3).integers(0, 2, 40)
+check("moe_gate_up", (40, 2, 45), normal(40, 256), ids, tensor("Q4_K", 4, 45, 256), tensor("Q6_K", 4, 45, 256))
+x = normal(3, 256)
+x[1, 7], x[2] = np.inf, 0
+found, _ = error("linear", (3, 5), tensor("Q4_K", 5, 256), x)
+assert np.isnan(found[1]).all() and (found[2] == 0).all() and np.isfinite(found[0]).all()
+loaded = {name for name, kernel in KERNELS.items() if name.startswith("gemm_") and kernel._loaded}
+assert loaded == {"gemm_one_q4_k", "gemm_one_q6_k", "gemm_one_bf16"}, loaded
+"""
+
+
+@has_numba_cuda
+def test_products_of_one_float16():
+    """Errors are those of float16, and products take the kernels of one part."""
+    env = os.environ | {"PYDSA_TEST_DEVICE": "ptx", "PYDSA_TEST_PRECISION": "float16", "NUMBA_ENABLE_CUDASIM": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", PRODUCTS], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @has_numba_cuda
 def test_variants_can_be_switched_off(table, monkeypatch):
     off = table.without(" linear: single, int8x2,")

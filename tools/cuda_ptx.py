@@ -3,6 +3,7 @@
     python tools/cuda_ptx.py --cc 90
     python tools/cuda_ptx.py --cc 80 --assemble 90
     python tools/cuda_ptx.py --cc 90 --loops gemv_q4_k
+    python tools/cuda_ptx.py --cc 80 --without "gemm_one_.*"
 
 ptxas reports what a kernel uses. The exit code is 1 if a kernel does not compile, spills registers, or keeps an array in
 local memory that should be in registers. A kernel of which two blocks must fit into a multiprocessor may spill a few numbers that its loops
@@ -101,7 +102,7 @@ def assemble(ptxas, ptx, capability):
 def report(capability, target, without=None):
     """Print what each kernel uses -> the names of those that use too much.
 
-    PTX of `capability` is assembled for `target`. Kernels whose names match `without` are left out.
+    PTX of `capability` is assembled for `target`. without: an expression for the names of kernels that are left out; None: none is.
     """
     ptxas, bad = find("ptxas"), []
     print(f"sm_{target[0]}{target[1]}")
@@ -125,8 +126,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cc", type=int, default=90, help="compute capability, e.g. 80 or 90")
     parser.add_argument("--assemble", type=int, metavar="CC", help="assemble the same PTX for this one too")
-    parser.add_argument("--without", metavar="REGEX", help="leave out kernels whose whole names match")
     parser.add_argument("--loops", metavar="KERNEL", help="show the instructions of its loops")
+    parser.add_argument("--without", metavar="EXPRESSION", help="leave out kernels with such names")
     options = parser.parse_args()
     capability = divmod(options.cc, 10)
     if options.loops:

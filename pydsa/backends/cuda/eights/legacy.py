@@ -27,7 +27,7 @@ UPPER_EIGHTS, THREES = U(0x88888888), U(0x77777777)
 def in_pairs(n, load_block, head, bytes_of, bounds, bias=0, offsets=False):
     """Eights of a type with blocks of 32 weights.
 
-    They have a scale, or that and an offset. load_block(raw, i, data, at, c): the n words of a lane in one, of which the first has the scale.
+    They have a scale, or that and an offset. load_block(raw, i, data, at, c): the n words of a lane in one, the first with the scale.
     head(raw, i, at, c): its numbers. bytes_of(raw, i, at, c) -> two uint32 of bytes.
     """
     @device
