@@ -3,7 +3,11 @@
 Every command of its stages exists.
 """
 import importlib
+import importlib.util
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -12,6 +16,8 @@ from pydsa.cli import main as pydsa_cli
 from tools import check_gpu, check_placement
 from tools.check_gpu import STAGES, Stage, main, run_stage
 
+ROOT = Path(__file__).parent.parent
+has_numba_cuda = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
 SAY, FAIL, SLEEP = ((sys.executable, "-c", code) for code in ("print('{out}')", "raise SystemExit(3)", "import time; time.sleep(60)"))
 
 
@@ -32,10 +38,74 @@ def test_a_run_leaves_a_report(tmp_path, monkeypatch):
     stages = ("first", SAY), ("second", FAIL), ("long", SLEEP), ("late", SAY)
     monkeypatch.setattr(check_gpu, "STAGES", [Stage(name, command, 1) for name, command in stages])
     done = CliRunner().invoke(main, [str(tmp_path / "out"), "--minutes", "0.06"])
-    assert done.exit_code == 1 and done.output.splitlines()[:2] == ["first: passed", "second: failed with exit code 3"]
-    rows = [line.split("|")[1:4] for line in (tmp_path / "out" / "report.md").read_text().splitlines()[2:]]
+    lines = done.output.splitlines()
+    assert done.exit_code == 1 and lines[0] == "expected: 4 s for 4 stages"
+    assert lines[1].startswith("first: passed, ") and lines[2].startswith("second: failed with exit code 3, "), lines
+    rows = [line.split("|")[1:5] for line in (tmp_path / "out" / "report.md").read_text().splitlines()[2:]]
     assert [row[0].strip() for row in rows] == ["first", "second", "long", "late"]
-    assert rows[2][2].startswith(" stopped after") and rows[3][2] == " left out: no time was left "
+    assert rows[2][3].startswith(" stopped after") and rows[3][2:] == [" 1 ", " left out: no time was left "]
+
+
+def test_wrong_variants_are_left_out_of_later_stages(tmp_path, monkeypatch):
+    wrong, tell = ((sys.executable, "-c", code) for code in (
+        "open(r'{out}/wrong-variants.txt', 'w').write('linear: f16'); raise SystemExit(1)",
+        "import os; print(os.environ['PYDSA_CUDA_WITHOUT'])"))
+    monkeypatch.setattr(check_gpu, "STAGES", [Stage("before", tell, 1), Stage("variants", wrong, 1), Stage("after", tell, 1)])
+    monkeypatch.setenv("PYDSA_CUDA_WITHOUT", "int8x2")
+    (tmp_path / "wrong-variants.txt").write_text("of an earlier run")
+    assert CliRunner().invoke(main, [str(tmp_path), "--minutes", "1"]).exit_code == 1
+    assert [(tmp_path / f"{name}.log").read_text().strip() for name in ("before", "after")] == ["int8x2", "int8x2, linear: f16"]
+    assert (tmp_path / "report.md").read_text().endswith("without: int8x2, linear: f16\n")
+
+
+def test_the_stages_fit_into_nine_minutes():
+    assert sum(stage.seconds for stage in STAGES) <= 60 * check_gpu.MINUTES
+    assert check_gpu.limit(STAGES[2], 9) == 2.5 * STAGES[2].seconds == check_gpu.limit(STAGES[2], 18) / 2
+    names = [stage.name for stage in STAGES]
+    assert names.index("variants") < names.index("ops-float16") < names.index("products") < names.index("models")
+
+
+PRODUCTS = """
+from tests.ptx.driver import install
+install()
+from click.testing import CliRunner
+from pydsa.backends.cuda.variants import VARIANTS
+from tools import check_variants
+check_variants.SMALL = check_variants.SMALL._replace(kinds=("Q4_K",))
+first = CliRunner().invoke(check_variants.main, ["--small", "--variant", "linear: f16"])
+assert first.exit_code == 0 and first.output.endswith("4 cases, 0 wrong\\n"), first.output
+kernels = VARIANTS["linear"]["f16"].kernels
+VARIANTS["linear"]["f16"] = VARIANTS["linear"]["f16"]._replace(kernels=kernels._replace(matmul=lambda *args: None))
+second = CliRunner().invoke(check_variants.main, ["--small", "--variant", "linear: f16"])
+assert second.exit_code == 1 and "WRONG: linear, Q4_K x 1 tokens" in second.output and "4 cases, 4 wrong" in second.output, second.output
+VARIANTS["linear"]["f16"] = VARIANTS["linear"]["f16"]._replace(takes=lambda w, single: False)
+assert CliRunner().invoke(check_variants.main, ["--small", "--variant", "linear: f16"]).output == f"{check_variants.NOT_TAKEN}\\n"
+"""
+
+
+@has_numba_cuda
+def test_variants_are_compared_with_those_that_they_replace():
+    env = os.environ | {"NUMBA_ENABLE_CUDASIM": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", PRODUCTS], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@has_numba_cuda
+def test_each_variant_is_checked_apart(tmp_path, monkeypatch):
+    """One that hangs or ends with an error is wrong.
+
+    All others are still checked.
+    """
+    from tools import check_variants
+    said = "import sys, time; name = sys.argv[2]; print('case 1'); 'f16' in name and time.sleep(60); sys.exit(name == 'indexer: int8x2')"
+    monkeypatch.setattr(check_variants, "COMMAND", (sys.executable, "-u", "-c", said))
+    monkeypatch.setattr(check_variants.cuda, "check_device", lambda: None)
+    monkeypatch.setattr(check_variants, "named", lambda: ["linear: f16", "indexer: int8x2", "linear: f32"])
+    done = CliRunner().invoke(check_variants.main, ["--small", "--seconds", "6", "--wrong", str(tmp_path / "wrong.txt")])
+    assert done.output.splitlines() == ["linear: f16: hangs, or takes more than 6 s; the last case that ended: case 1",
+                                        "indexer: int8x2: case 1", "linear: f32: case 1",
+                                        'PYDSA_CUDA_WITHOUT="linear: f16, indexer: int8x2"']
+    assert done.exit_code == 1 and (tmp_path / "wrong.txt").read_text() == "linear: f16, indexer: int8x2"
 
 
 def test_stages_ask_for_what_there_is():

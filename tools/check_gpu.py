@@ -3,8 +3,9 @@
     python tools/check_gpu.py results --minutes 9
 
 Each stage writes results/STAGE.log as it goes, and results/report.md tells how all ended: a run that is cut off leaves what it found.
-Stages come in the order of their importance. A stage that would not end in time is stopped. The exit code is 1 if a stage failed. Speed is
-measured op by op and at several depths, and that of the CPU by threads.
+Stages come in the order of their importance: first every variant of the table of kernels, beside the one that it replaces. Those that are
+wrong there are left out of all later stages (PYDSA_CUDA_WITHOUT), and nothing is timed before. A stage that takes much longer than expected
+is stopped. The exit code is 1 if a stage failed. Speed is measured op by op and at several depths, and that of the CPU by threads.
 """
 import os
 import subprocess
@@ -18,67 +19,84 @@ import click
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON, MODEL = (sys.executable, "-u"), "v3.2-layers-{}.gguf"
 PYDSA = (*PYTHON, "-m", "pydsa")
+WITHOUT, WRONG = "PYDSA_CUDA_WITHOUT", "wrong-variants.txt"
+MINUTES, LATE, LEAST = 9, 2.5, 15       # of all stages; a stage is stopped after LATE times its seconds, or LEAST seconds
 
 
 class Stage(NamedTuple):
-    """A command, and the share of the whole time that it may take.
+    """A command, and the seconds that it should take on an H200.
 
-    optional: its program may be missing.
+    They are estimates. optional: its program may be missing.
     """
     name: str
     command: tuple
-    share: float
+    seconds: float
     optional: bool = False
 
 
-def bench(name, kind, share, *options):
-    return Stage(name, (*PYDSA, "bench", "{out}/" + MODEL.format(kind), "--device", "cuda", *options), share)
+def bench(name, kind, seconds, *options):
+    return Stage(name, (*PYDSA, "bench", "{out}/" + MODEL.format(kind), "--device", "cuda", *options), seconds)
 
 
-def make(kind):
+def make(kind, seconds):
     command = *PYTHON, "tools/make_model.py", "--preset", "v3.2-layers", "--type", kind, "{out}/" + MODEL.format(kind)
-    return Stage(f"make-{kind}", command, 0.3)
+    return Stage(f"make-{kind}", command, seconds)
 
 
-def threads(name, file, share):
+def tests(name, which, seconds):
+    return Stage(name, (*PYTHON, "-m", "pytest", "-s", "-m", "gpu", "-k", which, "tests/test_cuda.py"), seconds)
+
+
+def threads(name, file, seconds):
     """Speed of the CPU of the machine by threads: machines with GPUs have more cores than most."""
-    return Stage(name, (*PYTHON, "tools/thread_speed.py", "{out}/" + file, "--json", "{out}/" + name + ".json", "-r", "1"), share)
+    return Stage(name, (*PYTHON, "tools/thread_speed.py", "{out}/" + file, "--json", "{out}/" + name + ".json", "-r", "1"), seconds)
 
 
 STAGES = [
-    Stage("device", ("nvidia-smi",), 0.05, optional=True),
-    Stage("info", (*PYDSA, "info", "pydsa/demo/demo.gguf", "--device", "cuda"), 0.1),
-    Stage("ops", (*PYTHON, "-m", "pytest", "-m", "gpu", "-k", "ops", "tests/test_cuda.py"), 0.4),
-    Stage("models", (*PYTHON, "-m", "pytest", "-m", "gpu", "-k", "not ops", "tests/test_cuda.py"), 0.4),
-    Stage("one-token", (*PYTHON, "tools/one_token.py"), 0.1),
-    Stage("demo", (*PYDSA, "run", "-f", "pydsa/demo/notes.txt", "--temp", "0", "--device", "cuda"), 0.15),
+    Stage("device", ("nvidia-smi",), 1, optional=True),
+    Stage("info", (*PYDSA, "info", "pydsa/demo/demo.gguf", "--device", "cuda"), 4),
+    # what has never run on a GPU is found here, and left out of the stages behind it
+    Stage("variants", (*PYTHON, "tools/check_variants.py", "--wrong", "{out}/" + WRONG), 90),
+    tests("ops-float16", "ops and float16", 30),
+    tests("ops-exact", "ops and exact", 50),
+    Stage("products", (*PYTHON, "tools/time_products.py"), 25),       # older kernels of prompts beside newer ones, and torch's
+    Stage("one-token", (*PYTHON, "tools/one_token.py"), 12),
     # before they had half a warp a row: 2.4 to 2.7 TB/s in Q4_K, 1.2 to 1.5 in Q6_K and Q8_0 on an H200
-    Stage("products-of-a-token", (*PYTHON, "tools/gpu_products.py"), 0.15),
-    Stage("products", (*PYTHON, "tools/time_products.py"), 0.15),       # older kernels of prompts beside newer ones
-    make("Q4_K_M"),
-    bench("ops-of-a-token", "Q4_K_M", 0.3, "--ops", "-p", "0", "-n", "16", "-d", "4096"),
-    bench("ops-of-a-prompt", "Q4_K_M", 0.3, "--ops", "-p", "2048", "-n", "0", "-ub", "2048"),
-    bench("depths", "Q4_K_M", 0.4, "-p", "2048", "-n", "64", "-ub", "2048", "-d", "0,4096,131072", "-r", "2"),
+    Stage("products-of-a-token", (*PYTHON, "tools/gpu_products.py"), 20),
+    tests("models", "not ops", 50),         # golden ones, in both precisions
+    Stage("demo", (*PYDSA, "run", "-f", "pydsa/demo/notes.txt", "--temp", "0", "--device", "cuda"), 6),
+    make("Q4_K_M", 15),
+    bench("ops-of-a-prompt", "Q4_K_M", 12, "--ops", "-p", "2048", "-n", "0", "-ub", "2048"),
+    bench("ops-of-a-token", "Q4_K_M", 12, "--ops", "-p", "0", "-n", "16", "-d", "4096"),
+    bench("depths", "Q4_K_M", 35, "-p", "2048", "-n", "64", "-ub", "2048", "-d", "0,4096,131072", "-r", "2"),
+    bench("prompts-exact", "Q4_K_M", 15, "-p", "2048", "-n", "0", "-ub", "2048", "-d", "0,4096", "-r", "2", "--precision", "exact"),
     # three loads, of which the first has all weights on the GPU
-    Stage("placement", (*PYTHON, "tools/check_placement.py", "{out}/" + MODEL.format("Q4_K_M"), "-p", "2048,4096", "-n", "32"), 0.4),
-    make("Q8_0"),
-    bench("q8_0", "Q8_0", 0.3, "-p", "2048", "-n", "64", "-ub", "2048", "-d", "0,4096"),
-    Stage("make-0.5b", (*PYTHON, "tools/make_model.py", "--preset", "0.5b", "--type", "Q4_K_M", "{out}/0.5b.gguf"), 0.1),
-    threads("threads-0.5b", "0.5b.gguf", 0.1),
-    threads("threads-v3.2", MODEL.format("Q4_K_M"), 0.3),
+    Stage("placement", (*PYTHON, "tools/check_placement.py", "{out}/" + MODEL.format("Q4_K_M"), "-p", "2048,4096", "-n", "32"), 40),
+    make("Q8_0", 20),
+    bench("q8_0", "Q8_0", 20, "-p", "2048", "-n", "64", "-ub", "2048", "-d", "0,4096"),
     Stage("sanitizer", ("compute-sanitizer", "--error-exitcode", "9", *PYTHON, "-m", "pytest", "-x", "-q", "-k",
-                        "not (threads or sampled)", "tests/test_attention.py", "tests/test_top_k.py"), 0.5, optional=True),
+                        "not (threads or sampled)", "tests/test_attention.py", "tests/test_top_k.py"), 30, optional=True),
+    Stage("make-0.5b", (*PYTHON, "tools/make_model.py", "--preset", "0.5b", "--type", "Q4_K_M", "{out}/0.5b.gguf"), 3),
+    threads("threads-0.5b", "0.5b.gguf", 15),
+    threads("threads-v3.2", MODEL.format("Q4_K_M"), 20),
 ]
+
+
+def left_out(out):
+    """What PYDSA_CUDA_WITHOUT says, with the variants that were found wrong."""
+    path = out / WRONG
+    return ", ".join(filter(None, (os.environ.get(WITHOUT), path.read_text(encoding="utf-8") if path.exists() else None)))
 
 
 def run_stage(stage, out, seconds):
     """Run a stage for at most `seconds`, and return how it ended."""
     command = [part.format(out=out) for part in stage.command]
+    # the first variable makes the tests of ops test the GPU's kernels
+    env = os.environ | {"PYDSA_TEST_DEVICE": "cuda", WITHOUT: left_out(out)}
     with open(out / f"{stage.name}.log", "wb") as log:
         try:
-            # this variable makes the tests of ops test the GPU's kernels
-            done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYDSA_TEST_DEVICE": "cuda"}, stdin=subprocess.DEVNULL,
-                                  stdout=log, stderr=subprocess.STDOUT, timeout=seconds)
+            done = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                                  timeout=seconds)
         except subprocess.TimeoutExpired:
             return f"stopped after {seconds:.0f} s"
         except FileNotFoundError:
@@ -93,15 +111,27 @@ def run_stage(stage, out, seconds):
 def main(out, minutes, names):
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    start, rows = time.monotonic(), []
-    for stage in (stage for stage in STAGES if not names or stage.name in names):
+    (out / WRONG).unlink(missing_ok=True)       # of another run
+    start, rows, stages = time.monotonic(), [], [stage for stage in STAGES if not names or stage.name in names]
+    click.echo(f"expected: {sum(stage.seconds for stage in stages):.0f} s for {len(stages)} stages")
+    for stage in stages:
         began, left = time.monotonic(), 60 * minutes - (time.monotonic() - start)
-        ended = run_stage(stage, out, min(left, 60 * minutes * stage.share)) if left > 1 else "left out: no time was left"
-        rows.append((stage.name, f"{time.monotonic() - began:.0f}", ended))
-        click.echo(f"{stage.name}: {ended}")
-        lines = ["| stage | s | |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+        ended = run_stage(stage, out, min(left, limit(stage, minutes))) if left > 1 else "left out: no time was left"
+        rows.append((stage.name, f"{time.monotonic() - began:.0f}", f"{stage.seconds:.0f}", ended))
+        click.echo(f"{stage.name}: {ended}, {rows[-1][1]} s of {rows[-1][2]} expected")
+        without = left_out(out)
+        lines = ["| stage | s | expected | |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows),
+                 *(["", f"From `variants` on without: {without}"] if without else [])]
         (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    sys.exit(any(row[2].startswith("failed") for row in rows))
+    sys.exit(any(row[-1].startswith("failed") for row in rows))
+
+
+def limit(stage, minutes):
+    """The seconds after which a stage is stopped.
+
+    They are LATE times what is expected, and more if the whole has more than MINUTES.
+    """
+    return max(LEAST, LATE * stage.seconds * max(1, minutes / MINUTES))
 
 
 if __name__ == "__main__":

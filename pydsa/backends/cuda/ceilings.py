@@ -11,10 +11,11 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import empty, zeros
-from pydsa.backends.cuda.current import gpu
+from pydsa.backends.cuda.current import gpu, precision
 from pydsa.backends.cuda.device import SIMULATED, device, dp4a, mma_f16
 from pydsa.backends.cuda.instructions import stream_sixteen
 from pydsa.backends.cuda.launch import kernel
+from pydsa.options import EXACT
 
 
 N_BYTES = 1 << 30       # bytes that are read, or a quarter of the free memory if that is less
@@ -98,18 +99,22 @@ def float_products(out, repeats):
 
 
 # number format -> kernel, dtype of its output, repetitions, operations per thread in each.
-# Activations are split in two parts and take two products, hence the last division by 2.
-PEAKS = {"f16x2": (tile_products, np.float32, 512, 4 * 2 * 16 * 8 * 16 / 32 / 2),
+# Activations of two parts take two products, hence the last division by 2.
+PEAKS = {"f16": (tile_products, np.float32, 512, 4 * 2 * 16 * 8 * 16 / 32),
+         "f16x2": (tile_products, np.float32, 512, 4 * 2 * 16 * 8 * 16 / 32 / 2),
          "int8x2": (byte_dots, np.int32, 4096, 4 * 2 * 4 / 2),
          "f32": (float_products, np.float32, 8192, 4 * 2)}
 CACHE_OPS = ("dense_attention", "masked_attention", "sparse_attention", "indexer_scores", "indexer_select")
 
 
 def product_format(op, quantized, n_tokens):
-    """The number format of an op, for n_tokens and quantized weights or not."""
+    """The number format of an op, for n_tokens and quantized weights or not.
+
+    It is that of the thread's precision.
+    """
     if not quantized or op in CACHE_OPS:
         return "f32"
-    return "f16x2" if n_tokens > 1 else "int8x2"
+    return "int8x2" if n_tokens == 1 else "f16x2" if precision() == EXACT else "f16"
 
 
 def measure_ceilings(n_threads):
