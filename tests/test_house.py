@@ -147,7 +147,7 @@ def test_docstrings_begin_with_a_short_sentence(folder):
     assert not long, "\n".join(long)
 
 
-FORMATS = {"f32", "int16", "bf16x2", "int8x2", "f16x2"}
+FORMATS = {"f32", "int16", "bf16x2", "int8x2", "f16x2", "f16"}
 FILES_OF_A_FORMAT = {"linear", "attention", "mha", "indexer"} | {"__init__", "gemm", "gemv", "panels", "tiles"}     # ops; what they share
 
 

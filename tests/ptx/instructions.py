@@ -180,6 +180,11 @@ def pack_bf16x2(upper, lower):
     return bits(upper) << np.uint32(16) | bits(lower)
 
 
+def pack_f16x2(upper, lower):
+    """cvt.rn.f16x2.f32: two float16 in a word, each rounded to nearest even."""
+    return upper.astype("f2").view("u2").astype("u4") << np.uint32(16) | lower.astype("f2").view("u2").astype("u4")
+
+
 def of_pairs(function):
     """The function of float16 pairs, in uint32, of one of float64, rounded."""
     return lambda *xs: function(*(np.ascontiguousarray(x).view("f2").astype("f8") for x in xs)).astype("f2").view("u4")
@@ -206,6 +211,11 @@ def power_of_two(x):
 def leading_zeros(x):
     """clz of 64 bits."""
     return np.array([64 - int(v).bit_length() for v in x], np.uint32)
+
+
+def set_bits(x):
+    """popc: the number of bits that are set."""
+    return np.array([int(v).bit_count() for v in x], np.uint32)
 
 
 def compare(how):
@@ -239,7 +249,8 @@ PLAIN = {
     "mad.lo": lambda x, y, z: x * y + z, "min": chosen((np.minimum, np.fmin)), "max": chosen((np.maximum, np.fmax)), "neg": np.negative,
     "abs": np.abs, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "div.rn": np.divide,
     "add.rn": np.add, "mul.rn": np.multiply, "fma.rn": fma, "fma.rm": fma_down, "sqrt.rn": np.sqrt, "rcp.rn": np.reciprocal,
-    "ex2.approx.ftz": power_of_two, "clz": leading_zeros, "prmt": byte_permute, "bfi": bit_insert, "selp": select, "shl": shift(True),
+    "ex2.approx.ftz": power_of_two, "clz": leading_zeros, "popc": set_bits,
+    "prmt": byte_permute, "bfi": bit_insert, "selp": select, "shl": shift(True),
     "shr": shift(False), "shf.r.wrap": funnel_right,
 }
 PAIRS = {name: of_pairs(function) for name, function in (      # of float16 pairs, f16x2

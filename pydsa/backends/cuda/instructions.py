@@ -140,6 +140,14 @@ def _simulated_partial(target, to, source, at, n):
     bytes_of(target)[to:to + n] = bytes_of(source)[at:at + n]
 
 
+def _halves(word):
+    return np.array([word], np.uint32).view(np.float16).astype(np.float64)
+
+
+def _pair(values):
+    return int(np.array(values, np.float64).astype(np.float16).view(np.uint32)[0])
+
+
 def _nothing(*_):
     """What instructions do in the simulator that only order others: all is done at once there."""
 
@@ -154,6 +162,8 @@ def _load(n, how, fixed):
 stream_four, stream_eight, stream_sixteen = (_load(n, ".nc.L1::no_allocate", False) for n in (1, 2, 4))
 # Weights and tables that several threads read.
 read_four, read_eight, read_sixteen = (_load(n, ".nc", False) for n in (1, 2, 4))
+# The same, and they keep their place: begun early, they are there when they are used.
+fetch_four, fetch_eight, fetch_sixteen = (_load(n, ".nc", True) for n in (1, 2, 4))
 # What other kernels have written. These keep their place between other fixed instructions.
 load_four, load_eight, load_sixteen = (_load(n, "", True) for n in (1, 2, 4))
 # store_four(data, at, a), store_eight(data, at, a, b), store_sixteen(data, at, a, b, c, d): uint32 to global memory.
@@ -193,6 +203,24 @@ load_matrices, load_matrices_transposed = (instruction(
 # four uint8 of a times four int8 of b, plus c
 dp4a_unsigned = instruction("dp4a.u32.s32 $0, $1, $2, $3;", "i", "rri", lambda a, b, c: c + sum(
     int(x) * int(y) for x, y in zip(np.array([a], np.uint32).view(np.uint8), np.array([b], np.uint32).view(np.int8))))
+# Pairs of float16 in words, rounded to nearest even. pack_halves(upper, lower): two float32 as a pair. halves_by_low(x, y), halves_by_high
+# and fma_low(x, y, z), fma_high: x times the lower, or the upper, of y, and plus that of z.
+pack_halves = instruction("cvt.rn.f16x2.f32 $0, $1, $2;", "r", "ff", lambda a, b: _pair([b, a]))
+multiply_halves = instruction("mul.rn.f16x2 $0, $1, $2;", "r", "rr", lambda x, y: _pair(_halves(x) * _halves(y)))
+subtract_halves = instruction("sub.rn.f16x2 $0, $1, $2;", "r", "rr", lambda x, y: _pair(_halves(x) - _halves(y)))
+
+
+def _with_one(which):
+    half = "%l,%h".split(",")[which]
+    first, other = (f"mov.b32 {{%l,%h}}, ${i};\nmov.b32 {name}, {{{half},{half}}};\n" for i, name in ((2, "%y"), (3, "%z")))
+    begin = "{\n.reg .b16 %l;\n.reg .b16 %h;\n.reg .b32 %y;\n.reg .b32 %z;\n"
+    return (instruction(f"{begin}{first}mul.rn.f16x2 $0, $1, %y;\n}}", "r", "rr", lambda x, y: _pair(_halves(x) * _halves(y)[which])),
+            instruction(f"{begin}{first}{other}fma.rn.f16x2 $0, $1, %y, %z;\n}}", "r", "rrr",
+                        lambda x, y, z: _pair(_halves(x) * _halves(y)[which] + _halves(z)[which])))
+
+
+(halves_by_low, fma_low), (halves_by_high, fma_high) = _with_one(0), _with_one(1)
+count_bits = instruction("popc.b32 $0, $1;", "r", "r", lambda a: int(a).bit_count())
 # bits n % 32 and on of the 64 bits whose lower half is a, the upper one b
 funnel_right = instruction("shf.r.wrap.b32 $0, $1, $2, $3;", "r", "rrr", lambda a, b, n: (
     (int(a) | int(b) << 32) >> (int(n) & 31)) & 0xFFFFFFFF)

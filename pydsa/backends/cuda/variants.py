@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pydsa.backends.cuda import attend_one, f16x2, f32, int8x2, top_k_one
+from pydsa.backends.cuda import attend_one, f16, f16x2, f32, int8x2, top_k_one
 from pydsa.backends.cuda.current import precision
 from pydsa.errors import PydsaError
 from pydsa.options import FLOAT16
@@ -59,6 +59,7 @@ VARIANTS = {
     "linear": {         # takes(Weight, whether there is a single token)
         "f32": Variant(f32.linear.takes, Linear(f32.linear.pack, f32.linear.matmul)),
         "int8x2": Variant(lambda w, single: single, Linear(int8x2.linear.pack, int8x2.gemv.matmul)),
+        "f16 in wgmma": Variant(lambda w, single: f16.gemm.takes(w), Linear(f16.panels.pack, f16.gemm.matmul), FLOAT16),
         "f16x2 in wgmma": Variant(lambda w, single: f16x2.gemm.takes(w), Linear(f16x2.gemm.pack, f16x2.gemm.matmul)),
         "f16": Variant(anything, Linear(f16x2.linear.pack_one, f16x2.linear.matmul), FLOAT16),
         "f16x2": Variant(anything, Linear(f16x2.linear.pack, f16x2.linear.matmul)),
