@@ -1,4 +1,4 @@
-"""Flash attention of prompts in MLA's plain form, in wgmma of capability 9.0.
+"""Flash attention of prompts in MLA's plain form, for capability 9.0.
 
 One float16 stands for a query, a key, a value and a softmax weight. Keys and values of all heads are made of the latents (heads.py) for as
 many keys at a time as SCRATCH holds. A block has QUERIES queries of one head, in shared memory as float16, each times a power of two. It
@@ -16,17 +16,17 @@ from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.current import current
 from pydsa.backends.cuda.device import SIMULATED, bits_float, device, float_bits, fma, store_four_u32
 from pydsa.backends.cuda.flash import heads, images
-from pydsa.backends.cuda.flash.heads import BY_ROWS, CAPABILITY
-from pydsa.backends.cuda.flash.images import GAIN, KV_LORA, N_ROT, TILE, inverse, pack_halves, power_for, power_of_part
+from pydsa.backends.cuda.flash.heads import BY_ROWS
+from pydsa.backends.cuda.flash.images import CAPABILITY, GAIN, KV_LORA, N_ROT, TILE, inverse, pack_halves, power_for, power_of_part
 from pydsa.backends.cuda.hopper import (arrive, copy_bulk, expect_bytes, fence_async, fence_mbarriers, init_mbarrier, make_wgmma,
                                         make_wgmma_shared, make_wgmma_wait, shared_address, steps_of_rows, wait_phase)
 from pydsa.backends.cuda.instructions import instruction, load_eight, read_sixteen, store_eight
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.backends.cuda.shared_memory import folds, power_of_two
+from pydsa.backends.devices import FLASH_WIDTHS, flash_keys
 
 QUERIES, THREADS, WARPS = 128, 256, 8
 ROWS_AT_ONCE, RAW = 4, 32        # rows of queries that a warp reads at a time, and numbers of a lane
-SCRATCH = 256 << 20             # bytes of keys and values that there are at a time, at most
 U, ZERO, NONE, LOG2_E = np.uint32, np.float32(0), np.float32(-np.inf), np.float32(math.log2(math.e))
 greatest_of_four, total_of_four = folds(4)
 greatest_of_warp, _ = folds(32)
@@ -68,8 +68,8 @@ class Shape(NamedTuple):
         return self.at_factors + 4 * QUERIES
 
 
-# (n_nope, n_rot, n_v, kv_lora) -> Shape: DeepSeek V2, V3 and Kimi K2; GLM-5 and GLM-4.7-Flash
-SHAPES = {(128, 64, 128, 512): Shape(128, 128, 7), (192, 64, 256, 512): Shape(192, 256, 6)}
+# (n_nope, n_rot, n_v, kv_lora) -> Shape: DeepSeek V2, V3 and Kimi K2; GLM-5 and GLM-4.7-Flash. With fewer values a tile has more keys.
+SHAPES = {widths: Shape(widths[0], widths[2], 7 if widths[2] == 128 else 6) for widths in FLASH_WIDTHS}
 
 
 @device
@@ -105,9 +105,9 @@ def _make_put_queries(shape):
 
     @device
     def put_queries(words, factors, at_factors, q, first, head, scale, of_keys, of_rotated, warp, lane):
-        """Sixteen queries of a warp as float16 in shared memory, and what their scores are multiplied by.
+        """Sixteen queries of a warp as float16 in shared memory.
 
-        of_keys, of_rotated: the powers of two of keys and of their rotated parts.
+        factors: what scores of each query are multiplied by. of_keys, of_rotated: the powers of two of keys and of their rotated parts.
         """
         raw, piece = cuda.local.array(RAW, np.uint32), min(lane, n_pieces - 1)
         own = of_keys * inverse(of_rotated) if piece >= nope_pieces else np.float32(1)
@@ -282,9 +282,9 @@ def _make_flash(shape):
     at_factors, key_bits, n_sums = shape.at_factors // 4, shape.key_bits, shape.n_v // 2
 
     def flash(out, tops, totals, q, keys, rotated, values, maxima, k_powers, v_powers, positions, first_key, n_keys, scale):
-        """Attention of QUERIES queries of a head to n_keys keys from the first_key-th on.
+        """Attention of QUERIES queries of a head to keys.
 
-        It goes on with what earlier parts of the keys have left: in out, and in tops and totals [n_head, T], a query's greatest score and
+        These are n_keys from the first_key-th on. It goes on with what earlier parts of the keys have left: in out, and in tops and totals [n_head, T], a query's greatest score and
         its sum of weights. scale: of scores, for weights that are powers of two.
         """
         thread, head, first = cuda.threadIdx.x, cuda.blockIdx.y, np.int32((cuda.gridDim.x - 1 - cuda.blockIdx.x) * QUERIES)
@@ -334,23 +334,6 @@ def takes(out, q, latents, k_b, v_b):
             and not any(n % 8 for n in (out.span[0], *out.strides[:2])) and out.strides[2] == 4)
 
 
-def keys_at_once(n_head, n_nope, n_v, n_kv):
-    """How many keys and values of all heads are in scratch memory at a time.
-
-    A multiple of TILE, for at most n_kv keys.
-    """
-    most = SCRATCH // (2 * n_head * (n_nope + n_v)) // TILE
-    return TILE * max(1, min(most, blocks_for(n_kv, TILE)))
-
-
-def weights_of(w, name):
-    """A weight of heads as images in scratch memory, and their powers of two."""
-    n_head, n_rows, n = w.shape
-    made = (scratch(f"images of {name}", (2 * n_head * n_rows * n,), np.uint8), scratch(f"powers of {name}", (n_head,), np.float32))
-    images.WEIGHTS[w.type](n_head, *made, w.data, w.row_bytes, n_rows, n // 32)
-    return made
-
-
 def attention(out, q, latents, k_b, v_b, positions, scale):
     """MLA in its plain form: see mha.mha_attention.
 
@@ -360,11 +343,11 @@ def attention(out, q, latents, k_b, v_b, positions, scale):
     widths, data = (n_nope, N_ROT, n_v, KV_LORA), (latents.data.flat, latents.data.shape[1], positions)
     shape, flash = SHAPES[widths], FLASH[widths]
     n_kv = min(latents.data.shape[0], latents.data.shape[0] if positions.greatest is None else positions.greatest + 1)
-    at_once = keys_at_once(n_head, n_nope, n_v, n_kv)
+    at_once = flash_keys(n_head, n_nope, n_v, n_kv)
     maxima = scratch("greatest of latents", (2, images.MAXIMA), np.float32)
     find_maxima, make_rows = images.ROWS[latents.storage]
     find_maxima(images.MAXIMA, maxima, *data)
-    (k_images, k_powers), (v_images, v_powers) = weights_of(k_b, "k_b"), weights_of(v_b, "v_b")
+    (k_images, k_powers), (v_images, v_powers) = images.weights_of(k_b, "k_b"), images.weights_of(v_b, "v_b")
     rows, rotated, keys, values = (scratch(f"images of {name}", (2 * at_once * n,), np.uint8) for name, n in (
         ("latents", KV_LORA), ("rotated parts", N_ROT), ("keys", n_head * n_nope), ("values", n_head * n_v)))
     tops, totals = (scratch(f"{name} of queries", (n_head, n_tokens), np.float32) for name in ("greatest scores", "sums"))

@@ -11,15 +11,19 @@ weights is then below 2^37, and times GAIN below 2^15.
 import numpy as np
 from numba import cuda
 
+from pydsa.backends.cuda.array import scratch, upload
 from pydsa.backends.cuda.block_sums import abs_bits, block_max
 from pydsa.backends.cuda.blocks import GROUPED
 from pydsa.backends.cuda.blocks.floats import FLOATS
+from pydsa.backends.cuda.current import kept_per_gpu
 from pydsa.backends.cuda.device import bits_float, device, float_bits
 from pydsa.backends.cuda.f32.tiles import UNPACK_FOUR
 from pydsa.backends.cuda.instructions import instruction, store_sixteen
 from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.rows import get_rows
 from pydsa.backends.cuda.shared_memory import folds
 
+CAPABILITY = 9, 0
 KV_LORA, N_ROT = 512, 64        # numbers of a latent, and of the rotated part of a key
 TILE = 128                      # latents of a tile
 TILE_BYTES = 2 * KV_LORA * TILE
@@ -126,8 +130,9 @@ def _make_rows(storage):
             store_sixteen(latents, at, w0, w1, w2, w3)
         else:
             store_sixteen(rotated, np.int64(row) * 128 + place, w0, w1, w2, w3)
-    return (kernel("f4[:,:], u1[::1], i8, i8[:]", THREADS, f"flash_maxima_{storage}")(maxima_of_rows),
-            kernel("u1[::1], u1[::1], u1[::1], i8, i8[:], f4[:,:], i4", THREADS, f"flash_rows_{storage}")(images_of_rows))
+    row = "u1[::1], i8, i8[:]"
+    return (kernel(f"f4[:,:], {row}", THREADS, f"flash_maxima_{storage}", specific=CAPABILITY)(maxima_of_rows),
+            kernel(f"u1[::1], u1[::1], {row}, f4[:,:], i4", THREADS, f"flash_rows_{storage}", specific=CAPABILITY)(images_of_rows))
 
 
 # storage of a cache -> kernels: the greatest numbers of its rows; their images
@@ -195,7 +200,32 @@ def _make_weights(name):
                 v = 8 * j
                 store_sixteen(images, at + 16 * ((4 * (k & 1) + j) ^ row & 7), word_of(values, v, power), word_of(values, v + 2, power),
                               word_of(values, v + 4, power), word_of(values, v + 6, power))
-    return kernel("u1[::1], f4[:], u1[::1], i8, i4, i4", THREADS, f"flash_weights_{name.lower()}")(images_of_weights)
+    return kernel("u1[::1], f4[:], u1[::1], i8, i4, i4", THREADS, f"flash_weights_{name.lower()}", specific=CAPABILITY)(images_of_weights)
 
 
-WEIGHTS = {name: _make_weights(name) for name in [*GROUPED, *FLOATS]}
+# types that k_b and v_b have in files: those of llama-quantize's usual mixes, and what it takes where rows are no multiple of 256. Others
+# become float32 first.
+WEIGHTS = {name: _make_weights(name) for name in ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")}
+MOST_ROWS = 1 << 15         # that become float32 in a launch
+
+
+@kept_per_gpu()
+def _row_numbers(n):
+    return upload(np.arange(n, dtype=np.int32))
+
+
+def weights_of(w, name):
+    """A weight of heads, [n_head, n_rows, n], as images in scratch memory.
+
+    name: of the memory. Returns the images of all heads, and their powers of two.
+    """
+    n_head, n_rows, n = w.shape
+    made = (scratch(f"images of {name}", (2 * n_head * n_rows * n,), np.uint8), scratch(f"powers of {name}", (n_head,), np.float32))
+    kind, data, row_bytes = w.type, w.data, w.row_bytes
+    if kind not in WEIGHTS:
+        floats, rows = scratch("images of floats", (n_head * n_rows, n), np.float32), _row_numbers(n_head * n_rows)
+        for first in range(0, n_head * n_rows, MOST_ROWS):
+            get_rows(floats[first:first + MOST_ROWS], w, rows[first:first + MOST_ROWS])
+        kind, data, row_bytes = "F32", floats.flat.view(np.uint8), 4 * n
+    WEIGHTS[kind](n_head, *made, data, row_bytes, n_rows, n // 32)
+    return made
