@@ -55,6 +55,7 @@ STAGES = [
     # before they had half a warp a row: 2.4 to 2.7 TB/s in Q4_K, 1.2 to 1.5 in Q6_K and Q8_0 on an H200
     Stage("products-of-a-token", (*PYTHON, "tools/gpu_products.py"), 0.15),
     Stage("products", (*PYTHON, "tools/time_products.py"), 0.15),       # older kernels of prompts beside newer ones
+    Stage("attention-of-a-prompt", (*PYTHON, "tools/time_attention.py"), 0.15),     # in the precision exact, as before, and in float16
     make("Q4_K_M"),
     bench("ops-of-a-token", "Q4_K_M", 0.3, "--ops", "-p", "0", "-n", "16", "-d", "4096"),
     bench("ops-of-a-prompt", "Q4_K_M", 0.3, "--ops", "-p", "2048", "-n", "0", "-ub", "2048"),

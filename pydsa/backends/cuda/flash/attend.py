@@ -284,8 +284,8 @@ def _make_flash(shape):
     def flash(out, tops, totals, q, keys, rotated, values, maxima, k_powers, v_powers, positions, first_key, n_keys, scale):
         """Attention of QUERIES queries of a head to keys.
 
-        These are n_keys from the first_key-th on. It goes on with what earlier parts of the keys have left: in out, and in tops and totals [n_head, T], a query's greatest score and
-        its sum of weights. scale: of scores, for weights that are powers of two.
+        These are n_keys from the first_key-th on. It goes on with what earlier parts of the keys have left: in out, and in tops and totals
+        [n_head, T], a query's greatest score and its sum of weights. scale: of scores, for weights that are powers of two.
         """
         thread, head, first = cuda.threadIdx.x, cuda.blockIdx.y, np.int32((cuda.gridDim.x - 1 - cuda.blockIdx.x) * QUERIES)
         warp, lane, shared = thread >> 5, thread & 31, cuda.shared.array(0, np.uint8, 1024)
