@@ -16,6 +16,7 @@ import numpy as np
 from pydsa.costs import StepSize, node_cost, step_cost, total
 from pydsa.errors import PydsaError
 from pydsa.gguf_file import Tensor
+from pydsa.options import EXACT
 from pydsa.quants import TYPES
 from pydsa.sampling import Sampling
 from pydsa.terminal import json_text, visible
@@ -132,7 +133,8 @@ def about(model):
             "model_type": model.setup.file_type, "model_size": model.setup.n_bytes, "model_n_params": model.setup.n_params,
             "backend": model.setup.device_name, "n_threads": model.threads, "n_threads_batch": model.threads_batch,
             "n_ubatch": model.n_ubatch, "type_k": model.kv_type, "type_index": model.index_type if model.top_k else None,
-            "attention": model.attention, "reproducible": model.setup.reproducible, "top_k": model.top_k, "numa": model.setup.numa,
+            "attention": model.attention, "reproducible": model.setup.reproducible,
+            "precision": model.setup.precision, "top_k": model.top_k, "numa": model.setup.numa,
             "stages": None if model.stages is None else ",".join(map(str, model.stages))}
 
 
@@ -357,7 +359,7 @@ def _display_row(row):
     if row.get("numa"):
         threads["numa"] = row["numa"]
     return {"model": f"{row['model_arch']} {row['model_type']}", "size": size(row["model_size"]),
-            "params": count(row["model_n_params"]), "backend": row["backend"],
+            "params": count(row["model_n_params"]), "backend": row["backend"] + (", exact" if row["precision"] == EXACT else ""),
             **({"stages": row["stages"]} if row.get("stages") else {}), **threads,
             "kv": row["type_k"], "index": row["type_index"] or "",
             "attention": row["attention"] + (", reproducible" if row["reproducible"] else ""),

@@ -13,6 +13,7 @@ from pydsa.costs import StepSize, step_cost
 from pydsa.errors import PydsaError
 from pydsa.models.blocks import block_of, spans
 from pydsa.numa import describe_numa
+from pydsa.options import EXACT
 from pydsa.stages.forecast import in_words
 from pydsa.streaming import ASSUMED, ASSUMED_BUS, measure, pays_from
 from pydsa.terminal import visible
@@ -56,7 +57,8 @@ def describe(setup, bandwidths=None, here=True, forecast=None):
                    "scratch": setup.scratch_bytes, "scores": setup.score_bytes, "packed_latents": setup.packed_latent_bytes,
                    "slots": setup.slot_bytes},
         "streaming": describe_streaming(setup, here), "stages": forecast,
-        "attention": attention_in_words(setup), "reproducible": setup.reproducible, "plain_form_until": setup.schedule.plain_form_until,
+        "attention": attention_in_words(setup), "reproducible": setup.reproducible, "precision": setup.precision,
+        "plain_form_until": setup.schedule.plain_form_until,
         "layers": layers_in_words(setup)}
 
 
@@ -199,6 +201,8 @@ def format_report(report):
                 else []), "", f"attention: {report['attention']}"]
     if report["reproducible"]:
         lines.append("  reproducible: a token's logits do not depend on the steps that it runs in")
+    if report["precision"] == EXACT:
+        lines.append("  exact: where a GPU multiplies, activations of prompts are two float16 each")
     if report["plain_form_until"]:
         lines.append(f"  prompts in ubatches of {report['n_ubatch']} have keys and values for each head up to {report['plain_form_until']} "
                      "tokens")

@@ -4,6 +4,7 @@ import shlex
 from pydsa.cards import Card, shortened, tokens_in_words
 from pydsa.errors import PydsaError
 from pydsa.models.blocks import block_of, spans
+from pydsa.options import EXACT
 from pydsa.placement import is_of_experts
 
 LAST = 48       # tokens of a session whose text is shown
@@ -131,6 +132,7 @@ def card_of_a_model(model):
     card = _of_a_file("Model", setup)
     place = setup.device_name if model.threads is None else f"{setup.device_name}, {threads(model.threads, model.threads_batch)}"
     place += f", --numa {setup.numa}" if setup.numa else ""
+    place += ", exact" if setup.precision == EXACT else ""
     place = place if model.stages is None else f"{len(model.stages)} stages of layers {','.join(map(str, model.stages))}"
     rows = [*card.rows, ("caches", f"{caches_in_words(setup)}: {size(setup.cache_bytes)} a session"), ("device", place)]
     if len(setup.placement.devices) > 1:

@@ -2,7 +2,7 @@
 
 `kernels` is the backend under test: the CPU's, or the GPU's with PYDSA_TEST_DEVICE=cuda. With NUMBA_ENABLE_CUDASIM=1 too, Numba's simulator
 runs the GPU's kernels. With PYDSA_TEST_DEVICE=ptx they are compiled for a GPU, of PYDSA_TEST_CAPABILITY, and tests/ptx executes them. Both
-are slow: where SIMULATED is true, tests take fewer and smaller shapes.
+are slow: where SIMULATED is true, tests take fewer and smaller shapes. The GPU's products are in the precision PYDSA_TEST_PRECISION.
 """
 import importlib
 import math
@@ -16,9 +16,11 @@ from gguf import GGMLQuantizationType
 from pydsa.backends import reference
 from pydsa.backends.cpu import amx, threads
 from pydsa.gguf_file import Tensor
+from pydsa.options import EXACT, FLOAT16
 from pydsa.quants import CACHE_TYPES, TYPES
 
 DEVICE = os.environ.get("PYDSA_TEST_DEVICE", "cpu")
+PRECISION = os.environ.get("PYDSA_TEST_PRECISION", FLOAT16)
 IN_SIMULATOR = DEVICE == "cuda" and os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 SIMULATED = IN_SIMULATOR or DEVICE == "ptx"
 if DEVICE == "ptx":
@@ -82,6 +84,7 @@ def choose(simulated, otherwise):
 
 kernels = importlib.import_module(f"pydsa.backends.{DEVICE}")
 if DEVICE == "cuda":
+    kernels.on(0, PRECISION).selected().__enter__()       # for this process
     kernels = OnDevice(kernels)
 
 # A model that tests/ptx runs in seconds.
@@ -246,14 +249,22 @@ def bound_of_tiles(rows, op):
     return 1e-8 if "indexer" in op else 2e-10 if not CACHE_TYPES[rows.kv_type].scaled else 1e-7
 
 
+def rounds(args):
+    """Whether an op with these arguments rounds activations.
+
+    With quantized weights it does; on a GPU, to one float16, with all but float32.
+    """
+    types = [a.type for a in args if isinstance(a, Tensor)]
+    return any(TYPES[kind].dtype.names or kind != "F32" and DEVICE == "cuda" and PRECISION != EXACT for kind in types)
+
+
 def compare(op, shape, *args, size=None):
     """Assert that an op agrees with the reference, and return its output.
 
-    The bound is wider for quantized weights, since their activations are rounded.
+    The bound is wider for weights with which activations are rounded.
     """
     found, expected = run(kernels, op, [shape], *args), run(reference, op, [shape], *args)
-    quantized = any(isinstance(a, Tensor) and TYPES[a.type].dtype.names for a in args)
-    bound = max([1e-6 if quantized else 1e-12, *(bound_of_tiles(a, op) for a in args if isinstance(a, Rows))])
+    bound = max([1e-6 if rounds(args) else 1e-12, *(bound_of_tiles(a, op) for a in args if isinstance(a, Rows))])
     assert close(found, expected, bound, size)
     return found
 

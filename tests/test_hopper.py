@@ -36,12 +36,13 @@ found, _ = error("linear", (3, 5), tensor("Q4_K", 5, 256), x)
 assert np.isnan(found[1]).all() and (found[2] == 0).all() and np.isfinite(found[0]).all()
 from tools import time_products
 times = list(time_products.time_shape("3*40x256", 12))
-assert [row[0] for row in times] == ["mma.sync", "wgmma"] and max(row[3] for row in times) < time_products.WORST, times
+assert {"f16x2 in wgmma", "f16x2", "f16"} <= {row[0] for row in times} and not any(row[4] for row in times), times
 """
 
 
 def test_products():
     """Products with many tokens are as exact as activations of 22 bits."""
-    env = os.environ | {"PYDSA_TEST_DEVICE": "ptx", "PYDSA_TEST_CAPABILITY": "9.0", "NUMBA_ENABLE_CUDASIM": "0"}
+    env = os.environ | {"PYDSA_TEST_DEVICE": "ptx", "PYDSA_TEST_CAPABILITY": "9.0", "PYDSA_TEST_PRECISION": "exact",
+                        "NUMBA_ENABLE_CUDASIM": "0"}
     done = subprocess.run([sys.executable, "-c", PRODUCTS], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

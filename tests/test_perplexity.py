@@ -32,7 +32,7 @@ class Scripted:
         config = types.SimpleNamespace(n_vocab=3, top_k=top_k)
         metadata = types.SimpleNamespace(metadata=types.SimpleNamespace(path="scripted"))
         self.setup = types.SimpleNamespace(config=config, n_ctx=100, n_ubatch=n_ubatch, attention="auto", kv_type="f32", index_type="f32",
-                                           device_name="none", file=metadata)
+                                           device_name="none", precision="float16", file=metadata)
         self.tokenizer = types.SimpleNamespace(add_bos=add_bos, bos_id=0)
         self.shift, self.tokens, self.ran, self.steps = shift, [], [], []
 

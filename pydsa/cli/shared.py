@@ -7,6 +7,7 @@ import click
 from pydsa.console import progress_bar
 from pydsa.exits import Failure
 from pydsa.habits import devices, gpu_layers, logit_biases
+from pydsa.options import PRECISIONS
 from pydsa.override import parse_overrides
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
 from pydsa.terminal import visible
@@ -51,8 +52,13 @@ device_option = click.option(
     "--device", "-dev", default="auto", show_default=True, metavar="DEVICE[,...]", callback=devices,
     help="cpu; cuda: an NVIDIA GPU; cuda0,cuda1: several; reference: plain numpy, slow and exact; auto: a plan of what fits on the GPUs, "
          "or what PYDSA_DEVICE says.")
+precision_option = click.option(
+    "--precision", type=click.Choice(PRECISIONS), default=PRECISIONS[0], show_default=True,
+    help="How a GPU rounds activations of prompts: to one float16, or exact: to two, which takes longer. Single tokens, and the CPU, keep "
+         "15 bits or more either way.")
 placement_options = options(
     device_option,
+    precision_option,
     click.option("-ngl", "--gpu-layers", "--n-gpu-layers", "n_gpu_layers", metavar="N", callback=gpu_layers,
                  help="Layers on the GPUs, the last ones of the model; all; auto: what fits.  [default: auto]"),
     click.option("-cmoe", "--cpu-moe", is_flag=True, help="Leave the routed experts of all layers on the CPU."),

@@ -29,7 +29,8 @@ class Perplexity:
     def __init__(self, session, chunks, first, stride, base):
         setup = session.setup
         chooses = setup.config.top_k is not None and setup.attention != "dense"
-        self.settings = {"model": str(setup.file.metadata.path), "device": setup.device_name, "attention": setup.attention,
+        self.settings = {"model": str(setup.file.metadata.path), "device": setup.device_name, "precision": setup.precision,
+                         "attention": setup.attention,
                          "top_k": setup.config.top_k if chooses else None, "kv_type": setup.kv_type,
                          "index_type": setup.index_type if chooses else None,
                          "select": None if session.select is None else name_of(session.select)}

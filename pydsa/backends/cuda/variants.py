@@ -60,6 +60,7 @@ VARIANTS = {
         "f32": Variant(f32.linear.takes, Linear(f32.linear.pack, f32.linear.matmul)),
         "int8x2": Variant(lambda w, single: single, Linear(int8x2.linear.pack, int8x2.gemv.matmul)),
         "f16x2 in wgmma": Variant(lambda w, single: f16x2.gemm.takes(w), Linear(f16x2.gemm.pack, f16x2.gemm.matmul)),
+        "f16": Variant(anything, Linear(f16x2.linear.pack_one, f16x2.linear.matmul), FLOAT16),
         "f16x2": Variant(anything, Linear(f16x2.linear.pack, f16x2.linear.matmul)),
     },
     "attention": {      # takes(CacheRows, number of heads, width of a value)

@@ -1,12 +1,14 @@
 """Tensor-core GEMM for prompts, with all weights but float32 ones.
 
-An activation is split into two float16, high and low, with a scale per row: 22 bits together. Weights are exact: int8 fit into float16,
-and so do bfloat16 apart from their exponents. A group of 32 weights takes four mma.m16n8k16 per tile. The group's scales multiply the
-float32 accumulators, its offsets the sums of 16 activations. Tokens are the rows of the instruction (M), weight rows its columns (N).
+An activation is split into two float16, high and low, with a scale per row: 22 bits together. Or it is one float16, the high one, with
+half of the products. Weights are exact: int8 fit into float16, and so do bfloat16 apart from their exponents. A group of 32 weights takes
+two mma.m16n8k16 per tile and part. The group's scales multiply the float32 accumulators, its offsets the sums of 16 activations. Tokens
+are the rows of the instruction (M), weight rows its columns (N).
 
 A group is stored as four quads, one for each lane of a row's fragment: quad i has values 4 i to 4 i + 3 of both halves. In shared memory
 tokens are in fragment order. The quads of a weight row are swizzled by row: no bank conflicts.
 """
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +33,6 @@ COPY_WARPS = (THREADS - ROWS) // MMA_WARP   # the other threads stage tokens, on
 COPIES = TOKENS // (16 * COPY_WARPS)
 GROUP = 16                                  # uint32 of a group, two float16 each
 ROW_U32, PLANE = ROWS * GROUP, TOKENS * GROUP   # uint32 of a stage: weight rows; the high float16 of tokens, followed by the low ones
-TOKEN_U32 = 2 * PLANE
 SUMS = 16 * TOKEN_TILES                     # accumulators of a lane
 F16_MAX = 16384                             # the largest float16 that a row's values are scaled to
 SPLIT_THREADS = 8 if SIMULATED else 256     # threads that split a row
@@ -41,10 +42,11 @@ GEMM_SIGNATURE = "f4[:,:], u1[::1], i8, i4[:], i4[:], i4[:], i4[:], i4, u4[::1],
 
 
 class F16x2(NamedTuple):
-    """Rows of activations as two float16 per value: scale (high + low)."""
-    packed: object      # uint32 [N, n], in quads; of each group first the high float16, then the low ones
+    """Rows of activations as one float16 per value, or two: scale (high + low)."""
+    packed: object      # uint32 [N, n parts / 2], in quads; of each group first the high float16, then the low ones
     scales: object      # float32 [N]
-    sums: object        # float32 [N, n/16], sums of 16 values in units of the scale
+    sums: object        # float32 [N, n/16], sums of 16 values as they are multiplied, in units of the scale
+    parts: int          # 1 or 2
 
 
 @device
@@ -54,47 +56,90 @@ def split_f16x2(x):
     return high, to_half(x - of_half(high))
 
 
-@kernel("u4[:,:], f4[:], f4[:,:], f4[:,:]", SPLIT_THREADS)
-def split_rows(packed, scales, sums, x):
-    """Split rows into F16x2. One row per block, four values per thread at a time.
+@device
+def row_factor(scales, x, t, thread):
+    """The factor of a row's values, whose scale is stored: by a block.
 
-    A row with a non-finite value gets the scale NaN.
+    A row with a non-finite value gets the scale NaN, and the factor 0.
     """
-    t, thread, n = cuda.blockIdx.x, cuda.threadIdx.x, x.shape[1]
     maxima, bits = cuda.shared.array(32, np.int32), np.int32(0)
-    for i in range(thread, n, SPLIT_THREADS):
+    for i in range(thread, x.shape[1], SPLIT_THREADS):
         bits = max(bits, abs_bits(x[t, i]))
     abs_max = bits_float(np.uint32(block_max(bits, maxima, thread, SPLIT_THREADS)))
     finite = abs_max < np.float32(np.inf)
     factor = np.float32(F16_MAX) / abs_max if finite and abs_max > np.float32(1e-30) else ZERO
     if thread == 0:
         scales[t] = abs_max / np.float32(F16_MAX) if finite else np.float32(np.nan)
+    return factor
+
+
+@device
+def scaled_four(x, t, i, factor, valid):
+    """Values i to i + 3 of a row times its factor; zeros unless `valid`."""
+    return (x[t, i] * factor, x[t, i + 1] * factor, x[t, i + 2] * factor, x[t, i + 3] * factor) if valid else (ZERO, ZERO, ZERO, ZERO)
+
+
+@device
+def place_of_four(four):
+    """Where values 4 * four to 4 * four + 3 lie in a group of its quads."""
+    return (four & 3) * 4 + (four >> 2 & 1) * 2
+
+
+@kernel("u4[:,:], f4[:], f4[:,:], f4[:,:]", SPLIT_THREADS)
+def split_rows(packed, scales, sums, x):
+    """Split rows into F16x2. One row per block, four values per thread at a time."""
+    t, thread, n = cuda.blockIdx.x, cuda.threadIdx.x, x.shape[1]
+    factor = row_factor(scales, x, t, thread)
     for first in range(0, n // 4, SPLIT_THREADS):
         four = first + thread
         valid = four < n // 4 and factor > ZERO         # infinity * 0 is NaN
-        i = 4 * four
-        v0, v1, v2, v3 = (x[t, i] * factor, x[t, i + 1] * factor, x[t, i + 2] * factor, x[t, i + 3] * factor) if valid else (
-            ZERO, ZERO, ZERO, ZERO)
+        v0, v1, v2, v3 = scaled_four(x, t, 4 * four, factor, valid)
         total = sum_of_four((v0 + v1) + (v2 + v3))
         if four < n // 4:
             a, a1 = split_f16x2(v0)
             b, b1 = split_f16x2(v1)
             c, c1 = split_f16x2(v2)
             e, e1 = split_f16x2(v3)
-            at = (four >> 3) * 2 * GROUP + (four & 3) * 4 + (four >> 2 & 1) * 2
+            at = (four >> 3) * 2 * GROUP + place_of_four(four)
             packed[t, at], packed[t, at + 1], packed[t, at + GROUP], packed[t, at + GROUP + 1] = (
                 a | b << 16, c | e << 16, a1 | b1 << 16, c1 | e1 << 16)
             if four & 3 == 0:
                 sums[t, four >> 2] = total
 
 
-def pack(x):
-    """Split activations, rows of any strides, into F16x2 in scratch memory."""
+@kernel("u4[:,:], f4[:], f4[:,:], f4[:,:]", SPLIT_THREADS)
+def round_rows(packed, scales, sums, x):
+    """Round rows to one float16 per value, as split_rows() splits them.
+
+    Sums are those of the rounded values: what an offset is multiplied with fits what the weight is.
+    """
+    t, thread, n = cuda.blockIdx.x, cuda.threadIdx.x, x.shape[1]
+    factor = row_factor(scales, x, t, thread)
+    for first in range(0, n // 4, SPLIT_THREADS):
+        four = first + thread
+        v0, v1, v2, v3 = scaled_four(x, t, 4 * four, factor, four < n // 4 and factor > ZERO)
+        a, b, c, e = to_half(v0), to_half(v1), to_half(v2), to_half(v3)
+        total = sum_of_four((of_half(a) + of_half(b)) + (of_half(c) + of_half(e)))
+        if four < n // 4:
+            at = (four >> 3) * GROUP + place_of_four(four)
+            packed[t, at], packed[t, at + 1] = a | b << 16, c | e << 16
+            if four & 3 == 0:
+                sums[t, four >> 2] = total
+
+
+def pack(x, parts=2):
+    """Activations, rows of any strides, as F16x2 of so many parts.
+
+    They are in scratch memory.
+    """
     n_rows, n = x.shape
-    made = F16x2(scratch("x halves", (n_rows, n), np.uint32), scratch("x row scales", (n_rows,), np.float32),
-                 scratch("x half sums", (n_rows, n // 16), np.float32))
-    split_rows(n_rows, *made, x)
+    made = F16x2(scratch("x halves", (n_rows, n * parts // 2), np.uint32), scratch("x row scales", (n_rows,), np.float32),
+                 scratch("x half sums", (n_rows, n // 16), np.float32), parts)
+    (split_rows if parts == 2 else round_rows)(n_rows, *made[:-1], x)
     return made
+
+
+pack_one = functools.partial(pack, parts=1)
 
 
 @device
@@ -200,24 +245,26 @@ def _make_factors(halves, offsets):
     return store_factors, scales_of, stage_sums
 
 
-@device
-def stage_tokens(token_stage, packed, x_at, k, copier, n_tokens, lane):
-    """Stage group k of all tokens in fragment order.
+def _make_stage_tokens(parts):
+    @device
+    def stage_tokens(token_stage, packed, x_at, k, copier, n_tokens, lane):
+        """Stage group k of all tokens in fragment order.
 
-    A warp stages one tile of 16 tokens at a time.
-    """
-    g, c = lane >> 2, lane & 3
-    for i in range(COPIES):
-        tile = (copier >> 5) + i * COPY_WARPS
-        if 16 * tile < n_tokens:
-            from_a = (np.int64(x_at[16 * tile + g]) + k) * 2 * GROUP + 4 * c
-            from_b = (np.int64(x_at[16 * tile + g + 8]) + k) * 2 * GROUP + 4 * c
-            for plane in range(2):
-                a0, a1, a2, a3 = load_four_u32(packed, from_a + plane * GROUP)
-                b0, b1, b2, b3 = load_four_u32(packed, from_b + plane * GROUP)
-                at = plane * PLANE + tile * 256 + 4 * lane
-                store_four_u32(token_stage, at, a0, b0, a1, b1)
-                store_four_u32(token_stage, at + 128, a2, b2, a3, b3)
+        A warp stages one tile of 16 tokens at a time.
+        """
+        g, c = lane >> 2, lane & 3
+        for i in range(COPIES):
+            tile = (copier >> 5) + i * COPY_WARPS
+            if 16 * tile < n_tokens:
+                from_a = (np.int64(x_at[16 * tile + g]) + k) * parts * GROUP + 4 * c
+                from_b = (np.int64(x_at[16 * tile + g + 8]) + k) * parts * GROUP + 4 * c
+                for plane in range(parts):
+                    a0, a1, a2, a3 = load_four_u32(packed, from_a + plane * GROUP)
+                    b0, b1, b2, b3 = load_four_u32(packed, from_b + plane * GROUP)
+                    at = plane * PLANE + tile * 256 + 4 * lane
+                    store_four_u32(token_stage, at, a0, b0, a1, b1)
+                    store_four_u32(token_stage, at + 128, a2, b2, a3, b3)
+    return stage_tokens
 
 
 @device
@@ -236,19 +283,21 @@ def store_tiles(out, acc, order, first, x_scales, n_tokens, first_token, row, g)
                         out[target, row + 8 * (j // 2) + j % 2] = acc[16 * tile + 4 * (j // 2) + 2 * i + j % 2] * x_scale
 
 
-def _make_add_tile(halves, offsets):
-    kinds = 2 if halves else 1
+def _make_add_tile(halves, offsets, parts):
+    kinds, two = 2 if halves else 1, parts == 2
 
     @device
     def add_tile(acc, at, high, high_1, low, low_1, x, row_scales, factors, of, y, y1):
         """acc[at:at + 4] += the product of 16 tokens and 8 rows of weights.
 
-        high, high_1, low, low_1: fragments of the tokens, high and low float16 of both halves of the group. x: the fragments of the
-        weights. y, y1: the tokens' sums, for the offsets.
+        high, high_1, low, low_1: fragments of the tokens, high and low float16 of both halves of the group; low ones only where there are
+        two parts. x: the fragments of the weights. y, y1: the tokens' sums, for the offsets.
         """
-        a0, a1, a2, a3 = low
         b0, b1, b2, b3 = x
-        p0, p1, p2, p3 = mma_f16(a0, a1, a2, a3, b0, b1, ZERO, ZERO, ZERO, ZERO)
+        p0, p1, p2, p3 = ZERO, ZERO, ZERO, ZERO
+        if two:
+            a0, a1, a2, a3 = low
+            p0, p1, p2, p3 = mma_f16(a0, a1, a2, a3, b0, b1, p0, p1, p2, p3)
         a0, a1, a2, a3 = high
         p0, p1, p2, p3 = mma_f16(a0, a1, a2, a3, b0, b1, p0, p1, p2, p3)
         (d, f), (d1, f1) = row_scales
@@ -259,8 +308,9 @@ def _make_add_tile(halves, offsets):
             acc[at + 3] = fma(f, p3, acc[at + 3])
             p0, p1, p2, p3 = ZERO, ZERO, ZERO, ZERO
             d, f = d1, f1
-        a0, a1, a2, a3 = low_1
-        p0, p1, p2, p3 = mma_f16(a0, a1, a2, a3, b2, b3, p0, p1, p2, p3)
+        if two:
+            a0, a1, a2, a3 = low_1
+            p0, p1, p2, p3 = mma_f16(a0, a1, a2, a3, b2, b3, p0, p1, p2, p3)
         a0, a1, a2, a3 = high_1
         p0, p1, p2, p3 = mma_f16(a0, a1, a2, a3, b2, b3, p0, p1, p2, p3)
         acc[at] = fma(d, p0, acc[at])
@@ -283,10 +333,10 @@ def _make_add_tile(halves, offsets):
     return add_tile
 
 
-def _make_gemm(name, unpack, halves=False, offsets=False, prepare=nothing):
-    n_factors, n_sums = 4 * ROWS if halves else 2 * ROWS, 2 * TOKENS if offsets else 2
-    store_factors, scales_of, stage_sums = _make_factors(halves, offsets)
-    add_tile = _make_add_tile(halves, offsets)
+def _make_gemm(parts, name, unpack, halves=False, offsets=False, prepare=nothing):
+    n_factors, n_sums, second, token_u32 = (4 if halves else 2) * ROWS, 2 * TOKENS if offsets else 2, (parts - 1) * PLANE, parts * PLANE
+    (store_factors, scales_of, stage_sums), add_tile, stage_tokens = (
+        _make_factors(halves, offsets), _make_add_tile(halves, offsets, parts), _make_stage_tokens(parts))
 
     def gemm(out, w, row_bytes, tile_matrix, tile_first, tile_end, order, x_div, packed, scales, sums, n_groups):
         """out[i] = a matrix times row i // x_div of x, for i in order[first:end].
@@ -300,7 +350,7 @@ def _make_gemm(name, unpack, halves=False, offsets=False, prepare=nothing):
             return
         first, end = tile_first[cuda.blockIdx.y], tile_end[cuda.blockIdx.y]
         row_stage = cuda.shared.array(ROW_U32, np.uint32, 16)
-        token_stage = cuda.shared.array(TOKEN_U32, np.uint32, 16)
+        token_stage = cuda.shared.array(token_u32, np.uint32, 16)
         factors = cuda.shared.array(n_factors, np.float32, 16)      # scales of groups or of their halves, then negated offsets
         x_sums = cuda.shared.array(n_sums, np.float32, 16)          # sums of activations, of both halves of groups
         x_at = cuda.shared.array(TOKENS, np.int32)                  # the first group of each token's row of activations
@@ -334,7 +384,7 @@ def _make_gemm(name, unpack, halves=False, offsets=False, prepare=nothing):
                 if t < n_tokens:
                     at, y_at = t * GROUP + 4 * lane, 2 * (t + g)
                     x, x1 = load_four_u32(token_stage, at), load_four_u32(token_stage, at + 128)
-                    z, z1 = load_four_u32(token_stage, PLANE + at), load_four_u32(token_stage, PLANE + at + 128)
+                    z, z1 = load_four_u32(token_stage, second + at), load_four_u32(token_stage, second + at + 128)
                     y, y1 = (load_two_f32(x_sums, y_at), load_two_f32(x_sums, y_at + 16)) if offsets else (NO_PAIR, NO_PAIR)
                     add_tile(acc, 16 * tile, x, x1, z, z1, b0, d0, factors, of, y, y1)
                     add_tile(acc, 16 * tile + 4, x, x1, z, z1, b1, d1, factors, of + 8, y, y1)
@@ -342,14 +392,15 @@ def _make_gemm(name, unpack, halves=False, offsets=False, prepare=nothing):
                     add_tile(acc, 16 * tile + 12, x, x1, z, z1, b3, d3, factors, of + 24, y, y1)
             cuda.syncthreads()
         store_tiles(out, acc, order, first, x_scales, n_tokens, first_token, cuda.blockIdx.x * ROWS + first_row + 2 * c, g)
-    return kernel(GEMM_SIGNATURE, THREADS, f"gemm_{name.lower()}", blocks=2)(gemm)
+    return kernel(GEMM_SIGNATURE, THREADS, f"gemm_{'one_' if parts == 1 else ''}{name.lower()}", blocks=2)(gemm)
 
 
-GEMM = {name: _make_gemm(name, _make_unpack(entry.group), entry.halves, entry.offsets, entry.prepare) for name, entry in GROUPED.items()}
-GEMM |= {"F16": _make_gemm("F16", unpack_f16), "BF16": _make_gemm("BF16", unpack_bf16)}
+KINDS = {name: (_make_unpack(entry.group), entry.halves, entry.offsets, entry.prepare) for name, entry in GROUPED.items()}
+KINDS |= {"F16": (unpack_f16,), "BF16": (unpack_bf16,)}
+GEMM = {(name, parts): _make_gemm(parts, name, *made) for name, made in KINDS.items() for parts in (1, 2)}
 
 
 def matmul(out, w, x, tiles):
     """out[i] = a matrix of w times row i // x_div of x, for all tiles."""
-    GEMM[w.type]((blocks_for(out.shape[1], ROWS), tiles.matrix.size), out, w.data, w.row_bytes, *tiles[:-1], x.packed.flat, x.scales,
-                 x.sums.flat, x.sums.shape[1] // 2)
+    GEMM[w.type, x.parts]((blocks_for(out.shape[1], ROWS), tiles.matrix.size), out, w.data, w.row_bytes, *tiles[:-1], x.packed.flat,
+                          x.scales, x.sums.flat, x.sums.shape[1] // 2)
