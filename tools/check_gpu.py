@@ -60,6 +60,7 @@ STAGES = [
     tests("ops-float16", "ops and float16", 30),
     tests("ops-exact", "ops and exact", 50),
     Stage("products", (*PYTHON, "tools/time_products.py"), 25),       # older kernels of prompts beside newer ones, and torch's
+    Stage("attention-of-a-prompt", (*PYTHON, "tools/time_attention.py"), 12),       # in the precision exact, as before, and in float16
     Stage("one-token", (*PYTHON, "tools/one_token.py"), 12),
     # before they had half a warp a row: 2.4 to 2.7 TB/s in Q4_K, 1.2 to 1.5 in Q6_K and Q8_0 on an H200
     Stage("products-of-a-token", (*PYTHON, "tools/gpu_products.py"), 20),

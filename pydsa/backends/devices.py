@@ -15,6 +15,9 @@ from pydsa.options import PRECISIONS, choose
 SCORED_TOGETHER = 32        # tokens whose rows of index scores are in memory at a time (cuda/indexer.py)
 SCORED_BY_THREADS = 128     # the same of several threads (cpu/indexer.py)
 BLOCKS = 264                # into which a GPU's attention to one token or few is divided (cuda/launch.py)
+FLASH_WIDTHS = (128, 64, 128, 512), (192, 64, 256, 512)     # n_nope, n_rot, n_v, kv_lora that cuda/flash has kernels for
+FLASH_BYTES = 256 << 20     # of keys and values of heads that it has at a time, at most
+FLASH_TILE = 128            # it has whole tiles of so many
 UNLIMITED = 2**31 - 1
 AUTO = "auto"               # in place of devices: those that a plan chooses (fitting.py)
 HOST = "cpu"                # the device that reads weights where the file is mapped: experts that fit nowhere else are there
@@ -92,6 +95,28 @@ def _cpu_packed_latents(config, n_kv):
     return -(-n_kv // 256) * 256 * per_key
 
 
+def flash_keys(n_head, n_nope, n_v, n_kv):
+    """How many keys and values of all heads cuda/flash has at a time.
+
+    A multiple of FLASH_TILE, for at most n_kv keys.
+    """
+    most = FLASH_BYTES // (2 * n_head * (n_nope + n_v)) // FLASH_TILE
+    return FLASH_TILE * max(1, min(most, -(-n_kv // FLASH_TILE)))
+
+
+def _cuda_packed_latents(config, n_kv):
+    """Bytes of keys, values, latents and weights as float16 (cuda/flash).
+
+    Weights of some types are float32 first. GPUs that have no such kernels, and models in another precision, take less.
+    """
+    c = config
+    if n_kv == 0 or (c.n_nope, c.n_rot, c.n_v, c.kv_lora) not in FLASH_WIDTHS:
+        return 0
+    of_key = c.n_head * (c.n_nope + c.n_v)
+    return (2 * flash_keys(c.n_head, c.n_nope, c.n_v, n_kv) * (of_key + c.kv_lora + c.n_rot)
+            + c.kv_lora * (2 * of_key + 4 * c.n_head * max(c.n_nope, c.n_v)))
+
+
 def _cuda_scratch(nodes, n_tokens):
     """Bytes of packed activations, of experts' parts and of queries."""
     packed = hidden = parts = queries = absorbed = heads = splits = 0
@@ -151,8 +176,9 @@ DEVICES = {
     "cpu": Device("pydsa.backends.cpu", 4, _cpu_weights, packed_latents=_cpu_packed_latents, side_by_side=True,
                   scored_together=SCORED_BY_THREADS, maps=True, places=True, reproducible=True),
     # A grid has at most 65,535 blocks in y and in z, which kernels use for tokens.
-    "cuda": Device("pydsa.backends.cuda", 4, lambda tensors: (0, _n_bytes(tensors)), 32768, scratch=_cuda_scratch, copies_blocks=True,
-                   described=True, numbered=True, reserved=640 << 20,       # 420 to 560 MiB are a context's on such GPUs
+    "cuda": Device("pydsa.backends.cuda", 4, lambda tensors: (0, _n_bytes(tensors)), 32768, scratch=_cuda_scratch,
+                   packed_latents=_cuda_packed_latents, copies_blocks=True, described=True, numbered=True,
+                   reserved=640 << 20,       # 420 to 560 MiB are a context's on such GPUs
                    streams=True, bus=True, precisions=True),
     "reference": Device("pydsa.backends.reference", 8, lambda tensors: (_mapped(tensors), _as_floats(tensors)), scored_together=UNLIMITED,
                         streams=True),

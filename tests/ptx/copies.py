@@ -89,12 +89,16 @@ class Copies:
         shared.state[every] = ARRIVING
 
     def _check_source(self, at, used, access):
-        arena = self.batch.arena
-        for i in range(0, int(used.max(initial=0)), 4):
-            some = np.flatnonzero(used > i)
-            arena._refuse(first(~arena.initialized[at[some] + i]), at[some], "copies {} that was never written")
-            arena._refuse(arena.history.reading(at[some] + i, access.of(some)), at[some],
-                          "copies {} that another thread has written, with no barrier between")
+        arena, n = self.batch.arena, (used + 3) // 4        # accesses are noted at the first byte of each number
+        which = np.repeat(np.arange(len(at)), n)
+        places = at[which] + 4 * (np.arange(len(which)) - np.repeat(np.cumsum(n) - n, n))
+        bad = first(~arena.initialized[places])
+        if bad is not None:
+            raise Fault(int(which[bad]), f"copies global memory at {int(places[bad]):#x} that was never written")
+        bad = arena.history.reading(places, access.of(which))
+        if bad is not None:
+            raise Fault(int(which[bad]), f"copies global memory at {int(places[bad]):#x} that another thread has written, with no barrier "
+                        "between")
 
     def close(self, on):
         """cp.async.commit_group."""

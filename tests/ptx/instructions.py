@@ -181,8 +181,9 @@ def pack_bf16x2(upper, lower):
 
 
 def pack_f16x2(upper, lower):
-    """cvt.rn.f16x2.f32: two float16 in a word, each rounded to nearest even."""
-    return upper.astype("f2").view("u2").astype("u4") << np.uint32(16) | lower.astype("f2").view("u2").astype("u4")
+    """cvt.rn.f16x2.f32: two float16 in a word, rounded to nearest even."""
+    with np.errstate(over="ignore"):
+        return np.stack([lower, upper], -1).astype("f2").view("u4")[:, 0]
 
 
 def of_pairs(function):
@@ -256,6 +257,7 @@ PLAIN = {
 PAIRS = {name: of_pairs(function) for name, function in (      # of float16 pairs, f16x2
     ("add", np.add), ("add.rn", np.add), ("sub", np.subtract), ("sub.rn", np.subtract), ("mul", np.multiply), ("mul.rn", np.multiply),
     ("fma.rn", lambda x, y, z: x * y + z))}
+PACK = {"bf16x2": pack_bf16x2, "f16x2": pack_f16x2}      # cvt.rn of two float32, the upper one first
 WIDE = {"mul.wide": np.multiply, "mad.wide": lambda x, y, z: x * y + z}
 # operand types that differ from the opcode's
 OPERANDS = {"selp": (None, None, "pred"), "shl": (None, "u32"), "shr": (None, "u32"), "bfi": (None, None, "u32", "u32")}

@@ -10,8 +10,8 @@ import numpy as np
 
 from tests.ptx.asynchronous import step_of
 from tests.ptx.batch import Batch, KernelError, Launch
-from tests.ptx.instructions import (OPERANDS, PAIRS, PLAIN, WIDE, compare, convert, dot_int8, dot_uint8, dot_uint16, dtype_of,
-                                    mma_bfloat16, mma_float16, mma_int8, pack_bf16x2, pack_f16x2)
+from tests.ptx.instructions import (OPERANDS, PACK, PAIRS, PLAIN, WIDE, compare, convert, dot_int8, dot_uint8, dot_uint16, dtype_of,
+                                    mma_bfloat16, mma_float16, mma_int8)
 from tests.ptx.memory import WARP, Fault
 
 MOST_SHARED = 48 << 10
@@ -89,8 +89,8 @@ class Kernel:
                 return self._move(kind, operands)
             if op[0] == "mov" or op[0] == "cvta":
                 return self._plain(lambda x: x.copy(), operands, [kind])
-            if op[:2] == ("cvt", "rn") and op[2:] in (("bf16x2", "f32"), ("f16x2", "f32")):
-                return self._plain(pack_bf16x2 if op[2] == "bf16x2" else pack_f16x2, operands, ["f32", "f32"])
+            if op[:2] == ("cvt", "rn") and op[3:] == ("f32",) and op[2] in PACK:
+                return self._plain(PACK[op[2]], operands, ["f32", "f32"])
             if op[0] == "cvt":
                 return self._plain(convert(op[1:]), operands, [kind])
             if op[0] == "setp":

@@ -89,6 +89,20 @@ class DeviceArray:
         values, (low, high) = np.ascontiguousarray(values, self.dtype), self.span
         assert high - low == values.nbytes
         self.gpu.copy_in(low, values)
+        known = self._memory.known
+        for span in [span for span in list(known) if span[0] < high and low < span[1]]:
+            known.pop(span, None)
+        if self.dtype == np.int64 and values.size:
+            known[low, high] = int(values.max())
+
+    @property
+    def greatest(self):
+        """The greatest number of int64 that the host has set, or more.
+
+        None where it has not. It is not known what kernels write there. A view has that of the array which was set.
+        """
+        low, high = self.span
+        return next((n for span, n in list(self._memory.known.items()) if span[0] <= low and high <= span[1]), None)
 
     def clear(self):
         """Set a contiguous array to zero."""

@@ -24,7 +24,7 @@ class Memory:
     """An allocation of a GPU, freed when nothing refers to this object."""
 
     def __init__(self, gpu, address):
-        self.gpu, self.address = gpu, address
+        self.gpu, self.address, self.known = gpu, address, {}       # known: see DeviceArray.greatest
         gpu.frees(self, "cuMemFree", address)
 
 

@@ -32,10 +32,22 @@ copy_bulk = instruction("cp.async.bulk.shared::cluster.global.mbarrier::complete
 fence_async = instruction("fence.proxy.async.shared::cta;", fixed=True)
 
 
+def steps_of_rows(steps, image):
+    """What each 16 numbers of rows add to the descriptor of the first.
+
+    image: bytes from one image of 64 numbers to the next.
+    """
+    return [step // 4 * (image >> 4) + step % 4 * 2 for step in range(steps)]
+
+
 if SIMULATED:
     shared_address = instruction("the address in shared memory")
 
-    def make_wgmma(n, steps, parts=1, anew=False):
+    def make_wgmma(n, steps, parts=1, anew=False, image=None):
+        """A function that raises PydsaError in the simulator."""
+        return instruction("wgmma.mma_async")
+
+    def make_wgmma_shared(n, a_steps, b_steps, by_columns=False, anew=False):
         """A function that raises PydsaError in the simulator."""
         return instruction("wgmma.mma_async")
 
@@ -77,19 +89,21 @@ else:
             builder.store(builder.extract_value(made, i), place)
         return context.get_dummy_value()
 
-    def make_wgmma(n, steps, parts=1, anew=False):
+    def make_wgmma(n, steps, parts=1, anew=False, image=None):
         """multiply(sums, words, descriptors...): start sums [n / 2] += A B, of float16, and close the group.
 
         words [4 steps]: A, four for each of `steps` times 16 columns. parts: B is the sum of so many, each with a descriptor (uint64) of
-        its first 16 numbers. anew: sums = A B. Up to the wait for the group neither sums nor words may be used.
+        its first 16 numbers. anew: sums = A B. image: bytes from one image of 64 numbers of B to the next, where there are several. Up to
+        the wait for the group neither sums nor words may be used.
         """
+        places = steps_of_rows(steps, image) if image else [2 * step for step in range(steps)]
         n_sums, n_words = n // 2, 4 * steps
         sums, first = ",".join(f"${i}" for i in range(n_sums)), 2 * n_sums
         lines = ["{", ".reg .b64 %there;", "wgmma.fence.sync.aligned;"]
         for step in range(steps):
             words = ",".join(f"${first + 4 * step + i}" for i in range(4))
             for part in range(parts):
-                lines += [f"add.s64 %there, ${first + n_words + part}, {2 * step};",
+                lines += [f"add.s64 %there, ${first + n_words + part}, {places[step]};",
                           f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.f16.f16 {{{sums}}}, {{{words}}}, %there, "
                           f"{int(not anew or step + part > 0)}, 1, 1, 0;"]
         text = "\n".join([*lines, "wgmma.commit_group.sync.aligned;", "}"])
@@ -104,6 +118,28 @@ else:
             @intrinsic
             def multiply(typingctx, sums, words, descriptor, second):
                 return types.void(sums, words, types.uint64, types.uint64), start
+        return multiply
+
+    def make_wgmma_shared(n, a_steps, b_steps, by_columns=False, anew=False):
+        """multiply(sums, a, b): start sums [n / 2] += A B, of float16 in shared memory, and close the group.
+
+        a, b: descriptors (uint64) of the first 16 columns of A and rows of B; a_steps, b_steps: what the next ones add to them, lists.
+        by_columns: B is [16, n] with n contiguous. anew: sums = A B. Up to the wait for the group the sums may not be used.
+        """
+        n_sums = n // 2
+        sums = ",".join(f"${i}" for i in range(n_sums))
+        lines = ["{", ".reg .b64 %left;", ".reg .b64 %right;", "wgmma.fence.sync.aligned;"]
+        for step, (a, b) in enumerate(zip(a_steps, b_steps, strict=True)):
+            lines += [f"add.s64 %left, ${2 * n_sums}, {a};", f"add.s64 %right, ${2 * n_sums + 1}, {b};",
+                      f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.f16.f16 {{{sums}}}, %left, %right, "
+                      f"{int(not anew or step > 0)}, 1, 1, 0, {int(by_columns)};"]
+        text = "\n".join([*lines, "wgmma.commit_group.sync.aligned;", "}"])
+
+        @intrinsic
+        def multiply(typingctx, sums, a, b):
+            def start(context, builder, signature, args):
+                return _through(context, builder, signature, args, text, n_sums, 0, args[1:])
+            return types.void(sums, types.uint64, types.uint64), start
         return multiply
 
     def make_wgmma_wait(n, n_words):

@@ -1,6 +1,6 @@
 """MLA from queries to the heads' outputs, for prompts.
 
-It is computed in the absorbed form. The plain form would have keys and values for each head.
+It is computed in the absorbed form where flash/ has no kernels for the plain one, with keys and values of each head.
 """
 import numpy as np
 from numba import cuda
@@ -9,6 +9,7 @@ from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.attention import dense_attention, sparse_attention
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.backends.cuda.linear import head_linear
+from pydsa.backends.cuda.variants import kernels
 
 
 THREADS = 64
@@ -23,7 +24,15 @@ def copy_rows(out, x):
 
 
 def mha_attention(out, q, latents, k_b, v_b, positions, scale):
-    """MLA in its plain form, computed in the absorbed form."""
+    """MLA in its plain form, or computed in the absorbed form.
+
+    out float32 [T, n_head, n_v], q float32 [T, n_head, n_nope + n_rot], k_b [n_head, kv_lora, n_nope], v_b [n_head, n_v, kv_lora],
+    positions int64 [T]. Keys are those up to each token's position.
+    """
+    plain = kernels("mha", out, q, latents, k_b, v_b)
+    if plain:
+        plain(out, q, latents, k_b, v_b, positions, scale)
+        return
     absorbed_form(out, q, k_b, v_b, lambda mixed, absorbed: dense_attention(mixed, absorbed, latents, positions, scale))
 
 

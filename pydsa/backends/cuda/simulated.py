@@ -13,6 +13,7 @@ class Memory(NamedTuple):
     gpu: object
     address: int
     bytes: np.ndarray
+    known: dict     # see DeviceArray.greatest
 
 
 class SimulatedGpu:
@@ -45,7 +46,7 @@ class SimulatedGpu:
         """Allocate n_bytes, at least one."""
         self.check()
         data = np.empty(n_bytes, np.uint8)
-        return Memory(self, data.ctypes.data, data)
+        return Memory(self, data.ctypes.data, data, {})
 
     def settle_in(self):
         """Do nothing: threads have no context."""

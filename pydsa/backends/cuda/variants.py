@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pydsa.backends.cuda import attend_one, f16, f16x2, f32, int8x2, top_k_one
+from pydsa.backends.cuda import attend_one, f16, f16x2, f32, flash, int8x2, top_k_one
 from pydsa.backends.cuda.current import precision
 from pydsa.errors import PydsaError
 from pydsa.options import FLOAT16
@@ -76,6 +76,10 @@ VARIANTS = {
     "top_k of one": {   # takes(scores, k): of one row
         "registers": Variant(top_k_one.takes, top_k_one.choose_one),
         "memory": Variant(anything, None),      # as of several rows: top_k.py
+    },
+    "mha": {            # takes(out, queries, CacheRows, k_b, v_b): a prompt's attention to all keys
+        "flash in wgmma": Variant(flash.attend.takes, flash.attend.attention, FLOAT16),
+        "absorbed": Variant(anything, None),    # as "attention" and "linear"
     },
     "indexer": {        # takes(CacheRows)
         "int8x2": Variant(int8x2.indexer.takes, Indexer(int8x2.indexer.pack, int8x2.indexer.score)),
