@@ -51,9 +51,9 @@ VARIANTS = {
         "f32": Variant(f32.linear.takes, Linear(f32.linear.pack, f32.linear.matmul)),
         "int8x2": Variant(lambda w, single: single, Linear(int8x2.linear.pack, int8x2.gemv.matmul)),
         "f16x2 in wgmma": Variant(lambda w, single: f16x2.gemm.takes(w), Linear(f16x2.gemm.pack, f16x2.gemm.matmul)),
-        "f16x2 in wgmma, rows": Variant(lambda w, single: ROWS.takes(w), Linear(ROWS.pack, ROWS.matmul)),
-        "f16x2 in wgmma, rows, sums of 32": Variant(lambda w, single: ROWS_32.takes(w), Linear(ROWS_32.pack, ROWS_32.matmul)),
-        "f16x2 in wgmma, rows, sums of 16": Variant(lambda w, single: ROWS_16.takes(w), Linear(ROWS_16.pack, ROWS_16.matmul)),
+        "f16x2 rows in wgmma": Variant(lambda w, single: ROWS.takes(w), Linear(ROWS.pack, ROWS.matmul)),
+        "f16x2 rows and sums of 32 in wgmma": Variant(lambda w, single: ROWS_32.takes(w), Linear(ROWS_32.pack, ROWS_32.matmul)),
+        "f16x2 rows and sums of 16 in wgmma": Variant(lambda w, single: ROWS_16.takes(w), Linear(ROWS_16.pack, ROWS_16.matmul)),
         "f16x2": Variant(anything, Linear(f16x2.linear.pack, f16x2.linear.matmul)),
     },
     "attention": {      # takes(CacheRows, number of heads, width of a value)

@@ -1,8 +1,8 @@
 """Products for prompts in wgmma with Q4_K and Q5_K, for GPUs of capability 9.0: nothing of a weight is lost.
 
 An activation is two float16, 22 bits together (panels.py). A weight is a whole number (words_q4_k.py), and the sums of a block of 256 are
-multiplied by its d in float32. Offsets, whole numbers too, meet sums of 32 activations, and dmin. Weights are the rows of wgmma (A) and stay
-in registers, where lanes make them of the file's bytes. Activations are its columns (B), in a ring of stages (stages.py).
+multiplied by its d in float32. Offsets (offsets.py) are whole numbers, too. Weights are the rows of wgmma (A) and stay in registers, where
+lanes make them of the file's bytes. Activations are its columns (B), in a ring of stages (stages.py).
 
 A block multiplies ROWS rows of weights with a tile's tokens; a warp has 16 rows, a lane two of them, g and g + 8. While a stage of 64
 numbers is multiplied, lanes make the words of the next one.
@@ -12,10 +12,10 @@ from numba import cuda
 
 from pydsa.backends.cuda.current import current
 from pydsa.backends.cuda.device import SIMULATED, device, of_half
+from pydsa.backends.cuda.f16x2.offsets import OFFSETS
 from pydsa.backends.cuda.f16x2.panels import STAGE_BYTES, n_stages, split, split_columns_q4_k
-from pydsa.backends.cuda.f16x2.stages import (CAPABILITY, FEW, RINGS, ROWS, SIGNATURE, THREADS, add_scaled, clear, launch,
-                                              make_add_mins)
-from pydsa.backends.cuda.f16x2.words_q4_k import RAW, make_loads, make_put, put_mins
+from pydsa.backends.cuda.f16x2.stages import (CAPABILITY, FEW, RINGS, ROWS, SIGNATURE, THREADS, add_scaled, clear, launch)
+from pydsa.backends.cuda.f16x2.words_q4_k import RAW, make_loads, make_put
 from pydsa.backends.cuda.hopper import make_wgmma, make_wgmma_wait
 from pydsa.backends.cuda.launch import kernel
 from pydsa.quants import TYPES
@@ -66,7 +66,7 @@ def _make_multiply(ring, puts, load_block, load_weights):
 def _make_gemm(name, fifth, tokens):
     ring, block_bytes, puts, loads = RINGS[tokens], TYPES[name].n_bytes, [make_put(j, fifth) for j in range(4)], make_loads(fifth)
     (load_block, load_weights), put, multiply_block = loads, puts[0], _make_multiply(ring, puts, *loads)
-    begin, next_stage, store, add_mins, n_sums = ring.begin, ring.next_stage, ring.store, make_add_mins(put_mins, 1, block_bytes, ring), tokens // 2
+    begin, next_stage, store, add_offsets, n_sums = ring.begin, ring.next_stage, ring.store, OFFSETS[name][1](ring), tokens // 2
 
     def gemm(out, w, w_bytes, tile_matrix, tile_first, tile_end, order, x_div, packed, x_scales, n_groups):
         """out[i] = a matrix times row i // x_div of x.
@@ -90,7 +90,7 @@ def _make_gemm(name, fifth, tokens):
         row = cuda.blockIdx.x * ROWS + 16 * (thread >> 5) + g
         at = (chosen * np.int64(out.shape[1]) + min(row, most)) * w_bytes
         at_8 = (chosen * np.int64(out.shape[1]) + min(row + 8, most)) * w_bytes
-        add_mins(sums, parts, words, w, at, at_8, n_groups, U(c), shared, packed, last, row_bytes, rows, thread)
+        add_offsets(sums, parts, words, w, at, at_8, n_groups, U(c), shared, packed, last, row_bytes, rows, thread)
         load_block(raw, w, at, at_8, c)
         load_weights(raw, w, at, at_8, 0, c)
         put(words, raw)
@@ -102,10 +102,11 @@ def _make_gemm(name, fifth, tokens):
                                            row_bytes, rows, thread)
             at += more
             at_8 += more
-            add_scaled(sums, parts, d, d_8, tokens)
+            add_scaled(sums, 0, parts, d, d_8, tokens)
             clear(parts, tokens)
-        store(out, sums, 0, tokens, order, first, n_tokens, scales, row, c)
-    return kernel(SIGNATURE, THREADS, f"wgmma_{name.lower()}{'' if tokens > FEW else '_64'}", shared=ring.end, blocks=1 if tokens > FEW else 2, specific=CAPABILITY)(gemm)
+        store(out, sums, order, first, n_tokens, scales, row, c)
+    return kernel(SIGNATURE, THREADS, f"wgmma_{name.lower()}{'' if tokens > FEW else '_64'}", shared=ring.end,
+                  blocks=1 if tokens > FEW else 2, specific=CAPABILITY)(gemm)
 
 
 GEMM = {name: {tokens: _make_gemm(name, name == "Q5_K", tokens) for tokens in RINGS} for name in ("Q4_K", "Q5_K")}

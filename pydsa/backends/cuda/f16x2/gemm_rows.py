@@ -4,8 +4,9 @@ As gemm.py, but for how lanes get their words of A: by way of rows of float16 in
 while products go on. A stage of 64 numbers is two groups of 32, each with words of its own, so that one is loaded while the other is
 multiplied, and tensor cores need not wait.
 
-Types whose blocks have one factor: sums of a block, then those times the factor. Types with a factor for each 32 weights: 64 tokens of a
-group at a time, with two sets of sums in turns: one is multiplied with the factors while the tensor cores add to the other.
+Types whose blocks have one factor: sums of a block, then those times the factor; so that all sums in tensor cores are short, this goes for
+types without a factor, too. Types with a factor for each 32 weights: 64 tokens of a group at a time, with two sets of sums in turns: one is
+multiplied with the factors while tensor cores make the other.
 """
 from typing import NamedTuple
 
@@ -15,10 +16,8 @@ from numba import cuda
 from pydsa.backends.cuda.current import current
 from pydsa.backends.cuda.device import SIMULATED, device
 from pydsa.backends.cuda.f16x2.panels import PART_BYTES, STAGE_BYTES, split, split_columns, split_columns_and_16, split_columns_and_32
-from pydsa.backends.cuda.f16x2.stages import (CAPABILITY, FEW, GROUP_STEP, RINGS, ROWS, SIGNATURE, THREADS, add_scaled, clear, launch,
-                                               make_add_mins)
-from pydsa.backends.cuda.f16x2.words_rows import ROWS as UNPACKED
-from pydsa.backends.cuda.f16x2.words_rows import AHEAD, WARP_BYTES, make_load, place_to_read, place_to_write, prefetch
+from pydsa.backends.cuda.f16x2.stages import CAPABILITY, FEW, GROUP_STEP, RINGS, ROWS, SIGNATURE, THREADS, add_scaled, clear, launch
+from pydsa.backends.cuda.f16x2.words_rows import AHEAD, UNPACKED, WARP_BYTES, make_load, place_to_read, place_to_write, prefetch
 from pydsa.backends.cuda.hopper import make_wgmma, make_wgmma_wait, shared_address
 from pydsa.backends.cuda.launch import kernel
 
@@ -28,7 +27,6 @@ U = np.uint32
 SUMS = FEW // 2          # of a lane, of one set
 ZERO = np.float32(0)
 HALF = np.uint64(FEW * PART_BYTES >> 4)      # what the second 64 tokens add to a descriptor
-add_four, wait_four = make_wgmma(FEW, 4, 2), make_wgmma_wait(FEW, 16)
 new_pairs, wait_last = make_wgmma(FEW, 2, 2, True), make_wgmma_wait(FEW, 8)
 wait_sums, wait_one = make_wgmma_wait(FEW, 0, 1), make_wgmma_wait(FEW, 8, 1)        # all but the last group; without words, and with
 
@@ -55,28 +53,29 @@ def _make_unpack_group(kind):
 
 
 def _make_walk_blocks(kind, ring):
-    """walk() of types with a factor a block, or with none."""
-    tokens, low_part, next_stage, rest = ring.tokens, ring.low_part, ring.next_stage, kind.rest
-    stages = kind.groups // 2
+    """walk() of types with a factor a block."""
+    tokens, low_part, next_stage, rest, stages = ring.tokens, ring.low_part, ring.next_stage, kind.rest, kind.groups // 2
     unpack, load_0, load_1 = _make_unpack_group(kind), make_load(0, rest), make_load(1, rest)
     n_words = 16 if rest else 8
     start = make_wgmma(tokens, 2, 2, rest=rest)
     wait_before, wait_all = make_wgmma_wait(0, n_words, 1), make_wgmma_wait(tokens, n_words)
 
     @device
-    def walk(sums, parts, words, others, w, row, n_groups, write, read, lane, shared, packed, before, last, row_bytes, rows, thread):
+    def walk(sums, parts, _, words, others, w, row, n_groups, write, read, lane, shared, packed, before, last, row_bytes, rows, thread):
         """sums += the products of all groups.
 
-        words, others: of the first and second 32 weights of a stage.
+        parts: zeros, before and after. words, others: of the first and second 32 weights of a stage.
         """
-        second, stage = np.int32(lane >> U(4)), np.int32(0)
+        second, stage, n_stages = np.int32(lane >> U(4)), np.int32(0), np.int32(n_groups + 1 >> 1)
+        for i in range(n_words):
+            others[i] = U(0)
         factor = unpack(write, w, row, second, n_groups)
         cuda.syncwarp()
         load_0(words, read)
         there = next_stage(shared, packed, before, last, row_bytes, rows, thread)
-        while 2 * stage < n_groups:
+        while stage < n_stages:
             d, d_8 = cuda.shfl_sync(ALL_LANES, factor, lane >> U(2)), cuda.shfl_sync(ALL_LANES, factor, (lane >> U(2)) + U(8))
-            end = stage + np.int32(stages) if stages else np.int32((n_groups + 1) >> 1)
+            end = min(np.int32(stage + stages), n_stages)
             while stage < end:
                 start(parts, words, there, there + low_part)
                 wait_before(parts, others)
@@ -90,23 +89,24 @@ def _make_walk_blocks(kind, ring):
                 load_0(words, read)
                 there = next_stage(shared, packed, before + stage, last, row_bytes, rows, thread)
             wait_all(parts, others)
-            if stages:
-                add_scaled(sums, parts, d, d_8, tokens)
-                clear(parts, tokens)
+            add_scaled(sums, 0, parts, d, d_8, tokens)
+            clear(parts, tokens)
     return walk
 
 
-def _make_walk_groups(kind, tokens):
+def _make_walk_groups(kind, ring):
     """walk() of types with a factor for each 32 weights."""
-    low_part, next_stage, two = RINGS[tokens].low_part, RINGS[tokens].next_stage, tokens > FEW
+    low_part, next_stage, two = ring.low_part, ring.next_stage, ring.tokens > FEW
+    second_sums = SUMS if two else 0        # where the sums are that get parts_1
     unpack, load_0, load_1 = _make_unpack_group(kind), make_load(0, False), make_load(1, False)
 
     @device
-    def walk(sums, sums_1, parts, parts_1, words, others, w, row, n_groups, write, read, lane, shared, packed, before, last, row_bytes,
-             rows, thread):
-        """sums, sums_1 += the products of all groups with the first and the second 64 tokens, or sums += those with 64.
+    def walk(sums, parts, parts_1, words, others, w, row, n_groups, write, read, lane, shared, packed, before, last, row_bytes, rows,
+             thread):
+        """sums += the products of all groups.
 
-        parts, parts_1: products of a group, under way in turns. words, others: of the first and second 32 weights of a stage.
+        parts, parts_1: products of a group, under way in turns: of the first and the second 64 tokens, or of one group and the next.
+        words, others: of the first and second 32 weights of a stage.
         """
         second = np.int32(lane >> U(4))
         factor = unpack(write, w, row, second, n_groups)
@@ -126,30 +126,32 @@ def _make_walk_groups(kind, tokens):
             cuda.syncwarp()
             if two:
                 wait_sums(parts, words)
-                add_scaled(sums, parts, d, d_8, FEW)
+                add_scaled(sums, 0, parts, d, d_8, FEW)
                 new_pairs(parts, others, there + GROUP_STEP, there + GROUP_STEP + low_part)
                 wait_one(parts_1, words)
-                add_scaled(sums_1, parts_1, d, d_8, FEW)
+                add_scaled(sums, second_sums, parts_1, d, d_8, FEW)
                 load_0(words, read)
                 new_pairs(parts_1, others, there + GROUP_STEP + HALF, there + GROUP_STEP + HALF + low_part)
                 there = next_stage(shared, packed, before + stage, last, row_bytes, rows, thread)
                 wait_sums(parts, words)
-                add_scaled(sums, parts, d1, d1_8, FEW)
+                add_scaled(sums, 0, parts, d1, d1_8, FEW)
             else:
                 wait_one(parts, words)
-                add_scaled(sums, parts, d, d_8, FEW)
+                add_scaled(sums, 0, parts, d, d_8, FEW)
                 load_0(words, read)
                 there = next_stage(shared, packed, before + stage, last, row_bytes, rows, thread)
             wait_last(parts_1, others)
-            add_scaled(sums_1 if two else sums, parts_1, d1, d1_8, FEW)
+            add_scaled(sums, second_sums, parts_1, d1, d1_8, FEW)
     return walk
 
 
-def _make_blocks_kernel(name, kind, tokens):
-    ring, prepare, per_group, walk = RINGS[tokens], kind.prepare, kind.sums_of_group, _make_walk_blocks(kind, RINGS[tokens])
-    begin, store, area, has_factors = ring.begin, ring.store, ring.end, kind.groups > 0
-    add_mins = make_add_mins(kind.put_offsets, kind.sums_of_group, kind.bytes, ring) if per_group else None
+def _make_gemm(name, kind, tokens):
+    ring, prepare, per_group = RINGS[tokens], kind.prepare, kind.sums_of_group
+    begin, store, area, by_groups = ring.begin, ring.store, ring.end, kind.groups == 1
+    walk = (_make_walk_groups if by_groups else _make_walk_blocks)(kind, ring)
+    add_offsets = kind.make_offsets(ring) if per_group else None
     warp_bytes, n_words, n_sums = WARP_BYTES * (1 + kind.rest), 16 if kind.rest else 8, tokens // 2
+    n_parts = SUMS if by_groups else n_sums
 
     def gemm(out, w, w_bytes, tile_matrix, tile_first, tile_end, order, x_div, packed, x_scales, n_groups):
         """out[i] = a matrix times row i // x_div of x.
@@ -167,93 +169,24 @@ def _make_blocks_kernel(name, kind, tokens):
         row_bytes = STAGE_BYTES * last
         begin(shared, rows, scales, order, first, n_tokens, x_div, x_scales, packed, last, row_bytes, thread)
         prepare(thread, THREADS)
-        sums, parts = cuda.local.array(n_sums, np.float32), cuda.local.array(n_sums, np.float32)
-        words, others = cuda.local.array(n_words, np.uint32), cuda.local.array(n_words, np.uint32)
+        sums, parts, parts_1 = (cuda.local.array(n_sums, np.float32), cuda.local.array(n_parts, np.float32),
+                                cuda.local.array(n_parts, np.float32))
+        words, others, sixteen = (cuda.local.array(n_words, np.uint32), cuda.local.array(n_words, np.uint32),
+                                  cuda.local.array(16, np.uint32))
         clear(sums, tokens)
-        clear(parts, tokens)
-        for i in range(n_words):
-            others[i] = U(0)
+        clear(parts, 2 * n_parts)
         lane, c, most = U(thread & 31), thread & 3, out.shape[1] - 1
         warp_row, matrix = cuda.blockIdx.x * ROWS + 16 * (thread >> 5), chosen * np.int64(out.shape[1])
         row = warp_row + (thread >> 2 & 7)
         if per_group:
-            add_mins(sums, parts, words, w, (matrix + min(row, most)) * w_bytes, (matrix + min(row + 8, most)) * w_bytes, n_groups, U(c),
-                     shared, packed, last, row_bytes, rows, thread)
+            add_offsets(sums, parts, sixteen, w, (matrix + min(row, most)) * w_bytes, (matrix + min(row + 8, most)) * w_bytes, n_groups,
+                        U(c), shared, packed, last, row_bytes, rows, thread)
         base = U(shared_address(shared, area + warp_bytes * (thread >> 5)))
-        walk(sums, parts if has_factors else sums, words, others, w, (matrix + min(warp_row + (thread & 15), most)) * w_bytes, n_groups,
+        walk(sums, parts, parts_1, words, others, w, (matrix + min(warp_row + (thread & 15), most)) * w_bytes, n_groups,
              place_to_write(base, lane), place_to_read(base, lane), lane, shared, packed, before, last, row_bytes, rows, thread)
-        store(out, sums, 0, tokens, order, first, n_tokens, scales, row, c)
+        store(out, sums, order, first, n_tokens, scales, row, c)
     return kernel(SIGNATURE, THREADS, f"wgmma_{name.lower()}{'' if tokens > FEW else '_64'}", shared=area + 8 * warp_bytes,
                   specific=CAPABILITY)(gemm)
-
-
-def _make_add_offsets(put, tokens):
-    """add_offsets(): of types whose groups have an offset each, a float16."""
-    low_part, next_stage, two = RINGS[tokens].low_part, RINGS[tokens].next_stage, tokens > FEW
-
-    @device
-    def add_offsets(sums, sums_1, words, w, row, row_8, n_groups, c, shared, packed, before, last, row_bytes, rows, thread):
-        """sums, sums_1 += the products of all offsets and sums of activations, 64 a stage."""
-        for stage in range(before):
-            there = next_stage(shared, packed, stage, last, row_bytes, rows, thread)
-            put(words, 0, w, row, 64 * stage + 2 * c, n_groups)
-            put(words, 1, w, row_8, 64 * stage + 2 * c, n_groups)
-            add_four(sums, words, there, there + low_part)
-            wait_four(sums, words)
-            if two:
-                add_four(sums_1, words, there + HALF, there + HALF + low_part)
-                wait_four(sums_1, words)
-    return add_offsets
-
-
-def _make_groups_kernel(name, kind, tokens):
-    ring, prepare, per_group, walk = RINGS[tokens], kind.prepare, kind.sums_of_group, _make_walk_groups(kind, tokens)
-    begin, store, area = ring.begin, ring.store, ring.end
-    add_offsets = _make_add_offsets(kind.put_offsets, tokens) if per_group else None
-
-    def gemm(out, w, w_bytes, tile_matrix, tile_first, tile_end, order, x_div, packed, x_scales, n_groups):
-        """out[i] = a matrix times row i // x_div of x.
-
-        i is in order[first:end], where first and end are those of a tile. See above.
-        """
-        thread, chosen = cuda.threadIdx.x, tile_matrix[cuda.blockIdx.y]
-        first, n_tokens = tile_first[cuda.blockIdx.y], tile_end[cuda.blockIdx.y] - tile_first[cuda.blockIdx.y]
-        if chosen < 0 or (n_tokens <= FEW) != (tokens == FEW):
-            return
-        shared, rows = cuda.shared.array(0, np.uint8, 1024), cuda.shared.array(0, np.int32, 1024)
-        scales = cuda.shared.array(0, np.float32, 1024)
-        before = n_groups * per_group + 63 >> 6
-        last = before + (n_groups + 1 >> 1)
-        row_bytes = STAGE_BYTES * last
-        begin(shared, rows, scales, order, first, n_tokens, x_div, x_scales, packed, last, row_bytes, thread)
-        prepare(thread, THREADS)
-        sums, sums_1 = cuda.local.array(SUMS, np.float32), cuda.local.array(SUMS, np.float32)
-        parts, parts_1 = cuda.local.array(SUMS, np.float32), cuda.local.array(SUMS, np.float32)
-        words, others, four = cuda.local.array(8, np.uint32), cuda.local.array(8, np.uint32), cuda.local.array(16, np.uint32)
-        clear(sums, FEW)
-        clear(sums_1, FEW)
-        clear(parts, FEW)
-        clear(parts_1, FEW)
-        for i in range(8):
-            others[i] = U(0)
-        lane, c, most = U(thread & 31), thread & 3, out.shape[1] - 1
-        warp_row, matrix = cuda.blockIdx.x * ROWS + 16 * (thread >> 5), chosen * np.int64(out.shape[1])
-        row = warp_row + (thread >> 2 & 7)
-        if per_group:
-            add_offsets(sums, sums_1, four, w, (matrix + min(row, most)) * w_bytes, (matrix + min(row + 8, most)) * w_bytes, n_groups, c,
-                        shared, packed, before, last, row_bytes, rows, thread)
-        base = U(shared_address(shared, area + WARP_BYTES * (thread >> 5)))
-        walk(sums, sums_1, parts, parts_1, words, others, w, (matrix + min(warp_row + (thread & 15), most)) * w_bytes, n_groups,
-             place_to_write(base, lane), place_to_read(base, lane), lane, shared, packed, before, last, row_bytes, rows, thread)
-        store(out, sums, 0, FEW, order, first, n_tokens, scales, row, c)
-        if tokens > FEW:
-            store(out, sums_1, FEW, FEW, order, first, n_tokens, scales, row, c)
-    return kernel(SIGNATURE, THREADS, f"wgmma_{name.lower()}{'' if tokens > FEW else '_64'}", shared=area + 8 * WARP_BYTES,
-                  specific=CAPABILITY)(gemm)
-
-
-def _make_gemm(name, kind, tokens):
-    return (_make_groups_kernel if kind.groups == 1 else _make_blocks_kernel)(name, kind, tokens)
 
 
 GEMM = {name: {tokens: _make_gemm(name, kind, tokens) for tokens in RINGS} for name, kind in UNPACKED.items()}
@@ -261,12 +194,13 @@ SPLITS = {0: split_columns, 16: split_columns_and_16, 32: split_columns_and_32}
 
 
 class Products(NamedTuple):
-    """pack() and matmul() of types with so many weights an offset (0: none), and takes(w), whether there is a kernel for a Weight."""
+    """Products of types with so many weights an offset; 0: with no offsets."""
     summed: int
 
     def takes(self, w):
+        """Whether there is a kernel for this Weight on the current GPU."""
         kind = UNPACKED.get(w.type)
-        return not SIMULATED and kind is not None and kind.sums_of_group * self.summed == (32 if self.summed else 0) and (
+        return not SIMULATED and kind is not None and kind.sums_of_group == (32 // self.summed if self.summed else 0) and (
             current().capability == CAPABILITY)
 
     def pack(self, x):

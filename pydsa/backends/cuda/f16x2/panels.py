@@ -133,6 +133,7 @@ split_columns_and_32 = _make_split("split_columns_and_32", natural_column, 32)
 def split(x, kernel, summed):
     """Rows of activations [N, n] of any strides as Columns in scratch memory, with sums of so many."""
     n_rows, n = x.shape
-    made = Columns(scratch("x columns", (n_rows, STAGE_BYTES * n_stages(n, summed)), np.uint8), scratch("x column scales", (n_rows,), np.float32))
+    made = Columns(scratch("x columns", (n_rows, STAGE_BYTES * n_stages(n, summed)), np.uint8),
+                   scratch("x column scales", (n_rows,), np.float32))
     kernel(n_rows, *made, x)
     return made

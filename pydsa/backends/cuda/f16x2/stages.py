@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.device import device
+from pydsa.backends.cuda.device import device, fma
 from pydsa.backends.cuda.f16x2.panels import PART_BYTES, STAGE_BYTES
-from pydsa.backends.cuda.hopper import fence_async, make_wgmma, make_wgmma_wait, shared_address
+from pydsa.backends.cuda.hopper import fence_async, shared_address
 from pydsa.backends.cuda.instructions import commit_copies, copies_left, copy_sixteen_async
 from pydsa.backends.cuda.launch import blocks_for
 
@@ -37,7 +37,7 @@ class Ring(NamedTuple):
     low_part: object    # what the low float16 add to a descriptor
     begin: object       # begin(shared, rows, scales, order, first, n_tokens, x_div, x_scales, packed, last, row_bytes, thread)
     next_stage: object  # next_stage(shared, packed, stage, last, row_bytes, rows, thread) -> descriptor of the high float16
-    store: object       # store(out, sums, token, n, order, first, n_tokens, scales, row, c)
+    store: object       # store(out, sums, order, first, n_tokens, scales, row, c)
 
 
 def _make_copies(tokens):
@@ -87,11 +87,11 @@ def make_ring(tokens):
             copy_stage(shared, packed, stage, last, row_bytes, rows, thread)
 
     @device
-    def store(out, sums, token, n, order, first, n_tokens, scales, row, c):
-        """Store a lane's sums of n tokens, from one on, times their scales."""
-        for i in range(n // 8):
+    def store(out, sums, order, first, n_tokens, scales, row, c):
+        """Store a lane's sums times the tokens' scales."""
+        for i in range(tokens // 8):
             for e in range(2):
-                t = token + 8 * i + 2 * c + e
+                t = 8 * i + 2 * c + e
                 if t < n_tokens:
                     target, scale = order[first + t], scales[at + tokens + t]
                     if row < out.shape[1]:
@@ -105,11 +105,12 @@ RINGS = {tokens: make_ring(tokens) for tokens in (128, FEW)}
 
 
 @device
-def add_scaled(sums, parts, d, d_8, n):
-    """sums += the parts of n tokens, of row g times d and of row g + 8 times d_8."""
+def add_scaled(sums, first, parts, d, d_8, n):
+    """sums, from `first` on, += the parts of n tokens, of row g times d and of row g + 8 times d_8."""
     for i in range(0, n // 2, 4):
-        sums[i], sums[i + 1] = cuda.fma(d, parts[i], sums[i]), cuda.fma(d, parts[i + 1], sums[i + 1])
-        sums[i + 2], sums[i + 3] = cuda.fma(d_8, parts[i + 2], sums[i + 2]), cuda.fma(d_8, parts[i + 3], sums[i + 3])
+        j = first + i
+        sums[j], sums[j + 1] = fma(d, parts[i], sums[j]), fma(d, parts[i + 1], sums[j + 1])
+        sums[j + 2], sums[j + 3] = fma(d_8, parts[i + 2], sums[j + 2]), fma(d_8, parts[i + 3], sums[j + 3])
 
 
 @device
@@ -117,35 +118,6 @@ def clear(sums, n):
     """Set the sums of n tokens to zero."""
     for i in range(n // 2):
         sums[i] = np.float32(0)
-
-
-def make_add_mins(put, sums_of_group, n_bytes, ring):
-    """add_mins(): of types whose blocks have whole offsets with one factor, sixteen of 16 weights or eight of 32.
-
-    put(words, of, data, at, c, half): the offsets of a block, and zeros, as words of A for 16 sums -> their factor. of: 0, or 1 for the
-    row g + 8. half: which eight of the sums are the block's, if it has eight. n_bytes: of a block.
-    """
-    tokens, low_part, next_stage, each = ring.tokens, ring.low_part, ring.next_stage, 2 // sums_of_group
-    start, wait = make_wgmma(tokens, 1, 2), make_wgmma_wait(tokens, 4)
-
-    @device
-    def add_mins(sums, parts, words, w, row, row_8, n_groups, c, shared, packed, last, row_bytes, rows, thread):
-        """sums += the products of all offsets and sums of activations.
-
-        A stage has 64 of these. parts: zeros, before and after.
-        """
-        there = np.uint64(0)
-        for block in range(np.int32(0), np.int32(n_groups >> 3), np.int32(1)):
-            step = block // each & 3
-            if block % (4 * each) == 0:
-                there = next_stage(shared, packed, block // (4 * each), last, row_bytes, rows, thread)
-            d = put(words, 0, w, row + n_bytes * np.int64(block), c, block & each - 1)
-            d_8 = put(words, 1, w, row_8 + n_bytes * np.int64(block), c, block & each - 1)
-            start(parts, words, there + np.uint64(2 * step), there + np.uint64(2 * step) + low_part)
-            wait(parts, words)
-            add_scaled(sums, parts, d, d_8, tokens)
-            clear(parts, tokens)
-    return add_mins
 
 
 def launch(kernels, out, w, x, tiles, n):

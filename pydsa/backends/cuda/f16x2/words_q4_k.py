@@ -4,8 +4,8 @@ A weight becomes a whole number, q times its sub-block's scale, at most 1,953, w
 """
 import numpy as np
 
-from pydsa.backends.cuda.device import device, of_half
-from pydsa.backends.cuda.f16x2.halves import HALF_1024, fma_halves, multiply_halves, subtract_halves, twice, two_numbers
+from pydsa.backends.cuda.device import device
+from pydsa.backends.cuda.f16x2.halves import HALF_1024, fma_halves, multiply_halves, subtract_halves, twice
 from pydsa.backends.cuda.instructions import read_sixteen, stream_eight
 
 
@@ -76,15 +76,3 @@ def make_loads(fifth):
         raw[4], raw[5] = stream_eight(w, at + first + 32 * j + 8 * c)
         raw[12], raw[13] = stream_eight(w, at_8 + first + 32 * j + 8 * c)
     return load_block, load_weights
-
-
-@device
-def put_mins(words, of, data, at, c, half):
-    """The eight offsets of a block as words of A for 16 sums, of which the others are another block's -> their factor."""
-    dmin, _, b, d = read_sixteen(data, at)
-    shift = U(16) * (c & U(1))
-    b, d = b >> shift, d >> shift
-    m = b & U(0x3F3F) if c < U(2) else d >> U(4) & U(0x0F0F) | b >> U(2) & U(0x3030)
-    pair = two_numbers(m & U(63), m >> U(8))
-    words[of], words[2 + of] = pair if half == 0 else U(0), pair if half else U(0)
-    return -of_half(dmin >> U(16))

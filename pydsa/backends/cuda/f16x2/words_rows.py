@@ -12,9 +12,10 @@ import numpy as np
 
 from pydsa.backends.cuda.blocks import GROUPED
 from pydsa.backends.cuda.constants import nothing
-from pydsa.backends.cuda.device import bits_float, device, half_at, int8_to_f16, to_half, u32_at
-from pydsa.backends.cuda.f16x2.halves import fma_halves, multiply_halves, twice, two_numbers
+from pydsa.backends.cuda.device import bits_float, device, int8_to_f16
+from pydsa.backends.cuda.f16x2.halves import fma_halves, multiply_halves, twice
 from pydsa.backends.cuda.f16x2.linear import bf16_to_f16
+from pydsa.backends.cuda.f16x2.offsets import OFFSETS
 from pydsa.backends.cuda.instructions import instruction, read_sixteen
 from pydsa.backends.cuda.shared_memory import load_fragments, store_four_words
 from pydsa.quants import TYPES
@@ -25,6 +26,7 @@ U, ONE = np.uint32, np.float32(1)
 SIGNS = U(0x80008000)       # of two float16
 REST = U(WARP_BYTES)        # where what is left of weights lies, behind the weights
 TWO_NUMBERS = {"Q6_K", "IQ4_XS"}        # types whose weights are two float16
+NO_FACTOR = 8               # groups whose products are summed before they join others, where weights have no factor
 AHEAD = 8                   # groups whose weights are asked for, so that they are in L2 when they are needed
 prefetch = instruction("prefetch.global.L2 [$0];", "", "g", fixed=True)
 
@@ -33,10 +35,10 @@ class Rows(NamedTuple):
     """How weights of a type become words of A."""
     unpack: object      # unpack(place, data, row, g) -> the factor of group g, which it stores; place: of its first piece
     prepare: object     # prepare(thread, n_threads), before that
-    groups: int         # that share a factor, or 0: there is none
+    groups: int         # that share a factor; NO_FACTOR where that is 1
     rest: bool          # whether weights are two float16
     sums_of_group: int      # offsets of a group: 0, 1 or 2
-    put_offsets: object     # put_offsets() of Q4_1 or put_mins() of Q2_K, below
+    make_offsets: object    # makes add_offsets() of a Ring (offsets.py), or None
     bytes: int          # of a row's block
     shift: int          # the binary logarithm of the number of its groups
 
@@ -120,43 +122,17 @@ def unpack_bf16(place, data, row, g):
     return bits_float(U(U(exponent - 14) << U(23)))
 
 
-def _make_put_minus_m(n_bytes):
-    @device
-    def offset(data, row, g, n_groups):
-        return U(to_half(half_at(data, row + n_bytes * np.int64(min(g, n_groups - 1)) + 2)))
-
-    @device
-    def put_offsets(words, of, data, row, g, n_groups):
-        """-m of 64 groups of Q4_1 or Q5_1 from one on, as a row's words of A.
-
-        g: the first that the lane has. of: 0, or 1 for the row g + 8. Beyond the last group the sums of activations are zero.
-        """
-        for i in range(8):
-            j = g + 8 * i
-            words[2 * i + of] = (offset(data, row, j, n_groups) | offset(data, row, j + 1, n_groups) << U(16)) ^ SIGNS
-    return put_offsets
-
-
-
-@device
-def put_mins_q2_k(words, of, data, at, c, half):
-    """The sixteen offsets of a block of Q2_K as words of A for 16 sums -> their factor."""
-    a, b, shift = u32_at(data, at + (2 * c & 4)), u32_at(data, at + 8 + (2 * c & 4)), U(16) * U(c & 1)
-    words[of], words[2 + of] = (two_numbers(a >> shift + U(4) & U(15), a >> shift + U(12) & U(15)),
-                                two_numbers(b >> shift + U(4) & U(15), b >> shift + U(12) & U(15)))
-    return -half_at(data, at + 82)
-
-
 def _make_rows(name, entry):
-    size, n_bytes = TYPES[name].size, TYPES[name].n_bytes
-    offsets = {"Q2_K": (2, put_mins_q2_k), "Q4_1": (1, _make_put_minus_m(n_bytes)),
-                       "Q5_1": (1, _make_put_minus_m(n_bytes))}.get(name, (0, None))
-    return Rows(_make_unpack(entry.group, entry.scales, name in TWO_NUMBERS), entry.prepare, 0 if name == "NVFP4" else size // 32,
-                name in TWO_NUMBERS, *offsets, n_bytes, (size // 32).bit_length() - 1)
+    size, n_bytes, rest = TYPES[name].size, TYPES[name].n_bytes, name in TWO_NUMBERS
+    sums_of_group, make_offsets = OFFSETS.get(name, (0, None))
+    groups = NO_FACTOR if name == "NVFP4" else size // 32
+    return Rows(_make_unpack(entry.group, entry.scales, rest), entry.prepare, groups, rest, sums_of_group, make_offsets, n_bytes,
+                (size // 32).bit_length() - 1)
 
 
-ROWS = {name: _make_rows(name, entry) for name, entry in GROUPED.items() if name not in ("Q4_K", "Q5_K")}
-ROWS |= {"F16": Rows(unpack_f16, nothing, 0, False, 0, None, 64, 0), "BF16": Rows(unpack_bf16, nothing, 1, False, 0, None, 64, 0)}
+UNPACKED = {name: _make_rows(name, entry) for name, entry in GROUPED.items() if name not in ("Q4_K", "Q5_K")}
+UNPACKED |= {"F16": Rows(unpack_f16, nothing, NO_FACTOR, False, 0, None, 64, 0),
+             "BF16": Rows(unpack_bf16, nothing, 1, False, 0, None, 64, 0)}
 
 
 def make_load(group, rest):
