@@ -106,7 +106,7 @@ def _make_gemm(name, fifth, tokens):
             clear(parts, tokens)
         store(out, sums, order, first, n_tokens, scales, row, c)
     return kernel(SIGNATURE, THREADS, f"wgmma_{name.lower()}{'' if tokens > FEW else '_64'}", shared=ring.end,
-                  blocks=1 if tokens > FEW else 2, specific=CAPABILITY)(gemm)
+                  blocks=1 if tokens > FEW or fifth else 2, specific=CAPABILITY)(gemm)
 
 
 GEMM = {name: {tokens: _make_gemm(name, name == "Q5_K", tokens) for tokens in RINGS} for name in ("Q4_K", "Q5_K")}

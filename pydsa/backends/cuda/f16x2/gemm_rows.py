@@ -97,7 +97,6 @@ def _make_walk_blocks(kind, ring):
 def _make_walk_groups(kind, ring):
     """walk() of types with a factor for each 32 weights."""
     low_part, next_stage, two = ring.low_part, ring.next_stage, ring.tokens > FEW
-    second_sums = SUMS if two else 0        # where the sums are that get parts_1
     unpack, load_0, load_1 = _make_unpack_group(kind), make_load(0, False), make_load(1, False)
 
     @device
@@ -119,8 +118,6 @@ def _make_walk_groups(kind, ring):
             load_1(others, read)
             if two:
                 new_pairs(parts_1, words, there + HALF, there + HALF + low_part)
-            else:
-                new_pairs(parts_1, others, there + GROUP_STEP, there + GROUP_STEP + low_part)
             cuda.syncwarp()
             factor = unpack(write, w, row, np.int32(2 * stage + second), n_groups)
             cuda.syncwarp()
@@ -129,19 +126,22 @@ def _make_walk_groups(kind, ring):
                 add_scaled(sums, 0, parts, d, d_8, FEW)
                 new_pairs(parts, others, there + GROUP_STEP, there + GROUP_STEP + low_part)
                 wait_one(parts_1, words)
-                add_scaled(sums, second_sums, parts_1, d, d_8, FEW)
+                add_scaled(sums, SUMS, parts_1, d, d_8, FEW)
                 load_0(words, read)
                 new_pairs(parts_1, others, there + GROUP_STEP + HALF, there + GROUP_STEP + HALF + low_part)
                 there = next_stage(shared, packed, before + stage, last, row_bytes, rows, thread)
                 wait_sums(parts, words)
                 add_scaled(sums, 0, parts, d1, d1_8, FEW)
+                wait_last(parts_1, others)
+                add_scaled(sums, SUMS, parts_1, d1, d1_8, FEW)
             else:
-                wait_one(parts, words)
+                wait_last(parts, words)
                 add_scaled(sums, 0, parts, d, d_8, FEW)
+                new_pairs(parts, others, there + GROUP_STEP, there + GROUP_STEP + low_part)
                 load_0(words, read)
                 there = next_stage(shared, packed, before + stage, last, row_bytes, rows, thread)
-            wait_last(parts_1, others)
-            add_scaled(sums, second_sums, parts_1, d1, d1_8, FEW)
+                wait_last(parts, others)
+                add_scaled(sums, 0, parts, d1, d1_8, FEW)
     return walk
 
 
@@ -186,7 +186,7 @@ def _make_gemm(name, kind, tokens):
              place_to_write(base, lane), place_to_read(base, lane), lane, shared, packed, before, last, row_bytes, rows, thread)
         store(out, sums, order, first, n_tokens, scales, row, c)
     return kernel(SIGNATURE, THREADS, f"wgmma_{name.lower()}{'' if tokens > FEW else '_64'}", shared=area + 8 * warp_bytes,
-                  specific=CAPABILITY)(gemm)
+                  blocks=1 if tokens > FEW or kind.rest else 2, specific=CAPABILITY)(gemm)
 
 
 GEMM = {name: {tokens: _make_gemm(name, kind, tokens) for tokens in RINGS} for name, kind in UNPACKED.items()}

@@ -50,10 +50,12 @@ def _make_copies(tokens):
         if stage < last:
             token, piece = thread >> 3, thread & 7
             slot = (stage & STAGES - 1) * 2 * part + 128 * token + 16 * (piece ^ token & 7)
+            sources = cuda.local.array(pieces, np.int64)        # all before the copies: ptxas has each copy wait for loads before it
             for i in range(pieces):
-                at = np.int64(rows[rows_at + token + 32 * i]) * row_bytes + STAGE_BYTES * stage + 16 * piece
-                copy_sixteen_async(shared, slot + 128 * 32 * i, packed, at)
-                copy_sixteen_async(shared, slot + 128 * 32 * i + part, packed, at + PART_BYTES)
+                sources[i] = np.int64(rows[rows_at + token + 32 * i]) * row_bytes + STAGE_BYTES * stage + 16 * piece
+            for i in range(pieces):
+                copy_sixteen_async(shared, slot + 128 * 32 * i, packed, sources[i])
+                copy_sixteen_async(shared, slot + 128 * 32 * i + part, packed, sources[i] + PART_BYTES)
         commit_copies()
 
     @device
