@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, greedy, nmse
+from helpers import TINY, WGMMA, greedy, nmse
 from rewritten import each, fused_experts, rewrite, whole_kv_b, with_factors
 
 import pydsa
@@ -54,12 +54,13 @@ def run_python(*args, device="cuda", simulated=False):
 def test_kernels_compile(capsys):
     """No kernel spills registers or keeps sums in local memory.
 
-    This is checked where ptxas is installed. Registers and memory of the kernels are printed.
+    This is checked where ptxas is installed. Registers and memory of the kernels are printed. Of wgmma's products a few types stand for
+    all: they take seconds each.
     """
-    table = run_python("tools/cuda_ptx.py", "--cc", "80", "--assemble", "90")
+    table = run_python("tools/cuda_ptx.py", "--cc", "80", "--assemble", "90", "--only", f"(?!wgmma_).*|{WGMMA}")
     with capsys.disabled():
         print(f"\n{table}")
-    assert table.count("gemm_q4_k") == table.count("gemv_q8_0") == 2 and table.count("wgmma_q4_k") == table.count("wgmma_q5_k") == 1
+    assert table.count("gemm_q4_k") == table.count("gemv_q8_0") == 2 and table.count("wgmma_") == 8
 
 
 ASSEMBLED = """

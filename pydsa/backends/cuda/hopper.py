@@ -86,7 +86,7 @@ else:
         """
         n_sums, n_words = n // 2, 4 * steps * (1 + rest)
         sums, first = ",".join(f"${i}" for i in range(n_sums)), 2 * n_sums
-        lines = ["{", ".reg .b64 %there;", ".reg .b32 %low, %high;", "wgmma.fence.sync.aligned;"]
+        lines = ["{", ".reg .b64 %there;", ".reg .b32 %low;", ".reg .b32 %high;", "wgmma.fence.sync.aligned;"]
         for step in range(steps):
             for of, part in [(step, part) for part in range(parts)] + [(steps + step, 0)] * rest:
                 words = ",".join(f"${first + 4 * of + i}" for i in range(4))
@@ -94,7 +94,7 @@ else:
                 lines += [f"mov.b64 {{%low, %high}}, ${first + n_words + part};", f"add.u32 %low, %low, {2 * step};",
                           "mov.b64 %there, {%low, %high};",
                           f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.f16.f16 {{{sums}}}, {{{words}}}, %there, "
-                          f"{int(not anew or len(lines) > 5)}, 1, 1, 0;"]
+                          f"{int(not anew or len(lines) > 6)}, 1, 1, 0;"]
         text = "\n".join([*lines, "wgmma.commit_group.sync.aligned;", "}"])
 
         def start(context, builder, signature, args):

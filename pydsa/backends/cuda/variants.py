@@ -37,12 +37,15 @@ class Variant(NamedTuple):
     kernels: object
 
 
-ROWS, ROWS_32, ROWS_16 = (f16x2.gemm_rows.Products(summed) for summed in (0, 32, 16))
-
-
 def anything(*_):
     """Accept any arguments: the fallback."""
     return True
+
+
+def _rows_in_wgmma(summed):
+    """Products with weights of any type that has so many weights an offset."""
+    products = f16x2.gemm_rows.PRODUCTS[summed]
+    return Variant(lambda w, single: products.takes(w), Linear(products.pack, products.matmul))
 
 
 # op -> number format -> Variant; the first whose takes() accepts the arguments is chosen
@@ -51,9 +54,9 @@ VARIANTS = {
         "f32": Variant(f32.linear.takes, Linear(f32.linear.pack, f32.linear.matmul)),
         "int8x2": Variant(lambda w, single: single, Linear(int8x2.linear.pack, int8x2.gemv.matmul)),
         "f16x2 in wgmma": Variant(lambda w, single: f16x2.gemm.takes(w), Linear(f16x2.gemm.pack, f16x2.gemm.matmul)),
-        "f16x2 rows in wgmma": Variant(lambda w, single: ROWS.takes(w), Linear(ROWS.pack, ROWS.matmul)),
-        "f16x2 rows and sums of 32 in wgmma": Variant(lambda w, single: ROWS_32.takes(w), Linear(ROWS_32.pack, ROWS_32.matmul)),
-        "f16x2 rows and sums of 16 in wgmma": Variant(lambda w, single: ROWS_16.takes(w), Linear(ROWS_16.pack, ROWS_16.matmul)),
+        "f16x2 rows in wgmma": _rows_in_wgmma(0),
+        "f16x2 rows and sums of 32 in wgmma": _rows_in_wgmma(32),       # for Q4_1 and Q5_1
+        "f16x2 rows and sums of 16 in wgmma": _rows_in_wgmma(16),       # for Q2_K
         "f16x2": Variant(anything, Linear(f16x2.linear.pack, f16x2.linear.matmul)),
     },
     "attention": {      # takes(CacheRows, number of heads, width of a value)

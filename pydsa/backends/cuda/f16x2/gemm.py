@@ -1,8 +1,9 @@
-"""Products for prompts in wgmma with Q4_K and Q5_K, for GPUs of capability 9.0: nothing of a weight is lost.
+"""Products for prompts in wgmma with Q4_K and Q5_K: no bit is lost.
 
-An activation is two float16, 22 bits together (panels.py). A weight is a whole number (words_q4_k.py), and the sums of a block of 256 are
-multiplied by its d in float32. Offsets (offsets.py) are whole numbers, too. Weights are the rows of wgmma (A) and stay in registers, where
-lanes make them of the file's bytes. Activations are its columns (B), in a ring of stages (stages.py).
+They are for GPUs of capability 9.0. An activation is two float16, 22 bits together (panels.py). A weight is a whole number (words_q4_k.py),
+and the sums of a block of 256 are multiplied by its d in float32. Offsets (offsets.py) are whole numbers, too. Weights are the rows of
+wgmma (A) and stay in registers, where lanes make them of the file's bytes. Activations are its columns (B), in a ring of stages
+(stages.py).
 
 A block multiplies ROWS rows of weights with a tile's tokens; a warp has 16 rows, a lane two of them, g and g + 8. While a stage of 64
 numbers is multiplied, lanes make the words of the next one.
@@ -32,10 +33,10 @@ def _make_multiply(ring, puts, load_block, load_weights):
 
     @device
     def multiply_block(there, parts, words, others, raw, w, at, at_8, more, c, shared, packed, stage, last, row_bytes, rows, thread):
-        """parts += the products of a block's whole numbers -> the descriptor of the next stage, and d of both rows.
+        """parts += the products of a block's whole numbers.
 
-        The block has four stages. words: those of its first 64 weights; then those of the next block's, `more` bytes further. raw: the
-        bytes after those.
+        Returns the descriptor of the next stage, and d of both rows. The block has four stages. words: those of its first 64 weights; then
+        those of the next block's, `more` bytes further. raw: the bytes after those.
         """
         start(parts, words, there, there + low_part)
         put_1(others, raw)
@@ -74,8 +75,10 @@ def _make_gemm(name, fifth, tokens):
         i is in order[first:end], where first and end are those of a tile. See above.
         """
         thread, chosen = cuda.threadIdx.x, tile_matrix[cuda.blockIdx.y]
+        if chosen < 0:
+            return
         first, n_tokens = tile_first[cuda.blockIdx.y], tile_end[cuda.blockIdx.y] - tile_first[cuda.blockIdx.y]
-        if chosen < 0 or (n_tokens <= FEW) != (tokens == FEW):
+        if (n_tokens <= FEW) != (tokens == FEW):
             return
         shared, rows = cuda.shared.array(0, np.uint8, 1024), cuda.shared.array(0, np.int32, 1024)
         scales = cuda.shared.array(0, np.float32, 1024)

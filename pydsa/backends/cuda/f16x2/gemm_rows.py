@@ -1,8 +1,8 @@
-"""Products for prompts in wgmma with weights of any type, for GPUs of capability 9.0: nothing of a weight is lost.
+"""Products for prompts in wgmma with weights of any type: no bit is lost.
 
-As gemm.py, but for how lanes get their words of A: by way of rows of float16 in shared memory (words_rows.py), which each warp unpacks
-while products go on. A stage of 64 numbers is two groups of 32, each with words of its own, so that one is loaded while the other is
-multiplied, and tensor cores need not wait.
+They are for GPUs of capability 9.0. As gemm.py, but for how lanes get their words of A: by way of rows of float16 in shared memory
+(words_rows.py), which each warp unpacks while products go on. A stage of 64 numbers is two groups of 32, each with words of its own, so
+that one is loaded while the other is multiplied, and tensor cores need not wait.
 
 Types whose blocks have one factor: sums of a block, then those times the factor; so that all sums in tensor cores are short, this goes for
 types without a factor, too. Types with a factor for each 32 weights: 64 tokens of a group at a time, with two sets of sums in turns: one is
@@ -15,7 +15,8 @@ from numba import cuda
 
 from pydsa.backends.cuda.current import current
 from pydsa.backends.cuda.device import SIMULATED, device
-from pydsa.backends.cuda.f16x2.panels import PART_BYTES, STAGE_BYTES, split, split_columns, split_columns_and_16, split_columns_and_32
+from pydsa.backends.cuda.f16x2.panels import (PART_BYTES, STAGE_BYTES, n_stages, split, split_columns, split_columns_and_16,
+                                              split_columns_and_32)
 from pydsa.backends.cuda.f16x2.stages import CAPABILITY, FEW, GROUP_STEP, RINGS, ROWS, SIGNATURE, THREADS, add_scaled, clear, launch
 from pydsa.backends.cuda.f16x2.words_rows import AHEAD, UNPACKED, WARP_BYTES, make_load, place_to_read, place_to_write, prefetch
 from pydsa.backends.cuda.hopper import make_wgmma, make_wgmma_wait, shared_address
@@ -33,7 +34,7 @@ wait_sums, wait_one = make_wgmma_wait(FEW, 0, 1), make_wgmma_wait(FEW, 8, 1)    
 
 @device
 def factors_of(factor, g):
-    """The factors of rows g and g + 8, of the first group of a stage and of the second one.
+    """The factors of rows g and g + 8, of a stage's first and second group.
 
     factor: the one of what a lane has unpacked.
     """
@@ -46,7 +47,10 @@ def _make_unpack_group(kind):
 
     @device
     def unpack(place, w, row, g, n_groups):
-        """Unpack group g of a row, or the last one -> its factor; a later group is asked for."""
+        """Unpack group g of a row, or the last one -> its factor.
+
+        A later group is asked for.
+        """
         prefetch(w, row + (n_bytes * np.int64(min(g + AHEAD, n_groups - 1)) >> shift))
         return unpack_group(place, w, row, np.int64(min(g, n_groups - 1)))
     return unpack
@@ -159,8 +163,10 @@ def _make_gemm(name, kind, tokens):
         i is in order[first:end], where first and end are those of a tile. See above.
         """
         thread, chosen = cuda.threadIdx.x, tile_matrix[cuda.blockIdx.y]
+        if chosen < 0:
+            return
         first, n_tokens = tile_first[cuda.blockIdx.y], tile_end[cuda.blockIdx.y] - tile_first[cuda.blockIdx.y]
-        if chosen < 0 or (n_tokens <= FEW) != (tokens == FEW):
+        if (n_tokens <= FEW) != (tokens == FEW):
             return
         shared, rows = cuda.shared.array(0, np.uint8, 1024), cuda.shared.array(0, np.int32, 1024)
         scales = cuda.shared.array(0, np.float32, 1024)
@@ -209,4 +215,8 @@ class Products(NamedTuple):
 
     def matmul(self, out, w, x, tiles):
         """out[i] = a matrix of w times row i // x_div of x, for all tiles."""
+        assert x.packed.shape[1] == STAGE_BYTES * n_stages(w.shape[-1], self.summed)
         launch(GEMM[w.type], out, w, x, tiles, w.shape[-1] // 32)
+
+
+PRODUCTS = {summed: Products(summed) for summed in SPLITS}

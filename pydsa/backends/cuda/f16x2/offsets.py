@@ -50,9 +50,9 @@ def make_mins(name, put, sums_of_group):
 
 @device
 def put_mins_q4_k(words, of, data, at, c, half):
-    """The eight offsets of a block of Q4_K or Q5_K, and eight zeros, as words of A for 16 sums -> their factor.
+    """The eight offsets of a block of Q4_K or Q5_K as words of A -> their factor.
 
-    of: 0, or 1 for the row g + 8. half: which eight of the sums are the block's.
+    The words are for 16 sums, of which eight meet zeros. of: 0, or 1 for the row g + 8. half: which eight of the sums are the block's.
     """
     dmin, _, b, d = read_sixteen(data, at)
     shift = U(16) * (c & U(1))
@@ -65,7 +65,7 @@ def put_mins_q4_k(words, of, data, at, c, half):
 
 @device
 def put_mins_q2_k(words, of, data, at, c, half):
-    """The sixteen offsets of a block of Q2_K as words of A for 16 sums -> their factor."""
+    """The sixteen offsets of a block of Q2_K as words of A -> their factor."""
     a, b, shift = u32_at(data, at + (2 * c & 4)), u32_at(data, at + 8 + (2 * c & 4)), U(16) * U(c & 1)
     words[of], words[2 + of] = (two_numbers(a >> shift + U(4) & U(15), a >> shift + U(12) & U(15)),
                                 two_numbers(b >> shift + U(4) & U(15), b >> shift + U(12) & U(15)))

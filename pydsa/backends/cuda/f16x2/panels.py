@@ -28,7 +28,10 @@ class Columns(NamedTuple):
 
 
 def n_stages(n, summed):
-    """The number of stages of a row of n activations, with sums of so many, or with no sums (0)."""
+    """The number of stages of a row of n activations.
+
+    summed: of how many there are sums; 0: none.
+    """
     return blocks_for(n, 64) + (blocks_for(n, 64 * summed) if summed else 0)
 
 
@@ -131,7 +134,10 @@ split_columns_and_32 = _make_split("split_columns_and_32", natural_column, 32)
 
 
 def split(x, kernel, summed):
-    """Rows of activations [N, n] of any strides as Columns in scratch memory, with sums of so many."""
+    """Rows of activations [N, n] of any strides as Columns in scratch memory.
+
+    kernel: one of those above, with sums of so many.
+    """
     n_rows, n = x.shape
     made = Columns(scratch("x columns", (n_rows, STAGE_BYTES * n_stages(n, summed)), np.uint8),
                    scratch("x column scales", (n_rows,), np.float32))

@@ -103,12 +103,15 @@ def make_ring(tokens):
     return Ring(tokens, 4 * at + 8 * tokens, np.uint64(part >> 4), begin, next_stage, store)
 
 
-RINGS = {tokens: make_ring(tokens) for tokens in (128, FEW)}
+RINGS = {tokens: make_ring(tokens) for tokens in (128, FEW)}        # 128: as many as a tile has (linear.TOKENS), but in the simulator
 
 
 @device
 def add_scaled(sums, first, parts, d, d_8, n):
-    """sums, from `first` on, += the parts of n tokens, of row g times d and of row g + 8 times d_8."""
+    """sums, from `first` on, += the parts of n tokens times their factors.
+
+    d: of row g; d_8: of row g + 8.
+    """
     for i in range(0, n // 2, 4):
         j = first + i
         sums[j], sums[j + 1] = fma(d, parts[i], sums[j]), fma(d, parts[i + 1], sums[j + 1])
@@ -125,9 +128,9 @@ def clear(sums, n):
 def launch(kernels, out, w, x, tiles, n):
     """Launch the products of tiles with many tokens and of those with few.
 
-    kernels: for each number of tokens, where there are such tiles. n: groups or blocks of a row.
+    kernels: for each number of tokens, where there may be such tiles. n: groups of a row.
     """
     n_tiles, most = tiles.matrix.size, max(RINGS)
     for tokens, kernel in kernels.items():
-        if tiles.order.size > FEW if tokens > FEW else tiles.order.size < most * n_tiles:      # else all tiles are full
+        if tiles.order.size > FEW if tokens > FEW else tiles.order.size <= most * n_tiles - FEW:       # else all tiles have more
             kernel((blocks_for(out.shape[1], ROWS), n_tiles), out, w.data, w.row_bytes, *tiles[:-1], x.packed.flat, x.scales, n)

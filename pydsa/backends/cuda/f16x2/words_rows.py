@@ -1,8 +1,9 @@
-"""Weights of all types as float16, rows of a stage in shared memory, from where lanes read their words of A.
+"""Weights of all types as rows of float16 in shared memory.
 
-Each lane of a warp unpacks 32 weights of one of its 16 rows for a stage of 64: lanes 0 to 15 the first 32, the others the second. Integers
-are multiplied by the whole scale that their block has for them, so that what is left is one factor a block; float16 holds the products,
-but those above 2,048: these are two float16, of which the second one is what the first one leaves.
+Lanes read their words of A from there. Each lane of a warp unpacks 32 weights of one of its 16 rows for a stage of 64: lanes 0 to 15 the
+first 32, the others the second. Integers are multiplied by the whole scale that their block has for them, so that what is left is one
+factor a block; float16 holds the products, but those above 2,048: these are two float16, of which the second one is what the first one
+leaves.
 
 A row has 128 bytes, eight pieces of 16; piece i of row r is at i ^ (r % 8), as ldmatrix reads eight rows in eight turns of the banks.
 """
@@ -136,7 +137,10 @@ UNPACKED |= {"F16": Rows(unpack_f16, nothing, NO_FACTOR, False, 0, None, 64, 0),
 
 
 def make_load(group, rest):
-    """load(words, read): a lane's words of A for the first or second 32 weights of its rows: 8, and 8 of what is left of them."""
+    """load(words, read): a lane's words of A for a group of its rows.
+
+    They are 8, and 8 of what is left of the weights. group: 0 or 1, the first or second 32 weights of a stage.
+    """
     @device
     def load(words, read):
         for step in range(2):
@@ -149,7 +153,10 @@ def make_load(group, rest):
 
 @device
 def place_to_write(base, lane):
-    """The place of the first piece that a lane writes, of those of its warp at `base`."""
+    """The place of the first piece that a lane writes.
+
+    base: of its warp's rows.
+    """
     return U(base + U(128) * (lane & U(15)) + (U(64) * (lane >> U(4)) ^ U(16) * (lane & U(7))))
 
 
