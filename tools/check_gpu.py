@@ -45,9 +45,16 @@ def threads(name, file, share):
     return Stage(name, (*PYTHON, "tools/thread_speed.py", "{out}/" + file, "--json", "{out}/" + name + ".json", "-r", "1"), share)
 
 
+# All kernels of this GPU, in as many processes as there are cores: as they are needed they would be compiled one by one.
+COMPILE = """
+from pydsa.backends.cuda import gpu
+from pydsa.backends.cuda.launch import KERNELS, compile_all
+compile_all([kernel for kernel in KERNELS.values() if kernel.specific in (None, gpu.capability)])
+"""
 STAGES = [
     Stage("device", ("nvidia-smi",), 0.05, optional=True),
     Stage("info", (*PYDSA, "info", "pydsa/demo/demo.gguf", "--device", "cuda"), 0.1),
+    Stage("kernels", (*PYTHON, "-c", COMPILE), 0.2),
     Stage("ops", (*PYTHON, "-m", "pytest", "-m", "gpu", "-k", "ops", "tests/test_cuda.py"), 0.4),
     Stage("models", (*PYTHON, "-m", "pytest", "-m", "gpu", "-k", "not ops", "tests/test_cuda.py"), 0.4),
     Stage("one-token", (*PYTHON, "tools/one_token.py"), 0.1),
