@@ -21,6 +21,8 @@ from pydsa.quants import CACHE_TYPES, TYPES
 
 DEVICE = os.environ.get("PYDSA_TEST_DEVICE", "cpu")
 PRECISION = os.environ.get("PYDSA_TEST_PRECISION", FLOAT16)
+# Products in wgmma that are compiled in tests, and executed in test_hopper.py. All: python tools/cuda_ptx.py --cc 90 --only 'wgmma_.*'
+WGMMA = "wgmma_(q4_k|q8_0|q5_k_64|q8_0_64|q6_k_64|q2_k_64|q4_1_64|iq2_xs_64)"
 IN_SIMULATOR = DEVICE == "cuda" and os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 SIMULATED = IN_SIMULATOR or DEVICE == "ptx"
 if DEVICE == "ptx":

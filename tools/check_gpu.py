@@ -52,9 +52,16 @@ def threads(name, file, seconds):
     return Stage(name, (*PYTHON, "tools/thread_speed.py", "{out}/" + file, "--json", "{out}/" + name + ".json", "-r", "1"), seconds)
 
 
+# All kernels of this GPU, in as many processes as there are cores: as they are needed they would be compiled one by one.
+COMPILE = """
+from pydsa.backends.cuda import gpu
+from pydsa.backends.cuda.launch import KERNELS, compile_all
+compile_all([kernel for kernel in KERNELS.values() if kernel.specific in (None, gpu.capability)])
+"""
 STAGES = [
     Stage("device", ("nvidia-smi",), 1, optional=True),
     Stage("info", (*PYDSA, "info", "pydsa/demo/demo.gguf", "--device", "cuda"), 4),
+    Stage("kernels", (*PYTHON, "-c", COMPILE), 40),
     # what has never run on a GPU is found here, and left out of the stages behind it
     Stage("variants", (*PYTHON, "tools/check_variants.py", "--wrong", "{out}/" + WRONG), 90),
     tests("ops-float16", "ops and float16", 30),

@@ -3,7 +3,7 @@
     python tools/cuda_ptx.py --cc 90
     python tools/cuda_ptx.py --cc 80 --assemble 90
     python tools/cuda_ptx.py --cc 90 --loops gemv_q4_k
-    python tools/cuda_ptx.py --cc 80 --without "gemm_one_.*"
+    python tools/cuda_ptx.py --cc 90 --only 'wgmma_(q4_k|q8_0)'
 
 ptxas reports what a kernel uses. The exit code is 1 if a kernel does not compile, spills registers, or keeps an array in
 local memory that should be in registers. A kernel of which two blocks must fit into a multiprocessor may spill a few numbers that its loops
@@ -99,16 +99,16 @@ def assemble(ptxas, ptx, capability):
             "stack": number(r"(\d+) bytes stack frame"), "shared": number(r"(\d+) bytes smem"), "serialized": "serialized" in said}
 
 
-def report(capability, target, without=None):
+def report(capability, target, pattern):
     """Print what each kernel uses -> the names of those that use too much.
 
-    PTX of `capability` is assembled for `target`. without: an expression for the names of kernels that are left out; None: none is.
+    PTX of `capability` is assembled for `target`. pattern: a regular expression that names of kernels match.
     """
     ptxas, bad = find("ptxas"), []
     print(f"sm_{target[0]}{target[1]}")
     print(f"{'kernel':24} registers  spills   stack  shared" if ptxas else "ptxas was not found: kernels are compiled to PTX only")
     for name, kernel in KERNELS.items():
-        if kernel.specific not in (None, target) or without and re.fullmatch(without, name):
+        if kernel.specific not in (None, target) or not re.fullmatch(pattern, name):
             continue
         ptx = kernel.ptx(target if kernel.specific or kernel.dependent else capability)
         if not ptxas:
@@ -126,8 +126,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cc", type=int, default=90, help="compute capability, e.g. 80 or 90")
     parser.add_argument("--assemble", type=int, metavar="CC", help="assemble the same PTX for this one too")
+    parser.add_argument("--only", metavar="REGEX", default=".*", help="kernels whose names match as a whole")
     parser.add_argument("--loops", metavar="KERNEL", help="show the instructions of its loops")
-    parser.add_argument("--without", metavar="EXPRESSION", help="leave out kernels with such names")
     options = parser.parse_args()
     capability = divmod(options.cc, 10)
     if options.loops:
@@ -136,7 +136,7 @@ def main():
         show_loops(KERNELS[options.loops], capability)
         return
     targets = [capability] + ([divmod(options.assemble, 10)] if options.assemble else [])
-    bad = [name for target in targets for name in report(capability, target, options.without)]
+    bad = [name for target in targets for name in report(capability, target, options.only)]
     if bad:
         sys.exit(f"spills, arrays in local memory, or serialized products: {', '.join(bad)}")
 

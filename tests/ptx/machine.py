@@ -191,12 +191,12 @@ class Kernel:
         def step(batch, on):
             lanes, values = batch.whole_warps(on), source(batch, on).reshape(-1, WARP)
             step_by = by(batch, on).astype(np.int64).reshape(-1, WARP)
-            lane = lanes ^ step_by if how == "bfly" else lanes - step_by if how == "up" else lanes + step_by
+            lane = {"bfly": lanes ^ step_by, "up": lanes - step_by, "down": lanes + step_by, "idx": step_by & WARP - 1}[how]
             valid = (lane >= 0) & (lane < WARP)
             target(batch, on, np.take_along_axis(values, np.where(valid, lane, lanes), 1).ravel())
             if inside is not None:
                 inside(batch, on, valid.ravel())
-        assert how in ("bfly", "up", "down")
+        assert how in ("bfly", "up", "down", "idx")
         return step
 
     def _vote(self, operands):

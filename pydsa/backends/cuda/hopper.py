@@ -43,7 +43,7 @@ def steps_of_rows(steps, image):
 if SIMULATED:
     shared_address = instruction("the address in shared memory")
 
-    def make_wgmma(n, steps, parts=1, anew=False, image=None):
+    def make_wgmma(n, steps, parts=1, anew=False, rest=False, image=None):
         """A function that raises PydsaError in the simulator."""
         return instruction("wgmma.mma_async")
 
@@ -51,7 +51,7 @@ if SIMULATED:
         """A function that raises PydsaError in the simulator."""
         return instruction("wgmma.mma_async")
 
-    def make_wgmma_wait(n, n_words):
+    def make_wgmma_wait(n, n_words, left=0):
         """A function that raises PydsaError in the simulator."""
         return instruction("wgmma.wait_group")
 
@@ -82,30 +82,33 @@ else:
         places = _elements(context, builder, signature, args, 0, n_sums)
         words = [builder.load(p) for p in _elements(context, builder, signature, args, 1, n_words)] if n_words else []
         values = [builder.load(p) for p in places] + words + list(others)
-        function = ir.FunctionType(ir.LiteralStructType([F32] * n_sums), [v.type for v in values])
+        function = ir.FunctionType(ir.LiteralStructType([F32] * n_sums) if n_sums else ir.VoidType(), [v.type for v in values])
         constraints = ["=f"] * n_sums + [str(i) for i in range(n_sums)] + ["r"] * n_words + ["l"] * len(others) + ["~{memory}"]
         made = builder.call(ir.InlineAsm(function, text, ",".join(constraints), side_effect=True), values)
         for i, place in enumerate(places):
             builder.store(builder.extract_value(made, i), place)
         return context.get_dummy_value()
 
-    def make_wgmma(n, steps, parts=1, anew=False, image=None):
+    def make_wgmma(n, steps, parts=1, anew=False, rest=False, image=None):
         """multiply(sums, words, descriptors...): start sums [n / 2] += A B, of float16, and close the group.
 
         words [4 steps]: A, four for each of `steps` times 16 columns. parts: B is the sum of so many, each with a descriptor (uint64) of
-        its first 16 numbers. anew: sums = A B. image: bytes from one image of 64 numbers of B to the next, where there are several. Up to
-        the wait for the group neither sums nor words may be used.
+        its first 16 numbers. anew: sums = A B. rest: A is a sum, too: words has as many more, which meet the first part of B only. image:
+        bytes from one image of 64 numbers of B to the next, where there are several. Up to the wait for the group neither sums nor words
+        may be used.
         """
         places = steps_of_rows(steps, image) if image else [2 * step for step in range(steps)]
-        n_sums, n_words = n // 2, 4 * steps
+        n_sums, n_words = n // 2, 4 * steps * (1 + rest)
         sums, first = ",".join(f"${i}" for i in range(n_sums)), 2 * n_sums
-        lines = ["{", ".reg .b64 %there;", "wgmma.fence.sync.aligned;"]
+        lines = ["{", ".reg .b64 %there;", ".reg .b32 %low;", ".reg .b32 %high;", "wgmma.fence.sync.aligned;"]
         for step in range(steps):
-            words = ",".join(f"${first + 4 * step + i}" for i in range(4))
-            for part in range(parts):
-                lines += [f"add.s64 %there, ${first + n_words + part}, {places[step]};",
+            for of, part in [(step, part) for part in range(parts)] + [(steps + step, 0)] * rest:
+                words = ",".join(f"${first + 4 * of + i}" for i in range(4))
+                # the sum of 64 bits takes five instructions more, and moves
+                lines += [f"mov.b64 {{%low, %high}}, ${first + n_words + part};", f"add.u32 %low, %low, {places[step]};",
+                          "mov.b64 %there, {%low, %high};",
                           f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.f16.f16 {{{sums}}}, {{{words}}}, %there, "
-                          f"{int(not anew or step + part > 0)}, 1, 1, 0;"]
+                          f"{int(not anew or len(lines) > 6)}, 1, 1, 0;"]
         text = "\n".join([*lines, "wgmma.commit_group.sync.aligned;", "}"])
 
         def start(context, builder, signature, args):
@@ -142,13 +145,14 @@ else:
             return types.void(sums, types.uint64, types.uint64), start
         return multiply
 
-    def make_wgmma_wait(n, n_words):
-        """wait(sums, words): until all products are done.
+    def make_wgmma_wait(n, n_words, left=0):
+        """wait(sums, words): until all products are done, but for the last `left` groups.
 
-        sums [n / 2] and words [n_words] go through, so that the compiler moves no use of them before it.
+        sums [n / 2] and words [n_words] of what is done then go through, so that the compiler moves no use of them before it. n and
+        n_words may be 0.
         """
         def codegen(context, builder, signature, args):
-            return _through(context, builder, signature, args, "wgmma.wait_group.sync.aligned 0;", n // 2, n_words)
+            return _through(context, builder, signature, args, f"wgmma.wait_group.sync.aligned {left};", n // 2, n_words)
 
         @intrinsic
         def wait(typingctx, sums, words):

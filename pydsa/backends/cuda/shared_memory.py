@@ -18,6 +18,7 @@ store_float = instruction("st.shared.f32 [$0], $1;", "", "rf", fixed=True)
 store_floats = instruction("st.shared.v2.f32 [$0], {$1,$2};", "", "rff", fixed=True)
 store_word = instruction("st.shared.u32 [$0], $1;", "", "rr", fixed=True)
 store_words = instruction("st.shared.v2.u32 [$0], {$1,$2};", "", "rrr", fixed=True)
+store_four_words = instruction("st.shared.v4.u32 [$0], {$1,$2,$3,$4};", "", "rrrrr", fixed=True)
 # Four matrices of 8 rows of 16 bytes, whose addresses the lanes have, eight for each: fragments of mma, as they are and transposed.
 load_fragments = instruction("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];", "rrrr", "r", fixed=True)
 load_transposed = instruction("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0,$1,$2,$3}, [$4];", "rrrr", "r", fixed=True)

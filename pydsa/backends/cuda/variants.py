@@ -54,6 +54,12 @@ def anything(*_):
     return True
 
 
+def _rows_in_wgmma(summed):
+    """Products with weights of any type that has so many weights an offset."""
+    products = f16x2.gemm_rows.PRODUCTS[summed]
+    return Variant(lambda w, single: products.takes(w), Linear(products.pack, products.matmul))
+
+
 # op -> number format -> Variant; the first whose takes() accepts the arguments is chosen
 VARIANTS = {
     "linear": {         # takes(Weight, whether there is a single token)
@@ -61,6 +67,9 @@ VARIANTS = {
         "int8x2": Variant(lambda w, single: single, Linear(int8x2.linear.pack, int8x2.gemv.matmul)),
         "f16 in wgmma": Variant(lambda w, single: f16.gemm.takes(w), Linear(f16.panels.pack, f16.gemm.matmul), FLOAT16),
         "f16x2 in wgmma": Variant(lambda w, single: f16x2.gemm.takes(w), Linear(f16x2.gemm.pack, f16x2.gemm.matmul)),
+        "f16x2 rows in wgmma": _rows_in_wgmma(0),
+        "f16x2 rows and sums of 32 in wgmma": _rows_in_wgmma(32),       # for Q4_1 and Q5_1
+        "f16x2 rows and sums of 16 in wgmma": _rows_in_wgmma(16),       # for Q2_K
         "f16": Variant(anything, Linear(f16x2.linear.pack_one, f16x2.linear.matmul), FLOAT16),
         "f16x2": Variant(anything, Linear(f16x2.linear.pack, f16x2.linear.matmul)),
     },

@@ -29,11 +29,12 @@ class Grouped(NamedTuple):
     offsets: bool       # whether there are offsets
     prepare: object     # prepare(thread, n_threads), which all threads of a block call before group() and weights()
     lane: Lane          # for one token's products
+    scales: object      # scales(data, row, g), see __init__.py; None where a block has one scale
 
 
-def entry(name, group, prepare=nothing, lane=None):
+def entry(name, group, prepare=nothing, lane=None, scales=None):
     """The Grouped of a GGUF type. Without a Lane of its own a lane takes two groups."""
-    return Grouped(group, TYPES[name].group < 32, TYPES[name].mins, prepare, lane or Lane(_two_groups(group), False, 0, False))
+    return Grouped(group, TYPES[name].group < 32, TYPES[name].mins, prepare, lane or Lane(_two_groups(group), False, 0, False), scales)
 
 
 def _two_groups(group):

@@ -14,7 +14,7 @@ from pydsa.quants import IQ2_LEVELS, TYPES, grid
 
 IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S = (
     TYPES[name].n_bytes for name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"))      # bytes of a block
-HALF, QUARTER, EIGHTH = np.float32(0.5), np.float32(0.25), np.float32(0.125)
+QUARTER, EIGHTH = np.float32(0.25), np.float32(0.125)
 
 
 def _four_levels(levels):
@@ -84,9 +84,18 @@ def signed_rows(first, second, third, fourth, signs):
 
 
 @device
-def scale_iq2(d, bits):
-    """The scale of a sub-block of IQ2 with these four bits."""
-    return d * (HALF + np.float32(np.int32(bits))) * QUARTER
+def odd_number(bits):
+    """The scale of a sub-block with these bits."""
+    return np.float32(np.int32(2 * bits + 1))
+
+
+@device
+def scales_iq2_xxs(data, row, g):
+    """The scales of group g of an IQ2_XXS row."""
+    at = row + IQ2_XXS * (g >> 3)
+    _, signs = any_two_u32(data, at + 2 + 8 * (g & 7))
+    scale = odd_number(signs >> 28)
+    return half_at(data, at) * EIGHTH, scale, scale
 
 
 @device
@@ -94,22 +103,38 @@ def group_iq2_xxs(data, row, g):
     """Group g of an IQ2_XXS row."""
     at = row + IQ2_XXS * (g >> 3)
     q, signs = any_two_u32(data, at + 2 + 8 * (g & 7))
-    d = scale_iq2(half_at(data, at), signs >> 28)
+    d, scale, _ = scales_iq2_xxs(data, row, g)
+    d *= scale
     a, b, c, e, f, h, i, j = signed_rows(row_of_iq2_xxs(q & 255), row_of_iq2_xxs(q >> 8 & 255), row_of_iq2_xxs(q >> 16 & 255),
                                          row_of_iq2_xxs(q >> 24), with_eighth(four_sevens(signs)))
     return a, b, c, e, f, h, i, j, d, d, ZERO, ZERO
 
 
 @device
+def scales_iq2_xs(data, row, g):
+    """The scales of group g of an IQ2_XS row."""
+    at = row + IQ2_XS * (g >> 3)
+    scales = byte_at(data, at + 66 + (g & 7))
+    return half_at(data, at) * EIGHTH, odd_number(scales & 15), odd_number(scales >> 4)
+
+
+@device
 def group_iq2_xs(data, row, g):
     """Group g of an IQ2_XS row."""
-    at, s = row + IQ2_XS * (g >> 3), g & 7
-    q, q1 = any_two_u32(data, at + 2 + 8 * s)
-    d, scales = half_at(data, at), byte_at(data, at + 66 + s)
+    q, q1 = any_two_u32(data, row + IQ2_XS * (g >> 3) + 2 + 8 * (g & 7))
+    d, scale, scale_1 = scales_iq2_xs(data, row, g)
     sevens = permuted(np.uint32(q >> 1), np.uint32(q1 >> 1), np.uint32(0x7531)) & 0x7F7F7F7F
     a, b, c, e, f, h, i, j = signed_rows(row_of_iq2_xs(q & 511), row_of_iq2_xs(q >> 16 & 511), row_of_iq2_xs(q1 & 511),
                                          row_of_iq2_xs(q1 >> 16 & 511), with_eighth(sevens))
-    return a, b, c, e, f, h, i, j, scale_iq2(d, scales & 15), scale_iq2(d, scales >> 4), ZERO, ZERO
+    return a, b, c, e, f, h, i, j, d * scale, d * scale_1, ZERO, ZERO
+
+
+@device
+def scales_iq2_s(data, row, g):
+    """The scales of group g of an IQ2_S row."""
+    at = row + IQ2_S * (g >> 3)
+    scales = byte_at(data, at + 74 + (g & 7))
+    return half_at(data, at) * EIGHTH, odd_number(scales & 15), odd_number(scales >> 4)
 
 
 @device
@@ -117,10 +142,10 @@ def group_iq2_s(data, row, g):
     """Group g of an IQ2_S row."""
     at, s = row + IQ2_S * (g >> 3), g & 7
     q, signs, high = any_u32(data, at + 2 + 4 * s), any_u32(data, at + 34 + 4 * s), byte_at(data, at + 66 + s)
-    d, scales = half_at(data, at), byte_at(data, at + 74 + s)
+    d, scale, scale_1 = scales_iq2_s(data, row, g)
     a, b, c, e, f, h, i, j = signed_rows(row_of_iq2_s(q & 255 | high << 8 & 0x300), row_of_iq2_s(q >> 8 & 255 | high << 6 & 0x300),
                                          row_of_iq2_s(q >> 16 & 255 | high << 4 & 0x300), row_of_iq2_s(q >> 24 | high << 2 & 0x300), signs)
-    return a, b, c, e, f, h, i, j, scale_iq2(d, scales & 15), scale_iq2(d, scales >> 4), ZERO, ZERO
+    return a, b, c, e, f, h, i, j, d * scale, d * scale_1, ZERO, ZERO
 
 
 @device
@@ -131,12 +156,21 @@ def row_of_iq3_xxs(index, signs, bit):
 
 
 @device
+def scales_iq3_xxs(data, row, g):
+    """The scales of group g of an IQ3_XXS row."""
+    at = row + IQ3_XXS * (g >> 3)
+    scale = odd_number(any_u32(data, at + 66 + 4 * (g & 7)) >> 28)
+    return half_at(data, at) * QUARTER, scale, scale
+
+
+@device
 def group_iq3_xxs(data, row, g):
     """Group g of an IQ3_XXS row."""
     at, s = row + IQ3_XXS * (g >> 3), g & 7
     q, q1 = any_two_u32(data, at + 2 + 8 * s)
-    bits = any_u32(data, at + 66 + 4 * s)
-    d, signs = half_at(data, at) * (HALF + np.float32(np.int32(bits >> 28))) * HALF, signs_in_bytes(with_eighth(four_sevens(bits)))
+    signs = signs_in_bytes(with_eighth(four_sevens(any_u32(data, at + 66 + 4 * s))))
+    d, scale, _ = scales_iq3_xxs(data, row, g)
+    d *= scale
     return (row_of_iq3_xxs(q & 255, signs, 0), row_of_iq3_xxs(q >> 8 & 255, signs, 4),
             row_of_iq3_xxs(q >> 16 & 255, signs, 1), row_of_iq3_xxs(q >> 24, signs, 5),
             row_of_iq3_xxs(q1 & 255, signs, 2), row_of_iq3_xxs(q1 >> 8 & 255, signs, 6),
@@ -153,12 +187,21 @@ def row_of_iq3_s(index, signs, bit):
 
 
 @device
+def scales_iq3_s(data, row, g):
+    """The scales of group g of an IQ3_S row."""
+    at, s = row + IQ3_S * (g >> 3), g & 7
+    scale = odd_number(byte_at(data, at + 106 + (s >> 1)) >> 4 * (s & 1) & 15)
+    return half_at(data, at), scale, scale
+
+
+@device
 def group_iq3_s(data, row, g):
     """Group g of an IQ3_S row."""
     at, s = row + IQ3_S * (g >> 3), g & 7
     q, q1 = any_two_u32(data, at + 2 + 8 * s)
     high, signs = byte_at(data, at + 66 + s), signs_in_bytes(any_u32(data, at + 74 + 4 * s))
-    d = half_at(data, at) * np.float32(np.int32(2 * (byte_at(data, at + 106 + (s >> 1)) >> 4 * (s & 1) & 15) + 1))
+    d, scale, _ = scales_iq3_s(data, row, g)
+    d *= scale
     return (row_of_iq3_s(q & 255 | high << 8 & 256, signs, 0), row_of_iq3_s(q >> 8 & 255 | high << 7 & 256, signs, 4),
             row_of_iq3_s(q >> 16 & 255 | high << 6 & 256, signs, 1), row_of_iq3_s(q >> 24 | high << 5 & 256, signs, 5),
             row_of_iq3_s(q1 & 255 | high << 4 & 256, signs, 2), row_of_iq3_s(q1 >> 8 & 255 | high << 3 & 256, signs, 6),
@@ -174,11 +217,20 @@ def shifted_row(index, down):
 
 
 @device
+def scales_iq1_s(data, row, g):
+    """The scales of group g of an IQ1_S row."""
+    at = row + IQ1_S * (g >> 3)
+    scale = odd_number(byte_at(data, at + 35 + 2 * (g & 7)) >> 4 & 7)
+    return half_at(data, at) * EIGHTH, scale, scale
+
+
+@device
 def group_iq1_s(data, row, g):
     """Group g of an IQ1_S row."""
     at, s = row + IQ1_S * (g >> 3), g & 7
     q, high = any_u32(data, at + 2 + 4 * s), byte_at(data, at + 34 + 2 * s) | byte_at(data, at + 35 + 2 * s) << 8
-    d, down = half_at(data, at) * np.float32(np.int32(2 * (high >> 12 & 7) + 1)) * EIGHTH, high >> 15
+    (d, scale, _), down = scales_iq1_s(data, row, g), high >> 15
+    d *= scale
     a, b = shifted_row(q & 255 | high << 8 & 0x700, down)
     c, e = shifted_row(q >> 8 & 255 | high << 5 & 0x700, down)
     f, h = shifted_row(q >> 16 & 255 | high << 2 & 0x700, down)
@@ -187,27 +239,35 @@ def group_iq1_s(data, row, g):
 
 
 @device
-def scale_iq1_m(d, bits):
-    """The scale of a sub-block of IQ1_M, of which the three lowest bits count."""
-    return d * np.float32(np.int32(2 * (bits & 7) + 1)) * EIGHTH
+def scales_iq1_m(data, row, g):
+    """The scales of group g of an IQ1_M row.
+
+    The bits of d are the highest of four uint16 of scales.
+    """
+    at, s = row + IQ1_M * (g >> 3), g & 7
+    first, second = u32_at(data, at + 48), u32_at(data, at + 52)
+    d = of_half(np.uint32(first >> 12 & 0xF | first >> 24 & 0xF0 | second >> 4 & 0xF00 | second >> 16 & 0xF000))
+    scales = (first if s < 4 else second) >> (16 * (s >> 1 & 1) + 6 * (s & 1))
+    return d * EIGHTH, odd_number(scales & 7), odd_number(scales >> 3 & 7)
 
 
 @device
 def group_iq1_m(data, row, g):
-    """Group g of an IQ1_M row. The bits of d are the highest of four uint16 of scales."""
+    """Group g of an IQ1_M row."""
     at, s = row + IQ1_M * (g >> 3), g & 7
     q, high = u32_at(data, at + 4 * s), u32_at(data, at + 32 + 4 * (s >> 1)) >> 16 * (s & 1)
-    first, second = u32_at(data, at + 48), u32_at(data, at + 52)
-    d = of_half(np.uint32(first >> 12 & 0xF | first >> 24 & 0xF0 | second >> 4 & 0xF00 | second >> 16 & 0xF000))
-    scales = (first if s < 4 else second) >> (16 * (s >> 1 & 1) + 6 * (s & 1))
+    d, scale, scale_1 = scales_iq1_m(data, row, g)
     a, b = shifted_row(q & 255 | high << 8 & 0x700, high & 8)
     c, e = shifted_row(q >> 8 & 255 | high << 4 & 0x700, high & 0x80)
     f, h = shifted_row(q >> 16 & 255 | high & 0x700, high & 0x800)
     i, j = shifted_row(q >> 24 | high >> 4 & 0x700, high & 0x8000)
-    return a, b, c, e, f, h, i, j, scale_iq1_m(d, scales), scale_iq1_m(d, scales >> 3), ZERO, ZERO
+    return a, b, c, e, f, h, i, j, d * scale, d * scale_1, ZERO, ZERO
 
 
-GROUPED = {"IQ1_S": entry("IQ1_S", group_iq1_s, prepare_iq1), "IQ1_M": entry("IQ1_M", group_iq1_m, prepare_iq1),
-           "IQ2_XXS": entry("IQ2_XXS", group_iq2_xxs, prepare_iq2_xxs), "IQ2_XS": entry("IQ2_XS", group_iq2_xs, prepare_iq2_xs),
-           "IQ2_S": entry("IQ2_S", group_iq2_s, prepare_iq2_s), "IQ3_XXS": entry("IQ3_XXS", group_iq3_xxs, prepare_iq3_xxs),
-           "IQ3_S": entry("IQ3_S", group_iq3_s, prepare_iq3_s)}
+GROUPED = {"IQ1_S": entry("IQ1_S", group_iq1_s, prepare_iq1, scales=scales_iq1_s),
+           "IQ1_M": entry("IQ1_M", group_iq1_m, prepare_iq1, scales=scales_iq1_m),
+           "IQ2_XXS": entry("IQ2_XXS", group_iq2_xxs, prepare_iq2_xxs, scales=scales_iq2_xxs),
+           "IQ2_XS": entry("IQ2_XS", group_iq2_xs, prepare_iq2_xs, scales=scales_iq2_xs),
+           "IQ2_S": entry("IQ2_S", group_iq2_s, prepare_iq2_s, scales=scales_iq2_s),
+           "IQ3_XXS": entry("IQ3_XXS", group_iq3_xxs, prepare_iq3_xxs, scales=scales_iq3_xxs),
+           "IQ3_S": entry("IQ3_S", group_iq3_s, prepare_iq3_s, scales=scales_iq3_s)}

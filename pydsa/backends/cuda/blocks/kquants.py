@@ -77,28 +77,43 @@ def six_bits(low, high, k):
 
 
 @device
+def scales_q6_k(data, row, g):
+    """The scales of group g of a Q6_K row."""
+    at = row + Q6_K * (g >> 3)
+    scales = at + 192 + 2 * (g & 7)
+    return half_at(data, at + 208), signed_byte(data, scales), signed_byte(data, scales + 1)
+
+
+@device
 def group_q6_k(data, row, g):
     """Group g of a Q6_K row."""
     at, part, k = row + Q6_K * (g >> 3), g >> 2 & 1, g & 3
-    d, scales = half_at(data, at + 208), at + 192 + 8 * part + 2 * k
+    d, s, s1 = scales_q6_k(data, row, g)
     a, b, c, e, f, h, i, j = any_eight_u32(data, at + 64 * part + 32 * (k & 1))
     a2, b2, c2, e2, f2, h2, i2, j2 = any_eight_u32(data, at + 128 + 32 * part)
     return (six_bits(a, a2, k), six_bits(b, b2, k), six_bits(c, c2, k), six_bits(e, e2, k), six_bits(f, f2, k), six_bits(h, h2, k),
-            six_bits(i, i2, k), six_bits(j, j2, k), d * signed_byte(data, scales),
-            d * signed_byte(data, scales + 1), ZERO, ZERO)
+            six_bits(i, i2, k), six_bits(j, j2, k), d * s, d * s1, ZERO, ZERO)
+
+
+@device
+def scales_q2_k(data, row, g):
+    """The scales of group g of a Q2_K row."""
+    at = row + Q2_K * (g >> 3)
+    return (half_at(data, at + 80), np.float32(byte_at(data, at + 2 * (g & 7)) & 15),
+            np.float32(byte_at(data, at + 2 * (g & 7) + 1) & 15))
 
 
 @device
 def group_q2_k(data, row, g):
     """Group g of a Q2_K row."""
     at, part, k = row + Q2_K * (g >> 3), g >> 2 & 1, g & 3
-    d, dmin = half_at(data, at + 80), half_at(data, at + 82)
+    (d, s, s1), dmin = scales_q2_k(data, row, g), half_at(data, at + 82)
     first, second = byte_at(data, at + 8 * part + 2 * k), byte_at(data, at + 8 * part + 2 * k + 1)
     q, shift = at + 16 + 32 * part, 2 * k
     return (u32_at(data, q) >> shift & TWO_BITS, u32_at(data, q + 4) >> shift & TWO_BITS, u32_at(data, q + 8) >> shift & TWO_BITS,
             u32_at(data, q + 12) >> shift & TWO_BITS, u32_at(data, q + 16) >> shift & TWO_BITS, u32_at(data, q + 20) >> shift & TWO_BITS,
             u32_at(data, q + 24) >> shift & TWO_BITS, u32_at(data, q + 28) >> shift & TWO_BITS,
-            d * np.float32(first & 15), d * np.float32(second & 15), dmin * np.float32(first >> 4), dmin * np.float32(second >> 4))
+            d * s, d * s1, dmin * np.float32(first >> 4), dmin * np.float32(second >> 4))
 
 
 @device
@@ -118,15 +133,22 @@ def three_bits(low, high, g):
 
 
 @device
+def scales_q3_k(data, row, g):
+    """The scales of group g of a Q3_K row."""
+    at, j = row + Q3_K * (g >> 3), 2 * (g & 7)
+    return half_at(data, at + 108), six_bit_scale(data, at + 96, j), six_bit_scale(data, at + 96, j + 1)
+
+
+@device
 def group_q3_k(data, row, g):
     """Group g of a Q3_K row."""
     at, s = row + Q3_K * (g >> 3), g & 7
-    d = half_at(data, at + 108)
+    d, scale, scale_1 = scales_q3_k(data, row, g)
     a, b, c, e, f, h, i, j = any_eight_u32(data, at + 32 + 32 * (s >> 2))
     a2, b2, c2, e2, f2, h2, i2, j2 = any_eight_u32(data, at)
     return (three_bits(a, a2, s), three_bits(b, b2, s), three_bits(c, c2, s), three_bits(e, e2, s), three_bits(f, f2, s),
             three_bits(h, h2, s), three_bits(i, i2, s), three_bits(j, j2, s),
-            d * six_bit_scale(data, at + 96, 2 * s), d * six_bit_scale(data, at + 96, 2 * s + 1), ZERO, ZERO)
+            d * scale, d * scale_1, ZERO, ZERO)
 
 
 @device
@@ -230,8 +252,8 @@ def weights_q3_k(data, row, c, second):
              d * six_bit_scale(data, at + 96, j + 6)), NO_OFFSETS)
 
 
-GROUPED = {"Q2_K": entry("Q2_K", group_q2_k, lane=Lane(weights_q2_k, True, 0, False)),
-           "Q3_K": entry("Q3_K", group_q3_k, lane=Lane(weights_q3_k, True, 4, False)),
+GROUPED = {"Q2_K": entry("Q2_K", group_q2_k, lane=Lane(weights_q2_k, True, 0, False), scales=scales_q2_k),
+           "Q3_K": entry("Q3_K", group_q3_k, lane=Lane(weights_q3_k, True, 4, False), scales=scales_q3_k),
            "Q4_K": entry("Q4_K", group_q4_k, lane=Lane(weights_q4_k, False, 0, True)),
            "Q5_K": entry("Q5_K", group_q5_k, lane=Lane(weights_q5_k, False, 0, True)),
-           "Q6_K": entry("Q6_K", group_q6_k, lane=Lane(weights_q6_k, True, 32, False))}
+           "Q6_K": entry("Q6_K", group_q6_k, lane=Lane(weights_q6_k, True, 32, False), scales=scales_q6_k)}

@@ -56,12 +56,20 @@ def group_iq4_nl(data, row, g):
 
 
 @device
-def group_iq4_xs(data, row, g):
-    """Group g of an IQ4_XS row."""
+def scales_iq4_xs(data, row, g):
+    """The scales of group g of an IQ4_XS row."""
     at, s = row + IQ4_XS * (g >> 3), g & 7
     low = byte_at(data, at + 4 + s // 2) >> (4 * (s % 2)) & 15
     high = (byte_at(data, at + 2) | byte_at(data, at + 3) << 8) >> (2 * s) & 3
-    d, q = half_at(data, at) * np.float32(np.int32((low | high << 4) - 32)), at + 8 + 16 * s
+    scale = np.float32(np.int32((low | high << 4) - 32))
+    return half_at(data, at), scale, scale
+
+
+@device
+def group_iq4_xs(data, row, g):
+    """Group g of an IQ4_XS row."""
+    d, scale, _ = scales_iq4_xs(data, row, g)
+    d, q = d * scale, row + IQ4_XS * (g >> 3) + 8 + 16 * (g & 7)
     a, b, c, e = u32_at(data, q), u32_at(data, q + 4), u32_at(data, q + 8), u32_at(data, q + 12)
     a, b, c, e, f, h, i, j = all_looked_up(IQ4_TABLE, a, b, c, e)
     return a, b, c, e, f, h, i, j, d, d, ZERO, ZERO
@@ -93,14 +101,20 @@ def half_of_e4m3(byte):
 
 
 @device
+def scales_nvfp4(data, row, g):
+    """The scales of group g of an NVFP4 row. Its blocks have no factor."""
+    at = row + NVFP4 * (g >> 1) + 2 * (g & 1)
+    return np.float32(1), half_of_e4m3(byte_at(data, at)), half_of_e4m3(byte_at(data, at + 1))
+
+
+@device
 def group_nvfp4(data, row, g):
     """Group g of an NVFP4 row: half a block, with scales of 16 weights."""
-    at, half = row + NVFP4 * (g >> 1), g & 1
-    q, scales = at + 4 + 16 * half, at + 2 * half
+    q, (_, s, s1) = row + NVFP4 * (g >> 1) + 4 + 16 * (g & 1), scales_nvfp4(data, row, g)
     a, b, c, e = u32_at(data, q), u32_at(data, q + 4), u32_at(data, q + 8), u32_at(data, q + 12)
     a, b, c, e, f, h, i, j = all_looked_up(MXFP4_TABLE, a, b, c, e)
-    return a, b, f, h, c, e, i, j, half_of_e4m3(byte_at(data, scales)), half_of_e4m3(byte_at(data, scales + 1)), ZERO, ZERO
+    return a, b, f, h, c, e, i, j, s, s1, ZERO, ZERO
 
 
-GROUPED = {"IQ4_NL": entry("IQ4_NL", group_iq4_nl), "IQ4_XS": entry("IQ4_XS", group_iq4_xs),
-           "MXFP4": entry("MXFP4", group_mxfp4), "NVFP4": entry("NVFP4", group_nvfp4)}
+GROUPED = {"IQ4_NL": entry("IQ4_NL", group_iq4_nl), "IQ4_XS": entry("IQ4_XS", group_iq4_xs, scales=scales_iq4_xs),
+           "MXFP4": entry("MXFP4", group_mxfp4), "NVFP4": entry("NVFP4", group_nvfp4, scales=scales_nvfp4)}

@@ -1,2 +1,2 @@
 """float16 tensor-core kernels for prompts, two float16 per activation."""
-from pydsa.backends.cuda.f16x2 import gemm, linear  # noqa: F401
+from pydsa.backends.cuda.f16x2 import gemm, gemm_rows, linear  # noqa: F401

@@ -1,8 +1,7 @@
-"""Activations as gemm.py's products take them: two float16 each, in the order of a type's weights.
+"""Activations as products in wgmma take them: two float16 each, in the order of a type's weights.
 
-A row is a list of stages of 64 numbers, each 128 bytes of high float16 and 128 of low ones: scale (high + low). In front are sums, with
-which offsets of weights are multiplied: 32 numbers for each block of 256, eight sums of 32 activations in four forms: the nearest float16,
-what that leaves, and both again. A stage has four blocks of them.
+A row is a list of stages of 64 numbers, each 128 bytes of high float16 and 128 of low ones: scale (high + low). In front are stages of
+sums of 32 or 16 activations, with which offsets of weights are multiplied. Behind the last number a stage has zeros.
 """
 from typing import NamedTuple
 
@@ -13,12 +12,11 @@ from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.block_sums import abs_bits, block_max
 from pydsa.backends.cuda.device import bits_float, device, of_half, to_half
 from pydsa.backends.cuda.instructions import store_sixteen
-from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.launch import blocks_for, kernel
 
 
 THREADS = 256
 STAGE_BYTES, PART_BYTES = 256, 128      # of a row
-BLOCK, SUMMED = 256, 32                 # weights that share a scale, and that share an offset
 MOST = 1024         # what a row's greatest number becomes: its sums of 32 are float16, too
 ZERO = np.float32(0)
 
@@ -29,14 +27,12 @@ class Columns(NamedTuple):
     scales: object      # float32 [N]
 
 
-def n_first(n_blocks):
-    """The number of stages of sums, four blocks in each."""
-    return (n_blocks + 3) // 4
+def n_stages(n, summed):
+    """The number of stages of a row of n activations.
 
-
-def n_stages(n):
-    """The number of stages of a row of n activations."""
-    return n_first(n // BLOCK) + n // 64
+    summed: of how many there are sums; 0: none.
+    """
+    return blocks_for(n, 64) + (blocks_for(n, 64 * summed) if summed else 0)
 
 
 @device
@@ -81,50 +77,69 @@ def scaled(x, t, i, factor):
 
 
 @device
-def sum_of(x, t, first, factor):
-    """The sum of SUMMED activations, as their pairs of float16 stand for them."""
+def sum_of(x, t, first, n, factor):
+    """The sum of n activations, as their pairs of float16 stand for them. 0 behind the last one."""
     total = ZERO
-    for i in range(first, first + SUMMED):
+    for i in range(first, min(first + n, x.shape[1])):
         v = scaled(x, t, i, factor)
         high = of_half(to_half(v))
         total += high + of_half(to_half(v - high))
     return total
 
 
-@kernel("u1[:,::1], f4[:], f4[:,:]", THREADS)
-def split_columns_q4_k(packed, scales, x):
-    """Split rows into Columns for Q4_K. One row per block."""
-    t, thread, n_blocks = cuda.blockIdx.x, cuda.threadIdx.x, x.shape[1] // BLOCK
-    maxima, row = cuda.shared.array(32, np.int32), t * packed.shape[1]
-    factor, scale = factor_of(x, t, maxima, thread)
-    if thread == 0:
-        scales[t] = scale
-    before = (n_blocks + 3) // 4
-    for piece in range(thread, 8 * x.shape[1] // 64, THREADS):
-        first, p = piece // 8 * 64, piece & 7
+@device
+def natural_column(piece, i):
+    """The i-th of the eight of a piece is where it is."""
+    return 8 * piece + i
+
+
+def _make_split(name, column_of, summed):
+    """A kernel that splits rows into Columns, one row a block. The order of each 64 is column_of's."""
+    @device
+    def number(x, t, i, factor):
+        return scaled(x, t, i, factor) if i < x.shape[1] else ZERO
+
+    def split_rows(packed, scales, x):
+        t, thread, n = cuda.blockIdx.x, cuda.threadIdx.x, x.shape[1]
+        maxima, row = cuda.shared.array(32, np.int32), t * packed.shape[1]
+        factor, scale = factor_of(x, t, maxima, thread)
+        if thread == 0:
+            scales[t] = scale
         words = cuda.local.array(8, np.uint32)
-        for j in range(4):
-            words[j], words[4 + j] = pair_of_halves(scaled(x, t, first + column_of_q4_k(p, 2 * j), factor),
-                                                    scaled(x, t, first + column_of_q4_k(p, 2 * j + 1), factor))
-        at = row + STAGE_BYTES * (before + piece // 8) + 16 * p
-        store_sixteen(packed, at, words[0], words[1], words[2], words[3])
-        store_sixteen(packed, at + PART_BYTES, words[4], words[5], words[6], words[7])
-    for block in range(thread, 4 * before, THREADS):
-        words = cuda.local.array(8, np.uint32)
-        for j in range(4):
-            first = BLOCK * block + 2 * SUMMED * j
-            words[j], words[4 + j] = pair_of_halves(sum_of(x, t, first, factor), sum_of(x, t, first + SUMMED, factor)) if (
-                block < n_blocks) else (np.uint32(0), np.uint32(0))
-        at = row + 64 * block
-        for _ in range(2):
+        before = packed.shape[1] // STAGE_BYTES - (n + 63) // 64
+        for piece in range(thread, 8 * ((n + 63) // 64), THREADS):
+            first, p = piece // 8 * 64, piece & 7
+            for j in range(4):
+                words[j], words[4 + j] = pair_of_halves(number(x, t, first + column_of(p, 2 * j), factor),
+                                                        number(x, t, first + column_of(p, 2 * j + 1), factor))
+            at = row + STAGE_BYTES * (before + piece // 8) + 16 * p
             store_sixteen(packed, at, words[0], words[1], words[2], words[3])
-            store_sixteen(packed, at + 16, words[4], words[5], words[6], words[7])
-            at += 32
+            store_sixteen(packed, at + PART_BYTES, words[4], words[5], words[6], words[7])
+        if summed:
+            for piece in range(thread, 8 * before, THREADS):
+                for j in range(4):
+                    first = summed * (8 * piece + 2 * j)
+                    words[j], words[4 + j] = pair_of_halves(sum_of(x, t, first, summed, factor),
+                                                            sum_of(x, t, first + summed, summed, factor))
+                at = row + STAGE_BYTES * (piece // 8) + 16 * (piece & 7)
+                store_sixteen(packed, at, words[0], words[1], words[2], words[3])
+                store_sixteen(packed, at + PART_BYTES, words[4], words[5], words[6], words[7])
+    return kernel("u1[:,::1], f4[:], f4[:,:]", THREADS, name)(split_rows)
 
 
-def split(x, kernel):
-    """Rows of activations [N, n] of any strides as Columns in scratch memory."""
+split_columns_q4_k = _make_split("split_columns_q4_k", column_of_q4_k, 32)
+split_columns = _make_split("split_columns", natural_column, 0)
+split_columns_and_16 = _make_split("split_columns_and_16", natural_column, 16)
+split_columns_and_32 = _make_split("split_columns_and_32", natural_column, 32)
+
+
+def split(x, kernel, summed):
+    """Rows of activations [N, n] of any strides as Columns in scratch memory.
+
+    kernel: one of those above, with sums of so many.
+    """
     n_rows, n = x.shape
-    made = Columns(scratch("x columns", (n_rows, STAGE_BYTES * n_stages(n)), np.uint8), scratch("x column scales", (n_rows,), np.float32))
+    made = Columns(scratch("x columns", (n_rows, STAGE_BYTES * n_stages(n, summed)), np.uint8),
+                   scratch("x column scales", (n_rows,), np.float32))
     kernel(n_rows, *made, x)
     return made
