@@ -27,17 +27,6 @@ if __name__ == "__main__":      # whatever is in PYTHONPATH
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.gpu_products import random_tensor  # noqa: E402
 
-
-from pydsa.backends import cuda, reference  # noqa: E402
-from pydsa.backends.cuda.current import gpu  # noqa: E402
-from pydsa.backends.cuda.f16x2 import gemm, gemm_rows, linear  # noqa: E402
-from pydsa.backends.cuda.linear import head_tiles  # noqa: E402
-from pydsa.backends.cuda.moe import pair_tiles  # noqa: E402
-from pydsa.gguf_file import Tensor  # noqa: E402
-from pydsa.quants import SUPPORTED  # noqa: E402
-from tools.gpu_products import random_tensor  # noqa: E402
-
-KINDS = "Q4_K", "Q6_K", "Q8_0"
 SHAPES = "18432x7168", "7168x18432", "24576x1536", "64*2048x7168"       # rows x columns; before them the number of experts
 CHECKED, REPEATS = 16, 5            # rows that are computed in float64
 WORST, WORST_OF_FLOAT16 = 1e-9, 1e-6
@@ -100,7 +89,6 @@ def time_torch(shape, n_tokens):
 
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True)
-@click.option("--type", "kinds", multiple=True, type=click.Choice(SUPPORTED), default=KINDS, show_default=True, help="types of weights")
 @click.option("--shape", "shapes", multiple=True, default=SHAPES, show_default=True, help="rows x columns, or EXPERTS*ROWSxCOLUMNS")
 @click.option("--type", "kinds", multiple=True, type=click.Choice(SUPPORTED), default=("Q4_K", "Q6_K", "Q8_0"), show_default=True)
 def main(tokens, shapes, kinds):
