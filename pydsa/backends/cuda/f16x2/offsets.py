@@ -50,9 +50,10 @@ def make_mins(name, put, sums_of_group):
 
 @device
 def put_mins_q4_k(words, of, data, at, c, half):
-    """The eight offsets of a block of Q4_K or Q5_K as words of A -> their factor.
+    """The eight offsets of a block of Q4_K or Q5_K as words of A.
 
     The words are for 16 sums, of which eight meet zeros. of: 0, or 1 for the row g + 8. half: which eight of the sums are the block's.
+    Returns their factor.
     """
     dmin, _, b, d = read_sixteen(data, at)
     shift = U(16) * (c & U(1))
