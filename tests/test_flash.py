@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import TINY
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
@@ -121,10 +122,38 @@ for storage, bound in dict(f32=1e-7, f16=1e-7, bf16=1e-5, i16=1e-7, i8=1e-4).ite
         assert nmse(found[:5] / power_of(expected), expected[2:]) < bound and not found[5:].any(), storage
 """
 
+# A prompt, and one behind it, up to their attention, with no other kernels
+POSITIONS = """
+import sys
+import pydsa
+from pydsa.backends import cuda
+from pydsa.backends.cuda.launch import Kernel, listing
 
-def run_python(code):
-    env = os.environ | {"PYDSA_TEST_DEVICE": "ptx", "PYDSA_TEST_CAPABILITY": "9.0", "NUMBA_ENABLE_CUDASIM": "0"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+class Met(Exception):
+    pass
+
+def attend(out, q, latents, k_b, v_b, positions, scale):
+    if listing.kernels is None:
+        raise Met(positions.greatest, latents.data.shape[0])
+    assert positions.greatest is None       # memory is taken for a whole context
+
+Kernel.__call__ = lambda *args: None
+cuda.mha_attention = attend
+session = pydsa.load(sys.argv[1], device="cuda", n_ctx=256, n_ubatch=64).session()
+for n_past in (0, 60):
+    session.tokens[:] = range(n_past)
+    try:
+        session.prefill(list(range(50)))
+    except Met as met:
+        assert met.args == (n_past + 49, 256), met
+    else:
+        raise AssertionError("no such attention")
+"""
+
+
+def run_python(code, *args, simulated=False):
+    env = os.environ | {"PYDSA_TEST_DEVICE": "ptx", "PYDSA_TEST_CAPABILITY": "9.0", "NUMBA_ENABLE_CUDASIM": "1" if simulated else "0"}
+    done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -136,6 +165,11 @@ def test_prompts():
 def test_images():
     """Weights of all types, and rows of all caches, as float16."""
     run_python(IMAGES)
+
+
+def test_positions_are_known(small_model):
+    """Launches are for keys that there are, not for the whole context."""
+    run_python(POSITIONS, small_model(arch="deepseek2", **TINY | {"n_ctx": 256, "n_lora_kv": 64}), simulated=True)
 
 
 def test_parts_and_magnitudes():

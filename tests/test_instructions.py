@@ -107,18 +107,37 @@ from pydsa.backends.cuda.instructions import instruction
 from pydsa.backends.cuda.launch import kernel
 registers = instruction("setmaxnreg.inc.sync.aligned.u32 240;", fixed=True)
 
-@kernel("f4[::1]", 128, specific=(9, 0), lto=True)
+@kernel("f4[::1]", 128, specific=(9, 0))
 def by_lto(out):
     registers()
     out[cuda.threadIdx.x] = 0
 
-@kernel("f4[::1]", 128, specific=(9, 0))
+@kernel("f4[::1]", 128, specific=(9, 0), lto=False)
 def by_ptx(out):
     out[cuda.threadIdx.x] = 0
 
 assert re.search(r"^[.]target sm_90a$", by_ptx.ptx((9, 0)), re.M)
 assert by_ptx.cubin((9, 0))[:4] == by_lto.cubin((9, 0))[:4] == b"\\x7fELF"
 assert by_ptx.entry(by_ptx.cubin((9, 0))) == "by_ptx" and re.match("_Z.*by_lto", by_lto.entry(by_lto.cubin((9, 0))))
+"""
+SERIALIZED = """
+from cuda.bindings import nvjitlink
+from pydsa.backends import cuda
+from pydsa.backends.cuda.launch import KERNELS
+complete, said = nvjitlink.complete, []
+
+def noted(link):
+    complete(link)
+    log = bytearray(nvjitlink.get_info_log_size(link))
+    nvjitlink.get_info_log(link, log)
+    said.append(b"serialized" in log)
+
+nvjitlink.complete, keys = noted, KERNELS["flash_keys"]
+keys._assembled((9, 0))
+assert all(kernel.lto for kernel in KERNELS.values() if kernel.specific)
+keys.lto = False
+keys._assembled((9, 0))
+assert said == [False, True], said
 """
 
 
@@ -143,3 +162,8 @@ def test_the_simulator():
 def test_kernels_by_way_of_ptx_and_of_lto():
     """Machine code for sm_90a is made both ways; setmaxnreg needs LTO-IR."""
     run(ROUTES)
+
+
+def test_products_of_wgmma_do_not_wait_for_each_other():
+    """By way of PTX they would, as nvJitLink says in its log."""
+    run(SERIALIZED)

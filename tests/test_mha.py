@@ -4,12 +4,13 @@ Attention to all keys and to chosen ones, for every type of cache and weight.
 """
 import numpy as np
 import pytest
-from helpers import (DEVICE, Rows, choose, close, compare, kernels, last_positions, normal, run, same_for_all_threads, some_keys,
+from helpers import (DEVICE, PRECISION, Rows, choose, close, compare, kernels, last_positions, normal, run, same_for_all_threads, some_keys,
                      tensor)
 
 from pydsa.backends import reference
 from pydsa.backends.cpu import amx
 from pydsa.backends.devices import FLASH_WIDTHS
+from pydsa.options import EXACT
 from pydsa.schedule import MHA_TOKENS, plain_form_pays, plain_form_until
 from pydsa.setup import Setup
 from pydsa.quants import CACHE_TYPES
@@ -36,7 +37,7 @@ def bound_of(kv_type, shape):
     It is that of float32, of 16-bit integers where AMX multiplies them, or of one float16 for shapes that a GPU may have flash attention
     for.
     """
-    if DEVICE == "cuda" and (*shape[2:], shape[1]) in FLASH_WIDTHS:
+    if DEVICE == "cuda" and PRECISION != EXACT and (*shape[2:], shape[1]) in FLASH_WIDTHS:
         return 1e-6
     return 1e-7 if amx.HERE and kv_type != "f32" else 1e-11 if not CACHE_TYPES[kv_type].scaled else 1e-8
 

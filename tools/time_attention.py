@@ -3,9 +3,9 @@
     python tools/time_attention.py
     python tools/time_attention.py --tokens 512 --keys 8192 --kv-type f16
 
-It is done as models in float16 take it, and as exact ones do. Each line has the widths, the kernels, milliseconds, 1e12 operations per second
-of MLA's plain form, keys and values included, and the error (NMSE) beside the exact way. Weights are Q8_0. The exit code is 1 if an error is
-above 1e-6.
+It is done as exact models take it, and as those in float16 do. Each line has the widths, the precision, milliseconds, 1e12 operations per
+second of MLA's plain form, keys and values included, and the error (NMSE) beside the exact way. Weights are Q8_0. The exit code is 1 if an
+error is above 1e-6.
 """
 import sys
 
@@ -40,9 +40,10 @@ def cache_of(rng, n_keys, widths, kv_type):
 
 
 def time_widths(widths, n_head, n_tokens, n_keys, kv_type, seed=0):
-    """Yield (kernels, milliseconds, TFLOP/s, error) of a model's widths."""
+    """Yield (precision, milliseconds, TFLOP/s, error) of a model's widths."""
     (n_nope, n_rot, n_v, kv_lora), rng = widths, np.random.default_rng(seed)
-    q, out = cuda.upload(rng.standard_normal((n_tokens, n_head, n_nope + n_rot), np.float32)), cuda.empty((n_tokens, n_head, n_v), np.float32)
+    q = cuda.upload(rng.standard_normal((n_tokens, n_head, n_nope + n_rot), np.float32))
+    out = cuda.empty((n_tokens, n_head, n_v), np.float32)
     k_b, v_b = random_weights(rng, n_head, kv_lora, n_nope), random_weights(rng, n_head, n_v, kv_lora)
     args = q, cache_of(rng, n_keys, (kv_lora, n_rot), kv_type), k_b, v_b, cuda.upload(np.arange(n_keys - n_tokens, n_keys)), 0.07
     pairs = n_tokens * (n_keys - n_tokens) + n_tokens * (n_tokens + 1) // 2
@@ -58,7 +59,8 @@ def time_widths(widths, n_head, n_tokens, n_keys, kv_type, seed=0):
 
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True)
-@click.option("--keys", type=click.IntRange(min=2), multiple=True, default=(2048, 10240), show_default=True, help="of which the tokens are the last")
+@click.option("--keys", type=click.IntRange(min=2), multiple=True, default=(2048, 10240), show_default=True,
+              help="of which the tokens are the last")
 @click.option("--heads", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--kv-type", type=click.Choice(list(CACHE_TYPES)), default="i16", show_default=True)
 def main(tokens, keys, heads, kv_type):

@@ -57,10 +57,10 @@ class Kernel:
     specific and lto: see kernel().
     """
 
-    def __init__(self, function, signature, threads, blocks=1, shared=0, dependent=False, specific=None, lto=False):
+    def __init__(self, function, signature, threads, blocks=1, shared=0, dependent=False, specific=None, lto=None):
         self.function, self.signature, self.threads, self.bounds = function, signature, threads, (threads, blocks)
-        self.shared, self.dependent, self.specific, self.lto = shared, dependent, specific, lto
-        assert specific or not lto, "instructions of other GPUs are taken out of PTX"
+        self.shared, self.dependent, self.specific, self.lto = shared, dependent, specific, bool(specific) if lto is None else lto
+        assert specific or not self.lto, "instructions of other GPUs are taken out of PTX"
         self._loaded = {}       # index of a GPU -> the kernel as its driver knows it, and its parameters
         functools.update_wrapper(self, function)
         assert function.__name__ not in KERNELS, function.__name__
@@ -214,8 +214,9 @@ def kernel(signature, threads, name=None, blocks=1, **others):
 
     blocks: that must fit into a processor at a time. Others: shared, bytes of dynamic shared memory, cuda.shared.array(0, ...) in the
     kernel; dependent, it may begin before the launch before it has ended, and calls wait_for_earlier() (instructions.py); specific, the
-    only capability that it is for, (9, 0) for wgmma; lto, it is compiled by way of LTO-IR, which heeds its changes of the number of
-    registers.
+    only capability that it is for, (9, 0) for wgmma; lto, whether it is compiled by way of LTO-IR, as specific ones are. What nvJitLink
+    makes of PTX may call others: there each product of wgmma waits for the one before, and changes of the number of registers are not
+    heeded.
     """
     def make(function):
         function.__name__ = function.__qualname__ = name or function.__name__
