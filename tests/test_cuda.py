@@ -22,7 +22,7 @@ from pydsa.setup import Setup
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
 OPS = ["test_ops.py", "test_whole_tiles.py", "test_attention.py", "test_mha.py", "test_top_k.py", "test_int8_keys.py", "test_quants.py",
-       "test_one_token.py"]
+       "test_one_token.py", "test_top_k_rows.py"]
 # tests of the CPU backend or of the host, left out here
 OF_CPU = ("threads or exp_of or half or block_sizes or sampled or golden or ubatches or vectors_are_unpacked or any_ or counted or "
           "2_gib or prompts_take or left_out or packed_latent")
@@ -60,6 +60,7 @@ def test_kernels_compile(capsys):
     with capsys.disabled():
         print(f"\n{table}")
     assert table.count("gemm_q4_k") == table.count("gemv_q8_0") == 2 and table.count("wgmma_q4_k") == table.count("wgmma_q5_k") == 1
+    assert table.count("score_images_of_1") == table.count("score_images_of_2") == 1 and table.count("choose_of_each") == 2
 
 
 ASSEMBLED = """

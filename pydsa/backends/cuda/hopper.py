@@ -9,7 +9,8 @@ come that were expected. wait_phase(bars, at, parity) waits for the end of the p
 wgmma multiplies A [64, 16 steps], float16 in registers or shared memory of a warpgroup (four warps), with B [16 steps, n], which lies in
 shared memory by columns, in images of 64 numbers (128 bytes) a column: 16-byte piece i of column r is at i ^ (r % 8). An image begins at a
 multiple of 1,024. A lane has of A what mma.m16n8k16 gives it for its warp's 16 rows, and of the sums [64, n] the pairs 2 c, 2 c + 1 of each
-eight columns, of row g, then of row g + 8, where g = lane // 4 and c = lane % 4.
+eight columns, of row g, then of row g + 8, where g = lane // 4 and c = lane % 4. Of int8 a step has 32 numbers, in A as in mma.m16n8k32,
+and the sums are int32.
 """
 from pydsa.backends.cuda.device import SIMULATED
 from pydsa.backends.cuda.instructions import instruction
@@ -32,6 +33,27 @@ copy_bulk = instruction("cp.async.bulk.shared::cluster.global.mbarrier::complete
 fence_async = instruction("fence.proxy.async.shared::cta;", fixed=True)
 
 
+def _at_an_address(text, operands):
+    """The function of an instruction of mbarriers that takes addresses.
+
+    They are uint32, as in shared_memory.py.
+    """
+    return instruction(text, "", operands, fixed=True)
+
+
+init_mbarrier_at = _at_an_address("mbarrier.init.shared::cta.b64 [$0], $1;", "rr")
+arrive_at = _at_an_address("mbarrier.arrive.shared::cta.b64 _, [$0];", "r")
+# copy_bulk_at(to, source, at, n, bar): expect n bytes there, and begin to copy them from a place of an array.
+copy_bulk_at = _at_an_address("""mbarrier.arrive.expect_tx.shared::cta.b64 _, [$3], $2;
+cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];""", "rgrr")
+wait_phase_at = _at_an_address("""{
+.reg .pred %done;
+again:
+mbarrier.try_wait.parity.shared::cta.b64 %done, [$0], $1;
+@!%done bra again;
+}""", "rr")
+
+
 if SIMULATED:
     shared_address = instruction("the address in shared memory")
 
@@ -39,7 +61,11 @@ if SIMULATED:
         """A function that raises PydsaError in the simulator."""
         return instruction("wgmma.mma_async")
 
-    def make_wgmma_wait(n, n_words):
+    def make_wgmma_int8(n, steps):
+        """A function that raises PydsaError in the simulator."""
+        return instruction("wgmma.mma_async")
+
+    def make_wgmma_wait(n, n_words, whole=False):
         """A function that raises PydsaError in the simulator."""
         return instruction("wgmma.wait_group")
 
@@ -62,16 +88,17 @@ else:
         data = context.make_array(signature.args[i])(context, builder, args[i]).data
         return [builder.gep(data, [I32(j)]) for j in range(n)]
 
-    def _through(context, builder, signature, args, text, n_sums, n_words, others=()):
+    def _through(context, builder, signature, args, text, n_sums, n_words, others=(), whole=False):
         """Assembly whose results are the sums, in a local array.
 
-        The sums are operands too, and words of A, in another one, and others.
+        The sums, int32 if `whole`, are operands too, and words of A, in another one, and others.
         """
+        kind, letter = (I32, "r") if whole else (F32, "f")
         places = _elements(context, builder, signature, args, 0, n_sums)
         words = [builder.load(p) for p in _elements(context, builder, signature, args, 1, n_words)] if n_words else []
         values = [builder.load(p) for p in places] + words + list(others)
-        function = ir.FunctionType(ir.LiteralStructType([F32] * n_sums), [v.type for v in values])
-        constraints = ["=f"] * n_sums + [str(i) for i in range(n_sums)] + ["r"] * n_words + ["l"] * len(others) + ["~{memory}"]
+        function = ir.FunctionType(ir.LiteralStructType([kind] * n_sums), [v.type for v in values])
+        constraints = ["=" + letter] * n_sums + [str(i) for i in range(n_sums)] + ["r"] * n_words + ["l"] * len(others) + ["~{memory}"]
         made = builder.call(ir.InlineAsm(function, text, ",".join(constraints), side_effect=True), values)
         for i, place in enumerate(places):
             builder.store(builder.extract_value(made, i), place)
@@ -106,13 +133,32 @@ else:
                 return types.void(sums, words, types.uint64, types.uint64), start
         return multiply
 
-    def make_wgmma_wait(n, n_words):
+    def make_wgmma_int8(n, steps):
+        """multiply(sums, words, descriptor): start sums [n / 2] = A B, of int8, and close the group.
+
+        words [4 steps]: A, of `steps` times 32 columns. As make_wgmma in all else, with 128 numbers in an image's column.
+        """
+        n_sums, first = n // 2, n
+        sums, lines = ",".join(f"${i}" for i in range(n_sums)), ["{", ".reg .b64 %there;", "wgmma.fence.sync.aligned;"]
+        for step in range(steps):
+            words = ",".join(f"${first + 4 * step + i}" for i in range(4))
+            lines += [f"add.s64 %there, ${first + 4 * steps}, {2 * step};",
+                      f"wgmma.mma_async.sync.aligned.m64n{n}k32.s32.s8.s8 {{{sums}}}, {{{words}}}, %there, {int(step > 0)};"]
+        text = "\n".join([*lines, "wgmma.commit_group.sync.aligned;", "}"])
+
+        @intrinsic
+        def multiply(typingctx, sums, words, descriptor):
+            return types.void(sums, words, types.uint64), (lambda context, builder, signature, args: _through(
+                context, builder, signature, args, text, n_sums, 4 * steps, args[2:], True))
+        return multiply
+
+    def make_wgmma_wait(n, n_words, whole=False):
         """wait(sums, words): until all products are done.
 
-        sums [n / 2] and words [n_words] go through, so that the compiler moves no use of them before it.
+        sums [n / 2], int32 if `whole`, and words [n_words] go through, so that the compiler moves no use of them before it.
         """
         def codegen(context, builder, signature, args):
-            return _through(context, builder, signature, args, "wgmma.wait_group.sync.aligned 0;", n // 2, n_words)
+            return _through(context, builder, signature, args, "wgmma.wait_group.sync.aligned 0;", n // 2, n_words, whole=whole)
 
         @intrinsic
         def wait(typingctx, sums, words):
