@@ -1,10 +1,10 @@
 """The indexer's scores of prompts over int8 keys, in wgmma.
 
 For GPUs of capability 9.0. The numbers are those of int8x2/indexer.py: keys as stored, queries of 16 bits as two int8, exact products.
-Keys are the rows of wgmma (A) and stay in registers. Queries are its columns (B): an image has 64 columns of high bytes, the 64 of low bytes,
-and the weights of heads. It is one token of up to 64 heads, or two of up to 32. A block has KEYS keys; images pass through its shared
-memory, STAGES of them under way, each by one bulk copy. A warp has 16 keys, a lane two of them, g and g + 8, and of a token the heads 2 c
-and 2 c + 1 of each eight, where g = lane // 4 and c = lane % 4.
+Keys are the rows of wgmma (A) and stay in registers. Queries are its columns (B): an image has 64 columns of high bytes, the 64 of low
+bytes, and the weights of heads. It is one token of up to 64 heads, or two of up to 32. A block has KEYS keys; images pass through its
+shared memory, STAGES of them under way, each by one bulk copy. A warp has 16 keys, a lane two of them, g and g + 8, and of a token the
+heads 2 c and 2 c + 1 of each eight, where g = lane // 4 and c = lane % 4.
 """
 import numpy as np
 from numba import cuda
