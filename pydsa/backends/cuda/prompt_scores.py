@@ -180,7 +180,8 @@ def _make_scores(two):
         parts = cuda.shared.array(WARPS, np.int32)
         shared = shared_address(cuda.shared.array(0, np.uint8, 1024))
         thread = cuda.threadIdx.x & THREADS - 1
-        n = out.shape[1] if fill else min(out.shape[1], positions[positions.size - 1] + 1)
+        last = min(np.int64(out.shape[1]), positions[positions.size - 1] + 1) - 1
+        n = np.int64(out.shape[1]) if fill else last + 1
         n_images, n_tiles = (out.shape[0] + per_image - 1) // per_image, np.int32((n + KEYS - 1) >> KEYS_BITS)
         n_splits = max(1, min(ITEMS // n_tiles, n_images // LEAST))
         split = cuda.blockIdx.x // n_tiles
@@ -192,16 +193,19 @@ def _make_scores(two):
         if first >= end or split >= n_splits:
             return
         begin(images, start // per_image + first, start // per_image + end, shared, thread)
-        score_tile(out, pitch, images, data, row_bytes, width, positions, start, scale, fill, first, end, base, n, shared, thread)
+        score_tile(out, pitch, images, data, row_bytes, width, positions, start, scale, fill, first, end, base, last, n, shared, thread)
 
     @device
-    def score_tile(out, pitch, images, data, row_bytes, width, positions, start, scale, fill, first, end, base, n, shared, thread):
-        """Scores of a tile of keys, which begins at `base`, and images."""
+    def score_tile(out, pitch, images, data, row_bytes, width, positions, start, scale, fill, first, end, base, last, n, shared, thread):
+        """Scores of a tile of keys, which begins at `base`, and images.
+
+        last: the last key that a token has. Of n keys the scores are stored.
+        """
         words, sums = cuda.local.array(WORDS, np.uint32), cuda.local.array(SUMS, np.int32)
         c, key = thread & 3, base + 16 * (thread >> 5) + (thread >> 2 & 7)
-        load_keys(words, data, row_bytes, width >> 2, key, n - 1, c)
+        load_keys(words, data, row_bytes, width >> 2, key, last, c)
         key += 8 * (c & 1)
-        d = bits_float(u32_at(data, min(key, n - 1) * np.int64(row_bytes) + width)) * scale
+        d = bits_float(u32_at(data, min(key, last) * np.int64(row_bytes) + width)) * scale
         t = np.int32(per_image * first + (c >> 1 if two else 0))
         at, step, stores = t * pitch + 4 * key, per_image * pitch, key < n and (two or c < 2)
         slot, parity, before = U(0), U(0), np.int32(start // per_image)
