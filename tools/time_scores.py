@@ -22,7 +22,7 @@ from pydsa.backends.cuda.top_k import choose
 from pydsa.backends.cuda.variants import VARIANTS, kernels
 from pydsa.backends.devices import tokens_scored_by_gpu
 
-WIDTH, BOUND = 128, 1e-12
+WIDTH, BOUND, COMPARED = 128, 1e-12, 9      # COMPARED: tokens of a batch
 RNG = np.random.default_rng(0)
 
 
@@ -101,10 +101,11 @@ def time_case(n_tokens, n_keys, n_heads, n_chosen, repeats):
     positions, at_once = cuda.upload(places), min(n_tokens, tokens_scored_by_gpu(n_keys))
     rows = scratch("rows of scores", (at_once, -(-n_keys // 4) * 4), np.float32)[:, :n_keys]
     out = cuda.empty((n_tokens, n_chosen), np.int32)
-    ends = places[(n_tokens - 1) // at_once * at_once:][:4] + 1         # of the first tokens of the last batch, whose scores are compared
+    ends = places[(n_tokens - 1) // at_once * at_once:] + 1     # of the tokens of the last batch, of which some scores are compared
+    step = -(-len(ends) // COMPARED)
     title = f"{n_tokens} tokens of {n_heads} heads, {n_keys} keys"
-    yield compare(f"scores, {title}", "indexer", lambda: score_batches(rows, q, w, keys, positions), lambda: rows[:len(ends)],
-                  functools.partial(error_of_scores, ends), repeats)
+    yield compare(f"scores, {title}", "indexer", lambda: score_batches(rows, q, w, keys, positions), lambda: rows[:len(ends):step],
+                  functools.partial(error_of_scores, ends[::step]), repeats)
     yield compare(f"top {n_chosen}, {title}", "top_k of many", lambda: choose_batches(out, rows, positions), lambda: out,
                   difference_of_choices, repeats)
 
