@@ -65,7 +65,7 @@ if SIMULATED:
         """A function that raises PydsaError in the simulator."""
         return instruction("wgmma.mma_async")
 
-    def make_wgmma_wait(n, n_words, whole=False):
+    def make_wgmma_wait(n, n_words):
         """A function that raises PydsaError in the simulator."""
         return instruction("wgmma.wait_group")
 
@@ -88,12 +88,12 @@ else:
         data = context.make_array(signature.args[i])(context, builder, args[i]).data
         return [builder.gep(data, [I32(j)]) for j in range(n)]
 
-    def _through(context, builder, signature, args, text, n_sums, n_words, others=(), whole=False):
+    def _through(context, builder, signature, args, text, n_sums, n_words, others=()):
         """Assembly whose results are the sums, in a local array.
 
-        The sums, int32 if `whole`, are operands too, and words of A, in another one, and others.
+        The sums, float32 or int32, are operands too, and words of A, in another one, and others.
         """
-        kind, letter = (I32, "r") if whole else (F32, "f")
+        kind, letter = (I32, "r") if signature.args[0].dtype == types.int32 else (F32, "f")
         places = _elements(context, builder, signature, args, 0, n_sums)
         words = [builder.load(p) for p in _elements(context, builder, signature, args, 1, n_words)] if n_words else []
         values = [builder.load(p) for p in places] + words + list(others)
@@ -139,7 +139,8 @@ else:
         words [4 steps]: A, of `steps` times 32 columns. As make_wgmma in all else, with 128 numbers in an image's column.
         """
         n_sums, first = n // 2, n
-        sums, lines = ",".join(f"${i}" for i in range(n_sums)), ["{", ".reg .b64 %there;", "wgmma.fence.sync.aligned;"]
+        sums = ",".join(f"${i}" for i in range(n_sums))
+        lines = ["{", ".reg .b64 %there;", "wgmma.fence.sync.aligned;"]
         for step in range(steps):
             words = ",".join(f"${first + 4 * step + i}" for i in range(4))
             lines += [f"add.s64 %there, ${first + 4 * steps}, {2 * step};",
@@ -149,16 +150,16 @@ else:
         @intrinsic
         def multiply(typingctx, sums, words, descriptor):
             return types.void(sums, words, types.uint64), (lambda context, builder, signature, args: _through(
-                context, builder, signature, args, text, n_sums, 4 * steps, args[2:], True))
+                context, builder, signature, args, text, n_sums, 4 * steps, args[2:]))
         return multiply
 
-    def make_wgmma_wait(n, n_words, whole=False):
+    def make_wgmma_wait(n, n_words):
         """wait(sums, words): until all products are done.
 
-        sums [n / 2], int32 if `whole`, and words [n_words] go through, so that the compiler moves no use of them before it.
+        sums [n / 2] and words [n_words] go through, so that the compiler moves no use of them before it.
         """
         def codegen(context, builder, signature, args):
-            return _through(context, builder, signature, args, "wgmma.wait_group.sync.aligned 0;", n // 2, n_words, whole=whole)
+            return _through(context, builder, signature, args, "wgmma.wait_group.sync.aligned 0;", n // 2, n_words)
 
         @intrinsic
         def wait(typingctx, sums, words):

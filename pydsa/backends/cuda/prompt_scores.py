@@ -40,7 +40,7 @@ U = np.uint32
 DESCRIPTOR = np.uint64(1 << 62 | 64 << 32 | 1 << 16)        # swizzle of 128 bytes; eight columns are 1,024 bytes
 ZERO, MINUS_INFINITY = np.float32(0), np.float32(-np.inf)
 
-multiply, wait_sums = make_wgmma_int8(2 * COLUMNS, STEPS), make_wgmma_wait(2 * COLUMNS, WORDS, True)
+multiply, wait_sums = make_wgmma_int8(2 * COLUMNS, STEPS), make_wgmma_wait(2 * COLUMNS, WORDS)
 both_parts = instruction("mad.lo.s32 $0, $1, 256, $2;", "i", "ii")
 relu = instruction("max.s32 $0, $1, 0;", "i", "i")
 
