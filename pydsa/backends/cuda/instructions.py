@@ -193,6 +193,9 @@ load_matrices, load_matrices_transposed = (instruction(
 # four uint8 of a times four int8 of b, plus c
 dp4a_unsigned = instruction("dp4a.u32.s32 $0, $1, $2, $3;", "i", "rri", lambda a, b, c: c + sum(
     int(x) * int(y) for x, y in zip(np.array([a], np.uint32).view(np.uint8), np.array([b], np.uint32).view(np.int8))))
+# quotient(a, b), toward zero, of int32. Numba divides in 64 bits, which is a call; and all products of wgmma in a kernel with calls wait
+# for each other where nvJitLink assembles it.
+quotient = instruction("div.s32 $0, $1, $2;", "i", "ii", lambda a, b: int(a) // int(b))
 # bits n % 32 and on of the 64 bits whose lower half is a, the upper one b
 funnel_right = instruction("shf.r.wrap.b32 $0, $1, $2, $3;", "r", "rrr", lambda a, b, n: (
     (int(a) | int(b) << 32) >> (int(n) & 31)) & 0xFFFFFFFF)

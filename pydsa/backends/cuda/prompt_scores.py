@@ -16,7 +16,7 @@ from pydsa.backends.cuda.device import (SIMULATED, bits_float, device, float_bit
                                         warp_sync)
 from pydsa.backends.cuda.hopper import (arrive_at, copy_bulk_at, fence_mbarriers, init_mbarrier_at, make_wgmma_int8, make_wgmma_wait,
                                         wait_phase_at)
-from pydsa.backends.cuda.instructions import instruction, store_four
+from pydsa.backends.cuda.instructions import instruction, quotient, store_four
 from pydsa.backends.cuda.int8x2 import indexer
 from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
 from pydsa.backends.cuda.shared_memory import WHOLE_WARP, load_floats, shared_address
@@ -183,9 +183,9 @@ def _make_scores(two):
         last = min(np.int64(out.shape[1]), positions[positions.size - 1] + 1) - 1
         n = np.int64(out.shape[1]) if fill else last + 1
         n_images, n_tiles = (out.shape[0] + per_image - 1) // per_image, np.int32((n + KEYS - 1) >> KEYS_BITS)
-        n_splits = max(1, min(ITEMS // n_tiles, n_images // LEAST))
-        split = cuda.blockIdx.x // n_tiles
-        share = (n_images + n_splits - 1) // n_splits
+        n_splits = max(1, min(quotient(ITEMS, n_tiles), n_images // LEAST))
+        split = quotient(cuda.blockIdx.x, n_tiles)
+        share = quotient(n_images + n_splits - 1, n_splits)
         first, end, base = np.int32(split * share), np.int32(min(n_images, (split + 1) * share)), (cuda.blockIdx.x - split * n_tiles) * KEYS
         if not fill and first < end:
             stop = min(start + per_image * end, start + out.shape[0])

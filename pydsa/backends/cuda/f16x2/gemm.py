@@ -15,7 +15,7 @@ from pydsa.backends.cuda.device import SIMULATED, device, fma, of_half, to_half
 from pydsa.backends.cuda.f16x2.linear import TOKENS
 from pydsa.backends.cuda.f16x2.panels import BLOCK, PART_BYTES, STAGE_BYTES, n_first, split, split_columns_q4_k
 from pydsa.backends.cuda.hopper import fence_async, make_wgmma, make_wgmma_wait, shared_address
-from pydsa.backends.cuda.instructions import (commit_copies, copies_left, copy_sixteen_async, instruction, read_sixteen,
+from pydsa.backends.cuda.instructions import (commit_copies, copies_left, copy_sixteen_async, instruction, quotient, read_sixteen,
                                               stream_eight)
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.quants import TYPES
@@ -235,7 +235,7 @@ def _make_gemm(name, fifth=False):
         shared, rows = cuda.shared.array(0, np.uint8, 1024), cuda.shared.array(0, np.int32, 1024)
         scales = cuda.shared.array(0, np.float32, 1024)
         if thread < TOKENS:
-            source = order[first + min(thread, n_tokens - 1)] // x_div
+            source = quotient(order[first + min(thread, n_tokens - 1)], x_div)
             rows[AT // 4 + thread], scales[AT // 4 + TOKENS + thread] = source, x_scales[source]
         cuda.syncthreads()
         before = (n_blocks + 3) // 4
