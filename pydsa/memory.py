@@ -57,7 +57,7 @@ def _on_device(setup, name):
     caches = sum(n for ref, n in setup.cache_row_bytes.items() if setup.placement.of_cache(ref) == name)
     ops = {node.op for node in nodes}
     outputs = {node.args[0].name: node.args[0].tail[-1] for node in nodes if node.for_outputs}
-    scored = min(device.scored_together, setup.n_ubatch) * device.float_size * setup.n_ctx
+    scored = min(device.scored_together(setup.n_ctx), setup.n_ubatch) * device.float_size * setup.n_ctx
     return Memory(
         mapped if setup.mmap else 0, copied if setup.mmap else mapped + copied, setup.n_ctx * caches,
         max(layout.ends.get(name, 0) for layout in _layouts(setup)) + device.float_size * sum(outputs.values()),

@@ -24,7 +24,7 @@ from pydsa.setup import Setup
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
 OPS = ["test_ops.py", "test_whole_tiles.py", "test_attention.py", "test_mha.py", "test_top_k.py", "test_int8_keys.py", "test_quants.py",
-       "test_one_token.py"]
+       "test_one_token.py", "test_top_k_rows.py"]
 # tests of the CPU backend or of the host, left out here
 OF_CPU = ("threads or exp_of or half or block_sizes or sampled or golden or ubatches or vectors_are_unpacked or any_ or counted or "
           "2_gib or prompts_take or left_out or packed_latent")
@@ -66,6 +66,7 @@ def test_kernels_compile(capsys):
         print(f"\n{table}")
     assert table.count("gemm_q4_k") == table.count("gemv_q8_0") == table.count("gemm_one_q6_k") == 2
     assert table.count("wgmma_") == 8 and len(re.findall("^f16_", table, re.M)) == 6
+    assert table.count("score_images_of_1") == table.count("score_images_of_2") == 1 and table.count("choose_of_each") == 2
 
 
 ASSEMBLED = """

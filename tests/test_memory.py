@@ -15,6 +15,7 @@ from helpers import random_ids
 import pydsa
 from pydsa import OutOfMemoryError, limits
 from pydsa.backends.cpu.records import kind_of
+from pydsa.backends.devices import BLOCKS, SCORE_BYTES, SCORED_AT_LEAST, device_of, tokens_scored_by_gpu
 from pydsa.graph import Value
 from pydsa.setup import Setup
 from pydsa.layout import ALIGN, lay_out
@@ -97,6 +98,15 @@ def test_scratch_does_not_grow_with_the_context(small_model, spec):
     if spec.get("arch") != "deepseek2":
         assert scratch(64, "sparse") == scratch(2**30, "sparse")
         assert scratch(2**20, "masked") > 64 * 4 * 2**20      # a row of the mask has a float for every key
+
+
+def test_gpus_score_as_many_tokens_as_fit():
+    """Whole rounds of blocks if there is room for one."""
+    found = {n_kv: tokens_scored_by_gpu(n_kv) for n_kv in (1, 4096, 131_072, 163_840, 1_000_000, 2**30)}
+    assert found[131_072] == found[163_840] == BLOCKS and found[2**30] == SCORED_AT_LEAST
+    assert all(n % BLOCKS == 0 for n in (found[1], found[4096])) and found[4096] >= 8192 and BLOCKS > found[1_000_000] > SCORED_AT_LEAST
+    assert all(n % 2 == 0 and (n == SCORED_AT_LEAST or 4 * n * n_kv <= SCORE_BYTES) for n_kv, n in found.items())
+    assert device_of("cuda").scored_together(4096) == found[4096] and device_of("reference").scored_together(4096) > 2**30
 
 
 def test_rows_of_scores_are_counted(small_model):

@@ -64,8 +64,10 @@ def assembled(ptxas, ptx, capability, folder):
     path.write_text(ptx)
     own = re.search(r"^\.target (sm_\d+a)", ptx, re.M)      # for one GPU's own instructions
     architecture = own[1] if own else f"sm_{capability[0]}{capability[1]}"
-    done = subprocess.run([ptxas, f"-arch={architecture}", "-v", str(path), "-o", str(path.with_suffix(".cubin"))], capture_output=True,
-                          text=True)
+    # to be linked, as nvJitLink assembles it: only then a call, such as a division of 64 bits is, makes all products of wgmma wait
+    as_linked = ["-c"] if own else []
+    done = subprocess.run([ptxas, f"-arch={architecture}", "-v", *as_linked, str(path), "-o", str(path.with_suffix(".cubin"))],
+                          capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     return path.with_suffix(".cubin"), done.stderr

@@ -12,9 +12,10 @@ from pydsa.errors import PydsaError
 from pydsa.numa import WORDS
 from pydsa.options import PRECISIONS, choose
 
-SCORED_TOGETHER = 32        # tokens whose rows of index scores are in memory at a time (cuda/indexer.py)
-SCORED_BY_THREADS = 128     # the same of several threads (cpu/indexer.py)
-BLOCKS = 264                # into which a GPU's attention to one token or few is divided (cuda/launch.py)
+SCORED_BY_THREADS = 128     # tokens whose rows of index scores are in memory at a time (cpu/indexer.py)
+SCORE_BYTES = 256 << 20     # of such rows in a GPU's memory, or SCORED_AT_LEAST tokens (cuda/indexer.py)
+SCORED_AT_LEAST = 32
+BLOCKS = 264                # into which a GPU's work is divided, two for each of its processors (cuda/launch.py)
 FLASH_WIDTHS = (128, 64, 128, 512), (192, 64, 256, 512)     # n_nope, n_rot, n_v, kv_lora that cuda/flash has kernels for
 FLASH_BYTES = 256 << 20     # of keys and values of heads that it has at a time, at most
 FLASH_TILE = 128            # it has whole tiles of so many
@@ -27,13 +28,14 @@ class Device(NamedTuple):
     """A backend and its use of memory, in bytes.
 
     weights(tensors) -> (bytes read from the mapped file, bytes copied). scratch(nodes, n_tokens) -> bytes of the kernels' scratch memory,
-    beside the values of a graph. packed_latents(config, n_kv) -> bytes of n_kv packed latents, for prompts in MLA's plain form.
+    beside the values of a graph. scored_together(n_kv) -> tokens whose rows of n_kv index scores are in memory at a time.
+    packed_latents(config, n_kv) -> bytes of n_kv packed latents, for prompts in MLA's plain form.
     """
     module: str                     # the name of the backend's module
     float_size: int                 # bytes of an intermediate value
     weights: Callable
     max_ubatch: int = UNLIMITED
-    scored_together: int = SCORED_TOGETHER
+    scored_together: Callable = lambda n_kv: UNLIMITED
     scratch: Callable = lambda nodes, n_tokens: 0
     packed_latents: Callable = lambda config, n_kv: 0
     side_by_side: bool = False      # whether ops that do not depend on each other run at the same time
@@ -140,12 +142,22 @@ def _cuda_scratch(nodes, n_tokens):
             if node.op == "sparse_attention":
                 splits = max(splits, _parts_of_one_token(*node.args[0].tail, *node.args[3].tail))
         elif node.op in ("indexer_scores", "indexer_select"):
-            queries = max(queries, n_tokens * math.prod(node.args[1].tail))
+            queries = max(queries, n_tokens * -(-node.args[1].tail[0] // 32) * 32 * (2 * 128 + 4))     # two bytes for each of 128 values
     packed = max(packed, hidden)
     # One token's activations take two bytes a value, in tiles of 1,024, with scales and sums. The values are at a few places of the layout.
     one_token = 4 * sum(n * (-(-width // 1024) * 2048 + width * 3 // 8) for n, width in rows)
     # Packed activations are two float16 a value, with one sum for sixteen values.
-    return 4 * packed + packed // 4 + 4 * (hidden + parts + absorbed) + 2 * queries + heads + one_token + splits
+    return 4 * packed + packed // 4 + 4 * (hidden + parts + absorbed) + queries + heads + one_token + splits
+
+
+def tokens_scored_by_gpu(n_kv):
+    """How many tokens a GPU scores n_kv keys for at a time.
+
+    Their scores take SCORE_BYTES at most, if that is enough for SCORED_AT_LEAST tokens. Above BLOCKS they are multiples of it: a block
+    chooses from the scores of one token. Even, as two tokens are scored together.
+    """
+    fit = SCORE_BYTES // (4 * max(1, n_kv))
+    return max(SCORED_AT_LEAST, fit // BLOCKS * BLOCKS if fit >= BLOCKS else fit // 2 * 2)
 
 
 def _splits(n_head, n_v):
@@ -174,13 +186,12 @@ def _packed_heads(n_tokens, n_head, width):
 
 DEVICES = {
     "cpu": Device("pydsa.backends.cpu", 4, _cpu_weights, packed_latents=_cpu_packed_latents, side_by_side=True,
-                  scored_together=SCORED_BY_THREADS, maps=True, places=True, reproducible=True),
+                  scored_together=lambda n_kv: SCORED_BY_THREADS, maps=True, places=True, reproducible=True),
     # A grid has at most 65,535 blocks in y and in z, which kernels use for tokens.
-    "cuda": Device("pydsa.backends.cuda", 4, lambda tensors: (0, _n_bytes(tensors)), 32768, scratch=_cuda_scratch,
-                   packed_latents=_cuda_packed_latents, copies_blocks=True, described=True, numbered=True,
-                   reserved=640 << 20,       # 420 to 560 MiB are a context's on such GPUs
-                   streams=True, bus=True, precisions=True),
-    "reference": Device("pydsa.backends.reference", 8, lambda tensors: (_mapped(tensors), _as_floats(tensors)), scored_together=UNLIMITED,
+    "cuda": Device("pydsa.backends.cuda", 4, lambda tensors: (0, _n_bytes(tensors)), 32768, tokens_scored_by_gpu, _cuda_scratch,
+                   packed_latents=_cuda_packed_latents, copies_blocks=True, described=True, numbered=True, streams=True, bus=True,
+                   precisions=True, reserved=640 << 20),    # 420 to 560 MiB are a context's on such GPUs
+    "reference": Device("pydsa.backends.reference", 8, lambda tensors: (_mapped(tensors), _as_floats(tensors)),
                         streams=True),
 }
 

@@ -97,7 +97,7 @@ class Kernel:
                 return self._plain(compare(op[1]), operands, [kind] * 2)
             if op[:2] == ("ld", "param"):
                 return self._plain(lambda x: x, operands, [kind])
-            if op[0] in ("ld", "st", "atom"):
+            if op[0] in ("ld", "st", "atom", "red"):
                 return self._memory(op, operands)
             if op[0] == "shfl":
                 return self._shuffle(op[2], operands)
@@ -153,7 +153,7 @@ class Kernel:
     def _memory(self, op, operands):
         space = "global" if op[1] not in ("shared", "local") else op[1]
         elements, kind = next((int(part[1]) for part in op if re.fullmatch(r"v\d", part)), 1), dtype_of(op[-1])
-        place = operands[0 if op[0] == "st" else 1]
+        place = operands[0 if op[0] in ("st", "red") else 1]
         base, offset = re.fullmatch(r"\[([%\w$]+)(?:\+(-?\d+))?\]", place).groups()
         address, offset = self._source(base, "u64"), np.int64(offset or 0)
         names = [name.strip() for name in operands[1 if op[0] == "st" else 0].strip("{}").split(",")]
@@ -176,8 +176,9 @@ class Kernel:
                 values = np.stack([source(batch, on) for source in sources], -1)
                 batch.memory(space).store(where(batch, on), batch.window(space, on), values, batch.access(on))
         else:
-            assert op[2] == "add"
-            target, source = self._target(operands[0]), self._source(operands[2], op[-1])
+            assert op[2] == "add"       # red is an atom whose result nobody wants
+            target = self._target(operands[0]) if op[0] == "atom" else lambda batch, on, before: None
+            source = self._source(operands[-1], op[-1])
 
             def step(batch, on):
                 target(batch, on, batch.memory(space).add(where(batch, on), batch.window(space, on), source(batch, on), batch.access(on)))

@@ -9,7 +9,8 @@ come that were expected. wait_phase(bars, at, parity) waits for the end of the p
 wgmma multiplies A [64, 16 steps], float16 in registers or shared memory of a warpgroup (four warps), with B [16 steps, n], which lies in
 shared memory by columns, in images of 64 numbers (128 bytes) a column: 16-byte piece i of column r is at i ^ (r % 8). An image begins at a
 multiple of 1,024. A lane has of A what mma.m16n8k16 gives it for its warp's 16 rows, and of the sums [64, n] the pairs 2 c, 2 c + 1 of each
-eight columns, of row g, then of row g + 8, where g = lane // 4 and c = lane % 4.
+eight columns, of row g, then of row g + 8, where g = lane // 4 and c = lane % 4. Of int8 a step has 32 numbers, in A as in mma.m16n8k32,
+and the sums are int32.
 """
 from pydsa.backends.cuda.device import SIMULATED
 from pydsa.backends.cuda.instructions import instruction
@@ -40,6 +41,27 @@ def steps_of_rows(steps, image):
     return [step // 4 * (image >> 4) + step % 4 * 2 for step in range(steps)]
 
 
+def _at_an_address(text, operands):
+    """The function of an instruction of mbarriers that takes addresses.
+
+    They are uint32, as in shared_memory.py.
+    """
+    return instruction(text, "", operands, fixed=True)
+
+
+init_mbarrier_at = _at_an_address("mbarrier.init.shared::cta.b64 [$0], $1;", "rr")
+arrive_at = _at_an_address("mbarrier.arrive.shared::cta.b64 _, [$0];", "r")
+# copy_bulk_at(to, source, at, n, bar): expect n bytes there, and begin to copy them from a place of an array.
+copy_bulk_at = _at_an_address("""mbarrier.arrive.expect_tx.shared::cta.b64 _, [$3], $2;
+cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];""", "rgrr")
+wait_phase_at = _at_an_address("""{
+.reg .pred %done;
+again:
+mbarrier.try_wait.parity.shared::cta.b64 %done, [$0], $1;
+@!%done bra again;
+}""", "rr")
+
+
 if SIMULATED:
     shared_address = instruction("the address in shared memory")
 
@@ -48,6 +70,10 @@ if SIMULATED:
         return instruction("wgmma.mma_async")
 
     def make_wgmma_shared(n, a_steps, b_steps, by_columns=False, anew=False):
+        """A function that raises PydsaError in the simulator."""
+        return instruction("wgmma.mma_async")
+
+    def make_wgmma_int8(n, steps):
         """A function that raises PydsaError in the simulator."""
         return instruction("wgmma.mma_async")
 
@@ -77,13 +103,14 @@ else:
     def _through(context, builder, signature, args, text, n_sums, n_words, others=()):
         """Assembly whose results are the sums, in a local array.
 
-        The sums are operands too, and words of A, in another one, and others.
+        The sums, float32 or int32, are operands too, and words of A, in another one, and others.
         """
+        kind, letter = (I32, "r") if signature.args[0].dtype == types.int32 else (F32, "f")
         places = _elements(context, builder, signature, args, 0, n_sums)
         words = [builder.load(p) for p in _elements(context, builder, signature, args, 1, n_words)] if n_words else []
         values = [builder.load(p) for p in places] + words + list(others)
-        function = ir.FunctionType(ir.LiteralStructType([F32] * n_sums) if n_sums else ir.VoidType(), [v.type for v in values])
-        constraints = ["=f"] * n_sums + [str(i) for i in range(n_sums)] + ["r"] * n_words + ["l"] * len(others) + ["~{memory}"]
+        function = ir.FunctionType(ir.LiteralStructType([kind] * n_sums) if n_sums else ir.VoidType(), [v.type for v in values])
+        constraints = ["=" + letter] * n_sums + [str(i) for i in range(n_sums)] + ["r"] * n_words + ["l"] * len(others) + ["~{memory}"]
         made = builder.call(ir.InlineAsm(function, text, ",".join(constraints), side_effect=True), values)
         for i, place in enumerate(places):
             builder.store(builder.extract_value(made, i), place)
@@ -121,6 +148,26 @@ else:
             @intrinsic
             def multiply(typingctx, sums, words, descriptor, second):
                 return types.void(sums, words, types.uint64, types.uint64), start
+        return multiply
+
+    def make_wgmma_int8(n, steps):
+        """multiply(sums, words, descriptor): start sums [n / 2] = A B, of int8, and close the group.
+
+        words [4 steps]: A, of `steps` times 32 columns. As make_wgmma in all else, with 128 numbers in an image's column.
+        """
+        n_sums, first = n // 2, n
+        sums = ",".join(f"${i}" for i in range(n_sums))
+        lines = ["{", ".reg .b64 %there;", "wgmma.fence.sync.aligned;"]
+        for step in range(steps):
+            words = ",".join(f"${first + 4 * step + i}" for i in range(4))
+            lines += [f"add.s64 %there, ${first + 4 * steps}, {2 * step};",
+                      f"wgmma.mma_async.sync.aligned.m64n{n}k32.s32.s8.s8 {{{sums}}}, {{{words}}}, %there, {int(step > 0)};"]
+        text = "\n".join([*lines, "wgmma.commit_group.sync.aligned;", "}"])
+
+        @intrinsic
+        def multiply(typingctx, sums, words, descriptor):
+            return types.void(sums, words, types.uint64), (lambda context, builder, signature, args: _through(
+                context, builder, signature, args, text, n_sums, 4 * steps, args[2:]))
         return multiply
 
     def make_wgmma_shared(n, a_steps, b_steps, by_columns=False, anew=False):

@@ -7,9 +7,9 @@ from pydsa.backends.cuda.device import SIMULATED
 from pydsa.backends.cuda.launch import kernel
 from pydsa.backends.cuda.top_k import choose
 from pydsa.backends.cuda.variants import kernels
+from pydsa.backends.devices import tokens_scored_by_gpu
 
 
-TOKEN_BATCH = 32           # tokens whose scores are in memory at a time
 THREADS = 8 if SIMULATED else 256
 ZERO, MINUS_INFINITY = np.float32(0), np.float32(-np.inf)
 
@@ -35,21 +35,32 @@ def indexer_scores(out, q, w, keys, positions, scale):
 
     -inf for s > positions[t].
     """
-    pack, score = kernels("indexer", keys)
+    pack, score = kernels("indexer", keys, len(q), q.shape[1])
     score(out, pack(q, w), keys, positions, 0, scale, True)
 
 
 def indexer_select(out, q, w, keys, positions, scale):
-    """indexer_scores and top_k in one, TOKEN_BATCH tokens at a time."""
-    select(out, kernels("indexer", keys).pack(q, w), keys, positions, scale)
+    """indexer_scores and top_k in one, as many tokens at a time as fit.
+
+    See devices.tokens_scored_by_gpu.
+    """
+    pack, score = kernels("indexer", keys, len(q), q.shape[1])
+    _select(out, pack(q, w), score, keys, positions, scale)
 
 
 def select(out, queries, keys, positions, scale):
-    """indexer_select with queries that are already packed."""
-    n_tokens, score = out.shape[0], kernels("indexer", keys).score
-    rows = scratch("rows of scores", (min(n_tokens, TOKEN_BATCH), keys.data.shape[0]), np.float32)
-    for start in range(0, n_tokens, TOKEN_BATCH):
-        batch = rows[:n_tokens - start] if n_tokens - start < TOKEN_BATCH else rows
+    """indexer_select of one token with queries that are already packed."""
+    _select(out, queries, kernels("indexer", keys, 1, 1).score, keys, positions, scale)
+
+
+def _select(out, queries, score, keys, positions, scale):
+    n_tokens, n_kv = len(out), len(keys.data)
+    at_once = min(n_tokens, tokens_scored_by_gpu(n_kv))
+    rows = scratch("rows of scores", (at_once, -(-n_kv // 4) * 4), np.float32)       # rows begin at multiples of 16 bytes
+    if n_kv % 4:
+        rows = rows[:, :n_kv]
+    for start in range(0, n_tokens, at_once):
+        batch = rows[:n_tokens - start] if n_tokens - start < at_once else rows
         score(batch, queries, keys, positions, start, scale, False)
         choose(out, batch, positions, start)
 

@@ -221,6 +221,9 @@ def _with_one(which):
 
 (halves_by_low, fma_low), (halves_by_high, fma_high) = _with_one(0), _with_one(1)
 count_bits = instruction("popc.b32 $0, $1;", "r", "r", lambda a: int(a).bit_count())
+# quotient(a, b), toward zero, of int32. Numba divides in 64 bits, which is a call; and all products of wgmma in a kernel with calls wait
+# for each other where nvJitLink assembles it.
+quotient = instruction("div.s32 $0, $1, $2;", "i", "ii", lambda a, b: int(a) // int(b))
 # bits n % 32 and on of the 64 bits whose lower half is a, the upper one b
 funnel_right = instruction("shf.r.wrap.b32 $0, $1, $2, $3;", "r", "rrr", lambda a, b, n: (
     (int(a) | int(b) << 32) >> (int(n) & 31)) & 0xFFFFFFFF)

@@ -2,7 +2,7 @@
 
 Of equal scores the lowest index is chosen first. A long row is split: several blocks each find the top-k of one part, then one block finds
 the top-k of those. The candidates are in ascending order of their index, so that ties still go to the lowest index. A single row that fits
-is left to top_k_one.py.
+is left to top_k_one.py, many rows to top_k_rows.py.
 """
 import math
 
@@ -177,9 +177,9 @@ def choose(out, scores, positions=None, start=0):
     With positions, only of scores up to positions[start + t].
     """
     n_rows, n, k = scores.shape[0], scores.shape[1], out.shape[1]
-    of_one = kernels("top_k of one", scores, k)
-    if of_one:
-        of_one(out, scores, positions, start)
+    other = kernels("top_k of one", scores, k) or kernels("top_k of many", scores, k)
+    if other:
+        other(out, scores, positions, start)
         return
     n_parts, causal = max(1, min(BLOCKS // n_rows, round(math.sqrt(n / k)))), positions is not None
     if not causal:

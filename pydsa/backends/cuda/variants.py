@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pydsa.backends.cuda import attend_one, f16, f16x2, f32, flash, int8x2, top_k_one
+from pydsa.backends.cuda import attend_one, f16, f16x2, f32, flash, int8x2, prompt_scores, top_k_one, top_k_rows
 from pydsa.backends.cuda.current import precision
 from pydsa.errors import PydsaError
 from pydsa.options import FLOAT16
@@ -84,14 +84,19 @@ VARIANTS = {
     },
     "top_k of one": {   # takes(scores, k): of one row
         "registers": Variant(top_k_one.takes, top_k_one.choose_one),
-        "memory": Variant(anything, None),      # as of several rows: top_k.py
+        "memory": Variant(anything, None),      # as of several rows
     },
     "mha": {            # takes(out, queries, CacheRows, k_b, v_b): a prompt's attention to all keys
         "flash in wgmma": Variant(flash.attend.takes, flash.attend.attention, FLOAT16),
         "absorbed": Variant(anything, None),    # as "attention" and "linear"
     },
-    "indexer": {        # takes(CacheRows)
-        "int8x2": Variant(int8x2.indexer.takes, Indexer(int8x2.indexer.pack, int8x2.indexer.score)),
+    "top_k of many": {  # takes(scores, k): of several rows
+        "lists": Variant(top_k_rows.takes, top_k_rows.choose_rows),
+        "parts": Variant(anything, None),       # each row in parts: top_k.py
+    },
+    "indexer": {        # takes(CacheRows, number of tokens, number of heads)
+        "int8x2 in wgmma": Variant(prompt_scores.takes, Indexer(prompt_scores.pack, prompt_scores.score)),
+        "int8x2": Variant(lambda keys, *_: int8x2.indexer.takes(keys), Indexer(int8x2.indexer.pack, int8x2.indexer.score)),
         "f32": Variant(anything, Indexer(f32.indexer.pack, f32.indexer.score)),
     },
 }

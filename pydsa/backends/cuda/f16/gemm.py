@@ -19,7 +19,7 @@ from pydsa.backends.cuda.eights.eight import U
 from pydsa.backends.cuda.f16.panels import STAGE_BYTES
 from pydsa.backends.cuda.f16.tiles import KINDS, WHOLE_WARP, inverse, set_factor
 from pydsa.backends.cuda.hopper import fence_async, make_wgmma, make_wgmma_wait, shared_address
-from pydsa.backends.cuda.instructions import commit_copies, copies_left, copy_sixteen_async
+from pydsa.backends.cuda.instructions import commit_copies, copies_left, copy_sixteen_async, quotient
 from pydsa.backends.cuda.launch import blocks_for, kernel
 
 
@@ -218,7 +218,7 @@ def _make_span(tokens):
         y = cuda.blockIdx.y
         if tokens == 256:
             return tile_matrix[2 * y], tile_first[2 * y], tile_end[min(2 * y + 1, tile_end.size - 1)]
-        tile = y // how if tokens == 64 else y
+        tile = quotient(y, how) if tokens == 64 else y
         chosen = tile_matrix[tile]
         if chosen < 0:
             return np.int32(-1), np.int32(0), np.int32(0)
@@ -275,7 +275,7 @@ def _make_gemm(name, kind, tokens):
         shared, rows = cuda.shared.array(0, np.uint8, 1024), cuda.shared.array(0, np.int32, 1024)
         scales = cuda.shared.array(0, np.float32, 1024)
         if thread < tokens:
-            source = order[first + min(thread, n_tokens - 1)] // x_div
+            source = quotient(order[first + min(thread, n_tokens - 1)], x_div)
             place = at_rows + n_pieces * (thread & 31) + (thread >> 5)      # those of a thread's copies are side by side
             rows[place], scales[at_rows + tokens + thread] = source * (last * (STAGE_BYTES // 16)), x_scales[source]
         prepare(thread, THREADS)

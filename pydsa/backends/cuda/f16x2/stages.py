@@ -12,7 +12,7 @@ from numba import cuda
 from pydsa.backends.cuda.device import device, fma
 from pydsa.backends.cuda.f16x2.panels import PART_BYTES, STAGE_BYTES
 from pydsa.backends.cuda.hopper import fence_async, shared_address
-from pydsa.backends.cuda.instructions import commit_copies, copies_left, copy_sixteen_async
+from pydsa.backends.cuda.instructions import commit_copies, copies_left, copy_sixteen_async, quotient
 from pydsa.backends.cuda.launch import blocks_for
 
 
@@ -82,7 +82,7 @@ def make_ring(tokens):
     def begin(shared, rows, scales, order, first, n_tokens, x_div, x_scales, packed, last, row_bytes, thread):
         """Find the rows of a tile's tokens; begin to copy the first stages."""
         if thread < tokens:
-            source = order[first + min(thread, n_tokens - 1)] // x_div
+            source = quotient(order[first + min(thread, n_tokens - 1)], x_div)
             rows[at + thread], scales[at + tokens + thread] = source, x_scales[source]
         cuda.syncthreads()
         for stage in range(AHEAD):

@@ -11,7 +11,7 @@ from pydsa.backends.cuda.device import device
 from pydsa.backends.cuda.flash.images import CAPABILITY, GAIN, KV_LORA, TILE, TILE_BYTES, pack_halves
 from pydsa.backends.cuda.hopper import (arrive, copy_bulk, expect_bytes, fence_mbarriers, init_mbarrier, make_wgmma_shared, make_wgmma_wait,
                                         shared_address, steps_of_rows, wait_phase)
-from pydsa.backends.cuda.instructions import store_sixteen
+from pydsa.backends.cuda.instructions import quotient, store_sixteen
 from pydsa.backends.cuda.launch import kernel
 
 ROWS, THREADS, WARPS, STAGES = 128, 256, 8, 5
@@ -149,7 +149,7 @@ def _make_heads(of_values):
         else:
             first = min(first, n // 64 - 2)         # the last block may repeat an image
             at, next_image = head * (2 * KV_LORA * n) + first * (128 * KV_LORA), IMAGE
-        mine = (n_tiles - cuda.blockIdx.z + cuda.gridDim.z - 1) // cuda.gridDim.z
+        mine = quotient(n_tiles - cuda.blockIdx.z + cuda.gridDim.z - 1, cuda.gridDim.z)
         begin(shared, weights, at, next_image, latents, cuda.blockIdx.z, IMAGES * mine, thread)
         place = shared_address(shared, 0)
         a, b = first_of(np.int64(place), np.int64(place + U(WEIGHT_BYTES)), warp >> 2)
