@@ -185,7 +185,7 @@ driver = install()
 import pydsa
 import pydsa.bench
 ids = np.random.default_rng(0).integers(0, 300, 8).tolist()
-model = pydsa.load(sys.argv[1], device="cuda", attention="sparse", kv_type="f32", n_ctx=12, n_ubatch=4)
+model = pydsa.load(sys.argv[1], device="cuda", attention="sparse", kv_type="f32", n_ctx=12, n_ubatch=4, precision="exact")
 
 
 def steps(session, observe=None):

@@ -17,7 +17,7 @@ from pydsa.backends import cuda
 path, ids = sys.argv[1], [5, 6, 7, 8, 9, 10, 11, 12]
 
 def loaded(**options):
-    return pydsa.load(path, n_ctx=16, n_ubatch=8, threads=1, kv_type="f32", **options)
+    return pydsa.load(path, n_ctx=16, n_ubatch=8, threads=1, kv_type="f32", precision="exact", **options)
 
 def nmse(met, expected):
     met, expected = np.asarray(met, np.float64), np.asarray(expected, np.float64)

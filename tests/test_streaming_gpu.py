@@ -15,7 +15,7 @@ import pydsa
 from pydsa.backends.cuda import streaming
 from pydsa.model import Model
 from pydsa.setup import Setup
-options = dict(n_ctx=16, n_ubatch=4, kv_type="f32", attention="sparse")
+options = dict(n_ctx=16, n_ubatch=4, kv_type="f32", attention="sparse", precision="exact")
 ids, path = [5, 250, 17, 101, 33, 8], sys.argv[1]
 expected = pydsa.load(path, device="cpu", threads=1, **options).logits(ids)
 fills, fill, ready = [], streaming.Slot.fill, streaming.Filling.ready

@@ -203,23 +203,33 @@ load_matrices, load_matrices_transposed = (instruction(
 # four uint8 of a times four int8 of b, plus c
 dp4a_unsigned = instruction("dp4a.u32.s32 $0, $1, $2, $3;", "i", "rri", lambda a, b, c: c + sum(
     int(x) * int(y) for x, y in zip(np.array([a], np.uint32).view(np.uint8), np.array([b], np.uint32).view(np.int8))))
-# Pairs of float16 in words, rounded to nearest even. pack_halves(upper, lower): two float32 as a pair. halves_by_low(x, y), halves_by_high
-# and fma_low(x, y, z), fma_high: x times the lower, or the upper, of y, and plus that of z.
+# Pairs of float16 in words, rounded to nearest even. pack_halves(upper, lower): two float32 as a pair. halves_by_low(x, y),
+# halves_by_high: x times the lower, or the upper, of y. fma_by_low(x, y, z), fma_by_high: and plus z. fma_low_low(x, y, z), fma_low_high,
+# fma_high_high: x times one of y, plus one of z.
 pack_halves = instruction("cvt.rn.f16x2.f32 $0, $1, $2;", "r", "ff", lambda a, b: _pair([b, a]))
 multiply_halves = instruction("mul.rn.f16x2 $0, $1, $2;", "r", "rr", lambda x, y: _pair(_halves(x) * _halves(y)))
+add_halves = instruction("add.rn.f16x2 $0, $1, $2;", "r", "rr", lambda x, y: _pair(_halves(x) + _halves(y)))
 subtract_halves = instruction("sub.rn.f16x2 $0, $1, $2;", "r", "rr", lambda x, y: _pair(_halves(x) - _halves(y)))
 
 
-def _with_one(which):
-    half = "%l,%h".split(",")[which]
-    first, other = (f"mov.b32 {{%l,%h}}, ${i};\nmov.b32 {name}, {{{half},{half}}};\n" for i, name in ((2, "%y"), (3, "%z")))
-    begin = "{\n.reg .b16 %l;\n.reg .b16 %h;\n.reg .b32 %y;\n.reg .b32 %z;\n"
-    return (instruction(f"{begin}{first}mul.rn.f16x2 $0, $1, %y;\n}}", "r", "rr", lambda x, y: _pair(_halves(x) * _halves(y)[which])),
-            instruction(f"{begin}{first}{other}fma.rn.f16x2 $0, $1, %y, %z;\n}}", "r", "rrr",
-                        lambda x, y, z: _pair(_halves(x) * _halves(y)[which] + _halves(z)[which])))
+def _with_ones(name, *which):
+    """mul or fma of pairs: the first operand, then of each other one its lower (0) or upper half (1), or all of it (None)."""
+    registers, moves, operands = "".join(f".reg .b32 %{c};\n" for c in "yz"), "", ["$1"]
+    for i, (half, register) in enumerate(zip(which, ("%y", "%z")), 2):
+        part = "%l" if half == 0 else "%h"
+        moves += "" if half is None else f"mov.b32 {{%l,%h}}, ${i};\nmov.b32 {register}, {{{part},{part}}};\n"
+        operands.append(f"${i}" if half is None else register)
+
+    def simulated(x, *others):
+        y, *z = (_halves(other) if half is None else _halves(other)[half] for half, other in zip(which, others))
+        return _pair(_halves(x) * y + (z[0] if z else 0))
+    text = f"{{\n.reg .b16 %l;\n.reg .b16 %h;\n{registers}{moves}{name}.rn.f16x2 $0, {', '.join(operands)};\n}}"
+    return instruction(text, "r", "r" * len(operands), simulated)
 
 
-(halves_by_low, fma_low), (halves_by_high, fma_high) = _with_one(0), _with_one(1)
+halves_by_low, halves_by_high = _with_ones("mul", 0), _with_ones("mul", 1)
+fma_by_low, fma_by_high = _with_ones("fma", 0, None), _with_ones("fma", 1, None)
+fma_low_low, fma_low_high, fma_high_high = _with_ones("fma", 0, 0), _with_ones("fma", 0, 1), _with_ones("fma", 1, 1)
 count_bits = instruction("popc.b32 $0, $1;", "r", "r", lambda a: int(a).bit_count())
 # quotient(a, b), toward zero, of int32. Numba divides in 64 bits, which is a call; and all products of wgmma in a kernel with calls wait
 # for each other where nvJitLink assembles it.

@@ -5,7 +5,8 @@ loads are possible, at multiples of 4; what begins between them is cut out of tw
 begins `second` bytes after the first, or is the same again (0) where a row ends.
 
 A period has a scale in float16 and perhaps a second one, which head() makes float32 numbers. The kernel multiplies them by a power of two
-and puts both, as float16, into raw[i]. From there unpack() takes them: scales of groups are whole numbers times these.
+and puts both, as float16, into raw[i]. Scales of groups are whole numbers times the first, and the bytes' products with these whole numbers
+are exact; if types have no such numbers, unpack() returns what is in raw.
 """
 from typing import NamedTuple
 
@@ -14,13 +15,15 @@ import numpy as np
 from pydsa.backends.cuda.blocks.block import selector
 from pydsa.backends.cuda.constants import nothing
 from pydsa.backends.cuda.device import device, of_half, permuted
-from pydsa.backends.cuda.instructions import fetch_four, halves_by_high, halves_by_low, subtract_halves
+from pydsa.backends.cuda.instructions import (add_halves, fetch_four, fma_by_high, fma_by_low, halves_by_high, multiply_halves,
+                                              subtract_halves)
 
 U = np.uint32
 NIBBLES, TWO_BITS, ONE_BIT, SIGNS = U(0x0F0F0F0F), U(0x03030303), U(0x01010101), U(0x80808080)
 THOUSAND, THOUSANDS = U(0x64006400), U(0x64646464)      # 1024 + n is 0x6400 | n, as float16
 EVEN, ODD, LOWER, UPPER, TWICE = U(0x4240), U(0x4341), U(0x5410), U(0x7632), U(0x1010)      # of two words: bytes 0 and 2 of the first, ...
 FOUR_IN_PAIR, SIX_IN_PAIR = U(0x000F000F), U(0x003F003F)
+BOTH_SIGNS = U(0x80008000)
 NONE, NO_OFFSETS = np.float32(0), U(0)
 
 
@@ -33,6 +36,7 @@ class Eights(NamedTuple):
     unpack: object          # unpack(raw, i, at, second, j, c) -> four uint32 of bytes; of both groups scales, and offsets, as float16
     bounds: tuple           # by what magnitudes of the two numbers of head() are to be multiplied, so that their sum bounds the weights
     bias: int = 0           # what is to be subtracted of each byte
+    whole: bool = False     # whether the scales are whole numbers, still to be multiplied by the first of the head
     offsets: bool = False
     prepare: object = nothing
     heads: tuple = (0,)     # where in raw the heads are: one, or one of each block
@@ -96,16 +100,20 @@ def whole_numbers(bias=0):
 whole, whole_less_32, whole_less_128 = whole_numbers(), whole_numbers(32), whole_numbers(128)
 
 
-@device
-def times_low(pair, head):
-    """Two float16 times the lower one of a head."""
-    return U(halves_by_low(pair, head))
+def offsets_of(center):
+    """The function of two groups' offsets, weights being less a center.
 
+    They are -dmin times a min, plus d times a scale times the center, which is the type's bias. Both are about as great, and as float16
+    they would lose what matters in their sum.
+    """
+    centers = U(int(np.float16(center).view(np.uint16)) * 0x10001)
 
-@device
-def times_high(pair, head):
-    """Two float16 times the upper one of a head."""
-    return U(halves_by_high(pair, head))
+    @device
+    def made(scales, mins, head):
+        rough = U(halves_by_high(mins, head))
+        rest = fma_by_high(mins, head, rough ^ BOTH_SIGNS)          # what rough leaves, exactly
+        return U(add_halves(fma_by_low(multiply_halves(scales, centers), head, rough), rest))
+    return made
 
 
 @device

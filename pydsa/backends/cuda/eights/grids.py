@@ -4,7 +4,7 @@ What they are made of is in blocks/grids.py. Bytes are 128 more than levels; one
 """
 from pydsa.backends.cuda.blocks.block import selector
 from pydsa.backends.cuda.eights.eight import (NO_OFFSETS, NONE, SIGNS, Eights, U, bytes_from, four_bits_in_bytes, half_in,
-                                              head_of_d, load_words, odd, times_low)
+                                              head_of_d, load_words, odd)
 from pydsa.backends.cuda.blocks.grids import (EIGHTH, NEGATIVE, POSITIVE, QUARTER, SHIFTED_DOWN, SHIFTED_UP, eight_levels,
                                               magnitudes_of_iq3_s, magnitudes_of_iq3_xxs, prepare_iq1, prepare_iq2_s, prepare_iq2_xs,
                                               prepare_iq2_xxs, prepare_iq3_s, prepare_iq3_xxs, row_of_iq1, row_of_iq2_s, row_of_iq2_xs,
@@ -70,7 +70,7 @@ def unpack_iq2_xxs(raw, i, at, second, j, c):
     signs, signs_1 = U(permuted(raw[i + 2], raw[i + 3], pick)), U(permuted(raw[i + 4], raw[i + 5], pick))
     a, b = eight_of_iq2_xxs(permuted(raw[i + 1], raw[i + 2], pick), signs, c)
     e, f = eight_of_iq2_xxs(permuted(raw[i + 3], raw[i + 4], pick), signs_1, c)
-    return U(a), U(b), U(e), U(f), times_low(odd(signs >> U(28), signs_1 >> U(28)), raw[i]), NO_OFFSETS
+    return U(a), U(b), U(e), U(f), odd(signs >> U(28), signs_1 >> U(28)), NO_OFFSETS
 
 
 @device
@@ -95,7 +95,7 @@ def unpack_iq2_xs(raw, i, at, second, j, c):
     a, b = eight_of_iq2_xs(bytes_from(raw[i + 1], at + 2 + 2 * c))
     e, f = eight_of_iq2_xs(bytes_from(raw[i + 2], at + 2 + 2 * c))
     scales = bytes_from(raw[i + 3], at + 66 + 2 * j) >> (U(c) << U(1) & U(4))
-    return U(a), U(b), U(e), U(f), times_low(odd(scales & U(15), scales >> U(8) & U(15)), raw[i]), NO_OFFSETS
+    return U(a), U(b), U(e), U(f), odd(scales & U(15), scales >> U(8) & U(15)), NO_OFFSETS
 
 
 @device
@@ -119,7 +119,7 @@ def unpack_iq2_s(raw, i, at, second, j, c):
     a, b = signed_levels(row_of_iq2_s(first), bytes_from(raw[i + 3], here) & BYTE)
     e, f = signed_levels(row_of_iq2_s(other), bytes_from(raw[i + 4], here) & BYTE)
     scales = bytes_from(raw[i + 6], at + 74 + 2 * j) >> (U(c) << U(1) & U(4))
-    return U(a), U(b), U(e), U(f), times_low(odd(scales & U(15), scales >> U(8) & U(15)), raw[i]), NO_OFFSETS
+    return U(a), U(b), U(e), U(f), odd(scales & U(15), scales >> U(8) & U(15)), NO_OFFSETS
 
 
 @device
@@ -152,7 +152,7 @@ def unpack_iq3_xxs(raw, i, at, second, j, c):
     bits, bits_1 = U(permuted(raw[i + 3], raw[i + 4], pick)), U(permuted(raw[i + 4], raw[i + 5], pick))
     a, b = eight_of_iq3_xxs(bytes_from(raw[i + 1], at + 2 + 2 * c), with_eighth(bits >> U(7 * c)))
     e, f = eight_of_iq3_xxs(bytes_from(raw[i + 2], at + 2 + 2 * c), with_eighth(bits_1 >> U(7 * c)))
-    return a, b, e, f, times_low(odd(bits >> U(28), bits_1 >> U(28)), raw[i]), NO_OFFSETS
+    return a, b, e, f, odd(bits >> U(28), bits_1 >> U(28)), NO_OFFSETS
 
 
 @device
@@ -182,7 +182,7 @@ def unpack_iq3_s(raw, i, at, second, j, c):
     a, b = eight_of_iq3_s(bytes_from(raw[i + 1], at + 2 + 2 * c), high, bytes_from(raw[i + 3], at + 74 + c))
     e, f = eight_of_iq3_s(bytes_from(raw[i + 2], at + 2 + 2 * c), high >> U(8), bytes_from(raw[i + 4], at + 74 + c))
     scales = bytes_from(raw[i + 6], at + 106 + j)
-    return a, b, e, f, times_low(odd(scales & U(15), scales >> U(4) & U(15)), raw[i]), NO_OFFSETS
+    return a, b, e, f, odd(scales & U(15), scales >> U(4) & U(15)), NO_OFFSETS
 
 
 @device
@@ -210,7 +210,7 @@ def unpack_iq1_s(raw, i, at, second, j, c):
     upper, upper_1 = both >> U(3 * c), both >> U(16 + 3 * c)
     a, b = eight_of_iq1(bytes_from(raw[i + 1], here) & BYTE | upper << U(8) & U(0x700), both & U(0x8000))
     e, f = eight_of_iq1(bytes_from(raw[i + 2], here) & BYTE | upper_1 << U(8) & U(0x700), both >> U(31))
-    return a, b, e, f, times_low(odd(both >> U(12) & U(7), both >> U(28) & U(7)), raw[i]), NO_OFFSETS
+    return a, b, e, f, odd(both >> U(12) & U(7), both >> U(28) & U(7)), NO_OFFSETS
 
 
 @device
@@ -236,13 +236,13 @@ def unpack_iq1_m(raw, i, at, second, j, c):
     a, b = eight_of_iq1(U(raw[i + 3]) >> U(8 * c) & BYTE | high << U(8) & U(0x700), high & U(8))
     e, f = eight_of_iq1(U(raw[i + 4]) >> U(8 * c) & BYTE | high >> U(8) & U(0x700), high >> U(16) & U(8))
     scales = U(raw[i + 1 + (j >> 1)]) >> (U(16 * (j & 1)) + U(3) * (U(c) >> U(1)))
-    return a, b, e, f, times_low(odd(scales & U(7), scales >> U(6) & U(7)), raw[i]), NO_OFFSETS
+    return a, b, e, f, odd(scales & U(7), scales >> U(6) & U(7)), NO_OFFSETS
 
 
-EIGHTS = {"IQ2_XXS": Eights(6, 4, load_iq2_xxs, eighth_of_d, unpack_iq2_xxs, (IQ2_MOST, 0), 128, prepare=prepare_iq2_xxs),
-          "IQ2_XS": Eights(4, 4, load_iq2_xs, eighth_of_d, unpack_iq2_xs, (IQ2_MOST, 0), 128, prepare=prepare_iq2_xs),
-          "IQ2_S": Eights(7, 4, load_iq2_s, eighth_of_d, unpack_iq2_s, (IQ2_MOST, 0), 128, prepare=prepare_iq2_s),
-          "IQ3_XXS": Eights(6, 4, load_iq3_xxs, quarter_of_d, unpack_iq3_xxs, (IQ3_XXS_MOST, 0), 128, prepare=prepare_iq3_xxs),
-          "IQ3_S": Eights(7, 4, load_iq3_s, head_of_d, unpack_iq3_s, (IQ3_S_MOST, 0), 128, prepare=prepare_iq3_s),
-          "IQ1_S": Eights(5, 4, load_iq1_s, eighth_of_d, unpack_iq1_s, (IQ1_MOST, 0), 128, prepare=prepare_iq1),
-          "IQ1_M": Eights(6, 4, load_iq1_m, head_of_iq1_m, unpack_iq1_m, (IQ1_MOST, 0), 128, prepare=prepare_iq1)}
+EIGHTS = {"IQ2_XXS": Eights(6, 4, load_iq2_xxs, eighth_of_d, unpack_iq2_xxs, (IQ2_MOST, 0), 128, True, prepare=prepare_iq2_xxs),
+          "IQ2_XS": Eights(4, 4, load_iq2_xs, eighth_of_d, unpack_iq2_xs, (IQ2_MOST, 0), 128, True, prepare=prepare_iq2_xs),
+          "IQ2_S": Eights(7, 4, load_iq2_s, eighth_of_d, unpack_iq2_s, (IQ2_MOST, 0), 128, True, prepare=prepare_iq2_s),
+          "IQ3_XXS": Eights(6, 4, load_iq3_xxs, quarter_of_d, unpack_iq3_xxs, (IQ3_XXS_MOST, 0), 128, True, prepare=prepare_iq3_xxs),
+          "IQ3_S": Eights(7, 4, load_iq3_s, head_of_d, unpack_iq3_s, (IQ3_S_MOST, 0), 128, True, prepare=prepare_iq3_s),
+          "IQ1_S": Eights(5, 4, load_iq1_s, eighth_of_d, unpack_iq1_s, (IQ1_MOST, 0), 128, True, prepare=prepare_iq1),
+          "IQ1_M": Eights(6, 4, load_iq1_m, head_of_iq1_m, unpack_iq1_m, (IQ1_MOST, 0), 128, True, prepare=prepare_iq1)}

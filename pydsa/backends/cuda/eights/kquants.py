@@ -1,12 +1,13 @@
 """Eights of Q2_K to Q6_K."""
 from pydsa.backends.cuda.blocks.block import selector
 from pydsa.backends.cuda.eights.eight import (EVEN, FOUR_IN_PAIR, NIBBLES, NO_OFFSETS, ONE_BIT, SIGNS, SIX_IN_PAIR, TWO_BITS,
-                                              Eights, U, both_halves, head_of_d, load_words, times_high, times_low,
+                                              Eights, U, both_halves, head_of_d, load_words, offsets_of,
                                               two_words, whole, whole_less_128, whole_less_32)
 from pydsa.backends.cuda.device import device, permuted
 from pydsa.backends.cuda.instructions import fetch_eight, fetch_sixteen
 
 APART = U(0x4140)       # of a word: its bytes 0 and 1, each in 16 bits
+offsets_q2_k = offsets_of(2)
 
 
 @device
@@ -24,6 +25,8 @@ def bytes_apart(pair):
 
 def _make_q4_k(fifth):
     """Q4_K, or Q5_K, whose fifth bits are bits 2 j and 2 j + 1 of 32 bytes."""
+    center = 16 if fifth else 8
+    offsets = offsets_of(center)
     q = 6 if fifth else 4       # where in raw the nibbles are, after the block's beginning and the fifth bits
 
     @device
@@ -50,8 +53,9 @@ def _make_q4_k(fifth):
         if fifth:
             p, r = p | fifths(raw, i + 4, 2 * j), r | fifths(raw, i + 5, 2 * j)
             s, t = s | fifths(raw, i + 4, 2 * j + 1), t | fifths(raw, i + 5, 2 * j + 1)
-        return p, r, s, t, times_low(whole(bytes_apart(scales)), raw[i]), times_high(whole(bytes_apart(mins)), raw[i])
-    return Eights(q + 2, 4, load, two_heads, unpack, (63 * (31 if fifth else 15), 63), offsets=True)
+        scales, mins = whole(bytes_apart(scales)), whole(bytes_apart(mins))
+        return p, r, s, t, scales, offsets(scales, mins, raw[i])
+    return Eights(q + 2, 4, load, two_heads, unpack, (63 * (31 if fifth else 15), 63), center, whole=True, offsets=True)
 
 
 @device
@@ -77,7 +81,7 @@ def unpack_q6_k(raw, i, at, second, j, c):
     scales = U(permuted(raw[i + 10 + jj], raw[i + 11 + jj], selector(at))) >> (c << U(2) & U(8))
     return (a >> shift & NIBBLES | (h & TWO_BITS) << U(4), b >> shift & NIBBLES | (k & TWO_BITS) << U(4),
             e >> shift & NIBBLES | (h >> U(2) & TWO_BITS) << U(4), f >> shift & NIBBLES | (k >> U(2) & TWO_BITS) << U(4),
-            times_low(whole_less_128(permuted(scales ^ SIGNS, U(0), EVEN)), raw[i]), NO_OFFSETS)
+            whole_less_128(permuted(scales ^ SIGNS, U(0), EVEN)), NO_OFFSETS)
 
 
 @device
@@ -96,8 +100,8 @@ def unpack_q2_k(raw, i, at, second, j, c):
     shift = U(4 * (j & 1))
     a, b = U(raw[i + 1]) >> shift, U(raw[i + 2]) >> shift
     scales = U(raw[i + 3 + (j & 1)]) >> (c << U(2) & U(8))
-    return (a & TWO_BITS, b & TWO_BITS, a >> U(2) & TWO_BITS, b >> U(2) & TWO_BITS, times_low(whole(scales & FOUR_IN_PAIR), raw[i]),
-            times_high(whole(scales >> U(4) & FOUR_IN_PAIR), raw[i]))
+    scales, mins = whole(scales & FOUR_IN_PAIR), whole(scales >> U(4) & FOUR_IN_PAIR)
+    return a & TWO_BITS, b & TWO_BITS, a >> U(2) & TWO_BITS, b >> U(2) & TWO_BITS, scales, offsets_q2_k(scales, mins, raw[i])
 
 
 @device
@@ -122,9 +126,10 @@ def unpack_q3_k(raw, i, at, second, j, c):
     scales = (low >> U(4 * (j >> 1)) & NIBBLES | (high >> bit & TWO_BITS) << U(4)) >> (c << U(2) & U(8))
     return (a & TWO_BITS | (h & ONE_BIT) << U(2), b & TWO_BITS | (k & ONE_BIT) << U(2),
             a >> U(2) & TWO_BITS | (h >> U(1) & ONE_BIT) << U(2), b >> U(2) & TWO_BITS | (k >> U(1) & ONE_BIT) << U(2),
-            times_low(whole_less_32(scales & SIX_IN_PAIR), raw[i]), NO_OFFSETS)
+            whole_less_32(scales & SIX_IN_PAIR), NO_OFFSETS)
 
 
-EIGHTS = {"Q4_K": _make_q4_k(False), "Q5_K": _make_q4_k(True), "Q6_K": Eights(13, 4, load_q6_k, head_of_d, unpack_q6_k, (128 * 32, 0), 32),
-          "Q2_K": Eights(5, 4, load_q2_k, two_heads, unpack_q2_k, (15 * 3, 15), offsets=True),
-          "Q3_K": Eights(11, 4, load_q3_k, head_of_d, unpack_q3_k, (32 * 4, 0), 4)}
+EIGHTS = {"Q4_K": _make_q4_k(False), "Q5_K": _make_q4_k(True),
+          "Q6_K": Eights(13, 4, load_q6_k, head_of_d, unpack_q6_k, (128 * 32, 0), 32, whole=True),
+          "Q2_K": Eights(5, 4, load_q2_k, two_heads, unpack_q2_k, (15 * 3, 15), 2, whole=True, offsets=True),
+          "Q3_K": Eights(11, 4, load_q3_k, head_of_d, unpack_q3_k, (32 * 4, 0), 4, whole=True)}

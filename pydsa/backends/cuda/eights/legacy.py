@@ -6,7 +6,7 @@ stand for one of sixteen levels are looked up with byte permutes (prmt), 128 bei
 import numpy as np
 
 from pydsa.backends.cuda.eights.eight import (LOWER, NIBBLES, NO_OFFSETS, NONE, SIGNS, UPPER, Eights, U, both_halves, bytes_from,
-                                              head_of_d, load_words, times_low, two_words, whole_less_32)
+                                              head_of_d, load_words, two_words, whole_less_32)
 from pydsa.backends.cuda.blocks.legacy import fifth_bits
 from pydsa.backends.cuda.blocks.tables import half_of_e4m3, half_of_power
 from pydsa.backends.cuda.device import device, permuted
@@ -40,7 +40,7 @@ def in_pairs(n, load_block, head, bytes_of, bounds, bias=0, offsets=False):
         a, b = bytes_of(raw, i, at, c)
         e, f = bytes_of(raw, i + n, at + second, c)
         return (a, b, e, f, U(permuted(raw[i], raw[i + n], LOWER)), U(permuted(raw[i], raw[i + n], UPPER)) if offsets else NO_OFFSETS)
-    return Eights(2 * n, 1, load, head, unpack, bounds, bias, offsets, heads=(0, n))
+    return Eights(2 * n, 1, load, head, unpack, bounds, bias, offsets=offsets, heads=(0, n))
 
 
 def with_d(first, half, bytes_of, bound, bias):
@@ -205,7 +205,7 @@ def unpack_iq4_xs(raw, i, at, second, j, c):
     shift = U(c) << U(1) & U(4)
     return (looked_up(IQ4, U(raw[i + 3]) >> shift & NIBBLES), looked_up(IQ4, U(raw[i + 4]) >> shift & NIBBLES),
             looked_up(IQ4, U(raw[i + 5]) >> shift & NIBBLES), looked_up(IQ4, U(raw[i + 6]) >> shift & NIBBLES),
-            times_low(whole_less_32(scales), raw[i]), NO_OFFSETS)
+            whole_less_32(scales), NO_OFFSETS)
 
 
 @device
@@ -219,4 +219,4 @@ EIGHTS = {"Q4_0": with_d(2, True, bytes_q4_0, 8, 8), "Q5_0": with_d(6, True, byt
           "Q4_1": _make_with_offset(False), "Q5_1": _make_with_offset(True),
           "MXFP4": in_pairs(4, load_mxfp4, head_of_mxfp4, bytes_mxfp4, (12, 0), 128),
           "NVFP4": Eights(5, 1, load_nvfp4, head_of_nvfp4, unpack_nvfp4, (0, 0), 128, most=most_nvfp4),
-          "IQ4_XS": Eights(7, 4, load_iq4_xs, head_of_iq4_xs, unpack_iq4_xs, (32 * 127, 0), 128)}
+          "IQ4_XS": Eights(7, 4, load_iq4_xs, head_of_iq4_xs, unpack_iq4_xs, (32 * 127, 0), 128, whole=True)}

@@ -12,8 +12,8 @@ from pydsa.backends.cuda.constants import nothing
 from pydsa.backends.cuda.device import bits_float, device, float_bits, permuted
 from pydsa.backends.cuda.eights import EIGHTS
 from pydsa.backends.cuda.eights.eight import EVEN, LOWER, ODD, THOUSANDS, UPPER, U
-from pydsa.backends.cuda.instructions import (fetch_sixteen, fma_high, fma_low, halves_by_high, halves_by_low, pack_halves,
-                                              subtract_halves)
+from pydsa.backends.cuda.instructions import (fetch_sixteen, fma_high_high, fma_low_high, fma_low_low, halves_by_high, halves_by_low,
+                                              pack_halves, subtract_halves)
 from pydsa.quants import TYPES
 
 WHOLE_WARP = U(0xFFFFFFFF)
@@ -37,24 +37,32 @@ class Kind(NamedTuple):
 
 def make_fill(eights):
     """The function fill() of a Kind."""
-    unpack, offsets, bias = eights.unpack, eights.offsets, U((0x6400 + eights.bias) * 0x10001)
+    unpack, offsets, whole, bias = eights.unpack, eights.offsets, eights.whole, U((0x6400 + eights.bias) * 0x10001)
 
     @device
-    def low(some, pick, scales, added):
-        whole = subtract_halves(permuted(some, THOUSANDS, pick), bias)
-        return fma_low(whole, scales, added) if offsets else halves_by_low(whole, scales)
+    def low(some, pick, scales, added, head):
+        x = subtract_halves(permuted(some, THOUSANDS, pick), bias)
+        if whole:
+            x = halves_by_low(x, scales)
+            return fma_low_low(x, head, added) if offsets else halves_by_low(x, head)
+        return fma_low_low(x, scales, added) if offsets else halves_by_low(x, scales)
 
     @device
-    def high(some, pick, scales, added):
-        whole = subtract_halves(permuted(some, THOUSANDS, pick), bias)
-        return fma_high(whole, scales, added) if offsets else halves_by_high(whole, scales)
+    def high(some, pick, scales, added, head):
+        x = subtract_halves(permuted(some, THOUSANDS, pick), bias)
+        if whole:
+            x = halves_by_high(x, scales)
+            return fma_low_high(x, head, added) if offsets else halves_by_low(x, head)
+        return fma_high_high(x, scales, added) if offsets else halves_by_high(x, scales)
 
     @device
     def fill(words, r, raw, i, at, second, j, c, factor):
         a, b, e, f, s, m = unpack(raw, i, at, second, j, c)
-        words[r], words[2 + r], words[4 + r], words[6 + r] = low(a, EVEN, s, m), low(a, ODD, s, m), low(b, EVEN, s, m), low(b, ODD, s, m)
+        d = raw[i]
+        words[r], words[2 + r], words[4 + r], words[6 + r] = (
+            low(a, EVEN, s, m, d), low(a, ODD, s, m, d), low(b, EVEN, s, m, d), low(b, ODD, s, m, d))
         words[8 + r], words[10 + r], words[12 + r], words[14 + r] = (
-            high(e, EVEN, s, m), high(e, ODD, s, m), high(f, EVEN, s, m), high(f, ODD, s, m))
+            high(e, EVEN, s, m, d), high(e, ODD, s, m, d), high(f, EVEN, s, m, d), high(f, ODD, s, m, d))
     return fill
 
 
