@@ -24,7 +24,6 @@ from pydsa.backends.cuda.f16x2 import gemm, gemm_rows, linear  # noqa: E402
 from pydsa.backends.cuda.linear import head_tiles  # noqa: E402
 from pydsa.backends.cuda.moe import pair_tiles  # noqa: E402
 from pydsa.gguf_file import Tensor  # noqa: E402
-from pydsa.quants import SUPPORTED  # noqa: E402
 from tools.gpu_products import random_tensor  # noqa: E402
 
 KINDS = "Q4_K", "Q6_K", "Q8_0"
@@ -94,7 +93,7 @@ def time_torch(shape, n_tokens):
 
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True)
-@click.option("--type", "kinds", multiple=True, type=click.Choice(SUPPORTED), default=KINDS, show_default=True, help="types of weights")
+@click.option("--type", "kinds", multiple=True, type=click.Choice([*linear.GEMM]), default=KINDS, show_default=True, help="types of weights")
 @click.option("--shape", "shapes", multiple=True, default=SHAPES, show_default=True, help="rows x columns, or EXPERTS*ROWSxCOLUMNS")
 def main(tokens, kinds, shapes):
     errors = [0]
