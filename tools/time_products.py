@@ -93,7 +93,8 @@ def time_torch(shape, n_tokens):
 
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True)
-@click.option("--type", "kinds", multiple=True, type=click.Choice([*linear.GEMM]), default=KINDS, show_default=True, help="types of weights")
+@click.option("--type", "kinds", multiple=True, type=click.Choice([*linear.GEMM]), default=KINDS, show_default=True,
+              help="types of weights")
 @click.option("--shape", "shapes", multiple=True, default=SHAPES, show_default=True, help="rows x columns, or EXPERTS*ROWSxCOLUMNS")
 def main(tokens, kinds, shapes):
     errors = [0]
