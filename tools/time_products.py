@@ -16,12 +16,12 @@ import click
 import numpy as np
 
 from pydsa.backends import cuda, reference
+from pydsa.backends.cuda import f16x2
 from pydsa.backends.cuda.current import gpu
 from pydsa.backends.cuda.linear import head_tiles
 from pydsa.backends.cuda.moe import pair_tiles
 from pydsa.backends.cuda.variants import VARIANTS
 from pydsa.gguf_file import Tensor
-from pydsa.quants import SUPPORTED
 
 if __name__ == "__main__":      # whatever is in PYTHONPATH
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -90,7 +90,7 @@ def time_torch(shape, n_tokens):
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True)
 @click.option("--shape", "shapes", multiple=True, default=SHAPES, show_default=True, help="rows x columns, or EXPERTS*ROWSxCOLUMNS")
-@click.option("--type", "kinds", multiple=True, type=click.Choice(SUPPORTED), default=("Q4_K", "Q6_K", "Q8_0"), show_default=True)
+@click.option("--type", "kinds", multiple=True, type=click.Choice([*f16x2.linear.GEMM]), default=("Q4_K", "Q6_K", "Q8_0"), show_default=True)
 def main(tokens, shapes, kinds):
     wrong = False
     for shape in shapes:
