@@ -180,6 +180,11 @@ def pack_bf16x2(upper, lower):
     return bits(upper) << np.uint32(16) | bits(lower)
 
 
+def pack_f16x2(upper, lower):
+    """cvt.rn.f16x2.f32: two float16 in a word, each rounded to nearest even."""
+    return upper.astype("f2").view("u2").astype("u4") << np.uint32(16) | lower.astype("f2").view("u2")
+
+
 def of_pairs(function):
     """The function of float16 pairs, in uint32, of one of float64, rounded."""
     return lambda *xs: function(*(np.ascontiguousarray(x).view("f2").astype("f8") for x in xs)).astype("f2").view("u4")

@@ -11,7 +11,7 @@ import numpy as np
 from tests.ptx.asynchronous import step_of
 from tests.ptx.batch import Batch, KernelError, Launch
 from tests.ptx.instructions import (OPERANDS, PAIRS, PLAIN, WIDE, compare, convert, dot_int8, dot_uint8, dot_uint16, dtype_of,
-                                    mma_bfloat16, mma_float16, mma_int8, pack_bf16x2)
+                                    mma_bfloat16, mma_float16, mma_int8, pack_bf16x2, pack_f16x2)
 from tests.ptx.memory import WARP, Fault
 
 MOST_SHARED = 48 << 10
@@ -91,6 +91,8 @@ class Kernel:
                 return self._plain(lambda x: x.copy(), operands, [kind])
             if op == ("cvt", "rn", "bf16x2", "f32"):
                 return self._plain(pack_bf16x2, operands, ["f32", "f32"])
+            if op == ("cvt", "rn", "f16x2", "f32"):
+                return self._plain(pack_f16x2, operands, ["f32", "f32"])
             if op[0] == "cvt":
                 return self._plain(convert(op[1:]), operands, [kind])
             if op[0] == "setp":
@@ -101,6 +103,8 @@ class Kernel:
                 return self._memory(op, operands)
             if op[0] == "shfl":
                 return self._shuffle(op[2], operands)
+            if op == ("vote", "sync", "any", "pred"):
+                return self._vote(operands)
             if op[0] == "mma":
                 return self._tiles(op, operands)
             if kind == "f16x2":
@@ -195,6 +199,17 @@ class Kernel:
             if inside is not None:
                 inside(batch, on, valid.ravel())
         assert how in ("bfly", "up", "down")
+        return step
+
+    def _vote(self, operands):
+        """vote.sync.any of whole warps."""
+        target, source = self._target(operands[0]), self._source(operands[1], "pred")
+        if int(operands[2], 0) & 0xFFFFFFFF != 0xFFFFFFFF:
+            raise KeyError(operands)
+
+        def step(batch, on):
+            batch.whole_warps(on)
+            target(batch, on, np.repeat(source(batch, on).reshape(-1, WARP).any(1), WARP))
         return step
 
     def _tiles(self, op, operands):

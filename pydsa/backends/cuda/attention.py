@@ -1,8 +1,8 @@
 """Absorbed MLA attention: the ops, and the second kernel of split-K.
 
 All heads share one cache row per key, whose first n_v values are the key's value. Keys may be divided into splits, which different blocks
-compute (flash decoding). A second kernel joins the splits. One token's attention to chosen rows is that of attend_one.py, where it takes
-them.
+compute (flash decoding). A second kernel joins the splits. One token's attention to chosen rows is that of attend_one.py, that of prompts
+is attend_chosen.py's, where they take them.
 """
 import numpy as np
 from numba import cuda
@@ -85,6 +85,10 @@ def attend(out, q, latents, mode, n_keys, scale, positions=None, indices=None, m
         of_one(out, q, latents, indices, scale, made)
         return
     n_tokens, n_head, n_v = out.shape
+    of_many = kernels("attention of many", out, latents, mode)
+    if of_many:
+        of_many(out, q[..., :n_v], q[..., n_v:], latents, indices, scale)
+        return
     others = [scratch("nothing", (1,) * n, dtype) if a is None else a
               for a, n, dtype in ((positions, 1, np.int64), (indices, 2, np.int32), (mask, 2, np.float32))]
     variant = kernels("attention", latents, n_head, n_v)

@@ -18,6 +18,8 @@ from pydsa.backends.cuda.instructions import instruction
 init_mbarrier = instruction("mbarrier.init.shared::cta.b64 [$0], $1;", "", "sr", fixed=True)
 fence_mbarriers = instruction("fence.mbarrier_init.release.cluster;", fixed=True)
 arrive = instruction("mbarrier.arrive.shared::cta.b64 _, [$0];", "", "s", fixed=True)
+# arrive_after_copies(bars, at): the thread arrives when its copies of cp.async up to here are there; it does not wait for them.
+arrive_after_copies = instruction("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", "", "s", fixed=True)
 # expect_bytes(bars, at, n): arrive, and let the phase wait for n bytes of bulk copies.
 expect_bytes = instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "", "sr", fixed=True)
 wait_phase = instruction("""{
@@ -36,6 +38,10 @@ if SIMULATED:
     shared_address = instruction("the address in shared memory")
 
     def make_wgmma(n, steps, parts=1, anew=False):
+        """A function that raises PydsaError in the simulator."""
+        return instruction("wgmma.mma_async")
+
+    def make_wgmma_shared(n, a_steps, b_steps, anew=False, by_columns=False):
         """A function that raises PydsaError in the simulator."""
         return instruction("wgmma.mma_async")
 
@@ -62,16 +68,16 @@ else:
         data = context.make_array(signature.args[i])(context, builder, args[i]).data
         return [builder.gep(data, [I32(j)]) for j in range(n)]
 
-    def _through(context, builder, signature, args, text, n_sums, n_words, others=()):
+    def _through(context, builder, signature, args, text, n_sums, n_words, others=(), anew=False):
         """Assembly whose results are the sums, in a local array.
 
-        The sums are operands too, and words of A, in another one, and others.
+        The sums are operands too, unless they are made anew, and words of A, in another one, and others.
         """
         places = _elements(context, builder, signature, args, 0, n_sums)
         words = [builder.load(p) for p in _elements(context, builder, signature, args, 1, n_words)] if n_words else []
-        values = [builder.load(p) for p in places] + words + list(others)
+        values = ([] if anew else [builder.load(p) for p in places]) + words + list(others)
         function = ir.FunctionType(ir.LiteralStructType([F32] * n_sums), [v.type for v in values])
-        constraints = ["=f"] * n_sums + [str(i) for i in range(n_sums)] + ["r"] * n_words + ["l"] * len(others) + ["~{memory}"]
+        constraints = ["=f"] * n_sums + [str(i) for i in range(0 if anew else n_sums)] + ["r"] * n_words + ["l"] * len(others) + ["~{memory}"]
         made = builder.call(ir.InlineAsm(function, text, ",".join(constraints), side_effect=True), values)
         for i, place in enumerate(places):
             builder.store(builder.extract_value(made, i), place)
@@ -104,6 +110,28 @@ else:
             @intrinsic
             def multiply(typingctx, sums, words, descriptor, second):
                 return types.void(sums, words, types.uint64, types.uint64), start
+        return multiply
+
+    def make_wgmma_shared(n, a_steps, b_steps, anew=False, by_columns=False):
+        """multiply(sums, a, b): start sums [n / 2] += A B, of float16 in shared memory, and close the group.
+
+        a, b: descriptors (uint64). a_steps, b_steps: where each step of sixteen numbers begins, in sixteens of bytes from theirs.
+        by_columns: of B [16 steps, n] columns are contiguous, 64 of them 128 bytes, in place of its numbers. anew: sums = A B.
+        """
+        n_sums, count = n // 2, 0 if anew else n // 2
+        sums, lines = ",".join(f"${i}" for i in range(n_sums)), ["{", ".reg .b64 %left;", ".reg .b64 %right;", "wgmma.fence.sync.aligned;"]
+        for step, (of_a, of_b) in enumerate(zip(a_steps, b_steps, strict=True)):
+            lines += [f"add.s64 %left, ${n_sums + count}, {of_a};", f"add.s64 %right, ${n_sums + count + 1}, {of_b};",
+                      f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.f16.f16 {{{sums}}}, %left, %right, "
+                      f"{int(not anew or step > 0)}, 1, 1, 0, {int(by_columns)};"]
+        text = "\n".join([*lines, "wgmma.commit_group.sync.aligned;", "}"])
+
+        def start(context, builder, signature, args):
+            return _through(context, builder, signature, args, text, n_sums, 0, args[1:], anew)
+
+        @intrinsic
+        def multiply(typingctx, sums, a, b):
+            return types.void(sums, types.uint64, types.uint64), start
         return multiply
 
     def make_wgmma_wait(n, n_words):

@@ -2,7 +2,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pydsa.backends.cuda import attend_one, f16x2, f32, int8x2, top_k_one
+from pydsa.backends.cuda import attend_chosen, attend_one, f16x2, f32, int8x2, top_k_one
 
 
 class Linear(NamedTuple):
@@ -57,6 +57,10 @@ VARIANTS = {
     },
     "attention of one": {       # takes(out, queries, CacheRows, mode, number of keys): one token's
         "chosen rows": Variant(attend_one.takes, attend_one.attend),
+        "tiles": Variant(anything, None),       # as "attention"
+    },
+    "attention of many": {      # takes(out, CacheRows, mode): several tokens'
+        "f16 in wgmma": Variant(attend_chosen.takes, attend_chosen.attend),
         "tiles": Variant(anything, None),       # as "attention"
     },
     "top_k of one": {   # takes(scores, k): of one row
