@@ -5,13 +5,14 @@ import warnings
 from pydsa.errors import PydsaError
 from pydsa.fitting import MARGIN, fitted
 from pydsa.model import Model
+from pydsa.options import FLOAT16
 from pydsa.setup import DEFAULT_N_UBATCH
 
 
 def load(path, n_ctx=None, device="auto", threads=None, kv_type="i16", attention="auto", dsa_top_k=None, n_ubatch=DEFAULT_N_UBATCH,
          progress=None, index_type=None, override_kv=None, threads_batch=None, reproducible=False, mmap=True, mlock=False,
          tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), n_gpu_layers=None, fit_margin=MARGIN, n_sessions=1, numa=None,
-         stream_from=None, stages=None, ray=None, wire="f32", resume=None):
+         stream_from=None, stages=None, ray=None, wire="f32", resume=None, precision=FLOAT16):
     """Open a GGUF file and make it ready to run -> Model.
 
     path: the file, or its first part if it is split.
@@ -31,6 +32,8 @@ def load(path, n_ctx=None, device="auto", threads=None, kv_type="i16", attention
     threads_batch: CPU threads for steps of several tokens, which are those of prompts; None: as many as `threads`.
     reproducible: True: a token's logits are the same, bit for bit, whatever the steps are that run it: the number of threads, ubatches,
         other tokens in a step, prefixes that are used again. This takes longer (docs/running.md); on the CPU only.
+    precision: of prompts on a GPU: "float16", one float16 for each activation, or "exact", two, which takes longer (docs/exactness.md). The
+        CPU and "reference" compute alike in both, and so does a GPU for single tokens.
     mmap: False: read the weights into memory of the process, instead of mapping the file; it must hold them all. mlock: True: keep the
         weights in memory, so that the system does not drop those that were not used for long. Both as in llama.cpp, on the CPU only.
     n_gpu_layers, tensor_split, cpu_moe, n_cpu_moe, override_tensor: where layers and weights are, as in llama.cpp (placement.Placing): the
@@ -55,7 +58,8 @@ def load(path, n_ctx=None, device="auto", threads=None, kv_type="i16", attention
     settings = dict(device=device, fit_margin=fit_margin, n_sessions=n_sessions, n_ctx=n_ctx, kv_type=kv_type,
                     attention=attention, dsa_top_k=dsa_top_k, n_ubatch=n_ubatch, index_type=index_type, override_kv=override_kv,
                     reproducible=reproducible, mmap=mmap, mlock=mlock, tensor_split=tensor_split, cpu_moe=cpu_moe, n_cpu_moe=n_cpu_moe,
-                    override_tensor=override_tensor, n_gpu_layers=n_gpu_layers, numa=numa, stream_from=stream_from)
+                    override_tensor=override_tensor, n_gpu_layers=n_gpu_layers, numa=numa, stream_from=stream_from,
+                    precision=precision)
     if in_stages(stages, ray, wire, resume):
         return staged(os.fspath(path), stages, ray, wire, resume, threads, threads_batch, progress, **settings)
     return ready(fitted(os.fspath(path), **settings), threads, threads_batch, progress)

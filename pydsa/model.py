@@ -45,7 +45,7 @@ class Model:
         self._take(setup)
         one, several = counts(MOST_THREADS, threads=threads, threads_batch=threads_batch)
         with interrupts_held():
-            backends = {name: backend_of(name) for name in setup.placement.devices}
+            backends = {name: backend_of(name, setup.precision) for name in setup.placement.devices}
         self.backend = next(iter(backends.values()))
         if any(device_of(name).places for name in backends):
             use_numa(setup.numa)

@@ -5,6 +5,8 @@ import numpy as np
 
 from pydsa.errors import PydsaError
 
+FLOAT16, EXACT = PRECISIONS = "float16", "exact"        # of prompts' products on devices that have both; the first is the default
+
 
 def choose(what, value, choices):
     """The value of an option, if it is one of the choices."""

@@ -24,7 +24,7 @@ from pydsa.models.blocks import INDEXER, block_of, check_stage, indexer_advice, 
 from pydsa.models.stored import made_bytes
 from pydsa.models.weights import Weights
 from pydsa.numa import memory_placed
-from pydsa.options import choose, counts
+from pydsa.options import FLOAT16, PRECISIONS, choose, counts
 from pydsa.override import check_all_read, override
 from pydsa.placement import Placing
 from pydsa.quants import cache_row_bytes
@@ -53,12 +53,13 @@ class Setup:
     def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,
                  n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None, reproducible=False, mmap=True, mlock=False,
                  tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), n_gpu_layers=None, numa=None, stream_from=None,
-                 layers=None, absent=None):
+                 precision=FLOAT16, layers=None, absent=None):
         self.stream_from = check_stream_from(stream_from)
         placing = Placing(check_devices(device), tensor_split, n_gpu_layers, cpu_moe, n_cpu_moe, override_tensor)
         self.kv_type = choose_cache_type("kv_type", kv_type)
         self.index_type = choose_cache_type("index_type", index_type or ("f32" if kv_type == "f32" else "i8"))
         self.attention = choose("attention", attention, ATTENTION)
+        self.precision = choose("precision", precision, PRECISIONS)
         n_ctx, n_ubatch, dsa_top_k = counts(2**31 - 1, n_ctx=n_ctx, n_ubatch=n_ubatch, dsa_top_k=dsa_top_k)
         file = open_gguf(os.path.expanduser(path), absent_parts(path, absent or {}))
         metadata = override(file.metadata, override_kv or {})

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from pydsa.errors import PydsaError
 from pydsa.numa import WORDS
-from pydsa.options import choose
+from pydsa.options import PRECISIONS, choose
 
 SCORED_TOGETHER = 32        # tokens whose rows of index scores are in memory at a time (cuda/indexer.py)
 SCORED_BY_THREADS = 128     # the same of several threads (cpu/indexer.py)
@@ -43,6 +43,7 @@ class Device(NamedTuple):
     reproducible: bool = False      # whether its ops have a form in which a token's results are the same in steps of any shape
     streams: bool = False           # whether steps of many tokens can take weights that are copied there for them (its backend's Slot)
     bus: bool = False               # whether these copies go over a bus, whose rate says from how many tokens on they pay
+    precisions: bool = False        # whether prompts' products are in the precision that a model is loaded with (options.PRECISIONS)
 
     def backend(self):
         """The backend's module, imported on the first call."""
@@ -152,7 +153,7 @@ DEVICES = {
     # A grid has at most 65,535 blocks in y and in z, which kernels use for tokens.
     "cuda": Device("pydsa.backends.cuda", 4, lambda tensors: (0, _n_bytes(tensors)), 32768, scratch=_cuda_scratch, copies_blocks=True,
                    described=True, numbered=True, reserved=640 << 20,       # 420 to 560 MiB are a context's on such GPUs
-                   streams=True, bus=True),
+                   streams=True, bus=True, precisions=True),
     "reference": Device("pydsa.backends.reference", 8, lambda tensors: (_mapped(tensors), _as_floats(tensors)), scored_together=UNLIMITED,
                         streams=True),
 }
@@ -163,9 +164,15 @@ def device_of(name):
     return DEVICES[name.rstrip("0123456789")]
 
 
-def backend_of(name):
-    """The backend of a device, imported on the first call."""
-    backend, index = device_of(name).backend(), name.lstrip("abcdefghijklmnopqrstuvwxyz")
+def backend_of(name, precision=PRECISIONS[0]):
+    """The backend of a device, imported on the first call.
+
+    precision: that of its products, where it has several.
+    """
+    device, index = device_of(name), name.lstrip("abcdefghijklmnopqrstuvwxyz")
+    backend = device.backend()
+    if device.precisions and precision != PRECISIONS[0]:
+        return backend.on(int(index or 0), precision)
     return backend.on(int(index)) if index else backend
 
 

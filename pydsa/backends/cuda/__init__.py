@@ -1,6 +1,7 @@
 """The CUDA backend: the ops of reference.py as Numba kernels, on float32 values and GGUF blocks in the GPU's memory.
 
-on(i) is the backend on GPU i, with all names of this module. The module itself is the backend on the thread's current GPU, which is GPU 0.
+on(i) is the backend on GPU i, with all names of this module, on(i, "exact") that in another precision. The module itself is the backend on
+the thread's current GPU, which is GPU 0, in its precision, which is "float16".
 With NUMBA_ENABLE_CUDASIM=1 the kernels run in Numba's simulator, as Python functions: for tests, without a GPU.
 """
 import functools
@@ -11,7 +12,7 @@ from pydsa.backends import gpus, host
 from pydsa.backends.cuda.array import DeviceArray, empty, upload  # noqa: F401
 from pydsa.backends.cuda.attention import dense_attention, masked_attention, sparse_attention  # noqa: F401
 from pydsa.backends.cuda.ceilings import measure_ceilings, product_format  # noqa: F401
-from pydsa.backends.cuda.current import current, gpu, gpu_at, selected
+from pydsa.backends.cuda.current import current, gpu, gpu_at, precision, selected
 from pydsa.backends.cuda.device import SIMULATED
 from pydsa.backends.cuda.fuse import fewer_launches
 from pydsa.backends.cuda.indexer import indexer_scores, indexer_select, scatter_mask  # noqa: F401
@@ -26,9 +27,10 @@ from pydsa.backends.cuda.sampling import PICKS, pick  # noqa: F401
 from pydsa.backends.cuda.streaming import Slot, measure_bus  # noqa: F401
 from pydsa.backends.cuda.top_k import top_k  # noqa: F401
 from pydsa.backends.cuda.transfers import transfer  # noqa: F401
-from pydsa.backends.cuda.variants import VARIANTS  # noqa: F401
+from pydsa.backends.cuda.variants import VARIANTS, switched_off  # noqa: F401
 from pydsa.backends.gpus import OLDEST, n_gpus  # noqa: F401
 from pydsa.errors import PydsaError
+from pydsa.options import FLOAT16, PRECISIONS, choose
 
 FLOAT = np.float32
 WEIGHTS_FIRST = True        # before kernels are compiled, whose list is that of the calls with them
@@ -36,6 +38,7 @@ WEIGHTS_FIRST = True        # before kernels are compiled, whose list is that of
 
 def check_device():
     """A clear error where there is no GPU that can run the kernels."""
+    switched_off()      # the names in the environment are valid
     gpu.check()
     if not SIMULATED and gpu.capability < OLDEST:
         major, minor = gpu.capability
@@ -155,16 +158,16 @@ def set_threads(n):
 class Calls(host.Calls):
     """The calls of a step, made one by one.
 
-    They run on the GPU that was current when this object was made.
+    They run on the GPU, and in the precision, that were current when this object was made.
     """
 
     def __init__(self, calls):
         super().__init__(calls)
-        self._gpu = current()
+        self._gpu, self._precision = current(), precision()
 
     def run(self, before=None, after=None):
         """Make all calls: see host.Calls."""
-        with selected(self._gpu):
+        with selected(self._gpu, self._precision):
             self._run(before, after)
 
     def _run(self, before, after):
@@ -213,22 +216,23 @@ def _of_one_token(calls):
 
 # What works on the current GPU, beside the ops
 OF_THE_GPU = ("check_device", "check_threads", "compile_calls", "reserve", "describe_device", "free_bytes", "host_empty", "register",
-              "empty", "upload", "weight", "cache_rows", "timed", "recorded", "pick", "measure_ceilings", "measure_bus", "Slot")
+              "empty", "upload", "weight", "cache_rows", "timed", "recorded", "pick", "measure_ceilings", "measure_bus", "Slot",
+              "product_format")
 
 
 class Backend:
-    """The backend on one GPU: it has all names of this module.
+    """The backend on one GPU in one precision: it has all names of this module.
 
     Functions that make arrays, run steps, compile or measure do so on this GPU, whichever the thread's current one is. Ops are those of the
     module: they run where their arrays are in the steps of recorded() and timed(), and by themselves in `with backend.selected():`.
     """
 
-    def __init__(self, index):
-        self.index = index
+    def __init__(self, index, precision):
+        self.index, self.precision = index, precision
         self.gpu = gpu_at(index)
 
     def __repr__(self):
-        return f"pydsa.backends.cuda.on({self.index})"
+        return f"pydsa.backends.cuda.on({self.index}, {self.precision!r})"
 
     def __getattr__(self, name):
         if name not in globals():
@@ -242,25 +246,27 @@ class Backend:
     def _here(self, function):
         @functools.wraps(function, updated=())
         def here(*args, **options):
-            with selected(self.gpu):
+            with self.selected():
                 return function(*args, **options)
         return here
 
     def selected(self):
-        """A context in which this GPU is the thread's current one."""
-        return selected(self.gpu)
+        """A context in which this GPU and precision are the thread's."""
+        return selected(self.gpu, self.precision)
 
 
 _backends = {}
 
 
-def on(index):
-    """The backend on GPU `index` of CUDA_VISIBLE_DEVICES: a Backend, always the same one.
+def on(index, precision=FLOAT16):
+    """The backend on a GPU in a precision: a Backend, always the same one.
 
-    Whether there is such a GPU is found out when it is used, which raises a PydsaError if not. Raises PydsaError for what is no index.
+    index: its number in CUDA_VISIBLE_DEVICES. Whether there is such a GPU is found out when it is used, which raises a PydsaError if not.
+    Raises PydsaError for what is no index, and for a precision that there is not.
     """
     if not isinstance(index, int) or isinstance(index, bool) or index < 0:
         raise PydsaError(f"The GPU is {index!r}, expected its number: 0, 1, ...")
-    if index not in _backends:
-        _backends.setdefault(index, Backend(index))
-    return _backends[index]
+    key = index, choose("precision", precision, PRECISIONS)
+    if key not in _backends:
+        _backends.setdefault(key, Backend(*key))
+    return _backends[key]

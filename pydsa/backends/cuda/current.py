@@ -1,12 +1,14 @@
-"""The GPUs of this process, and which of them a thread works on.
+"""GPUs of this process; on which of them a thread works, and how exactly.
 
 Ops, kernels and scratch memory are those of the thread's current GPU: the first one of CUDA_VISIBLE_DEVICES, except in a context of
-selected(). What exists once for each GPU is made by functions that are kept_per_gpu().
+selected(). So is the precision, for which the table of variants has kernels (variants.py). What exists once for each GPU is made by
+functions that are kept_per_gpu().
 """
 import functools
 import threading
 
 from pydsa.backends.cuda.device import SIMULATED
+from pydsa.options import FLOAT16
 
 if SIMULATED:
     from pydsa.backends.cuda.simulated import SimulatedGpu as Gpu
@@ -17,7 +19,7 @@ _gpus = {}      # index -> Gpu; never removed
 
 
 class _Chosen(threading.local):
-    gpu = None
+    gpu, precision = None, FLOAT16
 
 
 _chosen = _Chosen()
@@ -35,17 +37,26 @@ def current():
     return _chosen.gpu or gpu_at(0)
 
 
-class selected:
-    """A context in which this thread works on a GPU."""
+def precision():
+    """The precision in which this thread's ops multiply: one of PRECISIONS."""
+    return _chosen.precision
 
-    def __init__(self, gpu):
-        self._gpu = gpu
+
+class selected:
+    """A context in which this thread works on a GPU.
+
+    precision: that of its ops; None: as before.
+    """
+
+    def __init__(self, gpu, precision=None):
+        self._gpu, self._precision = gpu, precision
 
     def __enter__(self):
-        self._before, _chosen.gpu = _chosen.gpu, self._gpu
+        self._before = _chosen.gpu, _chosen.precision
+        _chosen.gpu, _chosen.precision = self._gpu, self._precision or _chosen.precision
 
     def __exit__(self, *error):
-        _chosen.gpu = self._before
+        _chosen.gpu, _chosen.precision = self._before
 
 
 class Current:

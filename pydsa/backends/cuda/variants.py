@@ -1,8 +1,18 @@
-"""The table of variants: each op's number formats, and when each is chosen."""
+"""The table of variants: each op's number formats, and when each is chosen.
+
+PYDSA_CUDA_WITHOUT names variants that are not to be chosen, with commas between: to find out which one is wrong, or slow.
+"""
+import functools
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 from pydsa.backends.cuda import attend_chosen, attend_one, f16x2, f32, int8x2, top_k_one
+from pydsa.backends.cuda.current import precision
+from pydsa.errors import PydsaError
+from pydsa.options import FLOAT16
+
+WITHOUT = "PYDSA_CUDA_WITHOUT"
 
 
 class Linear(NamedTuple):
@@ -31,10 +41,12 @@ class Indexer(NamedTuple):
 class Variant(NamedTuple):
     """Kernels of one number format, and the predicate that selects them.
 
-    takes() gets the op's arguments that the table below names.
+    takes() gets the op's arguments that the table below names. precision: FLOAT16 for a variant that only models in this precision take
+    (options.PRECISIONS); None: all.
     """
     takes: Callable
     kernels: object
+    precision: str | None = None
 
 
 def anything(*_):
@@ -60,7 +72,7 @@ VARIANTS = {
         "tiles": Variant(anything, None),       # as "attention"
     },
     "attention of many": {      # takes(out, CacheRows, mode): several tokens'
-        "f16 in wgmma": Variant(attend_chosen.takes, attend_chosen.attend),
+        "chosen rows in wgmma": Variant(attend_chosen.takes, attend_chosen.attend, FLOAT16),
         "tiles": Variant(anything, None),       # as "attention"
     },
     "top_k of one": {   # takes(scores, k): of one row
@@ -75,5 +87,35 @@ VARIANTS = {
 
 
 def kernels(op, *args):
-    """The kernels of an op's first variant that accepts these arguments."""
-    return next(variant.kernels for variant in VARIANTS[op].values() if variant.takes(*args))
+    """The kernels of an op's first variant that accepts these arguments.
+
+    It is for the thread's precision, and not switched off.
+    """
+    now, off = precision(), switched_off()
+    return next(variant.kernels for name, variant in VARIANTS[op].items()
+                if variant.precision in (None, now) and (op, name) not in off and variant.takes(*args))
+
+
+@functools.cache
+def switched_off():
+    """What PYDSA_CUDA_WITHOUT switches off: see without(); read once."""
+    return without(os.environ.get(WITHOUT, ""))
+
+
+def without(text):
+    """The variants that a text names, {(op, name)}.
+
+    It has names of the table with commas between; a name is that of all ops, or of one: "linear: f16x2 in wgmma". Raises PydsaError for a
+    name that is not there, and for the last of an op, which takes what all others leave.
+    """
+    off = set()
+    for item in filter(None, map(str.strip, text.split(","))):
+        op, _, name = map(str.strip, item.rpartition(":"))
+        found = {(other, name) for other, variants in VARIANTS.items() if name in variants and op in ("", other)}
+        needed = sorted(other for other, _ in found if name == list(VARIANTS[other])[-1])
+        if not found or needed:
+            problem = f"what {' and '.join(needed)} cannot do without" if needed else "no variant"
+            can = ", ".join(f"{other}: {known}" for other, variants in VARIANTS.items() for known in list(variants)[:-1])
+            raise PydsaError(f"{WITHOUT} has {item!r}, {problem}; expected names of these: {can}.")
+        off |= found
+    return off
