@@ -17,7 +17,7 @@ from pydsa.backends.cuda.half_rows import HEADS, IMAGE, LAST, PART, ROW_BYTES, W
 from pydsa.backends.cuda.hopper import (arrive, arrive_after_copies, copy_bulk, expect_bytes, fence_async, fence_mbarriers, init_mbarrier,
                                         make_wgmma_shared, make_wgmma_wait, wait_phase)
 from pydsa.backends.cuda.instructions import store_eight
-from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.backends.cuda.launch import blocks_for, is_listing, kernel
 from pydsa.backends.cuda.modes import SPARSE
 from pydsa.backends.cuda.shared_memory import (any_lane, copy_sixteen, folds, load_float, load_floats, pack_halves, power_of_two,
                                                shared_address, store_float, store_word)
@@ -216,9 +216,12 @@ def attend_chosen(out, queries, q_scales, rows, unit, indices, facts, n_head, sc
 
 
 def takes(out, latents, mode):
-    """Whether attend() has kernels for these arguments: see attention.attend."""
+    """Whether attend() has kernels for these arguments: see attention.attend.
+
+    While kernels are listed few tokens stand for many.
+    """
     n_tokens, n_head, n_v = out.shape
-    return (not SIMULATED and mode == SPARSE and n_tokens >= MIN_TOKENS and n_head >= MIN_HEADS
+    return (not SIMULATED and mode == SPARSE and n_tokens >= (2 if is_listing() else MIN_TOKENS) and n_head >= MIN_HEADS
             and (n_v, latents.first, latents.second) == (VALUE, VALUE, ROTATED) and current().capability == CAPABILITY
             and out.span[1] - out.span[0] == out.nbytes and out.span[0] % 16 == 0)
 

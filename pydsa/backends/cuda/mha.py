@@ -1,14 +1,17 @@
 """MLA from queries to the heads' outputs, for prompts.
 
-It is computed in the absorbed form. The plain form would have keys and values for each head.
+It is computed in the absorbed form. The plain form would have keys and values for each head. Kernels for chosen rows take the parts of
+queries where they are.
 """
 import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.attention import dense_attention, sparse_attention
-from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.backends.cuda.launch import blocks_for, is_listing, kernel
 from pydsa.backends.cuda.linear import head_linear
+from pydsa.backends.cuda.modes import SPARSE
+from pydsa.backends.cuda.variants import kernels
 
 
 THREADS = 64
@@ -29,7 +32,25 @@ def mha_attention(out, q, latents, k_b, v_b, positions, scale):
 
 def mha_sparse_attention(out, q, latents, indices, k_b, v_b, positions, scale):
     """mha_attention to the chosen keys only."""
-    absorbed_form(out, q, k_b, v_b, lambda mixed, absorbed: sparse_attention(mixed, absorbed, latents, indices, scale))
+    mixed = mixed_latents(q, k_b)
+    of_many = kernels("attention of many", mixed, latents, SPARSE)
+    if of_many:
+        absorbed = absorb(scratch("absorbed queries", mixed.shape, np.float32), q, k_b)
+        of_many(mixed, absorbed, q[..., k_b.shape[2]:], latents, indices, scale)
+        head_linear(out, v_b, mixed)
+    if not of_many or is_listing():
+        absorbed_form(out, q, k_b, v_b, lambda mixed, absorbed: sparse_attention(mixed, absorbed, latents, indices, scale))
+
+
+def mixed_latents(q, k_b):
+    """Scratch memory for the attention-weighted sums of latents."""
+    return scratch("mixed latents", (*q.shape[:2], k_b.shape[1]), np.float32)
+
+
+def absorb(absorbed, q, k_b):
+    """Project the parts of queries without position to latents."""
+    head_linear(absorbed, k_b, q[..., :k_b.shape[2]])
+    return absorbed
 
 
 def absorbed_form(out, q, k_b, v_b, attend):
@@ -40,8 +61,8 @@ def absorbed_form(out, q, k_b, v_b, attend):
     n_tokens, n_head, width = q.shape
     _, kv_lora, n_nope = k_b.shape
     absorbed = scratch("absorbed queries", (n_tokens, n_head, kv_lora + width - n_nope), np.float32)
-    mixed = scratch("mixed latents", (n_tokens, n_head, kv_lora), np.float32)
-    head_linear(absorbed[..., :kv_lora], k_b, q[..., :n_nope])
+    mixed = mixed_latents(q, k_b)
+    absorb(absorbed[..., :kv_lora], q, k_b)
     copy_rows((n_tokens * n_head, blocks_for(width - n_nope, THREADS)), absorbed[..., kv_lora:].rows, q[..., n_nope:].rows)
     attend(mixed, absorbed)
     head_linear(out, v_b, mixed)
