@@ -13,7 +13,8 @@ from tests.ptx.memory import WARP, Access, Fault, Memory
 from tests.ptx.wgmma import GROUP, Flight
 
 COLUMN = {"x": 0, "y": 1, "z": 2}
-TOGETHER = {"shfl": WARP, "mma": WARP, "ldmatrix": WARP, "vote": WARP, "bar": WARP, "wgmma": GROUP}     # instruction -> threads that execute it together
+# instruction -> threads that execute it together
+TOGETHER = {"shfl": WARP, "mma": WARP, "ldmatrix": WARP, "vote": WARP, "bar": WARP, "wgmma": GROUP}
 
 
 class KernelError(Exception):

@@ -46,10 +46,10 @@ class Piece:
         self.threads, self.places, self.sources, self.used, self.group = threads, places, sources, used, group
         self.values, self.open = None, np.ones(len(threads), bool)
 
-    def read(self, arena):
-        """The values, read from global memory now."""
-        inside = np.arange(self.places.shape[1]) < self.used[:, None]
-        return np.where(inside, arena.data[np.where(inside, self.sources, 0)], 0).astype(np.uint8)
+    def read(self, arena, which=slice(None)):
+        """The values of some threads, read from global memory now."""
+        inside = np.arange(self.places.shape[1]) < self.used[which, None]
+        return np.where(inside, arena.data[np.where(inside, self.sources[which], 0)], 0).astype(np.uint8)
 
 
 class Copies:
@@ -113,9 +113,9 @@ class Copies:
         """Copies of a Piece are there, written by an engine or by their thread."""
         which = np.flatnonzero(piece.open & which)
         if len(which):
-            values = piece.read(self.batch.arena) if piece.values is None else piece.values
+            values = piece.read(self.batch.arena, which) if piece.values is None else piece.values[which]
             writer = self.batch.global_thread[piece.threads[which]][:, None] if column is None else engine(column)
-            self._write(piece.places[which], values[which], writer)
+            self._write(piece.places[which], values, writer)
             self.batch.shared.by_threads[piece.places[which]] = True
             piece.open[which] = False
 

@@ -66,9 +66,9 @@ def note_missing(base, stage, row, chunk, first, second):
 
 @device
 def ask(shared, base, stage, rows, row, chunk, first, second):
-    """Begin to copy a thread's share of two rows to a stage, a sixteenth of each 128 bytes; zeros for rows that are none.
+    """Begin to copy a thread's share of two rows to a stage.
 
-    The stage's mbarrier knows when they are there.
+    That is 16 of each 128 bytes; zeros for rows that are none. The stage's mbarrier knows when they are there.
     """
     to = base + U(IMAGE) + U(TILE) * U(stage) + U(128) * row + ((chunk ^ row & U(7)) << U(4))
     n, n_1 = U(16) if first >= 0 else U(0), U(16) if second >= 0 else U(0)
@@ -106,7 +106,10 @@ def leave_out(s, at):
 
 @device
 def weigh(s, base, of_row, put, bias_at, some_missing, scale, scale_8, g, c):
-    """Scores, whose products are under way, become weights in shared memory; the facts of two heads go on."""
+    """Scores become weights in shared memory, and facts of two heads go on.
+
+    The products of the scores s are under way.
+    """
     top, top_8 = load_float(of_row + U(4 * HEADS)), load_float(of_row + U(4 * HEADS + 32))
     total, total_8 = load_float(of_row + U(8 * HEADS)), load_float(of_row + U(8 * HEADS + 32))
     wait_scores(s, s)
@@ -143,7 +146,10 @@ def weigh(s, base, of_row, put, bias_at, some_missing, scale, scale_8, g, c):
 
 @device
 def shrink_sums(sums, of_row):
-    """Multiply a lane's sums by what their heads' greatest scores have made of older weights, if that is not 1."""
+    """Multiply a lane's sums by what older weights have shrunk by.
+
+    That is 1 where the head's greatest score is an older one.
+    """
     f, f_8 = load_float(of_row), load_float(of_row + U(32))
     if any_lane(U(f != ONE or f_8 != ONE)) != U(0):
         for i in range(0, SUMS, 4):
@@ -227,9 +233,9 @@ def takes(out, latents, mode):
 
 
 def attend(out, first, second, latents, indices, scale):
-    """Attention of tokens to the rows that indices [T, n] name; negative ones are left out wherever they stand.
+    """Attention of tokens to the rows that indices [T, n] name.
 
-    first [T, H, VALUE], second [T, H, ROTATED]: the parts of queries, of any strides. takes() must hold.
+    Negative ones are left out wherever they stand. first [T, H, VALUE], second [T, H, ROTATED]: the parts of queries, of any strides. takes() must hold.
     """
     n_tokens, n_head, _ = out.shape
     facts = facts_of(indices)

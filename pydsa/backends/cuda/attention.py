@@ -92,7 +92,10 @@ def attend(out, q, latents, mode, n_keys, scale, positions=None, indices=None, m
 
 
 def attend_in_tiles(out, q, latents, mode, n_keys, scale, positions, indices, mask, made):
-    """attend() for any number of tokens, with the kernels that take all that others leave."""
+    """attend() for any number of tokens, in tiles of keys.
+
+    Its kernels take all that others leave.
+    """
     n_tokens, n_head, n_v = out.shape
     others = [scratch("nothing", (1,) * n, dtype) if a is None else a
               for a, n, dtype in ((positions, 1, np.int64), (indices, 2, np.int32), (mask, 2, np.float32))]

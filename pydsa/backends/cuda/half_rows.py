@@ -54,7 +54,10 @@ def look_at_choices(facts, indices):
 
 @device
 def greater(greatest, bits):
-    """The greater of the bits of two numbers that are not negative, of which the second counts only if it is finite."""
+    """The greater of the bits of two |numbers|.
+
+    The second one counts only if it is finite; its sign does not.
+    """
     bits = np.int32(bits & U(0x7FFFFFFF))
     return max(greatest, bits) if bits < NOT_FINITE else greatest
 
@@ -150,7 +153,10 @@ def _make_measure(storage, greatest_of):
     pieces = 1 if CACHE_TYPES[storage].scaled else PIECES       # of a row, that are looked at apart
 
     def measure_rows(greatest, facts, data, row_bytes):
-        """greatest[block] = the bits of the greatest finite |number| of a share of the rows; greatest[BLOCKS] = how many are chosen from."""
+        """Set greatest[block] to the greatest |number| of a share of the rows.
+
+        It is the bits of one that is finite. greatest[BLOCKS] = how many rows are chosen from.
+        """
         thread, maxima, bits, most = cuda.threadIdx.x, cuda.shared.array(32, np.int32), np.int32(0), np.int32(0)
         for t in range(thread, facts.shape[0], THREADS):
             most = max(most, facts[t, ROWS])
@@ -168,9 +174,9 @@ def _make_measure(storage, greatest_of):
 
 def _make_halve(storage, eight_of):
     def halve_rows(out, inverse, greatest, data, row_bytes):
-        """out = rows of float16 times a power of two, inverse[0] = 1 over that. A thread makes eight numbers at a time.
+        """out = rows times a power of two as float16, inverse[0] = 1 over that.
 
-        greatest [BLOCKS + 1]: see measure_rows.
+        A thread makes eight numbers at a time. greatest [BLOCKS + 1]: see measure_rows.
         """
         thread, maxima, bits = cuda.threadIdx.x, cuda.shared.array(32, np.int32), np.int32(0)
         for i in range(thread, BLOCKS, THREADS):
@@ -225,7 +231,8 @@ def halve_queries(images, scales, first, second):
             words[j] = U(0)
             if factor > ZERO:
                 i = 8 * piece + 2 * j
-                words[j] = pack_halves(number_of_query(first, second, t, h, i + 1) * factor, number_of_query(first, second, t, h, i) * factor)
+                words[j] = pack_halves(number_of_query(first, second, t, h, i + 1) * factor,
+                                       number_of_query(first, second, t, h, i) * factor)
         store_sixteen(images, at + PART * (piece >> 3) + 16 * (piece & 7 ^ h & 7), words[0], words[1], words[2], words[3])
 
 
@@ -236,16 +243,19 @@ def one():
 
 
 def facts_of(indices):
-    """What is to be known of each token's choice: int32 [T, FACTS] in scratch memory, see look_at_choices."""
+    """What is to be known of each token's choice, int32 [T, FACTS].
+
+    It is in scratch memory: see look_at_choices.
+    """
     facts = scratch("facts of choices", (len(indices), FACTS), np.int32)
     look_at_choices(len(indices), facts, indices)
     return facts
 
 
 def halved(latents, facts):
-    """The rows of a cache that are chosen from, as float16: uint8 [n ROW_BYTES], and float32 [1] by which they are to be multiplied.
+    """The rows of a cache that are chosen from, as float16.
 
-    Those of a cache of float16 are its own.
+    uint8 [n ROW_BYTES], and float32 [1] by which they are to be multiplied. Those of a cache of float16 are its own.
     """
     if latents.storage == "f16":
         return latents.data.flat, one()
@@ -259,7 +269,10 @@ def halved(latents, facts):
 
 
 def halved_queries(first, second):
-    """Queries [T, H, VALUE] and [T, H, ROTATED] of any strides as images, uint8, and their scales, float32 [T, H]."""
+    """Queries as images, uint8, and their scales, float32 [T, H].
+
+    first [T, H, VALUE] and second [T, H, ROTATED] have any strides.
+    """
     n_tokens, n_head, _ = first.shape
     n_groups = blocks_for(n_head, HEADS)
     images = scratch("packed heads", (n_tokens * n_groups * IMAGE // 4,), np.uint32).view(np.uint8)      # in place of another kernel's

@@ -119,7 +119,8 @@ else:
         by_columns: of B [16 steps, n] columns are contiguous, 64 of them 128 bytes, in place of its numbers. anew: sums = A B.
         """
         n_sums, count = n // 2, 0 if anew else n // 2
-        sums, lines = ",".join(f"${i}" for i in range(n_sums)), ["{", ".reg .b64 %left;", ".reg .b64 %right;", "wgmma.fence.sync.aligned;"]
+        sums = ",".join(f"${i}" for i in range(n_sums))
+        lines = ["{", ".reg .b64 %left;", ".reg .b64 %right;", "wgmma.fence.sync.aligned;"]
         for step, (of_a, of_b) in enumerate(zip(a_steps, b_steps, strict=True)):
             lines += [f"add.s64 %left, ${n_sums + count}, {of_a};", f"add.s64 %right, ${n_sums + count + 1}, {of_b};",
                       f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.f16.f16 {{{sums}}}, %left, %right, "

@@ -32,25 +32,27 @@ def mha_attention(out, q, latents, k_b, v_b, positions, scale):
 
 def mha_sparse_attention(out, q, latents, indices, k_b, v_b, positions, scale):
     """mha_attention to the chosen keys only."""
-    mixed = mixed_latents(q, k_b)
+    absorbed, mixed = scratch_of(q, k_b)
     of_many = kernels("attention of many", mixed, latents, SPARSE)
     if of_many:
-        absorbed = absorb(scratch("absorbed queries", mixed.shape, np.float32), q, k_b)
-        of_many(mixed, absorbed, q[..., k_b.shape[2]:], latents, indices, scale)
+        absorb(absorbed, q, k_b)
+        of_many(mixed, absorbed[..., :k_b.shape[1]], q[..., k_b.shape[2]:], latents, indices, scale)
         head_linear(out, v_b, mixed)
     if not of_many or is_listing():
         absorbed_form(out, q, k_b, v_b, lambda mixed, absorbed: sparse_attention(mixed, absorbed, latents, indices, scale))
 
 
-def mixed_latents(q, k_b):
-    """Scratch memory for the attention-weighted sums of latents."""
-    return scratch("mixed latents", (*q.shape[:2], k_b.shape[1]), np.float32)
+def scratch_of(q, k_b):
+    """Scratch memory for absorbed queries, and for sums of latents."""
+    n_tokens, n_head, width = q.shape
+    _, kv_lora, n_nope = k_b.shape
+    return (scratch("absorbed queries", (n_tokens, n_head, kv_lora + width - n_nope), np.float32),
+            scratch("mixed latents", (n_tokens, n_head, kv_lora), np.float32))
 
 
 def absorb(absorbed, q, k_b):
-    """Project the parts of queries without position to latents."""
-    head_linear(absorbed, k_b, q[..., :k_b.shape[2]])
-    return absorbed
+    """Project the parts of queries that have no position to latents."""
+    head_linear(absorbed[..., :k_b.shape[1]], k_b, q[..., :k_b.shape[2]])
 
 
 def absorbed_form(out, q, k_b, v_b, attend):
@@ -58,11 +60,9 @@ def absorbed_form(out, q, k_b, v_b, attend):
 
     attend(mixed, absorbed) writes the attention-weighted sums of latents to `mixed`.
     """
-    n_tokens, n_head, width = q.shape
-    _, kv_lora, n_nope = k_b.shape
-    absorbed = scratch("absorbed queries", (n_tokens, n_head, kv_lora + width - n_nope), np.float32)
-    mixed = mixed_latents(q, k_b)
-    absorb(absorbed[..., :kv_lora], q, k_b)
+    (n_tokens, n_head, width), (_, kv_lora, n_nope) = q.shape, k_b.shape
+    absorbed, mixed = scratch_of(q, k_b)
+    absorb(absorbed, q, k_b)
     copy_rows((n_tokens * n_head, blocks_for(width - n_nope, THREADS)), absorbed[..., kv_lora:].rows, q[..., n_nope:].rows)
     attend(mixed, absorbed)
     head_linear(out, v_b, mixed)
