@@ -1,6 +1,7 @@
 """Prompts' attention to chosen rows in wgmma, beside float64.
 
-One float16 a number is the precision (attend_chosen.py). The kernels run as PTX, on the emulated driver of a GPU of capability 9.0, and on such a GPU.
+One float16 a number is the precision (attend_chosen.py). The kernels run as PTX, on the emulated driver of a GPU of capability 9.0, and on
+such a GPU.
 """
 import numpy as np
 import pytest
@@ -105,13 +106,15 @@ def test_plain_form():
 def test_what_other_kernels_take():
     """Other widths and modes, few heads or tokens, models in exact precision.
 
-    And outputs that are parts of others.
+    And outputs that are parts of others, and queries that are not aligned.
     """
-    def chosen(widths=(512, 64), storage="i16", mode=modes.SPARSE, n_tokens=2, n_head=16, n_v=512):
+    def chosen(widths=(512, 64), storage="i16", mode=modes.SPARSE, n_tokens=2, n_head=16, n_v=512, before=0):
+        q = cuda.empty((n_tokens, n_head, sum(widths) + before), np.float32)[..., before:]
         out = cuda.empty((n_tokens, n_head, n_v), np.float32)[..., :widths[0]]
-        return variants.kernels("attention of many", out, cuda.cache_rows(4, widths, storage), mode)
-    assert all(chosen(storage=storage) for storage in CACHE_TYPES) and chosen(n_head=128)
+        parts = q[..., :widths[0]], q[..., widths[0]:]
+        return variants.kernels("attention of many", out, *parts, cuda.cache_rows(4, widths, storage), mode)
+    assert all(chosen(storage=storage) for storage in CACHE_TYPES) and chosen(n_head=128) and chosen(before=4)
     assert not (chosen((256, 64)) or chosen((512, 32)) or chosen(mode=modes.MASKED) or chosen(mode=modes.DENSE) or chosen(n_tokens=1)
-                or chosen(n_head=15) or chosen(n_v=513))
+                or chosen(n_head=15) or chosen(n_v=516) or chosen(before=2))
     with selected(current(), EXACT):
         assert not chosen()

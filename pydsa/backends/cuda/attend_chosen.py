@@ -13,7 +13,7 @@ from numba import cuda
 from pydsa.backends.cuda.chosen_rows import ROTATED, VALUE
 from pydsa.backends.cuda.current import current
 from pydsa.backends.cuda.device import SIMULATED, device, float_bits
-from pydsa.backends.cuda.half_rows import HEADS, IMAGE, LAST, PART, ROW_BYTES, WHOLE, facts_of, halved, halved_queries
+from pydsa.backends.cuda.half_rows import HEADS, IMAGE, LAST, PART, ROW_BYTES, WHOLE, are_aligned, facts_of, halved, halved_queries
 from pydsa.backends.cuda.hopper import (arrive, arrive_after_copies, copy_bulk, expect_bytes, fence_async, fence_mbarriers, init_mbarrier,
                                         make_wgmma_shared, make_wgmma_wait, wait_phase)
 from pydsa.backends.cuda.instructions import store_eight
@@ -221,21 +221,21 @@ def attend_chosen(out, queries, q_scales, rows, unit, indices, facts, n_head, sc
     store_head(out, sums, 2, h + U(8), U(n_head), token, column, unit[0] / total_8 if total_8 != ZERO else ZERO)
 
 
-def takes(out, latents, mode):
-    """Whether attend() has kernels for these arguments: see attention.attend.
+def takes(out, first, second, latents, mode):
+    """Whether attend() has kernels for these arguments, and a mode.
 
     While kernels are listed few tokens stand for many.
     """
     n_tokens, n_head, n_v = out.shape
     return (not SIMULATED and mode == SPARSE and n_tokens >= (2 if is_listing() else MIN_TOKENS) and n_head >= MIN_HEADS
             and (n_v, latents.first, latents.second) == (VALUE, VALUE, ROTATED) and current().capability == CAPABILITY
-            and out.span[1] - out.span[0] == out.nbytes and out.span[0] % 16 == 0)
+            and out.span[1] - out.span[0] == out.nbytes and are_aligned(out, first, second))
 
 
 def attend(out, first, second, latents, indices, scale):
     """Attention of tokens to the rows that indices [T, n] name.
 
-    Negative ones are left out wherever they stand. first [T, H, VALUE], second [T, H, ROTATED]: the parts of queries, of any strides. takes() must hold.
+    Negative ones are left out wherever they stand. first [T, H, VALUE], second [T, H, ROTATED]: the parts of queries. takes() must hold.
     """
     n_tokens, n_head, _ = out.shape
     facts = facts_of(indices)

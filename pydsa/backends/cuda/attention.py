@@ -81,12 +81,13 @@ def attend(out, q, latents, mode, n_keys, scale, positions=None, indices=None, m
     positions, indices and mask are None where the mode does not use them. made: for one token, the Int8x2 that receives out, packed.
     """
     n_v = out.shape[2]
-    of_one, of_many = kernels("attention of one", out, q, latents, mode, n_keys), kernels("attention of many", out, latents, mode)
+    of_one, parts = kernels("attention of one", out, q, latents, mode, n_keys), (q[..., :n_v], q[..., n_v:])
     if of_one:
         of_one(out, q, latents, indices, scale, made)
         return
+    of_many = kernels("attention of many", out, *parts, latents, mode)
     if of_many:
-        of_many(out, q[..., :n_v], q[..., n_v:], latents, indices, scale)
+        of_many(out, *parts, latents, indices, scale)
     if not of_many or is_listing():
         attend_in_tiles(out, q, latents, mode, n_keys, scale, positions, indices, mask, made)
 

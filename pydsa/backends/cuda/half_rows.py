@@ -23,6 +23,7 @@ ROW_BYTES = 2 * WIDTH                   # of a row of float16
 PIECES = ROW_BYTES // 16
 IMAGE, PART = HEADS * ROW_BYTES, HEADS * 128        # bytes of an image, and of its 64 numbers of all heads
 QUERY_WARPS = 4
+HELD = 24                               # numbers of a query that a lane has
 MOST = np.float32(1 << 14)              # what the greatest number of a query becomes
 LAST, WHOLE, ROWS, FACTS = 0, 1, 2, 4   # facts of a token's choice
 NOT_FINITE = np.int32(0x7F800000)
@@ -202,38 +203,66 @@ assert {*HALVE, "f16"} == {*CACHE_TYPES}
 
 
 @device
-def number_of_query(first, second, t, h, i):
-    """Number i of a query in two parts."""
-    return first[t, h, i] if i < VALUE else second[t, h, i - VALUE]
+def load_piece(values, at, array, offset):
+    """values [at:at + 8] = eight numbers of an array from a byte on."""
+    a, b, c, d = load_sixteen(array, offset)
+    e, f, g, h = load_sixteen(array, offset + 16)
+    values[at], values[at + 1], values[at + 2], values[at + 3] = bits_float(a), bits_float(b), bits_float(c), bits_float(d)
+    values[at + 4], values[at + 5], values[at + 6], values[at + 7] = bits_float(e), bits_float(f), bits_float(g), bits_float(h)
 
 
-@kernel("u1[::1], f4[:,::1], f4[:,:,:], f4[:,:,:]", 32 * QUERY_WARPS)
-def halve_queries(images, scales, first, second):
-    """Queries as images of float16, and what each is to be multiplied by. One head per warp.
+@device
+def store_piece(images, at, row, piece, values, i, factor):
+    """Store values [i:i + 8] times a factor as a piece of an image's row.
 
-    images [T, groups of HEADS, 9, HEADS, 64]: 16-byte piece i of 128 is at i ^ (head % 8). Heads past the last are zeros. A query with a
-    number that is not finite becomes zeros, and its scale NaN.
+    Zeros are stored if the factor is 0.
     """
-    lane, h, t = cuda.threadIdx.x & 31, cuda.blockIdx.x * QUERY_WARPS + (cuda.threadIdx.x >> 5), cuda.blockIdx.y
+    words = cuda.local.array(4, np.uint32)
+    for j in range(4):
+        words[j] = pack_halves(values[i + 2 * j + 1] * factor, values[i + 2 * j] * factor) if factor > ZERO else U(0)
+    store_sixteen(images, at + PART * (piece >> 3) + 16 * (piece & 7 ^ row & 7), words[0], words[1], words[2], words[3])
+
+
+@kernel("u1[::1], f4[:,::1], f4[:,:,::1], f4[:,:,::1]", 32 * QUERY_WARPS)
+def halve_queries(images, scales, first, second):
+    """Queries as images of float16, and what each is to be multiplied by.
+
+    One head per warp, in which a lane has a piece of each 32, and of the last eight. images [T, groups of HEADS, 9, HEADS, 64]: 16-byte
+    piece i of 128 is at i ^ (head % 8). Heads past the last are zeros. A query with a number that is not finite becomes zeros, and its
+    scale NaN.
+    """
+    lane, h, t = cuda.threadIdx.x & 31, np.int32(cuda.blockIdx.x * QUERY_WARPS + (cuda.threadIdx.x >> 5)), cuda.blockIdx.y
     n_head, n_groups, bits = first.shape[1], (first.shape[1] + HEADS - 1) // HEADS, np.int32(0)
+    values = cuda.local.array(HELD, np.float32)
+    for i in range(HELD):
+        values[i] = ZERO
     if h < n_head:
-        for i in range(lane, WIDTH, 32):
-            bits = max(bits, abs_bits(number_of_query(first, second, t, h, i)))
+        at = np.int64(t) * first.strides[0] + np.int64(h) * first.strides[1] + 32 * lane
+        load_piece(values, 0, first, at)
+        load_piece(values, 8, first, at + 32 * 32)
+        if lane < PIECES - 64:
+            load_piece(values, 16, second, np.int64(t) * second.strides[0] + np.int64(h) * second.strides[1] + 32 * lane)
+    for i in range(HELD):
+        bits = max(bits, abs_bits(values[i]))
     greatest = bits_float(U(greatest_of_warp(bits)))
     finite = greatest < np.float32(np.inf)
     factor = MOST / greatest if finite and greatest > np.float32(1e-30) else ZERO
     if lane == 0 and h < n_head:
         scales[t, h] = greatest / MOST if finite else np.float32(np.nan)
-    at = (np.int64(t) * n_groups + h // HEADS) * IMAGE + 128 * (h % HEADS)
-    for piece in range(lane, PIECES, 32):
-        words = cuda.local.array(4, np.uint32)
-        for j in range(4):
-            words[j] = U(0)
-            if factor > ZERO:
-                i = 8 * piece + 2 * j
-                words[j] = pack_halves(number_of_query(first, second, t, h, i + 1) * factor,
-                                       number_of_query(first, second, t, h, i) * factor)
-        store_sixteen(images, at + PART * (piece >> 3) + 16 * (piece & 7 ^ h & 7), words[0], words[1], words[2], words[3])
+    row = h % HEADS
+    at = (np.int64(t) * n_groups + h // HEADS) * IMAGE + 128 * row
+    store_piece(images, at, row, lane, values, 0, factor)
+    store_piece(images, at, row, lane + 32, values, 8, factor)
+    if lane < PIECES - 64:
+        store_piece(images, at, row, lane + 64, values, 16, factor)
+
+
+def are_aligned(*arrays):
+    """Whether all rows of arrays begin at multiples of 16 bytes.
+
+    Then they are loaded so many at a time. The numbers of a row are contiguous.
+    """
+    return all(a.strides[-1] == 4 and not any(n % 16 for n in (a.span[0], *a.strides[:-1])) for a in arrays)
 
 
 @kept_per_gpu()
@@ -271,7 +300,7 @@ def halved(latents, facts):
 def halved_queries(first, second):
     """Queries as images, uint8, and their scales, float32 [T, H].
 
-    first [T, H, VALUE] and second [T, H, ROTATED] have any strides.
+    first [T, H, VALUE] and second [T, H, ROTATED] are such as are_aligned() tells.
     """
     n_tokens, n_head, _ = first.shape
     n_groups = blocks_for(n_head, HEADS)

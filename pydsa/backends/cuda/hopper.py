@@ -77,7 +77,8 @@ else:
         words = [builder.load(p) for p in _elements(context, builder, signature, args, 1, n_words)] if n_words else []
         values = ([] if anew else [builder.load(p) for p in places]) + words + list(others)
         function = ir.FunctionType(ir.LiteralStructType([F32] * n_sums), [v.type for v in values])
-        constraints = ["=f"] * n_sums + [str(i) for i in range(0 if anew else n_sums)] + ["r"] * n_words + ["l"] * len(others) + ["~{memory}"]
+        kept = [] if anew else [str(i) for i in range(n_sums)]
+        constraints = ["=f"] * n_sums + kept + ["r"] * n_words + ["l"] * len(others) + ["~{memory}"]
         made = builder.call(ir.InlineAsm(function, text, ",".join(constraints), side_effect=True), values)
         for i, place in enumerate(places):
             builder.store(builder.extract_value(made, i), place)

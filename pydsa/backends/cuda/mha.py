@@ -33,10 +33,11 @@ def mha_attention(out, q, latents, k_b, v_b, positions, scale):
 def mha_sparse_attention(out, q, latents, indices, k_b, v_b, positions, scale):
     """mha_attention to the chosen keys only."""
     absorbed, mixed = scratch_of(q, k_b)
-    of_many = kernels("attention of many", mixed, latents, SPARSE)
+    parts = absorbed[..., :k_b.shape[1]], q[..., k_b.shape[2]:]
+    of_many = kernels("attention of many", mixed, *parts, latents, SPARSE)
     if of_many:
         absorb(absorbed, q, k_b)
-        of_many(mixed, absorbed[..., :k_b.shape[1]], q[..., k_b.shape[2]:], latents, indices, scale)
+        of_many(mixed, *parts, latents, indices, scale)
         head_linear(out, v_b, mixed)
     if not of_many or is_listing():
         absorbed_form(out, q, k_b, v_b, lambda mixed, absorbed: sparse_attention(mixed, absorbed, latents, indices, scale))

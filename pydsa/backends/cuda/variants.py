@@ -71,7 +71,7 @@ VARIANTS = {
         "chosen rows": Variant(attend_one.takes, attend_one.attend),
         "tiles": Variant(anything, None),       # as "attention"
     },
-    "attention of many": {      # takes(out, CacheRows, mode): several tokens'
+    "attention of many": {      # takes(out, two parts of queries, CacheRows, mode): several tokens'
         "chosen rows in wgmma": Variant(attend_chosen.takes, attend_chosen.attend, FLOAT16),
         "tiles": Variant(anything, None),       # as "attention"
     },
