@@ -48,6 +48,7 @@ def threads(name, file, share):
 STAGES = [
     Stage("device", ("nvidia-smi",), 0.05, optional=True),
     Stage("info", (*PYDSA, "info", "pydsa/demo/demo.gguf", "--device", "cuda"), 0.1),
+    Stage("chosen-rows", (*PYTHON, "tools/chosen_rows.py"), 0.1),        # prompts' attention, older kernels beside newer ones
     Stage("ops", (*PYTHON, "-m", "pytest", "-m", "gpu", "-k", "ops", "tests/test_cuda.py"), 0.4),
     Stage("models", (*PYTHON, "-m", "pytest", "-m", "gpu", "-k", "not ops", "tests/test_cuda.py"), 0.4),
     Stage("one-token", (*PYTHON, "tools/one_token.py"), 0.1),
