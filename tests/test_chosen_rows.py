@@ -24,7 +24,7 @@ BOUND = 2e-6        # of the NMSE of a head: float16 has 11 bits
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch):
     """A GPU of capability 9.0, where two tokens are many."""
-    monkeypatch.setattr(attend_chosen, "MIN_TOKENS", 2)
+    monkeypatch.setattr(attend_chosen, "MIN_BLOCKS", 2)
     if SIMULATED:
         monkeypatch.setattr(gpus.driver(), "capability", (9, 0), raising=False)
         monkeypatch.setitem(current().__dict__, "capability", (9, 0))
@@ -74,6 +74,14 @@ def test_tiles_that_are_full_of_holes():
     assert nmse(found[:2], expected[:2]).max() < 10 * BOUND and not found[2].any()
 
 
+def test_all_rows():
+    """Those up to a position, of which some are beside the end of a tile."""
+    q, positions = normal(3, 16, 576), np.array([0, 63, 64])
+    rows = Rows(np.concatenate([normal(65, 576), np.full((3, 576), np.nan, np.float32)]), "i8", 512)
+    found, expected = (run(backend, "dense_attention", [(3, 16, 512)], q, rows, positions, 0.03) for backend in (kernels, reference))
+    assert nmse(found, expected).max() < BOUND
+
+
 def test_numbers_that_are_not_finite_stay_where_they_are():
     """A row of NaN spoils what chose it, a query its own head.
 
@@ -115,8 +123,8 @@ def test_what_other_kernels_take():
         out = cuda.empty((n_tokens, n_head, n_v), np.float32)[..., :widths[0]]
         parts = q[..., :widths[0]], q[..., widths[0]:]
         return variants.kernels("attention of many", out, *parts, cuda.cache_rows(4, widths, storage), mode)
-    assert all(chosen(storage=storage) for storage in CACHE_TYPES) and chosen(n_head=128) and chosen(before=4)
-    assert not (chosen((256, 64)) or chosen((512, 32)) or chosen(mode=modes.MASKED) or chosen(mode=modes.DENSE) or chosen(n_tokens=1)
+    assert chosen(mode=modes.DENSE) and all(chosen(storage=storage) for storage in CACHE_TYPES) and chosen(n_head=128) and chosen(before=4)
+    assert not (chosen((256, 64)) or chosen((512, 32)) or chosen(mode=modes.MASKED) or chosen(n_tokens=1)
                 or chosen(n_head=15) or chosen(n_v=516) or chosen(before=2))
     with selected(current(), EXACT):
         assert not chosen()

@@ -64,7 +64,7 @@ def ways(q, out, cache, indices):
     if kernels("attention of many", out, *parts, cache, modes.SPARSE) is attend_chosen.attend:
         yield "rows as float16", lambda: half_rows.halved(cache, half_rows.facts_of(indices)), False
         yield "queries as float16", lambda: half_rows.halved_queries(*parts), False
-        yield "wgmma, all", lambda: attend_chosen.attend(out, *parts, cache, indices, SCALE), True
+        yield "wgmma, all", lambda: attend_chosen.attend(out, *parts, cache, indices, None, SCALE), True
     yield "tiles", lambda: attention.attend_in_tiles(out, q, cache, modes.SPARSE, indices.shape[1], SCALE, None, indices, None, None), True
 
 

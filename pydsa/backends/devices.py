@@ -130,13 +130,13 @@ def _cuda_scratch(nodes, n_tokens):
 
 
 def _of_half_rows(node):
-    """Whether prompts may attend to chosen rows of 512 + 64 float16.
+    """Whether prompts may attend to rows of 512 + 64 float16.
 
     They are made for that (cuda/attend_chosen.py).
     """
-    if node.op == "sparse_attention":
+    if node.op in ("dense_attention", "sparse_attention"):
         return (node.args[0].tail[1], node.args[1].tail[1]) == (512, 576)
-    if node.op != "mha_sparse_attention":
+    if node.op not in ("mha_attention", "mha_sparse_attention"):
         return False
     _, kv_lora, n_nope = node.args[-4].shape
     return (kv_lora, node.args[1].tail[1] - n_nope) == (512, 64)

@@ -1,6 +1,6 @@
 """Prompts' attention to chosen rows in wgmma, for GPUs of capability 9.0: rows, queries and weights are one float16 each.
 
-A block has a token and HEADS heads. It walks the token's chosen rows in tiles of KEYS, which copies bring while the tile before is used;
+A block has a token and HEADS heads. It walks the token's chosen rows, or all up to its position, in tiles of KEYS, which copies bring while the tile before is used;
 as keys and as values they are the same bytes of shared memory. Its two groups of four warps take turns: one makes a tile's scores and
 weights, which go through shared memory, and both sum their half of the values' columns. half_rows.py makes the float16.
 
@@ -18,14 +18,14 @@ from pydsa.backends.cuda.hopper import (arrive, arrive_after_copies, copy_bulk, 
                                         make_wgmma_shared, make_wgmma_wait, wait_phase)
 from pydsa.backends.cuda.instructions import store_eight
 from pydsa.backends.cuda.launch import blocks_for, is_listing, kernel
-from pydsa.backends.cuda.modes import SPARSE
+from pydsa.backends.cuda.modes import DENSE, SPARSE
 from pydsa.backends.cuda.shared_memory import (any_lane, copy_sixteen, folds, load_float, load_floats, pack_halves, power_of_two,
                                                shared_address, store_float, store_word)
 
 CAPABILITY = 9, 0
 KEYS, THREADS, WARPS = 64, 256, 8           # keys of a tile
 MIN_HEADS = 16                              # with fewer most rows of an image would be padding
-MIN_TOKENS = 8                              # with fewer it costs more to make rows float16, and blocks are too few
+MIN_BLOCKS = 16                             # with fewer it costs more to make rows float16, and most processors have nothing to do
 TILE = KEYS * ROW_BYTES                     # bytes of a tile; of its nine parts each has 64 numbers of all its rows
 WEIGHTS_AT = IMAGE + 2 * TILE               # behind the queries and two stages of rows
 FACTS_AT = WEIGHTS_AT + PART                # of each head: what sums shrink by; its greatest score; the sum of its weights
@@ -50,9 +50,11 @@ greatest_of_four, sum_of_four = folds(4)
 
 
 @device
-def row_at(indices, token, place, n):
-    """The row at a place of a token's choice; -1 from n on."""
-    return indices[token, place] if place < n else np.int32(-1)
+def row_at(indices, token, place, n, every):
+    """The row at a place of a token's choice, or of all; -1 from n on."""
+    if place >= n:
+        return np.int32(-1)
+    return np.int32(place) if every else indices[token, place]
 
 
 @device
@@ -165,9 +167,9 @@ def store_head(out, sums, first, h, n_head, token, column, factor):
             store_eight(out, at + 32 * i, float_bits(sums[4 * i + first] * factor), float_bits(sums[4 * i + first + 1] * factor))
 
 
-@kernel("f4[::1], u1[::1], f4[:,::1], u1[::1], f4[::1], i4[:,:], i4[:,::1], i4, f4", THREADS, shared=SHARED, specific=CAPABILITY)
-def attend_chosen(out, queries, q_scales, rows, unit, indices, facts, n_head, scale):
-    """out[t, h] of a token's chosen rows: see above. scale: times log2(e)."""
+@kernel("f4[::1], u1[::1], f4[:,::1], u1[::1], f4[::1], i4[:,:], i4[:,::1], b1, i4, f4", THREADS, shared=SHARED, specific=CAPABILITY)
+def attend_chosen(out, queries, q_scales, rows, unit, indices, facts, every, n_head, scale):
+    """out[t, h] of a token's chosen rows: see above. every: they are all up to its position. scale: times log2(e)."""
     thread = U(cuda.threadIdx.x)
     shared = cuda.shared.array(0, np.uint8, 1024)
     base, lane, group = shared_address(shared), thread & U(31), thread >> U(7)
@@ -175,12 +177,12 @@ def attend_chosen(out, queries, q_scales, rows, unit, indices, facts, n_head, sc
     begin(shared, base, queries, cuda.blockIdx.y * cuda.gridDim.x + cuda.blockIdx.x, thread)
     chunk, row, n_tiles = thread & U(7), thread >> U(3), (n + np.int32(KEYS - 1)) >> np.int32(6)
     place = np.int32(row)
-    first, second = row_at(indices, token, place, n), row_at(indices, token, place + 32, n)
+    first, second = row_at(indices, token, place, n, every), row_at(indices, token, place + 32, n, every)
     note_missing(base, 0, row, chunk, first, second)
     cuda.syncthreads()
     if n_tiles > 0:
         ask(shared, base, 0, rows, row, chunk, first, second)
-        first, second = row_at(indices, token, place + KEYS, n), row_at(indices, token, place + KEYS + 32, n)
+        first, second = row_at(indices, token, place + KEYS, n, every), row_at(indices, token, place + KEYS + 32, n, every)
     s, sums = cuda.local.array(SCORES, np.float32), cuda.local.array(SUMS, np.float32)
     for i in range(SUMS):
         sums[i] = ZERO
@@ -204,7 +206,7 @@ def attend_chosen(out, queries, q_scales, rows, unit, indices, facts, n_head, sc
             note_missing(base, 1 - stage, row, chunk, first, second)
             ask(shared, base, 1 - stage, rows, row, chunk, first, second)
             place += np.int32(KEYS)
-            first, second = row_at(indices, token, place + KEYS, n), row_at(indices, token, place + KEYS + 32, n)
+            first, second = row_at(indices, token, place + KEYS, n, every), row_at(indices, token, place + KEYS + 32, n, every)
         if my_turn:
             weigh(s, base, of_row, put, base + U(BIAS_AT) + U(4 * KEYS) * U(stage) + U(8) * c, KEYS * tile + KEYS > whole, scale_h,
                   scale_h_8, g, c)
@@ -227,19 +229,21 @@ def takes(out, first, second, latents, mode):
     While kernels are listed few tokens stand for many.
     """
     n_tokens, n_head, n_v = out.shape
-    return (not SIMULATED and mode == SPARSE and n_tokens >= (2 if is_listing() else MIN_TOKENS) and n_head >= MIN_HEADS
+    n_blocks = n_tokens * blocks_for(n_head, HEADS)
+    return (not SIMULATED and mode in (SPARSE, DENSE) and n_tokens > 1 and (n_blocks >= MIN_BLOCKS or is_listing()) and n_head >= MIN_HEADS
             and (n_v, latents.first, latents.second) == (VALUE, VALUE, ROTATED) and current().capability == CAPABILITY
             and out.span[1] - out.span[0] == out.nbytes and are_aligned(out, first, second))
 
 
-def attend(out, first, second, latents, indices, scale):
-    """Attention of tokens to the rows that indices [T, n] name.
+def attend(out, first, second, latents, indices, positions, scale):
+    """Attention to the rows that indices [T, n] name, or up to positions [T].
 
     Negative ones are left out wherever they stand. first [T, H, VALUE], second [T, H, ROTATED]: the parts of queries. takes() must hold.
     """
     n_tokens, n_head, _ = out.shape
-    facts = facts_of(indices)
+    every = indices is None
+    facts = facts_of(indices, positions if every else None)
     rows, unit = halved(latents, facts)
     images, scales = halved_queries(first, second)
-    attend_chosen((blocks_for(n_head, HEADS), n_tokens), out.flat, images, scales, rows, unit, indices, facts, n_head,
-                  LOG2_E * np.float32(scale))
+    attend_chosen((blocks_for(n_head, HEADS), n_tokens), out.flat, images, scales, rows, unit, facts if every else indices, facts, every,
+                  n_head, LOG2_E * np.float32(scale))

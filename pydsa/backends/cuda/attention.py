@@ -87,7 +87,7 @@ def attend(out, q, latents, mode, n_keys, scale, positions=None, indices=None, m
         return
     of_many = kernels("attention of many", out, *parts, latents, mode)
     if of_many:
-        of_many(out, *parts, latents, indices, scale)
+        of_many(out, *parts, latents, indices, positions, scale)
     if not of_many or is_listing():
         attend_in_tiles(out, q, latents, mode, n_keys, scale, positions, indices, mask, made)
 

@@ -53,6 +53,14 @@ def look_at_choices(facts, indices):
         facts[t, LAST], facts[t, WHOLE], facts[t, ROWS] = last, missing, rows
 
 
+@kernel("i4[:,::1], i8[:]", THREADS)
+def look_at_positions(facts, positions):
+    """The same of tokens that attend to all rows up to their positions."""
+    t = cuda.grid(1)
+    if t < positions.shape[0]:
+        facts[t, LAST] = facts[t, WHOLE] = facts[t, ROWS] = np.int32(positions[t] + 1)
+
+
 @device
 def greater(greatest, bits):
     """The greater of the bits of two |numbers|.
@@ -271,13 +279,17 @@ def one():
     return upload(np.ones(1, np.float32))
 
 
-def facts_of(indices):
+def facts_of(indices, positions=None):
     """What is to be known of each token's choice, int32 [T, FACTS].
 
-    It is in scratch memory: see look_at_choices.
+    It is in scratch memory: see look_at_choices. positions: of tokens that attend to all rows up to there; then indices is not looked at.
     """
-    facts = scratch("facts of choices", (len(indices), FACTS), np.int32)
-    look_at_choices(len(indices), facts, indices)
+    n = len(indices if positions is None else positions)
+    facts = scratch("facts of choices", (n, FACTS), np.int32)
+    if positions is None:
+        look_at_choices(n, facts, indices)
+    else:
+        look_at_positions(blocks_for(n, THREADS), facts, positions)
     return facts
 
 

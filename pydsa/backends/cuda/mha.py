@@ -37,7 +37,7 @@ def mha_sparse_attention(out, q, latents, indices, k_b, v_b, positions, scale):
     of_many = kernels("attention of many", mixed, *parts, latents, SPARSE)
     if of_many:
         absorb(absorbed, q, k_b)
-        of_many(mixed, *parts, latents, indices, scale)
+        of_many(mixed, *parts, latents, indices, positions, scale)
         head_linear(out, v_b, mixed)
     if not of_many or is_listing():
         absorbed_form(out, q, k_b, v_b, lambda mixed, absorbed: sparse_attention(mixed, absorbed, latents, indices, scale))

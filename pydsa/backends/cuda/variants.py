@@ -72,7 +72,7 @@ VARIANTS = {
         "tiles": Variant(anything, None),       # as "attention"
     },
     "attention of many": {      # takes(out, two parts of queries, CacheRows, mode): several tokens'
-        "chosen rows in wgmma": Variant(attend_chosen.takes, attend_chosen.attend, FLOAT16),
+        "rows in wgmma": Variant(attend_chosen.takes, attend_chosen.attend, FLOAT16),
         "tiles": Variant(anything, None),       # as "attention"
     },
     "top_k of one": {   # takes(scores, k): of one row
