@@ -110,7 +110,10 @@ class Copies:
         self.pieces = [piece for piece in self.pieces if piece.open.any()]
 
     def _arrive(self, piece, which, column):
-        """Copies of a Piece, indices, are there, written by an engine or by their thread."""
+        """Some copies of a Piece are there, written by an engine or by their thread.
+
+        which: their indices.
+        """
         which = which[piece.open[which]]
         if len(which):
             values = piece.read(self.batch.arena, which) if piece.values is None else piece.values[which]

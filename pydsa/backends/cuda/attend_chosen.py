@@ -1,8 +1,8 @@
 """Prompts' attention to chosen rows in wgmma, for GPUs of capability 9.0: rows, queries and weights are one float16 each.
 
-A block has a token and HEADS heads. It walks the token's chosen rows, or all up to its position, in tiles of KEYS, which copies bring while the tile before is used;
-as keys and as values they are the same bytes of shared memory. Its two groups of four warps take turns: one makes a tile's scores and
-weights, which go through shared memory, and both sum their half of the values' columns. half_rows.py makes the float16.
+A block has a token and HEADS heads. It walks the token's chosen rows, or all up to its position, in tiles of KEYS, which copies bring while
+the tile before is used; as keys and as values they are the same bytes of shared memory. Its two groups of four warps take turns: one makes
+a tile's scores and weights, which go through shared memory, and both sum their half of the values' columns. half_rows.py makes the float16.
 
 What is in shared memory is ordered like this. FULL + 8 i: the copies of stage i are there. EMPTY + 8 i: all warps have used it; then
 weights may be overwritten, too. The barrier of the block in each turn: weights and their facts are there.
