@@ -110,7 +110,7 @@ class Copies:
         self.pieces = [piece for piece in self.pieces if piece.open.any()]
 
     def _arrive(self, piece, which, column):
-        """Some copies of a Piece are there, written by an engine or by their thread.
+        """Some copies of a Piece are there, written by an engine or a thread.
 
         which: their indices.
         """
