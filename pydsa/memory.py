@@ -3,6 +3,7 @@ from typing import NamedTuple
 
 from pydsa.backends.devices import device_of
 from pydsa.gguf_file import Tensor
+from pydsa.options import FLOAT16
 
 
 class Memory(NamedTuple):
@@ -12,7 +13,8 @@ class Memory(NamedTuple):
     vectors, a GPU all blocks, the reference everything, as float32; without mmap matrices are copied too. values: intermediate values of a
     ubatch, and a row of logits. scratch: that of the kernels. slots: for weights that are copied to the device for a step (streaming.py).
     scores: the indexer's score rows; top-k takes 16 bytes more for each key and thread, which are not counted. packed_latents: those that
-    prompts in MLA's plain form pack, at most. Only caches, scores and packed_latents grow with the context.
+    prompts in MLA's plain form pack, at most, and rows that prompts take as float16. Only caches, scores and packed_latents grow with the
+    context.
     """
     mapped: int = 0
     copied: int = 0
@@ -63,4 +65,11 @@ def _on_device(setup, name):
         max(layout.ends.get(name, 0) for layout in _layouts(setup)) + device.float_size * sum(outputs.values()),
         device.scratch(nodes, setup.n_ubatch), sum(setup.streaming.slots.get(name, {}).values()),
         scored if "indexer_select" in ops else 0,
-        device.packed_latents(setup.config, setup.schedule.plain_form_until) if ops & {"mha_attention", "mha_sparse_attention"} else 0)
+        _latents(setup, device, nodes, ops))
+
+
+def _latents(setup, device, nodes, ops):
+    """Bytes of latents in the form in which prompts' attention takes them."""
+    packed = device.packed_latents(setup.config, setup.schedule.plain_form_until) if ops & {"mha_attention", "mha_sparse_attention"} else 0
+    makes_halves = setup.precision == FLOAT16 and setup.n_ubatch > 1 and setup.kv_type != "f16"
+    return packed + (device.half_rows(nodes, setup.n_ctx) if makes_halves else 0)

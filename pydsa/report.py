@@ -196,7 +196,7 @@ def format_report(report):
               f"  weights mapped  {size(memory['weights_mapped']):>12}", f"  weights copied  {size(memory['weights_copied']):>12}",
               f"  caches          {size(memory['caches']):>12}  ({caches})", f"  scratch         {size(memory['scratch']):>12}",
               f"  rows of scores  {size(memory['scores']):>12}  (at the end of the context)",
-              f"  packed latents  {size(memory['packed_latents']):>12}  (for prompts with keys and values for each head)",
+              f"  packed latents  {size(memory['packed_latents']):>12}  (as the attention of prompts takes them)",
               *([f"  slots           {size(memory['slots']):>12}  (for experts that are copied to the GPU for a step)"] if memory["slots"]
                 else []), "", f"attention: {report['attention']}"]
     if report["reproducible"]:

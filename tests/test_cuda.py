@@ -24,7 +24,7 @@ from pydsa.setup import Setup
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
 OPS = ["test_ops.py", "test_whole_tiles.py", "test_attention.py", "test_mha.py", "test_top_k.py", "test_int8_keys.py", "test_quants.py",
-       "test_one_token.py", "test_top_k_rows.py"]
+       "test_one_token.py", "test_top_k_rows.py", "test_chosen_rows.py"]
 # tests of the CPU backend or of the host, left out here
 OF_CPU = ("threads or exp_of or half or block_sizes or sampled or golden or ubatches or vectors_are_unpacked or any_ or counted or "
           "2_gib or prompts_take or left_out or packed_latent")

@@ -208,16 +208,18 @@ def test_kernels_are_kept(tmp_path):
     assert names == ["add_rows.sm_90.cubin", "add_rows.sm_90.ptx"] == run_kept("again")
 
 
-@pytest.mark.parametrize("kv_type", ["i16", "f32"])
-def test_scratch_memory_is_taken_once_and_as_counted(small_model, kv_type):
+@pytest.mark.parametrize("kv_type, capability, spec", [
+    ("i16", (8, 0), {}), ("f32", (8, 0), {}), ("bf16", (9, 0), {"n_head": 16, "n_lora_kv": 512, "n_rot": 64, "indexer_head_size": 64})])
+def test_scratch_memory_is_taken_once_and_as_counted(small_model, kv_type, capability, spec):
     """Steps of any number of tokens find their scratch memory there: a plan does not run out of memory later."""
     out, _ = run(f"""
 from pydsa.backends.cuda import array
+ptx.install(1 << 26).capability = {capability}
 from pydsa.memory import tensors_on
 from pydsa.model import reserve_for
 from pydsa.plan import Runner
 from pydsa.setup import Setup
-setup = Setup({str(small_model(type="Q8_0", n_layer=2))!r}, n_ctx=200, n_ubatch=64, device="cuda", kv_type={kv_type!r})
+setup = Setup({str(small_model(type="Q8_0", n_layer=2, **spec))!r}, n_ctx=200, n_ubatch=64, device="cuda", kv_type={kv_type!r})
 runner, scratch = Runner({{"cuda": cuda}}, setup.layouts, None, None), array._scratch()
 for tensor in tensors_on(setup, "cuda").values():
     runner.on["cuda"].read(tensor)
@@ -229,7 +231,7 @@ first, caches, memory = held(), runner.make_caches(setup, 200), setup.memory["cu
 for n in (*range(1, 34), 50, 63, 64):
     for variant in setup.schedule.variants:
         cuda.reserve(runner.bind(variant, caches, n, n).calls_of(cuda))
-print(first, held(), memory.scratch + memory.scores)
+print(first, held(), memory.scratch + memory.scores + memory.packed_latents)
 """)
     first, last, counted = map(int, out.split())
     assert 0 < first <= last <= min(counted, 1.05 * first)

@@ -151,3 +151,25 @@ x, y = upload(np.arange(64, dtype=np.float32)), upload(np.zeros(64, np.float32))
 assert refused(shift, 2, y, x) is None and refused(shift, 2, x, y) is None
 assert "another thread" in refused(shift, 2, x, x)
 """)
+
+
+def test_votes_and_pairs_of_halves():
+    """vote.sync.any is each warp's own, and needs all lanes.
+
+    cvt.rn.f16x2 rounds as numpy does.
+    """
+    run("""
+from pydsa.backends.cuda.shared_memory import any_lane, pack_halves
+
+@kernel("u4[:], f4[:], i4", 64)
+def vote(out, x, first):
+    i = cuda.threadIdx.x
+    if i >= first:
+        out[i] = any_lane(np.uint32(i == 40)) << np.uint32(31) ^ pack_halves(x[i + 1], x[i])
+
+x, out = np.random.default_rng(0).standard_normal(65).astype(np.float32) * 1000, upload(np.zeros(64, np.uint32))
+vote(1, out, upload(x), 0)
+half, found = x.astype(np.float16).view(np.uint16).astype(np.uint32), out.get()
+assert np.array_equal(found, half[:-1] | half[1:] << np.uint32(16) ^ (np.arange(64) >= 32).astype(np.uint32) << np.uint32(31))
+assert "needs all lanes of a warp" in refused(vote, 1, out, upload(x), 1)
+""")

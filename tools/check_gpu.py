@@ -68,6 +68,7 @@ STAGES = [
     tests("ops-exact", "ops and exact", 50),
     Stage("products", (*PYTHON, "tools/time_products.py"), 25),       # older kernels of prompts beside newer ones, and torch's
     Stage("attention-of-a-prompt", (*PYTHON, "tools/time_attention.py"), 12),       # in the precision exact, as before, and in float16
+    Stage("chosen-rows", (*PYTHON, "tools/chosen_rows.py"), 12),        # the same, to chosen rows
     # 0.31 and 10.1 ms for 64 heads and 4,096, 131,072 keys, and 0.089 and 1.17 to choose, gave the prototypes on an H200
     Stage("scores", (*PYTHON, "tools/time_scores.py"), 10),
     Stage("one-token", (*PYTHON, "tools/one_token.py"), 12),

@@ -28,6 +28,7 @@ if __name__ == "__main__":      # whatever is in PYTHONPATH
 from tools.gpu_products import random_tensor  # noqa: E402
 
 SHAPES = "18432x7168", "7168x18432", "24576x1536", "64*2048x7168"       # rows x columns; before them the number of experts
+KINDS = "Q4_K", "Q6_K", "Q8_0"
 CHECKED, REPEATS = 16, 5            # rows that are computed in float64
 WORST, WORST_OF_FLOAT16 = 1e-9, 1e-6
 
@@ -90,7 +91,7 @@ def time_torch(shape, n_tokens):
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True)
 @click.option("--shape", "shapes", multiple=True, default=SHAPES, show_default=True, help="rows x columns, or EXPERTS*ROWSxCOLUMNS")
-@click.option("--type", "kinds", multiple=True, type=click.Choice([*f16x2.linear.GEMM]), default=("Q4_K", "Q6_K", "Q8_0"), show_default=True)
+@click.option("--type", "kinds", multiple=True, type=click.Choice([*f16x2.linear.GEMM]), show_default=True, default=KINDS)
 def main(tokens, shapes, kinds):
     wrong = False
     for shape in shapes:

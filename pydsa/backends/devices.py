@@ -29,7 +29,8 @@ class Device(NamedTuple):
 
     weights(tensors) -> (bytes read from the mapped file, bytes copied). scratch(nodes, n_tokens) -> bytes of the kernels' scratch memory,
     beside the values of a graph. scored_together(n_kv) -> tokens whose rows of n_kv index scores are in memory at a time.
-    packed_latents(config, n_kv) -> bytes of n_kv packed latents, for prompts in MLA's plain form.
+    packed_latents(config, n_kv) -> bytes of n_kv packed latents, for prompts in MLA's plain form. half_rows(nodes, n_ctx) -> bytes of a
+    cache's rows as float16, for prompts that attend to chosen ones.
     """
     module: str                     # the name of the backend's module
     float_size: int                 # bytes of an intermediate value
@@ -38,6 +39,7 @@ class Device(NamedTuple):
     scored_together: Callable = lambda n_kv: UNLIMITED
     scratch: Callable = lambda nodes, n_tokens: 0
     packed_latents: Callable = lambda config, n_kv: 0
+    half_rows: Callable = lambda nodes, n_ctx: 0
     side_by_side: bool = False      # whether ops that do not depend on each other run at the same time
     copies_blocks: bool = False     # whether loading copies every weight, which can take long
     described: bool = False         # whether the backend can describe its device
@@ -121,7 +123,7 @@ def _cuda_packed_latents(config, n_kv):
 
 def _cuda_scratch(nodes, n_tokens):
     """Bytes of packed activations, of experts' parts and of queries."""
-    packed = hidden = parts = queries = absorbed = heads = splits = 0
+    packed = hidden = parts = queries = absorbed = heads = splits = chosen = 0
     rows = set()        # of one token's activations: (number, width)
     for node in nodes:
         if node.op in ("linear", "head_linear"):
@@ -143,11 +145,33 @@ def _cuda_scratch(nodes, n_tokens):
                 splits = max(splits, _parts_of_one_token(*node.args[0].tail, *node.args[3].tail))
         elif node.op in ("indexer_scores", "indexer_select"):
             queries = max(queries, n_tokens * -(-node.args[1].tail[0] // 32) * 32 * (2 * 128 + 4))     # two bytes for each of 128 values
+        if _of_half_rows(node):
+            n_head = node.args[1].tail[0]
+            heads = max(heads, n_tokens * (-(-n_head // 64) * 64 * 2 * 576 + 8 * n_head))       # images of queries, of 64 heads
+            chosen = max(chosen, n_tokens * (4 * n_head + 16) + 4 * BLOCKS + 512)
     packed = max(packed, hidden)
     # One token's activations take two bytes a value, in tiles of 1,024, with scales and sums. The values are at a few places of the layout.
     one_token = 4 * sum(n * (-(-width // 1024) * 2048 + width * 3 // 8) for n, width in rows)
     # Packed activations are two float16 a value, with one sum for sixteen values.
-    return 4 * packed + packed // 4 + 4 * (hidden + parts + absorbed) + queries + heads + one_token + splits
+    return 4 * packed + packed // 4 + 4 * (hidden + parts + absorbed) + queries + heads + one_token + splits + chosen
+
+
+def _of_half_rows(node):
+    """Whether prompts may attend to rows of 512 + 64 float16.
+
+    They are made for that (cuda/attend_chosen.py).
+    """
+    if node.op in ("dense_attention", "sparse_attention"):
+        return (node.args[0].tail[1], node.args[1].tail[1]) == (512, 576)
+    if node.op not in ("mha_attention", "mha_sparse_attention"):
+        return False
+    _, kv_lora, n_nope = node.args[-4].shape
+    return (kv_lora, node.args[1].tail[1] - n_nope) == (512, 64)
+
+
+def _cuda_half_rows(nodes, n_ctx):
+    """Bytes of n_ctx rows of float16, which all layers share."""
+    return 2 * 576 * n_ctx if any(map(_of_half_rows, nodes)) else 0
 
 
 def tokens_scored_by_gpu(n_kv):
@@ -190,9 +214,8 @@ DEVICES = {
     # A grid has at most 65,535 blocks in y and in z, which kernels use for tokens.
     "cuda": Device("pydsa.backends.cuda", 4, lambda tensors: (0, _n_bytes(tensors)), 32768, tokens_scored_by_gpu, _cuda_scratch,
                    packed_latents=_cuda_packed_latents, copies_blocks=True, described=True, numbered=True, streams=True, bus=True,
-                   precisions=True, reserved=640 << 20),    # 420 to 560 MiB are a context's on such GPUs
-    "reference": Device("pydsa.backends.reference", 8, lambda tensors: (_mapped(tensors), _as_floats(tensors)),
-                        streams=True),
+                   precisions=True, half_rows=_cuda_half_rows, reserved=640 << 20),     # 420 to 560 MiB are a context's on such GPUs
+    "reference": Device("pydsa.backends.reference", 8, lambda tensors: (_mapped(tensors), _as_floats(tensors)), streams=True),
 }
 
 

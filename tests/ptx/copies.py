@@ -46,10 +46,10 @@ class Piece:
         self.threads, self.places, self.sources, self.used, self.group = threads, places, sources, used, group
         self.values, self.open = None, np.ones(len(threads), bool)
 
-    def read(self, arena):
-        """The values, read from global memory now."""
-        inside = np.arange(self.places.shape[1]) < self.used[:, None]
-        return np.where(inside, arena.data[np.where(inside, self.sources, 0)], 0).astype(np.uint8)
+    def read(self, arena, which=slice(None)):
+        """The values of some threads, read from global memory now."""
+        inside = np.arange(self.places.shape[1]) < self.used[which, None]
+        return np.where(inside, arena.data[np.where(inside, self.sources[which], 0)], 0).astype(np.uint8)
 
 
 class Copies:
@@ -110,16 +110,19 @@ class Copies:
         some = slice(None) if on is None else on
         limit[some] = ALL if left is None else self.closed[some] - left
         for piece in self.pieces:
-            self._arrive(piece, piece.open & (piece.group < limit[piece.threads]), None)
+            self._arrive(piece, np.flatnonzero(piece.group < limit[piece.threads]), None)
         self.pieces = [piece for piece in self.pieces if piece.open.any()]
 
     def _arrive(self, piece, which, column):
-        """Copies of a Piece are there, written by an engine or by their thread."""
-        which = np.flatnonzero(piece.open & which)
+        """Some copies of a Piece are there, written by an engine or a thread.
+
+        which: their indices.
+        """
+        which = which[piece.open[which]]
         if len(which):
-            values = piece.read(self.batch.arena) if piece.values is None else piece.values
+            values = piece.read(self.batch.arena, which) if piece.values is None else piece.values[which]
             writer = self.batch.global_thread[piece.threads[which]][:, None] if column is None else engine(column)
-            self._write(piece.places[which], values[which], writer)
+            self._write(piece.places[which], values, writer)
             self.batch.shared.by_threads[piece.places[which]] = True
             piece.open[which] = False
 
@@ -207,12 +210,13 @@ class Copies:
         """cp.async.mbarrier.arrive.noinc: arrive when the threads' copies up to here are there."""
         for i, (address, thread) in enumerate(zip(addresses, self._each(on))):
             barrier = self._barrier(address, thread, i)
-            pieces = [(piece, piece.open & (piece.threads == thread)) for piece in self.pieces]
-            self._later(lambda barrier=barrier, pieces=pieces: self._copies_arrived(barrier, pieces))
+            found = [(piece, np.searchsorted(piece.threads, thread)) for piece in self.pieces]      # threads ascend
+            mine = [(piece, i) for piece, i in found if i < len(piece.threads) and piece.threads[i] == thread and piece.open[i]]
+            self._later(lambda barrier=barrier, mine=mine: self._copies_arrived(barrier, mine))
 
-    def _copies_arrived(self, barrier, pieces):
-        for piece, which in pieces:
-            self._arrive(piece, which, barrier.column - self.batch.per_block)
+    def _copies_arrived(self, barrier, mine):
+        for piece, i in mine:
+            self._arrive(piece, np.array([i]), barrier.column - self.batch.per_block)
         self.pieces = [piece for piece in self.pieces if piece.open.any()]
         barrier.arriving[barrier.column] = self.batch.arena.clock
         barrier.pending -= 1
@@ -237,7 +241,8 @@ class Copies:
                 raise Fault(i, "copies to what threads have written, with no fence.proxy.async since")
             self._check_target(at, size, access)
             batch.shared.by_threads[at[0]:at[0] + size] = False
-            self._check_source(found, np.array([size]), access)
+            words = np.arange(0, size, 4)
+            self._check_source(found[0] + words, np.full(len(words), 4), access.of(np.zeros(len(words), int)))
             piece = Piece(np.array([thread]), at[:, None] + np.arange(size), found[:, None] + np.arange(size), np.array([size]), 0)
             self._later(lambda piece=piece, barrier=barrier, size=size: self._bulk_arrived(piece, barrier, size))
 

@@ -19,6 +19,8 @@ from pydsa.backends.cuda.instructions import instruction
 init_mbarrier = instruction("mbarrier.init.shared::cta.b64 [$0], $1;", "", "sr", fixed=True)
 fence_mbarriers = instruction("fence.mbarrier_init.release.cluster;", fixed=True)
 arrive = instruction("mbarrier.arrive.shared::cta.b64 _, [$0];", "", "s", fixed=True)
+# arrive_after_copies(bars, at): the thread arrives when its copies of cp.async up to here are there; it does not wait for them.
+arrive_after_copies = instruction("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", "", "s", fixed=True)
 # expect_bytes(bars, at, n): arrive, and let the phase wait for n bytes of bulk copies.
 expect_bytes = instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "", "sr", fixed=True)
 wait_phase = instruction("""{
@@ -69,7 +71,7 @@ if SIMULATED:
         """A function that raises PydsaError in the simulator."""
         return instruction("wgmma.mma_async")
 
-    def make_wgmma_shared(n, a_steps, b_steps, by_columns=False, anew=False):
+    def make_wgmma_shared(n, a_steps, b_steps, anew=False, by_columns=False):
         """A function that raises PydsaError in the simulator."""
         return instruction("wgmma.mma_async")
 
@@ -100,17 +102,18 @@ else:
         data = context.make_array(signature.args[i])(context, builder, args[i]).data
         return [builder.gep(data, [I32(j)]) for j in range(n)]
 
-    def _through(context, builder, signature, args, text, n_sums, n_words, others=()):
+    def _through(context, builder, signature, args, text, n_sums, n_words, others=(), anew=False):
         """Assembly whose results are the sums, in a local array.
 
-        The sums, float32 or int32, are operands too, and words of A, in another one, and others.
+        The sums, float32 or int32, are operands too, unless they are made anew, and words of A, in another one, and others.
         """
         kind, letter = (I32, "r") if signature.args[0].dtype == types.int32 else (F32, "f")
         places = _elements(context, builder, signature, args, 0, n_sums)
         words = [builder.load(p) for p in _elements(context, builder, signature, args, 1, n_words)] if n_words else []
-        values = [builder.load(p) for p in places] + words + list(others)
+        values = ([] if anew else [builder.load(p) for p in places]) + words + list(others)
         function = ir.FunctionType(ir.LiteralStructType([kind] * n_sums) if n_sums else ir.VoidType(), [v.type for v in values])
-        constraints = ["=" + letter] * n_sums + [str(i) for i in range(n_sums)] + ["r"] * n_words + ["l"] * len(others) + ["~{memory}"]
+        kept = [] if anew else [str(i) for i in range(n_sums)]
+        constraints = ["=" + letter] * n_sums + kept + ["r"] * n_words + ["l"] * len(others) + ["~{memory}"]
         made = builder.call(ir.InlineAsm(function, text, ",".join(constraints), side_effect=True), values)
         for i, place in enumerate(places):
             builder.store(builder.extract_value(made, i), place)
@@ -170,25 +173,27 @@ else:
                 context, builder, signature, args, text, n_sums, 4 * steps, args[2:]))
         return multiply
 
-    def make_wgmma_shared(n, a_steps, b_steps, by_columns=False, anew=False):
+    def make_wgmma_shared(n, a_steps, b_steps, anew=False, by_columns=False):
         """multiply(sums, a, b): start sums [n / 2] += A B, of float16 in shared memory, and close the group.
 
-        a, b: descriptors (uint64) of the first 16 columns of A and rows of B; a_steps, b_steps: what the next ones add to them, lists.
-        by_columns: B is [16, n] with n contiguous. anew: sums = A B. Up to the wait for the group the sums may not be used.
+        a, b: descriptors (uint64). a_steps, b_steps: where each step of sixteen numbers begins, in sixteens of bytes from theirs.
+        by_columns: of B [16 steps, n] columns are contiguous, 64 of them 128 bytes, in place of its numbers. anew: sums = A B. Up to the
+        wait for the group the sums may not be used.
         """
-        n_sums = n // 2
+        n_sums, count = n // 2, 0 if anew else n // 2
         sums = ",".join(f"${i}" for i in range(n_sums))
         lines = ["{", ".reg .b64 %left;", ".reg .b64 %right;", "wgmma.fence.sync.aligned;"]
-        for step, (a, b) in enumerate(zip(a_steps, b_steps, strict=True)):
-            lines += [f"add.s64 %left, ${2 * n_sums}, {a};", f"add.s64 %right, ${2 * n_sums + 1}, {b};",
+        for step, (of_a, of_b) in enumerate(zip(a_steps, b_steps, strict=True)):
+            lines += [f"add.s64 %left, ${n_sums + count}, {of_a};", f"add.s64 %right, ${n_sums + count + 1}, {of_b};",
                       f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.f16.f16 {{{sums}}}, %left, %right, "
                       f"{int(not anew or step > 0)}, 1, 1, 0, {int(by_columns)};"]
         text = "\n".join([*lines, "wgmma.commit_group.sync.aligned;", "}"])
 
+        def start(context, builder, signature, args):
+            return _through(context, builder, signature, args, text, n_sums, 0, args[1:], anew)
+
         @intrinsic
         def multiply(typingctx, sums, a, b):
-            def start(context, builder, signature, args):
-                return _through(context, builder, signature, args, text, n_sums, 0, args[1:])
             return types.void(sums, types.uint64, types.uint64), start
         return multiply
 

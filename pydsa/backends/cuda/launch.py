@@ -50,6 +50,14 @@ class _Listing(threading.local):
 listing = _Listing()
 
 
+def is_listing():
+    """Whether this thread's calls of kernels only list them.
+
+    Then ops call all kernels that their steps may take, also with other numbers of tokens.
+    """
+    return listing.kernels is not None
+
+
 class Kernel:
     """A CUDA kernel with one signature, that of arrays of any strides: kernel(grid, *args) launches blocks of `threads` threads.
 
@@ -150,7 +158,7 @@ class Kernel:
                     values += a.parameters
             else:
                 values.append(a)
-        if listing.kernels is not None:
+        if is_listing():
             listing.kernels[self.__name__] = self
         elif SIMULATED:
             self._simulated[grid, self.threads, 0, self.shared](*values)

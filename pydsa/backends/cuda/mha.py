@@ -1,14 +1,16 @@
 """MLA from queries to the heads' outputs, for prompts.
 
-It is computed in the absorbed form where flash/ has no kernels for the plain one, with keys and values of each head.
+It is computed in the absorbed form where flash/ has no kernels for the plain one, with keys and values of each head. Kernels for chosen rows
+take the parts of queries where they are.
 """
 import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.attention import dense_attention, sparse_attention
-from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.backends.cuda.launch import blocks_for, is_listing, kernel
 from pydsa.backends.cuda.linear import head_linear
+from pydsa.backends.cuda.modes import SPARSE
 from pydsa.backends.cuda.variants import kernels
 
 
@@ -38,7 +40,28 @@ def mha_attention(out, q, latents, k_b, v_b, positions, scale):
 
 def mha_sparse_attention(out, q, latents, indices, k_b, v_b, positions, scale):
     """mha_attention to the chosen keys only."""
-    absorbed_form(out, q, k_b, v_b, lambda mixed, absorbed: sparse_attention(mixed, absorbed, latents, indices, scale))
+    absorbed, mixed = scratch_of(q, k_b)
+    parts = absorbed[..., :k_b.shape[1]], q[..., k_b.shape[2]:]
+    of_many = kernels("attention of many", mixed, *parts, latents, SPARSE)
+    if of_many:
+        absorb(absorbed, q, k_b)
+        of_many(mixed, *parts, latents, indices, positions, scale)
+        head_linear(out, v_b, mixed)
+    if not of_many or is_listing():
+        absorbed_form(out, q, k_b, v_b, lambda mixed, absorbed: sparse_attention(mixed, absorbed, latents, indices, scale))
+
+
+def scratch_of(q, k_b):
+    """Scratch memory for absorbed queries, and for sums of latents."""
+    n_tokens, n_head, width = q.shape
+    _, kv_lora, n_nope = k_b.shape
+    return (scratch("absorbed queries", (n_tokens, n_head, kv_lora + width - n_nope), np.float32),
+            scratch("mixed latents", (n_tokens, n_head, kv_lora), np.float32))
+
+
+def absorb(absorbed, q, k_b):
+    """Project the parts of queries that have no position to latents."""
+    head_linear(absorbed[..., :k_b.shape[1]], k_b, q[..., :k_b.shape[2]])
 
 
 def absorbed_form(out, q, k_b, v_b, attend):
@@ -46,11 +69,9 @@ def absorbed_form(out, q, k_b, v_b, attend):
 
     attend(mixed, absorbed) writes the attention-weighted sums of latents to `mixed`.
     """
-    n_tokens, n_head, width = q.shape
-    _, kv_lora, n_nope = k_b.shape
-    absorbed = scratch("absorbed queries", (n_tokens, n_head, kv_lora + width - n_nope), np.float32)
-    mixed = scratch("mixed latents", (n_tokens, n_head, kv_lora), np.float32)
-    head_linear(absorbed[..., :kv_lora], k_b, q[..., :n_nope])
+    (n_tokens, n_head, width), (_, kv_lora, n_nope) = q.shape, k_b.shape
+    absorbed, mixed = scratch_of(q, k_b)
+    absorb(absorbed, q, k_b)
     copy_rows((n_tokens * n_head, blocks_for(width - n_nope, THREADS)), absorbed[..., kv_lora:].rows, q[..., n_nope:].rows)
     attend(mixed, absorbed)
     head_linear(out, v_b, mixed)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pydsa.backends.cuda import attend_one, f16, f16x2, f32, flash, int8x2, prompt_scores, top_k_one, top_k_rows
+from pydsa.backends.cuda import attend_chosen, attend_one, f16, f16x2, f32, flash, int8x2, prompt_scores, top_k_one, top_k_rows
 from pydsa.backends.cuda.current import precision
 from pydsa.errors import PydsaError
 from pydsa.options import FLOAT16
@@ -80,6 +80,10 @@ VARIANTS = {
     },
     "attention of one": {       # takes(out, queries, CacheRows, mode, number of keys): one token's
         "chosen rows": Variant(attend_one.takes, attend_one.attend),
+        "tiles": Variant(anything, None),       # as "attention"
+    },
+    "attention of many": {      # takes(out, two parts of queries, CacheRows, mode): several tokens'
+        "rows in wgmma": Variant(attend_chosen.takes, attend_chosen.attend, FLOAT16),
         "tiles": Variant(anything, None),       # as "attention"
     },
     "top_k of one": {   # takes(scores, k): of one row
