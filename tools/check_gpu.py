@@ -63,7 +63,7 @@ STAGES = [
     Stage("info", (*PYDSA, "info", "pydsa/demo/demo.gguf", "--device", "cuda"), 4),
     Stage("kernels", (*PYTHON, "-c", COMPILE), 40),
     # what has never run on a GPU is found here, and left out of the stages behind it
-    Stage("variants", (*PYTHON, "tools/check_variants.py", "--wrong", "{out}/" + WRONG), 90),
+    Stage("variants", (*PYTHON, "tools/check_variants.py", "--seconds", "30", "--wrong", "{out}/" + WRONG), 90),
     tests("ops-float16", "ops and float16", 30),
     tests("ops-exact", "ops and exact", 50),
     Stage("products", (*PYTHON, "tools/time_products.py"), 25),       # older kernels of prompts beside newer ones, and torch's

@@ -255,8 +255,8 @@ def main(variant, small, seconds, together, wrong_path):
         for what, (line, is_wrong) in zip(named(), ended):
             click.echo(f"{what}: {line}")
             bad += [what] if is_wrong else []
-    if wrong_path is not None:
-        wrong_path.write_text(", ".join(bad), encoding="utf-8")
+            if wrong_path is not None:      # at once: this may be stopped
+                wrong_path.write_text(", ".join(bad), encoding="utf-8")
     click.echo(f'PYDSA_CUDA_WITHOUT="{", ".join(bad)}"' if bad else "nothing is wrong")
     sys.exit(len(bad) > 0)
 
