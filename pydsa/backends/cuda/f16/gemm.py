@@ -317,7 +317,8 @@ def takes(w):
 def are_heads(n_matrices, n_tiles, n_tokens):
     """Whether tiles are those of heads (linear.head_tiles).
 
-    Heads have equally many tokens each. A list of experts' tiles (moe.pair_tiles) has room for one more of each expert, or of each token if there are fewer.
+    Heads have equally many tokens each. A list of experts' tiles (moe.pair_tiles) has room for one more of each expert, or of each token if
+    there are fewer.
     """
     return n_tokens % n_matrices == 0 and n_tiles == n_matrices * blocks_for(n_tokens // n_matrices, TILE)
 
