@@ -150,7 +150,7 @@ def test_blocks_of_256_tokens():
 def test_launches():
     """Blocks have as many tokens as take the least time on an H100."""
     run("""
-from pydsa.backends.cuda.f16.gemm import launches
+from pydsa.backends.cuda.f16.gemm import are_heads, launches
 assert launches(18432, 16, 2048, True, True) == [(256, 8, 0)]
 assert launches(18432, 1, 17, True, True) == [(64, 1, 2)]
 assert launches(1536, 16, 2048, True, True)[0][0] != 64
@@ -158,4 +158,6 @@ assert launches(576, 1, 100, True, True) == [(64, 2, 2)]                # few ro
 assert launches(512, 128 * 16, 2048, True, False) == [(128, 2048, 0)] and launches(512, 128, 50, True, False) == [(64, 128, 1)]
 assert launches(2048, 384, 16384, False, False) == [(64, 384, 1), (128, 384, 64)]       # experts
 assert launches(2048, 60, 60, False, False) == [(64, 60, 1)]
+assert all(are_heads(heads, heads * -(-n // 128), heads * n) for heads in (1, 2, 3, 128) for n in (2, 127, 128, 129, 300))
+assert not any(are_heads(experts, -(-pairs // 128) + min(experts, pairs), pairs) for experts in range(1, 300) for pairs in range(2, 600))
 """)

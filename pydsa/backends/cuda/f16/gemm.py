@@ -314,10 +314,20 @@ def takes(w):
     return not SIMULATED and w.type in KINDS and current().capability == CAPABILITY
 
 
+def are_heads(n_matrices, n_tiles, n_tokens):
+    """Whether tiles are those of heads (linear.head_tiles).
+
+    Heads have equally many tokens each. A list of experts' tiles (moe.pair_tiles) has room for one more of each expert, or of each token if
+    there are fewer.
+    """
+    return n_tokens % n_matrices == 0 and n_tiles == n_matrices * blocks_for(n_tokens // n_matrices, TILE)
+
+
 def launches(n_rows, n_tiles, n_tokens, even, plain):
     """The launches of a product: [(tokens of a block, blocks for its tiles, `how`)], see span().
 
-    n_tiles have n_tokens tokens in all. even: all tiles of a matrix but the last have TILE. plain: and there is one matrix only.
+    even: all tiles of a matrix but the last have TILE of its n_tokens tokens; else n_tiles tiles have n_tokens in all. plain: there is one
+    matrix only.
     """
     if not even:
         return [(64, n_tiles, 1)] + ([(128, n_tiles, 64)] if n_tokens > 64 else [])
@@ -334,9 +344,8 @@ def launches(n_rows, n_tiles, n_tokens, even, plain):
 def matmul(out, w, x, tiles):
     """out[i] = a matrix of w times row i // x_div of x, for all tiles."""
     kind, n, n_tiles, n_tokens = KINDS[w.type], w.shape[-1], tiles.matrix.size, tiles.order.size
-    plain, each = len(w.shape) == 2, n_tokens // (1 if len(w.shape) == 2 else w.shape[0])
-    # a list of experts' tiles has room for one more of each expert than heads have (moe.pair_tiles)
-    even = plain or n_tiles == w.shape[0] * blocks_for(each, TILE)
-    for tokens, blocks, how in launches(out.shape[1], n_tiles, each if even else n_tokens, even, plain):
+    plain = len(w.shape) == 2
+    even = plain or are_heads(w.shape[0], n_tiles, n_tokens)
+    for tokens, blocks, how in launches(out.shape[1], n_tiles, n_tokens // w.shape[0] if even and not plain else n_tokens, even, plain):
         GEMM[w.type, tokens]((blocks_for(out.shape[1], ROWS), blocks), out, w.data, w.row_bytes, *tiles[:-1], x.packed.flat, x.scales,
                              x.packed.shape[1] // STAGE_BYTES, blocks_for(n, 64 * kind.n_chunks), n % 64 != 0, how)
