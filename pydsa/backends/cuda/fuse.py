@@ -10,61 +10,87 @@ import numpy as np
 from pydsa.backends.cuda import attention, indexer, int8x2, linear, modes, moe, norm, rope, rows
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.blocks import GROUPED
-from pydsa.backends.cuda.fused_kernels import add_norm, norm_is_wide, pack_and_rope, rotate_and_pack_queries, silu_mul_pack, store
+from pydsa.backends.cuda.fused_kernels import (Heads, Queries, Stored, add_norm, norm_is_narrow, norm_is_wide, rope_and_pack,
+                                               silu_mul_pack, store)
 from pydsa.backends.cuda.int8x2.gemv import gemv
-from pydsa.backends.cuda.int8x2.linear import pack_into, scratch_for
+from pydsa.backends.cuda.int8x2.linear import Int8x2, pack_into, scratch_for_rows
+from pydsa.backends.cuda.order import overlap, same, together, written_by
+
+
+AT_ONCE = 12        # calls that a rule sees
 
 
 def fewer_launches(calls):
     """Fuse the calls of a one-token step into a list of launches.
 
-    calls: (op, args, number of leading args that the op writes). Returns functools.partial objects, to be called in order.
+    calls: pairs of an op and its arguments. Returns functools.partial objects, to be called in order.
     """
-    launches, i = Launches(), 0
+    return [launch for _, launches in fused(calls) for launch in launches]
+
+
+def fused(calls):
+    """The launches of a step: pairs of a call and those that begin with it."""
+    launches, groups, i, calls = Launches(), [], 0, together(calls)
     while i < len(calls):
-        ops, args = [op for op, _, _ in calls[i:i + 4]], [a for _, a, _ in calls[i:i + 4]]
+        ops, args = [op for op, _ in calls[i:i + AT_ONCE]], [a for _, a in calls[i:i + AT_ONCE]]
         n = next(filter(None, (rule(launches, ops, args) for rule in RULES)), 0)
         if n == 0:
-            launches.add(ops[0], *args[0], written=args[0][:calls[i][2]])
+            launches.add(ops[0], *args[0], written=written_by(*calls[i]))
+        groups.append((calls[i], launches.taken()))
         i += max(n, 1)
-    return launches.calls
+    return groups
 
 
 class Launches:
     """The launches so far, and which activations have a valid Int8x2."""
 
     def __init__(self):
-        self.calls, self._packed = [], {}       # address, shape, strides of rows -> their Int8x2, their span
+        self._calls, self._packed = [], {}      # address, shape, strides of rows -> their Int8x2, their span
 
-    def add(self, function, *args, written, packs=None):
+    def taken(self):
+        """The launches since this was asked last."""
+        calls, self._calls = self._calls, []
+        return calls
+
+    def add(self, function, *args, written, packs=None, packs_too=None):
         """Append a launch.
 
         It invalidates the Int8x2 of every array that it writes. packs: rows whose Int8x2 it makes; that becomes its last argument.
+        packs_too: more rows, as wide, whose Int8x2 comes behind in the same one.
         """
         for low, high in (array.span for array in written):
             self._packed = {key: (made, span) for key, (made, span) in self._packed.items() if span[1] <= low or high <= span[0]}
         if packs is not None:
-            key = packs.span[0], packs.shape, packs.strides
-            self._packed[key] = scratch_for(packs, key), packs.span
-            args += self._packed[key][0],
-        self.calls.append(functools.partial(function, *args))
+            several, key = [packs] if packs_too is None else [packs, packs_too], _key(packs)
+            made, begin = scratch_for_rows(sum(map(len, several)), packs.shape[1], key), 0
+            for x in several:
+                self._packed[_key(x)] = Int8x2(*(part[begin:begin + len(x)] for part in made)), x.span
+                begin += len(x)
+            args += made,
+        self._calls.append(functools.partial(function, *args))
 
     def packed(self, x):
         """The Int8x2 of rows. Appends a launch that makes it if there is none."""
-        key = x.span[0], x.shape, x.strides
-        if key not in self._packed:
+        if _key(x) not in self._packed:
             self.add(pack_into, x, written=(), packs=x)
-        return self._packed[key][0]
+        return self._packed[_key(x)][0]
+
+    def packed_with(self, x, other):
+        """The Int8x2 of rows and of others behind them; None if it is not one."""
+        if _key(x) not in self._packed or _key(other) not in self._packed:
+            return None
+        parts = list(zip(self._packed[_key(x)][0], self._packed[_key(other)][0]))
+        adjacent = all(a.shape[1] == b.shape[1] and a.span[1] == b.span[0] for a, b in parts)
+        return Int8x2(*(a.followed_by(b) for a, b in parts)) if adjacent else None
+
+
+def _key(x):
+    return x.span[0], x.shape, x.strides
 
 
 def one_row(a):
     """Whether an array has one token and can be packed to Int8x2."""
     return a.shape[0] == 1 and a.shape[-1] % 32 == 0
-
-
-def same(a, b):
-    """Whether two arrays are the same view of the same memory."""
-    return a.span == b.span and a.shape == b.shape and a.strides == b.strides
 
 
 def sums_and_norm(launches, ops, args):
@@ -92,36 +118,75 @@ def sums_and_norm(launches, ops, args):
 
 
 def products(launches, ops, args):
-    """Fuse linear or head_linear with quantized weights.
+    """Fuse linear ops with the same activations, whose weights are quantized.
 
-    Two linear ops on the same activations become one launch. An rms_norm of the first one's output may stand between them. A head_linear
-    takes the rope op after it into the launch that packs its activations.
+    Those of one type and width become launches of up to four. Others stand between them as they are.
     """
-    if ops[0] not in (linear.linear, linear.head_linear):
+    n = next((i for i, op in enumerate(ops) if op is not linear.linear or not same(args[i][2], args[0][2])), len(ops))
+    if n == 0 or args[0][2].shape[0] != 1:
         return 0
-    out, w, x = args[0]
-    if w.type not in GROUPED or x.shape[0] != 1:
-        return 0
-    if ops[:2] == [linear.head_linear, rope.rope] and beside(args[1][0], out) and not overlap(args[1][1], out):
-        rotated = args[1]
-        launches.add(pack_and_rope, x.rows, *rotated, written=rotated[:1], packs=x.rows)
-        launches.add(gemv, [out.rows], [w], launches.packed(x.rows), linear.head_tiles(1, x.shape[1]), written=[out])
-        return 2
-    between = 1 if ops[:3] == [linear.linear, norm.rms_norm, linear.linear] else 0
-    other = args[1 + between] if ops[:2 + between] == [linear.linear] + [norm.rms_norm] * between + [linear.linear] else None
-    pair = other is not None and same(x, other[2]) and same_layout(w, other[1]) and not (
-        between and (overlap(other[0], args[1][0]) or overlap(other[0], args[1][1])))
-    outs, weights = [out, other[0]] if pair else [out], [w, other[1]] if pair else [w]
-    tiles = linear.head_tiles(1, 1 if ops[0] is linear.linear else x.shape[1])
-    launches.add(gemv, [o.rows for o in outs], weights, launches.packed(x.rows), tiles, written=outs)
-    if pair and between and sums_and_norm(launches, ops[1:2], args[1:2]) == 0:
-        launches.add(norm.rms_norm, *args[1], written=args[1][:1])
-    return 2 + between if pair else 1
+    x, groups = args[0][2], {}
+    for out, w, _ in args[:n]:
+        groups.setdefault((w.type, w.row_bytes), []).append((out, w))
+    for (kind, _), group in groups.items():
+        for i in range(0, len(group), 4):
+            outs, weights = zip(*group[i:i + 4])
+            if kind in GROUPED:
+                launches.add(gemv, [out.rows for out in outs], weights, launches.packed(x.rows), linear.head_tiles(1, 1), written=outs)
+            else:
+                for out, w in zip(outs, weights):
+                    launches.add(linear.linear, out, w, x, written=[out])
+    return n
 
 
-def overlap(a, b):
-    """Whether the spans of two arrays overlap."""
-    return a.span[0] < b.span[1] and b.span[0] < a.span[1]
+def products_of_heads(launches, ops, args):
+    """Fuse head_linear with quantized weights."""
+    out, w, x = args[0] if ops[0] is linear.head_linear else [None] * 3
+    if out is None or w.type not in GROUPED or x.shape[0] != 1:
+        return 0
+    launches.add(gemv, [out.rows], [w], launches.packed(x.rows), linear.head_tiles(1, x.shape[1]), written=[out])
+    return 1
+
+
+def queries(launches, ops, args):
+    """Fuse what is done with queries: rotations, packing, and the projection.
+
+    The ops are rope and hadamard of the indexer's queries, head_linear and rope of the others, indexer_select with int8 keys; or the middle
+    two of these, or the others.
+    """
+    both, alone = [rope.rope, rope.hadamard, linear.head_linear, rope.rope, indexer.indexer_select], [linear.head_linear, rope.rope]
+    n = next((len(wanted) for wanted in (both, both[:2] + both[4:], alone) if ops[:len(wanted)] == wanted), 0)
+    of_heads, of_indexer = args[n // 5 * 2:][:2] if n in (2, 5) else None, [*args[:2], args[n - 1]] if n in (3, 5) else None
+    if n == 0 or of_heads and not _heads_fit(*of_heads) or of_indexer and not _queries_fit(*of_indexer):
+        return 0
+    heads = found = None
+    if of_indexer:
+        (rotated, _, table, neox), (q, _), (out, _, w, keys, positions, scale) = of_indexer
+        found = Queries(q, rotated, neox, w, int8x2.indexer.scratch_for_queries(q))
+    if of_heads:
+        (absorbed, k_b, x), (rotated, source, table, neox) = of_heads
+        if of_indexer and not same(table, of_indexer[0][2]):
+            return 0
+        heads = Heads(x.rows, rotated, source, neox)
+    written = [*([q] if of_indexer else []), *([rotated] if of_heads else [])]
+    launches.add(rope_and_pack, table, heads, found, written=written, packs=heads and heads.x)
+    if of_heads:
+        launches.add(gemv, [absorbed.rows], [k_b], launches.packed(x.rows), linear.head_tiles(1, x.shape[1]), written=[absorbed])
+    if of_indexer:
+        launches.add(indexer.select, out, found.packed, keys, positions, scale, written=[out])
+    return n
+
+
+def _heads_fit(product, rotation):
+    (out, w, x), (rotated, source, *_) = product, rotation
+    return w.type in GROUPED and x.shape[0] == 1 and beside(rotated, out) and not overlap(source, out)
+
+
+def _queries_fit(rotation, transform, choice):
+    (rotated, source, *_), (q, x), (_, selected, w, keys, *_) = rotation, transform, choice
+    return (q.shape[0] == 1 and int8x2.indexer.takes(keys) and same(rotated, source) and same(q, x) and same(q, selected)
+            and not overlap(w, q) and rotated.shape[:2] == q.shape[:2] and rotated.strides == q.strides
+            and 0 <= column(rotated, q) <= q.shape[2] - rotated.shape[2])
 
 
 def column(a, b):
@@ -134,78 +199,108 @@ def beside(a, b):
     return a.shape[:2] == b.shape[:2] and a.strides == b.strides and b.shape[-1] <= column(a, b) <= b.strides[1] // 4 - a.shape[-1]
 
 
-def same_layout(w, other):
-    """Whether one launch can multiply with both weights."""
-    return w.type == other.type and w.row_bytes == other.row_bytes
-
-
 def gated(launches, ops, args):
     """Fuse silu_mul with the packing of its output."""
     if ops[0] is not norm.silu_mul or not one_row(args[0][0]):
         return 0
     out, gate, up = (a.rows for a in args[0])
-    launches.add(silu_mul_pack, out, gate, up, written=[out], packs=out)
+    launches.add(silu_mul_pack, out, gate, up, None, written=[out], packs=out)
     return 1
 
 
 def first_of_experts(launches, ops, args):
-    """Fuse moe_gate_up with quantized weights: one gemv for both, then silu_mul."""
+    """Fuse moe_gate_up with quantized weights: one gemv for both, then silu_mul.
+
+    The same products of the shared expert, and its silu_mul, may follow: they join these.
+    """
     out, x, ids, gate, up = args[0] if ops[0] is moe.moe_gate_up else [None] * 5
     if out is None or not one_row(out) or gate.type not in GROUPED or up.type not in GROUPED:
         return 0
     hidden, tiles = out.rows, moe.pair_tiles(ids, gate.shape[0], ids.shape[1])
-    ups, x = scratch("ups", hidden.shape, np.float32), launches.packed(x.rows)
-    for outs, weights in [([hidden, ups], [gate, up])] if same_layout(gate, up) else [([hidden], [gate]), ([ups], [up])]:
-        launches.add(gemv, outs, weights, x, tiles, written=outs)
-    launches.add(silu_mul_pack, hidden, hidden, ups, written=[hidden], packs=hidden)
-    return 1
+    ups, packed = scratch("ups", hidden.shape, np.float32), launches.packed(x.rows)
+    shared = _shared_expert(ops[1:4], args[1:4], x, gate) if _one_layout(gate, up) else []
+    for outs, weights in [([hidden, ups], [gate, up])] if _one_layout(gate, up) else [([hidden], [gate]), ([ups], [up])]:
+        outs, weights = outs + [a.rows for a, _, _ in shared[:2]], weights + [w for _, w, _ in shared[:2]]
+        launches.add(gemv, outs, weights, packed, tiles, written=outs)
+    others = [a.rows for a in shared[2]] if shared and shared[2][0].shape[-1] == hidden.shape[1] else None
+    written = [hidden, *others[:1]] if others else [hidden]
+    launches.add(silu_mul_pack, hidden, hidden, ups, others, written=written, packs=hidden, packs_too=others and others[0])
+    return 4 if others else 3 if shared else 1
+
+
+def _shared_expert(ops, args, x, gate):
+    """The args of the shared expert's two products of x and of its silu_mul.
+
+    [] if they are not those, or if a product with `gate` cannot take them in.
+    """
+    if ops != [linear.linear, linear.linear, norm.silu_mul]:
+        return []
+    (out, w, first), (other_out, other_w, second), (_, *taken) = args
+    fits = same(first, x) and same(second, x) and _one_layout(w, gate) and _one_layout(other_w, gate) and one_row(out)
+    return args if fits and same(out, taken[0]) and same(other_out, taken[1]) else []
+
+
+def _one_layout(w, other):
+    """Whether one launch can multiply with both weights."""
+    return w.type == other.type and w.row_bytes == other.row_bytes
 
 
 def last_of_experts(launches, ops, args):
-    """Let moe_down with quantized weights use packed activations."""
+    """Let moe_down with quantized weights use packed activations.
+
+    The same product of the shared expert joins it where its activations are packed behind those of the chosen ones.
+    """
     out, hidden, ids, weights, down = args[0] if ops[0] is moe.moe_down else [None] * 5
     if out is None or out.shape[0] != 1 or down.type not in GROUPED:
         return 0
-    launches.add(moe.moe_down_packed, out, ids, weights, down, launches.packed(hidden.rows), written=[out])
-    return 1
+    packed = launches.packed(hidden.rows)
+    other, w, x = args[1] if ops[1:2] == [linear.linear] else [None] * 3
+    whole = launches.packed_with(hidden.rows, x.rows) if other is not None and _one_layout(w, down) else None
+    shared = (other.rows, w, whole) if whole is not None else None
+    launches.add(moe.moe_down_packed, out, ids, weights, down, packed, shared, written=[out] if shared is None else [out, other])
+    return 1 if shared is None else 2
 
 
-def stored_row(launches, ops, args):
-    """Fuse norm, rope, an optional hadamard and cache_write of one row.
-
-    The row is a latent, whose compressed values are normed, or a key of the indexer.
-    """
-    n = next((n for n in (3, 4) if ops[1:n] == [rope.rope, rope.hadamard, rows.cache_write][:n - 2] + [rows.cache_write]), None)
-    if n is None or ops[0] not in (norm.rms_norm, norm.layer_norm):
+def small_rows(launches, ops, args):
+    """Fuse the norm of a short row and the storing of one or two rows."""
+    n, normed, stored, positions = 0, None, [], None
+    if ops[:1] == [norm.rms_norm] and norm_is_narrow(args[0][0].rows, args[0][1].rows, args[0][2]) and one_row(args[0][0]):
+        normed, n = args[0], 1
+    while len(stored) < 2:
+        found = stored_row(ops[n:], args[n:])
+        if found is None or positions is not None and not same(positions, found[1]):
+            break
+        stored, positions, n = [*stored, found[0]], found[1], n + found[2]
+    if not stored:
+        normed = None
+        found = stored_row(ops, args)
+        if found is None:
+            return 0
+        stored, positions, n = [found[0]], *found[1:]
+    of_norm = (normed[0].rows, normed[1].rows, *normed[2:]) if normed else None
+    if normed and any(overlap(a, b) for s in stored for a in (s.row, s.x) for b in (normed[0], normed[1])):
         return 0
-    (normed, x, w, *b, eps), (rotated, source, table, neox), (cache, row, positions) = args[0], args[1], args[n - 1]
-    whole_row = n == 3 or same(args[2][0].rows, row) and same(args[2][1].rows, row)
-    if row.shape[0] != 1 or not whole_row or not same(rotated, source) or rotated.shape[1] != 1 or normed.span[0] != row.span[0]:
-        return 0
-    if not 0 <= column(rotated, row) <= row.shape[1] - rotated.shape[-1]:
-        return 0
-    launches.add(store, row, x, normed, w, b[0] if b else None, eps, rotated, table, neox, n == 4, cache, positions, written=[row])
+    launches.add(store, stored, positions, of_norm, written=[s.row for s in stored] + ([normed[0]] if normed else []),
+                 packs=of_norm and of_norm[0])
     return n
 
 
-def index_queries(launches, ops, args):
-    """Fuse rope, hadamard and packing of the indexer's queries.
+def stored_row(ops, args):
+    """What stores a row of a cache, if calls begin so.
 
-    The ops are rope, hadamard, the linear of the head weights, and indexer_select with int8 keys.
+    These are norm, rope, an optional hadamard and cache_write. The row is a latent, whose compressed values are normed, or a key of the
+    indexer. Returns a Stored, positions and the number of calls.
     """
-    if ops != [rope.rope, rope.hadamard, linear.linear, indexer.indexer_select]:
-        return 0
-    (rotated, source, table, neox), (q, rotated), (w, _, _), (out, selected, weights, keys, positions, scale) = args
-    if q.shape[0] != 1 or not int8x2.indexer.takes(keys) or not same(rotated, source) or not same(q, rotated):
-        return 0
-    if not same(q, selected) or not same(w, weights) or overlap(w, q) or not overlap(rotated, q):
-        return 0
-    if products(launches, ops[2:3], args[2:3]) == 0:
-        launches.add(linear.linear, *args[2], written=[w])
-    queries = int8x2.indexer.scratch_for_queries(q)
-    launches.add(rotate_and_pack_queries, q, rotated, table, neox, w, queries, written=[q])
-    launches.add(indexer.select, out, queries, keys, positions, scale, written=[out])
-    return 4
+    n = next((n for n in (3, 4) if ops[1:n] == [rope.rope, rope.hadamard, rows.cache_write][:n - 2] + [rows.cache_write]), None)
+    if n is None or ops[0] not in (norm.rms_norm, norm.layer_norm):
+        return None
+    (normed, x, w, *b, eps), (rotated, source, table, neox), (cache, row, positions) = args[0], args[1], args[n - 1]
+    whole_row = n == 3 or same(args[2][0].rows, row) and same(args[2][1].rows, row)
+    if row.shape[0] != 1 or not whole_row or not same(rotated, source) or rotated.shape[1] != 1 or normed.span[0] != row.span[0]:
+        return None
+    if not 0 <= column(rotated, row) <= row.shape[1] - rotated.shape[-1]:
+        return None
+    return Stored(row, x, normed, w, b[0] if b else None, eps, rotated, table, neox, n == 4, cache), positions, n
 
 
 def attended(launches, ops, args):
@@ -227,4 +322,4 @@ def attended(launches, ops, args):
 # op -> mode of attend(), names of the op's arguments between the cache and the scale
 ATTENTION = {attention.dense_attention: (modes.DENSE, ("positions",)), attention.sparse_attention: (modes.SPARSE, ("indices",)),
              attention.masked_attention: (modes.MASKED, ("mask", "positions"))}
-RULES = stored_row, sums_and_norm, index_queries, attended, products, gated, first_of_experts, last_of_experts
+RULES = small_rows, sums_and_norm, queries, attended, products, products_of_heads, gated, first_of_experts, last_of_experts
