@@ -23,4 +23,4 @@ def test_launches_of_layers(small_model):
     paths = [str(small_model(**SHAPES | {"n_layer_dense": 2} | form)) for form in (
         {"type": "Q8_0"}, {"type": "Q4_K_M"}, GLM | {"type": "Q8_0"}, GLM | {"type": "Q4_K_M"})]
     for layers in json.loads(run_python("-c", LISTED, *paths, device="ptx")):
-        assert len(layers["1"]) == 18 and len(layers["2"]) == 21, layers
+        assert len(layers["1"]) == 17 and len(layers["2"]) == 18, layers

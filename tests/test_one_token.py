@@ -13,7 +13,7 @@ if DEVICE != "cuda":
 from pydsa.backends import cuda, gpus, reference  # noqa: E402
 from pydsa.backends.cuda import attend_one, attention, modes, top_k_one  # noqa: E402
 from pydsa.backends.cuda.current import current  # noqa: E402
-from pydsa.backends.cuda.fused_kernels import MOST, add_norm, norm_is_wide  # noqa: E402
+from pydsa.backends.cuda.norm_one import MOST, Joined, add_norm, norm_is_wide  # noqa: E402
 from pydsa.backends.cuda.int8x2.linear import LOW, place_of_quad, scratch_for  # noqa: E402
 from pydsa.backends.cuda.launch import KERNELS  # noqa: E402
 from tools import one_token  # noqa: E402
@@ -48,13 +48,31 @@ def test_norm_with_sums_and_rounding(n, n_added):
     out = added[-2] if in_place else cuda.upload(np.full_like(x, np.nan))
     made = scratch_for(out)
     assert norm_is_wide(added, out, cuda.upload(w))
-    add_norm(added, out, cuda.upload(w), np.float32(1e-6), made)
+    add_norm(added, out, cuda.upload(w), np.float32(1e-6), None, None, made)
     expected = total / np.sqrt((total ** 2).mean() + 1e-6) * w
     met = out.get()
     assert nmse(met, expected) < 1e-13
     assert in_place or all(nmse(a.get(), sum(map(np.float64, (x, y, z)[:i + 2]))) < 1e-14 for i, a in enumerate(added[2::2]))
     rounded, sums = unpacked(made, n)
     assert nmse(rounded, met) < 3e-9 and np.allclose(sums, rounded.reshape(1, -1, 16).sum(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n, used, n_out", [(64, 3, 3)] if IN_SIMULATOR else [(7168, 8, 5), (1056, 3, 4), (32, 1, 1)])
+def test_norm_of_experts_and_its_product(n, used, n_out):
+    """The experts' outputs are weighted and added, then two more rows; the norm is multiplied with a matrix."""
+    outputs, weights, y, z, w, matrix = normal(used, n), normal(1, used), normal(1, n), normal(2, n)[1:], normal(n), normal(n_out, n)
+    rows = [cuda.upload(np.full((1, n), np.nan, np.float32)) for _ in range(4)]
+    added, product = [rows[0], cuda.upload(y), rows[1], cuda.upload(z), rows[2]], cuda.upload(np.full((1, n_out), np.nan, np.float32))
+    data = cuda.Weight(cuda.upload(matrix.reshape(-1).view(np.uint8)), "F32", matrix.shape, 4 * n)
+    made = scratch_for(rows[3])
+    joined = Joined(cuda.upload(outputs), cuda.upload(weights))
+    add_norm(added, rows[3], cuda.upload(w), np.float32(1e-6), joined, (product, data), made)
+    x = weights.astype(np.float64) @ outputs
+    expected = (x + y + z) / np.sqrt(((x + y + z) ** 2).mean() + 1e-6) * w
+    for met, wanted in zip(rows, (x, x + y, x + y + z, expected)):
+        assert nmse(met.get(), wanted) < 1e-13
+    assert nmse(product.get(), expected @ matrix.T.astype(np.float64)) < 1e-12
+    assert nmse(unpacked(made, n)[0], rows[3].get()) < 3e-9
 
 
 def test_norms_that_are_not_wide():

@@ -10,10 +10,10 @@ import numpy as np
 from pydsa.backends.cuda import attention, indexer, int8x2, linear, modes, moe, norm, rope, rows
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.blocks import GROUPED
-from pydsa.backends.cuda.fused_kernels import (Heads, Queries, Stored, add_norm, norm_is_narrow, norm_is_wide, rope_and_pack,
-                                               silu_mul_pack, store)
+from pydsa.backends.cuda.fused_kernels import Heads, Queries, Stored, norm_is_narrow, rope_and_pack, silu_mul_pack, store
 from pydsa.backends.cuda.int8x2.gemv import gemv
 from pydsa.backends.cuda.int8x2.linear import Int8x2, pack_into, scratch_for_rows
+from pydsa.backends.cuda.norm_one import Joined, add_norm, norm_is_wide
 from pydsa.backends.cuda.order import overlap, same, together, written_by
 
 
@@ -93,28 +93,53 @@ def one_row(a):
     return a.shape[0] == 1 and a.shape[-1] % 32 == 0
 
 
-def sums_and_norm(launches, ops, args):
-    """Fuse rms_norm with up to two add ops before it, and pack its output."""
+def sums_and_norm(launches, ops, args, joined=None):
+    """Fuse rms_norm with up to two add ops before it, and pack its output.
+
+    The product of the norm with a matrix of F32 may follow. joined: (the output of moe_down, what makes it); it is the first summand, or
+    there is nothing to fuse.
+    """
     n = next((n for n in range(3) if ops[:n + 1] == [norm.add] * n + [norm.rms_norm]), None)
-    if n is None or not one_row(args[n][0]):
+    added = None if n is None or not one_row(args[n][0]) else _summands(args[:n], args[n][1], joined and joined[0])
+    if added is None:
         return 0
-    out, normed, w, eps = args[n]
-    added = []
-    for total, x, y in args[:n]:
-        if added and not same(x, added[-1]):
-            x, y = y, x
-        if added and not same(x, added[-1]):
+    out, _, w, eps = args[n]
+    product = _float_product(ops[n + 1:n + 2], args[n + 1:n + 2], out)
+    written, read = [*([added[0]] if joined else []), *added[2::2]], [*added[joined is not None:2], *added[3:4]]
+    made = [*written, out, *([product[0]] if product else [])]
+    if (product or joined) and any(overlap(a, b) for i, a in enumerate(made) for b in [*read, *made[:i]]):
+        product = None      # each block reads the sums' operands, the first one writes
+        if joined:
             return 0
-        added += [x, y, total] if not added else [y, total]
-    added = added or [normed]
-    read, written = [*added[:2], *added[3:4]], added[2::2]
-    if not same(normed, added[-1]) or any(overlap(a, b) and not same(a, b) for a in written for b in read):
+    if any(overlap(a, b) and not same(a, b) for a in written for b in read):
         return 0
     added, normed = [a.rows for a in added], out.rows
     if not norm_is_wide(added, normed, w):
         return 0
-    launches.add(add_norm, added, normed, w, eps, written=[out, *written], packs=normed)
-    return n + 1
+    row = (product[0].rows, product[1]) if product else None
+    launches.add(add_norm, added, normed, w, eps, joined and joined[1], row, written=[out, *written, *(product[:1] if product else [])],
+                 packs=normed)
+    return n + (2 if product else 1)
+
+
+def _summands(adds, normed, first):
+    """[x, y, x + y, z, x + y + z] of the args of adds; None if others are normed."""
+    added = [] if first is None else [first]
+    for total, x, y in adds:
+        if added and not same(x, added[-1]):
+            x, y = y, x
+        if added and not same(x, added[-1]):
+            return None
+        added += [x, y, total] if not added else [y, total]
+    added = added or [normed]
+    return added if same(normed, added[-1]) else None
+
+
+def _float_product(ops, args, x):
+    """The output and the matrix of linear, if it multiplies x with F32; or None."""
+    if ops != [linear.linear] or args[0][1].type != "F32" or not same(args[0][2], x) or args[0][1].data.span[0] % 16:
+        return None
+    return args[0][:2]
 
 
 def products(launches, ops, args):
@@ -256,9 +281,13 @@ def last_of_experts(launches, ops, args):
     packed = launches.packed(hidden.rows)
     other, w, x = args[1] if ops[1:2] == [linear.linear] else [None] * 3
     whole = launches.packed_with(hidden.rows, x.rows) if other is not None and _one_layout(w, down) else None
-    shared = (other.rows, w, whole) if whole is not None else None
-    launches.add(moe.moe_down_packed, out, ids, weights, down, packed, shared, written=[out] if shared is None else [out, other])
-    return 1 if shared is None else 2
+    shared, n = ((other.rows, w, whole), 2) if whole is not None else (None, 1)
+    parts = scratch("parts", (ids.size, out.shape[1]), np.float32)
+    launches.add(moe.outputs_of_experts, parts, ids, down, packed, shared, written=[parts, *([other] if shared else [])])
+    joins = sums_and_norm(launches, ops[n:], args[n:], (out, Joined(parts, weights)))
+    if joins == 0:
+        launches.add(moe.join_experts, out, parts, weights, written=[out])
+    return n + joins
 
 
 def small_rows(launches, ops, args):

@@ -1,121 +1,27 @@
-"""Fused kernels for one-token steps: adds, norms, gates and rope, with packing.
+"""Fused kernels for one-token steps: short norms, gates and rope, with packing.
 
 A launch takes as long as reading a million bytes of weights, and most ops of one token are smaller. Each kernel here computes what several
 ops compute one after the other, and writes all of their outputs: to the last bit, but for the sum of a norm, which has another order.
 """
-import math
 from typing import NamedTuple
 
 import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.device import SIMULATED, WARP, device, float_bits, load_four_f32, store_four_f32, sync, to_half, warp_sum
+from pydsa.backends.cuda.device import SIMULATED, WARP, device, float_bits, sync, to_half
 from pydsa.backends.cuda.instructions import let_later_begin, wait_for_earlier
 from pydsa.backends.cuda.int8x2.indexer import pack_query
 from pydsa.backends.cuda.int8x2.linear import pack_four
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.backends.cuda.norm import layer_norm_row, rms_norm_row, silu_times
+from pydsa.backends.cuda.norm_one import load_eight, normed_by_block, pack_eight, store_eight
 from pydsa.backends.cuda.rope import MAX_WIDTH, hadamard_row, rotate_pair
 from pydsa.backends.cuda.rows import CACHED, store_bits, to_bf16, write_part
 
 
 THREADS = 8 if SIMULATED else 256
-WIDE = 8 if SIMULATED else 1024     # threads of a block that norms a row
-MOST = 8 * WIDE                     # values of a row that it can have in its registers
-WARP_BITS = WARP.bit_length() - 1
 ZERO = np.float32(0)
-
-
-@device
-def load_eight(row, i, there, j, far):
-    """Four values of a row from i on if `there`, and four from j on if `far`.
-
-    Zeros stand for those that are not loaded: another thread may write them meanwhile.
-    """
-    a, b, c, d = load_four_f32(row, i) if there else (ZERO, ZERO, ZERO, ZERO)
-    e, f, g, h = load_four_f32(row, j) if far else (ZERO, ZERO, ZERO, ZERO)
-    return a, b, c, d, e, f, g, h
-
-
-@device
-def store_eight(row, i, there, j, far, values):
-    """Store four values from i on if `there`, and four from j on if `far`."""
-    if there:
-        store_four_f32(row, i, values[0], values[1], values[2], values[3])
-    if far:
-        store_four_f32(row, j, values[4], values[5], values[6], values[7])
-
-
-@device
-def plus(x, y):
-    """The sums of two tuples of eight."""
-    return (x[0] + y[0], x[1] + y[1], x[2] + y[2], x[3] + y[3], x[4] + y[4], x[5] + y[5], x[6] + y[6], x[7] + y[7])
-
-
-@device
-def squares(a, b, c, d):
-    """The sum of four squares."""
-    return (a * a + b * b) + (c * c + d * d)
-
-
-def _make_norm(threads):
-    """norm_of_sum() for blocks of so many threads, a power of two."""
-    n_warps = threads // WARP
-
-    @device
-    def sum_of_warps(x, parts, thread):
-        """Block-level sum of float32, in every thread.
-
-        The warps' sums are added by all warps at once, not one after the other. parts: shared memory with one float32 per warp.
-        """
-        x, lane = warp_sum(x), thread & WARP - 1
-        if lane == 0:
-            parts[thread >> WARP_BITS] = x
-        sync()
-        return warp_sum(parts[lane] if lane < n_warps else ZERO)
-
-    @device
-    def norm_of_sum(out, second, first, x, y, z, n_added, w, eps, packed, scales, sums, parts, thread):
-        """out = rms_norm(x + y + z) and its Int8x2; n_added of the adds are done.
-
-        first = x + y and second = first + z are stored too. One block for the row, of at most eight values a thread, which are in its
-        registers: all loads are under way at once, and each value is read once. It waits for earlier kernels.
-        """
-        n_fours = x.shape[0] >> 2
-        i, there, j, far = 4 * thread, thread < n_fours, 4 * (thread + threads), thread + threads < n_fours
-        factors = load_eight(w, i, there, j, far)
-        wait_for_earlier()
-        let_later_begin()
-        values = load_eight(x, i, there, j, far)
-        if n_added == 1:
-            values = plus(values, load_eight(y, i, there, j, far))
-            store_eight(first, i, there, j, far, values)
-        if n_added == 2:
-            added, last = load_eight(y, i, there, j, far), load_eight(z, i, there, j, far)
-            values = plus(values, added)
-            store_eight(first, i, there, j, far, values)
-            values = plus(values, last)
-            store_eight(second, i, there, j, far, values)
-        total = squares(values[0], values[1], values[2], values[3]) + squares(values[4], values[5], values[6], values[7])
-        f = np.float32(1) / np.float32(math.sqrt(sum_of_warps(total, parts, thread) / np.float32(x.shape[0]) + eps))
-        v = (values[0] * f * factors[0], values[1] * f * factors[1], values[2] * f * factors[2], values[3] * f * factors[3],
-             values[4] * f * factors[4], values[5] * f * factors[5], values[6] * f * factors[6], values[7] * f * factors[7])
-        store_eight(out, i, there, j, far, v)
-        pack_four(packed, scales, sums, 0, thread, there, v[0], v[1], v[2], v[3])
-        if n_fours > threads:      # the same in all threads
-            pack_four(packed, scales, sums, 0, thread + threads, far, v[4], v[5], v[6], v[7])
-    return norm_of_sum
-
-
-wide_norm, narrow_norm = _make_norm(WIDE), _make_norm(THREADS)
-
-
-@kernel("f4[::1], f4[::1], f4[::1], f4[::1], f4[::1], f4[::1], i4, f4[::1], f4, u4[:,::1], f4[:,::1], f4[:,::1]", WIDE, dependent=True)
-def add_norm_row(out, second, first, x, y, z, n_added, w, eps, packed, scales, sums):
-    """norm_of_sum() of one row."""
-    wide_norm(out, second, first, x, y, z, n_added, w, eps, packed, scales, sums, cuda.shared.array(32, np.float32),
-              cuda.threadIdx.x & WIDE - 1)
 
 
 @kernel(f"{'f4[:,:], ' * 6}u4[:,:], f4[:,:], f4[:,:]", THREADS, dependent=True)
@@ -141,6 +47,19 @@ def silu_mul_packed(out, gate, up, other_out, other_gate, other_up, packed, scal
 STORAGES = tuple(CACHED)            # what the kernels call by number
 F32, F16, BF16, I16 = map(STORAGES.index, ("f32", "f16", "bf16", "i16"))
 OF_A_ROW = "f4[:,:], f4[:,:], f4[:,:], f4[:], f4[:], f4, b1, f4[:,:,:], f4[:,:,:], b1, b1, u1[:,:], i4, i4, i4"     # of store_row()
+
+
+@device
+def norm_of_few(out, x, w, eps, packed, scales, sums, parts, thread):
+    """out = rms_norm(x) and its Int8x2, by a block of THREADS threads."""
+    there, far = thread < x.shape[0] >> 2, thread + THREADS < x.shape[0] >> 2
+    i, j = 4 * thread, 4 * (thread + THREADS)
+    factors = load_eight(w, i, there, j, far)
+    wait_for_earlier()
+    let_later_begin()
+    v = normed_by_block(load_eight(x, i, there, j, far), factors, eps, x.shape[0], parts, thread, THREADS)
+    store_eight(out, i, there, j, far, v)
+    pack_eight(packed, scales, sums, thread, there, far, v, THREADS)
 
 
 @device
@@ -188,7 +107,7 @@ def norm_and_store(begin, out, x, w, eps, packed, scales, sums, positions, row, 
     parts, maxima = cuda.shared.array(32, np.float32), cuda.shared.array(32, np.int32)
     values = cuda.shared.array(MAX_WIDTH, np.float32)
     if part == 0:
-        narrow_norm(out, out, out, x, x, x, 0, w, eps, packed, scales, sums, parts, thread)
+        norm_of_few(out, x, w, eps, packed, scales, sums, parts, thread)
         return
     wait_for_earlier()
     let_later_begin()
@@ -231,23 +150,6 @@ def prepare_heads(n_head, x, out, rotated, neox, packed, scales, sums, q, q_rota
         cuda.syncthreads()
     if thread < WARP:
         pack_query(queries, weights, q, w, 0, h, thread)
-
-
-def norm_is_wide(added, out, w):
-    """Whether add_norm takes these rows: one, short enough, aligned to 16 bytes.
-
-    They are float32 of a multiple of 32 values.
-    """
-    return len(out) == 1 and out.shape[1] <= MOST and all(a.span[0] % 16 == 0 for a in (*added, out, w))
-
-
-def add_norm(added, out, w, eps, made):
-    """rms_norm of a sum, and its Int8x2.
-
-    added: [x], [x, y, x + y] or [x, y, x + y, z, x + y + z]; the last one is normed. norm_is_wide() must hold for them.
-    """
-    x, y, first, z, second = [a[0] for a in added] + [added[0][0]] * (5 - len(added))
-    add_norm_row(1, out[0], second, first, x, y, z, (len(added) - 1) // 2, w, eps, *made)
 
 
 def norm_is_narrow(out, x, w):

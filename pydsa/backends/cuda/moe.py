@@ -218,18 +218,24 @@ def moe_linear(out, x, ids, w):
 
 def moe_down(out, hidden, ids, weights, down):
     """out[t] = sum_i weights[t, i] down_e hidden[t, i] with e = ids[t, i]."""
-    moe_down_packed(out, ids, weights, down, kernels("linear", down, ids.shape[0] == 1).pack(hidden.rows))
+    parts = scratch("parts", (ids.size, out.shape[1]), np.float32)
+    outputs_of_experts(parts, ids, down, kernels("linear", down, ids.shape[0] == 1).pack(hidden.rows))
+    join_experts(out, parts, weights)
 
 
-def moe_down_packed(out, ids, weights, down, packed, shared=None):
-    """moe_down of hidden rows that are already packed.
+def outputs_of_experts(parts, ids, down, packed, shared=None):
+    """parts[i] = down_e hidden[i], of hidden rows that are packed.
 
     shared: for one token and quantized weights, (out, matrix, packed) of the shared expert, whose rows `packed` come behind the others.
     """
-    parts, tiles = scratch("parts", (ids.size, out.shape[1]), np.float32), pair_tiles(ids, down.shape[0], 1)
+    tiles = pair_tiles(ids, down.shape[0], 1)
     if shared is None:
         kernels("linear", down, tiles.single).matmul(parts, down, packed, tiles)
     else:
         other, w, both = shared
         gemv([parts, None, other], [down, None, w], both, tiles, ids.size)
+
+
+def join_experts(out, parts, weights):
+    """out[t] = sum_i weights[t, i] parts[t, i]."""
     combine((blocks_for(out.shape[1], THREADS), out.shape[0]), out, parts, weights)

@@ -23,6 +23,15 @@ def together(calls):
     return calls
 
 
+def product_of_norm(calls, i, to):
+    """Move up the product of a norm with a matrix of F32."""
+    if calls[i][0] is norm.rms_norm:
+        for j in range(to, min(i + AHEAD, len(calls))):
+            if same(calls[i][1][0], input_of(calls[j])) and calls[j][1][1].type == "F32":
+                return _moved(calls, j, to)
+    return to
+
+
 def products_of_one_input(calls, i, to):
     """Move up products with the same activations, to the first one.
 
@@ -57,7 +66,7 @@ def queries_before_choice(calls, i, to):
     return to
 
 
-MOVES = products_of_one_input, queries_before_choice
+MOVES = product_of_norm, products_of_one_input, queries_before_choice
 
 
 def input_of(call):
