@@ -1,4 +1,4 @@
-"""What a token's step launches on a GPU: how many kernels a layer, and that ops moved together still compute the same."""
+"""How many kernels a token's step launches on a GPU, layer by layer."""
 import json
 
 from test_cuda import run_python
@@ -16,11 +16,11 @@ print(json.dumps([launched(step_of(path, attention="sparse", kv_type="i16", n_ct
 
 
 def test_launches_of_layers(small_model):
-    """Layers of V3.2's and of GLM-5's form: the second one dense, the third one of experts, both in the middle of a step.
+    """Layers of V3.2's and of GLM-5's form.
 
-    Where the types of products differ there are more: k_b in Q5_0, as rows of 128 or 192 cannot be Q4_K.
+    The second one is dense, the third one has experts; both are in the middle of a step.
     """
     paths = [str(small_model(**SHAPES | {"n_layer_dense": 2} | form)) for form in (
         {"type": "Q8_0"}, {"type": "Q4_K_M"}, GLM | {"type": "Q8_0"}, GLM | {"type": "Q4_K_M"})]
     for layers in json.loads(run_python("-c", LISTED, *paths, device="ptx")):
-        assert len(layers["1"]) == 17 and len(layers["2"]) == 18, layers
+        assert len(layers["1"]) == len(layers["2"]) == 15, layers

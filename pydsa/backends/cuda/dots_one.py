@@ -1,4 +1,4 @@
-"""One token's products: 64 weights of a lane times activations (int8x2/gemv.py)."""
+"""One token's products: 64 weights of a lane times activations."""
 import numpy as np
 
 from pydsa.backends.cuda.blocks import GROUPED

@@ -4,20 +4,21 @@ Activations are packed to Int8x2 once for all products that take them. Every arr
 so that any op can be left unfused.
 """
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
-from pydsa.backends.cuda import attention, indexer, int8x2, linear, modes, moe, norm, rope, rows
+from pydsa.backends.cuda import attention, indexer, int8x2, linear, modes, moe, norm, rope, rows, rows_one
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.blocks import GROUPED
-from pydsa.backends.cuda.fused_kernels import Heads, Queries, Stored, norm_is_narrow, rope_and_pack, silu_mul_pack, store
-from pydsa.backends.cuda.int8x2.gemv import gemv
+from pydsa.backends.cuda.fused_kernels import Heads, Norm, Queries, Stored, norm_is_narrow, prepare_rows, silu_mul_pack
+from pydsa.backends.cuda.int8x2.gemv import gemv, grid_of
 from pydsa.backends.cuda.int8x2.linear import Int8x2, pack_into, scratch_for_rows
 from pydsa.backends.cuda.norm_one import Joined, add_norm, norm_is_wide
 from pydsa.backends.cuda.order import overlap, same, together, written_by
 
 
-AT_ONCE = 12        # calls that a rule sees
+AT_ONCE = 20        # calls that a rule sees
 
 
 def fewer_launches(calls):
@@ -88,6 +89,11 @@ def _key(x):
     return x.span[0], x.shape, x.strides
 
 
+def touch(some, others):
+    """Whether an array of some overlaps one of the others."""
+    return any(overlap(a, b) for a in some for b in others)
+
+
 def one_row(a):
     """Whether an array has one token and can be packed to Int8x2."""
     return a.shape[0] == 1 and a.shape[-1] % 32 == 0
@@ -123,7 +129,7 @@ def sums_and_norm(launches, ops, args, joined=None):
 
 
 def _summands(adds, normed, first):
-    """[x, y, x + y, z, x + y + z] of the args of adds; None if others are normed."""
+    """[x, y, x + y, z, x + y + z] of adds; None if something else is normed."""
     added = [] if first is None else [first]
     for total, x, y in adds:
         if added and not same(x, added[-1]):
@@ -136,7 +142,7 @@ def _summands(adds, normed, first):
 
 
 def _float_product(ops, args, x):
-    """The output and the matrix of linear, if it multiplies x with F32; or None."""
+    """The output and the matrix of a linear of x with F32; else None."""
     if ops != [linear.linear] or args[0][1].type != "F32" or not same(args[0][2], x) or args[0][1].data.span[0] % 16:
         return None
     return args[0][:2]
@@ -165,41 +171,71 @@ def products(launches, ops, args):
 
 
 def products_of_heads(launches, ops, args):
-    """Fuse head_linear with quantized weights."""
+    """Fuse head_linear with quantized weights.
+
+    A linear with quantized weights of all heads' outputs may follow: then these are packed by the blocks that make them, where they can.
+    """
     out, w, x = args[0] if ops[0] is linear.head_linear else [None] * 3
     if out is None or w.type not in GROUPED or x.shape[0] != 1:
         return 0
-    launches.add(gemv, [out.rows], [w], launches.packed(x.rows), linear.head_tiles(1, x.shape[1]), written=[out])
+    rows, tiles = out.rows, linear.head_tiles(1, x.shape[1])
+    taken = args[1][2] if ops[1:2] == [linear.linear] and args[1][1].type in GROUPED else None
+    rounds = (taken is not None and taken.span == out.span and taken.size == out.size and taken.shape[0] == 1
+              and grid_of([rows], x.shape[2], x.shape[1]).rounds(rows.shape[1]))
+    launches.add(gemv, [rows], [w], launches.packed(x.rows), tiles, 0, written=[out], packs=taken.rows if rounds else None)
     return 1
 
 
-def queries(launches, ops, args):
+class Inputs(NamedTuple):
+    """What queries() has found.
+
+    These are parts of a launch that prepares rows, and what comes behind it.
+    """
+    heads: object       # Heads, or None
+    queries: object     # Queries, or None
+    table: object
+    product: tuple      # the args of head_linear, or None
+    choice: tuple       # the args of indexer_select, or None
+
+
+def queries(launches, ops, args, stored=(), positions=None):
     """Fuse what is done with queries: rotations, packing, and the projection.
 
     The ops are rope and hadamard of the indexer's queries, head_linear and rope of the others, indexer_select with int8 keys; or the middle
-    two of these, or the others.
+    two of these, or the others. stored, positions: rows of caches that are stored in the same launch.
     """
     both, alone = [rope.rope, rope.hadamard, linear.head_linear, rope.rope, indexer.indexer_select], [linear.head_linear, rope.rope]
     n = next((len(wanted) for wanted in (both, both[:2] + both[4:], alone) if ops[:len(wanted)] == wanted), 0)
-    of_heads, of_indexer = args[n // 5 * 2:][:2] if n in (2, 5) else None, [*args[:2], args[n - 1]] if n in (3, 5) else None
-    if n == 0 or of_heads and not _heads_fit(*of_heads) or of_indexer and not _queries_fit(*of_indexer):
+    found = _inputs(args, n) if n else None
+    if found is None or found.heads and touch([found.heads.out], [a for s in stored for a in (s.row, s.x)]):
         return 0
-    heads = found = None
-    if of_indexer:
-        (rotated, _, table, neox), (q, _), (out, _, w, keys, positions, scale) = of_indexer
-        found = Queries(q, rotated, neox, w, int8x2.indexer.scratch_for_queries(q))
-    if of_heads:
-        (absorbed, k_b, x), (rotated, source, table, neox) = of_heads
-        if of_indexer and not same(table, of_indexer[0][2]):
-            return 0
-        heads = Heads(x.rows, rotated, source, neox)
-    written = [*([q] if of_indexer else []), *([rotated] if of_heads else [])]
-    launches.add(rope_and_pack, table, heads, found, written=written, packs=heads and heads.x)
-    if of_heads:
-        launches.add(gemv, [absorbed.rows], [k_b], launches.packed(x.rows), linear.head_tiles(1, x.shape[1]), written=[absorbed])
-    if of_indexer:
-        launches.add(indexer.select, out, found.packed, keys, positions, scale, written=[out])
+    written = [*([found.queries.q] if found.queries else []), *([found.heads.out] if found.heads else []), *(s.row for s in stored)]
+    launches.add(prepare_rows, None, stored, positions, found.heads, found.queries, found.table, written=written,
+                 packs=found.heads and found.heads.x)
+    if found.product:
+        out, k_b, x = found.product
+        launches.add(gemv, [out.rows], [k_b], launches.packed(x.rows), linear.head_tiles(1, x.shape[1]), written=[out])
+    if found.choice:
+        out, _, _, keys, positions, scale = found.choice
+        launches.add(indexer.select, out, found.queries.packed, keys, positions, scale, written=[out])
     return n
+
+
+def _inputs(args, n):
+    """The Inputs of n calls, see queries(); None if they are others."""
+    of_heads, of_indexer = args[n // 5 * 2:][:2] if n in (2, 5) else None, [*args[:2], args[n - 1]] if n in (3, 5) else None
+    if of_heads and not _heads_fit(*of_heads) or of_indexer and not _queries_fit(*of_indexer):
+        return None
+    heads = found = table = None
+    if of_heads:
+        rotated, source, table, neox = of_heads[1]
+        heads = Heads(of_heads[0][2].rows, rotated, source, neox)
+    if of_indexer:
+        (rotated, _, other, neox), (q, _), (_, _, w, *_) = of_indexer
+        if of_heads and not same(table, other):
+            return None
+        found, table = Queries(q, rotated, neox, w, int8x2.indexer.scratch_for_queries(q)), other
+    return Inputs(heads, found, table, of_heads and of_heads[0], of_indexer and of_indexer[2])
 
 
 def _heads_fit(product, rotation):
@@ -236,21 +272,25 @@ def gated(launches, ops, args):
 def first_of_experts(launches, ops, args):
     """Fuse moe_gate_up with quantized weights: one gemv for both, then silu_mul.
 
-    The same products of the shared expert, and its silu_mul, may follow: they join these.
+    The same products of the shared expert, and its silu_mul, may follow: they join these. Where moe_down follows, and the shared expert's
+    product, their blocks make what silu_mul makes.
     """
     out, x, ids, gate, up = args[0] if ops[0] is moe.moe_gate_up else [None] * 5
     if out is None or not one_row(out) or gate.type not in GROUPED or up.type not in GROUPED:
         return 0
     hidden, tiles = out.rows, moe.pair_tiles(ids, gate.shape[0], ids.shape[1])
-    ups, packed = scratch("ups", hidden.shape, np.float32), launches.packed(x.rows)
-    shared = _shared_expert(ops[1:4], args[1:4], x, gate) if _one_layout(gate, up) else []
-    for outs, weights in [([hidden, ups], [gate, up])] if _one_layout(gate, up) else [([hidden], [gate]), ([ups], [up])]:
+    gates, ups = (scratch(name, hidden.shape, np.float32) for name in ("gates", "ups"))
+    packed, shared = launches.packed(x.rows), _shared_expert(ops[1:4], args[1:4], x, gate) if _one_layout(gate, up) else []
+    for outs, weights in [([gates, ups], [gate, up])] if _one_layout(gate, up) else [([gates], [gate]), ([ups], [up])]:
         outs, weights = outs + [a.rows for a, _, _ in shared[:2]], weights + [w for _, w, _ in shared[:2]]
         launches.add(gemv, outs, weights, packed, tiles, written=outs)
     others = [a.rows for a in shared[2]] if shared and shared[2][0].shape[-1] == hidden.shape[1] else None
-    written = [hidden, *others[:1]] if others else [hidden]
-    launches.add(silu_mul_pack, hidden, hidden, ups, others, written=written, packs=hidden, packs_too=others and others[0])
-    return 4 if others else 3 if shared else 1
+    n = 4 if others else 3 if shared else 1
+    last = last_of_experts(launches, ops[n:], args[n:], out, rows_one.Rows(rows_one.GATED, hidden, gates, ups, *(others or [])))
+    if last == 0:
+        written = [hidden, *others[:1]] if others else [hidden]
+        launches.add(silu_mul_pack, hidden, gates, ups, others, written=written, packs=hidden, packs_too=others and others[0])
+    return n + last
 
 
 def _shared_expert(ops, args, x, gate):
@@ -270,20 +310,29 @@ def _one_layout(w, other):
     return w.type == other.type and w.row_bytes == other.row_bytes
 
 
-def last_of_experts(launches, ops, args):
+def last_of_experts(launches, ops, args, gated=None, rows=None):
     """Let moe_down with quantized weights use packed activations.
 
-    The same product of the shared expert joins it where its activations are packed behind those of the chosen ones.
+    The same product of the shared expert joins it where its activations are packed behind those of the chosen ones. gated, rows: the
+    activations, and the Rows that make them, which must fit.
     """
-    out, hidden, ids, weights, down = args[0] if ops[0] is moe.moe_down else [None] * 5
+    out, hidden, ids, weights, down = args[0] if ops[:1] == [moe.moe_down] else [None] * 5
     if out is None or out.shape[0] != 1 or down.type not in GROUPED:
         return 0
-    packed = launches.packed(hidden.rows)
-    other, w, x = args[1] if ops[1:2] == [linear.linear] else [None] * 3
-    whole = launches.packed_with(hidden.rows, x.rows) if other is not None and _one_layout(w, down) else None
-    shared, n = ((other.rows, w, whole), 2) if whole is not None else (None, 1)
-    parts = scratch("parts", (ids.size, out.shape[1]), np.float32)
-    launches.add(moe.outputs_of_experts, parts, ids, down, packed, shared, written=[parts, *([other] if shared else [])])
+    other, w, x = args[1] if ops[1:2] == [linear.linear] and _one_layout(args[1][1], down) else [None] * 3
+    if rows is None:
+        packed = launches.packed(hidden.rows)
+        whole = launches.packed_with(hidden.rows, x.rows) if other is not None else None
+        shared = (other.rows, w, whole, ids.size) if whole is not None else None
+    else:
+        alone = rows.single_out is None
+        fits = same(gated, hidden) and rows_one.takes(rows.x) and (alone or other is not None and same(x.rows, rows.single_out))
+        if not fits or not alone and touch([other, rows.single_out], [rows.out, rows.single_x, rows.single_other]):
+            return 0
+        packed, shared = rows, None if alone else (other.rows, w, rows, 0)
+    n, parts = 1 if shared is None else 2, scratch("parts", (ids.size, out.shape[1]), np.float32)
+    made = [] if rows is None else [rows.out] if rows.single_out is None else [rows.out, rows.single_out]
+    launches.add(moe.outputs_of_experts, parts, ids, down, packed, shared, written=[parts, *made, *([other] if shared else [])])
     joins = sums_and_norm(launches, ops[n:], args[n:], (out, Joined(parts, weights)))
     if joins == 0:
         launches.add(moe.join_experts, out, parts, weights, written=[out])
@@ -291,26 +340,65 @@ def last_of_experts(launches, ops, args):
 
 
 def small_rows(launches, ops, args):
-    """Fuse the norm of a short row and the storing of one or two rows."""
-    n, normed, stored, positions = 0, None, [], None
-    if ops[:1] == [norm.rms_norm] and norm_is_narrow(args[0][0].rows, args[0][1].rows, args[0][2]) and one_row(args[0][0]):
-        normed, n = args[0], 1
+    """Fuse the norm of a short row and the storing of one or two rows.
+
+    Where products of the norm follow, and then queries(), each block of the products makes the norm for itself, and the rows are stored in
+    the launch that prepares the queries.
+    """
+    n, normed = 0, None
+    if ops[0] is norm.rms_norm and one_row(args[0][0]) and norm_is_narrow(args[0][0].rows, args[0][1].rows, args[0][2]):
+        normed, n = Norm(args[0][0].rows, args[0][1].rows, *args[0][2:]), 1
+    stored, positions, n_stored = _stored_rows(ops[n:], args[n:])
+    if normed and touch(normed[:2], [a for s in stored for a in (s.row, s.x)]):
+        stored = []
+    if not stored:
+        normed, n = None, 0
+        stored, positions, n_stored = _stored_rows(ops, args)
+    n += n_stored
+    if not stored:
+        return 0
+    n_products = _products_of_norm(launches, ops[n:], args[n:], normed, stored) if normed else 0
+    if n_products:
+        n += n_products
+        n_queries = queries(launches, ops[n:], args[n:], stored, positions)
+        if n_queries == 0:
+            launches.add(prepare_rows, None, stored, positions, None, None, None, None, written=[s.row for s in stored])
+        return n + n_queries
+    rest = [] if normed else [None]
+    launches.add(prepare_rows, normed, stored, positions, None, None, None, *rest, written=[s.row for s in stored] + list(normed or [])[:1],
+                 packs=normed and normed.out)
+    return n
+
+
+def _stored_rows(ops, args):
+    """Up to two Stored with which calls begin.
+
+    Returns also their positions, and the number of calls.
+    """
+    stored, positions, n = [], None, 0
     while len(stored) < 2:
         found = stored_row(ops[n:], args[n:])
         if found is None or positions is not None and not same(positions, found[1]):
             break
         stored, positions, n = [*stored, found[0]], found[1], n + found[2]
-    if not stored:
-        normed = None
-        found = stored_row(ops, args)
-        if found is None:
-            return 0
-        stored, positions, n = [found[0]], *found[1:]
-    of_norm = (normed[0].rows, normed[1].rows, *normed[2:]) if normed else None
-    if normed and any(overlap(a, b) for s in stored for a in (s.row, s.x) for b in (normed[0], normed[1])):
+    return stored, positions, n
+
+
+def _products_of_norm(launches, ops, args, normed, stored):
+    """Launch products whose blocks make the norm -> the number of calls, or 0.
+
+    They are done before `stored`, whose rows they may not touch.
+    """
+    n = next((i for i, op in enumerate(ops) if op is not linear.linear or not same(args[i][2].rows, normed.out)), len(ops))
+    fits = 0 < n <= 4 and args[0][1].type in GROUPED and all(_one_layout(args[0][1], w) for _, w, _ in args[:n])
+    outs = [out for out, _, _ in args[:n]]
+    if not fits or not rows_one.takes(normed.x) or touch(outs, [*normed[:2], *(a for s in stored for a in (s.row, s.x))]):
         return 0
-    launches.add(store, stored, positions, of_norm, written=[s.row for s in stored] + ([normed[0]] if normed else []),
-                 packs=of_norm and of_norm[0])
+    if overlap(normed.out, normed.x):
+        return 0
+    rows = rows_one.Rows(rows_one.NORMED, normed.out, normed.x, gain=normed.w, eps=normed.eps)
+    launches.add(gemv, [out.rows for out in outs], [w for _, w, _ in args[:n]], rows, linear.head_tiles(1, 1),
+                 written=[*outs, normed.out])
     return n
 
 

@@ -17,7 +17,7 @@ from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.backends.cuda.norm import layer_norm_row, rms_norm_row, silu_times
 from pydsa.backends.cuda.norm_one import load_eight, normed_by_block, pack_eight, store_eight
 from pydsa.backends.cuda.rope import MAX_WIDTH, hadamard_row, rotate_pair
-from pydsa.backends.cuda.rows import CACHED, store_bits, to_bf16, write_part
+from pydsa.backends.cuda.rows import CACHED, CacheRows, store_bits, to_bf16, write_part
 
 
 THREADS = 8 if SIMULATED else 256
@@ -95,65 +95,72 @@ def store_row(row, x, normed, w, b, eps, centred, rotated, table, neox, rotates,
             write_part(stored, row, 0, 1, first, second, storage == I16, maxima, thread, THREADS)
 
 
-@kernel(f"i4, f4[::1], f4[::1], f4[::1], f4, u4[:,::1], f4[:,::1], f4[:,::1], i8[:], {OF_A_ROW}, {OF_A_ROW}", THREADS, dependent=True)
-def norm_and_store(begin, out, x, w, eps, packed, scales, sums, positions, row, row_x, normed, row_w, b, row_eps, centred, rotated, table,
-                   neox, rotates, cache, first, second, storage, row2, x2, normed2, w2, b2, eps2, centred2, rotated2, table2, neox2,
-                   rotates2, cache2, first2, second2, storage2):
-    """What is done with a token's small rows, one a block.
-
-    0: out = rms_norm(x), and its Int8x2. 1, 2: store_row(). The first block has number `begin`.
-    """
-    part, thread = begin + cuda.blockIdx.x, cuda.threadIdx.x & THREADS - 1
-    parts, maxima = cuda.shared.array(32, np.float32), cuda.shared.array(32, np.int32)
-    values = cuda.shared.array(MAX_WIDTH, np.float32)
-    if part == 0:
-        norm_of_few(out, x, w, eps, packed, scales, sums, parts, thread)
-        return
-    wait_for_earlier()
-    let_later_begin()
-    if part == 2:
-        row, row_x, normed, row_w, b, row_eps, centred = row2, x2, normed2, w2, b2, eps2, centred2
-        rotated, table, neox, rotates = rotated2, table2, neox2, rotates2
-        cache, first, second, storage = cache2, first2, second2, storage2
-    store_row(row, row_x, normed, row_w, b, row_eps, centred, rotated, table, neox, rotates, cache, first, second, storage, positions,
-              parts, maxima, values, thread)
+@device
+def pack_and_rotate(x, out, rotated, table, neox, h, packed, scales, sums, thread):
+    """Round row h of x to an Int8x2, and out = rope(rotated) of head h."""
+    n = x.shape[1] // 4
+    for begin in range(0, n, THREADS):
+        four = begin + thread
+        a, b, c, e = ZERO, ZERO, ZERO, ZERO
+        if four < n:
+            a, b, c, e = x[h, 4 * four], x[h, 4 * four + 1], x[h, 4 * four + 2], x[h, 4 * four + 3]
+        pack_four(packed, scales, sums, h, four, four < n, a, b, c, e)
+    for i in range(thread, table.shape[2], THREADS):
+        rotate_pair(out, rotated, table, neox, 0, h, i)
 
 
-@kernel("i4, f4[:,:], f4[:,:,:], f4[:,:,:], b1, u4[:,:], f4[:,:], f4[:,:], f4[:,:,:], f4[:,:,:], b1, f4[:,:], u4[:,:], f4[:,:], f4[:,:,:]",
-        THREADS, dependent=True)
-def prepare_heads(n_head, x, out, rotated, neox, packed, scales, sums, q, q_rotated, q_neox, w, queries, weights, table):
-    """What is done with a token's queries before products; a head a block.
-
-    Of the first n_head a row of x is packed to Int8x2, and out = rope(rotated). The others are the indexer's: rope of q_rotated, columns of
-    q, hadamard of q, and packing with the heads' weights w (int8x2/indexer.py).
-    """
-    block, thread, values = np.int64(cuda.blockIdx.x), cuda.threadIdx.x, cuda.shared.array(MAX_WIDTH, np.float32)
-    wait_for_earlier()
-    let_later_begin()
-    if block < n_head:
-        n = x.shape[1] // 4
-        for begin in range(0, n, THREADS):
-            four = begin + thread
-            a, b, c, e = ZERO, ZERO, ZERO, ZERO
-            if four < n:
-                a, b, c, e = x[block, 4 * four], x[block, 4 * four + 1], x[block, 4 * four + 2], x[block, 4 * four + 3]
-            pack_four(packed, scales, sums, block, four, four < n, a, b, c, e)
-        for i in range(thread, table.shape[2], THREADS):
-            rotate_pair(out, rotated, table, neox, 0, block, i)
-        return
-    h = block - n_head
+@device
+def rotate_query(q, rotated, table, neox, w, queries, weights, h, values, thread):
+    """rope, hadamard and packing of query h of the indexer, by one block."""
     if h < q.shape[1]:
         for i in range(thread, table.shape[2], THREADS):
-            rotate_pair(q_rotated, q_rotated, table, q_neox, 0, h, i)
-        cuda.syncthreads()
+            rotate_pair(rotated, rotated, table, neox, 0, h, i)
+        sync()
         hadamard_row(q[0], q[0], h, values, thread, THREADS)
-        cuda.syncthreads()
+        sync()
     if thread < WARP:
         pack_query(queries, weights, q, w, 0, h, thread)
 
 
+OF_NORM, OF_HEADS = "f4[::1], f4[::1], f4[::1], f4, u4[:,::1], f4[:,::1], f4[:,::1]", "f4[:,:], f4[:,:,:], f4[:,:,:], b1"
+OF_QUERIES = "f4[:,:,:], f4[:,:,:], b1, f4[:,:], u4[:,:], f4[:,:]"
+
+
+@kernel(f"b1, i4, i4, {OF_NORM}, i8[:], {OF_A_ROW}, {OF_A_ROW}, {OF_HEADS}, u4[:,:], f4[:,:], f4[:,:], {OF_QUERIES}, f4[:,:,:]", THREADS,
+        dependent=True)
+def prepare(norms, n_stored, n_head, out, x, w, eps, packed, scales, sums, positions, row, row_x, normed, row_w, b, row_eps, centred,
+            row_rotated, row_table, row_neox, rotates, cache, first, second, storage, row2, x2, normed2, w2, b2, eps2, centred2, rotated2,
+            table2, neox2, rotates2, cache2, first2, second2, storage2, head_x, head_out, head_rotated, head_neox, head_packed, head_scales,
+            head_sums, q, q_rotated, q_neox, head_weights, queries, weights, table):
+    """What is done with a token's small rows between products, one a block.
+
+    First out = rms_norm(x), and its Int8x2, if `norms`. Then n_stored rows: store_row(). Then n_head heads: pack_and_rotate(). The rest are
+    queries of the indexer: rotate_query().
+    """
+    block, thread = np.int64(cuda.blockIdx.x) - (1 if norms else 0), cuda.threadIdx.x & THREADS - 1
+    parts = cuda.shared.array(32, np.float32)
+    maxima = cuda.shared.array(32, np.int32)
+    values = cuda.shared.array(MAX_WIDTH, np.float32)
+    if block < 0:
+        norm_of_few(out, x, w, eps, packed, scales, sums, parts, thread)
+        return
+    wait_for_earlier()
+    let_later_begin()
+    if block < n_stored:
+        if block == 1:
+            row, row_x, normed, row_w, b, row_eps, centred = row2, x2, normed2, w2, b2, eps2, centred2
+            row_rotated, row_table, row_neox, rotates = rotated2, table2, neox2, rotates2
+            cache, first, second, storage = cache2, first2, second2, storage2
+        store_row(row, row_x, normed, row_w, b, row_eps, centred, row_rotated, row_table, row_neox, rotates, cache, first, second, storage,
+                  positions, parts, maxima, values, thread)
+    elif block < n_stored + n_head:
+        pack_and_rotate(head_x, head_out, head_rotated, table, head_neox, block - n_stored, head_packed, head_scales, head_sums, thread)
+    else:
+        rotate_query(q, q_rotated, table, q_neox, head_weights, queries, weights, block - n_stored - n_head, values, thread)
+
+
 def norm_is_narrow(out, x, w):
-    """Whether norm_and_store() takes the norm of a row: as norm_is_wide, but shorter."""
+    """Whether prepare_rows() takes the norm: as norm_is_wide, but shorter."""
     return len(out) == 1 and out.shape[1] <= 8 * THREADS and all(a.span[0] % 16 == 0 for a in (out, x, w))
 
 
@@ -191,22 +198,6 @@ class Stored(NamedTuple):
                 cache.second, STORAGES.index(cache.storage))
 
 
-def store(stored, positions, norm=None, made=None):
-    """Store one or two rows of caches, and norm a row that norm_is_narrow().
-
-    stored: one or two Stored. norm: (out, x, w, eps), rows of two axes; made: the Int8x2 of its output.
-    """
-    if norm is None:
-        nothing = scratch("nothing", (1, 1), np.float32)
-        norm = nothing, nothing, nothing[0], np.float32(0)
-        made = scratch("nothing", (1, 1), np.uint32), nothing, nothing
-        begin = 1
-    else:
-        begin = 0
-    out, x, w, eps = norm
-    norm_and_store(len(stored) + 1 - begin, begin, out[0], x[0], w, eps, *made, positions, *stored[0].arguments, *stored[-1].arguments)
-
-
 class Heads(NamedTuple):
     """Rows x that are packed, one per head, and out = rope(rotated)."""
     x: object
@@ -216,9 +207,9 @@ class Heads(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """The indexer's queries q: rope of their columns `rotated`, hadamard, and packing with w.
+    """The indexer's queries q, which are rotated and packed.
 
-    packed: the operand of int8x2.indexer.score().
+    rope of their columns `rotated`, hadamard, and packing with the heads' weights w. packed: the operand of int8x2.indexer.score().
     """
     q: object
     rotated: object
@@ -227,13 +218,33 @@ class Queries(NamedTuple):
     packed: tuple
 
 
-def rope_and_pack(table, heads=None, queries=None, made=None):
-    """Do what Heads and Queries say, either or both. made: the Int8x2 of heads.x."""
+class Norm(NamedTuple):
+    """out = rms_norm(x), rows [1, n]: norm_is_narrow()."""
+    out: object
+    x: object
+    w: object
+    eps: float
+
+
+def prepare_rows(norm=None, stored=(), positions=None, heads=None, queries=None, table=None, made=None):
+    """Do what a Norm, up to two Stored, Heads and Queries say, some of them.
+
+    made: the Int8x2 of heads.x, or of norm.out where there are no heads. positions: with `stored`. table: with heads or queries.
+    """
+    nothing, cube = scratch("nothing", (1, 1), np.float32), scratch("nothing", (1, 1, 1), np.float32)
+    no_int8x2 = scratch("nothing", (1, 1), np.uint32), nothing, nothing
+    assert heads is None or norm is None
     n_head, n_queries = len(heads.x) if heads else 0, queries.packed[1].shape[1] if queries else 0
-    if heads is None:
-        nothing, cube = scratch("nothing", (1, 1), np.float32), scratch("nothing", (1, 1, 1), np.float32)
-        heads, made = Heads(nothing, cube, cube, False), (scratch("nothing", (1, 1), np.uint32), nothing, nothing)
-    if queries is None:
-        nothing, cube = scratch("nothing", (1, 1), np.float32), scratch("nothing", (1, 1, 1), np.float32)
-        queries = Queries(cube, cube, False, nothing, (scratch("nothing", (1, 1), np.uint32), nothing))
-    prepare_heads(n_head + n_queries, n_head, *heads, *made, *queries[:-1], *queries.packed, table)
+    out, x, w, eps = norm or (nothing, nothing, nothing[0], np.float32(0))
+    rows = stored or [Stored(nothing, nothing, nothing, nothing[0], None, np.float32(0), cube, cube, False, False, no_cache())]
+    heads_made = made if heads else no_int8x2
+    heads = heads or Heads(nothing, cube, cube, False)
+    queries = queries or Queries(cube, cube, False, nothing, (no_int8x2[0], nothing))
+    prepare((norm is not None) + len(stored) + n_head + n_queries, norm is not None, len(stored), n_head, out[0], x[0], w, eps,
+            *(made if norm else no_int8x2), scratch("nothing", (1,), np.int64) if positions is None else positions, *rows[0].arguments,
+            *rows[-1].arguments, *heads, *heads_made, *queries[:-1], *queries.packed, cube if table is None else table)
+
+
+def no_cache():
+    """A CacheRows that is not used."""
+    return CacheRows(scratch("nothing", (1, 1), np.uint8), "f32", 0, 0)

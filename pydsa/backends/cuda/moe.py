@@ -226,14 +226,15 @@ def moe_down(out, hidden, ids, weights, down):
 def outputs_of_experts(parts, ids, down, packed, shared=None):
     """parts[i] = down_e hidden[i], of hidden rows that are packed.
 
-    shared: for one token and quantized weights, (out, matrix, packed) of the shared expert, whose rows `packed` come behind the others.
+    For one token and quantized weights `packed` may be a rows_one.Rows. shared: then (out, matrix, all rows, the row) of the shared expert,
+    whose product is in the same launch.
     """
     tiles = pair_tiles(ids, down.shape[0], 1)
     if shared is None:
         kernels("linear", down, tiles.single).matmul(parts, down, packed, tiles)
     else:
-        other, w, both = shared
-        gemv([parts, None, other], [down, None, w], both, tiles, ids.size)
+        other, w, both, row = shared
+        gemv([parts, None, other], [down, None, w], both, tiles, row)
 
 
 def join_experts(out, parts, weights):

@@ -90,7 +90,7 @@ def pack_eight(packed, scales, sums, thread, there, far, v, n_threads):
 
 @device
 def weights_of(matrix, at, thread, there, far):
-    """The eight weights of a row, from byte `at` on, that meet a thread's values."""
+    """The eight weights of the row at a byte that meet a thread's values."""
     a, b, c, d = load_sixteen(matrix, at + 16 * thread) if there else (NO_BITS, NO_BITS, NO_BITS, NO_BITS)
     e, f, g, h = load_sixteen(matrix, at + 16 * (thread + WIDE)) if far else (NO_BITS, NO_BITS, NO_BITS, NO_BITS)
     return (bits_float(a), bits_float(b), bits_float(c), bits_float(d), bits_float(e), bits_float(f), bits_float(g), bits_float(h))

@@ -7,6 +7,9 @@ same. Rows of at most 512 weights are joined: half a warp takes as many as fit i
 Weights of types whose blocks are multiples of 16 bytes go to registers, 16 bytes a load. All others go through shared memory: each warp has
 a ring of stages there. Asynchronous copies fill the others while one is multiplied, also from one row to the next.
 """
+import math
+from typing import NamedTuple
+
 import numpy as np
 from numba import cuda
 
@@ -15,8 +18,9 @@ from pydsa.backends.cuda.device import SIMULATED, WARP, device, sum_of_lanes, sy
 from pydsa.backends.cuda.dots_one import make_activations, make_dot, place_of_lane
 from pydsa.backends.cuda.instructions import (commit_copies, copies_left, copy_sixteen_async, instruction, let_later_begin,
                                               wait_for_earlier)
-from pydsa.backends.cuda.int8x2.linear import TILE_U32
+from pydsa.backends.cuda.int8x2.linear import TILE_U32, scratch_for_rows
 from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
+from pydsa.backends.cuda.rows_one import GATED, GIVEN, ROUNDED, SOURCES, Rows, make_row, no_rows, not_rounded, round_tile
 from pydsa.quants import TYPES
 
 
@@ -33,7 +37,7 @@ AHEAD = 512 if SIMULATED else 4096      # bytes of weights that are on their way
 BANKS_APART = {"Q6_K": 96}              # bytes, of 128, that the halves' rows lie apart, if not 64: so that they meet in few banks
 MOST_BLOCKS = 2 * BLOCKS                # that walk through rows: four for each of an H100's processors
 ZERO = np.float32(0)
-SIGNATURE = f"{'f4[:,:], u1[::1], ' * 4}i8, i4[:], i4, i4, b1, i4, i4, u4[::1], f4[:,:], f4[:,:]"
+SIGNATURE = f"{'f4[:,:], u1[::1], ' * 4}i8, i4[:], i4, i4, b1, i4, i4, u4[:,::1], f4[:,::1], f4[:,::1], {SOURCES}, {ROUNDED}"
 # a number that is not computed anew in every round of a loop, to save a register
 kept = instruction("mov.b32 $0, $1;", "i", "i", lambda x: x, True)
 
@@ -64,10 +68,10 @@ def place_of_thread(thread, n_groups, shift, split):
 
 @device
 def one_of(out, w, second_out, second_w, third_out, third_w, fourth_out, fourth_w, first, others):
-    """A block's output and matrix: of the `first` two or the last, the `others`.
+    """A block's output and matrix, of four.
 
-    Those are where z is 1, and the last two where y is past the ids: they are single matrices, multiplied with one row of activations. A
-    matrix may have no rows at all.
+    Of the `first` two or the last it has the `others` where z is 1. The last two, where y is past the ids, are single matrices, multiplied
+    with one row of activations. A matrix may have no rows at all.
     """
     if others:
         out, w, third_out, third_w = second_out, second_w, fourth_out, fourth_w
@@ -76,10 +80,24 @@ def one_of(out, w, second_out, second_w, third_out, third_w, fourth_out, fourth_
 
 @device
 def product_of(y, ids, x_div, single_row):
-    """What blocks of a y multiply: their row of the output, the matrix, the row of the activations."""
+    """What blocks of a y multiply: rows of output and input, and the matrix."""
     if y >= ids.size:
         return 0, np.int32(0), single_row
     return y, ids[y], y // x_div
+
+
+@device
+def block_number():
+    """The number of a block in the grid."""
+    return cuda.blockIdx.x + cuda.gridDim.x * (cuda.blockIdx.y + cuda.gridDim.y * cuda.blockIdx.z)
+
+
+@device
+def rows_of_tile(base, tile, half, own, joined, n_out, row_bytes):
+    """First bytes of a half's two joined rows, and those of a lane in them."""
+    r0, _, own0 = row_of(2 * tile, half, own, joined, n_out, row_bytes)
+    r1, _, own1 = row_of(2 * tile + 1, half, own, joined, n_out, row_bytes)
+    return base + r0, base + r1, own0, own1
 
 
 @device
@@ -89,11 +107,11 @@ def begins(x_row, n_groups):
 
 
 @device
-def put_sums(out, parts, y, tile, place, shift, split, s0, s1):
+def put_sums(out, parts, y, tile, place, shift, split, s0, s1, rounds, at_tile, to_packed, to_scales, to_sums, thread):
     """Store the sums of a lane's two rows.
 
     They are summed over the 2^shift lanes of a row, and over the 2^split warps that share it. parts: shared memory, ROWS
-    float32 per warp. All threads of a block call it.
+    float32 per warp. All threads of a block call it. rounds: round_tile() follows, for the block's tiles from at_tile on.
     """
     sub, half, warp, own, piece, joined, part, _, _, _ = place
     s0, s1 = sum_of_lanes(s0, 1 << shift), sum_of_lanes(s1, 1 << shift)
@@ -113,6 +131,8 @@ def put_sums(out, parts, y, tile, place, shift, split, s0, s1):
         out[y, row] = s0
     if part == 0 and piece == 0 and other < n_out:
         out[y, other] = s1
+    if rounds:
+        round_tile(out, y, np.int32(at_tile * ROWS << joined), to_packed, to_scales, to_sums, thread)
 
 
 def _make_direct(name):
@@ -121,40 +141,52 @@ def _make_direct(name):
     step_bytes, begin_products = STEP // TYPES[name].size * itemsize, _make_begin(entry.prepare)
 
     def gemv_direct(out, w, second_out, second_w, third_out, third_w, fourth_out, fourth_w, row_bytes, ids, x_div, single_row, chosen,
-                    shift, split, packed, scales, sums):
+                    shift, split, packed, scales, sums, mode, made, source, other, single_made, single_source, single_other, gain, eps,
+                    rounds, to_packed, to_scales, to_sums):
         """gemv_staged, but weights are loaded to registers."""
         first, others = cuda.blockIdx.y < ids.size, cuda.blockIdx.z == 1
         out, w = one_of(out, w, second_out, second_w, third_out, third_w, fourth_out, fourth_w, first, others)
         thread, n_out, n_groups = cuda.threadIdx.x & WARPS * WARP - 1, np.int32(out.shape[1]), np.int32(scales.shape[1])
-        begin_products(thread)
+        if chosen:
+            wait_for_earlier()
         y, matrix, x_row = product_of(cuda.blockIdx.y, ids, x_div, single_row)
+        parts, base, splits = cuda.shared.array(PARTS, np.float32), matrix * np.int64(n_out) * row_bytes, np.int32(1 << split)
+        begin_products(mode, made, source, other, single_made, single_source, single_other, gain, eps, ids, x_div, single_row, packed,
+                       scales, sums, parts, thread)
         place = place_of_thread(thread, n_groups, shift, split)
         sub, half, warp, own, piece, joined, part, group, n_chunks, n_steps = place
-        parts, base, splits = cuda.shared.array(PARTS, np.float32), matrix * np.int64(n_out) * row_bytes, np.int32(1 << split)
-        (x_row_at, f_row_at), per_block = begins(x_row, n_groups), np.int32(WARPS >> split)
+        (x_row_at, f_row_at), per_block = begins(x_row if mode == GIVEN else block_number(), n_groups), np.int32(WARPS >> split)
         begin, stride = np.int32(cuda.blockIdx.x * per_block), np.int32(cuda.gridDim.x * per_block)
-        for first in range(begin, np.int32((n_out - 1 >> joined) // ROWS + 1), stride):
-            tile, s0, s1 = np.int32(first + group), ZERO, ZERO
-            r0, _, own0 = row_of(2 * tile, half, own, joined, n_out, row_bytes)
-            r1, _, own1 = row_of(2 * tile + 1, half, own, joined, n_out, row_bytes)
-            r0, r1 = base + r0 + own0, base + r1 + own1
+        for at_tile in range(begin, np.int32((n_out - 1 >> joined) // ROWS + 1), stride):
+            tile, s0, s1 = np.int32(at_tile + group), ZERO, ZERO
+            r0, r1, own0, own1 = rows_of_tile(base, tile, half, own, joined, n_out, row_bytes)
+            r0, r1 = r0 + own0, r1 + own1
             for step in range(part, n_steps, splits):
                 c = np.int32(step * LANES + piece)
                 if c < n_chunks:
                     x = activations(packed, scales, sums, x_row_at + place_of_lane(c, False), f_row_at + 8 * c, 0, 1)
                     s0 += dot(w, r0 + step * step_bytes, np.int64(piece), 1, x)
                     s1 += dot(w, r1 + step * step_bytes, np.int64(piece), 1, x)
-            put_sums(out, parts, y, tile, place, shift, split, s0, s1)
+            put_sums(out, parts, y, tile, place, shift, split, s0, s1, rounds, at_tile, to_packed, to_scales, to_sums, thread)
     return kernel(SIGNATURE, WARPS * WARP, f"gemv_{name.lower()}", blocks=4, dependent=True)(gemv_direct)
 
 
 def _make_begin(prepare):
     @device
-    def begin_products(thread):
-        """Copy the type's tables; then wait for the activations."""
+    def begin_products(mode, made, source, other, single_made, single_source, single_other, gain, eps, ids, x_div, single_row, packed,
+                       scales, sums, parts, thread):
+        """Copy the type's tables; then wait for the activations, or make them."""
         prepare(thread, WARPS * WARP)
         wait_for_earlier()
         let_later_begin()
+        if mode != GIVEN:
+            y, row = kept(np.int32(cuda.blockIdx.y)), single_row        # found out anew, to save registers
+            if y < ids.size:
+                row = np.int32(y // x_div)
+            else:
+                made, source, other = single_made, single_source, single_other
+            writes = cuda.blockIdx.x == 0 and cuda.blockIdx.z == 0 and (mode == GATED or y == 0)
+            make_row(mode, made, source, other, gain, eps, row, writes, packed, scales, sums, block_number(), parts, thread, WARPS * WARP)
     return begin_products
 
 
@@ -221,12 +253,12 @@ def _make_staged(name):
     size, strided, begin_products = TYPES[name].size, GROUPED[name].lane.strided, _make_begin(GROUPED[name].prepare)
     dot, activations = make_dot(GROUPED[name]), make_activations(name)
     step_bytes, pitch, apart, stages = _sizes_of_ring(name)
-    ask, aim = _make_ring(step_bytes, pitch)
-    stage_bytes = HALVES * apart
+    (ask, aim), stage_bytes = _make_ring(step_bytes, pitch), HALVES * apart
     ring_bytes, staged_bytes, wait_for_stage = stages * stage_bytes, WARPS * stages * stage_bytes, copies_left(stages - 1)
 
     def gemv_staged(out, w, second_out, second_w, third_out, third_w, fourth_out, fourth_w, row_bytes, ids, x_div, single_row, chosen,
-                    shift, split, packed, scales, sums):
+                    shift, split, packed, scales, sums, mode, made, source, other, single_made, single_source, single_other, gain, eps,
+                    rounds, to_packed, to_scales, to_sums):
         """out[y] = matrix ids[y] of w times row y // x_div of the activations.
 
         See one_of(). chosen: whether an earlier kernel writes ids. A row has 2^shift lanes. 2^split warps of a block share rows (split-K).
@@ -241,23 +273,22 @@ def _make_staged(name):
         sub, half, warp, own, piece, joined, part, group, n_chunks, n_steps = place
         parts = cuda.shared.array(PARTS, np.float32)
         staged = cuda.shared.array(staged_bytes, np.uint8, 16)
-        base, (x_row_at, f_row_at) = matrix * np.int64(n_out) * row_bytes, begins(x_row, n_groups)
+        base, (x_row_at, f_row_at) = matrix * np.int64(n_out) * row_bytes, begins(x_row if mode == GIVEN else block_number(), n_groups)
         splits, per_block, jump = np.int32(1 << split), np.int32(WARPS >> split), kept(np.int32(step_bytes << split))
         ring = kept(np.int32(warp * ring_bytes + half * apart))
         n_tiles, last_stage = np.int32((n_out - 1 >> joined) // ROWS + 1), kept(np.int32(ring + ring_bytes - stage_bytes))
         begin, stride = np.int32(cuda.blockIdx.x * per_block), np.int32(cuda.gridDim.x * per_block)
         asked, asked_step, to = np.int32(begin + group), part, ring
         p0, p1, n0, n1 = aim(base, asked, n_tiles, part, half, sub, joined, n_out, row_bytes)
-        for first in range(np.int32(begin - stride), n_tiles, stride):
-            tile, s0, s1 = np.int32(first + group), ZERO, ZERO
-            r0, _, own0 = row_of(2 * tile, half, own, joined, n_out, row_bytes)
-            r1, _, own1 = row_of(2 * tile + 1, half, own, joined, n_out, row_bytes)
-            r0, r1, own0, own1 = kept(np.int32(r0 + base)), kept(np.int32(r1 + base)), kept(own0), kept(np.int32(own1 + pitch))
-            for step in range(part if first >= begin else np.int32(n_steps - stages * splits), n_steps, splits):
+        for at_tile in range(np.int32(begin - stride), n_tiles, stride):
+            tile, s0, s1 = np.int32(at_tile + group), ZERO, ZERO
+            r0, r1, own0, own1 = rows_of_tile(base, tile, half, own, joined, n_out, row_bytes)
+            r0, r1, own0, own1 = kept(np.int32(r0)), kept(np.int32(r1)), kept(own0), kept(np.int32(own1 + pitch))
+            for step in range(part if at_tile >= begin else np.int32(n_steps - stages * splits), n_steps, splits):
                 c, at = np.int32(step * LANES + piece), np.int32(step * step_bytes)
                 wait_for_stage()
                 warp_sync()
-                if c < n_chunks and tile < n_tiles and first >= begin:
+                if c < n_chunks and tile < n_tiles and at_tile >= begin:
                     second = np.int32(1 if size > 32 else min(np.int32(1), np.int32(n_groups - 1 - 2 * c)))
                     x_at, f_at = x_row_at + place_of_lane(c, strided), f_row_at + (16 * (c >> 1) if strided else 8 * c)
                     x = activations(packed, scales, sums, x_at, f_at, c & 1, second)
@@ -272,23 +303,37 @@ def _make_staged(name):
                 if asked_step >= n_steps:
                     asked, asked_step = np.int32(asked + stride), part
                     p0, p1, n0, n1 = aim(base, asked, n_tiles, part, half, sub, joined, n_out, row_bytes)
-            if first < begin:       # the first weights are on their way
-                begin_products(thread)
+            if at_tile < begin:       # the first weights are on their way
+                begin_products(mode, made, source, other, single_made, single_source, single_other, gain, eps, ids, x_div, single_row,
+                               packed, scales, sums, parts, thread)
             else:
-                put_sums(out, parts, y, tile, place, shift, split, s0, s1)
+                put_sums(out, parts, y, tile, place, shift, split, s0, s1, rounds, at_tile, to_packed, to_scales, to_sums, thread)
     return kernel(SIGNATURE, WARPS * WARP, f"gemv_{name.lower()}", blocks=4, dependent=True)(gemv_staged)
 
 
 GEMV = {name: (_make_direct if entry.lane.direct else _make_staged)(name) for name, entry in GROUPED.items()}
 
 
-def gemv(outs, weights, x, tiles, single_row=0):
-    """out[y] = matrix tiles.matrix[y] of w times row y // tiles.x_div of x.
+class Grid(NamedTuple):
+    """How products are divided.
 
-    x is Int8x2. For one to four outs and weights of one type, of which the second may be None. From the third on weights are single
-    matrices, all multiplied with row `single_row` of x, and the outs rows of their own, [1, n_out].
+    Into blocks in x, y and z, lanes of a row, and warps that share rows.
     """
-    n_chunks, n_pairs, there = blocks_for(x.scales.shape[1], 2), tiles.matrix.size, [out is not None for out in outs]
+    blocks: tuple
+    lanes: int
+    splits: int
+
+    def rounds(self, n_out):
+        """Whether a block has 32 of n_out outputs at a time, which it can round."""
+        return self.splits == 1 and ROWS * WARPS * (LANES // self.lanes) == 32 and n_out % 32 == 0
+
+
+def grid_of(outs, n_in, n_pairs):
+    """The Grid of products of n_in numbers each.
+
+    outs: some may be None; the first two are n_pairs products each.
+    """
+    n_chunks, there = blocks_for(n_in, CHUNK), [out is not None for out in outs]
     lanes = min(LANES, 1 << (n_chunks - 1).bit_length())        # of a row
     n_tiles = [0 if out is None else blocks_for(out.shape[1] * lanes, ROWS * LANES) for out in outs]
     n_steps, splits, n_all = blocks_for(n_chunks, lanes), 1, sum(n_tiles[:2]) * n_pairs + sum(n_tiles[2:])
@@ -296,12 +341,29 @@ def gemv(outs, weights, x, tiles, single_row=0):
         splits *= 2
     n_products = n_pairs * sum(there[:2]) + sum(there[2:])
     n_blocks = min(blocks_for(max(n_tiles), WARPS // splits), blocks_for(MOST_BLOCKS, n_products))
-    nothing = [(outs[0][:, :0], weights[0])] if sum(there) < 4 else []
-    pairs = [(out, w) if out is not None else nothing[0] for out, w in zip(outs, weights, strict=True)] + nothing * (4 - len(outs))
     of_two = 2 if any(there[1::2]) else 1       # whether there is a second or a fourth one
-    matrices = [part for out, w in pairs for part in (out, w.data)]
-    GEMV[weights[0].type]((n_blocks, n_pairs + any(there[2:]), of_two), *matrices, weights[0].row_bytes, tiles.matrix, tiles.x_div,
-                          single_row, tiles.chosen, lanes.bit_length() - 1, splits.bit_length() - 1, x.packed.flat, x.scales, x.sums)
+    return Grid((n_blocks, n_pairs + any(there[2:]), of_two), lanes, splits)
+
+
+def gemv(outs, weights, x, tiles, single_row=0, rounded=None):
+    """out[y] = matrix tiles.matrix[y] of w times row y // tiles.x_div of x.
+
+    x is Int8x2, or a Rows of which each block makes its row. For one to four outs and weights of one type, of which the second may be None.
+    From the third on weights are single matrices, all multiplied with row `single_row` of x, and the outs rows of their own, [1, n_out].
+    rounded: the Int8x2 of one row that receives all rows of a single out, one behind the other, if Grid.rounds() them; or None.
+    """
+    n_in = x.x.shape[1] if isinstance(x, Rows) else 32 * x.scales.shape[1]
+    grid = grid_of(outs, n_in, tiles.matrix.size)
+    if isinstance(x, Rows):
+        rows, (packed, scales, sums) = x.arguments, scratch_for_rows(math.prod(grid.blocks), n_in, "rows of blocks")
+    else:
+        rows, (packed, scales, sums) = no_rows(), x
+    assert rounded is None or len(outs) == 1 and grid.rounds(outs[0].shape[1])
+    nothing = [(outs[0][:, :0], weights[0])] if None in outs or len(outs) < 4 else []
+    pairs = [(out, w) if out is not None else nothing[0] for out, w in zip(outs, weights, strict=True)] + nothing * (4 - len(outs))
+    GEMV[weights[0].type](grid.blocks, *(part for out, w in pairs for part in (out, w.data)), weights[0].row_bytes, tiles.matrix,
+                          tiles.x_div, single_row, tiles.chosen, grid.lanes.bit_length() - 1, grid.splits.bit_length() - 1, packed, scales,
+                          sums, *rows, *((True, *rounded) if rounded else not_rounded()))
 
 
 def matmul(out, w, x, tiles):

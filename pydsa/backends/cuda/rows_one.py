@@ -1,0 +1,109 @@
+"""One token's activations, made by the blocks that multiply with them.
+
+A block of int8x2/gemv.py makes and rounds its row while its first weights are on their way. It keeps it in scratch memory of its own,
+which the first-level cache serves. One of the blocks also stores the row as floats. And a block may round what it has multiplied.
+"""
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from pydsa.backends.cuda.array import scratch
+from pydsa.backends.cuda.block_sums import block_sum
+from pydsa.backends.cuda.device import WARP, device, sync
+from pydsa.backends.cuda.int8x2.linear import Int8x2, pack_four
+from pydsa.backends.cuda.norm import silu_times
+
+
+GIVEN, NORMED, GATED = range(3)     # how rows are made
+MOST = 4096                         # values of a row
+ZERO = np.float32(0)
+SOURCES = f"i4, {'f4[:,:], ' * 6}f4[:], f4"         # the arguments of kernels for a Rows
+ROUNDED = "b1, u4[:,::1], f4[:,::1], f4[:,::1]"     # and for outputs that are rounded
+
+
+class Rows(NamedTuple):
+    """How blocks make the rows that they multiply with.
+
+    mode NORMED: out = rms_norm(x), gain and eps; other is not used. GATED: out = silu(x) other, for each row; and single_out of the single
+    matrix' row. All are [rows, n].
+    """
+    mode: int
+    out: object
+    x: object
+    other: object = None
+    single_out: object = None
+    single_x: object = None
+    single_other: object = None
+    gain: object = None
+    eps: float = 0.0
+
+    @property
+    def arguments(self):
+        """What kernels take."""
+        mode, out, x, other, *single, gain, eps = self
+        other = x if other is None else other
+        single = [out, x, other] if single[0] is None else single
+        return mode, out, x, other, *single, x[0] if gain is None else gain, np.float32(eps)
+
+
+def no_rows():
+    """The arguments of a kernel that gets its rows rounded."""
+    nothing = scratch("nothing", (1, 1), np.float32)
+    return Rows(GIVEN, nothing, nothing).arguments
+
+
+def not_rounded():
+    """The arguments of a kernel whose outputs are not rounded."""
+    nothing = scratch("nothing", (1, 1), np.float32)
+    return False, *Int8x2(scratch("nothing", (1, 1), np.uint32), nothing, nothing)
+
+
+def takes(*arrays):
+    """Whether rows of these arrays may be made by blocks."""
+    return all(a.shape[1] <= MOST and a.shape[1] % 32 == 0 for a in arrays)
+
+
+@device
+def make_row(mode, out, x, other, gain, eps, row, writes, packed, scales, sums, own, parts, thread, n_threads):
+    """Make a row, round it to row `own` of packed, and store it if `writes`.
+
+    row: of x, other and out. All threads of a block call it. parts: shared memory with one float32 per warp.
+    """
+    n, factor, step = np.int32(x.shape[1]), np.float32(1), np.int32(n_threads)
+    if mode == NORMED:
+        total = ZERO
+        for i in range(np.int32(thread), n, step):
+            total += x[row, i] * x[row, i]
+        factor = np.float32(1) / np.float32(math.sqrt(block_sum(total, parts, thread, n_threads) / np.float32(n) + eps))
+    for begin in range(np.int32(0), np.int32(n >> 2), step):
+        four = np.int32(begin + np.int32(thread))
+        valid, i = four < n >> 2, np.int32(4 * four)
+        a, b, c, d = ZERO, ZERO, ZERO, ZERO
+        if valid:
+            a, b, c, d = x[row, i], x[row, i + 1], x[row, i + 2], x[row, i + 3]
+            if mode == NORMED:
+                a, b, c, d = a * factor * gain[i], b * factor * gain[i + 1], c * factor * gain[i + 2], d * factor * gain[i + 3]
+            else:
+                a, b = silu_times(a, other[row, i]), silu_times(b, other[row, i + 1])
+                c, d = silu_times(c, other[row, i + 2]), silu_times(d, other[row, i + 3])
+            if writes:
+                out[row, i], out[row, i + 1], out[row, i + 2], out[row, i + 3] = a, b, c, d
+        pack_four(packed, scales, sums, own, four, valid, a, b, c, d)
+    sync()
+
+
+@device
+def round_tile(out, y, begin, packed, scales, sums, thread):
+    """Round 32 outputs of a block, from `begin` on, to a row of an Int8x2.
+
+    The row has all rows of `out`, one behind the other. All threads of a block call it.
+    """
+    sync()
+    if thread < WARP:
+        i = begin + 4 * thread
+        valid, n_out = thread < 8 and i < out.shape[1], out.shape[1]
+        a, b, c, d = ZERO, ZERO, ZERO, ZERO
+        if valid:
+            a, b, c, d = out[y, i], out[y, i + 1], out[y, i + 2], out[y, i + 3]
+        pack_four(packed, scales, sums, 0, (y * n_out + i) >> 2, valid, a, b, c, d)
