@@ -326,7 +326,7 @@ def last_of_experts(launches, ops, args, gated=None, rows=None):
         shared = (other.rows, w, whole, ids.size) if whole is not None else None
     else:
         alone = rows.single_out is None
-        fits = same(gated, hidden) and rows_one.takes(rows.x) and (alone or other is not None and same(x.rows, rows.single_out))
+        fits = same(gated, hidden) and rows_one.takes(rows) and (alone or other is not None and same(x.rows, rows.single_out))
         if not fits or not alone and touch([other, rows.single_out], [rows.out, rows.single_x, rows.single_other]):
             return 0
         packed, shared = rows, None if alone else (other.rows, w, rows, 0)
@@ -392,11 +392,11 @@ def _products_of_norm(launches, ops, args, normed, stored):
     n = next((i for i, op in enumerate(ops) if op is not linear.linear or not same(args[i][2].rows, normed.out)), len(ops))
     fits = 0 < n <= 4 and args[0][1].type in GROUPED and all(_one_layout(args[0][1], w) for _, w, _ in args[:n])
     outs = [out for out, _, _ in args[:n]]
-    if not fits or not rows_one.takes(normed.x) or touch(outs, [*normed[:2], *(a for s in stored for a in (s.row, s.x))]):
+    rows = rows_one.Rows(rows_one.NORMED, normed.out, normed.x, gain=normed.w, eps=normed.eps)
+    if not fits or not rows_one.takes(rows) or touch(outs, [*normed[:2], *(a for s in stored for a in (s.row, s.x))]):
         return 0
     if overlap(normed.out, normed.x):
         return 0
-    rows = rows_one.Rows(rows_one.NORMED, normed.out, normed.x, gain=normed.w, eps=normed.eps)
     launches.add(gemv, [out.rows for out in outs], [w for _, w, _ in args[:n]], rows, linear.head_tiles(1, 1),
                  written=[*outs, normed.out])
     return n

@@ -10,7 +10,7 @@ import numpy as np
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.block_sums import block_sum
-from pydsa.backends.cuda.device import WARP, device, sync
+from pydsa.backends.cuda.device import WARP, device, load_four_f32, store_four_f32, sync
 from pydsa.backends.cuda.int8x2.linear import Int8x2, pack_four
 from pydsa.backends.cuda.norm import silu_times
 
@@ -18,7 +18,7 @@ from pydsa.backends.cuda.norm import silu_times
 GIVEN, NORMED, GATED = range(3)     # how rows are made
 MOST = 4096                         # values of a row
 ZERO = np.float32(0)
-SOURCES = f"i4, {'f4[:,:], ' * 6}f4[:], f4"         # the arguments of kernels for a Rows
+SOURCES = f"i4, {'f4[:,::1], ' * 6}f4[::1], f4"         # the arguments of kernels for a Rows
 ROUNDED = "b1, u4[:,::1], f4[:,::1], f4[:,::1]"     # and for outputs that are rounded
 
 
@@ -59,9 +59,11 @@ def not_rounded():
     return False, *Int8x2(scratch("nothing", (1, 1), np.uint32), nothing, nothing)
 
 
-def takes(*arrays):
-    """Whether rows of these arrays may be made by blocks."""
-    return all(a.shape[1] <= MOST and a.shape[1] % 32 == 0 for a in arrays)
+def takes(rows):
+    """Whether blocks can make these Rows: short ones, contiguous, aligned."""
+    arrays = [a for a in rows[1:-2] if a is not None]
+    aligned = all(a.span[0] % 16 == 0 and a.span[1] - a.span[0] == a.nbytes for a in [*arrays, *([] if rows.gain is None else [rows.gain])])
+    return aligned and all(a.shape[1] <= MOST and a.shape[1] % 32 == 0 for a in arrays)
 
 
 @device
@@ -71,24 +73,27 @@ def make_row(mode, out, x, other, gain, eps, row, writes, packed, scales, sums, 
     row: of x, other and out. All threads of a block call it. parts: shared memory with one float32 per warp.
     """
     n, factor, step = np.int32(x.shape[1]), np.float32(1), np.int32(n_threads)
+    begins, n_fours = np.int64(row) * n, np.int32(n >> 2)
     if mode == NORMED:
         total = ZERO
-        for i in range(np.int32(thread), n, step):
-            total += x[row, i] * x[row, i]
+        for four in range(np.int32(thread), n_fours, step):
+            a, b, c, d = load_four_f32(x, begins + 4 * four)
+            total += (a * a + b * b) + (c * c + d * d)
         factor = np.float32(1) / np.float32(math.sqrt(block_sum(total, parts, thread, n_threads) / np.float32(n) + eps))
-    for begin in range(np.int32(0), np.int32(n >> 2), step):
+    for begin in range(np.int32(0), n_fours, step):
         four = np.int32(begin + np.int32(thread))
-        valid, i = four < n >> 2, np.int32(4 * four)
+        valid, i = four < n_fours, np.int64(4 * four)
         a, b, c, d = ZERO, ZERO, ZERO, ZERO
         if valid:
-            a, b, c, d = x[row, i], x[row, i + 1], x[row, i + 2], x[row, i + 3]
+            a, b, c, d = load_four_f32(x, begins + i)
             if mode == NORMED:
-                a, b, c, d = a * factor * gain[i], b * factor * gain[i + 1], c * factor * gain[i + 2], d * factor * gain[i + 3]
+                e, f, g, h = load_four_f32(gain, i)
+                a, b, c, d = a * factor * e, b * factor * f, c * factor * g, d * factor * h
             else:
-                a, b = silu_times(a, other[row, i]), silu_times(b, other[row, i + 1])
-                c, d = silu_times(c, other[row, i + 2]), silu_times(d, other[row, i + 3])
+                e, f, g, h = load_four_f32(other, begins + i)
+                a, b, c, d = silu_times(a, e), silu_times(b, f), silu_times(c, g), silu_times(d, h)
             if writes:
-                out[row, i], out[row, i + 1], out[row, i + 2], out[row, i + 3] = a, b, c, d
+                store_four_f32(out, begins + i, a, b, c, d)
         pack_four(packed, scales, sums, own, four, valid, a, b, c, d)
     sync()
 
