@@ -73,11 +73,11 @@ def make_row(mode, out, x, other, gain, eps, row, writes, packed, scales, sums, 
     row: of x, other and out. All threads of a block call it. parts: shared memory with one float32 per warp.
     """
     n, factor, step = np.int32(x.shape[1]), np.float32(1), np.int32(n_threads)
-    begins, n_fours = np.int64(row) * n, np.int32(n >> 2)
+    n_fours = np.int32(n >> 2)
     if mode == NORMED:
         total = ZERO
         for four in range(np.int32(thread), n_fours, step):
-            a, b, c, d = load_four_f32(x, begins + 4 * four)
+            a, b, c, d = load_four_f32(x[row], np.int64(4 * four))
             total += (a * a + b * b) + (c * c + d * d)
         factor = np.float32(1) / np.float32(math.sqrt(block_sum(total, parts, thread, n_threads) / np.float32(n) + eps))
     for begin in range(np.int32(0), n_fours, step):
@@ -85,15 +85,15 @@ def make_row(mode, out, x, other, gain, eps, row, writes, packed, scales, sums, 
         valid, i = four < n_fours, np.int64(4 * four)
         a, b, c, d = ZERO, ZERO, ZERO, ZERO
         if valid:
-            a, b, c, d = load_four_f32(x, begins + i)
+            a, b, c, d = load_four_f32(x[row], i)
             if mode == NORMED:
                 e, f, g, h = load_four_f32(gain, i)
                 a, b, c, d = a * factor * e, b * factor * f, c * factor * g, d * factor * h
             else:
-                e, f, g, h = load_four_f32(other, begins + i)
+                e, f, g, h = load_four_f32(other[row], i)
                 a, b, c, d = silu_times(a, e), silu_times(b, f), silu_times(c, g), silu_times(d, h)
             if writes:
-                store_four_f32(out, begins + i, a, b, c, d)
+                store_four_f32(out[row], i, a, b, c, d)
         pack_four(packed, scales, sums, own, four, valid, a, b, c, d)
     sync()
 
