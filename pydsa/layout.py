@@ -21,6 +21,7 @@ class Layout(NamedTuple):
     float_size: int
     offsets: dict       # root Value -> offset
     ends: dict          # device -> bytes of its buffer
+    of_one: dict = None     # the same as offsets for a step of one token, where that has places of its own
     streamed: frozenset = frozenset()       # names of weights that are copied to the device of their node for the step
 
     @property
@@ -57,12 +58,23 @@ def _values(node):
     return [a.root for a in node.args if isinstance(a, Value) and a.root.rows == "tokens"]
 
 
-def lay_out(graph, segments, max_tokens, float_size=4):
+def lay_out(graph, segments, max_tokens, float_size=4, apart=0):
     """The Layout of a graph, cut into segments, for steps of up to max_tokens.
 
     Values that are not live at the same time share memory: first fit, in the order of their first use. float_size: bytes, of the device
-    with the widest ones.
+    with the widest ones. apart: in steps of one token the memory of a value is used again so many ops later only, so that ops can be done
+    in another order; 0: such steps are as others.
     """
+    offsets, ends = _places(graph, segments, max_tokens, float_size, 0)
+    if apart == 0:
+        return Layout(graph, segments, max_tokens, float_size, offsets, ends)
+    of_one, others = _places(graph, segments, 1, float_size, apart)
+    ends = {device: max(end, others[device]) for device, end in ends.items()}
+    return Layout(graph, segments, max_tokens, float_size, offsets, ends, of_one)
+
+
+def _places(graph, segments, max_tokens, float_size, apart):
+    """The offsets of values, and the bytes of each device's buffer."""
     inputs, last = (graph.input, graph.positions), segments[-1].nodes[-1][0]
     born, dies = dict.fromkeys(inputs, 0), dict.fromkeys(inputs, last + 1)
     for time, node in itertools.chain.from_iterable(segment.nodes for segment in segments):
@@ -71,7 +83,7 @@ def lay_out(graph, segments, max_tokens, float_size=4):
             dies[value] = max(time, dies.get(value, 0))
     offsets, live, sizes = {}, [], {}        # live: (offset, end, dies)
     for value in sorted(born, key=born.get):
-        live = [space for space in live if space[2] >= born[value]]
+        live = [space for space in live if space[2] + apart >= born[value]]
         size = sizes[value] = -(-max_tokens * _row_bytes(value, float_size) // ALIGN) * ALIGN
         offset = 0
         for start, end, _ in sorted(live):
@@ -84,4 +96,4 @@ def lay_out(graph, segments, max_tokens, float_size=4):
     for device, nodes in segments:
         for value in (*inputs, *(value for _, node in nodes for value in _values(node))):
             ends[device] = max(ends.get(device, 0), offsets[value] + sizes[value])
-    return Layout(graph, segments, max_tokens, float_size, offsets, ends)
+    return offsets, ends

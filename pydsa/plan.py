@@ -244,7 +244,8 @@ class _Arrays:
     def __init__(self, on, layout, n_tokens, n_outputs, kept):
         self.backend, self.roots = on.backend, {}       # root Value -> array
         self._streamed = layout.streamed
-        self._on, self._offsets, self._n_tokens, self._n_outputs, self._kept = on, layout.offsets, n_tokens, n_outputs, kept
+        self._offsets = layout.of_one if n_tokens == 1 and layout.of_one else layout.offsets
+        self._on, self._n_tokens, self._n_outputs, self._kept = on, n_tokens, n_outputs, kept
 
     def _root(self, value):
         if value.rows == "outputs":

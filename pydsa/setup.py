@@ -132,7 +132,8 @@ class Setup:
         nodes, side_by_side = graph.nodes, [name for name, device in self._devices if device.side_by_side]
         weights = [self.placement.streamed(node) if streaming else () for node in nodes]
         segments = cut(nodes, self.placement.of_nodes(nodes, streaming), side_by_side, before, list(map(bool, weights)))
-        layout = lay_out(graph, segments, self.n_ubatch, max(device.float_size for _, device in self._devices))
+        float_size, apart = (max(getattr(device, name) for _, device in self._devices) for name in ("float_size", "apart"))
+        layout = lay_out(graph, segments, self.n_ubatch, float_size, apart)
         return layout._replace(streamed=frozenset(w.name for some in weights for w in some))
 
     def streamed_from(self, n_tokens):

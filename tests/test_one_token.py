@@ -5,19 +5,24 @@ Float64 is the measure. The kernels run as PTX, in the simulator where it knows 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import DEVICE, IN_SIMULATOR, SIMULATED, Rows, compare, integers, kernels, nmse, normal, rng, run
+from helpers import DEVICE, IN_SIMULATOR, SIMULATED, Rows, compare, integers, kernels, nmse, normal, rng, run, tensor
 
 if DEVICE != "cuda":
     pytest.skip("these are kernels of GPUs", allow_module_level=True)
 
 from pydsa.backends import cuda, gpus, reference  # noqa: E402
-from pydsa.backends.cuda import attend_one, attention, modes, top_k_one  # noqa: E402
+from pydsa.backends.cuda import attend_one, attention, int8x2, modes, moe, rows_one, top_k_one  # noqa: E402
 from pydsa.backends.cuda.current import current  # noqa: E402
-from pydsa.backends.cuda.fused_kernels import MOST, add_norm, norm_is_wide  # noqa: E402
-from pydsa.backends.cuda.int8x2.linear import LOW, place_of_quad, scratch_for  # noqa: E402
+from pydsa.backends.cuda.norm_one import MOST, Joined, add_norm, norm_is_wide  # noqa: E402
+from pydsa.backends.cuda.int8x2.gemv import gemv, grid_of  # noqa: E402
+from pydsa.backends.cuda.int8x2.linear import LOW, Int8x2, place_of_quad, scratch_for, scratch_for_rows  # noqa: E402
 from pydsa.backends.cuda.launch import KERNELS  # noqa: E402
+from pydsa.backends.cuda.linear import head_tiles  # noqa: E402
 from tools import one_token  # noqa: E402
 from tools.cuda_ptx import assemble, find  # noqa: E402
+
+
+of_gpus = pytest.mark.skipif(IN_SIMULATOR, reason="the simulator has not these instructions")
 
 
 def unpacked(made, n):
@@ -48,13 +53,34 @@ def test_norm_with_sums_and_rounding(n, n_added):
     out = added[-2] if in_place else cuda.upload(np.full_like(x, np.nan))
     made = scratch_for(out)
     assert norm_is_wide(added, out, cuda.upload(w))
-    add_norm(added, out, cuda.upload(w), np.float32(1e-6), made)
+    add_norm(added, out, cuda.upload(w), np.float32(1e-6), None, None, made)
     expected = total / np.sqrt((total ** 2).mean() + 1e-6) * w
     met = out.get()
     assert nmse(met, expected) < 1e-13
     assert in_place or all(nmse(a.get(), sum(map(np.float64, (x, y, z)[:i + 2]))) < 1e-14 for i, a in enumerate(added[2::2]))
     rounded, sums = unpacked(made, n)
     assert nmse(rounded, met) < 3e-9 and np.allclose(sums, rounded.reshape(1, -1, 16).sum(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n, used, n_out", [(64, 3, 3)] if IN_SIMULATOR else [(7168, 8, 5), (1056, 3, 4), (32, 1, 1)])
+def test_norm_of_experts_and_its_product(n, used, n_out):
+    """Experts' outputs are weighted and added, then two more rows.
+
+    The norm is multiplied with a matrix.
+    """
+    outputs, weights, y, z, w, matrix = normal(used, n), normal(1, used), normal(1, n), normal(2, n)[1:], normal(n), normal(n_out, n)
+    rows = [cuda.upload(np.full((1, n), np.nan, np.float32)) for _ in range(4)]
+    added, product = [rows[0], cuda.upload(y), rows[1], cuda.upload(z), rows[2]], cuda.upload(np.full((1, n_out), np.nan, np.float32))
+    data = cuda.Weight(cuda.upload(matrix.reshape(-1).view(np.uint8)), "F32", matrix.shape, 4 * n)
+    made = scratch_for(rows[3])
+    joined = Joined(cuda.upload(outputs), cuda.upload(weights))
+    add_norm(added, rows[3], cuda.upload(w), np.float32(1e-6), joined, (product, data), made)
+    x = weights.astype(np.float64) @ outputs
+    expected = (x + y + z) / np.sqrt(((x + y + z) ** 2).mean() + 1e-6) * w
+    for met, wanted in zip(rows, (x, x + y, x + y + z, expected)):
+        assert nmse(met.get(), wanted) < 1e-13
+    assert nmse(product.get(), expected @ matrix.T.astype(np.float64)) < 1e-12
+    assert nmse(unpacked(made, n)[0], rows[3].get()) < 3e-9
 
 
 def test_norms_that_are_not_wide():
@@ -64,6 +90,76 @@ def test_norms_that_are_not_wide():
     row = cuda.empty((1, MOST + 64), np.float32)
     assert is_wide(row[:, :MOST]) and not is_wide(row) and not is_wide(row[:, 1:33]) and is_wide(row[:, 4:36])
     assert not is_wide(cuda.empty((2, 32), np.float32))
+
+
+KINDS = [("Q8_0", 64)] if IN_SIMULATOR else [("Q4_K", 512), ("Q8_0", 96), ("Q6_K", 1280)]
+
+
+@pytest.mark.parametrize("kind, n", KINDS)
+def test_products_of_one_input(kind, n):
+    """Two to four matrices of other numbers of rows, in one launch.
+
+    Each block makes the norm that is multiplied.
+    """
+    x, w = normal(1, n), normal(n)
+    rows, gain = cuda.upload(x), cuda.upload(w)
+    normed, out = cuda.upload(np.full_like(x, np.nan)), cuda.empty((1, n), np.float32)
+    cuda.rms_norm(out, rows, gain, np.float32(1e-6))
+    made, tiles = int8x2.linear.pack(out), head_tiles(1, 1)
+    for sizes in ((37, 5), (3, 70, 1), (66, 1, 40, 33)):
+        weights, expected = [], []
+        for size in sizes:
+            weights.append(cuda.weight(tensor(kind, size, n)))
+            expected.append(cuda.upload(np.full((1, size), np.nan, np.float32)))
+            gemv([expected[-1]], weights[-1:], made, tiles)
+        for source in (made, rows_one.Rows(rows_one.NORMED, normed, rows, gain=gain, eps=np.float32(1e-6))):
+            outs = [cuda.upload(np.full((1, size), np.nan, np.float32)) for size in sizes]
+            gemv(outs, weights, source, tiles)
+            assert all(nmse(a.get(), b.get()).max() < (1e-12 if source is made else 1e-8) for a, b in zip(outs, expected))
+    assert nmse(normed.get(), out.get()) < 1e-13
+
+
+@pytest.mark.parametrize("kind, n", KINDS)
+def test_products_of_gated_rows(kind, n):
+    """Chosen experts and a shared one, whose blocks make silu(gate) up.
+
+    With rows that are given they do the same.
+    """
+    n_out, ids = 5, cuda.upload(np.array([2, 0], np.int32))
+    experts, shared = cuda.weight(tensor(kind, 3, n_out, n)), cuda.weight(tensor(kind, n_out, n))
+    gates, ups = normal(3, n), normal(4, n)[:3]
+    hidden = cuda.upload(np.full((3, n), np.nan, np.float32))
+    cuda.silu_mul(hidden, cuda.upload(gates), cuda.upload(ups))
+    made, tiles = int8x2.linear.pack(hidden), moe.pair_tiles(ids.reshape(1, 2), 3, 1)
+    found = []
+    parts = [cuda.upload(np.ascontiguousarray(a)) for a in (gates[:2], ups[:2], gates[2:], ups[2:])]
+    written = [cuda.upload(np.full((rows, n), np.nan, np.float32)) for rows in (2, 1)]
+    rows = rows_one.Rows(rows_one.GATED, written[0], *parts[:2], written[1], *parts[2:])
+    for source, row in ((made, 2), (rows, 0)):
+        outs = [cuda.upload(np.full((rows, n_out), np.nan, np.float32)) for rows in (2, 1)]
+        gemv([outs[0], None, outs[1]], [experts, None, shared], source, tiles, row)
+        found.append(np.concatenate([out.get() for out in outs]))
+    assert np.array_equal(*found) and np.isfinite(found[0]).all()
+    assert np.array_equal(np.concatenate([a.get() for a in written]), hidden.get())
+    one = cuda.upload(np.full((1, n_out), np.nan, np.float32))
+    gemv([one], [shared], Int8x2(*(part[2:] for part in made)), head_tiles(1, 1))
+    assert nmse(one.get(), found[0][2:]) < 1e-12
+
+
+@of_gpus
+@pytest.mark.parametrize("kind, n, n_out", [("Q8_0", 512, 64), ("Q4_K", 512, 96)])
+def test_outputs_are_rounded_where_they_are_made(kind, n, n_out):
+    """Heads' outputs become one row; the floats stay as they are."""
+    heads = 3
+    w, x, tiles = cuda.weight(tensor(kind, heads, n_out, n)), cuda.upload(normal(heads, n)), head_tiles(1, heads)
+    outs = [cuda.upload(np.full((heads, n_out), np.nan, np.float32)) for _ in range(2)]
+    assert grid_of(outs[:1], n, heads).rounds(n_out) and not grid_of(outs[:1], 1024, heads).rounds(n_out)
+    made, expected = (scratch_for_rows(1, heads * n_out, name) for name in ("met", "expected"))
+    gemv(outs[:1], [w], int8x2.linear.pack(x), tiles, 0, made)
+    gemv(outs[1:], [w], int8x2.linear.pack(x), tiles)
+    int8x2.linear.pack_into(outs[1].reshape(1, heads * n_out), expected)
+    assert np.array_equal(outs[0].get(), outs[1].get())
+    assert all(np.array_equal(a, b) for a, b in zip(unpacked(made, heads * n_out), unpacked(expected, heads * n_out)))
 
 
 def best_of(row, k):
@@ -135,9 +231,6 @@ def chosen_rows(n_kv, n, valid):
     indices = np.full((1, n), -1, np.int32)
     indices[0, :valid] = np.sort(rng(n_kv).choice(n_kv, valid, replace=False))
     return indices
-
-
-of_gpus = pytest.mark.skipif(IN_SIMULATOR, reason="the simulator has not these instructions")
 
 
 def use_blocks(monkeypatch, storage, keys):
@@ -218,8 +311,8 @@ def test_both_ways_are_timed():
 @of_gpus
 @pytest.mark.skipif(not find("ptxas"), reason="ptxas is not installed")
 def test_kernels_keep_their_numbers_in_registers_of_newer_gpus():
-    names = [name for name in KERNELS if name.startswith(("attend_one", "join_rows", "add_norm_row"))] + ["choose_of_row"]
-    assert len(names) == 11
+    names = [name for name in KERNELS if name.startswith(("attend_one", "join_rows", "add_norm_row"))] + ["choose_of_row", "prepare"]
+    assert len(names) == 12
     for name in names:
         for capability in ((9, "0a"), (12, 0)):
             use = assemble(find("ptxas"), KERNELS[name].ptx((8, 0)), capability)

@@ -16,7 +16,7 @@ import numpy as np
 from pydsa.backends import cuda
 from pydsa.backends.cuda import attend_one, attention, modes
 from pydsa.backends.cuda.current import gpu
-from pydsa.backends.cuda.fused_kernels import add_norm
+from pydsa.backends.cuda.norm_one import add_norm
 from pydsa.backends.cuda.int8x2.linear import pack_into, scratch_for
 from pydsa.backends.cuda.variants import VARIANTS
 
@@ -98,7 +98,7 @@ def norms(width, repeats):
         cuda.rms_norm(out, second, w, eps)
         pack_into(out, made)
     old, expected = microseconds(ops, repeats), out.get().astype(np.float64)
-    new = microseconds(lambda: add_norm([x, y, first, z, second], out, w, eps, made), repeats)
+    new = microseconds(lambda: add_norm([x, y, first, z, second], out, w, eps, None, None, made), repeats)
     error = float(((out.get() - expected) ** 2).sum() / (expected ** 2).sum())
     click.echo(f"{f'norm of {width}, two sums, rounding':48} {new:8.2f} us, by four ops {old:8.2f}, NMSE {error:.1e}")
     return error

@@ -49,6 +49,7 @@ class Device(NamedTuple):
     reserved: int = 0               # bytes of memory of its own that its driver takes, and kernels' code; 0: it has the host's memory
     reproducible: bool = False      # whether its ops have a form in which a token's results are the same in steps of any shape
     streams: bool = False           # whether steps of many tokens can take weights that are copied there for them (its backend's Slot)
+    apart: int = 0                  # how many ops later a value's memory is used again in steps of one token, whose ops are fused
     bus: bool = False               # whether these copies go over a bus, whose rate says from how many tokens on they pay
     precisions: bool = False        # whether prompts' products are in the precision that a model is loaded with (options.PRECISIONS)
 
@@ -214,7 +215,7 @@ DEVICES = {
     # A grid has at most 65,535 blocks in y and in z, which kernels use for tokens.
     "cuda": Device("pydsa.backends.cuda", 4, lambda tensors: (0, _n_bytes(tensors)), 32768, tokens_scored_by_gpu, _cuda_scratch,
                    packed_latents=_cuda_packed_latents, copies_blocks=True, described=True, numbered=True, streams=True, bus=True,
-                   precisions=True, half_rows=_cuda_half_rows, reserved=640 << 20),     # 420 to 560 MiB are a context's on such GPUs
+                   apart=40, precisions=True, half_rows=_cuda_half_rows, reserved=640 << 20),   # 420 to 560 MiB are a context's on such GPUs
     "reference": Device("pydsa.backends.reference", 8, lambda tensors: (_mapped(tensors), _as_floats(tensors)), streams=True),
 }
 

@@ -122,7 +122,7 @@ def compile_calls(bind, progress=None):
         for (op, _), args in wanted.items():
             op(*args)
         ops = {op for op, _ in calls}
-        for launch in fewer_launches([(op, args, 0) for op, args in calls]):
+        for launch in fewer_launches(calls):
             if launch.func not in ops:      # not an op left as it is
                 launch()
         pick(empty((1,), np.int32), empty((1,), np.int64), 0, empty((1, 1), np.float32), 1, 1.0, 0.0, 1.0, 0.0)
@@ -179,7 +179,7 @@ class Recording(Calls):
 
     def __init__(self, calls):
         super().__init__(calls)
-        self._launches = fewer_launches([(op, args, node.n_out) for node, op, args in calls])
+        self._launches = fewer_launches([(op, args) for _, op, args in calls])
         self._warm, self._step = False, None
 
     def _run(self, before, after):

@@ -1,181 +1,104 @@
-"""Fused kernels for one-token steps: adds, norms, gates and rope, with packing.
+"""Fused kernels for one-token steps: short norms, gates and rope, with packing.
 
 A launch takes as long as reading a million bytes of weights, and most ops of one token are smaller. Each kernel here computes what several
 ops compute one after the other, and writes all of their outputs: to the last bit, but for the sum of a norm, which has another order.
 """
-import math
+from typing import NamedTuple
 
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.device import SIMULATED, WARP, device, load_four_f32, store_four_f32, sync, warp_sum
-from pydsa.backends.cuda.instructions import wait_for_earlier
+from pydsa.backends.cuda.array import scratch
+from pydsa.backends.cuda.device import SIMULATED, WARP, device, float_bits, sync, to_half
+from pydsa.backends.cuda.instructions import let_later_begin, wait_for_earlier
 from pydsa.backends.cuda.int8x2.indexer import pack_query
 from pydsa.backends.cuda.int8x2.linear import pack_four
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.backends.cuda.norm import layer_norm_row, rms_norm_row, silu_times
+from pydsa.backends.cuda.norm_one import load_eight, normed_by_block, pack_eight, store_eight
 from pydsa.backends.cuda.rope import MAX_WIDTH, hadamard_row, rotate_pair
-from pydsa.backends.cuda.rows import BITS, CACHED, store_bits, write_part
+from pydsa.backends.cuda.rows import CACHED, CacheRows, store_bits, to_bf16, write_part
 
 
 THREADS = 8 if SIMULATED else 256
-WIDE = 8 if SIMULATED else 1024     # threads of a block that norms a row
-MOST = 8 * WIDE                     # values of a row that it can have in its registers
-WARP_BITS = WARP.bit_length() - 1
 ZERO = np.float32(0)
 
 
-@device
-def load_eight(row, i, there, j, far):
-    """Four values of a row from i on if `there`, and four from j on if `far`.
+@kernel(f"{'f4[:,:], ' * 6}u4[:,:], f4[:,:], f4[:,:]", THREADS, dependent=True)
+def silu_mul_packed(out, gate, up, other_out, other_gate, other_up, packed, scales, sums):
+    """out = gate sigmoid(gate) up, and its Int8x2. Four values per thread.
 
-    Zeros stand for those that are not loaded: another thread may write them meanwhile.
+    Rows past those of `out` are those of other_out.
     """
-    a, b, c, d = load_four_f32(row, i) if there else (ZERO, ZERO, ZERO, ZERO)
-    e, f, g, h = load_four_f32(row, j) if far else (ZERO, ZERO, ZERO, ZERO)
-    return a, b, c, d, e, f, g, h
-
-
-@device
-def store_eight(row, i, there, j, far, values):
-    """Store four values from i on if `there`, and four from j on if `far`."""
-    if there:
-        store_four_f32(row, i, values[0], values[1], values[2], values[3])
-    if far:
-        store_four_f32(row, j, values[4], values[5], values[6], values[7])
-
-
-@device
-def plus(x, y):
-    """The sums of two tuples of eight."""
-    return (x[0] + y[0], x[1] + y[1], x[2] + y[2], x[3] + y[3], x[4] + y[4], x[5] + y[5], x[6] + y[6], x[7] + y[7])
-
-
-@device
-def squares(a, b, c, d):
-    """The sum of four squares."""
-    return (a * a + b * b) + (c * c + d * d)
-
-
-@device
-def sum_of_warps(x, parts, thread):
-    """Block-level sum of float32 over WIDE threads, in every thread.
-
-    The warps' sums are added by all warps at once, not one after the other. parts: shared memory with one float32 per warp.
-    """
-    x, lane = warp_sum(x), thread & WARP - 1
-    if lane == 0:
-        parts[thread >> WARP_BITS] = x
-    sync()
-    return warp_sum(parts[lane] if lane < WIDE // WARP else ZERO)
-
-
-@kernel("f4[::1], f4[::1], f4[::1], f4[::1], f4[::1], f4[::1], i4, f4[::1], f4, u4[:,::1], f4[:,::1], f4[:,::1]", WIDE, dependent=True)
-def add_norm_row(out, second, first, x, y, z, n_added, w, eps, packed, scales, sums):
-    """out = rms_norm(x + y + z) and its Int8x2; n_added of the adds are done.
-
-    first = x + y and second = first + z are stored too. One block for the row. A thread has its values in registers: all loads are under
-    way at once, and each value is read once.
-    """
-    thread, parts, n_fours = cuda.threadIdx.x & WIDE - 1, cuda.shared.array(32, np.float32), x.shape[0] >> 2
-    i, there, j, far = 4 * thread, thread < n_fours, 4 * (thread + WIDE), thread + WIDE < n_fours
-    factors = load_eight(w, i, there, j, far)
-    wait_for_earlier()
-    values = load_eight(x, i, there, j, far)
-    if n_added == 1:
-        values = plus(values, load_eight(y, i, there, j, far))
-        store_eight(first, i, there, j, far, values)
-    if n_added == 2:
-        added, last = load_eight(y, i, there, j, far), load_eight(z, i, there, j, far)
-        values = plus(values, added)
-        store_eight(first, i, there, j, far, values)
-        values = plus(values, last)
-        store_eight(second, i, there, j, far, values)
-    total = squares(values[0], values[1], values[2], values[3]) + squares(values[4], values[5], values[6], values[7])
-    f = np.float32(1) / np.float32(math.sqrt(sum_of_warps(total, parts, thread) / np.float32(x.shape[0]) + eps))
-    v = (values[0] * f * factors[0], values[1] * f * factors[1], values[2] * f * factors[2], values[3] * f * factors[3],
-         values[4] * f * factors[4], values[5] * f * factors[5], values[6] * f * factors[6], values[7] * f * factors[7])
-    store_eight(out, i, there, j, far, v)
-    pack_four(packed, scales, sums, 0, thread, there, v[0], v[1], v[2], v[3])
-    if n_fours > WIDE:      # the same in all threads
-        pack_four(packed, scales, sums, 0, thread + WIDE, far, v[4], v[5], v[6], v[7])
-
-
-@kernel("f4[:,:], f4[:,:], f4[:,:], u4[:,:], f4[:,:], f4[:,:]", THREADS)
-def silu_mul_packed(out, gate, up, packed, scales, sums):
-    """out = gate sigmoid(gate) up, and its Int8x2. Four values per thread."""
-    t, four = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
-    valid, i = four < out.shape[1] // 4, 4 * four
+    row, four = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
+    valid, i, t = four < out.shape[1] // 4, 4 * four, row
+    if row >= out.shape[0]:
+        t, out, gate, up = row - out.shape[0], other_out, other_gate, other_up
     a, b, c, e = ZERO, ZERO, ZERO, ZERO
+    wait_for_earlier()
+    let_later_begin()
     if valid:
         a, b = silu_times(gate[t, i], up[t, i]), silu_times(gate[t, i + 1], up[t, i + 1])
         c, e = silu_times(gate[t, i + 2], up[t, i + 2]), silu_times(gate[t, i + 3], up[t, i + 3])
         out[t, i], out[t, i + 1], out[t, i + 2], out[t, i + 3] = a, b, c, e
-    pack_four(packed, scales, sums, t, four, valid, a, b, c, e)
+    pack_four(packed, scales, sums, row, four, valid, a, b, c, e)
 
 
-def _make_store(storage):
-    to_bits, n_bytes = BITS.get(storage, BITS["f32"])
-    floats, wide = storage in BITS, storage == "i16"
-
-    def store_row(row, x, normed, w, b, eps, centred, rotated, table, neox, rotates, cache, positions, first, second):
-        """Norm, rope, optional hadamard and cache_write of one row, by one block.
-
-        The norm of x goes to `normed`, the first columns of `row`. rope rotates its columns `rotated`, hadamard the whole row. centred:
-        layer_norm, not rms_norm. rotates: whether there is a hadamard.
-        """
-        thread, parts, maxima = cuda.threadIdx.x, cuda.shared.array(32, np.float32), cuda.shared.array(32, np.int32)
-        values = cuda.shared.array(MAX_WIDTH, np.float32)
-        if centred:
-            layer_norm_row(normed, x, w, b, eps, 0, parts, thread, THREADS)
-        else:
-            rms_norm_row(normed, x, w, eps, 0, parts, thread, THREADS)
-        cuda.syncthreads()
-        for i in range(thread, table.shape[2], THREADS):
-            rotate_pair(rotated, rotated, table, neox, 0, 0, i)
-        cuda.syncthreads()
-        if rotates:
-            hadamard_row(row, row, 0, values, thread, THREADS)
-            cuda.syncthreads()
-        stored = cache[positions[0]]
-        if floats:
-            for i in range(thread, row.shape[1], THREADS):
-                store_bits(stored, n_bytes * i, to_bits(row[0, i]), n_bytes)
-        else:
-            write_part(stored, row, 0, 0, first, second, wide, maxima, thread, THREADS)
-            if second > 0:
-                write_part(stored, row, 0, 1, first, second, wide, maxima, thread, THREADS)
-    signature = "f4[:,:], f4[:,:], f4[:,:], f4[:], f4[:], f4, b1, f4[:,:,:], f4[:,:,:], b1, b1, u1[:,:], i8[:], i4, i4"
-    return kernel(signature, THREADS, f"store_row_{storage}")(store_row)
+STORAGES = tuple(CACHED)            # what the kernels call by number
+F32, F16, BF16, I16 = map(STORAGES.index, ("f32", "f16", "bf16", "i16"))
+OF_A_ROW = "f4[:,:], f4[:,:], f4[:,:], f4[:], f4[:], f4, b1, f4[:,:,:], f4[:,:,:], b1, b1, u1[:,:], i4, i4, i4"     # of store_row()
 
 
-STORE = {storage: _make_store(storage) for storage in CACHED}
+@device
+def norm_of_few(out, x, w, eps, packed, scales, sums, parts, thread):
+    """out = rms_norm(x) and its Int8x2, by a block of THREADS threads."""
+    there, far = thread < x.shape[0] >> 2, thread + THREADS < x.shape[0] >> 2
+    i, j = 4 * thread, 4 * (thread + THREADS)
+    factors = load_eight(w, i, there, j, far)
+    wait_for_earlier()
+    let_later_begin()
+    v = normed_by_block(load_eight(x, i, there, j, far), factors, eps, x.shape[0], parts, thread, THREADS)
+    store_eight(out, i, there, j, far, v)
+    pack_eight(packed, scales, sums, thread, there, far, v, THREADS)
 
 
-@kernel("f4[:,:,:], f4[:,:,:], f4[:,:,:], b1, f4[:,:], u4[:,:], f4[:,:]", THREADS)
-def rotate_queries(q, rotated, table, neox, w, queries, weights):
-    """rope, hadamard and packing of the indexer's queries.
+@device
+def store_row(row, x, normed, w, b, eps, centred, rotated, table, neox, rotates, cache, first, second, storage, positions, parts, maxima,
+              values, thread):
+    """Norm, rope, optional hadamard and cache_write of one row, by one block.
 
-    See int8x2/indexer.py. One head of one token per block.
+    The norm of x goes to `normed`, the first columns of `row`. rope rotates its columns `rotated`, hadamard the whole row. centred:
+    layer_norm, not rms_norm. rotates: whether there is a hadamard. storage: its number in STORAGES.
     """
-    h, thread, values = cuda.blockIdx.x, cuda.threadIdx.x, cuda.shared.array(MAX_WIDTH, np.float32)
-    if h < q.shape[1]:
-        for i in range(thread, table.shape[2], THREADS):
-            rotate_pair(rotated, rotated, table, neox, 0, h, i)
-        cuda.syncthreads()
-        hadamard_row(q[0], q[0], h, values, thread, THREADS)
-        cuda.syncthreads()
-    if thread < WARP:
-        pack_query(queries, weights, q, w, 0, h, thread)
+    if centred:
+        layer_norm_row(normed, x, w, b, eps, 0, parts, thread, THREADS)
+    else:
+        rms_norm_row(normed, x, w, eps, 0, parts, thread, THREADS)
+    sync()
+    for i in range(thread, table.shape[2], THREADS):
+        rotate_pair(rotated, rotated, table, neox, 0, 0, i)
+    sync()
+    if rotates:
+        hadamard_row(row, row, 0, values, thread, THREADS)
+        sync()
+    stored = cache[positions[0]]
+    if storage == F32 or storage == F16 or storage == BF16:
+        for i in range(thread, row.shape[1], THREADS):
+            value = row[0, i]
+            if storage == F32:
+                store_bits(stored, 4 * i, float_bits(value), 4)
+            else:
+                store_bits(stored, 2 * i, to_half(value) if storage == F16 else to_bf16(value), 2)
+    else:
+        write_part(stored, row, 0, 0, first, second, storage == I16, maxima, thread, THREADS)
+        if second > 0:
+            write_part(stored, row, 0, 1, first, second, storage == I16, maxima, thread, THREADS)
 
 
-@kernel("f4[:,:], f4[:,:,:], f4[:,:,:], f4[:,:,:], b1, u4[:,:], f4[:,:], f4[:,:]", THREADS)
-def pack_and_rotate(x, out, rotated, table, neox, packed, scales, sums):
-    """Pack x to Int8x2, one row per head, and rotate columns of the queries.
-
-    out = rope(rotated). One head per block.
-    """
-    h, thread, n = cuda.blockIdx.x, cuda.threadIdx.x, x.shape[1] // 4
+@device
+def pack_and_rotate(x, out, rotated, table, neox, h, packed, scales, sums, thread):
+    """Round row h of x to an Int8x2, and out = rope(rotated) of head h."""
+    n = x.shape[1] // 4
     for begin in range(0, n, THREADS):
         four = begin + thread
         a, b, c, e = ZERO, ZERO, ZERO, ZERO
@@ -186,45 +109,142 @@ def pack_and_rotate(x, out, rotated, table, neox, packed, scales, sums):
         rotate_pair(out, rotated, table, neox, 0, h, i)
 
 
-def norm_is_wide(added, out, w):
-    """Whether add_norm takes these rows: one, short enough, aligned to 16 bytes.
+@device
+def rotate_query(q, rotated, table, neox, w, queries, weights, h, values, thread):
+    """rope, hadamard and packing of query h of the indexer, by one block."""
+    if h < q.shape[1]:
+        for i in range(thread, table.shape[2], THREADS):
+            rotate_pair(rotated, rotated, table, neox, 0, h, i)
+        sync()
+        hadamard_row(q[0], q[0], h, values, thread, THREADS)
+        sync()
+    if thread < WARP:
+        pack_query(queries, weights, q, w, 0, h, thread)
 
-    They are float32 of a multiple of 32 values.
+
+OF_NORM, OF_HEADS = "f4[::1], f4[::1], f4[::1], f4, u4[:,::1], f4[:,::1], f4[:,::1]", "f4[:,:], f4[:,:,:], f4[:,:,:], b1"
+OF_QUERIES = "f4[:,:,:], f4[:,:,:], b1, f4[:,:], u4[:,:], f4[:,:]"
+
+
+@kernel(f"b1, i4, i4, {OF_NORM}, i8[:], {OF_A_ROW}, {OF_A_ROW}, {OF_HEADS}, u4[:,:], f4[:,:], f4[:,:], {OF_QUERIES}, f4[:,:,:]", THREADS,
+        dependent=True)
+def prepare(norms, n_stored, n_head, out, x, w, eps, packed, scales, sums, positions, row, row_x, normed, row_w, b, row_eps, centred,
+            row_rotated, row_table, row_neox, rotates, cache, first, second, storage, row2, x2, normed2, w2, b2, eps2, centred2, rotated2,
+            table2, neox2, rotates2, cache2, first2, second2, storage2, head_x, head_out, head_rotated, head_neox, head_packed, head_scales,
+            head_sums, q, q_rotated, q_neox, head_weights, queries, weights, table):
+    """What is done with a token's small rows between products, one a block.
+
+    First out = rms_norm(x), and its Int8x2, if `norms`. Then n_stored rows: store_row(). Then n_head heads: pack_and_rotate(). The rest are
+    queries of the indexer: rotate_query().
     """
-    return len(out) == 1 and out.shape[1] <= MOST and all(a.span[0] % 16 == 0 for a in (*added, out, w))
+    block, thread = np.int64(cuda.blockIdx.x) - (1 if norms else 0), cuda.threadIdx.x & THREADS - 1
+    parts = cuda.shared.array(32, np.float32)
+    maxima = cuda.shared.array(32, np.int32)
+    values = cuda.shared.array(MAX_WIDTH, np.float32)
+    if block < 0:
+        norm_of_few(out, x, w, eps, packed, scales, sums, parts, thread)
+        return
+    wait_for_earlier()
+    let_later_begin()
+    if block < n_stored:
+        if block == 1:
+            row, row_x, normed, row_w, b, row_eps, centred = row2, x2, normed2, w2, b2, eps2, centred2
+            row_rotated, row_table, row_neox, rotates = rotated2, table2, neox2, rotates2
+            cache, first, second, storage = cache2, first2, second2, storage2
+        store_row(row, row_x, normed, row_w, b, row_eps, centred, row_rotated, row_table, row_neox, rotates, cache, first, second, storage,
+                  positions, parts, maxima, values, thread)
+    elif block < n_stored + n_head:
+        pack_and_rotate(head_x, head_out, head_rotated, table, head_neox, block - n_stored, head_packed, head_scales, head_sums, thread)
+    else:
+        rotate_query(q, q_rotated, table, q_neox, head_weights, queries, weights, block - n_stored - n_head, values, thread)
 
 
-def add_norm(added, out, w, eps, made):
-    """rms_norm of a sum, and its Int8x2.
+def norm_is_narrow(out, x, w):
+    """Whether prepare_rows() takes the norm: as norm_is_wide, but shorter."""
+    return len(out) == 1 and out.shape[1] <= 8 * THREADS and all(a.span[0] % 16 == 0 for a in (out, x, w))
 
-    added: [x], [x, y, x + y] or [x, y, x + y, z, x + y + z]; the last one is normed. norm_is_wide() must hold for them.
+
+def silu_mul_pack(out, gate, up, others, made):
+    """silu_mul, and the Int8x2 of its output.
+
+    others: (out, gate, up) of more rows as wide, which come behind, or None.
     """
-    x, y, first, z, second = [a[0] for a in added] + [added[0][0]] * (5 - len(added))
-    add_norm_row(1, out[0], second, first, x, y, z, (len(added) - 1) // 2, w, eps, *made)
+    n_rows = out.shape[0] + (others[0].shape[0] if others else 0)
+    silu_mul_packed((n_rows, blocks_for(out.shape[1] // 4, THREADS)), out, gate, up, *(others or (out, gate, up)), *made)
 
 
-def silu_mul_pack(out, gate, up, made):
-    """silu_mul, and the Int8x2 of its output."""
-    silu_mul_packed((out.shape[0], blocks_for(out.shape[1] // 4, THREADS)), out, gate, up, *made)
+class Stored(NamedTuple):
+    """A row of a cache that is stored: the arguments of store_row().
 
-
-def store(row, x, normed, w, b, eps, rotated, table, neox, rotates, cache, positions):
-    """Norm, rope, hadamard if `rotates`, and cache_write of one row.
-
-    See store_row. b: the bias of layer_norm, or None for rms_norm.
+    b: the bias of layer_norm, or None for rms_norm.
     """
-    STORE[cache.storage](1, row, x, normed, w, w if b is None else b, eps, b is not None, rotated, table, neox, rotates, cache.data,
-                         positions, cache.first, cache.second)
+    row: object
+    x: object
+    normed: object
+    w: object
+    b: object
+    eps: float
+    rotated: object
+    table: object
+    neox: bool
+    rotates: bool
+    cache: object       # CacheRows
+
+    @property
+    def arguments(self):
+        """What the kernel takes."""
+        row, x, normed, w, b, eps, rotated, table, neox, rotates, cache = self
+        return (row, x, normed, w, w if b is None else b, eps, b is not None, rotated, table, neox, rotates, cache.data, cache.first,
+                cache.second, STORAGES.index(cache.storage))
 
 
-def rotate_and_pack_queries(q, rotated, table, neox, w, queries):
-    """rope of columns of q, hadamard, and packing of q and w.
+class Heads(NamedTuple):
+    """Rows x that are packed, one per head, and out = rope(rotated)."""
+    x: object
+    out: object
+    rotated: object
+    neox: bool
 
-    queries: the operand of int8x2.indexer.score().
+
+class Queries(NamedTuple):
+    """The indexer's queries q, which are rotated and packed.
+
+    rope of their columns `rotated`, hadamard, and packing with the heads' weights w. packed: the operand of int8x2.indexer.score().
     """
-    rotate_queries(queries[1].shape[1], q, rotated, table, neox, w, *queries)
+    q: object
+    rotated: object
+    neox: bool
+    w: object
+    packed: tuple
 
 
-def pack_and_rope(x, out, rotated, table, neox, made):
-    """Pack x to Int8x2, one row per head, and rotate: out = rope(rotated)."""
-    pack_and_rotate(x.shape[0], x, out, rotated, table, neox, *made)
+class Norm(NamedTuple):
+    """out = rms_norm(x), rows [1, n]: norm_is_narrow()."""
+    out: object
+    x: object
+    w: object
+    eps: float
+
+
+def prepare_rows(norm=None, stored=(), positions=None, heads=None, queries=None, table=None, made=None):
+    """Do what a Norm, up to two Stored, Heads and Queries say, some of them.
+
+    made: the Int8x2 of heads.x, or of norm.out where there are no heads. positions: with `stored`. table: with heads or queries.
+    """
+    nothing, cube = scratch("nothing", (1, 1), np.float32), scratch("nothing", (1, 1, 1), np.float32)
+    no_int8x2 = scratch("nothing", (1, 1), np.uint32), nothing, nothing
+    assert heads is None or norm is None
+    n_head, n_queries = len(heads.x) if heads else 0, queries.packed[1].shape[1] if queries else 0
+    out, x, w, eps = norm or (nothing, nothing, nothing[0], np.float32(0))
+    rows = stored or [Stored(nothing, nothing, nothing, nothing[0], None, np.float32(0), cube, cube, False, False, no_cache())]
+    heads_made = made if heads else no_int8x2
+    heads = heads or Heads(nothing, cube, cube, False)
+    queries = queries or Queries(cube, cube, False, nothing, (no_int8x2[0], nothing))
+    prepare((norm is not None) + len(stored) + n_head + n_queries, norm is not None, len(stored), n_head, out[0], x[0], w, eps,
+            *(made if norm else no_int8x2), scratch("nothing", (1,), np.int64) if positions is None else positions, *rows[0].arguments,
+            *rows[-1].arguments, *heads, *heads_made, *queries[:-1], *queries.packed, cube if table is None else table)
+
+
+def no_cache():
+    """A CacheRows that is not used."""
+    return CacheRows(scratch("nothing", (1, 1), np.uint8), "f32", 0, 0)

@@ -21,6 +21,13 @@ class Tiles(NamedTuple):
     x_div: int      # output row i takes row i // x_div of the activations
     single: bool    # one token: each tile has one row, and `order` is 0, 1, 2, ...
 
+    chosen = False  # whether an earlier kernel writes `matrix`
+
+
+class ChosenTiles(Tiles):
+    """Tiles of the experts that a kernel chooses for one token."""
+    chosen = True
+
 
 def multiply(out, w, x, tiles):
     """out[i] = a matrix of w times row i // x_div of x, for all tiles.

@@ -5,8 +5,9 @@ from numba import cuda
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.device import SIMULATED, WARP, device, exp, sync, warp_max, warp_sum
 from pydsa.backends.cuda.f16x2.linear import TOKENS
+from pydsa.backends.cuda.int8x2.gemv import gemv
 from pydsa.backends.cuda.launch import blocks_for, kernel
-from pydsa.backends.cuda.linear import Tiles, arange
+from pydsa.backends.cuda.linear import ChosenTiles, Tiles, arange
 from pydsa.backends.cuda.norm import silu_mul
 from pydsa.backends.cuda.variants import kernels
 
@@ -189,7 +190,7 @@ def pair_tiles(ids, n_expert, x_div):
     n_pairs = ids.size
     if ids.shape[0] == 1:       # a token's experts are all different: one tile per slot
         n = arange(n_pairs + 1)
-        return Tiles(ids.flat, n[:-1], n[1:], n[:-1], x_div, True)
+        return ChosenTiles(ids.flat, n[:-1], n[1:], n[:-1], x_div, True)
     n_tiles = blocks_for(n_pairs, TOKENS) + min(n_expert, n_pairs)
     tiles = [scratch(f"tile {name}", (n,), np.int32) for name, n in (("matrix", n_tiles), ("first", n_tiles), ("end", n_tiles),
                                                                      ("order", n_pairs))]
@@ -217,11 +218,25 @@ def moe_linear(out, x, ids, w):
 
 def moe_down(out, hidden, ids, weights, down):
     """out[t] = sum_i weights[t, i] down_e hidden[t, i] with e = ids[t, i]."""
-    moe_down_packed(out, ids, weights, down, kernels("linear", down, ids.shape[0] == 1).pack(hidden.rows))
+    parts = scratch("parts", (ids.size, out.shape[1]), np.float32)
+    outputs_of_experts(parts, ids, down, kernels("linear", down, ids.shape[0] == 1).pack(hidden.rows))
+    join_experts(out, parts, weights)
 
 
-def moe_down_packed(out, ids, weights, down, packed):
-    """moe_down of hidden rows that are already packed."""
-    parts, tiles = scratch("parts", (ids.size, out.shape[1]), np.float32), pair_tiles(ids, down.shape[0], 1)
-    kernels("linear", down, tiles.single).matmul(parts, down, packed, tiles)
+def outputs_of_experts(parts, ids, down, packed, shared=None):
+    """parts[i] = down_e hidden[i], of hidden rows that are packed.
+
+    For one token and quantized weights `packed` may be a rows_one.Rows. shared: then (out, matrix, all rows, the row) of the shared expert,
+    whose product is in the same launch.
+    """
+    tiles = pair_tiles(ids, down.shape[0], 1)
+    if shared is None:
+        kernels("linear", down, tiles.single).matmul(parts, down, packed, tiles)
+    else:
+        other, w, both, row = shared
+        gemv([parts, None, other], [down, None, w], both, tiles, row)
+
+
+def join_experts(out, parts, weights):
+    """out[t] = sum_i weights[t, i] parts[t, i]."""
     combine((blocks_for(out.shape[1], THREADS), out.shape[0]), out, parts, weights)

@@ -7,15 +7,20 @@ same. Rows of at most 512 weights are joined: half a warp takes as many as fit i
 Weights of types whose blocks are multiples of 16 bytes go to registers, 16 bytes a load. All others go through shared memory: each warp has
 a ring of stages there. Asynchronous copies fill the others while one is multiplied, also from one row to the next.
 """
+import math
+from typing import NamedTuple
+
 import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.blocks import GROUPED
-from pydsa.backends.cuda.device import SIMULATED, WARP, bits_float, device, dp4a, sum_of_lanes, sync, warp_sync
-from pydsa.backends.cuda.instructions import (commit_copies, copies_left, copy_sixteen_async, instruction, load_eight, load_four,
-                                              load_sixteen)
-from pydsa.backends.cuda.int8x2.linear import LOW, TILE_U32
+from pydsa.backends.cuda.device import SIMULATED, WARP, device, sum_of_lanes, sync, warp_sync
+from pydsa.backends.cuda.dots_one import make_activations, make_dot, place_of_lane
+from pydsa.backends.cuda.instructions import (commit_copies, copies_left, copy_sixteen_async, instruction, let_later_begin,
+                                              wait_for_earlier)
+from pydsa.backends.cuda.int8x2.linear import TILE_U32, scratch_for_rows
 from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
+from pydsa.backends.cuda.rows_one import GATED, GIVEN, ROUNDED, SOURCES, Rows, make_row, no_rows, not_rounded, round_tile
 from pydsa.quants import TYPES
 
 
@@ -31,157 +36,10 @@ PARTS = WARPS * ROWS                    # sums of a block
 AHEAD = 512 if SIMULATED else 4096      # bytes of weights that are on their way to a warp, at least
 BANKS_APART = {"Q6_K": 96}              # bytes, of 128, that the halves' rows lie apart, if not 64: so that they meet in few banks
 MOST_BLOCKS = 2 * BLOCKS                # that walk through rows: four for each of an H100's processors
-LOW_BYTES = 4 * LOW                     # from the high bytes of a quad to its low ones
 ZERO = np.float32(0)
-SIGNATURE = "f4[:,:], u1[::1], f4[:,:], u1[::1], i8, i4[:], i4, i4, i4, u4[::1], f4[:,:], f4[:,:]"
+SIGNATURE = f"{'f4[:,:], u1[::1], ' * 4}i8, i4[:], i4, i4, b1, i4, i4, u4[:,::1], f4[:,::1], f4[:,::1], {SOURCES}, {ROUNDED}"
 # a number that is not computed anew in every round of a loop, to save a register
 kept = instruction("mov.b32 $0, $1;", "i", "i", lambda x: x, True)
-
-
-@device
-def quads_of(packed, first, second, far, plane):
-    """The quads at the bytes `first`, `second`, and `far` from each."""
-    first, second = first + plane, second + plane
-    return (load_sixteen(packed, first), load_sixteen(packed, second), load_sixteen(packed, first + far),
-            load_sixteen(packed, second + far))
-
-
-@device
-def place_of_lane(c, strided):
-    """The byte of a row of activations at which a lane's first quad begins.
-
-    It is that of sixteens 4 c to 4 c + 3, or of those of one half of four groups. See place_of_quad.
-    """
-    at = 4 * TILE_U32 * (c >> 4) + 512 * (c >> 3 & 1)
-    if strided:
-        return np.int32(at + 32 * (c >> 1 & 3) + 144 * (c & 1))
-    return np.int32(at + 16 * (c & 7))
-
-
-@device
-def adjacent_quads(packed, at, second):
-    """High and low quads of four adjacent sixteens from a byte on.
-
-    See place_of_lane.
-    """
-    other = (at ^ 16) + 128
-    return quads_of(packed, at, other, 256 * second, 0), quads_of(packed, at, other, 256 * second, LOW_BYTES)
-
-
-@device
-def strided_quads(packed, at):
-    """adjacent_quads of the sixteens of one half of four groups."""
-    a, b, e, f = quads_of(packed, at, at ^ 16, 256, 0)
-    h, i, j, k = quads_of(packed, at, at ^ 16, 256, LOW_BYTES)
-    return (a, e, b, f), (h, j, i, k)
-
-
-@device
-def two_floats(array, at):
-    """Two float32 at a byte of an array."""
-    a, b = load_eight(array, at)
-    return bits_float(a), bits_float(b)
-
-
-@device
-def four_floats(array, at):
-    """Four float32 at a byte of an array."""
-    a, b, c, d = load_sixteen(array, at)
-    return bits_float(a), bits_float(b), bits_float(c), bits_float(d)
-
-
-@device
-def float_at(array, at):
-    """The float32 at a byte of an array."""
-    return bits_float(load_four(array, at))
-
-
-def _make_activations(name):
-    """The function that loads what a lane multiplies 64 weights with.
-
-    These are high quads, low quads, scales and sums of four sixteens. x_at, f_at: the bytes of packed and scales at which they begin. half:
-    which half of four groups it is, where the type is strided. second: see blocks/__init__.py.
-    """
-    entry, whole = GROUPED[name], TYPES[name].size > 32         # rows are multiples of 64 numbers
-    needs_sums = entry.offsets or entry.lane.bias > 0
-
-    @device
-    def adjacent(packed, scales, sums, x_at, f_at, half, second):
-        high, low = adjacent_quads(packed, x_at, second)
-        if whole:
-            d, d1 = two_floats(scales, f_at)
-        else:
-            d, d1 = float_at(scales, f_at), float_at(scales, f_at + 4) if second > 0 else ZERO
-        a, b, e, f = ZERO, ZERO, ZERO, ZERO
-        if needs_sums:
-            a, b = two_floats(sums, 2 * f_at)
-            if whole or second > 0:
-                e, f = two_floats(sums, 2 * f_at + 8)
-        return high, low, (d, d, d1, d1), (a, b, e, f)
-
-    @device
-    def strided(packed, scales, sums, x_at, f_at, half, second):
-        high, low = strided_quads(packed, x_at)
-        y, first = (ZERO, ZERO, ZERO, ZERO), 2 * f_at + 4 * half
-        if needs_sums:
-            y = float_at(sums, first), float_at(sums, first + 8), float_at(sums, first + 16), float_at(sums, first + 24)
-        return high, low, four_floats(scales, f_at), y
-    return strided if entry.lane.strided else adjacent
-
-
-@device
-def add_sixteen(w, x, total):
-    """total + w x: sixteen int8 of each."""
-    a, b, c, d = w
-    x0, x1, x2, x3 = x
-    return dp4a(d, x3, dp4a(c, x2, dp4a(b, x1, dp4a(a, x0, total))))
-
-
-@device
-def with_low(high, bias):
-    """256 times the sum of products with high bytes, and a bias.
-
-    The sum of products with low bytes begins with it.
-    """
-    return np.int32(np.int32(high * np.int32(256)) + bias)
-
-
-def _make_dot(entry):
-    lane, offsets = entry.lane, entry.offsets
-    weights, bias, pairs = lane.weights, -lane.bias, not lane.strided and not entry.halves      # pairs of sixteens have one scale
-
-    @device
-    def bias_of(total):
-        return np.int32(np.int32(total) * np.int32(bias)) if bias else np.int32(0)
-
-    @device
-    def dot(data, row, c, second, x):
-        """64 weights of a row times what activations() returns."""
-        high, low, f, y = x
-        w0, w1, w2, w3, d, m = weights(data, row, c, second)
-        if pairs:
-            p = add_sixteen(w1, high[1], add_sixteen(w0, high[0], np.int32(0)))
-            q = add_sixteen(w3, high[3], add_sixteen(w2, high[2], np.int32(0)))
-            p = add_sixteen(w1, low[1], add_sixteen(w0, low[0], with_low(p, np.int32(bias_of(y[0]) + bias_of(y[1])))))
-            q = add_sixteen(w3, low[3], add_sixteen(w2, low[2], with_low(q, np.int32(bias_of(y[2]) + bias_of(y[3])))))
-            a, b = d[0] * np.float32(np.int32(p)), d[2] * np.float32(np.int32(q))
-            if offsets:
-                a -= m[0] * (y[0] + y[1])
-                b -= m[2] * (y[2] + y[3])
-            return f[0] * a + f[2] * b
-        p = add_sixteen(w0, low[0], with_low(add_sixteen(w0, high[0], np.int32(0)), bias_of(y[0])))
-        q = add_sixteen(w1, low[1], with_low(add_sixteen(w1, high[1], np.int32(0)), bias_of(y[1])))
-        r = add_sixteen(w2, low[2], with_low(add_sixteen(w2, high[2], np.int32(0)), bias_of(y[2])))
-        s = add_sixteen(w3, low[3], with_low(add_sixteen(w3, high[3], np.int32(0)), bias_of(y[3])))
-        a, b = d[0] * np.float32(np.int32(p)), d[1] * np.float32(np.int32(q))
-        e, g = d[2] * np.float32(np.int32(r)), d[3] * np.float32(np.int32(s))
-        if offsets:
-            a -= m[0] * y[0]
-            b -= m[1] * y[1]
-            e -= m[2] * y[2]
-            g -= m[3] * y[3]
-        return (f[0] * a + f[1] * b) + (f[2] * e + f[3] * g)
-    return dot
 
 
 @device
@@ -209,17 +67,51 @@ def place_of_thread(thread, n_groups, shift, split):
 
 
 @device
+def one_of(out, w, second_out, second_w, third_out, third_w, fourth_out, fourth_w, first, others):
+    """A block's output and matrix, of four.
+
+    Of the `first` two or the last it has the `others` where z is 1. The last two, where y is past the ids, are single matrices, multiplied
+    with one row of activations. A matrix may have no rows at all.
+    """
+    if others:
+        out, w, third_out, third_w = second_out, second_w, fourth_out, fourth_w
+    return (out, w) if first else (third_out, third_w)
+
+
+@device
+def product_of(y, ids, x_div, single_row):
+    """What blocks of a y multiply: rows of output and input, and the matrix."""
+    if y >= ids.size:
+        return 0, np.int32(0), single_row
+    return y, ids[y], y // x_div
+
+
+@device
+def block_number():
+    """The number of a block in the grid."""
+    return cuda.blockIdx.x + cuda.gridDim.x * (cuda.blockIdx.y + cuda.gridDim.y * cuda.blockIdx.z)
+
+
+@device
+def rows_of_tile(base, tile, half, own, joined, n_out, row_bytes):
+    """First bytes of a half's two joined rows, and those of a lane in them."""
+    r0, _, own0 = row_of(2 * tile, half, own, joined, n_out, row_bytes)
+    r1, _, own1 = row_of(2 * tile + 1, half, own, joined, n_out, row_bytes)
+    return base + r0, base + r1, own0, own1
+
+
+@device
 def begins(x_row, n_groups):
     """The bytes at which a row's quads and its scales begin."""
     return x_row * np.int64(np.int32(n_groups + 31) >> 5) * (4 * TILE_U32), 4 * x_row * np.int64(n_groups)
 
 
 @device
-def put_sums(out, parts, y, tile, place, shift, split, s0, s1):
+def put_sums(out, parts, y, tile, place, shift, split, s0, s1, rounds, at_tile, to_packed, to_scales, to_sums, thread):
     """Store the sums of a lane's two rows.
 
     They are summed over the 2^shift lanes of a row, and over the 2^split warps that share it. parts: shared memory, ROWS
-    float32 per warp. All threads of a block call it.
+    float32 per warp. All threads of a block call it. rounds: round_tile() follows, for the block's tiles from at_tile on.
     """
     sub, half, warp, own, piece, joined, part, _, _, _ = place
     s0, s1 = sum_of_lanes(s0, 1 << shift), sum_of_lanes(s1, 1 << shift)
@@ -239,37 +131,63 @@ def put_sums(out, parts, y, tile, place, shift, split, s0, s1):
         out[y, row] = s0
     if part == 0 and piece == 0 and other < n_out:
         out[y, other] = s1
+    if rounds:
+        round_tile(out, y, np.int32(at_tile * ROWS << joined), to_packed, to_scales, to_sums, thread)
 
 
 def _make_direct(name):
     entry, itemsize = GROUPED[name], TYPES[name].n_bytes
-    dot, activations = _make_dot(entry), _make_activations(name)
-    step_bytes, prepare = STEP // TYPES[name].size * itemsize, entry.prepare
+    dot, activations = make_dot(entry), make_activations(name)
+    step_bytes, begin_products = STEP // TYPES[name].size * itemsize, _make_begin(entry.prepare)
 
-    def gemv_direct(out, w, other_out, other_w, row_bytes, ids, x_div, shift, split, packed, scales, sums):
+    def gemv_direct(out, w, second_out, second_w, third_out, third_w, fourth_out, fourth_w, row_bytes, ids, x_div, single_row, chosen,
+                    shift, split, packed, scales, sums, mode, made, source, other, single_made, single_source, single_other, gain, eps,
+                    rounds, to_packed, to_scales, to_sums):
         """gemv_staged, but weights are loaded to registers."""
-        if cuda.blockIdx.z == 1:
-            out, w = other_out, other_w
-        y, thread, n_out, n_groups = cuda.blockIdx.y, cuda.threadIdx.x & WARPS * WARP - 1, np.int32(out.shape[1]), np.int32(scales.shape[1])
+        first, others = cuda.blockIdx.y < ids.size, cuda.blockIdx.z == 1
+        out, w = one_of(out, w, second_out, second_w, third_out, third_w, fourth_out, fourth_w, first, others)
+        thread, n_out, n_groups = cuda.threadIdx.x & WARPS * WARP - 1, np.int32(out.shape[1]), np.int32(scales.shape[1])
+        if chosen:
+            wait_for_earlier()
+        y, matrix, x_row = product_of(cuda.blockIdx.y, ids, x_div, single_row)
+        parts, base, splits = cuda.shared.array(PARTS, np.float32), matrix * np.int64(n_out) * row_bytes, np.int32(1 << split)
+        begin_products(mode, made, source, other, single_made, single_source, single_other, gain, eps, ids, x_div, single_row, packed,
+                       scales, sums, parts, thread)
         place = place_of_thread(thread, n_groups, shift, split)
         sub, half, warp, own, piece, joined, part, group, n_chunks, n_steps = place
-        parts, base, splits = cuda.shared.array(PARTS, np.float32), ids[y] * np.int64(n_out) * row_bytes, np.int32(1 << split)
-        (x_row_at, f_row_at), per_block = begins(y // x_div, n_groups), np.int32(WARPS >> split)
-        prepare(thread, WARPS * WARP)
+        (x_row_at, f_row_at), per_block = begins(x_row if mode == GIVEN else block_number(), n_groups), np.int32(WARPS >> split)
         begin, stride = np.int32(cuda.blockIdx.x * per_block), np.int32(cuda.gridDim.x * per_block)
-        for first in range(begin, np.int32((n_out - 1 >> joined) // ROWS + 1), stride):
-            tile, s0, s1 = np.int32(first + group), ZERO, ZERO
-            r0, _, own0 = row_of(2 * tile, half, own, joined, n_out, row_bytes)
-            r1, _, own1 = row_of(2 * tile + 1, half, own, joined, n_out, row_bytes)
-            r0, r1 = base + r0 + own0, base + r1 + own1
+        for at_tile in range(begin, np.int32((n_out - 1 >> joined) // ROWS + 1), stride):
+            tile, s0, s1 = np.int32(at_tile + group), ZERO, ZERO
+            r0, r1, own0, own1 = rows_of_tile(base, tile, half, own, joined, n_out, row_bytes)
+            r0, r1 = r0 + own0, r1 + own1
             for step in range(part, n_steps, splits):
                 c = np.int32(step * LANES + piece)
                 if c < n_chunks:
                     x = activations(packed, scales, sums, x_row_at + place_of_lane(c, False), f_row_at + 8 * c, 0, 1)
                     s0 += dot(w, r0 + step * step_bytes, np.int64(piece), 1, x)
                     s1 += dot(w, r1 + step * step_bytes, np.int64(piece), 1, x)
-            put_sums(out, parts, y, tile, place, shift, split, s0, s1)
-    return kernel(SIGNATURE, WARPS * WARP, f"gemv_{name.lower()}", blocks=4)(gemv_direct)
+            put_sums(out, parts, y, tile, place, shift, split, s0, s1, rounds, at_tile, to_packed, to_scales, to_sums, thread)
+    return kernel(SIGNATURE, WARPS * WARP, f"gemv_{name.lower()}", blocks=4, dependent=True)(gemv_direct)
+
+
+def _make_begin(prepare):
+    @device
+    def begin_products(mode, made, source, other, single_made, single_source, single_other, gain, eps, ids, x_div, single_row, packed,
+                       scales, sums, parts, thread):
+        """Copy the type's tables; then wait for the activations, or make them."""
+        prepare(thread, WARPS * WARP)
+        wait_for_earlier()
+        let_later_begin()
+        if mode != GIVEN:
+            y, row = kept(np.int32(cuda.blockIdx.y)), single_row        # found out anew, to save registers
+            if y < ids.size:
+                row = np.int32(y // x_div)
+            else:
+                made, source, other = single_made, single_source, single_other
+            writes = cuda.blockIdx.x == 0 and cuda.blockIdx.z == 0 and (mode == GATED or y == 0)
+            make_row(mode, made, source, other, gain, eps, row, writes, packed, scales, sums, block_number(), parts, thread, WARPS * WARP)
+    return begin_products
 
 
 def copies_of(n, stride):
@@ -320,46 +238,57 @@ def _make_ring(step_bytes, pitch):
     return ask, aim
 
 
-def _make_staged(name):
-    entry, size, strided = GROUPED[name], TYPES[name].size, GROUPED[name].lane.strided
-    dot, activations = _make_dot(entry), _make_activations(name)
-    step_bytes, prepare = STEP // size * TYPES[name].n_bytes, entry.prepare
+def _sizes_of_ring(name):
+    """Bytes of a step of a row, of its place in the ring, and between halves.
+
+    The last number is that of the stages.
+    """
+    step_bytes = STEP // TYPES[name].size * TYPES[name].n_bytes
     pitch = (step_bytes + 15 + 15) // 16 * 16
-    ask, aim = _make_ring(step_bytes, pitch)
-    apart = 2 * pitch + (BANKS_APART.get(name, 64) - 2 * pitch) % 128       # from one half's rows to the other's
-    stage_bytes = HALVES * apart
-    stages = max(2, blocks_for(AHEAD, stage_bytes) + 1)
+    apart = 2 * pitch + (BANKS_APART.get(name, 64) - 2 * pitch) % 128
+    return step_bytes, pitch, apart, max(2, blocks_for(AHEAD, HALVES * apart) + 1)
+
+
+def _make_staged(name):
+    size, strided, begin_products = TYPES[name].size, GROUPED[name].lane.strided, _make_begin(GROUPED[name].prepare)
+    dot, activations = make_dot(GROUPED[name]), make_activations(name)
+    step_bytes, pitch, apart, stages = _sizes_of_ring(name)
+    (ask, aim), stage_bytes = _make_ring(step_bytes, pitch), HALVES * apart
     ring_bytes, staged_bytes, wait_for_stage = stages * stage_bytes, WARPS * stages * stage_bytes, copies_left(stages - 1)
 
-    def gemv_staged(out, w, other_out, other_w, row_bytes, ids, x_div, shift, split, packed, scales, sums):
-        """out[y] = matrix ids[y] times row y // x_div of the activations.
+    def gemv_staged(out, w, second_out, second_w, third_out, third_w, fourth_out, fourth_w, row_bytes, ids, x_div, single_row, chosen,
+                    shift, split, packed, scales, sums, mode, made, source, other, single_made, single_source, single_other, gain, eps,
+                    rounds, to_packed, to_scales, to_sums):
+        """out[y] = matrix ids[y] of w times row y // x_div of the activations.
 
-        A row has 2^shift lanes. `splits` warps of a block share rows (split-K). Blocks with z = 1 use other_w and other_out.
+        See one_of(). chosen: whether an earlier kernel writes ids. A row has 2^shift lanes. 2^split warps of a block share rows (split-K).
         """
-        if cuda.blockIdx.z == 1:
-            out, w = other_out, other_w
-        y, thread, n_out, n_groups = cuda.blockIdx.y, cuda.threadIdx.x & WARPS * WARP - 1, np.int32(out.shape[1]), np.int32(scales.shape[1])
+        first, others = cuda.blockIdx.y < ids.size, cuda.blockIdx.z == 1
+        out, w = one_of(out, w, second_out, second_w, third_out, third_w, fourth_out, fourth_w, first, others)
+        thread, n_out, n_groups = cuda.threadIdx.x & WARPS * WARP - 1, np.int32(out.shape[1]), np.int32(scales.shape[1])
+        if chosen:
+            wait_for_earlier()
+        y, matrix, x_row = product_of(cuda.blockIdx.y, ids, x_div, single_row)
         place = place_of_thread(thread, n_groups, shift, split)
         sub, half, warp, own, piece, joined, part, group, n_chunks, n_steps = place
         parts = cuda.shared.array(PARTS, np.float32)
         staged = cuda.shared.array(staged_bytes, np.uint8, 16)
-        base, (x_row_at, f_row_at) = ids[y] * np.int64(n_out) * row_bytes, begins(y // x_div, n_groups)
+        base, (x_row_at, f_row_at) = matrix * np.int64(n_out) * row_bytes, begins(x_row if mode == GIVEN else block_number(), n_groups)
         splits, per_block, jump = np.int32(1 << split), np.int32(WARPS >> split), kept(np.int32(step_bytes << split))
         ring = kept(np.int32(warp * ring_bytes + half * apart))
         n_tiles, last_stage = np.int32((n_out - 1 >> joined) // ROWS + 1), kept(np.int32(ring + ring_bytes - stage_bytes))
         begin, stride = np.int32(cuda.blockIdx.x * per_block), np.int32(cuda.gridDim.x * per_block)
         asked, asked_step, to = np.int32(begin + group), part, ring
         p0, p1, n0, n1 = aim(base, asked, n_tiles, part, half, sub, joined, n_out, row_bytes)
-        for first in range(np.int32(begin - stride), n_tiles, stride):
-            tile, s0, s1 = np.int32(first + group), ZERO, ZERO
-            r0, _, own0 = row_of(2 * tile, half, own, joined, n_out, row_bytes)
-            r1, _, own1 = row_of(2 * tile + 1, half, own, joined, n_out, row_bytes)
-            r0, r1, own0, own1 = kept(np.int32(r0 + base)), kept(np.int32(r1 + base)), kept(own0), kept(np.int32(own1 + pitch))
-            for step in range(part if first >= begin else np.int32(n_steps - stages * splits), n_steps, splits):
+        for at_tile in range(np.int32(begin - stride), n_tiles, stride):
+            tile, s0, s1 = np.int32(at_tile + group), ZERO, ZERO
+            r0, r1, own0, own1 = rows_of_tile(base, tile, half, own, joined, n_out, row_bytes)
+            r0, r1, own0, own1 = kept(np.int32(r0)), kept(np.int32(r1)), kept(own0), kept(np.int32(own1 + pitch))
+            for step in range(part if at_tile >= begin else np.int32(n_steps - stages * splits), n_steps, splits):
                 c, at = np.int32(step * LANES + piece), np.int32(step * step_bytes)
                 wait_for_stage()
                 warp_sync()
-                if c < n_chunks and tile < n_tiles and first >= begin:
+                if c < n_chunks and tile < n_tiles and at_tile >= begin:
                     second = np.int32(1 if size > 32 else min(np.int32(1), np.int32(n_groups - 1 - 2 * c)))
                     x_at, f_at = x_row_at + place_of_lane(c, strided), f_row_at + (16 * (c >> 1) if strided else 8 * c)
                     x = activations(packed, scales, sums, x_at, f_at, c & 1, second)
@@ -374,30 +303,67 @@ def _make_staged(name):
                 if asked_step >= n_steps:
                     asked, asked_step = np.int32(asked + stride), part
                     p0, p1, n0, n1 = aim(base, asked, n_tiles, part, half, sub, joined, n_out, row_bytes)
-            if first < begin:
-                prepare(thread, WARPS * WARP)
+            if at_tile < begin:       # the first weights are on their way
+                begin_products(mode, made, source, other, single_made, single_source, single_other, gain, eps, ids, x_div, single_row,
+                               packed, scales, sums, parts, thread)
             else:
-                put_sums(out, parts, y, tile, place, shift, split, s0, s1)
-    return kernel(SIGNATURE, WARPS * WARP, f"gemv_{name.lower()}", blocks=4)(gemv_staged)
+                put_sums(out, parts, y, tile, place, shift, split, s0, s1, rounds, at_tile, to_packed, to_scales, to_sums, thread)
+    return kernel(SIGNATURE, WARPS * WARP, f"gemv_{name.lower()}", blocks=4, dependent=True)(gemv_staged)
 
 
 GEMV = {name: (_make_direct if entry.lane.direct else _make_staged)(name) for name, entry in GROUPED.items()}
 
 
-def gemv(outs, weights, x, tiles):
+class Grid(NamedTuple):
+    """How products are divided.
+
+    Into blocks in x, y and z, lanes of a row, and warps that share rows.
+    """
+    blocks: tuple
+    lanes: int
+    splits: int
+
+    def rounds(self, n_out):
+        """Whether a block has 32 of n_out outputs at a time, which it can round."""
+        return self.splits == 1 and ROWS * WARPS * (LANES // self.lanes) == 32 and n_out % 32 == 0
+
+
+def grid_of(outs, n_in, n_pairs):
+    """The Grid of products of n_in numbers each.
+
+    outs: some may be None; the first two are n_pairs products each.
+    """
+    n_chunks, there = blocks_for(n_in, CHUNK), [out is not None for out in outs]
+    lanes = min(LANES, 1 << (n_chunks - 1).bit_length())        # of a row
+    n_tiles = [0 if out is None else blocks_for(out.shape[1] * lanes, ROWS * LANES) for out in outs]
+    n_steps, splits, n_all = blocks_for(n_chunks, lanes), 1, sum(n_tiles[:2]) * n_pairs + sum(n_tiles[2:])
+    while 2 * splits <= min(WARPS, n_steps) and n_all * splits < WARPS * MOST_BLOCKS:       # few rows: warps share them
+        splits *= 2
+    n_products = n_pairs * sum(there[:2]) + sum(there[2:])
+    n_blocks = min(blocks_for(max(n_tiles), WARPS // splits), blocks_for(MOST_BLOCKS, n_products))
+    of_two = 2 if any(there[1::2]) else 1       # whether there is a second or a fourth one
+    return Grid((n_blocks, n_pairs + any(there[2:]), of_two), lanes, splits)
+
+
+def gemv(outs, weights, x, tiles, single_row=0, rounded=None):
     """out[y] = matrix tiles.matrix[y] of w times row y // tiles.x_div of x.
 
-    x is Int8x2. For one out and one w, or for two with weights of one type.
+    x is Int8x2, or a Rows of which each block makes its row. For one to four outs and weights of one type, of which the second may be None.
+    From the third on weights are single matrices, all multiplied with row `single_row` of x, and the outs rows of their own, [1, n_out].
+    rounded: the Int8x2 of one row that receives all rows of a single out, one behind the other, if Grid.rounds() them; or None.
     """
-    n_chunks, n_out, n_products = blocks_for(x.scales.shape[1], 2), max(out.shape[1] for out in outs), tiles.matrix.size * len(outs)
-    lanes = min(LANES, 1 << (n_chunks - 1).bit_length())        # of a row
-    n_tiles, n_steps, splits = blocks_for(n_out * lanes, ROWS * LANES), blocks_for(n_chunks, lanes), 1
-    while 2 * splits <= min(WARPS, n_steps) and n_tiles * n_products * splits < WARPS * MOST_BLOCKS:     # few rows: warps share them
-        splits *= 2
-    w, other_w = weights[0], weights[-1]
-    n_blocks = min(blocks_for(n_tiles, WARPS // splits), blocks_for(MOST_BLOCKS, n_products))
-    GEMV[w.type]((n_blocks, tiles.matrix.size, len(outs)), outs[0], w.data, outs[-1], other_w.data, w.row_bytes,
-                 tiles.matrix, tiles.x_div, lanes.bit_length() - 1, splits.bit_length() - 1, x.packed.flat, x.scales, x.sums)
+    n_in = x.x.shape[1] if isinstance(x, Rows) else 32 * x.scales.shape[1]
+    grid = grid_of(outs, n_in, tiles.matrix.size)
+    if isinstance(x, Rows):
+        rows, (packed, scales, sums) = x.arguments, scratch_for_rows(math.prod(grid.blocks), n_in, "rows of blocks")
+    else:
+        rows, (packed, scales, sums) = no_rows(), x
+    assert rounded is None or len(outs) == 1 and grid.rounds(outs[0].shape[1])
+    nothing = [(outs[0][:, :0], weights[0])] if None in outs or len(outs) < 4 else []
+    pairs = [(out, w) if out is not None else nothing[0] for out, w in zip(outs, weights, strict=True)] + nothing * (4 - len(outs))
+    GEMV[weights[0].type](grid.blocks, *(part for out, w in pairs for part in (out, w.data)), weights[0].row_bytes, tiles.matrix,
+                          tiles.x_div, single_row, tiles.chosen, grid.lanes.bit_length() - 1, grid.splits.bit_length() - 1, packed, scales,
+                          sums, *rows, *((True, *rounded) if rounded else not_rounded()))
 
 
 def matmul(out, w, x, tiles):

@@ -99,7 +99,11 @@ def pack_rows(packed, scales, sums, x):
 
 def scratch_for(x, name=""):
     """Scratch memory for the Int8x2 of rows. Each name has its own."""
-    n_rows, n = x.shape
+    return scratch_for_rows(*x.shape, name)
+
+
+def scratch_for_rows(n_rows, n, name=""):
+    """scratch_for() of n_rows rows of n values."""
     return Int8x2(scratch(("x packed", name), (n_rows, blocks_for(n, TILE) * TILE_U32), np.uint32),
                   scratch(("x scales", name), (n_rows, n // 32), np.float32), scratch(("x sums", name), (n_rows, n // 16), np.float32))
 
