@@ -2,7 +2,7 @@
 
     python tools/one_token.py
 
-Attention to chosen rows, top-k of one row, norms with sums and rounding: the kernels for one token, and those that do the same for any
+Attention to chosen rows and to all, top-k of one row, norms with sums and rounding: the kernels for one token, and those that do the same for any
 number of tokens, on the shapes of DeepSeek V3.2. Times are those of a CUDA graph of many launches, one after the other, as a step is. The
 exit code is 1 if the results differ.
 """
@@ -64,7 +64,7 @@ def both_ways(name, op, work, out, repeats):
 
 
 def attentions(storages, rows, heads, chosen, repeats):
-    """Attention to chosen rows of caches of some types."""
+    """Attention to chosen rows of caches of some types, and to all."""
     q, out, values = normal(1, heads, 576), cuda.empty((1, heads, 512), np.float32), normal(min(rows, 4096), 576)
     indices = cuda.upload(np.sort(RNG.choice(rows, chosen, replace=False)).astype(np.int32)[None])
     made = scratch_for(out.rows)
@@ -74,7 +74,11 @@ def attentions(storages, rows, heads, chosen, repeats):
             n = min(rows - start, len(values))
             cuda.cache_write(cache, values[:n], cuda.upload(np.arange(start, start + n)))
         work = functools.partial(attention.attend, out, q, cache, modes.SPARSE, chosen, 0.05, indices=indices, made=made)
-        yield both_ways(f"attention, {chosen} of {rows} rows of {storage}, {heads} heads", "attention of one", work, out, repeats)
+        yield both_ways(f"attention, {chosen} of {rows} rows of {storage}, {heads} heads", "attention of a few", work, out, repeats)
+        for n in sorted({min(rows, 1024), rows}):
+            work = functools.partial(attention.attend, out, q, cache, modes.DENSE, rows, 0.05, positions=cuda.upload(np.array([n - 1])),
+                                     made=made)
+            yield both_ways(f"attention, the first {n} rows of {storage}, {heads} heads", "attention of a few", work, out, repeats)
 
 
 def choices(length, chosen, repeats):

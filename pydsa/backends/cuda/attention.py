@@ -1,8 +1,7 @@
 """Absorbed MLA attention: the ops, and the second kernel of split-K.
 
 All heads share one cache row per key, whose first n_v values are the key's value. Keys may be divided into splits, which different blocks
-compute (flash decoding). A second kernel joins the splits. One token's attention to chosen rows is that of attend_one.py, where it takes
-them.
+compute (flash decoding). A second kernel joins the splits. A few tokens' attention is that of attend_one.py, where it takes their rows.
 """
 import numpy as np
 from numba import cuda
@@ -80,13 +79,13 @@ def attend(out, q, latents, mode, n_keys, scale, positions=None, indices=None, m
 
     positions, indices and mask are None where the mode does not use them. made: for one token, the Int8x2 that receives out, packed.
     """
-    of_one = kernels("attention of one", out, q, latents, mode, n_keys)
-    if of_one:
-        of_one(out, q, latents, indices, scale, made)
-        return
-    n_tokens, n_head, n_v = out.shape
     others = [scratch("nothing", (1,) * n, dtype) if a is None else a
               for a, n, dtype in ((positions, 1, np.int64), (indices, 2, np.int32), (mask, 2, np.float32))]
+    of_few = kernels("attention of a few", out, q, latents, mode, n_keys)
+    if of_few:
+        of_few(out, q, latents, *others, mode, n_keys, scale, made)
+        return
+    n_tokens, n_head, n_v = out.shape
     variant = kernels("attention", latents, n_head, n_v)
     n_splits = splits_for(n_tokens * blocks_for(n_head, variant.heads) * blocks_for(n_v, variant.columns), n_keys, variant.tile)
     rows = (n_tokens, n_head, n_splits) if n_splits > 1 else (1, 1, 1)

@@ -26,6 +26,8 @@ copy_eight = instruction("cp.async.ca.shared.global [$0], [$1], 8, $2;", "", "rg
 copy_sixteen = instruction("cp.async.cg.shared.global [$0], [$1], 16, $2;", "", "rgr", fixed=True)
 
 power_of_two = instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f")      # 0 for -inf
+# The same number, of which a loop computes anew what it needs: addresses that it does not change would take registers all the time.
+anew = instruction("mov.b32 $0, $1;", "r", "r", fixed=True)
 nearest_integer = instruction("cvt.rni.s32.f32 $0, $1;", "i", "f")      # 0 for NaN
 
 if SIMULATED:

@@ -55,8 +55,8 @@ VARIANTS = {
                           Attention(int8x2.attention.attend, int8x2.attention.HEADS, int8x2.attention.COLUMNS, int8x2.attention.SIDE)),
         "f32": Variant(anything, Attention(f32.attention.attend, f32.attention.HEADS, f32.attention.COLUMNS, f32.attention.KEYS)),
     },
-    "attention of one": {       # takes(out, queries, CacheRows, mode, number of keys): one token's
-        "chosen rows": Variant(attend_one.takes, attend_one.attend),
+    "attention of a few": {     # takes(out, queries, CacheRows, mode, number of keys): few tokens'
+        "whole rows": Variant(attend_one.takes, attend_one.attend),
         "tiles": Variant(anything, None),       # as "attention"
     },
     "top_k of one": {   # takes(scores, k): of one row
