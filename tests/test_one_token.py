@@ -7,16 +7,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import DEVICE, IN_SIMULATOR, SIMULATED, Rows, compare, integers, kernels, nmse, normal, rng, run
+from helpers import DEVICE, IN_SIMULATOR, SIMULATED, Rows, compare, integers, kernels, nmse, normal, rng, run, tensor
 
 if DEVICE != "cuda":
     pytest.skip("these are kernels of GPUs", allow_module_level=True)
 
 from pydsa.backends import cuda, gpus, reference  # noqa: E402
-from pydsa.backends.cuda import attend_one, attention, modes, top_k_one  # noqa: E402
+from pydsa.backends.cuda import attend_one, attention, launch, modes, top_k_one  # noqa: E402
 from pydsa.backends.cuda.chosen_rows import Tile  # noqa: E402
 from pydsa.backends.cuda.current import current  # noqa: E402
 from pydsa.backends.cuda.fused_kernels import MOST, add_norm, norm_is_wide  # noqa: E402
+from pydsa.backends.cuda.int8x2 import gemv  # noqa: E402
 from pydsa.backends.cuda.int8x2.linear import LOW, place_of_quad, scratch_for  # noqa: E402
 from pydsa.backends.cuda.launch import KERNELS  # noqa: E402
 from tools import one_token  # noqa: E402
@@ -67,6 +68,24 @@ def test_norms_that_are_not_wide():
     row = cuda.empty((1, MOST + 64), np.float32)
     assert is_wide(row[:, :MOST]) and not is_wide(row) and not is_wide(row[:, 1:33]) and is_wide(row[:, 4:36])
     assert not is_wide(cuda.empty((2, 32), np.float32))
+
+
+@pytest.mark.parametrize("kind", ["Q4_K"] if IN_SIMULATOR else ["Q4_K", "Q8_0", "F32"])
+def test_products_of_a_few_tokens_are_those_of_each(monkeypatch, kind):
+    """One matrix, one per head, and experts, of which tokens share some."""
+    monkeypatch.setattr(gemv, "MOST_TOKENS", 3)
+    n_in, ids, listed = 256, np.array([[4, 1], [1, 0], [2, 4]], np.int32), {}
+    w, heads, experts = tensor(kind, 17, n_in), tensor(kind, 2, 5, n_in), tensor(kind, 5, 9, n_in)
+    cases = [("linear", (17,), w, normal(3, n_in)), ("head_linear", (2, 5), heads, normal(3, 2, n_in)),
+             ("moe_gate_up", (2, 9), normal(3, n_in), ids, experts, experts),
+             ("moe_down", (9,), normal(3, 2, n_in), ids, normal(3, 2), experts)]
+    monkeypatch.setattr(launch.listing, "kernels", None)
+    for op, shape, *args in cases:
+        compare(op, (3, *shape), *args)
+        launch.listing.kernels = listed
+        run(kernels, op, [(3, *shape)], *args)
+        launch.listing.kernels = None
+    assert f"gemv_{kind.lower()}" in listed and not any("gemm" in name or "group" in name for name in listed)
 
 
 def best_of(row, k):
@@ -234,12 +253,13 @@ def test_nan_stays_where_it_is_chosen(monkeypatch, storage, tile):
 
 
 @of_gpus
-def test_both_ways_are_timed():
+def test_both_ways_are_timed(monkeypatch):
     """tools/one_token.py at small shapes: each line tells of two ways, whose results agree."""
-    sizes = dict(storage="i16", rows=90, heads=2, chosen=40, scores=640, width=64, repeats=2)
+    monkeypatch.setattr(gemv, "MOST_TOKENS", 8)
+    sizes = dict(storage="i16", rows=90, heads=2, chosen=40, scores=640, width=64, outputs=9, repeats=1)
     done = CliRunner().invoke(one_token.main, [part for name, n in sizes.items() for part in (f"--{name}", str(n))])
     assert done.exit_code == 0, done.output
-    assert done.output.count("NMSE") == len(done.output.splitlines()) == 6
+    assert done.output.count("NMSE") == len(done.output.splitlines()) == 8
 
 
 @of_gpus

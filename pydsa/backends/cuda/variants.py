@@ -44,7 +44,11 @@ def anything(*_):
 
 # op -> number format -> Variant; the first whose takes() accepts the arguments is chosen
 VARIANTS = {
-    "linear": {         # takes(Weight, whether there is a single token)
+    "products of a few": {      # takes(number of tokens): whether each row is multiplied by itself
+        "rows": Variant(int8x2.gemv.takes, True),
+        "tiles of rows": Variant(anything, False),
+    },
+    "linear": {         # takes(Weight, whether each row is multiplied by itself)
         "f32": Variant(f32.linear.takes, Linear(f32.linear.pack, f32.linear.matmul)),
         "int8x2": Variant(lambda w, single: single, Linear(int8x2.linear.pack, int8x2.gemv.matmul)),
         "f16x2 in wgmma": Variant(lambda w, single: f16x2.gemm.takes(w), Linear(f16x2.gemm.pack, f16x2.gemm.matmul)),
