@@ -14,6 +14,7 @@ from pydsa.options import choose
 
 SCORED_TOGETHER = 32        # tokens whose rows of index scores are in memory at a time (cuda/indexer.py)
 SCORED_BY_THREADS = 128     # the same of several threads (cpu/indexer.py)
+FEW_TOKENS = 8              # whose rows a GPU multiplies one by one (cuda/int8x2/gemv.py)
 BLOCKS = 264                # into which a GPU's attention to one token or few is divided (cuda/launch.py)
 UNLIMITED = 2**31 - 1
 AUTO = "auto"               # in place of devices: those that a plan chooses (fitting.py)
@@ -117,7 +118,8 @@ def _cuda_scratch(nodes, n_tokens):
             queries = max(queries, n_tokens * math.prod(node.args[1].tail))
     packed = max(packed, hidden)
     # One token's activations take two bytes a value, in tiles of 1,024, with scales and sums. The values are at a few places of the layout.
-    one_token = 4 * sum(n * (-(-width // 1024) * 2048 + width * 3 // 8) for n, width in rows)
+    of_a_token = [4 * n * (-(-width // 1024) * 2048 + width * 3 // 8) for n, width in rows]
+    one_token = sum(of_a_token) + min(n_tokens, FEW_TOKENS) * max(of_a_token, default=0)       # a few tokens' have one place
     # Packed activations are two float16 a value, with one sum for sixteen values.
     return 4 * packed + packed // 4 + 4 * (hidden + parts + absorbed) + 2 * queries + heads + one_token + splits
 

@@ -26,7 +26,7 @@ MOST_SPLITS = 512
 MOST_TOKENS = 32                    # of a step; more have blocks enough without splits
 PROCESSORS = BLOCKS // 2            # that blocks are divided among
 ENOUGH = 3 * PROCESSORS // 4        # blocks to fill a GPU
-THREADS_AT_ONCE = 512               # of attention, of a processor: each has 128 registers
+THREADS_AT_ONCE = 256               # of narrow tiles, of a processor: each has up to 255 registers
 # capability -> KB of shared memory that a block can have; others have SMALL
 SHARED, SMALL = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}, 99
 ZERO, MINUS_INFINITY = np.float32(0), np.float32(-np.inf)
@@ -122,7 +122,7 @@ def division(storage, n_tokens, n_head, n_keys, chosen):
         if groups * most >= ENOUGH:
             break
     attention = ATTEND[storage, tile]
-    at_a_time = min(BLOCKS // PROCESSORS, room() // attention.shared, THREADS_AT_ONCE // attention.threads)       # blocks of a processor
+    at_a_time = max(1, min(BLOCKS // PROCESSORS, room() // attention.shared, THREADS_AT_ONCE // attention.threads))     # on a processor
     return tile, min(most, max(1, PROCESSORS * at_a_time // groups))
 
 

@@ -10,7 +10,7 @@ Rows are as the caches of DeepSeek's models have them: VALUE numbers that are ke
 Parameters of the kernels: sums [tokens, splits, n_head, VALUE], of values times weights, not yet divided; stats [tokens, splits, n_head,
 2], the greatest score times log2(e), -inf if there is no key, and the sum of weights; q [tokens, n_head, WIDTH]; data, the cache's bytes;
 all these flat; row_bytes; positions, indices, mask and mode as in modes.py; n_head; n_splits; scale, times log2(e). A split of no keys
-writes nothing: splits_used() tells how many others there are.
+writes nothing: share_of_keys() tells which these are.
 """
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""GEMV of quantized weights with the activations of one token, or of each of a few.
+"""GEMV of quantized weights with activations of one token, or of a few.
 
 Half a warp has a row of weights. Each of its lanes takes 64 of each 1,024, so that the scales of a block are decoded once for them, and has
 two rows at a time, which share what it reads of the activations. These come from the first-level cache: all warps of a processor read the
