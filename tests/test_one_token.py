@@ -192,10 +192,12 @@ def test_attention_of_few_tokens(monkeypatch, storage, tile):
     """
     use_tiles(monkeypatch, storage, tile, 4)
     rows = Rows(uneven_rows(130, 1), storage, 512)
-    for n_head, n, valid in ((33, 100, 97), (3, 70, 0))[:1 if tile.buffers == 1 else 2]:
+    for n_head, n, valid in ((33, 100, 97), (3, 70, 0))[:2 if storage == "i8" else 1]:
         q = normal(1, n_head, 576) * np.float32(2)
         out = compare("sparse_attention", (1, n_head, 512), q, rows, chosen_rows(130, n, valid), 0.05)
         assert valid or not out.any()
+    if storage == "bf16" and tile.buffers == 1:     # as f16, but for the products
+        return
     positions, q = np.array([2, 129]), normal(2, 17, 576) * np.float32(2)
     compare("dense_attention", (2, 17, 512), q, rows, positions, 0.05)
     if tile.buffers == 2 or tile.heads == 16:       # the mask is read in one way
