@@ -1,7 +1,9 @@
-"""What a GPU does for one token: norms with sums and rounding, top-k of one row, attention over chosen rows.
+"""What a GPU does for one token: norms with sums and rounding, top-k of one row, attention of this and a few tokens.
 
 Float64 is the measure. The kernels run as PTX, in the simulator where it knows their instructions, and on a GPU.
 """
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -11,13 +13,14 @@ if DEVICE != "cuda":
     pytest.skip("these are kernels of GPUs", allow_module_level=True)
 
 from pydsa.backends import cuda, gpus, reference  # noqa: E402
-from pydsa.backends.cuda import attend_one, attention, int8x2, modes, moe, rows_one, top_k_one  # noqa: E402
+from pydsa.backends.cuda import attend_one, attention, int8x2, launch, modes, moe, rows_one, top_k_one  # noqa: E402
+from pydsa.backends.cuda.chosen_rows import Tile  # noqa: E402
 from pydsa.backends.cuda.current import current  # noqa: E402
-from pydsa.backends.cuda.norm_one import MOST, Joined, add_norm, norm_is_wide  # noqa: E402
 from pydsa.backends.cuda.int8x2.gemv import gemv, grid_of  # noqa: E402
 from pydsa.backends.cuda.int8x2.linear import LOW, Int8x2, place_of_quad, scratch_for, scratch_for_rows  # noqa: E402
 from pydsa.backends.cuda.launch import KERNELS  # noqa: E402
 from pydsa.backends.cuda.linear import head_tiles  # noqa: E402
+from pydsa.backends.cuda.norm_one import MOST, Joined, add_norm, norm_is_wide  # noqa: E402
 from tools import one_token  # noqa: E402
 from tools.cuda_ptx import assemble, find  # noqa: E402
 
@@ -162,6 +165,24 @@ def test_outputs_are_rounded_where_they_are_made(kind, n, n_out):
     assert all(np.array_equal(a, b) for a, b in zip(unpacked(made, heads * n_out), unpacked(expected, heads * n_out)))
 
 
+@pytest.mark.parametrize("kind", ["Q4_K"] if IN_SIMULATOR else ["Q4_K", "Q8_0", "F32"])
+def test_products_of_a_few_tokens_are_those_of_each(monkeypatch, kind):
+    """One matrix, one per head, and experts, of which tokens share some."""
+    monkeypatch.setattr(int8x2.gemv, "MOST_TOKENS", 3)
+    n_in, ids, listed = 256, np.array([[4, 1], [1, 0], [2, 4]], np.int32), {}
+    w, heads, experts = tensor(kind, 17, n_in), tensor(kind, 2, 5, n_in), tensor(kind, 5, 9, n_in)
+    cases = [("linear", (17,), w, normal(3, n_in)), ("head_linear", (2, 5), heads, normal(3, 2, n_in)),
+             ("moe_gate_up", (2, 9), normal(3, n_in), ids, experts, experts),
+             ("moe_down", (9,), normal(3, 2, n_in), ids, normal(3, 2), experts)]
+    monkeypatch.setattr(launch.listing, "kernels", None)
+    for op, shape, *args in cases:
+        compare(op, (3, *shape), *args)
+        launch.listing.kernels = listed
+        run(kernels, op, [(3, *shape)], *args)
+        launch.listing.kernels = None
+    assert f"gemv_{kind.lower()}" in listed and not any("gemm" in name or "group" in name for name in listed)
+
+
 def best_of(row, k):
     """The places of the k largest numbers of a row, ascending, then -1.
 
@@ -233,15 +254,20 @@ def chosen_rows(n_kv, n, valid):
     return indices
 
 
-def use_blocks(monkeypatch, storage, keys):
-    """Let blocks have so many rows; the test is skipped on a GPU that cannot.
+of_gpus = pytest.mark.skipif(IN_SIMULATOR, reason="the simulator has not these instructions")
 
-    The emulated one can.
+
+def use_tiles(monkeypatch, storage, tile, processors=attend_one.PROCESSORS):
+    """Let blocks have such tiles; the test is skipped on a GPU that cannot.
+
+    The emulated one can. processors: among which keys are divided.
     """
-    if not SIMULATED and keys > attend_one.rows_of_a_block(storage):
+    if not SIMULATED and tile not in attend_one.fits(storage):
         pytest.skip("blocks of this GPU have less shared memory")
     assert current().capability >= (8, 0)       # the backend has asked for it, and keeps it
-    monkeypatch.setattr(attend_one, "rows_of_a_block", lambda storage: keys)
+    monkeypatch.setattr(attend_one, "fits", lambda storage: [tile])
+    monkeypatch.setattr(attend_one, "room", lambda: 227 * 1024)
+    monkeypatch.setattr(attend_one, "PROCESSORS", processors)
     monkeypatch.setattr(gpus.driver(), "capability", (9, 0), raising=False)
 
 
@@ -253,15 +279,39 @@ def uneven_rows(n, size):
 
 
 @of_gpus
-@pytest.mark.parametrize("storage, keys", attend_one.ATTEND)
-def test_attention_to_chosen_rows(monkeypatch, storage, keys):
-    """Whole and partial tiles of heads and rows, and no rows at all."""
-    use_blocks(monkeypatch, storage, keys)
-    rows = Rows(uneven_rows(120, 1), storage, 512)
-    for n_head, n, valid in ((33, 100, 97), (3, 70, 0)):
+@pytest.mark.parametrize("storage, tile", attend_one.ATTEND)
+def test_attention_of_few_tokens(monkeypatch, storage, tile):
+    """Whole and partial tiles of heads and keys, one or several a block.
+
+    Chosen keys, and none; all keys, of tokens with few and many of them, some behind a mask.
+    """
+    use_tiles(monkeypatch, storage, tile, 4)
+    rows = Rows(uneven_rows(130, 1), storage, 512)
+    for n_head, n, valid in ((33, 100, 97), (3, 70, 0))[:2 if storage == "i8" else 1]:
         q = normal(1, n_head, 576) * np.float32(2)
-        out = compare("sparse_attention", (1, n_head, 512), q, rows, chosen_rows(120, n, valid), 0.05)
+        out = compare("sparse_attention", (1, n_head, 512), q, rows, chosen_rows(130, n, valid), 0.05)
         assert valid or not out.any()
+    if storage == "bf16" and tile.buffers == 1:     # as f16, but for the products
+        return
+    positions, q = np.array([2, 129]), normal(2, 17, 576) * np.float32(2)
+    compare("dense_attention", (2, 17, 512), q, rows, positions, 0.05)
+    if tile.buffers == 2 or tile.heads == 16:       # the mask is read in one way
+        mask = np.where(integers(0, 2, 2, 133) > 0, normal(2, 133), -np.inf).astype(np.float32)
+        mask[:, 0] = 0
+        compare("masked_attention", (2, 17, 512), q, rows, mask, positions, 0.05)
+
+
+@of_gpus
+def test_later_tiles_count_as_earlier_ones(monkeypatch):
+    """Scores that grow from tile to tile, and that fall.
+
+    Far enough to leave nothing of others.
+    """
+    use_tiles(monkeypatch, "i8", Tile(32, 32, 2), 1)
+    q = normal(1, 2, 576)
+    for sizes in (np.arange(1, 161), np.arange(160, 0, -1)):
+        values = q[0, :1] * sizes[:, None].astype(np.float32) / 8 + normal(160, 576)
+        compare("dense_attention", (1, 2, 512), q, Rows(values, "i8", 512), np.array([159]), 0.02)
 
 
 @of_gpus
@@ -270,7 +320,7 @@ def test_many_parts_are_joined_and_rounded(monkeypatch):
 
     The result is rounded for the product that takes it.
     """
-    use_blocks(monkeypatch, "i8", 32)
+    use_tiles(monkeypatch, "i8", Tile(32, 32, 2))
     rows, n_head, n = Rows(uneven_rows(100, 1), "i8", 512), 3, 32 * attend_one.AT_ONCE + 40
     q, indices = normal(1, n_head, 576) * np.float32(20), np.full((1, n), -1, np.int32)
     indices[0, 64:n - 7:3] = np.sort(rng(4).integers(0, 100, len(indices[0, 64:n - 7:3])))
@@ -286,10 +336,10 @@ def test_many_parts_are_joined_and_rounded(monkeypatch):
 
 
 @of_gpus
-@pytest.mark.parametrize("storage, keys", [("i16", 64), ("f16", 32)])
-def test_nan_stays_where_it_is_chosen(monkeypatch, storage, keys):
+@pytest.mark.parametrize("storage, tile", [("i16", Tile(64, 32, 2)), ("f16", Tile(32, 16, 1))])
+def test_nan_stays_where_it_is_chosen(monkeypatch, storage, tile):
     """A row of NaN spoils what chose it, a query of NaN its own head only."""
-    use_blocks(monkeypatch, storage, keys)
+    use_tiles(monkeypatch, storage, tile, 1)
     values, q, indices = normal(80, 576), normal(1, 4, 576), np.arange(10, 80, dtype=np.int32)[None]
     values[5], q[0, 2, 560] = np.nan, np.nan
     rows = Rows(values, storage, 512)
@@ -300,19 +350,20 @@ def test_nan_stays_where_it_is_chosen(monkeypatch, storage, keys):
 
 
 @of_gpus
-def test_both_ways_are_timed():
+def test_both_ways_are_timed(monkeypatch):
     """tools/one_token.py at small shapes: each line tells of two ways, whose results agree."""
-    sizes = dict(storage="i16", rows=90, heads=2, chosen=40, scores=640, width=64, repeats=2)
+    monkeypatch.setattr(gemv, "MOST_TOKENS", 8)
+    sizes = dict(storage="i16", rows=90, heads=2, chosen=40, scores=640, width=64, outputs=9, repeats=1)
     done = CliRunner().invoke(one_token.main, [part for name, n in sizes.items() for part in (f"--{name}", str(n))])
     assert done.exit_code == 0, done.output
-    assert done.output.count("NMSE") == len(done.output.splitlines()) == 5
+    assert done.output.count("NMSE") == len(done.output.splitlines()) == 8
 
 
 @of_gpus
 @pytest.mark.skipif(not find("ptxas"), reason="ptxas is not installed")
 def test_kernels_keep_their_numbers_in_registers_of_newer_gpus():
     names = [name for name in KERNELS if name.startswith(("attend_one", "join_rows", "add_norm_row"))] + ["choose_of_row", "prepare"]
-    assert len(names) == 12
+    assert len(names) == 17
     for name in names:
         for capability in ((9, "0a"), (12, 0)):
             use = assemble(find("ptxas"), KERNELS[name].ptx((8, 0)), capability)
@@ -320,11 +371,29 @@ def test_kernels_keep_their_numbers_in_registers_of_newer_gpus():
 
 
 def test_rows_that_other_kernels_attend_to(monkeypatch):
-    """Other widths, caches, modes and numbers of tokens."""
-    monkeypatch.setattr(attend_one, "rows_of_a_block", lambda storage: 0 if storage == "f32" else 64)
+    """Other widths, caches and numbers of tokens."""
+    monkeypatch.setattr(attend_one, "fits", lambda storage: [] if storage == "f32" else [Tile(64, 32, 2)])
 
-    def takes(widths=(512, 64), storage="i16", mode=modes.SPARSE, n_tokens=1, n_keys=100):
+    def takes(widths=(512, 64), storage="i16", n_tokens=1):
         q, out = cuda.empty((n_tokens, 2, sum(widths)), np.float32), cuda.empty((n_tokens, 2, widths[0]), np.float32)
-        return attend_one.takes(out, q, cuda.cache_rows(4, widths, storage), mode, n_keys)
-    assert takes() and not takes((256, 64)) and not takes((512, 32)) and not takes(storage="f32") and not takes(mode=modes.MASKED)
-    assert not takes(n_tokens=2) and not takes(n_keys=64 * attend_one.MOST_SPLITS + 1)
+        return attend_one.takes(out, q, cuda.cache_rows(4, widths, storage), modes.DENSE, 100)
+    assert takes() and takes(n_tokens=attend_one.MOST_TOKENS) and not takes((256, 64)) and not takes((512, 32))
+    assert not takes(storage="f32") and not takes(n_tokens=attend_one.MOST_TOKENS + 1)
+
+
+@of_gpus
+def test_how_keys_are_divided(monkeypatch):
+    """Blocks fill the GPU; there are no more splits than tiles."""
+    def division(capability, *args):
+        monkeypatch.setattr(attend_one, "current", lambda: SimpleNamespace(capability=capability))
+        return attend_one.division(*args)
+    assert division((9, 0), "i16", 1, 128, 2048, True) == ((64, 32, 2), 32)
+    assert division((9, 0), "i16", 1, 64, 2048, True) == ((32, 32, 1), 64)
+    assert division((9, 0), "i16", 1, 128, 131_072, False) == ((64, 32, 2), 33)
+    assert division((9, 0), "i16", 8, 128, 131_072, False) == ((64, 32, 2), 4)
+    assert division((9, 0), "f16", 1, 128, 131_072, False) == ((32, 32, 2), 33)
+    assert division((9, 0), "f16", 1, 128, 2048, True) == ((64, 32, 1), 32)
+    assert division((8, 0), "bf16", 1, 16, 32_768, False) == ((32, 32, 1), 132)
+    assert division((8, 9), "bf16", 1, 16, 32_768, False) == ((32, 16, 1), 132)
+    assert division((12, 0), "i8", 1, 128, 100, False) == ((32, 32, 2), 4)
+    assert max(attend_one.division("i8", 1, 1, 1 << 20, chosen)[1] for chosen in (False, True)) <= attend_one.MOST_SPLITS

@@ -52,16 +52,9 @@ def threads(name, file, seconds):
     return Stage(name, (*PYTHON, "tools/thread_speed.py", "{out}/" + file, "--json", "{out}/" + name + ".json", "-r", "1"), seconds)
 
 
-# All kernels of this GPU, in as many processes as there are cores: as they are needed they would be compiled one by one.
-COMPILE = """
-from pydsa.backends.cuda import gpu
-from pydsa.backends.cuda.launch import KERNELS, compile_all
-compile_all([kernel for kernel in KERNELS.values() if kernel.specific in (None, gpu.capability)])
-"""
 STAGES = [
     Stage("device", ("nvidia-smi",), 1, optional=True),
     Stage("info", (*PYDSA, "info", "pydsa/demo/demo.gguf", "--device", "cuda"), 4),
-    Stage("kernels", (*PYTHON, "-c", COMPILE), 40),
     # what has never run on a GPU is found here, and left out of the stages behind it
     Stage("variants", (*PYTHON, "tools/check_variants.py", "--seconds", "30", "--wrong", "{out}/" + WRONG), 90),
     tests("ops-float16", "ops and float16", 30),
@@ -82,11 +75,11 @@ STAGES = [
     bench("depths", "Q4_K_M", 35, "-p", "2048", "-n", "64", "-ub", "2048", "-d", "0,4096,131072", "-r", "2"),
     bench("prompts-exact", "Q4_K_M", 15, "-p", "2048", "-n", "0", "-ub", "2048", "-d", "0,4096", "-r", "2", "--precision", "exact"),
     # three loads, of which the first has all weights on the GPU
-    Stage("placement", (*PYTHON, "tools/check_placement.py", "{out}/" + MODEL.format("Q4_K_M"), "-p", "2048,4096", "-n", "32"), 40),
+    Stage("placement", (*PYTHON, "tools/check_placement.py", "{out}/" + MODEL.format("Q4_K_M"), "-p", "2048,4096", "-n", "32"), 35),
     make("Q8_0", 20),
     bench("q8_0", "Q8_0", 20, "-p", "2048", "-n", "64", "-ub", "2048", "-d", "0,4096"),
     Stage("sanitizer", ("compute-sanitizer", "--error-exitcode", "9", *PYTHON, "-m", "pytest", "-x", "-q", "-k",
-                        "not (threads or sampled)", "tests/test_attention.py", "tests/test_top_k.py"), 30, optional=True),
+                        "not (threads or sampled)", "tests/test_attention.py", "tests/test_top_k.py"), 12, optional=True),
     Stage("make-0.5b", (*PYTHON, "tools/make_model.py", "--preset", "0.5b", "--type", "Q4_K_M", "{out}/0.5b.gguf"), 3),
     threads("threads-0.5b", "0.5b.gguf", 15),
     threads("threads-v3.2", MODEL.format("Q4_K_M"), 20),

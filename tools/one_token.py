@@ -2,9 +2,9 @@
 
     python tools/one_token.py
 
-Attention to chosen rows, top-k of one row, norms with sums and rounding: the kernels for one token, and those that do the same for any
-number of tokens, on the shapes of DeepSeek V3.2. Times are those of a CUDA graph of many launches, one after the other, as a step is. The
-exit code is 1 if the results differ.
+Attention to chosen rows and to all, top-k of one row, norms with sums and rounding: the kernels for one token, and those that do the same
+for any number of tokens, on the shapes of DeepSeek V3.2. Times are those of a CUDA graph of many launches, one after the other, as a step
+is. The exit code is 1 if the results differ.
 """
 import functools
 import importlib
@@ -19,6 +19,7 @@ from pydsa.backends.cuda.current import gpu
 from pydsa.backends.cuda.norm_one import add_norm
 from pydsa.backends.cuda.int8x2.linear import pack_into, scratch_for
 from pydsa.backends.cuda.variants import VARIANTS
+from pydsa.gguf_file import Tensor
 
 TOP_K = importlib.import_module("pydsa.backends.cuda.top_k")        # the package has a function of this name
 STORAGES = tuple(dict.fromkeys(storage for storage, _ in attend_one.ATTEND))     # that have kernels for one token
@@ -64,7 +65,7 @@ def both_ways(name, op, work, out, repeats):
 
 
 def attentions(storages, rows, heads, chosen, repeats):
-    """Attention to chosen rows of caches of some types."""
+    """Attention to chosen rows of caches of some types, and to all."""
     q, out, values = normal(1, heads, 576), cuda.empty((1, heads, 512), np.float32), normal(min(rows, 4096), 576)
     indices = cuda.upload(np.sort(RNG.choice(rows, chosen, replace=False)).astype(np.int32)[None])
     made = scratch_for(out.rows)
@@ -74,7 +75,21 @@ def attentions(storages, rows, heads, chosen, repeats):
             n = min(rows - start, len(values))
             cuda.cache_write(cache, values[:n], cuda.upload(np.arange(start, start + n)))
         work = functools.partial(attention.attend, out, q, cache, modes.SPARSE, chosen, 0.05, indices=indices, made=made)
-        yield both_ways(f"attention, {chosen} of {rows} rows of {storage}, {heads} heads", "attention of one", work, out, repeats)
+        yield both_ways(f"attention, {chosen} of {rows} rows of {storage}, {heads} heads", "attention of a few", work, out, repeats)
+        for n in sorted({min(rows, 1024), rows}):
+            work = functools.partial(attention.attend, out, q, cache, modes.DENSE, rows, 0.05, positions=cuda.upload(np.array([n - 1])),
+                                     made=made)
+            yield both_ways(f"attention, the first {n} rows of {storage}, {heads} heads", "attention of a few", work, out, repeats)
+
+
+def products(width, outputs, repeats):
+    """Products of a few tokens with a matrix of Q4_K."""
+    width = (width + 255) // 256 * 256
+    w = cuda.weight(Tensor("w", "Q4_K", (outputs, width), RNG.integers(0, 64, (outputs, width // 256 * 144), np.uint8)))
+    for n in (2, 8):
+        x, out = normal(n, width), cuda.empty((n, outputs), np.float32)
+        yield both_ways(f"[{outputs} x {width}] of Q4_K times {n} tokens", "products of a few", functools.partial(cuda.linear, out, w, x),
+                        out, repeats)
 
 
 def choices(length, chosen, repeats):
@@ -110,11 +125,13 @@ def norms(width, repeats):
 @click.option("--heads", default=128, show_default=True)
 @click.option("--chosen", default=2048, show_default=True, help="rows")
 @click.option("--scores", default=131072, show_default=True, help="in the row of which the best are chosen")
-@click.option("--width", default=7168, show_default=True, help="of a norm")
+@click.option("--width", default=7168, show_default=True, help="of a norm, and of products")
+@click.option("--outputs", default=18432, show_default=True, help="of products of a few tokens")
 @click.option("--repeats", default=50, show_default=True, help="launches in a graph")
-def main(storages, rows, heads, chosen, scores, width, repeats):
+def main(storages, rows, heads, chosen, scores, width, outputs, repeats):
     cuda.check_device()
-    errors = [*attentions(storages, rows, heads, chosen, repeats), *choices(scores, chosen, repeats), norms(width, repeats)]
+    errors = [*attentions(storages, rows, heads, chosen, repeats), *choices(scores, chosen, repeats), norms(width, repeats),
+              *products(width, outputs, repeats)]
     sys.exit(0 if max(errors) < BOUND else "The results differ.")
 
 

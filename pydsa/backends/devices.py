@@ -15,6 +15,7 @@ from pydsa.options import PRECISIONS, choose
 SCORED_BY_THREADS = 128     # tokens whose rows of index scores are in memory at a time (cpu/indexer.py)
 SCORE_BYTES = 256 << 20     # of such rows in a GPU's memory, or SCORED_AT_LEAST tokens (cuda/indexer.py)
 SCORED_AT_LEAST = 32
+FEW_TOKENS = 8              # whose rows a GPU multiplies one by one (cuda/int8x2/gemv.py)
 BLOCKS = 264                # into which a GPU's work is divided, two for each of its processors (cuda/launch.py)
 FLASH_WIDTHS = (128, 64, 128, 512), (192, 64, 256, 512)     # n_nope, n_rot, n_v, kv_lora that cuda/flash has kernels for
 FLASH_BYTES = 256 << 20     # of keys and values of heads that it has at a time, at most
@@ -152,7 +153,8 @@ def _cuda_scratch(nodes, n_tokens):
             chosen = max(chosen, n_tokens * (4 * n_head + 16) + 4 * BLOCKS + 512)
     packed = max(packed, hidden)
     # One token's activations take two bytes a value, in tiles of 1,024, with scales and sums. The values are at a few places of the layout.
-    one_token = 4 * sum(n * (-(-width // 1024) * 2048 + width * 3 // 8) for n, width in rows)
+    of_a_token = [4 * n * (-(-width // 1024) * 2048 + width * 3 // 8) for n, width in rows]
+    one_token = sum(of_a_token) + min(n_tokens, FEW_TOKENS) * max(of_a_token, default=0)       # a few tokens' have one place
     # Packed activations are two float16 a value, with one sum for sixteen values.
     return 4 * packed + packed // 4 + 4 * (hidden + parts + absorbed) + queries + heads + one_token + splits + chosen
 
@@ -215,7 +217,7 @@ DEVICES = {
     # A grid has at most 65,535 blocks in y and in z, which kernels use for tokens.
     "cuda": Device("pydsa.backends.cuda", 4, lambda tensors: (0, _n_bytes(tensors)), 32768, tokens_scored_by_gpu, _cuda_scratch,
                    packed_latents=_cuda_packed_latents, copies_blocks=True, described=True, numbered=True, streams=True, bus=True,
-                   apart=40, precisions=True, half_rows=_cuda_half_rows, reserved=640 << 20),   # 420 to 560 MiB are a context's on such GPUs
+                   apart=40, precisions=True, half_rows=_cuda_half_rows, reserved=640 << 20),     # 420 to 560 MiB are a context's
     "reference": Device("pydsa.backends.reference", 8, lambda tensors: (_mapped(tensors), _as_floats(tensors)), streams=True),
 }
 

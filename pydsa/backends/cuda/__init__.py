@@ -119,8 +119,10 @@ def compile_calls(bind, progress=None):
         wanted.setdefault((op, tuple(map(kind, args))), args)
     listing.kernels = {}
     try:
-        for (op, _), args in wanted.items():
-            op(*args)
+        for listing.many in (False, True):
+            for (op, _), args in wanted.items():
+                op(*args)
+        listing.many = False
         ops = {op for op, _ in calls}
         for launch in fewer_launches(calls):
             if launch.func not in ops:      # not an op left as it is
@@ -128,7 +130,7 @@ def compile_calls(bind, progress=None):
         pick(empty((1,), np.int32), empty((1,), np.int64), 0, empty((1, 1), np.float32), 1, 1.0, 0.0, 1.0, 0.0)
         listed = list(listing.kernels.values())
     finally:
-        listing.kernels = None
+        listing.kernels, listing.many = None, False
     compile_all(listed, progress)
 
 

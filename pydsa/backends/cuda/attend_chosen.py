@@ -16,10 +16,10 @@ from pydsa.backends.cuda.device import SIMULATED, device, float_bits
 from pydsa.backends.cuda.half_rows import HEADS, IMAGE, LAST, PART, ROW_BYTES, WHOLE, are_aligned, facts_of, halved, halved_queries
 from pydsa.backends.cuda.hopper import (arrive, arrive_after_copies, copy_bulk, expect_bytes, fence_async, fence_mbarriers, init_mbarrier,
                                         make_wgmma_shared, make_wgmma_wait, wait_phase)
-from pydsa.backends.cuda.instructions import store_eight
+from pydsa.backends.cuda.instructions import pack_halves, store_eight
 from pydsa.backends.cuda.launch import blocks_for, is_listing, kernel
 from pydsa.backends.cuda.modes import DENSE, SPARSE
-from pydsa.backends.cuda.shared_memory import (any_lane, copy_sixteen, folds, load_float, load_floats, pack_halves, power_of_two,
+from pydsa.backends.cuda.shared_memory import (any_lane, copy_sixteen, folds, load_float, load_floats, power_of_two,
                                                shared_address, store_float, store_word)
 
 CAPABILITY = 9, 0

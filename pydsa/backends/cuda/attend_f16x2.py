@@ -1,4 +1,4 @@
-"""One token's attention to chosen rows of float16 or bfloat16.
+"""A few tokens' attention to rows of float16 or bfloat16.
 
 chosen_rows.py tells what a block does, here with tensor cores. Rows are multiplied as they are. Queries and softmax weights are two
 numbers of the rows' type, the second one what the first leaves: 22 bits of float16, 16 of bfloat16. A query of float16 is multiplied by a
@@ -8,7 +8,7 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.block_sums import abs_bits
-from pydsa.backends.cuda.chosen_rows import HEADS, SLICES, VALUE, WIDTH, Shape, make_attend
+from pydsa.backends.cuda.chosen_rows import SLICES, VALUE, WIDTH, Shape, Tile, make_attend
 from pydsa.backends.cuda.device import SIMULATED, bits_float, device, float_bits, load_four_f32, mma_f16, of_half, to_half
 from pydsa.backends.cuda.instructions import instruction, store_eight
 from pydsa.backends.cuda.shared_memory import (copy_sixteen, folds, load_float, load_four_floats, load_fragments, load_transposed,
@@ -75,19 +75,19 @@ def _make_two(storage):
 
 
 def _make_round_queries(storage, shape):
-    lanes = shape.threads // HEADS          # that share a head
+    lanes = shape.lanes
     n_fours, greatest, at_queries, q_pitch = WIDTH // 4 // lanes, folds(lanes)[0], shape.queries, shape.q_pitch
     held, (pairs, power, _) = 4 * n_fours, TYPES[storage]
 
     @device
-    def round_queries(base, q, head, n_head, thread):
-        """Put the queries of HEADS heads into shared memory, in two parts.
+    def round_queries(base, q, token, head, n_head, thread):
+        """Put a block's queries into shared memory, in two parts.
 
         The inverse of their power of two is beside them.
         """
         values, bits = cuda.local.array(held, np.float32), np.int32(0)
         h, lane = thread // U(lanes), thread % U(lanes)
-        at = min(np.int64(head) + np.int64(h), np.int64(n_head - 1)) * WIDTH + 4 * np.int64(lane)
+        at = (token + min(np.int64(head) + np.int64(h), np.int64(n_head - 1))) * WIDTH + 4 * np.int64(lane)
         for i in range(n_fours):
             values[4 * i], values[4 * i + 1], values[4 * i + 2], values[4 * i + 3] = load_four_f32(q, at + 4 * lanes * i)
         for i in range(held):
@@ -105,19 +105,19 @@ def _make_round_queries(storage, shape):
 
 def _make_scores(storage, shape):
     pitch, q_pitch, score_pitch, at_queries, at_scores = shape.pitch, shape.q_pitch, shape.score_pitch, shape.queries, shape.scores
-    columns, two = shape.keys // 32, _make_two(storage)
+    columns, two, heads, head_tiles = shape.keys // 32, _make_two(storage), shape.heads, shape.heads // 16
 
     @device
-    def scores(base, warp, lane):
+    def scores(base, tile, warp, lane):
         """Products of queries and rows, in SLICES sums.
 
         A warp has 16 heads and 32 keys.
         """
         sums, a, a_low = cuda.local.array(16, np.float32), cuda.local.array(4, np.uint32), cuda.local.array(4, np.uint32)
-        column, head, part = U(32) * (warp % U(columns)), U(16) * (warp // U(columns) % U(2)), warp // U(2 * columns)
+        column, head, part = U(32) * (warp % U(columns)), U(16) * (warp // U(columns) % U(head_tiles)), warp // U(head_tiles * columns)
         g, c, begin = lane >> U(2), lane & U(3), U(2 * WIDTH // SLICES) * part
         of_heads = base + U(at_queries) + (head + (lane & U(15))) * U(q_pitch) + (lane >> U(4)) * U(16) + begin
-        of_keys = base + (column + (lane & U(7)) + (lane >> U(4)) * U(8)) * U(pitch) + (lane >> U(3) & U(1)) * U(16) + begin
+        of_keys = tile + (column + (lane & U(7)) + (lane >> U(4)) * U(8)) * U(pitch) + (lane >> U(3) & U(1)) * U(16) + begin
         for i in range(16):
             sums[i] = ZERO
         for step in range(WIDTH // 16 // SLICES):
@@ -127,7 +127,7 @@ def _make_scores(storage, shape):
                 b0, b1, b2, b3 = load_fragments(of_keys + U(16 * pitch * pair) + U(32) * U(step))
                 two(sums, 8 * pair, a, a_low, b0, b1)
                 two(sums, 8 * pair + 4, a, a_low, b2, b3)
-        to = base + U(at_scores) + (part * U(HEADS) + head + g) * U(score_pitch) + (column + U(2) * c) * U(4)
+        to = base + U(at_scores) + (part * U(heads) + head + g) * U(score_pitch) + (column + U(2) * c) * U(4)
         for i in range(4):
             store_floats(to + U(32 * i), sums[4 * i], sums[4 * i + 1])
             store_floats(to + U(32 * i + 8 * score_pitch), sums[4 * i + 2], sums[4 * i + 3])
@@ -137,71 +137,85 @@ def _make_scores(storage, shape):
 def _make_softmax(storage, shape):
     q_pitch, score_pitch, weight_pitch = shape.q_pitch, shape.score_pitch, shape.weight_pitch
     at_queries, at_scores, at_weights, at_bias = shape.queries, shape.scores, shape.weights, shape.bias
-    lanes, pairs = shape.keys // 4, TYPES[storage][0]
+    at_factors, heads, lanes, pairs = shape.factors, shape.heads, shape.lanes, TYPES[storage][0]
     greatest, total = folds(lanes)
 
     @device
-    def softmax(base, scale, stats, at_stats, stored, thread):
-        """Scores become weights, four of a head in each of keys / 4 threads.
-
-        stats: the greatest score and the sum of all weights, if `stored`.
-        """
+    def softmax(base, tile, scale, top, weight, thread):
+        """Scores become weights, four of a head in each of keys / 4 threads."""
         head, i = thread // U(lanes), thread % U(lanes)
         s0, s1, s2, s3 = ZERO, ZERO, ZERO, ZERO
         for part in range(SLICES):
-            a, b, c, d = load_four_floats(base + U(at_scores) + (U(HEADS * part) + head) * U(score_pitch) + U(16) * i)
+            a, b, c, d = load_four_floats(base + U(at_scores) + (U(heads * part) + head) * U(score_pitch) + U(16) * i)
             s0, s1, s2, s3 = s0 + a, s1 + b, s2 + c, s3 + d
-        a, b, c, d = load_four_floats(base + U(at_bias) + U(16) * i)
+        a, b, c, d = load_four_floats(tile + U(at_bias) + U(16) * i)
         f = scale * load_float(base + U(at_queries + 4 * WIDTH) + head * U(q_pitch))
         s0, s1, s2, s3 = s0 * f + a, s1 * f + b, s2 * f + c, s3 * f + d
-        top = greatest(max(max(s0, s1), max(s2, s3)))
+        before, top = top, max(top, greatest(max(max(s0, s1), max(s2, s3))))
         least = top if top > MINUS_INFINITY else ZERO
+        again = power_of_two(before - least)
         s0, s1, s2, s3 = power_of_two(s0 - least), power_of_two(s1 - least), power_of_two(s2 - least), power_of_two(s3 - least)
-        weight = total((s0 + s1) + (s2 + s3))
+        weight = weight * again + total((s0 + s1) + (s2 + s3))
         a, b, c, d = pairs(s0 * GREATEST, s1 * GREATEST, s2 * GREATEST, s3 * GREATEST)
         at = base + U(at_weights) + head * U(weight_pitch) + U(8) * i
         store_words(at, a, b)
-        store_words(at + U(HEADS * weight_pitch), c, d)
-        if i == U(0) and stored:
-            stats[at_stats], stats[at_stats + 1] = top, weight
+        store_words(at + U(heads * weight_pitch), c, d)
+        if i == U(0):
+            store_float(base + U(at_factors) + U(8) * head, again)
+        return top, weight
     return softmax
 
 
 def _make_add_values(storage, shape):
-    pitch, weight_pitch, steps, at_weights = shape.pitch, shape.weight_pitch, shape.keys // 16, shape.weights
-    two = _make_two(storage)
+    pitch, weight_pitch, steps, at_weights, at_factors = shape.pitch, shape.weight_pitch, shape.keys // 16, shape.weights, shape.factors
+    two, heads = _make_two(storage), shape.heads
 
     @device
-    def add_values(base, sums, first_row, n_rows, column, lane):
-        """Weights times 32 columns of the values, by one warp, to rows of sums."""
-        acc, a, a_low = cuda.local.array(32, np.float32), cuda.local.array(4, np.uint32), cuda.local.array(4, np.uint32)
-        for i in range(32):
-            acc[i] = ZERO
+    def add_values(base, tile, acc, at_acc, column, lane):
+        """acc [at_acc:at_acc + heads] += weights times COLUMNS of a tile's values.
+
+        By one warp.
+        """
+        a, a_low = cuda.local.array(4, np.uint32), cuda.local.array(4, np.uint32)
+        for eight in range(heads // 8):
+            again = load_float(base + U(at_factors + 64 * eight) + U(8) * (lane >> U(2)))
+            for i in range(8):
+                acc[at_acc + eight // 2 * 16 + eight % 2 * 2 + i // 2 * 4 + i % 2] *= again
         of_weights = base + U(at_weights) + (lane & U(15)) * U(weight_pitch) + (lane >> U(4)) * U(16)
-        of_values = base + (lane & U(15)) * U(pitch) + U(2) * column + (lane >> U(4)) * U(16)
+        of_values = tile + (lane & U(15)) * U(pitch) + U(2) * column + (lane >> U(4)) * U(16)
         for step in range(steps):
             for group in range(2):
                 b0, b1, b2, b3 = load_transposed(of_values + U(16 * pitch * step + 32 * group))
-                for m in range(2):
-                    at, i = of_weights + U(16 * weight_pitch * m + 32 * step), 16 * m + 8 * group
+                for m in range(heads // 16):
+                    at, i = of_weights + U(16 * weight_pitch * m + 32 * step), at_acc + 16 * m + 8 * group
                     a[0], a[1], a[2], a[3] = load_fragments(at)
-                    a_low[0], a_low[1], a_low[2], a_low[3] = load_fragments(at + U(HEADS * weight_pitch))
+                    a_low[0], a_low[1], a_low[2], a_low[3] = load_fragments(at + U(heads * weight_pitch))
                     two(acc, i, a, a_low, b0, b1)
                     two(acc, i + 4, a, a_low, b2, b3)
-        for quarter in range(4):
-            h = U(8 * quarter) + (lane >> U(2))
-            at = (first_row + h) * VALUE + column + 2 * (lane & U(3))
-            if h < n_rows:
-                for eight in range(4):
-                    i = quarter // 2 * 16 + 4 * eight + quarter % 2 * 2
-                    store_eight(sums, 4 * np.int64(at + 8 * eight), float_bits(acc[i] / GREATEST), float_bits(acc[i + 1] / GREATEST))
     return add_values
 
 
-def _make(storage, keys):
-    shape = Shape(keys, 2 * WIDTH, 4 * WIDTH + 8, 2 * keys)
+def _make_store_sums(shape):
+    eights = shape.heads // 8
+
+    @device
+    def store_sums(sums, acc, at_acc, first_row, n_rows, column, lane):
+        """Put COLUMNS of the sums of a block's heads into rows of sums."""
+        for eight in range(eights):
+            h = U(8 * eight) + (lane >> U(2))
+            at = (first_row + h) * VALUE + column + 2 * (lane & U(3))
+            if h < n_rows:
+                for two in range(4):
+                    i = at_acc + eight // 2 * 16 + 4 * two + eight % 2 * 2
+                    store_eight(sums, 4 * np.int64(at + 8 * two), float_bits(acc[i] / GREATEST), float_bits(acc[i + 1] / GREATEST))
+    return store_sums
+
+
+def _make(storage, tile):
+    shape = Shape(tile, 2 * WIDTH, 4 * WIDTH + 8, 2 * tile.keys)
     return make_attend(storage, shape, copy_sixteen, 16, _make_round_queries(storage, shape), _make_scores(storage, shape),
-                       _make_softmax(storage, shape), _make_add_values(storage, shape))
+                       _make_softmax(storage, shape), _make_add_values(storage, shape), _make_store_sums(shape))
 
 
-ATTEND = {} if SIMULATED else {(storage, keys): _make(storage, keys) for storage in TYPES for keys in (64, 32)}
+TILES = Tile(64, 32, 1), Tile(32, 32, 2), Tile(32, 32, 1), Tile(32, 16, 1)
+ATTEND = {} if SIMULATED else {(storage, tile): _make(storage, tile) for storage in TYPES for tile in TILES}

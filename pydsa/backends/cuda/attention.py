@@ -1,8 +1,8 @@
 """Absorbed MLA attention: the ops, and the second kernel of split-K.
 
 All heads share one cache row per key, whose first n_v values are the key's value. Keys may be divided into splits, which different blocks
-compute (flash decoding). A second kernel joins the splits. One token's attention to chosen rows is that of attend_one.py, that of prompts
-is attend_chosen.py's, where they take them.
+compute (flash decoding). A second kernel joins the splits. A few tokens' attention is that of attend_one.py, prompts' to chosen rows that
+of attend_chosen.py, where they take the rows.
 """
 import numpy as np
 from numba import cuda
@@ -10,7 +10,7 @@ from numba import cuda
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.device import SIMULATED, device, exp
 from pydsa.backends.cuda.int8x2.linear import pack_four, pack_into
-from pydsa.backends.cuda.launch import BLOCKS, blocks_for, is_listing, kernel
+from pydsa.backends.cuda.launch import BLOCKS, blocks_for, is_listing, kernel, lists_many
 from pydsa.backends.cuda.modes import DENSE, MASKED, SPARSE
 from pydsa.backends.cuda.variants import kernels
 
@@ -80,26 +80,27 @@ def attend(out, q, latents, mode, n_keys, scale, positions=None, indices=None, m
 
     positions, indices and mask are None where the mode does not use them. made: for one token, the Int8x2 that receives out, packed.
     """
-    n_v = out.shape[2]
-    of_one, parts = kernels("attention of one", out, q, latents, mode, n_keys), (q[..., :n_v], q[..., n_v:])
-    if of_one:
-        of_one(out, q, latents, indices, scale, made)
+    others = [scratch("nothing", (1,) * n, dtype) if a is None else a
+              for a, n, dtype in ((positions, 1, np.int64), (indices, 2, np.int32), (mask, 2, np.float32))]
+    of_few = not lists_many() and kernels("attention of a few", out, q, latents, mode, n_keys)
+    if of_few:
+        of_few(out, q, latents, *others, mode, n_keys, scale, made)
         return
+    n_v = out.shape[2]
+    parts = q[..., :n_v], q[..., n_v:]
     of_many = kernels("attention of many", out, *parts, latents, mode)
     if of_many:
         of_many(out, *parts, latents, indices, positions, scale)
     if not of_many or is_listing():
-        attend_in_tiles(out, q, latents, mode, n_keys, scale, positions, indices, mask, made)
+        attend_in_tiles(out, q, latents, mode, n_keys, scale, others, made)
 
 
-def attend_in_tiles(out, q, latents, mode, n_keys, scale, positions, indices, mask, made):
+def attend_in_tiles(out, q, latents, mode, n_keys, scale, others, made):
     """attend() for any number of tokens, in tiles of keys.
 
-    Its kernels take all that others leave.
+    Its kernels take all that others leave. others: positions, indices and mask, or anything in place of what the mode does not use.
     """
     n_tokens, n_head, n_v = out.shape
-    others = [scratch("nothing", (1,) * n, dtype) if a is None else a
-              for a, n, dtype in ((positions, 1, np.int64), (indices, 2, np.int32), (mask, 2, np.float32))]
     variant = kernels("attention", latents, n_head, n_v)
     n_splits = splits_for(n_tokens * blocks_for(n_head, variant.heads) * blocks_for(n_v, variant.columns), n_keys, variant.tile)
     rows = (n_tokens, n_head, n_splits) if n_splits > 1 else (1, 1, 1)

@@ -1,90 +1,142 @@
-"""What the kernels of one token's attention to chosen rows share: their parameters, and what a block does.
+"""What the kernels of a few tokens' attention share: their parameters, and what a block does.
 
-A block has some chosen rows and HEADS heads. It asks for all its rows at once, rounds its queries meanwhile, and uses the rows twice from
-shared memory: as keys, and as values. So it waits for memory twice: for the numbers of its rows, then for the rows.
+A block has some heads of a token and walks tiles of its keys: chosen ones, or all up to the token's position. It asks for all rows of a
+tile at once and uses them twice from shared memory: as keys, and as values. Queries are rounded while the first tile comes. Where a block
+has room for two tiles, one comes while the other is used. Most blocks have one tile: then memory is waited for twice, for the numbers of
+chosen rows, then for the rows.
 
 Rows are as the caches of DeepSeek's models have them: VALUE numbers that are key and value, and ROTATED ones that are only key.
 
-Parameters of the kernels, all arrays flat: sums [splits, n_head, VALUE], of values times weights, not yet divided; stats [splits, n_head,
-2], the greatest score times log2(e), -inf if there is no key, and the sum of weights; q [n_head, WIDTH]; data, the cache's bytes;
-row_bytes; indices, the chosen rows, negative where there is none; n_head; scale, times log2(e).
+Parameters of the kernels: sums [tokens, splits, n_head, VALUE], of values times weights, not yet divided; stats [tokens, splits, n_head,
+2], the greatest score times log2(e), -inf if there is no key, and the sum of weights; q [tokens, n_head, WIDTH]; data, the cache's bytes;
+all these flat; row_bytes; positions, indices, mask and mode as in modes.py; n_head; n_splits; scale, times log2(e). A split of no keys
+writes nothing: share_of_keys() tells which these are.
 """
+from typing import NamedTuple
+
 import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.device import device
-from pydsa.backends.cuda.instructions import all_copies, commit_copies
+from pydsa.backends.cuda.instructions import all_copies, commit_copies, copies_left
 from pydsa.backends.cuda.launch import kernel
-from pydsa.backends.cuda.shared_memory import shared_address, store_float
+from pydsa.backends.cuda.modes import key_and_bias, split_of_keys
+from pydsa.backends.cuda.shared_memory import anew, shared_address, store_float
 
-HEADS = 32                      # of a block
 VALUE, ROTATED = 512, 64        # numbers of a row's two parts
 WIDTH = VALUE + ROTATED
 SLICES = 4                      # warps that share a score, each with a part of the numbers
-SIGNATURE = "f4[::1], f4[::1], f4[::1], u1[::1], i8, i4[::1], i4, f4"
+COLUMNS = 32                    # of the value, that a warp has at a time
+SIGNATURE = "f4[::1], f4[::1], f4[::1], u1[::1], i8, i8[:], i4[:,:], f4[:,:], i4, i4, i4, f4"
+LOG2_E = np.float32(1.4426950408889634)
 U, ZERO, MINUS_INFINITY = np.uint32, np.float32(0), np.float32(-np.inf)
+one_group_left = copies_left(1)
+
+
+class Tile(NamedTuple):
+    """What a block has at a time."""
+    keys: int       # 64 or 32
+    heads: int      # 32 or 16
+    buffers: int    # 2: one tile comes while the other is used; or 1
 
 
 class Shape:
     """Where what is in a block's shared memory, in bytes from its beginning.
 
-    keys: the rows of a block, 64 or 32. A row has eight threads. row, query, weights: bytes of a row, of a rounded query with its scales,
-    and of one of two planes of a head's weights. Pitches are odd multiples of 16 bytes: fragments are loaded without bank conflicts.
+    row, query, weights: bytes of a row, of a rounded query with its scales, and of one of two planes of a head's weights. Pitches are odd
+    multiples of 16 bytes: fragments are loaded without bank conflicts. Tiles come first, each with the biases of its keys.
     """
 
-    def __init__(self, keys, row, query, weights):
-        self.keys, self.threads, self.row = keys, 8 * keys, row
+    def __init__(self, tile, row, query, weights):
+        self.keys, self.heads, self.buffers = tile
+        self.lanes = self.keys // 4             # threads that share a head
+        self.threads, self.row = self.heads * self.lanes, row
+        self.turns = VALUE // COLUMNS // (self.threads // 32)       # in which a warp adds values
         self.pitch, self.q_pitch, self.weight_pitch = (16 * (-(-n // 16) | 1) for n in (row, query, weights))
-        self.score_pitch = 4 * keys + 32
-        self.queries = keys * self.pitch
-        self.scores = self.queries + HEADS * self.q_pitch
-        self.weights = self.scores + SLICES * HEADS * self.score_pitch
-        self.bias = self.weights + 2 * HEADS * self.weight_pitch
-        self.factors = self.bias + 4 * keys
-        self.size = self.factors + 4 * HEADS
+        self.score_pitch = 4 * self.keys + 32
+        self.bias = self.keys * self.pitch
+        self.tile = self.bias + 4 * self.keys
+        self.queries = self.buffers * self.tile
+        self.scores = self.queries + self.heads * self.q_pitch
+        self.weights = self.scores + SLICES * self.heads * self.score_pitch
+        self.factors = self.weights + 2 * self.heads * self.weight_pitch        # two of each head: see attend()
+        self.size = self.factors + 8 * self.heads
 
 
 def make_ask(shape, copy, unit):
-    """The function that starts a block's copies, of `unit` bytes each."""
-    keys, pitch, bias, units = shape.keys, shape.pitch, shape.bias, shape.row // unit
+    """The function that starts a tile's copies, of `unit` bytes each."""
+    pitch, bias_at, units = shape.pitch, shape.bias, shape.row // unit
+    sharing = shape.threads // shape.keys       # threads that share a row
 
     @device
-    def ask(base, data, row_bytes, indices, split, thread):
-        """Start the copies of a block's rows; zeros stand for those that are not."""
-        row, part, key = thread >> U(3), np.int64(thread & U(7)), np.int64(-1)
-        place = np.int64(split) * keys + np.int64(row)
-        if place < indices.shape[0]:
-            key = np.int64(indices[place & 0x7FFFFFFF])
-        source, n = max(key, np.int64(0)) * row_bytes + unit * part, U(unit) if key >= 0 else U(0)
-        to = base + row * U(pitch) + U(unit) * U(part)
-        for i in range((units + 7) // 8):
-            if 8 * i + 7 < units or 8 * i + part < units:
-                copy(to + U(8 * unit * i), data, source + 8 * unit * i, n)
+    def ask(tile, data, row_bytes, start, n, mode, indices, mask, t, thread):
+        """Start the copies of a tile's keys, those from `start` on.
+
+        Zeros stand for those that are not.
+        """
+        row, part = thread // U(sharing), np.int64(thread % U(sharing))
+        key, bias = key_and_bias(np.int32(start + row), n, mode, indices, mask, t)
+        source, size = max(key, np.int64(0)) * row_bytes + unit * part, U(unit) if key >= 0 else U(0)
+        to = tile + row * U(pitch) + U(unit) * U(part)
+        for i in range((units + sharing - 1) // sharing):
+            if sharing * i + sharing - 1 < units or sharing * i + part < units:
+                copy(to + U(sharing * unit * i), data, source + sharing * unit * i, size)
         commit_copies()
         if part == 0:
-            store_float(base + U(bias) + U(4) * row, ZERO if key >= 0 else MINUS_INFINITY)
+            store_float(tile + U(bias_at) + U(4) * row, bias * LOG2_E)
     return ask
 
 
-def make_attend(storage, shape, copy, unit, round_queries, scores, softmax, add_values):
-    """The kernel of a cache's storage: its steps, on the rows of a Shape."""
-    ask, lanes, warps = make_ask(shape, copy, unit), shape.keys // 4, shape.keys // 4
+def make_attend(storage, shape, copy, unit, round_queries, scores, softmax, add_values, store_sums):
+    """The kernel of a cache's storage: its steps, on the tiles of a Shape.
 
-    def attend(sums, stats, q, data, row_bytes, indices, n_head, scale):
-        """Sums of values and statistics of a block's chosen rows: see chosen_rows.py."""
-        thread, split, head = U(cuda.threadIdx.x), cuda.blockIdx.x, HEADS * cuda.blockIdx.y
-        base = shared_address(cuda.shared.array(0, np.uint32))
-        ask(base, data, row_bytes, indices, split, thread)
-        round_queries(base, q, head, n_head, thread)
-        all_copies()
-        cuda.syncthreads()
-        scores(base, thread >> U(5), thread & U(31))
-        cuda.syncthreads()
-        row, n_rows = np.int64(split) * n_head + head, n_head - head
-        h = np.int64(thread // U(lanes))
-        softmax(base, scale, stats, 2 * (row + h), h < n_rows, thread)
-        cuda.syncthreads()
-        for column in range(thread >> U(5), VALUE // 32, warps):
-            add_values(base, sums, row, n_rows, U(32) * U(column), thread & U(31))
-    name = f"attend_one_{storage}{'' if shape.keys == 64 else '_narrow'}"
+    A thread keeps the greatest score and the sum of weights of one head, of which softmax() makes those with a tile more. It leaves two
+    factors of each head: what sums so far are multiplied by, and what the tile's are.
+    """
+    ask, keys, lanes, warps = make_ask(shape, copy, unit), shape.keys, shape.lanes, shape.threads // 32
+    two, other, turns, heads, n_sums = shape.buffers == 2, shape.tile, shape.turns, shape.heads, shape.turns * shape.heads
+
+    def attend(sums, stats, q, data, row_bytes, positions, indices, mask, mode, n_head, n_splits, scale):
+        """Sums of values and statistics of a split of a token's keys: see chosen_rows.py."""
+        acc = cuda.local.array(n_sums, np.float32)
+        thread, split, head, t = U(cuda.threadIdx.x), np.int64(cuda.blockIdx.x), np.int32(heads * cuda.blockIdx.y), cuda.blockIdx.z
+        base, token = shared_address(cuda.shared.array(0, np.uint32)), np.int64(t) * n_head
+        n, start, end = split_of_keys(split, n_splits, keys, mode, positions, indices, t)
+        n, start, end = np.int32(n), np.int32(start), np.int32(end)
+        if start >= end:
+            return
+        ask(base, data, row_bytes, start, n, mode, indices, mask, t, thread)
+        round_queries(base, q, token, head, n_head, thread)
+        for i in range(n_sums):
+            acc[i] = ZERO
+        tile, top, weight = base, MINUS_INFINITY, ZERO
+        for at in range(start, end, np.int32(keys)):
+            if two:
+                if np.int32(at + keys) < end:
+                    ask(base + base + U(other) - tile, data, row_bytes, np.int32(at + keys), n, mode, indices, mask, t, anew(thread))
+                else:
+                    commit_copies()
+                one_group_left()
+            else:
+                all_copies()
+            cuda.syncthreads()
+            here = anew(thread)
+            scores(base, tile, here >> U(5), here & U(31))
+            cuda.syncthreads()
+            top, weight = softmax(base, tile, scale, top, weight, anew(thread))
+            cuda.syncthreads()
+            here = anew(thread)
+            for turn in range(turns):
+                add_values(base, tile, acc, heads * turn, U(COLUMNS) * ((here >> U(5)) + U(warps * turn)), here & U(31))
+            cuda.syncthreads()
+            if two:
+                tile = base + base + U(other) - tile
+            elif np.int32(at + keys) < end:
+                ask(tile, data, row_bytes, np.int32(at + keys), n, mode, indices, mask, t, anew(thread))
+        row, n_rows, h = (np.int64(t) * n_splits + split) * n_head + head, n_head - head, np.int64(thread // U(lanes))
+        if thread % U(lanes) == U(0) and h < n_rows:
+            stats[2 * (row + h)], stats[2 * (row + h) + 1] = top, weight
+        for turn in range(turns):
+            store_sums(sums, acc, heads * turn, row, n_rows, U(COLUMNS) * ((thread >> U(5)) + U(warps * turn)), thread & U(31))
+    name = f"attend_one_{storage}_{keys}_{heads}_{shape.buffers}"
     return kernel(SIGNATURE, shape.threads, name, shared=shape.size)(attend)

@@ -12,9 +12,9 @@ from pydsa.backends.cuda.block_sums import abs_bits, block_max
 from pydsa.backends.cuda.chosen_rows import VALUE, WIDTH
 from pydsa.backends.cuda.current import kept_per_gpu
 from pydsa.backends.cuda.device import bits_float, device, float_bits
-from pydsa.backends.cuda.instructions import load_eight, load_four, load_sixteen, store_sixteen
+from pydsa.backends.cuda.instructions import load_eight, load_four, load_sixteen, pack_halves, store_sixteen
 from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
-from pydsa.backends.cuda.shared_memory import folds, pack_halves
+from pydsa.backends.cuda.shared_memory import folds
 from pydsa.quants import CACHE_TYPES, INT8X2_MAX
 
 THREADS = 256

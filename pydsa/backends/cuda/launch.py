@@ -45,6 +45,7 @@ def _folder():
 
 class _Listing(threading.local):
     kernels = None      # a dict {name: Kernel}, to which this thread's calls of kernels add, and launch nothing; or None
+    many = False        # whether those of steps of many tokens are listed, however few there are
 
 
 listing = _Listing()
@@ -56,6 +57,11 @@ def is_listing():
     Then ops call all kernels that their steps may take, also with other numbers of tokens.
     """
     return listing.kernels is not None
+
+
+def lists_many():
+    """Whether an op is called to list the kernels that it takes for many tokens, instead of those for a few."""
+    return is_listing() and listing.many
 
 
 class Kernel:

@@ -6,6 +6,7 @@ import numpy as np
 from pydsa.backends.cuda.array import upload
 from pydsa.backends.cuda.current import kept_per_gpu
 from pydsa.backends.cuda.f16x2.linear import TOKENS
+from pydsa.backends.cuda.launch import lists_many
 from pydsa.backends.cuda.variants import kernels
 
 
@@ -19,7 +20,7 @@ class Tiles(NamedTuple):
     end: object     # where they end
     order: object   # rows of the output, grouped by tile
     x_div: int      # output row i takes row i // x_div of the activations
-    single: bool    # one token: each tile has one row, and `order` is 0, 1, 2, ...
+    single: bool    # each tile has one row, and `order` is 0, 1, 2, ...: one token, or a few
 
     chosen = False  # whether an earlier kernel writes `matrix`
 
@@ -49,12 +50,21 @@ def head_tiles(n_tokens, n_head):
 
     Matrix h multiplies rows t * n_head + h of the activations.
     """
-    return _kept_tiles(n_head) if n_tokens == 1 else _tiles(n_tokens, n_head)
+    return _tiles_of_rows(n_tokens, n_head) if by_rows(n_tokens) else _tiles(n_tokens, n_head)
+
+
+def by_rows(n_tokens):
+    """Whether each row of activations is multiplied by itself.
+
+    With few tokens that takes less time than tiles, which mostly would be padding.
+    """
+    return n_tokens == 1 or not lists_many() and kernels("products of a few", n_tokens)
 
 
 @kept_per_gpu()
-def _kept_tiles(n_head):    # never evicted: recorded one-token steps refer to them
-    return _tiles.__wrapped__(1, n_head)
+def _tiles_of_rows(n_tokens, n_head):   # never evicted: recorded one-token steps refer to them
+    n = arange(n_tokens * n_head + 1)
+    return Tiles(upload(np.tile(np.arange(n_head, dtype=np.int32), n_tokens)), n[:-1], n[1:], n[:-1], 1, True)
 
 
 @kept_per_gpu(maxsize=16)

@@ -12,13 +12,22 @@ ZERO, MINUS_INFINITY = np.float32(0), np.float32(-np.inf)
 
 
 @device
-def split_of_keys(split, n_splits, tile, mode, positions, indices, t):
-    """The number of keys of token t; where a split of them begins and ends.
+def share_of_keys(n_splits, tile, mode, positions, indices, t):
+    """The number of keys of token t, and that of a split of them.
 
     Splits are whole tiles, except at the end of the keys.
     """
     n = np.int64(indices.shape[1]) if mode == SPARSE else positions[t] + 1
-    share = (n + n_splits * tile - 1) // (n_splits * tile) * tile
+    return n, (n + n_splits * tile - 1) // (n_splits * tile) * tile
+
+
+@device
+def split_of_keys(split, n_splits, tile, mode, positions, indices, t):
+    """The number of keys of token t; where a split of them begins and ends.
+
+    See share_of_keys.
+    """
+    n, share = share_of_keys(n_splits, tile, mode, positions, indices, t)
     return n, split * share, min(n, (split + 1) * share)
 
 

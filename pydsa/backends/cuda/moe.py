@@ -7,7 +7,7 @@ from pydsa.backends.cuda.device import SIMULATED, WARP, device, exp, sync, warp_
 from pydsa.backends.cuda.f16x2.linear import TOKENS
 from pydsa.backends.cuda.int8x2.gemv import gemv
 from pydsa.backends.cuda.launch import blocks_for, kernel
-from pydsa.backends.cuda.linear import ChosenTiles, Tiles, arange
+from pydsa.backends.cuda.linear import ChosenTiles, Tiles, arange, by_rows
 from pydsa.backends.cuda.norm import silu_mul
 from pydsa.backends.cuda.variants import kernels
 
@@ -188,7 +188,7 @@ def moe_route(ids, weights, logits, bias, gating, n_group, n_group_used, norm, s
 def pair_tiles(ids, n_expert, x_div):
     """Tiles that multiply each (token, slot) pair with its expert's matrix."""
     n_pairs = ids.size
-    if ids.shape[0] == 1:       # a token's experts are all different: one tile per slot
+    if by_rows(ids.shape[0]):       # a token's experts are all different: one tile per slot
         n = arange(n_pairs + 1)
         return ChosenTiles(ids.flat, n[:-1], n[1:], n[:-1], x_div, True)
     n_tiles = blocks_for(n_pairs, TOKENS) + min(n_expert, n_pairs)
@@ -219,7 +219,7 @@ def moe_linear(out, x, ids, w):
 def moe_down(out, hidden, ids, weights, down):
     """out[t] = sum_i weights[t, i] down_e hidden[t, i] with e = ids[t, i]."""
     parts = scratch("parts", (ids.size, out.shape[1]), np.float32)
-    outputs_of_experts(parts, ids, down, kernels("linear", down, ids.shape[0] == 1).pack(hidden.rows))
+    outputs_of_experts(parts, ids, down, kernels("linear", down, by_rows(ids.shape[0])).pack(hidden.rows))
     join_experts(out, parts, weights)
 
 

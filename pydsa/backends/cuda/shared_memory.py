@@ -27,7 +27,6 @@ copy_eight = instruction("cp.async.ca.shared.global [$0], [$1], 8, $2;", "", "rg
 copy_sixteen = instruction("cp.async.cg.shared.global [$0], [$1], 16, $2;", "", "rgr", fixed=True)
 
 power_of_two = instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f")      # 0 for -inf
-pack_halves = instruction("cvt.rn.f16x2.f32 $0, $1, $2;", "r", "ff")     # pack_halves(upper, lower): the nearest float16, as a word
 # Whether x is not 0 in any lane: 1 or 0. All lanes of the warp must call.
 any_lane = instruction("""{
 .reg .pred %some;
@@ -35,6 +34,8 @@ setp.ne.u32 %some, $1, 0;
 vote.sync.any.pred %some, %some, 0xffffffff;
 selp.u32 $0, 1, 0, %some;
 }""", "r", "r", fixed=True)
+# The same number, of which a loop computes anew what it needs: addresses that it does not change would take registers all the time.
+anew = instruction("mov.b32 $0, $1;", "r", "r", fixed=True)
 nearest_integer = instruction("cvt.rni.s32.f32 $0, $1;", "i", "f")      # 0 for NaN
 
 if SIMULATED:

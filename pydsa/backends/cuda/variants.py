@@ -62,7 +62,11 @@ def _rows_in_wgmma(summed):
 
 # op -> number format -> Variant; the first whose takes() accepts the arguments is chosen
 VARIANTS = {
-    "linear": {         # takes(Weight, whether there is a single token)
+    "products of a few": {      # takes(number of tokens): whether each row is multiplied by itself
+        "rows": Variant(int8x2.gemv.takes, True),
+        "tiles of rows": Variant(anything, False),
+    },
+    "linear": {         # takes(Weight, whether each row is multiplied by itself)
         "f32": Variant(f32.linear.takes, Linear(f32.linear.pack, f32.linear.matmul)),
         "int8x2": Variant(lambda w, single: single, Linear(int8x2.linear.pack, int8x2.gemv.matmul)),
         "f16 in wgmma": Variant(lambda w, single: f16.gemm.takes(w), Linear(f16.panels.pack, f16.gemm.matmul), FLOAT16),
@@ -78,8 +82,8 @@ VARIANTS = {
                           Attention(int8x2.attention.attend, int8x2.attention.HEADS, int8x2.attention.COLUMNS, int8x2.attention.SIDE)),
         "f32": Variant(anything, Attention(f32.attention.attend, f32.attention.HEADS, f32.attention.COLUMNS, f32.attention.KEYS)),
     },
-    "attention of one": {       # takes(out, queries, CacheRows, mode, number of keys): one token's
-        "chosen rows": Variant(attend_one.takes, attend_one.attend),
+    "attention of a few": {     # takes(out, queries, CacheRows, mode, number of keys): few tokens'
+        "whole rows": Variant(attend_one.takes, attend_one.attend),
         "tiles": Variant(anything, None),       # as "attention"
     },
     "attention of many": {      # takes(out, two parts of queries, CacheRows, mode): several tokens'

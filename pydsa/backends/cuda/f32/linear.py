@@ -78,10 +78,12 @@ def _make_gemv(name):
     def gemv(out, w, row_bytes, ids, x_div, shift, x):
         """out[y] = matrix ids[y] times row y // x_div of x.
 
-        2^shift threads have GEMV_ROWS rows of weights, of which each takes 16 bytes at a time.
+        2^shift threads have GEMV_ROWS rows of weights, of which each takes 16 bytes at a time. Adjacent blocks have the same rows: where
+        several y have the same matrix, memory is read once.
         """
-        thread, y, n_out = cuda.threadIdx.x & GEMV_THREADS - 1, cuda.blockIdx.y, out.shape[1]
-        row = ((cuda.blockIdx.x << LOG_THREADS - shift) + (thread >> shift)) * GEMV_ROWS
+        block, n_y, thread, n_out = np.uint32(cuda.blockIdx.x), np.uint32(ids.shape[0]), cuda.threadIdx.x & GEMV_THREADS - 1, out.shape[1]
+        y = np.int64(block % n_y)
+        row = ((np.int64(block // n_y) << LOG_THREADS - shift) + (thread >> shift)) * GEMV_ROWS
         x_row, base = np.uint32(y // x_div), ids[y] * np.int64(n_out)
         r0, r1, s0, s1 = (base + min(row, n_out - 1)) * row_bytes, (base + min(row + 1, n_out - 1)) * row_bytes, ZERO, ZERO
         parts = cuda.shared.array(GEMV_PARTS, np.float32)
@@ -109,7 +111,7 @@ GEMV = {name: _make_gemv(name) for name in FLOATS}
 def takes(w, single):
     """Whether activations stay float32.
 
-    They do with float32 weights, with any unquantized weights for one token, and with rows that are not a multiple of 32.
+    They do with float32 weights, with any unquantized weights for one token or a few, and with rows that are not a multiple of 32.
     """
     return w.type in FLOATS and (single or w.type == "F32" or w.shape[-1] % 32 != 0)
 
@@ -125,6 +127,6 @@ def matmul(out, w, x, tiles):
         n_units = w.row_bytes // 16
         shift = (min(GEMV_LANES, n_units) - 1).bit_length() if n_units <= 4 * GEMV_LANES else LOG_THREADS
         n_blocks = blocks_for(out.shape[1], GEMV_ROWS << LOG_THREADS - shift)
-        GEMV[w.type]((n_blocks, tiles.matrix.size), out, w.data, w.row_bytes, tiles.matrix, tiles.x_div, shift, x)
+        GEMV[w.type](n_blocks * tiles.matrix.size, out, w.data, w.row_bytes, tiles.matrix, tiles.x_div, shift, x)
     else:
         GEMM[w.type]((blocks_for(out.shape[1], WARPS), tiles.matrix.size), out, w.data, w.row_bytes, *tiles[:-1], x)

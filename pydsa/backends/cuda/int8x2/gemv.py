@@ -1,4 +1,4 @@
-"""GEMV of quantized weights with the activations of one token.
+"""GEMV of quantized weights with activations of one token, or of a few.
 
 Half a warp has a row of weights. Each of its lanes takes 64 of each 1,024, so that the scales of a block are decoded once for them, and has
 two rows at a time, which share what it reads of the activations. These come from the first-level cache: all warps of a processor read the
@@ -6,6 +6,9 @@ same. Rows of at most 512 weights are joined: half a warp takes as many as fit i
 
 Weights of types whose blocks are multiples of 16 bytes go to registers, 16 bytes a load. All others go through shared memory: each warp has
 a ring of stages there. Asynchronous copies fill the others while one is multiplied, also from one row to the next.
+
+Of a few tokens each has blocks of its own, which go through the same rows at the same time: memory is read once, the second-level cache for
+each token.
 """
 import math
 from typing import NamedTuple
@@ -35,6 +38,7 @@ NOTHING = -1 << 20                      # bytes that are left where there is not
 PARTS = WARPS * ROWS                    # sums of a block
 AHEAD = 512 if SIMULATED else 4096      # bytes of weights that are on their way to a warp, at least
 BANKS_APART = {"Q6_K": 96}              # bytes, of 128, that the halves' rows lie apart, if not 64: so that they meet in few banks
+MOST_TOKENS = 1 if SIMULATED else 8     # of a step whose rows are multiplied one by one
 MOST_BLOCKS = 2 * BLOCKS                # that walk through rows: four for each of an H100's processors
 ZERO = np.float32(0)
 SIGNATURE = f"{'f4[:,:], u1[::1], ' * 4}i8, i4[:], i4, i4, b1, i4, i4, u4[:,::1], f4[:,::1], f4[:,::1], {SOURCES}, {ROUNDED}"
@@ -312,6 +316,15 @@ def _make_staged(name):
 
 
 GEMV = {name: (_make_direct if entry.lane.direct else _make_staged)(name) for name, entry in GROUPED.items()}
+
+
+def takes(n_tokens):
+    """Whether products of so many tokens are to be made row by row.
+
+    A tile of many rows walks through its weights in steps of 64, each of which waits for the one before, in as few blocks as 128 rows of
+    weights need, however few tokens there are. docs/journal/cuda-kernels.md reckons what that takes.
+    """
+    return n_tokens <= MOST_TOKENS
 
 
 class Grid(NamedTuple):

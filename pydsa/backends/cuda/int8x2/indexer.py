@@ -8,7 +8,8 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.device import MMA_WARP, SIMULATED, WARP, bits_float, device, mma_s8, sync, u32_at
+from pydsa.backends.cuda.device import (MMA_WARP, SIMULATED, WARP, bits_float, device, load_four_u32, mma_s8, store_four_u32, sync,
+                                        u32_at)
 from pydsa.backends.cuda.int8x2.linear import head_scale, pack_head_four
 from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
 
@@ -36,7 +37,7 @@ def takes(keys):
 def pack_query(queries, weights, q, w, t, h, lane):
     """Quantize one head's query, by one warp, into fragments of mma.m16n8k32.
 
-    queries: [tile, step, part, lane]; the parts are the two uint32 of a lane's B fragment, high bytes, then low bytes. Heads are
+    queries: [tile, step, lane, part]; the four parts are the two uint32 of a lane's B fragment, high bytes, then low bytes. Heads are
     zero-padded to a multiple of eight, values to WIDTH. A query with a non-finite value gets a NaN weight.
     """
     n_head, width = q.shape[1], q.shape[2]
@@ -45,8 +46,8 @@ def pack_query(queries, weights, q, w, t, h, lane):
         weights[t, h] = w[t, h] * scale if h < n_head else ZERO
     for four in range(lane, WIDTH // 4, WARP):
         i = 4 * four
-        at = h // 8 * TILE_U32 + four // 8 * 128 + four % 8 // 4 * 32 + h % 8 * 4 + four % 4
-        queries[t, at], queries[t, at + 64] = pack_head_four(q, t, h, i, factor, h < n_head and i < width)
+        at = h // 8 * TILE_U32 + four // 8 * 128 + (h % 8 * 4 + four % 4) * 4 + four % 8 // 4
+        queries[t, at], queries[t, at + 2] = pack_head_four(q, t, h, i, factor, h < n_head and i < width)
 
 
 @kernel("u4[:,:], f4[:,:], f4[:,:,:], f4[:,:]", WARP)
@@ -75,43 +76,45 @@ def pack(q, w):
 def load_keys(key, data, row_bytes, base, n, n_u32, lane, column):
     """Load a warp's 32 keys into A fragments, zero-padded to WIDTH."""
     for i in range(4):          # rows 0 and 8 of the first 16 keys, then of the others
-        at = min(base + 8 * i + (lane >> 2), n - 1) * row_bytes
-        for slot in range(2 * STEPS):
-            valid = 4 * slot + column < n_u32
-            key[2 * STEPS * i + slot] = u32_at(data, at + 16 * slot + 4 * column) if valid else np.uint32(0)
+        at = min(base + 8 * i + (lane >> 2), n - 1) * row_bytes + 4 * column
+        if n_u32 == WIDTH // 4:
+            for slot in range(2 * STEPS):
+                key[2 * STEPS * i + slot] = u32_at(data, at + 16 * slot)
+        else:
+            for slot in range(2 * STEPS):
+                key[2 * STEPS * i + slot] = u32_at(data, at + 16 * slot) if 4 * slot + column < n_u32 else np.uint32(0)
 
 
 @device
 def stage_queries(panel, head_weights, queries, weights, token, first, n_staged, thread):
     """Stage the queries and weights of head tiles first to first + n_staged."""
     sync()
-    for i in range(thread, n_staged * TILE_U32, THREADS):
-        panel[i] = queries[token, first * TILE_U32 + i]
+    source = queries[token]
+    for j in range(QUERY_U32 // (4 * THREADS)):
+        i = 4 * (j * THREADS + thread)
+        if i < n_staged * TILE_U32:
+            a, b, c, d = load_four_u32(source, first * TILE_U32 + i)
+            store_four_u32(panel, i, a, b, c, d)
     for i in range(thread, 8 * n_staged, THREADS):
         head_weights[i] = weights[token, 8 * first + i]
     sync()
 
 
 @device
-def multiply_tile(key, b, n_steps):
-    """Products of a warp's 32 keys with eight heads: a lane's eight of them."""
+def multiply_tile(key, b):
+    """Products of a warp's 32 keys with eight heads: a lane's eight of them.
+
+    Both are zero-padded to WIDTH.
+    """
     p0, p1, p2, p3 = 0, 0, 0, 0
     r0, r1, r2, r3 = 0, 0, 0, 0
-    for step in range(STEPS):
-        if step < n_steps:
-            k = 2 * step
-            p0, p1, p2, p3 = mma_s8(key[k], key[2 * STEPS + k], key[k + 1], key[2 * STEPS + k + 1],
-                                    b[4 * step], b[4 * step + 1], p0, p1, p2, p3)
+    for part in range(2):       # high bytes, then low ones
+        p0, p1, p2, p3, r0, r1, r2, r3 = p0 << 8, p1 << 8, p2 << 8, p3 << 8, r0 << 8, r1 << 8, r2 << 8, r3 << 8
+        for step in range(STEPS):
+            k, i = 2 * step, 4 * step + 2 * part
+            p0, p1, p2, p3 = mma_s8(key[k], key[2 * STEPS + k], key[k + 1], key[2 * STEPS + k + 1], b[i], b[i + 1], p0, p1, p2, p3)
             r0, r1, r2, r3 = mma_s8(key[4 * STEPS + k], key[6 * STEPS + k], key[4 * STEPS + k + 1], key[6 * STEPS + k + 1],
-                                    b[4 * step], b[4 * step + 1], r0, r1, r2, r3)
-    p0, p1, p2, p3, r0, r1, r2, r3 = p0 << 8, p1 << 8, p2 << 8, p3 << 8, r0 << 8, r1 << 8, r2 << 8, r3 << 8
-    for step in range(STEPS):
-        if step < n_steps:
-            k = 2 * step
-            p0, p1, p2, p3 = mma_s8(key[k], key[2 * STEPS + k], key[k + 1], key[2 * STEPS + k + 1],
-                                    b[4 * step + 2], b[4 * step + 3], p0, p1, p2, p3)
-            r0, r1, r2, r3 = mma_s8(key[4 * STEPS + k], key[6 * STEPS + k], key[4 * STEPS + k + 1], key[6 * STEPS + k + 1],
-                                    b[4 * step + 2], b[4 * step + 3], r0, r1, r2, r3)
+                                    b[i], b[i + 1], r0, r1, r2, r3)
     return p0, p1, p2, p3, r0, r1, r2, r3
 
 
@@ -121,7 +124,7 @@ def weighted_relu(w0, p0, w1, p1):
     return w0 * max(np.float32(np.int32(p0)), ZERO) + w1 * max(np.float32(np.int32(p1)), ZERO)
 
 
-@kernel("f4[:,:], u4[:,:], f4[:,:], u1[::1], i8, i4, i8[:], i4, f4, b1", THREADS)
+@kernel("f4[:,:], u4[:,::1], f4[:,:], u1[::1], i8, i4, i8[:], i4, f4, b1", THREADS)
 def score_int8x2(out, queries, weights, data, row_bytes, width, positions, start, scale, fill):
     """out[t, s] as in f32/indexer.py, by mma.m16n8k32.
 
@@ -129,14 +132,14 @@ def score_int8x2(out, queries, weights, data, row_bytes, width, positions, start
     instruction multiplies 16 keys x 32 values with 32 values x 8 heads. A lane accumulates a quarter of the heads for four keys; four
     lanes are added for each key.
     """
-    panel = cuda.shared.array(QUERY_U32, np.uint32)
+    panel = cuda.shared.array(QUERY_U32, np.uint32, 16)
     head_weights = cuda.shared.array(HEADS, np.float32)
     sums = cuda.shared.array(SUMS, np.float32)
     key = cuda.local.array(KEY_U32, np.uint32)
     b = cuda.local.array(STEP_U32, np.uint32)
     thread, row = cuda.threadIdx.x & THREADS - 1, cuda.blockIdx.y & 0xFFFF
     warp, lane, column = thread >> 5, thread & 31, thread & 3
-    token, n_u32, n_steps = start + row, width >> 2, (width + 31) >> 5
+    token, n_u32 = start + row, width >> 2
     n, n_tiles = min(positions[token] + 1, out.shape[1]), weights.shape[1] >> 3
     staged = -1
     for tile in range(cuda.blockIdx.x, (out.shape[1] + KEYS - 1 if fill else n + KEYS - 1) >> KEYS_BITS, cuda.gridDim.x):
@@ -152,9 +155,9 @@ def score_int8x2(out, queries, weights, data, row_bytes, width, positions, start
                     staged = first
                 for j in range(n_staged):
                     w0, w1 = head_weights[8 * j + 2 * column], head_weights[8 * j + 2 * column + 1]
-                    for i in range(STEP_U32):
-                        b[i] = panel[j * TILE_U32 + 32 * i + lane]
-                    p0, p1, p2, p3, r0, r1, r2, r3 = multiply_tile(key, b, n_steps)
+                    for i in range(STEPS):
+                        b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3] = load_four_u32(panel, j * TILE_U32 + 128 * i + 4 * lane)
+                    p0, p1, p2, p3, r0, r1, r2, r3 = multiply_tile(key, b)
                     t0 += weighted_relu(w0, p0, w1, p1)
                     t1 += weighted_relu(w0, p2, w1, p3)
                     t2 += weighted_relu(w0, r0, w1, r1)
