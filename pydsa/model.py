@@ -244,13 +244,14 @@ def compile_for(runner, setup, backend, progress=None):
 
 
 def reserve_for(runner, setup, backend):
-    """Let a backend take the scratch memory of the largest step, once for all.
+    """Let a backend take the scratch memory of the largest steps, once for all.
 
     Its caches are full contexts: scores have a place for each key.
     """
     caches = runner.make_caches(setup, setup.n_ctx)
     for name in setup.schedule.variants:
-        backend.reserve(runner.bind(name, caches, setup.n_ubatch, 1).calls_of(backend))
+        for n in sorted({setup.n_ubatch, *(min(n, setup.n_ubatch) for n in backend.FEW)}, reverse=True):
+            backend.reserve(runner.bind(name, caches, n, 1).calls_of(backend))
 
 
 def _mapped(setup):

@@ -159,7 +159,8 @@ def test_votes_and_pairs_of_halves():
     cvt.rn.f16x2 rounds as numpy does.
     """
     run("""
-from pydsa.backends.cuda.shared_memory import any_lane, pack_halves
+from pydsa.backends.cuda.instructions import pack_halves
+from pydsa.backends.cuda.shared_memory import any_lane
 
 @kernel("u4[:], f4[:], i4", 64)
 def vote(out, x, first):

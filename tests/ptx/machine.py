@@ -203,8 +203,6 @@ class Kernel:
     def _vote(self, operands):
         """vote.sync.any of whole warps."""
         target, source = self._target(operands[0]), self._source(operands[1], "pred")
-        if int(operands[2], 0) & 0xFFFFFFFF != 0xFFFFFFFF:
-            raise KeyError(operands)
 
         def step(batch, on):
             batch.whole_warps(on)

@@ -9,6 +9,7 @@ import functools
 import numpy as np
 
 from pydsa.backends import gpus, host
+from pydsa.backends.cuda import attend_one, int8x2
 from pydsa.backends.cuda.array import DeviceArray, empty, upload  # noqa: F401
 from pydsa.backends.cuda.attention import dense_attention, masked_attention, sparse_attention  # noqa: F401
 from pydsa.backends.cuda.ceilings import measure_ceilings, product_format  # noqa: F401
@@ -33,6 +34,7 @@ from pydsa.errors import PydsaError
 from pydsa.options import FLOAT16, PRECISIONS, choose
 
 FLOAT = np.float32
+FEW = int8x2.gemv.MOST_TOKENS, attend_one.MOST_TOKENS     # the most tokens of steps that have kernels of their own
 WEIGHTS_FIRST = True        # before kernels are compiled, whose list is that of the calls with them
 
 

@@ -60,7 +60,7 @@ def is_listing():
 
 
 def lists_many():
-    """Whether an op is called to list the kernels that it takes for many tokens, instead of those for a few."""
+    """Whether an op's kernels for many tokens are listed, not for a few."""
     return is_listing() and listing.many
 
 
