@@ -244,7 +244,7 @@ def compile_for(runner, setup, backend, progress=None):
 
 
 def reserve_for(runner, setup, backend):
-    """Let a backend take the scratch memory of the largest steps, once for all.
+    """Let a backend take the scratch memory of large steps, once for all.
 
     Its caches are full contexts: scores have a place for each key.
     """
