@@ -200,10 +200,10 @@ def copies_of(n, stride):
     It begins to copy 16 bytes every `stride` bytes, at most n times, and as long as n_bytes is greater than the distance from the first.
     It is one, as each would find out the address of shared memory anew.
     """
-    lines = ["{", ".reg .pred %p900;", ".reg .b32 %r900;", ".reg .b64 %rd900;"]
+    lines = ["{", ".reg .pred %there;", ".reg .b32 %to;", ".reg .b64 %from;"]
     for i in range(n):
-        lines += [f"add.u32 %r900, $0, {i * stride};", f"add.u64 %rd900, $1, {i * stride};", f"setp.gt.s32 %p900, $2, {i * stride};",
-                  "@%p900 cp.async.cg.shared.global [%r900], [%rd900], 16;"]
+        lines += [f"add.u32 %to, $0, {i * stride};", f"add.u64 %from, $1, {i * stride};", f"setp.gt.s32 %there, $2, {i * stride};",
+                  "@%there cp.async.cg.shared.global [%to], [%from], 16;"]
 
     def simulated(target, to, source, at, n_bytes):
         for distance in range(0, min(n_bytes, n * stride), stride):
