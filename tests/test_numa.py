@@ -359,7 +359,7 @@ def test_a_model_on_several_devices():
 
 
 @pytest.mark.parametrize("room, where, sentence", [(1 << 30, ("cuda",), "--numa isolate is without effect: all runs on cuda"),
-                                                   (700000, ("cpu", "cuda"), None), (None, ("cpu",), None)])
+                                                   (1_000_000, ("cpu", "cuda"), None), (None, ("cpu",), None)])
 def test_plans_place_what_is_left_on_the_host(small_model, room, where, sentence):
     """... and search for it as without the option."""
     gpus = {} if room is None else simulated_gpus([DEVICES["cuda"].reserved + MARGIN + room])

@@ -95,4 +95,4 @@ def test_a_stage_that_fails_is_a_fault_of_the_server(staged):
         answer(server)
         staged.runner.launcher.kill(1)
         for status, body in (post(server, "/v1/completions", BODY), call(server, "GET", "/health")[::2]):
-            assert status == 500 and "Stage 2 of 2" in str(body) and "server_error" in str(body)
+            assert status == 500 and "A part of the model has failed" in str(body) and "server_error" in str(body)

@@ -58,15 +58,16 @@ def loops(disassembly):
     return [(start, end, code[start:end + 1]) for start, end in sorted(ends) if start <= end]
 
 
-def assembled(ptxas, ptx, capability, folder):
-    """Assemble a kernel in a folder: the cubin's path, and ptxas's report."""
+def assembled(ptxas, ptx, capability, folder, linked=False):
+    """Assemble a kernel in a folder: the cubin's path, and ptxas's report.
+
+    linked: as nvJitLink assembles PTX. Only then a call, such as a division of 64 bits is, makes all products of wgmma wait for each other.
+    """
     path = Path(folder) / "kernel.ptx"
     path.write_text(ptx)
     own = re.search(r"^\.target (sm_\d+a)", ptx, re.M)      # for one GPU's own instructions
     architecture = own[1] if own else f"sm_{capability[0]}{capability[1]}"
-    # to be linked, as nvJitLink assembles it: only then a call, such as a division of 64 bits is, makes all products of wgmma wait
-    as_linked = ["-c"] if own else []
-    done = subprocess.run([ptxas, f"-arch={architecture}", "-v", *as_linked, str(path), "-o", str(path.with_suffix(".cubin"))],
+    done = subprocess.run([ptxas, f"-arch={architecture}", "-v", *["-c"] * linked, str(path), "-o", str(path.with_suffix(".cubin"))],
                           capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -86,14 +87,14 @@ def show_loops(kernel, capability):
         print(f"{start:6}-{end}: {len(code)} ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common(12))})")
 
 
-def assemble(ptxas, ptx, capability):
+def assemble(ptxas, ptx, capability, linked=False):
     """What a kernel's PTX uses, a dict.
 
     It has registers, spills, stack, shared and serialized. All but the registers are in bytes; serialized tells whether ptxas lets
     products of wgmma wait for each other.
     """
     with tempfile.TemporaryDirectory() as folder:
-        _, said = assembled(ptxas, ptx, capability, folder)
+        _, said = assembled(ptxas, ptx, capability, folder, linked)
 
     def number(pattern):
         return max(map(int, re.findall(pattern, said)), default=0)
@@ -116,7 +117,7 @@ def report(capability, target, pattern):
         if not ptxas:
             print(name)
             continue
-        use = assemble(ptxas, ptx, target)
+        use = assemble(ptxas, ptx, target, linked=kernel.specific is not None and not kernel.lto)
         print(f"{name:24} {use['registers']:9} {use['spills']:7} {use['stack']:7} {use['shared']:7}")
         allowed = MAX_SPILLS if kernel.bounds[1] > 1 else 0
         if use["spills"] > allowed or use["stack"] > allowed and name not in LOCAL or use["serialized"]:
