@@ -12,9 +12,9 @@ if DEVICE != "cuda" or IN_SIMULATOR:
     pytest.skip("these are kernels of GPUs of capability 9.0", allow_module_level=True)
 
 from pydsa.backends import cuda, gpus  # noqa: E402
-from pydsa.backends.cuda import attend_chosen, modes, variants  # noqa: E402
+from pydsa.backends.cuda import attend_chosen, attend_one, modes, variants  # noqa: E402
 from pydsa.backends.cuda.current import current, selected  # noqa: E402
-from pydsa.options import EXACT  # noqa: E402
+from pydsa.options import EXACT, FLOAT16  # noqa: E402
 from pydsa.quants import CACHE_TYPES  # noqa: E402
 from tools import chosen_rows  # noqa: E402
 
@@ -23,13 +23,16 @@ BOUND = 2e-6        # of the NMSE of a head: float16 has 11 bits
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch):
-    """A GPU of capability 9.0, where two tokens are many."""
+    """A GPU of capability 9.0, where two tokens are many; float16."""
     monkeypatch.setattr(attend_chosen, "MIN_BLOCKS", 2)
+    monkeypatch.setattr(attend_one, "MOST_TOKENS", 1)
     if SIMULATED:
         monkeypatch.setattr(gpus.driver(), "capability", (9, 0), raising=False)
         monkeypatch.setitem(current().__dict__, "capability", (9, 0))
     elif current().capability != attend_chosen.CAPABILITY:
         pytest.skip("this GPU has another capability")
+    with cuda.on(0, FLOAT16).selected():
+        yield
 
 
 def attended(q, rows, indices, scale):

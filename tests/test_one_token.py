@@ -352,7 +352,7 @@ def test_nan_stays_where_it_is_chosen(monkeypatch, storage, tile):
 @of_gpus
 def test_both_ways_are_timed(monkeypatch):
     """tools/one_token.py at small shapes: each line tells of two ways, whose results agree."""
-    monkeypatch.setattr(gemv, "MOST_TOKENS", 8)
+    monkeypatch.setattr(int8x2.gemv, "MOST_TOKENS", 8)
     sizes = dict(storage="i16", rows=90, heads=2, chosen=40, scores=640, width=64, outputs=9, repeats=1)
     done = CliRunner().invoke(one_token.main, [part for name, n in sizes.items() for part in (f"--{name}", str(n))])
     assert done.exit_code == 0, done.output

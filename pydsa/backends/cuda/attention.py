@@ -80,11 +80,9 @@ def attend(out, q, latents, mode, n_keys, scale, positions=None, indices=None, m
 
     positions, indices and mask are None where the mode does not use them. made: for one token, the Int8x2 that receives out, packed.
     """
-    others = [scratch("nothing", (1,) * n, dtype) if a is None else a
-              for a, n, dtype in ((positions, 1, np.int64), (indices, 2, np.int32), (mask, 2, np.float32))]
     of_few = not lists_many() and kernels("attention of a few", out, q, latents, mode, n_keys)
     if of_few:
-        of_few(out, q, latents, *others, mode, n_keys, scale, made)
+        of_few(out, q, latents, *_arrays(positions, indices, mask), mode, n_keys, scale, made)
         return
     n_v = out.shape[2]
     parts = q[..., :n_v], q[..., n_v:]
@@ -92,13 +90,19 @@ def attend(out, q, latents, mode, n_keys, scale, positions=None, indices=None, m
     if of_many:
         of_many(out, *parts, latents, indices, positions, scale)
     if not of_many or is_listing():
-        attend_in_tiles(out, q, latents, mode, n_keys, scale, others, made)
+        attend_in_tiles(out, q, latents, mode, n_keys, scale, positions, indices, mask, made)
 
 
-def attend_in_tiles(out, q, latents, mode, n_keys, scale, others, made):
+def _arrays(positions, indices, mask):
+    """What kernels get: an array of the same kind in place of None."""
+    return [scratch("nothing", (1,) * n, dtype) if a is None else a
+            for a, n, dtype in ((positions, 1, np.int64), (indices, 2, np.int32), (mask, 2, np.float32))]
+
+
+def attend_in_tiles(out, q, latents, mode, n_keys, scale, positions, indices, mask, made):
     """attend() for any number of tokens, in tiles of keys.
 
-    Its kernels take all that others leave. others: positions, indices and mask, or anything in place of what the mode does not use.
+    Its kernels take all that others leave.
     """
     n_tokens, n_head, n_v = out.shape
     variant = kernels("attention", latents, n_head, n_v)
@@ -106,7 +110,7 @@ def attend_in_tiles(out, q, latents, mode, n_keys, scale, others, made):
     rows = (n_tokens, n_head, n_splits) if n_splits > 1 else (1, 1, 1)
     splits = [scratch(f"attention {name}", shape, np.float32) for name, shape in (
         ("sums", (*rows, n_v if n_splits > 1 else 1)), ("row_maxes", rows), ("row_sums", rows))]
-    variant.attend(out, splits, q, latents, *others, mode, scale)
+    variant.attend(out, splits, q, latents, *_arrays(positions, indices, mask), mode, scale)
     if n_splits > 1 and made is not None:
         join_packed((blocks_for(n_v, 4 * JOIN_THREADS), n_head), out, *splits, *made)
     elif n_splits > 1:
