@@ -44,6 +44,18 @@ def block_max(x, parts, thread, n_threads):
 
 
 @device
+def row_max(x, t, start, end, maxima, thread, n_threads):
+    """The greatest |x[t, i]| for i from start up to end, in every thread.
+
+    As abs_bits() has it. maxima: shared memory with one int32 per warp.
+    """
+    bits = np.int32(0)
+    for i in range(start + thread, end, n_threads):
+        bits = max(bits, abs_bits(x[t, i]))
+    return block_max(bits, maxima, thread, n_threads)
+
+
+@device
 def block_prefix(x, totals, ends, thread, n_warps):
     """Block-level exclusive prefix sum of int32, and the total.
 

@@ -10,7 +10,7 @@ from numba import cuda
 
 from pydsa import quants
 from pydsa.backends.cuda.array import empty, upload, zeros
-from pydsa.backends.cuda.block_sums import abs_bits, block_max
+from pydsa.backends.cuda.block_sums import row_max
 from pydsa.backends.cuda.blocks import GROUPED
 from pydsa.backends.cuda.blocks.floats import FLOATS, value_bf16, value_f16, value_f32
 from pydsa.backends.cuda.blocks.block import any_u32
@@ -185,10 +185,7 @@ def write_part(row, x, t, part, first, second, wide, maxima, thread, n_threads):
     wide: int16 as int8 pairs (256 high + low), else int8. maxima: shared memory with one int32 per warp.
     """
     start, end = (0, first) if part == 0 else (first, first + second)
-    abs_max = np.int32(0)
-    for i in range(start + thread, end, n_threads):
-        abs_max = max(abs_max, abs_bits(x[t, i]))
-    abs_max = bits_float(np.uint32(block_max(abs_max, maxima, thread, n_threads)))      # NaN stays NaN
+    abs_max = bits_float(np.uint32(row_max(x, t, start, end, maxima, thread, n_threads)))       # NaN stays NaN
     scale = abs_max / np.float32(quants.INT8X2_MAX if wide else 127)
     usable = (abs_max if wide else scale) > np.float32(1e-30) and scale < np.float32(math.inf)
     factor = np.float32(0)

@@ -9,7 +9,7 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.block_sums import abs_bits, block_max
+from pydsa.backends.cuda.block_sums import row_max
 from pydsa.backends.cuda.device import bits_float, device, to_half
 from pydsa.backends.cuda.instructions import store_sixteen
 from pydsa.backends.cuda.launch import kernel
@@ -49,10 +49,7 @@ def factor_of(x, t, maxima, thread):
 
     0 and NaN if a value is not finite.
     """
-    bits = np.int32(0)
-    for i in range(thread, x.shape[1], THREADS):
-        bits = max(bits, abs_bits(x[t, i]))
-    exponent = max(block_max(bits, maxima, thread, THREADS) >> 23, SMALLEST)
+    exponent = max(row_max(x, t, 0, x.shape[1], maxima, thread, THREADS) >> 23, SMALLEST)
     if exponent == 255:
         return ZERO, np.float32(np.nan)
     return bits_float(np.uint32(254 + MOST_EXPONENT - exponent << 23)), bits_float(np.uint32(exponent - MOST_EXPONENT << 23))

@@ -15,7 +15,7 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.block_sums import abs_bits, block_max
+from pydsa.backends.cuda.block_sums import row_max
 from pydsa.backends.cuda.blocks import GROUPED
 from pydsa.backends.cuda.blocks.floats import two_bf16
 from pydsa.backends.cuda.constants import nothing
@@ -62,10 +62,8 @@ def row_factor(scales, x, t, thread):
 
     A row with a non-finite value gets the scale NaN, and the factor 0.
     """
-    maxima, bits = cuda.shared.array(32, np.int32), np.int32(0)
-    for i in range(thread, x.shape[1], SPLIT_THREADS):
-        bits = max(bits, abs_bits(x[t, i]))
-    abs_max = bits_float(np.uint32(block_max(bits, maxima, thread, SPLIT_THREADS)))
+    maxima = cuda.shared.array(32, np.int32)
+    abs_max = bits_float(np.uint32(row_max(x, t, 0, x.shape[1], maxima, thread, SPLIT_THREADS)))
     finite = abs_max < np.float32(np.inf)
     factor = np.float32(F16_MAX) / abs_max if finite and abs_max > np.float32(1e-30) else ZERO
     if thread == 0:

@@ -9,7 +9,7 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.block_sums import abs_bits, block_max
+from pydsa.backends.cuda.block_sums import row_max
 from pydsa.backends.cuda.device import bits_float, device, of_half, to_half
 from pydsa.backends.cuda.instructions import store_sixteen
 from pydsa.backends.cuda.launch import blocks_for, kernel
@@ -58,10 +58,7 @@ def factor_of(x, t, maxima, thread):
 
     0 and NaN if a value is not finite.
     """
-    bits = np.int32(0)
-    for i in range(thread, x.shape[1], THREADS):
-        bits = max(bits, abs_bits(x[t, i]))
-    greatest = bits_float(np.uint32(block_max(bits, maxima, thread, THREADS)))
+    greatest = bits_float(np.uint32(row_max(x, t, 0, x.shape[1], maxima, thread, THREADS)))
     if not greatest < np.float32(np.inf):
         return ZERO, np.float32(np.nan)
     return np.float32(MOST) / greatest if greatest > np.float32(1e-30) else ZERO, greatest / np.float32(MOST)
