@@ -17,7 +17,7 @@ SCORE_BYTES = 256 << 20     # of such rows in a GPU's memory, or SCORED_AT_LEAST
 SCORED_AT_LEAST = 32
 FEW_TOKENS = 8              # whose rows a GPU multiplies one by one (cuda/int8x2/gemv.py)
 BLOCKS = 264                # into which a GPU's work is divided, two for each of its processors (cuda/launch.py)
-FLASH_WIDTHS = (128, 64, 128, 512), (192, 64, 256, 512)     # n_nope, n_rot, n_v, kv_lora that cuda/flash has kernels for
+FLASH_WIDTHS = (128, 64, 128, 512), (192, 64, 256, 512), (64, 32, 64, 256)     # n_nope, n_rot, n_v, kv_lora that cuda/flash has kernels for
 FLASH_BYTES = 256 << 20     # of keys and values of heads that it has at a time, at most
 FLASH_TILE = 128            # it has whole tiles of so many
 UNLIMITED = 2**31 - 1
@@ -113,13 +113,13 @@ def flash_keys(n_head, n_nope, n_v, n_kv):
 def _cuda_packed_latents(config, n_kv):
     """Bytes of keys, values, latents and weights as float16 (cuda/flash).
 
-    Weights of some types are float32 first. GPUs that have no such kernels, and models in another precision, take less.
+    Weights of some types are float32 first. Models in another precision take less.
     """
     c = config
     if n_kv == 0 or (c.n_nope, c.n_rot, c.n_v, c.kv_lora) not in FLASH_WIDTHS:
         return 0
     of_key = c.n_head * (c.n_nope + c.n_v)
-    return (2 * flash_keys(c.n_head, c.n_nope, c.n_v, n_kv) * (of_key + c.kv_lora + c.n_rot)
+    return (2 * flash_keys(c.n_head, c.n_nope, c.n_v, n_kv) * (of_key + c.kv_lora + 64)
             + c.kv_lora * (2 * of_key + 4 * c.n_head * max(c.n_nope, c.n_v)))
 
 

@@ -95,7 +95,8 @@ VARIANTS = {
         "memory": Variant(anything, None),      # as of several rows
     },
     "mha": {            # takes(out, queries, CacheRows, k_b, v_b): a prompt's attention to all keys
-        "flash in wgmma": Variant(flash.attend.takes, flash.attend.attention, FLOAT16),
+        "flash in wgmma": Variant(flash.attention.WGMMA.takes, flash.attention.WGMMA.attention, FLOAT16),
+        "flash in mma": Variant(flash.attention.MMA.takes, flash.attention.MMA.attention, FLOAT16),
         "absorbed": Variant(anything, None),    # as "attention" and "linear"
     },
     "top_k of many": {  # takes(scores, k): of several rows

@@ -8,12 +8,14 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.device import device
-from pydsa.backends.cuda.flash.images import CAPABILITY, GAIN, KV_LORA, TILE, TILE_BYTES, pack_halves
+from pydsa.backends.cuda.flash.images import GAIN, TILE, pack_halves
 from pydsa.backends.cuda.hopper import (arrive, copy_bulk, expect_bytes, fence_mbarriers, init_mbarrier, make_wgmma_shared, make_wgmma_wait,
                                         shared_address, steps_of_rows, wait_phase)
 from pydsa.backends.cuda.instructions import quotient, store_sixteen
 from pydsa.backends.cuda.launch import kernel
 
+CAPABILITY = 9, 0
+KV_LORA, TILE_BYTES = 512, 2 * 512 * TILE      # numbers of a latent, bytes of a tile of them
 ROWS, THREADS, WARPS, STAGES = 128, 256, 8, 5
 BLOCKS = 528                                # that are wanted: each copies its weights first, and one fits into a multiprocessor
 IMAGES = KV_LORA // 64                      # of a tile of latents, and of weights
@@ -177,4 +179,4 @@ def _make_heads(of_values):
                   specific=CAPABILITY)(heads)
 
 
-KEYS, VALUES = _make_heads(False), _make_heads(True)
+KERNELS = {KV_LORA: (_make_heads(False), _make_heads(True))}     # kv_lora -> kernels of keys and of values

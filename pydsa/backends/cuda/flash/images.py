@@ -1,12 +1,12 @@
-"""Latents, k_b and v_b as float16 in images, which wgmma reads.
+"""Latents, k_b and v_b as float16 in images, which wgmma and ldmatrix read.
 
 An image holds 64 numbers of each of many rows: 128 bytes a row, of which 16-byte piece i of row r lies at i ^ (r % 8). Rows of n numbers
-are n / 64 images, one after the other. Latents are in tiles of TILE rows, with KV_LORA / 64 images each; the rotated parts of keys, 64
-numbers a row, are one image of all rows.
+are n / 64 images, one after the other. Latents are in tiles of TILE rows, with kv_lora / 64 images each; the rotated parts of keys, up to
+64 numbers a row and zeros behind them, are one image of all rows.
 
 Numbers are multiplied by powers of two, so that no float16 overflows, and few have lost bits as subnormal ones: one for all latents, one
 for all rotated parts, one for each head of k_b and of v_b. The greatest number becomes 2^13 to 2^14. A product of a latent with a row of
-weights is then below 2^37, and times GAIN below 2^15.
+weights is then below 2^37 (kv_lora is at most 512), and times GAIN below 2^15.
 """
 import numpy as np
 from numba import cuda
@@ -18,19 +18,15 @@ from pydsa.backends.cuda.blocks.floats import FLOATS
 from pydsa.backends.cuda.current import kept_per_gpu
 from pydsa.backends.cuda.device import bits_float, device, float_bits
 from pydsa.backends.cuda.f32.tiles import UNPACK_FOUR
-from pydsa.backends.cuda.instructions import instruction, store_sixteen
+from pydsa.backends.cuda.instructions import instruction, quotient, store_sixteen
 from pydsa.backends.cuda.launch import kernel
 from pydsa.backends.cuda.rows import get_rows
 from pydsa.backends.cuda.shared_memory import folds
 
-CAPABILITY = 9, 0
-KV_LORA, N_ROT = 512, 64        # numbers of a latent, and of the rotated part of a key
+WIDE = 64                       # numbers of a row in an image
 TILE = 128                      # latents of a tile
-TILE_BYTES = 2 * KV_LORA * TILE
 GAIN = np.float32(2.0 ** -22)   # of a product of latents and weights
-PIECES, LATENT_PIECES = (KV_LORA + N_ROT) // 8, KV_LORA // 8        # of a cache row
 THREADS = 256
-BLOCKS_OF_TILE = TILE * PIECES // THREADS
 MAXIMA = 128                    # blocks that look for the greatest numbers, a multiple of 32
 INFINITE = np.int32(0x7F800000)
 U, ZERO = np.uint32, np.float32(0)
@@ -87,23 +83,24 @@ def _make_rows(storage):
     four = UNPACK_FOUR[storage]
 
     @device
-    def eight(data, row, piece):
-        a, b, c, d = four(data, row, 8 * piece, KV_LORA, N_ROT)
-        e, f, g, h = four(data, row, 8 * piece + 4, KV_LORA, N_ROT)
+    def eight(data, row, piece, kv_lora, n_rot):
+        a, b, c, d = four(data, row, 8 * piece, kv_lora, n_rot)
+        e, f, g, h = four(data, row, 8 * piece + 4, kv_lora, n_rot)
         return a, b, c, d, e, f, g, h
 
-    def maxima_of_rows(maxima, data, row_bytes, positions):
+    def maxima_of_rows(maxima, data, row_bytes, positions, kv_lora, n_rot):
         """The greatest |number| that block b has met: of latents maxima[0, b], of rotated parts maxima[1, b].
 
         Those that are not finite do not count.
         """
         thread, ints = cuda.threadIdx.x, cuda.shared.array(32, np.int32)
-        n, of_latents, of_rotated = keys_of(positions, ints, thread), np.int32(0), np.int32(0)
-        for i in range(cuda.blockIdx.x * THREADS + thread, n * PIECES, MAXIMA * THREADS):
-            row, piece, bits = i // PIECES, i % PIECES, np.int32(0)
-            for x in eight(data, np.int64(row) * row_bytes, piece):
+        n, of_latents, of_rotated, pieces = keys_of(positions, ints, thread), np.int32(0), np.int32(0), kv_lora + n_rot >> 3
+        for i in range(cuda.blockIdx.x * THREADS + thread, n * pieces, MAXIMA * THREADS):
+            row, bits = quotient(i, pieces), np.int32(0)
+            piece = i - row * pieces
+            for x in eight(data, np.int64(row) * row_bytes, piece, kv_lora, n_rot):
                 bits = max(bits, usable_bits(x))
-            if piece < LATENT_PIECES:
+            if 8 * piece < kv_lora:
                 of_latents = max(of_latents, bits)
             else:
                 of_rotated = max(of_rotated, bits)
@@ -111,28 +108,34 @@ def _make_rows(storage):
         if thread == 0:
             maxima[0, cuda.blockIdx.x], maxima[1, cuda.blockIdx.x] = bits_float(U(of_latents)), bits_float(U(of_rotated))
 
-    def images_of_rows(latents, rotated, data, row_bytes, positions, maxima, first):
+    def images_of_rows(latents, rotated, data, row_bytes, positions, kv_lora, n_rot, maxima, first):
         """Images of cache rows from the first-th on, times powers of two.
 
         Rows beyond all positions are zeros.
         """
         thread, ints = cuda.threadIdx.x, cuda.shared.array(32, np.int32)
-        n, i = keys_of(positions, ints, thread), cuda.blockIdx.x * THREADS + thread
+        n, i, pieces = keys_of(positions, ints, thread), cuda.blockIdx.x * THREADS + thread, kv_lora + WIDE >> 3
         of_latents, of_rotated = power_of_part(maxima, 0, thread & 31), power_of_part(maxima, 1, thread & 31)
-        row, piece, w0, w1, w2, w3 = i // PIECES, i % PIECES, U(0), U(0), U(0), U(0)
-        if first + row < n:
-            p = of_latents if piece < LATENT_PIECES else of_rotated
-            a, b, c, d, e, f, g, h = eight(data, np.int64(first + row) * row_bytes, piece)
+        row, w0, w1, w2, w3 = quotient(i, pieces), U(0), U(0), U(0), U(0)
+        piece = i - row * pieces
+        if first + row < n and 8 * piece < kv_lora + n_rot:
+            p = of_latents if 8 * piece < kv_lora else of_rotated
+            a, b, c, d, e, f, g, h = eight(data, np.int64(first + row) * row_bytes, piece, kv_lora, n_rot)
             w0, w1, w2, w3 = pack_halves(b * p, a * p), pack_halves(d * p, c * p), pack_halves(f * p, e * p), pack_halves(h * p, g * p)
         place = 16 * ((piece ^ row) & 7)
-        if piece < LATENT_PIECES:
-            at = np.int64(row // TILE) * TILE_BYTES + (piece >> 3) * (128 * TILE) + row % TILE * 128 + place
+        if 8 * piece < kv_lora:
+            at = np.int64(row // TILE) * (2 * TILE * kv_lora) + (piece >> 3) * (128 * TILE) + row % TILE * 128 + place
             store_sixteen(latents, at, w0, w1, w2, w3)
         else:
             store_sixteen(rotated, np.int64(row) * 128 + place, w0, w1, w2, w3)
-    row = "u1[::1], i8, i8[:]"
-    return (kernel(f"f4[:,:], {row}", THREADS, f"flash_maxima_{storage}", specific=CAPABILITY)(maxima_of_rows),
-            kernel(f"u1[::1], u1[::1], {row}, f4[:,:], i4", THREADS, f"flash_rows_{storage}", specific=CAPABILITY)(images_of_rows))
+    row = "u1[::1], i8, i8[:], i4, i4"
+    return (kernel(f"f4[:,:], {row}", THREADS, f"flash_maxima_{storage}")(maxima_of_rows),
+            kernel(f"u1[::1], u1[::1], {row}, f4[:,:], i4", THREADS, f"flash_rows_{storage}")(images_of_rows))
+
+
+def blocks_of_rows(n_tiles, kv_lora):
+    """Blocks that make the images of tiles of latents."""
+    return n_tiles * TILE * (kv_lora + WIDE) // 8 // THREADS
 
 
 # storage of a cache -> kernels: the greatest numbers of its rows; their images
@@ -200,7 +203,7 @@ def _make_weights(name):
                 v = 8 * j
                 store_sixteen(images, at + 16 * ((4 * (k & 1) + j) ^ row & 7), word_of(values, v, power), word_of(values, v + 2, power),
                               word_of(values, v + 4, power), word_of(values, v + 6, power))
-    return kernel("u1[::1], f4[:], u1[::1], i8, i4, i4", THREADS, f"flash_weights_{name.lower()}", specific=CAPABILITY)(images_of_weights)
+    return kernel("u1[::1], f4[:], u1[::1], i8, i4, i4", THREADS, f"flash_weights_{name.lower()}")(images_of_weights)
 
 
 # types that k_b and v_b have in files: those of llama-quantize's usual mixes, and what it takes where rows are no multiple of 256. Others
