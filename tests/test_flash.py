@@ -1,4 +1,4 @@
-"""Flash attention of prompts in wgmma, on an emulated GPU of 9.0."""
+"""Flash attention of prompts on emulated GPUs: in wgmma on one of 9.0, in mma.sync on one of 8.0."""
 import importlib.util
 import os
 import subprocess
@@ -18,10 +18,11 @@ from tests.helpers import Rows, kernels, last_positions, normal, reference, run,
 from tests.ptx import copies
 from pydsa.backends import cuda, devices
 from pydsa.backends.cuda import array, variants
+from pydsa.backends.cuda.current import current
 from pydsa.backends.cuda.launch import KERNELS
 from pydsa.options import EXACT
 
-V3, GLM = (512, 128, 64, 128), (512, 192, 64, 256)
+V3, GLM, GOLDEN = (512, 128, 64, 128), (512, 192, 64, 256), (256, 64, 32, 64)
 
 def inputs(n_tokens, n_kv, n_head, widths, kv_type, k_type, v_type):
     kv_lora, n_nope, n_rot, n_v = widths
@@ -34,21 +35,21 @@ def nmse(found, expected):
     return ((found - expected) ** 2).sum() / (expected ** 2).sum()
 """
 
-# More tokens than a block has, more keys than are in memory at a time, and ragged ends of both; images that two blocks make, tiles of 64
+# More tokens than a block has, more keys than are in memory at a time, and ragged ends of both; images that two blocks make, tiles of fewer
 # keys, a type of weights without kernels of its own
 PROMPTS = BEGIN + """
-most = devices.FLASH_BYTES
-for early, n_tokens, n_kv, n_head, widths, kinds, n_bytes in (
-        (False, 130, 200, 2, V3, ("i16", "Q8_0", "F32"), 1), (True, 3, 70, 1, GLM, ("f32", "Q8_0", "IQ4_NL"), most)):
+most, wgmma, kinds = devices.FLASH_BYTES, current().capability == (9, 0), ("i16", "Q8_0", "F32")
+first = [(False, 130, 200, 2, V3, kinds, 1)] if wgmma else [(True, 130, 200, 2, GOLDEN, kinds, 1), (False, 3, 70, 1, V3, kinds, most)]
+for early, n_tokens, n_kv, n_head, widths, kinds, n_bytes in (*first, (True, 3, 70, 1, GLM, ("f32", "Q8_0", "IQ4_NL"), most)):
     copies.EARLY, devices.FLASH_BYTES = early, n_bytes
     args, out = inputs(n_tokens, n_kv, n_head, widths, *kinds), (n_tokens, n_head, widths[3])
     error = nmse(run(kernels, "mha_attention", [out], *args), run(reference, "mha_attention", [out], *args))
     assert error < 5e-7, (widths, kinds, error)
-    assert KERNELS[f"flash_{widths[1] + widths[2]}_{widths[3]}"]._loaded
-    if widths == V3:        # nothing is left of others, and no weights became float32
+    assert KERNELS[f"flash_{'' if wgmma else 'mma_'}{widths[1] + widths[2]}_{widths[3]}"]._loaded
+    if n_bytes == 1:        # nothing is left of others, and no weights became float32
         taken = sum(memory.nbytes for (name, _), memory in array._scratch()._memory.items() if name.startswith("images of"))
-        config = SimpleNamespace(n_head=n_head, kv_lora=512, n_nope=128, n_rot=64, n_v=128)
-        assert taken + 4 * 512 * n_head * 128 == devices.device_of("cuda").packed_latents(config, n_kv)
+        config = SimpleNamespace(n_head=n_head, kv_lora=widths[0], n_nope=widths[1], n_rot=widths[2], n_v=widths[3])
+        assert taken + 4 * widths[0] * n_head * max(widths[1], widths[3]) == devices.device_of("cuda").packed_latents(config, n_kv)
 """
 
 # Parts of two sessions in a step, of which each has its own cache; rows that nobody sees, and a query that is not finite; a cache of
@@ -107,19 +108,22 @@ for kind in (*images.WEIGHTS, "TQ2_0"):
     for of_head, power, expected in zip(np.split(made.get(), 2), powers.get(), reference.weight(w).reshape(2, 24, 256)):
         assert power == power_of(expected), kind
         assert nmse(rows_of(cuda.upload(of_head), 24, 256) / power, expected) < 1e-7, kind
-values, positions = normal(8, 576) * np.float32(70), cuda.upload(np.array([4, 6, 5]))
-values[7] = np.nan      # nobody sees it
-for storage, bound in dict(f32=1e-7, f16=1e-7, bf16=1e-5, i16=1e-7, i8=1e-4).items():
-    cache = cuda.cache_rows(8, (512, 64), storage)
+positions = cuda.upload(np.array([4, 6, 5]))
+for storage, bound, kv_lora, n_rot in (("f32", 1e-7, 512, 64), ("f16", 1e-7, 512, 64), ("bf16", 1e-5, 512, 64), ("i16", 1e-7, 512, 64),
+                                       ("i8", 1e-4, 512, 64), ("i8", 1e-4, 256, 32)):
+    values = normal(8, kv_lora + n_rot) * np.float32(70)
+    values[7] = np.nan      # nobody sees it
+    cache = cuda.cache_rows(8, (kv_lora, n_rot), storage)
     cuda.cache_write(cache, cuda.upload(values), cuda.upload(np.arange(8)))
     maxima = cuda.empty((2, images.MAXIMA), np.float32)
-    latents, rotated = (cuda.empty((2 * 128 * n,), np.uint8) for n in (512, 64))
-    (find, make), data = images.ROWS[storage], (cache.data.flat, cache.data.shape[1], positions)
+    latents, rotated = (cuda.empty((2 * 128 * n,), np.uint8) for n in (kv_lora, 64))
+    (find, make), data = images.ROWS[storage], (cache.data.flat, cache.data.shape[1], positions, kv_lora, n_rot)
     find(images.MAXIMA, maxima, *data)
-    make(images.BLOCKS_OF_TILE, latents, rotated, *data, maxima, 2)         # from the third row on
-    for image, n, expected in ((latents, 512, values[:7, :512]), (rotated, 64, values[:7, 512:])):
-        found = rows_of(image, 128, n)
-        assert nmse(found[:5] / power_of(expected), expected[2:]) < bound and not found[5:].any(), storage
+    make(images.blocks_of_rows(1, kv_lora), latents, rotated, *data, maxima, 2)         # from the third row on
+    for image, n, expected in ((latents, kv_lora, values[:7, :kv_lora]), (rotated, 64, values[:7, kv_lora:])):
+        found, width = rows_of(image, 128, n), expected.shape[1]
+        assert nmse(found[:5, :width] / power_of(expected), expected[2:]) < bound and not found[5:].any(), storage
+        assert not found[:, width:].any()
 """
 
 # A prompt, and one behind it, up to their attention, with no other kernels
@@ -151,15 +155,16 @@ for n_past in (0, 60):
 """
 
 
-def run_python(code, *args, simulated=False):
-    env = os.environ | {"PYDSA_TEST_DEVICE": "ptx", "PYDSA_TEST_CAPABILITY": "9.0", "NUMBA_ENABLE_CUDASIM": "1" if simulated else "0"}
+def run_python(code, *args, simulated=False, capability="8.0"):
+    env = os.environ | {"PYDSA_TEST_DEVICE": "ptx", "PYDSA_TEST_CAPABILITY": capability, "NUMBA_ENABLE_CUDASIM": "1" if simulated else "0"}
     done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_prompts():
+@pytest.mark.parametrize("capability", ["9.0", "8.0"])
+def test_prompts(capability):
     """Attention is as exact as one float16, and takes the planned memory."""
-    run_python(PROMPTS)
+    run_python(PROMPTS, capability=capability)
 
 
 def test_images():
@@ -172,6 +177,7 @@ def test_positions_are_known(small_model):
     run_python(POSITIONS, small_model(arch="deepseek2", **TINY | {"n_ctx": 256, "n_lora_kv": 64}), simulated=True)
 
 
-def test_parts_and_magnitudes():
+@pytest.mark.parametrize("capability", ["9.0", "8.0"])
+def test_parts_and_magnitudes(capability):
     """Parts of sessions; magnitudes that float16 has not; what it leaves."""
-    run_python(PARTS)
+    run_python(PARTS, capability=capability)

@@ -154,13 +154,13 @@ assert "another thread" in refused(shift, 2, x, x)
 
 
 def test_votes_and_pairs_of_halves():
-    """vote.sync.any is each warp's own, and needs all lanes.
+    """vote.sync.any and redux.sync.max are each warp's own; they need all lanes.
 
     cvt.rn.f16x2 rounds as numpy does.
     """
     run("""
 from pydsa.backends.cuda.instructions import pack_halves
-from pydsa.backends.cuda.shared_memory import any_lane
+from pydsa.backends.cuda.shared_memory import any_lane, greatest_integer
 
 @kernel("u4[:], f4[:], i4", 64)
 def vote(out, x, first):
@@ -173,4 +173,15 @@ vote(1, out, upload(x), 0)
 half, found = x.astype(np.float16).view(np.uint16).astype(np.uint32), out.get()
 assert np.array_equal(found, half[:-1] | half[1:] << np.uint32(16) ^ (np.arange(64) >= 32).astype(np.uint32) << np.uint32(31))
 assert "needs all lanes of a warp" in refused(vote, 1, out, upload(x), 1)
+
+@kernel("i4[:], i4", 64)
+def greatest(out, first):
+    i = cuda.threadIdx.x
+    if i >= first:
+        out[i] = greatest_integer(np.int32(i - 70))
+
+out = upload(np.zeros(64, np.int32))
+greatest(1, out, 0)
+assert np.array_equal(out.get(), np.where(np.arange(64) < 32, 31 - 70, 63 - 70))
+assert "needs all lanes of a warp" in refused(greatest, 1, out, 1)
 """)

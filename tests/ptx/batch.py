@@ -14,7 +14,7 @@ from tests.ptx.wgmma import GROUP, Flight
 
 COLUMN = {"x": 0, "y": 1, "z": 2}
 # instruction -> threads that execute it together
-TOGETHER = {"shfl": WARP, "vote": WARP, "mma": WARP, "ldmatrix": WARP, "bar": WARP, "wgmma": GROUP}
+TOGETHER = {"shfl": WARP, "vote": WARP, "redux": WARP, "mma": WARP, "ldmatrix": WARP, "bar": WARP, "wgmma": GROUP}
 
 
 class KernelError(Exception):

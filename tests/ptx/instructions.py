@@ -250,7 +250,7 @@ PLAIN = {
     "mad.lo": lambda x, y, z: x * y + z, "min": chosen((np.minimum, np.fmin)), "max": chosen((np.maximum, np.fmax)), "neg": np.negative,
     "abs": np.abs, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "div.rn": np.divide,
     "add.rn": np.add, "mul.rn": np.multiply, "fma.rn": fma, "fma.rm": fma_down, "sqrt.rn": np.sqrt, "rcp.rn": np.reciprocal,
-    "ex2.approx.ftz": power_of_two, "clz": leading_zeros, "popc": set_bits,
+    "ex2.approx.ftz": power_of_two, "rcp.approx.ftz": np.reciprocal, "clz": leading_zeros, "popc": set_bits,
     "prmt": byte_permute, "bfi": bit_insert, "selp": select, "shl": shift(True),
     "shr": shift(False), "shf.r.wrap": funnel_right,
 }

@@ -101,8 +101,8 @@ class Kernel:
                 return self._memory(op, operands)
             if op[0] == "shfl":
                 return self._shuffle(op[2], operands)
-            if op == ("vote", "sync", "any", "pred"):
-                return self._vote(operands)
+            if op in (("vote", "sync", "any", "pred"), ("redux", "sync", "max", "s32")):
+                return self._of_warps(op, operands)
             if op[0] == "mma":
                 return self._tiles(op, operands)
             if kind == "f16x2":
@@ -200,13 +200,13 @@ class Kernel:
         assert how in ("bfly", "up", "down", "idx")
         return step
 
-    def _vote(self, operands):
-        """vote.sync.any of whole warps."""
-        target, source = self._target(operands[0]), self._source(operands[1], "pred")
+    def _of_warps(self, op, operands):
+        """vote.sync.any and redux.sync.max of whole warps."""
+        target, source, combine = self._target(operands[0]), self._source(operands[1], op[3]), {"any": np.any, "max": np.max}[op[2]]
 
         def step(batch, on):
             batch.whole_warps(on)
-            target(batch, on, np.repeat(source(batch, on).reshape(-1, WARP).any(1), WARP))
+            target(batch, on, np.repeat(combine(source(batch, on).reshape(-1, WARP), 1), WARP))
         return step
 
     def _tiles(self, op, operands):

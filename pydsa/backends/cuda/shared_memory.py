@@ -34,6 +34,9 @@ setp.ne.u32 %some, $1, 0;
 vote.sync.any.pred %some, %some, 0xffffffff;
 selp.u32 $0, 1, 0, %some;
 }""", "r", "r", fixed=True)
+# The greatest int32 of a warp, all of whose lanes must call. Unlike shuffles it tells ptxas that all lanes have the same: code that depends
+# on it is not divergent. In divergent code shuffles are calls where nvJitLink assembles for 8.0 to 8.9.
+greatest_integer = instruction("redux.sync.max.s32 $0, $1, 0xffffffff;", "i", "i", fixed=True)
 # The same number, of which a loop computes anew what it needs: addresses that it does not change would take registers all the time.
 anew = instruction("mov.b32 $0, $1;", "r", "r", fixed=True)
 nearest_integer = instruction("cvt.rni.s32.f32 $0, $1;", "i", "f")      # 0 for NaN

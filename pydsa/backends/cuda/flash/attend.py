@@ -8,7 +8,7 @@ from numba import cuda
 
 from pydsa.backends.cuda.device import device
 from pydsa.backends.cuda.flash.heads import BY_ROWS, CAPABILITY
-from pydsa.backends.cuda.flash.queries import QUERIES, WARPS, Shape, U, hide, make_flash, make_weigh, total_of_four
+from pydsa.backends.cuda.flash.queries import QUERIES, WARPS, Shape, U, hide, make_flash, make_weigh
 from pydsa.backends.cuda.hopper import (arrive, copy_bulk, expect_bytes, fence_async, fence_mbarriers, init_mbarrier, make_wgmma,
                                         make_wgmma_shared, make_wgmma_wait, shared_address, steps_of_rows, wait_phase)
 
@@ -75,7 +75,7 @@ def _make_walk(shape):
             wait_values(acc, p)
             if thread & 31 == 0:
                 arrive(shared, empty + 8 * stage)
-        return top, top_8, total_of_four(total), total_of_four(total_8)
+        return top, top_8, total, total_8
     return walk
 
 

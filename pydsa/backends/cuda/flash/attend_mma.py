@@ -1,14 +1,14 @@
 """Flash attention of prompts in MLA's plain form in mma.sync, for all GPUs.
 
-As attend.py, whose blocks (queries.py) it has, with at most 99 KB of shared memory. There is one tile of keys and one of values (heads_mma.py)
-in it: the values of a tile are copied while queries meet its keys, the next keys while weights meet its values.
+As attend.py, whose blocks (queries.py) it has, with at most 99 KB of shared memory. There is one tile of keys and one of values
+(heads_mma.py) in it: the values of a tile are copied while queries meet its keys, the next keys while weights meet its values.
 """
 import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.device import device
 from pydsa.backends.cuda.flash.heads_mma import add_pair, of_columns, of_rows
-from pydsa.backends.cuda.flash.queries import QUERIES, THREADS, ZERO, Shape, U, hide, make_flash, make_weigh, total_of_four
+from pydsa.backends.cuda.flash.queries import QUERIES, THREADS, ZERO, Shape, U, hide, make_flash, make_weigh
 from pydsa.backends.cuda.instructions import all_copies, commit_copies
 from pydsa.backends.cuda.shared_memory import copy_sixteen, load_fragments, load_transposed, shared_address
 from pydsa.backends.devices import FLASH_WIDTHS
@@ -86,7 +86,8 @@ def _make_add_values(shape):
 
 def _make_walk(shape):
     n_words, n_scores, n_sums, key_bits = (1 << shape.key_bits) // 4, (1 << shape.key_bits) // 2, shape.n_v // 2, shape.key_bits
-    weigh, scores, add_values, (copy_keys, copy_values) = make_weigh(n_scores), _make_scores(shape), _make_add_values(shape), _make_copies(shape)
+    weigh, scores, add_values = make_weigh(n_scores), _make_scores(shape), _make_add_values(shape)
+    copy_keys, copy_values = _make_copies(shape)
     at_keys, at_values = shape.at_tiles, shape.at_tiles + (128 << key_bits) * shape.n_images
 
     @device
@@ -119,7 +120,7 @@ def _make_walk(shape):
                 acc[i], acc[i + 1] = acc[i] * shrink, acc[i + 1] * shrink
                 acc[i + 2], acc[i + 3] = acc[i + 2] * shrink_8, acc[i + 3] * shrink_8
             add_values(acc, p, my_values)
-        return top, top_8, total_of_four(total), total_of_four(total_8)
+        return top, top_8, total, total_8
     return walk
 
 

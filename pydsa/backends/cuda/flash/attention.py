@@ -1,7 +1,7 @@
 """Attention of prompts to all keys in MLA's plain form: the op, by kernels in wgmma or in mma.sync.
 
-Latents and weights of heads become float16 images (images.py). Of these keys and values of all heads are made, for as many keys at a time as
-devices.FLASH_BYTES holds, and attended to.
+Latents and weights of heads become float16 images (images.py). Of these keys and values of all heads are made, for as many keys at a time
+as devices.FLASH_BYTES holds, and attended to.
 """
 import math
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from pydsa.backends.devices import flash_keys
 
 LOG2_E = np.float32(math.log2(math.e))
 ROWS = 128          # numbers of a key or value that a block of heads.py or heads_mma.py makes
-BLOCKS = 528        # of them that are wanted
+BLOCKS = 528        # of these kernels that are wanted
 
 
 class Form(NamedTuple):

@@ -1,8 +1,8 @@
 """Keys and values of heads from latents: products in mma.sync, for all GPUs.
 
-A block makes 2 * WIDE numbers of a head's keys or values for tiles of latents. Images of 64 numbers of latents, and of the weights that meet
-them, come by asynchronous copies, STAGES of them under way. A warp has 32 latents and WIDE numbers. Both keys and values are written as
-images for attend_mma.py: in tiles of 2^key_bits keys, one image for each 64 numbers.
+A block makes 2 * WIDE numbers of a head's keys or values for tiles of latents. Images of 64 numbers of latents, and of the weights that
+meet them, come by asynchronous copies, STAGES of them under way. A warp has 32 latents and WIDE numbers. Both keys and values are written
+as images for attend_mma.py: in tiles of 2^key_bits keys, one image for each 64 numbers.
 """
 import numpy as np
 from numba import cuda
@@ -10,7 +10,7 @@ from numba import cuda
 from pydsa.backends.cuda.device import device, mma_f16
 from pydsa.backends.cuda.flash.heads import turned, word_of
 from pydsa.backends.cuda.flash.images import TILE, WIDE
-from pydsa.backends.cuda.instructions import commit_copies, copies_left, quotient, store_sixteen
+from pydsa.backends.cuda.instructions import commit_copies, copies_left, store_sixteen
 from pydsa.backends.cuda.launch import kernel
 from pydsa.backends.cuda.shared_memory import copy_sixteen, load_fragments, load_transposed, shared_address
 
@@ -69,10 +69,11 @@ def _make_multiply(of_values):
 
 
 @device
-def store_sums(out, at, sums, key_bits, n_images, key, lane):
+def store_sums(out, at, sums, key_bits, n_images, key, lane, repeats):
     """Store a warp's sums as float16, in an image for attend_mma.py.
 
-    at: where the image begins in the first tile of a head's keys. n_images: of a tile. key: the first of 32.
+    at: where the image begins in the first tile of a head's keys. n_images: of a tile. key: the first of 32. repeats: whether another
+    warp stores the same. All warps must call: lanes exchange words.
     """
     for m in range(ROW_TILES):
         for half in range(2):
@@ -81,11 +82,17 @@ def store_sums(out, at, sums, key_bits, n_images, key, lane):
             for q in range(2):
                 i = SUMS // 2 * m + 16 * q + 2 * half
                 w0, w1, w2, w3 = turned((word_of(sums, i), word_of(sums, i + 4), word_of(sums, i + 8), word_of(sums, i + 12)), lane)
-                store_sixteen(out, to + 16 * (4 * q + (lane & 3) ^ lane >> 2), w0, w1, w2, w3)
+                if not repeats:
+                    store_sixteen(out, to + 16 * (4 * q + (lane & 3) ^ lane >> 2), w0, w1, w2, w3)
+
+
+def images_bits_of(kv_lora):
+    """The logarithm of the number of images that a tile of latents has."""
+    return (kv_lora // WIDE).bit_length() - 1
 
 
 def _make_copy_stage(of_values, kv_lora):
-    images_bits = (kv_lora // WIDE).bit_length() - 1
+    images_bits = images_bits_of(kv_lora)
     last_image = (1 << images_bits) - 1
 
     @device
@@ -110,7 +117,7 @@ def _make_copy_stage(of_values, kv_lora):
 
 
 def _make_heads(of_values, kv_lora):
-    multiply, copy_stage, n_k = _make_multiply(of_values), _make_copy_stage(of_values, kv_lora), kv_lora // WIDE
+    multiply, copy_stage, images_bits = _make_multiply(of_values), _make_copy_stage(of_values, kv_lora), images_bits_of(kv_lora)
 
     def heads(out, out_head, weights, n, key_bits, latents, n_tiles):
         """Keys or values of a head, 2 * WIDE numbers of them.
@@ -119,34 +126,32 @@ def _make_heads(of_values, kv_lora):
         for a key. out_head: bytes of a head in out. Keys are in tiles of 2^key_bits.
         """
         thread, head, shared = U(cuda.threadIdx.x), np.int64(cuda.blockIdx.x), cuda.shared.array(0, np.uint8, 1024)
-        lane, warp, n_images, tile = thread & U(31), thread >> U(5), n // WIDE, cuda.blockIdx.z
+        lane, warp, n_images, tile = thread & U(31), thread >> U(5), n // WIDE, np.int32(cuda.blockIdx.z)
         image, image_1 = 2 * cuda.blockIdx.y, min(2 * cuda.blockIdx.y + 1, n_images - 1)        # the last half may repeat an image
-        place, slot = shared_address(shared), np.int32(0)
-        to, mine = place + U(16) * thread, quotient(n_tiles - tile + cuda.gridDim.z - 1, cuda.gridDim.z) * n_k
+        place, slot, i = shared_address(shared), np.int32(0), np.int32(0)
+        to, first, step = place + U(16) * thread, tile, np.int32(cuda.gridDim.z)
         rows = place + U(4096) * (warp & U(3)) + of_rows(lane)
         of_weights = place + U(IMAGE) + U(WEIGHTS) * (warp >> U(2)) + (of_columns(lane) if of_values else of_rows(lane))
+        my_image, repeats = image if warp < U(4) else image_1, warp >= U(4) and image_1 == image
         sums = cuda.local.array(SUMS, np.float32)
-        for s in range(SUMS):
-            sums[s] = ZERO
-        for i in range(STAGES - 1):
-            copy_stage(to + U(STAGE * i), latents, tile, weights, head, image, image_1, n, np.int32(i), thread)
+        for s in range(STAGES - 1):
+            copy_stage(to + U(STAGE * s), latents, first, weights, head, image, image_1, n, np.int32(s), thread)
             commit_copies()
-        for i in range(np.int32(0), np.int32(mine), np.int32(1)):
-            stage_is_there()
-            cuda.syncthreads()
-            before, later = slot - 1 if slot > 0 else STAGES - 1, i + (STAGES - 1)
-            if later < mine:        # into the stage that all warps have left
-                copy_stage(to + U(STAGE) * U(before), latents, tile, weights, head, image, image_1, n, later, thread)
-            commit_copies()
-            multiply(sums, rows + U(STAGE) * U(slot), of_weights + U(STAGE) * U(slot))
-            slot = np.int32(slot + 1 if slot < STAGES - 1 else 0)
-            if i & n_k - 1 == n_k - 1:
-                key = (tile + quotient(i, n_k) * cuda.gridDim.z) * TILE + 32 * np.int32(warp & U(3))
-                mine_image = image if warp < U(4) else image_1
-                if warp < U(4) or image_1 > image:
-                    store_sums(out, head * out_head + np.int64(128) * (mine_image << key_bits), sums, key_bits, n_images, key, np.int32(lane))
-                for s in range(SUMS):
-                    sums[s] = ZERO
+        while tile < n_tiles:
+            for s in range(SUMS):
+                sums[s] = ZERO
+            for k in range(np.int32(0), np.int32(1 << images_bits), np.int32(1)):
+                stage_is_there()
+                cuda.syncthreads()
+                before, later = slot - 1 if slot > 0 else STAGES - 1, np.int32(i + (STAGES - 1))
+                if first + (later >> images_bits) * step < n_tiles:     # into the stage that all warps have left
+                    copy_stage(to + U(STAGE) * U(before), latents, first, weights, head, image, image_1, n, later, thread)
+                commit_copies()
+                multiply(sums, rows + U(STAGE) * U(slot), of_weights + U(STAGE) * U(slot))
+                slot, i = np.int32(slot + 1 if slot < STAGES - 1 else 0), np.int32(i + 1)
+            at, key = head * out_head + np.int64(128) * (my_image << key_bits), tile * TILE + 32 * np.int32(warp & U(3))
+            store_sums(out, at, sums, key_bits, n_images, key, np.int32(lane), repeats)
+            tile += step
     kind = "values" if of_values else "keys"
     return kernel("u1[::1], i8, u1[::1], i4, i4, u1[::1], i4", THREADS, f"flash_mma_{kind}_{kv_lora}", shared=STAGES * STAGE)(heads)
 

@@ -1,9 +1,9 @@
 """A block of flash attention in MLA's plain form: its queries, their softmax, and their sums.
 
-A block has QUERIES queries of one head, in shared memory as float16, each times a power of two, in images as keys are. A warp has 16 of them,
-a lane two, g and g + 8, where g = lane // 4: their scores, weights and sums stay in registers, as mma.m16n8k16 gives them and wgmma, too. Of
-scores [16, n] of a warp a lane has the pairs 2 c, 2 c + 1 of each eight keys, of row g, then of row g + 8, where c = lane % 4. Between one
-part of the keys and the next the sums wait in the output, and greatest scores and sums of weights in memory of their own.
+A block has QUERIES queries of one head, in shared memory as float16, each times a power of two, in images as keys are. A warp has 16 of
+them, a lane two, g and g + 8, where g = lane // 4: their scores, weights and sums stay in registers, as mma.m16n8k16 and wgmma give them.
+Of scores [16, n] of a warp a lane has the pairs 2 c, 2 c + 1 of each eight keys, of row g, then of row g + 8, where c = lane % 4. Between
+one part of the keys and the next the sums wait in the output, and greatest scores and sums of weights in memory of their own.
 """
 from typing import NamedTuple
 
@@ -14,14 +14,14 @@ from pydsa.backends.cuda.device import bits_float, device, float_bits, fma, stor
 from pydsa.backends.cuda.flash.images import GAIN, WIDE, inverse, pack_halves, power_for, power_of_part
 from pydsa.backends.cuda.instructions import instruction, load_eight, read_sixteen, store_eight
 from pydsa.backends.cuda.launch import kernel
-from pydsa.backends.cuda.shared_memory import folds, power_of_two
+from pydsa.backends.cuda.shared_memory import folds, greatest_integer, power_of_two
 
 QUERIES, THREADS, WARPS = 128, 256, 8
 ROWS_AT_ONCE, RAW = 4, 32        # rows of queries that a warp reads at a time, and numbers of a lane
 U, ZERO, NONE = np.uint32, np.float32(0), np.float32(-np.inf)
 greatest_of_four, total_of_four = folds(4)
-greatest_of_warp, _ = folds(32)
 larger = instruction("max.f32 $0, $1, $2;", "f", "ff")
+reciprocal = instruction("rcp.approx.ftz.f32 $0, $1;", "f", "f")       # a division would be a call, for which registers are spilled
 
 
 class Shape(NamedTuple):
@@ -71,7 +71,7 @@ def positions_of(positions, first, lane):
     for i in range(0, QUERIES, 32):
         position = np.int32(positions[min(first + i + lane, end)])
         least, most = min(least, position), max(most, position)
-    return np.int32(-greatest_of_warp(-least)), np.int32(greatest_of_warp(most))
+    return np.int32(-greatest_integer(-least)), np.int32(greatest_integer(most))
 
 
 @device
@@ -110,7 +110,7 @@ def _make_put_queries(shape):
                 raw[8 * i + 4], raw[8 * i + 5], raw[8 * i + 6], raw[8 * i + 7] = read_sixteen(q, at + 16)
             for i in range(ROWS_AT_ONCE):
                 row, j = 16 * warp + start + i, 8 * i
-                power = power_for(bits_float(U(greatest_of_warp(float_bits_of(raw, j, own)))))
+                power = power_for(bits_float(U(greatest_integer(float_bits_of(raw, j, own)))))
                 a, b = halves_of(raw[j], raw[j + 1], raw[j + 2], raw[j + 3], power * own)
                 c, d = halves_of(raw[j + 4], raw[j + 5], raw[j + 6], raw[j + 7], power * own)
                 if lane < n_stored:
@@ -180,7 +180,7 @@ def store_row(out, at, acc, row, tops, totals, head, t, c, top, total, scale_bac
     """
     factor = np.float32(1)
     if scale_back > ZERO:
-        factor = scale_back / total
+        factor = scale_back * reciprocal(total)
     elif c == 0:
         tops[head, t], totals[head, t] = top, total
     for i in range(acc.size // 4):
@@ -232,6 +232,7 @@ def make_flash(shape, name, begin, walk, fence, shared, specific=None):
             shared, acc, top, top_8, total, total_8, factors[at_factors + row], factors[at_factors + row + 8], keys, rotated, values,
             of_head, n, first_key, least, np.int32(positions[t]), np.int32(positions[t_8]), thread)
         cuda.syncthreads()      # others have read what an earlier part has left: of the last query those that have none
+        total, total_8 = total_of_four(total), total_of_four(total_8)
         scale_back = inverse(of_latents) * inverse(v_powers[head]) if most < first_key + n_keys else ZERO
         if first + row <= end:
             store_row(out, at, acc, 0, tops, totals, head, t, c, top, total, scale_back)
