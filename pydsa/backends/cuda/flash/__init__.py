@@ -1,2 +1,2 @@
-"""Attention of prompts to all keys in MLA's plain form, in wgmma or mma.sync."""
+"""Attention of prompts to all keys in MLA's plain form."""
 from pydsa.backends.cuda.flash import attention  # noqa: F401

@@ -1,4 +1,4 @@
-"""Flash attention of prompts in MLA's plain form in wgmma, for capability 9.0.
+"""Flash attention in MLA's plain form in wgmma, for capability 9.0.
 
 One float16 stands for a query, a key, a value and a softmax weight. A block (queries.py) walks over tiles of keys and values (heads.py),
 which bulk copies fetch, two under way.

@@ -1,4 +1,4 @@
-"""Flash attention of prompts in MLA's plain form in mma.sync, for all GPUs.
+"""Flash attention in MLA's plain form in mma.sync, for all GPUs.
 
 As attend.py, whose blocks (queries.py) it has, with at most 99 KB of shared memory. There is one tile of keys and one of values
 (heads_mma.py) in it: the values of a tile are copied while queries meet its keys, the next keys while weights meet its values.

@@ -1,4 +1,4 @@
-"""Latents, k_b and v_b as float16 in images, which wgmma and ldmatrix read.
+"""Latents, k_b and v_b as images of float16, for wgmma and ldmatrix.
 
 An image holds 64 numbers of each of many rows: 128 bytes a row, of which 16-byte piece i of row r lies at i ^ (r % 8). Rows of n numbers
 are n / 64 images, one after the other. Latents are in tiles of TILE rows, with kv_lora / 64 images each; the rotated parts of keys, up to
