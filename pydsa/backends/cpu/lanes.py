@@ -34,6 +34,17 @@ def _spreader(lanes):
 spread, spread_int16 = _spreader(16), _spreader(32)
 
 
+def spread_bytes(*which):
+    """Make a function like one of spread_int16, of an i8x16 whose bytes become int16 without a sign."""
+    @intrinsic
+    def pick(typingctx, v):
+        def codegen(context, builder, signature, args):
+            lanes = [lane for byte in which for lane in [byte, 16] * (32 // len(which))]
+            return builder.bitcast(builder.shuffle_vector(args[0], constant([0] * 16, I8), constant(lanes)), i16x32.ir)
+        return i16x32(v), codegen
+    return pick
+
+
 def _repeater(n):
     """Make a function that loads n int16 into each part of an i16x32."""
     @intrinsic
@@ -138,14 +149,6 @@ def padded_to_16(typingctx, v):
         zeros = ir.Constant(v.ir, [0.0] * v.lanes)
         return builder.shuffle_vector(args[0], zeros, constant([i if i < v.lanes else v.lanes for i in range(16)]))
     return f32x16(v), codegen
-
-
-def times_floats(factors):
-    """Make a function that multiplies floats by constants."""
-    @intrinsic
-    def multiply(typingctx, v):
-        return v(v), lambda context, builder, signature, args: builder.fmul(args[0], constant(factors, F32), flags=FAST)
-    return multiply
 
 
 @intrinsic

@@ -63,3 +63,8 @@ def inverse(*pieces):
     `pieces` is the order in which a dot reads the 16-byte pieces of a superblock.
     """
     return [pieces.index(i) for i in range(len(pieces))]
+
+
+def with_one_scale(*pieces):
+    """Do what inverse does, for activations with one scale for all 256."""
+    return np.array(inverse(*pieces), np.uint8) | np.uint8(ONE_SCALE)
