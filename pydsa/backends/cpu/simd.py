@@ -315,31 +315,6 @@ def dot_add(typingctx, sums, a, b):
 
 
 @intrinsic
-def scaled_bytes(typingctx, v, scales):
-    """Multiply unsigned bytes with signed ones: the even and the odd elements, as two i16x32.
-
-    v: i16x32, each of two bytes; scales: i16x32 of bytes, the low ones of both, the high ones 0. Products must be below 2^15.
-    """
-    levels = (("avx512bw", "avx512.pmaddubs.w.512", 64), ("avx2", "avx2.pmadd.ub.sw", 32), ("ssse3", "ssse3.pmadd.ub.sw.128", 16))
-
-    def codegen(context, builder, signature, args):
-        v, scales = args
-        eight = constant([8] * 32, I16)
-        for feature, name, lanes in levels:
-            if feature in FEATURES:
-                halves = [[builder.bitcast(part, ir.VectorType(I8, lanes)) for part in _split(builder, a, lanes // 2)]
-                          for a in (v, scales, builder.shl(scales, eight))]
-                kind = ir.VectorType(I16, lanes // 2)
-                even, odd = (_join(builder, [call_llvm(builder, f"llvm.x86.{name}", kind, pair) for pair in zip(halves[0], some)])
-                             for some in halves[1:])
-                return cgutils.pack_array(builder, [even, odd])
-        scales = builder.ashr(builder.shl(scales, eight), eight)
-        return cgutils.pack_array(builder, [builder.mul(w, scales) for w in (builder.and_(v, constant([255] * 32, I16)),
-                                                                             builder.lshr(v, eight))])
-    return types.UniTuple(i16x32, 2)(i16x32, i16x32), codegen
-
-
-@intrinsic
 def multiply_add(typingctx, sums, a, b):
     """Compute sums + a b of floats."""
     def codegen(context, builder, signature, args):

@@ -16,7 +16,7 @@ SCALES, MINS, MINS_16, SUPERBLOCK = 512, 544, 576, 640
 
 
 # Flags in the order of a superblock of activations: each 32 in their natural order, not the even elements first; and then all 256 in
-# columns, element k of all 32 groups of 8 for k = 0 to 7 (codes.py). And a flag beside any order: one scale for all 256, stored eight times
+# columns, element k of all 32 groups of 8 for k = 0 to 7 (codes.py). ONE_SCALE, beside any order: all 256 have the same scale
 NATURAL_ORDER, IN_COLUMNS, ONE_SCALE = 32, 64, 128
 NATURAL = np.arange(32, dtype=np.uint8) | np.uint8(NATURAL_ORDER)
 COLUMNS = NATURAL | np.uint8(IN_COLUMNS)

@@ -3,8 +3,7 @@ from pydsa.backends.cpu.blocks.block import SCALES, SUPERBLOCK, inverse
 from pydsa.backends.cpu.jit import inline, inner
 from pydsa.backends.cpu.lanes import first_quarter, last_quarter, lower_half, row_sums, second_quarter, spread, third_quarter, upper_half
 from pydsa.backends.cpu.simd import (LANES, as_int8, as_int16, dot, dot_add, float_at, i64_at, join, load_4_floats, load_8_floats,
-                                     load_int16,
-                                     multiply_add, prefetch, signed_high_bytes, stack_memory, store, to_floats)
+                                     load_int16, multiply_add, prefetch, signed_high_bytes, stack_memory, store, to_floats)
 
 
 AHEAD = 4096    # prefetch distance in bytes, more than the hardware's own prefetch
@@ -274,9 +273,9 @@ TWICE = spread(*range(8))
 
 @inline
 def dot_256(sums, w, x, d):
-    """Return sums + d w . x, for a superblock x of activations with one scale (ONE_SCALE).
+    """Return sums + d w . x, a superblock with ONE_SCALE.
 
-    w: eight vectors, multiplied by the scales of their sub-blocks: one of 8064 and sixteen products a lane still fit into 32 bits.
+    w: eight vectors of integers, times the scales of their sub-blocks. Sixteen products of at most 8064 x 16383 fit into a lane's 32 bits.
     """
     dots = dot_add(dot(w[0], load_int16(x, 0)), w[1], load_int16(x, 64))
     dots = dot_add(dot_add(dots, w[2], load_int16(x, 128)), w[3], load_int16(x, 192))

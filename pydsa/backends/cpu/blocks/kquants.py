@@ -13,10 +13,10 @@ from pydsa.backends.cpu.blocks.block import MINS_16, SCALES, SUPERBLOCK, entry, 
 from pydsa.backends.cpu.blocks.dots import dot_128, dot_256, dot_large, single_sum, store_halves
 from pydsa.backends.cpu.jit import inline, inner
 from pydsa.backends.cpu.lanes import (all_quarters, both_halves, even_quarters, gather_bytes, gather_u32, halves_int16, minus_upper_half,
-                                      odd_quarters, shift_quarters, spread, spread_bytes, spread_int16)
+                                      odd_quarters, scaled_bytes, shift_quarters, spread, spread_bytes, spread_int16)
 from pydsa.backends.cpu.scalars import half, half_at
 from pydsa.backends.cpu.simd import (eight_floats, floats, load_16_bytes, load_floats, load_int16, low_bytes, low_int16, multiply_add,
-                                     scaled_bytes, store, to_floats, to_int16, two_halves)
+                                     store, to_floats, to_int16, two_halves)
 from pydsa.quants import TYPES
 
 
@@ -239,7 +239,10 @@ def unsigned_six_bits(at, part):
 
 @inline
 def six_bit_bytes(at, part):
-    """Unpack 128 elements of Q6_K, each plus 32, as bytes in two int16 vectors: of low and of high nibbles."""
+    """Unpack 128 elements of Q6_K, each plus 32, as bytes in int16.
+
+    Two vectors: those of low nibbles, and of high ones.
+    """
     q = load_int16(at, 64 * part)
     high = both_halves(at, 128 + 32 * part) >> halves_int16(np.int16(0), np.int16(2))
     return (q & 0x0F0F) | ((high << 4) & 0x3030), ((q >> 4) & 0x0F0F) | (high & 0x3030)
@@ -278,14 +281,17 @@ I16_0, I16_1, I16_2, I16_3 = (spread_int16(2 * k, 2 * k + 1, 8 + 2 * k, 9 + 2 * 
 
 @inline
 def scaled_parts(q, scales):
-    """Multiply the four parts of Q2_K or Q3_K, bytes in int16 vectors, by the scales of their sub-blocks, i8x16."""
+    """Multiply the four parts of Q2_K or Q3_K by the scales of sub-blocks.
+
+    q: four int16 vectors of bytes; scales: i8x16.
+    """
     a, b = scaled_bytes(q[0], BYTES_0(scales)), scaled_bytes(q[1], BYTES_1(scales))
     return (*a, *b, *scaled_bytes(q[2], BYTES_2(scales)), *scaled_bytes(q[3], BYTES_3(scales)))
 
 
 @inline
 def two_bits(q):
-    """Split bytes to their four pairs of bits, each as bytes in an int16 vector."""
+    """Split bytes to their four pairs of bits."""
     return q & 0x0303, (q >> 2) & 0x0303, (q >> 4) & 0x0303, (q >> 6) & 0x0303
 
 
@@ -345,7 +351,7 @@ def three_bits(at):
 
 @inline
 def three_bit_bytes(at):
-    """Unpack the 256 elements of Q3_K, each plus 4, as bytes in the int16 vectors of four parts."""
+    """Unpack the four parts of Q3_K, each element plus 4, as bytes."""
     a, b, c, e = two_bits(load_int16(at, 32))
     high = both_halves(at, 0) >> halves_int16(np.int16(0), np.int16(4))        # in each byte: bit k of part k
     return a | ((high << 2) & 0x0404), b | ((high << 1) & 0x0404), c | (high & 0x0404), e | ((high >> 1) & 0x0404)
