@@ -10,6 +10,8 @@ from helpers import dequantize, set_scales
 
 from pydsa.backends import cpu
 from pydsa.backends.cpu import amx
+from pydsa.backends.cpu.blocks import BLOCKS
+from pydsa.backends.cpu.blocks.block import ONE_SCALE
 from pydsa.backends.cpu.linear import GEMV_TOKENS
 from pydsa.backends.cpu.int16.linear import MAX_INT15
 from pydsa.gguf_file import Tensor
@@ -73,13 +75,15 @@ def test_rounded_activations(kind, n_in, n_tokens):
 def test_activations_that_rounding_keeps(kind, n_in, n_tokens):
     """Activations that rounding keeps leave only float rounding.
 
-    They are integers times a power of two, and 16383 is the largest in each 32. In int8x2 weights are rounded too, and 256 activations
-    share a scale.
+    They are integers times a power of two, and 16383 is the largest in each 32. That power is the same where 256 share a scale. In int8x2
+    they do, and weights are rounded too.
     """
     rng = np.random.default_rng(n_tokens)
+    shared = 8 if n_tokens <= GEMV_TOKENS and BLOCKS[kind].order[0] & ONE_SCALE else 1
+    powers = np.repeat(rng.integers(-9, 1, (n_tokens, n_in // 32 // shared)), shared, axis=1)
     x = rng.integers(-MAX_INT15, MAX_INT15 + 1, (n_tokens, n_in // 32, 32))
     x[:, :, rng.integers(32)] = rng.choice([-MAX_INT15, MAX_INT15], x.shape[:2])
-    x = (x * np.ldexp(1, rng.integers(-9, 1, (*x.shape[:2], 1)))).astype(np.float32).reshape(n_tokens, n_in)
+    x = np.ldexp(x, powers[:, :, None]).astype(np.float32).reshape(n_tokens, n_in)
     assert error(*products(random_weight(kind, 37, n_in), x)) < (2e-8 if amx.HERE and n_tokens > GEMV_TOKENS else 1e-12)
 
 

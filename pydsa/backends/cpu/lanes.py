@@ -4,6 +4,7 @@ Shuffles, broadcasts, table lookups, transposes, and sums of sixteen vectors at 
 """
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.simd import (F32, FAST, FEATURES, I8, I16, I32, INTP, Vec, _join, _split, call_llvm, constant, f32x16, i16x32,
@@ -32,6 +33,20 @@ def _spreader(lanes):
 
 # spread(0, 2): a function that broadcasts lane 0 of a vector to the first half of sixteen lanes, lane 2 to the second; spread_int16: of 32
 spread, spread_int16 = _spreader(16), _spreader(32)
+
+
+def spread_bytes(*which):
+    """Make a function like one of spread_int16, of an i8x16.
+
+    Its bytes become the low bytes of int16, whose high ones are 0.
+    """
+    @intrinsic
+    def pick(typingctx, v):
+        def codegen(context, builder, signature, args):
+            lanes = [lane for byte in which for lane in [byte, 16] * (32 // len(which))]
+            return builder.bitcast(builder.shuffle_vector(args[0], constant([0] * 16, I8), constant(lanes)), i16x32.ir)
+        return i16x32(v), codegen
+    return pick
 
 
 def _repeater(n):
@@ -140,14 +155,6 @@ def padded_to_16(typingctx, v):
     return f32x16(v), codegen
 
 
-def times_floats(factors):
-    """Make a function that multiplies floats by constants."""
-    @intrinsic
-    def multiply(typingctx, v):
-        return v(v), lambda context, builder, signature, args: builder.fmul(args[0], constant(factors, F32), flags=FAST)
-    return multiply
-
-
 @intrinsic
 def minus_upper_half(typingctx, a, b):
     """Subtract the upper half of b from that of a; the lower half of a stays."""
@@ -193,6 +200,32 @@ def load_int8x2(typingctx, high, low):
 
 
 SHUFFLES = (("avx512bw", "avx512.pshuf.b.512", 64), ("avx2", "avx2.pshuf.b", 32), ("ssse3", "ssse3.pshuf.b.128", 16))
+
+
+MULTIPLICATIONS = (("avx512bw", "avx512.pmaddubs.w.512", 64), ("avx2", "avx2.pmadd.ub.sw", 32), ("ssse3", "ssse3.pmadd.ub.sw.128", 16))
+
+
+@intrinsic
+def scaled_bytes(typingctx, v, scales):
+    """Widen unsigned bytes to int16 and multiply them by signed bytes.
+
+    v: i16x32 of two bytes each; scales: i16x32, a factor of both in the low byte, 0 in the high one. Returns two i16x32, the products of
+    the low bytes and those of the high ones, which must be below 2^15.
+    """
+    def codegen(context, builder, signature, args):
+        (v, scales), eight = args, constant([8] * 32, I16)
+        for feature, name, lanes in MULTIPLICATIONS:
+            if feature in FEATURES:     # sums of two products, of which one is 0
+                kind, products = ir.VectorType(I16, lanes // 2), []
+                parts, *factors = ([builder.bitcast(part, ir.VectorType(I8, lanes)) for part in _split(builder, a, lanes // 2)]
+                                   for a in (v, scales, builder.shl(scales, eight)))
+                for factor in factors:
+                    products.append(_join(builder, [call_llvm(builder, f"llvm.x86.{name}", kind, pair) for pair in zip(parts, factor)]))
+                return cgutils.pack_array(builder, products)
+        scales = builder.ashr(builder.shl(scales, eight), eight)
+        elements = builder.and_(v, constant([255] * 32, I16)), builder.lshr(v, eight)
+        return cgutils.pack_array(builder, [builder.mul(w, scales) for w in elements])
+    return types.UniTuple(i16x32, 2)(i16x32, i16x32), codegen
 
 
 def lookup(table):

@@ -413,11 +413,15 @@ def sums_of_16(typingctx, v):
     return types.UniTuple(types.float32, 2)(i16x32), codegen
 
 
-@intrinsic
-def low_int16(typingctx, v):
-    """Truncate int32 to int16."""
-    kind = Vec("i16", v.lanes)
-    return kind(v), lambda context, builder, signature, args: builder.trunc(args[0], kind.ir)
+def _truncation(element):
+    @intrinsic
+    def truncate(typingctx, v):
+        kind = Vec(element, v.lanes)
+        return kind(v), lambda context, builder, signature, args: builder.trunc(args[0], kind.ir)
+    return truncate
+
+
+low_int16, low_bytes = _truncation("i16"), _truncation("i8")        # of int32
 
 
 def _register_plan(features):

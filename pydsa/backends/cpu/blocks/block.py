@@ -16,8 +16,8 @@ SCALES, MINS, MINS_16, SUPERBLOCK = 512, 544, 576, 640
 
 
 # Flags in the order of a superblock of activations: each 32 in their natural order, not the even elements first; and then all 256 in
-# columns, element k of all 32 groups of 8 for k = 0 to 7 (codes.py)
-NATURAL_ORDER, IN_COLUMNS = 32, 64
+# columns, element k of all 32 groups of 8 for k = 0 to 7 (codes.py). ONE_SCALE, beside any order: all 256 have the same scale
+NATURAL_ORDER, IN_COLUMNS, ONE_SCALE = 32, 64, 128
 NATURAL = np.arange(32, dtype=np.uint8) | np.uint8(NATURAL_ORDER)
 COLUMNS = NATURAL | np.uint8(IN_COLUMNS)
 
@@ -63,3 +63,8 @@ def inverse(*pieces):
     `pieces` is the order in which a dot reads the 16-byte pieces of a superblock.
     """
     return [pieces.index(i) for i in range(len(pieces))]
+
+
+def with_one_scale(*pieces):
+    """Do what inverse does, for activations with one scale for all 256."""
+    return np.array(inverse(*pieces), np.uint8) | np.uint8(ONE_SCALE)

@@ -2,8 +2,8 @@
 from pydsa.backends.cpu.blocks.block import SCALES, SUPERBLOCK, inverse
 from pydsa.backends.cpu.jit import inline, inner
 from pydsa.backends.cpu.lanes import first_quarter, last_quarter, lower_half, row_sums, second_quarter, spread, third_quarter, upper_half
-from pydsa.backends.cpu.simd import (LANES, as_int8, as_int16, dot, dot_add, float_at, i64_at, join, load_4_floats, load_int16,
-                                     multiply_add, prefetch, signed_high_bytes, stack_memory, store, to_floats)
+from pydsa.backends.cpu.simd import (LANES, as_int8, as_int16, dot, dot_add, float_at, i64_at, join, load_4_floats, load_8_floats,
+                                     load_int16, multiply_add, prefetch, signed_high_bytes, stack_memory, store, to_floats)
 
 
 AHEAD = 4096    # prefetch distance in bytes, more than the hardware's own prefetch
@@ -268,9 +268,25 @@ def superblock_at(x, i):
     return x + SUPERBLOCK * (i >> 3), 64 * (i & 7), 4 * (i & 7)
 
 
+TWICE = spread(*range(8))
+
+
+@inline
+def dot_256(sums, w, x, d):
+    """Return sums + d w . x, a superblock with ONE_SCALE.
+
+    w: eight vectors of integers, times the scales of their sub-blocks. Sixteen products of at most 8064 x 16383 fit into a lane's 32 bits.
+    """
+    dots = dot_add(dot(w[0], load_int16(x, 0)), w[1], load_int16(x, 64))
+    dots = dot_add(dot_add(dots, w[2], load_int16(x, 128)), w[3], load_int16(x, 192))
+    dots = dot_add(dot_add(dots, w[4], load_int16(x, 256)), w[5], load_int16(x, 320))
+    dots = dot_add(dot_add(dots, w[6], load_int16(x, 384)), w[7], load_int16(x, 448))
+    return multiply_add(sums, to_floats(dots), TWICE(load_8_floats(x, SCALES)) * d)
+
+
 # Four blocks of 32 whose bytes hold element j in the low nibble and j + 16 in the high one: low even, low odd, high even, high odd
 BY_QUARTERS = inverse(*[16 * part + 4 * block + i for part in (0, 1) for i in (0, 2, 1, 3) for block in range(4)])
-QUARTERS, TWICE = spread(0, 1, 2, 3), spread(*range(8))
+QUARTERS = spread(0, 1, 2, 3)
 
 
 @inline

@@ -9,13 +9,13 @@ after it.
 import numpy as np
 from numba import carray
 
-from pydsa.backends.cpu.blocks.block import MINS_16, SCALES, SUPERBLOCK, entry, inverse
-from pydsa.backends.cpu.blocks.dots import TWICE, dot_128, dot_large, dot_pair, single_sum, store_halves
+from pydsa.backends.cpu.blocks.block import MINS_16, SCALES, SUPERBLOCK, entry, inverse, with_one_scale
+from pydsa.backends.cpu.blocks.dots import dot_128, dot_256, dot_large, single_sum, store_halves
 from pydsa.backends.cpu.jit import inline, inner
 from pydsa.backends.cpu.lanes import (all_quarters, both_halves, even_quarters, gather_bytes, gather_u32, halves_int16, minus_upper_half,
-                                      odd_quarters, shift_quarters, spread, spread_int16, times_floats)
+                                      odd_quarters, scaled_bytes, shift_quarters, spread, spread_bytes, spread_int16)
 from pydsa.backends.cpu.scalars import half, half_at
-from pydsa.backends.cpu.simd import (eight_floats, floats, load_8_floats, load_16_bytes, load_floats, load_int16, low_int16, multiply_add,
+from pydsa.backends.cpu.simd import (eight_floats, floats, load_16_bytes, load_floats, load_int16, low_bytes, low_int16, multiply_add,
                                      store, to_floats, to_int16, two_halves)
 from pydsa.quants import TYPES
 
@@ -217,9 +217,10 @@ def unpack_q5_k(source, n, superblock):
 
 
 # Q6_K: sub-blocks s and s + 1 share the low nibbles of 64 bytes, s + 2 and s + 3 the high ones
-BY_NEIGHBOURS = inverse(*[16 * part + 8 * nibble + 4 * s + 2 * odd + i for part in (0, 1) for nibble in (0, 1) for odd in (0, 1)
-                          for s in (0, 1) for i in (0, 1)])
-Q6_A, Q6_B, Q6_C, Q6_D = spread(0, 1, 2, 3), spread(4, 5, 6, 7), spread(8, 9, 10, 11), spread(12, 13, 14, 15)
+BY_NEIGHBOURS = with_one_scale(*[16 * part + 8 * nibble + 4 * s + 2 * odd + i for part in (0, 1) for nibble in (0, 1) for odd in (0, 1)
+                                 for s in (0, 1) for i in (0, 1)])
+BYTES_A, BYTES_B = spread_bytes(0, 1, 2, 3), spread_bytes(4, 5, 6, 7)
+BYTES_C, BYTES_D = spread_bytes(8, 9, 10, 11), spread_bytes(12, 13, 14, 15)
 I16_A, I16_B = spread_int16(0, 1, 2, 3), spread_int16(4, 5, 6, 7)
 I16_C, I16_D = spread_int16(8, 9, 10, 11), spread_int16(12, 13, 14, 15)
 
@@ -237,33 +238,28 @@ def unsigned_six_bits(at, part):
 
 
 @inline
-def add_halves(sums, mins, first, second, xi, scales):
-    """Add a superblock's products to two sums; `mins` replaces the third.
+def six_bit_bytes(at, part):
+    """Unpack 128 elements of Q6_K, each plus 32, as bytes in int16.
 
-    first, second: 128 elements each as four int16 vectors; scales: a vector for every two of these.
+    Two vectors: those of low nibbles, and of high ones.
     """
-    a, b = dot_pair(sums[0], first[0], first[1], xi, 0, scales[0]), dot_pair(sums[1], first[2], first[3], xi, 128, scales[1])
-    return dot_pair(a, second[0], second[1], xi, 256, scales[2]), dot_pair(b, second[2], second[3], xi, 384, scales[3]), mins
+    q = load_int16(at, 64 * part)
+    high = both_halves(at, 128 + 32 * part) >> halves_int16(np.int16(0), np.int16(2))
+    return (q & 0x0F0F) | ((high << 4) & 0x3030), ((q >> 4) & 0x0F0F) | (high & 0x3030)
 
 
 @inline
 def add_q6_k(sums, row, i, n, x):
     at, xi = row + Q6_K * i, x + SUPERBLOCK * i
-    scales = to_floats(load_16_bytes(at, 192)) * half_at(at, 208)
-    mins = multiply_add(sums[2], scales, load_floats(xi, MINS_16))
-    scales = scales * TWICE(load_8_floats(xi, SCALES))
-    spread_scales = Q6_A(scales), Q6_B(scales), Q6_C(scales), Q6_D(scales)
-    return add_halves(sums, mins, unsigned_six_bits(at, 0), unsigned_six_bits(at, 1), xi, spread_scales)
-
-
-@inline
-def total_q6_k(sums):
-    return sums[0] + sums[1] - sums[2] * np.float32(32)
+    scales, d = load_16_bytes(at, 192), half_at(at, 208)
+    sums = multiply_add(sums, to_floats(scales) * (d * np.float32(-32)), load_floats(xi, MINS_16))
+    (a, b), (c, e) = six_bit_bytes(at, 0), six_bit_bytes(at, 1)
+    first = (*scaled_bytes(a, BYTES_A(scales)), *scaled_bytes(b, BYTES_B(scales)))
+    return dot_256(sums, (*first, *scaled_bytes(c, BYTES_C(scales)), *scaled_bytes(e, BYTES_D(scales))), xi, d)
 
 
 def dot_q6_k(rows, n_rows, n, x_at, n_tokens, out_at, offset):
-    zero = floats(np.float32(0))
-    dot_large(add_q6_k, total_q6_k, (zero, zero, zero), Q6_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_q6_k, single_sum, floats(np.float32(0)), Q6_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_q6_k(source, n, superblock):
@@ -278,41 +274,37 @@ def unpack_q6_k(source, n, superblock):
 
 
 # Q2_K and Q3_K: 64 bytes hold sub-blocks k and 4 + k in their bits 2k and 2k + 1: the even elements of both, then the odd ones
-BY_PARTS = inverse(*[16 * part + 4 * k + 2 * odd + i for k in range(4) for odd in (0, 1) for part in (0, 1) for i in (0, 1)])
-PART_0, PART_1, PART_2, PART_3 = (spread(2 * k, 2 * k + 1, 8 + 2 * k, 9 + 2 * k) for k in range(4))
-AS_SHIFTED = times_floats([4.0 ** -(k % 8 // 2) for k in range(16)])     # scales of parts that are 1, 4, 16 and 64 times too large
+BY_PARTS = with_one_scale(*[16 * part + 4 * k + 2 * odd + i for k in range(4) for odd in (0, 1) for part in (0, 1) for i in (0, 1)])
+BYTES_0, BYTES_1, BYTES_2, BYTES_3 = (spread_bytes(2 * k, 2 * k + 1, 8 + 2 * k, 9 + 2 * k) for k in range(4))
 I16_0, I16_1, I16_2, I16_3 = (spread_int16(2 * k, 2 * k + 1, 8 + 2 * k, 9 + 2 * k) for k in range(4))
 
 
 @inline
-def add_parts(sums, mins, even, odd, xi, scales):
-    """Add a superblock's products to two sums; `mins` replaces the third.
+def scaled_parts(q, scales):
+    """Multiply the four parts of Q2_K or Q3_K by the scales of sub-blocks.
 
-    even, odd: the even and the odd elements of each part as int16 vectors, not shifted down; scales: with AS_SHIFTED.
+    q: four int16 vectors of bytes; scales: i8x16.
     """
-    a, b = dot_pair(sums[0], even[0], odd[0], xi, 0, PART_0(scales)), dot_pair(sums[1], even[1], odd[1], xi, 128, PART_1(scales))
-    return dot_pair(a, even[2], odd[2], xi, 256, PART_2(scales)), dot_pair(b, even[3], odd[3], xi, 384, PART_3(scales)), mins
+    a, b = scaled_bytes(q[0], BYTES_0(scales)), scaled_bytes(q[1], BYTES_1(scales))
+    return (*a, *b, *scaled_bytes(q[2], BYTES_2(scales)), *scaled_bytes(q[3], BYTES_3(scales)))
+
+
+@inline
+def two_bits(q):
+    """Split bytes to their four pairs of bits."""
+    return q & 0x0303, (q >> 2) & 0x0303, (q >> 4) & 0x0303, (q >> 6) & 0x0303
 
 
 @inline
 def add_q2_k(sums, row, i, n, x):
     at, xi = row + Q2_K * i, x + SUPERBLOCK * i
     packed = load_16_bytes(at, 0)
-    mins = multiply_add(sums[2], to_floats(packed >> 4) * half_at(at, 82), load_floats(xi, MINS_16))
-    scales = AS_SHIFTED(to_floats(packed & 15) * half_at(at, 80)) * TWICE(load_8_floats(xi, SCALES))
-    even = load_int16(at, 16)
-    odd = even >> 8
-    return add_parts(sums, mins, (even & 3, even & 12, even & 48, even & 192), (odd & 3, odd & 12, odd & 48, odd & 192), xi, scales)
-
-
-@inline
-def total_q2_k(sums):
-    return sums[0] + sums[1] - sums[2]
+    sums = multiply_add(sums, to_floats(packed >> 4) * -half_at(at, 82), load_floats(xi, MINS_16))
+    return dot_256(sums, scaled_parts(two_bits(load_int16(at, 16)), packed & 15), xi, half_at(at, 80))
 
 
 def dot_q2_k(rows, n_rows, n, x_at, n_tokens, out_at, offset):
-    zero = floats(np.float32(0))
-    dot_large(add_q2_k, total_q2_k, (zero, zero, zero), Q2_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_q2_k, single_sum, floats(np.float32(0)), Q2_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_q2_k(source, n, superblock):
@@ -358,23 +350,23 @@ def three_bits(at):
 
 
 @inline
-def add_q3_k(sums, row, i, n, x):
-    at, xi = row + Q3_K * i, x + SUPERBLOCK * i
-    scales = to_floats(six_bit_scales(at)) * half_at(at, 108)
-    mins = multiply_add(sums[2], scales, load_floats(xi, MINS_16))
-    scales = AS_SHIFTED(scales) * TWICE(load_8_floats(xi, SCALES))
-    w, v, y, z = three_bits(at)
-    return add_parts(sums, mins, (w & 7, v & 28, w & 112, v & 448), (y & 7, z & 28, y & 112, z & 448), xi, scales)
+def three_bit_bytes(at):
+    """Unpack the four parts of Q3_K, each element plus 4, as bytes."""
+    a, b, c, e = two_bits(load_int16(at, 32))
+    high = both_halves(at, 0) >> halves_int16(np.int16(0), np.int16(4))        # in each byte: bit k of part k
+    return a | ((high << 2) & 0x0404), b | ((high << 1) & 0x0404), c | (high & 0x0404), e | ((high >> 1) & 0x0404)
 
 
 @inline
-def total_q3_k(sums):
-    return sums[0] + sums[1] - sums[2] * np.float32(4)
+def add_q3_k(sums, row, i, n, x):
+    at, xi = row + Q3_K * i, x + SUPERBLOCK * i
+    scales, d = low_bytes(six_bit_scales(at)), half_at(at, 108)
+    sums = multiply_add(sums, to_floats(scales) * (d * np.float32(-4)), load_floats(xi, MINS_16))
+    return dot_256(sums, scaled_parts(three_bit_bytes(at), scales), xi, d)
 
 
 def dot_q3_k(rows, n_rows, n, x_at, n_tokens, out_at, offset):
-    zero = floats(np.float32(0))
-    dot_large(add_q3_k, total_q3_k, (zero, zero, zero), Q3_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_q3_k, single_sum, floats(np.float32(0)), Q3_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_q3_k(source, n, superblock):

@@ -6,14 +6,14 @@ three times it is a weight, the rest the fraction of the others. Q1_0 has a bit 
 import numpy as np
 from numba import carray
 
-from pydsa.backends.cpu.blocks.block import COLUMNS, MINS, MINS_16, NATURAL, SCALES, SUPERBLOCK, entry
-from pydsa.backends.cpu.blocks.dots import TWICE, dot_large, single_sum, two_blocks
-from pydsa.backends.cpu.blocks.kquants import AS_SHIFTED, BY_PARTS, add_parts, store_pairs, total_q2_k
+from pydsa.backends.cpu.blocks.block import COLUMNS, MINS_16, NATURAL, ONE_SCALE, SCALES, SUPERBLOCK, entry
+from pydsa.backends.cpu.blocks.dots import TWICE, dot_256, dot_large, single_sum, two_blocks
+from pydsa.backends.cpu.blocks.kquants import BY_PARTS, store_pairs
 from pydsa.backends.cpu.codes import even_elements_first, from_columns, lanes_of, times, times_3_high, widen, widen_two
 from pydsa.backends.cpu.jit import inline
-from pydsa.backends.cpu.lanes import padded_to_16, spread
+from pydsa.backends.cpu.lanes import halves_int16, scaled_bytes, spread
 from pydsa.backends.cpu.scalars import half, half_at
-from pydsa.backends.cpu.simd import (dot, dot_add, eight_floats, float_at, floats, halves, load_8_floats, load_32_bytes, load_floats,
+from pydsa.backends.cpu.simd import (dot, dot_add, eight_floats, floats, halves, load_8_floats, load_32_bytes, load_floats,
                                      load_int16, multiply_add, store, to_floats)
 from pydsa.quants import TYPES
 
@@ -73,19 +73,10 @@ def digits_tq1_0(at):
 
 
 @inline
-def add_group(sums, w, xi, j):
-    """Return sums + w . group j of 32 in natural order."""
-    return multiply_add(sums, to_floats(dot(w, load_int16(xi, 64 * j))), floats(float_at(xi, SCALES + 4 * j)))
-
-
-@inline
 def add_tq1_0(sums, row, i, n, x):
     at, xi = row + TQ1_0 * i, x + SUPERBLOCK * i
-    d, w = half_at(at, 52), digits_tq1_0(at)
-    a = add_group(add_group(floats(np.float32(0)), w[0], xi, 0), w[1], xi, 1)
-    b = add_group(add_group(floats(np.float32(0)), w[2], xi, 2), w[3], xi, 3)
-    a, b = add_group(add_group(a, w[4], xi, 4), w[5], xi, 5), add_group(add_group(b, w[6], xi, 6), w[7], xi, 7)
-    return multiply_add(sums, a + b - padded_to_16(load_8_floats(xi, MINS)), floats(d))
+    d = half_at(at, 52)
+    return dot_256(multiply_add(sums, load_floats(xi, MINS_16), floats(-d)), digits_tq1_0(at), xi, d)
 
 
 def dot_tq1_0(rows, n_rows, n, x_at, n_tokens, out_at, offset):
@@ -107,18 +98,22 @@ def two_bits(at):
 
 
 @inline
+def scaled(v, factor):
+    """Multiply bytes in int16 by a factor: the even and the odd elements."""
+    return scaled_bytes(v, halves_int16(np.int16(factor), np.int16(factor)))
+
+
+@inline
 def add_tq2_0(sums, row, i, n, x):
     at, xi = row + TQ2_0 * i, x + SUPERBLOCK * i
-    d = half_at(at, 64)
-    mins = multiply_add(sums[2], load_floats(xi, MINS_16), floats(d))
-    even, odd = two_bits(at)
-    scales = AS_SHIFTED(floats(d)) * TWICE(load_8_floats(xi, SCALES))
-    return add_parts(sums, mins, (even & 3, even & 12, even & 48, even & 192), (odd & 3, odd & 12, odd & 48, odd & 192), xi, scales)
+    d, q = half_at(at, 64), load_int16(at, 0)
+    sums = multiply_add(sums, load_floats(xi, MINS_16), floats(-d))
+    w = (*scaled(q & 0x0303, 64), *scaled(q & 0x0C0C, 16), *scaled(q & 0x3030, 4), *scaled(q & 0xC0C0, 1))     # all of them times 64
+    return dot_256(sums, w, xi, d * np.float32(1 / 64))
 
 
 def dot_tq2_0(rows, n_rows, n, x_at, n_tokens, out_at, offset):
-    zero = floats(np.float32(0))
-    dot_large(add_tq2_0, total_q2_k, (zero, zero, zero), TQ2_0, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_tq2_0, single_sum, floats(np.float32(0)), TQ2_0, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def unpack_tq2_0(source, n, superblock):
@@ -159,7 +154,7 @@ def unpack_q1_0(source, n, superblock):
 
 
 KERNELS = {
-    "TQ1_0": entry("TQ1_0", dequantize_tq1_0, None, unpack_tq1_0, dot_tq1_0, NATURAL, 2),
+    "TQ1_0": entry("TQ1_0", dequantize_tq1_0, None, unpack_tq1_0, dot_tq1_0, NATURAL | np.uint8(ONE_SCALE), 2),
     "TQ2_0": entry("TQ2_0", dequantize_tq2_0, None, unpack_tq2_0, dot_tq2_0, BY_PARTS, 3),
     "Q1_0": entry("Q1_0", dequantize_q1_0, None, unpack_q1_0, dot_q1_0, COLUMNS, 2),
 }

@@ -4,12 +4,13 @@ Activations are rounded to 15 bits; rows are unpacked to tiles; both are superbl
 """
 import numpy as np
 
-from pydsa.backends.cpu.blocks.block import IN_COLUMNS, MINS, MINS_16, NATURAL_ORDER, SCALES, SUPERBLOCK
+from pydsa.backends.cpu.blocks.block import IN_COLUMNS, MINS, MINS_16, NATURAL_ORDER, ONE_SCALE, SCALES, SUPERBLOCK
 from pydsa.backends.cpu.codes import natural_order, to_columns
 from pydsa.backends.cpu.int16.gemm import TILE, TILE_ROWS, int16_products
 from pydsa.backends.cpu.jit import call_intp_function, inner
 from pydsa.backends.cpu.jobs import read_matmul_job
 from pydsa.backends.cpu.lanes import first_quarter, last_quarter, second_quarter, third_quarter, transpose
+from pydsa.backends.cpu.rounding import max_abs_of
 from pydsa.backends.cpu.scratch import thread_scratch
 from pydsa.backends.cpu.simd import (INT16_TOKENS, float_at, i64_at, load_floats, prefetch, reduce_max_abs, round_int16, store, sums_of_16,
                                      u8_at)
@@ -22,15 +23,19 @@ BATCH = 4                # register blocks of tokens after which the next tile c
 def round_row(x, n, order, out, stride):
     """Round n floats to superblocks, `stride` bytes apart.
 
-    They are permuted as `order` says (blocks/block.py; 0: not permuted). n is a multiple of 32; the rest of a superblock is 0. A value
-    that is not finite makes the scale not finite.
+    They are permuted as `order` says (blocks/block.py; 0: not permuted), which may also ask for one scale for all 256. n is a multiple of
+    32; the rest of a superblock is 0. A value that is not finite makes the scale not finite.
     """
+    one_scale, max_abs = order != 0 and u8_at(order, 0) & ONE_SCALE != 0, np.float32(0)
     for k in range(0, (n + 255) // 256 * 256, 32):
         superblock, j = out + k // 256 * stride, k // 32 % 8
         scale, first, second = np.float32(0), np.float32(0), np.float32(0)
         if k < n:
             a, b = load_floats(x, 4 * k), load_floats(x, 4 * k + 64)
-            max_abs = reduce_max_abs(a, b)
+            if not one_scale:
+                max_abs = reduce_max_abs(a, b)
+            elif j == 0:
+                max_abs = max_abs_of(x + 4 * k, min(256, n - k))
             scale = max_abs / np.float32(MAX_INT15)
             values = round_int16(a, b, np.float32(MAX_INT15) / max_abs if max_abs > np.float32(1e-30) else np.float32(0))
             first, second = sums_of_16(values)
