@@ -112,6 +112,7 @@ class MatmulJob(NamedTuple):
     block_bytes: int
     mins: int           # BlockKernels.mins
     bits: int           # BlockKernels.bits
+    one_scale: int      # whether `unpack` is BlockKernels.unpack_scaled
     rows: int           # rows of blocks
     n_rows: int
     row_bytes: int      # stride of a row

@@ -8,7 +8,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.simd import (F32, FAST, FEATURES, I8, I16, I32, INTP, Vec, _join, _split, call_llvm, constant, f32x16, i16x32,
-                                     i32x16, nearest, pack, pointer)
+                                     i32x16, nearest, pack, pointer, reduce_add)
 
 
 @intrinsic
@@ -300,6 +300,15 @@ def transpose(typingctx, source, stride, target, target_stride):
             b.store(column, pointer(b, b.add(target, b.mul(target_stride, intp(j))), vector), align=4)
         return context.get_dummy_value()
     return types.void(types.intp, types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def sum_abs(typingctx, a, b):
+    """Sum the magnitudes of two float vectors."""
+    def codegen(context, builder, signature, args):
+        a, b = (builder.bitcast(builder.and_(builder.bitcast(v, i32x16.ir), constant([0x7FFFFFFF] * 16)), f32x16.ir) for v in args)
+        return reduce_add(builder, builder.fadd(a, b, flags=FAST))
+    return types.float32(f32x16, f32x16), codegen
 
 
 @intrinsic

@@ -134,7 +134,7 @@ def gemm_rows(w, rows, n_rows, n_in, x, n_packed, first, n_tokens, out_at, threa
     x: n_packed packed tokens. out_at: where the addresses of the outputs of the n_tokens tokens are.
     """
     call_kernel(w.matmul, MatmulJob(
-        thread=thread, unpack=w.unpack, block=w.block, block_bytes=w.block_bytes, mins=w.mins, bits=w.bits,
+        thread=thread, unpack=w.unpack, block=w.block, block_bytes=w.block_bytes, mins=w.mins, bits=w.bits, one_scale=w.one_scale,
         rows=rows, n_rows=n_rows, row_bytes=n_in // w.block * w.block_bytes, n_in=n_in,
         x=x, n_packed=n_packed, first=first, n_tokens=n_tokens, out_at=out_at))
 

@@ -27,6 +27,7 @@ class Weight(NamedTuple):
     block_bytes: int
     mins: int           # BlockKernels.mins, BlockKernels.bits
     bits: int
+    one_scale: int      # whether `unpack` is BlockKernels.unpack_scaled
     packed_bytes: int       # bytes of 256 values of a token packed by `pack`
     dequantize: int
     unpack: int         # in the form that `matmul` calls
@@ -107,10 +108,12 @@ def weight(tensor):
     """
     block = BLOCKS[tensor.type]
     gemm, unpack, gemv = kernels("linear", block), block.dequantize, ()
+    one_scale = gemm.one_scale and block.unpack_scaled is not None
     if block.type.quantized:
-        unpack, gemv = block.unpack, (ROUND_ROW.address, block.order.ctypes.data, block.dot.address)
-    w = Weight(tensor.data, block.type.size, block.type.n_bytes, block.mins, block.bits, gemm.packed_bytes, block.dequantize.address,
-               unpack.address, gemm.pack.address, gemm.matmul.address, GEMV_TOKENS, *gemv)
+        unpack = block.unpack_scaled if one_scale else block.unpack
+        gemv = (ROUND_ROW.address, block.order.ctypes.data, block.dot.address)
+    w = Weight(tensor.data, block.type.size, block.type.n_bytes, block.mins, block.bits, int(one_scale), gemm.packed_bytes,
+               block.dequantize.address, unpack.address, gemm.pack.address, gemm.matmul.address, GEMV_TOKENS, *gemv)
     if len(tensor.shape) > 1:
         return w
     values = np.empty((1, *tensor.shape), np.float32)

@@ -19,6 +19,7 @@ class Gemm(NamedTuple):
     pack: IntpFunction
     matmul: IntpFunction
     packed_bytes: int       # of 256 activations of a token
+    one_scale: bool = False     # whether matmul() takes BlockKernels.unpack_scaled, of types that have it
 
 
 class Scores(NamedTuple):
@@ -55,7 +56,7 @@ VARIANTS = {
         "f32": Variant(lambda w: not w.type.quantized, Gemm(IntpFunction(f32.linear.pack), IntpFunction(f32.linear.matmul), 4 * 256)),
         "int8x2": Variant(lambda w: amx.HERE,
                           Gemm(IntpFunction(int8x2.linear.pack), IntpFunction(int8x2.linear.matmul), SCALED_PANEL // 16)),
-        "int16": Variant(anything, Gemm(IntpFunction(int16.linear.pack), IntpFunction(int16.linear.matmul), SUPERBLOCK)),
+        "int16": Variant(anything, Gemm(IntpFunction(int16.linear.pack), IntpFunction(int16.linear.matmul), SUPERBLOCK, True)),
     },
     "attention": {
         "f32": Variant(lambda cache: not amx.HERE or cache == "f32", IntpFunction(f32.attention.attend)),

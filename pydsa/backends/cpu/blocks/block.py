@@ -29,7 +29,8 @@ class BlockKernels(NamedTuple):
     most 256 weights to a superblock; and dot(rows, n_rows, n_blocks, x_at, n_tokens, out_at, offset), the products of rows with tokens.
     x_at and out_at hold addresses: of rows of superblocks whose 16-byte pieces are permuted, piece i stored at position order[i], which may
     have flags; and, `offset` bytes before it, of each token's float32 [n_rows]. The int16 of an unpacked superblock have
-    `bits` bits: unsigned if the type has mins, else signed.
+    `bits` bits: unsigned if the type has mins, else signed. unpack_scaled, of types with integer scales, is unpack with these in the
+    int16, whose magnitudes are at most 4,096, and one float32 scale, the first.
     """
     type: BlockType
     dequantize: BlockFunction
@@ -38,6 +39,7 @@ class BlockKernels(NamedTuple):
     dot: IntpFunction | None = None
     order: np.ndarray | None = None
     bits: int = 0
+    unpack_scaled: IntpFunction | None = None
 
     @property
     def mins(self):
@@ -45,7 +47,7 @@ class BlockKernels(NamedTuple):
         return 256 // self.type.group if self.type.mins else 0
 
 
-def entry(name, dequantize, quantize=None, unpack=None, dot=None, order=None, bits=0):
+def entry(name, dequantize, quantize=None, unpack=None, dot=None, order=None, bits=0, unpack_scaled=None):
     """Make the BlockKernels of a type, given by name.
 
     The kernels are plain functions, or an IntpFunction for dequantize; order is a list of 32 integers.
@@ -53,8 +55,10 @@ def entry(name, dequantize, quantize=None, unpack=None, dot=None, order=None, bi
     type_, f32 = TYPES[name], np.dtype(np.float32)
     if not isinstance(dequantize, IntpFunction):
         dequantize = BlockFunction(dequantize, type_.dtype, f32)
-    return BlockKernels(type_, dequantize, quantize and BlockFunction(quantize, f32, type_.dtype), unpack and IntpFunction(unpack),
-                        dot and IntpFunction(dot), None if order is None else np.asarray(order, np.uint8), bits)
+    functions = {function: IntpFunction(function) for function in (unpack, unpack_scaled, dot) if function}
+    unpack, unpack_scaled, dot = (function and functions[function] for function in (unpack, unpack_scaled, dot))
+    return BlockKernels(type_, dequantize, quantize and BlockFunction(quantize, f32, type_.dtype), unpack, dot,
+                        None if order is None else np.asarray(order, np.uint8), bits, unpack_scaled)
 
 
 def inverse(*pieces):

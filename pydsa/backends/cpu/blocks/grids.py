@@ -305,9 +305,12 @@ def dot_iq2_xxs(rows, n_rows, n, x_at, n_tokens, out_at, offset):
     dot_large(add_iq2_xxs, single_sum, floats(np.float32(0)), IQ2_XXS, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
+SCALE_OF_ODD_WORD = lanes_of(16, [4 * (g // 4) + 3 for g in range(32)], [12] * 32, 15)
+
+
 def unpack_iq2_xxs(source, n, superblock):
-    store(superblock, SCALES, scales_iq2_xxs(source))
-    store_iq2(codes_iq2_xxs(source), 1, superblock)
+    store(superblock, SCALES, eight_floats(half_at(source, 0) * EIGHTH))
+    store_iq2(codes_iq2_xxs(source), SCALE_OF_ODD_WORD(source, 2) * 2 + 1, superblock)
 
 
 @inline
@@ -355,9 +358,12 @@ def dot_iq3_xxs(rows, n_rows, n, x_at, n_tokens, out_at, offset):
     dot_large(add_iq3_xxs, single_sum, floats(np.float32(0)), IQ3_XXS, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
+SCALE_OF_WORD = lanes_of(16, [2 * (g // 4) + 1 for g in range(32)], [12] * 32, 15)
+
+
 def unpack_iq3_xxs(source, n, superblock):
-    store(superblock, SCALES, scales_iq3_xxs(source))
-    store_iq3_xxs(codes_iq3_xxs(source), 1, superblock)
+    store(superblock, SCALES, eight_floats(half_at(source, 0) * QUARTER))
+    store_iq3_xxs(codes_iq3_xxs(source), SCALE_OF_WORD(source, 66) * 2 + 1, superblock)
 
 
 @inline
@@ -370,9 +376,12 @@ def dot_iq3_s(rows, n_rows, n, x_at, n_tokens, out_at, offset):
     dot_large(add_iq3_s, single_sum, floats(np.float32(0)), IQ3_S, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
+NIBBLE_OF_4_GROUPS = lanes_of(8, [g // 8 for g in range(32)], [4 * (g // 4 % 2) for g in range(32)], 15)
+
+
 def unpack_iq3_s(source, n, superblock):
-    store(superblock, SCALES, scales_iq3_s(source))
-    store_iq3_s(codes_iq3_s(source), 1, superblock)
+    store(superblock, SCALES, eight_floats(half_at(source, 0)))
+    store_iq3_s(codes_iq3_s(source), NIBBLE_OF_4_GROUPS(source, 106) * 2 + 1, superblock)
 
 
 @inline
@@ -385,9 +394,12 @@ def dot_iq1_s(rows, n_rows, n, x_at, n_tokens, out_at, offset):
     dot_large(add_iq1_s, single_sum, floats(np.float32(0)), IQ1_S, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
+SCALE_OF_4_GROUPS = lanes_of(16, BY_FOUR, [12] * 32, 7)
+
+
 def unpack_iq1_s(source, n, superblock):
-    store(superblock, SCALES, scales_iq1_s(source))
-    store_iq1(codes_iq1_s(source), 1, superblock)
+    store(superblock, SCALES, eight_floats(half_at(source, 0) * EIGHTH))
+    store_iq1(codes_iq1_s(source), SCALE_OF_4_GROUPS(source, 34) * 2 + 1, superblock)
 
 
 @inline
@@ -410,11 +422,11 @@ def unpack_iq1_m(source, n, superblock):
 
 
 KERNELS = {
-    "IQ1_S": entry("IQ1_S", dequantize_iq1_s, None, unpack_iq1_s, dot_iq1_s, COLUMNS, 5),
-    "IQ1_M": entry("IQ1_M", dequantize_iq1_m, None, unpack_iq1_m, dot_iq1_m, COLUMNS, 9),
-    "IQ2_XXS": entry("IQ2_XXS", dequantize_iq2_xxs, None, unpack_iq2_xxs, dot_iq2_xxs, COLUMNS, 7),
-    "IQ2_XS": entry("IQ2_XS", dequantize_iq2_xs, None, unpack_iq2_xs, dot_iq2_xs, COLUMNS, 12),
-    "IQ2_S": entry("IQ2_S", dequantize_iq2_s, None, unpack_iq2_s, dot_iq2_s, COLUMNS, 12),
-    "IQ3_XXS": entry("IQ3_XXS", dequantize_iq3_xxs, None, unpack_iq3_xxs, dot_iq3_xxs, COLUMNS, 7),
-    "IQ3_S": entry("IQ3_S", dequantize_iq3_s, None, unpack_iq3_s, dot_iq3_s, COLUMNS, 5),
+    "IQ1_S": entry("IQ1_S", dequantize_iq1_s, None, unpack_iq1_s, dot_iq1_s, COLUMNS, 9, unpack_iq1_s),
+    "IQ1_M": entry("IQ1_M", dequantize_iq1_m, None, unpack_iq1_m, dot_iq1_m, COLUMNS, 9, unpack_iq1_m),
+    "IQ2_XXS": entry("IQ2_XXS", dequantize_iq2_xxs, None, unpack_iq2_xxs, dot_iq2_xxs, COLUMNS, 12, unpack_iq2_xxs),
+    "IQ2_XS": entry("IQ2_XS", dequantize_iq2_xs, None, unpack_iq2_xs, dot_iq2_xs, COLUMNS, 12, unpack_iq2_xs),
+    "IQ2_S": entry("IQ2_S", dequantize_iq2_s, None, unpack_iq2_s, dot_iq2_s, COLUMNS, 12, unpack_iq2_s),
+    "IQ3_XXS": entry("IQ3_XXS", dequantize_iq3_xxs, None, unpack_iq3_xxs, dot_iq3_xxs, COLUMNS, 12, unpack_iq3_xxs),
+    "IQ3_S": entry("IQ3_S", dequantize_iq3_s, None, unpack_iq3_s, dot_iq3_s, COLUMNS, 10, unpack_iq3_s),
 }

@@ -125,12 +125,18 @@ UPPER_BITS = gather_bytes([4, 5, 6, 7] * 2 + [8, 9, 10, 11] * 2, [2] * 16, ([0] 
 
 
 @inline
+def whole_scales_and_mins(at):
+    """Unpack all eight scales and all eight mins, in 6 bits, as i32x16."""
+    return LOWER_BITS(at, 0) | UPPER_BITS(at, 0)
+
+
+@inline
 def scales_and_mins(at):
     """Unpack all eight scales, times d, and all eight mins, times dmin.
 
     As f32x16: the scales, then the mins. d and dmin precede them in memory.
     """
-    return to_floats(LOWER_BITS(at, 0) | UPPER_BITS(at, 0)) * two_halves(at, 0)
+    return to_floats(whole_scales_and_mins(at)) * two_halves(at, 0)
 
 
 # Sixteen bytes of each two sub-blocks of Q4_K and Q5_K, 2 s in low nibbles and 2 s + 1 in high ones: their even elements, then the odd
@@ -167,6 +173,26 @@ def add_nibbles(sums, first, second, xi, scales):
     return minus_upper_half(sums, scales)
 
 
+# Scales of the low nibbles of 64 bytes, and of the high ones; of the second 64
+LOW_0, HIGH_0, LOW_1, HIGH_1 = spread_int16(0, 2), spread_int16(1, 3), spread_int16(4, 6), spread_int16(5, 7)
+
+
+@inline
+def store_scaled(at, superblock, first, second):
+    """Store d, the mins and int16 times their integer scales of Q4_K or Q5_K.
+
+    d and dmin precede the scales at `at`. first, second: 128 elements each, in the order of four_bits.
+    """
+    v = whole_scales_and_mins(at)
+    store(superblock, SCALES, to_floats(v) * two_halves(at, 0))
+    store(superblock, SCALES, half_at(at, 0))
+    scales = low_int16(v)
+    store_pairs(superblock, 0, 0, 2, first[0] * LOW_0(scales), first[1] * LOW_0(scales))
+    store_pairs(superblock, 0, 1, 3, first[2] * HIGH_0(scales), first[3] * HIGH_0(scales))
+    store_pairs(superblock, 256, 0, 2, second[0] * LOW_1(scales), second[1] * LOW_1(scales))
+    store_pairs(superblock, 256, 1, 3, second[2] * HIGH_1(scales), second[3] * HIGH_1(scales))
+
+
 @inline
 def add_q4_k(sums, row, i, n, x):
     at = row + Q4_K * i
@@ -185,6 +211,10 @@ def unpack_q4_k(source, n, superblock):
         w, v, y, z = four_bits(load_int16(source, 16 + 64 * part))
         store_pairs(superblock, 256 * part, 0, 2, w, v)
         store_pairs(superblock, 256 * part, 1, 3, y, z)
+
+
+def unpack_scaled_q4_k(source, n, superblock):
+    store_scaled(source, superblock, four_bits(load_int16(source, 16)), four_bits(load_int16(source, 80)))
 
 
 @inline
@@ -207,13 +237,22 @@ def dot_q5_k(rows, n_rows, n, x_at, n_tokens, out_at, offset):
     dot_large(add_q5_k, single_sum, floats(np.float32(0)), Q5_K, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
+@inline
+def half_of_q5_k(at, part):
+    """Unpack 128 elements of Q5_K to four int16 vectors, in the order of four_bits."""
+    return five_bits(load_int16(at, 48 + 64 * part), both_halves(at, 16) >> halves_int16(np.int16(4 * part), np.int16(4 * part + 2)))
+
+
 def unpack_q5_k(source, n, superblock):
     store(superblock, SCALES, scales_and_mins(source))        # and MINS, which follow SCALES
     for part in range(2):
-        fifth = both_halves(source, 16) >> halves_int16(np.int16(4 * part), np.int16(4 * part + 2))
-        w, v, y, z = five_bits(load_int16(source, 48 + 64 * part), fifth)
+        w, v, y, z = half_of_q5_k(source, part)
         store_pairs(superblock, 256 * part, 0, 2, w, v)
         store_pairs(superblock, 256 * part, 1, 3, y, z)
+
+
+def unpack_scaled_q5_k(source, n, superblock):
+    store_scaled(source, superblock, half_of_q5_k(source, 0), half_of_q5_k(source, 1))
 
 
 # Q6_K: sub-blocks s and s + 1 share the low nibbles of 64 bytes, s + 2 and s + 3 the high ones
@@ -380,9 +419,9 @@ def unpack_q3_k(source, n, superblock):
 
 
 KERNELS = {
-    "Q2_K": entry("Q2_K", dequantize_q2_k, None, unpack_q2_k, dot_q2_k, BY_PARTS, 6),
-    "Q3_K": entry("Q3_K", dequantize_q3_k, None, unpack_q3_k, dot_q3_k, BY_PARTS, 9),
-    "Q4_K": entry("Q4_K", dequantize_q4_k, None, unpack_q4_k, dot_q4_k, BY_NIBBLES, 4),
-    "Q5_K": entry("Q5_K", dequantize_q5_k, None, unpack_q5_k, dot_q5_k, BY_NIBBLES, 5),
-    "Q6_K": entry("Q6_K", dequantize_q6_k, None, unpack_q6_k, dot_q6_k, BY_NEIGHBOURS, 14),
+    "Q2_K": entry("Q2_K", dequantize_q2_k, None, unpack_q2_k, dot_q2_k, BY_PARTS, 6, unpack_q2_k),
+    "Q3_K": entry("Q3_K", dequantize_q3_k, None, unpack_q3_k, dot_q3_k, BY_PARTS, 9, unpack_q3_k),
+    "Q4_K": entry("Q4_K", dequantize_q4_k, None, unpack_q4_k, dot_q4_k, BY_NIBBLES, 4, unpack_scaled_q4_k),
+    "Q5_K": entry("Q5_K", dequantize_q5_k, None, unpack_q5_k, dot_q5_k, BY_NIBBLES, 5, unpack_scaled_q5_k),
+    "Q6_K": entry("Q6_K", dequantize_q6_k, None, unpack_q6_k, dot_q6_k, BY_NEIGHBOURS, 14, unpack_q6_k),
 }

@@ -12,10 +12,10 @@ from pydsa.backends.cpu.blocks.dots import (BY_QUARTERS, add_quad, dot_large, do
                                             nibbles, signed_quad, single_sum, store_quad, superblock_at, two_blocks)
 from pydsa.backends.cpu.codes import even_elements_first, pairs_of, to_multiples, twin_groups, ue4m3_floats
 from pydsa.backends.cpu.jit import inline
-from pydsa.backends.cpu.lanes import gather_u32, lookup, lower_half, spread, upper_half
+from pydsa.backends.cpu.lanes import gather_u32, lookup, lower_half, spread, spread_int16, upper_half
 from pydsa.backends.cpu.scalars import half, half_at
-from pydsa.backends.cpu.simd import (dot, dot_add, floats, halves, join, load_4_floats, load_8_floats, load_64_bytes, load_int16,
-                                     multiply_add, store, to_floats, to_int16, u8_at, vector)
+from pydsa.backends.cpu.simd import (dot, dot_add, eight_floats, floats, halves, join, load_4_floats, load_8_floats, load_64_bytes,
+                                     load_int16, low_int16, multiply_add, store, to_floats, to_int16, u8_at, vector)
 from pydsa.quants import IQ4_LEVELS, MXFP4_LEVELS, TYPES
 
 
@@ -108,9 +108,15 @@ FOUR_BITS, TWO_BITS = gather_u32([0] * 8, range(0, 32, 4)), gather_u32([0] * 8, 
 
 
 @inline
+def whole_scales_of_8(at):
+    """Unpack the integer scales of a block of IQ4_XS, one for each 32, as i32x8."""
+    return ((FOUR_BITS(at, 4) & 15) | ((TWO_BITS(at, 0) & 3) << 4)) - 32
+
+
+@inline
 def scales_of_8(at):
-    """Unpack the scales of a block of IQ4_XS, one for each 32, as f32x8."""
-    return to_floats(((FOUR_BITS(at, 4) & 15) | ((TWO_BITS(at, 0) & 3) << 4)) - 32) * half_at(at, 0)
+    """Unpack the scales of a block of IQ4_XS, as f32x8."""
+    return to_floats(whole_scales_of_8(at)) * half_at(at, 0)
 
 
 @inline
@@ -125,10 +131,20 @@ def dot_iq4_xs(rows, n_rows, n, x_at, n_tokens, out_at, offset):
     dot_large(add_iq4_xs, single_sum, floats(np.float32(0)), IQ4_XS, 1, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
+I16_FIRST, I16_SECOND = spread_int16(0, 1, 2, 3), spread_int16(4, 5, 6, 7)
+
+
+@inline
+def times_all(quad, factor):
+    """Multiply each of four int16 vectors by a factor."""
+    return quad[0] * factor, quad[1] * factor, quad[2] * factor, quad[3] * factor
+
+
 def unpack_iq4_xs(source, n, superblock):
-    store(superblock, SCALES, scales_of_8(source))
-    store_quad(superblock, 0, iq4_quad(load_64_bytes(source, 8)))
-    store_quad(superblock, 256, iq4_quad(load_64_bytes(source, 72)))
+    store(superblock, SCALES, eight_floats(half_at(source, 0)))
+    scales = low_int16(whole_scales_of_8(source))
+    store_quad(superblock, 0, times_all(iq4_quad(load_64_bytes(source, 8)), I16_FIRST(scales)))
+    store_quad(superblock, 256, times_all(iq4_quad(load_64_bytes(source, 72)), I16_SECOND(scales)))
 
 
 @inline
@@ -206,7 +222,7 @@ def unpack_nvfp4(source, n, superblock):
 
 KERNELS = {
     "IQ4_NL": entry("IQ4_NL", dequantize_iq4_nl, None, unpack_iq4_nl, dot_iq4_nl, BY_QUARTERS, 8),
-    "IQ4_XS": entry("IQ4_XS", dequantize_iq4_xs, None, unpack_iq4_xs, dot_iq4_xs, BY_QUARTERS, 8),
+    "IQ4_XS": entry("IQ4_XS", dequantize_iq4_xs, None, unpack_iq4_xs, dot_iq4_xs, BY_QUARTERS, 13, unpack_iq4_xs),
     "MXFP4": entry("MXFP4", dequantize_mxfp4, None, unpack_mxfp4, dot_mxfp4, BY_QUARTERS, 5),
     "NVFP4": entry("NVFP4", dequantize_nvfp4, None, unpack_nvfp4, dot_nvfp4, BY_GROUPS, 13),
 }

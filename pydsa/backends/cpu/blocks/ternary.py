@@ -154,7 +154,7 @@ def unpack_q1_0(source, n, superblock):
 
 
 KERNELS = {
-    "TQ1_0": entry("TQ1_0", dequantize_tq1_0, None, unpack_tq1_0, dot_tq1_0, NATURAL | np.uint8(ONE_SCALE), 2),
-    "TQ2_0": entry("TQ2_0", dequantize_tq2_0, None, unpack_tq2_0, dot_tq2_0, BY_PARTS, 3),
+    "TQ1_0": entry("TQ1_0", dequantize_tq1_0, None, unpack_tq1_0, dot_tq1_0, NATURAL | np.uint8(ONE_SCALE), 2, unpack_tq1_0),
+    "TQ2_0": entry("TQ2_0", dequantize_tq2_0, None, unpack_tq2_0, dot_tq2_0, BY_PARTS, 3, unpack_tq2_0),
     "Q1_0": entry("Q1_0", dequantize_q1_0, None, unpack_q1_0, dot_q1_0, COLUMNS, 2),
 }

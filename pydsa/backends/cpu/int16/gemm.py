@@ -8,6 +8,9 @@ from pydsa.backends.cpu.simd import (F32, FAST, I32, INT16_ROWS, INT16_TOKENS, I
 
 
 TILE_ROWS = 16 * INT16_ROWS          # rows that int16_products takes at a time
+# Values whose products are summed in int32, in whole_products. At most LARGEST_SUM, the sum of the magnitudes of GROUP activations, times
+# 4096, the largest weight: so it fits, and 32 activations more than fit.
+GROUP, LARGEST_SUM = 64, 524_200
 
 
 # A tile is 16 rows of superblocks in which each 64-byte column is transposed as 16 x 16 cells of four bytes: the cells of one column are
@@ -71,10 +74,10 @@ class _Emitter:
             phi.add_incoming(constant([0.0] * 16, F32), otherwise_block)
         return sums
 
-    def dots(self, i):
-        """Emit the dot products of group i of 32, as int32."""
-        b = self.builder
-        tile, xs = b.add(self.tiles, b.mul(i, INTP(1024))), [b.add(x, b.mul(i, INTP(64))) for x in self.xs]
+    def dots(self, i, n):
+        """Emit the dot products of group i of n values, as int32."""
+        b, steps = self.builder, n // 2
+        tile, xs = b.add(self.tiles, b.mul(i, INTP(64 * steps))), [b.add(x, b.mul(i, INTP(4 * steps))) for x in self.xs]
 
         def body(k, sums):      # not unrolled: LLVM would make two instructions of each dot product, to shorten the chain
             w = [b.bitcast(self.load(i32x16.ir, b.add(tile, b.add(INTP(r * TILE), b.mul(k, INTP(64)))), 64), i16x32.ir)
@@ -82,53 +85,66 @@ class _Emitter:
             pairs = [self.load(I32, b.add(x, b.mul(k, INTP(4)))) for x in xs]
             pairs = [b.bitcast(broadcast(b, x, 16), i16x32.ir) for x in pairs]
             return [int16_dots(b, s, w[r], pairs[t]) for s, (r, t) in zip(sums, self.pairs)]
-        return self.loop(INTP(16), [constant([0] * 16)] * len(self.pairs), body)
+        return self.loop(INTP(steps), [constant([0] * 16)] * len(self.pairs), body)
 
-    def factors(self, i, part):
-        """Emit the i-th scales or mins of all rows, and of all tokens."""
+    def of_rows(self, part, i):
+        """Emit the i-th scales or mins of all rows."""
         b = self.builder
         column = b.add(b.add(self.tiles, INTP(16 * part)), b.mul(i, INTP(64)))
-        w = [self.load(f32x16.ir, b.add(column, INTP(r * TILE)), 64) for r in range(self.n_tiles)]
-        x = [broadcast(b, self.load(F32, b.add(b.add(x, INTP(part)), b.mul(i, INTP(4)))), 16) for x in self.xs]
-        return w, x
+        return [self.load(f32x16.ir, b.add(column, INTP(r * TILE)), 64) for r in range(self.n_tiles)]
 
-    def add_products(self, i, sums):
-        """Emit sums + scales * dot products of group i."""
-        b, dots = self.builder, self.dots(i)
-        w, x = self.factors(i, SCALES)
-        return [b.fadd(s, b.fmul(b.sitofp(d, f32x16.ir), b.fmul(w[r], x[t], flags=FAST), flags=FAST), flags=FAST)
-                for s, d, (r, t) in zip(sums, dots, self.pairs)]
+    def of_tokens(self, part, i):
+        """Emit the i-th number of a part of all tokens, each broadcast."""
+        b = self.builder
+        return [broadcast(b, self.load(F32, b.add(b.add(x, INTP(part)), b.mul(i, INTP(4)))), 16) for x in self.xs]
+
+    def add_group(self, i, sums):
+        """Emit sums + dot products of the i-th GROUP values."""
+        return [self.builder.fadd(s, self.builder.sitofp(d, f32x16.ir), flags=FAST) for s, d in zip(sums, self.dots(i, GROUP))]
+
+    def add_scaled_group(self, i, sums):
+        """Emit sums + scales * dot products of the i-th 32 values."""
+        b, dots, w = self.builder, self.dots(i, 32), self.of_rows(SCALES, i)
+        return [b.fadd(s, b.fmul(b.sitofp(d, f32x16.ir), w[r], flags=FAST), flags=FAST) for s, d, (r, _) in zip(sums, dots, self.pairs)]
+
+    def products(self, n_scales):
+        """Emit the products of rows and tokens; n_scales is 0 if rows have one scale."""
+        b, zeros = self.builder, [constant([0.0] * 16, F32)] * len(self.pairs)
+        if n_scales is not None:
+            return self.loop(n_scales, zeros, self.add_scaled_group)
+        sums, w = self.loop(INTP(256 // GROUP), zeros, self.add_group), self.of_rows(SCALES, INTP(0))
+        return [b.fmul(s, w[r], flags=FAST) for s, (r, _) in zip(sums, self.pairs)]
 
     def subtract_mins(self, part):
         """Return a loop body that subtracts the i-th products of mins."""
         def body(i, sums):
-            w, x = self.factors(i, part)
-            b = self.builder
+            b, w, x = self.builder, self.of_rows(part, i), self.of_tokens(part, i)
             return [b.fsub(s, b.fmul(w[r], x[t], flags=FAST), flags=FAST) for s, (r, t) in zip(sums, self.pairs)]
         return body
 
 
-def _make_int16_products(rows, tokens):
+def _make_int16_products(rows, tokens, one_scale):
     @intrinsic
     def int16_products(typingctx, tiles, n_scales, n_mins, n_mins_16, x_at, x_offset, before_at, out_at, out_offset):
         """Compute sums + rows of the tiles . superblocks of tokens.
 
         *(out_at[t] + out_offset)[r] = *(before_at[t] + out_offset)[r] + row r . superblock *(x_at[t] + x_offset). before_at may be 0: the
-        sums start at zero. n_scales, n_mins, n_mins_16: how many groups of 32, mins and mins of 16 are in use.
+        sums start at zero. n_scales, n_mins, n_mins_16: how many groups of 32, mins and mins of 16 are in use. In whole_products rows have
+        one scale, the first one, and all 256 values are in use.
         """
         def codegen(context, builder, signature, args):
             tiles, n_scales, n_mins, n_mins_16, x_at, x_offset, before_at, out_at, out_offset = args
             emit = _Emitter(builder, rows, tokens, tiles, x_at, x_offset)
-            sums = emit.start(before_at, out_offset)
-            sums = emit.loop(n_scales, sums, emit.add_products)
+            sums = emit.products(None if one_scale else n_scales)
             sums = emit.loop(n_mins, sums, emit.subtract_mins(MINS))
             sums = emit.loop(n_mins_16, sums, emit.subtract_mins(MINS_16))
-            outs = emit.table(out_at, out_offset)
-            for s, (r, t) in zip(sums, emit.pairs):
+            scales, before, outs = emit.of_tokens(SCALES, INTP(0)), emit.start(before_at, out_offset), emit.table(out_at, out_offset)
+            for s, x, (r, t) in zip(sums, before, emit.pairs):
+                s = builder.fadd(x, builder.fmul(s, scales[t], flags=FAST), flags=FAST)
                 builder.store(s, pointer(builder, emit.cell(outs, r, t), f32x16.ir), align=4)
             return context.get_dummy_value()
         return types.void(*[types.intp] * 9), codegen
     return int16_products
 
 
-int16_products = _make_int16_products(INT16_ROWS, INT16_TOKENS)
+int16_products, whole_products = (_make_int16_products(INT16_ROWS, INT16_TOKENS, one_scale) for one_scale in (False, True))

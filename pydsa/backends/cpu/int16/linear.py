@@ -6,18 +6,20 @@ import numpy as np
 
 from pydsa.backends.cpu.blocks.block import IN_COLUMNS, MINS, MINS_16, NATURAL_ORDER, ONE_SCALE, SCALES, SUPERBLOCK
 from pydsa.backends.cpu.codes import natural_order, to_columns
-from pydsa.backends.cpu.int16.gemm import TILE, TILE_ROWS, int16_products
+from pydsa.backends.cpu.int16.gemm import GROUP, LARGEST_SUM, TILE, TILE_ROWS, int16_products, whole_products
 from pydsa.backends.cpu.jit import call_intp_function, inner
 from pydsa.backends.cpu.jobs import read_matmul_job
-from pydsa.backends.cpu.lanes import first_quarter, last_quarter, second_quarter, third_quarter, transpose
+from pydsa.backends.cpu.lanes import first_quarter, last_quarter, second_quarter, sum_abs, third_quarter, transpose
 from pydsa.backends.cpu.rounding import max_abs_of
 from pydsa.backends.cpu.scratch import thread_scratch
-from pydsa.backends.cpu.simd import (INT16_TOKENS, float_at, i64_at, load_floats, prefetch, reduce_max_abs, round_int16, store, sums_of_16,
-                                     u8_at)
+from pydsa.backends.cpu.simd import (INT16_TOKENS, float_at, floats, i64_at, load_floats, max_abs_lanes, prefetch, reduce_max_abs,
+                                     round_int16, store, sums_of_16, u8_at)
 
 
+MAX_INT16 = 32767         # activation of prompts, rounded
 MAX_INT15 = 16383         # rounded activation: 32 of them times Q6_K's largest weights, 4096, still fit into 32 bits
 BATCH = 4                # register blocks of tokens after which the next tile comes: 15 KiB of activations beside a tile of 20
+BATCH_LINES = BATCH * INT16_TOKENS * SUPERBLOCK // 64       # cache lines of their activations
 
 
 def round_row(x, n, order, out, stride):
@@ -56,16 +58,56 @@ def round_row(x, n, order, out, stride):
             to_columns(superblock)
 
 
-_round_row = inner(round_row)
-
-
 def pack(x_at, first, n_tokens, n_in, out):
     """Round tokens `first` to first + 16 of n_tokens to superblocks.
 
     x_at holds the addresses of rows of n_in floats. The first superblocks of all tokens come first.
     """
     for t in range(first, min(first + 16, n_tokens)):
-        _round_row(i64_at(x_at, 8 * t), n_in, 0, out + t * SUPERBLOCK, n_tokens * SUPERBLOCK)
+        for k in range(0, n_in, 256):
+            round_superblock(i64_at(x_at, 8 * t) + 4 * k, min(256, n_in - k), out + (k // 256 * n_tokens + t) * SUPERBLOCK)
+
+
+@inner
+def round_superblock(x, n, superblock):
+    """Round n floats, a multiple of 32, to a superblock with one scale.
+
+    The rest is 0. Sums, in place of the mins, are of the integers. A value that is not finite makes the scale not finite.
+    """
+    scale = scale_of(x, n)
+    store(superblock, SCALES, scale)
+    factor = np.float32(1) / scale if scale > np.float32(1e-34) else np.float32(0)
+    for j in range((n + 31) // 32):
+        values = round_int16(load_floats(x, 128 * j), load_floats(x, 128 * j + 64), factor)
+        first, second = sums_of_16(values)
+        store(superblock, 64 * j, values)
+        store(superblock, MINS + 4 * j, first + second)
+        store(superblock, MINS_16 + 8 * j, first)
+        store(superblock, MINS_16 + 8 * j + 4, second)
+    zeros = floats(np.float32(0))
+    for j in range((n + 31) // 32, 8):
+        store(superblock, 64 * j, zeros)
+        store(superblock, MINS + 4 * j, np.float32(0))
+        store(superblock, MINS_16 + 8 * j, np.float32(0))
+        store(superblock, MINS_16 + 8 * j + 4, np.float32(0))
+
+
+@inner
+def scale_of(x, n):
+    """Return the scale with which n floats, at most 256, are rounded.
+
+    The largest magnitude becomes at most MAX_INT16, and the sum of the magnitudes of each GROUP at most LARGEST_SUM.
+    """
+    top, largest = floats(np.float32(0)), np.float32(0)
+    for k in range(0, n, GROUP):
+        a, b = load_floats(x, 4 * k), load_floats(x, 4 * k + 64)
+        top, share = max_abs_lanes(top, max_abs_lanes(a, b)), sum_abs(a, b)
+        if k + 32 < n:
+            a, b = load_floats(x, 4 * k + 128), load_floats(x, 4 * k + 192)
+            top, share = max_abs_lanes(top, max_abs_lanes(a, b)), share + sum_abs(a, b)
+        largest = max(largest, share)
+    scale, least = reduce_max_abs(top, top) / np.float32(MAX_INT16), largest * np.float32(1 / LARGEST_SUM)
+    return least if least > scale else scale        # NaN stays
 
 
 def matmul(job_at):
@@ -74,6 +116,7 @@ def matmul(job_at):
     next_bytes = 256 // job.block * job.block_bytes
     padded = (job.n_tokens + INT16_TOKENS - 1) // INT16_TOKENS * INT16_TOKENS     # padded by repeating the last token
     n_tiles = (job.n_rows + TILE_ROWS - 1) // TILE_ROWS
+    mins, mins_16 = 8 if job.mins == 8 else 0, 16 if job.mins == 16 else 0
     n_sums, tile_bytes = n_tiles * TILE_ROWS, TILE_ROWS // 16 * TILE
     superblocks = thread_scratch(job.thread, TILE_ROWS * SUPERBLOCK + n_tiles * tile_bytes + 4 * padded * n_sums + 3 * 8 * padded)
     tiles = superblocks + TILE_ROWS * SUPERBLOCK
@@ -89,19 +132,24 @@ def matmul(job_at):
             n = min(TILE_ROWS, job.n_rows - i * TILE_ROWS)
             first = job.rows + i * TILE_ROWS * job.row_bytes + k // job.block * job.block_bytes
             pack_tile(tiles + i * tile_bytes, superblocks, job.unpack, first, n, job.row_bytes, width // job.block, width // 32, job.mins)
+        x_offset, before = k // 256 * job.n_packed * SUPERBLOCK, tables + 8 * padded
         for t0 in range(0, padded, BATCH * INT16_TOKENS):
             current = job.rows + k // job.block * job.block_bytes      # prefetch their next superblock meanwhile: they are far apart
             for r in range(job.n_rows * t0 // padded, job.n_rows * min(t0 + BATCH * INT16_TOKENS, padded) // padded):
                 for line in range(next_bytes, 2 * next_bytes, 64):
                     prefetch(current + r * job.row_bytes, line)
+            following = job.x + x_offset + (job.first + t0 + BATCH * INT16_TOKENS) * SUPERBLOCK
             for i in range(n_tiles):
-                for t in range(min(t0 + BATCH * INT16_TOKENS, padded), min(t0 + 2 * BATCH * INT16_TOKENS, padded)):
-                    for line in range(10 * i // n_tiles, 10 * (i + 1) // n_tiles):      # and the activations of the next batch
-                        prefetch(i64_at(tables, 8 * t) + k // 256 * job.n_packed * SUPERBLOCK, 64 * line)
+                for line in range(BATCH_LINES * i // n_tiles, BATCH_LINES * (i + 1) // n_tiles):
+                    prefetch(following, 64 * line)      # the activations of the next batch
                 out = tables + 8 * padded * (2 if k + 256 >= job.n_in and (i + 1) * TILE_ROWS <= job.n_rows else 1)
                 for t in range(8 * t0, 8 * min(t0 + BATCH * INT16_TOKENS, padded), 8 * INT16_TOKENS):
-                    int16_products(tiles + i * tile_bytes, width // 32, 8 if job.mins == 8 else 0, 16 if job.mins == 16 else 0, tables + t,
-                                   k // 256 * job.n_packed * SUPERBLOCK, tables + 8 * padded + t if k else 0, out + t, 4 * i * TILE_ROWS)
+                    if job.one_scale:
+                        whole_products(tiles + i * tile_bytes, 8, mins, mins_16, tables + t, x_offset, before + t if k else 0, out + t,
+                                       4 * i * TILE_ROWS)
+                    else:
+                        int16_products(tiles + i * tile_bytes, width // 32, mins, mins_16, tables + t, x_offset, before + t if k else 0,
+                                       out + t, 4 * i * TILE_ROWS)
     for t in range(job.n_tokens):
         for r in range(job.n_rows // TILE_ROWS * TILE_ROWS, job.n_rows):
             store(i64_at(job.out_at, 8 * t), 4 * r, float_at(sums, 4 * (n_sums * t + r)))
