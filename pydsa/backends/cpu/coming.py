@@ -37,8 +37,8 @@ def fetch(regions, first, n):
 def fetch_share(regions, thread, n_threads, done):
     """Prefetch the next PIECE of a thread's share, if there is one.
 
-    Returns whether there was. done: the bytes of it before. A thread reads its tasks of a matrix in two places at once (blocks/dots.py). Who
-    begins an interval takes its first task, and does not wait before: so no one takes the first share.
+    Returns whether there was. done: the bytes of it before. A task of a matrix is read in two places at once (blocks/dots.py). Who begins
+    an interval takes its first task, and does not wait before: so no one takes the first share.
     """
     share = thread if thread else n_threads - 1
     for k in range(REGIONS):
