@@ -287,6 +287,11 @@ def _parts(segments, ends, arrays, inputs, n_outputs):
     return parts
 
 
+def _positions(ids, n_past):
+    """The positions of a step's tokens, n_past on; or those that n_past has."""
+    return np.asarray(n_past) if hasattr(n_past, "__len__") else np.arange(n_past, n_past + len(ids))
+
+
 class Done:
     """A step that has run: what begin() returns.
 
@@ -354,7 +359,7 @@ class Bound:
         with one_step():
             self._nan_met()       # of ops that ran by themselves
             self.put(ids, n_past)
-            self.start(hooks, n_past + np.arange(len(ids)) if np.ndim(n_past) == 0 else np.asarray(n_past))
+            self.start(hooks, _positions(ids, n_past) if hooks else None)
             if self.output is not None:
                 logits[:] = self.output_backend.fetch(self.output)
             if self._nan_met():
@@ -386,7 +391,7 @@ class Bound:
 
     def put(self, ids, n_past):
         """Write the inputs of a step: ids, or hidden rows, and positions."""
-        positions = np.arange(n_past, n_past + len(ids)) if np.ndim(n_past) == 0 else np.asarray(n_past)
+        positions = _positions(ids, n_past)
         self.runner.steps += 1
         for backend, *arrays in self.inputs:
             backend.set_threads(self.runner.threads_for(len(ids)))

@@ -113,10 +113,12 @@ def plain_form_pays(c, n_past, n_tokens, most=None):
     c: a model's Config. most: the number of keys that a token chooses, which the absorbed form gathers one by one; None: all keys. Below
     MHA_TOKENS tokens the plain form never pays: computing keys costs more there than is counted.
     """
+    if n_tokens < MHA_TOKENS:
+        return False
     size, expansion = StepSize(n_tokens, n_past, {}), c.kv_lora * (c.n_nope + c.n_v)
     plain = size.n_kv * expansion + size.pairs(size.n_kv) * (c.n_nope + c.n_rot + c.n_v)
     per_pair = 2 * c.kv_lora + c.n_rot + (0 if most is None else GATHER_COST * (c.kv_lora + c.n_rot) // c.n_head)
-    return n_tokens >= MHA_TOKENS and plain < n_tokens * expansion + size.pairs(size.n_kv if most is None else most) * per_pair
+    return plain < n_tokens * expansion + size.pairs(size.n_kv if most is None else most) * per_pair
 
 
 def plain_form_until(c, n_tokens, n_ctx, most=None):

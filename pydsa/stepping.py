@@ -21,7 +21,8 @@ def check_ids(ids, n_vocab):
         ids = np.empty(0)
     if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
         raise PydsaError("The token ids must be a list of at least one integer.")
-    if ids.min() < 0 or ids.max() >= n_vocab:
+    least, most = (ids[0], ids[0]) if ids.size == 1 else (ids.min(), ids.max())     # a generation checks one id for each token
+    if least < 0 or most >= n_vocab:
         bad = ids[(ids < 0) | (ids >= n_vocab)][0]
         raise PydsaError(f"The token id is {bad}, expected 0 to {n_vocab - 1}.")
     return ids.astype(np.int32)

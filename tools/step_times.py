@@ -64,10 +64,10 @@ def empty_parts(clocks, at, times):
 
 
 @inner
-def call(stage, part, index, n_threads, scratch):
+def call(stage, part, index, n_threads, scratch, coming):
     """Call a part of a stage as thread 0 of n."""
     return call_part(i64_at(stage, FUNCTION), i64_at(stage, RECORD), i64_at(stage, PART) + part, index, 0, n_threads,
-                     scratch + i64_at(stage, OFFSET))
+                     scratch + i64_at(stage, OFFSET), coming)
 
 
 @kernel
@@ -81,12 +81,13 @@ def run_parts(intervals, n_intervals, n_threads, scratch, clocks, at, begins, co
     lap(last, clocks, at)
     for i in range(n_intervals):
         first, n = i64_at(intervals, INTERVAL_BYTES * i), i64_at(intervals, INTERVAL_BYTES * i + 8)
+        coming = intervals + INTERVAL_BYTES * i + 16
         for j in range(n):
-            counts[stage + j] = call(first + STAGE_BYTES * j, 0, 0, n_threads, scratch)
+            counts[stage + j] = call(first + STAGE_BYTES * j, 0, 0, n_threads, scratch, coming)
             begins[stage + j] = lap(last, clocks, at)
         for j in range(n):
             for index in range(counts[stage + j]):
-                call(first + STAGE_BYTES * j, 1, index, n_threads, scratch)
+                call(first + STAGE_BYTES * j, 1, index, n_threads, scratch, coming)
                 took = lap(last, clocks, at)
                 if n_done < tasks.size:
                     tasks[n_done] = took

@@ -12,7 +12,8 @@ indices of those that it has, followed by -1.
 import numpy as np
 
 from pydsa.backends.cpu import amx, bf16x2, f32
-from pydsa.backends.cpu.arrays import address, contiguous, floats_at
+from pydsa.backends.cpu.arrays import LINE, address, contiguous, floats_at
+from pydsa.backends.cpu.coming import MOST, regions_size
 from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.jobs import AttendJob, call_kernel
 from pydsa.backends.cpu.op import Stage, op
@@ -27,6 +28,8 @@ NO_MASK = np.empty((1, 0), np.float32)
 FEW_TOKENS = 4          # the most tokens whose keys are split among tasks, as in flash-decoding
 SPLIT_KEYS, MOST_SPLITS = 64, 32        # the fewest keys of a split, and the most splits of a token, whatever the number of threads
 TASK_HEADS = 32         # the fewest heads of a task: each task packs the keys that it reads
+KEY_BYTES = 2048        # of what comes next, fetched for each key of a single token: about what memory gives meanwhile
+FEW_HEADS = 32          # the most heads for which a token's scores are computed from keys as they lie, without transposing them
 
 
 @inner
@@ -109,21 +112,34 @@ def partial_bytes(n_head, n_v):
 
 
 @inner
-def run_job(out, q, latents, mask, keys, scale, t, n_tokens, h, n_head, first, ends, scaled_end, partial, thread):
+def coming_bytes(n_keys, n_tasks, task):
+    """Count the bytes of what comes next that each of a token's tasks fetches.
+
+    A multiple of a cache line.
+    """
+    return min(regions_size(task.coming), task.n_threads * MOST, n_keys * KEY_BYTES) // n_tasks // LINE * LINE
+
+
+@inner
+def run_job(out, q, latents, mask, keys, scale, t, n_tokens, h, n_head, first, ends, scaled_end, partial, task):
     """Attend: n_head heads from h on of n_tokens tokens from t on.
 
     They have the keys from `first` on, up to those at the address `ends`. partial: where partial results go, or 0.
     """
+    one_by_one = len(q) <= FEW_TOKENS or keys.ndim == 2 or latents.alone != 0      # whatever the number of threads
+    few = 1 if one_by_one and q.shape[1] <= FEW_HEADS else 0
+    fetched = coming_bytes(count_keys(keys, 0), begin_attention(out, q, latents, keys, scale, task), task) if len(q) == 1 else 0
     mask_at = address(mask) + t * mask.strides[0] if mask.size else 0
     indices_at = address(keys) + t * keys.strides[0] if keys.ndim == 2 else 0
     call_kernel(latents.attend, AttendJob(
-        thread=thread, out=address(out) + t * out.strides[0] + h * out.strides[1], out_token=out.strides[0], out_head=out.strides[1],
+        thread=task.thread, out=address(out) + t * out.strides[0] + h * out.strides[1], out_token=out.strides[0], out_head=out.strides[1],
         q=address(q) + t * q.strides[0] + h * q.strides[1], q_head=q.strides[1],
         n_tokens=n_tokens, n_head=n_head, width=q.shape[2], n_v=out.shape[2],
         rows=address(latents.data), row_bytes=latents.data.shape[1], dequantize=latents.dequantize, row_n=latents.n,
         indices=indices_at, key_start=first, key_ends=ends, scaled_end=scaled_end,
         mask=mask_at, mask_row=mask.strides[0],
-        scale=bits_of_float(np.float32(scale)), partial=partial))
+        scale=bits_of_float(np.float32(scale)), partial=partial,
+        few=few, coming=task.coming, coming_first=task.index * fetched, coming_bytes=fetched))
 
 
 @inner
@@ -140,7 +156,7 @@ def attend_masked(out, q, latents, mask, keys, scale, task):
     t = ((len(q) + tokens - 1) // tokens - 1 - task.index // (n_splits * groups)) * tokens
     heads = min(heads, n_head - h)
     if latents.alone and len(q) > FEW_TOKENS:
-        attend_alone(out, q, latents, mask, keys, scale, t, h, heads, task.thread)
+        attend_alone(out, q, latents, mask, keys, scale, t, h, heads, task)
         return
     n_tokens, first, partial, scaled_end = min(tokens, len(q) - t), np.int64(0), np.int64(0), np.int64(0)
     ends = task_scratch(task.thread, 8 * n_tokens)
@@ -153,7 +169,7 @@ def attend_masked(out, q, latents, mask, keys, scale, task):
         partial = task.scratch + (t * n_splits + split) * partial_bytes(n_head, out.shape[2]) + 4 * h * (2 + out.shape[2])
     elif keys.ndim == 1 and len(q) > FEW_TOKENS:       # whatever the tokens of this task are
         scaled_end = count_keys(keys, len(q) - 1)
-    run_job(out, q, latents, mask, keys, scale, t, n_tokens, h, heads, first, ends, scaled_end, partial, task.thread)
+    run_job(out, q, latents, mask, keys, scale, t, n_tokens, h, heads, first, ends, scaled_end, partial, task)
 
 
 @inner
@@ -182,16 +198,16 @@ def merge_splits(row, n_splits, first, stride):
 
 
 @inner
-def attend_alone(out, q, latents, mask, keys, scale, t, h, n_head, thread):
+def attend_alone(out, q, latents, mask, keys, scale, t, h, n_head, task):
     """Attend: some heads of a token, split by split, as in a step of few tokens."""
     n, n_v = count_keys(keys, t), out.shape[2]
     size = split_size(n, q.shape[1])
     n_splits, stride = (n + size - 1) // size, partial_bytes(n_head, n_v)
-    ends = task_scratch(thread, 64 + (n_splits * stride if n_splits > 1 else 0))
+    ends = task_scratch(task.thread, 64 + (n_splits * stride if n_splits > 1 else 0))
     for i in range(max(1, n_splits)):
         store(ends, 0, min(n, (i + 1) * size))
         partial = ends + 64 + i * stride if n_splits > 1 else 0
-        run_job(out, q, latents, mask, keys, scale, t, 1, h, n_head, i * size, ends, 0, partial, thread)
+        run_job(out, q, latents, mask, keys, scale, t, 1, h, n_head, i * size, ends, 0, partial, task)
     if n_splits > 1:
         for i in range(n_head):
             merge_splits(contiguous(out[t, h + i]), n_splits, ends + 64 + 4 * i * (2 + n_v), stride)

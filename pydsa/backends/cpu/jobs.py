@@ -41,6 +41,10 @@ class AttendJob(NamedTuple):
     mask_row: int       # stride of a token in mask
     scale: int          # float32 bits
     partial: int        # where row_max, row_sum and the sum of values of each query are written instead of out (attention.py); 0: nowhere
+    few: int            # whether a step's token has few heads, for f32/attention.py
+    coming: int         # regions to fetch (coming.py): `coming_bytes` of them, from `coming_first` on
+    coming_first: int
+    coming_bytes: int
 
 
 class HeadJob(NamedTuple):

@@ -104,6 +104,16 @@ lower_half, upper_half = _piece(2, 0), _piece(2, 1)
 first_quarter, second_quarter, third_quarter, last_quarter = (_piece(4, i) for i in range(4))
 
 
+def sum_rows(builder, rows):
+    """Emit the sums of the lanes of each of sixteen f32x16, as one vector."""
+    for step in (8, 4, 2, 1):       # lanes without this bit hold row i, those with it row i + step
+        low = constant([j if not j & step else j - step + 16 for j in range(16)])
+        high = constant([j + step if not j & step else j + 16 for j in range(16)])
+        rows = [builder.fadd(builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high), flags=FAST)
+                for a, b in zip(rows[:step], rows[step:])]
+    return rows[0]
+
+
 @intrinsic
 def row_sums(typingctx, address):
     """Sum the lanes of each of sixteen f32x16 in memory, as f32x16.
@@ -112,12 +122,7 @@ def row_sums(typingctx, address):
     """
     def codegen(context, builder, signature, args):
         rows = [builder.load(pointer(builder, builder.add(args[0], INTP(64 * i)), f32x16.ir), align=4) for i in range(16)]
-        for step in (8, 4, 2, 1):       # lanes without this bit hold row i, those with it row i + step
-            low = constant([j if not j & step else j - step + 16 for j in range(16)])
-            high = constant([j + step if not j & step else j + 16 for j in range(16)])
-            rows = [builder.fadd(builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high), flags=FAST)
-                    for a, b in zip(rows[:step], rows[step:])]
-        return rows[0]
+        return sum_rows(builder, rows)
     return f32x16(types.intp), codegen
 
 

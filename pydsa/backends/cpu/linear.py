@@ -270,12 +270,17 @@ def multiply_linear(out, w, x, task):
     multiply_rows(w, 1, w.data.shape[0], w.data.shape[1], x.shape[0], x.shape[1], address(out), out.strides[0], 0, task)
 
 
+def weights_read(out, w, x):
+    """The weights, where a step of one token reads all of them once."""
+    return w.data if len(x) == 1 else None
+
+
 def packed_linear(out, w, x):
     """What pack_linear makes of x: the same for weights that take it in the same form."""
     return x.ctypes.data, x.shape, x.strides, w.pack, w.packed_bytes, w.order if uses_gemv(w, len(x)) else None
 
 
-@op(Stage(begin_linear, pack_linear, light=True), Stage(begin_linear_rows, multiply_linear), packed=packed_linear)
+@op(Stage(begin_linear, pack_linear, light=True), Stage(begin_linear_rows, multiply_linear), packed=packed_linear, reads=weights_read)
 def linear(out, w, x):
     return addresses_bytes(len(x)) + packed_bytes(w, *x.shape)
 
@@ -301,7 +306,7 @@ def multiply_heads(out, w, x, task):
     multiply_rows(w, n_head, n_out, row_bytes, x.shape[0], x.shape[2], address(out), out.strides[0], out.strides[1], task)
 
 
-@op(Stage(begin_heads, pack_heads, light=True), Stage(begin_head_rows, multiply_heads))
+@op(Stage(begin_heads, pack_heads, light=True), Stage(begin_head_rows, multiply_heads), reads=weights_read)
 def head_linear(out, w, x):
     n_tokens, n_head, n_in = x.shape
     return addresses_bytes(n_head * n_tokens) + n_head * packed_bytes(w, n_tokens, n_in)

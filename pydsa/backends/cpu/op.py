@@ -12,6 +12,7 @@ from numba import types
 
 from pydsa.backends.cpu import threads
 from pydsa.backends.cpu.arrays import align
+from pydsa.backends.cpu.coming import REGIONS
 from pydsa.backends.cpu.jit import ByAddress, Wanted, code_size, inner
 from pydsa.backends.cpu.records import kind_of, reader, words_of
 
@@ -30,10 +31,10 @@ class Stage(NamedTuple):
 class Op:
     """An op of the backend; called with its arguments, it runs by itself."""
 
-    def __init__(self, scratch, stages, packed, grows):
+    def __init__(self, scratch, stages, packed, grows, reads):
         functools.update_wrapper(self, scratch)
         self.py_func = self.scratch = scratch
-        self.stages, self.packed, self.grows = stages, packed, grows
+        self.stages, self.packed, self.grows, self.reads = stages, packed, grows, reads
         self._entries = {}      # signature -> _Entry
 
     def __call__(self, *args):
@@ -50,14 +51,15 @@ class Op:
         self.entry(signature).compile()
 
 
-def op(*stages, packed=lambda *args: None, grows=False):
+def op(*stages, packed=lambda *args: None, grows=False, reads=lambda *args: None):
     """Make an Op of a Python function scratch(*args).
 
     It returns how many bytes of scratch memory the op needs, at most. Its name, parameters and docstring are the op's. packed(*args) is a
     Python function that names what the first stage makes of the arguments, all that is in the scratch memory, or None: ops of a group
-    with the same name share it. grows: whether scratch() depends on the values of `positions`.
+    with the same name share it. grows: whether scratch() depends on the values of `positions`. reads(*args) is a Python function that
+    returns the array that the tasks of the last stage read from memory, or None if that is not known before the step.
     """
-    return lambda scratch: Op(scratch, stages, packed, grows)
+    return lambda scratch: Op(scratch, stages, packed, grows, reads)
 
 
 class _Entry(ByAddress):
@@ -69,11 +71,11 @@ class _Entry(ByAddress):
     def __init__(self, op, signature):
         read, call = reader(signature), _parts(op.stages)
 
-        def entry(record, part, index, thread, n_threads, scratch):
-            return call(part, read(record, index, thread, n_threads, scratch))
+        def entry(record, part, index, thread, n_threads, scratch, coming):
+            return call(part, read(record, index, thread, n_threads, scratch, coming))
 
         entry.__module__, entry.__name__, entry.__qualname__ = op.__module__, op.__name__, f"{op.__qualname__}{signature}"
-        super().__init__(entry, *[types.int64] * 6, result=types.int64)
+        super().__init__(entry, *[types.int64] * 7, result=types.int64)
         size = sum(code_size(f.py_func) for stage in op.stages for f in stage[:2])
         self.wanted = Wanted(op.__name__, op.__module__, signature, lambda: self.cache.holds(self.signature), self.compile, size)
 
@@ -119,7 +121,7 @@ class Step:
     def __init__(self, groups):
         self._groups, self.calls = groups, []       # their arrays must live
         self._scratch_bytes, self._growing = [], {}     # of each group; its op whose scratch memory grows, if there is one
-        records, stages, intervals, self._starts = [], [], [], [0]
+        records, stages, intervals, self._starts, arrays = [], [], [], [0], []
         for group in groups:
             group = sorted(group, key=lambda call: call[0].grows)       # behind whose scratch memory there is no other's
             self.calls += group
@@ -136,11 +138,13 @@ class Step:
             for interval in listed:
                 intervals.append((len(stages), len(interval)))
                 stages += sorted(interval, key=lambda row: row[-1])     # what takes longest first
+            arrays += [[] for _ in listed[1:]] + [[array for op, args in group if (array := op.reads(*args)) is not None]]
             self._starts.append(len(intervals))
         self._records, self.stages = np.array(records, np.int64), np.array(stages, np.int64)
         self.stages[:, 2] = self._records.ctypes.data + 8 * self.stages[:, 2]
-        self.intervals = np.array(intervals, np.int64)
+        self.intervals = np.array([(*interval, *regions) for interval, regions in zip(intervals, _coming(arrays))], np.int64)
         self.intervals[:, 0] = self.stages.ctypes.data + self.stages.strides[0] * self.intervals[:, 0]
+        self._most_scratch, self._at = max(self._scratch_bytes, default=0), self.intervals.ctypes.data
 
     def __len__(self):
         return len(self._groups)
@@ -149,15 +153,29 @@ class Step:
         """Run the groups from the first up to, not including, the last; all."""
         last = len(self) if last is None else last
         start, end = self._starts[first], self._starts[last]
-        threads.run(self.intervals[start:].ctypes.data, end - start, self.scratch_bytes(first, last))
+        threads.run(self._at + start * self.intervals.strides[0], end - start, self.scratch_bytes(first, last))
 
     def scratch_bytes(self, first, last):
         """Count the bytes that the ops of some groups share, at most."""
-        n_bytes = max(self._scratch_bytes[first:last])
+        n_bytes = self._most_scratch if last - first == len(self) else max(self._scratch_bytes[first:last])
         for i, (op, args) in self._growing.items():
             if first <= i < last:
                 n_bytes = max(n_bytes, self._scratch_bytes[i] + op.scratch(*args))
         return n_bytes
+
+
+def _coming(arrays):
+    """The regions that come after each interval (coming.py), as numbers.
+
+    arrays: lists of those that each interval reads. Nothing comes after the last interval: what Python does between two steps is slower if
+    memory is busy meanwhile.
+    """
+    coming, found = [], []
+    for some in reversed(arrays):
+        words = [word for array in coming for word in (array.ctypes.data, array.nbytes)]
+        found.append(words + [0] * (2 * REGIONS - len(words)))
+        coming = [*some, *coming][:REGIONS]
+    return found[::-1]
 
 
 def _share_scratch(group):

@@ -49,12 +49,12 @@ def reader(signature):
     result = types.Tuple([*signature, task])
 
     @intrinsic
-    def read(typingctx, record, index, thread, n_threads, scratch):
+    def read(typingctx, record, index, thread, n_threads, scratch, coming):
         def codegen(context, builder, _, args):
             words = _Words(context, builder, args[0])
             values = [words.value(kind) for kind in signature]
             return context.make_tuple(builder, result, [*values, context.make_tuple(builder, task, args[1:])])
-        return result(*[types.int64] * 5), codegen
+        return result(*[types.int64] * 6), codegen
     return read
 
 

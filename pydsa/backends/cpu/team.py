@@ -15,20 +15,23 @@ from numba import types
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.atomics import add_to_word, load_word, pause, store_word
+from pydsa.backends.cpu.coming import MOST, PIECE, REGIONS_BYTES, fetch_share
 from pydsa.backends.cpu.jit import inner, kernel
 from pydsa.backends.cpu.simd import INTP, i64_at, store
 from pydsa.backends.cpu.waiting import WATCHED_BYTES, prepare, sleep_while, upper_half, wake
 
 # The state of a team. Each word that changes while tasks are done has two cache lines for itself, as CPUs fetch lines in pairs.
+# Regions that intervals after the present one read (coming.py) are in the line of TICKET, which changes with them.
 TICKET, DONE, SLEEPERS, FIXED = 0, WATCHED_BYTES, WATCHED_BYTES + 128, WATCHED_BYTES + 256
+COMING = TICKET + 8
 LIST, N_INTERVALS, FIRST, N_THREADS, SCRATCH, STOP, PAUSES = range(FIXED, FIXED + 56, 8)
 STATE_BYTES = FIXED + 64
 LAST, IDLE, LOW = 1 << 31, 3 << 30, 0xFFFFFFFF
 
-# A list: for each interval the address and the number of its stages. A stage: its op's function, which part of it begins the stage (the
-# next one runs a task), the record of arguments, where the op's scratch memory begins, the number of tasks, once it was begun, and whether
-# one task takes less time than to hand it to another thread.
-INTERVAL_BYTES, STAGE_BYTES = 16, 48
+# A list: for each interval the address and the number of its stages, and the regions that come next. A stage: its op's function, which part
+# of it begins the stage (the next one runs a task), the record of arguments, where the op's scratch memory begins, the number of tasks,
+# once it was begun, and whether one task takes less time than to hand it to another thread.
+INTERVAL_BYTES, STAGE_BYTES = 16 + REGIONS_BYTES, 48
 FUNCTION, PART, RECORD, OFFSET, N_TASKS, LIGHT = range(0, STAGE_BYTES, 8)
 
 
@@ -38,22 +41,23 @@ class Task(NamedTuple):
     thread: int         # which thread runs it, from 0 on
     n_threads: int
     scratch: int        # address of the op's scratch memory, aligned to 64 bytes
+    coming: int         # address of the regions that come next (coming.py)
 
 
 @intrinsic
-def call_part(typingctx, function, record, part, index, thread, n_threads, scratch):
+def call_part(typingctx, function, record, part, index, thread, n_threads, scratch, coming):
     """Call a part of an op by the op's address."""
     def codegen(context, builder, signature, args):
-        kind = ir.FunctionType(INTP, [INTP] * 6).as_pointer()
+        kind = ir.FunctionType(INTP, [INTP] * 7).as_pointer()
         return builder.call(builder.inttoptr(args[0], kind), args[1:])
-    return types.int64(*[types.int64] * 7), codegen
+    return types.int64(*[types.int64] * 8), codegen
 
 
 @inner
 def call_stage(at, stage, part, index, thread):
     """Call a part of a stage: 0 begins it, 1 runs a task."""
     return call_part(i64_at(stage, FUNCTION), i64_at(stage, RECORD), i64_at(stage, PART) + part, index, thread, i64_at(at, N_THREADS),
-                     i64_at(at, SCRATCH) + i64_at(stage, OFFSET))
+                     i64_at(at, SCRATCH) + i64_at(stage, OFFSET), at + COMING)
 
 
 @inner
@@ -92,6 +96,16 @@ def tasks_of(interval):
 
 
 @inner
+def tell_coming(at, i):
+    """Copy the regions of the i-th interval to where all threads find them.
+
+    Nobody reads the list of a step that may have ended. Of no interval there are none.
+    """
+    for k in range(0, REGIONS_BYTES, 8):
+        store(at, COMING + k, i64_at(i64_at(at, LIST) + INTERVAL_BYTES * i, INTERVAL_BYTES - REGIONS_BYTES + k) if i >= 0 else 0)
+
+
+@inner
 def go_on(at, i, thread):
     """Begin intervals from the i-th on, until one has tasks to hand out.
 
@@ -106,6 +120,7 @@ def go_on(at, i, thread):
         for task in range(total):
             run_task(at, interval, task, thread)
         i += 1
+    tell_coming(at, min(i, n_intervals - 1))
     store_word(at + DONE, 0)
     store_word(at + TICKET, ((i64_at(at, FIRST) + i) & LOW) << 32 | (LAST - total if i < n_intervals else IDLE))
     if load_word(at + SLEEPERS) > 0:
@@ -113,11 +128,16 @@ def go_on(at, i, thread):
 
 
 @inner
-def wait(at, interval):
-    """Until the interval is over: look at the word for a while, then sleep."""
-    looks, pauses = 0, i64_at(at, PAUSES)
+def wait(at, interval, thread):
+    """Until the interval is over: fetch what comes next, then sleep.
+
+    Before it sleeps, a thread that has nothing to fetch looks at the word for a while.
+    """
+    looks, pauses, fetched = 0, i64_at(at, PAUSES), 0
     while upper_half(load_word(at + TICKET)) == interval:
-        if looks < pauses:
+        if fetched < MOST and fetch_share(at + COMING, thread, i64_at(at, N_THREADS), fetched):
+            fetched += PIECE
+        elif looks < pauses:
             pause()
             looks += 1
         else:
@@ -142,7 +162,7 @@ def walk(at, thread, stays):
             if add_to_word(at + DONE, 1) == n - 1:
                 go_on(at, i + 1, thread)
         elif left < IDLE or stays and not i64_at(at, STOP):
-            wait(at, upper_half(word))
+            wait(at, upper_half(word), thread)
         else:
             return
 

@@ -8,6 +8,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.jit import inner
+from pydsa.backends.cpu.lanes import sum_rows
 from pydsa.backends.cpu.simd import (F32, FAST, GEMM_COLUMNS, GEMM_ROWS, LANES, ROWS, VECTORS, broadcast, constant, float_at, i64_at,
                                      pointer, reduce_add)
 
@@ -49,6 +50,13 @@ def _make_products(rows, vectors):
             k.add_incoming(k_next, loop)
             b.cbranch(b.icmp_signed("<", k_next, b.mul(n, intp(4))), loop, after)
             b.position_at_end(after)
+            if LANES == rows * vectors == 16:
+                sums_of_all = sum_rows(b, [new[r][t] for t in range(vectors) for r in range(rows)])
+                for t in range(vectors):
+                    some = b.shuffle_vector(sums_of_all, sums_of_all, constant(range(rows * t, rows * t + rows)))
+                    target = b.inttoptr(outs[t], some.type.as_pointer())
+                    b.store(b.fadd(b.load(target, align=4), some), target, align=4)
+                return context.get_dummy_value()
             for t in range(vectors):
                 for r in range(rows):
                     target = b.inttoptr(b.add(outs[t], intp(4 * r)), F32.as_pointer())
