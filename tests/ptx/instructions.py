@@ -172,7 +172,8 @@ def mma_bfloat16(a, b, c):
 def mma_tf32(a, b, c):
     """mma.m16n8k8 of tf32, on fragments.
 
-    a [warps, 32, 4] and b [warps, 32, 2] are uint32, the bits of a float32 of which the last 13 are 0; c [warps, 32, 4] and the result float32.
+    a [warps, 32, 4] and b [warps, 32, 2] are uint32, the bits of float32 of which the last 13 are 0, c [warps, 32, 4] and the result
+    float32.
     Lane 4 g + i has of A rows g (registers 0 and 2) and g + 8, columns i (registers 0 and 1) and i + 4, of B column g and the same rows.
     """
     n = len(a)

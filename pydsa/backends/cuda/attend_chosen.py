@@ -2,8 +2,9 @@
 
 A block has a token and HEADS heads. It walks the token's chosen rows, or all up to its position, in tiles of KEYS, which copies bring while
 the tile before is used; as keys and as values they are the same bytes of shared memory. Its two groups of four warps take turns: one makes
-a tile's scores and weights, which go through shared memory, and both sum their half of the values' columns. half_rows.py makes the float16. What comes out is
-float32, or the rows that a product in wgmma takes (f16/panels.py): then the greatest sum of a head, of both groups, is its row's scale.
+a tile's scores and weights, which go through shared memory, and both sum their half of the values' columns. half_rows.py makes the
+float16. What comes out is float32, or the rows that a product in wgmma takes (f16/panels.py): then the greatest sum of a head, of both
+groups, decides on its row's scale.
 
 What is in shared memory is ordered like this. FULL + 8 i: the copies of stage i are there. EMPTY + 8 i: all warps have used it; then
 weights may be overwritten, too. The barrier of the block in each turn: weights and their facts are there.
@@ -15,7 +16,7 @@ from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.block_sums import abs_bits
 from pydsa.backends.cuda.chosen_rows import ROTATED, VALUE
 from pydsa.backends.cuda.current import current
-from pydsa.backends.cuda.device import SIMULATED, bits_float, device, float_bits, permuted
+from pydsa.backends.cuda.device import SIMULATED, device, float_bits, permuted
 from pydsa.backends.cuda.f16.panels import factors_for
 from pydsa.backends.cuda.half_rows import HEADS, IMAGE, LAST, PART, ROW_BYTES, WHOLE, are_aligned, facts_of, halved, halved_queries
 from pydsa.backends.cuda.hopper import (arrive, arrive_after_copies, copy_bulk, expect_bytes, fence_async, fence_mbarriers, init_mbarrier,
@@ -263,8 +264,8 @@ def _make_attend(packs):
         g, c, of_warp = lane >> U(2), lane & U(3), U(16) * (thread >> U(5) & U(3))
         h = U(HEADS) * U(cuda.blockIdx.x) + of_warp + g
         of_row, put = base + U(FACTS_AT) + U(4) * (of_warp + g), base + U(WEIGHTS_AT) + U(128) * (of_warp + g) + U(4) * c
-        score_scale, most = scale * unit[0], np.int64(n_head - 1)
-        scale_h, scale_h_8 = score_scale * q_scales[token, min(np.int64(h), most)], score_scale * q_scales[token, min(np.int64(h) + 8, most)]
+        all_scales, most = scale * unit[0], np.int64(n_head - 1)
+        scale_h, scale_h_8 = all_scales * q_scales[token, min(np.int64(h), most)], all_scales * q_scales[token, min(np.int64(h) + 8, most)]
         of_queries, of_weights = ROWS | np.uint64(base >> U(4)), ROWS | np.uint64(base + U(WEIGHTS_AT) >> U(4))
         wait_phase(shared, QUERIES_HERE, U(0))
         for tile in range(np.int32(0), n_tiles, np.int32(1)):

@@ -16,8 +16,8 @@ from pydsa.backends.cuda.shared_memory import (anew, copy_sixteen, folds, load_f
 U, ZERO, ONE, MINUS_INFINITY = np.uint32, np.float32(0), np.float32(1), np.float32(-np.inf)
 FIRST, HALF = U(0xFFFFE000), U(0x1000)      # the bits of a tf32; half of the last one
 ROW = 4 * WIDTH                             # bytes
-mma_tf32 = instruction("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};", "ffff",
-                       "rrrrrrffff")
+mma_tf32 = instruction("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+                       "ffff", "rrrrrrffff")
 
 
 @device

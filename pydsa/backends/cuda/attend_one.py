@@ -1,8 +1,8 @@
 """A few tokens' attention: which kernel, and the join of what its blocks make.
 
 Keys are divided among blocks (flash decoding), whose sums of values and statistics of weights the second kernel joins. The kernels of the
-first step are in attend_int8x2.py, attend_f16x2.py and attend_f32.py. Those of attention.py take what these do not: other widths of rows, and many
-tokens.
+first step are in attend_int8x2.py, attend_f16x2.py and attend_f32.py. Those of attention.py take what these do not: other widths of
+rows, and many tokens.
 """
 import numpy as np
 from numba import cuda

@@ -43,8 +43,8 @@ class Tile(NamedTuple):
 class Shape:
     """Where what is in a block's shared memory, in bytes from its beginning.
 
-    row, query, weights: bytes of a row, of a rounded query with its scales, and of one of two planes of a head's weights. slices: warps that
-    share a score, each with a part of the numbers; None: all. Pitches are odd multiples of 16 bytes: fragments are loaded without bank
+    row, query, weights: bytes of a row, of a rounded query with its scales, and of one of two planes of a head's weights. slices: warps
+    that share a score, each with a part of the numbers; None: all. Pitches are odd multiples of 16 bytes: fragments are loaded without bank
     conflicts. Tiles come first, each with the biases of its keys.
     """
 

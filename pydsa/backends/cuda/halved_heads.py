@@ -161,7 +161,8 @@ def begin(shared, weights, head, places, thread):
 @device
 def clear(images, n_tokens, n_groups, head, thread):
     """Zeros for a head past the last, which fills up an image."""
-    for i in range(np.int64(cuda.blockIdx.y) * THREADS + np.int64(thread), n_tokens * (IMAGE // PART) * 8, np.int64(cuda.gridDim.y) * THREADS):
+    n, step = n_tokens * (IMAGE // PART) * 8, np.int64(cuda.gridDim.y) * THREADS
+    for i in range(np.int64(cuda.blockIdx.y) * THREADS + np.int64(thread), n, step):
         row = i >> 3
         token = row // (IMAGE // PART)
         at = (token * n_groups + head // HEADS) * IMAGE + (row - token * (IMAGE // PART)) * PART + 128 * (head % HEADS) + 16 * (i & 7)
