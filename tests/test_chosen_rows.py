@@ -12,8 +12,9 @@ if DEVICE != "cuda" or IN_SIMULATOR:
     pytest.skip("these are kernels of GPUs of capability 9.0", allow_module_level=True)
 
 from pydsa.backends import cuda, gpus  # noqa: E402
-from pydsa.backends.cuda import attend_chosen, attend_one, modes, variants  # noqa: E402
+from pydsa.backends.cuda import attend_chosen, attend_one, halved_heads, int8x2, modes, variants  # noqa: E402
 from pydsa.backends.cuda.current import current, selected  # noqa: E402
+from pydsa.backends.cuda.linear import head_tiles  # noqa: E402
 from pydsa.options import EXACT, FLOAT16  # noqa: E402
 from pydsa.quants import CACHE_TYPES  # noqa: E402
 from tools import chosen_rows  # noqa: E402
@@ -39,7 +40,7 @@ def attended(q, rows, indices, scale):
     """What the kernels make of it, and float64."""
     shape = (*q.shape[:2], 512)
     found, expected = (run(backend, "sparse_attention", [shape], q, rows, indices, scale) for backend in (kernels, reference))
-    assert attend_chosen.attend_chosen._loaded, "other kernels"
+    assert attend_chosen.ATTEND[False]._loaded, "other kernels"
     return found, expected
 
 
@@ -116,6 +117,49 @@ def test_plain_form():
     assert nmse(found, expected).max() < BOUND
 
 
+def unpacked(images, scales):
+    """Queries [T, H, 576] of images (half_rows.py)."""
+    n_tokens, n_head = scales.shape
+    pieces = images.get().view(np.float16).reshape(n_tokens, -1, 9, 64, 8, 8)
+    heads = np.arange(64)[:, None]
+    numbers = pieces[:, :, :, heads, np.arange(8) ^ heads & 7].transpose(0, 1, 3, 2, 4, 5).reshape(n_tokens, -1, 576)
+    assert not numbers[:, n_head:].any()
+    return numbers[:, :n_head] * scales.get()[..., None].astype(np.float64)
+
+
+@pytest.mark.parametrize("n_nope, n_head, n_tokens, kind", [(128, 2, 70, "Q8_0"), (192, 1, 2, "F32")])
+def test_queries_of_heads(monkeypatch, n_nope, n_head, n_tokens, kind):
+    """k_b's product makes images of them: whole tiles of tokens, one after the other in a block, and one with few.
+
+    Queries and their parts have very different sizes, one is zeros and one not finite.
+    """
+    monkeypatch.setattr(halved_heads, "BLOCKS", 64)
+    k_b, q = tensor(kind, n_head, 512, n_nope), normal(n_tokens, n_head, n_nope + 64) * np.exp2(integers(-30, 30, n_tokens, n_head, 1))
+    q[0, 0, n_nope:] *= 1e6
+    q[1, 0] = 0
+    if n_tokens > 2:
+        q[2, 0, :n_nope] *= 1e6
+        q[3, 1, 5], q[4, 1, n_nope + 1] = np.inf, np.nan
+    found = unpacked(*halved_heads.absorbed(cuda.upload(q), cuda.weight(k_b)))
+    expected = np.concatenate([np.einsum("hij,thj->thi", reference.weight(k_b), q[..., :n_nope].astype(np.float64)), q[..., n_nope:]], -1)
+    finite, some = np.isfinite(q).all(-1), q.any(-1)
+    assert np.isnan(found[~finite]).all() and not found[~some].any()
+    of_parts = [nmse(found[finite & some][:, part], expected[finite & some][:, part]).max() for part in (slice(512), slice(512, None))]
+    assert max(of_parts) < 4e-7
+
+
+def test_plain_form_in_halves(monkeypatch):
+    """Each kernel packs for the next one. One token has no row."""
+    monkeypatch.setattr(int8x2.gemv, "MOST_TOKENS", 1)
+    k_b, v_b = tensor("Q8_0", 16, 512, 128), tensor("Q8_0", 16, 8, 512)
+    q, rows, indices = normal(3, 16, 192), Rows(normal(90, 576), "f16", 512), some_rows(90, 70, 70, 31, 0)
+    scale = float((reference.weight(k_b).std() ** 2 * 512 * 128 + 64) ** -0.5)
+    args = q, rows, indices, k_b, v_b, np.array([90, 91, 92]), scale
+    found, expected = (run(backend, "mha_sparse_attention", [(3, 16, 8)], *args) for backend in (kernels, reference))
+    assert halved_heads.ABSORB[128]._loaded and attend_chosen.ATTEND[True]._loaded
+    assert nmse(found[:2], expected[:2]).max() < 10 * BOUND and not found[2].any()
+
+
 def test_what_other_kernels_take():
     """Other widths and modes, few heads or tokens, models in exact precision.
 
@@ -129,6 +173,21 @@ def test_what_other_kernels_take():
     assert chosen(mode=modes.DENSE) and all(chosen(storage=storage) for storage in CACHE_TYPES) and chosen(n_head=128) and chosen(before=4)
     assert not (chosen((256, 64)) or chosen((512, 32)) or chosen(mode=modes.MASKED) or chosen(n_tokens=1)
                 or chosen(n_head=15) or chosen(n_v=516) or chosen(before=2))
+    with selected(current(), EXACT):
+        assert not chosen()
+
+
+def test_which_plain_form_is_in_halves(monkeypatch):
+    """Not that of other widths, of weights that stay float32, of few tokens or in exact precision."""
+    monkeypatch.setattr(int8x2.gemv, "MOST_TOKENS", 1)
+
+    def chosen(n_nope=128, width=64, kind="Q8_0", n_tokens=2, before=0):
+        q = cuda.empty((n_tokens, 16, n_nope + width + before), np.float32)[..., before:]
+        k_b, v_b = cuda.weight(tensor("F32", 16, 512, n_nope)), cuda.weight(tensor(kind, 16, 8, 512))
+        pack = variants.kernels("linear", v_b, head_tiles(n_tokens, 16).single).pack
+        return variants.kernels("mha of chosen rows", q, cuda.cache_rows(4, (512, 64), "i8"), k_b, v_b, pack)
+    assert chosen() and chosen(192) and chosen(kind="Q4_0", before=4)
+    assert not (chosen(64) or chosen(width=32) or chosen(kind="F32") or chosen(n_tokens=1) or chosen(before=2))
     with selected(current(), EXACT):
         assert not chosen()
 

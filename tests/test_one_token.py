@@ -363,7 +363,7 @@ def test_both_ways_are_timed(monkeypatch):
 @pytest.mark.skipif(not find("ptxas"), reason="ptxas is not installed")
 def test_kernels_keep_their_numbers_in_registers_of_newer_gpus():
     names = [name for name in KERNELS if name.startswith(("attend_one", "join_rows", "add_norm_row"))] + ["choose_of_row", "prepare"]
-    assert len(names) == 17
+    assert len(names) == 20
     for name in names:
         for capability in ((9, "0a"), (12, 0)):
             use = assemble(find("ptxas"), KERNELS[name].ptx((8, 0)), capability)
@@ -395,5 +395,8 @@ def test_how_keys_are_divided(monkeypatch):
     assert division((9, 0), "f16", 1, 128, 2048, True) == ((64, 32, 1), 32)
     assert division((8, 0), "bf16", 1, 16, 32_768, False) == ((32, 32, 1), 132)
     assert division((8, 9), "bf16", 1, 16, 32_768, False) == ((32, 16, 1), 132)
+    assert division((9, 0), "f32", 1, 128, 2048, True) == ((32, 32, 1), 33)
+    assert division((8, 0), "f32", 1, 128, 2048, True) == ((32, 16, 1), 16)
+    assert division((8, 9), "f32", 1, 128, 2048, True) == ((16, 16, 1), 16)
     assert division((12, 0), "i8", 1, 128, 100, False) == ((32, 32, 2), 4)
     assert max(attend_one.division("i8", 1, 1, 1 << 20, chosen)[1] for chosen in (False, True)) <= attend_one.MOST_SPLITS

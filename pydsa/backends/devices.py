@@ -125,7 +125,7 @@ def _cuda_packed_latents(config, n_kv):
 
 def _cuda_scratch(nodes, n_tokens):
     """Bytes of packed activations, of experts' parts and of queries."""
-    packed = hidden = parts = queries = absorbed = heads = splits = chosen = 0
+    packed = hidden = parts = queries = absorbed = heads = splits = chosen = weights = 0
     rows = set()        # of one token's activations: (number, width)
     for node in nodes:
         if node.op in ("linear", "head_linear"):
@@ -151,12 +151,14 @@ def _cuda_scratch(nodes, n_tokens):
             n_head = node.args[1].tail[0]
             heads = max(heads, n_tokens * (-(-n_head // 64) * 64 * 2 * 576 + 8 * n_head))       # images of queries, of 64 heads
             chosen = max(chosen, n_tokens * (4 * n_head + 16) + 4 * BLOCKS + 512)
+            if node.op == "mha_sparse_attention":       # k_b as float16, and as float32 if its type wants that first
+                weights = max(weights, 6 * math.prod(node.args[-4].shape))
     packed = max(packed, hidden)
     # One token's activations take two bytes a value, in tiles of 1,024, with scales and sums. The values are at a few places of the layout.
     of_a_token = [4 * n * (-(-width // 1024) * 2048 + width * 3 // 8) for n, width in rows]
     one_token = sum(of_a_token) + min(n_tokens, FEW_TOKENS) * max(of_a_token, default=0)       # a few tokens' have one place
     # Packed activations are two float16 a value, with one sum for sixteen values.
-    return 4 * packed + packed // 4 + 4 * (hidden + parts + absorbed) + queries + heads + one_token + splits + chosen
+    return 4 * packed + packed // 4 + 4 * (hidden + parts + absorbed) + queries + heads + one_token + splits + chosen + weights
 
 
 def _of_half_rows(node):

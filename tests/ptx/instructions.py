@@ -169,6 +169,22 @@ def mma_bfloat16(a, b, c):
     return (product.reshape(n, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(n, 32, 4) + c).astype("f4")
 
 
+def mma_tf32(a, b, c):
+    """mma.m16n8k8 of tf32, on fragments.
+
+    a [warps, 32, 4] and b [warps, 32, 2] are uint32, the bits of float32 of which the last 13 are 0, c [warps, 32, 4] and the result
+    float32.
+    Lane 4 g + i has of A rows g (registers 0 and 2) and g + 8, columns i (registers 0 and 1) and i + 4, of B column g and the same rows.
+    """
+    n = len(a)
+    a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
+    assert not ((a & 0x1FFF).any() or (b & 0x1FFF).any()), "an operand of mma has more bits than tf32"
+    rows = a.view("f4").reshape(n, 8, 4, 2, 2).transpose(0, 4, 1, 3, 2).reshape(n, 16, 8)
+    columns = b.view("f4").reshape(n, 8, 4, 2).transpose(0, 1, 3, 2).reshape(n, 8, 8)
+    product = np.matmul(rows.astype("f8"), columns.astype("f8").transpose(0, 2, 1))
+    return (product.reshape(n, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(n, 32, 4) + c).astype("f4")
+
+
 def pack_bf16x2(upper, lower):
     """cvt.rn.bf16x2.f32: two bfloat16 in a word, each rounded to nearest even.
 

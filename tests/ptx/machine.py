@@ -11,7 +11,7 @@ import numpy as np
 from tests.ptx.asynchronous import step_of
 from tests.ptx.batch import Batch, KernelError, Launch
 from tests.ptx.instructions import (OPERANDS, PACK, PAIRS, PLAIN, WIDE, compare, convert, dot_int8, dot_uint8, dot_uint16, dtype_of,
-                                    mma_bfloat16, mma_float16, mma_int8)
+                                    mma_bfloat16, mma_float16, mma_int8, mma_tf32)
 from tests.ptx.memory import WARP, Fault
 
 MOST_SHARED = 48 << 10
@@ -19,7 +19,8 @@ THREADS = 1 << 14       # the most threads that are executed at a time, in whole
 # mma.sync modifiers -> its function, the type of its accumulators
 TILES = {("aligned", "m16n8k32", "row", "col", "s32", "s8", "s8", "s32"): (mma_int8, "s32"),
          ("aligned", "m16n8k16", "row", "col", "f32", "f16", "f16", "f32"): (mma_float16, "f32"),
-         ("aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"): (mma_bfloat16, "f32")}
+         ("aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"): (mma_bfloat16, "f32"),
+         ("aligned", "m16n8k8", "row", "col", "f32", "tf32", "tf32", "f32"): (mma_tf32, "f32")}
 
 
 def _unknown(batch, on):

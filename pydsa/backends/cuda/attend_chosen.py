@@ -2,7 +2,9 @@
 
 A block has a token and HEADS heads. It walks the token's chosen rows, or all up to its position, in tiles of KEYS, which copies bring while
 the tile before is used; as keys and as values they are the same bytes of shared memory. Its two groups of four warps take turns: one makes
-a tile's scores and weights, which go through shared memory, and both sum their half of the values' columns. half_rows.py makes the float16.
+a tile's scores and weights, which go through shared memory, and both sum their half of the values' columns. half_rows.py makes the
+float16. What comes out is float32, or the rows that a product in wgmma takes (f16/panels.py): then the greatest sum of a head, of both
+groups, decides on its row's scale.
 
 What is in shared memory is ordered like this. FULL + 8 i: the copies of stage i are there. EMPTY + 8 i: all warps have used it; then
 weights may be overwritten, too. The barrier of the block in each turn: weights and their facts are there.
@@ -10,16 +12,19 @@ weights may be overwritten, too. The barrier of the block in each turn: weights 
 import numpy as np
 from numba import cuda
 
+from pydsa.backends.cuda.array import scratch
+from pydsa.backends.cuda.block_sums import abs_bits
 from pydsa.backends.cuda.chosen_rows import ROTATED, VALUE
 from pydsa.backends.cuda.current import current
-from pydsa.backends.cuda.device import SIMULATED, device, float_bits
+from pydsa.backends.cuda.device import SIMULATED, device, float_bits, permuted
+from pydsa.backends.cuda.f16.panels import factors_for
 from pydsa.backends.cuda.half_rows import HEADS, IMAGE, LAST, PART, ROW_BYTES, WHOLE, are_aligned, facts_of, halved, halved_queries
 from pydsa.backends.cuda.hopper import (arrive, arrive_after_copies, copy_bulk, expect_bytes, fence_async, fence_mbarriers, init_mbarrier,
                                         make_wgmma_shared, make_wgmma_wait, wait_phase)
-from pydsa.backends.cuda.instructions import pack_halves, store_eight
+from pydsa.backends.cuda.instructions import pack_halves, store_eight, store_sixteen
 from pydsa.backends.cuda.launch import blocks_for, is_listing, kernel
 from pydsa.backends.cuda.modes import DENSE, SPARSE
-from pydsa.backends.cuda.shared_memory import (any_lane, copy_sixteen, folds, load_float, load_floats, power_of_two,
+from pydsa.backends.cuda.shared_memory import (WHOLE_WARP, any_lane, copy_sixteen, folds, load_float, load_floats, power_of_two,
                                                shared_address, store_float, store_word)
 
 CAPABILITY = 9, 0
@@ -34,7 +39,7 @@ FULL = BIAS_AT + 2 * 4 * KEYS
 EMPTY, QUERIES_HERE = FULL + 16, FULL + 32
 SHARED = QUERIES_HERE + 8
 COLUMNS = VALUE // 2                        # of a group of warps
-SCORES, SUMS = KEYS // 2, COLUMNS // 2      # of a lane
+SCORES, SUMS, PAIRS = KEYS // 2, COLUMNS // 2, COLUMNS // 8      # of a lane; pairs of columns of a head
 POWER = np.float32(10)                      # the greatest weight is 2^10: few are subnormal float16
 U, ZERO, ONE, MINUS_INFINITY = np.uint32, np.float32(0), np.float32(1), np.float32(-np.inf)
 LOG2_E = np.float32(1.4426950408889634)
@@ -163,75 +168,153 @@ def store_head(out, sums, first, h, n_head, token, column, factor):
     """Store a head's columns of a lane: a pair of each eight, which begin at sums[first], first + 4, ..."""
     if h < n_head:
         at = 4 * ((np.int64(token) * n_head + np.int64(h)) * VALUE + np.int64(column))
-        for i in range(COLUMNS // 8):
+        for i in range(PAIRS):
             store_eight(out, at + 32 * i, float_bits(sums[4 * i + first] * factor), float_bits(sums[4 * i + first + 1] * factor))
 
 
-@kernel("f4[::1], u1[::1], f4[:,::1], u1[::1], f4[::1], i4[:,:], i4[:,::1], b1, i4, f4", THREADS, shared=SHARED, specific=CAPABILITY)
-def attend_chosen(out, queries, q_scales, rows, unit, indices, facts, every, n_head, scale):
-    """out[t, h] of a token's chosen rows: see above. every: they are all up to its position. scale: times log2(e)."""
-    thread = U(cuda.threadIdx.x)
-    shared = cuda.shared.array(0, np.uint8, 1024)
-    base, lane, group = shared_address(shared), thread & U(31), thread >> U(7)
-    token, n, whole = cuda.blockIdx.y, facts[cuda.blockIdx.y, LAST], facts[cuda.blockIdx.y, WHOLE]
-    begin(shared, base, queries, cuda.blockIdx.y * cuda.gridDim.x + cuda.blockIdx.x, thread)
-    chunk, row, n_tiles = thread & U(7), thread >> U(3), (n + np.int32(KEYS - 1)) >> np.int32(6)
-    place = np.int32(row)
-    first, second = row_at(indices, token, place, n, every), row_at(indices, token, place + 32, n, every)
-    note_missing(base, 0, row, chunk, first, second)
+@device
+def greatest_of_head(sums, first):
+    """The bits of the greatest |sum| of a head's columns, of four lanes.
+
+    Those of NaN are greater than those of numbers.
+    """
+    bits = np.int32(0)
+    for i in range(PAIRS):
+        bits = max(bits, max(abs_bits(sums[4 * i + first]), abs_bits(sums[4 * i + first + 1])))
+    return greatest_of_four(np.int32(bits))
+
+
+@device
+def of_both_groups(sums, base, row, group, c):
+    """The bits of the greatest |sum| of a lane's two heads, of all columns.
+
+    They pass through shared memory in place of biases, which nobody reads after the last tile's weights. row: the first head's in a block.
+    """
+    bits, bits_8 = greatest_of_head(sums, 0), greatest_of_head(sums, 2)
+    mine, theirs = base + U(BIAS_AT) + U(4) * (U(HEADS) * group + row), base + U(BIAS_AT) + U(4) * (U(HEADS) * (U(1) - group) + row)
+    if c == U(0):
+        store_word(mine, U(bits))
+        store_word(mine + U(32), U(bits_8))
     cuda.syncthreads()
-    if n_tiles > 0:
-        ask(shared, base, 0, rows, row, chunk, first, second)
-        first, second = row_at(indices, token, place + KEYS, n, every), row_at(indices, token, place + KEYS + 32, n, every)
-    s, sums = cuda.local.array(SCORES, np.float32), cuda.local.array(SUMS, np.float32)
-    for i in range(SUMS):
-        sums[i] = ZERO
-    g, c, of_warp = lane >> U(2), lane & U(3), U(16) * (thread >> U(5) & U(3))
-    h = U(HEADS) * U(cuda.blockIdx.x) + of_warp + g
-    of_row, put = base + U(FACTS_AT) + U(4) * (of_warp + g), base + U(WEIGHTS_AT) + U(128) * (of_warp + g) + U(4) * c
-    score_scale, most = scale * unit[0], np.int64(n_head - 1)
-    scale_h, scale_h_8 = score_scale * q_scales[token, min(np.int64(h), most)], score_scale * q_scales[token, min(np.int64(h) + 8, most)]
-    of_queries, of_weights = ROWS | np.uint64(base >> U(4)), ROWS | np.uint64(base + U(WEIGHTS_AT) >> U(4))
-    wait_phase(shared, QUERIES_HERE, U(0))
-    for tile in range(np.int32(0), n_tiles, np.int32(1)):
-        stage, here = tile & np.int32(1), base + U(IMAGE) + U(TILE) * U(tile & np.int32(1))
-        wait_phase(shared, FULL + 8 * np.int64(stage), U(tile >> np.int32(1) & np.int32(1)))
-        fence_async()
-        my_turn = group == U(stage)
-        if my_turn:
-            multiply_keys(s, of_queries, ROWS | np.uint64(here >> U(4)))
-        if tile > 0:
-            wait_phase(shared, EMPTY + 8 * np.int64(1 - stage), U(tile - np.int32(1) >> np.int32(1) & np.int32(1)))
-        if tile + 1 < n_tiles:
-            note_missing(base, 1 - stage, row, chunk, first, second)
-            ask(shared, base, 1 - stage, rows, row, chunk, first, second)
-            place += np.int32(KEYS)
-            first, second = row_at(indices, token, place + KEYS, n, every), row_at(indices, token, place + KEYS + 32, n, every)
-        if my_turn:
-            weigh(s, base, of_row, put, base + U(BIAS_AT) + U(4 * KEYS) * U(stage) + U(8) * c, KEYS * tile + KEYS > whole, scale_h,
-                  scale_h_8, g, c)
+    return max(bits, np.int32(float_bits(load_float(theirs)))), max(bits_8, np.int32(float_bits(load_float(theirs + U(32)))))
+
+
+@device
+def store_packed(out, scales, sums, first, h, n_head, token, group, c, bits, over):
+    """Store a head's columns of a lane as part of a row of panels.py, and its scale.
+
+    Of each pair of columns and that of the lane beside this one goes the first to the even lane, the second to the odd one. bits: of the
+    row's greatest |sum|. over: what sums are multiplied by. All lanes of a warp must call.
+    """
+    factor, scale = factors_for(bits)
+    words, which = cuda.local.array(PAIRS, np.uint32), U(0x5410) if c & U(1) == U(0) else U(0x3276)
+    for i in range(PAIRS):
+        word = pack_halves(sums[4 * i + first + 1] * factor, sums[4 * i + first] * factor) if factor > ZERO else U(0)
+        words[i] = permuted(word, U(cuda.shfl_xor_sync(WHOLE_WARP, np.int32(word), 1)), which)
+    if h < n_head:
+        row = np.int64(token) * n_head + np.int64(h)
+        at = 2 * VALUE * row + np.int64(U(2 * COLUMNS) * group + U(16) * c)
+        for i in range(0, PAIRS, 4):
+            store_sixteen(out, at + 16 * i, words[i], words[i + 1], words[i + 2], words[i + 3])
+        if group == U(0) and c == U(0):
+            scales[row] = scale * over
+
+
+def _make_store(packs):
+    @device
+    def store(out, scales, sums, base, of_row, unit, h, n_head, token, group, row, c):
+        """Store a lane's columns of two heads. row: the first one's in a block."""
+        total, total_8 = load_float(of_row + U(8 * HEADS)), load_float(of_row + U(8 * HEADS + 32))
+        over, over_8 = unit / total if total != ZERO else ZERO, unit / total_8 if total_8 != ZERO else ZERO
+        if packs:
+            bits, bits_8 = of_both_groups(sums, base, row, group, c)
+            store_packed(out, scales, sums, 0, h, n_head, token, group, c, bits, over)
+            store_packed(out, scales, sums, 2, h + U(8), n_head, token, group, c, bits_8, over_8)
+        else:
+            column = U(COLUMNS) * group + U(2) * c
+            store_head(out, sums, 0, h, n_head, token, column, over)
+            store_head(out, sums, 2, h + U(8), n_head, token, column, over_8)
+    return store
+
+
+def _make_attend(packs):
+    store = _make_store(packs)
+
+    def attend_chosen(out, scales, queries, q_scales, rows, unit, indices, facts, every, n_head, scale):
+        """out[t, h] of a token's chosen rows: see above, float32, or packed with scales.
+
+        every: they are all up to its position. scale: times log2(e).
+        """
+        thread = U(cuda.threadIdx.x)
+        shared = cuda.shared.array(0, np.uint8, 1024)
+        base, lane, group = shared_address(shared), thread & U(31), thread >> U(7)
+        token, n, whole = cuda.blockIdx.y, facts[cuda.blockIdx.y, LAST], facts[cuda.blockIdx.y, WHOLE]
+        begin(shared, base, queries, cuda.blockIdx.y * cuda.gridDim.x + cuda.blockIdx.x, thread)
+        chunk, row, n_tiles = thread & U(7), thread >> U(3), (n + np.int32(KEYS - 1)) >> np.int32(6)
+        place = np.int32(row)
+        first, second = row_at(indices, token, place, n, every), row_at(indices, token, place + 32, n, every)
+        note_missing(base, 0, row, chunk, first, second)
         cuda.syncthreads()
-        shrink_sums(sums, of_row)
-        add_values(sums, of_weights, BY_COLUMNS | np.uint64(here + group * U(4 * PART) >> U(4)))
-        wait_sums(sums, sums)
-        cuda.syncwarp()
-        if lane == U(0):
-            arrive(shared, EMPTY + 8 * np.int64(stage))
-    total, total_8 = load_float(of_row + U(8 * HEADS)), load_float(of_row + U(8 * HEADS + 32))
-    column = U(COLUMNS) * group + U(2) * c
-    store_head(out, sums, 0, h, U(n_head), token, column, unit[0] / total if total != ZERO else ZERO)
-    store_head(out, sums, 2, h + U(8), U(n_head), token, column, unit[0] / total_8 if total_8 != ZERO else ZERO)
+        if n_tiles > 0:
+            ask(shared, base, 0, rows, row, chunk, first, second)
+            first, second = row_at(indices, token, place + KEYS, n, every), row_at(indices, token, place + KEYS + 32, n, every)
+        s, sums = cuda.local.array(SCORES, np.float32), cuda.local.array(SUMS, np.float32)
+        for i in range(SUMS):
+            sums[i] = ZERO
+        g, c, of_warp = lane >> U(2), lane & U(3), U(16) * (thread >> U(5) & U(3))
+        h = U(HEADS) * U(cuda.blockIdx.x) + of_warp + g
+        of_row, put = base + U(FACTS_AT) + U(4) * (of_warp + g), base + U(WEIGHTS_AT) + U(128) * (of_warp + g) + U(4) * c
+        all_scales, most = scale * unit[0], np.int64(n_head - 1)
+        scale_h, scale_h_8 = all_scales * q_scales[token, min(np.int64(h), most)], all_scales * q_scales[token, min(np.int64(h) + 8, most)]
+        of_queries, of_weights = ROWS | np.uint64(base >> U(4)), ROWS | np.uint64(base + U(WEIGHTS_AT) >> U(4))
+        wait_phase(shared, QUERIES_HERE, U(0))
+        for tile in range(np.int32(0), n_tiles, np.int32(1)):
+            stage, here = tile & np.int32(1), base + U(IMAGE) + U(TILE) * U(tile & np.int32(1))
+            wait_phase(shared, FULL + 8 * np.int64(stage), U(tile >> np.int32(1) & np.int32(1)))
+            fence_async()
+            my_turn = group == U(stage)
+            if my_turn:
+                multiply_keys(s, of_queries, ROWS | np.uint64(here >> U(4)))
+            if tile > 0:
+                wait_phase(shared, EMPTY + 8 * np.int64(1 - stage), U(tile - np.int32(1) >> np.int32(1) & np.int32(1)))
+            if tile + 1 < n_tiles:
+                note_missing(base, 1 - stage, row, chunk, first, second)
+                ask(shared, base, 1 - stage, rows, row, chunk, first, second)
+                place += np.int32(KEYS)
+                first, second = row_at(indices, token, place + KEYS, n, every), row_at(indices, token, place + KEYS + 32, n, every)
+            if my_turn:
+                weigh(s, base, of_row, put, base + U(BIAS_AT) + U(4 * KEYS) * U(stage) + U(8) * c, KEYS * tile + KEYS > whole, scale_h,
+                      scale_h_8, g, c)
+            cuda.syncthreads()
+            shrink_sums(sums, of_row)
+            add_values(sums, of_weights, BY_COLUMNS | np.uint64(here + group * U(4 * PART) >> U(4)))
+            wait_sums(sums, sums)
+            cuda.syncwarp()
+            if lane == U(0):
+                arrive(shared, EMPTY + 8 * np.int64(stage))
+        store(out, scales, sums, base, of_row, unit[0], h, U(n_head), token, group, of_warp + g, c)
+    signature = "u1[::1], f4[::1], u1[::1], f4[:,::1], u1[::1], f4[::1], i4[:,:], i4[:,::1], b1, i4, f4"
+    return kernel(signature, THREADS, "attend_chosen_packed" if packs else "attend_chosen", shared=SHARED,
+                  specific=CAPABILITY)(attend_chosen)
 
 
-def takes(out, first, second, latents, mode):
-    """Whether attend() has kernels for these arguments, and a mode.
+ATTEND = {packs: _make_attend(packs) for packs in (False, True)}        # whether what comes out is packed -> kernel
+
+
+def takes_rows(n_tokens, n_head, latents):
+    """Whether there are kernels for a cache, and tokens of so many heads.
 
     While kernels are listed few tokens stand for many.
     """
-    n_tokens, n_head, n_v = out.shape
     n_blocks = n_tokens * blocks_for(n_head, HEADS)
-    return (not SIMULATED and mode in (SPARSE, DENSE) and n_tokens > 1 and (n_blocks >= MIN_BLOCKS or is_listing()) and n_head >= MIN_HEADS
-            and (n_v, latents.first, latents.second) == (VALUE, VALUE, ROTATED) and current().capability == CAPABILITY
+    return (not SIMULATED and n_tokens > 1 and (n_blocks >= MIN_BLOCKS or is_listing()) and n_head >= MIN_HEADS
+            and (latents.first, latents.second) == (VALUE, ROTATED) and current().capability == CAPABILITY)
+
+
+def takes(out, first, second, latents, mode):
+    """Whether attend() has kernels for these arguments, and a mode."""
+    n_tokens, n_head, n_v = out.shape
+    return (mode in (SPARSE, DENSE) and n_v == VALUE and takes_rows(n_tokens, n_head, latents)
             and out.span[1] - out.span[0] == out.nbytes and are_aligned(out, first, second))
 
 
@@ -240,10 +323,23 @@ def attend(out, first, second, latents, indices, positions, scale):
 
     Negative ones are left out wherever they stand. first [T, H, VALUE], second [T, H, ROTATED]: the parts of queries. takes() must hold.
     """
-    n_tokens, n_head, _ = out.shape
+    attend_to(out.flat.view(np.uint8), scratch("nothing", (1,), np.float32), *halved_queries(first, second), latents, indices, positions,
+              scale, False)
+
+
+def attend_packed(made, images, q_scales, latents, indices, scale):
+    """Attention of queries that are images to chosen rows.
+
+    made: the Rows (f16/panels.py) that receive the outputs of all tokens' heads.
+    """
+    attend_to(made.packed.flat, made.scales, images, q_scales, latents, indices, None, scale, True)
+
+
+def attend_to(out, scales, images, q_scales, latents, indices, positions, scale, packs):
+    """Launch what attends to chosen rows, or to those up to positions."""
+    n_tokens, n_head = q_scales.shape
     every = indices is None
     facts = facts_of(indices, positions if every else None)
     rows, unit = halved(latents, facts)
-    images, scales = halved_queries(first, second)
-    attend_chosen((blocks_for(n_head, HEADS), n_tokens), out.flat, images, scales, rows, unit, facts if every else indices, facts, every,
-                  n_head, LOG2_E * np.float32(scale))
+    ATTEND[packs]((blocks_for(n_head, HEADS), n_tokens), out, scales, images, q_scales, rows, unit, facts if every else indices, facts,
+                  every, n_head, LOG2_E * np.float32(scale))

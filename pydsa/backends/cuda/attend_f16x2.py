@@ -8,13 +8,13 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.block_sums import abs_bits
-from pydsa.backends.cuda.chosen_rows import SLICES, VALUE, WIDTH, Shape, Tile, make_attend
+from pydsa.backends.cuda.chosen_rows import SLICES, WIDTH, Shape, Tile, make_attend, make_store_sums
 from pydsa.backends.cuda.device import SIMULATED, bits_float, device, float_bits, load_four_f32, mma_f16, of_half, to_half
-from pydsa.backends.cuda.instructions import instruction, store_eight
+from pydsa.backends.cuda.instructions import instruction
 from pydsa.backends.cuda.shared_memory import (copy_sixteen, folds, load_float, load_four_floats, load_fragments, load_transposed,
                                                power_of_two, store_float, store_floats, store_words)
 
-U, ZERO, MINUS_INFINITY = np.uint32, np.float32(0), np.float32(-np.inf)
+U, ZERO, ONE, MINUS_INFINITY = np.uint32, np.float32(0), np.float32(1), np.float32(-np.inf)
 GREATEST = np.float32(1 << 14)      # of a weight, so that what the first part leaves is no subnormal float16
 mma_bf16 = instruction("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
                        "ffff", "rrrrrrffff")
@@ -195,26 +195,10 @@ def _make_add_values(storage, shape):
     return add_values
 
 
-def _make_store_sums(shape):
-    eights = shape.heads // 8
-
-    @device
-    def store_sums(sums, acc, at_acc, first_row, n_rows, column, lane):
-        """Put COLUMNS of the sums of a block's heads into rows of sums."""
-        for eight in range(eights):
-            h = U(8 * eight) + (lane >> U(2))
-            at = (first_row + h) * VALUE + column + 2 * (lane & U(3))
-            if h < n_rows:
-                for two in range(4):
-                    i = at_acc + eight // 2 * 16 + 4 * two + eight % 2 * 2
-                    store_eight(sums, 4 * np.int64(at + 8 * two), float_bits(acc[i] / GREATEST), float_bits(acc[i + 1] / GREATEST))
-    return store_sums
-
-
 def _make(storage, tile):
     shape = Shape(tile, 2 * WIDTH, 4 * WIDTH + 8, 2 * tile.keys)
     return make_attend(storage, shape, copy_sixteen, 16, _make_round_queries(storage, shape), _make_scores(storage, shape),
-                       _make_softmax(storage, shape), _make_add_values(storage, shape), _make_store_sums(shape))
+                       _make_softmax(storage, shape), _make_add_values(storage, shape), make_store_sums(shape, ONE / GREATEST))
 
 
 TILES = Tile(64, 32, 1), Tile(32, 32, 2), Tile(32, 32, 1), Tile(32, 16, 1)

@@ -1,13 +1,13 @@
 """A few tokens' attention: which kernel, and the join of what its blocks make.
 
 Keys are divided among blocks (flash decoding), whose sums of values and statistics of weights the second kernel joins. The kernels of the
-first step are in attend_int8x2.py and attend_f16x2.py. Those of attention.py take what these do not: other widths of rows, rows of float32,
-many tokens.
+first step are in attend_int8x2.py, attend_f16x2.py and attend_f32.py. Those of attention.py take what these do not: other widths of
+rows, and many tokens.
 """
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda import attend_f16x2, attend_int8x2
+from pydsa.backends.cuda import attend_f16x2, attend_f32, attend_int8x2
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.chosen_rows import LOG2_E, ROTATED, VALUE
 from pydsa.backends.cuda.current import current
@@ -18,7 +18,7 @@ from pydsa.backends.cuda.modes import SPARSE, share_of_keys
 from pydsa.backends.cuda.shared_memory import power_of_two
 
 
-ATTEND = attend_int8x2.ATTEND | attend_f16x2.ATTEND     # (storage of the cache, tile of a block) -> kernel
+ATTEND = attend_int8x2.ATTEND | attend_f16x2.ATTEND | attend_f32.ATTEND     # (storage of the cache, tile of a block) -> kernel
 THREADS = VALUE // 4                # of a block that joins a head, four columns each
 AT_ONCE = 32                        # splits whose sums a thread loads at once
 LOADED = 4 * AT_ONCE

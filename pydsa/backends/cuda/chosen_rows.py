@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.device import device
-from pydsa.backends.cuda.instructions import all_copies, commit_copies, copies_left
+from pydsa.backends.cuda.device import device, float_bits
+from pydsa.backends.cuda.instructions import all_copies, commit_copies, copies_left, store_eight
 from pydsa.backends.cuda.launch import kernel
 from pydsa.backends.cuda.modes import key_and_bias, split_of_keys
 from pydsa.backends.cuda.shared_memory import anew, shared_address, store_float
@@ -35,7 +35,7 @@ one_group_left = copies_left(1)
 
 class Tile(NamedTuple):
     """What a block has at a time."""
-    keys: int       # 64 or 32
+    keys: int       # 64, 32 or 16
     heads: int      # 32 or 16
     buffers: int    # 2: one tile comes while the other is used; or 1
 
@@ -43,14 +43,16 @@ class Tile(NamedTuple):
 class Shape:
     """Where what is in a block's shared memory, in bytes from its beginning.
 
-    row, query, weights: bytes of a row, of a rounded query with its scales, and of one of two planes of a head's weights. Pitches are odd
-    multiples of 16 bytes: fragments are loaded without bank conflicts. Tiles come first, each with the biases of its keys.
+    row, query, weights: bytes of a row, of a rounded query with its scales, and of one of two planes of a head's weights. slices: warps
+    that share a score, each with a part of the numbers; None: all. Pitches are odd multiples of 16 bytes: fragments are loaded without bank
+    conflicts. Tiles come first, each with the biases of its keys.
     """
 
-    def __init__(self, tile, row, query, weights):
+    def __init__(self, tile, row, query, weights, slices=SLICES):
         self.keys, self.heads, self.buffers = tile
         self.lanes = self.keys // 4             # threads that share a head
-        self.threads, self.row = self.heads * self.lanes, row
+        self.weighing = self.heads * self.lanes         # threads that make weights: all but of the smallest tiles
+        self.threads, self.row = max(self.weighing, 128), row
         self.turns = VALUE // COLUMNS // (self.threads // 32)       # in which a warp adds values
         self.pitch, self.q_pitch, self.weight_pitch = (16 * (-(-n // 16) | 1) for n in (row, query, weights))
         self.score_pitch = 4 * self.keys + 32
@@ -58,7 +60,8 @@ class Shape:
         self.tile = self.bias + 4 * self.keys
         self.queries = self.buffers * self.tile
         self.scores = self.queries + self.heads * self.q_pitch
-        self.weights = self.scores + SLICES * self.heads * self.score_pitch
+        self.slices = slices or self.threads // 32
+        self.weights = self.scores + self.slices * self.heads * self.score_pitch
         self.factors = self.weights + 2 * self.heads * self.weight_pitch        # two of each head: see attend()
         self.size = self.factors + 8 * self.heads
 
@@ -87,6 +90,26 @@ def make_ask(shape, copy, unit):
     return ask
 
 
+def make_store_sums(shape, unit):
+    """The function that stores sums as mma leaves them, times a unit.
+
+    acc has of each 16 heads four eights of columns.
+    """
+    eights = shape.heads // 8
+
+    @device
+    def store_sums(sums, acc, at_acc, first_row, n_rows, column, lane):
+        """Put COLUMNS of the sums of a block's heads into rows of sums."""
+        for eight in range(eights):
+            h = U(8 * eight) + (lane >> U(2))
+            at = (first_row + h) * VALUE + column + 2 * (lane & U(3))
+            if h < n_rows:
+                for two in range(4):
+                    i = at_acc + eight // 2 * 16 + 4 * two + eight % 2 * 2
+                    store_eight(sums, 4 * np.int64(at + 8 * two), float_bits(acc[i] * unit), float_bits(acc[i + 1] * unit))
+    return store_sums
+
+
 def make_attend(storage, shape, copy, unit, round_queries, scores, softmax, add_values, store_sums):
     """The kernel of a cache's storage: its steps, on the tiles of a Shape.
 
@@ -95,6 +118,7 @@ def make_attend(storage, shape, copy, unit, round_queries, scores, softmax, add_
     """
     ask, keys, lanes, warps = make_ask(shape, copy, unit), shape.keys, shape.lanes, shape.threads // 32
     two, other, turns, heads, n_sums = shape.buffers == 2, shape.tile, shape.turns, shape.heads, shape.turns * shape.heads
+    weighing, all_weigh = shape.weighing, shape.weighing == shape.threads
 
     def attend(sums, stats, q, data, row_bytes, positions, indices, mask, mode, n_head, n_splits, scale):
         """Sums of values and statistics of a split of a token's keys: see chosen_rows.py."""
@@ -134,7 +158,7 @@ def make_attend(storage, shape, copy, unit, round_queries, scores, softmax, add_
             elif np.int32(at + keys) < end:
                 ask(tile, data, row_bytes, np.int32(at + keys), n, mode, indices, mask, t, anew(thread))
         row, n_rows, h = (np.int64(t) * n_splits + split) * n_head + head, n_head - head, np.int64(thread // U(lanes))
-        if thread % U(lanes) == U(0) and h < n_rows:
+        if thread % U(lanes) == U(0) and h < n_rows and (all_weigh or thread < U(weighing)):
             stats[2 * (row + h)], stats[2 * (row + h) + 1] = top, weight
         for turn in range(turns):
             store_sums(sums, acc, heads * turn, row, n_rows, U(COLUMNS) * ((thread >> U(5)) + U(warps * turn)), thread & U(31))

@@ -1,7 +1,7 @@
 """MLA from queries to the heads' outputs, for prompts.
 
 It is computed in the absorbed form where flash/ has no kernels for the plain one, with keys and values of each head. Kernels for chosen
-rows take the parts of queries where they are.
+rows take the parts of queries where they are, or those of mha_chosen.py pass float16 to each other.
 """
 import numpy as np
 from numba import cuda
@@ -9,7 +9,7 @@ from numba import cuda
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.attention import dense_attention, sparse_attention
 from pydsa.backends.cuda.launch import blocks_for, is_listing, kernel
-from pydsa.backends.cuda.linear import head_linear
+from pydsa.backends.cuda.linear import head_linear, head_tiles
 from pydsa.backends.cuda.modes import SPARSE
 from pydsa.backends.cuda.variants import kernels
 
@@ -40,6 +40,16 @@ def mha_attention(out, q, latents, k_b, v_b, positions, scale):
 
 def mha_sparse_attention(out, q, latents, indices, k_b, v_b, positions, scale):
     """mha_attention to the chosen keys only."""
+    tiles = head_tiles(*q.shape[:2])
+    chain = kernels("mha of chosen rows", q, latents, k_b, v_b, kernels("linear", v_b, tiles.single).pack)
+    if chain:
+        chain(out, q, latents, indices, k_b, v_b, scale, tiles)
+    if not chain or is_listing():
+        in_float32(out, q, latents, indices, k_b, v_b, positions, scale)
+
+
+def in_float32(out, q, latents, indices, k_b, v_b, positions, scale):
+    """mha_sparse_attention whose kernels pass float32 to each other."""
     absorbed, mixed = scratch_of(q, k_b)
     parts = absorbed[..., :k_b.shape[1]], q[..., k_b.shape[2]:]
     of_many = kernels("attention of many", mixed, *parts, latents, SPARSE)

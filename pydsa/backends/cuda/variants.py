@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pydsa.backends.cuda import attend_chosen, attend_one, f16, f16x2, f32, flash, int8x2, prompt_scores, top_k_one, top_k_rows
+from pydsa.backends.cuda import attend_chosen, attend_one, f16, f16x2, f32, flash, int8x2, mha_chosen, prompt_scores, top_k_one, top_k_rows
 from pydsa.backends.cuda.current import precision
 from pydsa.errors import PydsaError
 from pydsa.options import FLOAT16
@@ -98,6 +98,10 @@ VARIANTS = {
         "flash in wgmma": Variant(flash.attention.WGMMA.takes, flash.attention.WGMMA.attention, FLOAT16),
         "flash in mma": Variant(flash.attention.MMA.takes, flash.attention.MMA.attention, FLOAT16),
         "absorbed": Variant(anything, None),    # as "attention" and "linear"
+    },
+    "mha of chosen rows": {     # takes(queries, CacheRows, k_b, v_b, what packs activations for v_b): a prompt's
+        "halves in wgmma": Variant(mha_chosen.takes, mha_chosen.attention, FLOAT16),
+        "float32": Variant(anything, None),     # as "attention of many" and "linear"
     },
     "top_k of many": {  # takes(scores, k): of several rows
         "lists": Variant(top_k_rows.takes, top_k_rows.choose_rows),

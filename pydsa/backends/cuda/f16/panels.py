@@ -44,12 +44,12 @@ def column_of(piece, i):
 
 
 @device
-def factor_of(x, t, maxima, thread):
-    """The factor of row t, a power of two, and its inverse.
+def factors_for(bits):
+    """The factor of a row, a power of two, and its inverse.
 
-    0 and NaN if a value is not finite.
+    bits: of the row's greatest magnitude. 0 and NaN if that is not finite.
     """
-    exponent = max(row_max(x, t, 0, x.shape[1], maxima, thread, THREADS) >> 23, SMALLEST)
+    exponent = max(bits >> 23, SMALLEST)
     if exponent == 255:
         return ZERO, np.float32(np.nan)
     return bits_float(np.uint32(254 + MOST_EXPONENT - exponent << 23)), bits_float(np.uint32(exponent - MOST_EXPONENT << 23))
@@ -72,7 +72,7 @@ def round_rows_f16(packed, scales, x):
     """Round rows to Rows. One row per block, eight numbers per thread."""
     t, thread = cuda.blockIdx.x, cuda.threadIdx.x
     maxima, row = cuda.shared.array(32, np.int32), t * packed.shape[1]
-    factor, scale = factor_of(x, t, maxima, thread)
+    factor, scale = factors_for(row_max(x, t, 0, x.shape[1], maxima, thread, THREADS))
     if thread == 0:
         scales[t] = scale
     for piece in range(thread, packed.shape[1] // 16, THREADS):
@@ -81,9 +81,13 @@ def round_rows_f16(packed, scales, x):
                       pair_of(x, t, first + 16, factor), pair_of(x, t, first + 24, factor))
 
 
+def rows_for(n_rows, n):
+    """Rows of n activations in scratch memory, for what packs them."""
+    return Rows(scratch("x f16 rows", (n_rows, STAGE_BYTES * n_stages(n)), np.uint8), scratch("x f16 scales", (n_rows,), np.float32))
+
+
 def pack(x):
     """Rows of activations [N, n] of any strides as Rows in scratch memory."""
-    n_rows, n = x.shape
-    made = Rows(scratch("x f16 rows", (n_rows, STAGE_BYTES * n_stages(n)), np.uint8), scratch("x f16 scales", (n_rows,), np.float32))
-    round_rows_f16(n_rows, *made, x)
+    made = rows_for(*x.shape)
+    round_rows_f16(len(x), *made, x)
     return made
