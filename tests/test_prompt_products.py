@@ -1,4 +1,4 @@
-"""Products of prompts: blocks unpacked to int16, and activations whose sums of products fit into 32 bits."""
+"""Products of prompts in int16, whose sums must fit into 32 bits."""
 import ctypes
 
 import numba
@@ -74,7 +74,7 @@ def rounded(x, n, superblock):
                                np.r_[normal(255), 1000], np.zeros(64), normal(256) * 1e-36, np.r_[normal(63), np.inf]],
                          ids=["normal", "96", "alike", "some alike", "outlier", "zeros", "tiny", "inf"])
 def test_activations(x):
-    """Rounded with one scale; sums of magnitudes are limited, where they are large."""
+    """Rounded with one scale; large sums of magnitudes are limited."""
     x, superblock = x.astype(np.float32), np.full((1, SUPERBLOCK), 255, np.uint8)
     rounded(x, len(x), superblock[0])
     values, scales, sums, sums_16 = parts(superblock)
@@ -91,7 +91,7 @@ def test_activations(x):
 
 @pytest.mark.parametrize("kind", ["Q6_K", "IQ4_XS", "IQ2_XXS", "Q8_0"])
 def test_largest_sums(kind):
-    """Weights that are as large as there are, and activations that are all alike, with the signs of the weights."""
+    """Largest weights, and activations alike, with the signs of the weights."""
     w = extremes(kind)
     weights = reference.weight(w).astype(np.float64)
     x = np.where(weights < 0, np.float32(-1), np.float32(1))

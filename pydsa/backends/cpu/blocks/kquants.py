@@ -239,7 +239,7 @@ def dot_q5_k(rows, n_rows, n, x_at, n_tokens, out_at, offset):
 
 @inline
 def half_of_q5_k(at, part):
-    """Unpack 128 elements of Q5_K to four int16 vectors, in the order of four_bits."""
+    """Unpack 128 elements of Q5_K, in the order of four_bits."""
     return five_bits(load_int16(at, 48 + 64 * part), both_halves(at, 16) >> halves_int16(np.int16(4 * part), np.int16(4 * part + 2)))
 
 

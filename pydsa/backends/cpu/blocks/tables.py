@@ -109,13 +109,13 @@ FOUR_BITS, TWO_BITS = gather_u32([0] * 8, range(0, 32, 4)), gather_u32([0] * 8, 
 
 @inline
 def whole_scales_of_8(at):
-    """Unpack the integer scales of a block of IQ4_XS, one for each 32, as i32x8."""
+    """Unpack the integer scales of a block of IQ4_XS, as i32x8."""
     return ((FOUR_BITS(at, 4) & 15) | ((TWO_BITS(at, 0) & 3) << 4)) - 32
 
 
 @inline
 def scales_of_8(at):
-    """Unpack the scales of a block of IQ4_XS, as f32x8."""
+    """Unpack the scales of a block of IQ4_XS, one for each 32, as f32x8."""
     return to_floats(whole_scales_of_8(at)) * half_at(at, 0)
 
 

@@ -108,7 +108,7 @@ class _Emitter:
         return [b.fadd(s, b.fmul(b.sitofp(d, f32x16.ir), w[r], flags=FAST), flags=FAST) for s, d, (r, _) in zip(sums, dots, self.pairs)]
 
     def products(self, n_scales):
-        """Emit the products of rows and tokens; n_scales is 0 if rows have one scale."""
+        """Emit the products of rows and tokens; n_scales: None for one scale."""
         b, zeros = self.builder, [constant([0.0] * 16, F32)] * len(self.pairs)
         if n_scales is not None:
             return self.loop(n_scales, zeros, self.add_scaled_group)

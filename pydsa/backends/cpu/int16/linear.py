@@ -1,6 +1,6 @@
 """Matrix products in int16 for many tokens.
 
-Activations are rounded to 15 bits; rows are unpacked to tiles; both are superblocks (blocks/block.py).
+Activations are rounded to 16 bits, for 16 tokens and fewer to 15; rows are unpacked to tiles; both are superblocks (blocks/block.py).
 """
 import numpy as np
 
