@@ -154,7 +154,7 @@ assert "another thread" in refused(shift, 2, x, x)
 
 
 def test_votes_and_pairs_of_halves():
-    """vote.sync.any and redux.sync.max are each warp's own; they need all lanes.
+    """vote.sync.any and redux.sync.max are each warp's, and need all lanes.
 
     cvt.rn.f16x2 rounds as numpy does.
     """
