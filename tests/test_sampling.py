@@ -1,5 +1,6 @@
 """Sampling: examples worked by hand, known distributions, invariants."""
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -147,6 +148,20 @@ def test_banned_tokens_are_not_picked(ban):
         Sampler(Sampling(logit_bias={0: ban, 1: ban, 2: ban})).pick(logits)
     with pytest.raises(PydsaError, match="the greatest of the logits is nan"):
         Sampler(Sampling(logit_bias={1: ban})).pick(np.array([1, np.nan, 1], np.float32))
+
+
+def test_changed_logits_take_no_new_memory():
+    """Fresh memory would cost a page fault every 4 KiB, for each token."""
+    logits, allowed = np.zeros(1 << 16, np.float32), np.ones(1 << 16, bool)
+    sampler = Sampler(Sampling(temperature=0, logit_bias={7: 2.0}, presence_penalty=3.0))
+    assert sampler.pick(logits, [9], allowed) == 7
+    tracemalloc.start()
+    try:
+        assert sampler.pick(logits, [7], allowed) == 0
+        assert tracemalloc.get_traced_memory()[1] < logits.nbytes / 2
+    finally:
+        tracemalloc.stop()
+    assert not logits.any()
 
 
 def test_a_device_leaves_biased_sampling_to_the_host():
