@@ -186,10 +186,14 @@ class Engine:
         self._prefixes.close()
 
     def _listen(self):
-        """Take what came in; without anything to do, wait for it."""
+        """Take what came in; without anything to do, wait for it.
+
+        With something to do, what there is to tell is told as a step begins: who hears of it can run during the step.
+        """
         self._count()
-        self._tell()
         busy = self._waiting or self._under_way or any(slot.ticket for slot in self._slots)
+        if not busy:
+            self._tell()
         with contextlib.suppress(queue.Empty):
             while True:
                 item = self._inbox.get(block=not busy)

@@ -150,7 +150,12 @@ class Sampler:
         history or logit_bias has ids that are not in the vocabulary.
         """
         sampling = self.sampling
-        logits = self._penalize(self._bias(self._only(np.asarray(logits), allowed)), history)
+        logits = self._only(np.asarray(logits), allowed)
+        if self._biased.size and sampling.temperature == 0 and not sampling.penalizes:
+            likeliest = self._clearly_likeliest(logits)
+            if likeliest is not None:
+                return likeliest
+        logits = self._penalize(self._bias(logits), history)
         likeliest = int(logits.argmax())        # of equal logits the lowest index; of a NaN, if there is any
         greatest = logits[likeliest]
         if greatest == -math.inf and self._biased.size:     # the logits themselves were checked
@@ -236,6 +241,18 @@ class Sampler:
             copy = self._kept[dtype] = np.empty(len(values), dtype)
         np.copyto(copy, values)
         return copy
+
+    def _clearly_likeliest(self, logits):
+        """The likeliest token; None if it is biased, or a bias raises another one to it.
+
+        For biases of some tokens the others need not be copied.
+        """
+        self.sampling.check_vocabulary(len(logits))
+        likeliest = int(logits.argmax())
+        if likeliest in self._biased or (logits[self._biased] + self._biases).max() >= logits[likeliest]:
+            return None
+        self.check(logits[likeliest])
+        return likeliest
 
     def _bias(self, logits):
         """Add the biases to the logits of their tokens."""

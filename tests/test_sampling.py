@@ -150,6 +150,23 @@ def test_banned_tokens_are_not_picked(ban):
         Sampler(Sampling(logit_bias={1: ban})).pick(np.array([1, np.nan, 1], np.float32))
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from([-2.0, 0.0, 0.1, 1.0, 3.0, np.nan, np.inf]), min_size=4, max_size=4),
+       st.dictionaries(st.integers(0, 3), st.sampled_from([-np.inf, -3.0, -2.0, 0.9, 1.0, 2.0]), min_size=1))
+def test_greedy_with_biases_is_the_argmax_of_the_sums(values, biases):
+    logits = np.array(values, np.float32)
+    expected = logits.astype(np.float64)
+    if np.isfinite(values).all():
+        for token, bias in biases.items():
+            expected[token] += bias
+    sampler = Sampler(Sampling(temperature=0, logit_bias=biases))
+    if np.isfinite(expected.max()):
+        assert sampler.pick(logits) == expected.argmax()
+    else:
+        with pytest.raises(PydsaError, match="greatest of the logits|bans every token"):
+            sampler.pick(logits)
+
+
 def test_changed_logits_take_no_new_memory():
     """Fresh memory would cost a page fault every 4 KiB, for each token."""
     logits, allowed = np.zeros(1 << 16, np.float32), np.ones(1 << 16, bool)
