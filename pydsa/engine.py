@@ -186,13 +186,10 @@ class Engine:
         self._prefixes.close()
 
     def _listen(self):
-        """Take what came in; without anything to do, wait for it.
-
-        With something to do, what there is to tell is told as a step begins: who hears of it can run during the step.
-        """
+        """Take what came in; without anything to do, wait for it."""
         self._count()
         busy = self._waiting or self._under_way or any(slot.ticket for slot in self._slots)
-        if not busy:
+        if not busy:        # else events are told as a step begins: who hears of them can run meanwhile
             self._tell()
         with contextlib.suppress(queue.Empty):
             while True:

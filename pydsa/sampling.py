@@ -243,9 +243,9 @@ class Sampler:
         return copy
 
     def _clearly_likeliest(self, logits):
-        """The likeliest token; None if it is biased, or a bias raises another one to it.
+        """The likeliest token, where biases change nothing; None elsewhere.
 
-        For biases of some tokens the others need not be copied.
+        No bias is its own, or raises another token to it: logits need not be copied then.
         """
         self.sampling.check_vocabulary(len(logits))
         likeliest = int(logits.argmax())
