@@ -12,10 +12,14 @@ KEPT = 32       # bound steps; one is as good for later tokens of the same sessi
 
 
 class Batch:
-    """Steps of sessions of one model, all made by its session()."""
+    """Steps of sessions of one model, all made by its session().
+
+    The logits that one gives are overwritten after the next one has given its own. (Fresh memory costs a page fault every 4 KiB.)
+    """
 
     def __init__(self, runner, setup):
         self._runner, self._setup = runner, setup
+        self._free, self._given = [], None      # arrays for logits: those that nobody reads, and that of the step that was finished last
         self._bound = collections.OrderedDict()     # (variant, *sessions) -> Bound of a token of each, the last used at the end
 
     def run(self, sessions, ids):
@@ -44,20 +48,39 @@ class Batch:
         samplers = [samplers[i] for i in fit] if samplers and self._runner.samples else [None] * len(fit)
         goes_on = goes_on and all(samplers) and all(len(mine) == 1 for mine in ids) and all(
             session.n_begun + 2 <= self._setup.n_ctx for session in sessions)
+        step, rows = None, self._rows(len(sessions))
         if len(sessions) == 1 and not goes_on:
-            return _Results(results, fit, _Single(sessions[0], ids[0], samplers[0], wanted))
-        return _Results(results, fit, _Joint(self, sessions, ids, samplers, goes_on) if sessions else None)
+            step = _Single(sessions[0], ids[0], samplers[0], rows[:int(wanted)])
+        elif sessions:
+            step = _Joint(self, sessions, ids, samplers, goes_on, rows)
+        return _Results(results, fit, step, lambda: self._give(rows))
 
-    def step(self, sessions, ids, samplers, goes_on):
-        """Begin a step of several sessions -> (the step of the runner, logits)."""
-        logits = np.empty((len(sessions), self._setup.config.n_vocab), np.float32)
+    def step(self, sessions, ids, samplers, goes_on, logits):
+        """Begin a step of several sessions -> the step of the runner.
+
+        logits: where they belong, [n_sessions, n_vocab].
+        """
         # The last tokens, whose logits are wanted, come behind all others: as parts of their own, which see what the others write.
         parts = [(session, mine[:-1], session.n_past) for session, mine in zip(sessions, ids) if len(mine) > 1]
         parts += [(session, mine[-1:], session.n_past + len(mine) - 1) for session, mine in zip(sessions, ids)]
         positions = np.concatenate([np.arange(first, first + len(some)) for _, some, first in parts])
         tokens = [token for _, some, _ in parts for token in some]
         follow = {"follow": self._variant(positions.max() + 1)} if goes_on else {}
-        return self._bind(parts, len(sessions)).begin(tokens, positions, logits, (), samplers, **follow), logits
+        return self._bind(parts, len(sessions)).begin(tokens, positions, logits, (), samplers, **follow)
+
+    def _rows(self, n):
+        """An array for the logits of n tokens, of any content."""
+        shape = n, self._setup.config.n_vocab
+        whole = self._free.pop() if self._free else np.empty(shape, np.float32)
+        if whole.size < n * shape[1]:
+            whole = np.empty(shape, np.float32)
+        return whole.reshape(-1)[:n * shape[1]].reshape(shape)
+
+    def _give(self, rows):
+        """Use the array that was given before these rows again."""
+        if self._given is not None:
+            self._free.append(self._given)
+        self._given = rows if rows.base is None else rows.base
 
     def _variant(self, n_past):
         return self._setup.schedule.variant(int(n_past), 1)
@@ -81,14 +104,20 @@ class Batch:
 
 
 class _Results:
-    """What begin() returns: the results of the sessions whose tokens fit."""
+    """What begin() returns: the results of the sessions whose tokens fit.
 
-    def __init__(self, results, fit, step):
-        self._results, self._fit, self._step = results, fit, step
+    give() is called where all of them are logits.
+    """
+
+    def __init__(self, results, fit, step, give):
+        self._results, self._fit, self._step, self._give = results, fit, step, give
 
     def finish(self):
         """Wait for the step -> the results of all sessions."""
-        for i, answer in zip(self._fit, self._step.finish() if self._step else ()):
+        answers = self._step.finish() if self._step else []
+        if answers and not any(isinstance(answer, PydsaError) for answer in answers):   # after an error nobody knows who writes there
+            self._give()
+        for i, answer in zip(self._fit, answers):
             self._results[i] = answer
         return self._results
 
@@ -96,10 +125,10 @@ class _Results:
 class _Single:
     """A step of one session."""
 
-    def __init__(self, session, ids, sampler, wanted):
+    def __init__(self, session, ids, sampler, logits):
         self._error = self._step = None
         try:
-            self._step = session.begin(ids, sampler, wanted)
+            self._step = session.begin(ids, sampler, logits)
         except PydsaError as error:
             self._error = error
 
@@ -113,10 +142,10 @@ class _Single:
 class _Joint:
     """A step of several sessions, whose tokens are appended at its end."""
 
-    def __init__(self, batch, sessions, ids, samplers, goes_on):
-        self._sessions, self._ids = sessions, ids
+    def __init__(self, batch, sessions, ids, samplers, goes_on, logits):
+        self._sessions, self._ids, self._logits = sessions, ids, logits
         try:
-            self._step, self._logits = batch.step(sessions, ids, samplers, goes_on)
+            self._step = batch.step(sessions, ids, samplers, goes_on, logits)
         except DamagedWeightsError:     # of one of them, perhaps
             self._step = None
 
@@ -132,4 +161,4 @@ class _Joint:
         return [logits if one is None else one for one, logits in zip(picked, self._logits)]
 
     def _each_alone(self):
-        return [_Single(session, mine, None, True).finish()[0] for session, mine in zip(self._sessions, self._ids)]
+        return [_Single(session, mine, None, None).finish()[0] for session, mine in zip(self._sessions, self._ids)]

@@ -188,8 +188,9 @@ class Engine:
     def _listen(self):
         """Take what came in; without anything to do, wait for it."""
         self._count()
-        self._tell()
         busy = self._waiting or self._under_way or any(slot.ticket for slot in self._slots)
+        if not busy:        # else events are told as a step begins: who hears of them can run meanwhile
+            self._tell()
         with contextlib.suppress(queue.Empty):
             while True:
                 item = self._inbox.get(block=not busy)

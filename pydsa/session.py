@@ -99,16 +99,16 @@ class Session:
             progress(ids.size, ids.size)
         return logits
 
-    def begin(self, ids, sampler=None, wanted=True):
+    def begin(self, ids, sampler=None, logits=None):
         """Begin the step that appends some tokens -> a Step.
 
-        ids: a list of at most n_ubatch ids of the vocabulary. Steps are finished in the order they were begun. wanted: whether anything is
-        wanted after the last token: a token, where the runner samples for `sampler`, or the logits. Raises ContextFullError if the tokens
-        do not fit.
+        ids: a list of at most n_ubatch ids of the vocabulary. Steps are finished in the order they were begun. logits: where those after
+        the last token belong, [1, n_vocab], unless the runner samples for `sampler`; [0, n_vocab]: nothing is wanted; None: a new array.
+        Raises ContextFullError if the tokens do not fit.
         """
         self._check_fits(len(ids), self.n_begun)
-        logits = np.empty((1 if wanted else 0, self._setup.config.n_vocab), np.float32)
-        return self._begin(np.asarray(ids, np.int32), logits, self._all_hooks, [sampler] if sampler and wanted else None)
+        logits = np.empty((1, self._setup.config.n_vocab), np.float32) if logits is None else logits
+        return self._begin(np.asarray(ids, np.int32), logits, self._all_hooks, [sampler] if sampler and len(logits) else None)
 
     @property
     def n_begun(self):

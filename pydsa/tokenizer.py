@@ -152,6 +152,7 @@ class Tokenizer:
         self._missing = {byte for byte, character in enumerate(_ALPHABET) if character not in ids}
         self._read_special(metadata, ids, file_type)
         self.chat_template = metadata.string("tokenizer.chat_template", default=None) or None
+        self._known = {}        # id -> (its bytes, whether it is special), of tokens that were decoded
 
     def _read_special(self, metadata, ids, file_type):
         """Read the special tokens, from the file's keys and from their texts.
@@ -243,11 +244,20 @@ class Tokenizer:
         A character may be spread over several tokens. skip_special: b"" for a control token. Raises PydsaError for an id
         that is not in the vocabulary.
         """
-        if not 0 <= token_id < self.n_vocab:
-            raise PydsaError(f"the token id is {token_id}, expected 0 to {self.n_vocab - 1}")
-        text, kind = self.tokens[token_id], self.token_type[token_id]
+        known = self._known.get(token_id)
+        if known is None:
+            if not 0 <= token_id < self.n_vocab:
+                raise PydsaError(f"the token id is {token_id}, expected 0 to {self.n_vocab - 1}")
+            text, kind = self.tokens[token_id], self.token_type[token_id]
+            known = self._known[token_id] = self._bytes_of(text, kind), kind in (UNKNOWN, CONTROL)
+        data, special = known
+        return b"" if special and skip_special else data
+
+    @staticmethod
+    def _bytes_of(text, kind):
+        """The bytes of a token of this text and type."""
         if kind in (UNKNOWN, CONTROL):
-            return b"" if skip_special else text.encode()
+            return text.encode()
         if kind == BYTE and re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
             return bytes.fromhex(text[3:5])
         if kind != USER_DEFINED and all(character in _BYTE_OF for character in text):

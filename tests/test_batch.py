@@ -80,6 +80,19 @@ def test_only_the_session_that_met_damage_gets_an_error(small_model, load, monke
     assert [session.n_past for session in sessions] == [4, 6]
 
 
+def test_memory_of_logits_is_used_again(small_model, load):
+    """... but what a step gave stays as it is until the next one has given its own."""
+    model = load(small_model())
+    sessions, batch = sessions_of(model, [3, 4]), Batch(model.runner, model.setup)
+    given = [batch.run(sessions, [[7], [8]])]
+    kept = np.array(given[0])
+    step = batch.begin(sessions, [[9], [9]])
+    assert np.array_equal(given[0], kept)
+    given.append(step.finish())
+    given += [batch.run(sessions, [[i], [i]]) for i in range(4)]
+    assert len({logits[0].ctypes.data for logits in given}) == 2
+
+
 def test_bound_steps_are_kept_for_their_sessions_only(small_model, load):
     model = load(small_model())
     batch = Batch(model.runner, model.setup)

@@ -1,5 +1,6 @@
 """Sampling: examples worked by hand, known distributions, invariants."""
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -147,6 +148,37 @@ def test_banned_tokens_are_not_picked(ban):
         Sampler(Sampling(logit_bias={0: ban, 1: ban, 2: ban})).pick(logits)
     with pytest.raises(PydsaError, match="the greatest of the logits is nan"):
         Sampler(Sampling(logit_bias={1: ban})).pick(np.array([1, np.nan, 1], np.float32))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from([-2.0, 0.0, 0.1, 1.0, 3.0, np.nan, np.inf]), min_size=4, max_size=4),
+       st.dictionaries(st.integers(0, 3), st.sampled_from([-np.inf, -3.0, -2.0, 0.9, 1.0, 2.0]), min_size=1))
+def test_greedy_with_biases_is_the_argmax_of_the_sums(values, biases):
+    logits = np.array(values, np.float32)
+    expected = logits.astype(np.float64)
+    if np.isfinite(values).all():
+        for token, bias in biases.items():
+            expected[token] += bias
+    sampler = Sampler(Sampling(temperature=0, logit_bias=biases))
+    if np.isfinite(expected.max()):
+        assert sampler.pick(logits) == expected.argmax()
+    else:
+        with pytest.raises(PydsaError, match="greatest of the logits|bans every token"):
+            sampler.pick(logits)
+
+
+def test_changed_logits_take_no_new_memory():
+    """Fresh memory would cost a page fault every 4 KiB, for each token."""
+    logits, allowed = np.zeros(1 << 16, np.float32), np.ones(1 << 16, bool)
+    sampler = Sampler(Sampling(temperature=0, logit_bias={7: 2.0}, presence_penalty=3.0))
+    assert sampler.pick(logits, [9], allowed) == 7
+    tracemalloc.start()
+    try:
+        assert sampler.pick(logits, [7], allowed) == 0
+        assert tracemalloc.get_traced_memory()[1] < logits.nbytes / 2
+    finally:
+        tracemalloc.stop()
+    assert not logits.any()
 
 
 def test_a_device_leaves_biased_sampling_to_the_host():

@@ -170,6 +170,18 @@ def test_the_number_of_the_interval_wraps(n_threads, start):
     assert not any(thread.is_alive() for thread in a_team.threads)
 
 
+def test_pauses_are_counted_while_the_thread_is_interrupted(monkeypatch):
+    """Others ran while they were counted: the team slept where it should have looked for work, and steps took a fifth longer."""
+    alone, count, rounds = threads._pauses(), team.count_pauses, itertools.count()
+
+    def interrupted(n):
+        count(n)
+        if next(rounds) < 3:
+            time.sleep(0.005)
+    monkeypatch.setattr(team, "count_pauses", interrupted)
+    assert threads._pauses() > alone / 4
+
+
 def test_teams_of_all_sizes_take_turns():
     """... and those of more threads than there are cores."""
     chains = Chains(pattern(6))

@@ -16,6 +16,7 @@ from pydsa.server.service import unless_gone
 from pydsa.server.settings import MAX_CHOICES
 
 MAX_STOPS, MAX_STOP = 64, 1000      # stop texts, and characters of one
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -126,7 +127,7 @@ class Frame:
 
 def sse(value):
     """An event of a stream: a line of JSON."""
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    return f"data: {_encode(value)}\n\n"
 
 
 async def stream_events(path, frame, answers, options, form):

@@ -138,7 +138,7 @@ class Answers:
 
     def __init__(self, service, scope, n):
         self._service, self._scope, self.n = service, scope, n
-        self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
+        self._loop, self._events, self._waiter = asyncio.get_running_loop(), [], None
         self._tickets, self._n_open = [], n
         self._log = scope.setdefault("pydsa.log", {})
         scope.setdefault("pydsa.answers", []).append(self)      # closed at the end of the request, whatever ends it
@@ -153,8 +153,10 @@ class Answers:
 
     def _put(self, i, event):
         last = isinstance(event, (Finished, Failed))
-        if last or self._events.qsize() < MOST_EVENTS:
-            self._events.put_nowait((i, event))
+        if last or len(self._events) < MOST_EVENTS:
+            self._events.append((i, event))
+            if self._waiter is not None and not self._waiter.done():
+                self._waiter.set_result(None)
         else:
             self.close()
 
@@ -173,10 +175,10 @@ class Answers:
         """
         try:
             while self._n_open:
-                batch = [await self._events.get()]
-                while not self._events.empty():
-                    batch.append(self._events.get_nowait())
-                failed = None
+                if not self._events:
+                    self._waiter = self._loop.create_future()
+                    await self._waiter
+                batch, self._events, failed = self._events, [], None
                 for n, (_, event) in enumerate(batch):
                     self._note(event)
                     self._n_open -= isinstance(event, Finished)
