@@ -336,6 +336,31 @@ def test_many_parts_are_joined_and_rounded(monkeypatch):
 
 
 @of_gpus
+@pytest.mark.parametrize("mode, n_keys", [(modes.SPARSE, 1330), (modes.DENSE, 1300), (modes.DENSE, 40)])
+def test_heads_products_join_what_attention_left(monkeypatch, mode, n_keys):
+    """Bit for bit as by a launch of its own, with splits that have no keys."""
+    use_tiles(monkeypatch, "i8", Tile(32, 32, 2))
+    rows, n_head = Rows(uneven_rows(1300, 1), "i8", 512), 3
+    q, indices, positions = normal(1, n_head, 576) * np.float32(20), chosen_rows(1300, 1330, 1200), np.array([n_keys - 1])
+    cache = cuda.cache_rows(1300, (512, 64), "i8")
+    cuda.cache_write(cache, cuda.upload(rows.values), cuda.upload(np.arange(1300)))
+    n_keys, q, indices, positions = 1330 if mode == modes.SPARSE else 1300, *map(cuda.upload, (q, indices, positions))
+    w, tiles, made = cuda.weight(tensor("Q8_0", n_head, 70, 512)), head_tiles(1, n_head), scratch_for_rows(n_head, 512)
+    attended = [cuda.upload(np.full((1, n_head, 512), np.nan, np.float32)) for _ in range(2)]
+    products = [cuda.upload(np.full((n_head, 70), np.nan, np.float32)) for _ in range(2)]
+    attention.attend(attended[0], q, cache, mode, n_keys, 0.05, positions, indices, made=made)
+    gemv([products[0]], [w], made, tiles)
+    splits = attention.splits_of_one(attended[1], q, cache, mode, n_keys, positions)
+    splits.sums.set(np.full(splits.sums.shape, np.nan, np.float32))
+    attention.attend_in_splits(q, cache, mode, n_keys, 0.05, positions, indices, None)
+    source = rows_one.Rows(rows_one.JOINED, attended[1].rows, *splits[:2], splits=splits)
+    assert rows_one.takes(source) and splits.n > 32 + rows_one.AT_ONCE
+    gemv([products[1]], [w], source, tiles)
+    for first, second in (attended, products):
+        assert np.array_equal(first.get(), second.get()) and np.isfinite(first.get()).all()
+
+
+@of_gpus
 @pytest.mark.parametrize("storage, tile", [("i16", Tile(64, 32, 2)), ("f16", Tile(32, 16, 1))])
 def test_nan_stays_where_it_is_chosen(monkeypatch, storage, tile):
     """A row of NaN spoils what chose it, a query of NaN its own head only."""

@@ -170,10 +170,11 @@ def products(launches, ops, args):
     return n
 
 
-def products_of_heads(launches, ops, args):
+def products_of_heads(launches, ops, args, made=None):
     """Fuse head_linear with quantized weights.
 
     A linear with quantized weights of all heads' outputs may follow: then these are packed by the blocks that make them, where they can.
+    made: Rows of which blocks make their input.
     """
     out, w, x = args[0] if ops[0] is linear.head_linear else [None] * 3
     if out is None or w.type not in GROUPED or x.shape[0] != 1:
@@ -182,7 +183,8 @@ def products_of_heads(launches, ops, args):
     taken = args[1][2] if ops[1:2] == [linear.linear] and args[1][1].type in GROUPED else None
     rounds = (taken is not None and taken.span == out.span and taken.size == out.size and taken.shape[0] == 1
               and grid_of([rows], x.shape[2], x.shape[1]).rounds(rows.shape[1]))
-    launches.add(gemv, [rows], [w], launches.packed(x.rows), tiles, 0, written=[out], packs=taken.rows if rounds else None)
+    launches.add(gemv, [rows], [w], made or launches.packed(x.rows), tiles, 0, written=[out, *([x] if made else [])],
+                 packs=taken.rows if rounds else None)
     return 1
 
 
@@ -421,9 +423,9 @@ def stored_row(ops, args):
 
 
 def attended(launches, ops, args):
-    """Fuse attention with the packing of its output.
+    """Fuse attention with the packing of its output, the input of a head_linear.
 
-    The output must be the input of a quantized head_linear.
+    The weights of this must be quantized. Where attention leaves sums of splits of the keys, its blocks join those of their head.
     """
     if ops[0] not in ATTENTION or ops[1:2] != [linear.head_linear] or args[1][1].type not in GROUPED or not one_row(args[0][0]):
         return 0
@@ -431,8 +433,14 @@ def attended(launches, ops, args):
     mode, names = ATTENTION[ops[0]]
     named = dict(zip(names, others, strict=True))
     n_keys = named["indices"].shape[1] if "indices" in named else len(latents.data)
-    launches.add(attention.attend, out, q, latents, mode, n_keys, scale, *map(named.get, ("positions", "indices", "mask")),
-                 written=[out], packs=out.rows)
+    positions, *others = map(named.get, ("positions", "indices", "mask"))
+    splits = attention.splits_of_one(out, q, latents, mode, n_keys, positions)
+    rows = splits and rows_one.Rows(rows_one.JOINED, out.rows, *splits[:2], splits=splits)
+    product, _, joined = args[1]
+    if rows and rows_one.takes(rows) and same(out.rows, joined.rows) and not touch([product], [a for a in (out, positions) if a is not None]):
+        launches.add(attention.attend_in_splits, q, latents, mode, n_keys, scale, positions, *others, written=splits[:2])
+        return 1 + products_of_heads(launches, ops[1:], args[1:], rows)
+    launches.add(attention.attend, out, q, latents, mode, n_keys, scale, positions, *others, written=[out], packs=out.rows)
     return 1
 
 

@@ -23,7 +23,7 @@ from pydsa.backends.cuda.instructions import (commit_copies, copies_left, copy_s
                                               wait_for_earlier)
 from pydsa.backends.cuda.int8x2.linear import TILE_U32, scratch_for_rows
 from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
-from pydsa.backends.cuda.rows_one import GATED, GIVEN, ROUNDED, SOURCES, Rows, make_row, no_rows, not_rounded, round_tile
+from pydsa.backends.cuda.rows_one import GATED, GIVEN, JOINED, NORMED, ROUNDED, SOURCES, Rows, make_row, no_rows, not_rounded, round_tile
 from pydsa.quants import TYPES
 
 
@@ -40,6 +40,7 @@ AHEAD = 512 if SIMULATED else 4096      # bytes of weights that are on their way
 BANKS_APART = {"Q6_K": 96}              # bytes, of 128, that the halves' rows lie apart, if not 64: so that they meet in few banks
 MOST_TOKENS = 1 if SIMULATED else 8     # of a step whose rows are multiplied one by one
 MOST_BLOCKS = 2 * BLOCKS                # that walk through rows: four for each of an H100's processors
+MOST_JOINS = 2                          # blocks of a head whose splits each of them joins: one more reads all their sums once more
 ZERO = np.float32(0)
 SIGNATURE = f"{'f4[:,:], u1[::1], ' * 4}i8, i4[:], i4, i4, b1, i4, i4, u4[:,::1], f4[:,::1], f4[:,::1], {SOURCES}, {ROUNDED}"
 # a number that is not computed anew in every round of a loop, to save a register
@@ -146,7 +147,7 @@ def _make_direct(name):
 
     def gemv_direct(out, w, second_out, second_w, third_out, third_w, fourth_out, fourth_w, row_bytes, ids, x_div, single_row, chosen,
                     shift, split, packed, scales, sums, mode, made, source, other, single_made, single_source, single_other, gain, eps,
-                    rounds, to_packed, to_scales, to_sums):
+                    n_splits, keys, n_chosen, positions, rounds, to_packed, to_scales, to_sums):
         """gemv_staged, but weights are loaded to registers."""
         first, others = cuda.blockIdx.y < ids.size, cuda.blockIdx.z == 1
         out, w = one_of(out, w, second_out, second_w, third_out, third_w, fourth_out, fourth_w, first, others)
@@ -155,8 +156,8 @@ def _make_direct(name):
             wait_for_earlier()
         y, matrix, x_row = product_of(cuda.blockIdx.y, ids, x_div, single_row)
         parts, base, splits = cuda.shared.array(PARTS, np.float32), matrix * np.int64(n_out) * row_bytes, np.int32(1 << split)
-        begin_products(mode, made, source, other, single_made, single_source, single_other, gain, eps, ids, x_div, single_row, packed,
-                       scales, sums, parts, thread)
+        begin_products(mode, made, source, other, single_made, single_source, single_other, gain, eps, n_splits, keys, n_chosen, positions,
+                       ids, x_div, single_row, packed, scales, sums, parts, thread)
         place = place_of_thread(thread, n_groups, shift, split)
         sub, half, warp, own, piece, joined, part, group, n_chunks, n_steps = place
         (x_row_at, f_row_at), per_block = begins(x_row if mode == GIVEN else block_number(), n_groups), np.int32(WARPS >> split)
@@ -177,8 +178,8 @@ def _make_direct(name):
 
 def _make_begin(prepare):
     @device
-    def begin_products(mode, made, source, other, single_made, single_source, single_other, gain, eps, ids, x_div, single_row, packed,
-                       scales, sums, parts, thread):
+    def begin_products(mode, made, source, other, single_made, single_source, single_other, gain, eps, n_splits, keys, n_chosen, positions,
+                       ids, x_div, single_row, packed, scales, sums, parts, thread):
         """Copy the type's tables; then wait for the activations, or make them."""
         prepare(thread, WARPS * WARP)
         wait_for_earlier()
@@ -189,8 +190,9 @@ def _make_begin(prepare):
                 row = np.int32(y // x_div)
             else:
                 made, source, other = single_made, single_source, single_other
-            writes = cuda.blockIdx.x == 0 and cuda.blockIdx.z == 0 and (mode == GATED or y == 0)
-            make_row(mode, made, source, other, gain, eps, row, writes, packed, scales, sums, block_number(), parts, thread, WARPS * WARP)
+            writes = cuda.blockIdx.x == 0 and cuda.blockIdx.z == 0 and (mode != NORMED or y == 0)
+            make_row(mode, made, source, other, gain, eps, n_splits, keys, n_chosen, positions, row, writes, packed, scales, sums,
+                     block_number(), parts, thread, WARPS * WARP)
     return begin_products
 
 
@@ -262,7 +264,7 @@ def _make_staged(name):
 
     def gemv_staged(out, w, second_out, second_w, third_out, third_w, fourth_out, fourth_w, row_bytes, ids, x_div, single_row, chosen,
                     shift, split, packed, scales, sums, mode, made, source, other, single_made, single_source, single_other, gain, eps,
-                    rounds, to_packed, to_scales, to_sums):
+                    n_splits, keys, n_chosen, positions, rounds, to_packed, to_scales, to_sums):
         """out[y] = matrix ids[y] of w times row y // x_div of the activations.
 
         See one_of(). chosen: whether an earlier kernel writes ids. A row has 2^shift lanes. 2^split warps of a block share rows (split-K).
@@ -308,8 +310,8 @@ def _make_staged(name):
                     asked, asked_step = np.int32(asked + stride), part
                     p0, p1, n0, n1 = aim(base, asked, n_tiles, part, half, sub, joined, n_out, row_bytes)
             if at_tile < begin:       # the first weights are on their way
-                begin_products(mode, made, source, other, single_made, single_source, single_other, gain, eps, ids, x_div, single_row,
-                               packed, scales, sums, parts, thread)
+                begin_products(mode, made, source, other, single_made, single_source, single_other, gain, eps, n_splits, keys, n_chosen,
+                               positions, ids, x_div, single_row, packed, scales, sums, parts, thread)
             else:
                 put_sums(out, parts, y, tile, place, shift, split, s0, s1, rounds, at_tile, to_packed, to_scales, to_sums, thread)
     return kernel(SIGNATURE, WARPS * WARP, f"gemv_{name.lower()}", blocks=4, dependent=True)(gemv_staged)
@@ -341,10 +343,10 @@ class Grid(NamedTuple):
         return self.splits == 1 and ROWS * WARPS * (LANES // self.lanes) == 32 and n_out % 32 == 0
 
 
-def grid_of(outs, n_in, n_pairs):
+def grid_of(outs, n_in, n_pairs, most=MOST_BLOCKS):
     """The Grid of products of n_in numbers each.
 
-    outs: some may be None; the first two are n_pairs products each.
+    outs: some may be None; the first two are n_pairs products each. most: blocks of a product.
     """
     n_chunks, there = blocks_for(n_in, CHUNK), [out is not None for out in outs]
     lanes = min(LANES, 1 << (n_chunks - 1).bit_length())        # of a row
@@ -353,7 +355,7 @@ def grid_of(outs, n_in, n_pairs):
     while 2 * splits <= min(WARPS, n_steps) and n_all * splits < WARPS * MOST_BLOCKS:       # few rows: warps share them
         splits *= 2
     n_products = n_pairs * sum(there[:2]) + sum(there[2:])
-    n_blocks = min(blocks_for(max(n_tiles), WARPS // splits), blocks_for(MOST_BLOCKS, n_products))
+    n_blocks = min(blocks_for(max(n_tiles), WARPS // splits), blocks_for(MOST_BLOCKS, n_products), most)
     of_two = 2 if any(there[1::2]) else 1       # whether there is a second or a fourth one
     return Grid((n_blocks, n_pairs + any(there[2:]), of_two), lanes, splits)
 
@@ -366,7 +368,7 @@ def gemv(outs, weights, x, tiles, single_row=0, rounded=None):
     rounded: the Int8x2 of one row that receives all rows of a single out, one behind the other, if Grid.rounds() them; or None.
     """
     n_in = x.x.shape[1] if isinstance(x, Rows) else 32 * x.scales.shape[1]
-    grid = grid_of(outs, n_in, tiles.matrix.size)
+    grid = grid_of(outs, n_in, tiles.matrix.size, MOST_JOINS if isinstance(x, Rows) and x.mode == JOINED else MOST_BLOCKS)
     if isinstance(x, Rows):
         rows, (packed, scales, sums) = x.arguments, scratch_for_rows(math.prod(grid.blocks), n_in, "rows of blocks")
     else:
