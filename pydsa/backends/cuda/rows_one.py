@@ -22,7 +22,7 @@ from pydsa.backends.cuda.shared_memory import WHOLE_WARP, power_of_two
 
 GIVEN, NORMED, GATED, JOINED = range(4)     # how rows are made
 MOST = 4096                         # values of a row
-AT_ONCE = 8                         # splits of which a thread loads numbers at once
+AT_ONCE = 4                         # splits of which a thread loads numbers at once
 LOADED = 4 * AT_ONCE
 ZERO, MINUS_INFINITY = np.float32(0), np.float32(-np.inf)
 SOURCES = f"i4, {'f4[:,::1], ' * 6}f4[::1], f4, i4, i4, i4, i8[:]"      # the arguments of kernels for a Rows
