@@ -149,7 +149,7 @@ def test_docstrings_begin_with_a_short_sentence(folder):
 
 FORMATS = {"f32", "int16", "bf16x2", "int8x2", "f16x2", "f16"}
 FILES_OF_A_FORMAT = {"linear", "attention", "mha", "indexer"} | {    # ops; what they share, and parts of products in wgmma
-    "__init__", "gemm", "gemv", "panels", "tiles", "gemm_rows", "halves", "offsets", "stages", "words_q4_k", "words_rows"}
+    "__init__", "gemm", "gemv", "gemv_scores", "panels", "tiles", "gemm_rows", "halves", "offsets", "stages", "words_q4_k", "words_rows"}
 
 
 def number_format(name):

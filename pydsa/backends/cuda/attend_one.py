@@ -139,12 +139,26 @@ def attend(out, q, latents, positions, indices, mask, mode, n_keys, scale, made=
     takes() must hold. Negative indices are left out wherever they stand. made: for one token, the Int8x2 that receives out, packed.
     """
     n_tokens, n_head, _ = out.shape
-    tile, n_splits = division(latents.storage, n_tokens, n_head, n_keys, mode == SPARSE)
-    sums = scratch("attention sums", (n_tokens * n_splits * n_head * VALUE,), np.float32)
-    stats = scratch("attention row_maxes", (n_tokens * n_splits * n_head * 2,), np.float32)
+    sums, stats, n_splits, tile = attend_splits(q, latents, positions, indices, mask, mode, n_keys, scale)
     packs = made is not None
     if not packs:
         made = [scratch("nothing", (1, 1), dtype) for dtype in (np.uint32, np.float32, np.float32)]
-    ATTEND[latents.storage, tile]((n_splits, blocks_for(n_head, tile.heads), n_tokens), sums, stats, q.flat, latents.data.flat,
+    join_rows((n_head, n_tokens), out, sums.flat, stats.flat, n_splits, tile.keys, mode, positions, indices, packs, *made)
+
+
+def divided(q, storage, n_keys, chosen):
+    """Splits [n tokens * splits * heads] of attention: what attend_splits() leaves."""
+    n_tokens, n_head, _ = q.shape
+    tile, n_splits = division(storage, n_tokens, n_head, n_keys, chosen)
+    sums = scratch("attention sums", (n_tokens * n_splits * n_head, VALUE), np.float32)
+    stats = scratch("attention row_maxes", (n_tokens * n_splits * n_head, 2), np.float32)
+    return sums, stats, n_splits, tile
+
+
+def attend_splits(q, latents, positions, indices, mask, mode, n_keys, scale):
+    """attend(), up to the join of its splits -> what divided() returns."""
+    n_tokens, n_head, _ = q.shape
+    sums, stats, n_splits, tile = divided(q, latents.storage, n_keys, mode == SPARSE)
+    ATTEND[latents.storage, tile]((n_splits, blocks_for(n_head, tile.heads), n_tokens), sums.flat, stats.flat, q.flat, latents.data.flat,
                                   latents.data.shape[1], positions, indices, mask, mode, n_head, n_splits, LOG2_E * np.float32(scale))
-    join_rows((n_head, n_tokens), out, sums, stats, n_splits, tile.keys, mode, positions, indices, packs, *made)
+    return sums, stats, n_splits, tile

@@ -7,11 +7,13 @@ of attend_chosen.py, where they take the rows.
 import numpy as np
 from numba import cuda
 
+from pydsa.backends.cuda import attend_one
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.device import SIMULATED, device, exp
 from pydsa.backends.cuda.int8x2.linear import pack_four, pack_into
 from pydsa.backends.cuda.launch import BLOCKS, blocks_for, is_listing, kernel, lists_many
 from pydsa.backends.cuda.modes import DENSE, MASKED, SPARSE
+from pydsa.backends.cuda.rows_one import Splits
 from pydsa.backends.cuda.variants import kernels
 
 
@@ -91,6 +93,22 @@ def attend(out, q, latents, mode, n_keys, scale, positions=None, indices=None, m
         of_many(out, *parts, latents, indices, positions, scale)
     if not of_many or is_listing():
         attend_in_tiles(out, q, latents, mode, n_keys, scale, positions, indices, mask, made)
+
+
+def splits_of_one(out, q, latents, mode, n_keys, positions):
+    """The Splits that one token's attention leaves in splits.
+
+    None if it does not leave them: then it joins them itself.
+    """
+    if not kernels("attention of a few", out, q, latents, mode, n_keys):
+        return None
+    sums, stats, n_splits, tile = attend_one.divided(q, latents.storage, n_keys, mode == SPARSE)
+    return Splits(sums, stats, n_splits, tile.keys, n_keys if mode == SPARSE else 0, _arrays(positions, None, None)[0])
+
+
+def attend_in_splits(q, latents, mode, n_keys, scale, positions, indices, mask):
+    """attend() of one token, up to the join of splits_of_one()."""
+    attend_one.attend_splits(q, latents, *_arrays(positions, indices, mask), mode, n_keys, scale)
 
 
 def _arrays(positions, indices, mask):

@@ -3,17 +3,16 @@
 Activations are packed to Int8x2 once for all products that take them. Every array is written with the same values as by the ops themselves,
 so that any op can be left unfused.
 """
-import functools
 from typing import NamedTuple
 
 import numpy as np
 
-from pydsa.backends.cuda import attention, indexer, int8x2, linear, modes, moe, norm, rope, rows, rows_one
+from pydsa.backends.cuda import attention, indexer, int8x2, linear, modes, moe, norm, rope, routing, rows, rows_one
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.blocks import GROUPED
 from pydsa.backends.cuda.fused_kernels import Heads, Norm, Queries, Stored, norm_is_narrow, prepare_rows, silu_mul_pack
 from pydsa.backends.cuda.int8x2.gemv import gemv, grid_of
-from pydsa.backends.cuda.int8x2.linear import Int8x2, pack_into, scratch_for_rows
+from pydsa.backends.cuda.launches import Launches, one_row, touch
 from pydsa.backends.cuda.norm_one import Joined, add_norm, norm_is_wide
 from pydsa.backends.cuda.order import overlap, same, together, written_by
 
@@ -40,63 +39,6 @@ def fused(calls):
         groups.append((calls[i], launches.taken()))
         i += max(n, 1)
     return groups
-
-
-class Launches:
-    """The launches so far, and which activations have a valid Int8x2."""
-
-    def __init__(self):
-        self._calls, self._packed = [], {}      # address, shape, strides of rows -> their Int8x2, their span
-
-    def taken(self):
-        """The launches since this was asked last."""
-        calls, self._calls = self._calls, []
-        return calls
-
-    def add(self, function, *args, written, packs=None, packs_too=None):
-        """Append a launch.
-
-        It invalidates the Int8x2 of every array that it writes. packs: rows whose Int8x2 it makes; that becomes its last argument.
-        packs_too: more rows, as wide, whose Int8x2 comes behind in the same one.
-        """
-        for low, high in (array.span for array in written):
-            self._packed = {key: (made, span) for key, (made, span) in self._packed.items() if span[1] <= low or high <= span[0]}
-        if packs is not None:
-            several, key = [packs] if packs_too is None else [packs, packs_too], _key(packs)
-            made, begin = scratch_for_rows(sum(map(len, several)), packs.shape[1], key), 0
-            for x in several:
-                self._packed[_key(x)] = Int8x2(*(part[begin:begin + len(x)] for part in made)), x.span
-                begin += len(x)
-            args += made,
-        self._calls.append(functools.partial(function, *args))
-
-    def packed(self, x):
-        """The Int8x2 of rows. Appends a launch that makes it if there is none."""
-        if _key(x) not in self._packed:
-            self.add(pack_into, x, written=(), packs=x)
-        return self._packed[_key(x)][0]
-
-    def packed_with(self, x, other):
-        """The Int8x2 of rows and of others behind them; None if it is not one."""
-        if _key(x) not in self._packed or _key(other) not in self._packed:
-            return None
-        parts = list(zip(self._packed[_key(x)][0], self._packed[_key(other)][0]))
-        adjacent = all(a.shape[1] == b.shape[1] and a.span[1] == b.span[0] for a, b in parts)
-        return Int8x2(*(a.followed_by(b) for a, b in parts)) if adjacent else None
-
-
-def _key(x):
-    return x.span[0], x.shape, x.strides
-
-
-def touch(some, others):
-    """Whether an array of some overlaps one of the others."""
-    return any(overlap(a, b) for a in some for b in others)
-
-
-def one_row(a):
-    """Whether an array has one token and can be packed to Int8x2."""
-    return a.shape[0] == 1 and a.shape[-1] % 32 == 0
 
 
 def sums_and_norm(launches, ops, args, joined=None):
@@ -170,10 +112,11 @@ def products(launches, ops, args):
     return n
 
 
-def products_of_heads(launches, ops, args):
+def products_of_heads(launches, ops, args, made=None):
     """Fuse head_linear with quantized weights.
 
     A linear with quantized weights of all heads' outputs may follow: then these are packed by the blocks that make them, where they can.
+    made: Rows of which blocks make their input.
     """
     out, w, x = args[0] if ops[0] is linear.head_linear else [None] * 3
     if out is None or w.type not in GROUPED or x.shape[0] != 1:
@@ -182,7 +125,8 @@ def products_of_heads(launches, ops, args):
     taken = args[1][2] if ops[1:2] == [linear.linear] and args[1][1].type in GROUPED else None
     rounds = (taken is not None and taken.span == out.span and taken.size == out.size and taken.shape[0] == 1
               and grid_of([rows], x.shape[2], x.shape[1]).rounds(rows.shape[1]))
-    launches.add(gemv, [rows], [w], launches.packed(x.rows), tiles, 0, written=[out], packs=taken.rows if rounds else None)
+    launches.add(gemv, [rows], [w], made or launches.packed(x.rows), tiles, 0, written=[out, *([x] if made else [])],
+                 packs=taken.rows if rounds else None)
     return 1
 
 
@@ -212,12 +156,20 @@ def queries(launches, ops, args, stored=(), positions=None):
     written = [*([found.queries.q] if found.queries else []), *([found.heads.out] if found.heads else []), *(s.row for s in stored)]
     launches.add(prepare_rows, None, stored, positions, found.heads, found.queries, found.table, written=written,
                  packs=found.heads and found.heads.x)
+    product = choice = ()
     if found.product:
         out, k_b, x = found.product
-        launches.add(gemv, [out.rows], [k_b], launches.packed(x.rows), linear.head_tiles(1, x.shape[1]), written=[out])
+        product = out.rows, k_b, launches.packed(x.rows), linear.head_tiles(1, x.shape[1])
     if found.choice:
-        out, _, _, keys, positions, scale = found.choice
-        launches.add(indexer.select, out, found.queries.packed, keys, positions, scale, written=[out])
+        chosen, _, _, keys, positions, scale = found.choice
+        choice = chosen, found.queries.packed, keys, positions, scale
+    if product and choice and indexer.scores_beside(k_b, keys) and not touch([out], [keys.data, positions]):
+        launches.add(indexer.select_beside, *choice, *product, written=[out, chosen])
+        return n
+    if product:
+        launches.add(gemv, *([part] for part in product[:2]), *product[2:], written=[out])
+    if choice:
+        launches.add(indexer.select, *choice, written=[chosen])
     return n
 
 
@@ -269,11 +221,25 @@ def gated(launches, ops, args):
     return 1
 
 
-def first_of_experts(launches, ops, args):
+def routed(launches, ops, args):
+    """Let the blocks of the chosen experts' first products choose the experts.
+
+    No output of theirs may overlap the logits, which all of them read.
+    """
+    if ops[:2] != [moe.moe_route, moe.moe_gate_up] or not routing.takes(args[0][2], args[0][5]):
+        return 0
+    ids, weights, logits, bias, *how = args[0]
+    if not same(ids, args[1][2]) or touch([ids, weights, *(a[0] for a in args[2:4])], [logits, args[1][1]]):
+        return 0
+    n = first_of_experts(launches, ops[1:], args[1:], routing.Router(weights.flat, logits.flat, bias, *how))
+    return n and 1 + n
+
+
+def first_of_experts(launches, ops, args, router=None):
     """Fuse moe_gate_up with quantized weights: one gemv for both, then silu_mul.
 
     The same products of the shared expert, and its silu_mul, may follow: they join these. Where moe_down follows, and the shared expert's
-    product, their blocks make what silu_mul makes.
+    product, their blocks make what silu_mul makes. router: the Router by which blocks choose the experts.
     """
     out, x, ids, gate, up = args[0] if ops[0] is moe.moe_gate_up else [None] * 5
     if out is None or not one_row(out) or gate.type not in GROUPED or up.type not in GROUPED:
@@ -283,7 +249,8 @@ def first_of_experts(launches, ops, args):
     packed, shared = launches.packed(x.rows), _shared_expert(ops[1:4], args[1:4], x, gate) if _one_layout(gate, up) else []
     for outs, weights in [([gates, ups], [gate, up])] if _one_layout(gate, up) else [([gates], [gate]), ([ups], [up])]:
         outs, weights = outs + [a.rows for a, _, _ in shared[:2]], weights + [w for _, w, _ in shared[:2]]
-        launches.add(gemv, outs, weights, packed, tiles, written=outs)
+        launches.add(gemv, outs, weights, packed, tiles, 0, None, router, written=[*outs, *([ids, router.weights] if router else [])])
+        router = None       # the ids are there
     others = [a.rows for a in shared[2]] if shared and shared[2][0].shape[-1] == hidden.shape[1] else None
     n = 4 if others else 3 if shared else 1
     last = last_of_experts(launches, ops[n:], args[n:], out, rows_one.Rows(rows_one.GATED, hidden, gates, ups, *(others or [])))
@@ -421,9 +388,9 @@ def stored_row(ops, args):
 
 
 def attended(launches, ops, args):
-    """Fuse attention with the packing of its output.
+    """Fuse attention with the packing of its output, the input of a head_linear.
 
-    The output must be the input of a quantized head_linear.
+    The weights of this must be quantized. Where attention leaves sums of splits of the keys, its blocks join those of their head.
     """
     if ops[0] not in ATTENTION or ops[1:2] != [linear.head_linear] or args[1][1].type not in GROUPED or not one_row(args[0][0]):
         return 0
@@ -431,12 +398,19 @@ def attended(launches, ops, args):
     mode, names = ATTENTION[ops[0]]
     named = dict(zip(names, others, strict=True))
     n_keys = named["indices"].shape[1] if "indices" in named else len(latents.data)
-    launches.add(attention.attend, out, q, latents, mode, n_keys, scale, *map(named.get, ("positions", "indices", "mask")),
-                 written=[out], packs=out.rows)
+    positions, *others = map(named.get, ("positions", "indices", "mask"))
+    splits = attention.splits_of_one(out, q, latents, mode, n_keys, positions)
+    rows = splits and rows_one.Rows(rows_one.JOINED, out.rows, *splits[:2], splits=splits)
+    product, _, joined = args[1]
+    read = [out, *([] if positions is None else [positions])]
+    if rows and rows_one.takes(rows) and same(out.rows, joined.rows) and not touch([product], read):
+        launches.add(attention.attend_in_splits, q, latents, mode, n_keys, scale, positions, *others, written=splits[:2])
+        return 1 + products_of_heads(launches, ops[1:], args[1:], rows)
+    launches.add(attention.attend, out, q, latents, mode, n_keys, scale, positions, *others, written=[out], packs=out.rows)
     return 1
 
 
 # op -> mode of attend(), names of the op's arguments between the cache and the scale
 ATTENTION = {attention.dense_attention: (modes.DENSE, ("positions",)), attention.sparse_attention: (modes.SPARSE, ("indices",)),
              attention.masked_attention: (modes.MASKED, ("mask", "positions"))}
-RULES = small_rows, sums_and_norm, queries, attended, products, products_of_heads, gated, first_of_experts, last_of_experts
+RULES = small_rows, sums_and_norm, queries, attended, products, products_of_heads, gated, routed, first_of_experts, last_of_experts

@@ -4,6 +4,8 @@ from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.device import SIMULATED
+from pydsa.backends.cuda.int8x2.gemv_scores import GEMV_SCORES, gemv_scores
+from pydsa.backends.cuda.int8x2.indexer import score as score_int8x2
 from pydsa.backends.cuda.launch import kernel
 from pydsa.backends.cuda.top_k import choose
 from pydsa.backends.cuda.variants import kernels
@@ -53,12 +55,31 @@ def select(out, queries, keys, positions, scale):
     _select(out, queries, kernels("indexer", keys, 1, 1).score, keys, positions, scale)
 
 
+def select_beside(out, queries, keys, positions, scale, product, w, x, tiles):
+    """select(), whose scores are in one launch with a product of heads.
+
+    scores_beside() must hold. product, w, x, tiles: the arguments of gemv().
+    """
+    scores = _rows_of_scores(1, len(keys.data))
+    gemv_scores(product, w, x, tiles, scores, queries, keys, positions, scale)
+    choose(out, scores, positions, 0)
+
+
+def scores_beside(w, keys):
+    """Whether one launch can score keys and multiply with matrices of heads."""
+    return w.type in GEMV_SCORES and kernels("indexer", keys, 1, 1).score is score_int8x2
+
+
+def _rows_of_scores(n_tokens, n_kv):
+    """Scratch memory for scores, whose rows begin at multiples of 16 bytes."""
+    rows = scratch("rows of scores", (n_tokens, -(-n_kv // 4) * 4), np.float32)
+    return rows[:, :n_kv] if n_kv % 4 else rows
+
+
 def _select(out, queries, score, keys, positions, scale):
     n_tokens, n_kv = len(out), len(keys.data)
     at_once = min(n_tokens, tokens_scored_by_gpu(n_kv))
-    rows = scratch("rows of scores", (at_once, -(-n_kv // 4) * 4), np.float32)       # rows begin at multiples of 16 bytes
-    if n_kv % 4:
-        rows = rows[:, :n_kv]
+    rows = _rows_of_scores(at_once, n_kv)
     for start in range(0, n_tokens, at_once):
         batch = rows[:n_tokens - start] if n_tokens - start < at_once else rows
         score(batch, queries, keys, positions, start, scale, False)

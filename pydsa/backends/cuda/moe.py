@@ -3,138 +3,30 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.device import SIMULATED, WARP, device, exp, sync, warp_max, warp_sum
+from pydsa.backends.cuda.device import SIMULATED, WARP
 from pydsa.backends.cuda.f16x2.linear import TOKENS
 from pydsa.backends.cuda.int8x2.gemv import gemv
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.backends.cuda.linear import ChosenTiles, Tiles, arange, by_rows
 from pydsa.backends.cuda.norm import silu_mul
+from pydsa.backends.cuda.routing import choose
 from pydsa.backends.cuda.variants import kernels
 
 
 MAX_EXPERTS = 1024             # the most experts, as models/deepseek2.py allows
 STARTS = MAX_EXPERTS + 1
 THREADS = 8 if SIMULATED else 256
-MINUS_INFINITY = np.float32(-np.inf)
-
-
-@device
-def warp_argmax(values, n, lane):
-    """Warp-level argmax of n values; the lowest index of equal ones.
-
-    Every lane gets the result.
-    """
-    best, index = MINUS_INFINITY, np.float32(n)
-    for i in range(lane, n, WARP):
-        if values[i] > best or index == n:
-            best, index = values[i], np.float32(i)
-    maximum = warp_max(best)
-    return int(-warp_max(-index if best == maximum else MINUS_INFINITY))
-
-
-@device
-def score_experts(p, s, logits, bias, gating, t, lane):
-    """p = the gating function of a token's logits; s = p + bias.
-
-    gating: 1 is softmax, 2 is sigmoid, otherwise p = logits. s is -inf instead of NaN.
-    """
-    n_expert, maximum, total = logits.shape[1], MINUS_INFINITY, np.float32(0)
-    for e in range(lane, n_expert, WARP):
-        maximum = max(maximum, logits[t, e])
-    maximum = warp_max(maximum)
-    for e in range(lane, n_expert, WARP):
-        value = logits[t, e]
-        if gating == 2:
-            value = np.float32(1) / (np.float32(1) + exp(-value))
-        elif gating == 1:
-            value = exp(value - maximum)
-        p[e] = value
-        total += value
-    total = warp_sum(total)
-    for e in range(lane, n_expert, WARP):
-        if gating == 1:
-            p[e] /= total
-        value = p[e] + bias[e]
-        s[e] = value if value == value else MINUS_INFINITY
-
-
-@device
-def limit_groups(s, groups, kept, n_expert, n_group, n_group_used, lane):
-    """Mask the scores of all but the best n_group_used groups of experts.
-
-    A group's score is the sum of its two highest. groups, kept: shared memory, one entry per group.
-    """
-    size = n_expert // n_group
-    for g in range(lane, n_group, WARP):
-        first, second = MINUS_INFINITY, MINUS_INFINITY
-        for e in range(g * size, (g + 1) * size):
-            if s[e] > first:
-                first, second = s[e], first
-            elif s[e] > second:
-                second = s[e]
-        groups[g] = first + second if size > 1 else first
-        kept[g] = 0
-    sync()
-    for i in range(n_group_used):
-        g = warp_argmax(groups, n_group, lane)
-        sync()
-        if lane == 0:
-            groups[g], kept[g] = MINUS_INFINITY, 1
-        sync()
-    for e in range(lane, n_expert, WARP):
-        if kept[e // size] == 0:
-            s[e] = MINUS_INFINITY
-    sync()
-
-
-@device
-def normalize_weights(weights, t, gating, norm, scale):
-    """Normalize and scale a token's weights, by one thread.
-
-    Softmax if gating is 3. Then divide by their sum if `norm`.
-    """
-    n_used, total = weights.shape[1], np.float32(0)
-    if gating == 3:
-        maximum = MINUS_INFINITY
-        for i in range(n_used):
-            maximum = max(maximum, weights[t, i])
-        for i in range(n_used):
-            weights[t, i] = exp(weights[t, i] - maximum)
-            total += weights[t, i]
-        for i in range(n_used):
-            weights[t, i] /= total
-    if norm:
-        total = np.float32(0)
-        for i in range(n_used):
-            total += weights[t, i]
-        scale /= max(total, np.float32(6.103515625e-5))
-    for i in range(n_used):
-        weights[t, i] *= scale
 
 
 @kernel("i4[:,:], f4[:,:], f4[:,:], f4[:], i4, i4, i4, b1, f4", WARP)
 def route_tokens(ids, weights, logits, bias, gating, n_group, n_group_used, norm, scale):
-    """Route one token per warp: choose its experts (reference.moe_route).
-
-    NaN is the lowest score.
-    """
-    t, lane, n_expert = cuda.blockIdx.x, cuda.threadIdx.x, logits.shape[1]
-    p = cuda.shared.array(MAX_EXPERTS, np.float32)
+    """Route one token per warp: choose its experts (reference.moe_route)."""
+    t = cuda.blockIdx.x
     s = cuda.shared.array(MAX_EXPERTS, np.float32)
     groups = cuda.shared.array(MAX_EXPERTS, np.float32)
     kept = cuda.shared.array(MAX_EXPERTS, np.int32)
-    score_experts(p, s, logits, bias, gating, t, lane)
-    cuda.syncthreads()
-    if n_group > 1:
-        limit_groups(s, groups, kept, n_expert, n_group, n_group_used, lane)
-    for i in range(ids.shape[1]):
-        e = warp_argmax(s, n_expert, lane)
-        cuda.syncthreads()
-        if lane == 0:
-            ids[t, i], weights[t, i], s[e] = e, p[e], MINUS_INFINITY
-        cuda.syncthreads()
-    if lane == 0:
-        normalize_weights(weights, t, gating, norm, scale)
+    choose(ids[t], weights[t], logits[t], bias, gating, n_group, n_group_used, norm, scale, ids.shape[1], True, s, groups, kept,
+           cuda.threadIdx.x)
 
 
 @kernel("i4[:], i4[:], i4[:], i4[:], i4[:], i4", THREADS)

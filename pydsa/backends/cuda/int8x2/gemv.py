@@ -19,15 +19,17 @@ from numba import cuda
 from pydsa.backends.cuda.blocks import GROUPED
 from pydsa.backends.cuda.device import SIMULATED, WARP, device, sum_of_lanes, sync, warp_sync
 from pydsa.backends.cuda.dots_one import make_activations, make_dot, place_of_lane
-from pydsa.backends.cuda.instructions import (commit_copies, copies_left, copy_sixteen_async, instruction, let_later_begin,
+from pydsa.backends.cuda.instructions import (commit_copies, copies_left, copy_sixteen_async, instruction, let_later_begin, quotient,
                                               wait_for_earlier)
 from pydsa.backends.cuda.int8x2.linear import TILE_U32, scratch_for_rows
 from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
-from pydsa.backends.cuda.rows_one import GATED, GIVEN, ROUNDED, SOURCES, Rows, make_row, no_rows, not_rounded, round_tile
+from pydsa.backends.cuda.rows_one import GIVEN, JOINED, NORMED, ROUNDED, SOURCES, Rows, make_row, no_rows, not_rounded, round_tile
+from pydsa.backends.cuda.routing import ARGUMENTS as ROUTED, CHOSEN, FIXED, MOST, MOST_GROUPS, TO_CHOOSE, choose, no_router
 from pydsa.quants import TYPES
 
 
 WARPS = 2 if SIMULATED else 4           # of a block
+THREADS = WARPS * WARP
 LANES = 4 if SIMULATED else 16          # of a row
 HALVES = WARP // LANES                  # rows that a warp has at a time; each lane has two of them
 LOG_LANES = LANES.bit_length() - 1
@@ -40,8 +42,9 @@ AHEAD = 512 if SIMULATED else 4096      # bytes of weights that are on their way
 BANKS_APART = {"Q6_K": 96}              # bytes, of 128, that the halves' rows lie apart, if not 64: so that they meet in few banks
 MOST_TOKENS = 1 if SIMULATED else 8     # of a step whose rows are multiplied one by one
 MOST_BLOCKS = 2 * BLOCKS                # that walk through rows: four for each of an H100's processors
+MOST_JOINS = 2                          # blocks of a head whose splits each of them joins: one more reads all their sums once more
 ZERO = np.float32(0)
-SIGNATURE = f"{'f4[:,:], u1[::1], ' * 4}i8, i4[:], i4, i4, b1, i4, i4, u4[:,::1], f4[:,::1], f4[:,::1], {SOURCES}, {ROUNDED}"
+SIGNATURE = f"{'f4[:,:], u1[::1], ' * 4}i8, i4[:], i4, i4, i4, i4, i4, u4[:,::1], f4[:,::1], f4[:,::1], {SOURCES}, {ROUNDED}, {ROUTED}"
 # a number that is not computed anew in every round of a loop, to save a register
 kept = instruction("mov.b32 $0, $1;", "i", "i", lambda x: x, True)
 
@@ -83,11 +86,34 @@ def one_of(out, w, second_out, second_w, third_out, third_w, fourth_out, fourth_
 
 
 @device
-def product_of(y, ids, x_div, single_row):
-    """What blocks of a y multiply: rows of output and input, and the matrix."""
+def matrix_of(y, ids, chosen, weights, logits, bias, gating, n_group, n_group_used, norm, scale, thread):
+    """The matrix of a block's products: that of a place among the ids, else 0.
+
+    chosen: FIXED, CHOSEN or TO_CHOOSE. All threads of a block call it, and wait for earlier kernels if these have to do with the choice.
+    The first block of the last place, which chooses all, stores ids and weights.
+    """
+    s = cuda.shared.array(MOST, np.float32)
+    groups = cuda.shared.array(MOST_GROUPS, np.float32)
+    of_groups = cuda.shared.array(MOST_GROUPS, np.int32)
     if y >= ids.size:
-        return 0, np.int32(0), single_row
-    return y, ids[y], y // x_div
+        return np.int32(0)
+    if chosen != FIXED:
+        wait_for_earlier()
+    if chosen != TO_CHOOSE:
+        return ids[y]
+    if thread < WARP:
+        writes = y == ids.size - 1 and cuda.blockIdx.x == 0 and cuda.blockIdx.z == 0
+        e = choose(ids, weights, logits, bias, gating, n_group, n_group_used, norm, scale, y + 1, writes, s, groups, of_groups, thread)
+        if thread == 0:
+            of_groups[0] = e
+    sync()
+    return of_groups[0]
+
+
+@device
+def product_of(y, ids, x_div, single_row):
+    """Which rows of output and input the products of blocks of a y have."""
+    return (np.int32(0), single_row) if y >= ids.size else (np.int32(y), quotient(np.int32(y), x_div))
 
 
 @device
@@ -111,13 +137,14 @@ def begins(x_row, n_groups):
 
 
 @device
-def put_sums(out, parts, y, tile, place, shift, split, s0, s1, rounds, at_tile, to_packed, to_scales, to_sums, thread):
+def put_sums(out, parts, first, tile, place, shift, split, s0, s1, rounds, at_tile, to_packed, to_scales, to_sums, thread):
     """Store the sums of a lane's two rows.
 
     They are summed over the 2^shift lanes of a row, and over the 2^split warps that share it. parts: shared memory, ROWS
     float32 per warp. All threads of a block call it. rounds: round_tile() follows, for the block's tiles from at_tile on.
     """
     sub, half, warp, own, piece, joined, part, _, _, _ = place
+    y = kept(np.int32(cuda.blockIdx.y)) if first else np.int32(0)
     s0, s1 = sum_of_lanes(s0, 1 << shift), sum_of_lanes(s1, 1 << shift)
     if split > 0:
         at = 2 * (warp * HALVES + half)
@@ -146,17 +173,17 @@ def _make_direct(name):
 
     def gemv_direct(out, w, second_out, second_w, third_out, third_w, fourth_out, fourth_w, row_bytes, ids, x_div, single_row, chosen,
                     shift, split, packed, scales, sums, mode, made, source, other, single_made, single_source, single_other, gain, eps,
-                    rounds, to_packed, to_scales, to_sums):
+                    n_splits, keys, n_chosen, positions, rounds, to_packed, to_scales, to_sums, weights, logits, bias, gating, n_group,
+                    n_group_used, norm, scale):
         """gemv_staged, but weights are loaded to registers."""
-        first, others = cuda.blockIdx.y < ids.size, cuda.blockIdx.z == 1
+        first, others, thread = cuda.blockIdx.y < ids.size, cuda.blockIdx.z == 1, cuda.threadIdx.x & WARPS * WARP - 1
+        matrix = matrix_of(cuda.blockIdx.y, ids, chosen, weights, logits, bias, gating, n_group, n_group_used, norm, scale, thread)
         out, w = one_of(out, w, second_out, second_w, third_out, third_w, fourth_out, fourth_w, first, others)
-        thread, n_out, n_groups = cuda.threadIdx.x & WARPS * WARP - 1, np.int32(out.shape[1]), np.int32(scales.shape[1])
-        if chosen:
-            wait_for_earlier()
-        y, matrix, x_row = product_of(cuda.blockIdx.y, ids, x_div, single_row)
+        n_out, n_groups = np.int32(out.shape[1]), np.int32(scales.shape[1])
+        y, x_row = product_of(cuda.blockIdx.y, ids, x_div, single_row)
         parts, base, splits = cuda.shared.array(PARTS, np.float32), matrix * np.int64(n_out) * row_bytes, np.int32(1 << split)
-        begin_products(mode, made, source, other, single_made, single_source, single_other, gain, eps, ids, x_div, single_row, packed,
-                       scales, sums, parts, thread)
+        begin_products(mode, made, source, other, single_made, single_source, single_other, gain, eps, n_splits, keys, n_chosen, positions,
+                       ids, x_div, single_row, packed, scales, sums, parts, thread)
         place = place_of_thread(thread, n_groups, shift, split)
         sub, half, warp, own, piece, joined, part, group, n_chunks, n_steps = place
         (x_row_at, f_row_at), per_block = begins(x_row if mode == GIVEN else block_number(), n_groups), np.int32(WARPS >> split)
@@ -171,14 +198,14 @@ def _make_direct(name):
                     x = activations(packed, scales, sums, x_row_at + place_of_lane(c, False), f_row_at + 8 * c, 0, 1)
                     s0 += dot(w, r0 + step * step_bytes, np.int64(piece), 1, x)
                     s1 += dot(w, r1 + step * step_bytes, np.int64(piece), 1, x)
-            put_sums(out, parts, y, tile, place, shift, split, s0, s1, rounds, at_tile, to_packed, to_scales, to_sums, thread)
-    return kernel(SIGNATURE, WARPS * WARP, f"gemv_{name.lower()}", blocks=4, dependent=True)(gemv_direct)
+            put_sums(out, parts, first, tile, place, shift, split, s0, s1, rounds, at_tile, to_packed, to_scales, to_sums, thread)
+    return kernel(SIGNATURE, THREADS, f"gemv_{name.lower()}", blocks=4, dependent=True)(gemv_direct)
 
 
 def _make_begin(prepare):
     @device
-    def begin_products(mode, made, source, other, single_made, single_source, single_other, gain, eps, ids, x_div, single_row, packed,
-                       scales, sums, parts, thread):
+    def begin_products(mode, made, source, other, single_made, single_source, single_other, gain, eps, n_splits, keys, n_chosen, positions,
+                       ids, x_div, single_row, packed, scales, sums, parts, thread):
         """Copy the type's tables; then wait for the activations, or make them."""
         prepare(thread, WARPS * WARP)
         wait_for_earlier()
@@ -186,11 +213,12 @@ def _make_begin(prepare):
         if mode != GIVEN:
             y, row = kept(np.int32(cuda.blockIdx.y)), single_row        # found out anew, to save registers
             if y < ids.size:
-                row = np.int32(y // x_div)
+                row = quotient(y, x_div)
             else:
                 made, source, other = single_made, single_source, single_other
-            writes = cuda.blockIdx.x == 0 and cuda.blockIdx.z == 0 and (mode == GATED or y == 0)
-            make_row(mode, made, source, other, gain, eps, row, writes, packed, scales, sums, block_number(), parts, thread, WARPS * WARP)
+            writes = cuda.blockIdx.x == 0 and cuda.blockIdx.z == 0 and (mode != NORMED or y == 0)
+            make_row(mode, made, source, other, gain, eps, n_splits, keys, n_chosen, positions, row, writes, packed, scales, sums,
+                     block_number(), parts, thread, WARPS * WARP)
     return begin_products
 
 
@@ -262,22 +290,22 @@ def _make_staged(name):
 
     def gemv_staged(out, w, second_out, second_w, third_out, third_w, fourth_out, fourth_w, row_bytes, ids, x_div, single_row, chosen,
                     shift, split, packed, scales, sums, mode, made, source, other, single_made, single_source, single_other, gain, eps,
-                    rounds, to_packed, to_scales, to_sums):
+                    n_splits, keys, n_chosen, positions, rounds, to_packed, to_scales, to_sums, weights, logits, bias, gating, n_group,
+                    n_group_used, norm, scale):
         """out[y] = matrix ids[y] of w times row y // x_div of the activations.
 
-        See one_of(). chosen: whether an earlier kernel writes ids. A row has 2^shift lanes. 2^split warps of a block share rows (split-K).
+        See one_of(); chosen: matrix_of(). A row has 2^shift lanes. 2^split warps of a block share rows (split-K).
         """
-        first, others = cuda.blockIdx.y < ids.size, cuda.blockIdx.z == 1
+        first, others, thread = cuda.blockIdx.y < ids.size, cuda.blockIdx.z == 1, cuda.threadIdx.x & WARPS * WARP - 1
+        matrix = matrix_of(cuda.blockIdx.y, ids, chosen, weights, logits, bias, gating, n_group, n_group_used, norm, scale, thread)
         out, w = one_of(out, w, second_out, second_w, third_out, third_w, fourth_out, fourth_w, first, others)
-        thread, n_out, n_groups = cuda.threadIdx.x & WARPS * WARP - 1, np.int32(out.shape[1]), np.int32(scales.shape[1])
-        if chosen:
-            wait_for_earlier()
-        y, matrix, x_row = product_of(cuda.blockIdx.y, ids, x_div, single_row)
+        n_out, n_groups = np.int32(out.shape[1]), np.int32(scales.shape[1])
+        y, x_row = product_of(cuda.blockIdx.y, ids, x_div, single_row)
         place = place_of_thread(thread, n_groups, shift, split)
         sub, half, warp, own, piece, joined, part, group, n_chunks, n_steps = place
         parts = cuda.shared.array(PARTS, np.float32)
         staged = cuda.shared.array(staged_bytes, np.uint8, 16)
-        base, (x_row_at, f_row_at) = matrix * np.int64(n_out) * row_bytes, begins(x_row if mode == GIVEN else block_number(), n_groups)
+        base, (x_row_at, f_row_at) = kept(matrix) * row_bytes * n_out, begins(x_row if mode == GIVEN else block_number(), n_groups)
         splits, per_block, jump = np.int32(1 << split), np.int32(WARPS >> split), kept(np.int32(step_bytes << split))
         ring = kept(np.int32(warp * ring_bytes + half * apart))
         n_tiles, last_stage = np.int32((n_out - 1 >> joined) // ROWS + 1), kept(np.int32(ring + ring_bytes - stage_bytes))
@@ -308,11 +336,11 @@ def _make_staged(name):
                     asked, asked_step = np.int32(asked + stride), part
                     p0, p1, n0, n1 = aim(base, asked, n_tiles, part, half, sub, joined, n_out, row_bytes)
             if at_tile < begin:       # the first weights are on their way
-                begin_products(mode, made, source, other, single_made, single_source, single_other, gain, eps, ids, x_div, single_row,
-                               packed, scales, sums, parts, thread)
+                begin_products(mode, made, source, other, single_made, single_source, single_other, gain, eps, n_splits, keys, n_chosen,
+                               positions, ids, x_div, single_row, packed, scales, sums, parts, thread)
             else:
-                put_sums(out, parts, y, tile, place, shift, split, s0, s1, rounds, at_tile, to_packed, to_scales, to_sums, thread)
-    return kernel(SIGNATURE, WARPS * WARP, f"gemv_{name.lower()}", blocks=4, dependent=True)(gemv_staged)
+                put_sums(out, parts, first, tile, place, shift, split, s0, s1, rounds, at_tile, to_packed, to_scales, to_sums, thread)
+    return kernel(SIGNATURE, THREADS, f"gemv_{name.lower()}", blocks=4, dependent=True)(gemv_staged)
 
 
 GEMV = {name: (_make_direct if entry.lane.direct else _make_staged)(name) for name, entry in GROUPED.items()}
@@ -341,10 +369,10 @@ class Grid(NamedTuple):
         return self.splits == 1 and ROWS * WARPS * (LANES // self.lanes) == 32 and n_out % 32 == 0
 
 
-def grid_of(outs, n_in, n_pairs):
+def grid_of(outs, n_in, n_pairs, most=MOST_BLOCKS):
     """The Grid of products of n_in numbers each.
 
-    outs: some may be None; the first two are n_pairs products each.
+    outs: some may be None; the first two are n_pairs products each. most: blocks of a product.
     """
     n_chunks, there = blocks_for(n_in, CHUNK), [out is not None for out in outs]
     lanes = min(LANES, 1 << (n_chunks - 1).bit_length())        # of a row
@@ -353,30 +381,37 @@ def grid_of(outs, n_in, n_pairs):
     while 2 * splits <= min(WARPS, n_steps) and n_all * splits < WARPS * MOST_BLOCKS:       # few rows: warps share them
         splits *= 2
     n_products = n_pairs * sum(there[:2]) + sum(there[2:])
-    n_blocks = min(blocks_for(max(n_tiles), WARPS // splits), blocks_for(MOST_BLOCKS, n_products))
+    n_blocks = min(blocks_for(max(n_tiles), WARPS // splits), blocks_for(MOST_BLOCKS, n_products), most)
     of_two = 2 if any(there[1::2]) else 1       # whether there is a second or a fourth one
     return Grid((n_blocks, n_pairs + any(there[2:]), of_two), lanes, splits)
 
 
-def gemv(outs, weights, x, tiles, single_row=0, rounded=None):
+def gemv(outs, weights, x, tiles, single_row=0, rounded=None, router=None):
     """out[y] = matrix tiles.matrix[y] of w times row y // tiles.x_div of x.
 
     x is Int8x2, or a Rows of which each block makes its row. For one to four outs and weights of one type, of which the second may be None.
     From the third on weights are single matrices, all multiplied with row `single_row` of x, and the outs rows of their own, [1, n_out].
-    rounded: the Int8x2 of one row that receives all rows of a single out, one behind the other, if Grid.rounds() them; or None.
+    rounded: the Int8x2 of one row that receives all rows of a single out, one behind the other, if Grid.rounds() them; or None. router: a
+    Router, by which blocks choose the matrices, whose numbers are written to tiles.matrix; or None.
     """
     n_in = x.x.shape[1] if isinstance(x, Rows) else 32 * x.scales.shape[1]
-    grid = grid_of(outs, n_in, tiles.matrix.size)
+    grid = grid_of(outs, n_in, tiles.matrix.size, MOST_JOINS if isinstance(x, Rows) and x.mode == JOINED else MOST_BLOCKS)
+    GEMV[weights[0].type](grid.blocks, *arguments(outs, weights, x, tiles, grid, n_in, single_row, rounded, router))
+
+
+def arguments(outs, weights, x, tiles, grid, n_in, single_row=0, rounded=None, router=None):
+    """What kernels take for products in a Grid: see gemv()."""
     if isinstance(x, Rows):
         rows, (packed, scales, sums) = x.arguments, scratch_for_rows(math.prod(grid.blocks), n_in, "rows of blocks")
     else:
         rows, (packed, scales, sums) = no_rows(), x
     assert rounded is None or len(outs) == 1 and grid.rounds(outs[0].shape[1])
+    chosen = TO_CHOOSE if router else CHOSEN if tiles.chosen else FIXED
     nothing = [(outs[0][:, :0], weights[0])] if None in outs or len(outs) < 4 else []
     pairs = [(out, w) if out is not None else nothing[0] for out, w in zip(outs, weights, strict=True)] + nothing * (4 - len(outs))
-    GEMV[weights[0].type](grid.blocks, *(part for out, w in pairs for part in (out, w.data)), weights[0].row_bytes, tiles.matrix,
-                          tiles.x_div, single_row, tiles.chosen, grid.lanes.bit_length() - 1, grid.splits.bit_length() - 1, packed, scales,
-                          sums, *rows, *((True, *rounded) if rounded else not_rounded()))
+    return (*(part for out, w in pairs for part in (out, w.data)), weights[0].row_bytes, tiles.matrix, tiles.x_div, single_row, chosen,
+            grid.lanes.bit_length() - 1, grid.splits.bit_length() - 1, packed, scales, sums, *rows,
+            *((True, *rounded) if rounded else not_rounded()), *(router or no_router()))
 
 
 def matmul(out, w, x, tiles):

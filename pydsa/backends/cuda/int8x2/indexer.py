@@ -24,7 +24,6 @@ HEAD_TILES = 1 if SIMULATED else 8      # tiles of eight heads whose queries are
 TILE_U32 = 8 * WIDTH // 2               # uint32 of a tile's queries, high and low bytes, in fragment order
 QUERY_U32, HEADS = HEAD_TILES * TILE_U32, 8 * HEAD_TILES
 KEY_U32, STEP_U32, SUMS = 8 * STEPS, 4 * STEPS, 4 * KEYS
-KEYS_BITS = KEYS.bit_length() - 1
 ZERO, MINUS_INFINITY = np.float32(0), np.float32(-np.inf)
 
 
@@ -86,21 +85,6 @@ def load_keys(key, data, row_bytes, base, n, n_u32, lane, column):
 
 
 @device
-def stage_queries(panel, head_weights, queries, weights, token, first, n_staged, thread):
-    """Stage the queries and weights of head tiles first to first + n_staged."""
-    sync()
-    source = queries[token]
-    for j in range(QUERY_U32 // (4 * THREADS)):
-        i = 4 * (j * THREADS + thread)
-        if i < n_staged * TILE_U32:
-            a, b, c, d = load_four_u32(source, first * TILE_U32 + i)
-            store_four_u32(panel, i, a, b, c, d)
-    for i in range(thread, 8 * n_staged, THREADS):
-        head_weights[i] = weights[token, 8 * first + i]
-    sync()
-
-
-@device
 def multiply_tile(key, b):
     """Products of a warp's 32 keys with eight heads: a lane's eight of them.
 
@@ -124,6 +108,73 @@ def weighted_relu(w0, p0, w1, p1):
     return w0 * max(np.float32(np.int32(p0)), ZERO) + w1 * max(np.float32(np.int32(p1)), ZERO)
 
 
+def make_score(warps, head_tiles):
+    """The function by which blocks of so many warps score keys.
+
+    head_tiles: of eight heads, whose queries are in shared memory at a time: `panel` and `head_weights`. sums: four float32 a thread.
+    """
+    threads, queries_u32 = MMA_WARP * warps, head_tiles * TILE_U32
+    bits = threads.bit_length() - 1     # a thread has a key
+
+    @device
+    def stage_queries(panel, head_weights, queries, weights, token, first, n_staged, thread):
+        """Stage the queries and weights of head tiles first to first + n_staged."""
+        sync()
+        source = queries[token]
+        for j in range(queries_u32 // (4 * threads)):
+            i = 4 * (j * threads + thread)
+            if i < n_staged * TILE_U32:
+                a, b, c, d = load_four_u32(source, first * TILE_U32 + i)
+                store_four_u32(panel, i, a, b, c, d)
+        for i in range(thread, 8 * n_staged, threads):
+            head_weights[i] = weights[token, 8 * first + i]
+        sync()
+
+    @device
+    def score_keys(out, queries, weights, data, row_bytes, width, positions, start, scale, fill, row, block, n_blocks, panel, head_weights,
+                   sums, thread):
+        """Scores of tiles block, block + n_blocks, ... of keys: see score_int8x2."""
+        key = cuda.local.array(KEY_U32, np.uint32)
+        b = cuda.local.array(STEP_U32, np.uint32)
+        warp, lane, column = thread >> 5, thread & 31, thread & 3
+        token, n_u32 = start + row, width >> 2
+        n, n_tiles = min(positions[token] + 1, out.shape[1]), weights.shape[1] >> 3
+        staged = -1
+        for tile in range(block, (out.shape[1] + threads - 1 if fill else n + threads - 1) >> bits, n_blocks):
+            base = tile << bits
+            s = base + thread
+            if base < n:
+                load_keys(key, data, row_bytes, base + (warp << 5), n, n_u32, lane, column)
+                t0, t1, t2, t3 = ZERO, ZERO, ZERO, ZERO
+                for first in range(0, n_tiles, head_tiles):
+                    n_staged = min(head_tiles, n_tiles - first)
+                    if staged != first:
+                        stage_queries(panel, head_weights, queries, weights, token, first, n_staged, thread)
+                        staged = first
+                    for j in range(n_staged):
+                        w0, w1 = head_weights[8 * j + 2 * column], head_weights[8 * j + 2 * column + 1]
+                        for i in range(STEPS):
+                            b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3] = load_four_u32(panel, j * TILE_U32 + 128 * i + 4 * lane)
+                        p0, p1, p2, p3, r0, r1, r2, r3 = multiply_tile(key, b)
+                        t0 += weighted_relu(w0, p0, w1, p1)
+                        t1 += weighted_relu(w0, p2, w1, p3)
+                        t2 += weighted_relu(w0, r0, w1, r1)
+                        t3 += weighted_relu(w0, r2, w1, r3)
+                at = (warp << 7) + lane         # 32 keys, four partial sums each
+                sums[at], sums[at + 32], sums[at + 64], sums[at + 96] = t0, t1, t2, t3
+                sync()
+                if s < n:
+                    total = sums[4 * thread] + sums[4 * thread + 1] + sums[4 * thread + 2] + sums[4 * thread + 3]
+                    out[row, s] = total * (bits_float(u32_at(data, s * row_bytes + width)) * scale)
+                sync()
+            if fill and n <= s < out.shape[1]:
+                out[row, s] = MINUS_INFINITY
+    return score_keys
+
+
+score_keys = make_score(WARPS, HEAD_TILES)
+
+
 @kernel("f4[:,:], u4[:,::1], f4[:,:], u1[::1], i8, i4, i8[:], i4, f4, b1", THREADS)
 def score_int8x2(out, queries, weights, data, row_bytes, width, positions, start, scale, fill):
     """out[t, s] as in f32/indexer.py, by mma.m16n8k32.
@@ -135,42 +186,8 @@ def score_int8x2(out, queries, weights, data, row_bytes, width, positions, start
     panel = cuda.shared.array(QUERY_U32, np.uint32, 16)
     head_weights = cuda.shared.array(HEADS, np.float32)
     sums = cuda.shared.array(SUMS, np.float32)
-    key = cuda.local.array(KEY_U32, np.uint32)
-    b = cuda.local.array(STEP_U32, np.uint32)
-    thread, row = cuda.threadIdx.x & THREADS - 1, cuda.blockIdx.y & 0xFFFF
-    warp, lane, column = thread >> 5, thread & 31, thread & 3
-    token, n_u32 = start + row, width >> 2
-    n, n_tiles = min(positions[token] + 1, out.shape[1]), weights.shape[1] >> 3
-    staged = -1
-    for tile in range(cuda.blockIdx.x, (out.shape[1] + KEYS - 1 if fill else n + KEYS - 1) >> KEYS_BITS, cuda.gridDim.x):
-        base = tile << KEYS_BITS
-        s = base + thread
-        if base < n:
-            load_keys(key, data, row_bytes, base + (warp << 5), n, n_u32, lane, column)
-            t0, t1, t2, t3 = ZERO, ZERO, ZERO, ZERO
-            for first in range(0, n_tiles, HEAD_TILES):
-                n_staged = min(HEAD_TILES, n_tiles - first)
-                if staged != first:
-                    stage_queries(panel, head_weights, queries, weights, token, first, n_staged, thread)
-                    staged = first
-                for j in range(n_staged):
-                    w0, w1 = head_weights[8 * j + 2 * column], head_weights[8 * j + 2 * column + 1]
-                    for i in range(STEPS):
-                        b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3] = load_four_u32(panel, j * TILE_U32 + 128 * i + 4 * lane)
-                    p0, p1, p2, p3, r0, r1, r2, r3 = multiply_tile(key, b)
-                    t0 += weighted_relu(w0, p0, w1, p1)
-                    t1 += weighted_relu(w0, p2, w1, p3)
-                    t2 += weighted_relu(w0, r0, w1, r1)
-                    t3 += weighted_relu(w0, r2, w1, r3)
-            at = (warp << 7) + lane         # 32 keys, four partial sums each
-            sums[at], sums[at + 32], sums[at + 64], sums[at + 96] = t0, t1, t2, t3
-            cuda.syncthreads()
-            if s < n:
-                total = sums[4 * thread] + sums[4 * thread + 1] + sums[4 * thread + 2] + sums[4 * thread + 3]
-                out[row, s] = total * (bits_float(u32_at(data, s * row_bytes + width)) * scale)
-            cuda.syncthreads()
-        if fill and n <= s < out.shape[1]:
-            out[row, s] = MINUS_INFINITY
+    score_keys(out, queries, weights, data, row_bytes, width, positions, start, scale, fill, cuda.blockIdx.y & 0xFFFF, cuda.blockIdx.x,
+               cuda.gridDim.x, panel, head_weights, sums, cuda.threadIdx.x & THREADS - 1)
 
 
 def score(out, queries, keys, positions, start, scale, fill):
