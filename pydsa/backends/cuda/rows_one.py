@@ -3,7 +3,6 @@
 A block of int8x2/gemv.py makes and rounds its row while its first weights are on their way. It keeps it in scratch memory of its own,
 which the first-level cache serves. One of the blocks also stores the row as floats. And a block may round what it has multiplied.
 """
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.block_sums import block_sum
 from pydsa.backends.cuda.device import WARP, device, load_four_f32, store_four_f32, sync
+from pydsa.backends.cuda.division import divide, inverse_root
 from pydsa.backends.cuda.int8x2.linear import Int8x2, pack_four
 from pydsa.backends.cuda.norm import silu_times
 
@@ -79,7 +79,7 @@ def make_row(mode, out, x, other, gain, eps, row, writes, packed, scales, sums, 
         for four in range(np.int32(thread), n_fours, step):
             a, b, c, d = load_four_f32(x[row], np.int64(4 * four))
             total += (a * a + b * b) + (c * c + d * d)
-        factor = np.float32(1) / np.float32(math.sqrt(block_sum(total, parts, thread, n_threads) / np.float32(n) + eps))
+        factor = inverse_root(divide(block_sum(total, parts, thread, n_threads), np.float32(n)) + eps)
     for begin in range(np.int32(0), n_fours, step):
         four = np.int32(begin + np.int32(thread))
         valid, i = four < n_fours, np.int64(4 * four)

@@ -19,10 +19,10 @@ from pydsa.backends.cuda.flash import heads, images
 from pydsa.backends.cuda.flash.heads import BY_ROWS
 from pydsa.backends.cuda.flash.images import CAPABILITY, GAIN, KV_LORA, N_ROT, TILE, inverse, pack_halves, power_for, power_of_part
 from pydsa.backends.cuda.hopper import (arrive, copy_bulk, expect_bytes, fence_async, fence_mbarriers, init_mbarrier, make_wgmma,
-                                        make_wgmma_shared, make_wgmma_wait, shared_address, steps_of_rows, wait_phase)
+                                        make_wgmma_shared, make_wgmma_wait, steps_of_rows, wait_phase)
 from pydsa.backends.cuda.instructions import instruction, load_eight, read_sixteen, store_eight
 from pydsa.backends.cuda.launch import blocks_for, kernel
-from pydsa.backends.cuda.shared_memory import folds, power_of_two
+from pydsa.backends.cuda.shared_memory import folds, power_of_two, shared_address
 from pydsa.backends.devices import FLASH_WIDTHS, flash_keys
 
 QUERIES, THREADS, WARPS = 128, 256, 8

@@ -19,7 +19,7 @@ from numba import cuda
 from pydsa.backends.cuda.blocks import GROUPED
 from pydsa.backends.cuda.device import SIMULATED, WARP, device, sum_of_lanes, sync, warp_sync
 from pydsa.backends.cuda.dots_one import make_activations, make_dot, place_of_lane
-from pydsa.backends.cuda.instructions import (commit_copies, copies_left, copy_sixteen_async, instruction, let_later_begin,
+from pydsa.backends.cuda.instructions import (commit_copies, copies_left, copy_sixteen_async, instruction, let_later_begin, quotient,
                                               wait_for_earlier)
 from pydsa.backends.cuda.int8x2.linear import TILE_U32, scratch_for_rows
 from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
@@ -87,7 +87,7 @@ def product_of(y, ids, x_div, single_row):
     """What blocks of a y multiply: rows of output and input, and the matrix."""
     if y >= ids.size:
         return 0, np.int32(0), single_row
-    return y, ids[y], y // x_div
+    return y, ids[y], quotient(np.int32(y), x_div)
 
 
 @device
@@ -186,7 +186,7 @@ def _make_begin(prepare):
         if mode != GIVEN:
             y, row = kept(np.int32(cuda.blockIdx.y)), single_row        # found out anew, to save registers
             if y < ids.size:
-                row = np.int32(y // x_div)
+                row = quotient(y, x_div)
             else:
                 made, source, other = single_made, single_source, single_other
             writes = cuda.blockIdx.x == 0 and cuda.blockIdx.z == 0 and (mode == GATED or y == 0)
