@@ -75,7 +75,6 @@ def test_kernels_compile(capsys):
 
 
 SPILLS = """
-from pathlib import Path
 from tools import cuda_ptx
 cuda_ptx.LOCAL = set()      # of which rope_angles is one
 bad = cuda_ptx.report([(8, 0), (9, 0)], "rope_angles|add_rows", processes=1)

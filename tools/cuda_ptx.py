@@ -101,7 +101,7 @@ def uses(name, targets):
     return [(target, linked(kernel, target)[1]) for target in targets if kernel.specific in (None, target)]
 
 
-def report(targets, pattern="", processes=None):
+def report(targets, pattern=".*", processes=None):
     """Print what kernels use, a line a capability -> the lines of those that use too much.
 
     pattern: a regular expression that names of kernels match.

@@ -94,7 +94,7 @@ def timing(name):
 
 def several(name, *default, of=None, help=None):
     """An option that may be given several times."""
-    target = {"kv-type": "storages", "type": "kinds"}.get(name, f"{name}s")
+    target = {"kv-type": "storages", "type": "kinds", "shape": "shapes", "keys": "lengths", "heads": "heads_of", "rows": "depths"}[name]
     kind = of or (type(default[0]) if isinstance(default[0], str) else click.IntRange(min=1))
     return click.option(f"--{name}", target, multiple=True, type=kind, default=default,
                         help=f"{help or ''}  [{', '.join(map(str, default))}]".strip())
@@ -259,13 +259,13 @@ def products(tokens, shapes, kinds):
 @several("keys", 2048, 10240, help="of which the tokens are the last")
 @number("heads", 128)
 @click.option("--kv-type", "storage", type=click.Choice(list(CACHE_TYPES)), default="i16", show_default=True)
-def attention_to_all(tokens, keyss, heads, storage):
+def attention_to_all(tokens, lengths, heads, storage):
     """Attention of prompts to all keys, in both precisions.
 
     It is that of the widths of all models. TFLOP/s are of MLA's plain form, keys and values included. Weights are Q8_0. Errors are beside
     the exact precision.
     """
-    for (n_nope, n_rot, n_v, kv_lora), n_keys in itertools.product(FLASH_WIDTHS, keyss):
+    for (n_nope, n_rot, n_v, kv_lora), n_keys in itertools.product(FLASH_WIDTHS, lengths):
         n, exact = min(tokens, n_keys), None
         q, out = cuda.upload(normal(n, heads, n_nope + n_rot)), cuda.empty((n, heads, n_v), np.float32)
         k_b, v_b = (cuda.weight(random_tensor("Q8_0", shape, RNG, 0.001)) for shape in ((heads, kv_lora, n_nope), (heads, n_v, kv_lora)))
@@ -296,7 +296,7 @@ def ways_to_chosen(q, out, cache, indices):
 @number("heads", 128)
 @several("rows", 8192, 131072, help="of a cache")
 @number("chosen", 2048, help="rows of a token")
-def chosen_rows(storages, tokens, heads, rowss, chosen):
+def chosen_rows(storages, tokens, heads, depths, chosen):
     """Attention of prompts to chosen rows, beside float64.
 
     It is done in wgmma, with what that needs made beforehand, and in tiles. TFLOP/s are of the absorbed form, 576 + 512 numbers a pair of a
@@ -304,7 +304,7 @@ def chosen_rows(storages, tokens, heads, rowss, chosen):
     """
     few = normal(64, heads, VALUE + ROTATED)     # queries and choices repeat
     q, out = cuda.upload(np.resize(few, (tokens, *few.shape[1:]))), cuda.empty((tokens, heads, VALUE), np.float32)
-    for n, storage in [(rowss[0], storage) for storage in storages] + [(n, storages[0]) for n in rowss[1:]]:
+    for n, storage in [(depths[0], storage) for storage in storages] + [(n, storages[0]) for n in depths[1:]]:
         cache, values = cache_of(n, (VALUE, ROTATED), storage)
         choices = np.stack([np.sort(RNG.choice(n, min(chosen, n), replace=False)) for _ in few]).astype(np.int32)
         choices[1, len(choices[1]) // 2:] = -1
@@ -337,13 +337,13 @@ def choose_batches(out, rows, positions):
 @several("keys", 4096, 131072)
 @several("heads", 64, 32)
 @number("chosen", 2048)
-def scores(tokens, keyss, headss, chosen):
+def scores(tokens, lengths, heads_of, chosen):
     """Scores of prompts and the choice of keys.
 
     Keys are int8, of 128 numbers; the tokens are the last ones of a context. Times are of all tokens, in batches as a prompt has them. The
     error of a choice is the number of rows that differ.
     """
-    for n_keys, n_heads in itertools.product(keyss, headss):
+    for n_keys, n_heads in itertools.product(lengths, heads_of):
         n = min(tokens, n_keys)
         q, w, keys = cuda.upload(normal(n, n_heads, 128)), cuda.upload(normal(n, n_heads)), cache_of(n_keys, (128,), "i8")[0]
         places, at_once = np.arange(n_keys - n, n_keys), min(n, tokens_scored_by_gpu(n_keys))
