@@ -17,7 +17,7 @@ from pydsa.backends.cuda.current import current, selected  # noqa: E402
 from pydsa.backends.cuda.linear import head_tiles  # noqa: E402
 from pydsa.options import EXACT, FLOAT16  # noqa: E402
 from pydsa.quants import CACHE_TYPES  # noqa: E402
-from tools import chosen_rows  # noqa: E402
+from tools import time_kernels  # noqa: E402
 
 BOUND = 2e-6        # of the NMSE of a head: float16 has 11 bits
 
@@ -193,10 +193,10 @@ def test_which_plain_form_is_in_halves(monkeypatch):
 
 
 def test_both_ways_are_timed(monkeypatch):
-    """tools/chosen_rows.py at a small shape: both ways, and their errors."""
-    monkeypatch.setattr(chosen_rows, "REPEATS", 1)
-    sizes = dict(storage="i8", tokens=3, heads=16, rows=70, chosen=20)
-    done = CliRunner().invoke(chosen_rows.main, [part for name, n in sizes.items() for part in (f"--{name}", str(n))])
+    """tools/time_kernels.py at a small shape: both ways, and their errors."""
+    monkeypatch.setattr(time_kernels, "REPEATS", 1)
+    sizes = {"kv-type": "i8"} | dict(tokens=3, heads=16, rows=70, chosen=20)
+    done = CliRunner().invoke(time_kernels.main, ["chosen-rows", *(part for name, n in sizes.items() for part in (f"--{name}", str(n)))])
     assert done.exit_code == 0, done.output
-    lines = done.output.splitlines()
-    assert [" NMSE " in line for line in lines] == [False, False, True, True] and "wgmma" in lines[2] and "tiles" in lines[3]
+    lines = done.output.splitlines()[1:]
+    assert [" TFLOP/s " in line for line in lines] == [False, False, True, True] and "wgmma" in lines[2] and "tiles" in lines[3]

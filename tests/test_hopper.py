@@ -43,9 +43,10 @@ found, _ = error("linear", (3, 5), tensor("Q5_K", 5, 256), x)
 assert np.isnan(found[1]).all() and (found[2] == 0).all() and np.isfinite(found[0]).all()
 wgmma = {name for name, kernel in KERNELS.items() if name.startswith("wgmma_") and kernel._loaded}
 assert wgmma == set(filter(re.compile(WGMMA).fullmatch, KERNELS)), wgmma
-from tools import time_products
-times = list(time_products.time_shape("3*40x256", 12, "Q8_0"))
-assert {"f16x2 rows in wgmma", "f16x2", "f16"} <= {row[0] for row in times} and not any(row[4] for row in times), times
+from tools import time_kernels
+time_kernels.REPEATS = 1
+times = list(time_kernels.product_of_tokens("3*40x256", 12, "Q8_0"))
+assert {"f16x2 rows in wgmma", "f16x2", "f16"} <= {line.how for line in times} and not any(line.is_wrong for line in times), times
 """
 
 

@@ -19,11 +19,9 @@ from pydsa.backends.cuda.current import current  # noqa: E402
 from pydsa.backends.cuda.int8x2.gemv import gemv, grid_of  # noqa: E402
 from pydsa.backends.cuda.int8x2 import gemv_scores  # noqa: E402
 from pydsa.backends.cuda.int8x2.linear import LOW, Int8x2, place_of_quad, scratch_for, scratch_for_rows  # noqa: E402
-from pydsa.backends.cuda.launch import KERNELS  # noqa: E402
 from pydsa.backends.cuda.linear import head_tiles  # noqa: E402
 from pydsa.backends.cuda.norm_one import MOST, Joined, add_norm, norm_is_wide  # noqa: E402
-from tools import one_token  # noqa: E402
-from tools.cuda_ptx import assemble, find  # noqa: E402
+from tools import time_kernels  # noqa: E402
 
 
 of_gpus = pytest.mark.skipif(IN_SIMULATOR, reason="the simulator has not these instructions")
@@ -420,23 +418,16 @@ def test_nan_stays_where_it_is_chosen(monkeypatch, storage, tile):
 
 @of_gpus
 def test_both_ways_are_timed(monkeypatch):
-    """tools/one_token.py at small shapes: each line tells of two ways, whose results agree."""
+    """tools/time_kernels.py at small shapes: of two lines the second has the error beside the first."""
     monkeypatch.setattr(int8x2.gemv, "MOST_TOKENS", 8)
-    sizes = dict(storage="i16", rows=90, heads=2, chosen=40, scores=640, width=64, outputs=9, repeats=1)
-    done = CliRunner().invoke(one_token.main, [part for name, n in sizes.items() for part in (f"--{name}", str(n))])
+    monkeypatch.setattr(time_kernels, "REPEATS", 1)
+    monkeypatch.setattr(time_kernels, "AT_ONCE", 1)
+    sizes = {"kv-type": "i16"} | dict(rows=90, heads=2, chosen=40, scores=640, width=64, outputs=9)
+    done = CliRunner().invoke(time_kernels.main, ["one-token", *(part for name, n in sizes.items() for part in (f"--{name}", str(n)))])
     assert done.exit_code == 0, done.output
-    assert done.output.count("NMSE") == len(done.output.splitlines()) == 8
-
-
-@of_gpus
-@pytest.mark.skipif(not find("ptxas"), reason="ptxas is not installed")
-def test_kernels_keep_their_numbers_in_registers_of_newer_gpus():
-    names = [name for name in KERNELS if name.startswith(("attend_one", "join_rows", "add_norm_row"))] + ["choose_of_row", "prepare"]
-    assert len(names) == 20
-    for name in names:
-        for capability in ((9, "0a"), (12, 0)):
-            use = assemble(find("ptxas"), KERNELS[name].ptx((8, 0)), capability)
-            assert use["spills"] == use["stack"] == 0, (name, capability)
+    lines = [line.split("  ") for line in done.output.splitlines()[1:]]
+    assert len(lines) == 16 and all(first[0] == second[0] for first, second in zip(lines[::2], lines[1::2]))
+    assert all("before" in line for line in done.output.splitlines()[1::2]) and all(float(line[-1]) < 1e-6 for line in lines[1::2])
 
 
 def test_rows_that_other_kernels_attend_to(monkeypatch):

@@ -59,14 +59,14 @@ STAGES = [
     Stage("variants", (*PYTHON, "tools/check_variants.py", "--seconds", "30", "--wrong", "{out}/" + WRONG), 92),
     tests("ops-float16", "ops and float16", 30),
     tests("ops-exact", "ops and exact", 50),
-    Stage("products", (*PYTHON, "tools/time_products.py"), 25),       # older kernels of prompts beside newer ones, and torch's
-    Stage("attention-of-a-prompt", (*PYTHON, "tools/time_attention.py"), 14),       # in the precision exact, as before, and in float16
-    Stage("chosen-rows", (*PYTHON, "tools/chosen_rows.py"), 12),        # the same, to chosen rows
+    Stage("products", (*PYTHON, "tools/time_kernels.py", "products"), 25),       # older kernels of prompts beside newer ones, and torch's
+    Stage("attention-of-a-prompt", (*PYTHON, "tools/time_kernels.py", "attention"), 14),        # in the precision exact, and in float16
+    Stage("chosen-rows", (*PYTHON, "tools/time_kernels.py", "chosen-rows"), 12),        # the same, to chosen rows
     # 0.31 and 10.1 ms for 64 heads and 4,096, 131,072 keys, and 0.089 and 1.17 to choose, gave the prototypes on an H200
-    Stage("scores", (*PYTHON, "tools/time_scores.py"), 10),
-    Stage("one-token", (*PYTHON, "tools/one_token.py"), 12),
+    Stage("scores", (*PYTHON, "tools/time_kernels.py", "scores"), 10),
+    Stage("one-token", (*PYTHON, "tools/time_kernels.py", "one-token"), 12),
     # before they had half a warp a row: 2.4 to 2.7 TB/s in Q4_K, 1.2 to 1.5 in Q6_K and Q8_0 on an H200
-    Stage("products-of-a-token", (*PYTHON, "tools/gpu_products.py"), 20),
+    Stage("products-of-a-token", (*PYTHON, "tools/time_kernels.py", "products-of-a-token"), 20),
     tests("models", "not ops", 50),         # golden ones, in both precisions
     Stage("demo", (*PYDSA, "run", "-f", "pydsa/demo/notes.txt", "--temp", "0", "--device", "cuda"), 6),
     make("Q4_K_M", 15),

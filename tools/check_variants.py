@@ -28,7 +28,7 @@ from pydsa.quants import SUPPORTED
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":      # whatever is in PYTHONPATH
     sys.path.insert(0, str(ROOT))
-from tools.gpu_products import random_tensor  # noqa: E402
+from tools.random_blocks import random_tensor  # noqa: E402
 
 COMMAND = sys.executable, "-u", str(Path(__file__))
 BOUND, FLIPPED = 1e-6, 1e-3         # NMSE; the share of chosen keys that may be others, as scores differ in their last bits

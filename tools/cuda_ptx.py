@@ -1,21 +1,18 @@
-"""Compile every CUDA kernel without a GPU, and report its registers.
+"""Compile and link every CUDA kernel without a GPU, and report its registers.
 
-    python tools/cuda_ptx.py --cc 90
-    python tools/cuda_ptx.py --cc 80 --assemble 90
+    python tools/cuda_ptx.py
+    python tools/cuda_ptx.py --cc 80 --cc 120 --only 'gemm_.*'
     python tools/cuda_ptx.py --cc 90 --loops gemv_q4_k
-    python tools/cuda_ptx.py --cc 90 --only 'wgmma_(q4_k|q8_0)'
 
-ptxas reports what a kernel uses. The exit code is 1 if a kernel does not compile, spills registers, or keeps an array in
-local memory that should be in registers. A kernel of which two blocks must fit into a multiprocessor may spill a few numbers that its loops
-do not change.
+Each kernel takes the route that it takes on a GPU of that capability: nvJitLink assembles its PTX, or compiles its LTO-IR where it is for
+one capability only (then it is left out elsewhere). What nvJitLink says of it is printed. The exit code is 1 if a kernel does not compile,
+spills registers, keeps an array in local memory, or has products of wgmma that wait for each other.
 
---assemble assembles the PTX of --cc for a newer GPU too, which takes a fifth of the time of another --cc. NVVM makes the same PTX for both,
-but for the target and names. Kernels that are for one capability only are compiled for that one, and left out elsewhere; dependent launches
-have instructions of their own from 9.0 on, so that such kernels are compiled again.
+NVVM makes the same PTX for all capabilities but for the target and names, so PTX is made for 8.0 only; dependent launches have instructions
+of their own from 9.0 on, so that such kernels are compiled twice. All kernels take minutes.
 
 --loops shows the machine instructions of each loop of a kernel, of which a multiprocessor issues four in a cycle. It needs nvdisasm (`pip
-install nvidia-cuda-nvdisasm`). Without ptxas (it comes with the CUDA toolkit, or `pip install nvidia-cuda-nvcc`) kernels are only compiled
-to PTX, the GPU's portable assembly.
+install nvidia-cuda-nvdisasm`).
 """
 import argparse
 import collections
@@ -25,20 +22,45 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pydsa.backends.cuda  # noqa: F401  (fills KERNELS)
+from pydsa.backends.cuda.driver import DEPENDENT_SINCE
 from pydsa.backends.cuda.launch import KERNELS
+from pydsa.cores import physical_cores
 
+CAPABILITIES = 80, 86, 89, 90, 120
+FIRST = 8, 0                # for which PTX is made
 LOCAL = {"rope_angles"}     # the slow path of float64 sines for huge angles has a small table
-MAX_SPILLS = 64             # bytes, for kernels of which two blocks must fit into a multiprocessor
 
 
-def find(program):
-    """The path of a program of the CUDA toolkit, or None."""
-    wheels = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
-    found = [*map(str, sorted(wheels.glob(f"cu*/bin/{program}*"))), shutil.which(program)]     # first the one of NVVM's version
-    return next(filter(None, found), None)
+class Use(NamedTuple):
+    """What a kernel uses: registers of a thread, the rest in bytes.
+
+    serialized: whether products of wgmma wait for each other.
+    """
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    serialized: bool
+
+    def is_too_much(self, name):
+        return bool(self.spills or self.stack and name not in LOCAL or self.serialized)
+
+
+def linked(kernel, target):
+    """A kernel's machine code for a capability, and what it uses."""
+    code, said = kernel.linked(DEPENDENT_SINCE if kernel.dependent and target >= DEPENDENT_SINCE else kernel.specific or FIRST, target,
+                               "-verbose")
+    registers, spills, loads, stack, shared = (
+        max(map(int, re.findall(pattern, said)), default=0)
+        for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads", r"(\d+) bytes stack frame",
+                        r"(\d+) bytes smem"))
+    assert registers, f"nvJitLink does not tell what {kernel.__name__} uses: {said}"
+    return code, Use(registers, spills + loads, stack, shared + kernel.shared, "serialized" in said)
 
 
 def loops(disassembly):
@@ -58,90 +80,60 @@ def loops(disassembly):
     return [(start, end, code[start:end + 1]) for start, end in sorted(ends) if start <= end]
 
 
-def assembled(ptxas, ptx, capability, folder, linked=False):
-    """Assemble a kernel in a folder: the cubin's path, and ptxas's report.
-
-    linked: as nvJitLink assembles PTX. Only then a call, such as a division of 64 bits is, makes all products of wgmma wait for each other.
-    """
-    path = Path(folder) / "kernel.ptx"
-    path.write_text(ptx)
-    own = re.search(r"^\.target (sm_\d+a)", ptx, re.M)      # for one GPU's own instructions
-    architecture = own[1] if own else f"sm_{capability[0]}{capability[1]}"
-    done = subprocess.run([ptxas, f"-arch={architecture}", "-v", *["-c"] * linked, str(path), "-o", str(path.with_suffix(".cubin"))],
-                          capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return path.with_suffix(".cubin"), done.stderr
-
-
-def show_loops(kernel, capability):
+def show_loops(kernel, target):
     """Print the number of instructions of each kind in a kernel's loops."""
-    ptxas, nvdisasm = find("ptxas"), find("nvdisasm")
-    if not ptxas or not nvdisasm:
-        sys.exit("--loops needs ptxas and nvdisasm: pip install nvidia-cuda-nvcc nvidia-cuda-nvdisasm")
+    wheels = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+    nvdisasm = next(filter(None, [*map(str, sorted(wheels.glob("cu*/bin/nvdisasm*"))), shutil.which("nvdisasm")]), None)
+    if not nvdisasm:
+        sys.exit("--loops needs nvdisasm: pip install nvidia-cuda-nvdisasm")
     with tempfile.TemporaryDirectory() as folder:
-        code, _ = assembled(ptxas, kernel.ptx(capability), capability, folder)
-        text = subprocess.run([nvdisasm, "-c", str(code)], check=True, capture_output=True, text=True).stdout
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(linked(kernel, target)[0])
+        text = subprocess.run([nvdisasm, "-c", str(path)], check=True, capture_output=True, text=True).stdout
     for start, end, code in loops(text):
         kinds = collections.Counter(instruction.split()[0].split(".")[0] for instruction in code)
         print(f"{start:6}-{end}: {len(code)} ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common(12))})")
 
 
-def assemble(ptxas, ptx, capability, linked=False):
-    """What a kernel's PTX uses, a dict.
+def uses(name, targets):
+    """[(target, Use)] of a kernel, of those that it is for."""
+    kernel = KERNELS[name]
+    return [(target, linked(kernel, target)[1]) for target in targets if kernel.specific in (None, target)]
 
-    It has registers, spills, stack, shared and serialized. All but the registers are in bytes; serialized tells whether ptxas lets
-    products of wgmma wait for each other.
+
+def report(targets, pattern=".*", processes=None):
+    """Print what kernels use, a line a capability -> the lines of those that use too much.
+
+    pattern: a regular expression that names of kernels match.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        _, said = assembled(ptxas, ptx, capability, folder, linked)
-
-    def number(pattern):
-        return max(map(int, re.findall(pattern, said)), default=0)
-    return {"registers": number(r"Used (\d+) registers"), "spills": number(r"(\d+) bytes spill stores"),
-            "stack": number(r"(\d+) bytes stack frame"), "shared": number(r"(\d+) bytes smem"), "serialized": "serialized" in said}
-
-
-def report(capability, target, pattern):
-    """Print what each kernel uses -> the names of those that use too much.
-
-    PTX of `capability` is assembled for `target`. pattern: a regular expression that names of kernels match.
-    """
-    ptxas, bad = find("ptxas"), []
-    print(f"sm_{target[0]}{target[1]}")
-    print(f"{'kernel':24} registers  spills   stack  shared" if ptxas else "ptxas was not found: kernels are compiled to PTX only")
-    for name, kernel in KERNELS.items():
-        if kernel.specific not in (None, target) or not re.fullmatch(pattern, name):
-            continue
-        ptx = kernel.ptx(target if kernel.specific or kernel.dependent else capability)
-        if not ptxas:
-            print(name)
-            continue
-        use = assemble(ptxas, ptx, target, linked=kernel.specific is not None and not kernel.lto)
-        print(f"{name:24} {use['registers']:9} {use['spills']:7} {use['stack']:7} {use['shared']:7}")
-        allowed = MAX_SPILLS if kernel.bounds[1] > 1 else 0
-        if use["spills"] > allowed or use["stack"] > allowed and name not in LOCAL or use["serialized"]:
-            bad.append(name)
+    names, bad = [name for name in KERNELS if re.fullmatch(pattern, name)], []
+    print(f"{'kernel':28} route {'for':>6} registers  spills   stack  shared")
+    with ProcessPoolExecutor(processes or physical_cores()) as pool:
+        for name, found in zip(names, pool.map(uses, names, [targets] * len(names))):
+            route = "LTO" if KERNELS[name].lto else "PTX"
+            for (major, minor), use in found:
+                line = (f"{name:28} {route:5} {f'sm_{major}{minor}':>6} {use.registers:9} {use.spills:7} {use.stack:7} {use.shared:7}"
+                        f"{' serialized' if use.serialized else ''}")
+                print(line, flush=True)
+                bad += [line] if use.is_too_much(name) else []
     return bad
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cc", type=int, default=90, help="compute capability, e.g. 80 or 90")
-    parser.add_argument("--assemble", type=int, metavar="CC", help="assemble the same PTX for this one too")
+    parser.add_argument("--cc", type=int, action="append", help=f"compute capability [{', '.join(map(str, CAPABILITIES))}]")
     parser.add_argument("--only", metavar="REGEX", default=".*", help="kernels whose names match as a whole")
     parser.add_argument("--loops", metavar="KERNEL", help="show the instructions of its loops")
     options = parser.parse_args()
-    capability = divmod(options.cc, 10)
+    targets = [divmod(cc, 10) for cc in options.cc or CAPABILITIES]
     if options.loops:
         if options.loops not in KERNELS:
             sys.exit(f"there is no kernel {options.loops}; there are {', '.join(sorted(KERNELS))}")
-        show_loops(KERNELS[options.loops], capability)
+        show_loops(KERNELS[options.loops], targets[0])
         return
-    targets = [capability] + ([divmod(options.assemble, 10)] if options.assemble else [])
-    bad = [name for target in targets for name in report(capability, target, options.only)]
+    bad = report(targets, options.only)
     if bad:
-        sys.exit(f"spills, arrays in local memory, or serialized products: {', '.join(bad)}")
+        sys.exit("\n".join(["spills, arrays in local memory, or serialized products:", *bad]))
 
 
 if __name__ == "__main__":

@@ -219,6 +219,14 @@ def fma_down(x, y, z):
     return round_down(x.astype("f8") * y.astype("f8") + z.astype("f8"))
 
 
+def nearly(function):
+    """An approximation, a unit in the last place off, as rcp.approx and rsqrt.approx may be."""
+    def compute(x):
+        y = function(x)
+        return np.where(np.isfinite(y) & (y != 0), np.nextafter(y, np.float32(0)), y)
+    return compute
+
+
 def power_of_two(x):
     """ex2.approx.ftz: 2^x, with subnormal results flushed to zero."""
     y = np.exp2(x.astype("f8")).astype("f4")
@@ -266,7 +274,8 @@ PLAIN = {
     "mad.lo": lambda x, y, z: x * y + z, "min": chosen((np.minimum, np.fmin)), "max": chosen((np.maximum, np.fmax)), "neg": np.negative,
     "abs": np.abs, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "div.rn": np.divide,
     "add.rn": np.add, "mul.rn": np.multiply, "fma.rn": fma, "fma.rm": fma_down, "sqrt.rn": np.sqrt, "rcp.rn": np.reciprocal,
-    "ex2.approx.ftz": power_of_two, "rcp.approx.ftz": np.reciprocal, "clz": leading_zeros, "popc": set_bits,
+    "rcp.approx.ftz": np.reciprocal, "rcp.approx": nearly(np.reciprocal), "rsqrt.approx": nearly(lambda x: np.float32(1) / np.sqrt(x)),
+    "ex2.approx.ftz": power_of_two, "clz": leading_zeros, "popc": set_bits,
     "prmt": byte_permute, "bfi": bit_insert, "selp": select, "shl": shift(True),
     "shr": shift(False), "shf.r.wrap": funnel_right,
 }

@@ -247,7 +247,7 @@ def _make_attend(packs):
         """
         thread = U(cuda.threadIdx.x)
         shared = cuda.shared.array(0, np.uint8, 1024)
-        base, lane, group = shared_address(shared), thread & U(31), thread >> U(7)
+        base, lane, group = shared_address(shared, 0), thread & U(31), thread >> U(7)
         token, n, whole = cuda.blockIdx.y, facts[cuda.blockIdx.y, LAST], facts[cuda.blockIdx.y, WHOLE]
         begin(shared, base, queries, cuda.blockIdx.y * cuda.gridDim.x + cuda.blockIdx.x, thread)
         chunk, row, n_tiles = thread & U(7), thread >> U(3), (n + np.int32(KEYS - 1)) >> np.int32(6)

@@ -12,6 +12,7 @@ from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.chosen_rows import LOG2_E, ROTATED, VALUE
 from pydsa.backends.cuda.current import current
 from pydsa.backends.cuda.device import device, load_four_f32, store_four_f32, warp_max, warp_sum
+from pydsa.backends.cuda.division import divide
 from pydsa.backends.cuda.int8x2.linear import pack_four
 from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
 from pydsa.backends.cuda.modes import SPARSE, share_of_keys
@@ -50,7 +51,7 @@ def weigh_splits(weights, stats, before, head, n_head, n_splits, lane):
         weights[split] = factor
         total += factor * stats[at + 1]
     total = warp_sum(total)
-    over = np.float32(1) / total if total != ZERO else ZERO
+    over = divide(np.float32(1), total) if total != ZERO else ZERO
     for split in range(lane, (n_splits + AT_ONCE - 1) // AT_ONCE * AT_ONCE, 32):
         weights[split] = weights[split] * over if split < n_splits else ZERO
 

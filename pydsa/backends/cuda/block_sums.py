@@ -3,6 +3,8 @@ import numpy as np
 
 from pydsa.backends.cuda.device import WARP, device, float_bits, sync, warp_max_int, warp_prefix, warp_sum
 
+WARP_BITS = WARP.bit_length() - 1
+
 
 @device
 def block_sum(x, parts, thread, n_threads):
@@ -61,7 +63,7 @@ def block_prefix(x, totals, ends, thread, n_warps):
 
     totals, ends: shared memory with one int32 per warp each; n_warps is at most WARP.
     """
-    warp, lane = thread // WARP, thread % WARP
+    warp, lane = thread >> WARP_BITS, thread & WARP - 1
     inclusive = warp_prefix(x, lane)
     if lane == WARP - 1:
         totals[warp] = inclusive
@@ -70,4 +72,4 @@ def block_prefix(x, totals, ends, thread, n_warps):
     if warp == 0 and lane < n_warps:
         ends[lane] = end
     sync()
-    return inclusive - x + (ends[warp - 1] if warp > 0 else 0), ends[n_warps - 1]
+    return np.int32(inclusive - x + (ends[warp - 1] if warp > 0 else 0)), ends[n_warps - 1]

@@ -124,7 +124,7 @@ def make_attend(storage, shape, copy, unit, round_queries, scores, softmax, add_
         """Sums of values and statistics of a split of a token's keys: see chosen_rows.py."""
         acc = cuda.local.array(n_sums, np.float32)
         thread, split, head, t = U(cuda.threadIdx.x), np.int64(cuda.blockIdx.x), np.int32(heads * cuda.blockIdx.y), cuda.blockIdx.z
-        base, token = shared_address(cuda.shared.array(0, np.uint32)), np.int64(t) * n_head
+        base, token = shared_address(cuda.shared.array(0, np.uint32), 0), np.int64(t) * n_head
         n, start, end = split_of_keys(split, n_splits, keys, mode, positions, indices, t)
         n, start, end = np.int32(n), np.int32(start), np.int32(end)
         if start >= end:

@@ -188,7 +188,7 @@ def _make_absorb(n_nope):
             clear(images, q.shape[0], n_groups, np.int64(head), thread)
             return
         begin(shared, weights, head, copied, thread)
-        base, lane, group = shared_address(shared), thread & U(31), thread >> U(7)
+        base, lane, group = shared_address(shared, 0), thread & U(31), thread >> U(7)
         of_weight, g, c, of_warp = inverse(powers[head]), lane >> U(2), lane & U(3), U(16) * (thread >> U(5) & U(3))
         row, n_tokens = of_warp + g, np.int32(q.shape[0])
         of_queries = BY_ROWS | np.uint64(base + U(at_queries) >> U(4))

@@ -65,8 +65,6 @@ mbarrier.try_wait.parity.shared::cta.b64 %done, [$0], $1;
 
 
 if SIMULATED:
-    shared_address = instruction("the address in shared memory")
-
     def make_wgmma(n, steps, parts=1, anew=False, rest=False, image=None):
         """A function that raises PydsaError in the simulator."""
         return instruction("wgmma.mma_async")
@@ -88,14 +86,7 @@ else:
     from numba.core import types
     from numba.cuda.extending import intrinsic
 
-    from pydsa.backends.cuda.instructions import F32, I32, address
-
-    @intrinsic
-    def shared_address(typingctx, array, at):
-        """The address of a byte of an array in shared memory, uint32."""
-        def codegen(context, builder, signature, args):
-            return address(context, builder, signature.args[0], *args, "s")
-        return types.uint32(array, types.int64), codegen
+    from pydsa.backends.cuda.instructions import F32, I32
 
     def _elements(context, builder, signature, args, i, n):
         """Places of the first n elements of a local array, the i-th argument."""

@@ -134,12 +134,6 @@ def _simulated_copy(n):
     return copy
 
 
-def _simulated_partial(target, to, source, at, n):
-    assert to % 16 == at % 16 == 0 and 0 <= n <= 16, f"{n} bytes from {at} to {to}"
-    bytes_of(target)[to:to + 16] = 0
-    bytes_of(target)[to:to + n] = bytes_of(source)[at:at + n]
-
-
 def _halves(word):
     return np.array([word], np.uint32).view(np.float16).astype(np.float64)
 
@@ -161,7 +155,7 @@ def _load(n, how, fixed):
 # Weights, which no kernel writes while this one runs, and that are read once: they leave no trace in L1.
 stream_four, stream_eight, stream_sixteen = (_load(n, ".nc.L1::no_allocate", False) for n in (1, 2, 4))
 # Weights and tables that several threads read.
-read_four, read_eight, read_sixteen = (_load(n, ".nc", False) for n in (1, 2, 4))
+read_sixteen = _load(4, ".nc", False)
 # The same, and they keep their place: begun early, they are there when they are used.
 fetch_four, fetch_eight, fetch_sixteen = (_load(n, ".nc", True) for n in (1, 2, 4))
 # What other kernels have written. These keep their place between other fixed instructions.
@@ -171,12 +165,8 @@ store_four = instruction("st.global.u32 [$0], $1;", "", "gr", _simulated_store(1
 store_eight = instruction("st.global.v2.u32 [$0], {$1,$2};", "", "grr", _simulated_store(2), True)
 store_sixteen = instruction("st.global.v4.u32 [$0], {$1,$2,$3,$4};", "", "grrrr", _simulated_store(4), True)
 
-# copy(target, to, source, at): from global to shared memory, past L1 (16 bytes) or through it. The copies of a group come in any order.
+# copy(target, to, source, at): from global to shared memory, past L1. The copies of a group come in any order.
 copy_sixteen_async = instruction("cp.async.cg.shared.global [$0], [$1], 16;", "", "sg", _simulated_copy(16), True)
-copy_eight_async = instruction("cp.async.ca.shared.global [$0], [$1], 8;", "", "sg", _simulated_copy(8), True)
-copy_four_async = instruction("cp.async.ca.shared.global [$0], [$1], 4;", "", "sg", _simulated_copy(4), True)
-# copy(target, to, source, at, n): n <= 16 bytes, and zeros up to 16. The source is not looked at if n is 0.
-copy_some_async = instruction("cp.async.cg.shared.global [$0], [$1], 16, $2;", "", "sgr", _simulated_partial, True)
 commit_copies = instruction("cp.async.commit_group;", "", "", _nothing, True)
 
 
@@ -200,9 +190,6 @@ load_matrices, load_matrices_transposed = (instruction(
     f"ldmatrix.sync.aligned.m8n8.x4{how}.shared.b16 {{$0,$1,$2,$3}}, [$4];", "rrrr", "s",
     _simulated_matrices(bool(how)) if SIMULATED else None, True) for how in ("", ".trans"))
 
-# four uint8 of a times four int8 of b, plus c
-dp4a_unsigned = instruction("dp4a.u32.s32 $0, $1, $2, $3;", "i", "rri", lambda a, b, c: c + sum(
-    int(x) * int(y) for x, y in zip(np.array([a], np.uint32).view(np.uint8), np.array([b], np.uint32).view(np.int8))))
 # Pairs of float16 in words, rounded to nearest even. pack_halves(upper, lower): two float32 as a pair. halves_by_low(x, y),
 # halves_by_high: x times the lower, or the upper, of y. fma_by_low(x, y, z), fma_by_high: and plus z. fma_low_low(x, y, z), fma_low_high,
 # fma_high_high: x times one of y, plus one of z.
@@ -234,6 +221,3 @@ count_bits = instruction("popc.b32 $0, $1;", "r", "r", lambda a: int(a).bit_coun
 # quotient(a, b), toward zero, of int32. Numba divides in 64 bits, which is a call; and all products of wgmma in a kernel with calls wait
 # for each other where nvJitLink assembles it.
 quotient = instruction("div.s32 $0, $1, $2;", "i", "ii", lambda a, b: int(a) // int(b))
-# bits n % 32 and on of the 64 bits whose lower half is a, the upper one b
-funnel_right = instruction("shf.r.wrap.b32 $0, $1, $2, $3;", "r", "rrr", lambda a, b, n: (
-    (int(a) | int(b) << 32) >> (int(n) & 31)) & 0xFFFFFFFF)

@@ -123,18 +123,26 @@ class Kernel:
         return code
 
     def _assembled(self, capability):
-        options = [f"-arch={self._architecture(capability)}", *(["-lto"] if self.lto else [])]
+        return self.linked(capability, capability)[0]
+
+    def linked(self, capability, target, *options):
+        """Machine code for `target` of its code for a capability, and what nvJitLink says.
+
+        options: more of nvJitLink's; with -verbose it tells of registers and spills.
+        """
+        options = [f"-arch={self._architecture(target)}", *options, *(["-lto"] if self.lto else [])]
         kind, code = ((nvjitlink.InputType.LTOIR, self._intermediate(capability)) if self.lto else
                       (nvjitlink.InputType.PTX, self.ptx(capability).encode()))
         link = nvjitlink.create(len(options), options)
         try:
             nvjitlink.add_data(link, kind, code, len(code), self.__name__)
             nvjitlink.complete(link)
-            code = bytearray(nvjitlink.get_linked_cubin_size(link))
+            code, said = bytearray(nvjitlink.get_linked_cubin_size(link)), bytearray(nvjitlink.get_info_log_size(link))
             nvjitlink.get_linked_cubin(link, code)
+            nvjitlink.get_info_log(link, said)
         finally:
             nvjitlink.destroy(link)
-        return bytes(code)
+        return bytes(code), said.decode()
 
     def entry(self, code):
         """The name that the kernel has in its machine code: by way of LTO-IR, Numba's."""

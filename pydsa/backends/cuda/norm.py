@@ -6,6 +6,7 @@ from numba import cuda
 
 from pydsa.backends.cuda.block_sums import block_sum
 from pydsa.backends.cuda.device import SIMULATED, device, exp
+from pydsa.backends.cuda.division import divide
 from pydsa.backends.cuda.launch import blocks_for, kernel
 
 
@@ -58,7 +59,7 @@ def layer_norm_rows(out, x, w, b, eps):
 @device
 def silu_times(gate, up):
     """SiLU times up: gate sigmoid(gate) up."""
-    return gate / (np.float32(1) + exp(-gate)) * up
+    return divide(gate, np.float32(1) + exp(-gate)) * up
 
 
 @kernel("f4[:,:], f4[:,:], f4[:,:]", THREADS)

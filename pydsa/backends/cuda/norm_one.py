@@ -4,7 +4,6 @@ Before it the outputs of the chosen experts are weighted and added, and up to tw
 with quantized weights, and multiplied with a matrix of float32: the router's, or that of the indexer's head weights. Every block makes the
 norm for itself, and multiplies it with two rows, which it asked for before it waited for the row.
 """
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.device import SIMULATED, WARP, bits_float, device, load_four_f32, store_four_f32, sync, warp_sum
+from pydsa.backends.cuda.division import divide, inverse_root
 from pydsa.backends.cuda.instructions import let_later_begin, load_sixteen, wait_for_earlier
 from pydsa.backends.cuda.int8x2.linear import pack_four
 from pydsa.backends.cuda.launch import blocks_for, kernel
@@ -75,7 +75,7 @@ def normed_by_block(values, factors, eps, n, parts, thread, n_threads):
         parts[thread >> WARP_BITS] = x
     sync()
     total = warp_sum(parts[lane] if lane < n_threads // WARP else ZERO)
-    f = np.float32(1) / np.float32(math.sqrt(total / np.float32(n) + eps))
+    f = inverse_root(divide(total, np.float32(n)) + eps)
     return (values[0] * f * factors[0], values[1] * f * factors[1], values[2] * f * factors[2], values[3] * f * factors[3],
             values[4] * f * factors[4], values[5] * f * factors[5], values[6] * f * factors[6], values[7] * f * factors[7])
 
@@ -156,11 +156,11 @@ def add_norm_row(out, second, first, x, y, z, n_added, joins, outputs, weights, 
         values = plus(values, behind)
         store_eight(second, i, there and stores, j, far and stores, values)
     v = normed_by_block(values, factors, eps, x.shape[0], parts, thread, WIDE)
+    if multiplies:      # first: the weights are in registers
+        put_products(product, row, a, b, v, parts, thread)
     if stores:
         store_eight(out, i, there, j, far, v)
         pack_eight(packed, scales, sums, thread, there, far, v, WIDE)
-    if multiplies:
-        put_products(product, row, a, b, v, parts, thread)
 
 
 def norm_is_wide(added, out, w):

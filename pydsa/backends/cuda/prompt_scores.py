@@ -178,7 +178,7 @@ def _make_scores(two):
         A row of out begins `pitch` bytes after the one before. A block has one of the pieces of work: a tile of keys, and some images.
         """
         parts = cuda.shared.array(WARPS, np.int32)
-        shared = shared_address(cuda.shared.array(0, np.uint8, 1024))
+        shared = shared_address(cuda.shared.array(0, np.uint8, 1024), 0)
         thread = cuda.threadIdx.x & THREADS - 1
         last = min(np.int64(out.shape[1]), positions[positions.size - 1] + 1) - 1
         n = np.int64(out.shape[1]) if fill else last + 1

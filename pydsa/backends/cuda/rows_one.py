@@ -5,7 +5,6 @@ which the first-level cache serves. One of the blocks also stores the row as flo
 
 Rows of heads may be what blocks of attention have left (attend_one.py): each block joins those of its head.
 """
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from numba import cuda
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.block_sums import block_sum
 from pydsa.backends.cuda.device import WARP, device, load_four_f32, store_four_f32, sync, warp_max, warp_sum
+from pydsa.backends.cuda.division import divide, inverse_root
 from pydsa.backends.cuda.instructions import quotient
 from pydsa.backends.cuda.int8x2.linear import Int8x2, pack_four
 from pydsa.backends.cuda.norm import silu_times
@@ -113,7 +113,7 @@ def join_four(sums, stats, head, n_head, n_used, i, lane):
         row = np.int32(split * n_head + head)
         total += power_of_two(stats[row, 0] - top) * stats[row, 1]
     total = warp_sum(total)
-    over = np.float32(1) / total if total != ZERO else ZERO
+    over = divide(np.float32(1), total) if total != ZERO else ZERO
     a, b, c, d = ZERO, ZERO, ZERO, ZERO
     for first in range(np.int32(0), n_used, np.int32(WARP)):
         own = np.int32(first + lane)
@@ -157,7 +157,7 @@ def make_row(mode, out, x, other, gain, eps, n_splits, keys, n_chosen, positions
         for four in range(np.int32(thread), n_fours, step):
             a, b, c, d = load_four_f32(x[row], np.int64(4 * four))
             total += (a * a + b * b) + (c * c + d * d)
-        factor = np.float32(1) / np.float32(math.sqrt(block_sum(total, parts, thread, n_threads) / np.float32(n) + eps))
+        factor = inverse_root(divide(block_sum(total, parts, thread, n_threads), np.float32(n)) + eps)
     for begin in range(np.int32(0), n_fours, step):
         four = np.int32(begin + np.int32(thread))
         valid, i = four < n_fours, np.int64(4 * four)

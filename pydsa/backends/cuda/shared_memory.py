@@ -50,11 +50,11 @@ else:
     from pydsa.backends.cuda.instructions import address
 
     @intrinsic
-    def shared_address(typingctx, array):
-        """The address of an array in shared memory, uint32."""
+    def shared_address(typingctx, array, at):
+        """The address of a byte of an array in shared memory, uint32."""
         def codegen(context, builder, signature, args):
-            return address(context, builder, signature.args[0], args[0], context.get_constant(types.int64, 0), "s")
-        return types.uint32(array), codegen
+            return address(context, builder, signature.args[0], *args, "s")
+        return types.uint32(array, types.int64), codegen
 
 
 def folds(n):

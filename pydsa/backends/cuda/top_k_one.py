@@ -14,6 +14,7 @@ from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.block_sums import block_prefix
 from pydsa.backends.cuda.device import (SIMULATED, WARP, bits_float, device, float_bits, load_four_f32, load_four_u32, store_four_u32,
                                         sync)
+from pydsa.backends.cuda.instructions import quotient
 from pydsa.backends.cuda.launch import BLOCKS, kernel
 
 
@@ -145,16 +146,16 @@ def parts_of(n, k, n_parts):
 
     One if the row is short, else the number that minimizes the work of both steps, or the least that MOST allows.
     """
-    used = 1
+    used = np.int32(1)
     if n > WHOLE:
-        while used < n_parts and (used * (used + 1) * k < n or used * MOST < n):
-            used += 1
+        while used < n_parts and (np.int32(used * (used + 1) * k) < n or np.int32(used * MOST) < n):
+            used = np.int32(used + 1)
     return used
 
 
 @device
-def put_chosen(out, best, keys, chosen, through, first, k, n, threshold, remaining, totals, ends, thread):
-    """out = the places of chosen keys, ascending, and -1 after them.
+def put_chosen(out, best, to, keys, chosen, through, first, k, n, threshold, remaining, totals, ends, thread):
+    """out[to:to + k] = the places of chosen keys, ascending, and -1 after them.
 
     best = their floats, and NaN. Chosen are keys above the threshold, and the first `remaining` that equal it. Places are counted from
     `first`, or are entries of `chosen` if `through`.
@@ -171,15 +172,15 @@ def put_chosen(out, best, keys, chosen, through, first, k, n, threshold, remaini
             for j in range(4):
                 key = keys[4 * r + j]
                 if key > threshold or key == threshold and equal < remaining:
-                    i, at = first + r * GROUP + 4 * thread + j, (greater + min(equal, remaining)) & NON_NEGATIVE
+                    i, at = np.int32(first + r * GROUP + 4 * thread + j), np.int32(to + greater + min(equal, remaining)) & NON_NEGATIVE
                     out[at] = chosen[i & NON_NEGATIVE] if through else i
                     best[at] = of_ordered(key)
                 greater = np.int32(greater + (1 if key > threshold else 0))
                 equal = np.int32(equal + (1 if key == threshold else 0))
             greater_before, equal_before = np.int32(greater_before + (total & EQUAL - 1)), np.int32(equal_before + (total >> 16))
-    for i in range(greater_before + min(equal_before, remaining) + thread, k, THREADS):
-        out[i] = -1
-        best[i] = NAN
+    for i in range(np.int32(greater_before + min(equal_before, remaining) + thread), k, np.int32(THREADS)):
+        out[np.int32(to + i) & NON_NEGATIVE] = -1
+        best[np.int32(to + i) & NON_NEGATIVE] = NAN
 
 
 @kernel("i4[::1], i4, f4[::1], f4[::1], i4[::1], i8[:], i8, b1, i4, i8, b1", THREADS)
@@ -195,24 +196,25 @@ def choose_of_row(out, k, scores, best, chosen, positions, place, causal, n_part
     totals = cuda.shared.array(WARPS, np.int32)
     ends = cuda.shared.array(WARPS, np.int32)
     found = cuda.shared.array(3, np.int32)
-    thread, part, n = np.int32(cuda.threadIdx.x & THREADS - 1), cuda.blockIdx.x & NON_NEGATIVE, np.int64(length)
+    thread, part, n = np.int32(cuda.threadIdx.x & THREADS - 1), np.int32(cuda.blockIdx.x & NON_NEGATIVE), np.int32(length)
     if causal:
-        n = min(n, positions[place] + 1)
+        n = np.int32(min(length, positions[place] + 1))
     used = parts_of(n, k, n_parts)
     if part >= used or second_step and used == 1:
         return
-    first, end, to, kept = 0, used * k, out, best
+    first, end, to, places = np.int32(0), np.int32(used * k), np.int32(0), out
     if second_step:
         scores = best
     else:
-        share = (n + 4 * used - 1) // (4 * used) * 4
-        first, end = part * share, min(n, (part + 1) * share)
+        share = np.int32(4 * quotient(np.int32(n + 4 * used - 1), np.int32(4 * used)))
+        first = np.int32(part * share)
+        end = min(n, np.int32(first + share))
         if used > 1:
-            to, kept = chosen[part * k:(part + 1) * k], best[part * k:(part + 1) * k]
-    mine = np.int32(max(end - first, 0))
+            places, to = chosen, np.int32(part * k)
+    mine = max(np.int32(end - first), np.int32(0))
     load_keys(keys, values, scores, first, mine, thread)
     threshold, remaining = find_threshold(counts, totals, ends, found, keys, mine, k, thread)
-    put_chosen(to, kept, keys, chosen, second_step, first, k, mine, threshold, remaining, totals, ends, thread)
+    put_chosen(places, best, to, keys, chosen, second_step, first, k, mine, threshold, remaining, totals, ends, thread)
 
 
 def parts_for(n, k):

@@ -11,7 +11,7 @@ from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.device import SIMULATED, device
 from pydsa.backends.cuda.instructions import instruction
 from pydsa.backends.cuda.launch import kernel
-from pydsa.backends.cuda.shared_memory import WHOLE_WARP, shared_address, store_word
+from pydsa.backends.cuda.shared_memory import WHOLE_WARP, anew, shared_address, store_word
 from pydsa.backends.cuda.top_k_one import ALL, LOWEST, NAN, NONE, ordered
 
 
@@ -192,10 +192,10 @@ def list_row(values, scores, row, n, least, shift, limit, shared, thread):
         before, total = prefix(mine, turn, thread)
         turn = U(U(2) * U(shared + U(TOTALS)) + U(TURN) - turn)
         if mine != N(0):
-            here, same = N(above + (before & (EQUAL - N(1)))), N(equal + (before >> 16))
+            here, same, by = N(above + (before & (EQUAL - N(1)))), N(equal + (before >> 16)), anew(shift)
             for j in range(PER_THREAD):
                 key = ordered(values[j])
-                higher, level = key >> shift > top, (key >> shift == top) & (key > LOWEST)
+                higher, level = key >> by > top, (key >> by == top) & (key > LOWEST)
                 if higher | level & (same < limit):
                     to = U(shared + U(4) * U(here + min(same, limit)))
                     store_word(U(to + U(KEYS)), key)
@@ -258,7 +258,7 @@ def choose_of_each(out, start, out_pitch, scores, pitch, positions, causal):
 
     A row begins so many bytes after the one before. causal: row t ends with positions[start + t].
     """
-    shared, values = shared_address(cuda.shared.array(0, np.uint8, 128)), cuda.local.array(PER_THREAD, np.float32)
+    shared, values = shared_address(cuda.shared.array(0, np.uint8, 128), 0), cuda.local.array(PER_THREAD, np.float32)
     thread, t, k = N(cuda.threadIdx.x & THREADS - 1), cuda.blockIdx.x & 0x7FFFFFFF, N(out.shape[1])
     n, row = N(scores.shape[1]), t * pitch
     if causal:

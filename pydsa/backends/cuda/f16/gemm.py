@@ -18,9 +18,10 @@ from pydsa.backends.cuda.device import SIMULATED, device, load_four_u32
 from pydsa.backends.cuda.eights.eight import U
 from pydsa.backends.cuda.f16.panels import STAGE_BYTES
 from pydsa.backends.cuda.f16.tiles import KINDS, WHOLE_WARP, inverse, set_factor
-from pydsa.backends.cuda.hopper import fence_async, make_wgmma, make_wgmma_wait, shared_address
+from pydsa.backends.cuda.hopper import fence_async, make_wgmma, make_wgmma_wait
 from pydsa.backends.cuda.instructions import commit_copies, copies_left, copy_sixteen_async, quotient
 from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.backends.cuda.shared_memory import shared_address
 
 
 CAPABILITY = 9, 0

@@ -37,7 +37,6 @@ SUMS = 16 * TOKEN_TILES                     # accumulators of a lane
 F16_MAX = 16384                             # the largest float16 that a row's values are scaled to
 SPLIT_THREADS = 8 if SIMULATED else 256     # threads that split a row
 ZERO, ONE = np.float32(0), np.float32(1)
-NO_PAIR = (ZERO, ZERO)
 GEMM_SIGNATURE = "f4[:,:], u1[::1], i8, i4[:], i4[:], i4[:], i4[:], i4, u4[::1], f4[:], f4[::1], i4"
 
 
@@ -227,20 +226,12 @@ def _make_factors(halves, offsets):
             factors[3 * ROWS + row] = -m1
 
     @device
-    def scales_of(factors, at):
-        """The scales of two rows for both halves of a group.
-
-        If the halves share a scale, the second pair is unused.
-        """
-        return load_two_f32(factors, at), load_two_f32(factors, ROWS + at) if halves else NO_PAIR
-
-    @device
     def stage_sums(x_sums, sums, x_at, k, token):
         """Stage a token's sums of group k: of both halves, or of all of it."""
         i = 2 * (np.int64(x_at[token]) + k)
         y, y1 = sums[i], sums[i + 1]
         x_sums[2 * token], x_sums[2 * token + 1] = y if halves else y + y1, y1
-    return store_factors, scales_of, stage_sums
+    return store_factors, stage_sums
 
 
 def _make_stage_tokens(parts):
@@ -281,60 +272,77 @@ def store_tiles(out, acc, order, first, x_scales, n_tokens, first_token, row, g)
                         out[target, row + 8 * (j // 2) + j % 2] = acc[16 * tile + 4 * (j // 2) + 2 * i + j % 2] * x_scale
 
 
-def _make_add_tile(halves, offsets, parts):
-    kinds, two = 2 if halves else 1, parts == 2
+def _make_add_offsets(halves):
+    kinds = 2 if halves else 1
 
     @device
-    def add_tile(acc, at, high, high_1, low, low_1, x, row_scales, factors, of, y, y1):
-        """acc[at:at + 4] += the product of 16 tokens and 8 rows of weights.
-
-        high, high_1, low, low_1: fragments of the tokens, high and low float16 of both halves of the group; low ones only where there are
-        two parts. x: the fragments of the weights. y, y1: the tokens' sums, for the offsets.
-        """
-        b0, b1, b2, b3 = x
-        p0, p1, p2, p3 = ZERO, ZERO, ZERO, ZERO
-        if two:
-            a0, a1, a2, a3 = low
-            p0, p1, p2, p3 = mma_f16(a0, a1, a2, a3, b0, b1, p0, p1, p2, p3)
-        a0, a1, a2, a3 = high
-        p0, p1, p2, p3 = mma_f16(a0, a1, a2, a3, b0, b1, p0, p1, p2, p3)
-        (d, f), (d1, f1) = row_scales
+    def add_offsets(acc, at, factors, of, y, y1):
+        """acc[at:at + 4] += offsets of 8 rows of weights times sums of 16 tokens."""
+        m, o = load_two_f32(factors, kinds * ROWS + of)
+        acc[at] = fma(m, y[0], acc[at])
+        acc[at + 1] = fma(o, y[0], acc[at + 1])
+        acc[at + 2] = fma(m, y1[0], acc[at + 2])
+        acc[at + 3] = fma(o, y1[0], acc[at + 3])
         if halves:
-            acc[at] = fma(d, p0, acc[at])
-            acc[at + 1] = fma(f, p1, acc[at + 1])
-            acc[at + 2] = fma(d, p2, acc[at + 2])
-            acc[at + 3] = fma(f, p3, acc[at + 3])
-            p0, p1, p2, p3 = ZERO, ZERO, ZERO, ZERO
-            d, f = d1, f1
-        if two:
-            a0, a1, a2, a3 = low_1
-            p0, p1, p2, p3 = mma_f16(a0, a1, a2, a3, b2, b3, p0, p1, p2, p3)
-        a0, a1, a2, a3 = high_1
-        p0, p1, p2, p3 = mma_f16(a0, a1, a2, a3, b2, b3, p0, p1, p2, p3)
-        acc[at] = fma(d, p0, acc[at])
-        acc[at + 1] = fma(f, p1, acc[at + 1])
-        acc[at + 2] = fma(d, p2, acc[at + 2])
-        acc[at + 3] = fma(f, p3, acc[at + 3])
-        if offsets:
-            m, o = load_two_f32(factors, kinds * ROWS + of)
-            acc[at] = fma(m, y[0], acc[at])
-            acc[at + 1] = fma(o, y[0], acc[at + 1])
-            acc[at + 2] = fma(m, y1[0], acc[at + 2])
-            acc[at + 3] = fma(o, y1[0], acc[at + 3])
-        if offsets and halves:
             m1, o1 = load_two_f32(factors, 3 * ROWS + of)
             acc[at] = fma(m1, y[1], acc[at])
             acc[at + 1] = fma(o1, y[1], acc[at + 1])
             acc[at + 2] = fma(m1, y1[1], acc[at + 2])
             acc[at + 3] = fma(o1, y1[1], acc[at + 3])
+    return add_offsets
 
-    return add_tile
+
+def _make_add_tiles(half, halves, offsets, parts):
+    """The function that adds products of half a group, or of all of it where its halves share a scale."""
+    second, two, whole, add_offsets = (parts - 1) * PLANE, parts == 2, not halves, _make_add_offsets(halves)
+    scales_at, place, ends = half * ROWS, 128 * half, offsets and half == halves
+
+    @device
+    def add_tile(acc, at, x, x1, z, z1, b, scales):
+        """acc[at:at + 4] += the product of 16 tokens and 8 rows of weights.
+
+        x, x1: fragments of the tokens, of this half and of the other one; z, z1: their low float16, where there are two parts.
+        """
+        d, f = scales
+        p0, p1, p2, p3 = ZERO, ZERO, ZERO, ZERO
+        if two:
+            p0, p1, p2, p3 = mma_f16(z[0], z[1], z[2], z[3], b[2 * half], b[2 * half + 1], p0, p1, p2, p3)
+        p0, p1, p2, p3 = mma_f16(x[0], x[1], x[2], x[3], b[2 * half], b[2 * half + 1], p0, p1, p2, p3)
+        if whole and two:
+            p0, p1, p2, p3 = mma_f16(z1[0], z1[1], z1[2], z1[3], b[2], b[3], p0, p1, p2, p3)
+        if whole:
+            p0, p1, p2, p3 = mma_f16(x1[0], x1[1], x1[2], x1[3], b[2], b[3], p0, p1, p2, p3)
+        acc[at] = fma(d, p0, acc[at])
+        acc[at + 1] = fma(f, p1, acc[at + 1])
+        acc[at + 2] = fma(d, p2, acc[at + 2])
+        acc[at + 3] = fma(f, p3, acc[at + 3])
+
+    @device
+    def add_tiles(acc, b0, b1, b2, b3, factors, of, token_stage, x_sums, first_token, n_tokens, lane):
+        """Multiply a warp's tokens with its 32 rows of weights."""
+        d0, d1 = load_two_f32(factors, scales_at + of), load_two_f32(factors, scales_at + of + 8)
+        d2, d3 = load_two_f32(factors, scales_at + of + 16), load_two_f32(factors, scales_at + of + 24)
+        for tile in range(TOKEN_TILES):
+            t = 16 * TOKEN_WARPS * tile + first_token
+            if t < n_tokens:
+                at, y_at = t * GROUP + 4 * lane + place, 2 * (t + (lane >> 2))
+                x, z = load_four_u32(token_stage, at), load_four_u32(token_stage, second + at)
+                x1, z1 = (load_four_u32(token_stage, at + 128), load_four_u32(token_stage, second + at + 128)) if whole else (x, z)
+                add_tile(acc, 16 * tile, x, x1, z, z1, b0, d0)
+                add_tile(acc, 16 * tile + 4, x, x1, z, z1, b1, d1)
+                add_tile(acc, 16 * tile + 8, x, x1, z, z1, b2, d2)
+                add_tile(acc, 16 * tile + 12, x, x1, z, z1, b3, d3)
+                if ends:
+                    y, y1 = load_two_f32(x_sums, y_at), load_two_f32(x_sums, y_at + 16)
+                    for i in range(4):
+                        add_offsets(acc, 16 * tile + 4 * i, factors, of + 8 * i, y, y1)
+    return add_tiles
 
 
 def _make_gemm(parts, name, unpack, halves=False, offsets=False, prepare=nothing):
-    n_factors, n_sums, second, token_u32 = (4 if halves else 2) * ROWS, 2 * TOKENS if offsets else 2, (parts - 1) * PLANE, parts * PLANE
-    (store_factors, scales_of, stage_sums), add_tile, stage_tokens = (
-        _make_factors(halves, offsets), _make_add_tile(halves, offsets, parts), _make_stage_tokens(parts))
+    n_factors, n_sums, token_u32 = (4 if halves else 2) * ROWS, 2 * TOKENS if offsets else 2, parts * PLANE
+    (store_factors, stage_sums), stage_tokens = _make_factors(halves, offsets), _make_stage_tokens(parts)
+    add_tiles, add_others = (_make_add_tiles(half, halves, offsets, parts) for half in (0, 1))
 
     def gemm(out, w, row_bytes, tile_matrix, tile_first, tile_end, order, x_div, packed, scales, sums, n_groups):
         """out[i] = a matrix times row i // x_div of x, for i in order[first:end].
@@ -376,18 +384,9 @@ def _make_gemm(parts, name, unpack, halves=False, offsets=False, prepare=nothing
             of, row = first_row + 2 * c, first_row + g
             b0, b1 = load_four_u32(row_stage, quad_offset(row, c)), load_four_u32(row_stage, quad_offset(row + 8, c))
             b2, b3 = load_four_u32(row_stage, quad_offset(row + 16, c)), load_four_u32(row_stage, quad_offset(row + 24, c))
-            d0, d1, d2, d3 = scales_of(factors, of), scales_of(factors, of + 8), scales_of(factors, of + 16), scales_of(factors, of + 24)
-            for tile in range(TOKEN_TILES):
-                t = 16 * TOKEN_WARPS * tile + first_token
-                if t < n_tokens:
-                    at, y_at = t * GROUP + 4 * lane, 2 * (t + g)
-                    x, x1 = load_four_u32(token_stage, at), load_four_u32(token_stage, at + 128)
-                    z, z1 = load_four_u32(token_stage, second + at), load_four_u32(token_stage, second + at + 128)
-                    y, y1 = (load_two_f32(x_sums, y_at), load_two_f32(x_sums, y_at + 16)) if offsets else (NO_PAIR, NO_PAIR)
-                    add_tile(acc, 16 * tile, x, x1, z, z1, b0, d0, factors, of, y, y1)
-                    add_tile(acc, 16 * tile + 4, x, x1, z, z1, b1, d1, factors, of + 8, y, y1)
-                    add_tile(acc, 16 * tile + 8, x, x1, z, z1, b2, d2, factors, of + 16, y, y1)
-                    add_tile(acc, 16 * tile + 12, x, x1, z, z1, b3, d3, factors, of + 24, y, y1)
+            add_tiles(acc, b0, b1, b2, b3, factors, of, token_stage, x_sums, first_token, n_tokens, lane)
+            if halves:      # with half as many fragments and scales in registers
+                add_others(acc, b0, b1, b2, b3, factors, of, token_stage, x_sums, first_token, n_tokens, lane)
             cuda.syncthreads()
         store_tiles(out, acc, order, first, x_scales, n_tokens, first_token, cuda.blockIdx.x * ROWS + first_row + 2 * c, g)
     return kernel(GEMM_SIGNATURE, THREADS, f"gemm_{'one_' if parts == 1 else ''}{name.lower()}", blocks=2)(gemm)

@@ -10,7 +10,9 @@ from pydsa.backends.cuda.device import device
 from pydsa.backends.cuda.flash.heads import BY_ROWS, CAPABILITY
 from pydsa.backends.cuda.flash.queries import QUERIES, WARPS, Shape, U, hide, make_flash, make_weigh
 from pydsa.backends.cuda.hopper import (arrive, copy_bulk, expect_bytes, fence_async, fence_mbarriers, init_mbarrier, make_wgmma,
-                                        make_wgmma_shared, make_wgmma_wait, shared_address, steps_of_rows, wait_phase)
+                                        make_wgmma_shared, make_wgmma_wait, steps_of_rows, wait_phase)
+from pydsa.backends.cuda.shared_memory import shared_address
+
 
 # (n_nope, n_rot, n_v, kv_lora) -> Shape: DeepSeek V2, V3 and Kimi K2; GLM-5 and GLM-4.7-Flash. With fewer values a tile has more keys.
 SHAPES = {(128, 64, 128, 512): Shape(128, 64, 128, 7, 2), (192, 64, 256, 512): Shape(192, 64, 256, 6, 2)}

@@ -98,7 +98,7 @@ def _make_walk(shape):
         Arguments and results are those of attend.py.
         """
         s, p = cuda.local.array(n_scores, np.float32), cuda.local.array(n_words, np.uint32)
-        place, lane = shared_address(shared), U(thread) & U(31)
+        place, lane = shared_address(shared, 0), U(thread) & U(31)
         my_queries = place + U(2048) * (U(thread) >> U(5)) + of_rows(lane)
         my_keys, my_values = place + U(at_keys) + of_columns(lane), place + U(at_values) + of_rows(lane)
         for tile in range(np.int32(0), np.int32(n), np.int32(1)):
@@ -130,7 +130,7 @@ def _make_begin(shape):
     @device
     def begin(shared, keys, rotated, values, of_head, n, thread):
         """Begin to copy the first tile of keys."""
-        copy_keys(shared_address(shared) + U(at_keys), keys, rotated, of_head, np.int32(0), thread)
+        copy_keys(shared_address(shared, 0) + U(at_keys), keys, rotated, of_head, np.int32(0), thread)
     return begin
 
 

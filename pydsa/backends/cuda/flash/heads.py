@@ -10,9 +10,10 @@ from numba import cuda
 from pydsa.backends.cuda.device import device
 from pydsa.backends.cuda.flash.images import GAIN, TILE, pack_halves
 from pydsa.backends.cuda.hopper import (arrive, copy_bulk, expect_bytes, fence_mbarriers, init_mbarrier, make_wgmma_shared, make_wgmma_wait,
-                                        shared_address, steps_of_rows, wait_phase)
+                                        steps_of_rows, wait_phase)
 from pydsa.backends.cuda.instructions import quotient, store_sixteen
 from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.shared_memory import shared_address
 
 CAPABILITY = 9, 0
 KV_LORA, TILE_BYTES = 512, 2 * 512 * TILE      # numbers of a latent, bytes of a tile of them

@@ -128,7 +128,7 @@ def _make_heads(of_values, kv_lora):
         thread, head, shared = U(cuda.threadIdx.x), np.int64(cuda.blockIdx.x), cuda.shared.array(0, np.uint8, 1024)
         lane, warp, n_images, tile = thread & U(31), thread >> U(5), n // WIDE, np.int32(cuda.blockIdx.z)
         image, image_1 = 2 * cuda.blockIdx.y, min(2 * cuda.blockIdx.y + 1, n_images - 1)        # the last half may repeat an image
-        place, slot, i = shared_address(shared), np.int32(0), np.int32(0)
+        place, slot, i = shared_address(shared, 0), np.int32(0), np.int32(0)
         to, first, step = place + U(16) * thread, tile, np.int32(cuda.gridDim.z)
         rows = place + U(4096) * (warp & U(3)) + of_rows(lane)
         of_weights = place + U(IMAGE) + U(WEIGHTS) * (warp >> U(2)) + (of_columns(lane) if of_values else of_rows(lane))

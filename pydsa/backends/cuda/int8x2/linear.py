@@ -12,6 +12,7 @@ from numba import cuda
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.block_sums import abs_bits
 from pydsa.backends.cuda.device import SIMULATED, WARP, bits_float, device, max_of_eight, nearest, pack_int8x2, sum_of_four, warp_max_int
+from pydsa.backends.cuda.division import divide
 from pydsa.backends.cuda.launch import blocks_for, kernel
 from pydsa.quants import INT8X2_MAX
 
@@ -51,7 +52,7 @@ def pack_four(packed, scales, sums, t, four, valid, a, b, c, e):
     gets a non-finite scale.
     """
     abs_max = bits_float(np.uint32(max_of_eight(max(max(abs_bits(a), abs_bits(b)), max(abs_bits(c), abs_bits(e))))))
-    factor = np.float32(INT8X2_MAX) / abs_max if abs_max > np.float32(1e-30) else ZERO
+    factor = divide(np.float32(INT8X2_MAX), abs_max) if abs_max > np.float32(1e-30) else ZERO
     a, b, c, e = nearest(a, factor), nearest(b, factor), nearest(c, factor), nearest(e, factor)
     total = sum_of_four(np.float32(a + b + c + e))
     if valid:
@@ -60,7 +61,7 @@ def pack_four(packed, scales, sums, t, four, valid, a, b, c, e):
         if four & 3 == 0:
             sums[t, four >> 2] = total
         if four & 7 == 0:
-            scales[t, four >> 3] = abs_max / np.float32(INT8X2_MAX)
+            scales[t, four >> 3] = divide(abs_max, np.float32(INT8X2_MAX))
 
 
 @device
