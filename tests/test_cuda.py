@@ -24,13 +24,14 @@ from pydsa.setup import Setup
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
 OPS = ["test_ops.py", "test_whole_tiles.py", "test_attention.py", "test_mha.py", "test_top_k.py", "test_int8_keys.py", "test_quants.py",
-       "test_one_token.py", "test_top_k_rows.py", "test_chosen_rows.py"]
+       "test_one_token.py", "test_shared_launches.py", "test_top_k_rows.py", "test_chosen_rows.py"]
 # tests of the CPU backend or of the host, left out here
 OF_CPU = ("threads or exp_of or half or block_sizes or sampled or golden or ubatches or vectors_are_unpacked or any_ or counted or "
           "2_gib or prompts_take or left_out or packed_latent")
 # What the simulator runs, at a hundredth of the speed: ops, with a type or two and the smallest shapes, and all types of blocks. All that
 # is left out of it runs as PTX.
-SIMULATED = ["test_ops.py", "test_attention.py", "test_mha.py", "test_quants.py::test_dequantize", "test_one_token.py"]
+SIMULATED = ["test_ops.py", "test_attention.py", "test_mha.py", "test_quants.py::test_dequantize", "test_one_token.py",
+             "test_shared_launches.py"]
 SLOW_SIMULATED = ("(linear and not Q8_0 and not F32) or (head_linear and Q8_0) or Q8_0-96 or 2-13 or logits or no_future or "
                   "mha_sparse_attention or test_mha_attention or test_experts or (select and not 2-1) or "
                   "(scores and (1-13 or 3-17) and not f32)")

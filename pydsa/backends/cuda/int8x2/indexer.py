@@ -138,11 +138,9 @@ def make_score(warps, head_tiles):
         b = cuda.local.array(STEP_U32, np.uint32)
         warp, lane, column = thread >> 5, thread & 31, thread & 3
         token, n_u32 = start + row, width >> 2
-        n, n_tiles = min(positions[token] + 1, out.shape[1]), weights.shape[1] >> 3
-        staged = -1
+        n, n_tiles, staged = min(positions[token] + 1, out.shape[1]), weights.shape[1] >> 3, -1
         for tile in range(block, (out.shape[1] + threads - 1 if fill else n + threads - 1) >> bits, n_blocks):
-            base = tile << bits
-            s = base + thread
+            base, s = tile << bits, (tile << bits) + thread
             if base < n:
                 load_keys(key, data, row_bytes, base + (warp << 5), n, n_u32, lane, column)
                 t0, t1, t2, t3 = ZERO, ZERO, ZERO, ZERO
