@@ -12,14 +12,13 @@ from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.current import current
 from pydsa.backends.cuda.device import SIMULATED
 from pydsa.backends.cuda.flash import attend, attend_mma, heads, heads_mma, images
+from pydsa.backends.cuda.flash.heads import BLOCKS, ROWS
 from pydsa.backends.cuda.flash.images import TILE, WIDE
 from pydsa.backends.cuda.flash.queries import QUERIES
 from pydsa.backends.cuda.launch import blocks_for
 from pydsa.backends.devices import flash_keys
 
 LOG2_E = np.float32(math.log2(math.e))
-ROWS = 128          # numbers of a key or value that a block of heads.py or heads_mma.py makes
-BLOCKS = 528        # of these kernels that are wanted
 
 
 class Form(NamedTuple):
