@@ -36,8 +36,8 @@ wait_sums = make_wgmma_wait(COLUMNS, 0)
 class Places:
     """Where what is in shared memory.
 
-    n_nope: numbers of a query without a position. Behind the weights are queries, images of 64 numbers of all tokens; of each token the unit of its query; of each group of warps and
-    token the greatest result; an mbarrier.
+    n_nope: numbers of a query without a position. Behind the weights are queries, images of 64 numbers of all tokens; of each token the
+    unit of its query; of each group of warps and token the greatest result; an mbarrier.
     """
 
     def __init__(self, n_nope):
