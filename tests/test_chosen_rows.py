@@ -129,9 +129,10 @@ def unpacked(images, scales):
 
 @pytest.mark.parametrize("n_nope, n_head, n_tokens, kind", [(128, 2, 70, "Q8_0"), (192, 1, 2, "F32")])
 def test_queries_of_heads(monkeypatch, n_nope, n_head, n_tokens, kind):
-    """k_b's product makes images of them: whole tiles of tokens, one after the other in a block, and one with few.
+    """k_b's product makes images of them.
 
-    Queries and their parts have very different sizes, one is zeros and one not finite.
+    Whole tiles of tokens come one after the other in a block, and one with few. Queries and their parts have very different sizes, one is
+    zeros and one not finite.
     """
     monkeypatch.setattr(halved_heads, "BLOCKS", 64)
     k_b, q = tensor(kind, n_head, 512, n_nope), normal(n_tokens, n_head, n_nope + 64) * np.exp2(integers(-30, 30, n_tokens, n_head, 1))
@@ -178,7 +179,10 @@ def test_what_other_kernels_take():
 
 
 def test_which_plain_form_is_in_halves(monkeypatch):
-    """Not that of other widths, of weights that stay float32, of few tokens or in exact precision."""
+    """Not that of other widths, few tokens, or in exact precision.
+
+    Nor with weights that stay float32.
+    """
     monkeypatch.setattr(int8x2.gemv, "MOST_TOKENS", 1)
 
     def chosen(n_nope=128, width=64, kind="Q8_0", n_tokens=2, before=0):

@@ -201,9 +201,10 @@ def of_both_groups(sums, base, row, group, c):
 
 @device
 def store_packed(out, scales, sums, first, h, n_head, token, group, c, bits, over):
-    """Store a head's columns of a lane as part of a row of panels.py, and its scale.
+    """Store a head's columns of a lane as part of a row of panels.py.
 
-    Of each pair of columns and that of the lane beside this one goes the first to the even lane, the second to the odd one. bits: of the
+    And the row's scale. Of each pair of columns and that of the lane beside this one goes the first to the even lane, the second to the
+    odd one. bits: of the
     row's greatest |sum|. over: what sums are multiplied by. All lanes of a warp must call.
     """
     factor, scale = factors_for(bits)

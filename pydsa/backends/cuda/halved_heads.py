@@ -34,10 +34,10 @@ wait_sums = make_wgmma_wait(COLUMNS, 0)
 
 
 class Places:
-    """Where what is in shared memory, for heads of n_nope numbers without a position.
+    """Where what is in shared memory.
 
-    Behind the weights are queries, images of 64 numbers of all tokens; of each token the unit of its query; of each group of warps and
-    token the greatest result; an mbarrier.
+    n_nope: numbers of a query without a position. Behind the weights are queries, images of 64 numbers of all tokens; of each token the
+    unit of its query; of each group of warps and token the greatest result; an mbarrier.
     """
 
     def __init__(self, n_nope):
@@ -54,9 +54,9 @@ def _make_queries(places):
 
     @device
     def load_queries(values, q, first, head, thread):
-        """Load a thread's share of a tile's queries, of which eight lanes have one.
+        """Load a thread's share of a tile's queries.
 
-        Behind the last token stands that one again.
+        Eight lanes have one. Behind the last token stands that one again.
         """
         for half in range(TOKENS // 32):
             t = min(np.int64(first) + np.int64(thread >> U(3)) + 32 * half, np.int64(q.shape[0] - 1))
@@ -95,9 +95,9 @@ def greatest_of_row(sums, first, unit):
 
 @device
 def load_rotated(rotated, q, token, head, at, c):
-    """Load a lane's share of the rotated part of a query, which begins at byte `at`.
+    """Load a lane's share of the rotated part of a query.
 
-    Returns the bits of the greatest |number| of it, of four lanes.
+    That begins at byte `at`. Returns the bits of the greatest |number| of it, of four lanes.
     """
     at += min(token, np.int64(q.shape[0] - 1)) * q.strides[0] + np.int64(head) * q.strides[1] + np.int64(U(32) * c)
     load_piece(rotated, 0, q, at)
