@@ -1,4 +1,4 @@
-"""Compile and link every CUDA kernel without a GPU, and report its registers.
+"""Compile and link CUDA kernels without a GPU, and report registers.
 
     python tools/cuda_ptx.py
     python tools/cuda_ptx.py --cc 80 --cc 120 --only 'gemm_.*'
@@ -102,7 +102,7 @@ def uses(name, targets):
 
 
 def report(targets, pattern=".*", processes=None):
-    """Print what kernels use, a line a capability -> the lines of those that use too much.
+    """Print what kernels use -> the lines of those that use too much.
 
     pattern: a regular expression that names of kernels match.
     """

@@ -1,4 +1,4 @@
-"""Random blocks of all types of weights, for tools that time and check kernels."""
+"""Random blocks of all types of weights, for tools that run kernels."""
 import numpy as np
 
 from pydsa.gguf_file import Tensor

@@ -220,7 +220,7 @@ def fma_down(x, y, z):
 
 
 def nearly(function):
-    """An approximation, a unit in the last place off, as rcp.approx and rsqrt.approx may be."""
+    """rcp.approx or rsqrt.approx, as far off as allowed: a unit."""
     def compute(x):
         y = function(x)
         return np.where(np.isfinite(y) & (y != 0), np.nextafter(y, np.float32(0)), y)

@@ -126,9 +126,9 @@ class Kernel:
         return self.linked(capability, capability)[0]
 
     def linked(self, capability, target, *options):
-        """Machine code for `target` of its code for a capability, and what nvJitLink says.
+        """Machine code for `target`, and what nvJitLink says.
 
-        options: more of nvJitLink's; with -verbose it tells of registers and spills.
+        It is made of the code for `capability`. options: more of nvJitLink's; with -verbose it tells of registers and spills.
         """
         options = [f"-arch={self._architecture(target)}", *options, *(["-lto"] if self.lto else [])]
         kind, code = ((nvjitlink.InputType.LTOIR, self._intermediate(capability)) if self.lto else

@@ -155,7 +155,7 @@ def parts_of(n, k, n_parts):
 
 @device
 def put_chosen(out, best, to, keys, chosen, through, first, k, n, threshold, remaining, totals, ends, thread):
-    """out[to:to + k] = the places of chosen keys, ascending, and -1 after them.
+    """out[to:to + k] = the places of chosen keys, ascending, then -1.
 
     best = their floats, and NaN. Chosen are keys above the threshold, and the first `remaining` that equal it. Places are counted from
     `first`, or are entries of `chosen` if `through`.

@@ -293,7 +293,10 @@ def _make_add_offsets(halves):
 
 
 def _make_add_tiles(half, halves, offsets, parts):
-    """The function that adds products of half a group, or of all of it where its halves share a scale."""
+    """The function that adds products of half a group.
+
+    Where its halves share a scale, it adds those of all of it.
+    """
     second, two, whole, add_offsets = (parts - 1) * PLANE, parts == 2, not halves, _make_add_offsets(halves)
     scales_at, place, ends = half * ROWS, 128 * half, offsets and half == halves
 
