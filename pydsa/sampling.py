@@ -249,9 +249,9 @@ class Sampler:
         """
         self.sampling.check_vocabulary(len(logits))
         likeliest = int(logits.argmax())
-        if likeliest in self._biased or (logits[self._biased] + self._biases).max() >= logits[likeliest]:
+        greatest = logits[likeliest]
+        if not math.isfinite(greatest) or likeliest in self._biased or (logits[self._biased] + self._biases).max() >= greatest:
             return None
-        self.check(logits[likeliest])
         return likeliest
 
     def _bias(self, logits):
