@@ -1,4 +1,7 @@
-"""The launches of a one-token step, as fuse.py appends them, and which activations are rounded already."""
+"""A one-token step's launches, and which activations are rounded.
+
+fuse.py appends them.
+"""
 import functools
 
 from pydsa.backends.cuda.int8x2.linear import Int8x2, pack_into, scratch_for_rows
