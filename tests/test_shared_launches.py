@@ -63,7 +63,10 @@ def test_blocks_choose_the_experts_that_they_multiply_with(rule):
 @of_gpus
 @pytest.mark.parametrize("kind, position", [("Q8_0", 299), ("Q5_0", 4)])
 def test_products_of_heads_beside_scores(kind, position):
-    """Bit for bit as each by itself; more heads of the indexer than are staged at a time."""
+    """Bit for bit as each by itself.
+
+    There are more heads of the indexer than are staged at a time.
+    """
     heads, n_kv = 3, 301
     w, made, tiles = cuda.weight(tensor(kind, heads, 70, 128)), int8x2.linear.pack(cuda.upload(normal(heads, 128))), head_tiles(1, heads)
     keys, queries = cuda.cache_rows(n_kv, (128, 0), "i8"), int8x2.indexer.pack(cuda.upload(normal(1, 40, 128)), cuda.upload(normal(1, 40)))

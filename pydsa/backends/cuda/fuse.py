@@ -388,7 +388,7 @@ def stored_row(ops, args):
 
 
 def attended(launches, ops, args):
-    """Fuse attention with the packing of its output, the input of a head_linear.
+    """Fuse attention with the packing of its output, a head_linear's input.
 
     The weights of this must be quantized. Where attention leaves sums of splits of the keys, its blocks join those of their head.
     """

@@ -126,7 +126,7 @@ def join_four(sums, stats, head, n_head, n_used, i, lane):
 
 @device
 def add_splits(a, b, c, d, sums, head, n_head, n_used, first, lane, factor, i):
-    """a to d plus four columns of AT_ONCE splits from `first` on, times factors.
+    """a to d plus factors times four columns of AT_ONCE splits from first on.
 
     These are of lanes from `lane` on; 0 past the last split, which is loaded in place of those that are not there.
     """
