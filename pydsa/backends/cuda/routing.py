@@ -19,7 +19,10 @@ MINUS_INFINITY, ZERO = np.float32(-np.inf), np.float32(0)
 
 
 class Router(NamedTuple):
-    """How one token's experts are chosen: the arguments of reference.moe_route but ids, for one row."""
+    """How one token's experts are chosen.
+
+    The arguments of reference.moe_route but ids, for one row.
+    """
     weights: object     # of the chosen experts, which are written
     logits: object
     bias: object
