@@ -1,4 +1,4 @@
-"""The launches of a one-token step, as fuse.py appends them, and which activations are rounded already."""
+"""The launches of a one-token step, and what is rounded already."""
 import functools
 
 from pydsa.backends.cuda.int8x2.linear import Int8x2, pack_into, scratch_for_rows

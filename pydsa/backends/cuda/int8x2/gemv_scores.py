@@ -1,4 +1,4 @@
-"""GEMV of one matrix a head, and in the same launch the indexer's scores of one token.
+"""GEMV of one matrix a head, and the indexer's scores, in one launch.
 
 Neither needs the other. Blocks of the products come first, as in gemv.py; those behind them score keys as in indexer.py.
 """
