@@ -1,4 +1,4 @@
-"""Launches of one token that do what others did before: bit for bit as those do it."""
+"""Launches of one token that do what others did: with the same bits."""
 import numpy as np
 import pytest
 from helpers import IN_SIMULATOR, Rows, integers, normal, tensor
