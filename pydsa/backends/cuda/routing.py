@@ -9,6 +9,7 @@ import numpy as np
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.device import WARP, device, exp, warp_max, warp_sum, warp_sync
+from pydsa.backends.cuda.division import divide
 from pydsa.backends.cuda.instructions import quotient
 
 
@@ -65,8 +66,8 @@ def gated(logit, gating, maximum, total):
     gating: 1 is softmax, 2 is sigmoid, otherwise p = logit. maximum, total: of all logits, and of e^(logit - maximum).
     """
     if gating == 2:
-        return np.float32(1) / (np.float32(1) + exp(-logit))
-    return exp(logit - maximum) / total if gating == 1 else logit
+        return divide(np.float32(1), np.float32(1) + exp(-logit))
+    return divide(exp(logit - maximum), total) if gating == 1 else logit
 
 
 @device
