@@ -115,7 +115,7 @@ with pytest.raises(PydsaError, match="cannot execute wgmma.fence"):
 ROUTES = """
 import re
 from numba import cuda
-from pydsa.backends.cuda.instructions import instruction
+from pydsa.backends.cuda.instructions import instruction, wait_for_earlier
 from pydsa.backends.cuda.launch import kernel
 registers = instruction("setmaxnreg.inc.sync.aligned.u32 240;", fixed=True)
 
@@ -130,7 +130,14 @@ def by_ptx(out):
 
 assert re.search(r"^[.]target sm_90a$", by_ptx.ptx((9, 0)), re.M)
 assert by_ptx.cubin((9, 0))[:4] == by_lto.cubin((9, 0))[:4] == b"\\x7fELF"
-assert by_ptx.entry(by_ptx.cubin((9, 0))) == "by_ptx" and re.match("_Z.*by_lto", by_lto.entry(by_lto.cubin((9, 0))))
+assert by_ptx.entry(by_ptx.cubin((9, 0)), (9, 0)) == "by_ptx" and re.match("_Z.*by_lto", by_lto.entry(by_lto.cubin((9, 0)), (9, 0)))
+
+@kernel("f4[::1]", 128, dependent=True)
+def of_all(out):
+    wait_for_earlier()      # which 8.0 does not know
+    out[cuda.threadIdx.x] = 0
+
+assert of_all.entry(of_all.cubin((9, 0)), (9, 0)) == "of_all" and re.match("_Z.*of_all", of_all.entry(of_all.cubin((8, 0)), (8, 0)))
 """
 SERIALIZED = """
 from pydsa.backends import cuda

@@ -4,9 +4,9 @@
     python tools/cuda_ptx.py --cc 80 --cc 120 --only 'gemm_.*'
     python tools/cuda_ptx.py --cc 90 --loops gemv_q4_k
 
-Each kernel takes the route that it takes on a GPU of that capability: nvJitLink assembles its PTX, or compiles its LTO-IR where it is for
-one capability only (then it is left out elsewhere). What nvJitLink says of it is printed. The exit code is 1 if a kernel does not compile,
-spills registers, keeps an array in local memory, or has products of wgmma that wait for each other.
+Each kernel takes the route that it takes on a GPU of that capability: nvJitLink assembles its PTX, or compiles its LTO-IR, for GPUs before
+9.0 and where it is for one capability only (then it is left out elsewhere). What nvJitLink says of it is printed. The exit code is 1 if a
+kernel does not compile, spills registers, keeps an array in local memory, or has products of wgmma that wait for each other.
 
 NVVM makes the same PTX for all capabilities but for the target and names, so PTX is made for 8.0 only; dependent launches have instructions
 of their own from 9.0 on, so that such kernels are compiled twice. All kernels take minutes.
@@ -110,8 +110,8 @@ def report(targets, pattern=".*", processes=None):
     print(f"{'kernel':28} route {'for':>6} registers  spills   stack  shared")
     with ProcessPoolExecutor(processes or physical_cores()) as pool:
         for name, found in zip(names, pool.map(uses, names, [targets] * len(names))):
-            route = "LTO" if KERNELS[name].lto else "PTX"
             for (major, minor), use in found:
+                route = "LTO" if KERNELS[name].takes_lto((major, minor)) else "PTX"
                 line = (f"{name:28} {route:5} {f'sm_{major}{minor}':>6} {use.registers:9} {use.spills:7} {use.stack:7} {use.shared:7}"
                         f"{' serialized' if use.serialized else ''}")
                 print(line, flush=True)

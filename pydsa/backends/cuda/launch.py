@@ -24,6 +24,7 @@ from pydsa.signals import interrupts_held
 if not SIMULATED:
     from cuda.bindings import nvjitlink
     from numba.cuda import dispatcher
+    from numba.cuda.cudadrv import nvvm
 
     from pydsa.backends.cuda.driver import DEPENDENT_SINCE, Parameters
 
@@ -74,7 +75,6 @@ class Kernel:
     def __init__(self, function, signature, threads, blocks=1, shared=0, dependent=False, specific=None, lto=None):
         self.function, self.signature, self.threads, self.bounds = function, signature, threads, (threads, blocks)
         self.shared, self.dependent, self.specific, self.lto = shared, dependent, specific, bool(specific) if lto is None else lto
-        assert specific or not self.lto, "instructions of other GPUs are taken out of PTX"
         self._loaded = {}       # index of a GPU -> the kernel as its driver knows it, and its parameters
         functools.update_wrapper(self, function)
         assert function.__name__ not in KERNELS, function.__name__
@@ -111,8 +111,6 @@ class Kernel:
         with _device_functions_for(capability):
             text, _ = cuda.compile_ptx(self.function, f"void({self.signature})", cc=capability, launch_bounds=self.bounds)
         text = text.replace(re.search(r"\.entry (\w+)", text)[1], self.__name__)
-        if capability < DEPENDENT_SINCE:        # NVVM does not look into assembly; there, nothing is launched as dependent
-            text = re.sub(r"griddepcontrol\.\w+;", "", text)
         return re.sub(r"(\.target \w+)", rf"\1{'a' if self.specific else ''}", text, count=1)
 
     def _intermediate(self, capability):
@@ -122,6 +120,13 @@ class Kernel:
                                    launch_bounds=self.bounds)
         return code
 
+    def takes_lto(self, target):
+        """Whether it goes to a GPU as LTO-IR, not as PTX.
+
+        Where nvJitLink assembles PTX for 8.0 to 8.9, shuffles in code that may be divergent are calls, around which registers are spilled.
+        """
+        return self.lto or target < DEPENDENT_SINCE
+
     def _assembled(self, capability):
         return self.linked(capability, capability)[0]
 
@@ -130,8 +135,8 @@ class Kernel:
 
         It is made of the code for `capability`. options: more of nvJitLink's; with -verbose it tells of registers and spills.
         """
-        options = [f"-arch={self._architecture(target)}", *options, *(["-lto"] if self.lto else [])]
-        kind, code = ((nvjitlink.InputType.LTOIR, self._intermediate(capability)) if self.lto else
+        options = [f"-arch={self._architecture(target)}", *options, *(["-lto"] if self.takes_lto(target) else [])]
+        kind, code = ((nvjitlink.InputType.LTOIR, self._intermediate(capability)) if self.takes_lto(target) else
                       (nvjitlink.InputType.PTX, self.ptx(capability).encode()))
         link = nvjitlink.create(len(options), options)
         try:
@@ -144,15 +149,15 @@ class Kernel:
             nvjitlink.destroy(link)
         return bytes(code), said.decode()
 
-    def entry(self, code):
-        """The name that the kernel has in its machine code: by way of LTO-IR, Numba's."""
-        found = re.search(rb"\.text\.([\w$]+)\0", code) if self.lto else None       # the name of a section
+    def entry(self, code, target):
+        """The name that the kernel has in its machine code for a target: by way of LTO-IR, Numba's."""
+        found = re.search(rb"\.text\.([\w$]+)\0", code) if self.takes_lto(target) else None       # the name of a section
         return found[1].decode() if found else self.__name__
 
     def _load(self, here):
         kinds = "".join(_kinds(*found) for found in re.findall(r"(\w\d)(\[.*?\])?", self.signature))
         code = self.cubin(here.capability)
-        function = here.load(code, self.entry(code))
+        function = here.load(code, self.entry(code, here.capability))
         if self.shared:
             here.allow_shared(function, self.shared)
         self._loaded[here.index] = function, Parameters(kinds)
@@ -222,13 +227,18 @@ def _kinds(kind, axes):
 
 @contextlib.contextmanager
 def _device_functions_for(capability):
-    """Numba compiles what kernels call for the GPU that it finds: let it find one of this capability."""
-    theirs = dispatcher.get_current_device
+    """Numba compiles what kernels call for the GPU that it finds: let it find one of this capability.
+
+    NVVM does not look into assembly: where no launch depends on another in part, instructions for that are taken out before.
+    """
+    theirs, compile_ir = dispatcher.get_current_device, nvvm.compile_ir
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+    if capability < DEPENDENT_SINCE:
+        nvvm.compile_ir = lambda texts, **options: compile_ir([re.sub(r"griddepcontrol\.\w+;", "", text) for text in texts], **options)
     try:
         yield
     finally:
-        dispatcher.get_current_device = theirs
+        dispatcher.get_current_device, nvvm.compile_ir = theirs, compile_ir
 
 
 def kernel(signature, threads, name=None, blocks=1, **others):
@@ -236,9 +246,9 @@ def kernel(signature, threads, name=None, blocks=1, **others):
 
     blocks: that must fit into a processor at a time. Others: shared, bytes of dynamic shared memory, cuda.shared.array(0, ...) in the
     kernel; dependent, it may begin before the launch before it has ended, and calls wait_for_earlier() (instructions.py); specific, the
-    only capability that it is for, (9, 0) for wgmma; lto, whether it is compiled by way of LTO-IR, as specific ones are. What nvJitLink
-    makes of PTX may call others: there each product of wgmma waits for the one before, and changes of the number of registers are not
-    heeded.
+    only capability that it is for, (9, 0) for wgmma; lto, whether it is compiled by way of LTO-IR, as specific ones are, and all for GPUs
+    before 9.0. What nvJitLink makes of PTX may call others: there each product of wgmma waits for the one before, and changes of the number
+    of registers are not heeded.
     """
     def make(function):
         function.__name__ = function.__qualname__ = name or function.__name__
