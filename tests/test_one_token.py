@@ -20,7 +20,6 @@ from pydsa.backends.cuda.int8x2.gemv import gemv, grid_of  # noqa: E402
 from pydsa.backends.cuda.int8x2.linear import LOW, Int8x2, place_of_quad, scratch_for, scratch_for_rows  # noqa: E402
 from pydsa.backends.cuda.linear import head_tiles  # noqa: E402
 from pydsa.backends.cuda.norm_one import MOST, Joined, add_norm, norm_is_wide  # noqa: E402
-from tools import time_kernels  # noqa: E402
 
 
 of_gpus = pytest.mark.skipif(IN_SIMULATOR, reason="the simulator has not these instructions")
@@ -350,6 +349,7 @@ def test_nan_stays_where_it_is_chosen(monkeypatch, storage, tile):
 @of_gpus
 def test_both_ways_are_timed(monkeypatch):
     """tools/time_kernels.py at small shapes: of two lines the second has the error beside the first."""
+    from tools import time_kernels      # not for the simulator
     monkeypatch.setattr(int8x2.gemv, "MOST_TOKENS", 8)
     monkeypatch.setattr(time_kernels, "REPEATS", 1)
     monkeypatch.setattr(time_kernels, "AT_ONCE", 1)

@@ -1,4 +1,4 @@
-"""Quantized products: activations rounded to 15 bits.
+"""Quantized products: activations rounded to 15 or 16 bits.
 
 They are compared with float64 products of gguf-py's weights, for gemv by blocks and for gemm in int16 or AMX tiles.
 """
@@ -12,8 +12,9 @@ from pydsa.backends import cpu
 from pydsa.backends.cpu import amx
 from pydsa.backends.cpu.blocks import BLOCKS
 from pydsa.backends.cpu.blocks.block import ONE_SCALE
+from pydsa.backends.cpu.int16.gemm import GROUP, LARGEST_SUM
+from pydsa.backends.cpu.int16.linear import MAX_INT15, MAX_INT16
 from pydsa.backends.cpu.linear import GEMV_TOKENS
-from pydsa.backends.cpu.int16.linear import MAX_INT15
 from pydsa.gguf_file import Tensor
 from pydsa.quants import SUPPORTED, TYPES
 
@@ -75,16 +76,17 @@ def test_rounded_activations(kind, n_in, n_tokens):
 def test_activations_that_rounding_keeps(kind, n_in, n_tokens):
     """Activations that rounding keeps leave only float rounding.
 
-    They are integers times a power of two, and 16383 is the largest in each 32. That power is the same where 256 share a scale. In int8x2
-    they do, and weights are rounded too.
+    They are integers times a power of two for each scale, with the largest number that it allows. In prompts others are smaller, so that
+    sums of magnitudes do not decide the scale. In int8x2 weights are rounded, too.
     """
-    rng = np.random.default_rng(n_tokens)
-    shared = 8 if n_tokens <= GEMV_TOKENS and BLOCKS[kind].order[0] & ONE_SCALE else 1
-    powers = np.repeat(rng.integers(-9, 1, (n_tokens, n_in // 32 // shared)), shared, axis=1)
-    x = rng.integers(-MAX_INT15, MAX_INT15 + 1, (n_tokens, n_in // 32, 32))
-    x[:, :, rng.integers(32)] = rng.choice([-MAX_INT15, MAX_INT15], x.shape[:2])
+    rng, many = np.random.default_rng(n_tokens), n_tokens > GEMV_TOKENS
+    most, others = (MAX_INT16, LARGEST_SUM // GROUP - 1000) if many else (MAX_INT15, MAX_INT15)
+    shared, groups = 8 if many or BLOCKS[kind].order[0] & ONE_SCALE else 1, np.arange(n_in // 32)      # of 32, that have one scale
+    powers = rng.integers(-9, 1, (n_tokens, groups.size))[:, groups // shared]
+    x = rng.integers(-others, others + 1, (n_tokens, groups.size, 32))
+    x[:, ::shared, rng.integers(32)] = rng.choice([-most, most], x[:, ::shared, 0].shape)
     x = np.ldexp(x, powers[:, :, None]).astype(np.float32).reshape(n_tokens, n_in)
-    assert error(*products(random_weight(kind, 37, n_in), x)) < (2e-8 if amx.HERE and n_tokens > GEMV_TOKENS else 1e-12)
+    assert error(*products(random_weight(kind, 37, n_in), x)) < (2e-8 if amx.HERE and many else 1e-12)
 
 
 @pytest.mark.parametrize("kind, n_in", [(kind, max(64, TYPES[kind].size)) for kind in QUANTIZED])
@@ -135,8 +137,8 @@ def test_extremes_do_not_overflow(kind, n_tokens):
     """
     i = np.arange(512)
     signs = np.stack([np.ones(512), -np.ones(512), 1 - i % 2 * 2, 1 - i // 16 % 2 * 2, 1 - i // 2 % 2 * 2])
-    # int8x2 rounds equal weights alike
-    weight, bound = extreme_weight(kind), 1e-4 if amx.HERE and n_tokens > GEMV_TOKENS else 2e-6
+    # int8x2 rounds equal weights alike, and prompts equal activations: to 8191, as the sum of 64 decides
+    weight, bound = extreme_weight(kind), 1e-4 if n_tokens > GEMV_TOKENS else 2e-6
     for part in (np.resize(signs, (n_tokens, 512)), np.resize(signs[::-1], (n_tokens, 512))):
         found, expected = products(weight, (3 * part).astype(np.float32))
         for row, exact in zip(found.T, expected.T):
