@@ -63,12 +63,12 @@ def test_kernels_compile(capsys):
     """
     products = r"gemm_one_(?!q4_k|q6_k|q8_0|bf16|q2_k|iq1_m)"
     table = "".join(run_python("tools/cuda_ptx.py", "--cc", capability, "--only", names) for capability, names in (
-        ("80", r"gemm_(one_)?(q2_k|q4_k|q6_k)|choose_of_.*|add_norm_row|gemv_(q8_0|iq2_xs)|join_rows"),
+        ("80", r"gemm_(one_)?q2_k|choose_of_row|gemv_(q8_0|iq2_xs)|join_rows"),
         ("90", rf"{WGMMA}|f16_(\d+_q4_k|64_q8_0)|flash_.*|score_images_.*|attend_chosen.*|add_norm_row|gemv_tq1_0"),
         ("120", rf"(?!wgmma_|f16_|{products}).*")))
     with capsys.disabled():
         print(f"\n{table}")
-    assert table.count("gemm_q4_k") == table.count("gemm_one_q6_k") == table.count("choose_of_each") == 2
+    assert table.count("gemm_q2_k") == table.count("gemm_one_q2_k") == table.count("gemv_iq2_xs") == table.count("join_rows") == 2
     assert table.count("wgmma_") == 8 and len(re.findall("^f16_", table, re.M)) == 4
     assert table.count("score_images_of_1") == table.count("score_images_of_2") == 1
     lines = [line.split() for line in table.splitlines() if line.startswith("gemv_")]       # four blocks of 128 threads a multiprocessor
