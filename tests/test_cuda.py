@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, WGMMA, greedy, nmse
+from helpers import TINY, greedy, nmse
 from rewritten import each, fused_experts, rewrite, whole_kv_b, with_factors
 
 import pydsa
@@ -28,6 +28,8 @@ OPS = ["test_ops.py", "test_whole_tiles.py", "test_attention.py", "test_mha.py",
 # tests of the CPU backend or of the host, left out here
 OF_CPU = ("threads or exp_of or half or block_sizes or sampled or golden or ubatches or vectors_are_unpacked or any_ or counted or "
           "2_gib or prompts_take or left_out or packed_latent")
+# types whose kernels differ in little from another's of their family; PYDSA_TEST_DEVICE=ptx pytest tests/test_ops.py runs them, too
+ALIKE = "Q4_1 or Q5_1 or IQ4_NL or IQ2_XS or IQ2_S or IQ3_XXS or IQ1_M or TQ2_0"
 # What the simulator runs, at a hundredth of the speed: ops, with a type or two and the smallest shapes, and all types of blocks. All that
 # is left out of it runs as PTX.
 SIMULATED = ["test_ops.py", "test_attention.py", "test_mha.py", "test_quants.py::test_dequantize", "test_one_token.py",
@@ -62,13 +64,12 @@ def test_kernels_compile(capsys):
     """
     table = "".join(run_python("tools/cuda_ptx.py", "--cc", capability, "--only", names) for capability, names in (
         ("80", r"gemm_(one_)?q2_k|choose_of_row|gemv_(q8_0|iq2_xs)|join_rows"),
-        ("90", rf"{WGMMA}|f16_(\d+_q4_k|64_q8_0)|flash_(?!mma).*|score_images_.*|attend_chosen.*|add_norm_row|gemv_tq1_0"),
-        ("120", r"gemm_(one_)?(q2_k|nvfp4)|choose_of_.*|gemv_(q8_0|iq2_xs|iq3_s|tq1_0|scores_q8_0)|join_rows|add_norm_row|"
-                r"attend_one_i8_.*|attend_f.*|flash_mma_.*|prepare|route_tokens")))
+        ("90", r"wgmma_q4_k_64|f16_64_q8_0|flash_192_128|score_images_.*|attend_chosen.*|gemv_tq1_0"),
+        ("120", r"gemm_(one_)?q2_k|choose_of_row|gemv_(iq2_xs|iq3_s|scores_q8_0)|join_rows|add_norm_row|attend_one_i8_.*|flash_mma_.*")))
     with capsys.disabled():
         print(f"\n{table}")
     assert table.count("gemm_q2_k") == table.count("gemm_one_q2_k") == table.count("gemv_iq2_xs") == table.count("join_rows") == 2
-    assert table.count("wgmma_") == 8 and len(re.findall("^f16_", table, re.M)) == 4
+    assert table.count("wgmma_") == len(re.findall("^f16_", table, re.M)) == 1
     assert table.count("score_images_of_1") == table.count("score_images_of_2") == 1
     lines = [line.split() for line in table.splitlines() if line.startswith("gemv_")]       # four blocks of 128 threads a multiprocessor
     assert lines and all(int(line[3]) <= 128 and int(line[6]) <= 48 << 10 for line in lines)
@@ -109,7 +110,7 @@ def test_ops():
 
     They run as PTX, in exact precision, and some in the simulator, which is slow, in float16: see test_precision.py.
     """
-    for files, left_out, options in ((OPS, OF_CPU, {"device": "ptx", "precision": EXACT}),
+    for files, left_out, options in ((OPS, f"{OF_CPU} or {ALIKE}", {"device": "ptx", "precision": EXACT}),
                                      (SIMULATED, f"{OF_CPU} or {SLOW_SIMULATED}", {"simulated": True})):
         tests = [f"tests/{name}" for name in files]
         assert " passed" in run_python("-m", "pytest", "-q", "-x", *tests, "-k", f"not ({left_out})", **options)
