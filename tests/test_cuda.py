@@ -64,7 +64,7 @@ def test_kernels_compile(capsys):
     """
     table = "".join(run_python("tools/cuda_ptx.py", "--cc", capability, "--only", names) for capability, names in (
         ("80", r"gemm_(one_)?q2_k|choose_of_row|gemv_(q8_0|iq2_xs)|join_rows"),
-        ("90", r"wgmma_q4_k_64|f16_64_q8_0|flash_192_128|score_images_.*|attend_chosen.*|gemv_tq1_0"),
+        ("90", r"wgmma_q8_0_64|f16_64_q8_0|flash_192_128|score_images_.*|attend_chosen.*|gemv_tq1_0"),
         ("120", r"gemm_(one_)?q2_k|choose_of_row|gemv_(iq2_xs|iq3_s|scores_q8_0)|join_rows|add_norm_row|attend_one_i8_.*|flash_mma_.*")))
     with capsys.disabled():
         print(f"\n{table}")
