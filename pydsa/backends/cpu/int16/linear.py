@@ -25,10 +25,10 @@ BATCH_LINES = BATCH * INT16_TOKENS * SUPERBLOCK // 64       # cache lines of the
 def round_row(x, n, order, out, stride):
     """Round n floats to superblocks, `stride` bytes apart.
 
-    They are permuted as `order` says (blocks/block.py; 0: not permuted), which may also ask for one scale for all 256. n is a multiple of
-    32; the rest of a superblock is 0. A value that is not finite makes the scale not finite.
+    They are permuted as `order` says (blocks/block.py), which may also ask for one scale for all 256. n is a multiple of 32; the rest of a
+    superblock is 0. A value that is not finite makes the scale not finite.
     """
-    one_scale, max_abs = order != 0 and u8_at(order, 0) & ONE_SCALE != 0, np.float32(0)
+    one_scale, max_abs = u8_at(order, 0) & ONE_SCALE != 0, np.float32(0)
     for k in range(0, (n + 255) // 256 * 256, 32):
         superblock, j = out + k // 256 * stride, k // 32 % 8
         scale, first, second = np.float32(0), np.float32(0), np.float32(0)
@@ -41,20 +41,17 @@ def round_row(x, n, order, out, stride):
             scale = max_abs / np.float32(MAX_INT15)
             values = round_int16(a, b, np.float32(MAX_INT15) / max_abs if max_abs > np.float32(1e-30) else np.float32(0))
             first, second = sums_of_16(values)
-            if order:
-                if u8_at(order, 0) & NATURAL_ORDER:
-                    values = natural_order(values)
-                store(superblock, 16 * (u8_at(order, 4 * j) & 31), first_quarter(values))
-                store(superblock, 16 * (u8_at(order, 4 * j + 1) & 31), second_quarter(values))
-                store(superblock, 16 * (u8_at(order, 4 * j + 2) & 31), third_quarter(values))
-                store(superblock, 16 * (u8_at(order, 4 * j + 3) & 31), last_quarter(values))
-            else:
-                store(superblock, 64 * j, values)
+            if u8_at(order, 0) & NATURAL_ORDER:
+                values = natural_order(values)
+            store(superblock, 16 * (u8_at(order, 4 * j) & 31), first_quarter(values))
+            store(superblock, 16 * (u8_at(order, 4 * j + 1) & 31), second_quarter(values))
+            store(superblock, 16 * (u8_at(order, 4 * j + 2) & 31), third_quarter(values))
+            store(superblock, 16 * (u8_at(order, 4 * j + 3) & 31), last_quarter(values))
         store(superblock, SCALES + 4 * j, scale)
         store(superblock, MINS + 4 * j, scale * (first + second))
         store(superblock, MINS_16 + 8 * j, scale * first)
         store(superblock, MINS_16 + 8 * j + 4, scale * second)
-        if j == 7 and order and u8_at(order, 0) & IN_COLUMNS:
+        if j == 7 and u8_at(order, 0) & IN_COLUMNS:
             to_columns(superblock)
 
 
