@@ -18,7 +18,8 @@ from pydsa.backends.cuda.chosen_rows import ROTATED, VALUE
 from pydsa.backends.cuda.current import current
 from pydsa.backends.cuda.device import SIMULATED, device, float_bits, permuted
 from pydsa.backends.cuda.f16.panels import factors_for
-from pydsa.backends.cuda.half_rows import HEADS, IMAGE, LAST, PART, ROW_BYTES, WHOLE, are_aligned, facts_of, halved, halved_queries
+from pydsa.backends.cuda.half_rows import (HEADS, IMAGE, LAST, PART, ROW_BYTES, WHOLE, are_aligned, facts_of, halved, halved_queries,
+                                           of_both_groups)
 from pydsa.backends.cuda.hopper import (arrive, arrive_after_copies, copy_bulk, expect_bytes, fence_async, fence_mbarriers, init_mbarrier,
                                         make_wgmma_shared, make_wgmma_wait, wait_phase)
 from pydsa.backends.cuda.instructions import pack_halves, store_eight, store_sixteen
@@ -185,27 +186,11 @@ def greatest_of_head(sums, first):
 
 
 @device
-def of_both_groups(sums, base, row, group, c):
-    """The bits of the greatest |sum| of a lane's two heads, of all columns.
-
-    They pass through shared memory in place of biases, which nobody reads after the last tile's weights. row: the first head's in a block.
-    """
-    bits, bits_8 = greatest_of_head(sums, 0), greatest_of_head(sums, 2)
-    mine, theirs = base + U(BIAS_AT) + U(4) * (U(HEADS) * group + row), base + U(BIAS_AT) + U(4) * (U(HEADS) * (U(1) - group) + row)
-    if c == U(0):
-        store_word(mine, U(bits))
-        store_word(mine + U(32), U(bits_8))
-    cuda.syncthreads()
-    return max(bits, np.int32(float_bits(load_float(theirs)))), max(bits_8, np.int32(float_bits(load_float(theirs + U(32)))))
-
-
-@device
 def store_packed(out, scales, sums, first, h, n_head, token, group, c, bits, over):
     """Store a head's columns of a lane as part of a row of panels.py.
 
-    And the row's scale. Of each pair of columns and that of the lane beside this one goes the first to the even lane, the second to the
-    odd one. bits: of the
-    row's greatest |sum|. over: what sums are multiplied by. All lanes of a warp must call.
+    Its scale is stored, too. Of each pair of columns and that of the lane beside this one goes the first to the even lane, the second to
+    the odd one. bits: of the row's greatest |sum|. over: what sums are multiplied by. All lanes of a warp must call.
     """
     factor, scale = factors_for(bits)
     words, which = cuda.local.array(PAIRS, np.uint32), U(0x5410) if c & U(1) == U(0) else U(0x3276)
@@ -228,7 +213,8 @@ def _make_store(packs):
         total, total_8 = load_float(of_row + U(8 * HEADS)), load_float(of_row + U(8 * HEADS + 32))
         over, over_8 = unit / total if total != ZERO else ZERO, unit / total_8 if total_8 != ZERO else ZERO
         if packs:
-            bits, bits_8 = of_both_groups(sums, base, row, group, c)
+            # in place of biases, which nobody reads after the last tile's weights
+            bits, bits_8 = of_both_groups(base + U(BIAS_AT), group, row, greatest_of_head(sums, 0), greatest_of_head(sums, 2), c)
             store_packed(out, scales, sums, 0, h, n_head, token, group, c, bits, over)
             store_packed(out, scales, sums, 2, h + U(8), n_head, token, group, c, bits_8, over_8)
         else:

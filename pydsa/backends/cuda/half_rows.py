@@ -14,7 +14,7 @@ from pydsa.backends.cuda.current import kept_per_gpu
 from pydsa.backends.cuda.device import bits_float, device, float_bits
 from pydsa.backends.cuda.instructions import load_eight, load_four, load_sixteen, pack_halves, store_sixteen
 from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
-from pydsa.backends.cuda.shared_memory import folds
+from pydsa.backends.cuda.shared_memory import folds, load_float, store_word
 from pydsa.quants import CACHE_TYPES, INT8X2_MAX
 
 THREADS = 256
@@ -29,6 +29,21 @@ LAST, WHOLE, ROWS, FACTS = 0, 1, 2, 4   # facts of a token's choice
 NOT_FINITE = np.int32(0x7F800000)
 U, ZERO = np.uint32, np.float32(0)
 greatest_of_warp, _ = folds(32)
+
+
+@device
+def of_both_groups(at, group, row, bits, bits_8, c):
+    """The greater of what two groups of four warps know of rows `row` and + 8.
+
+    bits, bits_8: |numbers| as bits, the same in the four lanes of a row, of which c == 0 tells. at: HEADS words in shared memory for each
+    group. All threads of a block call it.
+    """
+    mine, theirs = at + U(4) * (U(HEADS) * group + row), at + U(4) * (U(HEADS) * (U(1) - group) + row)
+    if c == U(0):
+        store_word(mine, U(bits))
+        store_word(mine + U(32), U(bits_8))
+    cuda.syncthreads()
+    return max(bits, np.int32(float_bits(load_float(theirs)))), max(bits_8, np.int32(float_bits(load_float(theirs + U(32)))))
 
 
 @kernel("i4[:,::1], i4[:,:]", THREADS)

@@ -10,19 +10,19 @@ from numba import cuda
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.block_sums import abs_bits
 from pydsa.backends.cuda.chosen_rows import ROTATED, VALUE
-from pydsa.backends.cuda.device import bits_float, device, float_bits
+from pydsa.backends.cuda.device import bits_float, device
 from pydsa.backends.cuda.f16.panels import factors_for
 from pydsa.backends.cuda.flash.heads import turned
 from pydsa.backends.cuda.flash.images import inverse, weights_of
-from pydsa.backends.cuda.half_rows import HEADS, IMAGE, PART, load_piece, store_piece
+from pydsa.backends.cuda.half_rows import HEADS, IMAGE, PART, load_piece, of_both_groups, store_piece
 from pydsa.backends.cuda.hopper import (copy_bulk, expect_bytes, fence_async, fence_mbarriers, init_mbarrier, make_wgmma_shared,
                                         make_wgmma_wait, steps_of_rows, wait_phase)
 from pydsa.backends.cuda.instructions import pack_halves, store_sixteen
 from pydsa.backends.cuda.launch import blocks_for, kernel
-from pydsa.backends.cuda.shared_memory import folds, load_float, shared_address, store_float, store_four_words, store_word
+from pydsa.backends.cuda.shared_memory import folds, load_float, shared_address, store_float, store_four_words
 
 CAPABILITY = 9, 0
-TOKENS, THREADS = 64, 256       # tokens of a tile
+TOKENS, THREADS = HEADS, 256    # tokens of a tile, as many as an image of queries has heads
 BLOCKS = 264                    # at most, if heads are not more: one fits into each of 132 multiprocessors, and copies its weights first
 COLUMNS = VALUE // 2            # of a group of warps
 SUMS = COLUMNS // 2             # of a lane
@@ -106,20 +106,6 @@ def load_rotated(rotated, q, token, head, at, c):
     for i in range(OF_ROTATED):
         bits = max(bits, abs_bits(rotated[i]))
     return greatest_of_four(np.int32(bits))
-
-
-@device
-def of_both_groups(at, group, row, most, most_8, c):
-    """The bits of the greatest |number| of a lane's two rows, of all columns.
-
-    at: where those of the two groups of warps are in shared memory.
-    """
-    mine, theirs = at + U(4) * (U(TOKENS) * group + row), at + U(4) * (U(TOKENS) * (U(1) - group) + row)
-    if c == U(0):
-        store_word(mine, U(most))
-        store_word(mine + U(32), U(most_8))
-    cuda.syncthreads()
-    return max(most, np.int32(float_bits(load_float(theirs)))), max(most_8, np.int32(float_bits(load_float(theirs + U(32)))))
 
 
 @device
