@@ -8,13 +8,13 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.block_sums import abs_bits
-from pydsa.backends.cuda.chosen_rows import SLICES, WIDTH, Shape, Tile, make_attend, make_store_sums
+from pydsa.backends.cuda.chosen_rows import SLICES, WIDTH, Shape, Tile, make_attend, make_store_sums, make_weigh
 from pydsa.backends.cuda.device import SIMULATED, bits_float, device, float_bits, load_four_f32, mma_f16, of_half, to_half
 from pydsa.backends.cuda.instructions import instruction
 from pydsa.backends.cuda.shared_memory import (copy_sixteen, folds, load_float, load_four_floats, load_fragments, load_transposed,
-                                               power_of_two, store_float, store_floats, store_words)
+                                               store_float, store_floats, store_words)
 
-U, ZERO, ONE, MINUS_INFINITY = np.uint32, np.float32(0), np.float32(1), np.float32(-np.inf)
+U, ZERO, ONE = np.uint32, np.float32(0), np.float32(1)
 GREATEST = np.float32(1 << 14)      # of a weight, so that what the first part leaves is no subnormal float16
 mma_bf16 = instruction("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
                        "ffff", "rrrrrrffff")
@@ -138,7 +138,7 @@ def _make_softmax(storage, shape):
     q_pitch, score_pitch, weight_pitch = shape.q_pitch, shape.score_pitch, shape.weight_pitch
     at_queries, at_scores, at_weights, at_bias = shape.queries, shape.scores, shape.weights, shape.bias
     at_factors, heads, lanes, pairs = shape.factors, shape.heads, shape.lanes, TYPES[storage][0]
-    greatest, total = folds(lanes)
+    weigh = make_weigh(lanes)
 
     @device
     def softmax(base, tile, scale, top, weight, thread):
@@ -151,11 +151,7 @@ def _make_softmax(storage, shape):
         a, b, c, d = load_four_floats(tile + U(at_bias) + U(16) * i)
         f = scale * load_float(base + U(at_queries + 4 * WIDTH) + head * U(q_pitch))
         s0, s1, s2, s3 = s0 * f + a, s1 * f + b, s2 * f + c, s3 * f + d
-        before, top = top, max(top, greatest(max(max(s0, s1), max(s2, s3))))
-        least = top if top > MINUS_INFINITY else ZERO
-        again = power_of_two(before - least)
-        s0, s1, s2, s3 = power_of_two(s0 - least), power_of_two(s1 - least), power_of_two(s2 - least), power_of_two(s3 - least)
-        weight = weight * again + total((s0 + s1) + (s2 + s3))
+        s0, s1, s2, s3, again, top, weight = weigh(s0, s1, s2, s3, top, weight)
         a, b, c, d = pairs(s0 * GREATEST, s1 * GREATEST, s2 * GREATEST, s3 * GREATEST)
         at = base + U(at_weights) + head * U(weight_pitch) + U(8) * i
         store_words(at, a, b)

@@ -7,13 +7,13 @@ in shared memory as they are, and are split in registers. Each warp has all head
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.chosen_rows import WIDTH, Shape, Tile, make_attend, make_store_sums
+from pydsa.backends.cuda.chosen_rows import WIDTH, Shape, Tile, make_attend, make_store_sums, make_weigh
 from pydsa.backends.cuda.device import SIMULATED, bits_float, device, float_bits
 from pydsa.backends.cuda.instructions import commit_copies, instruction
-from pydsa.backends.cuda.shared_memory import (anew, copy_sixteen, folds, load_float, load_floats, load_four_floats, load_fragments,
-                                               power_of_two, store_float, store_floats, store_four_words)
+from pydsa.backends.cuda.shared_memory import (anew, copy_sixteen, load_float, load_floats, load_four_floats, load_fragments, store_float,
+                                               store_floats, store_four_words)
 
-U, ZERO, ONE, MINUS_INFINITY = np.uint32, np.float32(0), np.float32(1), np.float32(-np.inf)
+U, ZERO, ONE = np.uint32, np.float32(0), np.float32(1)
 FIRST, HALF = U(0xFFFFE000), U(0x1000)      # the bits of a tf32; half of the last one
 ROW = 4 * WIDTH                             # bytes
 mma_tf32 = instruction("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
@@ -105,7 +105,7 @@ def _make_softmax(shape):
     score_pitch, weight_pitch, slices, at_scores, at_weights = (shape.score_pitch, shape.weight_pitch, shape.slices, shape.scores,
                                                                 shape.weights)
     at_factors, heads, lanes, at_bias, weighing = shape.factors, shape.heads, shape.lanes, shape.bias, shape.weighing
-    greatest, total = folds(lanes)
+    weigh = make_weigh(lanes)
 
     @device
     def softmax(base, tile, scale, top, weight, thread):
@@ -121,11 +121,7 @@ def _make_softmax(shape):
             s0, s1, s2, s3 = s0 + a, s1 + b, s2 + c, s3 + d
         a, b, c, d = load_four_floats(tile + U(at_bias) + U(16) * i)
         s0, s1, s2, s3 = s0 * scale + a, s1 * scale + b, s2 * scale + c, s3 * scale + d
-        before, top = top, max(top, greatest(max(max(s0, s1), max(s2, s3))))
-        least = top if top > MINUS_INFINITY else ZERO
-        again = power_of_two(before - least)
-        s0, s1, s2, s3 = power_of_two(s0 - least), power_of_two(s1 - least), power_of_two(s2 - least), power_of_two(s3 - least)
-        weight = weight * again + total((s0 + s1) + (s2 + s3))
+        s0, s1, s2, s3, again, top, weight = weigh(s0, s1, s2, s3, top, weight)
         split(words, low, 0, float_bits(s0), float_bits(s1), float_bits(s2), float_bits(s3))
         at = base + U(at_weights) + head * U(weight_pitch) + U(16) * i
         if thread < U(weighing):

@@ -8,16 +8,16 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.block_sums import abs_bits
-from pydsa.backends.cuda.chosen_rows import ROTATED, SLICES, VALUE, WIDTH, Shape, Tile, make_attend
+from pydsa.backends.cuda.chosen_rows import ROTATED, SLICES, VALUE, WIDTH, Shape, Tile, make_attend, make_weigh
 from pydsa.backends.cuda.device import (SIMULATED, bits_float, device, load_four_f32, mma_s8, nearest, pack_int8x2, permuted,
                                         store_four_f32)
-from pydsa.backends.cuda.shared_memory import (copy_eight, folds, load_float, load_floats, load_fragments, load_transposed, nearest_integer,
-                                               power_of_two, store_floats, store_word)
+from pydsa.backends.cuda.shared_memory import (copy_eight, folds, load_float, load_floats, load_fragments, load_transposed,
+                                               nearest_integer, store_floats, store_word)
 from pydsa.quants import INT8X2_MAX
 
 
 U = np.uint32
-ZERO, MINUS_INFINITY, INFINITY, LARGEST = np.float32(0), np.float32(-np.inf), np.float32(np.inf), np.float32(INT8X2_MAX)
+ZERO, INFINITY, LARGEST = np.float32(0), np.float32(np.inf), np.float32(INT8X2_MAX)
 
 
 class PlanesShape(Shape):
@@ -159,7 +159,7 @@ def _make_softmax(shape):
     planes, pitch, score_pitch, weight_pitch = shape.planes, shape.pitch, shape.score_pitch, shape.weight_pitch
     at_scores, at_weights, at_bias, at_factors = shape.scores, shape.weights, shape.bias, shape.factors
     lanes, unit, heads = shape.lanes, np.float32(256 ** (planes - 1)), shape.heads
-    greatest, total = folds(lanes)
+    greatest, weigh = folds(lanes)[0], make_weigh(lanes)
 
     @device
     def usable(x):
@@ -184,11 +184,7 @@ def _make_softmax(shape):
         a, b = load_floats(tile + U(at_bias) + U(4) * key)
         c, d = load_floats(tile + U(at_bias) + U(4) * key + U(32))
         s0, s1, s2, s3 = s0 * scale + a, s1 * scale + b, s2 * scale + c, s3 * scale + d
-        before, top = top, max(top, greatest(max(max(s0, s1), max(s2, s3))))
-        least = top if top > MINUS_INFINITY else ZERO
-        again = power_of_two(before - least)
-        s0, s1, s2, s3 = power_of_two(s0 - least), power_of_two(s1 - least), power_of_two(s2 - least), power_of_two(s3 - least)
-        weight = weight * again + total((s0 + s1) + (s2 + s3))
+        s0, s1, s2, s3, again, top, weight = weigh(s0, s1, s2, s3, top, weight)
         at = tile + key * U(pitch) + U(planes * WIDTH)
         a, b = usable(load_float(at)), usable(load_float(at + U(pitch)))
         c, d = usable(load_float(at + U(8 * pitch))), usable(load_float(at + U(9 * pitch)))

@@ -21,7 +21,7 @@ from pydsa.backends.cuda.device import device, float_bits
 from pydsa.backends.cuda.instructions import all_copies, commit_copies, copies_left, store_eight
 from pydsa.backends.cuda.launch import kernel
 from pydsa.backends.cuda.modes import key_and_bias, split_of_keys
-from pydsa.backends.cuda.shared_memory import anew, shared_address, store_float
+from pydsa.backends.cuda.shared_memory import anew, folds, power_of_two, shared_address, store_float
 
 VALUE, ROTATED = 512, 64        # numbers of a row's two parts
 WIDTH = VALUE + ROTATED
@@ -64,6 +64,27 @@ class Shape:
         self.weights = self.scores + self.slices * self.heads * self.score_pitch
         self.factors = self.weights + 2 * self.heads * self.weight_pitch        # two of each head: see attend()
         self.size = self.factors + 8 * self.heads
+
+
+def make_weigh(lanes):
+    """The function that makes weights of scores, with a running softmax.
+
+    lanes: threads that share a head, each with four of a tile's keys.
+    """
+    greatest, total = folds(lanes)
+
+    @device
+    def weigh(s0, s1, s2, s3, top, weight):
+        """Four weights of a head; what older sums shrink by; top, weight with them.
+
+        top, weight: the greatest score so far, and the sum of weights.
+        """
+        before, top = top, max(top, greatest(max(max(s0, s1), max(s2, s3))))
+        least = top if top > MINUS_INFINITY else ZERO
+        again = power_of_two(before - least)
+        s0, s1, s2, s3 = power_of_two(s0 - least), power_of_two(s1 - least), power_of_two(s2 - least), power_of_two(s3 - least)
+        return s0, s1, s2, s3, again, top, weight * again + total((s0 + s1) + (s2 + s3))
+    return weigh
 
 
 def make_ask(shape, copy, unit):
