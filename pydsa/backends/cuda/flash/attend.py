@@ -8,7 +8,7 @@ from numba import cuda
 
 from pydsa.backends.cuda.device import device
 from pydsa.backends.cuda.flash.heads import BY_ROWS, CAPABILITY
-from pydsa.backends.cuda.flash.queries import QUERIES, WARPS, Shape, U, hide, make_flash, make_weigh
+from pydsa.backends.cuda.flash.queries import QUERIES, WARPS, Shape, U, make_flash, make_weigh_tile
 from pydsa.backends.cuda.hopper import (arrive, copy_bulk, expect_bytes, fence_async, fence_mbarriers, init_mbarrier, make_wgmma,
                                         make_wgmma_shared, make_wgmma_wait, steps_of_rows, wait_phase)
 from pydsa.backends.cuda.shared_memory import shared_address
@@ -35,9 +35,9 @@ def _make_copy_tile(shape):
 
 
 def _make_walk(shape):
-    keys_of_tile, n_words, n_scores, n_sums = 1 << shape.key_bits, (1 << shape.key_bits) // 4, (1 << shape.key_bits) // 2, shape.n_v // 2
+    keys_of_tile, n_words, n_scores = 1 << shape.key_bits, (1 << shape.key_bits) // 4, (1 << shape.key_bits) // 2
     steps, image, key_image = 4 * shape.n_images, 128 * QUERIES, 128 << shape.key_bits
-    weigh, copy_tile, (bars, empty) = make_weigh(n_scores), _make_copy_tile(shape), (shape.end, shape.end + 16)
+    weigh_tile, copy_tile, (bars, empty) = make_weigh_tile(shape), _make_copy_tile(shape), (shape.end, shape.end + 16)
     at_tiles, stage_bytes, at_values, key_bits = shape.at_tiles, shape.stage_bytes, shape.n_images * key_image, shape.key_bits
     new_scores = make_wgmma_shared(keys_of_tile, steps_of_rows(steps, image), steps_of_rows(steps, key_image), anew=True)
     wait_scores = make_wgmma_wait(keys_of_tile, 0)
@@ -64,15 +64,8 @@ def _make_walk(shape):
                 wait_phase(shared, empty + 8 * (stage ^ 1), U(tile - 1 >> 1 & 1))
                 copy_tile(shared, stage ^ 1, keys, rotated, values, of_head, tile + 1)
             wait_scores(s, s)
-            if before + (tile + 1 << key_bits) > least + 1:
-                key = before + (tile << key_bits) + 2 * (thread & 3)
-                hide(s, 0, np.int32(last - key))
-                hide(s, 1, np.int32(last_8 - key))
-            top, total, shrink = weigh(s, p, 0, top, total, factor)
-            top_8, total_8, shrink_8 = weigh(s, p, 1, top_8, total_8, factor_8)
-            for i in range(0, n_sums, 4):
-                acc[i], acc[i + 1] = acc[i] * shrink, acc[i + 1] * shrink
-                acc[i + 2], acc[i + 3] = acc[i + 2] * shrink_8, acc[i + 3] * shrink_8
+            top, top_8, total, total_8 = weigh_tile(s, p, acc, top, top_8, total, total_8, factor, factor_8, before + (tile << key_bits),
+                                                    least, last, last_8, thread)
             add_values(acc, p, BY_ROWS | np.uint64((here + U(at_values)) >> U(4)))
             wait_values(acc, p)
             if thread & 31 == 0:

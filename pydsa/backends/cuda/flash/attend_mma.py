@@ -8,7 +8,7 @@ from numba import cuda
 
 from pydsa.backends.cuda.device import device
 from pydsa.backends.cuda.flash.heads_mma import add_pair, of_columns, of_rows
-from pydsa.backends.cuda.flash.queries import QUERIES, THREADS, ZERO, Shape, U, hide, make_flash, make_weigh
+from pydsa.backends.cuda.flash.queries import QUERIES, THREADS, ZERO, Shape, U, make_flash, make_weigh_tile
 from pydsa.backends.cuda.instructions import all_copies, commit_copies
 from pydsa.backends.cuda.shared_memory import copy_sixteen, load_fragments, load_transposed, shared_address
 from pydsa.backends.devices import FLASH_WIDTHS
@@ -85,8 +85,8 @@ def _make_add_values(shape):
 
 
 def _make_walk(shape):
-    n_words, n_scores, n_sums, key_bits = (1 << shape.key_bits) // 4, (1 << shape.key_bits) // 2, shape.n_v // 2, shape.key_bits
-    weigh, scores, add_values = make_weigh(n_scores), _make_scores(shape), _make_add_values(shape)
+    n_words, n_scores, key_bits = (1 << shape.key_bits) // 4, (1 << shape.key_bits) // 2, shape.key_bits
+    weigh_tile, scores, add_values = make_weigh_tile(shape), _make_scores(shape), _make_add_values(shape)
     copy_keys, copy_values = _make_copies(shape)
     at_keys, at_values = shape.at_tiles, shape.at_tiles + (128 << key_bits) * shape.n_images
 
@@ -110,15 +110,8 @@ def _make_walk(shape):
             cuda.syncthreads()      # values are there, and keys are no longer read
             if tile + 1 < n:
                 copy_keys(place + U(at_keys), keys, rotated, of_head, tile + 1, thread)
-            if before + (tile + 1 << key_bits) > least + 1:
-                key = before + (tile << key_bits) + 2 * (thread & 3)
-                hide(s, 0, np.int32(last - key))
-                hide(s, 1, np.int32(last_8 - key))
-            top, total, shrink = weigh(s, p, 0, top, total, factor)
-            top_8, total_8, shrink_8 = weigh(s, p, 1, top_8, total_8, factor_8)
-            for i in range(0, n_sums, 4):
-                acc[i], acc[i + 1] = acc[i] * shrink, acc[i + 1] * shrink
-                acc[i + 2], acc[i + 3] = acc[i + 2] * shrink_8, acc[i + 3] * shrink_8
+            top, top_8, total, total_8 = weigh_tile(s, p, acc, top, top_8, total, total_8, factor, factor_8, before + (tile << key_bits),
+                                                    least, last, last_8, thread)
             add_values(acc, p, my_values)
         return top, top_8, total, total_8
     return walk

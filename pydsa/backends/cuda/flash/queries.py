@@ -138,7 +138,7 @@ def hide(s, row, last):
                 s[4 * i + 2 * row + e] = NONE
 
 
-def make_weigh(n_sums):
+def _make_weigh(n_sums):
     @device
     def weigh(s, p, row, top, total, factor):
         """Scores of a query become weights: words of float16 in p.
@@ -158,6 +158,30 @@ def make_weigh(n_sums):
             p[2 * i + row] = pack_halves(b, a)
         return best, total * shrink + added, shrink
     return weigh
+
+
+def make_weigh_tile(shape):
+    """The function that makes weights of a tile's scores, for walks."""
+    n_keys, n_sums, weigh = 1 << shape.key_bits, shape.n_v // 2, _make_weigh((1 << shape.key_bits) // 2)
+
+    @device
+    def weigh_tile(s, p, acc, top, top_8, total, total_8, factor, factor_8, key, least, last, last_8, thread):
+        """Scores of a lane's two queries become weights in p; sums in acc shrink.
+
+        key: the tile's first. least: of the block's queries' positions; last, last_8: positions of the lane's. Returns the greatest scores,
+        and the lane's sums of weights.
+        """
+        if key + n_keys > least + 1:
+            first = key + 2 * (thread & 3)
+            hide(s, 0, np.int32(last - first))
+            hide(s, 1, np.int32(last_8 - first))
+        top, total, shrink = weigh(s, p, 0, top, total, factor)
+        top_8, total_8, shrink_8 = weigh(s, p, 1, top_8, total_8, factor_8)
+        for i in range(0, n_sums, 4):
+            acc[i], acc[i + 1] = acc[i] * shrink, acc[i + 1] * shrink
+            acc[i + 2], acc[i + 3] = acc[i + 2] * shrink_8, acc[i + 3] * shrink_8
+        return top, top_8, total, total_8
+    return weigh_tile
 
 
 @device
