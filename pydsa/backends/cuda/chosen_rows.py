@@ -75,9 +75,9 @@ def make_weigh(lanes):
 
     @device
     def weigh(s0, s1, s2, s3, top, weight):
-        """Four weights of a head; what older sums shrink by; top, weight with them.
+        """Four weights of a head, and what the running softmax keeps.
 
-        top, weight: the greatest score so far, and the sum of weights.
+        top, weight: the greatest score so far, and the sum of weights. Behind the weights come what older sums shrink by, top and weight.
         """
         before, top = top, max(top, greatest(max(max(s0, s1), max(s2, s3))))
         least = top if top > MINUS_INFINITY else ZERO
