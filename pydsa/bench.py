@@ -16,6 +16,7 @@ import numpy as np
 from pydsa.costs import StepSize, node_cost, step_cost, total
 from pydsa.errors import PydsaError
 from pydsa.gguf_file import Tensor
+from pydsa.hooks import Hook
 from pydsa.options import EXACT
 from pydsa.quants import TYPES
 from pydsa.sampling import Sampling
@@ -283,22 +284,36 @@ def _devices_of_nodes(model, n_tokens):
     return {id(node): segment.device for layout in layouts.values() for segment in layout.segments for _, node in segment.nodes}
 
 
+class _Ran(Hook):
+    """The nodes that run, and the number of experts that each chooses."""
+    all_rows = False
+
+    def __init__(self):
+        self.nodes, self.experts = [], {}
+
+    def wants(self, node):
+        return True
+
+    def after(self, call):
+        self.nodes.append(call.node)
+        if call.node.op == "moe_route":
+            self.experts[call.node.args[0]] = np.unique(call.read(0)).size
+
+
 def _op_costs(model, session, ids):
     """{(op, device): Cost} of one step, and those with quantized weights.
 
     The step is run, to count the experts that its tokens choose.
     """
-    nodes, experts = [], {}
-
-    def observe(node, arrays):
-        nodes.append(node)
-        if node.op == "moe_route":
-            experts[node.args[0]] = np.unique(arrays[0]).size
-
-    step = StepSize(len(ids), session.n_past, model.setup.cache_row_bytes, experts)
-    session.prefill(ids, observe=observe)
+    ran, before = _Ran(), session.hooks
+    step = StepSize(len(ids), session.n_past, model.setup.cache_row_bytes, ran.experts)
+    session.hooks = *before, ran
+    try:
+        session.prefill(ids)
+    finally:
+        session.hooks = before
     costs, quantized, devices = {}, set(), _devices_of_nodes(model, len(ids))
-    for node in nodes:
+    for node in ran.nodes:
         key = node.op, devices[id(node)]
         costs.setdefault(key, []).append(node_cost(node, step))
         if any(isinstance(a, Tensor) and TYPES[a.type].quantized for a in node.args):

@@ -44,6 +44,11 @@ class StepSize(NamedTuple):
         """The number of rows of a graph's Value."""
         return self.n_tokens if value.rows == "tokens" else self.n_outputs
 
+    def of(self, value):
+        """The part of this step that computes the rows of a Value, the last ones."""
+        n = self.rows(value)
+        return self._replace(n_tokens=n, n_past=self.n_kv - n)
+
     def pairs(self, most):
         """The number of pairs of a token and a key it attends to.
 
@@ -103,12 +108,12 @@ def _experts(s, ids, w):
     """
     n_expert, used = w.shape[0], ids.tail[0]
     return Cost(weights=s.experts.get(ids, used) * (w.data.nbytes // n_expert),
-                operations=2 * s.n_tokens * used * math.prod(w.shape[1:]))
+                operations=2 * s.rows(ids) * used * math.prod(w.shape[1:]))
 
 
 def indexer_scores(s, out, q, w, keys, positions, scale):       # a dot product for each head and key, and their weighted sum
     n_head, width = q.tail
-    return Cost(cache=s.n_kv * s.row_bytes[keys], operations=2 * s.pairs(s.n_kv) * n_head * (width + 1))
+    return Cost(cache=s.n_kv * s.row_bytes[keys], operations=2 * s.of(q).pairs(s.n_kv) * n_head * (width + 1))
 
 
 def indexer_select(s, out, q, w, keys, positions, scale):
@@ -143,7 +148,7 @@ def _attention(s, out, q, latents, most):
     At least that many rows are read, as all tokens may choose the same keys.
     """
     n_head, width = q.tail
-    return Cost(cache=min(most, s.n_kv) * s.row_bytes[latents], operations=2 * s.pairs(most) * n_head * (width + out.tail[-1]))
+    return Cost(cache=min(most, s.n_kv) * s.row_bytes[latents], operations=2 * s.of(q).pairs(most) * n_head * (width + out.tail[-1]))
 
 
 def _moves(s, *args):

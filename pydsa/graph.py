@@ -98,7 +98,13 @@ class Graph:
 
         The ops that follow compute only these rows.
         """
+        if x.rows == "outputs":
+            return x
         return Value(x.name, x.tail, x.dtype, "outputs", x, lambda a, n: a[len(a) - n:])
+
+    def _positions_of(self, x):
+        """The positions of the rows of a value."""
+        return self.positions if x.rows == "tokens" else self.last_rows(self.positions)
 
     def hidden(self, name, width):
         """The rows that the stage before gives, in place of ids, as a value."""
@@ -112,7 +118,7 @@ class Graph:
         return self._node("rms_norm", into or self.value(name, *x.tail, like=x), x, w, eps)
 
     def layer_norm(self, name, x, w, b, eps):
-        return self._node("layer_norm", self.value(name, *x.tail), x, w, b, eps)
+        return self._node("layer_norm", self.value(name, *x.tail, like=x), x, w, b, eps)
 
     def linear(self, name, w, x):
         assert w.shape[1:] == x.tail, (name, w.shape, x.tail)
@@ -120,7 +126,7 @@ class Graph:
 
     def head_linear(self, name, w, x, into=None):
         assert (w.shape[0], w.shape[2]) == x.tail, (name, w.shape, x.tail)
-        return self._node("head_linear", into or self.value(name, *w.shape[:2]), w, x)
+        return self._node("head_linear", into or self.value(name, *w.shape[:2], like=x), w, x)
 
     def rope_table(self, name, freqs, magnitude):
         return self._node("rope_table", self.value(name, 2, freqs.size), self.positions, freqs, magnitude)
@@ -137,25 +143,25 @@ class Graph:
         self.nodes.append(Node("cache_write", x.name, (cache, x, self.positions), 0))
 
     def indexer_scores(self, name, q, w, keys, scale):
-        return self._node("indexer_scores", self.value(name, self.n_ctx), q, w, keys, self.positions, scale)
+        return self._node("indexer_scores", self.value(name, self.n_ctx, like=q), q, w, keys, self._positions_of(q), scale)
 
     def top_k(self, name, scores, k):
-        return self._node("top_k", self.value(name, k, dtype="int32"), scores)
+        return self._node("top_k", self.value(name, k, dtype="int32", like=scores), scores)
 
     def indexer_select(self, name, q, w, keys, k, scale):
-        return self._node("indexer_select", self.value(name, k, dtype="int32"), q, w, keys, self.positions, scale)
+        return self._node("indexer_select", self.value(name, k, dtype="int32", like=q), q, w, keys, self._positions_of(q), scale)
 
     def scatter_mask(self, name, indices):
-        return self._node("scatter_mask", self.value(name, self.n_ctx), indices, self.positions)
+        return self._node("scatter_mask", self.value(name, self.n_ctx, like=indices), indices, self._positions_of(indices))
 
     def dense_attention(self, name, q, latents, n_v, scale):
-        return self._node("dense_attention", self.value(name, q.tail[0], n_v), q, latents, self.positions, scale)
+        return self._node("dense_attention", self.value(name, q.tail[0], n_v, like=q), q, latents, self._positions_of(q), scale)
 
     def masked_attention(self, name, q, latents, mask, n_v, scale):
-        return self._node("masked_attention", self.value(name, q.tail[0], n_v), q, latents, mask, self.positions, scale)
+        return self._node("masked_attention", self.value(name, q.tail[0], n_v, like=q), q, latents, mask, self._positions_of(q), scale)
 
     def sparse_attention(self, name, q, latents, indices, n_v, scale):
-        return self._node("sparse_attention", self.value(name, q.tail[0], n_v), q, latents, indices, scale)
+        return self._node("sparse_attention", self.value(name, q.tail[0], n_v, like=q), q, latents, indices, scale)
 
     def mha_attention(self, name, q, latents, k_b, v_b, scale):
         assert k_b.shape[:1] == v_b.shape[:1] == q.tail[:1] and k_b.shape[1] == v_b.shape[2], (name, k_b.shape, v_b.shape, q.tail)
@@ -166,25 +172,25 @@ class Graph:
         return self._node("mha_sparse_attention", self.value(name, *v_b.shape[:2]), q, latents, indices, k_b, v_b, self.positions, scale)
 
     def moe_route(self, names, logits, n_used, bias, *rule):
-        ids, weights = self.value(names[0], n_used, dtype="int32"), self.value(names[1], n_used)
+        ids, weights = self.value(names[0], n_used, dtype="int32", like=logits), self.value(names[1], n_used, like=logits)
         self.nodes.append(Node("moe_route", names[1], (ids, weights, logits, bias, *rule), 2))
         return ids, weights
 
     def moe_gate_up(self, name, x, ids, gate, up):
-        return self._node("moe_gate_up", self.value(name, *ids.tail, gate.shape[1]), x, ids, gate, up)
+        return self._node("moe_gate_up", self.value(name, *ids.tail, gate.shape[1], like=ids), x, ids, gate, up)
 
     def moe_linear(self, name, x, ids, w):
-        return self._node("moe_linear", self.value(name, *ids.tail, w.shape[1]), x, ids, w)
+        return self._node("moe_linear", self.value(name, *ids.tail, w.shape[1], like=ids), x, ids, w)
 
     def expert_scale(self, x, ids, factors):
         """Multiply x in place."""
         return self._node("expert_scale", x, x, ids, factors)
 
     def moe_down(self, name, hidden, ids, weights, down):
-        return self._node("moe_down", self.value(name, down.shape[1]), hidden, ids, weights, down)
+        return self._node("moe_down", self.value(name, down.shape[1], like=ids), hidden, ids, weights, down)
 
     def silu_mul(self, name, gate, up):
-        return self._node("silu_mul", self.value(name, *gate.tail), gate, up)
+        return self._node("silu_mul", self.value(name, *gate.tail, like=gate), gate, up)
 
     def scale(self, x, factor):
         """Multiply x in place."""
@@ -193,7 +199,7 @@ class Graph:
         return x
 
     def add(self, name, x, y):
-        return self._node("add", self.value(name, *x.tail), x, y)
+        return self._node("add", self.value(name, *x.tail, like=x), x, y)
 
 
 class _OneRow(dict):

@@ -37,9 +37,10 @@ class Hook:
     """What is done at the ops of a step that wants(node) chooses.
 
     late: whether after() may wait for the end of the step. Steps of one token then run without a stop; the values that the chosen ops write
-    have memory of their own until the end.
+    have memory of their own until the end. all_rows: whether it needs the last layer's values of all tokens, where else those are computed
+    alone whose logits are wanted.
     """
-    late = False
+    late, all_rows = False, True
 
     def wants(self, node):
         """Whether before() and after() are called for the op of a graph.Node."""

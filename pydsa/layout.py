@@ -49,7 +49,8 @@ class Layout(NamedTuple):
         return sum(self.ends.values())
 
 
-def _row_bytes(value, float_size):
+def row_bytes(value, float_size):
+    """Bytes of a row of a Value, with floats of float_size bytes."""
     return int(np.prod(value.tail, dtype=np.int64)) * {"float": float_size, "int32": 4, "int64": 8}[value.dtype]
 
 
@@ -84,7 +85,7 @@ def _places(graph, segments, max_tokens, float_size, apart):
     offsets, live, sizes = {}, [], {}        # live: (offset, end, dies)
     for value in sorted(born, key=born.get):
         live = [space for space in live if space[2] + apart >= born[value]]
-        size = sizes[value] = -(-max_tokens * _row_bytes(value, float_size) // ALIGN) * ALIGN
+        size = sizes[value] = -(-max_tokens * row_bytes(value, float_size) // ALIGN) * ALIGN
         offset = 0
         for start, end, _ in sorted(live):
             if start - offset >= size:

@@ -3,6 +3,8 @@ from typing import NamedTuple
 
 from pydsa.backends.devices import device_of
 from pydsa.gguf_file import Tensor
+from pydsa.graph import Value
+from pydsa.layout import row_bytes
 from pydsa.options import FLOAT16
 
 
@@ -58,11 +60,12 @@ def _on_device(setup, name):
     mapped, copied = device.weights(tensors)
     caches = sum(n for ref, n in setup.cache_row_bytes.items() if setup.placement.of_cache(ref) == name)
     ops = {node.op for node in nodes}
-    outputs = {node.args[0].name: node.args[0].tail[-1] for node in nodes if node.for_outputs}
+    outputs = {a.root.name: row_bytes(a.root, device.float_size) for node in nodes for a in node.args
+               if isinstance(a, Value) and a.root.rows == "outputs"}
     scored = min(device.scored_together(setup.n_ctx), setup.n_ubatch) * device.float_size * setup.n_ctx
     return Memory(
         mapped if setup.mmap else 0, copied if setup.mmap else mapped + copied, setup.n_ctx * caches,
-        max(layout.ends.get(name, 0) for layout in _layouts(setup)) + device.float_size * sum(outputs.values()),
+        max(layout.ends.get(name, 0) for layout in _layouts(setup)) + sum(outputs.values()),
         device.scratch(nodes, setup.n_ubatch), sum(setup.streaming.slots.get(name, {}).values()),
         scored if "indexer_select" in ops else 0,
         _latents(setup, device, nodes, ops))

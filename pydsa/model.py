@@ -237,6 +237,7 @@ def compile_for(runner, setup, backend, progress=None):
         for name in setup.schedule.variants:
             for n in {2} if VARIANTS[name].plain else {1, min(2, setup.n_ubatch)}:
                 calls += runner.bind(name, caches, n, n, streams=False).calls_of(backend)
+            calls += runner.bind(name, caches, min(2, setup.n_ubatch), 1, streams=False).calls_of(backend)
             if name in setup.streaming.layouts:
                 calls += runner.bind(name, caches, min(2, setup.n_ubatch), 1, streams=True).calls_of(backend)
         return calls
@@ -251,7 +252,8 @@ def reserve_for(runner, setup, backend):
     caches = runner.make_caches(setup, setup.n_ctx)
     for name in setup.schedule.variants:
         for n in sorted({setup.n_ubatch, *(min(n, setup.n_ubatch) for n in backend.FEW)}, reverse=True):
-            backend.reserve(runner.bind(name, caches, n, 1).calls_of(backend))
+            for all_rows in True, False:
+                backend.reserve(runner.bind(name, caches, n, 1, all_rows=all_rows).calls_of(backend))
 
 
 def _mapped(setup):

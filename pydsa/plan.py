@@ -15,6 +15,7 @@ from pydsa.errors import LESS, DamagedWeightsError, OutOfMemoryError
 from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef, Value
 from pydsa.hooks import Stops
+from pydsa.schedule import ends_early, ending_early
 from pydsa.segments import Chain, Part, Segment, crossings, in_turn, settled_before
 from pydsa.streaming import NEVER, deliveries, role
 from pydsa.turns import one_step
@@ -181,15 +182,16 @@ class Runner:
         """
         return session_parts.opened(path, identity, caches, [session_parts.Keeper(caches)], n_vocab, n_ctx)
 
-    def bind(self, variant, caches, n_tokens, n_outputs, again=False, late=(), streams=None):
+    def bind(self, variant, caches, n_tokens, n_outputs, again=False, late=(), streams=None, all_rows=False):
         """The Bound of a step of n_tokens tokens, n_outputs of them with logits.
 
         Its calls are [(node, function, args)], where every argument is an array of the backend or a number. again: the step repeats. late:
         hooks (hooks.Hook) that read values at the end of the step. streams: whether weights are copied for the step; None: as it pays.
+        all_rows: whether all of the last layer is computed, also where logits of few tokens are wanted.
         """
-        return self.bind_together(variant, [(caches, n_tokens)], n_outputs, again, late, streams)
+        return self.bind_together(variant, [(caches, n_tokens)], n_outputs, again, late, streams, all_rows)
 
-    def bind_together(self, variant, parts, n_outputs, again=False, late=(), streams=None):
+    def bind_together(self, variant, parts, n_outputs, again=False, late=(), streams=None, all_rows=False):
         """The Bound of a step of tokens of several sessions.
 
         parts: pairs of a session's caches and its number of tokens, in the order of the tokens. A session may have several parts. The last
@@ -200,7 +202,7 @@ class Runner:
         for caches, n in parts:
             contexts.append((caches, slice(n_tokens, n_tokens + n)))
             n_tokens += n
-        layout = self._layout(variant, n_tokens, streams)
+        layout = self._layout(variant, n_tokens, n_tokens if all_rows else n_outputs, streams)
         assert n_outputs <= n_tokens <= layout.max_tokens
         graph, calls, times, ends = layout.graph, [], [], []
         segments = [Segment(device, [(time, node) for time, node in nodes if n_outputs or not node.for_outputs])
@@ -212,7 +214,7 @@ class Runner:
         for device, nodes in segments:
             backend, bound = self.on[device].backend, arrays[device]
             for time, node in nodes:
-                for context in contexts if len(contexts) > 1 and node.of_one_context else [(contexts[0][0],)]:
+                for context in _contexts(contexts, node, n_tokens - n_outputs):
                     calls.append((node, getattr(backend, node.op), tuple(bound.argument(a, *context) for a in node.args)))
                     times.append(time)
             ends.append(len(calls))
@@ -223,10 +225,12 @@ class Runner:
         return Bound(self, inputs, calls, times, parts, output and output.argument(graph.output), output and output.backend, again,
                      tuple(late))
 
-    def _layout(self, variant, n_tokens, streams=None):
+    def _layout(self, variant, n_tokens, n_rows, streams=None):
+        """The Layout of a step. n_rows: those that the last layer computes."""
         if streams is None:
             streams = self.streaming.takes(n_tokens)
-        return self.streaming.layouts[variant] if streams else self.layouts[variant]
+        layouts, early = self.streaming.layouts if streams else self.layouts, ending_early(variant)
+        return layouts[early if early in layouts and ends_early(n_tokens, n_rows) else variant]     # a stage may not have the last layer
 
     def _add_weights(self, parts, segments, layout):
         """Give parts the deliveries of the weights that are copied for them."""
@@ -236,6 +240,18 @@ class Runner:
             needs += [(part, self.on[segment.device].slots[role(name)], self.on[HOST].source(tensor)) for name, tensor in streamed.items()]
         for (part, *_), delivery in zip(needs, deliveries([need[1:] for need in needs])):
             part.weights.append(delivery)
+
+
+def _contexts(contexts, node, first):
+    """What a node is called for: (caches,), or (caches, their rows) for each.
+
+    first: the first row whose logits are wanted.
+    """
+    if len(contexts) == 1 or not node.of_one_context:
+        return [(contexts[0][0],)]
+    if not node.for_outputs:
+        return contexts
+    return [(caches, slice(max(0, rows.start - first), rows.stop - first)) for caches, rows in contexts if rows.stop > first]
 
 
 class _Arrays:

@@ -18,10 +18,12 @@ class Variant(NamedTuple):
     """A way to record a model's graph.
 
     plain: attention has keys and values for each head, instead of absorbed queries. indexer: None, no indexer runs; "keys", index keys are
-    only stored; "indices" or "mask", keys are also chosen, in this form.
+    only stored; "indices" or "mask", keys are also chosen, in this form. ends_early: once its caches are written the last layer goes on with
+    the rows alone whose logits are wanted, in the absorbed form.
     """
     plain: bool
     indexer: str | None = None
+    ends_early: bool = False
 
     @property
     def chooses(self):
@@ -32,6 +34,19 @@ class Variant(NamedTuple):
 VARIANTS = {"mha": Variant(True), "mha+keys": Variant(True, "keys"), "mha+choice": Variant(True, "indices"),
             "dense": Variant(False), "dense+keys": Variant(False, "keys"), "sparse": Variant(False, "indices"),
             "masked": Variant(False, "mask")}
+
+
+def ending_early(name):
+    """The name of a variant's graph whose last layer ends early."""
+    return f"{name}, last rows"
+
+
+def ends_early(n_tokens, n_outputs):
+    """Whether the last layer of a step of n_tokens tokens ends early.
+
+    With as many logits that its plain form could pay it does not.
+    """
+    return n_outputs < min(n_tokens, MHA_TOKENS)
 
 
 class Schedule:

@@ -269,7 +269,7 @@ class Session:
 
     def _begin(self, ubatch, logits, hooks, samplers=None):
         n_past = self.n_begun
-        bound = self._bind(n_past, ubatch.size, len(logits))
+        bound = self._bind(n_past, ubatch.size, len(logits), any(hook.all_rows for hook in hooks))
         self._ahead.forget()
         with self._explaining(lambda: (bound, ubatch, n_past)):
             step = Step(self, ubatch, n_past, bound, hooks, logits, bound.begin(ubatch, n_past, logits, hooks, samplers))
@@ -312,14 +312,14 @@ class Session:
         self.append(ids.tolist())
         return times
 
-    def _bind(self, n_past, n_tokens, n_outputs):
+    def _bind(self, n_past, n_tokens, n_outputs, all_rows=False):
         """The Bound of a step; those of repeated steps are kept."""
         variant = self._variant or self._setup.schedule.variant(n_past, n_tokens, self._selector is not None)
         late = self._late if n_tokens == 1 else ()
-        key = variant, n_tokens, n_outputs, late
+        key = variant, n_tokens, n_outputs, late, all_rows and n_tokens > 1
         bound = self._bound.get(key)
         if bound is None:
-            bound = self._runner.bind(variant, self.caches, n_tokens, n_outputs, again=n_tokens == 1, late=late)
+            bound = self._runner.bind(variant, self.caches, n_tokens, n_outputs, again=n_tokens == 1, late=late, all_rows=all_rows)
             if n_tokens in (1, self._setup.n_ubatch) and n_outputs <= 1:
                 self._bound[key] = bound
         return bound

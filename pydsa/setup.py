@@ -28,7 +28,7 @@ from pydsa.options import FLOAT16, PRECISIONS, choose, counts
 from pydsa.override import check_all_read, override
 from pydsa.placement import Placing
 from pydsa.quants import cache_row_bytes
-from pydsa.schedule import VARIANTS, Schedule
+from pydsa.schedule import VARIANTS, Schedule, ending_early
 from pydsa.segments import cut
 from pydsa.streaming import NEVER, Streaming, check_stream_from, slots_of, worth_measuring
 from pydsa.tokenizer import Tokenizer
@@ -77,6 +77,8 @@ class Setup:
         self.schedule = Schedule(self.config, self.attention, self.n_ctx, self.n_ubatch, one_form=self.reproducible)
         self.weights = Weights(self.file)
         self.graphs = {name: self._record(arch, VARIANTS[name]) for name in self.schedule.variants}
+        if self.layers.stop == self.config.n_layer:
+            self.graphs |= {ending_early(name): self._record(arch, VARIANTS[name]._replace(ends_early=True)) for name in self.graphs}
         self._refuse_unknown_tensors()
         if self.is_whole:
             self.placement.check_rules(self.weights.used)

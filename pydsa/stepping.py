@@ -33,6 +33,7 @@ class Layers(Hook):
 
     One step can take minutes, if the weights are read from a slow disk. report(layers) gets the number of layers that are done.
     """
+    all_rows = False
 
     def __init__(self, report):
         self._report, self._done = report, 0

@@ -58,9 +58,12 @@ class Streaming(NamedTuple):
         return next((layout.arrivals for layout in self.layouts.values()), [])
 
     def n_bytes(self, n_tokens):
-        """Bytes that a step of n_tokens tokens copies, {device: bytes}."""
+        """Bytes that a step of n_tokens tokens of a prompt copies, {device: bytes}.
+
+        Its last layer may end early, as it does in the last of the layouts.
+        """
         found = dict.fromkeys(self.slots, 0)
-        for device, _, tensor in self.arrivals if self.takes(n_tokens) else ():
+        for device, _, tensor in [*self.layouts.values()][-1].arrivals if self.takes(n_tokens) else ():
             found[device] += tensor.data.nbytes
         return found
 

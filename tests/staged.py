@@ -78,7 +78,7 @@ class Late:
         """Copies of rows, as Runner.cut gives them."""
         return [np.array(cache.stored(stop, start)) for cache in caches.values()]
 
-    def bind(self, variant, caches, n_tokens, n_outputs, again=False, late=()):
+    def bind(self, variant, caches, n_tokens, n_outputs, again=False, late=(), all_rows=False):
         """A step of one session."""
         return self.bind_together(variant, [(caches, n_tokens)], n_outputs, again, late)
 

@@ -90,9 +90,9 @@ def test_dense_steps_have_all_keys(small_model, load):
     session, seen, plain = model.session(), Choices(), load(small_model(n_layer=2), n_ubatch=64).session()
     session.hooks = seen,
     with session.record(mass=True, scores=True) as recording:
-        logits = [session.prefill(IDS[:8]), session.decode(IDS[8]), session.prefill(IDS[9:])]
+        logits = [session.logits(IDS[:8]), session.decode(IDS[8]), session.logits(IDS[9:])]
     assert model.setup.schedule.variant(9, 51) == "mha+choice"
-    assert all(map(np.array_equal, logits, [plain.prefill(IDS[:8]), plain.decode(IDS[8]), plain.prefill(IDS[9:])]))
+    assert all(map(np.array_equal, logits, [plain.logits(IDS[:8]), plain.decode(IDS[8]), plain.logits(IDS[9:])]))
     assert recording.all_keys.tolist() == [True] * 9 + [False] * 51
     assert recording.selection[1][:9].tolist() == [[*range(i + 1)] + [-1] * (11 - i) for i in range(9)]
     assert recording.selection[1][9:].tolist() == expected(seen, 1)

@@ -211,7 +211,7 @@ def per_layer(metadata, key, n_layer, low, high):
 
 def build(graph, config, weights, variant, layers):
     """Record the forward pass of layers in the form of a schedule.Variant."""
-    decoder(graph, config, weights, variant, layers, lambda il, h, qr, table: None)
+    decoder(graph, config, weights, variant, layers, lambda il, h, qr, table, rows: None)
 
 
 def decoder(g, c, weights, variant, layers, select):
@@ -219,7 +219,8 @@ def decoder(g, c, weights, variant, layers, select):
 
     Its ends are hidden rows where it does not begin with the first layer, or end with the last.
 
-    select(il, h, qr, table) records the choice of a layer's keys. It returns their indices, a mask made of them, or None for all keys.
+    select(il, h, qr, table, rows) records the choice of a layer's keys. It returns their indices, a mask made of them, or None for all keys.
+    rows(x) are the rows of a value that the layer goes on with once its caches are written; qr has these only.
     """
     if layers.start == 0:
         x = scaled(g, g.get_rows("inp_embd", weights("token_embd.weight", c.n_vocab, c.n_embd)), weights, "token_embd")
@@ -229,7 +230,8 @@ def decoder(g, c, weights, variant, layers, select):
     for il in layers:
         w = weights.layer(il)
         h = g.rms_norm(f"attn_norm-{il}", x, w("attn_norm.weight", c.n_embd), c.rms_eps)
-        x = g.add(f"ffn_inp-{il}", latent_attention(g, c, w, il, h, table, variant, select), x)
+        rows = g.last_rows if variant.ends_early and il == c.n_layer - 1 else lambda x: x
+        x = g.add(f"ffn_inp-{il}", latent_attention(g, c, w, il, h, table, variant, select, rows), rows(x))
         h = g.rms_norm(f"ffn_norm-{il}", x, w("ffn_norm.weight", c.n_embd), c.rms_eps)
         if il < c.n_layer_dense_lead:
             out = feed_forward(g, w, il, h, "", c.n_ff[il], c.n_embd)
@@ -244,26 +246,27 @@ def decoder(g, c, weights, variant, layers, select):
     g.output = linear(g, weights, "result_output", head, x, c.n_vocab, c.n_embd)
 
 
-def latent_attention(g, c, w, il, h, table, variant, select):
-    """Record multi-head latent attention (MLA).
+def latent_attention(g, c, w, il, h, table, variant, select, rows):
+    """Record multi-head latent attention (MLA) for the rows(h).
 
-    A token's cache row serves all heads: a latent, and the rotated part of its key.
+    A token's cache row serves all heads: a latent, and the rotated part of its key. Keys are those of all rows.
     """
-    qr = h
+    qr = rows(h)
     if c.q_lora:
-        q = linear(g, w, f"q_a-{il}", "attn_q_a", h, c.q_lora, c.n_embd)
+        q = linear(g, w, f"q_a-{il}", "attn_q_a", qr, c.q_lora, c.n_embd)
         qr = g.rms_norm(f"qr-{il}", q, w("attn_q_a_norm.weight", c.q_lora), c.rms_eps)
     kv_pe = linear(g, w, f"kv_cmpr_pe-{il}", "attn_kv_a_mqa", h, c.kv_lora + c.n_rot, c.n_embd)
     g.rms_norm(f"kv_cmpr-{il}", kv_pe.slice(0, c.kv_lora), w("attn_kv_a_norm.weight", c.kv_lora), c.rms_eps, into=kv_pe.slice(0, c.kv_lora))
     g.rope(kv_pe.reshape(1, c.kv_lora + c.n_rot).slice(c.kv_lora, c.kv_lora + c.n_rot), table, NEOX)
     g.cache_write(CacheRef("latents", il), kv_pe)
-    choice = select(il, h, qr, table)
+    choice = select(il, h, qr, table, rows)
+    table = rows(table)
 
     name, width = ("attn_q_b", c.q_lora) if c.q_lora else ("attn_q", c.n_embd)
     q = linear(g, w, f"q-{il}", name, qr, c.n_head * (c.n_nope + c.n_rot), width).reshape(c.n_head, c.n_nope + c.n_rot)
     k_b, v_b = stored.key_and_value_heads(w, c.n_head, c.kv_lora, c.n_nope, c.n_v)
     scaled(g, q.slice(0, c.n_nope), w, "attn_k_b", "attn_kv_b")     # as well as the keys
-    attention = plain_attention if variant.plain else absorbed_attention
+    attention = plain_attention if variant.plain and q.rows == "tokens" else absorbed_attention
     out = scaled(g, attention(g, c, il, q, table, k_b, v_b, variant, choice), w, "attn_v_b", "attn_kv_b")
     return linear(g, w, f"attn_out-{il}", "attn_output", out.reshape(c.n_head * c.n_v), c.n_embd, c.n_head * c.n_v)
 
@@ -286,7 +289,7 @@ def absorbed_attention(g, c, il, q, table, k_b, v_b, variant, choice):
     The latents are then both keys and values.
     """
     name, latents = f"kqv-{il}", CacheRef("latents", il)
-    q_latent = g.value(f"q_nope_absorbed-{il}", c.n_head, c.kv_lora + c.n_rot)
+    q_latent = g.value(f"q_nope_absorbed-{il}", c.n_head, c.kv_lora + c.n_rot, like=q)
     g.head_linear(None, k_b, q.slice(0, c.n_nope), into=q_latent.slice(0, c.kv_lora))
     g.rope(q.slice(c.n_nope, c.n_nope + c.n_rot), table, NEOX, into=q_latent.slice(c.kv_lora, c.kv_lora + c.n_rot))
     if choice is None:

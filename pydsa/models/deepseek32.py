@@ -83,7 +83,7 @@ def build_with_indexer(g, c, weights, variant, layers, neox):
     """
     choice = None
 
-    def select(il, h, qr, table):
+    def select(il, h, qr, table, rows):
         nonlocal choice
         if variant.indexer is not None and c.indexer_full[il]:
             w = weights.layer(il)
@@ -92,8 +92,8 @@ def build_with_indexer(g, c, weights, variant, layers, neox):
                                             f"'blk.{il}.indexer.attn_k.weight'; use --attention dense.")
             store_index_key(g, c, w, il, h, table, neox)
             if variant.chooses:
-                choice = choose_keys(g, c, w, il, h, qr, table, neox, variant)
-        return choice
+                choice = choose_keys(g, c, w, il, rows(h), qr, rows(table), neox, variant)
+        return None if choice is None else rows(choice)
 
     deepseek2.decoder(g, c, weights, variant, layers, select)
 

@@ -126,7 +126,7 @@ class Pipeline:
         """What runs the steps of a session that generate."""
         return Ring(self)
 
-    def bind(self, variant, caches, n_tokens, n_outputs, again=False, late=(), streams=None):
+    def bind(self, variant, caches, n_tokens, n_outputs, again=False, late=(), streams=None, all_rows=False):
         """The Bound of a step of n_tokens tokens, n_outputs of them with logits."""
         return self.bind_together(variant, [(caches, n_tokens)], n_outputs, again, late, streams)
 
