@@ -104,7 +104,8 @@ def test_bench_beside_a_prediction(tmp_path):
     assert (token["test"], prompt["test"], token["layers"], token["streams"]) == ("tg16", "pp2048", "0-1,2-3", 1)
     assert token["predicted, t/s"] == pytest.approx(1 / (0.01 + 3 * 50e-6), rel=1e-3) and token["measured of one"] == 0.9
     assert token["measured: off"] == pytest.approx(90 / token["predicted, t/s"] - 1)
-    assert 1400 < prompt["predicted, t/s"] < 1600 and prompt["measured of one"] == 1.5      # four chunks: at most 8 / 5 of one
+    # Of four layers the last one writes only keys: two of three against one, in four chunks at most 4 / 3 of one.
+    assert 1200 < prompt["predicted, t/s"] < 1340 and prompt["measured of one"] == 1.5
 
 
 def test_stage_speed_beside_a_prediction(tmp_path):
@@ -120,7 +121,7 @@ def test_stage_speed_beside_a_prediction(tmp_path):
     assert step_seconds({1: 100.0, 4: 200.0}, 2) == pytest.approx(0.01 + 0.01 / 3) and step_seconds({1: 100.0}, 3) == 0.03
     assert (four["streams"], four["measured of one"]) == (4, 1.25)
     slowest = 2 / four["predicted, t/s"] / step_seconds({1: 100.0, 4: 200.0}, 2)
-    assert 0.5 < slowest < 0.65 and one["predicted, t/s"] < 100 and 800 < prompt["predicted, t/s"] < 1000
+    assert 0.5 < slowest < 0.65 and one["predicted, t/s"] < 100 and 650 < prompt["predicted, t/s"] < 710
 
 
 def test_nodes_like_the_measured_machine(tmp_path):

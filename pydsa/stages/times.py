@@ -8,6 +8,7 @@ from pydsa.costs import StepSize, node_cost
 from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef
 from pydsa.placement import home_layer
+from pydsa.schedule import ending_early
 
 CHUNK = 512         # tokens of a prompt that run together at most, so that several parts of it are under way
 PROMPT = 4096       # tokens of the prompt whose time is told
@@ -17,14 +18,15 @@ OF_EXPERTS = ("moe_gate_up", "moe_linear", "moe_down")      # ops with experts' 
 class Ops:
     """The ops of a step: bytes that they read, and their products.
 
-    n_tokens: tokens of the step after n_past others. choosing: the number of tokens that choose experts, whose weights are read once for
+    n_tokens: tokens of the step after n_past others; several are of a prompt that goes on, so none of them has logits. choosing: the number of tokens that choose experts, whose weights are read once for
     all of them. Bytes of weights and of caches, operations, and the layer of each op are float64 [n].
     """
 
     def __init__(self, setup, n_tokens, n_past, choosing):
         rows, found, n_layer = setup.cache_row_bytes, [], setup.config.n_layer
-        for node in setup.graphs[setup.schedule.variant(n_past, n_tokens)].nodes:
-            if not any(isinstance(a, (Tensor, CacheRef)) for a in node.args):
+        variant, prompt = setup.schedule.variant(n_past, n_tokens), n_tokens > 1
+        for node in setup.graphs[ending_early(variant) if prompt else variant].nodes:
+            if not any(isinstance(a, (Tensor, CacheRef)) for a in node.args) or prompt and node.for_outputs:
                 continue
             experts = {node.args[2]: _chosen(setup.config, choosing)} if node.op in OF_EXPERTS else {}
             cost = node_cost(node, StepSize(n_tokens, n_past, rows, experts))
