@@ -18,8 +18,8 @@ class Variant(NamedTuple):
     """A way to record a model's graph.
 
     plain: attention has keys and values for each head, instead of absorbed queries. indexer: None, no indexer runs; "keys", index keys are
-    only stored; "indices" or "mask", keys are also chosen, in this form. ends_early: once its caches are written the last layer goes on with
-    the rows alone whose logits are wanted, in the absorbed form.
+    only stored; "indices" or "mask", keys are also chosen, in this form. ends_early: once its caches are written the last layer goes on
+    with the rows alone whose logits are wanted, in the absorbed form.
     """
     plain: bool
     indexer: str | None = None

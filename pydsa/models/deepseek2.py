@@ -219,8 +219,8 @@ def decoder(g, c, weights, variant, layers, select):
 
     Its ends are hidden rows where it does not begin with the first layer, or end with the last.
 
-    select(il, h, qr, table, rows) records the choice of a layer's keys. It returns their indices, a mask made of them, or None for all keys.
-    rows(x) are the rows of a value that the layer goes on with once its caches are written; qr has these only.
+    select(il, h, qr, table, rows) records the choice of a layer's keys. It returns their indices, a mask made of them, or None for all
+    keys. rows(x) are the rows of a value that the layer goes on with once its caches are written; qr has these only.
     """
     if layers.start == 0:
         x = scaled(g, g.get_rows("inp_embd", weights("token_embd.weight", c.n_vocab, c.n_embd)), weights, "token_embd")

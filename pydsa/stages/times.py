@@ -18,8 +18,9 @@ OF_EXPERTS = ("moe_gate_up", "moe_linear", "moe_down")      # ops with experts' 
 class Ops:
     """The ops of a step: bytes that they read, and their products.
 
-    n_tokens: tokens of the step after n_past others; several are of a prompt that goes on, so none of them has logits. choosing: the number of tokens that choose experts, whose weights are read once for
-    all of them. Bytes of weights and of caches, operations, and the layer of each op are float64 [n].
+    n_tokens: tokens of the step after n_past others; several are of a prompt that goes on, so none of them has logits. choosing: the
+    number of tokens that choose experts, whose weights are read once for all of them. Bytes of weights and of caches, operations, and the
+    layer of each op are float64 [n].
     """
 
     def __init__(self, setup, n_tokens, n_past, choosing):

@@ -8,10 +8,13 @@ from numba import types
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.amx import TILE_BYTES
+from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.scalars import exp
-from pydsa.backends.cpu.simd import (F32, I16, I32, broadcast, call_llvm, constant, f32x16, float_at, i32x16, i64_at, load_floats, pointer,
-                                     store, u16_at, u32_at)
+from pydsa.backends.cpu.simd import (F32, FAST, I16, I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i32x16, i64_at,
+                                     load_floats, pointer, reduce_add, store, u16_at, u32_at)
+
+ROUNDING = 1.5 * 2**23      # a float32 whose last bit is 1: what is added to it is rounded to an integer
 
 
 @inner
@@ -29,26 +32,103 @@ def max_end(key_ends, n_tokens):
     return end
 
 
+@intrinsic
+def larger(typingctx, a, b):
+    """Return the larger value in each lane; b where a is NaN."""
+    return f32x16(f32x16, f32x16), lambda context, builder, signature, args: builder.select(builder.fcmp_ordered(">", *args), *args)
+
+
+@intrinsic
+def largest(typingctx, v):
+    """Return the largest lane of f32x16, none of which is NaN.
+
+    As integers floats have the same order, if the other bits of negative ones are inverted.
+    """
+    def codegen(context, builder, signature, args):
+        def in_order(bits, splat):
+            return builder.xor(bits, builder.and_(builder.ashr(bits, splat(31)), splat(0x7FFFFFFF)))
+        ordered = in_order(builder.bitcast(args[0], i32x16.ir), lambda n: constant([n] * 16))
+        return builder.bitcast(in_order(call_llvm(builder, "llvm.vector.reduce.smax.v16i32", I32, [ordered]), I32), F32)
+    return types.float32(f32x16), codegen
+
+
+@intrinsic
+def sum_of_lanes(typingctx, v):
+    """Return the sum of the lanes of f32x16."""
+    return types.float32(f32x16), lambda context, builder, signature, args: reduce_add(builder, args[0])
+
+
+@intrinsic
+def exp_below_0(typingctx, x):
+    """Compute e^x of f32x16 for x up to 0, with a relative error of 1e-7.
+
+    Cephes' polynomial, for any vector registers. 0 below -87.3; NaN stays.
+    """
+    def codegen(context, builder, signature, args):
+        x, = args
+
+        def splat(value):
+            return constant([value] * 16, F32)
+
+        def multiply_add(a, b, c):
+            return builder.fadd(builder.fmul(a, b, flags=FAST), c, flags=FAST)
+
+        shifted = multiply_add(x, splat(1.44269504), splat(ROUNDING))        # the nearest integer is in its last bits
+        n = builder.fsub(shifted, splat(ROUNDING), flags=FAST)
+        r = multiply_add(n, splat(2.12194440e-4), multiply_add(n, splat(-0.693359375), x))
+        p = splat(1.9875691500e-4)
+        for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+            p = multiply_add(p, r, splat(c))
+        p = builder.fadd(multiply_add(builder.fmul(p, r, flags=FAST), r, r), splat(1.0), flags=FAST)
+        exponent = builder.shl(builder.bitcast(shifted, i32x16.ir), constant([23] * 16))
+        power = builder.bitcast(builder.add(exponent, constant([127 << 23] * 16)), x.type)
+        return builder.select(builder.fcmp_ordered("<", x, splat(-87.3)), splat(0.0), builder.fmul(p, power, flags=FAST))
+    return f32x16(f32x16), codegen
+
+
+@inner
+def scale_row(row, n, mask, scale):
+    """Scale the first n scores of a row in place, and add their mask.
+
+    Returns the largest, and whether one is NaN: their sum is, too.
+    """
+    at, top, total, whole = address(row), floats(-np.inf), floats(np.float32(0)), n // 16 * 16
+    for j in range(0, whole, 16):
+        v = load_floats(at, 4 * j) * scale
+        if mask:
+            v = v + load_floats(mask, 4 * j)
+        store(at, 4 * j, v)
+        top, total = larger(v, top), total + v
+    most, rest = largest(top), sum_of_lanes(total)
+    for j in range(whole, n):
+        row[j] = row[j] * scale + (float_at(mask, 4 * j) if mask else np.float32(0))
+        most, rest = max(most, row[j]), rest + row[j]
+    return most, rest != rest
+
+
 @inner
 def softmax_row(row, n_visible, mask, scale, row_max, row_sum):
     """Turn scores of one query into weights, 0 where a key is not visible.
 
     row_max and row_sum are updated. Returns the factor for the sum of values so far.
     """
-    new, has_nan = row_max[0], False
-    for j in range(n_visible):
-        row[j] = row[j] * scale + (float_at(mask, 4 * j) if mask else np.float32(0))
-        has_nan |= row[j] != row[j]
-        new = max(new, row[j])
-    row[max(n_visible, 0):] = 0
+    n_visible = max(n_visible, 0)
+    new, has_nan = scale_row(row, n_visible, mask, scale)
+    new = max(row_max[0], new)
+    row[n_visible:] = 0
     if has_nan:         # NaN must not look like a masked key
         row_sum[0] = np.nan
     if new == -np.inf:
         row[:] = 0
         return np.float32(1)
     rescale = exp(row_max[0] - new) if row_max[0] > -np.inf else np.float32(0)
-    tile_sum = np.float32(0)
-    for j in range(n_visible):
+    at, sums, whole = address(row), floats(np.float32(0)), n_visible // 16 * 16
+    for j in range(0, whole, 16):
+        weights = exp_below_0(load_floats(at, 4 * j) - floats(new))
+        store(at, 4 * j, weights)
+        sums = sums + weights
+    tile_sum = sum_of_lanes(sums)
+    for j in range(whole, n_visible):
         row[j] = exp(row[j] - new) if row[j] > -np.inf else np.float32(0)
         tile_sum += row[j]
     row_max[0], row_sum[0] = new, row_sum[0] * rescale + tile_sum
@@ -82,12 +162,6 @@ def exp_floats(typingctx, x):
         p = call_llvm(builder, "llvm.x86.avx512.mask.scalef.ps.512", x.type, [p, n, p, I16(-1), I32(4)])
         return builder.select(builder.fcmp_ordered("<", x, splat(-87.3)), splat(0.0), p)
     return f32x16(f32x16), codegen
-
-
-@intrinsic
-def larger(typingctx, a, b):
-    """Return the larger value in each lane; b where a is NaN."""
-    return f32x16(f32x16, f32x16), lambda context, builder, signature, args: builder.select(builder.fcmp_ordered(">", *args), *args)
 
 
 @intrinsic

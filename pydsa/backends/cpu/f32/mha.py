@@ -86,12 +86,15 @@ def attend_head(job_at):
         matmul(source, latent, n, key_weights, job.kv_lora, keys)
         matmul(source, latent, n, value_weights, job.kv_lora, values)
         transpose_keys(job, keys, source, n, transposed)
-        for t in range(0, n_tokens, batch):
-            n_batch = min(batch, n_tokens - t)
-            if max_end(job.key_ends + 8 * t, n_batch) > first:
-                matmul(job.q + t * job.q_token, job.q_token, n_batch, transposed, width, scores)
-                weigh_scores(job, t, n_batch, first, n, scores, row_max, row_sum, sums)
-                matmul_add(address(sums[t]), 4 * n_sums, n_batch, n_sums, address(scores), 4 * TILE, address(values), 4 * n_sums, n)
+        for t_batch in range(0, n_tokens, batch):
+            stop, t = min(t_batch + batch, n_tokens), t_batch
+            while t < stop and i64_at(job.key_ends, 8 * t) <= first:      # tokens before these keys
+                t += 1
+            if t < stop:
+                n_seen = min(n, max_end(job.key_ends + 8 * t, stop - t) - first)
+                matmul(job.q + t * job.q_token, job.q_token, stop - t, transposed, width, scores)
+                weigh_scores(job, t, stop - t, first, n, scores, row_max, row_sum, sums)
+                matmul_add(address(sums[t]), 4 * n_sums, stop - t, n_sums, address(scores), 4 * TILE, address(values), 4 * n_sums, n_seen)
     for t in range(n_tokens):
         source, row = sums[t], floats_at(job.out + t * job.out_token, 1, job.n_v)[0]
         factor = np.float32(1) / row_sum[t] if row_sum[t] != 0 else np.float32(0)
