@@ -146,16 +146,21 @@ def kernel(function):
     return compiled
 
 
+INNER = {"nopython": True, "nogil": True, "fastmath": FASTMATH, "error_model": "numpy", "boundscheck": None, "no_cpython_wrapper": True,
+         "no_cfunc_wrapper": True}
+INLINE = INNER | {"forceinline": True}
+
+
 class _Inner(registry.CPUDispatcher):
     """A compiled function without the wrappers for calls from Python.
 
     They took an eighth of the time to compile. Called from Python, it is the Python function.
     """
 
+    for_two = None      # a function that does the same for two rows at once, faster
+
     def __init__(self, function, **options):
-        wrappers = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-        options = {"nopython": True, "nogil": True, "fastmath": FASTMATH, "error_model": "numpy", "boundscheck": None} | wrappers | options
-        super().__init__(function, targetoptions=options)
+        super().__init__(function, targetoptions=INNER | options)
 
     def __call__(self, *args):
         return self.py_func(*args)
@@ -168,7 +173,7 @@ def inner(function):
 
 def inline(function):
     """A function whose machine code stands where it is called: for those that take or return vectors."""
-    return _Inner(function, forceinline=True)
+    return _Inner(function, **INLINE)
 
 
 class ByAddress:

@@ -15,11 +15,25 @@ from pydsa.quants import TYPES, BlockType
 SCALES, MINS, MINS_16, SUPERBLOCK = 512, 544, 576, 640
 
 
-# Flags in the order of a superblock of activations: each 32 in their natural order, not the even elements first; and then all 256 in
-# columns, element k of all 32 groups of 8 for k = 0 to 7 (codes.py). ONE_SCALE, beside any order: all 256 have the same scale
+# Flags in the first place of the order of a superblock of activations: each 32 in their natural order, not the even elements first; and
+# then all 256 in columns, element k of all 32 groups of 8 for k = 0 to 7 (codes.py). ONE_SCALE, beside any order: all 256 have the same
+# scale
 NATURAL_ORDER, IN_COLUMNS, ONE_SCALE = 32, 64, 128
-NATURAL = np.arange(32, dtype=np.uint8) | np.uint8(NATURAL_ORDER)
-COLUMNS = NATURAL | np.uint8(IN_COLUMNS)
+# Flags in the second place, beside columns: these as bytes, all upper ones before the lower ones (byte_codes.py). Then each scale stands
+# twice, and in the place of mins of 16 there are int32
+BYTES_BY_SIGN, BYTES_BY_INDEX, SUMS = 32, 64, MINS_16
+
+
+def in_order(pieces, *flags):
+    """Make the order of a superblock: pieces, and flags in the first places."""
+    order = np.array(pieces, np.uint8)
+    order[:len(flags)] |= np.array(flags, np.uint8)
+    return order
+
+
+NATURAL_WITH_ONE_SCALE = in_order(range(32), NATURAL_ORDER | ONE_SCALE)
+COLUMNS, COLUMNS_BY_SIGN, COLUMNS_BY_INDEX = (in_order(range(32), NATURAL_ORDER | IN_COLUMNS, flag) for flag in (
+    0, BYTES_BY_SIGN, BYTES_BY_INDEX))
 
 
 class BlockKernels(NamedTuple):
@@ -71,4 +85,4 @@ def inverse(*pieces):
 
 def with_one_scale(*pieces):
     """Do what inverse does, for activations with one scale for all 256."""
-    return np.array(inverse(*pieces), np.uint8) | np.uint8(ONE_SCALE)
+    return in_order(inverse(*pieces), ONE_SCALE)

@@ -1,6 +1,8 @@
 """Dot products of blocks with superblocks of activations: shared parts."""
+from numba.extending import overload
+
 from pydsa.backends.cpu.blocks.block import SCALES, SUPERBLOCK, inverse
-from pydsa.backends.cpu.jit import inline, inner
+from pydsa.backends.cpu.jit import INLINE, inline, inner
 from pydsa.backends.cpu.lanes import first_quarter, last_quarter, lower_half, row_sums, second_quarter, spread, third_quarter, upper_half
 from pydsa.backends.cpu.simd import (LANES, as_int8, as_int16, dot, dot_add, float_at, i64_at, join, load_4_floats, load_8_floats,
                                      load_int16, multiply_add, prefetch, signed_high_bytes, stack_memory, store, to_floats)
@@ -39,11 +41,24 @@ def single_sum(sums):
     return sums
 
 
+def add_to_both(add, sums, other_sums, row, other_row, i, n, x):
+    """Call a type's `add` for each of two rows, or its function for both."""
+
+
+@overload(add_to_both, jit_options=INLINE)
+def _add_to_both(add, sums, other_sums, row, other_row, i, n, x):
+    both = add.dispatcher.for_two
+    if both:
+        return lambda add, sums, other_sums, row, other_row, i, n, x: both(sums, other_sums, row, other_row, i, n, x)
+    return lambda add, sums, other_sums, row, other_row, i, n, x: (add(sums, row, i, n, x), add(other_sums, other_row, i, n, x))
+
+
 @inline
 def dot_rows(add, total, init, block_bytes, step, rows, n_rows, n, x_at, n_tokens, out_at, offset):
     """Compute a type's dot: out[t][r] = row r . x[t] for n_rows rows of n blocks.
 
-    For each row and token: sums = init; sums = add(sums, row, i, n, x[t]) for i = 0, step, ... < n; out[t][r] = total(sums). x_at and
+    For each row and token: sums = init; sums = add(sums, row, i, n, x[t]) for i = 0, step, ... < n; out[t][r] = total(sums). Where
+    `add` has a function for two rows, it is called. x_at and
     out_at hold the addresses of the n_tokens tokens and, less `offset`, of their outputs. Blocks are decoded once for four tokens: the
     compiler finds that `add` does it alike for each. A token's products are the same, bit for bit, whichever others there are.
     """
@@ -93,8 +108,7 @@ def dot_one(add, total, init, block_bytes, step, rows, n_rows, n, x, out):
         for i in range(0, n, step):
             fetch_ahead(row + i * block_bytes, step * block_bytes)
             fetch_ahead(other_row + i * block_bytes, step * block_bytes)
-            sums = add(sums, row, i, n, x)
-            other_sums = add(other_sums, other_row, i, n, x)
+            sums, other_sums = add_to_both(add, sums, other_sums, row, other_row, i, n, x)
         store_sum(buffer, total(sums), r, half, out)
         if r + half < n_rows:
             store_sum(other_buffer, total(other_sums), r, n_rows - half, out + 4 * half)
@@ -114,8 +128,8 @@ def dot_two(add, total, init, block_bytes, step, rows, n_rows, n, x_at, out_at, 
         for i in range(0, n, step):
             fetch_ahead(row + i * block_bytes, step * block_bytes)
             fetch_ahead(other_row + i * block_bytes, step * block_bytes)
-            sums, sums_b = add(sums, row, i, n, a), add(sums_b, row, i, n, b)
-            other_sums, other_sums_b = add(other_sums, other_row, i, n, a), add(other_sums_b, other_row, i, n, b)
+            sums, other_sums = add_to_both(add, sums, other_sums, row, other_row, i, n, a)
+            sums_b, other_sums_b = add_to_both(add, sums_b, other_sums_b, row, other_row, i, n, b)
         store_sum(buffer, total(sums), r, half, out)
         store_sum(buffer_b, total(sums_b), r, half, out_b)
         if r + half < n_rows:
@@ -141,10 +155,10 @@ def dot_four(add, total, init, block_bytes, step, rows, n_rows, n, x_at, out_at,
         for i in range(0, n, step):
             fetch_ahead(row + i * block_bytes, step * block_bytes)
             fetch_ahead(other_row + i * block_bytes, step * block_bytes)
-            sums_a, other_a = add(sums_a, row, i, n, a), add(other_a, other_row, i, n, a)
-            sums_b, other_b = add(sums_b, row, i, n, b), add(other_b, other_row, i, n, b)
-            sums_c, other_c = add(sums_c, row, i, n, c), add(other_c, other_row, i, n, c)
-            sums_d, other_d = add(sums_d, row, i, n, d), add(other_d, other_row, i, n, d)
+            sums_a, other_a = add_to_both(add, sums_a, other_a, row, other_row, i, n, a)
+            sums_b, other_b = add_to_both(add, sums_b, other_b, row, other_row, i, n, b)
+            sums_c, other_c = add_to_both(add, sums_c, other_c, row, other_row, i, n, c)
+            sums_d, other_d = add_to_both(add, sums_d, other_d, row, other_row, i, n, d)
         out_a, out_b, out_c = i64_at(out_at, 0) + offset, i64_at(out_at, 8) + offset, i64_at(out_at, 16) + offset
         out_d = i64_at(out_at, last) + offset
         store_sum(buffer_a, total(sums_a), r, half, out_a)

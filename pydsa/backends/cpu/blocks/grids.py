@@ -11,14 +11,16 @@ the sum of all products has those of sub-block j of 16, which have one scale.
 import numpy as np
 from numba import carray
 
-from pydsa.backends.cpu.blocks.block import COLUMNS, SCALES, SUPERBLOCK, entry
+from pydsa.backends.cpu.blocks.block import COLUMNS, COLUMNS_BY_INDEX, COLUMNS_BY_SIGN, SCALES, SUPERBLOCK, entry
+from pydsa.backends.cpu.blocks.byte_grids import DOTS, half_of_iq1_m
 from pydsa.backends.cpu.blocks.dots import TWICE, dot_large, single_sum
+from pydsa.backends.cpu.byte_codes import HERE
 from pydsa.backends.cpu.codes import (bytes_of_even_words, code_values, from_columns, grid_entries, lanes_of, seven_bits, sign_codes,
                                       sign_codes_of_7, where_bit, widen)
 from pydsa.backends.cpu.jit import inline, inner
 from pydsa.backends.cpu.lanes import gather_u32
 from pydsa.backends.cpu.scalars import half, half_at
-from pydsa.backends.cpu.simd import (dot, dot_add, eight_floats, floats, i64_at, load_8_floats, load_8_words, load_32_bytes, load_int16,
+from pydsa.backends.cpu.simd import (dot, dot_add, eight_floats, floats, load_8_floats, load_8_words, load_32_bytes, load_int16,
                                      multiply_add, store, to_floats)
 from pydsa.quants import IQ2_LEVELS, IQ3_S_LEVELS, IQ3_XXS_LEVELS, TYPES, grid
 
@@ -253,13 +255,6 @@ def codes_iq1_m(at):
     return codes_iq1(IQ1_ENTRIES(widen(load_32_bytes(at, 0)) | (high & 0x0700)), where_bit(high, 0x0800, 0x8888))
 
 
-@inline
-def scale_iq1_m(at):
-    """Return the float16 scale of a block, whose bits are in four places."""
-    nibbles = (np.uint64(i64_at(at, 48)) >> np.uint64(12)) & np.uint64(0x000F000F000F000F)
-    return half(np.uint16((nibbles * np.uint64(0x0001001001001000)) >> np.uint64(48)))      # they meet above bit 48
-
-
 def products(values):
     """Make a function: a block's codes times a superblock in columns, f32x16.
 
@@ -405,7 +400,7 @@ def unpack_iq1_s(source, n, superblock):
 @inline
 def add_iq1_m(sums, row, i, n, x):
     at, xi = row + IQ1_M * i, x + SUPERBLOCK * i
-    scales = to_floats((SCALES_IQ1_M(at, 48) & 7) * 2 + 1) * TWICE(load_8_floats(xi, SCALES) * (scale_iq1_m(at) * EIGHTH))
+    scales = to_floats((SCALES_IQ1_M(at, 48) & 7) * 2 + 1) * TWICE(load_8_floats(xi, SCALES) * (half_of_iq1_m(at) * EIGHTH))
     return multiply_add(sums, dot_iq1_values(codes_iq1_m(at), xi), scales)
 
 
@@ -417,16 +412,24 @@ SCALE_OF_GROUP = lanes_of(16, [g // 8 for g in range(32)], [3 * (g // 2 % 4) for
 
 
 def unpack_iq1_m(source, n, superblock):
-    store(superblock, SCALES, eight_floats(scale_iq1_m(source) * EIGHTH))
+    store(superblock, SCALES, eight_floats(half_of_iq1_m(source) * EIGHTH))
     store_iq1(codes_iq1_m(source), SCALE_OF_GROUP(source, 48) * 2 + 1, superblock)
 
 
+def kernels(name, dequantize, unpack, dot, bits):
+    """Make the BlockKernels of a type, with lookups of bytes where there are."""
+    order = COLUMNS
+    if HERE:
+        dot, order = DOTS[name], COLUMNS_BY_INDEX if name.startswith("IQ3") else COLUMNS_BY_SIGN
+    return entry(name, dequantize, None, unpack, dot, order, bits, unpack)
+
+
 KERNELS = {
-    "IQ1_S": entry("IQ1_S", dequantize_iq1_s, None, unpack_iq1_s, dot_iq1_s, COLUMNS, 9, unpack_iq1_s),
-    "IQ1_M": entry("IQ1_M", dequantize_iq1_m, None, unpack_iq1_m, dot_iq1_m, COLUMNS, 9, unpack_iq1_m),
-    "IQ2_XXS": entry("IQ2_XXS", dequantize_iq2_xxs, None, unpack_iq2_xxs, dot_iq2_xxs, COLUMNS, 12, unpack_iq2_xxs),
-    "IQ2_XS": entry("IQ2_XS", dequantize_iq2_xs, None, unpack_iq2_xs, dot_iq2_xs, COLUMNS, 12, unpack_iq2_xs),
-    "IQ2_S": entry("IQ2_S", dequantize_iq2_s, None, unpack_iq2_s, dot_iq2_s, COLUMNS, 12, unpack_iq2_s),
-    "IQ3_XXS": entry("IQ3_XXS", dequantize_iq3_xxs, None, unpack_iq3_xxs, dot_iq3_xxs, COLUMNS, 12, unpack_iq3_xxs),
-    "IQ3_S": entry("IQ3_S", dequantize_iq3_s, None, unpack_iq3_s, dot_iq3_s, COLUMNS, 10, unpack_iq3_s),
+    "IQ1_S": kernels("IQ1_S", dequantize_iq1_s, unpack_iq1_s, dot_iq1_s, 9),
+    "IQ1_M": kernels("IQ1_M", dequantize_iq1_m, unpack_iq1_m, dot_iq1_m, 9),
+    "IQ2_XXS": kernels("IQ2_XXS", dequantize_iq2_xxs, unpack_iq2_xxs, dot_iq2_xxs, 12),
+    "IQ2_XS": kernels("IQ2_XS", dequantize_iq2_xs, unpack_iq2_xs, dot_iq2_xs, 12),
+    "IQ2_S": kernels("IQ2_S", dequantize_iq2_s, unpack_iq2_s, dot_iq2_s, 12),
+    "IQ3_XXS": kernels("IQ3_XXS", dequantize_iq3_xxs, unpack_iq3_xxs, dot_iq3_xxs, 12),
+    "IQ3_S": kernels("IQ3_S", dequantize_iq3_s, unpack_iq3_s, dot_iq3_s, 10),
 }

@@ -7,7 +7,7 @@ a 6-bit scale for each 32. Nibble j of the 16 bytes of a group of 32 is element 
 import numpy as np
 from numba import carray
 
-from pydsa.backends.cpu.blocks.block import NATURAL, SCALES, SUPERBLOCK, entry, inverse
+from pydsa.backends.cpu.blocks.block import NATURAL_ORDER, SCALES, SUPERBLOCK, entry, in_order, inverse
 from pydsa.backends.cpu.blocks.dots import (BY_QUARTERS, add_quad, dot_large, dot_quad, dot_rows, four_blocks, join_blocks,
                                             nibbles, signed_quad, single_sum, store_quad, superblock_at, two_blocks)
 from pydsa.backends.cpu.codes import even_elements_first, pairs_of, to_multiples, twin_groups, ue4m3_floats
@@ -173,7 +173,7 @@ def unpack_mxfp4(source, n, superblock):
 
 # Two blocks of NVFP4: elements 0 to 7 of the four groups of the first, of the second; then elements 8 to 15
 TWO_BLOCKS = inverse(*[8 * block + 2 * group + half for half in (0, 1) for block in (0, 1) for group in range(4)])
-BY_GROUPS = NATURAL[TWO_BLOCKS + [16 + piece for piece in TWO_BLOCKS]]
+BY_GROUPS = in_order(TWO_BLOCKS + [16 + piece for piece in TWO_BLOCKS], NATURAL_ORDER)
 FIRST, SECOND = spread(0, 1, 2, 3), spread(4, 5, 6, 7)
 
 

@@ -6,7 +6,7 @@ three times it is a weight, the rest the fraction of the others. Q1_0 has a bit 
 import numpy as np
 from numba import carray
 
-from pydsa.backends.cpu.blocks.block import COLUMNS, MINS_16, NATURAL, ONE_SCALE, SCALES, SUPERBLOCK, entry
+from pydsa.backends.cpu.blocks.block import COLUMNS, MINS_16, NATURAL_WITH_ONE_SCALE, SCALES, SUPERBLOCK, entry
 from pydsa.backends.cpu.blocks.dots import TWICE, dot_256, dot_large, single_sum, two_blocks
 from pydsa.backends.cpu.blocks.kquants import BY_PARTS, store_pairs
 from pydsa.backends.cpu.codes import even_elements_first, from_columns, lanes_of, times, times_3_high, widen, widen_two
@@ -154,7 +154,7 @@ def unpack_q1_0(source, n, superblock):
 
 
 KERNELS = {
-    "TQ1_0": entry("TQ1_0", dequantize_tq1_0, None, unpack_tq1_0, dot_tq1_0, NATURAL | np.uint8(ONE_SCALE), 2, unpack_tq1_0),
+    "TQ1_0": entry("TQ1_0", dequantize_tq1_0, None, unpack_tq1_0, dot_tq1_0, NATURAL_WITH_ONE_SCALE, 2, unpack_tq1_0),
     "TQ2_0": entry("TQ2_0", dequantize_tq2_0, None, unpack_tq2_0, dot_tq2_0, BY_PARTS, 3, unpack_tq2_0),
     "Q1_0": entry("Q1_0", dequantize_q1_0, None, unpack_q1_0, dot_q1_0, COLUMNS, 2),
 }

@@ -4,7 +4,9 @@ Activations are rounded to 16 bits, for 16 tokens and fewer to 15; rows are unpa
 """
 import numpy as np
 
-from pydsa.backends.cpu.blocks.block import IN_COLUMNS, MINS, MINS_16, NATURAL_ORDER, ONE_SCALE, SCALES, SUPERBLOCK
+from pydsa.backends.cpu.blocks.block import (BYTES_BY_INDEX, BYTES_BY_SIGN, IN_COLUMNS, MINS, MINS_16, NATURAL_ORDER, ONE_SCALE, SCALES,
+                                             SUPERBLOCK)
+from pydsa.backends.cpu.byte_codes import HERE, repeat_each, split_by_index, split_by_sign
 from pydsa.backends.cpu.codes import natural_order, to_columns
 from pydsa.backends.cpu.int16.gemm import GROUP, LARGEST_SUM, TILE, TILE_ROWS, int16_products, whole_products
 from pydsa.backends.cpu.jit import call_intp_function, inner
@@ -12,8 +14,8 @@ from pydsa.backends.cpu.jobs import read_matmul_job
 from pydsa.backends.cpu.lanes import first_quarter, last_quarter, second_quarter, sum_abs, third_quarter, transpose
 from pydsa.backends.cpu.rounding import max_abs_of
 from pydsa.backends.cpu.scratch import thread_scratch
-from pydsa.backends.cpu.simd import (INT16_TOKENS, float_at, floats, i64_at, load_floats, max_abs_lanes, prefetch, reduce_max_abs,
-                                     round_int16, store, sums_of_16, u8_at)
+from pydsa.backends.cpu.simd import (INT16_TOKENS, float_at, floats, i64_at, load_8_floats, load_floats, max_abs_lanes, prefetch,
+                                     reduce_max_abs, round_int16, store, sums_of_16, u8_at)
 
 
 MAX_INT16 = 32767         # activation of prompts, rounded
@@ -53,6 +55,18 @@ def round_row(x, n, order, out, stride):
         store(superblock, MINS_16 + 8 * j + 4, scale * second)
         if j == 7 and u8_at(order, 0) & IN_COLUMNS:
             to_columns(superblock)
+            if HERE and u8_at(order, 1) & (BYTES_BY_SIGN | BYTES_BY_INDEX):
+                split_columns(superblock, u8_at(order, 1))
+
+
+@inner
+def split_columns(superblock, flags):
+    """Split a superblock's columns into bytes, and repeat each scale."""
+    store(superblock, SCALES, repeat_each(load_8_floats(superblock, SCALES)))
+    if flags & BYTES_BY_SIGN:
+        split_by_sign(superblock)
+    else:
+        split_by_index(superblock)
 
 
 def pack(x_at, first, n_tokens, n_in, out):
