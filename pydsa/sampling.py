@@ -250,7 +250,8 @@ class Sampler:
         self.sampling.check_vocabulary(len(logits))
         likeliest = int(logits.argmax())
         greatest = logits[likeliest]
-        if not math.isfinite(greatest) or likeliest in self._biased or (logits[self._biased] + self._biases).max() >= greatest:
+        is_biased = likeliest in self.sampling.logit_bias
+        if is_biased or not math.isfinite(greatest) or (logits[self._biased] + self._biases).max() >= greatest:
             return None
         return likeliest
 

@@ -176,7 +176,8 @@ def dot_four(add, total, init, block_bytes, step, rows, n_rows, n, x_at, out_at,
 def dot_eight(add, total, init, block_bytes, step, rows, n_rows, n, x_at, out_at, last, offset):
     """Multiply rows with eight tokens, row by row: registers hold the sums and the weights of one.
 
-    last: where the eighth token is in the tables.
+    A row is prefetched at once, each line one time: it is short, as the tokens are in a first-level cache (linear.py). last: where the
+    eighth token is in the tables.
     """
     buffer_a, buffer_b, buffer_c, buffer_d = stack_memory(), stack_memory(), stack_memory(), stack_memory()
     buffer_e, buffer_f, buffer_g, buffer_h = stack_memory(), stack_memory(), stack_memory(), stack_memory()
@@ -187,8 +188,9 @@ def dot_eight(add, total, init, block_bytes, step, rows, n_rows, n, x_at, out_at
     for r in range(n_rows):
         sums_a, sums_b, sums_c, sums_d, row = init, init, init, init, rows + r * row_bytes
         sums_e, sums_f, sums_g, sums_h = init, init, init, init
+        for line in range(AHEAD, AHEAD + row_bytes, 64):
+            prefetch(row, line)
         for i in range(0, n, step):
-            fetch_ahead(row + i * block_bytes, step * block_bytes)
             sums_a, sums_b = add(sums_a, row, i, n, a), add(sums_b, row, i, n, b)
             sums_c, sums_d = add(sums_c, row, i, n, c), add(sums_d, row, i, n, d)
             sums_e, sums_f = add(sums_e, row, i, n, e), add(sums_f, row, i, n, f)
@@ -203,9 +205,9 @@ def dot_eight(add, total, init, block_bytes, step, rows, n_rows, n, x_at, out_at
         store_sum(buffer_h, total(sums_h), r, n_rows, i64_at(out_at, last) + offset)
 
 
-@inline
+@inner
 def fetch_first(rows, n_bytes):
-    """Prefetch what fetch_ahead comes too late for."""
+    """Prefetch the first AHEAD bytes, of n_bytes. Not inline: a dot has seven places that call it."""
     for line in range(0, min(AHEAD, n_bytes), 64):
         prefetch(rows, line)
 

@@ -21,21 +21,30 @@ TILE = 64       # keys: 144 KiB of floats at V3.2's width of 576, within a secon
 WIDTH = 128     # values of keys that are multiplied at a time: 32 KiB, within a first-level cache
 QUERIES = 96    # heads times tokens that share a tile of keys
 KEYS = 4        # keys that a token of few heads multiplies at a time
-KEYS_AHEAD = 8  # prefetch distance for selected keys, which are scattered in memory
+KEYS_AHEAD = 8  # prefetch distance in keys: in a step of many conversations all are in memory
+
+
+@inner
+def prefetch_key(job, i, end):
+    """Prefetch a key's row, if it is one before `end`.
+
+    Keys that many tokens share are left to the hardware, as they are in caches after the first tile of queries.
+    """
+    if i < end and (job.few or job.indices):
+        row = job.rows + key_at(job.indices, i) * job.row_bytes
+        for line in range(0, job.row_bytes, 64):
+            prefetch(row, line)
 
 
 @inner
 def dequantize_keys(job, first, n, end, tile, row_bytes):
     """Dequantize n keys, from `first` on, to rows of a tile, an address.
 
-    Selected keys are prefetched up to `end`.
+    Those KEYS_AHEAD further are prefetched, up to `end`.
     """
-    for i in range(n):
-        if job.indices:
-            upcoming = job.rows + key_at(job.indices, min(first + i + KEYS_AHEAD, end - 1)) * job.row_bytes
-            for line in range(0, job.row_bytes, 64):
-                prefetch(upcoming, line)
-        call_block_function(job.dequantize, job.rows + key_at(job.indices, first + i) * job.row_bytes, job.row_n, tile + i * row_bytes)
+    for i in range(first, first + n):
+        prefetch_key(job, i + KEYS_AHEAD, end)
+        call_block_function(job.dequantize, job.rows + key_at(job.indices, i) * job.row_bytes, job.row_n, tile + (i - first) * row_bytes)
 
 
 @inner
@@ -89,6 +98,8 @@ def attend(job_at):
     row_max, row_sum = floats_at(statistics, 2, n)
     row_max[:], row_sum[:] = -np.inf, 0
     end = max_end(job.key_ends, job.n_tokens)
+    for i in range(KEYS_AHEAD):
+        prefetch_key(job, job.key_start + i, end)
     for first in range(job.key_start, end, TILE):
         n_valid = min(TILE, end - first)
         scores[:] = 0
