@@ -16,6 +16,7 @@ import numpy as np
 
 from pydsa.errors import GGUFError
 from pydsa.gguf_file import GGML_TYPES
+from pydsa.options import size
 from pydsa.quants import TYPES
 
 CHUNK = 16 << 20        # bytes read at a time
@@ -42,7 +43,7 @@ class Faults(NamedTuple):
     def in_words(self):
         """What is wrong, as part of a sentence."""
         words = [f"{n} {name}" for n, name in ((self.nan, "NaN"), (self.infinite, "infinities")) if n]
-        return " and ".join(words + [f"{self.zeros / 2**20:.1f} MiB of zeros"] * bool(self.zeros))
+        return " and ".join(words + [f"{size(self.zeros)} of zeros"] * bool(self.zeros))
 
 
 def _not_finite(kind, data):

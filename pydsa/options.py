@@ -1,4 +1,4 @@
-"""The values of options, checked: one of several, or a number in a range."""
+"""The values of options, checked: one of several, or a number in a range; sizes as text."""
 import re
 
 import numpy as np
@@ -25,6 +25,14 @@ def counts(most, **options):
         if value is not None and not (integer and 1 <= value <= most):
             raise PydsaError(f"{what} is {value!r}, expected an integer from 1 to {most}.")
     return [value if value is None else int(value) for value in options.values()]
+
+
+def size(n):
+    """A number of bytes as readable text."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n >= factor:
+            return f"{n / factor:.1f} {unit}"
+    return f"{n} B"
 
 
 def size_in_bytes(what, value):

@@ -15,6 +15,7 @@ from pydsa.errors import PydsaError
 from pydsa.limits import allocating
 from pydsa.mempolicy import INTERLEAVE
 from pydsa.numa import place_memory, planned_memory
+from pydsa.options import size
 
 LIMIT = "raise the limit of locked memory (ulimit -l), or leave out --mlock"
 SAMPLES, FEWEST, UNEVEN = 64, 16, 0.25      # pages that are looked at; that tell something; and what is more than chance
@@ -51,9 +52,7 @@ def lock(arrays):
             reason = os.strerror(ctypes.get_errno())
             for locked in ranges[:i]:
                 library.munlock(ctypes.c_void_p(locked[0]), ctypes.c_size_t(locked[1]))
-            total = sum(n for _, n in ranges)
-            amount = f"{total / 2**30:.1f} GiB" if total >= 1 << 30 else f"{total / 2**20:.1f} MiB"
-            raise PydsaError(f"The system does not lock {amount} of weights in memory ({reason}): {LIMIT}.")
+            raise PydsaError(f"The system does not lock {size(sum(n for _, n in ranges))} of weights in memory ({reason}): {LIMIT}.")
 
 
 def _pages(array):

@@ -32,7 +32,7 @@ from pydsa.schedule import VARIANTS, Schedule, ending_early
 from pydsa.segments import cut
 from pydsa.streaming import NEVER, Streaming, check_stream_from, slots_of, worth_measuring
 from pydsa.tokenizer import Tokenizer
-from pydsa.words import card_of_a_setup
+from pydsa.words import card_of_a_setup, size
 
 ATTENTION = ("auto", "sparse", "masked", "dense")
 DEFAULT_N_CTX, DEFAULT_N_UBATCH = 8192, 2048
@@ -231,7 +231,7 @@ class Setup:
         if made:
             types = " and ".join(f"{part} in {', '.join(sorted({t.type for t in made if t.name.endswith(end)}))}" for part, end in
                                  (("keys", "attn_k_b.weight"), ("values", "attn_v_b.weight")))
-            yield (f"attn_kv_b is split in two on load, {types}, which takes {made_bytes(made) / 2**20:.1f} MiB beside the mapped file; a "
+            yield (f"attn_kv_b is split in two on load, {types}, which takes {size(made_bytes(made))} beside the mapped file; a "
                    "current conversion of the model has both halves.")
         if self._advice:
             yield self._advice + "."

@@ -4,7 +4,7 @@ import shlex
 from pydsa.cards import Card, shortened, tokens_in_words
 from pydsa.errors import PydsaError
 from pydsa.models.blocks import block_of, spans
-from pydsa.options import EXACT
+from pydsa.options import EXACT, size
 from pydsa.placement import is_of_experts
 
 LAST = 48       # tokens of a session whose text is shown
@@ -37,14 +37,6 @@ def layers_in_words(setup):
         return f"{kind} attention, {indexer}, {ffn}"
 
     return spans([describe_layer(il) for il in range(config.n_layer)])
-
-
-def size(n):
-    """A number of bytes as readable text."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n >= factor:
-            return f"{n / factor:.1f} {unit}"
-    return f"{n} B"
 
 
 def threads(n, n_batch):

@@ -19,7 +19,7 @@ os.environ.setdefault("PYDSA_DEVICE", "cpu")        # also beside a GPU tests ru
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
-SLOW = ("test_levels.py", "test_cuda.py")       # files that take minutes
+SLOW = ("test_levels.py", "test_cuda.py", "test_words.py")       # files that take longest
 
 pytest.register_assert_rewrite("helpers")
 

@@ -36,6 +36,17 @@ sys.stdin = open(0)
 exec(request["code"])
 """
 
+REFUSED = '''
+def refused(kind, work):
+    """The message of the error of this kind that work() raises."""
+    try:
+        work()
+    except PydsaError as error:
+        assert type(error) is kind, error
+        return str(error)
+    raise AssertionError("nothing was refused")
+'''
+
 
 @functools.cache
 def _parent(env):

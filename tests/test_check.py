@@ -62,7 +62,7 @@ def test_damage_is_named(golden, tmp_path):
     result = info(path)
     assert result.exit_code == 1 and "3 of 67 tensors are damaged" in result.stdout
     for line in ("tensor blk.1.indexer.k_norm.weight (F32) has 1 NaN\n", "tensor blk.0.attn_q_b.weight (Q8_0) has 1 NaN\n",
-                 "tensor blk.1.attn_output.weight (Q8_0) has 0."):
+                 "tensor blk.1.attn_output.weight (Q8_0) has 68.0 KiB of zeros\n"):
         assert line in result.stdout
     result = info(path, "-o", "json")
     report = json.loads(result.stdout)

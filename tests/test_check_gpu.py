@@ -101,8 +101,8 @@ def test_each_variant_is_checked_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(check_variants, "COMMAND", (sys.executable, "-u", "-c", said))
     monkeypatch.setattr(check_variants.cuda, "check_device", lambda: None)
     monkeypatch.setattr(check_variants, "named", lambda: ["linear: f16", "indexer: int8x2", "linear: f32"])
-    done = CliRunner().invoke(check_variants.main, ["--small", "--seconds", "6", "--wrong", str(tmp_path / "wrong.txt")])
-    assert done.output.splitlines() == ["linear: f16: hangs, or takes more than 6 s; the last case that ended: case 1",
+    done = CliRunner().invoke(check_variants.main, ["--small", "--seconds", "3", "--wrong", str(tmp_path / "wrong.txt")])
+    assert done.output.splitlines() == ["linear: f16: hangs, or takes more than 3 s; the last case that ended: case 1",
                                         "indexer: int8x2: case 1", "linear: f32: case 1",
                                         'PYDSA_CUDA_WITHOUT="linear: f16, indexer: int8x2"']
     assert done.exit_code == 1 and (tmp_path / "wrong.txt").read_text() == "linear: f16, indexer: int8x2"

@@ -30,13 +30,6 @@ from pydsa.backends.cuda.launch import kernel
 from pydsa.cli import main
 from pydsa.errors import OutOfMemoryError, PydsaError
 
-def refused(kind, work):
-    try:
-        work()
-    except PydsaError as error:
-        assert type(error) is kind, error
-        return str(error)
-
 def command(*args):
     try:
         main(args)
@@ -46,7 +39,7 @@ def command(*args):
 
 
 def run(code):
-    return forked.run(SETUP + code)
+    return forked.run(SETUP + forked.REFUSED + code)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -70,8 +70,8 @@ PRODUCTS = ["test_words.py", "test_few_tokens.py::test_products", "test_int8_key
             "test_int8_keys.py::test_a_key_that_is_not_finite_is_never_chosen"]
 # Of any type they are made of the same two instructions; but grids are looked up in bytes, which this CPU's own level may do, or in int16
 OF_PRODUCTS = "Q4_K or Q6_K or IQ2_XXS or selection or never_chosen"
-OF_TILES = f"{OF_PRODUCTS} or Q4_0 or attention or choice"       # tiles get blocks as this CPU's own level unpacks them
-OF_WIDTH = f"{OF_TILES} or Q8_0 or Q3_K or IQ3_S or IQ1_M or IQ4_NL or TQ1_0 or sampled or whole"     # types of each kind
+OF_WIDTH = (f"{OF_PRODUCTS} or Q4_0 or Q8_0 or Q3_K or IQ3_S or IQ1_M or IQ4_NL or TQ1_0 or attention or choice or sampled or "
+            "whole")        # types of each kind
 OTHERS = ["test_few_tokens.py::test_heads", "test_few_tokens.py::test_experts",
           "test_attention.py::test_attention", "test_mha.py::test_mha_sparse_attention[40-300-i16]",
           "test_top_k.py::test_rows_that_are_sampled", "test_quants.py::test_backends_store_the_same_whole_numbers",
@@ -102,8 +102,7 @@ def runs(golden, tmp_path_factory):
     pool, folder, futures = ThreadPoolExecutor(2), tmp_path_factory.mktemp("kernels"), {}
     for level in sorted(POSSIBLE, key=lambda level: level not in WHOLE):        # the longer ones first
         tests = [f"tests/{name}" for name in PRODUCTS]
-        others = [f"tests/{name}" for name in OTHERS]
-        tests += [*others, "-k", OF_TILES if level == EMULATED else OF_WIDTH] if level in WHOLE else ["-k", OF_PRODUCTS]
+        tests += [*(f"tests/{name}" for name in OTHERS), "-k", OF_WIDTH] if level in WHOLE else ["-k", OF_PRODUCTS]
         futures[level] = pool.submit(run, level, folder, str(path) if level in WHOLE else "", tests)
     yield futures
     pool.shutdown(cancel_futures=True)

@@ -21,21 +21,13 @@ if not simulated:
 from pydsa.backends import cuda, host, transfers
 from pydsa.errors import OutOfMemoryError, PydsaError
 
-def refused(kind, work):
-    try:
-        work()
-    except PydsaError as error:
-        assert type(error) is kind, error
-        return str(error)
-    raise AssertionError("nothing was refused")
-
 def empty_arena(i):
     return not driver.arenas[i].allowed.any()
 """
 
 
 def run(code, *args, **env):
-    return forked.run(SETUP + code, *args, **env)[0]
+    return forked.run(SETUP + forked.REFUSED + code, *args, **env)[0]
 
 
 SIMULATED = {"NUMBA_ENABLE_CUDASIM": "1", "PYDSA_SIMULATED_GPUS": "2"}

@@ -13,6 +13,7 @@ from pydsa.console import progress_bar, show
 from pydsa.errors import PydsaError
 from pydsa.exits import Failure
 from pydsa.habits import llama_cpp_options, model_argument, options_of_what_is_so
+from pydsa.options import size
 from pydsa.terminal import visible
 
 NOTES = Path(DEMO).with_name("notes.txt")
@@ -66,7 +67,7 @@ def look(model, prompt, file, output, folder, opened, layers, recording, n_answe
     else:
         seen = _answered(model, prompt, file, layers, **settings)
     seen.save(output)
-    click.echo(f"{visible(output)}: {seen.figures.n_tokens} tokens, {Path(output).stat().st_size / 2**20:.1f} MiB", err=True)
+    click.echo(f"{visible(output)}: {seen.figures.n_tokens} tokens, {size(Path(output).stat().st_size)}", err=True)
     for path in seen.pngs(folder) if draws else ():
         click.echo(visible(path), err=True)
     if opened and not webbrowser.open(Path(output).resolve().as_uri()):
