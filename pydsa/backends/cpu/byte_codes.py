@@ -17,7 +17,7 @@ BIAS = 64               # a weight as an unsigned byte
 i8x64 = Vec("i8", 64)
 BITS_OF_64 = ir.VectorType(ir.IntType(1), 64)
 # Elements of a group in the lower and the upper byte of four vectors. Signs four bits apart come in pairs, for types with one index a
-# group; or each byte has those of one of two indices
+# group; or each byte has those of one of two indices, or of a half of a sorted grid
 BY_SIGN, BY_INDEX = ((3, 2), (7, 6), (1, 0), (5, 4)), ((0, 4), (1, 5), (2, 6), (3, 7))
 
 
@@ -167,8 +167,31 @@ def _lookup(builder, table, indices, masks):
         lower, upper = (_lookup(builder, part, indices, masks) for part in (table[:half], table[half:]))
         bit = half.bit_length() - 8
         return [builder.select(mask[bit], b, a) for mask, a, b in zip(masks, lower, upper)]
+    return _in_128(builder, table, indices)
+
+
+def _in_128(builder, table, indices):
+    """Emit lookups of 64 bytes each in a table of 128."""
     low, high = constant(table[:64], I8), constant(table[64:], I8)
     return [call_llvm(builder, "llvm.x86.avx512.vpermi2var.qi.512", i8x64.ir, [low, index, high]) for index in indices]
+
+
+def _lookup_sorted(builder, table, indices, uppers):
+    """Emit lookups in a table that changes once in sixteen entries at most.
+
+    So sixteen have a first byte, a last one, and a place where it comes. uppers: bits 8 to 10 of the indices.
+    """
+    pieces = [table[i:i + 16] for i in range(0, len(table), 16)]
+    counts = [piece.count(piece[0]) for piece in pieces]
+    assert len(pieces) == 128 and all(piece == [piece[0]] * n + [piece[-1]] * (16 - n) for piece, n in zip(pieces, counts))
+    which, places = [], [builder.and_(index, constant([15] * 64, I8)) for index in indices]
+    for index, upper in zip(indices, uppers):
+        low, high = (builder.bitcast(v, i16x32.ir) for v in (index, upper))
+        low, high = builder.lshr(low, constant([4] * 32, I16)), builder.shl(high, constant([4] * 32, I16))
+        which.append(_as_bytes(builder, builder.or_(builder.and_(low, constant([0x0F0F] * 32, I16)),
+                                                    builder.and_(high, constant([0x7070] * 32, I16)))))
+    found = (_in_128(builder, part, which) for part in ([piece[0] for piece in pieces], [piece[-1] for piece in pieces], counts))
+    return [builder.select(builder.icmp_unsigned("<", place, n), first, last) for place, first, last, n in zip(places, *found)]
 
 
 def _upper_bits(builder, index, upper, n):
@@ -187,11 +210,11 @@ INTERLEAVED = [[16 * quarter + 8 * block + byte + 64 * upper for quarter in rang
                for block in (0, 1)]
 
 
-def pair_entries(table):
+def pair_entries(table, is_sorted=False):
     """Make a function that looks up sixteen-bit entries for pairs of blocks.
 
     It takes a tuple of 64 indices for each pair, in the order of EIGHTS, and one of vectors with bits 8, 9 and 10 of the indices. It
-    returns i16x32 for each block.
+    returns i16x32 for each block. is_sorted: upper bytes change rarely from entry to entry, as _lookup_sorted() needs it.
     """
     n_masks = len(table).bit_length() - 8
 
@@ -200,7 +223,10 @@ def pair_entries(table):
         def codegen(context, builder, signature, args):
             indices, upper = (cgutils.unpack_tuple(builder, arg) for arg in args)
             masks = [_upper_bits(builder, *both, n_masks) for both in zip(indices, upper)]
-            lower_bytes, upper_bytes = (_lookup(builder, half, indices, masks) for half in _halves(table))
+            lower_half, upper_half = _halves(table)
+            lower_bytes = _lookup(builder, lower_half, indices, masks)
+            upper_bytes = (_lookup_sorted(builder, upper_half, indices, upper) if is_sorted else
+                           _lookup(builder, upper_half, indices, masks))
             blocks = [builder.shuffle_vector(*found, constant(which)) for found in zip(lower_bytes, upper_bytes) for which in INTERLEAVED]
             return cgutils.pack_array(builder, [builder.bitcast(block, i16x32.ir) for block in blocks])
         return types.UniTuple(i16x32, 2 * len(indices))(indices, upper), codegen

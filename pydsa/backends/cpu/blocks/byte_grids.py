@@ -8,7 +8,7 @@ import numpy as np
 
 from pydsa.backends.cpu.blocks.block import SCALES, SUPERBLOCK, SUMS
 from pydsa.backends.cpu.blocks.dots import dot_large, single_sum, two_blocks
-from pydsa.backends.cpu.byte_codes import (BY_SIGN, add_byte_dot, as_int32, biased_values, byte_entries, eight_u16, eight_u32,
+from pydsa.backends.cpu.byte_codes import (BY_INDEX, BY_SIGN, add_byte_dot, as_int32, biased_values, byte_entries, eight_u16, eight_u32,
                                            even_with_parity, load_bytes, load_sums, no_sums, pair_entries, pair_of_bytes, pair_of_u32,
                                            pair_of_u64, picked_pair, repeated_u32, repeated_u64, signed_codes, to_both_tops, to_tops,
                                            tops_where_negative, unaligned, unaligned_of_four, upper_nibbles, with_last_tops)
@@ -23,12 +23,12 @@ NAMES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S = (TYPES[name].n_bytes for name in NAMES)
 
 
-def packed_by_eight(levels, name):
+def packed_by_eight(levels, name, pairs=BY_SIGN):
     """Pack a grid's rows to entries: two bits for each element of eight.
 
-    The elements of the first code are in the low two bits of the nibbles, in the order of BY_SIGN, those of the second in the high two.
+    The elements of the first code are in the low two bits of the nibbles, in the order of `pairs`, those of the second in the high two.
     """
-    places = {element: 8 * byte + 4 * (vector % 2) + 2 * (vector // 2) for vector, some in enumerate(BY_SIGN) for byte, element in
+    places = {element: 8 * byte + 4 * (vector % 2) + 2 * (vector // 2) for vector, some in enumerate(pairs) for byte, element in
               enumerate(some)}
     return [sum(levels.index(row[element]) << place for element, place in places.items()) for row in grid(name).tolist()]
 
@@ -38,7 +38,7 @@ def packed_by_four(levels, name):
     return [sum(levels.index(level) << 4 * k for k, level in enumerate(row)) for row in grid(name).tolist()]
 
 
-IQ1_ENTRIES = pair_entries(packed_by_eight((-1, 0, 1), "IQ1_S"))
+IQ1_ENTRIES = pair_entries(packed_by_eight((-1, 0, 1), "IQ1_S", BY_INDEX), is_sorted=True)      # by the last elements first
 IQ2_XXS_ENTRIES, IQ2_XS_ENTRIES, IQ2_S_ENTRIES = (pair_entries(packed_by_eight(IQ2_LEVELS, name)) for name in NAMES[2:5])
 IQ3_XXS_ENTRIES = byte_entries(packed_by_four(IQ3_XXS_LEVELS, "IQ3_XXS"))
 IQ3_S_ENTRIES = byte_entries(packed_by_four(IQ3_S_LEVELS, "IQ3_S"))

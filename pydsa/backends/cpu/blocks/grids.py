@@ -420,7 +420,7 @@ def kernels(name, dequantize, unpack, dot, bits):
     """Make the BlockKernels of a type, with lookups of bytes where there are."""
     order = COLUMNS
     if HERE:
-        dot, order = DOTS[name], COLUMNS_BY_INDEX if name.startswith("IQ3") else COLUMNS_BY_SIGN
+        dot, order = DOTS[name], COLUMNS_BY_SIGN if name.startswith("IQ2") else COLUMNS_BY_INDEX
     return entry(name, dequantize, None, unpack, dot, order, bits, unpack)
 
 
