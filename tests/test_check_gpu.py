@@ -50,11 +50,13 @@ def test_wrong_variants_are_left_out_of_later_stages(tmp_path, monkeypatch):
     wrong, tell = ((sys.executable, "-c", code) for code in (
         "open(r'{out}/wrong-variants.txt', 'w').write('linear: f16'); raise SystemExit(1)",
         "import os; print(os.environ['PYDSA_CUDA_WITHOUT'])"))
-    monkeypatch.setattr(check_gpu, "STAGES", [Stage("before", tell, 1), Stage("variants", wrong, 1), Stage("after", tell, 1)])
+    monkeypatch.setattr(check_gpu, "STAGES", [Stage("before", tell, 1), Stage("variants", wrong, 1), Stage("after", tell, 1),
+                                              Stage("joins", tell, 1, without=check_gpu.JOINS)])
     monkeypatch.setenv("PYDSA_CUDA_WITHOUT", "int8x2")
     (tmp_path / "wrong-variants.txt").write_text("of an earlier run")
     assert CliRunner().invoke(main, [str(tmp_path), "--minutes", "1"]).exit_code == 1
-    assert [(tmp_path / f"{name}.log").read_text().strip() for name in ("before", "after")] == ["int8x2", "int8x2, linear: f16"]
+    assert [(tmp_path / f"{name}.log").read_text().strip() for name in ("before", "after", "joins")] == [
+        "int8x2", "int8x2, linear: f16", f"int8x2, linear: f16, {check_gpu.JOINS}"]
     assert (tmp_path / "report.md").read_text().endswith("without: int8x2, linear: f16\n")
 
 

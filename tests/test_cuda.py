@@ -290,6 +290,35 @@ def test_golden_models_on_the_gpu(golden, name, attention, precision):
     assert np.median(nmse(np.array(last), expected[[n - 1 for n in rows]])) <= (1e-8 if name == "ds32-f32" else 1e-3)
 
 
+GOLDEN = """
+import sys
+import numpy as np
+from tests.ptx.driver import install
+install().capability = 9, 0
+import pydsa
+from pydsa.backends.cuda.launch import KERNELS
+arrays, prompt, ended = np.load(sys.argv[2]), 68, 70
+ids, expected = arrays["tokens"], arrays["exact"][:ended]
+for precision, median, product in (("float16", 1e-5, "f16_64_q8_0"), ("exact", 1e-6, "wgmma_q8_0_64")):
+    session = pydsa.load(sys.argv[1], device="cuda", attention="sparse", n_ctx=72, n_ubatch=64, precision=precision).session()
+    logits = np.stack([*session.logits(ids[:prompt]), *map(session.decode, ids[prompt:ended])])
+    errors = ((logits - expected) ** 2).sum(-1) / (expected ** 2).sum(-1)
+    assert np.median(errors) <= median and errors[-2:].max() <= median and KERNELS[product]._loaded, (precision, errors)
+assert KERNELS["score_images_of_2"]._loaded
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not AS_PTX, reason="it takes more than a minute in tests/ptx")
+def test_golden_model_on_capability_9_0(golden):
+    """A prompt that is longer than top_k, and two tokens, in both precisions.
+
+    The measure is the float64 forward pass from outside.
+    """
+    path = golden("ds32-q8_0")[0]
+    run_python("-c", GOLDEN, str(path), str(path.with_suffix(".npz")), device="ptx")
+
+
 @pytest.mark.gpu
 @on_gpu
 def test_greedy_continuation_on_the_gpu(golden):

@@ -20,22 +20,24 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON, MODEL = (sys.executable, "-u"), "v3.2-layers-{}.gguf"
 PYDSA = (*PYTHON, "-m", "pydsa")
 WITHOUT, WRONG = "PYDSA_CUDA_WITHOUT", "wrong-variants.txt"
+JOINS = "joined, normed, gated, by products, beside k_b"        # launches of one token that do what others would
 MINUTES, LATE, LEAST = 9, 2.5, 15       # of all stages; a stage is stopped after LATE times its seconds, or LEAST seconds
 
 
 class Stage(NamedTuple):
     """A command, and the seconds that it should take on an H200.
 
-    They are estimates. optional: its program may be missing.
+    They are estimates. optional: its program may be missing. without: variants that are left out, as PYDSA_CUDA_WITHOUT names them.
     """
     name: str
     command: tuple
     seconds: float
     optional: bool = False
+    without: str = ""
 
 
-def bench(name, kind, seconds, *options):
-    return Stage(name, (*PYDSA, "bench", "{out}/" + MODEL.format(kind), "--device", "cuda", *options), seconds)
+def bench(name, kind, seconds, *options, without=""):
+    return Stage(name, (*PYDSA, "bench", "{out}/" + MODEL.format(kind), "--device", "cuda", *options), seconds, without=without)
 
 
 def make(kind, seconds):
@@ -56,7 +58,7 @@ STAGES = [
     Stage("device", ("nvidia-smi",), 1, optional=True),
     Stage("info", (*PYDSA, "info", "pydsa/demo/demo.gguf", "--device", "cuda"), 4),
     # what has never run on a GPU is found here, and left out of the stages behind it
-    Stage("variants", (*PYTHON, "tools/check_variants.py", "--seconds", "30", "--wrong", "{out}/" + WRONG), 92),
+    Stage("variants", (*PYTHON, "tools/check_variants.py", "--seconds", "30", "--wrong", "{out}/" + WRONG), 95),
     tests("ops-float16", "ops and float16", 30),
     tests("ops-exact", "ops and exact", 50),
     Stage("products", (*PYTHON, "tools/time_kernels.py", "products"), 25),       # older kernels of prompts beside newer ones, and torch's
@@ -73,11 +75,13 @@ STAGES = [
     bench("ops-of-a-prompt", "Q4_K_M", 12, "--ops", "-p", "2048", "-n", "0", "-ub", "2048"),
     bench("ops-of-a-token", "Q4_K_M", 12, "--ops", "-p", "0", "-n", "16", "-d", "4096"),
     bench("depths", "Q4_K_M", 35, "-p", "2048", "-n", "64", "-ub", "2048", "-d", "0,4096,131072", "-r", "2"),
-    bench("prompts-exact", "Q4_K_M", 15, "-p", "2048", "-n", "0", "-ub", "2048", "-d", "0,4096", "-r", "2", "--precision", "exact"),
+    # beside the tokens of "depths": whether it pays that launches of one token do what others would
+    bench("token-in-more-launches", "Q4_K_M", 8, "-p", "0", "-n", "64", "-ub", "2048", "-d", "4096", "-r", "2", without=JOINS),
+    bench("prompts-exact", "Q4_K_M", 12, "-p", "2048", "-n", "0", "-ub", "2048", "-d", "0,4096", "-r", "1", "--precision", "exact"),
     # three loads, of which the first has all weights on the GPU
     Stage("placement", (*PYTHON, "tools/check_placement.py", "{out}/" + MODEL.format("Q4_K_M"), "-p", "2048,4096", "-n", "32"), 35),
     make("Q8_0", 20),
-    bench("q8_0", "Q8_0", 20, "-p", "2048", "-n", "64", "-ub", "2048", "-d", "0,4096"),
+    bench("q8_0", "Q8_0", 12, "-p", "2048", "-n", "64", "-ub", "2048", "-d", "4096"),
     Stage("sanitizer", ("compute-sanitizer", "--error-exitcode", "9", *PYTHON, "-m", "pytest", "-x", "-q", "-k",
                         "not (threads or sampled)", "tests/test_attention.py", "tests/test_top_k.py"), 12, optional=True),
     Stage("make-0.5b", (*PYTHON, "tools/make_model.py", "--preset", "0.5b", "--type", "Q4_K_M", "{out}/0.5b.gguf"), 3),
@@ -86,17 +90,17 @@ STAGES = [
 ]
 
 
-def left_out(out):
+def left_out(out, *others):
     """What PYDSA_CUDA_WITHOUT says, with the variants that were found wrong."""
     path = out / WRONG
-    return ", ".join(filter(None, (os.environ.get(WITHOUT), path.read_text(encoding="utf-8") if path.exists() else None)))
+    return ", ".join(filter(None, (os.environ.get(WITHOUT), path.read_text(encoding="utf-8") if path.exists() else None, *others)))
 
 
 def run_stage(stage, out, seconds):
     """Run a stage for at most `seconds`, and return how it ended."""
     command = [part.format(out=out) for part in stage.command]
     # the first variable makes the tests of ops test the GPU's kernels
-    env = os.environ | {"PYDSA_TEST_DEVICE": "cuda", WITHOUT: left_out(out)}
+    env = os.environ | {"PYDSA_TEST_DEVICE": "cuda", WITHOUT: left_out(out, stage.without)}
     with open(out / f"{stage.name}.log", "wb") as log:
         try:
             done = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,

@@ -4,20 +4,24 @@
     python tools/check_variants.py --variant "linear: f16"
 
 A case is an op with its arguments. It is computed with one variant of the table (backends/cuda/variants.py), and without any, by the last
-ones of the table: those take what all others leave, and have run for longest. Each variant is checked in a process of its own with a limit
+ones of the table: those take what all others leave, and have run for longest. What launches of one token do for others (JOINS) is checked
+with a model's tokens: with one of these variants, and with none of them. Each variant is checked in a process of its own with a limit
 of time, so that one that hangs, or leaves the GPU unusable, does not keep the others from being checked. The last line names what was wrong
 as PYDSA_CUDA_WITHOUT takes it; so does the file --wrong. The exit code is 1 then.
 """
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import click
 import numpy as np
 
+import pydsa
 from pydsa.backends import cuda
 from pydsa.backends.cuda.current import current, selected
 from pydsa.backends.cuda.launch import KERNELS, compile_all
@@ -28,16 +32,25 @@ from pydsa.quants import SUPPORTED
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":      # whatever is in PYTHONPATH
     sys.path.insert(0, str(ROOT))
+from tools.make_model import ModelSpec, make_model  # noqa: E402
 from tools.random_blocks import random_tensor  # noqa: E402
 
 COMMAND = sys.executable, "-u", str(Path(__file__))
 BOUND, FLIPPED = 1e-6, 1e-3         # NMSE; the share of chosen keys that may be others, as scores differ in their last bits
 NOT_TAKEN = "takes none of the cases here"
 STORAGES = "i16", "i8", "f16", "bf16", "f32"
+TOKENS = "tokens"
+JOINS = "rows of products", "choice of experts", "scores of one"       # ops of the table that are about launches
+# a layer of experts behind dense ones, whose launches are those of DeepSeek V3.2's
+LAYERS = ModelSpec(type="Q8_0", n_layer=3, n_layer_dense=2, n_embd=256, n_lora_q=256, n_lora_kv=512, n_nope=128, n_rot=64, n_v=128,
+                   n_ff=256, n_ff_exp=256, n_expert=4, indexer_head_size=128, indexer_top_k=4, n_vocab=300)
 
 
 class Case(NamedTuple):
-    """An op with its arguments: numpy arrays, Tensors, Rows, numbers."""
+    """An op with its arguments: numpy arrays, Tensors, Rows, numbers.
+
+    Or TOKENS: of a model whose file is the argument.
+    """
     name: str
     op: str
     out: tuple          # the shape of what it computes
@@ -66,9 +79,10 @@ class Sizes(NamedTuple):
     queries: tuple = (1, 5, 130)
     index_heads: int = 64
     scored: int = 9000
+    layers: ModelSpec = LAYERS
 
 
-SMALL = Sizes((1, 9), (256,), ("Q4_K", "F16"), ("i16",), 4, 32, 32, 30, 8, (1, 3), 4, 40)
+SMALL = Sizes((1, 9), (256,), ("Q4_K", "F16"), ("i16",), 4, 32, 32, 30, 8, (1, 3), 4, 40, replace(LAYERS, n_layer=1, n_layer_dense=0))
 
 
 def products(sizes, rng):
@@ -119,6 +133,21 @@ def choices(sizes, rng):
         yield Case(f"{tokens} rows", "top_k", (tokens, sizes.chosen), (normal(rng, tokens, sizes.scored),), np.int32)
 
 
+def steps(sizes, folder):
+    """The case of a model's tokens: a prompt, then one after the other."""
+    path = make_model(Path(folder) / "model.gguf", sizes.layers)
+    yield Case("of a model", TOKENS, (4, sizes.layers.n_vocab), (path,))
+
+
+def logits_of_tokens(path):
+    """Logits of a prompt and of tokens.
+
+    The first token's kernels are launched one by one, the second one's are recorded and replayed.
+    """
+    session = pydsa.load(path, device="cuda", attention="sparse", kv_type="i16", n_ctx=32, n_ubatch=8).session()
+    return np.stack([session.prefill([1, 5, 9, 13, 17]), *map(session.decode, (2, 8, 4))])
+
+
 def normal(rng, *shape):
     """Normal float32 values."""
     return rng.standard_normal(shape, np.float32)
@@ -135,6 +164,8 @@ def computed(case):
             return rows
         return cuda.weight(a) if hasattr(a, "data") else a
 
+    if case.op == TOKENS:
+        return logits_of_tokens(*case.args)
     out = cuda.upload(np.full(case.out, -7, case.dtype))
     getattr(cuda, case.op)(out, *map(argument, case.args))
     return out.get()
@@ -162,28 +193,39 @@ class NotTaken(Exception):
 class Only:
     """A context in which the table has the last variants only, and one more.
 
-    Where that one is not taken, NotTaken is raised. precision: that of the variant.
+    Where that one is not taken, NotTaken is raised, at the end if the op is one of JOINS. Then the others of the table remain but JOINS.
+    name: None for no more. precision: that of the variant.
     """
 
-    def __init__(self, op=None, name=None):
-        self._op, self._name, self.precision = op, name, EXACT
+    def __init__(self, op, name=None):
+        self._op, self._name, self.precision, self._taken = op, name, EXACT, False
 
     def __enter__(self):
         self._whole = {op: dict(variants) for op, variants in VARIANTS.items()}
-        for op, variants in self._whole.items():
-            VARIANTS[op] = dict(list(variants.items())[-1:])
-        if self._op:
+        for op in JOINS if self._op in JOINS else self._whole:
+            VARIANTS[op] = dict(list(self._whole[op].items())[-1:])
+        if self._name:
             variant = self._whole[self._op][self._name]
             self.precision = variant.precision or EXACT
-            VARIANTS[self._op] = {self._name: variant, "others": variant._replace(takes=self._refuse)}
+            others = VARIANTS[self._op] if self._op in JOINS else {"others": variant._replace(takes=self._refuse)}
+            VARIANTS[self._op] = {self._name: variant._replace(takes=self._noted(variant.takes)), **others}
         return self
+
+    def _noted(self, takes):
+        def noted(*args):
+            taken = takes(*args)
+            self._taken |= bool(taken)
+            return taken
+        return noted
 
     @staticmethod
     def _refuse(*args):
         raise NotTaken
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, *error):
         VARIANTS.update(self._whole)
+        if kind is None and self._name and not self._taken:
+            raise NotTaken
 
 
 def check_here(op, name, sizes):
@@ -191,15 +233,16 @@ def check_here(op, name, sizes):
 
     Returns how many cases it took, and what was wrong: [(case, difference)].
     """
-    rng, taken, wrong = np.random.default_rng(0), 0, []
-    for case in products(sizes, rng) if op == "linear" else (*attentions(sizes, rng), *choices(sizes, rng)):
+    rng, taken, wrong, folder = np.random.default_rng(0), 0, [], tempfile.TemporaryDirectory()
+    for case in (steps(sizes, folder.name) if op in JOINS else products(sizes, rng) if op == "linear" else
+                 (*attentions(sizes, rng), *choices(sizes, rng))):
         try:
             with Only(op, name) as only, selected(current(), only.precision):
                 found = computed(case)
         except NotTaken:
             continue
         taken += 1
-        with Only(), selected(current(), EXACT):
+        with Only(op), selected(current(), EXACT):
             error = difference(found, computed(case))
         click.echo(f"{case.op}, {case.name}: {error:.1e}")
         if not error <= BOUND:

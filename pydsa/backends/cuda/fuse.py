@@ -15,6 +15,7 @@ from pydsa.backends.cuda.int8x2.gemv import gemv, grid_of
 from pydsa.backends.cuda.launches import Launches, one_row, touch
 from pydsa.backends.cuda.norm_one import Joined, add_norm, norm_is_wide
 from pydsa.backends.cuda.order import overlap, same, together, written_by
+from pydsa.backends.cuda.variants import kernels
 
 
 AT_ONCE = 20        # calls that a rule sees
@@ -163,7 +164,7 @@ def queries(launches, ops, args, stored=(), positions=None):
     if found.choice:
         chosen, _, _, keys, positions, scale = found.choice
         choice = chosen, found.queries.packed, keys, positions, scale
-    if product and choice and indexer.scores_beside(k_b, keys) and not touch([out], [keys.data, positions]):
+    if product and choice and kernels("scores of one", k_b, keys) and not touch([out], [keys.data, positions]):
         launches.add(indexer.select_beside, *choice, *product, written=[out, chosen])
         return n
     if product:
@@ -226,7 +227,7 @@ def routed(launches, ops, args):
 
     No output of theirs may overlap the logits, which all of them read.
     """
-    if ops[:2] != [moe.moe_route, moe.moe_gate_up] or not routing.takes(args[0][2], args[0][5]):
+    if ops[:2] != [moe.moe_route, moe.moe_gate_up] or not kernels("choice of experts", args[0][2], args[0][5]):
         return 0
     ids, weights, logits, bias, *how = args[0]
     if not same(ids, args[1][2]) or touch([ids, weights, *(a[0] for a in args[2:4])], [logits, args[1][1]]):
@@ -293,7 +294,7 @@ def last_of_experts(launches, ops, args, gated=None, rows=None):
         shared = (other.rows, w, whole, ids.size) if whole is not None else None
     else:
         alone = rows.single_out is None
-        fits = same(gated, hidden) and rows_one.takes(rows) and (alone or other is not None and same(x.rows, rows.single_out))
+        fits = same(gated, hidden) and kernels("rows of products", rows) and (alone or other is not None and same(x.rows, rows.single_out))
         if not fits or not alone and touch([other, rows.single_out], [rows.out, rows.single_x, rows.single_other]):
             return 0
         packed, shared = rows, None if alone else (other.rows, w, rows, 0)
@@ -360,7 +361,7 @@ def _products_of_norm(launches, ops, args, normed, stored):
     fits = 0 < n <= 4 and args[0][1].type in GROUPED and all(_one_layout(args[0][1], w) for _, w, _ in args[:n])
     outs = [out for out, _, _ in args[:n]]
     rows = rows_one.Rows(rows_one.NORMED, normed.out, normed.x, gain=normed.w, eps=normed.eps)
-    if not fits or not rows_one.takes(rows) or touch(outs, [*normed[:2], *(a for s in stored for a in (s.row, s.x))]):
+    if not fits or not kernels("rows of products", rows) or touch(outs, [*normed[:2], *(a for s in stored for a in (s.row, s.x))]):
         return 0
     if overlap(normed.out, normed.x):
         return 0
@@ -403,7 +404,7 @@ def attended(launches, ops, args):
     rows = splits and rows_one.Rows(rows_one.JOINED, out.rows, *splits[:2], splits=splits)
     product, _, joined = args[1]
     read = [out, *([] if positions is None else [positions])]
-    if rows and rows_one.takes(rows) and same(out.rows, joined.rows) and not touch([product], read):
+    if rows and kernels("rows of products", rows) and same(out.rows, joined.rows) and not touch([product], read):
         launches.add(attention.attend_in_splits, q, latents, mode, n_keys, scale, positions, *others, written=splits[:2])
         return 1 + products_of_heads(launches, ops[1:], args[1:], rows)
     launches.add(attention.attend, out, q, latents, mode, n_keys, scale, positions, *others, written=[out], packs=out.rows)

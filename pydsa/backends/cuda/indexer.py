@@ -4,8 +4,7 @@ from numba import cuda
 
 from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.device import SIMULATED
-from pydsa.backends.cuda.int8x2.gemv_scores import GEMV_SCORES, gemv_scores
-from pydsa.backends.cuda.int8x2.indexer import score as score_int8x2
+from pydsa.backends.cuda.int8x2.gemv_scores import gemv_scores
 from pydsa.backends.cuda.launch import kernel
 from pydsa.backends.cuda.top_k import choose
 from pydsa.backends.cuda.variants import kernels
@@ -58,16 +57,11 @@ def select(out, queries, keys, positions, scale):
 def select_beside(out, queries, keys, positions, scale, product, w, x, tiles):
     """select(), whose scores are in one launch with a product of heads.
 
-    scores_beside() must hold. product, w, x, tiles: the arguments of gemv().
+    The table of variants must take that. product, w, x, tiles: the arguments of gemv().
     """
     scores = _rows_of_scores(1, len(keys.data))
     gemv_scores(product, w, x, tiles, scores, queries, keys, positions, scale)
     choose(out, scores, positions, 0)
-
-
-def scores_beside(w, keys):
-    """Whether one launch can score keys and multiply with matrices of heads."""
-    return w.type in GEMV_SCORES and kernels("indexer", keys, 1, 1).score is score_int8x2
 
 
 def _rows_of_scores(n_tokens, n_kv):

@@ -7,8 +7,10 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pydsa.backends.cuda import attend_chosen, attend_one, f16, f16x2, f32, flash, int8x2, mha_chosen, prompt_scores, top_k_one, top_k_rows
+from pydsa.backends.cuda import (attend_chosen, attend_one, f16, f16x2, f32, flash, int8x2, mha_chosen, prompt_scores, routing, rows_one,
+                                 top_k_one, top_k_rows)
 from pydsa.backends.cuda.current import precision
+from pydsa.backends.cuda.int8x2.gemv_scores import GEMV_SCORES
 from pydsa.errors import PydsaError
 from pydsa.options import FLOAT16
 
@@ -58,6 +60,10 @@ def _rows_in_wgmma(summed):
     """Products with weights of any type that has so many weights an offset."""
     products = f16x2.gemm_rows.PRODUCTS[summed]
     return Variant(lambda w, single: products.takes(w), Linear(products.pack, products.matmul))
+
+
+def _made_by_products(mode):
+    return Variant(lambda rows: rows.mode == mode and rows_one.takes(rows), True)
 
 
 # op -> number format -> Variant; the first whose takes() accepts the arguments is chosen
@@ -111,6 +117,21 @@ VARIANTS = {
         "int8x2 in wgmma": Variant(prompt_scores.takes, Indexer(prompt_scores.pack, prompt_scores.score)),
         "int8x2": Variant(lambda keys, *_: int8x2.indexer.takes(keys), Indexer(int8x2.indexer.pack, int8x2.indexer.score)),
         "f32": Variant(anything, Indexer(f32.indexer.pack, f32.indexer.score)),
+    },
+    # launches of one token's step (fuse.py): the kernels are whether one launch does what else several do
+    "rows of products": {       # takes(rows_one.Rows): blocks of a product make the rows that they multiply with
+        "joined": _made_by_products(rows_one.JOINED),
+        "normed": _made_by_products(rows_one.NORMED),
+        "gated": _made_by_products(rows_one.GATED),
+        "launched before": Variant(anything, False),
+    },
+    "choice of experts": {      # takes(logits, number of groups): blocks of the experts' first products choose the experts
+        "by products": Variant(routing.takes, True),
+        "launched before": Variant(anything, False),
+    },
+    "scores of one": {          # takes(k_b, CacheRows): other blocks of the product with k_b score the index keys
+        "beside k_b": Variant(lambda w, keys: w.type in GEMV_SCORES and kernels("indexer", keys, 1, 1).score is int8x2.indexer.score, True),
+        "launched behind": Variant(anything, False),
     },
 }
 

@@ -32,7 +32,7 @@ def _make_multiply(ring, puts, load_block, load_weights):
     start, wait_before, wait_all = make_wgmma(ring.tokens, 4, 2), make_wgmma_wait(0, WORDS, 1), make_wgmma_wait(ring.tokens, WORDS)
 
     @device
-    def multiply_block(there, parts, words, others, raw, w, at, at_8, more, c, shared, packed, stage, last, row_bytes, rows, thread):
+    def multiply_block(there, parts, words, others, raw, w, at, apart, more, c, shared, packed, stage, last, rows, thread):
         """parts += the products of a block's whole numbers.
 
         Returns the descriptor of the next stage, and d of both rows. The block has four stages. words: those of its first 64 weights; then
@@ -40,25 +40,25 @@ def _make_multiply(ring, puts, load_block, load_weights):
         """
         start(parts, words, there, there + low_part)
         put_1(others, raw)
-        load_weights(raw, w, at, at_8, 2, c)
-        there = next_stage(shared, packed, stage + 1, last, row_bytes, rows, thread)
+        load_weights(raw, w, at, apart, 2, c)
+        there = next_stage(shared, packed, stage + 1, last, rows, thread)
         start(parts, others, there, there + low_part)
         wait_before(parts, words)
         put_2(words, raw)
-        load_weights(raw, w, at, at_8, 3, c)
-        there = next_stage(shared, packed, stage + 2, last, row_bytes, rows, thread)
+        load_weights(raw, w, at, apart, 3, c)
+        there = next_stage(shared, packed, stage + 2, last, rows, thread)
         start(parts, words, there, there + low_part)
         wait_before(parts, others)
         put_3(others, raw)
-        d, d_8 = of_half(raw[0]), of_half(raw[8])
-        load_block(raw, w, at + more, at_8 + more, c)
-        load_weights(raw, w, at + more, at_8 + more, 0, c)
-        there = next_stage(shared, packed, stage + 3, last, row_bytes, rows, thread)
+        d, d_8 = of_half(raw[0]), of_half(raw[0] >> U(16))
+        load_block(raw, w, at + more, apart, c)
+        load_weights(raw, w, at + more, apart, 0, c)
+        there = next_stage(shared, packed, stage + 3, last, rows, thread)
         start(parts, others, there, there + low_part)
         wait_before(parts, words)
         put_0(words, raw)
-        load_weights(raw, w, at + more, at_8 + more, 1, c)
-        there = next_stage(shared, packed, stage + 4, last, row_bytes, rows, thread)
+        load_weights(raw, w, at + more, apart, 1, c)
+        there = next_stage(shared, packed, stage + 4, last, rows, thread)
         wait_all(parts, others)
         return there, d, d_8
     return multiply_block
@@ -83,31 +83,30 @@ def _make_gemm(name, fifth, tokens):
         shared, rows = cuda.shared.array(0, np.uint8, 1024), cuda.shared.array(0, np.int32, 1024)
         scales = cuda.shared.array(0, np.float32, 1024)
         before, n_blocks = n_groups + 63 >> 6, n_groups >> 3
-        last, row_bytes = before + 4 * n_blocks, STAGE_BYTES * (before + 4 * n_blocks)
-        begin(shared, rows, scales, order, first, n_tokens, x_div, x_scales, packed, last, row_bytes, thread)
+        last = np.int32(before + 4 * n_blocks)
+        begin(shared, rows, scales, order, first, n_tokens, x_div, x_scales, packed, last, thread)
         sums, parts = cuda.local.array(n_sums, np.float32), cuda.local.array(n_sums, np.float32)
         words, others, raw = cuda.local.array(WORDS, np.uint32), cuda.local.array(WORDS, np.uint32), cuda.local.array(RAW, np.uint32)
         clear(sums, tokens)
         clear(parts, tokens)
-        g, c, most = thread >> 2 & 7, thread & 3, out.shape[1] - 1
+        g, c, most = thread >> 2 & 7, U(thread & 3), out.shape[1] - 1
         row = cuda.blockIdx.x * ROWS + 16 * (thread >> 5) + g
         at = (chosen * np.int64(out.shape[1]) + min(row, most)) * w_bytes
-        at_8 = (chosen * np.int64(out.shape[1]) + min(row + 8, most)) * w_bytes
-        add_offsets(sums, parts, words, w, at, at_8, n_groups, U(c), shared, packed, last, row_bytes, rows, thread)
-        load_block(raw, w, at, at_8, c)
-        load_weights(raw, w, at, at_8, 0, c)
+        apart = U((min(row + 8, most) - min(row, most)) * w_bytes)
+        add_offsets(sums, parts, words, w, at, at + np.int64(apart), n_groups, c, shared, packed, last, rows, thread)
+        load_block(raw, w, at, apart, c)
+        load_weights(raw, w, at, apart, 0, c)
         put(words, raw)
-        load_weights(raw, w, at, at_8, 1, c)
-        there = next_stage(shared, packed, before, last, row_bytes, rows, thread)
+        load_weights(raw, w, at, apart, 1, c)
+        there = next_stage(shared, packed, before, last, rows, thread)
         for block in range(n_blocks):
             more = np.int64(block_bytes if block + 1 < n_blocks else 0)
-            there, d, d_8 = multiply_block(there, parts, words, others, raw, w, at, at_8, more, c, shared, packed, before + 4 * block, last,
-                                           row_bytes, rows, thread)
+            there, d, d_8 = multiply_block(there, parts, words, others, raw, w, at, apart, more, c, shared, packed, before + 4 * block,
+                                           last, rows, thread)
             at += more
-            at_8 += more
             add_scaled(sums, 0, parts, d, d_8, tokens)
             clear(parts, tokens)
-        store(out, sums, order, first, n_tokens, scales, row, c)
+        store(out, sums, order, tile_first, tile_end, scales, row, c)
     return kernel(SIGNATURE, THREADS, f"wgmma_{name.lower()}{'' if tokens > FEW else '_64'}", shared=ring.end,
                   blocks=1 if tokens > FEW or fifth else 2, specific=CAPABILITY)(gemm)
 

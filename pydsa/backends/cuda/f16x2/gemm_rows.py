@@ -66,7 +66,7 @@ def _make_walk_blocks(kind, ring):
     wait_before, wait_all = make_wgmma_wait(0, n_words, 1), make_wgmma_wait(tokens, n_words)
 
     @device
-    def walk(sums, parts, _, words, others, w, row, n_groups, write, read, lane, shared, packed, before, last, row_bytes, rows, thread):
+    def walk(sums, parts, _, words, others, w, row, n_groups, write, read, lane, shared, packed, before, last, rows, thread):
         """sums += the products of all groups.
 
         parts: zeros, before and after. words, others: of the first and second 32 weights of a stage.
@@ -77,7 +77,7 @@ def _make_walk_blocks(kind, ring):
         factor = unpack(write, w, row, second, n_groups)
         cuda.syncwarp()
         load_0(words, read)
-        there = next_stage(shared, packed, before, last, row_bytes, rows, thread)
+        there = next_stage(shared, packed, before, last, rows, thread)
         while stage < n_stages:
             d, d_8 = cuda.shfl_sync(ALL_LANES, factor, lane >> U(2)), cuda.shfl_sync(ALL_LANES, factor, (lane >> U(2)) + U(8))
             end = min(np.int32(stage + stages), n_stages)
@@ -92,7 +92,7 @@ def _make_walk_blocks(kind, ring):
                 cuda.syncwarp()
                 wait_before(parts, words)
                 load_0(words, read)
-                there = next_stage(shared, packed, before + stage, last, row_bytes, rows, thread)
+                there = next_stage(shared, packed, before + stage, last, rows, thread)
             wait_all(parts, others)
             add_scaled(sums, 0, parts, d, d_8, tokens)
             clear(parts, tokens)
@@ -105,7 +105,7 @@ def _make_walk_groups(kind, ring):
     unpack, load_0, load_1 = _make_unpack_group(kind), make_load(0, False), make_load(1, False)
 
     @device
-    def walk(sums, parts, parts_1, words, others, w, row, n_groups, write, read, lane, shared, packed, before, last, row_bytes, rows,
+    def walk(sums, parts, parts_1, words, others, w, row, n_groups, write, read, lane, shared, packed, before, last, rows,
              thread):
         """sums += the products of all groups.
 
@@ -116,7 +116,7 @@ def _make_walk_groups(kind, ring):
         factor = unpack(write, w, row, second, n_groups)
         cuda.syncwarp()
         load_0(words, read)
-        there = next_stage(shared, packed, before, last, row_bytes, rows, thread)
+        there = next_stage(shared, packed, before, last, rows, thread)
         for stage in range(np.int32(1), np.int32(1 + (n_groups + 1 >> 1)), np.int32(1)):
             d, d_8, d1, d1_8 = factors_of(factor, lane >> U(2))
             new_pairs(parts, words, there, there + low_part)
@@ -134,7 +134,7 @@ def _make_walk_groups(kind, ring):
                 add_scaled(sums, SUMS, parts_1, d, d_8, FEW)
                 load_0(words, read)
                 new_pairs(parts_1, others, there + GROUP_STEP + HALF, there + GROUP_STEP + HALF + low_part)
-                there = next_stage(shared, packed, before + stage, last, row_bytes, rows, thread)
+                there = next_stage(shared, packed, before + stage, last, rows, thread)
                 wait_sums(parts, words)
                 add_scaled(sums, 0, parts, d1, d1_8, FEW)
                 wait_last(parts_1, others)
@@ -144,7 +144,7 @@ def _make_walk_groups(kind, ring):
                 add_scaled(sums, 0, parts, d, d_8, FEW)
                 new_pairs(parts, others, there + GROUP_STEP, there + GROUP_STEP + low_part)
                 load_0(words, read)
-                there = next_stage(shared, packed, before + stage, last, row_bytes, rows, thread)
+                there = next_stage(shared, packed, before + stage, last, rows, thread)
                 wait_last(parts, others)
                 add_scaled(sums, 0, parts, d1, d1_8, FEW)
     return walk
@@ -172,9 +172,8 @@ def _make_gemm(name, kind, tokens):
         shared, rows = cuda.shared.array(0, np.uint8, 1024), cuda.shared.array(0, np.int32, 1024)
         scales = cuda.shared.array(0, np.float32, 1024)
         before = n_groups * per_group + 63 >> 6
-        last = before + (n_groups + 1 >> 1)
-        row_bytes = STAGE_BYTES * last
-        begin(shared, rows, scales, order, first, n_tokens, x_div, x_scales, packed, last, row_bytes, thread)
+        last = np.int32(before + (n_groups + 1 >> 1))
+        begin(shared, rows, scales, order, first, n_tokens, x_div, x_scales, packed, last, thread)
         prepare(thread, THREADS)
         sums, parts, parts_1 = (cuda.local.array(n_sums, np.float32), cuda.local.array(n_parts, np.float32),
                                 cuda.local.array(n_parts, np.float32))
@@ -187,11 +186,11 @@ def _make_gemm(name, kind, tokens):
         row = warp_row + (thread >> 2 & 7)
         if per_group:
             add_offsets(sums, parts, sixteen, w, (matrix + min(row, most)) * w_bytes, (matrix + min(row + 8, most)) * w_bytes, n_groups,
-                        U(c), shared, packed, last, row_bytes, rows, thread)
+                        U(c), shared, packed, last, rows, thread)
         base = U(shared_address(shared, area + warp_bytes * (thread >> 5)))
         walk(sums, parts, parts_1, words, others, w, (matrix + min(warp_row + (thread & 15), most)) * w_bytes, n_groups,
-             place_to_write(base, lane), place_to_read(base, lane), lane, shared, packed, before, last, row_bytes, rows, thread)
-        store(out, sums, order, first, n_tokens, scales, row, c)
+             place_to_write(base, lane), place_to_read(base, lane), lane, shared, packed, before, last, rows, thread)
+        store(out, sums, order, tile_first, tile_end, scales, row, c)
     return kernel(SIGNATURE, THREADS, f"wgmma_{name.lower()}{'' if tokens > FEW else '_64'}", shared=area + 8 * warp_bytes,
                   blocks=1 if tokens > FEW or kind.rest else 2, specific=CAPABILITY)(gemm)
 

@@ -1,6 +1,6 @@
 """Offsets of weights, of types that have them: they meet sums of activations, which come in stages of 64 before the activations.
 
-add_offsets(sums, parts, words, w, row, row_8, n_groups, c, shared, packed, last, row_bytes, rows, thread) adds their products to a lane's
+add_offsets(sums, parts, words, w, row, row_8, n_groups, c, shared, packed, last, rows, thread) adds their products to a lane's
 sums. row, row_8: where its rows g and g + 8 begin in w. c = lane % 4. parts, words: room for sums, zeros, and for 16 words of A.
 """
 import numpy as np
@@ -28,7 +28,7 @@ def make_mins(name, put, sums_of_group):
         start, wait = make_wgmma(tokens, 1, 2), make_wgmma_wait(tokens, 4)
 
         @device
-        def add_offsets(sums, parts, words, w, row, row_8, n_groups, c, shared, packed, last, row_bytes, rows, thread):
+        def add_offsets(sums, parts, words, w, row, row_8, n_groups, c, shared, packed, last, rows, thread):
             """sums += the products of all offsets and sums of activations.
 
             A stage has 64 of these. parts: zeros, before and after.
@@ -37,7 +37,7 @@ def make_mins(name, put, sums_of_group):
             for block in range(np.int32(0), np.int32(n_groups >> 3), np.int32(1)):
                 step = block // each & 3
                 if block & 4 * each - 1 == 0:
-                    there = next_stage(shared, packed, block // (4 * each), last, row_bytes, rows, thread)
+                    there = next_stage(shared, packed, block // (4 * each), last, rows, thread)
                 d = put(words, 0, w, row + n_bytes * np.int64(block), c, block & each - 1)
                 d_8 = put(words, 1, w, row_8 + n_bytes * np.int64(block), c, block & each - 1)
                 start(parts, words, there + np.uint64(2 * step), there + np.uint64(2 * step) + low_part)
@@ -96,9 +96,9 @@ def _make_add_m(name):
         add, wait = make_wgmma(ring.tokens, 4, 2), make_wgmma_wait(ring.tokens, 16)
 
         @device
-        def add_offsets(sums, parts, words, w, row, row_8, n_groups, c, shared, packed, last, row_bytes, rows, thread):
+        def add_offsets(sums, parts, words, w, row, row_8, n_groups, c, shared, packed, last, rows, thread):
             for stage in range(np.int32(0), np.int32(n_groups + 63 >> 6), np.int32(1)):
-                there = next_stage(shared, packed, stage, last, row_bytes, rows, thread)
+                there = next_stage(shared, packed, stage, last, rows, thread)
                 put_offsets(words, 0, w, row, np.int32(64 * stage + 2 * np.int32(c)), n_groups)
                 put_offsets(words, 1, w, row_8, np.int32(64 * stage + 2 * np.int32(c)), n_groups)
                 add(sums, words, there, there + low_part)

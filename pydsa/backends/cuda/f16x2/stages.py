@@ -36,9 +36,9 @@ class Ring(NamedTuple):
     tokens: int
     end: int
     low_part: object    # what the low float16 add to a descriptor
-    begin: object       # begin(shared, rows, scales, order, first, n_tokens, x_div, x_scales, packed, last, row_bytes, thread)
-    next_stage: object  # next_stage(shared, packed, stage, last, row_bytes, rows, thread) -> descriptor of the high float16
-    store: object       # store(out, sums, order, first, n_tokens, scales, row, c)
+    begin: object       # begin(shared, rows, scales, order, first, n_tokens, x_div, x_scales, packed, last, thread)
+    next_stage: object  # next_stage(shared, packed, stage, last, rows, thread) -> descriptor of the high float16
+    store: object       # store(out, sums, order, tile_first, tile_end, scales, row, c)
 
 
 def _make_copies(tokens):
@@ -46,21 +46,24 @@ def _make_copies(tokens):
     rows_at = STAGES * 2 * part // 4
 
     @device
-    def copy_stage(shared, packed, stage, last, row_bytes, rows, thread):
-        """Begin to copy a stage of all tokens, if there is one, pieces swizzled."""
+    def copy_stage(shared, packed, stage, last, rows, thread):
+        """Begin to copy a stage of all tokens, if there is one, pieces swizzled.
+
+        last: how many stages a row has.
+        """
         if stage < last:
             token, piece = thread >> 3, thread & 7
             slot = (stage & STAGES - 1) * 2 * part + 128 * token + 16 * (piece ^ token & 7)
             sources = cuda.local.array(pieces, np.int64)        # all before the copies: ptxas has each copy wait for loads before it
             for i in range(pieces):
-                sources[i] = np.int64(rows[rows_at + token + 32 * i]) * row_bytes + STAGE_BYTES * stage + 16 * piece
+                sources[i] = STAGE_BYTES * (np.int64(rows[rows_at + token + 32 * i]) * np.int64(last) + stage) + 16 * piece
             for i in range(pieces):
                 copy_sixteen_async(shared, slot + 128 * 32 * i, packed, sources[i])
                 copy_sixteen_async(shared, slot + 128 * 32 * i + part, packed, sources[i] + PART_BYTES)
         commit_copies()
 
     @device
-    def next_stage(shared, packed, stage, last, row_bytes, rows, thread):
+    def next_stage(shared, packed, stage, last, rows, thread):
         """Wait for a stage -> the descriptor of its high float16.
 
         Another one begins to be copied. All products with the stages before the last one must be done.
@@ -68,7 +71,7 @@ def _make_copies(tokens):
         stage_is_here()
         fence_async()
         cuda.syncthreads()
-        copy_stage(shared, packed, stage + AHEAD, last, row_bytes, rows, thread)
+        copy_stage(shared, packed, stage + AHEAD, last, rows, thread)
         return np.uint64(U(shared_address(shared, (stage & STAGES - 1) * 2 * part)) >> U(4)) | DESCRIPTOR
     return copy_stage, next_stage
 
@@ -80,18 +83,23 @@ def make_ring(tokens):
     copy_stage, next_stage = _make_copies(tokens)
 
     @device
-    def begin(shared, rows, scales, order, first, n_tokens, x_div, x_scales, packed, last, row_bytes, thread):
+    def begin(shared, rows, scales, order, first, n_tokens, x_div, x_scales, packed, last, thread):
         """Find the rows of a tile's tokens; begin to copy the first stages."""
         if thread < tokens:
             source = quotient(order[first + min(thread, n_tokens - 1)], x_div)
             rows[at + thread], scales[at + tokens + thread] = source, x_scales[source]
         cuda.syncthreads()
         for stage in range(AHEAD):
-            copy_stage(shared, packed, stage, last, row_bytes, rows, thread)
+            copy_stage(shared, packed, stage, last, rows, thread)
 
     @device
-    def store(out, sums, order, first, n_tokens, scales, row, c):
-        """Store a lane's sums times the tokens' scales."""
+    def store(out, sums, order, tile_first, tile_end, scales, row, c):
+        """Store a lane's sums times the tokens' scales.
+
+        What the tile's tokens are is read again, so that no registers have it meanwhile.
+        """
+        first = tile_first[cuda.blockIdx.y]
+        n_tokens = tile_end[cuda.blockIdx.y] - first
         for i in range(tokens // 8):
             for e in range(2):
                 t = 8 * i + 2 * c + e

@@ -7,6 +7,7 @@ import numpy as np
 from pydsa.backends.cuda.device import device
 from pydsa.backends.cuda.f16x2.halves import HALF_1024, fma_halves, multiply_halves, subtract_halves, twice
 from pydsa.backends.cuda.instructions import read_sixteen, stream_eight
+from pydsa.backends.cuda.shared_memory import anew
 
 
 RAW = 16            # words of a lane that are not unpacked yet, of two rows, as below
@@ -25,7 +26,7 @@ def make_put(j, fifth):
     """put(words, raw): the weights of the j-th 64 of a block, as words of A.
 
     raw: for each of two rows eight words: four of the block's beginning, two of the weights' lower four bits, two of their fifth bits (if
-    `fifth`), of which each byte has bits 2 j and 2 j + 1.
+    `fifth`), of which each byte has bits 2 j and 2 j + 1. The first word has d of both rows; those that nobody reads take no registers.
     """
     shift, bit, bit_1 = U(16 * (j & 1)), U(2 * j), U(2 * j + 1)
 
@@ -62,17 +63,20 @@ def make_loads(fifth):
     first = 48 if fifth else 16         # where the lower four bits begin in a block
 
     @device
-    def load_block(raw, w, at, at_8, c):
+    def load_block(raw, w, at, apart, c):
         """The beginnings of a block in both rows of a lane, and its fifth bits."""
-        raw[0], raw[1], raw[2], raw[3] = read_sixteen(w, at)
-        raw[8], raw[9], raw[10], raw[11] = read_sixteen(w, at_8)
+        at_8 = at + np.int64(anew(apart))       # one register a loop, not two
+        d, raw[1], _, raw[3] = read_sixteen(w, at)
+        d_8, raw[9], _, raw[11] = read_sixteen(w, at_8)
+        raw[0] = d & U(0xFFFF) | d_8 << U(16)
         if fifth:
             raw[6], raw[7] = stream_eight(w, at + 16 + 8 * c)
             raw[14], raw[15] = stream_eight(w, at_8 + 16 + 8 * c)
 
     @device
-    def load_weights(raw, w, at, at_8, j, c):
+    def load_weights(raw, w, at, apart, j, c):
         """A lane's bytes of the j-th 64 weights of a block, in both its rows."""
-        raw[4], raw[5] = stream_eight(w, at + first + 32 * j + 8 * c)
-        raw[12], raw[13] = stream_eight(w, at_8 + first + 32 * j + 8 * c)
+        at += first + 32 * j + 8 * np.int64(c)
+        raw[4], raw[5] = stream_eight(w, at)
+        raw[12], raw[13] = stream_eight(w, at + np.int64(anew(apart)))
     return load_block, load_weights
