@@ -374,7 +374,7 @@ def linears(*pairs):
 
 X, Y = normal(20, 512), normal(21, 512)[1:]
 SHARED = {      # whether the second one, or the last, uses what the first one packed, for one token and for many
-    "one x": ([("Q8_0", X), ("Q8_0", X)], (True, True)), "types of one order": ([("IQ2_XS", X), ("Q1_0", X)], (True, True)),
+    "one x": ([("Q8_0", X), ("Q8_0", X)], (True, True)), "types of one order": ([("IQ2_XS", X), ("IQ2_S", X)], (True, True)),
     "types of another order": ([("Q4_0", X), ("Q8_0", X)], (False, True)), "two floats": ([("F32", X), ("F16", X)], (True, True)),
     "another x": ([("Q8_0", X), ("Q8_0", Y)], (False, False)), "a copy": ([("Q8_0", X), ("Q8_0", X.copy())], (False, False)),
     "fewer rows": ([("Q8_0", X), ("Q8_0", X[:11])], (True, False)),

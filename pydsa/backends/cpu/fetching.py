@@ -204,11 +204,11 @@ def expert_parts(groups):
     """(chosen experts' ids, rows of `parts`) for each choice of experts."""
     found = {}
     for args in (args for group in groups for op, args in group if op.__name__ in USERS):
-        found.setdefault(id(args[2]), (args[2], []))[1].extend(_parts(args))
+        found.setdefault(id(args[2]), (args[2], []))[1].extend(parts_of(args))
     return list(found.values())
 
 
-def _parts(args):
+def parts_of(args):
     """The rows of `parts` for an op's weights."""
     for w in args[3:]:
         if isinstance(w, tuple) and w.data.ndim == 3:

@@ -9,7 +9,7 @@ import os
 import threading
 
 from pydsa import limits
-from pydsa.backends.cpu.fetching import CAN_ASK, ENOUGH, expert_parts, pieces_of
+from pydsa.backends.cpu.fetching import CAN_ASK, ENOUGH, USERS, parts_of, pieces_of
 from pydsa.numa import memory_placed
 
 MOST = 4 << 30          # bytes to be ahead of the ops, at most; and at most a quarter of the memory that is free
@@ -53,7 +53,7 @@ class ReadAhead:
     def _read(self):
         library, ahead, waiting = ctypes.CDLL(None), 0, []
         pieces = ((i, *piece) for i, group in enumerate(self._groups)
-                  for piece in sorted({piece for _, args in group for piece in pieces_of(args)}))
+                  for piece in sorted({piece for op, args in group if not _chooses_few(op, args) for piece in pieces_of(args)}))
         for group, address, n in pieces:
             with self._condition:
                 while not self._ended and group > self._group and ahead + n > self._most:
@@ -77,6 +77,14 @@ def ask(library, address, n):
 
 
 def uses_nearly_all(groups):
-    """Whether a step uses nearly all experts, and they can be read ahead."""
-    chosen = [(ids, parts) for ids, parts in expert_parts(groups) if parts]
-    return CAN_ASK and os.name == "posix" and all(ids.size >= ENOUGH * parts[0][3] for ids, parts in chosen)
+    """Whether a step uses nearly all experts, and they can be read ahead.
+
+    Those of the last layer need not be among them: it may end early (schedule.py).
+    """
+    chosen = [call for group in groups for call in group if call[0].__name__ in USERS]
+    return CAN_ASK and os.name == "posix" and not (chosen and all(_chooses_few(*call) for call in chosen))
+
+
+def _chooses_few(op, args):
+    """Whether an op uses only some of its experts, for which it asks itself."""
+    return op.__name__ in USERS and any(args[2].size < ENOUGH * n_expert for *_, n_expert in parts_of(args))
