@@ -29,7 +29,7 @@ OPS = ["test_ops.py", "test_whole_tiles.py", "test_attention.py", "test_mha.py",
 OF_CPU = ("threads or exp_of or half or block_sizes or sampled or golden or ubatches or vectors_are_unpacked or any_ or counted or "
           "2_gib or prompts_take or left_out or packed_latent")
 # types whose kernels differ in little from another's of their family; PYDSA_TEST_DEVICE=ptx pytest tests/test_ops.py runs them, too
-ALIKE = "Q4_1 or Q5_1 or IQ4_NL or IQ2_XS or IQ2_S or IQ3_XXS or IQ1_M or TQ2_0"
+ALIKE = "Q4_1 or Q5_0 or Q5_1 or Q3_K or Q5_K or IQ4_NL or IQ2_XS or IQ2_S or IQ3_XXS or IQ1_M or TQ2_0"
 # What the simulator runs, at a hundredth of the speed: ops, with a type or two and the smallest shapes, and all types of blocks. All that
 # is left out of it runs as PTX.
 SIMULATED = ["test_ops.py", "test_attention.py", "test_mha.py", "test_quants.py::test_dequantize", "test_one_token.py",
