@@ -58,31 +58,44 @@ def sum_of_lanes(typingctx, v):
     return types.float32(f32x16), lambda context, builder, signature, args: reduce_add(builder, args[0])
 
 
+def _splat(value):
+    return constant([value] * 16, F32)
+
+
+def _multiply_add(builder, a, b, c):
+    return builder.fadd(builder.fmul(a, b, flags=FAST), c, flags=FAST)
+
+
+def _rest_of_exp(builder, x, n):
+    """Emit e^x / 2^n of f32x16, where n is x / ln 2, rounded.
+
+    Cephes' polynomial.
+    """
+    r = _multiply_add(builder, n, _splat(2.12194440e-4), _multiply_add(builder, n, _splat(-0.693359375), x))
+    p = _splat(1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = _multiply_add(builder, p, r, _splat(c))
+    return builder.fadd(_multiply_add(builder, builder.fmul(p, r, flags=FAST), r, r), _splat(1.0), flags=FAST)
+
+
+def _or_zero_below(builder, x, power):
+    """Emit power = e^x, or 0 where it would be denormal; NaN stays."""
+    return builder.select(builder.fcmp_ordered("<", x, _splat(-87.3)), _splat(0.0), power)
+
+
 @intrinsic
 def exp_below_0(typingctx, x):
     """Compute e^x of f32x16 for x up to 0, with a relative error of 1e-7.
 
-    Cephes' polynomial, for any vector registers. 0 below -87.3; NaN stays.
+    For any vector registers. 0 below -87.3; NaN stays.
     """
     def codegen(context, builder, signature, args):
         x, = args
-
-        def splat(value):
-            return constant([value] * 16, F32)
-
-        def multiply_add(a, b, c):
-            return builder.fadd(builder.fmul(a, b, flags=FAST), c, flags=FAST)
-
-        shifted = multiply_add(x, splat(1.44269504), splat(ROUNDING))        # the nearest integer is in its last bits
-        n = builder.fsub(shifted, splat(ROUNDING), flags=FAST)
-        r = multiply_add(n, splat(2.12194440e-4), multiply_add(n, splat(-0.693359375), x))
-        p = splat(1.9875691500e-4)
-        for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-            p = multiply_add(p, r, splat(c))
-        p = builder.fadd(multiply_add(builder.fmul(p, r, flags=FAST), r, r), splat(1.0), flags=FAST)
+        shifted = _multiply_add(builder, x, _splat(1.44269504), _splat(ROUNDING))        # the nearest integer is in its last bits
+        p = _rest_of_exp(builder, x, builder.fsub(shifted, _splat(ROUNDING), flags=FAST))
         exponent = builder.shl(builder.bitcast(shifted, i32x16.ir), constant([23] * 16))
         power = builder.bitcast(builder.add(exponent, constant([127 << 23] * 16)), x.type)
-        return builder.select(builder.fcmp_ordered("<", x, splat(-87.3)), splat(0.0), builder.fmul(p, power, flags=FAST))
+        return _or_zero_below(builder, x, builder.fmul(p, power, flags=FAST))
     return f32x16(f32x16), codegen
 
 
@@ -142,25 +155,13 @@ MINUS_INFINITY = np.float32(-np.inf)
 def exp_floats(typingctx, x):
     """Compute e^x of f32x16 for x up to 88, with a relative error of 1e-7.
 
-    Cephes' polynomial. 0 below -87.3; NaN stays.
+    For AVX-512. 0 below -87.3; NaN stays.
     """
     def codegen(context, builder, signature, args):
         x, = args
-
-        def splat(value):
-            return constant([value] * 16, F32)
-
-        def multiply_add(a, b, c):
-            return call_llvm(builder, "llvm.fma.v16f32", x.type, [a, b, c])
-
-        n = call_llvm(builder, "llvm.rint.v16f32", x.type, [builder.fmul(x, splat(1.44269504))])
-        r = multiply_add(n, splat(2.12194440e-4), multiply_add(n, splat(-0.693359375), x))
-        p = splat(1.9875691500e-4)
-        for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-            p = multiply_add(p, r, splat(c))
-        p = builder.fadd(multiply_add(builder.fmul(p, r), r, r), splat(1.0))
-        p = call_llvm(builder, "llvm.x86.avx512.mask.scalef.ps.512", x.type, [p, n, p, I16(-1), I32(4)])
-        return builder.select(builder.fcmp_ordered("<", x, splat(-87.3)), splat(0.0), p)
+        n = call_llvm(builder, "llvm.rint.v16f32", x.type, [builder.fmul(x, _splat(1.44269504))])
+        p = _rest_of_exp(builder, x, n)
+        return _or_zero_below(builder, x, call_llvm(builder, "llvm.x86.avx512.mask.scalef.ps.512", x.type, [p, n, p, I16(-1), I32(4)]))
     return f32x16(f32x16), codegen
 
 
