@@ -75,22 +75,24 @@ THREE_BITS, FOUR_BITS = unaligned([16 * (i % 8 // 4) + 3 * (i % 4) for i in rang
 NIBBLES = unaligned_of_four(lambda g: 4 * g, lambda g: 4 * g)
 
 
-def odd_scales(offset_of_lane, bits):
+def odd_scales(offset_of_lane, bits, load, offset):
     """Make a function that returns twice a scale plus one for each lane.
 
-    As i32x16, of integers of 64 bits, where the scale of a lane begins at offset_of_lane.
+    As i32x16, of the block at an address: load(at, offset) gives integers of 64 bits, where the scale of a lane begins at offset_of_lane.
     """
     pick, mask = unaligned([offset_of_lane(lane) - 1 for lane in range(16) for _ in range(4)]), 2 ** (bits + 1) - 1
 
     @inline
-    def scales(v):
-        return (as_int32(pick(v)) & mask) | 1
+    def scales(at):
+        return (as_int32(pick(load(at, offset))) & mask) | 1
     return scales
 
 
-SCALES_OF_WORDS, SCALES_OF_SIXTEEN = odd_scales(lambda j: 60, 4), odd_scales(lambda j: 4 * j, 4)
-SCALES_OF_32, SCALES_OF_LOW_WORDS = odd_scales(lambda j: 4 * (j // 2), 4), odd_scales(lambda j: 28, 4)
-SCALES_IQ1_S, SCALES_IQ1_M = odd_scales(lambda j: 12, 3), odd_scales(lambda j: 16 * (j // 4) + 3 * (j % 4), 3)
+scales_iq1_s = odd_scales(lambda j: 12, 3, eight_u16, 34)
+scales_iq1_m = odd_scales(lambda j: 16 * (j // 4) + 3 * (j % 4), 3, repeated_u64, 48)
+scales_iq2_xxs = odd_scales(lambda j: 60, 4, load_bytes, 2)
+scales_iq2_xs, scales_iq2_s = (odd_scales(lambda j: 4 * j, 4, repeated_u64, offset) for offset in (66, 74))
+scales_iq3_xxs, scales_iq3_s = odd_scales(lambda j: 28, 4, eight_u32, 66), odd_scales(lambda j: 4 * (j // 2), 4, repeated_u32, 106)
 
 
 @inline
@@ -181,41 +183,6 @@ def half_of_iq1_m(at):
     """Return the float16 scale of a block, whose bits are in four places."""
     nibbles = (np.uint64(i64_at(at, 48)) >> np.uint64(12)) & np.uint64(0x000F000F000F000F)
     return half(np.uint16((nibbles * np.uint64(0x0001001001001000)) >> np.uint64(48)))      # they meet above bit 48
-
-
-@inline
-def scales_iq2_xxs(at):
-    return SCALES_OF_WORDS(load_bytes(at, 2))
-
-
-@inline
-def scales_iq2_xs(at):
-    return SCALES_OF_SIXTEEN(repeated_u64(at, 66))
-
-
-@inline
-def scales_iq2_s(at):
-    return SCALES_OF_SIXTEEN(repeated_u64(at, 74))
-
-
-@inline
-def scales_iq1_s(at):
-    return SCALES_IQ1_S(eight_u16(at, 34))
-
-
-@inline
-def scales_iq1_m(at):
-    return SCALES_IQ1_M(repeated_u64(at, 48))
-
-
-@inline
-def scales_iq3_xxs(at):
-    return SCALES_OF_LOW_WORDS(eight_u32(at, 66))
-
-
-@inline
-def scales_iq3_s(at):
-    return SCALES_OF_32(repeated_u32(at, 106))
 
 
 def adding(values):

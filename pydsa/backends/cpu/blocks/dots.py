@@ -57,10 +57,10 @@ def _add_to_both(add, sums, other_sums, row, other_row, i, n, x):
 def dot_rows(add, total, init, block_bytes, step, rows, n_rows, n, x_at, n_tokens, out_at, offset):
     """Compute a type's dot: out[t][r] = row r . x[t] for n_rows rows of n blocks.
 
-    For each row and token: sums = init; sums = add(sums, row, i, n, x[t]) for i = 0, step, ... < n; out[t][r] = total(sums). Where
-    `add` has a function for two rows, it is called. x_at and
-    out_at hold the addresses of the n_tokens tokens and, less `offset`, of their outputs. Blocks are decoded once for four tokens: the
-    compiler finds that `add` does it alike for each. A token's products are the same, bit for bit, whichever others there are.
+    For each row and token: sums = init; sums = add(sums, row, i, n, x[t]) for i = 0, step, ... < n; out[t][r] = total(sums). Where `add`
+    has a function for two rows, it is called. x_at and out_at hold the addresses of the n_tokens tokens and, less `offset`, of their
+    outputs. Blocks are decoded once for four tokens: the compiler finds that `add` does it alike for each. A token's products are the same,
+    bit for bit, whichever others there are.
     """
     for t in range(0, n_tokens, 4):
         if n_tokens - t == 1:
