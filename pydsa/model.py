@@ -237,9 +237,8 @@ def compile_for(runner, setup, backend, progress=None):
         for name in setup.schedule.variants:
             for n in {2} if VARIANTS[name].plain else {1, min(2, setup.n_ubatch)}:
                 calls += runner.bind(name, caches, n, n, streams=False).calls_of(backend)
-            calls += runner.bind(name, caches, min(2, setup.n_ubatch), 1, streams=False).calls_of(backend)
-            if name in setup.streaming.layouts:
-                calls += runner.bind(name, caches, min(2, setup.n_ubatch), 1, streams=True).calls_of(backend)
+            for streams in {False, name in setup.streaming.layouts}:
+                calls += runner.bind(name, caches, min(2, setup.n_ubatch), 1, streams=streams).calls_of(backend)
         return calls
     backend.compile_calls(bind, progress)
 
