@@ -192,7 +192,7 @@ def test_what_reads_weights_has_a_policy(two_nodes, small_model, monkeypatch, mm
     for module, name in (pydsa.model, "warn_of_gaps"), (pydsa.model, "copied"), (reading_ahead, "pieces_of"):
         monkeypatch.setattr(module, name, noted(getattr(module, name)))
     pydsa.load(small_model(), n_ctx=64, kv_type="f32", numa="distribute", mmap=mmap)
-    with reading_ahead.ReadAhead([[(None, ())]]):
+    with reading_ahead.ReadAhead([[(len, ())]]):        # of any op
         pass
     assert {name for name, _ in met} == {"warn_of_gaps", "pieces_of"} | ({"copied"} if not mmap else set())
     assert {policy for _, policy in met} == {Policy(INTERLEAVE, MEMORY)} and mempolicy.of_thread() == before
