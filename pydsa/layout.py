@@ -1,8 +1,6 @@
 """The place of each value of a graph in memory: values that are not live at the same time share it."""
-import itertools
+import math
 from typing import NamedTuple
-
-import numpy as np
 
 from pydsa.gguf_file import Tensor
 from pydsa.graph import Value
@@ -51,7 +49,7 @@ class Layout(NamedTuple):
 
 def row_bytes(value, float_size):
     """Bytes of a row of a Value, with floats of float_size bytes."""
-    return int(np.prod(value.tail, dtype=np.int64)) * {"float": float_size, "int32": 4, "int64": 8}[value.dtype]
+    return math.prod(value.tail) * {"float": float_size, "int32": 4, "int64": 8}[value.dtype]
 
 
 def _values(node):
@@ -77,11 +75,14 @@ def lay_out(graph, segments, max_tokens, float_size=4, apart=0):
 def _places(graph, segments, max_tokens, float_size, apart):
     """The offsets of values, and the bytes of each device's buffer."""
     inputs, last = (graph.input, graph.positions), segments[-1].nodes[-1][0]
-    born, dies = dict.fromkeys(inputs, 0), dict.fromkeys(inputs, last + 1)
-    for time, node in itertools.chain.from_iterable(segment.nodes for segment in segments):
-        for value in _values(node):
-            born.setdefault(value, time)
-            dies[value] = max(time, dies.get(value, 0))
+    born, dies, there = dict.fromkeys(inputs, 0), dict.fromkeys(inputs, last + 1), {}
+    for device, nodes in segments:
+        mine = there.setdefault(device, set(inputs))
+        for time, node in nodes:
+            for value in _values(node):
+                born.setdefault(value, time)
+                dies[value] = max(time, dies.get(value, 0))
+                mine.add(value)
     offsets, live, sizes = {}, [], {}        # live: (offset, end, dies)
     for value in sorted(born, key=born.get):
         live = [space for space in live if space[2] + apart >= born[value]]
@@ -93,8 +94,4 @@ def _places(graph, segments, max_tokens, float_size, apart):
             offset = max(offset, end)
         offsets[value] = offset
         live.append((offset, offset + size, dies[value]))
-    ends = {}
-    for device, nodes in segments:
-        for value in (*inputs, *(value for _, node in nodes for value in _values(node))):
-            ends[device] = max(ends.get(device, 0), offsets[value] + sizes[value])
-    return offsets, ends
+    return offsets, {device: max(offsets[value] + sizes[value] for value in mine) for device, mine in there.items()}

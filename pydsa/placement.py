@@ -78,10 +78,8 @@ class Placement:
         They are experts' matrices that a rule keeps in the mapped file, while the layer's device can take them (devices.Device.streams). An
         empty tuple: none, as for the few rows whose logits are wanted.
         """
-        if node.for_outputs:
-            return ()
         tensors = tuple(a for a in node.args if isinstance(a, Tensor) and len(a.shape) == 3)
-        if not tensors or not is_of_experts(tensors[0].name) or self._by_rule(tensors[0].name) != HOST:
+        if not tensors or not is_of_experts(tensors[0].name) or node.for_outputs or self._by_rule(tensors[0].name) != HOST:
             return ()
         return tensors if device_of(self._home(node)).streams else ()
 

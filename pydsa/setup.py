@@ -114,7 +114,7 @@ class Setup:
     @functools.cached_property
     def layouts(self):
         """The Layout of each variant, {name: layout.Layout}."""
-        return {name: self._lay_out(graph, self._waits[name]) for name, graph in self.graphs.items()}
+        return {name: self._lay_out(name) for name in self.graphs}
 
     @functools.cached_property
     def streaming(self):
@@ -126,15 +126,18 @@ class Setup:
         n, weights = self.stream_from, {w.name: w for node in self._nodes for w in self.placement.streamed(node)}
         if not weights or n == 0 or (n or 0) > self.n_ubatch or n is None and not worth_measuring(weights.values()):
             return NEVER
-        layouts = {name: self._lay_out(graph, self._waits[name], streaming=True) for name, graph in self.graphs.items()}
+        layouts = {name: self._lay_out(name, streaming=True) for name in self.graphs}
         slots = slots_of(layouts.values())
         return NEVER if n is None and not all(device_of(name).bus for name in slots) else Streaming(layouts, slots, n)
 
-    def _lay_out(self, graph, before, streaming=False):
-        nodes, side_by_side = graph.nodes, [name for name, device in self._devices if device.side_by_side]
+    def _lay_out(self, name, streaming=False):
+        graph, before = self.graphs[name], self._waits[name]
+        nodes, side_by_side = graph.nodes, [device_name for device_name, device in self._devices if device.side_by_side]
         weights = [self.placement.streamed(node) if streaming else () for node in nodes]
         segments = cut(nodes, self.placement.of_nodes(nodes, streaming), side_by_side, before, list(map(bool, weights)))
         float_size, apart = (max(getattr(device, name) for _, device in self._devices) for name in ("float_size", "apart"))
+        if name not in self.schedule.variants:      # its steps have several tokens
+            apart = 0
         layout = lay_out(graph, segments, self.n_ubatch, float_size, apart)
         return layout._replace(streamed=frozenset(w.name for some in weights for w in some))
 
