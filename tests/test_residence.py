@@ -256,10 +256,12 @@ def test_reading_ahead_keeps_its_distance(monkeypatch):
 def test_prompts_that_read_ahead_give_the_same_logits(small_model, load, monkeypatch):
     """They read all weights but experts of the last layer, which has one row."""
     model = load(small_model())
-    expected, asked, reads = model.session().prefill(IDS), [], itertools.count()
+    expected, asked, reads = model.session().prefill(IDS), [], itertools.count(1 << 40)     # blocks: more than were read so far
     monkeypatch.setattr(fetching.resource, "getrusage", lambda who: type("", (), {"ru_inblock": next(reads)}))
     ask = reading_ahead.ask
     monkeypatch.setattr(reading_ahead, "ask", lambda library, address, n: (asked.append(address), ask(library, address, n)))
+    at = reading_ahead.ReadAhead.at        # the step waits until all is read, which it would overtake
+    monkeypatch.setattr(reading_ahead.ReadAhead, "at", lambda ahead, group: (ahead._thread.join(10), at(ahead, group)))
     assert np.array_equal(model.session().prefill(IDS), expected)
     met = {name for name, w in model.setup.weights.used.items() if w.data.ctypes.data in asked}
     experts = {f"blk.{il}.ffn_{part}_exps.weight" for il in (1, 2) for part in ("gate", "up", "down")}
