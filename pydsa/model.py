@@ -47,6 +47,7 @@ class Model:
         with interrupts_held():
             backends = {name: backend_of(name, setup.precision) for name in setup.placement.devices}
         self.backend = next(iter(backends.values()))
+        self.setup.schedule.costs = self.backend.form_costs(setup.kv_type)
         if any(device_of(name).places for name in backends):
             use_numa(setup.numa)
         self.threads = _threads(backends, one)

@@ -204,8 +204,8 @@ def format_report(report):
     if report["precision"] == EXACT:
         lines.append("  exact: where a GPU multiplies, activations of prompts are two float16 each")
     if report["plain_form_until"]:
-        lines.append(f"  prompts in ubatches of {report['n_ubatch']} have keys and values for each head up to {report['plain_form_until']} "
-                     "tokens")
+        lines.append(f"  prompts in ubatches of {report['n_ubatch']} have keys and values for each head, where that takes "
+                     f"less time, up to {report['plain_form_until']} tokens")
     lines += [f"  layers {which}: {kind}" for kind, which in report["layers"].items()]
     if report["streaming"]:
         lines += ["", *_streaming_in_words(report["streaming"], report["n_ubatch"])]

@@ -7,11 +7,11 @@ import copy
 import functools
 from typing import NamedTuple
 
+from pydsa.backends.devices import FORMS_BY_TILES
 from pydsa.costs import StepSize
 
 # Measured: docs/journal/sparse-attention.md
 MHA_TOKENS = 48         # the least tokens of a step for which the plain form can take less time
-GATHER_COST = 55        # time to gather and pack one value of a chosen key for a token, for all its heads, in products
 
 
 class Variant(NamedTuple):
@@ -56,7 +56,11 @@ class Schedule:
     steps up to top_k tokens attend to all keys, which is exact, and later steps to the chosen keys. In both cases a step takes the plain
     form where that is less work, unless one_form: then a token's sums are those of the absorbed form in each step. They are the same for
     all keys and for chosen ones that are all.
+
+    costs: those of both forms where it runs, which only say which of the variants runs a step. There are the variants, and the memory, for
+    the longest use of the plain form, whatever the machine.
     """
+    costs = FORMS_BY_TILES
 
     def __init__(self, config, attention, n_ctx, n_ubatch, one_form=False):
         self._config, self._n_ctx, self._n_ubatch = config, n_ctx, n_ubatch
@@ -108,7 +112,7 @@ class Schedule:
         else:
             names = self._beyond if self._beyond and n_past + n_tokens > self._top_k else self._up_to_top_k
         chosen = VARIANTS[names[-1]].chooses
-        if len(names) > 1 and plain_form_pays(self._config, n_past, n_tokens, self._top_k if chosen else None):
+        if len(names) > 1 and plain_form_pays(self._config, n_past, n_tokens, self._top_k if chosen else None, self.costs):
             return names[0]
         return names[-1]
 
@@ -122,17 +126,18 @@ class Schedule:
         return other
 
 
-def plain_form_pays(c, n_past, n_tokens, most=None):
-    """Whether MLA's plain form takes fewer products than the absorbed form.
+def plain_form_pays(c, n_past, n_tokens, most=None, costs=FORMS_BY_TILES):
+    """Whether MLA's plain form takes less time than the absorbed form.
 
-    c: a model's Config. most: the number of keys that a token chooses, which the absorbed form gathers one by one; None: all keys. Below
-    MHA_TOKENS tokens the plain form never pays: computing keys costs more there than is counted.
+    c: a model's Config. most: the number of keys that a token chooses, which the absorbed form gathers one by one; None: all keys, and both
+    have as many pairs. costs: a devices.FormCosts. Below MHA_TOKENS tokens the plain form never pays: computing keys costs more there than
+    is counted.
     """
     if n_tokens < MHA_TOKENS:
         return False
     size, expansion = StepSize(n_tokens, n_past, {}), c.kv_lora * (c.n_nope + c.n_v)
-    plain = size.n_kv * expansion + size.pairs(size.n_kv) * (c.n_nope + c.n_rot + c.n_v)
-    per_pair = 2 * c.kv_lora + c.n_rot + (0 if most is None else GATHER_COST * (c.kv_lora + c.n_rot) // c.n_head)
+    plain = size.n_kv * expansion + size.pairs(size.n_kv) * (c.n_nope + c.n_rot + c.n_v + (0 if most is None else costs.pair))
+    per_pair = 2 * c.kv_lora + c.n_rot + (0 if most is None else costs.gather * (c.kv_lora + c.n_rot) // c.n_head)
     return plain < n_tokens * expansion + size.pairs(size.n_kv if most is None else most) * per_pair
 
 

@@ -33,7 +33,7 @@ RANK = {name: rank for rank, names in enumerate([*LAYERS, LEAVES]) for name in n
 COMPILING = ("pydsa.backends.cpu", "pydsa.backends.cuda", "pydsa.quantization")     # may import numba
 
 NOT_OPS = {"weight", "cache_rows", "cache_bytes", "empty", "upload", "fetch", "store", "timed", "recorded", "free_bytes", "nan_met",
-           "compile_calls", "check_threads", "set_threads", "measure_ceilings", "measure_bus"}
+           "compile_calls", "check_threads", "set_threads", "measure_ceilings", "measure_bus", "form_costs"}
 FUNCTIONS = {name for name, f in vars(reference).items() if inspect.isfunction(f) and not name.startswith("_")}
 
 

@@ -7,9 +7,10 @@ import pytest
 from helpers import (DEVICE, PRECISION, Rows, choose, close, compare, kernels, last_positions, normal, run, same_for_all_threads, some_keys,
                      tensor)
 
-from pydsa.backends import reference
+from pydsa import load
+from pydsa.backends import cpu, reference
 from pydsa.backends.cpu import amx
-from pydsa.backends.devices import FLASH_WIDTHS
+from pydsa.backends.devices import FLASH_WIDTHS, FORMS_BY_TILES, FormCosts
 from pydsa.options import EXACT
 from pydsa.schedule import MHA_TOKENS, plain_form_pays, plain_form_until
 from pydsa.setup import Setup
@@ -153,6 +154,27 @@ def test_where_it_pays(n_past, n_tokens):
         assert plain_form_pays(V32, n_past, n_tokens, 2048) == (fewer and n_tokens >= MHA_TOKENS)
 
 
+def test_what_forms_cost_where_it_runs():
+    """What was measured with float32 kernels: V3.2's heads from 2,048 to 3,072 keys before 512 tokens, and sixteen heads earlier."""
+    costs = FormCosts(300, 8)
+    assert [plain_form_pays(V32, n_past, 512, 2048, costs) for n_past in (2048, 3072)] == [True, False]
+    assert [plain_form_pays(V32, n_past, 512, 2048) for n_past in (2048, 3072)] == [True, True]
+    assert plain_form_pays(V32, 100_000, 512, None, costs)      # there are as many pairs in both forms
+    assert [plain_form_pays(type("", (V32,), {"n_head": 16}), n_past, 512, 512, costs) for n_past in (512, 1024)] == [True, False]
+
+
+def test_a_model_takes_the_costs_of_its_backend(small_model):
+    model = load(small_model(), n_ctx=1024, dsa_top_k=100, device="cpu")
+    assert model.setup.schedule.costs == cpu.form_costs("i16")
+    n_past = [n for n in range(100, 900) if plain_form_pays(model.config, n, 100, 100, FormCosts(300, 8))
+              != plain_form_pays(model.config, n, 100, 100, FormCosts(0, 55))]
+    variants = {}
+    for costs in FormCosts(300, 8), FormCosts(0, 55):
+        model.setup.schedule.costs = costs
+        variants[costs] = {model.setup.schedule.variant(n, 100) for n in n_past}
+    assert n_past and variants == {FormCosts(300, 8): {"sparse"}, FormCosts(0, 55): {"mha+choice"}}
+
+
 def test_how_long_it_pays():
     assert plain_form_pays(V32, 100_000, 512) and plain_form_until(V32, 512, 10**6) == 10**6
     assert plain_form_until(V32, MHA_TOKENS - 1, 10**6) == 0
@@ -171,6 +193,7 @@ def test_prompts_take_it(small_model, load, arch):
     """
     path = small_model(arch=arch, **{} if arch == "deepseek2" else dict(indexer_top_k=64))
     model, absorbed = load(path), load(path, n_ubatch=MHA_TOKENS - 1)
+    model.setup.schedule.costs = FORMS_BY_TILES
     ids = np.random.default_rng(0).integers(0, 300, 200).tolist()
     for portions, ops in (([64, 1, 5], ["mha_attention", "absorbed", "absorbed"]), ([47, 60, 1], ["absorbed", "chosen", "absorbed"]),
                           ([130, 48], ["chosen", "chosen"])):

@@ -185,7 +185,7 @@ def test_whole_files_need_nothing_of_each_other(staged, expected):
 
 
 def test_a_file_that_changes_after_it_was_compared(staged, halves, monkeypatch):
-    monkeypatch.setattr(StageActor, "open", lambda actor, *args: {"value": ("another", []), "warnings": []})
+    monkeypatch.setattr(StageActor, "open", lambda actor, *args: {"value": ("another", [], (0, 55)), "warnings": []})
     with pytest.raises(StageError, match="has another file at"):
         staged(dict(zip("ab", halves)))
 

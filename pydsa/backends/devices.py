@@ -25,6 +25,19 @@ AUTO = "auto"               # in place of devices: those that a plan chooses (fi
 HOST = "cpu"                # the device that reads weights where the file is mapped: experts that fit nowhere else are there
 
 
+class FormCosts(NamedTuple):
+    """What MLA's forms cost in prompts beside their products, in products.
+
+    pair: of the plain form, for a query of a head and a key. gather: of the absorbed form, to gather and pack a value of a chosen key for a
+    token and all its heads.
+    """
+    pair: int
+    gather: int
+
+
+FORMS_BY_TILES = FormCosts(0, 55)       # where matrix units do products; the longest contexts in the plain form
+
+
 class Device(NamedTuple):
     """A backend and its use of memory, in bytes.
 

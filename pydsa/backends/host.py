@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 
+from pydsa.backends.devices import FORMS_BY_TILES
 from pydsa.limits import allocating
 from pydsa.numa import place_memory
 
@@ -137,6 +138,11 @@ def recorded(calls, levels, again):
 
 def measure_bus(n_bytes=1 << 26):
     """None: there is no bus to the machine's own memory."""
+
+
+def form_costs(kv_type):
+    """The devices.FormCosts of attention to caches of a type."""
+    return FORMS_BY_TILES
 
 
 def free_bytes():

@@ -8,7 +8,7 @@ import numpy as np
 
 from pydsa.backends import host
 from pydsa.backends.host import cache_values as _floats
-from pydsa.backends.host import empty, fetch, free_bytes, measure_bus, recorded, store, timed, upload  # noqa: F401
+from pydsa.backends.host import empty, fetch, form_costs, free_bytes, measure_bus, recorded, store, timed, upload  # noqa: F401
 
 FLOAT = np.float64
 PICKS = 0       # the most tokens that the device can sample from; 0: the host samples

@@ -114,10 +114,10 @@ class StageActor:
         return answered(work)
 
     def open(self, path, settings, layers):
-        """Open a file -> an Answer of (fingerprint, lines of a plan).
+        """Open a file -> an Answer of (fingerprint, lines of a plan, costs).
 
-        The plan is that of the devices of this node, where there is a choice. settings: those of fitting.fitted(). layers: (first, stop).
-        Nothing is read of the weights but what the fingerprint has of them.
+        The plan is that of the devices of this node, where there is a choice. costs: its devices.FormCosts, as a tuple. settings: those of
+        fitting.fitted(). layers: (first, stop). Nothing is read of the weights but what the fingerprint has of them.
         """
         self.leave()
 
@@ -126,9 +126,9 @@ class StageActor:
             from pydsa.fitting import fitted
             from pydsa.words import plan_in_words
             self._setup = setup = fitted(path, **settings, layers=tuple(layers))
-            for name in setup.placement.devices:        # here, as stages are opened at the same time, and loaded in turn
-                backend_of(name)
-            return setup.fingerprint, plan_in_words(setup.plan) if setup.plan is not None else []
+            backends = [backend_of(name) for name in setup.placement.devices]     # here: stages are opened at once, and loaded in turn
+            lines = plan_in_words(setup.plan) if setup.plan is not None else []
+            return setup.fingerprint, lines, tuple(backends[0].form_costs(setup.kv_type))
         return answered(work)
 
     def load(self, threads, threads_batch, wire, host, limits):

@@ -9,7 +9,7 @@ import warnings
 import weakref
 
 from pydsa.backends.devices import AUTO as ANY_DEVICE
-from pydsa.backends.devices import HOST, check_devices, device_of
+from pydsa.backends.devices import HOST, FormCosts, check_devices, device_of
 from pydsa.cores import MOST_THREADS
 from pydsa.errors import OutOfMemoryError, StageError
 from pydsa.gguf_parts import described, is_complete, layers_here, merged
@@ -189,24 +189,28 @@ class Launcher:
     def open(self):
         """Open the file on all nodes, compare its fingerprint -> lines.
 
-        The lines are the plans of nodes on which there are several devices. Raises StageError if a node has another file, and the errors of
-        a file that cannot be opened, each with the stage's name.
+        The lines are the plans of nodes on which there are several devices. The setup's schedule gets the costs of the stage whose pairs
+        cost most, as all wait for it. Raises StageError if a node has another file, and the errors of a file that cannot be opened, each
+        with the stage's name.
         """
         begun = [self._begin_to_open(i) for i in range(len(self.stages))]
-        return [f"{self._name(i)}: {line}" for i, one in enumerate(begun) for line in self._check_file(i, one)]
+        opened = [self._opened(i, one) for i, one in enumerate(begun)]
+        self.setup.schedule.costs = max(FormCosts(*costs) for _, costs in opened)
+        return [f"{self._name(i)}: {line}" for i, (lines, _) in enumerate(opened) for line in lines]
 
     def _begin_to_open(self, i):
         process, asked = self._processes[i], self._asked
         process.what = self._name(i)
         return process.begin("open", asked.path, asked.settings | {"absent": self._parts}, tuple(self.stages[i]))
 
-    def _check_file(self, i, begun):
+    def _opened(self, i, begun):
+        """What a stage tells of the file that it has opened: lines, costs."""
         process = self._processes[i]
-        fingerprint, lines = process.value(process.patiently(begun))
+        fingerprint, lines, costs = process.value(process.patiently(begun))
         if fingerprint != self.setup.fingerprint:
             raise StageError(f"{process.name} has another file at {self._asked.path}: its metadata, its tensors or what they begin and end "
                              "with differ from this machine's; copy the same file to all nodes.")
-        return lines
+        return lines, costs
 
     def load(self, progress=None):
         """Load all stages: those of one node in turn, nodes at the same time.
@@ -288,7 +292,7 @@ class Launcher:
         self._nodes[i] = self._home(i)
         self._processes[i] = self._cluster.take(self._nodes[i], self._name(i))
         self._compare(i)
-        self._check_file(i, self._begin_to_open(i))
+        self._opened(i, self._begin_to_open(i))
         self._addresses[i] = self._loaded(i, self._begin_to_load(i))
 
     def _is_there(self, node):

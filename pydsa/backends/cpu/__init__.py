@@ -10,7 +10,7 @@ from pydsa.backends.cpu.moe import moe_down, moe_gate_up, moe_linear  # noqa: F4
 from pydsa.backends.cpu.norm import add, expert_scale, layer_norm, rms_norm, scale, silu_mul  # noqa: F401
 from pydsa.backends.cpu.rope import hadamard, rope, rope_table  # noqa: F401
 from pydsa.backends.cpu.route import moe_route  # noqa: F401
-from pydsa.backends.cpu.rows import cache_bytes, cache_rows, cache_write, get_rows, reproducible, weight  # noqa: F401
+from pydsa.backends.cpu.rows import cache_bytes, cache_rows, cache_write, form_costs, get_rows, reproducible, weight  # noqa: F401
 from pydsa.backends.cpu.scratch import nan_met  # noqa: F401
 from pydsa.backends.cpu.steps import compile_calls, recorded, timed  # noqa: F401
 from pydsa.backends.cpu.threads import check_threads, set_threads  # noqa: F401

@@ -142,6 +142,11 @@ def cache_rows(n_ctx, widths, storage):
                      mha.tile_bytes(widths[0], sum(widths[1:])))
 
 
+def form_costs(kv_type):
+    """Return the devices.FormCosts of attention to caches of a type."""
+    return kernels("mha", kv_type).costs
+
+
 def reproducible(rows):
     """Return weights or cache rows in reproducible form.
 

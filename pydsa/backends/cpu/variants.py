@@ -9,6 +9,7 @@ from pydsa.backends.cpu import amx, bf16x2, f32, int8x2, int16
 from pydsa.backends.cpu.blocks.block import SUPERBLOCK
 from pydsa.backends.cpu.int8x2.panels import SCALED_PANEL
 from pydsa.backends.cpu.jit import IntpFunction
+from pydsa.backends.devices import FORMS_BY_TILES, FormCosts
 
 
 class Gemm(NamedTuple):
@@ -33,6 +34,7 @@ class Mha(NamedTuple):
     tile_bytes: Callable
     pack_latents: IntpFunction
     attend_head: IntpFunction
+    costs: FormCosts
 
 
 class Variant(NamedTuple):
@@ -65,9 +67,11 @@ VARIANTS = {
     },
     "mha": {
         "f32": Variant(lambda cache: not amx.HERE or cache == "f32",
-                       Mha(f32.mha.tile_bytes, IntpFunction(f32.mha.pack_latents), IntpFunction(f32.mha.attend_head))),
+                       Mha(f32.mha.tile_bytes, IntpFunction(f32.mha.pack_latents), IntpFunction(f32.mha.attend_head),
+                           FormCosts(300, 8))),
         "int8x2": Variant(anything,
-                          Mha(int8x2.mha.tile_bytes, IntpFunction(int8x2.mha.pack_latents), IntpFunction(int8x2.mha.attend_head))),
+                          Mha(int8x2.mha.tile_bytes, IntpFunction(int8x2.mha.pack_latents), IntpFunction(int8x2.mha.attend_head),
+                              FORMS_BY_TILES)),
     },
     "indexer": {
         "int8x2": Variant(lambda cache: amx.HERE and cache == "i8", Scores(*[IntpFunction(int8x2.indexer.score)] * 2)),

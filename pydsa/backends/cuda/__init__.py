@@ -30,6 +30,7 @@ from pydsa.backends.cuda.top_k import top_k  # noqa: F401
 from pydsa.backends.cuda.transfers import transfer  # noqa: F401
 from pydsa.backends.cuda.variants import VARIANTS, switched_off  # noqa: F401
 from pydsa.backends.gpus import OLDEST, n_gpus  # noqa: F401
+from pydsa.backends.host import form_costs  # noqa: F401
 from pydsa.errors import PydsaError
 from pydsa.options import FLOAT16, PRECISIONS, choose
 
