@@ -108,7 +108,7 @@ def _cpu_weights(tensors):
 def _cpu_packed_latents(config, n_kv):
     """Bytes of latents as the int8x2 kernels pack them, 256 at a time.
 
-    Those of the f32 kernels take less (backends/cpu/*/mha.py).
+    Those of other formats take less (backends/cpu/*/mha.py).
     """
     per_key = 4 * (258 * -(-config.kv_lora // 256) + 64 * -(-config.n_rot // 64) + 1)
     return -(-n_kv // 256) * 256 * per_key

@@ -1,8 +1,12 @@
-"""Register-blocked matrix products of superblocks of int16 with scales."""
+"""Register-blocked matrix products of int16 with scales.
+
+int16_products, whole_products: of superblocks (blocks/block.py). matmul_pairs: of rows and tiles of any width, in pairs of int16.
+"""
 from numba import types
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.blocks.block import MINS, MINS_16, SCALES, SUPERBLOCK
+from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.simd import (F32, FAST, I32, INT16_ROWS, INT16_TOKENS, INTP, broadcast, constant, f32x16, i16x32, i32x16,
                                      int16_dots, pointer)
 
@@ -148,3 +152,90 @@ def _make_int16_products(rows, tokens, one_scale):
 
 
 int16_products, whole_products = (_make_int16_products(INT16_ROWS, INT16_TOKENS, one_scale) for one_scale in (False, True))
+
+
+# Rows of pairs are int16 rows of which each 32 values are 16 pairs, of values k and k + 16. A tile of pairs is 16 such rows, transposed:
+# 64 bytes for the first pair of all rows, and so on. The products of 64 values are summed in int32. If the norm of 64 integers is at most
+# MAX_NORM on each side, so is that of a part of them, and the sums are below 2^31 (Cauchy-Schwarz).
+MAX_NORM = 32767
+PAIR_TOKENS = 8 if INT16_ROWS == 2 else INT16_TOKENS       # rows that pair_products takes at a time, beside INT16_ROWS tiles
+
+
+class _PairEmitter(_Emitter):
+    """Emits the loops of pair_products."""
+
+    def __init__(self, builder, n_tiles, n_tokens, tiles, tile_bytes, x, x_row):
+        self.builder = builder
+        self.pairs = [(r, t) for r in range(n_tiles) for t in range(n_tokens)]
+        self.tiles = [builder.add(tiles, builder.mul(tile_bytes, INTP(r))) for r in range(n_tiles)]
+        self.xs = [builder.add(x, builder.mul(x_row, INTP(t))) for t in range(n_tokens)]
+
+    def dots(self, first, n):
+        """Emit the dot products of n pairs from `first` on, as int32."""
+        b, tile_at, x_at = self.builder, self.builder.mul(first, INTP(64)), self.builder.mul(first, INTP(4))
+        tiles, xs = ([b.add(at, offset) for at in addresses] for addresses, offset in ((self.tiles, tile_at), (self.xs, x_at)))
+
+        def body(k, sums):      # not unrolled, as in _Emitter
+            w = [b.bitcast(self.load(i32x16.ir, b.add(tile, b.mul(k, INTP(64))), 64), i16x32.ir) for tile in tiles]
+            pairs = [b.bitcast(broadcast(b, self.load(I32, b.add(x, b.mul(k, INTP(4)))), 16), i16x32.ir) for x in xs]
+            return [int16_dots(b, s, w[r], pairs[t]) for s, (r, t) in zip(sums, self.pairs)]
+        return self.loop(n, [constant([0] * 16)] * len(self.pairs), body)
+
+    def products(self, n_groups, n_pairs):
+        """Emit the products of n_groups groups of n_pairs pairs."""
+        def group(i, sums):
+            dots = self.dots(self.builder.mul(i, n_pairs), n_pairs)
+            return [self.builder.fadd(s, self.builder.sitofp(d, f32x16.ir), flags=FAST) for s, d in zip(sums, dots)]
+        return self.loop(n_groups, [constant([0.0] * 16, F32)] * len(self.pairs), group)
+
+    def before(self, outs, factors):
+        """Emit outputs so far times the tokens' factors, or zeros."""
+        b = self.builder
+        with b.if_else(b.icmp_signed("!=", factors, INTP(0))) as (then, otherwise):
+            with then:
+                loaded = [(self.load(f32x16.ir, self.cell(outs, r, t)), self.of_token(factors, t)) for r, t in self.pairs]
+                scaled = [b.fmul(*pair, flags=FAST) for pair in loaded]
+                then_block = b.block
+            with otherwise:
+                otherwise_block = b.block
+        sums = [b.phi(f32x16.ir) for _ in self.pairs]
+        for phi, value in zip(sums, scaled):
+            phi.add_incoming(value, then_block)
+            phi.add_incoming(constant([0.0] * 16, F32), otherwise_block)
+        return sums
+
+    def of_token(self, values, t):
+        """Emit a token's value of an array, broadcast."""
+        return broadcast(self.builder, self.load(F32, self.builder.add(values, INTP(4 * t))), 16)
+
+
+@intrinsic
+def pair_products(typingctx, tiles, tile_bytes, row_scales, n_groups, n_pairs, x, x_row, x_scales, out, out_row, factors):
+    """Compute rows of tiles . rows of x, of INT16_ROWS and PAIR_TOKENS.
+
+    *(out + t out_row)[r] = factors[t] *(out + t out_row)[r] + row_scales[r] x_scales[t] (tile row r . x row t), over n_groups groups of
+    n_pairs pairs. factors may be 0: there is nothing yet. Arguments are addresses, strides in bytes, and counts.
+    """
+    def codegen(context, b, signature, args):
+        tiles, tile_bytes, row_scales, n_groups, n_pairs, x, x_row, x_scales, out, out_row, factors = args
+        emit = _PairEmitter(b, INT16_ROWS, PAIR_TOKENS, tiles, tile_bytes, x, x_row)
+        sums = emit.products(n_groups, n_pairs)
+        outs = [b.add(out, b.mul(out_row, INTP(t))) for t in range(PAIR_TOKENS)]
+        scales = [emit.load(f32x16.ir, b.add(row_scales, INTP(64 * r))) for r in range(INT16_ROWS)]
+        for s, before, (r, t) in zip(sums, emit.before(outs, factors), emit.pairs):
+            scale = b.fmul(scales[r], emit.of_token(x_scales, t), flags=FAST)
+            b.store(b.fadd(before, b.fmul(s, scale, flags=FAST), flags=FAST), pointer(b, emit.cell(outs, r, t), f32x16.ir), align=4)
+        return context.get_dummy_value()
+    return types.void(*[types.intp] * 11), codegen
+
+
+@inner
+def matmul_pairs(tiles, tile_bytes, row_scales, n_tiles, n_groups, x, x_row, x_scales, n_tokens, out, out_row):
+    """Compute rows of n_tiles tiles . n_tokens rows, over groups of 64 values.
+
+    All are padded to INT16_ROWS tiles and PAIR_TOKENS rows, outputs too.
+    """
+    for i in range(0, n_tiles, INT16_ROWS):
+        for t in range(0, n_tokens, PAIR_TOKENS):
+            pair_products(tiles + i * tile_bytes, tile_bytes, row_scales + 64 * i, n_groups, 32, x + t * x_row, x_row, x_scales + 4 * t,
+                          out + t * out_row + 64 * i, out_row, 0)
