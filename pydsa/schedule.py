@@ -7,7 +7,7 @@ import copy
 import functools
 from typing import NamedTuple
 
-from pydsa.backends.devices import FORMS_BY_TILES
+from pydsa.backends.devices import FORMS_BY_TILES, LONGEST_PLAIN
 from pydsa.costs import StepSize
 
 # Measured: docs/journal/sparse-attention.md
@@ -82,7 +82,7 @@ class Schedule:
         It is in tokens.
         """
         if VARIANTS[name].chooses:
-            return plain_form_until(self._config, self._n_ubatch, self._n_ctx, self._top_k)
+            return plain_form_until(self._config, self._n_ubatch, self._n_ctx, self._top_k, LONGEST_PLAIN)
         longest = min(self._n_ctx, self._top_k) if VARIANTS[name].indexer else self._n_ctx
         return plain_form_until(self._config, min(self._n_ubatch, longest), longest)
 
@@ -130,21 +130,23 @@ def plain_form_pays(c, n_past, n_tokens, most=None, costs=FORMS_BY_TILES):
     """Whether MLA's plain form takes less time than the absorbed form.
 
     c: a model's Config. most: the number of keys that a token chooses, which the absorbed form gathers one by one; None: all keys, and both
-    have as many pairs. costs: a devices.FormCosts. Below MHA_TOKENS tokens the plain form never pays: computing keys costs more there than
-    is counted.
+    have as many pairs, so that products are compared. costs: a devices.FormCosts. Below MHA_TOKENS tokens the plain form never pays:
+    computing keys costs more there than is counted.
     """
     if n_tokens < MHA_TOKENS:
         return False
     size, expansion = StepSize(n_tokens, n_past, {}), c.kv_lora * (c.n_nope + c.n_v)
-    plain = size.n_kv * expansion + size.pairs(size.n_kv) * (c.n_nope + c.n_rot + c.n_v + (0 if most is None else costs.pair))
-    per_pair = 2 * c.kv_lora + c.n_rot + (0 if most is None else costs.gather * (c.kv_lora + c.n_rot) // c.n_head)
-    return plain < n_tokens * expansion + size.pairs(size.n_kv if most is None else most) * per_pair
+    plain, per_pair = size.n_kv * expansion + size.pairs(size.n_kv) * (c.n_nope + c.n_rot + c.n_v), 2 * c.kv_lora + c.n_rot
+    if most is None:
+        return plain < n_tokens * expansion + size.pairs(size.n_kv) * per_pair
+    per_pair += costs.gather * (c.kv_lora + c.n_rot) // c.n_head
+    return costs.plain * plain < n_tokens * expansion + size.pairs(most) * per_pair
 
 
-def plain_form_until(c, n_tokens, n_ctx, most=None):
+def plain_form_until(c, n_tokens, n_ctx, most=None, costs=FORMS_BY_TILES):
     """The longest context in which the plain form pays for the last n_tokens.
 
     It is in tokens, n_ctx at most; 0 if there is none.
     """
-    n = bisect.bisect(range(n_tokens, n_ctx + 1), 0, key=lambda n_kv: not plain_form_pays(c, n_kv - n_tokens, n_tokens, most))
+    n = bisect.bisect(range(n_tokens, n_ctx + 1), 0, key=lambda n_kv: not plain_form_pays(c, n_kv - n_tokens, n_tokens, most, costs))
     return n_tokens + n - 1 if n else 0

@@ -9,7 +9,7 @@ from helpers import (DEVICE, PRECISION, Rows, choose, close, compare, kernels, l
 
 from pydsa import load
 from pydsa.backends import cpu, reference
-from pydsa.backends.devices import FLASH_WIDTHS, FORMS_BY_TILES, FormCosts
+from pydsa.backends.devices import FLASH_WIDTHS, FORMS_BY_TILES, LONGEST_PLAIN, FormCosts
 from pydsa.options import EXACT
 from pydsa.schedule import MHA_TOKENS, plain_form_pays, plain_form_until
 from pydsa.setup import Setup
@@ -154,24 +154,27 @@ def test_where_it_pays(n_past, n_tokens):
 
 
 def test_what_forms_cost_where_it_runs():
-    """What was measured with float32 kernels: V3.2's heads from 2,048 to 3,072 keys before 512 tokens, and sixteen heads earlier."""
-    costs = FormCosts(300, 8)
-    assert [plain_form_pays(V32, n_past, 512, 2048, costs) for n_past in (2048, 3072)] == [True, False]
-    assert [plain_form_pays(V32, n_past, 512, 2048) for n_past in (2048, 3072)] == [True, True]
+    """The plain form pays up to some length, which was measured: docs/journal/sparse-attention.md."""
+    few_heads = type("", (V32,), {"n_head": 16})
+
+    def pays(config, *lengths, n_tokens=512, most=512):
+        return [plain_form_pays(config, n_past, n_tokens, most, costs) for n_past in lengths]
+    costs = cpu.VARIANTS["mha"]["f32"].kernels.costs
+    assert pays(V32, 2048, 3072, most=2048) == pays(few_heads, 512, 1024) == [True, False] and pays(few_heads, 512, n_tokens=2048) == [False]
+    costs = cpu.VARIANTS["mha"]["int16"].kernels.costs
+    assert pays(V32, 4096, most=2048) == [True] and pays(few_heads, 1536, 2560) == pays(few_heads, 1024, 3072, n_tokens=2048) == [True, False]
     assert plain_form_pays(V32, 100_000, 512, None, costs)      # there are as many pairs in both forms
-    assert [plain_form_pays(type("", (V32,), {"n_head": 16}), n_past, 512, 512, costs) for n_past in (512, 1024)] == [True, False]
+    for costs in [variant.kernels.costs for variant in cpu.VARIANTS["mha"].values()]:
+        assert costs.plain >= LONGEST_PLAIN.plain and costs.gather <= LONGEST_PLAIN.gather
 
 
 def test_a_model_takes_the_costs_of_its_backend(small_model):
     model = load(small_model(), n_ctx=1024, dsa_top_k=100, device="cpu")
     assert model.setup.schedule.costs == cpu.form_costs("i16")
-    n_past = [n for n in range(100, 900) if plain_form_pays(model.config, n, 100, 100, FormCosts(300, 8))
-              != plain_form_pays(model.config, n, 100, 100, FormCosts(0, 55))]
-    variants = {}
-    for costs in FormCosts(300, 8), FormCosts(0, 55):
-        model.setup.schedule.costs = costs
-        variants[costs] = {model.setup.schedule.variant(n, 100) for n in n_past}
-    assert n_past and variants == {FormCosts(300, 8): {"sparse"}, FormCosts(0, 55): {"mha+choice"}}
+    met = []
+    for model.setup.schedule.costs in FORMS_BY_TILES, LONGEST_PLAIN, FormCosts(100, 0):
+        met.append(model.setup.schedule.variant(200, 100))
+    assert met == ["mha+choice", "sparse"]
 
 
 def test_how_long_it_pays():

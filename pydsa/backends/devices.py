@@ -26,16 +26,17 @@ HOST = "cpu"                # the device that reads weights where the file is ma
 
 
 class FormCosts(NamedTuple):
-    """What MLA's forms cost in prompts beside their products, in products.
+    """What MLA's forms take where prompts attend to chosen keys.
 
-    pair: of the plain form, for a query of a head and a key. gather: of the absorbed form, to gather and pack a value of a chosen key for a
-    token and all its heads.
+    The unit is a product of the absorbed form. plain: a product of the plain form, with what goes with it. gather: to gather and pack a
+    value of a chosen key for a token and all its heads, in the absorbed form.
     """
-    pair: int
-    gather: int
+    plain: float
+    gather: float
 
 
-FORMS_BY_TILES = FormCosts(0, 55)       # where matrix units do products; the longest contexts in the plain form
+FORMS_BY_TILES = FormCosts(1, 55)       # where matrix units do products
+LONGEST_PLAIN = FormCosts(0.7, 55)      # no backend's take the plain form in longer contexts
 
 
 class Device(NamedTuple):

@@ -68,13 +68,13 @@ VARIANTS = {
     "mha": {
         "f32": Variant(lambda cache: cache == "f32",
                        Mha(f32.mha.tile_bytes, IntpFunction(f32.mha.pack_latents), IntpFunction(f32.mha.attend_head),
-                           FormCosts(300, 8))),
+                           FormCosts(1.6, 8))),
         "int8x2": Variant(lambda cache: amx.HERE,
                           Mha(int8x2.mha.tile_bytes, IntpFunction(int8x2.mha.pack_latents), IntpFunction(int8x2.mha.attend_head),
                               FORMS_BY_TILES)),
         "int16": Variant(anything,
                          Mha(int16.mha.tile_bytes, IntpFunction(int16.mha.pack_latents), IntpFunction(int16.mha.attend_head),
-                             FormCosts(100, 8))),
+                             FormCosts(0.7, 8))),
     },
     "indexer": {
         "int8x2": Variant(lambda cache: amx.HERE and cache == "i8", Scores(*[IntpFunction(int8x2.indexer.score)] * 2)),
