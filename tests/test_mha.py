@@ -174,7 +174,7 @@ def test_a_model_takes_the_costs_of_its_backend(small_model):
     model = load(small_model(), n_ctx=1024, dsa_top_k=100, device="cpu")
     assert model.setup.schedule.costs == cpu.form_costs("i16")
     met = []
-    for model.setup.schedule.costs in FORMS_BY_TILES, LONGEST_PLAIN, FormCosts(100, 0):
+    for model.setup.schedule.costs in FORMS_BY_TILES, FormCosts(100, 0):
         met.append(model.setup.schedule.variant(200, 100))
     assert met == ["mha+choice", "sparse"]
 

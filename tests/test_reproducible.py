@@ -29,7 +29,7 @@ MODELS = {      # models and options; top_k is 12 if nothing else is said, and a
     "deepseek32, sparse": (dict(), dict(kv_type="i8", attention="sparse", dsa_top_k=150)),
     "deepseek32, masked": (dict(), dict(kv_type="bf16", attention="masked")),
     "deepseek32, 72 heads": (dict(n_head=72, n_nope=8, n_rot=4, n_v=8, n_layer=2), dict(kv_type="i16", dsa_top_k=150)),
-    "deepseek32, F16": (dict(type="F16"), dict(index_type="f16")),
+    "deepseek32, F16": (dict(type="F16"), dict(index_type="f16", dsa_top_k=90)),
     "deepseek32, Q4_K_M": (dict(type="Q4_K_M", quantize_indexer_proj=True, **WIDE), dict(kv_type="i16", dsa_top_k=90)),
     "glm-dsa": (SHARED_LAYERS, dict(kv_type="i8")),
     "glm-dsa, IQ2_XS": (SHARED_LAYERS | WIDE | dict(type="IQ2_XS", n_layer=4), dict(kv_type="i16")),
