@@ -13,7 +13,7 @@ from pydsa.backends.cpu.linear import (count_panels, count_pieces, gemm_rows, ge
 from pydsa.backends.cpu.norm import silu_mul_row
 from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.scratch import task_scratch
-from pydsa.backends.cpu.simd import i64_at, store
+from pydsa.backends.cpu.simd import store
 
 BLOCKS, BLOCK_TOKENS = 16, 64       # the most blocks of tokens that are counted at a time, and the fewest tokens of one
 
@@ -259,16 +259,16 @@ def multiply_gate_up(out, x, ids, gate, up, task):
     i, r = task.index % n_busy, task.index // n_busy * size
     n, e = min(size, n_ff - r), groups.busy[1 + i]
     first, n_pairs = groups.start[e], groups.start[e + 1] - groups.start[e]
-    out_at = task_scratch(task.thread, 2 * align(8 * n_pairs) + 4 * n * n_pairs)
+    out_at = task_scratch(task.thread, 2 * align(8 * n_pairs) + 8 * n * n_pairs)
     x_at, ups = out_at + align(8 * n_pairs), out_at + 2 * align(8 * n_pairs)
+    gates = ups + 4 * n * n_pairs       # not in place: LLVM vectorises silu_mul_row for arrays that do not overlap
     put_addresses(out_at, ups, 4 * n, n_pairs)
     expert_rows(up, groups, i, r, n, n_in, each, for_up, n_used, x_at, out_at, task.thread)
-    for k in range(n_pairs):
-        store(out_at, 8 * k, address(out) + groups.pairs[first + k] * out.strides[1] + 4 * r)
+    put_addresses(out_at, gates, 4 * n, n_pairs)
     expert_rows(gate, groups, i, r, n, n_in, each, for_gate, n_used, x_at, out_at, task.thread)
     for k in range(n_pairs):
-        hidden = floats_at(i64_at(out_at, 8 * k), 1, n)[0]
-        silu_mul_row(hidden, hidden, floats_at(ups + 4 * n * k, 1, n)[0])
+        hidden = floats_at(address(out) + groups.pairs[first + k] * out.strides[1] + 4 * r, 1, n)[0]
+        silu_mul_row(hidden, floats_at(gates + 4 * n * k, 1, n)[0], floats_at(ups + 4 * n * k, 1, n)[0])
 
 
 @op(*SORT_BY_EXPERT, Stage(begin_packing_for_gate, pack_for_gate, light=True), Stage(begin_gate_up_rows, multiply_gate_up))

@@ -142,6 +142,10 @@ def matmul(job_at):
         for i in range(n_tiles):
             n = min(TILE_ROWS, job.n_rows - i * TILE_ROWS)
             first = job.rows + i * TILE_ROWS * job.row_bytes + k // job.block * job.block_bytes
+            if k == 0:      # the next tile's first superblocks, which no product has prefetched
+                for r in range(TILE_ROWS, min(2 * TILE_ROWS, job.n_rows - i * TILE_ROWS)):
+                    for line in range(0, next_bytes, 64):
+                        prefetch(first + r * job.row_bytes, line)
             pack_tile(tiles + i * tile_bytes, superblocks, job.unpack, first, n, job.row_bytes, width // job.block, width // 32, job.mins)
         x_offset, before = k // 256 * job.n_packed * SUPERBLOCK, tables + 8 * padded
         for t0 in range(0, padded, BATCH * INT16_TOKENS):

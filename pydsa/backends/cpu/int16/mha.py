@@ -97,9 +97,9 @@ def copy_floats(source, n, target):
 
 @inner
 def row_scale(row, n):
-    """Return the scale with which a row of n floats, whole groups of 64, is rounded.
+    """Return the scale with which a row is rounded.
 
-    NaN if a value is not finite.
+    n floats, whole groups of 64. NaN if a value is not finite.
     """
     most = np.float32(0)
     for k in range(0, 4 * n, 256):
@@ -127,9 +127,9 @@ def pack_row(row, n, target):
 
 @inner
 def store_tile(columns, stride, n, factors, tile):
-    """Round sixteen rows to a tile of pairs; they are columns of n rows of floats.
+    """Round sixteen rows to a tile of pairs.
 
-    n: whole groups of 32; factors: f32x16 in memory, of the columns.
+    They are columns of n rows of floats. n: whole groups of 32; factors: f32x16 in memory, of the columns.
     """
     factors = load_floats(factors, 0)
     for k in range(0, n, 32):
@@ -173,7 +173,8 @@ def pack_latents(rows, row_bytes, dequantize, row_n, n, kv_lora, n_rot, out, thr
     """Pack a tile of n latents, rows of a cache at an address.
 
     The rest of LATENT_TILE is zeros. Compressed values are packed as rows, for values, and as tiles, for keys, each followed by their
-    scales; then come the rotated ones as floats, transposed, of sixteen latents at a time. Latents that are not finite are 0 as rows.
+    scales; then come the rotated ones as floats, transposed, of sixteen latents at a time. Latents that are not finite are 0 as rows, as
+    values share scales with those of other keys; scores are NaN then.
     """
     depth = round_up(kv_lora, 64)
     tiles = out + LATENT_TILE * (2 * depth + 4)
@@ -382,7 +383,7 @@ def softmax_pairs(row, n, row_max, row_sum, weights, scale, factor):
 
 @inner
 def attend_block(job, plan, t, first, n):
-    """Add the values of n keys from `first` on to the sums of QUERIES tokens from t on."""
+    """Attend to n keys from `first` on, for QUERIES tokens from t on."""
     stop, score_row, weight_row = min(t + QUERIES, job.n_tokens), 4 * KEYS, 2 * KEYS
     for j in range(0, n, 16 * INT16_ROWS):
         for i in range(t, stop, PAIR_TOKENS):
