@@ -52,7 +52,7 @@ def tools(layout: Layout, choice="auto", parallel=True, said: Rule | None = None
 
 
 def _kind(choice, names):
-    """The choice as "auto", "none" or "required", and the names that may be called."""
+    """The choice as "auto", "none" or "required", and which may be called."""
     if choice in ("auto", "none", "required"):
         return choice, names
     kind, named = "required", [choice[0] if isinstance(choice, tuple) and len(choice) == 1 else _name(choice)]
