@@ -348,7 +348,7 @@ def test_slots(server):
 
 
 def test_saved_slots_that_are_damaged(server, monkeypatch):
-    """The error tells no more of the file than its name, nor where the folder's path begins with a letter."""
+    """The error tells no more of the file than its name."""
     folder = Path(server.service.settings.slot_folder)
     monkeypatch.chdir(folder.parent)
     monkeypatch.setattr(server.service, "settings", dataclasses.replace(server.service.settings, slot_folder=folder.name))
