@@ -2,6 +2,7 @@
 import sys
 
 from pydsa import signals
+from pydsa.errors import lacks_memory
 
 
 def main():
@@ -17,6 +18,9 @@ def main():
         if signals.interrupted(error):
             sys.stderr.write("\n[stopped]\n")
             sys.exit(signals.STOPPED)
+        if lacks_memory(error):
+            sys.stderr.write("Error: There is not enough memory for the libraries, or less is allowed than they take (ulimit -v).\n")
+            sys.exit(2)
         raise
 
 

@@ -127,12 +127,31 @@ def _render(tokenizer, messages, tools, template, add_generation_prompt, thinkin
     guarded = [(own if message["role"] == "assistant" else plain)(message) | {"role": message["role"]}
                for message in messages]
     variables = {"tools": plain(tools), "add_generation_prompt": add_generation_prompt, "thinking": thinking, "enable_thinking": thinking}
+    _check_roles(template, guarded, lambda messages: render(template, tokenizer, plain, variables | {"messages": messages}))
     silent = [i for i, message in enumerate(messages) if "tool_calls" in message and not message["content"]]
     if silent and _ASKS_FOR_NO_CONTENT.search(template):
         as_none = [message | {"content": None} if i in silent else message for i, message in enumerate(guarded)]
         with contextlib.suppress(UnsupportedModelError):        # one that asks in one place may take a text for granted in another
             return render(template, tokenizer, plain, variables | {"messages": as_none}), escape
     return render(template, tokenizer, plain, variables | {"messages": guarded}), escape
+
+
+def _check_roles(template, messages, write):
+    """Raise PydsaError for a role that the template passes over.
+
+    write(messages) -> the text of the prompt with these messages. Most templates name their roles, others write whatever role there is.
+    """
+    def is_named(role):
+        return re.search(f"""['"]{role}['"]""", template)
+
+    def is_lost(i):
+        with contextlib.suppress(PydsaError):       # what the template makes of fewer messages is another question
+            return write(messages[:i + 1]) == write(messages[:i])
+    first = {message["role"]: i for i, message in reversed(list(enumerate(messages))) if message["content"]}
+    for role, i in first.items():
+        if role != "user" and not is_named(role) and is_lost(i):
+            raise PydsaError(f"message {i} has the role {role!r:.80}, which the chat template passes over, expected one of "
+                             f"{', '.join(filter(is_named, ROLES)) or 'those that it writes'}")
 
 
 def _unused_character(*values):

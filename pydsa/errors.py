@@ -4,6 +4,7 @@ A message says what was met, what was expected and what to do: "n_ubatch is 4000
 """
 
 LESS = "ask for a smaller context (-c), a smaller ubatch (-ub) or a smaller cache type (--kv-type)"     # advice where memory is short
+UNMAPPED = "failed to map segment"      # what the system says of a library for which there is no memory
 
 
 class PydsaError(Exception):
@@ -59,3 +60,17 @@ class StageError(PydsaError):
 
 class OutOfMemoryError(PydsaError):
     """The request needs more memory than the machine has available."""
+
+
+def lacks_memory(error):
+    """Whether an exception, or one that led to it, is a lack of memory.
+
+    Where less is allowed than libraries take, importing them fails in many ways.
+    """
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, MemoryError) or isinstance(error, (ImportError, OSError)) and UNMAPPED in str(error):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False

@@ -10,6 +10,7 @@ import re
 
 from pydsa.errors import PydsaError
 
+TEXTS = ("text", "refusal")        # types of parts, and the names of their texts; an answer of OpenAI's models may be a refusal
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -54,9 +55,12 @@ def _checked(message, what):
         raise PydsaError(f"{what} has the role {role!r:.80}, expected one of {', '.join(ROLES)}")
     check_functions(calls, f"{what} has the tool_calls")
     content, reasoning = message.get("content"), message.get("reasoning_content")
-    if content is None and role == "assistant" and (calls or reasoning):
-        content = ""
-    result = {key: value for key, value in message.items() if value is not None and key != "tool_calls"}
+    if message.get("function_call") is not None:
+        raise PydsaError(f"{what} has a function_call, the old form of OpenAI's API, expected tool_calls")
+    if content is None and role == "assistant":
+        refusal = message.get("refusal")
+        content = refusal if refusal is not None else "" if calls or reasoning else None
+    result = {key: value for key, value in message.items() if value is not None and key not in ("tool_calls", "refusal")}
     result["content"] = _text(content, f"{what} has a content")
     if reasoning is not None:
         result["reasoning_content"] = _text(reasoning, f"{what} has a reasoning_content")
@@ -76,14 +80,15 @@ def _text(content, what):
     if isinstance(content, str):
         return content
     if not isinstance(content, (list, tuple)):
-        raise PydsaError(f"{what} of type {type(content).__name__}, expected text, or a list of parts of text")
+        kind = "that is missing" if content is None else f"of type {type(content).__name__}"
+        raise PydsaError(f"{what} {kind}, expected text, or a list of parts of text")
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if not isinstance(part, dict) or kind != "text":
+        if not isinstance(part, dict) or kind not in TEXTS:
             raise PydsaError(f"{what} with a part of type {kind!r:.80}, expected only parts of type 'text': the model reads nothing else")
-        if not isinstance(part.get("text"), str):
-            raise PydsaError(f'{what} with a part {part!r:.80}, expected {{"type": "text", "text": ...}} with a text')
-    return "".join(part["text"] for part in content)
+        if not isinstance(part.get(kind), str):
+            raise PydsaError(f'{what} with a part {part!r:.80}, expected {{"type": "{kind}", "{kind}": ...}} with a text')
+    return "".join(part[part["type"]] for part in content)
 
 
 def check_functions(entries, what):

@@ -19,8 +19,8 @@ def check_ids(ids, n_vocab):
         ids = np.asarray(ids)
     except ValueError:      # lists of different lengths
         ids = np.empty(0)
-    if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-        raise PydsaError("The token ids must be a list of at least one integer.")
+    if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":       # integers beyond 64 bits are objects or floats
+        raise PydsaError(f"The token ids must be a list of at least one integer, each from 0 to {n_vocab - 1}.")
     least, most = (ids[0], ids[0]) if ids.size == 1 else (ids.min(), ids.max())     # a generation checks one id for each token
     if least < 0 or most >= n_vocab:
         bad = ids[(ids < 0) | (ids >= n_vocab)][0]

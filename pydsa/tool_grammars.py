@@ -19,13 +19,14 @@ def tools(layout: Layout, choice="auto", parallel=True, said: Rule | None = None
     """The Rule of an answer with tools; None: any text may come.
 
     layout: with the form of the model, and the tools in OpenAI's form. choice: "auto": text, and calls; "none": text; "required": at
-    least one call; {"type": "function", "function": {"name": ...}}, {"name": ...} or (name,): a call of that function. parallel: whether
-    there may be several calls. said: a Rule that texts follow; None: they are free. Raises ConstraintError for a choice, a name or a schema
-    that cannot be served.
+    least one call; {"type": "function", "function": {"name": ...}}, {"name": ...} or (name,): a call of that function; {"type":
+    "allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": [...]}}: as the mode says, of these. parallel: whether there
+    may be several calls. said: a Rule that texts follow; None: they are free. Raises ConstraintError for a choice, a name or a schema that
+    cannot be served.
     """
     form, offered = layout.form, layout.tools or []
     names = [tool["function"]["name"] for tool in offered]
-    kind = _kind(choice, names)
+    kind, allowed = _kind(choice, names)
     if form is None or not offered:
         if kind not in ("auto", "none"):
             missing = "the model's template shows no form of calls that is known here" if offered else "no tools are given"
@@ -39,7 +40,7 @@ def tools(layout: Layout, choice="auto", parallel=True, said: Rule | None = None
         return Rule(f"answer: FREE\nFREE: /(?s:.*)/ & ~/(?s:.*)({any_mark})(?s:.*)/", free=True)
     if len(offered) > MAX_TOOLS or len(set(names)) != len(names):
         raise ConstraintError(f"{len(offered)} tools are given, expected at most {MAX_TOOLS}, each with a name of its own")
-    called = offered if isinstance(kind, str) else [offered[names.index(kind[0])]]
+    called = [tool for tool in offered if tool["function"]["name"] in allowed]
     text, texts = _BODIES[form.mark](form, [_function(tool) for tool in called], parallel)
     opened = "(" + " | ".join(map(quoted, marks)) + ")"
     free = kind == "auto" and said is None
@@ -51,16 +52,26 @@ def tools(layout: Layout, choice="auto", parallel=True, said: Rule | None = None
 
 
 def _kind(choice, names):
-    """The choice as "auto", "none", "required", or (name,) of a function."""
+    """The choice as "auto", "none" or "required", and which may be called."""
     if choice in ("auto", "none", "required"):
-        return choice
-    function = choice.get("function", choice) if isinstance(choice, dict) else None
-    name = function.get("name") if isinstance(function, dict) else choice[0] if isinstance(choice, tuple) and len(choice) == 1 else None
-    if name is None:
+        return choice, names
+    kind, named = "required", [choice[0] if isinstance(choice, tuple) and len(choice) == 1 else _name(choice)]
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        given = choice.get("allowed_tools") if isinstance(choice.get("allowed_tools"), dict) else {}
+        kind, listed = given.get("mode"), given.get("tools")
+        named = list(map(_name, listed)) if isinstance(listed, list) and kind in ("auto", "required") else []
+    if not named or not all(isinstance(name, str) for name in named):
         raise ConstraintError(f"tool_choice is {choice!r:.80}, {_CHOICES}")
-    if name not in names:
-        raise ConstraintError(f"tool_choice names {name!r:.80}, {_CHOICES}: {', '.join(names):.200}")
-    return (name,)
+    missing = next((name for name in named if name not in names), None)
+    if missing is not None:
+        raise ConstraintError(f"tool_choice names {missing!r:.80}, {_CHOICES}: {', '.join(names) or 'there is none':.200}")
+    return kind, named
+
+
+def _name(tool):
+    """The name of a tool in OpenAI's form, or of {"name": ...}; None: it has none."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    return function.get("name") if isinstance(function, dict) else None
 
 
 def _shortest(marks):

@@ -165,7 +165,7 @@ def test_options_of_llama_cpp_that_end_with_a_sentence(name, model):
     (["run", "MODEL", "-cnv", "-p", "x"], "-cnv chats on a terminal"), (["run", "MODEL", "-p", "x", "--logit-bias", "5"], "like 15043+1"),
     (["run", "MODEL", "-p", "x", "--logit-bias", "x+1"], "like 15043+1"), (["run", "MODEL", "-p", "x", "--logit-bias", "1+nan"], "nan"),
     (["run", "MODEL", "-p", "x", "--logit-bias", "512-1"], "has the token 512, expected ids from 0 to 511"),
-    (["run", "MODEL", "-p", "x", "--stop", ""], "stop is"), (["run", "MODEL", "-p", "x", "-s", "-2"], "seed is -2"),
+    (["run", "MODEL", "-p", "x", "--stop", ""], "stop is"), (["run", "MODEL", "-p", "x", "-s", "-2"], "-2 is not in the range x>=-1"),
     (["bench", "MODEL", "--attention", "dense,x"], "attention is 'x'")])
 def test_options_that_are_mistaken(args, message, model):
     result = pydsa(*(model if arg == "MODEL" else arg for arg in args))

@@ -367,6 +367,8 @@ def test_choices_that_cannot_be_served(choice, expected):
     _, layout = case("kimi")
     with pytest.raises(ConstraintError, match=f"tool_choice {re.escape(expected)}, expected 'auto', 'none'"):
         tools(layout, choice)
+    assert tools(layout, {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"name": "now"}]}}) == (
+        tools(layout._replace(tools=[tool for tool in layout.tools if tool["function"]["name"] == "now"])))
     with pytest.raises(ConstraintError, match="2 tools are given, expected .* a name of its own"):
         tools(layout._replace(tools=OFFERED[:1] * 2))
     with pytest.raises(ConstraintError, match="a tool has the name 'a b'"):

@@ -216,6 +216,7 @@ def test_a_full_context_ends_the_answer(start, model):
 
 @pytest.mark.parametrize("change, error, words", [
     (dict(ids=[]), PydsaError, "at least one integer"), (dict(ids=[300]), PydsaError, "0 to 299"),
+    (dict(ids=[10**30]), PydsaError, "0 to 299"),
     (dict(ids=IDS[:128]), ContextFullError, "the prompt has 128"), (dict(max_tokens=-1), PydsaError, "max_tokens"),
     (dict(stop=[""]), PydsaError, "stop is"), (dict(slot=1), PydsaError, "expected 0 to 0"),
     (dict(sampling=Sampling(logit_bias={300: 1})), PydsaError, "logit_bias")])

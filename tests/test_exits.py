@@ -100,6 +100,18 @@ def test_memory_that_is_not_allowed(golden):
     assert done.returncode == 2 and "(ulimit -v); ask for a smaller context (-c)" in last and b"Traceback" not in done.stderr
 
 
+@posix
+@pytest.mark.skipif(sys.platform == "darwin", reason="Linux keeps to this limit")
+@pytest.mark.parametrize("most", [150, 240])
+def test_memory_that_does_not_hold_the_libraries(golden, most):
+    """Importing them fails with a MemoryError, or an OSError of llvmlite."""
+    import resource
+    done = pydsa("run", golden("ds32-q8_0")[0], "-p", "hi",
+                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (most << 20, most << 20)),
+                 env=os.environ | {"OPENBLAS_NUM_THREADS": "1"})
+    assert done.returncode == 2 and b"(ulimit -v)" in done.stderr and b"Traceback" not in done.stderr
+
+
 def test_memory_that_is_refused():
     with pytest.raises(click.ClickException, match="not enough memory, .* smaller context"), in_a_sentence():
         raise MemoryError

@@ -6,6 +6,7 @@ from chat_cases import GLM, QUESTION, small, user
 from test_chat import V32, v32_tokenizer
 
 from pydsa.chat import encode_chat, thinking_note
+from pydsa.errors import PydsaError
 from pydsa.messages import Arguments, checked
 from pydsa.tokenizer import CONTROL
 
@@ -142,3 +143,16 @@ def test_a_template_that_takes_no_notice_of_thinking(template, thinking, note):
     for _ in range(2):
         met = thinking_note(tokenizer, thinking, template)
         assert met is None if note is None else note in met
+
+
+def test_refusals_are_texts():
+    for message in {"content": None, "refusal": "No."}, {"content": [{"type": "refusal", "refusal": "No."}]}:
+        assert checked([{"role": "assistant"} | message]) == [{"role": "assistant", "content": "No."}]
+
+
+@pytest.mark.parametrize("role", ["function", "tool", "system"])
+def test_a_message_that_a_template_passes_over_is_an_error(role):
+    template = "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.content }}{% endfor %}"
+    with pytest.raises(PydsaError, match=f"message 1 has the role '{role}', which .* passes over, expected one of user, assistant"):
+        render(template, {"role": role, "content": "42"})
+    assert "42" in render(PRINTED, {"role": role, "content": "42"})

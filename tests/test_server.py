@@ -1,4 +1,5 @@
 """pydsa serve: OpenAI's endpoints over HTTP, whole and streaming, and those beside them."""
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -191,7 +192,11 @@ def test_a_schema_beside_tools(with_tools):
     ({"grammar": "root ::= ["}, "grammar cannot be read"), ({"json_schema": {"type": "none"}}, "schema"),
     ({"tool_choice": "required"}, "no tools"),
     ({"tool_choice": "maybe"}, "tool_choice"), ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "'g'"),
-    ({"tools": [TOOL], "tool_choice": {"function": 5}}, "tool_choice")])
+    ({"tools": [TOOL], "tool_choice": {"function": 5}}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "all", "tools": [TOOL]}}}, "tool_choice is"),
+    ({"tool_choice": {"name": "g"}}, "names 'g', expected 'auto', 'none', 'required', or a function that is offered: there is none."),
+    ({"functions": [{"name": "f"}]}, "send tools"), ({"modalities": ["text", "audio"]}, "text only"),
+    ({"web_search_options": {}}, "searches no web")])
 def test_constraints_that_cannot_be_served(with_tools, fields, words):
     status, answer = post(with_tools, CHAT, {"messages": HELLO} | fields)
     assert status == 400 and words in answer["error"]["message"] and answer["error"]["message"].endswith(".")
@@ -206,7 +211,10 @@ def with_tools(model):
         yield server
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}])
+ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "f"}}]}}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}, ALLOWED])
 def test_calls_that_must_come(with_tools, choice):
     """A random model calls as it must; a stream gives the same call."""
     body = {"messages": HELLO, "tools": [TOOL, OTHER], "tool_choice": choice, "seed": 3, "max_tokens": 500, "parallel_tool_calls": False}
@@ -339,15 +347,17 @@ def test_slots(server):
     assert post(server, CHAT, body)[1]["choices"] == first["choices"]
 
 
-def test_saved_slots_that_are_damaged(server):
+def test_saved_slots_that_are_damaged(server, monkeypatch):
     """The error tells no more of the file than its name."""
     folder = Path(server.service.settings.slot_folder)
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr(server.service, "settings", dataclasses.replace(server.service.settings, slot_folder=folder.name))
     (folder / "torn.bin").write_bytes(b"pydsa")
     (folder / "dir").mkdir()
     for action, name, status in (("restore", "torn.bin", 400), ("save", "dir", 500)):
         met, answer = post(server, f"/slots/1?action={action}", {"filename": name})
         message = answer["error"]["message"]
-        assert met == status and name in message.lower() and str(folder) not in message
+        assert met == status and message.startswith(f"The saved slot '{name}'") and folder.name not in message
 
 
 def test_a_folder_for_slots_is_made(model, tmp_path):

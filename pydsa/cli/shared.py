@@ -106,7 +106,7 @@ sampling_options = options(
     click.option("--repeat-penalty", type=float, default=1.0, show_default=True, help="Penalty for tokens among the last 64; 1: none."),
     click.option("--logit-bias", metavar="ID(+|-)BIAS", multiple=True, callback=logit_biases,
                  help="Add to the logit of a token, like 15043+1; 15043-inf: never pick it. Can be repeated."),
-    click.option("-s", "--seed", type=int, callback=lambda context, parameter, seed: None if seed == -1 else seed,
+    click.option("-s", "--seed", type=click.IntRange(-1), callback=lambda context, parameter, seed: None if seed == -1 else seed,
                  help="Seed of the random numbers; -1: a new one.  [default: -1]"))
 
 

@@ -5,6 +5,7 @@ A file has a Config and build(graph, config, weights, variant, layers), which re
 import importlib
 
 from pydsa.errors import UnsupportedModelError
+from pydsa.gguf_file import quote
 
 ARCHITECTURES = ("deepseek2", "deepseek32", "glm-dsa")
 
@@ -13,5 +14,5 @@ def architecture(metadata):
     """The module of the architecture that a file's metadata name."""
     name = metadata.string("general.architecture")
     if name not in ARCHITECTURES:
-        raise UnsupportedModelError(f"{metadata.path}: the architecture is {name!r}, expected one of {', '.join(ARCHITECTURES)}.")
+        raise UnsupportedModelError(f"{metadata.path}: the architecture is {quote(name)}, expected one of {', '.join(ARCHITECTURES)}.")
     return importlib.import_module(f"pydsa.models.{name.replace('-', '_')}")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pydsa.errors import GGUFError, UnsupportedModelError
+from pydsa.gguf_file import quote
 
 KNOWN_BETAS = (32, 1), (1, 1)       # beta_fast and beta_slow of DeepSeek, and of Kimi K2
 MOST = 1e6      # a factor above this, or below its inverse, is taken as damage
@@ -37,7 +38,7 @@ def rope_from_metadata(metadata, prefix, n_rot, n_ctx_train):
     if kind == "linear":
         return Rope(freqs / factor, attn_factor, attn_factor)
     if kind != "yarn":
-        raise UnsupportedModelError(f"{metadata.path}: {key}scaling.type is {kind!r}, expected none, linear or yarn.")
+        raise UnsupportedModelError(f"{metadata.path}: {key}scaling.type is {quote(kind)}, expected none, linear or yarn.")
     original = metadata.integer(key + "scaling.original_context_length", low=1, default=n_ctx_train)
     beta_fast = metadata.number(key + "scaling.yarn_beta_fast", low=1 / MOST, high=MOST, default=32.0)
     beta_slow = metadata.number(key + "scaling.yarn_beta_slow", low=1 / MOST, high=MOST, default=1.0)

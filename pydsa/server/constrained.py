@@ -70,4 +70,5 @@ def _compile(tokenizer, wanted, layout, choice, parallel, thinking):
         rule = tools(layout, choice, parallel, said)
         return None if rule is None else compile_constraint(tokenizer, rule, layout, thinking)
     except ConstraintError as error:
-        raise ApiError(400, as_api_error(error).message, "grammar" if kind == "grammar" else param, "invalid_value") from None
+        param = "tool_choice" if str(error).startswith("tool_choice") else "grammar" if kind == "grammar" else param
+        raise ApiError(400, as_api_error(error).message, param, "invalid_value") from None

@@ -124,7 +124,8 @@ async def slot(service, request):
     try:
         n = await asyncio.to_thread(move, number, path, owner)
     except SessionFileError as error:       # where the files lie is no client's business
-        raise ApiError(500 if action == "save" else 400, f"{as_api_error(error).message.replace(path, name)}", "filename") from error
+        told = as_api_error(SessionFileError(str(error).replace(path, f"The saved slot {name!r}"))).message
+        raise ApiError(500 if action == "save" else 400, told, "filename") from error
     counts = {"n_saved": n, "n_written": saved_bytes(path)} if action == "save" else {"n_restored": n, "n_read": saved_bytes(path)}
     return JSONResponse({"id_slot": number, "filename": name} | counts)
 

@@ -30,6 +30,20 @@ class ChatRequest(Options):
     reasoning_effort: str | None = expected(f"one of {', '.join(EFFORTS)}", pattern=f"^({'|'.join(EFFORTS)})$")
     thinking: Thinking | None = expected('an object like {"type": "enabled"}')
     chat_template_kwargs: dict[str, Any] | None = expected('an object like {"enable_thinking": true}')
+    functions: list[Any] | None = expected("tools, which have replaced it")
+    modalities: list[Any] | None = expected("['text']")
+    web_search_options: dict[str, Any] | None = expected("an object")
+
+    def check(self):
+        """Refuse what no answer can be given for; raises ApiError."""
+        if self.functions:
+            raise ApiError(400, "functions is OpenAI's old form of tools; send tools and tool_choice.", "functions", "unsupported_value")
+        if self.modalities and self.modalities != ["text"]:
+            raise ApiError(400, f"modalities is {shown(self.modalities)}, but the model writes text only.", "modalities",
+                           "unsupported_value")
+        if self.web_search_options is not None:
+            raise ApiError(400, "web_search_options is given, but this server searches no web; leave it out.", "web_search_options",
+                           "unsupported_value")
 
     def wants_thinking(self):
         """Whether the model shall reason first; None: as the server's settings say."""
@@ -55,6 +69,7 @@ async def chat_completions(service, request):
     """Answer a conversation."""
     service.ready()
     body = await read_fields(request, ChatRequest)
+    body.check()
     thinking = service.settings.thinking if (asked := body.wants_thinking()) is None else asked
     prompt = await service.chat_prompt(body.messages, thinking, body.tools)
     constraint = await constraint_of(service, body.wanted(), prompt.layout, body.tool_choice, body.parallel_tool_calls is not False,
