@@ -8,12 +8,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.simd import (FEATURES, I8, I16, I32, I64, Vec, broadcast, call_llvm, constant, f32x8, f32x16, i16x32, i32x16,
-                                     int16_dots, pointer)
+from pydsa.backends.cpu.simd import (FEATURES, I8, I16, I32, I64, Vec, broadcast, call_llvm, constant, f32x8, f32x16, i16x32,
+                                     i32x16, int16_dots, pointer)
 
 
 HERE = {"avx512bw", "avx512vbmi", "avx512vnni", "gfni"} <= FEATURES
-BIAS = 64               # a weight as an unsigned byte
+BIAS = 72               # a weight as an unsigned byte; of IQ1 9/8, in 64ths
 i8x64 = Vec("i8", 64)
 BITS_OF_64 = ir.VectorType(ir.IntType(1), 64)
 # Elements of a group in the lower and the upper byte of four vectors. Signs four bits apart come in pairs, for types with one index a
@@ -21,18 +21,20 @@ BITS_OF_64 = ir.VectorType(ir.IntType(1), 64)
 BY_SIGN, BY_INDEX = ((3, 2), (7, 6), (1, 0), (5, 4)), ((0, 4), (1, 5), (2, 6), (3, 7))
 
 
-def _as_bytes(builder, v):
+def as_bytes(builder, v):
+    """Emit a vector as 64 bytes."""
     return builder.bitcast(v, i8x64.ir)
 
 
-def _load(builder, args, kind):
+def load_at(builder, args, kind):
+    """Emit a load from args, an address and an offset."""
     return builder.load(pointer(builder, builder.add(*args), kind), align=1)
 
 
 @intrinsic
 def load_bytes(typingctx, address, offset):
     """Load 64 bytes."""
-    return i8x64(types.intp, types.intp), lambda context, builder, signature, args: _load(builder, args, i8x64.ir)
+    return i8x64(types.intp, types.intp), lambda context, builder, signature, args: load_at(builder, args, i8x64.ir)
 
 
 def _loading(bits, n, repeat=None):
@@ -44,8 +46,8 @@ def _loading(bits, n, repeat=None):
     def load(typingctx, address, offset):
         def codegen(context, builder, signature, args):
             if repeat:
-                return _as_bytes(builder, broadcast(builder, _load(builder, args, ir.IntType(bits)), repeat))
-            return _as_bytes(builder, builder.zext(_load(builder, args, ir.VectorType(ir.IntType(bits), n)), ir.VectorType(I64, 8)))
+                return as_bytes(builder, broadcast(builder, load_at(builder, args, ir.IntType(bits)), repeat))
+            return as_bytes(builder, builder.zext(load_at(builder, args, ir.VectorType(ir.IntType(bits), n)), ir.VectorType(I64, 8)))
         return i8x64(types.intp, types.intp), codegen
     return load
 
@@ -61,8 +63,8 @@ def _loading_pair(kind, n, which):
     @intrinsic
     def load(typingctx, first, second, offset):
         def codegen(context, builder, signature, args):
-            parts = [_load(builder, (at, args[2]), ir.VectorType(kind, n)) for at in args[:2]]
-            return _as_bytes(builder, builder.shuffle_vector(*parts, constant(which)))
+            parts = [load_at(builder, (at, args[2]), ir.VectorType(kind, n)) for at in args[:2]]
+            return as_bytes(builder, builder.shuffle_vector(*parts, constant(which)))
         return i8x64(types.intp, types.intp, types.intp), codegen
     return load
 
@@ -117,7 +119,7 @@ def _linear(rows, mask=None):
     matrix = constant([sum(row << 8 * (7 - i) for i, row in enumerate(rows))] * 8, I64)
 
     def emit(builder, v, other):
-        result = call_llvm(builder, "llvm.x86.vgf2p8affineqb.512", i8x64.ir, [v, _as_bytes(builder, matrix), I8(0)])
+        result = call_llvm(builder, "llvm.x86.vgf2p8affineqb.512", i8x64.ir, [v, as_bytes(builder, matrix), I8(0)])
         return result if mask is None else builder.select(ir.Constant(BITS_OF_64, mask * 32), result, other)
 
     @intrinsic
@@ -135,24 +137,13 @@ ALL_SEVEN = 0x7F
 even_with_parity, _ = _linear([1 << i for i in range(7)] + [ALL_SEVEN], [1, 0])
 to_tops, _ = _linear([0, 0, 0, 1, 0, 0, 0, 2])
 _, with_last_tops = _linear([0, 0, 0, 64, 0, 0, 0, ALL_SEVEN], [0, 1])
-to_both_tops, _ = _linear([0, 0, 0, 8, 0, 0, 0, 8])
-
-
-@intrinsic
-def tops_where_negative(typingctx, address, offset):
-    """Load eight int16; return the tops of 16 nibbles where one is negative."""
-    def codegen(context, builder, signature, args):
-        v, kind = _load(builder, args, ir.VectorType(I16, 8)), ir.VectorType(I64, 8)
-        negative = builder.icmp_signed("<", v, constant([0] * 8, I16))
-        return _as_bytes(builder, builder.select(negative, constant([0x8888_8888_8888_8888] * 8, I64), ir.Constant(kind, [0] * 8)))
-    return i8x64(types.intp, types.intp), codegen
 
 
 @intrinsic
 def signed_codes(typingctx, entries, signs):
     """Return three low bits of each nibble of entries, and signs on top."""
     def codegen(context, builder, signature, args):
-        entries = builder.and_(_as_bytes(builder, args[0]), constant([0x77] * 64, I8))
+        entries = builder.and_(as_bytes(builder, args[0]), constant([0x77] * 64, I8))
         return builder.or_(entries, builder.and_(args[1], constant([0x88] * 64, I8)))
     return i8x64(entries, i8x64), codegen
 
@@ -188,8 +179,8 @@ def _lookup_sorted(builder, table, indices, uppers):
     for index, upper in zip(indices, uppers):
         low, high = (builder.bitcast(v, i16x32.ir) for v in (index, upper))
         low, high = builder.lshr(low, constant([4] * 32, I16)), builder.shl(high, constant([4] * 32, I16))
-        which.append(_as_bytes(builder, builder.or_(builder.and_(low, constant([0x0F0F] * 32, I16)),
-                                                    builder.and_(high, constant([0x7070] * 32, I16)))))
+        which.append(as_bytes(builder, builder.or_(builder.and_(low, constant([0x0F0F] * 32, I16)),
+                                                   builder.and_(high, constant([0x7070] * 32, I16)))))
     found = (_in_128(builder, part, which) for part in ([piece[0] for piece in pieces], [piece[-1] for piece in pieces], counts))
     return [builder.select(builder.icmp_unsigned("<", place, n), first, last) for place, first, last, n in zip(places, *found)]
 
@@ -210,25 +201,46 @@ INTERLEAVED = [[16 * quarter + 8 * block + byte + 64 * upper for quarter in rang
                for block in (0, 1)]
 
 
+def _look_up_pairs(builder, table, args, is_sorted):
+    """Emit lookups of both bytes of entries for tuples of indices and uppers.
+
+    Returns a pair of vectors for each of them.
+    """
+    indices, uppers = (cgutils.unpack_tuple(builder, arg) for arg in args)
+    masks = [_upper_bits(builder, *both, len(table).bit_length() - 8) for both in zip(indices, uppers)]
+    lower_half, upper_half = _halves(table)
+    lower_bytes = _lookup(builder, lower_half, indices, masks)
+    upper_bytes = _lookup_sorted(builder, upper_half, indices, uppers) if is_sorted else _lookup(builder, upper_half, indices, masks)
+    return list(zip(lower_bytes, upper_bytes))
+
+
 def pair_entries(table, is_sorted=False):
     """Make a function that looks up sixteen-bit entries for pairs of blocks.
 
     It takes a tuple of 64 indices for each pair, in the order of EIGHTS, and one of vectors with bits 8, 9 and 10 of the indices. It
     returns i16x32 for each block. is_sorted: upper bytes change rarely from entry to entry, as _lookup_sorted() needs it.
     """
-    n_masks = len(table).bit_length() - 8
-
     @intrinsic
     def entries(typingctx, indices, upper):
         def codegen(context, builder, signature, args):
-            indices, upper = (cgutils.unpack_tuple(builder, arg) for arg in args)
-            masks = [_upper_bits(builder, *both, n_masks) for both in zip(indices, upper)]
-            lower_half, upper_half = _halves(table)
-            lower_bytes = _lookup(builder, lower_half, indices, masks)
-            upper_bytes = (_lookup_sorted(builder, upper_half, indices, upper) if is_sorted else
-                           _lookup(builder, upper_half, indices, masks))
-            blocks = [builder.shuffle_vector(*found, constant(which)) for found in zip(lower_bytes, upper_bytes) for which in INTERLEAVED]
+            blocks = [builder.shuffle_vector(*found, constant(which)) for found in _look_up_pairs(builder, table, args, is_sorted)
+                      for which in INTERLEAVED]
             return cgutils.pack_array(builder, [builder.bitcast(block, i16x32.ir) for block in blocks])
+        return types.UniTuple(i16x32, 2 * len(indices))(indices, upper), codegen
+    return entries
+
+
+def pair_halves(table):
+    """Make a function that looks up sixteen-bit entries, which are sorted.
+
+    It takes what pair_entries() makes one of takes, and returns the lower and the upper bytes of the entries of each pair, in the order of
+    its indices.
+    """
+    @intrinsic
+    def entries(typingctx, indices, upper):
+        def codegen(context, builder, signature, args):
+            found = _look_up_pairs(builder, table, args, True)
+            return cgutils.pack_array(builder, [builder.bitcast(half, i16x32.ir) for both in found for half in both])
         return types.UniTuple(i16x32, 2 * len(indices))(indices, upper), codegen
     return entries
 
@@ -249,7 +261,7 @@ def byte_entries(table):
     @intrinsic
     def nine(typingctx, index, address, offset):
         def codegen(context, builder, signature, args):
-            ninth = builder.bitcast(_load(builder, args[1:], I64), BITS_OF_64)
+            ninth = builder.bitcast(load_at(builder, args[1:], I64), BITS_OF_64)
             return emit(builder, args[0], [ninth])
         return types.UniTuple(i8x64, 2)(i8x64, types.intp, types.intp), codegen
     return eight if len(table) == 256 else nine
@@ -273,7 +285,7 @@ def biased_values(levels):
 def upper_nibbles(typingctx, codes):
     """Move the upper four bits of bytes down, and any above them."""
     def codegen(context, builder, signature, args):
-        return _as_bytes(builder, builder.lshr(builder.bitcast(args[0], i16x32.ir), constant([4] * 32, I16)))
+        return as_bytes(builder, builder.lshr(builder.bitcast(args[0], i16x32.ir), constant([4] * 32, I16)))
     return i8x64(i8x64), codegen
 
 
@@ -281,9 +293,29 @@ def upper_nibbles(typingctx, codes):
 def add_byte_dot(typingctx, sums, unsigned, address, offset):
     """Add products of unsigned bytes and signed ones in memory, four to a sum."""
     def codegen(context, builder, signature, args):
-        args = [*args[:2], _load(builder, args[2:], i8x64.ir)]     # as text: see dot_add
+        args = [*args[:2], load_at(builder, args[2:], i8x64.ir)]     # as text: see dot_add
         return builder.asm(ir.FunctionType(i32x16.ir, [v.type for v in args]), "vpdpbusd $3, $2, $0", "=v,0,v,v", args, False)
     return i32x16(i32x16, i8x64, types.intp, types.intp), codegen
+
+
+@intrinsic
+def top_codes(typingctx, v, others):
+    """Return the two top bits of each byte, and the bits of `others` below."""
+    def codegen(context, builder, signature, args):
+        return builder.or_(builder.and_(as_bytes(builder, args[0]), constant([0xC0] * 64, I8)), args[1])
+    return i8x64(v, others), codegen
+
+
+@intrinsic
+def bit_4_unset(typingctx, v):
+    """Return bit 4 of each byte where it is not set."""
+    return i8x64(i8x64), lambda context, builder, signature, args: builder.and_(builder.not_(args[0]), constant([0x10] * 64, I8))
+
+
+@intrinsic
+def low_codes(typingctx, v):
+    """Return the two low bits of each byte."""
+    return i8x64(v), lambda context, builder, signature, args: builder.and_(as_bytes(builder, args[0]), constant([3] * 64, I8))
 
 
 @intrinsic
@@ -295,7 +327,7 @@ def no_sums(typingctx):
 @intrinsic
 def load_sums(typingctx, address, offset):
     """Load i32x16."""
-    return i32x16(types.intp, types.intp), lambda context, builder, signature, args: _load(builder, args, i32x16.ir)
+    return i32x16(types.intp, types.intp), lambda context, builder, signature, args: load_at(builder, args, i32x16.ir)
 
 
 @intrinsic

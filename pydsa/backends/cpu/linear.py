@@ -58,8 +58,11 @@ def panel_bytes(w, n_in):
 
 @inner
 def rounded_bytes(n_in):
-    """Count the bytes of a token rounded by round_piece."""
-    return (n_in + 255) // 256 * SUPERBLOCK
+    """Count the bytes of a token rounded by round_piece.
+
+    An even number of superblocks, as these may be joined in pairs.
+    """
+    return (n_in + 511) // 512 * (2 * SUPERBLOCK)
 
 
 @inner

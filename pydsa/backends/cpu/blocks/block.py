@@ -20,8 +20,8 @@ SCALES, MINS, MINS_16, SUPERBLOCK = 512, 544, 576, 640
 # scale
 NATURAL_ORDER, IN_COLUMNS, ONE_SCALE = 32, 64, 128
 # Flags in the second place, beside columns: these as bytes, all upper ones before the lower ones (byte_codes.py). Then each scale stands
-# twice, and in the place of mins of 16 there are int32
-BYTES_BY_SIGN, BYTES_BY_INDEX, SUMS = 32, 64, MINS_16
+# twice, and in the place of mins of 16 there are int32. Or two superblocks are joined, the second one 0 if there is none
+BYTES_BY_SIGN, BYTES_BY_INDEX, BYTES_IN_PAIRS, SUMS = 32, 64, 128, MINS_16
 
 
 def in_order(pieces, *flags):
@@ -32,8 +32,8 @@ def in_order(pieces, *flags):
 
 
 NATURAL_WITH_ONE_SCALE = in_order(range(32), NATURAL_ORDER | ONE_SCALE)
-COLUMNS, COLUMNS_BY_SIGN, COLUMNS_BY_INDEX = (in_order(range(32), NATURAL_ORDER | IN_COLUMNS, flag) for flag in (
-    0, BYTES_BY_SIGN, BYTES_BY_INDEX))
+COLUMNS, COLUMNS_BY_SIGN, COLUMNS_BY_INDEX, COLUMNS_IN_PAIRS = (in_order(range(32), NATURAL_ORDER | IN_COLUMNS, flag) for flag in (
+    0, BYTES_BY_SIGN, BYTES_BY_INDEX, BYTES_IN_PAIRS))
 
 
 class BlockKernels(NamedTuple):

@@ -8,10 +8,12 @@ import numpy as np
 
 from pydsa.backends.cpu.blocks.block import SCALES, SUPERBLOCK, SUMS
 from pydsa.backends.cpu.blocks.dots import dot_large, single_sum, two_blocks
-from pydsa.backends.cpu.byte_codes import (BY_INDEX, BY_SIGN, add_byte_dot, as_int32, biased_values, byte_entries, eight_u16, eight_u32,
-                                           even_with_parity, load_bytes, load_sums, no_sums, pair_entries, pair_of_bytes, pair_of_u32,
-                                           pair_of_u64, picked_pair, repeated_u32, repeated_u64, signed_codes, to_both_tops, to_tops,
-                                           tops_where_negative, unaligned, unaligned_of_four, upper_nibbles, with_last_tops)
+from pydsa.backends.cpu.byte_codes import (BY_SIGN, add_byte_dot, as_int32, biased_values, bit_4_unset, byte_entries, eight_u16, eight_u32,
+                                           even_with_parity, load_bytes, load_sums, low_codes, no_sums, pair_entries, pair_halves,
+                                           pair_of_bytes, pair_of_u32, pair_of_u64, picked_pair, repeated_u32, repeated_u64,
+                                           signed_codes, to_tops, top_codes, unaligned, unaligned_of_four, upper_nibbles, with_last_tops)
+from pydsa.backends.cpu.byte_pairs import (PAIR_LOWER, PAIR_SCALES, PAIR_SUMS, dots_of_two, float_table, pair_of_halves, pair_of_indices,
+                                           pair_of_int16)
 from pydsa.backends.cpu.jit import inline
 from pydsa.backends.cpu.scalars import half, half_at
 from pydsa.backends.cpu.simd import floats, i64_at, load_floats, multiply_add, to_floats
@@ -38,14 +40,15 @@ def packed_by_four(levels, name):
     return [sum(levels.index(level) << 4 * k for k, level in enumerate(row)) for row in grid(name).tolist()]
 
 
-IQ1_ENTRIES = pair_entries(packed_by_eight((-1, 0, 1), "IQ1_S", BY_INDEX), is_sorted=True)      # by the last elements first
+# Two bits for each element of IQ1, its level plus one; the grid is sorted by the last elements first
+IQ1_PACKED = [sum(level + 1 << 2 * k for k, level in enumerate(row)) for row in grid("IQ1_S").tolist()]
+IQ1_ENTRIES, IQ1_HALVES = pair_entries(IQ1_PACKED, is_sorted=True), pair_halves(IQ1_PACKED)
 IQ2_XXS_ENTRIES, IQ2_XS_ENTRIES, IQ2_S_ENTRIES = (pair_entries(packed_by_eight(IQ2_LEVELS, name)) for name in NAMES[2:5])
 IQ3_XXS_ENTRIES = byte_entries(packed_by_four(IQ3_XXS_LEVELS, "IQ3_XXS"))
 IQ3_S_ENTRIES = byte_entries(packed_by_four(IQ3_S_LEVELS, "IQ3_S"))
 IQ3_XXS_VALUES, IQ3_S_VALUES = (biased_values([*levels, *[-level for level in levels]]) for levels in (IQ3_XXS_LEVELS, IQ3_S_LEVELS))
 # Of two-bit levels bit 2 of a code is another element's, and ignored
 IQ2_VALUES = biased_values(([*IQ2_LEVELS, 0] * 2 + [-level for level in [*IQ2_LEVELS, 0] * 2]))
-IQ1_VALUES = biased_values([-7, 1, 9, 0] * 2 + [-9, -1, 7, 0] * 2)      # eight times a weight: 8 level + 1, or 8 level - 1
 
 
 def signs_of_eight(first, each):
@@ -63,16 +66,16 @@ LOW_OF_BYTES, HIGH_OF_BYTES = signs_of_eight(0, 8)
 
 
 @inline
-def two_codes(entries, signs):
+def two_codes(entries, signs, other_signs):
     """Return both codes of entries of eight elements."""
-    return signed_codes(entries, signs[0]), signed_codes(entries >> 2, signs[1])
+    return signed_codes(entries, signs), signed_codes(entries >> 2, other_signs)
 
 
 BYTES_OF_EVEN_WORDS, EVEN_BYTES = picked_pair(lambda group: 8 * (group // 4) + group % 4), picked_pair(lambda group: 2 * group)
 ODD_BYTES = picked_pair(lambda group: 2 * group + 1)
 TWO_BITS = unaligned([16 * (i // 16) + 2 * (i % 8) for i in range(64)])
 THREE_BITS, FOUR_BITS = unaligned([16 * (i % 8 // 4) + 3 * (i % 4) for i in range(64)]), unaligned([4 * (i % 8) for i in range(64)])
-NIBBLES = unaligned_of_four(lambda g: 4 * g, lambda g: 4 * g)
+TOPS_OF_NIBBLES_AT_4 = unaligned_of_four(lambda g: 4 * g - 1, lambda g: 4 * g - 1)
 
 
 def odd_scales(offset_of_lane, bits, load, offset):
@@ -88,7 +91,6 @@ def odd_scales(offset_of_lane, bits, load, offset):
     return scales
 
 
-scales_iq1_s = odd_scales(lambda j: 12, 3, eight_u16, 34)
 scales_iq1_m = odd_scales(lambda j: 16 * (j // 4) + 3 * (j % 4), 3, repeated_u64, 48)
 scales_iq2_xxs = odd_scales(lambda j: 60, 4, load_bytes, 2)
 scales_iq2_xs, scales_iq2_s = (odd_scales(lambda j: 4 * j, 4, repeated_u64, offset) for offset in (66, 74))
@@ -102,9 +104,9 @@ def indices_iq2_xxs(a, b):
 
 
 @inline
-def signs_iq2_xxs(at):
+def codes_iq2_xxs(entries, at):
     q = load_bytes(at, 2)
-    return even_with_parity(LOW_OF_WORDS(q)), HIGH_OF_WORDS(q)
+    return two_codes(entries, even_with_parity(LOW_OF_WORDS(q)), HIGH_OF_WORDS(q))
 
 
 @inline
@@ -114,9 +116,9 @@ def indices_iq2_xs(a, b):
 
 
 @inline
-def signs_iq2_xs(at):
+def codes_iq2_xs(entries, at):
     q = load_bytes(at, 2)
-    return even_with_parity(LOW_OF_INT16(q)), HIGH_OF_INT16(q)
+    return two_codes(entries, even_with_parity(LOW_OF_INT16(q)), HIGH_OF_INT16(q))
 
 
 @inline
@@ -125,20 +127,9 @@ def indices_iq2_s(a, b):
 
 
 @inline
-def signs_iq2_s(at):
+def codes_iq2_s(entries, at):
     q = eight_u32(at, 34)
-    return LOW_OF_BYTES(q), HIGH_OF_BYTES(q)
-
-
-@inline
-def indices_iq1_s(a, b):
-    return pair_of_bytes(a, b, 2), THREE_BITS(pair_of_u32(a, b, 34))
-
-
-@inline
-def signs_iq1_s(at):
-    tops = tops_where_negative(at, 34)
-    return tops, tops
+    return two_codes(entries, LOW_OF_BYTES(q), HIGH_OF_BYTES(q))
 
 
 @inline
@@ -147,9 +138,10 @@ def indices_iq1_m(a, b):
 
 
 @inline
-def signs_iq1_m(at):
-    tops = to_both_tops(NIBBLES(eight_u16(at, 32)))
-    return tops, tops
+def codes_iq1_m(entries, at):
+    """Return 64 times a weight of each eight plus BIAS: its code, and 16 where 1/8 is added."""
+    deltas = bit_4_unset(TOPS_OF_NIBBLES_AT_4(eight_u16(at, 32)))
+    return top_codes(entries << 6, deltas), top_codes(entries << 4, deltas), top_codes(entries << 2, deltas), top_codes(entries, deltas)
 
 
 FIRST_TOPS_7, FIRST_TOPS_8 = (unaligned_of_four(lambda g: n * g, lambda g: n * g + 4) for n in (7, 8))
@@ -185,35 +177,40 @@ def half_of_iq1_m(at):
     return half(np.uint16((nibbles * np.uint64(0x0001001001001000)) >> np.uint64(48)))      # they meet above bit 48
 
 
+@inline
+def add_weights(sums, weights, scales, d, xi):
+    """Return sums + d scales (weights . superblock); weights have BIAS."""
+    a, b, c, e = weights
+    upper = add_byte_dot(add_byte_dot(no_sums(), a, xi, 0), b, xi, 64)
+    upper = add_byte_dot(add_byte_dot(upper, c, xi, 128), e, xi, 192)
+    lower = add_byte_dot(add_byte_dot(load_sums(xi, SUMS), a, xi, 256), b, xi, 320)
+    lower = add_byte_dot(add_byte_dot(lower, c, xi, 384), e, xi, 448)
+    return multiply_add(sums, to_floats((upper << 8) + lower), to_floats(scales) * d * load_floats(xi, SCALES))
+
+
 def adding(values):
     """Make a function that returns sums + d scales (codes . superblock)."""
     @inline
     def add(sums, codes, scales, d, xi):
         low, high = codes
-        a, b, c, e = values(low), values(upper_nibbles(low)), values(high), values(upper_nibbles(high))
-        upper = add_byte_dot(add_byte_dot(no_sums(), a, xi, 0), b, xi, 64)
-        upper = add_byte_dot(add_byte_dot(upper, c, xi, 128), e, xi, 192)
-        lower = add_byte_dot(add_byte_dot(load_sums(xi, SUMS), a, xi, 256), b, xi, 320)
-        lower = add_byte_dot(add_byte_dot(lower, c, xi, 384), e, xi, 448)
-        return multiply_add(sums, to_floats((upper << 8) + lower), to_floats(scales) * d * load_floats(xi, SCALES))
+        return add_weights(sums, (values(low), values(upper_nibbles(low)), values(high), values(upper_nibbles(high))), scales, d, xi)
     return add
 
 
-def adding_pairs(size, entries, indices, signs, scales, scale_of_block, values):
+def adding_pairs(size, entries, indices, codes, scales, scale_of_block, add_block):
     """Make the `add` of a type whose blocks are looked up by two.
 
-    It has a function for two rows. The last one of an odd number of blocks meets itself, with a scale of 0.
+    It has a function for two rows. The last one of an odd number of blocks meets itself, with a scale of 0. codes(entries, at): what
+    add_block multiplies.
     """
-    add_block = adding(values)
-
     @inline
     def add_first(sums, at, entries, i, x):
-        return add_block(sums, two_codes(entries, signs(at)), scales(at), scale_of_block(at), x + SUPERBLOCK * i)
+        return add_block(sums, codes(entries, at), scales(at), scale_of_block(at), x + SUPERBLOCK * i)
 
     @inline
     def add_second(sums, at, entries, i, n, x):
         d, xi = scale_of_block(at), x + SUPERBLOCK * min(i + 1, n - 1)
-        return add_block(sums, two_codes(entries, signs(at)), scales(at), d if i + 1 < n else np.float32(0), xi)
+        return add_block(sums, codes(entries, at), scales(at), d if i + 1 < n else np.float32(0), xi)
 
     @inline
     def add(sums, row, i, n, x):
@@ -255,21 +252,83 @@ def a_quarter(sums):
     return sums * QUARTER
 
 
-add_iq1_s = adding_pairs(IQ1_S, IQ1_ENTRIES, indices_iq1_s, signs_iq1_s, scales_iq1_s, first_half, IQ1_VALUES)
-add_iq1_m = adding_pairs(IQ1_M, IQ1_ENTRIES, indices_iq1_m, signs_iq1_m, scales_iq1_m, half_of_iq1_m, IQ1_VALUES)
-add_iq2_xxs = adding_pairs(IQ2_XXS, IQ2_XXS_ENTRIES, indices_iq2_xxs, signs_iq2_xxs, scales_iq2_xxs, first_half, IQ2_VALUES)
-add_iq2_xs = adding_pairs(IQ2_XS, IQ2_XS_ENTRIES, indices_iq2_xs, signs_iq2_xs, scales_iq2_xs, first_half, IQ2_VALUES)
-add_iq2_s = adding_pairs(IQ2_S, IQ2_S_ENTRIES, indices_iq2_s, signs_iq2_s, scales_iq2_s, first_half, IQ2_VALUES)
+@inline
+def a_64th(sums):
+    return sums * np.float32(1 / 64)
+
+
+add_iq2_values = adding(IQ2_VALUES)
+add_iq1_m = adding_pairs(IQ1_M, IQ1_ENTRIES, indices_iq1_m, codes_iq1_m, scales_iq1_m, half_of_iq1_m, add_weights)
+add_iq2_xxs = adding_pairs(IQ2_XXS, IQ2_XXS_ENTRIES, indices_iq2_xxs, codes_iq2_xxs, scales_iq2_xxs, first_half, add_iq2_values)
+add_iq2_xs = adding_pairs(IQ2_XS, IQ2_XS_ENTRIES, indices_iq2_xs, codes_iq2_xs, scales_iq2_xs, first_half, add_iq2_values)
+add_iq2_s = adding_pairs(IQ2_S, IQ2_S_ENTRIES, indices_iq2_s, codes_iq2_s, scales_iq2_s, first_half, add_iq2_values)
 add_iq3_xxs = adding_single(IQ3_XXS, codes_iq3_xxs, scales_iq3_xxs, IQ3_XXS_VALUES)
 add_iq3_s = adding_single(IQ3_S, codes_iq3_s, scales_iq3_s, IQ3_S_VALUES)
 
 
+# IQ1_S: scales are of 32, which are four bytes of one element in natural order, so a lane. Two blocks are the lanes of one vector
+DOTS_0, DOTS_1, DOTS_2, DOTS_3, DOTS_4, DOTS_5, DOTS_6, DOTS_7 = (dots_of_two(64 * i, PAIR_LOWER) for i in range(8))
+ODD_SCALES = float_table([2.0 * (q & 7) + 1 for q in range(16)])
+# With the delta's sign on top of a scale: what the sum of the activations is multiplied with, as levels have 1 added
+SHIFTS = float_table([-9 / 8 if q & 8 else -7 / 8 for q in range(16)])
+
+
+@inline
+def weigh_pair(sums, upper, lower, q, a, b, xi):
+    """Return sums + scales (codes . pair of superblocks), of which these are the dots.
+
+    q: the int16 of blocks at a and b that have scales in their four upper bits.
+    """
+    scales = q >> 12
+    products = multiply_add(to_floats((upper << 8) + lower), SHIFTS(scales), load_floats(xi, PAIR_SUMS))      # exact
+    return multiply_add(sums, products, ODD_SCALES(scales) * pair_of_halves(a, b) * load_floats(xi, PAIR_SCALES))
+
+
+@inline
+def add_iq1_s_for_two(sums, other_sums, row, other_row, i, n, x):
+    (a, b), (c, e) = two_blocks(row, IQ1_S, i, n), two_blocks(other_row, IQ1_S, i, n)
+    (q, upper), (other_q, other_upper) = pair_of_int16(a, b, 34), pair_of_int16(c, e, 34)
+    indices = pair_of_indices(a, b, 2), pair_of_indices(c, e, 2)
+    low, high, other_low, other_high = IQ1_HALVES(indices, (THREE_BITS(upper), THREE_BITS(other_upper)))
+    xi, zero = x + SUPERBLOCK * i, no_sums()
+    dots = DOTS_0((zero, zero, zero, zero), low_codes(low), low_codes(other_low), xi)
+    dots = DOTS_1(dots, low_codes(low >> 2), low_codes(other_low >> 2), xi)
+    dots = DOTS_2(dots, low_codes(low >> 4), low_codes(other_low >> 4), xi)
+    dots = DOTS_3(dots, low_codes(low >> 6), low_codes(other_low >> 6), xi)
+    dots = DOTS_4(dots, low_codes(high), low_codes(other_high), xi)
+    dots = DOTS_5(dots, low_codes(high >> 2), low_codes(other_high >> 2), xi)
+    dots = DOTS_6(dots, low_codes(high >> 4), low_codes(other_high >> 4), xi)
+    dots = DOTS_7(dots, low_codes(high >> 6), low_codes(other_high >> 6), xi)
+    return weigh_pair(sums, dots[0], dots[1], q, a, b, xi), weigh_pair(other_sums, dots[2], dots[3], other_q, c, e, xi)
+
+
+@inline
+def add_four_dots(sums, v, at, offset):
+    """Add the products of the four codes of each byte."""
+    sums = add_byte_dot(add_byte_dot(sums, low_codes(v), at, offset), low_codes(v >> 2), at, offset + 64)
+    return add_byte_dot(add_byte_dot(sums, low_codes(v >> 4), at, offset + 128), low_codes(v >> 6), at, offset + 192)
+
+
+@inline
+def add_iq1_s(sums, row, i, n, x):
+    a, b = two_blocks(row, IQ1_S, i, n)
+    q, upper = pair_of_int16(a, b, 34)
+    low, high = IQ1_HALVES((pair_of_indices(a, b, 2),), (THREE_BITS(upper),))
+    xi = x + SUPERBLOCK * i
+    upper_dots = add_four_dots(add_four_dots(no_sums(), low, xi, 0), high, xi, 256)
+    lower_dots = add_four_dots(add_four_dots(no_sums(), low, xi, PAIR_LOWER), high, xi, PAIR_LOWER + 256)
+    return weigh_pair(sums, upper_dots, lower_dots, q, a, b, xi)
+
+
+add_iq1_s.for_two = add_iq1_s_for_two
+
+
 def dot_bytes_iq1_s(rows, n_rows, n, x_at, n_tokens, out_at, offset):
-    dot_large(add_iq1_s, an_eighth, floats(np.float32(0)), IQ1_S, 2, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_iq1_s, single_sum, floats(np.float32(0)), IQ1_S, 2, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def dot_bytes_iq1_m(rows, n_rows, n, x_at, n_tokens, out_at, offset):
-    dot_large(add_iq1_m, an_eighth, floats(np.float32(0)), IQ1_M, 2, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_iq1_m, a_64th, floats(np.float32(0)), IQ1_M, 2, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def dot_bytes_iq2_xxs(rows, n_rows, n, x_at, n_tokens, out_at, offset):

@@ -11,7 +11,7 @@ the sum of all products has those of sub-block j of 16, which have one scale.
 import numpy as np
 from numba import carray
 
-from pydsa.backends.cpu.blocks.block import COLUMNS, COLUMNS_BY_INDEX, COLUMNS_BY_SIGN, SCALES, SUPERBLOCK, entry
+from pydsa.backends.cpu.blocks.block import COLUMNS, COLUMNS_BY_INDEX, COLUMNS_BY_SIGN, COLUMNS_IN_PAIRS, SCALES, SUPERBLOCK, entry
 from pydsa.backends.cpu.blocks.byte_grids import DOTS, half_of_iq1_m
 from pydsa.backends.cpu.blocks.dots import TWICE, dot_large, single_sum
 from pydsa.backends.cpu.byte_codes import HERE
@@ -421,6 +421,7 @@ def kernels(name, dequantize, unpack, dot, bits):
     order = COLUMNS
     if HERE:
         dot, order = DOTS[name], COLUMNS_BY_SIGN if name.startswith("IQ2") else COLUMNS_BY_INDEX
+        order = COLUMNS_IN_PAIRS if name == "IQ1_S" else order
     return entry(name, dequantize, None, unpack, dot, order, bits, unpack)
 
 

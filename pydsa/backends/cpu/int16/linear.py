@@ -4,9 +4,10 @@ Activations are rounded to 16 bits, for 16 tokens and fewer to 15; rows are unpa
 """
 import numpy as np
 
-from pydsa.backends.cpu.blocks.block import (BYTES_BY_INDEX, BYTES_BY_SIGN, IN_COLUMNS, MINS, MINS_16, NATURAL_ORDER, ONE_SCALE, SCALES,
-                                             SUPERBLOCK)
+from pydsa.backends.cpu.blocks.block import (BYTES_BY_INDEX, BYTES_BY_SIGN, BYTES_IN_PAIRS, IN_COLUMNS, MINS, MINS_16, NATURAL_ORDER,
+                                             ONE_SCALE, SCALES, SUPERBLOCK)
 from pydsa.backends.cpu.byte_codes import HERE, repeat_each, split_by_index, split_by_sign
+from pydsa.backends.cpu.byte_pairs import join_columns
 from pydsa.backends.cpu.codes import natural_order, to_columns
 from pydsa.backends.cpu.int16.gemm import GROUP, LARGEST_SUM, TILE, TILE_ROWS, int16_products, whole_products
 from pydsa.backends.cpu.jit import call_intp_function, inner
@@ -57,6 +58,22 @@ def round_row(x, n, order, out, stride):
             to_columns(superblock)
             if HERE and u8_at(order, 1) & (BYTES_BY_SIGN | BYTES_BY_INDEX):
                 split_columns(superblock, u8_at(order, 1))
+            if HERE and u8_at(order, 1) & BYTES_IN_PAIRS:
+                join_to_pair(superblock, k // 256, (n + 255) // 256, stride)
+
+
+@inner
+def join_to_pair(superblock, i, n, stride):
+    """Join the i-th superblock of n in columns with the one before it.
+
+    Or with zeros behind it, where an odd number ends.
+    """
+    if i % 2:
+        join_columns(superblock - stride, superblock)
+    elif i == n - 1:
+        for at in range(0, SUPERBLOCK, 64):
+            store(superblock + stride, at, floats(np.float32(0)))
+        join_columns(superblock, superblock + stride)
 
 
 @inner
