@@ -68,7 +68,7 @@ def test_heads(kind):
 @pytest.mark.skipif(not TILES_HERE, reason="for CPUs with AVX-512 VNNI")
 @pytest.mark.parametrize("kind, n_in, n_out", [("Q4_K", 512, 70), ("Q6_K", 512, 33), ("Q5_0", 384, 64), ("Q5_0", 288, 32)])
 def test_tiles(kind, n_in, n_out):
-    """Beyond a few tokens a product is that of many, which test_words.py checks."""
+    """Beyond a few tokens a product is that of many (test_words.py)."""
     x, w = normal(GEMV_TOKENS + 1, 2, n_in), cpu.weight(tensor(kind, 2, n_out, n_in))
     many = run("head_linear", (len(x), 2, n_out), w._replace(multiply_tiles=0), x)
     for n in (BLOCK_TOKENS + 1, 8, 9, GEMV_TOKENS):
