@@ -1,16 +1,19 @@
-"""Products for a few tokens: a token's are the same, bit for bit, whichever others there are in the step."""
+"""Products for a few tokens: a token's are the same, bit for bit, whichever others there are in the step.
+
+Weights with tiles have two forms of products, each of which is the same: for up to four tokens, and for more.
+"""
 import numpy as np
 import pytest
 from helpers import normal, rng, tensor
 
 from pydsa.backends import cpu
 from pydsa.backends.cpu.blocks.dots import DOT_TOKENS
+from pydsa.backends.cpu.int16.tiles import TILES_HERE
 from pydsa.backends.cpu.jit import FIRST_LEVEL_CACHE
-from pydsa.backends.cpu.linear import GEMV_TOKENS, dot_tokens, gemv_tokens_together
+from pydsa.backends.cpu.linear import BLOCK_TOKENS, GEMV_TOKENS, by_blocks, dot_tokens, gemv_tokens_together
 from pydsa.quants import SUPPORTED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NO_LIMIT = 2 ** 31 - 1
 EXPERTS = [("Q4_K", "Q6_K", "Q5_0", 256, 96), ("IQ2_XXS", "IQ2_XXS", "Q8_0", 256, 32), ("F32", "F16", "BF16", 29, 37)]
 COUNTS = sorted({*range(1, GEMV_TOKENS + 1, 3), *range(1, 2 * DOT_TOKENS), GEMV_TOKENS, GEMV_TOKENS + 1})
 
@@ -23,9 +26,9 @@ def run(op, shape, *args):
 
 
 def weight(kind, n_tokens, *shape):
-    """A weight for steps of so many tokens, beyond the limit one without."""
+    """A weight for steps of so many tokens; beyond its limit one without."""
     w = cpu.weight(tensor(kind, *shape))
-    return w if n_tokens <= GEMV_TOKENS else w._replace(gemv_tokens=NO_LIMIT)
+    return w if by_blocks(w, n_tokens) else cpu.reproducible(w)
 
 
 @pytest.mark.parametrize("kind", SUPPORTED)
@@ -60,6 +63,16 @@ def test_heads(kind):
     alone = np.concatenate([run("head_linear", (1, 3, 5), weight(kind, 1, 3, 5, 256), x[t:t + 1]) for t in range(len(x))])
     for n in COUNTS:
         assert np.array_equal(run("head_linear", (n, 3, 5), weight(kind, n, 3, 5, 256), x[:n]), alone[:n]), n
+
+
+@pytest.mark.skipif(not TILES_HERE, reason="for CPUs with AVX-512 VNNI")
+@pytest.mark.parametrize("kind, n_in, n_out", [("Q4_K", 512, 70), ("Q6_K", 512, 33), ("Q5_0", 384, 64), ("Q5_0", 288, 32)])
+def test_tiles(kind, n_in, n_out):
+    """Beyond a few tokens a product is that of many (test_words.py)."""
+    x, w = normal(GEMV_TOKENS + 1, 2, n_in), cpu.weight(tensor(kind, 2, n_out, n_in))
+    many = run("head_linear", (len(x), 2, n_out), w._replace(multiply_tiles=0), x)
+    for n in (BLOCK_TOKENS + 1, 8, 9, GEMV_TOKENS):
+        assert not by_blocks(w, n) and np.array_equal(run("head_linear", (n, 2, n_out), w, x[:n]), many[:n]), n
 
 
 @pytest.mark.parametrize("kinds", EXPERTS, ids=lambda kinds: kinds[0])

@@ -14,7 +14,7 @@ from pydsa.backends.cpu.blocks import BLOCKS
 from pydsa.backends.cpu.blocks.block import ONE_SCALE
 from pydsa.backends.cpu.int16.gemm import GROUP, LARGEST_SUM
 from pydsa.backends.cpu.int16.linear import MAX_INT15, MAX_INT16
-from pydsa.backends.cpu.linear import GEMV_TOKENS
+from pydsa.backends.cpu.linear import GEMV_TOKENS, by_blocks
 from pydsa.gguf_file import Tensor
 from pydsa.quants import SUPPORTED, TYPES
 
@@ -79,14 +79,15 @@ def test_activations_that_rounding_keeps(kind, n_in, n_tokens):
     They are integers times a power of two for each scale, with the largest number that it allows. In prompts others are smaller, so that
     sums of magnitudes do not decide the scale. In int8x2 weights are rounded, too.
     """
-    rng, many = np.random.default_rng(n_tokens), n_tokens > GEMV_TOKENS and not amx.HERE
+    rng, weight = np.random.default_rng(n_tokens), random_weight(kind, 37, n_in)
+    many = not by_blocks(cpu.weight(weight), n_tokens) and not amx.HERE
     most, others = (MAX_INT16, LARGEST_SUM // GROUP - 1000) if many else (MAX_INT15, MAX_INT15)
     shared, groups = 8 if many or BLOCKS[kind].order[0] & ONE_SCALE else 1, np.arange(n_in // 32)      # of 32, that have one scale
     powers = rng.integers(-9, 1, (n_tokens, groups.size))[:, groups // shared]
     x = rng.integers(-others, others + 1, (n_tokens, groups.size, 32))
     x[:, ::shared, rng.integers(32)] = rng.choice([-most, most], x[:, ::shared, 0].shape)
     x = np.ldexp(x, powers[:, :, None]).astype(np.float32).reshape(n_tokens, n_in)
-    assert error(*products(random_weight(kind, 37, n_in), x)) < (2e-8 if amx.HERE and n_tokens > GEMV_TOKENS else 1e-12)
+    assert error(*products(weight, x)) < (2e-8 if amx.HERE and n_tokens > GEMV_TOKENS else 1e-12)
 
 
 @pytest.mark.parametrize("kind, n_in", [(kind, max(64, TYPES[kind].size)) for kind in QUANTIZED])

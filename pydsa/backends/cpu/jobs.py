@@ -116,6 +116,8 @@ class MatmulJob(NamedTuple):
     block_bytes: int
     mins: int           # BlockKernels.mins
     bits: int           # BlockKernels.bits
+    unpack_tile: int    # BlockKernels.unpack_tile, or 0
+    multiply_tiles: int     # BlockKernels.multiply_tiles, or 0
     one_scale: int      # whether `unpack` is BlockKernels.unpack_scaled
     rows: int           # rows of blocks
     n_rows: int

@@ -22,6 +22,8 @@ MAX_TASK_ROWS = max(MIN_TASK_ROWS, min(256 if amx.HERE else 128, 1 << ROWS_IN_CA
 MIN_TASK_TOKENS = 128           # the fewest tokens of a task of gemm, if there are still more threads: rows are unpacked for each task
 LEAST_TASK_BYTES, ALL_TASK_BYTES = 1 << 18, 1 << 24       # of weights for a few tokens: of the largest tasks, and of those of all threads
 GEMV_TOKENS = 16                # the most tokens for which blocks are not unpacked, as a Weight's gemv_tokens
+BLOCK_TOKENS = 4                # the same for types with tiles, in products in which all tokens have the same weights
+TILED_ROWS = 32                 # a multiple of the rows of a task for tiles: all of them pass over a token together
 LONG_ROWS = 4                   # the fewest rows of a task for a few tokens: as many are multiplied together without blocks
 GEMV_ROWS = 16                  # a cache line of results
 GEMV_BYTES = SECOND_LEVEL_CACHE // 4    # of rows over which more tokens than DOT_TOKENS take turns, and of these tokens
@@ -42,6 +44,15 @@ def put_addresses(at, first, stride, n):
 def uses_gemv(w, n_tokens):
     """Whether blocks are multiplied as stored."""
     return w.dot != 0 and n_tokens <= w.gemv_tokens
+
+
+@inner
+def by_blocks(w, n_tokens):
+    """Whether blocks are multiplied as stored with all tokens of a step.
+
+    More than a few of them pass over tiles, for types that have them.
+    """
+    return uses_gemv(w, n_tokens) and (w.multiply_tiles == 0 or n_tokens <= BLOCK_TOKENS)
 
 
 @inner
@@ -68,7 +79,7 @@ def rounded_bytes(n_in):
 @inner
 def packed_bytes(w, n_tokens, n_in):
     """Count the bytes of n_tokens tokens, rounded for gemv or packed for gemm."""
-    return n_tokens * rounded_bytes(n_in) if uses_gemv(w, n_tokens) else count_panels(n_tokens) * panel_bytes(w, n_in)
+    return n_tokens * rounded_bytes(n_in) if by_blocks(w, n_tokens) else count_panels(n_tokens) * panel_bytes(w, n_in)
 
 
 @inner
@@ -138,6 +149,7 @@ def gemm_rows(w, rows, n_rows, n_in, x, n_packed, first, n_tokens, out_at, threa
     """
     call_kernel(w.matmul, MatmulJob(
         thread=thread, unpack=w.unpack, block=w.block, block_bytes=w.block_bytes, mins=w.mins, bits=w.bits, one_scale=w.one_scale,
+        unpack_tile=w.unpack_tile, multiply_tiles=w.multiply_tiles,
         rows=rows, n_rows=n_rows, row_bytes=n_in // w.block * w.block_bytes, n_in=n_in,
         x=x, n_packed=n_packed, first=first, n_tokens=n_tokens, out_at=out_at))
 
@@ -194,7 +206,7 @@ def addresses_bytes(n):
 @inner
 def begin_packing(w, n_head, n_tokens, n_in):
     """Count the tasks of pack_tokens."""
-    if uses_gemv(w, n_tokens):
+    if by_blocks(w, n_tokens):
         rows = max(1, PIECE // n_in)
         return (n_head * n_tokens + rows - 1) // rows * count_pieces(n_in)
     return n_head * count_panels(n_tokens)
@@ -204,7 +216,7 @@ def begin_packing(w, n_head, n_tokens, n_in):
 def pack_tokens(w, x, token_stride, head_stride, n_head, n_tokens, n_in, task):
     """Round or pack some tokens: activations at x, with these strides."""
     x_at, packed = task.scratch, task.scratch + addresses_bytes(n_head * n_tokens)
-    if uses_gemv(w, n_tokens):
+    if by_blocks(w, n_tokens):
         pieces, rows = count_pieces(n_in), max(1, PIECE // n_in)
         first = task.index // pieces * rows
         for i in range(first, min(first + rows, n_head * n_tokens)):
@@ -222,8 +234,11 @@ def pack_tokens(w, x, token_stride, head_stride, n_head, n_tokens, n_in, task):
 def task_sizes(w, n_head, n_out, row_bytes, n_tokens, n_threads):
     """Return the rows and the tokens of a task of multiply_rows."""
     if n_tokens <= w.gemv_tokens:
+        rows = gemv_task_rows(n_head * n_out, row_bytes, n_threads)
+        if w.multiply_tiles and n_tokens > BLOCK_TOKENS:
+            return min(n_out, (rows + TILED_ROWS - 1) // TILED_ROWS * TILED_ROWS), n_tokens
         tokens = gemv_tokens_together(row_bytes // w.block_bytes * w.block)
-        return min(n_out, gemv_task_rows(n_head * n_out, row_bytes, n_threads)), min(n_tokens, tokens)
+        return min(n_out, rows), min(n_tokens, tokens)
     rows = min(n_out, gemm_task_rows(n_out, n_head, n_threads))
     return rows, gemm_task_tokens(n_tokens, (n_out + rows - 1) // rows * n_head, n_threads)
 
@@ -246,7 +261,7 @@ def multiply_rows(w, n_head, n_out, row_bytes, n_tokens, n_in, out, token_stride
     tokens = min(tokens, n_tokens - first)
     memory = task_scratch(task.thread, 16 * tokens)
     out_at = put_addresses(memory, out + h * head_stride + 4 * r + first * token_stride, token_stride, tokens)
-    if uses_gemv(w, n_tokens):
+    if by_blocks(w, n_tokens):
         x_at = put_addresses(memory + 8 * tokens, x + first * rounded_bytes(n_in), rounded_bytes(n_in), tokens)
         gemv_rows(w, rows, n, n_in, x_at, tokens, out_at)
     else:
@@ -280,7 +295,7 @@ def weights_read(out, w, x):
 
 def packed_linear(out, w, x):
     """What pack_linear makes of x: the same for weights that take it in the same form."""
-    return x.ctypes.data, x.shape, x.strides, w.pack, w.packed_bytes, w.order if uses_gemv(w, len(x)) else None
+    return x.ctypes.data, x.shape, x.strides, w.pack, w.packed_bytes, w.order if by_blocks(w, len(x)) else None
 
 
 @op(Stage(begin_linear, pack_linear, light=True), Stage(begin_linear_rows, multiply_linear), packed=packed_linear, reads=weights_read)

@@ -28,6 +28,8 @@ class Weight(NamedTuple):
     mins: int           # BlockKernels.mins, BlockKernels.bits
     bits: int
     one_scale: int      # whether `unpack` is BlockKernels.unpack_scaled
+    unpack_tile: int    # 0 where tiles are not used, as is multiply_tiles
+    multiply_tiles: int
     packed_bytes: int       # bytes of 256 values of a token packed by `pack`
     dequantize: int
     unpack: int         # in the form that `matmul` calls
@@ -112,7 +114,8 @@ def weight(tensor):
     if block.type.quantized:
         unpack = block.unpack_scaled if one_scale else block.unpack
         gemv = (ROUND_ROW.address, block.order.ctypes.data, block.dot.address)
-    w = Weight(tensor.data, block.type.size, block.type.n_bytes, block.mins, block.bits, int(one_scale), gemm.packed_bytes,
+    tiles = (block.unpack_tile.address, block.multiply_tiles.address) if gemm.tiles and block.unpack_tile else (0, 0)
+    w = Weight(tensor.data, block.type.size, block.type.n_bytes, block.mins, block.bits, int(one_scale), *tiles, gemm.packed_bytes,
                block.dequantize.address, unpack.address, gemm.pack.address, gemm.matmul.address, GEMV_TOKENS, *gemv)
     if len(tensor.shape) > 1:
         return w
@@ -156,7 +159,7 @@ def reproducible(rows):
     """
     if isinstance(rows, CacheRows):
         return rows._replace(score_gemv=rows.score_gemm, alone=1)
-    return rows._replace(gemv_tokens=ALL_TOKENS) if isinstance(rows, Weight) and rows.order else rows
+    return rows._replace(gemv_tokens=ALL_TOKENS, unpack_tile=0, multiply_tiles=0) if isinstance(rows, Weight) and rows.order else rows
 
 
 def cache_bytes(rows):

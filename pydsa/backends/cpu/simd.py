@@ -107,7 +107,7 @@ def _loader(vec):
 
 
 load_64_bytes, load_32_bytes, load_16_bytes = (_loader(Vec("i8", lanes)) for lanes in (64, 32, 16))
-load_int16, load_8_words = _loader(i16x32), _loader(Vec("i32", 8))
+load_int16, load_16_words, load_8_words = _loader(i16x32), _loader(i32x16), _loader(Vec("i32", 8))
 load_floats, load_8_floats, load_4_floats, load_2_floats = _loader(f32x16), _loader(f32x8), _loader(Vec("f32", 4)), _loader(Vec("f32", 2))
 
 

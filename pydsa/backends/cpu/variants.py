@@ -8,6 +8,7 @@ from typing import NamedTuple
 from pydsa.backends.cpu import amx, bf16x2, f32, int8x2, int16
 from pydsa.backends.cpu.blocks.block import SUPERBLOCK
 from pydsa.backends.cpu.int8x2.panels import SCALED_PANEL
+from pydsa.backends.cpu.int16.tiles import TILES_HERE
 from pydsa.backends.cpu.jit import IntpFunction
 from pydsa.backends.devices import FORMS_BY_TILES, FormCosts
 
@@ -21,6 +22,7 @@ class Gemm(NamedTuple):
     matmul: IntpFunction
     packed_bytes: int       # of 256 activations of a token
     one_scale: bool = False     # whether matmul() takes BlockKernels.unpack_scaled, of types that have it
+    tiles: bool = False         # and BlockKernels.unpack_tile
 
 
 class Scores(NamedTuple):
@@ -58,7 +60,7 @@ VARIANTS = {
         "f32": Variant(lambda w: not w.type.quantized, Gemm(IntpFunction(f32.linear.pack), IntpFunction(f32.linear.matmul), 4 * 256)),
         "int8x2": Variant(lambda w: amx.HERE,
                           Gemm(IntpFunction(int8x2.linear.pack), IntpFunction(int8x2.linear.matmul), SCALED_PANEL // 16)),
-        "int16": Variant(anything, Gemm(IntpFunction(int16.linear.pack), IntpFunction(int16.linear.matmul), SUPERBLOCK, True)),
+        "int16": Variant(anything, Gemm(IntpFunction(int16.linear.pack), IntpFunction(int16.linear.matmul), SUPERBLOCK, True, TILES_HERE)),
     },
     "attention": {
         "f32": Variant(lambda cache: not amx.HERE or cache == "f32", IntpFunction(f32.attention.attend)),

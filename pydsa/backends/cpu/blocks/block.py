@@ -44,7 +44,8 @@ class BlockKernels(NamedTuple):
     x_at and out_at hold addresses: of rows of superblocks whose 16-byte pieces are permuted, piece i stored at position order[i], which may
     have flags; and, `offset` bytes before it, of each token's float32 [n_rows]. The int16 of an unpacked superblock have
     `bits` bits: unsigned if the type has mins, else signed. unpack_scaled, of types with integer scales, is unpack with these in the
-    int16, whose magnitudes are at most 4,096, and one float32 scale, the first.
+    int16, whose magnitudes are at most 4,096, and one float32 scale, the first. unpack_tile(blocks, stride, n, tile) unpacks n values of
+    sixteen rows to a tile, in a form of each type, and multiply_tiles multiplies two of them with eight tokens (int16/tiles.py).
     """
     type: BlockType
     dequantize: BlockFunction
@@ -54,6 +55,8 @@ class BlockKernels(NamedTuple):
     order: np.ndarray | None = None
     bits: int = 0
     unpack_scaled: IntpFunction | None = None
+    unpack_tile: IntpFunction | None = None
+    multiply_tiles: IntpFunction | None = None
 
     @property
     def mins(self):

@@ -10,6 +10,7 @@ from pydsa.backends.cpu.byte_codes import HERE, repeat_each, split_by_index, spl
 from pydsa.backends.cpu.byte_pairs import join_columns
 from pydsa.backends.cpu.codes import natural_order, to_columns
 from pydsa.backends.cpu.int16.gemm import GROUP, LARGEST_SUM, TILE, TILE_ROWS, int16_products, whole_products
+from pydsa.backends.cpu.int16.tiles import matmul_few, takes_few
 from pydsa.backends.cpu.jit import call_intp_function, inner
 from pydsa.backends.cpu.jobs import read_matmul_job
 from pydsa.backends.cpu.lanes import first_quarter, last_quarter, second_quarter, sum_abs, third_quarter, transpose
@@ -141,6 +142,9 @@ def scale_of(x, n):
 def matmul(job_at):
     """Run a MatmulJob: rows of weights times packed tokens."""
     job = read_matmul_job(job_at)
+    if takes_few(job):
+        matmul_few(job)
+        return
     next_bytes = 256 // job.block * job.block_bytes
     padded = (job.n_tokens + INT16_TOKENS - 1) // INT16_TOKENS * INT16_TOKENS     # padded by repeating the last token
     n_tiles = (job.n_rows + TILE_ROWS - 1) // TILE_ROWS
