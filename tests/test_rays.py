@@ -199,7 +199,7 @@ def test_a_stage_waits_while_others_are_loaded(golden, monkeypatch):
     monkeypatch.setattr(worker, "BEAT", 0.01)
     path, _ = golden("ds32-f32")
     actor, limits = StageActor(), Limits.of(Setup(path, n_ctx=64))
-    assert actor.open(str(path), dict(n_ctx=64, kv_type="f32", device="cpu"), (0, 1))["value"] [:2] == (Setup(path).fingerprint, [])
+    assert actor.open(str(path), dict(n_ctx=64, kv_type="f32", device="cpu"), (0, 1))["value"][:2] == (Setup(path).fingerprint, [])
     host, port = actor.load(1, None, "f32", "127.0.0.1", limits)["value"]
     there = actor._worker
     assert not there.wait(0.3) and host == "127.0.0.1" and port > 0
