@@ -12,6 +12,7 @@ from helpers import random_ids
 
 import pydsa
 from pydsa import packed
+from pydsa.backends.devices import FORMS_BY_TILES
 from pydsa.chat import chat_prompt
 from pydsa.cli import main
 from pydsa.errors import PydsaError, RecordingFileError
@@ -87,7 +88,8 @@ def test_a_recording_has_what_was_chosen(small_model, load, device, attention, a
 def test_dense_steps_have_all_keys(small_model, load):
     """Up to top_k tokens; then comes a prompt in the plain form."""
     model = load(small_model(n_layer=2), n_ubatch=64)
-    session, seen, plain = model.session(), Choices(), load(small_model(n_layer=2), n_ubatch=64).session()
+    session, seen, plain = model.session(), Choices(), model.session()
+    model.setup.schedule.costs = FORMS_BY_TILES
     session.hooks = seen,
     with session.record(mass=True, scores=True) as recording:
         logits = [session.logits(IDS[:8]), session.decode(IDS[8]), session.logits(IDS[9:])]
