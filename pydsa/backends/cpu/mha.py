@@ -10,11 +10,27 @@ from pydsa.backends.cpu.jobs import HeadJob, call_kernel
 from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.scalars import bits_of_float
 from pydsa.backends.cpu.scratch import task_scratch
-from pydsa.backends.cpu.simd import store
+from pydsa.backends.cpu.simd import float_at, floats, load_floats, store
 
 
 LATENT_TILE = 256      # latents that are packed together
 MIN_TASK_TOKENS = 128       # the fewest tokens of a task: each makes the keys and values of its head
+
+
+@inner
+def clear(at, n_bytes):
+    """Fill n_bytes, rounded up to whole vectors, with zeros."""
+    for i in range(0, n_bytes, 64):
+        store(at, i, floats(np.float32(0)))
+
+
+@inner
+def copy_floats(source, n, target):
+    """Copy n floats."""
+    for k in range(0, n - 15, 16):
+        store(target, 4 * k, load_floats(source, 4 * k))
+    for k in range(n // 16 * 16, n):
+        store(target, 4 * k, float_at(source, 4 * k))
 
 
 @inner

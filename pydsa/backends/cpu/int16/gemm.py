@@ -22,7 +22,7 @@ GROUP, LARGEST_SUM = 64, 524_200
 TILE = 16 * SUPERBLOCK
 
 
-class _Emitter:
+class Emitter:
     """Emits the loops of int16_products, for a block of tiles x tokens."""
 
     def __init__(self, builder, n_tiles, n_tokens, tiles, x_at, x_offset):
@@ -63,20 +63,34 @@ class _Emitter:
         b.position_at_end(after)
         return phis
 
-    def start(self, before_at, offset):
-        """Emit the sums so far, or zeros if there are none."""
+    def where_given(self, address, emit):
+        """Emit what emit() does for all pairs, or zeros if an address is 0."""
         b = self.builder
-        with b.if_else(b.icmp_signed("!=", before_at, INTP(0))) as (then, otherwise):
+        with b.if_else(b.icmp_signed("!=", address, INTP(0))) as (then, otherwise):
             with then:
-                before = self.table(before_at, offset)
-                loaded, then_block = [self.load(f32x16.ir, self.cell(before, r, t)) for r, t in self.pairs], b.block
+                emitted, then_block = emit(), b.block
             with otherwise:
                 otherwise_block = b.block
         sums = [b.phi(f32x16.ir) for _ in self.pairs]
-        for phi, value in zip(sums, loaded):
+        for phi, value in zip(sums, emitted):
             phi.add_incoming(value, then_block)
             phi.add_incoming(constant([0.0] * 16, F32), otherwise_block)
         return sums
+
+    def start(self, before_at, offset):
+        """Emit the sums so far, or zeros if there are none."""
+        def loaded():
+            before = self.table(before_at, offset)
+            return [self.load(f32x16.ir, self.cell(before, r, t)) for r, t in self.pairs]
+        return self.where_given(before_at, loaded)
+
+    def finish(self, sums, before_at, out_at, offset):
+        """Store the sums so far + sums times the scales of tokens."""
+        b, scales = self.builder, self.of_tokens(SCALES, INTP(0))
+        before, outs = self.start(before_at, offset), self.table(out_at, offset)
+        for s, x, (r, t) in zip(sums, before, self.pairs):
+            s = b.fadd(x, b.fmul(s, scales[t], flags=FAST), flags=FAST)
+            b.store(s, pointer(b, self.cell(outs, r, t), f32x16.ir), align=4)
 
     def dots(self, i, n):
         """Emit the dot products of group i of n values, as int32."""
@@ -138,14 +152,11 @@ def _make_int16_products(rows, tokens, one_scale):
         """
         def codegen(context, builder, signature, args):
             tiles, n_scales, n_mins, n_mins_16, x_at, x_offset, before_at, out_at, out_offset = args
-            emit = _Emitter(builder, rows, tokens, tiles, x_at, x_offset)
+            emit = Emitter(builder, rows, tokens, tiles, x_at, x_offset)
             sums = emit.products(None if one_scale else n_scales)
             sums = emit.loop(n_mins, sums, emit.subtract_mins(MINS))
             sums = emit.loop(n_mins_16, sums, emit.subtract_mins(MINS_16))
-            scales, before, outs = emit.of_tokens(SCALES, INTP(0)), emit.start(before_at, out_offset), emit.table(out_at, out_offset)
-            for s, x, (r, t) in zip(sums, before, emit.pairs):
-                s = builder.fadd(x, builder.fmul(s, scales[t], flags=FAST), flags=FAST)
-                builder.store(s, pointer(builder, emit.cell(outs, r, t), f32x16.ir), align=4)
+            emit.finish(sums, before_at, out_at, out_offset)
             return context.get_dummy_value()
         return types.void(*[types.intp] * 9), codegen
     return int16_products
@@ -161,7 +172,7 @@ MAX_NORM = 32767
 PAIR_TOKENS = 8 if INT16_ROWS == 2 else INT16_TOKENS       # rows that pair_products takes at a time, beside INT16_ROWS tiles
 
 
-class _PairEmitter(_Emitter):
+class _PairEmitter(Emitter):
     """Emits the loops of pair_products."""
 
     def __init__(self, builder, n_tiles, n_tokens, tiles, tile_bytes, x, x_row):
@@ -175,7 +186,7 @@ class _PairEmitter(_Emitter):
         b, tile_at, x_at = self.builder, self.builder.mul(first, INTP(64)), self.builder.mul(first, INTP(4))
         tiles, xs = ([b.add(at, offset) for at in addresses] for addresses, offset in ((self.tiles, tile_at), (self.xs, x_at)))
 
-        def body(k, sums):      # not unrolled, as in _Emitter
+        def body(k, sums):      # not unrolled, as in Emitter
             w = [b.bitcast(self.load(i32x16.ir, b.add(tile, b.mul(k, INTP(64))), 64), i16x32.ir) for tile in tiles]
             pairs = [b.bitcast(broadcast(b, self.load(I32, b.add(x, b.mul(k, INTP(4)))), 16), i16x32.ir) for x in xs]
             return [int16_dots(b, s, w[r], pairs[t]) for s, (r, t) in zip(sums, self.pairs)]
@@ -190,19 +201,10 @@ class _PairEmitter(_Emitter):
 
     def before(self, outs, factors):
         """Emit outputs so far times the tokens' factors, or zeros."""
-        b = self.builder
-        with b.if_else(b.icmp_signed("!=", factors, INTP(0))) as (then, otherwise):
-            with then:
-                loaded = [(self.load(f32x16.ir, self.cell(outs, r, t)), self.of_token(factors, t)) for r, t in self.pairs]
-                scaled = [b.fmul(*pair, flags=FAST) for pair in loaded]
-                then_block = b.block
-            with otherwise:
-                otherwise_block = b.block
-        sums = [b.phi(f32x16.ir) for _ in self.pairs]
-        for phi, value in zip(sums, scaled):
-            phi.add_incoming(value, then_block)
-            phi.add_incoming(constant([0.0] * 16, F32), otherwise_block)
-        return sums
+        def scaled():
+            loaded = [(self.load(f32x16.ir, self.cell(outs, r, t)), self.of_token(factors, t)) for r, t in self.pairs]
+            return [self.builder.fmul(*pair, flags=FAST) for pair in loaded]
+        return self.where_given(factors, scaled)
 
     def of_token(self, values, t):
         """Emit a token's value of an array, broadcast."""

@@ -16,7 +16,7 @@ from pydsa.backends.cpu.int16.gemm import MAX_NORM, PAIR_TOKENS, matmul_pairs, p
 from pydsa.backends.cpu.jit import call_block_function, inner
 from pydsa.backends.cpu.jobs import read_head_job
 from pydsa.backends.cpu.lanes import transpose
-from pydsa.backends.cpu.mha import LATENT_TILE
+from pydsa.backends.cpu.mha import LATENT_TILE, clear, copy_floats
 from pydsa.backends.cpu.scalars import exp, float_from_bits
 from pydsa.backends.cpu.scratch import thread_scratch
 from pydsa.backends.cpu.simd import (F32, FAST, I16, INT16_ROWS, broadcast, call_llvm, constant, f32x16, float_at, floats, i32x16, i64_at,
@@ -77,22 +77,6 @@ def keep_marked(typingctx, scores, marks, bit):
         kept = builder.icmp_unsigned("!=", builder.and_(marks, wanted), constant([0] * 16, I16))
         return builder.select(kept, scores, constant([float("-inf")] * 16, F32))
     return f32x16(f32x16, types.intp, types.intp), codegen
-
-
-@inner
-def clear(at, n_bytes):
-    """Fill n_bytes, rounded up to whole vectors, with zeros."""
-    for i in range(0, n_bytes, 64):
-        store(at, i, floats(np.float32(0)))
-
-
-@inner
-def copy_floats(source, n, target):
-    """Copy n floats."""
-    for k in range(0, n - 15, 16):
-        store(target, 4 * k, load_floats(source, 4 * k))
-    for k in range(n // 16 * 16, n):
-        store(target, 4 * k, float_at(source, 4 * k))
 
 
 @inner

@@ -7,11 +7,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.blocks.block import MINS, SCALES, SUPERBLOCK
-from pydsa.backends.cpu.int16.gemm import TILE, _Emitter
+from pydsa.backends.cpu.blocks.block import MINS, SUPERBLOCK
+from pydsa.backends.cpu.int16.gemm import TILE, Emitter
 from pydsa.backends.cpu.jit import call_intp_function, inner
 from pydsa.backends.cpu.scratch import thread_scratch
-from pydsa.backends.cpu.simd import (FAST, FEATURES, I8, I16, I32, INTP, call_llvm, constant, f32x16, i16x32, i32x16, i64_at, pointer,
+from pydsa.backends.cpu.simd import (FEATURES, I8, I16, I32, INTP, call_llvm, constant, i16x32, i32x16, i64_at, pointer,
                                      prefetch, store)
 
 TILES_HERE = {"avx512vnni", "avx512bw", "f16c"} <= FEATURES
@@ -22,7 +22,7 @@ BYTES = ir.VectorType(I8, 64)
 ROWS = 16 * FEW_ROWS        # rows that pass over the tokens together
 
 
-class _TileEmitter(_Emitter):
+class _TileEmitter(Emitter):
     """Emits products of tiles of one type with `n` values of tokens.
 
     ahead: memory that is prefetched meanwhile, `part` bytes for each column: four values of rows, or with `nibbles` eight.
@@ -138,11 +138,7 @@ def _make_products(emitter):
         def codegen(context, builder, signature, args):
             tiles, n, x_at, x_offset, before_at, out_at, out_offset, ahead = args
             emit = emitter(builder, tiles, x_at, x_offset, n, ahead)
-            sums = emit.sums()
-            scales, before, outs = emit.of_tokens(SCALES, INTP(0)), emit.start(before_at, out_offset), emit.table(out_at, out_offset)
-            for s, x, (r, t) in zip(sums, before, emit.pairs):
-                s = builder.fadd(x, builder.fmul(s, scales[t], flags=FAST), flags=FAST)
-                builder.store(s, pointer(builder, emit.cell(outs, r, t), f32x16.ir), align=4)
+            emit.finish(emit.sums(), before_at, out_at, out_offset)
             return context.get_dummy_value()
         return types.void(*[types.intp] * 8), codegen
     return tile_products

@@ -15,7 +15,7 @@ from pydsa.backends.cpu.int8x2.panels import PANEL, SCALED_PANEL, max_abs, pack_
 from pydsa.backends.cpu.jit import call_block_function, inner
 from pydsa.backends.cpu.jobs import read_head_job
 from pydsa.backends.cpu.lanes import transpose
-from pydsa.backends.cpu.mha import LATENT_TILE
+from pydsa.backends.cpu.mha import LATENT_TILE, clear, copy_floats
 from pydsa.backends.cpu.scalars import float_from_bits
 from pydsa.backends.cpu.scratch import thread_scratch
 from pydsa.backends.cpu.simd import float_at, floats, load_floats, prefetch, store
@@ -48,22 +48,6 @@ def steps(n):
 def round_up_32(n):
     """Round n up to a multiple of 32."""
     return (n + 31) // 32 * 32
-
-
-@inner
-def clear(at, n_bytes):
-    """Fill n_bytes with zeros."""
-    for i in range(0, n_bytes, 64):
-        store(at, i, floats(np.float32(0)))
-
-
-@inner
-def copy_floats(source, n, target):
-    """Copy n floats."""
-    for k in range(0, n - 15, 16):
-        store(target, 4 * k, load_floats(source, 4 * k))
-    for k in range(n // 16 * 16, n):
-        store(target, 4 * k, float_at(source, 4 * k))
 
 
 def tile_bytes(kv_lora, n_rot):
