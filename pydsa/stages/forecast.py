@@ -67,9 +67,16 @@ class Times:
         """Seconds of each stage for n_tokens tokens of one prompt."""
         return self._seconds(Ops(self._setup, n_tokens, n_past, n_tokens), n_tokens > 1)
 
+    def reads(self, n_past, n_streams=1):
+        """Bytes that each stage reads for a token of each of n_streams conversations."""
+        ops = Ops(self._setup, 1, n_past, n_streams)
+        return [float((ops.weights + n_streams * ops.caches)[mine].sum()) for mine in self._in_stages(ops)]
+
     def _seconds(self, ops, *args):
-        return [float(ops.seconds(node, *args)[(first <= ops.layers) & (ops.layers < stop)].sum())
-                for (first, stop), node in zip(self._ranges, self._nodes)]
+        return [float(ops.seconds(node, *args)[mine].sum()) for mine, node in zip(self._in_stages(ops), self._nodes)]
+
+    def _in_stages(self, ops):
+        return [(first <= ops.layers) & (ops.layers < stop) for first, stop in self._ranges]
 
 
 def depth_of(n_stages):
@@ -110,15 +117,14 @@ def one_stream(seconds, link, wire):
 def in_turn(seconds, link, wire, n_steps, n_each=1):
     """Seconds between results of n_steps steps that are under way at once.
 
-    Each is of n_each conversations, whose next tokens the driver sends when it has the last ones. Whichever is longest: the slowest stage,
-    the rows on the wire, or the way of a step around, by the number of steps.
+    Each is of n_each conversations, whose next tokens the last stage starts. Whichever is longest: the slowest stage, the rows on the wire, or
+    the way of a step around, by the number of steps.
     """
     n = len(seconds)
     if n == 1:
         return seconds[0]
     frame = wire.step(n_each, n_each, n_each)
-    way = sum(seconds) + (n - 1) * link.seconds(frame) + link.seconds(wire.result(n_each)) + link.seconds(
-        wire.step(n_each, n_each, n_each, first=True))
+    way = sum(seconds) + (n - 1) * link.seconds(frame) + link.seconds(wire.step(n_each, n_each, n_each, first=True))
     return max(*seconds, frame / link.bandwidth, way / n_steps)
 
 
