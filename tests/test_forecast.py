@@ -125,6 +125,7 @@ def test_info():
     assert "1.1 KiB a token from stage to stage (f32 rows), 72 B to the first, 60 B back" in lines[4]
     assert lines[5].endswith("1.25 GB/s and 100 us (assumed: --link and --latency give others)")
     assert "one conversation: at most" in lines[6] and "assumed" not in lines[6] and lines[7].startswith("  2 conversations, 2 steps")
+    assert "a prompt of 4096 tokens in chunks of 128: at most " in info("--stages", "2", "-ub", "128").output
     assert "a prompt of 4096 tokens in chunks of 512" in lines[8] and lines[8].endswith("(assumed: --gops gives others)")
     options = "--link", "1Gbit/s", "--latency", "5", "--streams", "1"
     report = json.loads(info("--stages", "0-1,2-3", "-o", "json", "-c", "0", *options).output)

@@ -157,14 +157,14 @@ def forecast(setup, ranges, nodes, link, wire="f32", n_streams=None, assumed=())
     their own; None: as many as stages, which fill them. assumed: names of options that were not given. Sizes are bytes, times seconds;
     generation is at the end of the context.
     """
-    n, rows, times = len(ranges), wire_of(setup, wire), Times(setup, ranges, nodes)
+    n, rows, times, chunk = len(ranges), wire_of(setup, wire), Times(setup, ranges, nodes), min(CHUNK, setup.n_ubatch)
     groups = Groups.of(n_streams or n, n)
     parts, n_past, n_prompt = Parts(setup, groups.streams), setup.n_ctx - 1, min(PROMPT, setup.n_ctx)
     shares = [parts.share(*pair) for pair in zip(ranges, nodes)]
     one, reads = one_stream([share.seconds for share in shares], link, rows), sum(share.seconds for share in shares)
     each = [share.seconds for share in shares] if groups.each == 1 else times.generation(n_past, groups.each)
     between = one if groups.streams == 1 else in_turn(each, link, rows, groups.steps, groups.each)
-    first = prompt_seconds(times.prompt, link, rows, chunks(n_prompt), depth_of(n))
+    first = prompt_seconds(times.prompt, link, rows, chunks(n_prompt, most=chunk), depth_of(n))
     return {
         "options": f"--stages {','.join(map(str, ranges))}",
         "stages": [{"layers": str(share.layers), "node": share.node.name, "memory": share.node.memory, "bandwidth": share.node.bandwidth,
@@ -176,7 +176,7 @@ def forecast(setup, ranges, nodes, link, wire="f32", n_streams=None, assumed=())
         "one": {"ts": 1 / one, "seconds": one, "wire_seconds": one - reads},
         "many": {"streams": groups.streams, "steps": groups.steps, "ts": groups.streams / groups.steps / between,
                  "step_seconds": between},
-        "prompt": {"tokens": n_prompt, "chunk": min(CHUNK, n_prompt), "seconds": first, "ts": n_prompt / first}, "assumed": list(assumed)}
+        "prompt": {"tokens": n_prompt, "chunk": min(chunk, n_prompt), "seconds": first, "ts": n_prompt / first}, "assumed": list(assumed)}
 
 
 def in_words(found):
