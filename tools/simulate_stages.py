@@ -352,8 +352,8 @@ def shown(row):
 @click.option("--kv-type", default="i16", show_default=True, help="Type of the cached latents.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Seed of what is left to chance.")
 @click.option("-o", "--output", type=click.Choice(["md", "json"]), default="md", show_default=True, help="Form of the table.")
-def main(model, nodes, stages, measured, memory, beside, bandwidth, gops, link, latency, jitter, spread, streams, prompt, tokens, wire, n_ctx, kv_type,
-         seed, output):
+def main(model, nodes, stages, measured, memory, beside, bandwidth, gops, link, latency, jitter, spread, streams, prompt, tokens, wire,
+         n_ctx, kv_type, seed, output):
     """Simulate a model in stages, beside the formula and measurements."""
     setup = Setup(model, n_ctx=n_ctx, kv_type=kv_type, n_ubatch=formula.CHUNK)
     network = Link(bytes_per_second("link", link), latency / 1e6), wire_of(setup, wire)

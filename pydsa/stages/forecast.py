@@ -68,7 +68,7 @@ class Times:
         return self._seconds(Ops(self._setup, n_tokens, n_past, n_tokens), n_tokens > 1)
 
     def reads(self, n_past, n_streams=1):
-        """Bytes that each stage reads for a token of each of n_streams conversations."""
+        """Bytes that each stage reads for a token of n_streams conversations."""
         ops = Ops(self._setup, 1, n_past, n_streams)
         return [float((ops.weights + n_streams * ops.caches)[mine].sum()) for mine in self._in_stages(ops)]
 
@@ -117,8 +117,8 @@ def one_stream(seconds, link, wire):
 def in_turn(seconds, link, wire, n_steps, n_each=1):
     """Seconds between results of n_steps steps that are under way at once.
 
-    Each is of n_each conversations, whose next tokens the last stage starts. Whichever is longest: the slowest stage, the rows on the wire, or
-    the way of a step around, by the number of steps.
+    Each is of n_each conversations, whose next tokens the last stage starts. Whichever is longest: the slowest stage, the rows on the wire,
+    or the way of a step around, by the number of steps.
     """
     n = len(seconds)
     if n == 1:
