@@ -24,7 +24,7 @@ from pydsa.models.yarn import rope_from_metadata
 from pydsa.quants import TYPES
 from pydsa.report import describe, format_report, token_bytes
 from pydsa.stages.division import Node, Parts, divide
-from pydsa.stages.forecast import CHUNK, Link, forecast, one_stream, wire_of
+from pydsa.stages.forecast import CHUNK, Link, Times, chunks, forecast, one_stream, prompt_seconds, wire_of
 from pydsa.tokenizer import CONTROL, PRE_TOKENIZERS
 from tools.make_model import ModelSpec, make_model, model_keys, tensor_shapes, tensor_type
 from tools.simulate_stages import simulated
@@ -166,13 +166,16 @@ def test_what_the_docs_say_of_the_network(full_size):
     text, setup, link = (ROOT / "pydsa/docs/stages.md").read_text(), full_size("Q8_0", n_ubatch=CHUNK), Link(125e6, 300e-6)
     text, wire, lost = " ".join(text.split()), wire_of(setup), []
     for n, rate in ((3, 100e9), (8, 300e9)):
-        nodes, parts = [Node("", rate)] * n, Parts(setup)
+        nodes, parts = [Node("", rate, rate=15 * rate)] * n, Parts(setup)
         seconds = [parts.share(layers, nodes[0]).seconds for layers in divide(setup, nodes)]
         one = one_stream(seconds, link, wire)
         lost.append((f"{1e3 * (one - sum(seconds)):.1f} ms of", f"{1e3 * one:.0f}"))
     assert f"three nodes of 100 GB/s lose {lost[0][0]} a token's {lost[0][1]}." in text
     assert f"eight of 300 GB/s lose {' '.join(lost[1])}." in text
     assert f"V3.2 sends {wire.step(1) / 2**10:.1f} KiB a token and hop" in text
+    times, fast = Times(setup, divide(setup, nodes), nodes), Link(1.25e9, 100e-6)
+    rates = [f"{4096 / prompt_seconds(times.prompt, fast, wire, chunks(4096, most=most), 9):.0f}" for most in (256, 512)]
+    assert f"eight nodes of 300 GB/s read it at {rates[0]} instead of {rates[1]} t/s" in text
     assert f"A chunk of 512 tokens is {wire.step(512) / 2**20:.0f} MiB, {1e3 * link.seconds(wire.step(512)):.0f} ms" in text
     assert f"{full_size(n_ctx=163840).cache_bytes / 2**30:.1f} GiB over all nodes for each conversation of V3.2 with its 163,840" in text
 

@@ -36,7 +36,7 @@ def test_many_steps_are_bound_by_the_slowest_stage_or_the_wire_or_their_number()
     wire, fast = Wire(28672), [1e-6, 1e-6]
     assert in_turn([0.01, 0.03], LINK, wire, 3) == 0.03
     assert in_turn([0.01], LINK, wire, 1) == 0.01
-    way = 2e-6 + 3 * 100e-6 + (wire.step(1) + wire.result() + wire.step(1, first=True)) / 1e9
+    way = 2e-6 + 2 * 100e-6 + (wire.step(1) + wire.step(1, first=True)) / 1e9
     assert in_turn(fast, LINK, wire, 3) == pytest.approx(way / 3)
     slow = Link(1e6, 0.0)
     assert in_turn(fast, slow, wire, 300) == pytest.approx(wire.step(1) / 1e6)
@@ -125,6 +125,7 @@ def test_info():
     assert "1.1 KiB a token from stage to stage (f32 rows), 72 B to the first, 60 B back" in lines[4]
     assert lines[5].endswith("1.25 GB/s and 100 us (assumed: --link and --latency give others)")
     assert "one conversation: at most" in lines[6] and "assumed" not in lines[6] and lines[7].startswith("  2 conversations, 2 steps")
+    assert "a prompt of 4096 tokens in chunks of 128: at most " in info("--stages", "2", "-ub", "128").output
     assert "a prompt of 4096 tokens in chunks of 512" in lines[8] and lines[8].endswith("(assumed: --gops gives others)")
     options = "--link", "1Gbit/s", "--latency", "5", "--streams", "1"
     report = json.loads(info("--stages", "0-1,2-3", "-o", "json", "-c", "0", *options).output)

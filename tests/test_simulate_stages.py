@@ -13,7 +13,7 @@ from pydsa.bench import Bench, format_rows
 from pydsa.stages.division import parse
 from pydsa.stages.forecast import Groups, Link, Wire, chunks, depth_of, prompt_seconds
 from pydsa.stages.pipeline import Pipeline
-from tools.simulate_stages import Simulation, compared, generate_many, generate_one, main, read_prompt, speed, step_seconds
+from tools.simulate_stages import Simulation, compared, generate, main, read_prompt, speed, step_seconds
 
 
 class Fixed:
@@ -44,9 +44,10 @@ def test_without_chance_it_is_the_formula(seed):
 def test_worked_example():
     """Two stages of 1 s and 3 s, half a second of latency."""
     link, wire, seconds = Link(1e30, 0.5), Wire(8), [1.0, 3.0]
-    assert generate_one(Simulation(2, link), wire, seconds, 3).tolist() == [[4.5, 9.5, 14.5]]      # 1 + 0.5 + 3, then 0.5 back
-    times = generate_many(Simulation(2, link), wire, seconds, Groups.of(2, 2), 3)
-    assert times.tolist() == [[5.5, 11.5, 17.5], [8.5, 14.5, 20.5]]      # the second stage never rests
+    assert generate(Simulation(2, link), wire, seconds, Groups(1, 1, 1), 3).tolist() == [[5, 10, 15]]      # 0.5 + 1 + 0.5 + 3
+    times = generate(Simulation(2, link), wire, seconds, Groups.of(2, 2), 3)
+    assert times.tolist() == [[5, 11, 17], [8, 14, 20]]      # the second stage never rests
+    assert generate(Simulation(2, link), wire, seconds, Groups(1, 1, 1), 2, 4).tolist() == [[5.5, 11]]     # by way of the driver
     assert speed(times) == pytest.approx(1 / 3)
     assert Groups.of(5, 2) == (5, 3, 2) and Groups.of(2, 4) == (2, 1, 2) and Groups.of(9, 4) == (9, 3, 3)
     steps = chunks(1024)
@@ -122,6 +123,10 @@ def test_stage_speed_beside_a_prediction(tmp_path):
     assert (four["streams"], four["measured of one"]) == (4, 1.25)
     slowest = 2 / four["predicted, t/s"] / step_seconds({1: 100.0, 4: 200.0}, 2)
     assert 0.5 < slowest < 0.65 and one["predicted, t/s"] < 100 and 650 < prompt["predicted, t/s"] < 710
+    beside, = against(tmp_path, rows[1:2] + rows[3:4] + rows[:1], rest=("--link", "5GB/s", "--beside", "10000"))
+    assert 2 / beside["predicted, t/s"] == pytest.approx(2 / four["predicted, t/s"] + 0.01, rel=1e-2)
+    shared, = against(tmp_path, rows[1:2] + rows[3:4] + rows[:1], rest=("--link", "5GB/s", "--memory", "0.1"))
+    assert shared["predicted, t/s"] < four["predicted, t/s"] / 1.5        # both stages wait for the memory
 
 
 def test_nodes_like_the_measured_machine(tmp_path):

@@ -4,15 +4,14 @@
     python tools/simulate_stages.py model.gguf --measured one.json --measured two.json --latency 50 --link 5GB/s
 
 Steps pass through the stages event by event: each stage runs one at a time, in the order of arrival, and sends its rows to the next, one
-after the other. One conversation generates in a ring: the last stage starts its next token. Several are sent by the driver, as many steps
-as stages at a time, and the chunks of a prompt, one more than stages. Beside each figure is that of the formula of `pydsa info --stages`,
-which knows nothing of chance: --jitter makes each way over the network longer by so much on average, --spread lets the times of stages
-vary.
+after the other. Conversations generate in a ring, in as many steps as stages: the last stage starts the next tokens. Chunks of a prompt are
+sent by the driver, one more than stages at a time. Beside each figure is that of the formula of `pydsa info --stages`, which knows nothing
+of chance: --jitter makes each way over the network longer by so much on average, --spread lets the times of stages vary.
 
 --measured takes rows of `pydsa bench -o json` or of tools/stage_speed.py: those of one process give the times of steps, which are shared
 out to the stages by their bytes and products; what is predicted from them stands beside the rows of the model in stages. Stages of one
-machine are slower than predicted where they lack its memory's bandwidth, or its cores. Without rows of a model in stages the prediction is
-for --nodes like the measured machine.
+machine are slower where they read more at the same time than its memory gives (--memory), and each step takes them --beside, for what is no
+kernel. Without rows of a model in stages the prediction is for --nodes like the measured machine.
 """
 import heapq
 import itertools
@@ -99,39 +98,30 @@ class Simulation:
         self.send(stage, stage + 1, frame, arrive)
 
 
-def generate_one(simulation, wire, seconds, n_tokens):
-    """One conversation: the times at which the last stage has each token."""
-    last, found = simulation.n_stages - 1, []
+def generate(simulation, wire, seconds, groups, n_tokens, logits=0):
+    """Conversations that generate: the times at which steps have their tokens.
 
-    def picked():
-        found.append(simulation.now)
-        if len(found) < n_tokens:
-            simulation.send(last, 0, wire.step(1, first=True), simulation.step, seconds, wire.step(1), picked)
-    simulation.step(seconds, wire.step(1), picked)
-    simulation.run()
-    return np.array([found])
-
-
-def generate_many(simulation, wire, seconds, groups, n_tokens, logits=0):
-    """Several conversations: when the driver has the tokens of each step.
-
-    groups: a forecast.Groups. logits: bytes of these that come back too. An array [steps under way, n_tokens].
+    groups: a forecast.Groups. The last stage starts the next step; where logits go back, so many bytes, the driver does. An array [steps
+    under way, n_tokens].
     """
     n, last, found = groups.each, simulation.n_stages - 1, [[] for _ in range(groups.steps)]
     frame, ids = wire.step(n, n, n), wire.step(n, n, n, first=True)
 
-    def start(i):
-        simulation.send(DRIVER, 0, ids, simulation.step, seconds, frame, picked, i)
+    def start(i, source):
+        simulation.send(source, 0, ids, simulation.step, seconds, frame, picked, i)
 
     def picked(i):
-        simulation.send(last, DRIVER, wire.result(n) + logits, told, i)
+        if logits:
+            simulation.send(last, DRIVER, wire.result(n) + logits, told, i, DRIVER)
+        else:
+            told(i, last)
 
-    def told(i):
+    def told(i, source):
         found[i].append(simulation.now)
         if len(found[i]) < n_tokens:
-            start(i)
+            start(i, source)
     for i in range(groups.steps):
-        start(i)
+        start(i, DRIVER)
     simulation.run()
     return np.array(found)
 
@@ -163,7 +153,7 @@ def read_prompt(simulation, wire, times, steps, depth):
 def speed(times):
     """Steps a second, without those at the begin, while the stages fill.
 
-    times: [steps under way, tokens], as generate_many() returns them.
+    times: [steps under way, tokens], as generate() returns them.
     """
     times = times[:, int(times.shape[1] * LEFT_OUT):]
     return float(((times.shape[1] - 1) / (times[:, -1] - times[:, 0])).sum())
@@ -178,9 +168,9 @@ def compared(times, n_past, link, wire, n_streams, n_prompt, n_tokens, chance):
     n = len(one)
     groups, steps = Groups.of(n_streams or n, n), chunks(n_prompt)
     seconds = times.generation(n_past, groups.each)
-    single = generate_one(Simulation(n, link, **chance), wire, one, n_tokens)
+    single = generate(Simulation(n, link, **chance), wire, one, Groups(1, 1, 1), n_tokens)
     simulation = Simulation(n, link, **chance)
-    many = generate_many(simulation, wire, seconds, groups, n_tokens)
+    many = generate(simulation, wire, seconds, groups, n_tokens)
     gaps = np.diff(many, axis=1)[:, int(n_tokens * LEFT_OUT):]
     first = read_prompt(Simulation(n, link, **chance), wire, times.prompt, steps, depth_of(n))
     found = {"one": (speed(single), 1 / formula.one_stream(one, link, wire)),
@@ -244,6 +234,23 @@ def read_measurements(paths):
     return found
 
 
+class Machine(NamedTuple):
+    """What stages on one machine share, and what is no kernel.
+
+    memory: bytes a second that processes read together; None: each as much as one alone. beside: seconds of a stage for each step.
+    """
+    memory: float | None = None
+    beside: float = 0.0
+
+    def seconds(self, kernels, reads, n_at_once):
+        """Seconds of a step in each stage.
+
+        kernels: seconds of each alone; reads: its bytes. n_at_once: how many stages work at the same time.
+        """
+        slowest = 0.0 if self.memory is None else n_at_once / self.memory
+        return [max(alone, slowest * n_bytes) + self.beside for alone, n_bytes in zip(kernels, reads)]
+
+
 def step_seconds(whole, n_each):
     """Seconds of a step of n_each conversations in one process.
 
@@ -256,10 +263,10 @@ def step_seconds(whole, n_each):
     return float(np.interp(n_each, numbers, [n / whole[n] for n in numbers]))
 
 
-def predicted(setup, row, whole, link, wire, n_tokens, chance):
+def predicted(setup, row, whole, link, wire, n_tokens, chance, machine):
     """What the table shows of a Measurement of a model in stages.
 
-    whole: those of the same test in one process, as step_seconds() takes them. A stage has its part of each time there.
+    whole: those of the same test in one process, as step_seconds() takes them. A stage has its part of each time there. machine: a Machine.
     """
     nodes = [Node(f"process {i + 1}", 1e11) for i in range(row.stages if isinstance(row.stages, int) else len(row.stages))]
     ranges, n = divided(row.stages, setup, nodes), len(nodes)
@@ -270,10 +277,11 @@ def predicted(setup, row, whole, link, wire, n_tokens, chance):
         found = row.n_prompt / read_prompt(simulation, wire, lambda *step: [factor * part for part in times.prompt(*step)], steps,
                                            depth_of(n))
     else:
-        groups, parts = Groups.of(row.n_streams, n), times.generation(row.n_depth + row.n_gen // 2)
-        seconds = [step_seconds(whole, groups.each) * part / sum(parts) for part in parts]
+        groups = Groups.of(row.n_streams, n)
+        reads = times.reads(row.n_depth + row.n_gen // 2, groups.each)
+        seconds = machine.seconds([step_seconds(whole, groups.each) * part / sum(reads) for part in reads], reads, groups.steps)
         logits = 4 * setup.config.n_vocab if row.logits else 0
-        found = groups.streams / groups.steps * speed(generate_many(simulation, wire, seconds, groups, n_tokens, logits))
+        found = groups.streams / groups.steps * speed(generate(simulation, wire, seconds, groups, n_tokens, logits))
     one = whole.get(row.n_streams)
     shown = {"test": test_name(row.n_prompt, row.n_gen, row.n_depth), "streams": row.n_streams, "layers": ",".join(map(str, ranges)),
              "one process, t/s": one, "predicted, t/s": found, "of one process": one and found / one}
@@ -325,6 +333,10 @@ def shown(row):
 @click.option("--stages", help="Layers of each stage instead, like 0-20,21-40,41-60.")
 @click.option("--measured", multiple=True, type=click.Path(exists=True, dir_okay=False),
               help="Rows of `pydsa bench -o json` or `tools/stage_speed.py -o json`; can be repeated.")
+@click.option("--memory", type=click.FloatRange(min=0, min_open=True),
+              help="With --measured: what processes of the machine read together, GB/s.  [default: each as much as one]")
+@click.option("--beside", type=click.FloatRange(min=0), default=0.0, show_default=True,
+              help="With --measured: microseconds of a stage for each step beside the kernels.")
 @click.option("--bandwidth", type=float, default=100.0, show_default=True, help="What a node reads of its memory, GB/s.")
 @click.option("--gops", type=float, default=1500.0, show_default=True, help="Products that a node does, GOP/s.")
 @click.option("--link", default="10Gbit/s", show_default=True, help="What a node sends, in Gbit/s or GB/s.")
@@ -340,8 +352,8 @@ def shown(row):
 @click.option("--kv-type", default="i16", show_default=True, help="Type of the cached latents.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Seed of what is left to chance.")
 @click.option("-o", "--output", type=click.Choice(["md", "json"]), default="md", show_default=True, help="Form of the table.")
-def main(model, nodes, stages, measured, bandwidth, gops, link, latency, jitter, spread, streams, prompt, tokens, wire, n_ctx, kv_type,
-         seed, output):
+def main(model, nodes, stages, measured, memory, beside, bandwidth, gops, link, latency, jitter, spread, streams, prompt, tokens, wire,
+         n_ctx, kv_type, seed, output):
     """Simulate a model in stages, beside the formula and measurements."""
     setup = Setup(model, n_ctx=n_ctx, kv_type=kv_type, n_ubatch=formula.CHUNK)
     network = Link(bytes_per_second("link", link), latency / 1e6), wire_of(setup, wire)
@@ -351,7 +363,8 @@ def main(model, nodes, stages, measured, bandwidth, gops, link, latency, jitter,
         raise click.UsageError(f"--nodes is {nodes}, expected numbers from 1 to {most}: so many layers of the model can begin a stage.")
     chance = {"jitter": jitter / 1e6, "spread": spread, "seed": seed}
     if measured:
-        rows = against_measurements(setup, read_measurements(measured), numbers, *network, tokens, chance)
+        machine = Machine(None if memory is None else memory * 1e9, beside / 1e6)
+        rows = against_measurements(setup, read_measurements(measured), numbers, *network, tokens, chance, machine)
     else:
         ranges = None if stages is None else parse(stages)
         if isinstance(ranges, (int, str)):

@@ -6,8 +6,8 @@ The one process has the threads of one stage.
     python tools/stage_speed.py model.gguf --stages 2,3 --streams 1,4,8 -p 4096 -r 3 -o json
 
 Each is a process of its own, by turns; of several rounds the fastest counts. Streams are conversations of an Engine, which generate
-greedily at the same time; their t/s are those of all tokens after each one's first. Prompts are one session's. A model in one process runs
-prompts in ubatches of as many tokens as one in stages.
+greedily at the same time; their t/s are those of the time in which all of them generate: from the last one's first token to the first
+one's last. Prompts are one session's. A model in one process runs prompts in ubatches of as many tokens as one in stages.
 """
 
 import json
@@ -38,16 +38,16 @@ def generated(model, n_streams, n_gen):
             ids = rng.integers(0, model.config.n_vocab, BEGINS)
             engine.submit(Request(ids, lambda event, i=i: heard.put((time.perf_counter(), i, event)), max_tokens=n_gen,
                                   sampling=Sampling(temperature=0, logit_bias=ends)))
-        first, last, open_streams = {}, {}, n_streams
+        times, open_streams = [[] for _ in range(n_streams)], n_streams
         while open_streams:
             when, i, event = heard.get(timeout=600)
             if isinstance(event, Failed):
                 raise event.error
-            if isinstance(event, (Written, Finished)):
-                first.setdefault(i, when)
-                last[i] = when
+            if isinstance(event, Written) and len(times[i]) < n_gen:       # its end may be told once more
+                times[i].append(when)
             open_streams -= isinstance(event, Finished)
-        return n_streams * (n_gen - 1) / (max(last.values()) - min(first.values()))
+        begin, end = max(mine[0] for mine in times), min(mine[-1] for mine in times)
+        return sum(begin < when <= end for mine in times for when in mine) / (end - begin)
     finally:
         engine.close()
 

@@ -67,9 +67,16 @@ class Times:
         """Seconds of each stage for n_tokens tokens of one prompt."""
         return self._seconds(Ops(self._setup, n_tokens, n_past, n_tokens), n_tokens > 1)
 
+    def reads(self, n_past, n_streams=1):
+        """Bytes that each stage reads for a token of n_streams conversations."""
+        ops = Ops(self._setup, 1, n_past, n_streams)
+        return [float((ops.weights + n_streams * ops.caches)[mine].sum()) for mine in self._in_stages(ops)]
+
     def _seconds(self, ops, *args):
-        return [float(ops.seconds(node, *args)[(first <= ops.layers) & (ops.layers < stop)].sum())
-                for (first, stop), node in zip(self._ranges, self._nodes)]
+        return [float(ops.seconds(node, *args)[mine].sum()) for mine, node in zip(self._in_stages(ops), self._nodes)]
+
+    def _in_stages(self, ops):
+        return [(first <= ops.layers) & (ops.layers < stop) for first, stop in self._ranges]
 
 
 def depth_of(n_stages):
@@ -110,15 +117,14 @@ def one_stream(seconds, link, wire):
 def in_turn(seconds, link, wire, n_steps, n_each=1):
     """Seconds between results of n_steps steps that are under way at once.
 
-    Each is of n_each conversations, whose next tokens the driver sends when it has the last ones. Whichever is longest: the slowest stage,
-    the rows on the wire, or the way of a step around, by the number of steps.
+    Each is of n_each conversations, whose next tokens the last stage starts. Whichever is longest: the slowest stage, the rows on the wire,
+    or the way of a step around, by the number of steps.
     """
     n = len(seconds)
     if n == 1:
         return seconds[0]
     frame = wire.step(n_each, n_each, n_each)
-    way = sum(seconds) + (n - 1) * link.seconds(frame) + link.seconds(wire.result(n_each)) + link.seconds(
-        wire.step(n_each, n_each, n_each, first=True))
+    way = sum(seconds) + (n - 1) * link.seconds(frame) + link.seconds(wire.step(n_each, n_each, n_each, first=True))
     return max(*seconds, frame / link.bandwidth, way / n_steps)
 
 
@@ -151,14 +157,14 @@ def forecast(setup, ranges, nodes, link, wire="f32", n_streams=None, assumed=())
     their own; None: as many as stages, which fill them. assumed: names of options that were not given. Sizes are bytes, times seconds;
     generation is at the end of the context.
     """
-    n, rows, times = len(ranges), wire_of(setup, wire), Times(setup, ranges, nodes)
+    n, rows, times, chunk = len(ranges), wire_of(setup, wire), Times(setup, ranges, nodes), min(CHUNK, setup.n_ubatch)
     groups = Groups.of(n_streams or n, n)
     parts, n_past, n_prompt = Parts(setup, groups.streams), setup.n_ctx - 1, min(PROMPT, setup.n_ctx)
     shares = [parts.share(*pair) for pair in zip(ranges, nodes)]
     one, reads = one_stream([share.seconds for share in shares], link, rows), sum(share.seconds for share in shares)
     each = [share.seconds for share in shares] if groups.each == 1 else times.generation(n_past, groups.each)
     between = one if groups.streams == 1 else in_turn(each, link, rows, groups.steps, groups.each)
-    first = prompt_seconds(times.prompt, link, rows, chunks(n_prompt), depth_of(n))
+    first = prompt_seconds(times.prompt, link, rows, chunks(n_prompt, most=chunk), depth_of(n))
     return {
         "options": f"--stages {','.join(map(str, ranges))}",
         "stages": [{"layers": str(share.layers), "node": share.node.name, "memory": share.node.memory, "bandwidth": share.node.bandwidth,
@@ -170,7 +176,7 @@ def forecast(setup, ranges, nodes, link, wire="f32", n_streams=None, assumed=())
         "one": {"ts": 1 / one, "seconds": one, "wire_seconds": one - reads},
         "many": {"streams": groups.streams, "steps": groups.steps, "ts": groups.streams / groups.steps / between,
                  "step_seconds": between},
-        "prompt": {"tokens": n_prompt, "chunk": min(CHUNK, n_prompt), "seconds": first, "ts": n_prompt / first}, "assumed": list(assumed)}
+        "prompt": {"tokens": n_prompt, "chunk": min(chunk, n_prompt), "seconds": first, "ts": n_prompt / first}, "assumed": list(assumed)}
 
 
 def in_words(found):
