@@ -7,6 +7,7 @@ import pytest
 from helpers import normal, rng, tensor
 
 from pydsa.backends import cpu
+from pydsa.backends.cpu import threads
 from pydsa.backends.cpu.blocks.dots import DOT_TOKENS
 from pydsa.backends.cpu.int16.tiles import TILES_HERE
 from pydsa.backends.cpu.jit import FIRST_LEVEL_CACHE
@@ -63,6 +64,15 @@ def test_heads(kind):
     alone = np.concatenate([run("head_linear", (1, 3, 5), weight(kind, 1, 3, 5, 256), x[t:t + 1]) for t in range(len(x))])
     for n in COUNTS:
         assert np.array_equal(run("head_linear", (n, 3, 5), weight(kind, n, 3, 5, 256), x[:n]), alone[:n]), n
+
+
+def test_heads_are_divided_among_threads():
+    """All in one task, or some: four, three, two."""
+    x, w, found = normal(3, 7, 256), cpu.weight(tensor("Q4_K", 7, 40, 256)), []
+    for n in (1, 2, 3, 8):
+        threads.set_threads(n)
+        found.append(run("head_linear", (3, 7, 40), w, x))
+    assert np.isfinite(found[0].view(np.float32)).all() and all(np.array_equal(other, found[0]) for other in found)
 
 
 @pytest.mark.skipif(not TILES_HERE, reason="for CPUs with AVX-512 VNNI")

@@ -76,10 +76,10 @@ def test_threads_that_sleep_are_woken():
 
     Only as many as there are tasks for.
     """
-    alone, apart = [stage(50e-6)], [stage(*[200e-6] * 3)]
+    alone, apart = [stage(2 * team_model.SPIN)], [stage(*[200e-6] * 3)]
     seconds = [simulate(list(intervals), 8, ENDLESS)[-1].hand_outs for intervals in ([apart], [alone, apart])]
     assert seconds[0] < 1e-6 and seconds[1] == pytest.approx(team_model.WAKE_CALL + team_model.WAKE + team_model.WAKE_EACH, rel=0.05)
-    _, idle = team_model.hand_out([200e-6] * 3, 50e-6, [0.0] * 7)
+    _, idle = team_model.hand_out([200e-6] * 3, 2 * team_model.SPIN, [0.0] * 7)
     assert idle.count(0.0) == 5 and len(idle) == 7
 
 

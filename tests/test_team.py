@@ -145,6 +145,8 @@ def test_every_task_is_done_once_and_in_time(n_threads, end):
         chains.run()
         if choose.random() < 0.02:
             time.sleep(choose.random() / 1000)
+            if choose.random() < 0.5:
+                threads.set_threads(n_threads)      # wakes those that sleep
     assert chains.threads < 1 << n_threads and (n_threads == 1) == (chains.threads == 1)
 
 
@@ -180,6 +182,27 @@ def test_pauses_are_counted_while_the_thread_is_interrupted(monkeypatch):
             time.sleep(0.005)
     monkeypatch.setattr(team, "count_pauses", interrupted)
     assert threads._pauses() > alone / 4
+
+
+def test_sleepers_are_roused_before_a_step():
+    """They look for it as long as before they slept, here until they are told."""
+    threads.set_threads(2)
+    Chains(pattern(2)).run()
+    state, until = threads._teams[2]._state, time.monotonic() + 60
+    pauses = state[team.PAUSES // 8]
+
+    def wait_for(n):
+        while state[team.SLEEPERS // 8] != n:
+            assert time.monotonic() < until
+            time.sleep(0.001)
+    wait_for(1)
+    try:
+        state[team.PAUSES // 8] = 1 << 60
+        threads.set_threads(2)
+        wait_for(0)
+    finally:
+        state[team.PAUSES // 8] = pauses
+    wait_for(1)
 
 
 def test_teams_of_all_sizes_take_turns():

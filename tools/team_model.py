@@ -17,7 +17,7 @@ HAND_OUT = 90e-9        # to reset the two words of an interval, which other thr
 SEEN, READ = 100e-9, 15e-9      # until the first waiting thread sees the interval, and each further one
 # A thread that found no work for SPIN sleeps. Measured there: a sleeper runs 20 us after it is woken. The thread that wakes it makes a
 # system call, which takes about 2 us, and an estimated microsecond for each sleeper.
-SPIN, WAKE, WAKE_CALL, WAKE_EACH = 20e-6, 20e-6, 2e-6, 1e-6
+SPIN, WAKE, WAKE_CALL, WAKE_EACH = 100e-6, 20e-6, 2e-6, 1e-6
 
 
 class Stage(NamedTuple):

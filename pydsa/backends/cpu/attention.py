@@ -28,6 +28,7 @@ NO_MASK = np.empty((1, 0), np.float32)
 FEW_TOKENS = 4          # the most tokens whose keys are split among tasks, as in flash-decoding
 SPLIT_KEYS, MOST_SPLITS = 64, 32        # the fewest keys of a split, and the most splits of a token, whatever the number of threads
 TASK_HEADS = 32         # the fewest heads of a task: each task packs the keys that it reads
+FEW_TASK_HEADS = 16 if amx.HERE else 8      # of a token with few heads, whose keys are not divided: sums are the same by eights
 KEY_BYTES = 2048        # of what comes next, fetched for each key of a single token: about what memory gives meanwhile
 FEW_HEADS = 32          # the most heads for which a token's scores are computed from keys as they lie, without transposing them
 
@@ -88,6 +89,9 @@ def task_size(q, latents, keys, n_splits, n_threads):
     if not latents.alone and keys.ndim == 1 and n_tokens > FEW_TOKENS and q.strides[0] == n_head * q.strides[1]:
         tokens = max(1, min(QUERIES // n_head, n_tokens // n_threads))
     n = (n_tokens + tokens - 1) // tokens * n_splits
+    if n_tokens * n_splits == 1 and n_head <= FEW_HEADS:
+        parts = (n_head + FEW_TASK_HEADS - 1) // FEW_TASK_HEADS
+        return 1, min(n_head, (parts + n_threads - 1) // n_threads * FEW_TASK_HEADS)
     while tokens == 1 and heads >= 2 * TASK_HEADS and (n_head + heads - 1) // heads * n < 2 * n_threads:
         heads = (heads + 1) // 2
     return tokens, heads

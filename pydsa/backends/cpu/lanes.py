@@ -7,8 +7,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.simd import (F32, FAST, FEATURES, I8, I16, I32, INTP, Vec, _join, _split, call_llvm, constant, f32x16, i16x32,
-                                     i32x16, nearest, pack, pointer, reduce_add)
+from pydsa.backends.cpu.simd import (F32, FAST, FEATURES, I8, I16, I32, INTP, Vec, _join, _split, call_llvm, constant, f32x8, f32x16,
+                                     i16x32, i32x16, int16_dots, nearest, pack, pointer, reduce_add)
 
 
 @intrinsic
@@ -104,14 +104,70 @@ lower_half, upper_half = _piece(2, 0), _piece(2, 1)
 first_quarter, second_quarter, third_quarter, last_quarter = (_piece(4, i) for i in range(4))
 
 
+def _fold(builder, rows, bits, combine):
+    """Emit one vector of sixteen lanes that combines pairs of lanes of many.
+
+    bits: in which the indices of a pair's lanes differ. A lane with the first bit is of the last half of the rows, and so on.
+    """
+    for bit in bits:
+        half = len(rows) // 2
+        low = constant([j if not j & bit else j - bit + 16 for j in range(16)])
+        high = constant([j + bit if not j & bit else j + 16 for j in range(16)])
+        rows = [combine(builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high)) for a, b in zip(rows[:half], rows[half:])]
+    return rows[0]
+
+
 def sum_rows(builder, rows):
     """Emit the sums of the lanes of each of sixteen f32x16, as one vector."""
-    for step in (8, 4, 2, 1):       # lanes without this bit hold row i, those with it row i + step
-        low = constant([j if not j & step else j - step + 16 for j in range(16)])
-        high = constant([j + step if not j & step else j + 16 for j in range(16)])
-        rows = [builder.fadd(builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high), flags=FAST)
-                for a, b in zip(rows[:step], rows[step:])]
-    return rows[0]
+    return _fold(builder, rows, (8, 4, 2, 1), lambda a, b: builder.fadd(a, b, flags=FAST))
+
+
+def _load_rows(builder, address, n, kind):
+    return [builder.load(pointer(builder, builder.add(address, INTP(64 * i)), kind), align=4) for i in range(n)]
+
+
+@intrinsic
+def group_maxima(typingctx, address):
+    """Return the largest magnitude of each of eight groups of 32 floats.
+
+    NaN where there is one: as integers the bits of magnitudes have the same order.
+    """
+    def codegen(context, builder, signature, args):
+        def larger(a, b):
+            return builder.select(builder.icmp_signed(">", a, b), a, b)
+        rows = [builder.and_(v, constant([0x7FFFFFFF] * 16)) for v in _load_rows(builder, args[0], 16, i32x16.ir)]
+        top = _fold(builder, [larger(a, b) for a, b in zip(rows[::2], rows[1::2])], (4, 2, 1), larger)
+        return builder.bitcast(larger(*(builder.shuffle_vector(top, top, constant(range(i, i + 8))) for i in (0, 8))), f32x8.ir)
+    return f32x8(types.intp), codegen
+
+
+@intrinsic
+def sums_of_two(typingctx, v):
+    """Return the sums of int16 2 i and 2 i + 1."""
+    def codegen(context, builder, signature, args):
+        return int16_dots(builder, None, args[0], constant([1] * 32, I16))
+    return i32x16(i16x32), codegen
+
+
+@intrinsic
+def half_group_sums(typingctx, address):
+    """Return the sums of the halves of eight groups of 32 integers.
+
+    As f32x16. At an address are the sums_of_two of each group, whose even elements come first.
+    """
+    def codegen(context, builder, signature, args):
+        sums = _fold(builder, _load_rows(builder, args[0], 8, i32x16.ir), (8, 2, 1), builder.add)       # bit 4: the second half
+        sums = builder.shuffle_vector(sums, sums, constant([j & 8 | (j & 1) << 2 | (j & 6) >> 1 for j in range(16)]))
+        return builder.sitofp(sums, f32x16.ir)
+    return f32x16(types.intp), codegen
+
+
+@intrinsic
+def sums_of_pairs(typingctx, v):
+    """Return the sums of lanes 2 i and 2 i + 1."""
+    def codegen(context, builder, signature, args):
+        return builder.fadd(*(builder.shuffle_vector(args[0], args[0], constant(range(i, 16, 2))) for i in (0, 1)), flags=FAST)
+    return f32x8(f32x16), codegen
 
 
 @intrinsic
@@ -121,8 +177,7 @@ def row_sums(typingctx, address):
     It takes half as many instructions as sixteen separate reductions.
     """
     def codegen(context, builder, signature, args):
-        rows = [builder.load(pointer(builder, builder.add(args[0], INTP(64 * i)), f32x16.ir), align=4) for i in range(16)]
-        return sum_rows(builder, rows)
+        return sum_rows(builder, _load_rows(builder, args[0], 16, f32x16.ir))
     return f32x16(types.intp), codegen
 
 

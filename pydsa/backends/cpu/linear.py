@@ -232,40 +232,41 @@ def pack_tokens(w, x, token_stride, head_stride, n_head, n_tokens, n_in, task):
 
 @inner
 def task_sizes(w, n_head, n_out, row_bytes, n_tokens, n_threads):
-    """Return the rows and the tokens of a task of multiply_rows."""
+    """Return the matrices, rows and tokens of a task of multiply_rows."""
     if n_tokens <= w.gemv_tokens:
         rows = gemv_task_rows(n_head * n_out, row_bytes, n_threads)
         if w.multiply_tiles and n_tokens > BLOCK_TOKENS:
-            return min(n_out, (rows + TILED_ROWS - 1) // TILED_ROWS * TILED_ROWS), n_tokens
+            return 1, min(n_out, (rows + TILED_ROWS - 1) // TILED_ROWS * TILED_ROWS), n_tokens
         tokens = gemv_tokens_together(row_bytes // w.block_bytes * w.block)
-        return min(n_out, rows), min(n_tokens, tokens)
+        return (rows + n_out - 1) // n_out, min(n_out, rows), min(n_tokens, tokens)
     rows = min(n_out, gemm_task_rows(n_out, n_head, n_threads))
-    return rows, gemm_task_tokens(n_tokens, (n_out + rows - 1) // rows * n_head, n_threads)
+    return 1, rows, gemm_task_tokens(n_tokens, (n_out + rows - 1) // rows * n_head, n_threads)
 
 
 @inner
 def begin_rows(w, n_head, n_out, row_bytes, n_tokens, task):
     """Count the tasks of multiply_rows."""
-    rows, tokens = task_sizes(w, n_head, n_out, row_bytes, n_tokens, task.n_threads)
-    return n_head * ((n_out + rows - 1) // rows) * ((n_tokens + tokens - 1) // tokens)
+    heads, rows, tokens = task_sizes(w, n_head, n_out, row_bytes, n_tokens, task.n_threads)
+    return ((n_head + heads - 1) // heads) * ((n_out + rows - 1) // rows) * ((n_tokens + tokens - 1) // tokens)
 
 
 @inner
 def multiply_rows(w, n_head, n_out, row_bytes, n_tokens, n_in, out, token_stride, head_stride, task):
-    """Multiply some rows with some tokens."""
-    size, tokens = task_sizes(w, n_head, n_out, row_bytes, n_tokens, task.n_threads)
-    groups = (n_out + size - 1) // size
-    h, r, first = task.index // groups % n_head, task.index % groups * size, task.index // (groups * n_head) * tokens
-    rows, n = address(w.data) + (h * n_out + r) * row_bytes, min(size, n_out - r)
-    x = task.scratch + addresses_bytes(n_head * n_tokens) + h * packed_bytes(w, n_tokens, n_in)
-    tokens = min(tokens, n_tokens - first)
+    """Multiply some rows of some matrices with some tokens."""
+    heads, size, tokens = task_sizes(w, n_head, n_out, row_bytes, n_tokens, task.n_threads)
+    groups, parts = (n_out + size - 1) // size, (n_head + heads - 1) // heads
+    part, r, first = task.index // groups % parts, task.index % groups * size, task.index // (groups * parts) * tokens
+    n, tokens = min(size, n_out - r), min(tokens, n_tokens - first)
     memory = task_scratch(task.thread, 16 * tokens)
-    out_at = put_addresses(memory, out + h * head_stride + 4 * r + first * token_stride, token_stride, tokens)
-    if by_blocks(w, n_tokens):
-        x_at = put_addresses(memory + 8 * tokens, x + first * rounded_bytes(n_in), rounded_bytes(n_in), tokens)
-        gemv_rows(w, rows, n, n_in, x_at, tokens, out_at)
-    else:
-        gemm_rows(w, rows, n, n_in, x, n_tokens, first, tokens, out_at, task.thread)
+    for h in range(part * heads, min(n_head, (part + 1) * heads)):
+        rows = address(w.data) + (h * n_out + r) * row_bytes
+        x = task.scratch + addresses_bytes(n_head * n_tokens) + h * packed_bytes(w, n_tokens, n_in)
+        out_at = put_addresses(memory, out + h * head_stride + 4 * r + first * token_stride, token_stride, tokens)
+        if by_blocks(w, n_tokens):
+            x_at = put_addresses(memory + 8 * tokens, x + first * rounded_bytes(n_in), rounded_bytes(n_in), tokens)
+            gemv_rows(w, rows, n, n_in, x_at, tokens, out_at)
+        else:
+            gemm_rows(w, rows, n, n_in, x, n_tokens, first, tokens, out_at, task.thread)
 
 
 @inner

@@ -1,9 +1,12 @@
 """Round float32 to integers of 8 or 16 bits with one shared scale."""
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
 from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.lanes import store_int8x2
-from pydsa.backends.cpu.simd import float_at, floats, load_floats, max_abs_lanes, reduce_max_abs, store
+from pydsa.backends.cpu.simd import (F32, broadcast, constant, f32x8, float_at, floats, load_floats, max_abs_lanes, reduce_max_abs,
+                                     store)
 from pydsa.quants import INT8X2_MAX
 
 
@@ -19,6 +22,15 @@ def max_abs_of(x, n):
     for k in range(n // 16 * 16, n):
         top = max_abs_lanes(top, floats(float_at(x, 4 * k)))
     return reduce_max_abs(top, top)
+
+
+@intrinsic
+def quotients(typingctx, dividend, v):
+    """Divide a float by each of eight, or return 0 where one is tiny or NaN."""
+    def codegen(context, builder, signature, args):
+        dividend, v = broadcast(builder, args[0], 8), args[1]
+        return builder.select(builder.fcmp_ordered(">", v, constant([1e-30] * 8, F32)), builder.fdiv(dividend, v), constant([0.0] * 8, F32))
+    return f32x8(types.float32, f32x8), codegen
 
 
 @inner

@@ -382,6 +382,10 @@ def round_int16(typingctx, a, b, factor):
     def codegen(context, builder, signature, args):
         factor = broadcast(builder, args[2], 16)
         values = [nearest(builder, builder.fmul(v, factor)) for v in args[:2]]
+        if "avx512bw" in FEATURES:      # one permute of their lower halves
+            values = [builder.bitcast(v, i16x32.ir) for v in values]
+            return call_llvm(builder, "llvm.x86.avx512.vpermi2var.hi.512", i16x32.ir,
+                             [values[0], constant([*range(0, 64, 4), *range(2, 64, 4)], I16), values[1]])
         values = [builder.trunc(v, ir.VectorType(I16, 16)) for v in values]
         return builder.shuffle_vector(*values, constant([*range(0, 32, 2), *range(1, 32, 2)]))
     return i16x32(f32x16, f32x16, types.float32), codegen

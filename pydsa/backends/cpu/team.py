@@ -133,17 +133,18 @@ def wait(at, interval, thread):
 
     Before it sleeps, a thread that has nothing to fetch looks at the word for a while.
     """
-    looks, pauses, fetched = 0, i64_at(at, PAUSES), 0
+    looks, fetched = 0, 0
     while upper_half(load_word(at + TICKET)) == interval:
         if fetched < MOST and fetch_share(at + COMING, thread, i64_at(at, N_THREADS), fetched):
             fetched += PIECE
-        elif looks < pauses:
+        elif looks < i64_at(at, PAUSES):
             pause()
             looks += 1
         else:
             add_to_word(at + SLEEPERS, 1)       # first say so, then look once more, as sleep_while does
             sleep_while(at + TICKET, interval)
             add_to_word(at + SLEEPERS, -1)
+            looks = 0       # it may have been roused
 
 
 @inner
@@ -194,6 +195,13 @@ def run_step(at, intervals, n):
 def stay(at, thread):
     """What the other threads do until they are let go."""
     walk(at, thread, True)
+
+
+@kernel
+def rouse(at):
+    """Wake those that sleep, to look for a step that is about to begin."""
+    if load_word(at + SLEEPERS) > 0:
+        wake(at + TICKET, LAST - 1)
 
 
 @kernel

@@ -24,7 +24,7 @@ from pydsa.numa import memory_placed, place_memory, place_thread, planned_cpus, 
 from pydsa.signals import interrupts_held
 
 LAST_STEP = 10      # seconds that the end of the program waits for a step
-SPIN = 2e-5         # seconds that a thread looks for work before it sleeps: to wake one takes as long
+SPIN = 1e-4         # seconds that a thread looks for work before it sleeps: some of attention by one thread, and of Python before a step
 
 
 def default_threads():
@@ -54,7 +54,7 @@ class _Team:
     """
 
     def __init__(self, n):
-        self.n, self.threads = n, []
+        self.n, self.threads, self._scratch = n, [], None
         self._plan = settled_plan()
         self._places = self._plan and self._plan.places(n, affinity() or self._plan.cpus)
         memory = np.zeros(team.STATE_BYTES + 128, np.uint8)
@@ -89,7 +89,8 @@ class _Team:
 
     def run(self, intervals, n):
         self.start()
-        self._state[team.SCRATCH // 8] = _scratch[1]
+        if self._scratch != _scratch[1]:
+            self._scratch = self._state[team.SCRATCH // 8] = _scratch[1]
         if self._plan is None:
             team.run_step(self.at, intervals, n)
             return
@@ -124,9 +125,14 @@ _ended = False      # whether the program is about to end
 
 
 def set_threads(n):
-    """Let the following steps use n threads."""
+    """Let the following steps use n threads.
+
+    They wake up while Python prepares the first of these steps: that takes as long.
+    """
     global _n
-    _n = n
+    _n, of_n = n, _teams.get(n)
+    if of_n is not None:
+        team.rouse(of_n.at)
 
 
 def run(intervals, n, scratch_bytes):
@@ -150,7 +156,7 @@ def wanted():
     """The kernels of a team, to be compiled with the ops."""
     word = types.int64
     return [wanted_kernel(team.set_up, word), wanted_kernel(team.run_step, word, word, word), wanted_kernel(team.stay, word, word),
-            wanted_kernel(team.let_go, word), wanted_kernel(team.count_pauses, word)]
+            wanted_kernel(team.rouse, word), wanted_kernel(team.let_go, word), wanted_kernel(team.count_pauses, word)]
 
 
 def _close():

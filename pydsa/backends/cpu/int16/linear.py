@@ -11,13 +11,14 @@ from pydsa.backends.cpu.byte_pairs import join_columns
 from pydsa.backends.cpu.codes import natural_order, to_columns
 from pydsa.backends.cpu.int16.gemm import GROUP, LARGEST_SUM, TILE, TILE_ROWS, int16_products, whole_products
 from pydsa.backends.cpu.int16.tiles import matmul_few, takes_few
-from pydsa.backends.cpu.jit import call_intp_function, inner
+from pydsa.backends.cpu.jit import call_intp_function, inline, inner
 from pydsa.backends.cpu.jobs import read_matmul_job
-from pydsa.backends.cpu.lanes import first_quarter, last_quarter, second_quarter, sum_abs, third_quarter, transpose
-from pydsa.backends.cpu.rounding import max_abs_of
+from pydsa.backends.cpu.lanes import (first_quarter, group_maxima, half_group_sums, last_quarter, second_quarter, sum_abs,
+                                      sums_of_pairs, sums_of_two, third_quarter, transpose)
+from pydsa.backends.cpu.rounding import max_abs_of, quotients
 from pydsa.backends.cpu.scratch import thread_scratch
-from pydsa.backends.cpu.simd import (INT16_TOKENS, float_at, floats, i64_at, load_8_floats, load_floats, max_abs_lanes, prefetch,
-                                     reduce_max_abs, round_int16, store, sums_of_16, u8_at)
+from pydsa.backends.cpu.simd import (INT16_TOKENS, eight_floats, float_at, floats, i64_at, load_8_floats, load_floats, max_abs_lanes,
+                                     prefetch, reduce_max_abs, round_int16, stack_memory, store, sums_of_16, u8_at)
 
 
 MAX_INT16 = 32767         # activation of prompts, rounded
@@ -32,35 +33,52 @@ def round_row(x, n, order, out, stride):
     They are permuted as `order` says (blocks/block.py), which may also ask for one scale for all 256. n is a multiple of 32; the rest of a
     superblock is 0. A value that is not finite makes the scale not finite.
     """
-    one_scale, max_abs = u8_at(order, 0) & ONE_SCALE != 0, np.float32(0)
-    for k in range(0, (n + 255) // 256 * 256, 32):
-        superblock, j = out + k // 256 * stride, k // 32 % 8
-        scale, first, second = np.float32(0), np.float32(0), np.float32(0)
-        if k < n:
-            a, b = load_floats(x, 4 * k), load_floats(x, 4 * k + 64)
-            if not one_scale:
-                max_abs = reduce_max_abs(a, b)
-            elif j == 0:
-                max_abs = max_abs_of(x + 4 * k, min(256, n - k))
-            scale = max_abs / np.float32(MAX_INT15)
-            values = round_int16(a, b, np.float32(MAX_INT15) / max_abs if max_abs > np.float32(1e-30) else np.float32(0))
-            first, second = sums_of_16(values)
-            if u8_at(order, 0) & NATURAL_ORDER:
-                values = natural_order(values)
-            store(superblock, 16 * (u8_at(order, 4 * j) & 31), first_quarter(values))
-            store(superblock, 16 * (u8_at(order, 4 * j + 1) & 31), second_quarter(values))
-            store(superblock, 16 * (u8_at(order, 4 * j + 2) & 31), third_quarter(values))
-            store(superblock, 16 * (u8_at(order, 4 * j + 3) & 31), last_quarter(values))
-        store(superblock, SCALES + 4 * j, scale)
-        store(superblock, MINS + 4 * j, scale * (first + second))
-        store(superblock, MINS_16 + 8 * j, scale * first)
-        store(superblock, MINS_16 + 8 * j + 4, scale * second)
-        if j == 7 and u8_at(order, 0) & IN_COLUMNS:
+    flags, rest = u8_at(order, 0), stack_memory()
+    for k in range(0, n, 256):      # all scales first: a superblock's would be waited for
+        source = x + 4 * k
+        if n - k < 256:
+            source = rest
+            for at in range(0, 1024, 64):
+                store(rest, at, load_floats(x + 4 * k, at) if at < 4 * (n - k) else floats(np.float32(0)))
+        maxima = eight_floats(max_abs_of(source, 256)) if flags & ONE_SCALE else group_maxima(source)
+        store(out + k // 256 * stride, SCALES, maxima * np.float32(1 / MAX_INT15))
+        store(out + k // 256 * stride, MINS, quotients(np.float32(MAX_INT15), maxima))       # until the mins are known
+    for k in range(0, n, 256):
+        superblock = out + k // 256 * stride
+        round_256(x + 4 * k, min(8, (n - k) // 32), order, superblock)
+        if flags & IN_COLUMNS:
             to_columns(superblock)
             if HERE and u8_at(order, 1) & (BYTES_BY_SIGN | BYTES_BY_INDEX):
                 split_columns(superblock, u8_at(order, 1))
             if HERE and u8_at(order, 1) & BYTES_IN_PAIRS:
                 join_to_pair(superblock, k // 256, (n + 255) // 256, stride)
+
+
+@inner
+def round_256(x, n, order, superblock):
+    """Round n groups of 32 floats to a superblock that has their scales."""
+    sums, flags, scales = stack_memory(), u8_at(order, 0), load_8_floats(superblock, SCALES)
+    for j in range(n):
+        values = round_int16(load_floats(x, 128 * j), load_floats(x, 128 * j + 64), float_at(superblock, MINS + 4 * j))
+        store(sums, 64 * j, sums_of_two(values))
+        if flags & NATURAL_ORDER:
+            values = natural_order(values)
+        if flags & IN_COLUMNS:
+            store(superblock, 64 * j, values)       # is loaded as a whole at once
+        else:
+            store_pieces(superblock, values, order + 4 * j)
+    totals = half_group_sums(sums)
+    store(superblock, MINS, sums_of_pairs(totals) * scales)
+    store(superblock, MINS_16, totals * repeat_each(scales))
+
+
+@inline
+def store_pieces(superblock, values, order):
+    """Store the quarters of 32 int16 where an order has them."""
+    store(superblock, 16 * (u8_at(order, 0) & 31), first_quarter(values))
+    store(superblock, 16 * (u8_at(order, 1) & 31), second_quarter(values))
+    store(superblock, 16 * (u8_at(order, 2) & 31), third_quarter(values))
+    store(superblock, 16 * (u8_at(order, 3) & 31), last_quarter(values))
 
 
 @inner
