@@ -1,5 +1,6 @@
 """House rules as checks: who may import what, what importing costs, how long a file may be, equal backends."""
 import ast
+import functools
 import graphlib
 import importlib
 import inspect
@@ -45,9 +46,15 @@ def module(path):
 MODULES = {module(path): path for path in FILES}
 
 
+@functools.cache
+def nodes(path):
+    """The nodes of a file's syntax tree, parsed once for all tests."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imports(path):
     """The modules that a file imports, anywhere in it, by full name."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -89,8 +96,8 @@ def test_who_may_import_numba(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_only_the_cuda_backend_imports_numba_cuda(name):
-    nodes = [node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.ImportFrom)]
-    found = any(node.module.startswith("numba.cuda") or node.module == "numba" and "cuda" in [a.name for a in node.names] for node in nodes)
+    found = any(node.module.startswith("numba.cuda") or node.module == "numba" and "cuda" in [a.name for a in node.names]
+                for node in nodes(MODULES[name]) if isinstance(node, ast.ImportFrom))
     assert not found or name.startswith("pydsa.backends.cuda")
 
 
@@ -105,7 +112,7 @@ def test_importing_is_cheap(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_only_the_command_line_prints(name):
-    calls = [node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.Call)]
+    calls = [node for node in nodes(MODULES[name]) if isinstance(node, ast.Call)]
     prints = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
     assert part(name) in ("cli", "__main__") or not prints
 
@@ -121,7 +128,7 @@ LONG = {}
 
 
 def functions(path):
-    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return [node for node in nodes(path) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
 @pytest.mark.parametrize("folder", ["pydsa", "tests", "tools"])
@@ -141,7 +148,7 @@ def first_sentence(docstring):
 def test_docstrings_begin_with_a_short_sentence(folder):
     """So that the tree can be scanned, in the docs and in an editor."""
     long = [f"{path.relative_to(ROOT)}:{getattr(node, 'name', 'module')}: {first_sentence(docstring)}"
-            for path in sorted((ROOT / folder).rglob("*.py")) for node in ast.walk(ast.parse(path.read_text()))
+            for path in sorted((ROOT / folder).rglob("*.py")) for node in nodes(path)
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
             and (docstring := ast.get_docstring(node)) and len(first_sentence(docstring)) > 72]
     assert not long, "\n".join(long)
@@ -182,10 +189,9 @@ def test_backends_have_kernels_for_every_type():
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith(("pydsa.backends", "pydsa.cli"))])
 def test_only_backends_tell_devices_apart(name):
     """By name: an option's default is the only use of one, beside the table of devices and the command line."""
-    tree = ast.parse(MODULES[name].read_text())
-    defaults = {(node.lineno, node.col_offset) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef)
+    defaults = {(node.lineno, node.col_offset) for function in nodes(MODULES[name]) if isinstance(function, ast.FunctionDef)
                 for node in function.args.defaults}
-    used = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value in ("cpu", "cuda", "reference")
+    used = [node.lineno for node in nodes(MODULES[name]) if isinstance(node, ast.Constant) and node.value in ("cpu", "cuda", "reference")
             and (node.lineno, node.col_offset) not in defaults]
     assert not used
 
