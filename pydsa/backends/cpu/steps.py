@@ -4,6 +4,7 @@ import itertools
 import time
 
 from pydsa.backends.cpu import threads
+from pydsa.backends.cpu.attention import together
 from pydsa.backends.cpu.fetching import ASKING, begin_step, sample_of, with_requests
 from pydsa.backends.cpu.jit import compile_all, listing, wanted_function
 from pydsa.backends.cpu.op import Step, signature_of
@@ -27,7 +28,7 @@ def grouped(calls, levels):
 
     calls: [(node, op, args)].
     """
-    return [[(op, args) for _, (_, op, args) in group] for _, group in itertools.groupby(zip(levels, calls), lambda x: x[0])]
+    return [together([(op, args) for _, (_, op, args) in group]) for _, group in itertools.groupby(zip(levels, calls), lambda x: x[0])]
 
 
 class Recording:
