@@ -44,7 +44,7 @@ def test_logits_are_those_of_each_session_alone(small_model, load, spec, options
 
 
 def test_keys_that_are_not_divided(small_model, load):
-    """Alone a token's keys are divided among threads; four tokens are a task each, with the same bits."""
+    """Four tokens are a task each, with the bits of keys that are divided."""
     model = load(small_model(), attention="dense", threads=1, threads_batch=2)
     lengths, tokens = [70, 100, 66, 120], [[7], [8], [9], [10]]
     expected, sessions, batch = alone(model, lengths, tokens), sessions_of(model, lengths), Batch(model.runner, model.setup)

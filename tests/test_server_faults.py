@@ -242,7 +242,7 @@ def test_events_that_nobody_reads_are_bounded(server, monkeypatch):
 
 
 def test_tokens_are_written_at_once_or_through_asgi(server, monkeypatch):
-    """A client sees no difference; an error while one is written is told in the stream."""
+    """A client sees no difference; a fault is told in the stream."""
     def choices():
         return [chunk.get("choices") for chunk in events(call(server, "POST", TEXT, ENDLESS | {
             "max_tokens": 30, "temperature": 0, "stream": True})[2])]

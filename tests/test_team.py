@@ -418,7 +418,7 @@ def test_matrices_of_one_activation_share_its_packed_form(small_model, load, nam
 
 
 def test_signatures():
-    """One object for arguments of equal types, whatever their shapes; the types are numba's."""
+    """One object for arguments of equal types, whatever their shapes."""
     first = np.zeros((3, 4), np.float32), 1, 2.0, True
     same = np.zeros((5, 8), np.float32)[::2, ::2], 7, 3.0, False
     assert signature_of(first) is signature_of(same) and signature_of(first) == tuple(map(kind_of, first))

@@ -61,7 +61,10 @@ class Connection(H11Protocol):
 
     @property
     def takes_parts(self):
-        """Whether write_part() may be called: within a body in chunks that the client reads."""
+        """Whether write_part() may be called.
+
+        It may within a body in chunks, while the client takes what is written.
+        """
         return (self.conn.our_state is h11.SEND_BODY and self.conn.their_http_version == b"1.1" and not self.flow.write_paused
                 and not self.transport.is_closing())
 

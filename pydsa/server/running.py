@@ -113,9 +113,10 @@ def _steady_memory():
 
 
 def _steady_collector():
-    """Let Python's collector of cycles pass over all that there is: it lasts as long as the process.
+    """Let Python's collector of cycles pass over the model and its code.
 
-    It would look at the 174,000 objects of a model's code for 90 ms, again and again, in which no other thread runs Python.
+    They last as long as the process. It would look at their 174,000 objects for 90 ms, again and again, in which no other thread runs
+    Python.
     """
     gc.collect()
     gc.freeze()

@@ -66,7 +66,7 @@ def split_size(n_keys, n_head):
 
 @inner
 def is_whole(latents, keys, n_threads):
-    """Whether a token's keys are one task: there are enough of other conversations.
+    """Whether a token's keys are one task, as there are enough others.
 
     Its sums are those of its splits, whose results stay in the task's cache.
     """

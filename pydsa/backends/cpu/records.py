@@ -41,7 +41,7 @@ def signature_of(args):
 
 
 def key_of(argument):
-    """What tells the kind of an argument from others, made of no types of numba."""
+    """What tells the kind of an argument, without numba's types."""
     if isinstance(argument, np.ndarray):
         return argument.dtype, argument.ndim
     if isinstance(argument, tuple):
