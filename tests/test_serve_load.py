@@ -122,7 +122,7 @@ def test_what_is_read_of_a_stream():
 
 
 def test_what_is_read_of_a_response():
-    """Heads and chunks may be cut anywhere; a chunk counts when its last byte has come."""
+    """A head and chunks may be cut anywhere."""
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     parts = [(1.0, head[:20]), (2.0, head[20:] + b"3\r\nab"), (3.0, b"c\r"), (4.0, b"\n2\r\nde\r\n0\r\n\r\n")]
     assert body_parts(parts) == [(4.0, b"abc"), (4.0, b"de")]
