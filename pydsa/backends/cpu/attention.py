@@ -95,12 +95,13 @@ def task_size(q, latents, keys, n_splits, n_threads):
     Tokens that have all keys up to their positions share tiles of them, unless they are alone.
     """
     n_tokens, n_head, _ = q.shape
+    if is_whole(latents, keys, n_threads):
+        return 1, n_head
     tokens, heads = 1, n_head
     if not latents.alone and keys.ndim == 1 and n_tokens > FEW_TOKENS and q.strides[0] == n_head * q.strides[1]:
         tokens = max(1, min(QUERIES // n_head, n_tokens // n_threads))
     n = (n_tokens + tokens - 1) // tokens * n_splits
-    least = n_head if is_whole(latents, keys, n_threads) else TASK_HEADS
-    while tokens == 1 and heads >= 2 * least and (n_head + heads - 1) // heads * n < 2 * n_threads:
+    while tokens == 1 and heads >= 2 * TASK_HEADS and (n_head + heads - 1) // heads * n < 2 * n_threads:
         heads = (heads + 1) // 2
     return tokens, heads
 
