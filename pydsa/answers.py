@@ -274,6 +274,8 @@ class Splitter:
 
     def push(self, text):
         """Add text -> the list of Pieces that are certain now."""
+        if self._form is None and self._state == "text" and not self._pending:
+            return [Piece(text)] if text else []
         self._pending += text
         pieces = []
         while (step := getattr(self, f"_{self._state}")()) is not None:

@@ -63,7 +63,7 @@ class Batch:
         # The last tokens, whose logits are wanted, come behind all others: as parts of their own, which see what the others write.
         parts = [(session, mine[:-1], session.n_past) for session, mine in zip(sessions, ids) if len(mine) > 1]
         parts += [(session, mine[-1:], session.n_past + len(mine) - 1) for session, mine in zip(sessions, ids)]
-        positions = np.concatenate([np.arange(first, first + len(some)) for _, some, first in parts])
+        positions = np.array([first + i for _, some, first in parts for i in range(len(some))])
         tokens = [token for _, some, _ in parts for token in some]
         follow = {"follow": self._variant(positions.max() + 1)} if goes_on else {}
         return self._bind(parts, len(sessions)).begin(tokens, positions, logits, (), samplers, **follow)

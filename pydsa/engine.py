@@ -187,19 +187,18 @@ class Engine:
 
     def _listen(self):
         """Take what came in; without anything to do, wait for it."""
-        self._count()
         busy = self._waiting or self._under_way or any(slot.ticket for slot in self._slots)
         if not busy:        # else events are told as a step begins: who hears of them can run meanwhile
+            self._count()
             self._tell()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                item = self._inbox.get(block=not busy)
-                if callable(item):
-                    item()
-                elif item is not None:
-                    self.stats.n_requests += 1
-                    self._waiting.append(item)
-                busy = True
+        while not (busy and self._inbox.empty()):
+            item = self._inbox.get()
+            if callable(item):
+                item()
+            elif item is not None:
+                self.stats.n_requests += 1
+                self._waiting.append(item)
+            busy = True
 
     def _admit(self):
         """Give waiting requests to idle slots, and end those that were cancelled."""

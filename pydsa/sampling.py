@@ -139,6 +139,7 @@ class Sampler:
         self._random = np.random.default_rng(self.sampling.seed)
         biases = self.sampling.logit_bias or {}
         self._biased = np.fromiter(biases, np.int64, len(biases))
+        self._most_biased = max(biases, default=-1)
         self._biases = np.array([-math.inf if bias is False else bias for bias in biases.values()], np.float64)
         self._kept = {}         # dtype -> memory for logits that are changed: fresh memory would cost a page fault every 4 KiB
 
@@ -247,7 +248,8 @@ class Sampler:
 
         No bias is its own, or raises another token to it: logits need not be copied then.
         """
-        self.sampling.check_vocabulary(len(logits))
+        if len(logits) <= self._most_biased:
+            self.sampling.check_vocabulary(len(logits))
         likeliest = int(logits.argmax())
         greatest = logits[likeliest]
         is_biased = likeliest in self.sampling.logit_bias

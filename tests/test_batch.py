@@ -43,6 +43,14 @@ def test_logits_are_those_of_each_session_alone(small_model, load, spec, options
     assert sessions[1].tokens == IDS[1:31] + tokens[1]
 
 
+def test_keys_that_are_not_divided(small_model, load):
+    """Four tokens are a task each, with the bits of keys that are divided."""
+    model = load(small_model(), attention="dense", threads=1, threads_batch=2)
+    lengths, tokens = [70, 100, 66, 120], [[7], [8], [9], [10]]
+    expected, sessions, batch = alone(model, lengths, tokens), sessions_of(model, lengths), Batch(model.runner, model.setup)
+    assert all(np.array_equal(got, logits) for got, logits in zip(batch.run(sessions, tokens), expected[0]))
+
+
 def test_many_sessions(small_model, load):
     """More than are multiplied one by one, and in any order."""
     model = load(small_model())

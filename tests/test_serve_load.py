@@ -10,7 +10,7 @@ from serving import TINY, serving
 
 from tools.make_model import ModelSpec, make_model
 from tools.serve_load import Prompts, best, figures, main, ratios, the_servers
-from tools.servers import Client, Load, Stream, llama_cpp_python_command, llama_server_command, pydsa_command, read_stream
+from tools.servers import Client, Load, Stream, body_parts, llama_cpp_python_command, llama_server_command, pydsa_command, read_stream
 
 # A program that stands for llama-server: it notes how it was started and what it was asked, and is ready at the second try.
 STANDING = '''#!{python}
@@ -119,6 +119,20 @@ def test_what_is_read_of_a_stream():
         read_stream(0.5, parts[:2], 7)
     with pytest.raises(RuntimeError, match="ended the answer: .*too hot"):
         read_stream(0.5, [*parts, (4.0, b'data: {"error": {"message": "too hot"}}\n')], 7)
+
+
+def test_what_is_read_of_a_response():
+    """A head and chunks may be cut anywhere."""
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    parts = [(1.0, head[:20]), (2.0, head[20:] + b"3\r\nab"), (3.0, b"c\r"), (4.0, b"\n2\r\nde\r\n0\r\n\r\n")]
+    assert body_parts(parts) == [(4.0, b"abc"), (4.0, b"de")]
+    assert body_parts([(1.0, b"HTTP/1.0 200 OK\r\n\r\n"), (2.0, b"abc")]) == [(2.0, b"abc")]
+    with pytest.raises(RuntimeError, match="broke off .*the last chunk is missing"):
+        body_parts(parts[:3])
+    with pytest.raises(RuntimeError, match="broke off .*no response"):
+        body_parts([])
+    with pytest.raises(RuntimeError, match="the server answered 429: full"):
+        body_parts([(1.0, b"HTTP/1.1 429 Too Many Requests\r\n\r\nfull")])
 
 
 def test_figures_by_hand():

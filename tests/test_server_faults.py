@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from serving import TINY, address, call, events, exchange, post, serving, wait_for
 
+from pydsa.server.protocol import Connection
+
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
 ENDLESS = {"prompt": "a", "max_tokens": 16000, "logit_bias": {"1": False}, "cache_prompt": False}       # the end of a turn never comes
@@ -230,12 +232,28 @@ def test_a_stream_that_nobody_reads_ends(server):
 def test_events_that_nobody_reads_are_bounded(server, monkeypatch):
     """An answer that runs far ahead of a slow connection ends."""
     monkeypatch.setattr("pydsa.server.service.MOST_EVENTS", 20)
-    monkeypatch.setattr("pydsa.server.openai_forms.sse", lambda value: time.sleep(0.02) or "")
+    monkeypatch.setattr("pydsa.server.protocol.Connection.takes_parts", False)
+    monkeypatch.setattr("pydsa.server.openai_forms.Frame.sse", lambda *args: time.sleep(0.02) or "")
     stats = server.service.engine.stats
     n_cancelled = stats.n_cancelled
     connection = begin(server, ENDLESS | {"stream": True})
     wait_for(lambda: stats.n_cancelled == n_cancelled + 1)
     connection.close()
+
+
+def test_tokens_are_written_at_once_or_through_asgi(server, monkeypatch):
+    """A client sees no difference; a fault is told in the stream."""
+    def choices():
+        return [chunk.get("choices") for chunk in events(call(server, "POST", TEXT, ENDLESS | {
+            "max_tokens": 30, "temperature": 0, "stream": True})[2])]
+    written, write = [], Connection.write_part
+    monkeypatch.setattr(Connection, "write_part", lambda self, data: (written.append(data), write(self, data)))
+    at_once, n = choices(), len(written)
+    with monkeypatch.context() as patched:
+        patched.setattr(Connection, "takes_parts", False)
+        assert choices() == at_once and len(written) == n > 0
+    monkeypatch.setattr("pydsa.server.openai_completions.CompletionForm.written", lambda *args: 1 / 0)
+    assert choices() == [None]
 
 
 def test_a_full_queue(server):

@@ -20,7 +20,7 @@ from pydsa.backends.cpu import op as ops
 from pydsa.backends.cpu import team, threads
 from pydsa.backends.cpu.jit import KernelCache, inner
 from pydsa.backends.cpu.op import Stage, Step, op
-from pydsa.backends.cpu.records import words_of
+from pydsa.backends.cpu.records import kind_of, signature_of, words_of
 from pydsa.graph import CacheRef, Node, Value, levels_of, waits
 
 MODELS = {
@@ -438,3 +438,12 @@ def test_matrices_of_one_activation_share_its_packed_form(small_model, load, nam
             calls = [call[1:] for _, call in group]
             n_shared.append(sum(again for _, again in ops._share_scratch(calls)[0]))
     assert sum(n_shared) >= 3 * len(model.setup.schedule.variants)
+
+
+def test_signatures():
+    """One object for arguments of equal types, whatever their shapes."""
+    first = np.zeros((3, 4), np.float32), 1, 2.0, True
+    same = np.zeros((5, 8), np.float32)[::2, ::2], 7, 3.0, False
+    assert signature_of(first) is signature_of(same) and signature_of(first) == tuple(map(kind_of, first))
+    others = [(np.zeros(3, np.float32), *first[1:]), (np.zeros((3, 4)), *first[1:]), (first[0], 1.0, 2.0, True), (first[0], 1, 2.0, 1)]
+    assert len({signature_of(args) for args in [first, same, *others]}) == 5

@@ -16,9 +16,7 @@ import queue
 import random
 import statistics
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -56,24 +54,37 @@ class InProcess:
     def __init__(self, engine, load):
         self._engine, self._load = engine, load
 
-    def ask(self, prompt, n):
-        """Continue a text by n tokens -> a Stream."""
+    def ask_all(self, prompts, n):
+        """Continue some texts at once, each by n tokens -> their Streams."""
         from pydsa import Sampling
-        from pydsa.requests import Failed, Finished, Request, Written
+        from pydsa.requests import Failed, Finished, Request
 
-        ids = self._engine.model.tokenize(prompt, add_bos=None, parse_special=True)
-        heard, start = queue.SimpleQueue(), time.perf_counter()
-        self._engine.submit(Request(ids, lambda event: heard.put((time.perf_counter(), event)), max_tokens=n,
-                                    sampling=Sampling(temperature=0, logit_bias={token: -100.0 for token in self._load.ended})))
-        times = []
-        while True:
-            when, event = heard.get(timeout=ANSWERS)
+        ended, sampling = queue.SimpleQueue(), Sampling(temperature=0, logit_bias={token: -100.0 for token in self._load.ended})
+
+        def listener(heard):
+            def listen(event):
+                heard.append((time.perf_counter(), event))
+                if isinstance(event, (Failed, Finished)):
+                    ended.put(event)
+            return listen
+        asked = []
+        for ids in [self._engine.model.tokenize(prompt, add_bos=None, parse_special=True) for prompt in prompts]:
+            asked.append((time.perf_counter(), []))
+            self._engine.submit(Request(ids, listener(asked[-1][1]), max_tokens=n, sampling=sampling))
+        for _ in asked:
+            event = ended.get(timeout=ANSWERS)
             if isinstance(event, Failed):
                 raise event.error
-            if isinstance(event, Written) and event.pieces:
-                times.append(when)
-            if isinstance(event, Finished):
-                return Stream(start, times, when, event.timings.n_prompt, event.timings.n_generated)
+        return [as_stream(start, heard) for start, heard in asked]
+
+
+def as_stream(start, heard):
+    """The Stream of what was heard of an answer, (seconds, event)."""
+    from pydsa.requests import Written
+
+    end, finished = heard[-1]
+    times = [when for when, event in heard if isinstance(event, Written) and event.pieces]
+    return Stream(start, times, end, finished.timings.n_prompt, finished.timings.n_generated)
 
 
 @contextlib.contextmanager
@@ -89,17 +100,6 @@ def in_process(load, reproducible=False):
         yield InProcess(engine, load)
     finally:
         engine.close()
-
-
-def ask_at_once(server, prompts, n):
-    """The Streams of some prompts, asked at the same moment."""
-    barrier = threading.Barrier(len(prompts))
-
-    def ask(prompt):
-        barrier.wait()
-        return server.ask(prompt, n)
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        return list(pool.map(ask, prompts))
 
 
 def figures(streams):
@@ -124,8 +124,8 @@ def measure(servers, prompts, streams, n_gen, rounds):
             try:
                 with start() as server:
                     for n in streams:
-                        ask_at_once(server, [prompts("warm-up", turn, n, i) for i in range(n)], min(WARM_UP, n_gen))
-                        timed = ask_at_once(server, [prompts(turn, n, i) for i in range(n)], n_gen)
+                        server.ask_all([prompts("warm-up", turn, n, i) for i in range(n)], min(WARM_UP, n_gen))
+                        timed = server.ask_all([prompts(turn, n, i) for i in range(n)], n_gen)
                         yield {"server": name, "round": turn} | figures(timed)
             except RuntimeError as error:
                 raise RuntimeError(f"{name}: {error}") from None

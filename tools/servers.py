@@ -6,8 +6,10 @@
 
 import contextlib
 import http.client
+import io
 import json
 import os
+import selectors
 import socket
 import subprocess
 import sys
@@ -101,28 +103,89 @@ class Client:
         return status == 200 or status == 404 and self.get("/v1/models") == 200
 
     def ask(self, prompt, n):
-        """Continue a text by n tokens -> a Stream.
+        """Continue a text by n tokens -> a Stream; see ask_all()."""
+        return self.ask_all([prompt], n)[0]
 
-        Bytes are only noted as they come, and read later, so that this process takes little time from the server. Raises RuntimeError if
-        the answer is an error, or no count of its tokens came.
+    def ask_all(self, prompts, n):
+        """Continue some texts at once, each by n tokens -> their Streams.
+
+        One thread only notes bytes as they come, and reads them later, so that this process takes little time from the server. Raises
+        RuntimeError if an answer is an error, or no count of its tokens came.
         """
-        body = {"prompt": prompt, "max_tokens": n, "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
-                "logit_bias": {str(token): -100 for token in self.load.ended}}
-        connection, parts = http.client.HTTPConnection(HOST, self.port, timeout=ANSWERS), []
-        start = time.perf_counter()
-        try:
-            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            while data := response.read1(1 << 16):
-                parts.append((time.perf_counter(), data))
-        except (OSError, http.client.HTTPException) as error:
-            raise RuntimeError(f"the server broke off ({type(error).__name__}: {error})") from None
-        finally:
-            connection.close()
-        if response.status != 200:
-            text = b"".join(data for _, data in parts).decode(errors="replace")
-            raise RuntimeError(f"the server answered {response.status}: {text:.300}")
-        return read_stream(start, parts, n)
+        with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+            asked = [(stack.enter_context(socket.create_connection((HOST, self.port), ANSWERS)), []) for _ in prompts]
+            try:
+                starts = []
+                for (connection, parts), prompt in zip(asked, prompts):
+                    starts.append(time.perf_counter())
+                    connection.sendall(self._request(prompt, n))
+                    selector.register(connection, selectors.EVENT_READ, parts)
+                while selector.get_map():
+                    _note(selector)
+            except OSError as error:
+                raise broken_off(error) from None
+        return [read_stream(start, body_parts(parts), n) for start, (_, parts) in zip(starts, asked)]
+
+    def _request(self, prompt, n):
+        """The bytes of a request; the server closes the connection after it."""
+        body = json.dumps({"prompt": prompt, "max_tokens": n, "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
+                           "logit_bias": {str(token): -100 for token in self.load.ended}}).encode()
+        return (f"POST /v1/completions HTTP/1.1\r\nHost: {HOST}:{self.port}\r\nContent-Type: application/json\r\n"
+                f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body
+
+
+def _note(selector):
+    """Wait for bytes, and note them with their time; forget what has ended."""
+    ready = selector.select(ANSWERS)
+    if not ready:
+        raise TimeoutError(f"nothing came for {ANSWERS} s")
+    for key, _ in ready:
+        data = key.fileobj.recv(1 << 16)
+        if data:
+            key.data.append((time.perf_counter(), data))
+        else:
+            selector.unregister(key.fileobj)
+
+
+def broken_off(error):
+    """The RuntimeError of a connection that ended too early."""
+    return RuntimeError(f"the server broke off ({type(error).__name__}: {error})")
+
+
+def body_parts(parts):
+    """What a response has beside its head and its frame: (seconds, bytes).
+
+    parts: all that came, (seconds, bytes). Raises RuntimeError for a status other than 200, and if the end is missing.
+    """
+    whole = io.BytesIO(b"".join(data for _, data in parts))
+    status, headers = whole.readline().split(None, 2), http.client.parse_headers(whole)
+    if len(status) < 2:
+        raise broken_off(EOFError("there is no response"))
+    head, found = whole.tell(), []
+    for when, data in parts:
+        skipped = min(head, len(data))
+        head -= skipped
+        if data[skipped:]:
+            found.append((when, data[skipped:]))
+    if headers.get("Transfer-Encoding", "").lower() == "chunked":
+        found = list(_without_sizes(found))
+    if status[1] != b"200":
+        raise RuntimeError(f"the server answered {status[1].decode()}: {b''.join(data for _, data in found).decode(errors='replace'):.300}")
+    return found
+
+
+def _without_sizes(parts):
+    """Yield the chunks of a body in chunks, each when its last byte has come."""
+    rest = b""
+    for when, data in parts:
+        rest += data
+        while (size := rest.partition(b"\r\n"))[1] and len(size[2]) >= int(size[0], 16) + 2:
+            n = int(size[0], 16)
+            if n == 0:
+                return
+            yield when, size[2][:n]
+            rest = size[2][n + 2:]
+    raise broken_off(EOFError("the last chunk is missing"))
 
 
 def read_stream(start, parts, n):

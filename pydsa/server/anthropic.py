@@ -66,11 +66,14 @@ async def _stream(path, answers, message):
 
     An error that comes after the stream has begun is its last event.
     """
+    def text_of(_, event):
+        return "".join(map(_sse, message.heard(event)))
     try:
+        answers.stream(text_of)
         async with contextlib.aclosing(answers.events()) as events:
-            async for _, event in events:
-                for data in message.heard(event):
-                    yield _sse(data)
+            async for i, event in events:
+                if text := text_of(i, event):
+                    yield text
     except Exception as error:
         yield _sse(error_body(path, as_api_error(error)))
 

@@ -120,9 +120,14 @@ class Frame:
     def __init__(self, service, prefix, kind):
         self.fields = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": service.name,
                        "system_fingerprint": service.fingerprint}
+        self._head = f'data: {_encode(self.fields)[:-1]}, "choices": ['
 
     def __call__(self, choices, **more):
         return self.fields | {"choices": choices} | more
+
+    def sse(self, choice, more=""):
+        """sse() of a chunk with one choice; more: the text of other fields."""
+        return f"{self._head}{_encode(choice)}]{more}}}\n\n"
 
 
 def sse(value):
@@ -137,11 +142,14 @@ async def stream_events(path, frame, answers, options, form):
     begun is its last event.
     """
     ends, more = [None] * answers.n, {"usage": None} if options.include_usage else {}
+    and_usage = ', "usage": null' if more else ""
+
+    def text_of(i, event):
+        return "".join(frame.sse(choice, and_usage) for choice in form.written(i, event))
 
     def chunks_of(i, event):
         if isinstance(event, Written):
-            for choice in form.written(i, event):
-                yield sse(frame([choice], **more))
+            yield text_of(i, event)
         elif isinstance(event, Finished):
             for choice in form.finished(i, event):
                 yield sse(frame([choice], **more, timings=timings(event)))
@@ -152,7 +160,8 @@ async def stream_events(path, frame, answers, options, form):
     try:
         for i in range(answers.n):
             for choice in form.first(i):
-                yield sse(frame([choice], **more))
+                yield frame.sse(choice, and_usage)
+        answers.stream(text_of)
         async with contextlib.aclosing(answers.batches()) as batches:
             async for batch in batches:
                 for i, event in batch:

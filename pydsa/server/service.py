@@ -9,7 +9,7 @@ import time
 from pydsa.chat import chat_prompt
 from pydsa.engine import Engine
 from pydsa.errors import PydsaError, UnsupportedModelError
-from pydsa.requests import Cancelled, Failed, Finished, Request, Started
+from pydsa.requests import Cancelled, Failed, Finished, Request, Started, Written
 from pydsa.server.errors import ApiError, as_api_error
 from pydsa.server.metrics import Metrics
 from pydsa.server.post import Post
@@ -139,7 +139,7 @@ class Answers:
     def __init__(self, service, scope, n):
         self._service, self._scope, self.n = service, scope, n
         self._loop, self._events, self._waiter = asyncio.get_running_loop(), [], None
-        self._tickets, self._n_open = [], n
+        self._tickets, self._n_open, self._connection, self._text_of = [], n, None, None
         self._log = scope.setdefault("pydsa.log", {})
         scope.setdefault("pydsa.answers", []).append(self)      # closed at the end of the request, whatever ends it
 
@@ -151,7 +151,30 @@ class Answers:
         """The listener of request i, which the engine's thread calls."""
         return lambda event: self._service.post.send(self._loop, self._put, i, event)
 
+    def stream(self, text_of):
+        """Write what a token adds to a stream, text_of(i, event), as it is told.
+
+        batches() then has only the other events, and tokens that the connection does not take at once. Answers that share a stream are
+        left to it: what they add in a step is written together.
+        """
+        self._connection = self._scope.get("state", {}).get("connection") if self.n == 1 else None
+        self._text_of = text_of
+
+    def _written(self, i, event):
+        """Whether an event was written to the connection: all before it were."""
+        if self._connection is None or self._events or not isinstance(event, Written) or self._waiter is None or self._waiter.done() or (
+                not self._connection.takes_parts):
+            return False
+        if text := self._text_of(i, event):
+            self._connection.write_part(text.encode())
+        return True
+
     def _put(self, i, event):
+        try:
+            if self._written(i, event):
+                return
+        except Exception as error:      # batches() raises it, where the stream can tell
+            event = Failed(error)
         last = isinstance(event, (Finished, Failed))
         if last or len(self._events) < MOST_EVENTS:
             self._events.append((i, event))

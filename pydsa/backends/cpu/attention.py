@@ -17,6 +17,7 @@ from pydsa.backends.cpu.coming import MOST, regions_size
 from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.jobs import AttendJob, call_kernel
 from pydsa.backends.cpu.op import Stage, op
+from pydsa.backends.cpu.rows import CacheRows
 from pydsa.backends.cpu.scalars import bits_of_float, exp
 from pydsa.backends.cpu.scratch import task_scratch
 from pydsa.backends.cpu.simd import float_at, store
@@ -30,6 +31,7 @@ SPLIT_KEYS, MOST_SPLITS = 64, 32        # the fewest keys of a split, and the mo
 TASK_HEADS = 32         # the fewest heads of a task: each task packs the keys that it reads
 FEW_TASK_HEADS = 16 if amx.HERE else 8      # of a token with few heads, whose keys are not divided: sums are the same by eights
 KEY_BYTES = 2048        # of what comes next, fetched for each key of a single token: about what memory gives meanwhile
+WHOLE_KEYS = 256        # the most keys of a token that are one task, where other conversations' tokens keep threads busy
 FEW_HEADS = 32          # the most heads for which a token's scores are computed from keys as they lie, without transposing them
 
 
@@ -64,13 +66,22 @@ def split_size(n_keys, n_head):
 
 
 @inner
-def count_splits(keys, n_head):
+def is_whole(latents, keys, n_threads):
+    """Whether a token's keys are one task, as there are enough others.
+
+    Its sums are those of its splits, whose results stay in the task's cache.
+    """
+    return len(keys) == 1 and latents.beside >= 2 * n_threads and count_keys(keys, 0) <= WHOLE_KEYS
+
+
+@inner
+def count_splits(latents, keys, n_head, n_threads):
     """Count the splits of each token's keys.
 
     A token with fewer keys than others has empty ones.
     """
     most = 1
-    if len(keys) <= FEW_TOKENS:
+    if len(keys) <= FEW_TOKENS and not is_whole(latents, keys, n_threads):
         for t in range(len(keys)):
             n = count_keys(keys, t)
             size = split_size(n, n_head)
@@ -85,6 +96,8 @@ def task_size(q, latents, keys, n_splits, n_threads):
     Tokens that have all keys up to their positions share tiles of them, unless they are alone.
     """
     n_tokens, n_head, _ = q.shape
+    if is_whole(latents, keys, n_threads):
+        return 1, n_head
     tokens, heads = 1, n_head
     if not latents.alone and keys.ndim == 1 and n_tokens > FEW_TOKENS and q.strides[0] == n_head * q.strides[1]:
         tokens = max(1, min(QUERIES // n_head, n_tokens // n_threads))
@@ -101,7 +114,7 @@ def task_size(q, latents, keys, n_splits, n_threads):
 def begin_attention(out, q, latents, *others):
     """Count the tasks of attend; others: (..., keys, scale, task)."""
     keys, task = others[-3], others[-1]
-    n_splits = count_splits(keys, q.shape[1])
+    n_splits = count_splits(latents, keys, q.shape[1], task.n_threads)
     tokens, heads = task_size(q, latents, keys, n_splits, task.n_threads)
     return (q.shape[0] + tokens - 1) // tokens * ((q.shape[1] + heads - 1) // heads) * n_splits
 
@@ -132,7 +145,8 @@ def run_job(out, q, latents, mask, keys, scale, t, n_tokens, h, n_head, first, e
     """
     one_by_one = len(q) <= FEW_TOKENS or keys.ndim == 2 or latents.alone != 0      # whatever the number of threads
     few = 1 if one_by_one and q.shape[1] <= FEW_HEADS else 0
-    fetched = coming_bytes(count_keys(keys, 0), begin_attention(out, q, latents, keys, scale, task), task) if len(q) == 1 else 0
+    fetched = coming_bytes(count_keys(keys, 0), begin_attention(out, q, latents, keys, scale, task), task) if (
+        len(q) == 1 and latents.beside == 1) else 0
     mask_at = address(mask) + t * mask.strides[0] if mask.size else 0
     indices_at = address(keys) + t * keys.strides[0] if keys.ndim == 2 else 0
     call_kernel(latents.attend, AttendJob(
@@ -153,13 +167,13 @@ def attend_masked(out, q, latents, mask, keys, scale, task):
     The last tokens, which have the most keys, come first.
     """
     n_head = q.shape[1]
-    n_splits = count_splits(keys, n_head)
+    n_splits = count_splits(latents, keys, n_head, task.n_threads)
     tokens, heads = task_size(q, latents, keys, n_splits, task.n_threads)
     groups = (n_head + heads - 1) // heads
     split, h = task.index % n_splits, task.index // n_splits % groups * heads
     t = ((len(q) + tokens - 1) // tokens - 1 - task.index // (n_splits * groups)) * tokens
     heads = min(heads, n_head - h)
-    if latents.alone and len(q) > FEW_TOKENS:
+    if latents.alone and len(q) > FEW_TOKENS or is_whole(latents, keys, task.n_threads):
         attend_alone(out, q, latents, mask, keys, scale, t, h, heads, task)
         return
     n_tokens, first, partial, scaled_end = min(tokens, len(q) - t), np.int64(0), np.int64(0), np.int64(0)
@@ -231,7 +245,7 @@ def merge_size(n_splits, n_v):
 @inner
 def begin_merging(out, q, latents, *others):
     """Count the tasks of merge."""
-    n_splits = count_splits(others[-3], out.shape[1])
+    n_splits = count_splits(latents, others[-3], out.shape[1], others[-1].n_threads)
     size = merge_size(n_splits, out.shape[2])
     return 0 if n_splits == 1 else len(out) * ((out.shape[1] + size - 1) // size)
 
@@ -240,7 +254,7 @@ def begin_merging(out, q, latents, *others):
 def merge(out, q, latents, *others):
     """Merge the splits of some heads of a token."""
     n_head, n_v, task = out.shape[1], out.shape[2], others[-1]
-    n_splits = count_splits(others[-3], n_head)
+    n_splits = count_splits(latents, others[-3], n_head, task.n_threads)
     size = merge_size(n_splits, n_v)
     groups = (n_head + size - 1) // size
     t, h = task.index // groups, task.index % groups * size
@@ -271,3 +285,15 @@ def masked_attention(out, q, latents, mask, positions, scale):
 @op(Stage(begin_attention, attend), MERGE)
 def sparse_attention(out, q, latents, indices, scale):
     return partials_bytes(out, indices.shape[1])
+
+
+def together(group):
+    """The calls of a group, pairs of an op and its arguments.
+
+    Those of attention get caches that know how many calls there are.
+    """
+    ops = dense_attention, masked_attention, sparse_attention
+    n = sum(op in ops for op, _ in group)
+    if n < 2:
+        return group
+    return [(op, tuple(a._replace(beside=n) if isinstance(a, CacheRows) else a for a in args) if op in ops else args) for op, args in group]

@@ -14,7 +14,7 @@ from pydsa.backends.cpu import threads
 from pydsa.backends.cpu.arrays import align
 from pydsa.backends.cpu.coming import REGIONS
 from pydsa.backends.cpu.jit import ByAddress, Wanted, code_size, inner
-from pydsa.backends.cpu.records import kind_of, reader, words_of
+from pydsa.backends.cpu.records import reader, signature_of, words_of
 
 
 class Stage(NamedTuple):
@@ -102,10 +102,6 @@ def _parts(stages):
                 return np.int64(0)
             return following(part - 2, arguments)
     return call
-
-
-def signature_of(args):
-    return tuple(kind_of(a) for a in args)
 
 
 class Step:

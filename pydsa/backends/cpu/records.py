@@ -16,6 +16,37 @@ from pydsa.backends.cpu.simd import I64, INTP, pointer
 from pydsa.backends.cpu.team import Task
 
 FLOAT = types.float64
+_signatures = {}        # key_of() of all arguments -> their Signature
+
+
+class Signature(tuple):
+    """The types of an op's arguments, whose hash is computed once.
+
+    That of a type is Python code; a step of eight conversations has 400 calls.
+    """
+
+    def __hash__(self):
+        if not hasattr(self, "_hash"):
+            self._hash = super().__hash__()
+        return self._hash
+
+
+def signature_of(args):
+    """The Signature of arguments, one object for all of these types."""
+    key = tuple([key_of(a) for a in args])
+    found = _signatures.get(key)
+    if found is None:
+        found = _signatures[key] = Signature(kind_of(a) for a in args)
+    return found
+
+
+def key_of(argument):
+    """What tells the kind of an argument, without numba's types."""
+    if isinstance(argument, np.ndarray):
+        return argument.dtype, argument.ndim
+    if isinstance(argument, tuple):
+        return type(argument), *[key_of(a) for a in argument]
+    return type(argument)
 
 
 def kind_of(argument):

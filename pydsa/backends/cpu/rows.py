@@ -57,6 +57,7 @@ class CacheRows(NamedTuple):
     attend_head: int
     tile_bytes: int           # bytes of a packed tile
     alone: int = 0          # whether each token attends as if it were the only one of its step (attention.py)
+    beside: int = 1         # calls of attention that share an interval, each for its own conversation
 
 
 @inner

@@ -3,10 +3,12 @@ import itertools
 import time
 
 from pydsa.backends.cpu import threads
+from pydsa.backends.cpu.attention import together
 from pydsa.backends.cpu.fetching import ASKING, begin_step, sample_of, with_requests
 from pydsa.backends.cpu.jit import compile_all, listing, wanted_function
-from pydsa.backends.cpu.op import Step, signature_of
+from pydsa.backends.cpu.op import Step
 from pydsa.backends.cpu.reading_ahead import ReadAhead, uses_nearly_all
+from pydsa.backends.cpu.records import signature_of
 
 
 def compile_calls(bind, progress=None):
@@ -26,7 +28,7 @@ def grouped(calls, levels):
 
     calls: [(node, op, args)].
     """
-    return [[(op, args) for _, (_, op, args) in group] for _, group in itertools.groupby(zip(levels, calls), lambda x: x[0])]
+    return [together([(op, args) for _, (_, op, args) in group]) for _, group in itertools.groupby(zip(levels, calls), lambda x: x[0])]
 
 
 class Recording:
