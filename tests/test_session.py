@@ -108,6 +108,10 @@ def test_saving_replaces_only_when_complete(session, tmp_path, monkeypatch):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["talk"]
     session.save(path)
     assert path.read_bytes() != before and os.listdir(tmp_path) == ["talk"]
+    path.write_bytes(b"GGUF")
+    with pytest.raises(SessionFileError, match="talk: the session cannot be written .another file is there, and would be lost"):
+        session.save(path)
+    assert path.read_bytes() == b"GGUF"
 
 
 @pytest.mark.parametrize("place", ["missing/talk", "file/talk", "taken", "n" * 300, "n" * 253, "folder", "zero\0byte", "pipe", ""])

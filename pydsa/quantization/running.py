@@ -234,8 +234,8 @@ def _packed(key, value, stored):
 
 
 def _short(text):
-    """A text that llama-quantize would store whole."""
-    return text.encode()[:MOST_TEXT].decode(errors="ignore")
+    """A text that llama-quantize would store whole; the bytes of a file's name may be none."""
+    return text.encode(errors="replace")[:MOST_TEXT].decode(errors="ignore")
 
 
 def summary(report):
