@@ -202,7 +202,7 @@ def _read_glm(body, schemas):
 
 
 def _types_of(schema, key):
-    """The JSON types of an argument, which is a text where nothing is said of it."""
+    """The JSON types of an argument; a text, where nothing is said of it."""
     declared = schema.get("properties") if isinstance(schema, dict) else None
     return _types(declared[key], schema) if isinstance(declared, dict) and key in declared else {"string"}
 

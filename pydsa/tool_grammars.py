@@ -30,7 +30,8 @@ def tools(layout: Layout, choice="auto", parallel=True, said: Rule | None = None
     if form is None or not offered:
         if kind not in ("auto", "none"):
             missing = "the model's template shows no form of calls that is known here" if offered else "no tools are given"
-            raise ConstraintError(f"tool_choice asks for a call, but {missing}, expected the choice to be left to the model", of_choice=True)
+            raise ConstraintError(f"tool_choice asks for a call, but {missing}, expected the choice to be left to the model",
+                                  of_choice=True)
         return said
     marks = _shortest(form.opens or form.begins)
     if kind == "none" and said is not None:

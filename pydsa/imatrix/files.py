@@ -155,7 +155,7 @@ def _target(path):
 
 
 def _check_own(path):
-    """Raise ImatrixError if a file is there that is something else, such as a model."""
+    """Raise ImatrixError if another file is there, such as a model."""
     if path.exists() and path.stat().st_size and not _may_be_imatrix(path):
         raise ImatrixError(f"{path}: another file is there, and would be lost, expected an imatrix or none.")
 

@@ -27,7 +27,10 @@ class Constrained(Fields):
     grammar: str | None = expected("a grammar in GBNF")
 
     def wanted(self):
-        """What the answer shall be, a Wanted, or None where all may come; raises ApiError."""
+        """What the answer shall be, a Wanted; None: all may come.
+
+        Raises ApiError.
+        """
         given = [name for name in ("response_format", "json_schema", "grammar") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ApiError(400, f"{' and '.join(given)} are given, expected one of them.", given[1], "invalid_value")

@@ -147,8 +147,8 @@ def make_folder():
         parent = parent if os.name == "nt" or len(parent) + 19 <= LONGEST_FOLDER else "/tmp"
         free = shutil.disk_usage(parent).free
         if free < ROOM:
-            raise StageError(f"Ray's files need {ROOM >> 20} MiB in the folder for temporary files, {parent}, and {free >> 10} KiB are free "
-                             "there: make room, or name another folder in TMPDIR.")
+            raise StageError(f"Ray's files need {ROOM >> 20} MiB in the folder for temporary files, {parent}, and {free >> 10} KiB are "
+                             "free there: make room, or name another folder in TMPDIR.")
         return tempfile.mkdtemp(prefix="pydsa-ray-", dir=parent)
     except OSError as error:
         raise StageError(f"There is no folder for Ray's temporary files ({error.strerror or error}); name one in TMPDIR.") from error
