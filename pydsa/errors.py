@@ -4,6 +4,7 @@ A message says what was met, what was expected and what to do: "n_ubatch is 4000
 """
 
 LESS = "ask for a smaller context (-c), a smaller ubatch (-ub) or a smaller cache type (--kv-type)"     # advice where memory is short
+NOT_FINITE = "The logits are not finite: the weights are damaged, or a computation overflowed (`pydsa info --check` reads all of the file)."
 UNMAPPED = "failed to map segment"      # what the system says of a library for which there is no memory
 
 

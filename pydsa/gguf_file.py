@@ -24,6 +24,9 @@ MAX_HEADER = 1 << 27             # bytes, twenty times the largest of the suppor
 MAX_KEY, MAX_NAME = 65535, 63    # bytes; ggml stores a tensor's name in 64 bytes with a final zero
 ALIGNMENTS = [1 << n for n in range(3, 21)]     # the format requires multiples of 8; more than 1 MiB is taken as damage
 SPLIT_NAME = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf")
+# What is often there in place of a model, by its first bytes.
+INSTEAD = {b"vers": ", but a pointer of Git LFS to one: get the file itself, with `git lfs pull`"} | dict.fromkeys(
+    (b"<!do", b"<!DO", b"<htm"), ", but a web page, perhaps with the reason why there is no download: look at it")
 
 U32, BOOL, STRING, ARRAY, U64, I64 = 4, 7, 8, 9, 10, 11
 SCALARS = {type_id: (struct.Struct("<" + code), np.dtype(dtype)) for type_id, code, dtype in (
@@ -220,7 +223,7 @@ def open_part(path: Path, role: str) -> GGUFFile:
     start = reader.take(4, "the magic")
     magic = reader.data[start:reader.pos]
     if magic != b"GGUF":
-        reader.fail(f"the file starts with {magic}, expected b'GGUF': this is not a GGUF file")
+        reader.fail(f"the file starts with {magic}, expected b'GGUF': this is not a GGUF file{INSTEAD.get(magic, '')}")
     version = reader.scalar(U32, "the version")
     if version and version & 0xFFFF == 0:
         reader.fail("the file is byte-swapped (big-endian), expected little-endian: gguf-convert-endian converts it")

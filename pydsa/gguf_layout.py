@@ -190,7 +190,7 @@ class Layout:
 
     def fingerprint(self, source):
         """What a journal must begin with for its tensors to be those."""
-        digest = hashlib.blake2b(source.encode(), digest_size=16)
+        digest = hashlib.blake2b(source.encode(errors="surrogatepass"), digest_size=16)     # names of files may be no text
         for part in self.parts:
             digest.update(part.header)
         return digest.hexdigest()
@@ -207,6 +207,8 @@ def _followed(path):
     if not os.fspath(path):
         raise TargetError("The name of the output is empty, expected that of a file.")
     path = Path(os.path.expanduser(path))
+    if not path.name:
+        raise TargetError(f"{path}: this is a directory, expected the name of a file.")
     try:
         return Path(os.path.realpath(path)) if path.is_symlink() else path
     except (OSError, ValueError) as error:

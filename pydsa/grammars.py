@@ -15,6 +15,7 @@ from pydsa.errors import PydsaError
 MAX_TEXT = 1 << 18              # characters of a schema as JSON
 MAX_GRAMMAR = 1 << 15           # characters of a grammar, whose converter is slow
 MAX_DEPTH, MAX_NODES = 64, 50_000
+MAX_WAYS = 10_000               # ways to write the arguments of all tools, of which each $ref may stand for many
 # One line break with its indentation, or a space: whitespace without end is the commonest way for a model to get lost in a grammar.
 _SPACE = r" |\n[ \t]{0,40}"
 _FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")     # others only describe
@@ -24,7 +25,14 @@ _VALUES = ("const", "enum", "default", "examples")      # keys whose values are 
 
 
 class ConstraintError(PydsaError):
-    """A schema, a grammar or a choice of tools that cannot be served."""
+    """A schema, a grammar or a choice of tools that cannot be served.
+
+    of_choice: whether it is the choice.
+    """
+
+    def __init__(self, text, of_choice=False):
+        super().__init__(text)
+        self.of_choice = of_choice
 
 
 class Rule(NamedTuple):
@@ -157,7 +165,7 @@ def dereferenced(schema, root):
         if schema is True or schema is None:
             return True
         if not isinstance(schema, dict):
-            raise ConstraintError(f"a schema is {schema!r:.80}, expected an object")
+            raise ConstraintError(f"a schema is {json.dumps(schema):.80}, expected an object")
         if not isinstance(ref := schema.get("$ref"), str):
             return schema
         target = root if isinstance(root, dict) else {}
@@ -169,11 +177,15 @@ def dereferenced(schema, root):
     raise ConstraintError("a schema has a $ref that leads to itself, expected one that ends")
 
 
-def values(schema, root):
+def values(schema, root, left, depth=MAX_DEPTH):
     """The ways in which a value may be written, a list of pairs.
 
-    ("text", a regex of bare text or None for any), ("literal", a text), or ("json", a schema).
+    ("text", a regex of bare text or None for any), ("literal", a text), or ("json", a schema). left: [how many more ways there may be].
     """
+    left[0] -= 1
+    if depth < 0 or left[0] < 0:
+        raise ConstraintError(f"the arguments of the tools have too many alternatives, or some that lead to themselves, expected at most "
+                              f"{MAX_WAYS}, nested up to {MAX_DEPTH} levels deep")
     schema = dereferenced(schema, root)
     if schema is True:
         return [("text", None), ("json", True)]
@@ -181,11 +193,11 @@ def values(schema, root):
         if isinstance(schema.get(key), list):
             rest = {name: value for name, value in schema.items() if name != key}
             branches = [dereferenced(branch, root) for branch in schema[key]]
-            return [way for branch in branches for way in values(rest if branch is True else rest | branch, root)]
+            return [way for branch in branches for way in values(rest if branch is True else rest | branch, root, left, depth - 1)]
     if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) == 1:
         rest = {name: value for name, value in schema.items() if name != "allOf"}
         only = dereferenced(schema["allOf"][0], root)
-        return values(rest if only is True else rest | only, root)
+        return values(rest if only is True else rest | only, root, left, depth - 1)
     for key in ("not", "if", "allOf"):
         if key in schema and schema.get("type") not in ("object", "array", "number", "integer", "boolean", "null"):
             raise ConstraintError(f"the schema of an argument has {key!r}, expected none where it may be text, as this model writes it")
@@ -195,7 +207,7 @@ def values(schema, root):
         return [*(("literal", value) for value in listed if isinstance(value, str)), *([("json", {"enum": others})] if others else [])]
     kind = schema.get("type")
     if isinstance(kind, list):
-        return [way for one in kind for way in values(schema | {"type": one}, root)]
+        return [way for one in kind for way in values(schema | {"type": one}, root, left, depth - 1)]
     if kind == "string":
         return [("text", bare(schema))]
     plain = kind is None and not schema.keys() & {"properties", "items", "required", "minimum", "maximum", "additionalProperties"}

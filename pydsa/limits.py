@@ -10,6 +10,7 @@ import psutil
 
 from pydsa import control_groups
 from pydsa.errors import LESS, OutOfMemoryError
+from pydsa.options import size
 
 FILES = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
          2: ("memory.max", "memory.current", ("inactive_file", "active_file"))}       # limit, use, and what of that gives way
@@ -54,7 +55,7 @@ def _resource_limits():
     for name, option, taken in (("RLIMIT_AS", "-v", used.vms), ("RLIMIT_DATA", "-d", getattr(used, "data", None))):
         most = resource.getrlimit(getattr(resource, name))[0]
         if most != resource.RLIM_INFINITY and taken is not None:
-            yield Memory(max(0, most - taken), f"memory are left by the limit of {most / 2**30:.1f} GiB (ulimit {option})")
+            yield Memory(max(0, most - taken), f"memory are left by the limit of {size(most)} (ulimit {option})")
 
 
 def _group_limits(root):
@@ -78,4 +79,4 @@ def _left(folder, most, used, cached):
         counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         given_back = sum(int(counts.get(name, 0)) for name in cached)
     free = max(0, most - max(0, int((folder / used).read_text()) - given_back))
-    return Memory(free, f"memory are left by the limit of {most / 2**30:.1f} GiB of the control group (container, service or batch job)")
+    return Memory(free, f"memory are left by the limit of {size(most)} of the control group (container, service or batch job)")

@@ -15,6 +15,7 @@ from pydsa.errors import LESS, DamagedWeightsError, OutOfMemoryError
 from pydsa.gguf_file import Tensor
 from pydsa.graph import CacheRef, Value
 from pydsa.hooks import Stops
+from pydsa.options import size
 from pydsa.schedule import ends_early, ending_early
 from pydsa.segments import Chain, Part, Segment, crossings, in_turn, settled_before
 from pydsa.streaming import NEVER, deliveries, role
@@ -30,7 +31,7 @@ def check_memory(wanted, what, backend=None):
     if available is None:
         available, source = limits.available()
     if wanted > available:
-        raise OutOfMemoryError(f"{what} would take {wanted / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of {source}; {LESS}.")
+        raise OutOfMemoryError(f"{what} would take {size(wanted)}, but {size(available)} of {source}; {LESS}.")
 
 
 def check_fits(wanted, backends, what):

@@ -244,13 +244,13 @@ def compare_nodes(model, reference, ids):
 def difference(array, expected):
     """The normalised squared error of an array.
 
-    It is that of the finite values, and infinite if the two arrays are not finite at the same places. For integers it is the share of
-    elements that differ.
+    It is that of the finite values, and infinite if only one of the two is finite somewhere, or if there is NaN. For integers it is the
+    share of elements that differ.
     """
     if array.dtype.kind == "i":
         return float(np.mean(array != expected))
     finite = np.isfinite(expected)
-    if not np.array_equal(finite, np.isfinite(array)):
+    if not np.array_equal(finite, np.isfinite(array)) or np.isnan(expected).any():
         return float("inf")
     a, b = array[finite].astype(np.float64), expected[finite].astype(np.float64)
     return float(((a - b) ** 2).sum() / max((b ** 2).sum(), 1e-300))

@@ -15,7 +15,8 @@ from pydsa.errors import ContextFullError, SessionFileError
 from pydsa.quants import CACHE_ALIASES
 from pydsa.targets import check_replaceable, replacing
 
-MAGIC = b"pydsa session 1\n"
+KIND = b"pydsa session"         # how all files of sessions begin
+MAGIC = KIND + b" 1\n"
 MAX_HEADER = 1 << 28    # bytes; the ids of a million tokens take seven million bytes
 CHUNK = 1 << 24         # bytes of rows that are read, written or sent at a time
 DAMAGED, INCOMPLETE, SHORTER = "the file is damaged", "the file is incomplete or damaged", "the file became shorter while it was read"
@@ -41,7 +42,7 @@ def replaced(path):
     """
     path = Path(path)
     try:
-        check_replaceable(path)
+        check_replaceable(path, KIND)
         partial = path.with_name(path.name + ".part")
         with replacing(path, partial):
             yield partial

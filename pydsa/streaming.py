@@ -13,6 +13,7 @@ import numpy as np
 from pydsa.backends.devices import HOST, device_of
 from pydsa.costs import StepSize, node_cost
 from pydsa.errors import PydsaError
+from pydsa.options import size
 from pydsa.quants import TYPES
 
 WORTH = 64 << 20    # bytes of experts from which on it is worth a second to measure whether copies pay: fewer are no large part of a step
@@ -134,7 +135,7 @@ def bytes_for_slots(streamed, other):
 
 def no_room_for_slots(n_bytes):
     """A sentence: no experts are streamed, as n_bytes for it do not fit."""
-    return (f"The experts of the CPU are not copied to the GPU for prompts: slots and values for that, {n_bytes / 2**30:.1f} GiB, do not "
+    return (f"The experts of the CPU are not copied to the GPU for prompts: slots and values for that, {size(n_bytes)}, do not "
             "fit there beside the rest.")
 
 

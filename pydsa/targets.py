@@ -1,6 +1,6 @@
 """Files that replace older ones when they are complete.
 
-A device, a pipe or a directory must not be replaced by a file.
+A device, a pipe or a directory must not be replaced by a file, nor a model by what was computed with it.
 """
 import contextlib
 import errno
@@ -8,8 +8,11 @@ import os
 import stat
 
 
-def check_replaceable(path):
-    """Raise OSError if something other than a regular file is at a path."""
+def check_replaceable(path, begins=b""):
+    """Raise OSError if something is at a path that must not be replaced.
+
+    That is all but regular files, and files that are not empty and begin otherwise than those that are to be written.
+    """
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -18,6 +21,11 @@ def check_replaceable(path):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "this is no regular file, and would be replaced by one")
+    if begins:
+        with open(path, "rb") as file:
+            start = file.read(len(begins))
+        if start and start != begins:
+            raise FileExistsError(errno.EEXIST, "another file is there, and would be lost")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 A terminal obeys control characters: a name with some in it could clear the screen, change the title or hide what follows.
 """
 import json
+import math
 import re
 
 # Control characters but for newline and tab, halves of surrogate pairs, line separators, and what turns the direction of text
@@ -35,11 +36,23 @@ def visible(text, keep=""):
 
 
 def json_text(value, indent=None):
-    """JSON with all letters as they are, and what visible() shows as \\uXXXX."""
+    """JSON with all letters as they are, and what visible() shows as \\uXXXX.
+
+    Numbers that are not finite are null: JSON has none.
+    """
     def escaped(match):
         return "".join(f"\\u{int.from_bytes(pair, 'big'):04x}" for pair in _halves(match[0]))
-    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    text = json.dumps(_finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
     return "".join(c if c.isprintable() or c == "\n" else escaped([c]) for c in text)
+
+
+def _finite(value):
+    """A value of JSON with None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _halves(character):

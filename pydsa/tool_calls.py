@@ -197,31 +197,23 @@ def _read_glm(body, schemas):
     name = name.strip()
     if pairs is None or not re.fullmatch(r"[^\s<>]+", name):
         return None
-    values = {key.strip(): _typed(value, _schema_of(schemas.get(name), key.strip())) for key, value in pairs}
+    values = {key.strip(): _typed(value, _types_of(schemas.get(name), key.strip())) for key, value in pairs}
     return (None, name, _dumps_all(values)) if len(values) == len(pairs) else None
 
 
-def _schema_of(schema, key):
-    """The schema of an argument, which is a text where nothing is said of it."""
+def _types_of(schema, key):
+    """The JSON types of an argument; a text, where nothing is said of it."""
     declared = schema.get("properties") if isinstance(schema, dict) else None
-    return _resolved(declared.get(key, {"type": "string"}), schema) if isinstance(declared, dict) else {"type": "string"}
+    return _types(declared[key], schema) if isinstance(declared, dict) and key in declared else {"string"}
 
 
-def _resolved(schema, root, depth=8):
-    """A schema with what its $refs into the root stand for, for its type.
-
-    A $ref that leads nowhere, or is nested too deeply, stays.
-    """
-    ref = schema.get("$ref") if isinstance(schema, dict) else None
-    if not isinstance(schema, dict) or depth == 0:
-        return schema
-    if isinstance(ref, str) and ref.startswith("#/"):
-        target = root
-        for part in ref[2:].split("/"):
-            target = target.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
-        return _resolved(target, root, depth - 1) if isinstance(target, dict) else schema
-    return {key: [_resolved(part, root, depth - 1) for part in value] if key in ("anyOf", "oneOf", "allOf") and isinstance(value, list)
-            else value for key, value in schema.items()}
+def _target(ref, root):
+    """What a $ref into the root stands for; None if it leads nowhere."""
+    if not isinstance(ref, str) or not ref.startswith("#/"):
+        return None
+    for part in ref[2:].split("/"):
+        root = root.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(root, dict) else None
+    return root if isinstance(root, dict) else None
 
 
 def _pairs(pattern, text):
@@ -233,12 +225,11 @@ def _pairs(pattern, text):
     return None if text[end:].strip() else found
 
 
-def _typed(text, schema):
-    """A value as its schema has it: text, unless it parses as a declared type.
+def _typed(text, types):
+    """A value as its types say: text, unless it parses as one of them.
 
-    Where text is a declared type too, text that parses as another declared type is taken for that.
+    Where text is among them too, text that parses as another one is taken for that.
     """
-    types = _types(schema)
     try:
         value = _loads(text)
     except ValueError:
@@ -249,22 +240,35 @@ def _typed(text, schema):
     return text
 
 
-def _types(schema):
-    """The JSON types that a schema allows, as a set of names."""
-    if not isinstance(schema, dict):
-        return {"string"}
-    given = schema.get("type")
-    types = {name for name in (given if isinstance(given, list) else [given]) if isinstance(name, str) and name in _TYPES}
-    for key in ("anyOf", "oneOf", "allOf"):
-        alternatives = schema.get(key)
-        types |= {name for part in (alternatives if isinstance(alternatives, list) else ()) for name in _types(part)}
-    if types:
-        return types
+def _types(schema, root):
+    """The JSON types that a schema allows, as a set of names.
+
+    Each $ref is followed once: alternatives may lead to themselves, and many to the same.
+    """
+    types, seen, left = set(), set(), [schema]
+    while left:
+        schema = left.pop()
+        ref = schema.get("$ref") if isinstance(schema, dict) else None
+        if not isinstance(schema, dict):
+            types.add("string")
+        elif (target := _target(ref, root)) is not None:
+            left += [target] if ref not in seen else []
+            seen.add(ref)
+        else:
+            given = schema.get("type")
+            named = {name for name in (given if isinstance(given, list) else [given]) if isinstance(name, str) and name in _TYPES}
+            parts = [part for key in ("anyOf", "oneOf", "allOf") if isinstance(schema.get(key), list) for part in schema[key]]
+            types |= named or (set() if parts else _types_of_values(schema))
+            left += parts
+    return types or set(_TYPES)
+
+
+def _types_of_values(schema):
+    """The types of what a schema lists; all, if it lists nothing."""
     values = schema["enum"] if isinstance(schema.get("enum"), list) else [schema["const"]] if "const" in schema else None
-    if values is not None:
-        return {name for name, kind in _TYPES.items() for value in values
-                if isinstance(value, kind) and (name == "boolean" or not isinstance(value, bool))}
-    return set(_TYPES)      # a schema that names no type allows them all
+    return set(_TYPES) if values is None else {
+        name for name, kind in _TYPES.items() for value in values
+        if isinstance(value, kind) and (name == "boolean" or not isinstance(value, bool))}
 
 
 class _Broken(Exception):
@@ -388,11 +392,11 @@ def _write_glm(writing, schemas):
     writing.begin(name)
 
     def write(key, match):
-        schema = _schema_of(schemas.get(name), key)
-        if _types(schema) == {"string"}:
+        types = _types_of(schemas.get(name), key)
+        if types == {"string"}:
             yield from _flow_string(writing, "</arg_value>")
         else:
-            yield _dumps(_typed((yield from _upto(writing, "</arg_value>")), schema))
+            yield _dumps(_typed((yield from _upto(writing, "</arg_value>")), types))
     yield from _write_members(writing, _PAIR_HEAD, write)
 
 

@@ -7,7 +7,7 @@ A call that has begun is completed by the schema of its function. What a grammar
 import re
 
 from pydsa.answers import Layout
-from pydsa.grammars import ConstraintError, Rule, checked, embedded, escaped, named_arguments, quoted, values
+from pydsa.grammars import MAX_WAYS, ConstraintError, Rule, checked, embedded, escaped, named_arguments, quoted, values
 from pydsa.tool_calls import DSML
 
 MAX_TOOLS = 512
@@ -30,7 +30,8 @@ def tools(layout: Layout, choice="auto", parallel=True, said: Rule | None = None
     if form is None or not offered:
         if kind not in ("auto", "none"):
             missing = "the model's template shows no form of calls that is known here" if offered else "no tools are given"
-            raise ConstraintError(f"tool_choice asks for a call, but {missing}, expected the choice to be left to the model")
+            raise ConstraintError(f"tool_choice asks for a call, but {missing}, expected the choice to be left to the model",
+                                  of_choice=True)
         return said
     marks = _shortest(form.opens or form.begins)
     if kind == "none" and said is not None:
@@ -61,10 +62,10 @@ def _kind(choice, names):
         kind, listed = given.get("mode"), given.get("tools")
         named = list(map(_name, listed)) if isinstance(listed, list) and kind in ("auto", "required") else []
     if not named or not all(isinstance(name, str) for name in named):
-        raise ConstraintError(f"tool_choice is {choice!r:.80}, {_CHOICES}")
+        raise ConstraintError(f"tool_choice is {choice!r:.80}, {_CHOICES}", of_choice=True)
     missing = next((name for name in named if name not in names), None)
     if missing is not None:
-        raise ConstraintError(f"tool_choice names {missing!r:.80}, {_CHOICES}: {', '.join(names) or 'there is none':.200}")
+        raise ConstraintError(f"tool_choice names {missing!r:.80}, {_CHOICES}: {', '.join(names) or 'there is none':.200}", of_choice=True)
     return kind, named
 
 
@@ -116,12 +117,12 @@ def _kimi(form, functions, parallel):
 
 def _dsml(form, functions, parallel):
     """DeepSeek V3.2: a parameter is bare text or JSON, and says which."""
-    closes, end = form.closes, f"</{DSML}parameter>"
+    closes, end, left = form.closes, f"</{DSML}parameter>", [MAX_WAYS]
     lines = [f"rest: NL {_many('call', 'NL', parallel)} NL (" + " | ".join(map(quoted, closes)) + ")",
              f"call: {quoted(form.begins[0])} (" + " | ".join(f"call_{i}" for i in range(len(functions))) + f") {_NL} {quoted(form.ends)}"]
     for i, (name, schema) in enumerate(functions):
         parts = []
-        for j, (key, way, required) in enumerate(_arguments(name, schema)):
+        for j, (key, way, required) in enumerate(_arguments(name, schema, left)):
             rule = f"argument_{i}_{j}"
             opened = f'<{DSML}parameter name="{key}" string="'
             ways = [f"{quoted(opened + 'true' + chr(34) + '>')} {_bare(way, rule, end, lines)}"] if _texts(way) else []
@@ -134,13 +135,13 @@ def _dsml(form, functions, parallel):
 
 def _glm(form, functions, parallel):
     """GLM: the name, then keys and values; texts are bare, the others JSON."""
-    begin, end, value_end = "<tool_call>", form.ends, "</arg_value>"
+    begin, end, value_end, left = "<tool_call>", form.ends, "</arg_value>", [MAX_WAYS]
     lines = [f"rest: call ({_NL} {_NL} {quoted(begin)} call)*" if parallel else "rest: call",
              "call: (" + " | ".join(f"call_{i}" for i in range(len(functions))) + f") {_NL} {quoted(end)}"]
     texts = {}
     for i, (name, schema) in enumerate(functions):
         parts, texts[name] = [], {}
-        for j, (key, way, required) in enumerate(_arguments(name, schema)):
+        for j, (key, way, required) in enumerate(_arguments(name, schema, left)):
             rule = f"argument_{i}_{j}"
             texts[name][key] = bool(_texts(way))
             free = ("text", None) in way        # a text that is JSON of another type is read as that
@@ -152,12 +153,15 @@ def _glm(form, functions, parallel):
     return lines, texts
 
 
-def _arguments(function, schema):
-    """(name, ways to write its value, is it required) of each argument."""
+def _arguments(function, schema, left):
+    """(name, ways to write its value, is it required) of each argument.
+
+    left: [how many more ways there may be].
+    """
     for name, part, required in named_arguments(schema, function):
         if not re.fullmatch(r"""[^<>"\n]*[^<>"\s]""", name) or name != name.strip():
             raise ConstraintError(f"{function} has the parameter {name!r:.80}, expected a name without quotes, brackets and line breaks")
-        yield name, values(part, schema), required
+        yield name, values(part, schema, left), required
 
 
 def _texts(way):

@@ -75,7 +75,8 @@ HUGE = 2**63 - 64
 MALFORMED = {    # name: (file, pattern of the error)
     # header
     "magic": (gguf(magic=b"GGML"), "starts with b'GGML', expected b'GGUF'"),
-    "not a GGUF": (b"version https://git-lfs.github.com/spec/v1", "not a GGUF file"),
+    "not a GGUF": (b"version https://git-lfs.github.com/spec/v1", "not a GGUF file, but a pointer of Git LFS"),
+    "web page": (b"<!DOCTYPE html>", "not a GGUF file, but a web page"),
     "version 0": (gguf(version=0), "version is 0, expected 2 or 3"),
     "version 1": (gguf(version=1), "version is 1, expected 2 or 3"),
     "version 4": (gguf(version=4), "version is 4, expected 2 or 3"),

@@ -12,6 +12,7 @@ import time
 import pytest
 from click.testing import CliRunner
 
+from pydsa import DEMO
 from pydsa.cli import main
 
 
@@ -82,6 +83,15 @@ def test_mistakes_end_with_a_sentence_and_exit_code_2(args, message, golden):
     result = pydsa(*(paths.get(a, a) for a in args))
     assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("name, value", [("NUMBA_DISABLE_JIT", "1"), ("NUMBA_NUM_THREADS", "0")])
+def test_settings_of_numba_with_which_nothing_is_compiled(name, value, model, tmp_path, monkeypatch):
+    monkeypatch.setenv(name, value)
+    for args in ["run", model, "-p", "x"], ["quantize", DEMO, tmp_path / "out.gguf", "Q4_0"]:
+        result = pydsa(*args)
+        assert result.exit_code == 2 and name in result.stderr and "Traceback" not in result.stderr
+    assert pydsa("run", model, "-p", "x", "-n", 1, "--device", "reference").exit_code == 0
 
 
 def test_a_full_context_keeps_the_text_and_ends_with_a_sentence(model):

@@ -1,6 +1,7 @@
 """The terminal: messages of several lines, reasoning beside answers, history, and options of llama.cpp."""
 import io
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -150,6 +151,12 @@ def test_options_of_llama_cpp_that_work(model, load):
     result = pydsa("run", model, "-t", 1, "-p", "x", "-n", 1, "-c", 0)
     assert "a context of 4096 tokens, the model's own" in result.stderr and result.exit_code == 0
     assert "4096 tokens of context" in pydsa("info", "-m", model, "-c", 0).stdout
+
+
+def test_the_docs_name_options_that_are_refused():
+    page = (Path(__file__).parents[1] / "pydsa/docs/chat.md").read_text()
+    named = re.findall("`(-[^`]+)`", page.partition("nothing here, like ")[2].partition("end with a sentence")[0])
+    assert len(named) > 2 and {name for names in INSTEAD for name in names}.issuperset(named)
 
 
 @pytest.mark.parametrize("name", [name for names in INSTEAD for name in names])

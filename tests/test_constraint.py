@@ -355,6 +355,9 @@ def test_calls_beside_an_answer_by_a_schema(name):
     ({"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"$ref": "#/$defs/b"}}}, "leads to itself"),
     ({"properties": {"a": {"type": "string", "pattern": "^a|b$"}}}, "with \\^ and \\$ only around all of it"),
     ({"properties": {"a": {"type": "string", "minLength": -1}}}, "lengths -1 and None"),
+    ({"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"anyOf": [{"$ref": "#/$defs/b"}]}}}, "lead to themselves"),
+    ({"properties": {"a": {"$ref": "#/$defs/0"}}, "$defs": {str(i): {"anyOf": [{"$ref": f"#/$defs/{i + 1}"}] * 2} for i in range(40)}
+      | {"40": {}}}, "too many alternatives"), ({"properties": {"a": {"anyOf": [False]}}}, "a schema is false"),
     ({"properties": {"a": {"const": "</arg_value>"}}}, "may only be a text with </arg_value> in it")])
 def test_tools_that_cannot_be_served(parameters, expected):
     tokenizer, layout = case("glm-4.7", offered=[{"type": "function", "function": {"name": "f", "parameters": parameters}}])

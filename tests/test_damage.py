@@ -7,9 +7,10 @@ from helpers import random_ids
 from rewritten import fused_experts, rewrite
 
 import pydsa
-from pydsa import DamagedWeightsError, GGUFError, check, diagnosis
+from pydsa import DamagedWeightsError, GGUFError, check, diagnosis, faithful
 from pydsa.backends import cpu, reference
 from pydsa.gguf_file import open_gguf
+from pydsa.report import compare_nodes
 
 IDS = random_ids(100, n_vocab=250)
 BITS = {"nan": {4: 0x7FC00000, 2: 0x7E00}, "inf": {4: 0x7F800000, 2: 0x7C00}}       # of float32, and of float16
@@ -66,6 +67,16 @@ def test_the_reference_notices_too(damaged, name):
     model = pydsa.load(damaged(name, "nan"), n_ctx=128, device="reference")
     with np.errstate(invalid="ignore"), pytest.raises(DamagedWeightsError, match=name):
         next(model.generate(IDS, max_tokens=2, temperature=0))
+
+
+def test_comparisons_do_not_pass_over_it(damaged):
+    """... although both sides have NaN at the same places."""
+    path = damaged("output.weight", "nan")
+    model, expected = pydsa.load(path, n_ctx=128, threads=1), pydsa.load(path, n_ctx=128, device="reference")
+    with np.errstate(invalid="ignore"), pytest.raises(DamagedWeightsError, match="The logits are not finite"):
+        faithful.check(model, IDS, reference=expected, samples=32)
+    with np.errstate(invalid="ignore"):
+        assert [row["node"] for row in compare_nodes(model, expected, IDS[:4]) if row["error"] == np.inf] == ["result_output"]
 
 
 def test_where_it_shows(damaged, monkeypatch):

@@ -212,6 +212,7 @@ def test_json_text():
     for indent in (None, 1):
         text = json_text(value, indent)
         assert json.loads(text) == value and "é深" in text and text.replace("\n", "").isprintable()
+    assert json_text([{"error": float("inf")}, (float("nan"), 1.5)]) == '[{"error": null}, [null, 1.5]]'
 
 
 @pytest.mark.parametrize("form", ["text", "json"])

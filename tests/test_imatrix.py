@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import re
 from pathlib import Path
 
@@ -276,7 +277,9 @@ def test_only_files_are_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "file")
     found = Imatrix({"a": np.ones(2)}, {"a": np.array([512])})
-    for path, message in ((tmp_path / "pipe", "no regular file"), (os.devnull, "no regular file"), ("", "is empty"), (".", "a directory")):
+    shutil.copy(pydsa.DEMO, tmp_path / "model")
+    for path, message in ((tmp_path / "pipe", "no regular file"), (os.devnull, "no regular file"), ("", "is empty"), (".", "a directory"),
+                          (tmp_path / "model", "another file is there, and would be lost")):
         for write in (imatrix.check_target, lambda path: imatrix.save(found, path)):
             with pytest.raises(ImatrixError, match=message):
                 write(path)
@@ -285,7 +288,7 @@ def test_only_files_are_replaced(tmp_path):
         imatrix.check_target(tmp_path / "file")
         imatrix.save(found, tmp_path / "link")
     assert (tmp_path / "file.part").read_text() == "another's"
-    assert sorted(os.listdir(tmp_path)) == ["file", "file.part", "link", "pipe"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "file.part", "link", "model", "pipe"]
     assert (tmp_path / "link").is_symlink() and (tmp_path / "pipe").is_fifo()
     assert imatrix.read(tmp_path / "file").chunks == 1
 

@@ -72,7 +72,7 @@ def test_the_least_limit_is_named(tmp_path, monkeypatch):
     least = limits.available(tmp_path)
     assert least.n_bytes == GIB // 2
     monkeypatch.setattr(limits, "available", lambda: least)
-    with pytest.raises(OutOfMemoryError, match=r"The model would take 1.0 GiB, but 0.5 GiB of memory are left by the limit of 2.0 GiB of "
+    with pytest.raises(OutOfMemoryError, match=r"The model would take 1.0 GiB, but 512.0 MiB of memory are left by the limit of 2.0 GiB of "
                        r"the control group .*smaller context \(-c\)"):
         check_memory(GIB, "The model")
 

@@ -187,6 +187,16 @@ def test_inputs_are_not_replaced(models, tmp_path):
     assert "which is read" in said and matrix.read_bytes() == before
 
 
+def test_names_of_files_that_are_no_text(models, tmp_path):
+    """A source and an imatrix; and an output that is a folder."""
+    source, matrix = tmp_path / "bf\udcff16.gguf", tmp_path / "im\udcff.gguf"
+    source.write_bytes(models["BF16"].read_bytes())
+    imatrix.save(imatrix.Imatrix({"output.weight": np.ones((1, 256))}, {"output.weight": np.array([512])}, ("text",), 512), matrix)
+    run(source, tmp_path / "out\udcff.gguf", "Q4_0", "--imatrix", matrix)
+    assert open_gguf(tmp_path / "out\udcff.gguf").metadata["quantize.imatrix.file"].endswith("im?.gguf")
+    assert "this is a directory, expected the name of a file" in run(source, ".", "Q4_0", code=2).output.replace("\n", " ")
+
+
 def test_numbers_of_types(models, tmp_path):
     """llama-quantize takes the numbers of file types too."""
     assert pydsa.quantize(models["BF16"], tmp_path / "out.gguf", "15", dry_run=True).type == "Q4_K_M"

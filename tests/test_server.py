@@ -200,6 +200,7 @@ def test_a_schema_beside_tools(with_tools):
 def test_constraints_that_cannot_be_served(with_tools, fields, words):
     status, answer = post(with_tools, CHAT, {"messages": HELLO} | fields)
     assert status == 400 and words in answer["error"]["message"] and answer["error"]["message"].endswith(".")
+    assert answer["error"]["param"] == [*fields][-1]
 
 
 @pytest.fixture(scope="module")

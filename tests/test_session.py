@@ -92,7 +92,7 @@ def test_session_moves_between_contexts_and_devices(small_model, load, session, 
         assert state(other) == state(session)
 
 
-def test_saving_replaces_only_when_complete(session, tmp_path, monkeypatch):
+def test_saving_replaces_only_when_complete(small_model, session, tmp_path, monkeypatch):
     path = tmp_path / "talk"
     session.save(path)
     before = path.read_bytes()
@@ -108,6 +108,8 @@ def test_saving_replaces_only_when_complete(session, tmp_path, monkeypatch):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["talk"]
     session.save(path)
     assert path.read_bytes() != before and os.listdir(tmp_path) == ["talk"]
+    with pytest.raises(SessionFileError, match="the session cannot be written .another file is there, and would be lost"):
+        session.save(small_model())
 
 
 @pytest.mark.parametrize("place", ["missing/talk", "file/talk", "taken", "n" * 300, "n" * 253, "folder", "zero\0byte", "pipe", ""])

@@ -1,5 +1,7 @@
 """Options of models in stages that are refused before Ray is started."""
+import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -7,6 +9,7 @@ from click.testing import CliRunner
 import pydsa
 from pydsa.cli import main
 from pydsa.errors import PydsaError, StageError
+from pydsa.stages import local_ray
 from pydsa.stages.actors import read_bandwidth
 from pydsa.stages.cluster import Cluster, _by_numbers
 
@@ -62,3 +65,16 @@ def test_without_ray_there_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(StageError, match=r"^A model in stages needs Ray, which is not installed: pip install 'pydsa\[ray\]'\.$"):
         pydsa.load(pydsa.DEMO, stages=2)
+
+
+@pytest.mark.parametrize("free, said", [((1, 1, 1 << 20), r"8 MiB in the folder for temporary files, .* and 1024 KiB are free"),
+                                        (OSError(2, "gone"), r"no folder for Ray's temporary files \(gone\); name one in TMPDIR")])
+def test_without_room_for_rays_files_there_is_one_sentence(free, said, monkeypatch):
+    def disk_usage(path):
+        if isinstance(free, OSError):
+            raise free
+        return type(shutil.disk_usage("/"))(*free)
+    monkeypatch.undo()
+    monkeypatch.setattr(local_ray, "shutil", SimpleNamespace(disk_usage=disk_usage))
+    with pytest.raises(StageError, match=said):
+        local_ray.make_folder()

@@ -94,7 +94,7 @@ def test_slots_that_do_not_fit(small_model, with_a_bus, monkeypatch):
         if streams:
             assert pydsa.load(path, threads=1, **PLACEMENT).setup.streaming.stream_from
             continue
-        with pytest.warns(UserWarning, match="slots and values for that, 0.0 GiB, do not fit there") as warned:
+        with pytest.warns(UserWarning, match="slots and values for that, [0-9.]+ [KM]iB, do not fit there") as warned:
             model = pydsa.load(path, threads=1, **PLACEMENT)
         assert model.setup.streaming == NEVER and warned[0].filename == __file__
         with pytest.raises(OutOfMemoryError, match="would take"):

@@ -166,9 +166,10 @@ def test_values_of_glm_have_the_types_of_the_schema(schema, value, expected):
 
 @pytest.mark.parametrize("schema, expected", [
     ({"$ref": "#/$defs/word"}, "5"), ({"anyOf": [{"$ref": "#/$defs/word"}, {"type": "null"}]}, "5"), ({"$ref": "#/$defs/number"}, 5),
-    ({"$ref": "#/$defs/again"}, 5), ({"$ref": "#/$defs/a~1b"}, "5")])
+    ({"$ref": "#/$defs/again"}, 5), ({"$ref": "#/$defs/a~1b"}, "5"), ({"$ref": "#/$defs/wide"}, "5")])
 def test_values_of_glm_have_the_types_of_definitions(schema, expected):
-    defs = {"word": {"enum": ["5", "6"]}, "number": {"type": "integer"}, "again": {"$ref": "#/$defs/again"}, "a/b": {"type": "string"}}
+    defs = {"word": {"enum": ["5", "6"]}, "number": {"type": "integer"}, "again": {"$ref": "#/$defs/again"}, "a/b": {"type": "string"},
+            "wide": {"anyOf": [{"$ref": "#/$defs/wide"}] * 1000 + [{"type": "string"}]}}      # a walk of all ways would take for ever
     tools = [{"function": {"name": "f", "parameters": {"properties": {"a": schema}, "$defs": defs}}}]
     _, reply = read("glm-4.7", "<tool_call>f<arg_key>a</arg_key><arg_value>5</arg_value></tool_call>", tools=tools)
     assert json.loads(reply.tool_calls[0]["function"]["arguments"]) == {"a": expected}

@@ -69,7 +69,12 @@ class Device(NamedTuple):
     precisions: bool = False        # whether prompts' products are in the precision that a model is loaded with (options.PRECISIONS)
 
     def backend(self):
-        """The backend's module, imported on the first call."""
+        """The backend's module, imported on the first call.
+
+        Raises PydsaError where the environment lets Numba compile nothing.
+        """
+        if self.module != DEVICES["reference"].module:
+            check_numba()
         return importlib.import_module(self.module)
 
     def describe(self):
@@ -236,6 +241,15 @@ DEVICES = {
                    apart=40, precisions=True, half_rows=_cuda_half_rows, reserved=640 << 20),     # 420 to 560 MiB are a context's
     "reference": Device("pydsa.backends.reference", 8, lambda tensors: (_mapped(tensors), _as_floats(tensors)), streams=True),
 }
+
+
+def check_numba():
+    """Raise PydsaError if the environment lets Numba compile nothing."""
+    if os.environ.get("NUMBA_DISABLE_JIT", "").strip() not in ("", "0"):
+        raise PydsaError("NUMBA_DISABLE_JIT is set, but kernels run only as compiled: unset it (--device reference has none).")
+    text = os.environ.get("NUMBA_NUM_THREADS", "").strip()
+    if text.lstrip("-").isdecimal() and int(text) < 1:
+        raise PydsaError(f"NUMBA_NUM_THREADS is {text}, expected a number from 1 on.")
 
 
 def device_of(name):

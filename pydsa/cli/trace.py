@@ -22,7 +22,7 @@ def trace(model, prompt, output, threads, threads_batch, **settings):
     """Compare every intermediate value with the numpy reference.
 
     There is a row for each op, in the order they run. The last column is the normalised squared error, sum (a - b)^2 / sum b^2; for indices
-    it is the share that differs.
+    it is the share that differs. It is inf, and null in JSON, where values are NaN, or infinite on one side only.
     """
     from pydsa.bench import format_rows
     from pydsa.report import compare_nodes

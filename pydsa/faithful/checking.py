@@ -14,7 +14,7 @@ import numpy as np
 from pydsa import DEMO, load_tokenizer
 from pydsa.faithful.against import LogitsAgainst, Versus
 from pydsa.faithful.choices import TOGETHER, Tally, masks
-from pydsa.errors import PydsaError
+from pydsa.errors import NOT_FINITE, DamagedWeightsError, PydsaError
 from pydsa.hooks import Hook
 from pydsa.faithful.measures import SPARSE, Probe
 from pydsa.model import compile_for
@@ -322,10 +322,15 @@ class _Compared:
         self.loss, self.kl, self.agree = np.full((2, ids.size), np.nan), np.full(ids.size, np.nan), np.zeros(ids.size, bool)
 
     def add(self, positions, ours, theirs):
-        """Compare logits [n, n_vocab] of the tokens at some positions."""
+        """Compare logits [n, n_vocab] of the tokens at some positions.
+
+        Raises DamagedWeightsError if they are not finite.
+        """
         for first in range(0, len(positions), ROWS):
             rows, at = slice(first, first + ROWS), positions[first:first + ROWS]
             log_p, log_q = (_log_softmax(logits[rows]) for logits in (ours, theirs))
+            if not (np.isfinite(log_p).all() and np.isfinite(log_q).all()):
+                raise DamagedWeightsError(NOT_FINITE)
             self.kl[at] = (np.exp(log_q) * (log_q - log_p)).sum(axis=1)
             self.agree[at] = log_p.argmax(axis=1) == log_q.argmax(axis=1)
             followed = at[at + 1 < self._ids.size]

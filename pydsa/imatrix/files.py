@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pydsa.errors import ImatrixError
+from pydsa.errors import GGUFError, ImatrixError
 from pydsa.gguf_file import GGUFFile, open_gguf, quote
 from pydsa.imatrix.matrix import Imatrix
 from pydsa.targets import check_replaceable, replacing
@@ -133,6 +133,7 @@ def check_target(path, inputs=()):
         for other in inputs:
             if path.exists() and os.path.exists(other) and os.path.samefile(path, other):
                 raise ImatrixError(f"{path}: the imatrix would replace {other}, which is read: give it another name.")
+        _check_own(path)
         open(partial, "wb").close()
         partial.unlink(missing_ok=True)
     except (OSError, ValueError) as error:      # ValueError: a zero byte in the path
@@ -153,6 +154,24 @@ def _target(path):
     return path, path.with_name(f"{path.name}.{os.getpid()}.part")      # another run may write to the same path
 
 
+def _check_own(path):
+    """Raise ImatrixError if another file is there, such as a model."""
+    if path.exists() and path.stat().st_size and not _may_be_imatrix(path):
+        raise ImatrixError(f"{path}: another file is there, and would be lost, expected an imatrix or none.")
+
+
+def _may_be_imatrix(path):
+    """Whether a file is an imatrix, perhaps a damaged one."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if start[:4] != b"GGUF":        # a .dat: the number of entries, and the length of a name
+        return len(start) == 8 and 0 < int.from_bytes(start[:4], "little") < 1 << 20 and 0 < int.from_bytes(start[4:], "little") < 1 << 10
+    try:
+        return any(name.endswith(SUMS) for name in open_gguf(path).tensors)
+    except GGUFError:
+        return False
+
+
 def save(imatrix, path, form="gguf"):
     """Write an Imatrix as llama.cpp does: the same bytes.
 
@@ -166,6 +185,7 @@ def save(imatrix, path, form="gguf"):
                            f"{MOST_CHUNKS}, the most that a file can say.")
     try:
         path, partial = _target(path)
+        _check_own(path)
         with replacing(path, partial), np.errstate(over="raise"):
             {"gguf": _write_gguf, "dat": _write_legacy}[form](imatrix, partial)
     except FloatingPointError:

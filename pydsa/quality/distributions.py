@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from pydsa.cores import physical_cores
-from pydsa.errors import DamagedWeightsError
+from pydsa.errors import NOT_FINITE, DamagedWeightsError
 
 BLOCK = 1 << 18         # float32 values that a thread works on at a time
 MOST_THREADS = 8        # more threads only wait for the memory
@@ -52,8 +52,7 @@ class Rows:
         self.log_sums = np.empty((n, 1), np.float64)       # log of the sum of exp(logits - top)
         threads.each_block(self._reduce, n, self.n_vocab)
         if not (np.isfinite(self.least).all() and np.isfinite(self.log_sums).all()):
-            raise DamagedWeightsError("The logits are not finite: the weights are damaged, or a computation overflowed (`pydsa info "
-                                      "--check` reads all of the file).")
+            raise DamagedWeightsError(NOT_FINITE)
         self._shifts = (self.tops + self.log_sums).astype(np.float32)
 
     def _reduce(self, part):

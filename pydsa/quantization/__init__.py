@@ -7,10 +7,12 @@ TYPES maps names of types to rows.Quantizer; numba is imported when it is first 
 """
 import importlib
 
+from pydsa.backends.devices import check_numba
 from pydsa.quantization.running import Report, Row, quantize, summary  # noqa: F401
 
 
 def __getattr__(name):
     if name == "TYPES":
+        check_numba()
         return importlib.import_module("pydsa.quantization.table").TYPES
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ import struct
 from collections import Counter
 from dataclasses import dataclass, field
 
+from pydsa.backends.devices import check_numba
 from pydsa.errors import PydsaError, TargetError
 from pydsa.gguf_file import I64, SCALARS, open_gguf, quote
 from pydsa.gguf_layout import Packed
@@ -192,6 +193,7 @@ class _Job:
             for info in list(writer.remaining):
                 writer.write(info, self._copied(info.name))
             return
+        check_numba()
         from pydsa.quantization import rows as threading
         from pydsa.quantization.tensors import Requantized, compile_for
         compile_for(pairs, compiling)
@@ -234,8 +236,11 @@ def _packed(key, value, stored):
 
 
 def _short(text):
-    """A text that llama-quantize would store whole."""
-    return text.encode()[:MOST_TEXT].decode(errors="ignore")
+    """A text that llama-quantize would store whole.
+
+    The bytes of a file's name may be no text.
+    """
+    return text.encode(errors="replace")[:MOST_TEXT].decode(errors="ignore")
 
 
 def summary(report):

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ConfigDict, Field
 
 from pydsa.server.bodies import Fields, Listed, expected, shown
+from pydsa.server.constrained import Wanted
 from pydsa.server.errors import NO_THREADS, ApiError
 from pydsa.server.openai_forms import MAX_STOP, MAX_STOPS
 
@@ -63,13 +64,13 @@ class CountRequest(Fields):
         return kind != "disabled"
 
     def wanted(self):
-        """What the answer shall be -> ("json_schema", schema), or None."""
+        """What the answer shall be, a Wanted, or None."""
         form = (self.output_config or {}).get("format") or self.output_format
         if form is None:
             return None
         if not isinstance(form, dict) or form.get("type") != "json_schema" or not isinstance(form.get("schema"), dict):
             raise wrong("output_config.format", f'is {shown(form)}, expected {{"type": "json_schema", "schema": ...}}')
-        return "json_schema", form["schema"]
+        return Wanted("json_schema", form["schema"], "output_config")
 
     def choice(self):
         """What tool_choice asks for, and whether several calls may come.

@@ -1,6 +1,6 @@
 """Fields that restrict what the model may write."""
 import asyncio
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydsa.answers import Layout
 from pydsa.constraint import compile_constraint
@@ -10,6 +10,16 @@ from pydsa.server.errors import ApiError, as_api_error
 from pydsa.tool_grammars import tools
 
 
+class Wanted(NamedTuple):
+    """What an answer shall be.
+
+    kind: "json_object", "json_schema" or "grammar". field: of the request, that asks for it.
+    """
+    kind: str
+    value: Any
+    field: str
+
+
 class Constrained(Fields):
     """The fields of OpenAI's API, and those that llama.cpp's server adds."""
     response_format: dict[str, Any] | None = expected("an object with a type")
@@ -17,9 +27,9 @@ class Constrained(Fields):
     grammar: str | None = expected("a grammar in GBNF")
 
     def wanted(self):
-        """What the answer shall be -> (kind, value), or None where all may come.
+        """What the answer shall be, a Wanted; None: all may come.
 
-        kind: "json_object", "json_schema" or "grammar". Raises ApiError.
+        Raises ApiError.
         """
         given = [name for name in ("response_format", "json_schema", "grammar") if getattr(self, name) is not None]
         if len(given) > 1:
@@ -27,18 +37,18 @@ class Constrained(Fields):
         if not given:
             return None
         if given[0] != "response_format":
-            return given[0], getattr(self, given[0])
+            return Wanted(given[0], getattr(self, given[0]), given[0])
         kind = self.response_format.get("type")
         if kind == "text":
             return None
         if kind == "json_object":      # llama.cpp's server takes a schema with it
             schema = self.response_format.get("schema")
-            return ("json_object", None) if schema is None else ("json_schema", schema)
+            return Wanted("json_object" if schema is None else "json_schema", schema, "response_format")
         if kind == "json_schema":
             named = self.response_format.get("json_schema")
             schema = named.get("schema") if isinstance(named, dict) else None
             if isinstance(schema, (dict, bool)):
-                return "json_schema", schema
+                return Wanted("json_schema", schema, "response_format")
             raise ApiError(400, 'response_format has no schema, expected {"type": "json_schema", "json_schema": {"schema": ...}}.',
                            "response_format", "invalid_value")
         raise ApiError(400, f"response_format has the type {shown(kind)}, expected text, json_object or json_schema.", "response_format",
@@ -48,7 +58,7 @@ class Constrained(Fields):
 async def constraint_of(service, wanted, layout=None, choice=None, parallel=True, thinking=False):
     """The constraint of a request, or None where anything may come.
 
-    wanted: of Constrained.wanted(). layout: the answers.Layout, with the tools. choice, parallel: which of them must be called, in OpenAI's
+    wanted: a Wanted, or None. layout: the answers.Layout, with the tools. choice, parallel: which of them must be called, in OpenAI's
     form, and whether several may be. thinking: whether the model may reason first. Raises ApiError for what is not served.
     """
     return await asyncio.to_thread(_compile, service.model.tokenizer, wanted, layout or Layout(), choice or "auto", parallel, thinking)
@@ -59,10 +69,12 @@ def _compile(tokenizer, wanted, layout, choice, parallel, thinking):
 
     With tools beside what is wanted, the answer is either.
     """
-    param, (kind, value) = "response_format", wanted or (None, None)
+    param, said = None, None
     try:
-        said = None if kind is None else json_object() if kind == "json_object" else json_schema(value) if kind == "json_schema" else (
-            grammar(value))
+        if wanted is not None:
+            param = wanted.field
+            said = (json_object() if wanted.kind == "json_object" else json_schema(wanted.value) if wanted.kind == "json_schema" else
+                    grammar(wanted.value))
         if said is not None and layout.form is not None:
             said = said._replace(form=layout.form)
         if said is None or layout.tools:
@@ -70,5 +82,4 @@ def _compile(tokenizer, wanted, layout, choice, parallel, thinking):
         rule = tools(layout, choice, parallel, said)
         return None if rule is None else compile_constraint(tokenizer, rule, layout, thinking)
     except ConstraintError as error:
-        param = "tool_choice" if str(error).startswith("tool_choice") else "grammar" if kind == "grammar" else param
-        raise ApiError(400, as_api_error(error).message, param, "invalid_value") from None
+        raise ApiError(400, as_api_error(error).message, "tool_choice" if error.of_choice else param, "invalid_value") from None

@@ -17,6 +17,7 @@ import threading
 from pydsa.errors import StageError
 
 OBJECT_STORE = 75 << 20     # bytes, the fewest that Ray takes; hidden states go another way
+ROOM = 8 << 20              # bytes of files that Ray writes, with much to spare; without them it waits for itself and times out
 LONGEST_FOLDER = 40         # characters: Ray puts the paths of sockets, of at most 107, below it
 NEEDS = "A model in stages needs Ray, which is not installed: pip install 'pydsa[ray]'."
 _TOKEN = secrets.token_hex(32)      # without which Ray's ports answer nobody: of this process, as Ray reads it once
@@ -78,8 +79,7 @@ class LocalRay:
     """
 
     def __init__(self):
-        parent = None if os.name == "nt" or len(tempfile.gettempdir()) + 19 <= LONGEST_FOLDER else "/tmp"
-        self._folder = tempfile.mkdtemp(prefix="pydsa-ray-", dir=parent)
+        self._folder = make_folder()
         self._sweeper = subprocess.Popen([sys.executable, "-I", "-S", "-c", SWEEP, self._folder], stdin=subprocess.PIPE,
                                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         self._closed = threading.Event()
@@ -138,6 +138,20 @@ class LocalRay:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._sweeper.wait(10)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def make_folder():
+    """A new folder for Ray's files; StageError if there is no room for them."""
+    try:
+        parent = tempfile.gettempdir()
+        parent = parent if os.name == "nt" or len(parent) + 19 <= LONGEST_FOLDER else "/tmp"
+        free = shutil.disk_usage(parent).free
+        if free < ROOM:
+            raise StageError(f"Ray's files need {ROOM >> 20} MiB in the folder for temporary files, {parent}, and {free >> 10} KiB are "
+                             "free there: make room, or name another folder in TMPDIR.")
+        return tempfile.mkdtemp(prefix="pydsa-ray-", dir=parent)
+    except OSError as error:
+        raise StageError(f"There is no folder for Ray's temporary files ({error.strerror or error}); name one in TMPDIR.") from error
 
 
 def first_line(error):
