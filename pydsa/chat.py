@@ -12,11 +12,11 @@ import weakref
 from bisect import bisect_right
 from typing import NamedTuple
 
-from pydsa.answers import END_THINK, THINK, Layout
 from pydsa.errors import PydsaError, UnsupportedModelError
-from pydsa.messages import ROLES, Arguments, check_functions, checked, to_json
-from pydsa.template import check_source, render
-from pydsa.tool_calls import DSML, find_form
+from pydsa.text.answers import END_THINK, THINK, Layout
+from pydsa.text.messages import ROLES, Arguments, check_functions, checked, to_json
+from pydsa.text.template import check_source, render
+from pydsa.text.tool_calls import DSML, find_form
 
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]     # Unicode reserves these 32 for internal use
 

@@ -17,8 +17,8 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from pydsa import limits
 from pydsa.kernel_cache import KernelsNotKept
+from pydsa.machine import limits
 
 FEWEST = 4      # jobs for which it pays: a process takes as long to start as one or two of them to be done
 MOST = 8        # processes

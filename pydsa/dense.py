@@ -8,8 +8,8 @@ import numpy as np
 
 from pydsa.backends import reference
 from pydsa.backends.host import cache_values
+from pydsa.executor.graph import CacheRef
 from pydsa.gguf_file import Tensor
-from pydsa.graph import CacheRef
 
 AT_ONCE = 1 << 24       # products of a query with a key that are in memory at a time
 

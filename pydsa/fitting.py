@@ -8,14 +8,14 @@ import os
 import warnings
 from typing import NamedTuple
 
-from pydsa import limits
 from pydsa.backends.devices import AUTO, HOST, backend_of, check_devices, check_numa, device_of, usable_gpus
 from pydsa.errors import LESS, OutOfMemoryError
-from pydsa.fit import Fit, Room, Search
+from pydsa.executor.fit import Fit, Room, Search
+from pydsa.executor.placement import check_layers, check_split, is_of_experts
+from pydsa.executor.streaming import bytes_for_slots, no_room_for_slots
+from pydsa.machine import limits
 from pydsa.options import counts, size_in_bytes
-from pydsa.placement import check_layers, check_split, is_of_experts
 from pydsa.setup import Setup
-from pydsa.streaming import bytes_for_slots, no_room_for_slots
 from pydsa.words import options_in_words, placement_in_words, size
 
 MARGIN = 1 << 30        # bytes that an automatic plan leaves free on each GPU

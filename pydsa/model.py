@@ -6,28 +6,28 @@ import collections
 import collections.abc
 import warnings
 
-from pydsa.answers import Reader
 from pydsa.backends.devices import backend_of, device_of
 from pydsa.cards import shown
 from pydsa.chat import chat_prompt, thinking_note
 from pydsa.check import warn_of_gaps
-from pydsa.constraint import constraint_for
-from pydsa.cores import MOST_THREADS
 from pydsa.diagnosis import refuse_hidden
 from pydsa.errors import OutOfMemoryError
+from pydsa.executor.memory import tensors_on
+from pydsa.executor.plan import Runner, check_fits
+from pydsa.executor.schedule import VARIANTS
+from pydsa.executor.streaming import bytes_for_slots, measure, no_room_for_slots, pays_from
 from pydsa.gguf_parts import check_here
-from pydsa.memory import tensors_on
-from pydsa.numa import memory_placed, use_numa
+from pydsa.machine.cores import MOST_THREADS
+from pydsa.machine.numa import memory_placed, use_numa
+from pydsa.machine.residence import copied, lock, warn_of_nodes
 from pydsa.options import counts
-from pydsa.plan import Runner, check_fits
 from pydsa.recorder import record
-from pydsa.residence import copied, lock, warn_of_nodes
 from pydsa.sampling import sampling_of
-from pydsa.schedule import VARIANTS
 from pydsa.session import Session
 from pydsa.signals import interrupts_held
 from pydsa.stepping import check_ids, check_max_tokens
-from pydsa.streaming import bytes_for_slots, measure, no_room_for_slots, pays_from
+from pydsa.text.answers import Reader
+from pydsa.text.constraint import constraint_for
 from pydsa.words import card_of_a_model
 
 

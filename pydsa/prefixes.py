@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pydsa import limits
+from pydsa.machine import limits
 
 SPARE = 0.1         # the share of the free memory that is left alone
 MAX_FILE_BYTES = 1 << 36

@@ -9,7 +9,7 @@ from pydsa import packed
 from pydsa.chat import chat_prompt
 from pydsa.dense import attention_of, index_of
 from pydsa.errors import PydsaError
-from pydsa.hooks import Hook, layer_of
+from pydsa.executor.hooks import Hook, layer_of
 from pydsa.options import counts
 from pydsa.recording import Recording
 from pydsa.recording_file import CHUNK, FIELDS, OF_TOKENS, Facts, Reader, Writer

@@ -15,8 +15,8 @@ import numpy as np
 from pydsa import packed
 from pydsa.cards import shown
 from pydsa.errors import RecordingFileError
-from pydsa.limits import allocating
-from pydsa.plan import check_memory
+from pydsa.executor.plan import check_memory
+from pydsa.machine.limits import allocating
 from pydsa.recording_file import CHUNK, Reader, Writer
 from pydsa.words import card_of_a_recording
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from pydsa import packed
 from pydsa.errors import RecordingFileError
-from pydsa.limits import allocating
+from pydsa.machine.limits import allocating
 from pydsa.targets import check_replaceable
 
 VERSION = 1

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pydsa.answers import Layout, Reader
 from pydsa.errors import PydsaError
 from pydsa.sampling import Sampling
+from pydsa.text.answers import Layout, Reader
 
 
 class Started(NamedTuple):

@@ -6,7 +6,7 @@ import numpy as np
 
 from pydsa.dense import attention_of, index_of
 from pydsa.errors import PydsaError
-from pydsa.hooks import Hook, layer_of
+from pydsa.executor.hooks import Hook, layer_of
 
 ATTENTION = ("sparse_attention", "mha_sparse_attention")
 INDICES = 3     # their argument with the chosen keys

@@ -11,14 +11,14 @@ import numpy as np
 from pydsa.cards import shown
 from pydsa.diagnosis import explained
 from pydsa.errors import ContextFullError, DamagedWeightsError, PydsaError, SessionFileError
-from pydsa.hooks import Hook, Observer
-from pydsa.limits import allocating
+from pydsa.executor.hooks import Hook, Observer
+from pydsa.executor.plan import check_memory
+from pydsa.executor.schedule import VARIANTS
+from pydsa.machine.limits import allocating
 from pydsa.options import choose, counts
-from pydsa.plan import check_memory
 from pydsa.prefixes import common_length
 from pydsa.recorder import LIMIT, Recorder
 from pydsa.sampling import Picked, Sampler
-from pydsa.schedule import VARIANTS
 from pydsa.selecting import Selector, check_select
 from pydsa.stepping import Layers, Step, check_ids, check_max_tokens, in_ubatches
 from pydsa.words import card_of_a_session

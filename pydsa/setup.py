@@ -14,24 +14,24 @@ from pydsa.backends.devices import check_devices, check_numa, check_reproducible
 from pydsa.cache import choose_cache_type
 from pydsa.cards import shown
 from pydsa.errors import PydsaError, UnsupportedModelError
+from pydsa.executor.graph import CacheRef, Graph, waits
+from pydsa.executor.layout import lay_out
+from pydsa.executor.memory import Memory, memory_of
+from pydsa.executor.placement import Placing
+from pydsa.executor.schedule import VARIANTS, Schedule, ending_early
+from pydsa.executor.segments import cut
+from pydsa.executor.streaming import NEVER, Streaming, check_stream_from, slots_of, worth_measuring
 from pydsa.gguf_file import open_gguf
 from pydsa.gguf_parts import absent_parts, ends_of
-from pydsa.graph import CacheRef, Graph, waits
-from pydsa.layout import lay_out
-from pydsa.memory import Memory, memory_of
+from pydsa.machine.numa import memory_placed
 from pydsa.models import architecture
 from pydsa.models.blocks import INDEXER, block_of, check_stage, indexer_advice, settle_blocks
 from pydsa.models.stored import made_bytes
 from pydsa.models.weights import Weights
-from pydsa.numa import memory_placed
 from pydsa.options import FLOAT16, PRECISIONS, choose, counts
 from pydsa.override import check_all_read, override
-from pydsa.placement import Placing
 from pydsa.quants import cache_row_bytes
-from pydsa.schedule import VARIANTS, Schedule, ending_early
-from pydsa.segments import cut
-from pydsa.streaming import NEVER, Streaming, check_stream_from, slots_of, worth_measuring
-from pydsa.tokenizer import Tokenizer
+from pydsa.text.tokenizer import Tokenizer
 from pydsa.words import card_of_a_setup, size
 
 ATTENTION = ("auto", "sparse", "masked", "dense")

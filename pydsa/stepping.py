@@ -4,7 +4,7 @@ import collections
 import numpy as np
 
 from pydsa.errors import PydsaError
-from pydsa.hooks import Hook
+from pydsa.executor.hooks import Hook
 
 
 def check_max_tokens(n):

@@ -3,9 +3,9 @@ import shlex
 
 from pydsa.cards import Card, shortened, tokens_in_words
 from pydsa.errors import PydsaError
+from pydsa.executor.placement import is_of_experts
 from pydsa.models.blocks import block_of, spans
 from pydsa.options import EXACT, size
-from pydsa.placement import is_of_experts
 
 LAST = 48       # tokens of a session whose text is shown
 

@@ -3,7 +3,7 @@ import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 
 from pydsa.gguf_file import Metadata
-from pydsa.tokenizer import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Tokenizer
+from pydsa.text.tokenizer import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Tokenizer
 
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w"]
 SPECIAL = {"<bos>": CONTROL, "<eos>": CONTROL, "<a>": CONTROL, "<a><b>": CONTROL, "ctl": CONTROL, "<unk>": UNKNOWN,

@@ -16,9 +16,9 @@ SECONDS = 300       # after which a process is ended
 PARENT = f"""
 import json, os, signal, sys
 import numpy
+import pydsa.backends.cuda
 import pydsa.cli
 import pydsa.model
-import pydsa.backends.cuda
 for line in sys.stdin:
     request = json.loads(line)
     child = os.fork()

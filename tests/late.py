@@ -10,8 +10,8 @@ import types
 
 import numpy as np
 
-from pydsa import plan
 from pydsa.backends import devices, reference
+from pydsa.executor import plan
 
 NAMES = ("late", "later")
 

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from pydsa.tokenizer import CONTROL, NORMAL
+from pydsa.text.tokenizer import CONTROL, NORMAL
 
 
 class Words:

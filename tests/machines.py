@@ -5,9 +5,9 @@ import sys
 import pytest
 from helpers import write_files
 
-from pydsa import mempolicy
-from pydsa.mempolicy import DEFAULT, Policy
-from pydsa.nodes import read_nodes
+from pydsa.machine import mempolicy
+from pydsa.machine.mempolicy import DEFAULT, Policy
+from pydsa.machine.nodes import read_nodes
 
 CPUS = sorted(os.sched_getaffinity(0))[:2] if sys.platform == "linux" else []       # of this machine
 MEMORY = tuple(node.number for node in read_nodes() if node.number < 2 and node.memory and node.allowed)       # those of its first nodes

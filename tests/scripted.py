@@ -13,9 +13,9 @@ from chat_cases import small
 from test_tool_calls import ENDS, GLM, GLM_PAIRS, KIMI, V3, V32, WRITTEN
 
 import pydsa
-from pydsa.plan import Done
+from pydsa.executor.plan import Done
 from pydsa.session import Session
-from pydsa.tokenizer import CONTROL
+from pydsa.text.tokenizer import CONTROL
 
 _THINK = "{{ '<think>' if thinking else '<think></think>' }}"
 _REASONING = "{% if m.reasoning_content and not loop.last %}<think>{{ m.reasoning_content }}</think>{% else %}<think></think>{% endif %}"

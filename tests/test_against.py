@@ -5,8 +5,8 @@ from helpers import random_ids
 
 import pydsa
 from pydsa import faithful
-from pydsa.faithful import against
 from pydsa.backends import reference
+from pydsa.faithful import against
 
 IDS = random_ids(90)        # top_k is 12
 RIGHT_SCORES, RIGHT_WRITE = reference.indexer_scores, reference.cache_write

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from test_chat import V32
 from test_tool_calls import TOOLS, WRITTEN
 
-from pydsa.answers import Layout, Reader, Reply, Splitter, Stops
 from pydsa.chat import chat_prompt, encode_chat
 from pydsa.errors import ContextFullError, PydsaError
 from pydsa.session import Session
-from pydsa.tokenizer import CONTROL
-from pydsa.tool_calls import FORMS
+from pydsa.text.answers import Layout, Reader, Reply, Splitter, Stops
+from pydsa.text.tokenizer import CONTROL
+from pydsa.text.tool_calls import FORMS
 
 TOKENIZER = small(V32 | {"<|end|>": CONTROL}, ["t h", "th e", "Ġ w"])
 

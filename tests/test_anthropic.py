@@ -5,13 +5,13 @@ import pytest
 from scripted import FORMATS, scripted
 from serving import TINY, call, post, serving
 
-from pydsa.answers import Piece, Reply
 from pydsa.requests import Finished, Started, Timings, Written
 from pydsa.server.anthropic import Message
 from pydsa.server.anthropic_requests import MessagesRequest, conversation
 from pydsa.server.bodies import check_fields
 from pydsa.server.errors import ApiError
 from pydsa.server.openai_chat import ChatForm
+from pydsa.text.answers import Piece, Reply
 
 PATH = "/v1/messages"
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -13,9 +13,9 @@ from rewritten import INT, TEXT, T, rewrite
 
 import pydsa
 from pydsa import GGUFError, PydsaError, UnsupportedModelError
-from pydsa.setup import Setup
+from pydsa.cli.report import describe, format_report
 from pydsa.override import parse_overrides
-from pydsa.report import describe, format_report
+from pydsa.setup import Setup
 
 IDS = random_ids(40)
 CLOSE = 1e-10       # NMSE of float32 sums in another order

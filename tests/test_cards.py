@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from pydsa import Sampling, selections
-from pydsa.answers import Reader, Reply
 from pydsa.cards import shown
-from pydsa.hooks import Hook
+from pydsa.executor.hooks import Hook
 from pydsa.setup import Setup
 from pydsa.terminal import harmless
+from pydsa.text.answers import Reader, Reply
 from pydsa.words import card_of_a_model
 
 ROOT = Path(__file__).parents[1]
@@ -142,7 +142,7 @@ def test_a_stream_is_not_read(model):
 def test_waiting_is_timed_and_reading_is_not(monkeypatch, model):
     """Tokens that take a second each, read by someone who takes ten."""
     clock = [0.0]
-    monkeypatch.setattr("pydsa.answers.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("pydsa.text.answers.time.perf_counter", lambda: clock[0])
 
     def ids():
         for token in 5, 6, 7:

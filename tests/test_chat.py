@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pydsa.chat import Guard, encode_chat
 from pydsa.errors import PydsaError, UnsupportedModelError
-from pydsa.tokenizer import CONTROL, USER_DEFINED
+from pydsa.text.tokenizer import CONTROL, USER_DEFINED
 
 V32 = {"<｜begin▁of▁sentence｜>": CONTROL, "<｜end▁of▁sentence｜>": CONTROL, "<｜User｜>": CONTROL,
        "<｜Assistant｜>": CONTROL, "<think>": USER_DEFINED, "</think>": USER_DEFINED, "｜DSML｜": USER_DEFINED,

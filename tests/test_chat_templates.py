@@ -7,11 +7,11 @@ import sys
 import pytest
 from chat_cases import GLM, GLM_TEMPLATE, QUESTION, SYSTEM, TOOL, small, user
 
-from pydsa import template as templates
 from pydsa.chat import encode_chat
 from pydsa.errors import PydsaError, UnsupportedModelError
-from pydsa.template import MAX_TEMPLATE, MAX_TEXT
-from pydsa.tokenizer import CONTROL
+from pydsa.text import template as templates
+from pydsa.text.template import MAX_TEMPLATE, MAX_TEXT
+from pydsa.text.tokenizer import CONTROL
 
 
 def render(template, messages=(QUESTION,), tokenizer=None, **options):

@@ -15,7 +15,7 @@ from pydsa.cli import main
 from pydsa.conversion import Conversion
 from pydsa.conversion.checkpoint import Checkpoint, read_header
 from pydsa.errors import CheckpointError, PydsaError, UnsupportedModelError
-from pydsa.tokenizer import PRE_TOKENIZERS
+from pydsa.text.tokenizer import PRE_TOKENIZERS
 
 ONE = {"a": ("F32", np.arange(6, dtype="<f4").reshape(2, 3)), "b": ("U8", np.arange(5, dtype="u1"))}
 SCALE = "model.layers.0.mlp.up_proj.weight_scale_inv"

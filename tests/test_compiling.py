@@ -23,8 +23,8 @@ import pytest
 from pydsa import compiling, kernel_cache
 from pydsa.backends.cpu import steps
 from pydsa.compiling import Job, compile_jobs
-from pydsa.cores import physical_cores
 from pydsa.kernel_cache import KernelsNotKept
+from pydsa.machine.cores import physical_cores
 from pydsa.model import compile_for
 from pydsa.signals import interrupts_held
 

@@ -10,15 +10,17 @@ import pytest
 from click.testing import CliRunner
 from test_cli import Terminal, pydsa, run
 
-from pydsa import console, limits
-from pydsa.answers import Piece
+from pydsa.cli import console
+
 from pydsa.cli import main
-from pydsa.console import Writer, answer, read_message, show
+from pydsa.cli.console import Writer, answer, read_message, show
+from pydsa.cli.habits import INSTEAD, SO_ANYWAY
 from pydsa.errors import OutOfMemoryError, PydsaError
 from pydsa.fitting import longest_context
-from pydsa.habits import INSTEAD, SO_ANYWAY
-from pydsa.setup import Setup
+from pydsa.machine import limits
 from pydsa.session import Session
+from pydsa.setup import Setup
+from pydsa.text.answers import Piece
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_a_block_that_does_not_end(monkeypatch):
 
 READ = """
 from rich.console import Console
-from pydsa.console import line_editor, read_message
+from pydsa.cli.console import line_editor, read_message
 line_editor()
 while True:
     print("GOT", repr(read_message(Console(stderr=True, highlight=False))))

@@ -7,13 +7,13 @@ from test_cli import pydsa, run
 from test_console import Lines
 from test_tool_calls import TOOLS, WRITTEN
 
-from pydsa import console
-from pydsa.answers import Piece
-from pydsa.console import Writer, answer, read_results, show
-from pydsa.constraint import constraint_for
+from pydsa.cli import console
+from pydsa.cli.console import Writer, answer, read_results, show
+from pydsa.cli.restrictions import Restrictions
 from pydsa.errors import PydsaError
-from pydsa.restrictions import Restrictions
 from pydsa.session import Session
+from pydsa.text.answers import Piece
+from pydsa.text.constraint import constraint_for
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": {"enum": ["x", True]}},
           "required": ["a", "b"], "additionalProperties": False}

@@ -9,14 +9,14 @@ from chat_cases import QUESTION, small
 from test_tool_calls import ENDS, WRITTEN
 
 from pydsa import DEMO
-from pydsa.answers import Layout, Reader
 from pydsa.chat import chat_prompt
-from pydsa.constraint import compile_constraint, constraint_for
 from pydsa.errors import PydsaError
-from pydsa.grammars import ConstraintError, grammar, json_object, json_schema
 from pydsa.sampling import Sampler, Sampling
-from pydsa.tokenizer import CONTROL, USER_DEFINED, load_tokenizer
-from pydsa.tool_grammars import tools
+from pydsa.text.answers import Layout, Reader
+from pydsa.text.constraint import compile_constraint, constraint_for
+from pydsa.text.grammars import ConstraintError, grammar, json_object, json_schema
+from pydsa.text.tokenizer import CONTROL, USER_DEFINED, load_tokenizer
+from pydsa.text.tool_grammars import tools
 
 PLAIN = small({"<eos>": CONTROL, "<ctl>": CONTROL}, ["t r", "tr u", "tru e", "Ċ Ċ", '" }', '1 2', '12 12'])
 THINKS = Layout(opened=True, thinks=True)

@@ -22,7 +22,7 @@ from pydsa.conversion.types import check_importance
 from pydsa.errors import CheckpointError, PydsaError, TargetError, UnsupportedModelError
 from pydsa.gguf_file import open_gguf
 from pydsa.gguf_writer import GGUFWriter, TensorInfo
-from pydsa.tokenizer import CONTROL, UNUSED, USER_DEFINED, load_tokenizer
+from pydsa.text.tokenizer import CONTROL, UNUSED, USER_DEFINED, load_tokenizer
 
 NAMES = ("v32", "glm", "v3", "v2")
 

@@ -15,10 +15,11 @@ from click.testing import CliRunner
 from helpers import write_files
 
 import pydsa
-from pydsa import PydsaError, bench, control_groups, words
+from pydsa import PydsaError, bench, words
 from pydsa.backends.cpu import threads
 from pydsa.cli import main
-from pydsa.cores import MOST_THREADS, cache_of_core, physical_cores
+from pydsa.machine import control_groups
+from pydsa.machine.cores import MOST_THREADS, cache_of_core, physical_cores
 
 V1_LIST, V2_LIST = "thread_siblings_list", "core_cpus_list"
 
@@ -129,7 +130,7 @@ def test_what_psutil_cannot_tell(tmp_path, monkeypatch, error):
 def test_this_machine():
     allowed = len(os.sched_getaffinity(0))
     assert 1 <= physical_cores() <= allowed
-    code = ("import os; from pydsa.cores import physical_cores; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1]); "
+    code = ("import os; from pydsa.machine.cores import physical_cores; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1]); "
             "print(physical_cores())")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
 

@@ -7,13 +7,15 @@ import psutil
 import pytest
 from helpers import random_ids
 
-from pydsa import bench, costs
+from pydsa import bench
+
 from pydsa.backends import cpu, reference
 from pydsa.backends.cpu import ceilings as measured
 from pydsa.bench import Bench, _op_costs, bytes_per_token, format_rows
-from pydsa.op_plot import OpPanels
-from pydsa.costs import StepSize, node_cost, step_cost
-from pydsa.graph import Graph
+from pydsa.cli.op_plot import OpPanels
+from pydsa.executor import costs
+from pydsa.executor.costs import StepSize, node_cost, step_cost
+from pydsa.executor.graph import Graph
 from pydsa.setup import Setup
 
 OPS = sorted(name for name in vars(Graph) if not name.startswith("_") and name not in ("value", "last_rows", "hidden"))

@@ -6,7 +6,7 @@ from helpers import nmse, normal, random_ids
 from pydsa import dense
 from pydsa.backends import reference
 from pydsa.cache import VectorCache
-from pydsa.hooks import Hook, layer_of
+from pydsa.executor.hooks import Hook, layer_of
 from pydsa.quants import CACHE_TYPES
 
 IDS = random_ids(60)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from pydsa import PydsaError
+from pydsa.cli.report import token_bytes
 from pydsa.errors import OutOfMemoryError
 from pydsa.models.blocks import begins_a_stage
-from pydsa.report import token_bytes
 from pydsa.setup import Setup
 from pydsa.stages.division import AUTO, Layers, Node, Parts, borders, check, divide, divided, parse
 from pydsa.stages.forecast import Times

@@ -148,7 +148,7 @@ def test_ops_are_timed(small_model, attention):
     """
     run(f"""
 import pydsa
-from pydsa.schedule import ending_early
+from pydsa.executor.schedule import ending_early
 driver = ptx.install(1 << 26)
 model = pydsa.load({str(small_model(**TINY | {"type": "Q4_0"}))!r}, device="cuda", attention={attention!r}, n_ctx=16, n_ubatch=8)
 session, other = model.session(), model.session()
@@ -210,9 +210,9 @@ def test_scratch_memory_is_taken_once_and_as_counted(small_model, kv_type, capab
     out, _ = run(f"""
 from pydsa.backends.cuda import array
 ptx.install(1 << 26).capability = {capability}
-from pydsa.memory import tensors_on
+from pydsa.executor.memory import tensors_on
+from pydsa.executor.plan import Runner
 from pydsa.model import reserve_for
-from pydsa.plan import Runner
 from pydsa.setup import Setup
 setup = Setup({str(small_model(type="Q8_0", n_layer=2, **spec))!r}, n_ctx=200, n_ubatch=64, device="cuda", kv_type={kv_type!r})
 runner, scratch = Runner({{"cuda": cuda}}, setup.layouts, None, None), array._scratch()

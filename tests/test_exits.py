@@ -11,11 +11,11 @@ import warnings
 import click
 import pytest
 
-from pydsa.answers import Piece
-from pydsa.console import show
-from pydsa.exits import in_a_sentence, warnings_in_a_line
+from pydsa.cli.console import show
+from pydsa.cli.exits import in_a_sentence, warnings_in_a_line
 from pydsa.signals import interrupted
 from pydsa.terminal import harmless, json_text, visible
+from pydsa.text.answers import Piece
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eevil\u2066"

@@ -10,11 +10,11 @@ from helpers import random_ids
 
 import pydsa
 from pydsa import faithful
-from pydsa.faithful import definition, read
 from pydsa.backends import reference
 from pydsa.cli import main
-from pydsa.models import deepseek2, deepseek32, glm_dsa
+from pydsa.faithful import definition, read
 from pydsa.faithful.verdicts import in_words, percent
+from pydsa.models import deepseek2, deepseek32, glm_dsa
 from tests.rewritten import rewrite
 from tests.test_stored_forms import with_factors
 

@@ -15,17 +15,17 @@ from chat_cases import QUESTION, SYSTEM, TOOL, small
 from helpers import nmse, random_ids
 
 import pydsa
-from pydsa.chat import encode_chat
 from pydsa.backends.devices import simulated_gpus
+from pydsa.chat import encode_chat
+from pydsa.cli.report import describe, format_report, token_bytes
 from pydsa.fitting import fitted
 from pydsa.gguf_file import GGUFFile, Metadata, Tensor
-from pydsa.setup import Setup
 from pydsa.models.yarn import rope_from_metadata
 from pydsa.quants import TYPES
-from pydsa.report import describe, format_report, token_bytes
+from pydsa.setup import Setup
 from pydsa.stages.division import Node, Parts, divide
 from pydsa.stages.forecast import CHUNK, Link, Times, chunks, forecast, one_stream, prompt_seconds, wire_of
-from pydsa.tokenizer import CONTROL, PRE_TOKENIZERS
+from pydsa.text.tokenizer import CONTROL, PRE_TOKENIZERS
 from tools.make_model import ModelSpec, make_model, model_keys, tensor_shapes, tensor_type
 from tools.simulate_stages import simulated
 

@@ -11,14 +11,16 @@ import pytest
 from helpers import nmse, random_ids
 from test_cli import pydsa
 
-from pydsa import fitting, limits
+from pydsa import fitting
+
 from pydsa.backends import devices
 from pydsa.backends.devices import DEVICES, HOST, device_of, simulated_gpus
 from pydsa.backends.gpus import Usable
 from pydsa.errors import OutOfMemoryError, PydsaError
+from pydsa.executor.fit import balanced
 from pydsa.fitting import MARGIN, Fitting, fitted, longest_context
-from pydsa.fit import balanced
 from pydsa.loading import ready
+from pydsa.machine import limits
 from pydsa.options import size_in_bytes
 from pydsa.words import plan_in_words
 

@@ -134,7 +134,7 @@ assert all(met) and os.getpid() not in met and (logits() == expected).all()
 def test_a_fork_does_not_wait_for_a_step_of_its_parent(small_model):
     """... which another thread was in, so that nobody would end it in the child."""
     run(small_model(), """
-from pydsa import plan
+from pydsa.executor import plan
 entered, go = threading.Event(), threading.Event()
 def step():
     with plan.one_step(), threads._lock:

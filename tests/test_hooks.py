@@ -5,7 +5,7 @@ from helpers import random_ids
 
 from pydsa import PydsaError, selections
 from pydsa.batch import Batch
-from pydsa.hooks import Hook
+from pydsa.executor.hooks import Hook
 
 IDS = random_ids(40)       # top_k is 12
 

@@ -13,7 +13,7 @@ import pytest
 
 from pydsa import quants
 from pydsa.backends import cpu, reference
-from pydsa.graph import Graph
+from pydsa.executor.graph import Graph
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "pydsa").rglob("*.py"))
@@ -21,15 +21,12 @@ SLOW = ("numba", "llvmlite", "tokenizers", "jinja2", "rich", "matplotlib", "star
         "ray")
 
 # Each may import itself, those after it, and the leaves; a leaf only other leaves.
-LAYERS = ("__main__", "cli", "exits", "server", "console habits", "restrictions", "conversion", "faithful imatrix quantization", "quality",
-          "bench report parts_report plot", "__init__", "engine loading", "stages", "model", "look", "selections", "session", "stepping",
-          "recorder selecting", "recording", "recording_file", "diagnosis", "fitting", "setup", "words", "models",
-          "plan memory schedule fit", "ahead", "streaming",
-          "layout placement", "segments", "costs", "hooks", "dense", "graph", "backends")
-LEAVES = "gguf_file override tokenizer chat messages answers tool_calls template sampling cache compiling kernel_cache quants errors " \
-         "terminal signals limits check cores control_groups options batch prefixes requests residence op_plot cards drawing " \
-         "constraint grammars tool_grammars vocabulary packed session_file targets numa nodes mempolicy gguf_layout gguf_writer turns " \
-         "slots session_parts session_log gguf_parts"
+LAYERS = ("__main__", "cli", "server", "conversion", "faithful imatrix quantization", "quality", "bench", "__init__", "engine loading",
+          "stages", "model", "look", "selections", "session", "stepping", "recorder selecting", "recording", "recording_file",
+          "diagnosis", "fitting", "setup", "words", "models", "dense", "executor", "backends")
+LEAVES = "gguf_file override chat sampling cache compiling kernel_cache quants errors terminal signals check options batch " \
+         "prefixes requests cards drawing packed session_file targets gguf_layout gguf_writer slots session_parts session_log " \
+         "gguf_parts text machine"
 RANK = {name: rank for rank, names in enumerate([*LAYERS, LEAVES]) for name in names.split()}
 COMPILING = ("pydsa.backends.cpu", "pydsa.backends.cuda", "pydsa.quantization")     # may import numba
 
@@ -101,9 +98,9 @@ def test_only_the_cuda_backend_imports_numba_cuda(name):
     assert not found or name.startswith("pydsa.backends.cuda")
 
 
-@pytest.mark.parametrize("name", ["pydsa", "pydsa.quants", "pydsa.model", "pydsa.cli", "pydsa.plot", "pydsa.imatrix", "pydsa.quantization",
-                                  "pydsa.conversion", "pydsa.backends.reference", "pydsa.backends.gpus", "pydsa.backends.transfers",
-                                  "pydsa.stages.running", "pydsa.stages.actors"])
+@pytest.mark.parametrize("name", ["pydsa", "pydsa.quants", "pydsa.model", "pydsa.cli", "pydsa.cli.plot", "pydsa.imatrix",
+                                  "pydsa.quantization", "pydsa.conversion", "pydsa.backends.reference", "pydsa.backends.gpus",
+                                  "pydsa.backends.transfers", "pydsa.stages.running", "pydsa.stages.actors"])
 def test_importing_is_cheap(name):
     code = f"import sys, {name}; print([m for m in {SLOW} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from helpers import greedy, nmse, random_ids
 
-from pydsa.setup import Setup
 from pydsa.quants import SUPPORTED
+from pydsa.setup import Setup
 from tools.make_model import FILE_TYPES
 
 SPARSE = {

@@ -18,9 +18,9 @@ from test_stored_forms import old_keys
 import pydsa
 from pydsa import DamagedWeightsError, GGUFError, ImatrixError, PydsaError, imatrix
 from pydsa.cli import main
-from pydsa.quality.distributions import Threads
 from pydsa.gguf_file import open_gguf
 from pydsa.imatrix import Imatrix, files
+from pydsa.quality.distributions import Threads
 
 THEIRS = Path(__file__).parent / "data/imatrix/ds32-f32.gguf"
 NOTES = "pydsa/demo/notes.txt"

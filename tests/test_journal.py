@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from helpers import rng
 
-from pydsa.graph import CacheRef
+from pydsa.executor.graph import CacheRef
 from pydsa.stages.journal import Journal, Ran
 from pydsa.stages.wire import Part
 

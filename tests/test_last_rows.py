@@ -4,8 +4,8 @@ import pytest
 from helpers import nmse, random_ids
 
 from pydsa.batch import Batch
-from pydsa.hooks import Hook, layer_of
-from pydsa.schedule import MHA_TOKENS, ends_early
+from pydsa.executor.hooks import Hook, layer_of
+from pydsa.executor.schedule import MHA_TOKENS, ends_early
 
 IDS = random_ids(150)
 LAST = 3        # of the layers of the models here

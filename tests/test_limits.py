@@ -7,9 +7,11 @@ import psutil
 import pytest
 from helpers import write_files
 
-from pydsa import OutOfMemoryError, limits
+from pydsa import OutOfMemoryError
+
 from pydsa.backends import host
-from pydsa.plan import check_memory
+from pydsa.executor.plan import check_memory
+from pydsa.machine import limits
 
 GIB = 2**30
 
@@ -83,9 +85,9 @@ def test_ulimit(name, option):
     code = f"""
 import resource
 import numpy
-from pydsa import limits
-from pydsa.plan import check_memory
 from pydsa.errors import OutOfMemoryError
+from pydsa.executor.plan import check_memory
+from pydsa.machine import limits
 resource.setrlimit(resource.RLIMIT_{name}, (4 << 30, 4 << 30))
 least = limits.available()
 assert 0 < least.n_bytes <= 4 << 30 and "{option}" in least.source, least

@@ -8,8 +8,8 @@ import pytest
 
 import pydsa
 from pydsa import LogitsFileError
-from pydsa.quality.logits_file import OWN, LlamaCppWriter, open_logits, scored
 from pydsa.quality import Measurement
+from pydsa.quality.logits_file import OWN, LlamaCppWriter, open_logits, scored
 
 DATA = Path(__file__).parent / "data" / "perplexity"
 LLAMA_CPP = json.loads((DATA / "llama_cpp.json").read_text())

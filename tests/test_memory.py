@@ -13,12 +13,13 @@ import pytest
 from helpers import random_ids
 
 import pydsa
-from pydsa import OutOfMemoryError, limits
+from pydsa import OutOfMemoryError
 from pydsa.backends.cpu.records import kind_of
 from pydsa.backends.devices import BLOCKS, SCORE_BYTES, SCORED_AT_LEAST, device_of, tokens_scored_by_gpu
-from pydsa.graph import Value
+from pydsa.executor.graph import Value
+from pydsa.executor.layout import ALIGN, lay_out
+from pydsa.machine import limits
 from pydsa.setup import Setup
-from pydsa.layout import ALIGN, lay_out
 
 MODELS = [dict(arch="deepseek2"), dict(), dict(arch="glm-dsa", n_layer=4, indexer_types="FSFS")]
 PATHS = [(spec, attention) for spec in MODELS for attention in ("auto", "dense", "sparse", "masked")

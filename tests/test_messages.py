@@ -7,8 +7,8 @@ from test_chat import V32, v32_tokenizer
 
 from pydsa.chat import encode_chat, thinking_note
 from pydsa.errors import PydsaError
-from pydsa.messages import Arguments, checked
-from pydsa.tokenizer import CONTROL
+from pydsa.text.messages import Arguments, checked
+from pydsa.text.tokenizer import CONTROL
 
 PARTS = [{"type": "text", "text": "1+"}, {"type": "text", "text": "1=?"}]
 PRINTED = "{% for m in messages %}{{ m.content }}{% endfor %}"

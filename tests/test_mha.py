@@ -10,10 +10,10 @@ from helpers import (DEVICE, PRECISION, Rows, choose, close, compare, kernels, l
 from pydsa import load
 from pydsa.backends import cpu, reference
 from pydsa.backends.devices import FLASH_WIDTHS, FORMS_BY_TILES, LONGEST_PLAIN, FormCosts
+from pydsa.executor.schedule import MHA_TOKENS, plain_form_pays, plain_form_until
 from pydsa.options import EXACT
-from pydsa.schedule import MHA_TOKENS, plain_form_pays, plain_form_until
-from pydsa.setup import Setup
 from pydsa.quants import CACHE_TYPES
+from pydsa.setup import Setup
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # (heads, kv_lora, n_nope, n_rot, n_v); the last two are V3.2's and GLM-5's

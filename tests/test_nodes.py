@@ -9,11 +9,11 @@ import pytest
 from helpers import write_files
 from machines import big, placing, policy_at, write_machine
 
-from pydsa import mempolicy, numa, residence
 from pydsa.gguf_file import Tensor
-from pydsa.mempolicy import INTERLEAVE, PREFERRED, Policy
-from pydsa.nodes import Node, in_ranges, of_this_thread, read_nodes
-from pydsa.numa import Plan, plan_for, shares
+from pydsa.machine import mempolicy, numa, residence
+from pydsa.machine.mempolicy import INTERLEAVE, PREFERRED, Policy
+from pydsa.machine.nodes import Node, in_ranges, of_this_thread, read_nodes
+from pydsa.machine.numa import Plan, plan_for, shares
 
 
 # Nodes

@@ -21,13 +21,14 @@ from machines import CPUS, MEMORY, made_of_one, placing, policy_at, two_cpus, wr
 
 import pydsa
 import pydsa.model
-from pydsa import PydsaError, mempolicy, numa
+from pydsa import PydsaError
 from pydsa.backends.cpu import reading_ahead, threads
 from pydsa.backends.devices import DEVICES, check_numa, simulated_gpus
 from pydsa.cli import main
 from pydsa.fitting import MARGIN, fitted
-from pydsa.mempolicy import INTERLEAVE, Policy
-from pydsa.nodes import in_ranges
+from pydsa.machine import mempolicy, numa
+from pydsa.machine.mempolicy import INTERLEAVE, Policy
+from pydsa.machine.nodes import in_ranges
 
 # What models are made of here lies on one node, and was read before
 pytestmark = pytest.mark.filterwarnings("ignore:[0-9]+% of the weights that are in memory already")
@@ -232,8 +233,8 @@ PROCESSES = """
 import os, signal, sys, threading, time
 import numpy as np
 import pydsa
-from pydsa import mempolicy, numa
 from pydsa.backends.cpu import threads
+from pydsa.machine import mempolicy, numa
 numa.ROOT = sys.argv[2]
 mine, ids = os.sched_getaffinity(0), np.arange(40)
 def state():

@@ -10,8 +10,8 @@ import pydsa
 from pydsa import PydsaError
 from pydsa.cli import main
 from pydsa.gguf_file import Metadata
-from pydsa.setup import Setup
 from pydsa.override import override, parse_overrides
+from pydsa.setup import Setup
 
 IDS = random_ids(40)
 TOP_K = "deepseek32.attention.indexer.top_k"

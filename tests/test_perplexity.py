@@ -11,8 +11,8 @@ from helpers import random_ids
 import pydsa
 from pydsa import PydsaError, selections
 from pydsa.cli import main
+from pydsa.executor.hooks import Hook
 from pydsa.quality.distributions import LikeliestRows, Rows, Threads
-from pydsa.hooks import Hook
 from pydsa.quality.perplexities import table
 
 DATA = Path(__file__).parent / "data" / "perplexity"

@@ -384,7 +384,7 @@ def test_what_does_not_fit_is_refused(piped, monkeypatch):
     mine = session(pipeline)
     with pytest.raises(ContextFullError):
         mine.prefill(random_ids(65))
-    monkeypatch.setattr("pydsa.limits.available", lambda: (1000, "memory are free"))
+    monkeypatch.setattr("pydsa.machine.limits.available", lambda: (1000, "memory are free"))
     with pytest.raises(OutOfMemoryError, match="^Stage 1 of 3 .*the caches of a new session would take"):
         session(pipeline)
     with pytest.raises(OutOfMemoryError, match="^Stage 1 of 3 .*The caches of 5 sessions would take"):

@@ -20,7 +20,7 @@ from pydsa import DamagedWeightsError, selections
 from pydsa.batch import Batch
 from pydsa.cli import main
 from pydsa.engine import Engine
-from pydsa.hooks import Hook
+from pydsa.executor.hooks import Hook
 from pydsa.requests import Finished, Request
 
 IDS = random_ids(50)

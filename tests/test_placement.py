@@ -9,11 +9,11 @@ import pytest
 from helpers import nmse, random_ids
 
 from pydsa.errors import PydsaError
+from pydsa.executor.graph import Graph, waits
+from pydsa.executor.placement import Placement
+from pydsa.executor.segments import crossings, cut
 from pydsa.fitting import fitted
-from pydsa.graph import Graph, waits
-from pydsa.limits import Memory
-from pydsa.placement import Placement
-from pydsa.segments import crossings, cut
+from pydsa.machine.limits import Memory
 from pydsa.setup import Setup
 from pydsa.words import placement_in_words, plan_in_words, size
 
@@ -139,7 +139,7 @@ def test_more_layers_than_there_are(small_model):
 
 def test_devices_in_one_memory_have_one_free(small_model, monkeypatch):
     """Each of them would tell too much, were only its own part taken off."""
-    monkeypatch.setattr("pydsa.limits.available", lambda: Memory(1 << 40, "memory are free"))
+    monkeypatch.setattr("pydsa.machine.limits.available", lambda: Memory(1 << 40, "memory are free"))
     shares = fitted(small_model(n_layer=3), device="cpu,reference").plan.shares
     assert len(shares) == 2 and {share.free for share in shares} == {(1 << 40) - sum(share.total for share in shares)}
 

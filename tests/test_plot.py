@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pydsa import PydsaError, costs, op_plot, plot
+from pydsa import PydsaError
+
+from pydsa.cli import op_plot, plot
+
 from pydsa.bench import Bench, about
 from pydsa.cli import main
-from pydsa.graph import Graph
+from pydsa.executor import costs
+from pydsa.executor.graph import Graph
 
 ROOT = Path(__file__).parent.parent
 

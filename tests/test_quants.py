@@ -6,10 +6,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import quantize
 
 from pydsa.backends import reference
-from pydsa.gguf_file import Tensor
-from pydsa.quants import CACHE_TYPES, SUPPORTED, TYPES, cache_row_bytes
 from pydsa.backends.cpu import jit
 from pydsa.backends.cpu.scalars import half
+from pydsa.gguf_file import Tensor
+from pydsa.quants import CACHE_TYPES, SUPPORTED, TYPES, cache_row_bytes
 
 HALVES = np.arange(2**16, dtype=np.uint32).astype(np.uint16)
 SPECIAL = np.uint16([0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x83FF, 0x0400, 0x3C00, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00, 0xFE00])

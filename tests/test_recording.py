@@ -16,7 +16,7 @@ from pydsa.backends.devices import FORMS_BY_TILES
 from pydsa.chat import chat_prompt
 from pydsa.cli import main
 from pydsa.errors import PydsaError, RecordingFileError
-from pydsa.hooks import Hook, layer_of
+from pydsa.executor.hooks import Hook, layer_of
 from tools import record_cost as tool
 
 IDS = random_ids(60)       # top_k is 12

@@ -13,11 +13,11 @@ from pydsa.batch import Batch
 from pydsa.cli import main
 from pydsa.engine import Engine
 from pydsa.errors import PydsaError, SessionFileError
-from pydsa.setup import Setup
+from pydsa.executor.schedule import VARIANTS
 from pydsa.quants import CACHE_TYPES, TYPES
 from pydsa.requests import Failed, Finished, Request
 from pydsa.sampling import Sampling
-from pydsa.schedule import VARIANTS
+from pydsa.setup import Setup
 
 IDS = random_ids(200)
 WIDE = dict(n_embd=256, n_lora_q=256, n_lora_kv=256, n_nope=64, n_v=64, n_rot=32, n_ff=256, n_ff_exp=256, n_layer=2, n_head=4)

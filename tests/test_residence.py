@@ -17,7 +17,7 @@ import pydsa
 from pydsa import PydsaError
 from pydsa.backends.cpu import fetching, reading_ahead
 from pydsa.backends.devices import DEVICES
-from pydsa.residence import copied, lock
+from pydsa.machine.residence import copied, lock
 from pydsa.setup import Setup
 
 IDS = random_ids(40)
@@ -178,7 +178,7 @@ def test_weights_are_locked(small_model):
             "print(1024 * locked() >= model.setup.mapped_bytes)\n"
             "resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, 4096))\n"
             "on, tensors = model.runner.on['cpu'], model.setup.weights.used.values()\n"
-            "try:\n    pydsa.residence.lock([on.weight(t).data for t in tensors if len(t.shape) > 1])\n"
+            "try:\n    pydsa.machine.residence.lock([on.weight(t).data for t in tensors if len(t.shape) > 1])\n"
             "except pydsa.PydsaError as error:\n    print(error)\n")
     result = subprocess.run([sys.executable, "-c", code, small_model()], capture_output=True, text=True, check=True)
     first, *rest = result.stdout.splitlines()

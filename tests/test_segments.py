@@ -12,7 +12,7 @@ from helpers import nmse, random_ids
 import pydsa
 from pydsa import setup
 from pydsa.errors import DamagedWeightsError
-from pydsa.placement import Placement
+from pydsa.executor.placement import Placement
 
 CLOSE = 1e-10       # NMSE of float32 and float64 sums, which choose the same keys and experts
 IDS = random_ids(40)

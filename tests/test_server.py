@@ -9,11 +9,11 @@ import pytest
 from serving import TINY, call, events, post, serving, wait_for
 
 import pydsa
-from pydsa.answers import Piece, Reply
 from pydsa.requests import Finished, Timings, Token, Written
 from pydsa.sampling import Sampling
 from pydsa.server.openai_chat import ChatForm
 from pydsa.server.openai_completions import CompletionForm
+from pydsa.text.answers import Piece, Reply
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -92,7 +92,7 @@ def test_what_looks_into_steps_is_refused(model, what):
     session = in_stages(model, [1], 3).session()
     with pytest.raises(PydsaError, match="runs in stages, in other processes"):
         if what == "hooks":
-            from pydsa.hooks import Observer
+            from pydsa.executor.hooks import Observer
             session.hooks = [Observer(print)]
         elif what == "select":
             session.select = lambda choice: []

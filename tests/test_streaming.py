@@ -11,13 +11,13 @@ from helpers import nmse, random_ids
 from rewritten import fused_experts, rewrite, with_factors
 
 import pydsa
-from pydsa import streaming
 from pydsa.backends import host, reference
 from pydsa.batch import Batch
 from pydsa.errors import OutOfMemoryError, PydsaError
-from pydsa.segments import cut
+from pydsa.executor import streaming
+from pydsa.executor.segments import cut
+from pydsa.executor.streaming import NEVER, Delivery, deliveries
 from pydsa.setup import Setup
-from pydsa.streaming import NEVER, Delivery, deliveries
 
 N = 53      # tokens: three ubatches of 16, and one of 5, which is shorter than FROM
 FROM = 8

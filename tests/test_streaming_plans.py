@@ -6,17 +6,17 @@ from click.testing import CliRunner
 from test_streaming import FROM, N, PLACEMENT
 
 import pydsa
-from pydsa import plan, streaming
 from pydsa.backends import devices, reference
 from pydsa.backends.devices import simulated_gpus
 from pydsa.bench import Bench
 from pydsa.cli import main
+from pydsa.cli.report import describe, format_report
 from pydsa.errors import OutOfMemoryError
+from pydsa.executor import plan, streaming
+from pydsa.executor.streaming import ASSUMED, NEVER, bytes_for_slots, pays_from
 from pydsa.fitting import MARGIN, fitted, longest_context
-from pydsa.limits import Memory
-from pydsa.report import describe, format_report
+from pydsa.machine.limits import Memory
 from pydsa.setup import Setup
-from pydsa.streaming import ASSUMED, NEVER, bytes_for_slots, pays_from
 from pydsa.words import size
 
 

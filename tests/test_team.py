@@ -21,7 +21,7 @@ from pydsa.backends.cpu import team, threads
 from pydsa.backends.cpu.jit import KernelCache, inner
 from pydsa.backends.cpu.op import Stage, Step, op
 from pydsa.backends.cpu.records import kind_of, signature_of, words_of
-from pydsa.graph import CacheRef, Node, Value, levels_of, waits
+from pydsa.executor.graph import CacheRef, Node, Value, levels_of, waits
 
 MODELS = {
     "deepseek2": dict(arch="deepseek2"), "deepseek2 lite": dict(arch="deepseek2", n_lora_q=0, n_expert_groups=0, n_expert_shared=2),

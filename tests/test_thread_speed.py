@@ -38,7 +38,7 @@ def used(monkeypatch):
     from pydsa.backends import cpu
     numbers, given = [], cpu.set_threads
     monkeypatch.setattr(cpu, "set_threads", lambda n: (numbers.append(n), given(min(n, 2))))
-    monkeypatch.setattr("pydsa.cores.physical_cores", lambda: 4)
+    monkeypatch.setattr("pydsa.machine.cores.physical_cores", lambda: 4)
     return numbers
 
 

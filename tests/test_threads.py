@@ -11,8 +11,8 @@ from helpers import random_ids
 
 import pydsa
 from pydsa.backends.cpu import attention, team, threads
+from pydsa.executor.schedule import VARIANTS
 from pydsa.setup import Setup
-from pydsa.schedule import VARIANTS
 
 THREADS = (2, 3, 5, 8)      # compared with 1; they may be more than there are cores
 WIDE = dict(n_embd=256, n_lora_q=256, n_lora_kv=256, n_nope=64, n_v=64, n_rot=32, n_ff=256, n_ff_exp=256, n_layer=2, n_head=4)

@@ -19,8 +19,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from pydsa.errors import GGUFError, PydsaError, UnsupportedModelError
 from pydsa.gguf_file import open_gguf
-from pydsa.tokenizer import (BYTE, CONTROL, MAX_TEXT, MAX_TOKEN, NORMAL, PRE_TOKENIZERS, UNUSED, USER_DEFINED, Tokenizer,
-                             load_tokenizer)
+from pydsa.text.tokenizer import (BYTE, CONTROL, MAX_TEXT, MAX_TOKEN, NORMAL, PRE_TOKENIZERS, UNUSED, USER_DEFINED, Tokenizer,
+                                  load_tokenizer)
 
 DATA = Path(__file__).parent / "data" / "tokenizer"
 TRUTH = {"deepseek-v3": "deepseek-v3", "deepseek-coder": "deepseek-coder", "glm4": "glm4",
@@ -396,7 +396,7 @@ def test_load_tokenizer_from_a_model(tmp_path, n_rows):
 
 
 def test_import_is_light():
-    program = ("import sys, pydsa.tokenizer, pydsa.chat, pydsa.sampling; "
+    program = ("import sys, pydsa.text.tokenizer, pydsa.chat, pydsa.sampling; "
                "print(*{'tokenizers', 'jinja2', 'numba', 'gguf'} & {name.split('.')[0] for name in sys.modules})")
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""

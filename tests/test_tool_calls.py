@@ -8,10 +8,10 @@ import pytest
 from chat_cases import QUESTION, small
 from test_chat import V32
 
-from pydsa.answers import Layout, Reader, Splitter
 from pydsa.chat import chat_prompt, encode_chat
-from pydsa.tokenizer import CONTROL, USER_DEFINED
-from pydsa.tool_calls import FORMS, find_form
+from pydsa.text.answers import Layout, Reader, Splitter
+from pydsa.text.tokenizer import CONTROL, USER_DEFINED
+from pydsa.text.tool_calls import FORMS, find_form
 
 CALLS = "{% if m.tool_calls %}OPEN{% for c in m.tool_calls %}EACH{% endfor %}CLOSE{% endif %}"
 FRAME = ("{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}" + CALLS + "<eos>{% else %}<bos>{{ m.content }}"

@@ -4,7 +4,7 @@ import pytest
 from chat_cases import MERGES, small, small_metadata
 
 from pydsa.errors import GGUFError
-from pydsa.tokenizer import Tokenizer
+from pydsa.text.tokenizer import Tokenizer
 
 TOKENS = small_metadata()["tokenizer.ggml.tokens"]
 N = len(TOKENS)

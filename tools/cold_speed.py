@@ -65,7 +65,7 @@ def bytes_read():
 
 def wanted(model, session, ids):
     """Bytes of weights that a step of ids reads, each once."""
-    from pydsa.costs import StepSize, node_cost
+    from pydsa.executor.costs import StepSize, node_cost
     nodes, experts = [], {}
 
     def observe(node, arrays):

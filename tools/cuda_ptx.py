@@ -29,7 +29,7 @@ from typing import NamedTuple
 import pydsa.backends.cuda  # noqa: F401  (fills KERNELS)
 from pydsa.backends.cuda.driver import DEPENDENT_SINCE
 from pydsa.backends.cuda.launch import KERNELS
-from pydsa.cores import physical_cores
+from pydsa.machine.cores import physical_cores
 
 CAPABILITIES = 80, 86, 89, 90, 120
 FIRST = 8, 0                # for which PTX is made

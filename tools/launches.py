@@ -54,7 +54,7 @@ def step_of(path, **settings):
     settings: as pydsa.setup.Setup takes them.
     """
     from pydsa.backends import cuda
-    from pydsa.plan import Runner
+    from pydsa.executor.plan import Runner
     from pydsa.setup import Setup
     setup = Setup(path, device="cuda", **settings)
     runner = Runner({"cuda": cuda.on(0)}, setup.layouts, None, None)

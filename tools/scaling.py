@@ -118,10 +118,10 @@ def measure(model, caches, n_past, n_tokens, threads, repetitions, bandwidths):
     bandwidths: see Bandwidths.
     """
     from pydsa.bench import random_ids, test_name
-    from pydsa.cores import physical_cores
-    from pydsa.costs import StepSize, node_cost
-    from pydsa.hooks import Observer
-    from pydsa.plan import one_step
+    from pydsa.executor.costs import StepSize, node_cost
+    from pydsa.executor.hooks import Observer
+    from pydsa.executor.plan import one_step
+    from pydsa.machine.cores import physical_cores
     from tools.step_times import Parts
 
     runner, schedule, experts = model.runner, model.setup.schedule, {}

@@ -202,7 +202,7 @@ def the_servers(load, peers, engine, reproducible):
 def main(model_path, streams, n_prompt, n_gen, rounds, peers, threads, engine, reproducible, repack, output):
     import pydsa
     from pydsa.cli.shared import comma_numbers
-    from pydsa.cores import physical_cores
+    from pydsa.machine.cores import physical_cores
     from pydsa.terminal import json_text
 
     streams = sorted(set(comma_numbers("--streams", streams)))

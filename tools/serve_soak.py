@@ -403,7 +403,7 @@ def fail(message):
 @click.option("--reproducible", is_flag=True, help="start the servers with --reproducible")
 def main(model_path, requests, seed, only, catalogue, workers, parallel, ctx_size, threads, device, reproducible):
     import pydsa
-    from pydsa.cores import physical_cores
+    from pydsa.machine.cores import physical_cores
 
     def tell(text):
         click.echo(text, err=True)

@@ -77,7 +77,7 @@ def main(model_path, threads, n_prompt, n_gen, n_depth, repetitions, json_path):
     import pydsa
     from pydsa.bench import Bench, format_rows
     from pydsa.cli.shared import comma_numbers
-    from pydsa.cores import physical_cores
+    from pydsa.machine.cores import physical_cores
     from tools.llama_cpp_speed import processor
 
     lists = {"--n-prompt": n_prompt, "--n-gen": n_gen, "--n-depth": n_depth, "--threads": threads}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pydsa.errors import PydsaError
-from pydsa.numa import WORDS
+from pydsa.machine.numa import WORDS
 from pydsa.options import PRECISIONS, choose
 
 SCORED_BY_THREADS = 128     # tokens whose rows of index scores are in memory at a time (cpu/indexer.py)

@@ -8,8 +8,8 @@ import time
 import numpy as np
 
 from pydsa.backends.devices import FORMS_BY_TILES
-from pydsa.limits import allocating
-from pydsa.numa import place_memory
+from pydsa.machine.limits import allocating
+from pydsa.machine.numa import place_memory
 
 
 def empty(shape, dtype):

@@ -6,7 +6,7 @@ import click
 
 from pydsa import __version__
 from pydsa.cli import bench, convert, faithful, imatrix, info, look, perplexity, quantize, run, serve, trace
-from pydsa.exits import Commands
+from pydsa.cli.exits import Commands
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

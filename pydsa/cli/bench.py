@@ -4,8 +4,8 @@ import click
 from pydsa import DEMO
 from pydsa.cli.shared import (comma_numbers, load_model, model_options, placement_options, reproducible_option, stage_options,
                               threads_options)
-from pydsa.console import progress_bar
-from pydsa.habits import llama_cpp_options, model_argument
+from pydsa.cli.console import progress_bar
+from pydsa.cli.habits import llama_cpp_options, model_argument
 
 
 @click.command()
@@ -34,9 +34,9 @@ def bench(model, n_prompt, n_gen, n_depth, repetitions, threads, threads_batch, 
     all of the memory's bandwidth.
     """
     from pydsa.bench import Bench, about, format_rows
-    from pydsa.setup import ATTENTION
+    from pydsa.cli.plot import check_plot, save_plot
     from pydsa.options import choose
-    from pydsa.plot import check_plot, save_plot
+    from pydsa.setup import ATTENTION
     if (ops or plot is not None) and (settings["stages"] or settings["ray"]):
         raise click.UsageError(f"{'--ops' if ops else '--plot'} times the ops of a step in this process: leave out --stages and --ray.")
     if plot is not None:

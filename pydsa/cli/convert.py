@@ -1,8 +1,8 @@
 """pydsa convert: a model of Hugging Face as a GGUF file."""
 import click
 
+from pydsa.cli.console import progress_bar
 from pydsa.cli.shared import kept
-from pydsa.console import progress_bar
 from pydsa.terminal import json_text, visible
 
 

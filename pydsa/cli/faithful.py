@@ -2,10 +2,10 @@
 import click
 
 from pydsa import DEMO
+from pydsa.cli.console import progress_bar
+from pydsa.cli.exits import Failure
+from pydsa.cli.habits import llama_cpp_options, model_argument
 from pydsa.cli.shared import load_model, model_options, options_with_defaults, placement_options, read_text, threads_options
-from pydsa.console import progress_bar
-from pydsa.exits import Failure
-from pydsa.habits import llama_cpp_options, model_argument
 from pydsa.terminal import json_text, visible
 
 
@@ -36,8 +36,8 @@ def faithful(ctx, model, prompt, file, length, samples, n_reference, against, sa
     the reference, and the report says in words what deviates and what that usually means. Ends with exit code 1 if something is wrong.
     """
     from pydsa.faithful import check, check_possible, read, reference_tokens, text_ids
-    from pydsa.fitting import fitted
     from pydsa.faithful.verdicts import in_words
+    from pydsa.fitting import fitted
     if prompt is not None and file is not None:
         raise click.UsageError("Give the text with -p or with -f, not both.")
     theirs = None if against is None else read(against)

@@ -5,10 +5,10 @@ import os
 import click
 
 from pydsa import DEMO
+from pydsa.cli.console import progress_bar
+from pydsa.cli.exits import Failure
+from pydsa.cli.habits import llama_cpp_options, model_argument
 from pydsa.cli.shared import load_model, model_options, placement_options, read_text, threads_options
-from pydsa.console import progress_bar
-from pydsa.exits import Failure
-from pydsa.habits import llama_cpp_options, model_argument
 from pydsa.terminal import visible
 
 
@@ -105,8 +105,8 @@ def _show_statistics(file, in_files, n_ctx, table):
 
 def _collect(engine, ids, output, before, ppl, **options):
     """Run the text, with progress on stderr -> the Imatrix of all of it."""
-    from pydsa.quality.distributions import Threads
     from pydsa.imatrix import Scores, collect_to_file
+    from pydsa.quality.distributions import Threads
     done = 0
     try:
         with progress_bar("running") as progress, Threads() as threads:

@@ -5,11 +5,11 @@ import click
 from click.core import ParameterSource
 
 from pydsa.check import check_files, format_check
+from pydsa.cli.console import progress_bar
+from pydsa.cli.habits import llama_cpp_options, model_argument
 from pydsa.cli.nodes import GIVEN_WITH, check_given, forecast_of, node_options
 from pydsa.cli.shared import attention_option, ctx_option, model_options, placement_options, reproducible_option
-from pydsa.console import progress_bar
 from pydsa.gguf_file import open_gguf
-from pydsa.habits import llama_cpp_options, model_argument
 from pydsa.terminal import json_text, visible
 
 LEAST_GPU = 1 << 20     # bytes: a smaller one lacks its unit
@@ -52,8 +52,8 @@ def info(ctx, model, output, check, gpu_memory, bandwidth, stages, **settings):
             report = check_files(open_gguf(os.path.expanduser(model)), progress)
         click.echo(json_text(report) if output == "json" else "\n".join(map(visible, format_check(report))))
         ctx.exit(0 if report["sound"] else 1)
+    from pydsa.cli.report import describe, format_report
     from pydsa.fitting import fitted, longest_context
-    from pydsa.report import describe, format_report
     bandwidths, gpus = _bandwidths(bandwidth), _gpus(gpu_memory)
     if settings["n_ctx"] == 0:
         rest = {name: value for name, value in settings.items() if name != "n_ctx"}
@@ -69,7 +69,7 @@ def info(ctx, model, output, check, gpu_memory, bandwidth, stages, **settings):
 
 def _show_stages(setup, forecast, output):
     """Show a Setup, and the forecast of it in stages."""
-    from pydsa.report import describe, format_report
+    from pydsa.cli.report import describe, format_report
     report = describe(setup, forecast=forecast)
     click.echo(json_text(report) if output == "json" else format_report(report), nl=output == "json")
 
@@ -113,7 +113,7 @@ def _show_folder(folder, output, given, settings):
 
     given: the names of the options on the command line.
     """
-    from pydsa.parts_report import describe_parts, find_parts, format_parts
+    from pydsa.cli.parts_report import describe_parts, find_parts, format_parts
     if not os.path.exists(os.path.join(folder, "config.json")) and find_parts(folder):
         _refuse_options(f"{folder} is a folder with parts of a model, of which `info` takes -o only", given, {"model", "output"})
         reports = describe_parts(folder)

@@ -7,12 +7,12 @@ from pathlib import Path
 import click
 
 from pydsa import DEMO
+from pydsa.cli.console import progress_bar, show
+from pydsa.cli.exits import Failure
+from pydsa.cli.habits import llama_cpp_options, model_argument, options_of_what_is_so
 from pydsa.cli.shared import chat_options, check_chat_options, comma_numbers, engine_options, load_model, options_with_defaults
 from pydsa.cli.shared import read_text, sampling_options, take_fields
-from pydsa.console import progress_bar, show
 from pydsa.errors import PydsaError
-from pydsa.exits import Failure
-from pydsa.habits import llama_cpp_options, model_argument, options_of_what_is_so
 from pydsa.options import size
 from pydsa.terminal import visible
 
@@ -92,10 +92,10 @@ def _can_draw(folder):
 def _answered(path, prompt, file, layers, max_tokens, stop, raw, special, system, think, mass, recall, window, threads,
               threads_batch, **settings):
     """Run the model -> the Look."""
-    from pydsa.answers import Stops
     from pydsa.chat import thinking_note
     from pydsa.look.running import look_at, prompt_of
     from pydsa.sampling import Sampling
+    from pydsa.text.answers import Stops
     check_chat_options(raw, special, system, think)
     Stops(stop)         # raises its error before the model is read
     sampling = Sampling(**take_fields(Sampling, settings))

@@ -8,10 +8,10 @@ import time
 import click
 
 from pydsa import DEMO
+from pydsa.cli.exits import Failure
+from pydsa.cli.habits import llama_cpp_options, model_argument
 from pydsa.cli.shared import comma_numbers, load_model, override_option, placement_options, read_text, reproducible_option
 from pydsa.cli.shared import residence_options, threads_options, ubatch_option
-from pydsa.exits import Failure
-from pydsa.habits import llama_cpp_options, model_argument
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
 from pydsa.signals import STOPPED
 from pydsa.terminal import visible
@@ -52,8 +52,8 @@ def perplexity(model, file, n_ctx, chunks, stride, base, top_logits, kl_divergen
     text = None if file is None else read_text(file, "text", "")
     if text == "":
         raise Failure("The text is empty, expected one of at least two chunks (-c).")
-    from pydsa.quality.logits_file import open_logits
     from pydsa.quality import DEFAULT_N_CTX, Measurement
+    from pydsa.quality.logits_file import open_logits
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(open_logits(base)) if kl_divergence else None
         length = n_ctx or (DEFAULT_N_CTX if reader is None else reader.n_ctx)
@@ -95,8 +95,8 @@ def _check_options(file, n_ctx, chunks, stride, base, top_logits, kl_divergence)
 
 def _combinations(settings):
     """The options of each row, all different: {name: value} as load_model takes them."""
-    from pydsa.setup import ATTENTION
     from pydsa.options import choose
+    from pydsa.setup import ATTENTION
 
     def several(name, choices):
         text = settings.pop(name)

@@ -1,8 +1,8 @@
 """pydsa quantize: the tensors of a GGUF file in smaller types."""
 import click
 
+from pydsa.cli.console import progress_bar
 from pydsa.cli.shared import kept, override_option
-from pydsa.console import progress_bar
 from pydsa.terminal import visible
 
 HIGH = "Q8_0 or better"
@@ -50,8 +50,8 @@ def quantize(model, output, kind, form, override_kv, split_max_size, force, **op
     new values, normalised (NMSE), and with --imatrix also weighted by it. Of a split model, name the first part.
     """
     from pydsa.bench import format_rows
-    from pydsa.quantization import quantize, summary
     from pydsa.gguf_layout import journal_of
+    from pydsa.quantization import quantize, summary
     try:
         with progress_bar("quantizing") as show:        # one bar, as older versions of rich show no second one
             report = quantize(model, output, kind, override_kv=override_kv, split_max_bytes=split_max_size, overwrite=force,

@@ -7,10 +7,10 @@ import click
 from pydsa import DEMO
 from pydsa.cli.shared import (chat_options, check_chat_options, engine_options, load_model, read_text, sampling_options, stage_options,
                               take_fields)
-from pydsa.console import Writer, chat_loop
-from pydsa.exits import Failure
-from pydsa.habits import llama_cpp_options, model_argument, options_of_what_is_so
-from pydsa.restrictions import read_restrictions, restriction_options
+from pydsa.cli.console import Writer, chat_loop
+from pydsa.cli.exits import Failure
+from pydsa.cli.habits import llama_cpp_options, model_argument, options_of_what_is_so
+from pydsa.cli.restrictions import read_restrictions, restriction_options
 from pydsa.terminal import visible
 
 RESTRICTIONS = ("json_schema", "json_schema_file", "grammar", "grammar_file", "tools")
@@ -54,8 +54,8 @@ def run(model, prompt, file, max_tokens, stop, conversation, raw, special, syste
     Without MODEL it runs the demo model, which finds codes in notes. With -p, -f or piped input, only the answer goes to stdout. On a
     terminal without them it starts a chat. Reasoning goes to stderr.
     """
-    from pydsa.answers import Stops
     from pydsa.sampling import Sampling
+    from pydsa.text.answers import Stops
     if prompt is not None and file is not None:
         raise click.UsageError("Give the prompt with -p or with -f, not both.")
     raw = raw or conversation is False

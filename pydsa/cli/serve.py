@@ -4,9 +4,9 @@ import functools
 import click
 
 from pydsa import DEMO
+from pydsa.cli.exits import Failure
+from pydsa.cli.habits import llama_cpp_options, model_argument, options_of_what_is_so
 from pydsa.cli.shared import engine_options, load_model, options_with_defaults, sampling_options, stage_options, take_fields
-from pydsa.exits import Failure
-from pydsa.habits import llama_cpp_options, model_argument, options_of_what_is_so
 
 
 @click.command()

@@ -4,9 +4,9 @@ import os
 
 import click
 
-from pydsa.console import progress_bar
-from pydsa.exits import Failure
-from pydsa.habits import devices, gpu_layers, logit_biases
+from pydsa.cli.console import progress_bar
+from pydsa.cli.exits import Failure
+from pydsa.cli.habits import devices, gpu_layers, logit_biases
 from pydsa.options import PRECISIONS
 from pydsa.override import parse_overrides
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
@@ -191,7 +191,7 @@ def read_text(file, what="prompt", instead="; give it with -p"):
     Left out are a byte order mark, with which programs of Windows begin a file, and the newline at the end. what, instead: the words of
     errors for what is read, and for what to do where it cannot be.
     """
-    from pydsa.tokenizer import MAX_TEXT
+    from pydsa.text.tokenizer import MAX_TEXT
     try:
         text = file.read(MAX_TEXT + 1)      # not all of a file without end, such as /dev/zero
     except UnicodeDecodeError as error:

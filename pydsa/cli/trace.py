@@ -1,8 +1,8 @@
 """pydsa trace: compare every intermediate value with the reference."""
 import click
 
+from pydsa.cli.habits import llama_cpp_options, model_argument
 from pydsa.cli.shared import attention_option, ctx_option, load_model, model_options, placement_options, threads_options
-from pydsa.habits import llama_cpp_options, model_argument
 
 SAME = ("n_ubatch", "kv_type", "index_type", "dsa_top_k", "override_kv", "attention")       # not where the model is, nor its weights
 
@@ -25,7 +25,7 @@ def trace(model, prompt, output, threads, threads_batch, **settings):
     it is the share that differs. It is inf, and null in JSON, where values are NaN, or infinite on one side only.
     """
     from pydsa.bench import format_rows
-    from pydsa.report import compare_nodes
+    from pydsa.cli.report import compare_nodes
     engine = load_model(model, threads, threads_batch, **settings)
     same = {key: settings[key] for key in SAME}
     reference = load_model(model, device="reference", n_ctx=engine.n_ctx, **same)

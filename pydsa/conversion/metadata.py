@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pydsa.errors import UnsupportedModelError
 from pydsa.conversion.fields import Fields
+from pydsa.errors import UnsupportedModelError
 from pydsa.gguf_file import quote
 
 # HF's class -> GGUF's architecture

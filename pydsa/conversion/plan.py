@@ -16,7 +16,7 @@ from pydsa.gguf_layout import Layout
 from pydsa.models import architecture
 from pydsa.options import counts
 from pydsa.quants import cache_row_bytes
-from pydsa.tokenizer import Tokenizer
+from pydsa.text.tokenizer import Tokenizer
 from pydsa.words import count, size
 
 DEFAULT_N_CTX = 8192

@@ -8,10 +8,10 @@ import zlib
 
 import numpy as np
 
-from pydsa.faithful.choices import masks
 from pydsa.errors import PydsaError
-from pydsa.hooks import Hook
-from pydsa.limits import allocating
+from pydsa.executor.hooks import Hook
+from pydsa.faithful.choices import masks
+from pydsa.machine.limits import allocating
 from pydsa.recording import Recording
 
 LAST = 2**62        # orders -1 behind all positions

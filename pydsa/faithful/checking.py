@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from pydsa import DEMO, load_tokenizer
+from pydsa.errors import NOT_FINITE, DamagedWeightsError, PydsaError
+from pydsa.executor.hooks import Hook
+from pydsa.executor.plan import check_memory
 from pydsa.faithful.against import LogitsAgainst, Versus
 from pydsa.faithful.choices import TOGETHER, Tally, masks
-from pydsa.errors import NOT_FINITE, DamagedWeightsError, PydsaError
-from pydsa.hooks import Hook
 from pydsa.faithful.measures import SPARSE, Probe
-from pydsa.model import compile_for
-from pydsa.plan import check_memory
-from pydsa.stepping import check_ids
 from pydsa.faithful.verdicts import REFERENCE, findings
+from pydsa.model import compile_for
+from pydsa.stepping import check_ids
 
 AT_ONCE = 512           # tokens of a step, whose logits of two runs are kept
 DECODED = TOGETHER      # tokens at the end that run one by one, as in generation

@@ -6,9 +6,9 @@ where dense attention of the same queries would look.
 import numpy as np
 
 from pydsa.backends.reference import weight
+from pydsa.executor.hooks import Hook
 from pydsa.faithful.choices import TOGETHER, Tally, masks, simple_faults, ties
 from pydsa.faithful.definition import Attention, Indexer, best, choosers, faults, latents, rule_of
-from pydsa.hooks import Hook
 from pydsa.models.stored import key_and_value_heads
 
 SPARSE, DENSE = ("sparse_attention", "mha_sparse_attention"), ("dense_attention", "mha_attention")

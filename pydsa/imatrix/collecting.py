@@ -7,13 +7,13 @@ from typing import NamedTuple
 import numpy as np
 
 from pydsa.errors import DamagedWeightsError, PydsaError
-from pydsa.graph import CacheRef
-from pydsa.hooks import Hook
+from pydsa.executor.graph import CacheRef
+from pydsa.executor.hooks import Hook
+from pydsa.executor.schedule import VARIANTS
 from pydsa.imatrix.matrix import Imatrix
 from pydsa.options import counts
-from pydsa.schedule import VARIANTS
-from pydsa.stepping import check_ids
 from pydsa.signals import interrupts_held
+from pydsa.stepping import check_ids
 
 # op -> the places of its input, of the experts' ids if it has any, and of its matrices
 PRODUCTS = {"linear": (2, None, (1,)), "head_linear": (2, None, (1,)), "moe_linear": (1, 2, (3,)), "moe_gate_up": (1, 2, (3, 4)),

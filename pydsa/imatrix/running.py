@@ -4,12 +4,12 @@ import os
 
 import numpy as np
 
-from pydsa.quality.distributions import Rows
-from pydsa.quality.perplexities import exponential
 from pydsa.errors import ImatrixError
 from pydsa.imatrix.collecting import collect
 from pydsa.imatrix.files import read, save
 from pydsa.options import counts
+from pydsa.quality.distributions import Rows
+from pydsa.quality.perplexities import exponential
 
 
 def read_all(paths, chunk_size):

@@ -1,5 +1,4 @@
 """Run a model on a prompt, record what it does, and look at it."""
-from pydsa.answers import Reader
 from pydsa.chat import Prompt, chat_prompt
 from pydsa.errors import ContextFullError, PydsaError
 from pydsa.look import Look, check_layers
@@ -7,6 +6,7 @@ from pydsa.options import counts
 from pydsa.recorder import chooses
 from pydsa.sampling import sampling_of
 from pydsa.stepping import check_ids, check_max_tokens
+from pydsa.text.answers import Reader
 
 MAX_TOKENS = 64
 FULL = "The answer ends where the context was full (-c)."

@@ -6,7 +6,7 @@ of text, or cannot be seen, is written out.
 import numpy as np
 
 from pydsa.terminal import harmless
-from pydsa.tokenizer import CONTROL, UNKNOWN
+from pydsa.text.tokenizer import CONTROL, UNKNOWN
 
 PART = "\u00b7"             # a token with no first byte of a character
 UNKNOWN_TEXT = "\u25af"     # a token that nobody recorded

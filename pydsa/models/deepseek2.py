@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pydsa.errors import GGUFError, UnsupportedModelError
-from pydsa.graph import CacheRef
-from pydsa.models.blocks import spans
+from pydsa.executor.graph import CacheRef
 from pydsa.models import stored
+from pydsa.models.blocks import spans
 from pydsa.models.stored import linear, scaled
 from pydsa.models.yarn import Rope, rope_from_metadata
 

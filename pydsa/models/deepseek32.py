@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from pydsa.errors import GGUFError, UnsupportedModelError
-from pydsa.graph import CacheRef
+from pydsa.executor.graph import CacheRef
 from pydsa.models import deepseek2
 from pydsa.models.stored import linear
 

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from pydsa.cores import physical_cores
 from pydsa.errors import NOT_FINITE, DamagedWeightsError
+from pydsa.machine.cores import physical_cores
 
 BLOCK = 1 << 18         # float32 values that a thread works on at a time
 MOST_THREADS = 8        # more threads only wait for the memory

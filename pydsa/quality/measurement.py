@@ -11,15 +11,15 @@ import os
 
 import numpy as np
 
-from pydsa.quality.distributions import Rows, Threads
 from pydsa.errors import LogitsFileError, PydsaError
-from pydsa.quality.logits_file import LlamaCppWriter, OwnWriter, open_logits
+from pydsa.executor.plan import check_memory
 from pydsa.model import Model
 from pydsa.options import counts
+from pydsa.quality.distributions import Rows, Threads
+from pydsa.quality.logits_file import LlamaCppWriter, OwnWriter, open_logits
 from pydsa.quality.perplexities import Perplexity
-from pydsa.plan import check_memory
-from pydsa.stepping import check_ids
 from pydsa.signals import interrupts_held
+from pydsa.stepping import check_ids
 
 DEFAULT_N_CTX = 512
 ROWS_BYTES = 256 << 20      # bytes of logits that one step gives at most

@@ -14,8 +14,8 @@ import numpy as np
 from numba import types
 
 from pydsa.backends.cpu import jit
-from pydsa.cores import physical_cores
 from pydsa.errors import PydsaError
+from pydsa.machine.cores import physical_cores
 from pydsa.quants import TYPES
 
 CHUNK = 1 << 16     # weights that a thread takes at a time, at least

@@ -2,12 +2,12 @@
 import asyncio
 from typing import Any, NamedTuple
 
-from pydsa.answers import Layout
-from pydsa.constraint import compile_constraint
-from pydsa.grammars import ConstraintError, grammar, json_object, json_schema
 from pydsa.server.bodies import Fields, expected, shown
 from pydsa.server.errors import ApiError, as_api_error
-from pydsa.tool_grammars import tools
+from pydsa.text.answers import Layout
+from pydsa.text.constraint import compile_constraint
+from pydsa.text.grammars import ConstraintError, grammar, json_object, json_schema
+from pydsa.text.tool_grammars import tools
 
 
 class Wanted(NamedTuple):

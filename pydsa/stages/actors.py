@@ -45,7 +45,7 @@ def read_bandwidth(n_threads, n_bytes=READ):
     It takes a second or less, and at most a quarter of the free memory.
     """
     import numpy as np
-    from pydsa import limits
+    from pydsa.machine import limits
     n = max(1, min(n_bytes, limits.available().n_bytes // 4) // (8 * n_threads))
     parts = [None] * n_threads
 
@@ -95,8 +95,8 @@ class StageActor:
 
         cores: physical ones that this process may use. free: bytes of memory, and in words what limits them.
         """
-        from pydsa import limits
-        from pydsa.cores import physical_cores
+        from pydsa.machine import limits
+        from pydsa.machine.cores import physical_cores
         return {"pid": os.getpid(), "identity": identity(), "cores": physical_cores(), "free": tuple(limits.available())}
 
     def measure(self, gpus, share):
@@ -172,9 +172,9 @@ class StageActor:
 
 def _measured(gpus, share):
     """StageActor.measure()."""
-    from pydsa import limits
     from pydsa.backends.devices import backend_of, usable_gpus
-    from pydsa.cores import physical_cores
+    from pydsa.machine import limits
+    from pydsa.machine.cores import physical_cores
     rate, free = read_bandwidth(physical_cores()), limits.available().n_bytes
     found = usable_gpus(asked_for=False) if gpus else {}
     if not found:

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from pydsa.backends.devices import device_of
-from pydsa.costs import StepSize, step_cost
 from pydsa.errors import LESS, OutOfMemoryError, PydsaError
+from pydsa.executor.costs import StepSize, step_cost
+from pydsa.executor.placement import home_layer
+from pydsa.executor.streaming import ASSUMED, REACHED
 from pydsa.gguf_file import Tensor
 from pydsa.models.blocks import spans
-from pydsa.placement import home_layer
 from pydsa.stages.times import of_a_chunk
-from pydsa.streaming import ASSUMED, REACHED
 from pydsa.words import size
 
 AUTO = "auto"

@@ -4,7 +4,7 @@ import copy
 
 import numpy as np
 
-from pydsa.graph import CacheRef
+from pydsa.executor.graph import CacheRef
 from pydsa.session_parts import Keeper, opened, write_parts
 from pydsa.stages.wire import FrameError
 

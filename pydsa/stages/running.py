@@ -10,9 +10,10 @@ import weakref
 
 from pydsa.backends.devices import AUTO as ANY_DEVICE
 from pydsa.backends.devices import HOST, FormCosts, check_devices, device_of
-from pydsa.cores import MOST_THREADS
 from pydsa.errors import OutOfMemoryError, StageError
+from pydsa.executor.streaming import ASSUMED
 from pydsa.gguf_parts import described, is_complete, layers_here, merged
+from pydsa.machine.cores import MOST_THREADS
 from pydsa.model import Model
 from pydsa.options import choose, counts
 from pydsa.setup import Setup
@@ -22,7 +23,6 @@ from pydsa.stages.pipeline import Pipeline
 from pydsa.stages.saves import made
 from pydsa.stages.times import CHUNK
 from pydsa.stages.wire import WIRES, Limits
-from pydsa.streaming import ASSUMED
 from pydsa.words import size
 
 POLL = 0.2              # seconds between two looks at the progress of loading

@@ -4,11 +4,11 @@ All figures come from a Setup of the whole model; nothing is read of its weights
 """
 import numpy as np
 
-from pydsa.costs import StepSize, node_cost
+from pydsa.executor.costs import StepSize, node_cost
+from pydsa.executor.graph import CacheRef
+from pydsa.executor.placement import home_layer
+from pydsa.executor.schedule import ending_early
 from pydsa.gguf_file import Tensor
-from pydsa.graph import CacheRef
-from pydsa.placement import home_layer
-from pydsa.schedule import ending_early
 
 CHUNK = 512         # tokens of a prompt that run together at most, so that several parts of it are under way
 PROMPT = 4096       # tokens of the prompt whose time is told

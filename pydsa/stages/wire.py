@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pydsa.errors import StageError
+from pydsa.executor.schedule import VARIANTS
 from pydsa.sampling import Picked
-from pydsa.schedule import VARIANTS
 
 VERSION = 1
 WIRES = ("f32", "bf16")         # how hidden rows pass: as they are, float32 or the reference's float64, or as bfloat16

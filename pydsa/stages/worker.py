@@ -12,7 +12,7 @@ import traceback
 import numpy as np
 
 from pydsa.errors import OutOfMemoryError, PydsaError, StageError
-from pydsa.graph import CacheRef
+from pydsa.executor.graph import CacheRef
 from pydsa.sampling import Picked, Sampler
 from pydsa.stages import keeping
 from pydsa.stages.channel import ChannelError, Door, Outbox, connect

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from pydsa.tokenizer import PRE_TOKENIZERS
+from pydsa.text.tokenizer import PRE_TOKENIZERS
 from tools.demo import notes
 from tools.make_model import FIRST_TOKENS, LAST_TOKENS
 

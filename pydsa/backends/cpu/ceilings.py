@@ -14,8 +14,8 @@ from pydsa.backends.cpu.arrays import address, words_at
 from pydsa.backends.cpu.bf16x2.gemm import panel_products
 from pydsa.backends.cpu.blocks.block import SUPERBLOCK
 from pydsa.backends.cpu.f32.gemm import tile_products
-from pydsa.backends.cpu.int8x2.gemm import panel_products_int8x2
 from pydsa.backends.cpu.int16.gemm import TILE, TILE_ROWS, int16_products
+from pydsa.backends.cpu.int8x2.gemm import panel_products_int8x2
 from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.linear import GEMV_TOKENS, put_addresses
 from pydsa.backends.cpu.op import Stage, Step, op

@@ -31,7 +31,7 @@ from numba.extending import intrinsic
 
 from pydsa import kernel_cache, quants
 from pydsa.compiling import Job, collecting_paused, compile_jobs, counted
-from pydsa.cores import cache_of_core, physical_cores
+from pydsa.machine.cores import cache_of_core, physical_cores
 from pydsa.signals import interrupts_held
 
 

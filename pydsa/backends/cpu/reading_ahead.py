@@ -8,9 +8,9 @@ import mmap
 import os
 import threading
 
-from pydsa import limits
 from pydsa.backends.cpu.fetching import CAN_ASK, ENOUGH, USERS, parts_of, pieces_of
-from pydsa.numa import memory_placed
+from pydsa.machine import limits
+from pydsa.machine.numa import memory_placed
 
 MOST = 4 << 30          # bytes to be ahead of the ops, at most; and at most a quarter of the memory that is free
 POPULATE_READ = 22      # madvise: read pages and map them, as if they were touched; from Linux 5.14 on

@@ -12,7 +12,7 @@ from pydsa.backends.cpu.linear import GEMV_TOKENS
 from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.tasks import by_row, by_second_row, rows_of
 from pydsa.backends.cpu.variants import kernels
-from pydsa.numa import place_memory
+from pydsa.machine.numa import place_memory
 
 
 class Weight(NamedTuple):

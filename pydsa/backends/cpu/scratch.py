@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 from pydsa.backends.cpu.arrays import LINE, align
 from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.simd import I8, INTP, i64_at, store
-from pydsa.cores import MOST_THREADS
+from pydsa.machine.cores import MOST_THREADS
 
 
 # The mark; then address, aligned address and bytes of each buffer, two a thread

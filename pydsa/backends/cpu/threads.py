@@ -17,10 +17,10 @@ from pydsa.backends.cpu import team
 from pydsa.backends.cpu.arrays import LINE, align
 from pydsa.backends.cpu.jit import wanted_kernel
 from pydsa.backends.cpu.scratch import forget_buffers
-from pydsa.cores import MOST_THREADS, affinity, physical_cores
 from pydsa.errors import PydsaError
-from pydsa.limits import allocating
-from pydsa.numa import memory_placed, place_memory, place_thread, planned_cpus, settled_plan, visiting
+from pydsa.machine.cores import MOST_THREADS, affinity, physical_cores
+from pydsa.machine.limits import allocating
+from pydsa.machine.numa import memory_placed, place_memory, place_thread, planned_cpus, settled_plan, visiting
 from pydsa.signals import interrupts_held
 
 LAST_STEP = 10      # seconds that the end of the program waits for a step

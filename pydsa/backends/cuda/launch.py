@@ -16,8 +16,8 @@ from pydsa.backends.cuda.array import DeviceArray
 from pydsa.backends.cuda.current import current
 from pydsa.backends.cuda.device import SIMULATED
 from pydsa.compiling import Job, collecting_paused, compile_jobs, counted
-from pydsa.cores import physical_cores
 from pydsa.kernel_cache import cache_folder, kept, read
+from pydsa.machine.cores import physical_cores
 from pydsa.signals import interrupts_held
 
 

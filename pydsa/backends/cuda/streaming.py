@@ -23,9 +23,9 @@ from pydsa.backends.cuda.array import empty
 from pydsa.backends.cuda.current import current, kept_per_gpu
 from pydsa.backends.cuda.rows import PADDING, Weight
 from pydsa.backends.cuda.transfers import is_pinned
-from pydsa.cores import physical_cores
 from pydsa.errors import PydsaError
 from pydsa.gguf_file import Tensor
+from pydsa.machine.cores import physical_cores
 
 CHUNK = 1 << 25         # bytes of a pinned buffer
 PIECE = 1 << 20         # bytes that a thread copies at a time, at least; fewer are not worth a thread

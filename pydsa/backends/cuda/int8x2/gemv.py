@@ -23,8 +23,8 @@ from pydsa.backends.cuda.instructions import (commit_copies, copies_left, copy_s
                                               wait_for_earlier)
 from pydsa.backends.cuda.int8x2.linear import TILE_U32, scratch_for_rows
 from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
-from pydsa.backends.cuda.rows_one import GIVEN, JOINED, NORMED, ROUNDED, SOURCES, Rows, make_row, no_rows, not_rounded, round_tile
 from pydsa.backends.cuda.routing import ARGUMENTS as ROUTED, CHOSEN, FIXED, MOST, MOST_GROUPS, TO_CHOOSE, choose, no_router
+from pydsa.backends.cuda.rows_one import GIVEN, JOINED, NORMED, ROUNDED, SOURCES, Rows, make_row, no_rows, not_rounded, round_tile
 from pydsa.quants import TYPES
 
 

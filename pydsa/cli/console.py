@@ -9,8 +9,8 @@ import time
 
 import click
 
+from pydsa.cli.restrictions import Restrictions
 from pydsa.errors import ContextFullError, PydsaError
-from pydsa.restrictions import Restrictions
 from pydsa.terminal import harmless, json_text, visible
 
 CHAT_HELP = """/help  this list
@@ -80,7 +80,7 @@ class Writer:
         The prefix that the session has already is not run again. `reply` becomes the answers.Reply, as far as it came. thinking: whether
         the model was asked to reason.
         """
-        from pydsa.answers import Reader
+        from pydsa.text.answers import Reader
         reader = Reader(self.model.tokenizer, self.stop, prompt.layout)
         self.reply, self.n_prompt, self.n_generated = reader.reply, 0, 0
         self.prompt_seconds = self.seconds = 0.0

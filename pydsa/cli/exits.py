@@ -11,7 +11,7 @@ import warnings
 
 import click
 
-from pydsa.console import use_utf8
+from pydsa.cli.console import use_utf8
 from pydsa.errors import LESS, PydsaError
 from pydsa.signals import STOPPED, OutputError, interrupted
 from pydsa.terminal import visible

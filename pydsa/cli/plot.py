@@ -5,9 +5,9 @@ Prompts are drawn beside generation, which also has the limit that the memory's 
 import functools
 import os
 
+from pydsa.cli.op_plot import OpPanels
 from pydsa.drawing import figure_class
 from pydsa.errors import PydsaError
-from pydsa.op_plot import OpPanels
 from pydsa.words import count, threads
 
 FORMATS = ("png", "svg", "pdf")     # file formats, by the extension of the name

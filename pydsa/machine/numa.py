@@ -11,11 +11,11 @@ import sys
 import warnings
 from typing import NamedTuple
 
-from pydsa import mempolicy
-from pydsa.cores import cores_of, physical_cores
 from pydsa.errors import PydsaError
-from pydsa.mempolicy import INTERLEAVE, PREFERRED, Policy
-from pydsa.nodes import in_ranges, of_this_thread, read_nodes
+from pydsa.machine import mempolicy
+from pydsa.machine.cores import cores_of, physical_cores
+from pydsa.machine.mempolicy import INTERLEAVE, PREFERRED, Policy
+from pydsa.machine.nodes import in_ranges, of_this_thread, read_nodes
 
 WORDS = ("distribute", "isolate", "numactl")
 ROOT = "/"              # where the files of Linux begin; another folder in tests

@@ -3,7 +3,7 @@
 This is for devices that sample by themselves. The device samples the next id from its own logits, and the step of that id starts at once:
 it runs while the caller handles the id.
 """
-from pydsa.turns import one_step
+from pydsa.executor.turns import one_step
 
 
 class Ahead:

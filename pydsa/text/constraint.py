@@ -14,13 +14,13 @@ import threading
 
 import numpy as np
 
-from pydsa import grammars
-from pydsa.answers import END_THINK, THINK, Layout
 from pydsa.errors import PydsaError
-from pydsa.grammars import ConstraintError, Rule, escaped, llguidance, quoted
-from pydsa.tool_calls import DSML
-from pydsa.tool_grammars import tools
-from pydsa.vocabulary import vocabulary_of
+from pydsa.text import grammars
+from pydsa.text.answers import END_THINK, THINK, Layout
+from pydsa.text.grammars import ConstraintError, Rule, escaped, llguidance, quoted
+from pydsa.text.tool_calls import DSML
+from pydsa.text.tool_grammars import tools
+from pydsa.text.vocabulary import vocabulary_of
 
 MOST_DIGITS = 40            # in a row, in a number; float64 has 17
 TAIL = 64                   # bytes; no mark is longer

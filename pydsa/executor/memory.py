@@ -2,9 +2,9 @@
 from typing import NamedTuple
 
 from pydsa.backends.devices import device_of
+from pydsa.executor.graph import Value
+from pydsa.executor.layout import row_bytes
 from pydsa.gguf_file import Tensor
-from pydsa.graph import Value
-from pydsa.layout import row_bytes
 from pydsa.options import FLOAT16
 
 

@@ -6,20 +6,22 @@ import dataclasses
 
 import numpy as np
 
-from pydsa import limits, session_parts
-from pydsa.ahead import Ahead
+from pydsa import session_parts
+
 from pydsa.backends.devices import HOST
 from pydsa.backends.transfers import transfer
 from pydsa.cache import VectorCache
 from pydsa.errors import LESS, DamagedWeightsError, OutOfMemoryError
+from pydsa.executor.ahead import Ahead
+from pydsa.executor.graph import CacheRef, Value
+from pydsa.executor.hooks import Stops
+from pydsa.executor.schedule import ends_early, ending_early
+from pydsa.executor.segments import Chain, Part, Segment, crossings, in_turn, settled_before
+from pydsa.executor.streaming import NEVER, deliveries, role
+from pydsa.executor.turns import one_step
 from pydsa.gguf_file import Tensor
-from pydsa.graph import CacheRef, Value
-from pydsa.hooks import Stops
+from pydsa.machine import limits
 from pydsa.options import size
-from pydsa.schedule import ends_early, ending_early
-from pydsa.segments import Chain, Part, Segment, crossings, in_turn, settled_before
-from pydsa.streaming import NEVER, deliveries, role
-from pydsa.turns import one_step
 
 
 def check_memory(wanted, what, backend=None):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from pydsa import control_groups
+from pydsa.machine import control_groups
 
 MOST_THREADS = 512      # that may be asked for, whatever the number of cores
 

@@ -6,7 +6,7 @@ import bisect
 import itertools
 from typing import NamedTuple
 
-from pydsa.graph import Value, levels_of, waits
+from pydsa.executor.graph import Value, levels_of, waits
 
 
 class Segment(NamedTuple):

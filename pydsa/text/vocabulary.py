@@ -13,8 +13,8 @@ import weakref
 import numpy as np
 
 from pydsa.errors import PydsaError
-from pydsa.grammars import llguidance
-from pydsa.tokenizer import CONTROL, UNKNOWN, UNUSED
+from pydsa.text.grammars import llguidance
+from pydsa.text.tokenizer import CONTROL, UNKNOWN, UNUSED
 
 PROBES = "qzQX"         # characters that only free content allows, all of them at once
 _MADE = weakref.WeakKeyDictionary()         # tokenizer -> {shown: Vocabulary}

@@ -10,11 +10,11 @@ import warnings
 
 import numpy as np
 
-from pydsa import mempolicy
 from pydsa.errors import PydsaError
-from pydsa.limits import allocating
-from pydsa.mempolicy import INTERLEAVE
-from pydsa.numa import place_memory, planned_memory
+from pydsa.machine import mempolicy
+from pydsa.machine.limits import allocating
+from pydsa.machine.mempolicy import INTERLEAVE
+from pydsa.machine.numa import place_memory, planned_memory
 from pydsa.options import size
 
 LIMIT = "raise the limit of locked memory (ulimit -l), or leave out --mlock"

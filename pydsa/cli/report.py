@@ -9,15 +9,15 @@ import numpy as np
 
 from pydsa.backends.devices import HOST, backend_of, device_of
 from pydsa.chat import USER
-from pydsa.costs import StepSize, step_cost
 from pydsa.errors import PydsaError
+from pydsa.executor.costs import StepSize, step_cost
+from pydsa.executor.streaming import ASSUMED, ASSUMED_BUS, measure, pays_from
+from pydsa.machine.numa import describe_numa
 from pydsa.models.blocks import block_of, spans
-from pydsa.numa import describe_numa
 from pydsa.options import EXACT
 from pydsa.stages.forecast import in_words
-from pydsa.streaming import ASSUMED, ASSUMED_BUS, measure, pays_from
 from pydsa.terminal import visible
-from pydsa.tokenizer import MODEL, PRE_TOKENIZERS
+from pydsa.text.tokenizer import MODEL, PRE_TOKENIZERS
 from pydsa.words import attention_in_words, count, layers_in_words, plan_in_words, size
 
 USUAL = 100e9, 1000e9       # bytes per second: two channels or more of a CPU's memory, and a GPU's

@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from pydsa.control_groups import lines
-from pydsa.cores import affinity, cores_of, in_list
-from pydsa.mempolicy import MOST_NODES
+from pydsa.machine.control_groups import lines
+from pydsa.machine.cores import affinity, cores_of, in_list
+from pydsa.machine.mempolicy import MOST_NODES
 
 
 class Node(NamedTuple):

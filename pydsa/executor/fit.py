@@ -8,8 +8,8 @@ import bisect
 from typing import NamedTuple
 
 from pydsa.backends.devices import HOST, device_of
+from pydsa.executor.placement import home_layer, is_of_experts
 from pydsa.gguf_file import Tensor
-from pydsa.placement import home_layer, is_of_experts
 
 
 class Room(NamedTuple):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import datetime
 
 from pydsa.errors import PydsaError, UnsupportedModelError
-from pydsa.messages import Arguments
+from pydsa.text.messages import Arguments
 
 MAX_TEMPLATE = 1 << 18      # characters; the templates of the supported models have a few thousand
 MAX_TEXT = 8_000_000        # characters of the prompt, and of every intermediate string

@@ -8,7 +8,7 @@ import functools
 from typing import NamedTuple
 
 from pydsa.backends.devices import FORMS_BY_TILES, LONGEST_PLAIN
-from pydsa.costs import StepSize
+from pydsa.executor.costs import StepSize
 
 # Measured: docs/journal/sparse-attention.md
 MHA_TOKENS = 48         # the least tokens of a step for which the plain form can take less time

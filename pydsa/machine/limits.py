@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import psutil
 
-from pydsa import control_groups
 from pydsa.errors import LESS, OutOfMemoryError
+from pydsa.machine import control_groups
 from pydsa.options import size
 
 FILES = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),

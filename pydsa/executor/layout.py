@@ -2,8 +2,8 @@
 import math
 from typing import NamedTuple
 
+from pydsa.executor.graph import Value
 from pydsa.gguf_file import Tensor
-from pydsa.graph import Value
 
 ALIGN = 64      # bytes: a cache line, and the widest vector register
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from pydsa.cards import card_of_a_reply, card_of_a_stream, shown
 from pydsa.errors import ContextFullError, PydsaError
-from pydsa.tokenizer import CONTROL, UNKNOWN
-from pydsa.tool_calls import Form, Writing, as_call, find_held
+from pydsa.text.tokenizer import CONTROL, UNKNOWN
+from pydsa.text.tool_calls import Form, Writing, as_call, find_held
 
 THINK, END_THINK = "<think>", "</think>"
 

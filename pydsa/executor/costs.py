@@ -6,8 +6,8 @@ for ops that mainly move them, as they may be in a cache of the machine.
 import math
 from typing import NamedTuple
 
+from pydsa.executor.graph import CacheRef, Value
 from pydsa.gguf_file import Tensor
-from pydsa.graph import CacheRef, Value
 
 
 class Cost(NamedTuple):

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pydsa.backends.devices import HOST, device_of
-from pydsa.costs import StepSize, node_cost
 from pydsa.errors import PydsaError
+from pydsa.executor.costs import StepSize, node_cost
 from pydsa.options import size
 from pydsa.quants import TYPES
 

@@ -19,7 +19,7 @@ class Restrictions(NamedTuple):
 
     def constraint(self, tokenizer, layout, thinking):
         """The constraint.Constraint of an answer, or None."""
-        from pydsa.constraint import constraint_for
+        from pydsa.text.constraint import constraint_for
         return constraint_for(tokenizer, layout, thinking, json_schema=self.json_schema, grammar=self.grammar, tool_choice="auto")
 
 
@@ -66,8 +66,8 @@ def read_restrictions(raw, json_schema=None, json_schema_file=None, grammar=None
 
 def _check(restrictions):
     """Raise the errors that need no model."""
-    from pydsa import grammars
-    from pydsa.messages import check_functions
+    from pydsa.text import grammars
+    from pydsa.text.messages import check_functions
     grammars.llguidance()
     if restrictions.json_schema is not None:
         grammars.json_schema(restrictions.json_schema)

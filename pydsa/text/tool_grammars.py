@@ -6,9 +6,9 @@ A call that has begun is completed by the schema of its function. What a grammar
 """
 import re
 
-from pydsa.answers import Layout
-from pydsa.grammars import MAX_WAYS, ConstraintError, Rule, checked, embedded, escaped, named_arguments, quoted, values
-from pydsa.tool_calls import DSML
+from pydsa.text.answers import Layout
+from pydsa.text.grammars import MAX_WAYS, ConstraintError, Rule, checked, embedded, escaped, named_arguments, quoted, values
+from pydsa.text.tool_calls import DSML
 
 MAX_TOOLS = 512
 _NL = "NL?"

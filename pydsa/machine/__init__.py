@@ -1,0 +1,1 @@
+"""This machine: its cores, nodes, limits and memory."""

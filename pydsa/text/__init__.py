@@ -1,0 +1,1 @@
+"""What is said: tokens, chat templates, answers, calls of tools, and grammars."""
