@@ -16,6 +16,7 @@ install nvidia-cuda-nvdisasm`).
 """
 import argparse
 import collections
+import contextlib
 import re
 import shutil
 import subprocess
@@ -108,8 +109,9 @@ def report(targets, pattern=".*", processes=None):
     """
     names, bad = [name for name in KERNELS if re.fullmatch(pattern, name)], []
     print(f"{'kernel':28} route {'for':>6} registers  spills   stack  shared")
-    with ProcessPoolExecutor(processes or physical_cores()) as pool:
-        for name, found in zip(names, pool.map(uses, names, [targets] * len(names))):
+    processes = processes or physical_cores()
+    with contextlib.nullcontext() if processes == 1 else ProcessPoolExecutor(processes) as pool:
+        for name, found in zip(names, (pool.map if pool else map)(uses, names, [targets] * len(names))):
             for (major, minor), use in found:
                 route = "LTO" if KERNELS[name].takes_lto((major, minor)) else "PTX"
                 line = (f"{name:28} {route:5} {f'sm_{major}{minor}':>6} {use.registers:9} {use.spills:7} {use.stack:7} {use.shared:7}"
