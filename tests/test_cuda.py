@@ -29,14 +29,12 @@ OPS = ["test_ops.py", "test_whole_tiles.py", "test_attention.py", "test_mha.py",
 OF_CPU = ("threads or exp_of or half or block_sizes or sampled or golden or ubatches or vectors_are_unpacked or any_ or counted or "
           "2_gib or prompts_take or left_out or packed_latent")
 # types whose kernels differ in little from another's of their family; PYDSA_TEST_DEVICE=ptx pytest tests/test_ops.py runs them, too
-ALIKE = "Q4_1 or Q5_0 or Q5_1 or Q3_K or Q5_K or IQ4_NL or IQ2_XS or IQ2_S or IQ3_XXS or IQ1_M or TQ2_0"
+ALIKE = "Q4_1 or Q5_0 or Q5_1 or Q3_K or Q5_K or IQ4_NL or MXFP4 or IQ2_XS or IQ2_S or IQ3_XXS or IQ1_M or TQ2_0"
 # What the simulator runs, at a hundredth of the speed: ops, with a type or two and the smallest shapes, and all types of blocks. All that
 # is left out of it runs as PTX.
-SIMULATED = ["test_ops.py", "test_attention.py", "test_mha.py", "test_quants.py::test_dequantize", "test_one_token.py",
-             "test_shared_launches.py"]
+SIMULATED = ["test_ops.py", "test_attention.py", "test_quants.py::test_dequantize"]
 SLOW_SIMULATED = ("(linear and not Q8_0 and not F32) or (head_linear and Q8_0) or Q8_0-96 or 2-13 or logits or no_future or "
-                  "mha_sparse_attention or test_mha_attention or test_experts or (select and not 2-1) or "
-                  "(scores and (1-13 or 3-17) and not f32)")
+                  "test_experts or (select and not 2-1) or (scores and (1-1 or 1-13 or 3-17) and not f32)")
 
 
 @functools.cache

@@ -70,11 +70,11 @@ def part(name):
     return (name.split(".") + ["__init__"])[1]
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_import_direction(name):
-    assert part(name) in RANK, f"{name}: give it a place in LAYERS or LEAVES"
-    above = {target for target in ours(MODULES[name]) if RANK[part(target)] < RANK[part(name)]}
-    assert not above, f"{name} imports what is above it"
+def test_import_direction():
+    unplaced = [name for name in MODULES if part(name) not in RANK]
+    assert not unplaced, "give them a place in LAYERS or LEAVES"
+    above = [(name, target) for name, path in MODULES.items() for target in ours(path) if RANK[part(target)] < RANK[part(name)]]
+    assert not above, "these import what is above them"
 
 
 def test_no_import_cycles():
@@ -85,17 +85,15 @@ def test_reference_stands_alone():
     assert set(imports(ROOT / "pydsa/backends/reference.py")) <= {"numpy", "gguf", "gguf.quants", "pydsa.backends.host"}
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_who_may_import_numba(name):
-    if not name.startswith(COMPILING):
-        assert not {target.split(".")[0] for target in imports(MODULES[name])} & {"numba", "llvmlite"}
+def test_who_may_import_numba():
+    found = [name for name, path in MODULES.items() if {target.split(".")[0] for target in imports(path)} & {"numba", "llvmlite"}]
+    assert found and all(name.startswith(COMPILING) for name in found), found
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_only_the_cuda_backend_imports_numba_cuda(name):
-    found = any(node.module.startswith("numba.cuda") or node.module == "numba" and "cuda" in [a.name for a in node.names]
-                for node in nodes(MODULES[name]) if isinstance(node, ast.ImportFrom))
-    assert not found or name.startswith("pydsa.backends.cuda")
+def test_only_the_cuda_backend_imports_numba_cuda():
+    found = [name for name, path in MODULES.items() for node in nodes(path) if isinstance(node, ast.ImportFrom) and (
+        node.module.startswith("numba.cuda") or node.module == "numba" and "cuda" in [a.name for a in node.names])]
+    assert found and all(name.startswith("pydsa.backends.cuda") for name in found), found
 
 
 @pytest.mark.parametrize("name", ["pydsa", "pydsa.quants", "pydsa.model", "pydsa.cli", "pydsa.cli.plot", "pydsa.imatrix",
@@ -107,11 +105,10 @@ def test_importing_is_cheap(name):
     assert result.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_only_the_command_line_prints(name):
-    calls = [node for node in nodes(MODULES[name]) if isinstance(node, ast.Call)]
-    prints = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
-    assert part(name) in ("cli", "__main__") or not prints
+def test_only_the_command_line_prints():
+    prints = [(name, node.lineno) for name, path in MODULES.items() for node in nodes(path)
+              if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"]
+    assert all(part(name) in ("cli", "__main__") for name, _ in prints), prints
 
 
 @pytest.mark.parametrize("folder", ["pydsa", "tests", "tools"])
@@ -162,15 +159,15 @@ def number_format(name):
     return parts[3] if len(parts) > 3 and parts[3] in FORMATS else None
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if number_format(name)])
-def test_formats_do_not_import_each_other(name):
-    others = {target for target in ours(MODULES[name]) if number_format(target) not in (None, number_format(name))}
-    assert not others, f"{name} imports another number format"
+def test_formats_do_not_import_each_other():
+    formats = [name for name in MODULES if number_format(name)]
+    others = [(name, target) for name in formats for target in ours(MODULES[name])
+              if number_format(target) not in (None, number_format(name))]
+    assert formats and not others, "these import another number format"
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if number_format(name)])
-def test_files_of_a_format_bear_the_name_of_an_op(name):
-    assert MODULES[name].stem in FILES_OF_A_FORMAT
+def test_files_of_a_format_bear_the_name_of_an_op():
+    assert {path.stem for name, path in MODULES.items() if number_format(name)} <= FILES_OF_A_FORMAT
 
 
 @pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
@@ -183,13 +180,18 @@ def test_backends_have_kernels_for_every_type():
         name for name, kind in quants.TYPES.items() if kind.quantized}
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith(("pydsa.backends", "pydsa.cli"))])
-def test_only_backends_tell_devices_apart(name):
-    """By name: an option's default is the only use of one, beside the table of devices and the command line."""
-    defaults = {(node.lineno, node.col_offset) for function in nodes(MODULES[name]) if isinstance(function, ast.FunctionDef)
+def names_of_devices(path):
+    """Lines with the name of a device that is no argument's default."""
+    defaults = {(node.lineno, node.col_offset) for function in nodes(path) if isinstance(function, ast.FunctionDef)
                 for node in function.args.defaults}
-    used = [node.lineno for node in nodes(MODULES[name]) if isinstance(node, ast.Constant) and node.value in ("cpu", "cuda", "reference")
+    return [node.lineno for node in nodes(path) if isinstance(node, ast.Constant) and node.value in ("cpu", "cuda", "reference")
             and (node.lineno, node.col_offset) not in defaults]
+
+
+def test_only_backends_tell_devices_apart():
+    """By name: an option's default is the only use of one, beside the table of devices and the command line."""
+    used = {name: lines for name, path in MODULES.items() if not name.startswith(("pydsa.backends", "pydsa.cli"))
+            and (lines := names_of_devices(path))}
     assert not used
 
 

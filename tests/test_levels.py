@@ -70,8 +70,7 @@ PRODUCTS = ["test_words.py", "test_few_tokens.py::test_products", "test_int8_key
             "test_int8_keys.py::test_a_key_that_is_not_finite_is_never_chosen"]
 # Of any type they are made of the same two instructions; but grids are looked up in bytes, which this CPU's own level may do, or in int16
 OF_PRODUCTS = "Q4_K or Q6_K or IQ2_XXS or selection or never_chosen"
-OF_WIDTH = (f"{OF_PRODUCTS} or Q4_0 or Q8_0 or Q3_K or IQ3_S or IQ1_M or IQ4_NL or TQ1_0 or attention or choice or sampled or "
-            "whole")        # types of each kind
+OF_WIDTH = f"{OF_PRODUCTS} or Q4_0 or Q8_0 or IQ1_M or IQ4_NL or TQ1_0 or attention or choice or sampled or whole"     # types of each kind
 OTHERS = ["test_few_tokens.py::test_heads", "test_few_tokens.py::test_experts",
           "test_attention.py::test_attention", "test_mha.py::test_mha_sparse_attention[40-300-i16]",
           "test_top_k.py::test_rows_that_are_sampled", "test_quants.py::test_backends_store_the_same_whole_numbers",
