@@ -8,12 +8,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.simd import (FEATURES, I8, I16, I32, I64, Vec, broadcast, call_llvm, constant, f32x8, f32x16, i16x32,
+from pydsa.backends.cpu.simd import (FEATURES, I8, I16, I64, Vec, broadcast, call_llvm, constant, f32x8, f32x16, i16x32,
                                      i32x16, int16_dots, pointer)
 
 
-HERE = {"avx512bw", "avx512vbmi", "avx512vnni", "gfni"} <= FEATURES
-BIAS = 72               # a weight as an unsigned byte; of IQ1 9/8, in 64ths
+HERE = {"avx512bw", "avx512vbmi", "avx512vnni", "bmi2", "gfni"} <= FEATURES
+BIAS = 72               # added to a weight of IQ2 and IQ3, so that it is an unsigned byte
 i8x64 = Vec("i8", 64)
 BITS_OF_64 = ir.VectorType(ir.IntType(1), 64)
 # Elements of a group in the lower and the upper byte of four vectors. Signs four bits apart come in pairs, for types with one index a
@@ -24,6 +24,12 @@ BY_SIGN, BY_INDEX = ((3, 2), (7, 6), (1, 0), (5, 4)), ((0, 4), (1, 5), (2, 6), (
 def as_bytes(builder, v):
     """Emit a vector as 64 bytes."""
     return builder.bitcast(v, i8x64.ir)
+
+
+def select_bits(builder, mask, v, others):
+    """Emit the bits `mask` of each byte of v, and all others of `others`."""
+    parts = zip((v, others), (mask, 255 - mask))
+    return builder.or_(*(builder.and_(as_bytes(builder, part), constant([bits] * 64, I8)) for part, bits in parts))
 
 
 def load_at(builder, args, kind):
@@ -52,10 +58,10 @@ def _loading(bits, n, repeat=None):
     return load
 
 
-eight_u16, eight_u32, repeated_u32, repeated_u64 = _loading(16, 8), _loading(32, 8), _loading(32, 1, 16), _loading(64, 1, 8)
+eight_u32, repeated_u32, repeated_u64 = _loading(32, 8), _loading(32, 1, 16), _loading(64, 1, 8)
 
 
-def _loading_pair(kind, n, which):
+def loading_pair(kind, n, which):
     """Make a function that loads n integers at each of two addresses.
 
     which: in which order.
@@ -71,10 +77,9 @@ def _loading_pair(kind, n, which):
 
 # Where pair_entries takes its 64 indices: of eight groups of the first block, of eight of the second, and so on
 EIGHTS = [(block, group) for quarter in range(4) for block in range(2) for group in range(8 * quarter, 8 * quarter + 8)]
-# 32 bytes of each; a 64-bit integer of each, repeated; a 32-bit integer of each for eight groups, in 64 bits
-pair_of_bytes = _loading_pair(I64, 4, [part + 4 * block for part in range(4) for block in range(2)])
-pair_of_u64 = _loading_pair(I64, 1, [0, 1] * 4)
-pair_of_u32 = _loading_pair(I32, 4, [part + 4 * block for part in range(4) for block in range(2) for _ in range(2)])
+# 32 bytes of each; a 64-bit integer of each, repeated
+pair_of_bytes = loading_pair(I64, 4, [part + 4 * block for part in range(4) for block in range(2)])
+pair_of_u64 = loading_pair(I64, 1, [0, 1] * 4)
 
 
 def picked_pair(byte_of_group):
@@ -170,25 +175,25 @@ def _in_128(builder, table, indices):
 def _lookup_sorted(builder, table, indices, uppers):
     """Emit lookups in a table that changes once in sixteen entries at most.
 
-    So sixteen have a first byte, a last one, and a place where it comes. uppers: bits 8 to 10 of the indices.
+    So sixteen have a first byte, a last one, and a place where it comes. uppers: bits 8 to 10 of the indices, in bits 4 to 6.
     """
     pieces = [table[i:i + 16] for i in range(0, len(table), 16)]
     counts = [piece.count(piece[0]) for piece in pieces]
     assert len(pieces) == 128 and all(piece == [piece[0]] * n + [piece[-1]] * (16 - n) for piece, n in zip(pieces, counts))
-    which, places = [], [builder.and_(index, constant([15] * 64, I8)) for index in indices]
-    for index, upper in zip(indices, uppers):
-        low, high = (builder.bitcast(v, i16x32.ir) for v in (index, upper))
-        low, high = builder.lshr(low, constant([4] * 32, I16)), builder.shl(high, constant([4] * 32, I16))
-        which.append(as_bytes(builder, builder.or_(builder.and_(low, constant([0x0F0F] * 32, I16)),
-                                                   builder.and_(high, constant([0x7070] * 32, I16)))))
-    found = (_in_128(builder, part, which) for part in ([piece[0] for piece in pieces], [piece[-1] for piece in pieces], counts))
-    return [builder.select(builder.icmp_unsigned("<", place, n), first, last) for place, first, last, n in zip(places, *found)]
+    lows = (builder.lshr(builder.bitcast(index, i16x32.ir), constant([4] * 32, I16)) for index in indices)
+    which = [select_bits(builder, 15, low, upper) for low, upper in zip(lows, uppers)]       # bit 7 is ignored
+    lasts = [16 * (i % 16) + n - 1 for i, n in enumerate(counts)]
+    found = (_in_128(builder, part, which) for part in ([piece[0] for piece in pieces], [piece[-1] for piece in pieces], lasts))
+    return [builder.select(builder.icmp_unsigned("<=", index, n), first, last) for index, first, last, n in zip(indices, *found)]
 
 
-def _upper_bits(builder, index, upper, n):
-    """Emit masks of bit 7 of the index, and of n - 1 bits of `upper`."""
+def _upper_bits(builder, index, upper, n, first=0):
+    """Emit masks of bit 7 of the index, and of n - 1 bits of `upper`.
+
+    first: the lowest of them.
+    """
     zero = constant([0] * 64, I8)
-    tests = [builder.icmp_unsigned("!=", builder.and_(upper, constant([1 << bit] * 64, I8)), zero) for bit in range(n - 1)]
+    tests = [builder.icmp_unsigned("!=", builder.and_(upper, constant([1 << bit] * 64, I8)), zero) for bit in range(first, first + n - 1)]
     return [builder.icmp_signed("<", index, zero), *tests]
 
 
@@ -201,45 +206,44 @@ INTERLEAVED = [[16 * quarter + 8 * block + byte + 64 * upper for quarter in rang
                for block in (0, 1)]
 
 
-def _look_up_pairs(builder, table, args, is_sorted):
-    """Emit lookups of both bytes of entries for tuples of indices and uppers.
+def _unpack(builder, args, table, first=0):
+    """Emit the vectors of two tuples, and masks of the upper bits of indices.
 
-    Returns a pair of vectors for each of them.
+    first: the lowest bit of uppers that is one.
     """
     indices, uppers = (cgutils.unpack_tuple(builder, arg) for arg in args)
-    masks = [_upper_bits(builder, *both, len(table).bit_length() - 8) for both in zip(indices, uppers)]
-    lower_half, upper_half = _halves(table)
-    lower_bytes = _lookup(builder, lower_half, indices, masks)
-    upper_bytes = _lookup_sorted(builder, upper_half, indices, uppers) if is_sorted else _lookup(builder, upper_half, indices, masks)
-    return list(zip(lower_bytes, upper_bytes))
+    return indices, uppers, [_upper_bits(builder, *both, len(table).bit_length() - 8, first) for both in zip(indices, uppers)]
 
 
-def pair_entries(table, is_sorted=False):
+def pair_entries(table):
     """Make a function that looks up sixteen-bit entries for pairs of blocks.
 
     It takes a tuple of 64 indices for each pair, in the order of EIGHTS, and one of vectors with bits 8, 9 and 10 of the indices. It
-    returns i16x32 for each block. is_sorted: upper bytes change rarely from entry to entry, as _lookup_sorted() needs it.
+    returns i16x32 for each block.
     """
     @intrinsic
     def entries(typingctx, indices, upper):
         def codegen(context, builder, signature, args):
-            blocks = [builder.shuffle_vector(*found, constant(which)) for found in _look_up_pairs(builder, table, args, is_sorted)
-                      for which in INTERLEAVED]
+            indices, _, masks = _unpack(builder, args, table)
+            found = zip(*(_lookup(builder, half, indices, masks) for half in _halves(table)))
+            blocks = [builder.shuffle_vector(*both, constant(which)) for both in found for which in INTERLEAVED]
             return cgutils.pack_array(builder, [builder.bitcast(block, i16x32.ir) for block in blocks])
         return types.UniTuple(i16x32, 2 * len(indices))(indices, upper), codegen
     return entries
 
 
 def pair_halves(table):
-    """Make a function that looks up sixteen-bit entries, which are sorted.
+    """Make a function that looks up entries whose upper bytes are sorted.
 
-    It takes what pair_entries() makes one of takes, and returns the lower and the upper bytes of the entries of each pair, in the order of
-    its indices.
+    It takes tuples of indices, and of vectors with bits 8 to 10 of them in bits 4 to 6. It returns the lower and the upper bytes of the
+    entries of each, in the order of its indices.
     """
     @intrinsic
     def entries(typingctx, indices, upper):
         def codegen(context, builder, signature, args):
-            found = _look_up_pairs(builder, table, args, True)
+            indices, uppers, masks = _unpack(builder, args, table, 4)
+            lower_half, upper_half = _halves(table)
+            found = zip(_lookup(builder, lower_half, indices, masks), _lookup_sorted(builder, upper_half, indices, uppers))
             return cgutils.pack_array(builder, [builder.bitcast(half, i16x32.ir) for both in found for half in both])
         return types.UniTuple(i16x32, 2 * len(indices))(indices, upper), codegen
     return entries
@@ -267,18 +271,34 @@ def byte_entries(table):
     return eight if len(table) == 256 else nine
 
 
-def biased_values(levels):
-    """Make the lookup of the low four bits of bytes: a level plus BIAS.
-
-    levels: of codes 0 to 7, and of those with the sign on top.
-    """
-    table = constant([BIAS + level for level in levels] * 4, I8)
+def byte_values(table):
+    """Make the lookup of the low six bits of bytes."""
+    table = constant(table, I8)
 
     @intrinsic
     def values(typingctx, codes):
         return i8x64(i8x64), lambda context, builder, signature, args: call_llvm(
             builder, "llvm.x86.avx512.permvar.qi.512", i8x64.ir, [table, args[0]])
     return values
+
+
+def biased_values(levels):
+    """Make the lookup of the low four bits of bytes: a level plus BIAS.
+
+    levels: of codes 0 to 7, and of those with the sign on top.
+    """
+    return byte_values([BIAS + level for level in levels] * 4)
+
+
+def selecting(mask):
+    """Make a function that joins bits of two vectors.
+
+    Of the first one it takes the bits `mask` of each byte, all others of the second one.
+    """
+    @intrinsic
+    def select(typingctx, v, others):
+        return i8x64(v, others), lambda context, builder, signature, args: select_bits(builder, mask, *args)
+    return select
 
 
 @intrinsic
@@ -296,20 +316,6 @@ def add_byte_dot(typingctx, sums, unsigned, address, offset):
         args = [*args[:2], load_at(builder, args[2:], i8x64.ir)]     # as text: see dot_add
         return builder.asm(ir.FunctionType(i32x16.ir, [v.type for v in args]), "vpdpbusd $3, $2, $0", "=v,0,v,v", args, False)
     return i32x16(i32x16, i8x64, types.intp, types.intp), codegen
-
-
-@intrinsic
-def top_codes(typingctx, v, others):
-    """Return the two top bits of each byte, and the bits of `others` below."""
-    def codegen(context, builder, signature, args):
-        return builder.or_(builder.and_(as_bytes(builder, args[0]), constant([0xC0] * 64, I8)), args[1])
-    return i8x64(v, others), codegen
-
-
-@intrinsic
-def bit_4_unset(typingctx, v):
-    """Return bit 4 of each byte where it is not set."""
-    return i8x64(i8x64), lambda context, builder, signature, args: builder.and_(builder.not_(args[0]), constant([0x10] * 64, I8))
 
 
 @intrinsic

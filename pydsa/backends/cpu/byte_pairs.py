@@ -1,13 +1,13 @@
 """Two blocks of 256 weights as the lanes of one vector of sums.
 
-For grids of weights whose scales are of 32, with lookups of byte_codes.py. Two superblocks of activations are joined for it.
+For IQ1, with lookups of byte_codes.py. Two superblocks of activations are joined for it.
 """
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.byte_codes import as_bytes, i8x64, load_at
+from pydsa.backends.cpu.byte_codes import as_bytes, i8x64, load_at, loading_pair
 from pydsa.backends.cpu.simd import F32, I8, I16, I32, I64, call_llvm, constant, f32x16, i16x32, i32x16, int16_dots, pack, pointer
 
 
@@ -33,8 +33,9 @@ def dots_of_two(offset, lower):
 
 
 # A pair of superblocks in columns, joined: the upper bytes of element k of 64 groups, for k = 0 to 7, and the lower ones; the scales of
-# all 32, and the sums of their integers, as floats
-PAIR_LOWER, PAIR_SCALES, PAIR_SUMS = 512, 1024, 1088
+# all 32, and the sums of their integers, as floats; and -PAIR_BIAS / 2 times these sums, as integers
+PAIR_LOWER, PAIR_SCALES, PAIR_SUMS, PAIR_BIASES = 512, 1024, 1088, 1152
+PAIR_BIAS = 135
 EVEN, ODD = constant(range(0, 32, 2)), constant(range(1, 32, 2))
 
 
@@ -64,20 +65,16 @@ def join_columns(typingctx, first, second):
                 sums = int16_dots(builder, sums, load(at, 64 * k, i16x32.ir), constant([1] * 32, I16))
             totals.append(sums)
         totals = builder.add(builder.shuffle_vector(*totals, EVEN), builder.shuffle_vector(*totals, ODD))
-        parts += [joined(F32, 8, 512), builder.sitofp(totals, f32x16.ir)]
+        biases = builder.ashr(builder.mul(totals, constant([-PAIR_BIAS] * 16)), constant([1] * 16))
+        parts += [joined(F32, 8, 512), builder.sitofp(totals, f32x16.ir), biases]
         for i, part in enumerate(parts):
             builder.store(part, pointer(builder, builder.add(args[0], I64(64 * i)), part.type), align=1)
         return context.get_dummy_value()
     return types.void(types.intp, types.intp), codegen
 
 
-@intrinsic
-def pair_of_indices(typingctx, first, second, offset):
-    """Load 32 bytes at each of two addresses."""
-    def codegen(context, builder, signature, args):
-        parts = [load_at(builder, (at, args[2]), ir.VectorType(I64, 4)) for at in args[:2]]
-        return as_bytes(builder, builder.shuffle_vector(*parts, constant(list(range(8)))))
-    return i8x64(types.intp, types.intp, types.intp), codegen
+# 32 bytes at each of two addresses; a 64-bit integer at each, repeated
+pair_of_indices, pair_of_scales = loading_pair(I64, 4, list(range(8))), loading_pair(I64, 1, [0] * 4 + [1] * 4)
 
 
 @intrinsic
@@ -105,11 +102,26 @@ def float_table(values):
     return look_up
 
 
-@intrinsic
-def pair_of_halves(typingctx, first, second):
-    """Load a float16 at each of two addresses, for eight lanes each."""
-    def codegen(context, builder, signature, args):
-        parts = pack(builder, [builder.load(pointer(builder, at, I16), align=1) for at in args] + [I16(0)] * 2)
-        v = builder.fpext(builder.bitcast(parts, ir.VectorType(ir.HalfType(), 4)), ir.VectorType(F32, 4))
-        return builder.shuffle_vector(v, v, constant([0] * 8 + [1] * 8))
-    return f32x16(types.intp, types.intp), codegen
+def _pairing_halves(emit):
+    """Make a function that converts a float16 of each of two blocks.
+
+    Each for eight lanes. emit(builder, address): its bits.
+    """
+    @intrinsic
+    def halves(typingctx, first, second):
+        def codegen(context, builder, signature, args):
+            parts = pack(builder, [emit(builder, at) for at in args] + [I16(0)] * 2)
+            v = builder.fpext(builder.bitcast(parts, ir.VectorType(ir.HalfType(), 4)), ir.VectorType(F32, 4))
+            return builder.shuffle_vector(v, v, constant([0] * 8 + [1] * 8))
+        return f32x16(types.intp, types.intp), codegen
+    return halves
+
+
+def _top_nibbles(builder, at):
+    """Emit the upper four bits of each of the four int16 of IQ1_M's scales."""
+    q = load_at(builder, (at, I64(48)), I64)
+    return builder.trunc(call_llvm(builder, "llvm.x86.bmi.pext.64", I64, [q, I64(0xF000F000F000F000)]), I16)
+
+
+pair_of_halves = _pairing_halves(lambda builder, at: load_at(builder, (at, I64(0)), I16))
+pair_of_spread_halves = _pairing_halves(_top_nibbles)

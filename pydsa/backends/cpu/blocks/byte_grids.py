@@ -8,15 +8,15 @@ import numpy as np
 
 from pydsa.backends.cpu.blocks.block import SCALES, SUPERBLOCK, SUMS
 from pydsa.backends.cpu.blocks.dots import dot_large, single_sum, two_blocks
-from pydsa.backends.cpu.byte_codes import (BY_SIGN, add_byte_dot, as_int32, biased_values, bit_4_unset, byte_entries, eight_u16, eight_u32,
+from pydsa.backends.cpu.byte_codes import (BY_SIGN, add_byte_dot, as_int32, biased_values, byte_entries, byte_values, eight_u32,
                                            even_with_parity, load_bytes, load_sums, low_codes, no_sums, pair_entries, pair_halves,
-                                           pair_of_bytes, pair_of_u32, pair_of_u64, picked_pair, repeated_u32, repeated_u64,
-                                           signed_codes, to_tops, top_codes, unaligned, unaligned_of_four, upper_nibbles, with_last_tops)
-from pydsa.backends.cpu.byte_pairs import (PAIR_LOWER, PAIR_SCALES, PAIR_SUMS, dots_of_two, float_table, pair_of_halves, pair_of_indices,
-                                           pair_of_int16)
+                                           pair_of_bytes, pair_of_u64, picked_pair, repeated_u32, repeated_u64, selecting, signed_codes,
+                                           to_tops, unaligned, unaligned_of_four, upper_nibbles, with_last_tops)
+from pydsa.backends.cpu.byte_pairs import (PAIR_BIAS, PAIR_BIASES, PAIR_LOWER, PAIR_SCALES, PAIR_SUMS, dots_of_two, float_table,
+                                           pair_of_halves, pair_of_indices, pair_of_int16, pair_of_scales, pair_of_spread_halves)
 from pydsa.backends.cpu.jit import inline
-from pydsa.backends.cpu.scalars import half, half_at
-from pydsa.backends.cpu.simd import floats, i64_at, load_floats, multiply_add, to_floats
+from pydsa.backends.cpu.scalars import half_at
+from pydsa.backends.cpu.simd import floats, load_floats, multiply_add, to_floats
 from pydsa.quants import IQ2_LEVELS, IQ3_S_LEVELS, IQ3_XXS_LEVELS, TYPES, grid
 
 
@@ -42,7 +42,7 @@ def packed_by_four(levels, name):
 
 # Two bits for each element of IQ1, its level plus one; the grid is sorted by the last elements first
 IQ1_PACKED = [sum(level + 1 << 2 * k for k, level in enumerate(row)) for row in grid("IQ1_S").tolist()]
-IQ1_ENTRIES, IQ1_HALVES = pair_entries(IQ1_PACKED, is_sorted=True), pair_halves(IQ1_PACKED)
+IQ1_HALVES = pair_halves(IQ1_PACKED)
 IQ2_XXS_ENTRIES, IQ2_XS_ENTRIES, IQ2_S_ENTRIES = (pair_entries(packed_by_eight(IQ2_LEVELS, name)) for name in NAMES[2:5])
 IQ3_XXS_ENTRIES = byte_entries(packed_by_four(IQ3_XXS_LEVELS, "IQ3_XXS"))
 IQ3_S_ENTRIES = byte_entries(packed_by_four(IQ3_S_LEVELS, "IQ3_S"))
@@ -74,8 +74,6 @@ def two_codes(entries, signs, other_signs):
 BYTES_OF_EVEN_WORDS, EVEN_BYTES = picked_pair(lambda group: 8 * (group // 4) + group % 4), picked_pair(lambda group: 2 * group)
 ODD_BYTES = picked_pair(lambda group: 2 * group + 1)
 TWO_BITS = unaligned([16 * (i // 16) + 2 * (i % 8) for i in range(64)])
-THREE_BITS, FOUR_BITS = unaligned([16 * (i % 8 // 4) + 3 * (i % 4) for i in range(64)]), unaligned([4 * (i % 8) for i in range(64)])
-TOPS_OF_NIBBLES_AT_4 = unaligned_of_four(lambda g: 4 * g - 1, lambda g: 4 * g - 1)
 
 
 def odd_scales(offset_of_lane, bits, load, offset):
@@ -91,7 +89,6 @@ def odd_scales(offset_of_lane, bits, load, offset):
     return scales
 
 
-scales_iq1_m = odd_scales(lambda j: 16 * (j // 4) + 3 * (j % 4), 3, repeated_u64, 48)
 scales_iq2_xxs = odd_scales(lambda j: 60, 4, load_bytes, 2)
 scales_iq2_xs, scales_iq2_s = (odd_scales(lambda j: 4 * j, 4, repeated_u64, offset) for offset in (66, 74))
 scales_iq3_xxs, scales_iq3_s = odd_scales(lambda j: 28, 4, eight_u32, 66), odd_scales(lambda j: 4 * (j // 2), 4, repeated_u32, 106)
@@ -132,18 +129,6 @@ def codes_iq2_s(entries, at):
     return two_codes(entries, LOW_OF_BYTES(q), HIGH_OF_BYTES(q))
 
 
-@inline
-def indices_iq1_m(a, b):
-    return pair_of_bytes(a, b, 0), FOUR_BITS(pair_of_u32(a, b, 32))
-
-
-@inline
-def codes_iq1_m(entries, at):
-    """Return 64 times a weight of each eight plus BIAS: its code, and 16 where 1/8 is added."""
-    deltas = bit_4_unset(TOPS_OF_NIBBLES_AT_4(eight_u16(at, 32)))
-    return top_codes(entries << 6, deltas), top_codes(entries << 4, deltas), top_codes(entries << 2, deltas), top_codes(entries, deltas)
-
-
 FIRST_TOPS_7, FIRST_TOPS_8 = (unaligned_of_four(lambda g: n * g, lambda g: n * g + 4) for n in (7, 8))
 LAST_TOPS_7 = unaligned_of_four(lambda g: 7 * g + 2, lambda g: 7 * g)
 LAST_TOPS_8 = unaligned_of_four(lambda g: 8 * g + 2, lambda g: 8 * g + 6)
@@ -168,13 +153,6 @@ def codes_iq3_s(at):
 def first_half(at):
     """Return the float16 that most blocks begin with."""
     return half_at(at, 0)
-
-
-@inline
-def half_of_iq1_m(at):
-    """Return the float16 scale of a block, whose bits are in four places."""
-    nibbles = (np.uint64(i64_at(at, 48)) >> np.uint64(12)) & np.uint64(0x000F000F000F000F)
-    return half(np.uint16((nibbles * np.uint64(0x0001001001001000)) >> np.uint64(48)))      # they meet above bit 48
 
 
 @inline
@@ -252,13 +230,7 @@ def a_quarter(sums):
     return sums * QUARTER
 
 
-@inline
-def a_64th(sums):
-    return sums * np.float32(1 / 64)
-
-
 add_iq2_values = adding(IQ2_VALUES)
-add_iq1_m = adding_pairs(IQ1_M, IQ1_ENTRIES, indices_iq1_m, codes_iq1_m, scales_iq1_m, half_of_iq1_m, add_weights)
 add_iq2_xxs = adding_pairs(IQ2_XXS, IQ2_XXS_ENTRIES, indices_iq2_xxs, codes_iq2_xxs, scales_iq2_xxs, first_half, add_iq2_values)
 add_iq2_xs = adding_pairs(IQ2_XS, IQ2_XS_ENTRIES, indices_iq2_xs, codes_iq2_xs, scales_iq2_xs, first_half, add_iq2_values)
 add_iq2_s = adding_pairs(IQ2_S, IQ2_S_ENTRIES, indices_iq2_s, codes_iq2_s, scales_iq2_s, first_half, add_iq2_values)
@@ -266,61 +238,138 @@ add_iq3_xxs = adding_single(IQ3_XXS, codes_iq3_xxs, scales_iq3_xxs, IQ3_XXS_VALU
 add_iq3_s = adding_single(IQ3_S, codes_iq3_s, scales_iq3_s, IQ3_S_VALUES)
 
 
-# IQ1_S: scales are of 32, which are four bytes of one element in natural order, so a lane. Two blocks are the lanes of one vector
+# IQ1: a lane is four bytes of one element, in natural order, so 32 weights; two blocks are the lanes of one vector
 DOTS_0, DOTS_1, DOTS_2, DOTS_3, DOTS_4, DOTS_5, DOTS_6, DOTS_7 = (dots_of_two(64 * i, PAIR_LOWER) for i in range(8))
+
+
+def adding_joined(size, decode, first, second, third, last, begin, weigh):
+    """Make the `add` of a type whose two blocks are one vector of sums.
+
+    It has a function for two rows. decode(a, b) returns the indices of blocks at a and b, bits 8 to 10 of them, and what `first`, `second`,
+    `third` and `last`, which make four vectors of factors of a lookup's bytes, and `weigh` take besides. begin(pair of superblocks) is what
+    the lower sums begin with; weigh(sums, upper, lower, rest, a, b, pair) adds them.
+    """
+    @inline
+    def add_four_dots(sums, v, rest, at, offset):
+        sums = add_byte_dot(add_byte_dot(sums, first(v, rest), at, offset), second(v, rest), at, offset + 64)
+        return add_byte_dot(add_byte_dot(sums, third(v, rest), at, offset + 128), last(v, rest), at, offset + 192)
+
+    @inline
+    def add(sums, row, i, n, x):
+        a, b = two_blocks(row, size, i, n)
+        index, bits, rest = decode(a, b)
+        low, high = IQ1_HALVES((index,), (bits,))
+        xi = x + SUPERBLOCK * i
+        upper_dots = add_four_dots(add_four_dots(no_sums(), low, rest, xi, 0), high, rest, xi, 256)
+        lower_dots = add_four_dots(add_four_dots(begin(xi), low, rest, xi, PAIR_LOWER), high, rest, xi, PAIR_LOWER + 256)
+        return weigh(sums, upper_dots, lower_dots, rest, a, b, xi)
+
+    @inline
+    def add_for_two(sums, other_sums, row, other_row, i, n, x):
+        (a, b), (c, e) = two_blocks(row, size, i, n), two_blocks(other_row, size, i, n)
+        (index, bits, rest), (other_index, other_bits, other_rest) = decode(a, b), decode(c, e)
+        low, high, other_low, other_high = IQ1_HALVES((index, other_index), (bits, other_bits))
+        xi = x + SUPERBLOCK * i
+        # each when it is multiplied, or LLVM spills tables; in two chains, or a product waits longer for the one before
+        dots = DOTS_0((no_sums(), begin(xi), no_sums(), begin(xi)), first(low, rest), first(other_low, other_rest), xi)
+        dots = DOTS_1(dots, second(low, rest), second(other_low, other_rest), xi)
+        dots = DOTS_2(dots, third(low, rest), third(other_low, other_rest), xi)
+        dots = DOTS_3(dots, last(low, rest), last(other_low, other_rest), xi)
+        more = DOTS_4((no_sums(), no_sums(), no_sums(), no_sums()), first(high, rest), first(other_high, other_rest), xi)
+        more = DOTS_5(more, second(high, rest), second(other_high, other_rest), xi)
+        more = DOTS_6(more, third(high, rest), third(other_high, other_rest), xi)
+        more = DOTS_7(more, last(high, rest), last(other_high, other_rest), xi)
+        return (weigh(sums, dots[0] + more[0], dots[1] + more[1], rest, a, b, xi),
+                weigh(other_sums, dots[2] + more[2], dots[3] + more[3], other_rest, c, e, xi))
+    add.for_two = add_for_two
+    return add
+
+
+# IQ1_S: scales are of 32, so of a lane. The delta is a factor of the sums, as codes are multiplied as they are
+THREE_BITS = unaligned([16 * (i % 8 // 4) + 3 * (i % 4) - 4 for i in range(64)])
 ODD_SCALES = float_table([2.0 * (q & 7) + 1 for q in range(16)])
 # With the delta's sign on top of a scale: what the sum of the activations is multiplied with, as levels have 1 added
 SHIFTS = float_table([-9 / 8 if q & 8 else -7 / 8 for q in range(16)])
 
 
 @inline
-def weigh_pair(sums, upper, lower, q, a, b, xi):
-    """Return sums + scales (codes . pair of superblocks), of which these are the dots.
+def decode_iq1_s(a, b):
+    q, wide = pair_of_int16(a, b, 34)
+    return pair_of_indices(a, b, 2), THREE_BITS(wide), q
 
-    q: the int16 of blocks at a and b that have scales in their four upper bits.
-    """
+
+def low_code(shift):
+    """Make a function that returns two bits of each byte as they are."""
+    @inline
+    def code(v, _):
+        return low_codes(v >> shift)
+    return code
+
+
+@inline
+def begin_iq1_s(xi):
+    return no_sums()
+
+
+@inline
+def weigh_iq1_s(sums, upper, lower, q, a, b, xi):
+    """q: the int16 of the blocks that have scales in their four upper bits."""
     scales = q >> 12
     products = multiply_add(to_floats((upper << 8) + lower), SHIFTS(scales), load_floats(xi, PAIR_SUMS))      # exact
     return multiply_add(sums, products, ODD_SCALES(scales) * pair_of_halves(a, b) * load_floats(xi, PAIR_SCALES))
 
 
-@inline
-def add_iq1_s_for_two(sums, other_sums, row, other_row, i, n, x):
-    (a, b), (c, e) = two_blocks(row, IQ1_S, i, n), two_blocks(other_row, IQ1_S, i, n)
-    (q, upper), (other_q, other_upper) = pair_of_int16(a, b, 34), pair_of_int16(c, e, 34)
-    indices = pair_of_indices(a, b, 2), pair_of_indices(c, e, 2)
-    low, high, other_low, other_high = IQ1_HALVES(indices, (THREE_BITS(upper), THREE_BITS(other_upper)))
-    xi, zero = x + SUPERBLOCK * i, no_sums()
-    dots = DOTS_0((zero, zero, zero, zero), low_codes(low), low_codes(other_low), xi)
-    dots = DOTS_1(dots, low_codes(low >> 2), low_codes(other_low >> 2), xi)
-    dots = DOTS_2(dots, low_codes(low >> 4), low_codes(other_low >> 4), xi)
-    dots = DOTS_3(dots, low_codes(low >> 6), low_codes(other_low >> 6), xi)
-    dots = DOTS_4(dots, low_codes(high), low_codes(other_high), xi)
-    dots = DOTS_5(dots, low_codes(high >> 2), low_codes(other_high >> 2), xi)
-    dots = DOTS_6(dots, low_codes(high >> 4), low_codes(other_high >> 4), xi)
-    dots = DOTS_7(dots, low_codes(high >> 6), low_codes(other_high >> 6), xi)
-    return weigh_pair(sums, dots[0], dots[1], q, a, b, xi), weigh_pair(other_sums, dots[2], dots[3], other_q, c, e, xi)
+# IQ1_M: scales are of 16, and deltas of 8; they are looked up with the code: four times the product of scale and weight, and 135/2 added,
+# which makes it an integer of eight bits, and the same for all, so that it is multiplied with the sum of the activations beforehand
+FOUR_BITS = unaligned([4 * (i % 8) - 4 for i in range(64)])
+SCALES_AT_2 = unaligned([16 * (i % 32 // 8) + 3 * (i % 8 // 2) - 2 for i in range(64)])
+DELTA_AT_5, CODE_AT_0, CODE_AT_4 = selecting(0x20), selecting(0x03), selecting(0x30)
+
+
+def iq1_m_value(code, delta, scale):
+    """Return the value of a code, 0 to 2; there is no 3."""
+    return (PAIR_BIAS + (2 * scale + 1) * (8 * (code - 1) + (-1 if delta else 1))) // 2 if code < 3 else 0
+
+
+# With the code in bits 0 and 1, then scale and delta; or with those first, and the code above
+VALUES_AT_0 = byte_values([iq1_m_value(q & 3, q >> 5, q >> 2 & 7) for q in range(64)])
+VALUES_AT_4 = byte_values([iq1_m_value(q >> 4, q >> 3 & 1, q & 7) for q in range(64)])
 
 
 @inline
-def add_four_dots(sums, v, at, offset):
-    """Add the products of the four codes of each byte."""
-    sums = add_byte_dot(add_byte_dot(sums, low_codes(v), at, offset), low_codes(v >> 2), at, offset + 64)
-    return add_byte_dot(add_byte_dot(sums, low_codes(v >> 4), at, offset + 128), low_codes(v >> 6), at, offset + 192)
+def decode_iq1_m(a, b):
+    bits = FOUR_BITS(pair_of_int16(a, b, 32)[1])
+    return pair_of_indices(a, b, 0), bits, DELTA_AT_5(as_int32(bits) >> 2, SCALES_AT_2(pair_of_scales(a, b, 48)))
+
+
+def value_at_0(shift):
+    """Make a function that returns the values of codes in bits 0 and 1."""
+    @inline
+    def value(v, rest):
+        return VALUES_AT_0(CODE_AT_0(v >> shift, rest))
+    return value
+
+
+def value_at_4(shift):
+    """Make a function that returns the values of codes in bits 4 and 5."""
+    @inline
+    def value(v, rest):
+        return VALUES_AT_4(CODE_AT_4(v >> shift, as_int32(rest) >> 2))
+    return value
 
 
 @inline
-def add_iq1_s(sums, row, i, n, x):
-    a, b = two_blocks(row, IQ1_S, i, n)
-    q, upper = pair_of_int16(a, b, 34)
-    low, high = IQ1_HALVES((pair_of_indices(a, b, 2),), (THREE_BITS(upper),))
-    xi = x + SUPERBLOCK * i
-    upper_dots = add_four_dots(add_four_dots(no_sums(), low, xi, 0), high, xi, 256)
-    lower_dots = add_four_dots(add_four_dots(no_sums(), low, xi, PAIR_LOWER), high, xi, PAIR_LOWER + 256)
-    return weigh_pair(sums, upper_dots, lower_dots, q, a, b, xi)
+def begin_iq1_m(xi):
+    return load_sums(xi, PAIR_BIASES)
 
 
-add_iq1_s.for_two = add_iq1_s_for_two
+@inline
+def weigh_iq1_m(sums, upper, lower, q, a, b, xi):
+    return multiply_add(sums, to_floats((upper << 8) + lower), pair_of_spread_halves(a, b) * load_floats(xi, PAIR_SCALES))
+
+
+add_iq1_s = adding_joined(IQ1_S, decode_iq1_s, low_code(0), low_code(2), low_code(4), low_code(6), begin_iq1_s, weigh_iq1_s)
+add_iq1_m = adding_joined(IQ1_M, decode_iq1_m, value_at_0(0), value_at_0(2), value_at_4(0), value_at_4(2), begin_iq1_m, weigh_iq1_m)
 
 
 def dot_bytes_iq1_s(rows, n_rows, n, x_at, n_tokens, out_at, offset):
@@ -328,7 +377,7 @@ def dot_bytes_iq1_s(rows, n_rows, n, x_at, n_tokens, out_at, offset):
 
 
 def dot_bytes_iq1_m(rows, n_rows, n, x_at, n_tokens, out_at, offset):
-    dot_large(add_iq1_m, a_64th, floats(np.float32(0)), IQ1_M, 2, rows, n_rows, n, x_at, n_tokens, out_at, offset)
+    dot_large(add_iq1_m, a_quarter, floats(np.float32(0)), IQ1_M, 2, rows, n_rows, n, x_at, n_tokens, out_at, offset)
 
 
 def dot_bytes_iq2_xxs(rows, n_rows, n, x_at, n_tokens, out_at, offset):

@@ -12,7 +12,7 @@ import numpy as np
 from numba import carray
 
 from pydsa.backends.cpu.blocks.block import COLUMNS, COLUMNS_BY_INDEX, COLUMNS_BY_SIGN, COLUMNS_IN_PAIRS, SCALES, SUPERBLOCK, entry
-from pydsa.backends.cpu.blocks.byte_grids import DOTS, half_of_iq1_m
+from pydsa.backends.cpu.blocks.byte_grids import DOTS
 from pydsa.backends.cpu.blocks.dots import TWICE, dot_large, single_sum
 from pydsa.backends.cpu.byte_codes import HERE
 from pydsa.backends.cpu.codes import (bytes_of_even_words, code_values, from_columns, grid_entries, lanes_of, seven_bits, sign_codes,
@@ -20,7 +20,7 @@ from pydsa.backends.cpu.codes import (bytes_of_even_words, code_values, from_col
 from pydsa.backends.cpu.jit import inline, inner
 from pydsa.backends.cpu.lanes import gather_u32
 from pydsa.backends.cpu.scalars import half, half_at
-from pydsa.backends.cpu.simd import (dot, dot_add, eight_floats, floats, load_8_floats, load_8_words, load_32_bytes, load_int16,
+from pydsa.backends.cpu.simd import (dot, dot_add, eight_floats, floats, i64_at, load_8_floats, load_8_words, load_32_bytes, load_int16,
                                      multiply_add, store, to_floats)
 from pydsa.quants import IQ2_LEVELS, IQ3_S_LEVELS, IQ3_XXS_LEVELS, TYPES, grid
 
@@ -398,6 +398,13 @@ def unpack_iq1_s(source, n, superblock):
 
 
 @inline
+def half_of_iq1_m(at):
+    """Return the float16 scale of a block, whose bits are in four places."""
+    nibbles = (np.uint64(i64_at(at, 48)) >> np.uint64(12)) & np.uint64(0x000F000F000F000F)
+    return half(np.uint16((nibbles * np.uint64(0x0001001001001000)) >> np.uint64(48)))      # they meet above bit 48
+
+
+@inline
 def add_iq1_m(sums, row, i, n, x):
     at, xi = row + IQ1_M * i, x + SUPERBLOCK * i
     scales = to_floats((SCALES_IQ1_M(at, 48) & 7) * 2 + 1) * TWICE(load_8_floats(xi, SCALES) * (half_of_iq1_m(at) * EIGHTH))
@@ -421,7 +428,7 @@ def kernels(name, dequantize, unpack, dot, bits):
     order = COLUMNS
     if HERE:
         dot, order = DOTS[name], COLUMNS_BY_SIGN if name.startswith("IQ2") else COLUMNS_BY_INDEX
-        order = COLUMNS_IN_PAIRS if name == "IQ1_S" else order
+        order = COLUMNS_IN_PAIRS if name.startswith("IQ1") else order
     return entry(name, dequantize, None, unpack, dot, order, bits, unpack)
 
 
