@@ -18,7 +18,6 @@ from pydsa.signals import interrupts_held
 PENDING = 1 << 24       # bytes of choices that are not packed yet, about
 LIMIT = 1 << 30         # bytes of a recording in memory, if nothing else is said
 ATTENTION = {"sparse_attention": 3, "mha_sparse_attention": 3, "masked_attention": None}     # op -> its argument with the chosen keys
-ROUTING = ("experts", "expert_weights")
 
 
 def facts_of(setup, fields):

@@ -233,7 +233,7 @@ def test_events_that_nobody_reads_are_bounded(server, monkeypatch):
     """An answer that runs far ahead of a slow connection ends."""
     monkeypatch.setattr("pydsa.server.service.MOST_EVENTS", 20)
     monkeypatch.setattr("pydsa.server.protocol.Connection.takes_parts", False)
-    monkeypatch.setattr("pydsa.server.openai_forms.Frame.sse", lambda *args: time.sleep(0.02) or "")
+    monkeypatch.setattr("pydsa.server.openai_forms.Frame.sse", lambda *args, **more: time.sleep(0.02) or "")
     stats = server.service.engine.stats
     n_cancelled = stats.n_cancelled
     connection = begin(server, ENDLESS | {"stream": True})

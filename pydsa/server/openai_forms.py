@@ -120,14 +120,14 @@ class Frame:
     def __init__(self, service, prefix, kind):
         self.fields = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": service.name,
                        "system_fingerprint": service.fingerprint}
-        self._head = f'data: {_encode(self.fields)[:-1]}, "choices": ['
+        self._head = f"data: {_encode(self.fields)[:-1]}, "
 
     def __call__(self, choices, **more):
         return self.fields | {"choices": choices} | more
 
-    def sse(self, choice, more=""):
-        """sse() of a chunk with one choice; more: the text of other fields."""
-        return f"{self._head}{_encode(choice)}]{more}}}\n\n"
+    def sse(self, choices, **more):
+        """sse() of a chunk, of which the fields that all have are text already."""
+        return f"{self._head}{_encode({'choices': choices} | more)[1:]}\n\n"
 
 
 def sse(value):
@@ -142,25 +142,24 @@ async def stream_events(path, frame, answers, options, form):
     begun is its last event.
     """
     ends, more = [None] * answers.n, {"usage": None} if options.include_usage else {}
-    and_usage = ', "usage": null' if more else ""
 
     def text_of(i, event):
-        return "".join(frame.sse(choice, and_usage) for choice in form.written(i, event))
+        return "".join(frame.sse([choice], **more) for choice in form.written(i, event))
 
     def chunks_of(i, event):
         if isinstance(event, Written):
             yield text_of(i, event)
         elif isinstance(event, Finished):
             for choice in form.finished(i, event):
-                yield sse(frame([choice], **more, timings=timings(event)))
+                yield frame.sse([choice], **more, timings=timings(event))
         elif isinstance(event, Progress) and options.return_progress:
-            yield sse(frame([], **more, prompt_progress={"processed": event.n_done, "total": event.n_prompt}))
+            yield frame.sse([], **more, prompt_progress={"processed": event.n_done, "total": event.n_prompt})
         elif isinstance(event, Progress):       # a comment, so that nobody on the way takes a long prompt for a dead connection
             yield f": {event.n_done} of {event.n_prompt} tokens of the prompt\n\n"
     try:
         for i in range(answers.n):
             for choice in form.first(i):
-                yield frame.sse(choice, and_usage)
+                yield frame.sse([choice], **more)
         answers.stream(text_of)
         async with contextlib.aclosing(answers.batches()) as batches:
             async for batch in batches:
@@ -170,7 +169,7 @@ async def stream_events(path, frame, answers, options, form):
                 if text := "".join(chunk for i, event in batch for chunk in chunks_of(i, event)):
                     yield text
         if options.include_usage:
-            yield sse(frame([], usage=usage(ends, options.n or 1), timings=timings(ends[0])))
+            yield frame.sse([], usage=usage(ends, options.n or 1), timings=timings(ends[0]))
     except Exception as error:
         yield sse(error_body(path, as_api_error(error)))
     yield "data: [DONE]\n\n"
