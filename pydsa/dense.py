@@ -9,7 +9,7 @@ import numpy as np
 from pydsa.backends import reference
 from pydsa.backends.host import cache_values
 from pydsa.executor.graph import CacheRef
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 
 AT_ONCE = 1 << 24       # products of a query with a key that are in memory at a time
 

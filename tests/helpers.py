@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType
 
 from pydsa.backends import reference
 from pydsa.backends.cpu import amx, threads
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 from pydsa.options import EXACT, FLOAT16
 from pydsa.quants import CACHE_TYPES, TYPES
 

@@ -19,7 +19,7 @@ from pydsa.executor.schedule import ends_early, ending_early
 from pydsa.executor.segments import Chain, Part, Segment, crossings, in_turn, settled_before
 from pydsa.executor.streaming import NEVER, deliveries, role
 from pydsa.executor.turns import one_step
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 from pydsa.machine import limits
 from pydsa.options import size
 
