@@ -21,7 +21,7 @@ from pydsa.machine.cores import MOST_THREADS
 from pydsa.machine.numa import memory_placed, use_numa
 from pydsa.machine.residence import copied, lock, warn_of_nodes
 from pydsa.options import counts
-from pydsa.recorder import record
+from pydsa.recordings.recorder import record
 from pydsa.sampling import sampling_of
 from pydsa.session import Session
 from pydsa.signals import interrupts_held
@@ -150,7 +150,7 @@ class Model:
     def record(self, prompt, **options):
         """Run a prompt, and an answer to it, in a new context -> a Recording.
 
-        The options, and the errors raised, are those of recorder.record().
+        The options, and the errors raised, are those of recordings.recorder.record().
         """
         return record(self, prompt, **options)
 

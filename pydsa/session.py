@@ -17,7 +17,7 @@ from pydsa.executor.schedule import VARIANTS
 from pydsa.machine.limits import allocating
 from pydsa.options import choose, counts
 from pydsa.prefixes import common_length
-from pydsa.recorder import LIMIT, Recorder
+from pydsa.recordings.recorder import LIMIT, Recorder
 from pydsa.sampling import Picked, Sampler
 from pydsa.selecting import Selector, check_select
 from pydsa.stepping import Layers, Step, check_ids, check_max_tokens, in_ubatches
