@@ -22,8 +22,8 @@ SLOW = ("numba", "llvmlite", "tokenizers", "jinja2", "rich", "matplotlib", "star
 
 # Each may import itself, those after it, and the leaves; a leaf only other leaves.
 LAYERS = ("__main__", "cli", "server", "conversion", "faithful imatrix quantization", "quality", "bench", "__init__", "engine loading",
-          "stages", "model", "look", "selections", "session", "stepping", "selecting", "recordings",
-          "diagnosis", "fitting", "setup", "words", "models", "dense", "executor", "backends")
+          "stages", "model", "look", "session", "stepping", "recordings", "selections", "diagnosis", "fitting", "setup", "words", "models",
+          "executor", "backends")
 LEAVES = "gguf chat sampling cache compiling kernel_cache quants errors terminal signals options batch prefixes requests cards " \
          "drawing session_file targets slots session_parts session_log text machine"
 RANK = {name: rank for rank, names in enumerate([*LAYERS, LEAVES]) for name in names.split()}
