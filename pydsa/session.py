@@ -179,8 +179,8 @@ class Session:
 
         It gets a selections.selector.Choice, for each layer with an indexer in each step, and returns the keys of each token: integers
         [n, m], -1 for none, in any order; a mask, bool [n, n_keys]; or a list of lists. pydsa.selections has some. While it is set, all
-        steps take the sparse form. Tokens that ran before keep their cache rows; reuse() takes only those that ran with the same function. Setting it
-        raises PydsaError where no list of keys is used; steps raise it for keys that cannot be.
+        steps take the sparse form. Tokens that ran before keep their cache rows; reuse() takes only those that ran with the same function.
+        Setting it raises PydsaError where no list of keys is used; steps raise it for keys that cannot be.
         """
         return None if self._selector is None else self._selector.select
 

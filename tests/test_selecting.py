@@ -4,7 +4,7 @@ import pytest
 from helpers import nmse, random_ids
 
 from pydsa import PydsaError, SessionFileError, selections
-from pydsa.batch import Batch
+from pydsa.engine.batch import Batch
 from pydsa.selections.selector import checked
 
 IDS = random_ids(60)       # top_k is 12

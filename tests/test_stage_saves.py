@@ -12,7 +12,7 @@ from stage_processes import OPTIONS, Launcher, Processes, session
 
 import pydsa
 from pydsa import PydsaError, SessionFileError
-from pydsa.batch import Batch
+from pydsa.engine.batch import Batch
 from pydsa.saved.log import SessionLog
 from pydsa.stages import saves
 from pydsa.stages import worker as workers
