@@ -11,9 +11,9 @@ import re
 import numpy as np
 
 from pydsa.backends.devices import check_devices, check_numa, check_reproducible, check_residence, device_of
-from pydsa.cache import choose_cache_type
 from pydsa.cards import shown
 from pydsa.errors import PydsaError, UnsupportedModelError
+from pydsa.executor.cache import choose_cache_type
 from pydsa.executor.graph import CacheRef, Graph, waits
 from pydsa.executor.layout import lay_out
 from pydsa.executor.memory import Memory, memory_of

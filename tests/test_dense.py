@@ -4,7 +4,7 @@ import pytest
 from helpers import nmse, normal, random_ids
 
 from pydsa.backends import reference
-from pydsa.cache import VectorCache
+from pydsa.executor.cache import VectorCache
 from pydsa.executor.hooks import Hook, layer_of
 from pydsa.quants import CACHE_TYPES
 from pydsa.selections import dense

@@ -24,7 +24,7 @@ SLOW = ("numba", "llvmlite", "tokenizers", "jinja2", "rich", "matplotlib", "star
 LAYERS = ("__main__", "cli", "server", "conversion", "faithful imatrix quantization", "quality", "bench", "__init__", "engine loading",
           "stages", "model", "look", "session", "stepping", "recordings", "selections", "diagnosis", "fitting", "setup", "words", "models",
           "executor", "backends")
-LEAVES = "gguf chat sampling cache compiling kernel_cache quants errors terminal signals options cards drawing " \
+LEAVES = "gguf chat sampling compiling kernel_cache quants errors terminal signals options cards drawing " \
          "targets saved text machine"
 RANK = {name: rank for rank, names in enumerate([*LAYERS, LEAVES]) for name in names.split()}
 COMPILING = ("pydsa.backends.cpu", "pydsa.backends.cuda", "pydsa.quantization")     # may import numba

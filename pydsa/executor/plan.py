@@ -8,9 +8,9 @@ import numpy as np
 
 from pydsa.backends.devices import HOST
 from pydsa.backends.transfers import transfer
-from pydsa.cache import VectorCache
 from pydsa.errors import LESS, DamagedWeightsError, OutOfMemoryError
 from pydsa.executor.ahead import Ahead
+from pydsa.executor.cache import VectorCache
 from pydsa.executor.graph import CacheRef, Value
 from pydsa.executor.hooks import Stops
 from pydsa.executor.schedule import ends_early, ending_early

@@ -19,7 +19,7 @@ INDEXERS = ("indexer_select", "indexer_scores")
 
 
 def stored_values(cache, n, dtype=np.float32):
-    """The first n rows of a cache.VectorCache as floats, [n, width]."""
+    """The first n rows of an executor.cache.VectorCache as floats, [n, width]."""
     rows = np.ascontiguousarray(cache.stored(n))
     return cache_values(rows.view(reference.cache_rows(0, cache.widths, cache.storage).dtype), dtype)
 
