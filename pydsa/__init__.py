@@ -15,8 +15,8 @@ from pydsa.errors import (CheckpointError, ContextFullError, DamagedWeightsError
 __version__ = "0.1.0"
 DEMO = os.path.join(os.path.dirname(__file__), "demo", "demo.gguf")      # path of the model that comes with the package
 _MODULES = {"load": "loading", "Model": "model", "Session": "session", "Sampling": "sampling", "load_tokenizer": "text.tokenizer",
-            "Engine": "engine", "Request": "requests", "Recording": "recording", "Look": "look", "perplexity": "quality",
-            "convert": "conversion", "quantize": "quantization"}
+            "Engine": "engine.engine", "Request": "engine.requests", "Recording": "recordings.recording", "Look": "look",
+            "perplexity": "quality", "convert": "conversion", "quantize": "quantization"}
 __all__ = ["DEMO", "load", "load_tokenizer", "Model", "Session", "Sampling", "Engine", "Request", "Recording", "Look", "perplexity",
            "convert", "quantize", "PydsaError", "GGUFError", "UnsupportedModelError", "ContextFullError", "DamagedWeightsError",
            "OutOfMemoryError", "RecordingFileError", "SessionFileError", "LogitsFileError", "ImatrixError", "CheckpointError",

@@ -16,7 +16,7 @@ import numpy as np
 from pydsa.errors import PydsaError
 from pydsa.executor.costs import StepSize, node_cost, step_cost, total
 from pydsa.executor.hooks import Hook
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 from pydsa.options import EXACT
 from pydsa.quants import TYPES
 from pydsa.sampling import Sampling

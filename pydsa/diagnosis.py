@@ -3,10 +3,10 @@ import contextlib
 
 import numpy as np
 
-from pydsa.check import faults
 from pydsa.errors import DamagedWeightsError, GGUFError
 from pydsa.executor.hooks import Observer
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.check import faults
+from pydsa.gguf.file import Tensor
 
 MASKS = ("indexer_scores", "scatter_mask")      # ops that write -inf for keys that a token does not see
 LOOKED_AT = 1 << 30         # bytes of the largest tensor that is read on suspicion, because it is in the layer

@@ -9,19 +9,19 @@ import warnings
 from pydsa.backends.devices import backend_of, device_of
 from pydsa.cards import shown
 from pydsa.chat import chat_prompt, thinking_note
-from pydsa.check import warn_of_gaps
 from pydsa.diagnosis import refuse_hidden
 from pydsa.errors import OutOfMemoryError
 from pydsa.executor.memory import tensors_on
 from pydsa.executor.plan import Runner, check_fits
 from pydsa.executor.schedule import VARIANTS
 from pydsa.executor.streaming import bytes_for_slots, measure, no_room_for_slots, pays_from
-from pydsa.gguf_parts import check_here
+from pydsa.gguf.check import warn_of_gaps
+from pydsa.gguf.parts import check_here
 from pydsa.machine.cores import MOST_THREADS
 from pydsa.machine.numa import memory_placed, use_numa
 from pydsa.machine.residence import copied, lock, warn_of_nodes
 from pydsa.options import counts
-from pydsa.recorder import record
+from pydsa.recordings.recorder import record
 from pydsa.sampling import sampling_of
 from pydsa.session import Session
 from pydsa.signals import interrupts_held
@@ -150,7 +150,7 @@ class Model:
     def record(self, prompt, **options):
         """Run a prompt, and an answer to it, in a new context -> a Recording.
 
-        The options, and the errors raised, are those of recorder.record().
+        The options, and the errors raised, are those of recordings.recorder.record().
         """
         return record(self, prompt, **options)
 

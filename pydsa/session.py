@@ -16,10 +16,10 @@ from pydsa.executor.plan import check_memory
 from pydsa.executor.schedule import VARIANTS
 from pydsa.machine.limits import allocating
 from pydsa.options import choose, counts
-from pydsa.prefixes import common_length
-from pydsa.recorder import LIMIT, Recorder
+from pydsa.recordings.recorder import LIMIT, Recorder
 from pydsa.sampling import Picked, Sampler
-from pydsa.selecting import Selector, check_select
+from pydsa.saved.prefixes import common_length
+from pydsa.selections.selector import Selector, check_select
 from pydsa.stepping import Layers, Step, check_ids, check_max_tokens, in_ubatches
 from pydsa.words import card_of_a_session
 
@@ -177,10 +177,10 @@ class Session:
     def select(self):
         """A function that chooses keys in place of the indexers, or None.
 
-        It gets a selecting.Choice, for each layer with an indexer in each step, and returns the keys of each token: integers [n, m], -1 for
-        none, in any order; a mask, bool [n, n_keys]; or a list of lists. pydsa.selections has some. While it is set, all steps take the
-        sparse form. Tokens that ran before keep their cache rows; reuse() takes only those that ran with the same function. Setting it
-        raises PydsaError where no list of keys is used; steps raise it for keys that cannot be.
+        It gets a selections.selector.Choice, for each layer with an indexer in each step, and returns the keys of each token: integers
+        [n, m], -1 for none, in any order; a mask, bool [n, n_keys]; or a list of lists. pydsa.selections has some. While it is set, all
+        steps take the sparse form. Tokens that ran before keep their cache rows; reuse() takes only those that ran with the same function.
+        Setting it raises PydsaError where no list of keys is used; steps raise it for keys that cannot be.
         """
         return None if self._selector is None else self._selector.select
 

@@ -11,9 +11,9 @@ import re
 import numpy as np
 
 from pydsa.backends.devices import check_devices, check_numa, check_reproducible, check_residence, device_of
-from pydsa.cache import choose_cache_type
 from pydsa.cards import shown
 from pydsa.errors import PydsaError, UnsupportedModelError
+from pydsa.executor.cache import choose_cache_type
 from pydsa.executor.graph import CacheRef, Graph, waits
 from pydsa.executor.layout import lay_out
 from pydsa.executor.memory import Memory, memory_of
@@ -21,15 +21,15 @@ from pydsa.executor.placement import Placing
 from pydsa.executor.schedule import VARIANTS, Schedule, ending_early
 from pydsa.executor.segments import cut
 from pydsa.executor.streaming import NEVER, Streaming, check_stream_from, slots_of, worth_measuring
-from pydsa.gguf_file import open_gguf
-from pydsa.gguf_parts import absent_parts, ends_of
+from pydsa.gguf.file import open_gguf
+from pydsa.gguf.override import check_all_read, override
+from pydsa.gguf.parts import absent_parts, ends_of
 from pydsa.machine.numa import memory_placed
 from pydsa.models import architecture
 from pydsa.models.blocks import INDEXER, block_of, check_stage, indexer_advice, settle_blocks
 from pydsa.models.stored import made_bytes
 from pydsa.models.weights import Weights
 from pydsa.options import FLOAT16, PRECISIONS, choose, counts
-from pydsa.override import check_all_read, override
 from pydsa.quants import cache_row_bytes
 from pydsa.text.tokenizer import Tokenizer
 from pydsa.words import card_of_a_setup, size
@@ -47,7 +47,7 @@ class Setup:
     It has the configuration (config), the schedule of variants, a layout of each variant's graph, and the memory in bytes. No weights are
     read and nothing is compiled. `pydsa info` shows it. notes: sentences on what is unusual in the file. The parameters, and the errors
     raised, are those of load(), but for what a plan chooses (fitting.py), `layers`: those of a stage, (first, stop), None: all; and
-    `absent`: what parts of the file hold that may be missing here, as gguf_parts.merged() returns it.
+    `absent`: what parts of the file hold that may be missing here, as gguf.parts.merged() returns it.
     """
 
     def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,

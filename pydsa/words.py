@@ -159,7 +159,7 @@ def card_of_a_session(session, setup):
 
 
 def card_of_a_recording(recording):
-    """The Card of a recording.Recording: of what it is, and what is in it.
+    """The Card of a recordings.Recording: of what it is, and what is in it.
 
     Of one that is still written to a file, or damaged, that alone.
     """

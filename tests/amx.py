@@ -141,7 +141,7 @@ def install():
     from pydsa import compiling
     compiling._python = lambda: None        # other processes would compile the instructions themselves
     with _permitted():
-        from pydsa.backends.cpu import amx
+        from pydsa.backends.cpu.vectors import amx
     assert amx.HERE, "NUMBA_CPU_FEATURES must name AMX"
     global functions        # they must stay alive
     functions = _functions()

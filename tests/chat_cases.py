@@ -2,7 +2,7 @@
 import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 
-from pydsa.gguf_file import Metadata
+from pydsa.gguf.file import Metadata
 from pydsa.text.tokenizer import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Tokenizer
 
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w"]

@@ -14,8 +14,9 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from pydsa.backends import reference
-from pydsa.backends.cpu import amx, threads
-from pydsa.gguf_file import Tensor
+from pydsa.backends.cpu import threads
+from pydsa.backends.cpu.vectors import amx
+from pydsa.gguf.file import Tensor
 from pydsa.options import EXACT, FLOAT16
 from pydsa.quants import CACHE_TYPES, TYPES
 

@@ -5,7 +5,7 @@ import pytest
 from scripted import FORMATS, scripted
 from serving import TINY, call, post, serving
 
-from pydsa.requests import Finished, Started, Timings, Written
+from pydsa.engine.requests import Finished, Started, Timings, Written
 from pydsa.server.anthropic import Message
 from pydsa.server.anthropic_requests import MessagesRequest, conversation
 from pydsa.server.bodies import check_fields

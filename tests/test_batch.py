@@ -4,7 +4,7 @@ import pytest
 from helpers import random_ids
 
 from pydsa import ContextFullError, DamagedWeightsError
-from pydsa.batch import KEPT, Batch
+from pydsa.engine.batch import KEPT, Batch
 from pydsa.errors import PydsaError
 
 IDS = random_ids(128)

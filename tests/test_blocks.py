@@ -14,7 +14,7 @@ from rewritten import INT, TEXT, T, rewrite
 import pydsa
 from pydsa import GGUFError, PydsaError, UnsupportedModelError
 from pydsa.cli.report import describe, format_report
-from pydsa.override import parse_overrides
+from pydsa.gguf.override import parse_overrides
 from pydsa.setup import Setup
 
 IDS = random_ids(40)

@@ -15,9 +15,10 @@ from gguf_cases import gguf, split_kvs
 from gguf_cases import info as gguf_info
 from helpers import tensor
 
-from pydsa import GGUFError, check
+from pydsa import GGUFError
 from pydsa.cli import main
-from pydsa.gguf_file import Tensor, open_gguf
+from pydsa.gguf import check
+from pydsa.gguf.file import Tensor, open_gguf
 from pydsa.quants import TYPES
 
 NAN, INFINITY = {"F32": 0x7FC00000, "BF16": 0x7FC0}, {"F32": 0xFF800000, "BF16": 0xFF80}     # of float16: 0x7E00, 0xFC00

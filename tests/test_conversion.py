@@ -20,8 +20,8 @@ from pydsa.conversion.fields import Fields
 from pydsa.conversion.scales import to_float32, weights
 from pydsa.conversion.types import check_importance
 from pydsa.errors import CheckpointError, PydsaError, TargetError, UnsupportedModelError
-from pydsa.gguf_file import open_gguf
-from pydsa.gguf_writer import GGUFWriter, TensorInfo
+from pydsa.gguf.file import open_gguf
+from pydsa.gguf.writer import GGUFWriter, TensorInfo
 from pydsa.text.tokenizer import CONTROL, UNUSED, USER_DEFINED, load_tokenizer
 
 NAMES = ("v32", "glm", "v3", "v2")

@@ -7,10 +7,11 @@ from helpers import random_ids
 from rewritten import fused_experts, rewrite
 
 import pydsa
-from pydsa import DamagedWeightsError, GGUFError, check, diagnosis, faithful
+from pydsa import DamagedWeightsError, GGUFError, diagnosis, faithful
 from pydsa.backends import cpu, reference
 from pydsa.cli.report import compare_nodes
-from pydsa.gguf_file import open_gguf
+from pydsa.gguf import check
+from pydsa.gguf.file import open_gguf
 
 IDS = random_ids(100, n_vocab=250)
 BITS = {"nan": {4: 0x7FC00000, 2: 0x7E00}, "inf": {4: 0x7F800000, 2: 0x7C00}}       # of float32, and of float16

@@ -3,11 +3,11 @@ import numpy as np
 import pytest
 from helpers import nmse, normal, random_ids
 
-from pydsa import dense
 from pydsa.backends import reference
-from pydsa.cache import VectorCache
+from pydsa.executor.cache import VectorCache
 from pydsa.executor.hooks import Hook, layer_of
 from pydsa.quants import CACHE_TYPES
+from pydsa.selections import dense
 
 IDS = random_ids(60)
 POSITIONS = np.arange(13, 20)

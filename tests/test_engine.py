@@ -7,9 +7,9 @@ import pytest
 from helpers import random_ids
 
 from pydsa import ContextFullError, PydsaError, Sampling
-from pydsa import engine as module
-from pydsa.engine import Engine
-from pydsa.requests import Cancelled, Failed, Finished, InternalError, Progress, QueueFullError, Request, Started, Written
+from pydsa.engine import engine as module
+from pydsa.engine.engine import Engine
+from pydsa.engine.requests import Cancelled, Failed, Finished, InternalError, Progress, QueueFullError, Request, Started, Written
 
 IDS = random_ids(400, n_vocab=290)
 GREEDY = Sampling(temperature=0)

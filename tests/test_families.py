@@ -19,7 +19,7 @@ from pydsa.backends.devices import simulated_gpus
 from pydsa.chat import encode_chat
 from pydsa.cli.report import describe, format_report, token_bytes
 from pydsa.fitting import fitted
-from pydsa.gguf_file import GGUFFile, Metadata, Tensor
+from pydsa.gguf.file import GGUFFile, Metadata, Tensor
 from pydsa.models.yarn import rope_from_metadata
 from pydsa.quants import TYPES
 from pydsa.setup import Setup

@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pydsa.errors import GGUFError
-from pydsa.gguf_file import GGML_TYPES, MAX_HEADER, Metadata, open_gguf
+from pydsa.gguf.file import GGML_TYPES, MAX_HEADER, Metadata, open_gguf
 
 SAMPLE = sample()
 

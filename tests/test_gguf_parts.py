@@ -9,8 +9,8 @@ import pytest
 from helpers import random_ids
 
 from pydsa import GGUFError
-from pydsa.gguf_file import open_gguf, open_parts
-from pydsa.gguf_parts import absent_parts, check_here, described, merged
+from pydsa.gguf.file import open_gguf, open_parts
+from pydsa.gguf.parts import absent_parts, check_here, described, merged
 from pydsa.model import Model
 from pydsa.models.stored import key_and_value_heads
 from pydsa.models.weights import Weights

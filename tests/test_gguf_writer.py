@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from pydsa.errors import PydsaError, TargetError
-from pydsa.gguf_file import open_gguf
-from pydsa.gguf_writer import GGUFWriter, Layout, TensorInfo, pack, packed_metadata, parse_size
+from pydsa.gguf.file import open_gguf
+from pydsa.gguf.writer import GGUFWriter, Layout, TensorInfo, pack, packed_metadata, parse_size
 
 TENSORS = [TensorInfo("a.weight", "F32", (3, 5)), TensorInfo("b.weight", "Q8_0", (2, 2, 64)), TensorInfo("c.weight", "F16", (7,)),
            TensorInfo("d.weight", "BF16", (4, 4))]

@@ -4,7 +4,7 @@ import pytest
 from helpers import random_ids
 
 from pydsa import PydsaError, selections
-from pydsa.batch import Batch
+from pydsa.engine.batch import Batch
 from pydsa.executor.hooks import Hook
 
 IDS = random_ids(40)       # top_k is 12

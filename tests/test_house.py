@@ -22,11 +22,10 @@ SLOW = ("numba", "llvmlite", "tokenizers", "jinja2", "rich", "matplotlib", "star
 
 # Each may import itself, those after it, and the leaves; a leaf only other leaves.
 LAYERS = ("__main__", "cli", "server", "conversion", "faithful imatrix quantization", "quality", "bench", "__init__", "engine loading",
-          "stages", "model", "look", "selections", "session", "stepping", "recorder selecting", "recording", "recording_file",
-          "diagnosis", "fitting", "setup", "words", "models", "dense", "executor", "backends")
-LEAVES = "gguf_file override chat sampling cache compiling kernel_cache quants errors terminal signals check options batch " \
-         "prefixes requests cards drawing packed session_file targets gguf_layout gguf_writer slots session_parts session_log " \
-         "gguf_parts text machine"
+          "stages", "model", "look", "session", "stepping", "recordings", "selections", "diagnosis", "fitting", "setup", "words", "models",
+          "executor", "backends")
+LEAVES = "gguf chat sampling compiling kernel_cache quants errors terminal signals options cards drawing " \
+         "targets saved text machine"
 RANK = {name: rank for rank, names in enumerate([*LAYERS, LEAVES]) for name in names.split()}
 COMPILING = ("pydsa.backends.cpu", "pydsa.backends.cuda", "pydsa.quantization")     # may import numba
 

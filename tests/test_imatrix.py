@@ -18,7 +18,7 @@ from test_stored_forms import old_keys
 import pydsa
 from pydsa import DamagedWeightsError, GGUFError, ImatrixError, PydsaError, imatrix
 from pydsa.cli import main
-from pydsa.gguf_file import open_gguf
+from pydsa.gguf.file import open_gguf
 from pydsa.imatrix import Imatrix, files
 from pydsa.quality.distributions import Threads
 

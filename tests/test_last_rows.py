@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from helpers import nmse, random_ids
 
-from pydsa.batch import Batch
+from pydsa.engine.batch import Batch
 from pydsa.executor.hooks import Hook, layer_of
 from pydsa.executor.schedule import MHA_TOKENS, ends_early
 

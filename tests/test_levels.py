@@ -53,7 +53,7 @@ if os.environ.pop("PYDSA_TEST_AMX", None):
     from tests.amx import install
     install()
 import pydsa
-from pydsa.backends.cpu import simd
+from pydsa.backends.cpu.vectors import simd
 lanes, gguf, *tests = sys.argv[1:]
 assert simd.LANES == int(lanes), simd.LANES
 if gguf:

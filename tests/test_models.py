@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pydsa import GGUFError, PydsaError, UnsupportedModelError
-from pydsa.gguf_file import Metadata, Tensor, open_gguf
+from pydsa.gguf.file import Metadata, Tensor, open_gguf
 from pydsa.models.yarn import rope_from_metadata
 from pydsa.setup import Setup
 from tools.make_model import ModelSpec, model_keys

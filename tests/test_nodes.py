@@ -9,7 +9,7 @@ import pytest
 from helpers import write_files
 from machines import big, placing, policy_at, write_machine
 
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 from pydsa.machine import mempolicy, numa, residence
 from pydsa.machine.mempolicy import INTERLEAVE, PREFERRED, Policy
 from pydsa.machine.nodes import Node, in_ranges, of_this_thread, read_nodes

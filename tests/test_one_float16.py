@@ -77,7 +77,7 @@ from tests.helpers import kernels, nmse, normal, reference, rng, run, tensor
 from tests.ptx import copies
 from pydsa.backends.cuda.f16 import gemm
 from pydsa.backends.cuda.launch import KERNELS
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 from pydsa.quants import TYPES
 
 NMSE = 3e-7

@@ -11,7 +11,7 @@ from helpers import (DEVICE, Rows, choose, close, compare, integers, kernels, la
 
 from pydsa.backends import reference
 from pydsa.backends.cpu import jit
-from pydsa.backends.cpu.scalars import exp
+from pydsa.backends.cpu.vectors.scalars import exp
 from pydsa.quants import CACHE_TYPES, SUPPORTED
 
 pytestmark = pytest.mark.usefixtures("one_thread")

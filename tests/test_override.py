@@ -9,8 +9,8 @@ from helpers import random_ids
 import pydsa
 from pydsa import PydsaError
 from pydsa.cli import main
-from pydsa.gguf_file import Metadata
-from pydsa.override import override, parse_overrides
+from pydsa.gguf.file import Metadata
+from pydsa.gguf.override import override, parse_overrides
 from pydsa.setup import Setup
 
 IDS = random_ids(40)

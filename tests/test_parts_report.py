@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from pydsa import GGUFError
 from pydsa.cli import main
 from pydsa.cli.parts_report import describe_parts, format_parts
-from pydsa.gguf_file import open_gguf
+from pydsa.gguf.file import open_gguf
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from helpers import nmse, random_ids
 from stage_processes import OPTIONS, Launcher, session
 
 import pydsa
-from pydsa.batch import Batch
-from pydsa.engine import Engine
+from pydsa.engine.batch import Batch
+from pydsa.engine.engine import Engine
+from pydsa.engine.requests import Failed, Finished, Request
 from pydsa.errors import ContextFullError, OutOfMemoryError, PydsaError, StageError
-from pydsa.requests import Failed, Finished, Request
 from pydsa.sampling import Picked, Sampler, Sampling
 from pydsa.stages.pipeline import Pipeline
 from pydsa.stages.stage import Stage

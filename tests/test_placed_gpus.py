@@ -66,7 +66,7 @@ for late, options, log in (("01", dict(device="cuda,cuda1", cpu_moe=True), ["lau
 def test_batches_and_sessions(small_model, tmp_path):
     """Segments may begin with an op of one context, or with cache_write."""
     run("""
-from pydsa.batch import Batch
+from pydsa.engine.batch import Batch
 model = loaded(device="cuda,cuda1", attention="sparse", override_tensor=["0.attn_k_b=cpu", "1.attn_kv_a=cpu"])
 results, caches = [], [(model.session().caches, 1), (model.session().caches, 1)]
 one, two = model.runner.bind_together("sparse", caches[:1], 1, again=True), model.runner.bind_together("sparse", caches, 2, again=True)

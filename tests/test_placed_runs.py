@@ -17,11 +17,11 @@ from test_golden import EXACT, MODELS, errors
 
 import pydsa
 from pydsa import DamagedWeightsError, selections
-from pydsa.batch import Batch
 from pydsa.cli import main
-from pydsa.engine import Engine
+from pydsa.engine.batch import Batch
+from pydsa.engine.engine import Engine
+from pydsa.engine.requests import Finished, Request
 from pydsa.executor.hooks import Hook
-from pydsa.requests import Finished, Request
 
 IDS = random_ids(50)
 CLOSE = 1e-10

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydsa import prefixes as module
-from pydsa.prefixes import Prefixes
+from pydsa.saved import prefixes as module
+from pydsa.saved.prefixes import Prefixes
 
 
 class Cache:

@@ -11,7 +11,7 @@ from pydsa.backends.cpu.blocks import BLOCKS
 from pydsa.backends.cpu.blocks.block import MINS, MINS_16, SCALES, SUPERBLOCK
 from pydsa.backends.cpu.int16.gemm import GROUP, LARGEST_SUM
 from pydsa.backends.cpu.int16.linear import MAX_INT16, round_superblock
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 from pydsa.quants import TYPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")

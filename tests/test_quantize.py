@@ -10,8 +10,8 @@ import pydsa
 from pydsa import imatrix
 from pydsa.cli import main
 from pydsa.errors import PydsaError
-from pydsa.gguf_file import open_gguf
-from pydsa.gguf_layout import packed_metadata
+from pydsa.gguf.file import open_gguf
+from pydsa.gguf.layout import packed_metadata
 from pydsa.quantization import tensors as tensors_module
 from tools.make_model import ModelSpec, make_model
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pydsa.errors import PydsaError
-from pydsa.gguf_file import Metadata, Tensor
+from pydsa.gguf.file import Metadata, Tensor
 from pydsa.quantization.choice import Choice, checked_patterns, choose, file_type
 from pydsa.quantization.mixes import MIXES
 from tools.golden_mixes import MODELS

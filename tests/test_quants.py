@@ -7,8 +7,8 @@ from gguf.quants import quantize
 
 from pydsa.backends import reference
 from pydsa.backends.cpu import jit
-from pydsa.backends.cpu.scalars import half
-from pydsa.gguf_file import Tensor
+from pydsa.backends.cpu.vectors.scalars import half
+from pydsa.gguf.file import Tensor
 from pydsa.quants import CACHE_TYPES, SUPPORTED, TYPES, cache_row_bytes
 
 HALVES = np.arange(2**16, dtype=np.uint32).astype(np.uint16)

@@ -11,12 +11,12 @@ from click.testing import CliRunner
 from helpers import random_ids
 
 import pydsa
-from pydsa import packed
 from pydsa.backends.devices import FORMS_BY_TILES
 from pydsa.chat import chat_prompt
 from pydsa.cli import main
 from pydsa.errors import PydsaError, RecordingFileError
 from pydsa.executor.hooks import Hook, layer_of
+from pydsa.recordings import packed
 from tools import record_cost as tool
 
 IDS = random_ids(60)       # top_k is 12

@@ -9,13 +9,13 @@ from helpers import last_positions, normal, random_ids, tensor
 import pydsa
 from pydsa.backends import cpu
 from pydsa.backends.cpu import attention, threads
-from pydsa.batch import Batch
 from pydsa.cli import main
-from pydsa.engine import Engine
+from pydsa.engine.batch import Batch
+from pydsa.engine.engine import Engine
+from pydsa.engine.requests import Failed, Finished, Request
 from pydsa.errors import PydsaError, SessionFileError
 from pydsa.executor.schedule import VARIANTS
 from pydsa.quants import CACHE_TYPES, TYPES
-from pydsa.requests import Failed, Finished, Request
 from pydsa.sampling import Sampling
 from pydsa.setup import Setup
 

@@ -4,8 +4,8 @@ import pytest
 from helpers import nmse, random_ids
 
 from pydsa import PydsaError, SessionFileError, selections
-from pydsa.batch import Batch
-from pydsa.selecting import checked
+from pydsa.engine.batch import Batch
+from pydsa.selections.selector import checked
 
 IDS = random_ids(60)       # top_k is 12
 

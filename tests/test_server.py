@@ -9,7 +9,7 @@ import pytest
 from serving import TINY, call, events, post, serving, wait_for
 
 import pydsa
-from pydsa.requests import Finished, Timings, Token, Written
+from pydsa.engine.requests import Finished, Timings, Token, Written
 from pydsa.sampling import Sampling
 from pydsa.server.openai_chat import ChatForm
 from pydsa.server.openai_completions import CompletionForm

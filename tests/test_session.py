@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pydsa import ContextFullError, PydsaError, Sampling, SessionFileError
-from pydsa.session_file import MAGIC
+from pydsa.saved.file import MAGIC
 
 IDS = random_ids(60)
 GREEDY = Sampling(temperature=0)

@@ -8,8 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from pydsa import SessionFileError, session_log
-from pydsa.session_log import SessionLog, log_path
+from pydsa import SessionFileError
+from pydsa.saved import log as session_log
+from pydsa.saved.log import SessionLog, log_path
 
 IDENTITY = {"model": "0" * 64, "kv_type": "i16"}
 

@@ -7,8 +7,8 @@ from helpers import random_ids
 from stage_processes import OPTIONS, Launcher
 
 from pydsa import ContextFullError, SessionFileError
+from pydsa.saved.parts import HEAD, PART, Keeper, opened, saved_bytes, write_parts
 from pydsa.session import Session
-from pydsa.session_parts import HEAD, PART, Keeper, opened, saved_bytes, write_parts
 from pydsa.stages.pipeline import Pipeline
 
 IDS = random_ids(40)
@@ -206,7 +206,7 @@ def test_parts_of_a_save_that_was_killed_are_removed_by_the_next(talk, tmp_path,
 
     with monkeypatch.context() as patch:        # neither of these runs when a process is killed
         patch.setattr(os, "replace", die)
-        patch.setattr("pydsa.session_parts._remove", lambda *args: None)
+        patch.setattr("pydsa.saved.parts._remove", lambda *args: None)
         patch.setattr("pathlib.Path.unlink", lambda *args, **options: None)
         with pytest.raises(Killed):
             talk.save(tmp_path / "talk")
@@ -279,7 +279,7 @@ def test_damaged_missing_and_mixed_parts_are_refused(staged, talk, tmp_path, dam
 
 def forge(path, change):
     """Write a head again, with other fields and a right checksum."""
-    from pydsa.session_file import Framed, write_framed
+    from pydsa.saved.file import Framed, write_framed
     with open(path, "rb") as file:
         fields = Framed(path, file, HEAD).fields
     change(fields)

@@ -10,7 +10,7 @@ from helpers import random_ids
 from stage_processes import OPTIONS, Launcher, Processes, session
 
 import pydsa
-from pydsa.batch import Batch
+from pydsa.engine.batch import Batch
 from pydsa.errors import StageError
 from pydsa.sampling import Sampling
 from pydsa.stages import faults, links

@@ -15,7 +15,7 @@ from stage_processes import OPTIONS
 import pydsa
 from pydsa import GGUFError, PydsaError
 from pydsa.errors import StageError
-from pydsa.gguf_file import open_gguf
+from pydsa.gguf.file import open_gguf
 from pydsa.stages import running
 from pydsa.stages.actors import StageActor
 from pydsa.stages.cluster import RayNode

@@ -12,8 +12,8 @@ from stage_processes import OPTIONS, Launcher, Processes, session
 
 import pydsa
 from pydsa import PydsaError, SessionFileError
-from pydsa.batch import Batch
-from pydsa.session_log import SessionLog
+from pydsa.engine.batch import Batch
+from pydsa.saved.log import SessionLog
 from pydsa.stages import saves
 from pydsa.stages import worker as workers
 from pydsa.stages.pipeline import Pipeline

@@ -8,10 +8,10 @@ from helpers import random_ids
 from staged import in_stages
 
 from pydsa import ContextFullError, PydsaError, Sampling
-from pydsa.engine import Engine
+from pydsa.engine.engine import Engine
+from pydsa.engine.requests import Failed, Finished, Request
 from pydsa.fitting import fitted
 from pydsa.models.blocks import begins_a_stage
-from pydsa.requests import Failed, Finished, Request
 from pydsa.sampling import Sampler
 from pydsa.setup import Setup
 

@@ -10,7 +10,7 @@ from rewritten import INT, fused_experts, rewrite, whole_kv_b, with_factors
 
 from pydsa import GGUFError, UnsupportedModelError
 from pydsa.backends import reference
-from pydsa.gguf_file import open_gguf
+from pydsa.gguf.file import open_gguf
 from pydsa.setup import Setup
 from tools.make_model import FILE_TYPES
 

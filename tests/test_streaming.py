@@ -12,7 +12,7 @@ from rewritten import fused_experts, rewrite, with_factors
 
 import pydsa
 from pydsa.backends import host, reference
-from pydsa.batch import Batch
+from pydsa.engine.batch import Batch
 from pydsa.errors import OutOfMemoryError, PydsaError
 from pydsa.executor import streaming
 from pydsa.executor.segments import cut

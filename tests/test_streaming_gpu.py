@@ -61,7 +61,7 @@ def test_matrices_that_do_not_lie_side_by_side():
     """An expert's gate and up in one tensor: no copy of all of them is made."""
     run("""
 from pydsa.backends.cuda import streaming
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 both = np.random.default_rng(0).integers(0, 256, (5, 8, 36), np.uint8)
 for data in (both[:, :4], both[:, 4:], both):
     tensor, copied, copy = Tensor("w", "Q4_0", (5, data.shape[1], 64), data), [], streaming.Engine.copy

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
 from pydsa.errors import GGUFError, PydsaError, UnsupportedModelError
-from pydsa.gguf_file import open_gguf
+from pydsa.gguf.file import open_gguf
 from pydsa.text.tokenizer import (BYTE, CONTROL, MAX_TEXT, MAX_TOKEN, NORMAL, PRE_TOKENIZERS, UNUSED, USER_DEFINED, Tokenizer,
                                   load_tokenizer)
 

@@ -149,7 +149,7 @@ assert told.startswith("The system refuses 4 MiB of pinned memory") and told.cou
 SLOTS = """
 import threading
 from pydsa.backends.cuda import streaming
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 streaming.CHUNK, streaming.PIECE = 640, 100
 rng, backend = np.random.default_rng(0), cuda.on(1)
 
@@ -209,7 +209,7 @@ import signal
 import threading
 from pydsa.backends.cuda import streaming
 signal.signal(signal.SIGINT, signal.default_int_handler)        # which a shell lets programs in its background ignore
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 streaming.CHUNK, streaming.PIECE = 64, 16
 slot = cuda.on(1).Slot(1 << 12)
 values = np.arange(1024, dtype=np.float32).reshape(8, -1)

@@ -9,13 +9,13 @@ import pytest
 from helpers import dequantize, set_scales
 
 from pydsa.backends import cpu
-from pydsa.backends.cpu import amx
 from pydsa.backends.cpu.blocks import BLOCKS
 from pydsa.backends.cpu.blocks.block import ONE_SCALE
 from pydsa.backends.cpu.int16.gemm import GROUP, LARGEST_SUM
 from pydsa.backends.cpu.int16.linear import MAX_INT15, MAX_INT16
 from pydsa.backends.cpu.linear import GEMV_TOKENS, by_blocks
-from pydsa.gguf_file import Tensor
+from pydsa.backends.cpu.vectors import amx
+from pydsa.gguf.file import Tensor
 from pydsa.quants import SUPPORTED, TYPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from pydsa.gguf_file import open_gguf
+from pydsa.gguf.file import open_gguf
 from pydsa.imatrix import Imatrix, save
 from pydsa.quantization.mixes import MIXES
 from tools.make_model import ModelSpec, make_model

@@ -1,7 +1,7 @@
 """Random blocks of all types of weights, for tools that run kernels."""
 import numpy as np
 
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 from pydsa.quants import TYPES
 
 RANDOM_ROWS = 64

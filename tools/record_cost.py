@@ -31,7 +31,7 @@ def timed(run):
 @contextlib.contextmanager
 def own_time():
     """A context that counts the processor time of recording: a list of seconds."""
-    from pydsa.recorder import Recorder
+    from pydsa.recordings.recorder import Recorder
     seconds, before = [], {name: getattr(Recorder, name) for name in ("after", "completed", "_flush")}
     depth = 0
 

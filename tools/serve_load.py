@@ -57,7 +57,7 @@ class InProcess:
     def ask_all(self, prompts, n):
         """Continue some texts at once, each by n tokens -> their Streams."""
         from pydsa import Sampling
-        from pydsa.requests import Failed, Finished, Request
+        from pydsa.engine.requests import Failed, Finished, Request
 
         ended, sampling = queue.SimpleQueue(), Sampling(temperature=0, logit_bias={token: -100.0 for token in self._load.ended})
 
@@ -80,7 +80,7 @@ class InProcess:
 
 def as_stream(start, heard):
     """The Stream of what was heard of an answer, (seconds, event)."""
-    from pydsa.requests import Written
+    from pydsa.engine.requests import Written
 
     end, finished = heard[-1]
     times = [when for when, event in heard if isinstance(event, Written) and event.pieces]
@@ -91,7 +91,7 @@ def as_stream(start, heard):
 def in_process(load, reproducible=False):
     """A context with an engine in this process."""
     import pydsa
-    from pydsa.engine import Engine
+    from pydsa.engine.engine import Engine
 
     options = {"reproducible": True} if reproducible else {}
     model = pydsa.load(load.model, device="cpu", n_ctx=load.n_ctx, threads=load.threads, threads_batch=load.threads, **options)

@@ -29,8 +29,8 @@ UBATCH = 512        # tokens, those of a model in stages
 def generated(model, n_streams, n_gen):
     """Tokens a second of conversations that generate at the same time."""
     from pydsa import Sampling
-    from pydsa.engine import Engine
-    from pydsa.requests import Failed, Finished, Request, Written
+    from pydsa.engine.engine import Engine
+    from pydsa.engine.requests import Failed, Finished, Request, Written
     ends = {token: -100.0 for token in model.tokenizer.eog_ids}
     engine, heard, rng = Engine(model, n_streams, cache_bytes=0), queue.SimpleQueue(), np.random.default_rng(n_streams)
     try:

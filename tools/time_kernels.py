@@ -29,7 +29,7 @@ from pydsa.backends.cuda.moe import pair_tiles
 from pydsa.backends.cuda.norm_one import add_norm
 from pydsa.backends.cuda.variants import VARIANTS, kernels
 from pydsa.backends.devices import FLASH_WIDTHS, tokens_scored_by_gpu
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 from pydsa.options import EXACT, FLOAT16
 from pydsa.quants import CACHE_TYPES, SUPPORTED, TYPES
 

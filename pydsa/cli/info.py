@@ -4,12 +4,12 @@ import os
 import click
 from click.core import ParameterSource
 
-from pydsa.check import check_files, format_check
 from pydsa.cli.console import progress_bar
 from pydsa.cli.habits import llama_cpp_options, model_argument
 from pydsa.cli.nodes import GIVEN_WITH, check_given, forecast_of, node_options
 from pydsa.cli.shared import attention_option, ctx_option, model_options, placement_options, reproducible_option
-from pydsa.gguf_file import open_gguf
+from pydsa.gguf.check import check_files, format_check
+from pydsa.gguf.file import open_gguf
 from pydsa.terminal import json_text, visible
 
 LEAST_GPU = 1 << 20     # bytes: a smaller one lacks its unit

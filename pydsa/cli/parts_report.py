@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 from pydsa.errors import GGUFError, PydsaError
-from pydsa.gguf_file import SPLIT_NAME, open_part
+from pydsa.gguf.file import SPLIT_NAME, open_part
 from pydsa.models import architecture
 from pydsa.models.blocks import begins_a_stage, block_of, spans
 from pydsa.terminal import visible

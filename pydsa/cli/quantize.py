@@ -18,7 +18,7 @@ def _pairs(context, parameter, texts):
 
 
 def _size(context, parameter, text):
-    from pydsa.gguf_writer import parse_size
+    from pydsa.gguf.writer import parse_size
     return None if text is None else parse_size(text)
 
 
@@ -50,7 +50,7 @@ def quantize(model, output, kind, form, override_kv, split_max_size, force, **op
     new values, normalised (NMSE), and with --imatrix also weighted by it. Of a split model, name the first part.
     """
     from pydsa.bench import format_rows
-    from pydsa.gguf_layout import journal_of
+    from pydsa.gguf.layout import journal_of
     from pydsa.quantization import quantize, summary
     try:
         with progress_bar("quantizing") as show:        # one bar, as older versions of rich show no second one

@@ -25,7 +25,7 @@ def recorded(model, session, path):
     if path is None:
         yield
         return
-    from pydsa.recorder import chooses
+    from pydsa.recordings.recorder import chooses
     with session.record(selection=chooses(model.setup), path=path) as recording:
         yield
     click.echo(f"recorded {recording.n} tokens in {visible(path)}", err=True)

@@ -7,8 +7,8 @@ import click
 from pydsa.cli.console import progress_bar
 from pydsa.cli.exits import Failure
 from pydsa.cli.habits import devices, gpu_layers, logit_biases
+from pydsa.gguf.override import parse_overrides
 from pydsa.options import PRECISIONS
-from pydsa.override import parse_overrides
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
 from pydsa.terminal import visible
 

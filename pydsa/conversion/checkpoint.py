@@ -22,7 +22,7 @@ import numpy as np
 from pydsa import __version__
 from pydsa.conversion.fields import Fields, decode, kind_of, parse, read_json
 from pydsa.errors import CheckpointError
-from pydsa.gguf_file import quote
+from pydsa.gguf.file import quote
 
 MAX_HEADER = 100_000_000    # bytes; the limit of the safetensors package
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

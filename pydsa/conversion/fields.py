@@ -5,7 +5,7 @@ import stat
 from typing import Any
 
 from pydsa.errors import CheckpointError
-from pydsa.gguf_file import quote
+from pydsa.gguf.file import quote
 
 REQUIRED: Any = object()        # default value that marks a field as required
 MAX_JSON = 1 << 28              # bytes; the largest tokenizer.json has 33 MB, the largest index 13 MB

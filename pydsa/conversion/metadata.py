@@ -12,7 +12,7 @@ import numpy as np
 
 from pydsa.conversion.fields import Fields
 from pydsa.errors import UnsupportedModelError
-from pydsa.gguf_file import quote
+from pydsa.gguf.file import quote
 
 # HF's class -> GGUF's architecture
 ARCHITECTURES = {"DeepseekV32ForCausalLM": "deepseek32", "GlmMoeDsaForCausalLM": "glm-dsa", "DeepseekV3ForCausalLM": "deepseek2",

@@ -14,7 +14,7 @@ import numpy as np
 
 from pydsa.conversion.scales import weights
 from pydsa.errors import CheckpointError, UnsupportedModelError
-from pydsa.gguf_file import quote
+from pydsa.gguf.file import quote
 
 PIECE = 1 << 22             # float32 values that are made at a time, 16 MiB; a head's or an expert's are never divided further than rows
 IDLE = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")

@@ -5,14 +5,14 @@ import os
 
 import numpy as np
 
-from pydsa.cache import choose_cache_type
 from pydsa.conversion.checkpoint import Checkpoint
 from pydsa.conversion.metadata import model_keys, read_shape
 from pydsa.conversion.names import outputs_of
 from pydsa.conversion.tokenizer import tokenizer_keys
 from pydsa.conversion.types import NAMES, check_importance, check_type, type_keys, types_of, wanting_importance
-from pydsa.gguf_file import Metadata
-from pydsa.gguf_layout import Layout
+from pydsa.executor.cache import choose_cache_type
+from pydsa.gguf.file import Metadata
+from pydsa.gguf.layout import Layout
 from pydsa.models import architecture
 from pydsa.options import counts
 from pydsa.quants import cache_row_bytes

@@ -11,8 +11,8 @@ import numpy as np
 from pydsa.conversion.plan import Conversion
 from pydsa.conversion.types import check_type
 from pydsa.errors import CheckpointError, PydsaError
-from pydsa.gguf_file import quote
-from pydsa.gguf_writer import GGUFWriter
+from pydsa.gguf.file import quote
+from pydsa.gguf.writer import GGUFWriter
 from pydsa.machine.cores import physical_cores
 
 MOST_THREADS = 8

@@ -7,7 +7,7 @@ import numpy as np
 
 from pydsa.conversion.fields import Fields
 from pydsa.errors import CheckpointError, UnsupportedModelError
-from pydsa.gguf_file import quote
+from pydsa.gguf.file import quote
 
 METHODS = ("fp8", "compressed-tensors", "modelopt")
 OF_WEIGHTS = ("_scale_inv", "_scale_2", "_global_scale", "_scale", "_shape", "_zero_point", "_g_idx")     # longer ends first

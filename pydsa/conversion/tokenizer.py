@@ -11,7 +11,7 @@ import os
 
 from pydsa.conversion.fields import MAX_JSON, Fields, decode, kind_of, read_bytes, read_json, read_text
 from pydsa.errors import CheckpointError, UnsupportedModelError
-from pydsa.gguf_file import quote
+from pydsa.gguf.file import quote
 from pydsa.text.tokenizer import CONTROL, MODEL, NORMAL, PRE_TOKENIZERS, UNUSED, USER_DEFINED, byte_alphabet, pre_tokenizer
 
 JSON, TIKTOKEN, CONFIG = "tokenizer.json", "tiktoken.model", "tokenizer_config.json"

@@ -6,8 +6,8 @@ other matrices get no less than Q8_0. Rows that do not fill a type's blocks get 
 import re
 
 from pydsa.errors import PydsaError, UnsupportedModelError
-from pydsa.gguf_file import quote
-from pydsa.gguf_layout import TensorInfo
+from pydsa.gguf.file import quote
+from pydsa.gguf.layout import TensorInfo
 from pydsa.quantization.choice import Choice, choose, wants_importance
 from pydsa.quantization.mixes import ALIASES, MIXES
 
@@ -36,7 +36,7 @@ def type_keys(name):
 def types_of(outputs, metadata, name):
     """TensorInfo of all outputs in a conversion to `name` of NAMES.
 
-    metadata: gguf_file.Metadata of the model.
+    metadata: gguf.file.Metadata of the model.
     """
     stored = {output.name: TensorInfo(output.name, "F32", output.shape) for output in outputs}
     chosen = choose(metadata, stored, name, Choice(), imatrix=False)

@@ -7,7 +7,7 @@ import math
 from typing import NamedTuple
 
 from pydsa.executor.graph import CacheRef, Value
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 
 
 class Cost(NamedTuple):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pydsa.backends.devices import HOST, device_of
 from pydsa.executor.placement import home_layer, is_of_experts
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 
 
 class Room(NamedTuple):

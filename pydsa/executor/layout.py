@@ -3,7 +3,7 @@ import math
 from typing import NamedTuple
 
 from pydsa.executor.graph import Value
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 
 ALIGN = 64      # bytes: a cache line, and the widest vector register
 

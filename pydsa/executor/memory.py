@@ -4,7 +4,7 @@ from typing import NamedTuple
 from pydsa.backends.devices import device_of
 from pydsa.executor.graph import Value
 from pydsa.executor.layout import row_bytes
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 from pydsa.options import FLOAT16
 
 

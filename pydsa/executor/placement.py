@@ -12,7 +12,7 @@ from pydsa.backends.devices import HOST, check_device, device_of
 from pydsa.errors import PydsaError
 from pydsa.executor.graph import CacheRef
 from pydsa.executor.hooks import layer_of
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 
 EXPERTS = r"\.ffn_(up|down|gate|gate_up)_exps"      # names of the routed experts' weights: what --cpu-moe sends to the CPU
 FIRST = r"^blk\.("           # how patterns for the first layers begin

@@ -6,22 +6,21 @@ import dataclasses
 
 import numpy as np
 
-from pydsa import session_parts
-
 from pydsa.backends.devices import HOST
 from pydsa.backends.transfers import transfer
-from pydsa.cache import VectorCache
 from pydsa.errors import LESS, DamagedWeightsError, OutOfMemoryError
 from pydsa.executor.ahead import Ahead
+from pydsa.executor.cache import VectorCache
 from pydsa.executor.graph import CacheRef, Value
 from pydsa.executor.hooks import Stops
 from pydsa.executor.schedule import ends_early, ending_early
 from pydsa.executor.segments import Chain, Part, Segment, crossings, in_turn, settled_before
 from pydsa.executor.streaming import NEVER, deliveries, role
 from pydsa.executor.turns import one_step
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 from pydsa.machine import limits
 from pydsa.options import size
+from pydsa.saved.parts import Keeper, opened, write_whole
 
 
 def check_memory(wanted, what, backend=None):
@@ -175,15 +174,15 @@ class Runner:
         return [np.array(cache.stored(stop, start)) for cache in caches.values()]
 
     def save(self, path, identity, tokens, caches):
-        """Write a session of these tokens and caches (session_parts.py)."""
-        session_parts.write_whole(path, identity, tokens, caches)
+        """Write a session of these tokens and caches (saved/parts.py)."""
+        write_whole(path, identity, tokens, caches)
 
     def saved(self, path, identity, caches, n_vocab, n_ctx):
         """A context with the tokens of a saved session, and a function read().
 
-        That overwrites the caches with its rows (session_parts.opened).
+        That overwrites the caches with its rows (saved.parts.opened).
         """
-        return session_parts.opened(path, identity, caches, [session_parts.Keeper(caches)], n_vocab, n_ctx)
+        return opened(path, identity, caches, [Keeper(caches)], n_vocab, n_ctx)
 
     def bind(self, variant, caches, n_tokens, n_outputs, again=False, late=(), streams=None, all_rows=False):
         """The Bound of a step of n_tokens tokens, n_outputs of them with logits.

@@ -98,7 +98,7 @@ class Schedule:
     def selects(self):
         """Whether there are variants whose layers take a list of keys.
 
-        Others can be made of that list (selecting.py).
+        Others can be made of that list (selections/selector.py).
         """
         return any(VARIANTS[name].indexer == "indices" for name in self.variants)
 

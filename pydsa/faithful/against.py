@@ -12,7 +12,7 @@ from pydsa.errors import PydsaError
 from pydsa.executor.hooks import Hook
 from pydsa.faithful.choices import masks
 from pydsa.machine.limits import allocating
-from pydsa.recording import Recording
+from pydsa.recordings.recording import Recording
 
 LAST = 2**62        # orders -1 behind all positions
 SELECTION = re.compile(r"selection\.(0|[1-9]\d{0,5})")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pydsa.errors import GGUFError, ImatrixError
-from pydsa.gguf_file import GGUFFile, open_gguf, quote
+from pydsa.gguf.file import GGUFFile, open_gguf, quote
 from pydsa.imatrix.matrix import Imatrix
 from pydsa.targets import check_replaceable, replacing
 

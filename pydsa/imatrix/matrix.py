@@ -4,7 +4,7 @@ import math
 import numpy as np
 
 from pydsa.errors import ImatrixError
-from pydsa.gguf_file import quote
+from pydsa.gguf.file import quote
 
 # Gate and up of the experts have the same inputs, stored as one tensor or as two.
 FUSED, PARTS = "ffn_gate_up_exps.weight", ("ffn_gate_exps.weight", "ffn_up_exps.weight")
@@ -62,7 +62,7 @@ class Imatrix:
     def for_model(self, tensors, what="the model"):
         """The mean squares for a model's matrices.
 
-        tensors: {name: gguf_file.Tensor}, of an open file. Returns {name: float32 [n_mat, n_in]} for those with data: n_mat is the product
+        tensors: {name: gguf.file.Tensor}, of an open file. Returns {name: float32 [n_mat, n_in]} for those with data: n_mat is the product
         of a tensor's leading dimensions, 1 for a matrix. Raises ImatrixError as check_model() does. what: the model's name in errors.
         """
         return {name: self.mean(source).reshape(-1, tensors[name].shape[-1]) for name, source in self.check_model(tensors, what).items()}

@@ -74,7 +74,7 @@ def layer_statistics(imatrix):
 def coverage(imatrix, tensors=None):
     """How many tokens reached each layer's experts, and what has no data.
 
-    tensors: {name: gguf_file.Tensor} of the model, or None. A row has layer, tensor, experts (1 for a matrix without any), tokens (each
+    tensors: {name: gguf.file.Tensor} of the model, or None. A row has layer, tensor, experts (1 for a matrix without any), tokens (each
     counts for each of its experts), never and rarely, the numbers of experts without data and with less than a tenth of an equal share,
     least, median and most, in tokens, and never_ids, the ids of the former. Tensors of a layer with the same counts share a row. Other
     matrices have one only if they have no data.

@@ -3,7 +3,7 @@ from pydsa.chat import Prompt, chat_prompt
 from pydsa.errors import ContextFullError, PydsaError
 from pydsa.look import Look, check_layers
 from pydsa.options import counts
-from pydsa.recorder import chooses
+from pydsa.recordings.recorder import chooses
 from pydsa.sampling import sampling_of
 from pydsa.stepping import check_ids, check_max_tokens
 from pydsa.text.answers import Reader

@@ -5,7 +5,7 @@ A file has a Config and build(graph, config, weights, variant, layers), which re
 import importlib
 
 from pydsa.errors import UnsupportedModelError
-from pydsa.gguf_file import quote
+from pydsa.gguf.file import quote
 
 ARCHITECTURES = ("deepseek2", "deepseek32", "glm-dsa")
 

@@ -6,7 +6,7 @@ import itertools
 import re
 
 from pydsa.errors import GGUFError, PydsaError, UnsupportedModelError
-from pydsa.gguf_file import Metadata
+from pydsa.gguf.file import Metadata
 
 BLOCK = re.compile(r"blk\.([0-9]{1,9})\.(.+)")
 INDEXER = ("attn_q_b.weight", "attn_k.weight", "k_norm.weight", "k_norm.bias", "proj.weight")      # a layer's, as blk.N.indexer.*

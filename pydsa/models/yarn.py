@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pydsa.errors import GGUFError, UnsupportedModelError
-from pydsa.gguf_file import quote
+from pydsa.gguf.file import quote
 
 KNOWN_BETAS = (32, 1), (1, 1)       # beta_fast and beta_slow of DeepSeek, and of Kimi K2
 MOST = 1e6      # a factor above this, or below its inverse, is taken as damage

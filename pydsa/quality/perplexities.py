@@ -9,7 +9,7 @@ import sys
 import numpy as np
 
 from pydsa.bench import markdown
-from pydsa.selecting import name_of
+from pydsa.selections.selector import name_of
 
 MOST_LOG = math.log(sys.float_info.max)
 PERCENTILES = (99.9, 99, 95, 90, 75, 50, 25, 10, 5, 1, 0.1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pydsa.errors import PydsaError
-from pydsa.gguf_file import GGML_TYPES, quote
+from pydsa.gguf.file import GGML_TYPES, quote
 from pydsa.quantization.mixes import ALIASES, MIXES, WANT_IMPORTANCE, Facts, fitting, may_be_quantized, places, rule_type
 from pydsa.quants import TYPES
 

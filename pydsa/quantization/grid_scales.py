@@ -7,7 +7,7 @@ nearest to those scales. Last, entries for that k and its neighbours, and d is f
 import numpy as np
 
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.scalars import half, to_half
+from pydsa.backends.cpu.vectors.scalars import half, to_half
 from pydsa.quantization.grid_search import INFINITE
 from pydsa.quantization.grid_work import (EVEN_SIGNS, FIRST, FIT, FIT_SQUARES, GAIN, ONE, PEAK, SCALE, SQUARES, ZERO, even_signs, fit,
                                           fit_rounded, load, search, spread_inverses)

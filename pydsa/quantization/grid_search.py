@@ -2,15 +2,15 @@
 
 An entry has two halves. The cost of a half, the weighted squares of what four numbers (of IQ3 two) differ from their levels, is looked up:
 there are at most 81 halves of three levels, 64 of eight. So an exhaustive search costs a load and a comparison for each entry and sixteen
-groups, whose costs lie in the lanes of vectors (pydsa.backends.cpu.simd).
+groups, whose costs lie in the lanes of vectors (pydsa.backends.cpu.vectors.simd).
 """
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.jit import inline, inner
-from pydsa.backends.cpu.simd import (_loader, broadcast, constant, f32x16, floats, i32x16, load_floats, multiply_add, store,
-                                     to_floats)
+from pydsa.backends.cpu.vectors.simd import (_loader, broadcast, constant, f32x16, floats, i32x16, load_floats, multiply_add, store,
+                                             to_floats)
 from pydsa.quantization.vectors import greatest, least, rint, where_greater
 
 BYTES, ROW = 64, 128    # of a vector, and of the costs of a half: 32 groups at a time

@@ -5,7 +5,7 @@ import numpy as np
 
 from pydsa.backends.cpu.arrays import address, align, floats_at, ints_at, uints_at
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.simd import float_at, load_floats, max_abs_lanes, reduce_max_abs
+from pydsa.backends.cpu.vectors.simd import float_at, load_floats, max_abs_lanes, reduce_max_abs
 from pydsa.quantization.grid_search import BYTES, ROW, TAG, cheapest_signs, entry_sums, half_costs, nearest_entries, rounded_sums
 
 ZERO, ONE = np.float32(0), np.float32(1)

@@ -7,8 +7,8 @@ import numpy as np
 
 from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.jit import inline, inner, kernel
-from pydsa.backends.cpu.scalars import half
-from pydsa.backends.cpu.simd import float_at, floats, load_floats, multiply_add, store, u8_at
+from pydsa.backends.cpu.vectors.scalars import half
+from pydsa.backends.cpu.vectors.simd import float_at, floats, load_floats, multiply_add, store, u8_at
 from pydsa.quantization.legacy import inverse, scale_half, store_nibbles
 from pydsa.quantization.rows import quantizer
 from pydsa.quantization.search import (NUMBERS, TINY, clamped, column_weights, errors_of_levels, errors_of_minima, errors_of_scales,

@@ -3,8 +3,8 @@ import numpy as np
 
 from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.jit import inline, inner, kernel
-from pydsa.backends.cpu.scalars import bits_of_float, float_from_bits, half, to_half
-from pydsa.backends.cpu.simd import floats, load_floats, multiply_add, reduce_max_abs, store
+from pydsa.backends.cpu.vectors.scalars import bits_of_float, float_from_bits, half, to_half
+from pydsa.backends.cpu.vectors.simd import floats, load_floats, multiply_add, reduce_max_abs, store
 from pydsa.quantization.rows import quantizer
 from pydsa.quantization.search import (TINY, clamped, column_weights, extremes, fit_level_scale, fit_line, level_codes, level_table,
                                        refined_scale, scale_by_peak)

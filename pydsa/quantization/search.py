@@ -6,7 +6,7 @@ candidate the codes are those that are nearest; the scale that fits the codes be
 import numpy as np
 
 from pydsa.backends.cpu.jit import inline, inner
-from pydsa.backends.cpu.simd import float_at, floats, multiply_add
+from pydsa.backends.cpu.vectors.simd import float_at, floats, multiply_add
 from pydsa.quantization.vectors import best, greatest, lane, lanes, least, looked_up, quotient, rint, where_greater
 from pydsa.quants import IQ4_LEVELS
 

@@ -11,7 +11,7 @@ import numpy as np
 from pydsa.backends.cpu import jit
 from pydsa.backends.cpu.blocks import BLOCKS
 from pydsa.errors import PydsaError
-from pydsa.gguf_file import quote
+from pydsa.gguf.file import quote
 from pydsa.quantization import rows
 from pydsa.quantization.errors import add_errors, signature
 from pydsa.quantization.table import TYPES as QUANTIZERS
@@ -52,7 +52,7 @@ def _dequantize(kind):
 class Requantized:
     """The blocks of a tensor in another type, and their error.
 
-    tensor: a gguf_file.Tensor of a type in pydsa.quants.TYPES. importance: float32 [n_mat, k] or None.
+    tensor: a gguf.file.Tensor of a type in pydsa.quants.TYPES. importance: float32 [n_mat, k] or None.
     """
 
     def __init__(self, tensor, kind, importance=None):

@@ -8,8 +8,8 @@ import numpy as np
 
 from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.jit import inline, inner, kernel
-from pydsa.backends.cpu.scalars import half
-from pydsa.backends.cpu.simd import floats, load_floats, max_abs_lanes, multiply_add, reduce_max_abs, store
+from pydsa.backends.cpu.vectors.scalars import half
+from pydsa.backends.cpu.vectors.simd import floats, load_floats, max_abs_lanes, multiply_add, reduce_max_abs, store
 from pydsa.quantization.legacy import inverse, mxfp4_codes, mxfp4_error, nearest_half, scale_half
 from pydsa.quantization.rows import quantizer
 from pydsa.quantization.search import column_weights

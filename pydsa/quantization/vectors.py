@@ -1,4 +1,4 @@
-"""Vectors of sixteen floats in kernels of quantizers: what pydsa.backends.cpu.simd has no need of."""
+"""Vectors of sixteen floats in kernels of quantizers: what pydsa.backends.cpu.vectors.simd has no need of."""
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -6,7 +6,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.jit import inline
-from pydsa.backends.cpu.simd import F32, I8, I16, I32, INTP, broadcast, call_llvm, constant, f32x16, pointer
+from pydsa.backends.cpu.vectors.simd import F32, I8, I16, I32, INTP, broadcast, call_llvm, constant, f32x16, pointer
 
 
 def _binary(emit):

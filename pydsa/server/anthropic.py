@@ -7,7 +7,7 @@ import secrets
 from starlette.responses import JSONResponse, StreamingResponse
 
 from pydsa.chat import begin_answer
-from pydsa.requests import Finished, Progress, Started, Written
+from pydsa.engine.requests import Finished, Progress, Started, Written
 from pydsa.server.anthropic_requests import CountRequest, MessagesRequest, conversation
 from pydsa.server.bodies import read_fields
 from pydsa.server.constrained import constraint_of

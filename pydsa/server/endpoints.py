@@ -7,10 +7,10 @@ from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from pydsa.errors import SessionFileError
+from pydsa.saved.parts import is_part_name, saved_bytes
 from pydsa.server.bodies import Fields, Listed, expected, read_fields
 from pydsa.server.errors import ApiError, as_api_error
 from pydsa.server.service import make_folder, owner_of
-from pydsa.session_parts import is_part_name, saved_bytes
 
 PARTIAL = ".part"   # the end of names of files that are being written
 ROWS = ".rows"      # the end of names of files in which the engine keeps conversations

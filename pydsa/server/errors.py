@@ -4,8 +4,8 @@ import traceback
 
 from starlette.responses import JSONResponse
 
+from pydsa.engine.requests import Cancelled, InternalError, QueueFullError
 from pydsa.errors import ContextFullError, DamagedWeightsError, OutOfMemoryError, PydsaError, StageError
-from pydsa.requests import Cancelled, InternalError, QueueFullError
 
 # OpenAI's and Anthropic's types by status.
 OPENAI = {401: "invalid_request_error", 403: "permission_error", 429: "rate_limit_error", 500: "server_error", 503: "unavailable_error"}

@@ -7,8 +7,8 @@ from typing import Any
 
 from starlette.responses import JSONResponse, StreamingResponse
 
+from pydsa.engine.requests import Finished, Progress, Written
 from pydsa.errors import PydsaError
-from pydsa.requests import Finished, Progress, Written
 from pydsa.server.bodies import Fields, expected, shown
 from pydsa.server.constrained import Constrained
 from pydsa.server.errors import ApiError, as_api_error, error_body

@@ -7,9 +7,9 @@ import os
 import time
 
 from pydsa.chat import chat_prompt
-from pydsa.engine import Engine
+from pydsa.engine.engine import Engine
+from pydsa.engine.requests import Cancelled, Failed, Finished, Request, Started, Written
 from pydsa.errors import PydsaError, UnsupportedModelError
-from pydsa.requests import Cancelled, Failed, Finished, Request, Started, Written
 from pydsa.server.errors import ApiError, as_api_error
 from pydsa.server.metrics import Metrics
 from pydsa.server.post import Post

@@ -107,9 +107,9 @@ class StageActor:
         return answered(lambda: _measured(gpus, share))
 
     def look(self, path):
-        """What this node has of a file -> an Answer of gguf_parts.described()."""
+        """What this node has of a file -> an Answer of gguf.parts.described()."""
         def work():
-            from pydsa.gguf_parts import described
+            from pydsa.gguf.parts import described
             return described(path)
         return answered(work)
 

@@ -13,7 +13,7 @@ from pydsa.errors import LESS, OutOfMemoryError, PydsaError
 from pydsa.executor.costs import StepSize, step_cost
 from pydsa.executor.placement import home_layer
 from pydsa.executor.streaming import ASSUMED, REACHED
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 from pydsa.models.blocks import spans
 from pydsa.stages.times import of_a_chunk
 from pydsa.words import size

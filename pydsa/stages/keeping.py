@@ -1,11 +1,11 @@
-"""Saved sessions of a Pipeline: the stages write and read their parts, where they are (session_parts.py)."""
+"""Saved sessions of a Pipeline: the stages write and read their parts, where they are (saved/parts.py)."""
 import contextlib
 import copy
 
 import numpy as np
 
 from pydsa.executor.graph import CacheRef
-from pydsa.session_parts import Keeper, opened, write_parts
+from pydsa.saved.parts import Keeper, opened, write_parts
 from pydsa.stages.wire import FrameError
 
 
@@ -96,7 +96,7 @@ def save(pipeline, path, identity, tokens, caches):
 def saved(pipeline, path, identity, caches, n_vocab, n_ctx):
     """A context with the tokens of a saved session, and a function read().
 
-    As session_parts.opened(). A stage that is started again later reads the rows from the parts once more.
+    As saved.parts.opened(). A stage that is started again later reads the rows from the parts once more.
     """
     with opened(path, identity, caches, _keepers(pipeline, caches), n_vocab, n_ctx) as (tokens, read):
         def read_and_note():

@@ -12,7 +12,7 @@ from pydsa.backends.devices import AUTO as ANY_DEVICE
 from pydsa.backends.devices import HOST, FormCosts, check_devices, device_of
 from pydsa.errors import OutOfMemoryError, StageError
 from pydsa.executor.streaming import ASSUMED
-from pydsa.gguf_parts import described, is_complete, layers_here, merged
+from pydsa.gguf.parts import described, is_complete, layers_here, merged
 from pydsa.machine.cores import MOST_THREADS
 from pydsa.model import Model
 from pydsa.options import choose, counts
@@ -84,7 +84,7 @@ class Launcher:
         n = len(nodes) if wanted == AUTO else wanted if isinstance(wanted, int) else len(wanted)
         self._nodes = [nodes[i * min(n, len(nodes)) // n] for i in range(n)]     # neighbours share a node where there are too few
         self.stages = wanted if isinstance(wanted, tuple) else (None,) * n
-        self._parts, self._files = None, {}     # what gguf_parts.merged() and described() tell; {id of a node: the latter}
+        self._parts, self._files = None, {}     # what gguf.parts.merged() and described() tell; {id of a node: the latter}
         self._processes, self._found, self._addresses = [None] * n, [None] * n, [None] * n
         self._lock, self._closing, self._started, self.closed = threading.Lock(), threading.Lock(), set(), False
         self.pipeline = None
@@ -116,7 +116,7 @@ class Launcher:
     def compare_files(self, here):
         """Compare what the nodes have of the file -> what they have together.
 
-        here: what gguf_parts.described() tells of this machine. None: each node has all of it. Raises GGUFError for files that differ, and
+        here: what gguf.parts.described() tells of this machine. None: each node has all of it. Raises GGUFError for files that differ, and
         for parts that are on no node.
         """
         self._files = {node.id: here for node in self._nodes if node.here}

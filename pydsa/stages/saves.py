@@ -1,6 +1,6 @@
 """Saves: the rows of conversations in files of the stages, so that one that is started again has less to compute.
 
-Every few seconds each stage appends the rows of new tokens to logs in a folder of its machine (session_log.py). A save counts when all
+Every few seconds each stage appends the rows of new tokens to logs in a folder of its machine (saved/log.py). A save counts when all
 stages have theirs, and then for all conversations at once.
 """
 import os
@@ -12,7 +12,7 @@ import time
 import warnings
 
 from pydsa.errors import PydsaError, SessionFileError
-from pydsa.session_log import SessionLog, log_path
+from pydsa.saved.log import SessionLog, log_path
 from pydsa.stages.wire import FrameError
 
 REMOVING = 2.0      # seconds in which stages remove what they have saved, at the end

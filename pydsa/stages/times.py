@@ -8,7 +8,7 @@ from pydsa.executor.costs import StepSize, node_cost
 from pydsa.executor.graph import CacheRef
 from pydsa.executor.placement import home_layer
 from pydsa.executor.schedule import ending_early
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 
 CHUNK = 512         # tokens of a prompt that run together at most, so that several parts of it are under way
 PROMPT = 4096       # tokens of the prompt whose time is told

@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 
 from pydsa.errors import GGUFError, PydsaError, UnsupportedModelError
-from pydsa.gguf_file import Metadata, open_gguf, quote
+from pydsa.gguf.file import Metadata, open_gguf, quote
 
 MODEL = "gpt2"          # tokenizer.ggml.model of byte-level BPE
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type

@@ -10,7 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.simd import I32, I64, pointer
+from pydsa.backends.cpu.vectors.simd import I32, I64, pointer
 
 
 @intrinsic

@@ -8,8 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
-from pydsa.backends.cpu import amx
-from pydsa.backends.cpu.amx import STEP, TILE_BYTES, configure, release
 from pydsa.backends.cpu.arrays import address, words_at
 from pydsa.backends.cpu.bf16x2.gemm import panel_products
 from pydsa.backends.cpu.blocks.block import SUPERBLOCK
@@ -19,8 +17,10 @@ from pydsa.backends.cpu.int8x2.gemm import panel_products_int8x2
 from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.linear import GEMV_TOKENS, put_addresses
 from pydsa.backends.cpu.op import Stage, Step, op
-from pydsa.backends.cpu.simd import INT16_TOKENS
 from pydsa.backends.cpu.threads import set_threads
+from pydsa.backends.cpu.vectors import amx
+from pydsa.backends.cpu.vectors.amx import STEP, TILE_BYTES, configure, release
+from pydsa.backends.cpu.vectors.simd import INT16_TOKENS
 
 
 N_BYTES = 1 << 29       # of the array that is read: beyond most caches, though not all (480 MiB are seen on servers)

@@ -5,7 +5,7 @@ next weights; a task that has its operands in caches fetches some as it goes on.
 an address and a number of bytes. They may belong to a step that has ended: a prefetch of memory that is gone does nothing.
 """
 from pydsa.backends.cpu.jit import SECOND_LEVEL_CACHE, inner
-from pydsa.backends.cpu.simd import i64_at, prefetch
+from pydsa.backends.cpu.vectors.simd import i64_at, prefetch
 
 REGIONS = 3
 REGIONS_BYTES = 16 * REGIONS

@@ -10,11 +10,11 @@ from pydsa.backends.cpu.f32.indexer import TILE
 from pydsa.backends.cpu.jit import inline, inner
 from pydsa.backends.cpu.jobs import ScoreJob, call_kernel
 from pydsa.backends.cpu.op import Stage, op
-from pydsa.backends.cpu.scalars import bits_of_float
 from pydsa.backends.cpu.scratch import task_scratch
 from pydsa.backends.cpu.tasks import by_row, rows_of
 from pydsa.backends.cpu.top_k import (count_parts, find_candidates, find_threshold, is_long, long_row_bytes, select,
                                       select_of_parts)
+from pydsa.backends.cpu.vectors.scalars import bits_of_float
 
 
 FEW_TOKENS = 8             # the most tokens whose scores are divided by keys; of more, each task has some tokens

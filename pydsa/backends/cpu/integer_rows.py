@@ -8,9 +8,9 @@ high + low).
 import numpy as np
 
 from pydsa.backends.cpu.jit import IntpFunction, inner
-from pydsa.backends.cpu.lanes import load_int8x2
-from pydsa.backends.cpu.rounding import round_to_int8, round_to_int8x2
-from pydsa.backends.cpu.simd import float_at, load_16_bytes, store, to_floats, u8_at
+from pydsa.backends.cpu.vectors.lanes import load_int8x2
+from pydsa.backends.cpu.vectors.rounding import round_to_int8, round_to_int8x2
+from pydsa.backends.cpu.vectors.simd import float_at, load_16_bytes, store, to_floats, u8_at
 
 
 def packed_parts(widths):

@@ -10,7 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.simd import I64, INTP, pointer
+from pydsa.backends.cpu.vectors.simd import I64, INTP, pointer
 
 
 class AttendJob(NamedTuple):

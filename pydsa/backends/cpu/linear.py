@@ -4,7 +4,6 @@ For a few tokens (gemv), quantized weights are multiplied block by block as stor
 (gemm), and for other weights, a pair of functions of a Weight is called: `pack` packs activations, `matmul` multiplies unpacked tiles of
 rows with them. They are those of f32/linear.py, of int16/linear.py, or with AMX of int8x2/linear.py.
 """
-from pydsa.backends.cpu import amx
 from pydsa.backends.cpu.arrays import address, align
 from pydsa.backends.cpu.blocks.block import SUPERBLOCK
 from pydsa.backends.cpu.blocks.dots import DOT_TOKENS
@@ -12,7 +11,8 @@ from pydsa.backends.cpu.jit import FIRST_LEVEL_CACHE, SECOND_LEVEL_CACHE, call_i
 from pydsa.backends.cpu.jobs import MatmulJob, call_kernel
 from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.scratch import task_scratch
-from pydsa.backends.cpu.simd import store
+from pydsa.backends.cpu.vectors import amx
+from pydsa.backends.cpu.vectors.simd import store
 
 
 MIN_TASK_ROWS = 32              # the fewest rows of a task of gemm, if there are many threads

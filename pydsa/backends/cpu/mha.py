@@ -8,9 +8,9 @@ from pydsa.backends.cpu.arrays import address, align, marks_at
 from pydsa.backends.cpu.jit import call_intp_function, inner
 from pydsa.backends.cpu.jobs import HeadJob, call_kernel
 from pydsa.backends.cpu.op import Stage, op
-from pydsa.backends.cpu.scalars import bits_of_float
 from pydsa.backends.cpu.scratch import task_scratch
-from pydsa.backends.cpu.simd import float_at, floats, load_floats, store
+from pydsa.backends.cpu.vectors.scalars import bits_of_float
+from pydsa.backends.cpu.vectors.simd import float_at, floats, load_floats, store
 
 
 LATENT_TILE = 256      # latents that are packed together

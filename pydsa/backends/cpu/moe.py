@@ -13,7 +13,7 @@ from pydsa.backends.cpu.linear import (count_panels, count_pieces, gemm_rows, ge
 from pydsa.backends.cpu.norm import silu_mul_row
 from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.scratch import task_scratch
-from pydsa.backends.cpu.simd import store
+from pydsa.backends.cpu.vectors.simd import store
 
 BLOCKS, BLOCK_TOKENS = 16, 64       # the most blocks of tokens that are counted at a time, and the fewest tokens of one
 

@@ -12,8 +12,8 @@ from numba import types
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
-from pydsa.backends.cpu.simd import I64, INTP, pointer
 from pydsa.backends.cpu.team import Task
+from pydsa.backends.cpu.vectors.simd import I64, INTP, pointer
 
 FLOAT = types.float64
 _signatures = {}        # key_of() of all arguments -> their Signature

@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from pydsa.backends.cpu.arrays import LINE, align
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.simd import I8, INTP, i64_at, store
+from pydsa.backends.cpu.vectors.simd import I8, INTP, i64_at, store
 from pydsa.machine.cores import MOST_THREADS
 
 

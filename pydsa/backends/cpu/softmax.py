@@ -7,12 +7,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.amx import TILE_BYTES
 from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.scalars import exp
-from pydsa.backends.cpu.simd import (F32, FAST, I16, I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i32x16, i64_at,
-                                     load_floats, pointer, reduce_add, store, u16_at, u32_at)
+from pydsa.backends.cpu.vectors.amx import TILE_BYTES
+from pydsa.backends.cpu.vectors.scalars import exp
+from pydsa.backends.cpu.vectors.simd import (F32, FAST, I16, I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i32x16, i64_at,
+                                             load_floats, pointer, reduce_add, store, u16_at, u32_at)
 
 ROUNDING = 1.5 * 2**23      # a float32 whose last bit is 1: what is added to it is rounded to an integer
 

@@ -5,11 +5,12 @@ It also says when each is chosen.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pydsa.backends.cpu import amx, bf16x2, f32, int8x2, int16
+from pydsa.backends.cpu import bf16x2, f32, int8x2, int16
 from pydsa.backends.cpu.blocks.block import SUPERBLOCK
 from pydsa.backends.cpu.int16.tiles import TILES_HERE
 from pydsa.backends.cpu.int8x2.panels import SCALED_PANEL
 from pydsa.backends.cpu.jit import IntpFunction
+from pydsa.backends.cpu.vectors import amx
 from pydsa.backends.devices import FORMS_BY_TILES, FormCosts
 
 

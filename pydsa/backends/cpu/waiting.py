@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from pydsa.backends.cpu.atomics import load_word
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.simd import I32, INTP
+from pydsa.backends.cpu.vectors.simd import I32, INTP
 
 MUTEX, CONDITION, WATCHED_BYTES = 128, 256, 384      # a pthread_mutex_t, and a pthread_cond_t, take 64 bytes at most
 NUMBER = {"x86_64": 202, "aarch64": 98, "riscv64": 98}.get(platform.machine())       # of the system call futex(2)

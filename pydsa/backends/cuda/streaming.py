@@ -24,7 +24,7 @@ from pydsa.backends.cuda.current import current, kept_per_gpu
 from pydsa.backends.cuda.rows import PADDING, Weight
 from pydsa.backends.cuda.transfers import is_pinned
 from pydsa.errors import PydsaError
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 from pydsa.machine.cores import physical_cores
 
 CHUNK = 1 << 25         # bytes of a pinned buffer
@@ -60,7 +60,7 @@ class Slot:
     def fill(self, tensor, experts=None):
         """Begin to copy a tensor, a matrix or several -> a Filling.
 
-        tensor: a gguf_file.Tensor, whose memory must stay as it is until the copy has arrived. experts: which of the matrices along its
+        tensor: a gguf.file.Tensor, whose memory must stay as it is until the copy has arrived. experts: which of the matrices along its
         first axis are copied, a sequence of indices; None: all. The others are undefined. The slot must have been released if its last
         tensor was used.
         """

@@ -10,17 +10,17 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.amx import LOW_PARTS, STEP, TILE_BYTES, configure, release
 from pydsa.backends.cpu.bf16x2.gemm import panel_products
 from pydsa.backends.cpu.bf16x2.panels import store_bf16x2
 from pydsa.backends.cpu.jit import call_block_function, inner
 from pydsa.backends.cpu.jobs import read_attend_job
-from pydsa.backends.cpu.lanes import transpose
-from pydsa.backends.cpu.scalars import float_from_bits
 from pydsa.backends.cpu.scratch import thread_scratch
-from pydsa.backends.cpu.simd import constant, float_at, floats, i32x16, load_floats, pointer, prefetch, store
 from pydsa.backends.cpu.softmax import (MINUS_INFINITY, exp_floats, key_at, mask_scores, max_end, min_end, or_zero, output_row,
                                         rescale_sums, set_bias, set_limits, update_statistics)
+from pydsa.backends.cpu.vectors.amx import LOW_PARTS, STEP, TILE_BYTES, configure, release
+from pydsa.backends.cpu.vectors.lanes import transpose
+from pydsa.backends.cpu.vectors.scalars import float_from_bits
+from pydsa.backends.cpu.vectors.simd import constant, float_at, floats, i32x16, load_floats, pointer, prefetch, store
 
 
 TILE = 128      # keys: at V3.2's width of 576, 560 KiB as keys and as values, within a second-level cache

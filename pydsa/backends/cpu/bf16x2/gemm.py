@@ -5,9 +5,9 @@ Of the four products of two pairs the three largest are computed; low times low 
 from numba import types
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.amx import A_0, AHEAD, B_0, LOW_PARTS, STEP, TILE_BYTES, call_amx, prefetch_line
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.simd import I8, INTP, pointer
+from pydsa.backends.cpu.vectors.amx import A_0, AHEAD, B_0, LOW_PARTS, STEP, TILE_BYTES, call_amx, prefetch_line
+from pydsa.backends.cpu.vectors.simd import I8, INTP, pointer
 
 
 def _make_products(rows, columns):

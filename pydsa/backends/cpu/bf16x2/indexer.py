@@ -5,15 +5,15 @@ transposed: for many tokens the keys are, once for all tokens; for few tokens th
 """
 import numpy as np
 
-from pydsa.backends.cpu.amx import LOW_PARTS, STEP, TILE_BYTES, configure, release
 from pydsa.backends.cpu.bf16x2.gemm import panel_products
 from pydsa.backends.cpu.bf16x2.panels import store_bf16x2
 from pydsa.backends.cpu.jit import call_block_function, inner
 from pydsa.backends.cpu.jobs import read_score_job
-from pydsa.backends.cpu.lanes import relu, row_sums, transpose
-from pydsa.backends.cpu.scalars import float_from_bits
 from pydsa.backends.cpu.scratch import thread_scratch
-from pydsa.backends.cpu.simd import float_at, floats, load_floats, multiply_add, prefetch, store
+from pydsa.backends.cpu.vectors.amx import LOW_PARTS, STEP, TILE_BYTES, configure, release
+from pydsa.backends.cpu.vectors.lanes import relu, row_sums, transpose
+from pydsa.backends.cpu.vectors.scalars import float_from_bits
+from pydsa.backends.cpu.vectors.simd import float_at, floats, load_floats, multiply_add, prefetch, store
 
 
 KEYS = 256          # packed at a time: 128 KiB with 128 values each

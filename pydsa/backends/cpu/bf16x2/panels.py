@@ -6,9 +6,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.amx import LOW_PARTS
 from pydsa.backends.cpu.jit import inline
-from pydsa.backends.cpu.simd import F32, I32, call_llvm, constant, f32x16, i32x16, store
+from pydsa.backends.cpu.vectors.amx import LOW_PARTS
+from pydsa.backends.cpu.vectors.simd import F32, I32, call_llvm, constant, f32x16, i32x16, store
 
 
 _UPPER = constant([0xFFFF0000] * 16)

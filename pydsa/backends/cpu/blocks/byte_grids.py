@@ -8,15 +8,15 @@ import numpy as np
 
 from pydsa.backends.cpu.blocks.block import SCALES, SUPERBLOCK, SUMS
 from pydsa.backends.cpu.blocks.dots import dot_large, single_sum, two_blocks
-from pydsa.backends.cpu.byte_codes import (BY_SIGN, add_byte_dot, as_int32, biased_values, byte_entries, byte_values, eight_u32,
-                                           even_with_parity, load_bytes, load_sums, low_codes, no_sums, pair_entries, pair_halves,
-                                           pair_of_bytes, pair_of_u64, picked_pair, repeated_u32, repeated_u64, selecting, signed_codes,
-                                           to_tops, unaligned, unaligned_of_four, upper_nibbles, with_last_tops)
-from pydsa.backends.cpu.byte_pairs import (PAIR_BIAS, PAIR_BIASES, PAIR_LOWER, PAIR_SCALES, PAIR_SUMS, dots_of_two, float_table,
-                                           pair_of_halves, pair_of_indices, pair_of_int16, pair_of_scales, pair_of_spread_halves)
 from pydsa.backends.cpu.jit import inline
-from pydsa.backends.cpu.scalars import half_at
-from pydsa.backends.cpu.simd import floats, load_floats, multiply_add, to_floats
+from pydsa.backends.cpu.vectors.byte_codes import (BY_SIGN, add_byte_dot, as_int32, biased_values, byte_entries, byte_values, eight_u32,
+                                                   even_with_parity, load_bytes, load_sums, low_codes, no_sums, pair_entries, pair_halves,
+                                                   pair_of_bytes, pair_of_u64, picked_pair, repeated_u32, repeated_u64, selecting,
+                                                   signed_codes, to_tops, unaligned, unaligned_of_four, upper_nibbles, with_last_tops)
+from pydsa.backends.cpu.vectors.byte_pairs import (PAIR_BIAS, PAIR_BIASES, PAIR_LOWER, PAIR_SCALES, PAIR_SUMS, dots_of_two, float_table,
+                                                   pair_of_halves, pair_of_indices, pair_of_int16, pair_of_scales, pair_of_spread_halves)
+from pydsa.backends.cpu.vectors.scalars import half_at
+from pydsa.backends.cpu.vectors.simd import floats, load_floats, multiply_add, to_floats
 from pydsa.quants import IQ2_LEVELS, IQ3_S_LEVELS, IQ3_XXS_LEVELS, TYPES, grid
 
 

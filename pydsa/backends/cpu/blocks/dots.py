@@ -3,9 +3,10 @@ from numba.extending import overload
 
 from pydsa.backends.cpu.blocks.block import SCALES, SUPERBLOCK, inverse
 from pydsa.backends.cpu.jit import INLINE, inline, inner
-from pydsa.backends.cpu.lanes import first_quarter, last_quarter, lower_half, row_sums, second_quarter, spread, third_quarter, upper_half
-from pydsa.backends.cpu.simd import (LANES, as_int8, as_int16, dot, dot_add, float_at, i64_at, join, load_4_floats, load_8_floats,
-                                     load_int16, multiply_add, prefetch, signed_high_bytes, stack_memory, store, to_floats)
+from pydsa.backends.cpu.vectors.lanes import (first_quarter, last_quarter, lower_half, row_sums, second_quarter, spread, third_quarter,
+                                              upper_half)
+from pydsa.backends.cpu.vectors.simd import (LANES, as_int8, as_int16, dot, dot_add, float_at, i64_at, join, load_4_floats, load_8_floats,
+                                             load_int16, multiply_add, prefetch, signed_high_bytes, stack_memory, store, to_floats)
 
 
 AHEAD = 4096    # prefetch distance in bytes, more than the hardware's own prefetch

@@ -6,7 +6,7 @@ import numpy as np
 from numba import carray
 
 from pydsa.backends.cpu.blocks.block import entry
-from pydsa.backends.cpu.scalars import bits_of_float, float_from_bits, half, to_half
+from pydsa.backends.cpu.vectors.scalars import bits_of_float, float_from_bits, half, to_half
 
 
 def dequantize_f32(source, n, target):

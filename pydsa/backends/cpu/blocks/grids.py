@@ -14,14 +14,14 @@ from numba import carray
 from pydsa.backends.cpu.blocks.block import COLUMNS, COLUMNS_BY_INDEX, COLUMNS_BY_SIGN, COLUMNS_IN_PAIRS, SCALES, SUPERBLOCK, entry
 from pydsa.backends.cpu.blocks.byte_grids import DOTS
 from pydsa.backends.cpu.blocks.dots import TWICE, dot_large, single_sum
-from pydsa.backends.cpu.byte_codes import HERE
-from pydsa.backends.cpu.codes import (bytes_of_even_words, code_values, from_columns, grid_entries, lanes_of, seven_bits, sign_codes,
-                                      sign_codes_of_7, where_bit, widen)
 from pydsa.backends.cpu.jit import inline, inner
-from pydsa.backends.cpu.lanes import gather_u32
-from pydsa.backends.cpu.scalars import half, half_at
-from pydsa.backends.cpu.simd import (dot, dot_add, eight_floats, floats, i64_at, load_8_floats, load_8_words, load_32_bytes, load_int16,
-                                     multiply_add, store, to_floats)
+from pydsa.backends.cpu.vectors.byte_codes import HERE
+from pydsa.backends.cpu.vectors.codes import (bytes_of_even_words, code_values, from_columns, grid_entries, lanes_of, seven_bits,
+                                              sign_codes, sign_codes_of_7, where_bit, widen)
+from pydsa.backends.cpu.vectors.lanes import gather_u32
+from pydsa.backends.cpu.vectors.scalars import half, half_at
+from pydsa.backends.cpu.vectors.simd import (dot, dot_add, eight_floats, floats, i64_at, load_8_floats, load_8_words, load_32_bytes,
+                                             load_int16, multiply_add, store, to_floats)
 from pydsa.quants import IQ2_LEVELS, IQ3_S_LEVELS, IQ3_XXS_LEVELS, TYPES, grid
 
 

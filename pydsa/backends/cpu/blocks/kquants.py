@@ -12,11 +12,12 @@ from numba import carray
 from pydsa.backends.cpu.blocks.block import MINS_16, SCALES, SUPERBLOCK, entry, inverse, with_one_scale
 from pydsa.backends.cpu.blocks.dots import dot_128, dot_256, dot_large, single_sum, store_halves
 from pydsa.backends.cpu.jit import inline, inner
-from pydsa.backends.cpu.lanes import (all_quarters, both_halves, even_quarters, gather_bytes, gather_u32, halves_int16, minus_upper_half,
-                                      odd_quarters, scaled_bytes, shift_quarters, spread, spread_bytes, spread_int16)
-from pydsa.backends.cpu.scalars import half, half_at
-from pydsa.backends.cpu.simd import (eight_floats, floats, load_16_bytes, load_floats, load_int16, low_bytes, low_int16, multiply_add,
-                                     store, to_floats, to_int16, two_halves)
+from pydsa.backends.cpu.vectors.lanes import (all_quarters, both_halves, even_quarters, gather_bytes, gather_u32, halves_int16,
+                                              minus_upper_half, odd_quarters, scaled_bytes, shift_quarters, spread, spread_bytes,
+                                              spread_int16)
+from pydsa.backends.cpu.vectors.scalars import half, half_at
+from pydsa.backends.cpu.vectors.simd import (eight_floats, floats, load_16_bytes, load_floats, load_int16, low_bytes, low_int16,
+                                             multiply_add, store, to_floats, to_int16, two_halves)
 from pydsa.quants import TYPES
 
 

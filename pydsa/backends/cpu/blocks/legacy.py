@@ -9,10 +9,10 @@ from pydsa.backends.cpu.blocks.block import MINS, SCALES, entry, inverse
 from pydsa.backends.cpu.blocks.dots import (BY_QUARTERS, add_quad, dot_pair, dot_rows, four_blocks, join_blocks,
                                             nibbles, single_sum, store_halves, store_quad, superblock_at, two_blocks, unsigned_quad)
 from pydsa.backends.cpu.jit import IntpFunction, inline, inner
-from pydsa.backends.cpu.lanes import padded_to_16, spread
-from pydsa.backends.cpu.scalars import half, half_at
-from pydsa.backends.cpu.simd import (as_int16, floats, four_floats, halves, join, load_2_floats, load_4_floats, load_16_bytes, multiply_add,
-                                     signed_high_bytes, store, to_floats, u32_at, where_bits)
+from pydsa.backends.cpu.vectors.lanes import padded_to_16, spread
+from pydsa.backends.cpu.vectors.scalars import half, half_at
+from pydsa.backends.cpu.vectors.simd import (as_int16, floats, four_floats, halves, join, load_2_floats, load_4_floats, load_16_bytes,
+                                             multiply_add, signed_high_bytes, store, to_floats, u32_at, where_bits)
 from pydsa.quants import TYPES
 
 

@@ -10,12 +10,12 @@ from numba import carray
 from pydsa.backends.cpu.blocks.block import NATURAL_ORDER, SCALES, SUPERBLOCK, entry, in_order, inverse
 from pydsa.backends.cpu.blocks.dots import (BY_QUARTERS, add_quad, dot_large, dot_quad, dot_rows, four_blocks, join_blocks,
                                             nibbles, signed_quad, single_sum, store_quad, superblock_at, two_blocks)
-from pydsa.backends.cpu.codes import even_elements_first, pairs_of, to_multiples, twin_groups, ue4m3_floats
 from pydsa.backends.cpu.jit import inline
-from pydsa.backends.cpu.lanes import gather_u32, lookup, lower_half, spread, spread_int16, upper_half
-from pydsa.backends.cpu.scalars import half, half_at
-from pydsa.backends.cpu.simd import (dot, dot_add, eight_floats, floats, halves, join, load_4_floats, load_8_floats, load_64_bytes,
-                                     load_int16, low_int16, multiply_add, store, to_floats, to_int16, u8_at, vector)
+from pydsa.backends.cpu.vectors.codes import even_elements_first, pairs_of, to_multiples, twin_groups, ue4m3_floats
+from pydsa.backends.cpu.vectors.lanes import gather_u32, lookup, lower_half, spread, spread_int16, upper_half
+from pydsa.backends.cpu.vectors.scalars import half, half_at
+from pydsa.backends.cpu.vectors.simd import (dot, dot_add, eight_floats, floats, halves, join, load_4_floats, load_8_floats, load_64_bytes,
+                                             load_int16, low_int16, multiply_add, store, to_floats, to_int16, u8_at, vector)
 from pydsa.quants import IQ4_LEVELS, MXFP4_LEVELS, TYPES
 
 

@@ -9,12 +9,12 @@ from numba import carray
 from pydsa.backends.cpu.blocks.block import COLUMNS, MINS_16, NATURAL_WITH_ONE_SCALE, SCALES, SUPERBLOCK, entry
 from pydsa.backends.cpu.blocks.dots import TWICE, dot_256, dot_large, single_sum, two_blocks
 from pydsa.backends.cpu.blocks.kquants import BY_PARTS, store_pairs
-from pydsa.backends.cpu.codes import even_elements_first, from_columns, lanes_of, times, times_3_high, widen, widen_two
 from pydsa.backends.cpu.jit import inline
-from pydsa.backends.cpu.lanes import halves_int16, scaled_bytes, spread
-from pydsa.backends.cpu.scalars import half, half_at
-from pydsa.backends.cpu.simd import (dot, dot_add, eight_floats, floats, halves, load_8_floats, load_32_bytes, load_floats,
-                                     load_int16, multiply_add, store, to_floats)
+from pydsa.backends.cpu.vectors.codes import even_elements_first, from_columns, lanes_of, times, times_3_high, widen, widen_two
+from pydsa.backends.cpu.vectors.lanes import halves_int16, scaled_bytes, spread
+from pydsa.backends.cpu.vectors.scalars import half, half_at
+from pydsa.backends.cpu.vectors.simd import (dot, dot_add, eight_floats, floats, halves, load_8_floats, load_32_bytes, load_floats,
+                                             load_int16, multiply_add, store, to_floats)
 from pydsa.quants import TYPES
 
 

@@ -11,9 +11,9 @@ from numba.extending import intrinsic
 from pydsa.backends.cpu.blocks.block import MINS, SCALES
 from pydsa.backends.cpu.int16.tiles import FACTORS, ZEROS, q4_k_products, q5_0_products, q6_k_products
 from pydsa.backends.cpu.jit import IntpFunction, inline
-from pydsa.backends.cpu.lanes import transpose
-from pydsa.backends.cpu.simd import (I8, I16, I32, constant, extend_halves, f32x16, i16x32, i32x16, load_16_words, pointer, stack_memory,
-                                     store, to_floats)
+from pydsa.backends.cpu.vectors.lanes import transpose
+from pydsa.backends.cpu.vectors.simd import (I8, I16, I32, constant, extend_halves, f32x16, i16x32, i32x16, load_16_words, pointer,
+                                             stack_memory, store, to_floats)
 
 
 @intrinsic

@@ -10,11 +10,11 @@ from pydsa.backends.cpu.coming import fetch
 from pydsa.backends.cpu.f32.gemm import COLUMNS, matmul_add, tile_products
 from pydsa.backends.cpu.jit import call_block_function, inner
 from pydsa.backends.cpu.jobs import read_attend_job
-from pydsa.backends.cpu.lanes import transpose
-from pydsa.backends.cpu.scalars import float_from_bits
 from pydsa.backends.cpu.scratch import thread_scratch
-from pydsa.backends.cpu.simd import i64_at, prefetch, store
 from pydsa.backends.cpu.softmax import key_at, max_end, softmax_row
+from pydsa.backends.cpu.vectors.lanes import transpose
+from pydsa.backends.cpu.vectors.scalars import float_from_bits
+from pydsa.backends.cpu.vectors.simd import i64_at, prefetch, store
 
 
 TILE = 64       # keys: 144 KiB of floats at V3.2's width of 576, within a second-level cache; a multiple of COLUMNS

@@ -8,9 +8,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.lanes import sum_rows
-from pydsa.backends.cpu.simd import (F32, FAST, GEMM_COLUMNS, GEMM_ROWS, LANES, ROWS, VECTORS, broadcast, constant, float_at, i64_at,
-                                     pointer, reduce_add)
+from pydsa.backends.cpu.vectors.lanes import sum_rows
+from pydsa.backends.cpu.vectors.simd import (F32, FAST, GEMM_COLUMNS, GEMM_ROWS, LANES, ROWS, VECTORS, broadcast, constant, float_at,
+                                             i64_at, pointer, reduce_add)
 
 
 def _make_products(rows, vectors):

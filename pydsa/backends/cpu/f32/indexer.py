@@ -5,9 +5,9 @@ from pydsa.backends.cpu.arrays import address, floats_at
 from pydsa.backends.cpu.f32.gemm import tile_products
 from pydsa.backends.cpu.jit import call_block_function
 from pydsa.backends.cpu.jobs import read_score_job
-from pydsa.backends.cpu.scalars import float_from_bits
 from pydsa.backends.cpu.scratch import thread_scratch
-from pydsa.backends.cpu.simd import float_at, store
+from pydsa.backends.cpu.vectors.scalars import float_from_bits
+from pydsa.backends.cpu.vectors.simd import float_at, store
 
 
 TILE = 64           # keys dequantized at a time

@@ -9,7 +9,7 @@ from pydsa.backends.cpu.f32.gemm import tile_products
 from pydsa.backends.cpu.jit import call_block_function
 from pydsa.backends.cpu.jobs import read_matmul_job
 from pydsa.backends.cpu.scratch import thread_scratch
-from pydsa.backends.cpu.simd import i64_at, store
+from pydsa.backends.cpu.vectors.simd import i64_at, store
 
 
 TILE_ROWS, TILE_WIDTH = 4, 256        # a tile, 4 KiB of floats

@@ -9,12 +9,12 @@ from pydsa.backends.cpu.f32.attention import QUERIES, TILE, WIDTH
 from pydsa.backends.cpu.f32.gemm import COLUMNS, matmul_add
 from pydsa.backends.cpu.jit import call_block_function, inner
 from pydsa.backends.cpu.jobs import read_head_job
-from pydsa.backends.cpu.lanes import transpose
 from pydsa.backends.cpu.mha import LATENT_TILE
-from pydsa.backends.cpu.scalars import float_from_bits
 from pydsa.backends.cpu.scratch import thread_scratch
-from pydsa.backends.cpu.simd import i64_at, u16_at
 from pydsa.backends.cpu.softmax import max_end, softmax_row
+from pydsa.backends.cpu.vectors.lanes import transpose
+from pydsa.backends.cpu.vectors.scalars import float_from_bits
+from pydsa.backends.cpu.vectors.simd import i64_at, u16_at
 
 
 def tile_bytes(kv_lora, n_rot):

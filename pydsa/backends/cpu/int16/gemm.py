@@ -7,8 +7,8 @@ from numba.extending import intrinsic
 
 from pydsa.backends.cpu.blocks.block import MINS, MINS_16, SCALES, SUPERBLOCK
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.simd import (F32, FAST, I32, INT16_ROWS, INT16_TOKENS, INTP, broadcast, constant, f32x16, i16x32, i32x16,
-                                     int16_dots, pointer)
+from pydsa.backends.cpu.vectors.simd import (F32, FAST, I32, INT16_ROWS, INT16_TOKENS, INTP, broadcast, constant, f32x16, i16x32, i32x16,
+                                             int16_dots, pointer)
 
 
 TILE_ROWS = 16 * INT16_ROWS          # rows that int16_products takes at a time

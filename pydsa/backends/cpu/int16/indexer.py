@@ -10,12 +10,12 @@ from numba.extending import intrinsic
 
 from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.jobs import read_score_job
-from pydsa.backends.cpu.lanes import load_strided, transpose
-from pydsa.backends.cpu.rounding import max_abs_of
-from pydsa.backends.cpu.scalars import float_from_bits
 from pydsa.backends.cpu.scratch import thread_scratch
-from pydsa.backends.cpu.simd import (F32, FEATURES, I32, INTP, broadcast, constant, f32x16, float_at, i16x32, i32x16, int16_dots,
-                                     load_32_bytes, load_floats, pointer, store, store_int16, to_int16)
+from pydsa.backends.cpu.vectors.lanes import load_strided, transpose
+from pydsa.backends.cpu.vectors.rounding import max_abs_of
+from pydsa.backends.cpu.vectors.scalars import float_from_bits
+from pydsa.backends.cpu.vectors.simd import (F32, FEATURES, I32, INTP, broadcast, constant, f32x16, float_at, i16x32, i32x16, int16_dots,
+                                             load_32_bytes, load_floats, pointer, store, store_int16, to_int16)
 
 
 KEYS = 64                                           # scored for all tokens before the next

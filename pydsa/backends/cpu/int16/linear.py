@@ -6,19 +6,19 @@ import numpy as np
 
 from pydsa.backends.cpu.blocks.block import (BYTES_BY_INDEX, BYTES_BY_SIGN, BYTES_IN_PAIRS, IN_COLUMNS, MINS, MINS_16, NATURAL_ORDER,
                                              ONE_SCALE, SCALES, SUPERBLOCK)
-from pydsa.backends.cpu.byte_codes import HERE, repeat_each, split_by_index, split_by_sign
-from pydsa.backends.cpu.byte_pairs import join_columns
-from pydsa.backends.cpu.codes import natural_order, to_columns
 from pydsa.backends.cpu.int16.gemm import GROUP, LARGEST_SUM, TILE, TILE_ROWS, int16_products, whole_products
 from pydsa.backends.cpu.int16.tiles import matmul_few, takes_few
 from pydsa.backends.cpu.jit import call_intp_function, inline, inner
 from pydsa.backends.cpu.jobs import read_matmul_job
-from pydsa.backends.cpu.lanes import (first_quarter, group_maxima, half_group_sums, last_quarter, second_quarter, sum_abs,
-                                      sums_of_pairs, sums_of_two, third_quarter, transpose)
-from pydsa.backends.cpu.rounding import max_abs_of, quotients
 from pydsa.backends.cpu.scratch import thread_scratch
-from pydsa.backends.cpu.simd import (INT16_TOKENS, eight_floats, float_at, floats, i64_at, load_8_floats, load_floats, max_abs_lanes,
-                                     prefetch, reduce_max_abs, round_int16, stack_memory, store, sums_of_16, u8_at)
+from pydsa.backends.cpu.vectors.byte_codes import HERE, repeat_each, split_by_index, split_by_sign
+from pydsa.backends.cpu.vectors.byte_pairs import join_columns
+from pydsa.backends.cpu.vectors.codes import natural_order, to_columns
+from pydsa.backends.cpu.vectors.lanes import (first_quarter, group_maxima, half_group_sums, last_quarter, second_quarter, sum_abs,
+                                              sums_of_pairs, sums_of_two, third_quarter, transpose)
+from pydsa.backends.cpu.vectors.rounding import max_abs_of, quotients
+from pydsa.backends.cpu.vectors.simd import (INT16_TOKENS, eight_floats, float_at, floats, i64_at, load_8_floats, load_floats,
+                                             max_abs_lanes, prefetch, reduce_max_abs, round_int16, stack_memory, store, sums_of_16, u8_at)
 
 
 MAX_INT16 = 32767         # activation of prompts, rounded

@@ -15,13 +15,13 @@ from pydsa.backends.cpu.arrays import align
 from pydsa.backends.cpu.int16.gemm import MAX_NORM, PAIR_TOKENS, matmul_pairs, pair_products
 from pydsa.backends.cpu.jit import call_block_function, inner
 from pydsa.backends.cpu.jobs import read_head_job
-from pydsa.backends.cpu.lanes import transpose
 from pydsa.backends.cpu.mha import LATENT_TILE, clear, copy_floats
-from pydsa.backends.cpu.scalars import exp, float_from_bits
 from pydsa.backends.cpu.scratch import thread_scratch
-from pydsa.backends.cpu.simd import (F32, FAST, I16, INT16_ROWS, broadcast, call_llvm, constant, f32x16, float_at, floats, i32x16, i64_at,
-                                     load_floats, max_abs_lanes, nearest, pointer, prefetch, store)
 from pydsa.backends.cpu.softmax import MINUS_INFINITY, exp_below_0, keep_lanes, larger, largest, max_end, sum_of_lanes
+from pydsa.backends.cpu.vectors.lanes import transpose
+from pydsa.backends.cpu.vectors.scalars import exp, float_from_bits
+from pydsa.backends.cpu.vectors.simd import (F32, FAST, I16, INT16_ROWS, broadcast, call_llvm, constant, f32x16, float_at, floats, i32x16,
+                                             i64_at, load_floats, max_abs_lanes, nearest, pointer, prefetch, store)
 
 KEYS = 128          # keys that are computed, and attended to, at a time: it divides LATENT_TILE
 LANES = 32          # keys that are computed together: a multiple of 16 INT16_ROWS

@@ -11,8 +11,8 @@ from pydsa.backends.cpu.blocks.block import MINS, SUPERBLOCK
 from pydsa.backends.cpu.int16.gemm import TILE, Emitter
 from pydsa.backends.cpu.jit import call_intp_function, inner
 from pydsa.backends.cpu.scratch import thread_scratch
-from pydsa.backends.cpu.simd import (FEATURES, I8, I16, I32, INTP, call_llvm, constant, i16x32, i32x16, i64_at, pointer,
-                                     prefetch, store)
+from pydsa.backends.cpu.vectors.simd import (FEATURES, I8, I16, I32, INTP, call_llvm, constant, i16x32, i32x16, i64_at, pointer, prefetch,
+                                             store)
 
 TILES_HERE = {"avx512vnni", "avx512bw", "f16c"} <= FEATURES
 FEW_ROWS, FEW_TOKENS = 2, 8     # groups of 16 rows, and tokens: their sums fit into 32 registers beside the operands

@@ -13,19 +13,19 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.amx import LOW_PARTS, STEP, TILE_BYTES, configure, release
 from pydsa.backends.cpu.int8x2.gemm import panel_products_int8_a, panel_products_int8_b, panel_products_int8x2
 from pydsa.backends.cpu.int8x2.panels import round_query
 from pydsa.backends.cpu.integer_rows import parts
 from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.jobs import read_attend_job
-from pydsa.backends.cpu.lanes import split_int8x2, transpose
-from pydsa.backends.cpu.scalars import float_from_bits
 from pydsa.backends.cpu.scratch import thread_scratch
-from pydsa.backends.cpu.simd import (I8, constant, f32x16, float_at, floats, i32x16, load_floats, load_int16, nearest, pointer, prefetch,
-                                     store)
 from pydsa.backends.cpu.softmax import (MINUS_INFINITY, exp_floats, key_at, mask_scores, max_end, min_end, or_zero, output_row,
                                         rescale_sums, set_bias, set_limits, update_statistics)
+from pydsa.backends.cpu.vectors.amx import LOW_PARTS, STEP, TILE_BYTES, configure, release
+from pydsa.backends.cpu.vectors.lanes import split_int8x2, transpose
+from pydsa.backends.cpu.vectors.scalars import float_from_bits
+from pydsa.backends.cpu.vectors.simd import (I8, constant, f32x16, float_at, floats, i32x16, load_floats, load_int16, nearest, pointer,
+                                             prefetch, store)
 from pydsa.quants import INT8X2_MAX
 
 

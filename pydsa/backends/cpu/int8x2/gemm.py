@@ -8,9 +8,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.amx import LOW_PARTS, STEP, TILE_BYTES, call_amx, prefetch_line
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.simd import F32, I8, INTP, broadcast, constant, f32x16, i32x16, pointer
+from pydsa.backends.cpu.vectors.amx import LOW_PARTS, STEP, TILE_BYTES, call_amx, prefetch_line
+from pydsa.backends.cpu.vectors.simd import F32, I8, INTP, broadcast, constant, f32x16, i32x16, pointer
 
 
 def int8x2_to_floats(builder, high, low):

@@ -8,15 +8,15 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.amx import LOW_PARTS, STEP, TILE_BYTES, call_amx, configure, release
 from pydsa.backends.cpu.int8x2.gemm import int8x2_to_floats
 from pydsa.backends.cpu.int8x2.panels import round_query
 from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.jobs import read_score_job
-from pydsa.backends.cpu.lanes import load_strided, relu, row_sums, transpose
-from pydsa.backends.cpu.scalars import float_from_bits
 from pydsa.backends.cpu.scratch import thread_scratch
-from pydsa.backends.cpu.simd import I8, INTP, f32x16, float_at, i32x16, load_floats, multiply_add, pointer, prefetch, store
+from pydsa.backends.cpu.vectors.amx import LOW_PARTS, STEP, TILE_BYTES, call_amx, configure, release
+from pydsa.backends.cpu.vectors.lanes import load_strided, relu, row_sums, transpose
+from pydsa.backends.cpu.vectors.scalars import float_from_bits
+from pydsa.backends.cpu.vectors.simd import I8, INTP, f32x16, float_at, i32x16, load_floats, multiply_add, pointer, prefetch, store
 
 
 KEYS = 256          # scored for all tokens before the next: with 128 values each, 33 KiB

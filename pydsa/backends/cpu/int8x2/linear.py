@@ -8,16 +8,16 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.amx import STEP, TILE_BYTES, configure, release
 from pydsa.backends.cpu.blocks.block import MINS, MINS_16, SCALES, SUPERBLOCK
 from pydsa.backends.cpu.int8x2.gemm import panel_products_int8x2, rows_prefetched
 from pydsa.backends.cpu.int8x2.panels import PANEL, SCALED_PANEL, pack_int8x2, store_step, transpose_panel
 from pydsa.backends.cpu.jit import call_intp_function, inline, inner
 from pydsa.backends.cpu.jobs import read_matmul_job
-from pydsa.backends.cpu.lanes import both_halves, spread, transpose
 from pydsa.backends.cpu.scratch import thread_scratch
-from pydsa.backends.cpu.simd import (I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i16x32, i32x16, i64_at, load_8_floats,
-                                     load_floats, load_int16, nearest, pointer, prefetch, reduce_max_abs, store)
+from pydsa.backends.cpu.vectors.amx import STEP, TILE_BYTES, configure, release
+from pydsa.backends.cpu.vectors.lanes import both_halves, spread, transpose
+from pydsa.backends.cpu.vectors.simd import (I32, broadcast, call_llvm, constant, f32x16, float_at, floats, i16x32, i32x16, i64_at,
+                                             load_8_floats, load_floats, load_int16, nearest, pointer, prefetch, reduce_max_abs, store)
 from pydsa.quants import INT8X2_MAX
 
 

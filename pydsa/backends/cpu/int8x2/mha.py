@@ -8,18 +8,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pydsa.backends.cpu.amx import STEP, TILE_BYTES, configure, release
 from pydsa.backends.cpu.int8x2.attention import softmax_tile
 from pydsa.backends.cpu.int8x2.gemm import panel_products_int8x2
 from pydsa.backends.cpu.int8x2.panels import PANEL, SCALED_PANEL, max_abs, pack_int8x2, round_to_panel, scale_to_max, transpose_panel
 from pydsa.backends.cpu.jit import call_block_function, inner
 from pydsa.backends.cpu.jobs import read_head_job
-from pydsa.backends.cpu.lanes import transpose
 from pydsa.backends.cpu.mha import LATENT_TILE, clear, copy_floats
-from pydsa.backends.cpu.scalars import float_from_bits
 from pydsa.backends.cpu.scratch import thread_scratch
-from pydsa.backends.cpu.simd import float_at, floats, load_floats, prefetch, store
 from pydsa.backends.cpu.softmax import MINUS_INFINITY, max_end, rescale_sums, set_limits
+from pydsa.backends.cpu.vectors.amx import STEP, TILE_BYTES, configure, release
+from pydsa.backends.cpu.vectors.lanes import transpose
+from pydsa.backends.cpu.vectors.scalars import float_from_bits
+from pydsa.backends.cpu.vectors.simd import float_at, floats, load_floats, prefetch, store
 from pydsa.quants import INT8X2_MAX
 
 

@@ -5,12 +5,12 @@ Each row of a panel has a scale.
 import numpy as np
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.amx import LOW_PARTS, STEP
 from pydsa.backends.cpu.jit import inline, inner
-from pydsa.backends.cpu.lanes import store_int8x2, transpose
-from pydsa.backends.cpu.rounding import max_abs_of
-from pydsa.backends.cpu.simd import (I16, I32, call_llvm, constant, float_at, floats, i16x32, i32x16, load_floats, max_abs_lanes,
-                                     reduce_max_abs, round_int16, store)
+from pydsa.backends.cpu.vectors.amx import LOW_PARTS, STEP
+from pydsa.backends.cpu.vectors.lanes import store_int8x2, transpose
+from pydsa.backends.cpu.vectors.rounding import max_abs_of
+from pydsa.backends.cpu.vectors.simd import (I16, I32, call_llvm, constant, float_at, floats, i16x32, i32x16, load_floats, max_abs_lanes,
+                                             reduce_max_abs, round_int16, store)
 from pydsa.quants import INT8X2_MAX
 
 

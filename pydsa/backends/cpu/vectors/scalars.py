@@ -9,7 +9,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.jit import inline, inner
-from pydsa.backends.cpu.simd import FEATURES, u16_at
+from pydsa.backends.cpu.vectors.simd import FEATURES, u16_at
 
 
 @intrinsic

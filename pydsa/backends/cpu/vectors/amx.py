@@ -7,7 +7,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.simd import FEATURES, I8, I32, call_llvm
+from pydsa.backends.cpu.vectors.simd import FEATURES, I8, I32, call_llvm
 
 
 HERE = {"amx-tile", "amx-bf16", "amx-int8", "avx512bw"} <= FEATURES

@@ -8,7 +8,7 @@ import re
 import numpy as np
 
 from pydsa.errors import PydsaError
-from pydsa.gguf_file import MAX_KEY, Metadata, quote
+from pydsa.gguf.file import MAX_KEY, Metadata, quote
 
 TYPES = "int, float, bool and str"
 ARCHITECTURE = "general.architecture"

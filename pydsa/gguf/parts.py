@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pydsa.errors import GGUFError
-from pydsa.gguf_file import GGML_TYPES, SPLIT_NAME, GGUFFile, Metadata, Tensor, open_parts, quote
+from pydsa.gguf.file import GGML_TYPES, SPLIT_NAME, GGUFFile, Metadata, Tensor, open_parts, quote
 
 END = 64            # bytes at each end of a tensor that are told: those of Setup.fingerprint
 WHOLE = 4096        # bytes of a tensor that is told as a whole: factors of products are read where a graph is recorded

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pydsa.errors import PydsaError, TargetError
-from pydsa.gguf_file import (ARRAY, BOOL, GGML_TYPES, I64, MAX_HEADER, MAX_NAME, SCALARS, SPLIT_NAME, STRING, U32, U64, Reader, map_file,
+from pydsa.gguf.file import (ARRAY, BOOL, GGML_TYPES, I64, MAX_HEADER, MAX_NAME, SCALARS, SPLIT_NAME, STRING, U32, U64, Reader, map_file,
                              quote)
 from pydsa.options import counts
 from pydsa.targets import check_replaceable
@@ -36,7 +36,7 @@ def pack(value, kind=None):
     """A value of the metadata -> Packed.
 
     By default an int is u32, a float f32, a bool bool, a str string, a list of str an array of strings, a numpy array one of its dtype, and
-    a Packed itself. kind: the type id of a number, where it is another (pydsa.gguf_file.SCALARS).
+    a Packed itself. kind: the type id of a number, where it is another (pydsa.gguf.file.SCALARS).
     """
     if isinstance(value, Packed):
         return value

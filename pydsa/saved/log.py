@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from pydsa.errors import SessionFileError
-from pydsa.session_file import MAX_HEADER, chunks
+from pydsa.saved.file import MAX_HEADER, chunks
 from pydsa.targets import replacing
 
 MAGIC, RECORD = b"pydsa session log 1\n", struct.Struct("<4sQQ")

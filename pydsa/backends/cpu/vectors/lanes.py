@@ -7,8 +7,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.simd import (F32, FAST, FEATURES, I8, I16, I32, INTP, Vec, _join, _split, call_llvm, constant, f32x8, f32x16,
-                                     i16x32, i32x16, int16_dots, nearest, pack, pointer, reduce_add)
+from pydsa.backends.cpu.vectors.simd import (F32, FAST, FEATURES, I8, I16, I32, INTP, Vec, _join, _split, call_llvm, constant, f32x8,
+                                             f32x16, i16x32, i32x16, int16_dots, nearest, pack, pointer, reduce_add)
 
 
 @intrinsic

@@ -4,9 +4,9 @@ The function gets a Choice, one for each layer that has an indexer, in each step
 """
 import numpy as np
 
-from pydsa.dense import attention_of, index_of
 from pydsa.errors import PydsaError
 from pydsa.executor.hooks import Hook, layer_of
+from pydsa.selections.dense import attention_of, index_of
 
 ATTENTION = ("sparse_attention", "mha_sparse_attention")
 INDICES = 3     # their argument with the chosen keys

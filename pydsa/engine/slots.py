@@ -3,8 +3,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pydsa.prefixes import common_length
 from pydsa.sampling import Sampler
+from pydsa.saved.prefixes import common_length
 
 SHORT = 128         # tokens of the prompts that share a step
 SAME = 16           # tokens at the beginning of two prompts that are not worth waiting for

@@ -7,8 +7,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.byte_codes import as_bytes, i8x64, load_at, loading_pair
-from pydsa.backends.cpu.simd import F32, I8, I16, I32, I64, call_llvm, constant, f32x16, i16x32, i32x16, int16_dots, pack, pointer
+from pydsa.backends.cpu.vectors.byte_codes import as_bytes, i8x64, load_at, loading_pair
+from pydsa.backends.cpu.vectors.simd import F32, I8, I16, I32, I64, call_llvm, constant, f32x16, i16x32, i32x16, int16_dots, pack, pointer
 
 
 def dots_of_two(offset, lower):

@@ -8,8 +8,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.simd import (FEATURES, I8, I16, I64, Vec, broadcast, call_llvm, constant, f32x8, f32x16, i16x32,
-                                     i32x16, int16_dots, pointer)
+from pydsa.backends.cpu.vectors.simd import (FEATURES, I8, I16, I64, Vec, broadcast, call_llvm, constant, f32x8, f32x16, i16x32, i32x16,
+                                             int16_dots, pointer)
 
 
 HERE = {"avx512bw", "avx512vbmi", "avx512vnni", "bmi2", "gfni"} <= FEATURES

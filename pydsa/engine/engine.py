@@ -16,14 +16,14 @@ import threading
 import time
 import traceback
 
-from pydsa.batch import Batch
+from pydsa.engine.batch import Batch
+from pydsa.engine.requests import (Cancelled, Failed, Finished, InternalError, Progress, QueueFullError, Request, SlotState, Started,
+                                   Stats, Ticket, Timings, Token, Written)
+from pydsa.engine.slots import NotBegun, Slot, UnderWay, may_join
 from pydsa.errors import ContextFullError, PydsaError
 from pydsa.options import counts
-from pydsa.prefixes import Prefixes
-from pydsa.requests import (Cancelled, Failed, Finished, InternalError, Progress, QueueFullError, Request, SlotState, Started, Stats,
-                            Ticket, Timings, Token, Written)
 from pydsa.sampling import Sampler, log_probabilities
-from pydsa.slots import NotBegun, Slot, UnderWay, may_join
+from pydsa.saved.prefixes import Prefixes
 from pydsa.stepping import check_ids, check_max_tokens
 
 CHUNK = 512         # tokens of a prompt that run together while others wait for theirs

@@ -139,14 +139,14 @@ class GGUFFile(NamedTuple):
     n_bytes: int                    # of all parts together
     version: int
     part_names: list[list[str]]     # the names of the tensors of each part, in file order
-    absent: frozenset = frozenset()     # paths of the parts that are on other machines (gguf_parts.py)
+    absent: frozenset = frozenset()     # paths of the parts that are on other machines (parts.py)
 
 
 def open_gguf(path: str | os.PathLike, absent: dict[int, GGUFFile] | None = None) -> GGUFFile:
     """Map the GGUF at `path`, with all parts of a split one.
 
     `path` must be the first part. The other parts must be beside it, with the same NAME in NAME-00001-of-000NN.gguf. absent: what stands
-    for parts that are not there, by number (gguf_parts.absent_parts). Raises GGUFError if the file cannot be read, is damaged or is not the
+    for parts that are not there, by number (gguf.parts.absent_parts). Raises GGUFError if the file cannot be read, is damaged or is not the
     first part.
     """
     parts = open_parts(path, absent or ())

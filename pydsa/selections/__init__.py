@@ -2,7 +2,7 @@
 
     session.select = pydsa.selections.sliding_window(64, sinks=4)
 
-A way is a function of a selecting.Choice that returns the keys of each token.
+A way is a function of a selector.Choice that returns the keys of each token.
 """
 import numbers
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from pydsa.errors import PydsaError
 from pydsa.options import counts
-from pydsa.selecting import checked, name_of
+from pydsa.selections.selector import checked, name_of
 
 
 def best(choice, values):

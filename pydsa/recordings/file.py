@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pydsa import packed
 from pydsa.errors import RecordingFileError
 from pydsa.machine.limits import allocating
+from pydsa.recordings import packed
 from pydsa.targets import check_replaceable
 
 VERSION = 1

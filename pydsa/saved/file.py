@@ -1,6 +1,6 @@
 """The file of a saved session: a header with its tokens, its cache rows, and a checksum.
 
-A file is: a magic, the length of the header, the header (JSON), rows, and SHA-256 of header and rows. session_parts.py has sessions in
+A file is: a magic, the length of the header, the header (JSON), rows, and SHA-256 of header and rows. parts.py has sessions in
 several files, which have this form too.
 """
 import contextlib

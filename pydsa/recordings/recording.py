@@ -4,7 +4,7 @@
         session.prefill(ids)
     recording.selection[3]      # int32 [n, top_k]
 
-It consists of chunks, dicts of arrays for a few tokens, in which choices are packed (packed.py). A file has the same (recording_file.py).
+It consists of chunks, dicts of arrays for a few tokens, in which choices are packed (packed.py). A file has the same (file.py).
 """
 import collections
 import os
@@ -12,12 +12,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pydsa import packed
 from pydsa.cards import shown
 from pydsa.errors import RecordingFileError
 from pydsa.executor.plan import check_memory
 from pydsa.machine.limits import allocating
-from pydsa.recording_file import CHUNK, Reader, Writer
+from pydsa.recordings import packed
+from pydsa.recordings.file import CHUNK, Reader, Writer
 from pydsa.words import card_of_a_recording
 
 
@@ -28,7 +28,7 @@ class Recording:
     Session.record() makes it, Recording.open() reads a file. The n tokens are those of the context that were recorded, in its order.
 
     n: how many they are; len(recording) too. n_left: how many older tokens left, where memory was limited. n_bytes: its size.
-    facts: what it tells of the model (recording_file.Facts).
+    facts: what it tells of the model (file.Facts).
     layers: the numbers of the model's layers. indexed_layers: {layer: the layer whose choice it uses}, None without an indexer.
     top_k: the most keys of a choice, None without an indexer.
     selection: {layer: int32 [n, top_k]}, the keys that a token attended to, ascending, -1 at the end; scores: {layer: float32 [n, top_k]},

@@ -9,7 +9,7 @@ import numpy as np
 from pydsa.backends import reference
 from pydsa.backends.host import cache_values
 from pydsa.executor.graph import CacheRef
-from pydsa.gguf_file import Tensor
+from pydsa.gguf.file import Tensor
 
 AT_ONCE = 1 << 24       # products of a query with a key that are in memory at a time
 
@@ -19,7 +19,7 @@ INDEXERS = ("indexer_select", "indexer_scores")
 
 
 def stored_values(cache, n, dtype=np.float32):
-    """The first n rows of a cache.VectorCache as floats, [n, width]."""
+    """The first n rows of an executor.cache.VectorCache as floats, [n, width]."""
     rows = np.ascontiguousarray(cache.stored(n))
     return cache_values(rows.view(reference.cache_rows(0, cache.widths, cache.storage).dtype), dtype)
 

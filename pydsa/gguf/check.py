@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pydsa.errors import GGUFError
-from pydsa.gguf_file import GGML_TYPES
+from pydsa.gguf.file import GGML_TYPES
 from pydsa.options import size
 from pydsa.quants import TYPES
 

@@ -7,9 +7,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.lanes import SHUFFLES
-from pydsa.backends.cpu.simd import (F32, FEATURES, I8, I16, I32, I64, INTP, Vec, _join, _split, broadcast, call_llvm, constant,
-                                     extend_halves, f32x8, i16x32, nearest, pointer)
+from pydsa.backends.cpu.vectors.lanes import SHUFFLES
+from pydsa.backends.cpu.vectors.simd import (F32, FEATURES, I8, I16, I32, I64, INTP, Vec, _join, _split, broadcast, call_llvm, constant,
+                                             extend_halves, f32x8, i16x32, nearest, pointer)
 
 
 WIDE = "avx512bw" in FEATURES       # whether one instruction permutes 32 int16

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pydsa import packed
 from pydsa.chat import chat_prompt
-from pydsa.dense import attention_of, index_of
 from pydsa.errors import PydsaError
 from pydsa.executor.hooks import Hook, layer_of
 from pydsa.options import counts
-from pydsa.recording import Recording
-from pydsa.recording_file import CHUNK, FIELDS, OF_TOKENS, Facts, Reader, Writer
+from pydsa.recordings import packed
+from pydsa.recordings.file import CHUNK, FIELDS, OF_TOKENS, Facts, Reader, Writer
+from pydsa.recordings.recording import Recording
+from pydsa.selections.dense import attention_of, index_of
 from pydsa.signals import interrupts_held
 
 PENDING = 1 << 24       # bytes of choices that are not packed yet, about

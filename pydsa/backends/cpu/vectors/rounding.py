@@ -4,9 +4,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.lanes import store_int8x2
-from pydsa.backends.cpu.simd import (F32, broadcast, constant, f32x8, float_at, floats, load_floats, max_abs_lanes, reduce_max_abs,
-                                     store)
+from pydsa.backends.cpu.vectors.lanes import store_int8x2
+from pydsa.backends.cpu.vectors.simd import (F32, broadcast, constant, f32x8, float_at, floats, load_floats, max_abs_lanes, reduce_max_abs,
+                                             store)
 from pydsa.quants import INT8X2_MAX
 
 

@@ -12,9 +12,9 @@ import secrets
 
 import numpy as np
 
-from pydsa import session_file
 from pydsa.errors import PydsaError, SessionFileError
-from pydsa.session_file import DAMAGED, Framed, chunks, reading, replaced, rows_of, write_framed
+from pydsa.saved import file as session_file
+from pydsa.saved.file import DAMAGED, Framed, chunks, reading, replaced, rows_of, write_framed
 
 HEAD, PART = b"pydsa session head 1\n", b"pydsa session part 1\n"
 IN_PART = ("file", "layers", "n_tokens", "caches")      # of an entry in the head, also in the part itself

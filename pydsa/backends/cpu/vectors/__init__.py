@@ -1,0 +1,1 @@
+"""Vector registers in kernels: instructions, lanes, tiles of AMX, and lookups."""

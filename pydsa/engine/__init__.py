@@ -1,0 +1,1 @@
+"""Many requests answered with one model, in steps that they share."""
