@@ -16,7 +16,7 @@ from helpers import write_files
 
 import pydsa
 from pydsa import PydsaError, bench, words
-from pydsa.backends.cpu import threads
+from pydsa.backends.cpu.team import threads
 from pydsa.cli import main
 from pydsa.machine import control_groups
 from pydsa.machine.cores import MOST_THREADS, cache_of_core, physical_cores

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from pydsa.backends.cpu import threads
 from pydsa.backends.cpu.arrays import align
-from pydsa.backends.cpu.coming import REGIONS
 from pydsa.backends.cpu.jit import ByAddress, Wanted, code_size, inner
-from pydsa.backends.cpu.records import reader, signature_of, words_of
+from pydsa.backends.cpu.team import threads
+from pydsa.backends.cpu.team.coming import REGIONS
+from pydsa.backends.cpu.team.records import reader, signature_of, words_of
 
 
 class Stage(NamedTuple):

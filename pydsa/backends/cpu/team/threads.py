@@ -13,10 +13,10 @@ import numba
 import numpy as np
 from numba import types
 
-from pydsa.backends.cpu import team
 from pydsa.backends.cpu.arrays import LINE, align
 from pydsa.backends.cpu.jit import wanted_kernel
 from pydsa.backends.cpu.scratch import forget_buffers
+from pydsa.backends.cpu.team import team
 from pydsa.errors import PydsaError
 from pydsa.machine.cores import MOST_THREADS, affinity, physical_cores
 from pydsa.machine.limits import allocating

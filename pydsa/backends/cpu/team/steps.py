@@ -2,13 +2,13 @@
 import itertools
 import time
 
-from pydsa.backends.cpu import threads
 from pydsa.backends.cpu.attention import together
-from pydsa.backends.cpu.fetching import ASKING, begin_step, sample_of, with_requests
 from pydsa.backends.cpu.jit import compile_all, listing, wanted_function
-from pydsa.backends.cpu.op import Step
-from pydsa.backends.cpu.reading_ahead import ReadAhead, uses_nearly_all
-from pydsa.backends.cpu.records import signature_of
+from pydsa.backends.cpu.team import threads
+from pydsa.backends.cpu.team.fetching import ASKING, begin_step, sample_of, with_requests
+from pydsa.backends.cpu.team.op import Step
+from pydsa.backends.cpu.team.reading_ahead import ReadAhead, uses_nearly_all
+from pydsa.backends.cpu.team.records import signature_of
 
 
 def compile_calls(bind, progress=None):

@@ -14,8 +14,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.atomics import load_word
 from pydsa.backends.cpu.jit import inner
+from pydsa.backends.cpu.team.atomics import load_word
 from pydsa.backends.cpu.vectors.simd import I32, INTP
 
 MUTEX, CONDITION, WATCHED_BYTES = 128, 256, 384      # a pthread_mutex_t, and a pthread_cond_t, take 64 bytes at most

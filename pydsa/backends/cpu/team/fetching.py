@@ -14,7 +14,7 @@ import numpy as np
 from numba import types
 
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.op import Stage, op
+from pydsa.backends.cpu.team.op import Stage, op
 
 try:
     import resource

@@ -14,11 +14,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.atomics import add_to_word, load_word, pause, store_word
-from pydsa.backends.cpu.coming import MOST, PIECE, REGIONS_BYTES, fetch_share
 from pydsa.backends.cpu.jit import inner, kernel
+from pydsa.backends.cpu.team.atomics import add_to_word, load_word, pause, store_word
+from pydsa.backends.cpu.team.coming import MOST, PIECE, REGIONS_BYTES, fetch_share
+from pydsa.backends.cpu.team.waiting import WATCHED_BYTES, prepare, sleep_while, upper_half, wake
 from pydsa.backends.cpu.vectors.simd import INTP, i64_at, store
-from pydsa.backends.cpu.waiting import WATCHED_BYTES, prepare, sleep_while, upper_half, wake
 
 # The state of a team. Each word that changes while tasks are done has two cache lines for itself, as CPUs fetch lines in pairs.
 # Regions that intervals after the present one read (coming.py) are in the line of TICKET, which changes with them.

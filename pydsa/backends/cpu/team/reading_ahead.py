@@ -8,7 +8,7 @@ import mmap
 import os
 import threading
 
-from pydsa.backends.cpu.fetching import CAN_ASK, ENOUGH, USERS, parts_of, pieces_of
+from pydsa.backends.cpu.team.fetching import CAN_ASK, ENOUGH, USERS, parts_of, pieces_of
 from pydsa.machine import limits
 from pydsa.machine.numa import memory_placed
 

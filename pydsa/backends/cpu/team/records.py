@@ -12,7 +12,7 @@ from numba import types
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
-from pydsa.backends.cpu.team import Task
+from pydsa.backends.cpu.team.team import Task
 from pydsa.backends.cpu.vectors.simd import I64, INTP, pointer
 
 FLOAT = types.float64
