@@ -13,8 +13,8 @@ if DEVICE != "cuda" or IN_SIMULATOR:
 
 from pydsa.backends import cuda, gpus  # noqa: E402
 from pydsa.backends.cuda import attend_chosen, attend_one, halved_heads, int8x2, modes, variants  # noqa: E402
-from pydsa.backends.cuda.current import current, selected  # noqa: E402
 from pydsa.backends.cuda.linear import head_tiles  # noqa: E402
+from pydsa.backends.cuda.runtime.current import current, selected  # noqa: E402
 from pydsa.options import EXACT, FLOAT16  # noqa: E402
 from pydsa.quants import CACHE_TYPES  # noqa: E402
 from tools import time_kernels  # noqa: E402

@@ -316,7 +316,7 @@ def test_cuda_kernels(tmp_path):
     """Two processes make PTX and cubin; damaged ones are made again."""
     code = """
 from types import SimpleNamespace
-from pydsa.backends.cuda import launch
+from pydsa.backends.cuda.runtime import launch
 from pydsa.backends.cuda.norm import add_rows, layer_norm_rows, rms_norm_rows, silu_mul_rows
 here = SimpleNamespace(index=0, capability=(9, 0), load=lambda cubin, name: loaded.append(name))
 launch.current = lambda: here

@@ -225,9 +225,9 @@ def test_the_default_number_of_threads(monkeypatch):
             threads.check_threads(n)
 
 
-@pytest.mark.parametrize("backend", ["cpu.jit", "cuda.launch"])
+@pytest.mark.parametrize("backend", ["cpu.jit", "cuda.runtime.launch"])
 def test_processes_that_compile_are_as_many_as_cores(monkeypatch, backend):
-    if backend == "cuda.launch" and importlib.util.find_spec("numba_cuda") is None:
+    if backend == "cuda.runtime.launch" and importlib.util.find_spec("numba_cuda") is None:
         pytest.skip("numba-cuda is not installed")
     module = importlib.import_module(f"pydsa.backends.{backend}")
     asked = []

@@ -18,10 +18,10 @@ WIDE = """
 import numpy as np
 from numba import cuda
 from pydsa.backends.cuda import empty, upload
-from pydsa.backends.cuda.instructions import (all_copies, commit_copies, copy_sixteen_async, let_later_begin, load_eight, load_matrices,
-                                              load_matrices_transposed, read_sixteen, store_eight, store_sixteen, stream_four,
-                                              stream_sixteen, wait_for_earlier)
-from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.intrinsics.instructions import (all_copies, commit_copies, copy_sixteen_async, let_later_begin, load_eight,
+                                                         load_matrices, load_matrices_transposed, read_sixteen, store_eight,
+                                                         store_sixteen, stream_four, stream_sixteen, wait_for_earlier)
+from pydsa.backends.cuda.runtime.launch import kernel
 
 @kernel("u1[::1], u1[::1], u1[::1]", 32)
 def wide(out, sums, x):
@@ -85,8 +85,8 @@ DIVISIONS = """
 import numpy as np
 from numba import cuda
 from pydsa.backends.cuda import empty, upload
-from pydsa.backends.cuda.division import divide, inverse_root
-from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.intrinsics.division import divide, inverse_root
+from pydsa.backends.cuda.runtime.launch import kernel
 
 @kernel("f4[::1], f4[::1], f4[::1], f4[::1]", 256)
 def divisions(quotients, roots, a, b):
@@ -107,7 +107,7 @@ assert np.array_equal(roots.get(), expected_roots, equal_nan=True)
 """
 LACKS = """
 import pytest
-from pydsa.backends.cuda.instructions import instruction
+from pydsa.backends.cuda.intrinsics.instructions import instruction
 from pydsa.errors import PydsaError
 with pytest.raises(PydsaError, match="cannot execute wgmma.fence"):
     instruction("wgmma.fence.sync.aligned;")()
@@ -115,8 +115,8 @@ with pytest.raises(PydsaError, match="cannot execute wgmma.fence"):
 ROUTES = """
 import re
 from numba import cuda
-from pydsa.backends.cuda.instructions import instruction, wait_for_earlier
-from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.intrinsics.instructions import instruction, wait_for_earlier
+from pydsa.backends.cuda.runtime.launch import kernel
 registers = instruction("setmaxnreg.inc.sync.aligned.u32 240;", fixed=True)
 
 @kernel("f4[::1]", 128, specific=(9, 0))
@@ -141,7 +141,7 @@ assert of_all.entry(of_all.cubin((9, 0)), (9, 0)) == "of_all" and re.match("_Z.*
 """
 SERIALIZED = """
 from pydsa.backends import cuda
-from pydsa.backends.cuda.launch import KERNELS
+from pydsa.backends.cuda.runtime.launch import KERNELS
 keys, said = KERNELS["flash_keys"], []
 assert all(kernel.lto for kernel in KERNELS.values() if kernel.specific)
 for keys.lto in (True, False):      # by PTX it would be a division in 64 bits that is a call
