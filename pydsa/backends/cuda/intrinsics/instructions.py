@@ -17,8 +17,6 @@ from pydsa.backends.cuda.intrinsics.device import SIMULATED
 from pydsa.errors import PydsaError
 
 if SIMULATED:
-    from pydsa.backends.cuda.intrinsics.device import MMA_WARP, counts_of_lanes, this_thread, wait_for_lanes
-
     def instruction(text, results="", operands="", simulated=None, fixed=False):
         """The function of an instruction, as below.
 
@@ -34,18 +32,6 @@ if SIMULATED:
         array = getattr(array, "_ary", array)
         assert array.flags.c_contiguous, "not contiguous"
         return array.reshape(-1).view(np.uint8)
-
-    def _simulated_matrices(transposed):
-        def load(array, at):
-            thread, data = this_thread().threadIdx.x, bytes_of(array)
-            first, lane = thread // MMA_WARP * MMA_WARP, thread % MMA_WARP
-            counts_of_lanes[thread] = at
-            wait_for_lanes(MMA_WARP)
-            rows = np.stack([data[place:place + 16].view(np.uint16) for place in counts_of_lanes[first:first + MMA_WARP]]).reshape(4, 8, 8)
-            wait_for_lanes(MMA_WARP)
-            words = np.ascontiguousarray(rows.transpose(0, 2, 1) if transposed else rows).view(np.uint32).reshape(4, MMA_WARP)
-            return tuple(int(w) for w in words[:, lane])
-        return load
 
 else:
     from llvmlite import ir
@@ -183,12 +169,6 @@ all_copies = copies_left(0)
 # Wait until all that earlier kernels have written is there; let a dependent kernel begin when all blocks are here.
 wait_for_earlier = instruction("griddepcontrol.wait;", "", "", _nothing, True)
 let_later_begin = instruction("griddepcontrol.launch_dependents;", "", "", _nothing, True)
-
-# load(array, at): four matrices of 8 x 8 numbers of 16 bits in shared memory. Lane i names row i % 8 of matrix i // 8, 16 bytes, and gets
-# of each matrix a pair as mma takes it: numbers 2 (i % 4) and the next of row i // 4, or, where it is transposed, of column i // 4.
-load_matrices, load_matrices_transposed = (instruction(
-    f"ldmatrix.sync.aligned.m8n8.x4{how}.shared.b16 {{$0,$1,$2,$3}}, [$4];", "rrrr", "s",
-    _simulated_matrices(bool(how)) if SIMULATED else None, True) for how in ("", ".trans"))
 
 # Pairs of float16 in words, rounded to nearest even. pack_halves(upper, lower): two float32 as a pair. halves_by_low(x, y),
 # halves_by_high: x times the lower, or the upper, of y. fma_by_low(x, y, z), fma_by_high: and plus z. fma_low_low(x, y, z), fma_low_high,
