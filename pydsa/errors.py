@@ -63,6 +63,15 @@ class OutOfMemoryError(PydsaError):
     """The request needs more memory than the machine has available."""
 
 
+def sentence(error):
+    """The message of an error with a full stop, as users read it.
+
+    Messages of the modules at the bottom have none, as others are made of them.
+    """
+    text = str(error)
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
 def lacks_memory(error):
     """Whether an exception, or one that led to it, is a lack of memory.
 

@@ -3,7 +3,6 @@
 A Model holds the weights, the tokenizer and the bound backend; what it needs says its Setup (setup.py).
 """
 import collections
-import collections.abc
 import warnings
 
 from pydsa.backends.devices import backend_of, device_of

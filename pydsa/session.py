@@ -31,7 +31,7 @@ class Session:
     tokens: the ids whose keys are in the caches, a list of int. n_past: their number. Methods that append tokens raise PydsaError for ids
     that are not in the vocabulary, and ContextFullError if the tokens do not fit; nothing is run then.
 
-    caches: {CacheRef: VectorCache}. runner runs the steps. setup (model.Setup) has the schedule and the limits. tokenizer: the model's;
+    caches: {CacheRef: VectorCache}. runner runs the steps. setup (setup.Setup) has the schedule and the limits. tokenizer: the model's;
     it knows the tokens that end a turn.
     """
 
@@ -52,7 +52,7 @@ class Session:
 
     @property
     def setup(self):
-        """The model.Setup of the session's model."""
+        """The setup.Setup of the session's model."""
         return self._setup
 
     def prefill(self, ids, progress=None, observe=None):

@@ -1,6 +1,5 @@
 """A Setup says what running a GGUF file needs: configuration, schedule, graphs and memory."""
 import collections
-import collections.abc
 import copy
 import functools
 import hashlib

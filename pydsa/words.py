@@ -109,7 +109,7 @@ def caches_in_words(setup):
 
 
 def card_of_a_setup(setup):
-    """The Card of a model.Setup: the file, the attention and the memory."""
+    """The Card of a setup.Setup: the file, the attention and the memory."""
     card = _of_a_file("Setup", setup)
     memory = [("weights in the mapped file", setup.mapped_bytes), ("weights copied", setup.copied_bytes),
               ("caches of a session", setup.cache_bytes), ("values of a step", setup.scratch_bytes + setup.score_bytes

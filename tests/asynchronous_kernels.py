@@ -16,13 +16,13 @@ driver = install()
 driver.capability = 9, 0
 
 from pydsa.backends.cuda import empty, upload  # noqa: E402
-from pydsa.backends.cuda.current import current  # noqa: E402
-from pydsa.backends.cuda.hopper import (arrive, copy_bulk, expect_bytes, fence_async, fence_mbarriers, init_mbarrier,  # noqa: E402
-                                        make_wgmma, make_wgmma_wait, wait_phase)
-from pydsa.backends.cuda.instructions import (commit_copies, copies_left, copy_sixteen_async, let_later_begin, load_four,  # noqa: E402
-                                              store_four, stream_four, wait_for_earlier)
-from pydsa.backends.cuda.launch import kernel  # noqa: E402
-from pydsa.backends.cuda.shared_memory import shared_address  # noqa: E402
+from pydsa.backends.cuda.intrinsics.hopper import (arrive, copy_bulk, expect_bytes, fence_async, fence_mbarriers,  # noqa: E402
+                                                   init_mbarrier, make_wgmma, make_wgmma_wait, wait_phase)
+from pydsa.backends.cuda.intrinsics.instructions import (commit_copies, copies_left, copy_sixteen_async, let_later_begin,  # noqa: E402
+                                                         load_four, store_four, stream_four, wait_for_earlier)
+from pydsa.backends.cuda.intrinsics.shared_memory import shared_address  # noqa: E402
+from pydsa.backends.cuda.runtime.current import current  # noqa: E402
+from pydsa.backends.cuda.runtime.launch import kernel  # noqa: E402
 from tests.ptx.machine import Kernel, KernelError  # noqa: E402
 from tests.ptx.program import Instruction  # noqa: E402
 

@@ -37,7 +37,7 @@ SMALL = dict(type="F32", n_embd=72, n_head=3, n_lora_q=40, n_lora_kv=56, n_nope=
 @pytest.fixture
 def one_thread():
     """One thread: on a busy machine two wait for each other."""
-    from pydsa.backends.cpu import threads
+    from pydsa.backends.cpu.team import threads
     threads.set_threads(1)
 
 

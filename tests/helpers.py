@@ -14,7 +14,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from pydsa.backends import reference
-from pydsa.backends.cpu import threads
+from pydsa.backends.cpu.team import threads
 from pydsa.backends.cpu.vectors import amx
 from pydsa.gguf.file import Tensor
 from pydsa.options import EXACT, FLOAT16

@@ -12,9 +12,10 @@ if DEVICE != "cuda" or IN_SIMULATOR:
     pytest.skip("these are kernels of GPUs of capability 9.0", allow_module_level=True)
 
 from pydsa.backends import cuda, gpus  # noqa: E402
-from pydsa.backends.cuda import attend_chosen, attend_one, halved_heads, int8x2, modes, variants  # noqa: E402
-from pydsa.backends.cuda.current import current, selected  # noqa: E402
+from pydsa.backends.cuda import int8x2, modes, variants  # noqa: E402
+from pydsa.backends.cuda.chosen import attend_chosen, attend_one, halved_heads  # noqa: E402
 from pydsa.backends.cuda.linear import head_tiles  # noqa: E402
+from pydsa.backends.cuda.runtime.current import current, selected  # noqa: E402
 from pydsa.options import EXACT, FLOAT16  # noqa: E402
 from pydsa.quants import CACHE_TYPES  # noqa: E402
 from tools import time_kernels  # noqa: E402

@@ -64,7 +64,7 @@ def test_system_message_changes_the_prompt(model):
 @pytest.mark.parametrize("args, message", [
     (["run", "no-such.gguf", "-p", "x"], "no such file"),
     (["run", "MODEL", "-p", "x", "-f", "-"], "not both"),
-    (["run", "MODEL", "-p", "x", "--temp", "-1"], "temperature"),
+    (["run", "MODEL", "-p", "x", "--temp", "-1"], "Error: temperature is -1.0, expected a number from 0.\n"),
     (["run", "MODEL", "-p", "x", "--raw", "--think"], "--raw leaves out"),
     (["run", "MODEL", "-p", "x", "-c", "-1"], "n_ctx is -1"),
     (["run", "MODEL", "-p", "x", "-c", "1000000000"], "GiB"),

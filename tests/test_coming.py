@@ -6,8 +6,8 @@ import pytest
 from helpers import normal, tensor
 
 from pydsa.backends import cpu
-from pydsa.backends.cpu import coming
-from pydsa.backends.cpu.op import Step
+from pydsa.backends.cpu.team import coming
+from pydsa.backends.cpu.team.op import Step
 
 SIZES = 40 * 1024, 100, 3 * coming.PIECE
 

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from pydsa import compiling, kernel_cache
-from pydsa.backends.cpu import steps
+from pydsa.backends.cpu.team import steps
 from pydsa.compiling import Job, compile_jobs
 from pydsa.kernel_cache import KernelsNotKept
 from pydsa.machine.cores import physical_cores
@@ -240,7 +240,7 @@ from pydsa import compiling
 from pydsa.backends.cpu import jit
 from pydsa.backends.cpu.integer_rows import FUNCTIONS
 from pydsa.backends.cpu.norm import add, silu_mul
-from pydsa.backends.cpu.steps import compile_calls
+from pydsa.backends.cpu.team.steps import compile_calls
 if "serial" in sys.argv or jit.numba.config.NUMBA_NUM_THREADS == 1:
     compiling._start = None
 x, out = np.arange(6, dtype=np.float32).reshape(2, 3), np.empty((2, 3), np.float32)
@@ -304,7 +304,7 @@ def test_kernels_of_others_are_not_kept():
 def test_parts_of_kernels_are_python_functions():
     """... where Python calls them: there is no machine code of their own."""
     from pydsa.backends.cpu.jit import inner
-    from pydsa.backends.cpu.tasks import TASK_VALUES, rows_per_task
+    from pydsa.backends.cpu.team.tasks import TASK_VALUES, rows_per_task
     assert [rows_per_task(n) for n in (100, 2 * TASK_VALUES, 0)] == [TASK_VALUES // 100, 1, TASK_VALUES]
     double = inner(lambda n: 2 * n)
     assert double(3) == 6 and not double.overloads
@@ -316,7 +316,7 @@ def test_cuda_kernels(tmp_path):
     """Two processes make PTX and cubin; damaged ones are made again."""
     code = """
 from types import SimpleNamespace
-from pydsa.backends.cuda import launch
+from pydsa.backends.cuda.runtime import launch
 from pydsa.backends.cuda.norm import add_rows, layer_norm_rows, rms_norm_rows, silu_mul_rows
 here = SimpleNamespace(index=0, capability=(9, 0), load=lambda cubin, name: loaded.append(name))
 launch.current = lambda: here

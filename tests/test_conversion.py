@@ -21,7 +21,8 @@ from pydsa.conversion.scales import to_float32, weights
 from pydsa.conversion.types import check_importance
 from pydsa.errors import CheckpointError, PydsaError, TargetError, UnsupportedModelError
 from pydsa.gguf.file import open_gguf
-from pydsa.gguf.writer import GGUFWriter, TensorInfo
+from pydsa.gguf.layout import TensorInfo
+from pydsa.gguf.writer import GGUFWriter
 from pydsa.text.tokenizer import CONTROL, UNUSED, USER_DEFINED, load_tokenizer
 
 NAMES = ("v32", "glm", "v3", "v2")

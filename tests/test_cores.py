@@ -16,7 +16,7 @@ from helpers import write_files
 
 import pydsa
 from pydsa import PydsaError, bench, words
-from pydsa.backends.cpu import threads
+from pydsa.backends.cpu.team import threads
 from pydsa.cli import main
 from pydsa.machine import control_groups
 from pydsa.machine.cores import MOST_THREADS, cache_of_core, physical_cores
@@ -225,9 +225,9 @@ def test_the_default_number_of_threads(monkeypatch):
             threads.check_threads(n)
 
 
-@pytest.mark.parametrize("backend", ["cpu.jit", "cuda.launch"])
+@pytest.mark.parametrize("backend", ["cpu.jit", "cuda.runtime.launch"])
 def test_processes_that_compile_are_as_many_as_cores(monkeypatch, backend):
-    if backend == "cuda.launch" and importlib.util.find_spec("numba_cuda") is None:
+    if backend == "cuda.runtime.launch" and importlib.util.find_spec("numba_cuda") is None:
         pytest.skip("numba-cuda is not installed")
     module = importlib.import_module(f"pydsa.backends.{backend}")
     asked = []

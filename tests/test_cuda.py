@@ -127,7 +127,7 @@ import numpy as np
 from tests.ptx.driver import install
 driver = install()
 import pydsa
-from pydsa.backends.cuda.launch import KERNELS
+from pydsa.backends.cuda.runtime.launch import KERNELS
 path, attention, kv_type, precision = sys.argv[1:]
 ids = np.random.default_rng(0).integers(0, 300, 9).tolist()
 settings = dict(attention=attention, kv_type=kv_type, n_ctx=12, n_ubatch=4)
@@ -295,7 +295,7 @@ import numpy as np
 from tests.ptx.driver import install
 install().capability = 9, 0
 import pydsa
-from pydsa.backends.cuda.launch import KERNELS
+from pydsa.backends.cuda.runtime.launch import KERNELS
 arrays, prompt, ended = np.load(sys.argv[2]), 68, 70
 ids, expected = arrays["tokens"], arrays["exact"][:ended]
 for precision, median, product in (("float16", 1e-5, "f16_64_q8_0"), ("exact", 1e-6, "wgmma_q8_0_64")):

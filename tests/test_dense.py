@@ -56,7 +56,7 @@ class Seen(Hook):
         self._caches, self.weights, self.scores, self.ops = caches, {}, {}, set()
 
     def wants(self, node):
-        return node.op in dense.ATTENTION or node.op in dense.INDEXERS
+        return node.op in dense.ATTENTION or node.op in ("indexer_select", "indexer_scores")
 
     def after(self, call):
         self.ops.add(call.node.op)

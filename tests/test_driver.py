@@ -25,8 +25,8 @@ from numba import cuda as numba_cuda
 import tests.ptx.driver as ptx
 driver = ptx.install(1 << 22)
 from pydsa.backends import cuda
-from pydsa.backends.cuda.current import gpu
-from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.runtime.current import gpu
+from pydsa.backends.cuda.runtime.launch import kernel
 from pydsa.cli import main
 from pydsa.errors import OutOfMemoryError, PydsaError
 
@@ -126,7 +126,7 @@ assert driver.counts["cuMemFree"] == 1 and driver.counts["cuMemAlloc"] == 1
 
 KEPT = """
 import sys
-from pydsa.backends.cuda.launch import KERNELS, Kernel, kernel
+from pydsa.backends.cuda.runtime.launch import KERNELS, Kernel, kernel
 
 @kernel("f4[:]", 32)
 def other(x):
@@ -208,7 +208,7 @@ def test_kernels_are_kept(tmp_path):
 def test_scratch_memory_is_taken_once_and_as_counted(small_model, kv_type, capability, spec):
     """Steps of any number of tokens find their scratch memory there: a plan does not run out of memory later."""
     out, _ = run(f"""
-from pydsa.backends.cuda import array
+from pydsa.backends.cuda.runtime import array
 ptx.install(1 << 26).capability = {capability}
 from pydsa.executor.memory import tensors_on
 from pydsa.executor.plan import Runner

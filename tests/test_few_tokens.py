@@ -7,11 +7,11 @@ import pytest
 from helpers import normal, rng, tensor
 
 from pydsa.backends import cpu
-from pydsa.backends.cpu import threads
 from pydsa.backends.cpu.blocks.dots import DOT_TOKENS
 from pydsa.backends.cpu.int16.tiles import TILES_HERE
 from pydsa.backends.cpu.jit import FIRST_LEVEL_CACHE
 from pydsa.backends.cpu.linear import BLOCK_TOKENS, GEMV_TOKENS, by_blocks, dot_tokens, gemv_tokens_together
+from pydsa.backends.cpu.team import threads
 from pydsa.quants import SUPPORTED
 
 pytestmark = pytest.mark.usefixtures("one_thread")

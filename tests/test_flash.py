@@ -17,9 +17,10 @@ from types import SimpleNamespace
 from tests.helpers import Rows, kernels, last_positions, normal, reference, run, tensor
 from tests.ptx import copies
 from pydsa.backends import cuda, devices
-from pydsa.backends.cuda import array, variants
-from pydsa.backends.cuda.current import current
-from pydsa.backends.cuda.launch import KERNELS
+from pydsa.backends.cuda import variants
+from pydsa.backends.cuda.runtime import array
+from pydsa.backends.cuda.runtime.current import current
+from pydsa.backends.cuda.runtime.launch import KERNELS
 from pydsa.options import EXACT
 
 V3, GLM, GOLDEN = (512, 128, 64, 128), (512, 192, 64, 256), (256, 64, 32, 64)
@@ -131,7 +132,7 @@ POSITIONS = """
 import sys
 import pydsa
 from pydsa.backends import cuda
-from pydsa.backends.cuda.launch import Kernel, listing
+from pydsa.backends.cuda.runtime.launch import Kernel, listing
 
 class Met(Exception):
     pass

@@ -20,7 +20,7 @@ import atexit, multiprocessing, os, signal, sys, threading, time, warnings
 import numpy as np
 warnings.simplefilter("ignore", DeprecationWarning)     # of forks beside threads
 import pydsa
-from pydsa.backends.cpu import threads
+from pydsa.backends.cpu.team import threads
 model = pydsa.load(sys.argv[1], n_ctx=512, n_ubatch=16, threads=2, threads_batch=3)
 ids = np.random.default_rng(0).integers(0, 300, 40)
 def logits(session=None):

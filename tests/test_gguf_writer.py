@@ -8,7 +8,8 @@ import pytest
 
 from pydsa.errors import PydsaError, TargetError
 from pydsa.gguf.file import open_gguf
-from pydsa.gguf.writer import GGUFWriter, Layout, TensorInfo, pack, packed_metadata, parse_size
+from pydsa.gguf.layout import Layout, TensorInfo, pack, packed_metadata, parse_size
+from pydsa.gguf.writer import GGUFWriter
 
 TENSORS = [TensorInfo("a.weight", "F32", (3, 5)), TensorInfo("b.weight", "Q8_0", (2, 2, 64)), TensorInfo("c.weight", "F16", (7,)),
            TensorInfo("d.weight", "BF16", (4, 4))]

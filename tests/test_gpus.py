@@ -41,7 +41,7 @@ for misplaced in (lambda: cuda.add(out[1], y, y), lambda: step(second, out[0], x
         assert "an array is on GPU" in str(error)
     else:
         raise SystemExit("a kernel got an array of another GPU")
-from pydsa.backends.cuda.array import scratch
+from pydsa.backends.cuda.runtime.array import scratch
 from pydsa.backends.cuda.linear import arange
 buffers = [scratch("x", (4,), np.float32), arange(3)]
 with second.selected():
@@ -58,7 +58,7 @@ def test_gpus_may_differ():
     """Kernels are compiled for each one's capability; errors name the GPU."""
     run("""
 driver.capabilities[1] = 9, 0
-from pydsa.backends.cuda.launch import KERNELS, Kernel
+from pydsa.backends.cuda.runtime.launch import KERNELS, Kernel
 asked = []
 Kernel.cubin = lambda kernel, capability: asked.append(capability) or kernel.ptx(capability).encode()
 for i in range(2):
@@ -70,7 +70,7 @@ assert "GPU 1 has no room for 16 MiB more" in refused(OutOfMemoryError, lambda: 
 driver.fail["cuMemsetD8Async"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
 assert refused(PydsaError, x.clear) == "The CUDA driver answers CUDA_ERROR_ILLEGAL_ADDRESS to cuMemsetD8Async on GPU 1."
 driver.capabilities[1] = 7, 5
-from pydsa.backends.cuda.current import Gpu, _gpus
+from pydsa.backends.cuda.runtime.current import Gpu, _gpus
 _gpus[1] = cuda.on(1).gpu = Gpu(1)
 assert "GPU 1, PTX in numpy (tests/ptx), has compute capability 7.5" in refused(PydsaError, lambda: cuda.on(1).check_threads(1))
 assert [found.index for found in gpus.usable_gpus()] == [0]

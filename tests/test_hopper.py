@@ -16,7 +16,7 @@ import numpy as np
 from pydsa.quants import TYPES
 from tests.helpers import WGMMA, kernels, normal, reference, rng, run, set_scales, tensor
 from tests.ptx import copies
-from pydsa.backends.cuda.launch import KERNELS
+from pydsa.backends.cuda.runtime.launch import KERNELS
 
 def error(op, shape, *args):
     found, expected = run(kernels, op, [shape], *args), run(reference, op, [shape], *args)

@@ -18,10 +18,10 @@ WIDE = """
 import numpy as np
 from numba import cuda
 from pydsa.backends.cuda import empty, upload
-from pydsa.backends.cuda.instructions import (all_copies, commit_copies, copy_sixteen_async, let_later_begin, load_eight, load_matrices,
-                                              load_matrices_transposed, read_sixteen, store_eight, store_sixteen, stream_four,
-                                              stream_sixteen, wait_for_earlier)
-from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.intrinsics.instructions import (all_copies, commit_copies, copy_sixteen_async, let_later_begin, load_eight,
+                                                         read_sixteen, store_eight, store_sixteen, stream_four, stream_sixteen,
+                                                         wait_for_earlier)
+from pydsa.backends.cuda.runtime.launch import kernel
 
 @kernel("u1[::1], u1[::1], u1[::1]", 32)
 def wide(out, sums, x):
@@ -41,26 +41,6 @@ def wide(out, sums, x):
     store_sixteen(out, 16 * i, b ^ c, d, stream_four(x, 4 * i), e)
     store_eight(sums, 8 * i, np.uint32(total), f)
 
-@kernel("u1[::1], u1[::1]", 32, shared=512)
-def matrices(out, x):
-    i, s = cuda.threadIdx.x, cuda.shared.array(0, np.uint8)
-    copy_sixteen_async(s, 16 * i, x, 16 * i)
-    commit_copies()
-    all_copies()
-    cuda.syncthreads()
-    a, b, c, d = load_matrices(s, 16 * i)
-    store_sixteen(out, 32 * i, a, b, c, d)
-    a, b, c, d = load_matrices_transposed(s, 16 * i)
-    store_sixteen(out, 32 * i + 16, a, b, c, d)
-
-x = np.arange(256, dtype=np.uint16)
-out = empty((32, 2, 4, 2), np.uint16)
-matrices(1, out.view(np.uint8).flat, upload(x.view(np.uint8)))
-got, x = out.get(), x.reshape(4, 8, 8)
-for lane in range(32):
-    row, at = lane // 4, 2 * (lane % 4)
-    assert (got[lane, 0] == x[:, row, at:at + 2]).all() and (got[lane, 1] == x[:, at:at + 2, row]).all()
-
 x = np.random.default_rng(0).integers(0, 256, (32, 16), np.uint8)
 out, sums = empty((32, 16), np.uint8), empty((32, 8), np.uint8)
 wide(1, out.flat, sums.flat, upload(x).flat)
@@ -71,7 +51,30 @@ got = sums.get().view(np.uint32)
 assert (got[:, 0] == x.sum(1)[::-1]).all() and (got[:, 1] == words.ravel()[:64:2]).all()
 """
 
+MATRICES = """
+from pydsa.backends.cuda.intrinsics.shared_memory import load_fragments, load_transposed, shared_address
 
+@kernel("u1[::1], u1[::1]", 32, shared=512)
+def matrices(out, x):
+    i, s = cuda.threadIdx.x, cuda.shared.array(0, np.uint8)
+    copy_sixteen_async(s, 16 * i, x, 16 * i)
+    commit_copies()
+    all_copies()
+    cuda.syncthreads()
+    at = shared_address(s, np.uint32(16 * i))
+    a, b, c, d = load_fragments(at)
+    store_sixteen(out, 32 * i, a, b, c, d)
+    a, b, c, d = load_transposed(at)
+    store_sixteen(out, 32 * i + 16, a, b, c, d)
+
+x = np.arange(256, dtype=np.uint16)
+out = empty((32, 2, 4, 2), np.uint16)
+matrices(1, out.view(np.uint8).flat, upload(x.view(np.uint8)))
+got, x = out.get(), x.reshape(4, 8, 8)
+for lane in range(32):
+    row, at = lane // 4, 2 * (lane % 4)
+    assert (got[lane, 0] == x[:, row, at:at + 2]).all() and (got[lane, 1] == x[:, at:at + 2, row]).all()
+"""
 READS = """
 from pydsa.backends.cuda import ceilings
 words = np.random.default_rng(0).integers(0, 1 << 32, (2, 8, 2 * 512, 4), np.uint32)
@@ -85,8 +88,8 @@ DIVISIONS = """
 import numpy as np
 from numba import cuda
 from pydsa.backends.cuda import empty, upload
-from pydsa.backends.cuda.division import divide, inverse_root
-from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.intrinsics.division import divide, inverse_root
+from pydsa.backends.cuda.runtime.launch import kernel
 
 @kernel("f4[::1], f4[::1], f4[::1], f4[::1]", 256)
 def divisions(quotients, roots, a, b):
@@ -107,7 +110,7 @@ assert np.array_equal(roots.get(), expected_roots, equal_nan=True)
 """
 LACKS = """
 import pytest
-from pydsa.backends.cuda.instructions import instruction
+from pydsa.backends.cuda.intrinsics.instructions import instruction
 from pydsa.errors import PydsaError
 with pytest.raises(PydsaError, match="cannot execute wgmma.fence"):
     instruction("wgmma.fence.sync.aligned;")()
@@ -115,8 +118,8 @@ with pytest.raises(PydsaError, match="cannot execute wgmma.fence"):
 ROUTES = """
 import re
 from numba import cuda
-from pydsa.backends.cuda.instructions import instruction, wait_for_earlier
-from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.intrinsics.instructions import instruction, wait_for_earlier
+from pydsa.backends.cuda.runtime.launch import kernel
 registers = instruction("setmaxnreg.inc.sync.aligned.u32 240;", fixed=True)
 
 @kernel("f4[::1]", 128, specific=(9, 0))
@@ -141,7 +144,7 @@ assert of_all.entry(of_all.cubin((9, 0)), (9, 0)) == "of_all" and re.match("_Z.*
 """
 SERIALIZED = """
 from pydsa.backends import cuda
-from pydsa.backends.cuda.launch import KERNELS
+from pydsa.backends.cuda.runtime.launch import KERNELS
 keys, said = KERNELS["flash_keys"], []
 assert all(kernel.lto for kernel in KERNELS.values() if kernel.specific)
 for keys.lto in (True, False):      # by PTX it would be a division in 64 bits that is a call
@@ -160,7 +163,7 @@ def test_wide_loads_and_copies():
 
     The kernel that measures bandwidth reads all bytes once.
     """
-    run(PTX + WIDE + READS)
+    run(PTX + WIDE + MATRICES + READS)
 
 
 def test_division():

@@ -14,7 +14,7 @@ from helpers import random_ids
 
 import pydsa
 from pydsa import OutOfMemoryError
-from pydsa.backends.cpu.records import kind_of
+from pydsa.backends.cpu.team.records import kind_of
 from pydsa.backends.devices import BLOCKS, SCORE_BYTES, SCORED_AT_LEAST, device_of, tokens_scored_by_gpu
 from pydsa.executor.graph import Value
 from pydsa.executor.layout import ALIGN, lay_out

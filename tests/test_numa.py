@@ -22,7 +22,7 @@ from machines import CPUS, MEMORY, made_of_one, placing, policy_at, two_cpus, wr
 import pydsa
 import pydsa.model
 from pydsa import PydsaError
-from pydsa.backends.cpu import reading_ahead, threads
+from pydsa.backends.cpu.team import reading_ahead, threads
 from pydsa.backends.devices import DEVICES, check_numa, simulated_gpus
 from pydsa.cli import main
 from pydsa.fitting import MARGIN, fitted
@@ -233,7 +233,7 @@ PROCESSES = """
 import os, signal, sys, threading, time
 import numpy as np
 import pydsa
-from pydsa.backends.cpu import threads
+from pydsa.backends.cpu.team import threads
 from pydsa.machine import mempolicy, numa
 numa.ROOT = sys.argv[2]
 mine, ids = os.sched_getaffinity(0), np.arange(40)

@@ -76,7 +76,7 @@ import numpy as np
 from tests.helpers import kernels, nmse, normal, reference, rng, run, tensor
 from tests.ptx import copies
 from pydsa.backends.cuda.f16 import gemm
-from pydsa.backends.cuda.launch import KERNELS
+from pydsa.backends.cuda.runtime.launch import KERNELS
 from pydsa.gguf.file import Tensor
 from pydsa.quants import TYPES
 

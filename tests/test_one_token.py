@@ -13,13 +13,16 @@ if DEVICE != "cuda":
     pytest.skip("these are kernels of GPUs", allow_module_level=True)
 
 from pydsa.backends import cuda, gpus, reference  # noqa: E402
-from pydsa.backends.cuda import attend_one, attention, int8x2, launch, modes, moe, rows_one, top_k_one  # noqa: E402
-from pydsa.backends.cuda.chosen_rows import Tile  # noqa: E402
-from pydsa.backends.cuda.current import current  # noqa: E402
+from pydsa.backends.cuda import attention, int8x2, modes, moe, top_k_one  # noqa: E402
+from pydsa.backends.cuda.chosen import attend_one  # noqa: E402
+from pydsa.backends.cuda.chosen.chosen_rows import Tile  # noqa: E402
 from pydsa.backends.cuda.int8x2.gemv import gemv, grid_of  # noqa: E402
 from pydsa.backends.cuda.int8x2.linear import LOW, Int8x2, place_of_quad, scratch_for, scratch_for_rows  # noqa: E402
 from pydsa.backends.cuda.linear import head_tiles  # noqa: E402
-from pydsa.backends.cuda.norm_one import MOST, Joined, add_norm, norm_is_wide  # noqa: E402
+from pydsa.backends.cuda.one_token import rows_one  # noqa: E402
+from pydsa.backends.cuda.one_token.norm_one import MOST, Joined, add_norm, norm_is_wide  # noqa: E402
+from pydsa.backends.cuda.runtime import launch  # noqa: E402
+from pydsa.backends.cuda.runtime.current import current  # noqa: E402
 
 
 of_gpus = pytest.mark.skipif(IN_SIMULATOR, reason="the simulator has not these instructions")

@@ -64,7 +64,7 @@ def test_steps_choose_kernels_in_the_precision_of_their_backend(table):
 PRODUCTS = """
 import numpy as np
 from tests.helpers import kernels, normal, reference, rng, run, tensor
-from pydsa.backends.cuda.launch import KERNELS
+from pydsa.backends.cuda.runtime.launch import KERNELS
 
 def error(op, shape, *args):
     found, expected = run(kernels, op, [shape], *args), run(reference, op, [shape], *args)

@@ -18,8 +18,8 @@ from tests.ptx.driver import install
 from tests.ptx.machine import KernelError
 install()
 from pydsa.backends.cuda import upload, empty
-from pydsa.backends.cuda.device import dp4a, load_four_u32, mma_s8, warp_prefix, warp_sum, warp_sync
-from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.intrinsics.device import dp4a, load_four_u32, mma_s8, warp_prefix, warp_sum, warp_sync
+from pydsa.backends.cuda.runtime.launch import kernel
 
 def refused(function, grid, *args):
     try:
@@ -159,8 +159,8 @@ def test_votes_and_pairs_of_halves():
     cvt.rn.f16x2 rounds as numpy does.
     """
     run("""
-from pydsa.backends.cuda.instructions import pack_halves
-from pydsa.backends.cuda.shared_memory import any_lane, greatest_integer
+from pydsa.backends.cuda.intrinsics.instructions import pack_halves
+from pydsa.backends.cuda.intrinsics.shared_memory import any_lane, greatest_integer
 
 @kernel("u4[:], f4[:], i4", 64)
 def vote(out, x, first):

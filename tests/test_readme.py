@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.op import Stage, op
+from pydsa.backends.cpu.team.op import Stage, op
 from tools.update_docs import DOCS, PAGES
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,8 @@ from helpers import last_positions, normal, random_ids, tensor
 
 import pydsa
 from pydsa.backends import cpu
-from pydsa.backends.cpu import attention, threads
+from pydsa.backends.cpu import attention
+from pydsa.backends.cpu.team import threads
 from pydsa.cli import main
 from pydsa.engine.batch import Batch
 from pydsa.engine.engine import Engine

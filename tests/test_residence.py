@@ -15,7 +15,7 @@ from helpers import random_ids
 
 import pydsa
 from pydsa import PydsaError
-from pydsa.backends.cpu import fetching, reading_ahead
+from pydsa.backends.cpu.team import fetching, reading_ahead
 from pydsa.backends.devices import DEVICES
 from pydsa.machine.residence import copied, lock
 from pydsa.setup import Setup

@@ -5,12 +5,13 @@ from helpers import IN_SIMULATOR, Rows, integers, normal, tensor
 from test_one_token import chosen_rows, of_gpus, uneven_rows, use_tiles
 
 from pydsa.backends import cuda
-from pydsa.backends.cuda import attention, int8x2, modes, moe, routing, rows_one
-from pydsa.backends.cuda.chosen_rows import Tile
+from pydsa.backends.cuda import attention, int8x2, modes, moe
+from pydsa.backends.cuda.chosen.chosen_rows import Tile
 from pydsa.backends.cuda.int8x2.gemv import gemv
 from pydsa.backends.cuda.int8x2.gemv_scores import gemv_scores
 from pydsa.backends.cuda.int8x2.linear import scratch_for_rows
 from pydsa.backends.cuda.linear import head_tiles
+from pydsa.backends.cuda.one_token import routing, rows_one
 
 
 @of_gpus

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, 
 
 CODE = """
 import pydsa
-from pydsa.backends.cuda import streaming
+from pydsa.backends.cuda.runtime import streaming
 from pydsa.model import Model
 from pydsa.setup import Setup
 options = dict(n_ctx=16, n_ubatch=4, kv_type="f32", attention="sparse", precision="exact")
@@ -60,7 +60,7 @@ def test_streaming_to_one_gpu_and_to_two(small_model):
 def test_matrices_that_do_not_lie_side_by_side():
     """An expert's gate and up in one tensor: no copy of all of them is made."""
     run("""
-from pydsa.backends.cuda import streaming
+from pydsa.backends.cuda.runtime import streaming
 from pydsa.gguf.file import Tensor
 both = np.random.default_rng(0).integers(0, 256, (5, 8, 36), np.uint8)
 for data in (both[:, :4], both[:, 4:], both):

@@ -16,11 +16,12 @@ import pytest
 from helpers import normal, tensor
 
 from pydsa.backends import cpu
-from pydsa.backends.cpu import op as ops
-from pydsa.backends.cpu import team, threads
 from pydsa.backends.cpu.jit import KernelCache, inner
-from pydsa.backends.cpu.op import Stage, Step, op
-from pydsa.backends.cpu.records import kind_of, signature_of, words_of
+from pydsa.backends.cpu.team import op as ops
+from pydsa.backends.cpu.team import threads
+from pydsa.backends.cpu.team import team
+from pydsa.backends.cpu.team.op import Stage, Step, op
+from pydsa.backends.cpu.team.records import kind_of, signature_of, words_of
 from pydsa.executor.graph import CacheRef, Node, Value, levels_of, waits
 
 MODELS = {
@@ -219,7 +220,7 @@ AS_ON_MACOS = """
 import platform, sys
 system = platform.system
 platform.system = lambda: "Darwin" if sys._getframe(1).f_globals["__name__"].endswith(".waiting") else system()
-from pydsa.backends.cpu import threads, waiting
+from pydsa.backends.cpu.team import threads, waiting
 import numpy as np
 import test_team
 assert not hasattr(waiting, "_syscall") and waiting._wait.symbol == "pthread_cond_wait"
@@ -232,7 +233,7 @@ for n_threads in (1, 2, 8):
             test_team.time.sleep(0.001)
     assert chains.threads.bit_count() >= min(2, n_threads)
 from pydsa.backends import cpu
-from pydsa.backends.cpu.op import Step
+from pydsa.backends.cpu.team.op import Step
 x, out = np.arange(3e4, dtype=np.float32).reshape(100, 300), np.empty((100, 300), np.float32)
 Step([[(cpu.add, (out, x, x))], [(cpu.add, (out, out, x))]]).run()
 assert (out == 3 * x).all()

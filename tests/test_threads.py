@@ -10,7 +10,8 @@ import pytest
 from helpers import random_ids
 
 import pydsa
-from pydsa.backends.cpu import attention, team, threads
+from pydsa.backends.cpu import attention
+from pydsa.backends.cpu.team import team, threads
 from pydsa.executor.schedule import VARIANTS
 from pydsa.setup import Setup
 

@@ -131,7 +131,7 @@ def test_pinned_memory():
 x = cuda.on(1).host_empty((3, 5), np.float64)
 assert x.shape == (3, 5) and x.dtype == np.float64 and x.ctypes.data % 64 == 0 and x.flags.writeable
 part = x[1:].view(np.int64).reshape(-1)
-from pydsa.backends.cuda.transfers import is_pinned
+from pydsa.backends.cuda.runtime.transfers import is_pinned
 assert is_pinned(part) and not is_pinned(np.zeros(3)) and not is_pinned(host.empty((3,), np.float32))
 del x
 gc.collect()
@@ -148,7 +148,7 @@ assert told.startswith("The system refuses 4 MiB of pinned memory") and told.cou
 
 SLOTS = """
 import threading
-from pydsa.backends.cuda import streaming
+from pydsa.backends.cuda.runtime import streaming
 from pydsa.gguf.file import Tensor
 streaming.CHUNK, streaming.PIECE = 640, 100
 rng, backend = np.random.default_rng(0), cuda.on(1)
@@ -207,7 +207,7 @@ def test_what_goes_wrong_in_a_copy():
 import os
 import signal
 import threading
-from pydsa.backends.cuda import streaming
+from pydsa.backends.cuda.runtime import streaming
 signal.signal(signal.SIGINT, signal.default_int_handler)        # which a shell lets programs in its background ignore
 from pydsa.gguf.file import Tensor
 streaming.CHUNK, streaming.PIECE = 64, 16

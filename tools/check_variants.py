@@ -23,8 +23,8 @@ import numpy as np
 
 import pydsa
 from pydsa.backends import cuda
-from pydsa.backends.cuda.current import current, selected
-from pydsa.backends.cuda.launch import KERNELS, compile_all
+from pydsa.backends.cuda.runtime.current import current, selected
+from pydsa.backends.cuda.runtime.launch import KERNELS, compile_all
 from pydsa.backends.cuda.variants import VARIANTS
 from pydsa.options import EXACT
 from pydsa.quants import SUPPORTED

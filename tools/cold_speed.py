@@ -83,7 +83,7 @@ def measure(model, files, n_prompt, n_gen):
 
     Each step is run three times after the same tokens: to count what it wants, with `asks`, and without.
     """
-    from pydsa.backends.cpu import fetching
+    from pydsa.backends.cpu.team import fetching
     from pydsa.bench import random_ids
     ids = random_ids(model, n_prompt + n_gen)
     session = model.session()

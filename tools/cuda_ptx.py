@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pydsa.backends.cuda  # noqa: F401  (fills KERNELS)
-from pydsa.backends.cuda.driver import DEPENDENT_SINCE
-from pydsa.backends.cuda.launch import KERNELS
+from pydsa.backends.cuda.runtime.driver import DEPENDENT_SINCE
+from pydsa.backends.cuda.runtime.launch import KERNELS
 from pydsa.machine.cores import physical_cores
 
 CAPABILITIES = 80, 86, 89, 90, 120

@@ -34,8 +34,8 @@ def launched(bound):
 
     bound: a plan.Bound on the backend cuda. A launch counts for the layer of the first of its ops; those of -1 stand before or after all.
     """
-    from pydsa.backends.cuda.fuse import fused
-    from pydsa.backends.cuda.launch import listing
+    from pydsa.backends.cuda.one_token.fuse import fused
+    from pydsa.backends.cuda.runtime.launch import listing
     nodes, layers = {id(args): node for node, _, args in bound.calls}, collections.defaultdict(list)
     for (_, args), launches in fused([(op, args) for _, op, args in bound.calls]):
         listing.kernels = Names()

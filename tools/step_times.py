@@ -11,10 +11,10 @@ from numba import types
 
 from pydsa.backends.cpu.arrays import LINE, align
 from pydsa.backends.cpu.jit import inner, kernel
-from pydsa.backends.cpu.op import Step
-from pydsa.backends.cpu.steps import grouped
-from pydsa.backends.cpu.team import FUNCTION, INTERVAL_BYTES, LIGHT, OFFSET, PART, RECORD, STAGE_BYTES, call_part
-from pydsa.backends.cpu.threads import set_threads
+from pydsa.backends.cpu.team.op import Step
+from pydsa.backends.cpu.team.steps import grouped
+from pydsa.backends.cpu.team.team import FUNCTION, INTERVAL_BYTES, LIGHT, OFFSET, PART, RECORD, STAGE_BYTES, call_part
+from pydsa.backends.cpu.team.threads import set_threads
 from pydsa.backends.cpu.vectors.simd import i64_at
 from pydsa.errors import PydsaError
 from tools.team_model import Stage

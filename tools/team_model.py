@@ -1,7 +1,7 @@
 """The time of a step with many threads, from times of its parts on one.
 
-It follows pydsa/backends/cpu/team.py: the stages of an interval are begun one after the other by one thread, then threads draw their tasks
-in order, and who completes the last one begins the next interval. Times are seconds.
+It follows pydsa/backends/cpu/team/team.py: the stages of an interval are begun one after the other by one thread, then threads draw
+their tasks in order, and who completes the last one begins the next interval. Times are seconds.
 """
 import heapq
 from typing import NamedTuple

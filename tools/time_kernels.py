@@ -20,13 +20,14 @@ import click
 import numpy as np
 
 from pydsa.backends import cuda, reference
-from pydsa.backends.cuda import attend_chosen, attend_one, attention, f16x2, half_rows, modes
-from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.current import gpu
+from pydsa.backends.cuda import attention, f16x2, modes
+from pydsa.backends.cuda.chosen import attend_chosen, attend_one, half_rows
 from pydsa.backends.cuda.int8x2.linear import pack_into, scratch_for
 from pydsa.backends.cuda.linear import head_tiles
 from pydsa.backends.cuda.moe import pair_tiles
-from pydsa.backends.cuda.norm_one import add_norm
+from pydsa.backends.cuda.one_token.norm_one import add_norm
+from pydsa.backends.cuda.runtime.array import scratch
+from pydsa.backends.cuda.runtime.current import gpu
 from pydsa.backends.cuda.variants import VARIANTS, kernels
 from pydsa.backends.devices import FLASH_WIDTHS, tokens_scored_by_gpu
 from pydsa.gguf.file import Tensor

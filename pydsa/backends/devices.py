@@ -16,7 +16,7 @@ SCORED_BY_THREADS = 128     # tokens whose rows of index scores are in memory at
 SCORE_BYTES = 256 << 20     # of such rows in a GPU's memory, or SCORED_AT_LEAST tokens (cuda/indexer.py)
 SCORED_AT_LEAST = 32
 FEW_TOKENS = 8              # whose rows a GPU multiplies one by one (cuda/int8x2/gemv.py)
-BLOCKS = 264                # into which a GPU's work is divided, two for each of its processors (cuda/launch.py)
+BLOCKS = 264                # into which a GPU's work is divided, two for each of its processors (cuda/runtime/launch.py)
 FLASH_WIDTHS = (128, 64, 128, 512), (192, 64, 256, 512), (64, 32, 64, 256)     # n_nope, n_rot, n_v, kv_lora that cuda/flash has kernels for
 FLASH_BYTES = 256 << 20     # of keys and values of heads that it has at a time, at most
 FLASH_TILE = 128            # it has whole tiles of so many
@@ -183,7 +183,7 @@ def _cuda_scratch(nodes, n_tokens):
 def _of_half_rows(node):
     """Whether prompts may attend to rows of 512 + 64 float16.
 
-    They are made for that (cuda/attend_chosen.py).
+    They are made for that (cuda/chosen/attend_chosen.py).
     """
     if node.op in ("dense_attention", "sparse_attention"):
         return (node.args[0].tail[1], node.args[1].tail[1]) == (512, 576)

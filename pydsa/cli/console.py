@@ -10,7 +10,7 @@ import time
 import click
 
 from pydsa.cli.restrictions import Restrictions
-from pydsa.errors import ContextFullError, PydsaError
+from pydsa.errors import ContextFullError, PydsaError, sentence
 from pydsa.terminal import harmless, json_text, visible
 
 CHAT_HELP = """/help  this list
@@ -251,7 +251,7 @@ def answer(model, writer, messages, think, n_new=1):
         click.echo(f"\n{visible(str(error))} /clear starts a new conversation.", err=True)
         failed = writer.reply is None or not writer.reply.n_generated
     except PydsaError as error:
-        click.echo(f"\n{visible(str(error))}", err=True)
+        click.echo(f"\n{visible(sentence(error))}", err=True)
         failed = True
     if failed or writer.reply is None:
         return messages[:-n_new]

@@ -25,7 +25,7 @@ def convert(folder, out, kind, split_max_size, split_max_tensors, dry_run, force
     from pydsa.conversion import Conversion, format_plan, run
     from pydsa.conversion.checkpoint import ReadError
     from pydsa.conversion.types import check_type
-    from pydsa.gguf.writer import parse_size
+    from pydsa.gguf.layout import parse_size
     kind, size = check_type(kind), parse_size(split_max_size) if split_max_size is not None else None
     conversion = Conversion(folder)
     layout = conversion.layout(out, kind, size, split_max_tensors)

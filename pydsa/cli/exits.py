@@ -12,7 +12,7 @@ import warnings
 import click
 
 from pydsa.cli.console import use_utf8
-from pydsa.errors import LESS, PydsaError
+from pydsa.errors import LESS, PydsaError, sentence
 from pydsa.signals import STOPPED, OutputError, interrupted
 from pydsa.terminal import visible
 
@@ -48,7 +48,7 @@ def in_a_sentence():
         if sys.stdout is not None:
             sys.stdout.flush()
     except PydsaError as error:
-        raise Failure(str(error)) from error
+        raise Failure(sentence(error)) from error
     except KeyboardInterrupt as error:
         click.echo("\n[stopped]", err=True)
         raise click.exceptions.Exit(STOPPED) from error

@@ -18,7 +18,7 @@ def _pairs(context, parameter, texts):
 
 
 def _size(context, parameter, text):
-    from pydsa.gguf.writer import parse_size
+    from pydsa.gguf.layout import parse_size
     return None if text is None else parse_size(text)
 
 

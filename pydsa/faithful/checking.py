@@ -162,7 +162,7 @@ def check(model, text, samples=256, against=None, reference=None, save=None, pro
 def check_possible(setup, n_tokens):
     """Raise PydsaError if a text of so many tokens cannot tell anything.
 
-    setup: a model.Setup. It is known before any weights are read.
+    setup: a setup.Setup. It is known before any weights are read.
     """
     config = setup.config
     if config.top_k is None:

@@ -17,7 +17,7 @@ import os
 import numpy as np
 
 from pydsa.errors import PydsaError, TargetError
-from pydsa.gguf.layout import Layout, TensorInfo, pack, packed_metadata, pad, parse_size  # noqa: F401
+from pydsa.gguf.layout import pad
 
 PIECE = 1 << 23             # bytes that are read at a time where written tensors are checked
 

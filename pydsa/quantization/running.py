@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pydsa.backends.devices import check_numba
 from pydsa.errors import PydsaError, TargetError
 from pydsa.gguf.file import I64, SCALARS, open_gguf, quote
-from pydsa.gguf.layout import Packed
+from pydsa.gguf.layout import Layout, Packed, TensorInfo, pack, packed_metadata
 from pydsa.gguf.override import ARCHITECTURE, override
-from pydsa.gguf.writer import GGUFWriter, Layout, TensorInfo, pack, packed_metadata
+from pydsa.gguf.writer import GGUFWriter
 from pydsa.quantization.choice import BITS, COPY, Choice, checked_patterns, choose, file_type, tensor_type, wants_importance
 from pydsa.quantization.mixes import MIXES
 from pydsa.quants import TYPES

@@ -21,7 +21,7 @@ ATTENTION = {"sparse_attention": 3, "mha_sparse_attention": 3, "masked_attention
 
 
 def facts_of(setup, fields):
-    """The Facts of recordings of a model.Setup."""
+    """The Facts of recordings of a setup.Setup."""
     c = setup.config
     experts = tuple(range(c.n_layer_dense_lead, c.n_layer)) if c.n_expert else ()
     top_k = None if c.top_k is None else min(c.top_k, setup.n_ctx)

@@ -15,7 +15,6 @@ AT_ONCE = 1 << 24       # products of a query with a key that are in memory at a
 
 # op -> where its arguments are: the queries, the cache, and for MLA's plain form the heads' keys
 ATTENTION = {"dense_attention": None, "masked_attention": None, "sparse_attention": None, "mha_attention": 3, "mha_sparse_attention": 4}
-INDEXERS = ("indexer_select", "indexer_scores")
 
 
 def stored_values(cache, n, dtype=np.float32):

@@ -5,7 +5,7 @@ import traceback
 from starlette.responses import JSONResponse
 
 from pydsa.engine.requests import Cancelled, InternalError, QueueFullError
-from pydsa.errors import ContextFullError, DamagedWeightsError, OutOfMemoryError, PydsaError, StageError
+from pydsa.errors import ContextFullError, DamagedWeightsError, OutOfMemoryError, PydsaError, StageError, sentence
 
 # OpenAI's and Anthropic's types by status.
 OPENAI = {401: "invalid_request_error", 403: "permission_error", 429: "rate_limit_error", 500: "server_error", 503: "unavailable_error"}
@@ -44,8 +44,7 @@ def as_api_error(error):
     if not isinstance(error, PydsaError):
         traceback.print_exception(error)
         return ApiError(500, "The server failed; its log has the reason.")
-    text = NODE.sub(r"\1)", str(error))
-    text += "" if text.endswith((".", "!", "?")) else "."
+    text = NODE.sub(r"\1)", sentence(error))
     if "_" not in text.split()[0]:      # the name of a field stays as it is
         text = text[:1].upper() + text[1:]
     if isinstance(error, QueueFullError):

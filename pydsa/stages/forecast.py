@@ -52,8 +52,8 @@ def wire_of(setup, wire="f32"):
 class Times:
     """The seconds of steps in each stage of a model.
 
-    ranges: its Layers; nodes: their division.Nodes. An op takes the time to read its bytes, or to do its products, whichever is longer; in
-    a step of one token, to read. Experts are taken to be chosen evenly.
+    ranges: its Layers; nodes: the division.Node of each. An op takes the time to read its bytes, or to do its products, whichever is
+    longer; in a step of one token, to read. Experts are taken to be chosen evenly.
     """
 
     def __init__(self, setup, ranges, nodes):

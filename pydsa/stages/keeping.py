@@ -12,7 +12,7 @@ from pydsa.stages.wire import FrameError
 class StageKeeper:
     """The Keeper of a stage, as the driver calls it.
 
-    caches: pipeline.Caches of the session. stage: its index. ask: Pipeline.ask, or what else asks stages.
+    caches: caches.Caches of the session. stage: its index. ask: Pipeline.ask, or what else asks stages.
     """
     name = ""       # errors of a stage begin with its name already
 

@@ -370,7 +370,7 @@ class Driver:
 def install(size=SIZE, n=1):
     """Run the CUDA backend on the emulator, with n devices. Returns its Driver."""
     from pydsa.backends import gpus
-    from pydsa.backends.cuda.launch import Kernel
+    from pydsa.backends.cuda.runtime.launch import Kernel
     gpus.api = Driver(size, n)
     Kernel.cubin = lambda kernel, capability: kernel.ptx(capability).encode()       # the real driver accepts PTX too
     return gpus.api

@@ -12,8 +12,8 @@ from pydsa.backends.cpu.rope import hadamard, rope, rope_table  # noqa: F401
 from pydsa.backends.cpu.route import moe_route  # noqa: F401
 from pydsa.backends.cpu.rows import cache_bytes, cache_rows, cache_write, form_costs, get_rows, reproducible, weight  # noqa: F401
 from pydsa.backends.cpu.scratch import nan_met  # noqa: F401
-from pydsa.backends.cpu.steps import compile_calls, recorded, timed  # noqa: F401
-from pydsa.backends.cpu.threads import check_threads, set_threads  # noqa: F401
+from pydsa.backends.cpu.team.steps import compile_calls, recorded, timed  # noqa: F401
+from pydsa.backends.cpu.team.threads import check_threads, set_threads  # noqa: F401
 from pydsa.backends.cpu.top_k import top_k  # noqa: F401
 from pydsa.backends.cpu.variants import VARIANTS  # noqa: F401
 from pydsa.backends.host import empty, fetch, free_bytes, measure_bus, store, upload  # noqa: F401

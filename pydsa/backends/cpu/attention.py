@@ -13,13 +13,13 @@ import numpy as np
 
 from pydsa.backends.cpu import bf16x2, f32
 from pydsa.backends.cpu.arrays import LINE, address, contiguous, floats_at
-from pydsa.backends.cpu.coming import MOST, regions_size
 from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.jobs import AttendJob, call_kernel
-from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.rows import CacheRows
 from pydsa.backends.cpu.scratch import task_scratch
-from pydsa.backends.cpu.tasks import TASK_VALUES
+from pydsa.backends.cpu.team.coming import MOST, regions_size
+from pydsa.backends.cpu.team.op import Stage, op
+from pydsa.backends.cpu.team.tasks import TASK_VALUES
 from pydsa.backends.cpu.vectors import amx
 from pydsa.backends.cpu.vectors.scalars import bits_of_float, exp
 from pydsa.backends.cpu.vectors.simd import float_at, store

@@ -16,8 +16,8 @@ from pydsa.backends.cpu.int16.gemm import TILE, TILE_ROWS, int16_products
 from pydsa.backends.cpu.int8x2.gemm import panel_products_int8x2
 from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.linear import GEMV_TOKENS, put_addresses
-from pydsa.backends.cpu.op import Stage, Step, op
-from pydsa.backends.cpu.threads import set_threads
+from pydsa.backends.cpu.team.op import Stage, Step, op
+from pydsa.backends.cpu.team.threads import set_threads
 from pydsa.backends.cpu.vectors import amx
 from pydsa.backends.cpu.vectors.amx import STEP, TILE_BYTES, configure, release
 from pydsa.backends.cpu.vectors.simd import INT16_TOKENS

@@ -9,9 +9,9 @@ from pydsa.backends.cpu.arrays import address, contiguous, floats_at
 from pydsa.backends.cpu.f32.indexer import TILE
 from pydsa.backends.cpu.jit import inline, inner
 from pydsa.backends.cpu.jobs import ScoreJob, call_kernel
-from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.scratch import task_scratch
-from pydsa.backends.cpu.tasks import by_row, rows_of
+from pydsa.backends.cpu.team.op import Stage, op
+from pydsa.backends.cpu.team.tasks import by_row, rows_of
 from pydsa.backends.cpu.top_k import (count_parts, find_candidates, find_threshold, is_long, long_row_bytes, select,
                                       select_of_parts)
 from pydsa.backends.cpu.vectors.scalars import bits_of_float

@@ -9,8 +9,8 @@ from pydsa.backends.cpu.blocks.block import SUPERBLOCK
 from pydsa.backends.cpu.blocks.dots import DOT_TOKENS
 from pydsa.backends.cpu.jit import FIRST_LEVEL_CACHE, SECOND_LEVEL_CACHE, call_intp_function, inner
 from pydsa.backends.cpu.jobs import MatmulJob, call_kernel
-from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.scratch import task_scratch
+from pydsa.backends.cpu.team.op import Stage, op
 from pydsa.backends.cpu.vectors import amx
 from pydsa.backends.cpu.vectors.simd import store
 

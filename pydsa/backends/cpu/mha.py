@@ -7,8 +7,8 @@ import numpy as np
 from pydsa.backends.cpu.arrays import address, align, marks_at
 from pydsa.backends.cpu.jit import call_intp_function, inner
 from pydsa.backends.cpu.jobs import HeadJob, call_kernel
-from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.scratch import task_scratch
+from pydsa.backends.cpu.team.op import Stage, op
 from pydsa.backends.cpu.vectors.scalars import bits_of_float
 from pydsa.backends.cpu.vectors.simd import float_at, floats, load_floats, store
 

@@ -11,8 +11,8 @@ from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.linear import (count_panels, count_pieces, gemm_rows, gemm_task_rows, gemv_rows, gemv_task_rows,
                                        pack_panel, panel_bytes, put_addresses, round_piece, rounded_bytes, uses_gemv)
 from pydsa.backends.cpu.norm import silu_mul_row
-from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.scratch import task_scratch
+from pydsa.backends.cpu.team.op import Stage, op
 from pydsa.backends.cpu.vectors.simd import store
 
 BLOCKS, BLOCK_TOKENS = 16, 64       # the most blocks of tokens that are counted at a time, and the fewest tokens of one

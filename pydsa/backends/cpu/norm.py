@@ -3,8 +3,8 @@ import numpy as np
 
 from pydsa.backends.cpu.arrays import contiguous
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.op import Stage, op
-from pydsa.backends.cpu.tasks import by_row, rows_of
+from pydsa.backends.cpu.team.op import Stage, op
+from pydsa.backends.cpu.team.tasks import by_row, rows_of
 from pydsa.backends.cpu.vectors.scalars import exp
 
 

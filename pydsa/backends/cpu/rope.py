@@ -5,8 +5,8 @@ import numpy as np
 
 from pydsa.backends.cpu.arrays import address, contiguous
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.op import Stage, op
-from pydsa.backends.cpu.tasks import by_row, rows_of
+from pydsa.backends.cpu.team.op import Stage, op
+from pydsa.backends.cpu.team.tasks import by_row, rows_of
 from pydsa.backends.cpu.vectors.lanes import butterflies_of_16
 from pydsa.backends.cpu.vectors.simd import load_floats, store
 

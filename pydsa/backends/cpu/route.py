@@ -3,10 +3,10 @@ import numpy as np
 
 from pydsa.backends.cpu.arrays import contiguous, floats_at
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.rows import put
 from pydsa.backends.cpu.scratch import mark_nan, task_scratch
-from pydsa.backends.cpu.tasks import rows_per_task
+from pydsa.backends.cpu.team.op import Stage, op
+from pydsa.backends.cpu.team.tasks import rows_per_task
 
 
 @inner

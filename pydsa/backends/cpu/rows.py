@@ -9,8 +9,8 @@ from pydsa.backends.cpu.arrays import address
 from pydsa.backends.cpu.blocks import BLOCKS
 from pydsa.backends.cpu.jit import IntpFunction, call_block_function, inner, is_listing
 from pydsa.backends.cpu.linear import GEMV_TOKENS
-from pydsa.backends.cpu.op import Stage, op
-from pydsa.backends.cpu.tasks import by_row, by_second_row, rows_of
+from pydsa.backends.cpu.team.op import Stage, op
+from pydsa.backends.cpu.team.tasks import by_row, by_second_row, rows_of
 from pydsa.backends.cpu.variants import kernels
 from pydsa.machine.numa import place_memory
 

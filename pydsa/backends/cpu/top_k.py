@@ -12,9 +12,9 @@ from numba.extending import intrinsic
 
 from pydsa.backends.cpu.arrays import address, floats_at, ints_at, uints_at
 from pydsa.backends.cpu.jit import inner
-from pydsa.backends.cpu.op import Stage, op
 from pydsa.backends.cpu.scratch import mark_nan, thread_scratch
-from pydsa.backends.cpu.tasks import by_second_row, rows_of
+from pydsa.backends.cpu.team.op import Stage, op
+from pydsa.backends.cpu.team.tasks import by_second_row, rows_of
 from pydsa.backends.cpu.vectors.scalars import bits_of_float, float_from_bits
 from pydsa.backends.cpu.vectors.simd import (F32, I32, INTP, broadcast, call_llvm, constant, f32x16, float_at, i64_at, load_floats, pointer,
                                              store, u32_at)

@@ -9,25 +9,26 @@ import functools
 import numpy as np
 
 from pydsa.backends import gpus, host
-from pydsa.backends.cuda import attend_one, int8x2
-from pydsa.backends.cuda.array import DeviceArray, empty, upload  # noqa: F401
+from pydsa.backends.cuda import int8x2
 from pydsa.backends.cuda.attention import dense_attention, masked_attention, sparse_attention  # noqa: F401
 from pydsa.backends.cuda.ceilings import measure_ceilings, product_format  # noqa: F401
-from pydsa.backends.cuda.current import current, gpu, gpu_at, precision, selected
-from pydsa.backends.cuda.device import SIMULATED
-from pydsa.backends.cuda.fuse import fewer_launches
+from pydsa.backends.cuda.chosen import attend_one
 from pydsa.backends.cuda.indexer import indexer_scores, indexer_select, scatter_mask  # noqa: F401
-from pydsa.backends.cuda.launch import compile_all, listing
+from pydsa.backends.cuda.intrinsics.device import SIMULATED
 from pydsa.backends.cuda.linear import head_linear, linear  # noqa: F401
 from pydsa.backends.cuda.mha import mha_attention, mha_sparse_attention  # noqa: F401
 from pydsa.backends.cuda.moe import moe_down, moe_gate_up, moe_linear, moe_route  # noqa: F401
 from pydsa.backends.cuda.norm import add, expert_scale, layer_norm, rms_norm, scale, silu_mul  # noqa: F401
+from pydsa.backends.cuda.one_token.fuse import fewer_launches
 from pydsa.backends.cuda.rope import hadamard, rope, rope_table  # noqa: F401
 from pydsa.backends.cuda.rows import CacheRows, Weight, cache_bytes, cache_rows, cache_write, get_rows, weight  # noqa: F401
+from pydsa.backends.cuda.runtime.array import DeviceArray, empty, upload  # noqa: F401
+from pydsa.backends.cuda.runtime.current import current, gpu, gpu_at, precision, selected
+from pydsa.backends.cuda.runtime.launch import compile_all, listing
+from pydsa.backends.cuda.runtime.streaming import Slot, measure_bus  # noqa: F401
+from pydsa.backends.cuda.runtime.transfers import transfer  # noqa: F401
 from pydsa.backends.cuda.sampling import PICKS, pick  # noqa: F401
-from pydsa.backends.cuda.streaming import Slot, measure_bus  # noqa: F401
 from pydsa.backends.cuda.top_k import top_k  # noqa: F401
-from pydsa.backends.cuda.transfers import transfer  # noqa: F401
 from pydsa.backends.cuda.variants import VARIANTS, switched_off  # noqa: F401
 from pydsa.backends.gpus import OLDEST, n_gpus  # noqa: F401
 from pydsa.backends.host import form_costs  # noqa: F401

@@ -7,13 +7,13 @@ of attend_chosen.py, where they take the rows.
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda import attend_one
-from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.device import SIMULATED, device, exp
+from pydsa.backends.cuda.chosen import attend_one
 from pydsa.backends.cuda.int8x2.linear import pack_four, pack_into
-from pydsa.backends.cuda.launch import BLOCKS, blocks_for, is_listing, kernel, lists_many
+from pydsa.backends.cuda.intrinsics.device import SIMULATED, device, exp
 from pydsa.backends.cuda.modes import DENSE, MASKED, SPARSE
-from pydsa.backends.cuda.rows_one import Splits
+from pydsa.backends.cuda.one_token.rows_one import Splits
+from pydsa.backends.cuda.runtime.array import scratch
+from pydsa.backends.cuda.runtime.launch import BLOCKS, blocks_for, is_listing, kernel, lists_many
 from pydsa.backends.cuda.variants import kernels
 
 

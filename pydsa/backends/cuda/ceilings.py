@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.array import empty, zeros
-from pydsa.backends.cuda.current import gpu, precision
-from pydsa.backends.cuda.device import SIMULATED, device, dp4a, mma_f16
-from pydsa.backends.cuda.instructions import stream_sixteen
-from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.intrinsics.device import SIMULATED, device, dp4a, mma_f16
+from pydsa.backends.cuda.intrinsics.instructions import stream_sixteen
+from pydsa.backends.cuda.runtime.array import empty, zeros
+from pydsa.backends.cuda.runtime.current import gpu, precision
+from pydsa.backends.cuda.runtime.launch import kernel
 from pydsa.options import EXACT
 
 

@@ -2,10 +2,10 @@
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.device import SIMULATED
 from pydsa.backends.cuda.int8x2.gemv_scores import gemv_scores
-from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.intrinsics.device import SIMULATED
+from pydsa.backends.cuda.runtime.array import scratch
+from pydsa.backends.cuda.runtime.launch import kernel
 from pydsa.backends.cuda.top_k import choose
 from pydsa.backends.cuda.variants import kernels
 from pydsa.backends.devices import tokens_scored_by_gpu

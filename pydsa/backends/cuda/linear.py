@@ -3,10 +3,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pydsa.backends.cuda.array import upload
-from pydsa.backends.cuda.current import kept_per_gpu
 from pydsa.backends.cuda.f16x2.linear import TOKENS
-from pydsa.backends.cuda.launch import lists_many
+from pydsa.backends.cuda.runtime.array import upload
+from pydsa.backends.cuda.runtime.current import kept_per_gpu
+from pydsa.backends.cuda.runtime.launch import lists_many
 from pydsa.backends.cuda.variants import kernels
 
 

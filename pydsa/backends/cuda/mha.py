@@ -6,11 +6,11 @@ rows take the parts of queries where they are, or those of mha_chosen.py pass fl
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.array import scratch
 from pydsa.backends.cuda.attention import dense_attention, sparse_attention
-from pydsa.backends.cuda.launch import blocks_for, is_listing, kernel
 from pydsa.backends.cuda.linear import head_linear, head_tiles
 from pydsa.backends.cuda.modes import SPARSE
+from pydsa.backends.cuda.runtime.array import scratch
+from pydsa.backends.cuda.runtime.launch import blocks_for, is_listing, kernel
 from pydsa.backends.cuda.variants import kernels
 
 

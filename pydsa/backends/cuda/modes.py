@@ -4,7 +4,7 @@ DENSE: all keys up to the token's position. MASKED: the same with an additive ma
 """
 import numpy as np
 
-from pydsa.backends.cuda.device import device
+from pydsa.backends.cuda.intrinsics.device import device
 
 
 DENSE, MASKED, SPARSE = range(3)

@@ -2,14 +2,14 @@
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.device import SIMULATED, WARP
 from pydsa.backends.cuda.f16x2.linear import TOKENS
 from pydsa.backends.cuda.int8x2.gemv import gemv
-from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.backends.cuda.intrinsics.device import SIMULATED, WARP
 from pydsa.backends.cuda.linear import ChosenTiles, Tiles, arange, by_rows
 from pydsa.backends.cuda.norm import silu_mul
-from pydsa.backends.cuda.routing import choose
+from pydsa.backends.cuda.one_token.routing import choose
+from pydsa.backends.cuda.runtime.array import scratch
+from pydsa.backends.cuda.runtime.launch import blocks_for, kernel
 from pydsa.backends.cuda.variants import kernels
 
 

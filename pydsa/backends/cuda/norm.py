@@ -4,10 +4,10 @@ import math
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.block_sums import block_sum
-from pydsa.backends.cuda.device import SIMULATED, device, exp
-from pydsa.backends.cuda.division import divide
-from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.backends.cuda.intrinsics.block_sums import block_sum
+from pydsa.backends.cuda.intrinsics.device import SIMULATED, device, exp
+from pydsa.backends.cuda.intrinsics.division import divide
+from pydsa.backends.cuda.runtime.launch import blocks_for, kernel
 
 
 THREADS = 8 if SIMULATED else 256

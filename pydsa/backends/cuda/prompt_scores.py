@@ -9,17 +9,17 @@ heads 2 c and 2 c + 1 of each eight, where g = lane // 4 and c = lane % 4.
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.block_sums import abs_bits, block_max
-from pydsa.backends.cuda.current import current
-from pydsa.backends.cuda.device import (SIMULATED, bits_float, device, float_bits, fma, nearest, pack_int8x2, u32_at, warp_max_int,
-                                        warp_sync)
-from pydsa.backends.cuda.hopper import (arrive_at, copy_bulk_at, fence_mbarriers, init_mbarrier_at, make_wgmma_int8, make_wgmma_wait,
-                                        wait_phase_at)
-from pydsa.backends.cuda.instructions import instruction, quotient, store_four
 from pydsa.backends.cuda.int8x2 import indexer
-from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
-from pydsa.backends.cuda.shared_memory import WHOLE_WARP, load_floats, shared_address
+from pydsa.backends.cuda.intrinsics.block_sums import abs_bits, block_max
+from pydsa.backends.cuda.intrinsics.device import (SIMULATED, bits_float, device, float_bits, fma, nearest, pack_int8x2, u32_at,
+                                                   warp_max_int, warp_sync)
+from pydsa.backends.cuda.intrinsics.hopper import (arrive_at, copy_bulk_at, fence_mbarriers, init_mbarrier_at, make_wgmma_int8,
+                                                   make_wgmma_wait, wait_phase_at)
+from pydsa.backends.cuda.intrinsics.instructions import instruction, quotient, store_four
+from pydsa.backends.cuda.intrinsics.shared_memory import WHOLE_WARP, load_floats, shared_address
+from pydsa.backends.cuda.runtime.array import scratch
+from pydsa.backends.cuda.runtime.current import current
+from pydsa.backends.cuda.runtime.launch import BLOCKS, blocks_for, kernel
 from pydsa.quants import INT8X2_MAX
 
 

@@ -4,8 +4,8 @@ import math
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.device import SIMULATED, device, sync
-from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.backends.cuda.intrinsics.device import SIMULATED, device, sync
+from pydsa.backends.cuda.runtime.launch import blocks_for, kernel
 
 
 THREADS = 8 if SIMULATED else 128

@@ -9,13 +9,13 @@ import numpy as np
 from numba import cuda
 
 from pydsa import quants
-from pydsa.backends.cuda.array import empty, upload, zeros
-from pydsa.backends.cuda.block_sums import row_max
 from pydsa.backends.cuda.blocks import GROUPED
 from pydsa.backends.cuda.blocks.block import any_u32
 from pydsa.backends.cuda.blocks.floats import FLOATS, value_bf16, value_f16, value_f32
-from pydsa.backends.cuda.device import bits_float, byte_at, device, float_bits, nearest, to_half
-from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.backends.cuda.intrinsics.block_sums import row_max
+from pydsa.backends.cuda.intrinsics.device import bits_float, byte_at, device, float_bits, nearest, to_half
+from pydsa.backends.cuda.runtime.array import empty, upload, zeros
+from pydsa.backends.cuda.runtime.launch import blocks_for, kernel
 
 
 THREADS = 128

@@ -7,9 +7,9 @@ import math
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.device import SIMULATED, device, float_bits
-from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.intrinsics.device import SIMULATED, device, float_bits
+from pydsa.backends.cuda.runtime.array import scratch
+from pydsa.backends.cuda.runtime.launch import kernel
 from pydsa.backends.cuda.top_k import choose, ordered
 
 

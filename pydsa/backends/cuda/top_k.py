@@ -9,10 +9,10 @@ import math
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.block_sums import block_prefix
-from pydsa.backends.cuda.device import SIMULATED, WARP, device, load_four_u32, sync
-from pydsa.backends.cuda.launch import BLOCKS, kernel
+from pydsa.backends.cuda.intrinsics.block_sums import block_prefix
+from pydsa.backends.cuda.intrinsics.device import SIMULATED, WARP, device, load_four_u32, sync
+from pydsa.backends.cuda.runtime.array import scratch
+from pydsa.backends.cuda.runtime.launch import BLOCKS, kernel
 from pydsa.backends.cuda.top_k_one import ALL, EQUAL, LOWEST, NAN, NON_NEGATIVE, NONE, ordered
 from pydsa.backends.cuda.variants import kernels
 

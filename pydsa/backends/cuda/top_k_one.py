@@ -10,12 +10,12 @@ import math
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.block_sums import block_prefix
-from pydsa.backends.cuda.device import (SIMULATED, WARP, bits_float, device, float_bits, load_four_f32, load_four_u32, store_four_u32,
-                                        sync)
-from pydsa.backends.cuda.instructions import quotient
-from pydsa.backends.cuda.launch import BLOCKS, kernel
+from pydsa.backends.cuda.intrinsics.block_sums import block_prefix
+from pydsa.backends.cuda.intrinsics.device import (SIMULATED, WARP, bits_float, device, float_bits, load_four_f32, load_four_u32,
+                                                   store_four_u32, sync)
+from pydsa.backends.cuda.intrinsics.instructions import quotient
+from pydsa.backends.cuda.runtime.array import scratch
+from pydsa.backends.cuda.runtime.launch import BLOCKS, kernel
 
 
 THREADS = 8 if SIMULATED else 1024

@@ -7,11 +7,11 @@ rest happens there.
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.device import SIMULATED, device
-from pydsa.backends.cuda.instructions import instruction
-from pydsa.backends.cuda.launch import kernel
-from pydsa.backends.cuda.shared_memory import WHOLE_WARP, anew, shared_address, store_word
+from pydsa.backends.cuda.intrinsics.device import SIMULATED, device
+from pydsa.backends.cuda.intrinsics.instructions import instruction
+from pydsa.backends.cuda.intrinsics.shared_memory import WHOLE_WARP, anew, shared_address, store_word
+from pydsa.backends.cuda.runtime.array import scratch
+from pydsa.backends.cuda.runtime.launch import kernel
 from pydsa.backends.cuda.top_k_one import ALL, LOWEST, NAN, NONE, ordered
 
 

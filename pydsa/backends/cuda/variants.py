@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pydsa.backends.cuda import (attend_chosen, attend_one, f16, f16x2, f32, flash, int8x2, mha_chosen, prompt_scores, routing, rows_one,
-                                 top_k_one, top_k_rows)
-from pydsa.backends.cuda.current import precision
+from pydsa.backends.cuda import f16, f16x2, f32, flash, int8x2, prompt_scores, top_k_one, top_k_rows
+from pydsa.backends.cuda.chosen import attend_chosen, attend_one, mha_chosen
 from pydsa.backends.cuda.int8x2.gemv_scores import GEMV_SCORES
+from pydsa.backends.cuda.one_token import routing, rows_one
+from pydsa.backends.cuda.runtime.current import precision
 from pydsa.errors import PydsaError
 from pydsa.options import FLOAT16
 

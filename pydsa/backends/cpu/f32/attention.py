@@ -6,12 +6,12 @@ heads multiplies keys as they lie instead: to transpose them would take as long 
 import numpy as np
 
 from pydsa.backends.cpu.arrays import address, floats_at
-from pydsa.backends.cpu.coming import fetch
 from pydsa.backends.cpu.f32.gemm import COLUMNS, matmul_add, tile_products
 from pydsa.backends.cpu.jit import call_block_function, inner
 from pydsa.backends.cpu.jobs import read_attend_job
 from pydsa.backends.cpu.scratch import thread_scratch
 from pydsa.backends.cpu.softmax import key_at, max_end, softmax_row
+from pydsa.backends.cpu.team.coming import fetch
 from pydsa.backends.cpu.vectors.lanes import transpose
 from pydsa.backends.cpu.vectors.scalars import float_from_bits
 from pydsa.backends.cpu.vectors.simd import i64_at, prefetch, store

@@ -3,8 +3,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pydsa.backends.cuda.constants import nothing
-from pydsa.backends.cuda.device import device, permuted, u32_at
+from pydsa.backends.cuda.intrinsics.constants import nothing
+from pydsa.backends.cuda.intrinsics.device import device, permuted, u32_at
 from pydsa.quants import TYPES
 
 

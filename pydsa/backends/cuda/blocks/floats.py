@@ -1,7 +1,7 @@
 """F32, F16, BF16: loads of one value, and products of 16 bytes."""
 import numpy as np
 
-from pydsa.backends.cuda.device import bits_float, byte_at, device, half_at, of_half, u32_at
+from pydsa.backends.cuda.intrinsics.device import bits_float, byte_at, device, half_at, of_half, u32_at
 
 
 @device

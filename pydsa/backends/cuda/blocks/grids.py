@@ -7,8 +7,8 @@ weights. k numbers the rows of a group of 32.
 import numpy as np
 
 from pydsa.backends.cuda.blocks.block import ONE_BIT, ZERO, any_two_u32, any_u32, entry, sign_of_four, signs_in_bytes, swapped
-from pydsa.backends.cuda.constants import shared_table
-from pydsa.backends.cuda.device import byte_at, device, half_at, of_half, permuted, u32_at
+from pydsa.backends.cuda.intrinsics.constants import shared_table
+from pydsa.backends.cuda.intrinsics.device import byte_at, device, half_at, of_half, permuted, u32_at
 from pydsa.quants import IQ2_LEVELS, TYPES, grid
 
 

@@ -3,8 +3,8 @@ import numpy as np
 
 from pydsa.backends.cuda.blocks.block import (NIBBLES, NO_OFFSETS, ONE_BIT, TWO_BITS, ZERO, Lane, any_eight_u32, both, entry,
                                               four_of, four_shifted, selector, sub4)
-from pydsa.backends.cuda.device import byte_at, device, four_u32_at, half_at, of_half, u32_at
-from pydsa.backends.cuda.instructions import read_sixteen, stream_sixteen
+from pydsa.backends.cuda.intrinsics.device import byte_at, device, four_u32_at, half_at, of_half, u32_at
+from pydsa.backends.cuda.intrinsics.instructions import read_sixteen, stream_sixteen
 from pydsa.quants import TYPES
 
 

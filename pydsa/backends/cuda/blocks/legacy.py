@@ -1,7 +1,7 @@
 """Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: a block of 32 weights is one group."""
 from pydsa.backends.cuda.blocks.block import (NIBBLES, NO_OFFSETS, ZERO, Lane, any_eight_u32, any_four_u32, any_u32, both, entry,
                                               four_of, sub4)
-from pydsa.backends.cuda.device import device, half_at, u32_at
+from pydsa.backends.cuda.intrinsics.device import device, half_at, u32_at
 from pydsa.quants import TYPES
 
 

@@ -5,7 +5,7 @@ Byte permutes (prmt) do the lookup.
 import numpy as np
 
 from pydsa.backends.cuda.blocks.block import ZERO, any_four_u32, entry
-from pydsa.backends.cuda.device import bits_float, byte_at, device, half_at, permuted, u32_at
+from pydsa.backends.cuda.intrinsics.device import bits_float, byte_at, device, half_at, permuted, u32_at
 from pydsa.quants import IQ4_LEVELS, MXFP4_LEVELS, TYPES
 
 

@@ -3,7 +3,7 @@ import numpy as np
 
 from pydsa.backends.cuda.blocks.block import (NO_OFFSETS, ONE_BIT, TWO_BITS, ZERO, Lane, any_eight_u32, any_four_u32, any_u32, entry,
                                               four_of, sign_of_four, signs_in_bytes, sub4)
-from pydsa.backends.cuda.device import device, half_at, permuted
+from pydsa.backends.cuda.intrinsics.device import device, half_at, permuted
 from pydsa.quants import TYPES
 
 

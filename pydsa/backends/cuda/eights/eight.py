@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from pydsa.backends.cuda.blocks.block import selector
-from pydsa.backends.cuda.constants import nothing
-from pydsa.backends.cuda.device import device, of_half, permuted
-from pydsa.backends.cuda.instructions import (add_halves, fetch_four, fma_by_high, fma_by_low, halves_by_high, multiply_halves,
-                                              subtract_halves)
+from pydsa.backends.cuda.intrinsics.constants import nothing
+from pydsa.backends.cuda.intrinsics.device import device, of_half, permuted
+from pydsa.backends.cuda.intrinsics.instructions import (add_halves, fetch_four, fma_by_high, fma_by_low, halves_by_high, multiply_halves,
+                                                         subtract_halves)
 
 U = np.uint32
 NIBBLES, TWO_BITS, ONE_BIT, SIGNS = U(0x0F0F0F0F), U(0x03030303), U(0x01010101), U(0x80808080)

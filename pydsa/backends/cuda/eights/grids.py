@@ -9,8 +9,8 @@ from pydsa.backends.cuda.blocks.grids import (EIGHTH, NEGATIVE, POSITIVE, QUARTE
                                               magnitudes_of_iq3_s, magnitudes_of_iq3_xxs, prepare_iq1, prepare_iq2_s, prepare_iq2_xs,
                                               prepare_iq2_xxs, prepare_iq3_s, prepare_iq3_xxs, row_of_iq1, row_of_iq2_s, row_of_iq2_xs,
                                               row_of_iq2_xxs)
-from pydsa.backends.cuda.device import device, of_half, permuted
-from pydsa.backends.cuda.instructions import count_bits, fetch_eight, fetch_four
+from pydsa.backends.cuda.intrinsics.device import device, of_half, permuted
+from pydsa.backends.cuda.intrinsics.instructions import count_bits, fetch_eight, fetch_four
 
 POSITIVES, NEGATIVES, UP, DOWN = (levels ^ SIGNS for levels in (POSITIVE, NEGATIVE, SHIFTED_UP, SHIFTED_DOWN))
 IQ2_MOST, IQ3_XXS_MOST, IQ3_S_MOST, IQ1_MOST = 31 * 43, 31 * 62, 31 * 15, 15 * 9      # the greatest weights of a block, over its scale

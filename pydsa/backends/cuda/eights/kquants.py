@@ -3,8 +3,8 @@ from pydsa.backends.cuda.blocks.block import selector
 from pydsa.backends.cuda.eights.eight import (EVEN, FOUR_IN_PAIR, NIBBLES, NO_OFFSETS, ONE_BIT, SIGNS, SIX_IN_PAIR, TWO_BITS,
                                               Eights, U, both_halves, head_of_d, load_words, offsets_of,
                                               two_words, whole, whole_less_128, whole_less_32)
-from pydsa.backends.cuda.device import device, permuted
-from pydsa.backends.cuda.instructions import fetch_eight, fetch_sixteen
+from pydsa.backends.cuda.intrinsics.device import device, permuted
+from pydsa.backends.cuda.intrinsics.instructions import fetch_eight, fetch_sixteen
 
 APART = U(0x4140)       # of a word: its bytes 0 and 1, each in 16 bits
 offsets_q2_k = offsets_of(2)

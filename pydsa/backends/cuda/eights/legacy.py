@@ -9,8 +9,8 @@ from pydsa.backends.cuda.eights.eight import (LOWER, NIBBLES, NO_OFFSETS, NONE, 
                                               head_of_d, load_words, two_words, whole_less_32)
 from pydsa.backends.cuda.blocks.legacy import fifth_bits
 from pydsa.backends.cuda.blocks.tables import half_of_e4m3, half_of_power
-from pydsa.backends.cuda.device import device, permuted
-from pydsa.backends.cuda.instructions import fetch_eight, fetch_four
+from pydsa.backends.cuda.intrinsics.device import device, permuted
+from pydsa.backends.cuda.intrinsics.instructions import fetch_eight, fetch_four
 from pydsa.quants import IQ4_LEVELS, MXFP4_LEVELS
 
 

@@ -3,7 +3,7 @@ from pydsa.backends.cuda.blocks.block import selector
 from pydsa.backends.cuda.eights.eight import (NO_OFFSETS, SIGNS, TWICE, TWO_BITS, Eights, U, bytes_from, four_bits_in_bytes,
                                               head_of_d, load_words, two_words)
 from pydsa.backends.cuda.blocks.ternary import trits
-from pydsa.backends.cuda.device import device, permuted
+from pydsa.backends.cuda.intrinsics.device import device, permuted
 
 # Of TQ1_0: the power of three of each group's first half, and of its second one, but for that of group 7
 FIRST, SECOND = (1, 3, 9, 27, 81, 1, 9, 81), (1, 3, 9, 27, 81, 3, 27, 0)

@@ -13,15 +13,15 @@ linear.py have at most 128 tokens. A block of 256 takes two tiles, where all are
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.current import current
-from pydsa.backends.cuda.device import SIMULATED, device, load_four_u32
 from pydsa.backends.cuda.eights.eight import U
 from pydsa.backends.cuda.f16.panels import STAGE_BYTES
 from pydsa.backends.cuda.f16.tiles import KINDS, WHOLE_WARP, inverse, set_factor
-from pydsa.backends.cuda.hopper import fence_async, make_wgmma, make_wgmma_wait
-from pydsa.backends.cuda.instructions import commit_copies, copies_left, copy_sixteen_async, quotient
-from pydsa.backends.cuda.launch import blocks_for, kernel
-from pydsa.backends.cuda.shared_memory import shared_address
+from pydsa.backends.cuda.intrinsics.device import SIMULATED, device, load_four_u32
+from pydsa.backends.cuda.intrinsics.hopper import fence_async, make_wgmma, make_wgmma_wait
+from pydsa.backends.cuda.intrinsics.instructions import commit_copies, copies_left, copy_sixteen_async, quotient
+from pydsa.backends.cuda.intrinsics.shared_memory import shared_address
+from pydsa.backends.cuda.runtime.current import current
+from pydsa.backends.cuda.runtime.launch import blocks_for, kernel
 
 
 CAPABILITY = 9, 0

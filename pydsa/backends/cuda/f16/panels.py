@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.block_sums import row_max
-from pydsa.backends.cuda.device import bits_float, device, to_half
-from pydsa.backends.cuda.instructions import store_sixteen
-from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.intrinsics.block_sums import row_max
+from pydsa.backends.cuda.intrinsics.device import bits_float, device, to_half
+from pydsa.backends.cuda.intrinsics.instructions import store_sixteen
+from pydsa.backends.cuda.runtime.array import scratch
+from pydsa.backends.cuda.runtime.launch import kernel
 
 
 THREADS = 256

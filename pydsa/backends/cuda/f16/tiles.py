@@ -8,12 +8,12 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.blocks.floats import two_bf16
-from pydsa.backends.cuda.constants import nothing
-from pydsa.backends.cuda.device import bits_float, device, float_bits, permuted
 from pydsa.backends.cuda.eights import EIGHTS
 from pydsa.backends.cuda.eights.eight import EVEN, LOWER, ODD, THOUSANDS, UPPER, U
-from pydsa.backends.cuda.instructions import (fetch_sixteen, fma_high_high, fma_low_high, fma_low_low, halves_by_high, halves_by_low,
-                                              pack_halves, subtract_halves)
+from pydsa.backends.cuda.intrinsics.constants import nothing
+from pydsa.backends.cuda.intrinsics.device import bits_float, device, float_bits, permuted
+from pydsa.backends.cuda.intrinsics.instructions import (fetch_sixteen, fma_high_high, fma_low_high, fma_low_low, halves_by_high,
+                                                         halves_by_low, pack_halves, subtract_halves)
 from pydsa.quants import TYPES
 
 WHOLE_WARP = U(0xFFFFFFFF)

@@ -11,14 +11,14 @@ numbers is multiplied, lanes make the words of the next one.
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.current import current
-from pydsa.backends.cuda.device import SIMULATED, device, of_half
 from pydsa.backends.cuda.f16x2.offsets import OFFSETS
 from pydsa.backends.cuda.f16x2.panels import STAGE_BYTES, n_stages, split, split_columns_q4_k
 from pydsa.backends.cuda.f16x2.stages import (CAPABILITY, FEW, RINGS, ROWS, SIGNATURE, THREADS, add_scaled, clear, launch)
 from pydsa.backends.cuda.f16x2.words_q4_k import RAW, make_loads, make_put
-from pydsa.backends.cuda.hopper import make_wgmma, make_wgmma_wait
-from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.intrinsics.device import SIMULATED, device, of_half
+from pydsa.backends.cuda.intrinsics.hopper import make_wgmma, make_wgmma_wait
+from pydsa.backends.cuda.runtime.current import current
+from pydsa.backends.cuda.runtime.launch import kernel
 from pydsa.quants import TYPES
 
 

@@ -13,15 +13,15 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.current import current
-from pydsa.backends.cuda.device import SIMULATED, device
 from pydsa.backends.cuda.f16x2.panels import (PART_BYTES, STAGE_BYTES, n_stages, split, split_columns, split_columns_and_16,
                                               split_columns_and_32)
 from pydsa.backends.cuda.f16x2.stages import CAPABILITY, FEW, GROUP_STEP, RINGS, ROWS, SIGNATURE, THREADS, add_scaled, clear, launch
 from pydsa.backends.cuda.f16x2.words_rows import AHEAD, UNPACKED, WARP_BYTES, make_load, place_to_read, place_to_write, prefetch
-from pydsa.backends.cuda.hopper import make_wgmma, make_wgmma_wait
-from pydsa.backends.cuda.launch import kernel
-from pydsa.backends.cuda.shared_memory import shared_address
+from pydsa.backends.cuda.intrinsics.device import SIMULATED, device
+from pydsa.backends.cuda.intrinsics.hopper import make_wgmma, make_wgmma_wait
+from pydsa.backends.cuda.intrinsics.shared_memory import shared_address
+from pydsa.backends.cuda.runtime.current import current
+from pydsa.backends.cuda.runtime.launch import kernel
 
 
 ALL_LANES = np.uint32(0xFFFFFFFF)

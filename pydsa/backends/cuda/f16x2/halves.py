@@ -1,8 +1,8 @@
 """Arithmetic of pairs of float16, uint32."""
 import numpy as np
 
-from pydsa.backends.cuda.device import device, to_half
-from pydsa.backends.cuda.instructions import instruction
+from pydsa.backends.cuda.intrinsics.device import device, to_half
+from pydsa.backends.cuda.intrinsics.instructions import instruction
 
 
 U = np.uint32

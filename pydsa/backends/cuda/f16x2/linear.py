@@ -14,14 +14,14 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.block_sums import row_max
 from pydsa.backends.cuda.blocks import GROUPED
 from pydsa.backends.cuda.blocks.floats import two_bf16
-from pydsa.backends.cuda.constants import nothing
-from pydsa.backends.cuda.device import (MMA_WARP, SIMULATED, bits_float, device, fma, four_u32_at, int8_to_f16, load_four_u32,
-                                        load_two_f32, mma_f16, of_half, store_four_u32, sum_of_four, to_half)
-from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.backends.cuda.intrinsics.block_sums import row_max
+from pydsa.backends.cuda.intrinsics.constants import nothing
+from pydsa.backends.cuda.intrinsics.device import (MMA_WARP, SIMULATED, bits_float, device, fma, four_u32_at, int8_to_f16, load_four_u32,
+                                                   load_two_f32, mma_f16, of_half, store_four_u32, sum_of_four, to_half)
+from pydsa.backends.cuda.runtime.array import scratch
+from pydsa.backends.cuda.runtime.launch import blocks_for, kernel
 
 
 ROW_WARPS, TOKEN_WARPS = (1, 2) if SIMULATED else (4, 2)

@@ -5,11 +5,11 @@ sums. row, row_8: where its rows g and g + 8 begin in w. c = lane % 4. parts, wo
 """
 import numpy as np
 
-from pydsa.backends.cuda.device import device, half_at, of_half, to_half, u32_at
 from pydsa.backends.cuda.f16x2.halves import two_numbers
 from pydsa.backends.cuda.f16x2.stages import add_scaled, clear
-from pydsa.backends.cuda.hopper import make_wgmma, make_wgmma_wait
-from pydsa.backends.cuda.instructions import read_sixteen
+from pydsa.backends.cuda.intrinsics.device import device, half_at, of_half, to_half, u32_at
+from pydsa.backends.cuda.intrinsics.hopper import make_wgmma, make_wgmma_wait
+from pydsa.backends.cuda.intrinsics.instructions import read_sixteen
 from pydsa.quants import TYPES
 
 

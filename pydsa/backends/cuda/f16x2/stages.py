@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.device import device, fma
 from pydsa.backends.cuda.f16x2.panels import PART_BYTES, STAGE_BYTES
-from pydsa.backends.cuda.hopper import fence_async
-from pydsa.backends.cuda.instructions import commit_copies, copies_left, copy_sixteen_async, quotient
-from pydsa.backends.cuda.launch import blocks_for
-from pydsa.backends.cuda.shared_memory import shared_address
+from pydsa.backends.cuda.intrinsics.device import device, fma
+from pydsa.backends.cuda.intrinsics.hopper import fence_async
+from pydsa.backends.cuda.intrinsics.instructions import commit_copies, copies_left, copy_sixteen_async, quotient
+from pydsa.backends.cuda.intrinsics.shared_memory import shared_address
+from pydsa.backends.cuda.runtime.launch import blocks_for
 
 
 THREADS, ROWS = 256, 128            # of a block; a warp has 16 rows of weights, a lane two of them, g and g + 8

@@ -4,10 +4,10 @@ A weight becomes a whole number, q times its sub-block's scale, at most 1,953, w
 """
 import numpy as np
 
-from pydsa.backends.cuda.device import device
 from pydsa.backends.cuda.f16x2.halves import HALF_1024, fma_halves, multiply_halves, subtract_halves, twice
-from pydsa.backends.cuda.instructions import read_sixteen, stream_eight
-from pydsa.backends.cuda.shared_memory import anew
+from pydsa.backends.cuda.intrinsics.device import device
+from pydsa.backends.cuda.intrinsics.instructions import read_sixteen, stream_eight
+from pydsa.backends.cuda.intrinsics.shared_memory import anew
 
 
 RAW = 16            # words of a lane that are not unpacked yet, of two rows, as below

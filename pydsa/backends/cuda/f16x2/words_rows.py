@@ -12,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 from pydsa.backends.cuda.blocks import GROUPED
-from pydsa.backends.cuda.constants import nothing
-from pydsa.backends.cuda.device import bits_float, device, int8_to_f16
 from pydsa.backends.cuda.f16x2.halves import fma_halves, multiply_halves, twice
 from pydsa.backends.cuda.f16x2.linear import bf16_to_f16
 from pydsa.backends.cuda.f16x2.offsets import OFFSETS
-from pydsa.backends.cuda.instructions import instruction, read_sixteen
-from pydsa.backends.cuda.shared_memory import load_fragments, store_four_words
+from pydsa.backends.cuda.intrinsics.constants import nothing
+from pydsa.backends.cuda.intrinsics.device import bits_float, device, int8_to_f16
+from pydsa.backends.cuda.intrinsics.instructions import instruction, read_sixteen
+from pydsa.backends.cuda.intrinsics.shared_memory import load_fragments, store_four_words
 from pydsa.quants import TYPES
 
 

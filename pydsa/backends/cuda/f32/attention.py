@@ -6,12 +6,12 @@ online softmax, then the values, which are staged in the same shared memory.
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.device import SIMULATED, WARP, device, exp, load_four_f32, warp_max, warp_sum, warp_sync
 from pydsa.backends.cuda.f32.tiles import (BATCH, DOTS, FOURS, HEADS, KEYS, PRODUCTS, PRODUCTS_OF, STAGE, THREADS, WORK as PRODUCT_WORK,
                                            sum_of_slices)
-from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.backends.cuda.intrinsics.device import SIMULATED, WARP, device, exp, load_four_f32, warp_max, warp_sum, warp_sync
 from pydsa.backends.cuda.modes import SPARSE, key_and_bias, split_of_keys
 from pydsa.backends.cuda.rows import CACHED
+from pydsa.backends.cuda.runtime.launch import blocks_for, kernel
 
 
 WARPS = THREADS // WARP

@@ -3,8 +3,8 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.f32.tiles import DOTS, FOURS, HEADS, KEYS, PRODUCTS, PRODUCTS_OF, THREADS, WORK, sum_of_slices
-from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
 from pydsa.backends.cuda.rows import CACHED
+from pydsa.backends.cuda.runtime.launch import BLOCKS, blocks_for, kernel
 
 
 PITCH = HEADS + 1

@@ -2,11 +2,11 @@
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.block_sums import block_sum
 from pydsa.backends.cuda.blocks.floats import FLOATS, UNITS
-from pydsa.backends.cuda.device import SIMULATED, WARP, device, sum_of_lanes, warp_sum
-from pydsa.backends.cuda.instructions import stream_sixteen
-from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.backends.cuda.intrinsics.block_sums import block_sum
+from pydsa.backends.cuda.intrinsics.device import SIMULATED, WARP, device, sum_of_lanes, warp_sum
+from pydsa.backends.cuda.intrinsics.instructions import stream_sixteen
+from pydsa.backends.cuda.runtime.launch import blocks_for, kernel
 from pydsa.quants import TYPES
 
 

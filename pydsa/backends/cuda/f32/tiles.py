@@ -9,7 +9,7 @@ non-negative, would cost many registers.
 """
 import numpy as np
 
-from pydsa.backends.cuda.device import SIMULATED, bits_float, device, half_at, load_four_f32, store_four_f32, sync, u32_at
+from pydsa.backends.cuda.intrinsics.device import SIMULATED, bits_float, device, half_at, load_four_f32, store_four_f32, sync, u32_at
 from pydsa.backends.cuda.rows import CACHED
 
 

@@ -6,12 +6,12 @@ which bulk copies fetch, two under way.
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.device import device
 from pydsa.backends.cuda.flash.heads import BY_ROWS, CAPABILITY
 from pydsa.backends.cuda.flash.queries import QUERIES, WARPS, Shape, U, make_flash, make_weigh_tile
-from pydsa.backends.cuda.hopper import (arrive, copy_bulk, expect_bytes, fence_async, fence_mbarriers, init_mbarrier, make_wgmma,
-                                        make_wgmma_shared, make_wgmma_wait, steps_of_rows, wait_phase)
-from pydsa.backends.cuda.shared_memory import shared_address
+from pydsa.backends.cuda.intrinsics.device import device
+from pydsa.backends.cuda.intrinsics.hopper import (arrive, copy_bulk, expect_bytes, fence_async, fence_mbarriers, init_mbarrier, make_wgmma,
+                                                   make_wgmma_shared, make_wgmma_wait, steps_of_rows, wait_phase)
+from pydsa.backends.cuda.intrinsics.shared_memory import shared_address
 
 
 # (n_nope, n_rot, n_v, kv_lora) -> Shape: DeepSeek V2, V3 and Kimi K2; GLM-5 and GLM-4.7-Flash. With fewer values a tile has more keys.

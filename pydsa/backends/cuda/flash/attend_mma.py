@@ -6,11 +6,11 @@ As attend.py, whose blocks (queries.py) it has, with at most 99 KB of shared mem
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.device import device
 from pydsa.backends.cuda.flash.heads_mma import add_pair, of_columns, of_rows
 from pydsa.backends.cuda.flash.queries import QUERIES, THREADS, ZERO, Shape, U, make_flash, make_weigh_tile
-from pydsa.backends.cuda.instructions import all_copies, commit_copies
-from pydsa.backends.cuda.shared_memory import copy_sixteen, load_fragments, load_transposed, shared_address
+from pydsa.backends.cuda.intrinsics.device import device
+from pydsa.backends.cuda.intrinsics.instructions import all_copies, commit_copies
+from pydsa.backends.cuda.intrinsics.shared_memory import copy_sixteen, load_fragments, load_transposed, shared_address
 from pydsa.backends.devices import FLASH_WIDTHS
 
 # (n_nope, n_rot, n_v, kv_lora) -> Shape; with more values a tile has fewer keys

@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.current import current
-from pydsa.backends.cuda.device import SIMULATED
 from pydsa.backends.cuda.flash import attend, attend_mma, heads, heads_mma, images
 from pydsa.backends.cuda.flash.heads import BLOCKS, ROWS
 from pydsa.backends.cuda.flash.images import TILE, WIDE
 from pydsa.backends.cuda.flash.queries import QUERIES
-from pydsa.backends.cuda.launch import blocks_for
+from pydsa.backends.cuda.intrinsics.device import SIMULATED
+from pydsa.backends.cuda.runtime.array import scratch
+from pydsa.backends.cuda.runtime.current import current
+from pydsa.backends.cuda.runtime.launch import blocks_for
 from pydsa.backends.devices import flash_keys
 
 LOG2_E = np.float32(math.log2(math.e))

@@ -7,13 +7,13 @@ which lie by columns, one for each 64 keys.
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.device import device
 from pydsa.backends.cuda.flash.images import GAIN, TILE, pack_halves
-from pydsa.backends.cuda.hopper import (arrive, copy_bulk, expect_bytes, fence_mbarriers, init_mbarrier, make_wgmma_shared, make_wgmma_wait,
-                                        steps_of_rows, wait_phase)
-from pydsa.backends.cuda.instructions import quotient, store_sixteen
-from pydsa.backends.cuda.launch import kernel
-from pydsa.backends.cuda.shared_memory import shared_address
+from pydsa.backends.cuda.intrinsics.device import device
+from pydsa.backends.cuda.intrinsics.hopper import (arrive, copy_bulk, expect_bytes, fence_mbarriers, init_mbarrier, make_wgmma_shared,
+                                                   make_wgmma_wait, steps_of_rows, wait_phase)
+from pydsa.backends.cuda.intrinsics.instructions import quotient, store_sixteen
+from pydsa.backends.cuda.intrinsics.shared_memory import shared_address
+from pydsa.backends.cuda.runtime.launch import kernel
 
 CAPABILITY = 9, 0
 KV_LORA, TILE_BYTES = 512, 2 * 512 * TILE      # numbers of a latent, bytes of a tile of them

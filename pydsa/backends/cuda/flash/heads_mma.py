@@ -7,12 +7,12 @@ as images for attend_mma.py: in tiles of 2^key_bits keys, one image for each 64 
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.device import device, mma_f16
 from pydsa.backends.cuda.flash.heads import turned, word_of
 from pydsa.backends.cuda.flash.images import TILE, WIDE
-from pydsa.backends.cuda.instructions import commit_copies, copies_left, store_sixteen
-from pydsa.backends.cuda.launch import kernel
-from pydsa.backends.cuda.shared_memory import copy_sixteen, load_fragments, load_transposed, shared_address
+from pydsa.backends.cuda.intrinsics.device import device, mma_f16
+from pydsa.backends.cuda.intrinsics.instructions import commit_copies, copies_left, store_sixteen
+from pydsa.backends.cuda.intrinsics.shared_memory import copy_sixteen, load_fragments, load_transposed, shared_address
+from pydsa.backends.cuda.runtime.launch import kernel
 
 THREADS, STAGES = 256, 3
 IMAGE, WEIGHTS = 128 * TILE, 128 * WIDE         # bytes of an image of a tile of latents, and of weights for a half of the warps

@@ -11,17 +11,17 @@ weights is then below 2^37 (kv_lora is at most 512), and times GAIN below 2^15.
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.array import scratch, upload
-from pydsa.backends.cuda.block_sums import abs_bits, block_max
 from pydsa.backends.cuda.blocks import GROUPED
 from pydsa.backends.cuda.blocks.floats import FLOATS
-from pydsa.backends.cuda.current import kept_per_gpu
-from pydsa.backends.cuda.device import bits_float, device, float_bits
 from pydsa.backends.cuda.f32.tiles import UNPACK_FOUR
-from pydsa.backends.cuda.instructions import instruction, quotient, store_sixteen
-from pydsa.backends.cuda.launch import kernel
+from pydsa.backends.cuda.intrinsics.block_sums import abs_bits, block_max
+from pydsa.backends.cuda.intrinsics.device import bits_float, device, float_bits
+from pydsa.backends.cuda.intrinsics.instructions import instruction, quotient, store_sixteen
+from pydsa.backends.cuda.intrinsics.shared_memory import folds
 from pydsa.backends.cuda.rows import get_rows
-from pydsa.backends.cuda.shared_memory import folds
+from pydsa.backends.cuda.runtime.array import scratch, upload
+from pydsa.backends.cuda.runtime.current import kept_per_gpu
+from pydsa.backends.cuda.runtime.launch import kernel
 
 WIDE = 64                       # numbers of a row in an image
 TILE = 128                      # latents of a tile

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.device import bits_float, device, float_bits, fma, store_four_u32
 from pydsa.backends.cuda.flash.images import GAIN, WIDE, inverse, pack_halves, power_for, power_of_part
-from pydsa.backends.cuda.instructions import instruction, load_eight, read_sixteen, store_eight
-from pydsa.backends.cuda.launch import kernel
-from pydsa.backends.cuda.shared_memory import folds, greatest_integer, power_of_two
+from pydsa.backends.cuda.intrinsics.device import bits_float, device, float_bits, fma, store_four_u32
+from pydsa.backends.cuda.intrinsics.instructions import instruction, load_eight, read_sixteen, store_eight
+from pydsa.backends.cuda.intrinsics.shared_memory import folds, greatest_integer, power_of_two
+from pydsa.backends.cuda.runtime.launch import kernel
 
 QUERIES, THREADS, WARPS = 128, 256, 8
 ROWS_AT_ONCE, RAW = 4, 32        # rows of queries that a warp reads at a time, and numbers of a lane

@@ -10,12 +10,12 @@ value, relative to the largest one of the tile, becomes part of the key's softma
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.device import (MMA_WARP, SIMULATED, WARP, bits_float, device, exp, load_four_u32, mma_s8, nearest, pack_int8x2,
-                                        permuted, store_four_u32, sync, u32_at)
 from pydsa.backends.cuda.int8x2.linear import head_scale, pack_head_four
-from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.backends.cuda.intrinsics.device import (MMA_WARP, SIMULATED, WARP, bits_float, device, exp, load_four_u32, mma_s8, nearest,
+                                                   pack_int8x2, permuted, store_four_u32, sync, u32_at)
 from pydsa.backends.cuda.modes import SPARSE, key_and_bias, split_of_keys
+from pydsa.backends.cuda.runtime.array import scratch
+from pydsa.backends.cuda.runtime.launch import blocks_for, kernel
 from pydsa.quants import INT8X2_MAX
 
 

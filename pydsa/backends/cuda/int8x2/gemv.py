@@ -17,14 +17,14 @@ import numpy as np
 from numba import cuda
 
 from pydsa.backends.cuda.blocks import GROUPED
-from pydsa.backends.cuda.device import SIMULATED, WARP, device, sum_of_lanes, sync, warp_sync
-from pydsa.backends.cuda.dots_one import make_activations, make_dot, place_of_lane
-from pydsa.backends.cuda.instructions import (commit_copies, copies_left, copy_sixteen_async, instruction, let_later_begin, quotient,
-                                              wait_for_earlier)
 from pydsa.backends.cuda.int8x2.linear import TILE_U32, scratch_for_rows
-from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
-from pydsa.backends.cuda.routing import ARGUMENTS as ROUTED, CHOSEN, FIXED, MOST, MOST_GROUPS, TO_CHOOSE, choose, no_router
-from pydsa.backends.cuda.rows_one import GIVEN, JOINED, NORMED, ROUNDED, SOURCES, Rows, make_row, no_rows, not_rounded, round_tile
+from pydsa.backends.cuda.intrinsics.device import SIMULATED, WARP, device, sum_of_lanes, sync, warp_sync
+from pydsa.backends.cuda.intrinsics.instructions import (commit_copies, copies_left, copy_sixteen_async, instruction, let_later_begin,
+                                                         quotient, wait_for_earlier)
+from pydsa.backends.cuda.one_token.dots_one import make_activations, make_dot, place_of_lane
+from pydsa.backends.cuda.one_token.routing import ARGUMENTS as ROUTED, CHOSEN, FIXED, MOST, MOST_GROUPS, TO_CHOOSE, choose, no_router
+from pydsa.backends.cuda.one_token.rows_one import GIVEN, JOINED, NORMED, ROUNDED, SOURCES, Rows, make_row, no_rows, not_rounded, round_tile
+from pydsa.backends.cuda.runtime.launch import BLOCKS, blocks_for, kernel
 from pydsa.quants import TYPES
 
 

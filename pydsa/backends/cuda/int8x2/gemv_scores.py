@@ -5,11 +5,11 @@ Neither needs the other. Blocks of the products come first, as in gemv.py; those
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.device import SIMULATED, device
-from pydsa.backends.cuda.instructions import let_later_begin, wait_for_earlier
 from pydsa.backends.cuda.int8x2.gemv import GEMV, MOST_BLOCKS, SIGNATURE, THREADS, WARPS, arguments, grid_of
 from pydsa.backends.cuda.int8x2.indexer import TILE_U32, make_score
-from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.backends.cuda.intrinsics.device import SIMULATED, device
+from pydsa.backends.cuda.intrinsics.instructions import let_later_begin, wait_for_earlier
+from pydsa.backends.cuda.runtime.launch import blocks_for, kernel
 
 
 HEAD_TILES = 4                          # whose queries fit into a block's shared memory, beside what gemv has there

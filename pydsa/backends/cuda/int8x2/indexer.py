@@ -7,11 +7,11 @@ over heads. All int8 dot products are exact.
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.device import (MMA_WARP, SIMULATED, WARP, bits_float, device, load_four_u32, mma_s8, store_four_u32, sync,
-                                        u32_at)
 from pydsa.backends.cuda.int8x2.linear import head_scale, pack_head_four
-from pydsa.backends.cuda.launch import BLOCKS, blocks_for, kernel
+from pydsa.backends.cuda.intrinsics.device import (MMA_WARP, SIMULATED, WARP, bits_float, device, load_four_u32, mma_s8, store_four_u32,
+                                                   sync, u32_at)
+from pydsa.backends.cuda.runtime.array import scratch
+from pydsa.backends.cuda.runtime.launch import BLOCKS, blocks_for, kernel
 
 
 WIDTH = 128                             # the most values of a key, which stays in registers

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda
 
-from pydsa.backends.cuda.array import scratch
-from pydsa.backends.cuda.block_sums import abs_bits
-from pydsa.backends.cuda.device import SIMULATED, WARP, bits_float, device, max_of_eight, nearest, pack_int8x2, sum_of_four, warp_max_int
-from pydsa.backends.cuda.division import divide
-from pydsa.backends.cuda.launch import blocks_for, kernel
+from pydsa.backends.cuda.intrinsics.block_sums import abs_bits
+from pydsa.backends.cuda.intrinsics.device import (SIMULATED, WARP, bits_float, device, max_of_eight, nearest, pack_int8x2, sum_of_four,
+                                                   warp_max_int)
+from pydsa.backends.cuda.intrinsics.division import divide
+from pydsa.backends.cuda.runtime.array import scratch
+from pydsa.backends.cuda.runtime.launch import blocks_for, kernel
 from pydsa.quants import INT8X2_MAX
 
 

@@ -1,0 +1,1 @@
+"""How ops run: arguments, tasks, a team of threads, weights read ahead."""

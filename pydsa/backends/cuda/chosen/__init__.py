@@ -1,0 +1,1 @@
+"""Attention to chosen rows: of a few tokens, and of prompts."""

@@ -1,0 +1,1 @@
+"""What all kernels call on the GPU: instructions, shared memory, sums."""

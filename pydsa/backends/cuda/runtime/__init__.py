@@ -1,0 +1,1 @@
+"""The GPU as the host sees it: arrays, launches, copies, the driver."""
