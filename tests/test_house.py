@@ -80,6 +80,15 @@ def test_no_import_cycles():
     graphlib.TopologicalSorter({name: ours(path) - {name} for name, path in MODULES.items()}).prepare()
 
 
+def test_no_module_is_imported_by_a_name_that_an_op_has_too():
+    """`from pydsa.backends.cuda import linear` may be the module or the op."""
+    named = {name: [(node.module, alias.name) for node in nodes(path) if isinstance(node, ast.ImportFrom) for alias in node.names]
+             for name, path in MODULES.items()}
+    ops = {(name, what) for name, path in MODULES.items() if path.name == "__init__.py" for module, what in named[name]
+           if f"{name}.{what}" in MODULES and f"{module}.{what}" not in MODULES}
+    assert ("pydsa.backends.cuda", "linear") in ops and not [name for name in named if ops & set(named[name])]
+
+
 def test_reference_stands_alone():
     assert set(imports(ROOT / "pydsa/backends/reference.py")) <= {"numpy", "gguf", "gguf.quants", "pydsa.backends.host"}
 

@@ -7,14 +7,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pydsa.backends.cuda import attention, indexer, int8x2, linear, modes, moe, norm, rope, rows
+from pydsa.backends.cuda import attention, indexer, int8x2, modes, moe, norm, rows
 from pydsa.backends.cuda.blocks import GROUPED
 from pydsa.backends.cuda.int8x2.gemv import gemv, grid_of
+from pydsa.backends.cuda.linear import head_linear, head_tiles, linear
 from pydsa.backends.cuda.one_token import routing, rows_one
 from pydsa.backends.cuda.one_token.fused_kernels import Heads, Norm, Queries, Stored, norm_is_narrow, prepare_rows, silu_mul_pack
 from pydsa.backends.cuda.one_token.launches import Launches, one_row, touch
 from pydsa.backends.cuda.one_token.norm_one import Joined, add_norm, norm_is_wide
 from pydsa.backends.cuda.one_token.order import overlap, same, together, written_by
+from pydsa.backends.cuda.rope import hadamard, rope
 from pydsa.backends.cuda.runtime.array import scratch
 from pydsa.backends.cuda.variants import kernels
 
@@ -87,7 +89,7 @@ def _summands(adds, normed, first):
 
 def _float_product(ops, args, x):
     """The output and the matrix of a linear of x with F32; else None."""
-    if ops != [linear.linear] or args[0][1].type != "F32" or not same(args[0][2], x) or args[0][1].data.span[0] % 16:
+    if ops != [linear] or args[0][1].type != "F32" or not same(args[0][2], x) or args[0][1].data.span[0] % 16:
         return None
     return args[0][:2]
 
@@ -97,7 +99,7 @@ def products(launches, ops, args):
 
     Those of one type and width become launches of up to four. Others stand between them as they are.
     """
-    n = next((i for i, op in enumerate(ops) if op is not linear.linear or not same(args[i][2], args[0][2])), len(ops))
+    n = next((i for i, op in enumerate(ops) if op is not linear or not same(args[i][2], args[0][2])), len(ops))
     if n == 0 or args[0][2].shape[0] != 1:
         return 0
     x, groups = args[0][2], {}
@@ -107,10 +109,10 @@ def products(launches, ops, args):
         for i in range(0, len(group), 4):
             outs, weights = zip(*group[i:i + 4])
             if kind in GROUPED:
-                launches.add(gemv, [out.rows for out in outs], weights, launches.packed(x.rows), linear.head_tiles(1, 1), written=outs)
+                launches.add(gemv, [out.rows for out in outs], weights, launches.packed(x.rows), head_tiles(1, 1), written=outs)
             else:
                 for out, w in zip(outs, weights):
-                    launches.add(linear.linear, out, w, x, written=[out])
+                    launches.add(linear, out, w, x, written=[out])
     return n
 
 
@@ -120,11 +122,11 @@ def products_of_heads(launches, ops, args, made=None):
     A linear with quantized weights of all heads' outputs may follow: then these are packed by the blocks that make them, where they can.
     made: Rows of which blocks make their input.
     """
-    out, w, x = args[0] if ops[0] is linear.head_linear else [None] * 3
+    out, w, x = args[0] if ops[0] is head_linear else [None] * 3
     if out is None or w.type not in GROUPED or x.shape[0] != 1:
         return 0
-    rows, tiles = out.rows, linear.head_tiles(1, x.shape[1])
-    taken = args[1][2] if ops[1:2] == [linear.linear] and args[1][1].type in GROUPED else None
+    rows, tiles = out.rows, head_tiles(1, x.shape[1])
+    taken = args[1][2] if ops[1:2] == [linear] and args[1][1].type in GROUPED else None
     rounds = (taken is not None and taken.span == out.span and taken.size == out.size and taken.shape[0] == 1
               and grid_of([rows], x.shape[2], x.shape[1]).rounds(rows.shape[1]))
     launches.add(gemv, [rows], [w], made or launches.packed(x.rows), tiles, 0, written=[out, *([x] if made else [])],
@@ -150,7 +152,7 @@ def queries(launches, ops, args, stored=(), positions=None):
     The ops are rope and hadamard of the indexer's queries, head_linear and rope of the others, indexer_select with int8 keys; or the middle
     two of these, or the others. stored, positions: rows of caches that are stored in the same launch.
     """
-    both, alone = [rope.rope, rope.hadamard, linear.head_linear, rope.rope, indexer.indexer_select], [linear.head_linear, rope.rope]
+    both, alone = [rope, hadamard, head_linear, rope, indexer.indexer_select], [head_linear, rope]
     n = next((len(wanted) for wanted in (both, both[:2] + both[4:], alone) if ops[:len(wanted)] == wanted), 0)
     found = _inputs(args, n) if n else None
     if found is None or found.heads and touch([found.heads.out], [a for s in stored for a in (s.row, s.x)]):
@@ -161,7 +163,7 @@ def queries(launches, ops, args, stored=(), positions=None):
     product = choice = ()
     if found.product:
         out, k_b, x = found.product
-        product = out.rows, k_b, launches.packed(x.rows), linear.head_tiles(1, x.shape[1])
+        product = out.rows, k_b, launches.packed(x.rows), head_tiles(1, x.shape[1])
     if found.choice:
         chosen, _, _, keys, positions, scale = found.choice
         choice = chosen, found.queries.packed, keys, positions, scale
@@ -267,7 +269,7 @@ def _shared_expert(ops, args, x, gate):
 
     [] if they are not those, or if a product with `gate` cannot take them in.
     """
-    if ops != [linear.linear, linear.linear, norm.silu_mul]:
+    if ops != [linear, linear, norm.silu_mul]:
         return []
     (out, w, first), (other_out, other_w, second), (_, *taken) = args
     fits = same(first, x) and same(second, x) and _one_layout(w, gate) and _one_layout(other_w, gate) and one_row(out)
@@ -288,7 +290,7 @@ def last_of_experts(launches, ops, args, gated=None, rows=None):
     out, hidden, ids, weights, down = args[0] if ops[:1] == [moe.moe_down] else [None] * 5
     if out is None or out.shape[0] != 1 or down.type not in GROUPED:
         return 0
-    other, w, x = args[1] if ops[1:2] == [linear.linear] and _one_layout(args[1][1], down) else [None] * 3
+    other, w, x = args[1] if ops[1:2] == [linear] and _one_layout(args[1][1], down) else [None] * 3
     if rows is None:
         packed = launches.packed(hidden.rows)
         whole = launches.packed_with(hidden.rows, x.rows) if other is not None else None
@@ -358,7 +360,7 @@ def _products_of_norm(launches, ops, args, normed, stored):
 
     They are done before `stored`, whose rows they may not touch.
     """
-    n = next((i for i, op in enumerate(ops) if op is not linear.linear or not same(args[i][2].rows, normed.out)), len(ops))
+    n = next((i for i, op in enumerate(ops) if op is not linear or not same(args[i][2].rows, normed.out)), len(ops))
     fits = 0 < n <= 4 and args[0][1].type in GROUPED and all(_one_layout(args[0][1], w) for _, w, _ in args[:n])
     outs = [out for out, _, _ in args[:n]]
     rows = rows_one.Rows(rows_one.NORMED, normed.out, normed.x, gain=normed.w, eps=normed.eps)
@@ -366,7 +368,7 @@ def _products_of_norm(launches, ops, args, normed, stored):
         return 0
     if overlap(normed.out, normed.x):
         return 0
-    launches.add(gemv, [out.rows for out in outs], [w for _, w, _ in args[:n]], rows, linear.head_tiles(1, 1),
+    launches.add(gemv, [out.rows for out in outs], [w for _, w, _ in args[:n]], rows, head_tiles(1, 1),
                  written=[*outs, normed.out])
     return n
 
@@ -377,7 +379,7 @@ def stored_row(ops, args):
     These are norm, rope, an optional hadamard and cache_write. The row is a latent, whose compressed values are normed, or a key of the
     indexer. Returns a Stored, positions and the number of calls.
     """
-    n = next((n for n in (3, 4) if ops[1:n] == [rope.rope, rope.hadamard, rows.cache_write][:n - 2] + [rows.cache_write]), None)
+    n = next((n for n in (3, 4) if ops[1:n] == [rope, hadamard, rows.cache_write][:n - 2] + [rows.cache_write]), None)
     if n is None or ops[0] not in (norm.rms_norm, norm.layer_norm):
         return None
     (normed, x, w, *b, eps), (rotated, source, table, neox), (cache, row, positions) = args[0], args[1], args[n - 1]
@@ -394,7 +396,7 @@ def attended(launches, ops, args):
 
     The weights of this must be quantized. Where attention leaves sums of splits of the keys, its blocks join those of their head.
     """
-    if ops[0] not in ATTENTION or ops[1:2] != [linear.head_linear] or args[1][1].type not in GROUPED or not one_row(args[0][0]):
+    if ops[0] not in ATTENTION or ops[1:2] != [head_linear] or args[1][1].type not in GROUPED or not one_row(args[0][0]):
         return 0
     out, q, latents, *others, scale = args[0]
     mode, names = ATTENTION[ops[0]]

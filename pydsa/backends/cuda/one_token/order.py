@@ -3,8 +3,10 @@
 An op moves up, to others that it can be fused with, past ops that neither write what it reads or writes nor read what it writes. What
 arrays overlap decides, not names: where two values share memory, ops stay where they are.
 """
-from pydsa.backends.cuda import indexer, linear, moe, norm, rope, rows
+from pydsa.backends.cuda import indexer, moe, norm, rows
 from pydsa.backends.cuda.blocks import GROUPED
+from pydsa.backends.cuda.linear import head_linear, linear
+from pydsa.backends.cuda.rope import hadamard, rope
 from pydsa.backends.cuda.runtime.array import DeviceArray
 
 AHEAD = 40      # ops that are looked at: more than a layer has
@@ -38,16 +40,16 @@ def products_of_one_input(calls, i, to):
     Those of an expert layer go to the products of the chosen experts, and with them the gate that takes two of them.
     """
     op, args = calls[i]
-    if op not in (linear.linear, moe.moe_gate_up):
+    if op not in (linear, moe.moe_gate_up):
         return to
-    x = args[2] if op is linear.linear else args[1]
-    if op is linear.linear and i and same(x, input_of(calls[i - 1])):
+    x = args[2] if op is linear else args[1]
+    if op is linear and i and same(x, input_of(calls[i - 1])):
         return to           # the first one has done it
-    moved = [] if op is linear.linear else [None]
+    moved = [] if op is linear else [None]
     for j in range(to, min(i + AHEAD, len(calls))):
         if calls[j][0] is moe.moe_gate_up and same(x, calls[j][1][1]):
             break       # it takes what comes behind
-        if same(x, input_of(calls[j])) and calls[j][0] is linear.linear:
+        if same(x, input_of(calls[j])) and calls[j][0] is linear:
             before, to = to, _moved(calls, j, to)
             moved += [calls[before][1][0]] if to > before else []
         elif calls[j][0] is norm.silu_mul and len(moved) == 3 and same(calls[j][1][1], moved[1]) and same(calls[j][1][2], moved[2]):
@@ -57,10 +59,10 @@ def products_of_one_input(calls, i, to):
 
 def queries_before_choice(calls, i, to):
     """Move up the projection and rotation of queries, to the indexer's."""
-    if calls[i][0] is not rope.hadamard or [op for op, _ in calls[i + 1:i + 2]] != [indexer.indexer_select]:
+    if calls[i][0] is not hadamard or [op for op, _ in calls[i + 1:i + 2]] != [indexer.indexer_select]:
         return to
     for j in range(to, min(i + AHEAD, len(calls) - 1)):
-        if calls[j][0] is linear.head_linear and calls[j][1][1].type in GROUPED and calls[j + 1][0] is rope.rope:
+        if calls[j][0] is head_linear and calls[j][1][1].type in GROUPED and calls[j + 1][0] is rope:
             before, to = to, _moved(calls, j, to)
             return _moved(calls, j + 1, to) if to > before else to
     return to
@@ -71,7 +73,7 @@ MOVES = product_of_norm, products_of_one_input, queries_before_choice
 
 def input_of(call):
     """The activations of a product with one matrix; None for other ops."""
-    return call[1][2] if call[0] is linear.linear else None
+    return call[1][2] if call[0] is linear else None
 
 
 def _moved(calls, j, to):
