@@ -107,9 +107,9 @@ def _span(text):
     return int(first), int(last or first)
 
 
-def _quotas(root):
+def _quotas(root, controller="cpu"):
     """The quotas of CPU time, as numbers of CPUs, rounded up."""
-    for version, folder in control_groups.folders("cpu", root):
+    for version, folder in control_groups.folders(controller, root):
         with contextlib.suppress(ValueError, IndexError):       # "max" is no number
             if version == 2:
                 quota, period = (int(text) for text in control_groups.lines(folder / "cpu.max")[0].split())
