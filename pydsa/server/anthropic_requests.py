@@ -129,7 +129,7 @@ def _function(where, tool):
         raise wrong(f"{where}.input_schema", f"is {shown(tool.get('input_schema'))}, expected a JSON schema of an object")
     if not isinstance(description, str | None):
         raise wrong(f"{where}.description", f"is {shown(description)}, expected a text")
-    described = {} if description is None else {"description": description}
+    described = ({} if description is None else {"description": description}) | ({"strict": True} if tool.get("strict") is True else {})
     return {"type": "function", "function": {"name": name, **described, "parameters": tool["input_schema"]}}
 
 
