@@ -16,7 +16,7 @@ from pydsa.errors import PydsaError, UnsupportedModelError
 from pydsa.text.answers import END_THINK, THINK, Layout
 from pydsa.text.messages import ROLES, Arguments, check_functions, checked, to_json
 from pydsa.text.template import check_source, render
-from pydsa.text.tool_calls import DSML, find_form
+from pydsa.text.tool_calls import DSML, KIMI, find_form
 
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]     # Unicode reserves these 32 for internal use
 
@@ -133,6 +133,8 @@ def _render(tokenizer, messages, tools, template, add_generation_prompt, thinkin
     own = Guard(tuple(text for text in tokenizer.control_texts if text not in (THINK, END_THINK)), escape)
     if not re.search("""['"]developer['"]""", template or ""):
         messages = [message | {"role": "system"} if message["role"] == "developer" else message for message in messages]
+    if KIMI in (template or ""):
+        messages = _with_own_ids(messages)
     if template is None:
         _check_v32(tokenizer, special)
         return _render_v32(messages, tools, thinking, add_generation_prompt, plain, own), escape
@@ -147,6 +149,25 @@ def _render(tokenizer, messages, tools, template, add_generation_prompt, thinkin
         with contextlib.suppress(UnsupportedModelError):        # one that asks in one place may take a text for granted in another
             return render(template, tokenizer, plain, variables | {"messages": as_none}), escape
     return render(template, tokenizer, plain, variables | {"messages": guarded}), escape
+
+
+def _with_own_ids(messages):
+    """Messages whose calls have the ids that Kimi's models write.
+
+    They have the function's name. After other ids the model would write such, too, from which nobody can tell what it calls.
+    """
+    ids, n, result = {}, 0, []
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls", ()):
+            name, given = call["function"]["name"], call.get("id")
+            is_own = isinstance(given, str) and re.fullmatch(rf"functions\.{re.escape(name)}:\d+", given)
+            ids[given] = given if is_own else f"functions.{name}:{n}"
+            calls.append(call | {"id": ids[given]})
+            n += 1
+        answered = message.get("tool_call_id") if message["role"] == "tool" else None
+        result.append(message | ({"tool_calls": calls} if calls else {}) | ({"tool_call_id": ids[answered]} if answered in ids else {}))
+    return result
 
 
 def _check_roles(template, messages, write):

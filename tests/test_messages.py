@@ -150,6 +150,17 @@ def test_a_developer_is_a_system_to_who_does_not_know_it():
     assert tokenizer.decode(encode_chat(tokenizer, messages, template=knows)[1:]) == "developer,user,1"
 
 
+def test_more_variables_of_a_template():
+    template = "{{ messages[0].content }}{{ clear_thinking }}{{ names | length }}"
+    given = {"clear_thinking": False, "names": ["<|user|>"]}
+    assert render(template, template_kwargs=given) == "1+1=?False1"
+    ids = encode_chat(tokenizer := small(GLM, []), [QUESTION], template="{{ names[0] }}", template_kwargs={"names": given["names"]})
+    assert tokenizer.decode(ids) == "<|user|>" and tokenizer.tokens.index("<|user|>") not in ids
+    for name, used in ("x", template), ("clear", template), ("messages", template), ("thinking", None):
+        with pytest.raises(PydsaError, match=f"a variable of the chat template is '{name}', expected one that it reads"):
+            encode_chat(tokenizer, [QUESTION], template=used, template_kwargs={name: 1})
+
+
 def test_generation_blocks_are_as_if_they_were_not_there():
     block = ("{% for m in messages %}{% if true %}\n  {% generation %}\n{{ m.content }}{% set x = 1 %}\n{%- endgeneration %}\n"
              "{% endif %}{% endfor %}")

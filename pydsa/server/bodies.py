@@ -163,6 +163,11 @@ def _kind(value):
     return names.get(type(value), "number")
 
 
+def unreadable(kind):
+    """What stands for an image or another thing that is no text, where it must not end a conversation."""
+    return f"[{kind}: this model reads text only]"
+
+
 def shown(value):
     """A value as an error shows it: short, whatever it is."""
     if isinstance(value, (dict, list)) and len(value) > 20:

@@ -5,11 +5,11 @@ from typing import Any
 from pydantic import Field
 
 from pydsa.chat import begin_answer
-from pydsa.server.bodies import Fields, Listed, expected, read_fields, shown
+from pydsa.server.bodies import Fields, Listed, expected, read_fields, shown, unreadable
 from pydsa.server.constrained import constraint_of
 from pydsa.server.errors import ApiError
 from pydsa.server.openai_forms import Frame, Options, respond, token_text
-from pydsa.text.messages import checked
+from pydsa.text.messages import TEXTS, THOUGHTS, checked
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 NO_THINKING = ("none", "minimal")
@@ -85,7 +85,7 @@ async def chat_completions(service, request):
     body = await read_fields(request, ChatRequest)
     body.check()
     thinking = service.settings.thinking if (asked := body.wants_thinking()) is None else asked
-    messages, prefill = begun_answer(body.messages)
+    messages, prefill = begun_answer(readable(body.messages))
     if prefill and body.wanted() is not None:
         raise ApiError(400, "The last message begins the answer, and a format is asked for, expected one of them.", "messages")
     thinking = thinking and not prefill
@@ -104,6 +104,19 @@ async def chat_completions(service, request):
     requests = [common | body.engine_fields(service, i) for i in range(body.n or 1)]
     frame = Frame(service, "chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion")
     return await respond(request, frame, service.answers(request.scope, requests), body, ChatForm(service, body.logprobs))
+
+
+def readable(messages):
+    """The messages, in which images that are not new, or a tool's, are texts that say so.
+
+    A new image is refused. It stays in the client's conversation, which must be able to go on.
+    """
+    def read(part):
+        kind = part.get("type") if isinstance(part, dict) else None
+        known = kind in TEXTS or kind in THOUGHTS or not isinstance(kind, str)
+        return part if known else {"type": "text", "text": unreadable(kind.removesuffix("_url").removeprefix("input_"))}
+    return [message if i == len(messages) - 1 and message.get("role") != "tool" or not isinstance(message.get("content"), list) else
+            message | {"content": [read(part) for part in message["content"]]} for i, message in enumerate(messages)]
 
 
 def begun_answer(messages):

@@ -11,7 +11,7 @@ import warnings
 
 from pydsa.text.answers import Layout
 from pydsa.text.grammars import MAX_WAYS, ConstraintError, Rule, checked, embedded, escaped, llguidance, named_arguments, quoted, values
-from pydsa.text.tool_calls import DSML
+from pydsa.text.tool_calls import DSML, KIMI
 from pydsa.text.tool_schemas import PLAIN_NAME, held, key_of
 
 MAX_TOOLS = 512
@@ -220,4 +220,4 @@ def _object(schema):
     return {"type": "object", "properties": {}} if schema is True else schema if "$ref" in schema else {"type": "object"} | schema
 
 
-_BODIES = {DSML: _dsml, "<｜tool▁calls▁begin｜>": _deepseek, "<|tool_calls_section_begin|>": _kimi, "<arg_key>": _glm}
+_BODIES = {DSML: _dsml, "<｜tool▁calls▁begin｜>": _deepseek, KIMI: _kimi, "<arg_key>": _glm}
