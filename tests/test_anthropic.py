@@ -252,8 +252,10 @@ def test_roles_and_blocks():
         {"role": "assistant", "content": "I look.", "reasoning_content": "Hm.", "tool_calls": [
             {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}},
             {"id": "b", "type": "function", "function": {"name": "g", "arguments": {"x": 1}}}]},
-        {"role": "tool", "tool_call_id": "a", "content": "[image: this model reads text only]"}, {"role": "tool", "tool_call_id": "b", "content": "Error: no file"},
-        {"role": "user", "content": "[document: this model reads text only]\nAnd?"}, {"role": "system", "content": "Be quick."}, {"role": "user", "content": "Well?"}]
+        {"role": "tool", "tool_call_id": "a", "content": "[image: this model reads text only]"},
+        {"role": "tool", "tool_call_id": "b", "content": "Error: no file"},
+        {"role": "user", "content": "[document: this model reads text only]\nAnd?"}, {"role": "system", "content": "Be quick."},
+        {"role": "user", "content": "Well?"}]
     assert read(system="S")[0][0] == {"role": "system", "content": "S"} and len(read(system=[])[0]) == 1
 
 

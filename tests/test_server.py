@@ -290,7 +290,8 @@ def test_more_variables_of_a_template(model):
 
 @pytest.mark.parametrize("content, thinking", [("It is", False), (["It is"], True), (None, False)])
 def test_a_last_message_of_the_assistant_begins_the_answer(server, model, content, thinking):
-    body = BODY | {"messages": [*HELLO, {"role": "assistant", "content": content}], "thinking": {"type": "enabled" if thinking else "disabled"}}
+    switch = {"thinking": {"type": "enabled" if thinking else "disabled"}}
+    body = BODY | switch | {"messages": [*HELLO, {"role": "assistant", "content": content}]}
     begun = model.tokenize("It is", add_bos=False) if content else []
     expected = model.complete(encode_chat(model.tokenizer, HELLO) + begun, 8, temperature=0.0)
     choice = post(server, CHAT, body)[1]["choices"][0]

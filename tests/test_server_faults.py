@@ -114,8 +114,8 @@ def test_unknown_fields_are_ignored(server):
 
 
 @pytest.mark.parametrize("fields", [
-    {"max_tokens": 1.0, "n": 1.0, "seed": 7.0, "top_k": 40.0}, {"max_tokens": None, "max_completion_tokens": 1}, {"stop": [""]}, {"stop": ""},
-    {"top_k": -1}, {"tools": [], "tool_choice": "auto"}, {"logit_bias": {}}, {"response_format": {"type": "text"}},
+    {"max_tokens": 1.0, "n": 1.0, "seed": 7.0, "top_k": 40.0}, {"max_tokens": None, "max_completion_tokens": 1}, {"stop": [""]},
+    {"stop": ""}, {"top_k": -1}, {"tools": [], "tool_choice": "auto"}, {"logit_bias": {}}, {"response_format": {"type": "text"}},
     {"messages": [*HELLO, {"role": "assistant", "content": None, "tool_calls": []}, *HELLO]}])
 def test_other_ways_to_say_the_same(server, fields):
     """Languages that have only floats, forms with empty fields, answers that were stopped."""

@@ -66,8 +66,8 @@ class ChatRequest(Options):
         given = {name: value for name, value in (self.chat_template_kwargs or {}).items() if name not in SWITCHES and value is not None}
         unread = next((name for name in given if name not in (template or "")), None)
         if unread is not None:
-            raise ApiError(400, f"chat_template_kwargs has {unread!r:.80}, expected 'thinking', 'enable_thinking', or what the chat template "
-                                "of this model reads.", "chat_template_kwargs", "invalid_value")
+            raise ApiError(400, f"chat_template_kwargs has {unread!r:.80}, expected 'thinking', 'enable_thinking', or what the model's "
+                                "chat template reads.", "chat_template_kwargs", "invalid_value")
         if self.thinking is not None and self.thinking.clear_thinking is not None and "clear_thinking" in (template or ""):
             given = {"clear_thinking": self.thinking.clear_thinking} | given
         return given

@@ -119,7 +119,8 @@ def _problem(form, name, schema):
     except ConstraintError as error:
         return str(error)
     found = library.validate_grammar(library.grammar_from_lark("\n".join(["start: rest", r"NL: /\n/", *lines])))
-    return " ".join(re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", re.split(r"\n +\d+ \| ", found)[0]).split())[:200] or None
+    found = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", re.split(r"\n +\d+ \| ", found)[0])
+    return " ".join(found.split())[:200] or None
 
 
 def _many(call, between, parallel):

@@ -98,10 +98,10 @@ def _leads(ref):
 
 
 def _type(schema):
-    """Only the types of a schema."""
+    """Only the types of a schema; True if it says none."""
     given = schema.get("type") if isinstance(schema, dict) else None
-    listed = given if isinstance(given, list) else [given]
-    return {"type": given} if all(one in _TYPES for one in listed if isinstance(one, str)) and given and isinstance(listed[0], str) else True
+    listed = given if isinstance(given, list) and given else [given]
+    return {"type": given} if all(isinstance(one, str) and one in _TYPES for one in listed) else True
 
 
 def key_of(parameters):
