@@ -76,7 +76,7 @@ def chat_prompt(tokenizer, messages, *, add_generation_prompt=True, thinking=Fal
 
 
 def _check_kwargs(given, template):
-    """Raise PydsaError for variables that the template does not read, or has anyway."""
+    """Raise PydsaError for variables that the template does not read."""
     for name in given:
         if name in _VARIABLES or not re.search(rf"\b{re.escape(name)}\b", template):
             raise PydsaError(f"a variable of the chat template is {name!r:.80}, expected one that it reads, other than "

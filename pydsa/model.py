@@ -183,7 +183,7 @@ class Model:
         same time have sessions of their own.
 
         messages, thinking, tools, template, template_kwargs: as for chat.encode_chat; warns if the template takes no notice of `thinking`.
-        max_tokens, stop, json_schema, grammar, sampling: as for generate(); stop is looked for in all that the model writes. tool_choice:
+        max_tokens, stop, json_schema, grammar, sampling: as for generate(); stop is not looked for in reasoning. tool_choice:
         "auto", "none", "required" or {"name": ...}, by which calls follow the tools' schemas (tool_grammars.tools); None: nothing is
         restricted.
         progress(done, total) is called while the prompt runs, with tokens. Raises the errors of encode_chat and of generate().

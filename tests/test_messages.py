@@ -54,7 +54,7 @@ def test_special_texts_across_parts_stay_text():
 # Messages without content
 
 def test_what_only_calls_or_thinks_needs_no_content():
-    """An answer may have been stopped before its first word, and a function may return nothing."""
+    """Answers may be stopped at once, and functions may return nothing."""
     for message in called(), called(content=None), {"role": "assistant", "content": None, "reasoning_content": "Hm."}, {
             "role": "assistant"}, {"role": "tool", "content": None}:
         assert checked([message])[0]["content"] == ""

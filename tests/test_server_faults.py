@@ -113,26 +113,6 @@ def test_unknown_fields_are_ignored(server):
     assert post(server, CHAT, chat(store=True, service_tier="auto", metadata={"a": "b"}, user="me", seed=None, stop=None))[0] == 200
 
 
-@pytest.mark.parametrize("fields", [
-    {"max_tokens": 1.0, "n": 1.0, "seed": 7.0, "top_k": 40.0}, {"max_tokens": None, "max_completion_tokens": 1}, {"stop": [""]},
-    {"stop": ""}, {"top_k": -1}, {"tools": [], "tool_choice": "auto"}, {"logit_bias": {}}, {"response_format": {"type": "text"}},
-    {"messages": [*HELLO, {"role": "assistant", "content": None, "tool_calls": []}, *HELLO]}])
-def test_other_ways_to_say_the_same(server, fields):
-    """Languages that have only floats, forms with empty fields, answers that were stopped."""
-    assert post(server, CHAT, chat() | fields)[0] == 200
-
-
-def test_no_limit_of_tokens(server):
-    for path, body in ((CHAT, chat(max_tokens=-1, grammar='root ::= "a"')), (CHAT, chat(max_completion_tokens=-1, grammar='root ::= "a"')),
-                       (TEXT, {"prompt": "a", "max_tokens": -1, "grammar": 'root ::= "' + "a" * 40 + '"'})):
-        assert post(server, path, body)[1]["choices"][0]["finish_reason"] == "stop"
-
-
-@pytest.mark.parametrize("path", ["/v1//models", "//v1/models/", "/v1/v1/models", "http://127.0.0.1:1/v1/models", "/models/", "//health/"])
-def test_paths_as_clients_put_them_together(server, path):
-    assert exchange(server, f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode()).startswith(b"HTTP/1.1 200")
-
-
 def test_many_wrong_items_are_refused_at_once(server):
     """Only the first is told of: errors on a million items would fill the memory."""
     start = time.monotonic()

@@ -184,7 +184,7 @@ def test_schemas_of_any_form(parameters):
 
 
 def test_calls_have_the_ids_that_kimi_writes():
-    """Its models go on with the ids that they see, and from those of other clients nobody can tell what is called."""
+    """Its models go on with ids that they see, and others name no function."""
     special, template, _ = WRITTEN["kimi"]
     tokenizer, ids = small(special, []), ["functions.weather:0", "call_1", "toolu_2"]
     messages = [QUESTION]

@@ -164,7 +164,7 @@ def _kind(value):
 
 
 def unreadable(kind):
-    """What stands for an image or another thing that is no text, where it must not end a conversation."""
+    """The text in the place of an image, or of another thing that is no text."""
     return f"[{kind}: this model reads text only]"
 
 

@@ -111,7 +111,7 @@ class Paths:
 
     @staticmethod
     def plain(path):
-        """A path without a host, doubled slashes, one at its end, and a doubled /v1."""
+        """A path without a host, superfluous slashes, and a doubled /v1."""
         path = re.sub(r"^/*https?://[^/]*", "", path)
         path = re.sub(r"^(/v1)+(?=/v1/)", "", re.sub("/+", "/", path))
         return path.rstrip("/") or "/"

@@ -13,6 +13,7 @@ from pydsa.text.messages import TEXTS, THOUGHTS, checked
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 NO_THINKING = ("none", "minimal")
+CHOICES = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
 SWITCHES = ("thinking", "enable_thinking")      # what templates call it
 
 
@@ -62,7 +63,7 @@ class ChatRequest(Options):
         return None if self.reasoning_effort is None else self.reasoning_effort not in NO_THINKING
 
     def template_kwargs(self, template):
-        """More variables of the chat template, which must read them; raises ApiError."""
+        """Variables of the chat template; raises ApiError for those it reads not."""
         given = {name: value for name, value in (self.chat_template_kwargs or {}).items() if name not in SWITCHES and value is not None}
         unread = next((name for name in given if name not in (template or "")), None)
         if unread is not None:
@@ -71,6 +72,12 @@ class ChatRequest(Options):
         if self.thinking is not None and self.thinking.clear_thinking is not None and "clear_thinking" in (template or ""):
             given = {"clear_thinking": self.thinking.clear_thinking} | given
         return given
+
+    def choice(self):
+        """tool_choice as OpenAI's API has it: some clients write an object with a type, or "any"."""
+        given = self.tool_choice
+        kind = given.get("type") if isinstance(given, dict) and len(given) == 1 else given
+        return CHOICES[kind] if isinstance(kind, str) and kind in CHOICES else given
 
     def n_logprobs(self):
         """How many of the likeliest tokens to tell beside each; None: no probabilities."""
@@ -92,9 +99,9 @@ async def chat_completions(service, request):
     prompt = await service.chat_prompt(messages, thinking, body.tools, body.template_kwargs(service.template))
     if prefill:
         prompt = await asyncio.to_thread(begin_answer, service.model.tokenizer, prompt, prefill)
-    constraint = await constraint_of(service, body.wanted(), prompt.layout, body.tool_choice, body.parallel_tool_calls is not False,
-                                     thinking)
-    if body.tool_choice == "none":      # what looks like a call is text then
+    choice = body.choice()
+    constraint = await constraint_of(service, body.wanted(), prompt.layout, choice, body.parallel_tool_calls is not False, thinking)
+    if choice == "none":      # what looks like a call is text then
         prompt = prompt._replace(layout=prompt.layout._replace(form=None, tools=None))
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     # A call that has begun is only sure to become one where a constraint completes it.
@@ -107,7 +114,7 @@ async def chat_completions(service, request):
 
 
 def readable(messages):
-    """The messages, in which images that are not new, or a tool's, are texts that say so.
+    """The messages, with texts in the place of older images, and of a tool's.
 
     A new image is refused. It stays in the client's conversation, which must be able to go on.
     """
