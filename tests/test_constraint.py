@@ -12,6 +12,7 @@ from pydsa import DEMO
 from pydsa.chat import chat_prompt
 from pydsa.errors import PydsaError
 from pydsa.sampling import Sampler, Sampling
+from pydsa.text import tool_grammars
 from pydsa.text.answers import Layout, Reader
 from pydsa.text.constraint import compile_constraint, constraint_for
 from pydsa.text.grammars import ConstraintError, grammar, json_object, json_schema
@@ -395,6 +396,13 @@ def test_schemas_that_no_grammar_holds_do_not_end_a_conversation(name, parameter
         return accepts(tokenizer, constraint, f"<tool_call>f{pairs}</tool_call>" if name == "glm-4.7" else
                        f"<|tool_calls_section_begin|><|tool_call_begin|>{kimi}<|tool_calls_section_end|>")[1]
     assert lets_through(arguments) and (lets_through(wrong) is None or name == "kimi" and not wrong.keys() <= arguments.keys())
+
+
+def test_schemas_that_take_too_long_are_taken_whole(monkeypatch):
+    monkeypatch.setattr(tool_grammars, "MAX_SECONDS", -1)
+    tokenizer, layout = case("kimi", offered=[{"type": "function", "function": {"name": "f", "parameters": {"not": {"type": "null"}}}}])
+    with pytest.raises(ConstraintError, match="Unimplemented keys"):
+        compile_constraint(tokenizer, tools(layout), layout)
 
 
 @pytest.mark.parametrize("choice, expected", [("any", "is 'any'"), ({"name": "x"}, "names 'x'"), (7, "is 7"), ({}, "is {}")])

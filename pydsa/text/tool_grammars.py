@@ -7,6 +7,7 @@ A call that has begun is completed by the schema of its function. What a grammar
 import functools
 import json
 import re
+import time
 import warnings
 
 from pydsa.text.answers import Layout
@@ -15,6 +16,7 @@ from pydsa.text.tool_calls import DSML, KIMI
 from pydsa.text.tool_schemas import PLAIN_NAME, held, key_of
 
 MAX_TOOLS = 512
+MAX_SECONDS = 5.0       # to find what can be held of all schemas of a request; after that, they are taken whole
 _NL = "NL?"
 _CHOICES = "expected 'auto', 'none', 'required', or a function that is offered"
 
@@ -46,7 +48,8 @@ def tools(layout: Layout, choice="auto", parallel=True, said: Rule | None = None
     if len(offered) > MAX_TOOLS or len(set(names)) != len(names):
         raise ConstraintError(f"{len(offered)} tools are given, expected at most {MAX_TOOLS}, each with a name of its own")
     called = [tool for tool in offered if tool["function"]["name"] in allowed]
-    text, texts = _BODIES[form.mark](form, [_function(form, tool) for tool in called], parallel)
+    until = time.monotonic() + MAX_SECONDS
+    text, texts = _BODIES[form.mark](form, [_function(form, tool, time.monotonic() > until) for tool in called], parallel)
     opened = "(" + " | ".join(map(quoted, marks)) + ")"
     free = kind == "auto" and said is None
     answer, own = "open rest | TEXT" if free else f"(NL NL?)? {opened} rest", None
@@ -84,17 +87,17 @@ def _shortest(marks):
     return tuple(mark for mark in marks if not any(mark != other and mark.endswith(other) for other in marks))
 
 
-def _function(form, tool):
+def _function(form, tool, whole):
     """(name, cleaned schema of its parameters) of a tool.
 
-    A tool with "strict": true is held to all of its schema, or refused; of others to what a grammar can hold.
+    Calls are held to what a grammar can hold; of a tool with "strict": true, and with `whole`, to all of its schema, or it is refused.
     """
     function = tool["function"]
     name, schema = function["name"], function.get("parameters")
     if not re.fullmatch(r"""[^\s<>"'`|｜]{1,256}""", name):
         raise ConstraintError(f"a tool has the name {name!r:.80}, expected up to 256 characters without spaces, quotes and brackets")
     schema = {"type": "object", "properties": {}} if schema is None else schema
-    if function.get("strict") is not True:
+    if not whole and function.get("strict") is not True:
         schema = _held(form, name, key_of(schema))
     return name, checked(schema, f"the schema of the parameters of {name}")
 
