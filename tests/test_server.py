@@ -320,7 +320,8 @@ def test_tokens(server, model):
 
 def test_models(server, model):
     listed = call(server, "GET", "/v1/models")[2]["data"]
-    assert [entry["id"] for entry in listed] == ["tiny"] and listed[0]["meta"]["n_ctx"] == 1024
+    assert [entry["id"] for entry in listed] == ["tiny"]
+    assert listed[0]["meta"]["n_ctx"] == listed[0]["context_length"] == listed[0]["max_model_len"] == 1024
     assert call(server, "GET", "/v1/models/tiny")[2] == listed[0]
     assert call(server, "GET", "/v1/models/gpt-4")[0] == 404
 
