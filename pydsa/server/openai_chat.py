@@ -34,6 +34,7 @@ class ChatRequest(Options):
     parallel_tool_calls: bool | None = expected("true or false")
     reasoning_effort: str | None = expected(f"one of {', '.join(EFFORTS)}", pattern=f"^({'|'.join(EFFORTS)})$")
     thinking: Thinking | None = expected('an object like {"type": "enabled"}')
+    enable_thinking: bool | None = expected("true or false")
     chat_template_kwargs: dict[str, Any] | None = expected('an object like {"enable_thinking": true}')
     functions: list[Any] | None = expected("tools, which have replaced it")
     modalities: list[Any] | None = expected("['text']")
@@ -60,6 +61,8 @@ class ChatRequest(Options):
             return next(iter(switches.values()))
         if self.thinking is not None and self.thinking.type is not None:
             return self.thinking.type == "enabled"
+        if self.enable_thinking is not None:
+            return self.enable_thinking
         return None if self.reasoning_effort is None else self.reasoning_effort not in NO_THINKING
 
     def template_kwargs(self, template):
