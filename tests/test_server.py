@@ -264,7 +264,8 @@ def test_log_probabilities(server, model):
 
 @pytest.mark.parametrize("field, thinks", [({"reasoning_effort": "high"}, True), ({"reasoning_effort": "none"}, False), ({}, False),
                                            ({"chat_template_kwargs": {"thinking": True}}, True), ({"thinking": {"type": "enabled"}}, True),
-                                           ({"chat_template_kwargs": {"enable_thinking": False}}, False), ({"enable_thinking": True}, True)])
+                                           ({"chat_template_kwargs": {"enable_thinking": False}}, False),
+                                           ({"enable_thinking": True}, True)])
 def test_thinking_is_switched(server, model, field, thinks):
     message = post(server, CHAT, BODY | field)[1]["choices"][0]["message"]
     reply = model.reply(HELLO, 8, thinking=thinks, temperature=0.0)
