@@ -262,10 +262,10 @@ def test_log_probabilities(server, model):
     assert [entry["logprob"] for entry in whole] == [entry["top_logprobs"][0]["logprob"] for entry in whole]
 
 
-@pytest.mark.parametrize("field, thinks", [({"reasoning_effort": "high"}, True), ({"reasoning_effort": "none"}, False), ({}, False),
-                                           ({"chat_template_kwargs": {"thinking": True}}, True), ({"thinking": {"type": "enabled"}}, True),
-                                           ({"chat_template_kwargs": {"enable_thinking": False}}, False),
-                                           ({"enable_thinking": True}, True)])
+@pytest.mark.parametrize("field, thinks", [
+    ({"reasoning_effort": "high"}, True), ({"reasoning_effort": "none"}, False), ({}, False), ({"thinking": {"type": "enabled"}}, True),
+    ({"chat_template_kwargs": {"thinking": True}}, True), ({"chat_template_kwargs": {"enable_thinking": False}}, False),
+    ({"enable_thinking": True}, True)])
 def test_thinking_is_switched(server, model, field, thinks):
     message = post(server, CHAT, BODY | field)[1]["choices"][0]["message"]
     reply = model.reply(HELLO, 8, thinking=thinks, temperature=0.0)
@@ -320,10 +320,9 @@ def test_tokens(server, model):
 
 
 def test_models(server, model):
-    listed = call(server, "GET", "/v1/models")[2]["data"]
-    assert [entry["id"] for entry in listed] == ["tiny"]
-    assert listed[0]["meta"]["n_ctx"] == listed[0]["context_length"] == listed[0]["max_model_len"] == 1024
-    assert call(server, "GET", "/v1/models/tiny")[2] == listed[0]
+    [listed] = call(server, "GET", "/v1/models")[2]["data"]
+    assert listed["id"] == "tiny" and listed["meta"]["n_ctx"] == listed["context_length"] == listed["max_model_len"] == 1024
+    assert call(server, "GET", "/v1/models/tiny")[2] == listed
     assert call(server, "GET", "/v1/models/gpt-4")[0] == 404
 
 
