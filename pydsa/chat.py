@@ -16,12 +16,13 @@ from pydsa.errors import PydsaError, UnsupportedModelError
 from pydsa.text.answers import END_THINK, THINK, Layout
 from pydsa.text.messages import ROLES, Arguments, check_functions, checked, to_json
 from pydsa.text.template import check_source, render
-from pydsa.text.tool_calls import DSML, find_form
+from pydsa.text.tool_calls import DSML, KIMI, find_form
 
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]     # Unicode reserves these 32 for internal use
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+_VARIABLES = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")     # of every template
 _ASKS_FOR_NO_CONTENT = re.compile(r"""content['"]?[\])]?\s+is\s+(not\s+)?none""")
 _SWITCHES = weakref.WeakKeyDictionary()       # tokenizer -> {template: whether `thinking` changes the prompt}
 
@@ -33,7 +34,7 @@ class Prompt(NamedTuple):
 
 
 def encode_chat(tokenizer, messages: list[dict], *, add_generation_prompt: bool = True, thinking: bool = False,
-                tools: list[dict] | None = None, template: str | None = None) -> list[int]:
+                tools: list[dict] | None = None, template: str | None = None, template_kwargs: dict | None = None) -> list[int]:
     """The token ids of a conversation, a list of int, with BOS once.
 
     messages: dicts with role and content: text, or a list of {"type": "text", "text": ...}. Those of the assistant may have
@@ -43,15 +44,17 @@ def encode_chat(tokenizer, messages: list[dict], *, add_generation_prompt: bool 
     thinking: let the assistant reason before it answers, if the format supports it (see thinking_note).
     tools: the functions that may be called, each as {"type": "function", "function": {"name": ..., ...}}.
     template: a jinja2 template instead of the file's. Without either, the format is that of DeepSeek V3.2.
+    template_kwargs: more variables of the template, {name: value}; it must read them.
 
     Raises PydsaError if the messages have another form or the template refuses them; UnsupportedModelError if the
     template fails, or if the V3.2 format is used and the vocabulary lacks its tokens.
     """
     return chat_prompt(tokenizer, messages, add_generation_prompt=add_generation_prompt, thinking=thinking, tools=tools,
-                       template=template).ids
+                       template=template, template_kwargs=template_kwargs).ids
 
 
-def chat_prompt(tokenizer, messages, *, add_generation_prompt=True, thinking=False, tools=None, template=None) -> Prompt:
+def chat_prompt(tokenizer, messages, *, add_generation_prompt=True, thinking=False, tools=None, template=None,
+                template_kwargs=None) -> Prompt:
     """The Prompt of a conversation: its ids, and how the answer is laid out.
 
     The parameters, and the errors raised, are those of encode_chat.
@@ -61,14 +64,23 @@ def chat_prompt(tokenizer, messages, *, add_generation_prompt=True, thinking=Fal
     template = tokenizer.chat_template if template is None else template
     if template is not None:
         check_source(template, tokenizer)
+    _check_kwargs(template_kwargs or {}, template or "")
     try:
-        text, escape = _render(tokenizer, messages, tools, template, add_generation_prompt, thinking)
+        text, escape = _render(tokenizer, messages, tools, template, add_generation_prompt, thinking, template_kwargs)
     except RecursionError:
         raise PydsaError("the messages or the tools are nested too deeply, expected a few levels") from None
     special = (*tokenizer.control_texts, *tokenizer.user_defined_texts)
     # Texts of users are marked, so a <think> at the end is the format's own, or that of an assistant's message.
     layout = Layout(text.rstrip().endswith(THINK), _may_think(tokenizer, template), find_form(template, special) if tools else None, tools)
     return Prompt(tokenizer.encode(text, tokenizer.add_bos, parse_special=True, escape=escape), layout)
+
+
+def _check_kwargs(given, template):
+    """Raise PydsaError for variables that the template does not read."""
+    for name in given:
+        if name in _VARIABLES or not re.search(rf"\b{re.escape(name)}\b", template):
+            raise PydsaError(f"a variable of the chat template is {name!r:.80}, expected one that it reads, other than "
+                             f"{', '.join(_VARIABLES)}")
 
 
 def begin_answer(tokenizer, prompt, text) -> Prompt:
@@ -111,22 +123,25 @@ def thinking_note(tokenizer, thinking, template=None) -> str | None:
     return "the chat template of this model has no switch for thinking: it may reason although it was not asked to"
 
 
-def _render(tokenizer, messages, tools, template, add_generation_prompt, thinking):
+def _render(tokenizer, messages, tools, template, add_generation_prompt, thinking, more=None):
     """The text of the prompt, and the mark that keeps texts in it plain."""
     given, messages = messages, checked(messages)
     # A user-defined token of one character, like "ö" in DeepSeek's vocabularies, is the only way to encode that character.
     special = (*tokenizer.control_texts, *(text for text in tokenizer.user_defined_texts if len(text) > 1))
-    escape = _unused_character(given, messages, tools, template, special)
+    escape = _unused_character(given, messages, tools, template, special, more)
     plain = Guard(special, escape)
     own = Guard(tuple(text for text in tokenizer.control_texts if text not in (THINK, END_THINK)), escape)
     if not re.search("""['"]developer['"]""", template or ""):
         messages = [message | {"role": "system"} if message["role"] == "developer" else message for message in messages]
+    if KIMI in (template or ""):
+        messages = _with_own_ids(messages)
     if template is None:
         _check_v32(tokenizer, special)
         return _render_v32(messages, tools, thinking, add_generation_prompt, plain, own), escape
     guarded = [(own if message["role"] == "assistant" else plain)(message) | {"role": message["role"]}
                for message in messages]
-    variables = {"tools": plain(tools), "add_generation_prompt": add_generation_prompt, "thinking": thinking, "enable_thinking": thinking}
+    variables = {"tools": plain(tools), "add_generation_prompt": add_generation_prompt, "thinking": thinking, "enable_thinking": thinking,
+                 **plain(more or {})}
     _check_roles(template, guarded, lambda messages: render(template, tokenizer, plain, variables | {"messages": messages}))
     silent = [i for i, message in enumerate(messages) if "tool_calls" in message and not message["content"]]
     if silent and _ASKS_FOR_NO_CONTENT.search(template):
@@ -134,6 +149,25 @@ def _render(tokenizer, messages, tools, template, add_generation_prompt, thinkin
         with contextlib.suppress(UnsupportedModelError):        # one that asks in one place may take a text for granted in another
             return render(template, tokenizer, plain, variables | {"messages": as_none}), escape
     return render(template, tokenizer, plain, variables | {"messages": guarded}), escape
+
+
+def _with_own_ids(messages):
+    """Messages whose calls have the ids that Kimi's models write.
+
+    They have the function's name. After other ids the model would write such, too, from which nobody can tell what it calls.
+    """
+    ids, n, result = {}, 0, []
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls", ()):
+            name, given = call["function"]["name"], call.get("id")
+            is_own = isinstance(given, str) and re.fullmatch(rf"functions\.{re.escape(name)}:\d+", given)
+            ids[given] = given if is_own else f"functions.{name}:{n}"
+            calls.append(call | {"id": ids[given]})
+            n += 1
+        answered = message.get("tool_call_id") if message["role"] == "tool" else None
+        result.append(message | ({"tool_calls": calls} if calls else {}) | ({"tool_call_id": ids[answered]} if answered in ids else {}))
+    return result
 
 
 def _check_roles(template, messages, write):
@@ -281,7 +315,7 @@ def _render_v32(messages, tools, thinking, add_generation_prompt, plain, own):
             parts.append(_render_answer(message, own, with_reasoning=thinking and i > last_user))
         elif role == "tool" and n_results <= n_calls:
             parts += ["\n\n<function_results>" if n_results == 1 else "", f"\n<result>{content}</result>"]
-            if n_results == n_calls:
+            if n_results == n_calls or messages[i + 1:] and messages[i + 1]["role"] != "tool":      # the other calls were cancelled
                 parts.append("\n</function_results>")
                 opening = f"\n\n{think}"
         elif role == "tool":

@@ -173,7 +173,7 @@ class Model:
         return self.generate(prompt, max_tokens, stop, **options).finish()
 
     def chat(self, messages, max_tokens=None, thinking=False, tools=None, template=None, progress=None, stop=None, tool_choice="auto",
-             json_schema=None, grammar=None, **sampling):
+             json_schema=None, grammar=None, template_kwargs=None, **sampling):
         """Answer a conversation, a list of {"role": ..., "content": ...}.
 
         Returns an iterator of str pieces, in whole characters, as they are sampled (an answers.Stream). A piece's `kind` tells the answer
@@ -181,14 +181,15 @@ class Model:
         The session of the last answer is kept: the common prefix of the two conversations is not run again. Answers that are read at the
         same time have sessions of their own.
 
-        messages, thinking, tools, template: as for chat.encode_chat; warns if the template takes no notice of `thinking`. max_tokens, stop,
-        json_schema, grammar, sampling: as for generate(); stop is looked for in all that the model writes. tool_choice: "auto", "none",
-        "required" or {"name": ...}, by which calls follow the tools' schemas (tool_grammars.tools); None: nothing is restricted.
+        messages, thinking, tools, template, template_kwargs: as for chat.encode_chat; warns if the template takes no notice of `thinking`.
+        max_tokens, stop, json_schema, grammar, sampling: as for generate(); stop is not looked for in reasoning. tool_choice:
+        "auto", "none", "required" or {"name": ...}, by which calls follow the tools' schemas (tool_grammars.tools); None: nothing is
+        restricted.
         progress(done, total) is called while the prompt runs, with tokens. Raises the errors of encode_chat and of generate().
         """
         sampling = sampling_of(self.tokenizer, sampling)
         check_max_tokens(max_tokens)
-        prompt = chat_prompt(self.tokenizer, messages, thinking=thinking, tools=tools, template=template)
+        prompt = chat_prompt(self.tokenizer, messages, thinking=thinking, tools=tools, template=template, template_kwargs=template_kwargs)
         note = thinking_note(self.tokenizer, thinking, template)
         if note:
             warnings.warn(note, stacklevel=2)

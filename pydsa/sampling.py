@@ -25,7 +25,7 @@ class Sampling:
     """
 
     temperature: float = 0.8            # 0: greedy, always the likeliest token
-    top_k: int = 40                     # keep the k likeliest tokens; 0: all
+    top_k: int = 40                     # keep the k likeliest tokens; 0 or -1: all
     top_p: float = 0.95                 # keep the likeliest tokens that together have this probability; 1: all
     min_p: float = 0.05                 # drop tokens less likely than this fraction of the likeliest; 0: none
     repeat_penalty: float = 1.0         # for recent tokens: divide positive logits, multiply negative ones; 1: none
@@ -51,7 +51,7 @@ class Sampling:
 
     def __post_init__(self):
         self._require("temperature", 0)
-        self._require("top_k", 0, integer=True)
+        self._require("top_k", -1, integer=True)
         self._require("top_p", 0, 1)
         self._require("min_p", 0, 1)
         self._require("repeat_penalty", 0, open_low=True)

@@ -74,7 +74,7 @@ def test_nothing_is_read_after_a_stop_text():
 
 # Reasoning
 
-THINKS = Layout(thinks=True)
+THINKS, BYTES = Layout(thinks=True), small({}, [])
 
 
 @pytest.mark.parametrize("layout, text, expected", [
@@ -96,6 +96,36 @@ def test_reasoning_is_told_apart(layout, text, expected, kind):
     reply = stream.reply
     for wanted, text in ("answer", reply.text), ("reasoning", reply.reasoning):
         assert text == "".join(text for kind, text in expected if kind == wanted)
+
+
+@pytest.mark.parametrize("layout, text, stop, reasoning, answer, found", [
+    (Layout(opened=True), "a x b</think>c x d", "x", "a x b", "c ", "x"), (Layout(opened=True), "a x", "x", "a x", "", None),
+    (THINKS, "\n<think>x</think>\n\ny", ["x", "\n\n"], "x", "", "\n\n"), (THINKS, "<t x", "x", "", "<t ", "x"),
+    (THINKS, "<think>a</think>b", "</think>", "a", "", "</think>"),
+    (Layout(opened=True), "a</think>bx", ["</think>b", "x"], "a", "", "</think>b"),
+    (Layout(opened=True, form=FORMS[0]), "x<｜DSML｜function_calls>x", "x", "x", "", "x"),
+    (Layout(opened=True), "x</thi", "x", "x</thi", "", None),
+    (Layout(), "<think>x", "x", "", "<think>", "x")])
+def test_reasoning_is_not_searched_for_stop_texts(layout, text, stop, reasoning, answer, found):
+    """It says what the answer shall not; only tags are looked for there."""
+    reply = Reader(BYTES, stop, layout).read(iter(BYTES.encode(text))).finish()
+    assert (reply.reasoning, reply.text, reply.stop) == (reasoning, answer, found)
+
+
+@settings(deadline=None, max_examples=60)
+@given(parts=st.lists(st.sampled_from(["<think>", "</think>", *"x \n<"]), max_size=8), opened=st.booleans())
+def test_what_stops_an_answer_does_not_depend_on_the_pieces(parts, opened):
+    """Piece by piece, and all at once."""
+    text, stops = "".join(parts), ["x", "\n<", "</think> "]
+
+    def said(pieces):
+        reader, shown = Reader(BYTES, stops, Layout(opened, True)), ""
+        for piece in pieces:
+            shown += reader._cut(piece)
+            if reader.stopped:
+                return shown, True
+        return shown + reader._cut("", last=True), reader.stopped
+    assert said(text) == said([text])
 
 
 @pytest.mark.parametrize("form", [None, *FORMS])

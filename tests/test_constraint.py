@@ -12,6 +12,7 @@ from pydsa import DEMO
 from pydsa.chat import chat_prompt
 from pydsa.errors import PydsaError
 from pydsa.sampling import Sampler, Sampling
+from pydsa.text import tool_grammars
 from pydsa.text.answers import Layout, Reader
 from pydsa.text.constraint import compile_constraint, constraint_for
 from pydsa.text.grammars import ConstraintError, grammar, json_object, json_schema
@@ -360,8 +361,47 @@ def test_calls_beside_an_answer_by_a_schema(name):
       | {"40": {}}}, "too many alternatives"), ({"properties": {"a": {"anyOf": [False]}}}, "a schema is false"),
     ({"properties": {"a": {"const": "</arg_value>"}}}, "may only be a text with </arg_value> in it")])
 def test_tools_that_cannot_be_served(parameters, expected):
-    tokenizer, layout = case("glm-4.7", offered=[{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+    """With "strict": true; of other tools calls are held to what can be held."""
+    tokenizer, layout = case("glm-4.7", offered=[{"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}])
     with pytest.raises(ConstraintError, match=expected):
+        compile_constraint(tokenizer, tools(layout), layout)
+    layout.tools[0]["function"]["strict"] = False
+    with pytest.warns(UserWarning, match=f"(?i)of the tool f are held to a part of its schema only: .*{expected}"):
+        compile_constraint(tokenizer, tools(layout), layout)
+
+
+UNKNOWN = {"propertyNames": {"type": "string"}, "not": {"required": ["x"]}, "minProperties": 1, "if": {}, "then": {}}
+LOOK_AHEAD = {"type": "string", "pattern": "^(?!x)[a-z]$"}
+
+
+@pytest.mark.parametrize("parameters, arguments, wrong", [
+    ({"properties": {"a": UNKNOWN | {"type": "object", "additionalProperties": {"type": "integer"}}}}, {"a": {"x": 1}}, {"a": {"x": "y"}}),
+    ({"properties": {"a": {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}}}, {"a": [1]}, {"a": ["x"]}),
+    ({"properties": {"a": LOOK_AHEAD}, "required": ["a"]}, {"a": "b"}, {}), ({"properties": {"a": {"type": "any"}}}, {"a": [1]}, {"b": 1}),
+    ({"anyOf": [{"properties": {"a": {}}, "required": ["a"]}, {"properties": {"b": {"type": "integer"}}}], "if": {}}, {"b": 1}, {"c": 1}),
+    ({"allOf": [{"$ref": "#/$defs/p"}, {"if": {}, "then": {"properties": {"b": {"type": "integer"}}}}],
+      "$defs": {"p": {"properties": {"a": LOOK_AHEAD}, "required": ["a"]}}}, {"a": "c", "b": 1}, {"b": 1}),
+    ({"properties": None, "required": None}, {}, {"a": "b"})])
+@pytest.mark.parametrize("name", ["kimi", "glm-4.7"])
+@pytest.mark.filterwarnings("ignore:Calls of the tool")
+def test_schemas_that_no_grammar_holds_do_not_end_a_conversation(name, parameters, arguments, wrong):
+    """Clients offer all tools that they have: what can be held of a schema is, and all that it allows stays possible."""
+    tokenizer, layout = case(name, offered=[{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+    constraint = compile_constraint(tokenizer, tools(layout, "required"), layout)
+
+    def lets_through(values):
+        pairs = "".join(f"<arg_key>{key}</arg_key><arg_value>{value if isinstance(value, str) else json.dumps(value)}</arg_value>"
+                        for key, value in values.items())
+        kimi = f"functions.f:0<|tool_call_argument_begin|>{json.dumps(values)}<|tool_call_end|>"
+        return accepts(tokenizer, constraint, f"<tool_call>f{pairs}</tool_call>" if name == "glm-4.7" else
+                       f"<|tool_calls_section_begin|><|tool_call_begin|>{kimi}<|tool_calls_section_end|>")[1]
+    assert lets_through(arguments) and (lets_through(wrong) is None or name == "kimi" and not wrong.keys() <= arguments.keys())
+
+
+def test_schemas_that_take_too_long_are_taken_whole(monkeypatch):
+    monkeypatch.setattr(tool_grammars, "MAX_SECONDS", -1)
+    tokenizer, layout = case("kimi", offered=[{"type": "function", "function": {"name": "f", "parameters": {"not": {"type": "null"}}}}])
+    with pytest.raises(ConstraintError, match="Unimplemented keys"):
         compile_constraint(tokenizer, tools(layout), layout)
 
 

@@ -25,6 +25,14 @@ def render(template, *messages, special=GLM, **options):
 
 # Parts of text
 
+@pytest.mark.parametrize("message", [
+    {"content": "2", "reasoning": "Hm."}, {"content": ["2"], "reasoning_content": ["Hm."]},
+    {"content": [{"type": "thinking", "thinking": "Hm.", "signature": "x"}, {"type": "output_text", "text": "2"}]},
+    {"content": [{"type": "reasoning", "reasoning": "H"}, {"type": "reasoning", "reasoning": "m."}, {"type": "text", "text": "2"}]}])
+def test_thoughts_and_texts_have_several_names(message):
+    assert checked([{"role": "assistant"} | message]) == [{"role": "assistant", "content": "2", "reasoning_content": "Hm."}]
+
+
 @pytest.mark.parametrize("template", [None, PRINTED])
 @pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool"])
 def test_parts_are_joined_in_every_role(role, template):
@@ -46,7 +54,9 @@ def test_special_texts_across_parts_stay_text():
 # Messages without content
 
 def test_what_only_calls_or_thinks_needs_no_content():
-    for message in called(), called(content=None), {"role": "assistant", "content": None, "reasoning_content": "Hm."}:
+    """Answers may be stopped at once, and functions may return nothing."""
+    for message in called(), called(content=None), {"role": "assistant", "content": None, "reasoning_content": "Hm."}, {
+            "role": "assistant"}, {"role": "tool", "content": None}:
         assert checked([message])[0]["content"] == ""
 
 
@@ -94,6 +104,25 @@ def test_a_call_without_arguments(given):
     assert "<｜DSML｜invoke name=\"f\">\n\n</｜DSML｜invoke>" in render(None, called(given), special=V32)
 
 
+def test_a_call_that_was_cut_off_goes_as_far_as_it_came():
+    """Whoever sends it back as history must be able to go on."""
+    whole = json.dumps({"path": 'a\\b "q" {x}, [y]', "n": [1, {"k": "v,w"}], "t": True, "u": "é"}, ensure_ascii=False)
+    for n in range(1, len(whole)):
+        arguments = checked([called(whole[:n])])[0]["tool_calls"][0]["function"]["arguments"]
+        assert json.loads(str(arguments)) == arguments and arguments.keys() <= {"path", "n", "t", "u"}
+    assert arguments == json.loads(whole)
+    assert checked([called('{"a": "x\\')])[0]["tool_calls"][0]["function"]["arguments"] == {"a": "x"}
+
+
+@pytest.mark.parametrize("template, first", [(None, "<result>1</result>\n<result>2</result>"), (PRINTED, "12")])
+def test_results_come_in_the_order_of_their_calls(template, first):
+    calls = [{"id": i, "function": {"name": "f"}} for i in "ab"]
+    results = [{"role": "tool", "tool_call_id": i, "content": text} for i, text in (("b", "2"), ("a", "1"))]
+    assert first in render(template, {"role": "assistant", "tool_calls": calls}, *results, QUESTION, special=V32)
+    cancelled = render(None, {"role": "assistant", "tool_calls": calls}, results[0], QUESTION, special=V32)
+    assert "<result>2</result>\n</function_results>" in cancelled and checked(results) == results
+
+
 def test_texts_in_arguments_stay_text():
     tokenizer = small(GLM, [])
     for template in "{{ messages[1].tool_calls[0].function.arguments }}", "{{ messages[1].tool_calls[0].function.arguments.a }}":
@@ -119,6 +148,17 @@ def test_a_developer_is_a_system_to_who_does_not_know_it():
     assert tokenizer.decode(encode_chat(tokenizer, messages, template=shown)[1:]) == "system,user,"
     knows = shown + "{{ 1 if messages[0].role == 'developer' }}"
     assert tokenizer.decode(encode_chat(tokenizer, messages, template=knows)[1:]) == "developer,user,1"
+
+
+def test_more_variables_of_a_template():
+    template = "{{ messages[0].content }}{{ clear_thinking }}{{ names | length }}"
+    given = {"clear_thinking": False, "names": ["<|user|>"]}
+    assert render(template, template_kwargs=given) == "1+1=?False1"
+    ids = encode_chat(tokenizer := small(GLM, []), [QUESTION], template="{{ names[0] }}", template_kwargs={"names": given["names"]})
+    assert tokenizer.decode(ids) == "<|user|>" and tokenizer.tokens.index("<|user|>") not in ids
+    for name, used in ("x", template), ("clear", template), ("messages", template), ("thinking", None):
+        with pytest.raises(PydsaError, match=f"a variable of the chat template is '{name}', expected one that it reads"):
+            encode_chat(tokenizer, [QUESTION], template=used, template_kwargs={name: 1})
 
 
 def test_generation_blocks_are_as_if_they_were_not_there():

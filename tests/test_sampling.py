@@ -318,7 +318,7 @@ def test_the_defaults():
     ({"temperature": "hot"}, "temperature is 'hot', expected a number"),
     ({"temperature": None}, "temperature is None"),
     ({"temperature": True}, "temperature is True"),
-    ({"top_k": -1}, "top_k is -1, expected an integer from 0"),
+    ({"top_k": -2}, "top_k is -2, expected an integer from -1"),
     ({"top_k": 1.5}, "top_k is 1.5, expected an integer"),
     ({"top_p": 1.1}, "top_p is 1.1, expected a number from 0 to 1"),
     ({"top_p": -0.1}, "top_p is -0.1"),

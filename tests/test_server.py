@@ -215,7 +215,7 @@ def with_tools(model):
 ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "f"}}]}}
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}, ALLOWED])
+@pytest.mark.parametrize("choice", ["required", {"type": "any"}, {"type": "function", "function": {"name": "f"}}, ALLOWED])
 def test_calls_that_must_come(with_tools, choice):
     """A random model calls as it must; a stream gives the same call."""
     body = {"messages": HELLO, "tools": [TOOL, OTHER], "tool_choice": choice, "seed": 3, "max_tokens": 500, "parallel_tool_calls": False}
@@ -223,7 +223,7 @@ def test_calls_that_must_come(with_tools, choice):
     call_of = chosen["message"]["tool_calls"]
     assert chosen["finish_reason"] == "tool_calls" and len(call_of) == 1 and chosen["message"]["content"] is None
     function = call_of[0]["function"]
-    assert function["name"] in (("f", "g") if choice == "required" else ("f",))
+    assert function["name"] in (("f", "g") if choice in ("required", {"type": "any"}) else ("f",))
     assert isinstance(json.loads(function["arguments"])["days"], int)
     parts = [part for chunk in stream(with_tools, CHAT, body) for part in chunk["choices"][0]["delta"].get("tool_calls", ())]
     assert parts[0]["function"]["name"] == function["name"] and {part["index"] for part in parts} == {0}
@@ -262,9 +262,10 @@ def test_log_probabilities(server, model):
     assert [entry["logprob"] for entry in whole] == [entry["top_logprobs"][0]["logprob"] for entry in whole]
 
 
-@pytest.mark.parametrize("field, thinks", [({"reasoning_effort": "high"}, True), ({"reasoning_effort": "none"}, False), ({}, False),
-                                           ({"chat_template_kwargs": {"thinking": True}}, True), ({"thinking": {"type": "enabled"}}, True),
-                                           ({"chat_template_kwargs": {"enable_thinking": False}}, False)])
+@pytest.mark.parametrize("field, thinks", [
+    ({"reasoning_effort": "high"}, True), ({"reasoning_effort": "none"}, False), ({}, False), ({"thinking": {"type": "enabled"}}, True),
+    ({"chat_template_kwargs": {"thinking": True}}, True), ({"chat_template_kwargs": {"enable_thinking": False}}, False),
+    ({"enable_thinking": True}, True)])
 def test_thinking_is_switched(server, model, field, thinks):
     message = post(server, CHAT, BODY | field)[1]["choices"][0]["message"]
     reply = model.reply(HELLO, 8, thinking=thinks, temperature=0.0)
@@ -319,9 +320,9 @@ def test_tokens(server, model):
 
 
 def test_models(server, model):
-    listed = call(server, "GET", "/v1/models")[2]["data"]
-    assert [entry["id"] for entry in listed] == ["tiny"] and listed[0]["meta"]["n_ctx"] == 1024
-    assert call(server, "GET", "/v1/models/tiny")[2] == listed[0]
+    [listed] = call(server, "GET", "/v1/models")[2]["data"]
+    assert listed["id"] == "tiny" and listed["meta"]["n_ctx"] == listed["context_length"] == listed["max_model_len"] == 1024
+    assert call(server, "GET", "/v1/models/tiny")[2] == listed
     assert call(server, "GET", "/v1/models/gpt-4")[0] == 404
 
 

@@ -31,6 +31,8 @@ def server(model, tmp_path_factory):
 
 def test_keys(server):
     assert post(server, CHAT, BODY, **ANN)[0] == post(server, CHAT, BODY, **BOB)[0] == 200
+    for headers in ANN | {"x-api-key": "dummy"}, BOB | {"authorization": "Bearer dummy"}:
+        assert post(server, CHAT, BODY, **headers)[0] == 200
     assert call(server, "GET", "/health")[0] == 200 and call(server, "GET", "/")[0] in (200, 404)
     for headers in ({}, {"authorization": "Bearer ann-ke"}, {"authorization": "Bearer"}, {"authorization": "Basic ann-key"},
                     {"x-api-key": ""}, {"authorization": "ann-key"}, {"x-api-key": "ÿ"}):
@@ -116,7 +118,7 @@ def test_without_origins_there_is_no_cors(model):
 
 def test_files_of_keys(tmp_path):
     path = tmp_path / "keys"
-    path.write_text("# of the team\none\n\n two \n")
+    path.write_text("\ufeff# of the team\none\n\n two \n", encoding="utf-8")      # as editors of Windows begin files
     assert read_keys(("zero", "one"), path) == ("zero", "one", "two")
     for text in ("", "# nothing\n", "a\x01b\n"):
         path.write_text(text)

@@ -140,6 +140,7 @@ def test_a_call_put_back_is_what_the_model_wrote(name):
     ("kimi", "<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{'a'}<|tool_call_end|>"),
     ("glm-4.7", "<tool_call>two words</tool_call>"), ("glm-4.7", "<tool_call></tool_call>"),
     ("glm-4.7", "<tool_call>f<arg_key>a</arg_key></tool_call>"),
+    ("glm-4.7", "<tool_call>f<arg_key>a</arg_key></arg_key><arg_value>1</arg_value></tool_call>"),
     ("kimi", "<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"), ("glm-4.7", "<tool_call>f<arg_key>a"),
     ("dsml", '<｜DSML｜invoke name="f">\n'), ("deepseek-v3.1", "between the calls")])
 def test_what_is_no_call_is_text(name, body):
@@ -180,6 +181,21 @@ def test_schemas_of_any_form(parameters):
     tools = [{"function": {"name": "f", "parameters": parameters}}]
     _, reply = read("glm-4.7", "<tool_call>f<arg_key>a</arg_key><arg_value>5</arg_value></tool_call>", tools=tools)
     assert json.loads(reply.tool_calls[0]["function"]["arguments"]) == {"a": "5"}
+
+
+def test_calls_have_the_ids_that_kimi_writes():
+    """Its models go on with ids that they see, and others name no function."""
+    special, template, _ = WRITTEN["kimi"]
+    tokenizer, ids = small(special, []), ["functions.weather:0", "call_1", "toolu_2"]
+    messages = [QUESTION]
+    for given, name in zip(ids, ("weather", "now", "weather")):
+        messages += [{"role": "assistant", "tool_calls": [{"id": given, "function": {"name": name}}]},
+                     {"role": "tool", "tool_call_id": given, "content": "r"}]
+    template = template.replace("{{ m.content }}{% endif %}", "{{ m.tool_call_id or '' }},{% endif %}")
+    text = tokenizer.decode(encode_chat(tokenizer, messages, template=template))
+    for own in "functions.weather:0", "functions.now:1", "functions.weather:2":
+        assert text.count(f"{own}<|tool_call_argument_begin|>") == text.count(f"{own},") == 1
+    assert "call_1" in tokenizer.decode(encode_chat(tokenizer, messages, template="{{ messages[3].tool_calls[0].id }}"))
 
 
 def test_text_after_the_calls_is_answer():

@@ -196,7 +196,7 @@ WRONG = [
                                       b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}', b"[" * 50_000,
                                       b'{"messages": 1e999}', b'{"seed": ' + b"9" * 5000 + b"}", b'{"messages": "\\ud800"}')),
     *(_wrong(CHAT, {"messages": _HELLO} | fields) for fields in (
-        {"messages": []}, {"messages": "Hello"}, {"messages": [{"role": "user"}]}, {"max_tokens": "5"}, {"max_tokens": -1},
+        {"messages": []}, {"messages": "Hello"}, {"messages": [{"role": "user"}]}, {"max_tokens": "5"}, {"max_tokens": -2},
         {"temperature": "hot"}, {"temperature": -1}, {"top_p": 2}, {"n": 0}, {"n": 10_000}, {"seed": 2**70}, {"stop": [1]},
         {"logit_bias": {"x": 1}}, {"logit_bias": {"99999999": 1}}, {"stream": "yes"}, {"top_logprobs": 2}, {"tools": "f"},
         {"response_format": {"type": "xml"}}, {"response_format": {"type": "json_schema"}}, {"tool_choice": "required"}, {"id_slot": 99},

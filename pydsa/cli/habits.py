@@ -24,6 +24,14 @@ INSTEAD = {
     ("-np", "--parallel", "-ns", "--sequences"): "a command runs one conversation; leave it out.",
     ("-fit", "--fit"): "--device auto, the default, fits the model to the memory; -c 0 takes the longest context.",
     ("-md", "--model-draft"): "there is no speculative decoding; leave it out.",
+    ("--chat-template-kwargs",): "use --think; in Python there is template_kwargs, and in requests chat_template_kwargs.",
+    ("-rea", "--reasoning", "--reasoning-budget", "--reasoning-format"): "--think lets the model reason; the answer is told apart anyway.",
+    ("--context-shift", "--no-context-shift"): "an answer ends where the context is full; leave it out.",
+    ("-co", "--color"): "reasoning is dimmed on a terminal; leave it out.",
+    ("--ignore-eos",): "ban the token that ends a turn: --logit-bias ID-inf.",
+    ("--samplers", "--sampler-seq"): "the order is fixed: biases, penalties, top_k, top_p, min_p, temperature.",
+    ("--rope-scaling", "--rope-scale", "--rope-freq-base", "--rope-freq-scale"): "the file has it; --override-kv replaces its values.",
+    ("-fmoe", "--fused-moe", "-mla", "--mla-use", "-rtr", "--run-time-repack", "-amb"): "it is chosen by itself; leave it out.",
 }
 
 

@@ -12,7 +12,7 @@ from pydsa.server.anthropic_requests import CountRequest, MessagesRequest, conve
 from pydsa.server.bodies import read_fields
 from pydsa.server.constrained import constraint_of
 from pydsa.server.errors import ApiError, as_api_error, error_body
-from pydsa.server.openai_forms import SSE_HEADERS
+from pydsa.server.openai_forms import SSE_HEADERS, encode
 from pydsa.server.service import unless_gone
 
 # Clients keep a signature with thinking and send it back; this server takes thinking as it comes, and needs none.
@@ -79,7 +79,7 @@ async def _stream(path, answers, message):
 
 
 def _sse(data):
-    return f"event: {data['type']}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"event: {data['type']}\ndata: {encode(data)}\n\n"
 
 
 async def _whole(answers, message):

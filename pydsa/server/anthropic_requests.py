@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field
 
-from pydsa.server.bodies import Fields, Listed, expected, shown
+from pydsa.server.bodies import Fields, Listed, expected, shown, unreadable
 from pydsa.server.constrained import Wanted
 from pydsa.server.errors import NO_THREADS, ApiError
 from pydsa.server.openai_forms import MAX_STOP, MAX_STOPS
@@ -129,7 +129,7 @@ def _function(where, tool):
         raise wrong(f"{where}.input_schema", f"is {shown(tool.get('input_schema'))}, expected a JSON schema of an object")
     if not isinstance(description, str | None):
         raise wrong(f"{where}.description", f"is {shown(description)}, expected a text")
-    described = {} if description is None else {"description": description}
+    described = ({} if description is None else {"description": description}) | ({"strict": True} if tool.get("strict") is True else {})
     return {"type": "function", "function": {"name": name, **described, "parameters": tool["input_schema"]}}
 
 
@@ -184,6 +184,8 @@ def _turns(messages):
         if role not in ("user", "assistant", "system"):
             raise wrong(f"messages.{i}.role", f"is {shown(role)}, expected user, assistant or system")
         blocks = _blocks(f"messages.{i}.content", message.get("content"))
+        if role == "user" and i < len(messages) - 1:        # it was refused when it was new
+            blocks = [_noted(*block) if block[1]["type"] != "tool_result" else block for block in blocks]
         if not blocks and (role != "assistant" or i < len(messages) - 1):
             raise wrong(f"messages.{i}.content", "is an empty list, expected a block: only the beginning of the answer may be empty")
         parts.append((role, blocks))
@@ -215,6 +217,11 @@ def _text(where, block):
     if block["type"] != "text":
         raise wrong(where, f"is of type {shown(block['type'])}, expected text here: the model reads nothing else")
     return _field(where, block, "text")
+
+
+def _noted(where, block):
+    """A block, or a text that says what it is, if it is no text."""
+    return where, block if block["type"] == "text" else {"type": "text", "text": unreadable(block["type"])}
 
 
 def _joined(blocks):
@@ -260,9 +267,12 @@ def _results(blocks, calls, where):
 
 
 def _result(where, block):
-    """The text of a tool_result; that of an error says so."""
+    """The text of a tool_result; that of an error says so.
+
+    Who calls a tool cannot know whether it returns an image, which would stay in the conversation: the model is told of it.
+    """
     content = block.get("content")
-    text = "" if content is None else _joined(_blocks(f"{where}.content", content))
+    text = "" if content is None else _joined(_noted(*one) for one in _blocks(f"{where}.content", content))
     return f"Error: {text}" if block.get("is_error") is True else text
 
 

@@ -8,7 +8,7 @@ from starlette.routing import Route
 
 from pydsa.server import anthropic, endpoints
 from pydsa.server.errors import ApiError, as_api_error, error_response
-from pydsa.server.guard import GONE, Guard, Keys, Log
+from pydsa.server.guard import GONE, Guard, Keys, Log, Paths
 from pydsa.server.openai_chat import chat_completions
 from pydsa.server.openai_completions import completions
 from pydsa.server.page import page
@@ -38,7 +38,7 @@ def make_app(service):
     app = Keys(app, service.settings.keys)
     if service.settings.cors_origins:
         app = CORSMiddleware(app, service.settings.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"])
-    return Log(Guard(app, service.settings), service)
+    return Paths(Log(Guard(app, service.settings), service))
 
 
 def _endpoint(service, function, path):

@@ -3,10 +3,11 @@
     fields = await read_fields(request, ChatRequest)
 """
 import asyncio
+import functools
 import json
 import math
 import re
-from typing import Annotated, TypeVar
+from typing import Annotated, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
@@ -75,10 +76,22 @@ async def read_fields(request, kind):
 
 def check_fields(value, kind):
     """The fields of a dict as a model of pydantic; raises ApiError."""
+    integers = _integers(kind)
     try:
-        return kind.model_validate({name: item for name, item in value.items() if item is not None})
+        return kind.model_validate({name: _whole(item) if name in integers else item for name, item in value.items() if item is not None})
     except ValidationError as error:
         raise _wrong_field(error.errors(include_url=False)[0], value, kind) from None
+
+
+@functools.cache
+def _integers(kind):
+    """The names of fields that are integers."""
+    return {name for name, field in kind.model_fields.items() if int in get_args(field.annotation) or field.annotation is int}
+
+
+def _whole(value):
+    """A number without a fraction as an int: some languages have only floats, and write 5.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
 
 
 def parse_json(data):
@@ -148,6 +161,11 @@ def _constant(text):
 def _kind(value):
     names = {bool: "boolean", type(None): "null", str: "string", list: "array", dict: "object"}
     return names.get(type(value), "number")
+
+
+def unreadable(kind):
+    """The text in the place of an image, or of another thing that is no text."""
+    return f"[{kind}: this model reads text only]"
 
 
 def shown(value):

@@ -24,8 +24,13 @@ async def health(service, request):
 
 
 def _model(service):
+    """The model, its context by the names that other servers have for it.
+
+    Clients that find none of them take a default, and cut conversations or overflow.
+    """
     config, setup = service.model.config, service.model.setup
     return {"id": service.name, "object": "model", "created": service.created, "owned_by": "pydsa",
+            "context_length": service.model.n_ctx, "max_model_len": service.model.n_ctx,
             "meta": {"n_ctx": service.model.n_ctx, "n_ctx_train": config.n_ctx_train, "n_vocab": config.n_vocab, "n_embd": config.n_embd,
                      "n_params": setup.n_params, "size": setup.n_bytes}}
 

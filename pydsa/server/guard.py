@@ -82,19 +82,43 @@ class Keys:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        given = given.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        # Some clients send a dummy as one, and the key as the other.
+        given = [key for key in (bearer.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")) if key]
         # All keys are compared, each in a time that does not depend on where they differ.
-        if not sum(hmac.compare_digest(key, given.encode("latin-1")) for key in self._keys):
+        right = [one for one in given if sum(hmac.compare_digest(key, one.encode("latin-1")) for key in self._keys)]
+        if not right:
             message = "The API key is wrong." if given else "There is no API key, expected one as Authorization: Bearer KEY."
             await error_response(scope["path"], ApiError(401, message, code="invalid_api_key"))(scope, receive, send)
             return
-        scope["pydsa.key"] = given
+        scope["pydsa.key"] = right[0]
         await self._app(scope, receive, send)
 
 
+class Paths:
+    """An ASGI app before another one: paths as clients put them together.
+
+    Addresses end with a slash or not, with /v1 or not, and clients add what they think is missing; a proxy gets the address with its host.
+    """
+
+    def __init__(self, app):
+        self._app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "http":
+            scope = scope | {"path": self.plain(scope["path"])}
+        await self._app(scope, receive, send)
+
+    @staticmethod
+    def plain(path):
+        """A path without a host, superfluous slashes, and a doubled /v1."""
+        path = re.sub(r"^/*https?://[^/]*", "", path)
+        path = re.sub(r"^(/v1)+(?=/v1/)", "", re.sub("/+", "/", path))
+        return path.rstrip("/") or "/"
+
+
 class Log:
-    """The outermost ASGI app: one line for each request, errors in the APIs' form."""
+    """An ASGI app around the others: one line for each request, errors in the APIs' form."""
 
     def __init__(self, app, service):
         self._app, self._service = app, service

@@ -55,9 +55,9 @@ async def completions(service, request):
     body = await read_fields(request, CompletionRequest)
     body.check()
     prompts = [await service.tokenize(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
-    limit = MAX_TOKENS if service.settings.max_tokens is None else service.settings.max_tokens
+    default = MAX_TOKENS if service.settings.max_tokens is None else service.settings.max_tokens
     common = {"constraint": await constraint_of(service, body.wanted()), "n_logprobs": body.logprobs,
-              "max_tokens": limit if body.max_tokens is None else body.max_tokens}
+              "max_tokens": body.limit(body.max_tokens, default)}
     requests = [common | {"ids": ids} | body.engine_fields(service, i) for ids in prompts for i in range(body.n or 1)]
     answers = service.answers(request.scope, requests)
     echoes = [await _text(service, prompt) for prompt in body.prompts for _ in range(body.n or 1)] if body.echo else None

@@ -1,6 +1,7 @@
 """What OpenAI's two endpoints for text share: fields, usage, streams."""
 import contextlib
 import json
+import re
 import secrets
 import time
 from typing import Any
@@ -16,8 +17,18 @@ from pydsa.server.service import unless_gone
 from pydsa.server.settings import MAX_CHOICES
 
 MAX_STOPS, MAX_STOP = 64, 1000      # stop texts, and characters of one
-_encode = json.JSONEncoder(ensure_ascii=False).encode
+_LINE_ENDS = re.compile("[\x85\u2028\u2029]")      # line feeds and carriage returns are always escaped
+_encode_raw = json.JSONEncoder(ensure_ascii=False).encode
 SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+def encode(value):
+    """JSON on one line, whatever a client takes for the end of a line.
+
+    Events end with line feeds, but readers that split text by all of Unicode's line ends are common.
+    """
+    text = _encode_raw(value)
+    return text if text.isascii() else _LINE_ENDS.sub(lambda end: f"\\u{ord(end[0]):04x}", text)
 
 
 class StreamOptions(Fields):
@@ -33,10 +44,10 @@ class Options(Constrained):
     n: int | None = expected(f"an integer from 1 to {MAX_CHOICES}", ge=1, le=MAX_CHOICES)
     seed: int | None = expected("an integer of up to 64 bits", ge=-2**63, lt=2**64)
     stop: Any = None
-    max_tokens: int | None = expected("an integer from 0 on", ge=0)
+    max_tokens: int | None = expected("an integer from 0 on, or -1: no limit", ge=-1)
     temperature: float | None = expected("a number from 0 on")
     top_p: float | None = expected("a number from 0 to 1")
-    top_k: int | None = expected("an integer from 0 on; 0: all tokens")
+    top_k: int | None = expected("an integer from -1 on; 0 and -1: all tokens")
     min_p: float | None = expected("a number from 0 to 1")
     frequency_penalty: float | None = expected("a number")
     presence_penalty: float | None = expected("a number")
@@ -80,13 +91,17 @@ class Options(Constrained):
             raise ApiError(400, f"logit_bias has the key {key!r:.80}, expected token ids.", "logit_bias", "invalid_value")
         return {int(key): bias for key, bias in self.logit_bias.items()}
 
+    def limit(self, given, default):
+        """The most tokens of an answer, or None; given: what the request says."""
+        return default if given is None else None if given == -1 else given
+
     def _stops(self):
         stops = [self.stop] if isinstance(self.stop, str) else [] if self.stop is None else self.stop
-        if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(text, str) and 0 < len(text) <= MAX_STOP
+        if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(text, str) and len(text) <= MAX_STOP
                                                                             for text in stops):
-            raise ApiError(400, f"stop is {shown(self.stop)}, expected a text, or a list of up to {MAX_STOPS} texts, each of 1 to "
+            raise ApiError(400, f"stop is {shown(self.stop)}, expected a text, or a list of up to {MAX_STOPS} texts, each of up to "
                                 f"{MAX_STOP} characters.", "stop", "invalid_value")
-        return stops
+        return [text for text in stops if text]     # forms with an empty field send ""
 
 
 def usage(ends, n):
@@ -120,19 +135,19 @@ class Frame:
     def __init__(self, service, prefix, kind):
         self.fields = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": service.name,
                        "system_fingerprint": service.fingerprint}
-        self._head = f"data: {_encode(self.fields)[:-1]}, "
+        self._head = f"data: {encode(self.fields)[:-1]}, "
 
     def __call__(self, choices, **more):
         return self.fields | {"choices": choices} | more
 
     def sse(self, choices, **more):
         """sse() of a chunk, of which the fields that all have are text already."""
-        return f"{self._head}{_encode({'choices': choices} | more)[1:]}\n\n"
+        return f"{self._head}{encode({'choices': choices} | more)[1:]}\n\n"
 
 
 def sse(value):
     """An event of a stream: a line of JSON."""
-    return f"data: {_encode(value)}\n\n"
+    return f"data: {encode(value)}\n\n"
 
 
 async def stream_events(path, frame, answers, options, form):

@@ -75,7 +75,7 @@ class Service:
         if self.model.runner.error is not None:
             raise as_api_error(self.model.runner.error)
 
-    async def chat_prompt(self, messages, thinking=None, tools=None):
+    async def chat_prompt(self, messages, thinking=None, tools=None, template_kwargs=None):
         """The chat.Prompt of a conversation, made on another thread.
 
         thinking: None: as the settings say. Raises the errors of chat.encode_chat.
@@ -83,7 +83,12 @@ class Service:
         self.ready()
         thinking = self.settings.thinking if thinking is None else thinking
         return await asyncio.to_thread(chat_prompt, self.model.tokenizer, messages, thinking=thinking, tools=tools,
-                                       template=self.settings.template)
+                                       template=self.settings.template, template_kwargs=template_kwargs)
+
+    @property
+    def template(self):
+        """The chat template, or None."""
+        return self.model.tokenizer.chat_template if self.settings.template is None else self.settings.template
 
     async def tokenize(self, text, add_bos=None, parse_special=True):
         """The ids of a text, made on another thread."""

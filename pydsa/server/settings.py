@@ -20,7 +20,7 @@ def read_keys(given, path=None):
     keys = list(given)
     if path is not None:
         try:
-            with open(path, encoding="utf-8") as file:
+            with open(path, encoding="utf-8-sig") as file:
                 lines = [line.strip() for line in file]
         except (OSError, UnicodeDecodeError) as error:
             raise PydsaError(f"The API keys cannot be read from {path} ({getattr(error, 'strerror', None) or 'it is no text'}).") from error

@@ -135,8 +135,9 @@ class Stream:
 class Reader:
     """Turns the ids of one answer into pieces, each as soon as it is certain.
 
-    stop: a text, or a list of texts, of which the first to come ends the answer, and is no part of it. layout: the Layout; None: all is
-    the answer. Raises PydsaError if stop is something else.
+    stop: a text, or a list of texts, of which the first to come ends the answer, and is no part of it. Reasoning is not searched, as it
+    often says what shall not come: only for those with a tag of reasoning in them. layout: the Layout; None: all is the answer. Raises
+    PydsaError if stop is something else.
 
     read() takes the ids from an iterator. Who has them one at a time calls push() for each until `stopped`, and then end().
     """
@@ -145,7 +146,8 @@ class Reader:
         layout = layout or Layout()
         self.reply, self.stopped, self._single_call = Reply(), False, layout.single_call
         self._decoder = tokenizer.decoder(layout.shown(tokenizer))
-        self._stops, self._splitter = Stops(stop), Splitter(layout)
+        self._thought, self._stops, self._splitter = Thought(layout), Stops(stop), Splitter(layout)
+        self._tagged = Stops([text for text in self._stops.texts if THINK in text or END_THINK in text])
 
     def push(self, token) -> list[Piece]:
         """Add an id -> the pieces that are certain now.
@@ -153,8 +155,19 @@ class Reader:
         `stopped` tells whether a stop text came, or the only call that may: the answer then ends.
         """
         self.reply.n_generated += 1
-        text, self.stopped = self._stops.push(self._decoder.push(token))
-        return self._add(self._splitter.push(text))
+        return self._add(self._splitter.push(self._cut(self._decoder.push(token))))
+
+    def _cut(self, text, last=False):
+        """The text that is certain now, up to a stop text; last: no more comes."""
+        text, self.stopped = self._tagged.push(text)
+        last |= self.stopped
+        thought, text = self._thought.push(text + self._tagged.flush() if last else text)
+        if last:
+            rest = self._thought.flush()
+            thought, text = thought + rest[0], text + rest[1]
+        said, found = self._stops.push(text)
+        self.stopped |= found
+        return thought + said + (self._stops.flush() if last else "")
 
     def end(self, cut_off=False) -> list[Piece]:
         """End the answer -> the pieces of what was held back.
@@ -163,10 +176,9 @@ class Reader:
         """
         text = ""
         if not self.stopped:
-            text, self.stopped = self._stops.push(self._decoder.flush())
-            text += "" if self.stopped else self._stops.flush()
+            text = self._cut(self._decoder.flush(), last=True)
         pieces = self._add([*self._splitter.push(text), *self._splitter.flush()])
-        self.reply.stop = self._stops.found
+        self.reply.stop = self._stops.found or self._tagged.found
         self.reply.finish_reason = "length" if cut_off and not self.stopped else "tool_calls" if self.reply.tool_calls else "stop"
         return pieces
 
@@ -225,6 +237,39 @@ def _timed(ids, reply):
         start = time.perf_counter()
 
 
+class Thought:
+    """Tells the text of reasoning from the rest, as Splitter does."""
+
+    def __init__(self, layout):
+        self._marks = (END_THINK, *(layout.form.opens if layout.form else ()))
+        self._state, self._held = "reasoning" if layout.opened else "start" if layout.thinks else "rest", ""
+
+    def push(self, text):
+        """Add text -> (that of reasoning, that of the rest)."""
+        if self._state == "rest":
+            return "", text
+        text, self._held, begun = self._held + text, "", 0
+        if self._state == "start":
+            rest = text.lstrip()
+            if not rest.startswith(THINK):
+                self._state, self._held = ("start", text) if THINK.startswith(rest) else ("rest", "")
+                return "", "" if self._held else text
+            self._state, begun = "reasoning", len(text) - len(rest) + len(THINK)
+        found = [(text.index(mark, begun), -len(mark), mark) for mark in self._marks if mark in text[begun:]]
+        if not found:
+            n = len(text) - find_held(text[begun:], self._marks)
+            self._held = text[n:]
+            return text[:n], ""
+        at, _, mark = min(found)
+        self._state, at = "rest", at + (len(mark) if mark == END_THINK else 0)
+        return text[:at], text[at:]
+
+    def flush(self):
+        """What was held back at the end, as push() gives it."""
+        held, self._held = self._held, ""
+        return (held, "") if self._state == "reasoning" else ("", held)
+
+
 class Stops:
     """Cuts a text at the first of some stop texts, whatever its pieces are.
 
@@ -235,19 +280,19 @@ class Stops:
         listed = [stop] if isinstance(stop, str) else [] if stop is None else stop
         if not isinstance(listed, (list, tuple)) or not all(isinstance(text, str) and text for text in listed):
             raise PydsaError(f"stop is {stop!r:.80}, expected a text or a list of texts, none of them empty")
-        self._texts, self._held, self.found = list(listed), "", None
+        self.texts, self._held, self.found = list(listed), "", None
 
     def push(self, text):
         """Add a piece -> (the text that is certain now, whether a stop came)."""
-        if not self._texts:
+        if not self.texts:
             return text, False
         text = self._held + text
-        found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self._texts if stop in text]
+        found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self.texts if stop in text]
         if found:       # the first that is complete, so that the result does not depend on the pieces
             end, start = min(found)
             self._held, self.found = "", text[start:end]
             return text[:start], True
-        n = len(text) - find_held(text, self._texts)
+        n = len(text) - find_held(text, self.texts)
         self._held = text[n:]
         return text[:n], False
 

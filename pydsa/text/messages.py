@@ -10,7 +10,9 @@ import re
 
 from pydsa.errors import PydsaError
 
-TEXTS = ("text", "refusal")        # types of parts, and the names of their texts; an answer of OpenAI's models may be a refusal
+# Types of parts -> the names of their texts. An answer of OpenAI's models may be a refusal; its newer API names texts by who wrote them.
+TEXTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
+THOUGHTS = {"thinking": "thinking", "reasoning": "reasoning"}     # parts of an assistant's content
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -38,12 +40,28 @@ class Arguments(dict):
 def checked(messages):
     """Check the messages -> copies of them, each with a text as content.
 
-    Parts of text are joined; the content is empty where an assistant only thought, or called tools. The calls have Arguments. Keys whose
-    value is None, and empty lists of calls, are left out, as templates ask whether the key is there. Raises PydsaError.
+    Parts of text are joined; the content is empty where an assistant or a tool has none. What an assistant thought is its
+    reasoning_content, also where it came as a part or as `reasoning`. The calls have Arguments, and their results the order of the calls.
+    Keys whose value is None, and empty lists of calls, are left out, as templates ask whether the key is there. Raises PydsaError.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise PydsaError(f"the messages are {messages!r:.80}, expected a list of dicts with role and content")
-    return [_checked(message, f"message {i}") for i, message in enumerate(messages)]
+    return _ordered([_checked(message, f"message {i}") for i, message in enumerate(messages)])
+
+
+def _ordered(messages):
+    """The messages, with results of calls in the order of the calls.
+
+    Some formats tell results apart by nothing else.
+    """
+    result = list(messages)
+    for i, message in enumerate(messages):
+        ids = [call.get("id") for call in message.get("tool_calls", ()) if call.get("id") is not None]
+        last = next((k for k in range(i + 1, len(messages)) if messages[k]["role"] != "tool"), len(messages))
+        answered = [one.get("tool_call_id") for one in messages[i + 1:last]]
+        if len(set(answered)) == len(answered) and len(set(map(str, ids))) == len(ids) and all(one in ids for one in answered):
+            result[i + 1:last] = sorted(messages[i + 1:last], key=lambda one: ids.index(one["tool_call_id"]))
+    return result
 
 
 def _checked(message, what):
@@ -55,12 +73,20 @@ def _checked(message, what):
         raise PydsaError(f"{what} has the role {role!r:.80}, expected one of {', '.join(ROLES)}")
     check_functions(calls, f"{what} has the tool_calls")
     content, reasoning = message.get("content"), message.get("reasoning_content")
+    own = role == "assistant" and isinstance(content, (list, tuple))
+    thoughts = [part for part in content if isinstance(part, dict) and part.get("type") in THOUGHTS] if own else []
+    if own:
+        content = [part for part in content if part not in thoughts]
+    if reasoning is None and role == "assistant":
+        other = message.get("reasoning")
+        reasoning = other if isinstance(other, str) else [part | {"type": "text", "text": part.get(THOUGHTS[part["type"]])}
+                                                          for part in thoughts] or None
     if message.get("function_call") is not None:
         raise PydsaError(f"{what} has a function_call, the old form of OpenAI's API, expected tool_calls")
-    if content is None and role == "assistant":
-        refusal = message.get("refusal")
-        content = refusal if refusal is not None else "" if calls or reasoning else None
-    result = {key: value for key, value in message.items() if value is not None and key not in ("tool_calls", "refusal")}
+    if content is None and role in ("assistant", "tool"):       # of an answer that was stopped, and of what returns nothing
+        content = message.get("refusal") or ""
+    result = {key: value for key, value in message.items()
+              if value is not None and key not in ("tool_calls", "refusal", *(("reasoning",) if role == "assistant" else ()))}
     result["content"] = _text(content, f"{what} has a content")
     if reasoning is not None:
         result["reasoning_content"] = _text(reasoning, f"{what} has a reasoning_content")
@@ -82,13 +108,14 @@ def _text(content, what):
     if not isinstance(content, (list, tuple)):
         kind = "that is missing" if content is None else f"of type {type(content).__name__}"
         raise PydsaError(f"{what} {kind}, expected text, or a list of parts of text")
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if not isinstance(part, dict) or kind not in TEXTS:
             raise PydsaError(f"{what} with a part of type {kind!r:.80}, expected only parts of type 'text': the model reads nothing else")
-        if not isinstance(part.get(kind), str):
-            raise PydsaError(f'{what} with a part {part!r:.80}, expected {{"type": "{kind}", "{kind}": ...}} with a text')
-    return "".join(part[part["type"]] for part in content)
+        if not isinstance(part.get(TEXTS[kind]), str):
+            raise PydsaError(f'{what} with a part {part!r:.80}, expected {{"type": "{kind}", "{TEXTS[kind]}": ...}} with a text')
+    return "".join(part[TEXTS[part["type"]]] for part in content)
 
 
 def check_functions(entries, what):
@@ -106,11 +133,39 @@ def _arguments(function):
     if isinstance(given, str):
         try:
             values = json.loads(given) if given.strip() else {}
-        except (ValueError, RecursionError):
-            values = None
+        except (ValueError, RecursionError):        # of a call that a limit cut off
+            given, values = _completed(given)
+        values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise PydsaError(f"the arguments of the tool call {function['name']!r:.80} are {given!r:.80}, expected a dict, or JSON of one")
-    return Arguments(values, given if isinstance(given, str) and given.strip() else to_json(values))
+    return Arguments(values, given if isinstance(given, str) and given.strip() not in ("", "null") else to_json(values))
+
+
+def _completed(text):
+    """(JSON of an object that a text is the beginning of, its value).
+
+    What is not complete in it is left out, but for a text, which ends where it was cut. Returns (text, 0) if it is no such beginning.
+    """
+    opened, quoted, ends, i = [], False, [], 0
+    while i < len(text):        # ends: where a value may have been read as a whole, and what would close the object there
+        c = text[i]
+        i += 2 if quoted and c == "\\" else 1
+        if c == '"':
+            quoted = not quoted
+        elif not quoted and c in "{[":
+            opened.append("}" if c == "{" else "]")
+        elif not quoted and c in "}]":
+            if not opened or opened.pop() != c:
+                return text, 0
+        if not quoted and c in '{[}]",':
+            ends.append((i - (c == ","), "".join(reversed(opened))))
+    cut = text[:-1] if text.endswith("\\") else text
+    for end, closing in [(len(cut), '"' * quoted + "".join(reversed(opened))), *reversed(ends[-8:])]:
+        try:
+            return (whole := cut[:end] + closing), json.loads(whole)
+        except (ValueError, RecursionError):
+            continue
+    return text, 0
 
 
 def to_json(value):

@@ -319,7 +319,7 @@ def render(source, tokenizer, plain, variables):
     environment = _sandbox()(plain)
     try:
         with _deadline(MAX_SECONDS):
-            return environment.from_string(source).render(variables)
+            return environment.from_string(source.removeprefix("\ufeff")).render(variables)      # some editors begin files with it
     except _LimitError as error:
         raise UnsupportedModelError(f"{tokenizer.path}: the chat template is stopped, as {error}") from None
     except Exception as error:      # a template may raise any exception

@@ -13,12 +13,12 @@ import uuid
 from collections.abc import Callable
 from typing import NamedTuple
 
-DSML = "｜DSML｜"
+DSML, KIMI = "｜DSML｜", "<|tool_calls_section_begin|>"
 _PARAMETER = re.compile(rf'\s*<{DSML}parameter name="(.+?)" string="(true|false)">(.*?)</{DSML}parameter>', re.DOTALL)
-_PAIR = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+_PAIR = re.compile(r"\s*<arg_key>([^<]*)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
 _HEAD = re.compile(r'\s+name="(.+?)"\s*>')
 _PARAMETER_HEAD = re.compile(rf'\s*<{DSML}parameter name="(.+?)" string="(true|false)">', re.DOTALL)
-_PAIR_HEAD = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>", re.DOTALL)
+_PAIR_HEAD = re.compile(r"\s*<arg_key>([^<]*)</arg_key>\s*<arg_value>")
 _FENCE_HEAD = re.compile(r"\s*(\S+)\s*\n```json\n")
 _FENCED = re.compile(r"\s*(\S+)\s*\n```json\n(.*)\n```\s*", re.DOTALL)
 _TYPES = {"string": str, "boolean": bool, "array": list, "object": dict, "null": type(None), "number": (int, float), "integer": int}
@@ -428,7 +428,7 @@ FORMS = (
          (f"<{DSML}invoke",), f"</{DSML}invoke>", (f"<{DSML}parameter", f"</{DSML}parameter>"), _read_dsml, _write_dsml),
     Form("<｜tool▁calls▁begin｜>", ("<｜tool▁calls▁begin｜>",), ("<｜tool▁calls▁end｜>",),
          ("<｜tool▁call▁begin｜>",), "<｜tool▁call▁end｜>", ("<｜tool▁sep｜>",), _read_deepseek, _write_deepseek),
-    Form("<|tool_calls_section_begin|>", ("<|tool_calls_section_begin|>",), ("<|tool_calls_section_end|>",),
+    Form(KIMI, (KIMI,), ("<|tool_calls_section_end|>",),
          ("<|tool_call_begin|>",), "<|tool_call_end|>", ("<|tool_call_argument_begin|>",), _read_kimi, _write_kimi),
     Form("<arg_key>", (), (), ("\n<tool_call>", "<tool_call>"), "</tool_call>",
          ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"), _read_glm, _write_glm, re.compile(r"\s*[^\s<]+\s+[^\s<]")),

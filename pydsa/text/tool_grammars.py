@@ -4,13 +4,19 @@
 
 A call that has begun is completed by the schema of its function. What a grammar lets through, tool_calls.py reads.
 """
+import functools
+import json
 import re
+import time
+import warnings
 
 from pydsa.text.answers import Layout
-from pydsa.text.grammars import MAX_WAYS, ConstraintError, Rule, checked, embedded, escaped, named_arguments, quoted, values
-from pydsa.text.tool_calls import DSML
+from pydsa.text.grammars import MAX_WAYS, ConstraintError, Rule, checked, embedded, escaped, llguidance, named_arguments, quoted, values
+from pydsa.text.tool_calls import DSML, KIMI
+from pydsa.text.tool_schemas import PLAIN_NAME, held, key_of
 
 MAX_TOOLS = 512
+MAX_SECONDS = 5.0       # to find what can be held of all schemas of a request; after that, they are taken whole
 _NL = "NL?"
 _CHOICES = "expected 'auto', 'none', 'required', or a function that is offered"
 
@@ -42,7 +48,8 @@ def tools(layout: Layout, choice="auto", parallel=True, said: Rule | None = None
     if len(offered) > MAX_TOOLS or len(set(names)) != len(names):
         raise ConstraintError(f"{len(offered)} tools are given, expected at most {MAX_TOOLS}, each with a name of its own")
     called = [tool for tool in offered if tool["function"]["name"] in allowed]
-    text, texts = _BODIES[form.mark](form, [_function(tool) for tool in called], parallel)
+    until = time.monotonic() + MAX_SECONDS
+    text, texts = _BODIES[form.mark](form, [_function(form, tool, time.monotonic() > until) for tool in called], parallel)
     opened = "(" + " | ".join(map(quoted, marks)) + ")"
     free = kind == "auto" and said is None
     answer, own = "open rest | TEXT" if free else f"(NL NL?)? {opened} rest", None
@@ -80,13 +87,43 @@ def _shortest(marks):
     return tuple(mark for mark in marks if not any(mark != other and mark.endswith(other) for other in marks))
 
 
-def _function(tool):
-    """(name, cleaned schema of its parameters) of a tool."""
+def _function(form, tool, whole):
+    """(name, cleaned schema of its parameters) of a tool.
+
+    Calls are held to what a grammar can hold; of a tool with "strict": true, and with `whole`, to all of its schema, or it is refused.
+    """
     function = tool["function"]
     name, schema = function["name"], function.get("parameters")
     if not re.fullmatch(r"""[^\s<>"'`|｜]{1,256}""", name):
         raise ConstraintError(f"a tool has the name {name!r:.80}, expected up to 256 characters without spaces, quotes and brackets")
-    return name, checked({"type": "object", "properties": {}} if schema is None else schema, f"the schema of the parameters of {name}")
+    schema = {"type": "object", "properties": {}} if schema is None else schema
+    if not whole and function.get("strict") is not True:
+        schema = _held(form, name, key_of(schema))
+    return name, checked(schema, f"the schema of the parameters of {name}")
+
+
+@functools.lru_cache(maxsize=128)
+def _held(form, name, schema):
+    """The part of a schema that calls are held to.
+
+    schema: as JSON text. Warns, once, if the part is not all of it.
+    """
+    schema, reason = held(json.loads(schema), functools.partial(_problem, form, name))
+    if reason is not None:
+        warnings.warn(f"Calls of the tool {name} are held to a part of its schema only: {reason}.", stacklevel=2)
+    return schema
+
+
+def _problem(form, name, schema):
+    """Why a grammar cannot hold calls to the schema of a tool, or None."""
+    library = llguidance().LLMatcher
+    try:
+        lines, _ = _BODIES[form.mark](form, [(name, checked(schema, f"the schema of the parameters of {name}"))], True)
+    except ConstraintError as error:
+        return str(error)
+    found = library.validate_grammar(library.grammar_from_lark("\n".join(["start: rest", r"NL: /\n/", *lines])))
+    found = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", re.split(r"\n +\d+ \| ", found)[0])
+    return " ".join(found.split())[:200] or None
 
 
 def _many(call, between, parallel):
@@ -159,7 +196,7 @@ def _arguments(function, schema, left):
     left: [how many more ways there may be].
     """
     for name, part, required in named_arguments(schema, function):
-        if not re.fullmatch(r"""[^<>"\n]*[^<>"\s]""", name) or name != name.strip():
+        if not PLAIN_NAME.fullmatch(name):
             raise ConstraintError(f"{function} has the parameter {name!r:.80}, expected a name without quotes, brackets and line breaks")
         yield name, values(part, schema, left), required
 
@@ -187,4 +224,4 @@ def _object(schema):
     return {"type": "object", "properties": {}} if schema is True else schema if "$ref" in schema else {"type": "object"} | schema
 
 
-_BODIES = {DSML: _dsml, "<｜tool▁calls▁begin｜>": _deepseek, "<|tool_calls_section_begin|>": _kimi, "<arg_key>": _glm}
+_BODIES = {DSML: _dsml, "<｜tool▁calls▁begin｜>": _deepseek, KIMI: _kimi, "<arg_key>": _glm}
