@@ -25,7 +25,7 @@ def store_sum(sums, v, r, n_rows, out):
 
 @inner
 def store_sums(sums, n, out):
-    """Store the sums of the lanes of n vectors, at most sixteen. Not inline: a dot has fourteen places that call it."""
+    """Store the sums of the lanes of n vectors, at most sixteen. Not inline: a dot has many places that call it."""
     totals = row_sums(sums)
     if n == 16:
         store(out, 0, totals)
@@ -67,10 +67,11 @@ def dot_rows(add, total, init, block_bytes, step, rows, n_rows, n, x_at, n_token
             dot_one(add, total, init, block_bytes, step, rows, n_rows, n, i64_at(x_at, 8 * t), i64_at(out_at, 8 * t) + offset)
         elif n_tokens - t == 2:
             dot_two(add, total, init, block_bytes, step, rows, n_rows, n, x_at + 8 * t, out_at + 8 * t, offset)
-        elif n_tokens - t == 3:
+        elif n_tokens - t == 3 and LANES == 16:
             dot_three(add, total, init, block_bytes, step, rows, n_rows, n, x_at + 8 * t, out_at + 8 * t, offset)
-        else:
-            dot_four(add, total, init, block_bytes, step, rows, n_rows, n, x_at + 8 * t, out_at + 8 * t, offset)
+        else:       # with fewer registers three are four, of which two are the same: that is less to compile
+            last = 8 * min(3, n_tokens - t - 1)
+            dot_four(add, total, init, block_bytes, step, rows, n_rows, n, x_at + 8 * t, out_at + 8 * t, last, offset)
 
 
 @inline
@@ -167,11 +168,14 @@ def dot_three(add, total, init, block_bytes, step, rows, n_rows, n, x_at, out_at
 
 
 @inline
-def dot_four(add, total, init, block_bytes, step, rows, n_rows, n, x_at, out_at, offset):
-    """Multiply rows with four tokens, two rows at a time as dot_one does."""
+def dot_four(add, total, init, block_bytes, step, rows, n_rows, n, x_at, out_at, last, offset):
+    """Multiply rows with four tokens, two rows at a time as dot_one does.
+
+    last: where the fourth token is in the tables.
+    """
     buffer_a, buffer_b, buffer_c, buffer_d = stack_memory(), stack_memory(), stack_memory(), stack_memory()
     others_a, others_b, others_c, others_d = stack_memory(), stack_memory(), stack_memory(), stack_memory()
-    a, b, c, d = i64_at(x_at, 0), i64_at(x_at, 8), i64_at(x_at, 16), i64_at(x_at, 24)
+    a, b, c, d = i64_at(x_at, 0), i64_at(x_at, 8), i64_at(x_at, 16), i64_at(x_at, last)
     half, row_bytes = (n_rows + 1) // 2, n * block_bytes
     fetch_first(rows, half * row_bytes)
     fetch_first(rows + half * row_bytes, half * row_bytes)
@@ -186,7 +190,7 @@ def dot_four(add, total, init, block_bytes, step, rows, n_rows, n, x_at, out_at,
             sums_c, other_c = add_to_both(add, sums_c, other_c, row, other_row, i, n, c)
             sums_d, other_d = add_to_both(add, sums_d, other_d, row, other_row, i, n, d)
         out_a, out_b, out_c = i64_at(out_at, 0) + offset, i64_at(out_at, 8) + offset, i64_at(out_at, 16) + offset
-        out_d = i64_at(out_at, 24) + offset
+        out_d = i64_at(out_at, last) + offset
         store_sum(buffer_a, total(sums_a), r, half, out_a)
         store_sum(buffer_b, total(sums_b), r, half, out_b)
         store_sum(buffer_c, total(sums_c), r, half, out_c)
@@ -233,7 +237,7 @@ def dot_eight(add, total, init, block_bytes, step, rows, n_rows, n, x_at, out_at
 
 @inner
 def fetch_first(rows, n_bytes):
-    """Prefetch the first AHEAD bytes, of n_bytes. Not inline: a dot has seven places that call it."""
+    """Prefetch the first AHEAD bytes, of n_bytes. Not inline: a dot has nine places that call it."""
     for line in range(0, min(AHEAD, n_bytes), 64):
         prefetch(rows, line)
 
