@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 
 from pydsa.backends.cpu.arrays import address, align, contiguous, floats_at, ints_at
-from pydsa.backends.cpu.blocks.dots import fetch_first
 from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.linear import (count_panels, count_pieces, gemm_rows, gemm_task_rows, gemv_rows, gemv_task_rows,
                                        pack_panel, panel_bytes, put_addresses, round_piece, rounded_bytes, uses_gemv)
@@ -185,27 +184,18 @@ def most_packed_bytes(w, n_rows, n_pairs, each, n_expert, n_in):
 
 
 @inner
-def address_of_rows(w, groups, i, r):
-    """Return the address of row r of the i-th busy expert."""
-    return address(w.data) + groups.busy[1 + i] * w.data.strides[0] + r * w.data.shape[2]      # gate and up may be halves of one tensor
-
-
-@inner
-def expert_rows(w, groups, i, r, n, n_in, each, packed, slots, x_at, out_at, following, thread):
+def expert_rows(w, groups, i, r, n, n_in, each, packed, slots, x_at, out_at, thread):
     """Compute rows r to r + n of the i-th busy expert times its tokens.
 
     out_at: where the addresses of the outputs are; x_at: memory for those of rounded rows. packed: rounded rows, of which a pair's is
-    pair // slots, or panels. following: the address of as many rows that are probably read next, which lie elsewhere: a dot would wait
-    for their first ones.
+    pair // slots, or panels.
     """
-    e, rows = groups.busy[1 + i], address_of_rows(w, groups, i, r)
+    e = groups.busy[1 + i]
+    rows = address(w.data) + e * w.data.strides[0] + r * w.data.shape[2]      # gate and up may be halves of one tensor
     first, n_pairs = groups.start[e], groups.start[e + 1] - groups.start[e]
     if uses_gemv(w, each):
         for k in range(n_pairs):
             store(x_at, 8 * k, packed + groups.pairs[first + k] // slots * rounded_bytes(n_in))
-        half = n * w.data.shape[2] // 2     # read in two places at once
-        fetch_first(following, half)
-        fetch_first(following + half, half)
         gemv_rows(w, rows, n, n_in, x_at, n_pairs, out_at)
     else:
         gemm_rows(w, rows, n, n_in, packed + groups.firsts[i] * panel_bytes(w, n_in), n_pairs, 0, n_pairs, out_at, thread)
@@ -273,10 +263,9 @@ def multiply_gate_up(out, x, ids, gate, up, task):
     x_at, ups = out_at + align(8 * n_pairs), out_at + 2 * align(8 * n_pairs)
     gates = ups + 4 * n * n_pairs       # not in place: LLVM vectorises silu_mul_row for arrays that do not overlap
     put_addresses(out_at, ups, 4 * n, n_pairs)
-    expert_rows(up, groups, i, r, n, n_in, each, for_up, n_used, x_at, out_at, address_of_rows(gate, groups, i, r), task.thread)
+    expert_rows(up, groups, i, r, n, n_in, each, for_up, n_used, x_at, out_at, task.thread)
     put_addresses(out_at, gates, 4 * n, n_pairs)
-    following = address_of_rows(up, groups, (task.index + task.n_threads) % n_busy, (task.index + task.n_threads) // n_busy * size)
-    expert_rows(gate, groups, i, r, n, n_in, each, for_gate, n_used, x_at, out_at, following, task.thread)
+    expert_rows(gate, groups, i, r, n, n_in, each, for_gate, n_used, x_at, out_at, task.thread)
     for k in range(n_pairs):
         hidden = floats_at(address(out) + groups.pairs[first + k] * out.strides[1] + 4 * r, 1, n)[0]
         silu_mul_row(hidden, floats_at(gates + 4 * n * k, 1, n)[0], floats_at(ups + 4 * n * k, 1, n)[0])
@@ -309,8 +298,7 @@ def multiply_one(out, x, ids, w, task):
     x_at = out_at + 8 * (last - first)
     for k in range(last - first):
         store(out_at, 8 * k, address(out) + groups.pairs[first + k] * out.strides[1] + 4 * r)
-    following = address_of_rows(w, groups, (task.index + task.n_threads) % n_busy, (task.index + task.n_threads) // n_busy * size)
-    expert_rows(w, groups, i, r, min(size, n_out - r), x.shape[1], each, groups.end, ids.shape[1], x_at, out_at, following, task.thread)
+    expert_rows(w, groups, i, r, min(size, n_out - r), x.shape[1], each, groups.end, ids.shape[1], x_at, out_at, task.thread)
 
 
 @op(*SORT_BY_EXPERT, Stage(begin_packing, pack, light=True), Stage(begin_one_rows, multiply_one))
@@ -351,8 +339,7 @@ def multiply_down(out, hidden, ids, weights, down, task):
         for j in range(n):
             target[j] = 0
     for i in range(groups.busy[0]):
-        following = address_of_rows(down, groups, (i + 1) % groups.busy[0], r)
-        expert_rows(down, groups, i, r, n, hidden.shape[2], each, groups.end, 1, x_at, out_at, following, task.thread)
+        expert_rows(down, groups, i, r, n, hidden.shape[2], each, groups.end, 1, x_at, out_at, task.thread)
         first, last = groups.start[groups.busy[1 + i]], groups.start[groups.busy[1 + i] + 1]
         for k in range(first, last):
             t, slot = groups.pairs[k] // n_used, groups.pairs[k] % n_used
