@@ -121,7 +121,10 @@ class _Q6KEmitter(_TileEmitter):
         return sums
 
     def six_bits(self, low, high, shift, turn):
-        """Join nibbles, `shift` bits up in their bytes, and two bits that a turn of the lane brings to their place."""
+        """Join the nibbles and the two high bits of bytes.
+
+        shift: where in their bytes the nibbles are; turn: how far to the left lanes are turned, which brings the high bits to their place.
+        """
         b = self.builder
         low = b.and_(b.lshr(low, broadcast(b, shift, 16)), constant([0x0F0F0F0F] * 16))
         high = call_llvm(b, "llvm.fshl.v16i32", i32x16.ir, [high, high, broadcast(b, turn, 16)])
