@@ -26,7 +26,7 @@ def store_sum(sums, v, r, n_rows, out):
 
 @inner
 def store_sums(sums, n, out):
-    """Store the sums of the lanes of n vectors, at most sixteen. Not inline: a dot has fourteen places that call it."""
+    """Store the sums of the lanes of n vectors, at most sixteen. Not inline: a dot has many places that call it."""
     totals = row_sums(sums)
     if n == 16:
         store(out, 0, totals)
@@ -68,7 +68,9 @@ def dot_rows(add, total, init, block_bytes, step, rows, n_rows, n, x_at, n_token
             dot_one(add, total, init, block_bytes, step, rows, n_rows, n, i64_at(x_at, 8 * t), i64_at(out_at, 8 * t) + offset)
         elif n_tokens - t == 2:
             dot_two(add, total, init, block_bytes, step, rows, n_rows, n, x_at + 8 * t, out_at + 8 * t, offset)
-        else:       # three are four, of which two are the same
+        elif n_tokens - t == 3 and LANES == 16:
+            dot_three(add, total, init, block_bytes, step, rows, n_rows, n, x_at + 8 * t, out_at + 8 * t, offset)
+        else:       # with fewer registers three are four, of which two are the same: that is less to compile
             last = 8 * min(3, n_tokens - t - 1)
             dot_four(add, total, init, block_bytes, step, rows, n_rows, n, x_at + 8 * t, out_at + 8 * t, last, offset)
 
@@ -136,6 +138,34 @@ def dot_two(add, total, init, block_bytes, step, rows, n_rows, n, x_at, out_at, 
         if r + half < n_rows:
             store_sum(other_buffer, total(other_sums), r, n_rows - half, out + 4 * half)
             store_sum(other_buffer_b, total(other_sums_b), r, n_rows - half, out_b + 4 * half)
+
+
+@inline
+def dot_three(add, total, init, block_bytes, step, rows, n_rows, n, x_at, out_at, offset):
+    """Multiply rows with three tokens, two rows at a time as dot_one does."""
+    buffer_a, buffer_b, buffer_c = stack_memory(), stack_memory(), stack_memory()
+    others_a, others_b, others_c = stack_memory(), stack_memory(), stack_memory()
+    a, b, c = i64_at(x_at, 0), i64_at(x_at, 8), i64_at(x_at, 16)
+    half, row_bytes = (n_rows + 1) // 2, n * block_bytes
+    fetch_first(rows, half * row_bytes)
+    fetch_first(rows + half * row_bytes, half * row_bytes)
+    for r in range(half):
+        sums_a, sums_b, sums_c, row = init, init, init, rows + r * row_bytes
+        other_a, other_b, other_c, other_row = init, init, init, rows + min(r + half, n_rows - 1) * row_bytes
+        for i in range(0, n, step):
+            fetch_ahead(row + i * block_bytes, step * block_bytes)
+            fetch_ahead(other_row + i * block_bytes, step * block_bytes)
+            sums_a, other_a = add_to_both(add, sums_a, other_a, row, other_row, i, n, a)
+            sums_b, other_b = add_to_both(add, sums_b, other_b, row, other_row, i, n, b)
+            sums_c, other_c = add_to_both(add, sums_c, other_c, row, other_row, i, n, c)
+        out_a, out_b, out_c = i64_at(out_at, 0) + offset, i64_at(out_at, 8) + offset, i64_at(out_at, 16) + offset
+        store_sum(buffer_a, total(sums_a), r, half, out_a)
+        store_sum(buffer_b, total(sums_b), r, half, out_b)
+        store_sum(buffer_c, total(sums_c), r, half, out_c)
+        if r + half < n_rows:
+            store_sum(others_a, total(other_a), r, n_rows - half, out_a + 4 * half)
+            store_sum(others_b, total(other_b), r, n_rows - half, out_b + 4 * half)
+            store_sum(others_c, total(other_c), r, n_rows - half, out_c + 4 * half)
 
 
 @inline
@@ -208,7 +238,7 @@ def dot_eight(add, total, init, block_bytes, step, rows, n_rows, n, x_at, out_at
 
 @inner
 def fetch_first(rows, n_bytes):
-    """Prefetch the first AHEAD bytes, of n_bytes. Not inline: a dot has seven places that call it."""
+    """Prefetch the first AHEAD bytes, of n_bytes. Not inline: a dot has nine places that call it."""
     for line in range(0, min(AHEAD, n_bytes), 64):
         prefetch(rows, line)
 

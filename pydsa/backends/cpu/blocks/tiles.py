@@ -12,8 +12,7 @@ from pydsa.backends.cpu.blocks.block import MINS, SCALES
 from pydsa.backends.cpu.int16.tiles import FACTORS, ZEROS, q4_k_products, q5_0_products, q6_k_products
 from pydsa.backends.cpu.jit import IntpFunction, inline
 from pydsa.backends.cpu.vectors.lanes import transpose
-from pydsa.backends.cpu.vectors.simd import (I8, I16, I32, constant, extend_halves, f32x16, i16x32, i32x16, load_16_words, pointer,
-                                             stack_memory, store, to_floats)
+from pydsa.backends.cpu.vectors.simd import I8, I16, I32, constant, extend_halves, f32x16, i16x32, i32x16, pointer, store, to_floats
 
 
 @intrinsic
@@ -125,17 +124,9 @@ def times_32(typingctx, v):
 
 
 def unpack_tile_q6_k(source, stride, n, tile):
-    low, high = stack_memory(), stack_memory()
-    transpose(source + 128, stride, high, 64)
-    for part in range(2):
-        transpose(source + 64 * part, stride, low, 64)
-        for c in range(8):
-            a, b, h = load_16_words(low, 64 * c), load_16_words(low, 64 * (8 + c)), load_16_words(high, 64 * (8 * part + c))
-            at = tile + 2048 * part + 64 * c
-            store(at, 0, (a & 0x0F0F0F0F) | ((h << 4) & 0x30303030))
-            store(at, 512, (b & 0x0F0F0F0F) | ((h << 2) & 0x30303030))
-            store(at, 1024, ((a >> 4) & 0x0F0F0F0F) | (h & 0x30303030))
-            store(at, 1536, ((b >> 4) & 0x0F0F0F0F) | ((h >> 2) & 0x30303030))
+    transpose(source, stride, tile, 64)
+    transpose(source + 64, stride, tile + 1024, 64)
+    transpose(source + 128, stride, tile + 2048, 64)
     first, second, third, last = columns_of_16_bytes(source + 192, stride)
     _, _, _, with_d = columns_of_16_bytes(source + 194, stride)
     store_factors(tile, FACTORS, first)

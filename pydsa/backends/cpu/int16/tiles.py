@@ -11,8 +11,8 @@ from pydsa.backends.cpu.blocks.block import MINS, SUPERBLOCK
 from pydsa.backends.cpu.int16.gemm import TILE, Emitter
 from pydsa.backends.cpu.jit import call_intp_function, inner
 from pydsa.backends.cpu.scratch import thread_scratch
-from pydsa.backends.cpu.vectors.simd import (FEATURES, I8, I16, I32, INTP, call_llvm, constant, i16x32, i32x16, i64_at, pointer, prefetch,
-                                             store)
+from pydsa.backends.cpu.vectors.simd import (FEATURES, I8, I16, I32, INTP, broadcast, call_llvm, constant, i16x32, i32x16, i64_at, pointer,
+                                             prefetch, store)
 
 TILES_HERE = {"avx512vnni", "avx512bw", "f16c"} <= FEATURES
 FEW_ROWS, FEW_TOKENS = 2, 8     # groups of 16 rows, and tokens: their sums fit into 32 registers beside the operands
@@ -38,12 +38,16 @@ class _TileEmitter(Emitter):
 
         n: how many columns a group has.
         """
+        index = self.builder.add(self.builder.mul(i, INTP(n)), c)
+        self.fetch(index)
+        return self.tile_columns(self.builder.mul(index, INTP(64)))
+
+    def fetch(self, index):
+        """Prefetch `part` bytes, as the index-th of all parts."""
         b = self.builder
-        index = b.add(b.mul(i, INTP(n)), c)
         line = b.add(self.ahead, b.mul(index, INTP(self.part)))
         for offset in range(0, self.part, 64):      # some lines at a time: of more the last ones would wait for the first
             call_llvm(b, "llvm.prefetch.p0", ir.VoidType(), [pointer(b, b.add(line, INTP(offset)), I8), I32(0), I32(2), I32(1)])
-        return self.tile_columns(b.mul(index, INTP(64)))
 
     def tile_columns(self, offset, kind=i32x16.ir):
         """Load the columns at an offset of all tiles."""
@@ -91,19 +95,40 @@ class _Q4KEmitter(_TileEmitter):
 
 
 class _Q6KEmitter(_TileEmitter):
-    """Q6_K: columns of bytes, values plus 32; FACTORS, of each 16; what 32 is then; SCALES, d."""
-    part, nibbles = 105, False
+    """Q6_K: columns of bytes as stored; FACTORS, of each 16; what 32 is then; SCALES, d.
+
+    For each half of the values 16 columns of nibbles, and behind those of both halves 8 of their fifth and sixth bits.
+    """
+    part, nibbles = 210, True
 
     def add_dots(self, i, n, c, sums):
-        b, v = self.builder, self.columns(i, c, n // 4)
+        b, half = self.builder, self.builder.lshr(i, INTP(1))
+        high_nibbles = b.trunc(b.and_(i, INTP(1)), I32)
+        self.fetch(b.add(b.mul(i, INTP(n // 8)), c))
+        column, xs = b.mul(c, INTP(64)), self.tokens_at(i, n, b.mul(c, INTP(4)))
+        high = self.tile_columns(b.add(b.add(b.mul(half, INTP(512)), INTP(2048)), column))
         group = b.add(b.mul(i, INTP(4)), b.lshr(c, INTP(2)))
-        zeros = [b.bitcast(zero, i16x32.ir) for zero in self.tile_columns(b.add(b.mul(group, INTP(64)), INTP(ZEROS)))]
-        xs = self.tokens_at(i, n, b.add(b.mul(b.lshr(c, INTP(3)), INTP(64)), b.mul(b.and_(c, INTP(7)), INTP(4))))
-        for odd in (0, 1):
-            factors = self.tile_columns(b.add(b.mul(group, INTP(128)), INTP(FACTORS + 64 * odd)), BYTES)
-            w = [b.sub(scaled(b, *pair), zero) for *pair, zero in zip(v, factors, zeros)]
-            sums = self.dots_of(w, xs, 32 * odd, sums)
+        for second in (0, 1):
+            low = self.tile_columns(b.add(b.add(b.mul(half, INTP(1024)), INTP(512 * second)), column))
+            turn = b.sub(I32(4 - 2 * second), b.mul(high_nibbles, I32(4)))
+            v = [self.six_bits(*pair, b.mul(high_nibbles, I32(4)), turn) for pair in zip(low, high)]
+            at = b.add(group, INTP(2 * second))
+            zeros = [b.bitcast(zero, i16x32.ir) for zero in self.tile_columns(b.add(b.mul(at, INTP(64)), INTP(ZEROS)))]
+            for odd in (0, 1):
+                factors = self.tile_columns(b.add(b.mul(at, INTP(128)), INTP(FACTORS + 64 * odd)), BYTES)
+                w = [b.sub(scaled(b, *pair), zero) for *pair, zero in zip(v, factors, zeros)]
+                sums = self.dots_of(w, xs, 64 * second + 32 * odd, sums)
         return sums
+
+    def six_bits(self, low, high, shift, turn):
+        """Join the nibbles and the two high bits of bytes.
+
+        shift: where in their bytes the nibbles are; turn: how far to the left lanes are turned, which brings the high bits to their place.
+        """
+        b = self.builder
+        low = b.and_(b.lshr(low, broadcast(b, shift, 16)), constant([0x0F0F0F0F] * 16))
+        high = call_llvm(b, "llvm.fshl.v16i32", i32x16.ir, [high, high, broadcast(b, turn, 16)])
+        return b.or_(low, b.and_(high, constant([0x30303030] * 16)))
 
     def sums(self):
         return self.products(None)
