@@ -41,8 +41,8 @@ def piped(path):
     """piped(stages, ...) -> a Pipeline; it is ended with the test."""
     made = []
 
-    def make(stages=DIVISIONS[2], wire="f32", end=None):
-        launcher = Launcher(path, stages, wire)
+    def make(stages=DIVISIONS[2], wire="f32", end=None, head=0):
+        launcher = Launcher(path, stages, wire, head=head)
         setup = launcher.setup
         if end is not None:
             setup.tokenizer.eog_ids = frozenset([end])
@@ -84,9 +84,9 @@ def slow(monkeypatch):
     return Slow
 
 
-@pytest.mark.parametrize("stages", DIVISIONS)
-def test_logits_are_those_of_one_process(piped, whole, stages):
-    pipeline = piped(stages)
+@pytest.mark.parametrize("stages, head", [*((stages, 0) for stages in DIVISIONS), (DIVISIONS[2], 2)])
+def test_logits_are_those_of_one_process(piped, whole, stages, head):
+    pipeline = piped(stages, head=head)
     assert pipeline.depth == len(stages) + 1
     mine, theirs = session(pipeline), whole.session()
     np.testing.assert_array_equal(mine.logits(PROMPT), theirs.logits(PROMPT))
@@ -102,10 +102,10 @@ SAMPLINGS = {"greedy": Sampling(temperature=0), "drawn": Sampling(temperature=1.
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
-@pytest.mark.parametrize("pause", [0, 0.005])
-def test_answers_are_those_of_one_process(piped, whole, name, pause):
+@pytest.mark.parametrize("pause, head", [(0, 0), (0.005, 0), (0, 2)])
+def test_answers_are_those_of_one_process(piped, whole, name, pause, head):
     """The caller asks before or after the step that runs ahead has ended."""
-    mine, theirs = session(piped()), whole.session()
+    mine, theirs = session(piped(head=head)), whole.session()
     expected = list(theirs.generate(PROMPT, 12, SAMPLINGS[name]))
     met = []
     for token in mine.generate(PROMPT, 12, SAMPLINGS[name]):
@@ -115,7 +115,7 @@ def test_answers_are_those_of_one_process(piped, whole, name, pause):
     np.testing.assert_array_equal(mine.prefill([3]), theirs.prefill([3]))
 
 
-def test_the_last_stage_starts_the_next_step(piped, slow, monkeypatch):
+def test_a_stage_starts_the_next_step(piped, slow, monkeypatch):
     """The driver sends few steps of an answer by itself. At most one runs ahead of what was asked for."""
     pipeline, made, enter = piped(), [], Pipeline._enter
     monkeypatch.setattr(Pipeline, "_enter", lambda self, pending: (made.append(pending), enter(self, pending)))
@@ -270,7 +270,7 @@ def engine_answers(model, requests):
 
 
 def test_the_next_steps_of_groups_are_started(piped, whole, monkeypatch):
-    """Many steps of an engine's answers are the last stage's.
+    """Many steps of an engine's answers are started by a stage.
 
     Most, if the processes are not kept waiting. They have many lengths; a text ends one, one has a penalty.
     """
