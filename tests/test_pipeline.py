@@ -18,6 +18,7 @@ from pydsa.engine import Engine
 from pydsa.errors import ContextFullError, OutOfMemoryError, PydsaError, StageError
 from pydsa.requests import Failed, Finished, Request
 from pydsa.sampling import Picked, Sampler, Sampling
+from pydsa.stages.journal import Journal
 from pydsa.stages.pipeline import Pipeline
 from pydsa.stages.stage import Stage
 from pydsa.stages.wire import Part, Step, encode
@@ -267,6 +268,21 @@ def engine_answers(model, requests):
         return {i: (event.reply.text, event.reply.n_generated) for i, event in (heard.get(timeout=60) for _ in requests)}
     finally:
         engine.close()
+
+
+def test_results_are_settled_in_the_order_of_the_steps(path, whole, monkeypatch):
+    """The last stage's, of chunks without outputs, come later than that of the last chunk; the journal has them before it."""
+    added, finished = [], Pipeline._finished
+    monkeypatch.setattr(Journal, "add", lambda self, ran: added.append(ran.parts[0][1]))
+    monkeypatch.setattr(Pipeline, "_finished", lambda self, result: finished(self, result) if result.picked else threading.Timer(
+        0.1, finished, (self, result)).start())
+    launcher = Launcher(path, DIVISIONS[1])
+    pipeline = Pipeline(launcher, launcher.setup, resume=True)
+    try:
+        np.testing.assert_array_equal(session(pipeline).prefill(PROMPT[:20]), whole.session().prefill(PROMPT[:20]))
+    finally:
+        pipeline.close()
+    assert added == [0, 8, 16]
 
 
 def test_the_next_steps_of_groups_are_started(piped, whole, monkeypatch):

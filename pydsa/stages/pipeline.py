@@ -45,6 +45,7 @@ class Pipeline:
         self.sending = threading.RLock()            # held while a frame is sent, and while stages are started again
         self.changed = threading.Condition()        # of what follows
         self.under_way = {}         # number -> Pending
+        self._told = {}             # number -> Result, of those that wait for the step before
         self.n_finished = 0         # steps, without those that a fault has had run again
         self.error = None           # the StageError that has ended it
         self._numbers, self._sessions = itertools.count(1), itertools.count(1)
@@ -204,6 +205,7 @@ class Pipeline:
     def drop_unwanted(self):
         """Drop steps under way that nobody waits for -> the others, in order."""
         with self.changed:
+            self._told.clear()      # they are sent again
             for pending in list(self.under_way.values()):
                 if not (pending.wanted and pending.asked):
                     pending.wanted = False
@@ -277,9 +279,24 @@ class Pipeline:
 
     def _finished(self, result):
         with self.changed:
-            pending = self.under_way.get(result.number)
-            if pending is None:
-                return
+            self._told[result.number] = result
+            self._settle_all()
+
+    def _settle_all(self):
+        """Settle what was told, the steps of a session in their order.
+
+        The last stage tells of those without outputs, the one with the head of others: these may be here first.
+        """
+        while (number := next((number for number in self._told if self._may_settle(number)), None)) is not None:
+            self._settle(self._told.pop(number))
+
+    def _may_settle(self, number):
+        pending = self.under_way.get(number)
+        return pending is None or pending.discards or all(next(iter(one.steps)) == number for one in pending.conversations)
+
+    def _settle(self, result):
+        pending = self.under_way.get(result.number)
+        if pending is not None:
             pending.check(result)
             if result.followed:
                 self._follow(pending, result)
@@ -309,6 +326,7 @@ class Pipeline:
             if pending is not None:
                 pending.fail(raised(message.content, self.links.name(i)))
                 self.remove(pending)
+                self._settle_all()
 
     # Requests
 
