@@ -270,6 +270,19 @@ def engine_answers(model, requests):
         engine.close()
 
 
+def test_the_head_does_not_wait_for_a_whole_prompt(piped, slow, monkeypatch):
+    """Of two sessions: logits of the first one come before the last chunk of the other one's prompt has begun."""
+    order, pipeline, run, head = [], piped(DIVISIONS[1]), Slow.run, Slow.head
+    monkeypatch.setattr(Slow, "run", lambda self, *args: (order.append(len(args[2])) if self.first else None, run(self, *args))[1])
+    monkeypatch.setattr(Slow, "head", lambda self, *args: (order.append("head"), head(self, *args))[1])
+    mine, other = session(pipeline), session(pipeline)
+    slow.seconds = 0.08
+    pending = mine._bind(0, 3, 1).begin(PROMPT[:3], 0, np.empty((1, 300), np.float32))
+    other.prefill(PROMPT[:24])
+    pending.finish()
+    assert order.index("head") < 4 and order.count(8) == 3 and order.count("head") == 2
+
+
 def test_results_are_settled_in_the_order_of_the_steps(path, whole, monkeypatch):
     """The last stage's, of chunks without outputs, come later than that of the last chunk; the journal has them before it."""
     added, finished = [], Pipeline._finished

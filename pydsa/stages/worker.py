@@ -26,6 +26,7 @@ ORPHANED = 3600.0       # seconds without a driver after which a worker ends: wh
 MOST_CREDITS = 1024     # that are kept: those that came too late are never used
 CONNECTING = 10.0       # seconds in which the next stage must answer
 HANDSHAKES = 5.0        # seconds beside these
+OUTPUTS = object()      # in the inbox
 CONTROL, STEPS = "control", "steps"     # what a connection is for: the driver's talk with each stage, and what goes from stage to stage
 
 
@@ -42,6 +43,7 @@ class Worker:
         self._door = Door((host, 0), self._serve)
         self.address = self._door.address       # (host, port), for the driver and the stage before this one
         self._inbox, self._lock = queue.SimpleQueue(), threading.Lock()
+        self._outputs = queue.SimpleQueue()     # steps that have come to the head, each of them with OUTPUTS in the inbox
         self._epoch, self._connected, self._unreachable = 0, threading.Event(), None
         self._onward = self._control = None     # Outbox of the next stage, or of the first; Outbox of the driver
         self._logs = Logs(stage)
@@ -150,6 +152,9 @@ class Worker:
         elif isinstance(frame, (Step, Close, Drop)) or isinstance(frame, Message) and frame.kind in ("sampler", "ask"):
             if isinstance(frame, Message) and frame.content.get("do") == "ready":
                 threading.Thread(target=self._answer, args=(frame, self._ready), daemon=True).start()
+            elif isinstance(frame, Step) and frame.rows is not None and self._stage.first:
+                self._outputs.put(frame)
+                self._inbox.put(OUTPUTS)
             else:
                 self._inbox.put(frame)
         else:
@@ -183,14 +188,21 @@ class Worker:
 
     def _work(self):
         while (frame := self._inbox.get()) is not None:
-            while frame is not None and frame.epoch == self._epoch:
-                self._doing, following = (frame.number, time.monotonic()), None
-                try:
-                    following = self._run(frame)
-                except Exception as error:      # what is no step concerns all: number 0
-                    self._tell(Message("failed", frame.epoch, frame.number if isinstance(frame, Step) else 0, _told(error)))
-                frame = following
-            self._doing = None
+            if not self._outputs.empty():       # before one other thing: tokens do not wait for chunks that wait, nor these for many tokens
+                self._do(self._outputs.get())
+            if frame is not OUTPUTS:
+                self._do(frame)
+
+    def _do(self, frame):
+        """Run a frame, and the steps that follow it here."""
+        while frame is not None and frame.epoch == self._epoch:
+            self._doing, following = (frame.number, time.monotonic()), None
+            try:
+                following = self._run(frame)
+            except Exception as error:      # what is no step concerns all: number 0
+                self._tell(Message("failed", frame.epoch, frame.number if isinstance(frame, Step) else 0, _told(error)))
+            frame = following
+        self._doing = None
 
     def _run(self, frame):
         """Do what a frame asks for -> the Step that comes next here, or None."""
