@@ -271,7 +271,7 @@ def engine_answers(model, requests):
 
 
 def test_the_head_does_not_wait_for_a_whole_prompt(piped, slow, monkeypatch):
-    """Of two sessions: logits of the first one come before the last chunk of the other one's prompt has begun."""
+    """Logits come before the last chunk of another session has begun."""
     order, pipeline, run, head = [], piped(DIVISIONS[1]), Slow.run, Slow.head
     monkeypatch.setattr(Slow, "run", lambda self, *args: (order.append(len(args[2])) if self.first else None, run(self, *args))[1])
     monkeypatch.setattr(Slow, "head", lambda self, *args: (order.append("head"), head(self, *args))[1])
@@ -284,7 +284,7 @@ def test_the_head_does_not_wait_for_a_whole_prompt(piped, slow, monkeypatch):
 
 
 def test_results_are_settled_in_the_order_of_the_steps(path, whole, monkeypatch):
-    """The last stage's, of chunks without outputs, come later than that of the last chunk; the journal has them before it."""
+    """Those of chunks come later than that of the prompt's end here."""
     added, finished = [], Pipeline._finished
     monkeypatch.setattr(Journal, "add", lambda self, ran: added.append(ran.parts[0][1]))
     monkeypatch.setattr(Pipeline, "_finished", lambda self, result: finished(self, result) if result.picked else threading.Timer(
