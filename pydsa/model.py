@@ -12,7 +12,7 @@ from pydsa.diagnosis import refuse_hidden
 from pydsa.errors import OutOfMemoryError
 from pydsa.executor.memory import tensors_on
 from pydsa.executor.plan import Runner, check_fits
-from pydsa.executor.schedule import VARIANTS
+from pydsa.executor.schedule import HEAD, VARIANTS
 from pydsa.executor.streaming import bytes_for_slots, measure, no_room_for_slots, pays_from
 from pydsa.gguf.check import warn_of_gaps
 from pydsa.gguf.parts import check_here
@@ -240,6 +240,8 @@ def compile_for(runner, setup, backend, progress=None):
                 calls += runner.bind(name, caches, n, n, streams=False).calls_of(backend)
             for streams in {False, name in setup.streaming.layouts}:
                 calls += runner.bind(name, caches, min(2, setup.n_ubatch), 1, streams=streams).calls_of(backend)
+        for n in {1, min(2, setup.n_ubatch)} if HEAD in setup.graphs else ():
+            calls += runner.bind(HEAD, caches, n, n).calls_of(backend)
         return calls
     backend.compile_calls(bind, progress)
 
@@ -250,7 +252,7 @@ def reserve_for(runner, setup, backend):
     Its caches are full contexts: scores have a place for each key.
     """
     caches = runner.make_caches(setup, setup.n_ctx)
-    for name in setup.schedule.variants:
+    for name in (*setup.schedule.variants, *({HEAD} & setup.graphs.keys())):
         for n in sorted({setup.n_ubatch, *(min(n, setup.n_ubatch) for n in backend.FEW)}, reverse=True):
             for all_rows in True, False:
                 backend.reserve(runner.bind(name, caches, n, 1, all_rows=all_rows).calls_of(backend))

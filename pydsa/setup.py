@@ -17,7 +17,7 @@ from pydsa.executor.graph import CacheRef, Graph, waits
 from pydsa.executor.layout import lay_out
 from pydsa.executor.memory import Memory, memory_of
 from pydsa.executor.placement import Placing
-from pydsa.executor.schedule import VARIANTS, Schedule, ending_early
+from pydsa.executor.schedule import HEAD, VARIANTS, Schedule, Variant, ending_early
 from pydsa.executor.segments import cut
 from pydsa.executor.streaming import NEVER, Streaming, check_stream_from, slots_of, worth_measuring
 from pydsa.gguf.file import open_gguf
@@ -45,14 +45,15 @@ class Setup:
 
     It has the configuration (config), the schedule of variants, a layout of each variant's graph, and the memory in bytes. No weights are
     read and nothing is compiled. `pydsa info` shows it. notes: sentences on what is unusual in the file. The parameters, and the errors
-    raised, are those of load(), but for what a plan chooses (fitting.py), `layers`: those of a stage, (first, stop), None: all; and
-    `absent`: what parts of the file hold that may be missing here, as gguf.parts.merged() returns it.
+    raised, are those of load(), but for what a plan chooses (fitting.py), `layers`: those of a stage, (first, stop), None: all; `head`:
+    whether it has the head, the last norm and the output matrix, None: if it has the last layer; and `absent`: what parts of the file
+    hold that may be missing here, as gguf.parts.merged() returns it.
     """
 
     def __init__(self, path, n_ctx=None, device="cpu", kv_type="i16", attention="auto", dsa_top_k=None,
                  n_ubatch=DEFAULT_N_UBATCH, index_type=None, override_kv=None, reproducible=False, mmap=True, mlock=False,
                  tensor_split=None, cpu_moe=False, n_cpu_moe=0, override_tensor=(), n_gpu_layers=None, numa=None, stream_from=None,
-                 precision=FLOAT16, layers=None, absent=None):
+                 precision=FLOAT16, layers=None, head=None, absent=None):
         self.stream_from = check_stream_from(stream_from)
         placing = Placing(check_devices(device), tensor_split, n_gpu_layers, cpu_moe, n_cpu_moe, override_tensor)
         self.kv_type = choose_cache_type("kv_type", kv_type)
@@ -69,15 +70,19 @@ class Setup:
         self.config = self._read_config(arch, dsa_top_k)
         check_all_read(metadata, override_kv or {}, file.metadata)
         self.layers = check_stage(self.config, layers)
+        self.has_head = self.ends[1] if head is None else head
         self.n_ctx = n_ctx or min(DEFAULT_N_CTX, self.config.n_ctx_train)
         self.n_ubatch = min(n_ubatch, self.n_ctx)
         self._wanted, self.plan = (reproducible, mmap, mlock, numa), None
         self._place(placing)
         self.schedule = Schedule(self.config, self.attention, self.n_ctx, self.n_ubatch, one_form=self.reproducible)
         self.weights = Weights(self.file)
-        self.graphs = {name: self._record(arch, VARIANTS[name]) for name in self.schedule.variants}
-        if self.layers.stop == self.config.n_layer:
-            self.graphs |= {ending_early(name): self._record(arch, VARIANTS[name]._replace(ends_early=True)) for name in self.graphs}
+        variants = {name: VARIANTS[name]._replace(head=self.has_head) for name in self.schedule.variants}
+        if self.ends[1]:
+            variants |= {ending_early(name): variant._replace(ends_early=True) for name, variant in variants.items()}
+        self.graphs = {name: self._record(arch, variant, self.layers) for name, variant in variants.items()}
+        if self.has_head and not self.ends[1]:
+            self.graphs[HEAD] = self._record(arch, Variant(plain=False), range(self.config.n_layer, self.config.n_layer))
         self._refuse_unknown_tensors()
         if self.is_whole:
             self.placement.check_rules(self.weights.used)
@@ -100,9 +105,9 @@ class Setup:
             raise UnsupportedModelError(f"{metadata.path}: {config.architecture} has no indexer; leave out --dsa-top-k.")
         return config.with_top_k(dsa_top_k)
 
-    def _record(self, arch, variant):
+    def _record(self, arch, variant, layers):
         graph = Graph(self.n_ctx)
-        arch.build(graph, self.config, self.weights, variant, self.layers)
+        arch.build(graph, self.config, self.weights, variant, layers)
         return graph
 
     @functools.cached_property

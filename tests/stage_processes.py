@@ -29,14 +29,15 @@ def session(pipeline):
 class Launcher:
     """Starts workers in threads of this process.
 
-    stages: ranges of layers (first, stop). broken: stages that cannot be started again.
+    stages: ranges of layers (first, stop). broken: stages that cannot be started again. head: the index of the stage with the head.
     """
 
-    def __init__(self, path, stages, wire="f32", broken=(), **options):
+    def __init__(self, path, stages, wire="f32", broken=(), head=0, **options):
         self.path, self.stages, self.wire, self.options = path, stages, wire, OPTIONS | options
         self.names = [f"stage {i + 1} of {len(stages)} (layers {first}-{stop - 1}, node 127.0.0.1)"
                       for i, (first, stop) in enumerate(stages)]
         self.workers, self.broken, self.n_starts, self.closed = {}, broken, [0] * len(stages), False
+        self.head = head
 
     @property
     def setup(self):
@@ -52,7 +53,7 @@ class Launcher:
 
     def made(self, i):
         """A worker."""
-        setup = Setup(self.path, layers=self.stages[i], **self.options)
+        setup = Setup(self.path, layers=self.stages[i], head=i == self.head, **self.options)
         return workers.Worker(Stage(setup), Limits.of(setup), wire=self.wire)
 
     def address(self, i):
@@ -113,7 +114,7 @@ class Processes(Launcher):
 
     def made(self, i):
         """A worker in a process."""
-        return Process(self.path, self.options, self.stages[i], self.wire, self.beat)
+        return Process(self.path, self.options | {"head": i == self.head}, self.stages[i], self.wire, self.beat)
 
     def signal(self, i, number):
         """Send a signal to a stage."""

@@ -11,6 +11,7 @@ from pydsa.errors import PydsaError
 from pydsa.fitting import fitted
 from pydsa.sampling import Picked, Sampler
 from pydsa.stages.stage import Stage
+from pydsa.stages.wire import Part, Step, of_outputs
 
 
 class _Caches(dict):
@@ -99,6 +100,11 @@ class Late:
             rows = np.asarray(ids, np.int32)
             for stage in self.stages:
                 rows = stage.run(parts, variant, rows, positions, n_outputs)
+            if n_outputs == 0:
+                rows = np.empty((0, self.stages[0].setup.config.n_vocab))
+            else:
+                step = of_outputs(Step(0, 0, variant, [Part(number, 0, n) for number, n in parts], [0] * n_outputs, ids), rows)
+                rows = self.stages[0].head([(part.session, part.n_tokens) for part in step.parts], rows, positions[-n_outputs:])
             picked = [self.pipeline.pick(sampler, row) for sampler, row in zip(samplers, rows)] if samplers else None
             logits[:] = rows if not samplers else np.nan       # only what is wanted comes back
             for i, one in enumerate(picked or ()):
@@ -113,7 +119,7 @@ class Late:
         return pending
 
     def pick(self, sampler, logits):
-        """Sample with a copy of a sampler, as the last stage does."""
+        """Sample with a copy of a sampler, as the stage with the head does."""
         if sampler is None:
             return None
         remote = Sampler.restored(sampler.state())
@@ -122,14 +128,14 @@ class Late:
 
 
 def in_stages(model, borders, depth):
-    """The model in stages that begin at these layers.
+    """The model in stages that begin at these layers; the first has the head.
 
     model: of load(), on the CPU. depth: the steps that may be under way.
     """
     setup, options = model.setup, {"n_ctx": model.n_ctx, "n_ubatch": model.n_ubatch, "kv_type": model.kv_type, "device": "cpu",
                                    "index_type": model.index_type, "dsa_top_k": model.top_k, "reproducible": model.setup.reproducible}
     ends = [*borders, setup.config.n_layer]
-    stages = [Stage(fitted(str(setup.file.paths[0]), layers=layers, **options), model.threads)
+    stages = [Stage(fitted(str(setup.file.paths[0]), layers=layers, head=layers[0] == 0, **options), model.threads)
               for layers in zip([0, *borders], ends)]
     staged = copy.copy(model)
     staged.runner = Late(stages, depth)

@@ -7,6 +7,8 @@ import pytest
 from pydsa import PydsaError
 from pydsa.cli.report import token_bytes
 from pydsa.errors import OutOfMemoryError
+from pydsa.executor.costs import StepSize, step_cost
+from pydsa.executor.schedule import HEAD
 from pydsa.models.blocks import begins_a_stage
 from pydsa.setup import Setup
 from pydsa.stages.division import AUTO, Layers, Node, Parts, borders, check, divide, divided, parse
@@ -71,11 +73,17 @@ def test_parts_are_those_of_the_model(small_model, spec):
     assert whole.weights == setup.mapped_bytes + setup.copied_bytes and whole.caches == 3 * setup.cache_bytes
     assert whole.scratch == setup.total_bytes - setup.copied_bytes - setup.cache_bytes
     row = setup.file.tensors["token_embd.weight"].data.shape[1]
-    assert whole.token - token_bytes(setup)["cpu"] == ("output.weight" not in setup.file.tensors) * row     # one that the output has too
-    for layers in (Layers(0, 2), Layers(2, n)):
-        half, stage = parts.share(layers, Node("", 1)), Setup(small_model(**spec), layers=layers)
+    assert whole.token == token_bytes(setup)["cpu"]
+    twice = Parts(setup, head=-1).share(Layers(0, n), Node("", 1)).token - whole.token
+    assert twice == ("output.weight" not in setup.file.tensors) * row       # a token reads a row of the embedding beside the head
+    for layers, head in itertools.product((Layers(0, 2), Layers(2, n)), (0, -1)):
+        half = Parts(setup, n_sessions=3, head=head).share(layers, Node("", 1))
+        stage = Setup(small_model(**spec), layers=layers, head=head == (0 if layers.first == 0 else -1))
         assert half.weights == stage.mapped_bytes + stage.copied_bytes and half.caches == 3 * stage.cache_bytes
-        assert half.token == token_bytes(stage)["cpu"]
+        nodes = [node for name in (setup.schedule.variant(setup.n_ctx - 1, 1), HEAD) if name in stage.graphs
+                 for node in stage.graphs[name].nodes]
+        cost = step_cost(nodes, StepSize(1, setup.n_ctx - 1, stage.cache_row_bytes))
+        assert half.token == cost.weights + cost.cache
         assert half.scratch >= stage.total_bytes - stage.copied_bytes - stage.cache_bytes >= half.scratch / 2
 
 

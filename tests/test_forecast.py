@@ -27,16 +27,15 @@ def setup():
 def test_one_conversation_waits_for_all_stages_in_turn():
     wire = Wire(1000)       # bytes of a row
     assert one_stream([0.01], LINK, wire) == 0.01       # one process: there is no wire
-    frame, ids = wire.step(1), wire.step(1, first=True)
-    assert (frame, ids, wire.result()) == (1072, 72, 60)
-    assert one_stream([0.01, 0.02, 0.03], LINK, wire) == pytest.approx(0.06 + 3 * 100e-6 + (2 * frame + ids) / 1e9)
+    assert (wire.step(1), wire.step(1, first=True), wire.result()) == (1072, 72, 60)
+    assert one_stream([0.01, 0.02, 0.03], LINK, wire) == pytest.approx(0.06 + 3 * 100e-6 + 3 * 1072 / 1e9)
 
 
 def test_many_steps_are_bound_by_the_slowest_stage_or_the_wire_or_their_number():
     wire, fast = Wire(28672), [1e-6, 1e-6]
     assert in_turn([0.01, 0.03], LINK, wire, 3) == 0.03
     assert in_turn([0.01], LINK, wire, 1) == 0.01
-    way = 2e-6 + 2 * 100e-6 + (wire.step(1) + wire.step(1, first=True)) / 1e9
+    way = 2e-6 + 2 * 100e-6 + 2 * wire.step(1) / 1e9
     assert in_turn(fast, LINK, wire, 3) == pytest.approx(way / 3)
     slow = Link(1e6, 0.0)
     assert in_turn(fast, slow, wire, 300) == pytest.approx(wire.step(1) / 1e6)
@@ -60,7 +59,7 @@ def test_chunks_of_a_prompt_follow_each_other():
     assert prompt_seconds(lambda n, n_past: [1.0, 1.0], free, Wire(8), steps, 1) == 8       # each waits for the one before
     assert prompt_seconds(lambda n, n_past: [2.0], LINK, Wire(8), steps, 1) == 8
     late = prompt_seconds(lambda n, n_past: [1.0, 1.0], Link(math.inf, 0.25), Wire(8), steps, 3)
-    assert late == 5.75     # to the first stage, to the second, and back
+    assert late == 6        # to the first stage, to the second, to the first with the head, and to the driver
 
 
 def test_times_are_bytes_or_products(setup):
@@ -122,7 +121,7 @@ def test_info():
     lines = text[text.index("\nstages\n"):].split("\n\n")[0].splitlines()[2:]
     assert [line.split()[:5] for line in lines[1:3]] == [["node", "1", "50", "GB/s", "0"], ["node", "2", "200", "GB/s", "1-3"]]
     assert lines[3] == "  as --stages 0,1-3"
-    assert "1.1 KiB a token from stage to stage (f32 rows), 72 B to the first, 60 B back" in lines[4]
+    assert "1.1 KiB a token from stage to stage and back to the first (f32 rows), 60 B to the driver" in lines[4]
     assert lines[5].endswith("1.25 GB/s and 100 us (assumed: --link and --latency give others)")
     assert "one conversation: at most" in lines[6] and "assumed" not in lines[6] and lines[7].startswith("  2 conversations, 2 steps")
     assert "a prompt of 4096 tokens in chunks of 128: at most " in info("--stages", "2", "-ub", "128").output

@@ -55,7 +55,7 @@ def test_the_command_line_tells_it(folder):
     run = CliRunner().invoke(main, ["info", str(folder([1, 2, 3, 4, 7]))])
     assert run.exit_code == 0, run.output
     for line in ("model: 5 of 9 parts are in this folder; missing: 5-6, 8-9", "layers that a stage can run here: 0-1 of 6",
-                 "  the embedding is here, the output is here (the first stage needs the embedding, the last the output)",
+                 "  the embedding is here, the output is here (the first stage needs the embedding, and it or the last the output)",
                  "  layers 2, 4-5: a part that is not here may have more of their tensors"):
         assert line in run.output.splitlines()
     report, = json.loads(CliRunner().invoke(main, ["info", str(folder([])), "-o", "json"]).output)

@@ -18,6 +18,7 @@ from pydsa.engine.engine import Engine
 from pydsa.engine.requests import Failed, Finished, Request
 from pydsa.errors import ContextFullError, OutOfMemoryError, PydsaError, StageError
 from pydsa.sampling import Picked, Sampler, Sampling
+from pydsa.stages.journal import Journal
 from pydsa.stages.pipeline import Pipeline
 from pydsa.stages.stage import Stage
 from pydsa.stages.wire import Part, Step, encode
@@ -41,8 +42,8 @@ def piped(path):
     """piped(stages, ...) -> a Pipeline; it is ended with the test."""
     made = []
 
-    def make(stages=DIVISIONS[2], wire="f32", end=None):
-        launcher = Launcher(path, stages, wire)
+    def make(stages=DIVISIONS[2], wire="f32", end=None, head=0):
+        launcher = Launcher(path, stages, wire, head=head)
         setup = launcher.setup
         if end is not None:
             setup.tokenizer.eog_ids = frozenset([end])
@@ -84,9 +85,9 @@ def slow(monkeypatch):
     return Slow
 
 
-@pytest.mark.parametrize("stages", DIVISIONS)
-def test_logits_are_those_of_one_process(piped, whole, stages):
-    pipeline = piped(stages)
+@pytest.mark.parametrize("stages, head", [*((stages, 0) for stages in DIVISIONS), (DIVISIONS[2], 2)])
+def test_logits_are_those_of_one_process(piped, whole, stages, head):
+    pipeline = piped(stages, head=head)
     assert pipeline.depth == len(stages) + 1
     mine, theirs = session(pipeline), whole.session()
     np.testing.assert_array_equal(mine.logits(PROMPT), theirs.logits(PROMPT))
@@ -102,10 +103,10 @@ SAMPLINGS = {"greedy": Sampling(temperature=0), "drawn": Sampling(temperature=1.
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
-@pytest.mark.parametrize("pause", [0, 0.005])
-def test_answers_are_those_of_one_process(piped, whole, name, pause):
+@pytest.mark.parametrize("pause, head", [(0, 0), (0.005, 0), (0, 2)])
+def test_answers_are_those_of_one_process(piped, whole, name, pause, head):
     """The caller asks before or after the step that runs ahead has ended."""
-    mine, theirs = session(piped()), whole.session()
+    mine, theirs = session(piped(head=head)), whole.session()
     expected = list(theirs.generate(PROMPT, 12, SAMPLINGS[name]))
     met = []
     for token in mine.generate(PROMPT, 12, SAMPLINGS[name]):
@@ -115,7 +116,7 @@ def test_answers_are_those_of_one_process(piped, whole, name, pause):
     np.testing.assert_array_equal(mine.prefill([3]), theirs.prefill([3]))
 
 
-def test_the_last_stage_starts_the_next_step(piped, slow, monkeypatch):
+def test_a_stage_starts_the_next_step(piped, slow, monkeypatch):
     """The driver sends few steps of an answer by itself. At most one runs ahead of what was asked for."""
     pipeline, made, enter = piped(), [], Pipeline._enter
     monkeypatch.setattr(Pipeline, "_enter", lambda self, pending: (made.append(pending), enter(self, pending)))
@@ -269,8 +270,36 @@ def engine_answers(model, requests):
         engine.close()
 
 
+def test_the_head_does_not_wait_for_a_whole_prompt(piped, slow, monkeypatch):
+    """Logits come before the last chunk of another session has begun."""
+    order, pipeline, run, head = [], piped(DIVISIONS[1]), Slow.run, Slow.head
+    monkeypatch.setattr(Slow, "run", lambda self, *args: (order.append(len(args[2])) if self.first else None, run(self, *args))[1])
+    monkeypatch.setattr(Slow, "head", lambda self, *args: (order.append("head"), head(self, *args))[1])
+    mine, other = session(pipeline), session(pipeline)
+    slow.seconds = 0.08
+    pending = mine._bind(0, 3, 1).begin(PROMPT[:3], 0, np.empty((1, 300), np.float32))
+    other.prefill(PROMPT[:24])
+    pending.finish()
+    assert order.index("head") < 4 and order.count(8) == 3 and order.count("head") == 2
+
+
+def test_results_are_settled_in_the_order_of_the_steps(path, whole, monkeypatch):
+    """Those of chunks come later than that of the prompt's end here."""
+    added, finished = [], Pipeline._finished
+    monkeypatch.setattr(Journal, "add", lambda self, ran: added.append(ran.parts[0][1]))
+    monkeypatch.setattr(Pipeline, "_finished", lambda self, result: finished(self, result) if result.picked else threading.Timer(
+        0.1, finished, (self, result)).start())
+    launcher = Launcher(path, DIVISIONS[1])
+    pipeline = Pipeline(launcher, launcher.setup, resume=True)
+    try:
+        np.testing.assert_array_equal(session(pipeline).prefill(PROMPT[:20]), whole.session().prefill(PROMPT[:20]))
+    finally:
+        pipeline.close()
+    assert added == [0, 8, 16]
+
+
 def test_the_next_steps_of_groups_are_started(piped, whole, monkeypatch):
-    """Many steps of an engine's answers are the last stage's.
+    """Many steps of an engine's answers are started by a stage.
 
     Most, if the processes are not kept waiting. They have many lengths; a text ends one, one has a penalty.
     """

@@ -44,15 +44,16 @@ def test_without_chance_it_is_the_formula(seed):
 def test_worked_example():
     """Two stages of 1 s and 3 s, half a second of latency."""
     link, wire, seconds = Link(1e30, 0.5), Wire(8), [1.0, 3.0]
-    assert generate(Simulation(2, link), wire, seconds, Groups(1, 1, 1), 3).tolist() == [[5, 10, 15]]      # 0.5 + 1 + 0.5 + 3
+    one = generate(Simulation(2, link), wire, seconds, Groups(1, 1, 1), 3)
+    assert one.tolist() == [[5.5, 10.5, 15.5]]      # 0.5 for the ids, then 1 + 0.5 + 3 + 0.5
     times = generate(Simulation(2, link), wire, seconds, Groups.of(2, 2), 3)
-    assert times.tolist() == [[5, 11, 17], [8, 14, 20]]      # the second stage never rests
-    assert generate(Simulation(2, link), wire, seconds, Groups(1, 1, 1), 2, 4).tolist() == [[5.5, 11]]     # by way of the driver
+    assert times.tolist() == [[5.5, 11.5, 17.5], [8.5, 14.5, 20.5]]      # the second stage never rests
+    assert generate(Simulation(2, link), wire, seconds, Groups(1, 1, 1), 2, 4).tolist() == [[6, 12]]       # by way of the driver
     assert speed(times) == pytest.approx(1 / 3)
     assert Groups.of(5, 2) == (5, 3, 2) and Groups.of(2, 4) == (2, 1, 2) and Groups.of(9, 4) == (9, 3, 3)
     steps = chunks(1024)
-    assert read_prompt(Simulation(2, link), wire, lambda n, n_past: seconds, steps, depth_of(2)) == 8.5
-    assert prompt_seconds(lambda n, n_past: seconds, link, wire, steps, depth_of(2)) == 8.5
+    assert read_prompt(Simulation(2, link), wire, lambda n, n_past: seconds, steps, depth_of(2)) == 9
+    assert prompt_seconds(lambda n, n_past: seconds, link, wire, steps, depth_of(2)) == 9
 
 
 def test_chance_costs_time():
@@ -103,7 +104,7 @@ def test_bench_beside_a_prediction(tmp_path):
               bench_row(n_gen=8, stages="0-1,2-3")]
     token, prompt = against(tmp_path, one, staged)
     assert (token["test"], prompt["test"], token["layers"], token["streams"]) == ("tg16", "pp2048", "0-1,2-3", 1)
-    assert token["predicted, t/s"] == pytest.approx(1 / (0.01 + 3 * 50e-6), rel=1e-3) and token["measured of one"] == 0.9
+    assert token["predicted, t/s"] == pytest.approx(1 / (0.01 + 4 * 50e-6), rel=1e-3) and token["measured of one"] == 0.9
     assert token["measured: off"] == pytest.approx(90 / token["predicted, t/s"] - 1)
     # Of four layers the last one writes only keys: two of three against one, in four chunks at most 4 / 3 of one.
     assert 1200 < prompt["predicted, t/s"] < 1340 and prompt["measured of one"] == 1.5
@@ -132,7 +133,7 @@ def test_stage_speed_beside_a_prediction(tmp_path):
 def test_nodes_like_the_measured_machine(tmp_path):
     two, four = against(tmp_path, [bench_row()], rest=("--nodes", "2,4,8", "--latency", "1000", "--link", "1GB/s"))
     assert [len(row["layers"].split(",")) for row in (two, four)] == [2, 4] and "measured, t/s" not in two
-    assert two["predicted, t/s"] == pytest.approx(1 / 0.013, rel=0.01) and four["of one process"] == pytest.approx(0.01 / 0.015, rel=0.01)
+    assert two["predicted, t/s"] == pytest.approx(1 / 0.014, rel=0.01) and four["of one process"] == pytest.approx(0.01 / 0.016, rel=0.01)
 
 
 def test_rows_that_bench_writes(small_model, tmp_path):

@@ -16,6 +16,7 @@ import pydsa
 from pydsa import GGUFError, PydsaError
 from pydsa.errors import StageError
 from pydsa.gguf.file import open_gguf
+from pydsa.gguf.parts import layers_here
 from pydsa.stages import running
 from pydsa.stages.actors import StageActor
 from pydsa.stages.cluster import RayNode
@@ -132,6 +133,20 @@ def ranges(model):
 def test_each_node_has_the_parts_of_its_layers(staged, halves, expected):
     model = staged(dict(zip("ab", halves)), "0-1,2-3")
     assert model.setup.file.absent and np.array_equal(model.logits(IDS), expected)
+    assert model.runner.launcher.head == 0
+
+
+def test_the_head_is_in_the_last_stage_if_the_first_has_no_output_matrix(staged, halves, expected, monkeypatch):
+    monkeypatch.setattr(running, "layers_here", lambda *args: layers_here(*args) - ({0} if args[-1] == 0 else set()))
+    model = staged(dict(zip("ab", halves)))
+    assert model.runner.launcher.head == 1 and np.array_equal(model.logits(IDS), expected)
+
+
+@pytest.mark.parametrize("output, head, expected", [("output.weight", 0, {1}), ("output.weight", 2, {0, 1}), ("blk.2.x", 0, {0, 1})])
+def test_the_layer_of_the_output_matrix(output, head, expected):
+    """Without a matrix of its own it is the embedding, which is here."""
+    parts = {"1": {"tensors": [["token_embd.weight"], ["blk.0.x"], ["blk.1.x"]]}, "2": {"tensors": [["blk.2.x"], [output]]}}
+    assert layers_here({"parts": ["1"]}, parts, 3, head) == expected
 
 
 def test_auto_gives_nodes_the_layers_that_they_have(staged, halves, expected):
@@ -180,7 +195,7 @@ def test_a_node_without_the_first_part(staged, halves):
 
 def test_whole_files_need_nothing_of_each_other(staged, expected):
     model = staged({"a": range(1, 9), "b": range(1, 9)})
-    assert not model.setup.file.absent and model.runner.launcher._parts is None
+    assert not model.setup.file.absent and model.runner.launcher._parts is None and model.runner.launcher.head == 0
     assert np.array_equal(model.logits(IDS), expected)
 
 

@@ -36,10 +36,12 @@ def test_stages_are_the_model(small_model, load, spec, borders):
 
 def test_a_stage_has_its_own_weights_and_caches(small_model):
     path = small_model(n_layer=4)
-    whole, parts = Setup(path), [Setup(path, layers=layers) for layers in ((0, 1), (1, 3), (3, 4))]
+    whole, parts = Setup(path), [Setup(path, layers=layers, head=layers[0] == 0) for layers in ((0, 1), (1, 3), (3, 4))]
     assert sum(part.n_bytes for part in parts) == whole.n_bytes and sum(part.cache_bytes for part in parts) == whole.cache_bytes
     assert {ref.layer for ref in parts[1].cache_widths} == {1, 2} and parts[1].ends == (False, False)
-    assert not any(name.startswith("output") or name == "token_embd.weight" for name in parts[1].weights.used)
+    ends = [{name for name in part.weights.used if not name.startswith("blk.")} for part in parts]
+    assert ends == [{"token_embd.weight", "output_norm.weight", "output.weight"}, set(), set()]
+    assert "output.weight" in Setup(path, layers=(3, 4)).weights.used       # with the last layer, unless it is elsewhere
     assert {part.fingerprint for part in parts} == {whole.fingerprint}
 
 

@@ -9,7 +9,7 @@ from helpers import rng
 from pydsa.sampling import Picked
 from pydsa.stages import wire
 from pydsa.stages.wire import (DISCARD, HOST, Beat, Close, Credit, Drop, Follow, FrameError, Limits, Message, Part, Result, Step, decode,
-                               encode, from_bfloat16, to_bfloat16)
+                               encode, from_bfloat16, of_outputs, to_bfloat16)
 
 LIMITS = Limits(n_tokens=8, n_embd=5, n_vocab=300, n_ctx=64)
 ROWS = rng(3).standard_normal((3, 5)).astype(np.float32)
@@ -44,6 +44,14 @@ def test_frames_come_back(name):
 
 def test_positions_are_those_of_the_parts():
     assert STEP.positions.tolist() == [10, 11, 0]
+
+
+@pytest.mark.parametrize("n, parts, ids", [(3, STEP.parts, [0, 299, 7]), (2, [Part(2**31 - 1, 11, 1), Part(7, 0, 1)], [299, 7]),
+                                           (1, [Part(7, 0, 1)], [7])])
+def test_outputs_are_the_last_tokens(n, parts, ids):
+    step = of_outputs(STEP._replace(samplers=[HOST] * n), ROWS[-n:])
+    assert step.parts == parts and step.ids.tolist() == ids and same(step.rows, ROWS[-n:])
+    assert same(step, decode(joined(step), LIMITS))
 
 
 @pytest.mark.parametrize("name", FRAMES)

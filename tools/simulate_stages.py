@@ -4,9 +4,10 @@
     python tools/simulate_stages.py model.gguf --measured one.json --measured two.json --latency 50 --link 5GB/s
 
 Steps pass through the stages event by event: each stage runs one at a time, in the order of arrival, and sends its rows to the next, one
-after the other. Conversations generate in a ring, in as many steps as stages: the last stage starts the next tokens. Chunks of a prompt are
-sent by the driver, one more than stages at a time. Beside each figure is that of the formula of `pydsa info --stages`, which knows nothing
-of chance: --jitter makes each way over the network longer by so much on average, --spread lets the times of stages vary.
+after the other. Conversations generate in a ring, in as many steps as stages: the last stage sends its rows to the first, which has the
+head, whose time is with that of its layers, and starts the next tokens. Chunks of a prompt are sent by the driver, one more than stages at
+a time. Beside each figure is that of the formula of `pydsa info --stages`, which knows nothing of chance: --jitter makes each way over the
+network longer by so much on average, --spread lets the times of stages vary.
 
 --measured takes rows of `pydsa bench -o json` or of tools/stage_speed.py: those of one process give the times of steps, which are shared
 out to the stages by their bytes and products; what is predicted from them stands beside the rows of the model in stages. Stages of one
@@ -101,27 +102,33 @@ class Simulation:
 def generate(simulation, wire, seconds, groups, n_tokens, logits=0):
     """Conversations that generate: the times at which steps have their tokens.
 
-    groups: a forecast.Groups. The last stage starts the next step; where logits go back, so many bytes, the driver does. An array [steps
-    under way, n_tokens].
+    groups: a forecast.Groups. The first stage starts the next step; where logits go to the driver, so many bytes, that does. An array
+    [steps under way, n_tokens].
     """
     n, last, found = groups.each, simulation.n_stages - 1, [[] for _ in range(groups.steps)]
     frame, ids = wire.step(n, n, n), wire.step(n, n, n, first=True)
 
-    def start(i, source):
-        simulation.send(source, 0, ids, simulation.step, seconds, frame, picked, i)
+    def start(i):
+        simulation.send(DRIVER, 0, ids, work, i)
+
+    def work(i):
+        simulation.step(seconds, frame, back, i)
+
+    def back(i):
+        simulation.send(last, 0, frame, picked, i)
 
     def picked(i):
         if logits:
-            simulation.send(last, DRIVER, wire.result(n) + logits, told, i, DRIVER)
+            simulation.send(0, DRIVER, wire.result(n) + logits, told, i, start)
         else:
-            told(i, last)
+            told(i, work)
 
-    def told(i, source):
+    def told(i, go_on):
         found[i].append(simulation.now)
         if len(found[i]) < n_tokens:
-            start(i, source)
+            go_on(i)
     for i in range(groups.steps):
-        start(i, DRIVER)
+        start(i)
     simulation.run()
     return np.array(found)
 
@@ -131,14 +138,17 @@ def read_prompt(simulation, wire, times, steps, depth):
 
     times(n_tokens, n_past): the seconds of each stage. steps: those of forecast.chunks().
     """
-    done = []
+    done, last = [], simulation.n_stages - 1
 
     def start(i):
         n, n_past = steps[i]
         simulation.send(DRIVER, 0, wire.step(n, first=True), simulation.step, times(n, n_past), wire.step(n), finished, i)
 
     def finished(i):
-        simulation.send(simulation.n_stages - 1, DRIVER, wire.result(), told, i)
+        if i < len(steps) - 1:
+            simulation.send(last, DRIVER, wire.result(0), told, i)
+        else:
+            simulation.send(last, 0, wire.step(1), simulation.send, 0, DRIVER, wire.result(), told, i)
 
     def told(i):
         done.append(simulation.now)

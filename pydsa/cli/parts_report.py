@@ -115,7 +115,7 @@ def format_parts(reports):
         of = "" if report["n_layer"] is None else f" of {report['n_layer']}"
         lines.append(f"layers that a stage can run here: {_ranges(report['layers']) or 'none'}{of}")
         ends = [f"the {what} {'is' if report[key] else 'is not'} here" for key, what in (("embedding", "embedding"), ("output", "output"))]
-        lines.append(f"  {', '.join(ends)} (the first stage needs the embedding, the last the output)")
+        lines.append(f"  {', '.join(ends)} (the first stage needs the embedding, and it or the last the output)")
         if report["first"] != report["layers"]:
             first = _in_words(report["first"]) if report["first"] else "none of them"
             lines.append(f"  a stage may begin with {first}: the others share the choice of an earlier one")

@@ -19,11 +19,13 @@ class Variant(NamedTuple):
 
     plain: attention has keys and values for each head, instead of absorbed queries. indexer: None, no indexer runs; "keys", index keys are
     only stored; "indices" or "mask", keys are also chosen, in this form. ends_early: once its caches are written the last layer goes on
-    with the rows alone whose logits are wanted, in the absorbed form.
+    with the rows alone whose logits are wanted, in the absorbed form. head: whether the head follows the last layer; else the rows whose
+    logits are wanted are the output.
     """
     plain: bool
     indexer: str | None = None
     ends_early: bool = False
+    head: bool = True
 
     @property
     def chooses(self):
@@ -34,6 +36,9 @@ class Variant(NamedTuple):
 VARIANTS = {"mha": Variant(True), "mha+keys": Variant(True, "keys"), "mha+choice": Variant(True, "indices"),
             "dense": Variant(False), "dense+keys": Variant(False, "keys"), "sparse": Variant(False, "indices"),
             "masked": Variant(False, "mask")}
+
+
+HEAD = "head"       # the name of the graph of the head alone: the last norm and the output matrix, in a stage without the last layer
 
 
 def ending_early(name):

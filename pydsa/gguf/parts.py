@@ -144,18 +144,19 @@ def is_complete(node):
     return len(node["parts"]) == node["count"]
 
 
-def layers_here(node, parts, n_layer):
+def layers_here(node, parts, n_layer, head):
     """The layers all of whose tensors a machine has, a set.
 
-    The embedding counts to the first layer, the output to the last. node: what described() returned there. parts: what merged() returned.
+    The embedding counts to the first layer, the last norm and the output matrix to the layer `head`. node: what described() returned there.
+    parts: what merged() returned.
     """
     names = [tensor[0] for part in parts.values() for tensor in part["tensors"]]
-    embedding = {0} if "output.weight" in names else {0, n_layer - 1}       # else it is the output too
+    embedding = {0} if "output.weight" in names else {0, head}      # else it is the output matrix too
     lacking = set()
     for number, part in parts.items():
         for name, *_ in part["tensors"] if number not in node["parts"] else ():
             block = BLOCK.match(name)
-            lacking |= {int(block[1])} if block else embedding if name.startswith("token_embd.") else {n_layer - 1}
+            lacking |= {int(block[1])} if block else embedding if name.startswith("token_embd.") else {head}
     return set(range(n_layer)) - lacking
 
 

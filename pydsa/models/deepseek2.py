@@ -217,7 +217,7 @@ def build(graph, config, weights, variant, layers):
 def decoder(g, c, weights, variant, layers, select):
     """Record a whole model, or the layers of a stage, a range.
 
-    Its ends are hidden rows where it does not begin with the first layer, or end with the last.
+    Its ends are hidden rows where it does not begin with the first layer, or end with the last. No layers, behind the last: the head alone.
 
     select(il, h, qr, table, rows) records the choice of a layer's keys. It returns their indices, a mask made of them, or None for all
     keys. rows(x) are the rows of a value that the layer goes on with once its caches are written; qr has these only.
@@ -226,7 +226,7 @@ def decoder(g, c, weights, variant, layers, select):
         x = scaled(g, g.get_rows("inp_embd", weights("token_embd.weight", c.n_vocab, c.n_embd)), weights, "token_embd")
     else:
         x = g.hidden("inp_hidden", c.n_embd)
-    table = g.rope_table("rope_table", c.rope.freqs, c.rope.magnitude)
+    table = g.rope_table("rope_table", c.rope.freqs, c.rope.magnitude) if layers else None
     for il in layers:
         w = weights.layer(il)
         h = g.rms_norm(f"attn_norm-{il}", x, w("attn_norm.weight", c.n_embd), c.rms_eps)
@@ -241,7 +241,11 @@ def decoder(g, c, weights, variant, layers, select):
     if layers.stop < c.n_layer:
         g.output = x
         return
-    x = g.rms_norm("result_norm", g.last_rows(x), weights("output_norm.weight", c.n_embd), c.rms_eps)
+    x = g.last_rows(x)
+    if not variant.head:
+        g.output = x
+        return
+    x = g.rms_norm("result_norm", x, weights("output_norm.weight", c.n_embd), c.rms_eps)
     head = "output" if weights.has("output.weight") else "token_embd"
     g.output = linear(g, weights, "result_output", head, x, c.n_vocab, c.n_embd)
 

@@ -163,17 +163,17 @@ def divided(stages, setup, nodes, **options):
     return stages
 
 
-def divide(setup, nodes, n_sessions=1, n_past=None, mapped=True):
+def divide(setup, nodes, n_sessions=1, n_past=None, mapped=True, head=0):
     """The division of a model over nodes whose slowest stage takes least time.
 
     There are two times: that in which a node reads what a token needs after n_past others (None: at the end of the context), and that of a
     chunk of a prompt, with its products. Each is compared with the least that any division has; the sum of both is the least. Of such
     divisions it is one in which they take least time in all, and then an even one. nodes: one for each stage, in this order. Each stage
-    fits its node's memory, with the caches of n_sessions conversations. mapped: whether weights that lie in the mapped file must fit
-    too; else they may be read from the drive. Returns a tuple of Layers. Raises OutOfMemoryError if nothing fits, PydsaError if there are
-    too few layers.
+    fits its node's memory, with the caches of n_sessions conversations. mapped: whether weights that lie in the mapped file must fit too;
+    else they may be read from the drive. head: the layer beside which the head is, 0 or -1. Returns a tuple of Layers. Raises
+    OutOfMemoryError if nothing fits, PydsaError if there are too few layers.
     """
-    return Parts(setup, n_sessions, n_past, mapped).divide(nodes)
+    return Parts(setup, n_sessions, n_past, mapped, head).divide(nodes)
 
 
 def fewest(setup, node, n_sessions=None):
@@ -197,7 +197,7 @@ class Parts:
     setup: of the whole model, in ubatches as the stages run them. The other arguments are those of divide(). Arrays are [n_layer] bytes.
     """
 
-    def __init__(self, setup, n_sessions=1, n_past=None, mapped=True):
+    def __init__(self, setup, n_sessions=1, n_past=None, mapped=True, head=0):
         self.setup, self.n_sessions, n_layer = setup, n_sessions, setup.config.n_layer
         self.borders = borders(setup.config)
         users = collections.defaultdict(set)        # name of a weight -> layers
@@ -206,7 +206,7 @@ class Parts:
             for node in graph.nodes:
                 for a in node.args:
                     if isinstance(a, Tensor):
-                        users[a.name].add(home_layer(node) % n_layer)
+                        users[a.name].add(_layer(node, n_layer, head))
                         tensors[a.name] = a
         self._weights, self._on_drive = [0] * n_layer, [0] * n_layer       # and those of them that need not be in memory
         self._several = []      # weights that several layers use: layers, bytes, bytes that need not be in memory
@@ -220,7 +220,7 @@ class Parts:
         self._caches = [0] * n_layer
         for ref, n_bytes in setup.cache_row_bytes.items():
             self._caches[ref.layer] += n_bytes * setup.n_ctx * n_sessions
-        self._token = token_bytes(setup, setup.n_ctx - 1 if n_past is None else n_past)
+        self._token = token_bytes(setup, setup.n_ctx - 1 if n_past is None else n_past, head)
         self._ops = of_a_chunk(setup)
         self.scratch = sum(memory.total - memory.copied - memory.caches for memory in setup.memory.values()) + sum(
             device_of(name).reserved for name in setup.placement.devices)       # of the whole model
@@ -301,14 +301,20 @@ class Parts:
             f"more or larger nodes, or {LESS}.")
 
 
-def token_bytes(setup, n_past):
+def _layer(node, n_layer, head):
+    """The layer beside which a node runs in stages; head: that of the head."""
+    layer = home_layer(node)
+    return layer if layer >= 0 else head % n_layer
+
+
+def token_bytes(setup, n_past, head=0):
     """Bytes that one token reads of each layer after n_past others: [n_layer].
 
-    The embedding is with the first layer, the output matrix with the last.
+    The embedding is with the first layer, the output matrix with the layer `head`, 0 or -1.
     """
     step, layers = StepSize(1, n_past, setup.cache_row_bytes), [[] for _ in range(setup.config.n_layer)]
     for node in setup.graphs[setup.schedule.variant(n_past, 1)].nodes:
-        layers[home_layer(node) % len(layers)].append(node)
+        layers[_layer(node, len(layers), head)].append(node)
     costs = [step_cost(nodes, step) for nodes in layers]
     return [cost.weights + cost.cache for cost in costs]
 

@@ -35,7 +35,7 @@ class Wire(NamedTuple):
     row: int
 
     def step(self, n_tokens, n_parts=1, n_outputs=1, first=False):
-        """Bytes of a step's frame; to the first stage ids go alone."""
+        """Bytes of a step's frame; first: from the driver, ids alone."""
         return STEP + PART * n_parts + OUTPUT * n_outputs + n_tokens * (ID if first else ID + self.row)
 
     def result(self, n_outputs=1):
@@ -108,23 +108,23 @@ def chunks(n_tokens, n_past=0, most=CHUNK):
 def one_stream(seconds, link, wire):
     """Seconds from token to token of one conversation.
 
-    seconds: of each stage. The last stage starts the next step itself: only the id goes back to the first.
+    seconds: of each stage. The first has the head: rows go on to it from the last, and it starts the next step itself.
     """
     n = len(seconds)
-    return sum(seconds) + ((n - 1) * link.seconds(wire.step(1)) + link.seconds(wire.step(1, first=True)) if n > 1 else 0)
+    return sum(seconds) + (n * link.seconds(wire.step(1)) if n > 1 else 0)
 
 
 def in_turn(seconds, link, wire, n_steps, n_each=1):
     """Seconds between results of n_steps steps that are under way at once.
 
-    Each is of n_each conversations, whose next tokens the last stage starts. Whichever is longest: the slowest stage, the rows on the wire,
-    or the way of a step around, by the number of steps.
+    Each is of n_each conversations, whose next tokens the first stage starts. Whichever is longest: the slowest stage, the rows on the
+    wire, or the way of a step around, by the number of steps.
     """
     n = len(seconds)
     if n == 1:
         return seconds[0]
     frame = wire.step(n_each, n_each, n_each)
-    way = sum(seconds) + (n - 1) * link.seconds(frame) + link.seconds(wire.step(n_each, n_each, n_each, first=True))
+    way = sum(seconds) + n * link.seconds(frame)
     return max(*seconds, frame / link.bandwidth, way / n_steps)
 
 
@@ -132,7 +132,8 @@ def prompt_seconds(times, link, wire, steps, depth):
     """Seconds until the driver has the first token after a prompt.
 
     times(n_tokens, n_past): the seconds of each stage for a step. steps: those of chunks(). depth: how many may be under way at once; the
-    next is sent when the result of the one that many before is there. A node sends one chunk's rows after the other's.
+    next is sent when the result of the one that many before is there. A node sends one chunk's rows after the other's. The last chunk's
+    result goes by way of the first stage, which has the head.
     """
     results, free, sent = [], None, None
     for i, (n, n_past) in enumerate(steps):
@@ -140,13 +141,14 @@ def prompt_seconds(times, link, wire, steps, depth):
         stages = len(seconds)
         free, sent = free or [0.0] * stages, sent or [0.0] * stages
         here = (results[i - depth] if i >= depth else 0.0) + (link.seconds(wire.step(n, first=True)) if stages > 1 else 0)
+        ends = i == len(steps) - 1
         for stage in range(stages):
             free[stage] = max(here, free[stage]) + seconds[stage]
-            rows = wire.step(n) if stage < stages - 1 else wire.result()
+            rows = wire.step(n) if stage < stages - 1 else wire.step(1) if ends else wire.result(0)
             if stages > 1:
                 sent[stage] = max(sent[stage], free[stage]) + rows / link.bandwidth
             here = sent[stage] + link.latency if stages > 1 else free[stage]
-        results.append(here)
+        results.append(here + (link.seconds(wire.result()) if ends and stages > 1 else 0))
     return results[-1]
 
 
@@ -171,7 +173,7 @@ def forecast(setup, ranges, nodes, link, wire="f32", n_streams=None, assumed=())
                     "rate": share.node.rate, "weights": share.weights, "caches": share.caches, "scratch": share.scratch,
                     "free": share.free, "token_bytes": share.token, "token_seconds": share.seconds} for share in shares],
         "wire": {"type": wire, "row_bytes": rows.row, "token_bytes": rows.step(1) if n > 1 else 0,
-                 "id_bytes": rows.step(1, first=True) if n > 1 else 0, "result_bytes": rows.result() if n > 1 else 0,
+                 "result_bytes": rows.result() if n > 1 else 0,
                  "logits_bytes": 4 * setup.config.n_vocab if n > 1 else 0, "bandwidth": link.bandwidth, "latency": link.latency},
         "one": {"ts": 1 / one, "seconds": one, "wire_seconds": one - reads},
         "many": {"streams": groups.streams, "steps": groups.steps, "ts": groups.streams / groups.steps / between,
@@ -186,8 +188,8 @@ def in_words(found):
     wire, one, many, prompt = (found[key] for key in ("wire", "one", "many", "prompt"))
     wires = len(found["stages"]) > 1
     if wires:
-        yield (f"on the wire: {size(wire['token_bytes'])} a token from stage to stage ({wire['type']} rows), {wire['id_bytes']} B to the "
-               f"first, {wire['result_bytes']} B back ({size(wire['logits_bytes'])} more where logits are asked for)")
+        yield (f"on the wire: {size(wire['token_bytes'])} a token from stage to stage and back to the first ({wire['type']} rows), "
+               f"{wire['result_bytes']} B to the driver ({size(wire['logits_bytes'])} more where logits are asked for)")
         yield f"the link: {wire['bandwidth'] / 1e9:g} GB/s and {1e6 * wire['latency']:g} us" + _assumed(found, "link", "latency")
     ways = [f"{1e3 * (one['seconds'] - one['wire_seconds']):.3g} ms of reads",
             *([f"{1e3 * one['wire_seconds']:.3g} ms on the wire"] * wires)]

@@ -45,6 +45,7 @@ class Pipeline:
         self.sending = threading.RLock()            # held while a frame is sent, and while stages are started again
         self.changed = threading.Condition()        # of what follows
         self.under_way = {}         # number -> Pending
+        self._told = {}             # number -> Result, of those that wait for the step before
         self.n_finished = 0         # steps, without those that a fault has had run again
         self.error = None           # the StageError that has ended it
         self._numbers, self._sessions = itertools.count(1), itertools.count(1)
@@ -144,7 +145,7 @@ class Pipeline:
         """Send a step -> its Pending.
 
         parts: tuples of a Conversation, n_past and n_tokens. samplers: for each output a Sampler or None. follow: the variant of the step
-        that the last stage may start by itself; None: none. It is not sent if the last stage has started it. Raises StageError if the
+        that a stage may start by itself; None: none. It is not sent if a stage has started it. Raises StageError if the
         pipeline has ended.
         """
         started = self._started(variant, parts, ids, logits, samplers)
@@ -204,6 +205,7 @@ class Pipeline:
     def drop_unwanted(self):
         """Drop steps under way that nobody waits for -> the others, in order."""
         with self.changed:
+            self._told.clear()      # they are sent again
             for pending in list(self.under_way.values()):
                 if not (pending.wanted and pending.asked):
                     pending.wanted = False
@@ -236,7 +238,7 @@ class Pipeline:
     def drain(self, conversation, ring_only=False):
         """Wait until no step of a session is under way.
 
-        ring_only: only for those that the last stage starts, or may start: they come to the first stage by another way than what is sent
+        ring_only: only for those that a stage starts, or may start: they come to the first stage by another way than what is sent
         next, and could be there later.
         """
         with self.changed:
@@ -244,7 +246,7 @@ class Pipeline:
                 self.changed.wait(AWAKE)
 
     def _started(self, variant, parts, ids, logits, samplers):
-        """The Pending of a step that the last stage has started; None if not.
+        """The Pending of a step that a stage has started; None if not.
 
         From now on it is asked for. Another step of its sessions makes it void: it has seen other rows then.
         """
@@ -258,17 +260,17 @@ class Pipeline:
             return started
 
     def _give_credit(self, pending, variant):
-        """Let the last stage start one more step, after one that is under way."""
+        """Let a stage start one more step, after one that is under way."""
         with self.changed:
             if pending.done.is_set():
                 return
             pending.follow = follow_of(next(self._numbers), variant)
-        self.links.tell(len(self.launcher.stages) - 1, Credit(0, pending.number, pending.follow))
+        self.links.tell(self.launcher.head, Credit(0, pending.number, pending.follow))
 
     # What stages send, on a thread of theirs
 
     def _take(self, i, frame):
-        if isinstance(frame, Result) and i == len(self.launcher.stages) - 1:
+        if isinstance(frame, Result) and (i == self.launcher.head or i == len(self.launcher.stages) - 1 and not frame.picked):
             self._finished(frame)
         elif isinstance(frame, Message) and frame.kind == "failed":
             self._failed(i, frame)
@@ -277,9 +279,24 @@ class Pipeline:
 
     def _finished(self, result):
         with self.changed:
-            pending = self.under_way.get(result.number)
-            if pending is None:
-                return
+            self._told[result.number] = result
+            self._settle_all()
+
+    def _settle_all(self):
+        """Settle what was told, the steps of a session in their order.
+
+        The last stage tells of those without outputs, the one with the head of others: these may be here first.
+        """
+        while (number := next((number for number in self._told if self._may_settle(number)), None)) is not None:
+            self._settle(self._told.pop(number))
+
+    def _may_settle(self, number):
+        pending = self.under_way.get(number)
+        return pending is None or pending.discards or all(next(iter(one.steps)) == number for one in pending.conversations)
+
+    def _settle(self, result):
+        pending = self.under_way.get(result.number)
+        if pending is not None:
             pending.check(result)
             if result.followed:
                 self._follow(pending, result)
@@ -290,7 +307,7 @@ class Pipeline:
             self.remove(pending)
 
     def _follow(self, pending, result):
-        """Enter the step that the last stage has started after another."""
+        """Enter the step that a stage has started after another."""
         if pending.follow is None or len(result.picked) != len(pending.parts) or None in result.picked:
             raise FrameError("it has started a step that it may not start")
         pending.followed = Pending(self, pending.follow.number, pending.follow.variant, after(pending.parts),
@@ -309,6 +326,7 @@ class Pipeline:
             if pending is not None:
                 pending.fail(raised(message.content, self.links.name(i)))
                 self.remove(pending)
+                self._settle_all()
 
     # Requests
 
@@ -371,7 +389,7 @@ class Bound:
         """Send the step -> its Pending.
 
         ids, n_past, logits: as for plan.Bound.run. samplers: for each output a Sampler or None; None: logits are wanted for all. follow:
-        the variant of the step that the last stage may start after it. Raises PydsaError if there are hooks: they cannot look into it.
+        the variant of the step that a stage may start after it. Raises PydsaError if there are hooks: they cannot look into it.
         """
         if hooks or self._late:
             raise PydsaError("A step of a model in stages runs in other processes, where hooks cannot look into it: load the model without "

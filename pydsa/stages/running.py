@@ -75,7 +75,8 @@ class Launcher:
     """Starts the stages of a model as Ray actors, and ends them.
 
     cluster: a cluster.Cluster. asked: an Asked. setup: of the whole model, which divide() needs. stages: the Layers of each stage, once
-    divide() has chosen them. names: how errors name the stages.
+    divide() has chosen them. head: the index of the one with the head: the first, or the last where no node has the parts of the file for
+    that. names: how errors name the stages.
     """
 
     def __init__(self, cluster, asked):
@@ -83,7 +84,7 @@ class Launcher:
         nodes, wanted = cluster.nodes(), asked.stages
         n = len(nodes) if wanted == AUTO else wanted if isinstance(wanted, int) else len(wanted)
         self._nodes = [nodes[i * min(n, len(nodes)) // n] for i in range(n)]     # neighbours share a node where there are too few
-        self.stages = wanted if isinstance(wanted, tuple) else (None,) * n
+        self.stages, self.head = wanted if isinstance(wanted, tuple) else (None,) * n, 0
         self._parts, self._files = None, {}     # what gguf.parts.merged() and described() tell; {id of a node: the latter}
         self._processes, self._found, self._addresses = [None] * n, [None] * n, [None] * n
         self._lock, self._closing, self._started, self.closed = threading.Lock(), threading.Lock(), set(), False
@@ -132,10 +133,16 @@ class Launcher:
         """The layers whose tensors are on a node; None: all."""
         if self._parts is None:
             return None
-        return frozenset(layers_here(self._files[node.id], self._parts, self.setup.config.n_layer))
+        n_layer = self.setup.config.n_layer
+        return frozenset(layers_here(self._files[node.id], self._parts, n_layer, n_layer - 1 if self.head else 0))
 
     def _order_nodes(self):
-        """Put the nodes in the order of the layers that they have."""
+        """Put the nodes in the order of the layers that they have.
+
+        If none has the first layer and the head, this is with the last.
+        """
+        if not any(0 in self._layers_of(node) for node in self._nodes):
+            self.head = len(self._nodes) - 1
         order = sorted(range(len(self._nodes)), key=lambda i: sorted(self._layers_of(self._nodes[i])))
         for each in (self._nodes, self._processes, self._found):
             each[:] = [each[i] for i in order]
@@ -153,19 +160,19 @@ class Launcher:
         measured = self._measured(shared)
         nodes = [Node(node.name, measured[node.id][0], measured[node.id][1] // shared[node.id], layers=self._layers_of(node))
                  for node in self._nodes]
-        note = []
+        note, head = [], -1 if self.head else 0
         if self.stages[0] is None:
             try:
-                self.stages = divide(self.setup, nodes, n_sessions)
+                self.stages = divide(self.setup, nodes, n_sessions, head=head)
             except OutOfMemoryError as error:
                 try:
-                    self.stages = divide(self.setup, nodes, n_sessions, mapped=False)
+                    self.stages = divide(self.setup, nodes, n_sessions, mapped=False, head=head)
                 except OutOfMemoryError:
                     raise error from None
                 note = [f"not all weights fit in memory, and are read from the drive: {error}"]
         elif any(node.lacks(layers) for node, layers in zip(nodes, self.stages)):
             raise nowhere(nodes)
-        parts = Parts(self.setup, n_sessions)
+        parts = Parts(self.setup, n_sessions, head=head)
         return [self._words(i, parts.share(layers, nodes[i])) for i, layers in enumerate(self.stages)] + note
 
     def _words(self, i, share):
@@ -201,7 +208,7 @@ class Launcher:
     def _begin_to_open(self, i):
         process, asked = self._processes[i], self._asked
         process.what = self._name(i)
-        return process.begin("open", asked.path, asked.settings | {"absent": self._parts}, tuple(self.stages[i]))
+        return process.begin("open", asked.path, asked.settings | {"absent": self._parts, "head": i == self.head}, tuple(self.stages[i]))
 
     def _opened(self, i, begun):
         """What a stage tells of the file that it has opened: lines, costs."""

@@ -5,6 +5,7 @@ import numpy as np
 
 from pydsa.diagnosis import explained
 from pydsa.errors import DamagedWeightsError, PydsaError
+from pydsa.executor.schedule import HEAD
 from pydsa.model import Model
 
 KEPT = 64       # bound steps; one is as good for later tokens of the same sessions
@@ -13,13 +14,14 @@ KEPT = 64       # bound steps; one is as good for later tokens of the same sessi
 class Stage:
     """The layers of a Setup in this process, and the caches of all sessions.
 
-    setup: of the layers. first, last: whether it has the model's first layer, and the last. n_embd: the width of hidden rows. float: their
-    dtype. model: the Model of the layers, whose own sessions are of no use where they are not all. threads, threads_batch, progress: as for
-    Model. Raises the errors of load().
+    setup: of the layers. first, last: whether it has the model's first layer, and the last. has_head: whether it makes logits. n_embd: the
+    width of hidden rows. float: their dtype. model: the Model of the layers, whose own sessions are of no use where they are not all.
+    threads, threads_batch, progress: as for Model. Raises the errors of load().
     """
 
     def __init__(self, setup, threads=None, threads_batch=None, progress=None):
         self.setup, self.n_embd, (self.first, self.last) = setup, setup.config.n_embd, setup.ends
+        self.has_head = setup.has_head
         self.model = Model(setup, threads, threads_batch, progress)
         self.float = np.dtype(self.model.backend.FLOAT)
         self._caches = {}       # number of a session -> its caches
@@ -69,18 +71,28 @@ class Stage:
         self.caches(number)[ref].restore(rows, start)
 
     def run(self, parts, variant, inputs, positions, n_outputs):
-        """Run one step -> hidden rows [n_tokens, n_embd], or logits.
+        """Run one step -> hidden rows, or float32 logits [n_outputs, n_vocab].
 
         parts: pairs of a session's number and its tokens' count, in the order of the tokens, as for Runner.bind_together(). inputs: the ids
         of the tokens, int32 [n_tokens], in the first stage, else their hidden rows. positions: int64 [n_tokens]. n_outputs: how many of the
-        last tokens have logits; the last stage returns these, float32 [n_outputs, n_vocab]. Raises DamagedWeightsError, with the place, if
-        a value that is not finite was met.
+        last tokens have logits; the last stage returns these or, without the head, their rows. Raises DamagedWeightsError, with the place,
+        if a value that is not finite was met.
         """
         n_tokens = sum(n for _, n in parts)
         assert len(inputs) == len(positions) == n_tokens
-        bound = self._bind(parts, variant, n_tokens, n_outputs if self.last else n_tokens)
-        shape = (n_outputs, self.setup.config.n_vocab) if self.last else (n_tokens, self.n_embd)
-        out = np.empty(shape, np.float32 if self.last else self.float)
+        n_rows = n_outputs if self.last else n_tokens
+        return self._ran(self._bind(parts, variant, n_tokens, n_rows), inputs, positions, n_rows, self.last and self.has_head)
+
+    def head(self, parts, rows, positions):
+        """The logits of rows that the last stage gave, float32 [n, n_vocab].
+
+        parts: of these rows alone. For the first stage, if it has the head of a model whose last layer is in another one.
+        """
+        return self._ran(self._bind(parts, HEAD, len(rows), len(rows)), rows, positions, len(rows), True)
+
+    def _ran(self, bound, inputs, positions, n_rows, logits):
+        """What a bound step writes."""
+        out = np.empty((n_rows, self.setup.config.n_vocab if logits else self.n_embd), np.float32 if logits else self.float)
         try:
             bound.run(inputs, positions, out)
             if not np.isfinite(out).all():

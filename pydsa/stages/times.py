@@ -20,18 +20,18 @@ class Ops:
 
     n_tokens: tokens of the step after n_past others; several are of a prompt that goes on, so none of them has logits. choosing: the
     number of tokens that choose experts, whose weights are read once for all of them. Bytes of weights and of caches, operations, and the
-    layer of each op are float64 [n].
+    layer of each op are float64 [n]; the head is with the first layer.
     """
 
     def __init__(self, setup, n_tokens, n_past, choosing):
-        rows, found, n_layer = setup.cache_row_bytes, [], setup.config.n_layer
+        rows, found = setup.cache_row_bytes, []
         variant, prompt = setup.schedule.variant(n_past, n_tokens), n_tokens > 1
         for node in setup.graphs[ending_early(variant) if prompt else variant].nodes:
             if not any(isinstance(a, (Tensor, CacheRef)) for a in node.args) or prompt and node.for_outputs:
                 continue
             experts = {node.args[2]: _chosen(setup.config, choosing)} if node.op in OF_EXPERTS else {}
             cost = node_cost(node, StepSize(n_tokens, n_past, rows, experts))
-            found.append((cost.weights, cost.cache, cost.operations, home_layer(node) % n_layer))
+            found.append((cost.weights, cost.cache, cost.operations, max(0, home_layer(node))))
         self.weights, self.caches, self.operations, self.layers = np.array(found, np.float64).T
 
     def seconds(self, node, several=True, streams=1):

@@ -1,6 +1,6 @@
 """Steps under way in a pipeline, and samplers that stages have for them.
 
-With the ring: steps that the last stage starts by itself.
+With the ring: steps that a stage starts by itself.
 """
 import math
 import threading
@@ -22,7 +22,7 @@ def wait(event):
 class Conversation:
     """What the driver keeps of a session.
 
-    number: that on the stages. steps: those under way, by number. started: the Pending that the last stage has begun by itself, and that
+    number: that on the stages. steps: those under way, by number. started: the Pending that a stage has begun by itself, and that
     may be asked for; None: there is none.
     """
 
@@ -34,7 +34,7 @@ class Pending:
     """A step that was begun, and its end.
 
     parts: tuples of a Conversation, n_past and n_tokens. samplers: for each output a Sampler or None. logits: float32 [n_outputs,
-    n_vocab], or None where no caller has an array. follow: a wire.Follow where the last stage may start the next step. ring: whether it
+    n_vocab], or None where no caller has an array. follow: a wire.Follow where a stage may start the next step. ring: whether it
     has started this one. discards: whether nothing is wanted of its outputs.
     """
 
@@ -83,7 +83,7 @@ class Pending:
             self.samplers) and all(mine is other for mine, other in zip(samplers, self.samplers))
 
     def ask(self, logits):
-        """Want a step that the last stage has started; `changed` is held.
+        """Want a step that a stage has started; `changed` is held.
 
         logits: as above.
         """
@@ -123,14 +123,14 @@ class Pending:
 
 
 class Samplers:
-    """The driver's Samplers that the last stage has as well.
+    """The driver's Samplers that the stage with the head has as well.
 
     Both draw the same numbers: the driver's follow()s each pick. While a step is under way the stage's state is not known; only where it is
     known again, and the same, it is not sent before the next step.
     """
 
     def __init__(self, ends):
-        self._ends = sorted(int(token) for token in ends)       # ids after which the last stage starts no step
+        self._ends = sorted(int(token) for token in ends)       # ids after which a stage starts no step
         self._known, self._lock, self._n = weakref.WeakKeyDictionary(), threading.Lock(), HOST     # Sampler -> [number, state or None]
         self._dropped = []
 
@@ -159,7 +159,7 @@ class Samplers:
         return numbers, frames
 
     def follow(self, sampler, rests):
-        """A token was picked with it at the last stage.
+        """A token was picked with it at the stage with the head.
 
         rests: whether no other is: the step after it was not started.
         """
@@ -178,8 +178,8 @@ class Samplers:
 class Ring:
     """What a Session has as `_ahead` where its model runs in stages.
 
-    The last stage samples and starts the next step, while the token is on its way to the caller. At most one step runs that nobody has
-    asked for; it does no harm, as cache rows from n_past on are overwritten.
+    The stage with the head samples and starts the next step, while the token is on its way to the caller. At most one step runs that nobody
+    has asked for; it does no harm, as cache rows from n_past on are overwritten.
     """
 
     def __init__(self, pipeline):
@@ -189,7 +189,7 @@ class Ring:
         """Nothing: another step of the session makes what was started void."""
 
     def settings(self, sampler):
-        """The sampler, if the last stage can pick with it; else None."""
+        """The sampler, if the stage with the head can pick with it; else None."""
         return None if sampler.sampling.penalizes else sampler
 
     def next(self, sampler, token, n_past, bound, following, ends):

@@ -74,11 +74,25 @@ def after(parts):
 
     parts: tuples of a session, n_past and n_tokens, of one output each.
     """
-    return [(session, n_past + n_tokens, 1) for session, n_past, n_tokens in parts]
+    return [Part(session, n_past + n_tokens, 1) for session, n_past, n_tokens in parts]
+
+
+def of_outputs(step, rows):
+    """The Step of the outputs of another alone, its last tokens.
+
+    rows: their hidden rows.
+    """
+    left, parts = len(step.samplers), []
+    for session, n_past, n_tokens in reversed(step.parts):
+        n = min(left, n_tokens)
+        if n:
+            parts.append(Part(session, n_past + n_tokens - n, n))
+        left -= n
+    return step._replace(parts=parts[::-1], ids=step.ids[len(step.ids) - len(step.samplers):], rows=rows)
 
 
 class Follow(NamedTuple):
-    """The step that the last stage may start by itself."""
+    """The step that the stage with the head may start by itself."""
     number: int
     variant: str
 
@@ -87,7 +101,7 @@ class Step(NamedTuple):
     """A step: what a stage gets, and gives to the next.
 
     parts: of Part. samplers: for each output a sampler's number, HOST or DISCARD. ids: int32 [n_tokens]. rows: hidden rows [n_tokens,
-    n_embd], float32 or float64; None for the first stage. follow: a Follow, or None.
+    n_embd], float32 or float64; None for the first stage's layers. follow: a Follow, or None.
     """
     epoch: int
     number: int
@@ -105,7 +119,9 @@ class Step(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What the last stage tells of a step.
+    """What the stage with the head tells of a step.
+
+    Of one without outputs the last stage tells.
 
     picked: for each output a sampling.Picked, or None. logits: float32 [n, n_vocab], those of the outputs that have none, in order.
     followed: whether the step that may follow was started.
@@ -131,7 +147,7 @@ class Beat(NamedTuple):
 
 
 class Credit(NamedTuple):
-    """The last stage may start a step after the step `number`."""
+    """The stage with the head may start a step after the step `number`."""
     epoch: int
     number: int
     follow: Follow

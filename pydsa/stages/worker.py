@@ -1,7 +1,8 @@
 """Worker: what the process of a stage runs.
 
-It receives steps, runs them on its Stage, and sends what comes out to the next one; the last stage samples, tells the driver, and may start
-the next step by itself, at the first stage. The driver (pipeline.py) hears a heartbeat each second.
+It receives steps, runs them on its Stage, and sends what comes out to the next one; behind the last is the first, if that has the head. The
+stage with the head samples, tells the driver, and may start the next step by itself, at the first stage. The driver (pipeline.py) hears a
+heartbeat each second.
 """
 import contextlib
 import queue
@@ -18,13 +19,14 @@ from pydsa.stages import keeping
 from pydsa.stages.channel import ChannelError, Door, Outbox, connect
 from pydsa.stages.saves import Logs
 from pydsa.stages.wire import (DISCARD, MOST_PAYLOAD, Beat, Close, Credit, Drop, FrameError, Message, Result, Step, after, decode,
-                               encode)
+                               encode, of_outputs)
 
 BEAT = 1.0              # seconds between heartbeats
 ORPHANED = 3600.0       # seconds without a driver after which a worker ends: while another stage is started again there is none
 MOST_CREDITS = 1024     # that are kept: those that came too late are never used
 CONNECTING = 10.0       # seconds in which the next stage must answer
 HANDSHAKES = 5.0        # seconds beside these
+OUTPUTS = object()      # in the inbox
 CONTROL, STEPS = "control", "steps"     # what a connection is for: the driver's talk with each stage, and what goes from stage to stage
 
 
@@ -41,6 +43,7 @@ class Worker:
         self._door = Door((host, 0), self._serve)
         self.address = self._door.address       # (host, port), for the driver and the stage before this one
         self._inbox, self._lock = queue.SimpleQueue(), threading.Lock()
+        self._outputs = queue.SimpleQueue()     # steps that have come to the head, each of them with OUTPUTS in the inbox
         self._epoch, self._connected, self._unreachable = 0, threading.Event(), None
         self._onward = self._control = None     # Outbox of the next stage, or of the first; Outbox of the driver
         self._logs = Logs(stage)
@@ -149,6 +152,9 @@ class Worker:
         elif isinstance(frame, (Step, Close, Drop)) or isinstance(frame, Message) and frame.kind in ("sampler", "ask"):
             if isinstance(frame, Message) and frame.content.get("do") == "ready":
                 threading.Thread(target=self._answer, args=(frame, self._ready), daemon=True).start()
+            elif isinstance(frame, Step) and frame.rows is not None and self._stage.first:
+                self._outputs.put(frame)
+                self._inbox.put(OUTPUTS)
             else:
                 self._inbox.put(frame)
         else:
@@ -182,30 +188,39 @@ class Worker:
 
     def _work(self):
         while (frame := self._inbox.get()) is not None:
-            if frame.epoch != self._epoch:
-                continue
-            self._doing = frame.number, time.monotonic()
+            if not self._outputs.empty():       # before one other thing: tokens do not wait for chunks that wait, nor these for many tokens
+                self._do(self._outputs.get())
+            if frame is not OUTPUTS:
+                self._do(frame)
+
+    def _do(self, frame):
+        """Run a frame, and the steps that follow it here."""
+        while frame is not None and frame.epoch == self._epoch:
+            self._doing, following = (frame.number, time.monotonic()), None
             try:
-                self._run(frame)
+                following = self._run(frame)
             except Exception as error:      # what is no step concerns all: number 0
                 self._tell(Message("failed", frame.epoch, frame.number if isinstance(frame, Step) else 0, _told(error)))
-            self._doing = None
+            frame = following
+        self._doing = None
 
     def _run(self, frame):
+        """Do what a frame asks for -> the Step that comes next here, or None."""
         if isinstance(frame, Step):
-            self._step(frame)
-        elif isinstance(frame, Close):
+            return self._step(frame)
+        if isinstance(frame, Close):
             self._close(frame.number)
             self._forward(frame)
         elif isinstance(frame, Drop):
             self._samplers.pop(frame.number, None)
-            self._forward(frame)
+            self._forward(frame, self._stage.has_head)
         elif frame.kind == "sampler":
-            if self._stage.last:
+            if self._stage.has_head:
                 self._samplers[frame.number] = Sampler.restored(frame.content.get("state")), frozenset(frame.content.get("ends", ()))
-            self._forward(frame)
+            self._forward(frame, self._stage.has_head)
         else:
             self._answer(frame, self._request)
+        return None
 
     def _open(self, number):
         if number not in self._stage.sessions:      # it may have been opened before an answer was lost
@@ -215,9 +230,9 @@ class Worker:
         self._stage.close(number)
         self._logs.close(number)
 
-    def _forward(self, frame):
-        """Send a frame on to the next stage; behind the last one is the driver."""
-        if not self._stage.last:
+    def _forward(self, frame, arrived=False):
+        """Send a frame on to the next stage, if it has not arrived at its own."""
+        if not (arrived or self._stage.last):
             self._send_on(frame)
 
     def _send_on(self, frame):
@@ -229,18 +244,27 @@ class Worker:
 
     def _step(self, step):
         stage = self._stage
-        if (step.rows is None) != stage.first:
+        of_head = stage.first and stage.has_head and not stage.last and step.rows is not None       # they come from the last stage
+        if (step.rows is None) != stage.first and not of_head:
             raise FrameError(f"a step has {'no ' * (step.rows is None)}hidden rows, expected {'none' if stage.first else 'some'}")
         parts = [(part.session, part.n_tokens) for part in step.parts]
-        inputs = step.ids if stage.first else np.asarray(step.rows, stage.float)
+        inputs = step.ids if step.rows is None else np.asarray(step.rows, stage.float)
+        if of_head:
+            return self._finish(step, stage.head(parts, inputs, step.positions))
         out = stage.run(parts, step.variant, inputs, step.positions, len(step.samplers))
-        if stage.last:
-            self._finish(step, out)
+        if not stage.last:
+            self._send_on(step._replace(rows=out))
+        elif stage.has_head or not step.samplers:
+            return self._finish(step, out)
         else:
-            self._forward(step._replace(rows=out))
+            self._send_on(of_outputs(step, out))
+        return None
 
     def _finish(self, step, logits):
-        """Sample, start the next step if that may be, and tell the driver."""
+        """Sample, and tell the driver -> the next step, if it may be.
+
+        None where it is not for this stage, or its turn is behind others.
+        """
         n_vocab = self._limits.n_vocab
         logits = np.empty((0, n_vocab), np.float32) if not step.samplers else np.asarray(logits, np.float32)
         samplers = [self._samplers.get(number, (None, ())) for number in step.samplers]
@@ -248,12 +272,15 @@ class Worker:
         wanted = [i for i, number in enumerate(step.samplers) if number != DISCARD and picked[i] is None]
         with self._lock:
             follow = self._credits.pop(step.number, None) or step.follow
-        followed = follow is not None and len(picked) == len(step.parts) and all(
-            one is not None and one.token not in ends for one, (_, ends) in zip(picked, samplers))
-        if followed:
-            self._send_on(Step(step.epoch, follow.number, follow.variant, after(step.parts), step.samplers,
-                               np.array([one.token for one in picked], np.int32)))
-        self._tell(Result(step.epoch, step.number, followed, picked, logits[wanted]))
+        following = None
+        if follow is not None and len(picked) == len(step.parts) and all(
+                one is not None and one.token not in ends for one, (_, ends) in zip(picked, samplers)):
+            following = Step(step.epoch, follow.number, follow.variant, after(step.parts), step.samplers,
+                             np.array([one.token for one in picked], np.int32))
+            if self._stage.last:
+                self._send_on(following)
+        self._tell(Result(step.epoch, step.number, following is not None, picked, logits[wanted]))
+        return None if self._stage.last else following
 
     def _answer(self, frame, answer):
         """Answer a request: answer(content, payload) -> (dict, bytes)."""
