@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from pydsa.errors import GGUFError
+from pydsa.machine.maps import Map, check
 
 REQUIRED: Any = object()         # default value that marks a key as required
 MAX_HEADER = 1 << 27             # bytes, twenty times the largest of the supported models; a hostile header must not fill the memory
@@ -140,6 +141,7 @@ class GGUFFile(NamedTuple):
     version: int
     part_names: list[list[str]]     # the names of the tensors of each part, in file order
     absent: frozenset = frozenset()     # paths of the parts that are on other machines (gguf_parts.py)
+    maps: tuple = ()                # machine.maps.Map of each part that is here
 
 
 def open_gguf(path: str | os.PathLike, absent: dict[int, GGUFFile] | None = None) -> GGUFFile:
@@ -194,7 +196,8 @@ def _join(parts: list[GGUFFile]) -> GGUFFile:
         tensors.update(part.tensors)
     paths = [part.paths[0] for part in parts]
     return GGUFFile(first.metadata, tensors, paths, sum(part.n_bytes for part in parts), first.version,
-                    [list(part.tensors) for part in parts], frozenset().union(*(part.absent for part in parts)))
+                    [list(part.tensors) for part in parts], frozenset().union(*(part.absent for part in parts)),
+                    tuple(one for part in parts for one in part.maps))
 
 
 def _check_split(parts: list[GGUFFile]) -> None:
@@ -220,6 +223,7 @@ def _check_split(parts: list[GGUFFile]) -> None:
 def open_part(path: Path, role: str) -> GGUFFile:
     """Map and read one file; `role` is what error messages call it."""
     reader = Reader(path, map_file(path, role))
+    maps = (Map(reader.data, path),)
     start = reader.take(4, "the magic")
     magic = reader.data[start:reader.pos]
     if magic != b"GGUF":
@@ -233,7 +237,8 @@ def open_part(path: Path, role: str) -> GGUFFile:
     n_kv = reader.count("the number of key-value pairs", 14)    # key, type, one byte
     metadata = _read_metadata(reader, n_kv)
     tensors = _map_tensors(reader, n_tensors, _alignment(metadata))
-    return GGUFFile(metadata, tensors, [path], len(reader.data), version, [list(tensors)])
+    check(maps)
+    return GGUFFile(metadata, tensors, [path], len(reader.data), version, [list(tensors)], maps=maps)
 
 
 def map_file(path: Path, role: str) -> mmap.mmap:

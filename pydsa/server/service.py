@@ -66,14 +66,14 @@ class Service:
     def ready(self):
         """Raise ApiError if no request can be answered.
 
-        The model is being loaded, one of its stages has failed for good, or the server stops.
+        The model is being loaded, one of its stages has failed for good, its file cannot be read any more, or the server stops.
         """
         if self._closing:
             raise ApiError(503, "The server stops, and takes no more requests.")
         if self.engine is None:
             raise ApiError(503, "The model is being loaded; try again soon.", code="loading")
-        if self.model.runner.error is not None:
-            raise as_api_error(self.model.runner.error)
+        if (error := self.model.runner.error) is not None:
+            raise as_api_error(error)
 
     async def chat_prompt(self, messages, thinking=None, tools=None):
         """The chat.Prompt of a conversation, made on another thread.
