@@ -18,9 +18,9 @@ _MODULES = {"load": "loading", "Model": "model", "Session": "session", "Sampling
             "Engine": "engine", "Request": "requests", "Recording": "recording", "Look": "look", "perplexity": "quality",
             "convert": "conversion", "quantize": "quantization"}
 __all__ = ["DEMO", "load", "load_tokenizer", "Model", "Session", "Sampling", "Engine", "Request", "Recording", "Look", "perplexity",
-           "convert", "quantize", "PydsaError", "GGUFError", "UnsupportedModelError", "ContextFullError",
-           "DamagedWeightsError", "LostFileError", "OutOfMemoryError", "RecordingFileError", "SessionFileError", "LogitsFileError", "ImatrixError", "CheckpointError",
-           "StageError", "TargetError"]
+           "convert", "quantize", "PydsaError", "GGUFError", "UnsupportedModelError", "ContextFullError", "DamagedWeightsError",
+           "LostFileError", "OutOfMemoryError", "RecordingFileError", "SessionFileError", "LogitsFileError", "ImatrixError",
+           "CheckpointError", "StageError", "TargetError"]
 
 
 def __getattr__(name):

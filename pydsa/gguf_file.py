@@ -160,7 +160,11 @@ def open_parts(path: str | os.PathLike, absent=()) -> dict[int, GGUFFile]:
 
     absent: numbers of parts that may be missing, and are left out then. Raises GGUFError as open_gguf() does.
     """
+    if not os.fspath(path):     # to Path it is the current folder
+        raise GGUFError("The name of the model's file is empty, expected that of a GGUF file.")
     path = Path(path)
+    if os.path.islink(path) and not SPLIT_NAME.fullmatch(path.name) and SPLIT_NAME.fullmatch(os.path.basename(os.path.realpath(path))):
+        path = path.resolve()       # a part: the others are beside it, and not beside the link
     name = SPLIT_NAME.fullmatch(path.name)
     if name and int(name[2]) != 1:
         first_path = path.with_name(f"{name[1]}-00001-of-{name[3]}.gguf")
@@ -194,8 +198,7 @@ def _join(parts: list[GGUFFile]) -> GGUFFile:
         if repeated:
             raise GGUFError(f"{part.paths[0]}: tensor {quote(min(repeated))} is in an earlier part too, expected in one")
         tensors.update(part.tensors)
-    paths = [part.paths[0] for part in parts]
-    return GGUFFile(first.metadata, tensors, paths, sum(part.n_bytes for part in parts), first.version,
+    return GGUFFile(first.metadata, tensors, [part.paths[0] for part in parts], sum(part.n_bytes for part in parts), first.version,
                     [list(part.tensors) for part in parts], frozenset().union(*(part.absent for part in parts)),
                     tuple(one for part in parts for one in part.maps))
 
@@ -203,11 +206,9 @@ def _join(parts: list[GGUFFile]) -> GGUFFile:
 def _check_split(parts: list[GGUFFile]) -> None:
     """Check the split.* keys of all parts; a file without them is complete."""
     keys = ("split.no", "split.count", "split.tensors.count")
-    first = parts[0].metadata
-    if not any(key in first for key in keys):
+    if not any(key in (first := parts[0].metadata) for key in keys):
         return
-    n_tensors = first.integer("split.tensors.count")
-    merged = first.integer("split.count") == 0
+    n_tensors, merged = first.integer("split.tensors.count"), first.integer("split.count") == 0
     for i, part in enumerate(parts):
         for key, expected in zip(keys, (i, 0 if merged else len(parts), n_tensors)):
             value = part.metadata.integer(key)
@@ -224,8 +225,8 @@ def open_part(path: Path, role: str) -> GGUFFile:
     """Map and read one file; `role` is what error messages call it."""
     reader = Reader(path, map_file(path, role))
     maps = (Map(reader.data, path),)
-    start = reader.take(4, "the magic")
-    magic = reader.data[start:reader.pos]
+    reader.take(4, "the magic")
+    magic = reader.data[:reader.pos]
     if magic != b"GGUF":
         reader.fail(f"the file starts with {magic}, expected b'GGUF': this is not a GGUF file{INSTEAD.get(magic, '')}")
     version = reader.scalar(U32, "the version")

@@ -94,6 +94,23 @@ def test_a_call_without_arguments(given):
     assert "<｜DSML｜invoke name=\"f\">\n\n</｜DSML｜invoke>" in render(None, called(given), special=V32)
 
 
+@pytest.mark.parametrize("given, items", [
+    ('{"a": 1, "città": "Kö', [("a", 1), ("città", "Kö")]), ('{"a": 12', [("a", 12)]), ("{", []),
+    ('{"a": [1, {"b": "x,}', [("a", [1, {"b": "x,}"}])]),
+    ('{"a": "x", "b": tr', [("a", "x")]), ('{"a": "x\\', [("a", "x")]), ('{"a": "x\\u00e', [("a", "x")]),
+    ('{"a": "x", "b', [("a", "x")])])
+def test_a_call_that_was_cut_off(given, items):
+    template = "{{ messages[1].tool_calls[0].function.arguments }}|{{ messages[1].tool_calls[0].function.arguments.items() | list }}"
+    assert render(template, called(given)) == f"{given}|{items}"
+    assert all(f'name="{name}"' in render(None, called(given), special=V32) for name, _ in items)
+
+
+@pytest.mark.parametrize("given", ['{"a": 1}}', "{'a': 1}", "[1", "a", '{"a": 1 "b', '{"a": ' + 300 * "["])
+def test_arguments_that_are_no_json(given):
+    with pytest.raises(PydsaError, match="expected a dict, or JSON of one"):
+        render(None, called(given), special=V32)
+
+
 def test_texts_in_arguments_stay_text():
     tokenizer = small(GLM, [])
     for template in "{{ messages[1].tool_calls[0].function.arguments }}", "{{ messages[1].tool_calls[0].function.arguments.a }}":

@@ -91,8 +91,8 @@ def quantize(path_in, path_out, type, *, imatrix=None, tensor_types=(), keep_ind
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise PydsaError(f"threads is {threads!r}, expected a number from 1 on, or None for all cores.")
     choice = Choice(checked_patterns(tensor_types), keep_indexer, leave_output_tensor,
-                    output_tensor_type and tensor_type(output_tensor_type, "--output-tensor-type"),
-                    token_embedding_type and tensor_type(token_embedding_type, "--token-embedding-type"), pure)
+                    None if output_tensor_type is None else tensor_type(output_tensor_type, "--output-tensor-type"),
+                    None if token_embedding_type is None else tensor_type(token_embedding_type, "--token-embedding-type"), pure)
     kind = file_type(type)
     if kind == COPY:
         _check_copy(choice, imatrix)

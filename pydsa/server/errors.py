@@ -57,8 +57,8 @@ def as_api_error(error):
     if isinstance(error, StageError):       # its text has addresses of nodes
         return ApiError(500, "A part of the model has failed, on this machine or another one; the server's log has it.")
     if isinstance(error, LostFileError):
-        return ApiError(500, "The model's file cannot be read any more: it was cut off or overwritten, or its drive fails; start the server "
-                             "again.")
+        return ApiError(500, "The model's file cannot be read any more: it was cut off or overwritten, or its drive fails; start the "
+                             "server again.")
     if isinstance(error, (DamagedWeightsError, OutOfMemoryError, InternalError)):
         return ApiError(500, text)
     return ApiError(400, text)

@@ -48,6 +48,8 @@ class Service:
         self.fingerprint = f"pydsa-{model.setup.fingerprint[:12]}"
         engine = Engine(model, settings.n_parallel, settings.n_queue, settings.cache_bytes, settings.slot_folder)
         self.model, self.engine = model, engine
+        if self._closing:       # meanwhile: close() may have found no engine
+            engine.close()
 
     def close(self, timeout=0.0):
         """Take no more requests, and end those that run after `timeout` seconds."""
