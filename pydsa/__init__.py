@@ -9,7 +9,7 @@ import importlib
 import os
 
 from pydsa.errors import (CheckpointError, ContextFullError, DamagedWeightsError, GGUFError, ImatrixError, LogitsFileError,  # noqa: F401
-                          OutOfMemoryError, PydsaError, RecordingFileError, SessionFileError, StageError, TargetError,
+                          LostFileError, OutOfMemoryError, PydsaError, RecordingFileError, SessionFileError, StageError, TargetError,
                           UnsupportedModelError)
 
 __version__ = "0.1.0"
@@ -19,8 +19,8 @@ _MODULES = {"load": "loading", "Model": "model", "Session": "session", "Sampling
             "perplexity": "quality", "convert": "conversion", "quantize": "quantization"}
 __all__ = ["DEMO", "load", "load_tokenizer", "Model", "Session", "Sampling", "Engine", "Request", "Recording", "Look", "perplexity",
            "convert", "quantize", "PydsaError", "GGUFError", "UnsupportedModelError", "ContextFullError", "DamagedWeightsError",
-           "OutOfMemoryError", "RecordingFileError", "SessionFileError", "LogitsFileError", "ImatrixError", "CheckpointError",
-           "StageError", "TargetError"]
+           "LostFileError", "OutOfMemoryError", "RecordingFileError", "SessionFileError", "LogitsFileError", "ImatrixError",
+           "CheckpointError", "StageError", "TargetError"]
 
 
 def __getattr__(name):

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from pydsa.errors import PydsaError
+from pydsa.errors import NOT_FINITE, DamagedWeightsError, PydsaError
 from pydsa.executor.costs import StepSize, node_cost, step_cost, total
 from pydsa.executor.hooks import Hook
 from pydsa.gguf.file import Tensor
@@ -253,17 +253,25 @@ def reach_depth(session, ids, n_depth):
 def time_test(session, ids, n_prompt, n_gen, sampled=False):
     """Seconds for a prompt of n_prompt tokens, then n_gen single tokens.
 
-    sampled: whether the device samples single tokens, as it does for generate(): it then takes its own, and hands out no logits.
+    sampled: whether the device samples single tokens, as it does for generate(): it then takes its own, and hands out no logits. Raises
+    DamagedWeightsError if the last logits are not finite.
     """
-    start = time.perf_counter()
+    start, logits = time.perf_counter(), 0.0
     if n_prompt:
-        session.prefill(ids[:n_prompt])
+        logits = session.prefill(ids[:n_prompt])
     if sampled:
         _generate(session, ids[n_prompt:], n_gen)
     else:
         for token in ids[n_prompt:n_prompt + n_gen]:
-            session.decode(token)
-    return time.perf_counter() - start
+            logits = session.decode(token)
+    seconds = time.perf_counter() - start
+    _check_finite(logits)
+    return seconds
+
+
+def _check_finite(logits):
+    if not np.isfinite(logits).all():
+        raise DamagedWeightsError(NOT_FINITE)
 
 
 def _generate(session, ids, n):
@@ -309,7 +317,7 @@ def _op_costs(model, session, ids):
     step = StepSize(len(ids), session.n_past, model.setup.cache_row_bytes, ran.experts)
     session.hooks = *before, ran
     try:
-        session.prefill(ids)
+        _check_finite(session.prefill(ids))
     finally:
         session.hooks = before
     costs, quantized, devices = {}, set(), _devices_of_nodes(model, len(ids))

@@ -16,6 +16,10 @@ class GGUFError(PydsaError):
     """The file is not a valid GGUF: damaged, inconsistent or incomplete."""
 
 
+class LostFileError(PydsaError):
+    """A file that a model reads in place cannot be read any more."""
+
+
 class UnsupportedModelError(PydsaError):
     """The file is valid, but pydsa does not support the model.
 

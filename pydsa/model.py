@@ -5,7 +5,7 @@ A Model holds the weights, the tokenizer and the bound backend; what it needs sa
 import collections
 import warnings
 
-from pydsa.backends.devices import backend_of, device_of
+from pydsa.backends.devices import backend_of, device_of, watch_maps
 from pydsa.cards import shown
 from pydsa.chat import chat_prompt, thinking_note
 from pydsa.diagnosis import refuse_hidden
@@ -45,6 +45,7 @@ class Model:
         one, several = counts(MOST_THREADS, threads=threads, threads_batch=threads_batch)
         with interrupts_held():
             backends = {name: backend_of(name, setup.precision) for name in setup.placement.devices}
+            watch_maps()
         self.backend = next(iter(backends.values()))
         self.setup.schedule.costs = self.backend.form_costs(setup.kv_type)
         if any(device_of(name).places for name in backends):
@@ -58,7 +59,8 @@ class Model:
         with memory_placed():       # a page of the file that is looked at brings its neighbours; pinned memory is there at once
             warn_of_gaps(setup.file)
             warn_of_nodes(_mapped(setup))
-            self.runner = Runner(backends, setup.layouts, self.threads, self.threads_batch, setup.reproducible, setup.streaming)
+            self.runner = Runner(backends, setup.layouts, self.threads, self.threads_batch, setup.reproducible, setup.streaming,
+                                 setup.file.maps)
         early = [on for on in self.runner.on.items() if on[1].backend.WEIGHTS_FIRST]
         late = [on for on in self.runner.on.items() if not on[1].backend.WEIGHTS_FIRST]
         self._read_weights(early, progress)

@@ -276,7 +276,7 @@ class Sampler:
         n = len(history) if sampling.repeat_last_n < 0 else min(sampling.repeat_last_n, len(history))
         if n == 0 or not sampling.penalizes:
             return logits
-        repeat, frequency, presence = sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty
+        repeat, frequency, presence = map(float, (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty))
         seen, counts = np.unique(np.asarray(history[-n:], dtype=np.int64), return_counts=True)
         if seen[0] < 0 or seen[-1] >= len(logits):
             raise PydsaError(f"the history has ids from {seen[0]} to {seen[-1]}, expected 0 to {len(logits) - 1}")

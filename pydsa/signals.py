@@ -3,6 +3,7 @@
 Ctrl-C ends a command with 130, SIGTERM with 143 and a hangup with 129, each by an exception, so that what was begun is tidied up. Imported
 before everything else: it must be light.
 """
+import _thread
 import contextlib
 import io
 import math
@@ -12,9 +13,11 @@ import sys
 import threading
 import time
 
+ENDING = "SIGINT", "SIGTERM", "SIGHUP"
 STOPPED = 128 + signal.SIGINT
 AT_ONCE = 10        # seconds after Ctrl-C in which an exception is taken for its effect
 AGAIN = 0.05        # seconds after which a signal is sent again whose exception was lost
+PATIENCE = 1.0      # seconds after which it is looked whether SIGTERM has had its effect
 
 
 class Terminated(SystemExit):
@@ -31,7 +34,27 @@ def _interrupt(number, frame):
 
 
 def _terminate(number, frame):
-    raise Terminated(128 + number)
+    error = Terminated(128 + number)
+    _thread.start_new_thread(_insist, (number, error))      # threading's own have locks, which whatever was interrupted may hold
+    raise error
+
+
+def _insist(number, error):
+    """Send a signal again whose exception was swallowed, and not propagated.
+
+    Python itself clears it where it folds constants, and imports that try something drop it. As long as the main thread unwinds, what it
+    tidies up is left in peace.
+    """
+    main = threading.main_thread().ident
+    while True:
+        time.sleep(PATIENCE)
+        active = sys._current_exceptions().get(main)
+        active = active[1] if isinstance(active, tuple) else active         # before Python 3.12
+        while active is not None and active is not error:
+            active = active.__context__
+        if active is None:
+            os.kill(os.getpid(), number)
+            return
 
 
 def _lost(args, theirs):
@@ -40,7 +63,7 @@ def _lost(args, theirs):
     It drops exceptions in callbacks and finalizers.
     """
     if issubclass(args.exc_type, (KeyboardInterrupt, Terminated)):
-        number = signal.SIGINT if args.exc_type is KeyboardInterrupt else signal.SIGTERM
+        number = signal.SIGINT if args.exc_type is KeyboardInterrupt else getattr(args.exc_value, "code", 128 + signal.SIGTERM) - 128
         with contextlib.suppress(RuntimeError):     # the interpreter is about to end
             again = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
             again.daemon = True
@@ -58,7 +81,7 @@ def watch():
         signal.signal(signal.SIGINT, _interrupt)
     theirs = sys.unraisablehook
     sys.unraisablehook = lambda args: _lost(args, theirs)
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in ENDING[1:]:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _terminate)
@@ -66,7 +89,7 @@ def watch():
 
 def ignore():
     """From here on the process only ends."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    for name in ENDING:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
@@ -76,11 +99,11 @@ def interrupts_held():
     """Ctrl-C takes effect when what this yields is called, or at the end.
 
     Inside a callback of LLVM Python drops the exception, or leaves what LLVM and numba keep half changed; modules written in C that are
-    being imported lose it. The same holds for SIGTERM where it has a handler.
+    being imported lose it. The same holds for SIGTERM and SIGHUP where they have a handler.
     """
     theirs = {}
     if threading.current_thread() is threading.main_thread():
-        theirs = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        theirs = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in ENDING if hasattr(signal, name)}
     theirs, held = {number: handler for number, handler in theirs.items() if callable(handler)}, []
 
     def check():

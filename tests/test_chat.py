@@ -261,6 +261,7 @@ def test_noncharacters_are_kept():
     ([{**ANSWER, "tool_calls": {"function": {"name": "f"}}}], "message 0 has the tool_calls"),
     ([{**ANSWER, "tool_calls": [{"function": {"name": 1}}]}], "message 0 has the tool_calls"),
     ([{**ANSWER, "tool_calls": [{"function": {"name": "f", "arguments": "{]"}}]}], "of the tool call 'f' are '{]'"),
+    ([{**ANSWER, "tool_calls": [{"function": {"name": "f", "arguments": "}"}}]}], "of the tool call 'f' are '}'"),
     ([{**ANSWER, "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}], "expected a dict, or JSON of one"),
     ([{**ANSWER, "tool_calls": [{"function": {"name": "f", "arguments": {1: 2}}}]}], "expected a dict, or JSON of one"),
     ([{"role": "tool", "content": "x"}], "message 0 is tool result 1 after 0 tool calls"),

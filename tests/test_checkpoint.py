@@ -254,6 +254,14 @@ def test_json_with_other_values_never_ends_in_something_else(data, tmp_path_fact
         assert "\n" not in str(error)
 
 
+def test_byte_order_marks(tmp_path):
+    """Programs of Windows begin files with them."""
+    folder = copy("v32", tmp_path / "in")
+    for name in ("config.json", "tokenizer_config.json"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    assert Conversion(folder).memory()["weights"]["F32"] > 0
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"])
 def test_a_link_that_leads_nowhere(name, tmp_path):
     """As an incomplete download to a cache of the hub leaves it."""

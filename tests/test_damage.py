@@ -9,6 +9,7 @@ from rewritten import fused_experts, rewrite
 import pydsa
 from pydsa import DamagedWeightsError, GGUFError, diagnosis, faithful
 from pydsa.backends import cpu, reference
+from pydsa.bench import Bench
 from pydsa.cli.report import compare_nodes
 from pydsa.gguf import check
 from pydsa.gguf.file import open_gguf
@@ -86,6 +87,17 @@ def test_where_it_shows(damaged, monkeypatch):
     model = pydsa.load(damaged("blk.1.attn_kv_a_mqa.weight", "nan"), n_ctx=128, threads=1)
     with pytest.raises(DamagedWeightsError, match="'kv_cmpr_pe-1' in layer 1 has the first value that is not finite"):
         next(model.generate(IDS, max_tokens=2, temperature=0))
+
+
+@pytest.mark.parametrize("name", ["blk.1.attn_kv_a_norm.weight", "output_norm.weight"])
+def test_what_only_measures_says_it_too(damaged, name):
+    """... and no report or figure is made of it; `faithful` looks at values before the step has ended."""
+    path = damaged(name, "nan")
+    model = pydsa.load(path, n_ctx=128, n_ubatch=32, threads=1)
+    for measure in (lambda: list(Bench([8], [2], [0], 1).run(model)), lambda: list(Bench([8], [], [0], 1).ops(model)),
+                    lambda: faithful.check(model, IDS, samples=48)):
+        with pytest.raises(DamagedWeightsError, match="not finite"):
+            measure()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -10,7 +10,9 @@ import warnings
 
 import click
 import pytest
+from click.testing import CliRunner
 
+from pydsa.cli import main
 from pydsa.cli.console import show
 from pydsa.cli.exits import in_a_sentence, warnings_in_a_line
 from pydsa.signals import interrupted
@@ -123,6 +125,19 @@ def test_other_errors_stay_what_they_are():
         open("/no/such/file")
 
 
+@pytest.mark.parametrize("args, message", [
+    (["look", "-o", ""], "the name is empty"), (["run", "--record", ""], "the name is empty"),
+    (["run", "--tools", ""], "the name is empty"),
+    (["quantize", "", "b", "Q8_0"], "the name is empty"), (["run", "-m", ""], "the name is empty"),
+    (["imatrix", "--in-file", ""], "the name is empty"), (["run", "-f", HOSTILE], "No such file"),
+    (["serve", "--timeout", "nan"], "nan is not a number"),
+    (["run", "-ngl", ""], "-ngl is ''")])
+def test_values_that_click_would_take(args, message):
+    """... or show as they are, escape sequences among them."""
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.replace("\n", "").isprintable()
+
+
 # Signals
 
 def hear_signals():
@@ -177,6 +192,15 @@ def test_a_lost_interrupt_comes_again():
     code = "class Slow:\n        def __del__(self): time.sleep(3)\n    Slow()\n    time.sleep(100)"
     began = time.monotonic()
     assert signalled(SLEEP.format(code), signal.SIGINT) == (130, "\n[stopped]\n") and time.monotonic() - began < 60
+
+
+@posix
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_swallowed_signal_comes_again(number, code):
+    """... which Python drops where it folds constants; what is being tidied up is not disturbed."""
+    tidying = "try:\n        print(flush=True)\n        time.sleep(100)\n    except BaseException: pass\n    try: time.sleep(100)\n" \
+              "    finally:\n        time.sleep(2.2)\n        print('tidy', file=__main__.sys.stderr)"
+    assert signalled(SLEEP.replace("    print(flush=True)\n", "").format(tidying), number) == (code, "tidy\n")
 
 
 @posix

@@ -312,6 +312,22 @@ def test_merged_parts(tmp_path, name):
     assert len(file.tensors) == len(file.paths) == 1
 
 
+def test_a_link_to_the_first_part(tmp_path):
+    """The other parts are beside what it leads to, and not beside the link."""
+    first, links = write_parts(tmp_path), tmp_path / "links"
+    links.mkdir()
+    for name, target in (("latest.gguf", first), ("again.gguf", links / "latest.gguf")):
+        (links / name).symlink_to(target)
+        assert open_gguf(links / name).paths[1].parent == tmp_path
+    second = part_name(2, 3)        # as in a cache of downloads, where parts are links to names without meaning
+    first.rename(tmp_path / "blob")
+    (tmp_path / first.name).symlink_to("blob")
+    assert len(open_gguf(tmp_path / first.name).paths) == 3
+    (links / "second.gguf").symlink_to(tmp_path / second)
+    with pytest.raises(GGUFError, match=f"not the first part of a split model, open {tmp_path / first.name} instead"):
+        open_gguf(links / "second.gguf")
+
+
 @pytest.mark.parametrize("number", [0, 2, 3, 99999])
 def test_only_the_first_part_opens(tmp_path, number):
     first = write_parts(tmp_path)

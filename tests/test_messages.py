@@ -104,14 +104,30 @@ def test_a_call_without_arguments(given):
     assert "<｜DSML｜invoke name=\"f\">\n\n</｜DSML｜invoke>" in render(None, called(given), special=V32)
 
 
-def test_a_call_that_was_cut_off_goes_as_far_as_it_came():
+@pytest.mark.parametrize("given, items", [
+    ('{"a": 1, "città": "Kö', [("a", 1), ("città", "Kö")]), ('{"a": 12', [("a", 12)]), ("{", []),
+    ('{"a": [1, {"b": "x,}', [("a", [1, {"b": "x,}"}])]),
+    ('{"a": "x", "b": tr', [("a", "x")]), ('{"a": "x\\', [("a", "x")]), ('{"a": "x\\u00e', [("a", "x")]),
+    ('{"a": "x", "b', [("a", "x")])])
+def test_a_call_that_was_cut_off(given, items):
+    template = "{{ messages[1].tool_calls[0].function.arguments }}|{{ messages[1].tool_calls[0].function.arguments.items() | list }}"
+    assert render(template, called(given)) == f"{given}|{items}"
+    assert all(f'name="{name}"' in render(None, called(given), special=V32) for name, _ in items)
+
+
+@pytest.mark.parametrize("given", ['{"a": 1}}', "{'a': 1}", "[1", "a", '{"a": 1 "b', '{"a": ' + 300 * "["])
+def test_arguments_that_are_no_json(given):
+    with pytest.raises(PydsaError, match="expected a dict, or JSON of one"):
+        render(None, called(given), special=V32)
+
+
+def test_a_call_that_was_cut_off_anywhere():
     """Whoever sends it back as history must be able to go on."""
     whole = json.dumps({"path": 'a\\b "q" {x}, [y]', "n": [1, {"k": "v,w"}], "t": True, "u": "é"}, ensure_ascii=False)
     for n in range(1, len(whole)):
         arguments = checked([called(whole[:n])])[0]["tool_calls"][0]["function"]["arguments"]
-        assert json.loads(str(arguments)) == arguments and arguments.keys() <= {"path", "n", "t", "u"}
+        assert str(arguments) == whole[:n] and arguments.keys() <= {"path", "n", "t", "u"}
     assert arguments == json.loads(whole)
-    assert checked([called('{"a": "x\\')])[0]["tool_calls"][0]["function"]["arguments"] == {"a": "x"}
 
 
 @pytest.mark.parametrize("template, first", [(None, "<result>1</result>\n<result>2</result>"), (PRINTED, "12")])

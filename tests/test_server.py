@@ -149,8 +149,9 @@ def test_answers_by_a_schema(server, field):
             assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in stream(server, path, body)) == text
 
 
-@pytest.mark.parametrize("schema, reason", [({"not": {}}, 'Unimplemented keys: ["not"].'), (False, "schema is false."),
-                                            ({"type": "string", "pattern": "("}, "unclosed group.")])
+@pytest.mark.parametrize("schema, reason", [
+    ({"not": {}}, 'Unimplemented keys: ["not"].'), (False, "schema is false."), ({"type": "string", "pattern": "("}, "unclosed group."),
+    ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "or use anyOf.")])
 def test_the_reason_of_a_refused_schema_is_all_that_is_told(server, schema, reason):
     """Nothing of the grammar that was made of it."""
     message = post(server, CHAT, {"messages": HELLO, "json_schema": schema})[1]["error"]["message"]

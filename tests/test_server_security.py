@@ -9,7 +9,9 @@ from serving import TINY, address, call, post, serving
 from pydsa.errors import OutOfMemoryError, PydsaError, StageError
 from pydsa.server import guard, page
 from pydsa.server.errors import as_api_error
+from pydsa.engine.requests import Cancelled
 from pydsa.server.running import serve
+from pydsa.server.service import Service
 from pydsa.server.settings import Settings, read_keys
 
 CHAT = "/v1/chat/completions"
@@ -71,6 +73,26 @@ def test_saved_slots_belong_to_a_key(server):
         assert status == 400 and "another user" in answer["error"]["message"]
     assert post(server, "/slots/1?action=restore", {"filename": "a.bin"}, **BOB)[0] == 404
     assert post(server, "/slots/1?action=restore", {"filename": "a.bin"}, **ANN)[0] == 200
+
+
+def test_where_saved_slots_lie_is_not_told(server, small_model, load):
+    """... also where the context is too small for one."""
+    post(server, CHAT, BODY | {"id_slot": 1}, **ANN)
+    post(server, "/slots/1?action=save", {"filename": "a.bin"}, **ANN)
+    small = load(small_model(**TINY), n_ctx=16, device="reference", threads=None)
+    with serving(small, keys=("ann-key",), slot_folder=server.service.settings.slot_folder) as other:
+        status, body = post(other, "/slots/0?action=restore", {"filename": "a.bin"}, **ANN)
+    assert status == 400 and body["error"]["code"] == "context_length_exceeded"
+    assert body["error"]["message"].startswith("The saved slot 'a.bin': the session has ")
+
+
+def test_a_server_that_is_stopped_while_it_loads(model):
+    """The engine that comes too late ends too."""
+    service = Service(Settings(port=0))
+    service.close()
+    service.start(model)
+    with pytest.raises(Cancelled, match="closed"):
+        service.engine.erase_slot(0, "")
 
 
 @pytest.mark.parametrize("host, status", [

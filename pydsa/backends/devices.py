@@ -252,6 +252,16 @@ def check_numba():
         raise PydsaError(f"NUMBA_NUM_THREADS is {text}, expected a number from 1 on.")
 
 
+def watch_maps():
+    """Let this process outlive pages that files lose while they are mapped.
+
+    Where Numba compiles nothing, and where the system is not Linux, it ends.
+    """
+    if os.environ.get("NUMBA_DISABLE_JIT", "").strip() in ("", "0"):
+        from pydsa.backends.cpu import lost_pages
+        lost_pages.watch()
+
+
 def device_of(name):
     """The Device of a name such as "cpu", "cuda" or "cuda1"."""
     return DEVICES[name.rstrip("0123456789")]

@@ -6,6 +6,7 @@ from pydsa.cli.shared import (comma_numbers, load_model, model_options, placemen
                               threads_options)
 from pydsa.cli.console import progress_bar
 from pydsa.cli.habits import llama_cpp_options, model_argument
+from pydsa.cli.types import FileName
 
 
 @click.command()
@@ -23,7 +24,7 @@ from pydsa.cli.habits import llama_cpp_options, model_argument
 @click.option("--attention", default="auto", show_default=True, help="One or more of auto, sparse, masked, dense, e.g. sparse,masked.")
 @click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", show_default=True,
               help="Form of the table.")
-@click.option("--plot", type=click.Path(),
+@click.option("--plot", type=FileName(),
               help="Also draw speed against depth, and the share and the ceiling of each op, into this file: .png, .svg or .pdf. "
                    "With --ops: the ops alone. Needs matplotlib.")
 @click.option("--ops", is_flag=True, help="Show instead the time of each op of one step, and the limit of the machine.")

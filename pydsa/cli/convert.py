@@ -2,13 +2,14 @@
 import click
 
 from pydsa.cli.console import progress_bar
+from pydsa.cli.types import FileName
 from pydsa.cli.shared import kept
 from pydsa.terminal import json_text, visible
 
 
 @click.command()
-@click.argument("folder", type=click.Path())
-@click.argument("out", type=click.Path())
+@click.argument("folder", type=FileName())
+@click.argument("out", type=FileName())
 @click.option("--type", "--outtype", "kind", default="Q8_0", show_default=True, metavar="TYPE",
               help="F32, F16, BF16, Q8_0, or a mix of pydsa quantize that needs no imatrix, such as Q4_K_M.")
 @click.option("--split-max-size", metavar="SIZE", help="Write parts of at most so many bytes of tensors, such as 40G (K, M, G, T).")

@@ -85,6 +85,7 @@ class Commands(click.Group):
                 use_utf8()
                 code = super().main(*args, standalone_mode=False, **options)
         except click.ClickException as error:
+            error.message = visible(error.message)      # names of files, such as a shell's * gives them
             error.show()
             code = error.exit_code
         except BaseException as error:

@@ -5,6 +5,7 @@ from pydsa import DEMO
 from pydsa.cli.console import progress_bar
 from pydsa.cli.exits import Failure
 from pydsa.cli.habits import llama_cpp_options, model_argument
+from pydsa.cli.types import FileName
 from pydsa.cli.shared import load_model, model_options, options_with_defaults, placement_options, read_text, threads_options
 from pydsa.terminal import json_text, visible
 
@@ -19,9 +20,9 @@ from pydsa.terminal import json_text, visible
               help="Tokens at which each layer is compared with the definition.")
 @click.option("--reference", "n_reference", type=click.IntRange(0), metavar="TOKENS",
               help="Tokens that the numpy reference runs too, which is slow.  [default: three times top_k, for small models]")
-@click.option("--against", type=click.Path(), metavar="FILE",
+@click.option("--against", type=FileName(), metavar="FILE",
               help="Compare with another implementation's choice of keys, or its logits (.npz, .npy).")
-@click.option("--save", type=click.Path(dir_okay=False), metavar="FILE",
+@click.option("--save", type=FileName(dir_okay=False), metavar="FILE",
               help="Write the choices of keys and experts of this run, a recording (.npz).")
 @click.option("-o", "--output", type=click.Choice(["md", "json"]), default="md", show_default=True, help="Form of the report.")
 @threads_options

@@ -4,6 +4,9 @@ Those that mean something here work; the others end with one sentence that says 
 """
 import click
 
+from pydsa.cli.types import FileName
+
+
 INSTEAD = {
     ("-sm", "--split-mode"): "layers are split over GPUs, by -ts or by what is free on each; leave it out.",
     ("--list-devices",): "`pydsa info MODEL` shows the devices that would be used, with their memory.",
@@ -85,16 +88,16 @@ def model_argument(default=None):
             context.meta["pydsa.model"] = given
 
     def decorate(function):
-        function = click.argument("model", type=click.Path(), required=False, callback=pick,
+        function = click.argument("model", type=FileName(), required=False, callback=pick,
                                   metavar="MODEL" if default is None else "[MODEL]")(function)
-        return click.option("-m", "--model", "named_model", type=click.Path(), hidden=True, expose_value=False, is_eager=True,
+        return click.option("-m", "--model", "named_model", type=FileName(), hidden=True, expose_value=False, is_eager=True,
                             callback=keep)(function)
     return decorate
 
 
 def gpu_layers(context, parameter, given):
     """The value of -ngl: a number, "all", or None for "auto" and -1."""
-    text = (given or "auto").strip().lower()
+    text = ("auto" if given is None else given).strip().lower()
     if text in ("auto", "-1", "all"):
         return "all" if text == "all" else None
     if not (text.isascii() and text.isdigit()):

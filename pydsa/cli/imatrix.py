@@ -8,6 +8,7 @@ from pydsa import DEMO
 from pydsa.cli.console import progress_bar
 from pydsa.cli.exits import Failure
 from pydsa.cli.habits import llama_cpp_options, model_argument
+from pydsa.cli.types import FileName
 from pydsa.cli.shared import load_model, model_options, placement_options, read_text, threads_options
 from pydsa.terminal import visible
 
@@ -21,10 +22,11 @@ def _paths(values):
 @model_argument("")
 @llama_cpp_options
 @click.option("-f", "--file", type=click.File("r", encoding="utf-8"), help="The text to run, in chunks; - is stdin.")
-@click.option("-o", "--output-file", "--output", "output", type=click.Path(), default="imatrix.gguf", show_default=True,
+@click.option("-o", "--output-file", "--output", "output", type=FileName(), default="imatrix.gguf", show_default=True,
               help="The file to write.")
 @click.option("--output-format", "form", type=click.Choice(["gguf", "dat"]), help="dat: llama.cpp's older form.  [default: gguf]")
-@click.option("--in-file", "in_files", multiple=True, metavar="FILES", callback=lambda context, option, given: _paths(given),
+@click.option("--in-file", "in_files", type=FileName(), multiple=True, metavar="FILES",
+              callback=lambda context, option, given: _paths(given),
               help="Imatrix files, with commas between, to add to that of the text; without a text only these are added up.")
 @click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(1), default=512, show_default=True, help="Tokens of a chunk.")
 @click.option("--chunks", type=int, default=-1, show_default=True, help="Chunks to run at most; -1: all.")

@@ -10,6 +10,7 @@ from pydsa import DEMO
 from pydsa.cli.console import progress_bar, show
 from pydsa.cli.exits import Failure
 from pydsa.cli.habits import llama_cpp_options, model_argument, options_of_what_is_so
+from pydsa.cli.types import FileName
 from pydsa.cli.shared import chat_options, check_chat_options, comma_numbers, engine_options, load_model, options_with_defaults
 from pydsa.cli.shared import read_text, sampling_options, take_fields
 from pydsa.errors import PydsaError
@@ -25,8 +26,8 @@ NOTES = Path(DEMO).with_name("notes.txt")
 @click.option("-f", "--file", type=click.File("r", encoding="utf-8"), help="Read the prompt from a file; - is stdin.")
 @click.option("-n", "--predict", "max_tokens", type=int, default=64, show_default=True,
               help="Tokens of the answer at most; -1: no limit; 0: look at the prompt alone.")
-@click.option("-o", "--output", type=click.Path(), default="look.html", show_default=True, help="The page to write.")
-@click.option("--png", "folder", type=click.Path(), help="A folder to draw pictures into.")
+@click.option("-o", "--output", type=FileName(), default="look.html", show_default=True, help="The page to write.")
+@click.option("--png", "folder", type=FileName(), help="A folder to draw pictures into.")
 @click.option("--open", "opened", is_flag=True, help="Show the page in the browser.")
 @click.option("--layers", help="Numbers of the layers to show, with commas between them.  [default: all]")
 @click.option("--mass", is_flag=True, help="Also measure the share of dense attention that the chosen keys hold, which takes longer.")
@@ -34,7 +35,7 @@ NOTES = Path(DEMO).with_name("notes.txt")
                                              "runs the text once more.")
 @click.option("--window", type=click.IntRange(1),
               help="Record so many tokens of the prompt, the last ones.  [default: as many as take a few minutes and 1 GB]")
-@click.option("--recording", type=click.Path(), help="Look at a saved recording of the model, without running it.")
+@click.option("--recording", type=FileName(), help="Look at a saved recording of the model, without running it.")
 @click.option("--answer", "n_answer", type=click.IntRange(1), help="With --recording: how many of its last tokens are the answer.")
 @click.option("--stop", "-r", "--reverse-prompt", "stop", multiple=True, metavar="TEXT",
               help="End the answer where it has this text, without it. Can be repeated.")

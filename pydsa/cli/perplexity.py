@@ -10,6 +10,7 @@ import click
 from pydsa import DEMO
 from pydsa.cli.exits import Failure
 from pydsa.cli.habits import llama_cpp_options, model_argument
+from pydsa.cli.types import FileName
 from pydsa.cli.shared import comma_numbers, load_model, override_option, placement_options, read_text, reproducible_option
 from pydsa.cli.shared import residence_options, threads_options, ubatch_option
 from pydsa.quants import CACHE_ALIASES, CACHE_TYPES
@@ -24,7 +25,7 @@ from pydsa.terminal import visible
 @click.option("--chunks", type=int, default=-1, show_default=True, help="Chunks to run at most; -1: all.")
 @click.option("--ppl-stride", "stride", type=click.IntRange(0), default=0, show_default=True,
               help="Instead of chunks, windows of -c tokens every N; the last N are scored. 0: chunks.")
-@click.option("--kl-divergence-base", "--save-all-logits", "base", metavar="FILE", type=click.Path(),
+@click.option("--kl-divergence-base", "--save-all-logits", "base", metavar="FILE", type=FileName(),
               help="Write the log-probabilities of all tokens, in llama.cpp's form; with --kl-divergence, read them.")
 @click.option("--top-logits", type=click.IntRange(1), metavar="N", help="Write those of the N likeliest tokens only, in pydsa's own form.")
 @click.option("--kl-divergence", is_flag=True, help="Compare every row with the file of --kl-divergence-base.")

@@ -2,6 +2,7 @@
 import click
 
 from pydsa.cli.console import progress_bar
+from pydsa.cli.types import FileName
 from pydsa.cli.shared import kept, override_option
 from pydsa.terminal import visible
 
@@ -23,10 +24,10 @@ def _size(context, parameter, text):
 
 
 @click.command()
-@click.argument("model", type=click.Path(), metavar="IN.gguf")
-@click.argument("output", type=click.Path(), metavar="OUT.gguf")
+@click.argument("model", type=FileName(), metavar="IN.gguf")
+@click.argument("output", type=FileName(), metavar="OUT.gguf")
 @click.argument("kind", metavar="TYPE")
-@click.option("--imatrix", type=click.Path(), help="An imatrix, GGUF or .dat: which inputs matter (pydsa imatrix).")
+@click.option("--imatrix", type=FileName(), help="An imatrix, GGUF or .dat: which inputs matter (pydsa imatrix).")
 @click.option("--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", callback=_pairs,
               help="The type of tensors whose names the pattern is found in. Repeat it; the first that fits counts.")
 @click.option("--keep-indexer/--no-keep-indexer", default=True, show_default=True,

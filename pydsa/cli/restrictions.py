@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 import click
 
+from pydsa.cli.types import FileName
+
+
 MAX_FILE = 1 << 20      # bytes
 
 
@@ -28,10 +31,10 @@ def restriction_options(function):
     for option in reversed((
             click.option("-j", "--json-schema", "json_schema", metavar="SCHEMA",
                          help="Answer in JSON by a schema: the schema's text, which begins with {, or a file with it."),
-            click.option("-jf", "--json-schema-file", metavar="FILE", help="Answer in JSON by the schema in a file."),
+            click.option("-jf", "--json-schema-file", type=FileName(), metavar="FILE", help="Answer in JSON by the schema in a file."),
             click.option("--grammar", metavar="TEXT", help="Answer by a grammar in GBNF."),
-            click.option("--grammar-file", metavar="FILE", help="Answer by the grammar in a file."),
-            click.option("--tools", metavar="FILE",
+            click.option("--grammar-file", type=FileName(), metavar="FILE", help="Answer by the grammar in a file."),
+            click.option("--tools", type=FileName(), metavar="FILE",
                          help="Offer the functions in a file, a JSON list as in OpenAI's API. A call goes to stdout as a line of JSON; "
                               "in a chat its result can be typed."))):
         function = option(function)

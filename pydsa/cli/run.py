@@ -10,6 +10,7 @@ from pydsa.cli.shared import (chat_options, check_chat_options, engine_options, 
 from pydsa.cli.console import Writer, chat_loop
 from pydsa.cli.exits import Failure
 from pydsa.cli.habits import llama_cpp_options, model_argument, options_of_what_is_so
+from pydsa.cli.types import FileName
 from pydsa.cli.restrictions import read_restrictions, restriction_options
 from pydsa.terminal import visible
 
@@ -46,7 +47,7 @@ def recorded(model, session, path):
 @click.option("-cnv/-no-cnv", "--conversation/--no-conversation", "conversation", default=None, hidden=True)
 @options_of_what_is_so
 @chat_options
-@click.option("--record", metavar="FILE", help="Write the keys that each token chose, and its experts, to a file (.npz).")
+@click.option("--record", type=FileName(), metavar="FILE", help="Write the keys that each token chose, and its experts, to a file (.npz).")
 def run(model, prompt, file, max_tokens, stop, conversation, raw, special, system, think, record, threads, threads_batch,
         **settings):
     """Generate text, or chat.

@@ -6,7 +6,9 @@ import click
 from pydsa import DEMO
 from pydsa.cli.exits import Failure
 from pydsa.cli.habits import llama_cpp_options, model_argument, options_of_what_is_so
-from pydsa.cli.shared import engine_options, load_model, options_with_defaults, sampling_options, stage_options, take_fields
+from pydsa.cli.types import FileName, Number
+from pydsa.cli.shared import engine_options, load_model, options_with_defaults, read_text, sampling_options, stage_options
+from pydsa.cli.shared import take_fields
 
 
 @click.command()
@@ -15,7 +17,7 @@ from pydsa.cli.shared import engine_options, load_model, options_with_defaults, 
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen at; 0: a free one.")
 @click.option("--api-key", multiple=True, envvar="PYDSA_API_KEY", metavar="KEY",
               help="A key that requests must have. Can be repeated, or set in PYDSA_API_KEY.")
-@click.option("--api-key-file", type=click.Path(), help="A file with more keys, one a line.")
+@click.option("--api-key-file", type=FileName(), help="A file with more keys, one a line.")
 @click.option("--cors-origin", "cors_origins", multiple=True, metavar="ORIGIN",
               help="An origin, like https://example.org, whose pages may use the server; *: all. Can be repeated.")
 @click.option("--allowed-host", "allowed_hosts", multiple=True, metavar="NAME",
@@ -27,9 +29,9 @@ from pydsa.cli.shared import engine_options, load_model, options_with_defaults, 
               help="Requests that may wait beside them; more are refused with 429.")
 @click.option("--cache-ram", type=click.IntRange(0), default=8192, show_default=True, metavar="MIB",
               help="Memory for conversations that may go on, in MiB; 0: only those in slots.")
-@click.option("--slot-save-path", "slot_folder", type=click.Path(file_okay=False), metavar="DIR",
+@click.option("--slot-save-path", "slot_folder", type=FileName(file_okay=False), metavar="DIR",
               help="A folder for saved slots, and for conversations beyond --cache-ram.")
-@click.option("--timeout", "-to", type=click.FloatRange(0.1, 86400), default=60, show_default=True,
+@click.option("--timeout", "-to", type=Number(0.1, 86400), default=60, show_default=True,
               help="Seconds for a client to send a request, and to read; and for answers that run when the server is stopped.")
 @click.option("-n", "--predict", "max_tokens", type=int, default=-1, show_default=True,
               help="Tokens to generate at most, for requests that do not say; -1: no limit.")
@@ -57,5 +59,5 @@ def serve(model, api_key, api_key_file, cache_ram, max_tokens, chat_template_fil
     settings["sampling"] = Sampling(**take_fields(Sampling, settings))
     ours = Settings(**take_fields(Settings, settings),
                     keys=read_keys(api_key, api_key_file), cache_bytes=cache_ram << 20, max_tokens=None if max_tokens < 0 else max_tokens,
-                    template=chat_template_file and chat_template_file.read(), json_log=output == "json")
+                    template=chat_template_file and read_text(chat_template_file, "chat template", ""), json_log=output == "json")
     running.serve(ours, functools.partial(load_model, model, threads, threads_batch, n_sessions=ours.n_parallel, **settings))

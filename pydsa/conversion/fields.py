@@ -37,7 +37,7 @@ def read_bytes(path, what, most=MAX_JSON):
 def decode(data, path):
     """Bytes -> text; raises CheckpointError if they are not UTF-8."""
     try:
-        return data.decode()
+        return data.decode().removeprefix("\ufeff")        # which programs of Windows put first
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: byte {error.start} is not text, expected UTF-8.") from None
 

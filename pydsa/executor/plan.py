@@ -18,7 +18,7 @@ from pydsa.executor.segments import Chain, Part, Segment, crossings, in_turn, se
 from pydsa.executor.streaming import NEVER, deliveries, role
 from pydsa.executor.turns import one_step
 from pydsa.gguf.file import Tensor
-from pydsa.machine import limits
+from pydsa.machine import limits, maps
 from pydsa.options import size
 from pydsa.saved.parts import Keeper, opened, write_whole
 
@@ -113,17 +113,16 @@ class Runner:
     """Runs the graphs of one model on the backends of its devices.
 
     Sessions, batches and the engine use it, or in its place a stages.pipeline.Pipeline, which has the same methods. depth: the steps that
-    may be under way at once. samples: whether steps of a Batch sample too. observes: whether hooks can look into steps. error:
-    the StageError that has ended it; None: none.
+    may be under way at once. samples: whether steps of a Batch sample too. observes: whether hooks can look into steps.
 
     backends: {name of a device: backend}. reproducible: a token's products with the weights are the same in steps of any shape. streaming:
-    the streaming.Streaming of steps of many tokens.
+    the streaming.Streaming of steps of many tokens. files: the maps.Map of each file of which weights are read in place.
     """
-    depth, samples, observes, error = 1, False, True, None
+    depth, samples, observes = 1, False, True
 
-    def __init__(self, backends, layouts, threads, threads_batch, reproducible=False, streaming=NEVER):
+    def __init__(self, backends, layouts, threads, threads_batch, reproducible=False, streaming=NEVER, files=()):
         self.threads, self.threads_batch = threads, threads_batch
-        self.layouts, self.streaming = layouts, streaming       # variant -> Layout
+        self.layouts, self.streaming, self.files = layouts, streaming, files        # layouts: variant -> Layout
         every = [*layouts.values(), *streaming.layouts.values()]
         pinned = next((backend.host_empty for backend in backends.values() if hasattr(backend, "host_empty")), None)
         self.on = {}            # name of a device -> OnDevice
@@ -132,6 +131,14 @@ class Runner:
             n_bytes = max(layout.ends.get(name, 0) for layout in every)
             self.on[name] = OnDevice(backend, n_bytes, reproducible, empty, streaming.slots.get(name, {}))
         self.steps = 0          # the number of steps started
+
+    @property
+    def error(self):
+        """What keeps all steps from running: a LostFileError, or None.
+
+        A Pipeline's is the StageError that has ended it.
+        """
+        return maps.error_of(self.files)
 
     @property
     def backends(self):
@@ -372,7 +379,7 @@ class Bound:
         ids: those of the tokens; in a stage after the first their hidden rows, [n_tokens, n_embd]. n_past: an integer; for a step of
         several sessions the positions of all tokens. The logits of the last tokens are written to
         `logits`, [n_outputs, n_vocab]. hooks: a tuple of hooks.Hook. Raises DamagedWeightsError if a choice of keys or experts met a value
-        that is not finite.
+        that is not finite, and LostFileError.
         """
         with one_step():
             self._nan_met()       # of ops that ran by themselves
@@ -380,6 +387,8 @@ class Bound:
             self.start(hooks, _positions(ids, n_past) if hooks else None)
             if self.output is not None:
                 logits[:] = self.output_backend.fetch(self.output)
+            if error := self.runner.error:
+                raise error
             if self._nan_met():
                 raise DamagedWeightsError("the scores of keys or experts are not finite: the weights are damaged, or a computation "
                                           "overflowed")

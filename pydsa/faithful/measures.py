@@ -6,6 +6,7 @@ where dense attention of the same queries would look.
 import numpy as np
 
 from pydsa.backends.reference import weight
+from pydsa.errors import DamagedWeightsError
 from pydsa.executor.hooks import Hook
 from pydsa.faithful.choices import TOGETHER, Tally, masks, simple_faults, ties
 from pydsa.faithful.definition import Attention, Indexer, best, choosers, faults, latents, rule_of
@@ -152,10 +153,13 @@ class Probe(Hook):
     def _score(self, layer, positions, scored):
         """The scores of rounded keys, and what should be chosen.
 
-        Returns arrays [n, n_keys]. It also counts ties, and the keys that rounding loses.
+        Returns arrays [n, n_keys]. It also counts ties, and the keys that rounding loses. Raises DamagedWeightsError for NaN, of which
+        there is no order.
         """
         c, n_keys = self._config, int(positions[-1]) + 1
         (exact_scores, exact), (scores, right) = scored("f32"), scored(self._model.index_type)
+        if np.isnan(scores).any():
+            raise DamagedWeightsError("the scores of keys are not finite: the weights are damaged, or a computation overflowed")
         many = positions >= c.top_k
         rows = np.where(right, np.arange(n_keys), n_keys)
         choice = np.sort(rows, axis=1)[:, :c.top_k]

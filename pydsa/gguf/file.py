@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from pydsa.errors import GGUFError
+from pydsa.machine.maps import Map, check
 
 REQUIRED: Any = object()         # default value that marks a key as required
 MAX_HEADER = 1 << 27             # bytes, twenty times the largest of the supported models; a hostile header must not fill the memory
@@ -140,6 +141,7 @@ class GGUFFile(NamedTuple):
     version: int
     part_names: list[list[str]]     # the names of the tensors of each part, in file order
     absent: frozenset = frozenset()     # paths of the parts that are on other machines (parts.py)
+    maps: tuple = ()                # machine.maps.Map of each part that is here
 
 
 def open_gguf(path: str | os.PathLike, absent: dict[int, GGUFFile] | None = None) -> GGUFFile:
@@ -158,7 +160,11 @@ def open_parts(path: str | os.PathLike, absent=()) -> dict[int, GGUFFile]:
 
     absent: numbers of parts that may be missing, and are left out then. Raises GGUFError as open_gguf() does.
     """
+    if not os.fspath(path):     # to Path it is the current folder
+        raise GGUFError("The name of the model's file is empty, expected that of a GGUF file.")
     path = Path(path)
+    if os.path.islink(path) and not SPLIT_NAME.fullmatch(path.name) and SPLIT_NAME.fullmatch(os.path.basename(os.path.realpath(path))):
+        path = path.resolve()       # a part: the others are beside it, and not beside the link
     name = SPLIT_NAME.fullmatch(path.name)
     if name and int(name[2]) != 1:
         first_path = path.with_name(f"{name[1]}-00001-of-{name[3]}.gguf")
@@ -192,19 +198,17 @@ def _join(parts: list[GGUFFile]) -> GGUFFile:
         if repeated:
             raise GGUFError(f"{part.paths[0]}: tensor {quote(min(repeated))} is in an earlier part too, expected in one")
         tensors.update(part.tensors)
-    paths = [part.paths[0] for part in parts]
-    return GGUFFile(first.metadata, tensors, paths, sum(part.n_bytes for part in parts), first.version,
-                    [list(part.tensors) for part in parts], frozenset().union(*(part.absent for part in parts)))
+    return GGUFFile(first.metadata, tensors, [part.paths[0] for part in parts], sum(part.n_bytes for part in parts), first.version,
+                    [list(part.tensors) for part in parts], frozenset().union(*(part.absent for part in parts)),
+                    tuple(one for part in parts for one in part.maps))
 
 
 def _check_split(parts: list[GGUFFile]) -> None:
     """Check the split.* keys of all parts; a file without them is complete."""
     keys = ("split.no", "split.count", "split.tensors.count")
-    first = parts[0].metadata
-    if not any(key in first for key in keys):
+    if not any(key in (first := parts[0].metadata) for key in keys):
         return
-    n_tensors = first.integer("split.tensors.count")
-    merged = first.integer("split.count") == 0
+    n_tensors, merged = first.integer("split.tensors.count"), first.integer("split.count") == 0
     for i, part in enumerate(parts):
         for key, expected in zip(keys, (i, 0 if merged else len(parts), n_tensors)):
             value = part.metadata.integer(key)
@@ -220,8 +224,9 @@ def _check_split(parts: list[GGUFFile]) -> None:
 def open_part(path: Path, role: str) -> GGUFFile:
     """Map and read one file; `role` is what error messages call it."""
     reader = Reader(path, map_file(path, role))
-    start = reader.take(4, "the magic")
-    magic = reader.data[start:reader.pos]
+    maps = (Map(reader.data, path),)
+    reader.take(4, "the magic")
+    magic = reader.data[:reader.pos]
     if magic != b"GGUF":
         reader.fail(f"the file starts with {magic}, expected b'GGUF': this is not a GGUF file{INSTEAD.get(magic, '')}")
     version = reader.scalar(U32, "the version")
@@ -233,7 +238,8 @@ def open_part(path: Path, role: str) -> GGUFFile:
     n_kv = reader.count("the number of key-value pairs", 14)    # key, type, one byte
     metadata = _read_metadata(reader, n_kv)
     tensors = _map_tensors(reader, n_tensors, _alignment(metadata))
-    return GGUFFile(metadata, tensors, [path], len(reader.data), version, [list(tensors)])
+    check(maps)
+    return GGUFFile(metadata, tensors, [path], len(reader.data), version, [list(tensors)], maps=maps)
 
 
 def map_file(path: Path, role: str) -> mmap.mmap:

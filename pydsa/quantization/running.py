@@ -6,12 +6,13 @@ import struct
 from collections import Counter
 from dataclasses import dataclass, field
 
-from pydsa.backends.devices import check_numba
+from pydsa.backends.devices import check_numba, watch_maps
 from pydsa.errors import PydsaError, TargetError
 from pydsa.gguf.file import I64, SCALARS, open_gguf, quote
 from pydsa.gguf.layout import Layout, Packed, TensorInfo, pack, packed_metadata
 from pydsa.gguf.override import ARCHITECTURE, override
 from pydsa.gguf.writer import GGUFWriter
+from pydsa.machine import maps
 from pydsa.quantization.choice import BITS, COPY, Choice, checked_patterns, choose, file_type, tensor_type, wants_importance
 from pydsa.quantization.mixes import MIXES
 from pydsa.quants import TYPES
@@ -90,8 +91,8 @@ def quantize(path_in, path_out, type, *, imatrix=None, tensor_types=(), keep_ind
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise PydsaError(f"threads is {threads!r}, expected a number from 1 on, or None for all cores.")
     choice = Choice(checked_patterns(tensor_types), keep_indexer, leave_output_tensor,
-                    output_tensor_type and tensor_type(output_tensor_type, "--output-tensor-type"),
-                    token_embedding_type and tensor_type(token_embedding_type, "--token-embedding-type"), pure)
+                    None if output_tensor_type is None else tensor_type(output_tensor_type, "--output-tensor-type"),
+                    None if token_embedding_type is None else tensor_type(token_embedding_type, "--token-embedding-type"), pure)
     kind = file_type(type)
     if kind == COPY:
         _check_copy(choice, imatrix)
@@ -187,11 +188,12 @@ class _Job:
     def write(self, writer, threads, compiling):
         """Write the tensors that are missing, and note their errors."""
         self.report.resumed, self.report.restarted = writer.resumed, writer.restarted
+        watch_maps()
         missing, rows = {info.name for info in writer.remaining}, {row.tensor: row for row in self.report.rows}
         pairs = {(row.source, row.type) for row in self.report.rows if row.source != row.type and row.tensor in missing}
         if not pairs:
             for info in list(writer.remaining):
-                writer.write(info, self._copied(info.name))
+                writer.write(info, self._intact(self._copied(info.name)))
             return
         check_numba()
         from pydsa.quantization import rows as threading
@@ -201,17 +203,22 @@ class _Job:
             for info in list(writer.remaining):
                 row = rows[info.name]
                 if row.source == row.type:
-                    writer.write(info, self._copied(info.name))
+                    writer.write(info, self._intact(self._copied(info.name)))
                     continue
                 tensor = Requantized(self.file.tensors[info.name], row.type, (self._importance or {}).get(info.name))
-                writer.write(info, tensor.pieces())
+                writer.write(info, self._intact(tensor.pieces()))
                 row.nmse, row.weighted = tensor.errors
+
+    def _intact(self, pieces):
+        """The same pieces; then LostFileError if the file could not be read."""
+        yield from pieces
+        maps.check(self.file.maps)
 
     def _copied(self, name):
         """Yield the bytes of a tensor in pieces."""
         data = self.file.tensors[name].data.reshape(-1)
         for start in range(0, data.size, PIECE):
-            yield data[start:start + PIECE]
+            yield data[start:start + PIECE].copy()      # whoever writes it must not meet what the file has lost
 
 
 def _row(tensor, kind):

@@ -176,7 +176,7 @@ def opened(path, identity, caches, keepers, n_vocab, n_ctx):
     overwrites their rows, and tells of a head where each cache's are: {ref: (keeper, path of the head, entry of the part)}, else None.
     Everything is checked before. Raises the errors of session_file.checked().
     """
-    magic = _magic(path)
+    magic = _magic(os.fspath(path))     # open() would take, and close, the number of an open file
     if magic.startswith(PART):
         raise SessionFileError(f"{path}: this is the part of a saved session that one stage wrote, expected the session's own file, whose "
                                "name is that before '.layers-'.")

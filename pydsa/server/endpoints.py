@@ -6,7 +6,7 @@ import re
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
-from pydsa.errors import SessionFileError
+from pydsa.errors import ContextFullError, SessionFileError
 from pydsa.saved.parts import is_part_name, saved_bytes
 from pydsa.server.bodies import Fields, Listed, expected, read_fields
 from pydsa.server.errors import ApiError, as_api_error
@@ -128,9 +128,9 @@ async def slot(service, request):
     move = service.engine.save_slot if action == "save" else service.engine.restore_slot
     try:
         n = await asyncio.to_thread(move, number, path, owner)
-    except SessionFileError as error:       # where the files lie is no client's business
-        told = as_api_error(SessionFileError(str(error).replace(path, f"The saved slot {name!r}"))).message
-        raise ApiError(500 if action == "save" else 400, told, "filename") from error
+    except (SessionFileError, ContextFullError) as error:       # where the files lie is no client's business
+        told = as_api_error(type(error)(str(error).replace(path, f"The saved slot {name!r}")))
+        raise ApiError(500 if action == "save" else 400, told.message, "filename", told.code) from error
     counts = {"n_saved": n, "n_written": saved_bytes(path)} if action == "save" else {"n_restored": n, "n_read": saved_bytes(path)}
     return JSONResponse({"id_slot": number, "filename": name} | counts)
 

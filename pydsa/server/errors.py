@@ -5,7 +5,7 @@ import traceback
 from starlette.responses import JSONResponse
 
 from pydsa.engine.requests import Cancelled, InternalError, QueueFullError
-from pydsa.errors import ContextFullError, DamagedWeightsError, OutOfMemoryError, PydsaError, StageError, sentence
+from pydsa.errors import ContextFullError, DamagedWeightsError, LostFileError, OutOfMemoryError, PydsaError, StageError, sentence
 
 # OpenAI's and Anthropic's types by status.
 OPENAI = {401: "invalid_request_error", 403: "permission_error", 429: "rate_limit_error", 500: "server_error", 503: "unavailable_error"}
@@ -55,6 +55,9 @@ def as_api_error(error):
         return ApiError(503, "The answer was ended: the server stops, or the client did not read it.")
     if isinstance(error, StageError):       # its text has addresses of nodes
         return ApiError(500, "A part of the model has failed, on this machine or another one; the server's log has it.")
+    if isinstance(error, LostFileError):
+        return ApiError(500, "The model's file cannot be read any more: it was cut off or overwritten, or its drive fails; start the "
+                             "server again.")
     if isinstance(error, (DamagedWeightsError, OutOfMemoryError, InternalError)):
         return ApiError(500, text)
     return ApiError(400, text)

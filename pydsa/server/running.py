@@ -44,12 +44,8 @@ class Server(uvicorn.Server):
                                 timeout_graceful_shutdown=int(settings.timeout) + AFTER)
         super().__init__(config)
         self.sockets = open_sockets(settings.host, settings.port)
-
-    @property
-    def url(self):
-        """The address at which it listens."""
         host, port = self.sockets[0].getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"      # where it listens; sockets that are closed do not tell
 
     def load(self, load, done=lambda: None):
         """Load the model, load(), and begin to answer; an error ends the server.

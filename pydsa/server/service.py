@@ -48,6 +48,8 @@ class Service:
         self.fingerprint = f"pydsa-{model.setup.fingerprint[:12]}"
         engine = Engine(model, settings.n_parallel, settings.n_queue, settings.cache_bytes, settings.slot_folder)
         self.model, self.engine = model, engine
+        if self._closing:       # meanwhile: close() may have found no engine
+            engine.close()
 
     def close(self, timeout=0.0):
         """Take no more requests, and end those that run after `timeout` seconds."""
@@ -66,14 +68,14 @@ class Service:
     def ready(self):
         """Raise ApiError if no request can be answered.
 
-        The model is being loaded, one of its stages has failed for good, or the server stops.
+        The model is being loaded, one of its stages has failed for good, its file cannot be read any more, or the server stops.
         """
         if self._closing:
             raise ApiError(503, "The server stops, and takes no more requests.")
         if self.engine is None:
             raise ApiError(503, "The model is being loaded; try again soon.", code="loading")
-        if self.model.runner.error is not None:
-            raise as_api_error(self.model.runner.error)
+        if (error := self.model.runner.error) is not None:
+            raise as_api_error(error)
 
     async def chat_prompt(self, messages, thinking=None, tools=None, template_kwargs=None):
         """The chat.Prompt of a conversation, made on another thread.

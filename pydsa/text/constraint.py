@@ -112,6 +112,8 @@ def _reason(matcher):
     if reason.startswith("NoExtension"):
         return "nothing can fulfil it"
     reason = _PLACE.sub("", _SOURCE.split(reason)[0])
+    if "coerce_one_of" in reason:
+        return "no value may fit two alternatives of a oneOf, as where each has a constant; or use anyOf"
     return " ".join(reason.split())[:300] or "its reason is not known"
 
 

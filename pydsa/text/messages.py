@@ -5,6 +5,7 @@
 Clients write the same message in several ways: a content as text or as parts, arguments of calls as JSON text or as a dict, keys that are
 left out or None. What leaves this module has one form.
 """
+import contextlib
 import json
 import re
 
@@ -13,11 +14,14 @@ from pydsa.errors import PydsaError
 # Types of parts -> the names of their texts. An answer of OpenAI's models may be a refusal; its newer API names texts by who wrote them.
 TEXTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
 THOUGHTS = {"thinking": "thinking", "reasoning": "reasoning"}     # parts of an assistant's content
+_TOKENS = re.compile(r'''"(?:[^"\\]|\\u[0-9a-fA-F]{4}|\\[^u])*(?P<ended>"?)|[{}\[\],]''')
+MAX_DEPTH = 200     # levels of the arguments of a call that was cut off
+_UNCERTAIN = re.compile(r'''\s*,?\s*(?:"(?:[^"\\]|\\.)*(?:"\s*(?::\s*)?|\\?))?[\w.+-]*\s*''')      # a key, or a value, that has begun
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class Arguments(dict):
-    """The arguments of a call: a dict, whose text is JSON.
+    """The arguments of a call: a dict, whose text is JSON, maybe cut off.
 
     Some templates go through the arguments with .items(), others add them to a text or print them. Both find what they need, and the JSON
     is the one that the caller gave, so that a call put back into the conversation has the characters that the model wrote.
@@ -127,45 +131,48 @@ def check_functions(entries, what):
 
 
 def _arguments(function):
-    """The Arguments of a call; none are a dict, JSON of one, or no text."""
+    """The Arguments of a call: of a dict, JSON of one, its beginning, or nothing.
+
+    A call that max_tokens has cut off keeps its text, for templates that add that to theirs; others get what begun_object() finds.
+    """
     given = function.get("arguments")
     values = {} if given is None else given
     if isinstance(given, str):
         try:
             values = json.loads(given) if given.strip() else {}
         except (ValueError, RecursionError):        # of a call that a limit cut off
-            given, values = _completed(given)
-        values = {} if values is None else values
+            values = begun_object(given)
+        else:
+            values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise PydsaError(f"the arguments of the tool call {function['name']!r:.80} are {given!r:.80}, expected a dict, or JSON of one")
     return Arguments(values, given if isinstance(given, str) and given.strip() not in ("", "null") else to_json(values))
 
 
-def _completed(text):
-    """(JSON of an object that a text is the beginning of, its value).
-
-    What is not complete in it is left out, but for a text, which ends where it was cut. Returns (text, 0) if it is no such beginning.
-    """
-    opened, quoted, ends, i = [], False, [], 0
-    while i < len(text):        # ends: where a value may have been read as a whole, and what would close the object there
-        c = text[i]
-        i += 2 if quoted and c == "\\" else 1
-        if c == '"':
-            quoted = not quoted
-        elif not quoted and c in "{[":
-            opened.append("}" if c == "{" else "]")
-        elif not quoted and c in "}]":
-            if not opened or opened.pop() != c:
-                return text, 0
-        if not quoted and c in '{[}]",':
-            ends.append((i - (c == ","), "".join(reversed(opened))))
-    cut = text[:-1] if text.endswith("\\") else text
-    for end, closing in [(len(cut), '"' * quoted + "".join(reversed(opened))), *reversed(ends[-8:])]:
-        try:
-            return (whole := cut[:end] + closing), json.loads(whole)
-        except (ValueError, RecursionError):
-            continue
-    return text, 0
+def begun_object(text):
+    """The object whose JSON begins so, without what is not certain; or None."""
+    if not text.lstrip().startswith("{"):
+        return None
+    closing, whole = "", text       # what closes all that is open
+    certain = 0, ""                 # where the last value begins, and what closes all there
+    for token in _TOKENS.finditer(text):
+        mark = token[0]
+        if mark in ("{", "["):
+            closing = {"{": "}", "[": "]"}[mark] + closing
+            certain = token.end(), closing
+            if len(closing) > MAX_DEPTH:
+                return None
+        elif mark in ("}", "]"):
+            closing = closing[1:]
+        elif mark == ",":
+            certain = token.start(), closing
+        elif token["ended"] == "":
+            whole = text[:token.end()] + '"'
+            break
+    for begun in (whole + closing, text[:certain[0]] + certain[1] if _UNCERTAIN.fullmatch(text, certain[0]) else ""):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(begun)
+    return None
 
 
 def to_json(value):
