@@ -30,6 +30,7 @@ from numba.core.sigutils import normalize_signature
 from numba.extending import intrinsic
 
 from pydsa import kernel_cache, quants
+from pydsa.backends.cpu.linking import InnerPipeline, KernelPipeline
 from pydsa.compiling import Job, collecting_paused, compile_jobs, counted
 from pydsa.machine.cores import cache_of_core, physical_cores
 from pydsa.signals import interrupts_held
@@ -140,7 +141,7 @@ class KernelCache(NullCache):
 
 def kernel(function):
     """A function that Python calls: nopython, cached on disk, no bounds checks; every argument is validated before it comes here."""
-    compiled = numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy")(function)
+    compiled = numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy", pipeline_class=KernelPipeline)(function)
     if is_ours(function):
         compiled._cache = KernelCache(function)
     return compiled
@@ -160,7 +161,7 @@ class _Inner(registry.CPUDispatcher):
     for_two = None      # a function that does the same for two rows at once, faster
 
     def __init__(self, function, **options):
-        super().__init__(function, targetoptions=INNER | options)
+        super().__init__(function, targetoptions=INNER | options, pipeline_class=InnerPipeline)
 
     def __call__(self, *args):
         return self.py_func(*args)
@@ -197,7 +198,8 @@ class ByAddress:
     def compile(self):
         """Compile the function, if it is not yet; return its address."""
         if self._compiled is None:
-            compiled = CFunc(self.function, normalize_signature(self.signature), {}, {"nopython": True, "error_model": "numpy"})
+            compiled = CFunc(self.function, normalize_signature(self.signature), {}, {"nopython": True, "error_model": "numpy"},
+                             KernelPipeline)
             if is_ours(self.function):
                 compiled._cache = self.cache
             compiled.compile()

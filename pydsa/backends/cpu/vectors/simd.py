@@ -271,6 +271,12 @@ def _split(builder, v, lanes):
     return [builder.shuffle_vector(v, v, constant(range(i, i + lanes))) for i in range(0, v.type.count, lanes)]
 
 
+def _vpdpwssd(builder, sums, a, b):
+    """Emit the instruction; before LLVM 22 it takes pairs of int16 as int32."""
+    pairs = [builder.bitcast(v, sums.type) for v in (a, b)]
+    return call_llvm(builder, f"llvm.x86.avx512.vpdpwssd.{32 * sums.type.count}", sums.type, [sums, *pairs])
+
+
 def int16_dots(builder, sums, a, b):
     """Emit sums + a[2i] b[2i] + a[2i+1] b[2i+1], by the best of this CPU.
 
@@ -281,12 +287,12 @@ def int16_dots(builder, sums, a, b):
             return call_llvm(builder, "llvm.x86.avx512.pmaddw.d.512", i32x16.ir, [a, b])
         sums = constant([0] * 16)
     if {"avx512vnni", "avx512bw"} <= FEATURES:
-        return call_llvm(builder, "llvm.x86.avx512.vpdpwssd.512", sums.type, [sums, a, b])
+        return _vpdpwssd(builder, sums, a, b)
     if "avx512bw" in FEATURES:
         return builder.add(sums, call_llvm(builder, "llvm.x86.avx512.pmaddw.d.512", sums.type, [a, b]))
     if "avxvnni" in FEATURES:
         parts = zip(_split(builder, sums, 8), _split(builder, a, 16), _split(builder, b, 16))
-        return _join(builder, [call_llvm(builder, "llvm.x86.avx512.vpdpwssd.256", s.type, [s, x, y]) for s, x, y in parts])
+        return _join(builder, [_vpdpwssd(builder, *part) for part in parts])
     for feature, name, lanes in (("avx2", "llvm.x86.avx2.pmadd.wd", 8), ("sse2", "llvm.x86.sse2.pmadd.wd", 4)):
         if feature in FEATURES:
             pairs = zip(_split(builder, a, 2 * lanes), _split(builder, b, 2 * lanes))

@@ -1,0 +1,67 @@
+"""What becomes of functions that kernels call: a part of each kernel's machine code, and of no other's.
+
+Numba optimizes each function by itself and makes machine code of it, which nobody runs where it is a part of its callers, and then all again
+in each of these: a third of the time to compile. Its symbols are weak, and the first of a name in a process serves all that call it: a kernel
+just compiled ran other code than the same one loaded from the cache, and the last bits of its results differed.
+"""
+from llvmlite.binding import Linkage
+from numba import _dynfunc
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
+
+
+class _KernelLibrary(JITCodeLibrary):
+    """The machine code of a kernel, in which no other kernel looks for functions."""
+
+    def _optimize_final_module(self):
+        super()._optimize_final_module()
+        for function in self._final_module.functions:
+            if not function.is_declaration and function.linkage == Linkage.linkonce_odr:
+                function.linkage = "internal"
+
+
+class _InnerLibrary(JITCodeLibrary):
+    """A function as LLVM's IR, for kernels to link, which optimize it as a part of theirs; no machine code is made of it.
+
+    The first of numba's two series of passes is run: without it some kernels are slower by a tenth, and with both none is faster.
+    """
+
+    def _optimize_final_module(self):
+        code = self._codegen
+        passes = code._module_pass_manager(loop_vectorize=code._loopvect, slp_vectorize=False, opt=code._opt_level, cost="cheap")
+        manager, *builder = passes if isinstance(passes, tuple) else (passes,)     # numba before 0.62 has no builder
+        manager.run(self._final_module, *builder)
+
+    def _finalize_final_module(self):
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+
+class _Pipeline(Compiler):
+    """Numba's, with a library of ours."""
+    library = None      # its class
+
+    def compile_extra(self, func):
+        self.state.library = self.library(self.state.targetctx.codegen(), func.__qualname__)
+        self.state.library.enable_object_caching()
+        return super().compile_extra(func)
+
+
+class KernelPipeline(_Pipeline):
+    """Compiles a function that is called by itself."""
+    library = _KernelLibrary
+
+
+class InnerPipeline(_Pipeline):
+    """Compiles a function that becomes a part of kernels."""
+    library = _InnerLibrary
+
+    def compile_extra(self, func):
+        self.state.targetctx = self.state.targetctx.subtarget(get_executable=_name_of)
+        return super().compile_extra(func)
+
+
+def _name_of(library, fndesc, env):
+    """What stands for a function without machine code, where numba looks for its library."""
+    library._ensure_finalized()
+    return _dynfunc.make_function(fndesc.lookup_module(), fndesc.qualname.split(".")[-1], "", 0, env, (library,))
