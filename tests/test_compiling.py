@@ -285,6 +285,25 @@ def test_processes_make_what_one_makes(tmp_path):
     assert compiled(tmp_path / "shared", "cold") == (0, others) and all(kernel_cache.read(path) for path in others)
 
 
+PACKED = """
+import ctypes
+import zlib
+import numpy as np
+from pydsa.backends.cpu.int16.linear import SUPERBLOCK, pack
+from pydsa.backends.cpu.jit import IntpFunction
+x, out = np.random.default_rng(0).standard_normal((8, 1024), np.float32), np.zeros(32 * SUPERBLOCK + 64, np.uint8)
+rows, at = np.array([row.ctypes.data for row in x]), -out.ctypes.data % 64
+ctypes.CFUNCTYPE(None, *5 * [ctypes.c_int64])(IntpFunction(pack).compile())(rows.ctypes.data, 0, 8, 1024, out.ctypes.data + at)
+print(zlib.crc32(out[at:][:32 * SUPERBLOCK]))
+"""
+
+
+def test_code_that_was_kept_gives_the_same_bits(tmp_path):
+    """As fresh code, in which numba may use other copies of what it calls."""
+    first, second = (run(PACKED, PYDSA_CACHE_DIR=str(tmp_path)) for _ in range(2))
+    assert first == second and len(list(tmp_path.glob("*/*.kernel"))) == 1
+
+
 @pytest.mark.skipif(os.name == "nt", reason="there is no RLIMIT_FSIZE")
 def test_no_file_can_be_written(tmp_path):
     """Neither in the cache folder nor in a temporary one: all is compiled, with one warning."""

@@ -1,8 +1,8 @@
 """What becomes of functions that kernels call: a part of each kernel's machine code, and of no other's.
 
-Numba optimizes each function by itself and makes machine code of it, which nobody runs where it is a part of its callers, and then all again
-in each of these: a third of the time to compile. Its symbols are weak, and the first of a name in a process serves all that call it: a kernel
-just compiled ran other code than the same one loaded from the cache, and the last bits of its results differed.
+Numba optimizes each function by itself and makes machine code of it, which nobody runs where it is a part of its callers, and then all
+again in each of these: a third of the time to compile. Its symbols are weak, and the first of a name in a process serves all that call it:
+a kernel just compiled ran other code than the same one loaded from the cache, and the last bits of its results differed.
 """
 from llvmlite.binding import Linkage
 from numba import _dynfunc
@@ -11,7 +11,7 @@ from numba.core.compiler import Compiler
 
 
 class _KernelLibrary(JITCodeLibrary):
-    """The machine code of a kernel, in which no other kernel looks for functions."""
+    """A kernel's machine code. No other kernel finds functions in it."""
 
     def _optimize_final_module(self):
         super()._optimize_final_module()
@@ -21,9 +21,10 @@ class _KernelLibrary(JITCodeLibrary):
 
 
 class _InnerLibrary(JITCodeLibrary):
-    """A function as LLVM's IR, for kernels to link, which optimize it as a part of theirs; no machine code is made of it.
+    """A function as LLVM's IR, without machine code of its own.
 
-    The first of numba's two series of passes is run: without it some kernels are slower by a tenth, and with both none is faster.
+    Kernels link it, and optimize it as a part of theirs. The first of numba's two series of passes is run: without it some kernels are
+    slower by a tenth, and with both none is faster.
     """
 
     def _optimize_final_module(self):
@@ -62,6 +63,6 @@ class InnerPipeline(_Pipeline):
 
 
 def _name_of(library, fndesc, env):
-    """What stands for a function without machine code, where numba looks for its library."""
+    """What numba finds the function by: an object that cannot be called."""
     library._ensure_finalized()
     return _dynfunc.make_function(fndesc.lookup_module(), fndesc.qualname.split(".")[-1], "", 0, env, (library,))
