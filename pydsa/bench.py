@@ -253,10 +253,11 @@ def reach_depth(session, ids, n_depth):
 def time_test(session, ids, n_prompt, n_gen, sampled=False):
     """Seconds for a prompt of n_prompt tokens, then n_gen single tokens.
 
-    sampled: whether the device samples single tokens, as it does for generate(): it then takes its own, and hands out no logits. Raises
-    DamagedWeightsError if the last logits are not finite.
+    session: a Session, or what has its prefill() and decode(), which may return None. sampled: whether the device samples single tokens,
+    as it does for generate(): it then takes its own, and hands out no logits. Raises DamagedWeightsError if the last logits are not
+    finite.
     """
-    start, logits = time.perf_counter(), 0.0
+    start, logits = time.perf_counter(), None
     if n_prompt:
         logits = session.prefill(ids[:n_prompt])
     if sampled:
@@ -265,7 +266,8 @@ def time_test(session, ids, n_prompt, n_gen, sampled=False):
         for token in ids[n_prompt:n_prompt + n_gen]:
             logits = session.decode(token)
     seconds = time.perf_counter() - start
-    _check_finite(logits)
+    if logits is not None:
+        _check_finite(logits)
     return seconds
 
 

@@ -45,7 +45,7 @@ class Model:
         one, several = counts(MOST_THREADS, threads=threads, threads_batch=threads_batch)
         with interrupts_held():
             backends = {name: backend_of(name, setup.precision) for name in setup.placement.devices}
-            watch_maps()
+            watch_maps(backends)
         self.backend = next(iter(backends.values()))
         self.setup.schedule.costs = self.backend.form_costs(setup.kv_type)
         if any(device_of(name).places for name in backends):

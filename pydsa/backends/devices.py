@@ -252,11 +252,14 @@ def check_numba():
         raise PydsaError(f"NUMBA_NUM_THREADS is {text}, expected a number from 1 on.")
 
 
-def watch_maps():
+def watch_maps(devices=None):
     """Let this process outlive pages that files lose while they are mapped.
 
-    Where Numba compiles nothing, and where the system is not Linux, it ends.
+    Where Numba compiles nothing, and where the system is not Linux, it ends. devices: names of those that read the file; the reference
+    alone needs no Numba.
     """
+    if devices is not None and all(device_of(name).module == DEVICES["reference"].module for name in devices):
+        return
     if os.environ.get("NUMBA_DISABLE_JIT", "").strip() in ("", "0"):
         from pydsa.backends.cpu import lost_pages
         lost_pages.watch()

@@ -1,4 +1,6 @@
 """Types of values on the command line, beside those of click."""
+import os
+
 import click
 
 
@@ -12,6 +14,8 @@ class FileName(click.Path):
         """Click's: the name."""
         if value == "":
             self.fail("the name is empty, expected that of a file or a folder.", param, ctx)
+        if "\0" in os.fsdecode(value):
+            self.fail("a file whose name has a null character cannot be read or written.", param, ctx)
         return super().convert(value, param, ctx)
 
 
