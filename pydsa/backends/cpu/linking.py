@@ -20,11 +20,19 @@ class _KernelLibrary(JITCodeLibrary):
                 function.linkage = "internal"
 
 
-class _InnerLibrary(JITCodeLibrary):
-    """A function as LLVM's IR, without machine code of its own.
+class _InlineLibrary(JITCodeLibrary):
+    """A function as LLVM's IR, without machine code of its own. Kernels link it."""
 
-    Kernels link it, and optimize it as a part of theirs. The first of numba's two series of passes is run: without it some kernels are
-    slower by a tenth, and with both none is faster.
+    def _finalize_final_module(self):
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+
+class _InnerLibrary(_InlineLibrary):
+    """The same with the first of numba's two series of passes only.
+
+    The second one is a third of the time to compile, and kernels run it again. Small functions that stand where they are called need it:
+    without, some kernels are slower by 3 %, and without either by a tenth.
     """
 
     def _optimize_final_module(self):
@@ -32,10 +40,6 @@ class _InnerLibrary(JITCodeLibrary):
         passes = code._module_pass_manager(loop_vectorize=code._loopvect, slp_vectorize=False, opt=code._opt_level, cost="cheap")
         manager, *builder = passes if isinstance(passes, tuple) else (passes,)     # numba before 0.62 has no builder
         manager.run(self._final_module, *builder)
-
-    def _finalize_final_module(self):
-        self._finalize_dynamic_globals()
-        self._finalized = True
 
 
 class _Pipeline(Compiler):
@@ -55,9 +59,9 @@ class KernelPipeline(_Pipeline):
 
 class InnerPipeline(_Pipeline):
     """Compiles a function that becomes a part of kernels."""
-    library = _InnerLibrary
 
     def compile_extra(self, func):
+        self.library = _InlineLibrary if self.state.flags.forceinline else _InnerLibrary
         self.state.targetctx = self.state.targetctx.subtarget(get_executable=_name_of)
         return super().compile_extra(func)
 
