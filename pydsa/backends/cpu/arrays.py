@@ -1,5 +1,7 @@
 """Array views of memory, and the addresses of arrays."""
+import llvmlite.binding as llvm
 import numpy as np
+from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
@@ -22,6 +24,23 @@ floats_pointer, uints_pointer, ints_pointer = _pointer_to(types.float32), _point
 marks_pointer, words_pointer = _pointer_to(types.uint16), _pointer_to(types.uint64)
 
 LINE = 64       # bytes of a cache line
+
+
+def by_symbol(name, array):
+    """A function of kernels that returns an array's address.
+
+    They find it by a symbol, so that they can be cached on disk.
+    """
+    llvm.add_symbol(name, array.ctypes.data)
+
+    @intrinsic
+    def address_of(typingctx):
+        def codegen(context, builder, signature, args):
+            if name not in builder.module.globals:
+                ir.GlobalVariable(builder.module, ir.IntType(8), name).linkage = "external"
+            return builder.ptrtoint(builder.module.globals[name], context.get_value_type(types.intp))
+        return types.intp(), codegen
+    return address_of
 
 
 @inner

@@ -10,14 +10,11 @@ import platform
 import signal
 import sys
 
-import llvmlite.binding as llvm
-from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
+from pydsa.backends.cpu.arrays import by_symbol
 from pydsa.backends.cpu.jit import ByAddress
 from pydsa.backends.cpu.team.atomics import add_to_word, load_word
-from pydsa.backends.cpu.vectors.simd import I8, INTP
 from pydsa.machine import maps
 
 CAN = platform.system() == "Linux" and sys.maxsize > 2**32 and sys.byteorder == "little"     # as siginfo_t and sigaction are read here
@@ -27,19 +24,9 @@ READ, ANONYMOUS_FIXED = 1, 0x32         # PROT_READ; MAP_PRIVATE, MAP_FIXED and 
 PAGE = mmap.PAGESIZE
 AT_ENTRIES, WORDS, OLD, LOST = 8 * maps.ENTRIES, maps.WORDS, 8 * maps.OLD, 8 * maps.LOST
 
-llvm.add_symbol("pydsa_maps", maps.TABLE.ctypes.data)
+_table = by_symbol("pydsa_maps", maps.TABLE)
 _mmap = types.ExternalFunction("mmap", types.int64(types.int64, types.int64, types.int32, types.int32, types.int32, types.int64))
 _sigaction = types.ExternalFunction("sigaction", types.int32(types.int32, types.int64, types.int64))
-
-
-@intrinsic
-def _table(typingctx):
-    """Return the address of maps.TABLE."""
-    def codegen(context, builder, signature, args):
-        if "pydsa_maps" not in builder.module.globals:
-            ir.GlobalVariable(builder.module, I8, "pydsa_maps").linkage = "external"
-        return builder.ptrtoint(builder.module.globals["pydsa_maps"], INTP)
-    return types.intp(), codegen
 
 
 def on_bus_error(number, info, context):

@@ -5,14 +5,13 @@ by a symbol, so that kernels can be cached on disk. What the tasks of an op shar
 
 Beside them is a mark that a choice, of keys or of experts, met NaN: a choice would hide it.
 """
-import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydsa.backends.cpu.arrays import LINE, align
+from pydsa.backends.cpu.arrays import LINE, align, by_symbol
 from pydsa.backends.cpu.jit import inner
 from pydsa.backends.cpu.vectors.simd import I8, INTP, i64_at, store
 from pydsa.machine.cores import MOST_THREADS
@@ -20,17 +19,7 @@ from pydsa.machine.cores import MOST_THREADS
 
 # The mark; then address, aligned address and bytes of each buffer, two a thread
 BUFFERS = np.zeros((1 + 2 * MOST_THREADS, 3), np.int64)
-llvm.add_symbol("pydsa_scratch", BUFFERS.ctypes.data)
-
-
-@intrinsic
-def _buffers(typingctx):
-    """Return the address of BUFFERS."""
-    def codegen(context, builder, signature, args):
-        if "pydsa_scratch" not in builder.module.globals:
-            ir.GlobalVariable(builder.module, I8, "pydsa_scratch").linkage = "external"
-        return builder.ptrtoint(builder.module.globals["pydsa_scratch"], INTP)
-    return types.intp(), codegen
+_buffers = by_symbol("pydsa_scratch", BUFFERS)
 
 
 @intrinsic
